@@ -1,0 +1,30 @@
+"""Bridge to SpikingJelly 0.0.0.0.14 and 2.x: the only file that asks which of them is installed."""
+
+from spikingjelly.activation_based import base, functional, layer, neuron, surrogate
+from torch import nn
+
+# 2.x describes every stateful module by explicit states; 0.0.0.0.14 does not know the word.
+_HAS_EXPLICIT_STATES = hasattr(base.MemoryModule, "functional_forward")
+
+EVAL_MODE_HAS_NO_GRADIENT = not _HAS_EXPLICIT_STATES
+"""Whether IF and LIF neurons of the installed release are not differentiable in evaluation mode."""
+
+SPIKINGJELLY_RELEASE = "2.x" if _HAS_EXPLICIT_STATES else "0.0.0.0.14"
+
+__all__ = [
+    "EVAL_MODE_HAS_NO_GRADIENT",
+    "SPIKINGJELLY_RELEASE",
+    "base",
+    "functional",
+    "invalidate_reset_cache",
+    "layer",
+    "neuron",
+    "surrogate",
+]
+
+
+def invalidate_reset_cache(net: nn.Module) -> None:
+    """Make ``functional.reset_net`` look for the stateful modules of ``net`` and its parts again."""
+    if hasattr(functional, "invalidate_reset_cache"):
+        for module in net.modules():
+            functional.invalidate_reset_cache(module)

@@ -1,0 +1,181 @@
+"""A spiking network as a pure function from images to logits."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sj_robust._host import EVAL_MODE_HAS_NO_GRADIENT, base, functional, neuron
+
+__all__ = ["PoissonEncoder", "SpikingClassifier"]
+
+
+class SpikingClassifier(nn.Module):
+    """Images in [0, 1] to logits; the same images give the same logits whatever ran before. 图像到输出的纯函数。
+
+    Equation: ``logits = mean_t net(encode(images))[t]`` after ``functional.reset_net(net)``.
+
+    Every forward resets the network first, so any attack library, training loop or evaluation can take it for a
+    plain ``nn.Module``. On SpikingJelly 0.0.0.0.14, whose IF and LIF neurons have no gradient in evaluation mode, the
+    neurons (and nothing else) run in training mode while gradients are enabled.
+
+    Shapes: images [N, C, H, W] or features [N, F], floating point; logits [N, classes] in float32 or float64. The
+    network gets [T, N, C, H, W] in step mode ``"m"`` or T times [N, C, H, W] in step mode ``"s"``; a network with a true
+    attribute ``expands_time`` gets [N, C, H, W] once and brings the T steps itself. It returns [T, N, classes] (averaged
+    here), [N, classes] per step, or [N, classes] if it averages itself.
+
+    Args:
+        net: A SpikingJelly network of any neurons.
+        T: Number of time steps.
+        encoder: Turns images into the frame of one step and is called T times, such as :class:`PoissonEncoder` or an
+            encoder of SpikingJelly; None repeats the image (direct encoding).
+        mean: Mean per channel subtracted from the frames.
+        std: Standard deviation per channel the frames are divided by.
+        step_mode: How to call ``net``; None asks its outermost step module.
+
+    Raises:
+        ValueError: If an argument or the shape of the images or of the network's output does not fit.
+
+    Source: direct encoding and rate decoding of Ding et al. (ICML 2024), section 5.
+
+    Example:
+        >>> from sj_robust.neuron import DLIFNode
+        >>> net = nn.Sequential(nn.Linear(3, 2, bias=False), DLIFNode(T=4))
+        >>> SpikingClassifier(net, T=4)(torch.rand(5, 3)).shape
+        torch.Size([5, 2])
+    """
+
+    mean: Tensor | None
+    std: Tensor | None
+
+    def __init__(
+        self,
+        net: nn.Module,
+        T: int,
+        encoder: Callable[[Tensor], Tensor] | None = None,
+        *,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        step_mode: str | None = None,
+    ) -> None:
+        """Wrap a network; see the class."""
+        super().__init__()
+        if isinstance(T, bool) or not isinstance(T, int) or T < 1:
+            raise ValueError(f"T must be an integer >= 1, got {T!r}")
+        if step_mode not in (None, "m", "s"):
+            raise ValueError(f"step_mode must be 'm', 's' or None, got {step_mode!r}")
+        self.net = net
+        self.T = T
+        self.encoder = encoder
+        self.step_mode = step_mode
+        self.register_buffer("mean", None if mean is None else torch.tensor(mean, dtype=torch.float32))
+        self.register_buffer("std", None if std is None else torch.tensor(std, dtype=torch.float32))
+        if self.std is not None and not bool((self.std > 0).all()):
+            raise ValueError(f"std must be > 0 in every channel, got {std}")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Logits [N, classes] of images [N, C, H, W] or features [N, F]."""
+        if images.ndim not in (2, 4):
+            raise ValueError(
+                f"images must be [N, C, H, W] (or [N, F] for features), got shape {tuple(images.shape)}; "
+                "add the batch dimension with images.unsqueeze(0)"
+            )
+        functional.reset_net(self.net)
+        with _differentiable(self.net):
+            outputs = self._run(images)
+        if outputs.ndim == 3:
+            outputs = outputs.mean(0)
+        if outputs.ndim != 2 or outputs.shape[0] != images.shape[0]:
+            raise ValueError(
+                f"the network must return [T, N, classes] or [N, classes] with N={images.shape[0]}, got a mean over time "
+                f"of shape {tuple(outputs.shape)}"
+            )
+        return outputs if outputs.dtype == torch.float64 else outputs.float()
+
+    def extra_repr(self) -> str:
+        """Parameters shown by ``print``."""
+        return f"T={self.T}, step_mode={self.step_mode or _step_mode(self.net)}"
+
+    def _run(self, images: Tensor) -> Tensor:
+        """Outputs of the network, [T, N, classes] or [N, classes]."""
+        step_mode = self.step_mode or _step_mode(self.net)
+        if self.encoder is None:
+            frame = self._normalise(images, channel_dim=1)
+            if step_mode == "s":
+                return torch.stack([self.net(frame) for _ in range(self.T)])
+            if getattr(self.net, "expands_time", False):
+                return self._checked(self.net(frame))
+            return self._checked(self.net(frame.expand(self.T, *frame.shape)))
+        if isinstance(self.encoder, nn.Module):
+            functional.reset_net(self.encoder)
+        frames = self._normalise(torch.stack([self.encoder(images) for _ in range(self.T)]), channel_dim=2)
+        if step_mode == "s":
+            return torch.stack([self.net(frame) for frame in frames])
+        return self._checked(self.net(frames))
+
+    def _checked(self, outputs: Any) -> Tensor:
+        if not isinstance(outputs, Tensor) or (outputs.ndim == 3 and outputs.shape[0] != self.T):
+            got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+            raise ValueError(f"the network must return a tensor with T={self.T} steps first, [T, N, classes], got {got}")
+        return outputs
+
+    def _normalise(self, frames: Tensor, channel_dim: int) -> Tensor:
+        shape = (-1, *[1] * (frames.ndim - channel_dim - 1))
+        if self.mean is not None:
+            frames = frames - self.mean.to(frames.dtype).view(shape)
+        if self.std is not None:
+            frames = frames / self.std.to(frames.dtype).view(shape)
+        return frames
+
+
+class PoissonEncoder(nn.Module):
+    """Rate coding: a pixel of intensity x spikes with probability x, with a straight-through gradient.
+
+    Equation: ``s = 1 if u <= x else 0`` with u uniform in [0, 1]; the backward pass takes ds/dx = 1, so that attacks see
+    the mean of the encoding.
+
+    Args:
+        generator: Source of u; None is torch's global one.
+
+    Source: Poisson encoding as in SpikingJelly's ``encoding.PoissonEncoder``, with the gradient of its expectation.
+
+    Example:
+        >>> PoissonEncoder(torch.Generator().manual_seed(0))(torch.tensor([0.0, 0.5, 1.0]))
+        tensor([0., 0., 1.])
+    """
+
+    def __init__(self, generator: torch.Generator | None = None) -> None:
+        """Keep the generator."""
+        super().__init__()
+        self.generator = generator
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Spikes of one time step, in the shape and dtype of ``images``."""
+        uniform = torch.rand(images.shape, generator=self.generator, dtype=images.dtype, device=images.device)
+        spikes = (uniform <= images).to(images.dtype)
+        return spikes + (images - images.detach()) if images.requires_grad else spikes
+
+
+def _step_mode(net: nn.Module) -> str:
+    """Step mode of the outermost step module; inner ones may differ (recurrent containers)."""
+    for module in net.modules():
+        if isinstance(module, base.StepModule):
+            return str(module.step_mode)
+    return "m"
+
+
+@contextmanager
+def _differentiable(net: nn.Module) -> Iterator[None]:
+    """Neurons in a mode that has a gradient, if one may be wanted; their modes restored afterwards."""
+    neurons: list[nn.Module] = []
+    if EVAL_MODE_HAS_NO_GRADIENT and torch.is_grad_enabled():
+        neurons = [m for m in net.modules() if isinstance(m, neuron.BaseNode) and not m.training]
+    for module in neurons:
+        module.training = True
+    try:
+        yield
+    finally:
+        for module in neurons:
+            module.training = False

@@ -1,0 +1,343 @@
+"""DLIF as a SpikingJelly neuron, and how an existing network gets it."""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sj_robust import ops
+from sj_robust._host import base, invalidate_reset_cache, neuron, surrogate
+
+__all__ = ["DLIFNode", "ReplacementReport", "replace_neurons"]
+
+
+class DLIFNode(neuron.BaseNode):
+    """LIF neuron with a learnable input gain per time step (DLIF). 每个时间步带可学习输入增益的 LIF 神经元。
+
+    Equation, for t = 0 .. T-1, with ``decay = 1 - 1 / tau``::
+
+        h[t] = decay * v[t-1] + input_gain[t] * x[t]   (+ (1 - decay) * v_reset for a hard reset)
+        s[t] = 1 if h[t] >= v_threshold else 0
+        v[t] = (1 - s[t]) * h[t] + s[t] * v_reset      (v_reset None: h[t] - s[t] * v_threshold)
+
+    With all gains 1 this is ``LIFNode(tau, decay_input=False)``; with all gains 1/tau it is
+    ``decay_input=True``; ``tau=math.inf`` is IF. The gain follows the sequence, not the call: chunks and single
+    steps go on where the last call stopped, and ``functional.reset_net`` returns to ``input_gain[0]``.
+
+    Shapes: ``x_seq`` [T, N, *] in step mode ``"m"``, [N, *] in ``"s"``. State: ``v`` [N, *] in float32 (float64
+    for float64 inputs), ``time_step`` the number of steps since the reset, neither in ``state_dict``.
+
+    Args:
+        T: Number of time steps of a sequence, which is the number of gains.
+        tau: Membrane time constant in steps, > 1; ``math.inf`` for no leak.
+        v_threshold: Firing threshold.
+        v_reset: Potential after a spike; None subtracts the threshold instead (soft reset).
+        surrogate_function: A SpikingJelly surrogate, or any differentiable function of ``h - v_threshold``;
+            None builds ``PiecewiseQuadratic(alpha=1.0)``, the triangle of the paper.
+        detach_reset: Whether the reset is left out of the gradient.
+        step_mode: ``"m"`` or ``"s"``.
+        backend: A name of ``sj_robust.ops.BACKENDS``. ``"auto"`` takes the fastest that can run;
+            :meth:`chosen_backend` tells which.
+        store_v_seq: Whether the potentials after every reset are kept in ``v_seq``.
+        input_gain_init: Initial value of every gain.
+
+    Raises:
+        ValueError: If an argument is out of range or the backend is unknown.
+        RuntimeError: If a named backend is not available; at run time, if a sequence is longer than T.
+
+    Source: Ding et al., "Robust Stable Spiking Neural Networks", ICML 2024.
+
+    Example:
+        >>> node = DLIFNode(T=4, tau=2.0)
+        >>> node(torch.full((4, 1), 0.6)).flatten()
+        tensor([0., 0., 1., 0.])
+        >>> node.reset()
+    """
+
+    def __init__(
+        self,
+        T: int,
+        tau: float = 100.0,
+        v_threshold: float = 1.0,
+        v_reset: float | None = 0.0,
+        surrogate_function: Callable[[Tensor], Tensor] | None = None,
+        detach_reset: bool = False,
+        step_mode: str = "m",
+        backend: str = "auto",
+        store_v_seq: bool = False,
+        input_gain_init: float = 1.0,
+    ) -> None:
+        """Build the neuron; see the class."""
+        _check_arguments(T, tau, v_threshold, v_reset, input_gain_init)
+        super().__init__(
+            v_threshold=float(v_threshold),
+            v_reset=None if v_reset is None else float(v_reset),
+            surrogate_function=surrogate.PiecewiseQuadratic(alpha=1.0) if surrogate_function is None else surrogate_function,
+            detach_reset=bool(detach_reset),
+            step_mode=step_mode,
+            store_v_seq=store_v_seq,
+        )
+        self.tau = float(tau)
+        self.backend = backend
+        self.input_gain = nn.Parameter(torch.full((T,), float(input_gain_init)))
+        self.register_memory("time_step", 0)
+
+    @property
+    def T(self) -> int:  # noqa: N802  # the field's name for the number of time steps
+        """Number of time steps of a sequence."""
+        return self.input_gain.shape[0]
+
+    @property
+    def decay(self) -> float:
+        """Fraction of the potential kept per step, ``1 - 1 / tau``."""
+        return 1.0 - 1.0 / self.tau
+
+    @property
+    def supported_backends(self) -> tuple[str, ...]:
+        """Backend names that ``functional.set_backend`` of SpikingJelly 0.0.0.0.14 may set."""
+        return ops.BACKENDS
+
+    @property
+    def backend(self) -> str:
+        """Backend name as given; setting it checks that the backend exists and is available."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, value: str) -> None:
+        ops.check_backend(value)
+        self._backend = value
+
+    def chosen_backend(self, x_seq: Tensor) -> str:
+        """Name of the implementation that would run on ``x_seq``."""
+        return ops.choose_backend(self.backend, x_seq, self._surrogate())
+
+    def extra_repr(self) -> str:
+        """Parameters shown by ``print``."""
+        return (
+            f"T={self.T}, tau={self.tau}, v_threshold={self.v_threshold}, v_reset={self.v_reset}, "
+            f"detach_reset={self.detach_reset}, step_mode={self.step_mode}, backend={self.backend}"
+        )
+
+    def multi_step_forward(self, x_seq: Tensor) -> Tensor:
+        """Spikes [T, N, *] for input currents [T, N, *]; moves the state on."""
+        spike_seq, self.v, self.time_step, v_seq = self._run(x_seq, self.v, self.time_step, self.store_v_seq)
+        if self.store_v_seq:
+            self.v_seq = v_seq
+        return spike_seq
+
+    def single_step_forward(self, x: Tensor) -> Tensor:
+        """Spikes [N, *] for the input current [N, *] of the next step; moves the state on."""
+        spike_seq, self.v, self.time_step, _ = self._run(x.unsqueeze(0), self.v, self.time_step, False)
+        if self.store_v_seq:
+            v = self.v.unsqueeze(0)
+            self.v_seq = v if self.v_seq is None else torch.cat((self.v_seq, v))
+        return spike_seq.squeeze(0)
+
+    # SpikingJelly 2.x's explicit-state contract: pure functions of inputs and states, for memory
+    # optimisation and ``to_functional_forward``.
+
+    def materialize_states(self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], step_mode: str) -> tuple[Any, ...]:
+        """Potential as a tensor in the shape of one step, and the time step."""
+        x = inputs[0][0] if step_mode == "m" else inputs[0]
+        v, time_step = states
+        return _potential(v, x), time_step
+
+    def multi_step_functional_forward(
+        self, inputs: tuple[Tensor, ...], states: tuple[Any, ...]
+    ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+        """Multi-step forward that leaves the module's own state alone."""
+        spike_seq, v, time_step, _ = self._run(inputs[0], *states, False)
+        return (spike_seq,), (v, time_step)
+
+    def single_step_functional_forward(
+        self, inputs: tuple[Tensor, ...], states: tuple[Any, ...]
+    ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
+        """Single-step forward that leaves the module's own state alone."""
+        spike_seq, v, time_step, _ = self._run(inputs[0].unsqueeze(0), *states, False)
+        return (spike_seq.squeeze(0),), (v, time_step)
+
+    def detach(self) -> None:
+        """Cut the state from the graph, for truncated back-propagation through time."""
+        for name in ("v", "v_seq"):
+            value = getattr(self, name, None)
+            if isinstance(value, Tensor):
+                setattr(self, name, value.detach())
+
+    def _run(
+        self, x_seq: Tensor, v: Tensor | float, time_step: int, store_v_seq: bool
+    ) -> tuple[Tensor, Tensor, int, Tensor | None]:
+        """Advance explicit states over ``x_seq`` with the gains that belong to these steps."""
+        end = time_step + x_seq.shape[0]
+        if end > self.T:
+            raise RuntimeError(
+                f"DLIFNode has T={self.T} time steps, but step {end} was asked for ({time_step} already taken since the "
+                "last reset): call functional.reset_net(net) before every new sequence, or build the neuron with a larger T"
+            )
+        if isinstance(v, Tensor) or v != (self.v_reset or 0.0):
+            v_init = _potential(v, x_seq[0])
+        else:
+            v_init = None
+        spike_seq, v_end, v_seq = ops.dlif_multi_step(
+            x_seq,
+            self.input_gain[time_step:end],
+            v_init,
+            decay=self.decay,
+            v_threshold=self.v_threshold,
+            v_reset=self.v_reset,
+            surrogate=self._surrogate(),
+            detach_reset=self.detach_reset,
+            store_v_seq=store_v_seq,
+            backend=self.backend,
+        )
+        return spike_seq, v_end, end, v_seq
+
+    def _surrogate(self) -> ops.Surrogate:
+        function = self.surrogate_function
+        kind = _COMPILED_SURROGATES.get(type(function))
+        if kind is None or not function.spiking:
+            return ops.Surrogate("custom", function=function)
+        return ops.Surrogate(kind, alpha=function.alpha)
+
+    def _replicate_for_data_parallel(self) -> nn.Module:
+        raise RuntimeError(
+            "nn.DataParallel copies a network in every forward and loses the neurons' states: "
+            "use torch.nn.parallel.DistributedDataParallel (torchrun or accelerate launch)"
+        )
+
+
+@dataclass(frozen=True)
+class ReplacementReport:
+    """What :func:`replace_neurons` did, by the name of the module.
+
+    Attributes:
+        replaced: Neurons that became DLIF, with what they were.
+        skipped: Neurons that stay as they are, with the reason.
+        notes: What the user should know of a replaced neuron.
+    """
+
+    replaced: dict[str, str] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
+
+
+def replace_neurons(net: nn.Module, T: int, *, backend: str = "auto") -> ReplacementReport:
+    """Swap the IF, LIF and PLIF neurons of a network for DLIF neurons that start with the same dynamics.
+
+    Threshold, reset, surrogate, ``detach_reset``, step mode, ``store_v_seq``, training mode and device are kept.
+    ``decay_input=True`` becomes ``input_gain_init = 1 / tau``; IF becomes ``tau = inf``; the learnable tau of PLIF is
+    frozen at its present value, which ``notes`` reports. 将网络中的 IF/LIF/PLIF 神经元替换为 DLIF。
+
+    Args:
+        net: A SpikingJelly network, changed in place; its states are those after a reset.
+        T: Number of time steps the network will run for.
+        backend: Backend of the new neurons.
+
+    Returns:
+        What was replaced and what was not, by module name.
+
+    Raises:
+        ValueError: If ``net`` itself is a neuron or an argument is out of range.
+
+    Source: equivalences of method section 1 (Ding et al., ICML 2024, and SpikingJelly's charge equations).
+
+    Example:
+        >>> from spikingjelly.activation_based import neuron
+        >>> net = nn.Sequential(nn.Linear(4, 2), neuron.LIFNode(tau=2.0, step_mode="m"))
+        >>> replace_neurons(net, T=4).replaced
+        {'1': 'LIFNode'}
+        >>> net[1].tau, net[1].input_gain.tolist()
+        (2.0, [0.5, 0.5, 0.5, 0.5])
+    """
+    if isinstance(net, base.MemoryModule) and _is_spiking(net):
+        raise ValueError("net is itself a neuron, which cannot be replaced in place; wrap it in nn.Sequential")
+    report = ReplacementReport()
+    successors: dict[nn.Module, DLIFNode] = {}
+    place = next(net.parameters(), torch.empty(0))
+    for name, module in list(net.named_modules(remove_duplicate=False)):
+        place = next(module.parameters(recurse=False), place)
+        if isinstance(module, DLIFNode) or not _is_spiking(module):
+            continue
+        dynamics = _lif_dynamics(module)
+        if dynamics is None:
+            report.skipped[name] = f"{type(module).__name__} is not IF, LIF or PLIF: its dynamics are not those of a DLIF neuron"
+            continue
+        if module not in successors:
+            successors[module] = _successor(module, T, *dynamics, backend).to(place.device, place.dtype)
+        net.set_submodule(name, successors[module])
+        report.replaced[name] = type(module).__name__
+        if type(module) is neuron.ParametricLIFNode:
+            report.notes[name] = f"learnable tau frozen at {dynamics[0]:.6g}"
+    invalidate_reset_cache(net)
+    return report
+
+
+_COMPILED_SURROGATES: dict[type, Any] = {
+    surrogate.PiecewiseQuadratic: "triangle",
+    surrogate.ATan: "atan",
+    surrogate.Sigmoid: "sigmoid",
+}
+
+
+def _check_arguments(T: int, tau: float, v_threshold: float, v_reset: float | None, input_gain_init: float) -> None:
+    if isinstance(T, bool) or not isinstance(T, int) or T < 1:
+        raise ValueError(f"T must be an integer >= 1, the number of time steps of a sequence, got {T!r}")
+    if math.isnan(tau) or tau <= 1.0:
+        hint = f"; for a decay of {tau} pass tau={1 / (1 - tau):.6g}" if 0.0 < tau < 1.0 else ""
+        raise ValueError(f"tau must be > 1, got {tau}{hint}")
+    if not math.isfinite(v_threshold):
+        raise ValueError(f"v_threshold must be finite, got {v_threshold}")
+    if v_reset is not None and not math.isfinite(v_reset):
+        raise ValueError(f"v_reset must be finite, or None for a soft reset, got {v_reset}")
+    if not math.isfinite(input_gain_init):
+        raise ValueError(f"input_gain_init must be finite, got {input_gain_init}")
+
+
+def _potential(v: Tensor | float, x: Tensor) -> Tensor:
+    """The potential as a tensor in the shape of one step ``x``, in state precision and on its device."""
+    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    if not isinstance(v, Tensor):
+        return torch.full_like(x, v, dtype=dtype)
+    if v.shape != x.shape:
+        raise RuntimeError(
+            f"the neuron's state has shape {tuple(v.shape)}, but one step of the input has {tuple(x.shape)}: "
+            "call functional.reset_net(net) before a batch of another size"
+        )
+    return v.to(x.device, dtype)
+
+
+def _is_spiking(module: nn.Module) -> bool:
+    """Whether a module is one of SpikingJelly's neurons or derives from its base class."""
+    return isinstance(module, neuron.BaseNode) or type(module).__module__.startswith(neuron.__name__)
+
+
+def _lif_dynamics(module: nn.Module) -> tuple[float, float] | None:
+    """Tau and input gain of an IF, LIF or PLIF neuron; None for anything else, subclasses included."""
+    if type(module) is neuron.IFNode:
+        return math.inf, 1.0
+    if type(module) is neuron.LIFNode:
+        tau = float(module.tau)
+    elif type(module) is neuron.ParametricLIFNode:
+        tau = 1.0 / float(module.w.detach().double().sigmoid())
+    else:
+        return None
+    return tau, 1.0 / tau if module.decay_input else 1.0
+
+
+def _successor(module: Any, T: int, tau: float, input_gain: float, backend: str) -> DLIFNode:
+    node = DLIFNode(
+        T=T,
+        tau=tau,
+        v_threshold=module.v_threshold,
+        v_reset=module.v_reset,
+        surrogate_function=copy.deepcopy(module.surrogate_function),
+        detach_reset=module.detach_reset,
+        step_mode=module.step_mode,
+        backend=backend,
+        store_v_seq=module.store_v_seq,
+        input_gain_init=input_gain,
+    )
+    return node.train(module.training)

@@ -1,0 +1,1 @@
+"""The DLIF operator: one definition (``reference``), several implementations, one entry point."""

@@ -1,0 +1,192 @@
+"""Backend name to implementation: the only place that chooses, and the only one that can be asked why."""
+
+import importlib
+from types import ModuleType
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from sj_robust.ops.dlif import eager, reference
+from sj_robust.ops.dlif.autograd import DLIFFunction, Implementation
+from sj_robust.ops.dlif.config import DLIFConfig, state_dtype
+from sj_robust.ops.surrogate import Surrogate
+
+BACKENDS = ("auto", "reference", "eager", "torch", "cpp", "cupy")
+_ALIASES = {"torch": "eager"}
+_MODULES = {"cpp": "sj_robust.ops.dlif.cpp", "cupy": "sj_robust.ops.dlif.cupy_launch"}
+_FASTEST_FIRST = {"cpu": ("cpp", "eager"), "cuda": ("cupy", "eager")}
+
+
+def dlif_multi_step(
+    x_seq: Tensor,
+    input_gain: Tensor,
+    v_init: Tensor | None = None,
+    *,
+    decay: float,
+    v_threshold: float = 1.0,
+    v_reset: float | None = 0.0,
+    surrogate: Surrogate | None = None,
+    detach_reset: bool = False,
+    store_v_seq: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Run one layer of DLIF neurons over a sequence.
+
+    Equation: ``h[t] = decay * v[t-1] + input_gain[t] * x[t]`` (plus ``(1 - decay) * v_reset`` for a hard reset),
+    ``s[t] = h[t] >= v_threshold``, then ``v[t] = (1 - s[t]) * h[t] + s[t] * v_reset`` or, for
+    ``v_reset=None``, ``v[t] = h[t] - s[t] * v_threshold``.
+
+    Args:
+        x_seq: Input currents, [T, N, *], floating point.
+        input_gain: Learnable gain per step, [T].
+        v_init: Potential before the first step, [N, *]; None is ``v_reset``, or 0 for soft reset.
+        decay: Fraction of the potential kept per step, in (0, 1].
+        v_threshold: Firing threshold.
+        v_reset: Potential after a spike; None subtracts the threshold instead.
+        surrogate: Surrogate of the spike; None is the triangle of width 1.
+        detach_reset: Whether the reset is left out of the gradient.
+        store_v_seq: Whether the potential after every reset is returned too.
+        backend: A name of :data:`BACKENDS`; ``"auto"`` takes the fastest that can run the call.
+
+    Returns:
+        Spikes [T, N, *] in the dtype of ``x_seq``, last potential [N, *] and potentials [T, N, *] or None;
+        potentials are float64 for float64 inputs and float32 otherwise.
+
+    Raises:
+        TypeError: If ``x_seq`` is not floating point.
+        ValueError: If a shape does not fit, the backend is unknown, or it cannot run this call.
+        RuntimeError: If the named backend is not available on this machine.
+
+    Source: Ding et al. (ICML 2024), the DLIF neuron.
+
+    Example:
+        >>> spikes, v, _ = dlif_multi_step(torch.full((3, 1), 0.6), torch.tensor([1.0, 1.0, 2.0]), decay=0.5)
+        >>> spikes.flatten(), v
+        (tensor([0., 0., 1.]), tensor([0.]))
+    """
+    _check_arguments(x_seq, input_gain, v_init)
+    config = DLIFConfig(decay, v_threshold, v_reset, surrogate or Surrogate(), detach_reset)
+    dtype = state_dtype(x_seq)
+    input_gain = input_gain.to(dtype)
+    v_init = None if v_init is None else v_init.to(dtype)
+    implementation = _implementation(choose_backend(backend, x_seq, config.surrogate))
+    if implementation is None:
+        spike_seq, v, v_seq = reference.multi_step(x_seq, input_gain, v_init, config)
+        return spike_seq, v, v_seq if store_v_seq else None
+
+    order = _memory_order(x_seq)
+    inverse = [order.index(dim) for dim in range(x_seq.ndim)]
+    step_order, step_inverse = [dim - 1 for dim in order[1:]], [dim - 1 for dim in inverse[1:]]
+    x_seq = x_seq.permute(order)
+    shape = x_seq.shape
+    if v_init is not None:
+        v_init = v_init.permute(step_order).reshape(-1)
+    outputs: tuple[Tensor, Tensor, Tensor | None] = DLIFFunction.apply(  # type: ignore[no-untyped-call]  # torch's apply
+        x_seq.reshape(shape[0], -1).contiguous(), input_gain, v_init, config, implementation, store_v_seq
+    )
+    spike_seq, v, v_seq = outputs
+    return (
+        spike_seq.view(shape).permute(inverse),
+        v.view(shape[1:]).permute(step_inverse),
+        None if v_seq is None else v_seq.view(shape).permute(inverse),
+    )
+
+
+def choose_backend(backend: str, x_seq: Tensor, surrogate: Surrogate) -> str:
+    """Name of the implementation that ``backend`` means for this input.
+
+    Raises:
+        ValueError: If the name is unknown or the named backend cannot run this input.
+        RuntimeError: If the named backend is not available on this machine.
+
+    Example:
+        >>> choose_backend("torch", torch.zeros(4, 2), Surrogate())
+        'eager'
+    """
+    name = check_backend(backend)
+    if name == "auto":
+        candidates = _FASTEST_FIRST.get(x_seq.device.type, ("eager",))
+        if torch.compiler.is_compiling():  # the compiler fuses plain torch itself and cannot see into kernels
+            candidates = ("eager",) if surrogate.kind != "custom" else ()
+        for candidate in candidates:
+            if unavailable_reason(candidate) is None and _unsupported_reason(candidate, x_seq, surrogate) is None:
+                return candidate
+        return "reference"
+    reason = _unsupported_reason(name, x_seq, surrogate)
+    if reason is not None:
+        raise ValueError(f"backend={backend!r} cannot run this call: {reason}; use backend='auto'")
+    return name
+
+
+def check_backend(backend: str) -> str:
+    """The name without its alias, if the backend is known and available.
+
+    Raises:
+        ValueError: If the name is unknown.
+        RuntimeError: If the backend is not available on this machine, with what is missing.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")
+    name = _ALIASES.get(backend, backend)
+    reason = unavailable_reason(name)
+    if reason is not None:
+        raise RuntimeError(f"backend={backend!r} is not available: {reason}; use backend='auto'")
+    return name
+
+
+def unavailable_reason(name: str) -> str | None:
+    """What keeps a backend from running on this machine, or None."""
+    if name not in _MODULES:
+        return None
+    reason: str | None = _module(name).unavailable_reason()
+    return reason
+
+
+def available_backends() -> dict[str, str]:
+    """Every backend of this machine with "available" or the reason why it is not.
+
+    Example:
+        >>> available_backends()["eager"]
+        'available'
+    """
+    names = [name for name in BACKENDS if name != "auto" and name not in _ALIASES]
+    return {name: unavailable_reason(name) or "available" for name in names}
+
+
+def _implementation(name: str) -> Implementation | None:
+    """The module behind a name; None is the reference, which needs no backward pass of its own."""
+    return None if name == "reference" else cast(Implementation, _module(name))
+
+
+def _module(name: str) -> ModuleType:
+    return eager if name == "eager" else importlib.import_module(_MODULES[name])
+
+
+def _unsupported_reason(name: str, x_seq: Tensor, surrogate: Surrogate) -> str | None:
+    if name == "reference":
+        return None
+    reason: str | None = _module(name).unsupported_reason(x_seq, surrogate)
+    return reason
+
+
+def _memory_order(x_seq: Tensor) -> list[int]:
+    """Dimensions as they lie in memory, time first, so that channels-last inputs are not copied."""
+    if x_seq.is_contiguous():
+        return list(range(x_seq.ndim))
+    return [0, *sorted(range(1, x_seq.ndim), key=lambda dim: (-x_seq.stride(dim), dim))]
+
+
+def _check_arguments(x_seq: Tensor, input_gain: Tensor, v_init: Tensor | None) -> None:
+    if not x_seq.is_floating_point():
+        raise TypeError(f"x_seq must be floating point, got {x_seq.dtype}; convert it with .float()")
+    if x_seq.ndim == 0 or x_seq.shape[0] == 0:
+        raise ValueError(f"x_seq must be [T, N, *] with T >= 1, got shape {tuple(x_seq.shape)}")
+    if input_gain.shape != x_seq.shape[:1]:
+        raise ValueError(
+            f"input_gain must hold one value per step, [T] = [{x_seq.shape[0]}], got {tuple(input_gain.shape)}"
+        )
+    if v_init is not None and v_init.shape != x_seq.shape[1:]:
+        raise ValueError(
+            f"v_init must have the shape of one step, {tuple(x_seq.shape[1:])}, got {tuple(v_init.shape)}"
+        )

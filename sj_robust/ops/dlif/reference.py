@@ -1,0 +1,47 @@
+"""DLIF as written in the paper, one time step after the other: the definition of correct."""
+
+import torch
+from torch import Tensor
+
+from sj_robust.ops.dlif.config import DLIFConfig, initial_potential, state_dtype
+
+
+def multi_step(
+    x_seq: Tensor, input_gain: Tensor, v_init: Tensor | None, config: DLIFConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Charge, fire and reset for every step; differentiable by autograd alone, any surrogate.
+
+    Equation, for t = 0 .. T-1::
+
+        h[t] = decay * v[t-1] + input_gain[t] * x[t]   (+ (1 - decay) * v_reset for a hard reset)
+        s[t] = spike(h[t] - v_threshold)
+        v[t] = (1 - s[t]) * h[t] + s[t] * v_reset      hard reset
+        v[t] = h[t] - s[t] * v_threshold               soft reset (v_reset None)
+
+    Args:
+        x_seq: Input currents, [T, *].
+        input_gain: Gain per step, [T].
+        v_init: Potential before the first step, [*], or None for the reset potential.
+        config: Constants of the neuron.
+
+    Returns:
+        Spikes [T, *], last potential [*], potential after every reset [T, *].
+
+    Source: Ding et al. (ICML 2024), equations of the DLIF neuron.
+    """
+    dtype = state_dtype(x_seq)
+    v = initial_potential(x_seq, config) if v_init is None else v_init
+    spike_seq, v_seq = [], []
+    for x, gain in zip(x_seq.unbind(0), input_gain.unbind(0), strict=True):
+        h = v * config.decay + x.to(dtype) * gain
+        if config.leak_current:
+            h = h + config.leak_current
+        spike = config.surrogate.spike(h - config.v_threshold)
+        reset_spike = spike.detach() if config.detach_reset else spike
+        if config.v_reset is None:
+            v = h - reset_spike * config.v_threshold
+        else:
+            v = (1 - reset_spike) * h + reset_spike * config.v_reset
+        spike_seq.append(spike.to(x_seq.dtype))
+        v_seq.append(v)
+    return torch.stack(spike_seq), v, torch.stack(v_seq)

@@ -1,0 +1,96 @@
+"""Spike function and surrogate derivative, described without any host library."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+SurrogateKind = Literal["triangle", "atan", "sigmoid", "custom"]
+
+
+@dataclass(frozen=True)
+class Surrogate:
+    """How a neuron spikes and what stands in for the derivative of the spike.
+
+    The spike is ``s = 1 if z >= 0 else 0`` with ``z = h - v_threshold``. Its derivative is replaced by g(z):
+
+    - ``triangle``: ``max(0, alpha - alpha**2 * |z|)`` (SpikingJelly's ``PiecewiseQuadratic``);
+    - ``atan``: ``alpha / 2 / (1 + (pi / 2 * alpha * z)**2)``;
+    - ``sigmoid``: ``alpha * sigmoid(alpha * z) * (1 - sigmoid(alpha * z))``;
+    - ``custom``: whatever automatic differentiation finds for ``function``, which may also be a smooth
+      stand-in for the spike.
+
+    Args:
+        kind: One of the four names above.
+        alpha: Sharpness, > 0; unused by ``custom``.
+        function: z to spike, differentiable and elementwise; required by ``custom`` and by nothing else.
+
+    Raises:
+        ValueError: If the kind is unknown, ``alpha`` is not a positive finite number, or ``function``
+            does not go with the kind.
+
+    Source: method of Robust Stable SNN (Ding et al., ICML 2024), section 4; SpikingJelly's ``surrogate``.
+
+    Example:
+        >>> Surrogate("triangle").derivative(torch.tensor([-2.0, -0.25, 0.0, 0.5]))
+        tensor([0.0000, 0.7500, 1.0000, 0.5000])
+    """
+
+    kind: SurrogateKind = "triangle"
+    alpha: float = 1.0
+    function: Callable[[Tensor], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the description once, so that no kernel has to."""
+        if self.kind not in get_args(SurrogateKind):
+            raise ValueError(f"kind must be one of {get_args(SurrogateKind)}, got {self.kind!r}")
+        if not (math.isfinite(self.alpha) and self.alpha > 0):
+            raise ValueError(f"alpha must be finite and > 0, got {self.alpha}")
+        if (self.function is None) == (self.kind == "custom"):
+            raise ValueError("function must be given for kind='custom' and for no other kind")
+
+    @property
+    def is_trainable(self) -> bool:
+        """Whether ``function`` carries parameters of its own that need a gradient."""
+        function = self.function
+        return isinstance(function, nn.Module) and any(p.requires_grad for p in function.parameters())
+
+    def spike(self, z: Tensor) -> Tensor:
+        """Spike, differentiable with the surrogate derivative; same shape and dtype as ``z``."""
+        if self.function is not None:
+            return self.function(z)
+        spike: Tensor = _Spike.apply(z, self)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+        return spike
+
+    def derivative(self, z: Tensor) -> Tensor:
+        """Surrogate derivative g(z); same shape and dtype as ``z``, no graph."""
+        alpha = self.alpha
+        if self.kind == "triangle":
+            return (alpha - alpha * alpha * z.abs()).clamp_min_(0.0)
+        if self.kind == "atan":
+            return (alpha / 2) / (1 + (math.pi / 2 * alpha * z).square_())
+        if self.kind == "sigmoid":
+            s = (alpha * z).sigmoid_()
+            return alpha * s * (1 - s)
+        assert self.function is not None  # guaranteed by __post_init__
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            return torch.autograd.grad(self.function(z).sum(), z)[0]
+
+
+class _Spike(torch.autograd.Function):
+    """Heaviside step whose backward multiplies by the surrogate derivative."""
+
+    @staticmethod
+    def forward(ctx, z: Tensor, surrogate: Surrogate) -> Tensor:  # type: ignore[no-untyped-def]  # ctx has no public type
+        ctx.save_for_backward(z)
+        ctx.surrogate = surrogate
+        return (z >= 0).to(z.dtype)
+
+    @staticmethod
+    def backward(ctx, grad_spike: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def, override]  # as above
+        (z,) = ctx.saved_tensors
+        return grad_spike * ctx.surrogate.derivative(z), None
