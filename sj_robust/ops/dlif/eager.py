@@ -96,6 +96,7 @@ def _advance(
 ) -> None:
     """Move ``v`` through all steps in place and fill whichever of the sequences is given."""
     surrogate, v_threshold = config.surrogate, config.v_threshold
+    v_reset = None if config.v_reset is None else torch.full((), config.v_reset, dtype=v.dtype, device=v.device)
     buffer = torch.empty_like(v)
     for t, gain in enumerate(input_gain.unbind(0)):
         h = buffer if h_seq is None else h_seq[t]
@@ -109,10 +110,8 @@ def _advance(
             v.copy_(kept)
         else:
             spike = h >= v_threshold
-            if config.v_reset is None:
-                torch.sub(h, spike, alpha=v_threshold, out=v)
-            else:
-                torch.where(spike, config.v_reset, h, out=v)
+            after_spike = h - v_threshold if v_reset is None else v_reset
+            torch.where(spike, after_spike, h, out=v)
         if spike_seq is not None:
             spike_seq[t].copy_(spike)
         if v_seq is not None:
