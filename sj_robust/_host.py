@@ -1,6 +1,9 @@
 """Bridge to SpikingJelly 0.0.0.0.14 and 2.x: the only file that asks which of them is installed."""
 
-from spikingjelly.activation_based import base, functional, layer, neuron, surrogate
+from collections.abc import Callable
+from typing import Any
+
+from spikingjelly.activation_based import base, functional, neuron, surrogate
 from torch import nn
 
 # 2.x describes every stateful module by explicit states; 0.0.0.0.14 does not know the word.
@@ -9,15 +12,15 @@ _HAS_EXPLICIT_STATES = hasattr(base.MemoryModule, "functional_forward")
 EVAL_MODE_HAS_NO_GRADIENT = not _HAS_EXPLICIT_STATES
 """Whether IF and LIF neurons of the installed release are not differentiable in evaluation mode."""
 
-SPIKINGJELLY_RELEASE = "2.x" if _HAS_EXPLICIT_STATES else "0.0.0.0.14"
+lif_multi_step: Callable[..., Any] | None = getattr(functional, "lif_multi_step", None)
+"""SpikingJelly 2.x's fused LIF operator (native CUDA, Triton or torch); None on 0.0.0.0.14, which has none."""
 
 __all__ = [
     "EVAL_MODE_HAS_NO_GRADIENT",
-    "SPIKINGJELLY_RELEASE",
     "base",
     "functional",
     "invalidate_reset_cache",
-    "layer",
+    "lif_multi_step",
     "neuron",
     "surrogate",
 ]

@@ -22,9 +22,9 @@ class SpikingClassifier(nn.Module):
     neurons (and nothing else) run in training mode while gradients are enabled.
 
     Shapes: images [N, C, H, W] or features [N, F], floating point; logits [N, classes] in float32 or float64. The
-    network gets [T, N, C, H, W] in step mode ``"m"`` or T times [N, C, H, W] in step mode ``"s"``; a network with a true
-    attribute ``expands_time`` gets [N, C, H, W] once and brings the T steps itself. It returns [T, N, classes] (averaged
-    here), [N, classes] per step, or [N, classes] if it averages itself.
+    network gets [T, N, C, H, W] in step mode ``"m"`` or T times [N, C, H, W] in step mode ``"s"``; one with a true
+    attribute ``expands_time`` gets [N, C, H, W] once and brings the T steps itself. It returns [T, N, classes]
+    (averaged here), [N, classes] per step, or [N, classes] if it averages itself.
 
     Args:
         net: A SpikingJelly network of any neurons.
@@ -89,8 +89,8 @@ class SpikingClassifier(nn.Module):
             outputs = outputs.mean(0)
         if outputs.ndim != 2 or outputs.shape[0] != images.shape[0]:
             raise ValueError(
-                f"the network must return [T, N, classes] or [N, classes] with N={images.shape[0]}, got a mean over time "
-                f"of shape {tuple(outputs.shape)}"
+                f"the network must return [T, N, classes] or [N, classes] with N={images.shape[0]}, got a mean over "
+                f"time of shape {tuple(outputs.shape)}"
             )
         return outputs if outputs.dtype == torch.float64 else outputs.float()
 
@@ -118,7 +118,7 @@ class SpikingClassifier(nn.Module):
     def _checked(self, outputs: Any) -> Tensor:
         if not isinstance(outputs, Tensor) or (outputs.ndim == 3 and outputs.shape[0] != self.T):
             got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-            raise ValueError(f"the network must return a tensor with T={self.T} steps first, [T, N, classes], got {got}")
+            raise ValueError(f"the network must return one tensor [T, N, classes] with T={self.T}, got {got}")
         return outputs
 
     def _normalise(self, frames: Tensor, channel_dim: int) -> Tensor:
@@ -133,8 +133,8 @@ class SpikingClassifier(nn.Module):
 class PoissonEncoder(nn.Module):
     """Rate coding: a pixel of intensity x spikes with probability x, with a straight-through gradient.
 
-    Equation: ``s = 1 if u <= x else 0`` with u uniform in [0, 1]; the backward pass takes ds/dx = 1, so that attacks see
-    the mean of the encoding.
+    Equation: ``s = 1 if u <= x else 0`` with u uniform in [0, 1]; the backward pass takes ds/dx = 1, so that attacks
+    see the mean of the encoding.
 
     Args:
         generator: Source of u; None is torch's global one.

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust import ops
-from sj_robust._host import base, invalidate_reset_cache, neuron, surrogate
+from sj_robust._host import base, invalidate_reset_cache, lif_multi_step, neuron, surrogate
 
 __all__ = ["DLIFNode", "ReplacementReport", "replace_neurons"]
 
@@ -40,8 +40,8 @@ class DLIFNode(neuron.BaseNode):
             None builds ``PiecewiseQuadratic(alpha=1.0)``, the triangle of the paper.
         detach_reset: Whether the reset is left out of the gradient.
         step_mode: ``"m"`` or ``"s"``.
-        backend: A name of ``sj_robust.ops.BACKENDS``. ``"auto"`` takes the fastest that can run;
-            :meth:`chosen_backend` tells which.
+        backend: A name of ``sj_robust.ops.BACKENDS``, or ``"spikingjelly"`` for SpikingJelly 2.x's own LIF operator.
+            ``"auto"`` takes the fastest that can run; :meth:`chosen_backend` tells which.
         store_v_seq: Whether the potentials after every reset are kept in ``v_seq``.
         input_gain_init: Initial value of every gain.
 
@@ -57,6 +57,10 @@ class DLIFNode(neuron.BaseNode):
         tensor([0., 0., 1., 0.])
         >>> node.reset()
     """
+
+    v: Tensor | float
+    v_seq: Tensor | None
+    time_step: int
 
     def __init__(
         self,
@@ -76,7 +80,7 @@ class DLIFNode(neuron.BaseNode):
         super().__init__(
             v_threshold=float(v_threshold),
             v_reset=None if v_reset is None else float(v_reset),
-            surrogate_function=surrogate.PiecewiseQuadratic(alpha=1.0) if surrogate_function is None else surrogate_function,
+            surrogate_function=surrogate_function or surrogate.PiecewiseQuadratic(alpha=1.0),
             detach_reset=bool(detach_reset),
             step_mode=step_mode,
             store_v_seq=store_v_seq,
@@ -99,7 +103,7 @@ class DLIFNode(neuron.BaseNode):
     @property
     def supported_backends(self) -> tuple[str, ...]:
         """Backend names that ``functional.set_backend`` of SpikingJelly 0.0.0.0.14 may set."""
-        return ops.BACKENDS
+        return (*ops.BACKENDS, "spikingjelly")
 
     @property
     def backend(self) -> str:
@@ -108,11 +112,18 @@ class DLIFNode(neuron.BaseNode):
 
     @backend.setter
     def backend(self, value: str) -> None:
-        ops.check_backend(value)
+        if value != "spikingjelly":
+            ops.check_backend(value)
+        elif lif_multi_step is None:
+            raise RuntimeError(
+                "backend='spikingjelly' needs SpikingJelly 2.x, whose LIF operator it is; use backend='auto'"
+            )
         self._backend = value
 
     def chosen_backend(self, x_seq: Tensor) -> str:
         """Name of the implementation that would run on ``x_seq``."""
+        if self.backend == "spikingjelly":
+            return self.backend
         return ops.choose_backend(self.backend, x_seq, self._surrogate())
 
     def extra_repr(self) -> str:
@@ -131,16 +142,19 @@ class DLIFNode(neuron.BaseNode):
 
     def single_step_forward(self, x: Tensor) -> Tensor:
         """Spikes [N, *] for the input current [N, *] of the next step; moves the state on."""
-        spike_seq, self.v, self.time_step, _ = self._run(x.unsqueeze(0), self.v, self.time_step, False)
+        spike_seq, v, self.time_step, _ = self._run(x.unsqueeze(0), self.v, self.time_step, False)
+        self.v = v
         if self.store_v_seq:
-            v = self.v.unsqueeze(0)
-            self.v_seq = v if self.v_seq is None else torch.cat((self.v_seq, v))
+            v_step = v.unsqueeze(0)
+            self.v_seq = v_step if self.v_seq is None else torch.cat((self.v_seq, v_step))
         return spike_seq.squeeze(0)
 
     # SpikingJelly 2.x's explicit-state contract: pure functions of inputs and states, for memory
     # optimisation and ``to_functional_forward``.
 
-    def materialize_states(self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], step_mode: str) -> tuple[Any, ...]:
+    def materialize_states(
+        self, inputs: tuple[Tensor, ...], states: tuple[Any, ...], step_mode: str
+    ) -> tuple[Any, ...]:
         """Potential as a tensor in the shape of one step, and the time step."""
         x = inputs[0][0] if step_mode == "m" else inputs[0]
         v, time_step = states
@@ -150,14 +164,14 @@ class DLIFNode(neuron.BaseNode):
         self, inputs: tuple[Tensor, ...], states: tuple[Any, ...]
     ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
         """Multi-step forward that leaves the module's own state alone."""
-        spike_seq, v, time_step, _ = self._run(inputs[0], *states, False)
+        spike_seq, v, time_step, _ = self._run(inputs[0], states[0], states[1], False)
         return (spike_seq,), (v, time_step)
 
     def single_step_functional_forward(
         self, inputs: tuple[Tensor, ...], states: tuple[Any, ...]
     ) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:
         """Single-step forward that leaves the module's own state alone."""
-        spike_seq, v, time_step, _ = self._run(inputs[0].unsqueeze(0), *states, False)
+        spike_seq, v, time_step, _ = self._run(inputs[0].unsqueeze(0), states[0], states[1], False)
         return (spike_seq.squeeze(0),), (v, time_step)
 
     def detach(self) -> None:
@@ -174,17 +188,18 @@ class DLIFNode(neuron.BaseNode):
         end = time_step + x_seq.shape[0]
         if end > self.T:
             raise RuntimeError(
-                f"DLIFNode has T={self.T} time steps, but step {end} was asked for ({time_step} already taken since the "
-                "last reset): call functional.reset_net(net) before every new sequence, or build the neuron with a larger T"
+                f"DLIFNode has T={self.T} time steps, but step {end} was asked for ({time_step} taken since the last "
+                "reset): call functional.reset_net(net) before every new sequence, or build the neuron with a larger T"
             )
-        if isinstance(v, Tensor) or v != (self.v_reset or 0.0):
-            v_init = _potential(v, x_seq[0])
-        else:
-            v_init = None
+        gain = self.input_gain[time_step:end]
+        if self.backend == "spikingjelly":
+            spike_seq, v_end, v_seq = self._run_host(x_seq, gain, _potential(v, x_seq[0]), store_v_seq)
+            return spike_seq, v_end, end, v_seq
+        from_reset = not isinstance(v, Tensor) and v == (self.v_reset or 0.0)
         spike_seq, v_end, v_seq = ops.dlif_multi_step(
             x_seq,
-            self.input_gain[time_step:end],
-            v_init,
+            gain,
+            None if from_reset else _potential(v, x_seq[0]),
             decay=self.decay,
             v_threshold=self.v_threshold,
             v_reset=self.v_reset,
@@ -194,6 +209,25 @@ class DLIFNode(neuron.BaseNode):
             backend=self.backend,
         )
         return spike_seq, v_end, end, v_seq
+
+    def _run_host(
+        self, x_seq: Tensor, gain: Tensor, v: Tensor, store_v_seq: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """SpikingJelly's own LIF operator on the scaled input, in state precision."""
+        assert lif_multi_step is not None  # the setter of backend refuses the name otherwise
+        current = x_seq.to(v.dtype) * gain.to(v.dtype).view(-1, *[1] * (x_seq.ndim - 1))
+        spike_seq, v_end, v_seq = lif_multi_step(
+            current,
+            v,
+            self.tau,
+            False,
+            self.v_threshold,
+            self.v_reset,
+            self.surrogate_function,
+            self.detach_reset,
+            store_v_seq,
+        )
+        return spike_seq.to(x_seq.dtype), v_end, v_seq
 
     def _surrogate(self) -> ops.Surrogate:
         function = self.surrogate_function
@@ -263,7 +297,7 @@ def replace_neurons(net: nn.Module, T: int, *, backend: str = "auto") -> Replace
             continue
         dynamics = _lif_dynamics(module)
         if dynamics is None:
-            report.skipped[name] = f"{type(module).__name__} is not IF, LIF or PLIF: its dynamics are not those of a DLIF neuron"
+            report.skipped[name] = f"{type(module).__name__} is not IF, LIF or PLIF, so no DLIF neuron has its dynamics"
             continue
         if module not in successors:
             successors[module] = _successor(module, T, *dynamics, backend).to(place.device, place.dtype)
@@ -314,7 +348,7 @@ def _is_spiking(module: nn.Module) -> bool:
     return isinstance(module, neuron.BaseNode) or type(module).__module__.startswith(neuron.__name__)
 
 
-def _lif_dynamics(module: nn.Module) -> tuple[float, float] | None:
+def _lif_dynamics(module: Any) -> tuple[float, float] | None:
     """Tau and input gain of an IF, LIF or PLIF neuron; None for anything else, subclasses included."""
     if type(module) is neuron.IFNode:
         return math.inf, 1.0
@@ -340,4 +374,5 @@ def _successor(module: Any, T: int, tau: float, input_gain: float, backend: str)
         store_v_seq=module.store_v_seq,
         input_gain_init=input_gain,
     )
-    return node.train(module.training)
+    node.train(module.training)
+    return node

@@ -91,6 +91,6 @@ class _Spike(torch.autograd.Function):
         return (z >= 0).to(z.dtype)
 
     @staticmethod
-    def backward(ctx, grad_spike: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def, override]  # as above
+    def backward(ctx, grad_spike: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]  # as above
         (z,) = ctx.saved_tensors
         return grad_spike * ctx.surrogate.derivative(z), None

@@ -51,7 +51,7 @@ class DLIFFunction(torch.autograd.Function):
         return implementation.forward(x_seq, input_gain, v_init, config, store_v_seq)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]  # torch leaves it untyped
+    @once_differentiable
     def backward(
         ctx: Any, grad_spike_seq: Tensor | None, grad_v: Tensor | None, grad_v_seq: Tensor | None
     ) -> tuple[Tensor | None, ...]:

@@ -72,8 +72,8 @@ def dlif_multi_step(
     v_init = None if v_init is None else v_init.to(dtype)
     implementation = _implementation(choose_backend(backend, x_seq, config.surrogate))
     if implementation is None:
-        spike_seq, v, v_seq = reference.multi_step(x_seq, input_gain, v_init, config)
-        return spike_seq, v, v_seq if store_v_seq else None
+        spike_seq, v, potentials = reference.multi_step(x_seq, input_gain, v_init, config)
+        return spike_seq, v, potentials if store_v_seq else None
 
     order = _memory_order(x_seq)
     inverse = [order.index(dim) for dim in range(x_seq.ndim)]
@@ -106,7 +106,7 @@ def choose_backend(backend: str, x_seq: Tensor, surrogate: Surrogate) -> str:
     """
     name = check_backend(backend)
     if name == "auto":
-        candidates = _FASTEST_FIRST.get(x_seq.device.type, ("eager",))
+        candidates: tuple[str, ...] = _FASTEST_FIRST.get(x_seq.device.type, ("eager",))
         if torch.compiler.is_compiling():  # the compiler fuses plain torch itself and cannot see into kernels
             candidates = ("eager",) if surrogate.kind != "custom" else ()
         for candidate in candidates:
@@ -174,7 +174,8 @@ def _memory_order(x_seq: Tensor) -> list[int]:
     """Dimensions as they lie in memory, time first, so that channels-last inputs are not copied."""
     if x_seq.is_contiguous():
         return list(range(x_seq.ndim))
-    return [0, *sorted(range(1, x_seq.ndim), key=lambda dim: (-x_seq.stride(dim), dim))]
+    strides = x_seq.stride()
+    return [0, *sorted(range(1, x_seq.ndim), key=lambda dim: (-strides[dim], dim))]
 
 
 def _check_arguments(x_seq: Tensor, input_gain: Tensor, v_init: Tensor | None) -> None:
@@ -187,6 +188,4 @@ def _check_arguments(x_seq: Tensor, input_gain: Tensor, v_init: Tensor | None) -
             f"input_gain must hold one value per step, [T] = [{x_seq.shape[0]}], got {tuple(input_gain.shape)}"
         )
     if v_init is not None and v_init.shape != x_seq.shape[1:]:
-        raise ValueError(
-            f"v_init must have the shape of one step, {tuple(x_seq.shape[1:])}, got {tuple(v_init.shape)}"
-        )
+        raise ValueError(f"v_init must have the shape of one step, {tuple(x_seq.shape[1:])}, got {tuple(v_init.shape)}")

@@ -9,7 +9,7 @@ from sj_robust.ops.surrogate import Surrogate
 _CPU_BLOCK_ELEMENTS = 1 << 18  # per block over all steps; measured with recipes/benchmark.py
 
 
-def unavailable_reason() -> None:
+def unavailable_reason() -> str | None:
     """Plain torch is always there."""
     return None
 
