@@ -1,0 +1,31 @@
+"""Attacks as functions ``attack(model, x, y, *, eps, ...) -> x_adv``; they know torch and a callable.
+
+What holds for every one of them:
+
+- ``model`` is any callable from images [N, ...] in [0, 1] to logits [N, classes] that forgets its past between
+  calls: a spiking network belongs inside ``SpikingClassifier``, which resets it before every forward.
+- The result has shape, dtype and device of ``x``, lies in the budget, and carries no graph.
+- The caller's ``x``, parameters, ``.grad`` and global random state stay as they were. An ``nn.Module`` is attacked
+  in evaluation mode, and every submodule gets its own mode back, also after an exception; any other callable is
+  called as it is.
+- ``generator`` is asked for one number per call, which seeds all randomness of that call, the network's own use
+  of torch's global generators included; it may live on another device than ``x``. Without a generator every call
+  draws fresh numbers that ``torch.manual_seed`` does not govern.
+"""
+
+from sj_robust.attacks.checks import check_images, check_labels
+from sj_robust.attacks.gradient import fgsm, pgd, rfgsm
+from sj_robust.attacks.noise import gaussian
+from sj_robust.attacks.projection import linf_bounds, project_l2, project_linf
+
+__all__ = [
+    "check_images",
+    "check_labels",
+    "fgsm",
+    "gaussian",
+    "linf_bounds",
+    "pgd",
+    "project_l2",
+    "project_linf",
+    "rfgsm",
+]

@@ -1,0 +1,129 @@
+"""How an attack calls a model: state left as found, every answer checked."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sj_robust.attacks.checks import check_logits
+
+Model = Callable[[Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+@contextmanager
+def crafting(model: Model, device: torch.device, generator: torch.Generator | None) -> Iterator[torch.Generator]:
+    """Evaluation mode, gradients on, private randomness (yielded); all of it undone afterwards."""
+    private = private_generator(generator, device)
+    modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
+    try:
+        if isinstance(model, nn.Module):
+            model.eval()
+        with ExitStack() as stack:
+            # An inference tensor can take part in no graph, so enable_grad alone does not serve every caller.
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.enable_grad())
+            stack.enter_context(_seeded_globals(private))
+            yield private
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def private_generator(generator: torch.Generator | None, device: torch.device) -> torch.Generator:
+    """Generator on ``device``, seeded by one number of ``generator`` or, without one, by fresh entropy."""
+    private = torch.Generator(device=device)
+    if generator is None:
+        private.seed()
+    elif isinstance(generator, torch.Generator):
+        private.manual_seed(_draw_seed(generator))
+    else:
+        raise TypeError(
+            f"generator must be a torch.Generator, got {type(generator).__name__}; "
+            "use torch.Generator().manual_seed(seed)"
+        )
+    return private
+
+
+class Score(NamedTuple):
+    """How good images are for the attacker, per sample."""
+
+    loss: Tensor
+    """What the attack maximises, [N]: the loss, or its negative for a targeted attack."""
+    fooled: Tensor
+    """Whether the attack has reached its goal, [N] bool."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a gradient attack climbs: per-sample loss of the model, averaged over ``eot_samples`` forwards."""
+
+    model: Model
+    loss: Loss | None = None
+    targeted: bool = False
+    eot_samples: int = 1
+
+    def gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, Score]:
+        """Gradient of the loss of every sample with respect to its image, and the score at ``x``."""
+        x = x.detach().requires_grad_()
+        grad = torch.zeros_like(x)
+        scores = []
+        for _ in range(self.eot_samples):
+            logits, losses = self._forward(x, y)
+            grad += _input_gradient(losses, x)
+            scores.append((logits.detach(), losses.detach()))
+        if not bool(torch.isfinite(grad).all()):
+            raise ValueError("the gradient at the images must be finite, got NaN or infinity; craft in float32")
+        return grad / self.eot_samples, self._score(scores, y)
+
+    @torch.no_grad()
+    def score(self, x: Tensor, y: Tensor) -> Score:
+        """Score at ``x`` without a gradient."""
+        return self._score([self._forward(x, y) for _ in range(self.eot_samples)], y)
+
+    def _forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        logits = check_logits(self.model(x), y)
+        losses = nn.functional.cross_entropy(logits, y, reduction="none") if self.loss is None else self.loss(logits, y)
+        if losses.shape != y.shape:
+            raise ValueError(
+                f"loss must return one value per sample, [{y.shape[0]}], got {list(losses.shape)}; use reduction='none'"
+            )
+        return logits, -losses if self.targeted else losses
+
+    def _score(self, scores: list[tuple[Tensor, Tensor]], y: Tensor) -> Score:
+        logits, losses = (torch.stack(values).mean(0) for values in zip(*scores, strict=True))
+        return Score(losses, (logits.argmax(1) == y) == self.targeted)
+
+
+def _input_gradient(losses: Tensor, x: Tensor) -> Tensor:
+    """Gradient of the summed losses; the sum keeps samples apart and does not shrink with N."""
+    grad = torch.autograd.grad(losses.sum(), x, allow_unused=True)[0] if losses.requires_grad else None
+    if grad is None:
+        raise RuntimeError(
+            "no gradient reaches the images: model and loss must be differentiable, without detach or no_grad "
+            "inside; neurons of SpikingJelly 0.0.0.0.14 have no gradient in evaluation mode, so wrap a spiking "
+            "network in SpikingClassifier(net, T=...)"
+        )
+    return grad
+
+
+@contextmanager
+def _seeded_globals(private: torch.Generator) -> Iterator[None]:
+    """Torch's global generators of CPU and device, seeded from ``private`` and restored afterwards.
+
+    Restored without a seed of our own, they would show the attack the very numbers of the caller's next forward.
+    """
+    device = private.device
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(_draw_seed(private))
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(_draw_seed(private))
+        yield
+
+
+def _draw_seed(generator: torch.Generator) -> int:
+    return int(torch.randint(2**62, (), generator=generator, device=generator.device))

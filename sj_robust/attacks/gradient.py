@@ -1,0 +1,316 @@
+"""Gradient attacks: one step (FGSM, R-FGSM) and many (PGD)."""
+
+from collections.abc import Callable
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from sj_robust.attacks._call import Loss, Model, Objective, Score, crafting
+from sj_robust.attacks.checks import check_count, check_images, check_labels, check_model, check_size
+from sj_robust.attacks.projection import l2_norm, linf_bounds, per_sample, project_l2
+
+__all__ = ["fgsm", "pgd", "rfgsm"]
+
+Norm = Literal["Linf", "L2"]
+
+
+def fgsm(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    targeted: bool = False,
+    loss: Loss | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Fast gradient sign method: one step to the border of the Linf ball.
+
+    快速梯度符号攻击。
+
+    Equation: ``x_adv = clamp(x + eps * sign(grad_x loss(model(x), y)), 0, 1)``.
+
+    Args:
+        model: Images [N, ...] in [0, 1] to logits [N, classes].
+        x: Images, floating point.
+        y: Labels [N] int64; the labels to reach if ``targeted``.
+        eps: Linf radius in units of [0, 1] images, such as ``8 / 255``; never exceeded, see ``linf_bounds``.
+        targeted: Whether to descend towards ``y`` instead of climbing away from it.
+        loss: Logits and labels to one value per sample, [N]; cross entropy by default.
+        generator: Seeds the randomness of a stochastic network; FGSM itself draws none.
+
+    Returns:
+        Adversarial images in shape, dtype and device of ``x``.
+
+    Raises:
+        TypeError: If an argument has the wrong type or ``x`` is not floating point.
+        ValueError: If ``x`` is not finite or leaves [0, 1], labels or logits do not fit, or ``eps`` is not in
+            [0, 1].
+        RuntimeError: If no gradient reaches the images.
+
+    Source: Goodfellow et al. (ICLR 2015); evaluation of Ding et al. (ICML 2024), section 5.
+
+    Example:
+        >>> weight = torch.tensor([[0.0, 0.0], [1.0, -2.0]])
+        >>> fgsm(lambda x: x @ weight.T, torch.full((1, 2), 0.5), torch.tensor([1]), eps=0.25)
+        tensor([[0.2500, 0.7500]])
+    """
+    check_size("eps", eps, at_most=1.0)
+    return _single_step(
+        model,
+        x,
+        y,
+        Objective(model, loss, targeted),
+        eps=eps,
+        step_size=eps,
+        noise_std=0.0,
+        generator=generator,
+    )
+
+
+def rfgsm(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    step_size: float | None = None,
+    noise_std: float = 0.001,
+    project: bool = True,
+    targeted: bool = False,
+    loss: Loss | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """FGSM from a slightly noisy start, the attack of adversarial training.
+
+    带随机起点的快速梯度符号攻击。
+
+    Equation: ``x0 = x + noise_std * n`` with ``n ~ N(0, 1)``, then
+    ``x_adv = clamp(x0 + step_size * sign(grad_x0 loss(model(x0), y)), 0, 1)``, projected back onto the ball of ``eps``.
+
+    Args:
+        model: Images [N, ...] to logits [N, classes]; it sees x0, which may leave [0, 1] by the noise.
+        x: Images in [0, 1], floating point.
+        y: Labels [N] int64; the labels to reach if ``targeted``.
+        eps: Linf radius in units of [0, 1] images; with ``project`` never exceeded, see ``linf_bounds``.
+        step_size: Length of the step; ``eps`` by default.
+        noise_std: Standard deviation of the noise at the start.
+        project: Whether to project onto the ball; False as in the published code, whose result lies within
+            ``step_size`` of x0 instead.
+        targeted: Whether to descend towards ``y`` instead of climbing away from it.
+        loss: Logits and labels to one value per sample, [N]; cross entropy by default.
+        generator: Seeds the noise; None draws fresh numbers, global generators untouched.
+
+    Returns:
+        Adversarial images in shape, dtype and device of ``x``.
+
+    Raises:
+        TypeError: If an argument has the wrong type or ``x`` is not floating point.
+        ValueError: If ``x`` is not finite or leaves [0, 1], labels or logits do not fit, or a size is out of
+            range.
+        RuntimeError: If no gradient reaches the images.
+
+    Source: Ding et al. (ICML 2024), adversarial training of the published code, eps = step = 4/255.
+
+    Example:
+        >>> x, y = torch.rand(2, 8), torch.tensor([0, 1])
+        >>> x_adv = rfgsm(torch.nn.Linear(8, 3), x, y, eps=4 / 255)
+        >>> bool((x_adv - x).abs().max() <= 4 / 255)
+        True
+    """
+    check_size("eps", eps, at_most=1.0)
+    step_size = eps if step_size is None else _check_step_size(step_size, eps)
+    check_size("noise_std", noise_std, at_most=1.0)
+    return _single_step(
+        model,
+        x,
+        y,
+        Objective(model, loss, targeted),
+        eps=eps if project else 1.0,
+        step_size=step_size,
+        noise_std=noise_std,
+        generator=generator,
+    )
+
+
+def pgd(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    step_size: float,
+    steps: int,
+    norm: Norm = "Linf",
+    random_start: bool = True,
+    restarts: int = 1,
+    eot_samples: int = 1,
+    targeted: bool = False,
+    keep_best: bool = True,
+    loss: Loss | None = None,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Projected gradient descent in the Linf or L2 ball.
+
+    投影梯度下降攻击。
+
+    Equation: ``x[k+1] = project(x[k] + step_size * d(grad_x loss(model(x[k]), y)))`` with ``d(g) = sign(g)`` for
+    Linf and ``d(g) = g / ||g||`` per sample for L2 (0 where g is 0); ``x[0]`` is uniform in the ball, or ``x``.
+
+    With ``keep_best`` the result is, per sample, an image that fools the model if any was met, and among equals
+    the one of highest loss; ``x`` itself and all ``x[k]`` are candidates, so a wrongly classified image stays so.
+    Further restarts attack only what is not yet fooled. A stochastic model is judged on the ``eot_samples`` it was
+    averaged over, the best of many draws: score the result with several fresh ones.
+
+    Args:
+        model: Images [N, ...] in [0, 1] to logits [N, classes].
+        x: Images, floating point.
+        y: Labels [N] int64; the labels to reach if ``targeted``.
+        eps: Radius in units of [0, 1] images; never exceeded, see ``linf_bounds`` and ``project_l2``.
+        step_size: Length of a step in the chosen norm.
+        steps: Number of gradient steps, >= 1.
+        norm: ``"Linf"`` or ``"L2"``, the latter over all elements of an image.
+        random_start: Whether to start from a random point of the ball, clamped to [0, 1].
+        restarts: Number of runs from different random starts, >= 1.
+        eot_samples: Forwards averaged per step (expectation over transformation), for stochastic models.
+        targeted: Whether to descend towards ``y`` instead of climbing away from it.
+        keep_best: False takes the last iterate (of several restarts the best of their last ones), the usual
+            practice of other libraries, which overstates robustness.
+        loss: Logits and labels to one value per sample, [N]; cross entropy by default.
+        generator: Seeds all randomness of the call; None draws fresh numbers, global generators untouched.
+
+    Returns:
+        Adversarial images in shape, dtype and device of ``x``.
+
+    Raises:
+        TypeError: If an argument has the wrong type or ``x`` is not floating point.
+        ValueError: If ``x`` is not finite or leaves [0, 1], labels or logits do not fit, a number is out of
+            range, or restarts are asked for without a random start.
+        RuntimeError: If no gradient reaches the images.
+
+    Source: Madry et al. (ICLR 2018); evaluation of Ding et al. (ICML 2024), section 5.
+
+    Example:
+        >>> weight = torch.tensor([[0.0, 0.0], [3.0, -4.0]])
+        >>> x, y = torch.full((1, 2), 0.5), torch.tensor([1])
+        >>> pgd(lambda x: x @ weight.T, x, y, eps=0.25, step_size=0.1, steps=4, norm="L2", random_start=False)
+        tensor([[0.3500, 0.7000]])
+    """
+    if norm not in get_args(Norm):
+        raise ValueError(f"norm must be one of {get_args(Norm)}, got {norm!r}")
+    check_size("eps", eps, at_most=1.0 if norm == "Linf" else float("inf"))
+    _check_step_size(step_size, eps)
+    check_count("steps", steps)
+    check_count("restarts", restarts)
+    check_count("eot_samples", eot_samples)
+    if restarts > 1 and not random_start:
+        raise ValueError(f"restarts > 1 need random_start=True to differ, got restarts={restarts} without it")
+    x, y = _checked_copies(model, x, y)
+    if x.numel() == 0:
+        return x
+    objective = Objective(model, loss, targeted, eot_samples)
+    best = _Best(x)
+    everything = rows = torch.arange(len(x), device=x.device)
+    with crafting(model, x.device, generator) as private:
+        if keep_best and random_start:
+            best.offer(everything, x, objective.score(x, y))
+        for restart in range(restarts):
+            # Drawn for all samples, so that the start of one does not depend on how many others are left.
+            start = _random_point(x, eps, norm, private) if random_start else x
+            rows = everything if restart == 0 else everything[~best.fooled]
+            if len(rows) == 0:
+                break
+            project = _projection(x[rows], eps, norm)
+            x_adv = start[rows]
+            for _ in range(steps):
+                grad, score = objective.gradient(x_adv, y[rows])
+                if keep_best:
+                    best.offer(rows, x_adv, score)
+                x_adv = project(x_adv + step_size * _direction(grad, norm))
+            if not keep_best and restarts == 1:
+                return x_adv
+            best.offer(rows, x_adv, objective.score(x_adv, y[rows]))
+    return best.x_adv
+
+
+class _Best:
+    """Best image so far per sample: one that fools before one that does not, then the higher loss."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x_adv = x.clone()
+        self.fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        self.loss = torch.full((len(x),), -torch.inf, dtype=torch.float64, device=x.device)
+
+    def offer(self, rows: Tensor, x_adv: Tensor, score: Score) -> None:
+        """Take the images of the samples ``rows`` that beat what is kept."""
+        fooled, loss = self.fooled[rows], self.loss[rows]
+        better = (score.fooled & ~fooled) | ((score.fooled == fooled) & (score.loss > loss))
+        rows = rows[better]
+        self.x_adv[rows] = x_adv[better]
+        self.fooled[rows] = score.fooled[better]
+        self.loss[rows] = score.loss[better].double()
+
+
+def _single_step(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    objective: Objective,
+    *,
+    eps: float,
+    step_size: float,
+    noise_std: float,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """One signed step from a noisy start, clamped to the Linf ball of ``eps`` and to [0, 1]."""
+    x, y = _checked_copies(model, x, y)
+    if x.numel() == 0:
+        return x
+    with crafting(model, x.device, generator) as private:
+        start = x
+        if noise_std > 0:
+            start = x + noise_std * torch.randn(x.shape, generator=private, dtype=x.dtype, device=x.device)
+        grad, _ = objective.gradient(start, y)
+        return (start + step_size * grad.sign()).clamp(*linf_bounds(x, eps=eps))
+
+
+def _checked_copies(model: Model, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Entry check of every gradient attack; copies that the model may keep and that have no graph."""
+    check_model(model)
+    check_images(x)
+    check_labels(y, x)
+    with torch.inference_mode(False):
+        return x.detach().clone(), y.clone()
+
+
+def _check_step_size(step_size: float, eps: float) -> float:
+    """A step of 0 is a silent non-attack, unless there is nowhere to go."""
+    return check_size("step_size", step_size, positive=eps > 0)
+
+
+def _direction(grad: Tensor, norm: Norm) -> Tensor:
+    """Steepest ascent of unit length per sample; 0 for a zero gradient."""
+    if norm == "Linf":
+        return grad.sign()
+    length = per_sample(l2_norm(grad), grad)
+    return (grad.double() / torch.where(length > 0, length, 1.0)).to(grad.dtype)
+
+
+def _random_point(x: Tensor, eps: float, norm: Norm, generator: torch.Generator) -> Tensor:
+    """Uniform in the ball around ``x``, then projected into [0, 1]."""
+    if norm == "Linf":
+        uniform = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+        return (x + eps * (2 * uniform - 1)).clamp(*linf_bounds(x, eps=eps))
+    direction = torch.randn(x.shape, generator=generator, dtype=torch.float64, device=x.device)
+    volume = torch.rand(len(x), generator=generator, dtype=torch.float64, device=x.device)
+    radius = eps * volume ** (1 / x[0].numel())
+    return project_l2(x + direction * per_sample(radius / l2_norm(direction), x), x, eps=eps)
+
+
+def _projection(x: Tensor, eps: float, norm: Norm) -> Callable[[Tensor], Tensor]:
+    """Projection onto the ball around ``x`` and [0, 1]; what no step changes is computed once."""
+    if norm == "L2":
+        return lambda x_adv: project_l2(x_adv, x, eps=eps)
+    lower, upper = linf_bounds(x, eps=eps)
+    return lambda x_adv: x_adv.clamp(lower, upper)

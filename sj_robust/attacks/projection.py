@@ -1,0 +1,108 @@
+"""Projection onto the intersection of a ball around the images and the box [0, 1]."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["linf_bounds", "project_l2", "project_linf"]
+
+_SAME_SIZE_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
+def linf_bounds(x: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
+    """Smallest and largest image within ``eps`` of ``x`` and within [0, 1].
+
+    Equation: ``lower = max(x - eps, 0)``, ``upper = min(x + eps, 1)``, rounded towards ``x``: whether measured
+    in float64 or in the dtype of ``x``, no element is farther away than ``eps``, without any tolerance. (Rounding
+    to the nearest would leave the ball by half a unit in the last place.)
+
+    Args:
+        x: Images [N, ...] in [0, 1], any floating dtype.
+        eps: Radius, >= 0.
+
+    Returns:
+        ``lower`` and ``upper``, each in shape, dtype and device of ``x``.
+
+    Source: Linf ball of Ding et al. (ICML 2024), section 5.
+
+    Example:
+        >>> linf_bounds(torch.tensor([[0.125, 0.5]]), eps=0.25)
+        (tensor([[0.0000, 0.2500]]), tensor([[0.3750, 0.7500]]))
+    """
+    radius = _round_down(eps, x.dtype)
+    exact = x.double()
+    lower = _round_towards(x, (exact - radius).clamp(min=0), limit=radius)
+    upper = _round_towards(x, (exact + radius).clamp(max=1), limit=radius)
+    return lower, upper
+
+
+def project_linf(x_adv: Tensor, x: Tensor, *, eps: float) -> Tensor:
+    """Nearest image to ``x_adv`` within ``eps`` of ``x`` in every element and within [0, 1].
+
+    Equation: ``clamp(x_adv, max(x - eps, 0), min(x + eps, 1))``, exact as :func:`linf_bounds` says.
+
+    Args:
+        x_adv: Images to project, in shape and dtype of ``x``.
+        x: Centres [N, ...] in [0, 1].
+        eps: Radius, >= 0.
+
+    Source: Linf ball of Ding et al. (ICML 2024), section 5.
+
+    Example:
+        >>> project_linf(torch.tensor([[0.9, 0.4]]), torch.tensor([[0.5, 0.5]]), eps=0.25)
+        tensor([[0.7500, 0.4000]])
+    """
+    lower, upper = linf_bounds(x, eps=eps)
+    return x_adv.clamp(lower, upper)
+
+
+def project_l2(x_adv: Tensor, x: Tensor, *, eps: float) -> Tensor:
+    """Image within L2 distance ``eps`` of ``x`` per sample and within [0, 1].
+
+    Equation: ``clamp(x + d * min(1, eps / ||d||), 0, 1)`` with ``d = x_adv - x``. The clamp only shortens the
+    way to ``x``, so both bounds hold. The result is rounded towards ``x``: measured in float64 the distance is at
+    most ``eps * (1 + 1e-12)``.
+
+    Args:
+        x_adv: Images to project, in shape and dtype of ``x``.
+        x: Centres [N, ...] in [0, 1].
+        eps: Radius, >= 0.
+
+    Source: Madry et al. (ICLR 2018), projected gradient descent, for the L2 ball.
+
+    Example:
+        >>> project_l2(torch.tensor([[0.5, 1.5]]), torch.tensor([[0.5, 0.5]]), eps=0.25)
+        tensor([[0.5000, 0.7500]])
+    """
+    centre = x.double()
+    delta = x_adv.double() - centre
+    delta = delta * (eps / per_sample(l2_norm(delta), delta).clamp(min=eps or 1.0))
+    target = (centre + delta).clamp(0, 1)
+    return _round_towards(x, target, limit=delta.abs())
+
+
+def l2_norm(x: Tensor) -> Tensor:
+    """L2 norm of every sample, [N] in float64, where the squares of float32 neither vanish nor overflow."""
+    norm: Tensor = torch.linalg.vector_norm(x.double().flatten(1), dim=1)
+    return norm
+
+
+def per_sample(values: Tensor, x: Tensor) -> Tensor:
+    """One value per sample, [N], in a shape that broadcasts over ``x`` [N, ...]."""
+    return values.view([-1] + [1] * (x.ndim - 1))
+
+
+def _round_towards(x: Tensor, target: Tensor, *, limit: Tensor | float) -> Tensor:
+    """Float64 ``target`` in the dtype of ``x``, one unit in the last place closer to ``x`` where beyond ``limit``."""
+    rounded = target.to(x.dtype) + 0.0  # turns -0 into 0, so that adjacent numbers have adjacent bit patterns
+    towards = torch.sign(x.double() - rounded.double())
+    too_far = (rounded.double() - x.double()).abs() > limit
+    integer = _SAME_SIZE_INTEGER[x.element_size()]
+    return (rounded.view(integer) + (too_far * towards).to(integer)).view(x.dtype)
+
+
+def _round_down(eps: float, dtype: torch.dtype) -> float:
+    """Largest number of ``dtype`` that is not above ``eps``."""
+    nearest = torch.tensor(eps, dtype=dtype)
+    if float(nearest) > eps:
+        nearest = torch.nextafter(nearest, torch.zeros_like(nearest))
+    return float(nearest)
