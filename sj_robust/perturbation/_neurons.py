@@ -1,0 +1,183 @@
+"""Which neurons the monitor can follow, and the decay and gain with which each one charges."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from sj_robust._host import neuron
+from sj_robust.neuron import DLIFNode
+
+__all__ = ["Charging", "Neuron", "find_neurons"]
+
+NeuronKey = str | type[nn.Module]
+
+
+@dataclass(frozen=True)
+class Charging:
+    """How a neuron charges at present: ``h[t] = decay * v[t-1] + gain * input_gain[t] * x[t]``.
+
+    Attributes:
+        decay: Fraction of the potential kept per step; a tensor with a gradient if the neuron learns it.
+        gain: Fixed input gain, 1/tau of a neuron with ``decay_input``.
+        input_gain: Learnable gain per time step [T], None if the neuron has none.
+    """
+
+    decay: float | Tensor
+    gain: float | Tensor = 1.0
+    input_gain: Tensor | None = None
+
+    def gain_at(self, t: int, *, input_gain: bool) -> float | Tensor:
+        """Gain of the input of step ``t``, with or without the learnable part."""
+        return self.gain if self.input_gain is None or not input_gain else self.gain * self.input_gain[t]
+
+
+@dataclass(frozen=True)
+class Neuron:
+    """A spiking layer that the monitor follows.
+
+    Attributes:
+        name: Name of the module in the network.
+        module: The neuron.
+        charging: Reads the charge parameters as they are now.
+        known: Whether the dynamics are SpikingJelly's or ours, not stated by the user.
+    """
+
+    name: str
+    module: Any
+    charging: Callable[[], Charging]
+    known: bool
+
+    @property
+    def type_name(self) -> str:
+        """Class name of the neuron."""
+        return type(self.module).__name__
+
+    @property
+    def time_step(self) -> int:
+        """Number of steps since the neuron's reset, for neurons whose gain depends on it."""
+        return int(self.module.time_step) if type(self.module) is DLIFNode else 0
+
+    @property
+    def binary(self) -> bool:
+        """Whether the outputs can only be 0 and 1."""
+        return self.known and bool(getattr(self.module.surrogate_function, "spiking", False))
+
+
+def find_neurons(
+    net: nn.Module, decay: Mapping[NeuronKey, float], gain: Mapping[NeuronKey, float]
+) -> tuple[dict[str, Neuron], dict[str, str], set[str]]:
+    """Neurons of a network that can be followed, and the reason why for each of the others.
+
+    Args:
+        net: A SpikingJelly network.
+        decay: Decay of neurons whose dynamics are not known, by module name or exact type.
+        gain: Fixed input gain of neurons in ``decay``, by the same keys.
+
+    Returns:
+        Followed neurons by name, reasons by name of the others, and the names of those others that spike.
+
+    Raises:
+        ValueError: If a key fits no neuron or one whose dynamics are known, or a value is out of range.
+    """
+    candidates = {name: module for name, module in net.named_modules() if _is_neuron(module)}
+    if not candidates:
+        raise ValueError(f"{type(net).__name__} holds no SpikingJelly neuron, so there is nothing to monitor")
+    _check_given(candidates, decay, gain)
+    followed: dict[str, Neuron] = {}
+    unsupported: dict[str, str] = {}
+    for name, module in candidates.items():
+        read = _KNOWN.get(type(module))
+        given = _lookup(decay, name, module)
+        if read is not None:
+            followed[name] = Neuron(name, module, _reader(read, module), known=True)
+        elif given is not None:
+            fixed_gain = _lookup(gain, name, module)
+            charging = Charging(float(given), 1.0 if fixed_gain is None else float(fixed_gain))
+            followed[name] = Neuron(name, module, _constant(charging), known=False)
+        else:
+            unsupported[name] = _reason(module)
+    return followed, unsupported, {name for name in unsupported if _spikes(candidates[name])}
+
+
+def _if(module: Any) -> Charging:
+    return Charging(decay=1.0)
+
+
+def _lif(module: Any) -> Charging:
+    return Charging(1.0 - 1.0 / module.tau, 1.0 / module.tau if module.decay_input else 1.0)
+
+
+def _parametric_lif(module: Any) -> Charging:
+    rate = module.w.sigmoid()
+    return Charging(1.0 - rate, rate if module.decay_input else 1.0)
+
+
+def _dlif(module: Any) -> Charging:
+    return Charging(module.decay, input_gain=module.input_gain)
+
+
+# Exact types: a subclass may charge differently.
+_KNOWN: dict[type, Callable[[Any], Charging]] = {
+    neuron.IFNode: _if,
+    neuron.LIFNode: _lif,
+    neuron.ParametricLIFNode: _parametric_lif,
+    DLIFNode: _dlif,
+}
+
+
+def _reader(read: Callable[[Any], Charging], module: nn.Module) -> Callable[[], Charging]:
+    return lambda: read(module)
+
+
+def _constant(charging: Charging) -> Callable[[], Charging]:
+    return lambda: charging
+
+
+def _is_neuron(module: nn.Module) -> bool:
+    """Whether a module's class is, or derives from, one of SpikingJelly's neurons."""
+    package = neuron.__name__
+    return any(cls.__module__ == package or cls.__module__.startswith(f"{package}.") for cls in type(module).__mro__)
+
+
+def _spikes(module: nn.Module) -> bool:
+    return not any(cls.__name__ == "NonSpikingBaseNode" for cls in type(module).__mro__)
+
+
+def _reason(module: nn.Module) -> str:
+    name = type(module).__name__
+    if not _spikes(module):
+        return f"{name} emits potentials, not spikes"
+    if isinstance(module, neuron.BaseNode):
+        return (
+            f"the decay of {name} is not known; if its potential decays by a constant factor per step, "
+            f"pass decay={{{name}: factor}}"
+        )
+    return f"{name} has no membrane potential that decays by a constant factor per step"
+
+
+def _lookup(given: Mapping[NeuronKey, float], name: str, module: nn.Module) -> float | None:
+    return given.get(name, given.get(type(module)))
+
+
+def _check_given(
+    candidates: Mapping[str, nn.Module], decay: Mapping[NeuronKey, float], gain: Mapping[NeuronKey, float]
+) -> None:
+    for key, value in decay.items():
+        fitting = [module for name, module in candidates.items() if key in (name, type(module))]
+        if not fitting:
+            known = ", ".join(f"{name!r} ({type(module).__name__})" for name, module in candidates.items())
+            raise ValueError(f"decay: no neuron has the name or exact type {key!r}; the network has {known}")
+        if any(type(module) in _KNOWN for module in fitting):
+            kind = type(fitting[0]).__name__
+            raise ValueError(f"decay: {key!r} names a {kind}, whose decay is read from the neuron; leave it out")
+        if any(not isinstance(module, neuron.BaseNode) or not _spikes(module) for module in fitting):
+            raise ValueError(f"decay: {key!r} cannot be followed by a decay alone: {_reason(fitting[0])}")
+        if not 0.0 < value <= 1.0:
+            raise ValueError(
+                f"decay of {key!r} must be in (0, 1], got {value}; a time constant tau means decay 1 - 1 / tau"
+            )
+    for key in gain:
+        if key not in decay:
+            raise ValueError(f"gain: {key!r} has no decay; gain belongs to neurons given in decay={{...}}")

@@ -1,0 +1,332 @@
+"""What the monitor reports of a layer, and the running sums it comes from."""
+
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sj_robust.perturbation import dynamics
+from sj_robust.perturbation._neurons import Neuron
+
+__all__ = ["LayerStats", "LayerTotals", "LayerTrace", "PairStatistics"]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerStats:
+    """Statistics of one spiking layer over pairs of a clean and a perturbed run, per time step. 单层的扰动统计量。
+
+    Every tensor is float64 on the CPU with shape [T]. Means are over batch and features of everything seen. With
+    ``eps`` the simplified perturbation (no reset) and ``d = v - v~`` the full one:
+
+    Attributes:
+        name: Name of the neuron in the network.
+        neuron: Class of the neuron.
+        samples: Number of samples seen, each in both runs.
+        firing_rate: Mean number of spikes per neuron at step t of the clean run.
+        firing_rate_perturbed: The same of the perturbed run.
+        silent: Share of the neurons that fired for no sample seen in steps 0 .. t of the clean run; the last entry is
+            the share that never fired.
+        silent_perturbed: The same of the perturbed run.
+        ms_mppd: ``mean(eps[t]^2)``.
+        l1: ``mean(|eps[t]|)``.
+        max_abs: ``max |eps[t]|``.
+        full_ms_mppd: ``mean(d[t]^2)``; None, like the other two, if the potential of a neuron whose decay was given
+            could not be recomputed.
+        full_l1: ``mean(|d[t]|)``.
+        full_max_abs: ``max |d[t]|``.
+        spike_distance: ``mean |s[t] - s~[t]|``; its mean over t is the spike-train distance divided by T.
+        tasad: Mean over neurons of ``|mean(s~[:t+1]) - mean(s[:t+1])|``; the last entry is TASAD.
+
+    Source: Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024).
+
+    Example:
+        >>> from spikingjelly.activation_based import neuron
+        >>> from sj_robust.perturbation import MPPDMonitor
+        >>> net = torch.nn.Sequential(neuron.IFNode(step_mode="m"))
+        >>> stats = MPPDMonitor(net).compare(torch.full((2, 1, 1), 0.5), torch.full((2, 1, 1), 0.75))["0"]
+        >>> stats.ms_mppd.tolist(), stats.summary()["ms_mppd"]
+        ([0.0625, 0.25], 0.15625)
+    """
+
+    name: str
+    neuron: str
+    samples: int
+    firing_rate: Tensor
+    firing_rate_perturbed: Tensor
+    silent: Tensor
+    silent_perturbed: Tensor
+    ms_mppd: Tensor
+    l1: Tensor
+    max_abs: Tensor
+    full_ms_mppd: Tensor | None
+    full_l1: Tensor | None
+    full_max_abs: Tensor | None
+    spike_distance: Tensor
+    tasad: Tensor
+
+    @property
+    def T(self) -> int:  # noqa: N802  # the field's name for the number of time steps
+        """Number of time steps."""
+        return self.ms_mppd.shape[0]
+
+    def summary(self) -> dict[str, float | None]:
+        """One number per statistic: the mean over time; the maximum of maxima; the last entry of silent and tasad."""
+        return {name: None if value is None else _whole(name, value) for name, value in self._tensors().items()}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain numbers, lists and strings, ready for JSON: ``"per_step"`` and ``"summary"`` of every statistic."""
+        return {
+            "name": self.name,
+            "neuron": self.neuron,
+            "samples": self.samples,
+            "T": self.T,
+            "summary": self.summary(),
+            "per_step": {name: None if value is None else value.tolist() for name, value in self._tensors().items()},
+        }
+
+    def __repr__(self) -> str:
+        """One line with the numbers of :meth:`summary`."""
+        numbers = ", ".join(f"{name} {value:.4g}" for name, value in self.summary().items() if value is not None)
+        return f"LayerStats({self.name!r}, {self.neuron}, T={self.T}, samples={self.samples}: {numbers})"
+
+    def _tensors(self) -> dict[str, Tensor | None]:
+        return {field.name: getattr(self, field.name) for field in fields(self)[3:]}
+
+
+@dataclass(frozen=True, eq=False)
+class LayerTrace:
+    """Everything of one spiking layer in one pair of runs, kept by ``MPPDMonitor(keep="trace")``. 单层的完整轨迹。
+
+    Every tensor is detached with shape [T, N, *].
+
+    Attributes:
+        name: Name of the neuron in the network.
+        x_seq: Input currents of the clean run.
+        x_seq_perturbed: Input currents of the perturbed run.
+        spike_seq: Spikes of the clean run.
+        spike_seq_perturbed: Spikes of the perturbed run.
+        v_seq: Potentials after the reset in the clean run, recomputed from currents and spikes.
+        v_seq_perturbed: The same of the perturbed run.
+        eps: Simplified perturbation.
+    """
+
+    name: str
+    x_seq: Tensor
+    x_seq_perturbed: Tensor
+    spike_seq: Tensor
+    spike_seq_perturbed: Tensor
+    v_seq: Tensor
+    v_seq_perturbed: Tensor
+    eps: Tensor
+
+    @property
+    def full(self) -> Tensor:
+        """Full perturbation ``v_seq - v_seq_perturbed``."""
+        return dynamics.full_perturbation(self.v_seq, self.v_seq_perturbed)
+
+
+class PairStatistics:
+    """Sums of one layer over one pair of runs, fed step by step; nothing in it has a graph or the size of a batch
+    once it is closed.
+
+    Args:
+        neuron: The layer.
+        v_init: Potential before the first step, the same in both runs.
+        time_step: Index of the first step, for a gain per time step.
+        input_gain: Whether the perturbation of the trace contains the learnable gain.
+        trace: Whether everything is kept as well.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self, neuron: Neuron, v_init: float | Tensor, time_step: int, *, input_gain: bool, trace: bool
+    ) -> None:
+        self.neuron = neuron
+        self.samples = 0
+        self.elements = 0
+        self.sums: list[Tensor] = []
+        self.maxima: list[Tensor] = []
+        self.first_spike: tuple[Tensor, Tensor] | None = None
+        self.full_valid = True
+        self._charging = neuron.charging()
+        self.time_step = time_step
+        self._input_gain = input_gain
+        self._v_init = v_init
+        self._state: dict[str, Tensor] = {}
+        self._trace: list[tuple[Tensor, ...]] | None = [] if trace else None
+
+    @property
+    def steps(self) -> int:
+        """Number of steps seen."""
+        return len(self.sums)
+
+    @torch.no_grad()
+    def step(self, x: Tensor, spike: Tensor, x_perturbed: Tensor, spike_perturbed: Tensor) -> None:
+        """Take in one step [N, *] of both runs."""
+        t = self.steps
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        x, spike, x_perturbed, spike_perturbed = (
+            value.detach().to(dtype) for value in (x, spike, x_perturbed, spike_perturbed)
+        )
+        state = self._state or self._start(x)
+        plain, gain = (self._charging.gain_at(self.time_step + t, input_gain=flag) for flag in (False, True))
+        dx = x - x_perturbed
+        eps = dynamics.perturbation_step(state["eps"], dx, self._charging.decay, gain)
+        eps_plain = eps
+        if plain is not gain:
+            eps_plain = dynamics.perturbation_step(state["eps_plain"], dx, self._charging.decay, plain)
+        v = self._potential(state["v"], x, spike, gain)
+        v_perturbed = self._potential(state["v_perturbed"], x_perturbed, spike_perturbed, gain)
+        d = v - v_perturbed
+        dspike = spike_perturbed - spike
+        excess = state["excess"] + dspike
+        self._state = {"eps": eps, "eps_plain": eps_plain, "v": v, "v_perturbed": v_perturbed, "excess": excess}
+
+        of_eps = (*_powers(eps), _peak(eps))
+        of_plain = of_eps if eps_plain is eps else (*_powers(eps_plain), _peak(eps_plain))
+        rates = (_total(spike != 0), _total(spike_perturbed != 0))
+        distances = (_total(dspike.abs()), _total(excess.abs()) / (t + 1))
+        self.sums.append(torch.stack((*rates, *of_eps[:2], *of_plain[:2], *_powers(d), *distances)))
+        self.maxima.append(torch.stack((of_eps[2], of_plain[2], _peak(d))))
+        assert self.first_spike is not None
+        first, first_perturbed = self.first_spike
+        self.first_spike = _earliest(first, spike, t), _earliest(first_perturbed, spike_perturbed, t)
+        if self._trace is not None:
+            shown = eps if self._input_gain else eps_plain
+            self._trace.append((x, x_perturbed, spike, spike_perturbed, v, v_perturbed, shown))
+
+    @torch.no_grad()
+    def check_potential(self, v_perturbed: Any) -> None:
+        """Compare the recomputed potential of the perturbed run with the neuron's own, where dynamics were stated."""
+        if self.neuron.known or not isinstance(v_perturbed, Tensor) or not self._state:
+            return
+        mine = self._state["v_perturbed"]
+        scale = 1e-5 if mine.dtype == v_perturbed.dtype else 1e-2
+        self.full_valid &= v_perturbed.shape == mine.shape and torch.allclose(mine, v_perturbed.to(mine), scale, scale)
+
+    def close(self) -> LayerTrace | None:
+        """Let go of everything that has the size of a batch; the trace, if one was kept."""
+        self._state = {}
+        self._v_init = 0.0
+        trace, self._trace = self._trace, None
+        if not trace:
+            return None
+        return LayerTrace(self.neuron.name, *(torch.stack(steps) for steps in zip(*trace, strict=True)))
+
+    def mean(self, norm: str, *, input_gain: bool) -> Tensor:
+        """``mean(eps^2)`` for ``"l2"`` or ``mean(|eps|)`` for ``"l1"`` over the whole pair."""
+        column = (2 if input_gain else 4) + (norm == "l1")
+        return (torch.stack(self.sums)[:, column].mean() / self.elements).to(self._dtype)
+
+    def _start(self, x: Tensor) -> dict[str, Tensor]:
+        self._dtype = x.dtype
+        self.samples = x.shape[0]
+        self.elements = x.numel()
+        never = torch.full(x.shape[1:], torch.iinfo(torch.int16).max, dtype=torch.int16, device=x.device)
+        self.first_spike = never, never
+        zero = torch.zeros_like(x)
+        v = zero + self._v_init
+        return {"eps": zero, "eps_plain": zero, "v": v, "v_perturbed": v, "excess": zero}
+
+    def _potential(self, v: Tensor, x: Tensor, spike: Tensor, gain: float | Tensor) -> Tensor:
+        module = self.neuron.module
+        h = dynamics.charge(v, x, self._charging.decay, gain, module.v_reset)
+        return dynamics.reset_potential(h, spike, module.v_threshold, module.v_reset)
+
+
+class LayerTotals:
+    """Sums of one layer over all pairs of runs."""
+
+    @torch.no_grad()
+    def __init__(self, pair: PairStatistics) -> None:
+        assert pair.first_spike is not None
+        self._neuron = pair.neuron
+        self._samples = pair.samples
+        self._elements = pair.elements
+        self._sums = torch.stack(pair.sums)
+        self._maxima = torch.stack(pair.maxima)
+        self._first_spike = pair.first_spike
+        self._full_valid = pair.full_valid
+
+    @torch.no_grad()
+    def add(self, other: "LayerTotals") -> None:
+        """Take in another pair of the same number of steps and features."""
+        self.check_fits(other)
+        self._samples += other._samples
+        self._elements += other._elements
+        self._sums = self._sums + other._sums.to(self._sums.device)
+        self._maxima = torch.maximum(self._maxima, other._maxima.to(self._maxima.device))
+        clean, perturbed = (
+            torch.minimum(mine, theirs.to(mine.device))
+            for mine, theirs in zip(self._first_spike, other._first_spike, strict=True)
+        )
+        self._first_spike = clean, perturbed
+        self._full_valid &= other._full_valid
+
+    def check_fits(self, other: "LayerTotals") -> None:
+        """Raise ValueError if steps or features differ."""
+        mine, theirs = ((total._sums.shape[0], tuple(total._first_spike[0].shape)) for total in (self, other))
+        if mine != theirs:
+            raise ValueError(
+                f"layer {self._neuron.name!r}: statistics are kept per time step and neuron, and those so far have "
+                f"T={mine[0]} and features {mine[1]}, but this pair has T={theirs[0]} and features {theirs[1]}; "
+                "call clear_recorded_data() first"
+            )
+
+    @torch.no_grad()
+    def stats(self, *, input_gain: bool) -> LayerStats:
+        """The statistics so far."""
+        means = (self._sums / self._elements).double().cpu().unbind(1)
+        maxima = self._maxima.double().cpu().unbind(1)
+        rate, rate_perturbed, distance, tasad = means[0], means[1], means[8], means[9]
+        l2, l1, peak = (means[2], means[3], maxima[0]) if input_gain else (means[4], means[5], maxima[1])
+        full = (means[6], means[7], maxima[2]) if self._full_valid else (None, None, None)
+        silent, silent_perturbed = (_silent(first, rate.shape[0]) for first in self._first_spike)
+        return LayerStats(
+            name=self._neuron.name,
+            neuron=self._neuron.type_name,
+            samples=self._samples,
+            firing_rate=rate,
+            firing_rate_perturbed=rate_perturbed,
+            silent=silent,
+            silent_perturbed=silent_perturbed,
+            ms_mppd=l2,
+            l1=l1,
+            max_abs=peak,
+            full_ms_mppd=full[0],
+            full_l1=full[1],
+            full_max_abs=full[2],
+            spike_distance=distance,
+            tasad=tasad,
+        )
+
+
+def _whole(name: str, per_step: Tensor) -> float:
+    if name.endswith("max_abs"):
+        return float(per_step.max())
+    if name in ("silent", "silent_perturbed", "tasad"):
+        return float(per_step[-1])
+    return float(per_step.mean())
+
+
+def _total(values: Tensor) -> Tensor:
+    # MPS has no float64.
+    return values.sum(dtype=torch.float32 if values.device.type == "mps" else torch.float64)
+
+
+def _powers(values: Tensor) -> tuple[Tensor, Tensor]:
+    return _total(values.square()), _total(values.abs())
+
+
+def _peak(values: Tensor) -> Tensor:
+    return values.abs().max() if values.numel() else values.new_zeros(())
+
+
+def _earliest(first: Tensor, spike: Tensor, t: int) -> Tensor:
+    """Earliest step at which each neuron fired for any sample, now that it is step ``t``."""
+    return torch.where((spike != 0).any(0), first.clamp(max=t), first)
+
+
+def _silent(first: Tensor, steps: int) -> Tensor:
+    return torch.stack([(first > t).double().mean() for t in range(steps)]).cpu()

@@ -1,0 +1,278 @@
+"""Membrane potential perturbation dynamics as pure functions of two runs of one neuron layer."""
+
+from collections.abc import Iterable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "charge",
+    "full_perturbation",
+    "membrane_potential",
+    "ms_mppd",
+    "perturbation_step",
+    "reset_potential",
+    "simplified_perturbation",
+    "spike_train_distance",
+    "tasad",
+]
+
+
+def simplified_perturbation(
+    x_seq: Tensor, x_seq_perturbed: Tensor, *, decay: float | Tensor, gain: float | Tensor = 1.0
+) -> Tensor:
+    """Perturbation of the membrane potential without the reset. 忽略复位的膜电位扰动。
+
+    Equation, with ``eps[-1] = 0``::
+
+        eps[t] = decay * eps[t-1] + gain[t] * (x[t] - x~[t])
+
+    Differentiable in every tensor argument.
+
+    Args:
+        x_seq: Input currents [T, N, *] of the clean run.
+        x_seq_perturbed: Input currents [T, N, *] of the perturbed run.
+        decay: Fraction of the potential kept per step, in (0, 1]; 1 for IF, ``1 - 1 / tau`` for LIF.
+        gain: Input gain, one number for all steps or a tensor [T] with one per step.
+
+    Returns:
+        ``eps`` [T, N, *], in float32 for half-precision currents.
+
+    Raises:
+        ValueError: If the shapes differ, there is no step, ``decay`` is outside (0, 1] or ``gain`` is not [T].
+
+    Source: Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024), simplified perturbation dynamics.
+
+    Example:
+        >>> x = torch.full((3, 1), 0.3)
+        >>> simplified_perturbation(x, x - 0.1, decay=0.5).flatten()
+        tensor([0.1000, 0.1500, 0.1750])
+    """
+    _check_pair("x_seq", x_seq, x_seq_perturbed)
+    _check_decay(decay)
+    gains = _gain_per_step(gain, x_seq.shape[0])
+    eps = torch.zeros_like(x_seq[0], dtype=_state_dtype(x_seq))
+    steps = []
+    for x, x_perturbed, gain_t in zip(x_seq, x_seq_perturbed, gains, strict=True):
+        eps = perturbation_step(eps, x.to(eps.dtype) - x_perturbed.to(eps.dtype), decay, gain_t)
+        steps.append(eps)
+    return torch.stack(steps)
+
+
+def membrane_potential(
+    x_seq: Tensor,
+    *,
+    decay: float | Tensor,
+    gain: float | Tensor = 1.0,
+    v_threshold: float = 1.0,
+    v_reset: float | None = 0.0,
+    v_init: float | Tensor | None = None,
+    spike_seq: Tensor | None = None,
+) -> Tensor:
+    """Membrane potential after the reset, recomputed from the input currents. 由输入电流重新计算膜电位。
+
+    Equation::
+
+        h[t] = decay * v[t-1] + gain[t] * x[t]   (+ (1 - decay) * v_reset for a hard reset)
+        v[t] = (1 - s[t]) * h[t] + s[t] * v_reset      (v_reset None: h[t] - s[t] * v_threshold)
+
+    For measuring: no gradient flows through spikes that are recomputed here.
+
+    Args:
+        x_seq: Input currents [T, N, *].
+        decay: Fraction of the potential kept per step, in (0, 1].
+        gain: Input gain, one number or a tensor [T].
+        v_threshold: Firing threshold.
+        v_reset: Potential after a spike; None for a soft reset.
+        v_init: Potential before the first step; None means ``v_reset``, or 0 for a soft reset.
+        spike_seq: Spikes [T, N, *] that the neuron emitted; None fires where ``h >= v_threshold``.
+
+    Returns:
+        Potentials [T, N, *], in float32 for half-precision currents.
+
+    Raises:
+        ValueError: If shapes differ, there is no step, ``decay`` is outside (0, 1] or ``gain`` is not [T].
+
+    Source: charge, fire and reset of SpikingJelly's LIF neuron; Ding et al. (ICML 2024), section 3.
+
+    Example:
+        >>> membrane_potential(torch.full((3, 1), 0.6), decay=0.5).flatten()
+        tensor([0.6000, 0.9000, 0.0000])
+    """
+    if spike_seq is not None:
+        _check_pair("x_seq and spike_seq", x_seq, spike_seq)
+    _check_decay(decay)
+    gains = _gain_per_step(gain, x_seq.shape[0])
+    start = v_init if v_init is not None else v_reset or 0.0
+    v = torch.zeros_like(x_seq[0], dtype=_state_dtype(x_seq)) + start
+    steps = []
+    for t, (x, gain_t) in enumerate(zip(x_seq, gains, strict=True)):
+        h = charge(v, x.to(v.dtype), decay, gain_t, v_reset)
+        spike = (h >= v_threshold).to(h.dtype) if spike_seq is None else spike_seq[t].to(h.dtype)
+        v = reset_potential(h, spike, v_threshold, v_reset)
+        steps.append(v)
+    return torch.stack(steps)
+
+
+def full_perturbation(v_seq: Tensor, v_seq_perturbed: Tensor) -> Tensor:
+    """Perturbation of the membrane potential with the reset, ``d[t] = v[t] - v~[t]``. 包含复位的膜电位扰动。
+
+    The potentials are those after the reset: a neuron's ``v_seq``, or :func:`membrane_potential` of both runs.
+
+    Args:
+        v_seq: Potentials [T, N, *] of the clean run.
+        v_seq_perturbed: Potentials [T, N, *] of the perturbed run.
+
+    Returns:
+        ``d`` [T, N, *].
+
+    Raises:
+        ValueError: If the shapes differ or there is no step.
+
+    Source: Ding et al. (ICML 2024), membrane potential perturbation before the reset is dropped.
+
+    Example:
+        >>> x = torch.full((3, 1), 0.6)
+        >>> full_perturbation(membrane_potential(x, decay=0.5), membrane_potential(x - 0.1, decay=0.5)).flatten()
+        tensor([ 0.1000,  0.1500, -0.8750])
+    """
+    _check_pair("v_seq", v_seq, v_seq_perturbed)
+    return v_seq - v_seq_perturbed
+
+
+def ms_mppd(eps: Tensor, norm: Literal["l2", "l1"] = "l2") -> Tensor:
+    """Mean square of the perturbation over time, batch and features, or its mean absolute value. 扰动的均方值。
+
+    Equation: ``mean(eps^2)`` for ``"l2"``, ``mean(|eps|)`` for ``"l1"``.
+
+    Args:
+        eps: Perturbation, usually [T, N, *].
+        norm: ``"l2"`` or ``"l1"``.
+
+    Returns:
+        A scalar tensor.
+
+    Raises:
+        ValueError: If ``norm`` is unknown.
+
+    Source: l2 is MS-MPPD of Ding et al. (ICML 2024); l1 is the form its follow-up prefers.
+
+    Example:
+        >>> ms_mppd(torch.tensor([1.0, -2.0])), ms_mppd(torch.tensor([1.0, -2.0]), norm="l1")
+        (tensor(2.5000), tensor(1.5000))
+    """
+    if norm == "l2":
+        return eps.square().mean()
+    if norm == "l1":
+        return eps.abs().mean()
+    raise ValueError(f"norm must be 'l2' or 'l1', got {norm!r}")
+
+
+def spike_train_distance(spike_seq: Tensor, spike_seq_perturbed: Tensor) -> Tensor:
+    """Share of the steps at which two spike trains differ, ``sum_t |s[t] - s~[t]| / T``. 脉冲序列距离。
+
+    Args:
+        spike_seq: Spikes [T, N, *] of the clean run.
+        spike_seq_perturbed: Spikes [T, N, *] of the perturbed run.
+
+    Returns:
+        Distance per neuron and sample, [N, *].
+
+    Raises:
+        ValueError: If the shapes differ or there is no step.
+
+    Source: STD^2 / T, an indicator that Ding et al. (ICML 2024) compare with.
+
+    Example:
+        >>> spike_train_distance(torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0], [1.0]]))
+        tensor([1.])
+    """
+    _check_pair("spike_seq", spike_seq, spike_seq_perturbed)
+    return (_real(spike_seq) - _real(spike_seq_perturbed)).abs().mean(0)
+
+
+def tasad(spike_seq: Tensor, spike_seq_perturbed: Tensor) -> Tensor:
+    """Time-averaged spike-activity distance, ``|mean_t s~[t] - mean_t s[t]|``. 时间平均脉冲活动距离。
+
+    Args:
+        spike_seq: Spikes [T, N, *] of the clean run.
+        spike_seq_perturbed: Spikes [T, N, *] of the perturbed run.
+
+    Returns:
+        Distance per neuron and sample, [N, *].
+
+    Raises:
+        ValueError: If the shapes differ or there is no step.
+
+    Source: TASAD, an indicator that Ding et al. (ICML 2024) compare with.
+
+    Example:
+        >>> tasad(torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0], [1.0]]))
+        tensor([0.])
+    """
+    _check_pair("spike_seq", spike_seq, spike_seq_perturbed)
+    return (_real(spike_seq_perturbed).mean(0) - _real(spike_seq).mean(0)).abs()
+
+
+def perturbation_step(eps: Tensor, dx: Tensor, decay: float | Tensor, gain: float | Tensor) -> Tensor:
+    """One step of :func:`simplified_perturbation`: ``decay * eps + gain * dx``.
+
+    Example:
+        >>> perturbation_step(torch.tensor(1.0), torch.tensor(0.5), 0.9, 2.0)
+        tensor(1.9000)
+    """
+    return decay * eps + gain * dx
+
+
+def charge(v: Tensor, x: Tensor, decay: float | Tensor, gain: float | Tensor, v_reset: float | None) -> Tensor:
+    """Potential before firing: ``decay * v + gain * x``, plus ``(1 - decay) * v_reset`` for a hard reset.
+
+    Example:
+        >>> charge(torch.tensor(1.0), torch.tensor(0.5), 0.5, 1.0, 0.0)
+        tensor(1.)
+    """
+    h = decay * v + gain * x
+    return h if not v_reset else h + (1.0 - decay) * v_reset
+
+
+def reset_potential(h: Tensor, spike: Tensor, v_threshold: float, v_reset: float | None) -> Tensor:
+    """Potential after firing: a hard reset to ``v_reset``, or minus the threshold if that is None.
+
+    Example:
+        >>> reset_potential(torch.tensor([0.5, 1.5]), torch.tensor([0.0, 1.0]), 1.0, None)
+        tensor([0.5000, 0.5000])
+    """
+    if v_reset is None:
+        return h - spike * v_threshold
+    return (1.0 - spike) * h + spike * v_reset
+
+
+def _check_pair(name: str, first: Tensor, second: Tensor) -> None:
+    if first.shape != second.shape:
+        shapes = f"{tuple(first.shape)} and {tuple(second.shape)}"
+        raise ValueError(f"{name}: both must have the same shape [T, N, *], got {shapes}")
+    if first.ndim == 0 or first.shape[0] == 0:
+        raise ValueError(f"{name}: there must be at least one time step in dimension 0, got shape {tuple(first.shape)}")
+
+
+def _check_decay(decay: float | Tensor) -> None:
+    value = float(decay.detach()) if isinstance(decay, Tensor) else decay
+    if not 0.0 < value <= 1.0:
+        raise ValueError(f"decay must be in (0, 1], got {value}; a neuron of time constant tau has decay 1 - 1 / tau")
+
+
+def _gain_per_step(gain: float | Tensor, steps: int) -> Iterable[float | Tensor]:
+    if not isinstance(gain, Tensor) or gain.ndim == 0:
+        return [gain] * steps
+    if gain.shape != (steps,):
+        raise ValueError(f"gain must be a number or have shape [T] = [{steps}], got {tuple(gain.shape)}")
+    return gain.unbind(0)
+
+
+def _state_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _real(spike_seq: Tensor) -> Tensor:
+    return spike_seq if spike_seq.is_floating_point() else spike_seq.float()

@@ -1,0 +1,315 @@
+"""MPPDMonitor: the membrane potential perturbation of every spiking layer, by hooks on a SpikingJelly network."""
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Literal, Self
+
+import torch
+from spikingjelly.activation_based.monitor import BaseMonitor
+from torch import Tensor, nn
+
+from sj_robust._host import functional
+from sj_robust.perturbation._neurons import NeuronKey, find_neurons
+from sj_robust.perturbation._pair import LayerPair
+from sj_robust.perturbation._recording import Layers, NeuronHook, Recording, RunKind
+from sj_robust.perturbation._statistics import LayerStats, LayerTotals
+
+__all__ = ["MPPDMonitor"]
+
+
+class MPPDMonitor(BaseMonitor):
+    """Watches how an input perturbation moves the membrane potential of every spiking layer. 监测各层膜电位扰动。
+
+    Equation, per layer with input currents ``x`` of the clean and ``x~`` of the perturbed run::
+
+        eps[t] = decay * eps[t-1] + gain[t] * (x[t] - x~[t]),    MS-MPPD = mean(eps^2)
+
+    and beside it the full perturbation ``d[t] = v[t] - v~[t]``, which keeps the reset. The monitor hooks the neurons
+    alone, so whatever lies between them does not matter. It follows IF, LIF, PLIF and DLIF, and any other ``BaseNode``
+    whose ``decay`` is given. Other neurons stand in :attr:`unsupported` with the reason; one warning names them.
+
+    Three ways of use:
+
+    - ``monitor.compare(x, x_perturbed)`` runs the network twice and returns the statistics.
+    - ``with monitor.clean(): ...`` and then ``with monitor.perturbed(): ...``, each holding one run of the network
+      (one call, chunks, or T single steps), then :meth:`loss` or :meth:`statistics`.
+    - ``with monitor.paired(): ...`` holds one run over ``torch.cat((x, x_perturbed))``.
+
+    Statistics are sums over all pairs of runs since :meth:`clear_recorded_data`. Currents and spikes of the clean run
+    are kept until the perturbed run uses them up; where gradients are enabled the currents stay for :meth:`loss` until
+    the next pair, ``loss(retain=False)``, :meth:`clear_recorded_data` or :meth:`close`. A neuron that is called more
+    than once per time step is followed call by call, as its own state is. Calls outside the three contexts are ignored,
+    and outputs and gradients of the network are the same with and without the monitor.
+
+    As a SpikingJelly monitor it has ``monitored_layers``, ``monitor[name]`` (a list: the :class:`LayerStats` so far, or
+    with ``keep="trace"`` one :class:`LayerTrace` per pair), ``enable``, ``disable``, ``clear_recorded_data`` and
+    ``remove_hooks``, and is a context manager that removes its hooks. Attach it before wrapping the network in DDP.
+
+    Args:
+        net: Network of SpikingJelly neurons in either step mode.
+        layers: Layers to follow: ``"all"``, ``"last"`` (the spiking layer executed last, which holds the least memory)
+            or names out of :attr:`monitored_layers`.
+        decay: Fraction of the potential kept per step for neurons whose dynamics the monitor does not know, by module
+            name or exact type. It states that the neuron charges as
+            ``h = decay * v + gain * x``, plus ``(1 - decay) * v_reset`` for a hard reset.
+        gain: Input gain of neurons in ``decay`` (by the same keys), 1 unless given.
+        input_gain: Whether a DLIF neuron's learnable gain is part of the perturbation in statistics and traces.
+        keep: ``"statistics"`` keeps sums; ``"trace"`` keeps [T, N, *] tensors of every pair as well.
+
+    Attributes:
+        unsupported: Reason by module name of the neurons that cannot be followed.
+
+    Raises:
+        ValueError: If the network has no neuron, or a name, type, decay or option is wrong.
+
+    Source: Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024).
+
+    Example:
+        >>> from spikingjelly.activation_based import neuron
+        >>> net = nn.Sequential(nn.Linear(3, 2), neuron.LIFNode(tau=2.0, step_mode="m"))
+        >>> x = torch.rand(4, 5, 3)
+        >>> with MPPDMonitor(net) as monitor:
+        ...     stats = monitor.compare(x, x + 0.1)
+        >>> list(stats), stats["1"].ms_mppd.shape
+        (['1'], torch.Size([4]))
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        *,
+        layers: Layers = "all",
+        decay: Mapping[NeuronKey, float] | None = None,
+        gain: Mapping[NeuronKey, float] | None = None,
+        input_gain: bool = True,
+        keep: Literal["statistics", "trace"] = "statistics",
+    ) -> None:
+        """Find the neurons and hook them; see the class."""
+        super().__init__()
+        if keep not in ("statistics", "trace"):
+            raise ValueError(f"keep must be 'statistics' or 'trace', got {keep!r}")
+        neurons, self.unsupported, spiking = find_neurons(net, decay or {}, gain or {})
+        self.monitored_layers.extend(neurons)
+        self.name_records_index.update({name: [] for name in neurons})
+        self._net = net
+        self._input_gain = input_gain
+        self._keep = keep
+        self._totals: dict[str, LayerTotals] = {}
+        self._warned_of_potential = False
+        self._recording = Recording(neurons, self.unsupported, layers, input_gain=input_gain, trace=keep == "trace")
+        for name in (*neurons, *sorted(spiking)):
+            hook = NeuronHook(self._recording, name)
+            self.hooks.append(net.get_submodule(name).register_forward_pre_hook(hook.before))
+            if name in neurons:
+                self.hooks.append(net.get_submodule(name).register_forward_hook(hook.after, with_kwargs=True))
+        if self.unsupported:
+            reasons = "; ".join(f"{name!r}: {reason}" for name, reason in list(self.unsupported.items())[:5])
+            more = "" if len(self.unsupported) <= 5 else "; and more in monitor.unsupported"
+            count = len(self.unsupported)
+            warnings.warn(f"MPPDMonitor does not follow {count} neuron(s): {reasons}{more}", stacklevel=2)
+
+    @property
+    def execution_order(self) -> tuple[str, ...]:
+        """Names of the monitored layers in the order of their first call in the last run; empty before any run."""
+        return tuple(name for name in self._recording.order if name in self.name_records_index)
+
+    def compare(
+        self, x: Tensor, x_perturbed: Tensor, *, forward: Callable[[Tensor], object] | None = None
+    ) -> dict[str, LayerStats]:
+        """Run the network on both inputs and return the statistics of this pair by layer, in order of execution.
+
+        Both runs start from a reset network in evaluation mode without gradients; training modes are restored and the
+        network is left reset. The pair also counts in :meth:`statistics`, even while the monitor is disabled.
+
+        Args:
+            x: Clean input of the network.
+            x_perturbed: Perturbed input of the same shape.
+            forward: Runs the network on one of them; None calls ``net(x)``. A network in step mode ``"s"`` needs one
+                that takes its steps, such as ``lambda x: [net(x_t) for x_t in x]``.
+
+        Returns:
+            :class:`LayerStats` by name.
+
+        Raises:
+            ValueError: If the inputs differ in shape.
+            RuntimeError: If the hooks were removed, a run is open, or no monitored layer ran.
+        """
+        if x.shape != x_perturbed.shape:
+            raise ValueError(
+                f"x and x_perturbed must have the same shape, got {tuple(x.shape)} and {tuple(x_perturbed.shape)}"
+            )
+        if self._recording.run is not None:
+            raise RuntimeError(f"compare() was called inside {self._recording.run}(): leave that context first")
+        run = self._net if forward is None else forward
+        training = {module: module.training for module in self._net.modules()}
+        enabled = self.is_enable()
+        try:
+            self.enable()
+            self._net.eval()
+            with torch.no_grad():
+                functional.reset_net(self._net)
+                with self.clean():
+                    run(x)
+                functional.reset_net(self._net)
+                with self.perturbed():
+                    run(x_perturbed)
+            totals = _totals_of(self._recording.pairs)
+            return {name: pair.stats(input_gain=self._input_gain) for name, pair in totals.items()}
+        finally:
+            self._recording.forget()
+            functional.reset_net(self._net)
+            for module, mode in training.items():
+                module.training = mode
+            if not enabled:
+                self.disable()
+
+    @contextmanager
+    def clean(self) -> Iterator[None]:
+        """Context of the clean run, which a :meth:`perturbed` run has to follow."""
+        with self._running("clean"):
+            yield
+
+    @contextmanager
+    def perturbed(self) -> Iterator[None]:
+        """Context of the perturbed run that completes the pair begun by :meth:`clean`."""
+        with self._running("perturbed"):
+            yield
+
+    @contextmanager
+    def paired(self) -> Iterator[None]:
+        """Context of one run over a batch whose first half is clean and whose second half is perturbed."""
+        with self._running("paired"):
+            yield
+
+    def loss(
+        self,
+        layers: Layers = "last",
+        norm: Literal["l2", "l1"] = "l2",
+        input_gain: bool = False,
+        *,
+        retain: bool = True,
+    ) -> Tensor:
+        """MS-MPPD of the last pair of runs, for training. 用于训练的可微损失。
+
+        Equation: ``mean(eps^2)`` (``"l2"``) or ``mean(|eps|)`` (``"l1"``), averaged over the chosen layers so that its
+        weight means the same for one layer and for many. The clean run is a constant: the gradient reaches the network
+        through the perturbed run, and the decay and gains that the neurons learn. If the perturbed run had gradients
+        disabled this is its value alone.
+
+        Args:
+            layers: ``"last"`` for the spiking layer executed last, ``"all"``, or names.
+            norm: ``"l2"`` or ``"l1"``.
+            input_gain: Whether the learnable gain of DLIF neurons is part of ``eps``; the paper leaves it out. A fixed
+                gain (1/tau of ``decay_input``) always is.
+            retain: Whether the pair stays for another call.
+
+        Returns:
+            A scalar tensor.
+
+        Raises:
+            ValueError: If a layer is unknown, was not followed or did not run, or ``norm`` is unknown.
+            RuntimeError: If there is no complete pair, or the last spiking layer cannot be followed.
+        """
+        if norm not in ("l2", "l1"):
+            raise ValueError(f"norm must be 'l2' or 'l1', got {norm!r}")
+        pairs = self._recording.chosen(layers)
+        value = torch.stack([pair.loss(norm, input_gain=input_gain) for pair in pairs]).mean()
+        if not retain:
+            self._recording.forget()
+        return value
+
+    def statistics(self) -> dict[str, LayerStats]:
+        """Statistics of every layer that ran, over all pairs since :meth:`clear_recorded_data`, by name."""
+        return {name: totals.stats(input_gain=self._input_gain) for name, totals in self._totals.items()}
+
+    def __getitem__(self, i: int | str) -> Any:
+        """Records of a layer by name, or one record by index, as every SpikingJelly monitor has them."""
+        if isinstance(i, str) and i not in self.name_records_index:
+            raise KeyError(f"no monitored layer {i!r}; monitored are {', '.join(self.monitored_layers)}")
+        if self._keep == "statistics":
+            super().clear_recorded_data()
+            for name, stats in self.statistics().items():
+                self._record_of(name, stats)
+        return super().__getitem__(i)
+
+    def clear_recorded_data(self) -> None:
+        """Forget all statistics and traces, and the pair that :meth:`loss` would use."""
+        super().clear_recorded_data()
+        self._totals.clear()
+        self._recording.forget()
+
+    def remove_hooks(self) -> None:
+        """Take the hooks off the network, for good."""
+        for hook in self.hooks:
+            hook.remove()
+        self.hooks.clear()
+
+    def close(self) -> None:
+        """Disable the monitor, take its hooks off and let go of the last pair; statistics and traces stay."""
+        self.disable()
+        self.remove_hooks()
+        self._recording.forget()
+
+    def __del__(self) -> None:
+        """Take the hooks off."""
+        self.remove_hooks()
+
+    def __enter__(self) -> Self:
+        """The monitor itself."""
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close the monitor."""
+        self.close()
+
+    @contextmanager
+    def _running(self, kind: RunKind) -> Iterator[None]:
+        if not self.hooks:
+            raise RuntimeError(f"{kind}(): the monitor has no hooks, they were removed or no neuron can be followed")
+        if not self.is_enable():
+            self._recording.forget()
+            yield
+            return
+        with self._recording.running(kind):
+            yield
+        if self._recording.complete:
+            try:
+                self._take_pair(self._recording.pairs)
+            except ValueError:
+                self._recording.forget()
+                raise
+
+    def _take_pair(self, pairs: Mapping[str, LayerPair]) -> None:
+        """Add a complete pair to the statistics: all of its layers, or none if one does not fit."""
+        totals = _totals_of(pairs)
+        for name in totals.keys() & self._totals.keys():
+            self._totals[name].check_fits(totals[name])
+        for name, pair_totals in totals.items():
+            if name in self._totals:
+                self._totals[name].add(pair_totals)
+            else:
+                self._totals[name] = pair_totals
+        for name, pair in pairs.items():
+            if pair.trace is not None:
+                self._record_of(name, pair.trace)
+                pair.trace = None
+        unlike = [name for name, pair in pairs.items() if not pair.full_valid]
+        if unlike and not self._warned_of_potential:
+            self._warned_of_potential = True
+            warnings.warn(
+                f"the potential of {', '.join(unlike)} does not follow h = decay * v + gain * x with the decay given, "
+                "so the full perturbation is left out there",
+                stacklevel=4,
+            )
+
+    def _record_of(self, name: str, value: object) -> None:
+        self.name_records_index[name].append(len(self.records))
+        self.records.append(value)
+
+
+def _totals_of(pairs: Mapping[str, LayerPair]) -> dict[str, LayerTotals]:
+    return {name: pair.totals for name, pair in pairs.items() if pair.totals is not None}
