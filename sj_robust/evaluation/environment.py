@@ -1,0 +1,63 @@
+"""What a result was computed with."""
+
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+__all__ = ["environment"]
+
+
+def environment(device: torch.device | str = "cpu") -> dict[str, str]:
+    """Versions, device and commit, for the head of a log and for every report. 运行环境信息。
+
+    Args:
+        device: Where the computation runs.
+
+    Returns:
+        Text by name; what cannot be found is ``"unknown"``.
+
+    Example:
+        >>> environment()["torch"] == torch.__version__
+        True
+    """
+    device = torch.device(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    packages = {package: _version(package) for package in ("sj_robust", "spikingjelly", "accelerate", "numpy")}
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **packages,
+        "platform": platform.platform(),
+        "device": f"{device} ({name})",
+        "threads": str(torch.get_num_threads()),
+        "commit": _commit(),
+    }
+
+
+def _version(package: str) -> str:
+    if package == "sj_robust":
+        from sj_robust import __version__
+
+        return __version__
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _commit() -> str:
+    """Commit of the repository that this file lies in, with a mark if tracked files differ from it."""
+    folder = Path(__file__).parent
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        tracked = subprocess.run(
+            ["git", "-C", str(folder), "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True, check=False
+        )
+        if tracked.returncode != 0:  # installed inside somebody else's repository
+            return "unknown"
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

@@ -1,0 +1,131 @@
+"""Accuracy of a classifier, clean and under attack."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sj_robust.attacks import check_images, check_labels
+from sj_robust.evaluation.report import Report, Score
+from sj_robust.evaluation.threat import ThreatModel
+
+__all__ = ["Attack", "accuracy", "evaluate"]
+
+
+class Attack(Protocol):
+    """An attack with its budget already given, such as ``functools.partial(fgsm, eps=0.1)``."""
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator) -> Tensor:
+        """Perturbed images."""
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, ...]],
+    attacks: Mapping[str, Attack],
+    *,
+    threat: ThreatModel,
+    network: str = "network",
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    on_batch: Callable[[], None] | None = None,
+) -> Report:
+    """Accuracy on clean images and under each attack. 评估干净与受攻击时的准确率。
+
+    The same seed gives the same figures whatever ran before; modes, gradients and global random state stay as they
+    were.
+
+    Args:
+        model: Images [N, C, H, W] in [0, 1] to logits.
+        batches: Batches of (images, labels); iterated once.
+        attacks: Attacks by the name they get in the report, budgets inside.
+        threat: The budget, for the report.
+        network: Name of the network in the report.
+        seed: Seeds every attack on every batch.
+        device: Where the model is.
+        on_batch: Called after every batch, to show progress.
+
+    Returns:
+        A report with one score for ``"clean"`` and one per attack.
+
+    Raises:
+        ValueError: If there are no images, an image is not finite or outside [0, 1], or logits are not finite.
+
+    Source: evaluation protocol of Ding et al. (ICML 2024), section 5.
+
+    Example:
+        >>> from functools import partial
+        >>> from sj_robust.attacks import fgsm
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+        >>> batches = [(torch.rand(5, 1, 2, 2), torch.zeros(5, dtype=torch.int64))]
+        >>> report = evaluate(model, batches, {"fgsm": partial(fgsm, eps=0.1)}, threat=ThreatModel("Linf", 0.1))
+        >>> [score.attack for score in report.scores]
+        ['clean', 'fgsm']
+    """
+    correct, total = _count(model, batches, attacks, seed=seed, device=torch.device(device), on_batch=on_batch)
+    scores = tuple(Score(network, name, count, total) for name, count in correct.items())
+    return Report(threat=threat, scores=scores)
+
+
+def accuracy(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, ...]],
+    attacks: Mapping[str, Attack],
+    *,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+) -> dict[str, float]:
+    """The figures of :func:`evaluate` alone, in [0, 1], for use during training. 仅返回准确率。
+
+    Example:
+        >>> accuracy(nn.Flatten(), [(torch.eye(2).view(2, 1, 1, 2), torch.tensor([0, 0]))], {})
+        {'clean': 0.5}
+    """
+    correct, total = _count(model, batches, attacks, seed=seed, device=torch.device(device), on_batch=None)
+    return {name: count / total for name, count in correct.items()}
+
+
+def _count(
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, ...]],
+    attacks: Mapping[str, Attack],
+    *,
+    seed: int,
+    device: torch.device,
+    on_batch: Callable[[], None] | None,
+) -> tuple[dict[str, int], int]:
+    """Number of images classified right, clean and under each attack, and number of images."""
+    if "clean" in attacks:
+        raise ValueError("the name 'clean' is taken by the images without an attack; call the attack otherwise")
+    correct = dict.fromkeys(("clean", *attacks), 0)
+    total = 0
+    generator = torch.Generator()
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        for number, (x, y) in enumerate(batches):
+            x, y = x.to(device), y.to(device)
+            check_images(x)
+            check_labels(y, x)
+            total += len(y)
+            correct["clean"] += _right(model, x, y)
+            for name, attack in attacks.items():
+                generator.manual_seed(seed * 1_000_003 + number)
+                correct[name] += _right(model, attack(model, x, y, generator=generator), y)
+            if on_batch is not None:
+                on_batch()
+    finally:
+        for module, training in modes.items():
+            module.training = training
+    if total == 0:
+        raise ValueError("batches must hold at least one image, got none")
+    return correct, total
+
+
+@torch.no_grad()
+def _right(model: nn.Module, x: Tensor, y: Tensor) -> int:
+    logits = model(x)
+    if not bool(torch.isfinite(logits).all()):
+        raise ValueError("logits must be finite, got NaN or infinity: the network is broken and its accuracy means nothing")
+    return int((logits.argmax(1) == y).sum())

@@ -1,0 +1,89 @@
+"""Checkpoints that are either whole or not there."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+__all__ = ["load_checkpoint", "save_checkpoint"]
+
+_FORMAT = "sj_robust.checkpoint"
+_VERSION = 1
+
+
+def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Write a checkpoint so that ``path`` always holds a whole one, the old or the new. 原子写入检查点。
+
+    The content goes to a temporary file in the same folder, is forced to disk and then takes the name in one step.
+
+    Args:
+        path: The file; its folder exists.
+        content: Tensors and plain Python values, all that ``torch.load(weights_only=True)`` accepts.
+
+    Raises:
+        OSError: If it cannot be written (such as a full disk); an earlier checkpoint is then still intact.
+
+    Example:
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> save_checkpoint(folder / "last.pt", {"epoch": 3})
+        >>> load_checkpoint(folder / "last.pt")["epoch"]
+        3
+    """
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            torch.save({"format": _FORMAT, "version": _VERSION, **content}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(temporary).replace(path)
+    except BaseException as error:
+        Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError):
+            # torch reports a failed write of its archive as a RuntimeError without the reason.
+            raise OSError(f"{path} could not be written ({error}); an earlier checkpoint there is intact") from error
+        raise
+    _sync_folder(path.parent)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint onto the CPU, without running any code that the file may hold. 读取检查点。
+
+    Args:
+        path: A file written by :func:`save_checkpoint`.
+
+    Returns:
+        Its content.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the file is damaged, was written by something else, or by a newer format.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}; start the run without --resume")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types for a damaged file, UnpicklingError and RuntimeError among them
+        raise ValueError(
+            f"{path} cannot be read as a checkpoint ({type(error).__name__}): the file is damaged or holds more than "
+            "tensors and plain values; resume from another one"
+        ) from error
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise ValueError(f"{path} is not a checkpoint of sj_robust (no format mark {_FORMAT!r}); check the path")
+    if content.get("version") != _VERSION:
+        raise ValueError(
+            f"{path} has checkpoint version {content.get('version')}, this release reads {_VERSION}; update sj_robust"
+        )
+    return content
+
+
+def _sync_folder(folder: Path) -> None:
+    """Force the new name itself to disk, where the system lets a folder be opened."""
+    if os.name != "posix":
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

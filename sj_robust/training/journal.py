@@ -1,0 +1,110 @@
+"""What a run tells its user: console, log file, TensorBoard."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+from sj_robust.training.history import EpochRecord
+
+__all__ = ["Journal"]
+
+
+class Journal:
+    """Writes ``log.txt`` and ``tensorboard/`` in a folder and shows progress on the console. 训练日志。
+
+    On a terminal a bar shows the loss parts, accuracy and time left at every step; elsewhere a line per epoch does.
+
+    Args:
+        folder: Where to write; None makes a journal that says nothing, for all processes but the first.
+
+    Example:
+        >>> Journal(None).say("nobody hears this")
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        """Open the log, which a resumed run continues."""
+        self._folder = folder
+        self._file: TextIO | None = None if folder is None else (folder / "log.txt").open("a", encoding="utf-8")
+        self._console = Console(quiet=folder is None, highlight=False, soft_wrap=True)
+        self._writer: SummaryWriter | None = None
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=20),
+            TextColumn("{task.fields[status]}"),
+            TimeRemainingColumn(),
+            console=self._console,
+            disable=folder is None or not self._console.is_terminal,
+            transient=True,
+        )
+        self._task = TaskID(0)
+        self._name = ""
+        self._epochs = 0
+
+    def say(self, text: str) -> None:
+        """Print a line and log it."""
+        self._console.print(text, markup=False)
+        if self._file is not None:
+            self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+            self._file.flush()
+
+    def header(self, title: str, values: Mapping[str, object]) -> None:
+        """Log a group of named values; the console sees them as well."""
+        self.say("\n  ".join([f"{title}:", *(f"{name}: {value}" for name, value in values.items())]))
+
+    @contextmanager
+    def network(self, name: str, epochs: int, batches: int, epoch: int, batch: int) -> Iterator[None]:
+        """Follow the training of one network, which stands at ``batch`` of ``epoch``, counted from 0."""
+        if self._folder is None:
+            yield
+            return
+        self._name, self._epochs = name, epochs
+        self._writer = SummaryWriter(self._folder / "tensorboard" / name, purge_step=epoch + 1)
+        self._started, self._first_epoch = time.monotonic(), epoch + batch / batches
+        self._task = self._progress.add_task(name, total=epochs * batches, completed=epoch * batches + batch, status="")
+        self._progress.start()
+        try:
+            yield
+        finally:
+            self._progress.stop()
+            self._progress.remove_task(self._task)
+            self._writer.close()
+
+    def on_step(self, losses: Mapping[str, float]) -> None:
+        """Show the losses of a step."""
+        if not self._progress.disable:
+            self._progress.update(self._task, advance=1, status=_summary(losses))
+
+    def on_epoch(self, record: EpochRecord, scalars: Mapping[str, float], warning: str | None) -> None:
+        """Log an epoch, with further scalars for TensorBoard."""
+        passed = time.monotonic() - self._started
+        left = passed / (record.epoch - self._first_epoch) * (self._epochs - record.epoch)
+        validation = ", ".join(f"{name} {value:.1%}" for name, value in record.validation.items())
+        self.say(
+            f"{self._name} epoch {record.epoch}/{self._epochs}: {_summary(record.losses)}; "
+            f"validation {validation}; {left:.0f} s left"
+        )
+        if warning is not None:
+            self.say(f"WARNING: {warning}")
+        if self._writer is not None:
+            values = {f"train/{name}": value for name, value in record.losses.items()}
+            values |= {f"validation/{name}": value for name, value in record.validation.items()}
+            for name, value in (values | {"train/lr": record.lr} | dict(scalars)).items():
+                self._writer.add_scalar(name, value, record.epoch)
+
+    def close(self) -> None:
+        """Close the log."""
+        if self._file is not None:
+            self._file.close()
+
+
+def _summary(losses: Mapping[str, float]) -> str:
+    return (
+        f"loss {losses['total']:.3f} (clean {losses['clean']:.3f}, perturbed {losses['perturbed']:.3f}, "
+        f"mppd {losses['mppd']:.3f}), accuracy {losses['accuracy']:.1%} / {losses['accuracy_perturbed']:.1%}"
+    )
