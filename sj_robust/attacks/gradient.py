@@ -56,7 +56,7 @@ def fgsm(
         >>> fgsm(lambda x: x @ weight.T, torch.full((1, 2), 0.5), torch.tensor([1]), eps=0.25)
         tensor([[0.2500, 0.7500]])
     """
-    check_size("eps", eps, at_most=1.0)
+    eps = check_size("eps", eps, at_most=1.0)
     return _single_step(
         model,
         x,
@@ -119,9 +119,9 @@ def rfgsm(
         >>> bool((x_adv - x).abs().max() <= 4 / 255)
         True
     """
-    check_size("eps", eps, at_most=1.0)
+    eps = check_size("eps", eps, at_most=1.0)
     step_size = eps if step_size is None else _check_step_size(step_size, eps)
-    check_size("noise_std", noise_std, at_most=1.0)
+    noise_std = check_size("noise_std", noise_std, at_most=1.0)
     return _single_step(
         model,
         x,
@@ -199,8 +199,8 @@ def pgd(
     """
     if norm not in get_args(Norm):
         raise ValueError(f"norm must be one of {get_args(Norm)}, got {norm!r}")
-    check_size("eps", eps, at_most=1.0 if norm == "Linf" else float("inf"))
-    _check_step_size(step_size, eps)
+    eps = check_size("eps", eps, at_most=1.0 if norm == "Linf" else float("inf"))
+    step_size = _check_step_size(step_size, eps)
     check_count("steps", steps)
     check_count("restarts", restarts)
     check_count("eot_samples", eot_samples)
@@ -210,9 +210,9 @@ def pgd(
     if x.numel() == 0:
         return x
     objective = Objective(model, loss, targeted, eot_samples)
-    best = _Best(x)
-    everything = rows = torch.arange(len(x), device=x.device)
     with crafting(model, x.device, generator) as private:
+        best = _Best(x)
+        everything = torch.arange(len(x), device=x.device)
         if keep_best and random_start:
             best.offer(everything, x, objective.score(x, y))
         for restart in range(restarts):

@@ -54,7 +54,7 @@ def gaussian(
     check_images(x)
     if y is not None:
         check_labels(y, x)
-    check_size("std", std, at_most=1.0)
+    std = check_size("std", std, at_most=1.0)
     private = private_generator(generator, x.device)
     x_adv = x + std * torch.randn(x.shape, generator=private, dtype=x.dtype, device=x.device)
     return x_adv.clamp(0, 1) if clamp else x_adv

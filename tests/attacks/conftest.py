@@ -1,0 +1,73 @@
+"""The attacks and models of the table as fixtures, and a trained network."""
+
+from typing import NamedTuple
+
+import pytest
+import torch
+from attacks.table import ATTACKS, MODELS, Attack, PerStep
+from torch import Tensor, nn
+
+from sj_robust import DLIFNode, SpikingClassifier
+
+
+@pytest.fixture(params=ATTACKS)
+def attack(request) -> Attack:
+    return ATTACKS[request.param]
+
+
+@pytest.fixture(params=[name for name, attack in ATTACKS.items() if name != "gaussian"])
+def gradient_attack(request) -> Attack:
+    return ATTACKS[request.param]
+
+
+@pytest.fixture(params=MODELS)
+def model(request) -> nn.Module:
+    """An untrained network for images [N, 1, 6, 6], in train mode as modules are when new."""
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        return MODELS[request.param]()
+
+
+@pytest.fixture
+def batch() -> tuple[Tensor, Tensor]:
+    """Seven images for the models, with values on the border of the box among them."""
+    generator = torch.Generator().manual_seed(2)
+    x = torch.rand(7, 1, 6, 6, generator=generator)
+    x[0, 0, 0], x[1, 0, 1] = 0.0, 1.0
+    return x, torch.randint(5, (7,), generator=generator)
+
+
+class Trained(NamedTuple):
+    """A network that has learned something, and images it has not seen."""
+
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+
+
+@pytest.fixture(scope="session")
+def trained() -> Trained:
+    """A spiking network trained on 8 x 8 digits for some seconds; evaluation mode."""
+    datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn (extra `recipes`) holds the digits")
+    digits = datasets.load_digits()
+    x = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
+    y = torch.tensor(digits.target, dtype=torch.int64)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        order = torch.randperm(len(x))
+        x, y = x[order], y[order]
+        net = nn.Sequential(
+            PerStep(nn.Conv2d(1, 12, 3, padding=1), nn.BatchNorm2d(12)),
+            DLIFNode(T=4, tau=2.0),
+            PerStep(nn.Conv2d(12, 24, 3, stride=2, padding=1), nn.BatchNorm2d(24)),
+            DLIFNode(T=4, tau=2.0),
+            PerStep(nn.Flatten(), nn.Linear(24 * 16, 10)),
+        )
+        model = SpikingClassifier(net, T=4)
+        optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+        for _ in range(4):
+            for rows in torch.randperm(1280).split(64):
+                optimizer.zero_grad()
+                nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
+                optimizer.step()
+    return Trained(model.eval(), x[1280:], y[1280:])

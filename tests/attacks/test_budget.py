@@ -1,0 +1,81 @@
+"""The budget of every attack, as a property."""
+
+import math
+
+import pytest
+import torch
+from attacks.table import ATTACKS, linear_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sj_robust.attacks import rfgsm
+
+
+def assert_within_budget(attack, x_adv, x, eps) -> None:
+    assert x_adv.shape == x.shape
+    assert x_adv.dtype == x.dtype
+    assert x_adv.device == x.device
+    assert not x_adv.requires_grad
+    assert x_adv.grad_fn is None
+    assert bool((x_adv >= 0).all())
+    assert bool((x_adv <= 1).all())
+    distance = x_adv.double() - x.double()
+    if attack.norm == "Linf" and x.numel():
+        assert distance.abs().max().item() <= eps
+        assert (x_adv - x).abs().max().item() <= eps
+    if attack.norm == "L2":
+        for sample in distance.flatten(1).tolist():
+            assert math.sqrt(math.fsum(d * d for d in sample)) <= eps * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+@settings(max_examples=12, deadline=None)
+@given(
+    shape=st.sampled_from([(1, 1), (0, 1, 3, 3), (3, 7), (2, 3, 4, 4), (1, 2, 3, 2, 2)]),
+    eps=st.one_of(st.floats(1e-9, 1), st.sampled_from([0.0, 4 / 255, 8 / 255, 0.1])),
+    dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
+    seed=st.integers(0, 10**6),
+)
+def test_inside_ball_and_box_for_any_shape_radius_and_dtype(name, shape, eps, dtype, seed):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(shape, generator=generator).to(dtype)
+    x[torch.rand(shape, generator=generator) < 0.2] = 0.0
+    x[torch.rand(shape, generator=generator) < 0.2] = 1.0
+    y = torch.randint(5, (shape[0],), generator=generator)
+    before = x.clone(), y.clone()
+    model = linear_model(math.prod(shape[1:]), dtype, seed)
+    x_adv = ATTACKS[name].run(model, x, y, eps, generator)
+    assert_within_budget(ATTACKS[name], x_adv, x, eps)
+    assert torch.equal(x, before[0])
+    assert torch.equal(y, before[1])
+    assert x_adv.data_ptr() != x.data_ptr() or x.numel() == 0
+
+
+def test_inside_ball_and_box_on_every_model(attack, model, batch):
+    x, y = batch
+    x_adv = attack.run(model, x, y, 0.2, torch.Generator().manual_seed(0))
+    assert_within_budget(attack, x_adv, x, 0.2)
+    assert not torch.equal(x_adv, x)
+
+
+def test_every_sample_is_moved_on_a_model_that_has_a_gradient(gradient_attack, batch):
+    x, y = batch
+    x_adv = gradient_attack.run(linear_model(36), x, y, 0.2, torch.Generator().manual_seed(0))
+    moved = (x_adv - x).flatten(1).norm(dim=1)
+    # A targeted attack with the label already reached may keep x itself; all others leave it.
+    assert int((moved > 0.05).sum()) >= 5
+
+
+def test_a_radius_of_zero_returns_the_images(attack, batch):
+    x, y = batch
+    if attack is ATTACKS["rfgsm_unprojected"]:
+        pytest.skip("without projection the noise of the start stays, whatever eps")
+    assert torch.equal(attack.run(linear_model(36), x, y, 0.0), x)
+
+
+def test_unprojected_rfgsm_leaves_the_ball_by_the_noise_alone(batch):
+    x, y = (batch[0] * 0.5 + 0.25), batch[1]
+    x_adv = rfgsm(linear_model(36), x, y, eps=0.1, noise_std=0.01, project=False)
+    distance = (x_adv - x).abs()
+    assert distance.max() > 0.101
+    assert distance.max() < 0.1 + 6 * 0.01

@@ -1,0 +1,312 @@
+"""Gradient attacks against optima worked out by hand, and what each option means."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sj_robust.attacks import fgsm, gaussian, pgd, rfgsm
+
+WEIGHT = np.array([[0.3, -0.7, 0.2, 0.0], [-0.5, 0.1, 0.9, 0.0], [0.4, 0.6, -0.8, 0.0]])
+X = np.array([[0.5, 0.5, 0.5, 0.5], [0.05, 0.9, 0.4, 0.2], [1.0, 0.0, 0.3, 1.0]])
+Y = np.array([0, 2, 1])
+
+
+def three_classes(x: torch.Tensor) -> torch.Tensor:
+    return x @ torch.tensor(WEIGHT, dtype=x.dtype).T
+
+
+def cross_entropy_gradient(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """dCE/dx = W^T (softmax(W x) - onehot(y))."""
+    exponentials = np.exp(x @ WEIGHT.T)
+    return (exponentials / exponentials.sum(1, keepdims=True) - np.eye(3)[y]) @ WEIGHT
+
+
+def binary_model(w: torch.Tensor, b: float):
+    """Logits [0, w.x + b]: with label 1 the margin is w.x + b."""
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        margin = x.flatten(1) @ w + b
+        return torch.stack([torch.zeros_like(margin), margin], 1)
+
+    return model
+
+
+class Recorder:
+    """Keeps every batch a model is called with."""
+
+    def __init__(self, model) -> None:
+        self.model = model
+        self.seen: list[torch.Tensor] = []
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        self.seen.append(x.detach().clone())
+        return self.model(x)
+
+
+@pytest.mark.parametrize("targeted", [False, True])
+def test_fgsm_equals_the_formula(targeted):
+    sign = np.sign(cross_entropy_gradient(X, Y)) * (-1 if targeted else 1)
+    expected = np.clip(X + 0.1 * sign, 0, 1)
+    x_adv = fgsm(three_classes, torch.tensor(X), torch.tensor(Y), eps=0.1, targeted=targeted)
+    np.testing.assert_allclose(x_adv.numpy(), expected, rtol=0, atol=1e-12)
+    assert (x_adv.numpy()[:, 3] == X[:, 3]).all()  # no gradient there, no step
+
+
+@pytest.mark.parametrize("project", [False, True])
+def test_rfgsm_equals_the_formula_at_its_own_start(project):
+    recorder = Recorder(three_classes)
+    options = {"eps": 0.1, "step_size": 0.15, "noise_std": 0.05, "project": project}
+    x_adv = rfgsm(recorder, torch.tensor(X), torch.tensor(Y), **options, generator=torch.Generator().manual_seed(0))
+    (start,) = (seen.numpy() for seen in recorder.seen)
+    assert not np.allclose(start, X)
+    expected = start + 0.15 * np.sign(cross_entropy_gradient(start, Y))
+    if project:
+        expected = np.clip(expected, X - 0.1, X + 0.1)
+    np.testing.assert_allclose(x_adv.numpy(), np.clip(expected, 0, 1), rtol=0, atol=1e-12)
+
+
+def test_rfgsm_starts_at_gaussian_noise_and_steps_by_eps():
+    x = torch.full((50, 400), 0.5)
+    recorder = Recorder(binary_model(torch.full((400,), 0.01), 0.0))
+    x_adv = rfgsm(recorder, x, torch.ones(50, dtype=torch.int64), eps=0.1, project=False)
+    noise = recorder.seen[0] - x
+    assert noise.std().item() == pytest.approx(0.001, rel=0.03)
+    assert noise.mean().abs().item() < 5 * 0.001 / math.sqrt(20_000)
+    torch.testing.assert_close(x_adv, x + noise - 0.1)
+
+
+def test_gaussian_noise_has_the_asked_deviation_and_clamps_on_request():
+    x = torch.full((20, 1000), 0.95)
+    y = torch.zeros(20, dtype=torch.int64)
+    free = gaussian(None, x, y, std=0.1, clamp=False, generator=torch.Generator().manual_seed(3))
+    assert (free - x).std().item() == pytest.approx(0.1, rel=0.03)
+    assert (free - x).mean().abs().item() < 5 * 0.1 / math.sqrt(20_000)
+    assert free.max() > 1
+    clamped = gaussian(None, x, std=0.1, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(clamped, free.clamp(0, 1))
+
+
+def test_pgd_linf_reaches_the_exact_worst_case_of_a_linear_model():
+    w = torch.tensor([1.5, -2.0, 0.5, 3.0, -1.0], dtype=torch.float64)
+    x = torch.tensor([[0.5, 0.5, 0.5, 0.5, 0.5], [0.05, 0.98, 0.5, 0.0, 1.0]], dtype=torch.float64)
+    x_adv = pgd(binary_model(w, 0.2), x, torch.ones(2, dtype=torch.int64), eps=0.1, step_size=0.03, steps=10)
+    # Coordinates are independent: each goes against its weight as far as ball and box allow.
+    expected = [
+        0.2 + sum(wi * (max(xi - 0.1, 0) if wi > 0 else min(xi + 0.1, 1)) for wi, xi in zip(w, row, strict=True))
+        for row in x
+    ]
+    margin = binary_model(w, 0.2)(x_adv)[:, 1]
+    torch.testing.assert_close(margin, torch.stack(expected), rtol=0, atol=1e-12)
+    assert margin[0].item() == pytest.approx(0.2 + 0.5 * w.sum().item() - 0.1 * 8.0)  # margin - eps * ||w||_1
+
+
+def test_pgd_l2_reaches_the_exact_worst_case_of_a_linear_model():
+    w = torch.tensor([1.5, -2.0, 0.5, 3.0, -1.0], dtype=torch.float64)
+    x = torch.full((1, 5), 0.5, dtype=torch.float64)
+    x_adv = pgd(
+        binary_model(w, 0.2), x, torch.tensor([1]), eps=0.3, step_size=0.1, steps=5, norm="L2", random_start=False
+    )
+    torch.testing.assert_close(x_adv, x - 0.3 * w / w.norm(), rtol=0, atol=1e-9)  # margin - eps * ||w||_2
+    from_random = pgd(binary_model(w, 0.2), x, torch.tensor([1]), eps=0.3, step_size=0.1, steps=60, norm="L2")
+    torch.testing.assert_close(from_random, x_adv, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(("norm", "step_size"), [("Linf", 0.05), ("L2", 0.1)])
+def test_pgd_iterates_follow_the_formula(norm, step_size):
+    recorder = Recorder(three_classes)
+    x, y = torch.tensor(X), torch.tensor(Y)
+    pgd(recorder, x, y, eps=0.12, step_size=step_size, steps=5, norm=norm, random_start=False, keep_best=False)
+    assert len(recorder.seen) == 5
+    assert torch.equal(recorder.seen[0], x)
+    for now, after in zip(recorder.seen, recorder.seen[1:], strict=False):
+        grad = cross_entropy_gradient(now.numpy(), Y)
+        if norm == "Linf":
+            expected = np.clip(now.numpy() + step_size * np.sign(grad), X - 0.12, X + 0.12)
+        else:
+            delta = now.numpy() + step_size * grad / np.linalg.norm(grad, axis=1, keepdims=True) - X
+            expected = X + delta * np.minimum(1, 0.12 / np.linalg.norm(delta, axis=1, keepdims=True))
+        np.testing.assert_allclose(after.numpy(), np.clip(expected, 0, 1), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_pgd_targeted_reaches_the_target(norm):
+    x = torch.full((2, 4), 0.5, dtype=torch.float64)
+    targets = torch.tensor([0, 1])
+    x_adv = pgd(three_classes, x, targets, eps=0.5, step_size=0.1, steps=20, norm=norm, targeted=True)
+    assert three_classes(x_adv).argmax(1).tolist() == [0, 1]
+
+
+def valley(offset: float):
+    """Margin of class 1 is 10 |x - 0.5| + offset: a step of 0.11 from 0.4 crosses the floor, the next one goes back."""
+
+    def model(x: torch.Tensor) -> torch.Tensor:
+        margin = 10 * (x - 0.5).abs().flatten() + offset
+        return torch.stack([torch.zeros_like(margin), margin], 1)
+
+    return model
+
+
+@pytest.mark.parametrize("offset", [-0.2, 1.0], ids=["fooling iterate", "highest loss"])
+def test_keep_best_takes_the_best_iterate_and_not_the_last(offset):
+    x, y = torch.tensor([[0.4]]), torch.tensor([1])
+    options = {"eps": 0.3, "step_size": 0.11, "steps": 2, "random_start": False}
+    assert pgd(valley(offset), x, y, **options, keep_best=False).item() == pytest.approx(0.40)
+    assert pgd(valley(offset), x, y, **options).item() == pytest.approx(0.51)
+
+
+def test_keep_best_counts_the_last_iterate_too():
+    x, y = torch.tensor([[0.4]]), torch.tensor([1])
+    x_adv = pgd(valley(-0.2), x, y, eps=0.3, step_size=0.11, steps=1, random_start=False)
+    assert x_adv.item() == pytest.approx(0.51)
+
+
+def test_keep_best_prefers_fooling_to_a_higher_loss():
+    def model(x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([x, 0.8 - x], 1)
+
+    def loss(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return logits[:, 1]  # rises as x falls, although a low x is classified as class 1, the label
+
+    x, y = torch.tensor([[0.45]]), torch.tensor([1])  # at 0.45 class 0 wins
+    x_adv = pgd(model, x, y, eps=0.3, step_size=0.1, steps=3, random_start=False, loss=loss)
+    assert x_adv.item() == pytest.approx(0.45)
+    last = pgd(model, x, y, eps=0.3, step_size=0.1, steps=3, random_start=False, loss=loss, keep_best=False)
+    assert last.item() == pytest.approx(0.15)
+
+
+def test_a_wrongly_classified_image_stays_so_despite_the_random_start():
+    x, y = torch.full((64, 1), 0.5), torch.ones(64, dtype=torch.int64)  # fooled only within 0.02 of 0.5
+    x_adv = pgd(valley(-0.2), x, y, eps=0.3, step_size=0.25, steps=1, generator=torch.Generator().manual_seed(0))
+    assert (valley(-0.2)(x_adv).argmax(1) == 0).all()
+
+
+def one_sided(x: torch.Tensor) -> torch.Tensor:
+    """A plateau without gradient below 0.5, a slope to the wrong class above."""
+    margin = 0.2 - (x.flatten() - 0.5).clamp(min=0)
+    return torch.stack([torch.zeros_like(margin), margin], 1)
+
+
+@pytest.mark.parametrize("keep_best", [True, False])
+def test_restarts_find_what_one_start_misses_and_lose_nothing(keep_best):
+    x, y = torch.full((200, 1), 0.5), torch.ones(200, dtype=torch.int64)
+    options = {"eps": 0.3, "step_size": 0.1, "steps": 4, "keep_best": keep_best}
+
+    def fooled(restarts: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return one_sided(pgd(one_sided, x, y, **options, restarts=restarts, generator=generator)).argmax(1) == 0
+
+    once, often = fooled(1), fooled(6)
+    assert 70 <= int(once.sum()) <= 130  # half of the starts lie on the slope
+    assert bool((often | ~once).all())
+    assert int(often.sum()) >= 190  # 1 - 2**-6 of 200 is 197
+
+
+def test_restarts_attack_only_what_is_left():
+    recorder = Recorder(one_sided)
+    x, y = torch.full((200, 1), 0.5), torch.ones(200, dtype=torch.int64)
+    pgd(recorder, x, y, eps=0.3, step_size=0.1, steps=4, restarts=2, generator=torch.Generator().manual_seed(0))
+    sizes = [len(seen) for seen in recorder.seen]
+    assert sizes[:6] == [200] * 6  # the images themselves, four steps, the last iterate
+    assert len(set(sizes[6:])) == 1
+    assert 70 <= sizes[-1] <= 130
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_the_random_start_is_uniform_in_the_ball(norm):
+    recorder = Recorder(lambda x: x[:, :2])
+    x = torch.full((4000, 3), 0.5, dtype=torch.float64)
+    y = torch.zeros(4000, dtype=torch.int64)
+    options = {"eps": 0.2, "step_size": 0.1, "steps": 1, "keep_best": False}
+    pgd(recorder, x, y, **options, norm=norm, generator=torch.Generator().manual_seed(0))
+    delta = recorder.seen[0] - x
+    assert delta.mean(0).abs().max().item() < 0.01
+    distance = delta.abs().amax(1) if norm == "Linf" else delta.norm(dim=1)
+    share = (distance / 0.2) ** 3  # in three dimensions P(distance <= r) = (r / eps)^3
+    assert share.max().item() <= 1 + 1e-9
+    for quantile in (0.1, 0.5, 0.9):
+        assert torch.quantile(share, quantile).item() == pytest.approx(quantile, abs=0.03)
+
+
+class Scaled:
+    """A linear model whose two weights are scaled by new random factors at every forward."""
+
+    def __init__(self) -> None:
+        self.factors: list[torch.Tensor] = []
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        self.factors.append(torch.rand(2))
+        margin = x @ (torch.tensor([1.0, -1.0]) * self.factors[-1])
+        return torch.stack([torch.zeros_like(margin), margin], 1)
+
+
+def test_eot_averages_the_gradients_of_its_forwards():
+    model = Scaled()
+    x, y = torch.full((1, 2), 0.5), torch.tensor([1])
+    options = {"norm": "L2", "random_start": False, "keep_best": False, "loss": lambda logits, y: -logits[:, 1]}
+    x_adv = pgd(model, x, y, eps=0.4, step_size=0.1, steps=1, eot_samples=8, **options)
+    assert len(model.factors) == 8
+    mean = torch.stack(model.factors).mean(0) * torch.tensor([-1.0, 1.0])
+    torch.testing.assert_close(x_adv, x + 0.1 * mean / mean.norm())
+
+
+def test_eot_is_deterministic_under_a_generator():
+    x, y = torch.rand(5, 2, generator=torch.Generator().manual_seed(0)), torch.ones(5, dtype=torch.int64)
+    options = {"eps": 0.2, "step_size": 0.05, "steps": 4, "eot_samples": 3, "norm": "L2"}
+    first, second, other = (
+        pgd(Scaled(), x, y, **options, generator=torch.Generator().manual_seed(seed)) for seed in (7, 7, 8)
+    )
+    assert torch.equal(first, second)
+    assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize("scale", [0.0, 1e-40, 1e30])
+def test_vanishing_and_huge_gradients_give_no_nan(norm, scale):
+    x, y = torch.rand(3, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 1])
+
+    def loss(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return logits[:, 0] * scale
+
+    x_adv = pgd(lambda x: x[:, :2], x, y, eps=0.1, step_size=0.1, steps=1, norm=norm, random_start=False, loss=loss)
+    expected = x.clone()
+    if scale > 0:
+        expected[:, 0] = (x[:, 0] + 0.1).clamp(max=1)
+    torch.testing.assert_close(x_adv, expected, rtol=0, atol=1e-6)
+
+
+def test_the_loss_can_be_chosen():
+    x, y = torch.tensor(X), torch.tensor(Y)
+
+    def negative(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return -nn.functional.cross_entropy(logits, y, reduction="none")
+
+    for attack, options in ((fgsm, {}), (rfgsm, {"noise_std": 0.0}), (pgd, {"step_size": 0.1, "steps": 1})):
+        if attack is pgd:
+            options = {**options, "random_start": False, "keep_best": False}
+        descended = attack(three_classes, x, y, eps=0.1, loss=negative, **options)
+        np.testing.assert_allclose(
+            descended, np.clip(X - 0.1 * np.sign(cross_entropy_gradient(X, Y)), 0, 1), atol=1e-12
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_logits_enter_the_loss_as_float32(dtype):
+    seen = []
+
+    def loss(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        seen.append(logits.dtype)
+        return nn.functional.cross_entropy(logits, y, reduction="none")
+
+    x, y = torch.tensor(X, dtype=torch.float32), torch.tensor(Y)
+    x_adv = fgsm(lambda x: three_classes(x).to(dtype), x, y, eps=0.1, loss=loss)
+    assert seen == [torch.float32]
+    torch.testing.assert_close(x_adv, fgsm(three_classes, x, y, eps=0.1))
+
+
+def test_numpy_numbers_are_numbers():
+    x, y = torch.tensor(X), torch.tensor(Y)
+    x_adv = pgd(three_classes, x, y, eps=np.float32(0.125), step_size=np.float64(0.25), steps=1, random_start=False)
+    torch.testing.assert_close(x_adv, fgsm(three_classes, x, y, eps=0.125))

@@ -1,0 +1,201 @@
+"""What an attack leaves as it found it: images, gradients, modes, random state; and what it depends on."""
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from attacks.table import ATTACKS, linear_model
+from torch import nn
+
+from sj_robust.attacks import fgsm, pgd, rfgsm
+
+
+def run_or_fail(attack, model, x, y, fail: bool) -> None:
+    if not fail:
+        attack.run(model, x, y, 0.1)
+        return
+    handle = model.register_forward_hook(lambda *_: (_ for _ in ()).throw(KeyError("from the model")))
+    with pytest.raises(KeyError, match="from the model"):
+        attack.run(model, x, y, 0.1)
+    handle.remove()
+
+
+@pytest.mark.parametrize("fail", [False, True], ids=["ends", "raises"])
+def test_modes_statistics_gradients_and_flags_stay(gradient_attack, model, batch, fail):
+    x, y = batch
+    modules, parameters = list(model.modules()), list(model.parameters())
+    for number, module in enumerate(modules):
+        module.training = number % 3 != 0
+    parameters[0].grad = torch.full_like(parameters[0], 3.0)
+    parameters[-1].requires_grad_(False)
+    modes = [module.training for module in modules]
+    buffers = {name: value.clone() for name, value in model.named_buffers()}
+    weights = [parameter.detach().clone() for parameter in parameters]
+    hooks = [len(module._forward_hooks) for module in modules]
+
+    run_or_fail(gradient_attack, model, x, y, fail)
+
+    assert [module.training for module in modules] == modes
+    assert {name: value.tolist() for name, value in buffers.items()} == {
+        name: value.tolist() for name, value in model.named_buffers()
+    }
+    assert all(torch.equal(now, before) for now, before in zip(parameters, weights, strict=True))
+    assert (parameters[0].grad == 3.0).all()
+    assert all(parameter.grad is None for parameter in parameters[1:])
+    assert [parameter.requires_grad for parameter in parameters] == [True] * (len(parameters) - 1) + [False]
+    assert [len(module._forward_hooks) for module in modules] == hooks
+
+
+def test_the_network_is_attacked_in_evaluation_mode(gradient_attack, batch):
+    modes = []
+
+    class Watched(nn.Sequential):
+        def forward(self, x):
+            modes.append([module.training for module in self.modules()])
+            return super().forward(x)
+
+    gradient_attack.run(Watched(nn.Flatten(), nn.Dropout(0.5), nn.Linear(36, 5)), *batch, 0.1)
+    assert modes
+    assert not any(any(mode) for mode in modes)
+
+
+@pytest.mark.parametrize("fail", [False, True], ids=["ends", "raises"])
+@pytest.mark.parametrize("seeded", [False, True])
+def test_global_random_state_stays_even_if_the_network_draws_from_it(gradient_attack, batch, fail, seeded):
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = linear_model(36)
+
+        def forward(self, x):
+            return self.inner(x + 0.1 * torch.randn_like(x))
+
+    generator = torch.Generator().manual_seed(0) if seeded else None
+    model = Noisy()
+    before = torch.get_rng_state(), random.getstate(), repr(np.random.get_state())  # noqa: NPY002  the global one
+    handle = model.register_forward_hook(lambda *_: 1 / 0) if fail else None
+    try:
+        gradient_attack.run(model, *batch, 0.1, generator)
+    except ZeroDivisionError:
+        assert handle
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert (random.getstate(), repr(np.random.get_state())) == before[1:]  # noqa: NPY002  as above
+
+
+def test_the_attack_does_not_see_the_numbers_of_the_callers_next_forward(batch):
+    drawn = []
+
+    def model(x):
+        drawn.append(torch.rand(3))
+        return linear_model(36)(x) * drawn[-1].mean()
+
+    fgsm(model, *batch, eps=0.1)
+    assert not torch.equal(drawn[0], torch.rand(3))
+
+
+def test_same_generator_seed_same_result(attack, model, batch):
+    first, second = (attack.run(model, *batch, 0.1, torch.Generator().manual_seed(5)) for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_another_seed_and_no_generator_give_other_numbers(attack, batch):
+    linear = linear_model(36)
+
+    def everything_seen(generator: torch.Generator | None) -> list[list[float]]:
+        seen: list[list[float]] = []
+
+        def model(x):
+            seen.append(x.flatten().tolist())
+            return linear(x)
+
+        torch.manual_seed(0)  # does not govern the attack: without a generator the numbers are fresh each time
+        seen.append(attack.run(model, *batch, 0.1, generator).flatten().tolist())
+        return seen
+
+    with torch.random.fork_rng():
+        runs = [everything_seen(torch.Generator().manual_seed(seed)) for seed in (5, 6)]
+        runs += [everything_seen(None) for _ in range(2)]
+    equal = [first == second for i, first in enumerate(runs) for second in runs[:i]]
+    assert not any(equal) if attack.draws else all(equal)
+
+
+def test_one_generator_serves_consecutive_calls_with_new_numbers(batch):
+    model, generator = linear_model(36), torch.Generator().manual_seed(0)
+    first, second = (rfgsm(model, *batch, eps=0.1, project=False, generator=generator) for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+def test_a_call_draws_one_number_whatever_its_options(batch):
+    states = []
+    for name in ("gaussian", "fgsm", "pgd", "pgd_restarts", "pgd_eot"):
+        generator = torch.Generator().manual_seed(0)
+        ATTACKS[name].run(linear_model(36), *batch, 0.1, generator)
+        states.append(generator.get_state())
+    assert all(torch.equal(state, states[0]) for state in states)
+
+
+def test_a_result_does_not_depend_on_the_other_samples(attack, batch):
+    (x, y), model = batch, linear_model(36, seed=3)
+    other_x, other_y = x.clone(), y.clone()
+    other_x[1:] = x[1:].flip(0) * 1e-3  # other images, other gradients, other samples left for a restart
+    other_y[1:] = (y[1:] + 1) % 5
+    results = [
+        attack.run(model.double(), images.double(), labels, 0.1, torch.Generator().manual_seed(1))
+        for images, labels in ((x, y), (other_x, other_y))
+    ]
+    torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", [name for name, attack in ATTACKS.items() if not attack.draws])
+def test_a_result_does_not_depend_on_the_batch_size(name, batch):
+    (x, y), model = batch, linear_model(36).double()
+    together = ATTACKS[name].run(model, x.double(), y, 0.1)
+    alone = [ATTACKS[name].run(model, x[i : i + 1].double(), y[i : i + 1], 0.1) for i in range(len(x))]
+    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+def test_works_in_any_grad_mode_of_the_caller(attack, model, batch, context):
+    x, y = batch
+    expected = attack.run(model, x, y, 0.1, torch.Generator().manual_seed(0))
+    with context():
+        modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+        x_adv = attack.run(model, x.clone(), y.clone(), 0.1, torch.Generator().manual_seed(0))
+        assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == modes
+    assert torch.equal(x_adv, expected)
+
+
+def test_images_that_require_a_gradient_get_none_and_stay(attack, batch):
+    x, y = batch[0].requires_grad_(), batch[1]
+    x_adv = attack.run(linear_model(36), x, y, 0.1)
+    assert x.grad is None
+    assert x.requires_grad
+    assert not x_adv.requires_grad
+
+
+def test_a_plain_function_is_a_model(gradient_attack, batch):
+    module = linear_model(36)
+    module_result, function_result = (
+        gradient_attack.run(model, *batch, 0.1, torch.Generator().manual_seed(0))
+        for model in (module, lambda x: module(x))
+    )
+    assert torch.equal(module_result, function_result)
+
+
+def test_autocast_of_the_caller(gradient_attack, batch):
+    model = linear_model(36)
+    with torch.autocast("cpu", torch.bfloat16):
+        x_adv = gradient_attack.run(model, *batch, 0.1)
+        logits = model(batch[0])
+    assert x_adv.dtype == torch.float32
+    assert logits.requires_grad
+    (grad,) = torch.autograd.grad(logits.sum(), model[1].weight)  # the attack left no stale weight in autocast's cache
+    assert grad.abs().sum() > 0
+
+
+def test_the_result_can_be_trained_on(model, batch):
+    x, y = batch
+    x_adv = pgd(model.train(), x, y, eps=0.1, step_size=0.05, steps=2)
+    nn.functional.cross_entropy(model(x_adv), y).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())

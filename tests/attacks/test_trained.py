@@ -1,0 +1,76 @@
+"""On a spiking network that has learned something: strength, order of strength, agreement with torchattacks."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from sj_robust.attacks import fgsm, gaussian, pgd
+
+EPS = 0.1
+
+
+def correct(trained, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        return trained.model(x).argmax(1) == trained.y
+
+
+def test_stronger_attacks_leave_less(trained):
+    model, x, y = trained
+    accuracy = [
+        correct(trained, x_adv).float().mean().item()
+        for x_adv in (
+            x,
+            gaussian(model, x, y, std=EPS, generator=torch.Generator().manual_seed(0)),
+            fgsm(model, x, y, eps=EPS),
+            pgd(model, x, y, eps=EPS, step_size=EPS / 4, steps=10, generator=torch.Generator().manual_seed(0)),
+        )
+    ]
+    clean, noise, single_step, iterated = accuracy
+    assert clean > 0.93
+    assert noise > clean - 0.1
+    assert single_step < clean - 0.15
+    assert iterated < single_step
+
+
+def test_keep_best_and_restarts_never_lose_against_the_usual_practice(trained):
+    model, x, y = trained
+
+    def left(**options) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return correct(trained, pgd(model, x, y, eps=EPS, step_size=EPS / 4, steps=7, generator=generator, **options))
+
+    last, best, restarted = left(keep_best=False), left(), left(restarts=3)
+    # Predictions may differ in single images where another batch size rounds a potential to the other side.
+    assert int((best & ~last).sum()) <= 1
+    assert int((restarted & ~best).sum()) <= 1
+    assert int(restarted.sum()) < int(best.sum()) < int(last.sum())
+
+
+def test_every_image_falls_when_the_radius_is_one(trained):
+    x_adv = pgd(*trained, eps=1.0, step_size=0.1, steps=40, restarts=3, generator=torch.Generator().manual_seed(0))
+    assert correct(trained, x_adv).float().mean().item() < 0.02
+
+
+@pytest.mark.parametrize(("eps", "steps"), [(0.1, 20), (8 / 255, 10)])
+def test_predictions_agree_with_torchattacks(trained, eps, steps):
+    torchattacks = pytest.importorskip("torchattacks", reason="extra `compare` holds the peers of parity tests")
+    model, x, y = trained
+    step_size = 2.5 * eps / steps
+    ours = pgd(model, x, y, eps=eps, step_size=step_size, steps=steps, random_start=False, keep_best=False)
+    peer = torchattacks.PGD(model, eps=eps, alpha=step_size, steps=steps, random_start=False)(x, y)
+    with torch.no_grad():
+        same = model(ours).argmax(1) == model(peer).argmax(1)
+    assert same.float().mean().item() >= 0.995
+    assert not torch.equal(ours, x)
+
+
+def test_l2_iterates_agree_with_torchattacks(trained):
+    torchattacks = pytest.importorskip("torchattacks", reason="extra `compare` holds the peers of parity tests")
+    model, x, y = trained
+    options = {"eps": 1.0, "steps": 10}
+    ours = pgd(model, x, y, **options, step_size=0.2, norm="L2", random_start=False, keep_best=False)
+    peer = torchattacks.PGDL2(model, **options, alpha=0.2, random_start=False)(x, y)
+    with torch.no_grad():
+        same = model(ours).argmax(1) == model(peer).argmax(1)
+    assert same.float().mean().item() >= 0.995
+    assert int(correct(trained, ours).sum()) < int(correct(trained, x).sum())

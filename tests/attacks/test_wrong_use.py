@@ -1,0 +1,154 @@
+"""Wrong use gets an error that names the rule, the value and the remedy."""
+
+import pytest
+import torch
+from attacks.table import linear_model
+from torch import nn
+
+from sj_robust import SpikingClassifier
+from sj_robust._host import EVAL_MODE_HAS_NO_GRADIENT, functional, neuron
+from sj_robust.attacks import fgsm, gaussian, pgd, rfgsm
+
+X = torch.rand(3, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+Y = torch.tensor([0, 1, 4])
+
+
+def replaced(value: float) -> torch.Tensor:
+    x = X.clone()
+    x[1, 0, 2, 2] = value
+    return x
+
+
+@pytest.mark.parametrize(
+    ("x", "error", "match"),
+    [
+        (replaced(torch.nan), ValueError, r"x must be finite, got 1 NaN or infinite"),
+        (replaced(torch.inf), ValueError, r"x must be finite"),
+        (replaced(-0.01), ValueError, r"x must lie in \[0, 1\], got values from -0.01 to .*normalise inside"),
+        (X * 255, ValueError, r"x must lie in \[0, 1\], got values from .* to 25"),
+        ((X * 255).byte(), TypeError, r"floating point, got torch.uint8; .*/ 255"),
+        (X.tolist(), TypeError, r"x must be a tensor of images, got list"),
+        (torch.rand(36), ValueError, r"x must be a batch of images \[N, ...\], got shape \(36,\).*unsqueeze\(0\)"),
+    ],
+    ids=["nan", "inf", "negative", "bytes as floats", "bytes", "list", "no batch"],
+)
+def test_images(attack, x, error, match):
+    with pytest.raises(error, match=match):
+        attack.run(linear_model(36), x, Y, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("y", "error", "match"),
+    [
+        (Y.int(), TypeError, r"y must be int64, got torch.int32; use y.long\(\)"),
+        (nn.functional.one_hot(Y, 5).float(), TypeError, r"y must be int64, got torch.float32.*argmax"),
+        (Y[:2], ValueError, r"y must have shape \[N\] = \[3\] as x has, got \[2\]"),
+        (Y[:, None], ValueError, r"got \[3, 1\]"),
+        (Y.tolist(), TypeError, r"y must be a tensor of labels, got list"),
+        (torch.tensor([0, -1, 2]), ValueError, r"labels must be >= 0, got -1"),
+        (Y.to("meta"), ValueError, r"y must be on the device of x, cpu, got meta"),
+    ],
+    ids=["int32", "one-hot", "too few", "column", "list", "negative", "device"],
+)
+def test_labels(attack, y, error, match):
+    with pytest.raises(error, match=match):
+        attack.run(linear_model(36), X, y, 0.1)
+
+
+def test_labels_beyond_the_classes(gradient_attack):
+    with pytest.raises(ValueError, match=r"labels must be < 5, the number of classes .*, got 5"):
+        gradient_attack.run(linear_model(36), X, torch.tensor([0, 5, 1]), 0.1)
+
+
+@pytest.mark.parametrize(
+    ("model", "error", "match"),
+    [
+        (None, TypeError, r"model must be a callable from images to logits, got NoneType"),
+        (lambda x: (x.flatten(1), None), TypeError, r"must return a tensor of logits, got tuple"),
+        (lambda x: x.flatten(1).argmax(1), TypeError, r"logits must be floating point, got torch.int64"),
+        (lambda x: x.flatten(2), ValueError, r"logits must be \[N, classes\] with N = 3, got shape \(3, 1, 36\)"),
+        (lambda x: x.flatten(1)[:2], ValueError, r"with N = 3, got shape \(2, 36\)"),
+        (lambda x: x.flatten(1) / 0.0, ValueError, r"logits must be finite"),
+        (
+            lambda x: x.detach().flatten(1),
+            RuntimeError,
+            r"no gradient reaches the images.*0.0.0.0.14.*SpikingClassifier",
+        ),
+        (lambda x: linear_model(36)(x.detach()), RuntimeError, r"no gradient reaches the images"),
+        (lambda x: (x.flatten(1) - x.flatten(1).detach()).sqrt(), ValueError, r"gradient at the images must be finite"),
+    ],
+    ids=["none", "tuple", "prediction", "3-D", "other N", "infinite", "no graph", "cut graph", "infinite gradient"],
+)
+def test_models(gradient_attack, model, error, match):
+    with pytest.raises(error, match=match):
+        gradient_attack.run(model, X, Y, 0.1)
+
+
+def test_a_bare_spiking_network_on_the_old_release_is_explained():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(36, 5), neuron.IFNode(), nn.Linear(5, 5))
+    if EVAL_MODE_HAS_NO_GRADIENT:
+        with pytest.raises(RuntimeError, match=r"no gradient in evaluation mode, so wrap .* SpikingClassifier"):
+            fgsm(net, X, Y, eps=0.1)
+    functional.reset_net(net)
+    assert not torch.equal(fgsm(SpikingClassifier(net, T=2), X, Y, eps=0.1), X)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda m: fgsm(m, X, Y, eps=8), ValueError, r"eps must be <= 1, .* got 8; write 8 / 255"),
+        (lambda m: rfgsm(m, X, Y, eps=8), ValueError, r"eps must be <= 1"),
+        (lambda m: pgd(m, X, Y, eps=8, step_size=1, steps=1), ValueError, r"eps must be <= 1"),
+        (lambda m: gaussian(m, X, Y, std=8), ValueError, r"std must be <= 1, .* got 8"),
+        (lambda m: gaussian(3, X, Y, std=0.1), TypeError, r"model must be a callable"),
+        (lambda m: fgsm(m, X, Y, eps=-0.1), ValueError, r"eps must be finite and >= 0, got -0.1"),
+        (lambda m: fgsm(m, X, Y, eps=float("nan")), ValueError, r"eps must be finite and >= 0, got nan"),
+        (
+            lambda m: fgsm(m, X, Y, eps=torch.tensor(0.1)),
+            TypeError,
+            r"eps must be a number, got Tensor; use float\(eps\)",
+        ),
+        (lambda m: fgsm(m, X, Y, eps=True), TypeError, r"eps must be a number, got bool"),
+        (lambda m: rfgsm(m, X, Y, eps=0.1, step_size=0.0), ValueError, r"step_size must be finite and > 0, got 0.0"),
+        (lambda m: rfgsm(m, X, Y, eps=0.1, noise_std=-1), ValueError, r"noise_std must be finite and >= 0"),
+        (lambda m: pgd(m, X, Y, eps=0.1, step_size=0, steps=1), ValueError, r"step_size must be finite and > 0"),
+        (lambda m: pgd(m, X, Y, eps=0.1, step_size=0.1, steps=0), ValueError, r"steps must be >= 1, got 0"),
+        (lambda m: pgd(m, X, Y, eps=0.1, step_size=0.1, steps=2.5), TypeError, r"steps must be an integer, got float"),
+        (lambda m: pgd(m, X, Y, eps=0.1, step_size=0.1, steps=1, restarts=0), ValueError, r"restarts must be >= 1"),
+        (
+            lambda m: pgd(m, X, Y, eps=0.1, step_size=0.1, steps=1, eot_samples=0),
+            ValueError,
+            r"eot_samples must be >= 1",
+        ),
+        (
+            lambda m: pgd(m, X, Y, eps=0.1, step_size=0.1, steps=1, restarts=2, random_start=False),
+            ValueError,
+            r"restarts > 1 need random_start=True to differ, got restarts=2",
+        ),
+        (
+            lambda m: pgd(m, X, Y, eps=0.1, step_size=0.1, steps=1, norm="l2"),
+            ValueError,
+            r"norm must be one of \('Linf', 'L2'\), got 'l2'",
+        ),
+        (
+            lambda m: fgsm(m, X, Y, eps=0.1, generator=0),
+            TypeError,
+            r"generator must be a torch.Generator, got int.*seed",
+        ),
+        (
+            lambda m: fgsm(m, X, Y, eps=0.1, loss=nn.functional.cross_entropy),
+            ValueError,
+            r"loss must return one value per sample, \[3\], got \[\]; use reduction='none'",
+        ),
+    ],
+)
+def test_options(call, error, match):
+    with pytest.raises(error, match=match):
+        call(linear_model(36))
+
+
+def test_budgets_are_keyword_only():
+    with pytest.raises(TypeError, match="positional"):
+        fgsm(linear_model(36), X, Y, 0.1)
+    with pytest.raises(TypeError, match="step_size"):
+        pgd(linear_model(36), X, Y, eps=0.1, steps=3)
