@@ -300,7 +300,7 @@ def replace_neurons(net: nn.Module, T: int, *, backend: str = "auto") -> Replace
             report.skipped[name] = f"{type(module).__name__} is not IF, LIF or PLIF, so no DLIF neuron has its dynamics"
             continue
         if module not in successors:
-            successors[module] = _successor(module, T, *dynamics, backend).to(place.device, place.dtype)
+            successors[module] = _successor(module, T, *dynamics, backend, place)
         net.set_submodule(name, successors[module])
         report.replaced[name] = type(module).__name__
         if type(module) is neuron.ParametricLIFNode:
@@ -361,7 +361,8 @@ def _lif_dynamics(module: Any) -> tuple[float, float] | None:
     return tau, 1.0 / tau if module.decay_input else 1.0
 
 
-def _successor(module: Any, T: int, tau: float, input_gain: float, backend: str) -> DLIFNode:
+def _successor(module: Any, T: int, tau: float, input_gain: float, backend: str, place: Tensor) -> DLIFNode:
+    """A DLIF neuron with the settings of ``module``, on the device and in the dtype of ``place``."""
     node = DLIFNode(
         T=T,
         tau=tau,
@@ -372,7 +373,7 @@ def _successor(module: Any, T: int, tau: float, input_gain: float, backend: str)
         step_mode=module.step_mode,
         backend=backend,
         store_v_seq=module.store_v_seq,
-        input_gain_init=input_gain,
     )
-    node.train(module.training)
+    node.to(place.device, place.dtype).train(module.training)
+    nn.init.constant_(node.input_gain, input_gain)
     return node

@@ -4,7 +4,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sj_robust.ops.dlif.config import DLIFConfig
 
@@ -51,11 +50,15 @@ class DLIFFunction(torch.autograd.Function):
         return implementation.forward(x_seq, input_gain, v_init, config, store_v_seq)
 
     @staticmethod
-    @once_differentiable
     def backward(
         ctx: Any, grad_spike_seq: Tensor | None, grad_v: Tensor | None, grad_v_seq: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         """Back-propagation through time."""
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "DLIF is differentiable once: create_graph=True would silently lose the second derivative; "
+                "set backend='reference' on the neurons to differentiate twice"
+            )
         x_seq, input_gain, v_init = _saved_tensors(ctx)
         if grad_spike_seq is None:
             grad_spike_seq = torch.zeros_like(x_seq)

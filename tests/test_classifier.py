@@ -1,0 +1,189 @@
+"""SpikingClassifier: one pure function of images, whatever network, release or mode is inside."""
+
+import pytest
+import torch
+from spikingjelly.activation_based import encoding, functional, layer, neuron, surrogate
+from torch import nn
+
+from sj_robust.classifier import PoissonEncoder, SpikingClassifier
+from sj_robust.neuron import DLIFNode
+
+
+def make_net(step_mode="m", spiking_neuron=None):
+    torch.manual_seed(0)
+    spiking_neuron = spiking_neuron or neuron.LIFNode
+    net = nn.Sequential(
+        layer.Conv2d(1, 4, 3, padding=1),
+        spiking_neuron(v_threshold=0.2, surrogate_function=surrogate.ATan()),
+        layer.Flatten(),
+        layer.Linear(4 * 36, 3),
+    )
+    functional.set_step_mode(net, step_mode)
+    return net
+
+
+def make_images(n=5):
+    return torch.rand(n, 1, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+def test_equals_the_definition():
+    net, images = make_net(), make_images()
+    functional.reset_net(net)
+    wanted = net(images.unsqueeze(0).repeat(4, 1, 1, 1, 1)).mean(0)
+    classifier = SpikingClassifier(net, T=4)
+    assert torch.equal(classifier(images), wanted)
+    assert torch.equal(classifier(images), wanted)  # nothing of the first call is left
+    classifier(make_images(2))  # nor does another batch size matter
+    assert torch.equal(classifier(images), wanted)
+
+
+def test_single_step_networks_run_step_by_step():
+    images = make_images()
+    multi = SpikingClassifier(make_net("m"), T=4)(images)
+    single = SpikingClassifier(make_net("s"), T=4)
+    torch.testing.assert_close(single(images), multi)
+    forced = SpikingClassifier(make_net("s"), T=4, step_mode="s")
+    torch.testing.assert_close(forced(images), multi)
+
+
+def test_normalisation_is_inside_and_moves_with_the_module():
+    net, images = make_net(), make_images()
+    classifier = SpikingClassifier(net, T=4, mean=[0.5], std=[0.25])
+    torch.testing.assert_close(classifier(images), SpikingClassifier(net, T=4)((images - 0.5) / 0.25))
+    assert set(classifier.state_dict()) >= {"mean", "std"}
+    assert classifier.double()(images.double()).dtype == torch.float64
+
+
+def test_a_network_that_brings_its_own_steps():
+    class Expanding(nn.Module):
+        expands_time = True
+
+        def forward(self, images):
+            assert images.shape == (5, 1, 6, 6)
+            return images.flatten(1)[:, :3].expand(4, 5, 3)
+
+    images = make_images()
+    torch.testing.assert_close(SpikingClassifier(Expanding(), T=4)(images), images.flatten(1)[:, :3])
+
+
+def test_a_network_that_averages_itself():
+    class Averaging(nn.Module):
+        def forward(self, frames):
+            return frames.flatten(2).mean(0)[:, :3]
+
+    images = make_images()
+    torch.testing.assert_close(SpikingClassifier(Averaging(), T=4)(images), images.flatten(1)[:, :3])
+
+
+@pytest.mark.parametrize("spiking_neuron", [neuron.LIFNode, neuron.IFNode])
+def test_evaluation_mode_has_the_gradient_of_training_mode(spiking_neuron):
+    net, images = make_net(spiking_neuron=spiking_neuron), make_images().requires_grad_()
+    classifier = SpikingClassifier(net, T=4)
+    (wanted,) = torch.autograd.grad(classifier(images).square().sum(), images)
+    classifier.eval()
+    (gradient,) = torch.autograd.grad(classifier(images).square().sum(), images)
+    assert wanted.abs().sum() > 0
+    torch.testing.assert_close(gradient, wanted)
+    assert not any(module.training for module in classifier.modules())
+
+
+def test_modes_are_restored_after_an_error():
+    net = make_net().eval()
+    classifier = SpikingClassifier(net, T=4).eval()
+    with pytest.raises(RuntimeError):
+        classifier(torch.rand(2, 7, 6, 6))
+    assert not any(module.training for module in classifier.modules())
+
+
+def test_batch_norm_and_dropout_stay_in_evaluation_mode():
+    net = nn.Sequential(layer.BatchNorm2d(1, step_mode="m"), layer.Dropout(0.5, step_mode="m"), make_net())
+    classifier = SpikingClassifier(net, T=2).eval()
+    before = net[0].running_mean.clone()
+    first, second = classifier(make_images()), classifier(make_images())
+    assert torch.equal(first, second)
+    assert torch.equal(net[0].running_mean, before)
+
+
+def test_logits_are_float32_under_autocast():
+    with torch.autocast("cpu", torch.bfloat16):
+        assert SpikingClassifier(make_net(), T=2)(make_images()).dtype == torch.float32
+
+
+class TestEncoders:
+    def test_poisson_has_the_images_as_its_mean_and_a_straight_through_gradient(self):
+        encoder = PoissonEncoder(torch.Generator().manual_seed(0))
+        images = torch.tensor([0.0, 0.2, 0.7, 1.0]).requires_grad_()
+        spikes = torch.stack([encoder(images) for _ in range(4000)])
+        assert set(spikes.unique().tolist()) == {0.0, 1.0}
+        torch.testing.assert_close(spikes.mean(0), images, atol=0.03, rtol=0)
+        (gradient,) = torch.autograd.grad(spikes[0].sum(), images)
+        assert torch.equal(gradient, torch.ones(4))
+
+    def test_poisson_repeats_under_its_generator(self):
+        outputs = []
+        for _ in range(2):
+            encoder = PoissonEncoder(torch.Generator().manual_seed(3))
+            outputs.append(SpikingClassifier(make_net(), T=4, encoder=encoder)(make_images()))
+        assert torch.equal(*outputs)
+
+    @pytest.mark.parametrize("step_mode", ["m", "s"])
+    def test_latency_encoder_of_the_host_starts_anew_every_time(self, step_mode):
+        classifier = SpikingClassifier(make_net(step_mode), T=4, encoder=encoding.LatencyEncoder(4))
+        images = make_images()
+        wanted = classifier(images)
+        assert torch.equal(classifier(images), wanted)
+        other = classifier(1 - images)
+        assert not torch.equal(other, wanted)
+
+    def test_encoding_comes_before_normalisation(self):
+        seen = []
+
+        class Spy(nn.Module):
+            def forward(self, frames):
+                seen.append(frames)
+                return frames.flatten(2)[..., :3]
+
+        encoder = PoissonEncoder(torch.Generator().manual_seed(0))
+        SpikingClassifier(Spy(), T=4, encoder=encoder, mean=[0.5], std=[0.5])(make_images())
+        assert set(seen[0].unique().tolist()) == {-1.0, 1.0}
+
+
+class TestWrongUse:
+    @pytest.mark.parametrize("shape", [(1, 6, 6), (6,), (2, 5, 1, 6, 6)])
+    def test_shape_of_the_images(self, shape):
+        with pytest.raises(ValueError, match=r"images must be \[N, C, H, W\].*unsqueeze\(0\)"):
+            SpikingClassifier(make_net(), T=4)(torch.rand(shape))
+
+    @pytest.mark.parametrize(
+        ("arguments", "match"),
+        [
+            ({"T": 0}, "T must be an integer >= 1"),
+            ({"T": 2, "std": [0.0]}, "std must be > 0"),
+            ({"T": 2, "step_mode": "x"}, "step_mode must be"),
+        ],
+    )
+    def test_arguments(self, arguments, match):
+        with pytest.raises(ValueError, match=match):
+            SpikingClassifier(make_net(), **arguments)
+
+    def test_outputs_of_the_network(self):
+        with pytest.raises(ValueError, match=r"\[T, N, classes\] with T=4, got \(3, 5, 2\)"):
+            SpikingClassifier(_Returning(torch.zeros(3, 5, 2)), T=4)(make_images())
+        with pytest.raises(ValueError, match="N=5, got a mean over time of shape"):
+            SpikingClassifier(_Returning(torch.zeros(4, 5, 2, 2)), T=4)(make_images())
+        with pytest.raises(ValueError, match="one tensor .* got tuple"):
+            SpikingClassifier(_Returning((torch.zeros(1),)), T=4)(make_images())
+
+    def test_a_neuron_with_fewer_steps_says_so(self):
+        net = nn.Sequential(nn.Flatten(2), nn.Linear(36, 3), DLIFNode(T=2))
+        with pytest.raises(RuntimeError, match="T=2 time steps, but step 4"):
+            SpikingClassifier(net, T=4)(make_images())
+
+
+class _Returning(nn.Module):
+    def __init__(self, output):
+        super().__init__()
+        self.output = output
+
+    def forward(self, frames):
+        return self.output

@@ -1,0 +1,460 @@
+"""DLIFNode as a SpikingJelly citizen on whichever release is installed, and replace_neurons."""
+
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+from oracle import away_from_threshold, dlif_bptt
+from spikingjelly.activation_based import base, functional, layer, neuron, surrogate
+from spikingjelly.activation_based.model import sew_resnet, spiking_vgg
+from torch import nn
+
+from sj_robust.neuron import DLIFNode, replace_neurons
+
+HOST_HAS_EXPLICIT_STATES = hasattr(base.MemoryModule, "functional_forward")
+needs_explicit_states = pytest.mark.skipif(
+    not HOST_HAS_EXPLICIT_STATES, reason="SpikingJelly 0.0.0.0.14 has no explicit states and no memory optimisation"
+)
+needs_set_backend = pytest.mark.skipif(
+    not hasattr(functional, "set_backend"), reason="SpikingJelly 2.x removed functional.set_backend"
+)
+
+
+def run(node, x_seq):
+    """Spikes of a fresh sequence in the node's own step mode."""
+    node.reset()
+    return node(x_seq) if node.step_mode == "m" else torch.stack([node(x) for x in x_seq])
+
+
+@pytest.mark.parametrize("step_mode", ["m", "s"])
+@pytest.mark.parametrize("v_reset", [0.0, None, -0.25])
+@pytest.mark.parametrize("detach_reset", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "alpha", "surrogate_class"),
+    [
+        ("triangle", 1.0, surrogate.PiecewiseQuadratic),
+        ("atan", 2.0, surrogate.ATan),
+        ("sigmoid", 4.0, surrogate.Sigmoid),
+    ],
+)
+def test_equals_bptt_by_hand_in_both_step_modes(step_mode, v_reset, detach_reset, kind, alpha, surrogate_class):
+    rng = np.random.default_rng(1)
+    T, shape = 6, (6, 2, 3, 5)
+    x, gain = rng.normal(0.3, 0.9, shape), rng.normal(1.0, 0.2, T)
+    weights = rng.normal(size=shape)
+    v_init = np.full(shape[1:], v_reset or 0.0)
+    expected = dlif_bptt(
+        x, gain, v_init, decay=0.8, v_threshold=1.0, v_reset=v_reset, kind=kind, alpha=alpha,
+        detach_reset=detach_reset, grad_spikes=weights, grad_v=np.zeros(shape[1:]), grad_potentials=np.zeros(shape),
+    )  # fmt: skip
+    node = DLIFNode(
+        T, tau=5.0, v_reset=v_reset, surrogate_function=surrogate_class(alpha=alpha), detach_reset=detach_reset,
+        step_mode=step_mode, store_v_seq=True,
+    ).double()  # fmt: skip
+    with torch.no_grad():
+        node.input_gain.copy_(torch.tensor(gain))
+    x_seq = torch.tensor(x, requires_grad=True)
+    spikes = run(node, x_seq)
+    (spikes * torch.tensor(weights)).sum().backward()
+    np.testing.assert_array_equal(spikes.detach(), expected.spikes)
+    np.testing.assert_allclose(node.v_seq.detach(), expected.potentials, atol=1e-12)
+    np.testing.assert_allclose(x_seq.grad, expected.grad_x, rtol=1e-9, atol=1e-11)
+    np.testing.assert_allclose(node.input_gain.grad, expected.grad_gain, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("v_reset", [0.0, None, 0.25])
+@pytest.mark.parametrize("training", [True, False])
+def test_gains_of_one_are_lif_without_decay_input(v_reset, training):
+    torch.manual_seed(0)
+    T = 8
+    arguments = {"tau": 4.0, "v_reset": v_reset, "step_mode": "m", "store_v_seq": True}
+    lif = neuron.LIFNode(decay_input=False, **arguments).train(training)
+    dlif = DLIFNode(T=T, **arguments).train(training)
+    x = torch.randn(T, 3, 400, dtype=torch.float64) * 0.7 + 0.2
+    assert torch.equal(run(dlif, x), run(lif, x))
+    torch.testing.assert_close(dlif.v_seq, lif.v_seq, rtol=0, atol=1e-12)
+
+    x32 = x.float()
+    spikes, wanted = run(dlif, x32).detach(), run(lif, x32).detach()
+    exact = dlif_bptt(
+        x.numpy(), np.ones(T), np.full(x.shape[1:], v_reset or 0.0), decay=0.75, v_threshold=1.0, v_reset=v_reset,
+        kind="triangle", alpha=1.0, detach_reset=False, grad_spikes=np.zeros(x.shape),
+        grad_v=np.zeros(x.shape[1:]), grad_potentials=np.zeros(x.shape),
+    )  # fmt: skip
+    certain = away_from_threshold(exact.h, 1.0, 1e-5)
+    assert certain.mean() > 0.999
+    np.testing.assert_array_equal(spikes.numpy()[certain], wanted.numpy()[certain])
+
+
+def test_gains_of_one_over_tau_are_lif_with_decay_input_and_infinite_tau_is_if():
+    torch.manual_seed(0)
+    x = torch.randn(6, 2, 50, dtype=torch.float64) + 0.5
+    lif = neuron.LIFNode(tau=2.5, decay_input=True, v_threshold=0.4, step_mode="m", store_v_seq=True)
+    dlif = DLIFNode(6, tau=2.5, v_threshold=0.4, store_v_seq=True, input_gain_init=1 / 2.5).double()
+    torch.testing.assert_close(dlif.input_gain.float(), torch.full((6,), 0.4))
+    nn.init.constant_(dlif.input_gain, 1 / 2.5)  # in float64
+    assert torch.equal(run(dlif, x), run(lif, x))
+    torch.testing.assert_close(dlif.v_seq, lif.v_seq, rtol=0, atol=1e-12)
+    integrate = neuron.IFNode(step_mode="m", store_v_seq=True)
+    dlif = DLIFNode(6, tau=math.inf, store_v_seq=True)
+    assert torch.equal(run(dlif, x), run(integrate, x))
+    torch.testing.assert_close(dlif.v_seq, integrate.v_seq, rtol=0, atol=1e-12)
+
+
+class TestState:
+    def test_gain_follows_the_sequence_not_the_call(self):
+        torch.manual_seed(0)
+        node = DLIFNode(6, tau=2.0)
+        with torch.no_grad():
+            node.input_gain.copy_(torch.tensor([0.5, 2.0, 0.1, 3.0, 1.0, 0.7]))
+        x = torch.randn(6, 4, 9)
+        whole = run(node, x)
+        node.reset()
+        chunks = torch.cat([node(x[:1]), node(x[1:4]), node(x[4:])])
+        assert torch.equal(chunks, whole)
+        node.step_mode = "s"
+        assert torch.equal(run(node, x), whole)
+        node.step_mode = "m"
+        assert torch.equal(run(node, x), whole)
+
+    def test_reset_net_detach_net_and_state_dict(self):
+        net = nn.Sequential(nn.Linear(3, 5), DLIFNode(4))
+        x = torch.randn(2, 2, 3)
+        net(x)
+        assert net[1].time_step == 2
+        assert list(net.state_dict()) == ["0.weight", "0.bias", "1.input_gain"]
+        functional.detach_net(net)
+        net(x).sum().backward()  # second chunk, cut from the first
+        functional.reset_net(net)
+        assert net[1].time_step == 0
+        assert net[1].v == 0.0
+        copy.deepcopy(net)
+
+    def test_detach_with_stored_potentials(self):
+        node = DLIFNode(4, store_v_seq=True)
+        node(torch.randn(2, 3, 4, requires_grad=True))
+        functional.detach_net(node)
+        assert not node.v.requires_grad
+        assert not node.v_seq.requires_grad
+
+    def test_a_given_initial_potential_is_used(self):
+        node = DLIFNode(1, tau=2.0)
+        node.v = torch.full((1, 2), 0.8)
+        assert node(torch.full((1, 1, 2), 0.6)).sum() == 2
+        node.reset()
+        node.v = 0.8
+        assert node(torch.full((1, 1, 2), 0.6)).sum() == 2
+        node.reset()
+        assert node(torch.full((1, 1, 2), 0.6)).sum() == 0
+
+    def test_half_precision_keeps_a_float32_state(self):
+        node = DLIFNode(3).half()
+        spikes = node(torch.rand(3, 2, 4, dtype=torch.float16))
+        assert (spikes.dtype, node.v.dtype, node.input_gain.dtype) == (torch.float16, torch.float32, torch.float16)
+        with torch.autocast("cpu", torch.bfloat16):
+            net = nn.Sequential(nn.Linear(4, 4), DLIFNode(3))
+            assert net(torch.rand(3, 2, 4)).dtype == torch.bfloat16
+            assert net[1].v.dtype == torch.float32
+
+    def test_empty_batch(self):
+        node = DLIFNode(3)
+        spikes = node(torch.zeros(3, 0, 5, requires_grad=True))
+        spikes.sum().backward()
+        assert spikes.shape == (3, 0, 5)
+        assert torch.equal(node.input_gain.grad, torch.zeros(3))
+
+    def test_surrogates_are_not_shared(self):
+        assert DLIFNode(1).surrogate_function is not DLIFNode(1).surrogate_function
+
+    def test_smooth_mode_of_a_surrogate_is_honoured(self):
+        node = DLIFNode(1, surrogate_function=surrogate.Sigmoid(spiking=False))
+        value = node(torch.full((1, 1, 1), 1.5)).item()
+        assert value == pytest.approx(1 / (1 + math.exp(-4 * 0.5)))
+
+
+class TestBackends:
+    def test_every_available_backend_gives_the_same_network(self):
+        torch.manual_seed(0)
+        x = torch.randn(4, 3, 20)
+        node = DLIFNode(4)
+        wanted = run(node, x)
+        for name in ("auto", "torch", "eager", "reference"):
+            node.backend = name
+            assert torch.equal(run(node, x), wanted), name
+        node.backend = "torch"
+        assert node.chosen_backend(x) == "eager"
+        node.backend = "auto"
+        assert node.chosen_backend(x) in ("cpp", "eager")
+
+    @needs_set_backend
+    def test_set_backend_of_the_host(self):
+        net = nn.Sequential(nn.Linear(3, 3), DLIFNode(2))
+        functional.set_backend(net, "reference", instance=DLIFNode)
+        assert net[1].backend == "reference"
+        assert set(net[1].supported_backends) >= {"auto", "reference", "eager", "torch", "cpp", "cupy"}
+
+    def test_host_operator(self):
+        if not HOST_HAS_EXPLICIT_STATES:
+            with pytest.raises(RuntimeError, match="SpikingJelly 2.x"):
+                DLIFNode(2, backend="spikingjelly")
+            return
+        torch.manual_seed(0)
+        for v_reset in (0.0, None, 0.25):
+            x = torch.randn(5, 3, 30, dtype=torch.float64, requires_grad=True)
+            node = DLIFNode(5, tau=3.0, v_reset=v_reset, store_v_seq=True).double()
+            with torch.no_grad():
+                node.input_gain.uniform_(0.5, 1.5)
+            results = []
+            for backend in ("reference", "spikingjelly"):
+                node.backend = backend
+                spikes = run(node, x)
+                grads = torch.autograd.grad((spikes * x.detach()).sum(), [x, node.input_gain])
+                results.append((spikes, node.v_seq, *grads))
+            for ours, theirs in zip(*results, strict=True):
+                torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+        assert node.chosen_backend(x) == "spikingjelly"
+
+
+class TestHost:
+    @pytest.mark.parametrize("step_mode", ["m", "s"])
+    def test_model_zoo(self, step_mode):
+        T = 2
+        arguments = {"spiking_neuron": DLIFNode, "T": T, "tau": 2.0, "step_mode": step_mode, "num_classes": 4}
+        vgg = spiking_vgg.spiking_vgg11_bn(pretrained=False, **arguments)
+        sew = sew_resnet.sew_resnet18(pretrained=False, cnf="ADD", **arguments)
+        for net in (vgg, sew):
+            functional.set_step_mode(net, step_mode)
+            nodes = [m for m in net.modules() if isinstance(m, DLIFNode)]
+            assert nodes
+            assert all(node.step_mode == step_mode for node in nodes)
+            images = torch.rand(T, 2, 3, 32, 32)
+            outputs = net(images) if step_mode == "m" else torch.stack([net(x) for x in images])
+            outputs.mean(0).sum().backward()
+            assert outputs.shape == (T, 2, 4)
+            assert all(node.time_step == T for node in nodes)
+            functional.reset_net(net)
+            assert all(node.time_step == 0 for node in nodes)
+
+    @needs_explicit_states
+    def test_functional_forward_leaves_the_module_alone(self):
+        net = nn.Sequential(nn.Linear(3, 4), DLIFNode(4))
+        x = torch.randn(4, 2, 3)
+        wanted = net(x)
+        functional.reset_net(net)
+        forward = base.to_functional_forward(net)
+        states = tuple(base.extract_memories(net))
+        (first,), states = forward((x[:3],), states)
+        (second,), states = forward((x[3:],), states)
+        assert torch.equal(torch.cat([first, second]), wanted)
+        assert net[1].time_step == 0
+        assert states[1] == 4
+
+    @needs_explicit_states
+    @pytest.mark.parametrize("chunks", [1, 2])
+    def test_memory_optimisation(self, chunks):
+        from spikingjelly.activation_based.memopt import checkpoint_module
+
+        torch.manual_seed(0)
+        plain = nn.Sequential(nn.Linear(3, 4), DLIFNode(4, tau=2.0))
+        optimised = copy.deepcopy(plain)
+        wrapped = checkpoint_module(optimised[1], chunks=chunks)
+        x = torch.randn(4, 2, 3)
+        wanted = plain(x)
+        wanted.sum().backward()
+        spikes = wrapped(optimised[0](x))
+        spikes.sum().backward()
+        assert torch.equal(spikes, wanted)
+        torch.testing.assert_close(optimised[1].input_gain.grad, plain[1].input_gain.grad)
+        torch.testing.assert_close(optimised[0].weight.grad, plain[0].weight.grad)
+
+    @needs_explicit_states
+    def test_chunked_forward(self):
+        node = DLIFNode(5, tau=2.0)
+        x = torch.randn(5, 2, 7)
+        wanted = run(node, x)
+        node.reset()
+        assert torch.equal(functional.chunk_multi_step_forward(2, x, node), wanted)
+
+    # Dynamo itself instantiates the autograd function that torch asks users not to instantiate
+    @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+    @pytest.mark.parametrize("function", [surrogate.PiecewiseQuadratic, surrogate.Sigmoid])
+    def test_compiles_to_one_graph(self, function):
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        net = nn.Sequential(nn.Linear(3, 8), DLIFNode(4, tau=2.0, surrogate_function=function()))
+        x = torch.randn(4, 2, 3)
+        wanted = net(x)
+        wanted.sum().backward()
+        gradients = [p.grad.clone() for p in net.parameters()]
+        net.zero_grad()
+        compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+        for _ in range(2):
+            functional.reset_net(net)
+            net.zero_grad()
+            spikes = compiled(x)
+            spikes.sum().backward()
+            assert torch.equal(spikes, wanted)
+            for p, gradient in zip(net.parameters(), gradients, strict=True):
+                torch.testing.assert_close(p.grad, gradient)
+
+    def test_element_wise_recurrent_container(self):
+        container = layer.ElementWiseRecurrentContainer(
+            DLIFNode(3, step_mode="s"), element_wise_function=lambda x, y: x + y, step_mode="m"
+        )
+        spikes = container(torch.ones(3, 2, 4))
+        assert spikes.shape == (3, 2, 4)
+        functional.reset_net(container)
+
+    def test_data_parallel_is_refused(self):
+        with pytest.raises(RuntimeError, match="DistributedDataParallel"):
+            DLIFNode(2)._replicate_for_data_parallel()
+
+
+class TestWrongUse:
+    def test_more_steps_than_T_names_T_and_the_step(self):
+        node = DLIFNode(T=4)
+        node(torch.zeros(3, 1, 2))
+        with pytest.raises(RuntimeError, match=r"T=4 time steps, but step 5 .*3 taken.*reset_net"):
+            node(torch.zeros(2, 1, 2))
+
+    def test_forgotten_reset_is_named_when_the_graph_is_gone(self):
+        for backend in ("eager", "auto"):
+            net = nn.Sequential(nn.Linear(3, 3), DLIFNode(T=4, backend=backend))
+            net(torch.randn(2, 1, 3)).sum().backward()
+            with pytest.raises(RuntimeError, match=r"reset_net\(net\) before every new sequence"):
+                net(torch.randn(2, 1, 3)).sum().backward()
+
+    def test_changed_batch_size_without_reset(self):
+        node = DLIFNode(T=4)
+        node(torch.zeros(1, 3, 2))
+        with pytest.raises(RuntimeError, match=r"state has shape \(3, 2\).*\(5, 2\).*reset_net"):
+            node(torch.zeros(1, 5, 2))
+
+    @pytest.mark.parametrize(
+        ("arguments", "match"),
+        [
+            ({"T": 0}, "T must be an integer >= 1"),
+            ({"T": 2.0}, "T must be an integer >= 1"),
+            ({"T": 2, "tau": 0.99}, "tau must be > 1, got 0.99; for a decay of 0.99 pass tau=100"),
+            ({"T": 2, "tau": 1.0}, "tau must be > 1"),
+            ({"T": 2, "tau": math.nan}, "tau must be > 1"),
+            ({"T": 2, "v_threshold": math.inf}, "v_threshold must be finite"),
+            ({"T": 2, "v_reset": math.nan}, "v_reset must be finite"),
+            ({"T": 2, "input_gain_init": math.inf}, "input_gain_init must be finite"),
+            ({"T": 2, "backend": "numpy"}, "backend must be one of"),
+            ({"T": 2, "step_mode": "x"}, "step_mode"),
+        ],
+    )
+    def test_arguments(self, arguments, match):
+        with pytest.raises(ValueError, match=match):
+            DLIFNode(**arguments)
+
+    def test_integer_input(self):
+        with pytest.raises(TypeError, match="floating point, got torch.int64"):
+            DLIFNode(2)(torch.zeros(2, 1, 3, dtype=torch.int64))
+
+    def test_backend_is_checked_after_construction_too(self):
+        node = DLIFNode(2)
+        with pytest.raises(ValueError, match="backend must be one of"):
+            node.backend = "numpy"
+        assert node.backend == "auto"
+
+
+class TestReplaceNeurons:
+    def make(self):
+        return nn.Sequential(
+            nn.Linear(4, 6),
+            neuron.LIFNode(tau=3.0, v_threshold=0.5, v_reset=None, step_mode="m"),
+            nn.Linear(6, 6),
+            neuron.IFNode(v_threshold=0.7, step_mode="m", detach_reset=True),
+            nn.Linear(6, 6),
+            neuron.ParametricLIFNode(init_tau=2.0, decay_input=True, v_threshold=0.6, step_mode="m"),
+            nn.Linear(6, 6),
+            neuron.LIFNode(tau=2.0, decay_input=True, v_threshold=0.2, v_reset=-0.1, step_mode="m"),
+        )
+
+    def test_same_spikes_and_gradients_before_any_training(self):
+        torch.manual_seed(0)
+        net = self.make().double()
+        for linear in net[::2]:
+            nn.init.normal_(linear.weight, std=2.0)
+        x = torch.rand(5, 8, 4, dtype=torch.float64)
+        wanted = net(x)
+        wanted.mean().backward()
+        gradient = net[0].weight.grad.clone()
+        net.zero_grad()
+        report = replace_neurons(net, T=5)
+        assert report.replaced == {"1": "LIFNode", "3": "IFNode", "5": "ParametricLIFNode", "7": "LIFNode"}
+        assert report.notes == {"5": "learnable tau frozen at 2"}
+        assert wanted.sum() > 0
+        functional.reset_net(net)
+        assert torch.equal(net(x), wanted)
+        assert net[1].input_gain.dtype == torch.float64
+        functional.reset_net(net)
+        net(x).mean().backward()
+        torch.testing.assert_close(net[0].weight.grad, gradient)
+
+    def test_reset_finds_the_new_neurons(self):
+        net = self.make()
+        functional.reset_net(net)  # 2.x caches the list of stateful modules here
+        replace_neurons(net, T=2)
+        net(torch.rand(2, 1, 4))
+        functional.reset_net(net)
+        assert all(m.time_step == 0 for m in net.modules() if isinstance(m, DLIFNode))
+
+    def test_mode_weights_and_surrogate_are_kept(self):
+        net = self.make().eval()
+        net[1].surrogate_function.alpha = 7.0
+        weights = {
+            name: p.clone() for name, p in net.named_parameters() if "w" not in name.split(".")[-1] or "weight" in name
+        }
+        surrogate_function = net[1].surrogate_function
+        replace_neurons(net, T=3)
+        assert not any(m.training for m in net.modules())
+        assert net[1].surrogate_function.alpha == 7.0
+        assert net[1].surrogate_function is not surrogate_function
+        assert net[3].detach_reset
+        assert net[3].tau == math.inf
+        assert all(torch.equal(net.get_parameter(name), value) for name, value in weights.items())
+
+    def test_what_cannot_be_converted_is_said_and_left_alone(self):
+        net = nn.Sequential(neuron.KLIFNode(), neuron.LIFNode(), neuron.EIFNode())
+        report = replace_neurons(net, T=2)
+        assert list(report.skipped) == ["0", "2"]
+        assert "KLIFNode is not IF, LIF or PLIF" in report.skipped["0"]
+        assert type(net[0]) is neuron.KLIFNode
+        assert list(report.replaced) == ["1"]
+        assert replace_neurons(net, T=2).replaced == {}
+
+    def test_shared_neurons_stay_shared(self):
+        shared = neuron.LIFNode()
+        net = nn.ModuleDict({"a": shared, "b": nn.ModuleList([shared])})
+        report = replace_neurons(net, T=2)
+        assert sorted(report.replaced) == ["a", "b.0"]
+        assert net["a"] is net["b"][0]
+
+    def test_a_bare_neuron_is_refused(self):
+        with pytest.raises(ValueError, match=r"wrap it in nn\.Sequential"):
+            replace_neurons(neuron.LIFNode(), T=2)
+
+    def test_model_zoo(self):
+        net = sew_resnet.sew_resnet18(
+            pretrained=False,
+            cnf="ADD",
+            spiking_neuron=neuron.IFNode,
+            num_classes=3,
+            surrogate_function=surrogate.ATan(),
+        )
+        functional.set_step_mode(net, "m")
+        x = torch.rand(2, 1, 3, 32, 32)
+        net.eval()
+        with torch.no_grad():
+            wanted = net(x)
+        report = replace_neurons(net, T=2)
+        assert len(report.replaced) == 20
+        assert not report.skipped
+        functional.reset_net(net)
+        with torch.no_grad():
+            torch.testing.assert_close(net(x), wanted)
