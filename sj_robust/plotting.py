@@ -34,7 +34,9 @@ def _bars(axes: Axes, report: Report) -> None:
     width = 0.8 / len(report.networks)
     for index, network in enumerate(report.networks):
         scores = [score for score in report.scores if score.network == network]
-        places = [report.attacks.index(score.attack) + (index - (len(report.networks) - 1) / 2) * width for score in scores]
+        places = [
+            report.attacks.index(score.attack) + (index - (len(report.networks) - 1) / 2) * width for score in scores
+        ]
         bars = axes.bar(places, [100 * score.accuracy for score in scores], width, label=network, color=f"C{index}")
         axes.bar_label(bars, fmt="%.0f", fontsize=8)
     axes.set_xticks(range(len(report.attacks)), report.attacks)

@@ -73,7 +73,8 @@ def test_import_is_light():
     heavy = ["cupy", "matplotlib", "accelerate", "sklearn", "rich", "jsonargparse", "tensorboard"]
     # SpikingJelly itself imports matplotlib in one release and CuPy, where it is installed, in the other
     code = (
-        "import sys, spikingjelly.activation_based.neuron, spikingjelly.activation_based.monitor; before = set(sys.modules);"
+        "import sys, spikingjelly.activation_based.neuron, spikingjelly.activation_based.monitor;"
+        "before = set(sys.modules);"
         f"import sj_robust; print([m for m in {heavy} if m in set(sys.modules) - before])"
     )
     result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)

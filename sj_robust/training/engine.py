@@ -131,7 +131,7 @@ def train(
             run.train_epoch(perturb, journal, received)
             record = run.finish_epoch(validation_attacks)
             if accelerator.is_main_process:
-                scalars = _probe(run, validation_attacks["pgd"])
+                scalars = _probe(run, validation_attacks["fgsm"])
                 journal.on_epoch(record, scalars, catastrophic_overfitting(run.history))
     return run.history
 
