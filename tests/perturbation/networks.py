@@ -1,0 +1,116 @@
+"""Small networks for the monitor's tests."""
+
+from collections import deque
+
+import torch
+from spikingjelly.activation_based import functional, layer, neuron, surrogate
+from torch import nn
+
+from sj_robust.neuron import DLIFNode
+
+T = 4
+
+
+# How each neuron is built, and its decay and gain written out by hand.
+NEURONS = {
+    "IF": (lambda: neuron.IFNode(), 1.0, 1.0, 0.0),
+    "IF soft": (lambda: neuron.IFNode(v_reset=None), 1.0, 1.0, None),
+    "LIF": (lambda: neuron.LIFNode(tau=4.0, decay_input=False), 0.75, 1.0, 0.0),
+    "LIF decay_input": (lambda: neuron.LIFNode(tau=4.0, decay_input=True, v_threshold=0.25), 0.75, 0.25, 0.0),
+    "LIF soft": (lambda: neuron.LIFNode(tau=4.0, decay_input=False, v_reset=None), 0.75, 1.0, None),
+    "LIF reset -0.2": (lambda: neuron.LIFNode(tau=4.0, decay_input=False, v_reset=-0.2), 0.75, 1.0, -0.2),
+    "PLIF": (lambda: neuron.ParametricLIFNode(init_tau=5.0, decay_input=True, v_threshold=0.25), 0.8, 0.2, 0.0),
+    "DLIF": (lambda: _dlif(), 0.5, (1.5, 0.5, 1.0, 2.0), 0.0),
+}
+
+
+def _dlif():
+    node = DLIFNode(T=T, tau=2.0)
+    node.input_gain.data = torch.tensor((1.5, 0.5, 1.0, 2.0))
+    return node
+
+
+def conv_net(make, seed=0):
+    """Two convolutions and a linear layer, each followed by a neuron, and a readout; step mode "m"."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(
+        layer.Conv2d(2, 4, 3, padding=1),
+        layer.BatchNorm2d(4),
+        make(),
+        layer.Conv2d(4, 4, 3, padding=1),
+        make(),
+        layer.MaxPool2d(2),
+        layer.Flatten(),
+        layer.Linear(36, 8),
+        make(),
+        layer.Linear(8, 3),
+    )
+    for module in net:
+        if isinstance(module, layer.Linear | layer.Conv2d):
+            module.weight.data.mul_(5.0)  # so that every layer fires
+    functional.set_step_mode(net, "m")
+    return net
+
+
+class Recurrent(nn.Module):
+    """A recurrent block that calls its neuron once per step inside a multi-step network."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(6, 6)
+        self.feedback = nn.Linear(6, 6)
+        self.sn = neuron.LIFNode(tau=2.0, decay_input=False, surrogate_function=surrogate.ATan(), step_mode="s")
+
+    def forward(self, x_seq):
+        y = torch.zeros_like(x_seq[0])
+        outputs = []
+        for x in x_seq:
+            y = self.sn(self.inner(x) + self.feedback(y))
+            outputs.append(y)
+        return torch.stack(outputs)
+
+
+def recurrent_net(seed=0):
+    """Input layer, hand-made recurrent block, SpikingJelly's recurrent container, last layer."""
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        layer.Linear(5, 6, step_mode="m"),
+        neuron.LIFNode(tau=2.0, step_mode="m", v_threshold=0.5),
+        Recurrent(),
+        layer.LinearRecurrentContainer(neuron.IFNode(v_threshold=0.5), 6, 6, step_mode="m"),
+        layer.Linear(6, 4, step_mode="m"),
+        neuron.IFNode(step_mode="m", v_threshold=0.5),
+    )
+
+
+def images(seed=1, n=3):
+    """Clean and perturbed input [T, N, 2, 6, 6]."""
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(T, n, 2, 6, 6, generator=generator)
+    return x, x + 0.3 * torch.randn(x.shape, generator=generator)
+
+
+def in_steps(net):
+    """Runs a single-step network over a sequence."""
+    return lambda x_seq: [net(x) for x in x_seq]
+
+
+def storage_bytes(monitor):
+    """Sizes of the tensors held by the monitor's own objects."""
+    stack, seen, counted = [vars(monitor)], set(), set()
+    while stack:
+        item = stack.pop()
+        if id(item) in seen:
+            continue
+        seen.add(id(item))
+        if isinstance(item, torch.Tensor):
+            storage = item.untyped_storage()
+            if storage.data_ptr() not in counted:
+                counted.add(storage.data_ptr())
+                yield storage.nbytes()
+        elif isinstance(item, dict):
+            stack.extend(item.values())
+        elif isinstance(item, list | tuple | deque):
+            stack.extend(item)
+        elif type(item).__module__.startswith("sj_robust.perturbation"):
+            stack.append(vars(item))

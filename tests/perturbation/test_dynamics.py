@@ -1,0 +1,138 @@
+"""The pure functions of the perturbation against sums and loops written out here."""
+
+import numpy as np
+import pytest
+import torch
+from perturbation.by_hand import eps_by_hand
+from spikingjelly.activation_based import neuron
+
+from sj_robust.perturbation import (
+    full_perturbation,
+    membrane_potential,
+    ms_mppd,
+    simplified_perturbation,
+    spike_train_distance,
+    tasad,
+)
+
+
+def figure_1(currents):
+    """Potentials and spikes of one LIF neuron with decay 0.9 and threshold 1, in plain Python."""
+    v, potentials, spikes = 0.0, [], []
+    for x in currents:
+        h = 0.9 * v + x
+        spikes.append(1.0 if h >= 1.0 else 0.0)
+        v = 0.0 if h >= 1.0 else h
+        potentials.append(v)
+    return potentials, spikes
+
+
+@pytest.mark.parametrize("noise", ["constant", "gaussian"])
+def test_set_up_of_figure_1(noise):
+    x = torch.full((30, 1), 0.3, dtype=torch.float64)
+    if noise == "constant":
+        x_perturbed = x + 0.1
+    else:
+        x_perturbed = x + 0.3 * torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    (v, s), (v_perturbed, s_perturbed) = (figure_1(a.flatten().tolist()) for a in (x, x_perturbed))
+    assert sum(s) != sum(s_perturbed)
+
+    eps = simplified_perturbation(x, x_perturbed, decay=0.9).flatten().numpy()
+    if noise == "constant":
+        np.testing.assert_allclose(eps, [-(1 - 0.9 ** (t + 1)) for t in range(30)], atol=1e-14)
+    free = [sum(0.9 ** (t - k) * float(x[k] - x_perturbed[k]) for k in range(t + 1)) for t in range(30)]
+    np.testing.assert_allclose(eps, free, atol=1e-12)
+
+    mine, mine_perturbed = membrane_potential(x, decay=0.9), membrane_potential(x_perturbed, decay=0.9)
+    np.testing.assert_allclose(mine.flatten(), v, atol=1e-12)
+    np.testing.assert_allclose(
+        full_perturbation(mine, mine_perturbed).flatten(), np.subtract(v, v_perturbed), atol=1e-12
+    )
+
+    spikes, spikes_perturbed = (torch.tensor(a)[:, None] for a in (s, s_perturbed))
+    differing = sum(a != b for a, b in zip(s, s_perturbed, strict=True)) / 30
+    assert spike_train_distance(spikes, spikes_perturbed).item() == pytest.approx(differing)
+    assert tasad(spikes, spikes_perturbed).item() == pytest.approx(abs(sum(s) - sum(s_perturbed)) / 30)
+
+
+def test_distances_are_per_neuron_and_sample():
+    spikes, other = torch.randint(0, 2, (2, 6, 3, 4)).unbind(0)
+    assert spike_train_distance(spikes, other).shape == (3, 4)
+    np.testing.assert_allclose(spike_train_distance(spikes, other), (spikes != other).double().mean(0), atol=1e-6)
+    np.testing.assert_allclose(tasad(spikes, other), (spikes.sum(0) - other.sum(0)).abs() / 6, atol=1e-6)
+
+
+@pytest.mark.parametrize("gain", [1.0, 0.25, "per step"])
+def test_recursion_is_the_weighted_sum_and_its_gradient(gain):
+    generator = torch.Generator().manual_seed(0)
+    x, x_perturbed = torch.randn(2, 5, 2, 3, dtype=torch.float64, generator=generator).requires_grad_().unbind(0)
+    x, x_perturbed = x.detach().requires_grad_(), x_perturbed.detach().requires_grad_()
+    decay = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
+    gain_t = torch.rand(5, dtype=torch.float64) if gain == "per step" else torch.full((5,), gain, dtype=torch.float64)
+    gain_t.requires_grad_()
+    eps = simplified_perturbation(x, x_perturbed, decay=decay, gain=gain_t)
+    expected = eps_by_hand(*(a.detach().numpy() for a in (x, x_perturbed)), 0.7, gain_t.tolist())
+    np.testing.assert_allclose(eps.detach(), expected, atol=1e-12)
+
+    eps[-1].sum().backward()
+    weights = torch.tensor([0.7 ** (4 - k) for k in range(5)], dtype=torch.float64) * gain_t.detach()
+    torch.testing.assert_close(x.grad, weights[:, None, None].expand_as(x))
+    torch.testing.assert_close(x_perturbed.grad, -x.grad)
+    assert torch.autograd.gradcheck(
+        lambda a, b, decay, gain: simplified_perturbation(a, b, decay=decay, gain=gain), (x, x_perturbed, decay, gain_t)
+    )
+
+
+@pytest.mark.parametrize("v_reset", [0.0, None, -0.2])
+@pytest.mark.parametrize("decay_input", [False, True])
+def test_potential_is_that_of_spikingjelly(v_reset, decay_input):
+    x = 3 * torch.rand(12, 2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    node = neuron.LIFNode(tau=4.0, decay_input=decay_input, v_reset=v_reset, step_mode="m", store_v_seq=True)
+    spikes = node(x)
+    assert 0 < spikes.mean() < 1
+    gain = 0.25 if decay_input else 1.0
+    for given in (None, spikes):
+        v_seq = membrane_potential(x, decay=0.75, gain=gain, v_reset=v_reset, spike_seq=given)
+        torch.testing.assert_close(v_seq, node.v_seq.detach(), atol=1e-12, rtol=0)
+
+
+def test_potential_continues_from_an_initial_value():
+    x = torch.full((2, 1), 0.25)
+    assert membrane_potential(x, decay=0.5, v_init=0.5).flatten().tolist() == [0.5, 0.5]
+    assert membrane_potential(x, decay=0.5, v_init=torch.tensor([1.0])).flatten().tolist() == [0.75, 0.625]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_currents_accumulate_in_float32(dtype):
+    x = torch.rand(20, 7).to(dtype)
+    eps = simplified_perturbation(x, torch.zeros_like(x), decay=0.99)
+    assert eps.dtype == torch.float32
+    expected = eps_by_hand(x.double().numpy(), np.zeros((20, 7)), 0.99, [1.0] * 20)
+    np.testing.assert_allclose(eps, expected, rtol=1e-5)
+
+
+def test_norms():
+    eps = torch.tensor([[3.0, -4.0]])
+    assert ms_mppd(eps).item() == 12.5
+    assert ms_mppd(eps, norm="l1").item() == 3.5
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: simplified_perturbation(x, x[:2], decay=0.5), r"same shape .* got \(3, 2\) and \(2, 2\)"),
+        (lambda x: simplified_perturbation(x[:0], x[:0], decay=0.5), "at least one time step"),
+        (lambda x: simplified_perturbation(x, x, decay=1.5), r"decay must be in \(0, 1\], got 1.5"),
+        (lambda x: simplified_perturbation(x, x, decay=torch.tensor(0.0)), r"decay must be in \(0, 1\], got 0.0"),
+        (lambda x: simplified_perturbation(x, x, decay=0.5, gain=torch.ones(2)), r"\[T\] = \[3\], got \(2,\)"),
+        (lambda x: membrane_potential(x, decay=0.5, spike_seq=x[:, :1]), "same shape"),
+        (lambda x: membrane_potential(x, decay=-0.1), "decay must be in"),
+        (lambda x: full_perturbation(x, x[:1]), "same shape"),
+        (lambda x: spike_train_distance(x, x[:1]), "same shape"),
+        (lambda x: tasad(x, x[:1]), "same shape"),
+        (lambda x: ms_mppd(x, norm="max"), "norm must be 'l2' or 'l1', got 'max'"),
+    ],
+)
+def test_wrong_use(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(torch.ones(3, 2))

@@ -1,0 +1,436 @@
+"""The monitor's statistics against numpy, and what it must leave alone."""
+
+import copy
+import gc
+import io
+import json
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from perturbation.by_hand import assert_stats, capture, eps_by_hand, statistics_by_hand
+from perturbation.networks import NEURONS, T, conv_net, images, in_steps, recurrent_net, storage_bytes
+from spikingjelly.activation_based import functional, layer, neuron
+from spikingjelly.activation_based.monitor import BaseMonitor
+from torch import nn
+
+from sj_robust import SpikingClassifier
+from sj_robust.neuron import DLIFNode
+from sj_robust.perturbation import LayerStats, LayerTrace, MPPDMonitor
+
+NAMES = ("2", "4", "8")
+
+
+def gains(gain):
+    return list(gain) if isinstance(gain, tuple) else [gain] * T
+
+
+def expected_of(net, x, x_perturbed, names, decay, gain, **kwargs):
+    net.eval()
+    clean, perturbed = (capture(net, names, lambda a=a: net(a)) for a in (x, x_perturbed))
+    return {name: statistics_by_hand(*clean[name], *perturbed[name], decay, gains(gain), **kwargs) for name in names}
+
+
+@pytest.mark.parametrize("kind", NEURONS)
+def test_statistics_equal_numpy(kind):
+    make, decay, gain, v_reset = NEURONS[kind]
+    net = conv_net(make)
+    x, x_perturbed = images()
+    with MPPDMonitor(net) as monitor:
+        stats = monitor.compare(x, x_perturbed)
+    assert list(stats) == list(NAMES)
+    v_threshold = net[2].v_threshold
+    expected = expected_of(net, x, x_perturbed, NAMES, decay, gain, v_threshold=v_threshold, v_reset=v_reset)
+    for name in NAMES:
+        assert stats[name].samples == 3
+        assert stats[name].neuron == type(net[2]).__name__
+        assert_stats(stats[name], expected[name])
+    assert 0 < stats["8"].summary()["spike_distance"] < 1
+
+
+@pytest.mark.parametrize("kind", ["LIF decay_input", "LIF soft", "LIF reset -0.2", "PLIF", "IF"])
+def test_full_perturbation_is_that_of_the_true_potentials(kind):
+    net = conv_net(NEURONS[kind][0]).eval()
+    x, x_perturbed = images()
+    monitor = MPPDMonitor(net, keep="trace")
+    monitor.compare(x, x_perturbed)
+    for name in NAMES:
+        net[int(name)].store_v_seq = True
+    potentials = []
+    for a in (x, x_perturbed):
+        functional.reset_net(net)
+        net(a)
+        potentials.append({name: net[int(name)].v_seq.detach().clone() for name in NAMES})
+    for name in NAMES:
+        trace = monitor[name][0]
+        torch.testing.assert_close(trace.v_seq, potentials[0][name], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(trace.v_seq_perturbed, potentials[1][name], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(trace.full, potentials[0][name] - potentials[1][name], atol=2e-5, rtol=1e-5)
+
+
+def test_learnable_gain_can_be_left_out():
+    make, decay, gain, _ = NEURONS["DLIF"]
+    net = conv_net(make)
+    x, x_perturbed = images()
+    stats = MPPDMonitor(net, input_gain=False).compare(x, x_perturbed)
+    clean, perturbed = (capture(net.eval(), NAMES, lambda a=a: net(a)) for a in (x, x_perturbed))
+    for name in NAMES:
+        eps = eps_by_hand(clean[name][0], perturbed[name][0], decay, [1.0] * T)
+        np.testing.assert_allclose(
+            stats[name].ms_mppd, (eps**2).mean((1, 2) if name == "8" else (1, 2, 3, 4)), rtol=1e-4
+        )
+        np.testing.assert_allclose(stats[name].max_abs, np.abs(eps).reshape(T, -1).max(1), rtol=1e-4)
+        with_gain = eps_by_hand(clean[name][0], perturbed[name][0], decay, gains(gain))
+        assert not np.allclose(np.abs(with_gain).reshape(T, -1).max(1), stats[name].max_abs)
+
+
+def test_hand_made_recurrent_container():
+    net = recurrent_net().eval()
+    generator = torch.Generator().manual_seed(0)
+    x = 3 * torch.rand(T, 4, 5, generator=generator)
+    x_perturbed = x + torch.randn(x.shape, generator=generator)
+    monitor = MPPDMonitor(net)
+    stats = monitor.compare(x, x_perturbed)
+    assert monitor.execution_order == ("1", "2.sn", "3.sub_module", "5")
+    clean, perturbed = (capture(net, list(stats), lambda a=a: net(a)) for a in (x, x_perturbed))
+    dynamics = {
+        "1": (0.5, 0.5, 0.5),
+        "2.sn": (0.5, 1.0, 1.0),
+        "3.sub_module": (1.0, 1.0, 0.5),
+        "5": (1.0, 1.0, 0.5),
+    }
+    for name, (decay, gain, threshold) in dynamics.items():
+        expected = statistics_by_hand(*clean[name], *perturbed[name], decay, [gain] * T, v_threshold=threshold)
+        assert_stats(stats[name], expected)
+        assert stats[name].summary()["spike_distance"] > 0
+
+
+def in_chunks(net):
+    return lambda x_seq: [net(chunk) for chunk in x_seq.split((1, 3))]
+
+
+@pytest.mark.parametrize("kind", ["LIF", "PLIF", "DLIF"])
+def test_single_steps_and_chunks_equal_one_call(kind):
+    net = conv_net(NEURONS[kind][0])
+    x, x_perturbed = images()
+    monitor = MPPDMonitor(net)
+    whole = monitor.compare(x, x_perturbed)
+    chunked = monitor.compare(x, x_perturbed, forward=in_chunks(net))
+    functional.set_step_mode(net, "s")
+    stepped = monitor.compare(x, x_perturbed, forward=in_steps(net))
+    for name in NAMES:
+        for other in (chunked, stepped):
+            assert_stats(other[name], {key: value.numpy() for key, value in whole[name]._tensors().items()}, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["LIF reset -0.2", "DLIF"])
+@pytest.mark.parametrize("step_mode", ["m", "s"])
+def test_concatenated_batch_equals_two_runs(kind, step_mode):
+    net = conv_net(NEURONS[kind][0]).eval()
+    functional.set_step_mode(net, step_mode)
+    run = net if step_mode == "m" else in_steps(net)
+    x, x_perturbed = images()
+    monitor = MPPDMonitor(net)
+    expected = monitor.compare(x, x_perturbed, forward=run)
+    monitor.clear_recorded_data()
+    functional.reset_net(net)
+    with monitor.paired():
+        run(torch.cat((x, x_perturbed), dim=1))
+    for name, stats in monitor.statistics().items():
+        assert stats.samples == 3
+        assert_stats(stats, {key: value.numpy() for key, value in expected[name]._tensors().items()}, atol=1e-5)
+
+
+def test_statistics_of_many_pairs_are_those_of_one_large_batch():
+    net = conv_net(NEURONS["LIF"][0])
+    pairs = [images(seed, n) for seed, n in ((1, 3), (2, 1), (3, 4))]
+    monitor = MPPDMonitor(net)
+    for x, x_perturbed in pairs:
+        monitor.compare(x, x_perturbed)
+    together = MPPDMonitor(net).compare(*(torch.cat(a, dim=1) for a in zip(*pairs, strict=True)))
+    for name, stats in monitor.statistics().items():
+        assert stats.samples == 8
+        assert_stats(stats, {key: value.numpy() for key, value in together[name]._tensors().items()}, atol=1e-5)
+    alone = MPPDMonitor(net).compare(*pairs[-1])
+    assert_stats(monitor.compare(*pairs[-1])["8"], {"ms_mppd": alone["8"].ms_mppd.numpy()})
+
+
+def test_through_a_classifier():
+    net = conv_net(NEURONS["DLIF"][0])
+    classifier = SpikingClassifier(net, T=T)
+    image, noisy = torch.rand(3, 2, 6, 6), torch.rand(3, 2, 6, 6)
+    stats = MPPDMonitor(classifier).compare(image, noisy)
+    expected = MPPDMonitor(net).compare(*(a.expand(T, *a.shape) for a in (image, noisy)))
+    for name in NAMES:
+        assert_stats(
+            stats[f"net.{name}"], {"ms_mppd": expected[name].ms_mppd.numpy(), "tasad": expected[name].tasad.numpy()}
+        )
+
+
+def live_tensors():
+    gc.collect()
+    return sum(issubclass(type(item), torch.Tensor) for item in gc.get_objects())
+
+
+@pytest.mark.parametrize("use", ["compare", "contexts", "training"])
+def test_memory_does_not_grow_with_batches(use):
+    net = conv_net(NEURONS["LIF"][0])
+    monitor = MPPDMonitor(net)
+
+    def batch(seed):
+        x, x_perturbed = images(seed, n=16)
+        if use == "compare":
+            monitor.compare(x, x_perturbed)
+            return
+        with torch.set_grad_enabled(use == "training"):
+            functional.reset_net(net)
+            with monitor.clean():
+                net(x)
+            functional.reset_net(net)
+            with monitor.perturbed():
+                net(x_perturbed)
+        if use == "training":
+            monitor.loss(layers="all", retain=False).backward()
+        functional.reset_net(net)
+
+    for seed in range(2):
+        batch(seed)
+    tensors = live_tensors()
+    held = sum(storage_bytes(monitor))
+    for seed in range(6):
+        batch(seed)
+    assert live_tensors() == tensors
+    assert sum(storage_bytes(monitor)) == held
+    # Far less than the input current of one layer, 4 steps of 16 samples of 4 x 6 x 6 in float32.
+    assert held < T * 16 * 144 * 4 / 2
+
+
+def train_once(net, x, labels):
+    functional.reset_net(net)
+    net.zero_grad()
+    out = net(x)
+    nn.functional.cross_entropy(out.mean(0), labels).backward()
+    return out.detach(), [p.grad.clone() for p in net.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("kind", ["LIF", "PLIF", "DLIF"])
+def test_outputs_and_gradients_of_the_network_are_unchanged(kind):
+    x, x_perturbed = images()
+    labels = torch.tensor([0, 1, 2])
+    plain, watched = (conv_net(NEURONS[kind][0]) for _ in range(2))
+    runs = [train_once(plain, a, labels) for a in (x, x_perturbed)]
+    monitor = MPPDMonitor(watched, keep="trace")
+    with monitor.clean():
+        seen = [train_once(watched, x, labels)]
+    with monitor.perturbed():
+        seen.append(train_once(watched, x_perturbed, labels))
+    for (out, grads), (out_seen, grads_seen) in zip(runs, seen, strict=True):
+        assert torch.equal(out, out_seen)
+        assert len(grads) == len(grads_seen) >= 8
+        assert all(torch.equal(a, b) for a, b in zip(grads, grads_seen, strict=True))
+
+
+def hook_count(net):
+    return sum(
+        len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._forward_hooks_with_kwargs) for m in net.modules()
+    )
+
+
+def test_hooks_go_with_close_with_exit_and_with_the_monitor():
+    net = conv_net(NEURONS["LIF"][0])
+    for end in ("close", "exit", "remove_hooks", "del"):
+        monitor = MPPDMonitor(net)
+        assert hook_count(net) > 0
+        if end == "close":
+            monitor.close()
+            assert not monitor.is_enable()
+        elif end == "exit":
+            with monitor:
+                pass
+        elif end == "remove_hooks":
+            monitor.remove_hooks()
+        del monitor
+        assert hook_count(net) == 0
+    with pytest.raises(ZeroDivisionError), MPPDMonitor(net):
+        1 / 0  # noqa: B018  # any exception
+    assert hook_count(net) == 0
+
+
+@pytest.mark.parametrize("where", ["clean", "perturbed"])
+def test_an_exception_leaves_nothing_behind(where):
+    net = conv_net(NEURONS["LIF"][0])
+    net[3].eval()
+    x, x_perturbed = images()
+    modes = [m.training for m in net.modules()]
+    monitor = MPPDMonitor(net)
+    monitor.disable()
+    calls = []
+
+    def forward(a):
+        calls.append(a)
+        net(a)
+        if len(calls) == (1 if where == "clean" else 2):
+            raise KeyboardInterrupt
+
+    before = live_tensors()
+    with pytest.raises(KeyboardInterrupt):
+        monitor.compare(x, x_perturbed, forward=forward)
+    calls.clear()
+    assert live_tensors() == before
+    assert [m.training for m in net.modules()] == modes
+    assert not monitor.is_enable()
+    assert monitor.statistics() == {}
+    assert isinstance(net[2].v, float)
+    monitor.enable()
+    with pytest.raises(RuntimeError, match="two complete runs"):
+        monitor.loss()
+    assert_stats(monitor.compare(x, x_perturbed)["8"], expected_of(net, x, x_perturbed, ("8",), 0.75, 1.0)["8"])
+
+
+def test_compare_restores_modes_and_state_and_batch_norm():
+    net = conv_net(NEURONS["LIF"][0]).train()
+    net[6].eval()
+    modes = [m.training for m in net.modules()]
+    running = net[1].running_mean.clone()
+    MPPDMonitor(net).compare(*images())
+    assert [m.training for m in net.modules()] == modes
+    assert torch.equal(net[1].running_mean, running)
+    assert all(isinstance(net[int(name)].v, float) for name in NAMES)
+
+
+def test_trace_holds_everything():
+    net = conv_net(NEURONS["LIF"][0])
+    x, x_perturbed = images()
+    monitor = MPPDMonitor(net, keep="trace")
+    for _ in range(2):
+        monitor.compare(x, x_perturbed)
+    assert len(monitor["8"]) == 2
+    clean, perturbed = (capture(net.eval(), ("4",), lambda a=a: net(a))["4"] for a in (x, x_perturbed))
+    trace = monitor["4"][1]
+    assert isinstance(trace, LayerTrace)
+    for value, expected in (
+        (trace.x_seq, clean[0]),
+        (trace.spike_seq, clean[1]),
+        (trace.x_seq_perturbed, perturbed[0]),
+    ):
+        np.testing.assert_array_equal(value, expected)
+    np.testing.assert_array_equal(trace.spike_seq_perturbed, perturbed[1])
+    np.testing.assert_allclose(trace.eps, eps_by_hand(clean[0], perturbed[0], 0.75, [1.0] * T), atol=1e-5)
+    assert not trace.eps.requires_grad
+    monitor.clear_recorded_data()
+    assert monitor["8"] == []
+
+
+def test_it_is_a_spikingjelly_monitor():
+    net = conv_net(NEURONS["LIF"][0])
+    x, x_perturbed = images()
+    monitor = MPPDMonitor(net)
+    assert isinstance(monitor, BaseMonitor)
+    assert monitor.monitored_layers == list(NAMES)
+    assert monitor.is_enable()
+    assert monitor["2"] == []
+    monitor.compare(x, x_perturbed)
+    monitor.compare(x, x_perturbed)
+    (record,) = monitor["4"]
+    assert isinstance(record, LayerStats)
+    assert record.samples == 6
+    assert [monitor[i].name for i in range(3)] == list(NAMES)
+    monitor.disable()
+    with monitor.clean():
+        net(x)
+    with monitor.perturbed():
+        net(x_perturbed)
+    monitor.enable()
+    functional.reset_net(net)
+    net(x)  # outside the contexts nothing is recorded
+    assert monitor["4"][0].samples == 6
+    monitor.clear_recorded_data()
+    assert monitor["4"] == []
+    assert monitor.statistics() == {}
+    with pytest.raises(KeyError, match="no monitored layer '3'"):
+        monitor["3"]
+
+
+def test_stats_can_be_read_and_saved():
+    stats = MPPDMonitor(conv_net(NEURONS["LIF"][0])).compare(*images())["8"]
+    assert repr(stats).startswith("LayerStats('8', LIFNode, T=4, samples=3: firing_rate 0.")
+    saved = json.loads(json.dumps(stats.to_dict()))
+    assert saved["per_step"]["ms_mppd"] == stats.ms_mppd.tolist()
+    assert saved["summary"]["ms_mppd"] == pytest.approx(float(stats.ms_mppd.mean()))
+    assert saved["summary"]["max_abs"] == float(stats.max_abs.max())
+    assert saved["summary"]["tasad"] == float(stats.tasad[-1])
+    assert (saved["name"], saved["neuron"], saved["T"], saved["samples"]) == ("8", "LIFNode", 4, 3)
+
+
+def test_copies_of_a_watched_network_are_free():
+    net = conv_net(NEURONS["LIF"][0])
+    x, x_perturbed = images()
+    monitor = MPPDMonitor(net)
+    twin = copy.deepcopy(net)
+    buffer = io.BytesIO()
+    torch.save(net, buffer)
+    buffer.seek(0)
+    loaded = torch.load(buffer, weights_only=False)
+    with monitor.clean():
+        net(x)
+        twin(x_perturbed)
+        loaded(x_perturbed)
+    functional.reset_net(net)
+    with monitor.perturbed():
+        net(x_perturbed)
+    assert monitor.statistics()["2"].samples == 3
+    alive = weakref.ref(monitor)
+    del monitor
+    assert alive() is None
+
+
+def test_a_neuron_that_is_called_twice_per_step_is_followed_call_by_call():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.sn = self.same = neuron.LIFNode(tau=2.0, decay_input=False)
+
+        def forward(self, x):
+            return self.same(self.second(self.sn(self.first(x))))
+
+    torch.manual_seed(0)
+    net = Shared()
+    x, x_perturbed = 3 * torch.rand(2, T, 5, 4)
+    monitor = MPPDMonitor(net)
+    stats = monitor.compare(x, x_perturbed, forward=in_steps(net))
+    assert monitor.monitored_layers == ["sn"]
+    assert stats["sn"].T == 2 * T
+    clean, perturbed = (capture(net, ("sn",), lambda a=a: in_steps(net)(a))["sn"] for a in (x, x_perturbed))
+    assert_stats(stats["sn"], statistics_by_hand(*clean, *perturbed, 0.5, [1.0] * 2 * T))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_precisions(dtype):
+    net = conv_net(lambda: DLIFNode(T=T, tau=4.0)).to(dtype)
+    x, x_perturbed = (a.to(dtype) for a in images())
+    stats = MPPDMonitor(net).compare(x, x_perturbed)["4"]
+    clean, perturbed = (capture(net.eval(), ("4",), lambda a=a: net(a))["4"] for a in (x, x_perturbed))
+    assert stats.ms_mppd.dtype == torch.float64
+    expected = statistics_by_hand(*clean, *perturbed, 0.75, [1.0] * T)
+    assert_stats(
+        stats, expected, rtol=1e-12 if dtype == torch.float64 else 1e-4, atol=1e-12 if dtype == torch.float64 else 1e-5
+    )
+
+
+def test_empty_batch_and_autocast():
+    net = conv_net(NEURONS["LIF"][0])
+    x, x_perturbed = images()
+    assert MPPDMonitor(net).compare(x[:, :0], x_perturbed[:, :0])["8"].samples == 0
+    with torch.autocast("cpu", torch.bfloat16):
+        stats = MPPDMonitor(net).compare(x, x_perturbed)
+    exact = MPPDMonitor(net).compare(x, x_perturbed)
+    assert stats["2"].summary()["ms_mppd"] == pytest.approx(exact["2"].summary()["ms_mppd"], rel=0.05)
+
+
+def test_frames_of_one_image_repeated_by_the_caller():
+    net = nn.Sequential(layer.Linear(3, 4), neuron.IFNode())
+    x = torch.rand(2, 3)
+    stats = MPPDMonitor(net).compare(x, x + 0.5, forward=lambda a: [net(a) for _ in range(7)])
+    assert stats["1"].T == 7

@@ -1,0 +1,380 @@
+"""Neurons that cannot be followed, and errors that say what to do."""
+
+import contextlib
+
+import pytest
+import torch
+from perturbation.by_hand import assert_stats, capture, statistics_by_hand
+from perturbation.networks import NEURONS, T, conv_net, images, in_steps
+from spikingjelly.activation_based import functional, layer, neuron
+from torch import nn
+
+from sj_robust import SpikingClassifier
+from sj_robust.neuron import DLIFNode
+from sj_robust.perturbation import MPPDMonitor
+
+
+class MyLIF(neuron.LIFNode):
+    """A subclass may do anything."""
+
+
+class Leaky(neuron.BaseNode):
+    """A user's neuron that runs on either release: decay 0.6, gain 0.5, subtractive reset."""
+
+    def __init__(self):
+        super().__init__(v_reset=None)
+
+    def single_step_forward(self, x):
+        v = self.v if isinstance(self.v, torch.Tensor) else torch.full_like(x, self.v)
+        h = 0.6 * v + 0.5 * x
+        spike = self.surrogate_function(h - self.v_threshold)
+        self.v = self.potential_after(h, spike)
+        return spike
+
+    def multi_step_forward(self, x_seq):
+        return torch.stack([self.single_step_forward(x) for x in x_seq])
+
+    def potential_after(self, h, spike):
+        return h - spike * self.v_threshold
+
+
+class Halving(Leaky):
+    """Its potential after a spike is nothing a BaseNode knows."""
+
+    def potential_after(self, h, spike):
+        return h - 0.5 * spike * h
+
+
+def net_of(*neurons):
+    torch.manual_seed(0)
+    net = nn.Sequential(*(m for n in neurons for m in (layer.Linear(6, 6), n)))
+    for m in net[::2]:
+        m.weight.data.mul_(4)
+    functional.set_step_mode(net, "m")
+    return net
+
+
+def inputs():
+    x = torch.rand(2, T, 5, 6, generator=torch.Generator().manual_seed(0))
+    return x[0], x[1]
+
+
+def unsupported_neurons():
+    found = [neuron.KLIFNode(), neuron.QIFNode(), MyLIF()]
+    for make in (
+        lambda: neuron.LIAFNode(torch.relu, threshold_related=False),
+        lambda: neuron.PSN(T=T),
+        lambda: neuron.GatedLIFNode(T=T),
+        lambda: neuron.CUBALIFNode(),
+        lambda: neuron.ILIFNode(),
+        lambda: neuron.ComplementaryLIFNode(),
+    ):
+        with contextlib.suppress(AttributeError, TypeError):  # not in one of the two releases
+            found.append(make())
+    return found
+
+
+def test_neurons_that_cannot_be_followed_are_named_in_one_warning():
+    others = unsupported_neurons()
+    net = nn.Sequential(neuron.LIFNode(step_mode="m"), *others)
+    with pytest.warns(
+        UserWarning, match=rf"does not follow {len(others)} neuron\(s\): '1': the decay of KLIF"
+    ) as caught:
+        monitor = MPPDMonitor(net)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert monitor.monitored_layers == ["0"]
+    assert list(monitor.unsupported) == [str(i + 1) for i in range(len(others))]
+    for name, reason in monitor.unsupported.items():
+        assert type(net[int(name)]).__name__ in reason
+
+
+def test_a_readout_without_spikes_is_not_the_last_spiking_layer():
+    class Readout(getattr(neuron, "NonSpikingLIFNode", nn.Identity)):
+        pass
+
+    if Readout.__mro__[1] is nn.Identity:
+        pytest.skip("SpikingJelly 0.0.0.0.14 has no neuron without spikes")
+    net = net_of(neuron.LIFNode(), neuron.LIFNode()).append(Readout())
+    with pytest.warns(UserWarning, match="emits potentials, not spikes"):
+        monitor = MPPDMonitor(net)
+    run_pair(monitor, net, *inputs())
+    assert torch.equal(monitor.loss(), monitor.loss(["3"]))
+
+
+def run_pair(monitor, net, x, x_perturbed):
+    for context, a in ((monitor.clean, x), (monitor.perturbed, x_perturbed)):
+        functional.reset_net(net)
+        with context():
+            net(a)
+
+
+@pytest.mark.parametrize("layers", ["all", "last"])
+def test_the_last_layer_is_not_guessed_when_it_cannot_be_followed(layers):
+    net = net_of(neuron.LIFNode(), neuron.KLIFNode())
+    with pytest.warns(UserWarning, match="KLIFNode"):
+        monitor = MPPDMonitor(net, layers=layers)
+    if layers == "last":
+        with pytest.raises(RuntimeError, match=r"last spiking layer '3' cannot be followed .* name the layers"):
+            run_pair(monitor, net, *inputs())
+    else:
+        run_pair(monitor, net, *inputs())
+        with pytest.raises(RuntimeError, match=r"last spiking layer '3' cannot be followed .* name the layers"):
+            monitor.loss()
+        assert monitor.loss(["1"]).requires_grad
+
+
+@pytest.mark.parametrize("key", ["1", Leaky])
+def test_a_neuron_with_a_given_decay_and_gain(key):
+    net = net_of(Leaky(), neuron.IFNode())
+    x, x_perturbed = inputs()
+    monitor = MPPDMonitor(net, decay={key: 0.6}, gain={key: 0.5})
+    assert monitor.unsupported == {}
+    stats = monitor.compare(x, x_perturbed)["1"]
+    clean, perturbed = (capture(net, ("1",), lambda a=a: net(a))["1"] for a in (x, x_perturbed))
+    assert 0 < clean[1].mean() < 1
+    assert_stats(stats, statistics_by_hand(*clean, *perturbed, 0.6, [0.5] * T, v_reset=None))
+
+
+def test_full_perturbation_is_left_out_where_the_potential_is_another():
+    net = net_of(Halving(), neuron.IFNode())
+    x, x_perturbed = inputs()
+    monitor = MPPDMonitor(net, decay={Halving: 0.6}, gain={Halving: 0.5})
+    with pytest.warns(UserWarning, match="potential of 1 does not follow"):
+        stats = monitor.compare(x, x_perturbed)
+    assert stats["1"].full_ms_mppd is None
+    assert stats["1"].to_dict()["summary"]["full_l1"] is None
+    assert "full" not in repr(stats["1"])
+    assert stats["1"].ms_mppd.sum() > 0
+    assert stats["3"].full_ms_mppd is not None
+    monitor.compare(x, x_perturbed)  # warns once
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"decay": {"1": 0.0}}, r"decay of '1' must be in \(0, 1\], got 0.0"),
+        ({"decay": {Leaky: 1.5}}, r"must be in \(0, 1\], got 1.5"),
+        (
+            {"decay": {"7": 0.5}},
+            r"no neuron has the name or exact type '7'; the network has '1' \(Leaky\), '3' \(IFNode\)",
+        ),
+        ({"decay": {neuron.LIFNode: 0.5}}, "no neuron has the name or exact type"),
+        ({"decay": {"3": 0.5, "1": 0.5}}, "'3' names a IFNode, whose decay is read from the neuron"),
+        ({"decay": {"1": 0.5}, "gain": {Leaky: 1.0}}, "gain: .* has no decay"),
+        ({"decay": {"1": 0.5}, "layers": "first"}, r"got 'first'; for one layer pass \['first'\]"),
+        ({"decay": {"1": 0.5}, "layers": ["1", "x"]}, "no monitored layer 'x'; monitored are 1, 3"),
+        ({"decay": {"1": 0.5}, "layers": []}, "at least one layer"),
+        ({"layers": ["1"]}, "layer '1' cannot be followed: the decay of Leaky is not known"),
+        ({"decay": {"1": 0.5}, "keep": "all"}, "keep must be 'statistics' or 'trace', got 'all'"),
+    ],
+)
+def test_wrong_options(options, message):
+    net = net_of(Leaky(), neuron.IFNode())
+    with pytest.raises(ValueError, match=message):
+        MPPDMonitor(net, **options)
+    assert all(not m._forward_hooks and not m._forward_pre_hooks for m in net)
+
+
+def test_a_decay_alone_does_not_make_a_parallel_neuron_followable():
+    if not hasattr(neuron, "PSN"):
+        pytest.skip("SpikingJelly 0.0.0.0.14 has no PSN")
+    with pytest.raises(ValueError, match="no membrane potential that decays"):
+        MPPDMonitor(net_of(neuron.PSN(T=T)), decay={neuron.PSN: 0.5})
+
+
+def test_a_network_without_neurons():
+    with pytest.raises(ValueError, match="Linear holds no SpikingJelly neuron"):
+        MPPDMonitor(nn.Linear(2, 2))
+
+
+@pytest.fixture
+def net():
+    return conv_net(NEURONS["LIF"][0]).train()
+
+
+def test_runs_of_different_shapes_and_lengths(net):
+    x, x_perturbed = images()
+    monitor = MPPDMonitor(net)
+    with pytest.raises(ValueError, match=r"same shape, got \(4, 3, 2, 6, 6\) and \(4, 2, 2, 6, 6\)"):
+        monitor.compare(x, x_perturbed[:, :2])
+    cases = (
+        (x_perturbed[:, :2], r"'2' gets input of shape \(2, 4, 6, 6\) .* and \(3, 4, 6, 6\) in the clean run"),
+        (torch.cat((x, x)), r"more steps in the perturbed run than in the clean run \(4\)"),
+        (x_perturbed[:3], "takes 3 steps in the perturbed run and 4 in the clean run"),
+    )
+    for other, message in cases:
+        with pytest.raises(ValueError, match=message):
+            run_pair(monitor, net, x, other)
+        with pytest.raises(RuntimeError, match="two complete runs"):
+            monitor.loss()
+    functional.reset_net(net)
+    with pytest.raises(ValueError, match=r"batch of 3: paired\(\) needs an even batch"), monitor.paired():
+        net(x)
+
+
+def test_pairs_of_different_length_need_cleared_statistics(net):
+    x, x_perturbed = images()
+    monitor = MPPDMonitor(net)
+    monitor.compare(x, x_perturbed)
+    with pytest.raises(ValueError, match=r"T=4 .* but this pair has T=2 .* clear_recorded_data\(\)"):
+        monitor.compare(x[:2], x_perturbed[:2])
+    assert monitor.statistics()["2"].samples == 3
+    monitor.clear_recorded_data()
+    assert monitor.compare(x[:2], x_perturbed[:2])["2"].T == 2
+
+
+def test_forgotten_reset(net):
+    x, x_perturbed = images()
+    monitor = MPPDMonitor(net)
+    with monitor.clean():
+        net(x)
+    with (
+        pytest.raises(RuntimeError, match=r"another state than the clean run: call functional.reset_net"),
+        monitor.perturbed(),
+    ):
+        net(x_perturbed)
+    both = torch.cat((x, x_perturbed), 1)
+    functional.reset_net(net)
+    net(both)
+    with pytest.raises(RuntimeError, match="different states in the clean and the perturbed half"), monitor.paired():
+        net(both)
+    functional.reset_net(net)
+    net(x)
+    with pytest.raises((ValueError, RuntimeError)), monitor.clean():
+        net(x[:, :2])
+
+
+def test_reset_inside_a_run():
+    classifier = SpikingClassifier(conv_net(lambda: DLIFNode(T=T)), T=T)
+    monitor = MPPDMonitor(classifier)
+    with pytest.raises(RuntimeError, match="was reset inside one run"), monitor.clean():
+        in_steps(classifier)(torch.rand(2, 2, 2, 6, 6))
+
+
+def test_contexts_in_the_wrong_order(net):
+    x, x_perturbed = images()
+    monitor = MPPDMonitor(net)
+    with pytest.raises(RuntimeError, match="two complete runs"):
+        monitor.loss()
+    with pytest.raises(RuntimeError, match="no clean run"), monitor.perturbed():
+        pass
+    with pytest.raises(RuntimeError, match=r"clean\(\) was entered inside clean\(\)"), monitor.clean(), monitor.clean():
+        pass
+    with pytest.raises(RuntimeError, match=r"compare\(\) was called inside paired\(\)"), monitor.paired():
+        monitor.compare(x, x_perturbed)
+    with pytest.raises(RuntimeError, match=r"no followed layer ran inside clean\(\)"), monitor.clean():
+        pass
+    run_pair(monitor, net, x, x_perturbed)
+    with pytest.raises(RuntimeError, match="no clean run"), monitor.perturbed():
+        pass
+    monitor.compare(x, x_perturbed)
+    with pytest.raises(RuntimeError, match="two complete runs"):
+        monitor.loss()
+    monitor.remove_hooks()
+    with pytest.raises(RuntimeError, match="has no hooks"):
+        monitor.compare(x, x_perturbed)
+
+
+def test_wrong_loss_options(net):
+    x, x_perturbed = images()
+    monitor = MPPDMonitor(net, layers=["2", "4"])
+    run_pair(monitor, net, x, x_perturbed)
+    for call, message in (
+        (lambda: monitor.loss(["4"], norm="linf"), "norm must be 'l2' or 'l1', got 'linf'"),
+        (lambda: monitor.loss(["nope"]), "no monitored layer 'nope'"),
+        (lambda: monitor.loss("last"), r"'8' is not in the last pair of runs, which has 2, 4"),
+        (lambda: monitor.loss("4"), r"for one layer pass \['4'\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            call()
+    assert monitor.loss("all").requires_grad
+
+
+def test_a_layer_in_one_run_only(net):
+    class Skipping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = neuron.IFNode(step_mode="m"), neuron.IFNode(step_mode="m")
+            self.skip = True
+
+        def forward(self, x):
+            return self.first(x) if self.skip else self.second(self.first(x))
+
+    net = Skipping()
+    monitor = MPPDMonitor(net)
+    x, x_perturbed = inputs()
+    with monitor.clean():
+        net(x)
+    functional.reset_net(net)
+    net.skip = False
+    with (
+        pytest.raises(ValueError, match="'second' ran in the perturbed run but not in the clean run"),
+        monitor.perturbed(),
+    ):
+        net(x_perturbed)
+    functional.reset_net(net)
+    with monitor.clean():
+        net(x)
+    functional.reset_net(net)
+    net.skip = True
+    with pytest.raises(ValueError, match="'second' takes 0 steps in the perturbed run and 4"), monitor.perturbed():
+        net(x_perturbed)
+
+
+def test_an_input_changed_in_place_after_the_neuron_read_it():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.sn = neuron.IFNode(step_mode="m")
+
+        def forward(self, x):
+            x = x * 1.0
+            out = self.sn(x)
+            x += 1.0
+            return out + x
+
+    net = InPlace()
+    with pytest.raises(RuntimeError, match="input of layer 'sn' was changed in place"):
+        MPPDMonitor(net).compare(*inputs())
+
+
+def test_spikes_changed_in_place_do_no_harm():
+    class InPlace(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.sn = neuron.IFNode(step_mode="m")
+
+        def forward(self, x):
+            out = self.sn(x)
+            out += 1.0
+            return out
+
+    net = InPlace()
+    x, x_perturbed = inputs()
+    stats = MPPDMonitor(net).compare(x, x_perturbed)["sn"]
+    spikes = net.sn(x)
+    torch.testing.assert_close(stats.firing_rate, spikes.double().mean((1, 2)))
+
+
+def test_data_parallel_is_refused(net):
+    x, _ = images()
+    monitor = MPPDMonitor(net)
+    replica = net[2]._replicate_for_data_parallel()
+    with pytest.raises(RuntimeError, match=r"use torch\.nn\.parallel\.DistributedDataParallel"), monitor.clean():
+        replica(x)
+
+
+def test_one_neuron_for_layers_of_different_size():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.sn = neuron.IFNode()
+            self.fc = nn.Linear(6, 3)
+
+        def forward(self, x):
+            return self.sn(self.fc(self.sn(x)))
+
+    net = Shared()
+    with pytest.raises((ValueError, RuntimeError)):
+        MPPDMonitor(net).compare(*inputs(), forward=in_steps(net))
