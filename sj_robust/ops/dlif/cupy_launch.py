@@ -1,0 +1,343 @@
+"""Launches ``kernel.cu`` through CuPy. CuPy itself is imported when a kernel is wanted, not before."""
+
+import functools
+import importlib
+import math
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sj_robust.ops.dlif.config import DLIFConfig
+from sj_robust.ops.surrogate import Surrogate
+
+THREADS_PER_BLOCK = 128
+LONGEST_SEQUENCE_IN_REGISTERS = 32
+_LONG_SEGMENT = 16  # steps per segment of a longer sequence
+_VALUES_PER_THREAD = 32  # of x, and as many of h, that a thread of the backward kernel keeps in registers
+_IO_TYPES = {torch.float32: "float", torch.float16: "Half", torch.bfloat16: "BFloat16"}
+_SURROGATES = {"triangle": "Triangle", "atan": "ATan", "sigmoid": "Sigmoid", "custom": "Spliced"}
+_OPTIONS = ("--std=c++17",)
+
+
+def unavailable_reason() -> str | None:
+    """What keeps CuPy kernels from running on this machine, with the remedy, or None."""
+    if torch.version.hip is not None:
+        return "this torch is built for ROCm, and the kernel is CUDA"
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA; install a CUDA build of torch"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA GPU (torch.cuda.is_available() is False); check the driver with nvidia-smi"
+    return _cupy_reason()
+
+
+def unsupported_reason(x_seq: Tensor, surrogate: Surrogate) -> str | None:
+    """Why this call cannot run here, or None. Reads the tensor's device and dtype only."""
+    if x_seq.device.type != "cuda":
+        return f"x_seq must be on a CUDA device, got {x_seq.device}"
+    if x_seq.dtype not in _IO_TYPES:
+        return f"x_seq must be float32, float16 or bfloat16, got {x_seq.dtype}"
+    if surrogate.kind != "custom":
+        return None
+    return _unusable_surrogate_reason(surrogate, x_seq.device)
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """An implementation of DLIF (see ``autograd.Implementation``) with a chosen block size.
+
+    Args:
+        threads_per_block: A multiple of 32 from 32 to 1024. It decides how the gradient of ``input_gain`` is
+            grouped before it is summed, and nothing else of the result.
+
+    Raises:
+        ValueError: If ``threads_per_block`` is not such a number.
+
+    Example:
+        >>> Launcher(threads_per_block=512)
+        Launcher(threads_per_block=512)
+    """
+
+    threads_per_block: int = THREADS_PER_BLOCK
+
+    def __post_init__(self) -> None:
+        """Check the block size."""
+        if self.threads_per_block % 32 or not 32 <= self.threads_per_block <= 1024:
+            raise ValueError(
+                f"threads_per_block must be a multiple of 32 from 32 to 1024, got {self.threads_per_block}; "
+                "on SpikingJelly 0.0.0.0.14 it is spikingjelly.configure.cuda_threads"
+            )
+
+    def forward(
+        self, x_seq: Tensor, input_gain: Tensor, v_init: Tensor | None, config: DLIFConfig, store_v_seq: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Spikes [T, M], last potential [M], potentials [T, M] if asked for."""
+        T, M = x_seq.shape
+        input_gain, v_init = _same_device(x_seq, input_gain=input_gain, v_init=v_init)
+        spike_seq = torch.empty_like(x_seq)
+        v = torch.empty(M, dtype=torch.float32, device=x_seq.device)
+        v_seq = torch.empty_like(x_seq, dtype=torch.float32) if store_v_seq else None
+        variant = Variant(
+            threads=self.threads_per_block,
+            io=_IO_TYPES[x_seq.dtype],
+            steps=T if T <= LONGEST_SEQUENCE_IN_REGISTERS else 1,
+            is_long=T > LONGEST_SEQUENCE_IN_REGISTERS,
+            vec=_vector_width(M, 4, x_seq, v_init),
+            reset=_reset(config),
+            v_seq=store_v_seq,
+        )
+        tensors = (x_seq, input_gain, v_init, spike_seq, v, v_seq)
+        _launch(variant, x_seq, tensors, _constants(config))
+        return spike_seq, v, v_seq
+
+    def backward(
+        self,
+        x_seq: Tensor,
+        input_gain: Tensor,
+        v_init: Tensor | None,
+        config: DLIFConfig,
+        grad_spike_seq: Tensor,
+        grad_v: Tensor | None,
+        grad_v_seq: Tensor | None,
+        needs_v_init: bool,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Gradients of ``x_seq``, ``input_gain`` and, if needed, ``v_init``."""
+        T, M = x_seq.shape
+        input_gain, v_init = _same_device(x_seq, input_gain=input_gain, v_init=v_init)
+        is_long = T > LONGEST_SEQUENCE_IN_REGISTERS
+        steps = _LONG_SEGMENT if is_long else T
+        surrogate = config.surrogate
+        variant = Variant(
+            threads=self.threads_per_block,
+            io=_IO_TYPES[x_seq.dtype],
+            steps=steps,
+            is_long=is_long,
+            vec=_vector_width(M, _VALUES_PER_THREAD // steps, x_seq, v_init, grad_spike_seq, grad_v, grad_v_seq),
+            reset=_reset(config),
+            v_seq=grad_v_seq is not None,
+            detach=config.detach_reset,
+            surrogate=_SURROGATES[surrogate.kind],
+            spliced=_cuda_text(surrogate) if surrogate.kind == "custom" else None,
+        )
+        new = functools.partial(torch.empty, dtype=torch.float32, device=x_seq.device)
+        grad_x_seq = torch.empty_like(x_seq)
+        grad_v_init = new(M) if needs_v_init else None
+        partial_grad_gain = new((variant.blocks(M), T))
+        checkpoints = new((math.ceil(T / steps) - 1, M)) if is_long else None  # of the potential, one per segment
+        tensors = (x_seq, input_gain, v_init, grad_spike_seq, grad_v, grad_v_seq)
+        outputs = (grad_x_seq, grad_v_init, partial_grad_gain, checkpoints)
+        _launch(variant, x_seq, (*tensors, *outputs), (*_constants(config), np.float32(surrogate.alpha)))
+        return grad_x_seq, partial_grad_gain.sum(0, dtype=torch.float64).to(input_gain.dtype), grad_v_init
+
+
+_default = Launcher()
+forward = _default.forward
+backward = _default.backward
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One kernel: template arguments of ``kernel.cu``, where each is explained; a forward kernel has no surrogate."""
+
+    threads: int
+    io: str
+    steps: int
+    is_long: bool
+    vec: int
+    reset: str
+    v_seq: bool
+    detach: bool = False
+    surrogate: str | None = None
+    spliced: str | None = None
+
+    def blocks(self, neurons: int) -> int:
+        """Number of blocks that cover all neurons."""
+        return math.ceil(neurons / (self.vec * self.threads))
+
+    def source(self, name: str) -> str:
+        """The CUDA text of this kernel alone."""
+        arguments = [name, self.threads, self.io, self.steps, self.is_long, self.vec, self.reset, self.v_seq]
+        if self.surrogate is not None:
+            arguments += [self.detach, self.surrogate]
+        listed = ", ".join(str(argument).lower() if isinstance(argument, bool) else str(argument) for argument in arguments)
+        line = f"DLIF_{'FORWARD' if self.surrogate is None else 'BACKWARD'}({listed})"
+        return "\n".join([kernel_text(), "" if self.spliced is None else spliced_struct(self.spliced), line, ""])
+
+
+@functools.cache
+def kernel_text() -> str:
+    """The CUDA text shared by all variants."""
+    return resources.files(__package__).joinpath("kernel.cu").read_text(encoding="utf-8")
+
+
+def spliced_struct(text: str) -> str:
+    """CUDA struct around the text that a SpikingJelly 0.0.0.0.14 surrogate writes for ``y="derivative", x="z"``.
+
+    Example:
+        >>> "derivative = 1.0f - z;" in spliced_struct("derivative = 1f - z;")
+        True
+    """
+    # an integer parameter, as in ATan(alpha=2), is written there as the illegal literal 2f
+    text = re.sub(r"(?<![\w.])(?<!e[-+])(\d+)f\b", r"\1.0f", text)
+    return (
+        "struct Spliced {\n"
+        "    static __device__ __forceinline__ float derivative(float z, float) {\n"
+        f"        float derivative;\n{text}\n"
+        "        return derivative;\n    }\n};"
+    )
+
+
+def _cuda_text(surrogate: Surrogate) -> str | None:
+    """CUDA text of the derivative that the surrogate's function offers itself, as SpikingJelly 0.0.0.0.14's do."""
+    write: Callable[..., str] | None = getattr(surrogate.function, "cuda_codes", None)
+    if write is None:
+        return None
+    try:
+        return write(y="derivative", x="z", dtype="float")
+    except NotImplementedError:  # what the base class of SpikingJelly's surrogates does
+        return None
+
+
+def _unusable_surrogate_reason(surrogate: Surrogate, device: torch.device) -> str | None:
+    name = type(surrogate.function).__name__
+    text = _cuda_text(surrogate)
+    if text is None:
+        return f"the surrogate {name} has no CUDA code (cuda_codes)"
+    if surrogate.is_trainable:
+        return f"the surrogate {name} has trainable parameters, whose gradient only backend='reference' computes"
+    if not getattr(surrogate.function, "spiking", True):
+        return f"the surrogate {name} does not spike (spiking=False), and the kernel fires real spikes"
+    return _wrong_text_reason(text, name, surrogate, device)
+
+
+@functools.lru_cache(maxsize=256)
+def _wrong_text_reason(text: str, name: str, surrogate: Surrogate, device: torch.device) -> str | None:
+    """Run the text on a range of z once: what another package writes is not believed unseen."""
+    z = torch.linspace(-3.0, 3.0, 1200, device=device)  # an even number: neither 0 nor the round values where g jumps
+    config = DLIFConfig(0.0, 0.0, 0.0, surrogate, detach_reset=True)
+    one = torch.ones(1, device=device)
+    try:
+        derivative, _, _ = backward(z[None], one, None, config, torch.ones_like(z)[None], None, None, False)
+    except RuntimeError as error:
+        return f"the CUDA code of the surrogate {name} does not compile: {error}"
+    expected = surrogate.derivative(z)
+    if torch.allclose(derivative[0], expected, rtol=1e-3, atol=1e-5):
+        return None
+    worst = (derivative[0] - expected).abs().argmax()
+    return (
+        f"the CUDA code of the surrogate {name} disagrees with its gradient in torch "
+        f"({derivative[0, worst]:.4g} instead of {expected[worst]:.4g} at z = {z[worst]:.4g})"
+    )
+
+
+def _reset(config: DLIFConfig) -> str:
+    if config.v_reset is None:
+        return "RESET_BY_SUBTRACTION"
+    return "RESET_TO_VALUE" if config.v_reset else "RESET_TO_ZERO"
+
+
+def _constants(config: DLIFConfig) -> tuple[np.float32, ...]:
+    values = config.decay, config.leak_current, config.v_threshold, config.v_reset or 0.0
+    return tuple(np.float32(value) for value in values)
+
+
+def _same_device(x_seq: Tensor, *, input_gain: Tensor, v_init: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Both, contiguous; a pointer to another device's memory would crash the process."""
+    for name, tensor in (("input_gain", input_gain), ("v_init", v_init)):
+        if tensor is not None and tensor.device != x_seq.device:
+            raise ValueError(f"{name} must be on the device of x_seq, {x_seq.device}, got {tensor.device}")
+    return input_gain.contiguous(), None if v_init is None else v_init.contiguous()
+
+
+def _vector_width(neurons: int, at_most: int, *tensors: Tensor | None) -> int:
+    """Neighbouring neurons per thread: 4, 2 or 1, as the row length and the alignment of every tensor allow."""
+    for width in (4, 2):
+        aligned = all(t is None or t.data_ptr() % (width * t.element_size()) == 0 for t in tensors)
+        if width <= at_most and neurons % width == 0 and aligned:
+            return width
+    return 1
+
+
+def _launch(
+    variant: Variant, x_seq: Tensor, tensors: tuple[Tensor | None, ...], constants: tuple[np.float32, ...]
+) -> None:
+    T, M = x_seq.shape
+    if M == 0:
+        return
+    pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    with _torch_stream(x_seq.device):
+        kernel = _compiled(variant, x_seq.device)
+        kernel(
+            (variant.blocks(M),),
+            (variant.threads,),
+            (*(np.int64(pointer) for pointer in pointers), np.int64(M), np.int32(T), *constants),
+        )
+
+
+@contextmanager
+def _torch_stream(device: torch.device) -> Iterator[None]:
+    """The tensor's device and torch's current stream on it, for CuPy; both are restored."""
+    cupy = importlib.import_module("cupy")
+    stream = torch.cuda.current_stream(device).cuda_stream
+    from_external = getattr(cupy.cuda.Stream, "from_external", None)  # CuPy >= 14, which deprecates ExternalStream
+    with cupy.cuda.Device(device.index):
+        with from_external(_ForeignStream(stream)) if from_external else cupy.cuda.ExternalStream(stream):
+            yield
+
+
+@dataclass(frozen=True)
+class _ForeignStream:
+    """A stream under the CUDA stream protocol, which torch's own class speaks only in newer releases."""
+
+    handle: int
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self.handle
+
+
+@functools.cache
+def _compiled(variant: Variant, device: torch.device) -> Any:
+    """The kernel, compiled for the current device, which is ``device``; CuPy keeps the binary on disk as well."""
+    cupy = importlib.import_module("cupy")
+    name = "dlif_forward" if variant.surrogate is None else "dlif_backward"
+    kernel = cupy.RawKernel(variant.source(name), name, options=_OPTIONS)
+    try:
+        kernel.compile()
+    except Exception as error:  # CuPy raises many types: of its own, of the driver, OSError for a missing library
+        raise RuntimeError(
+            f"CuPy could not compile the DLIF kernel on {device}: {type(error).__name__}: {error}. "
+            f"If a CUDA library or header is missing, {_install_command()} brings them"
+        ) from error
+    return kernel
+
+
+@functools.cache
+def _cupy_reason() -> str | None:
+    """Why CuPy cannot be used although torch sees a GPU, told from what really happened."""
+    try:
+        cupy = importlib.import_module("cupy")
+    except ModuleNotFoundError as error:
+        if error.name == "cupy":
+            return f"CuPy is not installed; {_install_command()}"
+        return f"CuPy is installed, but importing it failed: {error}; {_install_command()}"
+    except Exception as error:  # a broken installation can raise anything
+        return f"CuPy is installed, but importing it failed with {type(error).__name__}: {error}; {_install_command()}"
+    try:
+        count = cupy.cuda.runtime.getDeviceCount()
+    except Exception as error:  # of the CUDA runtime
+        return (
+            f"CuPy {cupy.__version__} cannot reach the GPU that torch sees: {type(error).__name__}: {error}; "
+            f"CuPy must fit the driver and CUDA {torch.version.cuda} of torch: {_install_command()}"
+        )
+    return None if count else f"CuPy {cupy.__version__} sees no GPU, although torch does; {_install_command()}"
+
+
+def _install_command() -> str:
+    major = (torch.version.cuda or "12").split(".")[0]
+    return f'pip install "cupy-cuda{major}x[ctk]"'
