@@ -53,7 +53,7 @@ class DLIFNode(neuron.BaseNode):
 
     Example:
         >>> node = DLIFNode(T=4, tau=2.0)
-        >>> node(torch.full((4, 1), 0.6)).flatten()
+        >>> node(torch.full((4, 1), 0.6)).detach().flatten()
         tensor([0., 0., 1., 0.])
         >>> node.reset()
     """

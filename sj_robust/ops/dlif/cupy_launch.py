@@ -162,11 +162,11 @@ class Variant:
 
     def source(self, name: str) -> str:
         """The CUDA text of this kernel alone."""
-        arguments = [name, self.threads, self.io, self.steps, self.is_long, self.vec, self.reset, self.v_seq]
+        arguments = [name, self.threads, self.io, self.steps, _word(self.is_long), self.vec, self.reset]
+        arguments.append(_word(self.v_seq))
         if self.surrogate is not None:
-            arguments += [self.detach, self.surrogate]
-        listed = ", ".join(str(argument).lower() if isinstance(argument, bool) else str(argument) for argument in arguments)
-        line = f"DLIF_{'FORWARD' if self.surrogate is None else 'BACKWARD'}({listed})"
+            arguments += [_word(self.detach), self.surrogate]
+        line = f"DLIF_{'FORWARD' if self.surrogate is None else 'BACKWARD'}({', '.join(map(str, arguments))})"
         return "\n".join([kernel_text(), "" if self.spliced is None else spliced_struct(self.spliced), line, ""])
 
 
@@ -193,6 +193,10 @@ def spliced_struct(text: str) -> str:
     )
 
 
+def _word(flag: bool) -> str:
+    return "true" if flag else "false"
+
+
 def _cuda_text(surrogate: Surrogate) -> str | None:
     """CUDA text of the derivative that the surrogate's function offers itself, as SpikingJelly 0.0.0.0.14's do."""
     write: Callable[..., str] | None = getattr(surrogate.function, "cuda_codes", None)
@@ -213,18 +217,23 @@ def _unusable_surrogate_reason(surrogate: Surrogate, device: torch.device) -> st
         return f"the surrogate {name} has trainable parameters, whose gradient only backend='reference' computes"
     if not getattr(surrogate.function, "spiking", True):
         return f"the surrogate {name} does not spike (spiking=False), and the kernel fires real spikes"
-    return _wrong_text_reason(text, name, surrogate, device)
+    key = (text, type(surrogate.function), device)
+    if key not in _TEXTS_TRIED:
+        _TEXTS_TRIED[key] = _wrong_text_reason(name, surrogate, device)
+    return _TEXTS_TRIED[key]
 
 
-@functools.lru_cache(maxsize=256)
-def _wrong_text_reason(text: str, name: str, surrogate: Surrogate, device: torch.device) -> str | None:
-    """Run the text on a range of z once: what another package writes is not believed unseen."""
+_TEXTS_TRIED: dict[tuple[str, type, torch.device], str | None] = {}
+
+
+def _wrong_text_reason(name: str, surrogate: Surrogate, device: torch.device) -> str | None:
+    """Run the text on a range of z: what another package writes is not believed unseen."""
     z = torch.linspace(-3.0, 3.0, 1200, device=device)  # an even number: neither 0 nor the round values where g jumps
     config = DLIFConfig(0.0, 0.0, 0.0, surrogate, detach_reset=True)
     one = torch.ones(1, device=device)
     try:
         derivative, _, _ = backward(z[None], one, None, config, torch.ones_like(z)[None], None, None, False)
-    except RuntimeError as error:
+    except _CompilationError as error:
         return f"the CUDA code of the surrogate {name} does not compile: {error}"
     expected = surrogate.derivative(z)
     if torch.allclose(derivative[0], expected, rtol=1e-3, atol=1e-5):
@@ -286,9 +295,9 @@ def _torch_stream(device: torch.device) -> Iterator[None]:
     cupy = importlib.import_module("cupy")
     stream = torch.cuda.current_stream(device).cuda_stream
     from_external = getattr(cupy.cuda.Stream, "from_external", None)  # CuPy >= 14, which deprecates ExternalStream
-    with cupy.cuda.Device(device.index):
-        with from_external(_ForeignStream(stream)) if from_external else cupy.cuda.ExternalStream(stream):
-            yield
+    make = cupy.cuda.ExternalStream if from_external is None else from_external
+    with cupy.cuda.Device(device.index), make(stream if from_external is None else _ForeignStream(stream)):
+        yield
 
 
 @dataclass(frozen=True)
@@ -301,6 +310,10 @@ class _ForeignStream:
         return 0, self.handle
 
 
+class _CompilationError(RuntimeError):
+    """The CUDA text did not become a kernel."""
+
+
 @functools.cache
 def _compiled(variant: Variant, device: torch.device) -> Any:
     """The kernel, compiled for the current device, which is ``device``; CuPy keeps the binary on disk as well."""
@@ -310,7 +323,7 @@ def _compiled(variant: Variant, device: torch.device) -> Any:
     try:
         kernel.compile()
     except Exception as error:  # CuPy raises many types: of its own, of the driver, OSError for a missing library
-        raise RuntimeError(
+        raise _CompilationError(
             f"CuPy could not compile the DLIF kernel on {device}: {type(error).__name__}: {error}. "
             f"If a CUDA library or header is missing, {_install_command()} brings them"
         ) from error

@@ -10,25 +10,31 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from oracle import Result, dlif_bptt
-
 from ops.cuda.shim import Library
+from oracle import Result, dlif_bptt
 
 MARGIN = 1e-3  # distance every potential keeps from the threshold, so that spikes can be compared exactly
 V_THRESHOLD = 0.8
 RESETS = {"RESET_TO_ZERO": 0.0, "RESET_TO_VALUE": -0.25, "RESET_BY_SUBTRACTION": None}
-SURROGATES = {"Triangle": ("triangle", 1.25), "ATan": ("atan", 2.0), "Sigmoid": ("sigmoid", 4.0), "Spliced": ("atan", 2)}
+SURROGATES = {
+    "Triangle": ("triangle", 1.25),
+    "ATan": ("atan", 2.0),
+    "Sigmoid": ("sigmoid", 4.0),
+    "Spliced": ("atan", 2.0),
+}
 SHAPES = [  # steps per segment, whether longer than one segment, neurons per thread
     (1, False, 1), (1, False, 4), (2, False, 2), (3, False, 1), (5, False, 4), (8, False, 2), (8, False, 4),
     (16, False, 2), (32, False, 1), (16, True, 1), (16, True, 2),
 ]  # fmt: skip
-SPLICED_TEXT = "const float scaled__ = (float) 1.57079632679 * (2f) * z;\nderivative = (2f) / 2.0f / (1.0f + scaled__ * scaled__);"
 
 
-SPLICED = (
-    "struct Spliced { static __device__ __forceinline__ float derivative(float z, float) {\n"
-    f"float derivative;\n{SPLICED_TEXT.replace('(2f)', '(2.0f)')}\nreturn derivative;\n}} }};\n"
-)
+SPLICED = """struct Spliced {
+    static __device__ __forceinline__ float derivative(float z, float) {
+        const float scaled = 1.57079632679f * 2.0f * z;
+        return 1.0f / (1.0f + scaled * scaled);
+    }
+};
+"""
 IO = ("float", "Half", "BFloat16")
 
 
@@ -97,7 +103,7 @@ def check(library: Library, variant: Variant) -> None:
     many, few = {"blocks": 3, "threads": 64}, {"blocks": 1, "threads": 32}
     _compare(library, variant, M=(2 * 64 + 37) * vec, optional=True, on_grid=False, **many)
     _compare(library, variant, M=3 * vec, optional=False, on_grid=False, **few)  # fewer neurons than a block has
-    _compare(library, variant, M=64 * vec, optional=True, on_grid=True, **{"blocks": 1, "threads": 64})
+    _compare(library, variant, M=64 * vec, optional=True, on_grid=True, blocks=1, threads=64)
 
 
 @dataclass
@@ -227,7 +233,9 @@ def _pack(array: np.ndarray, io: str) -> np.ndarray:
 def _unpack(array: np.ndarray, io: str) -> np.ndarray:
     if io == "float":
         return array
-    return array.view(np.float16).astype(np.float32) if io == "Half" else (array.astype(np.uint32) << 16).view(np.float32)
+    if io == "Half":
+        return array.view(np.float16).astype(np.float32)
+    return (array.astype(np.uint32) << 16).view(np.float32)
 
 
 def _blank(like: np.ndarray | tuple[int, ...]) -> np.ndarray:
