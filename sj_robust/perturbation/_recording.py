@@ -1,10 +1,10 @@
 """The current pair of runs: which neuron was called when, and what each followed layer makes of it."""
 
-import weakref
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from sj_robust.perturbation._neurons import Neuron
@@ -94,6 +94,7 @@ class Recording:
                 )
         return [self.pairs[name] for name in layers]
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
     def before_call(self, name: str) -> None:
         """A neuron is about to be called."""
         perturbed = self.run == "perturbed"
@@ -109,6 +110,7 @@ class Recording:
                 f"layer {name!r} ran in the perturbed run but not in the clean run: run the same network twice"
             )
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
     def after_call(self, name: str, x: Tensor, output: Tensor) -> None:
         """A neuron was called on the current ``x`` and returned ``output``."""
         if name not in self.pairs:
@@ -174,10 +176,10 @@ class Recording:
 
 
 class NeuronHook:
-    """Hooks of one neuron: they hold the recording weakly, and a copy of the network gets hooks that do nothing."""
+    """Hooks of one neuron; in a copy of the network they do nothing."""
 
     def __init__(self, recording: Recording | None, name: str) -> None:
-        self._recording: Callable[[], Recording | None] = _nobody if recording is None else weakref.ref(recording)
+        self._recording = recording
         self._name = name
 
     def __reduce__(self) -> tuple[type["NeuronHook"], tuple[None, str]]:
@@ -185,22 +187,16 @@ class NeuronHook:
 
     def before(self, module: nn.Module, args: Any) -> None:
         """Forward pre-hook."""
-        recording = self._recording()
-        if recording is None or recording.run is None:
+        if self._recording is None or self._recording.run is None:
             return
         if getattr(module, "_is_replica", False):
             raise RuntimeError(
                 "MPPDMonitor cannot follow the replicas of nn.DataParallel: "
                 "use torch.nn.parallel.DistributedDataParallel"
             )
-        recording.before_call(self._name)
+        self._recording.before_call(self._name)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
         """Forward hook."""
-        recording = self._recording()
-        if recording is not None and recording.run is not None:
-            recording.after_call(self._name, args[0] if args else next(iter(kwargs.values())), output)
-
-
-def _nobody() -> None:
-    return None
+        if self._recording is not None and self._recording.run is not None:
+            self._recording.after_call(self._name, args[0] if args else next(iter(kwargs.values())), output)

@@ -334,3 +334,22 @@ def test_last_is_the_layer_executed_last_not_the_one_defined_last(layers):
     assert torch.equal(last, monitor.loss(["late"]))
     if layers == "all":
         assert not torch.equal(last, monitor.loss(["early"]))
+
+
+@pytest.mark.parametrize("kind", ["LIF", "DLIF"])
+def test_mixed_precision(kind):
+    net = trainable(NEURONS[kind][0])
+    x, x_perturbed = images()
+    monitor = MPPDMonitor(net)
+    with torch.autocast("cpu", torch.bfloat16):
+        two_runs(monitor, net, x, x_perturbed)
+        value = monitor.loss("all")
+        with torch.no_grad():
+            clean = run_with_currents(net, NAMES, x)
+        perturbed = run_with_currents(net, NAMES, x_perturbed)
+    assert clean["8"].dtype == torch.bfloat16
+    assert value.dtype == torch.float32
+    _, decay, _, _ = NEURONS[kind]
+    terms = [explicit_loss(clean[name], perturbed[name], decay, 1.0, "l2") for name in NAMES]
+    torch.testing.assert_close(value.double(), torch.stack(terms).mean(), rtol=1e-5, atol=1e-7)
+    assert all(bool(grad.isfinite().all()) for grad in gradients(value, net))

@@ -434,3 +434,30 @@ def test_frames_of_one_image_repeated_by_the_caller():
     x = torch.rand(2, 3)
     stats = MPPDMonitor(net).compare(x, x + 0.5, forward=lambda a: [net(a) for _ in range(7)])
     assert stats["1"].T == 7
+
+
+def test_compiled_network():
+    net = conv_net(NEURONS["LIF"][0])
+    x, x_perturbed = images()
+    monitor = MPPDMonitor(net)
+    expected = monitor.compare(x, x_perturbed)
+    torch.compiler.reset()
+    compiled = torch.compile(net, backend="eager")
+    stats = monitor.compare(x, x_perturbed, forward=compiled)
+    for name in NAMES:
+        assert_stats(stats[name], {"ms_mppd": expected[name].ms_mppd.numpy(), "tasad": expected[name].tasad.numpy()})
+    torch.compiler.reset()
+
+
+def test_neurons_called_by_keyword():
+    class Keyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.sn = neuron.IFNode()
+
+        def forward(self, x):
+            return self.sn(x=x)
+
+    net = Keyword()
+    stats = MPPDMonitor(net).compare(torch.rand(2, 3), torch.rand(2, 3), forward=lambda x: [net(x) for _ in range(2)])
+    assert stats["sn"].T == 2
