@@ -93,10 +93,10 @@ def per_sample(values: Tensor, x: Tensor) -> Tensor:
 
 def _round_towards(x: Tensor, target: Tensor, *, limit: Tensor | float) -> Tensor:
     """Float64 ``target`` in the dtype of ``x``, one unit in the last place closer to ``x`` where beyond ``limit``."""
-    rounded = target.to(x.dtype) + 0.0  # turns -0 into 0, so that adjacent numbers have adjacent bit patterns
+    rounded = target.to(x.dtype)
     towards = torch.sign(x.double() - rounded.double())
     too_far = (rounded.double() - x.double()).abs() > limit
-    integer = _SAME_SIZE_INTEGER[x.element_size()]
+    integer = _SAME_SIZE_INTEGER[x.element_size()]  # neighbours among numbers >= 0 have neighbouring bit patterns
     return (rounded.view(integer) + (too_far * towards).to(integer)).view(x.dtype)
 
 
