@@ -11,9 +11,9 @@ import numpy as np
 
 HERE = Path(__file__).parent
 KERNEL = (HERE.parents[2] / "sj_robust" / "ops" / "dlif" / "kernel.cu").read_text()
-SANITIZERS = ("-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
+SANITIZERS = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
 _FLAGS = (
-    "-std=c++17", "-O1", "-fPIC", "-shared", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Wextra",
+    "-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Wextra",
     "-Werror", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-unused-variable", "-Wno-unused-parameter",
     "-Wno-clobbered",
 )  # fmt: skip
@@ -42,7 +42,7 @@ def missing_tool() -> str | None:
     return None
 
 
-def build(text: str, directory: Path, *, sanitize: bool = False) -> Path:
+def build(text: str, directory: Path, *, sanitize: bool = False, optimise: bool = True) -> Path:
     """Shared library with an entry for every ``extern "C"`` kernel and DLIF_... line of the text."""
     names = re.findall(r"^\s*DLIF_(?:FORWARD|BACKWARD)\((\w+)", text, re.M)
     names += re.findall(r'^extern "C" __global__ void (\w+)', text, re.M)
@@ -52,7 +52,15 @@ def build(text: str, directory: Path, *, sanitize: bool = False) -> Path:
     if "struct Half" in text:
         parts.append(_HALVES)
     source.write_text("\n".join([*parts, *(_ENTRY.format(name) for name in names)]))
-    command = ["g++", *_FLAGS, *(SANITIZERS if sanitize else ()), str(source), "-o", str(library)]
+    command = [
+        "g++",
+        *_FLAGS,
+        "-O1" if optimise else "-O0",
+        *(SANITIZERS if sanitize else ()),
+        str(source),
+        "-o",
+        str(library),
+    ]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"g++ refuses the CUDA text:\n{result.stderr[:4000]}")

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from ops.cuda import cases, shim
 
 pytestmark = pytest.mark.skipif(shim.missing_tool() is not None, reason=str(shim.missing_tool()))

@@ -1,0 +1,407 @@
+"""The launcher's Python, executed with a stand-in for CuPy that runs the CUDA text on the CPU.
+
+The stand-in passes arguments as CuPy does, by width, and refuses what CuPy would silently misread.
+"""
+
+import math
+import sys
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from ops.cuda import shim
+
+from sj_robust.ops import Surrogate, dlif_multi_step
+from sj_robust.ops.dlif import cupy_launch
+from sj_robust.ops.dlif.autograd import DLIFFunction
+from sj_robust.ops.dlif.config import DLIFConfig
+
+needs_compiler = pytest.mark.skipif(shim.missing_tool() is not None, reason=str(shim.missing_tool()))
+
+
+class FakeCuPy(ModuleType):
+    """``cupy`` as far as the launcher uses it; keeps a log of devices, streams, compilations and launches."""
+
+    def __init__(self, directory, *, has_from_external=True):
+        super().__init__("cupy")
+        self.__version__ = "0"
+        self.directory, self.log, self.count = directory, [], 1
+        fake = self
+
+        class Entered:
+            def __init__(self, what):
+                self.what = what
+
+            def __enter__(self):
+                fake.log.append(("enter", self.what))
+
+            def __exit__(self, *error):
+                fake.log.append(("exit", self.what))
+
+        class Stream:
+            pass
+
+        if has_from_external:
+            Stream.from_external = staticmethod(lambda obj: Entered(("stream", obj.__cuda_stream__())))
+
+        class RawKernel:
+            def __init__(self, code, name, options=()):
+                self.code, self.name = code, name
+                assert options == ("--std=c++17",)
+
+            def compile(self):
+                fake.log.append(("compile", self.name))
+                folder = fake.directory / str(len(fake.log))
+                folder.mkdir()
+                self.library = shim.Library(shim.build(self.code, folder, optimise=False))
+
+            def __call__(self, grid, block, arguments):
+                assert all(isinstance(argument, np.generic) for argument in arguments)
+                fake.log.append(("launch", self.name, grid, block))
+                self.library.launch(self.name, *grid, *block, *arguments)
+
+        self.RawKernel = RawKernel
+        self.cuda = SimpleNamespace(
+            Device=lambda index: Entered(("device", index)),
+            Stream=Stream,
+            ExternalStream=lambda pointer: Entered(("external", pointer)),
+            runtime=SimpleNamespace(getDeviceCount=lambda: self.count),
+        )
+
+    def launches(self):
+        return [entry for entry in self.log if entry[0] == "launch"]
+
+
+@pytest.fixture
+def cupy(tmp_path, monkeypatch):
+    return _install(FakeCuPy(tmp_path), monkeypatch)
+
+
+def _install(fake, monkeypatch):
+    monkeypatch.setitem(sys.modules, "cupy", fake)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0x1234))
+    monkeypatch.setattr(cupy_launch, "_TEXTS_TRIED", {})
+    cupy_launch._compiled.cache_clear()
+    cupy_launch._cupy_reason.cache_clear()
+    return fake
+
+
+@pytest.fixture(autouse=True)
+def _forget_kernels():
+    yield
+    cupy_launch._compiled.cache_clear()
+    cupy_launch._cupy_reason.cache_clear()
+
+
+CASES = {
+    # T, M, dtype, v_reset, surrogate, detach, which optional tensors, vector width forward and backward
+    "vector": (4, 520, torch.float32, 0.0, Surrogate("triangle"), False, "v_init v_seq", (4, 4)),
+    "odd": (3, 133, torch.float32, None, Surrogate("atan", 2.0), False, "", (1, 1)),
+    "half": (16, 70, torch.float16, -0.25, Surrogate("sigmoid", 4.0), True, "v_init", (2, 2)),
+    "bfloat16": (5, 12, torch.bfloat16, 0.0, Surrogate("triangle"), True, "v_seq", (4, 4)),
+    "long": (37, 68, torch.float32, -0.25, Surrogate("triangle", 0.8), False, "v_init v_seq", (4, 2)),
+    "longest in registers": (32, 36, torch.float32, None, Surrogate("triangle"), True, "v_init", (4, 1)),
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_reference(cupy, name):
+    T, M, dtype, v_reset, surrogate, detach, optional, (forward_width, backward_width) = CASES[name]
+    config = DLIFConfig(0.9, 0.8, v_reset, surrogate, detach)
+    generator = torch.Generator().manual_seed(T)
+    store_v_seq = "v_seq" in optional
+    x = torch.randn(T, M, generator=generator).mul_(0.8).add_(0.3).to(dtype)
+    gain = torch.rand(T, generator=generator) + 0.5
+    v_init = torch.randn(M, generator=generator) if "v_init" in optional else None
+    grads = [torch.randn(T, M, generator=generator).to(dtype)]
+    grads += [torch.randn(M, generator=generator), torch.randn(T, M, generator=generator)][: 1 + store_v_seq]
+
+    def run(operator, x):
+        inputs = [t.clone().requires_grad_() for t in (x, gain, v_init) if t is not None]
+        outputs = [out for out in operator(*inputs) if out is not None]
+        torch.autograd.backward(outputs, [g.to(o.dtype) for g, o in zip(grads, outputs, strict=True)])
+        return [out.detach() for out in outputs], [i.grad for i in inputs]
+
+    def launcher(x, gain, v_init=None):
+        return DLIFFunction.apply(x, gain, v_init, config, cupy_launch, store_v_seq)
+
+    def reference(x, gain, v_init=None):
+        return dlif_multi_step(
+            x, gain, v_init, decay=0.9, v_threshold=0.8, v_reset=v_reset, surrogate=surrogate, detach_reset=detach,
+            store_v_seq=store_v_seq, backend="reference",
+        )  # fmt: skip
+
+    (outputs, gradients), (expected, expected_gradients) = run(launcher, x), run(reference, x)
+    for got, wanted in zip(outputs, expected, strict=True):
+        assert torch.equal(got, wanted)
+        assert got.dtype == wanted.dtype
+    tolerance = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
+    for i, (got, wanted) in enumerate(zip(gradients, expected_gradients, strict=True)):
+        rtol = tolerance if i == 0 else 1e-5
+        torch.testing.assert_close(got, wanted, rtol=rtol, atol=1e-5 * (M if i == 1 else 1))
+    threads = cupy_launch.THREADS_PER_BLOCK
+    assert [entry[1:] for entry in cupy.launches()] == [
+        (name, (math.ceil(M / (width * threads)),), (threads,))
+        for name, width in (("dlif_forward", forward_width), ("dlif_backward", backward_width))
+    ]
+
+
+@needs_compiler
+def test_several_blocks_and_a_chosen_block_size(cupy):
+    """More than one block, so that the partial sums of the gain's gradient are really added up."""
+    x, gain = torch.rand(2, 500), torch.tensor([1.0, 0.5])
+    config = DLIFConfig(0.5, 1.0, 0.0, Surrogate(), False)
+    launcher = cupy_launch.Launcher(threads_per_block=64)
+    _, grad_gain, _ = launcher.backward(x, gain, None, config, torch.ones_like(x), None, None, False)
+    _, expected, _ = cupy_launch.backward(x, gain, None, config, torch.ones_like(x), None, None, False)
+    assert [entry[2:] for entry in cupy.launches()] == [((2,), (64,)), ((1,), (128,))]
+    torch.testing.assert_close(grad_gain, expected)
+    h = x[0] * gain[0]
+    gate = (1 - (0.5 * h * (h < 1) + gain[1] * x[1] - 1).abs()).clamp(min=0)
+    torch.testing.assert_close(grad_gain[1], (gate * x[1]).sum())
+
+
+@needs_compiler
+def test_kernel_is_compiled_once_and_runs_on_torchs_stream(cupy):
+    config = DLIFConfig(0.5, 1.0, 0.0, Surrogate(), False)
+    for _ in range(2):
+        cupy_launch.forward(torch.rand(2, 8), torch.ones(2), None, config, False)
+    launch = ("launch", "dlif_forward", (1,), (128,))
+    around = [("enter", ("device", None)), ("enter", ("stream", (0, 0x1234)))]
+    after = [("exit", ("stream", (0, 0x1234))), ("exit", ("device", None))]
+    assert cupy.log == [*around, ("compile", "dlif_forward"), launch, *after, *around, launch, *after]
+
+
+def test_enters_the_device_and_stream_of_the_tensor_and_restores_them_on_errors(cupy, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda device: asked.append(device) or SimpleNamespace(cuda_stream=7)
+    )
+    with pytest.raises(KeyError), cupy_launch._torch_stream(torch.device("cuda", 1)):
+        raise KeyError
+    assert asked == [torch.device("cuda", 1)]
+    assert cupy.log == [
+        ("enter", ("device", 1)), ("enter", ("stream", (0, 7))), ("exit", ("stream", (0, 7))), ("exit", ("device", 1)),
+    ]  # fmt: skip
+
+
+def test_older_cupy_gets_an_external_stream(tmp_path, monkeypatch):
+    fake = _install(FakeCuPy(tmp_path, has_from_external=False), monkeypatch)
+    with cupy_launch._torch_stream(torch.device("cuda", 0)):
+        pass
+    assert ("enter", ("external", 0x1234)) in fake.log
+
+
+def test_no_neurons_no_launch(cupy):
+    config = DLIFConfig(0.5, 1.0, 0.0, Surrogate(), False)
+    x, gain = torch.zeros(3, 0), torch.ones(3)
+    spikes, v, v_seq = cupy_launch.forward(x, gain, None, config, True)
+    assert (spikes.shape, v.shape, v_seq.shape) == ((3, 0), (0,), (3, 0))
+    grads = cupy_launch.backward(x, gain, None, config, x, None, None, True)
+    assert [tuple(grad.shape) for grad in grads] == [(3, 0), (3,), (0,)]
+    assert torch.equal(grads[1], torch.zeros(3))
+    assert cupy.launches() == []
+
+
+@pytest.mark.parametrize(("offset", "width"), [(0, 4), (2, 2), (1, 1)])
+def test_vector_width_follows_alignment(offset, width):
+    base = torch.zeros(64)
+    assert base.data_ptr() % 16 == 0
+    assert cupy_launch._vector_width(8, 4, torch.zeros(8), None, base[offset : offset + 8]) == width
+
+
+@pytest.mark.parametrize(("neurons", "at_most", "width"), [(8, 4, 4), (6, 4, 2), (7, 4, 1), (8, 2, 2), (8, 1, 1)])
+def test_vector_width_follows_the_row_length(neurons, at_most, width):
+    assert cupy_launch._vector_width(neurons, at_most, torch.zeros(neurons)) == width
+
+
+@pytest.mark.parametrize("threads", [0, 16, 100, 1056, -32])
+def test_block_size_is_checked(threads):
+    with pytest.raises(ValueError, match=f"multiple of 32 from 32 to 1024, got {threads}"):
+        cupy_launch.Launcher(threads_per_block=threads)
+
+
+@pytest.mark.parametrize("name", ["input_gain", "v_init"])
+def test_tensor_of_another_device_is_refused(name):
+    tensors = {"input_gain": torch.ones(2), "v_init": torch.zeros(4)}
+    tensors[name] = tensors[name].to("meta")
+    config = DLIFConfig(0.5, 1.0, 0.0, Surrogate(), False)
+    with pytest.raises(ValueError, match=f"{name} must be on the device of x_seq, cpu, got meta"):
+        cupy_launch.forward(torch.zeros(2, 4), tensors["input_gain"], tensors["v_init"], config, False)
+
+
+# ---- surrogates with a CUDA text of their own ----
+
+
+class Ramp(torch.nn.Module):
+    """Surrogate with ``cuda_codes`` in the manner of SpikingJelly 0.0.0.0.14, text given by the test."""
+
+    spiking = True
+
+    def __init__(self, text):
+        super().__init__()
+        self.text = text
+
+    def forward(self, z):
+        return Surrogate("triangle", 2.0).spike(z)
+
+    def cuda_codes(self, y, x, dtype):
+        assert dtype == "float"
+        return self.text.format(y=y, x=x)
+
+
+RIGHT = "const float ramp__height = (2f) - (2f) * (2.0f) * fabsf({x});{y} = max(ramp__height, 0.0f);"
+
+
+def reason(surrogate):
+    return cupy_launch._unusable_surrogate_reason(surrogate, torch.device("cpu"))
+
+
+@needs_compiler
+def test_own_text_of_a_surrogate_is_spliced_in(cupy):
+    surrogate = Surrogate("custom", function=Ramp(RIGHT))
+    assert reason(surrogate) is None
+    assert reason(surrogate) is None
+    assert cupy.log.count(("compile", "dlif_backward")) == 1  # tried once, then remembered
+    x, gain = torch.randn(4, 8), torch.ones(4)
+    built_in = Surrogate("triangle", 2.0)
+    results = [
+        cupy_launch.backward(
+            x, gain, None, DLIFConfig(0.9, 1.0, 0.0, kind, False), torch.ones_like(x), None, None, False
+        )[0]
+        for kind in (surrogate, built_in)
+    ]
+    torch.testing.assert_close(*results)
+
+
+@needs_compiler
+def test_wrong_or_broken_text_is_refused(cupy):
+    wrong = Surrogate("custom", function=Ramp(RIGHT.replace("fabsf({x})", "{x}")))
+    assert "disagrees with its gradient in torch" in reason(wrong)
+    broken = Surrogate("custom", function=Ramp("{y} = const float mask;"))
+    assert "does not compile" in reason(broken)
+
+
+def test_surrogates_without_a_usable_text_are_refused():
+    plain = Surrogate("custom", function=torch.sigmoid)
+    assert "no CUDA code" in reason(plain)
+
+    class Unwritten(Ramp):
+        def cuda_codes(self, y, x, dtype):
+            raise NotImplementedError
+
+    assert "no CUDA code" in reason(Surrogate("custom", function=Unwritten("")))
+    smooth = Ramp(RIGHT)
+    smooth.spiking = False
+    assert "spiking=False" in reason(Surrogate("custom", function=smooth))
+    trainable = Ramp(RIGHT)
+    trainable.width = torch.nn.Parameter(torch.ones(()))
+    assert "trainable" in reason(Surrogate("custom", function=trainable))
+
+
+@needs_compiler
+def test_every_cuda_text_of_spikingjelly_equals_its_gradient(cupy):
+    host = pytest.importorskip("spikingjelly.activation_based.surrogate")
+    if not hasattr(host, "_has_cuda_"):
+        pytest.skip("this SpikingJelly release has no cuda_codes")
+    functions = [cls() for cls in host._has_cuda_] + [host.ATan(alpha=2), host.PiecewiseLeakyReLU(w=2, c=0.1)]
+    for function in functions:
+        assert reason(Surrogate("custom", function=function)) is None, type(function).__name__
+    assert "does not compile" in reason(Surrogate("custom", function=host.LogTailedReLU()))
+
+
+def test_integer_literals_alone_are_repaired():
+    text = cupy_launch.spliced_struct("a = (2f) * 1e-05f + 3.5f - x2f; b = .5f + 1e+2f * 10f;")
+    assert "a = (2.0f) * 1e-05f + 3.5f - x2f; b = .5f + 1e+2f * 10.0f;" in text
+
+
+# ---- what is missing, told apart ----
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    cupy_launch._cupy_reason.cache_clear()
+
+
+def test_available_with_gpu_and_cupy(gpu, cupy):
+    assert cupy_launch.unavailable_reason() is None
+
+
+def test_no_gpu(monkeypatch, gpu):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no CUDA GPU" in cupy_launch.unavailable_reason()
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "without CUDA" in cupy_launch.unavailable_reason()
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert "ROCm" in cupy_launch.unavailable_reason()
+
+
+def test_no_cupy(gpu, monkeypatch):
+    _fail_import(monkeypatch, ModuleNotFoundError("No module named 'cupy'", name="cupy"))
+    assert cupy_launch.unavailable_reason() == 'CuPy is not installed; pip install "cupy-cuda13x[ctk]"'
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ModuleNotFoundError("No module named 'fastrlock'", name="fastrlock"),
+        ImportError("libcudart.so.13: cannot open shared object file"),
+        AttributeError("module 'numpy' has no attribute 'int'"),
+    ],
+)
+def test_import_that_fails_is_not_called_not_installed(gpu, monkeypatch, error):
+    _fail_import(monkeypatch, error)
+    reason = cupy_launch.unavailable_reason()
+    assert "CuPy is installed, but importing it failed" in reason
+    assert str(error) in reason
+    assert "cupy-cuda13x[ctk]" in reason
+
+
+def test_cupy_without_gpu(gpu, cupy):
+    cupy.count = 0
+    assert "sees no GPU" in cupy_launch.unavailable_reason()
+
+
+def test_cupy_with_a_broken_driver(gpu, cupy, monkeypatch):
+    def fail():
+        raise RuntimeError("cudaErrorInsufficientDriver")
+
+    monkeypatch.setattr(cupy.cuda.runtime, "getDeviceCount", fail)
+    assert "cudaErrorInsufficientDriver" in cupy_launch.unavailable_reason()
+
+
+def test_missing_compiler_library_says_what_to_install(cupy, monkeypatch):
+    def fail(self):
+        raise OSError("libnvrtc.so.12: cannot open shared object file")
+
+    monkeypatch.setattr(cupy.RawKernel, "compile", fail)
+    config = DLIFConfig(0.5, 1.0, 0.0, Surrogate(), False)
+    with pytest.raises(RuntimeError, match=r"(?s)libnvrtc\.so\.12.*cupy-cuda\d+x\[ctk\]"):
+        cupy_launch.forward(torch.rand(2, 8), torch.ones(2), None, config, False)
+
+
+@pytest.mark.parametrize(
+    ("x", "message"),
+    [
+        (torch.zeros(2, 2), "must be on a CUDA device, got cpu"),
+        (SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float64), "got torch.float64"),
+    ],
+)
+def test_unsupported_tensors(x, message):
+    assert message in cupy_launch.unsupported_reason(x, Surrogate())
+    fine = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
+    assert cupy_launch.unsupported_reason(fine, Surrogate()) is None
+
+
+def _fail_import(monkeypatch, error):
+    def import_module(name):
+        assert name == "cupy"
+        raise error
+
+    monkeypatch.setattr(cupy_launch, "importlib", SimpleNamespace(import_module=import_module))
+    cupy_launch._cupy_reason.cache_clear()
