@@ -1,0 +1,170 @@
+"""DLIF on the CPU through the compiled kernel of this package (kernel.cpp), called with data pointers.
+
+The kernel is built when the package is installed and is part of it; nothing is compiled or written at run time.
+Without a C++ compiler the installation goes through without it and ``backend="auto"`` uses ``eager``.
+"""
+
+import ctypes
+import os
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from sj_robust.ops.dlif.config import DLIFConfig, state_dtype
+from sj_robust.ops.surrogate import Surrogate
+
+INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
+INSTRUCTION_SET_VARIABLE = "SJ_ROBUST_INSTRUCTION_SET"
+
+_LIBRARY_NAME = "_kernel.so"  # setup.py gives it this name on every system
+_INTERFACE = 1  # sjr_dlif_interface() of kernel.cpp
+_STORAGE = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
+_SURROGATES = {"triangle": 0, "atan": 1, "sigmoid": 2}
+
+
+def unavailable_reason() -> str | None:
+    """What keeps the compiled kernel from running on this machine, or None."""
+    library = _load()
+    return library if isinstance(library, str) else None
+
+
+def unsupported_reason(x_seq: Tensor, surrogate: Surrogate) -> str | None:
+    """Why this call cannot run here, or None."""
+    if x_seq.device.type != "cpu":
+        return f"the compiled kernel runs on the CPU, x_seq is on {x_seq.device}"
+    if x_seq.dtype not in _STORAGE:
+        return f"the compiled kernel knows float32, float64, float16 and bfloat16, got {x_seq.dtype}"
+    if surrogate.kind not in _SURROGATES:
+        return f"the compiled kernel knows the surrogates {tuple(_SURROGATES)}, got {surrogate.kind!r}"
+    return None
+
+
+def instruction_sets() -> tuple[str, ...]:
+    """Instruction sets that this processor runs, best last; the best is used.
+
+    The environment variable ``SJ_ROBUST_INSTRUCTION_SET`` names another one, to measure or to search a fault.
+
+    Example:
+        >>> "baseline" in instruction_sets() or unavailable_reason() is not None
+        True
+    """
+    library = _load()
+    return () if isinstance(library, str) else INSTRUCTION_SETS[: library.sjr_best_instruction_set() + 1]
+
+
+def forward(
+    x_seq: Tensor, input_gain: Tensor, v_init: Tensor | None, config: DLIFConfig, store_v_seq: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """See :class:`sj_robust.ops.dlif.autograd.Implementation`."""
+    dtype = state_dtype(x_seq)
+    spike_seq = torch.empty_like(x_seq)
+    v = torch.empty_like(x_seq[0], dtype=dtype)
+    v_seq = torch.empty_like(x_seq, dtype=dtype) if store_v_seq else None
+    _run("sjr_dlif_forward", config, x=x_seq, gain=input_gain, v_init=v_init, s=spike_seq, v=v, v_seq=v_seq)
+    return spike_seq, v, v_seq
+
+
+def backward(
+    x_seq: Tensor,
+    input_gain: Tensor,
+    v_init: Tensor | None,
+    config: DLIFConfig,
+    grad_spike_seq: Tensor,
+    grad_v: Tensor | None,
+    grad_v_seq: Tensor | None,
+    needs_v_init: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """See :class:`sj_robust.ops.dlif.autograd.Implementation`."""
+    grad_x_seq = torch.empty_like(x_seq)
+    grad_input_gain = torch.empty_like(input_gain)
+    grad_v_init = torch.empty_like(x_seq[0], dtype=state_dtype(x_seq)) if needs_v_init else None
+    _run(
+        "sjr_dlif_backward",
+        config,
+        x=x_seq,
+        gain=input_gain,
+        v_init=v_init,
+        gs=grad_spike_seq,
+        gv=grad_v,
+        gvs=grad_v_seq,
+        gx=grad_x_seq,
+        gain_grad=grad_input_gain,
+        gv_init=grad_v_init,
+    )
+    return grad_x_seq, grad_input_gain, grad_v_init
+
+
+class _Job(ctypes.Structure):
+    """Mirror of ``sjr::Job`` in kernel.cpp."""
+
+    _fields_ = (
+        [(name, ctypes.c_int64) for name in ("T", "M")]
+        + [(name, ctypes.c_double) for name in ("decay", "leak_current", "v_threshold", "v_reset", "alpha")]
+        + [
+            (name, ctypes.c_int32)
+            for name in ("soft_reset", "detach_reset", "surrogate", "storage", "instruction_set", "threads")
+        ]
+        + [
+            (name, ctypes.c_void_p)
+            for name in ("x", "gain", "v_init", "s", "v", "v_seq", "gs", "gv", "gvs", "gx", "gain_grad", "gv_init")
+        ]
+        + [("scratch", ctypes.c_void_p), ("stream", ctypes.c_int64)]
+    )
+
+
+def _run(function: str, config: DLIFConfig, *, x: Tensor, **tensors: Tensor | None) -> None:
+    library = _load()
+    if isinstance(library, str):
+        raise RuntimeError(f"the compiled DLIF kernel is not available: {library}")
+    job = _Job(
+        T=x.shape[0],
+        M=x.shape[1],
+        decay=config.decay,
+        leak_current=config.leak_current,
+        v_threshold=config.v_threshold,
+        v_reset=config.v_reset or 0.0,
+        alpha=config.surrogate.alpha,
+        soft_reset=config.v_reset is None,
+        detach_reset=config.detach_reset,
+        surrogate=_SURROGATES[config.surrogate.kind],
+        storage=_STORAGE[x.dtype],
+        instruction_set=_instruction_set(),
+        threads=torch.get_num_threads(),
+        x=x.data_ptr(),
+        **{name: None if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()},
+    )
+    scratch = torch.empty(library.sjr_dlif_scratch_bytes(ctypes.byref(job)), dtype=torch.uint8)
+    job.scratch = scratch.data_ptr()
+    getattr(library, function)(ctypes.byref(job))
+
+
+def _instruction_set() -> int:
+    available = instruction_sets()
+    name = os.environ.get(INSTRUCTION_SET_VARIABLE, available[-1])
+    if name not in available:
+        raise ValueError(f"{INSTRUCTION_SET_VARIABLE} must be one of {available} on this processor, got {name!r}")
+    return INSTRUCTION_SETS.index(name)
+
+
+@lru_cache(maxsize=1)
+def _load() -> ctypes.CDLL | str:
+    """The library, or the reason why there is none."""
+    path = Path(__file__).with_name(_LIBRARY_NAME)
+    if not path.exists():
+        return (
+            "it was not built when sj_robust was installed, or this is a source tree that is not installed; "
+            "install a C++ compiler (GCC or clang) and then sj_robust again"
+        )
+    try:
+        library = ctypes.CDLL(str(path))
+        interface = library.sjr_dlif_interface()
+    except (OSError, AttributeError) as error:
+        return f"{path} cannot be loaded on this system ({error}); install sj_robust again on this machine"
+    if interface != _INTERFACE:
+        return f"{path} belongs to another version of sj_robust; install sj_robust again"
+    library.sjr_dlif_scratch_bytes.restype = ctypes.c_int64
+    for name in ("sjr_dlif_forward", "sjr_dlif_backward"):
+        getattr(library, name).restype = None
+    return library

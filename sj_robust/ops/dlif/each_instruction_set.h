@@ -1,0 +1,55 @@
+// Includes SJR_BODY once per instruction set, inside namespace sjr::<set>, with SJR_VECTOR_BYTES set to its vector width.
+// One source, one object, no per-file compiler flags; no header of the standard library may be included by the body,
+// so that no function compiled for a newer processor can replace a shared one.
+#if !defined(SJR_BASELINE_BYTES)
+#define SJR_BASELINE_BYTES 16  // SSE2, NEON; tests may widen it to run the code path of another width
+#endif
+
+#define SJR_TARGET_INLINE inline __attribute__((always_inline))
+#define SJR_INLINE static SJR_TARGET_INLINE
+#if defined(__clang__)
+#define SJR_UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define SJR_UNROLL _Pragma("GCC unroll 8")
+#endif
+
+#define SJR_SET baseline
+#define SJR_VECTOR_BYTES SJR_BASELINE_BYTES
+#include SJR_BODY
+#undef SJR_SET
+#undef SJR_VECTOR_BYTES
+
+#if defined(__x86_64__)
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2")
+#endif
+#define SJR_SET avx2
+#define SJR_VECTOR_BYTES 32
+#include SJR_BODY
+#undef SJR_SET
+#undef SJR_VECTOR_BYTES
+#if defined(__clang__)
+#pragma clang attribute pop
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#else
+#pragma GCC pop_options
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl")
+#endif
+#define SJR_SET avx512
+#define SJR_VECTOR_BYTES 64
+#include SJR_BODY
+#undef SJR_SET
+#undef SJR_VECTOR_BYTES
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif
+#undef SJR_BODY
