@@ -88,9 +88,18 @@ def variants(strength: int) -> list[Variant]:
     return chosen
 
 
+ROUND_TRIP = """extern "C" __global__ void round_trip(const float* from, BFloat16* bits, float* back, int n) {
+    for (int i = threadIdx.x; i < n; i += blockDim.x) {
+        store(bits[i], from[i]);
+        back[i] = to_float(bits[i]);
+    }
+}
+"""
+
+
 def text(chosen: list[Variant], kernel: str) -> str:
-    """The CUDA text with the kernels of the chosen variants."""
-    return kernel + SPLICED + "".join(variant.lines() for variant in chosen)
+    """The CUDA text with the kernels of the chosen variants, and one that rounds to bfloat16."""
+    return kernel + SPLICED + ROUND_TRIP + "".join(variant.lines() for variant in chosen)
 
 
 def check(library: Library, variant: Variant) -> None:
@@ -104,6 +113,19 @@ def check(library: Library, variant: Variant) -> None:
     _compare(library, variant, M=(2 * 64 + 37) * vec, optional=True, on_grid=False, **many)
     _compare(library, variant, M=3 * vec, optional=False, on_grid=False, **few)  # fewer neurons than a block has
     _compare(library, variant, M=64 * vec, optional=True, on_grid=True, blocks=1, threads=64)
+
+
+def check_bfloat16(library: Library) -> None:
+    """Every bfloat16, the values half-way to the next, and their neighbours: to nearest, ties to even."""
+    low, high = np.meshgrid(np.array([0, 0x7FFF, 0x8000, 0x8001], np.uint32), np.arange(0x10000, dtype=np.uint32))
+    values = ((high << 16) | low).ravel().view(np.float32)
+    bits, back = np.zeros(values.size, np.uint16), np.zeros(values.size, np.float32)
+    library.launch("round_trip", 1, 32, values, bits, back, np.int32(values.size))
+    number = ~np.isnan(values)
+    np.testing.assert_array_equal(np.isnan(back), ~number)
+    expected = (high + ((low > 0x8000) | ((low == 0x8000) & (high % 2 == 1)))).ravel()[number]
+    np.testing.assert_array_equal(bits[number], expected)
+    np.testing.assert_array_equal(back[number], (expected << 16).astype(np.uint32).view(np.float32))
 
 
 @dataclass
@@ -252,6 +274,7 @@ def _word(flag: bool) -> str:
 if __name__ == "__main__":
     _library = Library(Path(sys.argv[1]))
     _chosen = variants(int(sys.argv[2]))
+    check_bfloat16(_library)
     for _variant in _chosen:
         print(_variant.name, flush=True)
         check(_library, _variant)

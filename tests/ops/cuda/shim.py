@@ -2,6 +2,7 @@
 
 import ctypes
 import functools
+import os
 import re
 import shutil
 import subprocess
@@ -95,6 +96,22 @@ class Library:
         status = self._library[f"launch_{name}"](grid, threads, order, addresses)
         if status:
             raise RuntimeError(_ERRORS[status])
+
+
+def sanitizer_runtime() -> str | None:
+    """What has to be loaded before Python for a library with AddressSanitizer, or None if g++ lacks it."""
+    paths = [
+        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libstdc++.so")
+    ]
+    return " ".join(paths) if all(Path(path).is_absolute() for path in paths) else None
+
+
+def run_sanitized(command: list[str], preload: str) -> subprocess.CompletedProcess[str]:
+    """Run a command in which a library built with ``sanitize=True`` may be loaded."""
+    environment = {**os.environ, "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0"}
+    environment["PYTHONPATH"] = str(HERE.parents[1])
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
 
 
 def _scalar(argument, letter: str, what: str) -> np.ndarray:

@@ -1,9 +1,6 @@
 """The CUDA text, run on the CPU through ``cuda_shim.h``, equals the float64 oracle in every variant."""
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +8,6 @@ from ops.cuda import cases, shim
 
 pytestmark = pytest.mark.skipif(shim.missing_tool() is not None, reason=str(shim.missing_tool()))
 EVERY_TRIPLE = cases.variants(3)  # every combination of three template arguments; pairs alone under the sanitizers
-TESTS = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -25,19 +21,19 @@ def test_equals_the_oracle(library, variant):
 
 
 def test_equals_the_oracle_under_address_and_undefined_behaviour_sanitizers(tmp_path):
-    preload = _sanitizer_runtime()
+    preload = shim.sanitizer_runtime()
     if preload is None:
         pytest.skip("g++ has no AddressSanitizer runtime (install libasan)")
     chosen = cases.variants(2)
     built = shim.build(cases.text(chosen, shim.KERNEL), tmp_path, sanitize=True)
     command = [sys.executable, "-m", "ops.cuda.cases", str(built), "2"]
-    result = _run_sanitized(command, preload)
+    result = shim.run_sanitized(command, preload)
     assert result.returncode == 0, result.stdout[-2000:] + result.stderr[-4000:]
     assert result.stdout.endswith(f"checked {len(chosen)} variants\n")
 
 
 def test_sanitizer_sees_a_read_past_the_end(tmp_path):
-    preload = _sanitizer_runtime()
+    preload = shim.sanitizer_runtime()
     if preload is None:
         pytest.skip("g++ has no AddressSanitizer runtime (install libasan)")
     text = 'extern "C" __global__ void sum(const float* x, float* y) {\n    y[threadIdx.x] = x[threadIdx.x + 1];\n}\n'
@@ -46,28 +42,13 @@ def test_sanitizer_sees_a_read_past_the_end(tmp_path):
         "import numpy as np\nfrom pathlib import Path\nfrom ops.cuda.shim import Library\n"
         f"Library(Path({str(built)!r})).launch('sum', 1, 512, np.zeros(512, 'f4'), np.zeros(512, 'f4'))\n"
     )
-    result = _run_sanitized([sys.executable, "-c", script], preload)
+    result = shim.run_sanitized([sys.executable, "-c", script], preload)
     assert result.returncode != 0
     assert "heap-buffer-overflow" in result.stderr
 
 
-def test_bfloat16_is_rounded_to_nearest_even(library, tmp_path):
-    """Every bfloat16, the values half-way to the next, and their neighbours."""
-    text = shim.KERNEL + (
-        'extern "C" __global__ void round_trip(const float* from, BFloat16* bits, float* back, int n) {\n'
-        "    for (int i = threadIdx.x; i < n; i += blockDim.x) {\n"
-        "        store(bits[i], from[i]);\n        back[i] = to_float(bits[i]);\n    }\n}\n"
-    )
-    halves = (np.arange(0x10000, dtype=np.uint32) << 16)[:, None] + np.array([0, 0x7FFF, 0x8000, 0x8001], np.uint32)
-    values = halves.ravel().view(np.float32)
-    bits, back = np.zeros(values.size, np.uint16), np.zeros(values.size, np.float32)
-    shim.Library(shim.build(text, tmp_path)).launch("round_trip", 1, 32, values, bits, back, np.int32(values.size))
-    number = ~np.isnan(values)
-    np.testing.assert_array_equal(np.isnan(back), ~number)
-    low, high = (values.view(np.uint32) >> 16).astype(np.uint32), values.view(np.uint32) & 0xFFFF
-    up = (high > 0x8000) | ((high == 0x8000) & (low % 2 == 1))
-    np.testing.assert_array_equal(bits[number], (low + up)[number])
-    np.testing.assert_array_equal(back[number], ((low + up) << 16).astype(np.uint32).view(np.float32)[number])
+def test_bfloat16_is_rounded_to_nearest_even(library):
+    cases.check_bfloat16(library)
 
 
 def test_shim_shuffles_and_separates_warps(tmp_path):
@@ -104,17 +85,3 @@ def test_shim_checks_the_width_and_kind_of_arguments(tmp_path):
             library.launch("nothing", 1, 32, *good[:i], bad, *good[i + 1 :])
     with pytest.raises(TypeError, match="takes 4 arguments, got 3"):
         library.launch("nothing", 1, 32, *good[:3])
-
-
-def _sanitizer_runtime() -> str | None:
-    """What has to be loaded before Python for a library with AddressSanitizer."""
-    paths = [
-        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
-        for name in ("libasan.so", "libstdc++.so")
-    ]
-    return " ".join(paths) if all(Path(path).is_absolute() for path in paths) else None
-
-
-def _run_sanitized(command: list[str], preload: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0", "PYTHONPATH": str(TESTS)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
