@@ -1,12 +1,9 @@
 """Train a spiking network adversarially, with MS-MPPD, and measure it beside an undefended one.
 
-    python recipes/adv_train.py                                              # digits, under a minute
-    python recipes/adv_train.py --config recipes/configs/fashion_mnist.yaml --data-root FOLDER
-    python recipes/adv_train.py --output runs/mine --resume                  # continue a stopped run
-    torchrun --nproc-per-node 2 recipes/adv_train.py                         # or accelerate launch
-
-Every run leaves in its folder: config.yaml, log.txt, tensorboard/, a folder per network with last.pt and best.pt,
-report.json and report.png.
+python recipes/adv_train.py                                              # digits, under a minute
+python recipes/adv_train.py --config recipes/configs/fashion_mnist.yaml --data-root FOLDER
+python recipes/adv_train.py --output runs/mine --resume                  # continue a stopped run
+torchrun --nproc-per-node 2 recipes/adv_train.py                         # or accelerate launch
 """
 
 import re
@@ -16,28 +13,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, set_seed
+from accelerate.utils import set_seed
 from jsonargparse import auto_cli
 
-from sj_robust import SpikingClassifier
+from sj_robust import SpikingClassifier, training
 from sj_robust.attacks import fgsm, gaussian, pgd, rfgsm
 from sj_robust.data import ImageSplits, image_loader, load_images
 from sj_robust.evaluation import Attack, Report, ThreatModel, environment, evaluate
 from sj_robust.models import NetworkSpec, build_network
 from sj_robust.plotting import plot_report
-from sj_robust.training import (
-    EpochRecord,
-    Journal,
-    NonFiniteLossError,
-    Objective,
-    TrainingInterrupted,
-    TrainingPlan,
-    catastrophic_overfitting,
-    load_checkpoint,
-    train,
-)
 
 
 @dataclass(frozen=True)
@@ -114,16 +99,27 @@ class Options:
     output: str | None = None
     resume: bool = False
 
+    @property
+    def attack_eps(self) -> float:
+        """Radius of the attacks in validation and test."""
+        return self.eps if self.eval_eps is None else self.eval_eps
+
+    @property
+    def stem(self) -> str:
+        """Name of a run's folder, up to its number."""
+        return f"{self.dataset}-{self.neuron}-{self.mode}"
+
 
 def main(arguments: list[str]) -> None:
     """Train, evaluate, report."""
     options = parse(arguments)
     accelerator = Accelerator(cpu=options.device == "cpu", mixed_precision=options.mixed_precision)
-    folder = run_folder(options, accelerator)
-    journal = Journal(folder if accelerator.is_main_process else None)
+    configuration = asdict(replace(options, output=None, resume=False))
+    folder = training.open_run_folder(options.output, options.stem, configuration, accelerator, resume=options.resume)
+    journal = training.Journal(folder if accelerator.is_main_process else None)
     where = environment(accelerator.device) | {"processes": str(accelerator.num_processes)}
     journal.header("environment", where)
-    journal.header("configuration", asdict(options))
+    journal.header("configuration", configuration)
     splits = load_images(
         options.dataset,
         root=options.data_root,
@@ -132,49 +128,45 @@ def main(arguments: list[str]) -> None:
         train_limit=options.train_limit,
         test_limit=options.test_limit,
     )
-    eval_eps = options.eps if options.eval_eps is None else options.eval_eps
-    report = Report(ThreatModel("Linf", eval_eps), (), configuration=asdict(options), environment=where)
     networks = {f"{options.neuron} {options.mode}": options}
     if options.reference:
         networks["lif undefended"] = replace(options, neuron="lif", mode="none", select="clean")
+    report = Report(ThreatModel("Linf", options.attack_eps), (), configuration=configuration, environment=where)
     for name, choice in networks.items():
         classifier, history = train_network(name, choice, splits, accelerator, folder, journal)
-        warnings = [catastrophic_overfitting(history[: epoch + 1]) for epoch in range(len(history))]
-        notes = tuple(f"{name}: {warning}" for warning in warnings if warning)
         if accelerator.is_main_process:
             journal.say(f"evaluating {name} on {len(splits.test)} test images")
-            loader = image_loader(splits.test, 512)
             result = evaluate(
                 classifier,
-                loader,
-                test_attacks(eval_eps),
+                image_loader(splits.test, 512),
+                final_attacks(options.attack_eps),
                 threat=report.threat,
                 network=name,
                 seed=options.seed,
-                device=accelerator.device,
             )
+            warnings = [training.catastrophic_overfitting(history[: epoch + 1]) for epoch in range(len(history))]
             curves = {name: [asdict(record) for record in history]}
+            notes = tuple(f"{name}: {warning}" for warning in warnings if warning)
             report = report.merged(replace(result, curves=curves, notes=notes))
     if accelerator.is_main_process:
         report.save(folder / "report.json")
         plot_report(report, folder / "report.png")
-        journal.say(report.table())
-        journal.say("\n".join([*report.notes, f"report: {folder / 'report.json'}, plot: {folder / 'report.png'}"]))
+        journal.say("\n".join([report.table(), *report.notes, f"report.json and report.png are in {folder}"]))
     accelerator.wait_for_everyone()
-    journal.close()
     accelerator.end_training()
+    journal.close()
 
 
 def train_network(
-    name: str, options: Options, splits: ImageSplits, accelerator: Accelerator, folder: Path, journal: Journal
-) -> tuple[SpikingClassifier, list[EpochRecord]]:
+    name: str, options: Options, splits: ImageSplits, accelerator: Accelerator, folder: Path, journal: training.Journal
+) -> tuple[SpikingClassifier, list[training.EpochRecord]]:
     """Train one network and return it as it was at its best epoch."""
-    spec = NetworkSpec("small", options.neuron, splits.image_shape, splits.classes, options.T, options.tau, options.channels)
+    shape, classes = splits.image_shape, splits.classes
+    spec = NetworkSpec("small", options.neuron, shape, classes, options.T, options.tau, options.channels)
     set_seed(options.seed)
     classifier = SpikingClassifier(build_network(spec), options.T)
     rho = 0.0 if options.mode == "none" else options.rho
-    objective = Objective(classifier, kappa=options.kappa, rho=rho, layers=options.layers, norm=options.norm)
-    plan = TrainingPlan(
+    plan = training.TrainingPlan(
         epochs=options.epochs,
         batch_size=options.batch_size,
         lr=options.lr,
@@ -187,37 +179,30 @@ def train_network(
     )
     network_folder = folder / name.replace(" ", "_")
     network_folder.mkdir(exist_ok=True)
-    history = train(
-        objective,
+    history = training.train(
+        training.Objective(classifier, kappa=options.kappa, rho=rho, layers=options.layers, norm=options.norm),
         splits,
         plan,
         perturb=training_attack(options),
-        validation_attacks=validation_attacks(options.eps if options.eval_eps is None else options.eval_eps),
+        validation_attacks=validation_attacks(options.attack_eps),
         accelerator=accelerator,
         folder=network_folder,
         journal=journal,
-        description={"network": asdict(spec), "options": without_place(options)},
+        description={"network": asdict(spec), "options": decisive(options)},
         resume=options.resume,
     )
-    classifier.load_state_dict(load_checkpoint(network_folder / "best.pt")["model"])
-    return classifier.eval(), history
+    classifier.load_state_dict(training.load_checkpoint(network_folder / "best.pt")["model"])
+    return classifier, history
 
 
 def training_attack(options: Options) -> Attack | None:
     """How perturbed training images are made."""
-    match options.mode:
-        case "none":
-            return None
-        case "gaussian":
-            return partial(gaussian, std=options.eps, clamp=False)
-        case "at":
-            return partial(
-                rfgsm,
-                eps=options.eps,
-                step_size=options.step_size,
-                noise_std=options.noise_std,
-                project=options.project,
-            )
+    if options.mode == "none":
+        return None
+    if options.mode == "gaussian":
+        return partial(gaussian, std=options.eps, clamp=False)
+    attack = partial(rfgsm, eps=options.eps, step_size=options.step_size)
+    return partial(attack, noise_std=options.noise_std, project=options.project)
 
 
 def validation_attacks(eps: float) -> dict[str, Attack]:
@@ -225,17 +210,20 @@ def validation_attacks(eps: float) -> dict[str, Attack]:
     return {"fgsm": partial(fgsm, eps=eps), "pgd": partial(pgd, eps=eps, step_size=eps / 3, steps=7)}
 
 
-def test_attacks(eps: float) -> dict[str, Attack]:
-    """Attacks of the final table."""
-    return {
-        "gaussian": partial(gaussian, std=eps),
-        "fgsm": partial(fgsm, eps=eps),
-        "pgd20": partial(pgd, eps=eps, step_size=eps / 8, steps=20),
-    }
+def final_attacks(eps: float) -> dict[str, Attack]:
+    """Attacks of the table at the end."""
+    pgd20 = partial(pgd, eps=eps, step_size=eps / 8, steps=20)
+    return {"gaussian": partial(gaussian, std=eps), "fgsm": partial(fgsm, eps=eps), "pgd20": pgd20}
+
+
+def decisive(options: Options) -> dict[str, Any]:
+    """The options that decide the weights: a run is resumed with the same ones."""
+    free = ("data_root", "test_limit", "reference", "device", "workers", "checkpoint_steps", "output", "resume")
+    return {name: value for name, value in asdict(options).items() if name not in free}
 
 
 def parse(arguments: list[str]) -> Options:
-    """Options from the command line; --data-root is --data_root, --resume is --resume true."""
+    """Options from the command line; --data-root is --data_root, and --resume is --resume=true."""
     arguments = [re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), text) for text in arguments]
     for index, text in enumerate(arguments):
         if text == "--resume" and (index + 1 == len(arguments) or arguments[index + 1].startswith("--")):
@@ -243,51 +231,19 @@ def parse(arguments: list[str]) -> Options:
     options: Options = auto_cli(Options, args=arguments)
     if not options.resume:
         return options
-    folder = Path(options.output) if options.output else free_folder(options, after_last=False)
-    if not (folder / "config.yaml").is_file():
-        raise FileNotFoundError(f"no run to resume: {folder / 'config.yaml'} is missing; give its folder with --output")
+    folder = training.run_to_resume(options.output, options.stem)
     resumed: Options = auto_cli(Options, args=["--config", str(folder / "config.yaml"), *arguments])
     return replace(resumed, output=str(folder))
-
-
-def run_folder(options: Options, accelerator: Accelerator) -> Path:
-    """The folder of this run, made by the first process, with the configuration in it."""
-    folders: list[Any] = [None]
-    if accelerator.is_main_process:
-        folder = Path(options.output) if options.output else free_folder(options)
-        if not options.resume and folder.exists() and any(folder.iterdir()):
-            raise FileExistsError(f"{folder} holds a run: continue it with --resume, or choose another --output")
-        folder.mkdir(parents=True, exist_ok=True)
-        if not options.resume:
-            text = yaml.safe_dump(asdict(replace(options, output=None)), sort_keys=False)
-            (folder / "config.yaml").write_text(text, encoding="utf-8")
-        folders = [str(folder)]
-    if accelerator.num_processes > 1:
-        broadcast_object_list(folders)
-    return Path(folders[0])
-
-
-def free_folder(options: Options, after_last: bool = True) -> Path:
-    """The first unused folder runs/DATASET-NEURON-MODE-NUMBER, or the last used one."""
-    stem = f"{options.dataset}-{options.neuron}-{options.mode}"
-    numbers = [int(path.name.rpartition("-")[2]) for path in Path("runs").glob(f"{stem}-[0-9]*")]
-    return Path("runs") / f"{stem}-{max(numbers, default=0) + after_last}"
-
-
-def without_place(options: Options) -> dict[str, Any]:
-    """The options that decide the weights: a run is resumed with the same ones."""
-    free = ("data_root", "test_limit", "reference", "device", "workers", "checkpoint_steps", "output", "resume")
-    return {name: value for name, value in asdict(options).items() if name not in free}
 
 
 if __name__ == "__main__":
     try:
         main(sys.argv[1:])
-    except TrainingInterrupted as interruption:
+    except training.TrainingInterrupted as interruption:
         print(interruption, file=sys.stderr)
         sys.exit(128 + interruption.signal_number)
     except KeyboardInterrupt:
         print("stopped; finished epochs are kept, continue with --resume", file=sys.stderr)
         sys.exit(130)
-    except (OSError, NonFiniteLossError) as error:
+    except (OSError, training.NonFiniteLossError) as error:
         sys.exit(f"error: {error}")

@@ -34,7 +34,7 @@ class ShuffledBatches(Sampler[list[int]]):
     def __init__(self, size: int, batch_size: int, *, seed: int, rank: int = 0, processes: int = 1) -> None:
         """Check the sizes; see the class."""
         if not 1 <= batch_size <= size:
-            raise ValueError(f"batch_size must be between 1 and the number of training images, {size}; got {batch_size}")
+            raise ValueError(f"batch_size must be from 1 to the number of training images, {size}; got {batch_size}")
         if batch_size % processes:
             raise ValueError(f"batch_size must be a multiple of the number of processes, {processes}; got {batch_size}")
         self.size = size

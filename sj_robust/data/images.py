@@ -147,7 +147,9 @@ def _fashion_mnist(root: Path) -> tuple[_RawImages, _RawImages]:
         tensors.append(tensor)
     for images, labels in (tensors[:2], tensors[2:]):
         if len(images) != len(labels):
-            raise ValueError(f"{root} holds {len(images)} images but {len(labels)} labels: the files do not belong together")
+            raise ValueError(
+                f"{root} holds {len(images)} images but {len(labels)} labels: the files do not belong together"
+            )
     return _RawImages(tensors[0], tensors[1], 255.0), _RawImages(tensors[2], tensors[3], 255.0)
 
 

@@ -50,14 +50,11 @@ def _version(package: str) -> str:
 
 def _commit() -> str:
     """Commit of the repository that this file lies in, with a mark if tracked files differ from it."""
-    folder = Path(__file__).parent
-    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    git = ["git", "-C", str(Path(__file__).parent)]
     try:
-        tracked = subprocess.run(
-            ["git", "-C", str(folder), "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True, check=False
-        )
-        if tracked.returncode != 0:  # installed inside somebody else's repository
-            return "unknown"
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        # Fails where the package is installed inside somebody else's repository.
+        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True, check=True)
+        describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return "unknown"

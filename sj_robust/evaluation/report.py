@@ -116,8 +116,7 @@ class Report:
         """Markdown table: one row per attack, one column per network, accuracy in per cent."""
         rows = [["accuracy, %", *self.networks], ["---", *["---:"] * len(self.networks)]]
         known = {(score.network, score.attack): f"{100 * score.accuracy:.1f}" for score in self.scores}
-        for attack in self.attacks:
-            rows.append([attack, *(known.get((network, attack), "") for network in self.networks)])
+        rows += [[attack, *(known.get((name, attack), "") for name in self.networks)] for attack in self.attacks]
         return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
     def to_json(self) -> str:

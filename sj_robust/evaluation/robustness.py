@@ -28,7 +28,6 @@ def evaluate(
     threat: ThreatModel,
     network: str = "network",
     seed: int = 0,
-    device: torch.device | str = "cpu",
     on_batch: Callable[[], None] | None = None,
 ) -> Report:
     """Accuracy on clean images and under each attack. 评估干净与受攻击时的准确率。
@@ -43,7 +42,6 @@ def evaluate(
         threat: The budget, for the report.
         network: Name of the network in the report.
         seed: Seeds every attack on every batch.
-        device: Where the model is.
         on_batch: Called after every batch, to show progress.
 
     Returns:
@@ -63,7 +61,7 @@ def evaluate(
         >>> [score.attack for score in report.scores]
         ['clean', 'fgsm']
     """
-    correct, total = _count(model, batches, attacks, seed=seed, device=torch.device(device), on_batch=on_batch)
+    correct, total = _count(model, batches, attacks, seed=seed, on_batch=on_batch)
     scores = tuple(Score(network, name, count, total) for name, count in correct.items())
     return Report(threat=threat, scores=scores)
 
@@ -74,7 +72,6 @@ def accuracy(
     attacks: Mapping[str, Attack],
     *,
     seed: int = 0,
-    device: torch.device | str = "cpu",
 ) -> dict[str, float]:
     """The figures of :func:`evaluate` alone, in [0, 1], for use during training. 仅返回准确率。
 
@@ -82,7 +79,7 @@ def accuracy(
         >>> accuracy(nn.Flatten(), [(torch.eye(2).view(2, 1, 1, 2), torch.tensor([0, 0]))], {})
         {'clean': 0.5}
     """
-    correct, total = _count(model, batches, attacks, seed=seed, device=torch.device(device), on_batch=None)
+    correct, total = _count(model, batches, attacks, seed=seed, on_batch=None)
     return {name: count / total for name, count in correct.items()}
 
 
@@ -92,7 +89,6 @@ def _count(
     attacks: Mapping[str, Attack],
     *,
     seed: int,
-    device: torch.device,
     on_batch: Callable[[], None] | None,
 ) -> tuple[dict[str, int], int]:
     """Number of images classified right, clean and under each attack, and number of images."""
@@ -100,6 +96,7 @@ def _count(
         raise ValueError("the name 'clean' is taken by the images without an attack; call the attack otherwise")
     correct = dict.fromkeys(("clean", *attacks), 0)
     total = 0
+    device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
     generator = torch.Generator()
     modes = {module: module.training for module in model.modules()}
     model.eval()
@@ -127,5 +124,5 @@ def _count(
 def _right(model: nn.Module, x: Tensor, y: Tensor) -> int:
     logits = model(x)
     if not bool(torch.isfinite(logits).all()):
-        raise ValueError("logits must be finite, got NaN or infinity: the network is broken and its accuracy means nothing")
+        raise ValueError("logits must be finite, got NaN or infinity: the accuracy of a broken network means nothing")
     return int((logits.argmax(1) == y).sum())

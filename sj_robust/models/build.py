@@ -2,11 +2,12 @@
 
 import math
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
+from spikingjelly.activation_based import neuron, surrogate
 from torch import nn
 
-from spikingjelly.activation_based import neuron, surrogate
 from sj_robust.models.small import SmallConvNet
 from sj_robust.neuron import DLIFNode
 
@@ -63,16 +64,21 @@ def build_network(spec: NetworkSpec) -> nn.Module:
         raise ValueError(f"network must be 'small', got {spec.name!r}")
     if not (math.isinf(spec.tau) or spec.tau > 1):
         raise ValueError(f"tau must be > 1, got {spec.tau}; for a decay of 0.99 pass tau=100.0")
-    triangle = surrogate.PiecewiseQuadratic(alpha=1.0)
     match spec.neuron:
         case "dlif":
-            node, options = DLIFNode, {"tau": spec.tau, "surrogate_function": triangle}
+            node = partial(DLIFNode, tau=spec.tau)
         case "lif":
-            node, options = neuron.LIFNode, {"tau": spec.tau, "decay_input": False, "v_reset": 0.0, "surrogate_function": triangle}
+            node = partial(neuron.LIFNode, tau=float(spec.tau), decay_input=False)
         case "if":
-            node, options = neuron.IFNode, {"v_reset": 0.0, "surrogate_function": triangle}
+            node = neuron.IFNode
         case _:
             raise ValueError(f"neuron must be 'dlif', 'lif' or 'if', got {spec.neuron!r}")
     return SmallConvNet(
-        spec.image_shape, spec.classes, T=spec.T, channels=spec.channels, spiking_neuron=node, **options
+        spec.image_shape,
+        spec.classes,
+        T=spec.T,
+        channels=spec.channels,
+        spiking_neuron=node,
+        v_reset=0.0,
+        surrogate_function=surrogate.PiecewiseQuadratic(alpha=1.0),
     )

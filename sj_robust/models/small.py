@@ -5,9 +5,8 @@ from collections.abc import Callable, Sequence
 from copy import deepcopy
 from typing import Any
 
-from torch import Tensor, nn
-
 from spikingjelly.activation_based import functional, layer
+from torch import Tensor, nn
 
 __all__ = ["SmallConvNet"]
 
@@ -30,7 +29,7 @@ class SmallConvNet(nn.Module):
         spiking_neuron: Class or function that builds a neuron, as in SpikingJelly's model zoo.
         channels: Output channels of the convolutions.
         step_mode: ``"m"`` or ``"s"``.
-        **neuron_kwargs: Passed on to ``spiking_neuron``; one that takes ``T`` (such as ``DLIFNode``) gets the network's.
+        **neuron_kwargs: Passed on to ``spiking_neuron``; one that takes ``T`` (``DLIFNode`` does) gets the network's.
 
     Raises:
         ValueError: If the image is too small for the number of poolings or an input has another number of dimensions.

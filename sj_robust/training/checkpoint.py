@@ -64,7 +64,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"no checkpoint at {path}; start the run without --resume")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types for a damaged file, UnpicklingError and RuntimeError among them
+    except Exception as error:  # torch raises many types for a damaged file
         raise ValueError(
             f"{path} cannot be read as a checkpoint ({type(error).__name__}): the file is damaged or holds more than "
             "tensors and plain values; resume from another one"

@@ -193,13 +193,7 @@ class _Run:
         self._check_weights()
         sums = self.accelerator.reduce(self.sums.to(torch.get_default_dtype()).to(self.accelerator.device), "mean")
         validation = self._on_main(
-            lambda: accuracy(
-                self.classifier,
-                self.validation_loader,
-                validation_attacks,
-                seed=self.plan.seed,
-                device=self.accelerator.device,
-            )
+            lambda: accuracy(self.classifier, self.validation_loader, validation_attacks, seed=self.plan.seed)
         )
         record = EpochRecord(
             epoch=self.epoch + 1,
@@ -276,8 +270,7 @@ class _Run:
         if self.accelerator.num_processes > 1:
             flags = self.accelerator.gather(flags[None].to(self.accelerator.device)).amax(0)
         if flags[0]:
-            parts = ", ".join(f"{name} {value:.4g}" for name, value in zip(Losses._fields, values.tolist(), strict=True))
-            self._fail(f"the loss is not finite ({parts})")
+            self._fail(f"the loss is not finite ({Losses(*values.tolist())})")
         return int(flags[1]) or None
 
     def _check_weights(self) -> None:
@@ -356,10 +349,12 @@ def _mixed(*numbers: int) -> int:
 
 def _random_state() -> dict[str, Any]:
     """State of every global random generator, in types that a checkpoint may hold."""
-    kind, keys, *rest = np.random.get_state()
+    # The global state of numpy is what other libraries draw from.
+    numpy = np.random.get_state(legacy=False)  # noqa: NPY002  # see above
+    numpy["state"]["key"] = numpy["state"]["key"].tolist()
     return {
         "python": random.getstate(),
-        "numpy": (kind, keys.tolist(), *rest),
+        "numpy": numpy,
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
     }
@@ -367,7 +362,7 @@ def _random_state() -> dict[str, Any]:
 
 def _set_random_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
+    np.random.set_state(state["numpy"])  # noqa: NPY002  # as above
     torch.set_rng_state(state["torch"])
     if len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])
