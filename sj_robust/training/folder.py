@@ -1,0 +1,81 @@
+"""The folder that a run leaves behind."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+__all__ = ["CONFIGURATION_FILE", "open_run_folder", "run_to_resume"]
+
+CONFIGURATION_FILE = "config.yaml"
+
+
+def run_to_resume(output: str | None, stem: str, root: Path = Path("runs")) -> Path:
+    """The folder of an earlier run: ``output``, or the newest ``root/stem-NUMBER``. 查找要继续的运行。
+
+    Args:
+        output: The folder, None for the newest.
+        stem: Name of a folder under ``root`` up to its number.
+        root: Where folders with numbers are.
+
+    Returns:
+        A folder with a configuration in it.
+
+    Raises:
+        FileNotFoundError: If there is no such run.
+    """
+    folder = _numbered(stem, root, beyond=0) if output is None else Path(output)
+    if not (folder / CONFIGURATION_FILE).is_file():
+        raise FileNotFoundError(
+            f"no run to resume: {folder / CONFIGURATION_FILE} is missing; give the run's folder with --output"
+        )
+    return folder
+
+
+def open_run_folder(
+    output: str | None,
+    stem: str,
+    configuration: Mapping[str, Any],
+    accelerator: Accelerator,
+    *,
+    resume: bool = False,
+    root: Path = Path("runs"),
+) -> Path:
+    """Make the folder of a run, with its configuration in it; the same on every process. 创建运行目录。
+
+    Args:
+        output: The folder, None for the first free ``root/stem-NUMBER``.
+        stem: Name of a new folder under ``root`` up to its number.
+        configuration: Options in plain data.
+        accelerator: The processes, the first of which makes the folder.
+        resume: Whether ``output`` is an earlier run to be continued, which is left as it is.
+        root: Where folders with numbers are.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: If ``output`` holds anything and is not to be resumed.
+    """
+    folders = [""]
+    if accelerator.is_main_process:
+        folder = _numbered(stem, root, beyond=1) if output is None else Path(output)
+        if not resume:
+            if folder.exists() and any(folder.iterdir()):
+                raise FileExistsError(f"{folder} is not empty: continue its run with --resume, or change --output")
+            folder.mkdir(parents=True, exist_ok=True)
+            text = yaml.safe_dump(dict(configuration), sort_keys=False)
+            (folder / CONFIGURATION_FILE).write_text(text, encoding="utf-8")
+        folders = [str(folder)]
+    if accelerator.num_processes > 1:
+        broadcast_object_list(folders)
+    return Path(folders[0])
+
+
+def _numbered(stem: str, root: Path, beyond: int) -> Path:
+    """The folder with the highest number so far plus ``beyond``."""
+    endings = (path.name.removeprefix(f"{stem}-") for path in root.glob(f"{stem}-*"))
+    return root / f"{stem}-{max((int(ending) for ending in endings if ending.isdigit()), default=0) + beyond}"
