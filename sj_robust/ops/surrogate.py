@@ -69,7 +69,7 @@ class Surrogate:
         """Surrogate derivative g(z); same shape and dtype as ``z``, no graph."""
         alpha = self.alpha
         if self.kind == "triangle":
-            return (alpha - alpha * alpha * z.abs()).clamp_min_(0.0)
+            return z.abs().mul_(-alpha * alpha).add_(alpha).clamp_min_(0.0)
         if self.kind == "atan":
             return (alpha / 2) / (1 + (math.pi / 2 * alpha * z).square_())
         if self.kind == "sigmoid":
