@@ -84,7 +84,7 @@ class Options:
     rho: float = 1.0
     layers: Literal["last", "all"] | list[str] = "last"
     norm: Literal["l2", "l1"] = "l2"
-    epochs: int = 20
+    epochs: int = 15
     batch_size: int = 64
     lr: float = 0.1
     momentum: float = 0.9
