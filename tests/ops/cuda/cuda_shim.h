@@ -1,7 +1,7 @@
 // As much of CUDA as kernel.cu uses, for g++: its text, unchanged, runs on the CPU, under AddressSanitizer and UBSan.
 //
 // Every CUDA thread of a block is a fiber, and blocks run one after the other. A fiber runs until it meets a barrier.
-// The order in which fibers run is chosen per launch, since a missing barrier may stay hidden in any single one.
+// The order in which warps and fibers run is chosen per launch: a missing barrier may stay hidden in any single one.
 // A barrier that not every thread of the block (or lane of the warp) reaches ends the launch with an error, where a
 // GPU would hang or go on with garbage. __shared__ variables are static; the Python side fills them with NaN first.
 #pragma once
@@ -99,7 +99,16 @@ inline bool release(unsigned begin, unsigned end, Waits reason) {
     return true;
 }
 
-inline bool run_block(unsigned threads, const std::vector<unsigned>& order) {
+inline bool release_warps(unsigned threads) {
+    bool any = false;
+    for (unsigned begin = 0; begin < threads; begin += warp_size)
+        any |= release(begin, std::min(begin + warp_size, threads), Waits::for_warp);
+    return any;
+}
+
+using Group = std::vector<unsigned>;  // threads that run until all wait for the block, before the next group does
+
+inline bool run_block(unsigned threads, const std::vector<Group>& groups) {
     for (unsigned i = 0; i < threads; ++i) {
         Fiber& fiber = fibers[i];
         getcontext(&fiber.context);
@@ -110,26 +119,31 @@ inline bool run_block(unsigned threads, const std::vector<unsigned>& order) {
         fiber.sanitizer_stack = nullptr;
         makecontext(&fiber.context, fiber_main, 0);
     }
-    for (bool progress = true; progress;) {
-        progress = false;
-        for (unsigned i : order)
-            if (fibers[i].waits == Waits::nothing) resume(i), progress = true;
-        for (unsigned begin = 0; begin < threads; begin += warp_size)
-            progress |= release(begin, std::min(begin + warp_size, threads), Waits::for_warp);
-        progress |= release(0, threads, Waits::for_block);
-    }
+    do {
+        for (const Group& group : groups) {
+            do {
+                for (unsigned i : group)
+                    if (fibers[i].waits == Waits::nothing) resume(i);
+            } while (release_warps(threads));
+        }
+    } while (release(0, threads, Waits::for_block));
     for (unsigned i = 0; i < threads; ++i)
         if (fibers[i].waits != Waits::forever) return false;
     return true;
 }
 
-inline std::vector<unsigned> running_order(unsigned threads, unsigned seed) {  // 0 is ascending, 1 descending
-    std::vector<unsigned> order(threads);
-    for (unsigned i = 0; i < threads; ++i) order[i] = seed == 1 ? threads - 1 - i : i;
+// seed 0: one warp as far as it can, from the first to the last; 1: from the last to the first;
+// otherwise all threads side by side, in random order.
+inline std::vector<Group> running_groups(unsigned threads, unsigned seed) {
+    std::vector<Group> groups;
+    for (unsigned i = 0; i < threads; ++i) {
+        if (groups.empty() || (seed < 2 && i % warp_size == 0)) groups.emplace_back();
+        groups.back().push_back(i);
+    }
+    if (seed == 1) std::reverse(groups.begin(), groups.end());
     std::minstd_rand random(seed);
-    if (seed > 1)
-        for (unsigned i = threads - 1; i > 0; --i) std::swap(order[i], order[random() % (i + 1)]);
-    return order;
+    if (seed > 1) std::shuffle(groups[0].begin(), groups[0].end(), random);
+    return groups;
 }
 
 enum Status { ok, divergent_barrier, partial_shuffle };
@@ -139,14 +153,14 @@ template <typename... A, std::size_t... I>
 int launch(void (*kernel)(A...), unsigned grid, unsigned threads, unsigned seed, void** arguments,
            std::index_sequence<I...>) {
     const std::function<void()> body = [=] { kernel(*static_cast<A*>(arguments[I])...); };
-    const std::vector<unsigned> order = running_order(threads, seed);
+    const std::vector<Group> groups = running_groups(threads, seed);
     while (fibers.size() < threads) fibers.push_back({{}, std::unique_ptr<char[]>(new char[stack_bytes]), {}, nullptr});
     kernel_body = &body;
     illegal_shuffle = false;
     blockDim = {threads, 1, 1}, gridDim = {grid, 1, 1};
     for (unsigned block = 0; block < grid; ++block) {
         blockIdx = {block, 0, 0};
-        if (!run_block(threads, order)) return divergent_barrier;
+        if (!run_block(threads, groups)) return divergent_barrier;
     }
     return illegal_shuffle ? partial_shuffle : ok;
 }

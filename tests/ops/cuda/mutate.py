@@ -66,7 +66,7 @@ MUTANTS = {  # what is wrong: (text, faulty text); the text occurs once
     "checkpoint after the first step": ("if (t % STEPS == 0) store", "if (t % STEPS == 1) store"),
     "one checkpoint for all segments": ("checkpoints + t / STEPS * neurons + i", "checkpoints + i"),
     "first pass stops early": ("t < (segments - 1) * STEPS", "t < (segments - 1) * STEPS - 1"),
-    "checkpoint not restored": ("load_or<VEC>(v, checkpoints + segment * neurons, i, 0.0f);", ";"),
+    "checkpoint not restored": ("load_or<VEC>(v, checkpoints + segment * neurons, i, 0.0f);", "(void)segment;"),
     "last segment taken as full": ("min(STEPS, steps - first)", "STEPS"),
     "gains of the first segment": ("gain = input_gain[first + k];\n#pragma",
                                    "gain = input_gain[k];\n#pragma"),
@@ -106,6 +106,8 @@ def killer(kernel: str) -> str:
                 result = shim.run_sanitized(command, shim.sanitizer_runtime() or "" if sanitize else "")
             except subprocess.TimeoutExpired:
                 return "time limit"
+            if result.returncode < 0:
+                return "crash"
             if result.returncode:
                 return "barrier" if "divergent barrier" in result.stderr else stage
         return "nvrtc" if _nvrtc_tests_fail(kernel, directory / "tree") else "survived"

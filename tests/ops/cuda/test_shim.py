@@ -75,6 +75,22 @@ def test_shim_refuses_a_divergent_barrier(tmp_path):
         library.launch("stuck", 2, 64, np.int32(32))
 
 
+def test_a_missing_barrier_shows_in_one_of_the_orders(tmp_path):
+    """The second warp may run ahead and overwrite what the first has not read yet, and the other way round."""
+    text = (
+        'extern "C" __global__ void race(float* seen) {\n    __shared__ float value;\n'
+        "    value = 1.0f;\n    __syncthreads();\n"
+        "    const float here = __shfl_down_sync(0xffffffffu, value, 0);\n"
+        "    if (threadIdx.x % 32 == 0) seen[threadIdx.x / 32] = here;\n"
+        "    if (threadIdx.x % 32 == 0) value = 2.0f;\n}\n"
+    )
+    library = shim.Library(shim.build(text, tmp_path))
+    seen = [np.zeros(2, np.float32) for _ in range(3)]
+    for order in range(3):
+        library.launch("race", 1, 64, seen[order], order=order)
+    assert [array.tolist() for array in seen] == [[1, 2], [2, 1], [1, 1]]
+
+
 def test_shim_checks_the_width_and_kind_of_arguments(tmp_path):
     text = 'extern "C" __global__ void nothing(float* p, long long q, int i, float f) {}\n'
     library = shim.Library(shim.build(text, tmp_path))
