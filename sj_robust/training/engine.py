@@ -190,7 +190,6 @@ class _Run:
 
     def finish_epoch(self, validation_attacks: Mapping[str, Attack]) -> EpochRecord:
         """Validate, record and write the checkpoints of an epoch whose batches are done."""
-        self._check_weights()
         sums = self.accelerator.reduce(self.sums.to(torch.get_default_dtype()).to(self.accelerator.device), "mean")
         validation = self._on_main(
             lambda: accuracy(self.classifier, self.validation_loader, validation_attacks, seed=self.plan.seed)
@@ -254,7 +253,7 @@ class _Run:
             generator = torch.Generator().manual_seed(
                 _mixed(self.plan.seed, self.epoch, self.batch, self.accelerator.process_index)
             )
-            with self.accelerator.autocast():
+            with self._explained(), self.accelerator.autocast():
                 x_perturbed = perturb(self.classifier, x, y, generator=generator)
         losses = self.step_module(x, y, x_perturbed)
         values = torch.stack([value.detach().double() for value in losses]).cpu()
@@ -273,6 +272,15 @@ class _Run:
             self._fail(f"the loss is not finite ({Losses(*values.tolist())})")
         return int(flags[1]) or None
 
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        """What an attack or evaluation refuses to work on may be the fault of the weights, which then is the error."""
+        try:
+            yield
+        except ValueError:
+            self._check_weights()
+            raise
+
     def _check_weights(self) -> None:
         for name, value in self.classifier.state_dict().items():
             if not bool(torch.isfinite(value).all()):
@@ -287,7 +295,8 @@ class _Run:
 
     def _on_main(self, work: Callable[[], dict[str, float]]) -> dict[str, float]:
         """The result of the main process, on every process."""
-        results = [work() if self.accelerator.is_main_process else {}]
+        with self._explained():
+            results = [work() if self.accelerator.is_main_process else {}]
         if self.accelerator.num_processes > 1:
             broadcast_object_list(results)
         return results[0]

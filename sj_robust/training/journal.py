@@ -82,6 +82,8 @@ class Journal:
 
     def on_epoch(self, record: EpochRecord, scalars: Mapping[str, float], warning: str | None) -> None:
         """Log an epoch, with further scalars for TensorBoard."""
+        if self._folder is None:
+            return
         passed = time.monotonic() - self._started
         left = passed / (record.epoch - self._first_epoch) * (self._epochs - record.epoch)
         validation = ", ".join(f"{name} {value:.1%}" for name, value in record.validation.items())

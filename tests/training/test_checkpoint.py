@@ -1,0 +1,69 @@
+import pickle
+
+import pytest
+import torch
+
+from sj_robust.training import checkpoint, load_checkpoint, save_checkpoint
+
+
+def test_round_trip(tmp_path):
+    content = {"model": {"w": torch.rand(3)}, "epoch": 2, "options": {"channels": (16, 32), "eps": None}}
+    save_checkpoint(tmp_path / "last.pt", content)
+    loaded = load_checkpoint(tmp_path / "last.pt")
+    assert torch.equal(loaded["model"]["w"], content["model"]["w"])
+    assert loaded["options"] == content["options"]
+    assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
+
+
+@pytest.mark.parametrize("error", [OSError("no space left on device"), RuntimeError("unexpected pos 64 vs 0")])
+def test_a_failed_write_leaves_the_old_checkpoint(tmp_path, monkeypatch, error):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {"epoch": 1})
+
+    def fail(content, file):
+        file.write(b"half a checkpoint")
+        raise error
+
+    monkeypatch.setattr(checkpoint.torch, "save", fail)
+    with pytest.raises(OSError, match=r"no space left|could not be written .* is intact"):
+        save_checkpoint(path, {"epoch": 2})
+    assert load_checkpoint(path)["epoch"] == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["last.pt"]
+
+
+class Trap:
+    def __reduce__(self):
+        return (open, ("trap", "w"))
+
+
+@pytest.mark.parametrize("kind", ["text", "cut", "weights", "pickle", "code", "newer"])
+def test_unreadable_and_foreign_files(tmp_path, monkeypatch, kind):
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {"epoch": 1})
+    match = "cannot be read as a checkpoint"
+    if kind == "text":
+        path.write_text("hello")
+    elif kind == "cut":
+        path.write_bytes(path.read_bytes()[:-200])
+    elif kind == "weights":
+        torch.save({"w": torch.rand(3)}, path)
+        match = "not a checkpoint of sj_robust"
+    elif kind == "pickle":
+        path.write_bytes(pickle.dumps({"format": "sj_robust.checkpoint"}))
+        match = "checkpoint"
+    elif kind == "code":
+        torch.save({"format": "sj_robust.checkpoint", "version": 1, "trap": Trap()}, path)
+    else:
+        monkeypatch.setattr(checkpoint, "_VERSION", 2)
+        save_checkpoint(path, {})
+        monkeypatch.undo()
+        match = "checkpoint version 2, this release reads 1"
+    with pytest.raises(ValueError, match=match):
+        load_checkpoint(path)
+    assert not (tmp_path / "trap").exists()
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="without --resume"):
+        load_checkpoint(tmp_path / "last.pt")
