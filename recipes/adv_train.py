@@ -99,23 +99,13 @@ class Options:
     output: str | None = None
     resume: bool = False
 
-    @property
-    def attack_eps(self) -> float:
-        """Radius of the attacks in validation and test."""
-        return self.eps if self.eval_eps is None else self.eval_eps
-
-    @property
-    def stem(self) -> str:
-        """Name of a run's folder, up to its number."""
-        return f"{self.dataset}-{self.neuron}-{self.mode}"
-
 
 def main(arguments: list[str]) -> None:
     """Train, evaluate, report."""
     options = parse(arguments)
     accelerator = Accelerator(cpu=options.device == "cpu", mixed_precision=options.mixed_precision)
     configuration = asdict(replace(options, output=None, resume=False))
-    folder = training.open_run_folder(options.output, options.stem, configuration, accelerator, resume=options.resume)
+    folder = training.open_run_folder(options.output, stem(options), configuration, accelerator, resume=options.resume)
     journal = training.Journal(folder if accelerator.is_main_process else None)
     where = environment(accelerator.device) | {"processes": str(accelerator.num_processes)}
     journal.header("environment", where)
@@ -131,7 +121,7 @@ def main(arguments: list[str]) -> None:
     networks = {f"{options.neuron} {options.mode}": options}
     if options.reference:
         networks["lif undefended"] = replace(options, neuron="lif", mode="none", select="clean")
-    report = Report(ThreatModel("Linf", options.attack_eps), (), configuration=configuration, environment=where)
+    report = Report(ThreatModel("Linf", attack_eps(options)), (), configuration=configuration, environment=where)
     for name, choice in networks.items():
         classifier, history = train_network(name, choice, splits, accelerator, folder, journal)
         if accelerator.is_main_process:
@@ -139,7 +129,7 @@ def main(arguments: list[str]) -> None:
             result = evaluate(
                 classifier,
                 image_loader(splits.test, 512),
-                final_attacks(options.attack_eps),
+                final_attacks(attack_eps(options)),
                 threat=report.threat,
                 network=name,
                 seed=options.seed,
@@ -184,7 +174,7 @@ def train_network(
         splits,
         plan,
         perturb=training_attack(options),
-        validation_attacks=validation_attacks(options.attack_eps),
+        validation_attacks=validation_attacks(attack_eps(options)),
         accelerator=accelerator,
         folder=network_folder,
         journal=journal,
@@ -216,6 +206,16 @@ def final_attacks(eps: float) -> dict[str, Attack]:
     return {"gaussian": partial(gaussian, std=eps), "fgsm": partial(fgsm, eps=eps), "pgd20": pgd20}
 
 
+def attack_eps(options: Options) -> float:
+    """Radius of the attacks in validation and test."""
+    return options.eps if options.eval_eps is None else options.eval_eps
+
+
+def stem(options: Options) -> str:
+    """Name of a run's folder, up to its number."""
+    return f"{options.dataset}-{options.neuron}-{options.mode}"
+
+
 def decisive(options: Options) -> dict[str, Any]:
     """The options that decide the weights: a run is resumed with the same ones."""
     free = ("data_root", "test_limit", "reference", "device", "workers", "checkpoint_steps", "output", "resume")
@@ -231,7 +231,7 @@ def parse(arguments: list[str]) -> Options:
     options: Options = auto_cli(Options, args=arguments)
     if not options.resume:
         return options
-    folder = training.run_to_resume(options.output, options.stem)
+    folder = training.run_to_resume(options.output, stem(options))
     resumed: Options = auto_cli(Options, args=["--config", str(folder / "config.yaml"), *arguments])
     return replace(resumed, output=str(folder))
 
