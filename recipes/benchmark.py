@@ -57,7 +57,7 @@ class Options:
     check: bool = True
 
 
-DEFAULT_SHAPES = {
+DEFAULT_SHAPES: dict[str, list[tuple[int, ...]]] = {
     "neuron": [(8, 64, 64, 32, 32), (8, 128, 256, 8, 8), (4, 64, 128, 8, 8)],
     "scaling": [(T, 32, 8192) for T in (1, 2, 4, 8, 16, 32, 64)] + [(8, N, 8192) for N in (8, 16, 64, 128)],
 }
@@ -93,10 +93,21 @@ def main(arguments: list[str]) -> None:
 def refuse_unless_tests_pass() -> None:
     """A wrong kernel has no speed."""
     tests = Path(__file__).parents[1] / "tests" / "ops"
-    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", str(tests / "test_dlif.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--no-header",
+        "-p",
+        "no:cacheprovider",
+        str(tests / "test_dlif.py"),
+    ]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode != 0:
-        raise SystemExit(f"the operator's tests fail, so nothing is timed:\n{result.stdout[-2000:]}{result.stderr[-500:]}")
+        raise SystemExit(
+            f"the operator's tests fail, so nothing is timed:\n{result.stdout[-2000:]}{result.stderr[-500:]}"
+        )
 
 
 def processor() -> str:
@@ -151,7 +162,7 @@ def save(folder: Path, what: str, rows: list[Measurement], where: dict[str, str]
         lines += ["| " + " | ".join(cells(row, of_race)) + " |" for row in of_race]
         lines.append("")
     (folder / f"{what}.md").write_text("\n".join(lines), encoding="utf-8")
-    plot_benchmark(rows, folder / f"{what}.png", what=what)
+    plot_benchmark(rows, folder / f"{what}.png")
 
 
 if __name__ == "__main__":

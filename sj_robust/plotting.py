@@ -1,13 +1,15 @@
 """Figures, drawn from saved results; needs matplotlib (extra ``recipes``)."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from sj_robust.benchmarking import Measurement
 from sj_robust.evaluation.report import Report
 
-__all__ = ["plot_report"]
+__all__ = ["plot_benchmark", "plot_report"]
 
 
 def plot_report(report: Report, path: Path) -> None:
@@ -27,6 +29,45 @@ def plot_report(report: Report, path: Path) -> None:
     _bars(panels[0], report)
     if report.curves:
         _curves(panels[1], report)
+    figure.savefig(path, dpi=150)
+
+
+def plot_benchmark(measurements: Sequence[Measurement], path: Path) -> None:
+    """Time of every method at every shape, beside the time that moving the tensors takes. 绘制基准测试结果。
+
+    Args:
+        measurements: What to draw, one panel per allocator.
+        path: File to write; its ending decides the format.
+
+    Raises:
+        ValueError: If there is nothing to draw.
+    """
+    if not measurements:
+        raise ValueError("there are no measurements to draw; run recipes/benchmark.py first")
+    allocators, shapes, methods = (
+        list(dict.fromkeys(getattr(m, name) for m in measurements)) for name in ("allocator", "shape", "method")
+    )
+    figure = Figure(figsize=(5.5 * len(allocators), 1.0 + 0.22 * len(shapes) * len(methods)), layout="constrained")
+    panels = figure.subplots(1, len(allocators), squeeze=False, sharey=True)[0]
+    for axes, allocator in zip(panels, allocators, strict=True):
+        here = [m for m in measurements if m.allocator == allocator]
+        height = 0.8 / len(methods)
+        for index, method in enumerate(methods):
+            rows = [m for m in here if m.method == method]
+            places = [shapes.index(m.shape) + index * height for m in rows]
+            spread = [[m.median - m.quartile1 for m in rows], [m.quartile3 - m.median for m in rows]]
+            axes.barh(places, [m.median for m in rows], height, xerr=spread, label=method, color=f"C{index}")
+        for place, shape in enumerate(shapes):
+            floor = min(m.floor for m in here if m.shape == shape)
+            axes.plot([floor, floor], [place - height / 2, place + 0.8 - height / 2], color="black", linewidth=1.2)
+        axes.set_xscale("log")
+        axes.set_yticks(
+            [place + 0.4 - height / 2 for place in range(len(shapes))], [s.replace("x", ", ") for s in shapes]
+        )
+        axes.invert_yaxis()
+        axes.set_xlabel("forward + backward, ms (bar: median, whisker: quartiles, line: floor)", fontsize=8)
+        axes.set_title(allocator, fontsize=10)
+    panels[0].legend(fontsize=7)
     figure.savefig(path, dpi=150)
 
 

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -89,7 +88,7 @@ def _with_reset(node: nn.Module) -> Layer:
     return layer
 
 
-METHODS: dict[str, Callable[[int], Any]] = {
+METHODS: dict[str, Callable[[int], Layer]] = {
     "DLIF cpp": partial(_dlif, backend="cpp"),
     "DLIF eager": partial(_dlif, backend="eager"),
     "textbook loop": partial(_dlif, backend="reference"),
@@ -98,4 +97,4 @@ METHODS: dict[str, Callable[[int], Any]] = {
     "snnTorch Leaky": _snntorch,
     "Norse LIFBoxCell": _norse,
 }
-"""Layer factories by name. The textbook loop is the reference: the steps of the paper, one torch call after the other."""
+"""Layer factories by name; the textbook loop is the reference, one torch call after the other."""

@@ -89,9 +89,7 @@ def race(
     try:
         for method in (*methods, "copy"):
             command = [sys.executable, "-m", "sj_robust.benchmarking.worker", method, json.dumps(shape), str(threads)]
-            worker = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables
-            )
+            worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables)
             workers[method] = worker
             facts[method] = _answer(worker, method)
             if "missing" in facts[method]:
