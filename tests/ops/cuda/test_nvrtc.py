@@ -23,7 +23,7 @@ def test_every_variant_compiles_and_stays_in_registers(architecture):
     binary, log = nvrtc.compile_text(text, architecture, "--ptxas-options=-v")
     assert binary.startswith(b"\x7fELF")
     used = nvrtc.resources(log)
-    assert len(used) == 2 * len(EVERY_PAIR)
+    assert used.keys() >= {f"{way}_{variant.name}" for variant in EVERY_PAIR for way in ("forward", "backward")}
     for name, (registers, spilled) in used.items():
         assert registers <= 128, f"{name} uses {registers} registers"  # half of an SM's threads and more
         assert spilled <= 64, f"{name} spills {spilled} bytes"
