@@ -133,9 +133,12 @@ class DLIFNode(neuron.BaseNode):
             f"detach_reset={self.detach_reset}, step_mode={self.step_mode}, backend={self.backend}"
         )
 
-    def multi_step_forward(self, x_seq: Tensor) -> Tensor:
-        """Spikes [T, N, *] for input currents [T, N, *]; moves the state on."""
-        spike_seq, self.v, self.time_step, v_seq = self._run(x_seq, self.v, self.time_step, self.store_v_seq)
+    def multi_step_forward(self, x_seq: Tensor, operator: Callable[..., Any] | None = None) -> Tensor:
+        """Spikes [T, N, *] for input currents [T, N, *]; moves the state on.
+
+        ``operator`` stands in for ``ops.dlif_multi_step``: fusion.py puts the layer before the neuron into it.
+        """
+        spike_seq, self.v, self.time_step, v_seq = self._run(x_seq, self.v, self.time_step, self.store_v_seq, operator)
         if self.store_v_seq:
             self.v_seq = v_seq
         return spike_seq
@@ -182,7 +185,12 @@ class DLIFNode(neuron.BaseNode):
                 setattr(self, name, value.detach())
 
     def _run(
-        self, x_seq: Tensor, v: Tensor | float, time_step: int, store_v_seq: bool
+        self,
+        x_seq: Tensor,
+        v: Tensor | float,
+        time_step: int,
+        store_v_seq: bool,
+        operator: Callable[..., Any] | None = None,
     ) -> tuple[Tensor, Tensor, int, Tensor | None]:
         """Advance explicit states over ``x_seq`` with the gains that belong to these steps."""
         end = time_step + x_seq.shape[0]
@@ -196,7 +204,7 @@ class DLIFNode(neuron.BaseNode):
             spike_seq, v_end, v_seq = self._run_host(x_seq, gain, _potential(v, x_seq[0]), store_v_seq)
             return spike_seq, v_end, end, v_seq
         from_reset = not isinstance(v, Tensor) and v == (self.v_reset or 0.0)
-        spike_seq, v_end, v_seq = ops.dlif_multi_step(
+        spike_seq, v_end, v_seq = (operator or ops.dlif_multi_step)(
             x_seq,
             gain,
             None if from_reset else _potential(v, x_seq[0]),

@@ -1,5 +1,10 @@
 // DLIF on blocks of neurons, for one instruction set. A block walks through all T steps with its potentials in
 // registers; the backward pass first computes h again into a scratch that stays in the first-level cache.
+// What happens to x before the neuron, and to its gradient behind it, is a Coupling: Plain in plain.h (nothing),
+// Normalised in bn_dlif. Its functions:
+//   enter(first, size), leave(first, size)   before and after a block
+//   input(x, k)                              current of the neuron for the vector k elements into the block
+//   emit<STREAM>(gx, g, x, k)                gradient g of that current turned into one of x
 #include "simd.h"
 
 namespace sjr {
@@ -53,8 +58,8 @@ template <class C> struct ForwardBlock {
   int64_t T, stride;
 };
 
-template <class C, bool SOFT, bool STREAM>
-__attribute__((noinline)) void forward_block(const ForwardBlock<C>& b, const Neuron<C>& n) {
+template <class C, class Coupling, bool SOFT, bool STREAM>
+__attribute__((noinline)) void forward_block(const ForwardBlock<C>& b, const Neuron<C>& n, Coupling& coupling) {
   constexpr int W = LANES<C>;
   Vec<C> v[ROWS];
   for (int k = 0; k < ROWS; ++k) v[k] = b.v_init ? load(b.v_init + k * W) : fill(n.v_start);
@@ -64,7 +69,7 @@ __attribute__((noinline)) void forward_block(const ForwardBlock<C>& b, const Neu
     const C gain = b.gain[t];
     SJR_UNROLL
     for (int k = 0; k < ROWS; ++k) {
-      const Vec<C> h = charge(v[k], load(x + k * W), gain, n);
+      const Vec<C> h = charge(v[k], coupling.input(load(x + k * W), k * W), gain, n);
       fetch_ahead<C>(x, k);
       put<STREAM>(s + k * W, h >= n.v_threshold ? fill(C(1)) : Vec<C>{});
       v[k] = after_reset<SOFT>(h, n);
@@ -84,8 +89,8 @@ template <class C> struct BackwardBlock {
   int64_t T, stride;
 };
 
-template <class C, bool SOFT, int SURROGATE, bool DETACH, bool STREAM>
-__attribute__((noinline)) void backward_block(const BackwardBlock<C>& b, const Neuron<C>& n) {
+template <class C, class Coupling, bool SOFT, int SURROGATE, bool DETACH, bool STREAM>
+__attribute__((noinline)) void backward_block(const BackwardBlock<C>& b, const Neuron<C>& n, Coupling& coupling) {
   constexpr int W = LANES<C>;
   Vec<C> v[ROWS];
   for (int k = 0; k < ROWS; ++k) v[k] = b.v_init ? load(b.v_init + k * W) : fill(n.v_start);
@@ -95,7 +100,7 @@ __attribute__((noinline)) void backward_block(const BackwardBlock<C>& b, const N
     C* h_row = b.h + t * BLOCK<C>;
     SJR_UNROLL
     for (int k = 0; k < ROWS; ++k) {
-      const Vec<C> h = charge(v[k], load(x + k * W), gain, n);
+      const Vec<C> h = charge(v[k], coupling.input(load(x + k * W), k * W), gain, n);
       fetch_ahead<C>(x, k);
       store(h_row + k * W, h);
       v[k] = after_reset<SOFT>(h, n);
@@ -122,8 +127,9 @@ __attribute__((noinline)) void backward_block(const BackwardBlock<C>& b, const N
         gh = through_spike * g + (h >= n.v_threshold ? Vec<C>{} : v[k]);
       }
       fetch_ahead<C>(gs, k);
-      put<STREAM>(gx + k * W, gh * gain);
-      sums += gh * load(x + k * W);
+      const Vec<C> xk = load(x + k * W);
+      coupling.template emit<STREAM>(gx + k * W, gh * gain, xk, k * W);
+      sums += gh * coupling.input(xk, k * W);
       v[k] = gh * n.decay;
     }
     store(b.gain_sums + t * W, sums);
@@ -157,29 +163,33 @@ template <class C> struct Scratch {
 
 template <class C> int64_t scratch_elements(int64_t T) { return T * (5 * BLOCK<C> + LANES<C>) + 4 * BLOCK<C>; }
 
-template <class C> using ForwardFn = void (*)(const ForwardBlock<C>&, const Neuron<C>&);
-template <class C> using BackwardFn = void (*)(const BackwardBlock<C>&, const Neuron<C>&);
+template <class C, class K> using ForwardFn = void (*)(const ForwardBlock<C>&, const Neuron<C>&, K&);
+template <class C, class K> using BackwardFn = void (*)(const BackwardBlock<C>&, const Neuron<C>&, K&);
 
-template <class C> ForwardFn<C> choose_forward(const Job& job, bool stream) {
-  if (job.soft_reset) return stream ? forward_block<C, true, true> : forward_block<C, true, false>;
-  return stream ? forward_block<C, false, true> : forward_block<C, false, false>;
+// Only large float tensors are worth a second copy of the code with streaming stores.
+template <class C> constexpr bool STREAMS = std::is_same_v<C, float>;
+
+template <class C, class K> ForwardFn<C, K> choose_forward(const Job& job, bool stream) {
+  if (stream) return job.soft_reset ? forward_block<C, K, true, STREAMS<C>> : forward_block<C, K, false, STREAMS<C>>;
+  return job.soft_reset ? forward_block<C, K, true, false> : forward_block<C, K, false, false>;
 }
 
-template <class C, bool SOFT, int SURROGATE> BackwardFn<C> choose_backward(const Job& job, bool stream) {
-  if (job.detach_reset) return stream ? backward_block<C, SOFT, SURROGATE, true, true> : backward_block<C, SOFT, SURROGATE, true, false>;
-  return stream ? backward_block<C, SOFT, SURROGATE, false, true> : backward_block<C, SOFT, SURROGATE, false, false>;
+template <class C, class K, bool SOFT, int SURROGATE> BackwardFn<C, K> choose_backward(const Job& job, bool stream) {
+  constexpr bool S = STREAMS<C> && K::WRITES;
+  if (stream) return job.detach_reset ? backward_block<C, K, SOFT, SURROGATE, true, S> : backward_block<C, K, SOFT, SURROGATE, false, S>;
+  return job.detach_reset ? backward_block<C, K, SOFT, SURROGATE, true, false> : backward_block<C, K, SOFT, SURROGATE, false, false>;
 }
 
-template <class C, bool SOFT> BackwardFn<C> choose_backward(const Job& job, bool stream) {
+template <class C, class K, bool SOFT> BackwardFn<C, K> choose_backward(const Job& job, bool stream) {
   switch (job.surrogate) {
-    case TRIANGLE: return choose_backward<C, SOFT, TRIANGLE>(job, stream);
-    case ATAN: return choose_backward<C, SOFT, ATAN>(job, stream);
-    default: return choose_backward<C, SOFT, SIGMOID>(job, stream);
+    case TRIANGLE: return choose_backward<C, K, SOFT, TRIANGLE>(job, stream);
+    case ATAN: return choose_backward<C, K, SOFT, ATAN>(job, stream);
+    default: return choose_backward<C, K, SOFT, SIGMOID>(job, stream);
   }
 }
 
-template <class C> BackwardFn<C> choose_backward(const Job& job, bool stream) {
-  return job.soft_reset ? choose_backward<C, true>(job, stream) : choose_backward<C, false>(job, stream);
+template <class C, class K> BackwardFn<C, K> choose_backward(const Job& job, bool stream) {
+  return job.soft_reset ? choose_backward<C, K, true>(job, stream) : choose_backward<C, K, false>(job, stream);
 }
 
 template <class C> C* at(void* base, int64_t offset) { return base ? static_cast<C*>(base) + offset : nullptr; }
@@ -192,12 +202,13 @@ inline bool can_stream(const Job& job, const void* out, int64_t element) {
 
 // Neurons first..last of one unit. Whole blocks stored in the arithmetic type run in place, the rest passes through
 // a scratch: conversions and the last, partial block.
-template <class S, class C> void forward_range(const Job& job, int64_t first, int64_t last, void* memory) {
+template <class S, class C, class K>
+void forward_range(const Job& job, int64_t first, int64_t last, void* memory, K& coupling) {
   constexpr int B = BLOCK<C>;
   const int64_t T = job.T, M = job.M;
   const Neuron<C> n(job);
-  const ForwardFn<C> staged = choose_forward<C>(job, false);
-  const ForwardFn<C> direct = choose_forward<C>(job, can_stream(job, job.s, sizeof(C)) && can_stream(job, job.v_seq, sizeof(C)));
+  const ForwardFn<C, K> staged = choose_forward<C, K>(job, false);
+  const ForwardFn<C, K> direct = choose_forward<C, K>(job, can_stream(job, job.s, sizeof(C)) && can_stream(job, job.v_seq, sizeof(C)));
   C* const xb = static_cast<C*>(memory);
   C *const sb = xb + T * B, *const vsb = sb + T * B, *const ib = vsb + T * B, *const vb = ib + B;
   for (int64_t i = first; i < last; i += B) {
@@ -206,28 +217,29 @@ template <class S, class C> void forward_range(const Job& job, int64_t first, in
     S* const s = at<S>(job.s, i);
     C *const v = at<C>(job.v, i), *const v_seq = at<C>(job.v_seq, i);
     const C* const v_init = at<C>(job.v_init, i);
+    coupling.enter(i, size);
     if constexpr (std::is_same_v<S, C>) {
       if (size == B) {
-        direct({x, at<C>(job.gain, 0), v_init, s, v, v_seq, T, M}, n);
+        direct({x, at<C>(job.gain, 0), v_init, s, v, v_seq, T, M}, n, coupling);
         continue;
       }
     }
     read_rows(x, M, size, T, xb);
     if (v_init) read_rows(v_init, 0, size, 1, ib);
-    staged({xb, at<C>(job.gain, 0), v_init ? ib : nullptr, sb, vb, v_seq ? vsb : nullptr, T, B}, n);
+    staged({xb, at<C>(job.gain, 0), v_init ? ib : nullptr, sb, vb, v_seq ? vsb : nullptr, T, B}, n, coupling);
     write_rows(sb, size, T, s, M);
     write_rows(vb, size, 1, v, 0);
     if (v_seq) write_rows(vsb, size, T, v_seq, M);
   }
 }
 
-template <class S, class C>
-void backward_range(const Job& job, int64_t first, int64_t last, void* memory, double* gain_partial) {
+template <class S, class C, class K>
+void backward_range(const Job& job, int64_t first, int64_t last, void* memory, double* gain_sums, K& coupling) {
   constexpr int B = BLOCK<C>, W = LANES<C>;
   const int64_t T = job.T, M = job.M;
   const Neuron<C> n(job);
-  const BackwardFn<C> staged = choose_backward<C>(job, false);
-  const BackwardFn<C> direct = choose_backward<C>(job, can_stream(job, job.gx, sizeof(C)));
+  const BackwardFn<C, K> staged = choose_backward<C, K>(job, false);
+  const BackwardFn<C, K> direct = choose_backward<C, K>(job, can_stream(job, job.gx, sizeof(C)));
   C* const h = static_cast<C*>(memory);
   C *const xb = h + T * B, *const gsb = xb + T * B, *const gvsb = gsb + T * B, *const gxb = gvsb + T * B;
   C *const sums = gxb + T * B, *const ib = sums + T * W, *const gvb = ib + B, *const gib = gvb + B;
@@ -240,9 +252,11 @@ void backward_range(const Job& job, int64_t first, int64_t last, void* memory, d
       S* const gx = at<S>(job.gx, i);
       const C *const v_init = at<C>(job.v_init, i), *const gv = at<C>(job.gv, i), *const gvs = at<C>(job.gvs, i);
       C* const gv_init = at<C>(job.gv_init, i);
+      coupling.enter(i, size);
       if constexpr (std::is_same_v<S, C>) {
         if (size == B) {
-          direct({x, at<C>(job.gain, 0), v_init, gs, gv, gvs, gx, gv_init, h, sums, T, M}, n);
+          direct({x, at<C>(job.gain, 0), v_init, gs, gv, gvs, gx, gv_init, h, sums, T, M}, n, coupling);
+          coupling.leave(i, size);
           continue;
         }
       }
@@ -252,35 +266,19 @@ void backward_range(const Job& job, int64_t first, int64_t last, void* memory, d
       if (gv) read_rows(gv, 0, size, 1, gvb);
       if (gvs) read_rows(gvs, M, size, T, gvsb);
       staged({xb, at<C>(job.gain, 0), v_init ? ib : nullptr, gsb, gv ? gvb : nullptr, gvs ? gvsb : nullptr, gxb,
-              gv_init ? gib : nullptr, h, sums, T, B}, n);
-      write_rows(gxb, size, T, gx, M);
+              gv_init ? gib : nullptr, h, sums, T, B}, n, coupling);
+      coupling.leave(i, size);
+      if constexpr (K::WRITES) write_rows(gxb, size, T, gx, M);
       if (gv_init) write_rows(gib, size, 1, gv_init, 0);
     }
-    for (int64_t t = 0; t < T; ++t) gain_partial[t] += sum_lanes(sums + t * W);
+    for (int64_t t = 0; t < T; ++t) gain_sums[t] += sum_lanes(sums + t * W);
   }
 }
 
-int64_t scratch_bytes(const Job& job) {
+// For the pieces that forward_range and backward_range cut from their memory.
+int64_t blocks_bytes(const Job& job) {
   const int64_t vectors = job.T * (5 * ROWS + 1) + 4 * ROWS;
   return vectors * SJR_VECTOR_BYTES;
-}
-
-void forward(const Job& job, int64_t first, int64_t last, void* memory) {
-  switch (job.storage) {
-    case FLOAT32: return forward_range<float, float>(job, first, last, memory);
-    case FLOAT64: return forward_range<double, double>(job, first, last, memory);
-    case FLOAT16: return forward_range<Half, float>(job, first, last, memory);
-    default: return forward_range<BFloat16, float>(job, first, last, memory);
-  }
-}
-
-void backward(const Job& job, int64_t first, int64_t last, void* memory, double* gain_partial) {
-  switch (job.storage) {
-    case FLOAT32: return backward_range<float, float>(job, first, last, memory, gain_partial);
-    case FLOAT64: return backward_range<double, double>(job, first, last, memory, gain_partial);
-    case FLOAT16: return backward_range<Half, float>(job, first, last, memory, gain_partial);
-    default: return backward_range<BFloat16, float>(job, first, last, memory, gain_partial);
-  }
 }
 
 }  // namespace

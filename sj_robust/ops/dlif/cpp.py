@@ -1,4 +1,4 @@
-"""DLIF on the CPU through the compiled kernel of this package (kernel.cpp), called with data pointers.
+"""DLIF on the CPU through the compiled kernels of this package (kernel.cpp), called with data pointers.
 
 The kernel is built when the package is installed and is part of it; nothing is compiled or written at run time.
 Without a C++ compiler the installation goes through without it and ``backend="auto"`` uses ``eager``.
@@ -19,7 +19,7 @@ INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 INSTRUCTION_SET_VARIABLE = "SJ_ROBUST_INSTRUCTION_SET"
 
 _LIBRARY_NAME = "_kernel.so"  # setup.py gives it this name on every system
-_INTERFACE = 1  # sjr_dlif_interface() of kernel.cpp
+_INTERFACE = 2  # sjr_interface() of kernel.cpp
 _STORAGE = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _SURROGATES = {"triangle": 0, "atan": 1, "sigmoid": 2}
 
@@ -62,7 +62,8 @@ def forward(
     spike_seq = torch.empty_like(x_seq)
     v = torch.empty_like(x_seq[0], dtype=dtype)
     v_seq = torch.empty_like(x_seq, dtype=dtype) if store_v_seq else None
-    _run("sjr_dlif_forward", config, x=x_seq, gain=input_gain, v_init=v_init, s=spike_seq, v=v, v_seq=v_seq)
+    tensors = {"gain": input_gain, "v_init": v_init, "s": spike_seq, "v": v, "v_seq": v_seq}
+    run("dlif_forward", x_seq, config, tensors)
     return spike_seq, v, v_seq
 
 
@@ -80,41 +81,44 @@ def backward(
     grad_x_seq = torch.empty_like(x_seq)
     grad_input_gain = torch.empty_like(input_gain)
     grad_v_init = torch.empty_like(x_seq[0], dtype=state_dtype(x_seq)) if needs_v_init else None
-    _run(
-        "sjr_dlif_backward",
-        config,
-        x=x_seq,
-        gain=input_gain,
-        v_init=v_init,
-        gs=grad_spike_seq,
-        gv=grad_v,
-        gvs=grad_v_seq,
-        gx=grad_x_seq,
-        gain_grad=grad_input_gain,
-        gv_init=grad_v_init,
-    )
+    tensors = {
+        "gain": input_gain,
+        "v_init": v_init,
+        "gs": grad_spike_seq,
+        "gv": grad_v,
+        "gvs": grad_v_seq,
+        "gx": grad_x_seq,
+        "gain_grad": grad_input_gain,
+        "gv_init": grad_v_init,
+    }
+    run("dlif_backward", x_seq, config, tensors)
     return grad_x_seq, grad_input_gain, grad_v_init
 
 
-class _Job(ctypes.Structure):
-    """Mirror of ``sjr::Job`` in kernel.cpp."""
+def run(
+    function: str,
+    x: Tensor,
+    config: DLIFConfig,
+    tensors: dict[str, Tensor | None],
+    *,
+    operator: str = "dlif",
+    channels: int = 0,
+    plane: int = 0,
+) -> None:
+    """Call a function of the library; ``tensors`` go to the fields of ``sjr::Job`` that bear their names.
 
-    _fields_ = (
-        [(name, ctypes.c_int64) for name in ("T", "M")]
-        + [(name, ctypes.c_double) for name in ("decay", "leak_current", "v_threshold", "v_reset", "alpha")]
-        + [
-            (name, ctypes.c_int32)
-            for name in ("soft_reset", "detach_reset", "surrogate", "storage", "instruction_set", "threads")
-        ]
-        + [
-            (name, ctypes.c_void_p)
-            for name in ("x", "gain", "v_init", "s", "v", "v_seq", "gs", "gv", "gvs", "gx", "gain_grad", "gv_init")
-        ]
-        + [("scratch", ctypes.c_void_p), ("stream", ctypes.c_int64)]
-    )
+    Args:
+        function: What stands behind ``sjr_``.
+        x: Input, [T, M] contiguous.
+        config: Constants of the neuron.
+        tensors: Contiguous inputs and outputs.
+        operator: Whose scratch size to ask for, ``"dlif"`` or ``"bn_dlif"``.
+        channels: Number of channels of a batch norm before the neuron, 0 for none.
+        plane: Elements per channel.
 
-
-def _run(function: str, config: DLIFConfig, *, x: Tensor, **tensors: Tensor | None) -> None:
+    Raises:
+        RuntimeError: If the library is not available.
+    """
     library = _load()
     if isinstance(library, str):
         raise RuntimeError(f"the compiled DLIF kernel is not available: {library}")
@@ -133,11 +137,31 @@ def _run(function: str, config: DLIFConfig, *, x: Tensor, **tensors: Tensor | No
         instruction_set=_instruction_set(),
         threads=torch.get_num_threads(),
         x=x.data_ptr(),
+        channels=channels,
+        plane=plane,
         **{name: None if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()},
     )
-    scratch = torch.empty(library.sjr_dlif_scratch_bytes(ctypes.byref(job)), dtype=torch.uint8)
+    size = getattr(library, f"sjr_{operator}_scratch_bytes")(ctypes.byref(job))
+    scratch = torch.empty(size, dtype=torch.uint8)
     job.scratch = scratch.data_ptr()
-    getattr(library, function)(ctypes.byref(job))
+    getattr(library, f"sjr_{function}")(ctypes.byref(job))
+
+
+class _Job(ctypes.Structure):
+    """Mirror of ``sjr::Job`` in job.h."""
+
+    _fields_ = tuple(
+        (name, kind)
+        for kind, names in (
+            (ctypes.c_int64, "T M"),
+            (ctypes.c_double, "decay leak_current v_threshold v_reset alpha"),
+            (ctypes.c_int32, "soft_reset detach_reset surrogate storage instruction_set threads"),
+            (ctypes.c_void_p, "x gain v_init s v v_seq gs gv gvs gx gain_grad gv_init scratch"),
+            (ctypes.c_int64, "stream channels plane"),
+            (ctypes.c_void_p, "scale offset mean slope constant channel_sums"),
+        )
+        for name in names.split()
+    )
 
 
 def _instruction_set() -> int:
@@ -159,12 +183,11 @@ def _load() -> ctypes.CDLL | str:
         )
     try:
         library = ctypes.CDLL(str(path))
-        interface = library.sjr_dlif_interface()
+        interface = library.sjr_interface()
     except (OSError, AttributeError) as error:
         return f"{path} cannot be loaded on this system ({error}); install sj_robust again on this machine"
     if interface != _INTERFACE:
         return f"{path} belongs to another version of sj_robust; install sj_robust again"
-    library.sjr_dlif_scratch_bytes.restype = ctypes.c_int64
-    for name in ("sjr_dlif_forward", "sjr_dlif_backward"):
-        getattr(library, name).restype = None
+    for operator in ("dlif", "bn_dlif"):
+        getattr(library, f"sjr_{operator}_scratch_bytes").restype = ctypes.c_int64
     return library

@@ -1,0 +1,127 @@
+// One call of a compiled kernel and how it is divided among threads. Included once per source file.
+#pragma once
+#include <type_traits>
+
+#include "runtime.h"
+
+namespace sjr {
+
+enum Storage { FLOAT32 = 0, FLOAT64 = 1, FLOAT16 = 2, BFLOAT16 = 3 };
+enum Surrogate { TRIANGLE = 0, ATAN = 1, SIGMOID = 2 };
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// Everything one call is about; mirrored by cpp.py. Sequences are [T, M], one step is [M], gain is [T].
+// Potentials, gain and their gradients are in the arithmetic type: double for FLOAT64, float otherwise.
+struct Job {
+  int64_t T, M;
+  double decay, leak_current, v_threshold, v_reset, alpha;
+  int32_t soft_reset, detach_reset, surrogate, storage, instruction_set, threads;
+  const void *x, *gain, *v_init;
+  void *s, *v, *v_seq;             // written by the forward pass
+  const void *gs, *gv, *gvs;       // read by the backward pass
+  void *gx, *gain_grad, *gv_init;  // written by the backward pass
+  void* scratch;
+  int64_t stream;                  // set here
+  // A batch norm before the neuron, as used in bn_dlif: the step is [N, channels, plane], per channel
+  // x becomes scale * x + offset, and gx is scale * g + slope * (x - mean) + constant.
+  int64_t channels, plane;
+  const void *scale, *offset, *mean, *slope, *constant;
+  double* channel_sums;            // [channels, 2]: of g and of g * (x - mean)
+};
+
+constexpr int64_t UNIT = 4096;   // neurons handed to a thread at once
+constexpr int64_t FLUSH = 4096;  // neurons summed in the arithmetic type before their sum is added up in double
+constexpr int64_t MAX_UNITS = 256;
+
+struct Code {  // of one instruction set
+  void (*forward)(const Job& job, int64_t first, int64_t last, void* memory);
+  void (*backward)(const Job& job, int64_t first, int64_t last, void* memory, double* gain_sums, double* channel_sums);
+  int64_t (*scratch_bytes)(const Job& job);
+};
+
+// Units depend on the shape alone, so that sums over them do not depend on the number of threads.
+struct Plan {
+  Job job;
+  Code code;
+  int64_t unit, units, sums_per_unit, thread_bytes;
+  int threads;
+  double* sums;  // [units, sums_per_unit]: T of the gain, 2 per channel
+  char* memory;  // [threads, thread_bytes]
+
+  Plan(const Job& j, Code c) : job(j), code(c) {
+    unit = std::max(UNIT, ((job.M + MAX_UNITS - 1) / MAX_UNITS + UNIT - 1) / UNIT * UNIT);
+    units = (job.M + unit - 1) / unit;
+    sums_per_unit = job.T + 2 * job.channels;
+    threads = thread_count(job.threads, units, job.T * job.M);
+    thread_bytes = (code.scratch_bytes(job) + 63) / 64 * 64;
+    sums = static_cast<double*>(job.scratch);
+    memory = static_cast<char*>(job.scratch) + sums_bytes();
+  }
+
+  int64_t sums_bytes() const { return (units * sums_per_unit * int64_t(sizeof(double)) + 63) / 64 * 64; }
+  int64_t scratch_bytes() const { return sums_bytes() + threads * thread_bytes; }
+  int64_t element_bytes() const { return job.storage == FLOAT64 ? 8 : job.storage == FLOAT32 ? 4 : 2; }
+
+  void prepare_output(void* data, int64_t element_bytes) {
+    advise_huge_pages(data, job.T * job.M * element_bytes);
+    job.stream = job.T * job.M * element_bytes >= STREAM_BYTES;
+  }
+
+  void forward() {
+    if (job.v_seq) prepare_output(job.v_seq, job.storage == FLOAT64 ? 8 : 4);
+    prepare_output(job.s, element_bytes());
+    parallel(units, threads, forward_unit, this);
+  }
+
+  void backward() {
+    if (job.gx) prepare_output(job.gx, element_bytes());
+    std::memset(sums, 0, size_t(sums_bytes()));
+    parallel(units, threads, backward_unit, this);
+    for (int64_t t = 0; job.gain_grad && t < job.T; ++t) {
+      if (job.storage == FLOAT64)
+        static_cast<double*>(job.gain_grad)[t] = total(t);
+      else
+        static_cast<float*>(job.gain_grad)[t] = float(total(t));
+    }
+    for (int64_t i = 0; job.channel_sums && i < 2 * job.channels; ++i) job.channel_sums[i] = total(job.T + i);
+  }
+
+ private:
+  double total(int64_t column) const {
+    double result = 0;
+    for (int64_t i = 0; i < units; ++i) result += sums[i * sums_per_unit + column];
+    return result;
+  }
+
+  static void forward_unit(void* context, int thread, int64_t i) {
+    const Plan& plan = *static_cast<Plan*>(context);
+    const int64_t first = i * plan.unit, last = std::min(plan.job.M, first + plan.unit);
+    plan.code.forward(plan.job, first, last, plan.memory + thread * plan.thread_bytes);
+  }
+
+  static void backward_unit(void* context, int thread, int64_t i) {
+    const Plan& plan = *static_cast<Plan*>(context);
+    const int64_t first = i * plan.unit, last = std::min(plan.job.M, first + plan.unit);
+    double* const sums = plan.sums + i * plan.sums_per_unit;
+    plan.code.backward(plan.job, first, last, plan.memory + thread * plan.thread_bytes, sums, sums + plan.job.T);
+  }
+};
+
+}  // namespace sjr
+
+// The functions of one instruction set, named by every SJR_BODY.
+#if defined(__x86_64__)
+#define SJR_CODE_OF(job)                                                                                       \
+  ((job).instruction_set == sjr::AVX512                                                                        \
+       ? sjr::Code{sjr::avx512::forward, sjr::avx512::backward, sjr::avx512::scratch_bytes}                    \
+       : (job).instruction_set == sjr::AVX2                                                                    \
+             ? sjr::Code{sjr::avx2::forward, sjr::avx2::backward, sjr::avx2::scratch_bytes}                    \
+             : sjr::Code{sjr::baseline::forward, sjr::baseline::backward, sjr::baseline::scratch_bytes})
+#else
+#define SJR_CODE_OF(job) (sjr::Code{sjr::baseline::forward, sjr::baseline::backward, sjr::baseline::scratch_bytes})
+#endif

@@ -1,0 +1,277 @@
+"""Batch norm and DLIF in one pass against both written by hand, and against torch's batch norm."""
+
+import numpy as np
+import pytest
+import torch
+from oracle import dlif_bptt
+from torch import nn
+
+from sj_robust.ops import Surrogate
+from sj_robust.ops.bn_dlif import BatchNorm, batch_norm_dlif_multi_step, can_fuse, reference
+from sj_robust.ops.dlif import cpp
+from sj_robust.ops.dlif.config import DLIFConfig
+
+needs_kernel = pytest.mark.skipif(cpp.unavailable_reason() is not None, reason=str(cpp.unavailable_reason()))
+SHAPES = [(4, 3, 5, 8, 8), (3, 2, 4, 7, 7), (5, 6, 9), (2, 3, 70, 2), (2, 2, 3, 1, 131), (1, 40, 130)]
+
+
+@pytest.fixture(params=cpp.instruction_sets() or ("baseline",))
+def instruction_set(request, monkeypatch):
+    monkeypatch.setenv(cpp.INSTRUCTION_SET_VARIABLE, request.param)
+    return request.param
+
+
+def by_hand(x, weight, bias, gain, v_init, statistics, grads, constants, eps):
+    """Spikes, potentials and gradients of x, weight, bias, gain and v_init in float64 numpy.
+
+    ``statistics`` is (mean, variance) or None for those of the batch.
+    """
+    axes = (0, 1, *range(3, x.ndim))
+    shape = (1, 1, -1, *[1] * (x.ndim - 3))
+    mean, variance = (x.mean(axes), x.var(axes)) if statistics is None else statistics
+    inverse_std = 1 / np.sqrt(variance + eps)
+    x_hat = (x - mean.reshape(shape)) * inverse_std.reshape(shape)
+    y = x_hat * weight.reshape(shape) + bias.reshape(shape)
+    neuron = dlif_bptt(y, gain, v_init, grad_spikes=grads[0], grad_v=grads[1], grad_potentials=grads[2], **constants)
+    grad_x_hat = neuron.grad_x * weight.reshape(shape)
+    if statistics is None:
+        grad_x_hat = (
+            grad_x_hat - grad_x_hat.mean(axes, keepdims=True) - x_hat * (grad_x_hat * x_hat).mean(axes, keepdims=True)
+        )
+    return {
+        "spikes": neuron.spikes,
+        "potentials": neuron.potentials,
+        "x": grad_x_hat * inverse_std.reshape(shape),
+        "weight": (neuron.grad_x * x_hat).sum(axes),
+        "bias": neuron.grad_x.sum(axes),
+        "gain": neuron.grad_gain,
+        "v_init": neuron.grad_v_init,
+    }
+
+
+def random_call(shape, seed=0):
+    rng = np.random.default_rng(seed)
+    channels = shape[2]
+    x = rng.normal(0.5, 2.0, shape) * rng.uniform(0.5, 2, (channels, *[1] * (len(shape) - 3)))
+    weight, bias = rng.normal(1.0, 0.3, channels), rng.normal(0.3, 0.3, channels)
+    gain, v_init = rng.normal(1.0, 0.3, shape[0]), rng.normal(0.2, 0.4, shape[1:])
+    grads = rng.normal(size=shape), rng.normal(size=shape[1:]), rng.normal(size=shape)
+    running = rng.normal(0.4, 0.2, channels), rng.uniform(0.5, 4.0, channels)
+    return x, weight, bias, gain, v_init, grads, running
+
+
+@needs_kernel
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("v_reset", [0.0, None, -0.25])
+@pytest.mark.parametrize("detach_reset", [False, True])
+@pytest.mark.parametrize(("kind", "alpha"), [("triangle", 1.0), ("atan", 2.0), ("sigmoid", 4.0)])
+def test_equals_both_written_by_hand(instruction_set, shape, training, v_reset, detach_reset, kind, alpha):
+    *values, grads, running = random_call(shape)
+    constants = {"decay": 0.9, "v_threshold": 0.8, "v_reset": v_reset, "detach_reset": detach_reset}
+    expected = by_hand(
+        *values, None if training else running, grads, {**constants, "kind": kind, "alpha": alpha}, eps=1e-5
+    )
+    assert 0.05 < expected["spikes"].mean() < 0.95
+    x, weight, bias, gain, v_init = (torch.tensor(a, requires_grad=True) for a in values)
+    norm = BatchNorm(weight, bias, *map(torch.tensor, running), use_batch_statistics=training)
+    spikes, v, potentials = batch_norm_dlif_multi_step(
+        x, norm, gain, v_init, surrogate=Surrogate(kind, alpha), store_v_seq=True, backend="cpp", **constants
+    )
+    torch.autograd.backward([spikes, v, potentials], [torch.tensor(g) for g in grads])
+    np.testing.assert_array_equal(spikes.detach(), expected["spikes"])
+    np.testing.assert_allclose(potentials.detach(), expected["potentials"], rtol=0, atol=1e-11)
+    np.testing.assert_array_equal(v.detach(), potentials[-1].detach())
+    for name, tensor in {"x": x, "weight": weight, "bias": bias, "gain": gain, "v_init": v_init}.items():
+        np.testing.assert_allclose(tensor.grad, expected[name], rtol=1e-9, atol=1e-10, err_msg=name)
+
+
+@needs_kernel
+@pytest.mark.parametrize("shape", [(4, 8, 16, 8, 8), (4, 3, 5, 9, 11)])
+@pytest.mark.parametrize("training", [True, False])
+def test_float32_gradients(instruction_set, shape, training):
+    *values, grads, running = random_call(shape)
+    constants = {"decay": 0.99, "v_threshold": 1.0, "v_reset": 0.0, "detach_reset": False}
+    values = [a.astype(np.float32) for a in values]
+    running = [a.astype(np.float32) for a in running]
+    expected = by_hand(
+        *(a.astype(np.float64) for a in values), None if training else [a.astype(np.float64) for a in running], grads,
+        {**constants, "kind": "triangle", "alpha": 1.0}, eps=1e-5,
+    )  # fmt: skip
+    x, weight, bias, gain, v_init = (torch.tensor(a, requires_grad=True) for a in values)
+    norm = BatchNorm(weight, bias, *map(torch.tensor, running), use_batch_statistics=training)
+    outputs = batch_norm_dlif_multi_step(x, norm, gain, v_init, store_v_seq=True, backend="cpp", **constants)
+    torch.autograd.backward(outputs, [torch.tensor(g, dtype=torch.float32) for g in (grads[0], grads[1], grads[2])])
+    # these seeds come nowhere so near the threshold that float32 flips a spike, which is asserted, not assumed
+    np.testing.assert_array_equal(outputs[0].detach(), expected["spikes"])
+    for name, tensor in {"x": x, "weight": weight, "bias": bias, "gain": gain, "v_init": v_init}.items():
+        scale = np.abs(expected[name]).max()
+        np.testing.assert_allclose(tensor.grad, expected[name], rtol=1e-4, atol=2e-6 * scale, err_msg=name)
+
+
+@pytest.mark.parametrize("backend", ["reference", pytest.param("cpp", marks=needs_kernel)])
+@pytest.mark.parametrize("momentum", [0.1, 0.7])
+def test_running_statistics_are_those_of_torch(backend, momentum):
+    torch.manual_seed(0)
+    layer = nn.BatchNorm2d(6, momentum=momentum)
+    running = torch.zeros(6), torch.ones(6)
+    for _ in range(3):
+        x = 3 + 2 * torch.randn(4, 5, 6, 7, 3)
+        layer(x.flatten(0, 1))
+        norm = BatchNorm(None, None, *running, use_batch_statistics=True, momentum=momentum)
+        batch_norm_dlif_multi_step(x, norm, torch.ones(4), decay=0.9, backend=backend)
+    torch.testing.assert_close(running[0], layer.running_mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(running[1], layer.running_var, rtol=1e-6, atol=1e-6)
+
+
+@needs_kernel
+def test_statistics_survive_a_large_mean(instruction_set):
+    torch.manual_seed(0)
+    x = (1000 + 0.25 * torch.randn(4, 8, 3, 16, 16)).requires_grad_()
+    norm = BatchNorm(None, None, None, None, use_batch_statistics=True)
+    _, _, potentials = batch_norm_dlif_multi_step(
+        x, norm, torch.ones(4), decay=1.0, v_threshold=1e6, store_v_seq=True, backend="cpp"
+    )
+    exact = x.double()
+    y = (exact - exact.mean((0, 1, 3, 4), keepdim=True)) / (
+        exact.var((0, 1, 3, 4), keepdim=True, unbiased=False) + 1e-5
+    ).sqrt()
+    # scale * x + offset, torch's own form, loses 1000 / 0.25 * 2^-24 here
+    torch.testing.assert_close(potentials[0].double(), y[0], rtol=0, atol=2e-3)
+
+
+@needs_kernel
+def test_result_does_not_depend_on_the_number_of_threads():
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            torch.manual_seed(0)
+            x = torch.randn(4, 16, 12, 33, 9, requires_grad=True)
+            weight, bias, gain = torch.rand(12).requires_grad_(), torch.rand(12).requires_grad_(), torch.ones(4)
+            gain.requires_grad_()
+            norm = BatchNorm(weight, bias, None, None, use_batch_statistics=True)
+            spikes, _, _ = batch_norm_dlif_multi_step(x, norm, gain, decay=0.9, backend="cpp")
+            results.append((spikes, *torch.autograd.grad((spikes * x.detach()).sum(), (x, weight, bias, gain))))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@needs_kernel
+@pytest.mark.parametrize("frozen", ["x", "weight", "bias", "gain"])
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients_that_nobody_needs_are_left_out(frozen, training):
+    *values, grads, running = random_call((4, 3, 5, 8, 8))
+    results = []
+    for keep_all in (True, False):
+        x, weight, bias, gain, v_init = (torch.tensor(a, requires_grad=True) for a in values)
+        tensors = {"x": x, "weight": weight, "bias": bias, "gain": gain}
+        tensors[frozen].requires_grad_(keep_all)
+        norm = BatchNorm(weight, bias, *map(torch.tensor, running), use_batch_statistics=training)
+        spikes, _, _ = batch_norm_dlif_multi_step(x, norm, gain, v_init, decay=0.9, backend="cpp")
+        (spikes * torch.tensor(grads[0])).sum().backward()
+        results.append({name: tensor.grad for name, tensor in tensors.items()})
+    assert results[1][frozen] is None
+    for name in results[0].keys() - {frozen}:
+        assert torch.equal(results[0][name], results[1][name])
+
+
+@needs_kernel
+def test_large_tensors_written_past_the_cache(instruction_set):
+    torch.manual_seed(0)
+    x = torch.randn(5, 16, 64, 32, 32)  # 20 MiB
+    weights = torch.randn_like(x)
+    results = []
+    for backend in ("cpp", "reference"):
+        leaf = x.clone().requires_grad_()
+        norm = BatchNorm(None, None, None, None, use_batch_statistics=True)
+        spikes, _, _ = batch_norm_dlif_multi_step(leaf, norm, torch.ones(5), decay=0.9, backend=backend)
+        (spikes * weights).sum().backward()
+        results.append((spikes.detach(), leaf.grad))
+    same = (results[0][0] == results[1][0]).all(0)  # neurons that rounding did not flip
+    assert same.float().mean() > 0.999
+    torch.testing.assert_close(results[0][1][:, same], results[1][1][:, same], rtol=1e-3, atol=1e-4)
+
+
+@needs_kernel
+def test_repeated_image_and_other_memory_formats():
+    torch.manual_seed(0)
+    image = torch.randn(1, 3, 4, 6, 6)
+    norm = BatchNorm(None, None, None, None, use_batch_statistics=True)
+    channels_last = image.expand(5, -1, -1, -1, -1).flatten(0, 1).to(memory_format=torch.channels_last)
+    channels_last = channels_last.unflatten(0, (5, 3))
+    gradients = []
+    for x, fused in ((image.expand(5, -1, -1, -1, -1), True), (channels_last, False)):
+        assert can_fuse(x, norm, Surrogate()) == fused
+        leaf = x.clone().requires_grad_() if not fused else image.clone().requires_grad_()
+        spikes, _, _ = batch_norm_dlif_multi_step(
+            leaf.expand(5, -1, -1, -1, -1), norm, torch.ones(5), decay=0.9, v_threshold=0.5
+        )
+        spikes.sum().backward()
+        gradients.append(leaf.grad.sum(0))
+    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-4)
+
+
+@needs_kernel
+def test_nothing_but_the_input_is_saved():
+    saved = []
+    x = torch.randn(4, 3, 5, 8, 8, requires_grad=True)
+    norm = BatchNorm(torch.ones(5), torch.zeros(5), None, None, use_batch_statistics=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        batch_norm_dlif_multi_step(x, norm, torch.ones(4), decay=0.9, backend="cpp")
+    assert sum(t.numel() for t in saved if t.data_ptr() != x.data_ptr()) <= 4 * 5 + 4
+
+
+def test_reference_is_torch_batch_norm_then_dlif():
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, 5, 6, dtype=torch.float64)
+    layer = nn.BatchNorm1d(5).double()
+    y = layer(x.flatten(0, 1)).unflatten(0, (3, 4)).detach().numpy()
+    norm = BatchNorm(layer.weight, layer.bias, torch.zeros(5).double(), torch.ones(5).double(), True)
+    config = DLIFConfig(0.9, 0.8, 0.0, Surrogate(), False)
+    spikes, _, potentials = reference.multi_step(x, norm, torch.ones(3).double(), None, config)
+    zeros = np.zeros_like(y)
+    expected = dlif_bptt(
+        y, np.ones(3), zeros[0], decay=0.9, v_threshold=0.8, v_reset=0.0, kind="triangle", alpha=1.0,
+        detach_reset=False, grad_spikes=zeros, grad_v=zeros[0], grad_potentials=zeros,
+    )  # fmt: skip
+    np.testing.assert_array_equal(spikes.detach(), expected.spikes)
+    np.testing.assert_allclose(potentials.detach(), expected.potentials, atol=1e-12)
+
+
+def test_what_cannot_run_in_one_pass_runs_in_two():
+    torch.manual_seed(0)
+    norm = BatchNorm(None, None, None, None, use_batch_statistics=True)
+    x = torch.randn(3, 4, 5, 6)
+    for dtype in (torch.bfloat16, torch.float16):
+        assert not can_fuse(x.to(dtype), norm, Surrogate())
+    custom = Surrogate("custom", function=torch.sigmoid)
+    assert not can_fuse(x, norm, custom)
+    spikes, _, _ = batch_norm_dlif_multi_step(x, norm, torch.ones(3), decay=0.9, surrogate=custom)
+    assert ((spikes > 0) & (spikes < 1)).all()
+    assert batch_norm_dlif_multi_step(x.bfloat16(), norm, torch.ones(3), decay=0.9)[0].dtype == torch.bfloat16
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert not can_fuse(x, norm, Surrogate())
+
+
+def test_wrong_arguments():
+    norm = BatchNorm(None, None, None, None, use_batch_statistics=True)
+    with pytest.raises(ValueError, match=r"x_seq must be \[T, N, C, \*\]"):
+        batch_norm_dlif_multi_step(torch.zeros(3, 4), norm, torch.ones(3), decay=0.9)
+    with pytest.raises(ValueError, match=r"input_gain must be \[T\] = \[3\], got \(4,\)"):
+        batch_norm_dlif_multi_step(torch.zeros(3, 4, 5), norm, torch.ones(4), decay=0.9)
+    with pytest.raises(ValueError, match="v_init must be"):
+        batch_norm_dlif_multi_step(torch.zeros(3, 4, 5), norm, torch.ones(3), torch.zeros(4), decay=0.9)
+    with pytest.raises(ValueError, match="more than one value per channel"):
+        batch_norm_dlif_multi_step(torch.zeros(1, 1, 5), norm, torch.ones(1), decay=0.9)
+    wrong = BatchNorm(torch.ones(4), None, None, None, use_batch_statistics=True)
+    with pytest.raises(ValueError, match=r"weight must be \[C\] = \[5\], got \(4,\)"):
+        batch_norm_dlif_multi_step(torch.zeros(3, 4, 5), wrong, torch.ones(3), decay=0.9)
+    with pytest.raises(ValueError, match="must be given when use_batch_statistics is False"):
+        BatchNorm(None, None, None, None, use_batch_statistics=False)
+    if cpp.unavailable_reason() is None:
+        with pytest.raises(ValueError, match="float32 and float64, got torch.float16"):
+            batch_norm_dlif_multi_step(torch.zeros(3, 4, 5).half(), norm, torch.ones(3), decay=0.9, backend="cpp")
