@@ -59,7 +59,7 @@ class Options:
 
 DEFAULT_SHAPES: dict[str, list[tuple[int, ...]]] = {
     "neuron": [(8, 64, 64, 32, 32), (8, 128, 256, 8, 8), (4, 64, 128, 8, 8)],
-    "scaling": [(T, 32, 8192) for T in (1, 2, 4, 8, 16, 32, 64)] + [(8, N, 8192) for N in (8, 16, 64, 128)],
+    "scaling": [*((T, 32, 8192) for T in (1, 2, 4, 8, 16, 32, 64)), *((8, N, 8192) for N in (8, 16, 64, 128))],
 }
 DEFAULT_METHODS = {"neuron": list(METHODS), "scaling": ["DLIF cpp", "DLIF eager"]}
 
@@ -67,7 +67,7 @@ DEFAULT_METHODS = {"neuron": list(METHODS), "scaling": ["DLIF cpp", "DLIF eager"
 def main(arguments: list[str]) -> None:
     """Check, measure, show, save."""
     options: Options = auto_cli(Options, args=arguments)
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 140)
     where = environment() | {"threads": str(options.threads), "processor": processor()}
     for name, value in where.items():
         console.print(f"{name}: {value}", highlight=False)
