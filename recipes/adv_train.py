@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from jsonargparse import auto_cli
@@ -103,7 +104,8 @@ class Options:
 def main(arguments: list[str]) -> None:
     """Train, evaluate, report."""
     options = parse(arguments)
-    accelerator = Accelerator(cpu=options.device == "cpu", mixed_precision=options.mixed_precision)
+    cpu = options.device == "cpu" or not torch.accelerator.is_available()
+    accelerator = Accelerator(cpu=cpu, mixed_precision=options.mixed_precision)
     configuration = asdict(replace(options, output=None, resume=False))
     folder = training.open_run_folder(options.output, stem(options), configuration, accelerator, resume=options.resume)
     journal = training.Journal(folder if accelerator.is_main_process else None)
@@ -142,9 +144,7 @@ def main(arguments: list[str]) -> None:
         report.save(folder / "report.json")
         plot_report(report, folder / "report.png")
         journal.say("\n".join([report.table(), *report.notes, f"report.json and report.png are in {folder}"]))
-    accelerator.wait_for_everyone()
     accelerator.end_training()
-    journal.close()
 
 
 def train_network(

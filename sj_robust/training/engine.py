@@ -345,10 +345,19 @@ def _signals() -> Iterator[list[int]]:
 
 def _check_same(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raise ValueError if a checkpoint belongs to a run with other options."""
-    names = [name for name in (*wanted, *(saved.keys() - wanted.keys())) if saved.get(name) != wanted.get(name)]
+    old, new = _flat(saved), _flat(wanted)
+    names = [name for name in (*new, *(old.keys() - new.keys())) if old.get(name) != new.get(name)]
     if names:
-        differences = ", ".join(f"{name}: {saved.get(name)!r} there, {wanted.get(name)!r} now" for name in names)
+        differences = ", ".join(f"{name}: {old.get(name)!r} there, {new.get(name)!r} now" for name in names)
         raise ValueError(f"the checkpoint is of a run with other options ({differences}); resume with the same ones")
+
+
+def _flat(description: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested groups of options as one level, with the groups in the names."""
+    flat: dict[str, Any] = {}
+    for name, value in description.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
 
 
 def _mixed(*numbers: int) -> int:

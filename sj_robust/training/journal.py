@@ -4,7 +4,6 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -28,9 +27,8 @@ class Journal:
     """
 
     def __init__(self, folder: Path | None) -> None:
-        """Open the log, which a resumed run continues."""
+        """Nothing is written yet; a resumed run continues the log that is there."""
         self._folder = folder
-        self._file: TextIO | None = None if folder is None else (folder / "log.txt").open("a", encoding="utf-8")
         self._console = Console(quiet=folder is None, highlight=False, soft_wrap=True)
         self._writer: SummaryWriter | None = None
         self._progress = Progress(
@@ -49,9 +47,9 @@ class Journal:
     def say(self, text: str) -> None:
         """Print a line and log it."""
         self._console.print(text, markup=False)
-        if self._file is not None:
-            self._file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-            self._file.flush()
+        if self._folder is not None:
+            with (self._folder / "log.txt").open("a", encoding="utf-8") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
     def header(self, title: str, values: Mapping[str, object]) -> None:
         """Log a group of named values; the console sees them as well."""
@@ -98,11 +96,6 @@ class Journal:
             values |= {f"validation/{name}": value for name, value in record.validation.items()}
             for name, value in (values | {"train/lr": record.lr} | dict(scalars)).items():
                 self._writer.add_scalar(name, value, record.epoch)
-
-    def close(self) -> None:
-        """Close the log."""
-        if self._file is not None:
-            self._file.close()
 
 
 def _summary(losses: Mapping[str, float]) -> str:

@@ -81,9 +81,7 @@ def test_the_first_step_is_sgd_with_weight_decay_on_every_parameter_also_the_gai
 def test_a_run_that_was_cut_off_ends_at_the_same_weights(tmp_path, call, checkpoint_steps):
     whole, _ = small_run.run(tmp_path / "whole", dropout=0.3)
     with pytest.raises(PowerCutError):
-        small_run.run(
-            tmp_path / "cut", dropout=0.3, checkpoint_steps=checkpoint_steps, perturb=After(call, power_cut)
-        )
+        small_run.run(tmp_path / "cut", dropout=0.3, checkpoint_steps=checkpoint_steps, perturb=After(call, power_cut))
     torch.manual_seed(99)  # whatever ran in between
     options = {"checkpoint_steps": checkpoint_steps, "resume": True}
     history, _ = small_run.run(tmp_path / "cut", dropout=0.3, **options)

@@ -1,6 +1,5 @@
 """One step of every mode against the formulas of the paper, written out here in float64."""
 
-
 import pytest
 import torch
 import torch.nn.functional as F
