@@ -65,9 +65,9 @@ class Variant:
         )
 
 
-def variants(strength: int) -> list[Variant]:
+def variants(strength: int, shapes: list[tuple[int, bool, int]] = SHAPES) -> list[Variant]:
     """A small set in which every combination of ``strength`` template arguments occurs (greedy covering array)."""
-    axes = [SHAPES, list(IO), list(RESETS), [False, True], [False, True], list(SURROGATES)]
+    axes = [shapes, list(IO), list(RESETS), [False, True], [False, True], list(SURROGATES)]
     wanted = {
         combination
         for positions in itertools.combinations(range(len(axes)), strength)
