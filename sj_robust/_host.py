@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+from spikingjelly import configure
 from spikingjelly.activation_based import base, functional, neuron, surrogate
 from torch import nn
 
@@ -18,12 +19,19 @@ lif_multi_step: Callable[..., Any] | None = getattr(functional, "lif_multi_step"
 __all__ = [
     "EVAL_MODE_HAS_NO_GRADIENT",
     "base",
+    "cuda_threads",
     "functional",
     "invalidate_reset_cache",
     "lif_multi_step",
     "neuron",
     "surrogate",
 ]
+
+
+def cuda_threads() -> int | None:
+    """Block size of CUDA kernels that the user has set for SpikingJelly 0.0.0.0.14; None on 2.x, which has no such."""
+    threads: int | None = getattr(configure, "cuda_threads", None)
+    return threads
 
 
 def invalidate_reset_cache(net: nn.Module) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust import ops
-from sj_robust._host import base, invalidate_reset_cache, lif_multi_step, neuron, surrogate
+from sj_robust._host import base, cuda_threads, invalidate_reset_cache, lif_multi_step, neuron, surrogate
 
 __all__ = ["DLIFNode", "ReplacementReport", "replace_neurons"]
 
@@ -215,6 +215,7 @@ class DLIFNode(neuron.BaseNode):
             detach_reset=self.detach_reset,
             store_v_seq=store_v_seq,
             backend=self.backend,
+            threads_per_block=cuda_threads(),
         )
         return spike_seq, v_end, end, v_seq
 

@@ -195,6 +195,20 @@ class TestBackends:
         assert net[1].backend == "reference"
         assert set(net[1].supported_backends) >= {"auto", "reference", "eager", "torch", "cpp", "cupy"}
 
+    @needs_set_backend
+    def test_block_size_of_the_host_reaches_the_cuda_kernel(self, monkeypatch):
+        from spikingjelly import configure
+
+        from sj_robust.ops.dlif import cupy_launch, dispatch
+
+        monkeypatch.setattr(configure, "cuda_threads", 64)
+        seen = []
+        monkeypatch.setattr(dispatch, "choose_backend", lambda *arguments: "cupy")
+        monkeypatch.setattr(dispatch.DLIFFunction, "apply", lambda *arguments: seen.append(arguments[4]) or [None] * 3)
+        with pytest.raises(AttributeError):  # nothing runs without a GPU
+            DLIFNode(2)(torch.zeros(2, 1, 3))
+        assert seen == [cupy_launch.Launcher(threads_per_block=64)]
+
     def test_host_operator(self):
         if not HOST_HAS_EXPLICIT_STATES:
             with pytest.raises(RuntimeError, match="SpikingJelly 2.x"):

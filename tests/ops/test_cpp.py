@@ -127,6 +127,24 @@ def test_spikes_and_potentials_equal_plain_torch_bit_for_bit(instruction_set, dt
 
 
 @needs_kernel
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("v_reset", [0.0, None])
+def test_spikes_exactly_at_the_threshold(instruction_set, dtype, v_reset):
+    # quarters are exact in binary, so that h == v_threshold really happens, which random numbers never show
+    values = torch.cartesian_prod(*[torch.tensor([0.0, 0.25, 0.5, 1.0])] * 3).T.contiguous()
+    c = config(v_reset, decay=0.5, v_threshold=1.0)
+    zeros, ones = torch.zeros(64), torch.ones(3)
+    expected = by_hand((values, ones, zeros, torch.ones(3, 64), zeros, torch.zeros(3, 64)), c)
+    assert (expected.h == 1.0).sum() > 10
+    x, gain = values.to(dtype), ones.to(torch.float64 if dtype == torch.float64 else torch.float32)
+    spikes, v, _ = cpp.forward(x, gain, None, c, False)
+    grad_x, _, _ = cpp.backward(x, gain, None, c, torch.ones_like(x), None, None, False)
+    np.testing.assert_array_equal(spikes.double(), expected.spikes)
+    np.testing.assert_array_equal(v, expected.potentials[-1])
+    np.testing.assert_allclose(grad_x.double(), expected.grad_x, atol=1e-2 if dtype == torch.bfloat16 else 1e-3)
+
+
+@needs_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_gradients_over_thousands_of_steps(instruction_set, dtype):
     c = config(None, "sigmoid", 2.0)

@@ -30,6 +30,7 @@ def dlif_multi_step(
     detach_reset: bool = False,
     store_v_seq: bool = False,
     backend: str = "auto",
+    threads_per_block: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Run one layer of DLIF neurons over a sequence.
 
@@ -48,6 +49,7 @@ def dlif_multi_step(
         detach_reset: Whether the reset is left out of the gradient.
         store_v_seq: Whether the potential after every reset is returned too.
         backend: A name of :data:`BACKENDS`; ``"auto"`` takes the fastest that can run the call.
+        threads_per_block: Block size of the CUDA kernel; None leaves it to the kernel. Only ``"cupy"`` reads it.
 
     Returns:
         Spikes [T, N, *] in the dtype of ``x_seq``, last potential [N, *] and potentials [T, N, *] or None;
@@ -70,7 +72,7 @@ def dlif_multi_step(
     dtype = state_dtype(x_seq)
     input_gain = input_gain.to(dtype)
     v_init = None if v_init is None else v_init.to(dtype)
-    implementation = _implementation(choose_backend(backend, x_seq, config.surrogate))
+    implementation = _implementation(choose_backend(backend, x_seq, config.surrogate), threads_per_block)
     if implementation is None:
         spike_seq, v, potentials = reference.multi_step(x_seq, input_gain, v_init, config)
         return spike_seq, v, potentials if store_v_seq else None
@@ -154,9 +156,14 @@ def available_backends() -> dict[str, str]:
     return {name: unavailable_reason(name) or "available" for name in names}
 
 
-def _implementation(name: str) -> Implementation | None:
-    """The module behind a name; None is the reference, which needs no backward pass of its own."""
-    return None if name == "reference" else cast(Implementation, _module(name))
+def _implementation(name: str, threads_per_block: int | None) -> Implementation | None:
+    """What runs behind a name; None is the reference, which needs no backward pass of its own."""
+    if name == "reference":
+        return None
+    module = _module(name)
+    if name == "cupy" and threads_per_block is not None:
+        return cast(Implementation, module.Launcher(threads_per_block=threads_per_block))
+    return cast(Implementation, module)
 
 
 def _module(name: str) -> ModuleType:
