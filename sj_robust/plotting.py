@@ -95,6 +95,7 @@ def _curves(axes: Axes, report: Report) -> None:
             values = [100 * record["validation"][attack] for record in records]
             axes.plot(epochs, values, styles.get(attack, "-"), color=f"C{index}", label=f"{network}, {attack}")
     axes.set_xlabel("epoch")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_ylabel("validation accuracy, %")
     axes.set_ylim(0, 105)
     axes.set_title("training", fontsize=10)
