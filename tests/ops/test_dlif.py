@@ -29,7 +29,7 @@ def run(backend, x, gain, v_init, *, kind, alpha, grads, **kwargs):
 @pytest.mark.parametrize("v_reset", RESETS)
 @pytest.mark.parametrize("detach_reset", [False, True])
 @pytest.mark.parametrize(("kind", "alpha"), SURROGATES)
-@pytest.mark.parametrize("T", [1, 2, 5, 16])
+@pytest.mark.parametrize("T", [1, 2, 3, 4, 7, 8, 13, 16])
 def test_equals_bptt_by_hand(backend, v_reset, detach_reset, kind, alpha, T):
     rng = np.random.default_rng(T)
     shape = (T, 3, 7, 5)
