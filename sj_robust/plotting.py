@@ -5,6 +5,7 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from sj_robust.benchmarking import Measurement
 from sj_robust.evaluation.report import Report
@@ -95,7 +96,7 @@ def _curves(axes: Axes, report: Report) -> None:
             values = [100 * record["validation"][attack] for record in records]
             axes.plot(epochs, values, styles.get(attack, "-"), color=f"C{index}", label=f"{network}, {attack}")
     axes.set_xlabel("epoch")
-    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("validation accuracy, %")
     axes.set_ylim(0, 105)
     axes.set_title("training", fontsize=10)
