@@ -155,7 +155,10 @@ def _run_pair(norm: nn.Module, node: nn.Module, x_seq: Any) -> torch.Tensor | No
     return spike_seq
 
 
-def _operator(norm: BatchNorm, x_seq: torch.Tensor, *arguments: Any, **constants: Any) -> Any:
+def _operator(
+    norm: BatchNorm, x_seq: torch.Tensor, *arguments: Any, threads_per_block: int | None = None, **constants: Any
+) -> Any:
+    """``ops.dlif_multi_step`` with the batch norm before it; the block size of a CUDA kernel means nothing here."""
     return batch_norm_dlif_multi_step(x_seq, norm, *arguments, **constants)
 
 
