@@ -104,14 +104,8 @@ class Options:
 def main(arguments: list[str]) -> None:
     """Train, evaluate, report."""
     options = parse(arguments)
-    cpu = options.device == "cpu" or not torch.accelerator.is_available()
-    accelerator = Accelerator(cpu=cpu, mixed_precision=options.mixed_precision)
-    configuration = asdict(replace(options, output=None, resume=False))
-    folder = training.open_run_folder(options.output, stem(options), configuration, accelerator, resume=options.resume)
-    journal = training.Journal(folder if accelerator.is_main_process else None)
-    where = environment(accelerator.device) | {"processes": str(accelerator.num_processes)}
-    journal.header("environment", where)
-    journal.header("configuration", configuration)
+    on_gpu = options.device == "auto" and torch.cuda.is_available()
+    accelerator = Accelerator(cpu=not on_gpu, mixed_precision=options.mixed_precision)
     splits = load_images(
         options.dataset,
         root=options.data_root,
@@ -120,6 +114,12 @@ def main(arguments: list[str]) -> None:
         train_limit=options.train_limit,
         test_limit=options.test_limit,
     )
+    configuration = asdict(replace(options, output=None, resume=False))
+    folder = training.open_run_folder(options.output, stem(options), configuration, accelerator, resume=options.resume)
+    journal = training.Journal(folder if accelerator.is_main_process else None)
+    where = environment(accelerator.device) | {"processes": str(accelerator.num_processes)}
+    journal.header("environment", where)
+    journal.header("configuration", configuration)
     networks = {f"{options.neuron} {options.mode}": options}
     if options.reference:
         networks["lif undefended"] = replace(options, neuron="lif", mode="none", select="clean")
@@ -136,10 +136,9 @@ def main(arguments: list[str]) -> None:
                 network=name,
                 seed=options.seed,
             )
-            warnings = [training.catastrophic_overfitting(history[: epoch + 1]) for epoch in range(len(history))]
-            curves = {name: [asdict(record) for record in history]}
-            notes = tuple(f"{name}: {warning}" for warning in warnings if warning)
-            report = report.merged(replace(result, curves=curves, notes=notes))
+            heads = [history[:epoch] for epoch in range(1, len(history) + 1)] if choice.mode == "at" else []
+            notes = tuple(f"{name}: {warning}" for warning in map(training.catastrophic_overfitting, heads) if warning)
+            report = report.merged(replace(result, curves={name: [asdict(record) for record in history]}, notes=notes))
     if accelerator.is_main_process:
         report.save(folder / "report.json")
         plot_report(report, folder / "report.png")
@@ -166,6 +165,7 @@ def train_network(
         select=options.select or ("clean" if options.mode == "none" else "pgd"),
         checkpoint_steps=options.checkpoint_steps,
         workers=options.workers,
+        single_step_attack=options.mode == "at",
     )
     network_folder = folder / name.replace(" ", "_")
     network_folder.mkdir(exist_ok=True)
@@ -245,5 +245,5 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         print("stopped; finished epochs are kept, continue with --resume", file=sys.stderr)
         sys.exit(130)
-    except (OSError, training.NonFiniteLossError) as error:
+    except (OSError, ValueError, ModuleNotFoundError, training.NonFiniteLossError) as error:
         sys.exit(f"error: {error}")

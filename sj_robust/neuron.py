@@ -112,6 +112,8 @@ class DLIFNode(neuron.BaseNode):
 
     @backend.setter
     def backend(self, value: str) -> None:
+        if value not in self.supported_backends:
+            raise ValueError(f"backend must be one of {self.supported_backends}, got {value!r}")
         if value != "spikingjelly":
             ops.check_backend(value)
         elif lif_multi_step is None:

@@ -1,6 +1,7 @@
 """Accuracy of a classifier, clean and under attack."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -106,10 +107,12 @@ def _count(
             check_images(x)
             check_labels(y, x)
             total += len(y)
-            correct["clean"] += _right(model, x, y)
-            for name, attack in attacks.items():
-                generator.manual_seed(seed * 1_000_003 + number)
-                correct[name] += _right(model, attack(model, x, y, generator=generator), y)
+            batch_seed = seed * 1_000_003 + number
+            with _seeded_globals(batch_seed, device):
+                correct["clean"] += _right(model, x, y)
+                for name, attack in attacks.items():
+                    generator.manual_seed(batch_seed)
+                    correct[name] += _right(model, attack(model, x, y, generator=generator), y)
             if on_batch is not None:
                 on_batch()
     finally:
@@ -118,6 +121,17 @@ def _count(
     if total == 0:
         raise ValueError("batches must hold at least one image, got none")
     return correct, total
+
+
+@contextmanager
+def _seeded_globals(seed: int, device: torch.device) -> Iterator[None]:
+    """Torch's global generators, which a stochastic encoder draws from, seeded here and restored afterwards."""
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.default_generator.manual_seed(seed)
+        if device.type == "cuda":
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed)
+        yield
 
 
 @torch.no_grad()

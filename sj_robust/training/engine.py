@@ -3,6 +3,7 @@
 import random
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -40,6 +41,7 @@ class TrainingPlan:
         select: Validation figure that the best epoch is chosen by.
         checkpoint_steps: Steps between checkpoints within an epoch; None writes one per epoch only.
         workers: Processes that load images in the background.
+        single_step_attack: Whether training uses one, so that catastrophic overfitting is looked for.
 
     Raises:
         ValueError: If a number is out of range.
@@ -56,6 +58,7 @@ class TrainingPlan:
     select: Literal["clean", "fgsm", "pgd"] = "pgd"
     checkpoint_steps: int | None = None
     workers: int = 0
+    single_step_attack: bool = True
 
     def __post_init__(self) -> None:
         for name, value in (("epochs", self.epochs), ("checkpoint_steps", self.checkpoint_steps or 1)):
@@ -132,7 +135,9 @@ def train(
             record = run.finish_epoch(validation_attacks)
             if accelerator.is_main_process:
                 scalars = _probe(run, validation_attacks["fgsm"])
-                journal.on_epoch(record, scalars, catastrophic_overfitting(run.history))
+                warning = catastrophic_overfitting(run.history) if plan.single_step_attack else None
+                journal.on_epoch(record, scalars, warning)
+            run.raise_if_interrupted(run.agreed_signal(received))
     return run.history
 
 
@@ -184,7 +189,7 @@ class _Run:
             journal.on_step(dict(zip(Losses._fields, losses.tolist(), strict=True)))
             if self._signal is not None:
                 self.checkpoint("last.pt")
-                raise TrainingInterrupted(self._signal, self.folder / "last.pt")
+                self.raise_if_interrupted(self._signal)
             if self.plan.checkpoint_steps and self.batch % self.plan.checkpoint_steps == 0:
                 self.checkpoint("last.pt")
 
@@ -202,7 +207,10 @@ class _Run:
         )
         best = max((earlier.validation[self.plan.select] for earlier in self.history), default=-1.0)
         self.history.append(record)
-        self.scheduler.step()
+        with warnings.catch_warnings():
+            # a run resumed after the last batch of an epoch has not stepped the optimizer of this process yet
+            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+            self.scheduler.step()
         self.epoch, self.batch = self.epoch + 1, 0
         self.sums.zero_()
         if self.objective.monitor is not None:
@@ -211,6 +219,11 @@ class _Run:
             self.checkpoint("best.pt")
         self.checkpoint("last.pt")
         return record
+
+    def raise_if_interrupted(self, signal_number: int | None) -> None:
+        """Stop where a checkpoint was just written, if a signal asked for it."""
+        if signal_number is not None:
+            raise TrainingInterrupted(signal_number, self.folder / "last.pt")
 
     def checkpoint(self, name: str) -> None:
         """Write everything that :meth:`load` needs; on the main process, with the random states of all."""
@@ -257,14 +270,15 @@ class _Run:
                 x_perturbed = perturb(self.classifier, x, y, generator=generator)
         losses = self.step_module(x, y, x_perturbed)
         values = torch.stack([value.detach().double() for value in losses]).cpu()
-        self._signal = self._agree(values, received)
+        self._signal = self.agreed_signal(received, values)
         self.optimizer.zero_grad()
         self.accelerator.backward(losses.total)
         self.optimizer.step()
         return values
 
-    def _agree(self, values: Tensor, received: list[int]) -> int | None:
+    def agreed_signal(self, received: list[int], values: Tensor | None = None) -> int | None:
         """The signal that some process got; raises on all of them if the loss of one is not finite."""
+        values = torch.zeros(len(Losses._fields)) if values is None else values
         flags = torch.tensor([not bool(torch.isfinite(values).all()), received[0] if received else 0])
         if self.accelerator.num_processes > 1:
             flags = self.accelerator.gather(flags[None].to(self.accelerator.device)).amax(0)

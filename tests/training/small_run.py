@@ -68,3 +68,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     attack = {"none": None, "at": partial(rfgsm, eps=0.1, noise_std=0.0)}[sys.argv[3]]
     run(sys.argv[1], dtype=getattr(torch, sys.argv[2]), perturb=attack)
+    if torch.distributed.is_initialized():  # a process that leaves early aborts the others
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

@@ -121,6 +121,28 @@ def test_a_signal_ends_the_step_and_leaves_a_checkpoint(tmp_path, number):
     assert_same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
 
 
+@pytest.fixture
+def python_handles_ctrl_c():
+    """A shell may have started the tests in the background, where SIGINT is ignored."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+def test_ctrl_c_during_the_last_validation_is_not_lost(tmp_path, monkeypatch):
+    def attack(model, x, y, *, generator):
+        if not stopped:
+            stopped.append(signal.raise_signal(signal.SIGINT))
+        return x
+
+    stopped = []
+    monkeypatch.setattr(small_run, "VALIDATION", {"fgsm": attack, "pgd": attack})
+    with pytest.raises(TrainingInterrupted, match="continues with --resume"):
+        small_run.run(tmp_path, epochs=1)
+    assert load_checkpoint(tmp_path / "last.pt")["epoch"] == 1
+
+
+@pytest.mark.usefixtures("python_handles_ctrl_c")
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
     def twice():
         signal.raise_signal(signal.SIGINT)  # handled before it returns, unlike os.kill
