@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust.attacks.checks import check_logits
+from sj_robust.attacks.randomness import draw_seed, private_generator, seeded_globals
 
 Model = Callable[[Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -26,26 +27,11 @@ def crafting(model: Model, device: torch.device, generator: torch.Generator | No
             # An inference tensor can take part in no graph, so enable_grad alone does not serve every caller.
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
-            stack.enter_context(_seeded_globals(private))
+            stack.enter_context(seeded_globals(draw_seed(private), device))
             yield private
     finally:
         for module, training in modes:
             module.training = training
-
-
-def private_generator(generator: torch.Generator | None, device: torch.device) -> torch.Generator:
-    """Generator on ``device``, seeded by one number of ``generator`` or, without one, by fresh entropy."""
-    private = torch.Generator(device=device)
-    if generator is None:
-        private.seed()
-    elif isinstance(generator, torch.Generator):
-        private.manual_seed(_draw_seed(generator))
-    else:
-        raise TypeError(
-            f"generator must be a torch.Generator, got {type(generator).__name__}; "
-            "use torch.Generator().manual_seed(seed)"
-        )
-    return private
 
 
 class Score(NamedTuple):
@@ -108,22 +94,3 @@ def _input_gradient(losses: Tensor, x: Tensor) -> Tensor:
             "network in SpikingClassifier(net, T=...)"
         )
     return grad
-
-
-@contextmanager
-def _seeded_globals(private: torch.Generator) -> Iterator[None]:
-    """Torch's global generators of CPU and device, seeded from ``private`` and restored afterwards.
-
-    Restored without a seed of our own, they would show the attack the very numbers of the caller's next forward.
-    """
-    device = private.device
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(_draw_seed(private))
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(_draw_seed(private))
-        yield
-
-
-def _draw_seed(generator: torch.Generator) -> int:
-    return int(torch.randint(2**62, (), generator=generator, device=generator.device))

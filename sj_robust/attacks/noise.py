@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sj_robust.attacks._call import private_generator
 from sj_robust.attacks.checks import check_images, check_labels, check_model, check_size
+from sj_robust.attacks.randomness import private_generator
 
 __all__ = ["gaussian"]
 

@@ -1,13 +1,13 @@
 """Accuracy of a classifier, clean and under attack."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from sj_robust.attacks import check_images, check_labels
+from sj_robust.attacks.randomness import seeded_globals
 from sj_robust.evaluation.report import Report, Score
 from sj_robust.evaluation.threat import ThreatModel
 
@@ -108,7 +108,7 @@ def _count(
             check_labels(y, x)
             total += len(y)
             batch_seed = seed * 1_000_003 + number
-            with _seeded_globals(batch_seed, device):
+            with seeded_globals(batch_seed, device):
                 correct["clean"] += _right(model, x, y)
                 for name, attack in attacks.items():
                     generator.manual_seed(batch_seed)
@@ -121,17 +121,6 @@ def _count(
     if total == 0:
         raise ValueError("batches must hold at least one image, got none")
     return correct, total
-
-
-@contextmanager
-def _seeded_globals(seed: int, device: torch.device) -> Iterator[None]:
-    """Torch's global generators, which a stochastic encoder draws from, seeded here and restored afterwards."""
-    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-        torch.default_generator.manual_seed(seed)
-        if device.type == "cuda":
-            with torch.cuda.device(device):
-                torch.cuda.manual_seed(seed)
-        yield
 
 
 @torch.no_grad()

@@ -82,12 +82,10 @@ class Journal:
         """Log an epoch, with further scalars for TensorBoard."""
         if self._folder is None:
             return
-        passed = time.monotonic() - self._started
-        left = passed / (record.epoch - self._first_epoch) * (self._epochs - record.epoch)
         validation = ", ".join(f"{name} {value:.1%}" for name, value in record.validation.items())
         self.say(
             f"{self._name} epoch {record.epoch}/{self._epochs}: {_summary(record.losses)}; "
-            f"validation {validation}; {left:.0f} s left"
+            f"validation {validation}{self._time_left(record.epoch)}"
         )
         if warning is not None:
             self.say(f"WARNING: {warning}")
@@ -97,9 +95,15 @@ class Journal:
             for name, value in (values | {"train/lr": record.lr} | dict(scalars)).items():
                 self._writer.add_scalar(name, value, record.epoch)
 
+    def _time_left(self, epoch: int) -> str:
+        """Estimate from the epochs of this process; there are none if it resumed after the last batch of an epoch."""
+        done = epoch - self._first_epoch
+        passed = time.monotonic() - self._started
+        return f"; {passed / done * (self._epochs - epoch):.0f} s left" if done > 0 else ""
+
 
 def _summary(losses: Mapping[str, float]) -> str:
-    return (
-        f"loss {losses['total']:.3f} (clean {losses['clean']:.3f}, perturbed {losses['perturbed']:.3f}, "
-        f"mppd {losses['mppd']:.3f}), accuracy {losses['accuracy']:.1%} / {losses['accuracy_perturbed']:.1%}"
-    )
+    """The losses in words, without the perturbed part where training has none."""
+    parts = ", ".join(f"{name} {losses[name]:.3f}" for name in ("clean", "perturbed", "mppd") if losses[name])
+    perturbed = f" / {losses['accuracy_perturbed']:.1%}" if losses["perturbed"] else ""
+    return f"loss {losses['total']:.3f} ({parts}), accuracy {losses['accuracy']:.1%}{perturbed}"

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch import nn
 
+from sj_robust import SpikingClassifier
 from sj_robust.attacks import fgsm, gaussian
+from sj_robust.classifier import PoissonEncoder
 from sj_robust.evaluation import Score, ThreatModel, accuracy, environment, evaluate
 
 THREAT = ThreatModel("Linf", 0.2)
@@ -59,6 +61,23 @@ def test_nothing_of_the_model_or_the_random_state_changes():
     assert torch.equal(before, torch.get_rng_state())
     assert model.training
     assert not model.dropout.training
+
+
+def test_a_stochastic_encoder_follows_the_seed_alone():
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Flatten(2), nn.Linear(64, 16))
+    model = SpikingClassifier(net, T=2, encoder=PoissonEncoder())
+    images = torch.rand(200, 1, 8, 8)
+    labels = torch.randint(16, (200,))
+    attacks = {"fgsm": partial(fgsm, eps=0.1)}
+    reports = []
+    for seed in (3, 3, 4):
+        torch.rand(5)  # the caller's draws move nothing
+        before = torch.get_rng_state()
+        reports.append(evaluate(model, [(images, labels)], attacks, threat=THREAT, seed=seed))
+        assert torch.equal(before, torch.get_rng_state())
+    assert reports[0] == reports[1]
+    assert reports[0] != reports[2]
 
 
 def test_every_batch_gets_its_own_noise_and_the_seed_decides_it():

@@ -1,5 +1,6 @@
 import ast
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -149,7 +150,8 @@ def test_a_run_that_was_stopped_and_resumed_ends_at_the_same_weights(tmp_path, w
         assert "Traceback" not in err
     else:
         assert process.returncode == -signal.SIGKILL
-    assert "not empty" in run(tmp_path, *options, code=1)  # a run is not overwritten by accident
+    refused = run(tmp_path, *options, code=1)  # a run is not overwritten by accident
+    assert re.fullmatch(r"error: cut is not empty: .* --resume.*\n", refused)
     run(tmp_path, "--output", "cut", "--resume")  # with the options of the run
     assert_same(whole, tmp_path / "cut")
     assert Report.load(tmp_path / "cut" / "report.json").scores == Report.load(whole / "report.json").scores
@@ -191,6 +193,7 @@ def test_fashion_mnist(tmp_path, monkeypatch, layout):
 def test_missing_data(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match="apt-get install dataset-fashion-mnist"):
         in_process(monkeypatch, tmp_path, "--dataset", "fashion_mnist", "--data-root", "nowhere")
+    assert not (tmp_path / "runs").exists()
 
 
 def parsed(capsys, *options, code=0):

@@ -153,6 +153,34 @@ def test_a_second_ctrl_c_stops_at_once(tmp_path):
     assert load_checkpoint(tmp_path / "last.pt")["batch"] == 0
 
 
+def test_a_run_stopped_in_validation_resumes_with_that_validation(tmp_path, monkeypatch):
+    """The process that resumes has trained no batch when its first epoch ends."""
+    validation = dict(small_run.VALIDATION)
+    monkeypatch.setattr(small_run, "VALIDATION", validation | {"pgd": lambda *_, **__: power_cut()})
+    with pytest.raises(PowerCutError):
+        small_run.run(tmp_path, epochs=2, checkpoint_steps=4)
+    assert load_checkpoint(tmp_path / "last.pt")["batch"] == 4
+    monkeypatch.setattr(small_run, "VALIDATION", validation)
+    history, _ = small_run.run(tmp_path, epochs=2, checkpoint_steps=4, resume=True, journal=Journal(tmp_path))
+    first, second = (line for line in (tmp_path / "log.txt").read_text().splitlines() if "epoch" in line)
+    assert "left" not in first
+    assert second.endswith("; 0 s left")
+    assert len(history) == 2
+
+
+@pytest.mark.parametrize("single_step_attack", [True, False])
+def test_overfitting_is_looked_for_only_where_a_single_step_attack_trains(tmp_path, monkeypatch, single_step_attack):
+    calls = []
+
+    def pgd(model, x, y, *, generator):
+        calls.append(len(calls))
+        return x if len(calls) == 1 else 1 - x  # harmless in the first epoch, fatal afterwards
+
+    monkeypatch.setattr(small_run, "VALIDATION", {"fgsm": lambda model, x, y, *, generator: x, "pgd": pgd})
+    small_run.run(tmp_path, epochs=6, journal=Journal(tmp_path), single_step_attack=single_step_attack)
+    assert ("catastrophic overfitting" in (tmp_path / "log.txt").read_text()) == single_step_attack
+
+
 def test_a_loss_that_is_not_finite(tmp_path):
     nan = After(6, lambda: None)
 
