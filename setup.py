@@ -24,6 +24,7 @@ _FLAGS = [
     "-fvisibility=hidden",
     "-pthread",
 ]
+_LINK = ["-pthread", *(["-ldl"] if sys.platform == "linux" else [])]  # before glibc 2.34 dlsym is a library of its own
 
 
 class BuildKernels(build_ext):
@@ -55,7 +56,7 @@ setup(
             depends=sorted(str(path) for path in _OPS.glob("*/*.h")),
             language="c++",
             extra_compile_args=_FLAGS,
-            extra_link_args=["-pthread"] if sys.platform != "win32" else [],
+            extra_link_args=_LINK,
             optional=True,
         )
     ],

@@ -1,16 +1,20 @@
-"""Measure what a DLIF layer costs beside its peers and beside the memory bandwidth of this machine.
+"""Measure what DLIF costs beside its peers: layers beside the memory's speed, networks beside ReLU.
 
-    python recipes/benchmark.py                                           # three shapes, both allocators
+    python recipes/benchmark.py                                           # the neuron: three shapes, both allocators
     python recipes/benchmark.py --shapes '[[4,8,32,8,8]]' --rounds 3       # a quick look
+    python recipes/benchmark.py --what batch_norm                         # behind a batch norm
+    python recipes/benchmark.py --what conv4                              # a training step; vgg5 likewise
+    python recipes/benchmark.py --what conv4_adversarial                  # the whole adversarial step; vgg5_adversarial
     python recipes/benchmark.py --what scaling                            # time over T and over N
     python recipes/benchmark.py --output docs/benchmarks                  # leaves neuron.csv, neuron.md, neuron.png
 
 Every method runs in a process of its own, those of one shape take turns, and nothing is timed before the operator's
-tests and a comparison with the reference have passed. Peers that are not installed are named and left out; to have
+tests and a comparison with the textbook loop have passed. Peers that are not installed are named and left out; to have
 them: pip install snntorch norse nir nirtorch.
 """
 
 import csv
+import math
 import platform
 import subprocess
 import sys
@@ -23,11 +27,9 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from sj_robust.benchmarking import METHODS, Measurement, race
+from sj_robust.benchmarking import SUBJECTS, Measurement, race
 from sj_robust.evaluation import environment
 from sj_robust.plotting import plot_benchmark
-
-PEER = "SpikingJelly LIFNode"
 
 
 @dataclass(frozen=True)
@@ -35,8 +37,8 @@ class Options:
     """Options of benchmark.
 
     Attributes:
-        what: neuron compares methods; scaling shows the time over T and over the number of neurons.
-        shapes: Shapes [T, N, ...] of the input current; null for those of the documentation.
+        what: What to measure, see above.
+        shapes: Shapes [T, N, C, H, W] of the input; null for those of the documentation.
         methods: Methods to measure; null for all.
         rounds: Timed passes per method.
         threads: Threads of torch.
@@ -46,7 +48,9 @@ class Options:
         check: Whether the operator's tests run first; they need a clone of the repository and the extra test.
     """
 
-    what: Literal["neuron", "scaling"] = "neuron"
+    what: Literal["neuron", "batch_norm", "scaling", "conv4", "vgg5", "conv4_adversarial", "vgg5_adversarial"] = (
+        "neuron"
+    )
     shapes: list[tuple[int, ...]] | None = None
     methods: list[str] | None = None
     rounds: int = 15
@@ -55,13 +59,6 @@ class Options:
     instruction_set: str | None = None
     output: str | None = None
     check: bool = True
-
-
-DEFAULT_SHAPES: dict[str, list[tuple[int, ...]]] = {
-    "neuron": [(8, 64, 64, 32, 32), (8, 128, 256, 8, 8), (4, 64, 128, 8, 8)],
-    "scaling": [*((T, 32, 8192) for T in (1, 2, 4, 8, 16, 32, 64)), *((8, N, 8192) for N in (8, 16, 64, 128))],
-}
-DEFAULT_METHODS = {"neuron": list(METHODS), "scaling": ["DLIF cpp", "DLIF eager"]}
 
 
 def main(arguments: list[str]) -> None:
@@ -74,13 +71,19 @@ def main(arguments: list[str]) -> None:
     if options.check:
         refuse_unless_tests_pass()
     environ = {} if options.instruction_set is None else {"SJ_ROBUST_INSTRUCTION_SET": options.instruction_set}
-    shapes = options.shapes or DEFAULT_SHAPES[options.what]
-    methods = options.methods or DEFAULT_METHODS[options.what]
-    races = [(allocator, shape) for allocator in options.allocators for shape in shapes]
+    subject = SUBJECTS[options.what]
+    methods = options.methods or list(subject.methods)
+    races = [(allocator, shape) for allocator in options.allocators for shape in options.shapes or subject.shapes]
     rows: list[Measurement] = []
     for allocator, shape in track(races, description="races", console=console):
         found, missing = race(
-            methods, shape, rounds=options.rounds, threads=options.threads, allocator=allocator, environ=environ
+            options.what,
+            methods,
+            shape,
+            rounds=options.rounds,
+            threads=options.threads,
+            allocator=allocator,
+            environ=environ,
         )
         for method, reason in missing.items():
             console.print(f"{method} is left out: {reason}", highlight=False)
@@ -118,32 +121,43 @@ def processor() -> str:
 
 
 def table(rows: list[Measurement]) -> Table:
-    """One race, with ratios to SpikingJelly's LIFNode and to the memory's speed."""
-    first = rows[0]
-    result = Table(title=f"[{first.shape.replace('x', ', ')}] {first.allocator}, ms; floor {first.floor:.1f}")
-    for name in COLUMNS:
+    """One race on the terminal."""
+    result = Table(title=caption(rows))
+    for name in columns(rows):
         result.add_column(name, justify="left" if name == "method" else "right")
     for row in rows:
         result.add_row(*cells(row, rows))
     return result
 
 
-COLUMNS = ("method", "median", "quartiles", "best", "faster than LIFNode", "speed of memory", "saved", "peak")
+def caption(rows: list[Measurement]) -> str:
+    """What the rows of one race have in common."""
+    first = rows[0]
+    floor = f"; moving the tensors takes {first.floor:.1f} ms" if SUBJECTS[first.subject].is_layer else ""
+    return f"{first.subject} [{first.shape.replace('x', ', ')}], {first.allocator}, milliseconds{floor}"
+
+
+def columns(rows: list[Measurement]) -> tuple[str, ...]:
+    """Names of the columns: a layer is compared with the speed of the memory too."""
+    peer = SUBJECTS[rows[0].subject].peer
+    head = ("method", "median", "quartiles", "best", f"{peer} / this, median", "best")
+    memory = ("saved, tensors", "peak, tensors") if SUBJECTS[rows[0].subject].is_layer else ("saved, MB", "peak, MB")
+    speed = ("speed of memory, median / best",) if SUBJECTS[rows[0].subject].is_layer else ()
+    return (*head, *speed, *memory, f"peak / {peer}")
 
 
 def cells(row: Measurement, rows: list[Measurement]) -> tuple[str, ...]:
-    """Text of one line of the table; ratios of medians, speed of memory in the median and in the best run."""
-    peer = next((other.median for other in rows if other.method == PEER), None)
-    return (
-        row.method,
-        f"{row.median:.1f}",
-        f"{row.quartile1:.1f} - {row.quartile3:.1f}",
-        f"{row.best:.1f}",
-        "" if peer is None else f"{peer / row.median:.2f}x",
-        f"{100 * row.floor / row.median:.0f} % / {100 * row.floor / row.best:.0f} %",
-        f"{row.saved:.2f}",
-        f"{row.peak:.2f}",
-    )
+    """Text of one line of the table."""
+    subject = SUBJECTS[row.subject]
+    peer = next((other for other in rows if other.method == subject.peer), None)
+    texts = [row.method, f"{row.median:.1f}", f"{row.quartile1:.1f} - {row.quartile3:.1f}", f"{row.best:.1f}"]
+    texts += ["", ""] if peer is None else [f"{peer.median / row.median:.2f}", f"{peer.best / row.best:.2f}"]
+    if subject.is_layer:
+        texts += [f"{100 * row.floor / row.median:.0f} % / {100 * row.floor / row.best:.0f} %"]
+    unit, digits = (row.tensor_mb, 2) if subject.is_layer else (1.0, 0)
+    texts += ["" if math.isnan(mb) else f"{mb / unit:.{digits}f}" for mb in (row.saved_mb, row.peak_mb)]
+    hidden = peer is None or math.isnan(row.peak_mb)
+    return (*texts, "" if peer is None or hidden else f"{row.peak_mb / peer.peak_mb:.2f}")
 
 
 def save(folder: Path, what: str, rows: list[Measurement], where: dict[str, str]) -> None:
@@ -153,17 +167,20 @@ def save(folder: Path, what: str, rows: list[Measurement], where: dict[str, str]
         writer = csv.DictWriter(file, [*(f.name for f in fields(Measurement)), *where])
         writer.writeheader()
         writer.writerows(asdict(row) | where for row in rows)
-    lines = [f"Processor {where['processor']}, {where['threads']} threads, torch {where['torch']}, "
-             f"SpikingJelly {where['spikingjelly']}, commit {where['commit'][:12]}.", ""]  # fmt: skip
+    lines = [f"`python {' '.join(['recipes/benchmark.py', *sys.argv[1:]])}`: processor {where['processor']}, "
+             f"{where['threads']} threads, torch {where['torch']}, SpikingJelly {where['spikingjelly']}, commit "
+             f"{where['commit'][:12]}.", ""]  # fmt: skip
     for allocator, shape in dict.fromkeys((row.allocator, row.shape) for row in rows):
         of_race = [row for row in rows if (row.allocator, row.shape) == (allocator, shape)]
-        lines += [f"[{shape.replace('x', ', ')}], {allocator}; floor {of_race[0].floor:.1f} ms", ""]
-        lines += ["| " + " | ".join(COLUMNS) + " |", "|---" + "|---:" * (len(COLUMNS) - 1) + "|"]
-        lines += ["| " + " | ".join(cells(row, of_race)) + " |" for row in of_race]
-        lines.append("")
+        names = columns(of_race)
+        lines += [caption(of_race), "", "| " + " | ".join(names) + " |", "|---" + "|---:" * (len(names) - 1) + "|"]
+        lines += [*("| " + " | ".join(cells(row, of_race)) + " |" for row in of_race), ""]
     (folder / f"{what}.md").write_text("\n".join(lines), encoding="utf-8")
     plot_benchmark(rows, folder / f"{what}.png")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    try:
+        main(sys.argv[1:])
+    except (RuntimeError, ValueError) as error:
+        sys.exit(f"error: {error}")

@@ -32,8 +32,10 @@ class FusedSequential(nn.Sequential):
     """``nn.Sequential`` that runs a batch norm and the DLIFNode right behind it in one pass where it can.
 
     Same modules, names, parameters and results as ``nn.Sequential``. A pair runs in one pass in step mode ``"m"`` on
-    the CPU with the compiled kernel; otherwise, and whenever somebody looks between the two (a hook on either, such as
-    a monitor's), one after the other. Equation: see :func:`sj_robust.ops.bn_dlif.batch_norm_dlif_multi_step`.
+    the CPU with the compiled kernel; otherwise, and whenever somebody looks between the two (a hook on either; those of
+    an ``MPPDMonitor`` only in its runs and on the layers it follows), one after the other.
+
+    Equation: see :func:`sj_robust.ops.bn_dlif.batch_norm_dlif_multi_step`.
 
     Shapes: those of the modules inside.
 
@@ -150,6 +152,8 @@ def _run_pair(norm: nn.Module, node: nn.Module, x_seq: Any) -> torch.Tensor | No
     if single_value or not can_fuse(x_seq, values, node._surrogate()):
         return None
     spike_seq = node.multi_step_forward(x_seq, partial(_operator, values))
+    for owner in _hook_owners(node):  # none of them is awake, see _is_watched
+        owner.unseen_call()
     if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
     return spike_seq
@@ -181,11 +185,17 @@ def _values(norm: nn.modules.batchnorm._BatchNorm) -> BatchNorm:
     )
 
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def _is_watched(module: nn.Module) -> bool:
-    """Whether anything but the module itself would run when it is called."""
-    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    """Whether anything but the module itself would have to run when it is called."""
+    watched = any(getattr(owner, "needs_call", lambda: True)() for owner in _hook_owners(module))
     return (
-        any(getattr(module, name) for name in hooks)
-        or "forward" in vars(module)
-        or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]  # untyped in torch
+        watched or "forward" in vars(module) or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]  # untyped in torch
     )
+
+
+def _hook_owners(module: nn.Module) -> list[Any]:
+    """Objects whose methods are hooks of the module; a plain function stands for itself."""
+    return [getattr(hook, "__self__", hook) for name in _HOOKS for hook in getattr(module, name).values()]

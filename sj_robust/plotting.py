@@ -1,5 +1,6 @@
 """Figures, drawn from saved results; needs matplotlib (extra ``recipes``)."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -60,13 +61,14 @@ def plot_benchmark(measurements: Sequence[Measurement], path: Path) -> None:
             axes.barh(places, [m.median for m in rows], height, xerr=spread, label=method, color=f"C{index}")
         for place, shape in enumerate(shapes):
             floor = min(m.floor for m in here if m.shape == shape)
-            axes.plot([floor, floor], [place - height / 2, place + 0.8 - height / 2], color="black", linewidth=1.2)
+            if not math.isnan(floor):
+                axes.plot([floor, floor], [place - height / 2, place + 0.8 - height / 2], color="black", linewidth=1.2)
         axes.set_xscale("log")
         axes.set_yticks(
             [place + 0.4 - height / 2 for place in range(len(shapes))], [s.replace("x", ", ") for s in shapes]
         )
         axes.invert_yaxis()
-        axes.set_xlabel("forward + backward, ms (bar: median, whisker: quartiles, line: floor)", fontsize=8)
+        axes.set_xlabel("forward + backward, ms (bar: median, whisker: quartiles, line: memory's speed)", fontsize=8)
         axes.set_title(allocator, fontsize=10)
     panels[0].legend(fontsize=7)
     figure.savefig(path, dpi=150)

@@ -13,6 +13,7 @@ from sj_robust import fusion
 from sj_robust.fusion import FusedSequential, fuse_batch_norm, unfuse_batch_norm
 from sj_robust.neuron import DLIFNode
 from sj_robust.ops.dlif import cpp
+from sj_robust.perturbation import MPPDMonitor
 
 needs_kernel = pytest.mark.skipif(cpp.unavailable_reason() is not None, reason=str(cpp.unavailable_reason()))
 T = 4
@@ -248,6 +249,20 @@ def test_errors_are_those_of_the_plain_network(passes):
 
 
 @needs_kernel
+def test_a_plain_and_a_fused_pass_share_one_graph(passes):
+    """As where a hook looks at one pass of a training step and not at the other."""
+    net = network()
+    fuse_batch_norm(net)
+    hook = net[2].register_forward_hook(lambda *_: None)
+    x = torch.randn(T, 3, 2, 8, 8)
+    total = net(x).sum()
+    hook.remove()
+    functional.reset_net(net)
+    (total + net(x).sum()).backward()
+    assert passes.fused == 3
+
+
+@needs_kernel
 def test_training_goes_the_same_way():
     losses = []
     for fuse in (False, True):
@@ -265,3 +280,63 @@ def test_training_goes_the_same_way():
             optimizer.step()
         losses.append(loss.item())
     assert losses[0] == pytest.approx(losses[1], abs=0.05)
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("layers", "fused_passes"),
+    [("all", 0), ("last", 4), (["2"], 2), (["7"], 4)],
+    ids=str,
+)
+def test_a_monitor_keeps_apart_only_the_pairs_it_looks_at(passes, layers, fused_passes):
+    plain = network().eval()
+    fused = copy.deepcopy(plain)
+    fuse_batch_norm(fused)
+    x, x_perturbed = torch.randn(T, 3, 2, 8, 8), torch.randn(T, 3, 2, 8, 8)
+    losses = []
+    for net in (plain, fused):
+        with MPPDMonitor(net, layers=layers) as monitor:
+            for _ in range(2):  # the first run finds out which layer is the last
+                passes.fused = 0
+                for context, images in ((monitor.clean(), x), (monitor.perturbed(), x_perturbed)):
+                    functional.reset_net(net)
+                    with context:
+                        net(images)
+                order = monitor.execution_order
+            functional.reset_net(net)
+            losses.append(monitor.loss("last" if layers == "last" else [*order][-1:] if layers == "all" else layers))
+            assert order == ("2", "3.2", "7")
+            assert passes.fused == (fused_passes if net is fused else 0)
+            net(x)  # outside its contexts the monitor looks at nothing
+            assert passes.fused == (fused_passes + 2 if net is fused else 0)
+    torch.testing.assert_close(*losses)
+
+
+@needs_kernel
+def test_a_monitor_of_the_last_layer_says_when_another_one_became_the_last():
+    class Routed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Sequential(layer.BatchNorm2d(2), DLIFNode(T=T))
+            self.b = nn.Sequential(layer.BatchNorm2d(2), DLIFNode(T=T))
+            self.swapped = False
+
+        def forward(self, x):
+            return self.a(self.b(x)) if self.swapped else self.b(self.a(x))
+
+    net = Routed()
+    functional.set_step_mode(net, "m")
+    fuse_batch_norm(net)
+    monitor = MPPDMonitor(net, layers="last")
+    x = torch.randn(T, 3, 2, 4, 4)
+    with monitor.clean():
+        net(x)
+    assert monitor.execution_order == ("a.1", "b.1")
+    net.swapped = True
+    functional.reset_net(net)
+    with pytest.raises(RuntimeError, match=r"last was 'b\.1' and is 'a\.1' now: name the layers"), monitor.clean():
+        net(x)
+    functional.reset_net(net)
+    with monitor.clean():  # found out anew
+        net(x)
+    assert monitor.execution_order == ("b.1", "a.1")

@@ -1,6 +1,6 @@
-"""Measuring spiking layers beside their peers, each in a process of its own; ``recipes/benchmark.py`` is its face."""
+"""Layers and training steps beside their peers, each in a process of its own; ``recipes/benchmark.py`` is the face."""
 
-from sj_robust.benchmarking.methods import METHODS, build
-from sj_robust.benchmarking.race import Measurement, race
+from sj_robust.benchmarking.race import ALLOCATORS, Measurement, race
+from sj_robust.benchmarking.subjects import SUBJECTS, Subject, Task
 
-__all__ = ["METHODS", "Measurement", "build", "race"]
+__all__ = ["ALLOCATORS", "SUBJECTS", "Measurement", "Subject", "Task", "race"]

@@ -6,9 +6,11 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+from sj_robust.benchmarking.subjects import SUBJECTS
 
 __all__ = ["ALLOCATORS", "Measurement", "race"]
 
@@ -21,20 +23,23 @@ ALLOCATORS: Mapping[str, Mapping[str, str]] = {
 
 @dataclass(frozen=True)
 class Measurement:
-    """One method at one shape. Times in milliseconds, memory in units of the input tensor.
+    """One method at one shape. Times in milliseconds, memory in megabytes.
 
     Attributes:
+        subject: Name in :data:`sj_robust.benchmarking.SUBJECTS`.
         allocator: Name in :data:`ALLOCATORS`.
         shape: Shape of the input, as text.
         method: Name of the method.
         median: Median of forward plus backward; ``quartile1`` and ``quartile3`` are its spread.
         best: Fastest forward plus backward.
         forward: Median of the forward pass alone; ``backward`` likewise.
-        saved: What the graph keeps beyond the input.
-        peak: Growth of the resident set at its highest.
-        copy: Milliseconds of the fastest copy of the tensor in the same race.
+        saved_mb: What the graph keeps beyond inputs and parameters.
+        peak_mb: Growth of the resident set at its highest; NaN where the heap is reused, which hides it.
+        tensor_mb: The input of a layer, the frames of a network.
+        copy: Milliseconds of the fastest copy of that tensor in the same race; NaN for networks.
     """
 
+    subject: str
     allocator: str
     shape: str
     method: str
@@ -44,18 +49,20 @@ class Measurement:
     best: float
     forward: float
     backward: float
-    saved: float
-    peak: float
+    saved_mb: float
+    peak_mb: float
+    tensor_mb: float
     copy: float
 
     @property
     def floor(self) -> float:
-        """Milliseconds that moving the tensors takes: 2 passes forward and 3 backward, a copy being 2."""
+        """Milliseconds that moving a layer's tensors takes: 2 passes forward and 3 backward, a copy being 2."""
         return 2.5 * self.copy
 
 
 def race(
-    methods: Iterable[str],
+    subject: str,
+    methods: Sequence[str],
     shape: tuple[int, ...],
     *,
     rounds: int,
@@ -66,8 +73,9 @@ def race(
     """Time every method at one shape, in turns.
 
     Args:
-        methods: Names out of ``sj_robust.benchmarking.METHODS``.
-        shape: Shape [T, N, *] of the input currents.
+        subject: Name in ``sj_robust.benchmarking.SUBJECTS``.
+        methods: Names of its methods.
+        shape: Shape [T, N, *] of the input.
         rounds: Timed passes per method, >= 2.
         threads: Threads of torch.
         allocator: Name in :data:`ALLOCATORS`.
@@ -77,8 +85,12 @@ def race(
         Measurements in the order of ``methods``, and the methods that are not installed with the reason.
 
     Raises:
-        RuntimeError: If a process dies; a method that does not equal the reference is never timed.
+        RuntimeError: If a process dies, or a method is wrong: it is never timed.
+        ValueError: If a name is unknown or there are too few rounds.
     """
+    unknown = [method for method in methods if method not in SUBJECTS[subject].methods]
+    if unknown:
+        raise ValueError(f"methods of {subject} are {', '.join(SUBJECTS[subject].methods)}; got {', '.join(unknown)}")
     if rounds < 2:
         raise ValueError(f"rounds must be >= 2 to have a spread, got {rounds}")
     variables = {**os.environ, **ALLOCATORS[allocator], **(environ or {})}
@@ -87,11 +99,14 @@ def race(
     missing: dict[str, str] = {}
     seconds: dict[str, list[tuple[float, float]]] = {}
     try:
-        for method in (*methods, "copy"):
-            command = [sys.executable, "-m", "sj_robust.benchmarking.worker", method, json.dumps(shape), str(threads)]
+        for method in (*methods, *(["copy"] if SUBJECTS[subject].is_layer else [])):
+            arguments = [subject, method, json.dumps(shape), str(threads)]
+            command = [sys.executable, "-m", "sj_robust.benchmarking.worker", *arguments]
             worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables)
             workers[method] = worker
             facts[method] = _answer(worker, method)
+            if "wrong" in facts[method]:
+                raise RuntimeError(facts[method]["wrong"])
             if "missing" in facts[method]:
                 missing[method] = facts[method]["missing"]
                 workers.pop(method).communicate()
@@ -105,9 +120,9 @@ def race(
     finally:
         for worker in workers.values():
             worker.communicate()
-    copy = 1e3 * min(forward for forward, _ in seconds["copy"])
+    copy = 1e3 * min((forward for forward, _ in seconds.get("copy", ())), default=math.nan)
     measurements = [
-        _measurement(allocator, shape, method, seconds[method], facts[method], copy)
+        _measurement(subject, allocator, shape, method, seconds[method], facts[method], copy)
         for method in workers
         if method != "copy"
     ]
@@ -123,6 +138,7 @@ def _answer(worker: "subprocess.Popen[str]", method: str) -> Any:
 
 
 def _measurement(
+    subject: str,
     allocator: str,
     shape: tuple[int, ...],
     method: str,
@@ -134,6 +150,7 @@ def _measurement(
     totals = [1e3 * (f + b) for f, b in seconds]
     quartiles = statistics.quantiles(totals, method="inclusive")
     return Measurement(
+        subject=subject,
         allocator=allocator,
         shape="x".join(map(str, shape)),
         method=method,
@@ -143,7 +160,8 @@ def _measurement(
         best=min(totals),
         forward=1e3 * statistics.median(forward),
         backward=1e3 * statistics.median(backward),
-        saved=facts.get("saved_tensors", math.nan),
-        peak=facts.get("peak_tensors", math.nan),
+        saved_mb=facts["saved_mb"],
+        peak_mb=facts["peak_mb"] if allocator == "malloc" else math.nan,
+        tensor_mb=facts["tensor_mb"],
         copy=copy,
     )

@@ -1,6 +1,9 @@
 """Body of one process of :func:`sj_robust.benchmarking.race`: weigh a method once, then time a pass per order."""
 
+import gc
 import json
+import math
+import mmap
 import sys
 import threading
 import time
@@ -13,13 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sj_robust.benchmarking.methods import Layer, build
-
-_SAME_DYNAMICS = ("DLIF", "SpikingJelly")
-"""Methods that must spike as the reference does; the others reset a step later, so only their range is checked."""
+from sj_robust.benchmarking.subjects import SUBJECTS, Task
 
 
-def main(method: str, shape: tuple[int, ...], threads: int) -> None:
+def main(subject: str, method: str, shape: tuple[int, ...], threads: int) -> None:
     """Answer every line of standard input with the seconds of one forward and one backward pass."""
     warnings.simplefilter("ignore")  # of peers; this package is silent
     torch.set_num_threads(threads)
@@ -27,21 +27,28 @@ def main(method: str, shape: tuple[int, ...], threads: int) -> None:
     facts: dict[str, Any] = {}
     if method == "copy":
         once = _copy(shape, threads)
+        once()
     else:
         try:
-            layer = build(method, shape[0])
+            task = SUBJECTS[subject].methods[method](shape)
         except (ImportError, RuntimeError) as error:
             _answer({"missing": str(error)})
             return
-        _refuse_unless_right(method, layer, shape[0])
-        x_seq, grad = torch.randn(shape).mul_(0.5).requires_grad_(), torch.randn(shape)
+        try:
+            task.check()
+        except ValueError as error:
+            _answer({"wrong": str(error)})
+            return
 
         def once() -> tuple[float, float]:
-            return _timed_pass(layer, x_seq, grad)
+            return _timed_pass(task)
 
-        tensor = 4 * x_seq.numel()
-        facts = {"saved_tensors": _saved_bytes(layer, x_seq) / tensor, "peak_tensors": _peak_bytes(once) / tensor}
-    once()
+        once()  # what a library sets up at its first call does not count
+        facts = {
+            "tensor_mb": task.tensor_bytes / 1e6,
+            "peak_mb": _peak_bytes(once) / 1e6,
+            "saved_mb": _saved_bytes(task) / 1e6,
+        }
     _answer(facts)
     for _ in sys.stdin:
         _answer(once())
@@ -52,36 +59,17 @@ def _answer(value: Any) -> None:
     sys.stdout.flush()
 
 
-def _timed_pass(layer: Layer, x_seq: Tensor, grad: Tensor) -> tuple[float, float]:
+def _timed_pass(task: Task) -> tuple[float, float]:
     """Seconds of the forward and of the backward pass; results are dropped, as after a training step."""
-    x_seq.grad = None
     start = time.perf_counter()
-    spikes = layer(x_seq)
+    result = task.forward()
     middle = time.perf_counter()
-    torch.autograd.backward(spikes, grad)
+    task.backward(result)
     return middle - start, time.perf_counter() - middle
 
 
-def _refuse_unless_right(method: str, layer: Layer, T: int) -> None:
-    """Compare spikes and gradients with the reference before anything is timed."""
-    x_seq = torch.randn(T, 3, 1000).mul_(0.7).requires_grad_()
-    spikes = layer(x_seq)
-    if not bool(((spikes == 0) | (spikes == 1)).all()):
-        raise SystemExit(f"{method} gives spikes that are neither 0 nor 1: it is not timed")
-    if not method.startswith(_SAME_DYNAMICS):
-        return
-    reference = build("textbook loop", T)(x_seq)
-    weights = torch.randn_like(x_seq)
-    (grad,) = torch.autograd.grad((spikes * weights).sum(), x_seq)
-    (wanted,) = torch.autograd.grad((reference * weights).sum(), x_seq)
-    # a neuron whose spikes differ by rounding at the threshold is left out; there may be one in a thousand
-    same = (spikes == reference).all(0)
-    if float(same.float().mean()) < 0.999 or not torch.allclose(grad[:, same], wanted[:, same], rtol=1e-3, atol=1e-4):
-        raise SystemExit(f"{method} does not equal the reference: it is not timed")
-
-
-def _saved_bytes(layer: Layer, x_seq: Tensor) -> int:
-    """Bytes that the graph keeps alive beyond the input; the last potential, a state, belongs to it."""
+def _saved_bytes(task: Task) -> int:
+    """Bytes that the graph keeps alive beyond the inputs; the last potential, a state, belongs to it."""
     storages: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -89,8 +77,10 @@ def _saved_bytes(layer: Layer, x_seq: Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        layer(x_seq)
-    storages.pop(x_seq.untyped_storage().data_ptr(), None)
+        result = task.forward()
+    for tensor in task.inputs:
+        storages.pop(tensor.untyped_storage().data_ptr(), None)
+    del result
     return sum(size for size in storages.values() if size > 4096)  # gains and thresholds do not count
 
 
@@ -103,6 +93,9 @@ def _peak_bytes(once: Callable[[], Any]) -> float:
     def kilobytes(name: str) -> int:
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name))
 
+    gc.collect()
+    if hasattr(libc := CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)  # what the allocator kept of earlier passes would hide the growth
     reset.write_text("5")  # peak := present
     before = kilobytes("VmRSS:")
     once()
@@ -110,11 +103,15 @@ def _peak_bytes(once: Callable[[], Any]) -> float:
 
 
 def _copy(shape: tuple[int, ...], threads: int) -> Callable[[], tuple[float, float]]:
-    """Seconds to copy one tensor with the C library's memcpy, each thread its share: the speed of this memory."""
+    """Seconds to copy one tensor at the speed of this memory: memcpy by every thread, huge pages where there are.
+
+    Measured on 256 MB, whatever the shape and the allocator, so that neither caches nor page faults are part of it.
+    """
     memcpy = CDLL(None).memcpy
     memcpy.argtypes = (c_void_p, c_void_p, c_size_t)
-    source, target = torch.zeros(shape), torch.zeros(shape)
-    share = source.numel() // threads * 4
+    size = 256 << 20
+    source, target = _pages(size), _pages(size)
+    share = size // threads
 
     def once() -> tuple[float, float]:
         parts = [
@@ -126,10 +123,18 @@ def _copy(shape: tuple[int, ...], threads: int) -> Callable[[], tuple[float, flo
             part.start()
         for part in parts:
             part.join()
-        return time.perf_counter() - start, 0.0
+        return (time.perf_counter() - start) * 4 * math.prod(shape) / size, 0.0
 
     return once
 
 
+def _pages(size: int) -> Tensor:
+    """Bytes that were written to: untouched ones all share one page."""
+    pages = mmap.mmap(-1, size)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(pages, dtype=torch.uint8).fill_(1)
+
+
 if __name__ == "__main__":
-    main(sys.argv[1], tuple(json.loads(sys.argv[2])), int(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], tuple(json.loads(sys.argv[3])), int(sys.argv[4]))

@@ -67,13 +67,19 @@ class Surrogate:
 
     def derivative(self, z: Tensor) -> Tensor:
         """Surrogate derivative g(z); same shape and dtype as ``z``, no graph."""
+        return self.derivative_(z.clone())
+
+    def derivative_(self, z: Tensor) -> Tensor:
+        """As :meth:`derivative`, but ``z`` may be overwritten."""
         alpha = self.alpha
         if self.kind == "triangle":
-            return z.abs().mul_(-alpha * alpha).add_(alpha).clamp_min_(0.0)
+            fall = z.abs_() if alpha == 1.0 else z.abs_().mul_(alpha * alpha)
+            top = torch.full((), alpha, dtype=z.dtype, device=z.device)
+            return torch.sub(top, fall, out=None if fall.requires_grad else fall).clamp_min_(0.0)
         if self.kind == "atan":
-            return (alpha / 2) / (1 + (math.pi / 2 * alpha * z).square_())
+            return (alpha / 2) / z.mul_(math.pi / 2 * alpha).square_().add_(1)
         if self.kind == "sigmoid":
-            s = (alpha * z).sigmoid_()
+            s = z.mul_(alpha).sigmoid_()
             return alpha * s * (1 - s)
         assert self.function is not None  # guaranteed by __post_init__
         with torch.enable_grad():

@@ -45,6 +45,7 @@ class Recording:
         self._input_gain = input_gain
         self._trace = trace
         self._called: list[str] = []
+        self._unseen: set[str] = set()
         self._layers = self._checked(layers)
 
     @contextmanager
@@ -57,7 +58,7 @@ class Recording:
         if kind != "perturbed":
             self.forget()
         self.run = kind
-        self._called = []
+        self._called, self._unseen = [], set()
         try:
             yield
             self._finish(kind)
@@ -66,7 +67,7 @@ class Recording:
             raise
         finally:
             self.run = None
-            self._called = []
+            self._called, self._unseen = [], set()
 
     def forget(self) -> None:
         """Let go of the pair."""
@@ -93,6 +94,23 @@ class Recording:
                     "it did not run, or the monitor's layers=... leaves it out"
                 )
         return [self.pairs[name] for name in layers]
+
+    def needs(self, name: str) -> bool:
+        """Whether the next call of a neuron has to pass through the hooks.
+
+        Of ``layers="last"`` any may be the one until a first run has shown which is.
+        """
+        if self.run is None:
+            return False
+        if self._layers == "last":
+            return not self.order or name == self.order[-1]
+        return name in self._followed()
+
+    def unseen_call(self, name: str) -> None:
+        """A neuron that is not needed was called in a way that the hooks do not see."""
+        if self.run is not None and name not in self._called:
+            self._called.append(name)
+            self._unseen.add(name)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
     def before_call(self, name: str) -> None:
@@ -135,9 +153,14 @@ class Recording:
 
     def _finish(self, kind: RunKind) -> None:
         if kind != "perturbed":
-            self.order = self._called
+            expected, self.order = self.order[-1:], self._called
             if self._layers == "last":
                 self._check_last()
+                if self.order and self.order[-1] in self._unseen:
+                    last, self.order = self.order[-1], []
+                    raise RuntimeError(
+                        f"the spiking layer executed last was {expected[0]!r} and is {last!r} now: name the layers"
+                    )
             if not self.pairs:
                 raise RuntimeError(
                     f"no followed layer ran inside {kind}(): the network was not called there, or in a way that skips "
@@ -176,7 +199,11 @@ class Recording:
 
 
 class NeuronHook:
-    """Hooks of one neuron; in a copy of the network they do nothing."""
+    """Hooks of one neuron; in a copy of the network they do nothing.
+
+    Fused layers ask :meth:`needs_call` whether they may run the neuron without calling it, and then tell
+    :meth:`unseen_call` that they did.
+    """
 
     def __init__(self, recording: Recording | None, name: str) -> None:
         self._recording = recording
@@ -184,6 +211,15 @@ class NeuronHook:
 
     def __reduce__(self) -> tuple[type["NeuronHook"], tuple[None, str]]:
         return NeuronHook, (None, self._name)
+
+    def needs_call(self) -> bool:
+        """Whether the hooks must see the next call."""
+        return self._recording is not None and self._recording.needs(self._name)
+
+    def unseen_call(self) -> None:
+        """The neuron ran without a call that the hooks could see."""
+        if self._recording is not None:
+            self._recording.unseen_call(self._name)
 
     def before(self, module: nn.Module, args: Any) -> None:
         """Forward pre-hook."""

@@ -173,6 +173,7 @@ class _Run:
         )
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, plan.epochs)
         self.step_module, self.optimizer = accelerator.prepare(objective, optimizer)
+        objective.prepare(splits.train[0][0].unsqueeze(0).to(accelerator.device))
         self.epoch = 0
         self.batch = 0
         self.sums = torch.zeros(len(Losses._fields), dtype=torch.float64)

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -92,6 +93,25 @@ class Objective(nn.Module):
         self.norm: Literal["l2", "l1"] = norm
         self.input_gain = input_gain
         self.monitor = MPPDMonitor(classifier.net, layers=self.layers) if rho > 0 else None
+
+    @torch.no_grad()
+    def prepare(self, x: Tensor) -> None:
+        """Find the layer executed last by one run on ``x``, which changes nothing else.
+
+        The monitor then leaves the other layers to themselves from the first step on, so that a resumed run repeats an
+        unbroken one bit for bit also where batch norm and neuron run in one pass.
+        """
+        if self.monitor is None:
+            return
+        modes = {module: module.training for module in self.classifier.modules()}
+        self.classifier.eval()
+        try:
+            with self.monitor.clean():
+                self.classifier(x)
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+            self.monitor.clear_recorded_data()
 
     def forward(self, x: Tensor, y: Tensor, x_perturbed: Tensor | None = None) -> Losses:
         """Parts of the objective for images ``x`` with labels ``y``; without perturbed images, plain cross entropy."""

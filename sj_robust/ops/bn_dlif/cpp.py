@@ -135,8 +135,10 @@ def _statistics(ctx: Any, flat: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor
     distance = sums[:, 0] / count
     mean = near.double() + distance
     variance = (sums[:, 1] / count - distance.square()).clamp_(min=0.0)
+    # Through .data, since torch's own batch norm leaves their version alone too: the graph of an earlier pass, which
+    # names them without using them, stays good.
     if norm.running_mean is not None:
-        norm.running_mean.mul_(1 - norm.momentum).add_(norm.momentum * mean)
+        norm.running_mean.data.mul_(1 - norm.momentum).add_(norm.momentum * mean)
     if norm.running_var is not None:
-        norm.running_var.mul_(1 - norm.momentum).add_(norm.momentum * variance * (count / (count - 1)))
+        norm.running_var.data.mul_(1 - norm.momentum).add_(norm.momentum * variance * (count / (count - 1)))
     return mean, (variance + norm.eps).rsqrt()

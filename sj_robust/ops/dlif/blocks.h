@@ -59,7 +59,7 @@ template <class C> struct ForwardBlock {
 };
 
 template <class C, class Coupling, bool SOFT, bool STREAM>
-__attribute__((noinline)) void forward_block(const ForwardBlock<C>& b, const Neuron<C>& n, Coupling& coupling) {
+__attribute__((noinline)) void forward_block(const ForwardBlock<C>& b, const Neuron<C> n, Coupling& coupling) {
   constexpr int W = LANES<C>;
   Vec<C> v[ROWS];
   for (int k = 0; k < ROWS; ++k) v[k] = b.v_init ? load(b.v_init + k * W) : fill(n.v_start);
@@ -90,7 +90,7 @@ template <class C> struct BackwardBlock {
 };
 
 template <class C, class Coupling, bool SOFT, int SURROGATE, bool DETACH, bool STREAM>
-__attribute__((noinline)) void backward_block(const BackwardBlock<C>& b, const Neuron<C>& n, Coupling& coupling) {
+__attribute__((noinline)) void backward_block(const BackwardBlock<C>& b, const Neuron<C> n, Coupling& coupling) {
   constexpr int W = LANES<C>;
   Vec<C> v[ROWS];
   for (int k = 0; k < ROWS; ++k) v[k] = b.v_init ? load(b.v_init + k * W) : fill(n.v_start);
@@ -163,8 +163,8 @@ template <class C> struct Scratch {
 
 template <class C> int64_t scratch_elements(int64_t T) { return T * (5 * BLOCK<C> + LANES<C>) + 4 * BLOCK<C>; }
 
-template <class C, class K> using ForwardFn = void (*)(const ForwardBlock<C>&, const Neuron<C>&, K&);
-template <class C, class K> using BackwardFn = void (*)(const BackwardBlock<C>&, const Neuron<C>&, K&);
+template <class C, class K> using ForwardFn = void (*)(const ForwardBlock<C>&, const Neuron<C>, K&);
+template <class C, class K> using BackwardFn = void (*)(const BackwardBlock<C>&, const Neuron<C>, K&);
 
 // Only large float tensors are worth a second copy of the code with streaming stores.
 template <class C> constexpr bool STREAMS = std::is_same_v<C, float>;

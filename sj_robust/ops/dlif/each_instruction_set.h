@@ -1,4 +1,5 @@
-// Includes SJR_BODY once per instruction set, inside namespace sjr::<set>, with SJR_VECTOR_BYTES set to its vector width.
+// Includes SJR_BODY once per instruction set, inside namespace sjr::<set>, with SJR_VECTOR_BYTES set to its vector width
+// and SJR_LEVEL to 0, 1 or 2: a compiler need not define __AVX2__ and the like inside a region with that target.
 // One source, one object, no per-file compiler flags; no header of the standard library may be included by the body,
 // so that no function compiled for a newer processor can replace a shared one.
 #if !defined(SJR_BASELINE_BYTES)
@@ -14,9 +15,11 @@
 #endif
 
 #define SJR_SET baseline
+#define SJR_LEVEL 0
 #define SJR_VECTOR_BYTES SJR_BASELINE_BYTES
 #include SJR_BODY
 #undef SJR_SET
+#undef SJR_LEVEL
 #undef SJR_VECTOR_BYTES
 
 #if defined(__x86_64__)
@@ -28,9 +31,11 @@
 #pragma GCC target("avx2")
 #endif
 #define SJR_SET avx2
+#define SJR_LEVEL 1
 #define SJR_VECTOR_BYTES 32
 #include SJR_BODY
 #undef SJR_SET
+#undef SJR_LEVEL
 #undef SJR_VECTOR_BYTES
 #if defined(__clang__)
 #pragma clang attribute pop
@@ -41,9 +46,11 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl")
 #endif
 #define SJR_SET avx512
+#define SJR_LEVEL 2
 #define SJR_VECTOR_BYTES 64
 #include SJR_BODY
 #undef SJR_SET
+#undef SJR_LEVEL
 #undef SJR_VECTOR_BYTES
 #if defined(__clang__)
 #pragma clang attribute pop

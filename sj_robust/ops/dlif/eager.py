@@ -1,4 +1,9 @@
-"""DLIF in plain torch: analytic backward, saves only the input, works on blocks that stay in cache."""
+"""DLIF in plain torch: analytic backward, saves only the input, works on blocks of neurons.
+
+A step costs as much as it has torch calls, so there are few, and none makes a mask of booleans. Inside, potentials are
+negated: then ``threshold`` does fire and hard reset at once, and ``threshold_backward`` its gradient, since both keep
+what is above a value, and a negated potential is above ``-v_threshold`` where the neuron is silent.
+"""
 
 import torch
 from torch import Tensor
@@ -6,7 +11,8 @@ from torch import Tensor
 from sj_robust.ops.dlif.config import DLIFConfig, initial_potential, state_dtype
 from sj_robust.ops.surrogate import Surrogate
 
-_CPU_BLOCK_ELEMENTS = 1 << 18  # per thread and block, over all steps: 1 MB in float32
+_CPU_BLOCK_ELEMENTS = 1 << 21  # per thread and block, over all steps: fewer torch calls outweigh a smaller cache
+_CPU_BLOCK_LIMIT = 1 << 24  # per block, however many threads: 64 MB in float32
 
 
 def unavailable_reason() -> str | None:
@@ -51,7 +57,6 @@ def backward(
     needs_v_init: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """See :class:`sj_robust.ops.dlif.autograd.Implementation`."""
-    T = x_seq.shape[0]
     dtype = state_dtype(x_seq)
     grad_x_seq = torch.empty_like(x_seq)
     grad_gain = torch.zeros_like(input_gain, dtype=torch.float64 if x_seq.device.type == "cpu" else dtype)
@@ -62,19 +67,19 @@ def backward(
     buffer = torch.empty_like(x_seq[:, blocks[0]], dtype=dtype) if blocks else None
     for block in blocks:
         assert buffer is not None  # there is a block
-        h_seq = buffer[:, : block.stop - block.start]
-        _advance(x_seq[:, block], input_gain, v_start[block].clone(), config, h_seq=h_seq)
-        grad_carry = torch.zeros_like(h_seq[0]) if grad_v is None else grad_v[block].clone()
-        for t in reversed(range(T)):
+        n_seq = buffer[:, : block.stop - block.start]
+        _advance(x_seq[:, block], input_gain, v_start[block].clone(), config, n_seq=n_seq)
+        grad_carry = torch.zeros_like(n_seq[0]) if grad_v is None else grad_v[block].clone()
+        product = torch.empty_like(grad_carry)
+        for t in reversed(range(x_seq.shape[0])):
             if grad_v_seq is not None:
                 grad_carry += grad_v_seq[t, block]
-            x = x_seq[t, block].to(dtype)
-            grad_h = _grad_charge(h_seq[t], grad_spike_seq[t, block].to(dtype), grad_carry, config)
+            grad_h = _grad_charge(n_seq[t], grad_spike_seq[t, block].to(dtype), grad_carry, config)
             if x_seq.dtype == dtype:
                 torch.mul(grad_h, gains[t], out=grad_x_seq[t, block])
             else:
                 grad_x_seq[t, block] = grad_h * gains[t]
-            grad_gain[t] += (grad_h * x).sum()
+            grad_gain[t] += torch.mul(grad_h, x_seq[t, block].to(dtype), out=product).sum()
             grad_carry = grad_h.mul_(config.decay)
         if grad_v_init is not None:
             grad_v_init[block] = grad_carry
@@ -82,11 +87,11 @@ def backward(
 
 
 def _blocks(x_seq: Tensor) -> list[slice]:
-    """Ranges of neurons whose T steps fit in cache; one range on a GPU and under torch.compile."""
+    """Ranges of neurons that bound the memory for T steps; one range on a GPU and under torch.compile."""
     T, M = x_seq.shape
     size = M
     if x_seq.device.type == "cpu" and not torch.compiler.is_compiling():
-        size = max(_CPU_BLOCK_ELEMENTS // T, 4096) * torch.get_num_threads()
+        size = max(min(_CPU_BLOCK_ELEMENTS * torch.get_num_threads(), _CPU_BLOCK_LIMIT) // T, 4096)
     return [slice(start, min(start + size, M)) for start in range(0, M, max(size, 1))]
 
 
@@ -98,44 +103,65 @@ def _advance(
     *,
     spike_seq: Tensor | None = None,
     v_seq: Tensor | None = None,
-    h_seq: Tensor | None = None,
+    n_seq: Tensor | None = None,
 ) -> None:
-    """Move ``v`` through all steps in place and fill whichever of the sequences is given."""
-    surrogate, v_threshold = config.surrogate, config.v_threshold
-    v_reset = None if config.v_reset is None else torch.full((), config.v_reset, dtype=v.dtype, device=v.device)
+    """Move ``v`` through all steps in place and fill what is given; ``n_seq`` gets the negated charged potentials."""
+    spikes_in_place = spike_seq is not None and spike_seq.dtype == v.dtype
     buffer = torch.empty_like(v)
-    for t, gain in enumerate(input_gain.unbind(0)):
-        h = buffer if h_seq is None else h_seq[t]
-        torch.mul(x_seq[t], gain, out=h) if x_seq.dtype == h.dtype else h.copy_(x_seq[t]).mul_(gain)
-        h.add_(v.mul_(config.decay))
+    spike = torch.empty_like(v)
+    u = v.neg_()
+    for t, gain in enumerate(input_gain.neg().unbind(0)):
+        n = buffer if n_seq is None else n_seq[t]
+        torch.mul(x_seq[t], gain, out=n) if x_seq.dtype == n.dtype else n.copy_(x_seq[t]).mul_(gain)
+        n.add_(u.mul_(config.decay))
         if config.leak_current:
-            h.add_(config.leak_current)
-        if surrogate.kind == "custom":
-            spike = surrogate.spike(h - v_threshold)
-            kept = h * (1 - spike) + spike * config.v_reset if config.v_reset is not None else h - spike * v_threshold
-            v.copy_(kept)
-        else:
-            spike = h >= v_threshold
-            after_spike = h - v_threshold if v_reset is None else v_reset
-            torch.where(spike, after_spike, h, out=v)
-        if spike_seq is not None:
+            n.sub_(config.leak_current)
+        if spikes_in_place:
+            assert spike_seq is not None  # see above
+            spike = spike_seq[t]
+        if spike_seq is not None or config.v_reset is None or config.surrogate.kind == "custom":
+            _fire(n, config, out=spike)
+        if spike_seq is not None and not spikes_in_place:
             spike_seq[t].copy_(spike)
+        _reset(n, spike, config, out=u)
         if v_seq is not None:
-            v_seq[t].copy_(v)
+            torch.neg(u, out=v_seq[t])
+    v.neg_()
 
 
-def _grad_charge(h: Tensor, grad_spike: Tensor, grad_v: Tensor, config: DLIFConfig) -> Tensor:
-    """Gradient of the potential after charging, from those of the spike and of the potential after reset."""
-    z = h - config.v_threshold
-    if config.v_reset is None:
-        kept = grad_v
-        through_spike = torch.add(grad_spike, grad_v, alpha=-config.v_threshold)
+def _fire(n: Tensor, config: DLIFConfig, *, out: Tensor) -> None:
+    if config.surrogate.kind == "custom":
+        out.copy_(config.surrogate.spike(-n - config.v_threshold))
     else:
-        if config.surrogate.kind == "custom":
-            kept = grad_v * (1 - config.surrogate.spike(z).detach())
-        else:
-            kept = torch.where(z < 0, grad_v, 0.0)
-        through_spike = torch.addcmul(grad_spike, grad_v, h - config.v_reset if config.v_reset else h, value=-1.0)
+        torch.le(n, -config.v_threshold, out=out)
+
+
+def _reset(n: Tensor, spike: Tensor, config: DLIFConfig, *, out: Tensor) -> None:
+    """Negated potential after the reset."""
+    if config.v_reset is None:
+        torch.add(n, spike, alpha=config.v_threshold, out=out)
+    elif config.surrogate.kind == "custom":
+        torch.sub(n * (1 - spike), spike, alpha=config.v_reset, out=out)
+    else:
+        torch.ops.aten.threshold.out(n, -config.v_threshold, -config.v_reset, out=out)
+
+
+def _grad_charge(n: Tensor, grad_spike: Tensor, grad_v: Tensor, config: DLIFConfig) -> Tensor:
+    """Gradient of the charged potential, from those of the spike and of the potential after reset; overwrites the last.
+
+    ``n`` is the negated charged potential.
+    """
+    is_custom = config.surrogate.kind == "custom"
     if config.detach_reset:
         through_spike = grad_spike
-    return torch.addcmul(kept, through_spike, config.surrogate.derivative(z))
+    elif config.v_reset is None:
+        through_spike = torch.add(grad_spike, grad_v, alpha=-config.v_threshold)
+    else:
+        through_spike = torch.addcmul(grad_spike, grad_v, n + config.v_reset if config.v_reset else n)
+    if config.v_reset is not None:
+        if is_custom:
+            grad_v.mul_(1 - config.surrogate.spike(-n - config.v_threshold).detach())
+        else:
+            torch.ops.aten.threshold_backward.grad_input(grad_v, n, -config.v_threshold, grad_input=grad_v)
+    z = n.add_(config.v_threshold)  # negated, which makes no difference to the built-in surrogates
+    return grad_v.addcmul_(through_spike, config.surrogate.derivative_(z.neg_() if is_custom else z))

@@ -75,13 +75,13 @@ struct Plan {
   void forward() {
     if (job.v_seq) prepare_output(job.v_seq, job.storage == FLOAT64 ? 8 : 4);
     prepare_output(job.s, element_bytes());
-    parallel(units, threads, forward_unit, this);
+    parallel(units, threads, job.threads, forward_unit, this);
   }
 
   void backward() {
     if (job.gx) prepare_output(job.gx, element_bytes());
     std::memset(sums, 0, size_t(sums_bytes()));
-    parallel(units, threads, backward_unit, this);
+    parallel(units, threads, job.threads, backward_unit, this);
     for (int64_t t = 0; job.gain_grad && t < job.T; ++t) {
       if (job.storage == FLOAT64)
         static_cast<double*>(job.gain_grad)[t] = total(t);

@@ -3,6 +3,7 @@
 #if !defined(__GNUC__)
 #error "the compiled kernels need the vector extensions of GCC or clang; without them the package uses plain torch"
 #endif
+#include <dlfcn.h>
 #include <pthread.h>
 
 #include <algorithm>
@@ -35,7 +36,7 @@ inline int best_instruction_set() {
 }
 
 // Tensors from this size on are written past the cache: they would not stay in it until the next layer reads them.
-constexpr int64_t STREAM_BYTES = int64_t(16) << 20;
+constexpr int64_t STREAM_BYTES = int64_t(1) << 20;
 
 // Asks for 2 MiB pages before the first touch; with 4 KiB pages the faults cost more than the arithmetic.
 inline void advise_huge_pages(void* data, int64_t bytes) {
@@ -56,9 +57,13 @@ inline int thread_count(int requested, int64_t units, int64_t elements) {
   return int(std::max<int64_t>(1, std::min({int64_t(requested), int64_t(MAX_THREADS), units, elements / MIN_ELEMENTS_PER_THREAD})));
 }
 
-// Runs task(context, thread, unit) for every unit. Threads live only as long as the call, so a fork between two calls
-// finds nothing to inherit. Each owns a contiguous share (two threads never fault the same huge page) and helps the
-// others when its own is done.
+// Runs task(context, thread, unit) for every unit. Each thread owns a contiguous share (two threads never fault the same
+// huge page) and helps the others when its own is done, so that any number of threads finishes the work.
+//
+// The threads are those that torch's own operators run on, where its OpenMP library can be found among the loaded ones:
+// they wait by spinning, so threads of our own would compete with them for the cores. GOMP_parallel is what GCC compiles
+// "#pragma omp parallel" to; LLVM's and Intel's libraries have it as well. That pool does not survive a fork; in a child,
+// and where there is no such library, threads live only as long as the call.
 typedef void (*Task)(void* context, int thread, int64_t unit);
 
 namespace detail {
@@ -68,41 +73,54 @@ struct alignas(64) Share {
 };
 struct Team {
   Share share[MAX_THREADS];
+  std::atomic<int> joined;
   int size;
   Task task;
   void* context;
 };
-struct Member {
-  Team* team;
-  int index;
-};
-inline void* work(void* argument) {
-  const Member& me = *static_cast<Member*>(argument);
-  for (int i = 0; i < me.team->size; ++i) {
-    Share& share = me.team->share[(me.index + i) % me.team->size];
-    for (int64_t unit; (unit = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;)
-      me.team->task(me.team->context, me.index, unit);
+inline void work(void* argument) {
+  Team& team = *static_cast<Team*>(argument);
+  const int index = team.joined.fetch_add(1, std::memory_order_relaxed);
+  if (index >= team.size) return;  // the pool may be larger than the work
+  for (int i = 0; i < team.size; ++i) {
+    Share& share = team.share[(index + i) % team.size];
+    for (int64_t unit; (unit = share.next.fetch_add(1, std::memory_order_relaxed)) < share.end;) team.task(team.context, index, unit);
   }
 #if defined(__x86_64__)
   _mm_sfence();  // streaming stores are weakly ordered
 #endif
+}
+inline void* work_of_thread(void* argument) {
+  work(argument);
   return nullptr;
+}
+
+typedef void (*OpenMP)(void (*function)(void*), void* argument, unsigned threads, unsigned flags);
+inline std::atomic<bool> forked{false};
+inline OpenMP find_openmp() {
+  (void)pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
+#if defined(SJR_OWN_THREADS)
+  return nullptr;
+#else
+  return reinterpret_cast<OpenMP>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
+#endif
 }
 }  // namespace detail
 
-inline void parallel(int64_t units, int threads, Task task, void* context) {
+inline void parallel(int64_t units, int threads, int pool, Task task, void* context) {
+  static const detail::OpenMP openmp = detail::find_openmp();
   detail::Team team;
-  detail::Member members[MAX_THREADS] = {};
-  pthread_t handles[MAX_THREADS];
+  team.joined.store(0, std::memory_order_relaxed);
   team.size = threads, team.task = task, team.context = context;
   for (int i = 0; i < threads; ++i) {
     team.share[i].next.store(units * i / threads, std::memory_order_relaxed);
     team.share[i].end = units * (i + 1) / threads;
-    members[i] = {&team, i};
   }
+  if (threads > 1 && openmp && !detail::forked.load()) return openmp(detail::work, &team, unsigned(pool), 0);
+  pthread_t handles[MAX_THREADS];
   int started = 1;  // where the system refuses a thread, those that run do its share
-  while (started < threads && pthread_create(&handles[started], nullptr, detail::work, &members[started]) == 0) ++started;
-  detail::work(&members[0]);
+  while (started < threads && pthread_create(&handles[started], nullptr, detail::work_of_thread, &team) == 0) ++started;
+  detail::work(&team);
   for (int i = 1; i < started; ++i) pthread_join(handles[i], nullptr);
 }
 

@@ -35,10 +35,10 @@ template <bool STREAM, class C> SJR_INLINE void put(C* p, Vec<C> v) {
     __builtin_nontemporal_store(v, reinterpret_cast<Vec<C>*>(p));
     return;
 #elif defined(__x86_64__)
-#if SJR_VECTOR_BYTES == 64 && defined(__AVX512F__)
+#if SJR_LEVEL == 2
     _mm512_stream_ps(reinterpret_cast<float*>(p), (__m512)v);
     return;
-#elif SJR_VECTOR_BYTES == 32 && defined(__AVX__)
+#elif SJR_LEVEL == 1
     _mm256_stream_ps(reinterpret_cast<float*>(p), (__m256)v);
     return;
 #elif SJR_VECTOR_BYTES == 16

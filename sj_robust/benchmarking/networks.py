@@ -1,0 +1,181 @@
+"""Training steps of whole networks, by the name of what stands in the neuron's place (ReLU included)."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from sj_robust.attacks import rfgsm
+from sj_robust.benchmarking.layers import lif_node
+from sj_robust.benchmarking.published import published_losses
+from sj_robust.classifier import SpikingClassifier
+from sj_robust.fusion import fuse_batch_norm
+from sj_robust.models import VGG_FEATURES, ConvChain
+from sj_robust.neuron import DLIFNode
+from sj_robust.training import Objective
+
+__all__ = ["AdversarialTask", "NetworkTask", "adversarial_tasks", "network_tasks"]
+
+_ARCHITECTURES: dict[str, tuple[tuple[int | Literal["A"], ...], tuple[int, ...]]] = {
+    "conv4": ((32, 64, "A", 128, "A", 128, "A"), ()),
+    "vgg5": (VGG_FEATURES["vgg5"], (4096, 4096)),
+}
+"""Convolutions and hidden linear layers."""
+
+_NEURONS: dict[str, Callable[..., nn.Module]] = {
+    "ReLU": nn.ReLU,
+    "DLIF, one pass with batch norm": partial(DLIFNode, backend="cpp"),
+    "DLIF cpp": partial(DLIFNode, backend="cpp"),
+    "DLIF eager": partial(DLIFNode, backend="eager"),
+    "SpikingJelly LIFNode": lif_node,
+    "textbook loop": partial(DLIFNode, backend="reference"),
+}
+_FUSED = "DLIF, one pass with batch norm"
+
+
+def network_tasks(architecture: str) -> dict[str, Callable[[Sequence[int]], "NetworkTask"]]:
+    """Training steps on clean images by the name of the neuron; the shape is [T, N, C, H, W] of the images."""
+    return {neuron: partial(NetworkTask, architecture, neuron) for neuron in _NEURONS}
+
+
+def adversarial_tasks(architecture: str) -> dict[str, Callable[[Sequence[int]], "AdversarialTask"]]:
+    """Adversarial training steps with MS-MPPD by the name of who makes them."""
+    return {
+        "sj_robust": partial(AdversarialTask, architecture, published=False),
+        "published loop": partial(AdversarialTask, architecture, published=True),
+    }
+
+
+class NetworkTask:
+    """One training step (cross entropy, SGD) of a network of convolution - batch norm - neuron stages.
+
+    Args:
+        architecture: ``"conv4"`` or ``"vgg5"``.
+        neuron: What stands in the neuron's place.
+        shape: [T, N, C, H, W] of the images.
+        dtype: Type of images and weights.
+    """
+
+    def __init__(
+        self, architecture: str, neuron: str, shape: Sequence[int], *, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """Build the network, the same for every neuron, and draw the images."""
+        self._names = (architecture, neuron)
+        net = _network(architecture, neuron, shape).to(dtype)
+        self._classifier = SpikingClassifier(net, shape[0])
+        self._optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
+        self._x, self._y = _images(shape, dtype)
+        self.tensor_bytes = 4 * self._x.numel() * shape[0]
+        self.inputs = [self._x, *net.parameters()]
+
+    def forward(self) -> Tensor:
+        """The loss."""
+        return F.cross_entropy(self._classifier(self._x), self._y)
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients and a step of the optimizer."""
+        self._optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        self._optimizer.step()
+
+    def check(self) -> None:
+        """Compare loss and gradients with the textbook loop in float64, where no spike hangs on rounding.
+
+        Raises:
+            ValueError: If they differ.
+        """
+        architecture, neuron = self._names
+        if neuron == "ReLU":
+            return
+        losses = []
+        for name in (neuron, "textbook loop"):
+            task = NetworkTask(architecture, name, (4, 2, 3, 8, 8), dtype=torch.float64)
+            losses.append(float(task.forward()))
+            task.backward(task.forward())
+            losses.append(float(task.forward()))  # after a step, which the gradients decide
+        _same(neuron, losses[:2], losses[2:])
+
+
+class AdversarialTask:
+    """One step of adversarial training with MS-MPPD: crafting, both passes, loss, optimizer.
+
+    Args:
+        architecture: ``"conv4"`` or ``"vgg5"``.
+        shape: [T, N, C, H, W] of the images.
+        published: Whether the step is a plain re-implementation of the published loop.
+        dtype: Type of images and weights.
+        noise: Standard deviation of the noise at the start of the attack.
+    """
+
+    def __init__(
+        self,
+        architecture: str,
+        shape: Sequence[int],
+        *,
+        published: bool,
+        dtype: torch.dtype = torch.float32,
+        noise: float = 0.001,
+    ) -> None:
+        """Build the network and draw the images."""
+        self._architecture, self._published, self._noise = architecture, published, noise
+        self._net = _network(architecture, "textbook loop" if published else _FUSED, shape).to(dtype)
+        self._optimizer = torch.optim.SGD(self._net.parameters(), lr=1e-3, momentum=0.9)
+        self._objective = Objective(SpikingClassifier(self._net, shape[0])) if not published else None
+        self._x, self._y = _images(shape, dtype)
+        self._T = shape[0]
+        self.tensor_bytes = 4 * self._x.numel() * shape[0]
+        self.inputs = [self._x, *self._net.parameters()]
+        if self._objective is not None:
+            self._objective.prepare(self._x)
+
+    def forward(self) -> Tensor:
+        """Crafts the perturbed images; the loss of both passes."""
+        if self._objective is None:
+            return published_losses(self._net, self._x, self._y, T=self._T, eps=4 / 255, noise=self._noise)
+        x_adv = rfgsm(self._objective.classifier, self._x, self._y, eps=4 / 255, noise_std=self._noise, project=False)
+        total: Tensor = self._objective(self._x, self._y, x_adv).total
+        return total
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients and a step of the optimizer."""
+        self._optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        self._optimizer.step()
+
+    def check(self) -> None:
+        """Compare the loss with that of the published loop in float64, without noise, before and after a step.
+
+        Raises:
+            ValueError: If they differ.
+        """
+        losses = []
+        for published in (self._published, True):
+            shape = (4, 2, 3, 8, 8)
+            task = AdversarialTask(self._architecture, shape, published=published, dtype=torch.float64, noise=0.0)
+            loss = task.forward()
+            task.backward(loss)
+            losses += [float(loss), float(task.forward())]
+        _same("the adversarial step", losses[:2], losses[2:])
+
+
+def _network(architecture: str, neuron: str, shape: Sequence[int]) -> ConvChain:
+    features, hidden = _ARCHITECTURES[architecture]
+    torch.manual_seed(0)
+    net = ConvChain(shape[2:], 10, T=shape[0], spiking_neuron=_NEURONS[neuron], features=features, hidden=hidden)
+    if neuron == _FUSED:
+        fuse_batch_norm(net)
+    return net
+
+
+def _images(shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(tuple(shape[1:]), generator=generator, dtype=torch.float64).to(dtype)
+    return x, torch.arange(shape[1]) % 10
+
+
+def _same(name: str, found: list[float], wanted: list[float]) -> None:
+    if not all(abs(a - b) < 1e-6 * abs(b) for a, b in zip(found, wanted, strict=True)) or wanted[0] == wanted[1]:
+        raise ValueError(f"{name} does not equal the textbook loop ({found} against {wanted}): it is not timed")

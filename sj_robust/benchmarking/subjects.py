@@ -1,0 +1,70 @@
+"""What can be measured: groups of methods that do the same work, and the peer their ratios refer to."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from sj_robust.benchmarking.layers import BATCH_NORM_LAYERS, LAYERS
+from sj_robust.benchmarking.networks import adversarial_tasks, network_tasks
+
+__all__ = ["SUBJECTS", "Subject", "Task"]
+
+
+class Task(Protocol):
+    """One method at one shape, ready to run."""
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Size of what memory is compared with: the input currents of a layer, the frames of a network."""
+
+    @property
+    def inputs(self) -> Sequence[Tensor]:
+        """Tensors that are there before the forward pass."""
+
+    def forward(self) -> Any:
+        """Forward pass; what it returns keeps the graph."""
+
+    def backward(self, result: Any) -> None:
+        """Backward pass of what :meth:`forward` returned, and the step of the optimizer if there is one."""
+
+    def check(self) -> None:
+        """Raise ValueError if the method is wrong."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Methods that do the same work.
+
+    Attributes:
+        methods: Makes the task of a method from the shape; raises ImportError or RuntimeError where it cannot run.
+        peer: Method that ratios refer to.
+        shapes: Shapes of the documentation, [T, N, C, H, W].
+        is_layer: Whether the bandwidth of the memory bounds it.
+    """
+
+    methods: Mapping[str, Callable[[Sequence[int]], Task]]
+    peer: str
+    shapes: tuple[tuple[int, ...], ...]
+    is_layer: bool = False
+
+
+_LARGE = ((8, 64, 64, 32, 32), (8, 128, 256, 8, 8), (4, 64, 128, 8, 8))
+
+SUBJECTS: dict[str, Subject] = {
+    "neuron": Subject(LAYERS, "SpikingJelly LIFNode", _LARGE, is_layer=True),
+    "batch_norm": Subject(BATCH_NORM_LAYERS, "batch norm, LIFNode", _LARGE, is_layer=True),
+    "scaling": Subject(
+        {name: LAYERS[name] for name in ("DLIF cpp", "DLIF eager")},
+        "DLIF eager",
+        (*((T, 32, 8192) for T in (1, 2, 4, 8, 16, 32, 64)), *((8, N, 8192) for N in (8, 16, 64, 128))),
+        is_layer=True,
+    ),
+    "conv4": Subject(network_tasks("conv4"), "ReLU", ((8, 16, 3, 32, 32),)),
+    "vgg5": Subject(network_tasks("vgg5"), "ReLU", ((8, 16, 3, 32, 32),)),
+    "conv4_adversarial": Subject(adversarial_tasks("conv4"), "published loop", ((8, 16, 3, 32, 32),)),
+    "vgg5_adversarial": Subject(adversarial_tasks("vgg5"), "published loop", ((8, 16, 3, 32, 32),)),
+}
+"""``neuron`` and ``batch_norm`` are single layers, ``scaling`` is one over T and N; ``conv4`` (four stages) and
+``vgg5`` are training steps of networks on clean images, ``..._adversarial`` steps of adversarial training."""
