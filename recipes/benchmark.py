@@ -15,10 +15,13 @@ them: pip install snntorch norse nir nirtorch.
 
 import csv
 import math
+import os
 import platform
+import shlex
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, fields
+from importlib import metadata
 from pathlib import Path
 from typing import Literal
 
@@ -30,6 +33,8 @@ from rich.table import Table
 from sj_robust.benchmarking import SUBJECTS, Measurement, race
 from sj_robust.evaluation import environment
 from sj_robust.plotting import plot_benchmark
+
+PEERS = ("snntorch", "norse")
 
 
 @dataclass(frozen=True)
@@ -66,11 +71,12 @@ def main(arguments: list[str]) -> None:
     options: Options = auto_cli(Options, args=arguments)
     console = Console(width=None if sys.stdout.isatty() else 140)
     where = environment() | {"threads": str(options.threads), "processor": processor()}
+    where |= {"instruction_set": options.instruction_set or "best"} | {name: version_of(name) for name in PEERS}
     for name, value in where.items():
         console.print(f"{name}: {value}", highlight=False)
-    if options.check:
-        refuse_unless_tests_pass()
     environ = {} if options.instruction_set is None else {"SJ_ROBUST_INSTRUCTION_SET": options.instruction_set}
+    if options.check:
+        refuse_unless_tests_pass(options.what, environ)
     subject = SUBJECTS[options.what]
     methods = options.methods or list(subject.methods)
     races = [(allocator, shape) for allocator in options.allocators for shape in options.shapes or subject.shapes]
@@ -87,37 +93,41 @@ def main(arguments: list[str]) -> None:
         )
         for method, reason in missing.items():
             console.print(f"{method} is left out: {reason}", highlight=False)
-        console.print(table(found))
+        if found:
+            console.print(table(found))
         rows += found
-    if options.output is not None:
-        save(Path(options.output), options.what, rows, where)
+    if options.output is not None and rows:
+        name = options.what if options.instruction_set is None else f"{options.what}-{options.instruction_set}"
+        save(Path(options.output), name, rows, where)
 
 
-def refuse_unless_tests_pass() -> None:
-    """A wrong kernel has no speed."""
-    tests = Path(__file__).parents[1] / "tests" / "ops"
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "--no-header",
-        "-p",
-        "no:cacheprovider",
-        str(tests / "test_dlif.py"),
-    ]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+def refuse_unless_tests_pass(what: str, environ: dict[str, str]) -> None:
+    """A wrong kernel has no speed: run its tests, with the instruction set that will be timed."""
+    tests = Path(__file__).parents[1] / "tests"
+    files = ["ops/test_dlif.py", "ops/test_cpp.py"]
+    files += [] if what in ("neuron", "scaling") else ["ops/test_bn_dlif.py", "test_fusion.py"]
+    options = ["-q", "--no-header", "-p", "no:cacheprovider"]
+    command = [sys.executable, "-m", "pytest", *options, *(str(tests / name) for name in files)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environ)
     if result.returncode != 0:
-        raise SystemExit(
-            f"the operator's tests fail, so nothing is timed:\n{result.stdout[-2000:]}{result.stderr[-500:]}"
-        )
+        tail = f"{result.stdout[-2000:]}{result.stderr[-500:]}"
+        raise SystemExit(f"the operator's tests fail, so nothing is timed:\n{tail}")
 
 
 def processor() -> str:
     """Name of the processor."""
     info = Path("/proc/cpuinfo")
-    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
-    return names[0] if info.exists() and names else platform.processor()
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def version_of(package: str) -> str:
+    """Version of a peer."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def table(rows: list[Measurement]) -> Table:
@@ -156,7 +166,7 @@ def cells(row: Measurement, rows: list[Measurement]) -> tuple[str, ...]:
         texts += [f"{100 * row.floor / row.median:.0f} % / {100 * row.floor / row.best:.0f} %"]
     unit, digits = (row.tensor_mb, 2) if subject.is_layer else (1.0, 0)
     texts += ["" if math.isnan(mb) else f"{mb / unit:.{digits}f}" for mb in (row.saved_mb, row.peak_mb)]
-    hidden = peer is None or math.isnan(row.peak_mb)
+    hidden = peer is None or math.isnan(row.peak_mb) or not peer.peak_mb > 0
     return (*texts, "" if peer is None or hidden else f"{row.peak_mb / peer.peak_mb:.2f}")
 
 
@@ -167,7 +177,7 @@ def save(folder: Path, what: str, rows: list[Measurement], where: dict[str, str]
         writer = csv.DictWriter(file, [*(f.name for f in fields(Measurement)), *where])
         writer.writeheader()
         writer.writerows(asdict(row) | where for row in rows)
-    lines = [f"`python {' '.join(['recipes/benchmark.py', *sys.argv[1:]])}`: processor {where['processor']}, "
+    lines = [f"`{shlex.join(['python', 'recipes/benchmark.py', *sys.argv[1:]])}`: processor {where['processor']}, "
              f"{where['threads']} threads, torch {where['torch']}, SpikingJelly {where['spikingjelly']}, commit "
              f"{where['commit'][:12]}.", ""]  # fmt: skip
     for allocator, shape in dict.fromkeys((row.allocator, row.shape) for row in rows):

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 from spikingjelly import configure
-from spikingjelly.activation_based import base, functional, neuron, surrogate
+from spikingjelly.activation_based import base, functional, layer, neuron, surrogate
 from torch import nn
 
 # 2.x describes every stateful module by explicit states; 0.0.0.0.14 does not know the word.
@@ -22,6 +22,7 @@ __all__ = [
     "cuda_threads",
     "functional",
     "invalidate_reset_cache",
+    "layer",
     "lif_multi_step",
     "neuron",
     "surrogate",

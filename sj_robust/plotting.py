@@ -3,13 +3,16 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from sj_robust.benchmarking import Measurement
 from sj_robust.evaluation.report import Report
+
+if TYPE_CHECKING:
+    from sj_robust.benchmarking import Measurement
 
 __all__ = ["plot_benchmark", "plot_report"]
 
@@ -34,7 +37,7 @@ def plot_report(report: Report, path: Path) -> None:
     figure.savefig(path, dpi=150)
 
 
-def plot_benchmark(measurements: Sequence[Measurement], path: Path) -> None:
+def plot_benchmark(measurements: "Sequence[Measurement]", path: Path) -> None:
     """Time of every method at every shape, beside the time that moving the tensors takes. 绘制基准测试结果。
 
     Args:

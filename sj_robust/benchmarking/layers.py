@@ -5,10 +5,9 @@ from functools import partial
 from typing import Any
 
 import torch
-from spikingjelly.activation_based import layer
 from torch import Tensor, nn
 
-from sj_robust._host import functional, neuron, surrogate
+from sj_robust._host import functional, layer, neuron, surrogate
 from sj_robust.fusion import fuse_batch_norm
 from sj_robust.neuron import DLIFNode
 

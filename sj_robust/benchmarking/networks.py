@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,9 @@ from sj_robust.classifier import SpikingClassifier
 from sj_robust.fusion import fuse_batch_norm
 from sj_robust.models import VGG_FEATURES, ConvChain
 from sj_robust.neuron import DLIFNode
-from sj_robust.training import Objective
+
+if TYPE_CHECKING:
+    from sj_robust.training import Objective
 
 __all__ = ["AdversarialTask", "NetworkTask", "adversarial_tasks", "network_tasks"]
 
@@ -93,9 +95,9 @@ class NetworkTask:
         losses = []
         for name in (neuron, "textbook loop"):
             task = NetworkTask(architecture, name, (4, 2, 3, 8, 8), dtype=torch.float64)
-            losses.append(float(task.forward()))
+            losses.append(float(task.forward().detach()))
             task.backward(task.forward())
-            losses.append(float(task.forward()))  # after a step, which the gradients decide
+            losses.append(float(task.forward().detach()))  # after a step, which the gradients decide
         _same(neuron, losses[:2], losses[2:])
 
 
@@ -123,7 +125,7 @@ class AdversarialTask:
         self._architecture, self._published, self._noise = architecture, published, noise
         self._net = _network(architecture, "textbook loop" if published else _FUSED, shape).to(dtype)
         self._optimizer = torch.optim.SGD(self._net.parameters(), lr=1e-3, momentum=0.9)
-        self._objective = Objective(SpikingClassifier(self._net, shape[0])) if not published else None
+        self._objective = _objective(self._net, shape[0]) if not published else None
         self._x, self._y = _images(shape, dtype)
         self._T = shape[0]
         self.tensor_bytes = 4 * self._x.numel() * shape[0]
@@ -157,7 +159,7 @@ class AdversarialTask:
             task = AdversarialTask(self._architecture, shape, published=published, dtype=torch.float64, noise=0.0)
             loss = task.forward()
             task.backward(loss)
-            losses += [float(loss), float(task.forward())]
+            losses += [float(loss.detach()), float(task.forward().detach())]
         _same("the adversarial step", losses[:2], losses[2:])
 
 
@@ -168,6 +170,12 @@ def _network(architecture: str, neuron: str, shape: Sequence[int]) -> ConvChain:
     if neuron == _FUSED:
         fuse_batch_norm(net)
     return net
+
+
+def _objective(net: nn.Module, T: int) -> "Objective":
+    from sj_robust.training import Objective  # brings Accelerate and more, which no other task needs
+
+    return Objective(SpikingClassifier(net, T))
 
 
 def _images(shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

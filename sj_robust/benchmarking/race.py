@@ -6,6 +6,7 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +34,7 @@ class Measurement:
         median: Median of forward plus backward; ``quartile1`` and ``quartile3`` are its spread.
         best: Fastest forward plus backward.
         forward: Median of the forward pass alone; ``backward`` likewise.
-        saved_mb: What the graph keeps beyond inputs and parameters.
+        saved_mb: What the graph keeps beyond inputs and parameters; NaN where there are several.
         peak_mb: Growth of the resident set at its highest; NaN where the heap is reused, which hides it.
         tensor_mb: The input of a layer, the frames of a network.
         copy: Milliseconds of the fastest copy of that tensor in the same race; NaN for networks.
@@ -93,7 +94,8 @@ def race(
         raise ValueError(f"methods of {subject} are {', '.join(SUBJECTS[subject].methods)}; got {', '.join(unknown)}")
     if rounds < 2:
         raise ValueError(f"rounds must be >= 2 to have a spread, got {rounds}")
-    variables = {**os.environ, **ALLOCATORS[allocator], **(environ or {})}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    variables = {**inherited, **ALLOCATORS[allocator], **(environ or {})}
     workers: dict[str, subprocess.Popen[str]] = {}
     facts: dict[str, Any] = {}
     missing: dict[str, str] = {}
@@ -111,8 +113,11 @@ def race(
                 missing[method] = facts[method]["missing"]
                 workers.pop(method).communicate()
             seconds[method] = []
-        for _ in range(rounds):
-            for method, worker in workers.items():
+        for number in range(rounds):
+            turns = list(workers.items())
+            first = number % len(turns)
+            for method, worker in turns[first:] + turns[:first]:
+                time.sleep(0.05)  # threads of the pass before wait by spinning, for milliseconds
                 assert worker.stdin is not None  # a pipe, see above
                 worker.stdin.write("pass\n")
                 worker.stdin.flush()

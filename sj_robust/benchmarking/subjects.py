@@ -42,12 +42,15 @@ class Subject:
         peer: Method that ratios refer to.
         shapes: Shapes of the documentation, [T, N, C, H, W].
         is_layer: Whether the bandwidth of the memory bounds it.
+        has_one_graph: Whether the forward pass builds one graph, so that what it saves can be weighed; an attack
+            builds others.
     """
 
     methods: Mapping[str, Callable[[Sequence[int]], Task]]
     peer: str
     shapes: tuple[tuple[int, ...], ...]
     is_layer: bool = False
+    has_one_graph: bool = True
 
 
 _LARGE = ((8, 64, 64, 32, 32), (8, 128, 256, 8, 8), (4, 64, 128, 8, 8))
@@ -63,8 +66,12 @@ SUBJECTS: dict[str, Subject] = {
     ),
     "conv4": Subject(network_tasks("conv4"), "ReLU", ((8, 16, 3, 32, 32),)),
     "vgg5": Subject(network_tasks("vgg5"), "ReLU", ((8, 16, 3, 32, 32),)),
-    "conv4_adversarial": Subject(adversarial_tasks("conv4"), "published loop", ((8, 16, 3, 32, 32),)),
-    "vgg5_adversarial": Subject(adversarial_tasks("vgg5"), "published loop", ((8, 16, 3, 32, 32),)),
+    "conv4_adversarial": Subject(
+        adversarial_tasks("conv4"), "published loop", ((8, 16, 3, 32, 32),), has_one_graph=False
+    ),
+    "vgg5_adversarial": Subject(
+        adversarial_tasks("vgg5"), "published loop", ((8, 16, 3, 32, 32),), has_one_graph=False
+    ),
 }
 """``neuron`` and ``batch_norm`` are single layers, ``scaling`` is one over T and N; ``conv4`` (four stages) and
 ``vgg5`` are training steps of networks on clean images, ``..._adversarial`` steps of adversarial training."""

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from sj_robust.benchmarking.subjects import SUBJECTS, Task
+from sj_robust.ops.dlif import cpp
 
 
 def main(subject: str, method: str, shape: tuple[int, ...], threads: int) -> None:
@@ -31,8 +32,13 @@ def main(subject: str, method: str, shape: tuple[int, ...], threads: int) -> Non
     else:
         try:
             task = SUBJECTS[subject].methods[method](shape)
-        except (ImportError, RuntimeError) as error:
+        except ImportError as error:
             _answer({"missing": str(error)})
+            return
+        except RuntimeError:
+            if cpp.unavailable_reason() is None:  # otherwise that is what the backend says
+                raise
+            _answer({"missing": cpp.unavailable_reason()})
             return
         try:
             task.check()
@@ -46,8 +52,8 @@ def main(subject: str, method: str, shape: tuple[int, ...], threads: int) -> Non
         once()  # what a library sets up at its first call does not count
         facts = {
             "tensor_mb": task.tensor_bytes / 1e6,
-            "peak_mb": _peak_bytes(once) / 1e6,
-            "saved_mb": _saved_bytes(task) / 1e6,
+            "peak_mb": _peak_bytes(task) / 1e6,
+            "saved_mb": _saved_bytes(task) / 1e6 if SUBJECTS[subject].has_one_graph else math.nan,
         }
     _answer(facts)
     for _ in sys.stdin:
@@ -84,7 +90,7 @@ def _saved_bytes(task: Task) -> int:
     return sum(size for size in storages.values() if size > 4096)  # gains and thresholds do not count
 
 
-def _peak_bytes(once: Callable[[], Any]) -> float:
+def _peak_bytes(task: Task) -> float:
     """Growth of the resident set at its highest during a pass; NaN where Linux does not tell."""
     status, reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
     if not reset.exists():
@@ -93,12 +99,14 @@ def _peak_bytes(once: Callable[[], Any]) -> float:
     def kilobytes(name: str) -> int:
         return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name))
 
+    for tensor in task.inputs:
+        tensor.grad = None  # the gradients of this pass are part of its peak
     gc.collect()
     if hasattr(libc := CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)  # what the allocator kept of earlier passes would hide the growth
     reset.write_text("5")  # peak := present
     before = kilobytes("VmRSS:")
-    once()
+    _timed_pass(task)
     return 1024 * (kilobytes("VmHWM:") - before)
 
 

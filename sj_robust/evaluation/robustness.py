@@ -33,8 +33,8 @@ def evaluate(
 ) -> Report:
     """Accuracy on clean images and under each attack. 评估干净与受攻击时的准确率。
 
-    The same seed gives the same figures whatever ran before; modes, gradients and global random state stay as they
-    were.
+    The same seed gives the same figures whatever ran before and whichever other attacks are measured, unless the model
+    draws from a generator of its own; modes, gradients and global random state stay as they were.
 
     Args:
         model: Images [N, C, H, W] in [0, 1] to logits.
@@ -110,8 +110,9 @@ def _count(
             batch_seed = seed * 1_000_003 + number
             with seeded_globals(batch_seed, device):
                 correct["clean"] += _right(model, x, y)
-                for name, attack in attacks.items():
-                    generator.manual_seed(batch_seed)
+            for name, attack in attacks.items():
+                generator.manual_seed(batch_seed)
+                with seeded_globals(batch_seed, device):
                     correct[name] += _right(model, attack(model, x, y, generator=generator), y)
             if on_batch is not None:
                 on_batch()

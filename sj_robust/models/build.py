@@ -64,7 +64,7 @@ def build_network(spec: NetworkSpec) -> nn.Module:
     Raises:
         ValueError: If the architecture or the neuron is unknown, or an argument is out of range.
 
-    Source: networks of Ding et al. (ICML 2024), section 5, made small.
+    Source: networks of Ding et al. (ICML 2024), section 5.
 
     Example:
         >>> build_network(NetworkSpec()).T

@@ -64,7 +64,9 @@ class ConvChain(nn.Module):
         super().__init__()
         width, height, columns = image_shape
         poolings = features.count("A")
-        if poolings == len(features) or min(height, columns) < 2**poolings:
+        if not features or features[0] == "A":
+            raise ValueError(f"features must begin with a convolution, got {list(features)}")
+        if min(height, columns) < 2**poolings:
             raise ValueError(
                 f"an image of {height}x{columns} pixels cannot be halved {poolings} times (>= 1 needed); "
                 "pass fewer stages, or larger images"

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sj_robust._host import functional
+from sj_robust.attacks.randomness import seeded_globals
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.perturbation import MPPDMonitor
 
@@ -106,12 +108,13 @@ class Objective(nn.Module):
         modes = {module: module.training for module in self.classifier.modules()}
         self.classifier.eval()
         try:
-            with self.monitor.clean():
+            with seeded_globals(0, x.device), self.monitor.clean():
                 self.classifier(x)
         finally:
             for module, mode in modes.items():
                 module.training = mode
             self.monitor.clear_recorded_data()
+            functional.reset_net(self.classifier)
 
     def forward(self, x: Tensor, y: Tensor, x_perturbed: Tensor | None = None) -> Losses:
         """Parts of the objective for images ``x`` with labels ``y``; without perturbed images, plain cross entropy."""

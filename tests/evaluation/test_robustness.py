@@ -78,6 +78,8 @@ def test_a_stochastic_encoder_follows_the_seed_alone():
         assert torch.equal(before, torch.get_rng_state())
     assert reports[0] == reports[1]
     assert reports[0] != reports[2]
+    more = evaluate(model, [(images, labels)], {"noise": partial(gaussian, std=0.1)} | attacks, threat=THREAT, seed=3)
+    assert {score.attack: score for score in more.scores}["fgsm"] == reports[0].scores[1]
 
 
 def test_every_batch_gets_its_own_noise_and_the_seed_decides_it():

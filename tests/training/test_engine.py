@@ -3,7 +3,9 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from accelerate.state import AcceleratorState
 from training import small_run
 
 from sj_robust import DLIFNode
-from sj_robust.training import Journal, NonFiniteLossError, TrainingInterrupted, load_checkpoint
+from sj_robust.training import Journal, NonFiniteLossError, TrainingInterrupted, journal, load_checkpoint
 
 
 @pytest.fixture(autouse=True)
@@ -158,14 +160,18 @@ def test_a_run_stopped_in_validation_resumes_with_that_validation(tmp_path, monk
     validation = dict(small_run.VALIDATION)
     monkeypatch.setattr(small_run, "VALIDATION", validation | {"pgd": lambda *_, **__: power_cut()})
     with pytest.raises(PowerCutError):
-        small_run.run(tmp_path, epochs=2, checkpoint_steps=4)
+        small_run.run(tmp_path, epochs=3, checkpoint_steps=4)
     assert load_checkpoint(tmp_path / "last.pt")["batch"] == 4
     monkeypatch.setattr(small_run, "VALIDATION", validation)
-    history, _ = small_run.run(tmp_path, epochs=2, checkpoint_steps=4, resume=True, journal=Journal(tmp_path))
-    first, second = (line for line in (tmp_path / "log.txt").read_text().splitlines() if "epoch" in line)
-    assert "left" not in first
-    assert second.endswith("; 0 s left")
-    assert len(history) == 2
+    clock = iter(range(0, 1000, 10))
+    monkeypatch.setattr(journal, "time", SimpleNamespace(monotonic=lambda: next(clock), strftime=time.strftime))
+    options = {"epochs": 3, "checkpoint_steps": 4, "resume": True}
+    history, _ = small_run.run(tmp_path, **options, journal=Journal(tmp_path))
+    lines = [line for line in (tmp_path / "log.txt").read_text().splitlines() if "epoch" in line]
+    assert "left" not in lines[0]
+    assert lines[1].endswith("; 20 s left")  # 20 s went by since the start, with one epoch done and one to go
+    assert lines[2].endswith("; 0 s left")
+    assert len(history) == 3
 
 
 @pytest.mark.parametrize("single_step_attack", [True, False])

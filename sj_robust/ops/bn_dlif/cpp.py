@@ -126,7 +126,7 @@ def _statistics(ctx: Any, flat: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor
     """Mean and 1 / sqrt(variance + eps) per channel, in float64; updates the running statistics."""
     if not norm.use_batch_statistics:
         assert norm.running_mean is not None and norm.running_var is not None  # BatchNorm checks  # noqa: PT018
-        return norm.running_mean.double(), (norm.running_var.double() + norm.eps).rsqrt()
+        return norm.running_mean.to(torch.float64, copy=True), (norm.running_var.double() + norm.eps).rsqrt()
     # any value near the mean makes the sums free of cancellation: take the first of every channel
     near = flat[0, : ctx.channels * ctx.plane : ctx.plane].contiguous()
     sums = flat.new_empty(ctx.channels, 2, dtype=torch.float64)

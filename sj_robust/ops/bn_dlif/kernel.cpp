@@ -42,7 +42,8 @@ SJR_EXPORT void sjr_bn_statistics(const sjr::Job* job) {
   const int64_t elements = job->T * job->M, columns = 2 * job->channels;
   sjr::Statistics work{*job, add_samples, elements / (job->channels * job->plane), static_cast<double*>(job->scratch)};
   std::memset(work.sums, 0, size_t(sjr::STATISTICS_UNITS * columns) * sizeof(double));
-  sjr::parallel(sjr::STATISTICS_UNITS, sjr::thread_count(job->threads, sjr::STATISTICS_UNITS, elements), job->threads, work.unit, &work);
+  const int threads = sjr::thread_count(job->threads, sjr::STATISTICS_UNITS, elements);
+  sjr::parallel(sjr::STATISTICS_UNITS, threads, job->threads, job->own_threads, work.unit, &work);
   for (int64_t i = 0; i < columns; ++i) {
     job->channel_sums[i] = 0;
     for (int64_t unit = 0; unit < sjr::STATISTICS_UNITS; ++unit) job->channel_sums[i] += work.sums[unit * columns + i];

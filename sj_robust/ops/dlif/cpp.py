@@ -19,7 +19,8 @@ INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 INSTRUCTION_SET_VARIABLE = "SJ_ROBUST_INSTRUCTION_SET"
 
 _LIBRARY_NAME = "_kernel.so"  # setup.py gives it this name on every system
-_INTERFACE = 2  # sjr_interface() of kernel.cpp
+_INTERFACE = 3  # sjr_interface() of kernel.cpp
+_PROCESS = os.getpid()  # a forked child has another, and none of the threads of torch's OpenMP library
 _STORAGE = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _SURROGATES = {"triangle": 0, "atan": 1, "sigmoid": 2}
 
@@ -136,6 +137,7 @@ def run(
         storage=_STORAGE[x.dtype],
         instruction_set=_instruction_set(),
         threads=torch.get_num_threads(),
+        own_threads=os.getpid() != _PROCESS,
         x=x.data_ptr(),
         channels=channels,
         plane=plane,
@@ -155,7 +157,7 @@ class _Job(ctypes.Structure):
         for kind, names in (
             (ctypes.c_int64, "T M"),
             (ctypes.c_double, "decay leak_current v_threshold v_reset alpha"),
-            (ctypes.c_int32, "soft_reset detach_reset surrogate storage instruction_set threads"),
+            (ctypes.c_int32, "soft_reset detach_reset surrogate storage instruction_set threads own_threads"),
             (ctypes.c_void_p, "x gain v_init s v v_seq gs gv gvs gx gain_grad gv_init scratch"),
             (ctypes.c_int64, "stream channels plane"),
             (ctypes.c_void_p, "scale offset mean slope constant channel_sums"),

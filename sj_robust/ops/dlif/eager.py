@@ -11,7 +11,7 @@ from torch import Tensor
 from sj_robust.ops.dlif.config import DLIFConfig, initial_potential, state_dtype
 from sj_robust.ops.surrogate import Surrogate
 
-_CPU_BLOCK_ELEMENTS = 1 << 21  # per thread and block, over all steps: fewer torch calls outweigh a smaller cache
+_CPU_BLOCK_ELEMENTS = 1 << 20  # per thread and block, over all steps: fewer torch calls outweigh a smaller cache
 _CPU_BLOCK_LIMIT = 1 << 24  # per block, however many threads: 64 MB in float32
 
 
@@ -70,16 +70,16 @@ def backward(
         n_seq = buffer[:, : block.stop - block.start]
         _advance(x_seq[:, block], input_gain, v_start[block].clone(), config, n_seq=n_seq)
         grad_carry = torch.zeros_like(n_seq[0]) if grad_v is None else grad_v[block].clone()
-        product = torch.empty_like(grad_carry)
+        scratch = torch.empty_like(grad_carry)
         for t in reversed(range(x_seq.shape[0])):
             if grad_v_seq is not None:
                 grad_carry += grad_v_seq[t, block]
-            grad_h = _grad_charge(n_seq[t], grad_spike_seq[t, block].to(dtype), grad_carry, config)
+            grad_h = _grad_charge(n_seq[t], grad_spike_seq[t, block].to(dtype), grad_carry, config, scratch)
             if x_seq.dtype == dtype:
                 torch.mul(grad_h, gains[t], out=grad_x_seq[t, block])
             else:
                 grad_x_seq[t, block] = grad_h * gains[t]
-            grad_gain[t] += torch.mul(grad_h, x_seq[t, block].to(dtype), out=product).sum()
+            grad_gain[t] += torch.mul(grad_h, x_seq[t, block].to(dtype), out=scratch).sum()
             grad_carry = grad_h.mul_(config.decay)
         if grad_v_init is not None:
             grad_v_init[block] = grad_carry
@@ -108,7 +108,7 @@ def _advance(
     """Move ``v`` through all steps in place and fill what is given; ``n_seq`` gets the negated charged potentials."""
     spikes_in_place = spike_seq is not None and spike_seq.dtype == v.dtype
     buffer = torch.empty_like(v)
-    spike = torch.empty_like(v)
+    spike = v if spikes_in_place else torch.empty_like(v)
     u = v.neg_()
     for t, gain in enumerate(input_gain.neg().unbind(0)):
         n = buffer if n_seq is None else n_seq[t]
@@ -146,18 +146,19 @@ def _reset(n: Tensor, spike: Tensor, config: DLIFConfig, *, out: Tensor) -> None
         torch.ops.aten.threshold.out(n, -config.v_threshold, -config.v_reset, out=out)
 
 
-def _grad_charge(n: Tensor, grad_spike: Tensor, grad_v: Tensor, config: DLIFConfig) -> Tensor:
-    """Gradient of the charged potential, from those of the spike and of the potential after reset; overwrites the last.
+def _grad_charge(n: Tensor, grad_spike: Tensor, grad_v: Tensor, config: DLIFConfig, scratch: Tensor) -> Tensor:
+    """Gradient of the charged potential, from those of the spike and of the potential after reset.
 
-    ``n`` is the negated charged potential.
+    ``n`` is the negated charged potential. It, ``grad_v`` (which becomes the result) and ``scratch`` are overwritten.
     """
     is_custom = config.surrogate.kind == "custom"
     if config.detach_reset:
         through_spike = grad_spike
     elif config.v_reset is None:
-        through_spike = torch.add(grad_spike, grad_v, alpha=-config.v_threshold)
+        through_spike = torch.add(grad_spike, grad_v, alpha=-config.v_threshold, out=scratch)
     else:
-        through_spike = torch.addcmul(grad_spike, grad_v, n + config.v_reset if config.v_reset else n)
+        kept = torch.add(n, config.v_reset, out=scratch) if config.v_reset else n
+        through_spike = torch.addcmul(grad_spike, grad_v, kept, out=scratch)
     if config.v_reset is not None:
         if is_custom:
             grad_v.mul_(1 - config.surrogate.spike(-n - config.v_threshold).detach())

@@ -20,7 +20,7 @@ struct BFloat16 {
 struct Job {
   int64_t T, M;
   double decay, leak_current, v_threshold, v_reset, alpha;
-  int32_t soft_reset, detach_reset, surrogate, storage, instruction_set, threads;
+  int32_t soft_reset, detach_reset, surrogate, storage, instruction_set, threads, own_threads;
   const void *x, *gain, *v_init;
   void *s, *v, *v_seq;             // written by the forward pass
   const void *gs, *gv, *gvs;       // read by the backward pass
@@ -75,13 +75,13 @@ struct Plan {
   void forward() {
     if (job.v_seq) prepare_output(job.v_seq, job.storage == FLOAT64 ? 8 : 4);
     prepare_output(job.s, element_bytes());
-    parallel(units, threads, job.threads, forward_unit, this);
+    parallel(units, threads, job.threads, job.own_threads, forward_unit, this);
   }
 
   void backward() {
     if (job.gx) prepare_output(job.gx, element_bytes());
     std::memset(sums, 0, size_t(sums_bytes()));
-    parallel(units, threads, job.threads, backward_unit, this);
+    parallel(units, threads, job.threads, job.own_threads, backward_unit, this);
     for (int64_t t = 0; job.gain_grad && t < job.T; ++t) {
       if (job.storage == FLOAT64)
         static_cast<double*>(job.gain_grad)[t] = total(t);

@@ -62,8 +62,8 @@ inline int thread_count(int requested, int64_t units, int64_t elements) {
 //
 // The threads are those that torch's own operators run on, where its OpenMP library can be found among the loaded ones:
 // they wait by spinning, so threads of our own would compete with them for the cores. GOMP_parallel is what GCC compiles
-// "#pragma omp parallel" to; LLVM's and Intel's libraries have it as well. That pool does not survive a fork; in a child,
-// and where there is no such library, threads live only as long as the call.
+// "#pragma omp parallel" to; LLVM's and Intel's libraries have it as well. That pool does not survive a fork; a child, which
+// says own_threads, and any process without such a library gets threads that live only as long as the call.
 typedef void (*Task)(void* context, int thread, int64_t unit);
 
 namespace detail {
@@ -96,18 +96,10 @@ inline void* work_of_thread(void* argument) {
 }
 
 typedef void (*OpenMP)(void (*function)(void*), void* argument, unsigned threads, unsigned flags);
-inline std::atomic<bool> forked{false};
-inline OpenMP find_openmp() {
-  (void)pthread_atfork(nullptr, nullptr, [] { forked.store(true); });
-#if defined(SJR_OWN_THREADS)
-  return nullptr;
-#else
-  return reinterpret_cast<OpenMP>(dlsym(RTLD_DEFAULT, "GOMP_parallel"));
-#endif
-}
+inline OpenMP find_openmp() { return reinterpret_cast<OpenMP>(dlsym(RTLD_DEFAULT, "GOMP_parallel")); }
 }  // namespace detail
 
-inline void parallel(int64_t units, int threads, int pool, Task task, void* context) {
+inline void parallel(int64_t units, int threads, int pool, bool own_threads, Task task, void* context) {
   static const detail::OpenMP openmp = detail::find_openmp();
   detail::Team team;
   team.joined.store(0, std::memory_order_relaxed);
@@ -116,7 +108,7 @@ inline void parallel(int64_t units, int threads, int pool, Task task, void* cont
     team.share[i].next.store(units * i / threads, std::memory_order_relaxed);
     team.share[i].end = units * (i + 1) / threads;
   }
-  if (threads > 1 && openmp && !detail::forked.load()) return openmp(detail::work, &team, unsigned(pool), 0);
+  if (threads > 1 && openmp && !own_threads) return openmp(detail::work, &team, unsigned(pool), 0);
   pthread_t handles[MAX_THREADS];
   int started = 1;  // where the system refuses a thread, those that run do its share
   while (started < threads && pthread_create(&handles[started], nullptr, detail::work_of_thread, &team) == 0) ++started;

@@ -1,0 +1,113 @@
+"""What is timed must be right, and what is not there must be said."""
+
+import csv
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from sj_robust.benchmarking import SUBJECTS, Measurement, race
+from sj_robust.benchmarking.layers import LAYERS, LayerTask
+from sj_robust.benchmarking.networks import AdversarialTask, NetworkTask
+from sj_robust.ops.dlif import cpp
+from sj_robust.plotting import plot_benchmark
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "recipes"))
+import benchmark  # noqa: E402  # a script, found only now
+
+IMAGES = (2, 2, 3, 8, 8)
+CURRENTS = (2, 2, 4, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("subject", "method"),
+    [(subject, method) for subject in SUBJECTS for method in SUBJECTS[subject].methods if "vgg5" not in subject],
+)
+def test_every_method_is_right_and_runs(subject, method):
+    try:
+        task = SUBJECTS[subject].methods[method](CURRENTS if SUBJECTS[subject].is_layer else IMAGES)
+    except ImportError as error:
+        pytest.skip(f"{method}: {error}")
+    except RuntimeError:
+        if cpp.unavailable_reason() is None:
+            raise
+        pytest.skip(str(cpp.unavailable_reason()))
+    task.check()
+    task.backward(task.forward())
+    assert task.tensor_bytes > 0
+    assert SUBJECTS[subject].peer in SUBJECTS[subject].methods
+
+
+def test_a_wrong_layer_is_found_out():
+    def late(shape):
+        return lambda x_seq: (x_seq.cumsum(0) >= 1).to(x_seq) * 1.0 + 0 * x_seq
+
+    def reference(shape):
+        return lambda x_seq: (x_seq >= 1).to(x_seq) + 0 * x_seq
+
+    with pytest.raises(ValueError, match="does not equal the textbook loop"):
+        LayerTask("late", late, reference, CURRENTS).check()
+    with pytest.raises(ValueError, match="neither 0 nor 1"):
+        LayerTask("graded", lambda shape: torch.sigmoid, None, CURRENTS).check()
+
+
+def test_wrong_networks_and_steps_are_found_out(monkeypatch):
+    from sj_robust.benchmarking import networks
+
+    kernel = "DLIF cpp" if cpp.unavailable_reason() is None else "DLIF eager"
+    right = networks._NEURONS[kernel]
+    monkeypatch.setitem(networks._NEURONS, kernel, lambda T: right(T=T, tau=3.0))
+    with pytest.raises(ValueError, match=f"{kernel} does not equal the textbook loop"):
+        NetworkTask("conv4", kernel, IMAGES).check()
+    published = networks.published_losses
+    monkeypatch.setattr(networks, "published_losses", lambda *args, **kwargs: 1.01 * published(*args, **kwargs))
+    with pytest.raises(ValueError, match="adversarial step does not equal"):
+        AdversarialTask("conv4", IMAGES, published=False).check()
+
+
+def test_the_recipe_leaves_numbers_table_and_chart(tmp_path, monkeypatch, capsys):
+    methods = ["DLIF eager", "textbook loop", "snnTorch Leaky"]
+    options = ["--shapes", "[[2,4,3,8,8]]", "--methods", str(methods).replace("'", '"'), "--rounds", "3"]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *options])
+    benchmark.main([*options, "--check", "false", "--allocators", "[malloc]", "--output", str(tmp_path)])
+    with (tmp_path / "neuron.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["method"] for row in rows][:2] == methods[:2]
+    for row in rows:
+        assert 0 < float(row["best"]) <= float(row["quartile1"]) <= float(row["median"]) <= float(row["quartile3"])
+        assert float(row["copy"]) > 0
+        assert row["commit"]
+    assert float(rows[0]["saved_mb"]) == 0.0
+    text = (tmp_path / "neuron.md").read_text()
+    assert "| textbook loop |" in text
+    assert "recipes/benchmark.py --shapes" in text
+    assert (tmp_path / "neuron.png").read_bytes().startswith(b"\x89PNG")
+    assert "textbook loop" in capsys.readouterr().out
+
+
+def test_nothing_is_timed_while_the_tests_of_the_operator_fail(monkeypatch, tmp_path):
+    tests = tmp_path / "tests" / "ops"
+    tests.mkdir(parents=True)
+    (tests / "test_cpp.py").write_text("def test_it():\n    pass\n")
+    (tests / "test_dlif.py").write_text("def test_it():\n    assert 'spike' == 'no spike'\n")
+    monkeypatch.setattr(benchmark, "__file__", str(tmp_path / "recipes" / "benchmark.py"))
+    with pytest.raises(SystemExit, match=r"(?s)nothing is timed:.*no spike"):
+        benchmark.main([])
+
+
+def test_wrong_use():
+    with pytest.raises(ValueError, match="methods of neuron are DLIF cpp.*got Brian"):
+        race("neuron", ["Brian"], CURRENTS, rounds=2, threads=1)
+    with pytest.raises(ValueError, match="rounds must be >= 2"):
+        race("neuron", list(LAYERS), CURRENTS, rounds=1, threads=1)
+
+
+def test_the_chart_of_networks_has_no_line_for_the_memory(tmp_path):
+    row = Measurement("conv4", "malloc", "2x2x3x8x8", "ReLU", 2.0, 1.9, 2.1, 1.8, 1.0, 1.0, 1.0, 1.0, 1.0, math.nan)
+    plot_benchmark([row], tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="no measurements"):
+        plot_benchmark([], tmp_path / "b.png")
