@@ -14,7 +14,9 @@ CONFIGURATION_FILE = "config.yaml"
 
 
 def run_to_resume(output: str | None, stem: str, root: Path = Path("runs")) -> Path:
-    """The folder of an earlier run: ``output``, or the newest ``root/stem-NUMBER``. 查找要继续的运行。
+    """The folder of an earlier run: ``output``, or the newest ``root/stem-NUMBER`` with a checkpoint.
+
+    查找要继续的运行。
 
     Args:
         output: The folder, None for the newest.
@@ -27,7 +29,11 @@ def run_to_resume(output: str | None, stem: str, root: Path = Path("runs")) -> P
     Raises:
         FileNotFoundError: If there is no such run.
     """
-    folder = _numbered(stem, root, beyond=0) if output is None else Path(output)
+    if output is None:  # a run that failed at its start has nothing to go on with
+        numbers = (number for number in _numbers(stem, root) if any((root / f"{stem}-{number}").glob("*/last.pt")))
+        folder = root / f"{stem}-{max(numbers, default=0)}"
+    else:
+        folder = Path(output)
     if not (folder / CONFIGURATION_FILE).is_file():
         raise FileNotFoundError(
             f"no run to resume: {folder / CONFIGURATION_FILE} is missing; give the run's folder with --output"
@@ -62,7 +68,7 @@ def open_run_folder(
     """
     folders = [""]
     if accelerator.is_main_process:
-        folder = _numbered(stem, root, beyond=1) if output is None else Path(output)
+        folder = root / f"{stem}-{max(_numbers(stem, root), default=0) + 1}" if output is None else Path(output)
         if not resume:
             if folder.exists() and any(folder.iterdir()):
                 raise FileExistsError(f"{folder} is not empty: continue its run with --resume, or change --output")
@@ -75,7 +81,7 @@ def open_run_folder(
     return Path(folders[0])
 
 
-def _numbered(stem: str, root: Path, beyond: int) -> Path:
-    """The folder with the highest number so far plus ``beyond``."""
+def _numbers(stem: str, root: Path) -> list[int]:
+    """Numbers of the folders there are."""
     endings = (path.name.removeprefix(f"{stem}-") for path in root.glob(f"{stem}-*"))
-    return root / f"{stem}-{max((int(ending) for ending in endings if ending.isdigit()), default=0) + beyond}"
+    return [int(ending) for ending in endings if ending.isdigit()]

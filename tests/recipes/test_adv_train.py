@@ -163,8 +163,11 @@ def test_resuming_a_finished_run_gives_the_same_report_and_other_options_are_ref
     folder = tmp_path / "runs" / "digits-dlif-gaussian-1"
     scores = Report.load(folder / "report.json").scores
     in_process(monkeypatch, tmp_path, *quick)
+    with pytest.raises(ValueError, match="T must be"):
+        in_process(monkeypatch, tmp_path, *quick, "--T", "0")  # leaves a third folder, without a checkpoint
     in_process(monkeypatch, tmp_path, "--mode", "gaussian", "--resume")
-    assert sorted(path.name for path in (tmp_path / "runs").iterdir()) == [f"digits-dlif-gaussian-{n}" for n in (1, 2)]
+    names = sorted(path.name for path in (tmp_path / "runs").iterdir())
+    assert names == [f"digits-dlif-gaussian-{number}" for number in (1, 2, 3)]
     for number in (1, 2):
         assert Report.load(tmp_path / "runs" / f"digits-dlif-gaussian-{number}" / "report.json").scores == scores
     options = (monkeypatch, tmp_path, "--output", str(folder), "--resume")
