@@ -51,7 +51,23 @@ def adversarial_tasks(architecture: str) -> dict[str, Callable[[Sequence[int]], 
     }
 
 
-class NetworkTask:
+class _TrainingTask:
+    """What two kinds of training step share: images, labels, the step of the optimizer."""
+
+    def __init__(self, net: ConvChain, shape: Sequence[int], dtype: torch.dtype) -> None:
+        self._optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
+        self._x, self._y = _images(shape, dtype)
+        self.tensor_bytes = 4 * self._x.numel() * shape[0]
+        self.inputs = [self._x, *net.parameters()]
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients and a step of the optimizer."""
+        self._optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        self._optimizer.step()
+
+
+class NetworkTask(_TrainingTask):
     """One training step (cross entropy, SGD) of a network of convolution - batch norm - neuron stages.
 
     Args:
@@ -67,21 +83,12 @@ class NetworkTask:
         """Build the network, the same for every neuron, and draw the images."""
         self._names = (architecture, neuron)
         net = _network(architecture, neuron, shape).to(dtype)
+        super().__init__(net, shape, dtype)
         self._classifier = SpikingClassifier(net, shape[0])
-        self._optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
-        self._x, self._y = _images(shape, dtype)
-        self.tensor_bytes = 4 * self._x.numel() * shape[0]
-        self.inputs = [self._x, *net.parameters()]
 
     def forward(self) -> Tensor:
         """The loss."""
         return F.cross_entropy(self._classifier(self._x), self._y)
-
-    def backward(self, loss: Tensor) -> None:
-        """Gradients and a step of the optimizer."""
-        self._optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        self._optimizer.step()
 
     def check(self) -> None:
         """Compare loss and gradients with the textbook loop in float64, where no spike hangs on rounding.
@@ -101,7 +108,7 @@ class NetworkTask:
         _same(neuron, losses[:2], losses[2:])
 
 
-class AdversarialTask:
+class AdversarialTask(_TrainingTask):
     """One step of adversarial training with MS-MPPD: crafting, both passes, loss, optimizer.
 
     Args:
@@ -124,12 +131,9 @@ class AdversarialTask:
         """Build the network and draw the images."""
         self._architecture, self._published, self._noise = architecture, published, noise
         self._net = _network(architecture, "textbook loop" if published else _FUSED, shape).to(dtype)
-        self._optimizer = torch.optim.SGD(self._net.parameters(), lr=1e-3, momentum=0.9)
+        super().__init__(self._net, shape, dtype)
         self._objective = _objective(self._net, shape[0]) if not published else None
-        self._x, self._y = _images(shape, dtype)
         self._T = shape[0]
-        self.tensor_bytes = 4 * self._x.numel() * shape[0]
-        self.inputs = [self._x, *self._net.parameters()]
         if self._objective is not None:
             self._objective.prepare(self._x)
 
@@ -140,12 +144,6 @@ class AdversarialTask:
         x_adv = rfgsm(self._objective.classifier, self._x, self._y, eps=4 / 255, noise_std=self._noise, project=False)
         total: Tensor = self._objective(self._x, self._y, x_adv).total
         return total
-
-    def backward(self, loss: Tensor) -> None:
-        """Gradients and a step of the optimizer."""
-        self._optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        self._optimizer.step()
 
     def check(self) -> None:
         """Compare the loss with that of the published loop in float64, without noise, before and after a step.

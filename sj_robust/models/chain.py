@@ -34,7 +34,8 @@ class ConvChain(nn.Module):
         **neuron_kwargs: Passed on to ``spiking_neuron``; one that takes ``T`` (``DLIFNode`` does) gets the network's.
 
     Raises:
-        ValueError: If the image is too small for the number of poolings or an input has another number of dimensions.
+        ValueError: If the image is too small for the number of poolings, ``features`` does not begin with a
+            convolution, or an input has another number of dimensions.
 
     Source: the VGG networks of Ding et al. (ICML 2024), section 5.
 

@@ -3,11 +3,9 @@
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sj_robust._host import functional
 from sj_robust.attacks.randomness import seeded_globals
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.perturbation import MPPDMonitor
@@ -96,25 +94,16 @@ class Objective(nn.Module):
         self.input_gain = input_gain
         self.monitor = MPPDMonitor(classifier.net, layers=self.layers) if rho > 0 else None
 
-    @torch.no_grad()
     def prepare(self, x: Tensor) -> None:
-        """Find the layer executed last by one run on ``x``, which changes nothing else.
+        """Find the layer executed last by running the network on ``x``, which changes nothing else.
 
         The monitor then leaves the other layers to themselves from the first step on, so that a resumed run repeats an
         unbroken one bit for bit also where batch norm and neuron run in one pass.
         """
-        if self.monitor is None:
-            return
-        modes = {module: module.training for module in self.classifier.modules()}
-        self.classifier.eval()
-        try:
-            with seeded_globals(0, x.device), self.monitor.clean():
-                self.classifier(x)
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
+        if self.monitor is not None:
+            with seeded_globals(0, x.device):
+                self.monitor.compare(x, x, forward=self.classifier)
             self.monitor.clear_recorded_data()
-            functional.reset_net(self.classifier)
 
     def forward(self, x: Tensor, y: Tensor, x_perturbed: Tensor | None = None) -> Losses:
         """Parts of the objective for images ``x`` with labels ``y``; without perturbed images, plain cross entropy."""
