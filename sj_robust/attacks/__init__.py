@@ -9,7 +9,8 @@ What holds for every one of them:
   in evaluation mode, and every submodule gets its own mode back, also after an exception; any other callable is
   called as it is.
 - ``generator`` is asked for one number per call, which seeds all randomness of that call, the network's own use
-  of torch's global generators included; it may live on another device than ``x``. Without a generator every call
+  of torch's global generators included; it may live on another device than ``x``. ``SampleSeeds`` in its place make
+  what is drawn for a sample independent of the samples beside it and of the batch size. Without a generator every call
   draws fresh numbers that ``torch.manual_seed`` does not govern.
 """
 
@@ -17,8 +18,10 @@ from sj_robust.attacks.checks import check_images, check_labels
 from sj_robust.attacks.gradient import fgsm, pgd, rfgsm
 from sj_robust.attacks.noise import gaussian
 from sj_robust.attacks.projection import linf_bounds, project_l2, project_linf
+from sj_robust.attacks.randomness import SampleSeeds
 
 __all__ = [
+    "SampleSeeds",
     "check_images",
     "check_labels",
     "fgsm",

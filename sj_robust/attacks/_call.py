@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust.attacks.checks import check_logits
-from sj_robust.attacks.randomness import draw_seed, private_generator, seeded_globals
+from sj_robust.attacks.randomness import Private, SampleSeeds, draw_seed, private_generator, seeded_globals
 
 Model = Callable[[Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
 @contextmanager
-def crafting(model: Model, device: torch.device, generator: torch.Generator | None) -> Iterator[torch.Generator]:
+def crafting(model: Model, device: torch.device, generator: torch.Generator | SampleSeeds | None) -> Iterator[Private]:
     """Evaluation mode, gradients on, private randomness (yielded); all of it undone afterwards."""
     private = private_generator(generator, device)
     modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []

@@ -9,6 +9,7 @@ from torch import Tensor
 from sj_robust.attacks._call import Loss, Model, Objective, Score, crafting
 from sj_robust.attacks.checks import check_count, check_images, check_labels, check_model, check_size
 from sj_robust.attacks.projection import l2_norm, linf_bounds, per_sample, project_l2
+from sj_robust.attacks.randomness import Private, SampleSeeds, check_seeds, rand, randn
 
 __all__ = ["fgsm", "pgd", "rfgsm"]
 
@@ -23,7 +24,7 @@ def fgsm(
     eps: float,
     targeted: bool = False,
     loss: Loss | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | SampleSeeds | None = None,
 ) -> Tensor:
     """Fast gradient sign method: one step to the border of the Linf ball.
 
@@ -80,7 +81,7 @@ def rfgsm(
     project: bool = True,
     targeted: bool = False,
     loss: Loss | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | SampleSeeds | None = None,
 ) -> Tensor:
     """FGSM from a slightly noisy start, the attack of adversarial training.
 
@@ -149,7 +150,7 @@ def pgd(
     targeted: bool = False,
     keep_best: bool = True,
     loss: Loss | None = None,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | SampleSeeds | None = None,
 ) -> Tensor:
     """Projected gradient descent in the Linf or L2 ball.
 
@@ -206,7 +207,7 @@ def pgd(
     check_count("eot_samples", eot_samples)
     if restarts > 1 and not random_start:
         raise ValueError(f"restarts > 1 need random_start=True to differ, got restarts={restarts} without it")
-    x, y = _checked_copies(model, x, y)
+    x, y = _checked_copies(model, x, y, generator)
     if x.numel() == 0:
         return x
     objective = Objective(model, loss, targeted, eot_samples)
@@ -261,25 +262,28 @@ def _single_step(
     eps: float,
     step_size: float,
     noise_std: float,
-    generator: torch.Generator | None,
+    generator: torch.Generator | SampleSeeds | None,
 ) -> Tensor:
     """One signed step from a noisy start, clamped to the Linf ball of ``eps`` and to [0, 1]."""
-    x, y = _checked_copies(model, x, y)
+    x, y = _checked_copies(model, x, y, generator)
     if x.numel() == 0:
         return x
     with crafting(model, x.device, generator) as private:
         start = x
         if noise_std > 0:
-            start = x + noise_std * torch.randn(x.shape, generator=private, dtype=x.dtype, device=x.device)
+            start = x + noise_std * randn(x.shape, private, dtype=x.dtype, device=x.device)
         grad, _ = objective.gradient(start, y)
         return (start + step_size * grad.sign()).clamp(*linf_bounds(x, eps=eps))
 
 
-def _checked_copies(model: Model, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+def _checked_copies(
+    model: Model, x: Tensor, y: Tensor, generator: torch.Generator | SampleSeeds | None
+) -> tuple[Tensor, Tensor]:
     """Entry check of every gradient attack; copies that the model may keep and that have no graph."""
     check_model(model)
     check_images(x)
     check_labels(y, x)
+    check_seeds(generator, x)
     with torch.inference_mode(False):
         return x.detach().clone(), y.clone()
 
@@ -297,13 +301,13 @@ def _direction(grad: Tensor, norm: Norm) -> Tensor:
     return (grad.double() / torch.where(length > 0, length, 1.0)).to(grad.dtype)
 
 
-def _random_point(x: Tensor, eps: float, norm: Norm, generator: torch.Generator) -> Tensor:
+def _random_point(x: Tensor, eps: float, norm: Norm, private: Private) -> Tensor:
     """Uniform in the ball around ``x``, then projected into [0, 1]."""
     if norm == "Linf":
-        uniform = torch.rand(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+        uniform = rand(x.shape, private, dtype=x.dtype, device=x.device)
         return (x + eps * (2 * uniform - 1)).clamp(*linf_bounds(x, eps=eps))
-    direction = torch.randn(x.shape, generator=generator, dtype=torch.float64, device=x.device)
-    volume = torch.rand(len(x), generator=generator, dtype=torch.float64, device=x.device)
+    direction = randn(x.shape, private, dtype=torch.float64, device=x.device)
+    volume = rand(x.shape[:1], private, dtype=torch.float64, device=x.device)
     radius = eps * volume ** (1 / x[0].numel())
     return project_l2(x + direction * per_sample(radius / l2_norm(direction), x), x, eps=eps)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sj_robust.attacks.checks import check_images, check_labels, check_model, check_size
-from sj_robust.attacks.randomness import private_generator
+from sj_robust.attacks.randomness import SampleSeeds, check_seeds, private_generator, randn
 
 __all__ = ["gaussian"]
 
@@ -19,7 +19,7 @@ def gaussian(
     *,
     std: float,
     clamp: bool = True,
-    generator: torch.Generator | None = None,
+    generator: torch.Generator | SampleSeeds | None = None,
 ) -> Tensor:
     """Gaussian noise of standard deviation ``std``.
 
@@ -33,7 +33,8 @@ def gaussian(
         y: Not used; labels [N] if given.
         std: Standard deviation in units of [0, 1] images, such as ``8 / 255``.
         clamp: Whether to clamp to [0, 1]; False for Gaussian training, whose inputs may leave the box.
-        generator: Seeds the noise; None draws fresh numbers without touching the global generators.
+        generator: Seeds the noise, per sample if it is ``SampleSeeds``; None draws fresh numbers without touching the
+            global generators.
 
     Returns:
         The noisy images, in shape, dtype and device of ``x``.
@@ -55,6 +56,7 @@ def gaussian(
     if y is not None:
         check_labels(y, x)
     std = check_size("std", std, at_most=1.0)
+    check_seeds(generator, x)
     private = private_generator(generator, x.device)
-    x_adv = x + std * torch.randn(x.shape, generator=private, dtype=x.dtype, device=x.device)
+    x_adv = x + std * randn(x.shape, private, dtype=x.dtype, device=x.device)
     return x_adv.clamp(0, 1) if clamp else x_adv

@@ -1,0 +1,146 @@
+"""Seeds per sample: what is drawn for a sample follows from its seed alone."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from attacks.table import ATTACKS, linear_model
+from torch import nn
+
+from sj_robust.attacks import SampleSeeds, fgsm, gaussian
+from sj_robust.attacks.randomness import private_generator, rand, randn
+
+SEEDS = SampleSeeds([11, 12, 13, 14, 15, 16, 17])
+CPU = torch.device("cpu")
+
+
+def test_splitmix64_equals_its_published_numbers():
+    # The first outputs of the reference generator with state 0.
+    from sj_robust.attacks.randomness import _splitmix64
+
+    step = 0x9E3779B97F4A7C15
+    assert [_splitmix64(i * step % 2**64) for i in range(3)] == [
+        0xE220A8397B1DCDAF,
+        0x6E789E6AA1B965F4,
+        0x06C45D188009454F,
+    ]
+
+
+def test_derived_seeds_follow_seed_and_labels_in_every_run():
+    code = "from sj_robust.attacks import SampleSeeds; s = SampleSeeds([3, 5]).derived('apgd', 2); print(s, s.single())"
+    seeds = SampleSeeds([3, 5]).derived("apgd", 2)
+    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert printed == f"{seeds} {seeds.single()}\n"
+
+
+def test_other_labels_give_other_seeds():
+    labels = [(), ("a",), ("b",), (1,), ("1",), (1, 2), (2, 1), ("a", 1), ("a", 2), (-1,)]
+    derived = [SEEDS.derived(*label).seeds for label in labels]
+    assert len({seed for seeds in derived for seed in seeds}) == len(labels) * len(SEEDS)
+    assert all(0 <= seed < 2**62 for seeds in derived for seed in seeds)
+
+
+def test_the_single_number_depends_on_every_seed_and_their_order():
+    others = [SampleSeeds(s) for s in ([1, 2, 3], [1, 2, 4], [2, 1, 3], [1, 2], [1, 2, 3, 0], [])]
+    assert len({seeds.single() for seeds in others}) == len(others)
+    assert all(0 <= seeds.single() < 2**62 for seeds in others)
+
+
+def test_rows_are_a_mask_or_indices():
+    mask = torch.tensor([True, False, False, True, False, False, True])
+    assert SEEDS.rows(mask) == SampleSeeds([11, 14, 17])
+    assert SEEDS.rows(torch.tensor([3, 0])) == SampleSeeds([14, 11])
+    assert len(SEEDS.rows(torch.zeros(7, dtype=torch.bool))) == 0
+    assert SampleSeeds(torch.arange(11, 18)) == SEEDS
+
+
+@pytest.mark.parametrize("draw", [rand, randn])
+def test_draws_of_a_sample_do_not_depend_on_its_neighbours(draw):
+    def drawn(seeds: SampleSeeds) -> torch.Tensor:
+        private = private_generator(seeds, CPU)
+        draws = [draw((len(seeds), 2, 3), private, dtype=torch.float64, device=CPU) for _ in range(2)]
+        return torch.stack(draws, 1)
+
+    together = drawn(SEEDS)
+    assert torch.equal(drawn(SEEDS.rows(torch.tensor([4, 1]))), together[[4, 1]])
+    assert len(together.flatten().unique()) == together.numel()  # other numbers per sample and per draw
+
+
+def test_draws_have_the_moments_they_should():
+    private = private_generator(SampleSeeds(range(400)), CPU)
+    uniform = rand((400, 100), private, dtype=torch.float32, device=CPU)
+    normal = randn((400, 100), private, dtype=torch.float32, device=CPU)
+    assert uniform.mean().item() == pytest.approx(0.5, abs=0.01)
+    assert uniform.std().item() == pytest.approx(12**-0.5, abs=0.01)
+    assert normal.mean().item() == pytest.approx(0.0, abs=0.03)
+    assert normal.std().item() == pytest.approx(1.0, abs=0.03)
+
+
+def test_an_attack_with_sample_seeds_does_not_depend_on_batch_or_neighbours(attack, batch):
+    x, y = batch[0].double(), batch[1]
+    model = linear_model(36, seed=3).double()
+    together = attack.run(model, x, y, 0.1, SEEDS)
+    for rows in ([0], [5, 2], [6, 0, 1, 3]):
+        some = attack.run(model, x[rows], y[rows], 0.1, SEEDS.rows(torch.tensor(rows)))
+        torch.testing.assert_close(some, together[rows], rtol=0, atol=1e-12)
+
+
+def test_other_sample_seeds_give_other_numbers(attack, batch):
+    model = linear_model(36)
+    seen: list[torch.Tensor] = []
+
+    def watched(x):
+        seen.append(x.detach().clone())
+        return model(x)
+
+    def first_images(seeds: SampleSeeds) -> torch.Tensor:
+        seen.clear()
+        result = attack.run(watched, *batch, 0.1, seeds)
+        return torch.cat([*seen, result])
+
+    first, again, other = (first_images(seeds) for seeds in (SEEDS, SEEDS, SEEDS.derived("other")))
+    assert torch.equal(first, again)
+    assert (first.shape != other.shape or not torch.equal(first, other)) == attack.draws
+
+
+def test_the_draws_of_the_network_follow_the_seeds():
+    def noisy(x):
+        drawn.append(torch.rand(3))
+        return x[:, :2]
+
+    drawn: list[torch.Tensor] = []
+    x, y = torch.rand(2, 4), torch.tensor([0, 1])
+    for seeds in ([1, 2], [1, 2], [1, 3]):
+        fgsm(noisy, x, y, eps=0.1, generator=SampleSeeds(seeds))
+    assert torch.equal(drawn[0], drawn[1])
+    assert not torch.equal(drawn[0], drawn[2])
+
+
+@pytest.mark.parametrize("name", ["gaussian", "fgsm", "pgd"])
+def test_as_many_seeds_as_images(name, batch):
+    with pytest.raises(ValueError, match=r"one seed per image, 7, got 3; select .* seeds.rows\(rows\)"):
+        ATTACKS[name].run(linear_model(36), *batch, 0.1, SampleSeeds([1, 2, 3]))
+
+
+@pytest.mark.parametrize(
+    ("seeds", "error", "match"),
+    [
+        ([-1], ValueError, r"seeds must lie in \[0, 2\*\*62\), got -1; use seed % 2\*\*62"),
+        ([2**62], ValueError, r"got 4611686018427387904"),
+        ([1.5], TypeError, r"seeds must be integers, got float; use int\(seed\)"),
+        ([True], TypeError, r"seeds must be integers, got bool"),
+        (torch.rand(3), TypeError, r"integer tensor \[N\], got torch.float32"),
+        (torch.zeros(2, 2, dtype=torch.int64), TypeError, r"of shape \[2, 2\]"),
+    ],
+)
+def test_wrong_seeds(seeds, error, match):
+    with pytest.raises(error, match=match):
+        SampleSeeds(seeds)
+
+
+def test_half_precision_noise_keeps_its_dtype():
+    x = torch.full((2, 3), 0.5, dtype=torch.bfloat16)
+    noisy = gaussian(nn.Identity(), x, std=0.1, generator=SampleSeeds([0, 1]))
+    assert noisy.dtype == torch.bfloat16
+    assert not torch.equal(noisy[0], noisy[1])
