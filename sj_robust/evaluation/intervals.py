@@ -1,0 +1,110 @@
+"""How sure a measured accuracy is: 95 % intervals of shares and of their differences."""
+
+import math
+
+__all__ = ["difference_interval", "paired_difference_interval", "wilson_interval"]
+
+_Z = 1.959963984540054  # 97.5 % quantile of the normal distribution
+
+
+def wilson_interval(count: int, total: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share. 威尔逊置信区间。
+
+    Equation: ``(p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n)`` with ``p = count / total``,
+    ``n = total`` and ``z = 1.96``; unlike the normal interval it stays in [0, 1] and has a width at shares of 0 and 1.
+
+    Args:
+        count: Number of hits.
+        total: Number of trials, >= 1.
+
+    Returns:
+        Lower and upper end, in [0, 1].
+
+    Raises:
+        ValueError: If ``count`` is not from 0 to ``total``, or there are no trials.
+
+    Source: Wilson, "Probable inference, the law of succession, and statistical inference" (JASA 1927).
+
+    Example:
+        >>> low, high = wilson_interval(5, 10)
+        >>> round(low, 3), round(high, 3)
+        (0.237, 0.763)
+    """
+    _check(count, total)
+    share, spread = count / total, _Z * _Z / total
+    middle = (share + spread / 2) / (1 + spread)
+    half = _Z * math.sqrt(share * (1 - share) / total + spread / (4 * total)) / (1 + spread)
+    # At a share of 0 or 1 the end is that share exactly, which rounding would miss.
+    return (0.0 if count == 0 else middle - half, 1.0 if count == total else middle + half)
+
+
+def difference_interval(count: int, total: int, other_count: int, other_total: int) -> tuple[float, float]:
+    """95 % interval of ``other_count / other_total - count / total``, measured on different images. 独立样本差的区间。
+
+    Equation: from Wilson's intervals (l, u) of both shares, ``d - sqrt((p2 - l2)^2 + (u1 - p1)^2)`` and
+    ``d + sqrt((u2 - p2)^2 + (p1 - l1)^2)`` around ``d = p2 - p1``.
+
+    Args:
+        count: Hits of the first.
+        total: Trials of the first.
+        other_count: Hits of the second.
+        other_total: Trials of the second.
+
+    Returns:
+        Lower and upper end, in [-1, 1].
+
+    Raises:
+        ValueError: If a count is not from 0 to its total, or there are no trials.
+
+    Source: Newcombe, "Interval estimation for the difference between independent proportions" (1998), method 10.
+
+    Example:
+        >>> low, high = difference_interval(48, 80, 56, 70)
+        >>> round(low, 4), round(high, 4)
+        (0.0524, 0.3339)
+    """
+    low, high = wilson_interval(count, total)
+    other_low, other_high = wilson_interval(other_count, other_total)
+    share, other = count / total, other_count / other_total
+    return (
+        other - share - math.hypot(other - other_low, high - share),
+        other - share + math.hypot(other_high - other, share - low),
+    )
+
+
+def paired_difference_interval(gained: int, lost: int, total: int) -> tuple[float, float]:
+    """95 % interval of a difference of two shares of the same images. 配对样本差的区间。
+
+    Equation: ``d -+ z sqrt(b + c - (b - c)^2 / n) / n`` with ``d = (b - c) / n`` after adding 1/2 to each of the four
+    cells, so ``b = gained + 1/2``, ``c = lost + 1/2`` and ``n = total + 2``; clipped to [-1, 1].
+
+    Args:
+        gained: Images that are hits for the second alone.
+        lost: Images that are hits for the first alone.
+        total: Images.
+
+    Returns:
+        Lower and upper end, in [-1, 1].
+
+    Raises:
+        ValueError: If ``gained + lost`` is not from 0 to ``total``, or there are no images.
+
+    Source: Agresti and Min, "Simple improved confidence intervals for comparing matched proportions" (2005).
+
+    Example:
+        >>> low, high = paired_difference_interval(0, 0, 98)
+        >>> round(low, 4), round(high, 4)
+        (-0.0196, 0.0196)
+    """
+    _check(gained + lost, total)
+    size = total + 2
+    difference = (gained - lost) / size
+    half = _Z * math.sqrt(gained + lost + 1 - (gained - lost) ** 2 / size) / size
+    return max(-1.0, difference - half), min(1.0, difference + half)
+
+
+def _check(count: int, total: int) -> None:
+    if total < 1:
+        raise ValueError(f"total must be >= 1, got {total}: a share of no images means nothing")
+    if not 0 <= count <= total:
+        raise ValueError(f"count must be from 0 to {total}, got {count}")

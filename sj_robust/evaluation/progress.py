@@ -1,0 +1,186 @@
+"""What an evaluation has found so far, in small files that survive a kill at any point."""
+
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+__all__ = ["BatchLog", "Progress", "stage", "write_whole"]
+
+_KEY_FILE = "key.json"
+
+
+class Progress:
+    """Records per batch, one line each, which a killed process leaves whole or not at all. 可断点续跑的进度记录。
+
+    Every record is forced to disk before the next one is computed; a torn line at the end of a file is cut off when
+    the batch is taken up again. A key says what the records belong to.
+
+    Args:
+        folder: Where the files are; None keeps nothing.
+        key: Fingerprint by name of all that decides the records.
+
+    Raises:
+        ValueError: If the folder holds records of another key.
+
+    Example:
+        >>> with Progress(None, {"seed": "0"}).batch(3) as log:
+        ...     log.append({"member": "pgd"})
+        ...     log.records
+        [{'member': 'pgd'}]
+    """
+
+    def __init__(self, folder: Path | None, key: Mapping[str, str]) -> None:
+        """Compare the key with the one on disk; see the class."""
+        self._folder = folder
+        if folder is None:
+            return
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / _KEY_FILE
+        if path.is_file():
+            _check_key(_read(path), key, folder)
+        else:
+            write_whole(path, json.dumps(dict(key), indent=2) + "\n")
+
+    @contextmanager
+    def batch(self, number: int) -> Iterator["BatchLog"]:
+        """Take up a batch: what is known of it, open for more.
+
+        Raises:
+            RuntimeError: If another process has taken up the batch.
+        """
+        if self._folder is None:
+            yield BatchLog([], None)
+            return
+        path = self._folder / f"batch-{number:06d}.jsonl"
+        with path.open("ab") as file:
+            _lock(file, path)
+            content = path.read_bytes()
+            whole = _whole_length(content)
+            file.truncate(whole)
+            yield BatchLog([json.loads(line) for line in content[:whole].splitlines()], file)
+
+
+@dataclass(frozen=True)
+class BatchLog:
+    """The records of one batch.
+
+    Attributes:
+        records: Those there are, in order.
+        file: Where further ones go; None for nowhere.
+
+    Example:
+        >>> BatchLog([], None).records
+        []
+    """
+
+    records: list[dict[str, Any]]
+    file: IO[bytes] | None
+
+    def append(self, record: dict[str, Any]) -> None:
+        """Add a record, on disk when this returns."""
+        if self.file is not None:
+            self.file.write(json.dumps(record, separators=(",", ":")).encode() + b"\n")
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        self.records.append(record)
+
+
+def stage(path: Path | None, key: Mapping[str, str], compute: Callable[[], Any]) -> Any:
+    """The result of ``compute``, from the file of an earlier run if there is one. 可恢复的计算步骤。
+
+    Args:
+        path: The file; None computes every time.
+        key: Fingerprint by name of all that decides the result.
+        compute: Returns plain data.
+
+    Returns:
+        The result as JSON gives it back.
+
+    Raises:
+        ValueError: If the file belongs to another key.
+
+    Example:
+        >>> stage(None, {}, lambda: (1, 2))
+        [1, 2]
+    """
+    if path is not None and path.is_file():
+        content = _read(path)
+        _check_key(content["key"], key, path)
+        return content["result"]
+    text = json.dumps({"key": dict(key), "result": compute()})
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(path, text + "\n")
+    return json.loads(text)["result"]
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that it is whole, in its old or its new form, whenever the process is killed. 原子写文件。
+
+    Args:
+        path: The file; its folder exists.
+        text: Its content.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "note.txt"
+        >>> write_whole(path, "done")
+        >>> path.read_text()
+        'done'
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def _check_key(found: object, wanted: Mapping[str, str], where: Path) -> None:
+    if not isinstance(found, dict):
+        raise ValueError(f"{where} holds no key of an evaluation: it is damaged; evaluate into another folder")
+    changed = [name for name in (*wanted, *(found.keys() - wanted.keys())) if found.get(name) != wanted.get(name)]
+    if changed:
+        raise ValueError(
+            f"{where} holds the progress of another evaluation ({', '.join(changed)} changed); results are never "
+            "mixed: resume with what it was begun with, or evaluate into another folder"
+        )
+
+
+def _read(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); evaluate into another folder") from error
+
+
+def _whole_length(content: bytes) -> int:
+    """Length of the leading lines that are complete records."""
+    length = 0
+    for line in content.splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        if not line.endswith(b"\n") or not isinstance(record, dict):
+            break
+        length += len(line)
+    return length
+
+
+def _lock(file: IO[bytes], path: Path) -> None:
+    """Keep other processes off the file until it is closed, where the system can; a kill releases it."""
+    if os.name != "posix":
+        return
+    import fcntl
+
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise RuntimeError(f"{path} is written by another process: is this evaluation running already?") from error
+    except OSError:  # a file system without locks
+        return
