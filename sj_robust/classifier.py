@@ -1,4 +1,4 @@
-"""A spiking network as a pure function from images to logits."""
+"""A spiking network as a pure function from images or event frames to logits."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sj_robust._host import EVAL_MODE_HAS_NO_GRADIENT, base, functional, neuron
 
-__all__ = ["PoissonEncoder", "SpikingClassifier"]
+__all__ = ["PoissonEncoder", "SpikingClassifier", "SpikingEventClassifier"]
 
 
 class SpikingClassifier(nn.Module):
@@ -77,11 +77,7 @@ class SpikingClassifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [N, classes] of images [N, C, H, W] or features [N, F]."""
-        if images.ndim not in (2, 4):
-            raise ValueError(
-                f"images must be [N, C, H, W] (or [N, F] for features), got shape {tuple(images.shape)}; "
-                "add the batch dimension with images.unsqueeze(0)"
-            )
+        self._check_shape(images)
         functional.reset_net(self.net)
         with _differentiable(self.net):
             outputs = self._run(images)
@@ -97,6 +93,13 @@ class SpikingClassifier(nn.Module):
     def extra_repr(self) -> str:
         """Parameters shown by ``print``."""
         return f"T={self.T}, step_mode={self.step_mode or _step_mode(self.net)}"
+
+    def _check_shape(self, images: Tensor) -> None:
+        if images.ndim not in (2, 4):
+            raise ValueError(
+                f"images must be [N, C, H, W] (or [N, F] for features), got shape {tuple(images.shape)}; "
+                "add the batch dimension with images.unsqueeze(0), give event frames to SpikingEventClassifier"
+            )
 
     def _run(self, images: Tensor) -> Tensor:
         """Outputs of the network, [T, N, classes] or [N, classes]."""
@@ -128,6 +131,66 @@ class SpikingClassifier(nn.Module):
         if self.std is not None:
             frames = frames / self.std.to(frames.dtype).view(shape)
         return frames
+
+
+class SpikingEventClassifier(SpikingClassifier):
+    """Event frames to logits; the same frames give the same logits whatever ran before. 事件帧到输出的纯函数。
+
+    Equation: ``logits = mean_t net(frames)[t]`` after ``functional.reset_net(net)``.
+
+    Frames come samples first, [N, T, C, H, W], as a loader of SpikingJelly's event data sets stacks them and as every
+    attack and evaluation expects its samples. The network gets [T, N, C, H, W] as always on SpikingJelly: here, and
+    nowhere else, are the two dimensions exchanged. For frames held as [T, N, C, H, W] pass ``frames.transpose(0, 1)``.
+
+    All else is as in :class:`SpikingClassifier`; frames are neither encoded nor normalised.
+
+    Args:
+        net: A SpikingJelly network of any neurons that takes [T, N, C, H, W] (step mode ``"m"``) or T times
+            [N, C, H, W] (step mode ``"s"``).
+        T: Number of frames per sample.
+        step_mode: How to call ``net``; None asks its outermost step module.
+
+    Raises:
+        ValueError: If an argument, the shape of the frames or the network's output does not fit, or the network
+            repeats its input over time itself.
+
+    Source: frames of events as in ``spikingjelly.datasets`` (``data_type="frame"``); rate decoding of Ding et al.
+        (ICML 2024), section 5.
+
+    Example:
+        >>> from sj_robust.neuron import DLIFNode
+        >>> net = nn.Sequential(nn.Flatten(2), nn.Linear(2 * 6 * 6, 3), DLIFNode(T=4))
+        >>> SpikingEventClassifier(net, T=4)(torch.randint(2, (5, 4, 2, 6, 6)).float()).shape
+        torch.Size([5, 3])
+    """
+
+    def __init__(self, net: nn.Module, T: int, *, step_mode: str | None = None) -> None:
+        """Wrap a network; see the class."""
+        super().__init__(net, T, step_mode=step_mode)
+        if getattr(net, "expands_time", False):
+            raise ValueError(
+                "net must take frames [T, N, C, H, W], got one that repeats its input over time itself (expands_time); "
+                "build it without that"
+            )
+
+    def _check_shape(self, images: Tensor) -> None:
+        if images.ndim != 5:
+            raise ValueError(
+                f"frames must be [N, T, C, H, W], got shape {tuple(images.shape)}; add the batch dimension with "
+                "frames.unsqueeze(0), give images to SpikingClassifier"
+            )
+        if images.shape[1] != self.T:
+            hint = "; use frames.transpose(0, 1)" if images.shape[0] == self.T else ""
+            raise ValueError(
+                f"frames must be [N, T, C, H, W] with T = {self.T}, got shape {tuple(images.shape)}: "
+                f"{images.shape[1]} frames per sample{hint}"
+            )
+
+    def _run(self, images: Tensor) -> Tensor:
+        frames = images.transpose(0, 1).contiguous()
+        if (self.step_mode or _step_mode(self.net)) == "s":
+            return torch.stack([self.net(frame) for frame in frames])
+        return self._checked(self.net(frames))
 
 
 class PoissonEncoder(nn.Module):

@@ -1,0 +1,222 @@
+"""Search for few changes of binary frames that fool a model: growth by gradient score, then reduction."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from sj_robust.attacks._call import Objective
+
+_TIE = 1e-12  # gains closer than this share of the largest one count as equal
+
+
+class Settings(NamedTuple):
+    """How long the search looks; see ``flip_events``."""
+
+    steps: int
+    probes: int
+    confidence: float
+    keep_best: bool
+    reduce: bool
+
+
+class Best:
+    """Best changes so far per sample: fooling before not fooling, then fewer of them, or a higher loss."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.flipped = torch.zeros_like(x.flatten(1), dtype=torch.bool)
+        self.fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        self.loss = torch.full((len(x),), -torch.inf, dtype=torch.float64, device=x.device)
+
+    def offer(self, rows: Tensor, flipped: Tensor, fooled: Tensor, loss: Tensor) -> None:
+        """Take the changes of the samples ``rows`` that beat what is kept."""
+        kept, loss = self.fooled[rows], loss.double()
+        fewer = flipped.sum(1) < self.flipped[rows].sum(1)
+        better = (fooled & (~kept | fewer)) | (~fooled & ~kept & (loss > self.loss[rows]))
+        rows = rows[better]
+        self.flipped[rows], self.fooled[rows], self.loss[rows] = flipped[better], fooled[better], loss[better]
+
+
+class Search:
+    """One run over the samples of a batch; ``rows`` are always indices into that batch.
+
+    Args:
+        objective: What is climbed.
+        x: Frames [N, ...] of zeros and ones.
+        y: Labels [N].
+        flippable: Where a change is allowed, [N, D] with D elements per sample.
+        settings: Length of the search.
+        order: Uniform numbers [N, D] that decide between equal gains.
+        scale: Factors [N, D] on the gains, for a run that differs from others; None for the gains as they are.
+        target: Class [N] whose lead over the label is climbed; None for the loss of ``objective``.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        x: Tensor,
+        y: Tensor,
+        flippable: Tensor,
+        settings: Settings,
+        *,
+        order: Tensor,
+        scale: Tensor | None = None,
+        target: Tensor | None = None,
+    ) -> None:
+        self.objective, self.x, self.y = objective, x, y
+        self.flippable, self.settings = flippable, settings
+        self.order, self.scale, self.target = order, scale, target
+        self.flipped = torch.zeros_like(flippable)
+
+    def run(self, budget: Tensor, best: Best) -> None:
+        """Grow the changes of every sample up to ``budget`` [N], reduce those that fool, and offer them to ``best``."""
+        fooled = self._grow(budget, best)
+        if self.settings.reduce and len(fooled):
+            self._put_back_prefix(fooled, rank := self._ranks(fooled))
+            self._put_back_singles(fooled, rank)
+            best.offer(fooled, self.flipped[fooled], torch.ones_like(fooled, dtype=torch.bool), best.loss[fooled])
+
+    def _grow(self, budget: Tensor, best: Best) -> Tensor:
+        """Largest first-order gains first, with fresh gradients in every step; samples that were fooled."""
+        standing = budget > 0
+        fooled = torch.zeros_like(standing)
+        steps = self.settings.steps
+        for step in range(steps):
+            size = (budget * (step + 1) + steps - 1) // steps - self.flipped.sum(1)
+            rows = (standing & (size > 0)).nonzero().squeeze(1)
+            if len(rows) == 0:
+                continue
+            gradient, loss, done = self._gradient(rows)
+            if self.settings.keep_best:
+                best.offer(rows, self.flipped[rows], done, loss)
+            fooled[rows] = done
+            rows, gradient, loss = rows[~done], gradient[~done], loss[~done]
+            if len(rows):
+                self._flip_largest(rows, gradient, loss, size[rows])
+            standing &= ~fooled
+        rows = standing.nonzero().squeeze(1)
+        if len(rows):
+            loss, done = self._score(rows, self.flipped[rows])
+            best.offer(rows, self.flipped[rows], done, loss)
+            fooled[rows] = done
+        return fooled.nonzero().squeeze(1)
+
+    def _flip_largest(self, rows: Tensor, gradient: Tensor, loss: Tensor, size: Tensor) -> None:
+        """Change the ``size`` [n] elements of every sample that promise most, none that promises a loss."""
+        gain = gradient * self._direction(rows)
+        if self.scale is not None:
+            gain = gain * self.scale[rows]
+        largest = gain.abs().amax(1, keepdim=True)
+        ranked = gain.double() + _TIE * torch.where(largest > 0, largest, 1.0) * self.order[rows]
+        ranked = ranked.masked_fill(~self.flippable[rows] | self.flipped[rows], -torch.inf)
+        wide = min(int(size.max()) + self.settings.probes, ranked.shape[1])
+        ranked, index = ranked.topk(wide, dim=1)
+        promise = torch.where(ranked.isinf(), ranked, gain.double().gather(1, index))
+        place = torch.arange(wide, device=index.device)
+        if self.settings.probes:
+            # The width is the sample's own: that of the batch would let neighbours decide what is probed.
+            promise = promise.masked_fill(place >= (size + self.settings.probes)[:, None], -torch.inf)
+            promise, index, size = self._probe(rows, index, promise, loss, size)
+        chosen = (promise >= 0) & (place < size[:, None])
+        self.flipped[rows] |= torch.zeros_like(self.flipped[rows]).scatter(1, index, chosen)
+
+    def _probe(
+        self, rows: Tensor, index: Tensor, promise: Tensor, loss: Tensor, size: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What every candidate alone really gains, best first; a sample that one of them fools takes that one only."""
+        real = torch.full_like(promise, -torch.inf)
+        size = size.clone()
+        for column in range(index.shape[1]):
+            tried = (~promise[:, column].isinf()).nonzero().squeeze(1)
+            if len(tried) == 0:
+                break
+            trial = self.flipped[rows[tried]].scatter(1, index[tried, column, None], True)
+            after, fooled = self._score(rows[tried], trial)
+            real[tried, column] = torch.where(fooled, torch.inf, (after - loss[tried]).double())
+            size[tried[fooled]] = 1
+        real, place = real.sort(dim=1, descending=True, stable=True)
+        return real, index.gather(1, place), size
+
+    def _ranks(self, rows: Tensor) -> Tensor:
+        """Place of every change in the order of importance at the end of growth, the least important 0; -1: none."""
+        gradient, _, _ = self._gradient(rows)
+        importance = (gradient * self._direction(rows)).double().masked_fill(~self.flipped[rows], torch.inf)
+        many = int(self.flipped[rows].sum(1).max())
+        lowest, index = importance.topk(many, dim=1, largest=False, sorted=True)
+        place = torch.arange(many, device=rows.device).expand_as(index)
+        rank = torch.full_like(importance, -1, dtype=torch.int64)
+        return rank.scatter(1, index, torch.where(lowest.isinf(), -1, place))
+
+    def _put_back_prefix(self, rows: Tensor, rank: Tensor) -> None:
+        """Undo the longest run of least important changes, found by bisection, that leaves the sample fooled."""
+        undone = torch.zeros_like(rows)
+        chunk = 2 ** (int(rank.max()) + 1).bit_length() // 2
+        while chunk:
+            undo = (rank >= undone[:, None]) & (rank < (undone + chunk)[:, None])
+            undone += chunk * self._try_to_undo(rows, undo)
+            chunk //= 2
+
+    def _put_back_singles(self, rows: Tensor, rank: Tensor) -> None:
+        """Undo change after change, least important first, until no single one can be undone."""
+        changed = torch.ones_like(rows, dtype=torch.bool)
+        while changed.any():
+            again = torch.zeros_like(changed)
+            for place in range(int(rank.max()) + 1):
+                again |= self._try_to_undo(rows, (rank == place) & changed[:, None])
+            changed = again
+
+    def _try_to_undo(self, rows: Tensor, undo: Tensor) -> Tensor:
+        """Undo the changes ``undo`` [n, D] of the samples that stay fooled without them; for which that was so, [n]."""
+        undo = undo & self.flipped[rows]
+        undone = undo.any(1)
+        if undone.any():
+            tried = rows[undone]
+            trial = self.flipped[tried] & ~undo[undone]
+            _, fooled = self._score(tried, trial)
+            self.flipped[tried[fooled]] = trial[fooled]
+            undone[undone.clone()] = fooled
+        return undone
+
+    def _gradient(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradient [n, D], loss [n] and whether the model is fooled [n], at the frames as changed so far."""
+        gradient, score = self._objective(rows).gradient(apply_flips(self.x[rows], self.flipped[rows]), self.y[rows])
+        return gradient.flatten(1), score.loss, self._confident(score.loss, score.fooled)
+
+    def _score(self, rows: Tensor, flipped: Tensor) -> tuple[Tensor, Tensor]:
+        score = self._objective(rows).score(apply_flips(self.x[rows], flipped), self.y[rows])
+        return score.loss, self._confident(score.loss, score.fooled)
+
+    def _confident(self, loss: Tensor, fooled: Tensor) -> Tensor:
+        return fooled & (loss >= self.settings.confidence) if self.settings.confidence else fooled
+
+    def _objective(self, rows: Tensor) -> Objective:
+        return self.objective if self.target is None else replace(self.objective, loss=_lead(self.target[rows]))
+
+    def _direction(self, rows: Tensor) -> Tensor:
+        """How a change moves an element: +1 where there is no event, -1 where there is one."""
+        return 1 - 2 * self.x[rows].flatten(1)
+
+
+def apply_flips(x: Tensor, flipped: Tensor) -> Tensor:
+    """Frames with the elements ``flipped`` [N, D] changed from 0 to 1 or from 1 to 0."""
+    return torch.where(flipped.view_as(x), 1 - x, x)
+
+
+def margin(logits: Tensor, y: Tensor) -> Tensor:
+    """Lead of the strongest other class over the label, [N]; unlike cross entropy it never saturates."""
+    if logits.shape[1] < 2:
+        raise ValueError(f"logits must be of at least 2 classes, got {logits.shape[1]}; one class cannot be confused")
+    label = y[:, None]
+    others = logits.scatter(1, label, -torch.inf).amax(1)
+    return others - logits.gather(1, label).squeeze(1)
+
+
+def _lead(target: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """Lead of the classes ``target`` [n] over the labels, as a loss."""
+
+    def loss(logits: Tensor, y: Tensor) -> Tensor:
+        return (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None])).squeeze(1)
+
+    return loss

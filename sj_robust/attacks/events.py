@@ -1,0 +1,318 @@
+"""Attacks on binary event frames: at most ``flips`` events added or removed per sample, frames stay binary.
+
+Frames are [N, T, 2, H, W], samples first like the images of every other attack and as a loader of SpikingJelly's event
+data sets stacks them; ``SpikingEventClassifier`` hands them to the network as [T, N, 2, H, W].
+"""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from sj_robust.attacks._call import Loss, Model, Objective, crafting
+from sj_robust.attacks._flip_search import Best, Search, Settings, apply_flips, margin
+from sj_robust.attacks.checks import check_count, check_labels, check_logits, check_model, check_size
+from sj_robust.attacks.randomness import Private, SampleSeeds, check_seeds, private_generator, rand
+
+__all__ = ["check_frames", "count_flips", "flip_events", "random_flips"]
+
+Allow = Literal["both", "add", "remove"]
+
+
+def flip_events(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    *,
+    flips: int,
+    allow: Allow = "both",
+    steps: int = 20,
+    probes: int = 10,
+    target_classes: int = 0,
+    restarts: int = 1,
+    eot_samples: int = 1,
+    confidence: float = 0.0,
+    reduce: bool = True,
+    keep_best: bool = True,
+    loss: Loss | None = None,
+    generator: torch.Generator | SampleSeeds | None = None,
+) -> Tensor:
+    """Sparse attack on event frames: few events added or removed, chosen by gradient, then the needless ones put back.
+
+    事件帧稀疏攻击：按梯度选择至多 flips 个事件翻转，再撤销不必要的翻转。
+
+    Equation: ``gain = grad_x loss(model(x), y) * (1 - 2 x)``, the first-order change of the loss when an event is added
+    (x = 0) or removed (x = 1). After each of ``steps`` fresh gradients the ``flips / steps`` elements of the largest
+    gain change, until the sample is fooled. Reduction then puts changes back while the sample stays fooled: the longest
+    run of the least important ones by bisection, then one by one until none is left that can go.
+
+    The gradient of a spiking network only suggests; so ``probes`` more candidates than needed are tried one by one in
+    a forward, and those that really raise the loss most are taken. Where every gain is zero, elements are drawn at
+    random. On a linear model of two classes the result is the smallest set of changes that fools; with
+    ``target_classes`` of all other classes it is so for any number.
+
+    Args:
+        model: Frames [N, T, 2, H, W] to logits [N, classes], such as a ``SpikingEventClassifier``.
+        x: Binary event frames, floating point 0 or 1.
+        y: Labels [N] int64.
+        flips: Largest number of elements changed per sample.
+        allow: ``"add"`` events only, ``"remove"`` events only, or ``"both"``.
+        steps: Gradient steps over which the budget is spent.
+        probes: Candidates beyond those needed in a step; 0 trusts the gradient and needs no forwards besides it.
+        target_classes: Further runs, each towards one of the classes that are likeliest on ``x``.
+        restarts: 1, or more to add runs whose gains are scaled by random factors.
+        eot_samples: Forwards averaged at every point (expectation over transformation), for stochastic models.
+        confidence: Loss from which on a wrong sample counts as fooled; for a stochastic model more than 0, since one
+            at the border is fooled in half of its draws only. In units of the logits for the default loss.
+        reduce: Whether to reduce, and let further runs look for fewer changes than found so far; False stops at the
+            first changes that fool, which is all that accuracy asks for.
+        keep_best: Whether a sample that was never fooled ends at its highest loss met; False ends it at the last one.
+        loss: Logits and labels to one value per sample, [N]; the margin ``max_{c != y} logits[c] - logits[y]`` by
+            default, which ranks better than the saturating cross entropy.
+        generator: Seeds ties, restarts and a network's own randomness; None draws fresh numbers.
+
+    Returns:
+        Event frames of zeros and ones in shape, dtype and device of ``x``; a sample that is wrong already stays as it
+        is. ``count_flips`` tells how many elements differ.
+
+    Raises:
+        TypeError: If an argument has the wrong type or ``x`` is not floating point.
+        ValueError: If ``x`` is not binary or not [N, T, 2, H, W], labels or logits do not fit, or a number is out of
+            range.
+        RuntimeError: If no gradient reaches the frames.
+
+    Source: generation and reduction, with candidates judged by the change of the loss, as in the sparse dynamic attack
+        of Lun et al. (CVPR 2025), which has no budget; gradients as flips of binary frames after Liang et al. (TNNLS
+        2021) and Buechel et al. (Frontiers in Neuroscience 2022).
+
+    Example:
+        >>> x, weight = torch.zeros(1, 2, 2, 1, 1), torch.tensor([0.0, 3.0, 1.0, 2.0])
+        >>> model = lambda frames: torch.stack([frames.flatten(1) @ weight, torch.full((1,), 4.5)], dim=1)
+        >>> flip_events(model, x, torch.tensor([1]), flips=3).flatten()
+        tensor([0., 1., 0., 1.])
+    """
+    check_model(model)
+    check_frames(x)
+    check_labels(y, x)
+    check_seeds(generator, x)
+    _check_budget(x, flips, allow)
+    check_count("steps", steps)
+    check_count("restarts", restarts)
+    check_count("eot_samples", eot_samples)
+    _check_zero_or_more("probes", probes)
+    _check_zero_or_more("target_classes", target_classes)
+    settings = Settings(min(steps, flips), probes, check_size("confidence", confidence), keep_best, reduce)
+    with torch.inference_mode(False):
+        x, y = x.detach().clone(), y.clone()
+    if flips == 0 or x.numel() == 0:
+        return x
+    objective = Objective(model, margin if loss is None else loss, eot_samples=eot_samples)
+    flippable = _flippable(x, allow)
+    with crafting(model, x.device, generator) as private:
+        best = _start(objective, x, y)
+        targets = _likeliest_others(model, x, y, target_classes)
+        for run in range(len(targets) + restarts):
+            order = _uniform(x, private)
+            search = Search(
+                objective,
+                x,
+                y,
+                flippable,
+                settings,
+                order=order,
+                scale=order if run > len(targets) else None,
+                target=targets[run - 1] if 1 <= run <= len(targets) else None,
+            )
+            budget = torch.full_like(y, flips)
+            budget[best.fooled] = best.flipped[best.fooled].sum(1) - 1 if reduce else 0
+            search.run(budget, best)
+    return apply_flips(x, best.flipped)
+
+
+def random_flips(
+    model: Model | None,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    flips: int,
+    allow: Allow = "both",
+    tries: int = 1,
+    generator: torch.Generator | SampleSeeds | None = None,
+) -> Tensor:
+    """Random events added or removed, the control of :func:`flip_events` at equal budget.
+
+    随机翻转事件，稀疏攻击的对照。
+
+    Equation: ``x_adv = |x - m|`` with m uniform among the masks of ``flips`` ones (or of all that ``allow`` leaves, if
+    fewer).
+
+    Args:
+        model: Frames [N, T, 2, H, W] to logits [N, classes]; not used (None is allowed) unless ``tries`` > 1.
+        x: Binary event frames, floating point 0 or 1.
+        y: Labels [N] int64; not used unless ``tries`` > 1.
+        flips: Number of elements changed per sample.
+        allow: ``"add"`` events only, ``"remove"`` events only, or ``"both"``.
+        tries: Draws per sample; the first that fools the model is kept, or else the last.
+        generator: Seeds the draws; None draws fresh numbers, global generators untouched.
+
+    Returns:
+        Event frames of zeros and ones in shape, dtype and device of ``x``.
+
+    Raises:
+        TypeError: If an argument has the wrong type or ``x`` is not floating point.
+        ValueError: If ``x`` is not binary or not [N, T, 2, H, W], a number is out of range, or several tries are asked
+            for without model and labels.
+
+    Source: random events as the baseline of an attack, as in Liang et al. (TNNLS 2021).
+
+    Example:
+        >>> x = torch.zeros(3, 4, 2, 5, 5)
+        >>> count_flips(random_flips(None, x, flips=7, generator=torch.Generator().manual_seed(0)), x)
+        tensor([7, 7, 7])
+    """
+    if model is not None:
+        check_model(model)
+    check_frames(x)
+    if y is not None:
+        check_labels(y, x)
+    check_seeds(generator, x)
+    _check_budget(x, flips, allow)
+    check_count("tries", tries)
+    if tries > 1 and (model is None or y is None):
+        raise ValueError(f"tries > 1 need model and y to know which draw fools, got tries={tries} without them")
+    with torch.inference_mode(False):
+        x = x.detach().clone()
+    if flips == 0 or x.numel() == 0:
+        return x
+    flippable = _flippable(x, allow)
+    if tries == 1 or model is None or y is None:
+        return apply_flips(x, _random_mask(flippable, _uniform(x, private_generator(generator, x.device)), flips))
+    x_adv, standing = x.clone(), torch.ones_like(y, dtype=torch.bool)
+    with crafting(model, x.device, generator) as private, torch.no_grad():
+        for _ in range(tries):
+            drawn = apply_flips(x, _random_mask(flippable, _uniform(x, private), flips))
+            x_adv[standing] = drawn[standing]
+            standing[standing.clone()] = check_logits(model(x_adv[standing]), y[standing]).argmax(1) == y[standing]
+            if not standing.any():
+                break
+    return x_adv
+
+
+def count_flips(x_adv: Tensor, x: Tensor) -> Tensor:
+    """Number of changed elements per sample.
+
+    Equation: ``k_n = sum |x_adv[n] - x[n]|``, the L0 distance.
+
+    Args:
+        x_adv: Event frames of an attack.
+        x: The frames it started from, in the same shape.
+
+    Returns:
+        Counts [N] int64.
+
+    Raises:
+        ValueError: If the shapes differ.
+
+    Source: the L0 distance of binary frames, as in Buechel et al. (Frontiers in Neuroscience 2022).
+
+    Example:
+        >>> x = torch.zeros(2, 1, 2, 2, 2)
+        >>> count_flips(1 - x, x)
+        tensor([8, 8])
+    """
+    if x_adv.shape != x.shape:
+        raise ValueError(f"x_adv must have the shape of x, {list(x.shape)}, got {list(x_adv.shape)}")
+    return (x_adv != x).flatten(1).sum(1)
+
+
+def check_frames(x: Tensor) -> None:
+    """Event frames are floating point, [N, T, 2, H, W] (one channel if polarities are merged), all 0 or 1.
+
+    Args:
+        x: The frames.
+
+    Raises:
+        TypeError: If ``x`` is not a floating-point tensor.
+        ValueError: If it has another shape or a value that is neither 0 nor 1.
+
+    Source: binary frames of Lun et al. (CVPR 2025), section 5.
+
+    Example:
+        >>> check_frames(torch.full((1, 4, 2, 5, 5), 3.0))
+        Traceback (most recent call last):
+        ...
+        ValueError: x must be binary event frames (0 or 1), got values from 3 to 3; integrated counts become binary with
+        (x > 0).to(x.dtype), and the network must be trained on such frames
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor of event frames, got {type(x).__name__}; use torch.from_numpy(frames)")
+    if not x.is_floating_point():
+        raise TypeError(f"x must be floating point, got {x.dtype}; use (x > 0).float()")
+    if x.ndim != 5:
+        raise ValueError(
+            f"x must be event frames [N, T, 2, H, W], got shape {tuple(x.shape)}; "
+            f"{'add N with x.unsqueeze(0)' if x.ndim == 4 else 'integrate the events into frames first'}"
+        )
+    if x.shape[2] not in (1, 2):
+        raise ValueError(
+            f"x must be event frames [N, T, 2, H, W] of 2 polarities (1 if merged), got {x.shape[2]} in shape "
+            f"{tuple(x.shape)}; move the polarity to dimension 2"
+        )
+    if not bool(((x == 0) | (x == 1)).all()):
+        low, high = (float(bound) for bound in torch.aminmax(x.detach()))
+        raise ValueError(
+            f"x must be binary event frames (0 or 1), got values from {low:.6g} to {high:.6g}; integrated counts "
+            "become binary with (x > 0).to(x.dtype), and the network must be trained on such frames"
+        )
+
+
+def _check_budget(x: Tensor, flips: int, allow: Allow) -> None:
+    if allow not in get_args(Allow):
+        raise ValueError(f"allow must be one of {get_args(Allow)}, got {allow!r}")
+    _check_zero_or_more("flips", flips)
+    elements = x[0].numel() if len(x) else flips
+    if flips > elements:
+        raise ValueError(f"flips must be <= {elements}, the elements of a sample, got {flips}")
+
+
+def _check_zero_or_more(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if value < 0:
+        raise ValueError(f"{name} must be >= 0, got {value}")
+
+
+def _flippable(x: Tensor, allow: Allow) -> Tensor:
+    """Where a change is allowed, [N, D]."""
+    flat = x.flatten(1)
+    return torch.ones_like(flat, dtype=torch.bool) if allow == "both" else flat == (0 if allow == "add" else 1)
+
+
+def _uniform(x: Tensor, private: Private) -> Tensor:
+    """Uniform numbers [N, D]; drawn for all samples, so that those of one do not depend on how many are left."""
+    return rand(x.flatten(1).shape, private, dtype=torch.float32, device=x.device)
+
+
+def _random_mask(flippable: Tensor, uniform: Tensor, flips: int) -> Tensor:
+    """Mask [N, D] of ``flips`` elements per sample, uniform among those allowed."""
+    largest, index = uniform.masked_fill(~flippable, -1.0).topk(flips, dim=1)
+    return torch.zeros_like(flippable).scatter(1, index, largest >= 0)
+
+
+def _start(objective: Objective, x: Tensor, y: Tensor) -> Best:
+    """The frames themselves as the first candidates: what is wrong already needs no change."""
+    best, score = Best(x), objective.score(x, y)
+    best.fooled, best.loss = score.fooled.clone(), score.loss.double()
+    return best
+
+
+@torch.no_grad()
+def _likeliest_others(model: Model, x: Tensor, y: Tensor, count: int) -> list[Tensor]:
+    """The ``count`` likeliest classes other than the label, each [N]."""
+    if count == 0:
+        return []
+    logits = check_logits(model(x), y)
+    if count >= logits.shape[1]:
+        raise ValueError(f"target_classes must be < {logits.shape[1]}, the number of classes, got {count}")
+    others = logits.scatter(1, y[:, None], -torch.inf).topk(count, dim=1).indices
+    return list(others.unbind(1))
