@@ -16,19 +16,31 @@ What holds for every one of them:
 
 from sj_robust.attacks.checks import check_images, check_labels
 from sj_robust.attacks.gradient import fgsm, pgd, rfgsm
+from sj_robust.attacks.member import Member, SampleAttack, craft, fools
 from sj_robust.attacks.noise import gaussian
 from sj_robust.attacks.projection import linf_bounds, project_l2, project_linf
 from sj_robust.attacks.randomness import SampleSeeds
+from sj_robust.attacks.worst_case import CANDIDATES, Outcome, SweepRow, WorstCase, sweep, worst_case
 
 __all__ = [
+    "CANDIDATES",
+    "Member",
+    "Outcome",
+    "SampleAttack",
     "SampleSeeds",
+    "SweepRow",
+    "WorstCase",
     "check_images",
     "check_labels",
+    "craft",
     "fgsm",
+    "fools",
     "gaussian",
     "linf_bounds",
     "pgd",
     "project_l2",
     "project_linf",
     "rfgsm",
+    "sweep",
+    "worst_case",
 ]

@@ -1,74 +1,37 @@
-"""Worst case per sample over attacks, gradient estimators and seeds."""
+"""Worst case per sample over attacks, gradient estimators and seeds, and the sweep that chooses the estimators."""
 
-import time
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from sj_robust.attacks._call import Model, crafting
-from sj_robust.attacks.checks import check_count, check_images, check_labels, check_logits, check_model
-from sj_robust.attacks.projection import l2_norm
-from sj_robust.attacks.randomness import SampleSeeds, check_seeds, seeded_globals
+from sj_robust.attacks._call import Model
+from sj_robust.attacks.checks import check_count
+from sj_robust.attacks.gradient import pgd
+from sj_robust.attacks.member import Member, SampleAttack, clock, craft, fools, scored
+from sj_robust.attacks.projection import Norm
+from sj_robust.attacks.randomness import SampleSeeds
 
-__all__ = ["Member", "Outcome", "SampleAttack", "WorstCase", "craft", "fools", "worst_case"]
+__all__ = ["CANDIDATES", "Member", "Outcome", "SweepRow", "WorstCase", "craft", "fools", "sweep", "worst_case"]
 
-_TOLERANCE = 1e-6  # of the ball's radius, for attacks of other packages that round to the nearest
+CANDIDATES = (
+    "training",
+    *(f"triangle:{width}" for width in ("0.25", "0.5", "0.75", "1", "1.5", "2")),
+    *(f"atan:{alpha}" for alpha in (1, 2, 4, 8)),
+    *(f"sigmoid:{alpha}" for alpha in (2, 4, 8)),
+    *(f"rectangle:{width}" for width in ("0.5", "1")),
+    "bptr",
+    "rga",
+    "pdsg",
+    "assg",
+    "hart:1.2",
+)
+"""Estimators that :func:`sweep` tries by default: shapes with widths around the threshold, and the adaptive ones."""
 
-
-class SampleAttack(Protocol):
-    """An attack with its budget bound, such as ``functools.partial(pgd, eps=0.1, step_size=0.02, steps=10)``."""
-
-    def __call__(self, model: Model, x: Tensor, y: Tensor, *, generator: SampleSeeds) -> Tensor:
-        """Perturbed images."""
-
-
-@dataclass(frozen=True)
-class Member:
-    """One attack of a set whose worst case counts. 最坏情况评估中的一项攻击。
-
-    Attributes:
-        name: Unique within a set, such as ``"apgd_ce/atan:4/r1"``; part of the seed of its randomness.
-        attack: The attack with its budget bound.
-        estimator: Gradient estimator it crafts with, a name that ``estimator`` knows; ``"training"`` changes nothing.
-        group: Members of one group attack only what the earlier ones left standing; each member of group ``""``
-            attacks every image that is classified right.
-        seed: Number of the restart, part of the seed of its randomness.
-        ball: Norm (``"Linf"`` or ``"L2"``) and radius that its images must keep, in units of [0, 1] images; None
-            where there is no ball, as for Gaussian noise.
-
-    Raises:
-        TypeError: If the attack cannot be called or the seed is not an integer.
-        ValueError: If the name is empty, the seed negative or the norm unknown.
-
-    Example:
-        >>> from functools import partial
-        >>> from sj_robust.attacks import fgsm
-        >>> Member("fgsm", partial(fgsm, eps=0.1), ball=("Linf", 0.1)).estimator
-        'training'
-    """
-
-    name: str
-    attack: SampleAttack
-    estimator: str = "training"
-    group: str = "suite"
-    seed: int = 0
-    ball: tuple[str, float] | None = None
-
-    def __post_init__(self) -> None:
-        if not self.name:
-            raise ValueError("a member needs a name, got ''; name it by attack, estimator and restart")
-        if not callable(self.attack):
-            raise TypeError(f"attack must be a callable, got {type(self.attack).__name__}; use functools.partial")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
-            raise TypeError(f"seed must be an integer, got {type(self.seed).__name__}")
-        if self.seed < 0:
-            raise ValueError(f"seed must be >= 0, got {self.seed}; number restarts from 0")
-        if self.ball is not None and self.ball[0] not in ("Linf", "L2"):
-            raise ValueError(f"the norm of a ball must be 'Linf' or 'L2', got {self.ball[0]!r}")
+_SLOWEST = 3.0
+"""An estimator that takes more than this times the training surrogate's seconds is not chosen."""
 
 
 @dataclass(frozen=True)
@@ -156,8 +119,8 @@ def worst_case(
     Example:
         >>> from functools import partial
         >>> from sj_robust.attacks import fgsm, pgd
-        >>> model = nn.Linear(2, 2, bias=False)
-        >>> model.weight = nn.Parameter(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+        >>> model = torch.nn.Linear(2, 2, bias=False)
+        >>> model.weight = torch.nn.Parameter(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
         >>> x, y = torch.tensor([[0.6, 0.5], [0.9, 0.1]]), torch.tensor([0, 0])
         >>> members = [Member("fgsm", partial(fgsm, eps=0.1))]
         >>> result = worst_case(model, x, y, members, seeds=SampleSeeds([0, 1]))
@@ -188,150 +151,159 @@ def worst_case(
     return WorstCase(x_adv, correct, fooled_by, tuple(outcomes))
 
 
-def craft(model: Model, x: Tensor, y: Tensor, member: Member, *, seeds: SampleSeeds) -> Tensor:
-    """Adversarial images of one member, its gradient estimator applied. 用指定梯度估计生成对抗样本。
+@dataclass(frozen=True)
+class SweepRow:
+    """How strong a short attack is with one estimator. 单个梯度估计的试探结果。
 
-    The network is attacked in evaluation mode; modes, global random state and hooks are as before afterwards.
-
-    Args:
-        model: Images [N, ...] in [0, 1] to logits; an ``nn.Module`` unless the estimator is ``"training"``.
-        x: Images, floating point.
-        y: Labels [N] int64.
-        member: Which attack, estimator and restart.
-        seeds: One seed per sample, from which the member derives its own.
-
-    Returns:
-        Images in shape, dtype and device of ``x``.
-
-    Raises:
-        TypeError: If an argument has the wrong type, or the attack returns no images of the dtype of ``x``.
-        ValueError: If images, labels or seeds do not fit, or the attack leaves [0, 1], its ball or the shape.
-
-    Example:
-        >>> from functools import partial
-        >>> from sj_robust.attacks import pgd
-        >>> member = Member("pgd", partial(pgd, eps=0.1, step_size=0.05, steps=3))
-        >>> x, y = torch.rand(2, 5), torch.tensor([0, 1])
-        >>> craft(nn.Linear(5, 3), x, y, member, seeds=SampleSeeds([0, 1])).shape
-        torch.Size([2, 5])
+    Attributes:
+        estimator: Name of the estimator.
+        robust_accuracy: Share of the swept images, all classified right before, that stand.
+        margin: Margin (logit of the label minus the largest other one, 0 where fooled) that is left, as a share of
+            the margin on the clean images.
+        seconds: Time of the attack.
+        chosen: Whether it is one of the estimators to go on with.
+        note: Why it could not be tried; its figures are then those of no attack.
     """
-    check_model(model)
-    check_images(x)
-    check_labels(y, x)
-    _check_seeds(seeds, x)
-    if x.numel() == 0:
-        return x.detach().clone()
-    own = seeds.derived(member.name, member.seed)
-    with crafting(model, x.device, own), _estimator(member, model) as crafted_on:
-        # Copies made here are ordinary tensors also where the caller is in inference mode.
-        x_adv = member.attack(crafted_on, x.detach().clone(), y.clone(), generator=own)
-    _check_result(x_adv, x, member)
-    return x_adv.detach()
+
+    estimator: str
+    robust_accuracy: float
+    margin: float
+    seconds: float
+    chosen: bool = False
+    note: str = ""
 
 
-def fools(model: Model, x: Tensor, y: Tensor, *, draws: int = 1, seeds: SampleSeeds) -> Tensor:
-    """Whether the true network gets an image wrong in every one of several fresh forwards. 在真实网络上复核。
+def sweep(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    norm: Norm = "Linf",
+    candidates: Sequence[str] = CANDIDATES,
+    steps: int = 20,
+    count: int = 3,
+    images: int = 48,
+    attack: SampleAttack | None = None,
+    draws: int = 1,
+    seeds: SampleSeeds,
+) -> tuple[SweepRow, ...]:
+    """Try a short attack with every estimator on a few images, and choose those that fool most together.
 
-    Equation: ``fooled_n = all_d [argmax model(x; draw d)_n != y_n]``. Nothing of an estimator is in force here. A
-    stochastic network has other noise in every draw; one draw too lucky for the attacker does not count. Forwards
-    after the first see only what is still wrong.
+    在少量图像上比较各梯度估计并选出最优组合。
+
+    Equation: with ``m_e(n) >= 0`` the margin that estimator e leaves on image n, in units of the mean clean margin, and
+    ``c_e(n) = [n stands] + m_e(n)``, estimators are chosen one by one to minimise ``mean_n min_{chosen e} c_e(n)``.
+
+    All candidates start from the same random points. In a second stage the two best are also tried with the gradient
+    of the reset detached. The choice follows the figures, not the clock, so that it can be repeated; only a candidate
+    more than three times as slow as the training surrogate is left out.
 
     Args:
-        model: Images [N, ...] in [0, 1] to logits [N, classes]; a module is scored in evaluation mode.
-        x: Images, clean or adversarial.
+        model: Images [N, ...] in [0, 1] to logits; an ``nn.Module`` unless ``"training"`` is the only candidate.
+        x: Images; the first ones that are classified right are used.
         y: Labels [N] int64.
-        draws: Number of forwards, >= 1; 1 is enough for a deterministic network.
-        seeds: One seed per sample; they seed the network's own use of torch's global generators.
+        eps: Radius in units of [0, 1] images.
+        norm: ``"Linf"`` or ``"L2"``.
+        candidates: Names of estimators; ``"training"`` is always tried.
+        steps: Steps of the attack.
+        count: How many to choose at most; fewer are chosen where no further one adds anything.
+        images: How many images to use at most.
+        attack: Another attack than APGD-CE of ``steps`` steps, its budget bound.
+        draws: Forwards in every one of which a stochastic network has to be wrong.
+        seeds: One seed per sample.
 
     Returns:
-        [N] bool.
+        One row per estimator, strongest first; those that could not be tried come last, with the reason.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If images, labels, seeds or logits do not fit, or ``draws`` < 1.
+        ValueError: If no image is classified right, or an argument is out of range.
+
+    Source: hyperparameter search over surrogate widths as in HART (Hao et al., ICLR 2024), here over shapes as well.
 
     Example:
-        >>> x, y = torch.eye(2), torch.tensor([0, 0])
-        >>> fools(lambda x: x, x, y, seeds=SampleSeeds([0, 1]))
-        tensor([False,  True])
+        >>> model, x = torch.nn.Linear(4, 3), torch.rand(6, 4)
+        >>> y = model(x).argmax(1)
+        >>> rows = sweep(model, x, y, eps=0.1, candidates=["training"], seeds=SampleSeeds(range(6)))
+        >>> rows[0].estimator, rows[0].chosen
+        ('training', True)
     """
-    check_model(model)
-    check_images(x)
-    check_labels(y, x)
-    check_count("draws", draws)
-    _check_seeds(seeds, x)
-    wrong = torch.arange(len(x), device=x.device)
-    for draw in range(draws):
-        if len(wrong) == 0:
-            break
-        seed = seeds.derived("draw", draw).single()
-        logits = scored(model, x[wrong], y[wrong], seed=seed)
-        wrong = wrong[logits.argmax(1) != y[wrong]]
-    fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    fooled[wrong] = True
-    return fooled
+    for name, value in (("steps", steps), ("count", count), ("images", images)):
+        check_count(name, value)
+    rows = (~fools(model, x, y, draws=draws, seeds=seeds)).nonzero().flatten()[:images]
+    if len(rows) == 0:
+        raise ValueError(f"a sweep needs images that are classified right, got none among {len(x)}; give others")
+    short = partial(pgd, eps=eps, step_size=eps / 4, norm=norm, steps=steps) if attack is None else attack
+    trial = _Trials(model, x[rows], y[rows], short, draws, seeds.rows(rows))
+    names = tuple(dict.fromkeys(("training", *candidates)))
+    for name in names:
+        trial.run(name)
+    for name in trial.choice(2):
+        if len(names) > 1 and not name.endswith("+detach"):
+            trial.run(f"{name}+detach")
+    chosen = trial.choice(count)
+    rows_by_strength = sorted(trial.rows.values(), key=lambda row: (bool(row.note), row.robust_accuracy + row.margin))
+    return tuple(replace(row, chosen=row.estimator in chosen) for row in rows_by_strength)
 
 
-def scored(model: Model, x: Tensor, y: Tensor, *, seed: int) -> Tensor:
-    """Logits of the model as it is, in evaluation mode, without a gradient, its noise seeded by ``seed``."""
-    modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
-    try:
-        if isinstance(model, nn.Module):
-            model.eval()
-        with torch.no_grad(), seeded_globals(seed, x.device):
-            return check_logits(model(x), y)
-    finally:
-        for module, training in modes:
-            module.training = training
+class _Trials:
+    """What every estimator tried so far leaves of the swept images."""
 
+    def __init__(
+        self, model: Model, x: Tensor, y: Tensor, attack: SampleAttack, draws: int, seeds: SampleSeeds
+    ) -> None:
+        self.model, self.x, self.y, self.attack, self.draws, self.seeds = model, x, y, attack, draws, seeds
+        self.rows: dict[str, SweepRow] = {}
+        self.left: dict[str, Tensor] = {}
+        self.clean = self._scores(x)[1].mean().clamp(min=torch.finfo(torch.float64).tiny)
+        self._craft("training", slice(1))  # the first call may compile kernels, which is no estimator's fault
 
-def clock(device: torch.device) -> float:
-    """Seconds, after all that was started on a GPU has ended."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
+    def run(self, name: str) -> None:
+        """Attack with one estimator; one that this network does not allow is noted."""
+        if name in self.rows:
+            return
+        start = clock(self.x.device)
+        try:
+            x_adv, note = self._craft(name, slice(None)), ""
+        except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+            if name == "training":
+                raise
+            x_adv, note = self.x, f"{type(error).__name__}: {error}"
+        seconds = clock(self.x.device) - start
+        standing, margins = self._scores(x_adv)
+        margins = margins / self.clean
+        self.left[name] = standing + margins
+        self.rows[name] = SweepRow(name, float(standing.mean()), float(margins.mean()), seconds, note=note)
 
+    def choice(self, count: int) -> list[str]:
+        """Names of the estimators that together leave least, chosen one by one."""
+        limit = _SLOWEST * self.rows["training"].seconds
+        open_names = [name for name, row in self.rows.items() if not row.note and row.seconds <= limit]
+        chosen: list[str] = []
+        left = torch.full_like(self.left["training"], torch.inf)
+        while open_names and len(chosen) < count:
+            means = {name: float(torch.minimum(left, self.left[name]).mean()) for name in open_names}
+            best = min(open_names, key=means.__getitem__)
+            if chosen and means[best] >= float(left.mean()):
+                break
+            left = torch.minimum(left, self.left[best])
+            chosen.append(best)
+            open_names.remove(best)
+        return chosen
 
-def _estimator(member: Member, model: Model) -> AbstractContextManager[Model]:
-    """Context that yields what the member crafts on; without an estimator nothing of SpikingJelly is needed."""
-    if member.estimator == "training":
-        return nullcontext(model)
-    if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"estimator {member.estimator!r} of {member.name!r} needs the network as an nn.Module, got "
-            f"{type(model).__name__}; pass the network itself, or use the estimator 'training'"
-        )
-    from sj_robust.attacks.estimators import estimator
+    def _craft(self, name: str, rows: slice) -> Tensor:
+        member = Member("sweep", self.attack, name)  # one name, so that all estimators start from the same points
+        seeds = SampleSeeds(self.seeds.seeds[rows])
+        return craft(self.model, self.x[rows], self.y[rows], member, seeds=seeds)
 
-    return estimator(member.estimator)(model)
-
-
-def _check_seeds(seeds: SampleSeeds, x: Tensor) -> None:
-    if not isinstance(seeds, SampleSeeds):
-        raise TypeError(f"seeds must be SampleSeeds, got {type(seeds).__name__}; use SampleSeeds(range(len(x)))")
-    check_seeds(seeds, x)
-
-
-def _check_result(x_adv: Tensor, x: Tensor, member: Member) -> None:
-    """What an attack returns are images of the same kind, inside the box and inside the member's ball."""
-    if not isinstance(x_adv, Tensor) or x_adv.dtype != x.dtype or x_adv.device != x.device:
-        got = f"{x_adv.dtype} on {x_adv.device}" if isinstance(x_adv, Tensor) else type(x_adv).__name__
-        raise TypeError(f"attack {member.name!r} must return images of {x.dtype} on {x.device}, got {got}")
-    if x_adv.shape != x.shape:
-        raise ValueError(
-            f"attack {member.name!r} must return images of shape {list(x.shape)}, got {list(x_adv.shape)}; "
-            "it has to return one image per sample"
-        )
-    try:
-        check_images(x_adv)
-    except ValueError as error:
-        raise ValueError(f"attack {member.name!r} left the images: {error}") from error
-    if member.ball is None:
-        return
-    norm, eps = member.ball
-    delta = (x_adv.detach().double() - x.double()).flatten(1)
-    distance = float((delta.abs().amax(1) if norm == "Linf" else l2_norm(delta)).max())
-    if distance > eps + _TOLERANCE * max(1.0, eps):
-        raise ValueError(
-            f"attack {member.name!r} must stay within {norm} distance {eps:g}, got {distance:.8g}; project its result"
-        )
+    def _scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether a sample stands in any draw, and its largest margin over the draws, 0 where fooled; [N] float64."""
+        standing, margins = [], []
+        for draw in range(self.draws):
+            logits = scored(self.model, x, self.y, seed=self.seeds.derived("draw", draw).single()).double()
+            label = logits.gather(1, self.y[:, None])
+            others = logits.scatter(1, self.y[:, None], -torch.inf).amax(1, keepdim=True)
+            standing.append(logits.argmax(1) == self.y)
+            margins.append((label - others).flatten())
+        return torch.stack(standing).any(0).double(), torch.stack(margins).amax(0).clamp(min=0)
