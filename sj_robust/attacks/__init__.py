@@ -14,12 +14,14 @@ What holds for every one of them:
   draws fresh numbers that ``torch.manual_seed`` does not govern.
 """
 
+from sj_robust.attacks.apgd import apgd
 from sj_robust.attacks.checks import check_images, check_labels
 from sj_robust.attacks.gradient import fgsm, pgd, rfgsm
 from sj_robust.attacks.member import Member, SampleAttack, craft, fools
-from sj_robust.attacks.noise import gaussian
+from sj_robust.attacks.noise import gaussian, salt_and_pepper, uniform
 from sj_robust.attacks.projection import linf_bounds, project_l2, project_linf
 from sj_robust.attacks.randomness import SampleSeeds
+from sj_robust.attacks.sapgd import sapgd
 from sj_robust.attacks.worst_case import CANDIDATES, Outcome, SweepRow, WorstCase, sweep, worst_case
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "SampleSeeds",
     "SweepRow",
     "WorstCase",
+    "apgd",
     "check_images",
     "check_labels",
     "craft",
@@ -41,6 +44,9 @@ __all__ = [
     "project_l2",
     "project_linf",
     "rfgsm",
+    "salt_and_pepper",
+    "sapgd",
     "sweep",
+    "uniform",
     "worst_case",
 ]

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sj_robust.attacks.checks import check_logits
-from sj_robust.attacks.randomness import Private, SampleSeeds, draw_seed, private_generator, seeded_globals
+from sj_robust.attacks.checks import check_images, check_labels, check_logits, check_model
+from sj_robust.attacks.randomness import Private, SampleSeeds, check_seeds, draw_seed, private_generator, seeded_globals
 
 Model = Callable[[Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -41,6 +41,8 @@ class Score(NamedTuple):
     """What the attack maximises, [N]: the loss, or its negative for a targeted attack."""
     fooled: Tensor
     """Whether the attack has reached its goal, [N] bool."""
+    logits: Tensor
+    """What the verdict rests on, the mean of the forwards, [N, classes]."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,41 @@ class Objective:
 
     def _score(self, scores: list[tuple[Tensor, Tensor]], y: Tensor) -> Score:
         logits, losses = (torch.stack(values).mean(0) for values in zip(*scores, strict=True))
-        return Score(losses, (logits.argmax(1) == y) == self.targeted)
+        return Score(losses, (logits.argmax(1) == y) == self.targeted, logits)
+
+
+class Best:
+    """Best image so far per sample: one that fools before one that does not, then the higher loss."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x_adv = x.clone()
+        self.fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        self.loss = torch.full((len(x),), -torch.inf, dtype=torch.float64, device=x.device)
+
+    def offer(self, rows: Tensor, x_adv: Tensor, loss: Tensor, fooled: Tensor) -> None:
+        """Take the images of the samples ``rows`` that beat what is kept."""
+        kept_fooled, kept_loss = self.fooled[rows], self.loss[rows]
+        better = (fooled & ~kept_fooled) | ((fooled == kept_fooled) & (loss > kept_loss))
+        rows = rows[better]
+        self.x_adv[rows] = x_adv[better]
+        self.fooled[rows] = fooled[better]
+        self.loss[rows] = loss[better].double()
+
+    def standing(self) -> Tensor:
+        """Indices of the samples that no image has fooled."""
+        return (~self.fooled).nonzero().squeeze(1)
+
+
+def checked_copies(
+    model: Model, x: Tensor, y: Tensor, generator: torch.Generator | SampleSeeds | None
+) -> tuple[Tensor, Tensor]:
+    """Entry check of every gradient attack; copies that the model may keep and that have no graph."""
+    check_model(model)
+    check_images(x)
+    check_labels(y, x)
+    check_seeds(generator, x)
+    with torch.inference_mode(False):
+        return x.detach().clone(), y.clone()
 
 
 def _input_gradient(losses: Tensor, x: Tensor) -> Tensor:

@@ -1,19 +1,17 @@
 """Gradient attacks: one step (FGSM, R-FGSM) and many (PGD)."""
 
 from collections.abc import Callable
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
 
-from sj_robust.attacks._call import Loss, Model, Objective, Score, crafting
-from sj_robust.attacks.checks import check_count, check_images, check_labels, check_model, check_size
-from sj_robust.attacks.projection import l2_norm, linf_bounds, per_sample, project_l2
-from sj_robust.attacks.randomness import Private, SampleSeeds, check_seeds, rand, randn
+from sj_robust.attacks._call import Best, Loss, Model, Objective, checked_copies, crafting
+from sj_robust.attacks.checks import check_count, check_size
+from sj_robust.attacks.projection import Norm, direction, l2_norm, linf_bounds, per_sample, project_l2
+from sj_robust.attacks.randomness import Private, SampleSeeds, rand, randn
 
 __all__ = ["fgsm", "pgd", "rfgsm"]
-
-Norm = Literal["Linf", "L2"]
 
 
 def fgsm(
@@ -207,19 +205,20 @@ def pgd(
     check_count("eot_samples", eot_samples)
     if restarts > 1 and not random_start:
         raise ValueError(f"restarts > 1 need random_start=True to differ, got restarts={restarts} without it")
-    x, y = _checked_copies(model, x, y, generator)
+    x, y = checked_copies(model, x, y, generator)
     if x.numel() == 0:
         return x
     objective = Objective(model, loss, targeted, eot_samples)
     with crafting(model, x.device, generator) as private:
-        best = _Best(x)
+        best = Best(x)
         everything = torch.arange(len(x), device=x.device)
         if keep_best and random_start:
-            best.offer(everything, x, objective.score(x, y))
+            clean = objective.score(x, y)
+            best.offer(everything, x, clean.loss, clean.fooled)
         for restart in range(restarts):
             # Drawn for all samples, so that the start of one does not depend on how many others are left.
             start = _random_point(x, eps, norm, private) if random_start else x
-            rows = everything if restart == 0 else everything[~best.fooled]
+            rows = everything if restart == 0 else best.standing()
             if len(rows) == 0:
                 break
             project = _projection(x[rows], eps, norm)
@@ -227,30 +226,13 @@ def pgd(
             for _ in range(steps):
                 grad, score = objective.gradient(x_adv, y[rows])
                 if keep_best:
-                    best.offer(rows, x_adv, score)
-                x_adv = project(x_adv + step_size * _direction(grad, norm))
+                    best.offer(rows, x_adv, score.loss, score.fooled)
+                x_adv = project(x_adv + step_size * direction(grad, norm))
             if not keep_best and restarts == 1:
                 return x_adv
-            best.offer(rows, x_adv, objective.score(x_adv, y[rows]))
+            score = objective.score(x_adv, y[rows])
+            best.offer(rows, x_adv, score.loss, score.fooled)
     return best.x_adv
-
-
-class _Best:
-    """Best image so far per sample: one that fools before one that does not, then the higher loss."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.x_adv = x.clone()
-        self.fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        self.loss = torch.full((len(x),), -torch.inf, dtype=torch.float64, device=x.device)
-
-    def offer(self, rows: Tensor, x_adv: Tensor, score: Score) -> None:
-        """Take the images of the samples ``rows`` that beat what is kept."""
-        fooled, loss = self.fooled[rows], self.loss[rows]
-        better = (score.fooled & ~fooled) | ((score.fooled == fooled) & (score.loss > loss))
-        rows = rows[better]
-        self.x_adv[rows] = x_adv[better]
-        self.fooled[rows] = score.fooled[better]
-        self.loss[rows] = score.loss[better].double()
 
 
 def _single_step(
@@ -265,7 +247,7 @@ def _single_step(
     generator: torch.Generator | SampleSeeds | None,
 ) -> Tensor:
     """One signed step from a noisy start, clamped to the Linf ball of ``eps`` and to [0, 1]."""
-    x, y = _checked_copies(model, x, y, generator)
+    x, y = checked_copies(model, x, y, generator)
     if x.numel() == 0:
         return x
     with crafting(model, x.device, generator) as private:
@@ -276,29 +258,9 @@ def _single_step(
         return (start + step_size * grad.sign()).clamp(*linf_bounds(x, eps=eps))
 
 
-def _checked_copies(
-    model: Model, x: Tensor, y: Tensor, generator: torch.Generator | SampleSeeds | None
-) -> tuple[Tensor, Tensor]:
-    """Entry check of every gradient attack; copies that the model may keep and that have no graph."""
-    check_model(model)
-    check_images(x)
-    check_labels(y, x)
-    check_seeds(generator, x)
-    with torch.inference_mode(False):
-        return x.detach().clone(), y.clone()
-
-
 def _check_step_size(step_size: float, eps: float) -> float:
     """A step of 0 is a silent non-attack, unless there is nowhere to go."""
     return check_size("step_size", step_size, positive=eps > 0)
-
-
-def _direction(grad: Tensor, norm: Norm) -> Tensor:
-    """Steepest ascent of unit length per sample; 0 for a zero gradient."""
-    if norm == "Linf":
-        return grad.sign()
-    length = per_sample(l2_norm(grad), grad)
-    return (grad.double() / torch.where(length > 0, length, 1.0)).to(grad.dtype)
 
 
 def _random_point(x: Tensor, eps: float, norm: Norm, private: Private) -> Tensor:

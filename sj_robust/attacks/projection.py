@@ -1,9 +1,13 @@
 """Projection onto the intersection of a ball around the images and the box [0, 1]."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 __all__ = ["linf_bounds", "project_l2", "project_linf"]
+
+Norm = Literal["Linf", "L2"]
 
 _SAME_SIZE_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -89,6 +93,14 @@ def l2_norm(x: Tensor) -> Tensor:
 def per_sample(values: Tensor, x: Tensor) -> Tensor:
     """One value per sample, [N], in a shape that broadcasts over ``x`` [N, ...]."""
     return values.view([-1] + [1] * (x.ndim - 1))
+
+
+def direction(grad: Tensor, norm: Norm) -> Tensor:
+    """Steepest ascent of unit length per sample; 0 for a zero gradient."""
+    if norm == "Linf":
+        return grad.sign()
+    length = per_sample(l2_norm(grad), grad)
+    return (grad.double() / torch.where(length > 0, length, 1.0)).to(grad.dtype)
 
 
 def _round_towards(x: Tensor, target: Tensor, *, limit: Tensor | float) -> Tensor:

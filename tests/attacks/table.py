@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust._host import functional, neuron
-from sj_robust.attacks import fgsm, gaussian, pgd, rfgsm
+from sj_robust.attacks import apgd, fgsm, gaussian, pgd, rfgsm, salt_and_pepper, sapgd, uniform
 
 torch.set_num_threads(1)
 
@@ -28,8 +28,24 @@ def _pgd(**options) -> Callable[..., Tensor]:
     return run
 
 
-ATTACKS = {
+def _stepping(attack, **options) -> Attack:
+    """An attack of the APGD kind at few steps; "Linf" unless the options say otherwise."""
+    options = {"steps": 4, **options}
+
+    def run(model, x, y, eps, generator=None):
+        return attack(model, x, y, eps=eps, generator=generator, **options)
+
+    return Attack(run, options.get("norm", "Linf"))
+
+
+NOISES = {
     "gaussian": Attack(lambda m, x, y, eps, g=None: gaussian(m, x, y, std=eps, generator=g), None),
+    "uniform": Attack(lambda m, x, y, eps, g=None: uniform(m, x, y, eps=eps, generator=g), "Linf"),
+    "salt_and_pepper": Attack(lambda m, x, y, eps, g=None: salt_and_pepper(m, x, y, amount=eps, generator=g), None),
+}
+
+ATTACKS = {
+    **NOISES,
     "fgsm": Attack(lambda m, x, y, eps, g=None: fgsm(m, x, y, eps=eps, generator=g), "Linf", draws=False),
     "fgsm_targeted": Attack(
         lambda m, x, y, eps, g=None: fgsm(m, x, y, eps=eps, targeted=True, generator=g), "Linf", draws=False
@@ -47,6 +63,18 @@ ATTACKS = {
     "pgd_l2": Attack(_pgd(norm="L2"), "L2"),
     "pgd_l2_last": Attack(_pgd(norm="L2", keep_best=False), "L2"),
     "pgd_l2_restarts": Attack(_pgd(norm="L2", restarts=2, targeted=True), "L2"),
+    "apgd": _stepping(apgd),
+    "apgd_highest": _stepping(apgd, keep_best=False),
+    "apgd_restarts": _stepping(apgd, restarts=2),
+    "apgd_eot": _stepping(apgd, eot_samples=2),
+    "apgd_dlr": _stepping(apgd, loss="dlr"),
+    "apgd_targeted": _stepping(apgd, loss="dlr_targeted", target_classes=2),
+    "apgd_l2": _stepping(apgd, norm="L2"),
+    "apgd_l2_dlr_highest": _stepping(apgd, norm="L2", loss="dlr", keep_best=False),
+    "apgd_l2_targeted": _stepping(apgd, norm="L2", loss="dlr_targeted", target_classes=2, restarts=2),
+    "sapgd": _stepping(sapgd),
+    "sapgd_highest": _stepping(sapgd, keep_best=False),
+    "sapgd_restarts": _stepping(sapgd, restarts=2, eot_samples=2),
 }
 
 

@@ -1,0 +1,245 @@
+"""Auto-PGD: projected gradient ascent that chooses its step size itself."""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from sj_robust.attacks._call import Best, Loss, Model, Objective, checked_copies, crafting
+from sj_robust.attacks._walk import Walk, border_point, checkpoints, climb
+from sj_robust.attacks.checks import check_count, check_size
+from sj_robust.attacks.projection import Norm, direction, per_sample
+from sj_robust.attacks.randomness import SampleSeeds
+
+__all__ = ["apgd"]
+
+LossName = Literal["ce", "dlr", "dlr_targeted"]
+
+_MOMENTUM = 0.75  # alpha of the paper: weight of the new step against the last move
+_LEAST_CLASSES = {"ce": 1, "dlr": 3, "dlr_targeted": 4}
+_RISES = 0.75  # rho of the paper: share of steps that must have raised the loss
+
+
+def apgd(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    norm: Norm = "Linf",
+    loss: LossName | Loss = "ce",
+    steps: int = 100,
+    restarts: int = 1,
+    target_classes: int = 9,
+    eot_samples: int = 1,
+    keep_best: bool = True,
+    generator: torch.Generator | SampleSeeds | None = None,
+) -> Tensor:
+    """Auto-PGD: gradient ascent with momentum whose step size halves when progress stalls.
+
+    自适应步长的投影梯度攻击（APGD）。
+
+    Equation: ``z = P(x[k] + eta * d(g))`` and ``x[k+1] = P(x[k] + 0.75 * (z - x[k]) + 0.25 * (x[k] - x[k-1]))`` with
+    P and d as in ``pgd``, ``eta = 2 * eps`` at first and ``x[0]`` random on the border of the ball. At the checkpoints
+    (after 22 % of the steps, then at intervals shorter by 3 % each, down to 6 %) a sample halves its eta and goes back
+    to its image of highest loss if fewer than 75 % of the steps since the last checkpoint raised the loss, or if it
+    did not halve there and its highest loss has not grown since. Losses, z being the logits in descending order:
+
+    - ``"ce"``: cross entropy.
+    - ``"dlr"``: ``-(z_y - max_{i != y} z_i) / (z_1 - z_3)``, which no scale of the logits can flatten.
+    - ``"dlr_targeted"``: ``-(z_y - z_t) / (z_1 - (z_3 + z_4) / 2)`` for each class t of the ``target_classes`` most
+      likely wrong ones at ``x``, one after the other with all their restarts.
+
+    With ``keep_best`` a sample leaves as soon as any image fools the model, ``x`` itself included, and further
+    restarts and targets attack only what still stands: misclassified images come back as they are, and a fooling
+    image is the first that was met. Where nothing fools, the result is the image of highest loss. A stochastic model
+    is judged on the ``eot_samples`` it was averaged over: score the result with several fresh draws.
+
+    Against the authors' code: both keep any fooling iterate, so robust accuracies agree within the noise of the
+    random starts; leaving early makes this one faster. The step after which progress is judged and the strict "fewer"
+    follow the paper, which matters at few steps alone.
+
+    Args:
+        model: Images [N, ...] in [0, 1] to logits [N, classes].
+        x: Images, floating point.
+        y: Labels [N] int64.
+        eps: Radius in units of [0, 1] images; never exceeded, see ``linf_bounds`` and ``project_l2``.
+        norm: ``"Linf"`` or ``"L2"``, the latter over all elements of an image.
+        loss: One of the names above, or logits and labels to one value per sample, [N].
+        steps: Number of steps of a run, >= 1.
+        restarts: Number of runs from different random starts (for every target class), >= 1.
+        target_classes: Number of target classes of ``"dlr_targeted"``; all wrong classes if there are fewer.
+        eot_samples: Forwards averaged per step (expectation over transformation), for stochastic models.
+        keep_best: False takes all steps on all samples and returns the image of highest loss, as an attack that is
+            to transfer to another network should.
+        generator: Seeds all randomness of the call, per sample if it is ``SampleSeeds``; None draws fresh numbers,
+            global generators untouched.
+
+    Returns:
+        Adversarial images in shape, dtype and device of ``x``.
+
+    Raises:
+        TypeError: If an argument has the wrong type or ``x`` is not floating point.
+        ValueError: If ``x`` is not finite or leaves [0, 1], labels or logits do not fit, a number is out of range, or
+            there are fewer than 3 classes for ``"dlr"`` or 4 for ``"dlr_targeted"``.
+        RuntimeError: If no gradient reaches the images.
+
+    Source: Croce and Hein (ICML 2020), algorithm 1 and sections 3 and 4; random starts and targets of AutoAttack.
+
+    Example:
+        >>> weight = torch.tensor([[0.0, 0.0], [3.0, -4.0]])
+        >>> x, y = torch.tensor([[0.75, 0.5]]), torch.tensor([1])  # margin 0.25, lost at a distance of 0.25 / 7
+        >>> x_adv = apgd(lambda x: x @ weight.T, x, y, eps=0.04, steps=10)
+        >>> (x_adv @ weight.T).argmax(1)
+        tensor([0])
+    """
+    if norm not in get_args(Norm):
+        raise ValueError(f"norm must be one of {get_args(Norm)}, got {norm!r}")
+    eps = check_size("eps", eps, at_most=1.0 if norm == "Linf" else float("inf"))
+    for name, count in (("steps", steps), ("restarts", restarts), ("eot_samples", eot_samples)):
+        check_count(name, count)
+    check_count("target_classes", target_classes)
+    named_loss = _checked_loss(loss)
+    x, y = checked_copies(model, x, y, generator)
+    if x.numel() == 0:
+        return x
+    with crafting(model, x.device, generator) as private:
+        best = Best(x)
+        targets: Sequence[Tensor | None] = [None]
+        if keep_best or loss == "dlr_targeted":
+            clean = Objective(model, eot_samples=eot_samples).score(x, y)
+            if not callable(loss):
+                _check_classes(clean.logits, loss)
+            if keep_best:
+                best.fooled = clean.fooled
+            if loss == "dlr_targeted":
+                targets = _likely_wrong(clean.logits, y, target_classes)
+        for target in targets:
+            for _ in range(restarts):
+                # Drawn for all samples, so that the start of one does not depend on how many others are left.
+                start = border_point(x, eps, norm, private)
+                rows = best.standing()
+                if len(rows) == 0:
+                    return best.x_adv
+                walk = _AutoWalk(rows, x[rows], start[rows], eps=eps, norm=norm, steps=steps)
+                objective = partial(_objective, model, named_loss, target, eot_samples)
+                climb(walk, objective, y, best, steps=steps, keep_best=keep_best)
+    return best.x_adv
+
+
+def dlr_loss(logits: Tensor, y: Tensor) -> Tensor:
+    """Difference of logits ratio, [N]: positive if misclassified, at least -1, the same for every scale of the logits.
+
+    Equation: ``-(z_y - max_{i != y} z_i) / (z_1 - z_3)``; where the first three logits tie the divisor is 1.
+
+    Source: Croce and Hein (ICML 2020), equation 6.
+    """
+    _check_classes(logits, "dlr")
+    top = logits.topk(3).values
+    wrong = _without(logits, y).max(1).values
+    return (wrong - _of_class(logits, y)) / _divisor(top[:, 0] - top[:, 2])
+
+
+def targeted_dlr_loss(logits: Tensor, y: Tensor, *, target: Tensor) -> Tensor:
+    """Difference of logits ratio towards the classes ``target``, [N].
+
+    Equation: ``-(z_y - z_t) / (z_1 - (z_3 + z_4) / 2)``; where the first four logits tie the divisor is 1.
+
+    Source: Croce and Hein (ICML 2020), equation 7.
+    """
+    top = logits.topk(4).values
+    scale = _divisor(top[:, 0] - (top[:, 2] + top[:, 3]) / 2)
+    return (_of_class(logits, target) - _of_class(logits, y)) / scale
+
+
+class _AutoWalk(Walk):
+    """A run of Auto-PGD; a sample's step size follows from its own losses."""
+
+    def __init__(self, rows: Tensor, x: Tensor, start: Tensor, *, eps: float, norm: Norm, steps: int) -> None:
+        super().__init__(rows, x, start, eps=eps, norm=norm)
+        self.checkpoints = checkpoints(steps)
+        self.last_checkpoint = 0
+        self.previous = start
+        self.departed_from = self.loss
+        self.step_size = torch.full_like(self.loss, 2 * eps)
+        self.rises = torch.zeros_like(self.loss)
+        self.halved = torch.zeros_like(self.loss, dtype=torch.bool)
+        self.checked_top = self.loss
+
+    def move(self, step: int) -> None:
+        """One step with momentum; the first has none."""
+        here = self.x_adv
+        eta = per_sample(self.step_size, here).to(here.dtype)
+        there = self.project(here + eta * direction(self.grad, self.norm))
+        if step > 1:
+            there = self.project(here + _MOMENTUM * (there - here) + (1 - _MOMENTUM) * (here - self.previous))
+        self.previous, self.departed_from, self.x_adv = here, self.loss, there
+
+    def arrive(self, step: int) -> None:
+        """Count the steps that raised the loss; at a checkpoint halve the step size where they were too few."""
+        if step == 0:
+            self.checked_top = self.top_loss
+            return
+        self.rises = self.rises + (self.loss > self.departed_from)
+        if step not in self.checkpoints:
+            return
+        few_rises = self.rises < _RISES * (step - self.last_checkpoint)
+        stalled = ~self.halved & (self.top_loss <= self.checked_top)
+        self.halved = few_rises | stalled
+        self.step_size = torch.where(self.halved, self.step_size / 2, self.step_size)
+        back = per_sample(self.halved, self.x)
+        self.x_adv = torch.where(back, self.top_x, self.x_adv)
+        self.grad = torch.where(back, self.top_grad, self.grad)
+        self.loss = torch.where(self.halved, self.top_loss, self.loss)
+        self.checked_top, self.last_checkpoint = self.top_loss, step
+        self.rises = torch.zeros_like(self.rises)
+
+
+def _checked_loss(loss: LossName | Loss) -> Loss | None:
+    """The loss of the name; None is the cross entropy of the objective."""
+    if callable(loss):
+        return loss
+    if loss not in get_args(LossName):
+        raise ValueError(
+            f"loss must be one of {get_args(LossName)} or a function of logits and labels with one value per sample, "
+            f"got {loss!r}"
+        )
+    return dlr_loss if loss == "dlr" else None
+
+
+def _objective(model: Model, loss: Loss | None, target: Tensor | None, eot_samples: int, rows: Tensor) -> Objective:
+    """Objective of the samples ``rows``; ``target`` holds the classes of all samples."""
+    if target is not None:
+        loss = partial(targeted_dlr_loss, target=target[rows])
+    return Objective(model, loss, eot_samples=eot_samples)
+
+
+def _likely_wrong(logits: Tensor, y: Tensor, count: int) -> list[Tensor]:
+    """The most likely wrong class of every sample, the second most likely, and so on."""
+    ranked = _without(logits, y).topk(min(count, logits.shape[1] - 1)).indices
+    return list(ranked.unbind(1))
+
+
+def _check_classes(logits: Tensor, loss: LossName) -> None:
+    least = _LEAST_CLASSES[loss]
+    if logits.shape[1] < least:
+        raise ValueError(
+            f"loss={loss!r} needs at least {least} classes, the model returns {logits.shape[1]}; use loss='ce'"
+        )
+
+
+def _without(logits: Tensor, y: Tensor) -> Tensor:
+    """Logits with that of the label at -inf."""
+    return logits.scatter(1, y[:, None], -torch.inf)
+
+
+def _of_class(logits: Tensor, classes: Tensor) -> Tensor:
+    """One logit per sample, [N]."""
+    return logits.gather(1, classes[:, None]).squeeze(1)
+
+
+def _divisor(spread: Tensor) -> Tensor:
+    """The spread of the logits; a tie has none to divide by."""
+    return torch.where(spread > 0, spread, torch.ones_like(spread))
