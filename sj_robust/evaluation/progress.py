@@ -2,13 +2,13 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-__all__ = ["BatchLog", "Progress", "stage", "write_whole"]
+__all__ = ["BatchLog", "Clock", "Position", "Progress", "stage", "write_whole"]
 
 _KEY_FILE = "key.json"
 
@@ -87,6 +87,62 @@ class BatchLog:
             self.file.flush()
             os.fsync(self.file.fileno())
         self.records.append(record)
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands, for those who watch it. 运行进度。
+
+    Attributes:
+        batch: Number of the batch, from 0.
+        batches: Number of batches, of all processes.
+        member: Name of the member that was run last, ``"clean"`` for none.
+        done: Steps of this process that are done, each a member on a batch; steps of an earlier run included.
+        total: Steps of this process.
+        seconds_left: Estimate from the times of each member so far.
+    """
+
+    batch: int
+    batches: int
+    member: str
+    done: int
+    total: int
+    seconds_left: float
+
+
+class Clock:
+    """Time left, from the mean time of each member, since members differ by orders of magnitude. 剩余时间估计。
+
+    Args:
+        names: Names of the members.
+        batches: Number of batches that each of them runs on.
+
+    Example:
+        >>> clock = Clock(["fast", "slow"], batches=3)
+        >>> clock.add("fast", 1.0)
+        >>> clock.add("slow", 10.0)
+        >>> clock.seconds_left()
+        22.0
+    """
+
+    def __init__(self, names: Sequence[str], batches: int) -> None:
+        """Nothing is done yet; see the class."""
+        self.seconds = dict.fromkeys(names, 0.0)
+        self.counts = dict.fromkeys(names, 0)
+        self.batches = batches
+        self.done, self.total = 0, batches * len(names)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Count a step."""
+        self.seconds[name] += seconds
+        self.counts[name] += 1
+        self.done += 1
+
+    def seconds_left(self) -> float:
+        """Members that have not run yet are taken for as long as the mean of those that have."""
+        usual = sum(self.seconds.values()) / max(1, self.done)
+        means = {name: self.seconds[name] / count if count else usual for name, count in self.counts.items()}
+        return sum(means[name] * (self.batches - count) for name, count in self.counts.items())
 
 
 def stage(path: Path | None, key: Mapping[str, str], compute: Callable[[], Any]) -> Any:

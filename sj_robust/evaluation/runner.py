@@ -1,0 +1,368 @@
+"""A suite of attacks on a whole data set: resumable after a kill, shared by several processes."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sj_robust.attacks import check_images, check_labels
+from sj_robust.attacks.randomness import SampleSeeds
+from sj_robust.attacks.worst_case import Member, craft, fools
+from sj_robust.evaluation.environment import environment
+from sj_robust.evaluation.fingerprint import description, fingerprint
+from sj_robust.evaluation.potential import layer_perturbation
+from sj_robust.evaluation.progress import BatchLog, Clock, Position, Progress
+
+__all__ = [
+    "Budget",
+    "MemberOutcome",
+    "Position",
+    "SuiteOutcome",
+    "data_fingerprint",
+    "network_fingerprint",
+    "run_suite",
+]
+
+Batches = Iterable[tuple[Tensor, ...]]
+
+
+class Budget(Protocol):
+    """What counts as an adversarial example, such as a ``ThreatModel``."""
+
+    @property
+    def norm(self) -> str:
+        """How distances are measured."""
+
+    @property
+    def eps(self) -> float:
+        """The largest distance that counts."""
+
+
+@dataclass(frozen=True)
+class MemberOutcome:
+    """What one member of a suite did to the images of the whole data set. 单项攻击在整个数据集上的结果。
+
+    Attributes:
+        name: Name of the member.
+        estimator: Gradient estimator it crafted with.
+        group: Members of one group attack what the earlier ones left standing; each of group ``""`` all images.
+        attacked: Numbers of the images it was run on.
+        fooled: Numbers of those that the network gets wrong afterwards.
+        outside: Numbers of those of ``fooled`` whose image is further from the clean one than the threat allows.
+        largest: Largest distance of an image from its clean one, in the norm of the threat.
+        seconds: Time for crafting and scoring, summed over processes.
+
+    Example:
+        >>> MemberOutcome("pgd", "training", "", (0, 1, 2), (1, 2), (2,), 0.1, 1.5).broken
+        (1,)
+    """
+
+    name: str
+    estimator: str
+    group: str
+    attacked: tuple[int, ...]
+    fooled: tuple[int, ...]
+    outside: tuple[int, ...]
+    largest: float
+    seconds: float
+
+    @property
+    def broken(self) -> tuple[int, ...]:
+        """Images that the member fools within the budget."""
+        outside = set(self.outside)
+        return tuple(number for number in self.fooled if number not in outside)
+
+
+@dataclass(frozen=True)
+class SuiteOutcome:
+    """Result of :func:`run_suite`. 攻击套件的结果。
+
+    Attributes:
+        labels: Class of every image.
+        correct: Numbers of the images that the network gets right without an attack.
+        members: One outcome per member, in their order.
+        potential: MS-MPPD per layer and step under each member, on the first batch: rows with the keys ``member``,
+            ``samples``, and ``layers``, whose values are lists over time steps.
+    """
+
+    labels: tuple[int, ...]
+    correct: tuple[int, ...]
+    members: tuple[MemberOutcome, ...]
+    potential: tuple[dict[str, Any], ...]
+
+
+def run_suite(
+    model: nn.Module,
+    batches: Batches,
+    members: Sequence[Member],
+    *,
+    threat: Budget,
+    seed: int = 0,
+    folder: Path | None = None,
+    draws: int = 1,
+    on_step: Callable[[Position], None] | None = None,
+) -> SuiteOutcome:
+    """Run every member of a suite on every batch and keep what happened to each image. 在数据集上运行攻击套件。
+
+    Every step is written down as it ends: the same call with the same folder goes on where a killed one stopped, and
+    comes to the same result (times aside). A step is one member on one batch.
+
+    Where ``torch.distributed`` is initialised (``torchrun``, ``accelerate launch``), process r of W takes the batches
+    r, r + W, ...; all of them return the whole result, the same as one process. A process that is done waits for the
+    others, so give the process group a timeout as long as the evaluation.
+
+    Seeds belong to images by their number in the data set, so no result depends on the batch size.
+
+    Args:
+        model: Images [N, C, H, W] in [0, 1] to logits; runs in evaluation mode, and gets its modes back.
+        batches: Batches (images, labels) in a fixed order, iterable more than once (a list, a loader).
+        members: The attacks, budgets inside; all that belong to the group ``"control"`` included.
+        threat: Norm and size of what counts as broken.
+        seed: Seeds everything.
+        folder: Where progress is kept; None keeps none.
+        draws: Fresh forwards in each of which a stochastic network must be wrong to be broken.
+        on_step: Called after every step.
+
+    Returns:
+        The outcome.
+
+    Raises:
+        ValueError: If the folder holds the progress of another network, suite, threat, seed or data set, batches are
+            not images and labels, or two members have one name.
+        RuntimeError: If another process works in the same folder.
+
+    Example:
+        >>> from functools import partial
+        >>> from sj_robust.attacks import fgsm
+        >>> from sj_robust.evaluation.threat import ThreatModel
+        >>> model = nn.Sequential(nn.Flatten(), nn.Linear(2, 2, bias=False))
+        >>> model[1].weight = nn.Parameter(torch.eye(2))
+        >>> batches = [(torch.tensor([[[[0.6, 0.5]]], [[[0.9, 0.1]]]]), torch.tensor([0, 0]))]
+        >>> members = [Member("fgsm", partial(fgsm, eps=0.1))]
+        >>> outcome = run_suite(model, batches, members, threat=ThreatModel("Linf", 0.1))
+        >>> outcome.correct, outcome.members[0].fooled
+        ((0, 1), (0,))
+    """
+    names = [member.name for member in members]
+    if len(set(names)) < len(names) or "clean" in names:
+        raise ValueError(f"members must have names of their own, and none may be 'clean', got {names}")
+    labels, sizes, data = _survey(batches)
+    releases = environment()
+    key = {
+        "network": network_fingerprint(model),
+        "suite": fingerprint([description(member) for member in members]),
+        "threat": description(threat),
+        "seed": str(seed),
+        "draws": str(draws),
+        "data": data,
+        "batch sizes": fingerprint(sizes),
+        "releases": ", ".join(f"{name} {releases[name]}" for name in ("sj_robust", "spikingjelly", "torch")),
+    }
+    rank, processes = _place()
+    progress = Progress(folder, key)
+    run = _Run(model, tuple(members), threat, seed, draws, len(sizes), range(rank, len(sizes), processes), on_step)
+    records: dict[int, list[dict[str, Any]]] = {}
+    start = 0
+    with _evaluation_mode(model):
+        for number, batch in enumerate(batches):
+            if number in run.own:
+                with progress.batch(number) as log:
+                    run.batch(number, start, batch[0], batch[1], log)
+                records[number] = log.records
+            start += len(batch[1])
+    return _outcome(labels, sizes, tuple(members), _gathered(records))
+
+
+def network_fingerprint(model: nn.Module) -> str:
+    """Digest of a network's architecture and state. 网络指纹。
+
+    Example:
+        >>> network_fingerprint(nn.Linear(1, 1)) == network_fingerprint(nn.Linear(1, 1))
+        False
+    """
+    return fingerprint(model)
+
+
+def data_fingerprint(batches: Batches) -> str:
+    """Digest of all images and labels, whatever the batch size. 数据指纹。
+
+    Example:
+        >>> x, y = torch.rand(4, 1, 2, 2), torch.zeros(4, dtype=torch.int64)
+        >>> data_fingerprint([(x, y)]) == data_fingerprint([(x[:1], y[:1]), (x[1:], y[1:])])
+        True
+    """
+    return _survey(batches)[2]
+
+
+class _Run:
+    """One process's part of a run."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        members: tuple[Member, ...],
+        threat: Budget,
+        seed: int,
+        draws: int,
+        batches: int,
+        own: range,
+        on_step: Callable[[Position], None] | None,
+    ) -> None:
+        self.model, self.members, self.threat = model, members, threat
+        self.seed, self.draws, self.batches, self.own = seed, draws, batches, own
+        self.on_step = on_step
+        self.device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
+        self.clock = Clock(("clean", *(member.name for member in members)), len(own))
+
+    def batch(self, number: int, start: int, x: Tensor, y: Tensor, log: BatchLog) -> None:
+        """Do what is not yet in the log of a batch."""
+        x, y = x.to(self.device), y.to(self.device)
+        seeds = SampleSeeds(range(start, start + len(y))).derived("image", self.seed)
+        if not log.records:
+            began = time.perf_counter()
+            wrong = fools(self.model, x, y, seeds=seeds)
+            log.append({"member": "clean", "right": _numbers(~wrong), "seconds": time.perf_counter() - began})
+        self._tell(number, log.records[0])
+        correct = torch.zeros(len(y), dtype=torch.bool, device=self.device)
+        correct[log.records[0]["right"]] = True
+        standing: dict[str, Tensor] = {}
+        for index, member in enumerate(self.members):
+            here = standing.setdefault(member.group, correct.clone())
+            if index + 1 == len(log.records):
+                log.append(self._step(member, x, y, here, seeds, probe=number == 0))
+            record = log.records[index + 1]
+            if member.group:
+                here[record["fooled"]] = False
+            self._tell(number, record)
+
+    def _step(
+        self, member: Member, x: Tensor, y: Tensor, standing: Tensor, seeds: SampleSeeds, *, probe: bool
+    ) -> dict[str, Any]:
+        """Run one member on one batch."""
+        rows = standing.nonzero()[:, 0]
+        record: dict[str, Any] = {"member": member.name, "attacked": rows.tolist(), "fooled": [], "outside": []}
+        if len(rows) == 0:
+            return record | {"largest": 0.0, "seconds": 0.0}
+        began = time.perf_counter()
+        x, y, seeds = x[rows], y[rows], seeds.rows(rows)
+        x_adv = craft(self.model, x, y, member, seeds=seeds)
+        fooled = fools(self.model, x_adv, y, draws=self.draws, seeds=seeds.derived("score", member.name))
+        lengths, slack = _distances(x, x_adv, self.threat.norm)
+        outside = fooled & (lengths > self.threat.eps + slack)
+        record |= {"fooled": rows[fooled].tolist(), "outside": rows[outside].tolist(), "largest": float(lengths.max())}
+        record["seconds"] = time.perf_counter() - began
+        if probe:
+            record["potential"] = layer_perturbation(self.model, x, x_adv)
+        return record
+
+    def _tell(self, number: int, record: Mapping[str, Any]) -> None:
+        self.clock.add(record["member"], record["seconds"])
+        if self.on_step is not None:
+            place = (number, self.batches, record["member"], self.clock.done, self.clock.total)
+            self.on_step(Position(*place, self.clock.seconds_left()))
+
+
+def _survey(batches: Batches) -> tuple[tuple[int, ...], list[int], str]:
+    """Labels, batch sizes and a digest of all images and labels; also checks them."""
+    if iter(batches) is batches:
+        raise ValueError("batches must be iterable more than once, got an iterator; pass a list or a loader")
+    labels: list[int] = []
+    sizes: list[int] = []
+    images: list[str] = []
+    for batch in batches:
+        x, y = batch[0], batch[1]
+        check_images(x)
+        check_labels(y, x)
+        sizes.append(len(y))
+        labels += y.tolist()
+        images += [fingerprint(image) for image in x]
+    if not labels:
+        raise ValueError("batches must hold at least one image, got none")
+    return tuple(labels), sizes, fingerprint([images, labels])
+
+
+def _outcome(
+    labels: tuple[int, ...],
+    sizes: Sequence[int],
+    members: tuple[Member, ...],
+    records: Mapping[int, list[dict[str, Any]]],
+) -> SuiteOutcome:
+    """Put the batches together; numbers within a batch become numbers within the data set."""
+    starts = [sum(sizes[:number]) for number in range(len(sizes))]
+
+    def numbers(index: int, what: str) -> tuple[int, ...]:
+        return tuple(start + row for number, start in enumerate(starts) for row in records[number][index][what])
+
+    outcomes = []
+    for index, member in enumerate(members, start=1):
+        rows = [records[number][index] for number in range(len(sizes))]
+        outcomes.append(
+            MemberOutcome(
+                member.name,
+                member.estimator,
+                member.group,
+                attacked=numbers(index, "attacked"),
+                fooled=numbers(index, "fooled"),
+                outside=numbers(index, "outside"),
+                largest=max(row["largest"] for row in rows),
+                seconds=sum(row["seconds"] for row in rows),
+            )
+        )
+    potential = tuple(
+        {"member": record["member"], **record["potential"]} for record in records[0] if record.get("potential")
+    )
+    return SuiteOutcome(labels, numbers(0, "right"), tuple(outcomes), potential)
+
+
+def _distances(x: Tensor, x_adv: Tensor, norm: str) -> tuple[Tensor, float]:
+    """Distance of every image from its clean one, and how much of it may be rounding."""
+    delta = (x_adv.double() - x.double()).flatten(1)
+    rounding = 1e-6 + 2 * torch.finfo(x.dtype).eps
+    match norm:
+        case "Linf":
+            return delta.abs().amax(1), rounding
+        case "L2":
+            return delta.square().sum(1).sqrt(), rounding * delta.shape[1] ** 0.5
+        case "L0":
+            return (delta != 0).sum(1).double(), 0.0
+    raise ValueError(f"norm of the threat must be 'Linf', 'L2' or 'L0', got {norm!r}")
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode, and every module's own mode afterwards."""
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _place() -> tuple[int, int]:
+    """Number of this process and number of processes."""
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def _gathered(records: dict[int, list[dict[str, Any]]]) -> dict[int, list[dict[str, Any]]]:
+    """The records of all processes, on each of them."""
+    processes = _place()[1]
+    if processes == 1:
+        return records
+    parts: list[dict[int, list[dict[str, Any]]] | None] = [None] * processes
+    torch.distributed.all_gather_object(parts, records)
+    return {number: rows for part in parts if part is not None for number, rows in part.items()}
+
+
+def _numbers(mask: Tensor) -> list[int]:
+    rows: list[int] = mask.nonzero()[:, 0].tolist()
+    return rows

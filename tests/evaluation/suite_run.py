@@ -1,0 +1,104 @@
+"""An evaluation of a second on made-up images, and a script: suite_run.py FOLDER [NAME OF THE MEMBER TO DIE IN]."""
+
+import json
+import os
+import signal
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sj_robust import DLIFNode, SpikingClassifier
+from sj_robust.attacks import fgsm, gaussian, pgd
+from sj_robust.attacks.worst_case import Member
+from sj_robust.evaluation.runner import run_suite
+from sj_robust.evaluation.threat import ThreatModel
+
+EPS = 0.1
+THREAT = ThreatModel("Linf", EPS)
+
+
+def images(n=20):
+    """Three classes of 4x4 images, a bright pixel each."""
+    generator = torch.Generator().manual_seed(0)
+    y = torch.arange(n) % 3
+    x = 0.6 * torch.rand(n, 1, 4, 4, generator=generator)
+    x[torch.arange(n), 0, y] += 0.25
+    return x, y
+
+
+def batches(size=6, n=20):
+    x, y = images(n)
+    return [(x[i : i + size], y[i : i + size]) for i in range(0, n, size)]
+
+
+class Net(nn.Module):
+    """A spiking network that tells the classes apart, without training."""
+
+    def __init__(self):
+        super().__init__()
+        generator = torch.Generator().manual_seed(1)
+        self.parts = nn.Sequential(nn.Linear(16, 24), DLIFNode(T=3, tau=4.0), nn.Linear(24, 3))
+        rows = torch.zeros(3, 16)
+        for label in range(3):
+            rows[label, 4 * label : 4 * label + 4] = 1.0
+        with torch.no_grad():
+            self.parts[0].weight.copy_(rows.repeat(8, 1) + 0.2 * torch.randn(24, 16, generator=generator))
+            self.parts[0].bias.fill_(-1.0)
+            self.parts[2].weight.copy_(torch.eye(3).repeat(1, 8))
+            self.parts[2].bias.zero_()
+
+    def forward(self, x_seq):
+        return self.parts(x_seq.flatten(2))
+
+
+def classifier():
+    return SpikingClassifier(Net(), T=3)
+
+
+def members():
+    step = partial(pgd, eps=EPS, step_size=EPS / 3, steps=4)
+    return (
+        Member("fgsm", partial(fgsm, eps=EPS), group=""),
+        Member("gaussian", partial(gaussian, std=EPS), group=""),
+        Member("pgd/r0", step),
+        Member("pgd/r1", step, seed=1),
+        Member("control/r0", step, group="control"),
+        Member("control/r1", partial(step, restarts=2), group="control"),
+    )
+
+
+def run(folder=None, *, size=6, net=None, suite=None, **options):
+    arguments = {"threat": THREAT, "seed": 3} | options
+    return run_suite(net or classifier(), batches(size), suite or members(), folder=folder, **arguments)
+
+
+def without_times(outcome):
+    """Plain data that must not change by an interruption."""
+    rows = [{**vars(member), "seconds": None} for member in outcome.members]
+    return json.loads(json.dumps([outcome.labels, outcome.correct, rows, outcome.potential]))
+
+
+def die_at(step):
+    """Kill this process for good once so many steps are done."""
+
+    def watch(position):
+        if position.done == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return watch
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    if "RANK" in os.environ:
+        torch.distributed.init_process_group("gloo")
+    watch = die_at(int(sys.argv[2])) if len(sys.argv) > 2 else None
+    outcome = run(Path(sys.argv[1]), on_step=watch)
+    if int(os.environ.get("RANK", "0")) == 0:
+        Path(sys.argv[1], "outcome.json").write_text(json.dumps(without_times(outcome)))
+    if torch.distributed.is_initialized():  # a process that leaves early aborts the others
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,271 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from evaluation import suite_run
+from torch import nn
+
+from sj_robust.attacks import fgsm, pgd
+from sj_robust.attacks.randomness import SampleSeeds
+from sj_robust.attacks.worst_case import Member, craft, worst_case
+from sj_robust.evaluation import runner
+from sj_robust.evaluation.progress import Clock, Progress, stage
+from sj_robust.evaluation.runner import data_fingerprint, network_fingerprint, run_suite
+from sj_robust.evaluation.threat import ThreatModel
+
+SCRIPT = Path(suite_run.__file__)
+STEPS = 4 * 7  # batches times members, the clean images included
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+
+
+@pytest.fixture(scope="module")
+def whole():
+    """The result of a run that nothing interrupts."""
+    return suite_run.without_times(suite_run.run())
+
+
+def script(*arguments, launcher=()):
+    command = [sys.executable, *launcher, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_members_and_groups_by_hand():
+    """A linear network of two pixels: an image of margin m is broken by eps > m / 2."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(2, 2, bias=False))
+    model[1].weight = nn.Parameter(torch.eye(2))
+    margins = torch.tensor([0.1, 0.3, 0.5, 0.7, -0.1])
+    x = torch.stack((0.5 + margins / 2, 0.5 - margins / 2), 1).view(5, 1, 1, 2)
+    y = torch.zeros(5, dtype=torch.int64)
+    members = [
+        Member("small", partial(fgsm, eps=0.1)),
+        Member("rest", partial(fgsm, eps=0.2)),
+        Member("far", partial(fgsm, eps=0.3)),
+        Member("alone", partial(fgsm, eps=0.2), group=""),
+        Member("control", partial(fgsm, eps=0.1), group="control"),
+    ]
+    outcome = run_suite(model, [(x[:2], y[:2]), (x[2:], y[2:])], members, threat=ThreatModel("Linf", 0.2))
+    assert outcome.labels == (0,) * 5
+    assert outcome.correct == (0, 1, 2, 3)
+    found = {member.name: (member.attacked, member.fooled, member.outside) for member in outcome.members}
+    assert found == {
+        "small": ((0, 1, 2, 3), (0,), ()),
+        "rest": ((1, 2, 3), (1,), ()),
+        "far": ((2, 3), (2,), (2,)),
+        "alone": ((0, 1, 2, 3), (0, 1), ()),
+        "control": ((0, 1, 2, 3), (0,), ()),
+    }
+    assert [round(member.largest, 6) for member in outcome.members] == [0.1, 0.2, 0.3, 0.2, 0.1]
+    assert outcome.potential == ()  # no neuron
+
+
+def test_one_batch_is_the_worst_case_function():
+    x, y = suite_run.images()
+    members = [member for member in suite_run.members() if member.group == "suite"]
+    seeds = SampleSeeds(range(len(y))).derived("image", 3)
+    expected = worst_case(suite_run.classifier(), x, y, members, seeds=seeds)
+    outcome = suite_run.run(size=20, suite=members)
+    for known, member in zip(expected.outcomes, outcome.members, strict=True):
+        assert member.attacked == tuple(known.attacked.nonzero()[:, 0].tolist())
+        assert member.fooled == tuple(known.fooled.nonzero()[:, 0].tolist())
+    assert 0 < len(outcome.members[0].fooled) < len(outcome.correct)
+
+
+@pytest.mark.parametrize("size", [1, 7, 20])
+def test_the_batch_size_does_not_matter(whole, size):
+    assert suite_run.without_times(suite_run.run(size=size))[:3] == whole[:3]
+
+
+def test_potential_under_each_attack(whole):
+    members, potential = whole[2:]
+    assert [row["member"] for row in potential] == [member["name"] for member in members]
+    for row, member in zip(potential, members, strict=True):
+        assert row["samples"] == sum(number < 6 for number in member["attacked"])
+        assert list(row["layers"]) == ["parts.1"]
+        assert len(row["layers"]["parts.1"]) == 3
+        assert min(row["layers"]["parts.1"]) > 0
+
+
+@pytest.mark.parametrize("step", [1, 9, STEPS - 1])
+def test_killed_and_resumed(tmp_path, whole, step):
+    assert script(tmp_path, step).returncode == -signal.SIGKILL
+    positions = []
+    outcome = suite_run.run(tmp_path, on_step=positions.append)
+    assert suite_run.without_times(outcome) == whole
+    assert [position.done for position in positions] == list(range(1, STEPS + 1))
+    assert positions[-1].seconds_left == 0
+    assert positions[-1].batch == 3
+
+
+def test_only_what_is_missing_is_computed(tmp_path, monkeypatch, whole):
+    suite_run.run(tmp_path)
+    path = tmp_path / "batch-000001.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:3]) + lines[3][:-9])  # torn within a line
+    crafted = []
+
+    def counting(model, x, y, member, *, seeds):
+        crafted.append(member.name)
+        return craft(model, x, y, member, seeds=seeds)
+
+    monkeypatch.setattr(runner, "craft", counting)
+    assert suite_run.without_times(suite_run.run(tmp_path)) == whole
+    assert crafted == [member.name for member in suite_run.members()[2:]]
+    assert path.read_bytes().splitlines(keepends=True)[:3] == lines[:3]
+
+
+@pytest.mark.parametrize("junk", [b'{"member":"pg', b"\n", b"\x00\x00\x00", b"[1]\n"])
+def test_a_torn_end_is_cut_off(tmp_path, whole, junk):
+    suite_run.run(tmp_path)
+    path = tmp_path / "batch-000002.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join(lines[:4]) + junk)
+    assert suite_run.without_times(suite_run.run(tmp_path)) == whole
+    assert len(path.read_bytes().splitlines()) == len(lines)
+
+
+def changed_network():
+    net = suite_run.classifier()
+    with torch.no_grad():
+        net.net.parts[2].bias[0] += 1e-6
+    return net
+
+
+def other_surrogate():
+    net = suite_run.classifier()
+    net.net.parts[1].tau = 4.5
+    return net
+
+
+@pytest.mark.parametrize(
+    ("options", "what"),
+    [
+        ({"seed": 4}, "seed"),
+        ({"threat": ThreatModel("L2", suite_run.EPS)}, "threat"),
+        ({"net": changed_network()}, "network"),
+        ({"suite": suite_run.members()[:-1]}, "suite"),
+        ({"size": 5}, "batch sizes"),
+        ({"draws": 2}, "draws"),
+    ],
+)
+def test_other_runs_are_never_mixed(tmp_path, options, what):
+    suite_run.run(tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match=rf"another evaluation \({what} changed\).*another folder"):
+        suite_run.run(tmp_path, **options)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_other_data_are_refused(tmp_path):
+    suite_run.run(tmp_path)
+    batches = suite_run.batches()
+    batches[2][0][0, 0, 3, 3] += 1e-3
+    with pytest.raises(ValueError, match="data changed"):
+        run_suite(
+            suite_run.classifier(), batches, suite_run.members(), threat=suite_run.THREAT, seed=3, folder=tmp_path
+        )
+
+
+def test_two_processes_find_what_one_finds(tmp_path, whole):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    killed = script(tmp_path, 9, launcher=launcher)  # both die in their second batch
+    assert killed.returncode != 0
+    assert 2 <= len(list(tmp_path.glob("batch-*.jsonl"))) <= 4
+    result = script(tmp_path, launcher=launcher)
+    assert result.returncode == 0, result.stderr
+    assert json.loads((tmp_path / "outcome.json").read_text()) == whole
+    assert suite_run.without_times(suite_run.run(tmp_path)) == whole  # one process takes up what two have done
+
+
+def test_a_folder_is_written_by_one_run_at_a_time(tmp_path):
+    progress = Progress(tmp_path, {})
+    with progress.batch(0), pytest.raises(RuntimeError, match="running already"), Progress(tmp_path, {}).batch(0):
+        pass
+
+
+def test_stages_are_kept(tmp_path):
+    path = tmp_path / "progress" / "sweep.json"
+    assert stage(path, {"seed": "0"}, lambda: [1.5]) == [1.5]
+    assert stage(path, {"seed": "0"}, lambda: 1 / 0) == [1.5]
+    with pytest.raises(ValueError, match="seed changed"):
+        stage(path, {"seed": "1"}, lambda: [2.5])
+    path.write_text("{")
+    with pytest.raises(ValueError, match="is damaged"):
+        stage(path, {"seed": "0"}, lambda: [1.5])
+
+
+def test_time_left_weighs_members():
+    clock = Clock(["clean", "long"], batches=10)
+    clock.add("clean", 1.0)
+    assert clock.seconds_left() == pytest.approx(9 * 1 + 10 * 1)  # nothing else is known yet
+    clock.add("long", 100.0)
+    assert clock.seconds_left() == pytest.approx(9 * 101)
+
+
+def test_fingerprints():
+    batches = suite_run.batches()
+    assert data_fingerprint(batches) == data_fingerprint(suite_run.batches(20))
+    assert data_fingerprint(batches) != data_fingerprint(batches[:-1])
+    assert data_fingerprint(batches) != data_fingerprint([(x, (y + 1) % 3) for x, y in batches])
+    net = suite_run.classifier()
+    assert network_fingerprint(net) == network_fingerprint(suite_run.classifier())
+    assert network_fingerprint(net) == network_fingerprint(net.train())
+    prints = [network_fingerprint(model) for model in (net, changed_network(), other_surrogate())]
+    assert len(set(prints)) == 3
+
+
+def test_a_run_leaves_the_network_alone():
+    net = suite_run.classifier().train()
+    net.net.parts[1].eval()
+    before = network_fingerprint(net)
+    state = torch.get_rng_state()
+    suite_run.run(net=net)
+    assert next(name for name, module in net.named_modules() if not module.training) == "net.parts.1"
+    assert net.net.parts[0].training
+    assert net.net.parts[2].training
+    assert torch.equal(torch.get_rng_state(), state)
+    assert network_fingerprint(net) == before
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
+def test_stochastic_networks_need_several_draws():
+    class Noisy(nn.Module):
+        """Wrong in every second forward."""
+
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            logits = torch.zeros(len(x), 2)
+            logits[:, self.calls % 2] = 1.0
+            return logits + 0 * x.flatten(1).sum(1, keepdim=True)
+
+    batches = [(torch.rand(4, 1, 2, 2), torch.ones(4, dtype=torch.int64))]
+    members = [Member("none", lambda model, x, y, *, generator: x)]
+    threat = ThreatModel("Linf", 0.1)
+    assert len(run_suite(Noisy(), batches, members, threat=threat).members[0].fooled) == 4
+    assert len(run_suite(Noisy(), batches, members, threat=threat, draws=2).members[0].fooled) == 0
+
+
+def test_wrong_use():
+    x, y = suite_run.images(4)
+    net, members, threat = suite_run.classifier(), suite_run.members(), suite_run.THREAT
+    with pytest.raises(ValueError, match="iterable more than once"):
+        run_suite(net, iter([(x, y)]), members, threat=threat)
+    with pytest.raises(ValueError, match="at least one image"):
+        run_suite(net, [], members, threat=threat)
+    with pytest.raises(ValueError, match="names of their own"):
+        run_suite(net, [(x, y)], members[:1] * 2, threat=threat)
+    with pytest.raises(ValueError, match="none may be 'clean'"):
+        run_suite(net, [(x, y)], [Member("clean", members[0].attack)], threat=threat)
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
+        run_suite(net, [(255 * x, y)], members, threat=threat)
+    with pytest.raises(TypeError, match="int64"):
+        run_suite(net, [(x, y.float())], members, threat=threat)
+    with pytest.raises(ValueError, match="eps"):
+        run_suite(net, [(x, y)], [Member("pgd", partial(pgd, eps=-1.0, step_size=0.1, steps=2))], threat=threat)
