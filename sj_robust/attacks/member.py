@@ -13,7 +13,7 @@ from sj_robust.attacks.checks import check_count, check_images, check_labels, ch
 from sj_robust.attacks.projection import l2_norm
 from sj_robust.attacks.randomness import SampleSeeds, check_seeds, seeded_globals
 
-__all__ = ["Member", "SampleAttack", "clock", "craft", "fools", "scored"]
+__all__ = ["Member", "SampleAttack", "check_estimator", "clock", "craft", "fools", "scored"]
 
 _TOLERANCE = 1e-6  # of the ball's radius, for attacks of other packages that round to the nearest
 
@@ -167,6 +167,14 @@ def scored(model: Model, x: Tensor, y: Tensor, *, seed: int) -> Tensor:
             module.training = training
 
 
+def check_estimator(name: str) -> None:
+    """The name is one of an estimator."""
+    if name != "training":
+        from sj_robust.attacks.estimators import estimator
+
+        estimator(name)
+
+
 def clock(device: torch.device) -> float:
     """Seconds, after all that was started on a GPU has ended."""
     if device.type == "cuda":
@@ -185,7 +193,8 @@ def _estimator(member: Member, model: Model) -> AbstractContextManager[Model]:
         )
     from sj_robust.attacks.estimators import estimator
 
-    return estimator(member.estimator)(model)
+    applied: AbstractContextManager[Model] = estimator(member.estimator)(model)
+    return applied
 
 
 def _check_seeds(seeds: SampleSeeds, x: Tensor) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from sj_robust.attacks._call import Model
 from sj_robust.attacks.checks import check_count
 from sj_robust.attacks.gradient import pgd
-from sj_robust.attacks.member import Member, SampleAttack, clock, craft, fools, scored
+from sj_robust.attacks.member import Member, SampleAttack, check_estimator, clock, craft, fools, scored
 from sj_robust.attacks.projection import Norm
 from sj_robust.attacks.randomness import SampleSeeds
 
@@ -218,7 +218,7 @@ def sweep(
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If no image is classified right, or an argument is out of range.
+        ValueError: If no image is classified right, an estimator is unknown, or an argument is out of range.
 
     Source: hyperparameter search over surrogate widths as in HART (Hao et al., ICLR 2024), here over shapes as well.
 
@@ -237,6 +237,8 @@ def sweep(
     short = partial(pgd, eps=eps, step_size=eps / 4, norm=norm, steps=steps) if attack is None else attack
     trial = _Trials(model, x[rows], y[rows], short, draws, seeds.rows(rows))
     names = tuple(dict.fromkeys(("training", *candidates)))
+    for name in names:
+        check_estimator(name)
     for name in names:
         trial.run(name)
     for name in trial.choice(2):

@@ -1,0 +1,413 @@
+"""Worst case over attacks and estimators: who attacks what, what counts, and what stays as it was."""
+
+import sys
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from types import ModuleType
+
+import pytest
+import torch
+from attacks.table import MODELS, linear_model
+from torch import nn
+
+from sj_robust.attacks import Member, SampleSeeds, craft, fgsm, fools, gaussian, pgd, sweep, worst_case
+
+EPS = 0.1
+
+
+def seeds(n, start=0):
+    return SampleSeeds(range(start, start + n))
+
+
+def pgd_member(name="pgd", **options):
+    settings = {"eps": EPS, "step_size": EPS / 3, "steps": 4} | {
+        key: options.pop(key) for key in ("eps", "steps", "loss", "restarts") if key in options
+    }
+    return Member(name, partial(pgd, **settings), **options)
+
+
+@pytest.fixture
+def digits():
+    """Forty points of five classes around the border of a linear classifier, most of them right."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.rand(40, 1, 6, 6, generator=generator, dtype=torch.float64)
+    model = linear_model(36, torch.float64)
+    y = model(x).argmax(1)
+    y[::8] = (y[::8] + 1) % 5
+    return model, x, y
+
+
+def moves(fooled):
+    """An attack that swaps the first two pixels of the images at ``fooled``, counting what it is given."""
+    given = []
+
+    def attack(model, x, y, *, generator):
+        given.append(x.clone())
+        return torch.where(torch.isin(x[:, 2], torch.tensor(fooled, dtype=x.dtype))[:, None], x[:, [1, 0, 2]], x)
+
+    return attack, given
+
+
+def first_two(x):
+    return x[:, :2]
+
+
+@pytest.fixture
+def numbered():
+    """Images whose third pixel is their number; the label is the brighter one of the first two, wrong in the last."""
+    x = torch.tensor([[0.9, 0.1, 0.0], [0.9, 0.1, 0.25], [0.9, 0.1, 0.5], [0.9, 0.1, 0.75], [0.1, 0.9, 1.0]])
+    return x, torch.zeros(5, dtype=torch.int64)
+
+
+class TestWorstCase:
+    def test_a_later_member_attacks_only_what_stands_in_its_group(self, numbered):
+        x, y = numbered
+        attacks = [moves([0.0]), moves([0.0, 0.25]), moves([0.0, 0.5]), moves([0.25]), moves([0.0])]
+        groups = ["suite", "suite", "control", "", ""]
+        members = [
+            Member(f"m{i}", attack, group=group)
+            for i, ((attack, _), group) in enumerate(zip(attacks, groups, strict=True))
+        ]
+        result = worst_case(first_two, x, y, members, seeds=seeds(5))
+        numbers = [given[0][:, 2].tolist() for _, given in attacks]
+        assert numbers == [[0.0, 0.25, 0.5, 0.75], [0.25, 0.5, 0.75], *[[0.0, 0.25, 0.5, 0.75]] * 3]
+        assert result.fooled_by.tolist() == [0, 1, 2, -1, -1]
+        assert result.correct.tolist() == [True, True, True, True, False]
+        assert result.robust_accuracy == 1 / 5
+        assert result.standing("suite").tolist() == [False, False, True, True, False]
+        assert result.standing("control").tolist() == [False, True, False, True, False]
+        assert [outcome.fooled.nonzero().flatten().tolist() for outcome in result.outcomes] == [
+            [0],
+            [1],
+            [0, 2],
+            [1],
+            [0],
+        ]
+        assert result.outcomes[1].attacked.tolist() == [False, True, True, True, False]
+        assert result.x_adv[:3, 0].tolist() == pytest.approx([0.1, 0.1, 0.1])
+        assert torch.equal(result.x_adv[3:], x[3:])
+        with pytest.raises(ValueError, match=r"group must be one of \['', 'control', 'suite'\], got 'nobody'"):
+            result.standing("nobody")
+
+    def test_a_member_with_nothing_left_is_not_called(self, numbered):
+        x, y = numbered
+        (everything, _), (second, given) = moves([0.0, 0.25, 0.5, 0.75]), moves([])
+        result = worst_case(first_two, x, y, [Member("a", everything), Member("b", second)], seeds=seeds(5))
+        assert given == []
+        assert not result.outcomes[1].attacked.any()
+        assert result.robust_accuracy == 0
+
+    def test_never_above_the_best_single_member(self, digits):
+        model, x, y = digits
+        members = [
+            pgd_member("pgd"),
+            pgd_member("pgd/r1", seed=1),
+            pgd_member("margin", loss=lambda z, t: -z.gather(1, t[:, None]).flatten()),
+        ]
+        single = [worst_case(model, x, y, [m], seeds=seeds(40)) for m in members]
+        together = worst_case(model, x, y, members, seeds=seeds(40))
+        union = torch.stack([result.standing("suite") for result in single]).all(0)
+        assert torch.equal(together.standing("suite"), union)  # each member's images are its own, whatever ran before
+        assert 0 < together.robust_accuracy < together.correct.double().mean()
+        assert together.robust_accuracy <= min(result.robust_accuracy for result in single)
+
+    def test_linear_network_has_exactly_the_robust_accuracy_of_its_distances(self):
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(36, generator=generator, dtype=torch.float64)
+        x = 0.3 + 0.4 * torch.rand(60, 36, generator=generator, dtype=torch.float64)  # the box is out of reach
+        margin = (x - 0.5) @ weight
+        y = (margin > 0).long()
+        distance = margin.abs() / weight.abs().sum()
+        eps = float(distance.quantile(0.5))  # between two of them
+        assert (distance - eps).abs().min() > 1e-3 * eps
+
+        def model(z):
+            score = (z - 0.5) @ weight
+            return torch.stack([-score, score], 1)
+
+        members = [Member("pgd", partial(pgd, eps=eps, step_size=eps / 2, steps=8), ball=("Linf", eps))]
+        result = worst_case(model, x, y, members, seeds=seeds(60))
+        assert torch.equal(result.standing("suite"), distance > eps)
+        assert result.robust_accuracy == float((distance > eps).double().mean())
+
+    def test_deterministic_and_seeded(self, digits):
+        model, x, y = digits
+        members = [pgd_member("a", steps=1), pgd_member("b", steps=1, seed=1)]
+        first, second, other = (worst_case(model, x, y, members, seeds=seeds(40, s)) for s in (0, 0, 100))
+        assert torch.equal(first.x_adv, second.x_adv)
+        assert torch.equal(first.fooled_by, second.fooled_by)
+        assert not torch.equal(first.x_adv, other.x_adv)
+
+    def test_independent_of_the_batch_size_and_of_the_other_samples(self, digits):
+        model, x, y = digits
+        members = [pgd_member("a", steps=2), pgd_member("b", restarts=2, seed=1)]
+        together = worst_case(model, x, y, members, seeds=seeds(40))
+        order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
+        for rows in order.split(7):
+            part = worst_case(model, x[rows], y[rows], members, seeds=seeds(40).rows(rows))
+            torch.testing.assert_close(part.x_adv, together.x_adv[rows], rtol=0, atol=1e-12)
+            assert torch.equal(part.fooled_by, together.fooled_by[rows])
+
+    def test_names_must_differ(self, digits):
+        model, x, y = digits
+        with pytest.raises(ValueError, match=r"names of members must differ, got \['pgd', 'pgd'\]"):
+            worst_case(model, x, y, [pgd_member(), pgd_member()], seeds=seeds(40))
+
+    def test_no_images_and_no_members(self, digits):
+        model, x, y = digits
+        nothing = worst_case(model, x[:0], y[:0], [pgd_member()], seeds=seeds(0))
+        assert nothing.x_adv.shape == (0, 1, 6, 6)
+        clean = worst_case(model, x, y, [], seeds=seeds(40))
+        assert clean.robust_accuracy == float((model(x).argmax(1) == y).double().mean())
+        assert torch.equal(clean.x_adv, x)
+
+
+class TestCraft:
+    def test_restarts_and_names_have_their_own_random_starts(self, digits):
+        model, x, y = digits
+        members = [pgd_member("a", steps=1), pgd_member("a", steps=1, seed=1), pgd_member("b", steps=1)]
+        images = [craft(model, x, y, member, seeds=seeds(40)) for member in members]
+        assert not torch.equal(images[0], images[1])
+        assert not torch.equal(images[0], images[2])
+        assert torch.equal(images[0], craft(model, x, y, members[0], seeds=seeds(40)))
+
+    @pytest.mark.parametrize(
+        ("result", "error", "message"),
+        [
+            (lambda x: x + 0.5, ValueError, r"attack 'bad' left the images: x must lie in \[0, 1\]"),
+            (lambda x: x * float("nan"), ValueError, r"attack 'bad' left the images: x must be finite"),
+            (
+                lambda x: x[:-1],
+                ValueError,
+                r"attack 'bad' must return images of shape \[7, 1, 6, 6\], got \[6, 1, 6, 6\]",
+            ),
+            (lambda x: x.double(), TypeError, r"must return images of torch.float32 on cpu, got torch.float64 on cpu"),
+            (lambda x: (x, 0), TypeError, r"must return images of torch.float32 on cpu, got tuple"),
+            (lambda x: (x + 0.101).clamp(0, 1), ValueError, r"must stay within Linf distance 0.1, got 0.101"),
+        ],
+    )
+    def test_an_attack_that_leaves_its_budget_raises(self, batch, result, error, message):
+        member = Member("bad", lambda model, x, y, *, generator: result(x), ball=("Linf", EPS))
+        with pytest.raises(error, match=message):
+            craft(linear_model(36), *batch, member, seeds=seeds(7))
+
+    def test_ball_of_l2(self, batch):
+        x, y = batch
+
+        def shifted(model, x, y, *, generator):
+            return torch.where(x < 0.5, x + 0.1, x - 0.1)  # L2 distance 0.6
+
+        craft(linear_model(36), x, y, Member("l2", shifted, ball=("L2", 0.6)), seeds=seeds(7))
+        with pytest.raises(ValueError, match=r"must stay within L2 distance 0.59, got 0.6"):
+            craft(linear_model(36), x, y, Member("l2", shifted, ball=("L2", 0.59)), seeds=seeds(7))
+
+    def test_an_attack_in_place_does_not_reach_the_callers_images(self, batch):
+        x, y = batch
+        before = x.clone()
+
+        def in_place(model, x, y, *, generator):
+            return x.zero_()
+
+        assert (craft(linear_model(36), x, y, Member("zero", in_place), seeds=seeds(7)) == 0).all()
+        assert torch.equal(x, before)
+
+    @pytest.mark.parametrize("fail", [False, True], ids=["ends", "raises"])
+    def test_modes_random_state_and_hooks_stay(self, model, batch, fail):
+        for number, module in enumerate(model.modules()):
+            module.training = number % 2 == 0
+        modes = [module.training for module in model.modules()]
+        state = torch.get_rng_state()
+
+        def careless(model, x, y, *, generator):
+            torch.rand(3)
+            model.train()
+            if fail:
+                raise KeyError("from the attack")
+            return x
+
+        if fail:
+            with pytest.raises(KeyError, match="from the attack"):
+                craft(model, *batch, Member("careless", careless), seeds=seeds(7))
+        else:
+            craft(model, *batch, Member("careless", careless), seeds=seeds(7))
+            fools(model, *batch, seeds=seeds(7))
+        assert [module.training for module in model.modules()] == modes
+        assert torch.equal(torch.get_rng_state(), state)
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+    def test_a_function_has_no_estimator(self, batch):
+        member = pgd_member(estimator="atan:4")
+        with pytest.raises(TypeError, match="estimator 'atan:4' of 'pgd' needs the network as an nn.Module"):
+            craft(lambda x: x.flatten(1)[:, :5], *batch, member, seeds=seeds(7))
+
+    def test_seeds_must_fit(self, batch):
+        with pytest.raises(ValueError, match="one seed per image, 7, got 6"):
+            craft(linear_model(36), *batch, pgd_member(), seeds=seeds(6))
+        with pytest.raises(TypeError, match="seeds must be SampleSeeds, got Generator"):
+            craft(linear_model(36), *batch, pgd_member(), seeds=torch.Generator())
+
+
+class TestMember:
+    @pytest.mark.parametrize(
+        ("arguments", "error", "message"),
+        [
+            ({"name": ""}, ValueError, "a member needs a name"),
+            ({"attack": 3}, TypeError, "attack must be a callable, got int"),
+            ({"seed": -1}, ValueError, "seed must be >= 0, got -1"),
+            ({"seed": True}, TypeError, "seed must be an integer, got bool"),
+            ({"ball": ("L1", 0.1)}, ValueError, "must be 'Linf' or 'L2', got 'L1'"),
+        ],
+    )
+    def test_wrong_use(self, arguments, error, message):
+        with pytest.raises(error, match=message):
+            replace(pgd_member(), **arguments)
+
+
+class TestFools:
+    class Coin(nn.Module):
+        """Class 0 with the probability in the first pixel; draws from torch's global generator."""
+
+        def forward(self, x):
+            heads = torch.rand(len(x)) < x[:, 0]
+            return torch.stack([heads.double(), (~heads).double()], 1)
+
+    def test_a_stochastic_network_has_to_be_wrong_in_every_draw(self):
+        x, y = torch.full((4000, 1), 0.5), torch.zeros(4000, dtype=torch.int64)
+        for draws in (1, 3):
+            share = float(fools(self.Coin(), x, y, draws=draws, seeds=seeds(4000)).double().mean())
+            assert share == pytest.approx(0.5**draws, abs=0.03)
+
+    def test_a_lucky_draw_of_the_attack_does_not_count(self):
+        x, y = torch.full((2000, 1), 0.9), torch.zeros(2000, dtype=torch.int64)
+        member = Member("idle", lambda model, x, y, *, generator: x)
+        hits = [
+            float(
+                worst_case(self.Coin(), x, y, [member], seeds=seeds(2000), draws=draws)
+                .outcomes[0]
+                .fooled.double()
+                .mean()
+            )
+            for draws in (1, 4)
+        ]
+        assert hits[0] == pytest.approx(0.09, abs=0.03)  # right at first, wrong when scored
+        assert hits[1] < 0.005
+
+    def test_the_same_seeds_give_the_same_draws(self):
+        x, y = torch.full((100, 1), 0.5), torch.zeros(100, dtype=torch.int64)
+        first, second, other = (fools(self.Coin(), x, y, seeds=seeds(100, s)) for s in (0, 0, 1))
+        assert torch.equal(first, second)
+        assert not torch.equal(first, other)
+
+    def test_agrees_with_argmax_of_the_network_in_evaluation_mode(self, model, batch):
+        x, y = batch
+        fooled = fools(model.train(), x, y, draws=2, seeds=seeds(7))
+        assert all(module.training for module in model.modules())
+        assert torch.equal(fooled, model.eval()(x).argmax(1) != y)
+
+    def test_wrong_use(self, batch):
+        with pytest.raises(ValueError, match="draws must be >= 1, got 0"):
+            fools(linear_model(36), *batch, draws=0, seeds=seeds(7))
+        with pytest.raises(ValueError, match="logits must be finite"):
+            fools(lambda x: x.flatten(1) * float("nan"), *batch, seeds=seeds(7))
+
+
+@dataclass(frozen=True)
+class Scaled:
+    """A stand-in estimator: crafts on logits whose dependence on the image is cut to the first pixels."""
+
+    pixels: int | None
+
+    @contextmanager
+    def __call__(self, model):
+        if self.pixels is None:
+            raise ValueError("this network has no such neuron")
+
+        def crafted_on(x):
+            flat = x.flatten(1)
+            seen = torch.cat([flat[:, : self.pixels], flat[:, self.pixels :].detach()], 1)
+            return model(seen.view_as(x))
+
+        yield crafted_on
+
+
+@pytest.fixture
+def stand_ins(monkeypatch):
+    """Estimators that use 1 ("weak") or 18 ("half") or all pixels, and one that cannot be used."""
+
+    def estimator(name):
+        pixels = {"weak": 1, "half": 18, "full": 36, "training": 36, "impossible": None}
+        if name.removesuffix("+detach") not in pixels:
+            raise ValueError(f"unknown estimator {name!r}")
+        return Scaled(pixels[name.removesuffix("+detach")])
+
+    module = ModuleType("sj_robust.attacks.estimators")
+    module.estimator = estimator
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+@pytest.mark.usefixtures("stand_ins")
+class TestSweep:
+    def test_stronger_estimators_come_first_and_are_chosen(self, digits):
+        model, x, y = digits
+        rows = sweep(
+            model,
+            x,
+            y,
+            eps=0.03,
+            candidates=["weak", "half", "impossible"],
+            steps=5,
+            count=1,
+            images=30,
+            seeds=seeds(40),
+        )
+        order = [row.estimator for row in rows if "+" not in row.estimator]
+        assert order == ["training", "half", "weak", "impossible"]
+        assert [row.estimator for row in rows if row.chosen] == ["training"]
+        by_name = {row.estimator: row for row in rows}
+        assert by_name["training"].margin < by_name["half"].margin < by_name["weak"].margin < 1
+        assert by_name["impossible"].note == "ValueError: this network has no such neuron"
+        assert not by_name["impossible"].chosen
+
+    def test_nothing_is_chosen_that_adds_nothing(self, digits):
+        model, x, y = digits
+        rows = sweep(model, x, y, eps=0.03, candidates=["full"], steps=5, count=3, images=30, seeds=seeds(40))
+        assert [row.estimator for row in rows if row.chosen] == ["training"]  # "full" is the same, so adds nothing
+
+    def test_figures_are_those_of_the_first_correct_images(self, digits):
+        model, x, y = digits
+        (row,) = sweep(model, x, y, eps=0.03, candidates=["training"], images=10, steps=7, seeds=seeds(40))
+        rows = (model(x).argmax(1) == y).nonzero().flatten()[:10]
+        again = sweep(model, x[rows], y[rows], eps=0.03, candidates=[], steps=7, seeds=seeds(40).rows(rows))
+        assert (row.robust_accuracy, row.margin) == (again[0].robust_accuracy, again[0].margin)
+        assert 0 < row.margin < 1
+
+    def test_repeatable(self, digits):
+        model, x, y = digits
+        runs = [sweep(model, x, y, eps=0.03, candidates=["half", "weak"], steps=5, seeds=seeds(40)) for _ in range(2)]
+        assert [replace(row, seconds=0) for row in runs[0]] == [replace(row, seconds=0) for row in runs[1]]
+
+    def test_another_attack_and_l2(self, digits):
+        model, x, y = digits
+        idle = partial(gaussian, std=0.0)
+        (row,) = sweep(model, x, y, eps=EPS, candidates=[], attack=idle, seeds=seeds(40))
+        assert (row.robust_accuracy, row.margin) == (1, pytest.approx(1))
+        (row,) = sweep(model, x, y, eps=0.5, norm="L2", candidates=[], seeds=seeds(40))
+        assert row.margin < 1
+
+    def test_wrong_use(self, digits):
+        model, x, y = digits
+        with pytest.raises(ValueError, match="images that are classified right, got none among 5"):
+            sweep(model, x[::8], y[::8], eps=EPS, candidates=[], seeds=seeds(40).rows(torch.arange(0, 40, 8)))
+        with pytest.raises(ValueError, match="unknown estimator 'atna:4'"):
+            sweep(model, x, y, eps=EPS, candidates=["half", "atna:4"], seeds=seeds(40))
+        with pytest.raises(ValueError, match="steps must be >= 1, got 0"):
+            sweep(model, x, y, eps=EPS, candidates=[], steps=0, seeds=seeds(40))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_spiking_and_plain_networks_alike(name, batch):
+    model = MODELS[name]()
+    result = worst_case(model, *batch, [pgd_member(), Member("fgsm", partial(fgsm, eps=EPS))], seeds=seeds(7))
+    assert torch.equal(result.correct & (result.fooled_by < 0), result.standing("suite"))
+    assert ((result.x_adv - batch[0]).abs() <= EPS).all()
