@@ -15,6 +15,7 @@ What holds for every one of them:
 """
 
 from sj_robust.attacks.apgd import apgd
+from sj_robust.attacks.bridges import AutoAttackWarning, autoattack, external, square, transfer
 from sj_robust.attacks.checks import check_images, check_labels
 from sj_robust.attacks.gradient import fgsm, pgd, rfgsm
 from sj_robust.attacks.member import Member, SampleAttack, craft, fools
@@ -26,6 +27,7 @@ from sj_robust.attacks.worst_case import CANDIDATES, Outcome, SweepRow, WorstCas
 
 __all__ = [
     "CANDIDATES",
+    "AutoAttackWarning",
     "Member",
     "Outcome",
     "SampleAttack",
@@ -33,9 +35,11 @@ __all__ = [
     "SweepRow",
     "WorstCase",
     "apgd",
+    "autoattack",
     "check_images",
     "check_labels",
     "craft",
+    "external",
     "fgsm",
     "fools",
     "gaussian",
@@ -46,7 +50,9 @@ __all__ = [
     "rfgsm",
     "salt_and_pepper",
     "sapgd",
+    "square",
     "sweep",
+    "transfer",
     "uniform",
     "worst_case",
 ]

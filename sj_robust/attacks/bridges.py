@@ -1,0 +1,365 @@
+"""Attacks of other packages: AutoAttack and Square of pyautoattack, any attack object, attacks crafted elsewhere."""
+
+import random
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol, get_args
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from sj_robust.attacks._autoattack import ATTACKS, VERSIONS, AutoAttackWarning, run_attacks, search_squares
+from sj_robust.attacks._call import Model, checked_copies, crafting
+from sj_robust.attacks._pyautoattack import Ball, Settings, library
+from sj_robust.attacks.checks import check_count, check_model, check_size
+from sj_robust.attacks.projection import l2_norm
+from sj_robust.attacks.randomness import Private, SampleSeeds, draw_seed
+
+__all__ = ["AutoAttackWarning", "autoattack", "external", "square", "transfer"]
+
+Norm = Literal["Linf", "L2"]
+Randomness = torch.Generator | SampleSeeds | None
+
+
+class Attack(Protocol):
+    """An attack with its budget bound."""
+
+    def __call__(self, model: Model, x: Tensor, y: Tensor, *, generator: Randomness = None) -> Tensor:
+        """Perturbed images."""
+
+
+def autoattack(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    norm: Norm = "Linf",
+    version: str = "standard",
+    attacks: Sequence[str] | None = None,
+    generator: Randomness = None,
+) -> Tensor:
+    """AutoAttack: APGD, FAB and Square one after the other on the images that none has fooled yet.
+
+    AutoAttack 集成攻击。
+
+    Equation: ``x_adv[n]`` is the first image found in ball and box with ``argmax model(x_adv[n]) != y[n]``, or ``x[n]``
+    where none is found.
+
+    The single attacks are those of pyautoattack, with its settings; what they claim is judged here, on the images that
+    are returned. Square gets logits without ties. With fewer than ten classes every other class is a target once.
+    With ``SampleSeeds`` starts and squares are drawn per sample; then only a stochastic network's own draws depend on
+    the batch. With a ``torch.Generator`` the draws are the library's: starts depend on which samples are left, all
+    samples of a call share the position and colour of Square's squares.
+
+    Args:
+        model: Images [N, ...] in [0, 1] to logits [N, classes].
+        x: Images, floating point; [N, C, H, W] for Square. Computed in float32 except in the network.
+        y: Labels [N] int64.
+        eps: Radius in units of [0, 1] images.
+        norm: ``"Linf"`` or ``"L2"``.
+        version: ``"standard"`` (APGD-CE, targeted APGD, targeted FAB, Square), ``"plus"`` (APGD-CE, APGD-DLR, FAB,
+            Square, both targeted ones; 5 restarts) or ``"rand"`` (APGD-CE and APGD-DLR over 20 forwards, for
+            stochastic networks).
+        attacks: Names to run in place of the version's, with the version's settings: ``"apgd-ce"``, ``"apgd-dlr"``,
+            ``"apgd-t"``, ``"fab"``, ``"fab-t"``, ``"square"``.
+        generator: Seeds all randomness of the call; None draws fresh numbers, global generators untouched.
+
+    Returns:
+        Adversarial images in shape, dtype and device of ``x``; where nothing fooled the network, ``x``.
+
+    Raises:
+        ModuleNotFoundError: If pyautoattack is not installed.
+        TypeError: If an argument has the wrong type or ``x`` is not floating point.
+        ValueError: If ``x``, labels, logits or a number do not fit, or a name is unknown.
+        RuntimeError: If no gradient reaches the images.
+
+    Warns:
+        AutoAttackWarning: What the library's checks find: a stochastic network, probabilities in place of logits,
+            a network that computes gradients itself, zero gradients, Square stronger than the attacks before it.
+
+    Source: Croce and Hein (ICML 2020); FAB: Croce and Hein (ICML 2020); Square: Andriushchenko et al. (ECCV 2020).
+
+    Example:
+        >>> from sj_robust.attacks import autoattack
+        >>> model = lambda x: x.flatten(1) @ torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
+        >>> x, y = torch.tensor([[0.55, 0.45], [0.9, 0.1]]), torch.tensor([0, 0])
+        >>> model(autoattack(model, x, y, eps=0.1, attacks=["apgd-ce"])).argmax(1)
+        tensor([1, 0])
+    """
+    ball = _ball(eps, norm)
+    settings = _settings(version, attacks)
+    library()
+    x, y = checked_copies(model, x, y, generator)
+    if "square" in settings.attacks:
+        _check_square(x)
+    if x.numel() == 0 or ball.eps == 0:
+        return x
+    with _isolated(model, x, generator) as private:
+        x_adv, messages = run_attacks(model, x, y, ball=ball, settings=settings, private=private)
+    for message in messages:
+        warnings.warn(f"AutoAttack: {message}", AutoAttackWarning, stacklevel=2)
+    return x_adv
+
+
+def square(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    norm: Norm = "Linf",
+    queries: int = 5000,
+    generator: Randomness = None,
+) -> Tensor:
+    """Square Attack: random search over squares that asks for logits and for no gradient.
+
+    Square 黑盒攻击。
+
+    Equation: a square of random place and colour is kept if it lowers the margin ``z_y - max_{k != y} z_k``, until
+    ``argmax z != y``.
+
+    The search is pyautoattack's with AutoAttack's settings, on logits whose ties are broken: the library takes a margin
+    of 0 for success, and spike counts tie. With ``SampleSeeds``, or images that are not float32, it is a form of the
+    same search with a square per sample, which depends on neither neighbours nor batch size.
+
+    Args:
+        model: Images [N, C, H, W] in [0, 1] to logits [N, classes].
+        x: Images, floating point.
+        y: Labels [N] int64.
+        eps: Radius in units of [0, 1] images.
+        norm: ``"Linf"`` or ``"L2"``.
+        queries: Squares tried per image after the start, >= 1.
+        generator: Seeds all randomness of the call; None draws fresh numbers, global generators untouched.
+
+    Returns:
+        Adversarial images in shape, dtype and device of ``x``; where nothing fooled the network, those of the smallest
+        margin; ``x`` where it was wrong already.
+
+    Raises:
+        ModuleNotFoundError: If pyautoattack is not installed.
+        TypeError: If an argument has the wrong type or ``x`` is not floating point.
+        ValueError: If ``x``, labels, logits or a number do not fit.
+
+    Source: Andriushchenko et al. (ECCV 2020); its settings in AutoAttack, Croce and Hein (ICML 2020).
+
+    Example:
+        >>> from sj_robust.attacks import square
+        >>> model = lambda x: torch.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], 1)
+        >>> x, y = torch.full((1, 1, 4, 4), 0.45), torch.tensor([1])
+        >>> model(square(model, x, y, eps=0.2, queries=200)).argmax(1)
+        tensor([0])
+    """
+    ball = _ball(eps, norm)
+    check_count("queries", queries)
+    library()
+    x, y = checked_copies(model, x, y, generator)
+    _check_square(x)
+    if x.numel() == 0 or ball.eps == 0:
+        return x
+    with _isolated(model, x, generator) as private:
+        return search_squares(model, x, y, ball=ball, queries=queries, private=private)
+
+
+def external(attack: Callable[[Tensor, Tensor], Tensor], *, eps: float, norm: Norm = "Linf") -> Attack:
+    """Attack of another package, built for the model and called as ``attack(x, y)``, as one of this package.
+
+    其他工具包的攻击。
+
+    What it returns is checked, then projected exactly. Around the call the global generators of torch, numpy and Python
+    are seeded and restored; the model is in evaluation mode and gets modes, ``.grad`` and ``requires_grad`` back.
+
+    Args:
+        attack: A torchattacks object, ``lambda x, y: foolbox_attack(foolbox_model, x, y, epsilons=eps)[1]``, or any
+            function of images and labels. It attacks the model that it was built for, whatever it is given.
+        eps: Radius it was built with, in units of [0, 1] images.
+        norm: ``"Linf"`` or ``"L2"``.
+
+    Returns:
+        ``attack(model, x, y, *, generator=None)``. Its randomness as a whole is seeded by ``generator``: with
+        ``SampleSeeds`` it is repeatable, but what the other package draws depends on the batch. The call raises
+        ``TypeError`` or ``ValueError`` if the result is no tensor like ``x``, is not finite, or leaves the ball or
+        [0, 1] by more than rounding.
+
+    Raises:
+        TypeError: If ``attack`` cannot be called.
+        ValueError: If ``eps`` or ``norm`` do not fit.
+
+    Source: the interface of torchattacks (Kim, 2020).
+
+    Example:
+        >>> from sj_robust.attacks import external
+        >>> model = torch.nn.Linear(4, 3)
+        >>> brighter = external(lambda x, y: (x + 0.1).clamp(0, 1), eps=0.1)
+        >>> brighter(model, torch.full((1, 4), 0.5), torch.tensor([0]))
+        tensor([[0.6000, 0.6000, 0.6000, 0.6000]])
+    """
+    if not callable(attack):
+        raise TypeError(f"attack must be called as attack(x, y), got {type(attack).__name__}; wrap it in a function")
+    return _External(attack, _ball(eps, norm))
+
+
+def transfer(source: Model, attack: Attack) -> Attack:
+    """Attack that crafts on ``source``, whatever model it is called with.
+
+    迁移攻击。
+
+    Equation: ``transfer(s, a)(model, x, y) = a(s, x, y)``; the model itself is never asked.
+
+    Args:
+        source: The network to craft on, such as another checkpoint.
+        attack: Attack with its budget bound, such as ``functools.partial(pgd, eps=0.1, step_size=0.02, steps=10)``.
+
+    Returns:
+        ``attack(model, x, y, *, generator=None)``.
+
+    Raises:
+        TypeError: If an argument cannot be called.
+
+    Source: transfer evaluation of Ding et al. (ICML 2024), section 5.
+
+    Example:
+        >>> from functools import partial
+        >>> from sj_robust.attacks import fgsm, transfer
+        >>> source, target = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)
+        >>> x, y = torch.rand(2, 4), torch.tensor([0, 1])
+        >>> moved = transfer(source, partial(fgsm, eps=0.1))(target, x, y)
+        >>> torch.equal(moved, fgsm(source, x, y, eps=0.1))
+        True
+    """
+    if not callable(source):
+        raise TypeError(f"source must be a callable from images to logits, got {type(source).__name__}")
+    if not callable(attack):
+        raise TypeError(f"attack must be a callable, got {type(attack).__name__}; use functools.partial(pgd, eps=...)")
+    return _Transfer(source, attack)
+
+
+@dataclass(frozen=True)
+class _Transfer:
+    """What :func:`transfer` returns; a class, so that it has a repr and can be pickled."""
+
+    source: Model
+    attack: Attack
+
+    def __call__(self, model: Model, x: Tensor, y: Tensor, *, generator: Randomness = None) -> Tensor:
+        """Images crafted on the source."""
+        check_model(model)
+        return self.attack(self.source, x, y, generator=generator)
+
+
+@dataclass(frozen=True)
+class _External:
+    """What :func:`external` returns."""
+
+    attack: Callable[[Tensor, Tensor], Tensor]
+    ball: Ball
+
+    def __call__(self, model: Model, x: Tensor, y: Tensor, *, generator: Randomness = None) -> Tensor:
+        """Images of the other package, checked and projected."""
+        x, y = checked_copies(model, x, y, generator)
+        if x.numel() == 0:
+            return x
+        with _isolated(model, x, generator):
+            found = self.attack(x.clone(), y.clone())
+        with torch.no_grad(), torch.inference_mode(False):
+            return self.ball.project(_checked(found, x, self.ball), x)
+
+
+def _checked(found: Any, x: Tensor, ball: Ball) -> Tensor:
+    """What another package returned, if it is images in the ball as far as rounding allows."""
+    if not isinstance(found, Tensor):
+        raise TypeError(
+            f"attack(x, y) must return a tensor, got {type(found).__name__}; "
+            "wrap it in a function that returns the images alone"
+        )
+    for what in ("shape", "dtype", "device"):
+        expected, got = getattr(x, what), getattr(found, what)
+        if expected != got:
+            raise ValueError(
+                f"attack(x, y) must return images of {what} {_plain(expected)} as x has, got {_plain(got)}; "
+                "convert them in a wrapper"
+            )
+    images: Tensor = found.detach().clone()
+    finite = torch.isfinite(images)
+    if not bool(finite.all()):
+        raise ValueError(
+            f"attack(x, y) must return finite images, got {int((~finite).sum())} NaN or infinite values in "
+            f"{int((~finite).flatten(1).any(1).sum())} of {len(x)} images; craft in float32"
+        )
+    rounding = 4 * max(torch.finfo(x.dtype).eps, torch.finfo(torch.float32).eps)
+    low, high = (float(bound) for bound in torch.aminmax(images))
+    if low < -rounding or high > 1 + rounding:
+        raise ValueError(
+            f"attack(x, y) must return images in [0, 1], got values from {low:.6g} to {high:.6g}; "
+            "give it the bounds (0, 1) and normalise inside the model"
+        )
+    delta = images.double() - x.double()
+    distance = delta.abs().flatten(1).amax(1) if ball.norm == "Linf" else l2_norm(delta)
+    allowed = ball.eps + rounding * (1 if ball.norm == "Linf" else x[0].numel() ** 0.5)
+    outside = int((distance > allowed).sum())
+    if outside:
+        farthest = float(distance.max())
+        raise ValueError(
+            f"attack(x, y) must stay within {ball.norm} distance eps={ball.eps:.6g} of x, got {farthest:.6g}, "
+            f"{farthest - ball.eps:.3g} too far ({outside} of {len(x)} images); build it with this eps and norm"
+        )
+    return images
+
+
+@contextmanager
+def _isolated(model: Model, x: Tensor, generator: Randomness) -> Iterator[Private]:
+    """As ``crafting``; foreign code inside also leaves all other global generators, ``.grad`` and flags alone."""
+    parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
+    kept = [(parameter, parameter.grad, parameter.requires_grad) for parameter in parameters]
+    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002  what other packages draw from
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]  # torch's own
+    try:
+        with torch.random.fork_rng(devices=devices), crafting(model, x.device, generator) as private:
+            seed = draw_seed(private)
+            random.seed(seed)
+            np.random.seed(seed % 2**32)  # noqa: NPY002  as above
+            for parameter in parameters:
+                parameter.grad = None
+            yield private
+    finally:
+        for parameter, grad, requires_grad in kept:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
+        random.setstate(python)
+        np.random.set_state(legacy)  # noqa: NPY002  as above
+        torch.clear_autocast_cache()  # weights cast without a graph would lose the caller's gradients
+
+
+def _ball(eps: float, norm: str) -> Ball:
+    if norm not in get_args(Norm):
+        raise ValueError(f"norm must be one of {get_args(Norm)}, got {norm!r}")
+    return Ball(norm, check_size("eps", eps, at_most=1.0 if norm == "Linf" else float("inf")))
+
+
+def _settings(version: str, attacks: Sequence[str] | None) -> Settings:
+    """Settings of a version, with other attacks if given."""
+    if version not in VERSIONS:
+        raise ValueError(f"version must be one of {tuple(VERSIONS)}, got {version!r}; pass attacks for a list of yours")
+    if attacks is None:
+        return VERSIONS[version]
+    if isinstance(attacks, str) or not attacks:
+        raise ValueError(f"attacks must be a list of names, got {attacks!r}; choose from {ATTACKS}")
+    unknown = [name for name in attacks if name not in ATTACKS]
+    if unknown or len(set(attacks)) < len(attacks):
+        raise ValueError(f"attacks must be different names out of {ATTACKS}, got {tuple(attacks)}")
+    return replace(VERSIONS[version], attacks=tuple(attacks))
+
+
+def _check_square(x: Tensor) -> None:
+    if x.ndim != 4:
+        raise ValueError(
+            f"Square needs images [N, C, H, W], got shape {tuple(x.shape)}; reshape inside the model, or name attacks "
+            "without 'square' in `attacks`"
+        )
+
+
+def _plain(value: object) -> object:
+    return tuple(value) if isinstance(value, torch.Size) else value
