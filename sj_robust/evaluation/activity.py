@@ -1,0 +1,142 @@
+"""How much every spiking layer fires, so that a dead network is not called robust."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sj_robust._host import neuron
+from sj_robust.evaluation._preserved import preserved
+
+__all__ = ["LayerActivity", "firing"]
+
+
+@dataclass(frozen=True)
+class LayerActivity:
+    """Firing of one spiking layer over all images and time steps. 单层的发放统计。
+
+    Attributes:
+        layer: Name of the neuron's module in the network.
+        neuron: Class of the neuron.
+        rate: Spikes per neuron and time step, in [0, 1].
+        silent: Share of the layer's neurons that never fired.
+        saturated: Share of the layer's neurons that fired in every time step of every image.
+
+    Example:
+        >>> LayerActivity("net.2", "LIFNode", rate=0.0, silent=1.0, saturated=0.0).silent
+        1.0
+    """
+
+    layer: str
+    neuron: str
+    rate: float
+    silent: float
+    saturated: float
+
+
+def firing(model: nn.Module, x: Tensor, *, seed: int = 0) -> tuple[LayerActivity, ...]:
+    """Firing rate and share of silent and saturated neurons of every spiking layer, by hooks on the neurons.
+
+    统计每个脉冲层的发放率、静默与饱和神经元比例。
+
+    Equation: with ``s[t, n, i]`` the output of neuron i of a layer for image n at step t, and a spike wherever it is
+    not zero: ``rate = mean(s != 0)``, ``silent = mean_i(all_tn(s == 0))``, ``saturated = mean_i(all_tn(s != 0))``.
+
+    The model runs once, without gradients, in evaluation mode and from a reset; its modes, neuron states, hooks and all
+    generators are as before afterwards. Every neuron of SpikingJelly that spikes is followed, in either step mode, and
+    so is a subclass of one. A fused pair of batch norm and DLIF is pulled apart while it is watched.
+
+    Args:
+        model: Takes ``x``: a ``SpikingClassifier`` (or another module around a spiking network) and images [N, ...],
+            or a bare SpikingJelly network in step mode ``"m"`` and its sequence [T, N, ...].
+        x: The input, with at least one image.
+        seed: Seeds stochastic encoders.
+
+    Returns:
+        One entry per spiking layer in the order of execution. A neuron that was not called is left out, a network
+        without spiking neurons gives none, and a neuron called more than once counts with all of its calls.
+
+    Raises:
+        TypeError: If ``model`` is not an ``nn.Module``.
+        ValueError: If ``x`` holds no image.
+
+    Source: firing rates as a sanity check of robustness, for instance Sharmin et al. (ECCV 2020), section 3.
+
+    Example:
+        >>> from sj_robust.neuron import DLIFNode
+        >>> net = nn.Sequential(nn.Identity(), DLIFNode(T=2, tau=2.0))
+        >>> firing(net, torch.tensor([[[0.0, 0.9, 2.0, 0.9]], [[0.0, 0.9, 2.0, 0.1]]]))
+        (LayerActivity(layer='1', neuron='DLIFNode', rate=0.375, silent=0.5, saturated=0.25),)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, whose neurons can be hooked, got {type(model).__name__}")
+    if x.numel() == 0:
+        raise ValueError(f"x must hold at least one image, got shape {tuple(x.shape)}")
+    counts: dict[str, _Count] = {}
+    handles = []
+    try:
+        for name, module in model.named_modules():
+            if _spikes(module):
+                handles.append(module.register_forward_hook(_counting(counts, name)))
+        with torch.no_grad(), preserved(model, seed, x.device):
+            model(x)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tuple(count.activity(name) for name, count in counts.items())
+
+
+class _Count:
+    """Running counts of one layer; neurons of calls with other shapes are other neurons."""
+
+    def __init__(self, neuron: str) -> None:
+        self.neuron = neuron
+        self.spikes = 0
+        self.outputs = 0
+        self.ever: dict[torch.Size, Tensor] = {}
+        self.always: dict[torch.Size, Tensor] = {}
+
+    def add(self, spikes: Tensor) -> None:
+        """Count outputs [steps and images, *]."""
+        shape = spikes.shape[1:]
+        ever, always = spikes.any(0), spikes.all(0)
+        self.spikes += int(spikes.sum())
+        self.outputs += spikes.numel()
+        self.ever[shape] = self.ever[shape] | ever if shape in self.ever else ever
+        self.always[shape] = self.always[shape] & always if shape in self.always else always
+
+    def activity(self, name: str) -> LayerActivity:
+        """The shares so far."""
+        neurons = sum(ever.numel() for ever in self.ever.values())
+        return LayerActivity(
+            name,
+            self.neuron,
+            rate=self.spikes / self.outputs,
+            silent=1.0 - sum(int(ever.sum()) for ever in self.ever.values()) / neurons,
+            saturated=sum(int(always.sum()) for always in self.always.values()) / neurons,
+        )
+
+
+def _counting(counts: dict[str, _Count], name: str) -> Callable[[nn.Module, Any, Any], None]:
+    """A hook that counts what the neuron ``name`` returns."""
+
+    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+        output = output[0] if isinstance(output, tuple) else output
+        if not isinstance(output, Tensor) or output.numel() == 0:
+            return
+        fired = output != 0
+        if getattr(module, "step_mode", "m") == "m" and fired.ndim > 1:
+            fired = fired.flatten(0, 1)  # steps and images alike
+        counts.setdefault(name, _Count(type(module).__name__)).add(fired)
+
+    return hook
+
+
+def _spikes(module: nn.Module) -> bool:
+    """Whether a module's class is, or derives from, a neuron of SpikingJelly that emits spikes."""
+    package = neuron.__name__
+    classes = type(module).__mro__
+    is_neuron = any(cls.__module__ == package or cls.__module__.startswith(f"{package}.") for cls in classes)
+    return is_neuron and not any("NonSpiking" in cls.__name__ for cls in classes)

@@ -1,0 +1,182 @@
+"""Firing rates, silent and saturated neurons, against counts by hand on networks of every kind."""
+
+import random
+
+import pytest
+import torch
+from spikingjelly.activation_based import functional, layer, neuron
+from torch import nn
+
+from sj_robust import DLIFNode, SpikingClassifier
+from sj_robust.classifier import PoissonEncoder
+from sj_robust.evaluation import LayerActivity, firing
+from sj_robust.fusion import FusedSequential, fuse_batch_norm
+
+torch.set_num_threads(1)
+T = 3
+
+
+def network(make=lambda: neuron.LIFNode(tau=2.0, decay_input=False), step_mode="m"):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(
+            layer.Conv2d(1, 4, 3, padding=1),
+            layer.BatchNorm2d(4),
+            make(),
+            layer.Flatten(),
+            layer.Linear(4 * 36, 6),
+            make(),
+            layer.Linear(6, 3),
+        )
+    for module in (net[0], net[4]):
+        module.weight.data.mul_(4.0)
+    functional.set_step_mode(net, step_mode)
+    return net
+
+
+def images(n=5):
+    return torch.rand(n, 1, 6, 6, generator=torch.Generator().manual_seed(1))
+
+
+def by_hand(net, x):
+    """Name, rate, silent and saturated of the two spiking layers, from one pass layer by layer."""
+    functional.set_step_mode(net, "m")
+    functional.reset_net(net)
+    net.eval()
+    x = x.expand(T, *x.shape)
+    found = []
+    with torch.no_grad():
+        for name, module in net.named_children():
+            x = module(x)
+            if name in ("2", "5"):
+                spikes = x.flatten(0, 1).flatten(1)
+                counts = spikes.sum(0)
+                found.append((name, float(spikes.mean()), float((counts == 0).float().mean())))
+                found[-1] += (float((counts == len(spikes)).float().mean()),)
+    functional.reset_net(net)
+    return found
+
+
+@pytest.mark.parametrize("step_mode", ["m", "s"])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: neuron.IFNode(),
+        lambda: neuron.LIFNode(tau=2.0, decay_input=False),
+        lambda: neuron.ParametricLIFNode(),
+        lambda: DLIFNode(T=T, tau=2.0),
+        lambda: type("Own", (neuron.LIFNode,), {})(),
+    ],
+    ids=["IF", "LIF", "PLIF", "DLIF", "subclass"],
+)
+def test_equals_counts_by_hand(make, step_mode):
+    net, x = network(make, step_mode), images()
+    found = firing(SpikingClassifier(net, T=T), x)
+    expected = by_hand(net, x)
+    assert [entry.layer for entry in found] == ["net.2", "net.5"]
+    assert {entry.neuron for entry in found} == {type(net[2]).__name__}
+    for entry, (_, rate, silent, saturated) in zip(found, expected, strict=True):
+        assert (entry.rate, entry.silent, entry.saturated) == pytest.approx((rate, silent, saturated), abs=1e-6)
+    assert 0 < found[0].rate < 1
+    assert 0 < found[0].silent < 1
+
+
+def test_a_bare_network_and_its_sequence():
+    net, x = network(), images()
+    bare = firing(net, x.expand(T, *x.shape))
+    wrapped = firing(SpikingClassifier(net, T=T), x)
+    assert [(entry.layer, entry.rate) for entry in wrapped] == [(f"net.{entry.layer}", entry.rate) for entry in bare]
+
+
+def test_silent_and_saturated_are_told_apart():
+    net = nn.Sequential(nn.Identity(), neuron.IFNode(step_mode="m"))
+    current = torch.tensor([0.0, 0.6, 5.0, 5.0]).expand(T, 2, 4).clone()
+    current[:, 1, 3] = 0.0  # fires always, but for one image only
+    (found,) = firing(net, current)
+    assert found == LayerActivity("1", "IFNode", rate=pytest.approx((2 + 6 + 3) / 24), silent=0.25, saturated=0.25)
+
+
+def test_a_fused_pair_is_pulled_apart_and_fused_again():
+    net, x = network(lambda: DLIFNode(T=T, tau=2.0)), images()
+    plain = firing(SpikingClassifier(net, T=T), x)
+    fuse_batch_norm(net)
+    assert type(net) is FusedSequential
+    assert firing(SpikingClassifier(net, T=T), x) == plain
+    assert not net[2]._forward_hooks  # so the next forward runs in one pass again
+
+
+def test_a_neuron_called_more_than_once_counts_with_all_calls():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.sn = neuron.IFNode(step_mode="m")
+
+        def forward(self, x):
+            wide = self.sn(x)
+            functional.reset_net(self.sn)
+            return self.sn(torch.zeros_like(wide[..., :1]))
+
+    (found,) = firing(Twice(), torch.full((T, 2, 3), 2.0))
+    assert found.rate == pytest.approx(3 / 4)
+    assert (found.silent, found.saturated) == (0.25, 0.75)
+
+
+def test_what_does_not_spike_or_run_is_left_out():
+    class Unused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.used, self.unused = neuron.IFNode(step_mode="m"), neuron.IFNode(step_mode="m")
+
+        def forward(self, x):
+            return self.used(x)
+
+    assert [entry.layer for entry in firing(Unused(), torch.ones(T, 2, 3))] == ["used"]
+    assert firing(nn.Sequential(nn.Flatten(), nn.ReLU()), images()) == ()
+    if hasattr(neuron, "NonSpikingLIFNode"):
+        net = nn.Sequential(nn.Identity(), neuron.NonSpikingLIFNode())
+        functional.set_step_mode(net, "m")
+        assert firing(net, torch.ones(T, 2, 3)) == ()
+
+
+@pytest.mark.parametrize("fail", [False, True], ids=["ends", "raises"])
+def test_everything_stays_as_it_was(fail):
+    net = network()
+    own = torch.Generator().manual_seed(3)
+    model = SpikingClassifier(net, T=T, encoder=PoissonEncoder(own)).train()
+    net[1].eval()
+    model(images())  # leaves a state with a graph in the neurons
+    modes = [module.training for module in model.modules()]
+    potential, kept = net[2].v, net[2].v.detach().clone()
+    means = net[1].running_mean.clone()
+    before = torch.get_rng_state(), random.getstate(), own.get_state()
+    if fail:
+        net[6].register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            firing(model, images())
+    else:
+        assert len(firing(model, images(2))) == 2
+    assert [module.training for module in model.modules()] == modes
+    assert net[2].v is potential
+    assert torch.equal(potential, kept)
+    assert torch.equal(net[1].running_mean, means)
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+    assert torch.equal(own.get_state(), before[2])
+    assert not any(module._forward_hooks for module in model.modules() if module is not net[6])
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("generator", [None, torch.Generator()], ids=["global", "own"])
+def test_a_stochastic_encoder_follows_the_seed(generator):
+    model = SpikingClassifier(network(), T=T, encoder=PoissonEncoder(generator))
+    first = firing(model, images(), seed=1)
+    torch.rand(3)
+    assert firing(model, images(), seed=1) == first
+    assert firing(model, images(), seed=2) != first
+
+
+def test_wrong_use():
+    with pytest.raises(TypeError, match=r"must be an nn\.Module"):
+        firing(lambda x: x, images())
+    with pytest.raises(ValueError, match="at least one image"):
+        firing(network(), images(0))
