@@ -1,4 +1,4 @@
-"""Search for few changes of binary frames that fool a model: growth by gradient score, then reduction."""
+"""Search for few changes of binary frames that fool a model: growth by gradient, random exchanges, reduction."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from sj_robust.attacks._call import Objective
+from sj_robust.attacks.randomness import Private, rand
 
 _TIE = 1e-12  # gains closer than this share of the largest one count as equal
+_EXCHANGED = 0.3  # share of the changes that the first random exchange replaces; falls to a single one
 
 
 class Settings(NamedTuple):
@@ -17,6 +19,7 @@ class Settings(NamedTuple):
 
     steps: int
     probes: int
+    queries: int
     confidence: float
     keep_best: bool
     reduce: bool
@@ -48,8 +51,8 @@ class Search:
         y: Labels [N].
         flippable: Where a change is allowed, [N, D] with D elements per sample.
         settings: Length of the search.
-        order: Uniform numbers [N, D] that decide between equal gains.
-        scale: Factors [N, D] on the gains, for a run that differs from others; None for the gains as they are.
+        private: Source of the run's randomness.
+        scaled: Whether random factors scale the gains, for a run that differs from others.
         target: Class [N] whose lead over the label is climbed; None for the loss of ``objective``.
     """
 
@@ -61,14 +64,15 @@ class Search:
         flippable: Tensor,
         settings: Settings,
         *,
-        order: Tensor,
-        scale: Tensor | None = None,
+        private: Private,
+        scaled: bool = False,
         target: Tensor | None = None,
     ) -> None:
         self.objective, self.x, self.y = objective, x, y
         self.flippable, self.settings = flippable, settings
-        self.order, self.scale, self.target = order, scale, target
+        self.private, self.scaled, self.target = private, scaled, target
         self.flipped = torch.zeros_like(flippable)
+        self.order = uniform(x, private)  # decides between equal gains
 
     def run(self, budget: Tensor, best: Best) -> None:
         """Grow the changes of every sample up to ``budget`` [N], reduce those that fool, and offer them to ``best``."""
@@ -101,13 +105,14 @@ class Search:
             loss, done = self._score(rows, self.flipped[rows])
             best.offer(rows, self.flipped[rows], done, loss)
             fooled[rows] = done
+            fooled[self._exchange(rows[~done], loss[~done], budget, best)] = True
         return fooled.nonzero().squeeze(1)
 
     def _flip_largest(self, rows: Tensor, gradient: Tensor, loss: Tensor, size: Tensor) -> None:
         """Change the ``size`` [n] elements of every sample that promise most, none that promises a loss."""
         gain = gradient * self._direction(rows)
-        if self.scale is not None:
-            gain = gain * self.scale[rows]
+        if self.scaled:
+            gain = gain * self.order[rows]
         largest = gain.abs().amax(1, keepdim=True)
         ranked = gain.double() + _TIE * torch.where(largest > 0, largest, 1.0) * self.order[rows]
         ranked = ranked.masked_fill(~self.flippable[rows] | self.flipped[rows], -torch.inf)
@@ -138,6 +143,32 @@ class Search:
             size[tried[fooled]] = 1
         real, place = real.sort(dim=1, descending=True, stable=True)
         return real, index.gather(1, place), size
+
+    def _exchange(self, rows: Tensor, loss: Tensor, budget: Tensor, best: Best) -> Tensor:
+        """Exchange changes for random others, kept where the loss does not fall; samples that were fooled."""
+        fooled = []
+        for query in range(self.settings.queries):
+            if len(rows) == 0:
+                break
+            draw = uniform(self.x, self.private)[rows]
+            trial = self._exchanged(rows, draw, budget[rows], _EXCHANGED * (1 - query / self.settings.queries))
+            after, done = self._score(rows, trial)
+            better = done | (after >= loss)
+            self.flipped[rows[better]], loss = trial[better], torch.where(better, after, loss)
+            best.offer(rows[better], trial[better], done[better], after[better])
+            fooled.append(rows[done])
+            rows, loss = rows[~done], loss[~done]
+        return torch.cat(fooled) if fooled else rows[:0]
+
+    def _exchanged(self, rows: Tensor, draw: Tensor, budget: Tensor, share: float) -> Tensor:
+        """The changes with a random share of them replaced; additions and removals are equally likely to come in."""
+        flipped = self.flipped[rows]
+        many = flipped.sum(1)
+        kept = flipped & ~largest(draw.masked_fill(~flipped, -torch.inf), (share * many).round().long().clamp(min=1))
+        event, free = self.x[rows].flatten(1) == 1, self.flippable[rows]
+        kinds = torch.where(event, (event & free).sum(1, keepdim=True), (~event & free).sum(1, keepdim=True))
+        draw = (draw.log() * kinds).masked_fill(flipped | ~free, -torch.inf)
+        return kept | largest(draw, budget - kept.sum(1))
 
     def _ranks(self, rows: Tensor) -> Tensor:
         """Place of every change in the order of importance at the end of growth, the least important 0; -1: none."""
@@ -202,6 +233,18 @@ class Search:
 def apply_flips(x: Tensor, flipped: Tensor) -> Tensor:
     """Frames with the elements ``flipped`` [N, D] changed from 0 to 1 or from 1 to 0."""
     return torch.where(flipped.view_as(x), 1 - x, x)
+
+
+def largest(values: Tensor, size: Tensor) -> Tensor:
+    """Mask [n, D] of the ``size`` [n] largest values of every sample, none of them minus infinity."""
+    highest, index = values.topk(int(size.max()), dim=1)
+    chosen = (torch.arange(highest.shape[1], device=size.device) < size[:, None]) & (highest > -torch.inf)
+    return torch.zeros_like(values, dtype=torch.bool).scatter(1, index, chosen)
+
+
+def uniform(x: Tensor, private: Private) -> Tensor:
+    """Uniform numbers [N, D]; drawn for all samples, so that those of one do not depend on how many are left."""
+    return rand(x.flatten(1).shape, private, dtype=torch.float32, device=x.device)
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from sj_robust.attacks._call import Loss, Model, Objective, crafting
-from sj_robust.attacks._flip_search import Best, Search, Settings, apply_flips, margin
+from sj_robust.attacks._flip_search import Best, Search, Settings, apply_flips, largest, margin, uniform
 from sj_robust.attacks.checks import check_count, check_labels, check_logits, check_model, check_size
-from sj_robust.attacks.randomness import Private, SampleSeeds, check_seeds, private_generator, rand
+from sj_robust.attacks.randomness import Private, SampleDraws, SampleSeeds, check_seeds, private_generator
 
 __all__ = ["check_frames", "count_flips", "flip_events", "random_flips"]
 
@@ -28,6 +28,7 @@ def flip_events(
     allow: Allow = "both",
     steps: int = 20,
     probes: int = 10,
+    queries: int = 100,
     target_classes: int = 0,
     restarts: int = 1,
     eot_samples: int = 1,
@@ -46,10 +47,13 @@ def flip_events(
     gain change, until the sample is fooled. Reduction then puts changes back while the sample stays fooled: the longest
     run of the least important ones by bisection, then one by one until none is left that can go.
 
-    The gradient of a spiking network only suggests; so ``probes`` more candidates than needed are tried one by one in
-    a forward, and those that really raise the loss most are taken. Where every gain is zero, elements are drawn at
-    random. On a linear model of two classes the result is the smallest set of changes that fools; with
-    ``target_classes`` of all other classes it is so for any number.
+    The gradient of a spiking network only suggests. So ``probes`` more candidates than needed are tried one by one in
+    a forward, and those that really raise the loss most are taken; elements of equal gain, such as zero, are drawn at
+    random; and what still stands at the end of the budget sees ``queries`` random exchanges of its changes, which
+    need no gradient: 30 % of them at first, one at last, kept where the loss does not fall.
+
+    On a linear model of two classes the result is the smallest set of changes that fools; with ``target_classes`` of
+    all other classes it is so for any number.
 
     Args:
         model: Frames [N, T, 2, H, W] to logits [N, classes], such as a ``SpikingEventClassifier``.
@@ -59,6 +63,7 @@ def flip_events(
         allow: ``"add"`` events only, ``"remove"`` events only, or ``"both"``.
         steps: Gradient steps over which the budget is spent.
         probes: Candidates beyond those needed in a step; 0 trusts the gradient and needs no forwards besides it.
+        queries: Random exchanges for a sample that growth does not fool, one forward each.
         target_classes: Further runs, each towards one of the classes that are likeliest on ``x``.
         restarts: 1, or more to add runs whose gains are scaled by random factors.
         eot_samples: Forwards averaged at every point (expectation over transformation), for stochastic models.
@@ -83,7 +88,8 @@ def flip_events(
 
     Source: generation and reduction, with candidates judged by the change of the loss, as in the sparse dynamic attack
         of Lun et al. (CVPR 2025), which has no budget; gradients as flips of binary frames after Liang et al. (TNNLS
-        2021) and Buechel et al. (Frontiers in Neuroscience 2022).
+        2021) and Buechel et al. (Frontiers in Neuroscience 2022); random exchanges as in Sparse-RS (Croce et al.,
+        AAAI 2022).
 
     Example:
         >>> x, weight = torch.zeros(1, 2, 2, 1, 1), torch.tensor([0.0, 3.0, 1.0, 2.0])
@@ -100,8 +106,9 @@ def flip_events(
     check_count("restarts", restarts)
     check_count("eot_samples", eot_samples)
     _check_zero_or_more("probes", probes)
+    _check_zero_or_more("queries", queries)
     _check_zero_or_more("target_classes", target_classes)
-    settings = Settings(min(steps, flips), probes, check_size("confidence", confidence), keep_best, reduce)
+    settings = Settings(min(steps, flips), probes, queries, check_size("confidence", confidence), keep_best, reduce)
     with torch.inference_mode(False):
         x, y = x.detach().clone(), y.clone()
     if flips == 0 or x.numel() == 0:
@@ -112,17 +119,9 @@ def flip_events(
         best = _start(objective, x, y)
         targets = _likeliest_others(model, x, y, target_classes)
         for run in range(len(targets) + restarts):
-            order = _uniform(x, private)
-            search = Search(
-                objective,
-                x,
-                y,
-                flippable,
-                settings,
-                order=order,
-                scale=order if run > len(targets) else None,
-                target=targets[run - 1] if 1 <= run <= len(targets) else None,
-            )
+            towards = targets[run - 1] if 1 <= run <= len(targets) else None
+            own, scaled = _own(private, x.device), run > len(targets)
+            search = Search(objective, x, y, flippable, settings, private=own, scaled=scaled, target=towards)
             budget = torch.full_like(y, flips)
             budget[best.fooled] = best.flipped[best.fooled].sum(1) - 1 if reduce else 0
             search.run(budget, best)
@@ -186,11 +185,11 @@ def random_flips(
         return x
     flippable = _flippable(x, allow)
     if tries == 1 or model is None or y is None:
-        return apply_flips(x, _random_mask(flippable, _uniform(x, private_generator(generator, x.device)), flips))
+        return apply_flips(x, _random_mask(flippable, uniform(x, private_generator(generator, x.device)), flips))
     x_adv, standing = x.clone(), torch.ones_like(y, dtype=torch.bool)
     with crafting(model, x.device, generator) as private, torch.no_grad():
         for _ in range(tries):
-            drawn = apply_flips(x, _random_mask(flippable, _uniform(x, private), flips))
+            drawn = apply_flips(x, _random_mask(flippable, uniform(x, private), flips))
             x_adv[standing] = drawn[standing]
             standing[standing.clone()] = check_logits(model(x_adv[standing]), y[standing]).argmax(1) == y[standing]
             if not standing.any():
@@ -288,15 +287,15 @@ def _flippable(x: Tensor, allow: Allow) -> Tensor:
     return torch.ones_like(flat, dtype=torch.bool) if allow == "both" else flat == (0 if allow == "add" else 1)
 
 
-def _uniform(x: Tensor, private: Private) -> Tensor:
-    """Uniform numbers [N, D]; drawn for all samples, so that those of one do not depend on how many are left."""
-    return rand(x.flatten(1).shape, private, dtype=torch.float32, device=x.device)
-
-
-def _random_mask(flippable: Tensor, uniform: Tensor, flips: int) -> Tensor:
+def _random_mask(flippable: Tensor, numbers: Tensor, flips: int) -> Tensor:
     """Mask [N, D] of ``flips`` elements per sample, uniform among those allowed."""
-    largest, index = uniform.masked_fill(~flippable, -1.0).topk(flips, dim=1)
-    return torch.zeros_like(flippable).scatter(1, index, largest >= 0)
+    size = torch.full((len(numbers),), flips, device=numbers.device)
+    return largest(numbers.masked_fill(~flippable, -torch.inf), size)
+
+
+def _own(private: Private, device: torch.device) -> Private:
+    """Randomness of one run, whose length depends on the other samples and must not move that of the next run."""
+    return private_generator(private.next() if isinstance(private, SampleDraws) else private, device)
 
 
 def _start(objective: Objective, x: Tensor, y: Tensor) -> Best:
