@@ -74,7 +74,7 @@ class Report:
         object.__setattr__(self, "scores", tuple(self.scores))
         object.__setattr__(self, "notes", tuple(self.notes))
         for name in ("curves", "configuration", "environment"):
-            object.__setattr__(self, name, _plain(getattr(self, name)))
+            object.__setattr__(self, name, plain(getattr(self, name)))
 
     @property
     def networks(self) -> tuple[str, ...]:
@@ -158,12 +158,12 @@ class Report:
         return cls.from_json(path.read_text(encoding="utf-8"))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """The value as JSON gives it back: lists for tuples, text for keys, paths and numbers that are not finite."""
     if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
+        return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     if value is None or isinstance(value, bool | int | float | str):

@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,6 +14,7 @@ from sj_robust.attacks.randomness import SampleSeeds
 from sj_robust.attacks.worst_case import Member, craft, fools
 from sj_robust.evaluation.environment import environment
 from sj_robust.evaluation.fingerprint import description, fingerprint
+from sj_robust.evaluation.outcome import MemberOutcome, SuiteOutcome
 from sj_robust.evaluation.potential import layer_perturbation
 from sj_robust.evaluation.progress import BatchLog, Clock, Position, Progress
 
@@ -41,59 +41,6 @@ class Budget(Protocol):
     @property
     def eps(self) -> float:
         """The largest distance that counts."""
-
-
-@dataclass(frozen=True)
-class MemberOutcome:
-    """What one member of a suite did to the images of the whole data set. 单项攻击在整个数据集上的结果。
-
-    Attributes:
-        name: Name of the member.
-        estimator: Gradient estimator it crafted with.
-        group: Members of one group attack what the earlier ones left standing; each of group ``""`` all images.
-        attacked: Numbers of the images it was run on.
-        fooled: Numbers of those that the network gets wrong afterwards.
-        outside: Numbers of those of ``fooled`` whose image is further from the clean one than the threat allows.
-        largest: Largest distance of an image from its clean one, in the norm of the threat.
-        seconds: Time for crafting and scoring, summed over processes.
-
-    Example:
-        >>> MemberOutcome("pgd", "training", "", (0, 1, 2), (1, 2), (2,), 0.1, 1.5).broken
-        (1,)
-    """
-
-    name: str
-    estimator: str
-    group: str
-    attacked: tuple[int, ...]
-    fooled: tuple[int, ...]
-    outside: tuple[int, ...]
-    largest: float
-    seconds: float
-
-    @property
-    def broken(self) -> tuple[int, ...]:
-        """Images that the member fools within the budget."""
-        outside = set(self.outside)
-        return tuple(number for number in self.fooled if number not in outside)
-
-
-@dataclass(frozen=True)
-class SuiteOutcome:
-    """Result of :func:`run_suite`. 攻击套件的结果。
-
-    Attributes:
-        labels: Class of every image.
-        correct: Numbers of the images that the network gets right without an attack.
-        members: One outcome per member, in their order.
-        potential: MS-MPPD per layer and step under each member, on the first batch: rows with the keys ``member``,
-            ``samples``, and ``layers``, whose values are lists over time steps.
-    """
-
-    labels: tuple[int, ...]
-    correct: tuple[int, ...]
-    members: tuple[MemberOutcome, ...]
-    potential: tuple[dict[str, Any], ...]
 
 
 def run_suite(
@@ -306,6 +253,7 @@ def _outcome(
                 member.name,
                 member.estimator,
                 member.group,
+                eps=member.ball[1] if member.ball else None,
                 attacked=numbers(index, "attacked"),
                 fooled=numbers(index, "fooled"),
                 outside=numbers(index, "outside"),

@@ -1,0 +1,126 @@
+"""Two robustness reports side by side."""
+
+from dataclasses import dataclass
+
+from sj_robust.evaluation.intervals import difference_interval, paired_difference_interval
+from sj_robust.evaluation.robustness_report import Figure, RobustnessReport
+from sj_robust.evaluation.verdict import alarms, masked
+
+__all__ = ["Comparison", "Difference", "compare"]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One accuracy in two reports. 两份报告中同一指标的差异。
+
+    Attributes:
+        first: The accuracy in the first report.
+        second: The same in the second.
+        interval: 95 % interval of second minus first.
+
+    Example:
+        >>> clean = Figure("clean", "clean", 8, 10, 0.0), Figure("clean", "clean", 9, 10, 0.0)
+        >>> round(Difference(*clean, interval=(-0.2, 0.4)).value, 3)
+        0.1
+    """
+
+    first: Figure
+    second: Figure
+    interval: tuple[float, float]
+
+    @property
+    def value(self) -> float:
+        """Second minus first, in [-1, 1]."""
+        return self.second.accuracy - self.first.accuracy
+
+    @property
+    def clear(self) -> bool:
+        """Whether the interval leaves out 0."""
+        return self.interval[0] > 0 or self.interval[1] < 0
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Result of :func:`compare`. 报告比较结果。
+
+    Attributes:
+        names: Names of the two networks.
+        differences: One per accuracy that both reports have.
+        notes: What makes the reports incomparable, and what else to know.
+    """
+
+    names: tuple[str, str]
+    differences: tuple[Difference, ...]
+    notes: tuple[str, ...]
+
+    def table(self) -> str:
+        """Markdown table; a star marks intervals that leave out 0."""
+        rows = [["accuracy, %", *self.names, "difference", "95 % interval"], ["---", *["---:"] * 4]]
+        for row in self.differences:
+            low, high = (100 * end for end in row.interval)
+            values = [f"{100 * figure.accuracy:.1f}" for figure in (row.first, row.second)]
+            star = " *" if row.clear else ""
+            rows.append([row.first.name, *values, f"{100 * row.value:+.1f}{star}", f"{low:+.1f} to {high:+.1f}"])
+        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def compare(first: RobustnessReport, second: RobustnessReport) -> Comparison:
+    """What differs between two reports, with intervals, and whether they can be compared at all. 比较两份报告。
+
+    On the same images the interval is that of paired shares, which is far narrower; otherwise that of independent ones.
+
+    Args:
+        first: The one to start from.
+        second: The one to compare with it.
+
+    Returns:
+        The comparison.
+
+    Example:
+        >>> report = RobustnessReport("mine", "digits", "Linf", "0.1", "fast", 2, (0, 1), (0,), ())
+        >>> print(compare(report, report).table())
+        | accuracy, % | mine (first) | mine (second) | difference | 95 % interval |
+        | --- | ---: | ---: | ---: | ---: |
+        | clean | 50.0 | 50.0 | +0.0 | -49.0 to +49.0 |
+        | worst case | 50.0 | 50.0 | +0.0 | -49.0 to +49.0 |
+        | everything | 50.0 | 50.0 | +0.0 | -49.0 to +49.0 |
+    """
+    paired = first.labels == second.labels and first.data == second.data
+    others = {figure.name for figure in second.figures}
+    rows = []
+    for figure in first.figures:
+        if figure.name not in others:
+            continue
+        other = second.figure(figure.name)
+        if paired:
+            before, after = first.standing(figure.name), second.standing(figure.name)
+            interval = paired_difference_interval(len(after - before), len(before - after), figure.total)
+        else:
+            interval = difference_interval(figure.correct, figure.total, other.correct, other.total)
+        rows.append(Difference(figure, other, interval))
+    alike = first.name == second.name
+    names = (f"{first.name} (first)", f"{second.name} (second)") if alike else (first.name, second.name)
+    return Comparison(names, tuple(rows), _notes(first, second, paired=paired))
+
+
+def _notes(first: RobustnessReport, second: RobustnessReport, *, paired: bool) -> tuple[str, ...]:
+    notes = []
+    for name, what in (("threat", "norm"), ("eps", "eps"), ("dataset", "data set"), ("suite", "suite")):
+        here, there = getattr(first, name), getattr(second, name)
+        if here != there:
+            harm = "other attacks were run" if name == "suite" else "robust accuracies cannot be compared"
+            notes.append(f"DIFFERENT {what}: {here} and {there}; {harm}.")
+    if not paired:
+        notes.append(
+            f"The images differ ({len(first.labels)} and {len(second.labels)}): intervals are those of independent "
+            "samples."
+        )
+    if first.network.get("fingerprint") and first.network.get("fingerprint") == second.network.get("fingerprint"):
+        notes.append("Both reports are about the same weights.")
+    mine = {figure.name for figure in first.figures}
+    theirs = {figure.name for figure in second.figures}
+    for report, missing in ((first, theirs - mine), (second, mine - theirs)):
+        if missing:
+            notes.append(f"{len(missing)} attacks are not in the report of {report.name}, and left out.")
+    notes += [f"{report.name}: {text}" for report in (first, second) for text in (*alarms(report), *masked(report))]
+    return tuple(notes)

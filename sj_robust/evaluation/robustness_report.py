@@ -1,0 +1,342 @@
+"""How robust a network is, with all that a sceptical reader asks for, as a file that loads back equal."""
+
+import json
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sj_robust.evaluation.eps import parse_eps
+from sj_robust.evaluation.intervals import wilson_interval
+from sj_robust.evaluation.outcome import MemberOutcome
+from sj_robust.evaluation.progress import write_whole
+from sj_robust.evaluation.report import plain
+from sj_robust.evaluation.verdict import alarms, masked
+
+__all__ = ["Figure", "RobustnessReport"]
+
+_FORMAT = "sj_robust.robustness_report"
+_VERSION = 1
+_WRONG, _STANDING = -2, -1
+_NUMBERS = re.compile(r"\[\n\s+[-+.\deE]+(?:,\n\s+[-+.\deE]+)*\n\s*\]")
+"""A list of numbers over several lines, some as long as the data set; no text in JSON holds a bare line break."""
+
+_COUNTED = ("clean_acc", "autoattack_acc", "external", "figures", "outcome")
+_DERIVED = ("architecture", "unreliable", "footnote", *_COUNTED)
+
+_SUMMARIES = ("clean", "control", "worst case", "everything")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One accuracy of a report. 报告中的一项准确率。
+
+    Attributes:
+        name: What it is the accuracy under.
+        kind: ``"member"`` for one attack, else the name of a summary.
+        correct: Images still classified right.
+        total: Images.
+        seconds: Time of all that it took.
+
+    Example:
+        >>> figure = Figure("clean", "clean", 9, 10, 0.1)
+        >>> figure.accuracy, [round(end, 3) for end in figure.interval]
+        (0.9, [0.596, 0.982])
+    """
+
+    name: str
+    kind: str
+    correct: int
+    total: int
+    seconds: float
+
+    @property
+    def accuracy(self) -> float:
+        """Share in [0, 1]."""
+        return self.correct / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of the share."""
+        return wilson_interval(self.correct, self.total)
+
+
+@dataclass(frozen=True)
+class RobustnessReport:
+    """A network under a suite of attacks, image by image. 鲁棒性评估报告。
+
+    The outcome of every image is the truth; every accuracy is counted from it. The JSON also holds the accuracies, so
+    that other programs need not count; names are those of RobustBench's model cards where they have one (``name``,
+    ``dataset``, ``eps``, ``architecture``, ``clean_acc``, ``autoattack_acc``, ``external`` for the worst case of
+    another evaluation than AutoAttack, ``unreliable``, ``footnote``), with percentages as text.
+
+    An image counts as broken if an attack fools the network with a change that the threat allows. Members beyond it
+    (other radii, Gaussian noise) have figures of their own, and no part in the worst case.
+
+    Attributes:
+        name: Name of the network.
+        dataset: Name of the data set.
+        threat: Norm of the adversary, ``"Linf"`` or ``"L2"``.
+        eps: Radius as text, such as ``"8/255"``.
+        suite: Name of the suite.
+        classes: Number of classes.
+        labels: Class of every image.
+        correct: Numbers of the images classified right without an attack.
+        members: What each attack did, in the order of the suite.
+        seed: Seed of the run.
+        draws: Fresh forwards in each of which a stochastic network must be wrong to count as broken.
+        network: Architecture, ``T``, number of parameters, ``fingerprint``, and per spiking layer the ``neuron`` and
+            the ``surrogate`` it was trained with.
+        data: Fingerprint of images and labels.
+        estimators: Rows of the sweep over gradient estimators, strongest first; empty if there was none.
+        over_eps: Rows with ``eps``, ``attack``, ``correct``, ``total``.
+        firing: Rows of ``sj_robust.evaluation.activity.firing``.
+        findings: Rows of ``sj_robust.evaluation.masking.diagnose``.
+        potential: MS-MPPD per layer and step under each attack; rows with ``member``, ``samples``, ``layers``.
+        configuration: Options of the run as plain data.
+        environment: Versions, device, commit.
+        warnings: What a reader must know besides.
+
+    Raises:
+        ValueError: If there are no images, or a number is not one of an image.
+
+    Source: ``model_info`` of RobustBench (Croce et al., NeurIPS 2021 Datasets and Benchmarks).
+
+    Example:
+        >>> pgd = MemberOutcome("pgd", "training", "suite", 0.1, (0, 1), (1,), (), 0.1, 2.0)
+        >>> report = RobustnessReport("mine", "digits", "Linf", "0.1", "fast", 3, (0, 1, 2), (0, 1), (pgd,))
+        >>> report.clean.correct, report.worst_case.correct, report.outcome
+        (2, 1, (-1, 0, -2))
+        >>> RobustnessReport.from_json(report.to_json()) == report
+        True
+    """
+
+    name: str
+    dataset: str
+    threat: str
+    eps: str
+    suite: str
+    classes: int
+    labels: tuple[int, ...]
+    correct: tuple[int, ...]
+    members: tuple[MemberOutcome, ...]
+    seed: int = 0
+    draws: int = 1
+    network: dict[str, Any] = field(default_factory=dict)
+    data: str = ""
+    estimators: tuple[dict[str, Any], ...] = ()
+    over_eps: tuple[dict[str, Any], ...] = ()
+    firing: tuple[dict[str, Any], ...] = ()
+    findings: tuple[dict[str, Any], ...] = ()
+    potential: tuple[dict[str, Any], ...] = ()
+    configuration: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("labels", "correct", "members", "warnings"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        for name in ("estimators", "over_eps", "firing", "findings", "potential"):
+            object.__setattr__(self, name, tuple(plain(row) for row in getattr(self, name)))
+        for name in ("network", "configuration", "environment"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
+        if not self.labels:
+            raise ValueError("a report needs at least one image, got none")
+        parse_eps(self.eps)
+        images = range(len(self.labels))
+        for numbers in (self.correct, *(member.attacked for member in self.members)):
+            if not all(number in images for number in numbers):
+                raise ValueError(f"numbers of images must be from 0 to {len(images) - 1}, got {max(numbers)}")
+        right = set(self.correct)
+        for member in self.members:
+            if not set(member.fooled) <= set(member.attacked) <= right:
+                raise ValueError(f"{member.name!r} must fool images that it attacked, of those classified right")
+
+    # Accuracies, all counted from the outcome of every image
+
+    @property
+    def clean(self) -> Figure:
+        """Without an attack."""
+        return self.figure("clean")
+
+    @property
+    def worst_case(self) -> Figure:
+        """Per image over all members of the suite, the control left out."""
+        return self.figure("worst case")
+
+    @property
+    def control(self) -> Figure | None:
+        """Per image over the control, the training surrogate with restarts at the same cost."""
+        return self.figure("control") if any(member.group == "control" for member in self.members) else None
+
+    @property
+    def everything(self) -> Figure:
+        """Per image over suite and control together: no image left counts that anything here breaks."""
+        return self.figure("everything")
+
+    @property
+    def figures(self) -> tuple[Figure, ...]:
+        """All accuracies: clean, under each member, control, worst case, everything."""
+        control = ["control"] if self.control else []
+        names = ["clean", *(member.name for member in self.members), *control, "worst case", "everything"]
+        return tuple(map(self.figure, names))
+
+    def figure(self, name: str) -> Figure:
+        """One accuracy by name; seconds are those of the members within the threat.
+
+        Raises:
+            KeyError: As :meth:`standing`.
+        """
+        kind = name if name in _SUMMARIES else "member"
+        seconds = sum(member.seconds for member in self._members(name) if kind == "member" or self.within(member))
+        return Figure(name, kind, len(self.standing(name)), len(self.labels), float(seconds))
+
+    def standing(self, name: str) -> frozenset[int]:
+        """Numbers of the images that are classified right under what a figure is called after.
+
+        Under a member of a group that attacks what is left, these are the images left by it and those before it.
+
+        Raises:
+            KeyError: If the report has no such figure.
+        """
+        standing = set(self.correct)
+        members = self._members(name)
+        for member in members:
+            standing -= set(member.broken)
+        if name in _SUMMARIES:
+            return frozenset(standing)
+        (this,) = members
+        standing -= set(this.fooled)
+        for other in self.members[: self.members.index(this)]:
+            if this.group and other.group == this.group:
+                standing -= set(other.fooled)
+        return frozenset(standing)
+
+    def within(self, member: MemberOutcome) -> bool:
+        """Whether a member keeps the threat, so that it is part of the worst case."""
+        return not member.outside and member.eps is not None and member.eps <= parse_eps(self.eps)
+
+    @property
+    def outcome(self) -> tuple[int, ...]:
+        """Per image: index of the first member that broke it (those of the suite first), -1 none, -2 wrong already."""
+        broken_by = dict.fromkeys(self.correct, _STANDING)
+        order = sorted(enumerate(self.members), key=lambda item: item[1].group == "control")
+        for index, member in reversed(order):
+            broken_by |= dict.fromkeys(member.broken, index)
+        return tuple(broken_by.get(number, _WRONG) for number in range(len(self.labels)))
+
+    # What RobustBench calls them
+
+    @property
+    def architecture(self) -> str:
+        """Architecture of the network."""
+        return str(self.network.get("architecture", "unknown"))
+
+    @property
+    def clean_acc(self) -> str:
+        """Accuracy without an attack, in per cent."""
+        return _percent(self.clean)
+
+    @property
+    def autoattack_acc(self) -> str | None:
+        """Accuracy under AutoAttack, if that was the suite."""
+        return _percent(self.worst_case) if self.suite == "autoattack" else None
+
+    @property
+    def external(self) -> str:
+        """Lowest accuracy known, in per cent."""
+        return _percent(self.everything)
+
+    @property
+    def unreliable(self) -> bool:
+        """Whether robust accuracies mean nothing, or may be too high."""
+        return bool(alarms(self) or masked(self))
+
+    @property
+    def footnote(self) -> str:
+        """The first alarm, if there is one."""
+        return next(iter((*alarms(self), *masked(self))), "")
+
+    # Text
+
+    def table(self) -> str:
+        """Markdown table of all accuracies."""
+        rows = [["accuracy", "%", "95 % interval", "images", "seconds"], ["---", *["---:"] * 4]]
+        for figure in self.figures:
+            low, high = (100 * end for end in figure.interval)
+            values = [f"{100 * figure.accuracy:.1f}", f"{low:.1f} to {high:.1f}", f"{figure.total}"]
+            rows.append([figure.name, *values, f"{figure.seconds:.1f}"])
+        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+    def to_json(self) -> str:
+        """The report as JSON text, which :meth:`from_json` reads back equal."""
+        content = {"format": _FORMAT, "version": _VERSION} | self._derived() | asdict(self)
+        text = json.dumps(content, indent=2, allow_nan=False)
+        return _NUMBERS.sub(lambda match: " ".join(match[0].split()).replace("[ ", "[").replace(" ]", "]"), text)
+
+    @classmethod
+    def from_json(cls, text: str) -> "RobustnessReport":
+        """The report that :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: If the text is no report or one of another version, or its accuracies do not follow from its
+                outcomes.
+        """
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"a report must be JSON ({error}); the file is damaged or something else") from error
+        if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
+            raise ValueError(f"not a robustness report: the text must be an object of format {_FORMAT!r}")
+        version = content.pop("version", None)
+        if version != _VERSION:
+            raise ValueError(f"report version must be {_VERSION}, got {version}; update sj_robust")
+        derived = {name: content.pop(name, None) for name in _DERIVED}
+        try:
+            members = tuple(MemberOutcome(**member) for member in content.pop("members"))
+            report = cls(members=members, **content)
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"a field of the report is missing or unknown ({error}); the file is damaged") from error
+        counted = plain(report._derived())
+        for name in _COUNTED:
+            if derived[name] != counted[name]:
+                raise ValueError(f"{name} of the report does not follow from its outcomes; the file was changed")
+        return report
+
+    def save(self, path: Path) -> None:
+        """Write the report; the file is whole or not there."""
+        write_whole(path, self.to_json() + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> "RobustnessReport":
+        """The report that :meth:`save` wrote; raises as :meth:`from_json`, naming the file."""
+        try:
+            return cls.from_json(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def _members(self, name: str) -> tuple[MemberOutcome, ...]:
+        """The members that a figure is counted over."""
+        match name:
+            case "clean":
+                return ()
+            case "everything":
+                return self.members
+            case "control" | "worst case":
+                return tuple(member for member in self.members if (member.group == "control") == (name == "control"))
+        found = tuple(member for member in self.members if member.name == name)
+        if not found:
+            raise KeyError(f"no figure {name!r} in this report; it has {', '.join(m.name for m in self.members)}")
+        return found
+
+    def _derived(self) -> dict[str, Any]:
+        """What the JSON holds beside the fields."""
+        figures = [
+            {**asdict(figure), "accuracy": figure.accuracy, "interval": list(figure.interval)}
+            for figure in self.figures
+        ]
+        return {name: figures if name == "figures" else getattr(self, name) for name in _DERIVED}
+
+
+def _percent(figure: Figure) -> str:
+    return f"{100 * figure.accuracy:.2f}"
