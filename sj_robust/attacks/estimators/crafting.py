@@ -1,0 +1,44 @@
+"""CBA: the analogue network in which every spiking neuron is a ReLU."""
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sj_robust._host import base
+
+__all__ = ["crafting_network"]
+
+
+class _Rectifier(nn.Module, base.StepModule):
+    """ReLU in the place of a neuron, with its step mode."""
+
+    def __init__(self, step_mode: str) -> None:
+        super().__init__()
+        self.step_mode = step_mode
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x)
+
+
+def crafting_network(model: nn.Module, neurons: Iterable[Any]) -> nn.Module:
+    """A copy of a network with ReLU in place of its neurons; weights share their memory but need no gradient.
+
+    Equation: ``s[t] = max(0, x[t])``.
+
+    Source: conversion-based approximation, Sharmin et al. (ECCV 2020), as named by Bu et al. (AAAI 2023).
+    """
+    memo: dict[int, Any] = {}
+    for node in neurons:
+        memo[id(node)] = _Rectifier(getattr(node, "step_mode", "m")).train(node.training)
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach(), requires_grad=False)
+    for module in model.modules():
+        for value in (*vars(module).values(), *getattr(module, "_memories", {}).values()):
+            if isinstance(value, torch.Generator):
+                memo[id(value)] = value
+            elif isinstance(value, Tensor) and value.grad_fn is not None:  # a state with its graph, which has no copy
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, memo)

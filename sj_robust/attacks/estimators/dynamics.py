@@ -1,0 +1,155 @@
+"""How a known neuron charges, and its charged potentials recovered from the spikes that it really fired."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sj_robust._host import base, neuron
+from sj_robust.neuron import DLIFNode
+
+__all__ = ["Charging", "Sequence", "has_known_dynamics", "read_charging", "spiking_neurons"]
+
+
+@dataclass(frozen=True)
+class Charging:
+    """``h[t] = decay * v[t-1] + (1 - decay) * v_reset + gain * x[t]`` (no v_reset term for a soft reset).
+
+    Attributes:
+        decay: Fraction of the potential kept per step; a tensor if the neuron learns it.
+        gain: Input gain: a number, a scalar tensor, or one per step [T].
+    """
+
+    decay: float | Tensor
+    gain: float | Tensor
+
+    @property
+    def decay_value(self) -> float:
+        """The decay as a number."""
+        return float(self.decay.detach() if isinstance(self.decay, Tensor) else self.decay)
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One run of a neuron whose values are settled and whose backward pass is to be chosen.
+
+    Attributes:
+        x_seq: Input currents [T, N, *], with the graph behind them.
+        spike_seq: Spikes as the neuron fired them, no graph.
+        v: Potential after the last step, no graph.
+        v_seq: Potential after every step, or None.
+        v_init: Potential before the first step with its graph, or the number that stands for it after a reset.
+        charging: How the neuron charged.
+        v_threshold: Threshold.
+        v_reset: Potential after a spike; None is the soft reset.
+        detach_reset: Whether the reset is left out of the gradient.
+    """
+
+    x_seq: Tensor
+    spike_seq: Tensor
+    v: Tensor
+    v_seq: Tensor | None
+    v_init: Tensor | float
+    charging: Charging
+    v_threshold: float
+    v_reset: float | None
+    detach_reset: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the arithmetic: float64 for float64 inputs, otherwise float32."""
+        return torch.float64 if self.x_seq.dtype == torch.float64 else torch.float32
+
+    def per_step(self, gain: float | Tensor) -> float | Tensor:
+        """The gain in a shape that multiplies [T, N, *], without its graph."""
+        if not isinstance(gain, Tensor):
+            return gain
+        gain = gain.detach().to(self.dtype)
+        return gain.view(-1, *[1] * (self.x_seq.ndim - 1)) if gain.ndim else gain
+
+    @cached_property
+    def charged(self) -> tuple[Tensor, Tensor | None]:
+        """Charged potentials h [T, N, *], and v[t-1] of every step if the decay needs a gradient."""
+        decay, learned = self.charging.decay_value, _needs_gradient(self.charging.decay)
+        leak = (1 - decay) * (self.v_reset or 0.0)
+        h_seq = self.x_seq.detach().to(self.dtype) * self.per_step(self.charging.gain)
+        v: Tensor | float = self.v_init
+        v = v.detach().to(self.dtype) if isinstance(v, Tensor) else v
+        before = []
+        for h, spike in zip(h_seq.unbind(0), self.spike_seq.to(self.dtype).unbind(0), strict=True):
+            if learned:
+                before.append(v if isinstance(v, Tensor) else torch.full_like(h, v))
+            offset = leak
+            if isinstance(v, Tensor):
+                h.add_(v, alpha=decay)
+            else:
+                offset += decay * v
+            if offset:
+                h.add_(offset)
+            if self.v_reset is None:
+                v = torch.add(h, spike, alpha=-self.v_threshold)
+            else:
+                v = torch.addcmul(h, h - self.v_reset if self.v_reset else h, spike, value=-1)
+        return h_seq, torch.stack(before) if learned else None
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether anything that the outputs depend on needs a gradient."""
+        return any(map(_needs_gradient, (self.x_seq, self.v_init, self.charging.gain, self.charging.decay)))
+
+
+def spiking_neurons(model: nn.Module) -> dict[str, Any]:
+    """Spiking neurons of a network by name: SpikingJelly's, what derives from them, and whatever else spikes."""
+    return {name: module for name, module in model.named_modules() if _spikes(module)}
+
+
+def has_known_dynamics(node: nn.Module) -> bool:
+    """Whether the charge equation of a neuron is known; by exact type, since a subclass may change it."""
+    return type(node) in _KNOWN
+
+
+def read_charging(node: nn.Module, steps: int) -> Charging:
+    """How a neuron of known dynamics charges in its next ``steps`` steps."""
+    return _KNOWN[type(node)](node, steps)
+
+
+def _if(node: Any, steps: int) -> Charging:
+    return Charging(1.0, 1.0)
+
+
+def _lif(node: Any, steps: int) -> Charging:
+    return Charging(1.0 - 1.0 / node.tau, 1.0 / node.tau if node.decay_input else 1.0)
+
+
+def _parametric_lif(node: Any, steps: int) -> Charging:
+    rate = node.w.sigmoid()
+    return Charging(1.0 - rate, rate if node.decay_input else 1.0)
+
+
+def _dlif(node: Any, steps: int) -> Charging:
+    return Charging(node.decay, node.input_gain[node.time_step : node.time_step + steps])
+
+
+_KNOWN: dict[type, Callable[[Any, int], Charging]] = {
+    neuron.IFNode: _if,
+    neuron.LIFNode: _lif,
+    neuron.ParametricLIFNode: _parametric_lif,
+    DLIFNode: _dlif,
+}
+
+
+def _spikes(module: nn.Module) -> bool:
+    package = neuron.__name__
+    classes = type(module).__mro__
+    if any(cls.__name__ == "NonSpikingBaseNode" for cls in classes):
+        return False
+    if any(cls.__module__ == package or cls.__module__.startswith(f"{package}.") for cls in classes):
+        return True
+    return isinstance(module, base.MemoryModule) and callable(getattr(module, "surrogate_function", None))
+
+
+def _needs_gradient(value: object) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad

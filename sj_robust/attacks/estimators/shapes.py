@@ -1,0 +1,162 @@
+"""Shapes that stand for the derivative of a spike, and surrogates that have them."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sj_robust._host import surrogate
+
+__all__ = [
+    "SHAPES",
+    "derivative_of",
+    "has_compiled_kernel",
+    "host_surrogate",
+    "keeping_values",
+    "refuse_second_derivative",
+    "sharpness_for",
+]
+
+Sharpness = float | Tensor
+Derivative = Callable[[Tensor], Tensor]
+
+
+def _triangle(z: Tensor, alpha: Sharpness) -> Tensor:
+    return (1 - (z * alpha).abs_()).clamp_min_(0).mul_(alpha)
+
+
+def _atan(z: Tensor, alpha: Sharpness) -> Tensor:
+    return (alpha / 2) / (z * alpha).mul_(math.pi / 2).square_().add_(1)
+
+
+def _sigmoid(z: Tensor, alpha: Sharpness) -> Tensor:
+    s = (z * alpha).sigmoid_()
+    return (1 - s).mul_(s).mul_(alpha)
+
+
+def _rectangle(z: Tensor, alpha: Sharpness) -> Tensor:
+    return ((z * alpha).abs_() <= 1).to(z.dtype).mul_(alpha).mul_(0.5)
+
+
+def _exponential(z: Tensor, alpha: Sharpness) -> Tensor:
+    return (z * alpha).abs_().neg_().exp_().mul_(alpha).mul_(0.5)
+
+
+def _gaussian(z: Tensor, alpha: Sharpness) -> Tensor:
+    return (z * alpha).square_().mul_(-0.5).exp_().mul_(alpha).mul_(1 / math.sqrt(2 * math.pi))
+
+
+def _straight_through(z: Tensor, alpha: Sharpness) -> Tensor:
+    return torch.ones_like(z)
+
+
+class Shape(Protocol):
+    """ds/dz of z and sharpness alpha."""
+
+    def __call__(self, z: Tensor, alpha: Sharpness) -> Tensor:
+        """Same shape and dtype as ``z``."""
+
+
+SHAPES: dict[str, Shape] = {
+    "triangle": _triangle,
+    "atan": _atan,
+    "sigmoid": _sigmoid,
+    "rectangle": _rectangle,
+    "exponential": _exponential,
+    "gaussian": _gaussian,
+    "straight_through": _straight_through,
+}
+"""Shapes by name: the area under each is 1, its height grows with alpha."""
+
+_SHARPNESS: dict[str, Callable[[float], float]] = {
+    "atan": lambda share: 2 * math.tan(math.pi * share / 2) / math.pi,
+    "sigmoid": lambda share: 2 * math.atanh(share),
+    "gaussian": lambda share: math.sqrt(2) * float(torch.erfinv(torch.tensor(share, dtype=torch.float64))),
+    "triangle": lambda share: 1 - math.sqrt(1 - share),
+    "rectangle": lambda share: share,
+}
+
+
+def sharpness_for(shape: str, share: float) -> float:
+    """Sharpness alpha at which ``share`` of the shape's area lies within |z| <= 1.
+
+    Example:
+        >>> round(sharpness_for("rectangle", 0.85), 2), round(sharpness_for("atan", 0.5), 4)
+        (0.85, 0.6366)
+    """
+    return _SHARPNESS[shape](share)
+
+
+def derivative_of(function: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+    """What automatic differentiation gives for an elementwise surrogate at ``z``; no graph."""
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        return torch.autograd.grad(function(z).sum(), z)[0]
+
+
+def refuse_second_derivative() -> None:
+    """To be called in a backward pass that has no derivative of its own."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            "gradient estimators are differentiable once: create_graph=True would silently lose the second derivative"
+        )
+
+
+_HOST_CLASSES: dict[str, Any] = {
+    "triangle": surrogate.PiecewiseQuadratic,
+    "atan": surrogate.ATan,
+    "sigmoid": surrogate.Sigmoid,
+    "exponential": surrogate.PiecewiseExp,
+}
+_SAME_FORWARD = (*_HOST_CLASSES.values(), surrogate.SoftSign, surrogate.Erf)  # these have operators of their own in 2.x
+
+
+def has_compiled_kernel(function: Any) -> bool:
+    """Whether a surrogate is one of SpikingJelly's that spike and that its fast operators know by exact class."""
+    return type(function) in _SAME_FORWARD and bool(function.spiking)
+
+
+def host_surrogate(shape: str, alpha: float) -> Any | None:
+    """SpikingJelly's own surrogate of a shape, on which neurons stay on their fast operators; None if it has none."""
+    made = _HOST_CLASSES.get(shape)
+    return None if made is None else made(alpha=alpha)
+
+
+def keeping_values(function: Callable[[Tensor], Tensor], derivative: Derivative) -> "_Replaced":
+    """A surrogate with the values of ``function`` and another derivative.
+
+    Example:
+        >>> z = torch.tensor([-1.0, 0.5], requires_grad=True)
+        >>> s = keeping_values(surrogate.ATan(), lambda z: torch.full_like(z, 0.25))(z)
+        >>> s.detach(), torch.autograd.grad(s.sum(), z)[0]
+        (tensor([0., 1.]), tensor([0.2500, 0.2500]))
+    """
+    return _Replaced(function, derivative)
+
+
+class _Replaced(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor], derivative: Derivative) -> None:
+        super().__init__()
+        vars(self)["function"] = function  # not registered: its parameters stay the neuron's
+        self.derivative = derivative
+        self.spiking = getattr(function, "spiking", True)
+
+    def forward(self, z: Tensor) -> Tensor:
+        values: Tensor = _ReplacedFunction.apply(z, self.function, self.derivative)  # type: ignore[no-untyped-call]  # torch's apply
+        return values
+
+
+class _ReplacedFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, function: Callable[[Tensor], Tensor], derivative: Derivative) -> Tensor:
+        ctx.save_for_backward(z)
+        ctx.derivative = derivative
+        return function(z)
+
+    @staticmethod
+    def backward(ctx: Any, grad_spike: Tensor) -> tuple[Tensor, None, None]:
+        refuse_second_derivative()
+        (z,) = ctx.saved_tensors
+        return grad_spike * ctx.derivative(z), None, None

@@ -1,0 +1,419 @@
+"""Every estimator's gradient against loops over single numbers, written from the equations and nothing else."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sj_robust._host import functional, neuron, surrogate
+from sj_robust.attacks.estimators import estimator
+from sj_robust.neuron import DLIFNode
+
+T, N, FEATURES, HIDDEN, CLASSES = 4, 3, 5, 6, 4
+GAINS = [0.7, 1.3, 0.9, 1.1]
+NORMAL_QUANTILE_85 = 1.4395314709384563  # of (1 + 0.85) / 2; sqrt(2) * erfinv(0.85)
+
+
+def make_neuron(kind, v_reset=0.0, v_threshold=1.0, step_mode="m", surrogate_function=None):
+    options = {
+        "v_reset": v_reset,
+        "v_threshold": v_threshold,
+        "step_mode": step_mode,
+        "surrogate_function": surrogate_function or surrogate.ATan(alpha=3.0),
+    }
+    if kind == "IF":
+        return neuron.IFNode(**options)
+    if kind == "PLIF":
+        return neuron.ParametricLIFNode(init_tau=1.7, decay_input=True, **options)
+    if kind == "DLIF":
+        node = DLIFNode(T=T, tau=2.5, **options)
+        node.input_gain.data.copy_(torch.tensor(GAINS))
+        return node
+    return neuron.LIFNode(tau=2.5, decay_input=kind == "LIF_decay", **options)
+
+
+KINDS = ("IF", "LIF", "LIF_decay", "PLIF", "DLIF")
+
+
+def constants(kind):
+    """Decay and gain per step of a neuron of ``make_neuron``."""
+    if kind == "IF":
+        return 1.0, [1.0] * T
+    if kind == "PLIF":
+        rate = 1.0 / (1.0 + math.exp(float(np.float32(math.log(0.7)))))
+        return 1.0 - rate, [rate] * T
+    decay = 1.0 - 1.0 / 2.5
+    return decay, {"LIF": [1.0] * T, "LIF_decay": [1.0 / 2.5] * T, "DLIF": list(np.float32(GAINS).astype(float))}[kind]
+
+
+def network(kind, **options):
+    torch.manual_seed(3)
+    net = nn.Sequential(
+        nn.Linear(FEATURES, HIDDEN),
+        make_neuron(kind, **options),
+        nn.Linear(HIDDEN, CLASSES),
+        make_neuron(kind, **options),
+    ).double()
+    gain = constants(kind)[1][0]
+    net[0].weight.data.mul_(4 / gain)  # so that neurons fire, whatever their gain
+    net[2].weight.data.mul_(3 / gain)
+    net[2].bias.data.add_(0.3 / gain)
+    return net
+
+
+def inputs():
+    generator = torch.Generator().manual_seed(5)
+    x = 2 * torch.rand(T, N, FEATURES, generator=generator, dtype=torch.float64) - 0.4
+    return x, torch.randn(T, N, CLASSES, generator=generator, dtype=torch.float64)
+
+
+def gradient(net, x, weights, step_mode="m"):
+    """Gradient of the weighted sum of spikes; ``weights`` make it a different one at each step."""
+    functional.reset_net(net)
+    x = x.clone().requires_grad_()
+    out = net(x) if step_mode == "m" else torch.stack([net(frame) for frame in x])
+    (grad,) = torch.autograd.grad((out * weights).sum(), x)
+    functional.reset_net(net)
+    return grad.numpy()
+
+
+# ---- by hand: one neuron at a time
+
+
+def fire(x, kind, v_reset, theta):
+    """h and s of one neuron for its inputs x[t]."""
+    decay, gain = constants(kind)
+    rest = 0.0 if v_reset is None else v_reset
+    v, h, s = rest, [], []
+    for t in range(T):
+        h.append(decay * v + (1 - decay) * rest + gain[t] * x[t])
+        s.append(1.0 if h[t] >= theta else 0.0)
+        v = h[t] - theta * s[t] if v_reset is None else (v_reset if s[t] else h[t])
+    return h, s
+
+
+def bptt(h, s, grad_s, slope, kind, v_reset, theta, detach):
+    """Gradient of x[t] by the chain rule over v[t-1] -> h[t] -> (s[t], v[t])."""
+    decay, gain = constants(kind)
+    grad_x, grad_v = [0.0] * T, 0.0
+    for t in reversed(range(T)):
+        grad_spike = grad_s[t]
+        if not detach:
+            grad_spike += grad_v * (-theta if v_reset is None else v_reset - h[t])
+        grad_h = grad_spike * slope[t] + grad_v * (1.0 if v_reset is None else 1.0 - s[t])
+        grad_x[t], grad_v = grad_h * gain[t], grad_h * decay
+    return grad_x
+
+
+def shape(name, z, alpha):
+    if name == "triangle":
+        return max(0.0, alpha - alpha**2 * abs(z))
+    if name == "atan":
+        return alpha / 2 / (1 + (math.pi / 2 * alpha * z) ** 2)
+    if name == "sigmoid":
+        s = 1 / (1 + math.exp(-alpha * z))
+        return alpha * s * (1 - s)
+    if name == "rectangle":
+        return alpha / 2 if abs(z) <= 1 / alpha else 0.0
+    if name == "exponential":
+        return alpha / 2 * math.exp(-alpha * abs(z))
+    if name == "gaussian":
+        return alpha * math.exp(-((alpha * z) ** 2) / 2) / math.sqrt(2 * math.pi)
+    assert name == "straight_through"
+    return 1.0
+
+
+def assg_slopes(z, name, memory):
+    """Slopes of one neuron; ``memory`` holds M and D per step and is moved on."""
+    share = 0.85
+    omega = {
+        "atan": 2 * math.tan(math.pi * 0.425) / math.pi,
+        "sigmoid": 2 * math.atanh(share),
+        "gaussian": NORMAL_QUANTILE_85,
+        "triangle": 1 - math.sqrt(1 - share),
+        "rectangle": share,
+    }[name]
+    slopes = []
+    for t in range(T):
+        m, d = memory[t]
+        m = 0.9 * m + 0.1 * abs(z[t])
+        d = 0.9 * d + 0.1 * abs(abs(z[t]) - m)
+        memory[t] = (m, d)
+        slopes.append(shape(name, z[t], omega / (m + 1.5 * d + 1e-4)))
+    return slopes
+
+
+def rga_gate(x, kind, theta):
+    decay, gain = constants(kind)
+    u = sum(gain[t] * x[t] for t in range(T)) / T / theta
+    slope = 0.0
+    if 0 <= u < 1 - decay:
+        slope = 0.2
+    elif 1 - decay <= u <= 2:
+        slope = (1 - 0.2 + 0.2 * decay) / (1 + decay)
+    return [slope * gain[t] / theta for t in range(T)]
+
+
+def layer_by_hand(name, x, grad_s, kind, v_reset, theta, detach, memory):
+    """Gradient of the inputs [T, N, F] of a layer of neurons."""
+    _, gain = constants(kind)
+    family, _, number = name.partition(":")
+    grad_x = np.zeros_like(x)
+    all_h = np.zeros_like(x)
+    for i in np.ndindex(*x.shape[1:]):
+        all_h[(slice(None), *i)] = fire(x[(slice(None), *i)], kind, v_reset, theta)[0]
+    for i in np.ndindex(*x.shape[1:]):
+        at = (slice(None), *i)
+        h, s = fire(x[at], kind, v_reset, theta)
+        z = [h[t] - theta for t in range(T)]
+        arguments = (kind, v_reset, theta, detach)
+        if family == "bptr":
+            grad_x[at] = [grad_s[at][t] * (sum(s) > 0) for t in range(T)]
+        elif family == "rga":
+            gate = rga_gate(x[at], kind, theta)
+            grad_x[at] = [grad_s[at][t] * gate[t] for t in range(T)]
+        elif family in ("hart", "hart_mixed"):
+            alpha = 1 / (float(number) * theta)
+            mean = sum(grad_s[at]) / T
+            by_rate = [mean * shape("triangle", z[t], alpha) * gain[t] for t in range(T)]
+            own = bptt(h, s, grad_s[at], [shape("atan", z[t], 3.0) for t in range(T)], *arguments)
+            mixed = [(a + b) / 2 for a, b in zip(by_rate, own, strict=True)]
+            grad_x[at] = by_rate if family == "hart" else mixed
+        else:
+            if family == "training":
+                slopes = [shape("atan", z[t], 3.0) for t in range(T)]
+            elif family == "pdsg":
+                slopes = []
+                for t in range(T):
+                    sigma = float(np.std(all_h[: t + 1], ddof=1)) or 1.0
+                    slopes.append(math.exp(-(((z[t] - sigma / 2) / sigma) ** 2) / 2) / sigma / math.sqrt(2 * math.pi))
+            elif family == "assg":
+                slopes = assg_slopes(z, number or "atan", memory.setdefault(i, [(1.0, 0.0)] * T))
+            else:
+                alpha = float(number or 1)
+                if family in ("triangle", "rectangle"):
+                    alpha = 1 / (alpha * theta)
+                slopes = [shape(family, z[t], alpha) for t in range(T)]
+            grad_x[at] = bptt(h, s, grad_s[at], slopes, *arguments)
+    return grad_x
+
+
+def gradient_by_hand(name, net, x, weights, kind, v_reset, theta, memories=None):
+    name, detach = name.removesuffix("+detach"), name.endswith("+detach")
+    memories = memories if memories is not None else ({}, {})
+    w1, b1, w2, b2 = (p.detach().numpy() for p in (net[0].weight, net[0].bias, net[2].weight, net[2].bias))
+    x1 = x.numpy() @ w1.T + b1
+    s1 = np.zeros_like(x1)
+    for i in np.ndindex(*x1.shape[1:]):
+        s1[(slice(None), *i)] = fire(x1[(slice(None), *i)], kind, v_reset, theta)[1]
+    x2 = s1 @ w2.T + b2
+    grad_x2 = layer_by_hand(name, x2, weights.numpy(), kind, v_reset, theta, detach, memories[1])
+    grad_x1 = layer_by_hand(name, x1, grad_x2 @ w2, kind, v_reset, theta, detach, memories[0])
+    return grad_x1 @ w1
+
+
+# ---- the tests
+
+NAMES = (
+    "training", "triangle:0.5", "triangle:2", "atan:4", "sigmoid:4", "rectangle:1", "rectangle:0.3", "exponential:2",
+    "straight_through", "bptr", "rga", "pdsg", "assg", "assg:triangle", "assg:sigmoid", "assg:gaussian",
+    "assg:rectangle", "hart:1.2", "hart_mixed:1.2",
+)  # fmt: skip
+DETACHED = ("training", "atan:4", "triangle:0.5", "rectangle:1", "straight_through", "pdsg", "assg", "hart_mixed:1.2")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", NAMES)
+def test_gradient_equals_hand_computation(name, kind):
+    net, (x, weights) = network(kind), inputs()
+    with estimator(name)(net) as crafting:
+        grad = gradient(crafting, x, weights)
+    expected = gradient_by_hand(name, net, x, weights, kind, 0.0, 1.0)
+    assert np.abs(expected).max() > 1e-3
+    np.testing.assert_allclose(grad, expected, rtol=1e-6, atol=1e-9)
+    if name != "training":
+        assert np.abs(grad - gradient(net, x, weights)).max() > 1e-3, "does not differ from the training surrogate"
+
+
+@pytest.mark.parametrize(("v_reset", "v_threshold"), [(None, 0.8), (-0.2, 0.9), (0.3, 1.2)])
+@pytest.mark.parametrize("kind", ["LIF", "DLIF"])
+@pytest.mark.parametrize("name", [*NAMES, *(f"{name}+detach" for name in DETACHED)])
+def test_resets_thresholds_and_detached_reset(name, kind, v_reset, v_threshold):
+    if name == "rga" and v_reset:
+        pytest.skip("stated for a reset to 0; test_rga_counts_from_the_reset_potential has the others")
+    net, (x, weights) = network(kind, v_reset=v_reset, v_threshold=v_threshold), inputs()
+    with estimator(name)(net) as crafting:
+        grad = gradient(crafting, x, weights)
+    expected = gradient_by_hand(name, net, x, weights, kind, v_reset, v_threshold)
+    np.testing.assert_allclose(grad, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_rga_counts_from_the_reset_potential():
+    """Shifting potential, threshold and reset by the same amount changes no spike and no gradient."""
+    x, weights = inputs()
+    net, shifted = network("LIF", v_reset=0.0, v_threshold=0.8), network("LIF", v_reset=0.25, v_threshold=1.05)
+    with estimator("rga")(net), estimator("rga")(shifted):
+        np.testing.assert_allclose(gradient(net, x, weights), gradient(shifted, x, weights), atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["triangle:0.5", "rectangle:1", "straight_through+detach", "pdsg", "assg"])
+def test_step_by_step_equals_the_sequence_at_once(name, kind):
+    x, weights = inputs()
+    net, stepped = network(kind), network(kind, step_mode="s")
+    with estimator(name)(net), estimator(name)(stepped):
+        for _ in range(3):  # of an attack, for the memory of ASSG
+            at_once = gradient(net, x, weights)
+            by_steps = gradient(stepped, x, weights, step_mode="s")
+        np.testing.assert_allclose(by_steps, at_once, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["rectangle:1", "pdsg", "assg:sigmoid"])
+def test_chunks_equal_the_whole_sequence(name):
+    x, weights = inputs()
+    net = network("DLIF")
+    with estimator(name)(net):
+        whole = gradient(net, x, weights)
+    with estimator(name)(net):
+        leaf = x.clone().requires_grad_()
+        out = torch.cat([net(leaf[:1]), net(leaf[1:])])
+        (grad,) = torch.autograd.grad((out * weights).sum(), leaf)
+    functional.reset_net(net)
+    np.testing.assert_allclose(grad.numpy(), whole, rtol=1e-9, atol=1e-12)
+
+
+def test_assg_remembers_over_the_iterations_of_an_attack():
+    """M and D of the method per neuron, step and sample; a new context starts anew."""
+    net, (x, weights) = network("LIF"), inputs()
+    memories = ({}, {})
+    with estimator("assg")(net):
+        for iteration in range(3):
+            here = x + 0.1 * iteration
+            grad = gradient(net, here, weights)
+            expected = gradient_by_hand("assg", net, here, weights, "LIF", 0.0, 1.0, memories)
+            np.testing.assert_allclose(grad, expected, rtol=1e-6, atol=1e-9)
+    with estimator("assg")(net):
+        anew = gradient(net, here, weights)
+    np.testing.assert_allclose(anew, gradient_by_hand("assg", net, here, weights, "LIF", 0.0, 1.0), atol=1e-9)
+    assert np.abs(anew - grad).max() > 1e-3
+
+
+def test_forwards_of_one_eot_average_and_scoring_leave_assg_alone():
+    net, (x, weights) = network("LIF"), inputs()
+    with estimator("assg")(net):
+        leaf = x.clone().requires_grad_()
+        grads = []
+        for _ in range(3):
+            functional.reset_net(net)
+            (grad,) = torch.autograd.grad((net(leaf) * weights).sum(), leaf)
+            grads.append(grad.numpy())
+        functional.reset_net(net)
+        with torch.no_grad():
+            net(x + 1)
+        functional.reset_net(net)
+        net(x + 1)  # a graph to the weights, but images that want no gradient
+        second = gradient(net, x + 0.1, weights)
+    np.testing.assert_array_equal(grads[0], grads[1])
+    np.testing.assert_array_equal(grads[0], grads[2])
+    memories = ({}, {})
+    gradient_by_hand("assg", net, x, weights, "LIF", 0.0, 1.0, memories)
+    expected = gradient_by_hand("assg", net, x + 0.1, weights, "LIF", 0.0, 1.0, memories)
+    np.testing.assert_allclose(second, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_memory_of_assg_follows_the_samples_of_a_shrinking_batch():
+    from sj_robust import SpikingClassifier
+
+    def run(rows_by_iteration):
+        model = SpikingClassifier(network("LIF"), T=T)
+        weights = torch.randn(8, CLASSES, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        x = torch.rand(8, FEATURES, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        with estimator("assg")(model):
+            for iteration, rows in enumerate(rows_by_iteration):
+                leaf = (x[rows] + 0.01 * iteration).requires_grad_()
+                (grad,) = torch.autograd.grad((model(leaf) * weights[rows]).sum(), leaf)
+        return grad
+
+    everything, few = list(range(8)), [1, 4, 6]
+    shrunk, alone = run([everything, everything, few, few]), run([few, few, few, few])
+    torch.testing.assert_close(shrunk, alone, rtol=1e-12, atol=1e-14)
+    fresh = run([[0, 2], [0, 2], few, few])
+    assert (fresh - alone).abs().max() > 1e-4
+
+
+def test_pdsg_has_one_deviation_per_channel_and_one_where_there_is_none():
+    node = make_neuron("LIF")
+    x = torch.randn(T, 2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    x[:, :, 1] = 0.4  # one channel alike everywhere until its neurons have leaked by different steps
+    weights = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    with estimator("pdsg+detach")(node):
+        grad = gradient(node, x, weights)
+    for channel in range(3):
+        h, s = np.zeros((T, 2, 4, 4)), np.zeros((T, 2, 4, 4))
+        for i in np.ndindex(2, 4, 4):
+            h[(slice(None), *i)], s[(slice(None), *i)] = fire(x[:, i[0], channel, i[1], i[2]].tolist(), "LIF", 0.0, 1.0)
+        sigmas = [np.std(h[: t + 1], ddof=1) if np.ptp(h[: t + 1]) else 1.0 for t in range(T)]
+        for i in np.ndindex(2, 4, 4):
+            z = h[(slice(None), *i)] - 1.0
+            slopes = [
+                math.exp(-(((z[t] - sigmas[t] / 2) / sigmas[t]) ** 2) / 2) / sigmas[t] / math.sqrt(2 * math.pi)
+                for t in range(T)
+            ]
+            at = (slice(None), i[0], channel, *i[1:])
+            expected = bptt(z + 1.0, s[(slice(None), *i)], weights[at].tolist(), slopes, "LIF", 0.0, 1.0, True)
+            np.testing.assert_allclose(grad[at], expected, rtol=1e-7, atol=1e-10)
+
+
+def test_cba_is_a_rectifier_network():
+    net, (x, weights) = network("LIF"), inputs()
+    with estimator("cba")(net) as crafting:
+        assert crafting is not net
+        leaf = x.clone().requires_grad_()
+        out = crafting(leaf)
+        (grad,) = torch.autograd.grad((out * weights).sum(), leaf)
+        assert not any(p.requires_grad for p in crafting.parameters())
+    hidden = torch.relu(x @ net[0].weight.T + net[0].bias)
+    expected = torch.relu(hidden @ net[2].weight.T + net[2].bias)
+    torch.testing.assert_close(out.detach(), expected.detach())
+    first, second = (hidden > 0).double(), (expected > 0).double()
+    torch.testing.assert_close(grad, ((weights * second) @ net[2].weight * first) @ net[0].weight)
+
+
+@pytest.mark.parametrize("kind", ["PLIF", "DLIF"])
+def test_parameters_of_the_neuron_get_their_gradient(kind):
+    """With the shape of the training surrogate, our backward pass is the neuron's own, gain and decay included."""
+    x, weights = inputs()
+    net = network(kind, surrogate_function=surrogate.SoftSign(alpha=2.0))
+    parameters = [x.clone().requires_grad_(), *net.parameters()]
+    own = torch.autograd.grad((net(parameters[0]) * weights).sum(), parameters)
+    functional.reset_net(net)
+    with estimator("assg")(net), pytest.MonkeyPatch.context() as patch:
+        from sj_robust.attacks.estimators import memory
+
+        patch.setattr(memory.Sharpness, "__call__", lambda self, z, first: 1 / (4 * (0.5 + z.abs()) ** 2))
+        ours = torch.autograd.grad((net(parameters[0]) * weights).sum(), parameters)
+    for a, b in zip(ours, own, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
+
+
+def test_potentials_carry_the_gradient_too():
+    net, (x, _) = network("LIF", surrogate_function=surrogate.PiecewiseQuadratic()), inputs()
+    for node in (net[1], net[3]):
+        node.store_v_seq = True
+
+    def of_potentials():
+        leaf = x.clone().requires_grad_()
+        net(leaf)
+        (grad,) = torch.autograd.grad(net[3].v_seq.square().sum() + net[3].v.sum(), leaf)
+        functional.reset_net(net)
+        return grad
+
+    with estimator("rectangle:1")(net):
+        ours = of_potentials()
+    from sj_robust.attacks.estimators.shapes import SHAPES, keeping_values
+
+    for node in (net[1], net[3]):
+        node.surrogate_function = keeping_values(surrogate.ATan(), lambda z: SHAPES["rectangle"](z, 1.0))
+    torch.testing.assert_close(ours, of_potentials(), rtol=1e-9, atol=1e-12)

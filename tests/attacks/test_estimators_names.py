@@ -1,0 +1,191 @@
+"""Names of estimators, and what happens when one is used wrongly."""
+
+import math
+import pickle
+
+import pytest
+import torch
+from attacks.table import linear_model
+from torch import nn
+
+from sj_robust import SpikingClassifier
+from sj_robust._host import base, neuron, surrogate
+from sj_robust.attacks.estimators import ESTIMATORS, Estimator, estimator
+from sj_robust.neuron import DLIFNode
+
+MORE = (
+    "hart",
+    "assg:rectangle",
+    "assg:atan:0.7",
+    "assg:0.9+detach",
+    "triangle:0.123456789",
+    "pdsg+detach",
+    "atan:1e-3",
+)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS + MORE)
+def test_names_parse_back(name):
+    chosen = estimator(name)
+    assert estimator(chosen.name) == chosen
+    assert hash(estimator(chosen.name)) == hash(chosen)
+    assert repr(chosen) == f"estimator({chosen.name!r})"
+    assert pickle.loads(pickle.dumps(chosen)) == chosen
+    assert name not in ESTIMATORS or chosen.name == name
+
+
+def test_defaults_are_part_of_the_name():
+    short = ("atan", "triangle", "hart", "assg:atan", "assg:0.7", "assg:atan:0.85")
+    full = ["atan:2", "triangle:1", "hart:1.2", "assg", "assg:atan:0.7", "assg"]
+    assert [estimator(name).name for name in short] == full
+    assert Estimator("assg") == estimator("assg")
+    assert Estimator("atan", 4) == estimator("atan:4.0")
+    assert not estimator("pdsg").per_sample
+    assert estimator("assg").per_sample
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("bptt", "must begin with one of .*'training'.*got 'bptt'"),
+        ("", "must begin with"),
+        ("atan:0", "must be finite and > 0, got 0"),
+        ("atan:-1", "> 0, got -1"),
+        ("hart:nan", "finite"),
+        ("triangle:inf", "finite"),
+        ("atan:wide", "'atan:wide' is not the name of an estimator; write it like one of"),
+        ("atan:1:2", "is not the name"),
+        ("bptr:1", "bptr takes no number, got 1.0; write 'bptr'"),
+        ("assg:cube", "shape of assg must be one of .*got 'cube'"),
+        ("assg:1", r"share of assg must be in \(0, 1\), got 1"),
+        ("rga+detach", "no reset in its backward pass"),
+        ("cba+detach", "no reset"),
+        ("atan:4+attach", "is not the name"),
+    ],
+)
+def test_wrong_names(name, message):
+    with pytest.raises(ValueError, match=message):
+        estimator(name)
+
+
+def test_wrong_types():
+    with pytest.raises(TypeError, match="name must be text such as 'atan:4', got float"):
+        estimator(4.0)
+    with pytest.raises(ValueError, match="only assg takes a shape"):
+        Estimator("atan", 4.0, "triangle")
+    with pytest.raises(TypeError, match=r"atan:4 needs a network \(nn.Module\), got function"):
+        estimator("atan:4")(lambda x: x).__enter__()
+
+
+def test_training_changes_nothing_of_anything():
+    for model in (linear_model(4), lambda x: x, spiking()):
+        with estimator("training")(model) as same:
+            assert same is model
+
+
+@pytest.mark.parametrize("name", [name for name in ESTIMATORS if name != "training"])
+def test_a_network_without_spikes_is_refused(name):
+    with pytest.raises(ValueError, match="Sequential holds no spiking neuron, so .* use the estimator 'training'"):
+        estimator(name)(linear_model(4)).__enter__()
+    silent = nn.Sequential(nn.Linear(2, 2), _non_spiking())
+    with pytest.raises(ValueError, match="no spiking neuron"):
+        estimator(name)(silent).__enter__()
+
+
+def _non_spiking():
+    class NonSpikingBaseNode(base.MemoryModule):
+        """An integrator that puts out potentials, as SpikingJelly 2.x has them."""
+
+        def single_step_forward(self, x):
+            return x
+
+    return NonSpikingBaseNode()
+
+
+def spiking(step_mode="m", **options):
+    return nn.Sequential(nn.Linear(3, 2), neuron.LIFNode(step_mode=step_mode, **options))
+
+
+@pytest.mark.parametrize("name", ["bptr", "rga", "hart", "hart_mixed"])
+def test_time_averages_need_the_sequence_at_once(name):
+    net = spiking("s")
+    with pytest.raises(ValueError, match=r"needs all time steps at once.*'1' \(LIFNode\).*set_step_mode\(net, 'm'\)"):
+        estimator(name)(net).__enter__()
+    with estimator(name)(spiking()) as crafting:
+        crafting[1].step_mode = "s"
+        with pytest.raises(RuntimeError, match="all time steps at once, got one; keep step_mode='m'"):
+            crafting(torch.ones(1, 3))
+
+
+@pytest.mark.parametrize("inner", ["atan:4", "training", "training+detach", "bptr", "cba"])
+@pytest.mark.parametrize("outer", ["sigmoid:4", "assg", "training+detach"])
+def test_one_estimator_at_a_time(outer, inner):
+    net = spiking()
+    model = SpikingClassifier(net, T=2)
+    with estimator(outer)(net) as crafting:
+        with pytest.raises(RuntimeError, match=f"{outer.replace('+', '.')} is in force on this network already"):
+            estimator(inner)(model).__enter__()
+        assert crafting is net
+    with estimator(inner)(model):
+        pass
+
+
+def test_a_context_is_entered_once_at_a_time():
+    applied = estimator("atan:4")(spiking())
+    with applied, pytest.raises(RuntimeError, match="entered already"):
+        applied.__enter__()
+    with applied:  # and again after it was left
+        pass
+
+
+def test_a_failed_entry_changes_nothing():
+    class Bare(base.MemoryModule):
+        """Spikes, and has no reset to detach."""
+
+        def __init__(self):
+            super().__init__()
+            self.surrogate_function = surrogate.ATan()
+
+        def single_step_forward(self, x):
+            return self.surrogate_function(x)
+
+    net = nn.Sequential(*spiking(), Bare())
+    before = [dict(vars(module)) for module in net.modules()]
+    with pytest.raises(ValueError, match=r"atan:4\+detach: neuron '2' \(Bare\) has no detach_reset"):
+        estimator("atan:4+detach")(net).__enter__()
+    assert [dict(vars(module)) for module in net.modules()] == before
+    with estimator("atan:4")(net):
+        assert net[2].surrogate_function.alpha == net[1].surrogate_function.alpha == 4
+
+
+def test_widths_are_in_units_of_the_threshold():
+    net = nn.Sequential(DLIFNode(T=2, v_threshold=0.5), DLIFNode(T=2, v_threshold=2.0))
+    with estimator("triangle:0.5")(net):
+        assert [node.surrogate_function.alpha for node in net] == [4.0, 1.0]
+    with estimator("atan:3")(net):
+        assert [node.surrogate_function.alpha for node in net] == [3.0, 3.0]
+    with pytest.raises(ValueError, match="threshold, which must be > 0, got -1.0 in neuron '1'.*'atan:4'"):
+        estimator("triangle:1")(nn.Sequential(nn.Linear(1, 1), DLIFNode(T=2, v_threshold=-1.0))).__enter__()
+    with pytest.raises(ValueError, match=r"rga needs thresholds above the reset potential, got 1.0 and 1.5 in '0'"):
+        estimator("rga")(nn.Sequential(DLIFNode(T=2, v_reset=1.5))).__enter__()
+
+
+def test_a_neuron_by_itself_and_one_used_twice():
+    node = neuron.IFNode(step_mode="m", surrogate_function=surrogate.ATan())
+    x = torch.full((2, 1), 0.4, requires_grad=True)
+    with estimator("straight_through")(node) as crafting:
+        (grad,) = torch.autograd.grad(crafting(x).sum(), x)
+    assert grad.flatten().tolist() == [pytest.approx(2 - 0.4), 1.0]
+    node.reset()
+    with estimator("straight_through")(nn.Sequential(node, node)) as crafting:
+        assert math.isfinite(float(torch.autograd.grad(crafting(x).sum(), x)[0].sum()))
+
+
+@pytest.mark.parametrize("name", ["rectangle:1", "assg", "bptr"])
+def test_differentiable_once(name):
+    x = torch.rand(2, 3, 3, requires_grad=True)
+    with (
+        estimator(name)(spiking()) as crafting,
+        pytest.raises(RuntimeError, match="differentiable once: create_graph=True would silently lose"),
+    ):
+        torch.autograd.grad(crafting(x).sum(), x, create_graph=True)
