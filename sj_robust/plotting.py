@@ -5,16 +5,24 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from matplotlib import rc_context
 from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from sj_robust.evaluation.eps import parse_eps
+from sj_robust.evaluation.intervals import wilson_interval
 from sj_robust.evaluation.report import Report
+from sj_robust.evaluation.robustness_report import RobustnessReport
 
 if TYPE_CHECKING:
     from sj_robust.benchmarking import Measurement
 
-__all__ = ["plot_benchmark", "plot_report"]
+__all__ = ["BLUE", "GREY", "ORANGE", "plot_benchmark", "plot_report", "plot_robustness", "robustness_figures"]
+
+# Colours that all kinds of colour vision tell apart (Okabe and Ito); shapes and hatches differ as well.
+BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#767676"
 
 
 def plot_report(report: Report, path: Path) -> None:
@@ -75,6 +83,127 @@ def plot_benchmark(measurements: "Sequence[Measurement]", path: Path) -> None:
         axes.set_title(allocator, fontsize=10)
     panels[0].legend(fontsize=7)
     figure.savefig(path, dpi=150)
+
+
+def plot_robustness(report: RobustnessReport, folder: Path) -> tuple[Path, ...]:
+    """Every figure of a robustness report, each as PNG and PDF. 绘制鲁棒性报告的全部图。
+
+    Args:
+        report: What to draw.
+        folder: Where ``accuracy_over_eps``, ``attacks`` and ``potential`` are written; figures that the report holds
+            no numbers for are left out.
+
+    Returns:
+        The files.
+    """
+    paths = []
+    with rc_context({"pdf.fonttype": 42}):
+        for name, figure in robustness_figures(report).items():
+            for ending in ("png", "pdf"):
+                paths.append(folder / f"{name}.{ending}")
+                # Without a date, so that the same report gives the same file.
+                metadata = {"CreationDate": None} if ending == "pdf" else None
+                figure.savefig(paths[-1], dpi=150, metadata=metadata)
+    return tuple(paths)
+
+
+def robustness_figures(report: RobustnessReport, *, columns: int = 2) -> dict[str, Figure]:
+    """The figures of a robustness report by name, not yet written. 鲁棒性报告的图。
+
+    Args:
+        report: What to draw.
+        columns: Panels side by side in the figure of several panels.
+
+    Returns:
+        ``accuracy_over_eps``, ``attacks`` and ``potential``, as far as the report holds numbers for them.
+    """
+    figures = {}
+    if report.over_eps:
+        figures["accuracy_over_eps"] = _accuracy_over_eps(report)
+    figures["attacks"] = _attacks(report)
+    if report.potential:
+        figures["potential"] = _potential(report, columns)
+    return figures
+
+
+def _accuracy_over_eps(report: RobustnessReport) -> Figure:
+    figure = Figure(figsize=(4.6, 3.4), layout="constrained")
+    axes = figure.subplots()
+    texts = [str(row["eps"]) for row in report.over_eps]
+    unit = 255 if any(text.endswith("/255") for text in [*texts, report.eps]) else 1
+    places = [unit * parse_eps(text) for text in texts]
+    shares = [100 * row["correct"] / row["total"] for row in report.over_eps]
+    ends = [wilson_interval(row["correct"], row["total"]) for row in report.over_eps]
+    low, high = ([100 * end[side] for end in ends] for side in (0, 1))
+    axes.fill_between(places, low, high, color=BLUE, alpha=0.2, linewidth=0)
+    axes.plot(places, shares, "o-", color=BLUE, markersize=4, label=report.over_eps[-1]["attack"])
+    here = unit * parse_eps(report.eps)
+    styles = [(report.control, "s", GREY), (report.everything, "D", ORANGE)]
+    for point, marker, color in styles:
+        if point is not None:
+            low_end, high_end = (100 * end for end in point.interval)
+            middle = 100 * point.accuracy
+            name = "suite, worst case" if point.kind == "everything" else point.name
+            spread = [[middle - low_end], [high_end - middle]]
+            axes.errorbar(here, middle, spread, fmt=marker, color=color, capsize=4, markersize=6, label=name)
+    axes.set_xlabel(f"eps, {report.threat}" + (", in 1/255" if unit == 255 else ""))
+    axes.set_ylabel("accuracy, %")
+    axes.set_xlim(left=0)
+    axes.set_ylim(-2, 102)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def _attacks(report: RobustnessReport) -> Figure:
+    """Bars from the first attack to the last; control and worst case below them, hatched."""
+    rows = [figure for figure in report.figures if not figure.name.startswith("control/")]
+    figure = Figure(figsize=(4.6, 0.9 + 0.24 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    looks = {"clean": (GREY, ""), "member": (BLUE, ""), "control": (GREY, "////")}
+    for place, row in enumerate(rows):
+        color, hatch = looks.get(row.kind, (ORANGE, "...." if row.kind == "everything" else "xxxx"))
+        share = 100 * row.accuracy
+        low, high = (100 * end for end in row.interval)
+        bar = axes.barh(place, share, 0.72, color=color, alpha=0.75, hatch=hatch, edgecolor=color, linewidth=0.8)
+        bar[0].set_gid(f"bar-{row.kind}")
+        axes.errorbar(share, place, xerr=[[share - low], [high - share]], fmt="none", ecolor="0.35", capsize=2)
+        axes.annotate(f"{share:.1f}", (high, place), (3, 0), textcoords="offset points", va="center", fontsize=7)
+    axes.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 112)
+    axes.set_xticks(range(0, 101, 25))
+    axes.set_xlabel(f"accuracy left, % ({report.threat}, eps {report.eps}; whiskers 95 %)", fontsize=8)
+    return figure
+
+
+def _potential(report: RobustnessReport, columns: int) -> Figure:
+    """A heat map per attack: layers down, time steps across, one scale for all."""
+    own = [row for row in report.potential if not row["member"].startswith("control/")]
+    most = sorted(own, key=lambda row: -row["samples"])[:6]
+    rows = [row for row in own if row in most]
+    columns = min(columns, len(rows))
+    down = math.ceil(len(rows) / columns)
+    layers = max(len(row["layers"]) for row in rows)
+    figure = Figure(figsize=(0.4 + 4.2 * columns, 0.8 + (0.65 + 0.24 * layers) * down), layout="constrained")
+    panels = figure.subplots(down, columns, squeeze=False)
+    numbers = [value for row in rows for steps in row["layers"].values() for value in steps if value > 0]
+    scale = LogNorm(min(numbers), max(numbers)) if numbers and min(numbers) < max(numbers) else Normalize(0, 1)
+    mesh = None
+    for axes, row in zip(panels.flat, rows, strict=False):
+        steps = max(len(values) for values in row["layers"].values())
+        grid = [[*values, *[math.nan] * (steps - len(values))] for values in row["layers"].values()]
+        mesh = axes.pcolormesh(grid, norm=scale, cmap="cividis", edgecolors="face", linewidth=0.1)
+        axes.set_title(f"{row['member']} ({row['samples']} images)", fontsize=8)
+        axes.set_yticks([place + 0.5 for place in range(len(grid))], list(row["layers"]), fontsize=7)
+        axes.set_xticks([place + 0.5 for place in range(steps)], [str(step) for step in range(steps)], fontsize=7)
+        axes.invert_yaxis()
+    for axes in panels.flat[len(rows) :]:
+        axes.set_axis_off()
+    for axes in panels[-1]:
+        axes.set_xlabel("time step", fontsize=8)
+    figure.colorbar(mesh, ax=list(panels.flat), label="MS-MPPD", shrink=min(1.0, 2.0 / down))
+    return figure
 
 
 def _bars(axes: Axes, report: Report) -> None:

@@ -110,7 +110,7 @@ def run_suite(
         "batch sizes": fingerprint(sizes),
         "releases": ", ".join(f"{name} {releases[name]}" for name in ("sj_robust", "spikingjelly", "torch")),
     }
-    rank, processes = _place()
+    rank, processes = place()
     progress = Progress(folder, key)
     run = _Run(model, tuple(members), threat, seed, draws, len(sizes), range(rank, len(sizes), processes), on_step)
     records: dict[int, list[dict[str, Any]]] = {}
@@ -144,6 +144,19 @@ def data_fingerprint(batches: Batches) -> str:
         True
     """
     return _survey(batches)[2]
+
+
+def place() -> tuple[int, int]:
+    """Number of this process and number of processes, (0, 1) without ``torch.distributed``. 进程编号与进程数。
+
+    Example:
+        >>> place()
+        (0, 1)
+    """
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
 
 
 class _Run:
@@ -293,17 +306,9 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _place() -> tuple[int, int]:
-    """Number of this process and number of processes."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return 0, 1
-    return distributed.get_rank(), distributed.get_world_size()
-
-
 def _gathered(records: dict[int, list[dict[str, Any]]]) -> dict[int, list[dict[str, Any]]]:
     """The records of all processes, on each of them."""
-    processes = _place()[1]
+    processes = place()[1]
     if processes == 1:
         return records
     parts: list[dict[int, list[dict[str, Any]]] | None] = [None] * processes

@@ -1,0 +1,269 @@
+"""A whole evaluation: activity, choice of estimators, attacks with their control, diagnosis, report."""
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sj_robust.attacks.apgd import apgd
+from sj_robust.attacks.bridges import transfer
+from sj_robust.attacks.randomness import SampleSeeds
+from sj_robust.attacks.worst_case import Member, fools, sweep
+from sj_robust.evaluation.activity import firing
+from sj_robust.evaluation.environment import environment
+from sj_robust.evaluation.eps import eps_text
+from sj_robust.evaluation.masking import diagnose
+from sj_robust.evaluation.outcome import SuiteOutcome
+from sj_robust.evaluation.progress import Position, stage
+from sj_robust.evaluation.robustness_report import RobustnessReport
+from sj_robust.evaluation.runner import data_fingerprint, network_fingerprint, place, run_suite
+from sj_robust.evaluation.subject import Subject, describe_network
+from sj_robust.evaluation.suites import Suite, SuiteName, SweepSettings, make_suite
+from sj_robust.evaluation.threat import ThreatModel
+
+__all__ = ["assess"]
+
+_PROBE = 256
+"""Images that firing is counted on and estimators are chosen on, at most."""
+_DIAGNOSED = 40
+_CURVE = 256
+_FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
+"""Radii of accuracy over eps, in units of the threat's."""
+
+
+def assess(
+    subject: Subject,
+    batches: Iterable[tuple[Tensor, ...]],
+    *,
+    suite: SuiteName,
+    threat: ThreatModel,
+    dataset: str,
+    classes: int,
+    seed: int = 0,
+    draws: int = 1,
+    source: nn.Module | None = None,
+    folder: Path | None = None,
+    configuration: Mapping[str, Any] | None = None,
+    say: Callable[[str], None] = lambda text: None,
+    on_step: Callable[[Position], None] | None = None,
+) -> RobustnessReport:
+    """Evaluate a network and write the report. 完整评估并生成报告。
+
+    In order: firing of every layer, sweep over gradient estimators (if the suite chooses), the suite and its control on
+    all images, accuracy over eps, signs of gradient masking. Every part is kept in ``folder`` as it ends, and a call
+    with the same arguments goes on where a killed one stopped. Several processes share the images, see ``run_suite``.
+
+    Args:
+        subject: The network.
+        batches: Test images with labels in batches, iterable more than once.
+        suite: Name of the suite.
+        threat: Norm and radius, > 0.
+        dataset: Name of the data set.
+        classes: Number of classes.
+        seed: Seeds everything.
+        draws: Fresh forwards in each of which a stochastic network must be wrong.
+        source: Another network for the same images; transfer attacks from it join the suite.
+        folder: Where progress is kept; None keeps none.
+        configuration: Options of the run, for the report.
+        say: Called with a line for each part.
+        on_step: Called after every step of the suite.
+
+    Returns:
+        The report, on every process.
+
+    Raises:
+        ValueError: If an argument is wrong, or the folder holds the progress of another evaluation.
+
+    Source: evaluation as asked for by Carlini et al., "On evaluating adversarial robustness" (arXiv 1902.06705).
+    """
+    if threat.eps <= 0:
+        raise ValueError(f"eps must be > 0 to attack at all, got {threat.eps}")
+    model, data = subject.model, data_fingerprint(batches)
+    x, y = _first(batches, _PROBE, model)
+    key = {"network": network_fingerprint(model), "data": data, "threat": repr(threat), "seed": str(seed)}
+    key |= {"draws": str(draws)}
+
+    say(f"firing of every layer on {len(x)} images")
+    activity = [asdict(layer) for layer in firing(model, x, seed=seed)]
+    plan = make_suite(suite, threat, classes=classes)
+    rows: list[dict[str, Any]] = []
+    if plan.sweep is not None:
+        say(f"choosing among {len(plan.sweep.candidates)} gradient estimators")
+        compute = partial(_sweep, model, x, y, threat=threat, settings=plan.sweep, seed=seed, draws=draws)
+        rows = _on_one(partial(stage, folder and folder / "sweep.json", key, compute))
+        chosen = [row["estimator"] for row in rows if row["chosen"]]
+        plan = make_suite(suite, threat, chosen=chosen, classes=classes)
+    if source is not None:
+        plan = _with_transfer(plan, source, threat)
+    say(f"suite {plan.name}: {plan.description}; {len(plan.members)} attacks, {len(plan.control)} of the control")
+    settings: dict[str, Any] = {"seed": seed, "draws": draws, "on_step": on_step}
+    members = (*plan.members, *plan.control)
+    outcome = run_suite(model, batches, members, threat=threat, folder=folder and folder / "suite", **settings)
+
+    curve = _curve_of(outcome, threat)
+    if not curve:
+        say("accuracy over eps")
+        best = next((row["estimator"] for row in rows if row["chosen"]), "training")
+        few, wide = _few(batches), replace(threat, eps=max(_radii(threat)))
+        levels = _levels(threat, best)
+        found = run_suite(model, few, levels, threat=wide, folder=folder and folder / "over_eps", **settings)
+        curve = _cumulative(found)
+    say("signs of gradient masking")
+    compute = partial(_diagnose, model, x, y, threat=threat, seed=seed, source=source, draws=draws)
+    key |= {"source": network_fingerprint(source)} if source is not None else {}
+    findings = _on_one(partial(stage, folder and folder / "findings.json", key, compute))
+    network = {"architecture": subject.architecture, "fingerprint": key["network"]} | describe_network(model)
+    unseen = sorted({text for row in outcome.potential for text in row["warnings"]})
+    return RobustnessReport(
+        name=subject.name,
+        dataset=dataset,
+        threat=threat.norm,
+        eps=eps_text(threat.eps),
+        suite=plan.name,
+        classes=classes,
+        labels=outcome.labels,
+        correct=outcome.correct,
+        members=outcome.members,
+        seed=seed,
+        draws=draws,
+        network=network,
+        data=data,
+        estimators=tuple(rows),
+        over_eps=tuple(curve),
+        firing=tuple(activity),
+        findings=tuple(findings),
+        potential=tuple({name: row[name] for name in ("member", "samples", "layers")} for row in outcome.potential),
+        configuration=dict(configuration or {}),
+        environment=environment(x.device) | {"processes": str(place()[1])},
+        warnings=tuple(unseen),
+    )
+
+
+def _sweep(
+    model: nn.Module, x: Tensor, y: Tensor, *, threat: ThreatModel, settings: SweepSettings, seed: int, draws: int
+) -> list[dict[str, Any]]:
+    """Rows of the sweep, strongest first; none if the network gets no image right."""
+    seeds = SampleSeeds(range(len(y))).derived("sweep", seed)
+    if bool(fools(model, x, y, draws=draws, seeds=seeds).all()):
+        return []
+    rows = sweep(
+        model,
+        x,
+        y,
+        eps=threat.eps,
+        norm=threat.norm,
+        candidates=settings.candidates,
+        steps=settings.steps,
+        count=settings.count,
+        images=settings.images,
+        draws=draws,
+        seeds=seeds,
+    )
+    return [asdict(row) for row in rows]
+
+
+def _diagnose(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    threat: ThreatModel,
+    seed: int,
+    source: nn.Module | None,
+    draws: int,
+) -> list[dict[str, Any]]:
+    few = slice(_DIAGNOSED)
+    averaged = 10 if draws > 1 else 1
+    findings = diagnose(model, x[few], y[few], threat=threat, seed=seed, source=source, eot_samples=averaged)
+    return [asdict(finding) for finding in findings]
+
+
+def _with_transfer(suite: Suite, source: nn.Module, threat: ThreatModel) -> Suite:
+    """The suite with attacks crafted on another network, and with those of the same cost in its control."""
+    attack = partial(apgd, eps=threat.eps, norm=threat.norm, steps=50)
+    ball = (threat.norm, threat.eps)
+    crafted = Member("transfer/apgd_ce", transfer(source, attack), group="transfer", ball=ball)
+    own = Member("control/transfer", attack, group="control", ball=ball)
+    return replace(suite, members=(*suite.members, crafted), control=(*suite.control, own))
+
+
+def _radii(threat: ThreatModel) -> list[float]:
+    """Radii of accuracy over eps; in Linf none beyond 1, where every image is within reach."""
+    limit = 1.0 if threat.norm == "Linf" else float("inf")
+    return sorted({min(limit, factor * threat.eps) for factor in _FACTORS})
+
+
+def _levels(threat: ThreatModel, estimator: str) -> tuple[Member, ...]:
+    """APGD at growing radii in one group: what has fallen at one radius has fallen at every larger one."""
+    return tuple(
+        Member(
+            f"apgd20@{eps_text(radius)}",
+            partial(apgd, eps=radius, norm=threat.norm, steps=20),
+            estimator,
+            group="over_eps",
+            ball=(threat.norm, radius),
+        )
+        for radius in _radii(threat)
+    )
+
+
+def _cumulative(outcome: SuiteOutcome) -> list[dict[str, Any]]:
+    """Accuracy after each radius of one group."""
+    total, left = len(outcome.labels), len(outcome.correct)
+    rows = [_row(0.0, "clean", left, total)]
+    for member in outcome.members:
+        left -= len(member.fooled)
+        rows.append(_row(member.eps or 0.0, f"APGD-CE 20, {member.estimator}", left, total))
+    return rows
+
+
+def _curve_of(outcome: SuiteOutcome, threat: ThreatModel) -> list[dict[str, Any]]:
+    """Accuracy over eps from the members of a suite that have other radii than the threat, such as the paper's."""
+    members = [member for member in outcome.members if "@" in member.name and member.eps is not None]
+    if len({member.eps for member in members} - {threat.eps}) < 2:
+        return []
+    total, right = len(outcome.labels), len(outcome.correct)
+    rows = [_row(0.0, "clean", right, total)]
+    rows += [_row(m.eps or 0.0, m.name.partition("@")[0], right - len(m.fooled), total) for m in members]
+    return rows
+
+
+def _row(eps: float, attack: str, correct: int, total: int) -> dict[str, Any]:
+    return {"eps": eps_text(eps), "attack": attack, "correct": correct, "total": total}
+
+
+def _first(batches: Iterable[tuple[Tensor, ...]], count: int, model: nn.Module) -> tuple[Tensor, Tensor]:
+    """The first images, on the device of the network."""
+    device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
+    images, labels, size = [], [], 0
+    for batch in batches:
+        images.append(batch[0])
+        labels.append(batch[1])
+        size += len(batch[1])
+        if size >= count:
+            break
+    return torch.cat(images)[:count].to(device), torch.cat(labels)[:count].to(device)
+
+
+def _few(batches: Iterable[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+    """Batches for accuracy over eps: whole ones, until there are enough images."""
+    few: list[tuple[Tensor, ...]] = []
+    for batch in batches:
+        left = _CURVE - sum(len(labels) for _, labels in few)
+        if left <= 0:
+            break
+        few.append((batch[0][:left], batch[1][:left]))
+    return few
+
+
+def _on_one(compute: Callable[[], Any]) -> Any:
+    """What the first process computes, on every process."""
+    rank, processes = place()
+    result = [compute() if rank == 0 else None]
+    if processes > 1:
+        torch.distributed.broadcast_object_list(result)
+    return result[0]
