@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from sj_robust.attacks._call import Model
+from sj_robust.attacks.apgd import apgd
 from sj_robust.attacks.checks import check_count
-from sj_robust.attacks.gradient import pgd
 from sj_robust.attacks.member import Member, SampleAttack, check_estimator, clock, craft, fools, scored
 from sj_robust.attacks.projection import Norm
 from sj_robust.attacks.randomness import SampleSeeds
@@ -234,7 +234,7 @@ def sweep(
     rows = (~fools(model, x, y, draws=draws, seeds=seeds)).nonzero().flatten()[:images]
     if len(rows) == 0:
         raise ValueError(f"a sweep needs images that are classified right, got none among {len(x)}; give others")
-    short = partial(pgd, eps=eps, step_size=eps / 4, norm=norm, steps=steps) if attack is None else attack
+    short = partial(apgd, eps=eps, norm=norm, steps=steps) if attack is None else attack
     trial = _Trials(model, x[rows], y[rows], short, draws, seeds.rows(rows))
     names = tuple(dict.fromkeys(("training", *candidates)))
     for name in names:
