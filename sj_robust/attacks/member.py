@@ -13,7 +13,7 @@ from sj_robust.attacks.checks import check_count, check_images, check_labels, ch
 from sj_robust.attacks.projection import l2_norm
 from sj_robust.attacks.randomness import SampleSeeds, check_seeds, seeded_globals
 
-__all__ = ["Member", "SampleAttack", "check_estimator", "clock", "craft", "fools", "scored"]
+__all__ = ["Member", "SampleAttack", "check_estimator", "clock", "craft", "fools", "has_detached_reset", "scored"]
 
 _TOLERANCE = 1e-6  # of the ball's radius, for attacks of other packages that round to the nearest
 
@@ -173,6 +173,15 @@ def check_estimator(name: str) -> None:
         from sj_robust.attacks.estimators import estimator
 
         estimator(name)
+
+
+def has_detached_reset(name: str) -> bool:
+    """Whether the estimator has a variant with the reset detached that is not the estimator itself."""
+    try:
+        check_estimator(f"{name}+detach")
+    except ValueError:
+        return False
+    return not name.endswith("+detach")
 
 
 def clock(device: torch.device) -> float:

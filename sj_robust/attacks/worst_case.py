@@ -10,7 +10,16 @@ from torch import Tensor
 from sj_robust.attacks._call import Model
 from sj_robust.attacks.apgd import apgd
 from sj_robust.attacks.checks import check_count
-from sj_robust.attacks.member import Member, SampleAttack, check_estimator, clock, craft, fools, scored
+from sj_robust.attacks.member import (
+    Member,
+    SampleAttack,
+    check_estimator,
+    clock,
+    craft,
+    fools,
+    has_detached_reset,
+    scored,
+)
 from sj_robust.attacks.projection import Norm
 from sj_robust.attacks.randomness import SampleSeeds
 
@@ -241,8 +250,8 @@ def sweep(
         check_estimator(name)
     for name in names:
         trial.run(name)
-    for name in trial.choice(2):
-        if len(names) > 1 and not name.endswith("+detach"):
+    for name in trial.choice(2) if len(names) > 1 else ():
+        if has_detached_reset(name):
             trial.run(f"{name}+detach")
     chosen = trial.choice(count)
     rows_by_strength = sorted(trial.rows.values(), key=lambda row: (bool(row.note), row.robust_accuracy + row.margin))

@@ -1,0 +1,226 @@
+"""Sets of attacks by name: what is run, in which order, and the control of equal cost beside it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from sj_robust.attacks.apgd import apgd
+from sj_robust.attacks.bridges import autoattack, square
+from sj_robust.attacks.gradient import fgsm, pgd
+from sj_robust.attacks.member import Member, SampleAttack
+from sj_robust.attacks.noise import gaussian
+from sj_robust.attacks.sapgd import sapgd
+from sj_robust.attacks.worst_case import CANDIDATES
+from sj_robust.evaluation.threat import ThreatModel
+
+__all__ = ["Suite", "SuiteName", "SweepSettings", "make_suite"]
+
+SuiteName = Literal["paper", "fast", "standard", "autoattack"]
+
+_PAPER_EPS = 8 / 255
+_PAPER_STEPS = {7: 2.55 / 255, 10: 2 / 255, 20: 1 / 255, 40: 0.5 / 255}  # steps of PGD: step size at _PAPER_EPS
+
+
+@dataclass(frozen=True)
+class SweepSettings:
+    """How the estimators of a suite are chosen: arguments of ``sj_robust.attacks.sweep``. 梯度估计试探的设置。
+
+    Attributes:
+        candidates: Names of the estimators that are tried.
+        steps: Steps of the short attack.
+        images: Images it is run on, at most.
+        count: Estimators that are chosen, at most.
+    """
+
+    candidates: tuple[str, ...] = CANDIDATES
+    steps: int = 20
+    images: int = 48
+    count: int = 3
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Attacks that are run together. 攻击套件。
+
+    Attributes:
+        name: Name of the suite.
+        members: Attacks whose worst case counts, in the order in which they are run; those of group ``""`` are figures
+            for themselves, and may have another radius than the threat.
+        control: The training surrogate with restarts at the same cost, in group ``"control"``; what the choice of
+            estimators is worth is the difference.
+        description: What is run, in one sentence.
+        sweep: How the estimators are chosen beforehand; None if the suite needs no choice.
+
+    Raises:
+        ValueError: If two attacks have the same name.
+    """
+
+    name: str
+    members: tuple[Member, ...]
+    control: tuple[Member, ...]
+    description: str
+    sweep: SweepSettings | None = None
+
+    def __post_init__(self) -> None:
+        names = [member.name for member in (*self.members, *self.control)]
+        repeated = sorted({name for name in names if names.count(name) > 1})
+        if repeated:
+            raise ValueError(f"names of a suite's attacks must differ, got {repeated} more than once; add the restart")
+
+
+def make_suite(name: SuiteName, threat: ThreatModel, *, chosen: Sequence[str] = (), classes: int) -> Suite:
+    """A suite for a threat, with the estimators that a sweep has chosen.
+
+    按名称构造攻击套件。
+
+    c1, c2, c3 are the chosen estimators, the strongest first (fewer repeat from the start); APGD-T is APGD with the
+    targeted DLR loss and 9 classes. Within a suite an attack sees only images that no earlier one fooled, except in
+    ``paper``, where every attack sees all images that are classified right.
+
+    | suite | members in their order (steps x restarts) |
+    | --- | --- |
+    | ``paper`` | Gaussian (sigma = eps), FGSM, PGD-7, 10, 20, 40 (best and last iterate), APGD-CE 10, APGD-DLR 10; |
+    | | PGD-10 with step eps/4 at 10, 20 ... 100/255 |
+    | ``fast`` | APGD-CE c1, c2 (50 x 1), APGD-DLR c1 (50 x 1), APGD-CE c1 (50 x 2 more), training (50 x 1) |
+    | ``standard`` | APGD-CE c1, c2, c3 (100 x 1), APGD-DLR c1 (100 x 1), training APGD-CE (100 x 1), |
+    | | APGD-CE c1, c2, c3 (100 x 2 more), APGD-T c1 (9 x 100), SA-PGD assg (100 x 1), Square (1000 queries) |
+    | ``autoattack`` | AutoAttack standard: APGD-CE (100), APGD-T (9 x 100), FAB-T (9 x 100), Square (5000 queries) |
+
+    The control of ``paper``, ``fast`` and ``standard`` is every attack of the suite once more, with the training
+    surrogate and another seed. That of ``autoattack`` spends its forwards and gradients on restarts of its own APGDs:
+    FAB-T on a second APGD-T, Square on 16 more APGD-CE (a gradient taken for the price of two forwards).
+
+    Args:
+        name: ``"paper"`` (the protocol of Ding et al., Linf), ``"fast"``, ``"standard"`` or ``"autoattack"``.
+        threat: The budget of every attack. The steps of ``paper`` grow with it, and are the printed ones at 8/255.
+        chosen: Names of estimators, the strongest first; none means the training surrogate.
+        classes: Number of classes of the network; the DLR losses are left out where there are too few.
+
+    Raises:
+        ValueError: If the suite is unknown or does not fit the threat, estimators are given to a suite without a
+            choice, or there are fewer than two classes.
+
+    Source: Ding et al. (ICML 2024), section 5; AutoAttack of Croce and Hein (ICML 2020).
+
+    Example:
+        >>> suite = make_suite("fast", ThreatModel("Linf", 8 / 255), chosen=["atan:4", "triangle:0.5"], classes=10)
+        >>> [member.name for member in suite.members[:3]]
+        ['apgd_ce/atan:4/r0', 'apgd_ce/triangle:0.5/r0', 'apgd_dlr/atan:4/r0']
+        >>> suite.control[0].name, suite.control[0].estimator
+        ('control/apgd_ce/atan:4/r0', 'training')
+    """
+    if name not in get_args(SuiteName):
+        raise ValueError(f"suite must be one of {', '.join(get_args(SuiteName))}, got {name!r}")
+    if isinstance(classes, bool) or not isinstance(classes, int) or classes < 2:
+        raise ValueError(f"classes must be an integer >= 2, got {classes!r}; pass the number of logits")
+    if chosen and name in ("paper", "autoattack"):
+        raise ValueError(f"suite {name!r} uses the training surrogate alone, got estimators {list(chosen)}; pass none")
+    plan = _Plan(threat, classes)
+    match name:
+        case "paper":
+            return _paper(plan)
+        case "autoattack":
+            return _autoattack(plan)
+        case "fast":
+            return _fast(plan, tuple(dict.fromkeys(chosen)) or ("training",))
+        case _:
+            return _standard(plan, tuple(dict.fromkeys(chosen)) or ("training",))
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Members with the budget of a threat."""
+
+    threat: ThreatModel
+    classes: int
+
+    def member(self, kind: str, attack: SampleAttack, estimator: str = "training", restart: int = 0) -> Member:
+        ball = (self.threat.norm, self.threat.eps)
+        return Member(f"{kind}/{estimator}/r{restart}", attack, estimator, seed=restart, ball=ball)
+
+    def ce(self, estimator: str, restart: int = 0, *, steps: int = 100) -> Member:
+        return self.member("apgd_ce", self._apgd("ce", steps), estimator, restart)
+
+    def dlr(self, estimator: str, restart: int = 0, *, steps: int = 100) -> list[Member]:
+        """APGD-DLR; the loss needs three logits."""
+        return [self.member("apgd_dlr", self._apgd("dlr", steps), estimator, restart)] if self.classes > 2 else []
+
+    def targeted(self, estimator: str, restart: int = 0, *, steps: int = 100) -> list[Member]:
+        """APGD with the targeted DLR loss, which needs four logits."""
+        if self.classes < 4:
+            return []
+        attack = partial(self._apgd("dlr_targeted", steps), target_classes=min(9, self.classes - 1))
+        return [self.member("apgd_t", attack, estimator, restart)]
+
+    def sapgd(self, estimator: str, *, steps: int = 100) -> list[Member]:
+        """SA-PGD, which knows the Linf ball alone."""
+        if self.threat.norm != "Linf":
+            return []
+        return [self.member("sapgd", partial(sapgd, eps=self.threat.eps, steps=steps), estimator)]
+
+    def square(self, queries: int) -> Member:
+        return self.member("square", partial(square, eps=self.threat.eps, norm=self.threat.norm, queries=queries))
+
+    def _apgd(self, loss: Literal["ce", "dlr", "dlr_targeted"], steps: int) -> partial[Tensor]:
+        return partial(apgd, eps=self.threat.eps, norm=self.threat.norm, loss=loss, steps=steps)
+
+
+def _fast(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
+    best, second = chosen[0], chosen[1 % len(chosen)]
+    ce = partial(plan.ce, steps=50)
+    members = [ce(best), *([ce(second)] if second != best else []), *plan.dlr(best, steps=50)]
+    members += [ce(best, 1), ce(best, 2), *([] if "training" in (best, second) else [ce("training")])]
+    description = f"APGD of 50 steps with {best} and {second}: a first impression, not a final figure"
+    return Suite("fast", tuple(members), _control(members), description, SweepSettings(images=32, steps=10, count=2))
+
+
+def _standard(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
+    best = chosen[0]
+    members = [plan.ce(name) for name in chosen]
+    members += plan.dlr(best)
+    members += [] if "training" in chosen else [plan.ce("training")]
+    members += [plan.ce(name, restart) for restart in (1, 2) for name in chosen]
+    members += [*plan.targeted(best), *plan.sapgd("assg"), plan.square(1000)]
+    description = f"worst case of APGD-CE, APGD-DLR, APGD-T, SA-PGD and Square with {', '.join(chosen)}"
+    return Suite("standard", tuple(members), _control(members), description, SweepSettings())
+
+
+def _paper(plan: _Plan) -> Suite:
+    norm, eps = plan.threat.norm, plan.threat.eps
+    if norm != "Linf":
+        raise ValueError(f"suite 'paper' is defined for Linf, got {norm!r}; use 'standard'")
+    scale = eps / _PAPER_EPS
+    figures: dict[str, SampleAttack] = {"fgsm": partial(fgsm, eps=eps)}
+    for steps, size in _PAPER_STEPS.items():
+        figures[f"pgd{steps}"] = partial(pgd, eps=eps, step_size=size * scale, steps=steps)
+        figures[f"pgd{steps}/last"] = partial(figures[f"pgd{steps}"], keep_best=False)
+    for loss in ("ce", "dlr") if plan.classes > 2 else ("ce",):
+        figures[f"apgd_{loss}"] = partial(apgd, eps=eps, loss=loss, steps=10)
+    members = [Member(name, attack, group="", ball=(norm, eps)) for name, attack in figures.items()]
+    control = _control(members)
+    members.insert(0, Member("gaussian", partial(gaussian, std=eps), group=""))
+    for level in range(10, 101, 10):
+        radius = level / 255
+        attack = partial(pgd, eps=radius, step_size=radius / 4, steps=10)
+        members.append(Member(f"pgd10@{level}/255", attack, group="", ball=(norm, radius)))
+    description = "the protocol of Ding et al. (ICML 2024): every attack for itself, with the training surrogate"
+    return Suite("paper", tuple(members), control, description)
+
+
+def _autoattack(plan: _Plan) -> Suite:
+    threat = plan.threat
+    member = plan.member("autoattack", partial(autoattack, eps=threat.eps, norm=threat.norm, version="standard"))
+    spent = [plan.ce("training"), *plan.targeted("training"), *plan.targeted("training", 1)]
+    spent += [plan.ce("training", restart) for restart in range(1, 17)]
+    description = "AutoAttack standard: APGD-CE, APGD-T, FAB-T and Square with the training surrogate"
+    return Suite("autoattack", (member,), _control(spent), description)
+
+
+def _control(members: Sequence[Member]) -> tuple[Member, ...]:
+    """The same attacks at the same cost, all with the training surrogate and from other random starts."""
+    return tuple(
+        replace(member, name=f"control/{member.name}", estimator="training", group="control") for member in members
+    )
