@@ -3,9 +3,9 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from matplotlib import rc_context
+from matplotlib import rc_context, rcParams
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
@@ -138,14 +138,16 @@ def _accuracy_over_eps(report: RobustnessReport) -> Figure:
     axes.fill_between(places, low, high, color=BLUE, alpha=0.2, linewidth=0)
     axes.plot(places, shares, "o-", color=BLUE, markersize=4, label=report.over_eps[-1]["attack"])
     here = unit * parse_eps(report.eps)
-    styles = [(report.control, "s", GREY), (report.everything, "D", ORANGE)]
-    for point, marker, color in styles:
+    for point, marker, color in ((report.control, "s", GREY), (report.everything, "D", ORANGE)):
         if point is not None:
             low_end, high_end = (100 * end for end in point.interval)
             middle = 100 * point.accuracy
-            name = "suite, worst case" if point.kind == "everything" else point.name
+            name = "worst case of everything" if point.kind == "everything" else point.name
+            size, filled = (9, "none") if marker == "s" else (5, color)  # the one shows around the other
             spread = [[middle - low_end], [high_end - middle]]
-            axes.errorbar(here, middle, spread, fmt=marker, color=color, capsize=4, markersize=6, label=name)
+            axes.errorbar(
+                here, middle, spread, fmt=marker, capsize=4, label=name, color=color, ms=size, markerfacecolor=filled
+            )
     axes.set_xlabel(f"eps, {report.threat}" + (", in 1/255" if unit == 255 else ""))
     axes.set_ylabel("accuracy, %")
     axes.set_xlim(left=0)
@@ -156,32 +158,35 @@ def _accuracy_over_eps(report: RobustnessReport) -> Figure:
 
 
 def _attacks(report: RobustnessReport) -> Figure:
-    """Bars from the first attack to the last; control and worst case below them, hatched."""
-    rows = [figure for figure in report.figures if not figure.name.startswith("control/")]
+    """Bars from the first attack to the last, hollow beyond the threat; control and worst case below, hatched."""
+    beyond = {member.name for member in report.members if not report.within(member)}
+    curve = {member.name for member in report.members if "@" in member.name}
+    rows = [row for row in report.figures if not row.name.startswith("control/") and row.name not in curve]
     figure = Figure(figsize=(4.6, 0.9 + 0.24 * len(rows)), layout="constrained")
     axes = figure.subplots()
-    looks = {"clean": (GREY, ""), "member": (BLUE, ""), "control": (GREY, "////")}
+    looks = {"clean": (GREY, ""), "member": (BLUE, ""), "control": (GREY, "////"), "worst case": (ORANGE, "xxxx")}
+    ink = rcParams["axes.edgecolor"]
     for place, row in enumerate(rows):
-        color, hatch = looks.get(row.kind, (ORANGE, "...." if row.kind == "everything" else "xxxx"))
+        color, hatch = looks.get(row.kind, (ORANGE, "...."))
         share = 100 * row.accuracy
         low, high = (100 * end for end in row.interval)
-        bar = axes.barh(place, share, 0.72, color=color, alpha=0.75, hatch=hatch, edgecolor=color, linewidth=0.8)
-        bar[0].set_gid(f"bar-{row.kind}")
-        axes.errorbar(share, place, xerr=[[share - low], [high - share]], fmt="none", ecolor="0.35", capsize=2)
+        axes.barh(
+            place, share, 0.72, color=color, alpha=0.5 if hatch else 0.0 if row.name in beyond else 0.8, linewidth=0
+        )
+        axes.barh(place, share, 0.72, facecolor="none", edgecolor=color, hatch=hatch, linewidth=1.0)
+        axes.errorbar(share, place, xerr=[[share - low], [high - share]], fmt="none", ecolor=ink, capsize=2)
         axes.annotate(f"{share:.1f}", (high, place), (3, 0), textcoords="offset points", va="center", fontsize=7)
     axes.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=7)
-    axes.invert_yaxis()
+    axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(0, 112)
-    axes.set_xticks(range(0, 101, 25))
+    axes.set_xticks(range(0, 101, 25), [str(tick) for tick in range(0, 101, 25)], fontsize=8)
     axes.set_xlabel(f"accuracy left, % ({report.threat}, eps {report.eps}; whiskers 95 %)", fontsize=8)
     return figure
 
 
 def _potential(report: RobustnessReport, columns: int) -> Figure:
     """A heat map per attack: layers down, time steps across, one scale for all."""
-    own = [row for row in report.potential if not row["member"].startswith("control/")]
-    most = sorted(own, key=lambda row: -row["samples"])[:6]
-    rows = [row for row in own if row in most]
+    rows = _different([row for row in report.potential if not row["member"].startswith("control/")], 6)
     columns = min(columns, len(rows))
     down = math.ceil(len(rows) / columns)
     layers = max(len(row["layers"]) for row in rows)
@@ -189,7 +194,6 @@ def _potential(report: RobustnessReport, columns: int) -> Figure:
     panels = figure.subplots(down, columns, squeeze=False)
     numbers = [value for row in rows for steps in row["layers"].values() for value in steps if value > 0]
     scale = LogNorm(min(numbers), max(numbers)) if numbers and min(numbers) < max(numbers) else Normalize(0, 1)
-    mesh = None
     for axes, row in zip(panels.flat, rows, strict=False):
         steps = max(len(values) for values in row["layers"].values())
         grid = [[*values, *[math.nan] * (steps - len(values))] for values in row["layers"].values()]
@@ -202,8 +206,17 @@ def _potential(report: RobustnessReport, columns: int) -> Figure:
         axes.set_axis_off()
     for axes in panels[-1]:
         axes.set_xlabel("time step", fontsize=8)
-    figure.colorbar(mesh, ax=list(panels.flat), label="MS-MPPD", shrink=min(1.0, 2.0 / down))
+    bar = figure.colorbar(mesh, ax=list(panels.flat), shrink=min(1.0, 2.0 / down))
+    bar.set_label("MS-MPPD", fontsize=8)
+    bar.ax.tick_params(which="both", labelsize=7)
     return figure
+
+
+def _different(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """Rows of different attacks first, then the ones with most images; in their own order."""
+    first = {row["member"].split("/")[0].split("@")[0]: row for row in reversed(rows)}
+    ranked = sorted(rows, key=lambda row: (row not in first.values(), -row["samples"]))[:count]
+    return [row for row in rows if row in ranked]
 
 
 def _bars(axes: Axes, report: Report) -> None:

@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -25,12 +25,12 @@ _CAPTIONS = {
     "accuracy_over_eps": (
         "Accuracy over eps",
         "The band is the 95 % interval. Square: the control (training surrogate, restarts, same cost). Diamond: the "
-        "worst case of everything that was run.",
+        "worst case of suite and control.",
     ),
     "attacks": (
         "Accuracy left by each attack",
-        "Attacks of one group work on what the earlier ones left, so bars fall from top to bottom. Hatched: the "
-        "control, the suite's worst case per image, and both together.",
+        "Attacks of one group work on what the earlier ones left, so bars fall from top to bottom. Hollow: "
+        "beyond the threat. Hatched: the control, the suite's worst case per image, and both together.",
     ),
     "potential": (
         "Perturbation of the membrane potential",
@@ -55,11 +55,15 @@ h1 { font-size: 1.6rem; line-height: 1.2; margin: .5rem 0; } h2 { font-size: 1.2
 .card { background: var(--panel); border-radius: .4rem; padding: .75rem 1rem; }
 .card b { display: block; font-size: 1.7rem; line-height: 1.2; }
 .card.doubtful b { text-decoration: line-through; font-weight: 400; }
-.figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 24rem), 1fr)); gap: 1.5rem; }
-figure { margin: 0; } svg { width: 100%; height: auto; max-width: 34rem; display: block; }
+.figures { columns: 24rem; column-gap: 2rem; }
+figure { margin: 0 0 1.5rem; break-inside: avoid; } figure h2 { margin-top: .5rem; }
+svg { width: 100%; height: auto; max-width: 34rem; display: block; }
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 caption { text-align: left; padding: .25rem 0; }
 th, td { text-align: left; padding: .3rem .6rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+td, th { overflow-wrap: normal; } td:first-child { min-width: 8rem; overflow-wrap: anywhere; }
+@media (max-width: 40rem) { .accuracies th:nth-child(2), .accuracies td:nth-child(2), .accuracies th:nth-child(3),
+  .accuracies td:nth-child(3), .accuracies th:last-child, .accuracies td:last-child { display: none; } }
 th { font-weight: 600; } .number { text-align: right; white-space: nowrap; } tr.sum { font-weight: 600; }
 summary { cursor: pointer; font-weight: 600; margin: 1rem 0 .5rem; }
 """
@@ -148,7 +152,7 @@ def _accuracies(report: RobustnessReport) -> str:
     headings = ["after", "estimator", "group", "%", "95 % interval", "right", "seconds"]
     sums = [index for index, figure in enumerate(report.figures) if _is_sum(figure)]
     caption = f"of {len(report.labels)} images"
-    return _table(headings, rows, caption=caption, numbers=range(3, 7), sums=sums)
+    return f'<div class="accuracies">{_table(headings, rows, caption=caption, numbers=range(3, 7), sums=sums)}</div>'
 
 
 def _details(report: RobustnessReport) -> str:
@@ -204,7 +208,7 @@ def _rows(rows: Sequence[dict[str, object]]) -> str:
     return _table(headings, [[_short(row.get(name)) for name in headings] for row in rows], numbers=numbers)
 
 
-def _pairs(values: dict[str, object]) -> str:
+def _pairs(values: Mapping[str, object]) -> str:
     flat = [[name, _short(value)] for name, value in values.items() if not isinstance(value, list)]
     lists = [
         _rows(value) for value in values.values() if isinstance(value, list) and value and isinstance(value[0], dict)

@@ -50,7 +50,7 @@ class Progress:
         """Take up a batch: what is known of it, open for more.
 
         Raises:
-            RuntimeError: If another process has taken up the batch.
+            BlockingIOError: If another process has taken up the batch.
         """
         if self._folder is None:
             yield BatchLog([], None)
@@ -237,6 +237,8 @@ def _lock(file: IO[bytes], path: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise RuntimeError(f"{path} is written by another process: is this evaluation running already?") from error
+        raise BlockingIOError(
+            f"{path} is being written by another process: is this evaluation running already?"
+        ) from error
     except OSError:  # a file system without locks
         return

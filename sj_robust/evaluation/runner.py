@@ -81,7 +81,7 @@ def run_suite(
     Raises:
         ValueError: If the folder holds the progress of another network, suite, threat, seed or data set, batches are
             not images and labels, or two members have one name.
-        RuntimeError: If another process works in the same folder.
+        BlockingIOError: If another process works in the same folder.
 
     Example:
         >>> from functools import partial

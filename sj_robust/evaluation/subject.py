@@ -9,13 +9,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.models import NetworkSpec, build_network
 from sj_robust.training.checkpoint import load_checkpoint
 
-__all__ = ["Subject", "describe_network", "from_checkpoint", "from_function"]
+__all__ = ["Subject", "check_fits", "describe_network", "from_checkpoint", "from_function"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -148,6 +149,38 @@ def describe_network(model: nn.Module) -> dict[str, Any]:
     ]
     size = sum(parameter.numel() for parameter in model.parameters())
     return {"T": getattr(model, "T", None), "parameters": size, "layers": layers}
+
+
+def check_fits(subject: Subject, images: Tensor, classes: int, dataset: str) -> None:
+    """A network takes the images of a data set and knows its classes. 检查网络与数据是否匹配。
+
+    Args:
+        subject: The network.
+        images: Images [N, C, H, W] of the data set, on the network's device; the first one is tried.
+        classes: Number of classes of the data set.
+        dataset: Name of the data set, for the message.
+
+    Raises:
+        ValueError: If they do not belong together.
+
+    Example:
+        >>> own = Subject("mine", nn.Flatten(), "a reshape")
+        >>> check_fits(own, torch.rand(1, 1, 2, 2), classes=4, dataset="digits")
+    """
+    shape = tuple(images.shape[1:])
+    if subject.spec is not None and tuple(subject.spec.image_shape) != shape:
+        raise ValueError(
+            f"{subject.name} takes images {tuple(subject.spec.image_shape)}, those of {dataset} are {shape}; leave "
+            "--dataset out to take the one it was trained on"
+        )
+    try:
+        with torch.no_grad():
+            logits = subject.model(images[:1])
+    except (RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{subject.name} does not take images {shape} of {dataset}: {reason}") from error
+    if logits.shape[1] != classes:
+        raise ValueError(f"{subject.name} tells {logits.shape[1]} classes apart, {dataset} has {classes}; give its own")
 
 
 def _checkpoint_file(path: Path) -> Path:

@@ -118,8 +118,14 @@ class Display:
         left = f"{_duration(position.seconds_left)} left"
         batch = f"{position.batch + 1}/{position.batches}"
         if not self._progress.disable:
-            fields = {"member": position.member, "batch": batch, "left": left}
-            self._progress.update(self._task, completed=position.done, total=position.total, **fields)
+            self._progress.update(
+                self._task,
+                completed=position.done,
+                total=position.total,
+                member=position.member,
+                batch=batch,
+                left=left,
+            )
         elif time.monotonic() - self._last > _PAUSE:
             self._last = time.monotonic()
             done = 100 * position.done / position.total

@@ -13,7 +13,7 @@ __all__ = ["CONFIGURATION_FILE", "open_run_folder", "run_to_resume"]
 CONFIGURATION_FILE = "config.yaml"
 
 
-def run_to_resume(output: str | None, stem: str, root: Path = Path("runs")) -> Path:
+def run_to_resume(output: str | None, stem: str, root: Path = Path("runs"), mark: str = "*/last.pt") -> Path:
     """The folder of an earlier run: ``output``, or the newest ``root/stem-NUMBER`` with a checkpoint.
 
     查找要继续的运行。
@@ -22,6 +22,7 @@ def run_to_resume(output: str | None, stem: str, root: Path = Path("runs")) -> P
         output: The folder, None for the newest.
         stem: Name of a folder under ``root`` up to its number.
         root: Where folders with numbers are.
+        mark: Files, as a glob pattern, that tell a run with something to go on with from one that failed at its start.
 
     Returns:
         A folder with a configuration in it.
@@ -30,7 +31,7 @@ def run_to_resume(output: str | None, stem: str, root: Path = Path("runs")) -> P
         FileNotFoundError: If there is no such run.
     """
     if output is None:  # a run that failed at its start has nothing to go on with
-        numbers = (number for number in _numbers(stem, root) if any((root / f"{stem}-{number}").glob("*/last.pt")))
+        numbers = (number for number in _numbers(stem, root) if any((root / f"{stem}-{number}").glob(mark)))
         folder = root / f"{stem}-{max(numbers, default=0)}"
     else:
         folder = Path(output)

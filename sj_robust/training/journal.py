@@ -22,6 +22,9 @@ class Journal:
     Args:
         folder: Where to write; None makes a journal that says nothing, for all processes but the first.
 
+    Attributes:
+        console: Where it prints; a bar shown there is not torn by what is said meanwhile.
+
     Example:
         >>> Journal(None).say("nobody hears this")
     """
@@ -29,15 +32,15 @@ class Journal:
     def __init__(self, folder: Path | None) -> None:
         """Nothing is written yet; a resumed run continues the log that is there."""
         self._folder = folder
-        self._console = Console(quiet=folder is None, highlight=False, soft_wrap=True)
+        self.console = Console(quiet=folder is None, highlight=False, soft_wrap=True)
         self._writer: SummaryWriter | None = None
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=20),
             TextColumn("{task.fields[status]}"),
             TimeRemainingColumn(),
-            console=self._console,
-            disable=folder is None or not self._console.is_terminal,
+            console=self.console,
+            disable=folder is None or not self.console.is_terminal,
             transient=True,
         )
         self._task = TaskID(0)
@@ -46,7 +49,7 @@ class Journal:
 
     def say(self, text: str) -> None:
         """Print a line and log it."""
-        self._console.print(text, markup=False)
+        self.console.print(text, markup=False)
         if self._folder is not None:
             with (self._folder / "log.txt").open("a", encoding="utf-8") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")

@@ -184,7 +184,7 @@ def test_two_processes_find_what_one_finds(tmp_path, whole):
 
 def test_a_folder_is_written_by_one_run_at_a_time(tmp_path):
     progress = Progress(tmp_path, {})
-    with progress.batch(0), pytest.raises(RuntimeError, match="running already"), Progress(tmp_path, {}).batch(0):
+    with progress.batch(0), pytest.raises(BlockingIOError, match="running already"), Progress(tmp_path, {}).batch(0):
         pass
 
 

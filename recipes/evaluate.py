@@ -1,0 +1,228 @@
+"""Measure how robust a spiking network is, with everything a sceptical reader asks for.
+
+python recipes/evaluate.py runs/digits-dlif-at-1/dlif_at                   # suite standard, eps of its training
+python recipes/evaluate.py CHECKPOINT --suite fast --test-limit 200 --eps 8/255
+python recipes/evaluate.py --network mynet.py:build --T 8 --eps 8/255      # somebody's own SpikingJelly network
+python recipes/evaluate.py CHECKPOINT --output runs/mine --resume          # continue after a stop
+python recipes/evaluate.py --compare A/report.json B/report.json
+torchrun --nproc-per-node 2 recipes/evaluate.py CHECKPOINT                 # or accelerate launch
+"""
+
+import re
+import sys
+from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+from jsonargparse import auto_cli
+from rich.console import Console
+
+from sj_robust import training
+from sj_robust.data import image_loader, load_images
+from sj_robust.evaluation import ThreatModel, environment
+from sj_robust.evaluation.assess import assess
+from sj_robust.evaluation.comparison import compare
+from sj_robust.evaluation.eps import parse_eps
+from sj_robust.evaluation.html import save_html
+from sj_robust.evaluation.robustness_report import RobustnessReport
+from sj_robust.evaluation.subject import Subject, check_fits, from_checkpoint, from_function
+from sj_robust.evaluation.terminal import Display, show_comparison, show_report
+from sj_robust.plotting import plot_robustness
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of evaluate.
+
+    Attributes:
+        checkpoint: A checkpoint of adv_train, a network's folder (its best.pt) or a run's folder; also given without
+            the option's name.
+        network: Instead of a checkpoint, module:function or file.py:function that returns a SpikingJelly network with
+            its weights, bare or in a SpikingClassifier.
+        compare: Two saved reports to compare, instead of an evaluation.
+        suite: paper is the protocol of Ding et al., fast a first impression, standard the figure to report,
+            autoattack AutoAttack standard; all with their control.
+        eps: Radius, a number or a fraction such as 8/255; null takes that of the checkpoint.
+        norm: Norm of the adversary.
+        dataset: Images to test on; null takes those of the checkpoint, or digits.
+        data_root: Folder with the IDX files of Fashion-MNIST, or torchvision's folder that holds FashionMNIST/raw.
+        test_limit: Test images to use at most; null for all.
+        batch_size: Images per batch; results do not depend on it.
+        T: Time steps of a bare network of your own.
+        mean: Mean per channel that a bare network expects to be subtracted.
+        std: Standard deviation per channel that it expects to be divided by.
+        transfer: Checkpoint of another network for the same images; attacks crafted on it join the suite.
+        draws: Fresh forwards in each of which a stochastic network must be wrong for an image to count as broken.
+        seed: Seed of everything.
+        device: auto takes a GPU if there is one.
+        output: Folder of the results; null makes a new one under runs/.
+        resume: Go on with the evaluation in output (null: the newest of this kind).
+    """
+
+    checkpoint: str | None = None
+    network: str | None = None
+    compare: list[str] | None = None
+    suite: Literal["paper", "fast", "standard", "autoattack"] = "standard"
+    eps: float | str | None = None
+    norm: Literal["Linf", "L2"] = "Linf"
+    dataset: Literal["digits", "fashion_mnist"] | None = None
+    data_root: str = "data"
+    test_limit: int | None = None
+    batch_size: int = 128
+    T: int | None = None
+    mean: list[float] | None = None
+    std: list[float] | None = None
+    transfer: str | None = None
+    draws: int = 1
+    seed: int = 0
+    device: Literal["auto", "cpu"] = "auto"
+    output: str | None = None
+    resume: bool = False
+
+
+def main(arguments: list[str]) -> None:
+    """Evaluate a network, or compare two reports."""
+    options = parse(arguments)
+    if options.compare is not None:
+        show_comparison(compare(*map(load_report, two(options.compare))), Console())
+        return
+    on_gpu = options.device == "auto" and torch.cuda.is_available()
+    # A process that is done waits for the slowest one.
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=30))
+    accelerator = Accelerator(cpu=not on_gpu, kwargs_handlers=[patience])
+    subject = load_subject(options)
+    subject.model.to(accelerator.device)
+    threat = ThreatModel(options.norm, radius(options, subject))
+    dataset = options.dataset or subject.options.get("dataset", "digits")
+    splits = load_images(dataset, root=options.data_root, test_limit=options.test_limit)
+    batches = image_loader(splits.test, options.batch_size)
+    check_fits(subject, next(iter(batches))[0].to(accelerator.device), splits.classes, dataset)
+    source = None if options.transfer is None else from_checkpoint(Path(options.transfer)).model
+    configuration = asdict(replace(options, output=None, resume=False))
+    folder = training.open_run_folder(options.output, stem(options), configuration, accelerator, resume=options.resume)
+    journal = training.Journal(folder if accelerator.is_main_process else None)
+    journal.header("environment", environment(accelerator.device) | {"processes": str(accelerator.num_processes)})
+    journal.header("configuration", configuration)
+    with Display(journal.console) as display:
+        report = assess(
+            subject,
+            batches,
+            suite=options.suite,
+            threat=threat,
+            dataset=dataset,
+            classes=splits.classes,
+            seed=options.seed,
+            draws=options.draws,
+            source=None if source is None else source.to(accelerator.device),
+            folder=folder / "progress",
+            configuration=configuration,
+            say=journal.say,
+            on_step=display.on_step,
+        )
+    if accelerator.is_main_process:
+        report.save(folder / "report.json")
+        save_html(report, folder / "report.html")
+        plots = plot_robustness(report, folder)
+        show_report(report, journal.console)
+        worst, (low, high) = report.everything, report.everything.interval
+        journal.say(
+            f"robust accuracy at most {worst.accuracy:.1%} (95 % interval {low:.1%} to {high:.1%}); report.json, "
+            f"report.html and {', '.join(path.name for path in plots)} are in {folder}"
+        )
+    accelerator.end_training()
+
+
+def load_subject(options: Options) -> Subject:
+    """The network to evaluate."""
+    if (options.checkpoint is None) == (options.network is None):
+        raise ValueError("give a checkpoint, or your own network with --network module:function, or --compare A B")
+    if options.network is not None:
+        return from_function(options.network, T=options.T, mean=options.mean, std=options.std)
+    if options.T is not None or options.mean is not None or options.std is not None:
+        raise ValueError("a checkpoint knows its own T, mean and std: leave --T, --mean and --std out")
+    return from_checkpoint(Path(str(options.checkpoint)))
+
+
+def radius(options: Options, subject: Subject) -> float:
+    """Radius of the threat: the one asked for, or the one of the checkpoint's own evaluation."""
+    trained = subject.options
+    eps = options.eps if options.eps is not None else trained.get("eval_eps") or trained.get("eps")
+    if eps is None:
+        raise ValueError("eps is not known for this network: give the radius, such as --eps 8/255")
+    if options.eps is None and options.norm != "Linf":
+        raise ValueError(f"the checkpoint's eps is one of Linf: give that of {options.norm}, such as --eps 0.5")
+    if parse_eps(eps) <= 0:
+        raise ValueError(f"eps must be > 0 to attack at all, got {eps}")
+    if options.norm == "Linf" and parse_eps(eps) > 1:
+        raise ValueError(f"eps must be <= 1, since images lie in [0, 1], got {eps}; write 8/255 instead of 8")
+    return parse_eps(eps)
+
+
+def load_report(path: str) -> RobustnessReport:
+    """A saved report, from its file or its folder."""
+    file = Path(path) / "report.json" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise FileNotFoundError(f"{file} does not exist; --compare takes two report.json of this recipe")
+    return RobustnessReport.load(file)
+
+
+def two(paths: list[str]) -> list[str]:
+    """Exactly two."""
+    if len(paths) != 2:
+        raise ValueError(f"--compare takes two reports, got {len(paths)}: --compare A/report.json B/report.json")
+    return paths
+
+
+def stem(options: Options) -> str:
+    """Name of the folder, up to its number."""
+    path = Path(options.checkpoint or "")
+    name = path.parent.name if path.suffix == ".pt" else path.name
+    own = re.split(r"[:/]", options.network)[-1] if options.network else name
+    return f"evaluate-{own}-{options.suite}"
+
+
+def parse(arguments: list[str]) -> Options:
+    """Options from the command line; --data-root is --data_root, and a bare word is the checkpoint."""
+    options: Options = auto_cli(Options, args=named(arguments))
+    if not options.resume:
+        return options
+    folder = training.run_to_resume(options.output, stem(options), mark="progress")
+    resumed: Options = auto_cli(Options, args=["--config", str(folder / "config.yaml"), *named(arguments)])
+    return replace(resumed, output=str(folder))
+
+
+def named(arguments: list[str]) -> list[str]:
+    """The arguments with a name each."""
+    words, found = list(arguments), []
+    while words:
+        word = words.pop(0)
+        word = re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word)
+        value_follows = bool(words) and not words[0].startswith("--")
+        if word == "--compare":
+            paths: list[Any] = []
+            while words and not words[0].startswith("--"):
+                paths.append(words.pop(0))
+            found.append(f"--compare={paths}")
+        elif word == "--resume" and (not value_follows or words[0] not in ("true", "false")):
+            found.append("--resume=true")
+        elif not word.startswith("-"):
+            found.append(f"--checkpoint={word}")
+        else:
+            found.append(word)
+            if "=" not in word and value_follows:
+                found.append(words.pop(0))
+    return found
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except KeyboardInterrupt:
+        print("stopped; what is finished is kept, continue with --resume", file=sys.stderr)
+        sys.exit(130)
+    except (OSError, ValueError, ModuleNotFoundError) as error:
+        sys.exit(f"error: {error}")
