@@ -93,8 +93,8 @@ class Search:
             if len(rows) == 0:
                 continue
             gradient, loss, done = self._gradient(rows)
-            if self.settings.keep_best:
-                best.offer(rows, self.flipped[rows], done, loss)
+            shown = done | self.settings.keep_best
+            best.offer(rows[shown], self.flipped[rows[shown]], done[shown], loss[shown])
             fooled[rows] = done
             rows, gradient, loss = rows[~done], gradient[~done], loss[~done]
             if len(rows):
@@ -113,8 +113,8 @@ class Search:
         gain = gradient * self._direction(rows)
         if self.scaled:
             gain = gain * self.order[rows]
-        largest = gain.abs().amax(1, keepdim=True)
-        ranked = gain.double() + _TIE * torch.where(largest > 0, largest, 1.0) * self.order[rows]
+        scale = gain.abs().amax(1, keepdim=True)
+        ranked = gain.double() + _TIE * torch.where(scale > 0, scale, 1.0) * self.order[rows]
         ranked = ranked.masked_fill(~self.flippable[rows] | self.flipped[rows], -torch.inf)
         wide = min(int(size.max()) + self.settings.probes, ranked.shape[1])
         ranked, index = ranked.topk(wide, dim=1)

@@ -99,7 +99,7 @@ def flip_events(
     """
     check_model(model)
     check_frames(x)
-    check_labels(y, x)
+    _check_labels(y, x)
     check_seeds(generator, x)
     _check_budget(x, flips, allow)
     check_count("steps", steps)
@@ -116,7 +116,7 @@ def flip_events(
     objective = Objective(model, margin if loss is None else loss, eot_samples=eot_samples)
     flippable = _flippable(x, allow)
     with crafting(model, x.device, generator) as private:
-        best = _start(objective, x, y)
+        best = _start(objective, x, y, keep_best)
         targets = _likeliest_others(model, x, y, target_classes)
         for run in range(len(targets) + restarts):
             towards = targets[run - 1] if 1 <= run <= len(targets) else None
@@ -173,7 +173,7 @@ def random_flips(
         check_model(model)
     check_frames(x)
     if y is not None:
-        check_labels(y, x)
+        _check_labels(y, x)
     check_seeds(generator, x)
     _check_budget(x, flips, allow)
     check_count("tries", tries)
@@ -265,6 +265,16 @@ def check_frames(x: Tensor) -> None:
         )
 
 
+def _check_labels(y: Tensor, x: Tensor) -> None:
+    """As for images, and the commonest mistake by its name: the layout that the network itself takes."""
+    if isinstance(y, Tensor) and y.shape == (x.shape[1],) != (x.shape[0],):
+        raise ValueError(
+            f"x must be event frames with samples first, [N, T, 2, H, W], got shape {tuple(x.shape)} for {len(y)} "
+            "labels; use x.transpose(0, 1)"
+        )
+    check_labels(y, x)
+
+
 def _check_budget(x: Tensor, flips: int, allow: Allow) -> None:
     if allow not in get_args(Allow):
         raise ValueError(f"allow must be one of {get_args(Allow)}, got {allow!r}")
@@ -298,10 +308,12 @@ def _own(private: Private, device: torch.device) -> Private:
     return private_generator(private.next() if isinstance(private, SampleDraws) else private, device)
 
 
-def _start(objective: Objective, x: Tensor, y: Tensor) -> Best:
+def _start(objective: Objective, x: Tensor, y: Tensor, keep_best: bool) -> Best:
     """The frames themselves as the first candidates: what is wrong already needs no change."""
     best, score = Best(x), objective.score(x, y)
-    best.fooled, best.loss = score.fooled.clone(), score.loss.double()
+    best.fooled = score.fooled.clone()
+    if keep_best:
+        best.loss = score.loss.double()
     return best
 
 
