@@ -23,6 +23,7 @@ from sj_robust.attacks import fgsm, gaussian, pgd, rfgsm
 from sj_robust.data import ImageSplits, image_loader, load_images
 from sj_robust.evaluation import Attack, Report, ThreatModel, environment, evaluate
 from sj_robust.models import NetworkSpec, build_network
+from sj_robust.ops import keep_heap
 from sj_robust.plotting import plot_report
 
 
@@ -105,6 +106,8 @@ def main(arguments: list[str]) -> None:
     """Train, evaluate, report."""
     options = parse(arguments)
     on_gpu = options.device == "auto" and torch.cuda.is_available()
+    if not on_gpu:
+        keep_heap()
     accelerator = Accelerator(cpu=not on_gpu, mixed_precision=options.mixed_precision)
     splits = load_images(
         options.dataset,

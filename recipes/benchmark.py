@@ -5,6 +5,8 @@
     python recipes/benchmark.py --what batch_norm                         # behind a batch norm
     python recipes/benchmark.py --what conv4                              # a training step; vgg5 likewise
     python recipes/benchmark.py --what conv4_adversarial                  # the whole adversarial step; vgg5_adversarial
+    python recipes/benchmark.py --what first_layer                        # its convolution once, or at every step
+    python recipes/benchmark.py --what instruction_sets                   # the compiled kernel on each of them
     python recipes/benchmark.py --what scaling                            # time over T and over N
     python recipes/benchmark.py --output docs/benchmarks                  # leaves neuron.csv, neuron.md, neuron.png
 
@@ -53,9 +55,10 @@ class Options:
         check: Whether the operator's tests run first; they need a clone of the repository and the extra test.
     """
 
-    what: Literal["neuron", "batch_norm", "scaling", "conv4", "vgg5", "conv4_adversarial", "vgg5_adversarial"] = (
-        "neuron"
-    )
+    what: Literal[
+        "neuron", "batch_norm", "instruction_sets", "scaling", "first_layer", "conv4", "vgg5", "conv4_adversarial",
+        "vgg5_adversarial",
+    ] = "neuron"  # fmt: skip
     shapes: list[tuple[int, ...]] | None = None
     methods: list[str] | None = None
     rounds: int = 15
@@ -105,7 +108,7 @@ def refuse_unless_tests_pass(what: str, environ: dict[str, str]) -> None:
     """A wrong kernel has no speed: run its tests, with the instruction set that will be timed."""
     tests = Path(__file__).parents[1] / "tests"
     files = ["ops/test_dlif.py", "ops/test_cpp.py"]
-    files += [] if what in ("neuron", "scaling") else ["ops/test_bn_dlif.py", "test_fusion.py"]
+    files += [] if what in ("neuron", "instruction_sets", "scaling") else ["ops/test_bn_dlif.py", "test_fusion.py"]
     options = ["-q", "--no-header", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", *options, *(str(tests / name) for name in files)]
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environ)

@@ -1,6 +1,8 @@
 """Spiking layers by name, alone and behind a batch norm: DLIF on each backend and the peers it is compared with."""
 
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -10,8 +12,9 @@ from torch import Tensor, nn
 from sj_robust._host import functional, layer, neuron, surrogate
 from sj_robust.fusion import fuse_batch_norm
 from sj_robust.neuron import DLIFNode
+from sj_robust.ops.dlif import cpp
 
-__all__ = ["BATCH_NORM_LAYERS", "LAYERS", "LayerTask"]
+__all__ = ["BATCH_NORM_LAYERS", "INSTRUCTION_SETS", "LAYERS", "LayerTask"]
 
 Layer = Callable[[Tensor], Tensor]
 """Input currents [T, N, *] to spikes [T, N, *], from a fresh state; decay 0.99, threshold 1, hard reset, triangle."""
@@ -25,6 +28,10 @@ class LayerTask:
         build: Makes the layer from the shape of its input.
         reference: Makes the layer that it must equal; None where the dynamics differ, and only the range is checked.
         shape: Shape [T, N, *] of the input currents.
+        instruction_set: Instruction set that the compiled kernel uses in this task; None is the best.
+
+    Raises:
+        ImportError: If the processor or the kernel does not have the instruction set.
     """
 
     def __init__(
@@ -33,8 +40,13 @@ class LayerTask:
         build: Callable[[Sequence[int]], Layer],
         reference: Callable[[Sequence[int]], Layer] | None,
         shape: Sequence[int],
+        *,
+        instruction_set: str | None = None,
     ) -> None:
         """Build the layer and draw its input; see the class."""
+        if instruction_set is not None and instruction_set not in cpp.instruction_sets():
+            raise ImportError(f"{instruction_set} does not run here; there are {', '.join(cpp.instruction_sets())}")
+        self._instruction_set = instruction_set
         self._method, self._build, self._reference = method, build, reference
         self._shape = tuple(shape)
         self._layer = build(shape)
@@ -46,11 +58,13 @@ class LayerTask:
     def forward(self) -> Tensor:
         """Spikes."""
         self._x_seq.grad = None
-        return self._layer(self._x_seq)
+        with _using(self._instruction_set):
+            return self._layer(self._x_seq)
 
     def backward(self, spikes: Tensor) -> None:
         """Gradient of the input and of every parameter."""
-        torch.autograd.backward(spikes, self._grad)
+        with _using(self._instruction_set):
+            torch.autograd.backward(spikes, self._grad)
 
     def check(self) -> None:
         """Compare with the reference on a small input; a layer that is not right is never timed.
@@ -58,6 +72,10 @@ class LayerTask:
         Raises:
             ValueError: If spikes or gradients are wrong.
         """
+        with _using(self._instruction_set):
+            self._check()
+
+    def _check(self) -> None:
         shape = (self._shape[0], 32, *(min(size, 16) for size in self._shape[2:]))
         x_seq = torch.randn(shape).mul_(0.7).requires_grad_()
         spikes = self._build(shape)(x_seq)
@@ -74,6 +92,21 @@ class LayerTask:
         error = (grad - wanted)[:, same].norm() / wanted.norm()
         if float(same.float().mean()) < 0.999 or not float(error) < 1e-2:
             raise ValueError(f"{self._method} does not equal the textbook loop: it is not timed")
+
+
+@contextmanager
+def _using(instruction_set: str | None) -> Iterator[None]:
+    """Compiled kernels use this instruction set; None changes nothing."""
+    before = os.environ.get(cpp.INSTRUCTION_SET_VARIABLE)
+    if instruction_set is not None:
+        os.environ[cpp.INSTRUCTION_SET_VARIABLE] = instruction_set
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ[cpp.INSTRUCTION_SET_VARIABLE] = before
+        elif instruction_set is not None:
+            del os.environ[cpp.INSTRUCTION_SET_VARIABLE]
 
 
 def _dlif(shape: Sequence[int], backend: str) -> Layer:
@@ -181,6 +214,18 @@ LAYERS = _tasks(
     unlike=("snnTorch Leaky", "Norse LIFBoxCell"),  # they reset a step later
 )
 """Tasks by the name of the layer; the textbook loop is the reference, one torch call after the other."""
+
+INSTRUCTION_SETS = {
+    name: partial(
+        LayerTask,
+        name,
+        partial(_dlif, backend="cpp"),
+        partial(_dlif, backend="reference"),
+        instruction_set=name,
+    )
+    for name in reversed(cpp.INSTRUCTION_SETS)
+}
+"""The compiled kernel by its instruction set."""
 
 BATCH_NORM_LAYERS = _tasks(
     {

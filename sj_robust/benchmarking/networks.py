@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from sj_robust._host import functional, layer
 from sj_robust.attacks import rfgsm
 from sj_robust.benchmarking.layers import lif_node
 from sj_robust.benchmarking.published import published_losses
@@ -19,7 +20,7 @@ from sj_robust.neuron import DLIFNode
 if TYPE_CHECKING:
     from sj_robust.training import Objective
 
-__all__ = ["AdversarialTask", "NetworkTask", "adversarial_tasks", "network_tasks"]
+__all__ = ["FIRST_LAYER", "AdversarialTask", "FirstLayerTask", "NetworkTask", "adversarial_tasks", "network_tasks"]
 
 _ARCHITECTURES: dict[str, tuple[tuple[int | Literal["A"], ...], tuple[int, ...]]] = {
     "conv4": ((32, 64, "A", 128, "A", 128, "A"), ()),
@@ -159,6 +160,62 @@ class AdversarialTask(_TrainingTask):
             task.backward(loss)
             losses += [float(loss.detach()), float(task.forward().detach())]
         _same("the adversarial step", losses[:2], losses[2:])
+
+
+class FirstLayerTask:
+    """First stage (convolution to 64 channels, batch norm, DLIF) on images that are the same at every time step.
+
+    Args:
+        shape: [T, N, C, H, W] of the images.
+        once: Whether the convolution, which is linear, runs once and its result is repeated.
+        dtype: Type of images and weights.
+    """
+
+    def __init__(self, shape: Sequence[int], *, once: bool, dtype: torch.dtype = torch.float32) -> None:
+        """Build the stage and draw the images."""
+        torch.manual_seed(0)
+        stages = layer.Conv2d(shape[2], 64, 3, padding=1, step_mode="m"), layer.BatchNorm2d(64, step_mode="m")
+        self._net = nn.Sequential(*stages, DLIFNode(shape[0])).to(dtype)
+        fuse_batch_norm(self._net)
+        self._once = once
+        self._frames = _images(shape, dtype)[0].expand(tuple(shape)).contiguous()
+        self.tensor_bytes = self._frames.element_size() * self._frames.numel()
+        self.inputs = [self._frames, *self._net.parameters()]
+
+    def forward(self) -> Tensor:
+        """Spikes [T, N, 64, H, W]."""
+        functional.reset_net(self._net)
+        convolution, rest = self._net[0], self._net[1:]
+        current = convolution(self._frames[:1] if self._once else self._frames)
+        spikes: Tensor = rest(current.expand(len(self._frames), *current.shape[1:]))
+        return spikes
+
+    def backward(self, spikes: Tensor) -> None:
+        """Gradients of all parameters."""
+        self._net.zero_grad()
+        torch.autograd.backward(spikes.sum())
+
+    def check(self) -> None:
+        """Compare spikes and gradients of both ways in float64.
+
+        Raises:
+            ValueError: If they differ.
+        """
+        found: list[list[Tensor]] = []
+        for once in (self._once, False):
+            task = FirstLayerTask((4, 2, 3, 8, 8), once=once, dtype=torch.float64)
+            spikes = task.forward()
+            task.backward(spikes)
+            found.append([spikes.detach(), *(p.grad for p in task._net.parameters() if p.grad is not None)])
+        if not all(torch.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in zip(*found, strict=True)):
+            raise ValueError("the two ways through the first layer differ: they are not timed")
+
+
+FIRST_LAYER = {
+    "convolution once": partial(FirstLayerTask, once=True),
+    "convolution at every step": partial(FirstLayerTask, once=False),
+}
+"""The first stage by how often its convolution runs."""
 
 
 def _network(architecture: str, neuron: str, shape: Sequence[int]) -> ConvChain:

@@ -6,8 +6,8 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from sj_robust.benchmarking.layers import BATCH_NORM_LAYERS, LAYERS
-from sj_robust.benchmarking.networks import adversarial_tasks, network_tasks
+from sj_robust.benchmarking.layers import BATCH_NORM_LAYERS, INSTRUCTION_SETS, LAYERS
+from sj_robust.benchmarking.networks import FIRST_LAYER, adversarial_tasks, network_tasks
 
 __all__ = ["SUBJECTS", "Subject", "Task"]
 
@@ -58,12 +58,14 @@ _LARGE = ((8, 64, 64, 32, 32), (8, 128, 256, 8, 8), (4, 64, 128, 8, 8))
 SUBJECTS: dict[str, Subject] = {
     "neuron": Subject(LAYERS, "SpikingJelly LIFNode", _LARGE, is_layer=True),
     "batch_norm": Subject(BATCH_NORM_LAYERS, "batch norm, LIFNode", _LARGE, is_layer=True),
+    "instruction_sets": Subject(INSTRUCTION_SETS, "avx512", _LARGE, is_layer=True),
     "scaling": Subject(
         {name: LAYERS[name] for name in ("DLIF cpp", "DLIF eager")},
         "DLIF eager",
         (*((T, 32, 8192) for T in (1, 2, 4, 8, 16, 32, 64)), *((8, N, 8192) for N in (8, 16, 64, 128))),
         is_layer=True,
     ),
+    "first_layer": Subject(FIRST_LAYER, "convolution at every step", ((8, 16, 3, 32, 32),)),
     "conv4": Subject(network_tasks("conv4"), "ReLU", ((8, 16, 3, 32, 32),)),
     "vgg5": Subject(network_tasks("vgg5"), "ReLU", ((8, 16, 3, 32, 32),)),
     "conv4_adversarial": Subject(
@@ -73,5 +75,6 @@ SUBJECTS: dict[str, Subject] = {
         adversarial_tasks("vgg5"), "published loop", ((8, 16, 3, 32, 32),), has_one_graph=False
     ),
 }
-"""``neuron`` and ``batch_norm`` are single layers, ``scaling`` is one over T and N; ``conv4`` (four stages) and
-``vgg5`` are training steps of networks on clean images, ``..._adversarial`` steps of adversarial training."""
+"""``neuron`` and ``batch_norm`` are single layers, ``instruction_sets`` and ``scaling`` are the neuron on each of them
+and over T and N; ``first_layer`` is a stage on images that do not change; ``conv4`` (four stages) and ``vgg5`` are
+training steps of networks on clean images, ``..._adversarial`` steps of adversarial training."""

@@ -79,7 +79,7 @@ __attribute__((noinline)) void forward_block(const ForwardBlock<C>& b, const Neu
       v_seq += b.stride;
     }
   }
-  for (int k = 0; k < ROWS; ++k) store(b.v + k * W, v[k]);
+  for (int k = 0; k < ROWS; ++k) put<STREAM>(b.v + k * W, v[k]);
 }
 
 // One block; v_init, gv, gvs and gv_init may be null. h is a scratch [T, BLOCK]; gain_sums [T, LANES] is added to.
@@ -208,7 +208,7 @@ void forward_range(const Job& job, int64_t first, int64_t last, void* memory, K&
   const int64_t T = job.T, M = job.M;
   const Neuron<C> n(job);
   const ForwardFn<C, K> staged = choose_forward<C, K>(job, false);
-  const ForwardFn<C, K> direct = choose_forward<C, K>(job, can_stream(job, job.s, sizeof(C)) && can_stream(job, job.v_seq, sizeof(C)));
+  const ForwardFn<C, K> direct = choose_forward<C, K>(job, can_stream(job, job.s, sizeof(C)) && can_stream(job, job.v_seq, sizeof(C)) && can_stream(job, job.v, sizeof(C)));
   C* const xb = static_cast<C*>(memory);
   C *const sb = xb + T * B, *const vsb = sb + T * B, *const ib = vsb + T * B, *const vb = ib + B;
   for (int64_t i = first; i < last; i += B) {
