@@ -25,7 +25,7 @@ def keep_heap() -> bool:
     Source: ``mallopt(3)`` of the GNU C library; figures under *Kernels and benchmarks* (``malloc`` and ``reuse``).
 
     Example:
-        >>> keep_heap()  # doctest: +SKIP  # it would change the process that runs the tests
+        >>> keep_heap()  # doctest: +SKIP
         True
     """
     if sys.platform != "linux" or any(name in os.environ for name in _VARIABLES):
