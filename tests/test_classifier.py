@@ -5,7 +5,7 @@ import torch
 from spikingjelly.activation_based import encoding, functional, layer, neuron, surrogate
 from torch import nn
 
-from sj_robust.classifier import PoissonEncoder, SpikingClassifier
+from sj_robust.classifier import PoissonEncoder, SpikingClassifier, SpikingEventClassifier
 from sj_robust.neuron import DLIFNode
 
 
@@ -178,6 +178,63 @@ class TestWrongUse:
         net = nn.Sequential(nn.Flatten(2), nn.Linear(36, 3), DLIFNode(T=2))
         with pytest.raises(RuntimeError, match="T=2 time steps, but step 4"):
             SpikingClassifier(net, T=4)(make_images())
+
+
+class TestEventFrames:
+    def frames(self, n=5):
+        return (torch.rand(n, 4, 1, 6, 6, generator=torch.Generator().manual_seed(2)) < 0.3).float()
+
+    def test_equals_the_definition_with_samples_first(self):
+        net, frames = make_net(), self.frames()
+        functional.reset_net(net)
+        wanted = net(frames.transpose(0, 1)).mean(0)
+        classifier = SpikingEventClassifier(net, T=4)
+        assert torch.equal(classifier(frames), wanted)
+        assert torch.equal(classifier(frames), wanted)  # nothing of the first call is left
+        torch.testing.assert_close(classifier(frames[1:3]), wanted[1:3])
+
+    def test_single_step_networks_run_frame_by_frame(self):
+        frames = self.frames()
+        wanted = SpikingEventClassifier(make_net("m"), T=4)(frames)
+        torch.testing.assert_close(SpikingEventClassifier(make_net("s"), T=4)(frames), wanted)
+        forced = SpikingEventClassifier(make_net("s"), T=4, step_mode="s")
+        torch.testing.assert_close(forced(frames), wanted)
+
+    def test_every_frame_counts_at_its_own_step(self):
+        classifier, frames = SpikingEventClassifier(make_net(), T=4), self.frames()
+        assert not torch.allclose(classifier(frames.flip(1)), classifier(frames))
+
+    def test_evaluation_mode_has_the_gradient_of_training_mode(self):
+        net, frames = make_net(), self.frames().requires_grad_()
+        classifier = SpikingEventClassifier(net, T=4)
+        (wanted,) = torch.autograd.grad(classifier(frames).square().sum(), frames)
+        classifier.eval()
+        (gradient,) = torch.autograd.grad(classifier(frames).square().sum(), frames)
+        assert wanted.abs().sum() > 0
+        torch.testing.assert_close(gradient, wanted)
+        assert not any(module.training for module in classifier.modules())
+
+    @pytest.mark.parametrize(
+        ("shape", "match"),
+        [
+            ((4, 1, 6, 6), r"frames must be \[N, T, C, H, W\], got .*unsqueeze\(0\), give images to SpikingClassifier"),
+            ((5, 3, 1, 6, 6), r"with T = 4, got shape \(5, 3, 1, 6, 6\): 3 frames per sample$"),
+            ((4, 5, 1, 6, 6), r"with T = 4, got .*: 5 frames per sample; use frames.transpose\(0, 1\)"),
+        ],
+    )
+    def test_shape_of_the_frames(self, shape, match):
+        with pytest.raises(ValueError, match=match):
+            SpikingEventClassifier(make_net(), T=4)(torch.rand(shape))
+
+    def test_networks_that_repeat_an_image(self):
+        net = make_net()
+        net.expands_time = True
+        with pytest.raises(ValueError, match="repeats its input over time itself"):
+            SpikingEventClassifier(net, T=4)
+
+    def test_frames_given_to_the_classifier_of_images(self):
+        with pytest.raises(ValueError, match="give event frames to SpikingEventClassifier"):
+            SpikingClassifier(make_net(), T=4)(self.frames())
 
 
 class _Returning(nn.Module):

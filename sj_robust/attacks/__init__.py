@@ -17,6 +17,7 @@ What holds for every one of them:
 from sj_robust.attacks.apgd import apgd
 from sj_robust.attacks.bridges import AutoAttackWarning, autoattack, external, square, transfer
 from sj_robust.attacks.checks import check_images, check_labels
+from sj_robust.attacks.events import check_frames, count_flips, flip_events, random_flips
 from sj_robust.attacks.gradient import fgsm, pgd, rfgsm
 from sj_robust.attacks.member import Member, SampleAttack, craft, fools
 from sj_robust.attacks.noise import gaussian, salt_and_pepper, uniform
@@ -36,17 +37,21 @@ __all__ = [
     "WorstCase",
     "apgd",
     "autoattack",
+    "check_frames",
     "check_images",
     "check_labels",
+    "count_flips",
     "craft",
     "external",
     "fgsm",
+    "flip_events",
     "fools",
     "gaussian",
     "linf_bounds",
     "pgd",
     "project_l2",
     "project_linf",
+    "random_flips",
     "rfgsm",
     "salt_and_pepper",
     "sapgd",

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from sj_robust.attacks import Member, SampleSeeds, craft, fools, worst_case
 from sj_robust.attacks.events import check_frames, count_flips, flip_events, random_flips
 from sj_robust.classifier import SpikingEventClassifier
+from sj_robust.evaluation.runner import run_suite
+from sj_robust.evaluation.threat import ThreatModel
 
 VARIANTS = {
     "default": flip_events,
@@ -430,6 +432,24 @@ class TestWorstCase:
         assert bool((bars.model(result.x_adv).argmax(1) != y)[fooled].all())
         assert bool(((result.x_adv == 0) | (result.x_adv == 1)).all())
         assert int(count_flips(result.x_adv, x).max()) <= 6
+
+    def test_in_a_resumable_run_with_its_control(self, bars, tmp_path):
+        """On binary frames k changes are an L2 distance of sqrt(k), which the run and its report check."""
+        radius = 10**0.5
+        attack = partial(flip_events, flips=10, reduce=False, probes=2, queries=5)
+        members = [
+            Member("flips", attack, ball=("L2", radius)),
+            Member("control/random", partial(random_flips, flips=10, tries=5), group="control", ball=("L2", radius)),
+        ]
+        run = partial(run_suite, bars.model, threat=ThreatModel("L2", radius), members=members)
+        whole = [(bars.x[:12], bars.y[:12])]
+        outcome = run(whole, folder=tmp_path)
+        assert all(member.largest == pytest.approx(radius) and not member.outside for member in outcome.members)
+        assert len(outcome.members[0].fooled) > len(outcome.members[1].fooled)
+        assert run(whole, folder=tmp_path) == outcome
+        too_far = [Member("flips", partial(random_flips, flips=11), ball=("L2", radius))]
+        with pytest.raises(ValueError, match="must stay within L2 distance"):
+            run_suite(bars.model, whole, too_far, threat=ThreatModel("L2", radius))
 
     def test_an_estimator_is_applied(self, bars):
         x, y, seeds = bars.x[:16], bars.y[:16], SampleSeeds(range(16))
