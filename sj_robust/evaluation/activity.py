@@ -62,7 +62,7 @@ def firing(model: nn.Module, x: Tensor, *, seed: int = 0) -> tuple[LayerActivity
         TypeError: If ``model`` is not an ``nn.Module``.
         ValueError: If ``x`` holds no image.
 
-    Source: firing rates as a sanity check of robustness, for instance Sharmin et al. (ECCV 2020), section 3.
+    Source: firing rates as recorded by the monitors of SpikingJelly; the two shares are defined here.
 
     Example:
         >>> from sj_robust.neuron import DLIFNode

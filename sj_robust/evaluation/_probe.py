@@ -1,0 +1,240 @@
+"""What the masking diagnostics measure: gradients, attacks and their success on a few images."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from sj_robust.attacks import linf_bounds, pgd, project_l2
+from sj_robust.attacks.apgd import apgd
+from sj_robust.attacks.checks import check_logits
+from sj_robust.attacks.estimators import estimator
+from sj_robust.attacks.projection import l2_norm, per_sample
+from sj_robust.attacks.randomness import SampleSeeds, seeded_globals
+from sj_robust.evaluation.threat import ThreatModel
+
+__all__ = ["Gradients", "Model", "Probe"]
+
+Model = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Gradient of the loss ``max_{j != y} z_j - z_y`` at the images, where softmax cannot saturate.
+
+    Attributes:
+        elements: The gradient, [N, features] in float64.
+        margin: ``z_y - max_{j != y} z_j``, [N].
+        spread: Largest minus smallest logit, [N].
+        reach: Largest change of the loss within [0, 1] that the gradient predicts, [N].
+        connected: Whether the graph reaches the images at all.
+    """
+
+    elements: Tensor
+    margin: Tensor
+    spread: Tensor
+    reach: Tensor
+    connected: bool
+
+
+class Probe:
+    """A model and a few images in one threat model; every method is a function of its arguments and the seed."""
+
+    def __init__(
+        self, model: Model, x: Tensor, y: Tensor, *, threat: ThreatModel, seed: int, steps: int, eot_samples: int
+    ) -> None:
+        """Keep what is probed."""
+        self.model, self.x, self.y = model, x, y
+        self.threat, self.seed, self.steps, self.eot_samples = threat, seed, steps, eot_samples
+
+    @cached_property
+    def repeated(self) -> Tensor:
+        """Logits of three forwards with different random numbers, [3, N, classes]."""
+        return torch.stack([self.logits(self.x, draw=draw) for draw in range(3)])
+
+    @cached_property
+    def random(self) -> Tensor:
+        """Images whose logits differ between forwards by more than rounding, [N] bool."""
+        difference = (self.repeated - self.repeated[0]).abs().amax((0, 2))
+        return difference > 1e-4 * self.repeated[0].abs().amax(1).clamp(min=1e-12)
+
+    @cached_property
+    def right(self) -> Tensor:
+        """Images classified right in every forward, [N] bool."""
+        return (self.repeated.argmax(2) == self.y).all(0)
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is a gradient to attack with."""
+        return self.gradients.connected
+
+    @property
+    def diameter(self) -> float:
+        """Radius with which the ball around any image holds all of [0, 1]."""
+        return 1.0 if self.threat.norm == "Linf" else self.x[0].numel() ** 0.5
+
+    def rate(self, fooled: Tensor) -> float:
+        """Share of the images classified right."""
+        return int(fooled.sum()) / int(self.right.sum())
+
+    def without(self, weaker: Tensor, stronger: Tensor) -> float:
+        """Share of the images classified right that the weaker attack fools and the stronger does not."""
+        return self.rate(weaker & ~stronger)
+
+    @torch.no_grad()
+    def logits(self, x: Tensor, *, draw: int = 0) -> Tensor:
+        """Logits in float64, with the random numbers of a draw."""
+        with seeded_globals(self._seed("forward", draw), x.device):
+            return check_logits(self.model(x), self.y).double()
+
+    def fooled(self, x_adv: Tensor) -> Tensor:
+        """Images classified right that ``x_adv`` turns wrong, in each of three forwards if outputs are random."""
+        draws = range(3, 6) if bool(self.random.any()) else range(1)
+        wrong = [self.logits(x_adv, draw=draw).argmax(1) != self.y for draw in draws]
+        return torch.stack(wrong).all(0) & self.right
+
+    @cached_property
+    def white_box(self) -> Tensor:
+        """Images that the attack with the model's own gradient fools, [N] bool."""
+        return self.fooled(self.attack())
+
+    def losses(self, x: Tensor) -> Tensor:
+        """``max_{j != y} z_j - z_y`` of every image, a mean over several forwards if outputs are random."""
+        draws = max(self.eot_samples, 8) if bool(self.random.any()) else 1
+        return torch.stack([-_margin(self.logits(x, draw=draw), self.y) for draw in range(draws)]).mean(0)
+
+    @cached_property
+    def gradients(self) -> Gradients:
+        """Gradients at the images, from one forward and backward pass."""
+        x = self.x.detach().clone().requires_grad_()
+        with torch.enable_grad(), seeded_globals(self._seed("gradient"), x.device):
+            logits = check_logits(self.model(x), self.y)
+            margin = _margin(logits, self.y)
+            grad = torch.autograd.grad(-margin.sum(), x, allow_unused=True)[0] if margin.requires_grad else None
+        elements = torch.zeros_like(x) if grad is None else grad
+        room = torch.where(elements > 0, 1 - x.detach(), x.detach())
+        return Gradients(
+            elements.flatten(1).double(),
+            margin.detach().double(),
+            (logits.amax(1) - logits.amin(1)).detach().double(),
+            (elements.double().abs() * room).flatten(1).sum(1),
+            grad is not None,
+        )
+
+    def attack(self, *, eps: float | None = None, steps: int | None = None, source: nn.Module | None = None) -> Tensor:
+        """Images after PGD from the clean image, the best iterate of each.
+
+        Args:
+            eps: Radius; that of the threat model by default.
+            steps: Number of steps.
+            source: Network on which to craft, its last iterate being taken; the model itself by default.
+        """
+        eps = self.threat.eps if eps is None else eps
+        steps = self.steps if steps is None else steps
+        return self._pgd(self.model if source is None else source, eps, steps, step_size=2.5 * eps / steps)
+
+    def strong_attack(self, name: str) -> Tensor:
+        """Images after APGD with an estimator, for models that are modules."""
+        assert isinstance(self.model, nn.Module)  # only spiking networks are compared
+        with estimator(name)(self.model) as crafting:
+            return apgd(
+                crafting,
+                self.x,
+                self.y,
+                eps=self.threat.eps,
+                norm=self.threat.norm,
+                steps=2 * self.steps,
+                eot_samples=self.eot_samples,
+                generator=self._generator(),
+            )
+
+    def single_step(self) -> Tensor:
+        """Images after one step to the border of the ball."""
+        return self._pgd(self.model, self.threat.eps, 1, step_size=self.threat.eps)
+
+    def noise(self, draw: int) -> Tensor:
+        """Images after random noise of the full size: a corner of the Linf ball or a point of the L2 sphere."""
+        generator = torch.Generator().manual_seed(self._seed("noise", draw))
+        direction = torch.randn(self.x.shape, generator=generator, dtype=torch.float64).to(self.x.device)
+        return self.moved(direction)
+
+    def moved(self, direction: Tensor, share: float = 1.0) -> Tensor:
+        """Images after a step along a direction, steepest in the norm, over a share of the radius."""
+        x, eps = self.x, share * self.threat.eps
+        if self.threat.norm == "Linf":
+            return (x + eps * direction.sign().to(x.dtype)).clamp(*linf_bounds(x, eps=eps))
+        length = l2_norm(direction)
+        step = direction.double() / per_sample(torch.where(length > 0, length, 1.0), direction)
+        return project_l2(x + eps * step.to(x.dtype), x, eps=eps)
+
+    def unbounded(self) -> Tensor:
+        """Images after an attack that may go anywhere in [0, 1]."""
+        return self.attack(eps=self.diameter, steps=max(2 * self.steps, 40))
+
+    def substitute(self, *, epochs: int = 100) -> nn.Module:
+        """A small network fitted to the logits of the model on noisy copies of the images: a black box's stand-in."""
+        copies = min(64, max(6, 2**26 // self.x.numel()))  # a quarter of a gigabyte at most, unless images are huge
+        generator = torch.Generator().manual_seed(self._seed("copies"))
+        with torch.no_grad():
+            inputs, targets = [], []
+            for copy in range(copies):
+                size = (1.0, 2.0, 4.0)[copy % 3] * self._pixel_radius
+                noise = torch.rand(self.x.shape, generator=generator).to(self.x) * 2 - 1
+                inputs.append((self.x + size * noise).clamp(0, 1))
+                targets.append(self.logits(inputs[-1], draw=copy).float())
+        network = _fitted(torch.cat(inputs).float(), torch.cat(targets), epochs=epochs, seed=self._seed("fit"))
+        return network.to(self.x.dtype)
+
+    def _pgd(self, model: Model, eps: float, steps: int, *, step_size: float) -> Tensor:
+        """PGD from the clean image; what is crafted elsewhere keeps its last iterate, as it fools that one too soon."""
+        own = model is self.model
+        if own and not self.connected:
+            return self.x.clone()
+        return pgd(
+            model,
+            self.x,
+            self.y,
+            eps=min(eps, self.diameter),
+            step_size=step_size,
+            steps=steps,
+            norm=self.threat.norm,
+            random_start=False,
+            eot_samples=self.eot_samples,
+            keep_best=own,
+            generator=self._generator(),
+        )
+
+    @property
+    def _pixel_radius(self) -> float:
+        """The radius per pixel: of an L2 ball its share of a pixel."""
+        return self.threat.eps if self.threat.norm == "Linf" else self.threat.eps / self.diameter
+
+    def _generator(self) -> torch.Generator:
+        return torch.Generator().manual_seed(self._seed("attack"))
+
+    def _seed(self, *labels: int | str) -> int:
+        return SampleSeeds([self.seed]).derived(*labels).single()
+
+
+def _margin(logits: Tensor, y: Tensor) -> Tensor:
+    own = logits.gather(1, y[:, None]).squeeze(1)
+    others = logits.scatter(1, y[:, None], -torch.inf)
+    return own - others.amax(1)
+
+
+def _fitted(inputs: Tensor, targets: Tensor, *, epochs: int, seed: int) -> nn.Module:
+    """Two layers trained by least squares on standardised logits."""
+    targets = (targets - targets.mean()) / targets.std().clamp(min=1e-6)
+    with torch.enable_grad(), seeded_globals(seed, inputs.device):
+        network = nn.Sequential(
+            nn.Flatten(), nn.Linear(inputs[0].numel(), 128), nn.Softplus(), nn.Linear(128, targets.shape[1])
+        ).to(inputs.device)
+        optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
+        for _ in range(epochs):
+            for rows in torch.split(torch.randperm(len(inputs), device=inputs.device), 256):
+                optimizer.zero_grad()
+                torch.autograd.backward(nn.functional.mse_loss(network(inputs[rows]), targets[rows]))
+                optimizer.step()
+    return network

@@ -1,0 +1,110 @@
+"""A spiking network that is honest, and what masks its gradients without making it robust."""
+
+import copy
+from collections.abc import Callable
+
+import torch
+from attacks.table import PerStep
+from spikingjelly.activation_based import functional, surrogate
+from torch import Tensor, nn
+
+from sj_robust import DLIFNode, SpikingClassifier
+
+
+def digits() -> tuple[Tensor, Tensor]:
+    """Shuffled 8 x 8 digits in [0, 1]; scikit-learn must be there."""
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
+    images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16
+    return images[order], torch.tensor(data.target, dtype=torch.int64)[order]
+
+
+def spiking() -> nn.Module:
+    """Two convolutions and a linear layer with DLIF neurons, untrained."""
+    net = nn.Sequential(
+        PerStep(nn.Conv2d(1, 12, 3, padding=1), nn.BatchNorm2d(12)),
+        DLIFNode(T=4, tau=2.0),
+        PerStep(nn.Conv2d(12, 24, 3, stride=2, padding=1), nn.BatchNorm2d(24)),
+        DLIFNode(T=4, tau=2.0),
+        PerStep(nn.Flatten(), nn.Linear(24 * 16, 10)),
+    )
+    return SpikingClassifier(net, T=4)
+
+
+def fitted(model: nn.Module, x: Tensor, y: Tensor, *, epochs: int = 4) -> nn.Module:
+    """The model after some epochs of Adam, in evaluation mode."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(x)).split(64):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
+            optimizer.step()
+    return model.eval()
+
+
+def with_surrogate(model: nn.Module, function: nn.Module) -> nn.Module:
+    """A copy whose neurons have another surrogate: same answers, other gradients."""
+    functional.reset_net(model)
+    copied = copy.deepcopy(model)
+    for module in copied.modules():
+        if isinstance(module, DLIFNode):
+            module.surrogate_function = copy.deepcopy(function)
+    return copied
+
+
+class Before(nn.Module):
+    """A network behind a function of the images."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor], net: nn.Module) -> None:
+        super().__init__()
+        self.function, self.net = function, net
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(self.function(x))
+
+
+class Astray(torch.autograd.Function):
+    """The identity, its gradient turned round where ``turned`` says so."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, turned: Tensor) -> Tensor:
+        ctx.save_for_backward(turned)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        (turned,) = ctx.saved_tensors
+        return torch.where(turned, -grad, grad), None
+
+
+def clamped(x: Tensor) -> Tensor:
+    """Nearly black and white: no level k/16 lies where the clamp has a slope."""
+    return (50 * (x - 0.47) + 0.5).clamp(0, 1)
+
+
+def stepped(x: Tensor) -> Tensor:
+    """Black and white by a comparison, which cuts the graph."""
+    return (x > 0.47).to(x.dtype)
+
+
+def steep(x: Tensor) -> Tensor:
+    """A sigmoid whose slope is tiny nearly everywhere, but seldom zero."""
+    return torch.sigmoid(60 * (x - 0.47))
+
+
+def turned_everywhere(x: Tensor) -> Tensor:
+    return Astray.apply(x, torch.ones_like(x, dtype=torch.bool))
+
+
+def turned_beside_the_levels(x: Tensor) -> Tensor:
+    """Honest at the clean digits, whose pixels are multiples of 1/16, and nowhere else."""
+    return Astray.apply(x, (16 * x - (16 * x).round()).abs() > 1e-4)
+
+
+def shaken(x: Tensor) -> Tensor:
+    return (x + 0.05 * torch.randn_like(x)).clamp(0, 1)
+
+
+NARROW = surrogate.ATan(alpha=1e6)

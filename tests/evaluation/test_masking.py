@@ -1,0 +1,323 @@
+"""Every symptom of gradient masking is found where it was planted, and none where it was not."""
+
+import copy
+import json
+import random
+import re
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from evaluation import masked
+from spikingjelly.activation_based import surrogate
+from torch import nn
+
+from sj_robust import DLIFNode, SpikingClassifier
+from sj_robust.classifier import PoissonEncoder
+from sj_robust.evaluation import Finding, ThreatModel, diagnose
+from sj_robust.evaluation._probe import Probe
+from sj_robust.evaluation.masking import ESTIMATORS_COMPARED, THRESHOLDS
+
+pytest.importorskip("sklearn.datasets", reason="scikit-learn (extra `recipes`) holds the digits")
+torch.set_num_threads(1)
+
+THREAT = ThreatModel("Linf", 0.1)
+LAYERS = {"silent_layers", "saturated_layers", "other_estimator_stronger"}
+
+
+@pytest.fixture(scope="module")
+def honest() -> nn.Module:
+    x, y = masked.digits()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return masked.fitted(masked.spiking(), x[:1280], y[:1280])
+
+
+@pytest.fixture(scope="module")
+def linear() -> nn.Module:
+    x, y = masked.digits()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return masked.fitted(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), x[:1280], y[:1280], epochs=10)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    x, y = masked.digits()
+    return x[1280:1304], y[1280:1304]
+
+
+def findings(model, batch, threat=THREAT, **options) -> dict[str, Finding]:
+    return {f.name: f for f in diagnose(model, *batch, threat=threat, seed=0, steps=10, **options)}
+
+
+def failed(found) -> set[str]:
+    return {name for name, finding in found.items() if not finding.passed}
+
+
+@pytest.mark.parametrize("threat", [THREAT, ThreatModel("L2", 1.0)], ids=str)
+def test_an_honest_spiking_network_passes_every_finding(honest, batch, threat):
+    found = findings(honest, batch, threat)
+    assert list(found) == list(THRESHOLDS)
+    assert failed(found) == set()
+    assert all(0 <= finding.value <= 1 and finding.meaning and finding.remedy for finding in found.values())
+    assert all(name in found["other_estimator_stronger"].meaning for name in ESTIMATORS_COMPARED)
+
+
+@pytest.mark.parametrize("threat", [THREAT, ThreatModel("L2", 0.7)], ids=str)
+def test_an_honest_linear_network_passes_without_findings_of_spikes(linear, batch, threat):
+    found = findings(linear, batch, threat)
+    assert set(found) == set(THRESHOLDS) - LAYERS
+    assert failed(found) == set()
+
+
+def narrow(model):
+    return masked.with_surrogate(model, masked.NARROW)
+
+
+def narrowed(model):
+    return masked.with_surrogate(model, surrogate.ATan(alpha=100.0))
+
+
+def narrow_triangle(model):
+    return masked.with_surrogate(model, surrogate.PiecewiseQuadratic(alpha=100.0))
+
+
+def before(function):
+    return lambda model: masked.Before(function, model)
+
+
+def with_threshold(value):
+    def build(model):
+        copied = masked.with_surrogate(model, surrogate.PiecewiseQuadratic(alpha=1.0))
+        for module in copied.modules():
+            if isinstance(module, DLIFNode):
+                module.v_threshold = value
+        return copied
+
+    return build
+
+
+def scaled(model):
+    return nn.Sequential(model, type("Scale", (nn.Module,), {"forward": lambda self, z: 100 * z})())
+
+
+# What masks the honest network, symptoms that must be found, and the remedy that each of the first names.
+MASKS = {
+    "narrow surrogate": (
+        narrow,
+        {
+            "tiny_gradients": "wider surrogates",
+            "flat_loss": "sweep surrogate",
+            "other_estimator_stronger": "worst case",
+        },
+    ),
+    "rather narrow surrogate": (narrowed, {"other_estimator_stronger": "suites fast and standard"}),
+    "narrow triangle": (
+        narrow_triangle,
+        {
+            "zero_gradients": "wider surrogates",
+            "unbounded_attack_fails": "wider surrogates",
+            "other_estimator_stronger": "worst case",
+            "transfer_beats_white_box": "other estimators",
+        },
+    ),
+    "clamped input": (
+        before(masked.clamped),
+        {
+            "zero_gradients": "clamp",
+            "flat_loss": "transfer",
+            "loss_does_not_rise": "finite differences",
+            "noise_beats_attack": "Square",
+            "unbounded_attack_fails": "identity in the backward pass",
+            "transfer_beats_white_box": "Square",
+        },
+    ),
+    "compared input": (
+        before(masked.stepped),
+        {"zero_gradients": "rounding", "unbounded_attack_fails": "identity in the backward pass"},
+    ),
+    "steep input": (before(masked.steep), {"tiny_gradients": "input layer saturated"}),
+    "random input": (before(masked.shaken), {"random_outputs": "eot_samples"}),
+    "dead network": (
+        with_threshold(1e4),
+        {"silent_layers": "v_threshold", "clean_errors": "weights", "unbounded_attack_fails": "transfer"},
+    ),
+    "restless network": (with_threshold(-1e4), {"saturated_layers": "Raise v_threshold"}),
+    "large logits": (scaled, {"saturated_loss": "APGD-DLR"}),
+    "gradient turned round": (
+        before(masked.turned_everywhere),
+        {"loss_does_not_rise": "other estimators", "noise_beats_attack": "restarts"},
+    ),
+    "gradient turned round beside the images": (
+        before(masked.turned_beside_the_levels),
+        {"single_step_beats_iterative": "random starts"},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_what_masks_is_found_and_the_remedy_named(honest, batch, name):
+    mask, expected = MASKS[name]
+    found = findings(mask(honest), batch)
+    assert set(expected) <= failed(found)
+    for symptom, remedy in expected.items():
+        assert remedy in found[symptom].remedy
+        assert found[symptom].remedy in str(found[symptom])
+
+
+def test_tiny_is_not_zero(honest, batch):
+    """The narrow surrogate would pass a test for zeros alone."""
+    found = findings(narrow(honest), batch, estimators=None)
+    assert found["zero_gradients"].passed
+    assert found["zero_gradients"].value < 0.01
+    assert found["tiny_gradients"].value > 0.5
+    assert "other_estimator_stronger" not in found
+
+
+def test_shares_of_elements_by_hand():
+    """Two pixels: a third of the slope, nothing; an image at the far end is out of reach."""
+    weight = torch.tensor([[0.0, 0.0], [0.3, 0.0]])
+    model = nn.Linear(2, 2)
+    model.weight, model.bias = nn.Parameter(weight), nn.Parameter(torch.tensor([0.0, 5.0]))
+    found = findings(model, (torch.tensor([[0.5, 0.5], [1.0, 0.0]]), torch.tensor([1, 1])))
+    assert found["zero_gradients"].value == 0.5
+    assert found["tiny_gradients"].value == 0
+    assert found["flat_loss"].value == 1.0  # 0.15 and 0.3 of margins 5.15 and 5.3
+    assert found["unbounded_attack_fails"].value == 1.0
+    assert not found["flat_loss"].passed
+
+
+def test_an_attack_that_larger_budgets_or_more_steps_mislead(honest, batch, monkeypatch):
+    attack = Probe.attack
+
+    def misled(probe, *, eps=None, steps=None, source=None):
+        lost = (eps is not None and eps > THREAT.eps) or (steps is not None and steps > 10)
+        return probe.x if lost else attack(probe, eps=eps, steps=steps, source=source)
+
+    monkeypatch.setattr(Probe, "attack", misled)
+    found = findings(honest, batch, estimators=None)
+    assert failed(found) == {"larger_budget_fools_fewer", "more_steps_fool_fewer", "unbounded_attack_fails"}
+    assert "APGD" in found["larger_budget_fools_fewer"].remedy
+    assert "step size" in found["more_steps_fool_fewer"].remedy
+    share = found["more_steps_fool_fewer"].value
+    assert found["larger_budget_fools_fewer"].value == share > 0.2
+    assert f"{share:.0%}" in found["more_steps_fool_fewer"].meaning
+
+
+def test_a_source_network_is_a_better_witness_than_the_stand_in(honest, batch):
+    """A clamped input in front of the very network that crafts: nothing transfers better."""
+    model = masked.Before(masked.clamped, honest)
+    stand_in, source = (findings(model, batch, source=source, estimators=None) for source in (None, honest))
+    assert source["transfer_beats_white_box"].value >= stand_in["transfer_beats_white_box"].value > 0
+    assert "the source network" in source["transfer_beats_white_box"].meaning
+    assert "stand-in" in stand_in["transfer_beats_white_box"].meaning
+
+
+def test_one_image_alone_is_no_evidence(honest, batch):
+    x, y = batch
+    found = findings(honest, (x[:5], y[:5]), estimators=None)
+    assert found["noise_beats_attack"].threshold == 1 / 5
+    assert found["zero_gradients"].threshold == THRESHOLDS["zero_gradients"]
+
+
+def test_without_an_image_classified_right_there_is_no_attack(honest, batch):
+    x, y = batch
+    found = findings(honest, (x, (y + 1) % 10))
+    assert found["clean_errors"].value > 0.9
+    assert failed(found) == {"clean_errors"}
+    assert "unbounded_attack_fails" not in found
+
+
+@pytest.mark.parametrize("fail", [False, True], ids=["ends", "raises"])
+def test_nothing_of_the_network_or_the_random_state_changes(honest, batch, fail):
+    x, y = batch
+    own = torch.Generator().manual_seed(3)
+    model = SpikingClassifier(masked.with_surrogate(honest, surrogate.ATan()).net, T=4, encoder=PoissonEncoder(own))
+    for number, module in enumerate(model.modules()):
+        module.training = number % 3 == 0
+    model(x[:3])
+    modes = [module.training for module in model.modules()]
+    potential = model.net[1].v
+    weights = copy.deepcopy(model.state_dict())
+    functions = [module.surrogate_function for module in model.modules() if isinstance(module, DLIFNode)]
+    state = torch.get_rng_state(), random.getstate(), own.get_state()
+    before_x = x.clone()
+    if fail:
+        handle = model.net[4].register_forward_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            findings(model, batch)
+        handle.remove()
+    else:
+        assert diagnose(model, x[:6], y[:6], threat=THREAT, seed=0, steps=2)
+    assert [module.training for module in model.modules()] == modes
+    assert model.net[1].v is potential
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert [m.surrogate_function for m in model.modules() if isinstance(m, DLIFNode)] == functions
+    assert torch.equal(torch.get_rng_state(), state[0])
+    assert random.getstate() == state[1]
+    assert torch.equal(own.get_state(), state[2])
+    assert torch.equal(x, before_x)
+    assert all(parameter.grad is None for parameter in model.parameters() if parameter.requires_grad)
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("generator", [None, torch.Generator()], ids=["global", "own"])
+def test_the_seed_decides_all_of_it(honest, batch, generator):
+    model = SpikingClassifier(honest.net, T=4, encoder=PoissonEncoder(generator))
+    x, y = batch[0][:8], batch[1][:8]
+
+    def run(seed):
+        torch.rand(3)
+        return diagnose(model, x, y, threat=THREAT, seed=seed, steps=3, estimators=["atan:4"])
+
+    first = run(1)
+    assert run(1) == first
+    assert run(2) != first
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_other_precisions(linear, batch, dtype):
+    found = findings(copy.deepcopy(linear).to(dtype), (batch[0].to(dtype), batch[1]))
+    assert failed(found) == set()
+
+
+def test_findings_are_plain_data(linear, batch):
+    found = diagnose(linear, *batch, threat=THREAT, seed=0, steps=3)
+    again = [Finding(**entry) for entry in json.loads(json.dumps([asdict(finding) for finding in found]))]
+    assert tuple(again) == found
+
+
+def test_any_callable_will_do_and_so_does_inference_mode(linear, batch):
+    expected = findings(linear, batch)
+    assert findings(lambda x: linear(x), batch) == expected
+    with torch.inference_mode():
+        assert findings(linear, [tensor.clone() for tensor in batch]) == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "match"),
+    [
+        ({"threat": ThreatModel("Linf", 0.0)}, ValueError, "eps must be > 0"),
+        ({"threat": 0.1}, TypeError, "must be a ThreatModel"),
+        ({"steps": 0}, ValueError, "steps must be >= 1"),
+        ({"eot_samples": 1.5}, TypeError, "eot_samples must be an integer"),
+        ({"estimators": ["no such"]}, ValueError, "no such"),
+        ({"x": torch.full((2, 1, 8, 8), 2.0)}, ValueError, r"in \[0, 1\]"),
+        ({"x": torch.zeros(0, 1, 8, 8), "y": torch.zeros(0, dtype=torch.int64)}, ValueError, "at least one image"),
+        ({"y": torch.zeros(2)}, TypeError, "int64"),
+        ({"model": None}, TypeError, "callable"),
+    ],
+)
+def test_wrong_use(linear, change, error, match):
+    arguments = {"model": linear, "x": torch.zeros(2, 1, 8, 8), "y": torch.tensor([0, 1]), "threat": THREAT, "seed": 0}
+    arguments |= change
+    with pytest.raises(error, match=match):
+        diagnose(arguments.pop("model"), arguments.pop("x"), arguments.pop("y"), **arguments)
+
+
+def test_the_documentation_has_every_finding_with_its_threshold():
+    page = Path(__file__).parents[2] / "docs" / "concepts" / "gradient_masking.md"
+    rows = re.findall(r"^\| `(\w+)` \|.*?\| ([\d.]+) ?[^|]*\|$", page.read_text(encoding="utf-8"), flags=re.M)
+    assert {name: float(threshold) for name, threshold in rows} == dict(THRESHOLDS)
