@@ -13,6 +13,7 @@ __all__ = ["ImageTracker", "Sharpness", "Spread"]
 _MEMORY = 0.9  # of both moving averages of ASSG
 _SPREAD_WEIGHT = 1.5
 _OFFSET = 1e-4
+_SMALLEST_SPREAD = 1e-30  # what is less has no finite reciprocal in float32, and stands for 0
 
 
 class Spread:
@@ -29,22 +30,38 @@ class Spread:
 
     def __call__(self, z_seq: Tensor, first: int) -> Tensor:
         """Slopes at ``z_seq`` [T, N, *], of which the first is step ``first`` of the sequence."""
-        dims = (1, *range(3, z_seq.ndim)) if z_seq.ndim > 3 else tuple(range(1, z_seq.ndim))
-        variance, mean = torch.var_mean(z_seq, dims, correction=0, keepdim=True)
-        here = z_seq.numel() // max(variance.numel(), 1)
+        mean, squares, here = _moments(z_seq)
         if first == 0:
-            self._count, self._mean, self._squares = 0, torch.zeros_like(mean[0]), torch.zeros_like(mean[0])
+            self._count = 0
         sigmas = []
-        for step_mean, step_variance in zip(mean.unbind(0), variance.unbind(0), strict=True):
+        for step_mean, step_squares in zip(mean.unbind(0), squares.unbind(0), strict=True):
             total = self._count + here
-            distance = step_mean - self._mean if self._count else torch.zeros_like(step_mean)
-            self._squares = self._squares + step_variance * here + distance.square() * (self._count * here / total)
-            self._mean = self._mean + distance * (here / total) if self._count else step_mean
+            if self._count == 0:
+                self._mean, self._squares = step_mean, step_squares
+            else:
+                distance = step_mean - self._mean
+                self._squares = self._squares + step_squares + distance.square() * (self._count * here / total)
+                self._mean = self._mean + distance * (here / total)
             self._count = total
             sigmas.append((self._squares / max(total - 1, 1)).sqrt())
         sigma = torch.stack(sigmas)
-        sigma = torch.where(sigma > 1e-30, sigma, 1.0)
+        sigma = torch.where(sigma > _SMALLEST_SPREAD, sigma, 1.0)
         return SHAPES["gaussian"](z_seq - sigma / 2, 1 / sigma)
+
+
+def _moments(z_seq: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Mean and summed squared deviations over batch and space, [T, 1, C, 1, ..], and the number of values in each.
+
+    Relative to the first value of each, so that values that are all alike have a deviation of exactly 0.
+    """
+    has_space = z_seq.ndim > 3
+    flat = z_seq.flatten(3) if has_space else z_seq.reshape(len(z_seq), 1, 1, -1)
+    near = flat[:, :1, :, :1]
+    deviation = flat - near
+    mean = deviation.mean(3, keepdim=True).mean(1, keepdim=True)
+    squares = (deviation - mean).square_().sum(3, keepdim=True).sum(1, keepdim=True)
+    shape = (len(z_seq), 1, z_seq.shape[2], *[1] * (z_seq.ndim - 3)) if has_space else (-1, *[1] * (z_seq.ndim - 1))
+    return (mean + near).view(shape), squares.view(shape), flat.shape[1] * flat.shape[3]
 
 
 class Sharpness:

@@ -90,7 +90,15 @@ def sharpness_for(shape: str, share: float) -> float:
 
 
 def derivative_of(function: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
-    """What automatic differentiation gives for an elementwise surrogate at ``z``; no graph."""
+    """Derivative of an elementwise surrogate at ``z``, no graph.
+
+    Example:
+        >>> derivative_of(surrogate.PiecewiseQuadratic(alpha=1.0), torch.tensor([-2.0, 0.25]))
+        tensor([0.0000, 0.7500])
+    """
+    for shape, host_class in _HOST_CLASSES.items():
+        if type(function) is host_class and function.spiking:
+            return SHAPES[shape](z, function.alpha)
     with torch.enable_grad():
         z = z.detach().requires_grad_()
         return torch.autograd.grad(function(z).sum(), z)[0]
