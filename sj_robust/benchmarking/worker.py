@@ -1,4 +1,7 @@
-"""Body of one process of :func:`sj_robust.benchmarking.race`: weigh a method once, then time a pass per order."""
+"""Body of one process of :func:`sj_robust.benchmarking.race`.
+
+It weighs a method once, then runs two passes per order and times the second.
+"""
 
 import gc
 import json
@@ -21,7 +24,7 @@ from sj_robust.ops.dlif import cpp
 
 
 def main(subject: str, method: str, shape: tuple[int, ...], threads: int) -> None:
-    """Answer every line of standard input with the seconds of one forward and one backward pass."""
+    """Answer every line of standard input with the seconds of the second of two passes, forward and backward."""
     warnings.simplefilter("ignore")  # of peers; this package is silent
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -56,9 +59,8 @@ def main(subject: str, method: str, shape: tuple[int, ...], threads: int) -> Non
             "saved_mb": _saved_bytes(task) / 1e6 if SUBJECTS[subject].has_one_graph else math.nan,
         }
     _answer(facts)
-    awake = torch.zeros(1 << 20)
     for _ in sys.stdin:
-        awake.add_(1.0)  # a layer runs between others, where torch's threads do not have to be woken first
+        once()  # wakes threads and fills caches, which in a training step the layer before has done
         _answer(once())
 
 
