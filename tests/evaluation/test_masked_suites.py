@@ -1,0 +1,55 @@
+"""The suites break networks whose gradients are masked, where the training surrogate reports them robust."""
+
+import pytest
+import torch
+from evaluation import masked
+from torch import Tensor, nn
+
+from sj_robust.attacks import SampleSeeds, sweep, worst_case
+from sj_robust.evaluation import ThreatModel, make_suite
+
+pytest.importorskip("sklearn.datasets", reason="scikit-learn (extra `recipes`) holds the digits")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def honest() -> nn.Module:
+    x, y = masked.digits()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return masked.fitted(masked.spiking(), x[:1280], y[:1280])
+
+
+def left(model: nn.Module, members, x: Tensor, y: Tensor) -> float:
+    return worst_case(model, x, y, members, seeds=SampleSeeds(range(len(x)))).robust_accuracy
+
+
+def swept(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> list[str]:
+    """Estimators that a short sweep picks."""
+    candidates = ("training", "triangle:0.5", "atan:1", "atan:4")
+    rows = sweep(model, x, y, eps=eps, candidates=candidates, steps=10, count=2, seeds=SampleSeeds(range(len(x))))
+    return [row.estimator for row in rows if row.chosen]
+
+
+def test_the_fast_suite_breaks_a_narrow_surrogate(honest):
+    x, y = (part[1280:1304] for part in masked.digits())
+    model, threat = masked.with_surrogate(honest, masked.NARROW), ThreatModel("Linf", 0.12)
+    chosen = swept(model, x, y, threat.eps)
+    assert "training" not in chosen
+    suite = make_suite("fast", threat, chosen=chosen, classes=10)
+    worst, control = left(model, suite.members, x, y), left(model, suite.control, x, y)
+    alone = left(model, suite.control[:1], x, y)
+    assert worst <= control - 0.25
+    assert worst <= alone - 0.3
+    # Without the mask the same suite comes to the same figure: the mask hid, it did not defend.
+    assert worst == pytest.approx(left(honest, suite.members, x, y), abs=0.05)
+
+
+def test_the_standard_suite_breaks_a_saturated_input(honest):
+    x, y = (part[1280:1292] for part in masked.digits())
+    model, threat = masked.Before(masked.clamped, honest), ThreatModel("Linf", 0.2)
+    suite = make_suite("standard", threat, chosen=swept(model, x, y, threat.eps), classes=10)
+    clean = left(model, (), x, y)
+    alone = left(model, make_suite("standard", threat, classes=10).control[:1], x, y)
+    assert alone >= clean - 0.1
+    assert left(model, suite.members, x, y) <= alone - 0.5
