@@ -1,0 +1,350 @@
+"""Auto-PGD against its algorithm written out a second time, known optima, and the authors' implementation."""
+
+import math
+import warnings
+from copy import deepcopy
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+from attacks.oracle import linear_oracle
+from torch import Tensor
+
+from sj_robust._host import functional
+from sj_robust.attacks import SampleSeeds, apgd
+from sj_robust.attacks._walk import checkpoints
+from sj_robust.attacks.apgd import dlr_loss, targeted_dlr_loss
+
+LOSSES = ["ce", "dlr", "dlr_targeted"]
+
+
+def paper_checkpoints(steps: int) -> list[int]:
+    """w_j = ceil(p_j N), p_0 = 0, p_1 = 0.22, p_{j+1} = p_j + max(p_j - p_{j-1} - 0.03, 0.06)."""
+    p = [Fraction(0), Fraction(22, 100)]
+    while p[-1] <= 1:
+        p.append(p[-1] + max(p[-1] - p[-2] - Fraction(3, 100), Fraction(6, 100)))
+    return [math.ceil(share * steps) for share in p if share <= 1]
+
+
+def test_checkpoints():
+    assert checkpoints(100) == [22, 41, 57, 70, 80, 87, 93, 99]
+    for steps in (1, 2, 5, 10, 40, 50, 100, 333, 1000):
+        assert checkpoints(steps) == sorted(set(paper_checkpoints(steps)) - {0})
+
+
+CURVATURE = np.array([[1.0, 30.0, 0.1, 2.0], [5.0, 5.0, 0.0, 0.01], [-1.0, 3.0, 1.0, 0.5]])
+PEAK = np.array([[0.55, 0.48, 0.9, 0.5], [0.51, 0.1, 0.3, 0.9], [0.5, 0.62, 0.58, 0.2]])
+COUPLING = 0.7
+
+
+def quadratic(x: np.ndarray, k: int) -> tuple[float, np.ndarray]:
+    """A quadratic in four variables, of another shape for each of three samples, and its gradient."""
+    d = x - PEAK[k]
+    value = -(CURVATURE[k] * d**2).sum() - COUPLING * d[0] * d[1]
+    return value, -2 * CURVATURE[k] * d - COUPLING * np.array([d[1], d[0], 0.0, 0.0])
+
+
+def quadratic_loss(logits: Tensor, y: Tensor) -> Tensor:
+    d = logits - torch.tensor(PEAK)[y]
+    return -(torch.tensor(CURVATURE)[y] * d**2).sum(1) - COUPLING * d[:, 0] * d[:, 1]
+
+
+def by_hand(x: np.ndarray, start: np.ndarray, k: int, eps: float, norm: str, steps: int):
+    """Algorithm 1 of the paper for one sample, with its whole history; images, step sizes, best image."""
+
+    def project(z):
+        if norm == "Linf":
+            return np.clip(np.clip(z, x - eps, x + eps), 0, 1)
+        d = z - x
+        return np.clip(x + d * min(1, eps / max(np.linalg.norm(d), 1e-300)), 0, 1)
+
+    def uphill(g):
+        return np.sign(g) if norm == "Linf" else g / np.linalg.norm(g)
+
+    eta, etas, w = 2 * eps, [], [0, *paper_checkpoints(steps)]
+    points, f = [start], [quadratic(start, k)[0]]
+    f_max, x_max, rises = f[0], start, []
+    eta_at, f_max_at = {0: eta}, {0: f_max}
+    seen = [start]
+    for n in range(steps):
+        here = points[n]
+        z = project(here + eta * uphill(quadratic(here, k)[1]))
+        alpha, before = (1.0, here) if n == 0 else (0.75, points[n - 1])
+        new = project(here + alpha * (z - here) + (1 - alpha) * (here - before))
+        seen.append(new)
+        value = quadratic(new, k)[0]
+        rises.append(value > quadratic(here, k)[0])
+        if value > f_max:
+            f_max, x_max = value, new
+        if n + 1 in w:
+            last = w[w.index(n + 1) - 1]
+            few = sum(rises[last : n + 1]) < 0.75 * (n + 1 - last)
+            stalled = eta_at[last] == eta and f_max_at[last] == f_max
+            eta_at[n + 1], f_max_at[n + 1] = eta, f_max
+            if few or stalled:
+                eta, new = eta / 2, x_max
+        points.append(new)
+        etas.append(eta)
+    return np.array(seen), etas, x_max
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize("steps", [10, 37, 100])
+def test_images_and_step_sizes_follow_the_algorithm(norm, steps):
+    seen = []
+
+    def model(x):
+        seen.append(x.detach().numpy().copy())
+        return x
+
+    x = torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.45, 0.02, 0.4, 0.97], [0.5, 0.6, 0.5, 0.25]], dtype=torch.float64)
+    y = torch.arange(3)
+    options = {"eps": 0.1, "norm": norm, "loss": quadratic_loss, "steps": steps, "keep_best": False}
+    x_adv = apgd(model, x, y, **options, generator=torch.Generator().manual_seed(1))
+    images = np.stack(seen, 1)
+    schedules = []
+    for k in range(3):
+        expected, etas, best = by_hand(x[k].numpy(), images[k, 0], k, 0.1, norm, steps)
+        np.testing.assert_allclose(images[k], expected, rtol=0, atol=1e-9)
+        np.testing.assert_allclose(x_adv[k], best, rtol=0, atol=1e-9)
+        schedules.append(etas)
+    assert all(etas[-1] < 0.2 for etas in schedules)
+    assert norm == "Linf" or len({tuple(etas) for etas in schedules}) > 1  # samples chose different step sizes
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_the_start_lies_on_the_border_of_the_ball(norm):
+    seen = []
+
+    def model(x):
+        seen.append(x.detach())
+        return x
+
+    x = torch.full((200, 5), 0.5, dtype=torch.float64)
+    apgd(model, x, torch.zeros(200, dtype=torch.int64), eps=0.2, norm=norm, steps=1, keep_best=False)
+    delta = seen[0] - x
+    length = delta.abs().amax(1) if norm == "Linf" else delta.norm(dim=1)
+    torch.testing.assert_close(length, torch.full_like(length, 0.2))
+    assert delta.mean(0).abs().max().item() < 0.04
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize(("loss", "classes"), [("ce", 2), ("dlr", 2), ("dlr_targeted", 5), ("dlr_targeted", 8)])
+def test_a_linear_network_keeps_exactly_its_known_robust_accuracy(norm, loss, classes):
+    # Untargeted losses get two classes: with more, a start can lead to one that is out of reach beside one that is not.
+    oracle = linear_oracle(classes, norm)
+
+    def model(x):
+        logits = oracle.model(x)
+        return torch.cat([logits, logits[:, :1] * 0 - 9], 1)  # one class more, out of reach, for the ratio
+
+    x_adv = apgd(
+        model, oracle.x, oracle.y, eps=oracle.eps, norm=norm, loss=loss, target_classes=classes - 1, steps=50,
+        generator=torch.Generator().manual_seed(0),
+    )  # fmt: skip
+    assert torch.equal(model(x_adv).argmax(1) == oracle.y, oracle.robust)
+    assert 0.2 < oracle.robust.double().mean().item() < 0.8
+
+
+def test_losses_by_hand():
+    logits = torch.tensor([[4.0, 1.0, 3.0, -1.0, 2.0], [4.0, 1.0, 3.0, -1.0, 2.0]])
+    y = torch.tensor([0, 2])
+    torch.testing.assert_close(dlr_loss(logits, y), torch.tensor([-(4.0 - 3) / (4 - 2), -(3.0 - 4) / (4 - 2)]))
+    expected = torch.tensor([-(4.0 - -1) / (4 - 0.5 * (2 + 1)), -(3.0 - 1) / (4 - 0.5 * (2 + 1))])
+    torch.testing.assert_close(targeted_dlr_loss(logits, y, target=torch.tensor([3, 1])), expected)
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e6])
+def test_the_ratio_does_not_see_the_scale_of_the_logits(scale):
+    logits = torch.randn(50, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    y, target = logits.argsort(1)[:, -1], logits.argsort(1)[:, -3]
+    torch.testing.assert_close(dlr_loss(logits * scale, y), dlr_loss(logits, y))
+    targeted = targeted_dlr_loss(logits, y, target=target)
+    torch.testing.assert_close(targeted_dlr_loss(logits * scale, y, target=target), targeted)
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize(
+    "model",
+    [
+        lambda x: x * 0,
+        lambda x: (x > 0.5).double() + 0 * x,
+        lambda x: (4 * x).round().detach() * torch.tensor([1.0, 0, 0, 0, 0]) + 0 * x,
+        lambda x: x.mean(1, keepdim=True).expand(-1, 5) * torch.tensor([1e-30, 1, 1, 1, 1]),
+    ],
+    ids=["all tie", "steps", "counts", "nearly all tie"],
+)
+def test_ties_and_zero_gradients_give_no_nan(norm, loss, model):
+    x = torch.rand(6, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    for keep_best in (True, False):
+        y = model(x).argmax(1)
+        x_adv = apgd(model, x, y, eps=0.1, norm=norm, loss=loss, steps=10, keep_best=keep_best)
+        assert bool(torch.isfinite(x_adv).all())
+        assert not torch.equal(x_adv, x)
+
+
+def test_any_fooling_image_is_kept_and_the_highest_loss_on_request():
+    def model(x):
+        return torch.cat([x[:, :1], 0.8 - x[:, :1]], 1)
+
+    def loss(logits, y):
+        return -((logits[:, 0] - 0.3) ** 2)  # highest where the label, class 1, is right; x falls to 0.3 from above
+
+    x, y = torch.full((40, 1), 0.35), torch.ones(40, dtype=torch.int64)
+    options = {"eps": 0.1, "loss": loss, "steps": 20, "generator": torch.Generator().manual_seed(0)}
+    kept, highest = apgd(model, x, y, **options), apgd(model, x, y, **options, keep_best=False)
+    assert bool((model(kept).argmax(1) == 0).all())  # above 0.4: a start at 0.45, or the first step from 0.25
+    assert bool((model(highest).argmax(1) == 1).all())
+    torch.testing.assert_close(highest, torch.full((40, 1), 0.3), rtol=0, atol=1e-3)
+
+
+def test_what_is_misclassified_comes_back_and_what_is_fooled_is_left():
+    sizes = []
+    oracle = linear_oracle(5, "Linf")
+
+    def model(x):
+        sizes.append(len(x))
+        return oracle.model(x)
+
+    y = oracle.y.clone()
+    y[:20] = (y[:20] + 1) % 5
+    x_adv = apgd(model, oracle.x, y, eps=oracle.eps, steps=25)
+    assert torch.equal(x_adv[:20], oracle.x[:20])
+    assert not (x_adv[20:] == oracle.x[20:]).all(1).any()
+    assert sizes[:2] == [60, 40]
+    assert sizes[1:] == sorted(sizes[1:], reverse=True)
+    assert sizes[-1] == int((oracle.model(x_adv).argmax(1) == y).sum())
+    sizes.clear()
+    apgd(model, oracle.x, y, eps=oracle.eps, steps=25, keep_best=False)
+    assert sizes == [60] * 26
+
+
+def test_without_anything_standing_nothing_is_attacked():
+    oracle = linear_oracle(5, "L2")
+    x_adv = apgd(oracle.model, oracle.x, (oracle.y + 1) % 5, eps=0.3, loss="dlr_targeted")
+    assert torch.equal(x_adv, oracle.x)
+
+
+@pytest.mark.parametrize(("target_classes", "falls"), [(1, False), (2, False), (3, True), (9, True)])
+def test_targets_are_the_most_likely_wrong_classes_in_turn(target_classes, falls):
+    def model(x):  # class 3, the least likely, is the only one that x can raise
+        rest = torch.tensor([[3.0, 2.0, 1.0]], dtype=x.dtype).expand(len(x), -1)
+        return torch.cat([rest + 0 * x[:, :1], -8 + 20 * x[:, :1]], 1)
+
+    x, y = torch.full((3, 2), 0.4), torch.zeros(3, dtype=torch.int64)  # logit 3 is 0; 3.2 at 0.56
+    options = {"loss": "dlr_targeted", "target_classes": target_classes, "steps": 10}
+
+    def blind(x):  # the gradient towards class 3 vanishes unless it is the target: without one no step is made
+        logits = model(x)
+        return torch.cat([logits[:, :3] - 1e-3 * x[:, :1] * torch.tensor([0.0, 1.0, 1.0]), logits[:, 3:]], 1)
+
+    x_adv = apgd(blind, x, y, eps=0.2, **options, generator=torch.Generator().manual_seed(0))
+    assert bool((model(x_adv).argmax(1) == 3).all()) == falls
+
+
+def test_restarts_find_what_one_start_misses():
+    def one_sided(x):
+        margin = 0.2 - (x.flatten() - 0.5).clamp(min=0)
+        return torch.stack([torch.zeros_like(margin), margin], 1)
+
+    x, y = torch.full((200, 1), 0.5), torch.ones(200, dtype=torch.int64)
+
+    def fooled(restarts):
+        generator = torch.Generator().manual_seed(0)
+        return (
+            one_sided(apgd(one_sided, x, y, eps=0.2001, steps=4, restarts=restarts, generator=generator)).argmax(1) == 0
+        )
+
+    once, often = fooled(1), fooled(6)
+    assert 70 <= int(once.sum()) <= 130
+    assert bool((often | ~once).all())
+    assert int(often.sum()) >= 190
+
+
+def test_eot_averages_the_gradients_of_its_forwards():
+    factors, seen = [], []
+
+    def model(x):
+        seen.append(x.detach())
+        factors.append(torch.rand(2))
+        margin = x @ (torch.tensor([1.0, -1.0]) * factors[-1])
+        return torch.stack([torch.zeros_like(margin), margin], 1)
+
+    x, y = torch.full((1, 2), 0.5), torch.tensor([1])
+    options = {"norm": "L2", "keep_best": False, "loss": lambda logits, y: -logits[:, 1]}
+    apgd(model, x, y, eps=0.1, steps=1, eot_samples=8, **options)
+    assert len(factors) == 16
+    mean = torch.stack(factors[:8]).mean(0) * torch.tensor([-1.0, 1.0])
+    moved = seen[0] + 0.2 * mean / mean.norm() - x
+    torch.testing.assert_close(seen[-1], x + moved * min(1.0, 0.1 / moved.norm().item()))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "match"),
+    [
+        ({"loss": "dlr"}, ValueError, r"loss='dlr' needs at least 3 classes, the model returns 2; use loss='ce'"),
+        ({"loss": "dlr", "keep_best": False}, ValueError, r"loss='dlr' needs at least 3 classes"),
+        ({"loss": "dlr_targeted"}, ValueError, r"loss='dlr_targeted' needs at least 4 classes, the model returns 2"),
+        ({"loss": "cw"}, ValueError, r"loss must be one of \('ce', 'dlr', 'dlr_targeted'\) or a function .* got 'cw'"),
+        ({"loss": None}, ValueError, r"loss must be one of .* got None"),
+        ({"norm": "L1"}, ValueError, r"norm must be one of \('Linf', 'L2'\), got 'L1'"),
+        ({"eps": 8}, ValueError, r"eps must be <= 1, .* write 8 / 255"),
+        ({"steps": 0}, ValueError, r"steps must be >= 1, got 0"),
+        ({"restarts": 0}, ValueError, r"restarts must be >= 1"),
+        ({"eot_samples": 1.0}, TypeError, r"eot_samples must be an integer, got float"),
+        ({"target_classes": 0}, ValueError, r"target_classes must be >= 1"),
+        (
+            {"loss": lambda logits, y: logits.sum()},
+            ValueError,
+            r"loss must return one value per sample, \[2\], got \[\]",
+        ),
+    ],
+)
+def test_wrong_use(options, error, match):
+    with pytest.raises(error, match=match):
+        apgd(lambda x: x, torch.rand(2, 2), torch.tensor([0, 1]), **{"eps": 0.1, "keep_best": False, **options})
+
+
+def test_sample_seeds_on_a_spiking_network(trained):
+    functional.reset_net(trained.model)  # no state of an earlier call, which cannot be copied
+    model, x, y = deepcopy(trained.model).double(), trained.x[:20].double(), trained.y[:20]
+    seeds = SampleSeeds(range(100, 120))
+    options = {"eps": 0.05, "steps": 8, "loss": "dlr_targeted", "target_classes": 2}
+    together = apgd(model, x, y, **options, generator=seeds)
+    parts = [torch.tensor(rows) for rows in (range(7), range(7, 8), range(8, 20))]
+    apart = torch.cat([apgd(model, x[rows], y[rows], **options, generator=seeds.rows(rows)) for rows in parts])
+    torch.testing.assert_close(together, apart, rtol=0, atol=1e-12)
+    assert not torch.equal(together, x)
+
+
+def parity(trained, images: int, seeds: int, **options) -> None:
+    """Robust accuracy of ours and of the authors' implementation, meaned over seeds."""
+    peers = pytest.importorskip("pyautoattack.autopgd_base", reason="extra `attacks` holds the authors' implementation")
+    model, x, y = trained.model, trained.x[:images], trained.y[:images]
+    budget = {name: options[name] for name in ("eps", "norm")}
+    ours, theirs = [], []
+    for seed in range(seeds):
+        x_adv = apgd(model, x, y, **options, steps=100, generator=torch.Generator().manual_seed(seed))
+        with torch.random.fork_rng(), warnings.catch_warnings():  # it seeds the global generator and warns of zeros
+            warnings.simplefilter("ignore")
+            if options["loss"] == "dlr_targeted":
+                peer = peers.APGDAttack_targeted(model, **budget, seed=seed, n_target_classes=options["target_classes"])
+            else:
+                peer = peers.APGDAttack(model, **budget, seed=seed, loss=options["loss"])
+            peer_adv = peer.perturb(x.clone(), y.clone())
+        with torch.no_grad():
+            ours.append((model(x_adv).argmax(1) == y).double().mean().item())
+            theirs.append((model(peer_adv).argmax(1) == y).double().mean().item())
+    assert np.mean(ours) == pytest.approx(np.mean(theirs), abs=0.0101)
+    assert 0.2 < np.mean(ours) < 0.8
+
+
+@pytest.mark.parametrize(("norm", "eps", "loss"), [("Linf", 0.1, "ce"), ("Linf", 0.1, "dlr"), ("L2", 0.6, "ce")])
+def test_as_strong_as_the_authors_implementation(trained, norm, eps, loss):
+    parity(trained, 200, 3, norm=norm, eps=eps, loss=loss)
+
+
+def test_as_strong_as_the_authors_targeted_implementation(trained):
+    parity(trained, 100, 2, norm="Linf", eps=0.1, loss="dlr_targeted", target_classes=3)
