@@ -253,6 +253,20 @@ def test_silent_layers_and_zero_gradients_give_no_nan(name, kind):
         assert not grad.any()
 
 
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_gradient_of_an_image_and_its_neighbours(name):
+    model, x = classifier(NEURONS["DLIF"]).double(), images(6, torch.float64)
+
+    def gradients(batch):
+        with estimator(name)(model) as crafting:
+            leaf = batch.clone().requires_grad_()
+            logits = crafting(leaf)
+            return torch.autograd.grad((logits * torch.arange(5.0)).sum(), leaf)[0]
+
+    alike = torch.allclose(gradients(x)[2:4], gradients(x[2:4]), rtol=1e-9, atol=1e-12)
+    assert alike == estimator(name).per_sample
+
+
 def _state(model):
     return {name: sorted(vars(module)) for name, module in model.named_modules()}
 

@@ -144,7 +144,7 @@ _KNOWN: dict[type, Callable[[Any, int], Charging]] = {
 def _spikes(module: nn.Module) -> bool:
     package = neuron.__name__
     classes = type(module).__mro__
-    if any(cls.__name__ == "NonSpikingBaseNode" for cls in classes):
+    if any("NonSpiking" in cls.__name__ for cls in classes):  # integrators that put out potentials
         return False
     if any(cls.__module__ == package or cls.__module__.startswith(f"{package}.") for cls in classes):
         return True

@@ -89,7 +89,7 @@ def sharpness_for(shape: str, share: float) -> float:
     return _SHARPNESS[shape](share)
 
 
-def derivative_of(function: Callable[[Tensor], Tensor], z: Tensor) -> Tensor:
+def derivative_of(function: Any, z: Tensor) -> Tensor:
     """Derivative of an elementwise surrogate at ``z``, no graph.
 
     Example:
