@@ -38,7 +38,7 @@ def run_attacks(
 ) -> tuple[Tensor, list[str]]:
     """Images that fool where an attack found some, ``x`` elsewhere; and what the library has to say."""
     network, log, x_adv = Network(model, x.dtype), Log(), x.clone()
-    logits = network.logits(x, y)
+    logits = _clean_logits(network, x, y)
     standing, classes = logits.argmax(1) == y, logits.shape[1]
     if not bool(standing.any()):
         return x_adv, []
@@ -70,7 +70,7 @@ def run_attacks(
 def search_squares(model: Model, x: Tensor, y: Tensor, *, ball: Ball, queries: int, private: Private) -> Tensor:
     """Best images of the Square Attack; ``x`` where the model is wrong already."""
     network, x_adv, seeds = Network(model, x.dtype), x.clone(), _sample_seeds(private)
-    rows = network.right(x, y).nonzero().squeeze(1)
+    rows = (_clean_logits(network, x, y).argmax(1) == y).nonzero().squeeze(1)
     if len(rows):
         picked = None if seeds is None else seeds.rows(rows).derived("square", 0)
         with seeded_globals(draw_seed(private), x.device):
@@ -79,14 +79,19 @@ def search_squares(model: Model, x: Tensor, y: Tensor, *, ball: Ball, queries: i
     return x_adv
 
 
+def _clean_logits(network: Network, x: Tensor, y: Tensor) -> Tensor:
+    logits = network.logits(x, y)
+    if logits.shape[1] < 2:
+        raise ValueError(f"the model must return at least 2 classes, got {logits.shape[1]}; return one logit per class")
+    return logits
+
+
 def _sample_seeds(private: Private) -> SampleSeeds | None:
     return private.seeds if isinstance(private, SampleDraws) else None
 
 
 def _possible(settings: Settings, classes: int, log: Log) -> Settings:
     """Without the attacks that the number of classes does not allow, each with a warning."""
-    if classes < 2:
-        raise ValueError(f"the model must tell at least 2 classes apart, got {classes}; return one logit per class")
     left_out = [name for name in settings.attacks if classes < _LEAST_CLASSES.get(name, 2)]
     for name in left_out:
         log.warning(f"{name} is left out: it needs at least {_LEAST_CLASSES[name]} classes, the model has {classes}")

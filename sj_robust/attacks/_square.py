@@ -24,11 +24,14 @@ def break_ties(logits: Tensor, winner: Tensor | None = None) -> Tensor:
 
     Spike counts tie exactly, and an attack that looks at margins takes a margin of 0 for success while ``argmax`` may
     still pick the label. The winner, which is ``argmax`` of ``logits`` unless given, stays the winner; gradients and
-    all other logits stay as they are.
+    all other logits stay as they are, in a tensor of its own.
     """
+    first, second = logits.topk(2).values.unbind(1)
+    tied = (first == second).unsqueeze(1)
+    if not bool(tied.any()):
+        return logits.clone()
     winner = (logits.argmax(1) if winner is None else winner).unsqueeze(1)
     highest = logits.gather(1, winner)
-    tied = (logits == highest).sum(1, keepdim=True) > 1
     unit = (highest.detach().abs() * torch.finfo(logits.dtype).eps).clamp(min=2.0**-100)
     return logits.scatter(1, winner, highest + unit * tied)
 

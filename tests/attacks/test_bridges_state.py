@@ -1,0 +1,371 @@
+"""What AutoAttack and Square leave as they found it, keep to, and depend on."""
+
+import math
+import random
+import sys
+import warnings
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from attacks.table import MODELS, linear_model
+from torch import nn
+
+from sj_robust import SpikingClassifier
+from sj_robust.attacks import AutoAttackWarning, SampleSeeds, autoattack, square
+from sj_robust.attacks import _autoattack as driver
+from sj_robust.classifier import PoissonEncoder
+
+checks = pytest.importorskip("pyautoattack.checks", reason="extra `attacks` holds the library behind the bridge")
+
+X = torch.rand(9, 1, 6, 6, generator=torch.Generator().manual_seed(2))
+X[0, 0, 0], X[1, 0, 1] = 0.0, 1.0
+NORMS = {"Linf": 0.2, "L2": 0.6}
+RUNS = {name: partial(autoattack, attacks=[name]) for name in ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t")} | {
+    "square": partial(square, queries=60)
+}
+
+
+@pytest.fixture(autouse=True)
+def short(monkeypatch):
+    """A fifth of AutoAttack's iterations; that the full number is run is tested against the library."""
+    monkeypatch.setitem(driver.runs.__globals__, "_ITERATIONS", 20)
+
+
+@pytest.fixture(params=RUNS)
+def run(request):
+    return RUNS[request.param]
+
+
+@pytest.fixture(params=NORMS)
+def budget(request) -> dict:
+    return {"norm": request.param, "eps": NORMS[request.param]}
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def predicted(model, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return model(x).argmax(1)
+
+
+def assert_inside(x_adv, x, norm, eps) -> None:
+    assert (x_adv.shape, x_adv.dtype, x_adv.device) == (x.shape, x.dtype, x.device)
+    assert not x_adv.requires_grad
+    assert 0 <= float(x_adv.min()) <= float(x_adv.max()) <= 1
+    for row in (x_adv.double() - x.double()).flatten(1).tolist():
+        if norm == "Linf":
+            assert max(map(abs, row)) <= eps
+        else:
+            assert math.sqrt(math.fsum(d * d for d in row)) <= eps * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_inside_ball_and_box_in_every_dtype_of_network(run, budget, dtype):
+    model, x = linear_model(36, dtype), X.to(dtype)
+    y, before = predicted(model, x), x.clone()
+    x_adv = run(lambda images: model(images) if images.dtype == dtype else 1 / 0, x, y, **budget, generator=seeded())
+    assert_inside(x_adv, x, **budget)
+    assert torch.equal(x, before)
+    assert int((predicted(model, x_adv) != y).sum()) > 0
+
+
+def test_inside_ball_and_box_on_a_spiking_network(run, budget):
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = MODELS["dlif"]()
+    y = predicted(model.eval(), X)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", AutoAttackWarning)  # an untrained network has zero gradients
+        assert_inside(run(model, X, y, **budget), X, **budget)
+
+
+def test_the_edge_cases_of_a_batch(run, budget):
+    model = linear_model(36)
+    y = predicted(model, X)
+    assert torch.equal(run(model, X, y, eps=0.0), X)
+    assert run(model, X[:0], y[:0], **budget).shape == (0, 1, 6, 6)
+    assert torch.equal(run(model, X, (y + 1) % 5, **budget), X)  # all wrong before
+    assert_inside(run(model, X[:1], y[:1], **budget), X[:1], **budget)
+    x = X.repeat(1, 2, 1, 1).contiguous(memory_format=torch.channels_last)
+    wide = linear_model(72)
+    together, apart = (
+        run(wide, images, predicted(wide, x), **budget, generator=seeded()) for images in (x, x.contiguous())
+    )
+    assert torch.equal(together, apart)
+
+
+@pytest.mark.parametrize("size", [(3, 3), (4, 7), (12, 12), (14, 5), (18, 18)])
+@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("generator", [SampleSeeds([1, 2, 3]), None], ids=["seeds", "none"])
+def test_square_takes_images_of_any_size(size, norm, generator):
+    x = torch.rand(3, 2, *size, generator=seeded())
+    model = linear_model(2 * size[0] * size[1])
+    y = predicted(model, x)
+    x_adv = square(model, x, y, eps=NORMS[norm], norm=norm, queries=30, generator=generator)
+    assert_inside(x_adv, x, norm, NORMS[norm])
+    assert ((x_adv != x).flatten(1).any(1)).all()
+
+
+def test_features_are_attacked_without_square():
+    model, x = linear_model(36), X.flatten(1)
+    y = predicted(model, x)
+    x_adv = autoattack(model, x, y, eps=0.2, attacks=["apgd-ce", "fab-t"])
+    assert (predicted(model, x_adv) != y).all()
+    for call in (square, autoattack, partial(autoattack, attacks=["square"])):
+        with pytest.raises(ValueError, match=r"Square needs images \[N, C, H, W\], got shape \(9, 36\)"):
+            call(model, x, y, eps=0.1)
+
+
+@pytest.mark.parametrize("fail", [False, True], ids=["ends", "raises"])
+def test_global_generators_tracer_modes_gradients_and_flags_stay(run, fail):
+    class Noisy(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = linear_model(36)
+            self.calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            if fail and self.calls == 12:
+                raise KeyError("from the model")
+            noise = torch.rand(()) + random.random() + np.random.rand()  # noqa: NPY002  the global one
+            return self.inner(x) + 1e-7 * noise
+
+    model, y = Noisy(), predicted(linear_model(36), X)
+    model.inner[1].training = False
+    model.inner[1].weight.grad = torch.full((5, 36), 3.0)
+    model.inner[1].bias.requires_grad_(False)
+    traced = []
+
+    def tracer(frame, event, argument):
+        traced.append(frame.f_code.co_name)
+
+    def state():
+        return torch.get_rng_state().tolist(), random.getstate(), repr(np.random.get_state())  # noqa: NPY002  as above
+
+    before, outer = state(), sys.gettrace()
+    sys.settrace(tracer)
+    try:
+        run(model, X, y, eps=0.02, generator=seeded())
+        ended = True
+    except KeyError:
+        ended = False
+    finally:
+        restored = sys.gettrace()
+        sys.settrace(outer)
+    assert ended is not fail
+    assert restored is tracer
+    assert "forward" in traced
+    assert state() == before
+    assert [module.training for module in model.modules()] == [True, True, True, False]
+    assert (model.inner[1].weight.grad == 3.0).all()
+    assert model.inner[1].bias.grad is None
+    assert not model.inner[1].bias.requires_grad
+
+
+def test_the_network_is_attacked_in_evaluation_mode(run):
+    modes = []
+
+    class Watched(nn.Sequential):
+        def forward(self, x):
+            modes.append([module.training for module in self.modules()])
+            return super().forward(x)
+
+    run(Watched(nn.Flatten(), nn.Dropout(0.5), nn.Linear(36, 5)), X, torch.zeros(9, dtype=torch.int64), eps=0.01)
+    assert modes
+    assert not any(any(mode) for mode in modes)
+
+
+@pytest.mark.parametrize(
+    "context", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)]
+)
+def test_works_in_any_context_of_the_caller(run, context):
+    model = linear_model(36)
+    y = predicted(model, X)
+    with context():
+        x_adv = run(model, X.clone(), y.clone(), eps=0.1, generator=seeded())
+        logits = model(X)
+    assert_inside(x_adv, X, "Linf", 0.1)
+    if logits.requires_grad:  # autocast: no weight that was cast without a graph is left in its cache
+        (grad,) = torch.autograd.grad(logits.float().sum(), model[1].weight)
+        assert grad.abs().sum() > 0
+    (model(x_adv)).sum().backward()
+
+
+def test_same_seed_same_result_and_another_seed_another(budget):
+    model = linear_model(36)
+    y = predicted(model, X)
+    budget["eps"] /= 10  # all stand, so that the last iterates are compared
+    for seeds in (seeded, lambda seed: SampleSeeds(range(seed, seed + 9))):
+        first, again, other = (square(model, X, y, **budget, queries=20, generator=seeds(s)) for s in (1, 1, 5))
+        assert torch.equal(first, again)
+        assert not torch.equal(first, other)
+    first, second = (square(model, X, y, **budget, queries=20) for _ in range(2))
+    assert not torch.equal(first, second)
+
+
+@pytest.mark.parametrize("version", ["standard", "plus"])
+def test_with_sample_seeds_a_result_depends_on_no_other_sample(run, budget, version):
+    if run.func is autoattack:
+        run = partial(run, version=version)
+    elif version == "plus":
+        pytest.skip("square has no versions")
+    model, x = (
+        linear_model(36, torch.float64, seed=3),
+        torch.rand(12, 1, 6, 6, generator=seeded(8), dtype=torch.float64),
+    )
+    y, seeds = predicted(model, x), SampleSeeds(range(100, 112))
+    eps = budget["eps"]
+    together = run(model, x, y, eps=eps, norm=budget["norm"], generator=seeds)
+    some = torch.tensor([7, 2, 11])
+    apart = run(model, x[some], y[some], eps=eps, norm=budget["norm"], generator=seeds.rows(some))
+    torch.testing.assert_close(together[some], apart, rtol=0, atol=1e-7)
+    assert int((predicted(model, together) != y).sum()) > 0
+
+
+def test_fab_restarts_from_noise_of_the_samples(monkeypatch):
+    model = linear_model(36, seed=3)
+    y, given = predicted(model, X), []
+    original = driver.runs.__globals__["_GivenNoise"]
+    monkeypatch.setitem(
+        driver.runs.__globals__, "_GivenNoise", lambda noise, network: given.append(noise) or original(noise, network)
+    )
+    autoattack(model, X, y, eps=0.001, version="plus", attacks=["fab"], generator=SampleSeeds(range(9)))
+    assert [tuple(noise.shape) for noise in given] == [(9, 1, 6, 6)] * 4
+    assert not torch.equal(given[0], given[1])
+
+
+def test_a_stochastic_network_is_attacked_with_its_own_version():
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Flatten(2), nn.Linear(36, 5))
+    model = SpikingClassifier(net, T=16, encoder=PoissonEncoder())
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        y = torch.stack([predicted(model, X) for _ in range(25)]).mode(0).values
+    with pytest.warns(AutoAttackWarning, match='randomized defense.*version="rand"'):
+        autoattack(model, X, y, eps=0.05, attacks=["apgd-ce"], generator=seeded())
+    first, again = (autoattack(model, X, y, eps=0.2, version="rand", generator=seeded()) for _ in range(2))
+    assert torch.equal(first, again)
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        wrong = torch.stack([predicted(model, first) != y for _ in range(20)]).double().mean()
+    assert wrong > 0.7
+    assert_inside(first, X, "Linf", 0.2)
+
+
+def test_a_half_precision_network_gets_float32_logits_seen_by_the_library(monkeypatch):
+    kinds = set()
+    original = driver.Network.__call__
+
+    def call(network, images):
+        logits = original(network, images)
+        kinds.add((images.dtype, logits.dtype))
+        return logits
+
+    monkeypatch.setattr(driver.Network, "__call__", call)
+    for dtype in (torch.float16, torch.float64):
+        model = linear_model(36, dtype)
+        autoattack(model, X.to(dtype), predicted(model, X.to(dtype)), eps=0.05, attacks=["apgd-ce", "fab"])
+    assert kinds == {(torch.float32, torch.float32)}
+
+
+def test_square_on_a_trained_spiking_network(trained):
+    model, x, y = trained[0], trained.x[:60], trained.y[:60]
+    for norm, eps in (("Linf", 0.15), ("L2", 1.0)):
+        for generator in (seeded(), SampleSeeds(range(60))):
+            sizes = []
+            handle = model.register_forward_hook(lambda module, inputs, output, sizes=sizes: sizes.append(len(output)))
+            x_adv = square(model, x, y, eps=eps, norm=norm, queries=100, generator=generator)
+            handle.remove()
+            clean, standing = int((predicted(model, x) == y).sum()), int((predicted(model, x_adv) == y).sum())
+            assert sizes[0] == 60
+            assert sizes[1] == clean
+            assert standing <= sizes[-1] <= standing + 2  # who is fooled leaves the search, and the last query may fool
+            assert standing < 0.8 * clean
+            assert_inside(x_adv, x, norm, eps)
+
+
+class TestChecks:
+    """What the library's checks say arrives as warnings, and is not printed."""
+
+    @pytest.mark.parametrize(
+        ("model", "match"),
+        [
+            (lambda x: linear_model(36)(x).softmax(1), "AutoAttack: it seems that the output is a probability"),
+            (lambda x: linear_model(36)(x) + torch.rand(5), "AutoAttack: it seems to be a randomized defense"),
+            (lambda x: linear_model(36)(x - 0.01 * own_gradient(x)), "AutoAttack: it seems to be a dynamic defense"),
+        ],
+        ids=["softmax", "random", "dynamic"],
+    )
+    def test_properties_of_the_network(self, model, match, capfd, caplog):
+        y = predicted(linear_model(36), X)
+        with pytest.warns(AutoAttackWarning, match=match) as records:
+            autoattack(model, X, y, eps=0.02, attacks=["apgd-ce"], generator=seeded())
+        assert [record.filename for record in records] == [__file__] * len(records)
+        assert capfd.readouterr() == ("", "")
+        assert not caplog.records
+
+    def test_a_dynamic_network_does_not_mark_the_next_one(self):
+        y = predicted(linear_model(36), X)
+        counts = dict(checks.funcs)
+        with pytest.warns(AutoAttackWarning, match="dynamic"):
+            autoattack(lambda x: linear_model(36)(x - 0.01 * own_gradient(x)), X, y, eps=0.02, attacks=["apgd-ce"])
+        autoattack(linear_model(36), X, y, eps=0.02, attacks=["apgd-ce"])  # a warning would be an error
+        assert checks.funcs == counts
+
+    def test_zero_gradients_are_reported_once(self):
+        def saturated(x):
+            return linear_model(36)((x - 0.5).mul(1e4).clamp(-1, 1))
+
+        with pytest.warns(AutoAttackWarning, match="points with zero gradient") as records:
+            autoattack(saturated, X, predicted(saturated, X), eps=0.01, attacks=["apgd-dlr", "apgd-t"])
+        assert len(records) == 1
+
+    def test_square_stronger_than_gradients(self):
+        def masked(x):
+            return torch.floor(3 * linear_model(36)(x)) + 1e-3 * linear_model(36, seed=1)(x)
+
+        y = predicted(masked, X)
+        with pytest.warns(AutoAttackWarning, match="Square Attack has decreased the robust accuracy"):
+            autoattack(masked, X, y, eps=0.2, attacks=["apgd-ce", "square"], generator=seeded())
+
+
+def own_gradient(x: torch.Tensor) -> torch.Tensor:
+    with torch.enable_grad():
+        inner = x.detach().requires_grad_()
+        return torch.autograd.grad(linear_model(36)(inner).square().sum(), inner)[0].sign()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda m, x, y: square(m, x, y, eps=8), ValueError, r"eps must be <= 1"),
+        (lambda m, x, y: square(m, x, y, eps=0.1, norm="L1"), ValueError, r"norm must be one of .*'Linf', 'L2'.*'L1'"),
+        (lambda m, x, y: square(m, x, y, eps=0.1, queries=0), ValueError, r"queries must be >= 1, got 0"),
+        (lambda m, x, y: square(m, x, y, eps=0.1, generator=3), TypeError, r"generator must be a torch.Generator"),
+        (lambda m, x, y: square(m, x, y, eps=0.1, generator=SampleSeeds([1])), ValueError, r"one seed per image, 9"),
+        (lambda m, x, y: autoattack(m, x, y + 9, eps=0.1), ValueError, r"labels must be < 5"),
+        (lambda m, x, y: autoattack(m, x * 255, y, eps=0.1), ValueError, r"x must lie in \[0, 1\]"),
+        (lambda m, x, y: autoattack(m, x, y, eps=0.1, version="best"), ValueError, r"version must be one of .*'best'"),
+        (lambda m, x, y: autoattack(m, x, y, eps=0.1, attacks="square"), ValueError, r"must be a list of names"),
+        (lambda m, x, y: autoattack(m, x, y, eps=0.1, attacks=["pgd"]), ValueError, r"out of .*'apgd-ce'.*'pgd'"),
+        (lambda m, x, y: autoattack(m, x, y, eps=0.1, attacks=["fab", "fab"]), ValueError, r"different names"),
+        (
+            lambda m, x, y: autoattack(lambda x: m(x).detach(), x, y, eps=0.1),
+            RuntimeError,
+            r"no gradient reaches the images.*SpikingClassifier",
+        ),
+        (lambda m, x, y: square(lambda x: m(x)[:, :1], x, 0 * y, eps=0.1), ValueError, r"at least 2 classes"),
+        (lambda m, x, y: autoattack(lambda x: m(x)[:, :1], x, 0 * y, eps=0.1), ValueError, r"at least 2 classes"),
+        (lambda m, x, y: square(lambda x: m(x) / 0, x, y, eps=0.1), ValueError, r"logits must be finite"),
+    ],
+)
+def test_wrong_use(call, error, match):
+    model = linear_model(36)
+    with pytest.raises(error, match=match):
+        call(model, X, predicted(model, X))
