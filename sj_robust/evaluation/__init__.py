@@ -1,27 +1,41 @@
 """Accuracy of a classifier under attack, as a typed report."""
 
 from sj_robust.evaluation.activity import LayerActivity, firing
+from sj_robust.evaluation.comparison import Comparison, Difference, compare
 from sj_robust.evaluation.environment import environment
+from sj_robust.evaluation.intervals import wilson_interval
 from sj_robust.evaluation.masking import Finding, diagnose
+from sj_robust.evaluation.outcome import MemberOutcome, SuiteOutcome
 from sj_robust.evaluation.report import Report, Score
 from sj_robust.evaluation.robustness import Attack, accuracy, evaluate
+from sj_robust.evaluation.robustness_report import Figure, RobustnessReport
+from sj_robust.evaluation.runner import run_suite
 from sj_robust.evaluation.suites import Suite, SuiteName, SweepSettings, make_suite
 from sj_robust.evaluation.threat import ThreatModel
 
 __all__ = [
     "Attack",
+    "Comparison",
+    "Difference",
+    "Figure",
     "Finding",
     "LayerActivity",
+    "MemberOutcome",
     "Report",
+    "RobustnessReport",
     "Score",
     "Suite",
     "SuiteName",
+    "SuiteOutcome",
     "SweepSettings",
     "ThreatModel",
     "accuracy",
+    "compare",
     "diagnose",
     "environment",
     "evaluate",
     "firing",
     "make_suite",
+    "run_suite",
+    "wilson_interval",
 ]

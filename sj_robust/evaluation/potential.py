@@ -35,11 +35,10 @@ def layer_perturbation(model: nn.Module, x: Tensor, x_adv: Tensor, *, seed: int 
         >>> layer_perturbation(model, torch.full((2, 1, 1), 0.5), torch.full((2, 1, 1), 0.75))["layers"]
         {'0': [0.0625, 0.25]}
     """
-    network = getattr(model, "net", model)
     with warnings.catch_warnings(record=True) as caught, seeded_globals(seed, x.device):
         warnings.simplefilter("always")
         try:
-            with MPPDMonitor(network) as monitor:
+            with MPPDMonitor(model) as monitor:
                 stats = monitor.compare(x, x_adv, forward=model)
         except (ValueError, RuntimeError):  # there is no neuron to follow, or none that runs
             return {}

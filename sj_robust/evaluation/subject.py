@@ -205,9 +205,12 @@ def _checkpoint_file(path: Path) -> Path:
 
 
 def _listed(folder: Path) -> str:
-    """Checkpoints in a folder, those that a user most likely means first."""
-    found = [*sorted(folder.glob("*/best.pt")), *sorted(folder.glob("*.pt")), *sorted(folder.glob("*/*/best.pt"))]
-    return ", ".join(map(str, found[:6])) if folder.is_dir() else ""
+    """Checkpoints in a folder and those below it."""
+    if not folder.is_dir():
+        return ""
+    patterns = ("*/best.pt", "*/*/best.pt", "*/*/*/best.pt", "*.pt")
+    found = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
+    return ", ".join(map(str, found[:6]))
 
 
 def _module(name: str) -> ModuleType:

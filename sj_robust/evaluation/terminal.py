@@ -40,7 +40,8 @@ def show_report(report: RobustnessReport, console: Console) -> None:
     for text in alarms(report):
         console.print(Panel(Text(text, style="bold red"), border_style="red"))
     title = f"{report.name} on {report.dataset}: {report.threat}, eps {report.eps}, suite {report.suite}"
-    table = Table("accuracy", title=title)
+    table = Table(title=title)
+    table.add_column("accuracy", overflow="fold")
     for heading in ("%", "95 % interval", "images", "seconds"):
         table.add_column(heading, justify="right")
     for figure in report.figures:
@@ -63,7 +64,8 @@ def show_comparison(comparison: Comparison, console: Console) -> None:
     """
     for text in comparison.notes:
         console.print(Text(text, style="bold red" if text.startswith("DIFFERENT") else ""))
-    table = Table("accuracy, %", title=f"{comparison.names[1]} minus {comparison.names[0]}")
+    table = Table(title=f"{comparison.names[1]} minus {comparison.names[0]}")
+    table.add_column("accuracy, %", overflow="fold")
     for heading in (*comparison.names, "difference", "95 % interval"):
         table.add_column(heading, justify="right")
     for row in comparison.differences:

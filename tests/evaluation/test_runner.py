@@ -86,9 +86,9 @@ def test_potential_under_each_attack(whole):
     assert [row["member"] for row in potential] == [member["name"] for member in members]
     for row, member in zip(potential, members, strict=True):
         assert row["samples"] == sum(number < 6 for number in member["attacked"])
-        assert list(row["layers"]) == ["parts.1"]
-        assert len(row["layers"]["parts.1"]) == 3
-        assert min(row["layers"]["parts.1"]) > 0
+        assert list(row["layers"]) == ["net.parts.1"]
+        assert len(row["layers"]["net.parts.1"]) == 3
+        assert min(row["layers"]["net.parts.1"]) > 0
 
 
 @pytest.mark.parametrize("step", [1, 9, STEPS - 1])

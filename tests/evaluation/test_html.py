@@ -1,0 +1,104 @@
+import re
+from html.parser import HTMLParser
+
+import pytest
+from evaluation.reports import finding, member, report
+
+from sj_robust.evaluation.html import save_html, to_html
+
+VOID = {"meta", "br", "hr", "img", "link", "path", "use", "input"}
+
+
+class Page(HTMLParser):
+    """Elements of a page, with a check that they are closed in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.elements, self.open, self.text = [], [], []
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag):
+        if tag not in VOID:
+            assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+@pytest.fixture(scope="module")
+def text():
+    return to_html(report())
+
+
+def test_nothing_comes_from_elsewhere(text):
+    page = Page(text)
+    assert not re.search(r"https?:|//\w|@import|url\((?!#)", text)
+    assert not {"script", "link", "iframe", "object", "img", "base"} & {tag for tag, _ in page.elements}
+    for _, attributes in page.elements:
+        for name, value in attributes.items():
+            assert not name.startswith("on")
+            if name in ("src", "href", "xlink:href"):
+                assert value.startswith(("#", "data:image/png;base64,"))
+
+
+def test_names_are_unique_and_references_resolve(text):
+    page = Page(text)
+    names = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(names) == len(set(names)) > 20
+    assert set(re.findall(r'(?:href="#|url\(#)([^")]+)', text)) <= set(names)
+
+
+def test_readable_on_any_screen(text):
+    assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text
+    assert "prefers-color-scheme: dark" in text
+    assert text.count('<svg role="img" aria-label="') == 3
+    svgs = text.split("</style>", 1)[1]
+    for color in ("#0072b2", "#d55e00", "#767676", "#010203", "#000000"):
+        assert color not in svgs, f"{color} does not follow the theme"
+
+
+def test_every_number_is_in_a_table(text):
+    words = " ".join(Page(text).text)
+    for figure in report().figures:
+        assert figure.name in words
+        assert f"{100 * figure.accuracy:.1f}" in words
+    for value in ("16.8 to 68.7", "net.5", "0.4", "abc", "PiecewiseQuadratic(alpha=1.0)", "atan:4", "0.05"):
+        assert value in words
+
+
+def test_alarms_stand_first():
+    dead = {"layer": "net.5", "neuron": "LIFNode", "rate": 0.0, "silent": 1.0, "saturated": 0.0}
+    text = to_html(report(firing=(dead,), findings=(finding("zero_gradients", passed=False),)))
+    body = text.split("<body>")[1]
+    assert body.index('role="alert">DEAD NETWORK') < body.index('class="cards"') < body.index("CHECK zero_gradients")
+    assert body.count('class="card doubtful"') == 3
+    assert "<details open>" in body
+    assert "DEAD NETWORK" not in to_html(report())
+
+
+def test_names_are_escaped(tmp_path):
+    name = "<script>alert('&')</script>"
+    save_html(report(name=name, dataset=name, members=(member(f"a{name}", (1,)),)), tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    assert "<script" not in text
+    assert "&lt;script&gt;" in text
+    Page(text)
+
+
+def test_a_bare_report():
+    text = to_html(report(over_eps=(), potential=(), members=(), firing=(), findings=(), estimators=(), network={}))
+    assert text.count("<svg") == 1
+    Page(text)
+
+
+def test_the_same_report_gives_the_same_page(text):
+    assert to_html(report()) == text

@@ -1,0 +1,87 @@
+import math
+
+import pytest
+import torch
+
+from sj_robust.evaluation.eps import eps_text, parse_eps
+from sj_robust.evaluation.intervals import difference_interval, paired_difference_interval, wilson_interval
+
+Z = 1.959963984540054
+
+
+@pytest.mark.parametrize(
+    ("count", "total", "low", "high"),
+    [
+        (81, 263, 0.2553, 0.3662),  # Newcombe (1998), table I
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0000, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        (20, 20, 0.8389, 1.0000),
+    ],
+)
+def test_published_wilson_intervals(count, total, low, high):
+    assert wilson_interval(count, total) == pytest.approx((low, high), abs=6e-5)
+
+
+@pytest.mark.parametrize(("count", "total"), [(0, 1), (3, 7), (50, 100), (1000, 1000)])
+def test_the_ends_solve_wilsons_equation(count, total):
+    """At each end p the measured share is z standard errors away, where the end is not 0 or 1."""
+    for end in wilson_interval(count, total):
+        if 0 < end < 1:
+            distance = abs(count / total - end)
+            assert distance == pytest.approx(Z * math.sqrt(end * (1 - end) / total), rel=1e-9)
+
+
+def test_intervals_cover():
+    """Of 20000 samples of known shares 93 to 97 % lie in the interval, the paired one included."""
+    generator = torch.Generator().manual_seed(0)
+    total, share = 60, 0.8
+    counts = (torch.rand(20000, total, generator=generator) < share).sum(1).tolist()
+    covered = [low <= share <= high for low, high in (wilson_interval(count, total) for count in counts)]
+    assert 0.93 < sum(covered) / len(covered) < 0.97
+    draws = torch.rand(20000, total, generator=generator)
+    gained, lost = (draws < 0.05).sum(1).tolist(), (draws > 0.85).sum(1).tolist()
+    pairs = (paired_difference_interval(b, c, total) for b, c in zip(gained, lost, strict=True))
+    covered = [low <= 0.05 - 0.15 <= high for low, high in pairs]
+    assert 0.93 < sum(covered) / len(covered) < 0.98
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "expected"),
+    [
+        ((56, 70), (48, 80), (-0.3339, -0.0524)),  # Newcombe (1998), table II, method 10, signs turned
+        ((9, 10), (3, 10), (-0.8090, -0.1705)),
+        ((10, 10), (0, 20), (-1.0000, -0.6791)),
+    ],
+)
+def test_published_differences(first, second, expected):
+    assert difference_interval(*first, *second) == pytest.approx(expected, abs=6e-5)
+
+
+def test_paired_intervals_are_narrower_and_antisymmetric():
+    low, high = paired_difference_interval(5, 1, 100)
+    assert (-high, -low) == pytest.approx(paired_difference_interval(1, 5, 100))
+    wide_low, wide_high = difference_interval(50, 100, 54, 100)
+    assert high - low < 0.5 * (wide_high - wide_low)
+
+
+def test_wrong_counts():
+    with pytest.raises(ValueError, match="total must be >= 1"):
+        wilson_interval(0, 0)
+    with pytest.raises(ValueError, match="from 0 to 4"):
+        wilson_interval(5, 4)
+    with pytest.raises(ValueError, match="from 0 to 4"):
+        paired_difference_interval(3, 2, 4)
+
+
+@pytest.mark.parametrize("eps", [8 / 255, 1 / 255, 0.1, 0.3, 0.5, 16 / 255, 2.55 / 255, 1 / 3, 0.123456789, 0.0, 1.0])
+def test_radii_survive_as_text(eps):
+    assert parse_eps(eps_text(eps)) == eps
+
+
+def test_radii_are_written_as_the_field_writes_them():
+    texts = [eps_text(eps) for eps in (8 / 255, 100 / 255, 0.1, 0.031, 2.5 / 255)]
+    assert texts == ["8/255", "100/255", "0.1", "0.031", "2.5/255"]
+    for text in ("8//255", "x", "8/0", "-0.1", "nan", "inf"):
+        with pytest.raises(ValueError, match="eps must be"):
+            parse_eps(text)

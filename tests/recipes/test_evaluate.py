@@ -1,0 +1,343 @@
+import ast
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from sj_robust.evaluation.robustness_report import RobustnessReport
+from sj_robust.training import load_checkpoint, save_checkpoint
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "recipes" / "evaluate.py"
+SMALL = ("--test-limit", "12", "--batch-size", "6")
+sys.path.insert(0, str(RECIPE.parent))
+import adv_train  # noqa: E402  # a script, found only now
+import evaluate  # noqa: E402  # as above
+
+STRICT = ("-W", "error", "-W", "ignore:`torch.jit.script` is deprecated:DeprecationWarning")
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+
+OWN = """
+import torch
+from torch import nn
+from spikingjelly.activation_based import neuron
+from sj_robust import SpikingClassifier
+
+def build():
+    torch.manual_seed(0)
+    node = neuron.LIFNode(tau=2.0, step_mode="m")
+    return nn.Sequential(nn.Flatten(2), nn.Linear(64, 32), node, nn.Linear(32, 10))
+
+def wrapped():
+    return SpikingClassifier(build(), T=3)
+
+def dead():
+    net = build()
+    nn.init.constant_(net[1].bias, -100.0)
+    return net
+
+def wrong_shape():
+    return nn.Sequential(nn.Flatten(2), nn.Linear(63, 10))
+
+def five():
+    return nn.Sequential(nn.Flatten(2), nn.Linear(64, 5))
+
+def nothing():
+    return 3
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A working folder with a run of two small networks in it, and a module with networks of somebody's own."""
+    folder = tmp_path_factory.mktemp("work")
+    here = Path.cwd()
+    os.chdir(folder)
+    try:
+        quick = ("--epochs", "5", "--batch-size", "32", "--test-limit", "20", "--channels", "[8,8]", "--T", "3")
+        adv_train.main([*quick, "--mode", "none", "--neuron", "lif", "--reference", "false", "--output", "runs/one"])
+        AcceleratorState._reset_state(True)
+    finally:
+        os.chdir(here)
+    two = folder / "runs" / "two"
+    for name in ("a", "b"):
+        (two / name).mkdir(parents=True)
+        (two / name / "best.pt").write_bytes((folder / "runs" / "one" / "lif_none" / "best.pt").read_bytes())
+    (folder / "own_net.py").write_text(OWN)
+    return folder
+
+
+def in_process(monkeypatch, folder, *options):
+    """The recipe without a process of its own, which takes seconds to start."""
+    monkeypatch.chdir(folder)
+    try:
+        evaluate.main(list(options))
+    finally:
+        AcceleratorState._reset_state(True)
+
+
+def start(folder, *options, launcher=()):
+    command = [sys.executable, *STRICT, *launcher, str(RECIPE), *options]
+    return subprocess.Popen(
+        command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process, code=0):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
+    return out, err
+
+
+def without_times(report):
+    """The report as plain data, without what another run cannot repeat."""
+    content = asdict(report)
+    for row in (*content["members"], *content["estimators"]):
+        row["seconds"] = None
+    del content["environment"]
+    return content
+
+
+@pytest.fixture(scope="module")
+def whole(folder):
+    """The paper's protocol on the small network, without an interruption."""
+    patch = pytest.MonkeyPatch()
+    in_process(patch, folder, "runs/one", "--suite", "paper", *SMALL, "--output", "whole")
+    patch.undo()
+    return RobustnessReport.load(folder / "whole" / "report.json")
+
+
+def test_from_checkpoint_to_report(folder, monkeypatch, capsys):
+    in_process(monkeypatch, folder, "runs/one/lif_none/best.pt", "--suite", "fast", *SMALL)
+    run = folder / "runs" / "evaluate-lif_none-fast-1"
+    report = RobustnessReport.load(run / "report.json")
+    plots = {f"{name}.{end}" for name in ("accuracy_over_eps", "attacks", "potential") for end in ("png", "pdf")}
+    files = {path.name for path in run.iterdir()}
+    assert files == {"config.yaml", "log.txt", "progress", "report.html", "report.json"} | plots
+    assert (report.name, report.dataset, report.threat, report.eps) == ("lif_none", "digits", "Linf", "0.1")
+    assert len(report.labels) == 12
+    assert {row["neuron"] for row in report.network["layers"]} == {"LIFNode"}
+    assert "PiecewiseQuadratic(alpha=1.0" in report.network["layers"][0]["surrogate"]
+    assert report.network["T"] == 3
+    chosen = [row["estimator"] for row in report.estimators if row["chosen"]]
+    assert chosen
+    assert report.members[0].estimator == chosen[0]
+    assert report.control is not None
+    assert report.everything.correct <= min(report.worst_case.correct, report.control.correct)
+    assert report.worst_case.correct < report.clean.correct
+    assert report.over_eps[0]["eps"] == "0"
+    falling = [row["correct"] for row in report.over_eps]
+    assert falling == sorted(falling, reverse=True)
+    assert falling[0] == report.clean.correct
+    assert {row["member"] for row in report.potential} <= {member.name for member in report.members}
+    assert set(report.potential[0]["layers"]) == {row["layer"] for row in report.firing}
+    assert all(len(values) == 3 for values in report.potential[0]["layers"].values())
+    assert len(report.findings) > 5
+    assert report.environment["torch"] == torch.__version__
+    output = capsys.readouterr().out
+    assert "worst case" in output
+    log = (run / "log.txt").read_text()
+    assert log.index("environment:") < log.index("configuration:") < log.index("robust accuracy at most")
+    html = (run / "report.html").read_text()
+    assert "http" not in html
+    before = (run / "report.json").read_bytes()
+    # A finished evaluation that is resumed has nothing left to do.
+    in_process(monkeypatch, folder, "runs/one/lif_none/best.pt", "--suite", "fast", "--resume")
+    assert (run / "report.json").read_bytes() == before
+
+
+def test_the_papers_protocol(whole):
+    names = [member.name for member in whole.members]
+    assert names[:4] == ["gaussian", "fgsm", "pgd7", "pgd7/last"]
+    assert [row["eps"] for row in whole.over_eps] == ["0", *(f"{level}/255" for level in range(10, 101, 10))]
+    assert whole.estimators == ()
+    assert {member.estimator for member in whole.members} == {"training"}
+    strong, weak = whole.figure("pgd40"), whole.figure("gaussian")
+    assert strong.correct < weak.correct <= whole.clean.correct
+    assert "gaussian" not in {whole.members[index].name for index in whole.outcome if index >= 0}
+
+
+@pytest.mark.parametrize("lines", [3, 45])
+def test_killed_and_resumed(folder, tmp_path, whole, lines):
+    options = ("runs/one", "--suite", "paper", *SMALL, "--output", str(tmp_path / "cut"))
+    process = start(folder, *options)
+    deadline = time.monotonic() + 300
+    progress = tmp_path / "cut" / "progress" / "suite"
+    while sum(path.read_bytes().count(b"\n") for path in progress.glob("*.jsonl")) < lines:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "cut" / "report.json").exists()
+    _, err = finish(start(folder, *options), code=1)  # a run is not overwritten by accident
+    assert re.search(r"^error: .*cut is not empty: .* --resume.*\n\Z", err, re.MULTILINE)
+    finish(start(folder, "--output", str(tmp_path / "cut"), "--resume"))  # with the options of the run
+    resumed = RobustnessReport.load(tmp_path / "cut" / "report.json")
+    assert without_times(resumed) == without_times(replace(whole, configuration=resumed.configuration))
+
+
+def test_two_processes(folder, tmp_path, whole):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    options = ("runs/one", "--suite", "paper", *SMALL, "--output", str(tmp_path / "two"))
+    command = [sys.executable, *launcher, str(RECIPE), *options]
+    result = subprocess.run(
+        command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("robust accuracy at most") == 1
+    report = RobustnessReport.load(tmp_path / "two" / "report.json")
+    assert report.environment["processes"] == "2"
+    assert without_times(report) == without_times(whole)
+
+
+def test_interrupted_by_hand(folder, tmp_path):
+    process = start(folder, "runs/one", "--suite", "paper", "--output", str(tmp_path / "stopped"))
+    deadline = time.monotonic() + 300
+    while not list((tmp_path / "stopped" / "progress").glob("suite/*.jsonl")):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = finish(process, code=130)
+    assert "continue with --resume" in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(("function", "extra"), [("build", ("--T", "3")), ("wrapped", ())])
+def test_somebodys_own_network(folder, tmp_path, monkeypatch, capsys, function, extra):
+    output = ("--output", str(tmp_path / "own"))
+    options = ("--network", f"own_net.py:{function}", "--eps", "8/255", "--suite", "paper", *SMALL, *extra, *output)
+    in_process(monkeypatch, folder, *options)
+    report = RobustnessReport.load(tmp_path / "own" / "report.json")
+    assert (report.name, report.eps, report.network["T"]) == (function, "8/255", 3)
+    assert report.network["layers"][0]["neuron"] == "LIFNode"
+    assert "NOT ROBUST: clean accuracy" in capsys.readouterr().out  # it was never trained
+
+
+def test_a_dead_network_is_called_dead(folder, tmp_path, monkeypatch, capsys):
+    output = ("--output", str(tmp_path / "dead"))
+    own = ("--network", "own_net:dead", "--T", "3", "--mean", "[0.5]", "--std", "[0.5]")
+    in_process(monkeypatch, folder, *own, "--eps", "0.1", "--suite", "fast", *SMALL, *output)
+    report = RobustnessReport.load(tmp_path / "dead" / "report.json")
+    assert report.unreliable
+    assert report.footnote.startswith("DEAD NETWORK: 100.0% of layer")
+    assert report.clean.correct == report.worst_case.correct
+    assert "DEAD NETWORK" in capsys.readouterr().out
+    assert "DEAD NETWORK" in (tmp_path / "dead" / "report.html").read_text()
+
+
+def test_l2_and_transfer(folder, tmp_path, monkeypatch):
+    options = ("--norm", "L2", "--eps", "0.5", "--transfer", "runs/two/a", "--suite", "fast", *SMALL)
+    in_process(monkeypatch, folder, "runs/one", *options, "--output", str(tmp_path / "l2"))
+    report = RobustnessReport.load(tmp_path / "l2" / "report.json")
+    assert report.threat == "L2"
+    transferred = report.figure("transfer/apgd_ce")  # from the very same weights
+    assert transferred.correct < report.clean.correct
+    for member in report.members:
+        assert member.largest <= 0.5 + 1e-5
+    assert any(member.name == "control/transfer" for member in report.members)
+
+
+def test_compare(folder, monkeypatch, capsys, whole):
+    monkeypatch.chdir(folder)
+    whole.save(folder / "other.json")
+    evaluate.main(["--compare", "whole", "other.json"])
+    out = capsys.readouterr().out
+    assert "same weights" in out
+    assert "lif_none (second) minus lif_none (first)" in out
+    changed = replace(whole, eps="8/255", name="other")
+    changed.save(folder / "other.json")
+    evaluate.main(["--compare", "whole/report.json", "other.json"])
+    assert "DIFFERENT eps: 0.1 and 8/255" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(FileNotFoundError, match=r"nothing.json does not exist; --compare takes two"):
+        evaluate.main(["--compare", "whole/report.json", "nothing.json"])
+    with pytest.raises(ValueError, match="takes two reports, got 1"):
+        evaluate.main(["--compare", "whole/report.json"])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ((), ValueError, "give a checkpoint, or your own network"),
+        (("runs/one", "--network", "own_net:build"), ValueError, "give a checkpoint, or your own"),
+        (("nowhere.pt",), FileNotFoundError, r"nowhere.pt does not exist; in \. there are .*runs/one/lif_none/best.pt"),
+        (("runs",), FileNotFoundError, "no best.pt in runs; there are runs/one/lif_none/best.pt"),
+        (("runs/two",), ValueError, "runs/two holds 2 networks, give one of them: runs/two/a/best.pt, runs/two/b"),
+        (("own_net.py",), ValueError, "cannot be read as a checkpoint"),
+        (("other.pt",), ValueError, "other.pt holds no network that this release can build"),
+        (("runs/one", "--T", "4"), ValueError, "a checkpoint knows its own T"),
+        (("runs/one", "--eps", "8"), ValueError, "eps must be <= 1.*write 8/255 instead of 8"),
+        (("runs/one", "--eps", "0"), ValueError, "eps must be > 0"),
+        (("runs/one", "--eps", "8/x"), ValueError, "number or a fraction"),
+        (("runs/one", "--norm", "L2"), ValueError, "give that of L2, such as --eps 0.5"),
+        (("runs/one", "--norm", "L2", "--eps", "1", "--suite", "paper"), ValueError, "defined for Linf"),
+        (("runs/one", "--resume"), FileNotFoundError, "no run to resume"),
+        (("runs/one", "--transfer", "nowhere"), FileNotFoundError, "nowhere does not exist"),
+        (("runs/one", "--dataset", "fashion_mnist"), FileNotFoundError, "Fashion-MNIST is not complete"),
+        (("--network", "own_net:build", "--T", "3"), ValueError, "eps is not known"),
+        (("--network", "own_net:build", "--eps", "0.1"), ValueError, "give its time steps with --T"),
+        (("--network", "own_net:wrapped", "--T", "3", "--eps", "0.1"), ValueError, "has its own T"),
+        (("--network", "own_net"), ValueError, "network must be module:function"),
+        (("--network", "no_net:build"), ModuleNotFoundError, "no module 'no_net' in"),
+        (("--network", "no_net.py:build"), FileNotFoundError, "no_net.py does not exist"),
+        (("--network", "own_net:missing"), ValueError, "has no function 'missing'"),
+        (("--network", "own_net:nothing"), ValueError, r"must return a network \(nn.Module\), got int"),
+        (("--network", "own_net:wrong_shape", "--T", "2", "--eps", "0.1"), ValueError, "does not take images"),
+        (("--network", "own_net:five", "--T", "2", "--eps", "0.1"), ValueError, "tells 5 classes apart, digits has 10"),
+    ],
+)
+def test_wrong_inputs(folder, monkeypatch, options, error, message):
+    save_checkpoint(folder / "other.pt", {"epoch": 1})
+    runs = sorted(path.name for path in (folder / "runs").iterdir() if not path.name.startswith("evaluate"))
+    with pytest.raises(error, match=message):
+        in_process(monkeypatch, folder, *options, *SMALL)
+    assert sorted(path.name for path in (folder / "runs").iterdir() if not path.name.startswith("evaluate")) == runs
+
+
+def test_errors_are_one_line(folder):
+    _, err = finish(start(folder, "nowhere.pt"), code=1)
+    assert re.fullmatch(r"error: nowhere.pt does not exist; .*\n", err)
+    _, err = finish(start(folder, "runs/one", "--suite", "slow"), code=2)
+    assert "slow" in err
+    assert "Traceback" not in err
+
+
+def test_changed_weights_are_not_resumed(folder, tmp_path, monkeypatch):
+    path = tmp_path / "mine" / "best.pt"
+    path.parent.mkdir()
+    content = load_checkpoint(folder / "runs" / "one" / "lif_none" / "best.pt")
+    save_checkpoint(path, {name: content[name] for name in ("description", "model")})
+    options = (str(path), "--suite", "paper", "--test-limit", "6", "--output", str(tmp_path / "run"))
+    in_process(monkeypatch, folder, *options)
+    name = next(name for name in content["model"] if name.endswith("weight"))
+    content["model"][name] = content["model"][name] * 1.01
+    save_checkpoint(path, {name: content[name] for name in ("description", "model")})
+    before = json.loads((tmp_path / "run" / "report.json").read_text())
+    with pytest.raises(ValueError, match=r"another evaluation \(network changed\)"):
+        in_process(monkeypatch, folder, *options, "--resume")
+    assert json.loads((tmp_path / "run" / "report.json").read_text()) == before
+
+
+def test_options_in_any_order():
+    words = ["--suite", "fast", "runs/one", "--test-limit", "5", "--resume", "--data-root=x"]
+    assert evaluate.named(words) == [
+        "--suite", "fast", "--checkpoint=runs/one", "--test_limit", "5", "--resume=true", "--data_root=x",
+    ]  # fmt: skip
+    assert evaluate.named(["--compare", "a", "b", "--seed", "1"]) == ["--compare=['a', 'b']", "--seed", "1"]
+
+
+def test_the_recipe_stays_one_short_file():
+    text = RECIPE.read_text()
+    assert len(text.splitlines()) < 250
+    classes = [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
+    assert [node.name for node in classes] == ["Options"]
