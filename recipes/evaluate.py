@@ -31,6 +31,7 @@ from sj_robust.evaluation.html import save_html
 from sj_robust.evaluation.robustness_report import RobustnessReport
 from sj_robust.evaluation.subject import Subject, check_fits, from_checkpoint, from_function
 from sj_robust.evaluation.terminal import Display, show_comparison, show_report
+from sj_robust.ops import keep_heap
 from sj_robust.plotting import plot_robustness
 
 
@@ -91,6 +92,8 @@ def main(arguments: list[str]) -> None:
         show_comparison(compare(*map(load_report, two(options.compare))), Console())
         return
     on_gpu = options.device == "auto" and torch.cuda.is_available()
+    if not on_gpu:
+        keep_heap()
     # A process that is done waits for the slowest one.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=30))
     accelerator = Accelerator(cpu=not on_gpu, kwargs_handlers=[patience])

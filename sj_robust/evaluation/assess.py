@@ -94,7 +94,8 @@ def assess(
     if plan.sweep is not None:
         say(f"choosing among {len(plan.sweep.candidates)} gradient estimators")
         compute = partial(_sweep, model, x, y, threat=threat, settings=plan.sweep, seed=seed, draws=draws)
-        rows = _on_one(partial(stage, folder and folder / "sweep.json", key, compute))
+        settled = key | {"settings": repr(plan.sweep)}
+        rows = _on_one(partial(stage, folder and folder / "sweep.json", settled, compute))
         chosen = [row["estimator"] for row in rows if row["chosen"]]
         plan = make_suite(suite, threat, chosen=chosen, classes=classes)
     if source is not None:

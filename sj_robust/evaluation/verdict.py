@@ -27,22 +27,21 @@ def alarms(report: "RobustnessReport") -> tuple[str, ...]:
         NOT ROBUST: clean accuracy is 50.0 % (95 % interval 9.5 to 90.5), which cannot be told from always naming one
         class (50.0 %). What a network does not know, no attack can take from it.
     """
-    found = []
-    for row in report.firing:
-        if row["silent"] >= _DEAD:
-            found.append(
-                f"DEAD NETWORK: {row['silent']:.1%} of layer {row['layer']} ({row['neuron']}) never fires. What does "
-                "not depend on the image cannot be attacked; that is not robustness. Train it again."
-            )
-        elif row["saturated"] >= _DEAD:
-            found.append(
-                f"DEAD NETWORK: {row['saturated']:.1%} of layer {row['layer']} ({row['neuron']}) fires in every step "
-                "of every image. What does not depend on the image cannot be attacked; that is not robustness."
-            )
     clean = report.clean
     low, high = clean.interval
     chance = max(1 / report.classes, max(Counter(report.labels).values()) / len(report.labels))
-    if low <= chance:
+    guesses = low <= chance
+    found = []
+    for row in report.firing:
+        if max(row["silent"], row["saturated"]) >= _DEAD:
+            never = row["silent"] >= _DEAD
+            found.append(
+                f"DEAD {'NETWORK' if guesses else 'LAYER'}: {row['silent' if never else 'saturated']:.1%} of layer "
+                f"{row['layer']} ({row['neuron']}) {'never fires' if never else 'fires in every step of every image'}. "
+                "What does not depend on the image cannot be attacked; that is not robustness. Train it again before "
+                "reporting any."
+            )
+    if guesses:
         found.append(
             f"NOT ROBUST: clean accuracy is {100 * clean.accuracy:.1f} % (95 % interval {100 * low:.1f} to "
             f"{100 * high:.1f}), which cannot be told from always naming one class ({100 * chance:.1f} %). What a "

@@ -77,7 +77,9 @@ def test_every_number_is_in_a_table(text):
 
 def test_alarms_stand_first():
     dead = {"layer": "net.5", "neuron": "LIFNode", "rate": 0.0, "silent": 1.0, "saturated": 0.0}
-    text = to_html(report(firing=(dead,), findings=(finding("zero_gradients", passed=False),)))
+    failed = (finding("zero_gradients", passed=False),)
+    control = member("control/a", attacked=(0,), group="control")
+    text = to_html(report(firing=(dead,), findings=failed, correct=(0,), members=(control,)))
     body = text.split("<body>")[1]
     assert body.index('role="alert">DEAD NETWORK') < body.index('class="cards"') < body.index("CHECK zero_gradients")
     assert body.count('class="card doubtful"') == 3

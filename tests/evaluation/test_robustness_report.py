@@ -131,11 +131,14 @@ DEAD = {"layer": "net.5", "neuron": "LIFNode", "rate": 0.0, "silent": 1.0, "satu
 
 
 def test_a_dead_network_is_not_called_robust():
-    dead = report(firing=(*report().firing, DEAD))
-    (alarm,) = alarms(dead)
+    dead = report(firing=(*report().firing, DEAD), correct=(0, 5), members=())
+    alarm, guessing = alarms(dead)
     assert alarm.startswith("DEAD NETWORK: 100.0% of layer net.5 (LIFNode) never fires")
+    assert guessing.startswith("NOT ROBUST")
     assert dead.unreliable
     assert dead.footnote == alarm
+    (alarm,) = alarms(report(firing=(DEAD,)))  # a layer that others lead around
+    assert alarm.startswith("DEAD LAYER: 100.0% of layer net.5 (LIFNode) never fires")
     (alarm,) = alarms(report(firing=({**DEAD, "silent": 0.0, "saturated": 1.0},)))
     assert "fires in every step" in alarm
     shown = terminal(dead)
@@ -217,7 +220,7 @@ def test_comparison_of_what_cannot_be_compared():
         "DIFFERENT suite",
     ]
     assert "The images differ" in notes[4]
-    dead = compare(report(), report(name="dead", firing=(DEAD,))).notes
+    dead = compare(report(), report(name="dead", firing=(DEAD,), correct=(0,), members=())).notes
     assert any(note.startswith("dead: DEAD NETWORK") for note in dead)
 
 
