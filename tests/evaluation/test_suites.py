@@ -1,0 +1,241 @@
+"""Suites: what they run, what their control costs, and whether their verdict is the truth where it is known."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from evaluation.suite_run import classifier, images
+from torch import nn
+
+from sj_robust import SpikingClassifier
+from sj_robust._host import surrogate
+from sj_robust.attacks import Member, SampleSeeds, sweep, worst_case
+from sj_robust.evaluation import Suite, ThreatModel, make_suite
+
+EIGHT = ThreatModel("Linf", 8 / 255)
+ALL = ("paper", "fast", "standard", "autoattack")
+CHOSEN = ("atan:4", "triangle:0.5", "assg")
+
+
+def keywords(suite):
+    return {member.name: member.attack.keywords for member in suite.members}
+
+
+class Counted(nn.Module):
+    """A network that counts the images it is given, and among them those whose gradient is asked for."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+        self.images = self.gradients = 0
+
+    def forward(self, x):
+        self.images += len(x)
+        self.gradients += len(x) * x.requires_grad
+        return self.net(x)
+
+    def cost(self, x, y, members):
+        self.images = self.gradients = 0
+        worst_case(self, x, y, members, seeds=SampleSeeds(range(len(x))))
+        return self.images, self.gradients
+
+
+def shortened(members, **few):
+    """The same attacks with other numbers where they have them, such as steps=8."""
+    few = {"queries": 30} | few
+    return [
+        replace(
+            member,
+            attack=partial(member.attack, **{key: few[key] for key in few.keys() & member.attack.keywords.keys()}),
+        )
+        for member in members
+    ]
+
+
+def linear(classes, dtype=torch.float64, features=12):
+    generator = torch.Generator().manual_seed(1)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(features, classes, dtype=dtype))
+    with torch.no_grad():
+        model[1].weight.copy_(torch.randn(classes, features, generator=generator, dtype=dtype))
+        model[1].bias.copy_(-0.5 * model[1].weight.sum(1))
+    return model.requires_grad_(False)
+
+
+def points(model, n, dtype=torch.float64, shape=(1, 3, 4)):
+    """Images in the middle of the box, every ninth with a wrong label."""
+    x = 0.25 + 0.5 * torch.rand(n, *shape, generator=torch.Generator().manual_seed(2), dtype=dtype)
+    y = model(x).argmax(1)
+    y[::9] = (y[::9] + 1) % model(x[:1]).shape[1]
+    return x, y
+
+
+def distances(model, x, y, norm):
+    """Distance of every image to the nearest other class of a linear network, negative where it is wrong already."""
+    weight, logits = model[1].weight, model(x)
+    difference = weight[y][:, None] - weight[None]
+    length = difference.abs().sum(2) if norm == "Linf" else difference.square().sum(2).sqrt()
+    margin = logits.gather(1, y[:, None]) - logits
+    return (margin / length).scatter(1, y[:, None], torch.inf).amin(1)
+
+
+class TestMakeUp:
+    def test_paper_at_eight_is_the_printed_protocol(self):
+        attacks = keywords(make_suite("paper", EIGHT, classes=10))
+        assert attacks["gaussian"]["std"] == 8 / 255
+        assert attacks["fgsm"] == {"eps": 8 / 255}
+        for steps, size in ((7, 2.55), (10, 2.0), (20, 1.0), (40, 0.5)):
+            expected = {"eps": 8 / 255, "step_size": pytest.approx(size / 255), "steps": steps}
+            assert attacks[f"pgd{steps}"] == expected  # random start and best iterate by default
+            assert attacks[f"pgd{steps}/last"] == expected | {"keep_best": False}
+        for loss in ("ce", "dlr"):
+            assert attacks[f"apgd_{loss}"] == {"eps": 8 / 255, "loss": loss, "steps": 10}
+        for level in range(10, 101, 10):
+            radius = pytest.approx(level / 255)
+            assert attacks[f"pgd10@{level}/255"] == {
+                "eps": radius,
+                "step_size": pytest.approx(level / 1020),
+                "steps": 10,
+            }
+        assert len(attacks) == 22
+
+    def test_paper_scales_its_steps_with_the_radius(self):
+        attacks = keywords(make_suite("paper", ThreatModel("Linf", 16 / 255), classes=10))
+        assert attacks["pgd7"] == {"eps": 16 / 255, "step_size": pytest.approx(5.1 / 255), "steps": 7}
+        assert attacks["gaussian"]["std"] == 16 / 255
+        assert attacks["pgd10@10/255"]["eps"] == pytest.approx(10 / 255)
+
+    def test_paper_runs_every_attack_for_itself(self):
+        suite = make_suite("paper", EIGHT, classes=10)
+        assert {member.group for member in suite.members} == {""}
+        outside = [member.name for member in suite.members if member.ball != ("Linf", 8 / 255)]
+        assert outside == ["gaussian", *(f"pgd10@{level}/255" for level in range(10, 101, 10))]
+
+    def test_standard_begins_with_the_strongest_and_ends_without_gradients(self):
+        suite = make_suite("standard", EIGHT, chosen=CHOSEN, classes=10)
+        names = [member.name for member in suite.members]
+        assert names[:3] == [f"apgd_ce/{name}/r0" for name in CHOSEN]
+        assert names[-1].startswith("square")
+        assert {member.group for member in suite.members} == {"suite"}
+        assert {member.estimator for member in suite.members} == {*CHOSEN, "training"}
+        assert any(name.startswith("apgd_t/atan:4") for name in names)
+        assert any(name.startswith("sapgd/assg") for name in names)
+        assert suite.sweep is not None
+
+    @pytest.mark.parametrize("name", ["fast", "standard"])
+    @pytest.mark.parametrize("chosen", [(), ("training",), ("atan:4", "atan:4"), ("training", "assg+detach"), CHOSEN])
+    @pytest.mark.parametrize("classes", [2, 3, 10])
+    @pytest.mark.parametrize("norm", ["Linf", "L2"])
+    def test_any_choice_any_number_of_classes_both_norms(self, name, chosen, classes, norm):
+        suite = make_suite(name, ThreatModel(norm, 0.1), chosen=chosen, classes=classes)
+        attacks = [member.attack for member in suite.members]
+        assert all(attack.keywords["eps"] == 0.1 for attack in attacks)
+        assert all(attack.keywords.get("norm", "Linf") == norm for attack in attacks)
+        assert {member.ball for member in (*suite.members, *suite.control)} == {(norm, 0.1)}
+        assert {member.estimator for member in suite.members} >= {"training", *chosen[:2]}
+        losses = {attack.keywords.get("loss") for attack in attacks}
+        assert ("dlr" in losses) == (classes > 2)
+        assert "dlr_targeted" not in losses or classes > 3
+
+    @pytest.mark.parametrize("name", ALL)
+    def test_the_control_is_a_group_of_its_own_with_the_training_surrogate(self, name):
+        suite = make_suite(name, EIGHT, classes=10, chosen=CHOSEN if name in ("fast", "standard") else ())
+        assert suite.control
+        assert {member.group for member in suite.control} == {"control"}
+        assert {member.estimator for member in suite.control} == {"training"}
+        starts = {(member.name, member.seed) for member in suite.members}
+        assert not starts & {(member.name, member.seed) for member in suite.control}
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ({"name": "quick"}, "suite must be one of paper, fast, standard, autoattack, got 'quick'"),
+            ({"classes": 1}, "classes must be an integer >= 2, got 1"),
+            ({"name": "paper", "chosen": ["assg"]}, r"uses the training surrogate alone, got estimators \['assg'\]"),
+            ({"name": "paper", "threat": ThreatModel("L2", 1.0)}, "suite 'paper' is defined for Linf, got 'L2'"),
+        ],
+    )
+    def test_wrong_use(self, arguments, message):
+        with pytest.raises(ValueError, match=message):
+            make_suite(**{"name": "fast", "threat": EIGHT, "classes": 10} | arguments)
+
+    def test_names_differ(self):
+        member = Member("idle", lambda model, x, y, *, generator: x)
+        with pytest.raises(ValueError, match=r"names of a suite's attacks must differ, got \['idle'\] more than once"):
+            Suite("mine", (member,), (member,), "twice the same")
+
+
+class TestCost:
+    @pytest.mark.parametrize("name", ["paper", "fast", "standard"])
+    def test_the_control_costs_what_the_suite_costs(self, name):
+        model = Counted(classifier())
+        x, y = images(6)
+        threat = ThreatModel("Linf", 1e-6)  # nothing falls, so nothing is skipped
+        suite = make_suite(name, threat, classes=3, chosen=() if name == "paper" else ("atan:4", "hart:1.2"))
+        counting = [member for member in suite.members if member.ball == ("Linf", 1e-6)]
+        costs = [model.cost(x, y, shortened(members, steps=8)) for members in (counting, suite.control)]
+        assert costs[0] == costs[1]
+        assert costs[0][1] > 30 * len(x)
+
+    def test_the_control_of_autoattack_costs_what_autoattack_costs(self):
+        suite = make_suite("autoattack", EIGHT, classes=10)
+        gradient = 3  # a forward, and a backward that costs as much as two
+        apgd = sum(
+            member.attack.keywords["steps"] * member.attack.keywords.get("target_classes", 1)
+            for member in suite.control
+        )
+        fab = 9 * 100 * (gradient + 1)
+        assert gradient * apgd == pytest.approx(gradient * (100 + 9 * 100) + fab + 5000, rel=0.02)
+
+
+class TestVerdict:
+    @pytest.mark.parametrize("name", ["fast", "standard"])
+    @pytest.mark.parametrize(("norm", "classes"), [("Linf", 6), ("L2", 6), ("Linf", 2)])
+    def test_linear_network_gets_exactly_its_robust_accuracy(self, name, norm, classes):
+        model = linear(classes)
+        x, y = points(model, 60)
+        distance = distances(model, x, y, norm)
+        middle = distance.sort().values[20:35]
+        gap = middle.diff().argmax()
+        eps = float(middle[gap : gap + 2].mean())  # no image is at the very border of the ball
+        suite = make_suite(name, ThreatModel(norm, eps), classes=classes)
+        result = worst_case(model, x, y, shortened(suite.members), seeds=SampleSeeds(range(60)))
+        assert torch.equal(result.standing("suite"), distance > eps)
+        assert result.robust_accuracy == float((distance > eps).double().mean())
+        assert 0.3 < result.robust_accuracy < 0.6
+
+    def test_a_network_whose_surrogate_masks_gradients_is_broken_and_its_control_is_not(self):
+        model = classifier()
+        for module in model.modules():
+            if hasattr(module, "surrogate_function"):
+                module.surrogate_function = surrogate.PiecewiseQuadratic(alpha=1000.0)
+        x, y = images(40)
+        threat = ThreatModel("Linf", 0.2)
+        seeds = SampleSeeds(range(40))
+        rows = sweep(model, x, y, eps=threat.eps, steps=10, images=24, count=2, seeds=seeds)
+        chosen = [row.estimator for row in rows if row.chosen]
+        suite = make_suite("fast", threat, chosen=chosen, classes=3)
+        result = worst_case(model, x, y, (*suite.members, *suite.control), seeds=seeds)
+        assert "training" not in chosen[:1]
+        robust, control = (float(result.standing(group).double().mean()) for group in ("suite", "control"))
+        assert float(result.correct.double().mean()) > 0.9
+        assert robust < 0.2
+        assert control > 0.6
+
+
+class TestRepeatable:
+    def test_independent_of_the_batch_size(self):
+        model = SpikingClassifier(classifier().net.double(), T=3)
+        x, y = images(20)
+        x = x.double()
+        seeds = SampleSeeds(range(20))
+        suite = make_suite("fast", ThreatModel("Linf", 0.05), chosen=("atan:2", "triangle:0.5"), classes=3)
+        members = shortened([*suite.members, *suite.control], steps=8)
+        together = worst_case(model, x, y, members, seeds=seeds)
+        again = worst_case(model, x, y, members, seeds=seeds)
+        assert torch.equal(together.x_adv, again.x_adv)
+        for rows in torch.arange(20).split(7):
+            part = worst_case(model, x[rows], y[rows], members, seeds=seeds.rows(rows))
+            assert torch.equal(part.fooled_by, together.fooled_by[rows])
+            torch.testing.assert_close(part.x_adv, together.x_adv[rows], rtol=0, atol=1e-9)
+        assert 0 < together.robust_accuracy < 1
