@@ -65,7 +65,7 @@ class Trained(NamedTuple):
 
 @pytest.fixture(scope="module")
 def bars() -> Trained:
-    return Trained(trained_model(), *moving_bars(40, torch.Generator().manual_seed(1)))
+    return Trained(trained_model(), *moving_bars(32, torch.Generator().manual_seed(1)))
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +83,7 @@ def bars_and_labels(count: int) -> tuple[Tensor, Tensor]:
 
 class TestBudget:
     @pytest.mark.parametrize("name", VARIANTS)
-    @settings(max_examples=8, deadline=None)
+    @settings(max_examples=6, deadline=None)
     @given(
         shape=st.sampled_from([(1, 1, 1, 1, 1), (0, 2, 2, 3, 3), (3, 2, 2, 2, 3), (2, 4, 1, 3, 2)]),
         share=st.sampled_from([0.0, 0.1, 0.5, 1.0]),
@@ -120,7 +120,7 @@ class TestBudget:
         wrong = (bars.y + 1) % 4
         right = bars.model(bars.x).argmax(1) != wrong
         x_adv = flip_events(bars.model, bars.x, wrong, flips=5)
-        assert int(right.sum()) > 30
+        assert int(right.sum()) > 24
         assert torch.equal(x_adv[right], bars.x[right])
 
 
@@ -237,7 +237,9 @@ class TestReduction:
     def test_further_runs_never_need_more(self, bars):
         x, y = bars.x[:24], bars.y[:24]
         one, several = (
-            flip_events(bars.model, x, y, flips=15, queries=20, generator=torch.Generator().manual_seed(0), **options)
+            flip_events(
+                bars.model, x, y, flips=15, queries=20, probes=5, generator=torch.Generator().manual_seed(0), **options
+            )
             for options in ({}, {"target_classes": 3, "restarts": 2})
         )
         fooled = bars.model(one).argmax(1) != y
@@ -248,20 +250,20 @@ class TestReduction:
 
 class TestTrainedNetwork:
     def test_accuracy_falls_with_the_budget_far_below_random_changes(self, bars):
-        budgets = (0, 2, 5, 10, 20, 40)
+        budgets = (0, 5, 10, 20, 40)
         attacked, control = (
             [
                 bars.accuracy(attack(bars.model, bars.x, bars.y, flips=k, generator=torch.Generator().manual_seed(0)))
                 for k in budgets
             ]
-            for attack in (partial(flip_events, reduce=False), partial(random_flips, tries=20))
+            for attack in (partial(flip_events, reduce=False), partial(random_flips, tries=10))
         )
         assert attacked[0] == control[0] == bars.accuracy(bars.x) > 0.9
         assert attacked == sorted(attacked, reverse=True)
-        assert attacked[2] < control[2]
-        assert attacked[3] < control[3] - 0.2
-        assert attacked[4] < control[4] - 0.5
-        assert attacked[5] < 0.1
+        assert attacked[1] < control[1]
+        assert attacked[2] < control[2] - 0.2
+        assert attacked[3] < control[3] - 0.5
+        assert attacked[4] < 0.1
 
     def test_probes_and_queries_add_to_the_gradient(self, bars):
         run = partial(flip_events, bars.model, bars.x, bars.y, flips=10, reduce=False)
@@ -340,7 +342,7 @@ class TestState:
     def test_same_seed_same_result_and_another_seed_another(self, variant, bars):
         x, y = bars.x[:5], bars.y[:5]
         results = [
-            variant(bars.model, x, y, flips=9, generator=torch.Generator().manual_seed(seed)) for seed in (5, 5, 6)
+            variant(bars.model, x, y, flips=6, generator=torch.Generator().manual_seed(seed)) for seed in (5, 5, 6)
         ]
         assert torch.equal(results[0], results[1])
         if variant not in (VARIANTS["gradient_only"], VARIANTS["eot"]):  # which draw next to nothing
@@ -349,7 +351,7 @@ class TestState:
     @pytest.mark.parametrize("name", [name for name in VARIANTS if name != "eot"])
     def test_a_result_depends_on_neither_neighbours_nor_batch_size(self, name, double):
         (x, y), seeds = bars_and_labels(5), SampleSeeds(range(5))
-        run = partial(VARIANTS[name], double, flips=12)
+        run = partial(VARIANTS[name], double, flips=8)
         together = run(x, y, generator=seeds)
         for rows in (torch.tensor([4]), torch.tensor([3, 0, 2])):
             assert torch.equal(run(x[rows], y[rows], generator=seeds.rows(rows)), together[rows])
@@ -404,16 +406,16 @@ class TestStochasticNetwork:
             def forward(self, x):
                 return bars.model(x) + 0.5 * torch.randn(len(x), 4)
 
-        seeds = SampleSeeds(range(32))
-        x, y = bars.x[:32], bars.y[:32]
+        seeds = SampleSeeds(range(20))
+        x, y = bars.x[:20], bars.y[:20]
         held = [
             int(fools(Noisy(), attack(Noisy(), x, y, flips=30, generator=seeds), y, draws=5, seeds=seeds).sum())
             for attack in (
-                partial(flip_events, queries=0),
-                partial(flip_events, queries=0, confidence=2, eot_samples=4),
+                partial(flip_events, queries=0, probes=3),
+                partial(flip_events, queries=0, probes=3, confidence=2, eot_samples=4),
             )
         ]
-        assert held[1] > held[0] + 8
+        assert held[1] > held[0] + 5
 
 
 class TestWorstCase:
@@ -425,13 +427,13 @@ class TestWorstCase:
 
     def test_over_several_estimators(self, bars):
         x, y, seeds = bars.x[:32], bars.y[:32], SampleSeeds(range(32))
-        result = worst_case(bars.model, x, y, self.members(6), seeds=seeds)
+        result = worst_case(bars.model, x, y, self.members(10), seeds=seeds)
         alone = [float((outcome.attacked & ~outcome.fooled).double().mean()) for outcome in result.outcomes]
         assert 0 < result.robust_accuracy < min(alone)  # estimators fool different samples
         fooled = result.fooled_by >= 0
         assert bool((bars.model(result.x_adv).argmax(1) != y)[fooled].all())
         assert bool(((result.x_adv == 0) | (result.x_adv == 1)).all())
-        assert int(count_flips(result.x_adv, x).max()) <= 6
+        assert int(count_flips(result.x_adv, x).max()) <= 10
 
     def test_in_a_resumable_run_with_its_control(self, bars, tmp_path):
         """On binary frames k changes are an L2 distance of sqrt(k), which the run and its report check."""
