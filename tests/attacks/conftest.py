@@ -1,9 +1,11 @@
 """The attacks and models of the table as fixtures, and a trained network."""
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
 import torch
+from attacks.moving_bars import EVENT_ATTACKS, TrainedOnBars, moving_bars, trained_model
 from attacks.table import ATTACKS, MODELS, NOISES, Attack, PerStep, linear_model
 from torch import Tensor, nn
 
@@ -71,3 +73,19 @@ def trained() -> Trained:
                 nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
                 optimizer.step()
     return Trained(model.eval(), x[1280:], y[1280:])
+
+
+@pytest.fixture(scope="session")
+def bars() -> TrainedOnBars:
+    """A spiking network trained on event frames for a second; evaluation mode."""
+    return TrainedOnBars(trained_model(), *moving_bars(32, torch.Generator().manual_seed(1)))
+
+
+@pytest.fixture(params=EVENT_ATTACKS)
+def event_attack(request) -> Callable[..., Tensor]:
+    return EVENT_ATTACKS[request.param]
+
+
+@pytest.fixture(params=[name for name in EVENT_ATTACKS if "random" not in name])
+def event_search(request) -> Callable[..., Tensor]:
+    return EVENT_ATTACKS[request.param]

@@ -1,13 +1,31 @@
-"""Synthetic event data, bars that move in four directions, and a small spiking network trained on them."""
+"""Synthetic event data, bars that move in four directions, a small spiking network for them, and the event attacks."""
+
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from attacks.table import PerStep
 from torch import Tensor, nn
 
 from sj_robust import DLIFNode
+from sj_robust.attacks import flip_events, random_flips
 from sj_robust.classifier import SpikingEventClassifier
 
 T, SIZE = 6, 10
+
+EVENT_ATTACKS = {
+    "default": flip_events,
+    "add": partial(flip_events, allow="add"),
+    "remove": partial(flip_events, allow="remove"),
+    "gradient_only": partial(flip_events, probes=0, queries=0),
+    "one_step": partial(flip_events, steps=1, probes=0, queries=5),
+    "last": partial(flip_events, keep_best=False, reduce=False, queries=3),
+    "targets_and_restarts": partial(flip_events, target_classes=2, restarts=3, probes=2, queries=3),
+    "eot": partial(flip_events, eot_samples=2, confidence=0.5, probes=2, queries=3),
+    "random": random_flips,
+    "random_add": partial(random_flips, allow="add", tries=3),
+    "random_remove": partial(random_flips, allow="remove", tries=3),
+}
 
 
 def moving_bars(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -55,3 +73,20 @@ def trained_model(epochs: int = 8) -> SpikingEventClassifier:
             nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
             optimizer.step()
     return model.eval()
+
+
+class TrainedOnBars(NamedTuple):
+    """A network that knows the directions, and bars it has not seen."""
+
+    model: SpikingEventClassifier
+    x: Tensor
+    y: Tensor
+
+    def accuracy(self, x: Tensor) -> float:
+        with torch.no_grad():
+            return float((self.model(x).argmax(1) == self.y).float().mean())
+
+
+def frames(*shape: int, seed: int = 0, share: float = 0.3, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Frames of independent events."""
+    return (torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < share).to(dtype)

@@ -1,0 +1,198 @@
+"""Attacks on binary event frames: what they leave as found, what they depend on, stochastic networks, wrong use."""
+
+import random
+from functools import partial
+
+import pytest
+import torch
+from attacks.moving_bars import EVENT_ATTACKS, SIZE, T, frames, moving_bars, spiking_model
+from attacks.table import linear_model
+from torch import Tensor, nn
+
+from sj_robust.attacks import SampleSeeds, check_frames, count_flips, flip_events, fools, random_flips
+from sj_robust.classifier import SpikingEventClassifier
+
+
+@pytest.fixture(scope="module")
+def double(bars) -> SpikingEventClassifier:
+    """The trained network in float64, where a batch size moves no spike."""
+    model = spiking_model().double().eval()
+    model.load_state_dict(bars.model.state_dict())
+    return model
+
+
+def bars_and_labels(count: int) -> tuple[Tensor, Tensor]:
+    x, y = moving_bars(count, torch.Generator().manual_seed(2))
+    return x.double(), y
+
+
+class TestState:
+    def test_same_seed_same_result_and_another_seed_another(self, event_attack, bars):
+        x, y = bars.x[:5], bars.y[:5]
+        results = [
+            event_attack(bars.model, x, y, flips=6, generator=torch.Generator().manual_seed(seed)) for seed in (5, 5, 6)
+        ]
+        assert torch.equal(results[0], results[1])
+        if event_attack not in (EVENT_ATTACKS["gradient_only"], EVENT_ATTACKS["eot"]):  # which draw next to nothing
+            assert not torch.equal(results[0], results[2])
+
+    @pytest.mark.parametrize("name", [name for name in EVENT_ATTACKS if name != "eot"])
+    def test_a_result_depends_on_neither_neighbours_nor_batch_size(self, name, double):
+        (x, y), seeds = bars_and_labels(5), SampleSeeds(range(5))
+        run = partial(EVENT_ATTACKS[name], double, flips=8)
+        together = run(x, y, generator=seeds)
+        for rows in (torch.tensor([4]), torch.tensor([3, 0, 2])):
+            assert torch.equal(run(x[rows], y[rows], generator=seeds.rows(rows)), together[rows])
+
+    def test_neighbours_do_not_count_with_a_generator_either(self, double):
+        x, y = bars_and_labels(6)
+        others = torch.cat([x[:1], 1 - x[1:]]), torch.cat([y[:1], (y[1:] + 1) % 4])
+        first, second = (
+            flip_events(double, *batch, flips=12, restarts=2, queries=20, generator=torch.Generator().manual_seed(0))
+            for batch in ((x, y), others)
+        )
+        assert torch.equal(first[0], second[0])
+
+    @pytest.mark.parametrize("fail", [False, True], ids=["ends", "raises"])
+    def test_modes_gradients_and_global_random_state_stay(self, event_search, bars, fail):
+        class Noisy(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.inner = spiking_model()
+
+            def forward(self, x):
+                assert not any(module.training for module in self.modules())
+                return self.inner(x) + 0.01 * torch.randn(len(x), 4)
+
+        model = Noisy()
+        for number, module in enumerate(model.modules()):
+            module.training = number % 3 != 0
+        modes = [module.training for module in model.modules()]
+        handle = model.inner.net[2].register_forward_hook(lambda *_: 1 / 0) if fail else None
+        before = torch.get_rng_state(), random.getstate()
+        try:
+            event_search(model, bars.x[:4], bars.y[:4], flips=4)
+        except ZeroDivisionError:
+            assert handle
+        assert torch.equal(torch.get_rng_state(), before[0])
+        assert random.getstate() == before[1]
+        assert [module.training for module in model.modules()] == modes
+        assert all(parameter.grad is None for parameter in model.parameters())
+
+    @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+    def test_works_in_any_grad_mode_of_the_caller(self, event_search, bars, context):
+        x, y = bars.x[:4], bars.y[:4]
+        wanted = event_search(bars.model, x, y, flips=4, generator=torch.Generator().manual_seed(0))
+        with context():
+            got = event_search(bars.model, x.clone(), y, flips=4, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(got, wanted)
+
+
+class TestStochasticNetwork:
+    def test_confidence_outlives_fresh_draws(self, bars):
+        class Noisy(nn.Module):
+            def forward(self, x):
+                return bars.model(x) + 0.5 * torch.randn(len(x), 4)
+
+        seeds = SampleSeeds(range(20))
+        x, y = bars.x[:20], bars.y[:20]
+        held = [
+            int(fools(Noisy(), attack(Noisy(), x, y, flips=30, generator=seeds), y, draws=5, seeds=seeds).sum())
+            for attack in (
+                partial(flip_events, queries=0, probes=3),
+                partial(flip_events, queries=0, probes=3, confidence=2, eot_samples=4),
+            )
+        ]
+        assert held[1] > held[0] + 5
+
+
+X, Y = frames(3, T, 2, SIZE, SIZE), torch.tensor([0, 1, 3])
+
+
+class TestWrongUse:
+    @pytest.mark.parametrize(
+        ("x", "error", "match"),
+        [
+            (
+                X * 3,
+                ValueError,
+                r"binary event frames \(0 or 1\), got values from 0 to 3; integrated counts .*\(x > 0\)",
+            ),
+            (X * 0.5, ValueError, r"binary event frames .* got values from 0 to 0.5"),
+            (X * torch.nan, ValueError, r"binary event frames"),
+            (X.byte(), TypeError, r"floating point, got torch.uint8; use \(x > 0\).float\(\)"),
+            (X.tolist(), TypeError, r"tensor of event frames, got list"),
+            (X[0], ValueError, r"\[N, T, 2, H, W\], got shape \(6, 2, 10, 10\); add N with x.unsqueeze\(0\)"),
+            (X.flatten(3), ValueError, r"got shape \(3, 6, 2, 100\)"),
+            (X.flatten(2), ValueError, r"got shape .*integrate the events"),
+            (X.transpose(1, 2), ValueError, r"2 polarities \(1 if merged\), got 6 .*dimension 2"),
+        ],
+        ids=["counts", "half", "nan", "bytes", "list", "no batch", "flat", "features", "polarity first"],
+    )
+    def test_frames(self, event_attack, x, error, match):
+        with pytest.raises(error, match=match):
+            event_attack(linear_model(1200), x, Y, flips=3)
+
+    def test_time_first(self, event_attack):
+        with pytest.raises(
+            ValueError, match=r"samples first, .*got shape \(6, 3, .* for 3 labels; use x.transpose\(0, 1\)"
+        ):
+            event_attack(linear_model(600), X.transpose(0, 1), Y, flips=3)
+
+    def test_another_number_of_frames_than_the_network(self, event_search):
+        with pytest.raises(ValueError, match=r"T = 6, got shape \(3, 5, 2, 10, 10\): 5 frames"):
+            event_search(spiking_model(), X[:, :5], Y, flips=3)
+
+    @pytest.mark.parametrize(
+        ("options", "error", "match"),
+        [
+            ({"flips": -1}, ValueError, r"flips must be >= 0, got -1"),
+            ({"flips": 1201}, ValueError, r"flips must be <= 1200, the elements of a sample, got 1201"),
+            ({"flips": 2.0}, TypeError, r"flips must be an integer, got float"),
+            ({"flips": True}, TypeError, r"flips must be an integer, got bool"),
+            (
+                {"flips": 2, "allow": "flip"},
+                ValueError,
+                r"allow must be one of \('both', 'add', 'remove'\), got 'flip'",
+            ),
+            ({"flips": 2, "generator": SampleSeeds([1])}, ValueError, r"one seed per image, 3, got 1"),
+            ({"flips": 2, "generator": 7}, TypeError, r"generator must be a torch.Generator, got int"),
+        ],
+    )
+    @pytest.mark.parametrize("attack", [flip_events, random_flips])
+    def test_options_of_both(self, attack, options, error, match):
+        with pytest.raises(error, match=match):
+            attack(linear_model(1200), X, Y, **options)
+
+    @pytest.mark.parametrize(
+        ("options", "error", "match"),
+        [
+            ({"steps": 0}, ValueError, r"steps must be >= 1, got 0"),
+            ({"restarts": 0}, ValueError, r"restarts must be >= 1"),
+            ({"eot_samples": 0}, ValueError, r"eot_samples must be >= 1"),
+            ({"probes": -1}, ValueError, r"probes must be >= 0, got -1"),
+            ({"queries": 1.5}, TypeError, r"queries must be an integer, got float"),
+            ({"target_classes": 5}, ValueError, r"target_classes must be < 5, the number of classes, got 5"),
+            ({"confidence": -1.0}, ValueError, r"confidence must be finite and >= 0, got -1"),
+        ],
+    )
+    def test_options(self, options, error, match):
+        with pytest.raises(error, match=match):
+            flip_events(linear_model(1200), X, Y, flips=3, **options)
+
+    def test_models(self):
+        with pytest.raises(TypeError, match="model must be a callable"):
+            flip_events(None, X, Y, flips=3)
+        with pytest.raises(ValueError, match="at least 2 classes, got 1"):
+            flip_events(lambda x: x.flatten(1)[:, :1], X, Y * 0, flips=3)
+        with pytest.raises(RuntimeError, match="no gradient reaches the images"):
+            flip_events(lambda x: linear_model(1200)(x.detach()), X, Y * 0, flips=3)
+        with pytest.raises(ValueError, match=r"tries > 1 need model and y .*, got tries=2"):
+            random_flips(None, X, flips=3, tries=2)
+
+    def test_labels_and_counts(self):
+        with pytest.raises(TypeError, match="y must be int64"):
+            flip_events(linear_model(1200), X, Y.int(), flips=3)
+        with pytest.raises(ValueError, match=r"shape of x, \[3, 6, 2, 10, 10\]"):
+            count_flips(X[:1], X)
+        check_frames(X)
