@@ -200,8 +200,8 @@ def _paper(plan: _Plan) -> Suite:
     scale = eps / _PAPER_EPS
     figures: dict[str, SampleAttack] = {"fgsm": partial(fgsm, eps=eps)}
     for steps, size in _PAPER_STEPS.items():
-        figures[f"pgd{steps}"] = partial(pgd, eps=eps, step_size=size * scale, steps=steps)
-        figures[f"pgd{steps}/last"] = partial(figures[f"pgd{steps}"], keep_best=False)
+        attack = partial(pgd, eps=eps, step_size=size * scale, steps=steps)
+        figures |= {f"pgd{steps}": attack, f"pgd{steps}/last": partial(attack, keep_best=False)}
     for loss in ("ce", "dlr") if plan.classes > 2 else ("ce",):
         figures[f"apgd_{loss}"] = partial(apgd, eps=eps, loss=loss, steps=10)
     members = [Member(name, attack, group="", ball=(norm, eps)) for name, attack in figures.items()]
