@@ -132,8 +132,9 @@ def main(arguments: list[str]) -> None:
         plots = plot_robustness(report, folder)
         show_report(report, journal.console)
         worst, (low, high) = report.everything, report.everything.interval
+        doubt = f"NOT RELIABLE, {report.footnote}\n" if report.unreliable else ""
         journal.say(
-            f"robust accuracy at most {worst.accuracy:.1%} (95 % interval {low:.1%} to {high:.1%}); report.json, "
+            f"{doubt}robust accuracy at most {worst.accuracy:.1%} (95 % interval {low:.1%} to {high:.1%}); report.json, "
             f"report.html and {', '.join(path.name for path in plots)} are in {folder}"
         )
     accelerator.end_training()

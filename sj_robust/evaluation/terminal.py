@@ -38,7 +38,7 @@ def show_report(report: RobustnessReport, console: Console) -> None:
         True
     """
     for text in alarms(report):
-        console.print(Panel(Text(text, style="bold red"), border_style="red"))
+        console.print(Panel(Text(text, style="bold red"), border_style="red"), soft_wrap=False)
     title = f"{report.name} on {report.dataset}: {report.threat}, eps {report.eps}, suite {report.suite}"
     table = Table(title=title)
     table.add_column("accuracy", overflow="fold")
@@ -48,7 +48,7 @@ def show_report(report: RobustnessReport, console: Console) -> None:
         if figure.kind == "control":
             table.add_section()
         table.add_row(*_cells(figure), style=_style(figure))
-    console.print(table)
+    console.print(table, soft_wrap=False)
     for text in masked(report):
         console.print(Text(text, style="yellow"))
     for text in remarks(report):
@@ -75,7 +75,7 @@ def show_comparison(comparison: Comparison, console: Console) -> None:
         interval = f"{low:+.1f} to {high:+.1f}"
         style = "bold" if row.clear else ""
         table.add_row(row.first.name, *values, f"{100 * row.value:+.1f}{mark}", interval, style=style)
-    console.print(table)
+    console.print(table, soft_wrap=False)
     console.print("* the interval leaves out 0", style="dim")
 
 

@@ -142,7 +142,8 @@ def test_a_dead_network_is_not_called_robust():
     (alarm,) = alarms(report(firing=({**DEAD, "silent": 0.0, "saturated": 1.0},)))
     assert "fires in every step" in alarm
     shown = terminal(dead)
-    assert shown.index("DEAD NETWORK") < shown.index("accuracy")
+    assert shown.index("DEAD NETWORK") < shown.index("95 % interval ┃")
+    assert "before reporting any." in " ".join(shown.replace("│", " ").split())  # to the end
     assert "DEAD" not in terminal(report())
     assert RobustnessReport.from_json(dead.to_json()) == dead
 
@@ -177,7 +178,7 @@ def test_a_control_that_wins_is_named():
 
 
 def terminal(made, width=100):
-    console = Console(file=io.StringIO(), width=width)
+    console = Console(file=io.StringIO(), width=width, soft_wrap=True)  # as a journal's
     show_report(made, console)
     return console.file.getvalue()
 

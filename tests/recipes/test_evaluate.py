@@ -231,7 +231,7 @@ def test_a_dead_network_is_called_dead(folder, tmp_path, monkeypatch, capsys):
     assert report.unreliable
     assert report.footnote.startswith("DEAD NETWORK: 100.0% of layer")
     assert report.clean.correct == report.worst_case.correct
-    assert "DEAD NETWORK" in capsys.readouterr().out
+    assert "NOT RELIABLE, DEAD NETWORK" in capsys.readouterr().out
     assert "DEAD NETWORK" in (tmp_path / "dead" / "report.html").read_text()
 
 
