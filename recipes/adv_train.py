@@ -1,7 +1,6 @@
 """Train a spiking network adversarially, with MS-MPPD, and measure it beside an undefended one.
 
 python recipes/adv_train.py                                              # digits, under a minute
-python recipes/adv_train.py --config recipes/configs/fashion_mnist.yaml --data-root FOLDER
 python recipes/adv_train.py --output runs/mine --resume                  # continue a stopped run
 torchrun --nproc-per-node 2 recipes/adv_train.py                         # or accelerate launch
 """
@@ -105,8 +104,7 @@ class Options:
 def main(arguments: list[str]) -> None:
     """Train, evaluate, report."""
     options = parse(arguments)
-    on_gpu = options.device == "auto" and torch.cuda.is_available()
-    if not on_gpu:
+    if not (on_gpu := options.device == "auto" and torch.cuda.is_available()):
         keep_heap()
     accelerator = Accelerator(cpu=not on_gpu, mixed_precision=options.mixed_precision)
     splits = load_images(
@@ -139,7 +137,7 @@ def main(arguments: list[str]) -> None:
                 network=name,
                 seed=options.seed,
             )
-            heads = [history[:epoch] for epoch in range(1, len(history) + 1)] if choice.mode == "at" else []
+            heads = [history[: epoch + 1] for epoch in range(len(history)) if choice.mode == "at"]
             notes = tuple(f"{name}: {warning}" for warning in map(training.catastrophic_overfitting, heads) if warning)
             report = report.merged(replace(result, curves={name: [asdict(record) for record in history]}, notes=notes))
     if accelerator.is_main_process:
