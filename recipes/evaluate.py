@@ -134,8 +134,8 @@ def main(arguments: list[str]) -> None:
         worst, (low, high) = report.everything, report.everything.interval
         doubt = f"NOT RELIABLE, {report.footnote}\n" if report.unreliable else ""
         journal.say(
-            f"{doubt}robust accuracy at most {worst.accuracy:.1%} (95 % interval {low:.1%} to {high:.1%}); report.json, "
-            f"report.html and {', '.join(path.name for path in plots)} are in {folder}"
+            f"{doubt}robust accuracy at most {worst.accuracy:.1%} (95 % interval {low:.1%} to {high:.1%}); "
+            f"report.json, report.html and {', '.join(path.name for path in plots)} are in {folder}"
         )
     accelerator.end_training()
 

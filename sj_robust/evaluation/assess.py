@@ -79,6 +79,15 @@ def assess(
         ValueError: If an argument is wrong, or the folder holds the progress of another evaluation.
 
     Source: evaluation as asked for by Carlini et al., "On evaluating adversarial robustness" (arXiv 1902.06705).
+
+    Example:
+        >>> from sj_robust import DLIFNode, SpikingClassifier
+        >>> net = nn.Sequential(nn.Flatten(2), nn.Linear(4, 3), DLIFNode(T=2))
+        >>> mine = Subject("mine", SpikingClassifier(net, T=2), "one layer")
+        >>> batches = [(torch.rand(6, 1, 2, 2), torch.arange(6) % 3)]
+        >>> report = assess(mine, batches, suite="fast", threat=ThreatModel("Linf", 0.1), dataset="noise", classes=3)
+        >>> report.worst_case.total
+        6
     """
     if threat.eps <= 0:
         raise ValueError(f"eps must be > 0 to attack at all, got {threat.eps}")
