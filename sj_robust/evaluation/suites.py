@@ -1,5 +1,6 @@
 """Sets of attacks by name: what is run, in which order, and the control of equal cost beside it."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -111,7 +112,7 @@ def make_suite(name: SuiteName, threat: ThreatModel, *, chosen: Sequence[str] = 
         >>> [member.name for member in suite.members[:3]]
         ['apgd_ce/atan:4/r0', 'apgd_ce/triangle:0.5/r0', 'apgd_dlr/atan:4/r0']
         >>> suite.control[0].name, suite.control[0].estimator
-        ('control/apgd_ce/atan:4/r0', 'training')
+        ('control/apgd_ce/training/r0', 'training')
     """
     if name not in get_args(SuiteName):
         raise ValueError(f"suite must be one of {', '.join(get_args(SuiteName))}, got {name!r}")
@@ -231,6 +232,11 @@ def _listed(*names: str) -> str:
 
 def _control(members: Sequence[Member]) -> tuple[Member, ...]:
     """The same attacks at the same cost, all with the training surrogate and from other random starts."""
-    return tuple(
-        replace(member, name=f"control/{member.name}", estimator="training", group="control") for member in members
-    )
+    runs: Counter[str] = Counter()
+    control = []
+    for member in members:
+        kind = member.name.removesuffix(f"/{member.estimator}/r{member.seed}")
+        name = f"control/{member.name}" if kind == member.name else f"control/{kind}/training/r{runs[kind]}"
+        control.append(replace(member, name=name, estimator="training", group="control", seed=runs[kind]))
+        runs[kind] += 1
+    return tuple(control)

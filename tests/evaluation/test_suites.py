@@ -143,8 +143,14 @@ class TestMakeUp:
         assert suite.control
         assert {member.group for member in suite.control} == {"control"}
         assert {member.estimator for member in suite.control} == {"training"}
-        starts = {(member.name, member.seed) for member in suite.members}
-        assert not starts & {(member.name, member.seed) for member in suite.control}
+        starts = [(member.name, member.seed) for member in (*suite.members, *suite.control)]
+        assert len(set(starts)) == len(starts)  # name and seed are what random starts follow
+
+    def test_the_control_is_named_by_what_it_runs(self):
+        suite = make_suite("fast", EIGHT, classes=10, chosen=CHOSEN)
+        names = [member.name.removeprefix("control/") for member in suite.control]
+        ce = [f"apgd_ce/training/r{restart}" for restart in range(5)]
+        assert names == [*ce[:2], "apgd_dlr/training/r0", *ce[2:]]
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
