@@ -46,7 +46,7 @@ class Options:
             its weights, bare or in a SpikingClassifier.
         compare: Two saved reports to compare, instead of an evaluation.
         suite: paper is the protocol of Ding et al., fast a first impression, standard the figure to report,
-            autoattack AutoAttack standard; all with their control.
+            autoattack AutoAttack standard, gradients every estimator for itself; all with their control.
         eps: Radius, a number or a fraction such as 8/255; null takes that of the checkpoint.
         norm: Norm of the adversary.
         dataset: Images to test on; null takes those of the checkpoint, or digits.
@@ -67,7 +67,7 @@ class Options:
     checkpoint: str | None = None
     network: str | None = None
     compare: list[str] | None = None
-    suite: Literal["paper", "fast", "standard", "autoattack"] = "standard"
+    suite: Literal["paper", "fast", "standard", "autoattack", "gradients"] = "standard"
     eps: float | str | None = None
     norm: Literal["Linf", "L2"] = "Linf"
     dataset: Literal["digits", "fashion_mnist"] | None = None

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sj_robust.attacks.apgd import apgd
 from sj_robust.attacks.bridges import autoattack, square
+from sj_robust.attacks.events import flip_events, random_flips
 from sj_robust.attacks.gradient import fgsm, pgd
 from sj_robust.attacks.member import Member, SampleAttack
 from sj_robust.attacks.noise import gaussian
@@ -19,7 +20,7 @@ from sj_robust.evaluation.threat import ThreatModel
 
 __all__ = ["Suite", "SuiteName", "SweepSettings", "make_suite"]
 
-SuiteName = Literal["paper", "fast", "standard", "autoattack"]
+SuiteName = Literal["paper", "fast", "standard", "autoattack", "events"]
 
 _PAPER_EPS = 8 / 255
 _PAPER_STEPS = {7: 2.55 / 255, 10: 2 / 255, 20: 1 / 255, 40: 0.5 / 255}  # steps of PGD: step size at _PAPER_EPS
@@ -78,8 +79,8 @@ def make_suite(name: SuiteName, threat: ThreatModel, *, chosen: Sequence[str] = 
     按名称构造攻击套件。
 
     c1, c2, c3 are the chosen estimators, the strongest first; where fewer are chosen, what would be the same attack
-    twice is left out. APGD-T is APGD with the targeted DLR loss. Except in ``paper``, where every attack sees all
-    images that are classified right, an attack sees only what no earlier one of the suite fooled.
+    twice is left out. APGD-T is APGD with the targeted DLR loss. Except in ``paper`` and ``gradients``, where every attack
+    sees all images that are classified right, an attack sees only what no earlier one of the suite fooled.
 
     | suite | members in their order (steps x restarts) |
     | --- | --- |
@@ -90,13 +91,17 @@ def make_suite(name: SuiteName, threat: ThreatModel, *, chosen: Sequence[str] = 
     | | APGD-CE training, c2, c3 (100 x 1), APGD-T c1, c2, c3 (3 classes x 100), SA-PGD with ASSG (100 x 1), |
     | | APGD-CE c1 (100 x 2), APGD-DLR c1 (100 x 1), APGD-T c1 (3 classes x 100), Square (1000 queries) |
     | ``autoattack`` | AutoAttack standard: APGD-CE (100), APGD-T (9 x 100), FAB-T (9 x 100), Square (5000 queries) |
+    | ``events`` | flip_events c1, c2, c3 (x 1), random removals (200 tries), flip_events c1 (x 3), training, c2, c3 |
+    | | (x 1), c1 towards 3 classes (x 1), random changes of both kinds (200 tries), flip_events c1 (x 3) |
 
-    The control of ``paper``, ``fast`` and ``standard`` is every attack in the ball of the threat once more, with the
+    The control of ``paper``, ``fast``, ``standard`` and ``events`` is every attack in the ball of the threat once more, with the
     training surrogate and another seed. That of ``autoattack`` spends the forwards and gradients of FAB-T (a forward
-    more per step) and Square on a second APGD-T and 20 more APGD-CE, a backward at the price of two forwards.
+    more per step) and Square on a second APGD-T and 20 more APGD-CE, a backward at the price of two forwards. That of
+    ``gradients`` is APGD-CE with the training surrogate five times.
 
     Args:
-        name: ``"paper"`` (the protocol of Ding et al., Linf), ``"fast"``, ``"standard"`` or ``"autoattack"``.
+        name: ``"paper"`` (the protocol of Ding et al., Linf), ``"fast"``, ``"standard"`` or ``"autoattack"``;
+            ``"events"`` for binary event frames, with a threat in L0 and no other suite.
         threat: The budget of every attack. The steps of ``paper`` grow with it, and are the printed ones at 8/255.
         chosen: Names of estimators, the strongest first; none means the training surrogate.
         classes: Number of classes of the network; the DLR losses are left out where there are too few.
@@ -118,16 +123,23 @@ def make_suite(name: SuiteName, threat: ThreatModel, *, chosen: Sequence[str] = 
         raise ValueError(f"suite must be one of {', '.join(get_args(SuiteName))}, got {name!r}")
     if isinstance(classes, bool) or not isinstance(classes, int) or classes < 2:
         raise ValueError(f"classes must be an integer >= 2, got {classes!r}; pass the number of logits")
-    if chosen and name in ("paper", "autoattack"):
-        raise ValueError(f"suite {name!r} uses the training surrogate alone, got estimators {list(chosen)}; pass none")
+    if chosen and name in ("paper", "autoattack", "gradients"):
+        raise ValueError(f"suite {name!r} has its estimators fixed, got {list(chosen)}; pass none")
+    if (name == "events") != (threat.norm == "L0"):
+        remedy = "count changes with ThreatModel('L0', k)" if name == "events" else "use the suite 'events'"
+        raise ValueError(f"suite {name!r} does not fit a threat in {threat.norm}; {remedy}")
     plan = _Plan(threat, classes)
     match name:
         case "paper":
             return _paper(plan)
         case "autoattack":
             return _autoattack(plan)
+        case "gradients":
+            return _gradients(plan)
         case "fast":
             return _fast(plan, tuple(dict.fromkeys(chosen)) or ("training",))
+        case "events":
+            return _events(plan, tuple(dict.fromkeys(chosen)) or ("training",))
         case _:
             return _standard(plan, tuple(dict.fromkeys(chosen)) or ("training",))
 
@@ -164,10 +176,26 @@ class _Plan:
         return [self.member("sapgd", partial(sapgd, eps=self.threat.eps, steps=100), estimator)]
 
     def square(self, queries: int) -> Member:
-        return self.member("square", partial(square, eps=self.threat.eps, norm=self.threat.norm, queries=queries))
+        return self.member("square", partial(square, eps=self.threat.eps, norm=self.threat.ball, queries=queries))
 
     def _apgd(self, loss: Literal["ce", "dlr", "dlr_targeted"], steps: int) -> partial[Tensor]:
-        return partial(apgd, eps=self.threat.eps, norm=self.threat.norm, loss=loss, steps=steps)
+        return partial(apgd, eps=self.threat.eps, norm=self.threat.ball, loss=loss, steps=steps)
+
+    def flips(self, estimator: str, restart: int = 0, *, runs: int = 1) -> Member:
+        attack = partial(flip_events, flips=int(self.threat.eps), restarts=runs, reduce=False)
+        return self.member("flips", attack, estimator, restart)
+
+    def flips_targeted(self, estimator: str) -> list[Member]:
+        """flip_events towards the likeliest wrong classes, which are others than the first only if there are three."""
+        if self.classes < 3:
+            return []
+        targets = min(3, self.classes - 1)
+        attack = partial(flip_events, flips=int(self.threat.eps), target_classes=targets, reduce=False)
+        return [self.member("flips_t", attack, estimator)]
+
+    def random_flips(self, allow: Literal["both", "remove"]) -> Member:
+        attack = partial(random_flips, flips=int(self.threat.eps), allow=allow, tries=200)
+        return self.member(f"random_{allow}", attack)
 
 
 def _fast(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
@@ -218,7 +246,7 @@ def _paper(plan: _Plan) -> Suite:
 
 def _autoattack(plan: _Plan) -> Suite:
     threat = plan.threat
-    member = plan.member("autoattack", partial(autoattack, eps=threat.eps, norm=threat.norm, version="standard"))
+    member = plan.member("autoattack", partial(autoattack, eps=threat.eps, norm=threat.ball, version="standard"))
     targeted = partial(plan.targeted, "training", targets=9)
     spent = [plan.ce("training"), *targeted(0), *targeted(1)]
     spent += [plan.ce("training", restart) for restart in range(1, 21)]
@@ -226,8 +254,27 @@ def _autoattack(plan: _Plan) -> Suite:
     return Suite("autoattack", (member,), _control(spent), description)
 
 
+def _events(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
+    best = chosen[0]
+    members = [*(plan.flips(name) for name in chosen), plan.random_flips("remove"), plan.flips(best, 1, runs=3)]
+    members += [plan.flips("training")] if "training" not in chosen else []
+    members += [plan.flips(name, 1) for name in chosen[1:]]
+    members += [*plan.flips_targeted(best), plan.random_flips("both"), plan.flips(best, 2, runs=3)]
+    description = f"worst case of few events added or removed with {_listed(*chosen, 'training')}, and at random"
+    return Suite("events", tuple(members), _control(members), description, SweepSettings(images=32))
+
+
 def _listed(*names: str) -> str:
     return ", ".join(dict.fromkeys(names))
+
+
+def _gradients(plan: _Plan) -> Suite:
+    members = [plan.ce(name) for name in CANDIDATES]
+    members += [member for name in ("training", "triangle:0.5", "atan:4", "assg") for member in plan.sapgd(name)]
+    alone = tuple(replace(member, group="") for member in members)
+    control = _control([plan.ce("training", restart) for restart in range(5)])
+    description = "what every gradient estimator is worth for itself, at an equal number of gradients"
+    return Suite("gradients", alone, control, description)
 
 
 def _control(members: Sequence[Member]) -> tuple[Member, ...]:

@@ -10,7 +10,7 @@ from torch import nn
 
 from sj_robust import SpikingClassifier
 from sj_robust._host import surrogate
-from sj_robust.attacks import Member, SampleSeeds, sweep, worst_case
+from sj_robust.attacks import CANDIDATES, Member, SampleSeeds, sweep, worst_case
 from sj_robust.evaluation import Suite, ThreatModel, make_suite
 
 EIGHT = ThreatModel("Linf", 8 / 255)
@@ -155,9 +155,9 @@ class TestMakeUp:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"name": "quick"}, "suite must be one of paper, fast, standard, autoattack, got 'quick'"),
+            ({"name": "quick"}, "suite must be one of paper, fast, standard, autoattack, events, got 'quick'"),
             ({"classes": 1}, "classes must be an integer >= 2, got 1"),
-            ({"name": "paper", "chosen": ["assg"]}, r"uses the training surrogate alone, got estimators \['assg'\]"),
+            ({"name": "paper", "chosen": ["assg"]}, r"has its estimators fixed, got \['assg'\]"),
             ({"name": "paper", "threat": ThreatModel("L2", 1.0)}, "suite 'paper' is defined for Linf, got 'L2'"),
         ],
     )
@@ -245,3 +245,14 @@ class TestRepeatable:
             assert torch.equal(part.fooled_by, together.fooled_by[rows])
             torch.testing.assert_close(part.x_adv, together.x_adv[rows], rtol=0, atol=1e-9)
         assert 0 < together.robust_accuracy < 1
+
+
+def test_every_estimator_for_itself():
+    suite = make_suite("gradients", ThreatModel("Linf", 0.1), classes=10)
+    assert {member.group for member in suite.members} == {""}
+    apgd_estimators = [member.estimator for member in suite.members if member.name.startswith("apgd_ce/")]
+    assert apgd_estimators == list(CANDIDATES)
+    assert {member.estimator for member in suite.members if member.name.startswith("sapgd/")} >= {"assg", "training"}
+    assert [(member.estimator, member.group) for member in suite.control] == [("training", "control")] * 5
+    with pytest.raises(ValueError, match="has its estimators fixed"):
+        make_suite("gradients", ThreatModel("Linf", 0.1), chosen=["atan:4"], classes=10)
