@@ -20,7 +20,7 @@ from sj_robust.evaluation.threat import ThreatModel
 
 __all__ = ["Suite", "SuiteName", "SweepSettings", "make_suite"]
 
-SuiteName = Literal["paper", "fast", "standard", "autoattack", "events"]
+SuiteName = Literal["paper", "fast", "standard", "autoattack", "gradients", "events"]
 
 _PAPER_EPS = 8 / 255
 _PAPER_STEPS = {7: 2.55 / 255, 10: 2 / 255, 20: 1 / 255, 40: 0.5 / 255}  # steps of PGD: step size at _PAPER_EPS
@@ -79,8 +79,8 @@ def make_suite(name: SuiteName, threat: ThreatModel, *, chosen: Sequence[str] = 
     按名称构造攻击套件。
 
     c1, c2, c3 are the chosen estimators, the strongest first; where fewer are chosen, what would be the same attack
-    twice is left out. APGD-T is APGD with the targeted DLR loss. Except in ``paper`` and ``gradients``, where every attack
-    sees all images that are classified right, an attack sees only what no earlier one of the suite fooled.
+    twice is left out. APGD-T is APGD with the targeted DLR loss. Except in ``paper`` and ``gradients``, where every
+    attack sees all images that are classified right, an attack sees only what no earlier one of the suite fooled.
 
     | suite | members in their order (steps x restarts) |
     | --- | --- |
@@ -94,10 +94,10 @@ def make_suite(name: SuiteName, threat: ThreatModel, *, chosen: Sequence[str] = 
     | ``events`` | flip_events c1, c2, c3 (x 1), random removals (200 tries), flip_events c1 (x 3), training, c2, c3 |
     | | (x 1), c1 towards 3 classes (x 1), random changes of both kinds (200 tries), flip_events c1 (x 3) |
 
-    The control of ``paper``, ``fast``, ``standard`` and ``events`` is every attack in the ball of the threat once more, with the
-    training surrogate and another seed. That of ``autoattack`` spends the forwards and gradients of FAB-T (a forward
-    more per step) and Square on a second APGD-T and 20 more APGD-CE, a backward at the price of two forwards. That of
-    ``gradients`` is APGD-CE with the training surrogate five times.
+    The control is every attack in the ball of the threat once more, with the training surrogate and another seed. Only
+    that of ``autoattack`` spends the forwards and gradients of FAB-T (a forward more per step) and Square on a second
+    APGD-T and 20 more APGD-CE, a backward at the price of two forwards; and that of ``gradients`` is APGD-CE with the
+    training surrogate five times.
 
     Args:
         name: ``"paper"`` (the protocol of Ding et al., Linf), ``"fast"``, ``"standard"`` or ``"autoattack"``;
