@@ -148,7 +148,8 @@ def _accuracy_over_eps(report: RobustnessReport) -> Figure:
             axes.errorbar(
                 here, middle, spread, fmt=marker, capsize=4, label=name, color=color, ms=size, markerfacecolor=filled
             )
-    axes.set_xlabel(f"eps, {report.threat}" + (", in 1/255" if unit == 255 else ""))
+    in_units = ", in 1/255" if unit == 255 else ""
+    axes.set_xlabel("events added or removed" if report.threat == "L0" else f"eps, {report.threat}{in_units}")
     axes.set_ylabel("accuracy, %")
     axes.set_xlim(left=0)
     axes.set_ylim(-2, 102)
@@ -180,7 +181,7 @@ def _attacks(report: RobustnessReport) -> Figure:
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(0, 112)
     axes.set_xticks(range(0, 101, 25), [str(tick) for tick in range(0, 101, 25)], fontsize=8)
-    axes.set_xlabel(f"accuracy left, % ({report.threat}, eps {report.eps}; whiskers 95 %)", fontsize=8)
+    axes.set_xlabel(f"accuracy left, % ({report.budget}; whiskers 95 %)", fontsize=8)
     return figure
 
 

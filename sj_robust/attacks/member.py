@@ -36,12 +36,13 @@ class Member:
         group: Members of one group attack only what the earlier ones left standing; each member of group ``""``
             attacks every image that is classified right.
         seed: Number of the restart, part of the seed of its randomness.
-        ball: Norm (``"Linf"`` or ``"L2"``) and radius that its images must keep, in units of [0, 1] images; None
-            where there is no ball, as for Gaussian noise.
+        ball: Norm (``"Linf"`` or ``"L2"``) and radius that its images must keep, in units of [0, 1] images; ``"L0"``
+            and the number of elements that may change, for binary event frames, which must stay binary; None where
+            there is no ball, as for Gaussian noise.
 
     Raises:
         TypeError: If the attack cannot be called or the seed is not an integer.
-        ValueError: If the name is empty, the seed negative or the norm unknown.
+        ValueError: If the name is empty, the seed negative, the norm unknown or the radius of L0 no integer >= 1.
 
     Example:
         >>> from functools import partial
@@ -66,8 +67,10 @@ class Member:
             raise TypeError(f"seed must be an integer, got {type(self.seed).__name__}")
         if self.seed < 0:
             raise ValueError(f"seed must be >= 0, got {self.seed}; number restarts from 0")
-        if self.ball is not None and self.ball[0] not in ("Linf", "L2"):
-            raise ValueError(f"the norm of a ball must be 'Linf' or 'L2', got {self.ball[0]!r}")
+        if self.ball is not None and self.ball[0] not in ("Linf", "L2", "L0"):
+            raise ValueError(f"the norm of a ball must be 'Linf', 'L2' or 'L0', got {self.ball[0]!r}")
+        if self.ball is not None and self.ball[0] == "L0" and (self.ball[1] < 1 or self.ball[1] % 1 != 0):
+            raise ValueError(f"an L0 ball must be an integer >= 1, the number of changes, got {self.ball[1]!r}")
 
 
 def craft(model: Model, x: Tensor, y: Tensor, member: Member, *, seeds: SampleSeeds) -> Tensor:
@@ -229,9 +232,24 @@ def _check_result(x_adv: Tensor, x: Tensor, member: Member) -> None:
     if member.ball is None:
         return
     norm, eps = member.ball
+    if norm == "L0":
+        _check_changes(x_adv, x, member.name, eps)
+        return
     delta = (x_adv.detach().double() - x.double()).flatten(1)
     distance = float((delta.abs().amax(1) if norm == "Linf" else l2_norm(delta)).max())
     if distance > eps + _TOLERANCE * max(1.0, eps):
         raise ValueError(
             f"attack {member.name!r} must stay within {norm} distance {eps:g}, got {distance:.8g}; project its result"
         )
+
+
+def _check_changes(x_adv: Tensor, x: Tensor, name: str, most: float) -> None:
+    """Frames that are binary still, with at most so many elements changed; nothing is rounded here."""
+    if not bool(((x_adv == 0) | (x_adv == 1)).all()):
+        raise ValueError(
+            f"attack {name!r} must leave event frames binary (0 or 1) within an L0 ball, got other values; an event is "
+            "there or not"
+        )
+    changed = int((x_adv != x).flatten(1).sum(1).max())
+    if changed > most:
+        raise ValueError(f"attack {name!r} must change at most {most:g} elements per sample (L0), got {changed}")

@@ -1,5 +1,6 @@
 """A whole evaluation: activity, choice of estimators, attacks with their control, diagnosis, report."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, replace
 from functools import partial
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 
 from sj_robust.attacks.apgd import apgd
 from sj_robust.attacks.bridges import transfer
+from sj_robust.attacks.events import flip_events
+from sj_robust.attacks.member import SampleAttack
 from sj_robust.attacks.randomness import SampleSeeds
 from sj_robust.attacks.worst_case import Member, fools, sweep
 from sj_robust.evaluation.activity import firing
@@ -30,9 +33,17 @@ __all__ = ["assess"]
 _PROBE = 256
 """Images that firing is counted on and estimators are chosen on, at most."""
 _DIAGNOSED = 40
+_PROBES = 3
+"""Candidates beyond those needed that a short attack on event frames tries; enough to rank estimators."""
+_FAR = 1e6
+"""A lead of a wrong class that no network gives."""
 _CURVE = 256
 _FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 """Radii of accuracy over eps, in units of the threat's."""
+_NOT_DIAGNOSED = (
+    "Signs of gradient masking were not looked for: the diagnosis moves values a little, and events cannot. The random "
+    "changes of the suite, which need no gradient, and its choice of estimators stand in for it."
+)
 
 
 def assess(
@@ -54,14 +65,16 @@ def assess(
     """Evaluate a network and write the report. 完整评估并生成报告。
 
     In order: firing of every layer, sweep over gradient estimators (if the suite chooses), the suite and its control on
-    all images, accuracy over eps, signs of gradient masking. Every part is kept in ``folder`` as it ends, and a call
-    with the same arguments goes on where a killed one stopped. Several processes share the images, see ``run_suite``.
+    all images, accuracy over eps, signs of gradient masking (not for event frames, as the report then says). Every part
+    is kept in ``folder`` as it ends, and a call with the same arguments goes on where a killed one stopped. Several
+    processes share the images, see ``run_suite``.
 
     Args:
         subject: The network.
-        batches: Test images with labels in batches, iterable more than once.
+        batches: Test images with labels in batches, iterable more than once; binary event frames [N, T, 2, H, W] for
+            the suite ``"events"``.
         suite: Name of the suite.
-        threat: Norm and radius, > 0.
+        threat: Norm and radius, > 0; ``ThreatModel("L0", k)`` for the suite ``"events"``.
         dataset: Name of the data set.
         classes: Number of classes.
         seed: Seeds everything.
@@ -116,16 +129,19 @@ def assess(
 
     curve = _curve_of(outcome, threat)
     if not curve:
-        say("accuracy over eps")
+        say("accuracy over the number of changes" if threat.norm == "L0" else "accuracy over eps")
         best = next((row["estimator"] for row in rows if row["chosen"]), "training")
-        few, wide = _few(batches), replace(threat, eps=max(_radii(threat)))
-        levels = _levels(threat, best)
+        radii = _radii(threat, elements=x[0].numel())
+        few, wide = _few(batches), replace(threat, eps=max(radii))
+        levels = tuple(_level(replace(threat, eps=radius), best) for radius in radii)
         found = run_suite(model, few, levels, threat=wide, folder=folder and folder / "over_eps", **settings)
         curve = _cumulative(found)
-    say("signs of gradient masking")
-    compute = partial(_diagnose, model, x, y, threat=threat, seed=seed, source=source, draws=draws)
-    key |= {"source": network_fingerprint(source)} if source is not None else {}
-    findings = _on_one(partial(stage, folder and folder / "findings.json", key, compute))
+    findings: list[dict[str, Any]] = []
+    if threat.norm != "L0":
+        say("signs of gradient masking")
+        compute = partial(_diagnose, model, x, y, threat=threat, seed=seed, source=source, draws=draws)
+        key |= {"source": network_fingerprint(source)} if source is not None else {}
+        findings = _on_one(partial(stage, folder and folder / "findings.json", key, compute))
     network = {"architecture": subject.architecture, "fingerprint": key["network"]} | describe_network(model)
     unseen = sorted({text for row in outcome.potential for text in row["warnings"]})
     return RobustnessReport(
@@ -149,7 +165,7 @@ def assess(
         potential=tuple({name: row[name] for name in ("member", "samples", "layers")} for row in outcome.potential),
         configuration=dict(configuration or {}),
         environment=environment(x.device) | {"processes": str(place()[1])},
-        warnings=tuple(unseen),
+        warnings=(*unseen, *([_NOT_DIAGNOSED] if threat.norm == "L0" else [])),
     )
 
 
@@ -165,7 +181,7 @@ def _sweep(
         x,
         y,
         eps=threat.eps,
-        norm=threat.norm,
+        attack=_short(threat, settings.steps),
         candidates=settings.candidates,
         steps=settings.steps,
         count=settings.count,
@@ -174,6 +190,13 @@ def _sweep(
         seeds=seeds,
     )
     return [asdict(row) for row in rows]
+
+
+def _short(threat: ThreatModel, steps: int) -> SampleAttack:
+    """A short attack, to tell estimators and radii apart."""
+    if threat.norm == "L0":
+        return partial(flip_events, flips=int(threat.eps), steps=steps, probes=_PROBES, queries=0, reduce=False)
+    return partial(apgd, eps=threat.eps, norm=threat.ball, steps=steps)
 
 
 def _diagnose(
@@ -194,31 +217,31 @@ def _diagnose(
 
 def _with_transfer(suite: Suite, source: nn.Module, threat: ThreatModel) -> Suite:
     """The suite with attacks crafted on another network, and with those of the same cost in its control."""
-    attack = partial(apgd, eps=threat.eps, norm=threat.norm, steps=50)
+    attack: SampleAttack
+    if threat.norm == "L0":
+        # Without an end at the border of the source, where nothing would transfer.
+        attack = partial(flip_events, flips=int(threat.eps), confidence=_FAR, reduce=False)
+    else:
+        attack = partial(apgd, eps=threat.eps, norm=threat.ball, steps=50)
+    kind = "flips" if threat.norm == "L0" else "apgd_ce"
     ball = (threat.norm, threat.eps)
-    crafted = Member("transfer/apgd_ce", transfer(source, attack), group="transfer", ball=ball)
+    crafted = Member(f"transfer/{kind}", transfer(source, attack), group="transfer", ball=ball)
     own = Member("control/transfer", attack, group="control", ball=ball)
     return replace(suite, members=(*suite.members, crafted), control=(*suite.control, own))
 
 
-def _radii(threat: ThreatModel) -> list[float]:
-    """Radii of accuracy over eps; in Linf none beyond 1, where every image is within reach."""
+def _radii(threat: ThreatModel, *, elements: int) -> list[float]:
+    """Radii of accuracy over eps; none beyond that with which every image is within reach."""
+    if threat.norm == "L0":
+        return sorted({min(elements, math.ceil(factor * threat.eps)) for factor in _FACTORS})
     limit = 1.0 if threat.norm == "Linf" else float("inf")
     return sorted({min(limit, factor * threat.eps) for factor in _FACTORS})
 
 
-def _levels(threat: ThreatModel, estimator: str) -> tuple[Member, ...]:
-    """APGD at growing radii in one group: what has fallen at one radius has fallen at every larger one."""
-    return tuple(
-        Member(
-            f"apgd20@{eps_text(radius)}",
-            partial(apgd, eps=radius, norm=threat.norm, steps=20),
-            estimator,
-            group="over_eps",
-            ball=(threat.norm, radius),
-        )
-        for radius in _radii(threat)
-    )
+def _level(threat: ThreatModel, estimator: str) -> Member:
+    """A short attack at one radius; all are in one group: what has fallen at one has fallen at every larger one."""
+    name = f"{'flips' if threat.norm == 'L0' else 'apgd'}20@{eps_text(threat.eps)}"
+    return Member(name, _short(threat, 20), estimator, group="over_eps", ball=(threat.norm, threat.eps))
 
 
 def _cumulative(outcome: SuiteOutcome) -> list[dict[str, Any]]:
@@ -227,7 +250,8 @@ def _cumulative(outcome: SuiteOutcome) -> list[dict[str, Any]]:
     rows = [_row(0.0, "clean", left, total)]
     for member in outcome.members:
         left -= len(member.fooled)
-        rows.append(_row(member.eps or 0.0, f"APGD-CE 20, {member.estimator}", left, total))
+        attack = "flip_events" if member.name.startswith("flips") else "APGD-CE 20"
+        rows.append(_row(member.eps or 0.0, f"{attack}, {member.estimator}", left, total))
     return rows
 
 

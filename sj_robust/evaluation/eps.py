@@ -6,7 +6,7 @@ __all__ = ["eps_text", "parse_eps"]
 
 
 def eps_text(eps: float) -> str:
-    """A radius as text that :func:`parse_eps` reads back equal: a short decimal, or 255ths. 半径的文本形式。
+    """A radius as text that :func:`parse_eps` reads back equal: an integer, a short decimal or 255ths. 半径的文本形式。
 
     Args:
         eps: The radius.
@@ -15,9 +15,11 @@ def eps_text(eps: float) -> str:
         The text.
 
     Example:
-        >>> eps_text(8 / 255), eps_text(0.1), eps_text(1 / 3)
-        ('8/255', '0.1', '85/255')
+        >>> eps_text(8 / 255), eps_text(0.1), eps_text(1 / 3), eps_text(20)
+        ('8/255', '0.1', '85/255', '20')
     """
+    if eps < 2**53 and eps == int(eps):
+        return str(int(eps))
     for text in (f"{eps:.4g}", f"{eps * 255:.4g}/255"):
         if parse_eps(text) == eps:
             return text

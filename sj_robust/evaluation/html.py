@@ -121,7 +121,7 @@ def _subtitle(report: RobustnessReport) -> str:
     surrogates = sorted({f"{row['neuron']} with {row['surrogate']}" for row in report.network.get("layers", [])})
     trained = f"; {'; '.join(surrogates)}" if surrogates else ""
     return (
-        f"{report.threat}, eps {report.eps}; suite {report.suite}; {len(report.labels)} test images; seed "
+        f"{report.budget}; suite {report.suite}; {len(report.labels)} test images; seed "
         f"{report.seed}; {report.architecture}{trained}"
     )
 
@@ -164,7 +164,7 @@ def _details(report: RobustnessReport) -> str:
             ),
             _folded("Gradient estimators tried", _rows(report.estimators)),
             _folded("Firing of every layer", _rows(report.firing)),
-            _folded("Accuracy over eps", _rows(report.over_eps)),
+            _folded(_caption("accuracy_over_eps", report)[0], _rows(_named(report.over_eps, report))),
             _folded("MS-MPPD per layer and time step", _steps(report)),
             _folded("Network", _pairs(report.network)),
             _folded("Options", _pairs(report.configuration)),
@@ -248,15 +248,27 @@ def _drawings(report: RobustnessReport) -> str:
     )
     look = ink | {"grid.color": _LINE, "legend.framealpha": 0.0, "svg.fonttype": "none", "svg.hashsalt": "sj_robust"}
     with rc_context(look | {"hatch.linewidth": 0.6}):
-        drawn = {name: _svg(name, drawing) for name, drawing in robustness_figures(report, columns=1).items()}
+        drawings = robustness_figures(report, columns=1)
+        drawn = {name: _svg(name, drawing, _caption(name, report)[0]) for name, drawing in drawings.items()}
     parts = []
     for name, svg in drawn.items():
-        title, text = _CAPTIONS[name]
+        title, text = _caption(name, report)
         parts.append(f"<figure><h2>{title}</h2>{svg}<figcaption>{escape(text)}</figcaption></figure>")
     return f'<div class="figures">{"".join(parts)}</div>'
 
 
-def _svg(name: str, drawing: Drawing) -> str:
+def _caption(name: str, report: RobustnessReport) -> tuple[str, str]:
+    """Title and text of a figure; a budget in L0 is a number of events."""
+    title, text = _CAPTIONS[name]
+    return (title.replace("over eps", "over the number of changed events") if report.threat == "L0" else title), text
+
+
+def _named(rows: Sequence[dict[str, object]], report: RobustnessReport) -> list[dict[str, object]]:
+    """Rows of accuracy over eps, with the word for a number of events in L0."""
+    return [{"events" if name == "eps" and report.threat == "L0" else name: row[name] for name in row} for row in rows]
+
+
+def _svg(name: str, drawing: Drawing, title: str) -> str:
     """The drawing as an element of the page: names of its own, no addresses, colours of the theme."""
     file = io.StringIO()
     drawing.savefig(file, format="svg", transparent=True, metadata={"Date": None})
@@ -267,7 +279,7 @@ def _svg(name: str, drawing: Drawing) -> str:
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
     for color, themed in _THEME.items():
         text = text.replace(color, themed)
-    return text.replace("<svg ", f'<svg role="img" aria-label="{escape(_CAPTIONS[name][0])}" ', 1)
+    return text.replace("<svg ", f'<svg role="img" aria-label="{escape(title)}" ', 1)
 
 
 def _is_sum(figure: Figure) -> bool:

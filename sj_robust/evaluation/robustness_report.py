@@ -76,8 +76,8 @@ class RobustnessReport:
     Attributes:
         name: Name of the network.
         dataset: Name of the data set.
-        threat: Norm of the adversary, ``"Linf"`` or ``"L2"``.
-        eps: Radius as text, such as ``"8/255"``.
+        threat: Norm of the adversary, ``"Linf"``, ``"L2"`` or ``"L0"`` (for binary event frames).
+        eps: Radius as text, such as ``"8/255"``; for ``"L0"`` the number of changed elements, such as ``"20"``.
         suite: Name of the suite.
         classes: Number of classes.
         labels: Class of every image.
@@ -225,7 +225,14 @@ class RobustnessReport:
             broken_by |= dict.fromkeys(member.broken, index)
         return tuple(broken_by.get(number, _WRONG) for number in range(len(self.labels)))
 
-    # What RobustBench calls them
+    # What RobustBench calls them, and the threat in words
+
+    @property
+    def budget(self) -> str:
+        """Norm and radius, or the number of changes, as a reader sees them."""
+        if self.threat == "L0":
+            return f"L0, at most {self.eps} event{'' if self.eps == '1' else 's'} added or removed"
+        return f"{self.threat}, eps {self.eps}"
 
     @property
     def architecture(self) -> str:

@@ -39,7 +39,7 @@ def show_report(report: RobustnessReport, console: Console) -> None:
     """
     for text in alarms(report):
         console.print(Panel(Text(text, style="bold red"), border_style="red"), soft_wrap=False)
-    title = f"{report.name} on {report.dataset}: {report.threat}, eps {report.eps}, suite {report.suite}"
+    title = f"{report.name} on {report.dataset}: {report.budget}, suite {report.suite}"
     table = Table(title=title)
     table.add_column("accuracy", overflow="fold")
     for heading in ("%", "95 % interval", "images", "seconds"):

@@ -256,7 +256,7 @@ class TestMember:
             ({"attack": 3}, TypeError, "attack must be a callable, got int"),
             ({"seed": -1}, ValueError, "seed must be >= 0, got -1"),
             ({"seed": True}, TypeError, "seed must be an integer, got bool"),
-            ({"ball": ("L1", 0.1)}, ValueError, "must be 'Linf' or 'L2', got 'L1'"),
+            ({"ball": ("L1", 0.1)}, ValueError, "must be 'Linf', 'L2' or 'L0', got 'L1'"),
         ],
     )
     def test_wrong_use(self, arguments, error, message):

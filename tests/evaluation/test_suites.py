@@ -155,7 +155,7 @@ class TestMakeUp:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ({"name": "quick"}, "suite must be one of paper, fast, standard, autoattack, events, got 'quick'"),
+            ({"name": "quick"}, "suite must be one of paper, .*, gradients, events, got 'quick'"),
             ({"classes": 1}, "classes must be an integer >= 2, got 1"),
             ({"name": "paper", "chosen": ["assg"]}, r"has its estimators fixed, got \['assg'\]"),
             ({"name": "paper", "threat": ThreatModel("L2", 1.0)}, "suite 'paper' is defined for Linf, got 'L2'"),
