@@ -28,7 +28,7 @@ def crafting_network(model: nn.Module, neurons: Iterable[Any]) -> nn.Module:
 
     Equation: ``s[t] = max(0, x[t])``.
 
-    Source: conversion-based approximation, Sharmin et al. (ECCV 2020), as named by Bu et al. (AAAI 2023).
+    Source: conversion-based approximation, Sharmin et al. (ECCV 2020), as named by Bu et al. (CVPR 2023).
     """
     memo: dict[int, Any] = {}
     for node in neurons:

@@ -70,8 +70,8 @@ class Estimator:
     Raises:
         ValueError: If the family is unknown or the rest does not go with it.
 
-    Source: straight-through: Bengio et al. (2013); CBA and BPTR: conversion-based and rate-based gradients compared in
-        Bu et al., "Rate gradient approximation attack" (AAAI 2023), which brings RGA; HART: Hao et al. (ICLR 2024);
+    Source: straight-through: Bengio et al. (2013); BPTR: Ding et al., "SNN-RAT" (NeurIPS 2022); CBA: Sharmin et al.
+        (ECCV 2020); RGA: Bu et al., "Rate Gradient Approximation Attack" (CVPR 2023); HART: Hao et al. (ICLR 2024);
         PDSG: Lun et al. (CVPR 2025); ASSG: Wang et al. (arXiv 2512.22522).
 
     Example:
