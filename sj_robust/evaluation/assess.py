@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sj_robust.attacks.apgd import apgd
 from sj_robust.attacks.bridges import transfer
-from sj_robust.attacks.events import flip_events
+from sj_robust.attacks.events import check_frames, flip_events
 from sj_robust.attacks.member import SampleAttack
 from sj_robust.attacks.randomness import SampleSeeds
 from sj_robust.attacks.worst_case import Member, fools, sweep
@@ -33,8 +33,6 @@ __all__ = ["assess"]
 _PROBE = 256
 """Images that firing is counted on and estimators are chosen on, at most."""
 _DIAGNOSED = 40
-_PROBES = 3
-"""Candidates beyond those needed that a short attack on event frames tries; enough to rank estimators."""
 _FAR = 1e6
 """A lead of a wrong class that no network gives."""
 _CURVE = 256
@@ -104,14 +102,17 @@ def assess(
     """
     if threat.eps <= 0:
         raise ValueError(f"eps must be > 0 to attack at all, got {threat.eps}")
-    model, data = subject.model, data_fingerprint(batches)
+    plan = make_suite(suite, threat, classes=classes)
+    model = subject.model
     x, y = _first(batches, _PROBE, model)
+    if threat.norm == "L0":
+        check_frames(x)
+    data = data_fingerprint(batches)
     key = {"network": network_fingerprint(model), "data": data, "threat": repr(threat), "seed": str(seed)}
     key |= {"draws": str(draws)}
 
     say(f"firing of every layer on {len(x)} images")
     activity = [asdict(layer) for layer in firing(model, x, seed=seed)]
-    plan = make_suite(suite, threat, classes=classes)
     rows: list[dict[str, Any]] = []
     if plan.sweep is not None:
         say(f"choosing among {len(plan.sweep.candidates)} gradient estimators")
@@ -181,7 +182,7 @@ def _sweep(
         x,
         y,
         eps=threat.eps,
-        attack=_short(threat, settings.steps),
+        attack=_short(threat, settings.steps, queries=0),
         candidates=settings.candidates,
         steps=settings.steps,
         count=settings.count,
@@ -192,10 +193,10 @@ def _sweep(
     return [asdict(row) for row in rows]
 
 
-def _short(threat: ThreatModel, steps: int) -> SampleAttack:
-    """A short attack, to tell estimators and radii apart."""
+def _short(threat: ThreatModel, steps: int, *, queries: int = 100) -> SampleAttack:
+    """A short attack; on events with random exchanges, which need no gradient, unless estimators are compared."""
     if threat.norm == "L0":
-        return partial(flip_events, flips=int(threat.eps), steps=steps, probes=_PROBES, queries=0, reduce=False)
+        return partial(flip_events, flips=int(threat.eps), steps=steps, queries=queries, reduce=False)
     return partial(apgd, eps=threat.eps, norm=threat.ball, steps=steps)
 
 

@@ -1,0 +1,263 @@
+"""Binary event frames through the whole evaluation: threat, balls, suite, report and page."""
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from attacks.moving_bars import TrainedOnBars, frames, moving_bars, trained_model
+from torch import nn
+
+from sj_robust import SpikingClassifier
+from sj_robust.attacks import Member, SampleSeeds, count_flips, craft, flip_events, random_flips, worst_case
+from sj_robust.evaluation import RobustnessReport, SweepSettings, ThreatModel, diagnose, make_suite
+from sj_robust.evaluation import assess as whole
+from sj_robust.evaluation.eps import eps_text, parse_eps
+from sj_robust.evaluation.subject import Subject
+
+TEN = ThreatModel("L0", 10)
+CHOSEN = ("pdsg", "atan:2", "assg")
+
+
+@pytest.fixture(scope="module")
+def bars() -> TrainedOnBars:
+    return TrainedOnBars(trained_model(), *moving_bars(24, torch.Generator().manual_seed(1)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Where the progress of the evaluation is kept."""
+    return tmp_path_factory.mktemp("progress")
+
+
+@pytest.fixture(scope="module")
+def report(bars, folder) -> RobustnessReport:
+    """A whole evaluation, with few candidates and short searches."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(whole, "make_suite", short_suite)
+        return evaluated(bars, folder=folder)
+
+
+def evaluated(bars, **changes):
+    batches = [(bars.x[:16], bars.y[:16]), (bars.x[16:], bars.y[16:])]
+    arguments = {"batches": batches, "suite": "events", "threat": TEN, "dataset": "bars", "classes": 4} | changes
+    return whole.assess(Subject("moving", bars.model, "three layers"), **arguments)
+
+
+def short_suite(*arguments, **options):
+    """The suite as it is, but for fewer candidates and random exchanges."""
+    suite = make_suite(*arguments, **options)
+    few = SweepSettings(candidates=("pdsg", "atan:2"), images=8, steps=5, count=2)
+    members, control = (
+        tuple(replace(member, attack=shortened(member.attack)) for member in group)
+        for group in (suite.members, suite.control)
+    )
+    return replace(suite, members=members, control=control, sweep=few)
+
+
+def shortened(attack):
+    return partial(attack, **({"tries": 20} if "tries" in attack.keywords else {"queries": 20, "probes": 4}))
+
+
+class TestThreat:
+    def test_a_number_of_changes(self):
+        assert TEN.eps == 10
+        assert isinstance(ThreatModel("L0", 20.0).eps, int)
+        assert ThreatModel("L0", 20.0) == ThreatModel("L0", 20)
+        assert repr(ThreatModel("L0", 20.0)) == repr(ThreatModel("L0", 20))
+
+    @pytest.mark.parametrize("eps", [0, -1, 0.5, 8 / 255, 2.5, True, float("inf"), float("nan")])
+    def test_nothing_else(self, eps):
+        with pytest.raises(ValueError, match="eps must be an integer >= 1 for L0, the number of changed elements, got"):
+            ThreatModel("L0", eps)
+
+    @pytest.mark.parametrize("number", [1, 20, 12345, 10**7])
+    def test_as_text_and_back(self, number):
+        assert eps_text(number) == str(number)
+        assert parse_eps(eps_text(number)) == number
+
+    def test_values_cannot_move(self):
+        assert ThreatModel("L2", 0.5).ball == "L2"
+        with pytest.raises(ValueError, match="'Linf' or 'L2' to move values, got 'L0'; use the suite 'events'"):
+            _ = TEN.ball
+
+    def test_no_diagnosis(self, bars):
+        with pytest.raises(ValueError, match="must be 'Linf' or 'L2', whose attacks move values a little, got 'L0'"):
+            diagnose(bars.model, bars.x[:2], bars.y[:2], threat=TEN, seed=0)
+
+
+class TestBall:
+    x, y, seeds = frames(3, 2, 2, 3, 3), torch.tensor([0, 1, 0]), SampleSeeds(range(3))
+
+    def craft(self, change, most):
+        """Crafted by an attack that puts ``change`` into the frames of the second sample."""
+
+        def attack(model, x, y, *, generator):
+            x[1].view(-1)[: len(change)] = change.to(x)
+            return x
+
+        member = Member("mine", attack, ball=("L0", most))
+        return craft(nn.Flatten(), self.x, self.y, member, seeds=self.seeds)
+
+    def test_exactly_as_many_as_allowed(self):
+        other = 1 - self.x[1].flatten()[:5]
+        assert count_flips(self.craft(other, 5), self.x).tolist() == [0, 5, 0]
+        with pytest.raises(ValueError, match=r"'mine' must change at most 4 elements per sample \(L0\), got 5"):
+            self.craft(other, 4)
+
+    @pytest.mark.parametrize("value", [0.5, 1e-6, 1 - 1e-6])
+    def test_frames_stay_binary(self, value):
+        with pytest.raises(ValueError, match=r"'mine' must leave event frames binary \(0 or 1\) within an L0 ball"):
+            self.craft(torch.tensor([value]), 5)
+
+    @pytest.mark.parametrize("most", [0, -2, 2.5])
+    def test_of_a_number(self, most):
+        with pytest.raises(ValueError, match="an L0 ball must be an integer >= 1, the number of changes, got"):
+            Member("mine", random_flips, ball=("L0", most))
+
+
+class TestSuite:
+    def test_its_make_up(self):
+        suite = make_suite("events", TEN, chosen=CHOSEN, classes=4)
+        names = [member.name for member in suite.members]
+        assert names[:3] == [f"flips/{name}/r0" for name in CHOSEN]
+        assert {"random_remove/training/r0", "random_both/training/r0", "flips_t/pdsg/r0", "flips/training/r0"} <= {
+            *names
+        }
+        for member in (*suite.members, *suite.control):
+            assert member.ball == ("L0", 10)
+            assert member.attack.keywords["flips"] == 10
+            searched = member.attack.func is flip_events
+            assert member.attack.keywords.get("reduce") is (False if searched else None)
+        tries = [m.attack.keywords for m in suite.members if m.attack.func is random_flips]
+        assert [(options["allow"], options["tries"]) for options in tries] == [("remove", 200), ("both", 200)]
+        assert suite.sweep is not None
+
+    @pytest.mark.parametrize("chosen", [(), ("training",), ("pdsg", "pdsg"), CHOSEN])
+    @pytest.mark.parametrize("classes", [2, 3, 11])
+    def test_the_control_runs_the_same_with_the_training_surrogate(self, chosen, classes):
+        suite = make_suite("events", TEN, chosen=chosen, classes=classes)
+        assert [m.attack for m in suite.control] == [m.attack for m in suite.members]
+        assert {(m.estimator, m.group) for m in suite.control} == {("training", "control")}
+        starts = [(member.name, member.seed) for member in (*suite.members, *suite.control)]
+        assert len(set(starts)) == len(starts)
+        targets = [m.attack.keywords.get("target_classes", 0) for m in suite.members]
+        assert max(targets) == (0 if classes == 2 else min(3, classes - 1))
+
+    @pytest.mark.parametrize("name", ["paper", "fast", "standard", "autoattack", "gradients"])
+    def test_other_suites_move_values(self, name):
+        with pytest.raises(ValueError, match=f"suite '{name}' does not fit a threat in L0; use the suite 'events'"):
+            make_suite(name, TEN, classes=4)
+
+    @pytest.mark.parametrize("norm", ["Linf", "L2"])
+    def test_events_are_counted(self, norm):
+        with pytest.raises(ValueError, match=rf"'events' does not fit a threat in {norm}; .*ThreatModel\('L0', k\)"):
+            make_suite("events", ThreatModel(norm, 0.5), classes=4)
+
+    def test_what_it_crafts_is_binary_and_within_the_budget(self, bars):
+        suite = short_suite("events", TEN, chosen=("pdsg",), classes=4)
+        result = worst_case(bars.model, bars.x, bars.y, suite.members, seeds=SampleSeeds(range(24)))
+        assert bool(((result.x_adv == 0) | (result.x_adv == 1)).all())
+        assert 0 < int(count_flips(result.x_adv, bars.x).max()) <= 10
+        assert bars.accuracy(result.x_adv) == pytest.approx(result.robust_accuracy)
+        assert result.robust_accuracy < bars.accuracy(bars.x) - 0.3
+
+
+class TestReport:
+    def test_the_worst_case_is_that_of_every_member(self, report):
+        assert report.clean.accuracy > 0.9
+        assert report.control is not None
+        suite = [member for member in report.members if member.group == "suite"]
+        assert all(report.worst_case.correct <= report.figure(member.name).correct for member in suite)
+        assert report.everything.correct <= min(report.worst_case.correct, report.control.correct)
+        assert report.worst_case.correct < report.clean.correct - 8
+        assert all(report.within(member) and member.largest <= 10 for member in report.members)
+        assert report.figure("random_both/training/r0").total == 24
+
+    def test_estimators_were_chosen_by_attacks_on_events(self, report):
+        rows = {row["estimator"]: row for row in report.estimators}
+        assert {"training", "pdsg", "atan:2"} <= rows.keys()
+        assert not any(row["note"] for row in rows.values())
+        first = next(name for name, row in rows.items() if row["chosen"])
+        assert report.members[0].name == f"flips/{first}/r0"
+        assert rows[first]["margin"] <= rows["training"]["margin"]
+
+    def test_accuracy_over_the_number_of_changes(self, report):
+        assert [row["eps"] for row in report.over_eps] == ["0", "3", "5", "8", "10", "15", "20", "30", "40"]
+        left = [row["correct"] for row in report.over_eps]
+        assert left[0] == report.clean.correct
+        assert left == sorted(left, reverse=True)
+        assert left[-1] < 6
+        assert all(row["attack"].startswith("flip_events, ") for row in report.over_eps[1:])
+
+    def test_loads_back_equal(self, report):
+        again = RobustnessReport.from_json(report.to_json())
+        assert again == report
+        assert (again.threat, again.eps, again.suite) == ("L0", "10", "events")
+        assert ThreatModel("L0", parse_eps(again.eps)) == TEN
+
+    def test_says_that_masking_was_not_diagnosed(self, report):
+        assert report.findings == ()
+        assert any("Signs of gradient masking were not looked for" in text for text in report.warnings)
+
+    def test_firing_and_potential_of_every_spiking_layer(self, report):
+        assert [row["layer"] for row in report.firing] == ["net.1", "net.3", "net.5"]
+        assert all(0 < row["rate"] < 1 for row in report.firing)
+        row = report.potential[0]
+        assert row["samples"] == 16  # the first batch, of which all were right
+        assert [len(steps) for steps in row["layers"].values()] == [6, 6, 6]
+        assert all(max(steps) > 0 for steps in row["layers"].values())
+
+    def test_page_and_figures_speak_of_events(self, report):
+        pytest.importorskip("matplotlib", reason="figures need the extra `recipes`")
+        from sj_robust.evaluation.html import to_html
+        from sj_robust.plotting import robustness_figures
+
+        page = to_html(report)
+        assert "L0, at most 10 events added or removed" in page
+        assert "Accuracy over the number of changed events" in page
+        assert "eps 10" not in page
+        assert "over eps" not in page
+        labels = [figure.axes[0].get_xlabel() for figure in robustness_figures(report).values()]
+        assert labels[0] == "events added or removed"
+        assert not any("eps" in label for label in labels)
+
+    def test_transfer_spends_the_whole_budget(self, bars):
+        suite = whole._with_transfer(make_suite("events", TEN, classes=4), bars.model, TEN)
+        crafted = next(member for member in suite.members if member.group == "transfer")
+        assert crafted.name == "transfer/flips"
+        assert suite.control[-1].attack == crafted.attack.attack
+        few = replace(crafted, attack=replace(crafted.attack, attack=partial(crafted.attack.attack, queries=5)))
+        x, y = bars.x[:8], bars.y[:8].clone()
+        y[:4] = (y[:4] + 1) % 4  # the source is wrong already
+        x_adv = craft(nn.Flatten(), x, y, few, seeds=SampleSeeds(range(8)))
+        assert count_flips(x_adv, x).tolist() == [10] * 8
+
+    def test_what_is_done_is_not_done_again(self, bars, report, folder, monkeypatch):
+        monkeypatch.setattr(whole, "make_suite", short_suite)
+        again = evaluated(bars, folder=folder)
+        assert again == report  # seconds included
+        with pytest.raises(ValueError, match="threat"):
+            evaluated(bars, folder=folder, threat=ThreatModel("L0", 11))
+
+
+class TestWrongUse:
+    def test_counts_per_frame(self, bars):
+        batches = [(bars.x * 3, bars.y)]
+        with pytest.raises(ValueError, match=r"binary event frames .* got values from 0 to 3"):
+            evaluated(bars, batches=batches)
+
+    def test_images(self):
+        subject = Subject("mine", SpikingClassifier(nn.Flatten(2), T=1), "a reshape")
+        batches = [(torch.rand(2, 1, 2, 2).round(), torch.tensor([0, 1]))]
+        with pytest.raises(ValueError, match=r"event frames \[N, T, 2, H, W\], got shape \(2, 1, 2, 2\)"):
+            whole.assess(subject, batches, suite="events", threat=TEN, dataset="noise", classes=4)
+
+    def test_suite_and_threat(self, bars):
+        with pytest.raises(ValueError, match="suite 'standard' does not fit a threat in L0"):
+            evaluated(bars, suite="standard")
+
+    def test_more_changes_than_elements(self, bars):
+        with pytest.raises(ValueError, match="flips must be <= 1200, the elements of a sample, got 1201"):
+            evaluated(bars, threat=ThreatModel("L0", 1201))
