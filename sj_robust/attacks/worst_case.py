@@ -39,9 +39,6 @@ CANDIDATES = (
 )
 """Estimators that :func:`sweep` tries by default: shapes with widths around the threshold, and the adaptive ones."""
 
-_SLOWEST = 3.0
-"""An estimator that takes more than this times the training surrogate's seconds is not chosen."""
-
 
 @dataclass(frozen=True)
 class Outcome:
@@ -205,8 +202,8 @@ def sweep(
     ``c_e(n) = [n stands] + m_e(n)``, estimators are chosen one by one to minimise ``mean_n min_{chosen e} c_e(n)``.
 
     All candidates start from the same random points. In a second stage the two best are also tried with the gradient
-    of the reset detached. The choice follows the figures, not the clock, so that it can be repeated; only a candidate
-    more than three times as slow as the training surrogate is left out.
+    of the reset detached. The choice follows the figures, not the clock, so that it can be repeated: all candidates
+    spend the same number of gradients, and none costs much more than another.
 
     Args:
         model: Images [N, ...] in [0, 1] to logits; an ``nn.Module`` unless ``"training"`` is the only candidate.
@@ -289,8 +286,7 @@ class _Trials:
 
     def choice(self, count: int) -> list[str]:
         """Names of the estimators that together leave least, chosen one by one."""
-        limit = _SLOWEST * self.rows["training"].seconds
-        open_names = [name for name, row in self.rows.items() if not row.note and row.seconds <= limit]
+        open_names = [name for name, row in self.rows.items() if not row.note]
         chosen: list[str] = []
         left = torch.full_like(self.left["training"], torch.inf)
         while open_names and len(chosen) < count:
