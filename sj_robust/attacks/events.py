@@ -77,8 +77,8 @@ def flip_events(
         generator: Seeds ties, restarts and a network's own randomness; None draws fresh numbers.
 
     Returns:
-        Event frames of zeros and ones in shape, dtype and device of ``x``; a sample that is wrong already stays as it
-        is. ``count_flips`` tells how many elements differ.
+        Event frames of zeros and ones in shape, dtype and device of ``x``; a sample that is wrong already, by
+        ``confidence`` if there is one, stays as it is. ``count_flips`` tells how many elements differ.
 
     Raises:
         TypeError: If an argument has the wrong type or ``x`` is not floating point.
@@ -116,7 +116,7 @@ def flip_events(
     objective = Objective(model, margin if loss is None else loss, eot_samples=eot_samples)
     flippable = _flippable(x, allow)
     with crafting(model, x.device, generator) as private:
-        best = _start(objective, x, y, keep_best)
+        best = _start(objective, x, y, settings)
         targets = _likeliest_others(model, x, y, target_classes)
         for run in range(len(targets) + restarts):
             towards = targets[run - 1] if 1 <= run <= len(targets) else None
@@ -308,11 +308,11 @@ def _own(private: Private, device: torch.device) -> Private:
     return private_generator(private.next() if isinstance(private, SampleDraws) else private, device)
 
 
-def _start(objective: Objective, x: Tensor, y: Tensor, keep_best: bool) -> Best:
+def _start(objective: Objective, x: Tensor, y: Tensor, settings: Settings) -> Best:
     """The frames themselves as the first candidates: what is wrong already needs no change."""
     best, score = Best(x), objective.score(x, y)
-    best.fooled = score.fooled.clone()
-    if keep_best:
+    best.fooled = score.fooled & (score.loss >= settings.confidence) if settings.confidence else score.fooled.clone()
+    if settings.keep_best:
         best.loss = score.loss.double()
     return best
 

@@ -56,6 +56,11 @@ def short_suite(*arguments, **options):
     return replace(suite, members=members, control=control, sweep=few)
 
 
+def lead(logits, y):
+    """Of the strongest other class over the label."""
+    return logits.scatter(1, y[:, None], -torch.inf).amax(1) - logits.gather(1, y[:, None])[:, 0]
+
+
 def shortened(attack):
     return partial(attack, **({"tries": 20} if "tries" in attack.keywords else {"queries": 20, "probes": 4}))
 
@@ -223,7 +228,7 @@ class TestReport:
         assert labels[0] == "events added or removed"
         assert not any("eps" in label for label in labels)
 
-    def test_transfer_spends_the_whole_budget(self, bars):
+    def test_transfer_does_not_end_at_the_border_of_the_source(self, bars):
         suite = whole._with_transfer(make_suite("events", TEN, classes=4), bars.model, TEN)
         crafted = next(member for member in suite.members if member.group == "transfer")
         assert crafted.name == "transfer/flips"
@@ -232,7 +237,12 @@ class TestReport:
         x, y = bars.x[:8], bars.y[:8].clone()
         y[:4] = (y[:4] + 1) % 4  # the source is wrong already
         x_adv = craft(nn.Flatten(), x, y, few, seeds=SampleSeeds(range(8)))
-        assert count_flips(x_adv, x).tolist() == [10] * 8
+        plain = flip_events(bars.model, x, y, flips=10, reduce=False, generator=SampleSeeds(range(8)))
+        assert bool((lead(bars.model(x_adv), y) > lead(bars.model(x), y)).all())
+        fooled = bars.model(plain).argmax(1) != y
+        assert int(fooled[4:].sum()) > 0
+        further = (lead(bars.model(x_adv), y) - lead(bars.model(plain), y)).detach()
+        assert float(further[fooled].min()) > 0
 
     def test_what_is_done_is_not_done_again(self, bars, report, folder, monkeypatch):
         monkeypatch.setattr(whole, "make_suite", short_suite)
