@@ -98,13 +98,15 @@ def main(arguments: list[str]) -> None:
     patience = InitProcessGroupKwargs(timeout=timedelta(days=30))
     accelerator = Accelerator(cpu=not on_gpu, kwargs_handlers=[patience])
     subject = load_subject(options)
-    subject.model.to(accelerator.device)
+    source = None if options.transfer is None else from_checkpoint(Path(options.transfer))
     threat = ThreatModel(options.norm, radius(options, subject))
     dataset = options.dataset or subject.options.get("dataset", "digits")
     splits = load_images(dataset, root=options.data_root, test_limit=options.test_limit)
     batches = image_loader(splits.test, options.batch_size)
-    check_fits(subject, next(iter(batches))[0].to(accelerator.device), splits.classes, dataset)
-    source = None if options.transfer is None else from_checkpoint(Path(options.transfer)).model
+    first = next(iter(batches))[0].to(accelerator.device)
+    for network in (subject, *([source] if source else [])):
+        network.model.to(accelerator.device)
+        check_fits(network, first, splits.classes, dataset)
     configuration = asdict(replace(options, output=None, resume=False))
     folder = training.open_run_folder(options.output, stem(options), configuration, accelerator, resume=options.resume)
     journal = training.Journal(folder if accelerator.is_main_process else None)
@@ -120,7 +122,7 @@ def main(arguments: list[str]) -> None:
             classes=splits.classes,
             seed=options.seed,
             draws=options.draws,
-            source=None if source is None else source.to(accelerator.device),
+            source=None if source is None else source.model,
             folder=folder / "progress",
             configuration=configuration,
             say=journal.say,
@@ -144,6 +146,9 @@ def load_subject(options: Options) -> Subject:
     """The network to evaluate."""
     if (options.checkpoint is None) == (options.network is None):
         raise ValueError("give a checkpoint, or your own network with --network module:function, or --compare A B")
+    for name, value, least in (("seed", options.seed, 0), ("draws", options.draws, 1)):
+        if value < least:
+            raise ValueError(f"{name} must be >= {least}, got {value}")
     if options.network is not None:
         return from_function(options.network, T=options.T, mean=options.mean, std=options.std)
     if options.T is not None or options.mean is not None or options.std is not None:
@@ -214,6 +219,8 @@ def named(arguments: list[str]) -> list[str]:
         elif word == "--resume" and (not value_follows or words[0] not in ("true", "false")):
             found.append("--resume=true")
         elif not word.startswith("-"):
+            if any(other.startswith("--checkpoint=") for other in found):
+                raise ValueError(f"one network at a time, got another one, {word}: evaluate it in a run of its own")
             found.append(f"--checkpoint={word}")
         else:
             found.append(word)

@@ -3,7 +3,9 @@
 import importlib
 import importlib.util
 import sys
-from collections.abc import Mapping, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +19,8 @@ from sj_robust.models import NetworkSpec, build_network
 from sj_robust.training.checkpoint import load_checkpoint
 
 __all__ = ["Subject", "check_fits", "describe_network", "from_checkpoint", "from_function"]
+
+_HALF = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +107,8 @@ def from_function(
     Raises:
         ModuleNotFoundError: If there is no such module.
         FileNotFoundError: If there is no such file.
-        ValueError: If the text has no colon, there is no such function, it returns no network, or ``T`` is missing.
+        ValueError: If the text has no colon, there is no such function, it or its module fails, it returns no network,
+            or ``T`` is missing.
 
     Example:
         >>> from_function("torch.nn:Flatten", T=4).model.T
@@ -115,7 +120,12 @@ def from_function(
     function = getattr(_module(module_name), function_name, None)
     if not callable(function):
         raise ValueError(f"{module_name} has no function {function_name!r}; give module:function that builds a network")
-    network = function()
+    try:
+        network = function()
+    except Exception as error:  # somebody else's code raises anything
+        raise ValueError(
+            f"{text} failed ({_reason(error)}); it must return the network, its weights loaded, without arguments"
+        ) from error
     if not isinstance(network, nn.Module):
         raise ValueError(f"{text} must return a network (nn.Module), got {type(network).__name__}")
     if isinstance(network, SpikingClassifier):
@@ -152,7 +162,7 @@ def describe_network(model: nn.Module) -> dict[str, Any]:
 
 
 def check_fits(subject: Subject, images: Tensor, classes: int, dataset: str) -> None:
-    """A network takes the images of a data set and knows its classes. 检查网络与数据是否匹配。
+    """A network takes the images of a data set, knows its classes and can be attacked. 检查网络与数据是否匹配。
 
     Args:
         subject: The network.
@@ -161,7 +171,7 @@ def check_fits(subject: Subject, images: Tensor, classes: int, dataset: str) -> 
         dataset: Name of the data set, for the message.
 
     Raises:
-        ValueError: If they do not belong together.
+        ValueError: If they do not belong together, logits are not finite, or no gradient reaches the images.
 
     Example:
         >>> own = Subject("mine", nn.Flatten(), "a reshape")
@@ -173,14 +183,24 @@ def check_fits(subject: Subject, images: Tensor, classes: int, dataset: str) -> 
             f"{subject.name} takes images {tuple(subject.spec.image_shape)}, those of {dataset} are {shape}; leave "
             "--dataset out to take the one it was trained on"
         )
+    image = images[:1].clone().requires_grad_()
     try:
-        with torch.no_grad():
-            logits = subject.model(images[:1])
-    except (RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"{subject.name} does not take images {shape} of {dataset}: {reason}") from error
+        logits = subject.model(image)
+    except Exception as error:  # somebody else's code raises anything
+        low = sorted({str(weight.dtype) for weight in subject.model.parameters() if weight.dtype in _HALF})
+        hint = f"; images are {images.dtype}, weights {low[0]}: return network.float(), or cast inside" if low else ""
+        raise ValueError(
+            f"{subject.name} does not take images {shape} of {dataset} ({_reason(error)}){hint}"
+        ) from error
     if logits.shape[1] != classes:
         raise ValueError(f"{subject.name} tells {logits.shape[1]} classes apart, {dataset} has {classes}; give its own")
+    if not bool(torch.isfinite(logits).all()):
+        raise ValueError(f"{subject.name} gives NaN or infinite logits: it has diverged; load other weights")
+    if not logits.requires_grad or torch.autograd.grad(logits.sum(), image, allow_unused=True)[0] is None:
+        raise ValueError(
+            f"no gradient reaches the images of {subject.name}, so that attacks would be blind; leave no_grad and "
+            "detach out of its forward"
+        )
 
 
 def _checkpoint_file(path: Path) -> Path:
@@ -225,14 +245,40 @@ def _module(name: str) -> ModuleType:
         module = importlib.util.module_from_spec(specification)
         sys.modules[path.stem] = module
         sys.path.insert(0, str(path.parent.resolve()))
-        specification.loader.exec_module(module)
+        with _failures_named(name):
+            specification.loader.exec_module(module)
         return module
     sys.path.insert(0, str(Path.cwd()))
     try:
-        return importlib.import_module(name)
+        with _failures_named(name):
+            return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name is None or not name.startswith(error.name):
             raise
         raise ModuleNotFoundError(
             f"no module {name!r} in {Path.cwd()} or among the installed ones; give module:function or file.py:function"
         ) from error
+
+
+@contextmanager
+def _failures_named(name: str) -> Iterator[None]:
+    """What a module of somebody else raises while it is imported, in one line; one that is missing keeps its error."""
+    try:
+        yield
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # it raises anything
+        raise ValueError(f"{name} cannot be imported ({_reason(error)}); correct it and start again") from error
+
+
+def _reason(error: Exception) -> str:
+    """An error in one line, with the last place in somebody else's code that it passed."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_theirs(frame.filename)]
+    place = f", {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{place}"
+
+
+def _is_theirs(file: str) -> bool:
+    """Whether a file of a traceback belongs to neither Python nor an installed package nor this one."""
+    foreign = ("<", str(Path(__file__).parents[1]), str(Path(traceback.__file__).parent))
+    return not file.startswith(foreign) and "site-packages" not in file

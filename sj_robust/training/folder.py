@@ -66,16 +66,20 @@ def open_run_folder(
 
     Raises:
         FileExistsError: If ``output`` holds anything and is not to be resumed.
+        OSError: If the folder cannot be made or written.
     """
     folders = [""]
     if accelerator.is_main_process:
         folder = root / f"{stem}-{max(_numbers(stem, root), default=0) + 1}" if output is None else Path(output)
         if not resume:
-            if folder.exists() and any(folder.iterdir()):
+            if folder.is_dir() and any(folder.iterdir()):
                 raise FileExistsError(f"{folder} is not empty: continue its run with --resume, or change --output")
-            folder.mkdir(parents=True, exist_ok=True)
             text = yaml.safe_dump(dict(configuration), sort_keys=False)
-            (folder / CONFIGURATION_FILE).write_text(text, encoding="utf-8")
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                (folder / CONFIGURATION_FILE).write_text(text, encoding="utf-8")
+            except OSError as error:
+                raise OSError(f"{folder} cannot be written ({error.strerror}); give another --output") from error
         folders = [str(folder)]
     if accelerator.num_processes > 1:
         broadcast_object_list(folders)

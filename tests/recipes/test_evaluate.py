@@ -13,7 +13,9 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from sj_robust import SpikingClassifier
 from sj_robust.evaluation.robustness_report import RobustnessReport
+from sj_robust.models import NetworkSpec, build_network
 from sj_robust.training import load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -53,6 +55,28 @@ def five():
 
 def nothing():
     return 3
+
+def needs_a_path(path):
+    return build()
+
+def fails():
+    raise KeyError("weights of\\nlayer 1")
+
+def half():
+    return build().half()
+
+def diverged():
+    net = build()
+    nn.init.constant_(net[3].bias, float("nan"))
+    return net
+
+class Blind(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.net = build()
+
+    def forward(self, x_seq):
+        return self.net(x_seq.detach())
 """
 
 
@@ -73,7 +97,14 @@ def folder(tmp_path_factory):
         (two / name).mkdir(parents=True)
         (two / name / "best.pt").write_bytes((folder / "runs" / "one" / "lif_none" / "best.pt").read_bytes())
     (folder / "own_net.py").write_text(OWN)
+    (folder / "broken.py").write_text("from torch import no_such_name\n")
+    (folder / "unfinished.py").write_text("def build(:\n")
     return folder
+
+
+def build_network_state(options):
+    spec = NetworkSpec(**options)
+    return SpikingClassifier(build_network(spec), spec.T).state_dict()
 
 
 def in_process(monkeypatch, folder, *options):
@@ -293,10 +324,55 @@ def test_compare(folder, monkeypatch, capsys, whole):
         (("--network", "own_net:nothing"), ValueError, r"must return a network \(nn.Module\), got int"),
         (("--network", "own_net:wrong_shape", "--T", "2", "--eps", "0.1"), ValueError, "does not take images"),
         (("--network", "own_net:five", "--T", "2", "--eps", "0.1"), ValueError, "tells 5 classes apart, digits has 10"),
+        (
+            ("--network", "own_net:needs_a_path", "--T", "2"),
+            ValueError,
+            r"failed \(TypeError: .*'path'\); it must return",
+        ),
+        (
+            ("--network", "own_net:fails", "--T", "2"),
+            ValueError,
+            r"failed \(KeyError: .*layer 1', own_net.py:\d+\); it",
+        ),
+        (
+            ("--network", "broken:build", "--T", "2"),
+            ValueError,
+            r"broken cannot be imported \(ImportError: .*broken.py:1\)",
+        ),
+        (
+            ("--network", "unfinished.py:f"),
+            ValueError,
+            r"unfinished.py cannot be imported \(SyntaxError: .* line 1\)\);",
+        ),
+        (
+            ("--network", "own_net:half", "--T", "2", "--eps", "0.1"),
+            ValueError,
+            r"weights torch.float16: return network.fl",
+        ),
+        (("--network", "own_net:diverged", "--T", "2", "--eps", "0.1"), ValueError, "NaN or infinite logits"),
+        (
+            ("--network", "own_net:Blind", "--T", "2", "--eps", "0.1"),
+            ValueError,
+            "no gradient reaches the images of Blind",
+        ),
+        (("runs/one", "runs/two/a"), ValueError, "one network at a time, got another one, runs/two/a"),
+        (("runs/one", "--seed", "-1"), ValueError, "seed must be >= 0, got -1"),
+        (("runs/one", "--draws", "0"), ValueError, "draws must be >= 1, got 0"),
+        (("runs/one", "--transfer", "wide.pt"), ValueError, r"wide takes images \(1, 9, 9\), those of digits are"),
+        (
+            ("runs/one", "--output", "own_net.py"),
+            OSError,
+            r"own_net.py cannot be written \(File exists\); give another",
+        ),
+        (("runs/one", "--output", "own_net.py/x"), OSError, r"cannot be written \(Not a directory\); give another"),
     ],
 )
 def test_wrong_inputs(folder, monkeypatch, options, error, message):
     save_checkpoint(folder / "other.pt", {"epoch": 1})
+    wide = load_checkpoint(folder / "runs" / "one" / "lif_none" / "best.pt")
+    wide["description"]["network"]["image_shape"] = [1, 9, 9]
+    wide["model"] = build_network_state(wide["description"]["network"])
+    save_checkpoint(folder / "wide.pt", {name: wide[name] for name in ("description", "model")})
     runs = sorted(path.name for path in (folder / "runs").iterdir() if not path.name.startswith("evaluate"))
     with pytest.raises(error, match=message):
         in_process(monkeypatch, folder, *options, *SMALL)
