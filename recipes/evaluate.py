@@ -52,7 +52,8 @@ class Options:
         dataset: Images to test on; null takes those of the checkpoint, or digits.
         data_root: Folder with the IDX files of Fashion-MNIST, or torchvision's folder that holds FashionMNIST/raw.
         test_limit: Test images to use at most; null for all.
-        batch_size: Images per batch; results do not depend on it.
+        batch_size: Images per batch; results do not depend on it, but for networks with randomness of their own and
+            the estimator pdsg, which looks at a whole batch.
         T: Time steps of a bare network of your own.
         mean: Mean per channel that a bare network expects to be subtracted.
         std: Standard deviation per channel that it expects to be divided by.

@@ -109,7 +109,7 @@ def worst_case(
         y: Labels [N] int64.
         members: What is run, in this order.
         seeds: One seed per sample; the result of a sample then depends on neither its neighbours nor the batch size
-            (unless the network itself draws random numbers).
+            (unless the network itself draws random numbers, or the estimator is ``pdsg``).
         draws: Forwards in every one of which a stochastic network has to be wrong.
 
     Returns:

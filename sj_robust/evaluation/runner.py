@@ -63,7 +63,8 @@ def run_suite(
     r, r + W, ...; all of them return the whole result, the same as one process. A process that is done waits for the
     others, so give the process group a timeout as long as the evaluation.
 
-    Seeds belong to images by their number in the data set, so no result depends on the batch size.
+    Seeds belong to images by their number in the data set, so no result depends on the batch size, with two exceptions:
+    a network that draws random numbers itself, and the estimator ``pdsg``, whose gradient is one of a whole batch.
 
     Args:
         model: Images [N, C, H, W] in [0, 1] to logits; runs in evaluation mode, and gets its modes back.

@@ -233,6 +233,56 @@ def test_a_run_leaves_the_network_alone():
     assert all(parameter.grad is None for parameter in net.parameters())
 
 
+class Normed(nn.Module):
+    """The network of the suite's run behind a batch norm that stays frozen in training mode."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.net = nn.BatchNorm2d(1), suite_run.classifier()
+        self.norm.running_mean.fill_(0.05)
+        self.norm.running_var.fill_(0.9)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+    def forward(self, x):
+        return self.net(self.norm(x))
+
+
+def test_training_mode_with_frozen_batch_norm():
+    net = Normed().train()
+    before = network_fingerprint(net)
+    outcome = suite_run.without_times(suite_run.run(net=net))
+    assert (net.training, net.norm.training) == (True, False)
+    assert network_fingerprint(net) == before  # running statistics included
+    assert outcome == suite_run.without_times(suite_run.run(net=Normed().eval()))
+    assert 0 < len(outcome[2][2]["fooled"]) < len(outcome[1])
+
+
+class Cast(nn.Module):
+    """The network of the suite's run in another dtype than its images have."""
+
+    def __init__(self, dtype):
+        super().__init__()
+        self.dtype, self.net = dtype, suite_run.classifier().to(dtype)
+
+    def forward(self, x):
+        return self.net(x.to(self.dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(whole, dtype):
+    labels, correct, members, _ = suite_run.without_times(suite_run.run(net=Cast(dtype)))
+    assert labels == whole[0]
+    assert len(set(correct) ^ set(whole[1])) <= 2  # spikes at the threshold may flip
+    for member, single in zip(members, whole[2], strict=True):
+        assert abs(len(member["fooled"]) - len(single["fooled"])) <= 4
+        assert member["name"] == "gaussian" or member["largest"] <= suite_run.EPS + 1e-6
+    assert members[2]["fooled"]
+
+
 def test_stochastic_networks_need_several_draws():
     class Noisy(nn.Module):
         """Wrong in every second forward."""
