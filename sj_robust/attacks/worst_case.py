@@ -33,11 +33,11 @@ CANDIDATES = (
     *(f"rectangle:{width}" for width in ("0.5", "1")),
     "bptr",
     "rga",
-    "pdsg",
     "assg",
     "hart:1.2",
 )
-"""Estimators that :func:`sweep` tries by default: shapes with widths around the threshold, and the adaptive ones."""
+"""Estimators that :func:`sweep` tries by default: shapes with widths around the threshold, and the adaptive ones but
+PDSG, whose gradient of an image depends on the others in the batch."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sj_robust.attacks.apgd import apgd
 from sj_robust.attacks.bridges import transfer
 from sj_robust.attacks.events import check_frames, flip_events
-from sj_robust.attacks.member import SampleAttack
+from sj_robust.attacks.member import SampleAttack, scored
 from sj_robust.attacks.randomness import SampleSeeds
 from sj_robust.attacks.worst_case import Member, fools, sweep
 from sj_robust.evaluation.activity import firing
@@ -25,7 +25,7 @@ from sj_robust.evaluation.progress import Position, stage
 from sj_robust.evaluation.robustness_report import RobustnessReport
 from sj_robust.evaluation.runner import data_fingerprint, network_fingerprint, place, run_suite
 from sj_robust.evaluation.subject import Subject, describe_network
-from sj_robust.evaluation.suites import Suite, SuiteName, SweepSettings, make_suite
+from sj_robust.evaluation.suites import Suite, SuiteName, SweepSettings, expectation, make_suite
 from sj_robust.evaluation.threat import ThreatModel
 
 __all__ = ["assess"]
@@ -76,7 +76,8 @@ def assess(
         dataset: Name of the data set.
         classes: Number of classes.
         seed: Seeds everything.
-        draws: Fresh forwards in each of which a stochastic network must be wrong.
+        draws: Fresh forwards in each of which a stochastic network must be wrong, and which its gradients are averaged
+            over; 1 for a network that draws no random numbers.
         source: Another network for the same images; transfer attacks from it join the suite.
         folder: Where progress is kept; None keeps none.
         configuration: Options of the run, for the report.
@@ -102,11 +103,17 @@ def assess(
     """
     if threat.eps <= 0:
         raise ValueError(f"eps must be > 0 to attack at all, got {threat.eps}")
-    plan = make_suite(suite, threat, classes=classes)
+    kind: dict[str, Any] = {"classes": classes, "eot_samples": draws}
+    plan = make_suite(suite, threat, **kind)
     model = subject.model
     x, y = _first(batches, _PROBE, model)
     if threat.norm == "L0":
         check_frames(x)
+    if draws == 1 and not torch.equal(*(scored(model, x[:8], y[:8], seed=number) for number in (0, 1))):
+        raise ValueError(
+            "the network draws random numbers: on the same images its logits differ. One lucky draw breaks nothing, so "
+            "say in how many fresh draws an image must be wrong, such as draws=10 (--draws 10)"
+        )
     data = data_fingerprint(batches)
     key = {"network": network_fingerprint(model), "data": data, "threat": repr(threat), "seed": str(seed)}
     key |= {"draws": str(draws)}
@@ -120,7 +127,7 @@ def assess(
         settled = key | {"settings": repr(plan.sweep)}
         rows = _on_one(partial(stage, folder and folder / "sweep.json", settled, compute))
         chosen = [row["estimator"] for row in rows if row["chosen"]]
-        plan = make_suite(suite, threat, chosen=chosen, classes=classes)
+        plan = make_suite(suite, threat, chosen=chosen, **kind)
     if source is not None:
         plan = _with_transfer(plan, source, threat)
     say(f"suite {plan.name}: {plan.description}; {len(plan.members)} attacks, {len(plan.control)} of the control")
@@ -134,7 +141,7 @@ def assess(
         best = next((row["estimator"] for row in rows if row["chosen"]), "training")
         radii = _radii(threat, elements=x[0].numel())
         few, wide = _few(batches), replace(threat, eps=max(radii))
-        levels = tuple(_level(replace(threat, eps=radius), best) for radius in radii)
+        levels = tuple(_level(replace(threat, eps=radius), best, draws) for radius in radii)
         found = run_suite(model, few, levels, threat=wide, folder=folder and folder / "over_eps", **settings)
         curve = _cumulative(found)
     findings: list[dict[str, Any]] = []
@@ -144,7 +151,7 @@ def assess(
         key |= {"source": network_fingerprint(source)} if source is not None else {}
         findings = _on_one(partial(stage, folder and folder / "findings.json", key, compute))
     network = {"architecture": subject.architecture, "fingerprint": key["network"]} | describe_network(model)
-    unseen = sorted({text for row in outcome.potential for text in row["warnings"]})
+    unseen = sorted({text for row in outcome.potential for text in row["warnings"]} | set(outcome.warnings))
     return RobustnessReport(
         name=subject.name,
         dataset=dataset,
@@ -182,7 +189,7 @@ def _sweep(
         x,
         y,
         eps=threat.eps,
-        attack=_short(threat, settings.steps, queries=0),
+        attack=_short(threat, settings.steps, draws, queries=0),
         candidates=settings.candidates,
         steps=settings.steps,
         count=settings.count,
@@ -193,11 +200,11 @@ def _sweep(
     return [asdict(row) for row in rows]
 
 
-def _short(threat: ThreatModel, steps: int, *, queries: int = 100) -> SampleAttack:
+def _short(threat: ThreatModel, steps: int, draws: int, *, queries: int = 100) -> SampleAttack:
     """A short attack; on events with random exchanges, which need no gradient, unless estimators are compared."""
     if threat.norm == "L0":
         return partial(flip_events, flips=int(threat.eps), steps=steps, queries=queries, reduce=False)
-    return partial(apgd, eps=threat.eps, norm=threat.ball, steps=steps)
+    return partial(apgd, eps=threat.eps, norm=threat.ball, steps=steps, **expectation(draws))
 
 
 def _diagnose(
@@ -239,10 +246,10 @@ def _radii(threat: ThreatModel, *, elements: int) -> list[float]:
     return sorted({min(limit, factor * threat.eps) for factor in _FACTORS})
 
 
-def _level(threat: ThreatModel, estimator: str) -> Member:
+def _level(threat: ThreatModel, estimator: str, draws: int) -> Member:
     """A short attack at one radius; all are in one group: what has fallen at one has fallen at every larger one."""
     name = f"{'flips' if threat.norm == 'L0' else 'apgd'}20@{eps_text(threat.eps)}"
-    return Member(name, _short(threat, 20), estimator, group="over_eps", ball=(threat.norm, threat.eps))
+    return Member(name, _short(threat, 20, draws), estimator, group="over_eps", ball=(threat.norm, threat.eps))
 
 
 def _cumulative(outcome: SuiteOutcome) -> list[dict[str, Any]]:

@@ -57,9 +57,11 @@ class SuiteOutcome:
         members: One outcome per member, in their order.
         potential: MS-MPPD per layer and step under each member, on the first batch: rows with the keys ``member``,
             ``samples``, and ``layers``, whose values are lists over time steps.
+        warnings: What attacks and network warned of, each text once.
     """
 
     labels: tuple[int, ...]
     correct: tuple[int, ...]
     members: tuple[MemberOutcome, ...]
     potential: tuple[dict[str, Any], ...]
+    warnings: tuple[str, ...] = ()

@@ -1,6 +1,7 @@
 """A suite of attacks on a whole data set: resumable after a kill, shared by several processes."""
 
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -211,7 +212,10 @@ class _Run:
             return record | {"largest": 0.0, "seconds": 0.0}
         began = time.perf_counter()
         x, y, seeds = x[rows], y[rows], seeds.rows(rows)
-        x_adv = craft(self.model, x, y, member, seeds=seeds)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            x_adv = craft(self.model, x, y, member, seeds=seeds)
+        record["warnings"] = sorted({str(warning.message) for warning in caught})
         fooled = fools(self.model, x_adv, y, draws=self.draws, seeds=seeds.derived("score", member.name))
         lengths, slack = _distances(x, x_adv, self.threat.norm)
         outside = fooled & (lengths > self.threat.eps + slack)
@@ -278,7 +282,8 @@ def _outcome(
     potential = tuple(
         {"member": record["member"], **record["potential"]} for record in records[0] if record.get("potential")
     )
-    return SuiteOutcome(labels, numbers(0, "right"), tuple(outcomes), potential)
+    said = sorted({text for rows in records.values() for record in rows for text in record.get("warnings", ())})
+    return SuiteOutcome(labels, numbers(0, "right"), tuple(outcomes), potential, tuple(said))
 
 
 def _distances(x: Tensor, x_adv: Tensor, norm: str) -> tuple[Tensor, float]:

@@ -4,12 +4,13 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
 from sj_robust.attacks.apgd import apgd
 from sj_robust.attacks.bridges import autoattack, square
+from sj_robust.attacks.checks import check_count
 from sj_robust.attacks.events import flip_events, random_flips
 from sj_robust.attacks.gradient import fgsm, pgd
 from sj_robust.attacks.member import Member, SampleAttack
@@ -73,7 +74,9 @@ class Suite:
             raise ValueError(f"names of a suite's attacks must differ, got {repeated} more than once; add the restart")
 
 
-def make_suite(name: SuiteName, threat: ThreatModel, *, chosen: Sequence[str] = (), classes: int) -> Suite:
+def make_suite(
+    name: SuiteName, threat: ThreatModel, *, chosen: Sequence[str] = (), classes: int, eot_samples: int = 1
+) -> Suite:
     """A suite for a threat, with the estimators that a sweep has chosen.
 
     按名称构造攻击套件。
@@ -105,6 +108,8 @@ def make_suite(name: SuiteName, threat: ThreatModel, *, chosen: Sequence[str] = 
         threat: The budget of every attack. The steps of ``paper`` grow with it, and are the printed ones at 8/255.
         chosen: Names of estimators, the strongest first; none means the training surrogate.
         classes: Number of classes of the network; the DLR losses are left out where there are too few.
+        eot_samples: Forwards that a gradient is averaged over, > 1 for a network that draws random numbers: its attacks
+            then go on after a first lucky draw and keep the highest loss, and AutoAttack runs its version ``"rand"``.
 
     Raises:
         ValueError: If the suite is unknown or does not fit the threat, estimators are given to a suite without a
@@ -128,7 +133,8 @@ def make_suite(name: SuiteName, threat: ThreatModel, *, chosen: Sequence[str] = 
     if (name == "events") != (threat.norm == "L0"):
         remedy = "count changes with ThreatModel('L0', k)" if name == "events" else "use the suite 'events'"
         raise ValueError(f"suite {name!r} does not fit a threat in {threat.norm}; {remedy}")
-    plan = _Plan(threat, classes)
+    check_count("eot_samples", eot_samples)
+    plan = _Plan(threat, classes, eot_samples)
     match name:
         case "paper":
             return _paper(plan)
@@ -150,6 +156,12 @@ class _Plan:
 
     threat: ThreatModel
     classes: int
+    eot_samples: int
+
+    @property
+    def expectation(self) -> dict[str, Any]:
+        """Options of a gradient attack on a network that draws random numbers."""
+        return expectation(self.eot_samples)
 
     def member(self, kind: str, attack: SampleAttack, estimator: str = "training", restart: int = 0) -> Member:
         ball = (self.threat.norm, self.threat.eps)
@@ -173,16 +185,21 @@ class _Plan:
         """SA-PGD, which knows the Linf ball alone."""
         if self.threat.norm != "Linf":
             return []
-        return [self.member("sapgd", partial(sapgd, eps=self.threat.eps, steps=100), estimator)]
+        return [self.member("sapgd", partial(sapgd, eps=self.threat.eps, steps=100, **self.expectation), estimator)]
 
     def square(self, queries: int) -> Member:
         return self.member("square", partial(square, eps=self.threat.eps, norm=self.threat.ball, queries=queries))
 
     def _apgd(self, loss: Literal["ce", "dlr", "dlr_targeted"], steps: int) -> partial[Tensor]:
-        return partial(apgd, eps=self.threat.eps, norm=self.threat.ball, loss=loss, steps=steps)
+        return partial(apgd, eps=self.threat.eps, norm=self.threat.ball, loss=loss, steps=steps, **self.expectation)
+
+    @property
+    def sure(self) -> dict[str, Any]:
+        """Options of ``flip_events`` on a network that draws random numbers; the confidence is in units of logits."""
+        return {} if self.eot_samples == 1 else {"eot_samples": self.eot_samples, "confidence": 0.1}
 
     def flips(self, estimator: str, restart: int = 0, *, runs: int = 1) -> Member:
-        attack = partial(flip_events, flips=int(self.threat.eps), restarts=runs, reduce=False)
+        attack = partial(flip_events, flips=int(self.threat.eps), restarts=runs, reduce=False, **self.sure)
         return self.member("flips", attack, estimator, restart)
 
     def flips_targeted(self, estimator: str) -> list[Member]:
@@ -190,7 +207,7 @@ class _Plan:
         if self.classes < 3:
             return []
         targets = min(3, self.classes - 1)
-        attack = partial(flip_events, flips=int(self.threat.eps), target_classes=targets, reduce=False)
+        attack = partial(flip_events, flips=int(self.threat.eps), target_classes=targets, reduce=False, **self.sure)
         return [self.member("flips_t", attack, estimator)]
 
     def random_flips(self, allow: Literal["both", "remove"]) -> Member:
@@ -229,16 +246,16 @@ def _paper(plan: _Plan) -> Suite:
     scale = eps / _PAPER_EPS
     figures: dict[str, SampleAttack] = {"fgsm": partial(fgsm, eps=eps)}
     for steps, size in _PAPER_STEPS.items():
-        attack = partial(pgd, eps=eps, step_size=size * scale, steps=steps)
+        attack = partial(pgd, eps=eps, step_size=size * scale, steps=steps, eot_samples=plan.eot_samples)
         figures |= {f"pgd{steps}": attack, f"pgd{steps}/last": partial(attack, keep_best=False)}
     for loss in ("ce", "dlr") if plan.classes > 2 else ("ce",):
-        figures[f"apgd_{loss}"] = partial(apgd, eps=eps, loss=loss, steps=10)
+        figures[f"apgd_{loss}"] = partial(apgd, eps=eps, loss=loss, steps=10, **plan.expectation)
     members = [Member(name, attack, group="", ball=(norm, eps)) for name, attack in figures.items()]
     control = _control(members)
     members.insert(0, Member("gaussian", partial(gaussian, std=eps), group=""))
     for level in range(10, 101, 10):
         radius = level / 255
-        attack = partial(pgd, eps=radius, step_size=radius / 4, steps=10)
+        attack = partial(pgd, eps=radius, step_size=radius / 4, steps=10, eot_samples=plan.eot_samples)
         members.append(Member(f"pgd10@{level}/255", attack, group="", ball=(norm, radius)))
     description = "the protocol of Ding et al. (ICML 2024): every attack for itself, with the training surrogate"
     return Suite("paper", tuple(members), control, description)
@@ -246,7 +263,8 @@ def _paper(plan: _Plan) -> Suite:
 
 def _autoattack(plan: _Plan) -> Suite:
     threat = plan.threat
-    member = plan.member("autoattack", partial(autoattack, eps=threat.eps, norm=threat.ball, version="standard"))
+    version = "standard" if plan.eot_samples == 1 else "rand"
+    member = plan.member("autoattack", partial(autoattack, eps=threat.eps, norm=threat.ball, version=version))
     targeted = partial(plan.targeted, "training", targets=9)
     spent = [plan.ce("training"), *targeted(0), *targeted(1)]
     spent += [plan.ce("training", restart) for restart in range(1, 21)]
@@ -264,12 +282,17 @@ def _events(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
     return Suite("events", tuple(members), _control(members), description, SweepSettings(images=32))
 
 
+def expectation(eot_samples: int) -> dict[str, Any]:
+    """Options of APGD and SA-PGD, so that one lucky draw of a stochastic network is not the end of the attack."""
+    return {} if eot_samples == 1 else {"eot_samples": eot_samples, "keep_best": False}
+
+
 def _listed(*names: str) -> str:
     return ", ".join(dict.fromkeys(names))
 
 
 def _gradients(plan: _Plan) -> Suite:
-    members = [plan.ce(name) for name in CANDIDATES]
+    members = [plan.ce(name) for name in (*CANDIDATES, "pdsg", "hart_mixed:1.2", "straight_through")]
     members += [member for name in ("training", "triangle:0.5", "atan:4", "assg") for member in plan.sapgd(name)]
     alone = tuple(replace(member, group="") for member in members)
     control = _control([plan.ce("training", restart) for restart in range(5)])
