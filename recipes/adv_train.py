@@ -168,8 +168,7 @@ def train_network(
         workers=options.workers,
         single_step_attack=options.mode == "at",
     )
-    network_folder = folder / name.replace(" ", "_")
-    network_folder.mkdir(exist_ok=True)
+    (network_folder := folder / name.replace(" ", "_")).mkdir(exist_ok=True)
     history = training.train(
         training.Objective(classifier, kappa=options.kappa, rho=rho, layers=options.layers, norm=options.norm),
         splits,

@@ -244,9 +244,10 @@ def _paper(plan: _Plan) -> Suite:
     if norm != "Linf":
         raise ValueError(f"suite 'paper' is defined for Linf, got {norm!r}; use 'standard'")
     scale = eps / _PAPER_EPS
+    averaged = {} if plan.eot_samples == 1 else {"eot_samples": plan.eot_samples}
     figures: dict[str, SampleAttack] = {"fgsm": partial(fgsm, eps=eps)}
     for steps, size in _PAPER_STEPS.items():
-        attack = partial(pgd, eps=eps, step_size=size * scale, steps=steps, eot_samples=plan.eot_samples)
+        attack = partial(pgd, eps=eps, step_size=size * scale, steps=steps, **averaged)
         figures |= {f"pgd{steps}": attack, f"pgd{steps}/last": partial(attack, keep_best=False)}
     for loss in ("ce", "dlr") if plan.classes > 2 else ("ce",):
         figures[f"apgd_{loss}"] = partial(apgd, eps=eps, loss=loss, steps=10, **plan.expectation)
@@ -255,7 +256,7 @@ def _paper(plan: _Plan) -> Suite:
     members.insert(0, Member("gaussian", partial(gaussian, std=eps), group=""))
     for level in range(10, 101, 10):
         radius = level / 255
-        attack = partial(pgd, eps=radius, step_size=radius / 4, steps=10, eot_samples=plan.eot_samples)
+        attack = partial(pgd, eps=radius, step_size=radius / 4, steps=10, **averaged)
         members.append(Member(f"pgd10@{level}/255", attack, group="", ball=(norm, radius)))
     description = "the protocol of Ding et al. (ICML 2024): every attack for itself, with the training surrogate"
     return Suite("paper", tuple(members), control, description)
