@@ -244,7 +244,7 @@ def _paper(plan: _Plan) -> Suite:
     if norm != "Linf":
         raise ValueError(f"suite 'paper' is defined for Linf, got {norm!r}; use 'standard'")
     scale = eps / _PAPER_EPS
-    averaged = {} if plan.eot_samples == 1 else {"eot_samples": plan.eot_samples}
+    averaged: dict[str, Any] = {} if plan.eot_samples == 1 else {"eot_samples": plan.eot_samples}
     figures: dict[str, SampleAttack] = {"fgsm": partial(fgsm, eps=eps)}
     for steps, size in _PAPER_STEPS.items():
         attack = partial(pgd, eps=eps, step_size=size * scale, steps=steps, **averaged)

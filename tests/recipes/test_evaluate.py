@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -118,9 +119,10 @@ def in_process(monkeypatch, folder, *options):
 
 def start(folder, *options, launcher=()):
     command = [sys.executable, *STRICT, *launcher, str(RECIPE), *options]
-    return subprocess.Popen(
-        command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    # A shell may have started the tests in the background, where SIGINT is ignored; a child would inherit that.
+    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, preexec_fn=heard, **pipes)
 
 
 def finish(process, code=0):
