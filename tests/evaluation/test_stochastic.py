@@ -3,11 +3,9 @@
 import warnings
 
 import pytest
-import torch
 from evaluation.suite_run import Net, batches, classifier, images
-from torch import nn
 
-from sj_robust import DLIFNode, SpikingClassifier
+from sj_robust import SpikingClassifier
 from sj_robust.attacks import Member
 from sj_robust.classifier import PoissonEncoder
 from sj_robust.evaluation import ThreatModel, make_suite, run_suite
@@ -37,13 +35,11 @@ def test_gradient_attacks_average_and_go_on():
 
 
 def test_a_network_that_draws_needs_several_draws():
-    net = nn.Sequential(nn.Flatten(2), nn.Linear(4, 3), DLIFNode(T=2))
-    subject = Subject("mine", SpikingClassifier(net, 2, PoissonEncoder()), "one layer")
-    batches = [(torch.rand(12, 1, 2, 2), torch.arange(12) % 3)]
+    subject = Subject("mine", SpikingClassifier(Net(), 3, PoissonEncoder()), "one layer")
     options = {"suite": "fast", "threat": THREAT, "dataset": "noise", "classes": 3}
     with pytest.raises(ValueError, match=r"draws random numbers.*--draws 10"):
-        assess(subject, batches, **options)
-    assert assess(subject, batches, draws=3, **options).draws == 3
+        assess(subject, batches(12, 12), **options)
+    assert assess(subject, batches(12, 12), draws=3, **options).draws == 3
 
 
 def test_averaging_finds_what_lasts():
