@@ -1,0 +1,255 @@
+"""Penalties on top of the training objective: one interface, and published defences that fit on it."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sj_robust.classifier import SpikingClassifier
+from sj_robust.perturbation import dynamics
+from sj_robust.perturbation._neurons import Neuron, find_neurons
+
+__all__ = ["GradientSparsity", "Passes", "Penalty", "ThresholdGuarding"]
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What one training step has run so far, for a penalty to build on. 一步训练中已完成的前向传播。
+
+    Attributes:
+        classifier: The network in training, in the mode of the objective.
+        y: Labels [N].
+        x: Clean images [N, ...].
+        x_perturbed: Perturbed images, None without any.
+        logits: Logits [N, classes] of the clean images with their graph, None if the objective ran no clean pass.
+        logits_perturbed: The same of the perturbed images.
+    """
+
+    classifier: SpikingClassifier
+    y: Tensor
+    x: Tensor
+    x_perturbed: Tensor | None
+    logits: Tensor | None
+    logits_perturbed: Tensor | None
+
+    @property
+    def first(self) -> tuple[Tensor, Tensor]:
+        """Images and logits of the first pass: of the clean images, or of the perturbed ones where they run alone."""
+        if self.logits is not None:
+            return self.x, self.logits
+        assert self.x_perturbed is not None
+        assert self.logits_perturbed is not None
+        return self.x_perturbed, self.logits_perturbed
+
+
+class Penalty(ABC):
+    """A term of the objective beyond cross entropy and MS-MPPD. 训练目标的附加惩罚项。
+
+    Equation: ``L = ... + weight * value``. A subclass sets :attr:`name`, which the logs show, and gives :meth:`value`;
+    if it must watch the passes themselves it hooks the network in :meth:`observe`.
+
+    Args:
+        weight: Weight in the objective, >= 0 and finite.
+
+    Raises:
+        ValueError: If the weight is out of range.
+
+    Example:
+        >>> class Decay(Penalty):
+        ...     name = "decay"
+        ...
+        ...     def value(self, passes):
+        ...         return sum(w.square().sum() for w in passes.classifier.parameters())
+        >>> Decay(weight=1e-4).weight
+        0.0001
+    """
+
+    name: str
+    input_gradient: bool = False
+    """Whether the images of the first pass must require a gradient, so that its graph reaches them."""
+
+    def __init__(self, weight: float) -> None:
+        """Keep the weight; see the class."""
+        self.weight = _checked("weight", weight)
+
+    def observe(self, classifier: SpikingClassifier) -> AbstractContextManager[None]:
+        """Context in which the objective runs its passes; it watches nothing unless overridden."""
+        return nullcontext()
+
+    @abstractmethod
+    def value(self, passes: Passes) -> Tensor:
+        """The penalty before its weight: a scalar with a graph to the parameters it acts on."""
+
+
+class GradientSparsity(Penalty):
+    """l1 norm of the input gradient of the true class's probability, by a finite difference. 输入梯度稀疏正则。
+
+    Equation, with z the logits, m the likeliest wrong class at ``x`` and ``d = sign(grad_x f(x))`` a constant::
+
+        f(x) = exp(z_y) / (exp(z_y) + exp(z_m))
+        value = mean_n |f(x + h * d) - f(x)| / h            (squared: the mean of its square)
+
+    which tends to ``||grad_x f||_1`` for small h without a second derivative. ``x`` are the images of the first pass
+    (the clean ones, or the perturbed ones if these are all that is trained on). ``f(x + h * d)`` takes one more pass
+    in the mode of the objective, so that in training batch norm sees those images too, as in the published code.
+
+    Args:
+        weight: Weight in the objective.
+        h: Length of the difference in units of [0, 1] images; ``x + h * d`` may leave [0, 1].
+        squared: Whether to take the mean square, as the published code does, instead of the mean.
+
+    Raises:
+        ValueError: If ``weight`` or ``h`` is out of range.
+        RuntimeError: If gradients are disabled while the penalty is evaluated.
+
+    Source: Liu et al., "Enhancing Adversarial Robustness in SNNs with Sparse Gradients" (ICML 2024), and its code for
+        f and h = 0.01.
+
+    Example:
+        >>> GradientSparsity(weight=0.1).h
+        0.01
+    """
+
+    name = "gradient_sparsity"
+    input_gradient = True
+
+    def __init__(self, weight: float, *, h: float = 0.01, squared: bool = False) -> None:
+        """Keep the options; see the class."""
+        super().__init__(weight)
+        self.h = _checked("h", h, positive=True)
+        self.squared = squared
+
+    def value(self, passes: Passes) -> Tensor:
+        """Mean over the batch; see the class."""
+        images, logits = passes.first
+        if not logits.requires_grad or not images.requires_grad:
+            raise RuntimeError(
+                "gradient_sparsity needs the gradient at the images: evaluate the objective with gradients enabled"
+            )
+        wrong = logits.detach().scatter(1, passes.y[:, None], -torch.inf).argmax(1)
+        f = _pair_probability(logits, passes.y, wrong)
+        (grad,) = torch.autograd.grad(f.sum(), images, retain_graph=True)
+        moved = images.detach() + self.h * grad.sign()
+        slope = (_pair_probability(passes.classifier(moved), passes.y, wrong) - f) / self.h
+        return slope.square().mean() if self.squared else slope.abs().mean()
+
+
+class ThresholdGuarding(Penalty):
+    """Keeps membrane potentials away from the threshold, where a small push flips a spike. 膜电位远离阈值的约束。
+
+    Equation, with h the potential before the reset::
+
+        value = mean over layers of mean over neurons, time and batch of max(0, margin - |h - v_threshold|)
+
+    over all passes of the step, clean and perturbed. The gradient reaches the network through h, its past spikes
+    included (surrogate), unless a neuron detaches its reset.
+
+    Args:
+        weight: Weight in the objective.
+        margin: Distance from the threshold within which a potential is penalised, in units of the potential, > 0.
+        layers: ``"all"``, or names of spiking layers.
+
+    Raises:
+        ValueError: If a number is out of range, a layer is unknown, or the dynamics of one are not known.
+        RuntimeError: If no chosen layer ran in a pass.
+
+    Source: threshold-guarding constraint of Wang et al., "Robust Spiking Neural Networks Against Adversarial Attacks"
+        (ICLR 2026), with a fixed weight and the mean over layers in place of their sum.
+
+    Example:
+        >>> ThresholdGuarding(weight=0.1, margin=0.5).margin
+        0.5
+    """
+
+    name = "threshold_guarding"
+
+    def __init__(self, weight: float, *, margin: float = 0.5, layers: Literal["all"] | Sequence[str] = "all") -> None:
+        """Keep the options; see the class."""
+        super().__init__(weight)
+        self.margin = _checked("margin", margin, positive=True)
+        self.layers = layers if isinstance(layers, str) else list(layers)
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    @contextmanager
+    def observe(self, classifier: SpikingClassifier) -> Iterator[None]:
+        """Hook the neurons while the objective runs its passes."""
+        self._sums, self._counts = {}, {}
+        handles = []
+        for neuron in self._chosen(classifier.net):
+            before, after = _charging_hooks(neuron, self._take)
+            handles.append(neuron.module.register_forward_pre_hook(before))
+            handles.append(neuron.module.register_forward_hook(after, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def value(self, passes: Passes) -> Tensor:
+        """Mean over layers; see the class."""
+        sums, self._sums = self._sums, {}
+        if not sums:
+            raise RuntimeError(
+                "threshold_guarding saw no spiking layer run: the network was compiled before its hooks were attached, "
+                "or skips them; train without compilation"
+            )
+        return torch.stack([total / self._counts[name] for name, total in sums.items()]).mean()
+
+    def _take(self, name: str, h: Tensor, v_threshold: float) -> None:
+        """One step [N, *] of a layer."""
+        excess = (self.margin - (h - v_threshold).abs()).relu().sum()
+        self._sums[name] = self._sums[name] + excess if name in self._sums else excess
+        self._counts[name] = self._counts.get(name, 0) + h.numel()
+
+    def _chosen(self, net: nn.Module) -> list[Neuron]:
+        followed, unsupported, spiking = find_neurons(net, {}, {})
+        names = [*followed, *sorted(spiking)] if self.layers == "all" else self.layers
+        for name in names:
+            if name not in followed:
+                reason = unsupported.get(name, f"no spiking layer has that name; known are {', '.join(followed)}")
+                raise ValueError(f"layer {name!r} cannot be guarded: {reason}; name others in layers=[...]")
+        return [followed[name] for name in names]
+
+
+def _pair_probability(logits: Tensor, y: Tensor, wrong: Tensor) -> Tensor:
+    """Probability of the class y [N] against one other class per sample."""
+    chosen = logits.gather(1, torch.stack((y, wrong), 1))
+    return (chosen[:, 0] - chosen[:, 1]).sigmoid()
+
+
+def _charging_hooks(
+    neuron: Neuron, take: Callable[[str, Tensor, float], None]
+) -> tuple[Callable[..., None], Callable[..., None]]:
+    """Hooks before and after a neuron's call that hand over the potential before every reset."""
+    start: dict[str, Any] = {}
+
+    def before(module: nn.Module, args: Any) -> None:
+        start.update(v=neuron.module.v, time_step=neuron.time_step)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
+    def after(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        x_seq = args[0] if args else next(iter(kwargs.values()))
+        spike_seq = output.detach() if module.detach_reset else output
+        if module.step_mode == "s":
+            x_seq, spike_seq = x_seq.unsqueeze(0), spike_seq.unsqueeze(0)
+        charging = neuron.charging()
+        v = start["v"]
+        for t, (x, spike) in enumerate(zip(x_seq, spike_seq, strict=True)):
+            wide = x if x.dtype == torch.float64 else x.float()
+            gain = charging.gain_at(start["time_step"] + t, input_gain=True)
+            h = dynamics.charge(v, wide, charging.decay, gain, module.v_reset)
+            take(neuron.name, h, module.v_threshold)
+            v = dynamics.reset_potential(h, spike.to(wide.dtype), module.v_threshold, module.v_reset)
+
+    return before, after
+
+
+def _checked(name: str, value: float, *, positive: bool = False) -> float:
+    if not 0.0 <= value < float("inf") or (positive and value == 0):
+        raise ValueError(f"{name} must be {'> 0' if positive else '>= 0'} and finite, got {value}")
+    return float(value)
