@@ -1,10 +1,13 @@
 """Which images form which batch."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from sj_robust.data.unreadable import UnreadableError
 
 __all__ = ["ShuffledBatches", "image_loader"]
 
@@ -44,6 +47,7 @@ class ShuffledBatches(Sampler[list[int]]):
         self.processes = processes
         self.epoch = 0
         self.first_batch = 0
+        self._order: tuple[int, list[int]] | None = None
 
     def __len__(self) -> int:
         """Number of batches of a whole epoch."""
@@ -51,34 +55,93 @@ class ShuffledBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         """Batches ``first_batch``, ``first_batch + 1``, ... of epoch ``epoch``."""
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-        order = torch.randperm(self.size, generator=generator).tolist()
+        epoch = self.epoch
         for batch in range(self.first_batch, len(self)):
-            start = batch * self.batch_size
-            yield order[start + self.rank : start + self.batch_size : self.processes]
+            yield self.indices(epoch, batch)
+
+    def indices(self, epoch: int, batch: int) -> list[int]:
+        """Indices of this process's share of one batch, whatever ``epoch`` and ``first_batch`` are.
+
+        Args:
+            epoch: Number of the epoch, from 0.
+            batch: Number of the batch in it, from 0.
+
+        Raises:
+            IndexError: If an epoch has no such batch.
+        """
+        if not 0 <= batch < len(self):
+            raise IndexError(f"batch must be from 0 to {len(self) - 1}, got {batch}")
+        if self._order is None or self._order[0] != epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            self._order = epoch, torch.randperm(self.size, generator=generator).tolist()
+        start = batch * self.batch_size
+        return self._order[1][start + self.rank : start + self.batch_size : self.processes]
 
 
 def image_loader(
-    dataset: Dataset[tuple[Tensor, ...]], batches: ShuffledBatches | int, workers: int = 0
+    dataset: Dataset[tuple[Tensor, ...]],
+    batches: ShuffledBatches | int,
+    workers: int = 0,
+    pin_memory: bool = False,
 ) -> DataLoader[tuple[Tensor, ...]]:
     """Loader of batches in training order, or in the set's own order if a batch size is given. 图像加载器。
 
-    It never draws from torch's global random state, so when it is created does not change a run.
+    It never draws from torch's global random state, so when it is created does not change a run. Workers load four
+    batches ahead each; those of a training order stay alive between epochs.
 
     Args:
         dataset: The images.
         batches: The order, or the number of images per batch.
         workers: Number of processes that load in the background.
+        pin_memory: Whether batches are put where a GPU copies them from without waiting; ignored without a GPU.
 
     Returns:
-        A loader of (images [N, C, H, W], labels [N]).
+        A loader of (images [N, C, H, W], labels [N]). While it is iterated over, it raises :class:`UnreadableError`,
+        which names the file, if an image cannot be read any more, and ``ChildProcessError`` if a worker was killed.
+
+    Raises:
+        ValueError: If the number of workers is negative.
 
     Example:
         >>> from torch.utils.data import TensorDataset
         >>> [len(x) for (x,) in image_loader(TensorDataset(torch.rand(5, 1, 2, 2)), 2)]
         [2, 2, 1]
     """
-    generator = torch.Generator().manual_seed(0)
+    if workers < 0:
+        raise ValueError(f"workers must be >= 0, got {workers}")
+    arguments: dict[str, Any] = {
+        "num_workers": workers,
+        "generator": torch.Generator().manual_seed(0),
+        "pin_memory": pin_memory and torch.cuda.is_available(),
+        "prefetch_factor": 4 if workers else None,
+    }
     if isinstance(batches, int):
-        return DataLoader(dataset, batch_size=batches, num_workers=workers, generator=generator)
-    return DataLoader(dataset, batch_sampler=batches, num_workers=workers, generator=generator)
+        return _Loader(dataset, batch_size=batches, **arguments)
+    return _Loader(dataset, batch_sampler=batches, persistent_workers=workers > 0, **arguments)
+
+
+class _Loader(DataLoader[tuple[Tensor, ...]]):
+    """What fails in a worker is raised in one line."""
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:  # type: ignore[override]  # a generator is one as well
+        iterator = super().__iter__()
+        while True:
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                return
+            except UnreadableError as error:
+                # From a worker it comes with the worker's traceback, whose last line is "module.Class: message".
+                last = str(error).strip().splitlines()[-1]
+                raise UnreadableError(
+                    last.removeprefix(f"{__name__.rpartition('.')[0]}.unreadable.UnreadableError: ")
+                ) from None
+            except RuntimeError as error:
+                reason = " ".join(str(error).split())[:200]
+                if "exited unexpectedly" not in reason and "killed by signal" not in reason:
+                    raise
+                raise ChildProcessError(
+                    f"a process that loads images was killed ({reason}), most often for want of memory or of room in "
+                    f"/dev/shm; use fewer than {self.num_workers} workers, or none"
+                ) from error
+            yield batch

@@ -1,16 +1,24 @@
-"""Digits and Fashion-MNIST as tensors in [0, 1], split into training, validation and test images."""
+"""Data sets by name, split into training, validation and test images."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from sj_robust.data.idx import read_idx
+from sj_robust.data.augmentation import Augmentation
+from sj_robust.data.cifar import CIFAR_STATISTICS, cifar
+from sj_robust.data.digits import digits
+from sj_robust.data.mnist import mnist
+from sj_robust.data.stored import Images, Part, Source
+from sj_robust.data.svhn import svhn
 
 __all__ = ["DATASETS", "ImageSplits", "load_images"]
+
+DATASETS = ("digits", "fashion_mnist", "mnist", "cifar10", "cifar100", "svhn")
+"""Names that :func:`load_images` takes."""
 
 
 @dataclass(frozen=True)
@@ -22,16 +30,24 @@ class ImageSplits:
         train: Images to train on.
         validation: Images held out of the training set, to select a network by.
         test: Images for the final figures only.
-        image_shape: (C, H, W) of one image.
+        image_shape: (C, H, W) of one image or frame.
         classes: Number of classes.
+        mean: Mean per channel that the network subtracts itself; None for a set without one.
+        std: Standard deviation per channel that it divides by.
+        frames: Whether an item is a sequence of binary event frames [T, C, H, W] instead.
+        augmentation: What is done to the training images, and to no others; None for nothing.
     """
 
     name: str
-    train: TensorDataset
-    validation: TensorDataset
-    test: TensorDataset
+    train: Images | TensorDataset
+    validation: Images | TensorDataset
+    test: Images | TensorDataset
     image_shape: tuple[int, int, int]
     classes: int
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    frames: bool = False
+    augmentation: Augmentation | None = None
 
 
 def load_images(
@@ -42,18 +58,25 @@ def load_images(
     seed: int = 0,
     train_limit: int | None = None,
     test_limit: int | None = None,
+    download: bool = False,
+    T: int | None = None,
+    on_unreadable: Literal["error", "skip"] = "error",
+    augment: bool | None = None,
 ) -> ImageSplits:
     """Load a data set and hold a validation split out of its training images. 加载数据集并划分验证集。
 
     Args:
-        name: ``"digits"`` (ships with scikit-learn: 1797 images of 8x8; a fixed fifth is the test set) or
-            ``"fashion_mnist"`` (28x28).
-        root: Folder with the data: the four IDX files themselves, gzipped or not, or torchvision's
-            ``FashionMNIST/raw``. Not used by digits.
+        name: ``"digits"`` (ships with scikit-learn: 1797 images of 8x8; a fixed fifth is the test set),
+            ``"fashion_mnist"``, ``"mnist"``, ``"cifar10"``, ``"cifar100"`` or ``"svhn"``.
+        root: Folder with the data, as torchvision lays it out. Not used by digits.
         validation_fraction: Share of the training images that is held out.
         seed: Decides which images are held out; the test images never depend on it.
         train_limit: Number of training images to use at most, the validation split included.
         test_limit: Number of test images to use at most.
+        download: Whether files that are missing may be fetched.
+        T: Frames per sample of event data; not used by images.
+        on_unreadable: What a picture that cannot be read is: an error, or left out with a warning.
+        augment: Whether training images are augmented; None for CIFAR alone, as in the paper.
 
     Returns:
         The three parts.
@@ -61,102 +84,56 @@ def load_images(
     Raises:
         ValueError: If the name is unknown, a number is out of range, or a file is not what it should be.
         FileNotFoundError: If the data is not there; the message says which files, where and how to get them.
-        ModuleNotFoundError: If digits are asked for and scikit-learn is not installed.
+        ModuleNotFoundError: If a package is missing that reads the files.
 
     Example:
         >>> splits = load_images("digits")
         >>> len(splits.train), len(splits.validation), len(splits.test)
         (1294, 143, 360)
     """
-    if name not in DATASETS:
-        raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {name!r}")
     for option, limit in (("train_limit", train_limit), ("test_limit", test_limit)):
         if limit is not None and limit < 1:
             raise ValueError(f"{option} must be >= 1, or None for all images, got {limit}")
-    train, test = DATASETS[name](Path(root))
-    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:train_limit]
-    held_out = int(validation_fraction * len(order))
-    if not 0 < held_out < len(order):
-        raise ValueError(
-            f"validation_fraction must leave images on both sides, got {validation_fraction} of {len(order)} images"
-        )
+    if on_unreadable not in ("error", "skip"):
+        raise ValueError(f"on_unreadable must be 'error' or 'skip', got {on_unreadable!r}")
+    source = _source(name, Path(root), download)
+    order = torch.randperm(len(source.train), generator=torch.Generator().manual_seed(seed))[:train_limit]
+    train, validation = _held_out(source, order, validation_fraction)
+    mean, std = CIFAR_STATISTICS.get(name, (None, None))
+    augmented = name in CIFAR_STATISTICS if augment is None else augment
     return ImageSplits(
         name=name,
-        train=_part(train, order[held_out:]),
-        validation=_part(train, order[:held_out]),
-        test=_part(test, torch.arange(len(test))[:test_limit]),
-        image_shape=(1, train.pixels.shape[1], train.pixels.shape[2]),
-        classes=int(train.labels.max()) + 1,
+        train=train,
+        validation=validation,
+        test=Part(source.test, torch.arange(len(source.test))[:test_limit]),
+        image_shape=source.image_shape,
+        classes=source.classes,
+        mean=mean,
+        std=std,
+        frames=source.frames,
+        augmentation=Augmentation() if augmented else None,
     )
 
 
-@dataclass(frozen=True)
-class _RawImages:
-    """Grey images [N, H, W] whose values run from 0 to ``white``, and their classes [N]."""
-
-    pixels: Tensor
-    labels: Tensor
-    white: float
-
-    def __len__(self) -> int:
-        return len(self.pixels)
-
-
-def _part(raw: _RawImages, indices: Tensor) -> TensorDataset:
-    return TensorDataset(raw.pixels[indices].float().div(raw.white).unsqueeze(1), raw.labels[indices].long())
+def _source(name: str, root: Path, download: bool) -> Source:
+    match name:
+        case "digits":
+            return digits()
+        case "mnist" | "fashion_mnist":
+            return mnist(name, root, download=download)
+        case "cifar10" | "cifar100":
+            return cifar(name, root, download=download)
+        case "svhn":
+            return svhn(root, download=download)
+        case _:
+            raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {name!r}")
 
 
-def _digits(root: Path) -> tuple[_RawImages, _RawImages]:
-    try:
-        from sklearn.datasets import load_digits
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "the digits ship with scikit-learn, which is not installed: pip install 'sj_robust[recipes]'"
-        ) from error
-    bunch = load_digits()
-    pixels, labels = torch.from_numpy(bunch.images), torch.from_numpy(bunch.target)
-    # The set has no official split and is sorted by writer: a fixed shuffle, whatever the seed of the run.
-    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(20240521))
-    train, test = order[360:], order[:360]
-    return _RawImages(pixels[train], labels[train], 16.0), _RawImages(pixels[test], labels[test], 16.0)
-
-
-def _fashion_mnist(root: Path) -> tuple[_RawImages, _RawImages]:
-    folders = (root, root / "FashionMNIST" / "raw")
-    found: dict[str, Path] = {}
-    for name in _IDX_FILES:
-        candidates = (folder / (name + ending) for folder in folders for ending in ("", ".gz"))
-        path = next((path for path in candidates if path.is_file()), None)
-        if path is not None:
-            found[name] = path
-    missing = [name for name in _IDX_FILES if name not in found]
-    if missing:
-        raise FileNotFoundError(
-            f"Fashion-MNIST is not complete: {', '.join(missing)} (each may end in .gz) not found in "
-            f"{' or '.join(str(folder.resolve()) for folder in folders)}. Get it with\n"
-            f"  python -c \"from torchvision.datasets import FashionMNIST; FashionMNIST('{root}', download=True)\"\n"
-            "or, on Debian and Ubuntu, apt-get install dataset-fashion-mnist and "
-            "--data-root /usr/share/datasets/fashion-mnist"
-        )
-    tensors = []
-    for name, path in found.items():
-        tensor = read_idx(path)
-        expected = 3 if "images" in name else 1
-        if tensor.ndim != expected:
-            raise ValueError(f"{path} must hold an array of {expected} dimensions, got {tensor.ndim}: is it misnamed?")
-        tensors.append(tensor)
-    for images, labels in (tensors[:2], tensors[2:]):
-        if len(images) != len(labels):
-            raise ValueError(
-                f"{root} holds {len(images)} images but {len(labels)} labels: the files do not belong together"
-            )
-    return _RawImages(tensors[0], tensors[1], 255.0), _RawImages(tensors[2], tensors[3], 255.0)
-
-
-_IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
-
-DATASETS: dict[str, Callable[[Path], tuple[_RawImages, _RawImages]]] = {
-    "digits": _digits,
-    "fashion_mnist": _fashion_mnist,
-}
-"""Data sets by name: from the root folder to training and test images."""
+def _held_out(source: Source, order: Tensor, fraction: float) -> tuple[Images, Images]:
+    """Training and validation images: the first of ``order`` are held out, unless the set brings its own."""
+    if source.validation is not None:
+        return Part(source.train, order), source.validation
+    held_out = int(fraction * len(order))
+    if not 0 < held_out < len(order):
+        raise ValueError(f"validation_fraction must leave images on both sides, got {fraction} of {len(order)} images")
+    return Part(source.train, order[held_out:]), Part(source.train, order[:held_out])

@@ -29,6 +29,12 @@ def write_fashion_mnist(folder, *, gz=False, train=40, test=20, size=8):
     return pixels, labels
 
 
+def stacked(dataset):
+    """All images and labels of a part."""
+    images, labels = zip(*dataset, strict=True)
+    return torch.stack(images), torch.stack(labels)
+
+
 def rows(dataset):
     return {image.numpy().tobytes() for image, _ in dataset}
 
@@ -37,19 +43,19 @@ def test_digits():
     splits = load_images("digits", seed=3)
     assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [1294, 143, 360]
     assert (splits.image_shape, splits.classes) == ((1, 8, 8), 10)
-    images = torch.cat([part.tensors[0] for part in (splits.train, splits.validation, splits.test)])
+    images = torch.cat([stacked(part)[0] for part in (splits.train, splits.validation, splits.test)])
     assert images.dtype == torch.float32
     assert (images.min(), images.max()) == (0, 1)
     assert len({image.numpy().tobytes() for image in images}) > 1790  # the three parts do not overlap
-    assert splits.test.tensors[1].bincount().min() >= 20
+    assert stacked(splits.test)[1].bincount().min() >= 20
 
 
 def test_the_seed_moves_the_validation_split_and_never_the_test_images():
     one, same, other = (load_images("digits", seed=seed) for seed in (0, 0, 1))
-    assert torch.equal(one.validation.tensors[0], same.validation.tensors[0])
-    assert torch.equal(one.train.tensors[1], same.train.tensors[1])
+    assert torch.equal(stacked(one.validation)[0], stacked(same.validation)[0])
+    assert torch.equal(stacked(one.train)[1], stacked(same.train)[1])
     assert rows(one.validation) != rows(other.validation)
-    assert torch.equal(one.test.tensors[0], other.test.tensors[0])
+    assert torch.equal(stacked(one.test)[0], stacked(other.test)[0])
     assert rows(one.validation) | rows(one.train) == rows(other.validation) | rows(other.train)
 
 
@@ -65,7 +71,7 @@ def test_fashion_mnist_files(tmp_path, folder, gz):
     splits = load_images("fashion_mnist", root=tmp_path)
     assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [36, 4, 20]
     assert splits.image_shape == (1, 8, 8)
-    images, classes = splits.test.tensors
+    images, classes = stacked(splits.test)
     assert torch.equal(images[:, 0], torch.from_numpy(pixels[40:]).float() / 255)
     assert classes.tolist() == labels[40:].tolist()
     paired = {image.tobytes(): int(label) for image, label in zip(pixels[:40], labels[:40], strict=True)}
@@ -77,8 +83,8 @@ def test_fashion_mnist_files(tmp_path, folder, gz):
 def test_the_real_fashion_mnist():
     splits = load_images("fashion_mnist", root=DEBIAN)
     assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [54000, 6000, 10000]
-    assert splits.test.tensors[1].bincount().tolist() == [1000] * 10
-    assert splits.test.tensors[1][:5].tolist() == [9, 2, 1, 1, 6]
+    assert stacked(splits.test)[1].bincount().tolist() == [1000] * 10
+    assert stacked(splits.test)[1][:5].tolist() == [9, 2, 1, 1, 6]
 
 
 def test_missing_files_are_named_with_the_way_to_get_them(tmp_path):

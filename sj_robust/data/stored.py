@@ -1,0 +1,115 @@
+"""Images held in memory as bytes, and parts of a data set."""
+
+from abc import abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+from torch.utils.data import Dataset
+
+__all__ = ["Images", "Part", "Source", "StoredImages", "check_labels"]
+
+
+class Images(Dataset[tuple[Tensor, ...]]):
+    """A number of images (or samples of event frames), each with its class. 带类别的图像集合。"""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Number of images."""
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        """Image float32 in [0, 1], [C, H, W] or frames [T, C, H, W], and its class, an int64 scalar."""
+
+
+class StoredImages(Images):
+    """Images as bytes, a quarter of the memory of float32; an item is converted when it is asked for. 内存中的图像。
+
+    Args:
+        pixels: uint8 [N, C, H, W], from 0 to ``white``.
+        labels: Classes, integers [N].
+        white: The value that becomes 1.
+
+    Example:
+        >>> import torch
+        >>> images = StoredImages(torch.tensor([[[[0, 255]]]], dtype=torch.uint8), torch.tensor([3]))
+        >>> images[0]
+        (tensor([[[0., 1.]]]), tensor(3))
+    """
+
+    def __init__(self, pixels: Tensor, labels: Tensor, white: float = 255.0) -> None:
+        """Keep the bytes; see the class."""
+        self.pixels = pixels
+        self.labels = labels.long()
+        self.white = white
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.pixels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        """One image in [0, 1] and its class."""
+        return self.pixels[index].float().div(self.white), self.labels[index]
+
+
+class Part(Images):
+    """Some of the images, in the order of ``indices``. 数据集的一部分。
+
+    Args:
+        images: Where they come from.
+        indices: Which ones, integers [N].
+
+    Example:
+        >>> import torch
+        >>> images = StoredImages(torch.zeros(3, 1, 2, 2, dtype=torch.uint8), torch.tensor([5, 6, 7]))
+        >>> [int(label) for _, label in Part(images, torch.tensor([2, 0]))]
+        [7, 5]
+    """
+
+    def __init__(self, images: Images, indices: Tensor) -> None:
+        """Keep the selection; see the class."""
+        self.images = images
+        self.indices = indices
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.indices)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        """One image and its class."""
+        return self.images[int(self.indices[index])]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set as its files give it, before anything is held out.
+
+    Attributes:
+        train: Images of the training set.
+        test: Images of the test set.
+        image_shape: (C, H, W) of one image or frame.
+        classes: Number of classes.
+        validation: Images of a validation set of its own, if there is one.
+        frames: Whether an item is a sequence of event frames.
+    """
+
+    train: Images
+    test: Images
+    image_shape: tuple[int, int, int]
+    classes: int
+    validation: Images | None = None
+    frames: bool = False
+
+
+def check_labels(labels: Tensor, classes: int, path: object) -> Tensor:
+    """Labels that are classes, or an error that names the file.
+
+    Raises:
+        ValueError: If a label lies outside 0 ... classes - 1.
+    """
+    outside = labels[(labels < 0) | (labels >= classes)]
+    if len(outside):
+        raise ValueError(
+            f"{path} holds {len(outside)} labels outside the classes 0 to {classes - 1}, the first is "
+            f"{int(outside[0])}; fetch the file again"
+        )
+    return labels

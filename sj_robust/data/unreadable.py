@@ -1,0 +1,54 @@
+"""Files that cannot be read: found before a run starts, and named if one goes bad during it."""
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Literal
+
+__all__ = ["UnreadableError", "readable"]
+
+
+class UnreadableError(ValueError):
+    """A file of a data set cannot be read; the message names it."""
+
+
+def readable(
+    paths: Sequence[Path], read: Callable[[Path], object], *, on_unreadable: Literal["error", "skip"], folder: Path
+) -> list[bool]:
+    """Which of the files can be read. 检查哪些文件可读。
+
+    Args:
+        paths: The files.
+        read: Reads one and raises :class:`UnreadableError` where it cannot.
+        on_unreadable: Whether one that cannot be read is an error, or left out with a warning.
+        folder: Where they lie, for the message.
+
+    Returns:
+        One truth value per file.
+
+    Raises:
+        UnreadableError: If some cannot be read and are not to be left out; or if none is left.
+    """
+
+    def problem(path: Path) -> str | None:
+        try:
+            read(path)
+        except UnreadableError as error:
+            return str(error)
+        return None
+
+    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
+        problems = list(pool.map(problem, paths))
+    bad = [text for text in problems if text is not None]
+    if not bad:
+        return [True] * len(paths)
+    names = "; ".join(bad[:5]) + (f"; and {len(bad) - 5} more" if len(bad) > 5 else "")
+    found = f"{len(bad)} of {len(paths)} files in {folder} cannot be used: {names}"
+    if on_unreadable == "error":
+        raise UnreadableError(f"{found}. Replace them, or leave them out with on_unreadable='skip'")
+    if len(bad) == len(paths):
+        raise UnreadableError(f"{found}. None is left")
+    warnings.warn(f"{found}. They are left out", stacklevel=2)
+    return [text is None for text in problems]
