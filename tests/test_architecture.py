@@ -16,7 +16,7 @@ LAYERS = [
     {"classifier", "fusion"},
     {"attacks", "perturbation", "stability"},
     {"models", "data", "plotting", "evaluation", "training", "benchmarking"},
-    {"doctor"},
+    {"command_line", "doctor"},
 ]
 HOST_FILES = {
     "_host.py", "neuron.py", "classifier.py", "fusion.py", "perturbation/monitor.py",
