@@ -1,7 +1,7 @@
 """One layer in one pair of runs: what is kept of the clean run until the perturbed run uses it up."""
 
 from collections import deque
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -10,7 +10,9 @@ from sj_robust.perturbation import dynamics
 from sj_robust.perturbation._neurons import Neuron
 from sj_robust.perturbation._statistics import LayerTotals, LayerTrace, PairStatistics
 
-__all__ = ["LayerPair"]
+__all__ = ["Indicator", "LayerPair"]
+
+Indicator = Literal["mppd", "tasad", "std"]
 
 
 class LayerPair:
@@ -21,9 +23,10 @@ class LayerPair:
         paired: Whether one run holds both, clean samples first.
         input_gain: Whether the perturbation of a trace contains the learnable gain.
         trace: Whether full traces are kept.
+        spikes: Whether the spikes are kept for a loss on them.
     """
 
-    def __init__(self, neuron: Neuron, *, paired: bool, input_gain: bool, trace: bool) -> None:
+    def __init__(self, neuron: Neuron, *, paired: bool, input_gain: bool, trace: bool, spikes: bool) -> None:
         self.neuron = neuron
         self.totals: LayerTotals | None = None
         self.trace: LayerTrace | None = None
@@ -38,6 +41,10 @@ class LayerPair:
         # Input currents of both runs in chunks [t, N, *] with their version, for the loss.
         self._clean_chunks: list[tuple[Tensor, int | None]] = []
         self._perturbed_chunks: list[tuple[Tensor, int | None]] = []
+        # The same of the spikes, if they are kept.
+        self._keep_spikes = spikes
+        self._clean_spikes: list[Tensor] = []
+        self._perturbed_spikes: list[tuple[Tensor, int | None]] = []
 
     def before(self, first_call: bool, perturbed: bool) -> None:
         """Take note of the state in which the neuron enters a call; ``first_call`` of the clean or perturbed run."""
@@ -66,6 +73,8 @@ class LayerPair:
         spikes = spike_seq.detach() != 0 if self.neuron.binary else spike_seq.detach().clone()
         version = _version(x_seq)
         self._clean_chunks.append((x_seq, version))
+        if self._keep_spikes:
+            self._clean_spikes.append(spikes)
         self._steps.extend((x, version, spike) for x, spike in zip(x_seq, spikes, strict=True))
         self._clean_steps += len(x_seq)
 
@@ -85,6 +94,8 @@ class LayerPair:
             self._perturbed_chunks.append((x_seq, _version(x_seq)))
         else:
             self._clean_chunks.clear()
+        if self._keep_spikes:
+            self._perturbed_spikes.append((spike_seq, _version(spike_seq)))
         statistics = self._open_statistics()
         for x_perturbed, spike_perturbed in zip(x_seq.detach(), spike_seq.detach(), strict=True):
             x, version, spike = self._steps.popleft()
@@ -104,6 +115,8 @@ class LayerPair:
         half = size // 2
         if torch.is_grad_enabled():
             self._perturbed_chunks.append((x_seq, _version(x_seq)))
+        if self._keep_spikes:
+            self._perturbed_spikes.append((spike_seq, _version(spike_seq)))
         if self._statistics is None:
             self._check_paired_start(half)
         statistics = self._open_statistics()
@@ -129,9 +142,13 @@ class LayerPair:
         self.full_valid = self._statistics.full_valid
         self._start = None
 
-    def loss(self, norm: Literal["l2", "l1"], *, input_gain: bool) -> Tensor:
-        """MS-MPPD of the layer; the gradient reaches the currents of the perturbed run only."""
+    def loss(self, norm: Literal["l2", "l1"], *, input_gain: bool, indicator: Indicator) -> Tensor:
+        """MS-MPPD of the layer or a distance of its spikes; the gradient reaches the perturbed run only."""
         assert self._statistics is not None
+        if indicator not in get_args(Indicator):
+            raise ValueError(f"indicator must be one of {get_args(Indicator)}, got {indicator!r}")
+        if indicator != "mppd":
+            return self._spike_loss(indicator, norm)
         if not self._perturbed_chunks:
             return self._statistics.mean(norm, input_gain=input_gain)
         x_seq, x_seq_perturbed = self._currents()
@@ -142,6 +159,20 @@ class LayerPair:
             gain = gain * charging.input_gain[first : first + x_seq.shape[0]]
         eps = dynamics.simplified_perturbation(x_seq, x_seq_perturbed, decay=charging.decay, gain=gain)
         return dynamics.ms_mppd(eps, norm)
+
+    def _spike_loss(self, indicator: Indicator, norm: Literal["l2", "l1"]) -> Tensor:
+        if not self._keep_spikes:
+            raise ValueError(f"indicator={indicator!r} needs the spikes: build the monitor with spikes=True")
+        for spikes, version in self._perturbed_spikes:
+            self._check_version(spikes, version, what="output")
+        perturbed = _cat([spikes for spikes, _ in self._perturbed_spikes])
+        if self._paired:
+            clean, perturbed = perturbed.detach().chunk(2, 1)[0], perturbed.chunk(2, 1)[1]
+        else:
+            clean = _cat(self._clean_spikes)
+        dtype = torch.float64 if perturbed.dtype == torch.float64 else torch.float32
+        difference = clean.to(dtype) - perturbed.to(dtype)
+        return dynamics.ms_mppd(difference if indicator == "std" else difference.mean(0), norm)
 
     def _currents(self) -> tuple[Tensor, Tensor]:
         for x, version in (*self._clean_chunks, *self._perturbed_chunks):
@@ -182,10 +213,10 @@ class LayerPair:
                 "batch: call functional.reset_net(net) before the run"
             )
 
-    def _check_version(self, x: Tensor, version: int | None) -> None:
+    def _check_version(self, x: Tensor, version: int | None, *, what: str = "input") -> None:
         if version is not None and x._version != version:
             raise RuntimeError(
-                f"the input of layer {self.neuron.name!r} was changed in place after the neuron had read it, so its "
+                f"the {what} of layer {self.neuron.name!r} was changed in place after the neuron's call, so its "
                 "perturbation is lost: make the operation that changes it out of place"
             )
 

@@ -25,6 +25,7 @@ class Recording:
         layers: Layers to follow: ``"all"``, ``"last"`` or names.
         input_gain: Whether the perturbation of a trace contains the learnable gain.
         trace: Whether full traces are kept.
+        spikes: Whether the spikes are kept for a loss on them.
     """
 
     def __init__(
@@ -35,6 +36,7 @@ class Recording:
         *,
         input_gain: bool,
         trace: bool,
+        spikes: bool,
     ) -> None:
         self.run: RunKind | None = None
         self.order: list[str] = []
@@ -42,8 +44,7 @@ class Recording:
         self.complete = False
         self._neurons = neurons
         self._unsupported = unsupported
-        self._input_gain = input_gain
-        self._trace = trace
+        self._options = {"input_gain": input_gain, "trace": trace, "spikes": spikes}
         self._called: list[str] = []
         self._unseen: set[str] = set()
         self._layers = self._checked(layers)
@@ -147,9 +148,7 @@ class Recording:
         if self._layers == "last":
             self.pairs.clear()
         if name in self._followed():
-            paired = self.run == "paired"
-            options = {"input_gain": self._input_gain, "trace": self._trace}
-            self.pairs[name] = LayerPair(self._neurons[name], paired=paired, **options)
+            self.pairs[name] = LayerPair(self._neurons[name], paired=self.run == "paired", **self._options)
 
     def _finish(self, kind: RunKind) -> None:
         if kind != "perturbed":

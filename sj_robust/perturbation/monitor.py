@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sj_robust._host import functional
 from sj_robust.perturbation._neurons import NeuronKey, find_neurons
-from sj_robust.perturbation._pair import LayerPair
+from sj_robust.perturbation._pair import Indicator, LayerPair
 from sj_robust.perturbation._recording import Layers, NeuronHook, Recording, RunKind
 from sj_robust.perturbation._statistics import LayerStats, LayerTotals
 
@@ -57,6 +57,8 @@ class MPPDMonitor(BaseMonitor):
         gain: Input gain of neurons in ``decay`` (by the same keys), 1 unless given.
         input_gain: Whether a DLIF neuron's learnable gain is part of the perturbation in statistics and traces.
         keep: ``"statistics"`` keeps sums; ``"trace"`` keeps [T, N, *] tensors of every pair as well.
+        spikes: Whether the spikes of a pair stay for :meth:`loss` as its currents do, which the indicators
+            ``"tasad"`` and ``"std"`` need.
 
     Attributes:
         unsupported: Reason by module name of the neurons that cannot be followed.
@@ -85,6 +87,7 @@ class MPPDMonitor(BaseMonitor):
         gain: Mapping[NeuronKey, float] | None = None,
         input_gain: bool = True,
         keep: Literal["statistics", "trace"] = "statistics",
+        spikes: bool = False,
     ) -> None:
         """Find the neurons and hook them; see the class."""
         super().__init__()
@@ -98,7 +101,9 @@ class MPPDMonitor(BaseMonitor):
         self._keep = keep
         self._totals: dict[str, LayerTotals] = {}
         self._warned_of_potential = False
-        self._recording = Recording(neurons, self.unsupported, layers, input_gain=input_gain, trace=keep == "trace")
+        self._recording = Recording(
+            neurons, self.unsupported, layers, input_gain=input_gain, trace=keep == "trace", spikes=spikes
+        )
         for name in (*neurons, *sorted(spiking)):
             hook = NeuronHook(self._recording, name)
             self.hooks.append(net.get_submodule(name).register_forward_pre_hook(hook.before))
@@ -189,33 +194,43 @@ class MPPDMonitor(BaseMonitor):
         norm: Literal["l2", "l1"] = "l2",
         input_gain: bool = False,
         *,
+        indicator: Indicator = "mppd",
         retain: bool = True,
     ) -> Tensor:
-        """MS-MPPD of the last pair of runs, for training. 用于训练的可微损失。
+        """MS-MPPD of the last pair of runs, or a distance of the spikes, for training. 用于训练的可微损失。
 
-        Equation: ``mean(eps^2)`` (``"l2"``) or ``mean(|eps|)`` (``"l1"``), averaged over the chosen layers so that its
-        weight means the same for one layer and for many. The clean run is a constant: the gradient reaches the network
-        through the perturbed run, and the decay and gains that the neurons learn. If the perturbed run had gradients
-        disabled this is its value alone.
+        Equation: ``mean(d^2)`` (``"l2"``) or ``mean(|d|)`` (``"l1"``), averaged over the chosen layers so that its
+        weight means the same for one layer and for many, where ``d`` is
+
+        - ``"mppd"``: ``eps[t]``, the mean taken over time, batch and features;
+        - ``"std"``: ``s[t] - s~[t]`` likewise, in both norms the spike-train distance divided by T in value;
+        - ``"tasad"``: ``mean_t s[t] - mean_t s~[t]``, over batch and features; with ``"l1"`` the mean of TASAD.
+
+        The clean run is a constant: the gradient reaches the network through the perturbed run (its spikes through
+        their surrogate), and the decay and gains that the neurons learn. If the perturbed run had gradients disabled
+        this is its value alone.
 
         Args:
             layers: ``"last"`` for the spiking layer executed last, ``"all"``, or names.
             norm: ``"l2"`` or ``"l1"``.
             input_gain: Whether the learnable gain of DLIF neurons is part of ``eps``; the paper leaves it out. A fixed
                 gain (1/tau of ``decay_input``) always is.
+            indicator: What is measured; the distances of spikes need a monitor with ``spikes=True``.
             retain: Whether the pair stays for another call.
 
         Returns:
             A scalar tensor.
 
         Raises:
-            ValueError: If a layer is unknown, was not followed or did not run, or ``norm`` is unknown.
+            ValueError: If a layer is unknown, was not followed or did not run, ``norm`` or ``indicator`` is unknown, or
+                spikes are needed that were not kept.
             RuntimeError: If there is no complete pair, or the last spiking layer cannot be followed.
         """
         if norm not in ("l2", "l1"):
             raise ValueError(f"norm must be 'l2' or 'l1', got {norm!r}")
         pairs = self._recording.chosen(layers)
-        value = torch.stack([pair.loss(norm, input_gain=input_gain) for pair in pairs]).mean()
+        values = [pair.loss(norm, input_gain=input_gain, indicator=indicator) for pair in pairs]
+        value = torch.stack(values).mean()
         if not retain:
             self._recording.forget()
         return value

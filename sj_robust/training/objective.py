@@ -1,16 +1,22 @@
 """The training objective: cross entropy of the clean and the perturbed image, and the perturbation between them."""
 
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Literal, NamedTuple, get_args
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sj_robust.attacks.randomness import seeded_globals
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.perturbation import MPPDMonitor
+from sj_robust.training.penalties import Passes, Penalty
 
-__all__ = ["Losses", "Objective"]
+__all__ = ["Indicator", "LossName", "Losses", "Objective"]
+
+LossName = Literal["paper", "trades"]
+Indicator = Literal["mppd", "tasad", "std"]
 
 
 class Losses(NamedTuple):
@@ -18,11 +24,12 @@ class Losses(NamedTuple):
 
     Attributes:
         total: What is minimised.
-        clean: Cross entropy of the clean images.
-        perturbed: Cross entropy of the perturbed images; 0 without any.
-        mppd: MS-MPPD before its weight; 0 if it has none.
-        accuracy: Share of the clean images that are classified right.
-        accuracy_perturbed: The same of the perturbed images; 0 without any.
+        clean: Cross entropy of the clean images; 0 if the objective does not run them.
+        perturbed: Cross entropy of the perturbed images; 0 without any, or if the objective does not run them.
+        mppd: MS-MPPD, or the indicator in its place, before its weight; 0 if it has none.
+        accuracy: Share of the clean images that are classified right; 0 if they do not run.
+        accuracy_perturbed: The same of the perturbed images.
+        penalty: Sum of all penalties with their weights.
     """
 
     total: Tensor
@@ -31,33 +38,49 @@ class Losses(NamedTuple):
     mppd: Tensor
     accuracy: Tensor
     accuracy_perturbed: Tensor
+    penalty: Tensor
 
 
 class Objective(nn.Module):
     """Loss of a classifier on clean and perturbed images. 干净与扰动图像上的训练目标。
 
-    Equation::
+    Equation, with loss ``"paper"`` and ``"trades"``::
 
-        L = kappa * CE(f(x), y) + (1 - kappa) * CE(f(x~), y) + rho * MS-MPPD
+        L = kappa * CE(f(x), y) + (1 - kappa) * CE(f(x~), y)   + rho * MS-MPPD + sum of weight * penalty
+        L = CE(f(x), y) + trades_weight * KL(f(x) || f(x~))    + rho * MS-MPPD + sum of weight * penalty
 
-    or ``CE(f(x), y)`` without perturbed images. Both passes run in the module's own mode, the clean one first, so
-    in training mode batch norm sees one after the other. The clean pass is a constant in MS-MPPD.
+    or ``CE(f(x), y)`` and the penalties without perturbed images. The divergence is that of the softmax distributions,
+    a mean over the batch with a gradient through both of its sides. In MS-MPPD's place can stand the mean square (or
+    absolute value, ``norm``) of a difference of spikes, see :meth:`MPPDMonitor.loss`: ``s[t] - s~[t]`` for ``"std"``,
+    ``mean_t s - mean_t s~`` for ``"tasad"``, both through the surrogate. The clean pass is a constant in all three.
 
-    Shapes: images [N, C, H, W], labels [N]; the parts are scalars. Both passes happen inside one ``forward``, which
-    is what DDP needs to reduce every gradient once.
+    Both passes run in the module's own mode, the clean one first, so in training mode batch norm sees one after the
+    other. A pass that no term needs is left out: the clean one at kappa 0 and rho 0, the perturbed one at kappa 1 and
+    rho 0.
+
+    Shapes: images [N, C, H, W] or frames [N, T, C, H, W], labels [N]; the parts are scalars. Both passes happen inside
+    one ``forward``, which is what DDP needs to reduce every gradient once.
 
     Args:
         classifier: The network to train.
-        kappa: Weight of the clean cross entropy, in [0, 1].
+        kappa: Weight of the clean cross entropy, in [0, 1]; not used by ``"trades"``.
         rho: Weight of MS-MPPD, >= 0; 0 leaves the monitor out.
         layers: ``"last"`` (the spiking layer executed last), ``"all"``, or names of spiking layers.
         norm: ``"l2"`` for the mean square, ``"l1"`` for the mean absolute value.
         input_gain: Whether DLIF's learnable gain is part of the perturbation; the paper leaves it out.
+        loss: ``"paper"`` or ``"trades"``.
+        trades_weight: Weight of the divergence, >= 0 (the 1/lambda of TRADES).
+        indicator: ``"mppd"``, ``"tasad"`` or ``"std"``.
+        penalties: Further terms, each with its weight; those of weight 0 are left out.
+
+    Attributes:
+        penalty_values: Value before its weight of every penalty in the last forward, by name, without a graph.
 
     Raises:
-        ValueError: If a weight is out of range or a layer unknown.
+        ValueError: If a weight is out of range, a name unknown, or two penalties have the same name.
 
-    Source: Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024), section 4; kappa 0.5 and rho 1.
+    Source: Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024), section 4; kappa 0.5 and rho 1. Zhang et
+        al., "Theoretically Principled Trade-off between Robustness and Accuracy" (ICML 2019); weight 6.
 
     Example:
         >>> import torch
@@ -77,6 +100,10 @@ class Objective(nn.Module):
         layers: Literal["last", "all"] | Sequence[str] = "last",
         norm: Literal["l2", "l1"] = "l2",
         input_gain: bool = False,
+        loss: LossName = "paper",
+        trades_weight: float = 6.0,
+        indicator: Indicator = "mppd",
+        penalties: Sequence[Penalty] = (),
     ) -> None:
         """Attach the monitor if the objective needs one; see the class."""
         super().__init__()
@@ -84,15 +111,30 @@ class Objective(nn.Module):
             raise ValueError(f"kappa must be in [0, 1], got {kappa}; it is the weight of the clean images")
         if not 0.0 <= rho < float("inf"):
             raise ValueError(f"rho must be >= 0 and finite, got {rho}; 0 turns MS-MPPD off")
-        if norm not in ("l2", "l1"):
-            raise ValueError(f"norm must be 'l2' or 'l1', got {norm!r}")
+        if not 0.0 <= trades_weight < float("inf"):
+            raise ValueError(f"trades_weight must be >= 0 and finite, got {trades_weight}; TRADES takes 6")
+        for name, value, known in (
+            ("norm", norm, ("l2", "l1")),
+            ("loss", loss, get_args(LossName)),
+            ("indicator", indicator, get_args(Indicator)),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {known}, got {value!r}")
+        names = [penalty.name for penalty in penalties]
+        if len(set(names)) < len(names):
+            raise ValueError(f"penalties must differ in name, got {', '.join(names)}; leave one of the same name out")
         self.classifier = classifier
         self.kappa = kappa
         self.rho = rho
         self.layers = layers if isinstance(layers, str) else list(layers)
         self.norm: Literal["l2", "l1"] = norm
         self.input_gain = input_gain
-        self.monitor = MPPDMonitor(classifier.net, layers=self.layers) if rho > 0 else None
+        self.loss: LossName = loss
+        self.trades_weight = trades_weight
+        self.indicator: Indicator = indicator
+        self.penalties = tuple(penalty for penalty in penalties if penalty.weight > 0)
+        self.penalty_values: dict[str, Tensor] = {}
+        self.monitor = MPPDMonitor(classifier.net, layers=self.layers, spikes=indicator != "mppd") if rho > 0 else None
 
     def prepare(self, x: Tensor) -> None:
         """Find the layer executed last by running the network on ``x``, which changes nothing else.
@@ -107,30 +149,85 @@ class Objective(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor, x_perturbed: Tensor | None = None) -> Losses:
         """Parts of the objective for images ``x`` with labels ``y``; without perturbed images, plain cross entropy."""
+        passes = self._run(x, y, x_perturbed)
+        zero = torch.zeros((), dtype=passes.first[1].dtype, device=x.device)
+        clean, accuracy = zero, zero
+        perturbed, accuracy_perturbed = zero, zero
+        if passes.logits is not None:
+            clean, accuracy = F.cross_entropy(passes.logits, y), _accuracy(passes.logits, y)
+        if passes.logits_perturbed is not None:
+            perturbed = F.cross_entropy(passes.logits_perturbed, y)
+            accuracy_perturbed = _accuracy(passes.logits_perturbed, y)
         if x_perturbed is None:
-            logits = self.classifier(x)
-            total = F.cross_entropy(logits, y)
-            zero = total.detach().new_zeros(())
-            return Losses(total, total.detach(), zero, zero, _accuracy(logits, y), zero)
-        if self.monitor is None:
-            logits, logits_perturbed = self.classifier(x), self.classifier(x_perturbed)
-            mppd = logits.new_zeros(())
+            total = clean
+        elif self.loss == "trades":
+            assert passes.logits is not None
+            assert passes.logits_perturbed is not None
+            total = clean + self.trades_weight * _divergence(passes.logits, passes.logits_perturbed)
         else:
-            with self.monitor.clean():
-                logits = self.classifier(x)
-            with self.monitor.perturbed():
-                logits_perturbed = self.classifier(x_perturbed)
-            mppd = self.monitor.loss(layers=self.layers, norm=self.norm, input_gain=self.input_gain, retain=False)
-        clean, perturbed = F.cross_entropy(logits, y), F.cross_entropy(logits_perturbed, y)
-        total = self.kappa * clean + (1 - self.kappa) * perturbed + self.rho * mppd
+            total = self.kappa * clean + (1 - self.kappa) * perturbed
+        mppd = zero
+        if self.monitor is not None and x_perturbed is not None:
+            mppd = self.monitor.loss(
+                layers=self.layers,
+                norm=self.norm,
+                input_gain=self.input_gain,
+                indicator=self.indicator,
+                retain=False,
+            )
+            total = total + self.rho * mppd
+        penalty = zero
+        self.penalty_values = {}
+        for term in self.penalties:
+            value = term.value(passes)
+            self.penalty_values[term.name] = value.detach()
+            penalty = penalty + term.weight * value
         return Losses(
-            total,
+            total + penalty if self.penalties else total,
             clean.detach(),
             perturbed.detach(),
             mppd.detach(),
-            _accuracy(logits, y),
-            _accuracy(logits_perturbed, y),
+            accuracy,
+            accuracy_perturbed,
+            penalty.detach(),
         )
+
+    def _run(self, x: Tensor, y: Tensor, x_perturbed: Tensor | None) -> Passes:
+        """The passes that the objective needs, watched by the monitor and the penalties."""
+        needs_both = self.monitor is not None or self.loss == "trades"
+        runs_clean = x_perturbed is None or self.kappa > 0 or needs_both
+        runs_perturbed = x_perturbed is not None and (self.kappa < 1 or needs_both)
+        if any(penalty.input_gradient for penalty in self.penalties):
+            if runs_clean:
+                x = x.detach().requires_grad_()
+            elif x_perturbed is not None:
+                x_perturbed = x_perturbed.detach().requires_grad_()
+        logits = logits_perturbed = None
+        with ExitStack() as stack:
+            for penalty in self.penalties:
+                stack.enter_context(penalty.observe(self.classifier))
+            if runs_clean:
+                with self._watched("clean", watched=runs_perturbed):
+                    logits = self.classifier(x)
+            if runs_perturbed:
+                with self._watched("perturbed", watched=True):
+                    logits_perturbed = self.classifier(x_perturbed)
+        return Passes(self.classifier, y, x, x_perturbed, logits, logits_perturbed)
+
+    @contextmanager
+    def _watched(self, run: Literal["clean", "perturbed"], *, watched: bool) -> Iterator[None]:
+        """Context of one pass, recorded by the monitor if the objective has one and this pass belongs to a pair."""
+        if self.monitor is None or not watched:
+            yield
+        else:
+            with self.monitor.clean() if run == "clean" else self.monitor.perturbed():
+                yield
+
+
+def _divergence(logits: Tensor, logits_perturbed: Tensor) -> Tensor:
+    """KL divergence of the perturbed distribution from the clean one, mean over the batch."""
+    p, q = logits.log_softmax(1), logits_perturbed.log_softmax(1)
+    return F.kl_div(q, p, reduction="batchmean", log_target=True)
 
 
 def _accuracy(logits: Tensor, y: Tensor) -> Tensor:
