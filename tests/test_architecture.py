@@ -13,7 +13,7 @@ PACKAGE = Path(sj_robust.__file__).parent
 LAYERS = [
     {"_version", "_host", "ops"},
     {"neuron"},
-    {"classifier", "fusion"},
+    {"classifier", "fusion", "charging"},
     {"attacks", "perturbation", "stability"},
     {"models", "data", "plotting", "evaluation", "training", "benchmarking"},
     {"command_line", "doctor"},

@@ -6,8 +6,8 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from sj_robust.charging import Neuron
 from sj_robust.perturbation import dynamics
-from sj_robust.perturbation._neurons import Neuron
 from sj_robust.perturbation._statistics import LayerTotals, LayerTrace, PairStatistics
 
 __all__ = ["Indicator", "LayerPair"]

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sj_robust.perturbation._neurons import Neuron
+from sj_robust.charging import Neuron
 from sj_robust.perturbation._pair import LayerPair
 
 __all__ = ["Layers", "NeuronHook", "Recording", "RunKind"]

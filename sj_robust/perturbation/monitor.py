@@ -11,7 +11,7 @@ from spikingjelly.activation_based.monitor import BaseMonitor
 from torch import Tensor, nn
 
 from sj_robust._host import functional
-from sj_robust.perturbation._neurons import NeuronKey, find_neurons
+from sj_robust.charging import NeuronKey, find_neurons
 from sj_robust.perturbation._pair import Indicator, LayerPair
 from sj_robust.perturbation._recording import Layers, NeuronHook, Recording, RunKind
 from sj_robust.perturbation._statistics import LayerStats, LayerTotals

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from sj_robust.charging import Neuron, find_neurons
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.perturbation import dynamics
-from sj_robust.perturbation._neurons import Neuron, find_neurons
 
 __all__ = ["GradientSparsity", "Passes", "Penalty", "ThresholdGuarding"]
 

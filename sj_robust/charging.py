@@ -1,4 +1,4 @@
-"""Which neurons the monitor can follow, and the decay and gain with which each one charges."""
+"""Which neurons of a network charge linearly, and the decay and gain with which each one does."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sj_robust._host import neuron
 from sj_robust.neuron import DLIFNode
 
-__all__ = ["Charging", "Neuron", "find_neurons"]
+__all__ = ["Charging", "Neuron", "NeuronKey", "find_neurons"]
 
 NeuronKey = str | type[nn.Module]
 
