@@ -5,20 +5,33 @@ from sj_robust.training.engine import NonFiniteLossError, TrainingInterrupted, T
 from sj_robust.training.folder import open_run_folder, run_to_resume
 from sj_robust.training.history import EpochRecord, catastrophic_overfitting
 from sj_robust.training.journal import Journal
+from sj_robust.training.modes import MODES, Mode, training_attack, validation_attacks
 from sj_robust.training.objective import Losses, Objective
+from sj_robust.training.penalties import GradientSparsity, Passes, Penalty, ThresholdGuarding
+from sj_robust.training.regularization import project_to_simplex_, retract_
 
 __all__ = [
+    "MODES",
     "EpochRecord",
+    "GradientSparsity",
     "Journal",
     "Losses",
+    "Mode",
     "NonFiniteLossError",
     "Objective",
+    "Passes",
+    "Penalty",
+    "ThresholdGuarding",
     "TrainingInterrupted",
     "TrainingPlan",
     "catastrophic_overfitting",
     "load_checkpoint",
     "open_run_folder",
+    "project_to_simplex_",
+    "retract_",
     "run_to_resume",
     "save_checkpoint",
     "train",
+    "training_attack",
+    "validation_attacks",
 ]

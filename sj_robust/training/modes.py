@@ -1,0 +1,225 @@
+"""Training modes: how each makes its perturbed images, and the options it is published with."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sj_robust.attacks import fgsm, gaussian, pgd, rfgsm
+from sj_robust.attacks._call import Model, checked_copies, crafting
+from sj_robust.attacks._call import Objective as AttackObjective
+from sj_robust.attacks.checks import check_count, check_logits, check_size
+from sj_robust.attacks.projection import linf_bounds
+from sj_robust.attacks.randomness import SampleSeeds, randn
+from sj_robust.evaluation import Attack
+from sj_robust.training.objective import LossName
+
+__all__ = ["MODES", "Mode", "ModeName", "trades", "training_attack", "validation_attacks"]
+
+ModeName = Literal["none", "gaussian", "at", "rat", "pgd_at", "trades"]
+
+
+@dataclass(frozen=True)
+class Mode:
+    """The options of a training mode where its source and this package agree on none other. 训练模式的默认选项。
+
+    Attributes:
+        name: Name of the mode.
+        attack_steps: Gradient steps that make a perturbed image; 0 where it is noise or there is none.
+        loss: Loss of :class:`Objective`.
+        kappa: Weight of the clean cross entropy.
+        rho: Weight of MS-MPPD.
+        weight_decay: Weight decay of the optimizer.
+        retraction: Length beta of the step towards orthonormal rows after the optimizer's; 0 for none.
+        select: Validation figure that the best epoch is chosen by.
+
+    Source: Ding et al. (ICML 2024; NeurIPS 2022 for ``rat``), Madry et al. (ICLR 2018), Zhang et al. (ICML 2019).
+
+    Example:
+        >>> MODES["rat"].weight_decay, MODES["pgd_at"].kappa
+        (0.0, 0.0)
+    """
+
+    name: ModeName
+    attack_steps: int = 0
+    loss: LossName = "paper"
+    kappa: float = 0.5
+    rho: float = 0.0
+    weight_decay: float = 5e-4
+    retraction: float = 0.0
+    select: Literal["clean", "fgsm", "pgd"] = "pgd"
+
+    @property
+    def single_step(self) -> bool:
+        """Whether one gradient step makes the images, after which catastrophic overfitting is looked for."""
+        return self.attack_steps == 1
+
+
+MODES: Mapping[ModeName, Mode] = MappingProxyType(
+    {
+        mode.name: mode
+        for mode in (
+            Mode("none", select="clean"),
+            Mode("gaussian", rho=1.0),
+            Mode("at", attack_steps=1, rho=1.0),
+            Mode("rat", attack_steps=1, rho=1.0, weight_decay=0.0, retraction=1e-3),
+            Mode("pgd_at", attack_steps=7, kappa=0.0),
+            Mode("trades", attack_steps=10, loss="trades"),
+        )
+    }
+)
+"""Every training mode by its name."""
+
+
+def training_attack(
+    mode: ModeName,
+    *,
+    eps: float,
+    step_size: float | None = None,
+    noise_std: float = 0.001,
+    project: bool = True,
+    steps: int | None = None,
+) -> Attack | None:
+    """How a mode makes the perturbed images of a training batch. 各训练模式的扰动生成方式。
+
+    - ``"none"``: it makes none.
+    - ``"gaussian"``: ``x + eps * n`` with ``n ~ N(0, 1)``, not clamped.
+    - ``"at"``, ``"rat"``: :func:`sj_robust.attacks.rfgsm`, one step from ``x + noise_std * n``.
+    - ``"pgd_at"``: the last iterate of :func:`sj_robust.attacks.pgd` on the cross entropy, from a uniform start.
+    - ``"trades"``: :func:`trades`, from ``x + noise_std * n``.
+
+    Every attack runs the network in evaluation mode and takes a ``torch.Generator`` or ``SampleSeeds``.
+
+    Args:
+        mode: A name of :data:`MODES`.
+        eps: Linf radius in units of [0, 1] images; the standard deviation for ``"gaussian"``.
+        step_size: Length of a step; None is ``eps`` for one step and ``eps / 4`` for several.
+        noise_std: Noise at the start of ``"at"``, ``"rat"`` and ``"trades"``.
+        project: Whether the one step of ``"at"`` and ``"rat"`` is projected onto the ball; the published code does not.
+        steps: Gradient steps of ``"pgd_at"`` and ``"trades"``; None is 7 and 10.
+
+    Returns:
+        ``attack(model, x, y, *, generator)``, or None for ``"none"``.
+
+    Raises:
+        ValueError: If the mode is unknown, or an option does not belong to it.
+
+    Source: Ding et al. (ICML 2024), section 4; Madry et al. (ICLR 2018), CIFAR-10: 7 steps of eps / 4; Zhang et al.
+        (ICML 2019): 10 steps.
+
+    Example:
+        >>> attack = training_attack("pgd_at", eps=8 / 255)
+        >>> x, y = torch.rand(2, 8), torch.tensor([0, 1])
+        >>> x_perturbed = attack(torch.nn.Linear(8, 3), x, y, generator=SampleSeeds([1, 2]))
+        >>> bool((x_perturbed - x).abs().max() <= 8 / 255)
+        True
+    """
+    if mode not in get_args(ModeName):
+        raise ValueError(f"mode must be one of {', '.join(get_args(ModeName))}, got {mode!r}")
+    several = MODES[mode].attack_steps > 1
+    if several and not project:
+        raise ValueError(f"project=False belongs to modes at and rat; {mode} projects every step, leave it out")
+    if steps is not None and not several:
+        raise ValueError(f"steps belongs to modes pgd_at and trades, got steps={steps} for {mode}; leave it out")
+    if mode == "none":
+        return None
+    if mode == "gaussian":
+        return partial(gaussian, std=eps, clamp=False)
+    if not several:
+        return partial(rfgsm, eps=eps, step_size=step_size, noise_std=noise_std, project=project)
+    step_size = eps / 4 if step_size is None else step_size
+    steps = MODES[mode].attack_steps if steps is None else steps
+    if mode == "pgd_at":
+        return partial(pgd, eps=eps, step_size=step_size, steps=steps, keep_best=False)
+    return partial(trades, eps=eps, step_size=step_size, steps=steps, noise_std=noise_std)
+
+
+def validation_attacks(eps: float) -> dict[str, Attack]:
+    """Attacks after every epoch: PGD of 7 steps selects, FGSM beside it shows catastrophic overfitting. 验证时的攻击。
+
+    Args:
+        eps: Linf radius in units of [0, 1] images.
+
+    Returns:
+        ``"fgsm"``, and ``"pgd"`` with steps of eps / 3.
+
+    Source: selection by validation accuracy under attack, in place of test accuracy.
+
+    Example:
+        >>> list(validation_attacks(8 / 255))
+        ['fgsm', 'pgd']
+    """
+    return {"fgsm": partial(fgsm, eps=eps), "pgd": partial(pgd, eps=eps, step_size=eps / 3, steps=7)}
+
+
+def trades(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    *,
+    eps: float,
+    step_size: float,
+    steps: int = 10,
+    noise_std: float = 0.001,
+    generator: torch.Generator | SampleSeeds | None = None,
+) -> Tensor:
+    """Inner maximisation of TRADES: away from the clean prediction, whatever the label is. TRADES 的内层最大化。
+
+    Equation, with p(x) the softmax of the logits and ``n ~ N(0, 1)``::
+
+        x[0] = x + noise_std * n
+        x[k+1] = clamp(x[k] + step_size * sign(grad_x[k] KL(p(x) || p(x[k]))), max(x - eps, 0), min(x + eps, 1))
+
+    Args:
+        model: Images [N, ...] to logits [N, classes]; it sees x[0], which may leave [0, 1] by the noise.
+        x: Images in [0, 1], floating point.
+        y: Labels [N] int64, not used by the attack.
+        eps: Linf radius in units of [0, 1] images; never exceeded, see ``linf_bounds``.
+        step_size: Length of a step.
+        steps: Number of gradient steps, >= 1.
+        noise_std: Standard deviation of the noise at the start, where the divergence alone has no gradient; > 0.
+        generator: Seeds the noise; None draws fresh numbers, global generators untouched.
+
+    Returns:
+        The last iterate, in shape, dtype and device of ``x``.
+
+    Raises:
+        TypeError: If an argument has the wrong type or ``x`` is not floating point.
+        ValueError: If ``x`` is not finite or leaves [0, 1], labels or logits do not fit, or a number is out of range.
+        RuntimeError: If no gradient reaches the images.
+
+    Source: Zhang et al., "Theoretically Principled Trade-off between Robustness and Accuracy" (ICML 2019).
+
+    Example:
+        >>> weight = torch.tensor([[0.0, 0.0], [1.0, -2.0]])
+        >>> x, y = torch.full((1, 2), 0.5), torch.tensor([1])
+        >>> x_perturbed = trades(lambda x: x @ weight.T, x, y, eps=0.25, step_size=0.25)
+        >>> (x_perturbed - x).abs()
+        tensor([[0.2500, 0.2500]])
+    """
+    eps = check_size("eps", eps, at_most=1.0)
+    step_size = check_size("step_size", step_size, positive=eps > 0)
+    noise_std = check_size("noise_std", noise_std, at_most=1.0, positive=True)
+    check_count("steps", steps)
+    x, y = checked_copies(model, x, y, generator)
+    if x.numel() == 0:
+        return x
+    with crafting(model, x.device, generator) as private:
+        with torch.no_grad():
+            clean = check_logits(model(x), y).log_softmax(1)
+
+        def divergence(logits: Tensor, y: Tensor) -> Tensor:
+            return F.kl_div(logits.log_softmax(1), clean, reduction="none", log_target=True).sum(1)
+
+        objective = AttackObjective(model, divergence)
+        lower, upper = linf_bounds(x, eps=eps)
+        x_perturbed = x + noise_std * randn(x.shape, private, dtype=x.dtype, device=x.device)
+        for _ in range(steps):
+            grad, _ = objective.gradient(x_perturbed, y)
+            x_perturbed = (x_perturbed + step_size * grad.sign()).clamp(lower, upper)
+    return x_perturbed
