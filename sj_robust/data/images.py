@@ -11,13 +11,16 @@ from torch.utils.data import TensorDataset
 from sj_robust.data.augmentation import Augmentation
 from sj_robust.data.cifar import CIFAR_STATISTICS, cifar
 from sj_robust.data.digits import digits
+from sj_robust.data.events import EVENT_DATASETS, event_frames
+from sj_robust.data.image_folder import image_folder
 from sj_robust.data.mnist import mnist
 from sj_robust.data.stored import Images, Part, Source
 from sj_robust.data.svhn import svhn
 
 __all__ = ["DATASETS", "ImageSplits", "load_images"]
 
-DATASETS = ("digits", "fashion_mnist", "mnist", "cifar10", "cifar100", "svhn")
+_FOLDER = "image_folder:"
+DATASETS = ("digits", "fashion_mnist", "mnist", "cifar10", "cifar100", "svhn", f"{_FOLDER}PATH", *EVENT_DATASETS)
 """Names that :func:`load_images` takes."""
 
 
@@ -67,15 +70,17 @@ def load_images(
 
     Args:
         name: ``"digits"`` (ships with scikit-learn: 1797 images of 8x8; a fixed fifth is the test set),
-            ``"fashion_mnist"``, ``"mnist"``, ``"cifar10"``, ``"cifar100"`` or ``"svhn"``.
-        root: Folder with the data, as torchvision lays it out. Not used by digits.
-        validation_fraction: Share of the training images that is held out.
+            ``"fashion_mnist"``, ``"mnist"``, ``"cifar10"``, ``"cifar100"``, ``"svhn"``; ``"image_folder:PATH"`` for
+            pictures of one's own in PATH/train/CLASS, PATH/test/CLASS and, if there are any, PATH/val/CLASS;
+            ``"cifar10_dvs"``, ``"dvs128_gesture"`` or ``"n_mnist"`` for event data.
+        root: Folder with the data, as torchvision or SpikingJelly lays it out. Not used by digits and image folders.
+        validation_fraction: Share of the training images that is held out, unless there is a folder ``val``.
         seed: Decides which images are held out; the test images never depend on it.
-        train_limit: Number of training images to use at most, the validation split included.
+        train_limit: Number of training images to use at most, the validation split included if it is held out of them.
         test_limit: Number of test images to use at most.
         download: Whether files that are missing may be fetched.
-        T: Frames per sample of event data; not used by images.
-        on_unreadable: What a picture that cannot be read is: an error, or left out with a warning.
+        T: Frames per sample of event data, each 1 where there was any event; not used by images.
+        on_unreadable: What a picture or recording that cannot be read is: an error, or left out with a warning.
         augment: Whether training images are augmented; None for CIFAR alone, as in the paper.
 
     Returns:
@@ -96,7 +101,7 @@ def load_images(
             raise ValueError(f"{option} must be >= 1, or None for all images, got {limit}")
     if on_unreadable not in ("error", "skip"):
         raise ValueError(f"on_unreadable must be 'error' or 'skip', got {on_unreadable!r}")
-    source = _source(name, Path(root), download)
+    source = _source(name, Path(root), download, T, on_unreadable)
     order = torch.randperm(len(source.train), generator=torch.Generator().manual_seed(seed))[:train_limit]
     train, validation = _held_out(source, order, validation_fraction)
     mean, std = CIFAR_STATISTICS.get(name, (None, None))
@@ -115,7 +120,11 @@ def load_images(
     )
 
 
-def _source(name: str, root: Path, download: bool) -> Source:
+def _source(name: str, root: Path, download: bool, T: int | None, on_unreadable: Literal["error", "skip"]) -> Source:
+    if name.startswith(_FOLDER):
+        return image_folder(Path(name.removeprefix(_FOLDER)).expanduser(), on_unreadable=on_unreadable)
+    if name in EVENT_DATASETS:
+        return event_frames(name, root, T, download=download, on_unreadable=on_unreadable)
     match name:
         case "digits":
             return digits()

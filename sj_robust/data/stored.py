@@ -1,12 +1,15 @@
-"""Images held in memory as bytes, and parts of a data set."""
+"""Images held in memory as bytes or left in their files, and parts of a data set."""
 
 from abc import abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-__all__ = ["Images", "Part", "Source", "StoredImages", "check_labels"]
+__all__ = ["FileImages", "Images", "Part", "Source", "StoredImages", "check_labels", "mixed"]
 
 
 class Images(Dataset[tuple[Tensor, ...]]):
@@ -30,7 +33,6 @@ class StoredImages(Images):
         white: The value that becomes 1.
 
     Example:
-        >>> import torch
         >>> images = StoredImages(torch.tensor([[[[0, 255]]]], dtype=torch.uint8), torch.tensor([3]))
         >>> images[0]
         (tensor([[[0., 1.]]]), tensor(3))
@@ -51,6 +53,30 @@ class StoredImages(Images):
         return self.pixels[index].float().div(self.white), self.labels[index]
 
 
+class FileImages(Images):
+    """Images that stay in their files until they are asked for. 按需读取的图像。
+
+    Args:
+        paths: N files.
+        labels: Classes, int64 [N].
+        read: The image of a file; a function that a worker process can be sent.
+    """
+
+    def __init__(self, paths: Sequence[Path], labels: Tensor, read: Callable[[Path], Tensor]) -> None:
+        """Keep the names; see the class."""
+        self.paths = [str(path) for path in paths]
+        self.labels = labels
+        self.read = read
+
+    def __len__(self) -> int:
+        """Number of images."""
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
+        """One image and its class."""
+        return self.read(Path(self.paths[index])), self.labels[index]
+
+
 class Part(Images):
     """Some of the images, in the order of ``indices``. 数据集的一部分。
 
@@ -59,7 +85,6 @@ class Part(Images):
         indices: Which ones, integers [N].
 
     Example:
-        >>> import torch
         >>> images = StoredImages(torch.zeros(3, 1, 2, 2, dtype=torch.uint8), torch.tensor([5, 6, 7]))
         >>> [int(label) for _, label in Part(images, torch.tensor([2, 0]))]
         [7, 5]
@@ -113,3 +138,8 @@ def check_labels(labels: Tensor, classes: int, path: object) -> Tensor:
             f"{int(outside[0])}; fetch the file again"
         )
     return labels
+
+
+def mixed(images: Images) -> Images:
+    """The same images in an order that never changes and does not follow their classes. 固定乱序。"""
+    return Part(images, torch.randperm(len(images), generator=torch.Generator().manual_seed(20240521)))

@@ -1,0 +1,254 @@
+"""Event data of SpikingJelly as binary frames."""
+
+import importlib
+import re
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from functools import cache, partial
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal
+from zipfile import BadZipFile, ZipFile
+
+import numpy as np
+import spikingjelly
+import torch
+from torch import Tensor
+
+from sj_robust.data.stored import FileImages, Source, mixed
+from sj_robust.data.unreadable import UnreadableError, readable
+
+__all__ = ["EVENT_DATASETS", "event_frames"]
+
+EVENT_DATASETS = {
+    "cifar10_dvs": ("CIFAR10DVS", 10),
+    "dvs128_gesture": ("DVS128Gesture", 11),
+    "n_mnist": ("NMNIST", 10),
+}
+"""Names, each with SpikingJelly's class and the number of classes."""
+
+
+def event_frames(
+    name: str, root: Path, T: int | None, *, download: bool, on_unreadable: Literal["error", "skip"]
+) -> Source:
+    """Recordings of an event camera as T binary frames [T, 2, H, W] each. 事件数据的二值帧。
+
+    SpikingJelly unpacks the archives, writes every recording's events and integrates them: frame t holds the events
+    t N/T to (t+1) N/T of its N. Here every count becomes 1. All of that is done once and kept in the folder.
+
+    Args:
+        name: One of :data:`EVENT_DATASETS`.
+        root: SpikingJelly's folder of this data set (with ``download`` or ``events_np`` in it), or one that holds it
+            under the name of SpikingJelly's class, such as ``CIFAR10DVS``.
+        T: Frames per recording.
+        download: Whether SpikingJelly may fetch the archives; it can for CIFAR10-DVS alone.
+        on_unreadable: What a recording is that cannot be read: an error, or left out with a warning.
+
+    Returns:
+        Training and test recordings, the latter in a fixed mixed order. CIFAR10-DVS has no official split: the first
+        tenth of every class, by the number in the file's name, is the test set (0 to 99 of 1000).
+
+    Raises:
+        FileNotFoundError: If the archives are missing.
+        ModuleNotFoundError: If SpikingJelly's data sets cannot be imported.
+        ValueError: If T is missing, an archive is damaged or SpikingJelly cannot prepare the data.
+    """
+    if T is None or isinstance(T, bool) or T < 1:
+        raise ValueError(f"T must be an integer >= 1 for event data, the number of frames per recording, got {T!r}")
+    kind, classes = EVENT_DATASETS[name]
+    host = _host_class(name, kind)
+    folder = root if any((root / part).is_dir() for part in ("download", "extract", "events_np")) else root / kind
+    _check_archives(kind, host, folder, download)
+    height, width = host.get_H_W()
+    shape = (T, 2, height, width)
+    recordings = _prepared(name, host, folder, T)
+    parts = []
+    for paths, labels in recordings:
+        if (found := len(set(labels))) != classes:
+            raise ValueError(
+                f"{folder} must hold recordings of {classes} classes, got {found} in {paths[0].parents[1]}; "
+                f"{_AGAIN.format(T=T)}"
+            )
+        check = partial(_check_frames, shape=shape)
+        kept = torch.tensor(readable(paths, check, on_unreadable=on_unreadable, folder=folder))
+        good = [path for path, keep in zip(paths, kept.tolist(), strict=True) if keep]
+        parts.append(FileImages(good, torch.tensor(labels)[kept], partial(_frames, shape=shape)))
+    train, test = parts
+    return Source(train, mixed(test), (2, height, width), classes, frames=True)
+
+
+_AGAIN = "remove events_np, extract and frames_number_{T}_split_by_number there (keep download) and start again"
+
+
+def _check_archives(kind: str, host: Any, folder: Path, download: bool) -> None:
+    """SpikingJelly will find what it needs: it removes an archive that is damaged, and needs all of them."""
+    if (folder / "events_np").is_dir():
+        return
+    archives = {folder / "download" / file: (url, md5) for file, url, md5 in host.resource_url_md5()}
+    if missing := [path for path in archives if not path.is_file()]:
+        if download and host.downloadable():
+            folder.mkdir(parents=True, exist_ok=True)
+        else:
+            way = "SpikingJelly fetches it with download=True (--download), or get it"
+            if not host.downloadable():
+                way = "SpikingJelly cannot fetch it, get it by hand"
+            sources = ", ".join(dict.fromkeys(archives[path][0] for path in missing))
+            raise FileNotFoundError(
+                f"{kind} is not complete: {', '.join(path.name for path in missing)} not found in "
+                f"{(folder / 'download').resolve()}. {way} from {sources}"
+            )
+    from torchvision.datasets.utils import check_integrity
+
+    for path, (url, md5) in archives.items():
+        if path.is_file() and not check_integrity(path, md5):
+            raise ValueError(f"{path} is damaged (its MD5 sum is not {md5}); fetch it again from {url}")
+
+
+def _prepared(name: str, host: Any, folder: Path, T: int) -> list[tuple[list[Path], list[int]]]:
+    """Frame files and classes of training and test set, made by SpikingJelly if they are not there yet."""
+    options: dict[str, Any] = {"data_type": "frame", "frames_number": T, "split_by": "number"}
+    try:
+        # One of the two releases prints two lines per recording.
+        with redirect_stdout(sys.stderr):
+            if name == "cifar10_dvs":
+                samples = [host(str(folder), **options).samples]
+            else:
+                samples = [host(str(folder), train=train, **options).samples for train in (True, False)]
+    except Exception as error:  # SpikingJelly raises anything
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        raise ValueError(
+            f"SpikingJelly could not prepare {host.__name__} in {folder} ({reason}); {_AGAIN.format(T=T)}"
+        ) from error
+    _check_complete(folder, T)
+    parts = samples if len(samples) == 2 else _ninety_ten(samples[0])
+    return [([Path(path) for path, _ in part], [label for _, label in part]) for part in parts]
+
+
+def _check_complete(folder: Path, T: int) -> None:
+    """Every recording got as far as its frames; one of the two releases leaves those out that fail, without a word."""
+    events, frames = folder / "events_np", folder / f"frames_number_{T}_split_by_number"
+    lost = _without_result(events, frames)
+    if not (folder / "extract" / "DvsGesture").is_dir():  # there a file holds many recordings
+        lost += _without_result(folder / "extract", events)
+    if lost:
+        named = ", ".join(map(str, lost[:5])) + (", ..." if len(lost) > 5 else "")
+        raise ValueError(
+            f"SpikingJelly made no frames of {len(lost)} recordings: {named}. They are damaged or were interrupted; "
+            f"in {folder}, {_AGAIN.format(T=T)}"
+        )
+
+
+def _without_result(before: Path, after: Path) -> list[Path]:
+    """Recordings in one folder without a file of the same class and name in the other."""
+
+    def names(folder: Path) -> dict[str, Path]:
+        files = (path for path in folder.rglob("*") if path.suffix in (".aedat", ".bin", ".npy", ".npz"))
+        return {str(path.relative_to(folder).with_suffix("")).lower(): path for path in files}
+
+    made = names(after)
+    return [path for name, path in names(before).items() if name not in made]
+
+
+def _ninety_ten(samples: Sequence[tuple[str, int]]) -> list[list[tuple[str, int]]]:
+    """Training and test set of a data set without a split: a tenth of every class, by the number in the name."""
+    train, test = [], []
+    for label in sorted({label for _, label in samples}):
+        same = sorted((sample for sample in samples if sample[1] == label), key=_number)
+        count = max(1, len(same) // 10)
+        test += same[:count]
+        train += same[count:]
+    return [train, test]
+
+
+def _number(sample: tuple[str, int]) -> tuple[int, str]:
+    numbers = re.findall(r"\d+", Path(sample[0]).stem)
+    return (int(numbers[-1]) if numbers else -1, sample[0])
+
+
+def _check_frames(path: Path, shape: tuple[int, ...]) -> None:
+    """A file of frames is whole as far as its table of contents and its header tell."""
+    try:
+        with ZipFile(path) as archive, archive.open("frames.npy") as content:
+            np.lib.format.read_magic(content)
+            found = np.lib.format.read_array_header_1_0(content)[0]
+    except (OSError, EOFError, KeyError, ValueError, BadZipFile) as error:
+        raise UnreadableError(f"{path} ({type(error).__name__}: {' '.join(str(error).split())[:120]})") from error
+    if found != shape:
+        raise UnreadableError(f"{path} (frames {list(found)} instead of {list(shape)})")
+
+
+def _frames(path: Path, shape: tuple[int, ...]) -> Tensor:
+    """Binary frames [T, 2, H, W] of one recording."""
+    try:
+        with path.open("rb") as file, np.load(file) as content:
+            frames = content["frames"]
+    except Exception as error:  # a damaged archive raises anything
+        raise UnreadableError(
+            f"{path} cannot be read any more ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
+        ) from error
+    if frames.shape != shape:
+        raise UnreadableError(f"{path} holds frames {list(frames.shape)} instead of {list(shape)}")
+    return torch.from_numpy(frames > 0).float()
+
+
+@cache
+def _host_class(module: str, kind: str) -> Any:
+    """A class of ``spikingjelly.datasets``, imported only now."""
+    try:
+        found = getattr(importlib.import_module(f"spikingjelly.datasets.{module}"), kind)
+    except (ImportError, OSError) as error:
+        found = getattr(_alone(module, error), kind)
+    return _with_readable_recordings(found) if hasattr(found, "read_aedat_save_to_np") else found
+
+
+def _alone(module: str, failure: Exception) -> ModuleType:
+    """A module of ``spikingjelly.datasets`` without its siblings, one of which needs a torchaudio that fits torch.
+
+    The folder gets a second name as a package, whose own ``__init__`` is not run.
+    """
+    name = "spikingjelly._event_data"
+    package = ModuleType(name)
+    package.__path__ = [str(Path(folder) / "datasets") for folder in spikingjelly.__path__]
+    sys.modules[name] = package
+    try:
+        return importlib.import_module(f"{name}.{module}")
+    except (ImportError, OSError) as error:
+        del sys.modules[name]
+        lacking = getattr(failure, "name", None) or "torchaudio"
+        raise ModuleNotFoundError(
+            f"SpikingJelly's event data need {lacking}, which is missing or does not fit torch {torch.__version__} "
+            f"({type(failure).__name__}: {' '.join(str(failure).split())[:200]}); install the {lacking} that belongs "
+            "to it, from the index that torch came from"
+        ) from error
+
+
+def _with_readable_recordings(host: Any) -> Any:
+    """CIFAR10DVS of SpikingJelly 0.0.0.0.14, which reads recordings by ``np.fromstring``, gone since numpy 2.3."""
+
+    class CIFAR10DVS(host):
+        @staticmethod
+        def create_events_np_files(extract_root: str, events_np_root: str) -> None:
+            for recording in sorted(Path(extract_root).rglob("*.aedat")):
+                target = Path(events_np_root) / recording.parent.name
+                target.mkdir(exist_ok=True)
+                t, x, y, p = _aedat2(recording)
+                np.savez(target / f"{recording.stem}.npz", t=t, x=x, y=y, p=p)
+
+    return CIFAR10DVS
+
+
+def _aedat2(path: Path) -> Sequence[np.ndarray[Any, Any]]:
+    """Times, x, y and polarities of a DVS128 in an AEDAT 2.0 file, turned as SpikingJelly turns them.
+
+    Format: lines that begin with #, then address and time of every event as big-endian 32-bit words.
+    """
+    content = path.read_bytes()
+    start = 0
+    while content[start : start + 1] == b"#":
+        start = content.index(b"\n", start) + 1
+    if (len(content) - start) % 8:
+        raise UnreadableError(f"{path} must hold 8 bytes per event after its header, got {len(content) - start} bytes")
+    words = np.frombuffer(content, dtype=">u4", offset=start).astype(np.int64)
+    address, time = words[::2], words[1::2]
+    return time, 127 - (address >> 8 & 0x7F), 127 - (address >> 1 & 0x7F), 1 - (address & 1)

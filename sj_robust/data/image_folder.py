@@ -1,0 +1,149 @@
+"""Pictures in folders, one folder per class."""
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sj_robust.data.stored import FileImages, Images, Source, mixed
+from sj_robust.data.unreadable import UnreadableError, readable
+
+__all__ = ["image_folder"]
+
+_ENDINGS = {".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+_EIGHT_BITS = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV", "LAB"}
+
+
+def image_folder(folder: Path, *, on_unreadable: Literal["error", "skip"]) -> Source:
+    """Pictures of ``train``, ``test`` and, if it is there, ``val``, each with a folder per class. 读取图像文件夹。
+
+    Classes are the names of the folders in ``train``, sorted. Every picture becomes RGB: grey is repeated, a palette
+    looked up, transparency dropped. All are decoded once here, to find the bad ones, and again when they are asked for,
+    so that no more than a batch is in memory.
+
+    Args:
+        folder: Holds ``train`` and ``test``.
+        on_unreadable: What a picture is that cannot be read: an error, or left out with a warning.
+
+    Returns:
+        The parts; test and validation pictures in a fixed mixed order, so that the first ones are of all classes.
+
+    Raises:
+        FileNotFoundError: If a folder is missing or holds no pictures.
+        UnreadableError: If a picture cannot be read and is not to be left out.
+        ValueError: If the folders hold different classes, or pictures of different sizes.
+    """
+    classes = _class_names(folder, folder / "train")
+    sizes: dict[Path, tuple[int, int]] = {}
+    parts = {}
+    for name in ("train", "val", "test"):
+        if name != "val" or (folder / name).is_dir():
+            parts[name] = _labelled(folder, folder / name, classes, on_unreadable, sizes)
+    # Threads find the sizes in any order.
+    first = parts["train"][0][0]
+    others = [path for paths, _ in parts.values() for path in paths if sizes[path] != sizes[first]]
+    if others:
+        named = "; ".join(f"{path} is {_by(sizes[path])}" for path in others[:5])
+        raise ValueError(
+            f"all pictures must have the size of the first one, {first}, {_by(sizes[first])} pixels, but "
+            f"{len(others)} have another: {named}{'; ...' if len(others) > 5 else ''}. Resize or crop them, or leave "
+            "them out"
+        )
+    height, width = sizes[first]
+    read = partial(_image, size=(height, width))
+    images: dict[str, Images] = {name: FileImages(paths, labels, read) for name, (paths, labels) in parts.items()}
+    validation = mixed(images["val"]) if "val" in images else None
+    return Source(images["train"], mixed(images["test"]), (3, height, width), len(classes), validation)
+
+
+def _class_names(folder: Path, part: Path) -> list[str]:
+    """Names of the class folders in one part."""
+    if not part.is_dir():
+        raise FileNotFoundError(
+            f"{part.resolve()} does not exist; an image folder holds train/CLASS/PICTURE and test/CLASS/PICTURE, and "
+            "val/CLASS/PICTURE if you have validation pictures of your own"
+        )
+    names = sorted(path.name for path in part.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if len(names) < 2:
+        raise FileNotFoundError(
+            f"{part.resolve()} must hold a folder per class, at least two, got {names or 'none'}; sort the pictures "
+            f"into {part.name}/CLASS/PICTURE"
+        )
+    return names
+
+
+def _labelled(
+    folder: Path,
+    part: Path,
+    classes: Sequence[str],
+    on_unreadable: Literal["error", "skip"],
+    sizes: dict[Path, tuple[int, int]],
+) -> tuple[list[Path], Tensor]:
+    """Pictures of a part that can be read, and their classes; ``sizes`` gets that of each."""
+    names = _class_names(folder, part)
+    if names != list(classes):
+        foreign, lacking = sorted(set(names) - set(classes)), sorted(set(classes) - set(names))
+        found = [f"{part / name} is none of the classes of {folder / 'train'}" for name in foreign[:5]]
+        found += [f"{part / name} is missing" for name in lacking[:5]]
+        raise ValueError(f"{'; '.join(found)}. Every part must hold the same {len(classes)} classes, {_few(classes)}")
+    paths, labels = [], []
+    for label, name in enumerate(classes):
+        files = sorted(path for path in (part / name).rglob("*") if _is_picture(path))
+        paths += files
+        labels += [label] * len(files)
+
+    def read(path: Path) -> None:
+        picture = _picture(path)
+        sizes[path] = (int(picture.shape[1]), int(picture.shape[2]))
+
+    kept = readable(paths, read, on_unreadable=on_unreadable, folder=part)
+    paths = [path for path, good in zip(paths, kept, strict=True) if good]
+    numbers = torch.tensor(labels, dtype=torch.int64)[torch.tensor(kept, dtype=torch.bool)]
+    count = Counter(numbers.tolist())
+    empty = [str(part / name) for label, name in enumerate(classes) if not count[label]]
+    if empty:
+        raise FileNotFoundError(f"no pictures ({', '.join(sorted(_ENDINGS))}) in {', '.join(empty[:5])}")
+    return paths, numbers
+
+
+def _is_picture(path: Path) -> bool:
+    return path.suffix.lower() in _ENDINGS and not path.name.startswith(".") and path.is_file()
+
+
+def _image(path: Path, size: tuple[int, int]) -> Tensor:
+    """A picture as float32 in [0, 1], [3, H, W]."""
+    picture = _picture(path)
+    if tuple(picture.shape[1:]) != size:
+        raise UnreadableError(f"{path} is {_by(tuple(picture.shape[1:]))} pixels and was {_by(size)} at the start")
+    return picture.float().div(255)
+
+
+def _picture(path: Path) -> Tensor:
+    """A picture as uint8 [3, H, W]."""
+    from PIL import Image
+
+    try:
+        with Image.open(path) as opened:
+            mode = opened.mode
+            # Pillow warns where a palette with transparency goes to RGB in one step.
+            picture = opened.convert("RGBA") if mode == "P" and "transparency" in opened.info else opened
+            pixels = np.array(picture.convert("RGB"))
+    except Exception as error:  # a damaged picture raises anything
+        raise UnreadableError(f"{path} ({type(error).__name__}: {' '.join(str(error).split())[:120]})") from error
+    if mode not in _EIGHT_BITS:
+        raise UnreadableError(f"{path} (more than 8 bits per channel, mode {mode}; save it with 8)")
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _by(size: Sequence[int]) -> str:
+    """Height and width as people write them, width first."""
+    return f"{size[1]}x{size[0]}"
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")

@@ -1,0 +1,124 @@
+"""Tiny event recordings in the raw formats of three data sets, packed as they are published."""
+
+import hashlib
+import shutil
+import struct
+import tarfile
+from pathlib import Path
+
+import numpy as np
+
+CIFAR_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def random_events(seed, count, height, width, start=0):
+    """Times, rows, columns and polarities, sorted by time."""
+    draw = np.random.default_rng(seed)
+    times = start + np.sort(draw.integers(0, 5000, count))
+    return times, draw.integers(0, height, count), draw.integers(0, width, count), draw.integers(0, 2, count)
+
+
+def frames_by_hand(events, T, height, width):
+    """Where there was any event, frame by frame, with an equal number of events per frame and the rest in the last."""
+    times, rows, columns, polarities = events
+    frames = np.zeros((T, 2, height, width), dtype=np.float32)
+    each = len(times) // T
+    for number, (row, column, polarity) in enumerate(zip(rows, columns, polarities, strict=True)):
+        frames[min(number // each, T - 1), polarity, row, column] = 1
+    return frames
+
+
+def aedat2(events):
+    """CIFAR10-DVS: the camera's axes are exchanged and turned, and its polarity is reversed."""
+    content = b"#!AER-DAT2.0\r\n# Timestamps tick is 1 us\r\n"
+    for time, row, column, polarity in zip(*events, strict=True):
+        content += struct.pack(">II", (127 - column) << 8 | (127 - row) << 1 | (1 - polarity), time)
+    return content
+
+
+def atis(events):
+    """N-MNIST: five bytes per event."""
+    content = b""
+    for time, row, column, polarity in zip(*events, strict=True):
+        content += bytes([column, row, polarity << 7 | time >> 16, time >> 8 & 255, time & 255])
+    return content
+
+
+def aedat3(events):
+    """DVS128 Gesture: packets with a header of 28 bytes, here one of all events behind one of another type."""
+    body = b"".join(
+        struct.pack("<II", column << 17 | row << 2 | polarity << 1 | 1, time)
+        for time, row, column, polarity in zip(*events, strict=True)
+    )
+    count = len(events[0])
+    special = struct.pack("<HHIIIIII", 0, 0, 8, 4, 0, 1, 1, 1) + bytes(8)
+    polarity = struct.pack("<HHIIIIII", 1, 0, 8, 4, 0, count, count, count) + body
+    return b"#!AER-DAT3.1\r\n#Format: RAW\r\n#!END-HEADER\r\n" + special + polarity
+
+
+def pack_cifar10_dvs(folder, per_class=10):
+    """A zip per class; the events by class and number."""
+    events = {}
+    (folder / "download").mkdir(parents=True)
+    for label, name in enumerate(CIFAR_NAMES):
+        tree = folder / "tree" / name
+        (tree / name).mkdir(parents=True)
+        for number in range(per_class):
+            events[label, number] = random_events(100 * label + number, 40, 128, 128)
+            (tree / name / f"cifar10_{name}_{number}.aedat").write_bytes(aedat2(events[label, number]))
+        shutil.make_archive(str(folder / "download" / name), "zip", tree)
+    shutil.rmtree(folder / "tree")
+    return events
+
+
+def pack_n_mnist(folder, train=3, test=2):
+    """Train.zip and Test.zip; the events by part, class and number."""
+    events = {}
+    (folder / "download").mkdir(parents=True)
+    for part, count in (("Train", train), ("Test", test)):
+        for label in range(10):
+            home = folder / "tree" / part / part / str(label)
+            home.mkdir(parents=True)
+            for number in range(count):
+                key = (part, label, number)
+                events[key] = random_events(1000 * (part == "Test") + 10 * label + number, 30, 34, 34)
+                (home / f"{10 * number + label:05d}.bin").write_bytes(atis(events[key]))
+        shutil.make_archive(str(folder / "download" / part), "zip", folder / "tree" / part)
+    shutil.rmtree(folder / "tree")
+    return events
+
+
+def pack_gestures(folder):
+    """Two recordings to train on and one to test, with eleven gestures each; the events by recording and class."""
+    events = {}
+    home = folder / "tree" / "DvsGesture"
+    home.mkdir(parents=True)
+    (folder / "download").mkdir()
+    names = {"user01_led": "train", "user02_lab": "train", "user24_led": "test"}
+    for name in names:
+        rows, pieces = ["class,startTime_usec,endTime_usec"], []
+        for label in range(11):
+            start = 10_000 * (label + 1)
+            events[name, label] = random_events(len(name) + 7 * label, 24, 128, 128, start)
+            pieces.append(events[name, label])
+            rows.append(f"{label + 1},{start},{start + 6000}")
+        merged = [np.concatenate(parts) for parts in zip(*pieces, strict=True)]
+        (home / f"{name}.aedat").write_bytes(aedat3(merged))
+        (home / f"{name}_labels.csv").write_text("\n".join(rows) + "\n")
+    for part in ("train", "test"):
+        lines = [f"{name}.aedat\n" for name, its in names.items() if its == part]
+        (home / f"trials_to_{part}.txt").write_text("".join(lines))
+    with tarfile.open(folder / "download" / "DvsGesture.tar.gz", "w:gz") as archive:
+        archive.add(home, "DvsGesture")
+    for name in ("gesture_mapping.csv", "LICENSE.txt", "README.txt"):
+        (folder / "download" / name).write_text(name)
+    shutil.rmtree(folder / "tree")
+    return events
+
+
+def sums(host, folder):
+    """SpikingJelly's list of archives, with the sums of those in the folder."""
+    return [
+        (name, url, hashlib.md5((Path(folder) / "download" / name).read_bytes(), usedforsecurity=False).hexdigest())
+        for name, url, _ in host.resource_url_md5()
+    ]
