@@ -1,0 +1,64 @@
+"""Rank correlation, linear correlation and area under the ROC curve, over many rows at once."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["auroc", "pearson", "ranks", "spearman"]
+
+
+def ranks(values: Tensor) -> Tensor:
+    """Ranks from 1 along the last dimension; equal values share the mean of their ranks.
+
+    Example:
+        >>> ranks(torch.tensor([0.3, 0.1, 0.3]))
+        tensor([2.5000, 1.0000, 2.5000], dtype=torch.float64)
+    """
+    ordered = values.sort(-1).values.contiguous()
+    values = values.contiguous()
+    below = torch.searchsorted(ordered, values)
+    up_to = torch.searchsorted(ordered, values, right=True)
+    return (below + up_to + 1).double() / 2
+
+
+def pearson(first: Tensor, second: Tensor) -> Tensor:
+    """Linear correlation along the last dimension; NaN where one side does not vary.
+
+    Example:
+        >>> pearson(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 2.0, 3.0])).round(decimals=4)
+        tensor(0.8660, dtype=torch.float64)
+    """
+    first, second = (a.double() - a.double().mean(-1, keepdim=True) for a in (first, second))
+    scale = first.norm(dim=-1) * second.norm(dim=-1)
+    correlation = (first * second).sum(-1) / scale
+    return torch.where(scale > 0, correlation.clamp(-1, 1), torch.nan)
+
+
+def spearman(first: Tensor, second: Tensor) -> Tensor:
+    """Correlation of the ranks along the last dimension; NaN where one side does not vary.
+
+    Example:
+        >>> spearman(torch.tensor([1.0, 2.0, 9.0, 9.5]), torch.tensor([5.0, 6.0, 8.0, 7.0])).round(decimals=4)
+        tensor(0.8000, dtype=torch.float64)
+    """
+    return pearson(ranks(first), ranks(second))
+
+
+def auroc(scores: Tensor, positive: Tensor) -> Tensor:
+    """Probability that a positive scores higher than a negative of the same stratum, ties counting a half.
+
+    Equation: ``sum_k U_k / sum_k P_k N_k`` with Mann and Whitney's U of each stratum.
+
+    Args:
+        scores: [*, strata, N].
+        positive: [strata, N], boolean.
+
+    Returns:
+        [*]; NaN without a pair of a positive and a negative.
+
+    Example:
+        >>> auroc(torch.tensor([[0.1, 0.4, 0.2]]), torch.tensor([[False, True, True]]))
+        tensor(1., dtype=torch.float64)
+    """
+    count = positive.double().sum(-1)
+    above = (ranks(scores) * positive).sum(-1) - count * (count + 1) / 2
+    return above.sum(-1) / (count * (positive.shape[-1] - count)).sum()
