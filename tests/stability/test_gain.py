@@ -1,0 +1,224 @@
+"""Gains over time against dense linear algebra, the table of the method, and worst cases that reach the bounds."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from spikingjelly.activation_based import neuron
+from torch import nn
+
+from sj_robust import DLIFNode
+from sj_robust.charging import Charging, find_neurons
+from sj_robust.perturbation import simplified_perturbation
+from sj_robust.stability import l2_gain, l2_gain_limit, neuron_gains, peak_gain, printed_gain, time_operator
+
+F64 = torch.float64
+
+# decay: L2 gain at T = 4, 8, 16; limit; printed; L2 to peak at T = 4, 8, 16
+TABLE = {
+    0.5: ("1.593 1.826 1.942", "2.000", "1.414", "1.152 1.155 1.155"),
+    0.9: ("2.536 4.111 6.150", "10.000", "3.162", "1.731 2.071 2.254"),
+    0.99: ("2.843 5.264 9.887", "100.000", "10.000", "1.970 2.732 3.718"),
+}
+
+
+def digits(values):
+    return " ".join(f"{float(value):.3f}" for value in values)
+
+
+def dense_l2(decay, T, p=None):
+    return torch.linalg.matrix_norm(time_operator(decay, T, p), 2)
+
+
+def random_problem(n, T, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    decay = torch.rand(n, dtype=F64, generator=generator) * 0.999 + 0.001
+    decay[0], decay[1] = 1.0, 0.9999
+    p = torch.randn(n, T, dtype=F64, generator=generator) * torch.logspace(-6, 6, n, dtype=F64)[:, None]
+    p[2:4, ::2] = 0
+    return decay, p
+
+
+@pytest.mark.parametrize("decay", TABLE)
+def test_table(decay):
+    l2, limit, printed, peak = TABLE[decay]
+    assert digits(l2_gain(decay, T) for T in (4, 8, 16)) == l2
+    assert digits([l2_gain_limit(decay)]) == limit
+    assert digits([printed_gain(decay)]) == printed
+    assert digits(peak_gain(decay, T) for T in (4, 8, 16)) == peak
+
+
+def test_the_operator_is_the_perturbation_without_reset():
+    decay, p = 0.8, torch.randn(6, dtype=F64)
+    dx = torch.randn(6, 5, dtype=F64)
+    eps = simplified_perturbation(dx, torch.zeros_like(dx), decay=decay, gain=p)
+    torch.testing.assert_close(time_operator(decay, 6, p) @ dx, eps)
+
+
+@pytest.mark.parametrize("T", [1, 2, 3, 7, 40, 200])
+def test_gains_equal_dense_linear_algebra(T):
+    decay, p = random_problem(24, T)
+    torch.testing.assert_close(l2_gain(decay, T, p), dense_l2(decay, T, p), rtol=1e-10, atol=0)
+    rows = torch.linalg.vector_norm(time_operator(decay, T, p), dim=-1).amax(-1)
+    torch.testing.assert_close(peak_gain(decay, T, p), rows, rtol=1e-12, atol=0)
+    torch.testing.assert_close(l2_gain(decay, T), dense_l2(decay, T), rtol=1e-10, atol=0)
+
+
+@pytest.mark.parametrize("decay", [1e-3, 0.5, 0.99, 1 - 1e-7])
+def test_closed_forms(decay):
+    for T in (1, 2, 50, 2000):
+        expected = math.sqrt(math.expm1(2 * T * math.log(decay)) / math.expm1(2 * math.log(decay)))
+        assert float(peak_gain(decay, T)) == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_neuron_without_leak_has_the_norm_of_a_cumulative_sum():
+    for T in (1, 2, 9, 4000):
+        assert float(l2_gain(1.0, T)) == pytest.approx(0.5 / math.sin(math.pi / (4 * T + 2)), rel=1e-10)
+        assert float(peak_gain(1.0, T)) == pytest.approx(math.sqrt(T), rel=1e-12)
+    assert l2_gain_limit(1.0) == printed_gain(1.0) == math.inf
+
+
+def test_thousands_of_steps_with_a_gain():
+    decay, p = random_problem(6, 1000, seed=1)
+    torch.testing.assert_close(l2_gain(decay, 1000, p)[:3], dense_l2(decay[:3], 1000, p[:3]), rtol=1e-10, atol=0)
+    gains = torch.stack([l2_gain(0.99, T) for T in (100, 1000, 4000)])
+    assert (gains.diff() > 0).all()
+    assert gains[-1] < l2_gain_limit(0.99) < gains[-1] * 1.003
+
+
+def test_broadcasting():
+    decay = torch.tensor([[0.5], [0.9]])
+    p = torch.rand(2, 3, 5)
+    assert l2_gain(decay, 5).shape == peak_gain(decay, 5).shape == (2, 1)
+    assert l2_gain(decay, 5, p).shape == peak_gain(decay, 5, p).shape == (2, 3)
+    assert l2_gain(0.5, 5, p).dtype == F64
+    for i in range(2):
+        for j in range(3):
+            one = l2_gain(float(decay[i, 0]), 5, p[i, j])
+            torch.testing.assert_close(l2_gain(decay, 5, p)[i, j], one, rtol=1e-11, atol=0)
+    assert l2_gain(torch.zeros(0), 5).shape == (0,)
+
+
+def test_no_gain_at_all():
+    p = torch.stack([torch.zeros(4), torch.tensor([0.0, 0.0, 0.0, 2.0])])
+    assert l2_gain(0.5, 4, p).tolist() == [0, pytest.approx(2.0)]
+    assert peak_gain(0.5, 4, p).tolist() == [0, 2]
+
+
+@pytest.mark.parametrize(("decay", "first"), [(0.5, 3), (0.9, 6), (0.99, 17)])
+def test_the_printed_constant_is_exceeded_as_an_l2_gain(decay, first):
+    assert l2_gain(decay, first - 1) < printed_gain(decay) < l2_gain(decay, first)
+    ds = torch.linalg.svd(time_operator(decay, first))[2][0]
+    eps = simplified_perturbation(ds, torch.zeros_like(ds), decay=decay)
+    assert eps.norm() / ds.norm() > printed_gain(decay) * 1.01
+
+
+def test_stored_counterexample_of_spikes():
+    """decay 0.5, W = 1, three steps: one more spike in every step exceeds the printed constant."""
+    s, s_tilde = torch.ones(3, dtype=F64), torch.zeros(3, dtype=F64)
+    eps = simplified_perturbation(s, s_tilde, decay=0.5)
+    assert eps.tolist() == [1.0, 1.5, 1.75]
+    ratio = eps.norm() / (s - s_tilde).norm()
+    assert f"{ratio:.4f}" == "1.4506"
+    assert printed_gain(0.5) < ratio < l2_gain(0.5, 3)
+
+
+def test_a_learned_gain_exceeds_the_printed_constant_at_the_decay_and_steps_of_the_paper():
+    assert l2_gain(0.99, 8) < printed_gain(0.99)
+    assert digits([l2_gain(0.99, 8, 2 * torch.ones(8))]) == "10.527"
+
+
+decays = st.floats(1e-3, 1.0)
+sizes = st.integers(1, 12)
+seeds = st.integers(0, 2**31)
+gain_scale = st.sampled_from([0.0, 1e-3, 1.0, 30.0])
+
+
+@settings(derandomize=True, max_examples=60, deadline=None)
+@given(decay=decays, T=sizes, seed=seeds, scale=gain_scale, features=st.integers(1, 4))
+def test_no_weights_gains_and_spikes_exceed_the_exact_bounds(decay, T, seed, scale, features):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(features, 3, dtype=F64, generator=generator)
+    p = 1 + scale * torch.randn(T, dtype=F64, generator=generator)
+    ds = torch.randint(-1, 2, (T, 3), generator=generator).double()
+    eps = simplified_perturbation(ds @ weight.T, torch.zeros(T, features, dtype=F64), decay=decay, gain=p)
+    norm = torch.linalg.matrix_norm(weight, 2) * ds.norm() * (1 + 1e-12)
+    assert eps.norm() <= l2_gain(decay, T, p) * norm
+    assert eps.norm(dim=1).max() <= peak_gain(decay, T, p) * norm
+    assert simplified_perturbation(ds, torch.zeros_like(ds), decay=decay).norm() <= l2_gain_limit(decay) * ds.norm()
+    unit = p.clamp(-1, 1)
+    assert peak_gain(decay, T, unit) <= printed_gain(decay)
+    assert l2_gain(decay, T, unit) <= l2_gain_limit(decay)
+
+
+@settings(derandomize=True, max_examples=40, deadline=None)
+@given(decay=decays, T=sizes, seed=seeds)
+def test_both_exact_bounds_are_reached(decay, T, seed):
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(4, 3, dtype=F64, generator=generator)
+    p = torch.randn(T, dtype=F64, generator=generator)
+    norm, direction = torch.linalg.matrix_norm(weight, 2), torch.linalg.svd(weight)[2][0]
+    operator = time_operator(decay, T, p)
+    rows = operator.norm(dim=1)
+    worst_l2, worst_peak = torch.linalg.svd(operator)[2][0], operator[rows.argmax()]
+    for ds, measure, gain in (
+        (worst_l2, lambda eps: eps.norm(), l2_gain(decay, T, p)),
+        (worst_peak, lambda eps: eps.norm(dim=1).max(), peak_gain(decay, T, p)),
+    ):
+        spikes = ds[:, None] * direction
+        eps = simplified_perturbation(spikes @ weight.T, torch.zeros(T, 4, dtype=F64), decay=decay, gain=p)
+        assert float(measure(eps) / (norm * spikes.norm())) == pytest.approx(float(gain), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("build", "decay", "gain"),
+    [
+        (lambda: neuron.IFNode(), 1.0, 1.0),
+        (lambda: neuron.LIFNode(tau=4.0, decay_input=False), 0.75, 1.0),
+        (lambda: neuron.LIFNode(tau=4.0, decay_input=True), 0.75, 0.25),
+        (lambda: neuron.ParametricLIFNode(init_tau=4.0, decay_input=True), 0.75, 0.25),
+        (lambda: neuron.ParametricLIFNode(init_tau=4.0, decay_input=False), 0.75, 1.0),
+    ],
+)
+def test_gains_of_neurons_with_a_fixed_gain(build, decay, gain):
+    followed, _, _ = find_neurons(nn.Sequential(build()), {}, {})
+    gains = neuron_gains(followed["0"].charging(), T=6)
+    assert gains.decay == pytest.approx(decay, rel=1e-6)
+    assert gains.l2 == pytest.approx(gain * float(l2_gain(decay, 6)), rel=1e-6)
+    assert gains.peak == pytest.approx(gain * float(peak_gain(decay, 6)), rel=1e-6)
+    assert gains.printed == pytest.approx(float(printed_gain(decay)), rel=1e-5)
+    assert gains.l2_limit == pytest.approx(gain * float(l2_gain_limit(decay)), rel=1e-5)
+
+
+def test_gains_of_a_dlif_neuron_follow_what_it_learned():
+    node = DLIFNode(T=5, tau=10.0)
+    with torch.no_grad():
+        node.input_gain.copy_(torch.tensor([1.0, -2.0, 0.0, 0.5, 3.0]))
+    followed, _, _ = find_neurons(nn.Sequential(node), {}, {})
+    for T in (5, 3):
+        gains = neuron_gains(followed["0"].charging(), T)
+        torch.testing.assert_close(gains.input_gain, node.input_gain.detach().double()[:T])
+        assert gains.l2 == pytest.approx(float(dense_l2(0.9, T, node.input_gain.detach()[:T])), rel=1e-10)
+        assert gains.l2_limit is None
+    with pytest.raises(ValueError, match="at most the neuron's 5 input gains, got 6"):
+        neuron_gains(followed["0"].charging(), 6)
+    assert neuron_gains(Charging(0.9, input_gain=torch.zeros(3)), 3).l2 == 0
+
+
+def test_wrong_use():
+    for decay in (0.0, -0.5, 1.1, math.nan, torch.tensor([0.5, 2.0])):
+        for gain in (lambda d: l2_gain(d, 3), lambda d: peak_gain(d, 3), l2_gain_limit, printed_gain):
+            with pytest.raises(ValueError, match=r"decay must be in \(0, 1\]"):
+                gain(decay)
+    with pytest.raises(ValueError, match="T must be >= 1, got 0"):
+        l2_gain(0.5, 0)
+    with pytest.raises(ValueError, match=r"shape \[..., T\] with T = 3, got \(4,\)"):
+        l2_gain(0.5, 3, torch.ones(4))
+    with pytest.raises(ValueError, match="input_gain must have shape"):
+        peak_gain(0.5, 1, torch.tensor(1.0))
+    with pytest.raises(ValueError, match="must be finite"):
+        l2_gain(0.5, 2, torch.tensor([1.0, math.nan]))
+    with pytest.raises(ValueError, match="must broadcast"):
+        l2_gain(torch.ones(3), 2, torch.ones(2, 2))
