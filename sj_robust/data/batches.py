@@ -130,18 +130,28 @@ class _Loader(DataLoader[tuple[Tensor, ...]]):
                 batch = next(iterator)
             except StopIteration:
                 return
-            except UnreadableError as error:
-                # From a worker it comes with the worker's traceback, whose last line is "module.Class: message".
-                last = str(error).strip().splitlines()[-1]
-                raise UnreadableError(
-                    last.removeprefix(f"{__name__.rpartition('.')[0]}.unreadable.UnreadableError: ")
-                ) from None
-            except RuntimeError as error:
-                reason = " ".join(str(error).split())[:200]
-                if "exited unexpectedly" not in reason and "killed by signal" not in reason:
+            except (UnreadableError, RuntimeError) as error:
+                failure = self._explained(error)
+                if failure is None:
                     raise
-                raise ChildProcessError(
-                    f"a process that loads images was killed ({reason}), most often for want of memory or of room in "
-                    f"/dev/shm; use fewer than {self.num_workers} workers, or none"
-                ) from error
-            yield batch
+                error.__traceback__ = None
+            else:
+                yield batch
+                continue
+            # Raised out here and without the old traceback, it does not keep the iterator and its workers alive.
+            del iterator
+            raise failure
+
+    def _explained(self, error: Exception) -> Exception | None:
+        """What happened in one line, if it is known."""
+        if isinstance(error, UnreadableError):
+            # From a worker it comes with the worker's traceback, whose last line is "module.Class: message".
+            last = str(error).strip().splitlines()[-1]
+            return UnreadableError(last.removeprefix(f"{UnreadableError.__module__}.{UnreadableError.__qualname__}: "))
+        reason = " ".join(str(error).split())[:200]
+        if "exited unexpectedly" in reason or "killed by signal" in reason:
+            return ChildProcessError(
+                f"a process that loads images was killed ({reason}), most often for want of memory or of room in "
+                f"/dev/shm; use fewer than {self.num_workers} workers, or none"
+            )
+        return None
