@@ -175,6 +175,9 @@ def trades(
         x[0] = x + noise_std * n
         x[k+1] = clamp(x[k] + step_size * sign(grad_x[k] KL(p(x) || p(x[k]))), max(x - eps, 0), min(x + eps, 1))
 
+    Where p(x[k]) = p(x) the divergence has no gradient. A spiking network answers in steps, so if the noise flips no
+    spike of an image, the sign of rounding errors decides the first step there; a larger ``noise_std`` avoids it.
+
     Args:
         model: Images [N, ...] to logits [N, classes]; it sees x[0], which may leave [0, 1] by the noise.
         x: Images in [0, 1], floating point.
@@ -182,7 +185,7 @@ def trades(
         eps: Linf radius in units of [0, 1] images; never exceeded, see ``linf_bounds``.
         step_size: Length of a step.
         steps: Number of gradient steps, >= 1.
-        noise_std: Standard deviation of the noise at the start, where the divergence alone has no gradient; > 0.
+        noise_std: Standard deviation of the noise at the start, > 0.
         generator: Seeds the noise; None draws fresh numbers, global generators untouched.
 
     Returns:

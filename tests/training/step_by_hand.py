@@ -1,0 +1,158 @@
+"""One training step from the formulas alone, in float64: torch's autograd, nothing of the package."""
+
+import torch
+import torch.nn.functional as F
+
+T, TAU = 3, 4.0
+DECAY = 1 - 1 / TAU
+NEURONS = {"2": (4, 6, 6), "6": (5, 3, 3), "9": (210,)}  # spiking layers of the network below with their shapes
+
+
+class Triangle(torch.autograd.Function):
+    """Heaviside step with the derivative max(0, 1 - |z|)."""
+
+    @staticmethod
+    def forward(ctx, z):
+        ctx.save_for_backward(z)
+        return (z >= 0).double()
+
+    @staticmethod
+    def backward(ctx, grad):
+        (z,) = ctx.saved_tensors
+        return grad * torch.relu(1 - z.abs())
+
+
+class Network:
+    """Convolution - norm - neuron - pooling - convolution - norm - neuron - linear - neuron - linear from a state dict.
+
+    ``w`` holds a tensor per name; neurons are DLIF where ``w`` has their gains, else LIF with input gain 1/tau.
+    """
+
+    def __init__(self, state):
+        self.w = {name: value.detach().clone() for name, value in state.items()}
+        self.margin = float("inf")
+
+    def parameters(self):
+        return {n: v for n, v in self.w.items() if "running" not in n and "tracked" not in n}
+
+    def run(self, x, *, training):
+        """Logits [N, classes], and per spiking layer currents, spikes and potentials before the reset, [T, N, *]."""
+        seen = {}
+        frames = torch.stack([F.conv2d(x, self.w["0.weight"], padding=1)] * T)
+        out = self.neuron("2", self.norm("1", frames, training), seen)
+        out = torch.stack([F.avg_pool2d(frame, 2) for frame in out])
+        out = torch.stack([F.conv2d(frame, self.w["4.weight"], self.w["4.bias"], padding=1) for frame in out])
+        out = self.neuron("6", self.norm("5", out, training), seen)
+        out = out.flatten(2) @ self.w["8.weight"].T + self.w["8.bias"]
+        out = self.neuron("9", out, seen)
+        return (out @ self.w["10.weight"].T + self.w["10.bias"]).mean(0), seen
+
+    def norm(self, name, x_seq, training):
+        w = {part: self.w[f"{name}.{part}"] for part in ("weight", "bias", "running_mean", "running_var")}
+        mean, var = w["running_mean"], w["running_var"]
+        if training:
+            dims, count = (0, 1, 3, 4), x_seq[:, :, 0].numel()
+            mean = x_seq.sum(dims) / count
+            var = (x_seq - mean[:, None, None]).square().sum(dims) / count
+            with torch.no_grad():
+                self.w[f"{name}.running_mean"] = 0.9 * w["running_mean"] + 0.1 * mean
+                self.w[f"{name}.running_var"] = 0.9 * w["running_var"] + 0.1 * var * count / (count - 1)
+                self.w[f"{name}.num_batches_tracked"] = self.w[f"{name}.num_batches_tracked"] + 1
+        scale = w["weight"] / (var + 1e-5).sqrt()
+        return (x_seq - mean[:, None, None]) * scale[:, None, None] + w["bias"][:, None, None]
+
+    def neuron(self, name, x_seq, seen):
+        gain = self.w.get(f"{name}.input_gain", torch.full((T,), 1 / TAU, dtype=torch.float64))
+        u, hs, spikes = 0.0, [], []
+        for t in range(T):
+            hs.append(DECAY * u + gain[t] * x_seq[t])
+            spikes.append(Triangle.apply(hs[-1] - 1))
+            u = (1 - spikes[-1]) * hs[-1]
+        seen[name] = {"x": x_seq, "s": torch.stack(spikes), "h": torch.stack(hs), "gain": gain}
+        self.margin = min(self.margin, float((seen[name]["h"] - 1).abs().min().detach()))
+        return seen[name]["s"]
+
+
+def cross_entropy(logits, y):
+    return (logits.exp().sum(1).log() - logits[torch.arange(len(y)), y]).mean()
+
+
+def divergence(logits, logits_perturbed):
+    p, q = (z.exp() / z.exp().sum(1, keepdim=True) for z in (logits, logits_perturbed))
+    return (p * (p / q).log()).sum(1).mean()
+
+
+def perturbed_images(mode, network, x, y, noise, *, eps, noise_std):
+    """The images of every mode; ``noise`` is normal, and uniform in [0, 1) for pgd_at."""
+    if mode == "none":
+        return None
+    if mode == "gaussian":
+        return x + eps * noise
+    clean = network.run(x, training=False)[0].detach()
+    if mode in ("at", "rat"):
+        start, step, steps = x + noise_std * noise, eps, 1
+    elif mode == "pgd_at":
+        start, step, steps = (x + eps * (2 * noise - 1)).clamp(0, 1), eps / 4, 7
+    else:
+        start, step, steps = x + noise_std * noise, eps / 4, 10
+    at = start
+    for _ in range(steps):
+        at = at.detach().requires_grad_()
+        logits, _ = network.run(at, training=False)
+        goal = divergence(clean, logits) if mode == "trades" else cross_entropy(logits, y)
+        (grad,) = torch.autograd.grad(goal, at)
+        assert grad.abs()[grad != 0].min() > 1e-12  # a sign that rounding could turn would compare nothing
+        at = (at + step * grad.sign()).detach()
+        at = torch.minimum(torch.maximum(at, x - eps), x + eps).clamp(0, 1)
+    return at
+
+
+def perturbation(indicator, norm, clean, perturbed, *, input_gain):
+    """MS-MPPD of one layer, or a distance of its spikes, with the clean run as a constant."""
+    if indicator == "mppd":
+        eps, differences = 0.0, []
+        for t in range(T):
+            gain = clean["gain"][t] if input_gain or len(clean["gain"].unique()) == 1 else 1.0
+            eps = DECAY * eps + gain * (clean["x"][t].detach() - perturbed["x"][t])
+            differences.append(eps)
+        difference = torch.stack(differences)
+    else:
+        difference = clean["s"].detach() - perturbed["s"]
+        if indicator == "tasad":
+            difference = difference.sum(0) / T
+    return (difference**2).mean() if norm == "l2" else difference.abs().mean()
+
+
+def guarded(seen, margin):
+    return (margin - (seen["h"] - 1).abs()).clamp(min=0).mean()
+
+
+def sparsity(network, x, y, *, h, squared):
+    """Finite difference along the sign of the gradient of exp(z_y) / (exp(z_y) + exp(z_m)); runs two passes."""
+    x = x.detach().requires_grad_()
+    logits, seen = network.run(x, training=True)
+    rows = torch.arange(len(y))
+    others = logits.detach().clone()
+    others[rows, y] = -torch.inf
+    m = others.argmax(1)
+
+    def probability(z):
+        return z[rows, y].exp() / (z[rows, y].exp() + z[rows, m].exp())
+
+    f = probability(logits)
+    (grad,) = torch.autograd.grad(f.sum(), x, retain_graph=True)
+    return logits, seen, lambda: _slope(network, probability, f, x.detach() + h * grad.sign(), h, squared)
+
+
+def _slope(network, probability, f, moved, h, squared):
+    slope = (probability(network.run(moved, training=True)[0]) - f) / h
+    return (slope**2).mean() if squared else slope.abs().mean()
+
+
+def retracted(weight, beta, rows=None):
+    """(1 + beta) W - beta W W^T W on the chosen rows of the matrix [out, everything else]."""
+    matrix = weight.reshape(len(weight), -1).clone()
+    rows = torch.arange(len(matrix)) if rows is None else rows
+    part = matrix[rows]
+    matrix[rows] = (1 + beta) * part - beta * torch.einsum("ik,jk,jl->il", part, part, part)
+    return matrix.reshape(weight.shape)
