@@ -1,6 +1,9 @@
+import os
+import signal
+
 import pytest
 import torch
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset, TensorDataset
 
 from sj_robust.data import ShuffledBatches, image_loader
 
@@ -31,6 +34,55 @@ def test_processes_share_the_same_global_batches():
         assert sorted(whole) == sorted(index for part in parts for index in part)
 
 
+def test_indices_of_any_batch():
+    for rank in range(2):
+        whole = at_epoch(7, rank=rank, processes=2)
+        batches = ShuffledBatches(23, 4, seed=5, rank=rank, processes=2)
+        assert [batches.indices(7, number) for number in (3, 0)] == [whole[3], whole[0]]
+        assert batches.indices(8, 0) == at_epoch(8, rank=rank, processes=2)[0]
+        batches.epoch = 7
+        walk = iter(batches)
+        first = next(walk)
+        batches.indices(2, 1)  # asking for another epoch in between moves nothing
+        assert [first, *walk] == whole
+    with pytest.raises(IndexError, match="batch must be from 0 to 4, got 5"):
+        batches.indices(0, 5)
+
+
+class Fatal(Dataset):
+    """Its first image ends the process that loads it."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Wrong(Fatal):
+    def __getitem__(self, index):
+        raise RuntimeError("a mistake of one's own")
+
+
+def test_a_killed_worker_is_an_error_that_says_so():
+    with pytest.raises(ChildProcessError, match=r"a process that loads images was killed .*use fewer than 1 workers"):
+        list(image_loader(Fatal(), 2, workers=1))
+    with pytest.raises(RuntimeError, match="a mistake of one's own"):
+        list(image_loader(Wrong(), 2, workers=1))
+
+
+def test_workers_leave_the_global_random_state_alone():
+    dataset = TensorDataset(torch.arange(23.0))
+    before = torch.get_rng_state()
+    batches = ShuffledBatches(23, 4, seed=5)
+    loader = image_loader(dataset, batches, workers=1)
+    for epoch, first_batch in ((0, 0), (1, 3), (2, 0)):
+        batches.epoch, batches.first_batch = epoch, first_batch
+        assert [x.int().tolist() for (x,) in loader] == at_epoch(epoch, first_batch)
+        assert len(next(iter(loader))[0]) == 4  # an epoch that is left early does not leak into the next
+    assert torch.equal(before, torch.get_rng_state())
+
+
 def test_a_loader_leaves_the_global_random_state_alone():
     dataset = TensorDataset(torch.arange(23.0))
     torch.manual_seed(0)
@@ -44,5 +96,7 @@ def test_a_loader_leaves_the_global_random_state_alone():
 def test_wrong_use():
     with pytest.raises(ValueError, match="number of training images, 23; got 24"):
         ShuffledBatches(23, 24, seed=0)
+    with pytest.raises(ValueError, match="workers must be >= 0, got -1"):
+        image_loader(TensorDataset(torch.arange(3)), 1, workers=-1)
     with pytest.raises(ValueError, match="multiple of the number of processes, 3"):
         ShuffledBatches(23, 4, seed=0, processes=3)

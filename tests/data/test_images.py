@@ -1,4 +1,5 @@
 import gzip
+import hashlib
 import shutil
 import struct
 from pathlib import Path
@@ -59,16 +60,41 @@ def test_the_seed_moves_the_validation_split_and_never_the_test_images():
     assert rows(one.validation) | rows(one.train) == rows(other.validation) | rows(other.train)
 
 
+def checksum(part):
+    digest = hashlib.sha256()
+    for image, label in part:
+        digest.update(image.numpy().tobytes() + label.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@pytest.mark.parametrize(
+    ("options", "sums"),
+    [
+        ({}, ["c24d418612d382a7", "acaad45f0953fe58", "d334356193f16b9d"]),
+        (
+            {"seed": 3, "train_limit": 200, "test_limit": 50},
+            ["ee638186d4eaca78", "ad2fdca92a5c953b", "ec32bf93b0c436d4"],
+        ),
+    ],
+)
+def test_the_digits_are_those_of_the_published_figures(options, sums):
+    splits = load_images("digits", **options)
+    assert [checksum(part) for part in (splits.train, splits.validation, splits.test)] == sums
+
+
 def test_limits():
     splits = load_images("digits", train_limit=50, test_limit=7)
     assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [45, 5, 7]
 
 
 @pytest.mark.parametrize("gz", [False, True])
-@pytest.mark.parametrize("folder", [".", "FashionMNIST/raw"])
-def test_fashion_mnist_files(tmp_path, folder, gz):
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [("fashion_mnist", "."), ("fashion_mnist", "FashionMNIST/raw"), ("mnist", "."), ("mnist", "MNIST/raw")],
+)
+def test_idx_files(tmp_path, name, folder, gz):
     pixels, labels = write_fashion_mnist(tmp_path / folder, gz=gz)
-    splits = load_images("fashion_mnist", root=tmp_path)
+    splits = load_images(name, root=tmp_path)
     assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [36, 4, 20]
     assert splits.image_shape == (1, 8, 8)
     images, classes = stacked(splits.test)
@@ -81,10 +107,17 @@ def test_fashion_mnist_files(tmp_path, folder, gz):
 
 @pytest.mark.skipif(not DEBIAN.is_dir(), reason="Debian's package dataset-fashion-mnist is not installed")
 def test_the_real_fashion_mnist():
+    few = load_images("fashion_mnist", root=DEBIAN, train_limit=300, test_limit=60)
+    assert [checksum(part) for part in (few.train, few.validation, few.test)] == [
+        "dc0305748e096db2", "d08888bce3b0e227", "9cd95831aff8860d",
+    ]  # fmt: skip
     splits = load_images("fashion_mnist", root=DEBIAN)
     assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [54000, 6000, 10000]
-    assert stacked(splits.test)[1].bincount().tolist() == [1000] * 10
-    assert stacked(splits.test)[1][:5].tolist() == [9, 2, 1, 1, 6]
+    labels = splits.test.images.labels
+    assert labels.bincount().tolist() == [1000] * 10
+    assert labels[:5].tolist() == [9, 2, 1, 1, 6]
+    with pytest.raises(ValueError, match=r"holds Fashion-MNIST, not MNIST; use the data set 'fashion_mnist'"):
+        load_images("mnist", root=DEBIAN)
 
 
 def test_missing_files_are_named_with_the_way_to_get_them(tmp_path):
@@ -117,8 +150,23 @@ def test_damaged_files(tmp_path, damage):
         load_images("fashion_mnist", root=tmp_path)
 
 
+def test_a_label_outside_the_classes(tmp_path):
+    write_fashion_mnist(tmp_path)
+    path = tmp_path / NAMES[1]
+    path.write_bytes(path.read_bytes()[:-1] + bytes([10]))
+    with pytest.raises(ValueError, match=rf"{NAMES[1]} holds 1 labels outside the classes 0 to 9, the first is 10"):
+        load_images("mnist", root=tmp_path)
+
+
+def test_an_image_in_memory_takes_a_byte_per_value():
+    images = load_images("digits").train.images
+    assert (images.pixels.dtype, images.pixels.shape) == (torch.uint8, (1437, 1, 8, 8))
+
+
 def test_wrong_use():
-    with pytest.raises(ValueError, match="digits, fashion_mnist"):
+    with pytest.raises(ValueError, match=r"on_unreadable must be 'error' or 'skip', got 'ignore'"):
+        load_images("digits", on_unreadable="ignore")
+    with pytest.raises(ValueError, match="digits, fashion_mnist, mnist, .*image_folder:PATH, cifar10_dvs"):
         load_images("imagenet")
     with pytest.raises(ValueError, match="train_limit must be >= 1"):
         load_images("digits", train_limit=0)
