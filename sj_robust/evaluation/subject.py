@@ -1,21 +1,16 @@
 """The network that is evaluated: from a checkpoint, or from somebody's own function."""
 
-import importlib
-import importlib.util
-import sys
-import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sj_robust.classifier import SpikingClassifier
-from sj_robust.models import NetworkSpec, build_network
+from sj_robust.models import NetworkSpec, build_classifier, set_time_steps
+from sj_robust.models.foreign import find_function, reason
 from sj_robust.training.checkpoint import load_checkpoint
 
 __all__ = ["Subject", "check_fits", "describe_network", "from_checkpoint", "from_function"]
@@ -46,18 +41,22 @@ class Subject:
     spec: NetworkSpec | None = None
 
 
-def from_checkpoint(path: Path) -> Subject:
+def from_checkpoint(path: Path, T: int | None = None, *, trust_code: bool = False) -> Subject:
     """The network of a checkpoint that ``recipes/adv_train.py`` wrote. 从检查点读取网络。
 
     Args:
         path: The file; or a network's folder, whose ``best.pt`` is taken; or a run's folder with one network in it.
+        T: Time steps to run it for, see :func:`sj_robust.models.set_time_steps`; None for those it was trained with.
+        trust_code: Whether a function of your own code that the checkpoint names (``module:function``) may be run to
+            build the network. Whoever wrote the file chose the function and its arguments.
 
     Returns:
         The network, on the CPU, with its weights.
 
     Raises:
         FileNotFoundError: If there is no checkpoint; the message lists those nearby.
-        ValueError: If the file is no checkpoint of a network, or the folder holds several networks.
+        ValueError: If the file is no checkpoint of a network, the folder holds several networks, T is out of range, or
+            the network is built by a function that is not trusted.
 
     Example:
         >>> from_checkpoint(Path("nowhere.pt"))
@@ -70,18 +69,24 @@ def from_checkpoint(path: Path) -> Subject:
     try:
         description, state = content["description"], content["model"]
         spec = NetworkSpec(**description["network"])
-        model = SpikingClassifier(build_network(spec), spec.T)
+        if ":" in spec.name and not spec.name.startswith("zoo:") and not trust_code:
+            raise ValueError(
+                f"{path} names the function {spec.name} with options {spec.options}, which would be run to build its "
+                "network; if you trust both, pass trust_code=True (--trust-code on the command line)"
+            )
+        model = build_classifier(spec)
         model.load_state_dict(state)
     except (KeyError, TypeError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        cause = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{path} holds no network that this release can build ({type(error).__name__}: {reason}); give a "
+            f"{path} holds no network that this release can build ({type(error).__name__}: {cause}); give a "
             "best.pt of recipes/adv_train.py, or your own network with --network module:function"
         ) from error
-    size = f"channels {spec.channels}" if spec.name == "small" else f"hidden {spec.hidden}"
+    if T is not None:
+        set_time_steps(model, T)
+        spec = replace(spec, T=T)
     name = path.parent.name if path.stem in ("best", "last") else path.stem
-    architecture = f"{spec.name}, {spec.neuron}, T {spec.T}, tau {spec.tau:g}, {size}"
-    return Subject(name, model.eval(), architecture, dict(description.get("options", {})), spec)
+    return Subject(name, model.eval(), _in_words(spec), dict(description.get("options", {})), spec)
 
 
 def from_function(
@@ -114,17 +119,13 @@ def from_function(
         >>> from_function("torch.nn:Flatten", T=4).model.T
         4
     """
-    module_name, colon, function_name = text.rpartition(":")
-    if not colon or not module_name or not function_name:
-        raise ValueError(f"network must be module:function, got {text!r}; such as mynet:build or mynet.py:build")
-    function = getattr(_module(module_name), function_name, None)
-    if not callable(function):
-        raise ValueError(f"{module_name} has no function {function_name!r}; give module:function that builds a network")
+    function = find_function(text)
+    function_name = text.rpartition(":")[2]
     try:
         network = function()
     except Exception as error:  # somebody else's code raises anything
         raise ValueError(
-            f"{text} failed ({_reason(error)}); it must return the network, its weights loaded, without arguments"
+            f"{text} failed ({reason(error)}); it must return the network, its weights loaded, without arguments"
         ) from error
     if not isinstance(network, nn.Module):
         raise ValueError(f"{text} must return a network (nn.Module), got {type(network).__name__}")
@@ -189,9 +190,7 @@ def check_fits(subject: Subject, images: Tensor, classes: int, dataset: str) -> 
     except Exception as error:  # somebody else's code raises anything
         low = sorted({str(weight.dtype) for weight in subject.model.parameters() if weight.dtype in _HALF})
         hint = f"; images are {images.dtype}, weights {low[0]}: return network.float(), or cast inside" if low else ""
-        raise ValueError(
-            f"{subject.name} does not take images {shape} of {dataset} ({_reason(error)}){hint}"
-        ) from error
+        raise ValueError(f"{subject.name} does not take images {shape} of {dataset} ({reason(error)}){hint}") from error
     if logits.shape[1] != classes:
         raise ValueError(f"{subject.name} tells {logits.shape[1]} classes apart, {dataset} has {classes}; give its own")
     if not bool(torch.isfinite(logits).all()):
@@ -201,6 +200,14 @@ def check_fits(subject: Subject, images: Tensor, classes: int, dataset: str) -> 
             f"no gradient reaches the images of {subject.name}, so that attacks would be blind; leave no_grad and "
             "detach out of its forward"
         )
+
+
+def _in_words(spec: NetworkSpec) -> str:
+    """Architecture, neuron, time and what makes the size of a network."""
+    sizes = {"small": f", channels {spec.channels}"}
+    size = f", hidden {spec.hidden}" if spec.name.startswith("vgg") else sizes.get(spec.name, "")
+    options = "".join(f", {key} {value}" for key, value in spec.options.items())
+    return f"{spec.name}, {spec.neuron}, T {spec.T}, tau {spec.tau:g}{size}{options}"
 
 
 def _checkpoint_file(path: Path) -> Path:
@@ -231,54 +238,3 @@ def _listed(folder: Path) -> str:
     patterns = ("*/best.pt", "*/*/best.pt", "*/*/*/best.pt", "*.pt")
     found = [path for pattern in patterns for path in sorted(folder.glob(pattern))]
     return ", ".join(map(str, found[:6]))
-
-
-def _module(name: str) -> ModuleType:
-    """A module by name or by file."""
-    if name.endswith(".py"):
-        path = Path(name)
-        if not path.is_file():
-            raise FileNotFoundError(f"{path.resolve()} does not exist; give module:function or file.py:function")
-        specification = importlib.util.spec_from_file_location(path.stem, path)
-        assert specification is not None  # a file that ends in .py has a loader
-        assert specification.loader is not None  # as above
-        module = importlib.util.module_from_spec(specification)
-        sys.modules[path.stem] = module
-        sys.path.insert(0, str(path.parent.resolve()))
-        with _failures_named(name):
-            specification.loader.exec_module(module)
-        return module
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        with _failures_named(name):
-            return importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not name.startswith(error.name):
-            raise
-        raise ModuleNotFoundError(
-            f"no module {name!r} in {Path.cwd()} or among the installed ones; give module:function or file.py:function"
-        ) from error
-
-
-@contextmanager
-def _failures_named(name: str) -> Iterator[None]:
-    """What a module of somebody else raises while it is imported, in one line; one that is missing keeps its error."""
-    try:
-        yield
-    except ModuleNotFoundError:
-        raise
-    except Exception as error:  # it raises anything
-        raise ValueError(f"{name} cannot be imported ({_reason(error)}); correct it and start again") from error
-
-
-def _reason(error: Exception) -> str:
-    """An error in one line, with the last place in somebody else's code that it passed."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_theirs(frame.filename)]
-    place = f", {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{place}"
-
-
-def _is_theirs(file: str) -> bool:
-    """Whether a file of a traceback belongs to neither Python nor an installed package nor this one."""
-    foreign = ("<", str(Path(__file__).parents[1]), str(Path(traceback.__file__).parent))
-    return not file.startswith(foreign) and "site-packages" not in file

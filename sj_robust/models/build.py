@@ -2,22 +2,25 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from spikingjelly.activation_based import neuron, surrogate
+from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import nn
 
+from sj_robust.classifier import SpikingClassifier, SpikingEventClassifier
 from sj_robust.fusion import fuse_batch_norm
+from sj_robust.models.foreign import call_with_known, find_function
 from sj_robust.models.small import SmallConvNet
 from sj_robust.models.vgg import VGG, VGG_FEATURES
-from sj_robust.neuron import DLIFNode
+from sj_robust.models.wide_resnet import WIDE_RESNETS, WideResNet
+from sj_robust.models.zoo import build_zoo_network
+from sj_robust.neuron import DLIFNode, replace_neurons
 
-__all__ = ["NETWORKS", "NetworkSpec", "build_network"]
+__all__ = ["NETWORKS", "NetworkSpec", "build_classifier", "build_network"]
 
-NETWORKS = ("small", *VGG_FEATURES)
-"""Names of the architectures."""
+NETWORKS = ("small", *VGG_FEATURES, *WIDE_RESNETS)
+"""Names of the architectures of this package."""
 
 
 @dataclass(frozen=True)
@@ -25,24 +28,33 @@ class NetworkSpec:
     """Everything :func:`build_network` needs, in plain types. 构建网络所需的全部参数。
 
     Attributes:
-        name: Architecture.
-        neuron: ``"dlif"``, or one of SpikingJelly's ``"lif"`` (``decay_input=False``, as DLIF with all gains 1) and
-            ``"if"``; all with the triangle surrogate and a hard reset to 0.
-        image_shape: (C, H, W) of one image.
+        name: One of :data:`NETWORKS`; ``"zoo:NAME"`` for a network of SpikingJelly's model zoo
+            (:func:`sj_robust.models.zoo_networks`); ``"module:function"`` or ``"file.py:function"`` for a function of
+            your own that returns the network. It is called with those of ``image_shape``, ``classes``, ``T`` and
+            ``spiking_neuron`` (builds one neuron) that its signature names, and with ``options``.
+        neuron: ``"dlif"``, or one of SpikingJelly's ``"lif"`` and ``"plif"`` (``decay_input=False``, as DLIF with all
+            gains 1) and ``"if"``; all with the triangle surrogate and a hard reset to 0. With ``"dlif"`` the IF, LIF
+            and PLIF neurons that a network from elsewhere brings are converted by ``replace_neurons``, which keeps
+            their own tau.
+        image_shape: (C, H, W) of one image or frame.
         classes: Number of classes.
-        T: Number of time steps.
-        tau: Membrane time constant in steps (unused by ``"if"``).
+        T: Number of time steps; of frames per sample.
+        tau: Membrane time constant in steps (unused by ``"if"``); of ``"plif"``, the one to start with.
         channels: Output channels of the convolutions of ``"small"``.
         hidden: Widths of the hidden linear layers of a VGG.
         fused: Whether batch norm and the DLIF neurons behind it run in one pass where they can.
+        mean: Mean per channel, subtracted from images in [0, 1] inside the classifier; None for none.
+        std: Standard deviation per channel that they are divided by; None for none.
+        frames: Whether samples are event frames [T, C, H, W] instead of images.
+        options: Further keyword arguments of the architecture, plain data.
 
     Example:
         >>> NetworkSpec(neuron="lif", T=8).tau
         100.0
     """
 
-    name: Literal["small", "vgg5", "vgg11", "vgg13", "vgg16", "vgg19"] = "small"
-    neuron: Literal["dlif", "lif", "if"] = "dlif"
+    name: str = "small"
+    neuron: Literal["dlif", "lif", "if", "plif"] = "dlif"
     image_shape: tuple[int, int, int] = (1, 8, 8)
     classes: int = 10
     T: int = 4
@@ -50,6 +62,10 @@ class NetworkSpec:
     channels: tuple[int, ...] = (16, 32)
     hidden: tuple[int, ...] = (4096, 4096)
     fused: bool = True
+    mean: tuple[float, ...] | None = None
+    std: tuple[float, ...] | None = None
+    frames: bool = False
+    options: dict[str, Any] = field(default_factory=dict)
 
 
 def build_network(spec: NetworkSpec) -> nn.Module:
@@ -59,10 +75,13 @@ def build_network(spec: NetworkSpec) -> nn.Module:
         spec: What to build.
 
     Returns:
-        A network in step mode ``"m"``.
+        A network in step mode ``"m"``; one of your own in the step mode that your function gave it.
 
     Raises:
-        ValueError: If the architecture or the neuron is unknown, or an argument is out of range.
+        ModuleNotFoundError: If there is no such module of your own.
+        FileNotFoundError: If there is no such file of your own.
+        ValueError: If the architecture, the neuron or an option is unknown, an argument is out of range, or a function
+            of your own fails or returns no network.
 
     Source: networks of Ding et al. (ICML 2024), section 5.
 
@@ -70,31 +89,115 @@ def build_network(spec: NetworkSpec) -> nn.Module:
         >>> build_network(NetworkSpec()).T
         4
     """
-    if spec.name not in NETWORKS:
-        raise ValueError(f"network must be one of {', '.join(NETWORKS)}, got {spec.name!r}")
-    if not (math.isinf(spec.tau) or spec.tau > 1):
-        raise ValueError(f"tau must be > 1, got {spec.tau}; for a decay of 0.99 pass tau=100.0")
-    node: Callable[..., nn.Module]
-    match spec.neuron:
-        case "dlif":
-            node = partial(DLIFNode, tau=spec.tau)
-        case "lif":
-            node = partial(neuron.LIFNode, tau=float(spec.tau), decay_input=False)
-        case "if":
-            node = neuron.IFNode
-        case _:
-            raise ValueError(f"neuron must be 'dlif', 'lif' or 'if', got {spec.neuron!r}")
-    arguments: dict[str, Any] = {
-        "T": spec.T,
-        "spiking_neuron": node,
-        "v_reset": 0.0,
-        "surrogate_function": surrogate.PiecewiseQuadratic(alpha=1.0),
-    }
-    net: nn.Module
-    if spec.name == "small":
-        net = SmallConvNet(spec.image_shape, spec.classes, channels=spec.channels, **arguments)
+    if spec.name not in NETWORKS and ":" not in spec.name:
+        raise ValueError(
+            f"network must be one of {', '.join(NETWORKS)}, zoo:NAME, module:function or file.py:function, got "
+            f"{spec.name!r}"
+        )
+    node = _neuron(spec)
+    name = spec.name
+    if name.startswith("zoo:"):
+        net = build_zoo_network(
+            name[4:], spec.image_shape, spec.classes, T=spec.T, spiking_neuron=node, options=spec.options
+        )
+    elif ":" in name:
+        net = _own_network(spec, node)
     else:
-        net = VGG(spec.name, spec.image_shape, spec.classes, hidden=spec.hidden, **arguments)
+        net = _packaged_network(spec, node)
+    if ":" in name and spec.neuron == "dlif":
+        _convert(net, spec)
     if spec.fused:
         fuse_batch_norm(net)
     return net
+
+
+def build_classifier(spec: NetworkSpec) -> SpikingClassifier:
+    """The network of a specification as a pure function, from images in [0, 1] or event frames to logits. 构建分类器。
+
+    Args:
+        spec: What to build; ``mean`` and ``std`` are applied inside, so that attacks see images in [0, 1].
+
+    Returns:
+        A ``SpikingClassifier``, or a ``SpikingEventClassifier`` for frames.
+
+    Raises:
+        ValueError: As :func:`build_network`; or if the number of means or deviations is not that of the channels, or
+            there are any for frames.
+
+    Example:
+        >>> import torch
+        >>> build_classifier(NetworkSpec(mean=(0.3,), std=(0.2,)))(torch.rand(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+    for name, values in (("mean", spec.mean), ("std", spec.std)):
+        if values is not None and spec.frames:
+            raise ValueError(f"{name} is for images, event frames stay as they are, got {values}; leave it out")
+        if values is not None and len(values) != spec.image_shape[0]:
+            raise ValueError(f"{name} must have one value per channel ({spec.image_shape[0]}), got {values}")
+    net = build_network(spec)
+    if not spec.frames:
+        return SpikingClassifier(net, spec.T, mean=spec.mean, std=spec.std)
+    if getattr(net, "expands_time", False):
+        net.expands_time = False  # takes frames as well, and here gets nothing else
+    return SpikingEventClassifier(net, spec.T)
+
+
+def _neuron(spec: NetworkSpec) -> Callable[..., nn.Module]:
+    """A function that builds one neuron of the specification; what it is called with goes first."""
+    if not (math.isinf(spec.tau) or spec.tau > 1):
+        raise ValueError(f"tau must be > 1, got {spec.tau}; for a decay of 0.99 pass tau=100.0")
+    kind: Callable[..., nn.Module]
+    settings: dict[str, Any]
+    match spec.neuron:
+        case "dlif":
+            kind, settings = DLIFNode, {"T": spec.T, "tau": spec.tau}
+        case "lif":
+            kind, settings = neuron.LIFNode, {"tau": float(spec.tau), "decay_input": False}
+        case "plif":
+            kind, settings = neuron.ParametricLIFNode, {"init_tau": float(spec.tau), "decay_input": False}
+        case "if":
+            kind, settings = neuron.IFNode, {}
+        case _:
+            raise ValueError(f"neuron must be 'dlif', 'lif', 'plif' or 'if', got {spec.neuron!r}")
+    settings |= {"v_reset": 0.0, "step_mode": "s"}
+
+    def spiking_neuron(**arguments: Any) -> nn.Module:
+        triangle = surrogate.PiecewiseQuadratic(alpha=1.0)
+        return kind(**{"surrogate_function": triangle, **settings, **arguments})
+
+    return spiking_neuron
+
+
+def _packaged_network(spec: NetworkSpec, node: Callable[..., nn.Module]) -> nn.Module:
+    """One of :data:`NETWORKS`."""
+    arguments: dict[str, Any] = {"T": spec.T, "spiking_neuron": node}
+    if spec.name == "small":
+        return SmallConvNet(spec.image_shape, spec.classes, **{"channels": spec.channels, **arguments, **spec.options})
+    if spec.name in VGG_FEATURES:
+        arguments |= {"hidden": spec.hidden, **spec.options}
+        return VGG(spec.name, spec.image_shape, spec.classes, **arguments)
+    depth, widen_factor = WIDE_RESNETS[spec.name]
+    arguments |= {"depth": depth, "widen_factor": widen_factor, **spec.options}
+    return WideResNet(spec.image_shape, spec.classes, **arguments)
+
+
+def _own_network(spec: NetworkSpec, node: Callable[..., nn.Module]) -> nn.Module:
+    """What a function of the user returns."""
+    offered = {"image_shape": spec.image_shape, "classes": spec.classes, "T": spec.T, "spiking_neuron": node}
+    net = call_with_known(find_function(spec.name), spec.name, offered, spec.options)
+    if not isinstance(net, nn.Module):
+        raise ValueError(f"{spec.name} must return a network (nn.Module), got {type(net).__name__}")
+    if isinstance(net, SpikingClassifier):
+        raise ValueError(f"{spec.name} must return a bare network, got one in a SpikingClassifier; return its .net")
+    return net
+
+
+def _convert(net: nn.Module, spec: NetworkSpec) -> None:
+    """IF, LIF and PLIF neurons of a network from elsewhere become DLIF."""
+    report = replace_neurons(net, spec.T)
+    functional.reset_net(net)
+    if not any(isinstance(module, DLIFNode) for module in net.modules()):
+        stays = "; ".join(f"{name}: {reason}" for name, reason in report.skipped.items())
+        raise ValueError(
+            f"{spec.name} has no neuron that could be DLIF ({stays or 'no spiking neuron at all'}); name another neuron"
+        )

@@ -1,27 +1,23 @@
 """Convolution - batch norm - neuron stages, one after the other: what SmallConvNet and VGG share."""
 
-import inspect
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from typing import Any, Literal
 
 from spikingjelly.activation_based import functional, layer
-from torch import Tensor, nn
+from torch import nn
+
+from sj_robust.models.direct import DirectlyEncoded, initialise, neuron_builder
 
 __all__ = ["ConvChain"]
 
 
-class ConvChain(nn.Module):
+class ConvChain(DirectlyEncoded):
     """Convolution - batch norm - neuron for every number in ``features``, average pooling by 2 for every ``"A"``.
 
     After them linear - neuron for every number in ``hidden``, and a linear layer to the classes.
     逐层堆叠的卷积脉冲网络。
 
-    The image does not change over time under direct encoding, and a convolution is linear, so the first convolution
-    runs once and its result is repeated over the T steps after it; batch norm sees the T copies.
-
-    Shapes: in step mode ``"m"`` images [N, C, H, W] or frames [T, N, C, H, W] to [T, N, classes]; in step mode ``"s"``
-    one frame [N, C, H, W] to [N, classes] per call.
+    Shapes and the time steps: see :class:`DirectlyEncoded`.
 
     Args:
         image_shape: (C, H, W) of one image; H and W at least 2 to the number of poolings.
@@ -47,8 +43,6 @@ class ConvChain(nn.Module):
         torch.Size([4, 5, 10])
     """
 
-    expands_time = True
-
     def __init__(
         self,
         image_shape: Sequence[int],
@@ -72,45 +66,21 @@ class ConvChain(nn.Module):
                 f"an image of {height}x{columns} pixels cannot be halved {poolings} times (>= 1 needed); "
                 "pass fewer stages, or larger images"
             )
-        if "T" in inspect.signature(spiking_neuron).parameters:
-            neuron_kwargs.setdefault("T", T)
+        node = neuron_builder(spiking_neuron, T, neuron_kwargs)
         self.T = T
         stages: list[nn.Module] = []
         for feature in features:
             if feature == "A":
                 stages.append(layer.AvgPool2d(2))
                 continue
-            stages += [layer.Conv2d(width, feature, 3, padding=1), layer.BatchNorm2d(feature)]
-            stages.append(spiking_neuron(**deepcopy(neuron_kwargs)))
+            stages += [layer.Conv2d(width, feature, 3, padding=1), layer.BatchNorm2d(feature), node()]
             width = feature
         width *= (height // 2**poolings) * (columns // 2**poolings)
         stages.append(layer.Flatten())
         for size in hidden:
-            stages += [layer.Linear(width, size), spiking_neuron(**deepcopy(neuron_kwargs))]
+            stages += [layer.Linear(width, size), node()]
             width = size
         self.first = stages[0]
         self.stages = nn.Sequential(*stages[1:], layer.Linear(width, classes))
-        _initialise(self)
+        initialise(self)
         functional.set_step_mode(self, step_mode)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Outputs of every time step ([T, N, classes]), or of one ([N, classes]) in step mode ``"s"``."""
-        single_step = self.first.step_mode == "s"
-        if x.ndim not in ((4,) if single_step else (4, 5)):
-            wanted = "one frame [N, C, H, W]" if single_step else "images [N, C, H, W] or frames [T, N, C, H, W]"
-            raise ValueError(
-                f"{type(self).__name__} in step mode {self.first.step_mode!r} takes {wanted}, got {tuple(x.shape)}"
-            )
-        if single_step or x.ndim == 5:
-            return self.stages(self.first(x))  # type: ignore[no-any-return]  # torch types a module's call as Any
-        current = self.first(x.unsqueeze(0))
-        return self.stages(current.expand(self.T, *current.shape[1:]))  # type: ignore[no-any-return]  # as above
-
-
-def _initialise(net: nn.Module) -> None:
-    """Kaiming-normal (fan out) convolutions; biases of convolutions and linear layers 0."""
-    for module in net.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
-        if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
-            nn.init.zeros_(module.bias)

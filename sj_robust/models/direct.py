@@ -1,0 +1,90 @@
+"""Networks that take images and bring the time steps themselves."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from inspect import signature
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["DirectlyEncoded", "initialise", "neuron_builder"]
+
+
+class DirectlyEncoded(nn.Module):
+    """A first layer that is linear in time, run once for an image, and stages that see its result T times.
+
+    首层对静态图像只计算一次，再沿时间维展开。
+
+    The image does not change over time under direct encoding, so the first convolution gives the same result at every
+    step: it runs once, and its result is repeated over the T steps after it; batch norm sees the T copies.
+
+    Shapes: in step mode ``"m"`` images [N, C, H, W] or frames [T, N, C, H, W] to [T, N, classes]; in step mode ``"s"``
+    one frame [N, C, H, W] to [N, classes] per call.
+
+    A subclass sets ``T``, the SpikingJelly layer ``first`` and the module ``stages``.
+
+    Raises:
+        ValueError: If an input has another number of dimensions.
+
+    Example:
+        >>> import torch
+        >>> from spikingjelly.activation_based import layer
+        >>> net = DirectlyEncoded()
+        >>> net.T, net.first, net.stages = 2, layer.Conv2d(1, 3, 8, step_mode="m"), nn.Flatten(2)
+        >>> net(torch.rand(5, 1, 8, 8)).shape
+        torch.Size([2, 5, 3])
+    """
+
+    expands_time = True
+    T: int
+    first: nn.Module
+    stages: nn.Module
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Outputs of every time step ([T, N, classes]), or of one ([N, classes]) in step mode ``"s"``."""
+        single_step = self.first.step_mode == "s"
+        if x.ndim not in ((4,) if single_step else (4, 5)):
+            wanted = "one frame [N, C, H, W]" if single_step else "images [N, C, H, W] or frames [T, N, C, H, W]"
+            raise ValueError(
+                f"{type(self).__name__} in step mode {self.first.step_mode!r} takes {wanted}, got {tuple(x.shape)}"
+            )
+        if single_step or x.ndim == 5:
+            return self.stages(self.first(x))  # type: ignore[no-any-return]  # torch types a module's call as Any
+        current = self.first(x.unsqueeze(0))
+        return self.stages(current.expand(self.T, *current.shape[1:]))  # type: ignore[no-any-return]  # as above
+
+
+def neuron_builder(
+    spiking_neuron: Callable[..., nn.Module], T: int, arguments: dict[str, Any]
+) -> Callable[[], nn.Module]:
+    """A function that builds one neuron after the other, which share nothing. 逐个构建互不共享的神经元。
+
+    Args:
+        spiking_neuron: Class or function that builds a neuron, as in SpikingJelly's model zoo.
+        T: Number of time steps, passed to one that takes ``T`` (``DLIFNode`` does).
+        arguments: Keyword arguments of every neuron; a ``T`` among them goes before the network's.
+
+    Example:
+        >>> from sj_robust.neuron import DLIFNode
+        >>> neuron_builder(DLIFNode, 4, {"tau": 2.0})().T
+        4
+    """
+    if "T" in signature(spiking_neuron).parameters:
+        arguments = {"T": T, **arguments}
+    return lambda: spiking_neuron(**deepcopy(arguments))
+
+
+def initialise(net: nn.Module) -> None:
+    """Kaiming-normal (fan out) convolutions; biases of convolutions and linear layers 0. 初始化权重。
+
+    Example:
+        >>> net = nn.Linear(3, 2)
+        >>> initialise(net)
+        >>> net.bias.tolist()
+        [0.0, 0.0]
+    """
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if isinstance(module, nn.Conv2d | nn.Linear) and module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,143 @@
+"""Functions of somebody else's code, by name: ``module:function`` or ``file.py:function``."""
+
+import importlib
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from inspect import Parameter, signature
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+__all__ = ["call_with_known", "find_function", "reason"]
+
+
+def find_function(text: str) -> Callable[..., Any]:
+    """Somebody's own function; its module is imported, and so runs. 按名称查找用户自己的函数。
+
+    Args:
+        text: ``module:function`` or ``path/to/file.py:function``. Modules are looked for in the working folder first.
+
+    Returns:
+        The function.
+
+    Raises:
+        ModuleNotFoundError: If there is no such module.
+        FileNotFoundError: If there is no such file.
+        ValueError: If the text has no colon, the file is not Python's, there is no such function, or its module fails.
+
+    Example:
+        >>> find_function("math:sqrt")(4.0)
+        2.0
+    """
+    module_name, colon, function_name = text.rpartition(":")
+    if not colon or not module_name or not function_name:
+        raise ValueError(f"network must be module:function, got {text!r}; such as mynet:build or mynet.py:build")
+    function = getattr(_module(module_name), function_name, None)
+    if not callable(function):
+        raise ValueError(f"{module_name} has no function {function_name!r}; give module:function that builds a network")
+    return function  # type: ignore[no-any-return]  # whatever it is, it can be called
+
+
+def call_with_known(
+    function: Callable[..., Any], name: str, offered: Mapping[str, Any], options: Mapping[str, Any]
+) -> Any:
+    """Call a function with those offered arguments that it takes, and with all options. 只传函数接受的参数。
+
+    Args:
+        function: What to call.
+        name: What messages call it.
+        offered: Keyword arguments that it gets if its signature names them (``**kwargs`` names none).
+        options: Keyword arguments that it has to take; they go before the offered ones.
+
+    Returns:
+        Its result.
+
+    Raises:
+        ValueError: If it does not take an option, or fails.
+
+    Example:
+        >>> call_with_known(lambda T, width=1: T * width, "area", {"T": 4, "classes": 10}, {"width": 3})
+        12
+    """
+    parameters = signature(function).parameters
+    named = [
+        key
+        for key, value in parameters.items()
+        if value.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+    ]
+    takes_any = any(value.kind is Parameter.VAR_KEYWORD for value in parameters.values())
+    unknown = [] if takes_any else [key for key in options if key not in named]
+    if unknown:
+        raise ValueError(
+            f"{name} takes no option {', '.join(map(repr, unknown))}; it takes {', '.join(named) or 'none'}"
+        )
+    try:
+        return function(**{key: value for key, value in offered.items() if key in named} | dict(options))
+    except Exception as error:  # somebody else's code raises anything
+        raise ValueError(f"{name} failed ({reason(error)}); correct it or its options, and start again") from error
+
+
+def reason(error: Exception) -> str:
+    """An error in one line, with the last place in somebody else's code that it passed. 单行错误说明。
+
+    Args:
+        error: What was caught.
+
+    Example:
+        >>> reason(ValueError("too far"))
+        'ValueError: too far'
+    """
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_theirs(frame.filename)]
+    place = f", {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{place}"
+
+
+def _module(name: str) -> ModuleType:
+    """A module by name or by file."""
+    if name.endswith(".py"):
+        path = Path(name)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path.resolve()} does not exist; give module:function or file.py:function")
+        specification = importlib.util.spec_from_file_location(path.stem, path)
+        assert specification is not None  # a file that ends in .py has a loader
+        assert specification.loader is not None  # as above
+        module = importlib.util.module_from_spec(specification)
+        sys.modules[path.stem] = module
+        sys.path.insert(0, str(path.parent.resolve()))
+        with _failures_named(name):
+            specification.loader.exec_module(module)
+        return module
+    if "/" in name or Path(name).is_file():
+        raise ValueError(
+            f"a file with a network must end in .py, got {name!r}; give module:function or file.py:function"
+        )
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        with _failures_named(name):
+            return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not name.startswith(error.name):
+            raise
+        raise ModuleNotFoundError(
+            f"no module {name!r} in {Path.cwd()} or among the installed ones; give module:function or file.py:function"
+        ) from error
+
+
+@contextmanager
+def _failures_named(name: str) -> Iterator[None]:
+    """What a module of somebody else raises while it is imported, in one line; one that is missing keeps its error."""
+    try:
+        yield
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # it raises anything
+        raise ValueError(f"{name} cannot be imported ({reason(error)}); correct it and start again") from error
+
+
+def _is_theirs(file: str) -> bool:
+    """Whether a file of a traceback belongs to neither Python nor an installed package nor this one."""
+    foreign = ("<", str(Path(__file__).parents[1]), str(Path(traceback.__file__).parent))
+    return not file.startswith(foreign) and "site-packages" not in file

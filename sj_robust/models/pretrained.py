@@ -1,0 +1,99 @@
+"""A network that starts from the weights of one trained before."""
+
+import math
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sj_robust._host import functional
+from sj_robust.classifier import SpikingClassifier
+from sj_robust.models.build import NetworkSpec
+from sj_robust.models.weights import Weights, check_keys, read_weights
+from sj_robust.neuron import DLIFNode
+
+__all__ = ["start_from"]
+
+
+@torch.no_grad()
+def start_from(classifier: SpikingClassifier, path: Path | str, *, decay_input: bool = False) -> None:
+    """Copy pretrained weights into a network; DLIF neurons begin as the LIF neurons they were trained with.
+
+    以预训练 LIF 网络的权重初始化 DLIF 网络。
+
+    Equation: ``input_gain[t] = 1``, which is LIF with ``decay_input=False`` at the same tau, or ``1 / tau`` for one
+    with ``decay_input=True``: the logits are those of the pretrained network. Gains that the file holds are copied.
+
+    Args:
+        classifier: The network, changed in place; its tau is the pretrained network's.
+        path: ``best.pt`` of ``recipes/adv_train.py``, or a ``state_dict`` (.pt, .pth) of the bare network or its
+            classifier, such as one of SpikingJelly's model zoo.
+        decay_input: Whether the LIF neurons had ``decay_input=True``, SpikingJelly's default; a checkpoint of this
+            package has False.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If names or shapes differ, which the message lists; if the file says that the network had another
+            tau, other channel statistics or PLIF neurons; or the file is damaged.
+
+    Source: the equivalences of ``sj_robust.replace_neurons``.
+
+    Example:
+        >>> import tempfile
+        >>> from sj_robust.models import build_classifier
+        >>> lif, dlif = (build_classifier(NetworkSpec(neuron=name)) for name in ("lif", "dlif"))
+        >>> file = Path(tempfile.mkdtemp()) / "lif.pt"
+        >>> torch.save(lif.state_dict(), file)
+        >>> start_from(dlif, file)
+        >>> images = torch.rand(2, 1, 8, 8)
+        >>> bool(torch.allclose(dlif.eval()(images), lif.eval()(images)))
+        True
+    """
+    path = Path(path)
+    weights = read_weights(path)
+    nodes = {name: module for name, module in classifier.named_modules() if isinstance(module, DLIFNode)}
+    _check_neurons(weights, nodes, decay_input, path)
+    whole = classifier.state_dict()
+    tensors = dict(weights.tensors)
+    if weights.network is None and not any(key.startswith("net.") for key in tensors):
+        tensors = {f"net.{key}": value for key, value in tensors.items()}
+        tensors |= {key: whole[key] for key in ("mean", "std") if key in whole}
+    for name, node in nodes.items():
+        key = f"{name}.input_gain"
+        if key not in tensors:
+            gain = 1 / node.tau if decay_input and not math.isinf(node.tau) else 1.0
+            tensors[key] = torch.full_like(node.input_gain, gain)
+    check_keys(
+        tensors, whole, str(path), "build the network that the file was trained as (name, sizes, T, mean and std)"
+    )
+    for key in ("mean", "std"):
+        if key in whole and not torch.allclose(whole[key].cpu(), tensors[key].to(whole[key].dtype)):
+            raise ValueError(
+                f"{path} was trained with {key} {tensors[key].tolist()}, the network has {whole[key].tolist()}; give it "
+                "the same"
+            )
+    classifier.load_state_dict(tensors)
+    functional.reset_net(classifier)
+
+
+def _check_neurons(weights: Weights, nodes: dict[str, DLIFNode], decay_input: bool, path: Path) -> None:
+    """DLIF neurons can begin as the neurons of the file."""
+    learned = [key for key in weights.tensors if key.endswith(".w") and weights.tensors[key].ndim == 0]
+    if nodes and learned:
+        raise ValueError(
+            f"{path} has PLIF neurons, each with a tau of its own ({learned[0]}), but DLIF neurons of a NetworkSpec share "
+            "one; build and load it in a function of your own (network module:function), whose neurons are converted"
+        )
+    if weights.network is None or not nodes:
+        return
+    if decay_input:
+        raise ValueError(f"{path} is a checkpoint of this package, whose LIF has decay_input=False; leave it out")
+    spec = NetworkSpec(**weights.network)
+    if ":" in spec.name:
+        return
+    tau = math.inf if spec.neuron == "if" else spec.tau
+    others = {node.tau for node in nodes.values()} - {tau}
+    if others:
+        raise ValueError(
+            f"{path} was trained with tau {tau:g}, the network has {min(others):g}; build it with tau={tau:g}"
+        )

@@ -1,0 +1,65 @@
+"""A trained network at another number of time steps."""
+
+import torch
+from torch import nn
+
+from sj_robust._host import functional, invalidate_reset_cache
+from sj_robust.neuron import DLIFNode
+
+__all__ = ["set_time_steps"]
+
+
+@torch.no_grad()
+def set_time_steps(net: nn.Module, T: int) -> dict[str, tuple[int, int]]:
+    """Let a trained network run for another number of time steps. 让已训练的网络以不同的时间步数运行。
+
+    Equation, for the gains of a DLIF neuron trained at T0 steps::
+
+        input_gain[t] = trained[min(t, T0 - 1)]     for t = 0 .. T - 1
+
+    A shorter sequence keeps the first gains, since a step's gain was learned for the potential that the steps before it
+    leave, and those are the same. A longer one repeats the last gain, which was learned for a membrane that has been
+    running for a while; the first gains meet an empty one, so that their mean with the others would fit no step.
+
+    All other modules that keep the number of steps in an attribute ``T`` (the classifier, the networks of this package)
+    get the new one. States are reset. An optimizer made before still holds the old gains: make a new one.
+
+    Args:
+        net: A ``SpikingClassifier``, a network or any module, changed in place.
+        T: Number of time steps, >= 1.
+
+    Returns:
+        (old, new) number of steps of every module that changed, by its name.
+
+    Raises:
+        ValueError: If T is out of range.
+
+    Source: the gains of Ding et al. (ICML 2024), section 4; the rule is this package's.
+
+    Example:
+        >>> net = nn.Sequential(DLIFNode(T=2))
+        >>> _ = net[0].input_gain.data.copy_(torch.tensor([1.0, 0.5]))
+        >>> set_time_steps(net, 4)
+        {'0': (2, 4)}
+        >>> net[0].input_gain.tolist()
+        [1.0, 0.5, 0.5, 0.5]
+    """
+    if isinstance(T, bool) or not isinstance(T, int) or T < 1:
+        raise ValueError(f"T must be an integer >= 1, got {T!r}")
+    changed: dict[str, tuple[int, int]] = {}
+    for name, module in net.named_modules():
+        steps = getattr(module, "T", None)
+        if isinstance(steps, bool) or not isinstance(steps, int) or steps == T:
+            continue
+        if isinstance(module, DLIFNode):
+            gain = module.input_gain
+            index = torch.arange(T, device=gain.device).clamp(max=steps - 1)
+            module.input_gain = nn.Parameter(gain.detach()[index], requires_grad=gain.requires_grad)
+        elif "T" in vars(module):
+            module.T = T
+        else:
+            continue
+        changed[name] = (steps, T)
+    invalidate_reset_cache(net)
+    functional.reset_net(net)
+    return changed

@@ -1,0 +1,118 @@
+"""Weights in files of every origin, read without running any code that a file may hold."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["Weights", "check_keys", "read_weights"]
+
+_ENDINGS = (".pt", ".pth")
+_WRAPPERS = ("model", "state_dict", "net", "model_state_dict")
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A ``state_dict`` and what its file says of the network. 文件中的权重。
+
+    Attributes:
+        tensors: Parameters and buffers by name, without the ``module.`` of ``DataParallel`` and its kind.
+        network: The ``NetworkSpec`` of a checkpoint of this package, as plain data; None for any other file.
+
+    Example:
+        >>> Weights({"weight": torch.ones(2)}).network is None
+        True
+    """
+
+    tensors: dict[str, Tensor]
+    network: Mapping[str, Any] | None = None
+
+
+def read_weights(path: Path) -> Weights:
+    """Weights of a file: a checkpoint of this package, or a ``state_dict``, plain or inside a dictionary. 读取权重文件。
+
+    Args:
+        path: A file that ends in .pt or .pth.
+
+    Returns:
+        The weights, on the CPU.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If the ending is another, the file is damaged, holds a pickled network, or no tensors by name.
+
+    Example:
+        >>> read_weights(Path("weights.h5"))
+        Traceback (most recent call last):
+        ...
+        ValueError: a file of weights must end in .pt or .pth, got weights.h5; save net.state_dict() with torch.save
+    """
+    if path.suffix not in _ENDINGS:
+        raise ValueError(
+            f"a file of weights must end in {' or '.join(_ENDINGS)}, got {path}; save net.state_dict() with torch.save"
+        )
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path.absolute()} does not exist; give a best.pt, or a state_dict saved by torch.save"
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types for a damaged file
+        raise ValueError(
+            f"{path} cannot be read ({type(error).__name__}): it is damaged, or holds a whole pickled network, which "
+            "would run code; save net.state_dict() with torch.save"
+        ) from error
+    network = None
+    if isinstance(content, dict) and isinstance(content.get("description"), dict):
+        network = content["description"].get("network")
+    for wrapper in _WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    named = isinstance(content, dict) and all(isinstance(key, str) for key in content)
+    if not named or not content or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"{path} holds no tensors by name; save net.state_dict() with torch.save")
+    if all(key.startswith("module.") for key in content):
+        content = {key.removeprefix("module."): value for key, value in content.items()}
+    return Weights(dict(content), network)
+
+
+def check_keys(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], origin: str, remedy: str) -> None:
+    """The two have the same names and shapes. 检查键与形状是否一致。
+
+    Args:
+        tensors: What a file holds.
+        wanted: What the network needs.
+        origin: What the message calls the file.
+        remedy: What the message advises.
+
+    Raises:
+        ValueError: If they differ; the message lists missing and unexpected names and the shapes.
+
+    Example:
+        >>> check_keys({"b": torch.ones(2)}, {"a": torch.ones(2)}, "w.pt", "take another file")
+        Traceback (most recent call last):
+        ...
+        ValueError: w.pt does not fit the network: missing a; unexpected b; take another file
+    """
+    shapes = [
+        f"{key} {tuple(tensors[key].shape)} instead of {tuple(value.shape)}"
+        for key, value in wanted.items()
+        if key in tensors and tensors[key].shape != value.shape
+    ]
+    faults = {
+        "missing": [key for key in wanted if key not in tensors],
+        "unexpected": [key for key in tensors if key not in wanted],
+        "of another shape": shapes,
+    }
+    if any(faults.values()):
+        listed = "; ".join(f"{fault} {_shortened(keys)}" for fault, keys in faults.items() if keys)
+        raise ValueError(f"{origin} does not fit the network: {listed}; {remedy}")
+
+
+def _shortened(keys: list[str]) -> str:
+    """The first of a list and how many more there are."""
+    more = f" and {len(keys) - 6} more" if len(keys) > 6 else ""
+    return ", ".join(keys[:6]) + more

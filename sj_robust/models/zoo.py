@@ -1,0 +1,118 @@
+"""Networks of SpikingJelly's model zoo, whichever the installed release has."""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
+from inspect import Parameter, isclass, isfunction, signature
+from typing import Any
+
+from spikingjelly.activation_based import functional, model
+from torch import nn
+
+from sj_robust.models.foreign import call_with_known
+
+__all__ = ["build_zoo_network", "zoo_networks"]
+
+
+def zoo_networks() -> dict[str, Callable[..., nn.Module]]:
+    """Name and builder of every network of the zoo that takes a spiking neuron. 模型库中可用的网络。
+
+    Returns:
+        The public functions and classes of ``spikingjelly.activation_based.model`` that have a parameter
+        ``spiking_neuron`` and need no other; parts of the zoo that lack a package they import are left out.
+
+    Example:
+        >>> "spiking_vgg11_bn" in zoo_networks()
+        True
+    """
+    found: dict[str, Callable[..., nn.Module]] = {}
+    for entry in pkgutil.iter_modules(model.__path__):
+        if entry.ispkg or entry.name.startswith("train_"):  # scripts
+            continue
+        try:
+            module = importlib.import_module(f"{model.__name__}.{entry.name}")
+        except ImportError:
+            continue
+        for name, builder in vars(module).items():
+            own = (isfunction(builder) or isclass(builder)) and builder.__module__ == module.__name__
+            if own and not name.startswith("_") and _takes_only_a_neuron(builder):
+                found[name] = builder
+    return dict(sorted(found.items()))
+
+
+def build_zoo_network(
+    name: str,
+    image_shape: Sequence[int],
+    classes: int,
+    *,
+    T: int,
+    spiking_neuron: Callable[..., nn.Module],
+    options: Mapping[str, Any] | None = None,
+) -> nn.Module:
+    """A network of SpikingJelly's zoo, in step mode ``"m"``. 构建模型库中的网络。
+
+    Shapes: frames [T, N, C, H, W] to [T, N, classes].
+
+    Args:
+        name: One of :func:`zoo_networks`.
+        image_shape: (C, H, W) of one image.
+        classes: Number of classes.
+        T: Number of time steps.
+        spiking_neuron: Function that builds a neuron; the zoo's own neuron arguments are passed to it.
+        options: Further keyword arguments of the builder; ``cnf`` of a SEW ResNet is ``"ADD"`` unless given.
+
+    Returns:
+        The network, with fresh weights.
+
+    Raises:
+        ValueError: If there is no such network, it takes no such option, or it is for images of other channels or for
+            another number of classes.
+
+    Source: the model zoo of SpikingJelly; SEW ResNet's ADD as in Fang et al. (NeurIPS 2021).
+
+    Example:
+        >>> from sj_robust.neuron import DLIFNode
+        >>> build_zoo_network("spiking_vg11", (3, 32, 32), 10, T=4, spiking_neuron=DLIFNode)
+        Traceback (most recent call last):
+        ...
+        ValueError: the model zoo has no 'spiking_vg11'; nearest: spiking_vgg11, spiking_vgg19, spiking_vgg16
+    """
+    builders = zoo_networks()
+    if name not in builders:
+        near = get_close_matches(name, builders, n=3)
+        hint = f"nearest: {', '.join(near)}" if near else f"there are {', '.join(builders)}"
+        raise ValueError(f"the model zoo has no {name!r}; {hint}")
+    builder, height, width = builders[name], image_shape[1], image_shape[2]
+    options = dict(options or {})
+    offered = {"T": T, "in_channels": image_shape[0], "img_size_h": height, "img_size_w": width}
+    offered |= {"input_size": (height, width), "cnf": "ADD", "spiking_neuron": spiking_neuron}
+    if isfunction(builder):
+        options = {"num_classes": classes} | options  # taken by every builder, if only through its **kwargs
+    offered["num_classes"] = classes
+    net: nn.Module = call_with_known(builder, f"zoo:{name}", offered, options)
+    functional.set_step_mode(net, "m")
+    _check_fits(net, name, image_shape[0], classes)
+    return net
+
+
+def _takes_only_a_neuron(builder: Callable[..., Any]) -> bool:
+    """Whether it has a parameter ``spiking_neuron`` and needs no other."""
+    parameters = signature(builder).parameters
+    variadic = (Parameter.VAR_KEYWORD, Parameter.VAR_POSITIONAL)
+    needed = [p.name for p in parameters.values() if p.default is Parameter.empty and p.kind not in variadic]
+    return "spiking_neuron" in parameters and set(needed) <= {"spiking_neuron"}
+
+
+def _check_fits(net: nn.Module, name: str, channels: int, classes: int) -> None:
+    """The first convolution takes the images, the last linear layer has the classes (some of the zoo fix them)."""
+    first = next((module for module in net.modules() if isinstance(module, nn.Conv2d)), None)
+    if first is not None and first.in_channels != channels:
+        raise ValueError(
+            f"zoo:{name} takes images of {first.in_channels} channels, these have {channels}; take another network"
+        )
+    last = [module for module in net.modules() if isinstance(module, nn.Linear)][-1:]
+    if last and last[0].out_features % classes:
+        raise ValueError(
+            f"zoo:{name} ends in {last[0].out_features} outputs, not in {classes} classes; take another network"
+        )
