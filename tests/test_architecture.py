@@ -15,7 +15,7 @@ LAYERS = [
     {"neuron"},
     {"classifier", "fusion", "charging"},
     {"attacks", "perturbation", "stability"},
-    {"models", "data", "plotting", "evaluation", "training", "benchmarking"},
+    {"models", "data", "plotting", "evaluation", "training", "benchmarking", "sweeping"},
     {"command_line", "doctor"},
 ]
 HOST_FILES = {

@@ -1,0 +1,194 @@
+"""A grid over any options of adv_train.py and seeds: trained, evaluated, and tabled beside the paper's figures.
+
+python recipes/sweep.py --sweep recipes/configs/digits_sweep.yaml --jobs 2
+python recipes/sweep.py --base recipes/configs/digits.yaml --grid '{neuron: [lif, dlif], mode: [none, at], rho: [0, 1]}'
+python recipes/sweep.py --base digits --grid '{"norm,rho": [[l2, 1], [l1, 3]]}' --seeds 5 --evaluate '[paper, standard]'
+python recipes/sweep.py --output runs/digits_sweep                              # go on with a stopped one
+python recipes/sweep.py --output runs/digits_sweep --report --contrast '[rho]'  # tables and figure again
+"""
+
+import fcntl
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from jsonargparse import auto_cli
+from rich.console import Console
+
+from sj_robust.command_line import named_arguments, run_recipe
+from sj_robust.evaluation.progress import write_whole
+from sj_robust.sweeping import PlannedRun, expand, load_recipe, load_records, perform_all, plan_runs, seeds_of
+from sj_robust.sweeping.display import SweepDisplay
+from sj_robust.sweeping.grid import axes_of
+from sj_robust.sweeping.report import write_report
+
+RECIPES = Path(__file__).parent
+SWEEP_FILE = "sweep.yaml"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of sweep.
+
+    Attributes:
+        base: Options of adv_train.py that all runs start from, a YAML file or the name of one in recipes/configs.
+        options: Further options of adv_train.py, the same for all runs; they override base.
+        grid: Values by option of adv_train.py; every combination is run. "norm,rho" with values such as [l1, 3] varies
+            two options together.
+        seeds: Number of seeds, 0, 1, ..., or a list of them.
+        skip: Combinations to leave out, such as {neuron lif, rho [1, 2]}; those that differ in an option without effect
+            (rho with mode none) are one run anyway.
+        evaluate: Suites of evaluate.py that every network goes through, such as [paper, standard].
+        evaluation_options: Options of evaluate.py, such as {test_limit 256}.
+        jobs: Processes side by side.
+        threads: Threads of torch in each.
+        output: Folder of the sweep; null means runs/ and the name of the sweep file, or runs/sweep.
+        report: Only make tables and figure from the runs there are.
+        columns: Figures in the tables, as shell patterns such as paper/*; null for the usual ones. The CSV has all.
+        contrast: Options whose effect is tabled over pairs of runs with the same seed.
+        plot: Option of numbers that the figure is drawn over.
+        recipe: The recipe that trains; null for adv_train.py beside this one.
+        evaluator: The recipe that evaluates; null for evaluate.py beside this one.
+    """
+
+    base: str | None = None
+    options: dict[str, Any] = field(default_factory=dict)
+    grid: dict[str, list[Any]] = field(default_factory=dict)
+    seeds: int | list[int] = 1
+    skip: list[dict[str, Any]] = field(default_factory=list)
+    evaluate: list[str] = field(default_factory=list)
+    evaluation_options: dict[str, Any] = field(default_factory=dict)
+    jobs: int = 1
+    threads: int = 1
+    output: str | None = None
+    report: bool = False
+    columns: list[str] | None = None
+    contrast: list[str] = field(default_factory=list)
+    plot: str = "rho"
+    recipe: str | None = None
+    evaluator: str | None = None
+
+
+def main(arguments: list[str]) -> None:
+    """Plan, run, report."""
+    options = parse(arguments)
+    folder = Path(str(options.output))
+    console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, soft_wrap=True)
+    failed: list[str] = []
+    if not options.report:
+        folder.mkdir(parents=True, exist_ok=True)
+        with alone(folder):
+            failed = run(options, folder, console)
+    files = write_report(
+        folder,
+        load_records(folder),
+        console,
+        grid=axes_of(options.grid),
+        columns=options.columns,
+        contrast=options.contrast,
+        plot=options.plot,
+    )
+    console.print(f"{', '.join(file.name for file in files)} are in {folder}", markup=False)
+    if failed:
+        console.print(
+            "\n".join([f"{len(failed)} runs FAILED; the same command tries them again:", *failed]), markup=False
+        )
+        sys.exit(1)
+
+
+def run(options: Options, folder: Path, console: Console) -> list[str]:
+    """Perform the runs that are missing; returns what failed."""
+    planned = plan(options, folder)
+    write_whole(
+        folder / SWEEP_FILE, yaml.safe_dump(asdict(options) | {"output": None, "report": False}, sort_keys=False)
+    )
+    missing = [one for one in planned if not one.finished]
+    console.print(
+        f"{len(planned)} runs in {folder}, {len(planned) - len(missing)} of them finished before", markup=False
+    )
+    failed = []
+    outcomes = perform_all(missing, jobs=options.jobs, threads=options.threads, devices=torch.cuda.device_count())
+    with SweepDisplay(console, total=len(planned), done=len(planned) - len(missing), jobs=options.jobs) as display:
+        for outcome in outcomes:
+            display.add(outcome)
+            if outcome.error is not None:
+                failed.append(f"{outcome.run.name}: {outcome.error}")
+    return failed
+
+
+def plan(options: Options, folder: Path) -> list[PlannedRun]:
+    """All runs; every option is checked before anything starts."""
+    if not options.grid and options.base is None:
+        raise ValueError(f"nothing to run: give --sweep FILE, or --base and --grid ({folder / SWEEP_FILE} is missing)")
+    recipe = load_recipe(Path(options.recipe or RECIPES / "adv_train.py"))
+    given = base_options(options.base) | options.options
+    owned = sorted({"output", "resume", "seed"} & (given.keys() | axes_of(options.grid).keys()))
+    if owned:
+        raise ValueError(f"{owned[0]} is set by the sweep itself; leave it out, and give seeds with --seeds")
+    fixed = ({"reference": False} if "reference" in recipe.names else {}) | given
+    combinations = expand(options.grid, fixed=recipe.resolve(fixed), skip=options.skip)
+    if not combinations:
+        raise ValueError("skip leaves no combination of the grid; remove an entry")
+    return plan_runs(
+        folder,
+        combinations,
+        seeds_of(options.seeds),
+        recipe=recipe,
+        evaluator=load_recipe(Path(options.evaluator or RECIPES / "evaluate.py")),
+        fixed=fixed,
+        evaluations=dict.fromkeys(options.evaluate, options.evaluation_options),
+    )
+
+
+def base_options(base: str | None) -> dict[str, Any]:
+    """Options in a file, or in the preset of that name."""
+    if base is None:
+        return {}
+    places = [Path(base), RECIPES / "configs" / f"{base}.yaml"]
+    path = next((place for place in places if place.is_file()), None)
+    if path is None:
+        raise FileNotFoundError(
+            f"base {base} does not exist; it is a YAML file, or the name of one in {places[1].parent}"
+        )
+    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold options of adv_train.py, such as epochs: 15")
+    return content
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Keep other sweeps out of the folder; a kill lets go of it."""
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BlockingIOError(
+                f"{folder} is being written by another sweep; wait for it, or change --output"
+            ) from error
+        yield
+
+
+def parse(arguments: list[str]) -> Options:
+    """Options from the command line; --sweep is --config, and a folder's own sweep.yaml comes first."""
+    words = [
+        "--report=true" if word == "--report" else "--config" + word[7:] if word.split("=")[0] == "--sweep" else word
+        for word in named_arguments(arguments)
+    ]
+    options: Options = auto_cli(Options, args=words)
+    names = [word.partition("=")[2] or following for word, following in zip(words, [*words[1:], ""], strict=True)
+             if word.split("=")[0] == "--config"]  # fmt: skip
+    output = options.output or str(Path("runs") / (Path(names[-1]).stem if names else "sweep"))
+    before = Path(output) / SWEEP_FILE
+    if not names and not options.grid and options.base is None and before.is_file():
+        options = auto_cli(Options, args=["--config", str(before), *words])
+    return Options(**{**vars(options), "output": output})
+
+
+if __name__ == "__main__":
+    run_recipe(main)

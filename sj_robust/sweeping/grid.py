@@ -1,0 +1,198 @@
+"""A grid over options: its combinations, and which of them are the same run."""
+
+import itertools
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+__all__ = ["axes_of", "expand", "idle", "same", "seeds_of", "simplified", "word"]
+
+Options = Mapping[str, Any]
+
+_ATTACK = ("step_size", "attack_steps", "noise_std", "project")
+_INDICATOR = ("layers", "norm", "indicator", "input_gain")
+_MODE = ("beta", "trades_weight")
+
+_IDLE: tuple[tuple[Callable[[Options], bool], tuple[str, ...]], ...] = (
+    (lambda o: o.get("mode") == "none", ("rho", "kappa", *_INDICATOR, *_ATTACK, *_MODE)),
+    (lambda o: o.get("mode") == "none" and o.get("eval_eps") is not None, ("eps",)),
+    (lambda o: o.get("mode") == "gaussian", (*_ATTACK, *_MODE)),
+    (lambda o: o.get("mode") == "at", ("attack_steps", *_MODE)),
+    (lambda o: o.get("mode") == "rat", ("attack_steps", "trades_weight")),
+    (lambda o: o.get("mode") in ("pgd_at", "trades"), ("beta",)),
+    (lambda o: o.get("mode") == "pgd_at", ("trades_weight",)),
+    (lambda o: o.get("rho") == 0, _INDICATOR),
+    (lambda o: o.get("threshold_guard") == 0, ("guard_margin",)),
+)
+"""Options that change nothing, given the others."""
+
+
+def idle(options: Options) -> frozenset[str]:
+    """Names of the options of ``adv_train.py`` that change nothing, given the others. 不起作用的选项。
+
+    Args:
+        options: All options of a run.
+
+    Returns:
+        Names.
+
+    Example:
+        >>> sorted(idle({"mode": "at", "rho": 0, "norm": "l1"}) & {"rho", "norm"})
+        ['norm']
+    """
+    return frozenset(name for applies, names in _IDLE if applies(options) for name in names if name in options)
+
+
+def simplified(options: Options, defaults: Options) -> dict[str, Any]:
+    """The options with the recipe's default for each that changes nothing, so that the same run has the same options.
+
+    去除无效选项的差异。
+
+    Args:
+        options: All options of a run.
+        defaults: The recipe's defaults.
+
+    Returns:
+        All options.
+
+    Example:
+        >>> simplified({"mode": "none", "rho": 0.0}, {"mode": "at", "rho": 1.0})
+        {'mode': 'none', 'rho': 1.0}
+    """
+    without = idle(options)
+    return {name: defaults[name] if name in without else value for name, value in options.items()}
+
+
+def axes_of(grid: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
+    """The single options that a grid varies, with their values in order; ``"norm,rho"`` varies two together.
+
+    网格中变化的选项。
+
+    Args:
+        grid: Values by name.
+
+    Returns:
+        Values by option.
+
+    Raises:
+        ValueError: If an option has no list of values, occurs twice, or a joint value has another length.
+
+    Example:
+        >>> axes_of({"mode": ["at"], "norm,rho": [["l2", 1], ["l1", 3]]})
+        {'mode': ['at'], 'norm': ['l2', 'l1'], 'rho': [1, 3]}
+    """
+    axes: dict[str, list[Any]] = {}
+    for key, values in grid.items():
+        if not isinstance(values, list | tuple) or not values:
+            raise ValueError(f"a grid needs a list of values for every option, got {key}: {values!r}; write [{values}]")
+        for name, column in zip(_names(key), zip(*(_joint(key, value) for value in values), strict=True), strict=True):
+            if name in axes:
+                raise ValueError(f"an option may occur once in a grid, {name} occurs twice; join its values in one")
+            axes[name] = [value for number, value in enumerate(column) if value not in column[:number]]
+    return axes
+
+
+def expand(
+    grid: Mapping[str, Sequence[Any]], *, fixed: Options | None = None, skip: Sequence[Options] = ()
+) -> list[dict[str, Any]]:
+    """All combinations of a grid, the last option varying fastest. 展开网格。
+
+    Args:
+        grid: Values by option; ``"norm,rho"`` with values ``["l1", 3]`` varies two options together.
+        fixed: Options beside the grid, that ``skip`` may name too.
+        skip: Combinations to leave out: those that have all values of one entry, each a value or a list of them.
+
+    Returns:
+        Options by combination.
+
+    Raises:
+        ValueError: As :func:`axes_of`; also if an entry of ``skip`` is empty.
+
+    Example:
+        >>> expand({"mode": ["at", "rat"], "rho": [0, 1]}, skip=[{"mode": "rat", "rho": [0]}])
+        [{'mode': 'at', 'rho': 0}, {'mode': 'at', 'rho': 1}, {'mode': 'rat', 'rho': 1}]
+    """
+    axes_of(grid)
+    if not all(skip):
+        raise ValueError("an entry of skip needs at least one option, got an empty one, which would skip everything")
+    combinations = []
+    for values in itertools.product(*grid.values()):
+        pairs = zip(grid, values, strict=True)
+        found = {name: part for key, value in pairs for name, part in zip(_names(key), _joint(key, value), strict=True)}
+        if not any(_matches((fixed or {}) | found, entry) for entry in skip):
+            combinations.append(found)
+    return combinations
+
+
+def seeds_of(seeds: int | Sequence[int]) -> list[int]:
+    """Seeds 0, 1, ... of a number, or those given. 随机种子列表。
+
+    Args:
+        seeds: How many, or which.
+
+    Returns:
+        The seeds.
+
+    Raises:
+        ValueError: If there are none, or one occurs twice or is negative.
+
+    Example:
+        >>> seeds_of(3), seeds_of([7])
+        ([0, 1, 2], [7])
+    """
+    found = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
+    if not found or len(set(found)) < len(found) or min(found) < 0:
+        raise ValueError(f"seeds must be a number >= 1 or different integers >= 0, got {seeds}")
+    return found
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two values of an option are the same: 1 and 1.0 are, 1 and True are not. 选项值是否相同。
+
+    Args:
+        one: Plain data.
+        other: Plain data.
+
+    Example:
+        >>> same(1, 1.0), same(1, True), same((8, 8), [8, 8])
+        (True, False, True)
+    """
+    return _comparable(one) == _comparable(other)
+
+
+def word(value: Any) -> str:
+    """A value as a reader sees it: 1.0 is 1. 选项值的文本形式。
+
+    Args:
+        value: Plain data.
+
+    Example:
+        >>> word(1.0), word(0.25), word("at"), word([8, 8])
+        ('1', '0.25', 'at', '[8, 8]')
+    """
+    return f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _comparable(value: Any) -> str:
+    return json.dumps(float(value) if isinstance(value, int) and not isinstance(value, bool) else value)
+
+
+def _names(key: str) -> list[str]:
+    return [name.strip() for name in key.split(",")]
+
+
+def _joint(key: str, value: Any) -> Sequence[Any]:
+    count = len(_names(key))
+    if count == 1:
+        return (value,)
+    if not isinstance(value, list | tuple) or len(value) != count:
+        raise ValueError(f"{key} needs {count} values in each of its entries, got {value!r}")
+    return value
+
+
+def _matches(options: Options, entry: Options) -> bool:
+    for name, wanted in entry.items():
+        values = wanted if isinstance(wanted, list) else [wanted]
+        if name not in options or not any(same(options[name], value) for value in values):
+            return False
+    return True
