@@ -167,7 +167,8 @@ def check_fits(subject: Subject, images: Tensor, classes: int, dataset: str) -> 
 
     Args:
         subject: The network.
-        images: Images [N, C, H, W] of the data set, on the network's device; the first one is tried.
+        images: Images [N, C, H, W] or frames [N, T, C, H, W] of the data set, on the network's device; the first one is
+            tried.
         classes: Number of classes of the data set.
         dataset: Name of the data set, for the message.
 
@@ -179,11 +180,13 @@ def check_fits(subject: Subject, images: Tensor, classes: int, dataset: str) -> 
         >>> check_fits(own, torch.rand(1, 1, 2, 2), classes=4, dataset="digits")
     """
     shape = tuple(images.shape[1:])
-    if subject.spec is not None and tuple(subject.spec.image_shape) != shape:
-        raise ValueError(
-            f"{subject.name} takes images {tuple(subject.spec.image_shape)}, those of {dataset} are {shape}; leave "
-            "--dataset out to take the one it was trained on"
-        )
+    if (spec := subject.spec) is not None:
+        taken = (spec.T, *spec.image_shape) if spec.frames else tuple(spec.image_shape)
+        if taken != shape:
+            raise ValueError(
+                f"{subject.name} takes {'frames' if spec.frames else 'images'} {taken}, those of {dataset} are {shape}; "
+                "leave --dataset out to take the one it was trained on"
+            )
     image = images[:1].clone().requires_grad_()
     try:
         logits = subject.model(image)
