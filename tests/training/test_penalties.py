@@ -1,0 +1,196 @@
+"""What the penalties watch and refuse; their formulas are checked in test_training_step."""
+
+import pytest
+import torch
+from spikingjelly.activation_based import functional, layer, neuron, surrogate
+from torch import nn
+
+from sj_robust import DLIFNode, SpikingClassifier
+from sj_robust.fusion import FusedSequential
+from sj_robust.training import GradientSparsity, Objective, Passes, Penalty, ThresholdGuarding
+
+T = 3
+TRIANGLE = surrogate.PiecewiseQuadratic(alpha=1.0)
+
+
+def classifier_of(*nodes, step_mode="m"):
+    """One hidden layer per neuron, 6 features in and 4 classes out, in float64."""
+    torch.manual_seed(0)
+    layers = [part for node in nodes for part in (layer.Linear(6, 6), node)]
+    net = nn.Sequential(*layers, layer.Linear(6, 4)).double()
+    functional.set_step_mode(net, step_mode)
+    for part in net:
+        if isinstance(part, nn.Linear):
+            part.weight.data.mul_(4)
+    return SpikingClassifier(net, T)
+
+
+def lif(**options):
+    return neuron.LIFNode(surrogate_function=TRIANGLE, **options)
+
+
+@pytest.fixture
+def problem():
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(5, 6, generator=generator, dtype=torch.float64), torch.tensor([0, 1, 2, 3, 0])
+
+
+def potentials_by_hand(currents, *, decay, gain, v_reset, detach=False):
+    """Potentials before the reset [T, N, *], with the graph."""
+    v, hs = 0.0 if v_reset is None else v_reset, []
+    for t in range(T):
+        h = decay * v + gain * currents[t] + (0.0 if v_reset is None else (1 - decay) * v_reset)
+        spike = TRIANGLE(h - 1)
+        spike = spike.detach() if detach else spike
+        v = h - spike if v_reset is None else (1 - spike) * h + spike * v_reset
+        hs.append(h)
+    return torch.stack(hs)
+
+
+@pytest.mark.parametrize("step_mode", ["m", "s"])
+@pytest.mark.parametrize(
+    ("node", "dynamics"),
+    [
+        (lif(tau=2.0), {"decay": 0.5, "gain": 0.5, "v_reset": 0.0}),
+        (lif(tau=4.0, decay_input=False, v_reset=None), {"decay": 0.75, "gain": 1.0, "v_reset": None}),
+        (lif(tau=4.0, v_reset=0.4), {"decay": 0.75, "gain": 0.25, "v_reset": 0.4}),
+        (lif(tau=2.0, detach_reset=True), {"decay": 0.5, "gain": 0.5, "v_reset": 0.0, "detach": True}),
+        (neuron.IFNode(surrogate_function=TRIANGLE), {"decay": 1.0, "gain": 1.0, "v_reset": 0.0}),
+        (DLIFNode(T=T, tau=4.0, v_reset=None), {"decay": 0.75, "gain": 1.0, "v_reset": None}),
+    ],
+)
+def test_guarding_equals_the_potentials_by_hand_in_both_step_modes(problem, node, dynamics, step_mode):
+    x, y = problem
+    classifier = classifier_of(node, step_mode=step_mode)
+    penalty = ThresholdGuarding(1.0, margin=0.7)
+    with penalty.observe(classifier):
+        logits = classifier(x)
+    value = penalty.value(Passes(classifier, y, x, None, logits, None))
+    weight = classifier.net[0].weight
+    currents = (x @ weight.T + classifier.net[0].bias).expand(T, -1, -1)
+    h = potentials_by_hand(currents, **dynamics)
+    expected = (0.7 - (h - 1).abs()).clamp(min=0).mean()
+    assert expected > 0.01
+    torch.testing.assert_close(value, expected)
+    for got, wanted in zip(*(torch.autograd.grad(v, weight) for v in (value, expected)), strict=True):
+        assert wanted.abs().max() > 1e-3
+        torch.testing.assert_close(got, wanted)
+
+
+def test_guarding_does_not_change_the_network_and_leaves_no_hook(problem):
+    x, _ = problem
+    classifier = classifier_of(lif(), lif())
+    before = classifier(x)
+    penalty = ThresholdGuarding(1.0)
+    with penalty.observe(classifier):
+        assert torch.equal(classifier(x), before)
+    with pytest.raises(ZeroDivisionError), penalty.observe(classifier):
+        raise ZeroDivisionError
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in classifier.modules())
+
+
+def test_guarding_is_a_mean_over_layers_whatever_their_size_and_over_passes(problem):
+    x, y = problem
+    classifier = classifier_of(lif(), lif())
+
+    def value(layers, *images):
+        penalty = ThresholdGuarding(1.0, margin=1.0, layers=layers)
+        with penalty.observe(classifier):
+            for image in images:
+                classifier(image)
+        return penalty.value(Passes(classifier, y, x, None, classifier(x), None))
+
+    first, second = value(["1"], x), value(["3"], x)
+    assert abs(first - second) > 1e-3
+    torch.testing.assert_close(value("all", x), (first + second) / 2)
+    torch.testing.assert_close(value(["1"], x, 0 * x), (first + value(["1"], 0 * x)) / 2)
+
+
+def test_guarding_sees_neurons_that_run_fused_with_batch_norm_otherwise(problem):
+    def penalty_and_gradient(fused):
+        torch.manual_seed(0)
+        parts = [layer.Conv2d(1, 3, 3), layer.BatchNorm2d(3), DLIFNode(T=T), layer.Flatten(), layer.Linear(12, 4)]
+        net = (FusedSequential if fused else nn.Sequential)(*parts)
+        functional.set_step_mode(net, "m")
+        objective = Objective(SpikingClassifier(net, T), penalties=[ThresholdGuarding(1.0)], rho=0.0)
+        x = torch.rand(4, 1, 4, 4, generator=torch.Generator().manual_seed(1))
+        losses = objective(x, torch.tensor([0, 1, 2, 3]))
+        losses.total.backward()
+        return losses.penalty, net[0].weight.grad
+
+    for fused, plain in zip(penalty_and_gradient(True), penalty_and_gradient(False), strict=True):
+        assert plain.abs().max() > 1e-3
+        torch.testing.assert_close(fused, plain)
+
+
+def test_guarding_refuses_what_it_cannot_see(problem):
+    x, y = problem
+    classifier = classifier_of(lif(), neuron.QIFNode())
+    with (
+        pytest.raises(ValueError, match="'3' cannot be guarded: the decay of QIFNode"),
+        ThresholdGuarding(1.0).observe(classifier),
+    ):
+        pass
+    with pytest.raises(ValueError, match="'9' cannot be guarded: no spiking layer has that name; known are 1"):
+        ThresholdGuarding(1.0, layers=["9"]).observe(classifier).__enter__()
+    penalty = ThresholdGuarding(1.0, layers=["1"])
+    with penalty.observe(classifier):
+        pass
+    with pytest.raises(RuntimeError, match="saw no spiking layer run"):
+        penalty.value(Passes(classifier, y, x, None, classifier(x), None))
+
+
+def test_sparsity_tends_to_the_l1_norm_of_the_gradient():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4)).double()
+    x = torch.rand(3, 6, dtype=torch.float64).requires_grad_()
+    y = torch.tensor([3, 0, 2])
+    logits = net(x)
+    wrong = logits.masked_fill(nn.functional.one_hot(y, 4).bool(), -torch.inf)
+    pairs = torch.stack((logits[torch.arange(3), y], wrong.max(1).values), 1)
+    (grad,) = torch.autograd.grad(pairs.softmax(1)[:, 0].sum(), x, retain_graph=True)
+    passes = Passes(net, y, x, None, logits, None)
+    for h, close in ((1e-2, 1e-2), (1e-5, 1e-4)):
+        value = GradientSparsity(1.0, h=h).value(passes)
+        torch.testing.assert_close(value.detach(), grad.abs().flatten(1).sum(1).mean(), rtol=close, atol=0)
+    squared = GradientSparsity(1.0, h=1e-5, squared=True).value(passes)
+    torch.testing.assert_close(squared.detach(), grad.abs().flatten(1).sum(1).square().mean(), rtol=1e-4, atol=0)
+
+
+def test_sparsity_looks_at_the_images_that_are_trained_on(problem):
+    x, y = problem
+    classifier = classifier_of(lif())
+    seen = []
+    classifier.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().clone()))
+    for options, first in (({"kappa": 0.0, "rho": 0.0}, 0.9 * x), ({}, x)):
+        seen.clear()
+        Objective(classifier, penalties=[GradientSparsity(1.0)], **options)(x, y, 0.9 * x)
+        step = (seen[-1] - first).abs()
+        torch.testing.assert_close(step[step > 0], torch.full_like(step[step > 0], 0.01))
+        assert (step > 0).double().mean() > 0.5
+
+
+def test_sparsity_needs_gradients(problem):
+    x, y = problem
+    objective = Objective(classifier_of(lif()), penalties=[GradientSparsity(1.0)])
+    with torch.no_grad(), pytest.raises(RuntimeError, match="needs the gradient at the images"):
+        objective(x, y)
+
+
+def test_wrong_numbers():
+    for make, message in (
+        (lambda: GradientSparsity(-1.0), "weight must be >= 0 and finite, got -1"),
+        (lambda: GradientSparsity(1.0, h=0.0), "h must be > 0"),
+        (lambda: ThresholdGuarding(float("nan")), "weight"),
+        (lambda: ThresholdGuarding(1.0, margin=0.0), "margin must be > 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make()
+
+
+def test_a_penalty_must_have_a_value():
+    class Empty(Penalty):
+        name = "empty"
+
+    with pytest.raises(TypeError, match="abstract"):
+        Empty(1.0)
