@@ -184,8 +184,8 @@ def check_fits(subject: Subject, images: Tensor, classes: int, dataset: str) -> 
         taken = (spec.T, *spec.image_shape) if spec.frames else tuple(spec.image_shape)
         if taken != shape:
             raise ValueError(
-                f"{subject.name} takes {'frames' if spec.frames else 'images'} {taken}, those of {dataset} are {shape}; "
-                "leave --dataset out to take the one it was trained on"
+                f"{subject.name} takes {'frames' if spec.frames else 'images'} {taken}, those of {dataset} are "
+                f"{shape}; leave --dataset out to take the one it was trained on"
             )
     image = images[:1].clone().requires_grad_()
     try:
