@@ -1,0 +1,232 @@
+"""The figures of the paper from one's own networks, as vector PDF and PNG for print.
+
+python recipes/figures.py runs/digits-dlif-at-1                            # every figure of a run of adv_train
+python recipes/figures.py runs/digits-dlif-at-1 --which gains curves       # some of them
+python recipes/figures.py --which neuron --output figures                  # one neuron; needs no run
+python recipes/figures.py runs/sweep-1 --which rho                         # effect of rho, from a sweep over it
+python recipes/figures.py --redraw runs/digits-dlif-at-1/figures           # from the saved numbers alone
+
+Every figure's numbers are saved as NAME.json, and it is drawn from that file.
+"""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from jsonargparse import auto_cli
+from torch import Tensor
+
+from sj_robust.attacks import pgd
+from sj_robust.command_line import run_recipe
+from sj_robust.data import load_images
+from sj_robust.evaluation.eps import parse_eps
+from sj_robust.evaluation.subject import Subject, check_fits, from_checkpoint
+from sj_robust.figures import RhoEffect, input_gains, one_neuron, redraw, save_figure, training_curves
+from sj_robust.ops import keep_heap
+from sj_robust.perturbation.indicators import IntensityCorrelation, Perturbation, intensity_correlation
+from sj_robust.sweeping import RunRecord
+
+Which = Literal["all", "neuron", "gains", "curves", "intensity", "rho"]
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of figures.
+
+    Attributes:
+        run: Folder of a run of adv_train, of one network in it, or of a sweep; also given without the option's name.
+        which: neuron (figure 1 of the paper), rho (3, needs a sweep), gains (4), curves (5), intensity (indicators and
+            heat maps under growing eps), or all that the folder has numbers for.
+        redraw: Folder of an earlier call, whose saved numbers are drawn again; nothing is computed.
+        output: Where everything is written; null means the folder figures in the run.
+        eps: Sizes of the perturbations of intensity, growing; numbers or fractions such as 8/255.
+        steps: Steps of the adversarial direction of intensity.
+        images: Test images of intensity to use at most.
+        dataset: Images to test on; null takes those of the checkpoint.
+        data_root: Folder with the data set's files.
+        batch_size: Images at a time.
+        resamples: Bootstrap samples behind the intervals of intensity.
+        attacks: Accuracies that rho shows, names such as pgd20 or paper/pgd20.
+        seed: Seed of everything.
+        device: auto takes a GPU if there is one.
+    """
+
+    run: str | None = None
+    which: list[Which] = field(default_factory=lambda: ["all"])
+    redraw: str | None = None
+    output: str | None = None
+    eps: list[float | str] = field(default_factory=lambda: ["0.02", "0.05", "0.1", "0.15", "0.2", "0.3"])
+    steps: int = 10
+    images: int = 360
+    dataset: str | None = None
+    data_root: str = "data"
+    batch_size: int = 64
+    resamples: int = 200
+    attacks: list[str] = field(default_factory=lambda: ["clean", "fgsm", "pgd20"])
+    seed: int = 0
+    device: Literal["auto", "cpu"] = "auto"
+
+
+def main(arguments: list[str]) -> None:
+    """Compute and draw, or draw again."""
+    options: Options = auto_cli(Options, args=named(arguments))
+    if options.redraw is not None:
+        for path in saved_numbers(Path(options.redraw)):
+            draw(path)
+        return
+    if not (options.device == "auto" and torch.cuda.is_available()):
+        keep_heap()
+    makers = {"neuron": neuron, "gains": gains, "curves": curves, "intensity": intensity, "rho": rho}
+    chosen = [name for name in makers if name in options.which]
+    if "all" in options.which:
+        chosen = [name for name in makers if name != "rho"] if options.run is None or networks_in(options) else ["rho"]
+    if options.run is None and chosen != ["neuron"]:
+        raise ValueError("give the folder of a run of adv_train or of a sweep; --which neuron alone needs none")
+    if options.run is None and options.output is None:
+        raise ValueError("give --output, the folder to write to, since there is no run whose folder could be taken")
+    folder = Path(options.output or Path(str(options.run)) / "figures")
+    if options.run is not None and not Path(options.run).is_dir():
+        raise FileNotFoundError(f"{options.run} does not exist; give the folder of a run of recipes/adv_train.py")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in chosen:
+        makers[name](options, folder)
+
+
+def neuron(options: Options, folder: Path) -> None:
+    """Figure 1: one LIF neuron under a constant and a Gaussian perturbation."""
+    finish(one_neuron(seed=options.seed), folder / "neuron.json")
+
+
+def gains(options: Options, folder: Path) -> None:
+    """Figure 4: p[t] of every DLIF layer."""
+    models = {subject.name: subject.model for subject in subjects(options)}
+    finish(input_gains(models), folder / "gains.json")
+
+
+def curves(options: Options, folder: Path) -> None:
+    """Figure 5: accuracy and MS-MPPD over the epochs."""
+    finish(training_curves(Path(str(options.run))), folder / "curves.json")
+
+
+def intensity(options: Options, folder: Path) -> None:
+    """Indicators of every layer under growing noise and growing attacks, and heat maps of MS-MPPD."""
+    for subject in subjects(options):
+        print(f"intensity of {subject.name}")
+        result = correlate(options, subject)
+        finish(result, folder / f"intensity_{subject.name}.json")
+        for direction in result.directions:
+            print(f"{direction}, {result.samples} images, {result.left_out} wrong already\n{result.table(direction)}")
+
+
+def rho(options: Options, folder: Path) -> None:
+    """Figure 3: accuracy against the weight of MS-MPPD, from the runs of a sweep."""
+    records = [RunRecord.load(path.parent) for path in sorted(Path(str(options.run)).glob("*/run.json"))]
+    if not records:
+        raise FileNotFoundError(f"{options.run} holds no run.json of a sweep; make one with recipes/sweep.py over rho")
+    finish(rho_effect(records, options.attacks), folder / "rho.json")
+
+
+def rho_effect(records: list[RunRecord], attacks: list[str]) -> RhoEffect:
+    """Accuracies by attack and weight; runs may differ in rho and seed alone."""
+    apart = {name for record in records for name, value in record.options.items() if value != records[0].options[name]}
+    if others := apart - {"rho", "seed", "output"}:
+        raise ValueError(
+            f"runs must differ in rho and seed alone to be drawn over rho, but also do in {sorted(others)}"
+        )
+    weights = sorted({float(record.options["rho"]) for record in records})
+    known = list(dict.fromkeys(name for record in records for name in record.figures))
+    if missing := [name for name in attacks if name not in known]:
+        raise ValueError(f"no run has figures of {', '.join(missing)}; there are {', '.join(known)}")
+    runs = {weight: [r.figures for r in records if float(r.options["rho"]) == weight] for weight in weights}
+    return RhoEffect(weights, {name: [[f[name] for f in runs[w] if name in f] for w in weights] for name in attacks})
+
+
+def correlate(options: Options, subject: Subject) -> IntensityCorrelation:
+    """Perturb test images at every size, by noise and by attack."""
+    if subject.spec is not None and getattr(subject.spec, "frames", False):
+        raise ValueError(
+            f"{subject.name} takes event frames, which noise and PGD do not leave binary; leave intensity out"
+        )
+    device = torch.device("cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu")
+    dataset = options.dataset or str(subject.options.get("dataset", "digits"))
+    splits = load_images(dataset, root=options.data_root, test_limit=options.images)
+    x = torch.stack([splits.test[index][0] for index in range(len(splits.test))]).to(device)
+    y = torch.tensor([int(splits.test[index][1]) for index in range(len(splits.test))], device=device)
+    model = subject.model.to(device)
+    check_fits(subject, x, splits.classes, dataset)
+    generator = torch.Generator().manual_seed(options.seed)
+
+    def gaussian(x: Tensor, y: Tensor, eps: float) -> Tensor:
+        return x + eps * torch.randn(x.shape, generator=generator).to(x)
+
+    def adversarial(x: Tensor, y: Tensor, eps: float) -> Tensor:
+        return pgd(model, x, y, eps=eps, step_size=2.5 * eps / options.steps, steps=options.steps)
+
+    perturb: dict[str, Perturbation] = {"gaussian": gaussian, "adversarial": adversarial}
+    sizes = [parse_eps(size) for size in options.eps]
+    return intensity_correlation(
+        model, x, y, perturb=perturb, eps=sizes, batch_size=options.batch_size, resamples=options.resamples,
+        seed=options.seed, say=print,
+    )  # fmt: skip
+
+
+def networks_in(options: Options) -> list[Path]:
+    """Checkpoints of the run."""
+    folder = Path(str(options.run))
+    return [*folder.glob("best.pt"), *sorted(folder.glob("*/best.pt"))]
+
+
+def subjects(options: Options) -> list[Subject]:
+    """The networks of the run."""
+    if not (paths := networks_in(options)):
+        raise FileNotFoundError(f"no best.pt in {options.run} or its folders; give a run of adv_train that is finished")
+    return [from_checkpoint(path) for path in paths]
+
+
+def finish(data: Any, path: Path) -> None:
+    """Save the numbers, then draw from the file."""
+    save_figure(data, path)
+    draw(path)
+
+
+def draw(path: Path) -> None:
+    """Draw a file of numbers and say what came of it."""
+    drawn = redraw(path)
+    print(f"{path} drawn as {', '.join(file.name for file in drawn)}")
+
+
+def saved_numbers(folder: Path) -> list[Path]:
+    """Files of numbers that an earlier call left in a folder."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} does not exist; --redraw takes the folder that an earlier call wrote to")
+    if not (found := sorted(folder.glob("*.json"))):
+        raise FileNotFoundError(f"{folder} holds no numbers (*.json); compute them first, without --redraw")
+    return found
+
+
+def named(arguments: list[str]) -> list[str]:
+    """The arguments with a name each: a bare word is the run, and several words after one option are its list."""
+    words, found = list(arguments), []
+    while words:
+        word = words.pop(0)
+        word = re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word)
+        if not word.startswith("-"):
+            found.append(f"--run={word}")
+            continue
+        name, equals, value = word.partition("=")
+        if name in ("--which", "--eps", "--attacks"):
+            values = [value] if equals else []
+            while not equals and words and not words[0].startswith("--"):
+                values.append(words.pop(0))
+            word = f"{name}=[{', '.join(values).strip('[]')}]"
+        elif not equals and words and not words[0].startswith("--"):
+            found.append(word)
+            word = words.pop(0)
+        found.append(word)
+    return found
+
+
+if __name__ == "__main__":
+    run_recipe(main)

@@ -1,0 +1,28 @@
+"""The figures of the paper from one's own networks: numbers first, as a file, then the drawing."""
+
+from sj_robust.figures.data import (
+    InputGains,
+    OneNeuron,
+    RhoEffect,
+    TrainingCurves,
+    input_gains,
+    one_neuron,
+    training_curves,
+)
+from sj_robust.figures.draw import draw, redraw
+from sj_robust.figures.saved import FigureData, load_figure, save_figure
+
+__all__ = [
+    "FigureData",
+    "InputGains",
+    "OneNeuron",
+    "RhoEffect",
+    "TrainingCurves",
+    "draw",
+    "input_gains",
+    "load_figure",
+    "one_neuron",
+    "redraw",
+    "save_figure",
+    "training_curves",
+]

@@ -1,0 +1,58 @@
+"""From saved numbers to figures."""
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from sj_robust.figures.data import InputGains, OneNeuron, RhoEffect, TrainingCurves
+from sj_robust.figures.drawings import draw_curves, draw_gains, draw_neuron, draw_rho
+from sj_robust.figures.intensity_drawings import draw_heat_maps, draw_intensity
+from sj_robust.figures.saved import FigureData, load_figure
+from sj_robust.figures.style import print_style, save
+from sj_robust.perturbation.indicators import IntensityCorrelation
+
+__all__ = ["draw", "redraw"]
+
+
+def draw(data: FigureData) -> dict[str, Figure]:
+    """The figures that numbers are for, not yet written. 绘制图。
+
+    Args:
+        data: The numbers.
+
+    Returns:
+        Figures by what they add to the name of the file with the numbers, ``""`` for the first one.
+
+    Example:
+        >>> list(draw(InputGains({"mine": {"0": [1.0, 0.5]}})))
+        ['']
+    """
+    with print_style():
+        match data:
+            case OneNeuron():
+                return {"": draw_neuron(data)}
+            case InputGains():
+                return {"": draw_gains(data)}
+            case TrainingCurves():
+                return {"": draw_curves(data)}
+            case RhoEffect():
+                return {"": draw_rho(data)}
+            case IntensityCorrelation():
+                return {"": draw_intensity(data), "_heat_maps": draw_heat_maps(data)}
+
+
+def redraw(path: Path) -> tuple[Path, ...]:
+    """Draw a saved file of numbers beside it, as PDF and PNG. 由保存的数据重新绘图。
+
+    Args:
+        path: A file that ``save_figure`` wrote.
+
+    Returns:
+        The files drawn.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it holds the numbers of no figure.
+    """
+    figures = draw(load_figure(path))
+    return tuple(file for end, figure in figures.items() for file in save(figure, path.parent, path.stem + end))

@@ -1,0 +1,186 @@
+"""Drawings of one neuron, input gains, training curves and the effect of rho."""
+
+import math
+import statistics
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
+
+from sj_robust.figures.data import InputGains, OneNeuron, RhoEffect, TrainingCurves
+from sj_robust.figures.style import COLOURS, DOUBLE, GREY, LINES, MARKERS, SINGLE, letter
+
+__all__ = ["draw_curves", "draw_gains", "draw_neuron", "draw_rho"]
+
+_BLUE, _ORANGE, _GREEN, _PINK, _AMBER, _BLACK = COLOURS[:6]
+_MOST_LINES = len(COLOURS)
+
+
+def draw_neuron(data: OneNeuron) -> Figure:
+    """Potentials above, what tells them apart below; constant perturbation on the left, Gaussian on the right."""
+    figure = Figure(figsize=(DOUBLE, 4.2), layout="constrained")
+    panels = figure.subplots(2, 2, sharex=True, sharey="row")
+    titles = {
+        "constant": ("(a) current {current:g}, perturbed by {shift:+g}", "(b) the two runs of (a) compared"),
+        "gaussian": ("(c) current {current:g}, perturbed by noise of std {std:g}", "(c) its two runs compared"),
+    }
+    for column, (name, case) in enumerate(data.cases.items()):
+        upper, lower = panels[:, column]
+        _potentials(upper, case, data.settings["v_threshold"])
+        _distances(lower, case)
+        for axes, title in zip((upper, lower), titles[name], strict=True):
+            letter(axes, title.format(**data.settings))
+        lower.set_xlabel("time step")
+    panels[0, 0].set_ylabel("membrane potential")
+    panels[1, 0].set_ylabel("perturbation, distance")
+    entries = [entry for axes in panels[:, 0] for entry in zip(*axes.get_legend_handles_labels(), strict=True)]
+    handles, labels = zip(*entries, strict=True)
+    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), columnspacing=1.2, handlelength=2.2)
+    return figure
+
+
+def _potentials(axes: Axes, case: dict[str, list[float]], v_threshold: float) -> None:
+    """Potentials after the reset, and a mark above the threshold for every spike."""
+    axes.axhline(v_threshold, color=GREY, linewidth=0.8, linestyle=":", label="threshold")
+    looks = (("", "clean", _BLUE, "-", 0), ("_perturbed", "perturbed", _ORANGE, "--", 1))
+    for end, label, colour, line, place in looks:
+        axes.plot(case[f"v{end}"], line, color=colour, label=label)
+        fired = [step for step, spike in enumerate(case[f"spike{end}"]) if spike]
+        height = v_threshold * (1.1 + 0.13 * place)
+        axes.plot(fired, [height] * len(fired), "|", color=colour, markersize=6, markeredgewidth=1.4)
+
+
+def _distances(axes: Axes, case: dict[str, list[float]]) -> None:
+    series = (
+        ("full", "with reset", _BLACK, "-", "o"),
+        ("simplified", "without reset (MPPD)", _GREEN, "--", "s"),
+        ("std", "STD", _AMBER, "-.", "^"),
+        ("tasad", "TASAD", _PINK, (0, (4, 1, 1, 1)), "D"),
+    )
+    axes.axhline(0, color=GREY, linewidth=0.6)
+    for offset, (name, label, colour, line, marker) in enumerate(series):
+        axes.plot(
+            case[name], linestyle=line, color=colour, marker=marker, markevery=(offset, 5), markersize=3, label=label
+        )
+
+
+def draw_gains(data: InputGains) -> Figure:
+    """A panel per network: a line per layer, or a map if there are more layers than lines can be told apart."""
+    count = len(data.networks)
+    tall = max(_height_of_map(layers) for layers in data.networks.values())
+    figure = Figure(figsize=(SINGLE if count == 1 else DOUBLE, tall * math.ceil(count / 2)), layout="constrained")
+    panels = figure.subplots(math.ceil(count / 2), min(count, 2), squeeze=False)
+    for axes, (name, layers) in zip(panels.flat, data.networks.items(), strict=False):
+        steps = max(map(len, layers.values()))
+        if len(layers) <= _MOST_LINES:
+            axes.axhline(1, color=GREY, linewidth=0.8, linestyle=":")
+            for (layer, gains), colour, line, marker in zip(layers.items(), COLOURS, LINES, MARKERS, strict=False):
+                axes.plot(range(len(gains)), gains, color=colour, linestyle=line, marker=marker, label=_short(layer))
+            axes.set_ylabel("input gain p[t]")
+            axes.legend(title="layer", title_fontsize=7)
+            axes.margins(y=0.15)
+        else:
+            _map_of_gains(figure, axes, layers, steps)
+        axes.set_xticks(range(steps))
+        axes.set_xlabel("time step")
+        letter(axes, name)
+    for axes in panels.flat[count:]:
+        axes.set_axis_off()
+    return figure
+
+
+def _height_of_map(layers: dict[str, list[float]]) -> float:
+    return 2.3 if len(layers) <= _MOST_LINES else 0.9 + 0.16 * len(layers)
+
+
+def _map_of_gains(figure: Figure, axes: Axes, layers: dict[str, list[float]], steps: int) -> None:
+    grid = [[*gains, *[math.nan] * (steps - len(gains))] for gains in layers.values()]
+    values = [value for gains in layers.values() for value in gains]
+    # White is the gain that a neuron starts with.
+    scale = TwoSlopeNorm(1.0, min(*values, 0.99), max(*values, 1.01))
+    image = axes.imshow(grid, aspect="auto", cmap="PuOr_r", norm=scale)
+    axes.set_yticks(range(len(layers)), [_short(layer) for layer in layers])
+    axes.grid(visible=False)
+    figure.colorbar(image, ax=axes, label="input gain p[t]")
+
+
+def draw_curves(data: TrainingCurves) -> Figure:
+    """Validation accuracy on the left, MS-MPPD in training on the right; one colour per network."""
+    figure = Figure(figsize=(DOUBLE, 2.7), layout="constrained")
+    accuracy, perturbation = figure.subplots(1, 2)
+    attacks: dict[str, Any] = {}
+    looks = list(zip(COLOURS, MARKERS, strict=True))
+    for index, (name, records) in enumerate(data.networks.items()):
+        colour, marker = looks[index % len(looks)]
+        epochs = [record["epoch"] for record in records]
+        every = max(1, len(epochs) // 6)
+        for attack in records[0]["validation"]:
+            line = LINES[list(attacks).index(attack) if attack in attacks else len(attacks) % len(LINES)]
+            attacks[attack] = line
+            values = [100 * record["validation"][attack] for record in records]
+            accuracy.plot(
+                epochs, values, color=colour, linestyle=line, marker=marker, markevery=(index, every), markersize=3
+            )
+        penalised = [(record["epoch"], record["losses"].get("mppd", 0.0)) for record in records]
+        shown = [(epoch, value) for epoch, value in penalised if value > 0]
+        perturbation.plot(
+            [epoch for epoch, _ in shown], [value for _, value in shown], color=colour, marker=marker, label=name
+        )
+        if not shown:
+            perturbation.plot([], [], color=colour, marker=marker)
+    letter(accuracy, "(a) validation accuracy, %")
+    letter(perturbation, "(b) MS-MPPD in training")
+    accuracy.set_ylim(0, 102)
+    perturbation.set_yscale("log")
+    perturbation.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    perturbation.yaxis.set_major_formatter(FormatStrFormatter("%g"))
+    perturbation.yaxis.set_minor_formatter(NullFormatter())
+    for axes in (accuracy, perturbation):
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for attack, line in attacks.items():
+        accuracy.plot([], [], color=GREY, linestyle=line, label=attack)
+    accuracy.legend(loc="lower right", ncols=len(attacks))
+    _say_where_none(perturbation, data)
+    perturbation.legend(loc="upper right")
+    return figure
+
+
+def _say_where_none(axes: Axes, data: TrainingCurves) -> None:
+    """Networks trained without MS-MPPD have no curve, which the legend says."""
+    lines, labels = axes.get_legend_handles_labels()
+    for line, label in zip(lines, labels, strict=True):
+        if not len(line.get_xdata()):
+            line.set_label(f"{label} (not in its loss)")
+    if all(not len(line.get_xdata()) for line in lines):
+        axes.text(0.5, 0.5, "no network was trained with MS-MPPD", ha="center", fontsize=7, transform=axes.transAxes)
+        axes.set_yticks([])
+
+
+def draw_rho(data: RhoEffect) -> Figure:
+    """Mean over seeds and range of the runs; weights side by side, since 0 has no place on a logarithmic axis."""
+    figure = Figure(figsize=(SINGLE, 2.6), layout="constrained")
+    axes = figure.subplots()
+    count = len(data.accuracies)
+    for index, (attack, by_rho) in enumerate(data.accuracies.items()):
+        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+        offset = 0.4 * ((index + 0.5) / count - 0.5)
+        places = [place for place, runs in enumerate(by_rho) if runs]
+        means = [100 * statistics.fmean(by_rho[place]) for place in places]
+        line = LINES[index % len(LINES)]
+        axes.plot([p + offset for p in places], means, color=colour, linestyle=line, marker=marker, label=attack)
+        runs = [[100 * value for value in by_rho[place]] for place in places]
+        axes.vlines([p + offset for p in places], list(map(min, runs)), list(map(max, runs)), color=colour, alpha=0.5)
+    axes.set_xticks(range(len(data.rho)), [f"{rho:g}" for rho in data.rho])
+    axes.set_xlabel("weight of MS-MPPD, rho")
+    axes.set_ylabel("accuracy, %")
+    axes.margins(y=0.1)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=min(count, 3), borderpad=0)
+    return figure
+
+
+def _short(layer: str) -> str:
+    """The name without what the classifier puts before every layer."""
+    return layer.removeprefix("net.")

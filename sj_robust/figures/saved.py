@@ -1,0 +1,75 @@
+"""Numbers of a figure as a file that loads back equal."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+from sj_robust.evaluation.progress import write_whole
+from sj_robust.figures.data import InputGains, OneNeuron, RhoEffect, TrainingCurves
+from sj_robust.perturbation.indicators import IntensityCorrelation
+
+__all__ = ["FigureData", "load_figure", "save_figure"]
+
+FigureData = OneNeuron | InputGains | TrainingCurves | RhoEffect | IntensityCorrelation
+"""Numbers of one kind of figure."""
+
+_FORMAT = "sj_robust.figure"
+_VERSION = 1
+_KINDS = {"neuron": OneNeuron, "gains": InputGains, "curves": TrainingCurves, "rho": RhoEffect}
+
+
+def save_figure(data: FigureData, path: Path) -> None:
+    """Write the numbers of a figure; the file is whole or not there. 保存图的数据。
+
+    Args:
+        data: The numbers.
+        path: A JSON file.
+
+    Example:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "gains.json"
+        >>> save_figure(InputGains({"mine": {"0": [1.0, 0.5]}}), path)
+        >>> load_figure(path)
+        InputGains(networks={'mine': {'0': [1.0, 0.5]}})
+    """
+    if isinstance(data, IntensityCorrelation):
+        text = data.to_json()
+    else:
+        kind = next(name for name, cls in _KINDS.items() if isinstance(data, cls))
+        head = {"format": _FORMAT, "version": _VERSION, "kind": kind}
+        text = json.dumps(head | asdict(data), indent=1, allow_nan=False)
+    write_whole(path, text + "\n")
+
+
+def load_figure(path: Path) -> FigureData:
+    """The numbers that :func:`save_figure` wrote. 读取图的数据。
+
+    Args:
+        path: The file.
+
+    Returns:
+        The numbers.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it holds something else, is damaged or of another version.
+    """
+    text = path.read_text(encoding="utf-8")
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON ({error}); the file is damaged, compute the figure again") from error
+    if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
+        try:
+            return IntensityCorrelation.from_json(text)
+        except ValueError as error:
+            raise ValueError(f"{path} holds the numbers of no figure ({error})") from error
+    version, cls = content.pop("version", None), _KINDS.get(content.pop("kind", ""))
+    if version != _VERSION or cls is None:
+        raise ValueError(
+            f"{path} is of version {version}, or of a kind that this release does not know; update sj_robust"
+        )
+    try:
+        return cls(**content)
+    except TypeError as error:
+        raise ValueError(f"{path}: a field is missing or unknown ({error}); the file is damaged") from error
