@@ -4,7 +4,6 @@ import math
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from sj_robust._host import functional
 from sj_robust.classifier import SpikingClassifier
@@ -55,7 +54,7 @@ def start_from(classifier: SpikingClassifier, path: Path | str, *, decay_input: 
     _check_neurons(weights, nodes, decay_input, path)
     whole = classifier.state_dict()
     tensors = dict(weights.tensors)
-    if weights.network is None and not any(key.startswith("net.") for key in tensors):
+    if len(whole.keys() & {f"net.{key}" for key in tensors}) > len(whole.keys() & tensors.keys()):
         tensors = {f"net.{key}": value for key, value in tensors.items()}
         tensors |= {key: whole[key] for key in ("mean", "std") if key in whole}
     for name, node in nodes.items():
@@ -69,8 +68,8 @@ def start_from(classifier: SpikingClassifier, path: Path | str, *, decay_input: 
     for key in ("mean", "std"):
         if key in whole and not torch.allclose(whole[key].cpu(), tensors[key].to(whole[key].dtype)):
             raise ValueError(
-                f"{path} was trained with {key} {tensors[key].tolist()}, the network has {whole[key].tolist()}; give it "
-                "the same"
+                f"{path} was trained with {key} {tensors[key].tolist()}, the network has {whole[key].tolist()}; give "
+                "it the same"
             )
     classifier.load_state_dict(tensors)
     functional.reset_net(classifier)
@@ -81,8 +80,8 @@ def _check_neurons(weights: Weights, nodes: dict[str, DLIFNode], decay_input: bo
     learned = [key for key in weights.tensors if key.endswith(".w") and weights.tensors[key].ndim == 0]
     if nodes and learned:
         raise ValueError(
-            f"{path} has PLIF neurons, each with a tau of its own ({learned[0]}), but DLIF neurons of a NetworkSpec share "
-            "one; build and load it in a function of your own (network module:function), whose neurons are converted"
+            f"{path} has PLIF neurons, each with a tau of its own ({learned[0]}), but DLIF neurons of a NetworkSpec "
+            "share one; load it in a function of your own (network module:function), whose neurons are then converted"
         )
     if weights.network is None or not nodes:
         return

@@ -32,7 +32,7 @@ class Weights:
 
 
 def read_weights(path: Path) -> Weights:
-    """Weights of a file: a checkpoint of this package, or a ``state_dict``, plain or inside a dictionary. 读取权重文件。
+    """Weights of a file: a checkpoint of this package, or a ``state_dict``, plain or in a dictionary. 读取权重。
 
     Args:
         path: A file that ends in .pt or .pth.
