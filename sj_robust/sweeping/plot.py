@@ -16,6 +16,7 @@ __all__ = ["plot_effect"]
 
 # Okabe and Ito's colours, without yellow, which white paper swallows; markers differ as well.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
+_TICKS = 6
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 
 
@@ -54,7 +55,7 @@ def plot_effect(
     down = math.ceil(len(columns) / across)
     with rc_context({"pdf.fonttype": 42}):
         figure = Figure(figsize=(0.6 + 3.2 * across, 0.8 + 2.6 * down + 0.12 * len(lines)), layout="constrained")
-        panels = figure.subplots(down, across, squeeze=False, sharex=True)
+        panels = figure.subplots(down, across, squeeze=False)
         for axes_, column in zip(panels.flat, columns, strict=False):
             _panel(axes_, lines, option, column)
         for axes_ in panels.flat[len(columns) :]:
@@ -86,6 +87,11 @@ def _panel(axes: Axes, lines: Mapping[str, Sequence[Cell]], option: str, column:
             axes.axhline(middle, color=color, linestyle="--", linewidth=1.2, label=label)
             axes.axhspan(middle - half, middle + half, color=color, alpha=0.1, linewidth=0)
     axes.set_title(column, fontsize=9)
+    places = sorted(
+        {float(cell.values[option]) for members in lines.values() for cell in members if option in cell.values}
+    )
+    if len(places) <= _TICKS:
+        axes.set_xticks(places, [word(place) for place in places])
     axes.set_xlabel(option, fontsize=9)
     axes.set_ylabel("accuracy left, %", fontsize=9)
     axes.grid(alpha=0.3)

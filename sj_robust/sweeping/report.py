@@ -80,7 +80,7 @@ def write_report(
         console.print(_shown(table), soft_wrap=False)
     for text in alarms:
         console.print(Text(text, style="bold red"))
-    figures = plot_effect(cells, axes, plot, chosen, folder / f"effect-{plot}")
+    figures = plot_effect(cells, axes, plot, few, folder / f"effect-{plot}")
     return (folder / "results.md", *(folder / name for name in csvs), *figures)
 
 
