@@ -5,11 +5,11 @@ python recipes/evaluate.py CHECKPOINT --suite fast --test-limit 200 --eps 8/255
 python recipes/evaluate.py --network mynet.py:build --T 8 --eps 8/255      # somebody's own SpikingJelly network
 python recipes/evaluate.py CHECKPOINT --output runs/mine --resume          # continue after a stop
 python recipes/evaluate.py --compare A/report.json B/report.json
+python recipes/evaluate.py CHECKPOINT_OF_EVENT_NETWORK --eps 20           # adds or removes at most 20 events
 torchrun --nproc-per-node 2 recipes/evaluate.py CHECKPOINT                 # or accelerate launch
 """
 
 import re
-import sys
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
@@ -18,11 +18,11 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
-from jsonargparse import auto_cli
 from rich.console import Console
 
 from sj_robust import training
-from sj_robust.data import image_loader, load_images
+from sj_robust.command_line import named_arguments, parse_options, run_recipe
+from sj_robust.data import EVENT_DATASETS, image_loader, load_images
 from sj_robust.evaluation import ThreatModel, environment
 from sj_robust.evaluation.assess import assess
 from sj_robust.evaluation.comparison import compare
@@ -46,18 +46,24 @@ class Options:
             its weights, bare or in a SpikingClassifier.
         compare: Two saved reports to compare, instead of an evaluation.
         suite: paper is the protocol of Ding et al., fast a first impression, standard the figure to report,
-            autoattack AutoAttack standard, gradients every estimator for itself; all with their control.
-        eps: Radius, a number or a fraction such as 8/255; null takes that of the checkpoint.
-        norm: Norm of the adversary.
-        dataset: Images to test on; null takes those of the checkpoint, or digits.
-        data_root: Folder with the IDX files of Fashion-MNIST, or torchvision's folder that holds FashionMNIST/raw.
+            autoattack AutoAttack standard, gradients every estimator for itself, events the one for event data; all
+            with their control. null means standard, and events for event data.
+        eps: Radius, a number or a fraction such as 8/255; null takes that of the checkpoint. For L0 the number of
+            changed elements per sample.
+        norm: Norm of the adversary; null means Linf, and L0 for event data.
+        dataset: What to test on, digits, fashion_mnist, mnist, cifar10, cifar100, svhn, image_folder:PATH, cifar10_dvs,
+            dvs128_gesture or n_mnist; null takes what the checkpoint was trained on, or digits.
+        data_root: Folder with the data set's files, or where they are downloaded to.
+        download: Whether to download what is missing.
+        on_unreadable: error stops at files that cannot be read, skip leaves them out with a warning.
         test_limit: Test images to use at most; null for all.
         batch_size: Images per batch; results do not depend on it, but for networks with randomness of their own and
             the estimator pdsg, which looks at a whole batch.
-        T: Time steps of a bare network of your own.
+        T: Time steps of a bare network of your own; for a checkpoint, others than those it was trained with.
         mean: Mean per channel that a bare network expects to be subtracted.
         std: Standard deviation per channel that it expects to be divided by.
         transfer: Checkpoint of another network for the same images; attacks crafted on it join the suite.
+        trust_code: Whether a function of your own code that a checkpoint names may be run.
         draws: Fresh forwards in each of which a stochastic network must be wrong for an image to count as broken.
         seed: Seed of everything.
         device: auto takes a GPU if there is one.
@@ -68,17 +74,20 @@ class Options:
     checkpoint: str | None = None
     network: str | None = None
     compare: list[str] | None = None
-    suite: Literal["paper", "fast", "standard", "autoattack", "gradients"] = "standard"
+    suite: Literal["paper", "fast", "standard", "autoattack", "gradients", "events"] | None = None
     eps: float | str | None = None
-    norm: Literal["Linf", "L2"] = "Linf"
-    dataset: Literal["digits", "fashion_mnist"] | None = None
+    norm: Literal["Linf", "L2", "L0"] | None = None
+    dataset: str | None = None
     data_root: str = "data"
+    download: bool = False
+    on_unreadable: Literal["error", "skip"] = "error"
     test_limit: int | None = None
     batch_size: int = 128
     T: int | None = None
     mean: list[float] | None = None
     std: list[float] | None = None
     transfer: str | None = None
+    trust_code: bool = False
     draws: int = 1
     seed: int = 0
     device: Literal["auto", "cpu"] = "auto"
@@ -88,7 +97,7 @@ class Options:
 
 def main(arguments: list[str]) -> None:
     """Evaluate a network, or compare two reports."""
-    options = parse(arguments)
+    options = parse_options(Options, named(arguments), stem, mark="progress")
     if options.compare is not None:
         show_comparison(compare(*map(load_report, two(options.compare))), Console())
         return
@@ -99,10 +108,23 @@ def main(arguments: list[str]) -> None:
     patience = InitProcessGroupKwargs(timeout=timedelta(days=30))
     accelerator = Accelerator(cpu=not on_gpu, kwargs_handlers=[patience])
     subject = load_subject(options)
-    source = None if options.transfer is None else from_checkpoint(Path(options.transfer))
-    threat = ThreatModel(options.norm, radius(options, subject))
     dataset = options.dataset or subject.options.get("dataset", "digits")
-    splits = load_images(dataset, root=options.data_root, test_limit=options.test_limit)
+    events = dataset in EVENT_DATASETS
+    suite = options.suite or ("events" if events else "standard")
+    norm = options.norm or ("L0" if events else "Linf")
+    threat = ThreatModel(norm, radius(options, norm, subject))
+    T = getattr(subject.model, "T", None) if events else None
+    other = options.transfer and Path(options.transfer)
+    source = from_checkpoint(other, T, trust_code=options.trust_code) if other else None
+    with accelerator.main_process_first():  # which downloads and prepares
+        splits = load_images(
+            dataset,
+            root=options.data_root,
+            test_limit=options.test_limit,
+            download=options.download,
+            on_unreadable=options.on_unreadable,
+            T=T,
+        )
     batches = image_loader(splits.test, options.batch_size)
     first = next(iter(batches))[0].to(accelerator.device)
     for network in (subject, *([source] if source else [])):
@@ -117,7 +139,7 @@ def main(arguments: list[str]) -> None:
         report = assess(
             subject,
             batches,
-            suite=options.suite,
+            suite=suite,
             threat=threat,
             dataset=dataset,
             classes=splits.classes,
@@ -152,22 +174,24 @@ def load_subject(options: Options) -> Subject:
             raise ValueError(f"{name} must be >= {least}, got {value}")
     if options.network is not None:
         return from_function(options.network, T=options.T, mean=options.mean, std=options.std)
-    if options.T is not None or options.mean is not None or options.std is not None:
-        raise ValueError("a checkpoint knows its own T, mean and std: leave --T, --mean and --std out")
-    return from_checkpoint(Path(str(options.checkpoint)))
+    if options.mean is not None or options.std is not None:
+        raise ValueError("a checkpoint knows its own mean and std: leave --mean and --std out")
+    return from_checkpoint(Path(str(options.checkpoint)), options.T, trust_code=options.trust_code)
 
 
-def radius(options: Options, subject: Subject) -> float:
+def radius(options: Options, norm: str, subject: Subject) -> float:
     """Radius of the threat: the one asked for, or the one of the checkpoint's own evaluation."""
     trained = subject.options
     eps = options.eps if options.eps is not None else trained.get("eval_eps") or trained.get("eps")
+    if options.eps is None and norm == "L0":
+        raise ValueError("eps is the number of changed elements per sample for L0: give it, such as --eps 20")
     if eps is None:
         raise ValueError("eps is not known for this network: give the radius, such as --eps 8/255")
-    if options.eps is None and options.norm != "Linf":
-        raise ValueError(f"the checkpoint's eps is one of Linf: give that of {options.norm}, such as --eps 0.5")
+    if options.eps is None and norm != "Linf":
+        raise ValueError(f"the checkpoint's eps is one of Linf: give that of {norm}, such as --eps 0.5")
     if parse_eps(eps) <= 0:
         raise ValueError(f"eps must be > 0 to attack at all, got {eps}")
-    if options.norm == "Linf" and parse_eps(eps) > 1:
+    if norm == "Linf" and parse_eps(eps) > 1:
         raise ValueError(f"eps must be <= 1, since images lie in [0, 1], got {eps}; write 8/255 instead of 8")
     return parse_eps(eps)
 
@@ -192,33 +216,22 @@ def stem(options: Options) -> str:
     path = Path(options.checkpoint or "")
     name = path.parent.name if path.suffix == ".pt" else path.name
     own = re.split(r"[:/]", options.network)[-1] if options.network else name
-    return f"evaluate-{own}-{options.suite}"
-
-
-def parse(arguments: list[str]) -> Options:
-    """Options from the command line; --data-root is --data_root, and a bare word is the checkpoint."""
-    options: Options = auto_cli(Options, args=named(arguments))
-    if not options.resume:
-        return options
-    folder = training.run_to_resume(options.output, stem(options), mark="progress")
-    resumed: Options = auto_cli(Options, args=["--config", str(folder / "config.yaml"), *named(arguments)])
-    return replace(resumed, output=str(folder))
+    return f"evaluate-{own}-{options.suite}" if options.suite else f"evaluate-{own}"
 
 
 def named(arguments: list[str]) -> list[str]:
-    """The arguments with a name each."""
-    words, found = list(arguments), []
+    """The arguments with a name each: a bare word is the checkpoint, a switch alone is true."""
+    words, found = named_arguments(arguments), []
     while words:
         word = words.pop(0)
-        word = re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word)
         value_follows = bool(words) and not words[0].startswith("--")
         if word == "--compare":
             paths: list[Any] = []
             while words and not words[0].startswith("--"):
                 paths.append(words.pop(0))
             found.append(f"--compare={paths}")
-        elif word == "--resume" and (not value_follows or words[0] not in ("true", "false")):
-            found.append("--resume=true")
+        elif word in ("--download", "--trust_code") and not (value_follows and words[0] in ("true", "false")):
+            found.append(f"{word}=true")
         elif not word.startswith("-"):
             if any(other.startswith("--checkpoint=") for other in found):
                 raise ValueError(f"one network at a time, got another one, {word}: evaluate it in a run of its own")
@@ -231,10 +244,4 @@ def named(arguments: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except KeyboardInterrupt:
-        print("stopped; what is finished is kept, continue with --resume", file=sys.stderr)
-        sys.exit(130)
-    except (OSError, ValueError, ModuleNotFoundError) as error:
-        sys.exit(f"error: {error}")
+    run_recipe(main)

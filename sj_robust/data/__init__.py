@@ -2,6 +2,15 @@
 
 from sj_robust.data.augmentation import Augmentation
 from sj_robust.data.batches import ShuffledBatches, image_loader
+from sj_robust.data.events import EVENT_DATASETS
 from sj_robust.data.images import DATASETS, ImageSplits, load_images
 
-__all__ = ["DATASETS", "Augmentation", "ImageSplits", "ShuffledBatches", "image_loader", "load_images"]
+__all__ = [
+    "DATASETS",
+    "EVENT_DATASETS",
+    "Augmentation",
+    "ImageSplits",
+    "ShuffledBatches",
+    "image_loader",
+    "load_images",
+]

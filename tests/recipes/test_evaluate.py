@@ -13,10 +13,14 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from data.event_recordings import pack_n_mnist, sums
+from evaluation.test_event_suite import short_suite
+from PIL import Image
 
-from sj_robust import SpikingClassifier
+from sj_robust.data import events
+from sj_robust.evaluation import assess as whole_assessment
 from sj_robust.evaluation.robustness_report import RobustnessReport
-from sj_robust.models import NetworkSpec, build_network
+from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.training import load_checkpoint, save_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -71,6 +75,9 @@ def diverged():
     nn.init.constant_(net[3].bias, float("nan"))
     return net
 
+def pictures():
+    return nn.Sequential(nn.Flatten(2), nn.Linear(192, 2))
+
 class Blind(nn.Module):
     def __init__(self):
         super().__init__()
@@ -104,8 +111,7 @@ def folder(tmp_path_factory):
 
 
 def build_network_state(options):
-    spec = NetworkSpec(**options)
-    return SpikingClassifier(build_network(spec), spec.T).state_dict()
+    return build_classifier(NetworkSpec(**options)).state_dict()
 
 
 def in_process(monkeypatch, folder, *options):
@@ -280,6 +286,68 @@ def test_l2_and_transfer(folder, tmp_path, monkeypatch):
     assert any(member.name == "control/transfer" for member in report.members)
 
 
+def test_a_checkpoint_at_other_time_steps(folder, tmp_path, monkeypatch):
+    options = ("--T", "5", "--suite", "paper", "--test-limit", "3", "--output", str(tmp_path / "longer"))
+    in_process(monkeypatch, folder, "runs/one", *options)
+    report = RobustnessReport.load(tmp_path / "longer" / "report.json")
+    assert report.network["T"] == 5
+    assert ", T 5," in report.network["architecture"]
+
+
+@pytest.fixture
+def event_data(tmp_path, monkeypatch):
+    """Tiny recordings that are taken for N-MNIST, in a data root."""
+    pack_n_mnist(tmp_path / "data" / "NMNIST", train=2, test=1)
+    host = events._host_class("n_mnist", "NMNIST")
+    listed = sums(host, tmp_path / "data" / "NMNIST")
+    monkeypatch.setattr(host, "resource_url_md5", staticmethod(lambda: listed))
+    return tmp_path / "data"
+
+
+def test_event_data(folder, tmp_path, monkeypatch, capsys, event_data):
+    spec = NetworkSpec(image_shape=(2, 34, 34), T=2, channels=(3,), frames=True)
+    torch.manual_seed(0)
+    description = {"network": asdict(spec), "options": {"dataset": "n_mnist", "eps": 0.1}}
+    path = tmp_path / "nets" / "events" / "best.pt"
+    path.parent.mkdir(parents=True)
+    save_checkpoint(path, {"description": description, "model": build_classifier(spec).state_dict()})
+    monkeypatch.setattr(whole_assessment, "make_suite", short_suite)
+    options = (str(path), "--data-root", str(event_data), "--eps", "3", "--test-limit", "6", "--batch-size", "4")
+    in_process(monkeypatch, folder, *options)
+    run = folder / "runs" / "evaluate-events-1"
+    report = RobustnessReport.load(run / "report.json")
+    assert (report.suite, report.threat, report.eps, report.dataset) == ("events", "L0", "3", "n_mnist")
+    assert len(report.labels) == 6
+    assert report.budget == "L0, at most 3 events added or removed"
+    assert "robust accuracy at most" in capsys.readouterr().out
+    before = (run / "report.json").read_bytes()
+    in_process(monkeypatch, folder, *options, "--resume")
+    assert (run / "report.json").read_bytes() == before
+    # At another T the recordings are integrated anew.
+    in_process(monkeypatch, folder, *options, "--T", "3", "--output", str(tmp_path / "three"))
+    assert RobustnessReport.load(tmp_path / "three" / "report.json").network["T"] == 3
+    assert (event_data / "NMNIST" / "frames_number_3_split_by_number").is_dir()
+    with pytest.raises(ValueError, match=r"events takes frames \(2, 2, 34, 34\), those of digits are \(1, 8, 8\)"):
+        in_process(monkeypatch, folder, *options, "--dataset", "digits", "--eps", "0.1", "--output", "none")
+
+
+def test_pictures_that_cannot_be_read(folder, tmp_path, monkeypatch):
+    pictures = torch.randint(256, (24, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for number, picture in enumerate(pictures):
+        home = tmp_path / "pictures" / ("test" if number < 4 else "train") / f"c{number % 2}"
+        home.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(picture.numpy()).save(home / f"{number}.png")
+    (tmp_path / "pictures" / "test" / "c0" / "2.png").write_bytes(b"")
+    own = ("--network", "own_net.py:pictures", "--T", "2", "--eps", "0.1", "--suite", "paper")
+    options = (*own, "--dataset", f"image_folder:{tmp_path / 'pictures'}", "--output", str(tmp_path / "out"))
+    with pytest.raises(ValueError, match=r"test/c0/2.png.*on_unreadable='skip'"):
+        in_process(monkeypatch, folder, *options)
+    with pytest.warns(UserWarning, match="1 of 4 files"):
+        in_process(monkeypatch, folder, *options, "--on-unreadable", "skip")
+    report = RobustnessReport.load(tmp_path / "out" / "report.json")
+    assert (len(report.labels), report.dataset) == (3, f"image_folder:{tmp_path / 'pictures'}")
+
+
 def test_compare(folder, monkeypatch, capsys, whole):
     monkeypatch.chdir(folder)
     whole.save(folder / "other.json")
@@ -307,7 +375,14 @@ def test_compare(folder, monkeypatch, capsys, whole):
         (("runs/two",), ValueError, "runs/two holds 2 networks, give one of them: runs/two/a/best.pt, runs/two/b"),
         (("own_net.py",), ValueError, "cannot be read as a checkpoint"),
         (("other.pt",), ValueError, "other.pt holds no network that this release can build"),
-        (("runs/one", "--T", "4"), ValueError, "a checkpoint knows its own T"),
+        (("runs/one", "--T", "0"), ValueError, "T must be"),
+        (("runs/one", "--mean", "[0.5]"), ValueError, "a checkpoint knows its own mean and std"),
+        (("runs/one", "--norm", "L0"), ValueError, "eps is the number of changed elements .* such as --eps 20"),
+        (("runs/one", "--norm", "L0", "--eps", "20"), ValueError, "suite 'standard' does not fit a threat in L0"),
+        (("runs/one", "--suite", "events"), ValueError, "suite 'events' does not fit a threat in Linf"),
+        (("runs/one", "--dataset", "n_mnist", "--eps", "5"), FileNotFoundError, "Train.zip, Test.zip not found"),
+        (("runs/one", "--dataset", "mnits"), ValueError, "dataset must be one of digits, .*, got 'mnits'"),
+        (("runs/one", "--dataset", "image_folder:x"), FileNotFoundError, "x/train does not exist; an image folder"),
         (("runs/one", "--eps", "8"), ValueError, "eps must be <= 1.*write 8/255 instead of 8"),
         (("runs/one", "--eps", "0"), ValueError, "eps must be > 0"),
         (("runs/one", "--eps", "8/x"), ValueError, "number or a fraction"),
