@@ -22,7 +22,16 @@ from rich.console import Console
 
 from sj_robust.command_line import named_arguments, run_recipe
 from sj_robust.evaluation.progress import write_whole
-from sj_robust.sweeping import PlannedRun, expand, load_recipe, load_records, perform_all, plan_runs, seeds_of
+from sj_robust.sweeping import (
+    PlannedRun,
+    RunRecord,
+    expand,
+    load_recipe,
+    load_records,
+    perform_all,
+    plan_runs,
+    seeds_of,
+)
 from sj_robust.sweeping.display import SweepDisplay
 from sj_robust.sweeping.grid import axes_of
 from sj_robust.sweeping.report import write_report
@@ -84,9 +93,20 @@ def main(arguments: list[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with alone(folder):
             failed = run(options, folder, console)
+    records = load_records(folder)
+    if records or not failed:
+        report(options, folder, records, console)
+    if failed:
+        heading = f"{len(failed)} runs FAILED; the same command tries them again:"
+        console.print("\n".join([heading, *failed]), markup=False)
+        sys.exit(1)
+
+
+def report(options: Options, folder: Path, records: list[RunRecord], console: Console) -> None:
+    """Tables and figure."""
     files = write_report(
         folder,
-        load_records(folder),
+        records,
         console,
         grid=axes_of(options.grid),
         columns=options.columns,
@@ -94,11 +114,6 @@ def main(arguments: list[str]) -> None:
         plot=options.plot,
     )
     console.print(f"{', '.join(file.name for file in files)} are in {folder}", markup=False)
-    if failed:
-        console.print(
-            "\n".join([f"{len(failed)} runs FAILED; the same command tries them again:", *failed]), markup=False
-        )
-        sys.exit(1)
 
 
 def run(options: Options, folder: Path, console: Console) -> list[str]:
