@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from sj_robust.attacks.randomness import seeded_globals
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.perturbation import MPPDMonitor
+from sj_robust.perturbation._pair import Indicator
 from sj_robust.training.penalties import Passes, Penalty
 
-__all__ = ["Indicator", "LossName", "Losses", "Objective"]
+__all__ = ["LossName", "Losses", "Objective"]
 
 LossName = Literal["paper", "trades"]
-Indicator = Literal["mppd", "tasad", "std"]
 
 
 class Losses(NamedTuple):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.fusion import FusedSequential
@@ -168,6 +169,21 @@ def test_sparsity_looks_at_the_images_that_are_trained_on(problem):
         step = (seen[-1] - first).abs()
         torch.testing.assert_close(step[step > 0], torch.full_like(step[step > 0], 0.01))
         assert (step > 0).double().mean() > 0.5
+
+
+def test_gradients_are_the_same_under_ddp(problem, tmp_path):
+    x, y = problem
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        grads = []
+        for wrap in (lambda objective: objective, DistributedDataParallel):
+            objective = Objective(classifier_of(lif()), penalties=[GradientSparsity(1.0), ThresholdGuarding(1.0)])
+            wrap(objective)(x, y, 0.9 * x).total.backward()
+            grads.append([parameter.grad for parameter in objective.parameters()])
+    finally:
+        torch.distributed.destroy_process_group()
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 def test_sparsity_needs_gradients(problem):
