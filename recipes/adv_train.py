@@ -1,13 +1,13 @@
-"""Train a spiking network adversarially, with MS-MPPD, and measure it beside an undefended one.
+"""Train a robust spiking network, and measure it beside an undefended one.
 
 python recipes/adv_train.py                                              # digits, under a minute
+python recipes/adv_train.py --config recipes/configs/fashion_mnist.yaml --data-root FOLDER
+python recipes/adv_train.py --dataset image_folder:PATH --model vgg5 --T 8
 python recipes/adv_train.py --output runs/mine --resume                  # continue a stopped run
 torchrun --nproc-per-node 2 recipes/adv_train.py                         # or accelerate launch
 """
 
-import re
-import sys
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -15,86 +15,127 @@ from typing import Any, Literal
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from jsonargparse import auto_cli
 
 from sj_robust import SpikingClassifier, training
-from sj_robust.attacks import fgsm, gaussian, pgd, rfgsm
+from sj_robust.attacks import fgsm, gaussian, pgd
+from sj_robust.command_line import named_arguments, parse_options, run_recipe, same_names
 from sj_robust.data import ImageSplits, image_loader, load_images
 from sj_robust.evaluation import Attack, Report, ThreatModel, environment, evaluate
-from sj_robust.models import NetworkSpec, build_network
+from sj_robust.evaluation.eps import parse_eps
+from sj_robust.models import NetworkSpec, build_classifier, start_from
 from sj_robust.ops import keep_heap
 from sj_robust.plotting import plot_report
 
 
 @dataclass(frozen=True)
 class Options:
-    """Options of adv_train.
+    """Options of adv_train. A radius is a number or a fraction such as 8/255.
 
     Attributes:
-        dataset: Images to train on.
-        data_root: Folder with the IDX files of Fashion-MNIST, or torchvision's folder that holds FashionMNIST/raw.
+        dataset: digits, fashion_mnist, mnist, cifar10, cifar100, svhn, image_folder:PATH, or event data (cifar10_dvs,
+            dvs128_gesture, n_mnist).
+        data_root: Folder with the data set's files, or where they are downloaded to.
+        download: Whether to download what is missing.
+        augment: Random crop, flip and Cutout; null for the paper's choice (CIFAR only).
+        on_unreadable: error stops at pictures that cannot be read, skip leaves them out with a warning.
         train_limit: Training images to use at most, the validation split included; null for all.
         test_limit: Test images to use at most; null for all.
         validation_fraction: Share of the training images held out to select the epoch by.
-        neuron: Spiking neuron of the trained network.
+        model: small, vgg5, vgg11, vgg13, vgg16, vgg19, wrn16_4, wrn28_10, zoo:FUNCTION of SpikingJelly's models, or
+            module:function or file.py:function of your own.
+        model_options: Further keyword arguments of the network.
+        neuron: Spiking neuron of the trained network, dlif, lif, plif or if.
         T: Time steps.
         tau: Membrane time constant in steps; the decay is 1 - 1 / tau.
-        channels: Output channels of the convolutions.
-        mode: none trains on clean images, gaussian on clean and noisy ones, at on clean and adversarial ones.
+        channels: Output channels of the convolutions of small.
+        hidden: Widths of the hidden linear layers of a VGG.
+        pretrained: Checkpoint whose weights the network starts from.
+        mode: none, gaussian, at (single step), rat (at and retraction of the weights), pgd_at, trades.
         eps: Linf radius of the training attack in [0, 1] images; for gaussian the standard deviation.
-        step_size: Step of the training attack; null means eps.
-        noise_std: Noise at the start of the training attack.
+        step_size: Step of the training attack; null means eps for one step, eps / 4 for several.
+        attack_steps: Steps of the training attack of pgd_at and trades; null means 7 and 10.
+        noise_std: Noise at the start of the single-step attack.
         project: Whether the training attack is projected back onto the ball (the published code does not).
         eval_eps: Radius of the attacks in validation and test; null means eps.
-        kappa: Weight of the clean cross entropy; the perturbed one has 1 - kappa.
-        rho: Weight of MS-MPPD.
+        kappa: Weight of the clean cross entropy, the perturbed one has 1 - kappa; null means 0.5, and 0 for pgd_at.
+        rho: Weight of MS-MPPD, or of the indicator in its place; null means 1, and 0 for pgd_at and trades.
         layers: Spiking layers of MS-MPPD, last, all, or a list of names such as [stages.1, stages.5].
         norm: l2 for the mean square of the perturbation, l1 for its mean absolute value.
+        indicator: Perturbation that is kept small, mppd, or tasad or std in its place.
+        input_gain: Whether DLIF's learnable gain is part of the perturbation in the loss (the paper leaves it out).
+        beta: Strength of rat's retraction; null means 1e-3.
+        trades_weight: Weight of the divergence of trades.
+        gradient_sparsity: Weight of the penalty on the input gradient; 0 leaves it out.
+        threshold_guard: Weight of the penalty on potentials near the threshold; 0 leaves it out.
+        guard_margin: Distance from the threshold that counts as near.
         epochs: Passes over the training images.
         batch_size: Images per step, over all processes together.
+        accumulate: Parts that each process computes its share of a step in.
         lr: Learning rate of SGD, which falls to 0 (cosine).
         momentum: Momentum of SGD.
-        weight_decay: Weight decay on all parameters.
+        weight_decay: Weight decay on all parameters; null means 5e-4, and 0 for rat.
         select: Validation accuracy that the epoch is chosen by; null means pgd, and clean for mode none.
         reference: Whether an undefended LIF network is trained and measured beside it.
         seed: Seed of everything.
         device: auto takes a GPU if there is one.
         mixed_precision: Accelerate's precision; fp16 needs a GPU.
+        compile: Whether the network is compiled with torch.compile.
+        channels_last: Memory order of the images; null where it pays.
+        sync_batch_norm: Whether batch norm sees the images of all processes.
         workers: Processes that load images in the background.
         checkpoint_steps: Steps between checkpoints within an epoch; null for one per epoch.
         output: Folder of the run; null makes a new one under runs/.
         resume: Go on with the run in output (null: the newest of this kind) from its last checkpoint.
     """
 
-    dataset: Literal["digits", "fashion_mnist"] = "digits"
+    dataset: str = "digits"
     data_root: str = "data"
+    download: bool = False
+    augment: bool | None = None
+    on_unreadable: Literal["error", "skip"] = "error"
     train_limit: int | None = None
     test_limit: int | None = None
     validation_fraction: float = 0.1
-    neuron: Literal["dlif", "lif", "if"] = "dlif"
+    model: str = "small"
+    model_options: dict[str, Any] = field(default_factory=dict)
+    neuron: Literal["dlif", "lif", "plif", "if"] = "dlif"
     T: int = 4
     tau: float = 100.0
     channels: tuple[int, ...] = (16, 32)
-    mode: Literal["none", "gaussian", "at"] = "at"
-    eps: float = 0.1
-    step_size: float | None = None
+    hidden: tuple[int, ...] = (4096, 4096)
+    pretrained: str | None = None
+    mode: Literal["none", "gaussian", "at", "rat", "pgd_at", "trades"] = "at"
+    eps: float | str = 0.1
+    step_size: float | str | None = None
+    attack_steps: int | None = None
     noise_std: float = 0.001
     project: bool = True
-    eval_eps: float | None = None
-    kappa: float = 0.5
-    rho: float = 1.0
+    eval_eps: float | str | None = None
+    kappa: float | None = None
+    rho: float | None = None
     layers: Literal["last", "all"] | list[str] = "last"
     norm: Literal["l2", "l1"] = "l2"
+    indicator: Literal["mppd", "tasad", "std"] = "mppd"
+    input_gain: bool = False
+    beta: float | None = None
+    trades_weight: float = 6.0
+    gradient_sparsity: float = 0.0
+    threshold_guard: float = 0.0
+    guard_margin: float = 0.5
     epochs: int = 15
     batch_size: int = 64
+    accumulate: int = 1
     lr: float = 0.1
     momentum: float = 0.9
-    weight_decay: float = 5e-4
+    weight_decay: float | None = None
     select: Literal["clean", "fgsm", "pgd"] | None = None
     reference: bool = True
     seed: int = 0
     device: Literal["auto", "cpu"] = "auto"
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    compile: bool = False
+    channels_last: bool | None = None
+    sync_batch_norm: bool = False
     workers: int = 0
     checkpoint_steps: int | None = None
     output: str | None = None
@@ -103,18 +144,13 @@ class Options:
 
 def main(arguments: list[str]) -> None:
     """Train, evaluate, report."""
-    options = parse(arguments)
+    options = parse_options(Options, named_arguments(arguments), stem)
+    radii = {name: parse_eps(value) for name in ("eps", "step_size") if (value := getattr(options, name)) is not None}
+    options = replace(options, **radii)
     if not (on_gpu := options.device == "auto" and torch.cuda.is_available()):
         keep_heap()
     accelerator = Accelerator(cpu=not on_gpu, mixed_precision=options.mixed_precision)
-    splits = load_images(
-        options.dataset,
-        root=options.data_root,
-        validation_fraction=options.validation_fraction,
-        seed=options.seed,
-        train_limit=options.train_limit,
-        test_limit=options.test_limit,
-    )
+    splits = load_images(options.dataset, root=options.data_root, **same_names(load_images, options))
     configuration = asdict(replace(options, output=None, resume=False))
     folder = training.open_run_folder(options.output, stem(options), configuration, accelerator, resume=options.resume)
     journal = training.Journal(folder if accelerator.is_main_process else None)
@@ -129,15 +165,10 @@ def main(arguments: list[str]) -> None:
         classifier, history = train_network(name, choice, splits, accelerator, folder, journal)
         if accelerator.is_main_process:
             journal.say(f"evaluating {name} on {len(splits.test)} test images")
-            result = evaluate(
-                classifier,
-                image_loader(splits.test, 512),
-                final_attacks(attack_eps(options)),
-                threat=report.threat,
-                network=name,
-                seed=options.seed,
-            )
-            heads = [history[: epoch + 1] for epoch in range(len(history)) if choice.mode == "at"]
+            loader = image_loader(splits.test, 512)
+            attacks = final_attacks(attack_eps(options))
+            result = evaluate(classifier, loader, attacks, threat=report.threat, network=name, seed=options.seed)
+            heads = [history[: end + 1] for end in range(len(history)) if training.MODES[choice.mode].single_step]
             notes = tuple(f"{name}: {warning}" for warning in map(training.catastrophic_overfitting, heads) if warning)
             report = report.merged(replace(result, curves={name: [asdict(record) for record in history]}, notes=notes))
     if accelerator.is_main_process:
@@ -151,30 +182,28 @@ def train_network(
     name: str, options: Options, splits: ImageSplits, accelerator: Accelerator, folder: Path, journal: training.Journal
 ) -> tuple[SpikingClassifier, list[training.EpochRecord]]:
     """Train one network and return it as it was at its best epoch."""
-    shape, classes = splits.image_shape, splits.classes
-    spec = NetworkSpec("small", options.neuron, shape, classes, options.T, options.tau, options.channels)
+    mode = training.MODES[options.mode]
+    spec = network_spec(options, splits)
     set_seed(options.seed)
-    classifier = SpikingClassifier(build_network(spec), options.T)
-    rho = 0.0 if options.mode == "none" else options.rho
-    plan = training.TrainingPlan(
-        epochs=options.epochs,
-        batch_size=options.batch_size,
-        lr=options.lr,
-        momentum=options.momentum,
-        weight_decay=options.weight_decay,
-        seed=options.seed,
-        select=options.select or ("clean" if options.mode == "none" else "pgd"),
-        checkpoint_steps=options.checkpoint_steps,
-        workers=options.workers,
-        single_step_attack=options.mode == "at",
-    )
+    classifier = build_classifier(spec)
+    if options.pretrained is not None:
+        start_from(classifier, Path(options.pretrained))
+    chosen = {
+        "weight_decay": either(options.weight_decay, mode.weight_decay),
+        "retraction": either(options.beta, mode.retraction) if mode.retraction else 0.0,
+        "select": options.select or mode.select,
+        "single_step_attack": mode.single_step,
+    }
+    plan = training.TrainingPlan(**same_names(training.TrainingPlan, options) | chosen)
     (network_folder := folder / name.replace(" ", "_")).mkdir(exist_ok=True)
     history = training.train(
-        training.Objective(classifier, kappa=options.kappa, rho=rho, layers=options.layers, norm=options.norm),
+        make_objective(options, classifier),
         splits,
         plan,
-        perturb=training_attack(options),
-        validation_attacks=validation_attacks(attack_eps(options)),
+        perturb=training.training_attack(
+            options.mode, steps=options.attack_steps, **same_names(training.training_attack, options)
+        ),
+        validation_attacks=training.validation_attacks(attack_eps(options)),
         accelerator=accelerator,
         folder=network_folder,
         journal=journal,
@@ -185,19 +214,23 @@ def train_network(
     return classifier, history
 
 
-def training_attack(options: Options) -> Attack | None:
-    """How perturbed training images are made."""
-    if options.mode == "none":
-        return None
-    if options.mode == "gaussian":
-        return partial(gaussian, std=options.eps, clamp=False)
-    attack = partial(rfgsm, eps=options.eps, step_size=options.step_size)
-    return partial(attack, noise_std=options.noise_std, project=options.project)
+def network_spec(options: Options, splits: ImageSplits) -> NetworkSpec:
+    """What the network is built from; the checkpoint keeps it."""
+    of_data = same_names(NetworkSpec, splits) | {"name": options.model, "options": options.model_options}
+    return NetworkSpec(**same_names(NetworkSpec, options) | of_data)
 
 
-def validation_attacks(eps: float) -> dict[str, Attack]:
-    """Attacks after every epoch: PGD of 7 steps selects, FGSM beside it shows catastrophic overfitting."""
-    return {"fgsm": partial(fgsm, eps=eps), "pgd": partial(pgd, eps=eps, step_size=eps / 3, steps=7)}
+def make_objective(options: Options, classifier: SpikingClassifier) -> training.Objective:
+    """The loss of the training mode."""
+    mode = training.MODES[options.mode]
+    penalties: list[training.Penalty] = []
+    if options.gradient_sparsity:
+        penalties.append(training.GradientSparsity(options.gradient_sparsity))
+    if options.threshold_guard:
+        penalties.append(training.ThresholdGuarding(options.threshold_guard, margin=options.guard_margin))
+    rho = 0.0 if options.mode == "none" else either(options.rho, mode.rho)
+    chosen = {"loss": mode.loss, "kappa": either(options.kappa, mode.kappa), "rho": rho, "penalties": penalties}
+    return training.Objective(classifier, **same_names(training.Objective, options) | chosen)
 
 
 def final_attacks(eps: float) -> dict[str, Attack]:
@@ -208,42 +241,34 @@ def final_attacks(eps: float) -> dict[str, Attack]:
 
 def attack_eps(options: Options) -> float:
     """Radius of the attacks in validation and test."""
-    return options.eps if options.eval_eps is None else options.eval_eps
+    return parse_eps(options.eps if options.eval_eps is None else options.eval_eps)
+
+
+def either(option: float | None, default: float) -> float:
+    """An option, or what stands for null."""
+    return default if option is None else option
 
 
 def stem(options: Options) -> str:
     """Name of a run's folder, up to its number."""
-    return f"{options.dataset}-{options.neuron}-{options.mode}"
+    return f"{options.dataset.replace(':', '-').replace('/', '-')}-{options.neuron}-{options.mode}"
 
 
 def decisive(options: Options) -> dict[str, Any]:
     """The options that decide the weights: a run is resumed with the same ones."""
-    free = ("data_root", "test_limit", "reference", "device", "workers", "checkpoint_steps", "output", "resume")
+    free = (
+        "data_root",
+        "download",
+        "test_limit",
+        "reference",
+        "device",
+        "workers",
+        "checkpoint_steps",
+        "output",
+        "resume",
+    )
     return {name: value for name, value in asdict(options).items() if name not in free}
 
 
-def parse(arguments: list[str]) -> Options:
-    """Options from the command line; --data-root is --data_root, and --resume is --resume=true."""
-    arguments = [re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), text) for text in arguments]
-    for index, text in enumerate(arguments):
-        if text == "--resume" and (index + 1 == len(arguments) or arguments[index + 1].startswith("--")):
-            arguments[index] = "--resume=true"
-    options: Options = auto_cli(Options, args=arguments)
-    if not options.resume:
-        return options
-    folder = training.run_to_resume(options.output, stem(options))
-    resumed: Options = auto_cli(Options, args=["--config", str(folder / "config.yaml"), *arguments])
-    return replace(resumed, output=str(folder))
-
-
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except training.TrainingInterrupted as interruption:
-        print(interruption, file=sys.stderr)
-        sys.exit(128 + interruption.signal_number)
-    except KeyboardInterrupt:
-        print("stopped; finished epochs are kept, continue with --resume", file=sys.stderr)
-        sys.exit(130)
-    except (OSError, ValueError, ModuleNotFoundError, training.NonFiniteLossError) as error:
-        sys.exit(f"error: {error}")
+    run_recipe(main)

@@ -1,5 +1,6 @@
 """What the recipes' command lines share; needs the extra ``recipes``."""
 
+import inspect
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -11,7 +12,7 @@ from jsonargparse import auto_cli
 from sj_robust.training.engine import NonFiniteLossError, TrainingInterrupted
 from sj_robust.training.folder import CONFIGURATION_FILE, run_to_resume
 
-__all__ = ["named_arguments", "parse_options", "run_recipe"]
+__all__ = ["named_arguments", "parse_options", "run_recipe", "same_names"]
 
 OptionsT = TypeVar("OptionsT")
 
@@ -67,6 +68,25 @@ def parse_options(
     folder = run_to_resume(options.output, stem(options), mark=mark)
     resumed: Any = auto_cli(options_type, args=["--config", str(folder / CONFIGURATION_FILE), *arguments])
     return replace(resumed, output=str(folder))  # type: ignore[no-any-return]  # as above
+
+
+def same_names(target: Callable[..., Any], options: object) -> dict[str, Any]:
+    """Values of ``options`` that are called as parameters of ``target`` are. 同名参数。
+
+    Args:
+        target: Class or function that takes keyword arguments.
+        options: Any object.
+
+    Returns:
+        Keyword arguments for ``target``.
+
+    Example:
+        >>> from types import SimpleNamespace
+        >>> same_names(lambda seed, size=2: None, SimpleNamespace(seed=7, name="run"))
+        {'seed': 7}
+    """
+    parameters = inspect.signature(target).parameters
+    return {name: getattr(options, name) for name in parameters if hasattr(options, name)}
 
 
 def run_recipe(main: Callable[[list[str]], None]) -> None:

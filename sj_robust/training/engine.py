@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 
+from sj_robust.attacks.randomness import SampleSeeds
 from sj_robust.data import ImageSplits, ShuffledBatches, image_loader
 from sj_robust.evaluation import Attack, accuracy
 from sj_robust.perturbation import MPPDMonitor
@@ -23,6 +24,7 @@ from sj_robust.training.checkpoint import load_checkpoint, save_checkpoint
 from sj_robust.training.history import EpochRecord, catastrophic_overfitting
 from sj_robust.training.journal import Journal
 from sj_robust.training.objective import Losses, Objective
+from sj_robust.training.regularization import retract_
 
 __all__ = ["NonFiniteLossError", "TrainingInterrupted", "TrainingPlan", "train"]
 
@@ -37,6 +39,7 @@ class TrainingPlan:
         lr: Learning rate of SGD at the start.
         momentum: Momentum of SGD.
         weight_decay: On all parameters, DLIF's input gains included.
+        retraction: Length beta of the step of every weight towards orthonormal rows after the optimizer's; 0 for none.
         seed: Decides the order of the images and the noise of every step.
         select: Validation figure that the best epoch is chosen by.
         checkpoint_steps: Steps between checkpoints within an epoch; None writes one per epoch only.
@@ -54,6 +57,7 @@ class TrainingPlan:
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    retraction: float = 0.0
     seed: int = 0
     select: Literal["clean", "fgsm", "pgd"] = "pgd"
     checkpoint_steps: int | None = None
@@ -166,6 +170,7 @@ class _Run:
         )
         self.training_loader = image_loader(splits.train, self.batches, plan.workers)
         self.validation_loader = image_loader(splits.validation, 256)
+        self.augmentation = splits.augmentation
         self.objective = objective
         self.classifier = objective.classifier
         optimizer = torch.optim.SGD(
@@ -263,18 +268,22 @@ class _Run:
     def _step(self, x: Tensor, y: Tensor, perturb: Attack | None, received: list[int]) -> Tensor:
         """One step of the optimizer; the parts of the loss on the CPU."""
         x_perturbed = None
+        # An image has its own seed in every epoch, so that it meets the same noise on any number of processes.
+        seeds = SampleSeeds(self.batches.indices(self.epoch, self.batch)).derived("training", self.plan.seed, self.epoch)
+        if self.augmentation is not None:
+            x = self.augmentation(x, seeds.derived("augmentation").seeds)
         if perturb is not None:
-            generator = torch.Generator().manual_seed(
-                _mixed(self.plan.seed, self.epoch, self.batch, self.accelerator.process_index)
-            )
             with self._explained(), self.accelerator.autocast():
-                x_perturbed = perturb(self.classifier, x, y, generator=generator)
+                x_perturbed = perturb(self.classifier, x, y, generator=seeds)
         losses = self.step_module(x, y, x_perturbed)
         values = torch.stack([value.detach().double() for value in losses]).cpu()
         self._signal = self.agreed_signal(received, values)
         self.optimizer.zero_grad()
         self.accelerator.backward(losses.total)
         self.optimizer.step()
+        if self.plan.retraction > 0:
+            draws = torch.Generator().manual_seed(_mixed(self.plan.seed, self.epoch, self.batch))
+            retract_(self.classifier, self.plan.retraction, draws)
         return values
 
     def agreed_signal(self, received: list[int], values: Tensor | None = None) -> int | None:
