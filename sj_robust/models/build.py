@@ -135,11 +135,12 @@ def build_classifier(spec: NetworkSpec) -> SpikingClassifier:
         if values is not None and len(values) != spec.image_shape[0]:
             raise ValueError(f"{name} must have one value per channel ({spec.image_shape[0]}), got {values}")
     net = build_network(spec)
+    step_mode = "m" if spec.name.startswith("zoo:") else None  # some of the zoo cannot be asked
     if not spec.frames:
-        return SpikingClassifier(net, spec.T, mean=spec.mean, std=spec.std)
+        return SpikingClassifier(net, spec.T, mean=spec.mean, std=spec.std, step_mode=step_mode)
     if getattr(net, "expands_time", False):
         net.expands_time = False  # takes frames as well, and here gets nothing else
-    return SpikingEventClassifier(net, spec.T)
+    return SpikingEventClassifier(net, spec.T, step_mode=step_mode)
 
 
 def _neuron(spec: NetworkSpec) -> Callable[..., nn.Module]:

@@ -52,7 +52,7 @@ def load_published_checkpoint(
 
     Args:
         path: A ``state_dict`` of the published code (.pth or .pt), with or without the ``module.`` of ``DataParallel``.
-        mean: Mean per channel that it was trained with (``CHANNEL_STATISTICS`` of the data set); None for none.
+        mean: Mean per channel that it was trained with (``sj_robust.data.cifar.CIFAR_STATISTICS``); None for none.
         std: Standard deviation per channel, likewise.
         image_shape: (C, H, W) of one image.
         T: Time steps of a LIF network, 8 if left out; of a DLIF network only as a check.
@@ -167,7 +167,7 @@ def _sizes(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
             return {"name": name, "classes": fc.shape[0]}
     known = ", ".join([*VGG_FEATURES, *WIDE_RESNETS])
     raise ValueError(
-        f"{path} is of none of the published networks {known} (its first names are {', '.join(list(tensors)[:4])}); give "
+        f"{path} is of none of the published networks {known} (it begins with {', '.join(list(tensors)[:4])}); give "
         "a checkpoint of one of them, or load a network of your own with network module:function"
     )
 

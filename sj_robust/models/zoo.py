@@ -19,8 +19,8 @@ def zoo_networks() -> dict[str, Callable[..., nn.Module]]:
     """Name and builder of every network of the zoo that takes a spiking neuron. 模型库中可用的网络。
 
     Returns:
-        The public functions and classes of ``spikingjelly.activation_based.model`` that have a parameter
-        ``spiking_neuron`` and need no other; parts of the zoo that lack a package they import are left out.
+        The public functions of ``spikingjelly.activation_based.model`` that have a parameter ``spiking_neuron`` and
+        need no other, and such classes of a file without functions; a file that lacks a package it imports is left out.
 
     Example:
         >>> "spiking_vgg11_bn" in zoo_networks()
@@ -34,10 +34,11 @@ def zoo_networks() -> dict[str, Callable[..., nn.Module]]:
             module = importlib.import_module(f"{model.__name__}.{entry.name}")
         except ImportError:
             continue
-        for name, builder in vars(module).items():
-            own = (isfunction(builder) or isclass(builder)) and builder.__module__ == module.__name__
-            if own and not name.startswith("_") and _takes_only_a_neuron(builder):
-                found[name] = builder
+        public = {name: value for name, value in vars(module).items() if not name.startswith("_")}
+        own = {name: value for name, value in public.items() if getattr(value, "__module__", None) == module.__name__}
+        functions = {name: value for name, value in own.items() if isfunction(value) and _takes_only_a_neuron(value)}
+        classes = {name: value for name, value in own.items() if isclass(value) and _takes_only_a_neuron(value)}
+        found |= functions or classes
     return dict(sorted(found.items()))
 
 
