@@ -200,9 +200,7 @@ def train_network(
         make_objective(options, classifier),
         splits,
         plan,
-        perturb=training.training_attack(
-            options.mode, steps=options.attack_steps, **same_names(training.training_attack, options)
-        ),
+        perturb=training.training_attack(**same_names(training.training_attack, options), steps=options.attack_steps),
         validation_attacks=training.validation_attacks(attack_eps(options)),
         accelerator=accelerator,
         folder=network_folder,
