@@ -1,5 +1,26 @@
 """Bounds on how far a perturbation of the spikes can move the membrane potential, and what they do not cover."""
 
-from sj_robust.stability.gain import l2_gain, l2_gain_limit, neuron_gains, peak_gain, printed_gain, time_operator
+from sj_robust.stability.design import GainDesign, gain_penalty, gain_scalars, optimal_input_gain
+from sj_robust.stability.gain import (
+    NeuronGains,
+    l2_gain,
+    l2_gain_limit,
+    neuron_gains,
+    peak_gain,
+    printed_gain,
+    time_operator,
+)
 
-__all__ = ["l2_gain", "l2_gain_limit", "neuron_gains", "peak_gain", "printed_gain", "time_operator"]
+__all__ = [
+    "GainDesign",
+    "NeuronGains",
+    "gain_penalty",
+    "gain_scalars",
+    "l2_gain",
+    "l2_gain_limit",
+    "neuron_gains",
+    "optimal_input_gain",
+    "peak_gain",
+    "printed_gain",
+    "time_operator",
+]

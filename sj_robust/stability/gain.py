@@ -183,7 +183,7 @@ def printed_gain(decay: float | Tensor) -> Tensor:
 
     Example:
         >>> round(float(printed_gain(0.5)), 3), round(float(l2_gain(0.5, 3)), 3)
-        (1.414, 1.468)
+        (1.414, 1.467)
     """
     return l2_gain_limit(decay).sqrt()
 

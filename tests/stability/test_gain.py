@@ -81,9 +81,9 @@ def test_a_neuron_without_leak_has_the_norm_of_a_cumulative_sum():
 
 
 def test_thousands_of_steps_with_a_gain():
-    decay, p = random_problem(6, 1000, seed=1)
-    torch.testing.assert_close(l2_gain(decay, 1000, p)[:3], dense_l2(decay[:3], 1000, p[:3]), rtol=1e-10, atol=0)
-    gains = torch.stack([l2_gain(0.99, T) for T in (100, 1000, 4000)])
+    decay, p = random_problem(3, 500, seed=1)
+    torch.testing.assert_close(l2_gain(decay, 500, p), dense_l2(decay, 500, p), rtol=1e-10, atol=0)
+    gains = torch.stack([l2_gain(0.99, T) for T in (100, 4000)])
     assert (gains.diff() > 0).all()
     assert gains[-1] < l2_gain_limit(0.99) < gains[-1] * 1.003
 

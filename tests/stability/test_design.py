@@ -1,0 +1,196 @@
+"""Input gains of least gain, proven by duality and by search, and the gain as a term of the training objective."""
+
+import pytest
+import torch
+from spikingjelly.activation_based import neuron
+from torch import nn
+
+from sj_robust import DLIFNode, SpikingClassifier
+from sj_robust.stability import gain_penalty, gain_scalars, l2_gain, optimal_input_gain, peak_gain, time_operator
+from sj_robust.training import Objective
+from sj_robust.training.gain_penalty import StabilityGain
+
+CASES = [("l2", "mean"), ("l2", "response"), ("peak", "mean")]
+
+
+@pytest.mark.parametrize("T", [1, 2, 3, 8, 60])
+@pytest.mark.parametrize("decay", [0.001, 0.5, 0.9, 0.99, 1.0])
+@pytest.mark.parametrize(("objective", "held"), CASES)
+def test_optimal_gains_meet_their_dual_bound(objective, held, decay, T):
+    design = optimal_input_gain(decay, T, mean=0.7, objective=objective, held=held)
+    assert design.gain == pytest.approx(design.lower_bound, rel=1e-9)
+    assert (design.input_gain > 0).all()
+    if held == "mean":
+        assert float(design.input_gain.mean()) == pytest.approx(0.7)
+    else:
+        assert float(design.response.mean()) == pytest.approx(float(design.constant_response.mean()))
+    assert design.gain <= design.constant_gain * (1 + 1e-12)
+    torch.testing.assert_close(design.response, time_operator(decay, T) @ design.input_gain)
+
+
+@pytest.mark.parametrize("decay", [0.5, 0.9, 0.99, 1.0])
+@pytest.mark.parametrize(("objective", "held"), CASES)
+def test_no_other_gains_are_lower(objective, held, decay):
+    T, measure = 8, {"l2": l2_gain, "peak": peak_gain}[objective]
+    design = optimal_input_gain(decay, T, objective=objective, held=held)
+    c = time_operator(decay, T).sum(0) if held == "response" else torch.ones(T, dtype=torch.float64)
+    noise = torch.randn(200, T, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    noise -= (noise @ c)[:, None] * c / c.square().sum()
+    for size in (1e-4, 1e-2, 0.3):
+        others = measure(decay, T, design.input_gain + size * noise)
+        assert (others >= design.gain * (1 - 1e-10)).all()
+        assert others.mean() > design.gain * (1 + 1e-9)
+
+
+def test_what_the_best_gains_save_and_cost_at_the_decay_and_steps_of_the_paper():
+    design = optimal_input_gain(0.99, 8)
+    assert [round(p, 2) for p in design.input_gain.tolist()] == [0.52, 0.53, 0.56, 0.61, 0.71, 0.90, 1.31, 2.86]
+    assert (round(design.gain, 3), round(design.constant_gain, 3)) == (3.968, 5.264)
+    mean_response = design.response.mean() / design.constant_response.mean()
+    assert round(float(mean_response), 3) == 0.706
+    assert design.gain / mean_response > design.constant_gain
+    held = optimal_input_gain(0.99, 8, held="response")
+    assert round(held.gain, 3) == 5.139
+    peak = optimal_input_gain(0.99, 8, objective="peak")
+    assert (round(peak.gain, 3), round(peak.constant_gain, 3)) == (2.729, 2.732)
+
+
+def test_best_gains_for_many_steps_are_flat_in_the_middle():
+    p = optimal_input_gain(0.9, 400).input_gain
+    assert p[200] == pytest.approx(float(p[190]), rel=1e-4)
+    scaled = p / l2_gain(0.9, 400, p)
+    assert float(scaled[200]) == pytest.approx(1 - 0.9, rel=1e-4)
+
+
+def test_wrong_use_of_the_design():
+    with pytest.raises(ValueError, match="mean must be > 0"):
+        optimal_input_gain(0.5, 4, mean=0.0)
+    with pytest.raises(ValueError, match="objective must be 'l2' or 'peak', got 'l1'"):
+        optimal_input_gain(0.5, 4, objective="l1")
+    with pytest.raises(ValueError, match="held must be"):
+        optimal_input_gain(0.5, 4, held="final")
+    with pytest.raises(ValueError, match="for the peak hold the mean"):
+        optimal_input_gain(0.5, 4, objective="peak", held="response")
+    with pytest.raises(ValueError, match="decay must be in"):
+        optimal_input_gain(1.5, 4)
+
+
+@pytest.fixture
+def net():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Linear(4, 6), DLIFNode(T=5, tau=4.0), nn.Linear(6, 5), DLIFNode(T=3, tau=50.0), nn.Linear(5, 3),
+        neuron.LIFNode(tau=2.0, step_mode="m"),
+    )  # fmt: skip
+    with torch.no_grad():
+        for node in (net[1], net[3]):
+            node.input_gain.copy_(torch.randn(node.T))
+    return net
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_penalty_is_the_sum_of_squared_exact_gains(net, normalized):
+    expected = sum(
+        float(l2_gain(node.decay, node.T, node.input_gain)) ** 2
+        / (float(node.input_gain.detach().abs().mean()) ** 2 if normalized else 1)
+        for node in (net[1], net[3])
+    )
+    assert gain_penalty(net, normalized=normalized).item() == pytest.approx(expected, rel=1e-7)
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_gradient_of_the_penalty(net, normalized):
+    net.double()
+    parameters = [net[1].input_gain, net[3].input_gain]
+
+    def value(*gains):
+        for node, gain in zip((net[1], net[3]), gains, strict=True):
+            del node._parameters["input_gain"]
+            node.input_gain = gain
+        result = gain_penalty(net, normalized=normalized)
+        for node, parameter in zip((net[1], net[3]), parameters, strict=True):
+            del node.input_gain
+            node.input_gain = parameter
+        return result
+
+    assert torch.autograd.gradcheck(value, [parameter.detach().clone().requires_grad_() for parameter in parameters])
+
+
+def test_the_gradient_is_that_of_the_top_singular_vector(net):
+    gain_penalty(net).backward()
+    for node in (net[1], net[3]):
+        p = node.input_gain.detach()
+        u = torch.linalg.svd(time_operator(node.decay, node.T, p))[0][:, 0]
+        expected = 2 * p * (time_operator(node.decay, node.T).T @ u).square()
+        torch.testing.assert_close(node.input_gain.grad, expected.float())
+
+
+def test_gains_of_zero_have_a_gradient_of_zero(net):
+    with torch.no_grad():
+        net[1].input_gain.zero_()
+    gain_penalty(net).backward()
+    assert net[1].input_gain.grad.tolist() == [0.0] * 5
+    assert torch.isfinite(net[3].input_gain.grad).all()
+
+
+def test_descent_on_the_normalized_penalty_ends_at_the_optimal_gains():
+    node = DLIFNode(T=4, tau=10.0).double()
+    optimizer = torch.optim.LBFGS(
+        [node.input_gain], max_iter=200, tolerance_change=1e-14, line_search_fn="strong_wolfe"
+    )
+
+    def closure():
+        optimizer.zero_grad()
+        value = gain_penalty(node, normalized=True)
+        value.backward()
+        return value
+
+    optimizer.step(closure)
+    p = node.input_gain.detach()
+    torch.testing.assert_close(p / p.mean(), optimal_input_gain(0.9, 4).input_gain, rtol=1e-4, atol=0)
+
+
+def test_scalars_for_the_log(net):
+    scalars = gain_scalars(net)
+    assert list(scalars) == ["l2_gain/1", "peak_gain/1", "l2_gain/3", "peak_gain/3"]
+    p = net[3].input_gain
+    assert scalars["l2_gain/3"] == pytest.approx(float(l2_gain(0.98, 3, p)), rel=1e-9)
+    assert scalars["peak_gain/3"] == pytest.approx(float(peak_gain(0.98, 3, p)), rel=1e-9)
+    assert gain_scalars(net, T=6)["l2_gain/5"] == pytest.approx(float(l2_gain(0.5, 6)) / 2, rel=1e-9)
+
+
+def test_a_network_without_learnable_gains():
+    with pytest.raises(ValueError, match="needs a network with DLIF neurons, Sequential has none; .* replace_neurons"):
+        gain_penalty(nn.Sequential(neuron.IFNode()))
+
+
+def trained(weight, normalized=False):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(2), nn.Linear(9, 12), DLIFNode(T=4, tau=10.0), nn.Linear(12, 3))
+    penalties = [StabilityGain(weight, normalized=normalized)]
+    objective = Objective(SpikingClassifier(net, T=4), rho=0.5, penalties=penalties).train()
+    x, y = torch.rand(24, 1, 3, 3), torch.arange(24) % 3
+    x[torch.arange(24), 0, 0, y] += 1
+    optimizer = torch.optim.SGD(objective.parameters(), lr=0.05)
+    history = []
+    for _ in range(25):
+        losses = objective(x, y, x + 0.1)
+        optimizer.zero_grad()
+        losses.total.backward()
+        optimizer.step()
+        history.append(losses)
+    return net, objective, history
+
+
+def test_training_with_the_penalty_lowers_the_gain_and_still_learns():
+    free, _, _ = trained(0.0)
+    for normalized in (False, True):
+        net, objective, history = trained(0.05, normalized)
+        assert history[-1].clean < history[0].clean
+        first, last = history[0].penalty, history[-1].penalty
+        assert 0 < last < first
+        assert objective.penalty_values["stability_gain"] * 0.05 == pytest.approx(float(last))
+        with torch.no_grad():
+            values = [float(gain_penalty(n, normalized=normalized)) for n in (net, free)]
+        assert values[0] < 0.97 * values[1]
+    assert "stability_gain" not in trained(0.0)[1].penalty_values
