@@ -78,15 +78,14 @@ class Augmentation:
 
     def _moved(self, planes: Tensor, top: Tensor, left: Tensor, mirrored: Tensor) -> Tensor:
         """Planes [N, K, H, W] cropped out of their padded selves, and mirrored."""
-        size, depth, height, width = planes.shape
+        height, width = planes.shape[2:]
         rows, columns = (torch.arange(side, device=planes.device) for side in (height, width))
         columns = torch.where(mirrored[:, None] > 0, width - 1 - columns, columns) + left[:, None]
         rows = rows + top[:, None]
         padded = F.pad(planes, [self.padding] * 4)
-        image, plane = (torch.arange(side, device=planes.device) for side in (size, depth))
-        return padded[
-            image[:, None, None, None], plane[:, None, None], rows[:, None, :, None], columns[:, None, None, :]
-        ]
+        pixels = (rows[:, :, None] * padded.shape[3] + columns[:, None, :]).flatten(1)
+        moved = padded.flatten(2).gather(2, pixels[:, None].expand(-1, planes.shape[1], -1))
+        return moved.view(planes.shape)
 
     def _covered(self, planes: Tensor, row: Tensor, column: Tensor) -> Tensor:
         """Where the square lies, [N, 1, H, W]."""

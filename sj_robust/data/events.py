@@ -78,30 +78,38 @@ def event_frames(
     return Source(train, mixed(test), (2, height, width), classes, frames=True)
 
 
-_AGAIN = "remove events_np, extract and frames_number_{T}_split_by_number there (keep download) and start again"
+_AGAIN = (
+    "remove events_np, extract, frames_number_{T}_split_by_number and what ends in .building there (keep download) and "
+    "start again"
+)
 
 
 def _check_archives(kind: str, host: Any, folder: Path, download: bool) -> None:
-    """SpikingJelly will find what it needs: it removes an archive that is damaged, and needs all of them."""
+    """SpikingJelly will find what it needs: it needs all archives, and would remove one that is damaged."""
     if (folder / "events_np").is_dir():
         return
-    archives = {folder / "download" / file: (url, md5) for file, url, md5 in host.resource_url_md5()}
-    if missing := [path for path in archives if not path.is_file()]:
-        if download and host.downloadable():
-            folder.mkdir(parents=True, exist_ok=True)
-        else:
-            way = "SpikingJelly fetches it with download=True (--download), or get it"
-            if not host.downloadable():
-                way = "SpikingJelly cannot fetch it, get it by hand"
-            sources = ", ".join(dict.fromkeys(archives[path][0] for path in missing))
-            raise FileNotFoundError(
-                f"{kind} is not complete: {', '.join(path.name for path in missing)} not found in "
-                f"{(folder / 'download').resolve()}. {way} from {sources}"
-            )
-    from torchvision.datasets.utils import check_integrity
+    from torchvision.datasets import utils
 
+    archives = {folder / "download" / file: (url, md5) for file, url, md5 in host.resource_url_md5()}
+    missing, failure = [path for path in archives if not path.is_file()], ""
+    if download and host.downloadable():
+        try:
+            for path in missing:
+                utils.download_url(archives[path][0], path.parent, path.name, archives[path][1])
+        except (OSError, RuntimeError) as error:
+            failure = f"The download failed ({type(error).__name__}: {' '.join(str(error).split())[:200]}). "
+        missing = [path for path in missing if not path.is_file()]
+    if missing:
+        way = "It can be fetched with download=True (--download), or by hand"
+        if not host.downloadable():
+            way = "It cannot be fetched by a program: get it by hand"
+        sources = ", ".join(dict.fromkeys(archives[path][0] for path in missing))
+        raise FileNotFoundError(
+            f"{kind} is not complete: {', '.join(path.name for path in missing)} not found in "
+            f"{(folder / 'download').resolve()}. {failure}{way} from {sources}"
+        )
     for path, (url, md5) in archives.items():
-        if path.is_file() and not check_integrity(path, md5):
+        if not utils.check_integrity(path, md5):
             raise ValueError(f"{path} is damaged (its MD5 sum is not {md5}); fetch it again from {url}")
 
 

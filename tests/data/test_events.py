@@ -4,6 +4,7 @@ import sys
 import pytest
 import torch
 from data.event_recordings import frames_by_hand, pack_cifar10_dvs, pack_gestures, pack_n_mnist, sums
+from torchvision.datasets import utils
 
 from sj_robust.data import events as module
 from sj_robust.data import image_loader, load_images
@@ -82,6 +83,25 @@ def test_missing_archives(tmp_path):
     (tmp_path / "download" / "cat.zip").unlink()
     with pytest.raises(FileNotFoundError, match=r"complete: cat.zip not found in .*download. .*--download.*figshare"):
         load_images("cifar10_dvs", root=tmp_path, T=T)
+
+
+def test_downloads(tmp_path, trusted, monkeypatch):
+    pack_cifar10_dvs(tmp_path / "there", per_class=2)
+    trusted("cifar10_dvs", tmp_path / "there")
+    there = tmp_path / "there" / "download"
+
+    def offline(url, root, filename, md5):
+        if filename == "cat.zip":
+            raise OSError("no route to host")
+        root.mkdir(parents=True, exist_ok=True)
+        shutil.copy(there / filename, root / filename)
+
+    monkeypatch.setattr(utils, "download_url", offline)
+    with pytest.raises(FileNotFoundError, match=r"complete: cat.zip, deer.zip, .*failed \(OSError: no route to host\)"):
+        load_images("cifar10_dvs", root=tmp_path / "here", T=T, download=True)
+    shutil.copy(there / "cat.zip", tmp_path / "here" / "CIFAR10DVS" / "download")
+    splits = load_images("cifar10_dvs", root=tmp_path / "here", T=T, download=True, validation_fraction=0.2)
+    assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [8, 2, 10]
 
 
 def test_damaged_archives_are_named_and_stay(tmp_path):
