@@ -23,10 +23,12 @@ from sj_robust.command_line import run_recipe
 from sj_robust.data import load_images
 from sj_robust.evaluation.eps import parse_eps
 from sj_robust.evaluation.subject import Subject, check_fits, from_checkpoint
-from sj_robust.figures import RhoEffect, input_gains, one_neuron, redraw, save_figure, training_curves
+from sj_robust.figures import input_gains, one_neuron, redraw, save_figure, training_curves
 from sj_robust.ops import keep_heap
-from sj_robust.perturbation.indicators import IntensityCorrelation, Perturbation, intensity_correlation
-from sj_robust.sweeping import RunRecord
+from sj_robust.perturbation.intensity import IntensityCorrelation, Perturbation, intensity_correlation
+from sj_robust.sweeping import load_records
+from sj_robust.sweeping.plot import plot_effect
+from sj_robust.sweeping.summary import axes_in, cells_of, columns_of
 
 Which = Literal["all", "neuron", "gains", "curves", "intensity", "rho"]
 
@@ -48,7 +50,7 @@ class Options:
         data_root: Folder with the data set's files.
         batch_size: Images at a time.
         resamples: Bootstrap samples behind the intervals of intensity.
-        attacks: Accuracies that rho shows, names such as pgd20 or paper/pgd20.
+        columns: Figures that rho shows, as shell patterns such as pgd20 or paper/*; null for the usual ones.
         seed: Seed of everything.
         device: auto takes a GPU if there is one.
     """
@@ -64,7 +66,7 @@ class Options:
     data_root: str = "data"
     batch_size: int = 64
     resamples: int = 200
-    attacks: list[str] = field(default_factory=lambda: ["clean", "fgsm", "pgd20"])
+    columns: list[str] | None = None
     seed: int = 0
     device: Literal["auto", "cpu"] = "auto"
 
@@ -121,26 +123,16 @@ def intensity(options: Options, folder: Path) -> None:
 
 
 def rho(options: Options, folder: Path) -> None:
-    """Figure 3: accuracy against the weight of MS-MPPD, from the runs of a sweep."""
-    records = [RunRecord.load(path.parent) for path in sorted(Path(str(options.run)).glob("*/run.json"))]
-    if not records:
-        raise FileNotFoundError(f"{options.run} holds no run.json of a sweep; make one with recipes/sweep.py over rho")
-    finish(rho_effect(records, options.attacks), folder / "rho.json")
-
-
-def rho_effect(records: list[RunRecord], attacks: list[str]) -> RhoEffect:
-    """Accuracies by attack and weight; runs may differ in rho and seed alone."""
-    apart = {name for record in records for name, value in record.options.items() if value != records[0].options[name]}
-    if others := apart - {"rho", "seed", "output"}:
+    """Figure 3: accuracy against the weight of MS-MPPD, from the records of a sweep, which are its saved numbers."""
+    if not (records := load_records(Path(str(options.run)))):
+        raise FileNotFoundError(f"{options.run} holds no runs/*/run.json; make a sweep over rho with recipes/sweep.py")
+    axes, columns = axes_in(records), columns_of(records, options.columns, few=True)
+    if not (drawn := plot_effect(cells_of(records, axes), axes, "rho", columns, folder / "rho")):
+        known = ", ".join(columns_of(records, ["*"]))
         raise ValueError(
-            f"runs must differ in rho and seed alone to be drawn over rho, but also do in {sorted(others)}"
+            f"rho has a single value in {options.run}, or no columns fit {options.columns}; there are {known}"
         )
-    weights = sorted({float(record.options["rho"]) for record in records})
-    known = list(dict.fromkeys(name for record in records for name in record.figures))
-    if missing := [name for name in attacks if name not in known]:
-        raise ValueError(f"no run has figures of {', '.join(missing)}; there are {', '.join(known)}")
-    runs = {weight: [r.figures for r in records if float(r.options["rho"]) == weight] for weight in weights}
-    return RhoEffect(weights, {name: [[f[name] for f in runs[w] if name in f] for w in weights] for name in attacks})
+    print(f"{len(records)} runs drawn as {', '.join(file.name for file in drawn)}")
 
 
 def correlate(options: Options, subject: Subject) -> IntensityCorrelation:
@@ -162,7 +154,8 @@ def correlate(options: Options, subject: Subject) -> IntensityCorrelation:
         return x + eps * torch.randn(x.shape, generator=generator).to(x)
 
     def adversarial(x: Tensor, y: Tensor, eps: float) -> Tensor:
-        return pgd(model, x, y, eps=eps, step_size=2.5 * eps / options.steps, steps=options.steps)
+        step_size = 2.5 * eps / options.steps
+        return pgd(model, x, y, eps=eps, step_size=step_size, steps=options.steps, generator=generator)
 
     perturb: dict[str, Perturbation] = {"gaussian": gaussian, "adversarial": adversarial}
     sizes = [parse_eps(size) for size in options.eps]
@@ -216,7 +209,7 @@ def named(arguments: list[str]) -> list[str]:
             found.append(f"--run={word}")
             continue
         name, equals, value = word.partition("=")
-        if name in ("--which", "--eps", "--attacks"):
+        if name in ("--which", "--eps", "--columns"):
             values = [value] if equals else []
             while not equals and words and not words[0].startswith("--"):
                 values.append(words.pop(0))

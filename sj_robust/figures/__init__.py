@@ -3,7 +3,6 @@
 from sj_robust.figures.data import (
     InputGains,
     OneNeuron,
-    RhoEffect,
     TrainingCurves,
     input_gains,
     one_neuron,
@@ -16,7 +15,6 @@ __all__ = [
     "FigureData",
     "InputGains",
     "OneNeuron",
-    "RhoEffect",
     "TrainingCurves",
     "draw",
     "input_gains",

@@ -13,7 +13,7 @@ from sj_robust.neuron import DLIFNode
 from sj_robust.perturbation import full_perturbation, membrane_potential, simplified_perturbation
 from sj_robust.training.checkpoint import load_checkpoint
 
-__all__ = ["InputGains", "OneNeuron", "RhoEffect", "TrainingCurves", "input_gains", "one_neuron", "training_curves"]
+__all__ = ["InputGains", "OneNeuron", "TrainingCurves", "input_gains", "one_neuron", "training_curves"]
 
 
 @dataclass(frozen=True)
@@ -50,19 +50,6 @@ class TrainingCurves:
     """
 
     networks: dict[str, list[dict[str, Any]]]
-
-
-@dataclass(frozen=True)
-class RhoEffect:
-    """Accuracy against the weight of MS-MPPD in training. 正则权重的影响。
-
-    Attributes:
-        rho: Weights, growing.
-        accuracies: By attack and weight, the accuracies in [0, 1] of the runs with different seeds.
-    """
-
-    rho: list[float]
-    accuracies: dict[str, list[list[float]]]
 
 
 def one_neuron(

@@ -4,12 +4,12 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from sj_robust.figures.data import InputGains, OneNeuron, RhoEffect, TrainingCurves
-from sj_robust.figures.drawings import draw_curves, draw_gains, draw_neuron, draw_rho
+from sj_robust.figures.data import InputGains, OneNeuron, TrainingCurves
+from sj_robust.figures.drawings import draw_curves, draw_gains, draw_neuron
 from sj_robust.figures.intensity_drawings import draw_heat_maps, draw_intensity
 from sj_robust.figures.saved import FigureData, load_figure
 from sj_robust.figures.style import print_style, save
-from sj_robust.perturbation.indicators import IntensityCorrelation
+from sj_robust.perturbation.intensity import IntensityCorrelation
 
 __all__ = ["draw", "redraw"]
 
@@ -35,8 +35,6 @@ def draw(data: FigureData) -> dict[str, Figure]:
                 return {"": draw_gains(data)}
             case TrainingCurves():
                 return {"": draw_curves(data)}
-            case RhoEffect():
-                return {"": draw_rho(data)}
             case IntensityCorrelation():
                 return {"": draw_intensity(data), "_heat_maps": draw_heat_maps(data)}
 

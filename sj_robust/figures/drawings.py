@@ -1,7 +1,6 @@
-"""Drawings of one neuron, input gains, training curves and the effect of rho."""
+"""Drawings of one neuron, input gains and training curves."""
 
 import math
-import statistics
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -9,10 +8,10 @@ from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from sj_robust.figures.data import InputGains, OneNeuron, RhoEffect, TrainingCurves
+from sj_robust.figures.data import InputGains, OneNeuron, TrainingCurves
 from sj_robust.figures.style import COLOURS, DOUBLE, GREY, LINES, MARKERS, SINGLE, letter
 
-__all__ = ["draw_curves", "draw_gains", "draw_neuron", "draw_rho"]
+__all__ = ["draw_curves", "draw_gains", "draw_neuron"]
 
 _BLUE, _ORANGE, _GREEN, _PINK, _AMBER, _BLACK = COLOURS[:6]
 _MOST_LINES = len(COLOURS)
@@ -134,7 +133,7 @@ def draw_curves(data: TrainingCurves) -> Figure:
     letter(perturbation, "(b) MS-MPPD in training")
     accuracy.set_ylim(0, 102)
     perturbation.set_yscale("log")
-    perturbation.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    perturbation.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
     perturbation.yaxis.set_major_formatter(FormatStrFormatter("%g"))
     perturbation.yaxis.set_minor_formatter(NullFormatter())
     for axes in (accuracy, perturbation):
@@ -157,28 +156,6 @@ def _say_where_none(axes: Axes, data: TrainingCurves) -> None:
     if all(not len(line.get_xdata()) for line in lines):
         axes.text(0.5, 0.5, "no network was trained with MS-MPPD", ha="center", fontsize=7, transform=axes.transAxes)
         axes.set_yticks([])
-
-
-def draw_rho(data: RhoEffect) -> Figure:
-    """Mean over seeds and range of the runs; weights side by side, since 0 has no place on a logarithmic axis."""
-    figure = Figure(figsize=(SINGLE, 2.6), layout="constrained")
-    axes = figure.subplots()
-    count = len(data.accuracies)
-    for index, (attack, by_rho) in enumerate(data.accuracies.items()):
-        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
-        offset = 0.4 * ((index + 0.5) / count - 0.5)
-        places = [place for place, runs in enumerate(by_rho) if runs]
-        means = [100 * statistics.fmean(by_rho[place]) for place in places]
-        line = LINES[index % len(LINES)]
-        axes.plot([p + offset for p in places], means, color=colour, linestyle=line, marker=marker, label=attack)
-        runs = [[100 * value for value in by_rho[place]] for place in places]
-        axes.vlines([p + offset for p in places], list(map(min, runs)), list(map(max, runs)), color=colour, alpha=0.5)
-    axes.set_xticks(range(len(data.rho)), [f"{rho:g}" for rho in data.rho])
-    axes.set_xlabel("weight of MS-MPPD, rho")
-    axes.set_ylabel("accuracy, %")
-    axes.margins(y=0.1)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=min(count, 3), borderpad=0)
-    return figure
 
 
 def _short(layer: str) -> str:

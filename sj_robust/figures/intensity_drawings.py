@@ -7,7 +7,9 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
 from sj_robust.figures.style import COLOURS, DOUBLE, GREY, LINES, MARKERS, letter
-from sj_robust.perturbation.indicators import INDICATORS, Association, IntensityCorrelation
+from sj_robust.perturbation._association import Association
+from sj_robust.perturbation.indicators import INDICATORS
+from sj_robust.perturbation.intensity import IntensityCorrelation
 
 __all__ = ["draw_heat_maps", "draw_intensity"]
 
@@ -24,21 +26,26 @@ _MOST_MAPS = 5
 
 
 def draw_intensity(data: IntensityCorrelation) -> Figure:
-    """A row per direction: indicators over eps, their correlation with it, and how well they tell who is fooled."""
+    """A row per direction: indicators over eps, their correlation with it, and whether they tell who is fooled."""
     rows = len(data.directions)
-    figure = Figure(figsize=(DOUBLE, 0.5 + 2.1 * rows), layout="constrained")
-    panels = figure.subplots(rows, 3, squeeze=False)
+    figure = Figure(figsize=(DOUBLE, 0.4 + 2.0 * rows), layout="constrained")
+    panels = figure.subplots(rows, 4, squeeze=False)
     for row, direction in enumerate(data.directions):
-        means, correlations, errors = panels[row]
+        means, correlations, neurons, errors = panels[row]
         _means(means, data, direction)
         _by_layer(correlations, data, direction, "spearman")
+        _by_layer(neurons, data, direction, "per_neuron")
         _by_layer(errors, data, direction, "auroc_same_size")
         errors.axhline(0.5, color=GREY, linewidth=0.8, linestyle=":")
-        letter(means, f"{direction}: share of the largest")
-        letter(correlations, "correlation with eps (Spearman)")
-        letter(errors, "telling who is fooled (AUROC)")
+        letter(means, f"{direction}, last layer")
+        letter(correlations, "whole layer and eps")
+        letter(neurons, "one neuron and eps")
+        letter(errors, "fooled, at one eps")
+        means.set_ylabel("share of the largest")
         means.set_xlabel("eps")
-        for axes in (correlations, errors):
+        correlations.set_ylabel("Spearman's correlation")
+        errors.set_ylabel("AUROC")
+        for axes in (correlations, neurons, errors):
             axes.set_xlabel("spiking layer")
     handles, labels = panels[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), columnspacing=1.2, handlelength=2.2)
@@ -96,7 +103,8 @@ def draw_heat_maps(data: IntensityCorrelation) -> Figure:
             grid = [data.per_step[direction][layer][index] for layer in data.layers]
             mesh = axes.pcolormesh(grid, norm=scale, cmap="cividis", edgecolors="face", linewidth=0.1)
             axes.grid(visible=False)
-            axes.set_title(f"eps {data.eps[index]:.3g}")
+            if row == 0:
+                axes.set_title(f"eps {data.eps[index]:.3g}")
         every = math.ceil(layers / 12)
         panels[row, 0].set_yticks(
             [p + 0.5 for p in range(0, layers, every)], [str(p + 1) for p in range(0, layers, every)]

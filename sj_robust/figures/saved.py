@@ -5,17 +5,17 @@ from dataclasses import asdict
 from pathlib import Path
 
 from sj_robust.evaluation.progress import write_whole
-from sj_robust.figures.data import InputGains, OneNeuron, RhoEffect, TrainingCurves
-from sj_robust.perturbation.indicators import IntensityCorrelation
+from sj_robust.figures.data import InputGains, OneNeuron, TrainingCurves
+from sj_robust.perturbation.intensity import IntensityCorrelation
 
 __all__ = ["FigureData", "load_figure", "save_figure"]
 
-FigureData = OneNeuron | InputGains | TrainingCurves | RhoEffect | IntensityCorrelation
+FigureData = OneNeuron | InputGains | TrainingCurves | IntensityCorrelation
 """Numbers of one kind of figure."""
 
 _FORMAT = "sj_robust.figure"
 _VERSION = 1
-_KINDS = {"neuron": OneNeuron, "gains": InputGains, "curves": TrainingCurves, "rho": RhoEffect}
+_KINDS = {"neuron": OneNeuron, "gains": InputGains, "curves": TrainingCurves}
 
 
 def save_figure(data: FigureData, path: Path) -> None:

@@ -1,9 +1,30 @@
 """Rank correlation, linear correlation and area under the ROC curve, over many rows at once."""
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
-__all__ = ["auroc", "pearson", "ranks", "spearman"]
+__all__ = ["Association", "auroc", "pearson", "ranks", "spearman"]
+
+
+@dataclass(frozen=True)
+class Association:
+    """One figure with its 95 % bootstrap interval; None where it is not defined. 关联度及其置信区间。
+
+    Attributes:
+        value: On all images.
+        low: Lower end.
+        high: Upper end.
+
+    Example:
+        >>> Association(0.9, 0.8, 0.95).value
+        0.9
+    """
+
+    value: float | None
+    low: float | None
+    high: float | None
 
 
 def ranks(values: Tensor) -> Tensor:

@@ -1,0 +1,331 @@
+"""How well each indicator of a perturbation tells its size, and whether it fools the network."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sj_robust.perturbation._association import Association, auroc, pearson, spearman
+from sj_robust.perturbation._recording import Layers
+from sj_robust.perturbation.indicators import neuron_indicators, over_neurons
+from sj_robust.perturbation.monitor import MPPDMonitor
+
+__all__ = ["IntensityCorrelation", "Perturbation", "intensity_correlation"]
+
+Perturbation = Callable[[Tensor, Tensor, float], Tensor]
+"""Images, their classes and a size to perturbed images."""
+
+_FORMAT = "sj_robust.intensity"
+_VERSION = 1
+_MEASURES = ("spearman", "pearson", "per_image", "auroc", "auroc_same_size", "per_neuron")
+_MOST_NEURONS = 64
+
+
+@dataclass(frozen=True)
+class IntensityCorrelation:
+    """Result of :func:`intensity_correlation`, plain data throughout. 扰动强度相关性研究的结果。
+
+    Attributes:
+        eps: Sizes, growing.
+        samples: Images that count, those the network classifies right unperturbed.
+        left_out: Images that it gets wrong already.
+        resamples: Bootstrap samples behind every interval.
+        accuracy: Per direction, the share of the images still classified right at each size.
+        means: Per direction, layer and indicator, its mean over the images at each size.
+        per_step: Per direction and layer, MS-MPPD at each size and time step.
+        associations: Per direction, layer, indicator and measure, one :class:`Association`.
+
+    Source: the indicators are those of Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024).
+    """
+
+    eps: list[float]
+    samples: int
+    left_out: int
+    resamples: int
+    accuracy: dict[str, list[float]]
+    means: dict[str, dict[str, dict[str, list[float]]]]
+    per_step: dict[str, dict[str, list[list[float]]]]
+    associations: dict[str, dict[str, dict[str, dict[str, Association]]]]
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        """Names of the kinds of perturbation."""
+        return tuple(self.means)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the spiking layers, in order of execution."""
+        return tuple(self.means[self.directions[0]])
+
+    def table(self, direction: str) -> str:
+        """Markdown table of one direction: a row per layer and indicator, a column per measure.
+
+        Raises:
+            KeyError: If there is no such direction.
+        """
+        rows = [["layer", "indicator", *_MEASURES], ["---", "---", *["---:"] * len(_MEASURES)]]
+        for layer, indicators in self.associations[direction].items():
+            for indicator, measures in indicators.items():
+                rows.append([layer, indicator, *(_text(measures[name]) for name in _MEASURES)])
+        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+    def to_json(self) -> str:
+        """The result as JSON text, which :meth:`from_json` reads back equal."""
+        return json.dumps({"format": _FORMAT, "version": _VERSION, **asdict(self)}, indent=1, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> "IntensityCorrelation":
+        """The result that :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: If the text is not JSON, not such a result or of another version.
+        """
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"a result must be JSON ({error}); the file is damaged or something else") from error
+        if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
+            raise ValueError(f"not an intensity study of sj_robust: the text must be an object of format {_FORMAT!r}")
+        version = content.pop("version", None)
+        if version != _VERSION:
+            raise ValueError(f"version of the study must be {_VERSION}, got {version}; update sj_robust")
+        try:
+            content["associations"] = _associations_from(content["associations"])
+            return cls(**content)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"a field of the study is missing or unknown ({error}); the file is damaged") from error
+
+
+def intensity_correlation(
+    model: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    *,
+    perturb: Mapping[str, Perturbation],
+    eps: Sequence[float],
+    layers: Layers = "all",
+    input_gain: bool = True,
+    batch_size: int = 64,
+    resamples: int = 200,
+    seed: int = 0,
+    say: Callable[[str], object] = lambda text: None,
+) -> IntensityCorrelation:
+    """Perturb images at growing sizes and ask what each indicator of each layer tells. 扰动指标与强度的相关性。
+
+    Measures, over all pairs of an image and a size:
+
+    - ``spearman`` and ``pearson``: correlation of the indicator with the size;
+    - ``per_image``: Spearman's correlation over the sizes of one image, averaged over the images; 0 for an image that
+      does not move the indicator at all;
+    - ``auroc``: probability that the indicator is larger for an image that is fooled than for one that is not;
+    - ``auroc_same_size``: the same among images perturbed by the same size, so that the size tells nothing;
+    - ``per_neuron``: as ``spearman`` for the indicator of one neuron, averaged over 64 neurons of the layer; 0 for a
+      neuron that does not move it at all.
+
+    Only images that the network classifies right unperturbed count. Intervals come from drawing whole images, with all
+    their sizes, again, or the neurons of ``per_neuron`` (percentile bootstrap). A network with randomness of its own
+    blurs every indicator.
+
+    Args:
+        model: Images to logits, such as ``SpikingClassifier``; runs in evaluation mode.
+        x: Images [N, ...], in [0, 1].
+        y: Classes [N].
+        perturb: By name of the direction, a callable from images, classes and size to perturbed images of one shape,
+            such as ``lambda x, y, eps: x + eps * torch.randn_like(x)``.
+        eps: Sizes > 0, at least two, growing.
+        layers: Spiking layers, as in ``MPPDMonitor``.
+        input_gain: Whether a DLIF neuron's learnable gain is part of the perturbation.
+        batch_size: Images at a time; traces of all layers are held for one batch.
+        resamples: Bootstrap samples.
+        seed: Seed of the bootstrap and of the choice of neurons.
+        say: Is told what is done.
+
+    Returns:
+        The result.
+
+    Raises:
+        ValueError: If there is no direction, sizes are not growing and positive, a count is below 1, ``x`` and ``y``
+            differ in length, the network classifies no image right, or it has no neuron to follow.
+
+    Source: the claim that MPPD conveys the intensity of a perturbation is of Ding et al., "Robust Stable Spiking
+        Neural Networks" (ICML 2024); bootstrap of Efron (1979), resampled by image.
+
+    Example:
+        >>> from spikingjelly.activation_based import neuron
+        >>> from sj_robust import SpikingClassifier
+        >>> _ = torch.manual_seed(0)
+        >>> net = nn.Sequential(nn.Flatten(2), nn.Linear(4, 8), neuron.IFNode(step_mode="m"), nn.Linear(8, 2))
+        >>> model = SpikingClassifier(net, T=4).eval()
+        >>> x = torch.rand(8, 1, 2, 2)
+        >>> brighter = {"brighter": lambda x, y, eps: x + eps}
+        >>> study = intensity_correlation(model, x, model(x).argmax(1), perturb=brighter, eps=[0.1, 0.2, 0.4])
+        >>> round(study.associations["brighter"]["net.2"]["mppd_l1"]["per_image"].value, 6)
+        1.0
+    """
+    sizes = _checked(x, y, perturb, eps, batch_size, resamples)
+    right = torch.cat([_predicted(model, part) for part in x.split(batch_size)]) == y
+    if not bool(right.any()):
+        raise ValueError(f"the network classifies none of the {len(x)} images right: give it a trained network")
+    x, y = x[right], y[right]
+    measured: dict[str, list[_Measured]] = {}
+    with MPPDMonitor(model, layers=layers, input_gain=input_gain, keep="trace") as monitor:
+        for direction, function in perturb.items():
+            measured[direction] = []
+            for size in sizes:
+                say(f"{direction} at eps {size:.4g}: {len(x)} images")
+                measured[direction].append(_measure(monitor, model, (x, y), function, size, batch_size, seed))
+    say(f"intervals from {resamples} bootstrap samples")
+    found = {direction: _summary(parts, sizes, resamples, seed) for direction, parts in measured.items()}
+    return IntensityCorrelation(
+        eps=sizes,
+        samples=len(x),
+        left_out=int((~right).sum()),
+        resamples=resamples,
+        accuracy={
+            direction: [1.0 - part.wrong.double().mean().item() for part in parts]
+            for direction, parts in measured.items()
+        },
+        means={direction: means for direction, (means, _) in found.items()},
+        per_step={
+            direction: {name: [part.per_step[name].tolist() for part in parts] for name in parts[0].per_step}
+            for direction, parts in measured.items()
+        },
+        associations={direction: associations for direction, (_, associations) in found.items()},
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Measured:
+    """One direction at one size: indicators [N] and of single neurons [N, K] by layer and name, who is fooled [N],
+    MS-MPPD [T] by layer.
+    """
+
+    indicators: dict[tuple[str, str], Tensor]
+    single: dict[tuple[str, str], Tensor]
+    wrong: Tensor
+    per_step: dict[str, Tensor]
+
+
+def _measure(
+    monitor: MPPDMonitor,
+    model: nn.Module,
+    data: tuple[Tensor, Tensor],
+    function: Perturbation,
+    size: float,
+    batch_size: int,
+    seed: int,
+) -> _Measured:
+    indicators: dict[tuple[str, str], list[Tensor]] = {}
+    single: dict[tuple[str, str], list[Tensor]] = {}
+    per_step: dict[str, Tensor] = {}
+    wrong = []
+    for images, classes in zip(*(part.split(batch_size) for part in data), strict=True):
+        perturbed = function(images, classes, size).detach()
+        outputs: list[Tensor] = []
+        stats = monitor.compare(images, perturbed, forward=lambda x, outputs=outputs: outputs.append(model(x)))
+        wrong.append((outputs[-1].argmax(1) != classes).cpu())
+        for layer, figures in stats.items():
+            per_step[layer] = per_step.get(layer, torch.zeros(figures.T)) + figures.ms_mppd * len(images) / len(data[0])
+            for name, value in neuron_indicators(monitor[layer][0]).items():
+                drawn = torch.randperm(value.shape[1], generator=torch.Generator().manual_seed(seed))[:_MOST_NEURONS]
+                # In float64 the sum is exact enough that equal samples stay equal, which ranks depend on.
+                indicators.setdefault((layer, name), []).append(over_neurons(name, value.cpu().double()))
+                single.setdefault((layer, name), []).append(value.cpu()[:, drawn])
+        monitor.clear_recorded_data()
+    joined = ({key: torch.cat(parts) for key, parts in kinds.items()} for kinds in (indicators, single))
+    return _Measured(*joined, torch.cat(wrong), per_step)
+
+
+def _summary(
+    parts: Sequence[_Measured], sizes: Sequence[float], resamples: int, seed: int
+) -> tuple[dict[str, dict[str, list[float]]], dict[str, dict[str, dict[str, Association]]]]:
+    """Means and associations of one direction, by layer and indicator."""
+    names = list(parts[0].indicators)
+    values = torch.stack([torch.stack([part.indicators[key] for part in parts]) for key in names])  # [names, sizes, N]
+    wrong = torch.stack([part.wrong for part in parts])
+    generator = torch.Generator().manual_seed(seed)
+    drawn = torch.randint(values.shape[2], (resamples, values.shape[2]), generator=generator)
+    whole = _measures(values, wrong, sizes)
+    again = torch.stack([_measures(values[..., index], wrong[:, index], sizes) for index in drawn])
+    ends = again.nanquantile(torch.tensor([0.025, 0.975], dtype=again.dtype), dim=0)
+    means: dict[str, dict[str, list[float]]] = {}
+    associations: dict[str, dict[str, dict[str, Association]]] = {}
+    for row, (layer, name) in enumerate(names):
+        means.setdefault(layer, {})[name] = values[row].mean(1).tolist()
+        found = {
+            measure: Association(*map(_number, (whole[row, column], ends[0, row, column], ends[1, row, column])))
+            for column, measure in enumerate(_MEASURES[:-1])
+        }
+        single = torch.stack([part.single[layer, name] for part in parts])
+        associations.setdefault(layer, {})[name] = found | {"per_neuron": _per_neuron(single, sizes, resamples, seed)}
+    return means, associations
+
+
+def _per_neuron(single: Tensor, sizes: Sequence[float], resamples: int, seed: int) -> Association:
+    """Mean over neurons of the correlation of their indicator [sizes, N, K] with the size."""
+    size = torch.tensor(sizes).repeat_interleave(single.shape[1])
+    each = spearman(single.flatten(0, 1).T, size).nan_to_num(0.0)
+    drawn = torch.randint(len(each), (resamples, len(each)), generator=torch.Generator().manual_seed(seed))
+    low, high = each[drawn].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=each.dtype)).tolist()
+    return Association(each.mean().item(), low, high)
+
+
+def _measures(values: Tensor, wrong: Tensor, sizes: Sequence[float]) -> Tensor:
+    """Every measure of whole layers [rows, measures], of values [rows, sizes, N]; NaN where one is not defined."""
+    size = torch.tensor(sizes, dtype=values.dtype)[:, None].expand_as(wrong)
+    flat, flat_size = values.flatten(1), size.flatten()
+    return torch.stack(
+        (
+            spearman(flat, flat_size),
+            pearson(flat, flat_size),
+            spearman(values.transpose(1, 2), size[:, 0]).nan_to_num(0.0).mean(1),
+            auroc(values.flatten(1)[:, None], wrong.flatten()[None]),
+            auroc(values, wrong),
+        ),
+        dim=1,
+    )
+
+
+@torch.no_grad()
+def _predicted(model: nn.Module, x: Tensor) -> Tensor:
+    classes: Tensor = model(x).argmax(1)
+    return classes
+
+
+def _number(value: Tensor) -> float | None:
+    return None if bool(value.isnan()) else float(value)
+
+
+def _text(association: Association) -> str:
+    value, low, high = association.value, association.low, association.high
+    if value is None or low is None or high is None:
+        return "not defined"
+    return f"{value:.2f} ({low:.2f}, {high:.2f})"
+
+
+def _associations_from(plain: dict[str, Any]) -> dict[str, Any]:
+    """Associations where the plain data holds theirs."""
+    if "value" in plain:
+        return Association(**plain)  # type: ignore[return-value]  # the innermost level
+    return {key: _associations_from(value) for key, value in plain.items()}
+
+
+def _checked(
+    x: Tensor, y: Tensor, perturb: Mapping[str, Perturbation], eps: Sequence[float], batch_size: int, resamples: int
+) -> list[float]:
+    """The sizes, once everything is in order."""
+    if not perturb:
+        raise ValueError("perturb must name at least one direction, such as {'gaussian': ...}")
+    if len(x) != len(y) or len(x) == 0:
+        raise ValueError(f"x and y must hold as many images as classes, at least one, got {len(x)} and {len(y)}")
+    sizes = [float(size) for size in eps]
+    if len(sizes) < 2 or sizes[0] <= 0 or any(a >= b for a, b in pairwise(sizes)):
+        raise ValueError(f"eps must be at least two growing sizes > 0, got {sizes}; such as [0.05, 0.1, 0.2]")
+    for name, value in (("batch_size", batch_size), ("resamples", resamples)):
+        if value < 1:
+            raise ValueError(f"{name} must be >= 1, got {value}")
+    return sizes
