@@ -15,7 +15,7 @@ LAYERS = [
     {"neuron"},
     {"classifier", "fusion", "charging"},
     {"attacks", "perturbation", "stability"},
-    {"models", "data", "plotting", "evaluation", "training", "benchmarking", "sweeping"},
+    {"models", "data", "plotting", "evaluation", "training", "benchmarking", "sweeping", "figures"},
     {"command_line", "doctor"},
 ]
 HOST_FILES = {
