@@ -103,7 +103,8 @@ def main(arguments):
     names = ["gaussian", "pgd10", "pgd10/last", "apgd_ce", "pgd10@10/255"]
     members = [MemberOutcome(name, "training", "", 8 / 255, range(count - 1), range(n), (), 0.03, 1.0)
                for n, name in enumerate(names)]
-    members.append(MemberOutcome("control/pgd10", "training", "control", 8 / 255, range(count - 1), (0,), (), 0.03, 1.0))
+    control = ("control/pgd10", "training", "control", 8 / 255, range(count - 1), (0,), (), 0.03, 1.0)
+    members.append(MemberOutcome(*control))
     report = RobustnessReport("mine", "cifar10", "Linf", "8/255", options.suite, 2,
                               [n % 2 for n in range(count)], range(count - 1), members)
     report.save(folder / "report.json")
