@@ -30,6 +30,12 @@ def lif(**options):
     return neuron.LIFNode(surrogate_function=TRIANGLE, **options)
 
 
+def dlif(gains, **options):
+    node = DLIFNode(T=T, **options)
+    node.input_gain.data = torch.tensor(gains)
+    return node
+
+
 @pytest.fixture
 def problem():
     generator = torch.Generator().manual_seed(0)
@@ -39,8 +45,9 @@ def problem():
 def potentials_by_hand(currents, *, decay, gain, v_reset, detach=False):
     """Potentials before the reset [T, N, *], with the graph."""
     v, hs = 0.0 if v_reset is None else v_reset, []
+    gains = gain if isinstance(gain, list) else [gain] * T
     for t in range(T):
-        h = decay * v + gain * currents[t] + (0.0 if v_reset is None else (1 - decay) * v_reset)
+        h = decay * v + gains[t] * currents[t] + (0.0 if v_reset is None else (1 - decay) * v_reset)
         spike = TRIANGLE(h - 1)
         spike = spike.detach() if detach else spike
         v = h - spike if v_reset is None else (1 - spike) * h + spike * v_reset
@@ -57,7 +64,7 @@ def potentials_by_hand(currents, *, decay, gain, v_reset, detach=False):
         (lif(tau=4.0, v_reset=0.4), {"decay": 0.75, "gain": 0.25, "v_reset": 0.4}),
         (lif(tau=2.0, detach_reset=True), {"decay": 0.5, "gain": 0.5, "v_reset": 0.0, "detach": True}),
         (neuron.IFNode(surrogate_function=TRIANGLE), {"decay": 1.0, "gain": 1.0, "v_reset": 0.0}),
-        (DLIFNode(T=T, tau=4.0, v_reset=None), {"decay": 0.75, "gain": 1.0, "v_reset": None}),
+        (dlif([0.5, 1.5, 1.0], tau=4.0, v_reset=None), {"decay": 0.75, "gain": [0.5, 1.5, 1.0], "v_reset": None}),
     ],
 )
 def test_guarding_equals_the_potentials_by_hand_in_both_step_modes(problem, node, dynamics, step_mode):
