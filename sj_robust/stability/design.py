@@ -138,10 +138,10 @@ def gain_penalty(net: nn.Module, *, normalized: bool = False) -> Tensor:
     # Leading zeros leave the norm as it is: nothing has come in before the first step.
     stacked = torch.stack([functional.pad(gain, (T - len(gain), 0)) for gain in gains]).cpu().double()
     decays = torch.stack([torch.as_tensor(charging.decay, dtype=torch.float64) for charging in layers])
-    squares = torch.linalg.matrix_norm(time_operator(decays, T, stacked), 2).square()
+    squares: Tensor = torch.linalg.matrix_norm(time_operator(decays, T, stacked), 2).square()
     if normalized:
         lengths = torch.tensor([len(gain) for gain in gains], dtype=torch.float64)
-        squares = squares / (stacked.abs().sum(1) / lengths).square()
+        squares = squares / (stacked.abs().sum(1) / lengths).clamp(min=1e-100).square()
     return squares.sum()
 
 

@@ -257,8 +257,8 @@ def _checked(decay: float | Tensor, T: int, input_gain: Tensor | None) -> tuple[
     if not bool(torch.isfinite(gains).all()):
         raise ValueError("input_gain must be finite, but holds NaN or infinity")
     try:
-        torch.broadcast_shapes(decays.shape, gains.shape[:-1])
-    except RuntimeError:
+        np.broadcast_shapes(decays.shape, gains.shape[:-1])
+    except ValueError:
         raise ValueError(
             f"decay [...] and input_gain [..., T] must broadcast, got {tuple(decays.shape)} and {tuple(gains.shape)}"
         ) from None
@@ -270,7 +270,7 @@ def _per_sequence(
 ) -> Tensor:
     """Apply ``gain(decays [n], gains [T, n])`` to every sequence of a batch; gains are scaled to a largest of 1."""
     decays, gains = (value.detach().cpu() for value in _checked(decay, T, input_gain))
-    shape = torch.broadcast_shapes(decays.shape, gains.shape[:-1])
+    shape = np.broadcast_shapes(decays.shape, gains.shape[:-1])
     flat = decays.expand(shape).reshape(-1).numpy()
     columns = gains.abs().expand(*shape, T).reshape(-1, T).T.numpy()
     largest: Any = columns.max(axis=0)

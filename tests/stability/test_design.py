@@ -125,10 +125,11 @@ def test_the_gradient_is_that_of_the_top_singular_vector(net):
         torch.testing.assert_close(node.input_gain.grad, expected.float())
 
 
-def test_gains_of_zero_have_a_gradient_of_zero(net):
+@pytest.mark.parametrize("normalized", [False, True])
+def test_gains_of_zero_have_a_gradient_of_zero(net, normalized):
     with torch.no_grad():
         net[1].input_gain.zero_()
-    gain_penalty(net).backward()
+    gain_penalty(net, normalized=normalized).backward()
     assert net[1].input_gain.grad.tolist() == [0.0] * 5
     assert torch.isfinite(net[3].input_gain.grad).all()
 

@@ -1,6 +1,8 @@
 """Gains over time against dense linear algebra, the table of the method, and worst cases that reach the bounds."""
 
+import doctest
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -222,3 +224,10 @@ def test_wrong_use():
         l2_gain(0.5, 2, torch.tensor([1.0, math.nan]))
     with pytest.raises(ValueError, match="must broadcast"):
         l2_gain(torch.ones(3), 2, torch.ones(2, 2))
+
+
+def test_numbers_of_the_documentation():
+    page = Path(__file__).parents[2] / "docs/concepts/stability.md"
+    failed, attempted = doctest.testfile(str(page), module_relative=False, encoding="utf-8")
+    assert failed == 0
+    assert attempted > 10
