@@ -60,6 +60,8 @@ def save(figure: Figure, folder: Path, name: str) -> tuple[Path, Path]:
     """
     pdf, png = folder / f"{name}.pdf", folder / f"{name}.png"
     with print_style():
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")  # both files keep the places that were found just now
         figure.savefig(pdf, metadata={"CreationDate": None})  # without a date
         figure.savefig(png, dpi=300)
     return pdf, png

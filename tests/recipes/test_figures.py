@@ -1,0 +1,287 @@
+"""Figures: their numbers by hand, the same picture from the file again, and what the command says of mistakes."""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.image import imread
+
+from sj_robust.command_line import run_recipe
+from sj_robust.evaluation import Report, ThreatModel
+from sj_robust.evaluation.subject import from_checkpoint
+from sj_robust.figures import InputGains, draw, input_gains, load_figure, one_neuron, save_figure, training_curves
+from sj_robust.models import NetworkSpec, build_network
+from sj_robust.perturbation.indicators import INDICATORS
+from sj_robust.perturbation.intensity import IntensityCorrelation
+from sj_robust.sweeping import RunRecord
+from sj_robust.training import EpochRecord, save_checkpoint
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "recipes" / "figures.py"
+sys.path.insert(0, str(RECIPE.parent))
+import figures  # noqa: E402  # a script, found only now
+
+HISTORY = [
+    EpochRecord(epoch, {"total": 2.0, "mppd": 0.3 / epoch}, {"clean": 0.5, "fgsm": 0.2, "pgd": 0.1 * epoch}, 0.1)
+    for epoch in (1, 2, 3)
+]
+QUICK = ("--images", "40", "--eps", "0.1", "64/255", "--steps", "2", "--resamples", "3")
+
+
+def checkpoint(folder, neuron="dlif", history=()):
+    """A network as adv_train leaves it, but not trained."""
+    spec = NetworkSpec(neuron=neuron, channels=(4, 4), T=3)
+    torch.manual_seed(0)
+    net = build_network(spec)
+    folder.mkdir(parents=True)
+    state = {f"net.{name}": value for name, value in net.state_dict().items()}
+    content = {
+        "description": {"network": asdict(spec), "options": {"dataset": "digits"}},
+        "model": state,
+        "history": [asdict(record) for record in history],
+    }
+    for name in ("best.pt", "last.pt"):
+        save_checkpoint(folder / name, content)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """The folder of a run with one network."""
+    folder = tmp_path_factory.mktemp("run")
+    checkpoint(folder / "dlif_at", history=HISTORY)
+    curves = {"dlif at": [asdict(record) for record in HISTORY]}
+    Report(ThreatModel("Linf", 0.1), (), curves=curves).save(folder / "report.json")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def drawn(run, tmp_path_factory):
+    """Every figure of the run."""
+    output = tmp_path_factory.mktemp("figures")
+    figures.main([str(run), "--output", str(output), *QUICK])
+    return output
+
+
+def lif_by_hand(currents):
+    """Potentials after the reset and spikes of one LIF neuron with decay 0.9 and threshold 1."""
+    v, potentials, spikes = 0.0, [], []
+    for x in currents:
+        h = 0.9 * v + x
+        fires = h >= 1.0
+        v = 0.0 if fires else h
+        potentials.append(v)
+        spikes.append(float(fires))
+    return potentials, spikes
+
+
+@pytest.mark.parametrize("name", ["constant", "gaussian"])
+def test_figure_1_is_the_recursion_by_hand(name):
+    data = one_neuron(seed=5)
+    assert data.settings == {
+        "decay": 0.9, "v_threshold": 1.0, "current": 0.3, "shift": 0.1, "std": 0.3, "steps": 30, "seed": 5,
+    }  # fmt: skip
+    generator = torch.Generator().manual_seed(5)
+    noise = (0.3 * torch.randn(30, 1, generator=generator, dtype=torch.float64)).flatten().tolist()
+    added = [0.1] * 30 if name == "constant" else noise
+    v, s = lif_by_hand([0.3] * 30)
+    v_perturbed, s_perturbed = lif_by_hand([0.3 + a for a in added])
+    eps, simplified = 0.0, []
+    for a in added:
+        eps = 0.9 * eps - a
+        simplified.append(eps)
+    differs = [abs(a - b) for a, b in zip(s, s_perturbed, strict=True)]
+    expected = {
+        "v": v,
+        "v_perturbed": v_perturbed,
+        "spike": s,
+        "spike_perturbed": s_perturbed,
+        "full": [a - b for a, b in zip(v, v_perturbed, strict=True)],
+        "simplified": simplified,
+        "std": [sum(differs[: t + 1]) / (t + 1) for t in range(30)],
+        "tasad": [abs(sum(s[: t + 1]) - sum(s_perturbed[: t + 1])) / (t + 1) for t in range(30)],
+    }
+    assert sum(differs) > 0
+    assert data.cases[name].keys() == expected.keys()
+    for series, values in expected.items():
+        assert data.cases[name][series] == pytest.approx(values, abs=1e-12), series
+
+
+def test_one_command_draws_everything_as_pdf_and_png(drawn):
+    names = ["curves", "gains", "intensity_dlif_at", "intensity_dlif_at_heat_maps", "neuron"]
+    assert {path.name for path in drawn.glob("*.pdf")} == {f"{name}.pdf" for name in names}
+    assert {path.name for path in drawn.glob("*.png")} == {f"{name}.png" for name in names}
+    for path in drawn.glob("*.pdf"):
+        content = path.read_bytes()
+        assert content.startswith(b"%PDF")
+        bar = "heat_maps" in path.name  # its colours are a picture in every PDF of matplotlib
+        assert b"/Subtype /Image" not in content or bar, f"{path.name} is not all vectors"
+
+
+def test_redraw_gives_the_same_pixels_from_the_files_alone(drawn, tmp_path, monkeypatch, capsys):
+    for name in ("curves", "gains", "intensity_dlif_at"):
+        (tmp_path / f"{name}.json").write_bytes((drawn / f"{name}.json").read_bytes())
+    monkeypatch.setattr(figures, "from_checkpoint", None)  # nothing is to be computed
+    figures.main(["--redraw", str(tmp_path)])
+    again = sorted(tmp_path.glob("*.png"))
+    assert len(again) == 4
+    for picture in again:
+        assert (imread(picture) == imread(drawn / picture.name)).all(), picture.name
+        vectors = picture.with_suffix(".pdf")
+        assert vectors.read_bytes() == (drawn / vectors.name).read_bytes()
+    assert f"{tmp_path / 'gains.json'} drawn as gains.pdf, gains.png" in capsys.readouterr().out
+
+
+def test_numbers_are_those_of_the_run(run, drawn):
+    gains = load_figure(drawn / "gains.json")
+    assert list(gains.networks) == ["dlif_at"]
+    assert all(values == [1.0] * 3 for values in gains.networks["dlif_at"].values())
+    assert load_figure(drawn / "curves.json").networks == {"dlif at": [asdict(record) for record in HISTORY]}
+    result = load_figure(drawn / "intensity_dlif_at.json")
+    assert isinstance(result, IntensityCorrelation)
+    assert result.directions == ("gaussian", "adversarial")
+    assert result.samples + result.left_out == 40
+    options = figures.Options(images=40, eps=[0.1, "64/255"], steps=2, resamples=3)
+    assert figures.correlate(options, from_checkpoint(run / "dlif_at" / "best.pt")) == result
+
+
+def test_history_of_a_run_without_report_is_that_of_its_checkpoints(tmp_path):
+    checkpoint(tmp_path / "one", history=HISTORY)
+    checkpoint(tmp_path / "two")
+    expected = [asdict(record) for record in HISTORY]
+    assert training_curves(tmp_path).networks == {"one": expected}
+    assert training_curves(tmp_path / "one").networks == {"one": expected}
+
+
+def study(layers, steps):
+    """An intensity study of a network with many layers."""
+    growing = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
+    found = {"value": 0.8, "low": 0.7, "high": 0.9}
+    names = [f"net.{index}" for index in range(layers)]
+    measures = ("spearman", "pearson", "per_image", "auroc", "auroc_same_size", "per_neuron")
+    text = {
+        "format": "sj_robust.intensity", "version": 1, "eps": growing, "samples": 9, "left_out": 0, "resamples": 2,
+        "accuracy": {"pgd": growing[::-1]},
+        "means": {"pgd": {layer: dict.fromkeys(INDICATORS, growing) for layer in names}},
+        "per_step": {"pgd": {layer: [[eps] * steps for eps in growing] for layer in names}},
+        "associations": {"pgd": {n: {i: dict.fromkeys(measures, found) for i in INDICATORS} for n in names}},
+    }  # fmt: skip
+    return IntensityCorrelation.from_json(json.dumps(text))
+
+
+LOOKS = {
+    "one neuron": one_neuron(),
+    "few layers": InputGains({"mine": {"net.0": [1.0, 1.2], "net.1": [0.4, 2.0]}}),
+    "many layers": InputGains({name: {f"net.{i}": [1.0 + i / 9] * 8 for i in range(13)} for name in ("a", "b")}),
+    "deep": study(13, 8),
+}
+
+
+@pytest.mark.parametrize("data", LOOKS.values(), ids=LOOKS)
+def test_figures_fit_print(data):
+    for figure in draw(data).values():
+        assert figure.get_figwidth() in (3.25, 6.75)  # a column, or both
+        canvas = FigureCanvasAgg(figure)
+        canvas.draw()
+        renderer = canvas.get_renderer()
+        width, height = canvas.get_width_height()
+        for text in figure.findobj(lambda artist: hasattr(artist, "get_fontsize") and artist.get_visible()):
+            if text.get_text() and text.get_window_extent(renderer).width:
+                assert text.get_fontsize() >= 7, text
+        for axes in figure.axes:
+            labels = [axes.title, axes._left_title, axes.xaxis.label, axes.yaxis.label]
+            boxes = [text.get_window_extent(renderer) for text in labels if text.get_text() and axes.axison]
+            assert all(box.x0 >= 0 and box.x1 <= width and box.y0 >= 0 and box.y1 <= height for box in boxes)
+
+
+def test_effect_of_rho_is_drawn_from_the_records_of_a_sweep(tmp_path, capsys):
+    for rho in (0.0, 1.0, 4.0):
+        for seed in (0, 1):
+            folder = tmp_path / "runs" / f"{rho:g}-{seed}"
+            folder.mkdir(parents=True)
+            counts = {"clean": {"correct": 90 + seed, "total": 100}, "pgd20": {"correct": 50 + int(rho), "total": 100}}
+            RunRecord(folder.name, {"mode": "at", "rho": rho, "seed": seed}, counts).save(folder)
+    figures.main([str(tmp_path)])
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"rho.pdf", "rho.png"}
+    assert "6 runs drawn as rho.png, rho.pdf" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="no columns fit .*'apgd'.*; there are clean, pgd20"):
+        figures.main([str(tmp_path), "--columns", "apgd"])
+
+
+def empty(folder):
+    folder.mkdir()
+    return folder
+
+
+def broken(folder):
+    (folder / "net").mkdir(parents=True)
+    (folder / "net" / "best.pt").write_bytes(b"nothing")
+    return folder
+
+
+def without_dlif(folder):
+    checkpoint(folder / "lif", neuron="lif")
+    return folder
+
+
+MISTAKES = {
+    "no folder": (lambda folder: folder, [], FileNotFoundError, "does not exist; give the folder of a run"),
+    "no checkpoint": (empty, ["--which", "gains"], FileNotFoundError, "no best.pt in"),
+    "neither run nor sweep": (empty, [], FileNotFoundError, "holds no runs/.*/run.json; make a sweep"),
+    "no history": (without_dlif, ["--which", "curves"], ValueError, "holds no training history"),
+    "wrong checkpoint": (broken, ["--which", "gains"], ValueError, "cannot be read as a checkpoint"),
+    "no DLIF": (without_dlif, ["--which", "gains"], ValueError, "networks lif has a DLIF neuron.*--neuron dlif"),
+    "sizes that shrink": (
+        without_dlif, ["--which", "intensity", "--eps", "0.2", "0.1"], ValueError, "two growing sizes > 0",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("make", "options", "error", "reason"), MISTAKES.values(), ids=MISTAKES)
+def test_mistakes_are_named(tmp_path, make, options, error, reason):
+    run = make(tmp_path / "run")
+    with pytest.raises(error, match=reason):
+        figures.main([str(run), *options])
+
+
+def test_what_a_call_without_a_run_lacks(tmp_path):
+    with pytest.raises(ValueError, match="give the folder of a run"):
+        figures.main(["--output", str(tmp_path)])
+    with pytest.raises(ValueError, match="give --output"):
+        figures.main(["--which", "neuron"])
+    figures.main(["--which", "neuron", "--output", str(tmp_path / "new")])
+    assert (tmp_path / "new" / "neuron.pdf").is_file()
+
+
+def test_what_cannot_be_redrawn(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist; --redraw takes the folder"):
+        figures.main(["--redraw", str(tmp_path / "nowhere")])
+    with pytest.raises(FileNotFoundError, match="holds no numbers"):
+        figures.main(["--redraw", str(tmp_path)])
+    path = tmp_path / "gains.json"
+    save_figure(InputGains({"mine": {"0": [1.0]}}), path)
+    good = json.loads(path.read_text())
+    for content, reason in (
+        ("{", "gains.json is not JSON"),
+        ("[]", "holds the numbers of no figure"),
+        (json.dumps(good | {"version": 7}), "is of version 7, or of a kind that this release does not know"),
+        (json.dumps(good | {"kind": "pie"}), "is of version 1, or of a kind .*; update sj_robust"),
+        (json.dumps(good | {"extra": 1}), "field is missing or unknown"),
+    ):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=reason):
+            figures.main(["--redraw", str(tmp_path)])
+
+
+def test_gains_of_networks_without_dlif_are_left_out():
+    nets = {name: build_network(NetworkSpec(neuron=name, channels=(2, 2))) for name in ("dlif", "lif")}
+    assert list(input_gains(nets).networks) == ["dlif"]
+
+
+def test_script_says_an_error_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["figures.py", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit, match=r"^error: .*nowhere does not exist; give the folder of a run"):
+        run_recipe(figures.main)
