@@ -126,13 +126,13 @@ def _stop(workers: Sequence[_Worker]) -> None:
     for worker in workers:
         if worker.process.pid is not None and worker.process.is_alive():
             os.kill(worker.process.pid, signal.SIGINT)
+        worker.pipe.close()  # nothing more comes
     deadline = time.monotonic() + _PATIENCE
     for worker in workers:
         worker.process.join(max(0.0, deadline - time.monotonic()))
         if worker.process.is_alive():
             worker.process.kill()
             worker.process.join()
-        worker.pipe.close()
 
 
 def _serve(pipe: Connection, threads: int) -> None:

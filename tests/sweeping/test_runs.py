@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -37,6 +38,22 @@ def calls(run):
 
 def stages(run):
     return [line.split(" pid")[0] for line in calls(run)]
+
+
+def wait_until(condition, what):
+    for _ in range(2000):
+        if condition():
+            return
+        time.sleep(0.02)
+    pytest.fail(f"{what} did not happen")
+
+
+def is_running(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return not Path(f"/proc/{pid}/stat").exists() or " Z " not in Path(f"/proc/{pid}/stat").read_text()
 
 
 def test_the_same_run_is_planned_once(planned):
@@ -128,9 +145,9 @@ def test_changed_options_under_the_same_name_are_found(planned):
 def test_an_option_that_a_newer_recipe_has_is_at_its_default(planned, tmp_path):
     perform(planned()[0])
     path = tmp_path / "sweep" / "runs" / "none-seed0" / "options.yaml"
-    path.write_text("".join(line for line in path.open() if not line.startswith("norm:")))
+    path.write_text("\n".join(line for line in path.read_text().splitlines() if not line.startswith("norm:")))
     assert planned()[0].finished
-    path.write_text(path.read_text() + "gone: 1\n")
+    path.write_text(path.read_text() + "\ngone: 1\n")
     with pytest.raises(ValueError, match=r"options\.yaml: .*no option 'gone'.*another --output"):
         planned()
 
@@ -162,25 +179,39 @@ def test_training_that_was_cut_short_goes_on(planned):
     assert stages(run) == ["train resume=False", "train resume=True"]
 
 
-def test_workers_survive_what_runs_do(planned):
-    """A run that fails, one that exits and one that kills its process; all others are done, in few processes."""
-    grid = {"behave": ["fail", "exit", "die", "well"], "neuron": ["lif", "dlif"]}
-    runs = planned(grid)
-    outcomes = {outcome.run.name: outcome for outcome in perform_all(runs, jobs=1)}
-    assert len(outcomes) == 8
-    assert outcomes["fail-lif-seed0"].error == "ValueError: no such thing"
-    assert outcomes["exit-lif-seed0"].error == "exit code 2"
-    assert outcomes["die-lif-seed0"].error == "its process died (signal SIGKILL)"
-    assert outcomes["well-lif-seed0"].error is None
-    assert [record.name for record in load_records(runs[0].folder.parents[1])] == ["well-dlif-seed0", "well-lif-seed0"]
-    output = (runs[0].folder / "output.txt").read_text()
-    assert output.startswith("training lif")
+def test_workers_survive_what_runs_do_and_stop_when_asked(planned):
+    """A run that fails, one that exits, one that kills its process, one that is well, and one that Ctrl-C stops."""
+    runs = planned({"behave": ["fail", "exit", "die", "well", "wait"]})
+    fails, exits, dies, well, waits = runs
+    outcomes = {}
+
+    def interrupt():
+        wait_until((waits.folder / "training" / "waiting").exists, "the run's start")
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    # a shell may have started the tests in the background, where SIGINT is ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            outcomes.update((outcome.run.folder, outcome.error) for outcome in perform_all(runs, jobs=1))
+    finally:
+        signal.signal(signal.SIGINT, before)
+        thread.join()
+    assert list(outcomes.values()) == [
+        "ValueError: no such thing", "exit code 2", "its process died (signal SIGKILL)", None,
+    ]  # fmt: skip
+    assert [record.name for record in load_records(well.folder.parents[1])] == ["well-seed0"]
+    output = (fails.folder / "output.txt").read_text()
+    assert output.startswith("training dlif")
     assert "Traceback" in output
-    processes = [calls(run)[0].split("pid=")[1] for run in runs]
-    assert len(set(processes)) == 3  # a new one after each that died
-    again = {outcome.run.name: outcome.error for outcome in perform_all([run for run in runs if not run.finished])}
-    assert again["die-lif-seed0"] is None
-    assert stages(runs[4])[:2] == ["train resume=False", "train resume=True"]
+    processes = [int(calls(run)[0].split("pid=")[1]) for run in (fails, exits, dies, well, waits)]
+    assert processes[0] == processes[1] == processes[2] != processes[3] == processes[4]
+    assert not any(is_running(process) for process in processes)
+    for run in (dies, waits):
+        perform(run)
+        assert stages(run) == ["train resume=False", "train resume=True", "paper resume=False"]
 
 
 def test_numbers_of_processes():
@@ -189,24 +220,7 @@ def test_numbers_of_processes():
             next(perform_all([], **wrong))
 
 
-def wait_until(condition, what):
-    for _ in range(2000):
-        if condition():
-            return
-        time.sleep(0.02)
-    pytest.fail(f"{what} did not happen")
-
-
-def is_running(pid):
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    return not Path(f"/proc/{pid}/stat").exists() or " Z " not in Path(f"/proc/{pid}/stat").read_text()
-
-
 SCRIPT = """
-import sys
 from pathlib import Path
 from sj_robust.sweeping import expand, load_recipe, perform_all, plan_runs
 
@@ -214,29 +228,21 @@ if __name__ == "__main__":
     recipe, evaluator = (load_recipe(Path(name)) for name in ("recipe.py", "evaluator.py"))
     runs = plan_runs(Path("sweep"), [{"behave": "wait"}], [0], recipe=recipe, evaluator=evaluator, fixed={},
                      evaluations={"paper": {}})
-    try:
-        for outcome in perform_all([run for run in runs if not run.finished]):
-            print(outcome.run.name, outcome.error)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    for outcome in perform_all(runs):
+        print(outcome.run.name, outcome.error)
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_workers_end_with_their_parent_and_the_run_goes_on_later(planned, tmp_path, number):
+def test_workers_end_with_a_parent_that_is_killed_and_the_run_goes_on_later(planned, tmp_path):
     (tmp_path / "sweep.py").write_text(SCRIPT)
-    command = [sys.executable, "-W", "ignore", "sweep.py"]
-    process = subprocess.Popen(
-        command, cwd=tmp_path, preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler)
-    )
+    process = subprocess.Popen([sys.executable, "-W", "ignore", "sweep.py"], cwd=tmp_path)
     (run,) = planned({"behave": ["wait"]})
     wait_until((run.folder / "training" / "waiting").exists, "the run's start")
+    process.kill()
+    process.wait()
     worker = int(calls(run)[0].split("pid=")[1])
-    process.send_signal(number)
-    assert process.wait(timeout=60) == (130 if number == signal.SIGINT else -number)
     wait_until(lambda: not is_running(worker), "the end of the worker")
-    assert not run.finished
-    perform(planned({"behave": ["wait"]})[0])
+    perform(run)
     assert stages(run) == ["train resume=False", "train resume=True", "paper resume=False"]
 
 
