@@ -112,7 +112,7 @@ def gain_penalty(net: nn.Module, *, normalized: bool = False) -> Tensor:
         normalized: Whether each gain is taken per mean of ``|p|``.
 
     Returns:
-        A scalar in float64 on the CPU, with a graph to every ``input_gain``.
+        A scalar in float64 on the CPU, with a graph to every ``input_gain``; NaN if one of them is not finite.
 
     Raises:
         ValueError: If the network has no DLIF neuron.
@@ -137,6 +137,8 @@ def gain_penalty(net: nn.Module, *, normalized: bool = False) -> Tensor:
     T = max(len(gain) for gain in gains)
     # Leading zeros leave the norm as it is: nothing has come in before the first step.
     stacked = torch.stack([functional.pad(gain, (T - len(gain), 0)) for gain in gains]).cpu().double()
+    if not bool(torch.isfinite(stacked).all()):
+        return stacked.sum() * torch.nan  # the training loop stops on it and says at which step
     decays = torch.stack([torch.as_tensor(charging.decay, dtype=torch.float64) for charging in layers])
     squares: Tensor = torch.linalg.matrix_norm(time_operator(decays, T, stacked), 2).square()
     if normalized:

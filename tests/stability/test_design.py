@@ -134,6 +134,13 @@ def test_gains_of_zero_have_a_gradient_of_zero(net, normalized):
     assert torch.isfinite(net[3].input_gain.grad).all()
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_gains_that_are_not_finite_make_the_loss_nan(net, value):
+    with torch.no_grad():
+        net[1].input_gain[2] = value
+    assert gain_penalty(net).isnan()
+
+
 def test_descent_on_the_normalized_penalty_ends_at_the_optimal_gains():
     node = DLIFNode(T=4, tau=10.0).double()
     optimizer = torch.optim.LBFGS(
