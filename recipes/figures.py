@@ -18,6 +18,7 @@ import torch
 from jsonargparse import auto_cli
 from torch import Tensor
 
+from sj_robust import DLIFNode
 from sj_robust.attacks import pgd
 from sj_robust.command_line import run_recipe
 from sj_robust.data import load_images
@@ -81,7 +82,7 @@ def main(arguments: list[str]) -> None:
     if not (options.device == "auto" and torch.cuda.is_available()):
         keep_heap()
     makers = {"neuron": neuron, "gains": gains, "curves": curves, "intensity": intensity, "rho": rho}
-    chosen = [name for name in makers if name in options.which]
+    chosen: list[str] = [name for name in makers if name in options.which]
     if "all" in options.which:
         chosen = [name for name in makers if name != "rho"] if options.run is None or networks_in(options) else ["rho"]
     if options.run is None and chosen != ["neuron"]:
@@ -104,6 +105,11 @@ def neuron(options: Options, folder: Path) -> None:
 def gains(options: Options, folder: Path) -> None:
     """Figure 4: p[t] of every DLIF layer."""
     models = {subject.name: subject.model for subject in subjects(options)}
+    if "all" in options.which and not any(
+        isinstance(m, DLIFNode) for model in models.values() for m in model.modules()
+    ):
+        print("gains left out: no network has a DLIF neuron")
+        return
     finish(input_gains(models), folder / "gains.json")
 
 

@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 from matplotlib.axes import Axes
-from matplotlib.colors import TwoSlopeNorm
+from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
@@ -78,7 +78,7 @@ def draw_gains(data: InputGains) -> Figure:
             for (layer, gains), colour, line, marker in zip(layers.items(), COLOURS, LINES, MARKERS, strict=False):
                 axes.plot(range(len(gains)), gains, color=colour, linestyle=line, marker=marker, label=_short(layer))
             axes.set_ylabel("input gain p[t]")
-            axes.legend(title="layer", title_fontsize=7)
+            axes.legend(title="layer", title_fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), borderpad=0)
             axes.margins(y=0.15)
         else:
             _map_of_gains(figure, axes, layers, steps)
@@ -98,7 +98,8 @@ def _map_of_gains(figure: Figure, axes: Axes, layers: dict[str, list[float]], st
     grid = [[*gains, *[math.nan] * (steps - len(gains))] for gains in layers.values()]
     values = [value for gains in layers.values() for value in gains]
     # White is the gain that a neuron starts with.
-    scale = TwoSlopeNorm(1.0, min(*values, 0.99), max(*values, 1.01))
+    farthest = max(0.01, *(abs(value - 1) for value in values))
+    scale = Normalize(1 - farthest, 1 + farthest)
     image = axes.imshow(grid, aspect="auto", cmap="PuOr_r", norm=scale)
     axes.set_yticks(range(len(layers)), [_short(layer) for layer in layers])
     axes.grid(visible=False)
@@ -124,11 +125,10 @@ def draw_curves(data: TrainingCurves) -> Figure:
             )
         penalised = [(record["epoch"], record["losses"].get("mppd", 0.0)) for record in records]
         shown = [(epoch, value) for epoch, value in penalised if value > 0]
+        label = name if shown else f"{name} (not in its loss)"
         perturbation.plot(
-            [epoch for epoch, _ in shown], [value for _, value in shown], color=colour, marker=marker, label=name
+            [epoch for epoch, _ in shown], [value for _, value in shown], color=colour, marker=marker, label=label
         )
-        if not shown:
-            perturbation.plot([], [], color=colour, marker=marker)
     letter(accuracy, "(a) validation accuracy, %")
     letter(perturbation, "(b) MS-MPPD in training")
     accuracy.set_ylim(0, 102)
@@ -142,20 +142,10 @@ def draw_curves(data: TrainingCurves) -> Figure:
     for attack, line in attacks.items():
         accuracy.plot([], [], color=GREY, linestyle=line, label=attack)
     accuracy.legend(loc="lower right", ncols=len(attacks))
-    _say_where_none(perturbation, data)
+    if not any(record["losses"].get("mppd") for records in data.networks.values() for record in records):
+        perturbation.set_yticks([])
     perturbation.legend(loc="upper right")
     return figure
-
-
-def _say_where_none(axes: Axes, data: TrainingCurves) -> None:
-    """Networks trained without MS-MPPD have no curve, which the legend says."""
-    lines, labels = axes.get_legend_handles_labels()
-    for line, label in zip(lines, labels, strict=True):
-        if not len(line.get_xdata()):
-            line.set_label(f"{label} (not in its loss)")
-    if all(not len(line.get_xdata()) for line in lines):
-        axes.text(0.5, 0.5, "no network was trained with MS-MPPD", ha="center", fontsize=7, transform=axes.transAxes)
-        axes.set_yticks([])
 
 
 def _short(layer: str) -> str:

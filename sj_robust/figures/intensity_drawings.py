@@ -21,8 +21,12 @@ _NAMES = {
     "std": "STD",
     "tasad": "TASAD",
 }
-_LOOKS = {name: look for name, *look in zip(INDICATORS, COLOURS, LINES, MARKERS, strict=False)}
+_LOOKS = {
+    name: (colour, line, marker)
+    for name, colour, line, marker in zip(INDICATORS, COLOURS, LINES, MARKERS, strict=False)  # more looks than names
+}
 _MOST_MAPS = 5
+_FEW_LAYERS = 4
 
 
 def draw_intensity(data: IntensityCorrelation) -> Figure:
@@ -65,18 +69,25 @@ def _means(axes: Axes, data: IntensityCorrelation, direction: str) -> None:
 
 
 def _by_layer(axes: Axes, data: IntensityCorrelation, direction: str, measure: str) -> None:
-    """Value and interval of a measure, the indicators side by side at every layer."""
-    for index, (name, (colour, _, marker)) in enumerate(_LOOKS.items()):
-        found = [data.associations[direction][layer][name][measure] for layer in data.layers]
-        shift = 0.7 * ((index + 0.5) / len(_LOOKS) - 0.5)
-        kept = [(place + shift, *ends) for place, ends in enumerate(map(_ends, found)) if ends]
-        if kept:
-            places, values, low, high = map(list, zip(*kept, strict=True))
-            spread = [[max(v - a, 0) for v, a in zip(values, low, strict=True)],
-                      [max(b - v, 0) for v, b in zip(values, high, strict=True)]]  # fmt: skip
-            axes.errorbar(places, values, spread, fmt=marker, color=colour, markersize=3.5, elinewidth=0.9, capsize=1.5)
-    axes.set_xticks(range(len(data.layers)), [str(place + 1) for place in range(len(data.layers))])
-    axes.set_xlim(-0.6, len(data.layers) - 0.4)
+    """Value and interval of a measure: side by side at each of a few layers, as lines with bands over many."""
+    layers = len(data.layers)
+    few = layers <= _FEW_LAYERS
+    for index, (name, (colour, line, marker)) in enumerate(_LOOKS.items()):
+        found = [_ends(data.associations[direction][layer][name][measure]) for layer in data.layers]
+        shift = 0.7 * ((index + 0.5) / len(_LOOKS) - 0.5) if few else 0.0
+        kept = [(place + shift, *ends) for place, ends in enumerate(found) if ends]
+        if not kept:
+            continue
+        places, values, low, high = map(list, zip(*kept, strict=True))
+        if few:
+            axes.vlines(places, low, high, color=colour, linewidth=0.9)
+            axes.plot(places, values, linestyle="", marker=marker, color=colour)
+        else:
+            axes.plot(places, values, linestyle=line, marker=marker, markevery=(index % 3, 3), color=colour)
+            axes.fill_between(places, low, high, color=colour, alpha=0.12, linewidth=0)
+    ticks = range(0, layers, math.ceil(layers / 6))
+    axes.set_xticks(ticks, [str(place + 1) for place in ticks])
+    axes.set_xlim(-0.6, layers - 0.4)
     axes.grid(visible=False, axis="x")
 
 

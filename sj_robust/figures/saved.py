@@ -15,7 +15,11 @@ FigureData = OneNeuron | InputGains | TrainingCurves | IntensityCorrelation
 
 _FORMAT = "sj_robust.figure"
 _VERSION = 1
-_KINDS = {"neuron": OneNeuron, "gains": InputGains, "curves": TrainingCurves}
+_KINDS: dict[str, type[OneNeuron | InputGains | TrainingCurves]] = {
+    "neuron": OneNeuron,
+    "gains": InputGains,
+    "curves": TrainingCurves,
+}
 
 
 def save_figure(data: FigureData, path: Path) -> None:

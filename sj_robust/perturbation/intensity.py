@@ -167,7 +167,7 @@ def intensity_correlation(
         1.0
     """
     sizes = _checked(x, y, perturb, eps, batch_size, resamples)
-    right = torch.cat([_predicted(model, part) for part in x.split(batch_size)]) == y
+    right = torch.cat([_predicted(model, part) for part in torch.split(x, batch_size)]) == y
     if not bool(right.any()):
         raise ValueError(f"the network classifies none of the {len(x)} images right: give it a trained network")
     x, y = x[right], y[right]
@@ -223,11 +223,15 @@ def _measure(
     single: dict[tuple[str, str], list[Tensor]] = {}
     per_step: dict[str, Tensor] = {}
     wrong = []
-    for images, classes in zip(*(part.split(batch_size) for part in data), strict=True):
-        perturbed = function(images, classes, size).detach()
-        outputs: list[Tensor] = []
-        stats = monitor.compare(images, perturbed, forward=lambda x, outputs=outputs: outputs.append(model(x)))
+    outputs: list[Tensor] = []
+
+    def forward(x: Tensor) -> None:
+        outputs.append(model(x))
+
+    for images, classes in zip(*(torch.split(part, batch_size) for part in data), strict=True):
+        stats = monitor.compare(images, function(images, classes, size).detach(), forward=forward)
         wrong.append((outputs[-1].argmax(1) != classes).cpu())
+        outputs.clear()
         for layer, figures in stats.items():
             per_step[layer] = per_step.get(layer, torch.zeros(figures.T)) + figures.ms_mppd * len(images) / len(data[0])
             for name, value in neuron_indicators(monitor[layer][0]).items():
@@ -236,8 +240,11 @@ def _measure(
                 indicators.setdefault((layer, name), []).append(over_neurons(name, value.cpu().double()))
                 single.setdefault((layer, name), []).append(value.cpu()[:, drawn])
         monitor.clear_recorded_data()
-    joined = ({key: torch.cat(parts) for key, parts in kinds.items()} for kinds in (indicators, single))
-    return _Measured(*joined, torch.cat(wrong), per_step)
+    return _Measured(_joined(indicators), _joined(single), torch.cat(wrong), per_step)
+
+
+def _joined(kinds: Mapping[tuple[str, str], list[Tensor]]) -> dict[tuple[str, str], Tensor]:
+    return {key: torch.cat(parts) for key, parts in kinds.items()}
 
 
 def _summary(

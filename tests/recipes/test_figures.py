@@ -247,6 +247,14 @@ def test_mistakes_are_named(tmp_path, make, options, error, reason):
         figures.main([str(run), *options])
 
 
+def test_all_leaves_out_what_a_network_does_not_have(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(figures, "intensity", lambda options, folder: None)  # tried above
+    checkpoint(tmp_path / "lif", neuron="lif", history=HISTORY)
+    figures.main([str(tmp_path)])
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} == {"neuron", "curves"}
+    assert "gains left out: no network has a DLIF neuron" in capsys.readouterr().out
+
+
 def test_what_a_call_without_a_run_lacks(tmp_path):
     with pytest.raises(ValueError, match="give the folder of a run"):
         figures.main(["--output", str(tmp_path)])
