@@ -10,6 +10,7 @@ from torch import nn
 
 from sj_robust.classifier import SpikingClassifier, SpikingEventClassifier
 from sj_robust.fusion import fuse_batch_norm
+from sj_robust.models.direct import DirectlyEncoded
 from sj_robust.models.foreign import call_with_known, find_function
 from sj_robust.models.small import SmallConvNet
 from sj_robust.models.vgg import VGG, VGG_FEATURES
@@ -138,7 +139,7 @@ def build_classifier(spec: NetworkSpec) -> SpikingClassifier:
     step_mode = "m" if spec.name.startswith("zoo:") else None  # some of the zoo cannot be asked
     if not spec.frames:
         return SpikingClassifier(net, spec.T, mean=spec.mean, std=spec.std, step_mode=step_mode)
-    if getattr(net, "expands_time", False):
+    if isinstance(net, DirectlyEncoded):
         net.expands_time = False  # takes frames as well, and here gets nothing else
     return SpikingEventClassifier(net, spec.T, step_mode=step_mode)
 

@@ -36,8 +36,12 @@ def zoo_networks() -> dict[str, Callable[..., nn.Module]]:
             continue
         public = {name: value for name, value in vars(module).items() if not name.startswith("_")}
         own = {name: value for name, value in public.items() if getattr(value, "__module__", None) == module.__name__}
-        functions = {name: value for name, value in own.items() if isfunction(value) and _takes_only_a_neuron(value)}
-        classes = {name: value for name, value in own.items() if isclass(value) and _takes_only_a_neuron(value)}
+        functions: dict[str, Any] = {
+            name: value for name, value in own.items() if isfunction(value) and _takes_only_a_neuron(value)
+        }
+        classes: dict[str, Any] = {
+            name: value for name, value in own.items() if isclass(value) and _takes_only_a_neuron(value)
+        }
         found |= functions or classes
     return dict(sorted(found.items()))
 
@@ -86,7 +90,7 @@ def build_zoo_network(
         raise ValueError(f"the model zoo has no {name!r}; {hint}")
     builder, height, width = builders[name], image_shape[1], image_shape[2]
     options = dict(options or {})
-    offered = {"T": T, "in_channels": image_shape[0], "img_size_h": height, "img_size_w": width}
+    offered: dict[str, Any] = {"T": T, "in_channels": image_shape[0], "img_size_h": height, "img_size_w": width}
     offered |= {"input_size": (height, width), "cnf": "ADD", "spiking_neuron": spiking_neuron}
     if isfunction(builder):
         options = {"num_classes": classes} | options  # taken by every builder, if only through its **kwargs

@@ -1,0 +1,53 @@
+from functools import partial
+
+import pytest
+import torch
+from spikingjelly.activation_based import functional, neuron
+
+from sj_robust import DLIFNode
+from sj_robust.models import VGG, SmallConvNet, WideResNet
+
+NEURONS = [
+    DLIFNode,
+    partial(neuron.LIFNode, tau=2.0),
+    neuron.IFNode,
+    partial(neuron.ParametricLIFNode, init_tau=2.0),
+]
+NETWORKS = {
+    "small": partial(SmallConvNet, channels=(4, 6)),
+    "vgg": partial(VGG, "vgg5", hidden=(30, 20)),
+    "wide": partial(WideResNet, depth=10, widen_factor=1),
+}
+
+
+def build(name, spiking_neuron=DLIFNode, step_mode="m"):
+    torch.manual_seed(0)
+    arguments = {"T": 4, "step_mode": step_mode, "v_threshold": 0.2}
+    return NETWORKS[name]((3, 9, 12), 7, spiking_neuron=spiking_neuron, **arguments).eval()
+
+
+@pytest.mark.parametrize("spiking_neuron", NEURONS)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_an_image_and_its_copies_over_time_and_single_steps_give_the_same_outputs(name, spiking_neuron):
+    net, single = (build(name, spiking_neuron, step_mode) for step_mode in "ms")
+    images = torch.rand(5, 3, 9, 12) * 3
+    with torch.no_grad():
+        outputs = net(images)
+        functional.reset_net(net)
+        repeated = net(images.expand(4, *images.shape))
+        steps = torch.stack([single(images) for _ in range(4)])
+    assert outputs.shape == (4, 5, 7)
+    assert outputs.std() > 0
+    torch.testing.assert_close(outputs, repeated)
+    torch.testing.assert_close(outputs, steps)
+
+
+@pytest.mark.parametrize(
+    ("name", "norm"), [("small", "stages.0"), ("vgg", "stages.0"), ("wide", "stages.0.activation.0")]
+)
+def test_the_first_convolution_runs_once_and_batch_norm_sees_every_copy(name, norm):
+    net, seen = build(name).train(), {}
+    for part in ("first", norm):
+        net.get_submodule(part).register_forward_hook(lambda m, x, y, part=part: seen.update({part: x[0].shape[0]}))
+    net(torch.rand(5, 3, 9, 12))
+    assert seen == {"first": 1, norm: 4}

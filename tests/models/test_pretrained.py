@@ -1,0 +1,116 @@
+from dataclasses import asdict
+
+import pytest
+import torch
+from spikingjelly.activation_based import functional, neuron
+from spikingjelly.activation_based.model import spiking_resnet
+
+from sj_robust import DLIFNode, SpikingClassifier
+from sj_robust.models import NetworkSpec, build_classifier, start_from
+from sj_robust.training.checkpoint import save_checkpoint
+
+
+def pretrained(path, spec):
+    """A checkpoint as recipes/adv_train.py writes it, of a network with batch norm statistics of its own."""
+    torch.manual_seed(0)
+    classifier = build_classifier(spec)
+    with torch.no_grad():
+        classifier(torch.rand(20, *spec.image_shape) * 3)
+    save_checkpoint(path, {"model": classifier.state_dict(), "description": {"network": asdict(spec), "options": {}}})
+    return classifier.eval()
+
+
+def same_logits(a, b, shape=(1, 8, 8)):
+    images = 3 * torch.rand(8, *shape, dtype=torch.float64)
+    with torch.no_grad():
+        logits = a.eval().double()(images)
+        torch.testing.assert_close(b.eval().double()(images), logits)
+    a.float(), b.float()
+    return logits.std() > 0
+
+
+@pytest.mark.parametrize(("kind", "tau"), [("lif", 5.0), ("if", float("inf"))])
+def test_a_dlif_network_begins_as_the_pretrained_one(tmp_path, kind, tau):
+    lif = pretrained(tmp_path / "best.pt", NetworkSpec(neuron=kind, T=3, tau=tau, mean=(0.2,), std=(0.5,)))
+    torch.manual_seed(1)
+    dlif = build_classifier(NetworkSpec(T=3, tau=tau, mean=(0.2,), std=(0.5,)))
+    with torch.no_grad():
+        dlif.net.stages[1].input_gain.fill_(3)
+    start_from(dlif, tmp_path / "best.pt")
+    assert same_logits(lif, dlif)
+
+
+def test_a_network_of_the_zoo_with_input_decay(tmp_path):
+    """SpikingJelly's LIF as it comes (tau 2, decay_input), a plain state_dict of the bare network."""
+    torch.manual_seed(0)
+    lif = spiking_resnet.spiking_resnet18(spiking_neuron=neuron.LIFNode, num_classes=4, v_threshold=0.2)
+    functional.set_step_mode(lif, "m")
+    torch.save(lif.state_dict(), tmp_path / "zoo.pth")
+    spec = NetworkSpec("zoo:spiking_resnet18", image_shape=(3, 16, 16), classes=4, T=2, tau=2.0)
+    dlif = build_classifier(NetworkSpec(**{**asdict(spec), "options": {"v_threshold": 0.2}}))
+    start_from(dlif, tmp_path / "zoo.pth", decay_input=True)
+    assert all(m.input_gain.tolist() == [0.5, 0.5] for m in dlif.modules() if isinstance(m, DLIFNode))
+    assert same_logits(SpikingClassifier(lif, 2), dlif, (3, 16, 16))
+
+
+@pytest.mark.parametrize("wrap", [dict, lambda state: {"state_dict": {f"module.{k}": v for k, v in state.items()}}])
+def test_plain_files(tmp_path, wrap):
+    lif, dlif = (build_classifier(NetworkSpec(neuron=kind, mean=(0.3,))) for kind in ("lif", "dlif"))
+    for name, state in {"bare.pt": lif.net.state_dict(), "whole.pt": lif.state_dict()}.items():
+        torch.save(wrap(state), tmp_path / name)
+        start_from(dlif, str(tmp_path / name))
+        assert same_logits(lif, dlif)
+        torch.nn.init.zeros_(dlif.net.first.weight)
+
+
+def test_gains_of_the_file_are_copied(tmp_path):
+    torch.manual_seed(0)
+    source, target = (build_classifier(NetworkSpec()) for _ in range(2))
+    with torch.no_grad():
+        source.net.stages[1].input_gain.copy_(torch.rand(4))
+    torch.save(source.state_dict(), tmp_path / "dlif.pt")
+    start_from(target, tmp_path / "dlif.pt")
+    assert torch.equal(target.net.stages[1].input_gain, source.net.stages[1].input_gain)
+
+
+def test_what_does_not_fit_is_listed(tmp_path):
+    file = tmp_path / "best.pt"
+    pretrained(file, NetworkSpec(neuron="lif", channels=(16,)))
+    before = (classifier := build_classifier(NetworkSpec())).net.first.weight.clone()
+    with pytest.raises(
+        ValueError, match=r"missing net.stages.3.weight, .* and 1 more; of another shape net.stages.4.weight .*; build"
+    ):
+        start_from(classifier, file)
+    pretrained(file, NetworkSpec(neuron="lif", classes=7))
+    with pytest.raises(ValueError, match=r"net.stages.8.weight \(7, 128\) instead of \(10, 128\)"):
+        start_from(classifier, file)
+    assert torch.equal(classifier.net.first.weight, before)
+    pretrained(file, NetworkSpec(neuron="lif", tau=2.0))
+    with pytest.raises(ValueError, match="was trained with tau 2, the network has 100; build it with tau=2"):
+        start_from(classifier, file)
+    with pytest.raises(ValueError, match="whose LIF has decay_input=False"):
+        start_from(classifier, file, decay_input=True)
+    pretrained(file, NetworkSpec(neuron="plif"))
+    with pytest.raises(ValueError, match=r"PLIF neurons, each with a tau of its own \(net.stages.1.w\)"):
+        start_from(classifier, file)
+    pretrained(file, NetworkSpec(neuron="lif", mean=(0.5,)))
+    with pytest.raises(ValueError, match=r"unexpected mean; build the network that the file was trained as"):
+        start_from(classifier, file)
+    with pytest.raises(ValueError, match=r"was trained with mean \[0.5\], the network has \[0.25\]"):
+        start_from(build_classifier(NetworkSpec(mean=(0.25,))), file)
+
+
+def test_files_that_cannot_be_read(tmp_path):
+    classifier = build_classifier(NetworkSpec())
+    with pytest.raises(FileNotFoundError, match="absent.pt does not exist"):
+        start_from(classifier, tmp_path / "absent.pt")
+    with pytest.raises(ValueError, match=r"must end in .pt or .pth, got .*weights.h5; save net.state_dict"):
+        start_from(classifier, tmp_path / "weights.h5")
+    (tmp_path / "damaged.pt").write_bytes(b"PK\x03\x04 cut off")
+    torch.save(classifier, tmp_path / "pickled.pt")
+    for name in ("damaged.pt", "pickled.pt"):
+        with pytest.raises(ValueError, match="damaged, or holds a whole pickled network, which would run code"):
+            start_from(classifier, tmp_path / name)
+    torch.save([torch.ones(2)], tmp_path / "list.pt")
+    with pytest.raises(ValueError, match="holds no tensors by name"):
+        start_from(classifier, tmp_path / "list.pt")
