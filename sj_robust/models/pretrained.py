@@ -66,7 +66,7 @@ def start_from(classifier: SpikingClassifier, path: Path | str, *, decay_input: 
         tensors, whole, str(path), "build the network that the file was trained as (name, sizes, T, mean and std)"
     )
     for key in ("mean", "std"):
-        if key in whole and not torch.allclose(whole[key].cpu(), tensors[key].to(whole[key].dtype)):
+        if key in whole and not torch.allclose(whole[key], tensors[key].to(whole[key])):
             raise ValueError(
                 f"{path} was trained with {key} {tensors[key].tolist()}, the network has {whole[key].tolist()}; give "
                 "it the same"
