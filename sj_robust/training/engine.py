@@ -20,6 +20,7 @@ from sj_robust.attacks.randomness import SampleSeeds
 from sj_robust.data import ImageSplits, ShuffledBatches, image_loader
 from sj_robust.evaluation import Attack, accuracy
 from sj_robust.perturbation import MPPDMonitor
+from sj_robust.stability import gain_scalars
 from sj_robust.training.checkpoint import load_checkpoint, save_checkpoint
 from sj_robust.training.history import EpochRecord, catastrophic_overfitting
 from sj_robust.training.journal import Journal
@@ -269,7 +270,9 @@ class _Run:
         """One step of the optimizer; the parts of the loss on the CPU."""
         x_perturbed = None
         # An image has its own seed in every epoch, so that it meets the same noise on any number of processes.
-        seeds = SampleSeeds(self.batches.indices(self.epoch, self.batch)).derived("training", self.plan.seed, self.epoch)
+        seeds = SampleSeeds(self.batches.indices(self.epoch, self.batch)).derived(
+            "training", self.plan.seed, self.epoch
+        )
         if self.augmentation is not None:
             x = self.augmentation(x, seeds.derived("augmentation").seeds)
         if perturb is not None:
@@ -327,7 +330,7 @@ class _Run:
 
 
 def _probe(run: _Run, attack: Attack) -> dict[str, float]:
-    """MS-MPPD of every followed layer under ``attack`` on the first validation images, and all input gains."""
+    """MS-MPPD per followed layer under ``attack`` on the first validation images, and gains: of inputs, L2 and peak."""
     net = run.classifier.net
     x, y = next(iter(run.validation_loader))
     x, y = x.to(run.accelerator.device), y.to(run.accelerator.device)
@@ -339,7 +342,7 @@ def _probe(run: _Run, attack: Attack) -> dict[str, float]:
         gains = getattr(module, "input_gain", None)
         if isinstance(gains, nn.Parameter):
             scalars |= {f"input_gain/{name}/t{t}": gain for t, gain in enumerate(gains.tolist())}
-    return scalars
+    return scalars | gain_scalars(net, run.classifier.T)
 
 
 @contextmanager
