@@ -119,7 +119,7 @@ def expand(
     for values in itertools.product(*grid.values()):
         pairs = zip(grid, values, strict=True)
         found = {name: part for key, value in pairs for name, part in zip(_names(key), _joint(key, value), strict=True)}
-        if not any(_matches((fixed or {}) | found, entry) for entry in skip):
+        if not any(_matches({**(fixed or {}), **found}, entry) for entry in skip):
             combinations.append(found)
     return combinations
 

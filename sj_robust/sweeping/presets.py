@@ -117,7 +117,7 @@ def _indicator(indicator: str) -> str:
 
 def _options(dataset: str, model: str, mode: str, neuron: str) -> dict[str, Any]:
     _, eps, weight_decay = _MODES[mode]
-    options = {"dataset": dataset, "model": model, "neuron": neuron, "mode": mode, "eps": eps}
+    options: dict[str, Any] = {"dataset": dataset, "model": model, "neuron": neuron, "mode": mode, "eps": eps}
     options |= {"project": False} if mode in ("at", "rat") else {}
     return options | _RECIPE | {"weight_decay": weight_decay}
 
@@ -153,7 +153,7 @@ def _indicators() -> str:
 
 
 def _yaml(content: dict[str, Any]) -> str:
-    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=110)
+    return str(yaml.dump(content, Dumper=_Dumper, sort_keys=False, width=110))
 
 
 class _Dumper(yaml.SafeDumper):

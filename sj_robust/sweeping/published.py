@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sj_robust.sweeping.grid import idle, same
+from sj_robust.training.modes import MODES
 
 __all__ = ["PUBLISHED", "PublishedFigure", "published"]
 
@@ -91,6 +92,8 @@ def published(options: Mapping[str, Any], column: str) -> PublishedFigure | None
         >>> published(setting, "paper/apgd_ce").percent
         23.05
     """
+    mode = MODES.get(options.get("mode", ""))
+    options = {name: getattr(mode, name, None) if value is None else value for name, value in options.items()}
     without = idle(options)
     for figure in PUBLISHED:
         if figure.column == column and all(

@@ -5,6 +5,7 @@ import importlib.util
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -32,23 +33,29 @@ class Recipe:
         """Names of its options."""
         return tuple(field.name for field in fields(self.options_type))
 
+    @cached_property
+    def _parser(self) -> Any:
+        from jsonargparse import ArgumentParser
+
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(self.options_type)
+        return parser
+
     def resolve(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """All options of a run as plain data: those given, checked, and the recipe's defaults.
 
         Raises:
             ValueError: If an option is unknown or its value is not one of its type.
         """
-        from jsonargparse import ArgumentError, ArgumentParser
+        from jsonargparse import ArgumentError
 
         for name in options:
             if name not in self.names:
                 near = difflib.get_close_matches(name, self.names, n=3, cutoff=0.5)
                 remedy = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(self.names)}"
                 raise ValueError(f"{self.path.name} has no option {name!r}; {remedy}")
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_class_arguments(self.options_type)
         try:
-            parsed = parser.parse_object(dict(options))
+            parsed = self._parser.parse_object(dict(options))
         except ArgumentError as error:
             text = " ".join(str(error).split())
             raise ValueError(f"{self.path.name} does not take these options: {text}") from error

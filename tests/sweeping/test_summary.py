@@ -165,6 +165,7 @@ def options(**given):
     ("setting", "column", "percent"),
     [
         (options(), "paper/pgd10/last", 37.55),
+        (options(rho=None), "paper/pgd10/last", 37.55),
         (options(rho=0.0), "paper/pgd10/last", 29.06),
         (options(rho=0), "paper/apgd_dlr", 29.88),
         (options(mode="none", rho=0.3), "paper/pgd7/last", 0.09),

@@ -1,0 +1,141 @@
+"""Every preset loads with the recipe's own parser and builds its network, loss, attack and plan."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+
+from sj_robust import SpikingClassifier, training
+from sj_robust.command_line import same_names
+from sj_robust.evaluation.eps import parse_eps
+from sj_robust.models import NetworkSpec, build_network
+from sj_robust.sweeping import expand, load_recipe, plan_runs, seeds_of
+from sj_robust.sweeping.grid import simplified
+from sj_robust.sweeping.presets import preset_files, write_presets
+from sj_robust.sweeping.published import PUBLISHED
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+CONFIGS = RECIPES / "configs"
+CELLS = sorted((CONFIGS / "paper").glob("*.yaml"))
+PRESETS = [*sorted(CONFIGS.glob("*.yaml")), *CELLS]
+SWEEPS = sorted((CONFIGS / "sweeps").glob("*.yaml"))
+SHAPES = {"digits": ((1, 8, 8), 10), "fashion_mnist": ((1, 28, 28), 10)}
+SHAPES |= {"cifar10": ((3, 32, 32), 10), "cifar100": ((3, 32, 32), 100)}
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    return load_recipe(RECIPES / "adv_train.py")
+
+
+def options_in(path):
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def test_every_cell_of_the_tables_is_there():
+    names = {path.stem for path in CELLS}
+    for dataset in ("cifar10", "cifar100"):
+        for model in ("vgg11", "wrn16_4"):
+            for neuron in ("lif", "dlif"):
+                assert f"{dataset}_{model}_none_{neuron}" in names
+                for mode in ("gaussian", "at", "rat"):
+                    assert {f"{dataset}_{model}_{mode}_{neuron}_rho{rho}" for rho in (0, 1)} <= names
+    assert {f"cifar10_vgg5_at_dlif_{name}" for name in ("rho0", "mppd", "tasad", "std")} <= names
+    assert len(names) == 48 + 8 + 4
+
+
+def test_the_files_are_what_is_generated(tmp_path):
+    for path in write_presets(tmp_path):
+        assert (CONFIGS / path.relative_to(tmp_path)).read_text() == path.read_text(), path.name
+    own = {CONFIGS / "sweeps" / name for name in ("digits_sweep.yaml", "fashion_mnist_sweep.yaml")}
+    assert {*CELLS, *SWEEPS} - own == {CONFIGS / name for name in preset_files()}
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
+def test_a_preset_builds(recipe, path):
+    options = recipe.options_type(**recipe.resolve(options_in(path)))
+    shape, classes = SHAPES[options.dataset]
+    known = {"image_shape": shape, "classes": classes, "hidden": tuple(options.hidden)}
+    spec = NetworkSpec(options.model, options.neuron, T=options.T, tau=options.tau, channels=options.channels, **known)
+    with torch.device("meta"):
+        network = build_network(spec)
+    assert sum(parameter.numel() for parameter in network.parameters()) > 1000
+    mode = training.MODES[options.mode]
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    of_mode = same_names(recipe.options_type, mode) | {"retraction": given.get("beta", mode.retraction)}
+    chosen = SimpleNamespace(**of_mode | given)
+    attack = training.training_attack(options.mode, eps=parse_eps(options.eps), project=options.project)
+    assert (attack is None) == (options.mode == "none")
+    radius = parse_eps(given.get("eval_eps", options.eps))
+    assert set(training.validation_attacks(radius)) == {"fgsm", "pgd"}
+    plan = training.TrainingPlan(**same_names(training.TrainingPlan, chosen))
+    assert plan.weight_decay == (0.0 if options.mode == "rat" else 5e-4)
+    assert (plan.retraction > 0) == (options.mode == "rat")
+    classifier = SpikingClassifier(network, options.T)
+    objective = training.Objective(classifier, loss=mode.loss, **same_names(training.Objective, chosen))
+    assert objective.kappa == 0.5
+
+
+@pytest.mark.parametrize("path", CELLS, ids=lambda path: path.stem)
+def test_a_cell_has_the_papers_hyperparameters(recipe, path):
+    given = options_in(path)
+    options = recipe.resolve(given)
+    name = path.stem.split("_")
+    assert options["model"] == ("wrn16_4" if "wrn16" in name else name[1])
+    assert options["mode"] in name
+    assert options["neuron"] in name
+    wanted = {"T": 8, "tau": 100.0, "lr": 0.1, "momentum": 0.9, "epochs": 100, "batch_size": 64, "kappa": 0.5}
+    wanted |= {"eval_eps": "8/255", "mixed_precision": "fp16", "augment": True, "layers": "last", "norm": "l2"}
+    wanted |= {"weight_decay": 0.0 if options["mode"] == "rat" else 5e-4, "input_gain": False, "select": None}
+    assert {name: options[name] for name in wanted} == wanted
+    assert parse_eps(options["eps"]) == (8 if options["mode"] == "gaussian" else 4) / 255
+    if options["mode"] in ("at", "rat"):
+        assert options["project"] is False
+        assert "project false is the paper's form" in path.read_text()
+    if options["mode"] == "rat":
+        assert given["beta"] == (4e-3 if options["model"] == "wrn16_4" else 1e-3)
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_a_sweep_is_made_of_the_presets(recipe, path, tmp_path):
+    sweep = options_in(path)
+    fixed = options_in(CONFIGS / f"{sweep['base']}.yaml") | sweep.get("options", {}) | {"reference": False}
+    runs = plan_runs(
+        tmp_path,
+        expand(sweep["grid"], fixed=recipe.resolve(fixed)),
+        seeds_of(sweep.get("seeds", 1)),
+        recipe=recipe,
+        evaluator=load_recipe(RECIPES / "evaluate.py"),
+        fixed=fixed,
+        evaluations=dict.fromkeys(sweep["evaluate"], sweep.get("evaluation_options", {})),
+    )
+    if path.stem.startswith("cifar"):
+        prefix = "cifar10_vgg5" if "indicators" in path.stem else path.stem.removesuffix("_sweep")
+        cells = [one for one in CELLS if one.stem.startswith(prefix)]
+        planned = [run.options for run in runs]
+        assert len(planned) == len(cells)
+        for cell in cells:
+            wanted = simplified(recipe.resolve(options_in(cell)), recipe.resolve({}))
+            assert wanted in planned, cell.stem
+    else:
+        seeds = {"digits_sweep": 5, "fashion_mnist_sweep": 2}[path.stem]
+        wanted = {
+            (mode, neuron, rho)
+            for mode in ("gaussian", "at", "rat")
+            for neuron in ("lif", "dlif")
+            for rho in (0.0, 1.0)
+        }
+        found = {(run.options["mode"], run.options["neuron"], run.options["rho"]) for run in runs}
+        assert wanted <= found
+        assert {neuron for mode, neuron, _ in found if mode == "none"} == {"lif", "dlif"}
+        names = [run.name for run in runs]
+        assert len(names) == len(set(names)) == seeds * sum(name.endswith("-seed0") for name in names)
+
+
+def test_every_published_figure_of_the_paper_has_its_preset(recipe):
+    settings = [recipe.resolve(options_in(path)) for path in CELLS]
+    for figure in PUBLISHED:
+        if "Ding" in figure.source:
+            assert any(figure.options.items() <= options.items() for options in settings), figure
