@@ -143,7 +143,7 @@ def rho(options: Options, folder: Path) -> None:
 
 def correlate(options: Options, subject: Subject) -> IntensityCorrelation:
     """Perturb test images at every size, by noise and by attack."""
-    if subject.spec is not None and getattr(subject.spec, "frames", False):
+    if subject.spec is not None and subject.spec.frames:
         raise ValueError(
             f"{subject.name} takes event frames, which noise and PGD do not leave binary; leave intensity out"
         )

@@ -12,7 +12,7 @@ from matplotlib.image import imread
 
 from sj_robust.command_line import run_recipe
 from sj_robust.evaluation import Report, ThreatModel
-from sj_robust.evaluation.subject import from_checkpoint
+from sj_robust.evaluation.subject import Subject, from_checkpoint
 from sj_robust.figures import InputGains, draw, input_gains, load_figure, one_neuron, save_figure, training_curves
 from sj_robust.models import NetworkSpec, build_network
 from sj_robust.perturbation.indicators import INDICATORS
@@ -253,6 +253,12 @@ def test_all_leaves_out_what_a_network_does_not_have(tmp_path, monkeypatch, caps
     figures.main([str(tmp_path)])
     assert {path.stem for path in (tmp_path / "figures").iterdir()} == {"neuron", "curves"}
     assert "gains left out: no network has a DLIF neuron" in capsys.readouterr().out
+
+
+def test_event_frames_are_not_perturbed():
+    frames = Subject("gestures", torch.nn.Identity(), "", spec=NetworkSpec(frames=True))
+    with pytest.raises(ValueError, match="gestures takes event frames"):
+        figures.correlate(figures.Options(), frames)
 
 
 def test_what_a_call_without_a_run_lacks(tmp_path):
