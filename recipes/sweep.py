@@ -141,6 +141,7 @@ def plan(options: Options, folder: Path) -> list[PlannedRun]:
     if not options.grid and options.base is None:
         raise ValueError(f"nothing to run: give --sweep FILE, or --base and --grid ({folder / SWEEP_FILE} is missing)")
     recipe = load_recipe(Path(options.recipe or RECIPES / "adv_train.py"))
+    recipe.check_names(name.strip() for option in (*options.contrast, options.plot) for name in option.split(","))
     given = base_options(options.base) | options.options
     owned = sorted({"output", "resume", "seed"} & (given.keys() | axes_of(options.grid).keys()))
     if owned:

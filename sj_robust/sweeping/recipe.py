@@ -3,7 +3,7 @@
 import difflib
 import importlib.util
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -41,6 +41,14 @@ class Recipe:
         parser.add_class_arguments(self.options_type)
         return parser
 
+    def check_names(self, names: Iterable[str]) -> None:
+        """Raise ValueError, with the nearest names there are, unless all are names of options."""
+        for name in names:
+            if name not in self.names:
+                near = difflib.get_close_matches(name, self.names, n=3, cutoff=0.5)
+                remedy = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(self.names)}"
+                raise ValueError(f"{self.path.name} has no option {name!r}; {remedy}")
+
     def resolve(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """All options of a run as plain data: those given, checked, and the recipe's defaults.
 
@@ -49,11 +57,7 @@ class Recipe:
         """
         from jsonargparse import ArgumentError
 
-        for name in options:
-            if name not in self.names:
-                near = difflib.get_close_matches(name, self.names, n=3, cutoff=0.5)
-                remedy = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(self.names)}"
-                raise ValueError(f"{self.path.name} has no option {name!r}; {remedy}")
+        self.check_names(options)
         try:
             parsed = self._parser.parse_object(dict(options))
         except ArgumentError as error:

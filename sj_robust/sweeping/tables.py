@@ -142,7 +142,7 @@ def results_csv(cells: Sequence[Cell], axes: Mapping[str, Sequence[Any]], column
             if figure is None:
                 continue
             known = published(cell.options, column)
-            beside = ["", ""] if known is None else [known.percent / 100, known.source]
+            beside = ["", ""] if known is None else [round(known.percent / 100, 6), known.source]
             spread = "" if figure.spread is None else figure.spread
             rows.append([*(cell.values.get(n, "") for n in axes), column, figure.mean, spread, figure.count, *beside])
     return _csv(heads, rows)

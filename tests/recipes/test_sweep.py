@@ -1,0 +1,151 @@
+import ast
+import csv
+import fcntl
+import os
+from pathlib import Path
+
+import pytest
+import yaml
+from sweeping.fakes import write_fakes
+
+from sj_robust.sweeping import Outcome, RunRecord, load_recipe
+from sj_robust.sweeping.perform import perform
+
+RECIPE = Path(__file__).parents[2] / "recipes" / "sweep.py"
+sweep = load_recipe(RECIPE)
+GRID = ("--grid", "{neuron: [lif, dlif], mode: [none, at], rho: [0, 1]}", "--seeds", "2")
+
+
+def one_after_the_other(runs, *, jobs, threads, devices):
+    """In place of processes, which take seconds to start and have tests of their own."""
+    for run in runs:
+        try:
+            perform(run)
+        except ValueError as error:
+            yield Outcome(run, 1.0, str(error))
+        else:
+            yield Outcome(run, 1.0)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """A function that runs the recipe on recipes that take no time, and returns what it prints."""
+    fakes = [f"--{name}={path}" for name, path in write_fakes(tmp_path).items()]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(sweep.main.__globals__, "perform_all", one_after_the_other)
+
+    def call(*arguments, code=None):
+        if code is None:
+            sweep.main([*arguments, *fakes])
+        else:
+            with pytest.raises(SystemExit) as stop:
+                sweep.main([*arguments, *fakes])
+            assert stop.value.code == code
+        return capsys.readouterr().out
+
+    return call
+
+
+def test_a_grid_from_end_to_end(run, tmp_path):
+    output = run(*GRID, "--evaluate", "[paper]", "--evaluation_options", "{test_limit: 20}", "--contrast", "[rho]")
+    folder = tmp_path / "runs" / "sweep"
+    assert "12 runs in runs/sweep, 0 of them finished before" in output
+    assert "12/12 dlif-at-rho1-seed1: clean 90.0%, pgd20 53.0%, paper worst" in output
+    for name in ("results.md", "results.csv", "contrast-rho.csv", "effect-rho.png", "effect-rho.pdf"):
+        assert (folder / name).stat().st_size > 0
+        assert name in output
+    assert len(list(folder.glob("runs/*/run.json"))) == 12
+    text = (folder / "results.md").read_text()
+    assert "| dlif | at | 1 | 2 | 90.0 ± 0.0 [85.17] | 52.0 ± 1.4 |" in text
+    assert "[37.55]" in text
+    assert "| dlif | at | 0 → 1 | paper/clean | +0.00 | 0.00 | +0.00 to +0.00 | 2 |" in text
+    rows = list(csv.DictReader((folder / "results.csv").read_text().splitlines()))
+    pgd = next(
+        row for row in rows if row["figure"] == "paper/pgd10/last" and (row["neuron"], row["rho"]) == ("dlif", "1.0")
+    )
+    assert float(pgd["published"]) == 0.3755
+    record = RunRecord.load(folder / "runs" / "dlif-at-rho1-seed1")
+    assert record.evaluations["paper"]["figures"]["clean"] == {"correct": 19, "total": 20}
+
+
+def test_a_sweep_goes_on_and_grows_and_is_reported_again(run, tmp_path):
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"grid": {"mode": ["at"], "rho": [0, 1]}, "seeds": 1}))
+    assert "2 runs in runs/mine, 0 of them" in run("--sweep", "mine.yaml")
+    folder = tmp_path / "runs" / "mine"
+    assert "2 runs in runs/mine, 2 of them finished before" in run("--output", "runs/mine")
+    assert "4 runs in runs/mine, 2 of them" in run("--output", "runs/mine", "--grid", "{mode: [at, rat], rho: [0, 1]}")
+    calls = [(path / "calls").read_text().count("train") for path in (folder / "runs").iterdir()]
+    assert calls == [1, 1, 1, 1]
+    before = {path.name: path.read_bytes() for path in folder.glob("*.*")}
+    for name in ("results.md", "results.csv", "effect-rho.png", "effect-rho.pdf"):
+        (folder / name).unlink()
+    output = run("--output", "runs/mine", "--report")
+    assert "runs in" not in output
+    assert {path.name: path.read_bytes() for path in folder.glob("*.*")} == before
+    assert "pgd20" not in run("--output", "runs/mine", "--report", "--columns", "[clean]")
+    with pytest.raises(ValueError, match=r"columns \['x/\*'\] fit none of the figures there are: clean, pgd20"):
+        run("--output", "runs/mine", "--report", "--columns", "[x/*]")
+
+
+def test_failures_are_summed_up(run, tmp_path):
+    output = run("--grid", "{behave: [fail, well]}", "--output", "out", code=1)
+    assert "FAILED" in output
+    assert output.endswith("1 runs FAILED; the same command tries them again:\nfail-seed0: no such\nthing\n")
+    assert "| well | 1 | 90.0" in (tmp_path / "out" / "results.md").read_text()
+    assert "1 runs FAILED" in run("--grid", "{behave: [fail]}", "--output", "none", code=1)
+    assert not (tmp_path / "none" / "results.md").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((), ValueError, "nothing to run: give --sweep FILE, or --base and --grid"),
+        (("--base", "nowhere"), FileNotFoundError, "base nowhere does not exist"),
+        (("--base", "list.yaml"), ValueError, "must hold options of adv_train.py"),
+        (("--grid", "{roh: [1]}"), ValueError, "has no option 'roh'; did you mean rho"),
+        (("--grid", "{seed: [1]}"), ValueError, "seed is set by the sweep itself"),
+        (("--grid", "{rho: [1]}", "--options", "{output: x}"), ValueError, "output is set by the sweep itself"),
+        (("--grid", "{rho: [1]}", "--skip", "[{rho: 1}]"), ValueError, "skip leaves no combination"),
+        (("--grid", "{rho: [1]}", "--evaluate", "[slow]"), ValueError, "slow"),
+        (("--grid", "{rho: [1]}", "--contrast", "[roh]"), ValueError, "has no option 'roh'; did you mean rho"),
+        (("--grid", "{rho: [1]}", "--contrast", "[mode]"), ValueError, "got 'mode'"),
+        (("--report", "--output", "empty"), ValueError, "empty holds no finished run"),
+    ],
+)
+def test_wrong_use(run, tmp_path, arguments, error, message):
+    (tmp_path / "list.yaml").write_text("[1, 2]")
+    with pytest.raises(error, match=message):
+        run(*arguments)
+
+
+def test_two_sweeps_do_not_share_a_folder(run, tmp_path):
+    (tmp_path / "out").mkdir()
+    with (tmp_path / "out" / ".lock").open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(BlockingIOError, match="out is being written by another sweep"):
+            run("--grid", "{rho: [1]}", "--output", "out")
+    run("--grid", "{rho: [1]}", "--output", "out")
+
+
+def test_the_real_recipes_on_digits(tmp_path, monkeypatch):
+    """In processes of its own: two runs, one epoch, few images."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(os.environ, "PYTHONPATH", str(RECIPE.parents[1]))
+    tiny = "{train_limit: 60, test_limit: 8, epochs: 1, batch_size: 32, channels: [2, 2], T: 2, device: cpu}"
+    arguments = ["--base", "digits", "--options", tiny, "--grid", "{mode: [none, rat], rho: [1]}", "--output", "out"]
+    sweep.main([*arguments, "--evaluate", "[paper]", "--evaluation_options", "{test_limit: 4}"])
+    for name in ("none-seed0", "rat-rho1-seed0"):
+        record = RunRecord.load(tmp_path / "out" / "runs" / name)
+        assert record.figures["paper/pgd7/last"] <= record.figures["paper/clean"]
+        assert record.training["pgd20"]["total"] == 8
+        assert record.options["reference"] is False
+        assert record.environment["torch"]
+        assert min(record.seconds.values()) > 0
+    assert (tmp_path / "out" / "runs" / "rat-rho1-seed0" / "training" / "dlif_rat" / "best.pt").is_file()
+
+
+def test_the_recipe_stays_one_short_file():
+    text = RECIPE.read_text()
+    assert len(text.splitlines()) < 250
+    classes = [node for node in ast.parse(text).body if isinstance(node, ast.ClassDef)]
+    assert [node.name for node in classes] == ["Options"]
