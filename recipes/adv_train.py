@@ -8,7 +8,6 @@ torchrun --nproc-per-node 2 recipes/adv_train.py                         # or ac
 """
 
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,14 +16,19 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from sj_robust import SpikingClassifier, training
-from sj_robust.attacks import fgsm, gaussian, pgd
 from sj_robust.command_line import named_arguments, parse_options, run_recipe, same_names
 from sj_robust.data import ImageSplits, image_loader, load_images
-from sj_robust.evaluation import Attack, Report, ThreatModel, environment, evaluate
+from sj_robust.evaluation import Report, ThreatModel, environment, evaluate
 from sj_robust.evaluation.eps import parse_eps
 from sj_robust.models import NetworkSpec, build_classifier, start_from
 from sj_robust.ops import keep_heap
 from sj_robust.plotting import plot_report
+
+# Options that a resumed run may change, since the weights do not depend on them.
+FREE = {"data_root", "download", "test_limit", "reference", "device", "workers", "checkpoint_steps", "output", "resume"}
+UNDEFENDED: dict[str, Any] = {
+    "neuron": "lif", "mode": "none", "select": "clean", "attack_steps": None, "project": True, "pretrained": None,
+    "gradient_sparsity": 0.0, "threshold_guard": 0.0, "gain_penalty": 0.0}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -41,8 +45,7 @@ class Options:
         train_limit: Training images to use at most, the validation split included; null for all.
         test_limit: Test images to use at most; null for all.
         validation_fraction: Share of the training images held out to select the epoch by.
-        model: small, vgg5, vgg11, vgg13, vgg16, vgg19, wrn16_4, wrn28_10, zoo:FUNCTION of SpikingJelly's models, or
-            module:function or file.py:function of your own.
+        model: small, vgg5 (11, 13, 16, 19), wrn16_4, wrn28_10, zoo:FUNCTION of SpikingJelly, module:function of yours.
         model_options: Further keyword arguments of the network.
         neuron: Spiking neuron of the trained network, dlif, lif, plif or if.
         T: Time steps.
@@ -54,7 +57,7 @@ class Options:
         eps: Linf radius of the training attack in [0, 1] images; for gaussian the standard deviation.
         step_size: Step of the training attack; null means eps for one step, eps / 4 for several.
         attack_steps: Steps of the training attack of pgd_at and trades; null means 7 and 10.
-        noise_std: Noise at the start of the single-step attack.
+        noise_std: Noise at the start of the training attack of at, rat and trades.
         project: Whether the training attack is projected back onto the ball (the published code does not).
         eval_eps: Radius of the attacks in validation and test; null means eps.
         kappa: Weight of the clean cross entropy, the perturbed one has 1 - kappa; null means 0.5, and 0 for pgd_at.
@@ -68,6 +71,7 @@ class Options:
         gradient_sparsity: Weight of the penalty on the input gradient; 0 leaves it out.
         threshold_guard: Weight of the penalty on potentials near the threshold; 0 leaves it out.
         guard_margin: Distance from the threshold that counts as near.
+        gain_penalty: Weight of the penalty on the gain of every DLIF layer over time; 0 leaves it out.
         epochs: Passes over the training images.
         batch_size: Images per step, over all processes together.
         accumulate: Parts that each process computes its share of a step in.
@@ -122,6 +126,7 @@ class Options:
     gradient_sparsity: float = 0.0
     threshold_guard: float = 0.0
     guard_margin: float = 0.5
+    gain_penalty: float = 0.0
     epochs: int = 15
     batch_size: int = 64
     accumulate: int = 1
@@ -145,29 +150,31 @@ class Options:
 def main(arguments: list[str]) -> None:
     """Train, evaluate, report."""
     options = parse_options(Options, named_arguments(arguments), stem)
-    radii = {name: parse_eps(value) for name in ("eps", "step_size") if (value := getattr(options, name)) is not None}
-    options = replace(options, **radii)
     if not (on_gpu := options.device == "auto" and torch.cuda.is_available()):
         keep_heap()
     accelerator = Accelerator(cpu=not on_gpu, mixed_precision=options.mixed_precision)
-    splits = load_images(options.dataset, root=options.data_root, **same_names(load_images, options))
+    with accelerator.main_process_first():  # what one downloads or prepares is there for the others
+        splits = load_images(options.dataset, root=options.data_root, **same_names(load_images, options))
     configuration = asdict(replace(options, output=None, resume=False))
     folder = training.open_run_folder(options.output, stem(options), configuration, accelerator, resume=options.resume)
     journal = training.Journal(folder if accelerator.is_main_process else None)
-    where = environment(accelerator.device) | {"processes": str(accelerator.num_processes)}
-    journal.header("environment", where)
+    journal.header(
+        "environment", where := environment(accelerator.device) | {"processes": str(accelerator.num_processes)}
+    )
     journal.header("configuration", configuration)
     networks = {f"{options.neuron} {options.mode}": options}
     if options.reference:
-        networks["lif undefended"] = replace(options, neuron="lif", mode="none", select="clean")
-    report = Report(ThreatModel("Linf", attack_eps(options)), (), configuration=configuration, environment=where)
+        networks["lif undefended"] = replace(options, **UNDEFENDED)
+    eps = parse_eps(options.eps if options.eval_eps is None else options.eval_eps)
+    report = Report(ThreatModel("Linf", eps), (), configuration=configuration, environment=where)
     for name, choice in networks.items():
-        classifier, history = train_network(name, choice, splits, accelerator, folder, journal)
+        classifier, history = train_network(name, completed(choice), splits, accelerator, folder, journal)
         if accelerator.is_main_process:
             journal.say(f"evaluating {name} on {len(splits.test)} test images")
-            loader = image_loader(splits.test, 512)
-            attacks = final_attacks(attack_eps(options))
-            result = evaluate(classifier, loader, attacks, threat=report.threat, network=name, seed=options.seed)
+            loader = image_loader(splits.test, 32 if splits.frames else 512)
+            result = evaluate(
+                classifier, loader, training.final_attacks(eps), threat=report.threat, network=name, seed=options.seed
+            )
             heads = [history[: end + 1] for end in range(len(history)) if training.MODES[choice.mode].single_step]
             notes = tuple(f"{name}: {warning}" for warning in map(training.catastrophic_overfitting, heads) if warning)
             report = report.merged(replace(result, curves={name: [asdict(record) for record in history]}, notes=notes))
@@ -183,29 +190,26 @@ def train_network(
 ) -> tuple[SpikingClassifier, list[training.EpochRecord]]:
     """Train one network and return it as it was at its best epoch."""
     mode = training.MODES[options.mode]
+    eps = parse_eps(options.eps if options.eval_eps is None else options.eval_eps)
     spec = network_spec(options, splits)
     set_seed(options.seed)
     classifier = build_classifier(spec)
     if options.pretrained is not None:
         start_from(classifier, Path(options.pretrained))
-    chosen = {
-        "weight_decay": either(options.weight_decay, mode.weight_decay),
-        "retraction": either(options.beta, mode.retraction) if mode.retraction else 0.0,
-        "select": options.select or mode.select,
-        "single_step_attack": mode.single_step,
-    }
+    chosen = {"single_step_attack": mode.single_step, "retraction": options.beta if mode.retraction else 0.0}
     plan = training.TrainingPlan(**same_names(training.TrainingPlan, options) | chosen)
+    decisive = {name: value for name, value in asdict(options).items() if name not in FREE}
     (network_folder := folder / name.replace(" ", "_")).mkdir(exist_ok=True)
     history = training.train(
         make_objective(options, classifier),
         splits,
         plan,
         perturb=training.training_attack(**same_names(training.training_attack, options), steps=options.attack_steps),
-        validation_attacks=training.validation_attacks(attack_eps(options)),
+        validation_attacks=training.validation_attacks(eps),
         accelerator=accelerator,
         folder=network_folder,
         journal=journal,
-        description={"network": asdict(spec), "options": decisive(options)},
+        description={"network": asdict(spec), "options": decisive},
         resume=options.resume,
     )
     classifier.load_state_dict(training.load_checkpoint(network_folder / "best.pt")["model"])
@@ -214,58 +218,31 @@ def train_network(
 
 def network_spec(options: Options, splits: ImageSplits) -> NetworkSpec:
     """What the network is built from; the checkpoint keeps it."""
-    of_data = same_names(NetworkSpec, splits) | {"name": options.model, "options": options.model_options}
-    return NetworkSpec(**same_names(NetworkSpec, options) | of_data)
+    given = same_names(NetworkSpec, options) | same_names(NetworkSpec, splits)
+    return NetworkSpec(**given | {"name": options.model, "options": options.model_options})
 
 
 def make_objective(options: Options, classifier: SpikingClassifier) -> training.Objective:
     """The loss of the training mode."""
-    mode = training.MODES[options.mode]
-    penalties: list[training.Penalty] = []
-    if options.gradient_sparsity:
-        penalties.append(training.GradientSparsity(options.gradient_sparsity))
-    if options.threshold_guard:
-        penalties.append(training.ThresholdGuarding(options.threshold_guard, margin=options.guard_margin))
-    rho = 0.0 if options.mode == "none" else either(options.rho, mode.rho)
-    chosen = {"loss": mode.loss, "kappa": either(options.kappa, mode.kappa), "rho": rho, "penalties": penalties}
+    chosen: dict[str, Any] = {"loss": training.MODES[options.mode].loss}
+    chosen["penalties"] = training.make_penalties(**same_names(training.make_penalties, options))
     return training.Objective(classifier, **same_names(training.Objective, options) | chosen)
 
 
-def final_attacks(eps: float) -> dict[str, Attack]:
-    """Attacks of the table at the end."""
-    pgd20 = partial(pgd, eps=eps, step_size=eps / 8, steps=20)
-    return {"gaussian": partial(gaussian, std=eps), "fgsm": partial(fgsm, eps=eps), "pgd20": pgd20}
-
-
-def attack_eps(options: Options) -> float:
-    """Radius of the attacks in validation and test."""
-    return parse_eps(options.eps if options.eval_eps is None else options.eval_eps)
-
-
-def either(option: float | None, default: float) -> float:
-    """An option, or what stands for null."""
-    return default if option is None else option
+def completed(options: Options) -> Options:
+    """The options with those of the mode where they are null, and radii as numbers."""
+    mode = training.MODES[options.mode]
+    names = ("kappa", "rho", "weight_decay", "select")
+    of_mode = {name: getattr(mode, name) for name in names} | {"beta": mode.retraction}
+    found = {name: value for name, value in of_mode.items() if getattr(options, name) is None}
+    found |= {"rho": 0.0} if options.mode == "none" else {}
+    radii = ((name, getattr(options, name)) for name in ("eps", "step_size", "eval_eps"))
+    return replace(options, **found | {name: parse_eps(radius) for name, radius in radii if radius is not None})
 
 
 def stem(options: Options) -> str:
     """Name of a run's folder, up to its number."""
     return f"{options.dataset.replace(':', '-').replace('/', '-')}-{options.neuron}-{options.mode}"
-
-
-def decisive(options: Options) -> dict[str, Any]:
-    """The options that decide the weights: a run is resumed with the same ones."""
-    free = (
-        "data_root",
-        "download",
-        "test_limit",
-        "reference",
-        "device",
-        "workers",
-        "checkpoint_steps",
-        "output",
-        "resume",
-    )
-    return {name: value for name, value in asdict(options).items() if name not in free}
 
 
 if __name__ == "__main__":

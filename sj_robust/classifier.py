@@ -224,7 +224,8 @@ class PoissonEncoder(nn.Module):
 def _step_mode(net: nn.Module) -> str:
     """Step mode of the outermost step module; inner ones may differ (recurrent containers)."""
     for module in net.modules():
-        if isinstance(module, base.StepModule):
+        # A container of SpikingJelly 2.x may be a step module without a mode of its own.
+        if isinstance(module, base.StepModule) and hasattr(module, "step_mode"):
             return str(module.step_mode)
     return "m"
 

@@ -14,11 +14,14 @@ from sj_robust.training.folder import CONFIGURATION_FILE, run_to_resume
 
 __all__ = ["named_arguments", "parse_options", "run_recipe", "same_names"]
 
+SWITCHES = ("--resume", "--download", "--report", "--trust_code")
+"""Options that need no value."""
+
 OptionsT = TypeVar("OptionsT")
 
 
 def named_arguments(arguments: Sequence[str]) -> list[str]:
-    """Arguments as the options are called: ``--data-root`` is ``--data_root``, a bare ``--resume`` is true.
+    """Arguments as the options are called: ``--data-root`` is ``--data_root``, a bare switch (``--resume``) is true.
 
     规范化命令行参数。
 
@@ -35,8 +38,8 @@ def named_arguments(arguments: Sequence[str]) -> list[str]:
     words = [re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word) for word in arguments]
     for index, word in enumerate(words):
         following = words[index + 1 : index + 2]
-        if word == "--resume" and not (following and following[0] in ("true", "false")):
-            words[index] = "--resume=true"
+        if word in SWITCHES and not (following and following[0] in ("true", "false")):
+            words[index] = f"{word}=true"
     return words
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from spikingjelly.activation_based import encoding, functional, layer, neuron, surrogate
+from spikingjelly.activation_based import base, encoding, functional, layer, neuron, surrogate
 from torch import nn
 
 from sj_robust.classifier import PoissonEncoder, SpikingClassifier, SpikingEventClassifier
@@ -244,3 +244,14 @@ class _Returning(nn.Module):
 
     def forward(self, frames):
         return self.output
+
+
+def test_a_step_module_without_a_mode_of_its_own_is_passed_over():
+    class Container(nn.Sequential, base.StepModule):
+        """As SpikingJelly 2.x's SeqToANNContainer."""
+
+    net = Container(nn.Linear(3, 2), DLIFNode(T=4, step_mode="s"))
+    if hasattr(net, "step_mode"):
+        del net.step_mode
+    assert SpikingClassifier(net, T=4)(torch.rand(5, 3)).shape == (5, 2)
+    assert SpikingClassifier(Container(nn.Linear(3, 2)), T=4)(torch.rand(5, 3)).shape == (5, 2)

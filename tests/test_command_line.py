@@ -40,6 +40,7 @@ def stem(options):
         (["--name=--a-b"], ["--name=--a-b"]),
         (["--resume"], ["--resume=true"]),
         (["--resume", "--name", "x"], ["--resume=true", "--name", "x"]),
+        (["--download", "--trust-code", "--report"], ["--download=true", "--trust_code=true", "--report=true"]),
         (["--resume", "false"], ["--resume", "false"]),
         (["--resume", "runs/x"], ["--resume=true", "runs/x"]),
     ],

@@ -46,7 +46,7 @@ def svhn(root: Path, *, download: bool) -> Source:
 def _read(path: Path) -> tuple[Tensor, Tensor]:
     """Images [N, 3, 32, 32] and digits [N]."""
     try:
-        from scipy.io import loadmat  # type: ignore[import-untyped]  # scipy brings no types
+        from scipy.io import loadmat
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
             "SVHN comes in MATLAB files, which scipy reads; it is not installed: pip install scipy"

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust.attacks import check_images, check_labels
-from sj_robust.attacks.randomness import seeded_globals
+from sj_robust.attacks.randomness import SampleSeeds, seeded_globals
 from sj_robust.evaluation.report import Report, Score
 from sj_robust.evaluation.threat import ThreatModel
 
@@ -17,7 +17,7 @@ __all__ = ["Attack", "accuracy", "evaluate"]
 class Attack(Protocol):
     """An attack with its budget already given, such as ``functools.partial(fgsm, eps=0.1)``."""
 
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator) -> Tensor:
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | SampleSeeds) -> Tensor:
         """Perturbed images."""
 
 

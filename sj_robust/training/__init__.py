@@ -5,7 +5,14 @@ from sj_robust.training.engine import NonFiniteLossError, TrainingInterrupted, T
 from sj_robust.training.folder import open_run_folder, run_to_resume
 from sj_robust.training.history import EpochRecord, catastrophic_overfitting
 from sj_robust.training.journal import Journal
-from sj_robust.training.modes import MODES, Mode, training_attack, validation_attacks
+from sj_robust.training.modes import (
+    MODES,
+    Mode,
+    final_attacks,
+    make_penalties,
+    training_attack,
+    validation_attacks,
+)
 from sj_robust.training.objective import Losses, Objective
 from sj_robust.training.penalties import GradientSparsity, Passes, Penalty, ThresholdGuarding
 from sj_robust.training.regularization import project_to_simplex_, retract_
@@ -25,7 +32,9 @@ __all__ = [
     "TrainingInterrupted",
     "TrainingPlan",
     "catastrophic_overfitting",
+    "final_attacks",
     "load_checkpoint",
+    "make_penalties",
     "open_run_folder",
     "project_to_simplex_",
     "retract_",

@@ -110,7 +110,8 @@ def test_a_checkpoint_builds_its_network(whole):
     net = build_network(NetworkSpec(**spec))
     net.load_state_dict({name.removeprefix("net."): value for name, value in content["model"].items()})
     assert spec["channels"] == (4, 4)
-    assert content["description"]["options"]["kappa"] == 0.5
+    options = content["description"]["options"]
+    assert (options["kappa"], options["rho"], options["weight_decay"], options["eps"]) == (0.5, 1.0, 5e-4, 0.1)
 
 
 def test_tensorboard_scalars(whole):
