@@ -2,12 +2,13 @@
 
 import os
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-__all__ = ["load_checkpoint", "save_checkpoint"]
+__all__ = ["check_same_run", "load_checkpoint", "save_checkpoint"]
 
 _FORMAT = "sj_robust.checkpoint"
 _VERSION = 1
@@ -76,6 +77,27 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
             f"{path} has checkpoint version {content.get('version')}, this release reads {_VERSION}; update sj_robust"
         )
     return content
+
+
+def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise ValueError if the description in a checkpoint is that of a run with other options. 检查选项是否一致。
+
+    Example:
+        >>> check_same_run({"lr": 0.1}, {"lr": 0.1})
+    """
+    old, new = _flat(saved), _flat(wanted)
+    names = [name for name in (*new, *(old.keys() - new.keys())) if old.get(name) != new.get(name)]
+    if names:
+        differences = ", ".join(f"{name}: {old.get(name)!r} there, {new.get(name)!r} now" for name in names)
+        raise ValueError(f"the checkpoint is of a run with other options ({differences}); resume with the same ones")
+
+
+def _flat(description: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested groups of options as one level, with the groups in the names."""
+    flat: dict[str, Any] = {}
+    for name, value in description.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat
 
 
 def _sync_folder(folder: Path) -> None:

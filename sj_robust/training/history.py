@@ -12,7 +12,8 @@ class EpochRecord:
 
     Attributes:
         epoch: Number of the epoch, from 1.
-        losses: Mean over the epoch's batches of every field of ``Losses``.
+        losses: Mean over the epoch's batches of every field of ``Losses``, and of every penalty before its weight as
+            ``"penalty/NAME"``.
         validation: Validation accuracy in [0, 1], ``"clean"`` and under each attack.
         lr: Learning rate of the epoch.
 

@@ -17,7 +17,9 @@ __all__ = ["Journal"]
 class Journal:
     """Writes ``log.txt`` and ``tensorboard/`` in a folder and shows progress on the console. 训练日志。
 
-    On a terminal a bar shows the loss parts, accuracy and time left at every step; elsewhere a line per epoch does.
+    On a terminal a bar shows the loss parts, accuracy, images per second and time left at every step; elsewhere a line
+    per epoch does. Images per second are those of the training steps, the making of perturbed images included and
+    validation left out.
 
     Args:
         folder: Where to write; None makes a journal that says nothing, for all processes but the first.
@@ -46,6 +48,8 @@ class Journal:
         self._task = TaskID(0)
         self._name = ""
         self._epochs = 0
+        self._images = 0
+        self._rate = _Rate()
 
     def say(self, text: str) -> None:
         """Print a line and log it."""
@@ -59,16 +63,20 @@ class Journal:
         self.say("\n  ".join([f"{title}:", *(f"{name}: {value}" for name, value in values.items())]))
 
     @contextmanager
-    def network(self, name: str, epochs: int, batches: int, epoch: int, batch: int) -> Iterator[None]:
-        """Follow the training of one network, which stands at ``batch`` of ``epoch``, counted from 0."""
+    def network(self, name: str, epochs: int, batches: int, epoch: int, batch: int, images: int = 0) -> Iterator[None]:
+        """Follow the training of one network, which stands at ``batch`` of ``epoch``, counted from 0.
+
+        Every step takes ``images`` images; if that is 0, no images per second are shown.
+        """
         if self._folder is None:
             yield
             return
-        self._name, self._epochs = name, epochs
+        self._name, self._epochs, self._images = name, epochs, images
         self._writer = SummaryWriter(self._folder / "tensorboard" / name, purge_step=epoch + 1)
         self._started, self._first_epoch = time.monotonic(), epoch + batch / batches
         self._task = self._progress.add_task(name, total=epochs * batches, completed=epoch * batches + batch, status="")
         self._progress.start()
+        self._rate.start()
         try:
             yield
         finally:
@@ -78,25 +86,32 @@ class Journal:
 
     def on_step(self, losses: Mapping[str, float]) -> None:
         """Show the losses of a step."""
+        if self._folder is None:
+            return
+        self._rate.step()
         if not self._progress.disable:
-            self._progress.update(self._task, advance=1, status=_summary(losses))
+            rate = f", {self._rate.recent() * self._images:.0f} images/s" if self._images else ""
+            self._progress.update(self._task, advance=1, status=_summary(losses) + rate)
 
     def on_epoch(self, record: EpochRecord, scalars: Mapping[str, float], warning: str | None) -> None:
         """Log an epoch, with further scalars for TensorBoard."""
         if self._folder is None:
             return
         validation = ", ".join(f"{name} {value:.1%}" for name, value in record.validation.items())
+        rate = self._rate.whole() * self._images
         self.say(
             f"{self._name} epoch {record.epoch}/{self._epochs}: {_summary(record.losses)}; "
-            f"validation {validation}{self._time_left(record.epoch)}"
+            f"validation {validation}{f'; {rate:.0f} images/s' if rate else ''}{self._time_left(record.epoch)}"
         )
         if warning is not None:
             self.say(f"WARNING: {warning}")
         if self._writer is not None:
             values = {f"train/{name}": value for name, value in record.losses.items()}
             values |= {f"validation/{name}": value for name, value in record.validation.items()}
+            values |= {"train/images_per_second": rate} if rate else {}
             for name, value in (values | {"train/lr": record.lr} | dict(scalars)).items():
                 self._writer.add_scalar(name, value, record.epoch)
+        self._rate.start()
 
     def _time_left(self, epoch: int) -> str:
         """Estimate from the epochs of this process; there are none if it resumed after the last batch of an epoch."""
@@ -105,8 +120,39 @@ class Journal:
         return f"; {passed / done * (self._epochs - epoch):.0f} s left" if done > 0 else ""
 
 
+class _Rate:
+    """Steps per second since :meth:`start`."""
+
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        """Count anew from now."""
+        self._times = [time.monotonic()]
+
+    def step(self) -> None:
+        """A step has ended."""
+        self._times.append(time.monotonic())
+
+    def recent(self) -> float:
+        """Over the last steps, 20 at the most."""
+        return _per_second(self._times[-21:])
+
+    def whole(self) -> float:
+        """Over all steps; 0 if there were none."""
+        return _per_second(self._times)
+
+
+def _per_second(times: list[float]) -> float:
+    passed = times[-1] - times[0]
+    return (len(times) - 1) / passed if passed > 0 else 0.0
+
+
 def _summary(losses: Mapping[str, float]) -> str:
-    """The losses in words, without the perturbed part where training has none."""
-    parts = ", ".join(f"{name} {losses[name]:.3f}" for name in ("clean", "perturbed", "mppd") if losses[name])
-    perturbed = f" / {losses['accuracy_perturbed']:.1%}" if losses["perturbed"] else ""
-    return f"loss {losses['total']:.3f} ({parts}), accuracy {losses['accuracy']:.1%}{perturbed}"
+    """The losses in words, without the parts and the passes that training does not have."""
+    penalties = [name for name in losses if name.startswith("penalty/")]
+    shown = [name for name in ("clean", "perturbed", "mppd", *(penalties or ["penalty"])) if losses.get(name)]
+    parts = ", ".join(f"{name.removeprefix('penalty/')} {losses[name]:.3f}" for name in shown)
+    passes = (("clean", "accuracy"), ("perturbed", "accuracy_perturbed"))
+    accuracies = " / ".join(f"{losses[name]:.1%}" for loss, name in passes if losses[loss])
+    return f"loss {losses['total']:.3f} ({parts}), accuracy {accuracies}"

@@ -1,0 +1,127 @@
+"""Batch norm on several processes: the same statistics everywhere, or at least the same running ones."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+__all__ = ["share_buffers", "synchronised_batch_norm"]
+
+
+@contextmanager
+def synchronised_batch_norm(net: nn.Module) -> Iterator[None]:
+    """Let batch norm in training mode take its statistics over the images of all processes. 跨进程同步的批归一化。
+
+    Equation, with ``n_r``, ``m_r``, ``v_r`` number, mean and variance of a channel's values on process r::
+
+        mean = sum_r n_r m_r / sum_r n_r
+        var = sum_r n_r (v_r + (m_r - mean)^2) / sum_r n_r
+
+    and the gradient flows through both to every process, so one step of N processes is that of one process with all
+    images. Every batch norm whose ``forward`` ends in torch's is taken, those of SpikingJelly's ``layer`` in both step
+    modes included; one that would run fused with the neuron behind it runs by itself. Parameters, buffers, hooks and
+    ``state_dict`` keys stay. In evaluation mode, in which attacks run, nothing is exchanged.
+
+    ``torch.nn.SyncBatchNorm`` needs CUDA and knows no step modes; this runs on every device.
+
+    Args:
+        net: A network that is the same on every process; its batch norms are as before when the context ends.
+
+    Source: Ioffe & Szegedy (2015); the pooling of means and variances of Chan, Golub and LeVeque (1983).
+
+    Example:
+        >>> net = nn.Sequential(nn.BatchNorm1d(2))
+        >>> with synchronised_batch_norm(net):
+        ...     type(net[0]).__name__
+        'SynchronisedBatchNorm1d'
+        >>> type(net[0]).__name__
+        'BatchNorm1d'
+    """
+    changed: list[tuple[nn.Module, type[nn.Module]]] = []
+    for module in net.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
+            changed.append((module, type(module)))
+            # Behind the module's own class, so that its handling of step modes still comes first.
+            bases = (type(module), _Synchronised)
+            module.__class__ = type(f"Synchronised{type(module).__name__}", bases, {})
+    try:
+        yield
+    finally:
+        for module, original in changed:
+            module.__class__ = original
+
+
+def share_buffers(net: nn.Module) -> None:
+    """Give every process the floating-point buffers of the first, in one message; only where there are processes."""
+    buffers = [buffer for buffer in net.buffers() if buffer.is_floating_point()]
+    if _processes() == 1 or not buffers:
+        return
+    flat = torch.cat([buffer.flatten() for buffer in buffers])
+    dist.broadcast(flat, 0)
+    for buffer, values in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
+        buffer.copy_(values.view_as(buffer))
+
+
+class _Synchronised(nn.modules.batchnorm._BatchNorm):
+    """Batch norm over the values of all processes in training mode."""
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise [N, C, *]."""
+        if not self.training or _processes() == 1:
+            return super().forward(input)
+        self._check_input_dim(input)
+        dims = [0, *range(2, input.ndim)]
+        wide = input if input.dtype == torch.float64 else input.float()
+        var, mean = torch.var_mean(wide, dims, correction=0)
+        count = mean.new_full((1,), input.numel() // input.shape[1])
+        rows = wide.new_zeros(_processes(), 2 * len(mean) + 1)
+        rows = rows.index_add(
+            0, torch.tensor([dist.get_rank()], device=rows.device), torch.cat([mean, var, count])[None]
+        )
+        means, variances, counts = _Sum.apply(rows).split([len(mean), len(mean), 1], 1)  # type: ignore[no-untyped-call]  # untyped in torch
+        shares = counts / counts.sum()
+        mean = (shares * means).sum(0)
+        var = (shares * (variances + (means - mean).square())).sum(0)
+        self._track(mean.detach(), var.detach(), float(input.numel() // input.shape[1] * _processes()))
+        scale = (var + self.eps).rsqrt()
+        if self.weight is not None:
+            scale = scale * self.weight
+        shift = -mean * scale if self.bias is None else self.bias - mean * scale
+        shape = (-1, *[1] * (input.ndim - 2))
+        return (wide * scale.view(shape) + shift.view(shape)).to(input.dtype)
+
+    def _track(self, mean: Tensor, var: Tensor, count: float) -> None:
+        """Move the running statistics as torch's batch norm does."""
+        if not self.track_running_stats or self.running_mean is None or self.running_var is None:
+            return
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked.add_(1)
+        momentum = 1.0 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+        self.running_var.lerp_((var * (count / (count - 1))).to(self.running_var.dtype), momentum)
+
+
+class _Sum(torch.autograd.Function):
+    """Sum over the processes; so is its gradient, since every process uses the result."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        """Sum of ``values``."""
+        total = values.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        """Sum of the gradients."""
+        total = grads[0].clone()
+        dist.all_reduce(total)
+        return total
+
+
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

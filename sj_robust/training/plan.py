@@ -1,0 +1,72 @@
+"""The numbers of a training run."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+__all__ = ["TrainingPlan"]
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """How long and how to step. 训练计划。
+
+    Attributes:
+        epochs: Passes over the training images; the learning rate falls to 0 over them (cosine).
+        batch_size: Images per step over all processes together.
+        accumulate: Equal parts that every process takes its share of a step in, one after the other, for want of
+            memory; their gradients are averaged, and batch norm sees one part at a time.
+        lr: Learning rate of SGD at the start.
+        momentum: Momentum of SGD.
+        weight_decay: On all parameters, DLIF's input gains included.
+        retraction: Length beta of the step of every weight towards orthonormal rows after the optimizer's; 0 for none.
+        seed: Decides the order of the images and the noise of every step.
+        select: Validation figure that the best epoch is chosen by.
+        checkpoint_steps: Steps between checkpoints within an epoch; None writes one per epoch only.
+        workers: Processes that load images in the background.
+        single_step_attack: Whether training uses one, so that catastrophic overfitting is looked for.
+        compile: Whether the network runs through ``torch.compile``; the reset before every pass stays outside.
+        channels_last: Whether images and convolutions are stored channels last; None does so on CUDA alone.
+        sync_batch_norm: Whether batch norm takes its statistics over the images of all processes.
+
+    Raises:
+        ValueError: If a number is out of range.
+
+    Source: training recipe of Ding et al. (ICML 2024), section 5.
+
+    Example:
+        >>> TrainingPlan(epochs=30, batch_size=128, accumulate=2).lr
+        0.1
+    """
+
+    epochs: int
+    batch_size: int = 64
+    accumulate: int = 1
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+    retraction: float = 0.0
+    seed: int = 0
+    select: Literal["clean", "fgsm", "pgd"] = "pgd"
+    checkpoint_steps: int | None = None
+    workers: int = 0
+    single_step_attack: bool = True
+    compile: bool = False
+    channels_last: bool | None = None
+    sync_batch_norm: bool = False
+
+    def __post_init__(self) -> None:
+        at_least_one = {"epochs": self.epochs, "accumulate": self.accumulate}
+        for name, value in (at_least_one | {"checkpoint_steps": self.checkpoint_steps or 1}).items():
+            if value < 1:
+                raise ValueError(f"{name} must be >= 1, got {value}")
+        if not 0.0 < self.lr < float("inf"):
+            raise ValueError(f"lr must be > 0 and finite, got {self.lr}")
+
+    def check_processes(self, processes: int) -> None:
+        """Raise ValueError unless a batch can be cut into equal parts for so many processes."""
+        parts = processes * self.accumulate
+        if self.batch_size % parts:
+            raise ValueError(
+                f"batch_size must be a multiple of processes * accumulate = {processes} * {self.accumulate}, "
+                f"got {self.batch_size}; {-(-self.batch_size // parts) * parts} is one"
+            )

@@ -1,0 +1,81 @@
+"""Validation of an epoch, shared by the processes, and what the log shows beside it."""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Subset
+
+from sj_robust.classifier import SpikingClassifier
+from sj_robust.data import image_loader
+from sj_robust.evaluation import Attack, accuracy
+from sj_robust.perturbation import MPPDMonitor
+from sj_robust.stability import gain_scalars
+from sj_robust.training.random_state import mixed
+
+__all__ = ["Validation"]
+
+_BATCH = 128
+
+
+class Validation:
+    """Accuracy on the validation images, the same figure on any number of processes. 多进程分担的验证。
+
+    The images come in fixed batches, each with its own seed, of which process r of P takes r, r + P, ...; the counts
+    are summed.
+
+    Args:
+        images: The validation images.
+        accelerator: Device and processes.
+        seed: Seeds the attacks.
+        pin_memory: Whether batches are put where a GPU copies them from without waiting.
+
+    Example:
+        >>> images = torch.utils.data.TensorDataset(torch.eye(2).view(2, 1, 1, 2), torch.tensor([0, 0]))
+        >>> Validation(images, Accelerator(cpu=True), seed=0).accuracy(nn.Flatten(), {})
+        {'clean': 0.5}
+    """
+
+    def __init__(
+        self, images: Dataset[tuple[Tensor, ...]], accelerator: Accelerator, *, seed: int, pin_memory: bool = False
+    ) -> None:
+        """Choose this process's share; see the class."""
+        self._accelerator = accelerator
+        self._seed = seed
+        self._size = len(images)  # type: ignore[arg-type]  # every set here has a length
+        self._numbers = range(accelerator.process_index, -(-self._size // _BATCH), accelerator.num_processes)
+        mine = [i for number in self._numbers for i in range(number * _BATCH, min(self._size, (number + 1) * _BATCH))]
+        self._loader = image_loader(Subset(images, mine), _BATCH, pin_memory=pin_memory)
+
+    def accuracy(self, model: nn.Module, attacks: Mapping[str, Attack]) -> dict[str, float]:
+        """Accuracy in [0, 1] on clean images and under each attack; every process gets the same figures."""
+        names = ("clean", *attacks)
+        correct = torch.zeros(len(names), dtype=torch.int64)
+        for number, (x, y) in zip(self._numbers, self._batches(), strict=True):
+            shares = accuracy(model, [(x, y)], attacks, seed=mixed(self._seed, number) % 2**31)
+            correct += torch.tensor([round(shares[name] * len(y)) for name in names])
+        total = self._accelerator.reduce(correct.to(self._accelerator.device), "sum")
+        return dict(zip(names, (count / self._size for count in total.tolist()), strict=True))
+
+    def probe(self, classifier: SpikingClassifier, attack: Attack) -> dict[str, float]:
+        """Figures of the network for the log: MS-MPPD per followed layer, and gains.
+
+        MS-MPPD is under ``attack`` on this process's first images; the gains are those of the inputs, L2 and peak.
+        """
+        net = classifier.net
+        x, y = next(self._batches())
+        x_adv = attack(classifier, x, y, generator=torch.Generator().manual_seed(self._seed))
+        with MPPDMonitor(net) as monitor:
+            stats = monitor.compare(x, x_adv, forward=classifier)
+        scalars = {f"ms_mppd/{name}": float(layer.ms_mppd.mean()) for name, layer in stats.items()}
+        for name, module in net.named_modules():
+            gains = getattr(module, "input_gain", None)
+            if isinstance(gains, nn.Parameter):
+                scalars |= {f"input_gain/{name}/t{t}": gain for t, gain in enumerate(gains.tolist())}
+        return scalars | gain_scalars(net, classifier.T)
+
+    def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        device = self._accelerator.device
+        for x, y in self._loader:
+            yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
