@@ -5,6 +5,7 @@
     python recipes/benchmark.py --what batch_norm                         # behind a batch norm
     python recipes/benchmark.py --what conv4                              # a training step; vgg5 likewise
     python recipes/benchmark.py --what conv4_adversarial                  # the whole adversarial step; vgg5_adversarial
+    python recipes/benchmark.py --what training_step                      # the step of every training mode
     python recipes/benchmark.py --what first_layer                        # its convolution once, or at every step
     python recipes/benchmark.py --what instruction_sets                   # the compiled kernel on each of them
     python recipes/benchmark.py --what scaling                            # time over T and over N
@@ -52,12 +53,12 @@ class Options:
         allocators: malloc maps every large tensor afresh, reuse keeps the heap.
         instruction_set: Instruction set of the compiled kernel, baseline, avx2 or avx512; null for the best.
         output: Folder for the CSV, the table and the chart; null only prints.
-        check: Whether the operator's tests run first; they need a clone of the repository and the extra test.
+        check: Whether the tests of what is timed run first; they need a clone of the repository and the extra test.
     """
 
     what: Literal[
         "neuron", "batch_norm", "instruction_sets", "scaling", "first_layer", "conv4", "vgg5", "conv4_adversarial",
-        "vgg5_adversarial",
+        "vgg5_adversarial", "training_step",
     ] = "neuron"  # fmt: skip
     shapes: list[tuple[int, ...]] | None = None
     methods: list[str] | None = None
@@ -109,12 +110,13 @@ def refuse_unless_tests_pass(what: str, environ: dict[str, str]) -> None:
     tests = Path(__file__).parents[1] / "tests"
     files = ["ops/test_dlif.py", "ops/test_cpp.py"]
     files += [] if what in ("neuron", "instruction_sets", "scaling") else ["ops/test_bn_dlif.py", "test_fusion.py"]
+    files += ["training/test_training_step.py"] if what == "training_step" else []
     options = ["-q", "--no-header", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", *options, *(str(tests / name) for name in files)]
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environ)
     if result.returncode != 0:
         tail = f"{result.stdout[-2000:]}{result.stderr[-500:]}"
-        raise SystemExit(f"the operator's tests fail, so nothing is timed:\n{tail}")
+        raise SystemExit(f"the tests of what is timed fail, so nothing is timed:\n{tail}")
 
 
 def processor() -> str:
@@ -155,18 +157,20 @@ def columns(rows: list[Measurement]) -> tuple[str, ...]:
     peer = SUBJECTS[rows[0].subject].peer
     head = ("method", "median", "quartiles", "best", f"{peer} / this, median", "best")
     memory = ("saved, tensors", "peak, tensors") if SUBJECTS[rows[0].subject].is_layer else ("saved, MB", "peak, MB")
-    speed = ("speed of memory, median / best",) if SUBJECTS[rows[0].subject].is_layer else ()
+    speed = ("speed of memory, median / best",) if SUBJECTS[rows[0].subject].is_layer else ("images / s",)
     return (*head, *speed, *memory, f"peak / {peer}")
 
 
 def cells(row: Measurement, rows: list[Measurement]) -> tuple[str, ...]:
     """Text of one line of the table."""
     subject = SUBJECTS[row.subject]
-    peer = next((other for other in rows if other.method == subject.peer), None)
+    peer = next((other for other in rows if other.method == subject.peer_of(row.method)), None)
     texts = [row.method, f"{row.median:.1f}", f"{row.quartile1:.1f} - {row.quartile3:.1f}", f"{row.best:.1f}"]
     texts += ["", ""] if peer is None else [f"{peer.median / row.median:.2f}", f"{peer.best / row.best:.2f}"]
     if subject.is_layer:
         texts += [f"{100 * row.floor / row.median:.0f} % / {100 * row.floor / row.best:.0f} %"]
+    else:
+        texts += [f"{row.images_per_second:.0f}"]
     unit, digits = (row.tensor_mb, 2) if subject.is_layer else (1.0, 0)
     texts += ["" if math.isnan(mb) else f"{mb / unit:.{digits}f}" for mb in (row.saved_mb, row.peak_mb)]
     hidden = peer is None or math.isnan(row.peak_mb) or not peer.peak_mb > 0

@@ -20,7 +20,16 @@ from sj_robust.neuron import DLIFNode
 if TYPE_CHECKING:
     from sj_robust.training import Objective
 
-__all__ = ["FIRST_LAYER", "AdversarialTask", "FirstLayerTask", "NetworkTask", "adversarial_tasks", "network_tasks"]
+__all__ = [
+    "FIRST_LAYER",
+    "AdversarialTask",
+    "FirstLayerTask",
+    "NetworkTask",
+    "TrainingTask",
+    "adversarial_tasks",
+    "check_same",
+    "network_tasks",
+]
 
 _ARCHITECTURES: dict[str, tuple[tuple[int | Literal["A"], ...], tuple[int, ...]]] = {
     "conv4": ((32, 64, "A", 128, "A", 128, "A"), ()),
@@ -52,12 +61,20 @@ def adversarial_tasks(architecture: str) -> dict[str, Callable[[Sequence[int]], 
     }
 
 
-class _TrainingTask:
-    """What two kinds of training step share: images, labels, the step of the optimizer."""
+class TrainingTask:
+    """What the kinds of training step share: images, labels, the step of the optimizer.
 
-    def __init__(self, net: ConvChain, shape: Sequence[int], dtype: torch.dtype) -> None:
-        self._optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9)
-        self._x, self._y = _images(shape, dtype)
+    Args:
+        net: The network.
+        shape: [T, N, C, H, W] of the images.
+        dtype: Type of images and weights.
+        weight_decay: Weight decay of the optimizer.
+    """
+
+    def __init__(self, net: nn.Module, shape: Sequence[int], dtype: torch.dtype, *, weight_decay: float = 0.0) -> None:
+        """Draw the images; see the class."""
+        self._optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9, weight_decay=weight_decay)
+        self._x, self._y = made_up_images(shape, dtype)
         self.tensor_bytes = 4 * self._x.numel() * shape[0]
         self.inputs = [self._x, *net.parameters()]
 
@@ -68,7 +85,7 @@ class _TrainingTask:
         self._optimizer.step()
 
 
-class NetworkTask(_TrainingTask):
+class NetworkTask(TrainingTask):
     """One training step (cross entropy, SGD) of a network of convolution - batch norm - neuron stages.
 
     Args:
@@ -106,10 +123,10 @@ class NetworkTask(_TrainingTask):
             losses.append(float(task.forward().detach()))
             task.backward(task.forward())
             losses.append(float(task.forward().detach()))  # after a step, which the gradients decide
-        _same(neuron, losses[:2], losses[2:])
+        check_same(neuron, losses[:2], losses[2:])
 
 
-class AdversarialTask(_TrainingTask):
+class AdversarialTask(TrainingTask):
     """One step of adversarial training with MS-MPPD: crafting, both passes, loss, optimizer.
 
     Args:
@@ -159,7 +176,7 @@ class AdversarialTask(_TrainingTask):
             loss = task.forward()
             task.backward(loss)
             losses += [float(loss.detach()), float(task.forward().detach())]
-        _same("the adversarial step", losses[:2], losses[2:])
+        check_same("the adversarial step", losses[:2], losses[2:])
 
 
 class FirstLayerTask:
@@ -178,7 +195,7 @@ class FirstLayerTask:
         self._net = nn.Sequential(*stages, DLIFNode(shape[0])).to(dtype)
         fuse_batch_norm(self._net)
         self._once = once
-        self._frames = _images(shape, dtype)[0].expand(tuple(shape)).contiguous()
+        self._frames = made_up_images(shape, dtype)[0].expand(tuple(shape)).contiguous()
         self.tensor_bytes = self._frames.element_size() * self._frames.numel()
         self.inputs = [self._frames, *self._net.parameters()]
 
@@ -233,12 +250,17 @@ def _objective(net: nn.Module, T: int) -> "Objective":
     return Objective(SpikingClassifier(net, T))
 
 
-def _images(shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def made_up_images(shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     x = torch.rand(tuple(shape[1:]), generator=generator, dtype=torch.float64).to(dtype)
     return x, torch.arange(shape[1]) % 10
 
 
-def _same(name: str, found: list[float], wanted: list[float]) -> None:
+def check_same(name: str, found: list[float], wanted: list[float]) -> None:
+    """Compare losses before and after a step, which the gradients decide.
+
+    Raises:
+        ValueError: If they differ, or the step changed nothing.
+    """
     if not all(abs(a - b) < 1e-6 * abs(b) for a, b in zip(found, wanted, strict=True)) or wanted[0] == wanted[1]:
         raise ValueError(f"{name} does not equal the textbook loop ({found} against {wanted}): it is not timed")

@@ -1,13 +1,14 @@
 """What can be measured: groups of methods that do the same work, and the peer their ratios refer to."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from sj_robust.benchmarking.layers import BATCH_NORM_LAYERS, INSTRUCTION_SETS, LAYERS
 from sj_robust.benchmarking.networks import FIRST_LAYER, adversarial_tasks, network_tasks
+from sj_robust.benchmarking.steps import STEP_PEERS, TRAINING_STEPS
 
 __all__ = ["SUBJECTS", "Subject", "Task"]
 
@@ -39,11 +40,12 @@ class Subject:
 
     Attributes:
         methods: Makes the task of a method from the shape; raises ImportError or RuntimeError where it cannot run.
-        peer: Method that ratios refer to.
+        peer: Method that ratios refer to; where each method has one of its own, what those are called together.
         shapes: Shapes of the documentation, [T, N, C, H, W].
         is_layer: Whether the bandwidth of the memory bounds it.
         has_one_graph: Whether the forward pass builds one graph, so that what it saves can be weighed; an attack
             builds others.
+        peers: Methods that ratios refer to, by method, where they differ.
     """
 
     methods: Mapping[str, Callable[[Sequence[int]], Task]]
@@ -51,6 +53,11 @@ class Subject:
     shapes: tuple[tuple[int, ...], ...]
     is_layer: bool = False
     has_one_graph: bool = True
+    peers: Mapping[str, str] = field(default_factory=dict)
+
+    def peer_of(self, method: str) -> str:
+        """Method that the ratios of ``method`` refer to; a peer of several is its own."""
+        return self.peers.get(method, method if self.peers else self.peer)
 
 
 _LARGE = ((8, 64, 64, 32, 32), (8, 128, 256, 8, 8), (4, 64, 128, 8, 8))
@@ -74,7 +81,11 @@ SUBJECTS: dict[str, Subject] = {
     "vgg5_adversarial": Subject(
         adversarial_tasks("vgg5"), "published loop", ((8, 16, 3, 32, 32),), has_one_graph=False
     ),
+    "training_step": Subject(
+        TRAINING_STEPS, "textbook loop", ((4, 64, 1, 28, 28),), has_one_graph=False, peers=STEP_PEERS
+    ),
 }
 """``neuron`` and ``batch_norm`` are single layers, ``instruction_sets`` and ``scaling`` are the neuron on each of them
 and over T and N; ``first_layer`` is a stage on images that do not change; ``conv4`` (four stages) and ``vgg5`` are
-training steps of networks on clean images, ``..._adversarial`` steps of adversarial training."""
+training steps of networks on clean images, ``..._adversarial`` steps of adversarial training; ``training_step`` is
+the step of every training mode on a small network, each beside a textbook loop with SpikingJelly's LIFNode."""

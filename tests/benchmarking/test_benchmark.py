@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from sj_robust.benchmarking import SUBJECTS, Measurement, race
+from sj_robust.benchmarking import SUBJECTS, Measurement, race, steps
 from sj_robust.benchmarking.layers import LAYERS, LayerTask
 from sj_robust.benchmarking.networks import AdversarialTask, NetworkTask
+from sj_robust.benchmarking.published import PublishedLoop
+from sj_robust.benchmarking.steps import ModeTask
 from sj_robust.ops.dlif import cpp
 from sj_robust.plotting import plot_benchmark
+from sj_robust.training import MODES
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "recipes"))
@@ -38,7 +41,7 @@ def test_every_method_is_right_and_runs(subject, method):
     task.check()
     task.backward(task.forward())
     assert task.tensor_bytes > 0
-    assert SUBJECTS[subject].peer in SUBJECTS[subject].methods
+    assert SUBJECTS[subject].peer_of(method) in SUBJECTS[subject].methods
 
 
 def test_a_wrong_layer_is_found_out():
@@ -68,6 +71,56 @@ def test_wrong_networks_and_steps_are_found_out(monkeypatch):
         AdversarialTask("conv4", IMAGES, published=False).check()
 
 
+def test_the_step_of_every_mode_has_a_peer():
+    subject = SUBJECTS["training_step"]
+    assert set(subject.peers) == set(MODES)
+    assert {subject.peer_of(mode) for mode in MODES} == set(subject.methods) - set(MODES)
+    assert subject.peer_of("at, textbook loop") == "at, textbook loop"
+
+
+@pytest.mark.parametrize(
+    ("mode", "method", "wrong"),
+    [
+        ("none", "entropy_loss", lambda loss: 1.01 * loss),
+        ("gaussian", "paper_loss", lambda loss: 1.01 * loss),
+        ("at", "single_step", lambda images: images.flip(3)),
+        ("pgd_at", "pgd", lambda images: images.flip(3)),
+        ("trades", "trades", lambda images: images.flip(3)),
+        ("trades", "trades_loss", lambda loss: 1.01 * loss),
+    ],
+)
+def test_a_wrong_step_of_a_mode_is_found_out(monkeypatch, mode, method, wrong):
+    right = getattr(PublishedLoop, method)
+    monkeypatch.setattr(PublishedLoop, method, lambda *args, **kwargs: wrong(right(*args, **kwargs)))
+    with pytest.raises(ValueError, match=f"mode {mode} does not equal"):
+        ModeTask(mode, IMAGES).check()
+
+
+def test_a_wrong_retraction_is_found_out(monkeypatch):
+    monkeypatch.setattr(steps, "published_retraction", lambda net, beta: None)
+    with pytest.raises(ValueError, match="mode rat does not equal"):
+        ModeTask("rat", IMAGES).check()
+
+
+def test_every_mode_is_compared_with_its_own_peer():
+    rows = [
+        Measurement("training_step", "malloc", "4x64x1x28x28", method, median, median, median, median, 1.0, 1.0,
+                    math.nan, peak, 1.0, math.nan)
+        for method, median, peak in [("none", 10.0, 6.0), ("none, textbook loop", 20.0, 12.0),
+                                     ("at", 50.0, 5.0), ("at, textbook loop", 200.0, 20.0)]
+    ]  # fmt: skip
+    table = {row.method: dict(zip(benchmark.columns(rows), benchmark.cells(row, rows), strict=True)) for row in rows}
+    assert {name: cells["textbook loop / this, median"] for name, cells in table.items()} == {
+        "none": "2.00",
+        "none, textbook loop": "1.00",
+        "at": "4.00",
+        "at, textbook loop": "1.00",
+    }
+    assert table["none"]["images / s"] == "6400"
+    assert table["at"]["peak / textbook loop"] == "0.25"
+    assert benchmark.cells(rows[0], rows[:1])[4:6] == ("", "")  # its peer was not measured
+
+
 def test_the_recipe_leaves_numbers_table_and_chart(tmp_path, monkeypatch, capsys):
     methods = ["DLIF eager", "textbook loop", "snnTorch Leaky"]
     options = ["--shapes", "[[2,4,3,8,8]]", "--methods", str(methods).replace("'", '"'), "--rounds", "3"]
@@ -88,14 +141,18 @@ def test_the_recipe_leaves_numbers_table_and_chart(tmp_path, monkeypatch, capsys
     assert "textbook loop" in capsys.readouterr().out
 
 
-def test_nothing_is_timed_while_the_tests_of_the_operator_fail(monkeypatch, tmp_path):
-    tests = tmp_path / "tests" / "ops"
-    tests.mkdir(parents=True)
-    (tests / "test_cpp.py").write_text("def test_it():\n    pass\n")
-    (tests / "test_dlif.py").write_text("def test_it():\n    assert 'spike' == 'no spike'\n")
+@pytest.mark.parametrize(
+    ("what", "broken"), [("neuron", "ops/test_dlif.py"), ("training_step", "training/test_training_step.py")]
+)
+def test_nothing_is_timed_while_its_tests_fail(monkeypatch, tmp_path, what, broken):
+    tests = tmp_path / "tests"
+    for name in ("ops/test_dlif.py", "ops/test_cpp.py", "ops/test_bn_dlif.py", "test_fusion.py", broken):
+        (tests / name).parent.mkdir(parents=True, exist_ok=True)
+        (tests / name).write_text("def test_it():\n    pass\n")
+    (tests / broken).write_text("def test_it():\n    assert 'spike' == 'no spike'\n")
     monkeypatch.setattr(benchmark, "__file__", str(tmp_path / "recipes" / "benchmark.py"))
     with pytest.raises(SystemExit, match=r"(?s)nothing is timed:.*no spike"):
-        benchmark.main([])
+        benchmark.main(["--what", what])
 
 
 def test_wrong_use():
