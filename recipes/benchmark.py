@@ -154,11 +154,12 @@ def caption(rows: list[Measurement]) -> str:
 
 def columns(rows: list[Measurement]) -> tuple[str, ...]:
     """Names of the columns: a layer is compared with the speed of the memory too."""
-    peer = SUBJECTS[rows[0].subject].peer
+    subject = SUBJECTS[rows[0].subject]
+    peer = subject.peer
     head = ("method", "median", "quartiles", "best", f"{peer} / this, median", "best")
-    memory = ("saved, tensors", "peak, tensors") if SUBJECTS[rows[0].subject].is_layer else ("saved, MB", "peak, MB")
-    speed = ("speed of memory, median / best",) if SUBJECTS[rows[0].subject].is_layer else ("images / s",)
-    return (*head, *speed, *memory, f"peak / {peer}")
+    speed, unit = ("speed of memory, median / best", "tensors") if subject.is_layer else ("images / s", "MB")
+    saved = (f"saved, {unit}",) if subject.has_one_graph else ()
+    return (*head, speed, *saved, f"peak, {unit}", f"peak / {peer}")
 
 
 def cells(row: Measurement, rows: list[Measurement]) -> tuple[str, ...]:
@@ -171,8 +172,9 @@ def cells(row: Measurement, rows: list[Measurement]) -> tuple[str, ...]:
         texts += [f"{100 * row.floor / row.median:.0f} % / {100 * row.floor / row.best:.0f} %"]
     else:
         texts += [f"{row.images_per_second:.0f}"]
+    memory = (row.saved_mb, row.peak_mb) if subject.has_one_graph else (row.peak_mb,)
     unit, digits = (row.tensor_mb, 2) if subject.is_layer else (1.0, 0)
-    texts += ["" if math.isnan(mb) else f"{mb / unit:.{digits}f}" for mb in (row.saved_mb, row.peak_mb)]
+    texts += ["" if math.isnan(mb) else f"{mb / unit:.{digits}f}" for mb in memory]
     hidden = peer is None or math.isnan(row.peak_mb) or not peer.peak_mb > 0
     return (*texts, "" if peer is None or hidden else f"{row.peak_mb / peer.peak_mb:.2f}")
 

@@ -1,6 +1,6 @@
 """The training step of every mode, and the loop of its paper on SpikingJelly's own neuron."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -182,10 +182,11 @@ def _drawn(mode: str, seeds: SampleSeeds, x: Tensor) -> Tensor:
 
 _MODES: "tuple[ModeName, ...]" = ("none", "gaussian", "at", "rat", "pgd_at", "trades")
 
-STEP_PEERS = {mode: f"{mode}, textbook loop" for mode in _MODES}
+STEP_PEERS: dict[str, str] = {mode: f"{mode}, textbook loop" for mode in _MODES}
 """Name of the published loop of every mode."""
 
-TRAINING_STEPS = {mode: partial(ModeTask, mode) for mode in _MODES} | {
-    peer: partial(PublishedTask, mode) for mode, peer in STEP_PEERS.items()
+TRAINING_STEPS: dict[str, Callable[[Sequence[int]], ModeTask | PublishedTask]] = {
+    **{mode: partial(ModeTask, mode) for mode in _MODES},
+    **{STEP_PEERS[mode]: partial(PublishedTask, mode) for mode in _MODES},
 }
 """Tasks by the name of the mode, and of the published loops."""
