@@ -185,8 +185,8 @@ _MODES: "tuple[ModeName, ...]" = ("none", "gaussian", "at", "rat", "pgd_at", "tr
 STEP_PEERS: dict[str, str] = {mode: f"{mode}, textbook loop" for mode in _MODES}
 """Name of the published loop of every mode."""
 
-TRAINING_STEPS: dict[str, Callable[[Sequence[int]], ModeTask | PublishedTask]] = {
-    **{mode: partial(ModeTask, mode) for mode in _MODES},
-    **{STEP_PEERS[mode]: partial(PublishedTask, mode) for mode in _MODES},
-}
-"""Tasks by the name of the mode, and of the published loops."""
+TRAINING_STEPS: dict[str, Callable[[Sequence[int]], ModeTask | PublishedTask]] = {}
+"""Tasks by the name of the mode, each followed by its published loop."""
+
+for _mode in _MODES:
+    TRAINING_STEPS |= {_mode: partial(ModeTask, _mode), STEP_PEERS[_mode]: partial(PublishedTask, _mode)}
