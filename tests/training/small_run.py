@@ -1,19 +1,22 @@
-"""A training run of a second on made-up images, and a script for several processes: small_run.py FOLDER DTYPE MODE."""
+"""A training run of a second on made-up images; as a script, small_run.py FOLDER, all SCENARIOS on two processes."""
 
 import sys
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from spikingjelly.activation_based import functional, layer
 from torch import nn
 from torch.utils.data import TensorDataset
 
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.attacks import fgsm, pgd, rfgsm
 from sj_robust.data import ImageSplits
-from sj_robust.training import Journal, Objective, TrainingPlan, train
+from sj_robust.fusion import fuse_batch_norm
+from sj_robust.training import GradientSparsity, Journal, Objective, TrainingPlan, train, validation
 
 VALIDATION = {"fgsm": partial(fgsm, eps=0.1), "pgd": partial(pgd, eps=0.1, step_size=0.05, steps=2)}
 ATTACK = partial(rfgsm, eps=0.1)
@@ -42,19 +45,48 @@ class Net(nn.Module):
         return self.parts(3 * x_seq.flatten(2))
 
 
-def run(folder, *, dtype=torch.float32, perturb=ATTACK, dropout=0.0, resume=False, journal=None, data=None, **plan):
+def batch_norm_net():
+    """Batch norm that runs fused with its neuron where it may, and one in front of it that never does."""
+    net = nn.Sequential(
+        layer.Conv2d(1, 6, 3, padding=1),
+        layer.BatchNorm2d(6),
+        layer.Conv2d(6, 6, 3, padding=1),
+        layer.BatchNorm2d(6, momentum=None),
+        DLIFNode(T=3, tau=4.0),
+        layer.Flatten(),
+        layer.Linear(96, 3),
+    )
+    functional.set_step_mode(net, "m")
+    assert fuse_batch_norm(net).fused == {"3": "4"}
+    return net
+
+
+def run(
+    folder,
+    *,
+    dtype=torch.float32,
+    perturb=ATTACK,
+    dropout=0.0,
+    resume=False,
+    journal=None,
+    data=None,
+    build=None,
+    objective=None,
+    attacks=None,
+    **plan,
+):
     """Train; returns history and classifier."""
     folder = Path(folder)
     folder.mkdir(exist_ok=True)
     accelerator = Accelerator(cpu=True)
     set_seed(7)
-    classifier = SpikingClassifier(Net(dropout), T=3).to(dtype)
+    classifier = SpikingClassifier(Net(dropout) if build is None else build(), T=3).to(dtype)
     history = train(
-        Objective(classifier),
+        Objective(classifier, **objective or {}),
         splits(dtype=dtype) if data is None else data,
         TrainingPlan(**{"epochs": 3, "batch_size": 16, "lr": 0.1, "seed": 3} | plan),
         perturb=perturb,
-        validation_attacks=VALIDATION,
+        validation_attacks=VALIDATION if attacks is None else attacks,
         accelerator=accelerator,
         folder=folder,
         journal=Journal(None) if journal is None else journal,
@@ -64,10 +96,89 @@ def run(folder, *, dtype=torch.float32, perturb=ATTACK, dropout=0.0, resume=Fals
     return history, classifier
 
 
-if __name__ == "__main__":
+class Stopped(Exception):  # noqa: N818  # what a power cut does, not an error
+    pass
+
+
+def stop_at(call):
+    """The training attack, and the end of the process at one of its calls."""
+    calls = []
+
+    def attack(model, x, y, *, generator):
+        calls.append(call)
+        if len(calls) == call:
+            raise Stopped
+        return ATTACK(model, x, y, generator=generator)
+
+    return attack
+
+
+@contextmanager
+def nothing_is_exchanged():
+    names = ("all_reduce", "all_gather", "broadcast", "all_gather_into_tensor", "reduce_scatter_tensor")
+    originals = {name: getattr(torch.distributed, name) for name in names}
+
+    def fail(*args, **kwargs):
+        raise AssertionError("processes talk to each other inside an attack")
+
+    for name in names:
+        setattr(torch.distributed, name, fail)
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(torch.distributed, name, original)
+
+
+def quiet_attack(model, x, y, *, generator):
+    with nothing_is_exchanged():
+        return ATTACK(model, x, y, generator=generator)
+
+
+# Options by name. In float64, so that N processes differ from one by rounding alone.
+SAME = {"dtype": torch.float64}
+WITH_BATCH_NORM = SAME | {"build": batch_norm_net, "epochs": 1, "perturb": quiet_attack}
+SCENARIOS = {
+    "none": SAME | {"perturb": None},
+    "attack": SAME | {"perturb": quiet_attack, "retraction": 0.01},
+    "parts": SAME | {"accumulate": 2, "epochs": 1},
+    "synchronised": WITH_BATCH_NORM | {"sync_batch_norm": True},
+    "sparse": WITH_BATCH_NORM | {"sync_batch_norm": True, "objective": {"rho": 0.0}},
+    "apart": WITH_BATCH_NORM,
+}
+CUT = SAME | {"checkpoint_steps": 1}
+
+
+def run_scenario(folder, name):
+    options = dict(SCENARIOS[name])
+    if name == "sparse":
+        # Squared, since a difference of 0 where a spike only moved in time has the sign of its rounding error.
+        options["objective"] = options["objective"] | {"penalties": [GradientSparsity(0.01, squared=True)]}
+    return run(folder / name, **options)
+
+
+def main(folder):
     torch.set_num_threads(1)
-    attack = {"none": None, "at": partial(rfgsm, eps=0.1, noise_std=0.0)}[sys.argv[3]]
-    run(sys.argv[1], dtype=getattr(torch, sys.argv[2]), perturb=attack)
-    if torch.distributed.is_initialized():  # a process that leaves early aborts the others
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    validation._BATCH = 5
+    for name in SCENARIOS:
+        history, classifier = run_scenario(folder, name)
+        buffers = torch.cat([torch.zeros(1).double(), *(buffer.flatten().double() for buffer in classifier.buffers())])
+        both = [torch.empty_like(buffers) for _ in range(2)]
+        torch.distributed.all_gather(both, buffers)
+        assert torch.equal(*both), f"{name}: the processes have other running statistics"
+        records = [None, None]
+        torch.distributed.all_gather_object(records, history)
+        assert records[0] == records[1], f"{name}: the processes have other histories"
+    run(folder / "one_to_two", **CUT, resume=True)
+    try:
+        run(folder / "two_to_one", **CUT, perturb=stop_at(7))
+    except Stopped:
+        pass
+    else:
+        raise AssertionError("it was to stop")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
+    torch.distributed.barrier()  # a process that leaves early aborts the others
+    torch.distributed.destroy_process_group()
