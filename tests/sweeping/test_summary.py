@@ -3,6 +3,7 @@ import math
 
 import pytest
 
+from sj_robust.sweeping import plot
 from sj_robust.sweeping.plot import plot_effect
 from sj_robust.sweeping.published import PUBLISHED, published
 from sj_robust.sweeping.record import RunRecord
@@ -202,6 +203,35 @@ def test_the_figure_is_drawn_and_drawn_again_the_same(records, tmp_path):
     assert (png.read_bytes(), pdf.read_bytes()) == before
     assert plot_effect(cells, axes, "mode", ["clean"], tmp_path / "effect-mode") == ()
     assert plot_effect(cells, axes, "tau", ["clean"], tmp_path / "effect-tau") == ()
+
+
+def test_the_figure_tells_lines_and_values_apart(records, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plot, "save", lambda figure, folder, name: drawn.append(figure) or (folder, folder))
+    more = [
+        record("at", rho, seed, 50, ["paper"], norm=norm)
+        for rho in (0.3, 10.0)
+        for seed in (0, 1)
+        for norm in ("l1", "l2")
+    ]
+    runs = [one for one in [*records, *more] if one.options["rho"] != 1.0 or one.options["mode"] == "none"]
+    axes = axes_in(runs)
+    columns = ["clean", "paper/pgd10/last", "paper/pgd10@10/255", "paper/everything"]
+    plot_effect(cells_of(runs, axes), axes, "rho", columns, tmp_path / "effect-rho")
+    (figure,) = drawn
+    assert figure.get_figwidth() == 6.75
+    panel = figure.axes[0]
+    assert [axis.get_title(loc="left") for axis in figure.axes[:4]] == [
+        "clean (training)", "PGD-10, last iterate (paper)", "PGD-10, eps 10/255 (paper)", "worst of all (paper)",
+    ]  # fmt: skip
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["undefended", "AT, l1", "AT, l2"]
+    # equal steps, and rho 0, where the norm changes nothing, at the start of both lines
+    assert [label.get_text() for label in panel.get_xticklabels()] == ["0", "0.3", "10"]
+    assert [len(container.lines[0].get_xdata()) for container in panel.containers] == [3, 3]
+    assert panel.containers[0].lines[0].get_xdata() == pytest.approx([0, 1, 2], abs=0.2)
+    one = [record("at", rho, 0, 50) for rho in (0.0, 1.0)]
+    plot_effect(cells_of(one, axes_in(one)), axes_in(one), "rho", ["pgd20"], tmp_path / "effect-rho")
+    assert drawn[1].legends == []
 
 
 def test_records_survive_and_damage_is_named(records, tmp_path):
