@@ -9,15 +9,21 @@ from sj_robust.perturbation.dynamics import (
     spike_train_distance,
     tasad,
 )
+from sj_robust.perturbation.indicators import neuron_indicators, sample_indicators
+from sj_robust.perturbation.intensity import IntensityCorrelation, intensity_correlation
 from sj_robust.perturbation.monitor import MPPDMonitor
 
 __all__ = [
+    "IntensityCorrelation",
     "LayerStats",
     "LayerTrace",
     "MPPDMonitor",
     "full_perturbation",
+    "intensity_correlation",
     "membrane_potential",
     "ms_mppd",
+    "neuron_indicators",
+    "sample_indicators",
     "simplified_perturbation",
     "spike_train_distance",
     "tasad",
