@@ -1,5 +1,6 @@
 """Checkpoints that are either whole or not there."""
 
+import glob
 import os
 import tempfile
 from collections.abc import Mapping
@@ -8,16 +9,18 @@ from typing import Any
 
 import torch
 
-__all__ = ["check_same_run", "load_checkpoint", "save_checkpoint"]
+__all__ = ["check_same_run", "load_checkpoint", "load_run", "save_checkpoint"]
 
 _FORMAT = "sj_robust.checkpoint"
 _VERSION = 1
+_RUN = ("description", "model", "optimizer", "scheduler", "scaler", "epoch", "batch", "sums", "history", "random")
 
 
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write a checkpoint so that ``path`` always holds a whole one, the old or the new. 原子写入检查点。
 
-    The content goes to a temporary file in the same folder, is forced to disk and then takes the name in one step.
+    The content goes to a temporary file in the same folder, is forced to disk and then takes the name in one step. What
+    an earlier process that was killed while it wrote this checkpoint left behind is removed.
 
     Args:
         path: The file; its folder exists.
@@ -32,20 +35,24 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
         >>> load_checkpoint(folder / "last.pt")["epoch"]
         3
     """
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
-            torch.save({"format": _FORMAT, "version": _VERSION, **content}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).replace(path)
-    except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError):
-            # torch reports a failed write of its archive as a RuntimeError without the reason.
-            raise OSError(f"{path} could not be written ({error}); an earlier checkpoint there is intact") from error
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                torch.save({"format": _FORMAT, "version": _VERSION, **content}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(temporary).replace(path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        _sync_folder(path.parent)
+    except NotImplementedError:
         raise
-    _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch reports a failed write of its archive as a RuntimeError
+        raise OSError(_not_written(path, error)) from error
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        leftover.unlink(missing_ok=True)
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -79,6 +86,34 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
+def load_run(path: Path) -> dict[str, Any]:
+    """Read a checkpoint that a run is to go on from. 读取用于续训的检查点。
+
+    Args:
+        path: A file that a training wrote.
+
+    Returns:
+        Its content, with all that the training needs.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If :func:`load_checkpoint` refuses it, or a part is missing.
+    """
+    try:
+        content = load_checkpoint(path)
+    except ValueError as error:
+        best = path.with_name("best.pt")
+        remedy = f"; {best}, a checkpoint of the best epoch, can take its name" if best.is_file() else ""
+        raise ValueError(f"{error}{remedy}") from error
+    missing = [name for name in _RUN if name not in content]
+    if missing:
+        raise ValueError(
+            f"{path} holds no {', '.join(missing)}: it keeps weights, but no run can go on from it; start one with "
+            "another --output"
+        )
+    return content
+
+
 def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raise ValueError if the description in a checkpoint is that of a run with other options. 检查选项是否一致。
 
@@ -98,6 +133,15 @@ def _flat(description: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in description.items():
         flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
     return flat
+
+
+def _not_written(path: Path, error: OSError | RuntimeError) -> str:
+    """What failed, what is left, and what helps."""
+    if not path.parent.is_dir():
+        return f"{path} could not be written: the folder {path.parent} is gone; restore it and continue with --resume"
+    reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    left = "the earlier checkpoint there is intact" if path.exists() else "there was none before"
+    return f"{path} could not be written ({reason}); {left}. Free some space, then continue with --resume"
 
 
 def _sync_folder(folder: Path) -> None:

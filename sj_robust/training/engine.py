@@ -17,7 +17,7 @@ from sj_robust.attacks.randomness import SampleSeeds, seeded_globals
 from sj_robust.data import ImageSplits, ShuffledBatches, image_loader
 from sj_robust.evaluation import Attack
 from sj_robust.training.batch_norm import share_buffers, synchronised_batch_norm
-from sj_robust.training.checkpoint import check_same_run, load_checkpoint, save_checkpoint
+from sj_robust.training.checkpoint import check_same_run, load_run, save_checkpoint
 from sj_robust.training.compilation import compiled
 from sj_robust.training.history import EpochRecord, catastrophic_overfitting
 from sj_robust.training.journal import Journal
@@ -73,8 +73,9 @@ def train(
     Raises:
         NonFiniteLossError: If the loss or a weight becomes NaN or infinite.
         TrainingInterrupted: After a signal.
-        ValueError: If a checkpoint is foreign or of a run with other options, the batch cannot be shared equally, the
-            network is wrapped in ``nn.DataParallel``, or it cannot be compiled.
+        OSError: If a checkpoint cannot be written; the one before is then intact.
+        ValueError: If a checkpoint is damaged, foreign or of a run with other options, a label is none of the classes,
+            the batch cannot be shared equally, the network is wrapped in ``nn.DataParallel``, or cannot be compiled.
 
     Source: training of Ding et al. (ICML 2024), section 5, with selection on validation images.
     """
@@ -85,7 +86,7 @@ def train(
             stack.enter_context(synchronised_batch_norm(net))
         run = _Run(objective, splits, plan, accelerator, folder, dict(description))
         if resume and (folder / "last.pt").exists():
-            run.load(load_checkpoint(folder / "last.pt"))
+            run.load(load_run(folder / "last.pt"))
         if plan.compile:
             stack.enter_context(compiled(net))
         received = stack.enter_context(collected_signals())
@@ -131,6 +132,7 @@ class _Run:
         self.validation = Validation(splits.validation, accelerator, seed=plan.seed, pin_memory=on_gpu)
         self.channels_last = on_gpu if plan.channels_last is None else plan.channels_last
         self.augmentation = splits.augmentation
+        self.classes = splits.classes
         self.objective = objective
         self.classifier = objective.classifier
         if self.channels_last:
@@ -154,6 +156,7 @@ class _Run:
         self.batches.epoch, self.batches.first_batch = self.epoch, self.batch
         self.objective.train()
         for x, y in self.training_loader:
+            self._check_labels(y)
             losses, signal_number = self._step(self._moved(x), self._moved(y), perturb, received)
             self.sums += losses
             self.batch += 1
@@ -294,6 +297,17 @@ class _Run:
         except ValueError:
             self._check_weights()
             raise
+
+    def _check_labels(self, y: Tensor) -> None:
+        """Before the labels reach the device, where a wrong one ends the process, or is left out if it is -100."""
+        if y.dtype != torch.int64 or y.ndim != 1:
+            raise ValueError(f"labels must be int64 [N], got {str(y.dtype).removeprefix('torch.')} {list(y.shape)}")
+        outside = y[(y < 0) | (y >= self.classes)]
+        if len(outside):
+            raise ValueError(
+                f"labels must be classes from 0 to {self.classes - 1}, got {int(outside[0])} among the training images "
+                f"at epoch {self.epoch + 1}, step {self.batch + 1}; correct the data, or the classes of the splits"
+            )
 
     def _check_weights(self) -> None:
         for name, value in self.classifier.state_dict().items():

@@ -52,11 +52,23 @@ class Journal:
         self._rate = _Rate()
 
     def say(self, text: str) -> None:
-        """Print a line and log it."""
+        """Print a line and log it.
+
+        Raises:
+            OSError: If the log cannot be written.
+        """
         self.console.print(text, markup=False)
-        if self._folder is not None:
-            with (self._folder / "log.txt").open("a", encoding="utf-8") as file:
+        if self._folder is None:
+            return
+        path = self._folder / "log.txt"
+        try:
+            with path.open("a", encoding="utf-8") as file:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+        except OSError as error:
+            raise OSError(
+                f"{path} could not be written ({error.strerror}); the checkpoints are intact. Free some space "
+                " or restore the folder, then continue with --resume"
+            ) from error
 
     def header(self, title: str, values: Mapping[str, object]) -> None:
         """Log a group of named values; the console sees them as well."""

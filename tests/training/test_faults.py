@@ -1,0 +1,321 @@
+"""Whatever breaks a run says what it was, leaves the last good checkpoint, and the run goes on from there."""
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch.utils.data import Dataset, TensorDataset, get_worker_info
+from training import small_run
+
+from sj_robust.attacks import gaussian
+from sj_robust.data import ImageSplits
+from sj_robust.data.stored import FileImages
+from sj_robust.data.unreadable import UnreadableError
+from sj_robust.training import (
+    Journal,
+    NonFiniteLossError,
+    checkpoint,
+    load_checkpoint,
+    open_run_folder,
+    run_to_resume,
+    save_checkpoint,
+)
+
+STEP = 6  # the second of epoch 2; an epoch has four
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerate_state():
+    yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """History and weights of a run that nothing disturbs."""
+    folder = tmp_path_factory.mktemp("whole")
+    history, _ = small_run.run(folder)
+    AcceleratorState._reset_state(True)
+    return history, load_checkpoint(folder / "last.pt")["model"]
+
+
+class Attack:
+    """The training attack; at one step something happens to what it is given or gives."""
+
+    def __init__(self, action, step=STEP):
+        self.action, self.step, self.calls = action, step, 0
+
+    def __call__(self, model, x, y, *, generator):
+        self.calls += 1
+        x_perturbed = small_run.ATTACK(model, x, y, generator=generator)
+        if self.calls == self.step:
+            changed = self.action(model, x_perturbed)
+            x_perturbed = x_perturbed if changed is None else changed
+        return x_perturbed
+
+
+class Watched(Dataset):
+    """The images; ``before`` is called with the number of each one that is read."""
+
+    def __init__(self, images, before):
+        self.images, self.before = images, before
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, index):
+        self.before(index)
+        return self.images[index]
+
+
+def with_training(images):
+    parts = small_run.splits()
+    return ImageSplits(parts.name, images, parts.validation, parts.test, parts.image_shape, parts.classes)
+
+
+def assert_goes_on(folder, whole, *, position=(1, 0), **options):
+    """The checkpoints that the fault left are whole, and a resumed run ends as one unbroken and leaves nothing else."""
+    content = load_checkpoint(folder / "last.pt")
+    assert (content["epoch"], content["batch"]) == position
+    assert load_checkpoint(folder / "best.pt")["epoch"] <= position[0]
+    AcceleratorState._reset_state(True)
+    history, classifier = small_run.run(folder, resume=True, **options)
+    assert history == whole[0]
+    for name, value in classifier.state_dict().items():
+        assert torch.equal(value, whole[1][name]), name
+    assert sorted(path.name for path in folder.iterdir()) == ["best.pt", "last.pt"]
+
+
+def test_killed_in_a_step_and_while_a_checkpoint_is_written(tmp_path, whole):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    folders = {moment: tmp_path / moment for moment in ("step", "write")}
+    processes = [
+        subprocess.Popen([sys.executable, __file__, str(folder), moment], env=environment, stderr=subprocess.PIPE)
+        for moment, folder in folders.items()
+    ]
+    for process in processes:
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == -signal.SIGKILL, err.decode()
+    half = [path for path in folders["write"].iterdir() if path.suffix == ".tmp"]
+    assert [path.stat().st_size > 0 for path in half] == [True]
+    for folder in folders.values():
+        assert_goes_on(folder, whole)
+
+
+class FullDisk:
+    """A file on a disk with little room."""
+
+    def __init__(self, file, room):
+        self.file, self.room = file, room
+
+    def __getattr__(self, name):
+        return getattr(self.file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.file.close()
+
+    def write(self, data):
+        self.room -= len(data)
+        if self.room < 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return self.file.write(data)
+
+
+def full_disk_in_write(monkeypatch):
+    opened = os.fdopen
+    monkeypatch.setattr(checkpoint.os, "fdopen", lambda *args: FullDisk(opened(*args), room=1000))
+
+
+def full_disk_at_sync(monkeypatch):
+    def fail(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(checkpoint.os, "fsync", fail)
+
+
+def full_disk_in_torch(monkeypatch):
+    def fail(content, file):
+        file.write(b"half a checkpoint")
+        raise RuntimeError("[enforce fail at inline_container.cc:659] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(checkpoint.torch, "save", fail)
+
+
+@pytest.mark.parametrize("fill", [full_disk_in_write, full_disk_at_sync, full_disk_in_torch])
+def test_a_full_disk(tmp_path, whole, fill):
+    with pytest.MonkeyPatch.context() as patch:
+        attack = Attack(lambda *_: fill(patch))
+        with pytest.raises(OSError, match=r"(best|last)\.pt could not be written \(.*intact.*[Ff]ree.*--resume"):
+            small_run.run(tmp_path, perturb=attack)
+    assert_goes_on(tmp_path, whole)
+
+
+def nan_images(model, x_perturbed):
+    return x_perturbed * float("nan")
+
+
+def nan_gradient(model, x_perturbed):
+    weight = model.net.parts[0].weight
+    weight.register_hook(lambda grad: grad * float("nan"))
+
+
+@pytest.mark.parametrize(
+    ("action", "found"),
+    [(nan_images, r"loss is not finite \(.*nan.* epoch 2, step 2"), (nan_gradient, "holds NaN or infinity at epoch 2")],
+)
+def test_nan_in_the_loss_and_in_the_weights(tmp_path, whole, action, found):
+    with pytest.raises(NonFiniteLossError, match=rf"{found}.*last\.pt, is intact\. Lower lr"):
+        small_run.run(tmp_path, perturb=Attack(action))
+    assert_goes_on(tmp_path, whole)
+
+
+def test_nan_before_there_is_a_checkpoint(tmp_path):
+    with pytest.raises(NonFiniteLossError, match="no checkpoint was written yet"):
+        small_run.run(tmp_path, perturb=Attack(nan_images, step=1))
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_process_that_loads_images_dies(tmp_path, whole):
+    """It is killed in the second epoch, which it recognises by the checkpoint of the first."""
+
+    def die(index):
+        if get_worker_info() is not None and (tmp_path / "last.pt").exists():
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(ChildProcessError, match=r"was killed .*use fewer than 1 workers, or none"):
+        small_run.run(tmp_path, data=with_training(Watched(small_run.splits().train, die)), workers=1)
+    assert_goes_on(tmp_path, whole, workers=1)
+
+
+def test_a_picture_that_cannot_be_read_any_more(tmp_path, whole):
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    x, y = small_run.splits().train.tensors
+    paths = [pictures / f"{index}.raw" for index in range(len(x))]
+    for path, image in zip(paths, x, strict=True):
+        path.write_bytes(image.numpy().tobytes())
+
+    def read(path):
+        content = path.read_bytes()
+        if len(content) != 64:
+            raise UnreadableError(f"{path} is cut off after {len(content)} bytes; replace it")
+        return torch.frombuffer(bytearray(content), dtype=torch.float32).view(1, 4, 4)
+
+    def cut(*_):
+        for path in paths:
+            path.write_bytes(path.read_bytes()[:10])
+
+    data = with_training(FileImages(paths, y, read))
+    with pytest.raises(UnreadableError, match=r"\.raw is cut off after 10 bytes; replace it"):
+        small_run.run(tmp_path / "run", data=data, perturb=Attack(cut))
+    for path, image in zip(paths, x, strict=True):
+        path.write_bytes(image.numpy().tobytes())
+    assert_goes_on(tmp_path / "run", whole, data=data)
+
+
+@pytest.mark.parametrize("label", [3, -1, -100])
+@pytest.mark.parametrize(
+    "perturb", [None, partial(gaussian, std=0.1), small_run.ATTACK], ids=["none", "gaussian", "at"]
+)
+def test_a_label_outside_the_classes(tmp_path, label, perturb):
+    """Of splits made by hand; on a GPU it would end the process in cross entropy, and -100 would be left out there."""
+    x, y = small_run.splits().train.tensors
+    y = y.clone()
+    y[9] = label
+    with pytest.raises(
+        ValueError, match=rf"labels must be classes from 0 to 2, got {label} .*epoch 1, step \d; correct"
+    ):
+        small_run.run(tmp_path, data=with_training(TensorDataset(x, y)), perturb=perturb)
+
+
+def test_labels_of_another_kind(tmp_path):
+    x, y = small_run.splits().train.tensors
+    for labels, found in ((y.float(), r"float32 \[16\]"), (torch.nn.functional.one_hot(y), r"int64 \[16, 3\]")):
+        with pytest.raises(ValueError, match=rf"labels must be int64 \[N\], got {found}"):
+            small_run.run(tmp_path, data=with_training(TensorDataset(x, labels)), perturb=None)
+
+
+def damaged(path):
+    path.write_bytes(path.read_bytes()[:-200])
+
+
+def of_something_else(path):
+    torch.save({"w": torch.zeros(1)}, path)
+
+
+def weights_alone(path):
+    content = load_checkpoint(path)
+    save_checkpoint(path, {name: content[name] for name in ("description", "model")})
+
+
+@pytest.mark.parametrize(
+    ("spoil", "found"),
+    [
+        (damaged, r"cannot be read as a checkpoint .*best\.pt, .*, can take its name"),
+        (of_something_else, "is not a checkpoint of sj_robust .*check the path"),
+        (weights_alone, r"last\.pt holds no optimizer, scheduler, .*: .*start one with another --output"),
+    ],
+)
+def test_a_run_is_resumed_from_a_file_that_is_none_of_its(tmp_path, whole, spoil, found):
+    small_run.run(tmp_path)
+    spoil(tmp_path / "last.pt")
+    AcceleratorState._reset_state(True)
+    with pytest.raises(ValueError, match=found):
+        small_run.run(tmp_path, resume=True)
+    shutil.copy(tmp_path / "best.pt", tmp_path / "last.pt")
+    assert_goes_on(tmp_path, whole, position=(load_checkpoint(tmp_path / "best.pt")["epoch"], 0))
+
+
+def test_the_folder_is_deleted_meanwhile(tmp_path):
+    folder = tmp_path / "run"
+    with pytest.raises(OSError, match=r"last\.pt could not be written: .*run is gone.* --resume"):
+        small_run.run(folder, perturb=Attack(lambda *_: shutil.rmtree(folder)), checkpoint_steps=2)
+
+
+def test_the_log_cannot_be_written_any_more(tmp_path, whole):
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    attack = Attack(lambda *_: shutil.rmtree(logs))
+    with pytest.raises(OSError, match=r"log\.txt could not be written \(No such file .*restore the folder.*--resume"):
+        small_run.run(tmp_path / "run", journal=Journal(logs), perturb=attack)
+    assert_goes_on(tmp_path / "run", whole, position=(2, 0))
+
+
+def test_no_configuration_and_no_room_for_a_folder(tmp_path):
+    run = tmp_path / "run"
+    small_run.run(run, epochs=1)
+    with pytest.raises(FileNotFoundError, match=r"config\.yaml is missing; give the run's folder with --output"):
+        run_to_resume(str(run), "digits")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OSError, match=r"file/run cannot be written \(Not a directory\); give another --output"):
+        open_run_folder(str(tmp_path / "file" / "run"), "digits", {}, Accelerator(cpu=True))
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder, moment = Path(sys.argv[1]), sys.argv[2]
+
+    def die(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def die_writing(content, file):
+        file.write(b"half a checkpoint")
+        file.flush()
+        die()
+
+    def write_no_more(*_):
+        checkpoint.torch.save = die_writing
+
+    small_run.run(folder, perturb=Attack(die if moment == "step" else write_no_more))
