@@ -7,7 +7,6 @@ python recipes/sweep.py --output runs/digits_sweep                              
 python recipes/sweep.py --output runs/digits_sweep --report --contrast '[rho]'  # tables and figure again
 """
 
-import fcntl
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -119,6 +118,8 @@ def report(options: Options, folder: Path, records: list[RunRecord], console: Co
 def run(options: Options, folder: Path, console: Console) -> list[str]:
     """Perform the runs that are missing; returns what failed."""
     planned = plan(options, folder)
+    for one in planned:
+        one.name_values()
     write_whole(
         folder / SWEEP_FILE, yaml.safe_dump(asdict(options) | {"output": None, "report": False}, sort_keys=False)
     )
@@ -179,7 +180,12 @@ def base_options(base: str | None) -> dict[str, Any]:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Keep other sweeps out of the folder; a kill lets go of it."""
+    """Keep other sweeps out of the folder; a kill lets go of it. Windows has no such lock."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
     with (folder / ".lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

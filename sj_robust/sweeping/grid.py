@@ -21,7 +21,7 @@ _IDLE: tuple[tuple[Callable[[Options], bool], tuple[str, ...]], ...] = (
     (lambda o: o.get("mode") == "rat", ("attack_steps", "trades_weight")),
     (lambda o: o.get("mode") == "pgd_at", ("noise_std", "project", *_MODE)),
     (lambda o: o.get("mode") == "trades", ("kappa", "project", "beta")),
-    (lambda o: o.get("rho") == 0, _INDICATOR),
+    (lambda o: o.get("rho") == 0 or (o.get("rho") is None and o.get("mode") in ("pgd_at", "trades")), _INDICATOR),
     (lambda o: o.get("threshold_guard") == 0, ("guard_margin",)),
 )
 """Options that change nothing, given the others."""

@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,15 @@ class PlannedRun:
         record = self.record
         return record is not None and record.evaluations.keys() >= self.evaluations.keys()
 
+    def name_values(self) -> None:
+        """Give the record the values of options that were null when it ran and have a value, the same one, now."""
+        record = self.record
+        if record is None:
+            return
+        options = {name: self.options.get(name) if value is None else value for name, value in record.options.items()}
+        if options != record.options:
+            replace(record, options=options).save(self.folder)
+
 
 def plan_runs(
     folder: Path,
@@ -74,7 +83,8 @@ def plan_runs(
 
     规划扫描的全部运行，去除重复。
 
-    A run of an earlier sweep in the folder is recognised by its options, whatever its name.
+    So are those of which one has null and the other the value that null stands for, if the recipe tells. A run of an
+    earlier sweep in the folder is recognised by its options, whatever its name.
 
     Args:
         folder: Folder of the sweep; its runs are in ``runs/``.
@@ -95,13 +105,16 @@ def plan_runs(
     suites = {suite: evaluator.resolve({**options, "suite": suite}) for suite, options in evaluations.items()}
     known = _known(folder, recipe, defaults)
     taken = {path.name: key for key, path in known.items()}
+    valued = {name for one in combinations for name, value in one.items() if value is not None}
     planned: dict[str, PlannedRun] = {}
     for seed in seeds:
         for combination in combinations:
             options = recipe.resolve({**fixed, **combination, "seed": seed})
-            without = idle(options)
-            options = simplified(options, defaults)
-            key = _key(options)
+            complete = recipe.complete(options)
+            without = idle(complete)
+            options |= {name: complete[name] for name in valued if options[name] is None}
+            options |= {name: defaults[name] for name in without}
+            key = _key(simplified(complete, defaults))
             if key in planned:
                 continue
             name = _name({name: options[name] for name in combination if name not in without}, seed)
@@ -139,7 +152,7 @@ def _known(folder: Path, recipe: Recipe, defaults: Mapping[str, Any]) -> dict[st
             options = recipe.resolve(yaml.safe_load(path.read_text(encoding="utf-8")))
         except ValueError as error:
             raise ValueError(f"{path}: {error}; the run is of another version, use another --output") from error
-        known[_key(simplified(options, defaults))] = path.parent
+        known[_key(simplified(recipe.complete(options), defaults))] = path.parent
     return known
 
 

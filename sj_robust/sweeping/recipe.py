@@ -22,11 +22,14 @@ class Recipe:
         path: The script.
         options_type: Its dataclass ``Options``.
         main: Its ``main``, which takes the words of the command line.
+        completed: Its function of that name, if it has one: options with values where they were null because others
+            decide them.
     """
 
     path: Path
     options_type: type[Any]
     main: Callable[[list[str]], None]
+    completed: Callable[[Any], Any] | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -65,6 +68,20 @@ class Recipe:
             raise ValueError(f"{self.path.name} does not take these options: {text}") from error
         return {name: plain(parsed[name]) for name in self.names}
 
+    def complete(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """All options as the recipe understands them: null is the value that others decide, 8/255 a number.
+
+        Args:
+            options: All options, from :meth:`resolve`.
+
+        Raises:
+            ValueError: If the recipe refuses them.
+        """
+        if self.completed is None:
+            return dict(options)
+        understood = self.completed(self.options_type(**options))
+        return {name: plain(getattr(understood, name)) for name in self.names}
+
 
 def load_recipe(path: Path) -> Recipe:
     """The recipe in a file, which is run as a module, not as a script. 加载实验脚本。
@@ -97,4 +114,4 @@ def load_recipe(path: Path) -> Recipe:
     module = sys.modules[name]
     if not hasattr(module, "Options") or not hasattr(module, "main"):
         raise ValueError(f"a recipe must have Options and main, {path} has not")
-    return Recipe(path, module.Options, module.main)
+    return Recipe(path, module.Options, module.main, getattr(module, "completed", None))

@@ -1,7 +1,7 @@
 import ast
 import csv
-import fcntl
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -119,12 +119,41 @@ def test_wrong_use(run, tmp_path, arguments, error, message):
 
 
 def test_two_sweeps_do_not_share_a_folder(run, tmp_path):
+    fcntl = pytest.importorskip("fcntl", reason="there is no such lock on Windows")
     (tmp_path / "out").mkdir()
     with (tmp_path / "out" / ".lock").open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(BlockingIOError, match="out is being written by another sweep"):
             run("--grid", "{rho: [1]}", "--output", "out")
     run("--grid", "{rho: [1]}", "--output", "out")
+
+
+def test_where_there_is_no_lock_it_runs_all_the_same(run, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
+    assert "1 runs in out, 0 of them" in run("--grid", "{rho: [1]}", "--output", "out")
+
+
+def test_a_suite_that_is_added_later_trains_nothing_again(run, tmp_path):
+    run("--grid", "{rho: [0, 1]}", "--output", "out", "--evaluate", "[paper]", "--plot", "epochs")
+    output = run("--output", "out", "--evaluate", "[paper, fast]", "--seeds", "2")
+    assert "4 runs in out, 0 of them finished before" in output
+    stages = {
+        path.parent.name: [line.split()[0] for line in path.read_text().splitlines()]
+        for path in (tmp_path / "out").glob("runs/*/calls")
+    }
+    assert stages == {f"rho{rho}-seed{seed}": ["train", "paper", "fast"] for rho in (0, 1) for seed in (0, 1)}
+    assert "4 runs in out, 4 of them" in run("--output", "out")
+
+
+def test_null_and_its_value_are_one_run_of_the_real_recipe(tmp_path):
+    def names(grid):
+        planned = sweep.main.__globals__["plan"](sweep.options_type(base="digits", grid=grid), tmp_path)
+        return [run.name for run in planned]
+
+    assert names({"rho": [None, 1, 0], "eps": ["0.1", 0.1]}) == ["rho1-eps0.1-seed0", "rho0-eps0.1-seed0"]
+    assert names({"mode": ["pgd_at"], "norm": ["l1", "l2"], "rho": [None, 1]}) == [
+        "pgd_at-rho0-seed0", "pgd_at-l1-rho1-seed0", "pgd_at-l2-rho1-seed0",
+    ]  # fmt: skip
 
 
 def test_the_real_recipes_on_digits(tmp_path, monkeypatch):

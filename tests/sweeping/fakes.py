@@ -2,7 +2,7 @@
 
 TRAINER = '''
 import json, os, signal, time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -22,10 +22,10 @@ class Options:
     dataset: str = "cifar10"
     model: str = "vgg11"
     neuron: Literal["lif", "dlif"] = "dlif"
-    mode: Literal["none", "gaussian", "at", "rat"] = "at"
+    mode: Literal["none", "gaussian", "at", "rat", "pgd_at"] = "at"
     eps: float | str = 0.1
     eval_eps: float | str | None = None
-    rho: float = 1.0
+    rho: float | None = 1.0
     norm: Literal["l2", "l1"] = "l2"
     indicator: Literal["mppd", "tasad", "std"] = "mppd"
     epochs: int = 1
@@ -38,8 +38,12 @@ class Options:
     resume: bool = False
 
 
+def completed(options):
+    return replace(options, rho=float(options.mode != "pgd_at")) if options.rho is None else options
+
+
 def main(arguments):
-    options = auto_cli(Options, args=arguments)
+    options = completed(auto_cli(Options, args=arguments))
     folder = Path(options.output)
     with (folder.parent / "calls").open("a") as file:
         file.write(f"train resume={options.resume} pid={os.getpid()}\\n")

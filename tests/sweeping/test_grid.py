@@ -34,6 +34,8 @@ def test_options_without_effect():
     }  # fmt: skip
     assert idle(everything | {"mode": "pgd_at", "rho": 1.0}) == {"noise_std", "project", "beta", "trades_weight"}
     assert idle(everything | {"mode": "trades", "rho": 1.0}) == {"kappa", "project", "beta"}
+    assert "norm" in idle(everything | {"mode": "pgd_at", "rho": None})
+    assert "norm" not in idle(everything | {"mode": "at", "rho": None})
     assert "rho" not in idle(everything | {"mode": "gaussian", "rho": 0})
 
 

@@ -66,6 +66,25 @@ def test_the_same_run_is_planned_once(planned):
     assert not (runs[0].folder).exists()
 
 
+def test_null_is_the_value_that_it_stands_for(planned):
+    assert [run.name for run in planned({"rho": [None, 1, 0]})] == ["rho1-seed0", "rho0-seed0"]
+    assert [run.options["rho"] for run in planned({"mode": ["at", "pgd_at"], "rho": [0, None, 1]})] == [0, 1, 0, 1]
+    # where no other value is asked for, modes still differ in nothing but the mode
+    assert [run.options["rho"] for run in planned({"mode": ["at", "pgd_at"]}, fixed={"rho": None})] == [None, None]
+
+
+def test_a_run_that_had_null_is_found_by_its_value(planned):
+    (run,) = planned({"mode": ["at"]}, fixed={"rho": None})
+    perform(run)
+    assert run.record.options["rho"] is None
+    known, other = planned({"rho": [1, 0]})
+    assert (known.name, known.finished, other.finished) == ("at-seed0", True, False)
+    for one in (known, other):
+        one.name_values()
+    assert run.record.options == known.options
+    assert run.record.options["rho"] == 1.0
+
+
 def test_values_that_words_do_not_tell(planned):
     grid = {"eps": ["8/255", 0.1], "data_root": ["a/b"], "norm": ["l1"]}
     assert [run.name for run in planned(grid)] == ["eps8_255-a_b-l1-seed0", "eps0.1-a_b-l1-seed0"]
