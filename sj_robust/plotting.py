@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from matplotlib import rc_context, rcParams
+from matplotlib import colormaps, rc_context, rcParams
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
@@ -62,6 +62,7 @@ def plot_benchmark(measurements: "Sequence[Measurement]", path: Path) -> None:
     )
     figure = Figure(figsize=(5.5 * len(allocators), 1.0 + 0.22 * len(shapes) * len(methods)), layout="constrained")
     panels = figure.subplots(1, len(allocators), squeeze=False, sharey=True)[0]
+    colours = colormaps["tab10" if len(methods) <= 10 else "tab20"]  # tab20: pairs of a dark and a light colour
     for axes, allocator in zip(panels, allocators, strict=True):
         here = [m for m in measurements if m.allocator == allocator]
         height = 0.8 / len(methods)
@@ -69,7 +70,7 @@ def plot_benchmark(measurements: "Sequence[Measurement]", path: Path) -> None:
             rows = [m for m in here if m.method == method]
             places = [shapes.index(m.shape) + index * height for m in rows]
             spread = [[m.median - m.quartile1 for m in rows], [m.quartile3 - m.median for m in rows]]
-            axes.barh(places, [m.median for m in rows], height, xerr=spread, label=method, color=f"C{index}")
+            axes.barh(places, [m.median for m in rows], height, xerr=spread, label=method, color=colours(index))
         for place, shape in enumerate(shapes):
             floor = min(m.floor for m in here if m.shape == shape)
             if not math.isnan(floor):
@@ -79,9 +80,9 @@ def plot_benchmark(measurements: "Sequence[Measurement]", path: Path) -> None:
             [place + 0.4 - height / 2 for place in range(len(shapes))], [s.replace("x", ", ") for s in shapes]
         )
         axes.invert_yaxis()
-        axes.set_xlabel("forward + backward, ms (bar: median, whisker: quartiles, line: memory's speed)", fontsize=8)
+        axes.set_xlabel("forward + backward, ms\n(bar: median, whisker: quartiles, line: memory's speed)", fontsize=8)
         axes.set_title(allocator, fontsize=10)
-    panels[0].legend(fontsize=7)
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=7, loc="outside right upper")
     figure.savefig(path, dpi=150)
 
 
