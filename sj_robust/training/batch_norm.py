@@ -61,8 +61,10 @@ def share_buffers(net: nn.Module) -> None:
         return
     flat = torch.cat([buffer.flatten() for buffer in buffers])
     dist.broadcast(flat, 0)
-    for buffer, values in zip(buffers, flat.split([buffer.numel() for buffer in buffers]), strict=True):
-        buffer.copy_(values.view_as(buffer))
+    start = 0
+    for buffer in buffers:
+        buffer.copy_(flat[start : start + buffer.numel()].view_as(buffer))
+        start += buffer.numel()
 
 
 class _Synchronised(nn.modules.batchnorm._BatchNorm):
@@ -73,28 +75,30 @@ class _Synchronised(nn.modules.batchnorm._BatchNorm):
         """Normalise [N, C, *]."""
         if not self.training or _processes() == 1:
             return super().forward(input)
-        self._check_input_dim(input)
+        self._check_input_dim(input)  # type: ignore[no-untyped-call]  # untyped in torch
         dims = [0, *range(2, input.ndim)]
         wide = input if input.dtype == torch.float64 else input.float()
-        var, mean = torch.var_mean(wide, dims, correction=0)
-        count = mean.new_full((1,), input.numel() // input.shape[1])
-        rows = wide.new_zeros(_processes(), 2 * len(mean) + 1)
-        rows = rows.index_add(
-            0, torch.tensor([dist.get_rank()], device=rows.device), torch.cat([mean, var, count])[None]
-        )
-        means, variances, counts = _Sum.apply(rows).split([len(mean), len(mean), 1], 1)  # type: ignore[no-untyped-call]  # untyped in torch
-        shares = counts / counts.sum()
-        mean = (shares * means).sum(0)
-        var = (shares * (variances + (means - mean).square())).sum(0)
-        self._track(mean.detach(), var.detach(), float(input.numel() // input.shape[1] * _processes()))
+        mean, var, count = self._pooled(*torch.var_mean(wide, dims, correction=0), input.numel() // input.shape[1])
+        self._track(mean.detach(), var.detach(), count.detach())
         scale = (var + self.eps).rsqrt()
-        if self.weight is not None:
+        if self.affine:
             scale = scale * self.weight
-        shift = -mean * scale if self.bias is None else self.bias - mean * scale
+        shift = self.bias - mean * scale if self.affine else -mean * scale
         shape = (-1, *[1] * (input.ndim - 2))
         return (wide * scale.view(shape) + shift.view(shape)).to(input.dtype)
 
-    def _track(self, mean: Tensor, var: Tensor, count: float) -> None:
+    def _pooled(self, var: Tensor, mean: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Mean, variance and number of the values of all processes, from those of this one."""
+        row = torch.cat([mean, var, mean.new_full((1,), count)])
+        place = torch.zeros(_processes(), 1, dtype=row.dtype, device=row.device)
+        place[dist.get_rank()] = 1
+        rows: Tensor = _Sum.apply(place * row)  # type: ignore[no-untyped-call]  # untyped in torch
+        means, variances, counts = rows[:, : len(mean)], rows[:, len(mean) : -1], rows[:, -1:]
+        total = counts.sum()
+        pooled = (counts * means).sum(0) / total
+        return pooled, (counts * (variances + (means - pooled).square())).sum(0) / total, total
+
+    def _track(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
         """Move the running statistics as torch's batch norm does."""
         if not self.track_running_stats or self.running_mean is None or self.running_var is None:
             return

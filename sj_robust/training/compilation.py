@@ -39,7 +39,7 @@ def compiled(net: nn.Module) -> Iterator[None]:
     try:
         yield
     except TorchDynamoException as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = " ".join(str(error).split("\n\n")[0].split())
         raise ValueError(
             f"compile=True, but torch.compile cannot compile this network here ({type(error).__name__}: {reason}); "
             "train with compile=False, or see that a C++ compiler (on a GPU also Triton) is installed"

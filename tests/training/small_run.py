@@ -1,5 +1,6 @@
 """A training run of a second on made-up images; as a script, small_run.py FOLDER, all SCENARIOS on two processes."""
 
+import signal
 import sys
 from contextlib import contextmanager
 from functools import partial
@@ -16,7 +17,16 @@ from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.attacks import fgsm, pgd, rfgsm
 from sj_robust.data import ImageSplits
 from sj_robust.fusion import fuse_batch_norm
-from sj_robust.training import GradientSparsity, Journal, Objective, TrainingPlan, train, validation
+from sj_robust.training import (
+    GradientSparsity,
+    Journal,
+    NonFiniteLossError,
+    Objective,
+    TrainingInterrupted,
+    TrainingPlan,
+    train,
+    validation,
+)
 
 VALIDATION = {"fgsm": partial(fgsm, eps=0.1), "pgd": partial(pgd, eps=0.1, step_size=0.05, steps=2)}
 ATTACK = partial(rfgsm, eps=0.1)
@@ -170,12 +180,23 @@ def main(folder):
         torch.distributed.all_gather_object(records, history)
         assert records[0] == records[1], f"{name}: the processes have other histories"
     run(folder / "one_to_two", **CUT, resume=True)
+    expect(Stopped, folder / "two_to_one", **CUT, perturb=stop_at(7))
+    second = torch.distributed.get_rank() == 1
+    expect(NonFiniteLossError, folder / "nan", perturb=lambda _, x, *__, **___: x * float("nan") if second else x)
+    expect(TrainingInterrupted, folder / "signal", perturb=lambda _, x, *__, **___: terminated(x) if second else x)
+
+
+def expect(error, folder, **options):
     try:
-        run(folder / "two_to_one", **CUT, perturb=stop_at(7))
-    except Stopped:
-        pass
-    else:
-        raise AssertionError("it was to stop")
+        run(folder, **options)
+    except error:
+        return
+    raise AssertionError(f"{error.__name__} was to stop it")
+
+
+def terminated(x):
+    signal.raise_signal(signal.SIGTERM)
+    return x
 
 
 if __name__ == "__main__":

@@ -127,6 +127,12 @@ def test_gradients_of_parts_are_averaged(tmp_path):
         assert_close(*(load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", str(parts))))
 
 
+def test_what_stops_one_process_stops_both_at_the_same_step(two):
+    """Or the launch had failed; the second process met a loss that is not finite, or a signal, at its first step."""
+    assert not list((two / "nan").iterdir())
+    assert load_checkpoint(two / "signal" / "last.pt")["batch"] == 1
+
+
 def test_only_the_first_process_writes(two):
     assert not list(two.rglob("*.tmp"))
     assert {path.name for path in (two / "attack").iterdir()} == {"last.pt", "best.pt"}

@@ -1,16 +1,33 @@
 import os
+import re
 import signal
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from spikingjelly.activation_based import layer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
+from torch.utils.data import TensorDataset
 from training import small_run
 
 from sj_robust import DLIFNode
-from sj_robust.training import Journal, NonFiniteLossError, TrainingInterrupted, journal, load_checkpoint
+from sj_robust.training import (
+    MODES,
+    GradientSparsity,
+    Journal,
+    NonFiniteLossError,
+    ThresholdGuarding,
+    TrainingInterrupted,
+    compilation,
+    journal,
+    load_checkpoint,
+    training_attack,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -242,3 +259,126 @@ def test_wrong_use(tmp_path):
         small_run.run(tmp_path, lr=0.0)
     with pytest.raises(ValueError, match="batch_size"):
         small_run.run(tmp_path, batch_size=65)
+
+
+@pytest.mark.parametrize(
+    ("mode", "training", "crafting"),
+    [("none", 1, 0), ("gaussian", 2, 0), ("at", 2, 1), ("rat", 2, 1), ("pgd_at", 1, 7), ("trades", 2, 11)],
+)
+def test_a_step_of_a_mode_makes_no_needless_pass(tmp_path, mode, training, crafting):
+    """The one pass of trades beyond its steps is the clean prediction."""
+    passes = []
+
+    class Watching(Journal):
+        def on_step(self, losses):
+            steps.append(passes.copy())
+            passes.clear()
+
+    def build():
+        net = small_run.Net(0.0)
+        net.register_forward_pre_hook(lambda module, args: passes.append(module.training))
+        return net
+
+    steps = []
+    chosen = MODES[mode]
+    objective = {"loss": chosen.loss, "kappa": chosen.kappa, "rho": 0.0 if mode == "none" else chosen.rho}
+    perturb = training_attack(mode, eps=0.1)
+    small_run.run(tmp_path, epochs=1, build=build, objective=objective, perturb=perturb, journal=Watching(None))
+    for passes_of_step in steps[1:]:
+        assert (passes_of_step.count(True), passes_of_step.count(False)) == (training, crafting)
+    assert len(steps) == 4
+
+
+def tracing(test):
+    """While torch traces, it looks at gradients of tensors that have none, and makes objects of its own functions."""
+    for warning in ("The .grad attribute:UserWarning", ".*should not be instantiated:DeprecationWarning"):
+        test = pytest.mark.filterwarnings(f"ignore:{warning}")(test)
+    return test
+
+
+@tracing
+def test_a_compiled_network_trains_the_same_weights(tmp_path, monkeypatch):
+    calls = []
+
+    def backend(graph, example_inputs):
+        calls.append(graph)
+        return graph.forward
+
+    data = small_run.splits(32)
+    plain, _ = small_run.run(tmp_path / "plain", epochs=1, data=data)
+    AcceleratorState._reset_state(True)
+    monkeypatch.setattr(compilation, "_BACKEND", backend)
+    history, classifier = small_run.run(tmp_path / "compiled", epochs=1, data=data, compile=True)
+    assert calls
+    assert history[0].losses == pytest.approx(plain[0].losses, rel=1e-5)
+    one, other = weights(tmp_path / "plain"), weights(tmp_path / "compiled")
+    assert one.keys() == other.keys()
+    for name in one:
+        torch.testing.assert_close(one[name], other[name])
+    calls.clear()
+    classifier(torch.rand(7, 1, 4, 4))  # its training over, it is not compiled any more
+    assert not calls
+
+
+@tracing
+def test_a_network_that_cannot_be_compiled(tmp_path, monkeypatch):
+    def backend(graph, example_inputs):
+        raise OSError("no compiler here")
+
+    monkeypatch.setattr(compilation, "_BACKEND", backend)
+    with pytest.raises(ValueError, match=r"compile=True, but .* no compiler here.*compile=False"):
+        small_run.run(tmp_path, epochs=1, perturb=None, compile=True)
+
+
+def test_channels_last_changes_the_memory_order_alone(tmp_path):
+    seen = []
+
+    def attack(model, x, y, *, generator):
+        seen.append((x.is_contiguous(memory_format=torch.channels_last), x.is_contiguous()))
+        return small_run.ATTACK(model, x, y, generator=generator)
+
+    images = small_run.splits()
+    coloured = [
+        TensorDataset(part.tensors[0].repeat(1, 2, 1, 1), part.tensors[1]) for part in (images.train, images.test)
+    ]
+    data = replace(images, train=coloured[0], validation=coloured[1])
+    models = []
+    for layout in (None, True):
+        options = {"channels_last": layout, "build": two_channels, "data": data, "epochs": 1, "perturb": attack}
+        models.append(small_run.run(tmp_path / str(layout), **options)[1])
+        AcceleratorState._reset_state(True)
+    assert seen == [(False, True)] * 4 + [(True, False)] * 4
+    assert models[1].net[0].weight.is_contiguous(memory_format=torch.channels_last)
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_penalties_and_speed_are_in_the_log(tmp_path):
+    penalties = [GradientSparsity(0.1), ThresholdGuarding(0.2)]
+    options = {"objective": {"penalties": penalties, "kappa": 0.0, "rho": 0.0}, "epochs": 1}
+    history, _ = small_run.run(tmp_path, **options, journal=Journal(tmp_path))
+    losses = history[0].losses
+    parts = (losses["penalty/gradient_sparsity"], losses["penalty/threshold_guarding"])
+    assert 0.1 * parts[0] + 0.2 * parts[1] == pytest.approx(losses["penalty"], rel=1e-5)
+    text = (tmp_path / "log.txt").read_text()
+    expected = (
+        f"perturbed {losses['perturbed']:.3f}, gradient_sparsity {parts[0]:.3f}, threshold_guarding {parts[1]:.3f})"
+    )
+    assert f"({expected}, accuracy {losses['accuracy_perturbed']:.1%}; validation" in text  # no clean pass, none shown
+    assert re.search(r"; \d+ images/s; ", text)
+    (folder,) = (tmp_path / "tensorboard").iterdir()
+    events = EventAccumulator(str(folder)).Reload()
+    shown = set(events.Tags()["scalars"])
+    assert {"train/images_per_second", "train/penalty/gradient_sparsity", "train/total", "validation/pgd"} <= shown
+    assert {"input_gain/parts.1/t0", "ms_mppd/parts.1"} <= shown
+    assert {"l2_gain/parts.1", "peak_gain/parts.1"} <= shown
+
+
+def two_channels():
+    return nn.Sequential(
+        layer.Conv2d(2, 4, 3, padding=1, step_mode="m"),
+        layer.BatchNorm2d(4, step_mode="m"),
+        DLIFNode(T=3, tau=4.0),
+        layer.Flatten(step_mode="m"),
+        layer.Linear(64, 3, step_mode="m"),
+    )
