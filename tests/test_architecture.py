@@ -11,7 +11,7 @@ import sj_robust
 
 PACKAGE = Path(sj_robust.__file__).parent
 LAYERS = [
-    {"_version", "_host", "ops"},
+    {"_version", "_host", "_saved", "ops"},
     {"neuron"},
     {"classifier", "fusion", "charging"},
     {"attacks", "perturbation", "stability"},

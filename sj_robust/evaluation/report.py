@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from sj_robust._saved import saved_content
 from sj_robust.evaluation.threat import ThreatModel
 
 __all__ = ["Report", "Score"]
@@ -130,15 +131,7 @@ class Report:
         Raises:
             ValueError: If the text is not JSON, not a report or of another version.
         """
-        try:
-            content = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"a report must be JSON ({error}); the file is damaged or something else") from error
-        if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
-            raise ValueError(f"not a report of sj_robust: the text must be an object of format {_FORMAT!r}")
-        version = content.pop("version", None)
-        if version != _VERSION:
-            raise ValueError(f"report version must be {_VERSION}, got {version}; update sj_robust")
+        content = saved_content(text, what="a report of sj_robust", format=_FORMAT, version=_VERSION)
         try:
             threat = ThreatModel(**content.pop("threat"))
             scores = tuple(Score(**score) for score in content.pop("scores"))

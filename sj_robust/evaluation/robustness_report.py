@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sj_robust._saved import saved_content
 from sj_robust.evaluation.eps import parse_eps
 from sj_robust.evaluation.intervals import wilson_interval
 from sj_robust.evaluation.outcome import MemberOutcome
@@ -289,15 +290,7 @@ class RobustnessReport:
             ValueError: If the text is no report or one of another version, or its accuracies do not follow from its
                 outcomes.
         """
-        try:
-            content = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"a report must be JSON ({error}); the file is damaged or something else") from error
-        if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
-            raise ValueError(f"not a robustness report: the text must be an object of format {_FORMAT!r}")
-        version = content.pop("version", None)
-        if version != _VERSION:
-            raise ValueError(f"report version must be {_VERSION}, got {version}; update sj_robust")
+        content = saved_content(text, what="a robustness report", format=_FORMAT, version=_VERSION)
         derived = {name: content.pop(name, None) for name in _DERIVED}
         try:
             members = tuple(MemberOutcome(**member) for member in content.pop("members"))

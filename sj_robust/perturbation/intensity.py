@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sj_robust._saved import saved_content
 from sj_robust.perturbation._association import Association, auroc, pearson, spearman
 from sj_robust.perturbation._recording import Layers
 from sj_robust.perturbation.indicators import neuron_indicators, over_neurons
@@ -84,15 +85,7 @@ class IntensityCorrelation:
         Raises:
             ValueError: If the text is not JSON, not such a result or of another version.
         """
-        try:
-            content = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"a result must be JSON ({error}); the file is damaged or something else") from error
-        if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
-            raise ValueError(f"not an intensity study of sj_robust: the text must be an object of format {_FORMAT!r}")
-        version = content.pop("version", None)
-        if version != _VERSION:
-            raise ValueError(f"version of the study must be {_VERSION}, got {version}; update sj_robust")
+        content = saved_content(text, what="an intensity study", format=_FORMAT, version=_VERSION)
         try:
             content["associations"] = _associations_from(content["associations"])
             return cls(**content)

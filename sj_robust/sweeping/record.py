@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from sj_robust._saved import saved_content
 from sj_robust.evaluation.progress import write_whole
 from sj_robust.evaluation.report import plain
 
@@ -81,15 +82,7 @@ class RunRecord:
         Raises:
             ValueError: If the text is no record or one of another version.
         """
-        try:
-            content = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"a run's record must be JSON ({error}); the file is damaged or something else") from error
-        if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
-            raise ValueError(f"not a run of a sweep: the text must be an object of format {_FORMAT!r}")
-        version = content.pop("version", None)
-        if version != _VERSION:
-            raise ValueError(f"version of a run's record must be {_VERSION}, got {version}; update sj_robust")
+        content = saved_content(text, what="a run of a sweep", format=_FORMAT, version=_VERSION)
         try:
             return cls(**content)
         except TypeError as error:

@@ -223,7 +223,7 @@ def test_round_trip_and_table():
         ("{", "must be JSON"),
         ("[]", "not an intensity study"),
         ('{"format": "sj_robust.report"}', "not an intensity study"),
-        ('{"format": "sj_robust.intensity", "version": 9}', "version of the study must be 1, got 9"),
+        ('{"format": "sj_robust.intensity", "version": 9}', "version must be 1, got 9"),
         ('{"format": "sj_robust.intensity", "version": 1, "eps": []}', "missing or unknown"),
     ],
 )
