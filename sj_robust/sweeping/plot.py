@@ -72,7 +72,7 @@ def plot_effect(
             axes_.set_ylabel("accuracy left, %" if number % across == 0 else "")
         for axes_ in panels.flat[len(columns) :]:
             axes_.set_axis_off()
-        handles, labels = _legend(panels.flat[: len(columns)])
+        handles, labels = _legend(list(panels.flat)[: len(columns)])
         if any(labels):
             figure.legend(handles, labels, loc="outside lower center", ncols=beside, handlelength=3)
         pdf, png = save(figure, path.parent, path.name)
