@@ -11,7 +11,6 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
@@ -21,11 +20,11 @@ from sj_robust.data import ImageSplits, image_loader, load_images
 from sj_robust.evaluation import Report, ThreatModel, environment, evaluate
 from sj_robust.evaluation.eps import parse_eps
 from sj_robust.models import NetworkSpec, build_classifier, start_from
-from sj_robust.ops import keep_heap
 from sj_robust.plotting import plot_report
 
 # Options that a resumed run may change, since the weights do not depend on them.
-FREE = {"data_root", "download", "test_limit", "reference", "device", "workers", "checkpoint_steps", "output", "resume"}
+FREE = {"data_root", "download", "test_limit", "reference", "device", "workers", "checkpoint_steps", "compile",
+        "channels_last", "output", "resume"}  # fmt: skip
 UNDEFENDED: dict[str, Any] = {
     "neuron": "lif", "mode": "none", "select": "clean", "attack_steps": None, "project": True, "pretrained": None,
     "gradient_sparsity": 0.0, "threshold_guard": 0.0, "gain_penalty": 0.0}  # fmt: skip
@@ -150,9 +149,7 @@ class Options:
 def main(arguments: list[str]) -> None:
     """Train, evaluate, report."""
     options = parse_options(Options, named_arguments(arguments), stem)
-    if not (on_gpu := options.device == "auto" and torch.cuda.is_available()):
-        keep_heap()
-    accelerator = Accelerator(cpu=not on_gpu, mixed_precision=options.mixed_precision)
+    accelerator = training.make_accelerator(options.device, options.mixed_precision)
     with accelerator.main_process_first():  # what one downloads or prepares is there for the others
         splits = load_images(options.dataset, root=options.data_root, **same_names(load_images, options))
     configuration = asdict(replace(options, output=None, resume=False))

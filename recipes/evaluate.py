@@ -11,13 +11,9 @@ torchrun --nproc-per-node 2 recipes/evaluate.py CHECKPOINT                 # or 
 
 import re
 from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs
 from rich.console import Console
 
 from sj_robust import training
@@ -31,7 +27,6 @@ from sj_robust.evaluation.html import save_html
 from sj_robust.evaluation.robustness_report import RobustnessReport
 from sj_robust.evaluation.subject import Subject, check_fits, from_checkpoint, from_function
 from sj_robust.evaluation.terminal import Display, show_comparison, show_report
-from sj_robust.ops import keep_heap
 from sj_robust.plotting import plot_robustness
 
 
@@ -101,12 +96,7 @@ def main(arguments: list[str]) -> None:
     if options.compare is not None:
         show_comparison(compare(*map(load_report, two(options.compare))), Console())
         return
-    on_gpu = options.device == "auto" and torch.cuda.is_available()
-    if not on_gpu:
-        keep_heap()
-    # A process that is done waits for the slowest one.
-    patience = InitProcessGroupKwargs(timeout=timedelta(days=30))
-    accelerator = Accelerator(cpu=not on_gpu, kwargs_handlers=[patience])
+    accelerator = training.make_accelerator(options.device)
     subject = load_subject(options)
     dataset = options.dataset or subject.options.get("dataset", "digits")
     events = dataset in EVENT_DATASETS

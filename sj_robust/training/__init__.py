@@ -3,6 +3,7 @@
 from sj_robust.training.checkpoint import load_checkpoint, save_checkpoint
 from sj_robust.training.engine import NonFiniteLossError, TrainingInterrupted, TrainingPlan, train
 from sj_robust.training.folder import open_run_folder, run_to_resume
+from sj_robust.training.gain_penalty import StabilityGain
 from sj_robust.training.history import EpochRecord, catastrophic_overfitting
 from sj_robust.training.journal import Journal
 from sj_robust.training.modes import (
@@ -15,6 +16,7 @@ from sj_robust.training.modes import (
 )
 from sj_robust.training.objective import Losses, Objective
 from sj_robust.training.penalties import GradientSparsity, Passes, Penalty, ThresholdGuarding
+from sj_robust.training.processes import make_accelerator
 from sj_robust.training.regularization import project_to_simplex_, retract_
 
 __all__ = [
@@ -28,12 +30,14 @@ __all__ = [
     "Objective",
     "Passes",
     "Penalty",
+    "StabilityGain",
     "ThresholdGuarding",
     "TrainingInterrupted",
     "TrainingPlan",
     "catastrophic_overfitting",
     "final_attacks",
     "load_checkpoint",
+    "make_accelerator",
     "make_penalties",
     "open_run_folder",
     "project_to_simplex_",

@@ -1,0 +1,41 @@
+"""The processes and the device of a recipe."""
+
+from datetime import timedelta
+from typing import Literal
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
+
+from sj_robust.ops import keep_heap
+
+__all__ = ["make_accelerator"]
+
+
+def make_accelerator(
+    device: Literal["auto", "cpu"] = "auto", mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+) -> Accelerator:
+    """Accelerator of a recipe, whose processes wait for each other however long one takes. 创建 Accelerator。
+
+    On a CPU the process keeps freed memory for the next step, see :func:`sj_robust.ops.keep_heap`.
+
+    Args:
+        device: ``"auto"`` takes a GPU if there is one.
+        mixed_precision: Accelerate's precision.
+
+    Returns:
+        The accelerator.
+
+    Raises:
+        ValueError: If the device does not have the precision.
+
+    Example:
+        >>> make_accelerator("cpu").device
+        device(type='cpu')
+    """
+    on_gpu = device == "auto" and torch.cuda.is_available()
+    if not on_gpu:
+        keep_heap()
+    # A process that is done waits for the slowest one, which may evaluate for hours.
+    patience = InitProcessGroupKwargs(timeout=timedelta(days=30))
+    return Accelerator(cpu=not on_gpu, mixed_precision=mixed_precision, kwargs_handlers=[patience])
