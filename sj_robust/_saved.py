@@ -21,7 +21,7 @@ def saved_content(text: str, *, what: str, format: str, version: int) -> dict[st
     Raises:
         ValueError: If the text is no JSON, something else or of another version.
 
-    Example:
+    Examples:
         >>> saved_content('{"format": "mine", "version": 1, "eps": 0.1}', what="a result", format="mine", version=1)
         {'eps': 0.1}
     """

@@ -40,7 +40,7 @@ class SpikingClassifier(nn.Module):
 
     Source: direct encoding and rate decoding of Ding et al. (ICML 2024), section 5.
 
-    Example:
+    Examples:
         >>> from sj_robust.neuron import DLIFNode
         >>> net = nn.Sequential(nn.Linear(3, 2, bias=False), DLIFNode(T=4))
         >>> SpikingClassifier(net, T=4)(torch.rand(5, 3)).shape
@@ -157,7 +157,7 @@ class SpikingEventClassifier(SpikingClassifier):
     Source: frames of events as in ``spikingjelly.datasets`` (``data_type="frame"``); rate decoding of Ding et al.
         (ICML 2024), section 5.
 
-    Example:
+    Examples:
         >>> from sj_robust.neuron import DLIFNode
         >>> net = nn.Sequential(nn.Flatten(2), nn.Linear(2 * 6 * 6, 3), DLIFNode(T=4))
         >>> SpikingEventClassifier(net, T=4)(torch.randint(2, (5, 4, 2, 6, 6)).float()).shape
@@ -204,7 +204,7 @@ class PoissonEncoder(nn.Module):
 
     Source: Poisson encoding as in SpikingJelly's ``encoding.PoissonEncoder``, with the gradient of its expectation.
 
-    Example:
+    Examples:
         >>> PoissonEncoder(torch.Generator().manual_seed(0))(torch.tensor([0.0, 0.5, 1.0]))
         tensor([0., 0., 1.])
     """

@@ -31,7 +31,7 @@ def named_arguments(arguments: Sequence[str]) -> list[str]:
     Returns:
         Words that jsonargparse takes.
 
-    Example:
+    Examples:
         >>> named_arguments(["--data-root", "data", "--resume", "--seed=1"])
         ['--data_root', 'data', '--resume=true', '--seed=1']
     """
@@ -83,7 +83,7 @@ def same_names(target: Callable[..., Any], options: object) -> dict[str, Any]:
     Returns:
         Keyword arguments for ``target``.
 
-    Example:
+    Examples:
         >>> from types import SimpleNamespace
         >>> same_names(lambda seed, size=2: None, SimpleNamespace(seed=7, name="run"))
         {'seed': 7}

@@ -30,7 +30,7 @@ _PACKAGES = {
 def report() -> str:
     """Versions, SpikingJelly release, devices and backends, with the reason for each one that is missing.
 
-    Example:
+    Examples:
         >>> "backend eager" in report()
         True
     """

@@ -39,7 +39,7 @@ class FusedSequential(nn.Sequential):
 
     Shapes: those of the modules inside.
 
-    Example:
+    Examples:
         >>> net = FusedSequential(layer.BatchNorm2d(3, step_mode="m"), DLIFNode(T=4))
         >>> net(torch.randn(4, 2, 3, 5, 5)).shape
         torch.Size([4, 2, 3, 5, 5])
@@ -75,7 +75,7 @@ def fuse_batch_norm(net: nn.Module) -> FusionReport:
 
     Source: batch norm folded into its neighbour, as in every inference engine; here also in training.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(layer.Conv2d(1, 3, 3), layer.BatchNorm2d(3), DLIFNode(T=4))
         >>> fuse_batch_norm(net).fused
         {'1': '2'}
@@ -103,7 +103,7 @@ def unfuse_batch_norm(net: nn.Module) -> None:
     Args:
         net: A network, changed in place.
 
-    Example:
+    Examples:
         >>> net = FusedSequential()
         >>> unfuse_batch_norm(net)
         >>> type(net).__name__

@@ -51,7 +51,7 @@ class DLIFNode(neuron.BaseNode):
 
     Source: Ding et al., "Robust Stable Spiking Neural Networks", ICML 2024.
 
-    Example:
+    Examples:
         >>> node = DLIFNode(T=4, tau=2.0)
         >>> node(torch.full((4, 1), 0.6)).detach().flatten()
         tensor([0., 0., 1., 0.])
@@ -289,7 +289,7 @@ def replace_neurons(net: nn.Module, T: int, *, backend: str = "auto") -> Replace
 
     Source: equivalences of method section 1 (Ding et al., ICML 2024, and SpikingJelly's charge equations).
 
-    Example:
+    Examples:
         >>> from spikingjelly.activation_based import neuron
         >>> net = nn.Sequential(nn.Linear(4, 2), neuron.LIFNode(tau=2.0, step_mode="m"))
         >>> replace_neurons(net, T=4).replaced

@@ -88,7 +88,7 @@ def apgd(
 
     Source: Croce and Hein (ICML 2020), algorithm 1 and sections 3 and 4; random starts and targets of AutoAttack.
 
-    Example:
+    Examples:
         >>> weight = torch.tensor([[0.0, 0.0], [3.0, -4.0]])
         >>> x, y = torch.tensor([[0.75, 0.5]]), torch.tensor([1])  # margin 0.25, lost at a distance of 0.25 / 7
         >>> x_adv = apgd(lambda x: x @ weight.T, x, y, eps=0.04, steps=10)

@@ -83,7 +83,7 @@ def autoattack(
 
     Source: Croce and Hein (ICML 2020); FAB: Croce and Hein (ICML 2020); Square: Andriushchenko et al. (ECCV 2020).
 
-    Example:
+    Examples:
         >>> from sj_robust.attacks import autoattack
         >>> model = lambda x: x.flatten(1) @ torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
         >>> x, y = torch.tensor([[0.55, 0.45], [0.9, 0.1]]), torch.tensor([0, 0])
@@ -146,7 +146,7 @@ def square(
 
     Source: Andriushchenko et al. (ECCV 2020); its settings in AutoAttack, Croce and Hein (ICML 2020).
 
-    Example:
+    Examples:
         >>> from sj_robust.attacks import square
         >>> model = lambda x: torch.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], 1)
         >>> x, y = torch.full((1, 1, 4, 4), 0.45), torch.tensor([1])
@@ -190,7 +190,7 @@ def external(attack: Callable[[Tensor, Tensor], Tensor], *, eps: float, norm: No
 
     Source: the interface of torchattacks (Kim, 2020).
 
-    Example:
+    Examples:
         >>> from sj_robust.attacks import external
         >>> model = torch.nn.Linear(4, 3)
         >>> brighter = external(lambda x, y: (x + 0.1).clamp(0, 1), eps=0.1)
@@ -221,7 +221,7 @@ def transfer(source: Model, attack: Attack) -> Attack:
 
     Source: transfer evaluation of Ding et al. (ICML 2024), section 5.
 
-    Example:
+    Examples:
         >>> from functools import partial
         >>> from sj_robust.attacks import fgsm, transfer
         >>> source, target = torch.nn.Linear(4, 3), torch.nn.Linear(4, 3)

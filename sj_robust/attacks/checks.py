@@ -21,7 +21,7 @@ def check_images(x: Tensor) -> None:
 
     Source: threat model of Ding et al. (ICML 2024), section 5: images in [0, 1], normalised in the network.
 
-    Example:
+    Examples:
         >>> check_images(torch.tensor([[0.0, 2.0]]))
         Traceback (most recent call last):
         ...
@@ -58,7 +58,7 @@ def check_labels(y: Tensor, x: Tensor) -> None:
 
     Source: the convention of ``torch.nn.functional.cross_entropy`` for class indices.
 
-    Example:
+    Examples:
         >>> check_labels(torch.tensor([1, 0]), torch.rand(2, 1, 4, 4))
     """
     if not isinstance(y, Tensor):

@@ -91,7 +91,7 @@ def flip_events(
         2021) and Buechel et al. (Frontiers in Neuroscience 2022); random exchanges as in Sparse-RS (Croce et al.,
         AAAI 2022).
 
-    Example:
+    Examples:
         >>> x, weight = torch.zeros(1, 2, 2, 1, 1), torch.tensor([0.0, 3.0, 1.0, 2.0])
         >>> model = lambda frames: torch.stack([frames.flatten(1) @ weight, torch.full((1,), 4.5)], dim=1)
         >>> flip_events(model, x, torch.tensor([1]), flips=3).flatten()
@@ -164,7 +164,7 @@ def random_flips(
 
     Source: random events as the baseline of an attack, as in Liang et al. (TNNLS 2021).
 
-    Example:
+    Examples:
         >>> x = torch.zeros(3, 4, 2, 5, 5)
         >>> count_flips(random_flips(None, x, flips=7, generator=torch.Generator().manual_seed(0)), x)
         tensor([7, 7, 7])
@@ -214,7 +214,7 @@ def count_flips(x_adv: Tensor, x: Tensor) -> Tensor:
 
     Source: the L0 distance of binary frames, as in Buechel et al. (Frontiers in Neuroscience 2022).
 
-    Example:
+    Examples:
         >>> x = torch.zeros(2, 1, 2, 2, 2)
         >>> count_flips(1 - x, x)
         tensor([8, 8])
@@ -236,7 +236,7 @@ def check_frames(x: Tensor) -> None:
 
     Source: binary frames of Lun et al. (CVPR 2025), section 5.
 
-    Example:
+    Examples:
         >>> check_frames(torch.full((1, 4, 2, 5, 5), 3.0))
         Traceback (most recent call last):
         ...

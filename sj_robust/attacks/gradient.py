@@ -50,7 +50,7 @@ def fgsm(
 
     Source: Goodfellow et al. (ICLR 2015); evaluation of Ding et al. (ICML 2024), section 5.
 
-    Example:
+    Examples:
         >>> weight = torch.tensor([[0.0, 0.0], [1.0, -2.0]])
         >>> fgsm(lambda x: x @ weight.T, torch.full((1, 2), 0.5), torch.tensor([1]), eps=0.25)
         tensor([[0.2500, 0.7500]])
@@ -112,7 +112,7 @@ def rfgsm(
 
     Source: Ding et al. (ICML 2024), adversarial training of the published code, eps = step = 4/255.
 
-    Example:
+    Examples:
         >>> x, y = torch.rand(2, 8), torch.tensor([0, 1])
         >>> x_adv = rfgsm(torch.nn.Linear(8, 3), x, y, eps=4 / 255)
         >>> bool((x_adv - x).abs().max() <= 4 / 255)
@@ -190,7 +190,7 @@ def pgd(
 
     Source: Madry et al. (ICLR 2018); evaluation of Ding et al. (ICML 2024), section 5.
 
-    Example:
+    Examples:
         >>> weight = torch.tensor([[0.0, 0.0], [3.0, -4.0]])
         >>> x, y = torch.full((1, 2), 0.5), torch.tensor([1])
         >>> pgd(lambda x: x @ weight.T, x, y, eps=0.25, step_size=0.1, steps=4, norm="L2", random_start=False)

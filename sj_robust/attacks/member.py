@@ -44,7 +44,7 @@ class Member:
         TypeError: If the attack cannot be called or the seed is not an integer.
         ValueError: If the name is empty, the seed negative, the norm unknown or the radius of L0 no integer >= 1.
 
-    Example:
+    Examples:
         >>> from functools import partial
         >>> from sj_robust.attacks import fgsm
         >>> Member("fgsm", partial(fgsm, eps=0.1), ball=("Linf", 0.1)).estimator
@@ -92,7 +92,7 @@ def craft(model: Model, x: Tensor, y: Tensor, member: Member, *, seeds: SampleSe
         TypeError: If an argument has the wrong type, or the attack returns no images of the dtype of ``x``.
         ValueError: If images, labels or seeds do not fit, or the attack leaves [0, 1], its ball or the shape.
 
-    Example:
+    Examples:
         >>> from functools import partial
         >>> from sj_robust.attacks import pgd
         >>> member = Member("pgd", partial(pgd, eps=0.1, step_size=0.05, steps=3))
@@ -135,7 +135,7 @@ def fools(model: Model, x: Tensor, y: Tensor, *, draws: int = 1, seeds: SampleSe
         TypeError: If an argument has the wrong type.
         ValueError: If images, labels, seeds or logits do not fit, or ``draws`` < 1.
 
-    Example:
+    Examples:
         >>> x, y = torch.eye(2), torch.tensor([0, 0])
         >>> fools(lambda x: x, x, y, seeds=SampleSeeds([0, 1]))
         tensor([False,  True])

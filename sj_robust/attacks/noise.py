@@ -46,7 +46,7 @@ def gaussian(
 
     Source: Ding et al. (ICML 2024), section 5, sigma = 8/255; the published training code does not clamp.
 
-    Example:
+    Examples:
         >>> x = torch.full((2, 1, 4, 4), 0.5)
         >>> gaussian(None, x, std=8 / 255, generator=torch.Generator().manual_seed(0)).shape
         torch.Size([2, 1, 4, 4])
@@ -90,7 +90,7 @@ def uniform(
 
     Source: the random start of PGD, Madry et al. (ICLR 2018), without a step after it.
 
-    Example:
+    Examples:
         >>> x = torch.full((2, 1, 4, 4), 0.5)
         >>> bool((uniform(None, x, eps=8 / 255) - x).abs().max() <= 8 / 255)
         True
@@ -135,7 +135,7 @@ def salt_and_pepper(
 
     Source: impulse noise, Gonzalez and Woods, Digital Image Processing, section 5.2.
 
-    Example:
+    Examples:
         >>> salt_and_pepper(None, torch.full((1, 10000), 0.5), amount=1.0).unique()
         tensor([0., 1.])
     """

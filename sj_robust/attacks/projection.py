@@ -28,7 +28,7 @@ def linf_bounds(x: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
 
     Source: Linf ball of Ding et al. (ICML 2024), section 5.
 
-    Example:
+    Examples:
         >>> linf_bounds(torch.tensor([[0.125, 0.5]]), eps=0.25)
         (tensor([[0.0000, 0.2500]]), tensor([[0.3750, 0.7500]]))
     """
@@ -51,7 +51,7 @@ def project_linf(x_adv: Tensor, x: Tensor, *, eps: float) -> Tensor:
 
     Source: Linf ball of Ding et al. (ICML 2024), section 5.
 
-    Example:
+    Examples:
         >>> project_linf(torch.tensor([[0.9, 0.4]]), torch.tensor([[0.5, 0.5]]), eps=0.25)
         tensor([[0.7500, 0.4000]])
     """
@@ -73,7 +73,7 @@ def project_l2(x_adv: Tensor, x: Tensor, *, eps: float) -> Tensor:
 
     Source: Madry et al. (ICLR 2018), projected gradient descent, for the L2 ball.
 
-    Example:
+    Examples:
         >>> project_l2(torch.tensor([[0.5, 1.5]]), torch.tensor([[0.5, 0.5]]), eps=0.25)
         tensor([[0.5000, 0.7500]])
     """

@@ -41,7 +41,7 @@ class SampleSeeds:
 
     Source: splitmix64 of Steele, Lea and Flood (OOPSLA 2014), its finaliser.
 
-    Example:
+    Examples:
         >>> seeds = SampleSeeds([7, 8, 9])
         >>> seeds.rows(torch.tensor([True, False, True]))
         SampleSeeds([7, 9])

@@ -66,7 +66,7 @@ def sapgd(
 
     Source: SA-PGD, arXiv 2512.22522; its checkpoints are those of Croce and Hein (ICML 2020).
 
-    Example:
+    Examples:
         >>> weight = torch.tensor([[0.0, 0.0], [3.0, -4.0]])
         >>> x, y = torch.tensor([[0.75, 0.5]]), torch.tensor([1])  # margin 0.25, lost at a distance of 0.25 / 7
         >>> x_adv = sapgd(lambda x: x @ weight.T, x, y, eps=0.04, steps=10)

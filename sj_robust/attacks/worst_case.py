@@ -122,7 +122,7 @@ def worst_case(
     Source: per-sample worst case as in AutoAttack (Croce and Hein, ICML 2020), over several gradients as Bu et al.
         (TMLR 2024) ensemble them for spiking networks.
 
-    Example:
+    Examples:
         >>> from functools import partial
         >>> from sj_robust.attacks import fgsm, pgd
         >>> model = torch.nn.Linear(2, 2, bias=False)
@@ -228,7 +228,7 @@ def sweep(
 
     Source: hyperparameter search over surrogate widths as in HART (Hao et al., ICLR 2024), here over shapes as well.
 
-    Example:
+    Examples:
         >>> model, x = torch.nn.Linear(4, 3), torch.rand(6, 4)
         >>> y = model(x).argmax(1)
         >>> rows = sweep(model, x, y, eps=0.1, candidates=["training"], seeds=SampleSeeds(range(6)))

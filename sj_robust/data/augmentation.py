@@ -36,7 +36,7 @@ class Augmentation:
     Source: Ding et al. (ICML 2024), section 5, who take 4, flip and 16; cutout of DeVries and Taylor (2017,
     arXiv 1708.04552), whose square may lie partly outside of the image.
 
-    Example:
+    Examples:
         >>> images = torch.rand(2, 3, 32, 32)
         >>> both = Augmentation()(images, [7, 8])
         >>> torch.equal(both[1:], Augmentation()(images[1:], [8]))

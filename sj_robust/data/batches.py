@@ -28,7 +28,7 @@ class ShuffledBatches(Sampler[list[int]]):
     Raises:
         ValueError: If there is no whole batch, or a batch cannot be shared equally.
 
-    Example:
+    Examples:
         >>> batches = ShuffledBatches(10, 4, seed=0)
         >>> [len(batch) for batch in batches]
         [4, 4]
@@ -102,7 +102,7 @@ def image_loader(
     Raises:
         ValueError: If the number of workers is negative.
 
-    Example:
+    Examples:
         >>> from torch.utils.data import TensorDataset
         >>> [len(x) for (x,) in image_loader(TensorDataset(torch.rand(5, 1, 2, 2)), 2)]
         [2, 2, 1]

@@ -91,7 +91,7 @@ def load_images(
         FileNotFoundError: If the data is not there; the message says which files, where and how to get them.
         ModuleNotFoundError: If a package is missing that reads the files.
 
-    Example:
+    Examples:
         >>> splits = load_images("digits")
         >>> len(splits.train), len(splits.validation), len(splits.test)
         (1294, 143, 360)

@@ -32,7 +32,7 @@ class StoredImages(Images):
         labels: Classes, integers [N].
         white: The value that becomes 1.
 
-    Example:
+    Examples:
         >>> images = StoredImages(torch.tensor([[[[0, 255]]]], dtype=torch.uint8), torch.tensor([3]))
         >>> images[0]
         (tensor([[[0., 1.]]]), tensor(3))
@@ -84,7 +84,7 @@ class Part(Images):
         images: Where they come from.
         indices: Which ones, integers [N].
 
-    Example:
+    Examples:
         >>> images = StoredImages(torch.zeros(3, 1, 2, 2, dtype=torch.uint8), torch.tensor([5, 6, 7]))
         >>> [int(label) for _, label in Part(images, torch.tensor([2, 0]))]
         [7, 5]

@@ -24,7 +24,7 @@ class LayerActivity:
         silent: Share of the layer's neurons that never fired.
         saturated: Share of the layer's neurons that fired in every time step of every image.
 
-    Example:
+    Examples:
         >>> LayerActivity("net.2", "LIFNode", rate=0.0, silent=1.0, saturated=0.0).silent
         1.0
     """
@@ -64,7 +64,7 @@ def firing(model: nn.Module, x: Tensor, *, seed: int = 0) -> tuple[LayerActivity
 
     Source: firing rates as recorded by the monitors of SpikingJelly; the two shares are defined here.
 
-    Example:
+    Examples:
         >>> from sj_robust.neuron import DLIFNode
         >>> net = nn.Sequential(nn.Identity(), DLIFNode(T=2, tau=2.0))
         >>> firing(net, torch.tensor([[[0.0, 0.9, 2.0, 0.9]], [[0.0, 0.9, 2.0, 0.1]]]))

@@ -92,7 +92,7 @@ def assess(
 
     Source: evaluation as asked for by Carlini et al., "On evaluating adversarial robustness" (arXiv 1902.06705).
 
-    Example:
+    Examples:
         >>> from sj_robust import DLIFNode, SpikingClassifier
         >>> net = nn.Sequential(nn.Flatten(2), nn.Linear(4, 3), DLIFNode(T=2))
         >>> mine = Subject("mine", SpikingClassifier(net, T=2), "one layer")

@@ -18,7 +18,7 @@ class Difference:
         second: The same in the second.
         interval: 95 % interval of second minus first.
 
-    Example:
+    Examples:
         >>> clean = Figure("clean", "clean", 8, 10, 0.0), Figure("clean", "clean", 9, 10, 0.0)
         >>> round(Difference(*clean, interval=(-0.2, 0.4)).value, 3)
         0.1
@@ -76,7 +76,7 @@ def compare(first: RobustnessReport, second: RobustnessReport) -> Comparison:
     Returns:
         The comparison.
 
-    Example:
+    Examples:
         >>> report = RobustnessReport("mine", "digits", "Linf", "0.1", "fast", 2, (0, 1), (0,), ())
         >>> print(compare(report, report).table())
         | accuracy, % | mine (first) | mine (second) | difference | 95 % interval |

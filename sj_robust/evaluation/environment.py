@@ -19,7 +19,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, str]:
     Returns:
         Text by name; what cannot be found is ``"unknown"``.
 
-    Example:
+    Examples:
         >>> environment()["torch"] == torch.__version__
         True
     """

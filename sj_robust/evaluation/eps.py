@@ -14,7 +14,7 @@ def eps_text(eps: float) -> str:
     Returns:
         The text.
 
-    Example:
+    Examples:
         >>> eps_text(8 / 255), eps_text(0.1), eps_text(1 / 3), eps_text(20)
         ('8/255', '0.1', '85/255', '20')
     """
@@ -38,7 +38,7 @@ def parse_eps(text: str | float) -> float:
     Raises:
         ValueError: If it is no number, no fraction, negative or not finite.
 
-    Example:
+    Examples:
         >>> parse_eps("8/255") == 8 / 255
         True
     """

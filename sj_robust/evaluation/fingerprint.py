@@ -25,7 +25,7 @@ def fingerprint(value: object) -> str:
     Returns:
         The digest.
 
-    Example:
+    Examples:
         >>> fingerprint({"eps": 0.1}) == fingerprint({"eps": 0.1})
         True
         >>> fingerprint(torch.zeros(2)) == fingerprint(torch.zeros(2, 1))
@@ -46,7 +46,7 @@ def description(value: object) -> str:
     Returns:
         The text.
 
-    Example:
+    Examples:
         >>> from functools import partial
         >>> description(partial(round, ndigits=2))
         'builtins.round(ndigits=2)'

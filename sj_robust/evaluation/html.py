@@ -91,7 +91,7 @@ def to_html(report: RobustnessReport) -> str:
     Returns:
         The page.
 
-    Example:
+    Examples:
         >>> report = RobustnessReport("mine", "digits", "Linf", "0.1", "fast", 2, (0, 1), (0,), ())
         >>> "http" in to_html(report)
         False

@@ -25,7 +25,7 @@ def wilson_interval(count: int, total: int) -> tuple[float, float]:
 
     Source: Wilson, "Probable inference, the law of succession, and statistical inference" (JASA 1927).
 
-    Example:
+    Examples:
         >>> low, high = wilson_interval(5, 10)
         >>> round(low, 3), round(high, 3)
         (0.237, 0.763)
@@ -58,7 +58,7 @@ def difference_interval(count: int, total: int, other_count: int, other_total: i
 
     Source: Newcombe, "Interval estimation for the difference between independent proportions" (1998), method 10.
 
-    Example:
+    Examples:
         >>> low, high = difference_interval(48, 80, 56, 70)
         >>> round(low, 4), round(high, 4)
         (0.0524, 0.3339)
@@ -91,7 +91,7 @@ def paired_difference_interval(gained: int, lost: int, total: int) -> tuple[floa
 
     Source: Agresti and Min, "Simple improved confidence intervals for comparing matched proportions" (2005).
 
-    Example:
+    Examples:
         >>> low, high = paired_difference_interval(0, 0, 98)
         >>> round(low, 4), round(high, 4)
         (-0.0196, 0.0196)

@@ -59,7 +59,7 @@ class Finding:
         meaning: What was measured and what it says, in plain words with its numbers.
         remedy: What to do where it fails.
 
-    Example:
+    Examples:
         >>> print(Finding("zero_gradients", 0.75, 0.5, False, "75 % are zero.", "Sweep estimators."))
         FAILED zero_gradients: 0.75 (at most 0.5). 75 % are zero. Sweep estimators.
     """
@@ -123,7 +123,7 @@ def diagnose(
     Source: Athalye et al. (ICML 2018), section 3.1; Carlini et al. (arXiv 1902.06705); the comparison of surrogates
         follows the attacks on spiking networks of Hao et al. (ICLR 2024) and arXiv 2512.22522.
 
-    Example:
+    Examples:
         >>> weight = torch.tensor([[1.0, -1.0], [-1.0, 1.0]])
         >>> x = torch.tensor([[0.6, 0.5], [0.9, 0.1], [0.2, 0.4], [0.3, 0.8]])
         >>> y = torch.tensor([0, 0, 1, 1])

@@ -21,7 +21,7 @@ class MemberOutcome:
         largest: Largest distance of an image from its clean one, in the norm of the threat.
         seconds: Time for crafting and scoring, summed over processes.
 
-    Example:
+    Examples:
         >>> MemberOutcome("pgd", "training", "", 0.1, (0, 1, 2), (1, 2), (2,), 0.2, 1.5).broken
         (1,)
     """

@@ -28,7 +28,7 @@ def layer_perturbation(model: nn.Module, x: Tensor, x_adv: Tensor, *, seed: int 
 
     Source: Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from spikingjelly.activation_based import neuron
         >>> model = nn.Sequential(neuron.IFNode(step_mode="m"))

@@ -26,7 +26,7 @@ class Progress:
     Raises:
         ValueError: If the folder holds records of another key.
 
-    Example:
+    Examples:
         >>> with Progress(None, {"seed": "0"}).batch(3) as log:
         ...     log.append({"member": "pgd"})
         ...     log.records
@@ -72,7 +72,7 @@ class BatchLog:
         records: Those there are, in order.
         file: Where further ones go; None for nowhere.
 
-    Example:
+    Examples:
         >>> BatchLog([], None).records
         []
     """
@@ -117,7 +117,7 @@ class Clock:
         names: Names of the members.
         batches: Number of batches that each of them runs on.
 
-    Example:
+    Examples:
         >>> clock = Clock(["fast", "slow"], batches=3)
         >>> clock.add("fast", 1.0)
         >>> clock.add("slow", 10.0)
@@ -159,7 +159,7 @@ def stage(path: Path | None, key: Mapping[str, str], compute: Callable[[], Any])
     Raises:
         ValueError: If the file belongs to another key.
 
-    Example:
+    Examples:
         >>> stage(None, {}, lambda: (1, 2))
         [1, 2]
     """
@@ -181,7 +181,7 @@ def write_whole(path: Path, text: str) -> None:
         path: The file; its folder exists.
         text: Its content.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "note.txt"
         >>> write_whole(path, "done")

@@ -26,7 +26,7 @@ class Score:
         correct: Images classified right.
         total: Images.
 
-    Example:
+    Examples:
         >>> Score("dlif", "clean", 9, 10).accuracy
         0.9
     """
@@ -54,7 +54,7 @@ class Report:
         environment: Versions, device, commit.
         notes: What a reader must know, such as warnings raised while training.
 
-    Example:
+    Examples:
         >>> report = Report(ThreatModel("Linf", 0.1), (Score("dlif", "clean", 9, 10),))
         >>> Report.from_json(report.to_json()) == report
         True

@@ -53,7 +53,7 @@ def evaluate(
 
     Source: evaluation protocol of Ding et al. (ICML 2024), section 5.
 
-    Example:
+    Examples:
         >>> from functools import partial
         >>> from sj_robust.attacks import fgsm
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
@@ -76,7 +76,7 @@ def accuracy(
 ) -> dict[str, float]:
     """The figures of :func:`evaluate` alone, in [0, 1], for use during training. 仅返回准确率。
 
-    Example:
+    Examples:
         >>> accuracy(nn.Flatten(), [(torch.eye(2).view(2, 1, 1, 2), torch.tensor([0, 0]))], {})
         {'clean': 0.5}
     """

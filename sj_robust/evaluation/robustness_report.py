@@ -39,7 +39,7 @@ class Figure:
         total: Images.
         seconds: Time of all that it took.
 
-    Example:
+    Examples:
         >>> figure = Figure("clean", "clean", 9, 10, 0.1)
         >>> figure.accuracy, [round(end, 3) for end in figure.interval]
         (0.9, [0.596, 0.982])
@@ -103,7 +103,7 @@ class RobustnessReport:
 
     Source: ``model_info`` of RobustBench (Croce et al., NeurIPS 2021 Datasets and Benchmarks).
 
-    Example:
+    Examples:
         >>> pgd = MemberOutcome("pgd", "training", "suite", 0.1, (0, 1), (1,), (), 0.1, 2.0)
         >>> report = RobustnessReport("mine", "digits", "Linf", "0.1", "fast", 3, (0, 1, 2), (0, 1), (pgd,))
         >>> report.clean.correct, report.worst_case.correct, report.outcome

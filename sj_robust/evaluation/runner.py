@@ -85,7 +85,7 @@ def run_suite(
             not images and labels, or two members have one name.
         BlockingIOError: If another process works in the same folder.
 
-    Example:
+    Examples:
         >>> from functools import partial
         >>> from sj_robust.attacks import fgsm
         >>> from sj_robust.evaluation.threat import ThreatModel
@@ -130,7 +130,7 @@ def run_suite(
 def network_fingerprint(model: nn.Module) -> str:
     """Digest of a network's architecture and state. 网络指纹。
 
-    Example:
+    Examples:
         >>> network_fingerprint(nn.Linear(1, 1)) == network_fingerprint(nn.Linear(1, 1))
         False
     """
@@ -140,7 +140,7 @@ def network_fingerprint(model: nn.Module) -> str:
 def data_fingerprint(batches: Batches) -> str:
     """Digest of all images and labels, whatever the batch size. 数据指纹。
 
-    Example:
+    Examples:
         >>> x, y = torch.rand(4, 1, 2, 2), torch.zeros(4, dtype=torch.int64)
         >>> data_fingerprint([(x, y)]) == data_fingerprint([(x[:1], y[:1]), (x[1:], y[1:])])
         True
@@ -151,7 +151,7 @@ def data_fingerprint(batches: Batches) -> str:
 def place() -> tuple[int, int]:
     """Number of this process and number of processes, (0, 1) without ``torch.distributed``. 进程编号与进程数。
 
-    Example:
+    Examples:
         >>> place()
         (0, 1)
     """

@@ -29,7 +29,7 @@ class Subject:
         options: Options it was trained with; empty if they are not known.
         spec: What its network was built from; None for somebody's own.
 
-    Example:
+    Examples:
         >>> Subject("mine", SpikingClassifier(nn.Flatten(), T=1), "nothing but a reshape").options
         {}
     """
@@ -58,7 +58,7 @@ def from_checkpoint(path: Path, T: int | None = None, *, trust_code: bool = Fals
         ValueError: If the file is no checkpoint of a network, the folder holds several networks, T is out of range, or
             the network is built by a function that is not trusted.
 
-    Example:
+    Examples:
         >>> from_checkpoint(Path("nowhere.pt"))
         Traceback (most recent call last):
         ...
@@ -115,7 +115,7 @@ def from_function(
         ValueError: If the text has no colon, there is no such function, it or its module fails, it returns no network,
             or ``T`` is missing.
 
-    Example:
+    Examples:
         >>> from_function("torch.nn:Flatten", T=4).model.T
         4
     """
@@ -148,7 +148,7 @@ def describe_network(model: nn.Module) -> dict[str, Any]:
     Returns:
         ``T``, ``parameters`` (their number) and ``layers`` (rows with ``layer``, ``neuron``, ``surrogate``).
 
-    Example:
+    Examples:
         >>> from sj_robust import DLIFNode
         >>> describe_network(SpikingClassifier(nn.Sequential(DLIFNode(T=2)), T=2))["layers"]
         [{'layer': 'net.0', 'neuron': 'DLIFNode', 'surrogate': 'PiecewiseQuadratic(alpha=1.0, spiking=True)'}]
@@ -175,7 +175,7 @@ def check_fits(subject: Subject, images: Tensor, classes: int, dataset: str) -> 
     Raises:
         ValueError: If they do not belong together, logits are not finite, or no gradient reaches the images.
 
-    Example:
+    Examples:
         >>> own = Subject("mine", nn.Flatten(), "a reshape")
         >>> check_fits(own, torch.rand(1, 1, 2, 2), classes=4, dataset="digits")
     """

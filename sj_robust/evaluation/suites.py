@@ -117,7 +117,7 @@ def make_suite(
 
     Source: Ding et al. (ICML 2024), section 5; AutoAttack of Croce and Hein (ICML 2020).
 
-    Example:
+    Examples:
         >>> suite = make_suite("fast", ThreatModel("Linf", 8 / 255), chosen=["atan:4", "triangle:0.5"], classes=10)
         >>> [member.name for member in suite.members[:3]]
         ['apgd_ce/atan:4/r0', 'apgd_ce/triangle:0.5/r0', 'apgd_dlr/atan:4/r0']

@@ -28,7 +28,7 @@ def show_report(report: RobustnessReport, console: Console) -> None:
         report: The report.
         console: Where to print.
 
-    Example:
+    Examples:
         >>> import io
         >>> from sj_robust.evaluation.robustness_report import RobustnessReport
         >>> console = Console(file=io.StringIO(), width=80)
@@ -85,7 +85,7 @@ class Display:
     Args:
         console: Where to show it; a quiet one for all processes but the first.
 
-    Example:
+    Examples:
         >>> with Display(Console(quiet=True)) as display:
         ...     display.on_step(Position(0, 2, "pgd", 1, 4, 30.0))
     """

@@ -18,7 +18,7 @@ class ThreatModel:
     Raises:
         ValueError: If the norm is unknown, the radius negative or not finite, or the number no integer >= 1.
 
-    Example:
+    Examples:
         >>> ThreatModel("Linf", 8 / 255)
         ThreatModel(norm='Linf', eps=0.03137254901960784)
         >>> ThreatModel("L0", 20)

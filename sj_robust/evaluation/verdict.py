@@ -20,7 +20,7 @@ def alarms(report: "RobustnessReport") -> tuple[str, ...]:
     Returns:
         Sentences; none for a network that works.
 
-    Example:
+    Examples:
         >>> from sj_robust.evaluation.robustness_report import RobustnessReport
         >>> report = RobustnessReport("mine", "digits", "Linf", "0.1", "fast", 2, (0, 1), (0,), ())
         >>> print(alarms(report)[0])
@@ -62,7 +62,7 @@ def masked(report: "RobustnessReport") -> tuple[str, ...]:
     Returns:
         Sentences with number, threshold and remedy.
 
-    Example:
+    Examples:
         >>> from sj_robust.evaluation.robustness_report import RobustnessReport
         >>> masked(RobustnessReport("mine", "digits", "Linf", "0.1", "fast", 2, (0, 1), (0,), ()))
         ()
@@ -85,7 +85,7 @@ def remarks(report: "RobustnessReport") -> tuple[str, ...]:
     Returns:
         Sentences.
 
-    Example:
+    Examples:
         >>> from sj_robust.evaluation.robustness_report import RobustnessReport
         >>> remarks(RobustnessReport("mine", "digits", "Linf", "0.1", "fast", 2, (0, 1), (0,), (), warnings=("old",)))
         ('old',)

@@ -86,7 +86,7 @@ def one_neuron(
 
     Source: Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024), figure 1.
 
-    Example:
+    Examples:
         >>> case = one_neuron(steps=3).cases["constant"]
         >>> [round(value, 3) for value in case["simplified"]]
         [-0.1, -0.19, -0.271]
@@ -116,7 +116,7 @@ def input_gains(models: Mapping[str, nn.Module]) -> InputGains:
 
     Source: Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024), figure 4.
 
-    Example:
+    Examples:
         >>> input_gains({"mine": nn.Sequential(DLIFNode(T=2))}).networks
         {'mine': {'0': [1.0, 1.0]}}
     """
@@ -151,7 +151,7 @@ def training_curves(folder: Path) -> TrainingCurves:
         FileNotFoundError: If the folder does not exist.
         ValueError: If it holds no history.
 
-    Example:
+    Examples:
         >>> training_curves(Path("nowhere"))
         Traceback (most recent call last):
         ...

@@ -23,7 +23,7 @@ def draw(data: FigureData) -> dict[str, Figure]:
     Returns:
         Figures by what they add to the name of the file with the numbers, ``""`` for the first one.
 
-    Example:
+    Examples:
         >>> list(draw(InputGains({"mine": {"0": [1.0, 0.5]}})))
         ['']
     """

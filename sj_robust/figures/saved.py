@@ -29,7 +29,7 @@ def save_figure(data: FigureData, path: Path) -> None:
         data: The numbers.
         path: A JSON file.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> path = Path(tempfile.mkdtemp()) / "gains.json"
         >>> save_figure(InputGains({"mine": {"0": [1.0, 0.5]}}), path)

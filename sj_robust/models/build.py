@@ -49,7 +49,7 @@ class NetworkSpec:
         frames: Whether samples are event frames [T, C, H, W] instead of images.
         options: Further keyword arguments of the architecture, plain data.
 
-    Example:
+    Examples:
         >>> NetworkSpec(neuron="lif", T=8).tau
         100.0
     """
@@ -86,7 +86,7 @@ def build_network(spec: NetworkSpec) -> nn.Module:
 
     Source: networks of Ding et al. (ICML 2024), section 5.
 
-    Example:
+    Examples:
         >>> build_network(NetworkSpec()).T
         4
     """
@@ -125,7 +125,7 @@ def build_classifier(spec: NetworkSpec) -> SpikingClassifier:
         ValueError: As :func:`build_network`; or if the number of means or deviations is not that of the channels, or
             there are any for frames.
 
-    Example:
+    Examples:
         >>> import torch
         >>> build_classifier(NetworkSpec(mean=(0.3,), std=(0.2,)))(torch.rand(2, 1, 8, 8)).shape
         torch.Size([2, 10])

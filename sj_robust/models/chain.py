@@ -35,7 +35,7 @@ class ConvChain(DirectlyEncoded):
 
     Source: the VGG networks of Ding et al. (ICML 2024), section 5.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from sj_robust.neuron import DLIFNode
         >>> net = ConvChain((1, 8, 8), 10, T=4, spiking_neuron=DLIFNode, features=[4, "A"], hidden=[16])

@@ -26,7 +26,7 @@ class DirectlyEncoded(nn.Module):
     Raises:
         ValueError: If an input has another number of dimensions.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from spikingjelly.activation_based import layer
         >>> net = DirectlyEncoded()
@@ -64,7 +64,7 @@ def neuron_builder(
         T: Number of time steps, passed to one that takes ``T`` (``DLIFNode`` does).
         arguments: Keyword arguments of every neuron; a ``T`` among them goes before the network's.
 
-    Example:
+    Examples:
         >>> from sj_robust.neuron import DLIFNode
         >>> neuron_builder(DLIFNode, 4, {"tau": 2.0})().T
         4
@@ -77,7 +77,7 @@ def neuron_builder(
 def initialise(net: nn.Module) -> None:
     """Kaiming-normal (fan out) convolutions; biases of convolutions and linear layers 0. 初始化权重。
 
-    Example:
+    Examples:
         >>> net = nn.Linear(3, 2)
         >>> initialise(net)
         >>> net.bias.tolist()

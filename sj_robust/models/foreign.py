@@ -28,7 +28,7 @@ def find_function(text: str) -> Callable[..., Any]:
         FileNotFoundError: If there is no such file.
         ValueError: If the text has no colon, the file is not Python's, there is no such function, or its module fails.
 
-    Example:
+    Examples:
         >>> find_function("math:sqrt")(4.0)
         2.0
     """
@@ -58,7 +58,7 @@ def call_with_known(
     Raises:
         ValueError: If it does not take an option, or fails.
 
-    Example:
+    Examples:
         >>> call_with_known(lambda T, width=1: T * width, "area", {"T": 4, "classes": 10}, {"width": 3})
         12
     """
@@ -86,7 +86,7 @@ def reason(error: Exception) -> str:
     Args:
         error: What was caught.
 
-    Example:
+    Examples:
         >>> reason(ValueError("too far"))
         'ValueError: too far'
     """

@@ -37,7 +37,7 @@ def start_from(classifier: SpikingClassifier, path: Path | str, *, decay_input: 
 
     Source: the equivalences of ``sj_robust.replace_neurons``.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from sj_robust.models import build_classifier
         >>> lif, dlif = (build_classifier(NetworkSpec(neuron=name)) for name in ("lif", "dlif"))

@@ -71,7 +71,7 @@ def load_published_checkpoint(
 
     Source: names of the published code of Ding et al. (ICML 2024), github.com/DingJianhao/stable-snn.
 
-    Example:
+    Examples:
         >>> load_published_checkpoint("vgg11DLI_ATFGSMv2.pth", mean=None, std=None)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
@@ -107,7 +107,7 @@ def published_names(net: nn.Module, name: str) -> dict[str, str]:
     Returns:
         Their name by ours, in the order of ``net.state_dict()``.
 
-    Example:
+    Examples:
         >>> from sj_robust.models import build_network
         >>> net = build_network(NetworkSpec("vgg5", image_shape=(3, 8, 8), hidden=(8, 8)))
         >>> names = published_names(net, "vgg5")

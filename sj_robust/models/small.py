@@ -26,7 +26,7 @@ class SmallConvNet(ConvChain):
 
     Source: the convolution - batch norm - neuron stages of the VGG networks of Ding et al. (ICML 2024), made small.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from sj_robust.neuron import DLIFNode
         >>> net = SmallConvNet((1, 8, 8), 10, T=4, spiking_neuron=DLIFNode)

@@ -36,7 +36,7 @@ def set_time_steps(net: nn.Module, T: int) -> dict[str, tuple[int, int]]:
 
     Source: the gains of Ding et al. (ICML 2024), section 4; the rule is this package's.
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(DLIFNode(T=2))
         >>> _ = net[0].input_gain.data.copy_(torch.tensor([1.0, 0.5]))
         >>> set_time_steps(net, 4)

@@ -37,7 +37,7 @@ class VGG(ConvChain):
 
     Source: Ding et al. (ICML 2024), section 5, with its published code's names; Simonyan & Zisserman (2015).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from sj_robust.neuron import DLIFNode
         >>> net = VGG("vgg5", (3, 8, 8), 10, T=2, spiking_neuron=DLIFNode, hidden=[32, 32])

@@ -22,7 +22,7 @@ class Weights:
         tensors: Parameters and buffers by name, without the ``module.`` of ``DataParallel`` and its kind.
         network: The ``NetworkSpec`` of a checkpoint of this package, as plain data; None for any other file.
 
-    Example:
+    Examples:
         >>> Weights({"weight": torch.ones(2)}).network is None
         True
     """
@@ -44,7 +44,7 @@ def read_weights(path: Path) -> Weights:
         FileNotFoundError: If there is no such file.
         ValueError: If the ending is another, the file is damaged, holds a pickled network, or no tensors by name.
 
-    Example:
+    Examples:
         >>> read_weights(Path("weights.h5"))
         Traceback (most recent call last):
         ...
@@ -91,7 +91,7 @@ def check_keys(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], orig
     Raises:
         ValueError: If they differ; the message lists missing and unexpected names and the shapes.
 
-    Example:
+    Examples:
         >>> check_keys({"b": torch.ones(2)}, {"a": torch.ones(2)}, "w.pt", "take another file")
         Traceback (most recent call last):
         ...

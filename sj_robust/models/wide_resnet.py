@@ -40,7 +40,7 @@ class WideResNet(DirectlyEncoded):
     Source: Ding et al. (ICML 2024), section 5, with its published code; Zagoruyko and Komodakis, "Wide Residual
         Networks" (BMVC 2016); the mixed branches as in SNN-RAT (NeurIPS 2022).
 
-    Example:
+    Examples:
         >>> from sj_robust.neuron import DLIFNode
         >>> net = WideResNet((3, 8, 8), 10, T=2, spiking_neuron=DLIFNode, depth=10, widen_factor=1)
         >>> net(torch.rand(5, 3, 8, 8)).shape
@@ -102,7 +102,7 @@ class MixedBlock(nn.Module):
     Source: the published code of Ding et al. (ICML 2024); He et al., "Identity Mappings in Deep Residual Networks"
         (ECCV 2016).
 
-    Example:
+    Examples:
         >>> MixedBlock(4, 4, 1, nn.ReLU).mixing.tolist()
         [0.5, 0.5]
     """

@@ -22,7 +22,7 @@ def zoo_networks() -> dict[str, Callable[..., nn.Module]]:
         The public functions of ``spikingjelly.activation_based.model`` that have a parameter ``spiking_neuron`` and
         need no other, and such classes of a file without functions; a file that lacks a package it imports is left out.
 
-    Example:
+    Examples:
         >>> "spiking_vgg11_bn" in zoo_networks()
         True
     """
@@ -76,7 +76,7 @@ def build_zoo_network(
 
     Source: the model zoo of SpikingJelly; SEW ResNet's ADD as in Fang et al. (NeurIPS 2021).
 
-    Example:
+    Examples:
         >>> from sj_robust.neuron import DLIFNode
         >>> build_zoo_network("spiking_vg11", (3, 32, 32), 10, T=4, spiking_neuron=DLIFNode)
         Traceback (most recent call last):

@@ -24,7 +24,7 @@ def keep_heap() -> bool:
 
     Source: ``mallopt(3)`` of the GNU C library; figures under *Kernels and benchmarks* (``malloc`` and ``reuse``).
 
-    Example:
+    Examples:
         >>> keep_heap()  # doctest: +SKIP
         True
     """

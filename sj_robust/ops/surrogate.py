@@ -34,7 +34,7 @@ class Surrogate:
 
     Source: method of Robust Stable SNN (Ding et al., ICML 2024), section 4; SpikingJelly's ``surrogate``.
 
-    Example:
+    Examples:
         >>> Surrogate("triangle").derivative(torch.tensor([-2.0, -0.25, 0.0, 0.5]))
         tensor([0.0000, 0.7500, 1.0000, 0.5000])
     """

@@ -17,7 +17,7 @@ class Association:
         low: Lower end.
         high: Upper end.
 
-    Example:
+    Examples:
         >>> Association(0.9, 0.8, 0.95).value
         0.9
     """
@@ -30,7 +30,7 @@ class Association:
 def ranks(values: Tensor) -> Tensor:
     """Ranks from 1 along the last dimension; equal values share the mean of their ranks.
 
-    Example:
+    Examples:
         >>> ranks(torch.tensor([0.3, 0.1, 0.3]))
         tensor([2.5000, 1.0000, 2.5000], dtype=torch.float64)
     """
@@ -44,7 +44,7 @@ def ranks(values: Tensor) -> Tensor:
 def pearson(first: Tensor, second: Tensor) -> Tensor:
     """Linear correlation along the last dimension; NaN where one side does not vary.
 
-    Example:
+    Examples:
         >>> pearson(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 2.0, 3.0])).round(decimals=4)
         tensor(0.8660, dtype=torch.float64)
     """
@@ -57,7 +57,7 @@ def pearson(first: Tensor, second: Tensor) -> Tensor:
 def spearman(first: Tensor, second: Tensor) -> Tensor:
     """Correlation of the ranks along the last dimension; NaN where one side does not vary.
 
-    Example:
+    Examples:
         >>> spearman(torch.tensor([1.0, 2.0, 9.0, 9.5]), torch.tensor([5.0, 6.0, 8.0, 7.0])).round(decimals=4)
         tensor(0.8000, dtype=torch.float64)
     """
@@ -76,7 +76,7 @@ def auroc(scores: Tensor, positive: Tensor) -> Tensor:
     Returns:
         [*]; NaN without a pair of a positive and a negative.
 
-    Example:
+    Examples:
         >>> auroc(torch.tensor([[0.1, 0.4, 0.2]]), torch.tensor([[False, True, True]]))
         tensor(1., dtype=torch.float64)
     """

@@ -40,7 +40,7 @@ class LayerStats:
 
     Source: Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024).
 
-    Example:
+    Examples:
         >>> from spikingjelly.activation_based import neuron
         >>> from sj_robust.perturbation import MPPDMonitor
         >>> net = torch.nn.Sequential(neuron.IFNode(step_mode="m"))

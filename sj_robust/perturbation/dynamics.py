@@ -44,7 +44,7 @@ def simplified_perturbation(
 
     Source: Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024), simplified perturbation dynamics.
 
-    Example:
+    Examples:
         >>> x = torch.full((3, 1), 0.3)
         >>> simplified_perturbation(x, x - 0.1, decay=0.5).flatten()
         tensor([0.1000, 0.1500, 0.1750])
@@ -96,7 +96,7 @@ def membrane_potential(
 
     Source: charge, fire and reset of SpikingJelly's LIF neuron; Ding et al. (ICML 2024), section 3.
 
-    Example:
+    Examples:
         >>> membrane_potential(torch.full((3, 1), 0.6), decay=0.5).flatten()
         tensor([0.6000, 0.9000, 0.0000])
     """
@@ -132,7 +132,7 @@ def full_perturbation(v_seq: Tensor, v_seq_perturbed: Tensor) -> Tensor:
 
     Source: Ding et al. (ICML 2024), membrane potential perturbation before the reset is dropped.
 
-    Example:
+    Examples:
         >>> x = torch.full((3, 1), 0.6)
         >>> full_perturbation(membrane_potential(x, decay=0.5), membrane_potential(x - 0.1, decay=0.5)).flatten()
         tensor([ 0.1000,  0.1500, -0.8750])
@@ -158,7 +158,7 @@ def ms_mppd(eps: Tensor, norm: Literal["l2", "l1"] = "l2") -> Tensor:
 
     Source: l2 is MS-MPPD of Ding et al. (ICML 2024); l1 is the form its follow-up prefers.
 
-    Example:
+    Examples:
         >>> ms_mppd(torch.tensor([1.0, -2.0])), ms_mppd(torch.tensor([1.0, -2.0]), norm="l1")
         (tensor(2.5000), tensor(1.5000))
     """
@@ -184,7 +184,7 @@ def spike_train_distance(spike_seq: Tensor, spike_seq_perturbed: Tensor) -> Tens
 
     Source: STD^2 / T, an indicator that Ding et al. (ICML 2024) compare with.
 
-    Example:
+    Examples:
         >>> spike_train_distance(torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0], [1.0]]))
         tensor([1.])
     """
@@ -207,7 +207,7 @@ def tasad(spike_seq: Tensor, spike_seq_perturbed: Tensor) -> Tensor:
 
     Source: TASAD, an indicator that Ding et al. (ICML 2024) compare with.
 
-    Example:
+    Examples:
         >>> tasad(torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0], [1.0]]))
         tensor([0.])
     """
@@ -218,7 +218,7 @@ def tasad(spike_seq: Tensor, spike_seq_perturbed: Tensor) -> Tensor:
 def perturbation_step(eps: Tensor, dx: Tensor, decay: float | Tensor, gain: float | Tensor) -> Tensor:
     """One step of :func:`simplified_perturbation`: ``decay * eps + gain * dx``.
 
-    Example:
+    Examples:
         >>> perturbation_step(torch.tensor(1.0), torch.tensor(0.5), 0.9, 2.0)
         tensor(1.9000)
     """
@@ -228,7 +228,7 @@ def perturbation_step(eps: Tensor, dx: Tensor, decay: float | Tensor, gain: floa
 def charge(v: Tensor, x: Tensor, decay: float | Tensor, gain: float | Tensor, v_reset: float | None) -> Tensor:
     """Potential before firing: ``decay * v + gain * x``, plus ``(1 - decay) * v_reset`` for a hard reset.
 
-    Example:
+    Examples:
         >>> charge(torch.tensor(1.0), torch.tensor(0.5), 0.5, 1.0, 0.0)
         tensor(1.)
     """
@@ -239,7 +239,7 @@ def charge(v: Tensor, x: Tensor, decay: float | Tensor, gain: float | Tensor, v_
 def reset_potential(h: Tensor, spike: Tensor, v_threshold: float, v_reset: float | None) -> Tensor:
     """Potential after firing: a hard reset to ``v_reset``, or minus the threshold if that is None.
 
-    Example:
+    Examples:
         >>> reset_potential(torch.tensor([0.5, 1.5]), torch.tensor([0.0, 1.0]), 1.0, None)
         tensor([0.5000, 0.5000])
     """

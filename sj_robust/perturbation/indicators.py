@@ -27,7 +27,7 @@ def neuron_indicators(trace: LayerTrace) -> dict[str, Tensor]:
 
     Source: Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024).
 
-    Example:
+    Examples:
         >>> import torch
         >>> from spikingjelly.activation_based import neuron
         >>> from sj_robust.perturbation import MPPDMonitor
@@ -60,7 +60,7 @@ def sample_indicators(trace: LayerTrace) -> dict[str, Tensor]:
     Returns:
         Tensors [N] by the names in :data:`INDICATORS`.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from spikingjelly.activation_based import neuron
         >>> from sj_robust.perturbation import MPPDMonitor
@@ -76,7 +76,7 @@ def sample_indicators(trace: LayerTrace) -> dict[str, Tensor]:
 def over_neurons(name: str, value: Tensor) -> Tensor:
     """One number per sample of an indicator [N, features]: its mean, for ``mppd_max`` the maximum.
 
-    Example:
+    Examples:
         >>> import torch
         >>> over_neurons("mppd_max", torch.tensor([[1.0, 3.0]])), over_neurons("std", torch.tensor([[1.0, 3.0]]))
         (tensor([3.]), tensor([2.]))

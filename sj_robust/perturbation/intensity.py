@@ -147,7 +147,7 @@ def intensity_correlation(
     Source: the claim that MPPD conveys the intensity of a perturbation is of Ding et al., "Robust Stable Spiking
         Neural Networks" (ICML 2024); bootstrap of Efron (1979), resampled by image.
 
-    Example:
+    Examples:
         >>> from spikingjelly.activation_based import neuron
         >>> from sj_robust import SpikingClassifier
         >>> _ = torch.manual_seed(0)

@@ -68,7 +68,7 @@ class MPPDMonitor(BaseMonitor):
 
     Source: Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024).
 
-    Example:
+    Examples:
         >>> from spikingjelly.activation_based import neuron
         >>> net = nn.Sequential(nn.Linear(3, 2), neuron.LIFNode(tau=2.0, step_mode="m"))
         >>> x = torch.rand(4, 5, 3)

@@ -70,7 +70,7 @@ def optimal_input_gain(
 
     Source: derived here.
 
-    Example:
+    Examples:
         >>> design = optimal_input_gain(0.99, 4)
         >>> [round(p, 2) for p in design.input_gain.tolist()], round(design.gain, 3), round(design.constant_gain, 3)
         ([0.6, 0.67, 0.9, 1.82], 2.41, 2.843)
@@ -119,7 +119,7 @@ def gain_penalty(net: nn.Module, *, normalized: bool = False) -> Tensor:
 
     Source: derived here; :func:`l2_gain`.
 
-    Example:
+    Examples:
         >>> from sj_robust import DLIFNode
         >>> net = nn.Sequential(nn.Linear(2, 3), DLIFNode(T=8))
         >>> value = gain_penalty(net)
@@ -162,7 +162,7 @@ def gain_scalars(net: nn.Module, T: int | None = None) -> dict[str, float]:
 
     Source: :func:`neuron_gains`.
 
-    Example:
+    Examples:
         >>> from sj_robust import DLIFNode
         >>> {name: round(value, 3) for name, value in gain_scalars(nn.Sequential(DLIFNode(T=8))).items()}
         {'l2_gain/0': 5.264, 'peak_gain/0': 2.732}

@@ -63,7 +63,7 @@ def time_operator(decay: float | Tensor, T: int, input_gain: Tensor | None = Non
 
     Source: Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024), simplified perturbation dynamics.
 
-    Example:
+    Examples:
         >>> time_operator(0.5, 3, torch.tensor([1.0, 1.0, 2.0]))
         tensor([[1.0000, 0.0000, 0.0000],
                 [0.5000, 1.0000, 0.0000],
@@ -102,7 +102,7 @@ def l2_gain(decay: float | Tensor, T: int, input_gain: Tensor | None = None) -> 
 
     Source: derived here; the recursion is the bounded real lemma for finite time (dqds form).
 
-    Example:
+    Examples:
         >>> [round(float(l2_gain(0.99, T)), 3) for T in (4, 8, 16)]
         [2.843, 5.264, 9.887]
     """
@@ -133,7 +133,7 @@ def peak_gain(decay: float | Tensor, T: int, input_gain: Tensor | None = None) -
 
     Source: derived here.
 
-    Example:
+    Examples:
         >>> round(float(peak_gain(0.99, 8)), 3)
         2.732
     """
@@ -156,7 +156,7 @@ def l2_gain_limit(decay: float | Tensor) -> Tensor:
 
     Source: the l1 norm of the kernel ``decay^t``, reached by a constant perturbation.
 
-    Example:
+    Examples:
         >>> l2_gain_limit(torch.tensor([0.5, 1.0]))
         tensor([2., inf], dtype=torch.float64)
     """
@@ -181,7 +181,7 @@ def printed_gain(decay: float | Tensor) -> Tensor:
 
     Source: Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024), Theorem 3.1.
 
-    Example:
+    Examples:
         >>> round(float(printed_gain(0.5)), 3), round(float(l2_gain(0.5, 3)), 3)
         (1.414, 1.467)
     """
@@ -203,7 +203,7 @@ def neuron_gains(charging: Charging, T: int) -> NeuronGains:
 
     Source: :func:`l2_gain`, :func:`peak_gain`, :func:`l2_gain_limit`, :func:`printed_gain`.
 
-    Example:
+    Examples:
         >>> gains = neuron_gains(Charging(decay=0.5, gain=0.5), T=8)
         >>> round(gains.l2, 3), gains.l2_limit
         (0.913, 1.0)
@@ -227,7 +227,7 @@ def effective_input_gain(charging: Charging, T: int) -> Tensor:
     Raises:
         ValueError: If the neuron has fewer gains than T.
 
-    Example:
+    Examples:
         >>> effective_input_gain(Charging(decay=0.5, gain=0.5), 2)
         tensor([0.5000, 0.5000], dtype=torch.float64)
     """

@@ -21,7 +21,7 @@ class SweepDisplay:
         done: Runs that were finished before.
         jobs: Processes.
 
-    Example:
+    Examples:
         >>> with SweepDisplay(Console(quiet=True), total=3, done=1, jobs=1) as display:
         ...     display.left
         'time left not known yet'

@@ -36,7 +36,7 @@ def idle(options: Options) -> frozenset[str]:
     Returns:
         Names.
 
-    Example:
+    Examples:
         >>> sorted(idle({"mode": "at", "rho": 0, "norm": "l1"}) & {"rho", "norm"})
         ['norm']
     """
@@ -55,7 +55,7 @@ def simplified(options: Options, defaults: Options) -> dict[str, Any]:
     Returns:
         All options.
 
-    Example:
+    Examples:
         >>> simplified({"mode": "none", "rho": 0.0}, {"mode": "at", "rho": 1.0})
         {'mode': 'none', 'rho': 1.0}
     """
@@ -77,7 +77,7 @@ def axes_of(grid: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
     Raises:
         ValueError: If an option has no list of values, occurs twice, or a joint value has another length.
 
-    Example:
+    Examples:
         >>> axes_of({"mode": ["at"], "norm,rho": [["l2", 1], ["l1", 3]]})
         {'mode': ['at'], 'norm': ['l2', 'l1'], 'rho': [1, 3]}
     """
@@ -108,7 +108,7 @@ def expand(
     Raises:
         ValueError: As :func:`axes_of`; also if an entry of ``skip`` is empty.
 
-    Example:
+    Examples:
         >>> expand({"mode": ["at", "rat"], "rho": [0, 1]}, skip=[{"mode": "rat", "rho": [0]}])
         [{'mode': 'at', 'rho': 0}, {'mode': 'at', 'rho': 1}, {'mode': 'rat', 'rho': 1}]
     """
@@ -136,7 +136,7 @@ def seeds_of(seeds: int | Sequence[int]) -> list[int]:
     Raises:
         ValueError: If there are none, or one occurs twice or is negative.
 
-    Example:
+    Examples:
         >>> seeds_of(3), seeds_of([7])
         ([0, 1, 2], [7])
     """
@@ -153,7 +153,7 @@ def same(one: Any, other: Any) -> bool:
         one: Plain data.
         other: Plain data.
 
-    Example:
+    Examples:
         >>> same(1, 1.0), same(1, True), same((8, 8), [8, 8])
         (True, False, True)
     """
@@ -166,7 +166,7 @@ def word(value: Any) -> str:
     Args:
         value: Plain data.
 
-    Example:
+    Examples:
         >>> word(1.0), word(0.25), word("at"), word([8, 8])
         ('1', '0.25', 'at', '[8, 8]')
     """

@@ -62,7 +62,7 @@ def preset_files() -> dict[str, str]:
 
     Source: Ding et al. (ICML 2024), section 5 and appendix; hyperparameters of their published code.
 
-    Example:
+    Examples:
         >>> files = preset_files()
         >>> yaml.safe_load(files["paper/cifar10_wrn16_4_rat_dlif_rho1.yaml"])["beta"]
         0.004

@@ -87,7 +87,7 @@ def published(options: Mapping[str, Any], column: str) -> PublishedFigure | None
     Returns:
         The figure, None if none is known.
 
-    Example:
+    Examples:
         >>> setting = {"dataset": "cifar10", "model": "vgg11", "neuron": "dlif", "mode": "at", "rho": 0.0}
         >>> published(setting, "paper/apgd_ce").percent
         23.05

@@ -32,7 +32,7 @@ class RunRecord:
         environment: Versions, device, commit.
         notes: Warnings of the training.
 
-    Example:
+    Examples:
         >>> record = RunRecord("at-seed0", {"mode": "at", "seed": 0}, {"clean": {"correct": 9, "total": 10}})
         >>> record.figures, record.seed
         ({'clean': 0.9}, 0)

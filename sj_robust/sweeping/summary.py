@@ -31,7 +31,7 @@ class Statistic:
     Attributes:
         values: The shares.
 
-    Example:
+    Examples:
         >>> figure = Statistic((0.5, 0.7))
         >>> round(figure.mean, 3), round(figure.spread, 3), round(figure.error, 3)
         (0.6, 0.141, 0.1)
@@ -126,7 +126,7 @@ def axes_in(records: Sequence[RunRecord], grid: Mapping[str, Sequence[Any]] | No
     Returns:
         Values by option; options of the grid with a single value are left out where there are others.
 
-    Example:
+    Examples:
         >>> runs = [RunRecord("a", {"mode": "at", "rho": rho, "seed": 0}) for rho in (1.0, 0.0)]
         >>> axes_in(runs), axes_in(runs, {"rho": [1, 0]})
         ({'rho': [0.0, 1.0]}, {'rho': [1.0, 0.0]})

@@ -108,7 +108,7 @@ def markdown(table: TextTable) -> str:
     Returns:
         Text.
 
-    Example:
+    Examples:
         >>> print(markdown(TextTable("runs", ("mode", "clean"), (("at", "95.0"),), 1, "per cent")))
         **runs**
         <BLANKLINE>

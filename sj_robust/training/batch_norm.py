@@ -32,7 +32,7 @@ def synchronised_batch_norm(net: nn.Module) -> Iterator[None]:
 
     Source: Ioffe & Szegedy (2015); the pooling of means and variances of Chan, Golub and LeVeque (1983).
 
-    Example:
+    Examples:
         >>> net = nn.Sequential(nn.BatchNorm1d(2))
         >>> with synchronised_batch_norm(net):
         ...     type(net[0]).__name__

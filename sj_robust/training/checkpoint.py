@@ -29,7 +29,7 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     Raises:
         OSError: If it cannot be written (such as a full disk); an earlier checkpoint is then still intact.
 
-    Example:
+    Examples:
         >>> folder = Path(tempfile.mkdtemp())
         >>> save_checkpoint(folder / "last.pt", {"epoch": 3})
         >>> load_checkpoint(folder / "last.pt")["epoch"]
@@ -117,7 +117,7 @@ def load_run(path: Path) -> dict[str, Any]:
 def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     """Raise ValueError if the description in a checkpoint is that of a run with other options. 检查选项是否一致。
 
-    Example:
+    Examples:
         >>> check_same_run({"lr": 0.1}, {"lr": 0.1})
     """
     old, new = _flat(saved), _flat(wanted)

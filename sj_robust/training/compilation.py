@@ -27,7 +27,7 @@ def compiled(net: nn.Module) -> Iterator[None]:
 
     Source: Ansel et al., "PyTorch 2" (ASPLOS 2024).
 
-    Example:
+    Examples:
         >>> net = nn.Linear(2, 1)
         >>> with compiled(net):  # compiles nothing before the first pass
         ...     list(net.state_dict())

@@ -23,7 +23,7 @@ class StabilityGain(Penalty):
 
     Source: derived here, from Theorem 3.1 of Ding et al. (ICML 2024) with the exact constant in place of the printed.
 
-    Example:
+    Examples:
         >>> StabilityGain(weight=0.01).name
         'stability_gain'
     """

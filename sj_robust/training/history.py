@@ -17,7 +17,7 @@ class EpochRecord:
         validation: Validation accuracy in [0, 1], ``"clean"`` and under each attack.
         lr: Learning rate of the epoch.
 
-    Example:
+    Examples:
         >>> EpochRecord(1, {"total": 2.3}, {"clean": 0.5, "fgsm": 0.2, "pgd": 0.1}, 0.1).validation["pgd"]
         0.1
     """
@@ -43,7 +43,7 @@ def catastrophic_overfitting(history: Sequence[EpochRecord]) -> str | None:
 
     Source: Wong et al., "Fast is better than free" (ICLR 2020), section 5.4, where the failure was described.
 
-    Example:
+    Examples:
         >>> good = EpochRecord(1, {}, {"clean": 0.9, "fgsm": 0.6, "pgd": 0.5}, 0.1)
         >>> bad = EpochRecord(2, {}, {"clean": 0.8, "fgsm": 0.95, "pgd": 0.0}, 0.1)
         >>> catastrophic_overfitting([good]), catastrophic_overfitting([good, bad]) is None

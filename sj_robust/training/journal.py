@@ -27,7 +27,7 @@ class Journal:
     Attributes:
         console: Where it prints; a bar shown there is not torn by what is said meanwhile.
 
-    Example:
+    Examples:
         >>> Journal(None).say("nobody hears this")
     """
 

@@ -51,7 +51,7 @@ class Mode:
 
     Source: Ding et al. (ICML 2024; NeurIPS 2022 for ``rat``), Madry et al. (ICLR 2018), Zhang et al. (ICML 2019).
 
-    Example:
+    Examples:
         >>> MODES["rat"].weight_decay, MODES["pgd_at"].kappa
         (0.0, 0.0)
     """
@@ -123,7 +123,7 @@ def training_attack(
     Source: Ding et al. (ICML 2024), section 4; Madry et al. (ICLR 2018), CIFAR-10: 7 steps of eps / 4; Zhang et al.
         (ICML 2019): 10 steps.
 
-    Example:
+    Examples:
         >>> attack = training_attack("pgd_at", eps=8 / 255)
         >>> x, y = torch.rand(2, 8), torch.tensor([0, 1])
         >>> x_perturbed = attack(torch.nn.Linear(8, 3), x, y, generator=SampleSeeds([1, 2]))
@@ -161,7 +161,7 @@ def validation_attacks(eps: float) -> dict[str, Attack]:
 
     Source: selection by validation accuracy under attack, in place of test accuracy.
 
-    Example:
+    Examples:
         >>> list(validation_attacks(8 / 255))
         ['fgsm', 'pgd']
     """
@@ -179,7 +179,7 @@ def final_attacks(eps: float) -> dict[str, Attack]:
 
     Source: attacks of Ding et al. (ICML 2024), section 5, in the same proportions.
 
-    Example:
+    Examples:
         >>> list(final_attacks(8 / 255))
         ['gaussian', 'fgsm', 'pgd20']
     """
@@ -207,7 +207,7 @@ def make_penalties(
 
     Source: see the classes.
 
-    Example:
+    Examples:
         >>> [penalty.name for penalty in make_penalties(threshold_guard=0.1)]
         ['threshold_guarding']
     """
@@ -260,7 +260,7 @@ def trades(
 
     Source: Zhang et al., "Theoretically Principled Trade-off between Robustness and Accuracy" (ICML 2019).
 
-    Example:
+    Examples:
         >>> weight = torch.tensor([[0.0, 0.0], [1.0, -2.0]])
         >>> x, y = torch.full((1, 2), 0.5), torch.tensor([1])
         >>> x_perturbed = trades(lambda x: x @ weight.T, x, y, eps=0.25, step_size=0.25)

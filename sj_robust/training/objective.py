@@ -82,7 +82,7 @@ class Objective(nn.Module):
     Source: Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024), section 4; kappa 0.5 and rho 1. Zhang et
         al., "Theoretically Principled Trade-off between Robustness and Accuracy" (ICML 2019); weight 6.
 
-    Example:
+    Examples:
         >>> import torch
         >>> from sj_robust.models import NetworkSpec, build_network
         >>> objective = Objective(SpikingClassifier(build_network(NetworkSpec()), T=4))

@@ -58,7 +58,7 @@ class Penalty(ABC):
     Raises:
         ValueError: If the weight is out of range.
 
-    Example:
+    Examples:
         >>> class Decay(Penalty):
         ...     name = "decay"
         ...
@@ -109,7 +109,7 @@ class GradientSparsity(Penalty):
     Source: Liu et al., "Enhancing Adversarial Robustness in SNNs with Sparse Gradients" (ICML 2024), and its code for
         f and h = 0.01.
 
-    Example:
+    Examples:
         >>> GradientSparsity(weight=0.1).h
         0.01
     """
@@ -160,7 +160,7 @@ class ThresholdGuarding(Penalty):
     Source: threshold-guarding constraint of Wang et al., "Robust Spiking Neural Networks Against Adversarial Attacks"
         (ICLR 2026), with a fixed weight and the mean over layers in place of their sum.
 
-    Example:
+    Examples:
         >>> ThresholdGuarding(weight=0.1, margin=0.5).margin
         0.5
     """

@@ -33,7 +33,7 @@ class TrainingPlan:
 
     Source: training recipe of Ding et al. (ICML 2024), section 5.
 
-    Example:
+    Examples:
         >>> TrainingPlan(epochs=30, batch_size=128, accumulate=2).lr
         0.1
     """

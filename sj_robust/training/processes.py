@@ -29,7 +29,7 @@ def make_accelerator(
     Raises:
         ValueError: If the device does not have the precision.
 
-    Example:
+    Examples:
         >>> make_accelerator("cpu").device
         device(type='cpu')
     """

@@ -37,7 +37,7 @@ def retract_(net: nn.Module, beta: float, generator: torch.Generator | None = No
         (NeurIPS 2022) and its code (which rows, and in this order), after Cisse et al., "Parseval Networks" (ICML
         2017).
 
-    Example:
+    Examples:
         >>> layer = nn.Linear(2, 2, bias=False)
         >>> _ = layer.weight.data.copy_(torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
         >>> retract_(layer, beta=0.1)
@@ -83,7 +83,7 @@ def project_to_simplex_(coefficients: Tensor) -> None:
     Source: Held, Wolfe and Crowder, "Validation of subgradient optimization" (1974); Duchi et al. (ICML 2008); the
         convex combination of SNN-RAT's code.
 
-    Example:
+    Examples:
         >>> c = torch.tensor([0.9, 0.5])
         >>> project_to_simplex_(c)
         >>> c

@@ -31,7 +31,7 @@ class Validation:
         seed: Seeds the attacks.
         pin_memory: Whether batches are put where a GPU copies them from without waiting.
 
-    Example:
+    Examples:
         >>> images = torch.utils.data.TensorDataset(torch.eye(2).view(2, 1, 1, 2), torch.tensor([0, 0]))
         >>> Validation(images, Accelerator(cpu=True), seed=0).accuracy(nn.Flatten(), {})
         {'clean': 0.5}

@@ -50,7 +50,7 @@ class Applied(AbstractContextManager[Callable[[Tensor], Tensor]]):
         moved: Name of every neuron whose backward pass is not its own backend's any more, with where it runs now; its
             forward stays where it was.
 
-    Example:
+    Examples:
         >>> from sj_robust.attacks.estimators import estimator
         >>> net = nn.Sequential(nn.Linear(3, 2), DLIFNode(T=4))
         >>> applied = estimator("rectangle:1")(net)

@@ -74,7 +74,7 @@ class Estimator:
         (ECCV 2020); RGA: Bu et al., "Rate Gradient Approximation Attack" (CVPR 2023); HART: Hao et al. (ICLR 2024);
         PDSG: Lun et al. (CVPR 2025); ASSG: Wang et al. (arXiv 2512.22522).
 
-    Example:
+    Examples:
         >>> from sj_robust.neuron import DLIFNode
         >>> net = nn.Sequential(nn.Linear(3, 2), DLIFNode(T=4))
         >>> with Estimator("atan", 4.0)(net) as crafting:
@@ -169,7 +169,7 @@ def estimator(name: str) -> Estimator:
 
     Source: see :class:`Estimator`.
 
-    Example:
+    Examples:
         >>> estimator("atan:4"), estimator("triangle").name, estimator("assg:sigmoid:0.9+detach").name
         (estimator('atan:4'), 'triangle:1', 'assg:sigmoid:0.9+detach')
     """

@@ -82,7 +82,7 @@ _SHARPNESS: dict[str, Callable[[float], float]] = {
 def sharpness_for(shape: str, share: float) -> float:
     """Sharpness alpha at which ``share`` of the shape's area lies within |z| <= 1.
 
-    Example:
+    Examples:
         >>> round(sharpness_for("rectangle", 0.85), 2), round(sharpness_for("atan", 0.5), 4)
         (0.85, 0.6366)
     """
@@ -92,7 +92,7 @@ def sharpness_for(shape: str, share: float) -> float:
 def derivative_of(function: Any, z: Tensor) -> Tensor:
     """Derivative of an elementwise surrogate at ``z``, no graph.
 
-    Example:
+    Examples:
         >>> derivative_of(surrogate.PiecewiseQuadratic(alpha=1.0), torch.tensor([-2.0, 0.25]))
         tensor([0.0000, 0.7500])
     """
@@ -135,7 +135,7 @@ def host_surrogate(shape: str, alpha: float) -> Any | None:
 def keeping_values(function: Callable[[Tensor], Tensor], derivative: Derivative) -> "_Replaced":
     """A surrogate with the values of ``function`` and another derivative.
 
-    Example:
+    Examples:
         >>> z = torch.tensor([-1.0, 0.5], requires_grad=True)
         >>> s = keeping_values(surrogate.ATan(), lambda z: torch.full_like(z, 0.25))(z)
         >>> s.detach(), torch.autograd.grad(s.sum(), z)[0]

@@ -21,7 +21,7 @@ class BatchNorm:
     Raises:
         ValueError: If neither batch nor running statistics are there to use.
 
-    Example:
+    Examples:
         >>> BatchNorm(None, None, None, None, use_batch_statistics=True).eps
         1e-05
     """

@@ -47,7 +47,7 @@ def instruction_sets() -> tuple[str, ...]:
 
     The environment variable ``SJ_ROBUST_INSTRUCTION_SET`` names another one, to measure or to search a fault.
 
-    Example:
+    Examples:
         >>> "baseline" in instruction_sets() or unavailable_reason() is not None
         True
     """

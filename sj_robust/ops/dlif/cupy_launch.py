@@ -59,7 +59,7 @@ class Launcher:
     Raises:
         ValueError: If ``threads_per_block`` is not such a number.
 
-    Example:
+    Examples:
         >>> Launcher(threads_per_block=512)
         Launcher(threads_per_block=512)
     """
@@ -179,7 +179,7 @@ def kernel_text() -> str:
 def spliced_struct(text: str) -> str:
     """CUDA struct around the text that a SpikingJelly 0.0.0.0.14 surrogate writes for ``y="derivative", x="z"``.
 
-    Example:
+    Examples:
         >>> "derivative = 1.0f - z;" in spliced_struct("derivative = 1f - z;")
         True
     """

@@ -62,7 +62,7 @@ def dlif_multi_step(
 
     Source: Ding et al. (ICML 2024), the DLIF neuron.
 
-    Example:
+    Examples:
         >>> spikes, v, _ = dlif_multi_step(torch.full((3, 1), 0.6), torch.tensor([1.0, 1.0, 2.0]), decay=0.5)
         >>> spikes.flatten(), v
         (tensor([0., 0., 1.]), tensor([0.]))
@@ -102,7 +102,7 @@ def choose_backend(backend: str, x_seq: Tensor, surrogate: Surrogate) -> str:
         ValueError: If the name is unknown or the named backend cannot run this input.
         RuntimeError: If the named backend is not available on this machine.
 
-    Example:
+    Examples:
         >>> choose_backend("torch", torch.zeros(4, 2), Surrogate())
         'eager'
     """
@@ -148,7 +148,7 @@ def unavailable_reason(name: str) -> str | None:
 def available_backends() -> dict[str, str]:
     """Every backend of this machine with "available" or the reason why it is not.
 
-    Example:
+    Examples:
         >>> available_backends()["eager"]
         'available'
     """
