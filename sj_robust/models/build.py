@@ -104,7 +104,15 @@ def build_network(spec: NetworkSpec) -> nn.Module:
     elif ":" in name:
         net = _own_network(spec, node)
     else:
-        net = _packaged_network(spec, node)
+        try:
+            net = _packaged_network(spec, node)
+        except TypeError as error:
+            if not spec.options:
+                raise
+            raise ValueError(
+                f"{spec.name} cannot be built with the options {spec.options} ({error}); they are keyword arguments of "
+                f"the architecture or of its neurons ({spec.neuron})"
+            ) from error
     if ":" in name and spec.neuron == "dlif":
         _convert(net, spec)
     if spec.fused:

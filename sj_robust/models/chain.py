@@ -31,7 +31,7 @@ class ConvChain(DirectlyEncoded):
 
     Raises:
         ValueError: If the image is too small for the number of poolings, ``features`` does not begin with a
-            convolution, or an input has another number of dimensions.
+            convolution, a width is not positive, or an input has another number of dimensions.
 
     Source: the VGG networks of Ding et al. (ICML 2024), section 5.
 
@@ -61,6 +61,9 @@ class ConvChain(DirectlyEncoded):
         poolings = features.count("A")
         if not features or features[0] == "A":
             raise ValueError(f"features must begin with a convolution, got {list(features)}")
+        for name, sizes in (("convolution", [size for size in features if size != "A"]), ("hidden layer", hidden)):
+            if any(size < 1 for size in sizes):
+                raise ValueError(f"every {name} must have a width >= 1, got {list(sizes)}; leave the layer out")
         if min(height, columns) < 2**poolings:
             raise ValueError(
                 f"an image of {height}x{columns} pixels cannot be halved {poolings} times (>= 1 needed); "

@@ -175,6 +175,9 @@ def test_wrong_names(own):
 def test_wrong_options(own):
     with pytest.raises(ValueError, match=r"takes no option 'widht'; it takes image_shape, classes, T, .*width"):
         build_network(NetworkSpec("own_models:build", options={"widht": 5}))
+    for name in ("small", "vgg5", "wrn16_4"):
+        with pytest.raises(ValueError, match=rf"{name} cannot be built with the options .*'depht'.*neurons \(dlif\)"):
+            build_network(NetworkSpec(name, hidden=(8,), options={"depht": 5}))
     with pytest.raises(ValueError, match="takes images of 3 channels, these have 1"):
         build_network(NetworkSpec("zoo:spiking_resnet18"))
     with pytest.raises(ValueError, match=r"mean must have one value per channel \(1\), got \(0.1, 0.2\)"):

@@ -55,3 +55,10 @@ def test_wrong_use():
         build_network(NetworkSpec(name="huge"))
     with pytest.raises(ValueError, match=r"tau must be > 1, got 0.99"):
         build_network(NetworkSpec(tau=0.99))
+
+
+def test_widths_are_positive():
+    with pytest.raises(ValueError, match=r"every convolution must have a width >= 1, got \[4, 0\]; leave"):
+        build_network(NetworkSpec(channels=(4, 0)))
+    with pytest.raises(ValueError, match=r"every hidden layer must have a width >= 1, got \[-8\]; leave"):
+        build_network(NetworkSpec("vgg5", hidden=(-8,)))
