@@ -14,7 +14,15 @@ from sj_robust.training.folder import CONFIGURATION_FILE, run_to_resume
 
 __all__ = ["named_arguments", "parse_options", "run_recipe", "same_names"]
 
-SWITCHES = ("--resume", "--download", "--report", "--trust_code")
+SWITCHES = (
+    "--compile",
+    "--download",
+    "--input_gain",
+    "--report",
+    "--resume",
+    "--sync_batch_norm",
+    "--trust_code",
+)
 """Options that need no value."""
 
 OptionsT = TypeVar("OptionsT")

@@ -41,6 +41,10 @@ def stem(options):
         (["--resume"], ["--resume=true"]),
         (["--resume", "--name", "x"], ["--resume=true", "--name", "x"]),
         (["--download", "--trust-code", "--report"], ["--download=true", "--trust_code=true", "--report=true"]),
+        (
+            ["--compile", "--input-gain", "--sync-batch-norm"],
+            ["--compile=true", "--input_gain=true", "--sync_batch_norm=true"],
+        ),
         (["--resume", "false"], ["--resume", "false"]),
         (["--resume", "runs/x"], ["--resume=true", "runs/x"]),
     ],
