@@ -220,8 +220,6 @@ def named(arguments: list[str]) -> list[str]:
             while words and not words[0].startswith("--"):
                 paths.append(words.pop(0))
             found.append(f"--compare={paths}")
-        elif word in ("--download", "--trust_code") and not (value_follows and words[0] in ("true", "false")):
-            found.append(f"{word}=true")
         elif not word.startswith("-"):
             if any(other.startswith("--checkpoint=") for other in found):
                 raise ValueError(f"one network at a time, got another one, {word}: evaluate it in a run of its own")
