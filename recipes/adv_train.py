@@ -21,6 +21,7 @@ from sj_robust.evaluation import Report, ThreatModel, environment, evaluate
 from sj_robust.evaluation.eps import parse_eps
 from sj_robust.models import NetworkSpec, build_classifier, start_from
 from sj_robust.plotting import plot_report
+from sj_robust.sweeping.grid import idle
 
 # Options that a resumed run may change, since the weights do not depend on them.
 FREE = {"data_root", "download", "test_limit", "reference", "device", "workers", "checkpoint_steps", "compile",
@@ -159,6 +160,8 @@ def main(arguments: list[str]) -> None:
         "environment", where := environment(accelerator.device) | {"processes": str(accelerator.num_processes)}
     )
     journal.header("configuration", configuration)
+    if unused := [name for name in idle(configuration) if configuration[name] != asdict(Options())[name]]:
+        journal.say(f"without effect beside the other options: {', '.join(sorted(unused))}")
     networks = {f"{options.neuron} {options.mode}": options}
     if options.reference:
         networks["lif undefended"] = replace(options, **UNDEFENDED)

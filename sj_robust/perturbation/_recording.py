@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -38,6 +39,7 @@ class Recording:
         trace: bool,
         spikes: bool,
     ) -> None:
+        _keep_out_of_graphs()
         self.run: RunKind | None = None
         self.order: list[str] = []
         self.pairs: dict[str, LayerPair] = {}
@@ -113,7 +115,6 @@ class Recording:
             self._called.append(name)
             self._unseen.add(name)
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
     def before_call(self, name: str) -> None:
         """A neuron is about to be called."""
         perturbed = self.run == "perturbed"
@@ -129,7 +130,6 @@ class Recording:
                 f"layer {name!r} ran in the perturbed run but not in the clean run: run the same network twice"
             )
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
     def after_call(self, name: str, x: Tensor, output: Tensor) -> None:
         """A neuron was called on the current ``x`` and returned ``output``."""
         if name not in self.pairs:
@@ -195,6 +195,13 @@ class Recording:
             if name in self._unsupported:
                 reason = self._unsupported[name]
                 raise RuntimeError(f"the last spiking layer {name!r} cannot be followed ({reason}): name the layers")
+
+
+@cache
+def _keep_out_of_graphs() -> None:
+    """Hooks beside compiled code run as they are; said here, not at import, since torch loads its compiler for it."""
+    for name in ("before_call", "after_call"):
+        setattr(Recording, name, torch.compiler.disable(getattr(Recording, name)))
 
 
 class NeuronHook:

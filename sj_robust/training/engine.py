@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sj_robust.attacks.randomness import SampleSeeds, seeded_globals
 from sj_robust.data import ImageSplits, ShuffledBatches, image_loader
 from sj_robust.evaluation import Attack
+from sj_robust.evaluation._preserved import preserved
 from sj_robust.training.batch_norm import share_buffers, synchronised_batch_norm
 from sj_robust.training.checkpoint import check_same_run, load_run, save_checkpoint
 from sj_robust.training.compilation import compiled
@@ -144,7 +145,9 @@ class _Run:
         self.step_module, self.optimizer = accelerator.prepare(objective, optimizer)
         if isinstance(self.step_module, DistributedDataParallel):
             self.step_module.broadcast_buffers = False  # shared once per step, so that attacks see the same ones too
-        objective.prepare(splits.train[0][0].unsqueeze(0).to(accelerator.device))
+        image = splits.train[0][0].unsqueeze(0).to(accelerator.device)
+        self._check_outputs(image)
+        objective.prepare(image)
         self.epoch = 0
         self.batch = 0
         self.loss_names = (*Losses._fields, *(f"penalty/{penalty.name}" for penalty in objective.penalties))
@@ -297,6 +300,16 @@ class _Run:
         except ValueError:
             self._check_weights()
             raise
+
+    def _check_outputs(self, image: Tensor) -> None:
+        """The network tells as many classes apart as there are; looking leaves it as it was."""
+        with preserved(self.classifier, self.plan.seed, image.device), torch.no_grad():
+            outputs = self.classifier(image).shape[1]
+        if outputs != self.classes:
+            raise ValueError(
+                f"the network must give a logit for each of the {self.classes} classes, got {outputs}; build it for "
+                "as many classes as the data has"
+            )
 
     def _check_labels(self, y: Tensor) -> None:
         """Before the labels reach the device, where a wrong one ends the process, or is left out if it is -100."""

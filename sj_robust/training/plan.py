@@ -61,6 +61,11 @@ class TrainingPlan:
                 raise ValueError(f"{name} must be >= 1, got {value}")
         if not 0.0 < self.lr < float("inf"):
             raise ValueError(f"lr must be > 0 and finite, got {self.lr}")
+        if not 0.0 <= self.momentum < 1.0:
+            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
+        for name, size in (("weight_decay", self.weight_decay), ("retraction", self.retraction)):
+            if not 0.0 <= size < float("inf"):
+                raise ValueError(f"{name} must be >= 0 and finite, got {size}")
 
     def check_processes(self, processes: int) -> None:
         """Raise ValueError unless a batch can be cut into equal parts for so many processes."""

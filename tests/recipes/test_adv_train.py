@@ -175,7 +175,7 @@ def test_resuming_a_finished_run_gives_the_same_report_and_other_options_are_ref
     with pytest.raises(ValueError, match=r"options\.rho: 1\.0 there, 2\.0 now"):
         in_process(*options, "--rho", "2")
     save_checkpoint(folder / "dlif_gaussian" / "last.pt", {"description": {}})
-    with pytest.raises(ValueError, match="other options"):
+    with pytest.raises(ValueError, match="no run can go on from it"):
         in_process(*options)
     (folder / "dlif_gaussian" / "last.pt").write_text("foreign")
     with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
@@ -192,6 +192,12 @@ def test_fashion_mnist(tmp_path, monkeypatch, layout):
     report = Report.load(tmp_path / "runs" / "fashion_mnist-dlif-none-1" / "report.json")
     assert report.networks == ("dlif none",)
     assert report.scores[0].total == 30
+
+
+def test_options_without_effect_are_named(tmp_path, monkeypatch, capsys):
+    options = (*QUICK, "--epochs", "1", "--reference", "false", "--mode", "none", "--rho", "1", "--norm", "l1")
+    in_process(monkeypatch, tmp_path, *options)
+    assert "without effect beside the other options: norm, rho\n" in capsys.readouterr().out
 
 
 def test_missing_data(tmp_path, monkeypatch):

@@ -259,6 +259,19 @@ def test_wrong_use(tmp_path):
         small_run.run(tmp_path, lr=0.0)
     with pytest.raises(ValueError, match="batch_size"):
         small_run.run(tmp_path, batch_size=65)
+    for name in ("retraction", "weight_decay"):
+        with pytest.raises(ValueError, match=f"{name} must be >= 0"):
+            small_run.run(tmp_path, **{name: -1e-3})
+    with pytest.raises(ValueError, match="momentum must be in"):
+        small_run.run(tmp_path, momentum=1.0)
+
+
+def test_a_network_for_another_number_of_classes(tmp_path):
+    def build():
+        return nn.Sequential(nn.Flatten(2), nn.Linear(16, 2), DLIFNode(T=3, tau=4.0))
+
+    with pytest.raises(ValueError, match="logit for each of the 3 classes, got 2"):
+        small_run.run(tmp_path, build=build)
 
 
 @pytest.mark.parametrize(
