@@ -1,0 +1,79 @@
+"""The largest singular value of a map that is known by its products alone."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["SingularValue", "largest_singular_value"]
+
+
+class SingularValue(NamedTuple):
+    """An estimate from below.
+
+    Attributes:
+        value: The estimate.
+        residual: ``||A^T u - value v||`` for the unit vectors with ``A v = value u``: some singular value is this near.
+        iterations: Number of products with the map, and as many with its adjoint.
+    """
+
+    value: float
+    residual: float
+    iterations: int
+
+
+def largest_singular_value(
+    apply: Callable[[Tensor], Tensor],
+    adjoint: Callable[[Tensor], Tensor],
+    start: Tensor,
+    *,
+    tolerance: float,
+    max_iterations: int,
+    basis: int = 48,
+) -> SingularValue:
+    """Power iteration that keeps what it has seen: Golub-Kahan-Lanczos bidiagonalisation, restarted when it is long.
+
+    Each step costs what a step of the power iteration costs, one product with the map and one with its adjoint, and
+    the estimate is the largest singular value of the map on the span of all steps: never below the power iteration's,
+    never above the norm.
+
+    Args:
+        apply: ``A v`` of a vector [n].
+        adjoint: ``A^T u`` of a vector [m].
+        start: First vector [n]; not orthogonal to what is sought, so a random one.
+        tolerance: Residual to stop at, relative to the value.
+        max_iterations: Number of steps to stop at.
+        basis: Vectors kept before the iteration starts again from the best one.
+
+    Source: Golub and Kahan, "Calculating the singular values and pseudo-inverse of a matrix" (1965).
+    """
+    iterations = 0
+    while True:
+        rights, diagonal, above = [start / start.norm()], list[float](), list[float]()
+        left = torch.zeros(())
+        while True:
+            image = apply(rights[-1])
+            iterations += 1
+            if above:
+                image = image - above[-1] * left
+            diagonal.append(float(image.norm()))
+            if diagonal[-1] > 0:
+                left = image / diagonal[-1]
+                following = adjoint(left) - diagonal[-1] * rights[-1]
+                span = torch.stack(rights)
+                for _ in range(2):
+                    following = following - (span @ following) @ span
+                above.append(float(following.norm()))
+            else:
+                above.append(0.0)
+            small = torch.diag(torch.tensor(diagonal, dtype=torch.float64))
+            small += torch.diag(torch.tensor(above[:-1], dtype=torch.float64), 1)
+            lefts, values, right = torch.linalg.svd(small)
+            value, residual = float(values[0]), above[-1] * abs(float(lefts[-1, 0]))
+            if residual <= tolerance * value or iterations >= max_iterations:
+                return SingularValue(value, residual, iterations)
+            if len(rights) == basis:
+                break
+            rights.append(following / above[-1])
+        start = right[0].to(start) @ torch.stack(rights)
