@@ -1,5 +1,6 @@
 """Bounds on how far a perturbation of the spikes can move the membrane potential, and what they do not cover."""
 
+from sj_robust.stability.certificate import Bound, Certificate, LayerCertificate, certify
 from sj_robust.stability.design import GainDesign, gain_penalty, gain_scalars, optimal_input_gain
 from sj_robust.stability.gain import (
     NeuronGains,
@@ -10,12 +11,20 @@ from sj_robust.stability.gain import (
     printed_gain,
     time_operator,
 )
+from sj_robust.stability.operator import INPUT, InputMap, input_maps
 
 __all__ = [
+    "INPUT",
+    "Bound",
+    "Certificate",
     "GainDesign",
+    "InputMap",
+    "LayerCertificate",
     "NeuronGains",
+    "certify",
     "gain_penalty",
     "gain_scalars",
+    "input_maps",
     "l2_gain",
     "l2_gain_limit",
     "neuron_gains",

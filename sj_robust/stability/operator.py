@@ -267,7 +267,7 @@ _LINEAR_MODULES = (
 )  # fmt: skip
 _LINEAR_OPERATIONS = (
     "Convolution", "Addmm", "Mm", "NativeBatchNorm", "CudnnBatchNorm", "MiopenBatchNorm", "Add", "Sub", "Rsub", "Neg",
-    "View", "UnsafeView", "Reshape", "Clone", "torch::autograd::", "TBackward", "Transpose", "Permute", "Squeeze", "Unsqueeze",
-    "Expand", "Repeat", "Mean", "Sum", "AvgPool", "AdaptiveAvgPool", "MkldnnAdaptiveAvg", "Cat", "Stack", "Slice",
-    "Select", "Index", "Alias", "Unbind", "Split", "ConstantPad", "ToCopy", "Upsample", "AsStrided", "Copy",
+    "View", "UnsafeView", "Reshape", "Clone", "torch::autograd::", "TBackward", "Transpose", "Permute", "Squeeze",
+    "Unsqueeze", "Expand", "Repeat", "Mean", "Sum", "AvgPool", "AdaptiveAvgPool", "MkldnnAdaptiveAvg", "Cat", "Stack",
+    "Slice", "Select", "Index", "Alias", "Unbind", "Split", "ConstantPad", "ToCopy", "Upsample", "AsStrided", "Copy",
 )  # fmt: skip

@@ -1,0 +1,121 @@
+"""How far a perturbation of the input moved each layer, from one run over clean and perturbed inputs together."""
+
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sj_robust.classifier import SpikingClassifier, _step_mode
+from sj_robust.stability._affine import INPUT
+
+__all__ = ["Moved", "first_frame", "measure"]
+
+
+@dataclass
+class Moved:
+    """One layer (or the input) of every pair, summed over the steps so far.
+
+    Attributes:
+        current: Squared L2 norm of the clean input current [N], the scale of its rounding.
+        perturbation: Squared L2 norm of the simplified perturbation [N].
+        peak: Largest squared norm of one step [N].
+        spikes: Squared L2 norm of the difference of the outputs [N].
+    """
+
+    current: Tensor | float = 0.0
+    perturbation: Tensor | float = 0.0
+    peak: Tensor | float = 0.0
+    spikes: Tensor | float = 0.0
+    _eps: Tensor | float = field(default=0.0, repr=False)
+    _step: int = field(default=0, repr=False)
+
+    def charge(self, x_seq: Tensor, decay: float, input_gain: Tensor) -> None:
+        """Follow the perturbation through the next steps with input currents [T, 2 N, *]."""
+        for x in x_seq:
+            clean, perturbed = x.double().flatten(1).chunk(2)
+            eps = decay * self._eps + float(input_gain[self._step]) * (clean - perturbed)
+            self._eps = eps
+            self._step += 1
+            squared = eps.square().sum(1)
+            self.current = self.current + clean.square().sum(1)
+            self.perturbation = self.perturbation + squared
+            self.peak = torch.maximum(squared, torch.as_tensor(self.peak).to(squared))
+
+    def send(self, s_seq: Tensor, repeats: int = 1) -> None:
+        """Add the difference of outputs [T, 2 N, *], each of which counts ``repeats`` times."""
+        for s in s_seq:
+            clean, perturbed = s.double().flatten(1).chunk(2)
+            self.spikes = self.spikes + repeats * (clean - perturbed).square().sum(1)
+
+
+@torch.no_grad()
+def measure(
+    classifier: SpikingClassifier,
+    x: Tensor,
+    x_perturbed: Tensor,
+    layers: Mapping[str, tuple[float, Tensor] | None],
+) -> dict[str, Moved]:
+    """Run a classifier on pairs, in evaluation mode as it is, and follow its layers.
+
+    Args:
+        classifier: The classifier.
+        x: Clean images.
+        x_perturbed: Perturbed images of the same shape.
+        layers: By name in ``classifier.net``, decay and input gain [T]; None where only the output counts.
+
+    Returns:
+        What moved, by layer and for :data:`INPUT`.
+    """
+    net = classifier.net
+    multi_step = _is_multi_step(classifier)
+    moved = {name: Moved() for name in (INPUT, *layers)}
+
+    def steps(values: Tensor) -> Tensor:
+        return values if multi_step else values.unsqueeze(0)
+
+    def enter(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        once = _is_one_frame(classifier, x, args[0])
+        moved[INPUT].send(args[0].unsqueeze(0) if once else steps(args[0]), classifier.T if once else 1)
+
+    def follow(name: str, charging: tuple[float, Tensor] | None) -> Any:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            if charging is not None:
+                moved[name].charge(steps(args[0]), *charging)
+            moved[name].send(steps(output))
+
+        return hook
+
+    with ExitStack() as stack:
+        stack.callback(net.register_forward_pre_hook(enter).remove)
+        for name, charging in layers.items():
+            stack.callback(net.get_submodule(name).register_forward_hook(follow(name, charging)).remove)
+        classifier(torch.cat((x, x_perturbed)))
+    return moved
+
+
+@torch.no_grad()
+def first_frame(classifier: SpikingClassifier, x: Tensor) -> Tensor:
+    """What the network inside a classifier gets in its first time step for one sample, [1, *]."""
+    given: list[Tensor] = []
+
+    def enter(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        given.append(args[0])
+
+    with ExitStack() as stack:
+        stack.callback(classifier.net.register_forward_pre_hook(enter).remove)
+        classifier(x[:1])
+    has_time = _is_multi_step(classifier) and not _is_one_frame(classifier, x, given[0])
+    return given[0][0] if has_time else given[0]
+
+
+def _is_multi_step(classifier: SpikingClassifier) -> bool:
+    return (classifier.step_mode or _step_mode(classifier.net)) == "m"
+
+
+def _is_one_frame(classifier: SpikingClassifier, x: Tensor, given: Tensor) -> bool:
+    """Whether the network got one frame, which it repeats over time itself."""
+    expands_time = bool(getattr(classifier.net, "expands_time", False))
+    return expands_time and _is_multi_step(classifier) and given.ndim == x.ndim
