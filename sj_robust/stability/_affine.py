@@ -35,7 +35,7 @@ class CutRun:
         leaves: What was put in the place of the input and of each cut layer's output.
         calls: How often each cut layer was called; the second call's current and leaf are ``"NAME (call 2)"``.
         windows: The most windows of a max pooling that one value lies in, of each one that was called.
-        modules: Name of the innermost module by the graph node of its output.
+        modules: Name of the innermost module by the graph node of its (first) output.
     """
 
     currents: dict[str, Tensor] = field(default_factory=dict)
@@ -45,7 +45,7 @@ class CutRun:
     modules: dict[Any, str] = field(default_factory=dict)
 
     def between(self, name: str) -> tuple[list[str], set[str]]:
-        """Innermost modules, and names of the operations, that ran between the leaves and a layer's current."""
+        """Modules, and names of the operations, that ran between the leaves and a layer's current."""
         seen, waiting = set(), [self.currents[name].grad_fn]
         while waiting:
             node = waiting.pop()
@@ -89,6 +89,7 @@ def cut_run(
 
     def noting(name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any, output: Any) -> None:
+            output = output[0] if isinstance(output, tuple) and output else output
             if isinstance(output, Tensor) and output.grad_fn is not None:
                 run.modules.setdefault(output.grad_fn, name)  # what passes its input on is no operation
 
@@ -100,7 +101,7 @@ def cut_run(
             stack.callback(vars(module).pop, "forward")  # its class has it still
         inside = {id(part) for cut in cuts.values() for part in cut.modules()}
         for name, module in net.named_modules():
-            if id(module) not in inside and not any(True for _ in module.children()):
+            if name and id(module) not in inside:
                 stack.callback(module.register_forward_hook(noting(name)).remove)
         with torch.enable_grad():
             net(leaf(INPUT, frame))

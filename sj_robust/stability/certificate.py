@@ -41,7 +41,8 @@ class Bound:
 
     Attributes:
         value: Upper bound of the ratio; None where there is none (no leak and any number of steps).
-        held: Whether it held on every pair, up to the stated margin; None if nothing was measured.
+        held: Whether it held on every pair, up to the stated margin; None if nothing was measured or no spike
+            difference reached the layer.
     """
 
     value: float | None
@@ -130,15 +131,21 @@ class Certificate:
     def table(self) -> str:
         """Markdown: a row per layer, then what the columns mean and what is not certified."""
         head = [
-            "layer", "lambda", "p", "||W||", "||eps||/||Ds||", f"exact, T = {self.T}", "any T", "printed (1)",
-            "peak/||Ds||", "exact peak", "printed peak",
+            "layer", "lambda", "p", "W", "measured L2", "exact L2", "L2, any T", "printed (1)", "measured peak",
+            "exact peak", "printed peak",
         ]  # fmt: skip
         rows = [head, ["---", *["---:"] * (len(head) - 1)]]
         rows += [_row(layer) for layer in self.layers]
         lines = [f"| {' | '.join(row)} |" for row in rows]
-        lines += ["", f"(1) {NOT_L2}; ! marks a bound that was exceeded."]
+        lines += [
+            "",
+            "L2 is ||eps||_2 / ||Ds||_2, peak max_t ||eps[t]||_2 / ||Ds||_2, W the norm of the linear map before it.",
+            "Measured is the largest of all pairs, - if no spike difference reached the layer.",
+            f"Exact L2 and exact peak are for T = {self.T}. ! marks a bound that was exceeded.",
+            f"(1) {NOT_L2}.",
+        ]
         if any(layer.upper_bound for layer in self.layers):
-            lines.append("<= marks an upper bound of ||W||: max pooling counts by its Lipschitz constant.")
+            lines.append("<= marks an upper bound of the norm: max pooling counts by its Lipschitz constant.")
         lines += [f"{layer.name} is not covered: {layer.not_covered}." for layer in self.layers if layer.not_covered]
         return "\n".join([*lines, self._verdict(), SCOPE])
 
@@ -179,11 +186,12 @@ class Certificate:
 
     def _verdict(self) -> str:
         covered = sum(layer.not_covered is None for layer in self.layers)
-        count = f"{covered} of {len(self.layers)} layers covered"
+        measured = sum(layer.holds is not None for layer in self.layers)
+        count = f"{covered} of {len(self.layers)} layers covered, {measured} measured on {self.samples} pairs"
         if self.holds is None:
-            return f"{count}; nothing was measured."
+            return f"{count}."
         outcome = "every exact bound held" if self.holds else "AN EXACT BOUND WAS EXCEEDED"
-        return f"{count}; {outcome} on {self.samples} pairs (margin {self.margin:g} for the estimate of ||W||)."
+        return f"{count}: {outcome} (margin {self.margin:g} for the estimate of the norm)."
 
 
 def certify(
@@ -300,8 +308,9 @@ def _layer(
 
     def bound(gain: float, of_peak: bool) -> Bound:
         value = gain * norm if math.isfinite(gain) else None
-        held = None if ratios is None or value is None else ratios.within(value, gain, margin, of_peak=of_peak)
-        return Bound(value, held)
+        if ratios is None or not ratios.reached or value is None:
+            return Bound(value, None)
+        return Bound(value, ratios.within(value, gain, margin, of_peak=of_peak))
 
     return LayerCertificate(
         found.name,
@@ -330,11 +339,11 @@ class _Ratios:
         feeds = torch.stack([torch.as_tensor(moved[feed].spikes) for feed in found.feeds])
         self.spikes = feeds.sum(0).sqrt()
         self.eps = {False: torch.as_tensor(own.perturbation).sqrt(), True: torch.as_tensor(own.peak).sqrt()}
+        self.reached = bool((self.spikes > 0).any())
         self.rounding = 1e-6 * torch.as_tensor(own.current).sqrt()
 
     def largest(self, *, of_peak: bool) -> float | None:
-        reached = self.spikes > 0
-        return float((self.eps[of_peak] / self.spikes)[reached].max()) if bool(reached.any()) else None
+        return float((self.eps[of_peak] / self.spikes)[self.spikes > 0].max()) if self.reached else None
 
     def within(self, value: float, gain: float, margin: float, *, of_peak: bool) -> bool:
         allowed = value * (1.0 + margin) * self.spikes + gain * self.rounding

@@ -246,10 +246,12 @@ def _ran(network: _CutNetwork, name: str) -> str:
     """What ran before a layer and is not known to be linear, or else all that ran."""
     modules, operations = network.run.between(name)
     kinds = {module: network.net.get_submodule(module) for module in modules}
-    unknown = [module for module, kind in kinds.items() if not _is_linear(kind)]
-    unnamed = sorted({_operation(node) for node in operations if not node.startswith(_LINEAR_OPERATIONS)})
-    listed = [f"{module} ({type(kinds[module]).__name__})" for module in unknown or ([] if unnamed else kinds)]
-    return "between them ran " + ", ".join(listed or unnamed or ["operations without a gradient"])
+    listed = [name for name, kind in kinds.items() if not _is_linear(kind)]
+    unknown = sorted({_operation(node) for node in operations if not node.startswith(_LINEAR_OPERATIONS)})
+    if not listed and not unknown:
+        listed = list(kinds)
+    named = [f"{module} ({type(kinds[module]).__name__})" for module in listed] + unknown
+    return "between them ran " + ", ".join(named or ["operations without a gradient"])
 
 
 def _operation(node: str) -> str:

@@ -1,0 +1,274 @@
+"""Certificates hold on random networks and pairs, are checked by hand, and say what they do not cover."""
+
+import doctest
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from spikingjelly.activation_based import base, functional, layer, neuron, surrogate
+from torch import nn
+
+from sj_robust import DLIFNode, SpikingClassifier
+from sj_robust.classifier import PoissonEncoder, SpikingEventClassifier
+from sj_robust.models import NetworkSpec, build_classifier
+from sj_robust.perturbation import MPPDMonitor
+from sj_robust.stability import INPUT, Bound, Certificate, certificate, certify, l2_gain, peak_gain, plot
+
+
+def lif(**options):
+    return neuron.LIFNode(surrogate_function=surrogate.ATan(), **options)
+
+
+def small(T, step_mode="m", seed=0):
+    """DLIF with random gains, LIF with decay_input, IF and PLIF, one after the other."""
+    torch.manual_seed(seed)
+    net = nn.Sequential(
+        layer.Conv2d(2, 4, 3, padding=1), layer.BatchNorm2d(4), DLIFNode(T, tau=5.0),
+        layer.AvgPool2d(2), layer.Conv2d(4, 4, 3, padding=1), lif(tau=2.0),
+        layer.Flatten(), layer.Linear(4 * 3 * 3, 12), neuron.IFNode(surrogate_function=surrogate.ATan()),
+        layer.Linear(12, 12), neuron.ParametricLIFNode(surrogate_function=surrogate.ATan()), layer.Linear(12, 3),
+    )  # fmt: skip
+    net[1].running_var.uniform_(0.01, 0.2)
+    with torch.no_grad():
+        net[2].input_gain.normal_(1.0, 1.0)
+        for module in net[4:]:
+            if hasattr(module, "weight"):
+                module.weight.mul_(3.0)
+    functional.set_step_mode(net, step_mode)
+    return net
+
+
+@settings(deadline=None, max_examples=10, derandomize=True)
+@given(seed=st.integers(0, 10**6), T=st.integers(1, 6), size=st.floats(1e-3, 1.0))
+def test_no_random_network_and_pair_exceeds_the_exact_bounds(seed, T, size):
+    x = torch.rand(6, 2, 6, 6, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed + 1))
+    found = certify(small(T, seed=seed), x, T, x_perturbed=x + size * noise)
+    assert found.holds is True
+    assert [entry.name for entry in found.layers] == ["2", "5", "8", "10"]
+    assert [entry.feeds for entry in found.layers] == [(INPUT,), ("2",), ("5",), ("8",)]
+    for entry in found.layers:
+        assert entry.not_covered is None
+        if entry.measured_l2 is not None:
+            assert entry.measured_peak <= entry.measured_l2 <= entry.l2.value * 1.001
+            assert entry.measured_peak <= entry.peak.value * 1.001
+        assert entry.any_time.value is None or entry.l2.value <= entry.any_time.value * (1 + 1e-9)
+
+
+def test_values_of_a_layer_by_hand():
+    T = 4
+    net = small(T)
+    x, noise = torch.rand(5, 2, 6, 6), 0.3 * torch.randn(5, 2, 6, 6)
+    with MPPDMonitor(net, keep="trace") as monitor:
+        monitor.compare(x.expand(T, *x.shape), (x + noise).expand(T, *x.shape))
+        trace = {name: monitor[name][0] for name in ("2", "5")}
+    found = certify(net, x, T, x_perturbed=x + noise)
+    moved = trace["2"].spike_seq - trace["2"].spike_seq_perturbed
+    ds = {
+        INPUT: (T * noise.double().square().sum((1, 2, 3))).sqrt(),
+        "2": moved.double().square().sum((0, 2, 3, 4)).sqrt(),
+    }
+    for name, feed in (("2", INPUT), ("5", "2")):
+        eps = trace[name].eps.double().flatten(2).norm(dim=2)
+        entry = found[name]
+        assert entry.measured_l2 == pytest.approx(float((eps.norm(dim=0) / ds[feed]).max()), rel=1e-4)
+        assert entry.measured_peak == pytest.approx(float((eps.amax(0) / ds[feed]).max()), rel=1e-4)
+    first, second = found["2"], found["5"]
+    p = net[2].input_gain.detach()
+    assert first.input_gain == pytest.approx(p.tolist())
+    assert (second.decay, second.input_gain, second.neuron) == (0.5, (0.5,) * T, "LIFNode")
+    assert first.l2.value == pytest.approx(float(l2_gain(0.8, T, p)) * first.norm)
+    assert first.peak.value == pytest.approx(float(peak_gain(0.8, T, p)) * first.norm)
+    assert first.any_time.value == pytest.approx(5 * float(p.abs().max()) * first.norm)
+    assert first.printed.value == first.printed_peak.value == pytest.approx(5**0.5 * first.norm)
+    assert found["8"].any_time.value is None, "IF has no leak"
+    assert found["8"].printed.value is None
+
+
+def one_synapse():
+    """A spike per step of one run and none of the other reach a neuron of decay 0.5 through a weight of 1."""
+    net = nn.Sequential(
+        layer.Linear(1, 1, bias=False), neuron.IFNode(), layer.Linear(1, 1, bias=False), lif(tau=2.0, decay_input=False)
+    )
+    for module in net[::2]:
+        nn.init.ones_(module.weight)
+    functional.set_step_mode(net, "m")
+    return net
+
+
+def test_the_printed_constant_is_exceeded_where_the_exact_bound_holds():
+    found = certify(one_synapse(), torch.ones(1, 1), 3, x_perturbed=torch.zeros(1, 1))
+    entry = found["3"]
+    assert entry.norm == pytest.approx(1.0)
+    assert entry.measured_l2 == pytest.approx(1.4506, abs=1e-4)
+    assert entry.printed == Bound(pytest.approx(1.4142, abs=1e-4), False)
+    assert entry.l2 == Bound(pytest.approx(1.4670, abs=1e-4), True)
+    assert entry.printed_peak.held
+    assert found.holds, "the printed constant does not count"
+    assert "1.414 !" in found.table()
+    assert "1.467 !" not in found.table()
+    assert "not a valid L2-to-L2 bound in general" in found.table()
+
+
+def test_an_exceeded_bound_is_seen():
+    """A neuron whose current is not what the map of one step says: the certificate must not hold by construction."""
+
+    class Doubles(nn.Module):
+        """Twice the map when there is more than one sample, which the search for the norm never sees."""
+
+        def forward(self, x_seq):
+            return x_seq * (20.0 if x_seq.shape[1] > 1 else 1.0)
+
+    net = one_synapse()
+    net[2] = nn.Sequential(Doubles(), net[2])
+    found = certify(net, torch.ones(1, 1), 3, x_perturbed=torch.zeros(1, 1))
+    assert found.holds is False
+    assert found["3"].l2.held is False
+    assert found["3"].peak.held is False
+    assert found["1"].holds
+    assert "AN EXACT BOUND WAS EXCEEDED" in found.table()
+
+
+def test_classifiers_of_every_kind():
+    torch.manual_seed(0)
+    x = torch.rand(4, 3, 8, 8)
+    y = (x + 0.2 * torch.randn_like(x)).clamp(0, 1)
+    spec = NetworkSpec(image_shape=(3, 8, 8), classes=3, T=3, channels=(4, 4), mean=(0.5,) * 3, std=(0.25,) * 3)
+    direct = build_classifier(spec)
+    found = certify(direct, x, x_perturbed=y)
+    assert found.T == 3
+    assert found.holds
+    eps = 0.0
+    with MPPDMonitor(direct, keep="trace") as monitor:
+        monitor.compare(x, y)
+        eps = monitor["net.stages.1"][0].eps.double().square().sum((0, 2, 3, 4)).sqrt()
+    ratio = eps / (3**0.5 * ((x - y) / 0.25).double().flatten(1).norm(dim=1))
+    first = found.layers[0]
+    assert first.measured_l2 == pytest.approx(float(ratio.max()), rel=1e-4), "of the normalised input, repeated T times"
+
+    functional.set_step_mode(direct, "s")
+    single = certify(SpikingClassifier(direct.net, 3, mean=(0.5,) * 3, std=(0.25,) * 3), x, x_perturbed=y)
+    for a, b in zip(single.layers, found.layers, strict=True):
+        assert a.measured_l2 == pytest.approx(b.measured_l2, rel=1e-4)
+    functional.set_step_mode(direct, "m")
+
+    encoded = SpikingClassifier(direct.net, 3, PoissonEncoder(torch.Generator().manual_seed(0)))
+    assert certify(encoded, x, x_perturbed=y).holds
+    frames = torch.rand(2, 5, 2, 6, 6).round()
+    events = certify(SpikingEventClassifier(small(5), T=5), frames, x_perturbed=1 - frames)
+    assert events.holds
+    assert events.T == 5
+    features = nn.Sequential(layer.Linear(4, 6), neuron.IFNode(), layer.Linear(6, 2))
+    functional.set_step_mode(features, "m")
+    assert certify(features, torch.rand(3, 4), 2, x_perturbed=torch.rand(3, 4))["1"].measured_l2 > 0
+
+
+class Partly(nn.Module):
+    """One layer behind a product, one whose neuron is not known, one that nothing reaches."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.silent, self.third = neuron.IFNode(), neuron.IFNode(), neuron.IFNode(), None
+        self.qif = neuron.QIFNode()
+        self.linear = layer.Linear(4, 4)
+        functional.set_step_mode(self, "m")
+
+    def forward(self, x):
+        spikes = self.first(x)
+        product = self.second(self.linear(spikes) * spikes)
+        return self.qif(self.linear(product)) + self.silent(self.linear(spikes * 0.0) + 0.0 * x)
+
+
+def test_what_is_not_covered_is_said():
+    found = certify(Partly(), torch.ones(2, 4), 2, x_perturbed=torch.zeros(2, 4))
+    assert found["first"].holds
+    assert found["second"].norm is None
+    assert found["second"].holds is None
+    assert "operation mul" in found["second"].not_covered
+    assert found["qif"].not_covered.startswith("the decay of QIFNode is not known")
+    assert (found["silent"].norm, found["silent"].measured_l2) == (0.0, 0.0)
+    text = found.table()
+    assert "second is not covered: not affine in first" in text
+    assert "2 of 4 layers covered, 2 measured on 2 pairs: every exact bound held" in text
+    assert certificate.SCOPE in text
+    assert "no finite gain" in text
+    assert "do not compose" in text
+    with pytest.raises(KeyError, match="no layer 'nothing'; the certificate has first, second, qif, silent"):
+        found["nothing"]
+
+
+def test_equal_pairs_measure_nothing():
+    x = torch.rand(3, 2, 6, 6)
+    found = certify(small(2), x, 2, x_perturbed=x)
+    assert found.holds is None
+    assert [entry.measured_l2 for entry in found.layers] == [None] * 4
+    assert "4 of 4 layers covered, 0 measured on 3 pairs." in found.table()
+    assert certify(small(2), x, 2) == replace(found, samples=0)
+
+
+def test_wrong_use():
+    x = torch.rand(3, 2, 6, 6)
+    with pytest.raises(ValueError, match="T must be given for a bare network"):
+        certify(small(2), x)
+    with pytest.raises(ValueError, match="T must be the classifier's 2 or None, got 3"):
+        certify(SpikingClassifier(small(2), 2), x, 3)
+    with pytest.raises(ValueError, match="must have the same shape"):
+        certify(small(2), x, 2, x_perturbed=x[:1])
+
+
+def test_the_network_is_left_as_it_was():
+    net = small(3).train()
+    functional.reset_net(net)
+    net(torch.rand(2, 1, 2, 6, 6))
+    net[1].eval()
+    modes = [module.training for module in net.modules()]
+    memories = [dict(m._memories) for m in net.modules() if isinstance(m, base.MemoryModule)]
+    statistics = net[1].running_mean.clone()
+    x = torch.rand(2, 2, 6, 6)
+    random = torch.get_rng_state()
+    certify(net, x, 3, x_perturbed=1 - x)
+    assert torch.equal(random, torch.get_rng_state())
+    assert modes == [module.training for module in net.modules()]
+    for before, module in zip(memories, [m for m in net.modules() if isinstance(m, base.MemoryModule)], strict=True):
+        assert all(module._memories[name] is value for name, value in before.items())
+    assert torch.equal(statistics, net[1].running_mean)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in net.modules())
+    assert all(parameter.grad is None for parameter in net.parameters())
+
+
+def test_saved_and_loaded_is_equal(tmp_path):
+    for found in (
+        certify(small(2), torch.rand(3, 2, 6, 6), 2, x_perturbed=torch.rand(3, 2, 6, 6)),
+        certify(Partly(), torch.ones(2, 4), 2),
+    ):
+        found.save(tmp_path / "certificate.json")
+        assert Certificate.load(tmp_path / "certificate.json") == found
+    content = json.loads(found.to_json())
+    assert content["scope"] == certificate.SCOPE
+    assert "not a valid L2-to-L2 bound" in content["printed_is"]
+    del content["layers"][0]["norm"], content["margin"]
+    with pytest.raises(ValueError, match="missing or unknown"):
+        Certificate.from_json(json.dumps(content))
+    with pytest.raises(ValueError, match="not a stability certificate"):
+        Certificate.from_json("{}")
+    with pytest.raises(ValueError, match="must be JSON"):
+        Certificate.from_json("layer,norm")
+
+
+def test_plot(tmp_path):
+    found = certify(small(2), torch.rand(3, 2, 6, 6), 2, x_perturbed=torch.rand(3, 2, 6, 6))
+    for name, start in (("a.png", b"\x89PNG"), ("a.pdf", b"%PDF")):
+        assert plot.plot_certificate(found, tmp_path / name).read_bytes().startswith(start)
+    bounds_alone = plot.plot_certificate(certify(small(2), torch.rand(1, 2, 6, 6), 2), tmp_path / "b.png")
+    assert bounds_alone.read_bytes() != (tmp_path / "a.png").read_bytes()
+    nothing = replace(found, layers=(found.layers[0].__class__("x", "IFNode", not_covered="why"),))
+    with pytest.raises(ValueError, match="no layer of the certificate is covered"):
+        plot.plot_certificate(nothing, tmp_path / "c.png")
+
+
+@pytest.mark.parametrize("module", [certificate, plot])
+def test_examples(module):
+    assert doctest.testmod(module).failed == 0
