@@ -61,6 +61,8 @@ def test_no_random_network_and_pair_exceeds_the_exact_bounds(seed, T, size):
 def test_values_of_a_layer_by_hand():
     T = 4
     net = small(T)
+    with torch.no_grad():
+        net[2].input_gain[1] = -4.0
     x, noise = torch.rand(5, 2, 6, 6), 0.3 * torch.randn(5, 2, 6, 6)
     with MPPDMonitor(net, keep="trace") as monitor:
         monitor.compare(x.expand(T, *x.shape), (x + noise).expand(T, *x.shape))
@@ -111,6 +113,26 @@ def test_the_printed_constant_is_exceeded_where_the_exact_bound_holds():
     assert "1.414 !" in found.table()
     assert "1.467 !" not in found.table()
     assert "not a valid L2-to-L2 bound in general" in found.table()
+
+
+class Sum(nn.Module):
+    """Two layers whose spikes the third one adds."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second, self.third = (neuron.IFNode(step_mode="m") for _ in range(3))
+
+    def forward(self, x):
+        spikes = self.first(x)
+        return self.third(spikes + self.second(2.0 * spikes))
+
+
+def test_the_spikes_of_all_feeding_layers_count():
+    found = certify(Sum(), torch.ones(1, 1), 1, x_perturbed=torch.zeros(1, 1))["third"]
+    assert found.feeds == ("first", "second")
+    assert found.norm == pytest.approx(2**0.5)
+    assert found.measured_l2 == pytest.approx(2**0.5), "a current of 2 from two spikes, the worst case"
+    assert found.holds
 
 
 def test_an_exceeded_bound_is_seen():
