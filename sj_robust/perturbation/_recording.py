@@ -201,7 +201,8 @@ class Recording:
 def _keep_out_of_graphs() -> None:
     """Hooks beside compiled code run as they are; said here, not at import, since torch loads its compiler for it."""
     for name in ("before_call", "after_call"):
-        setattr(Recording, name, torch.compiler.disable(getattr(Recording, name)))
+        disabled = torch.compiler.disable(getattr(Recording, name))  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        setattr(Recording, name, disabled)
 
 
 class NeuronHook:

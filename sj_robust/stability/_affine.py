@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sj_robust._host import base
 
-__all__ = ["INPUT", "AffineMap", "CutRun", "cut_run", "preserved", "windows_per_input"]
+__all__ = ["INPUT", "AffineMap", "CutRun", "call_key", "cut_run", "preserved", "windows_per_input"]
 
 INPUT = "input"
 """Stands for the network's input where names of layers are listed."""
@@ -55,6 +55,11 @@ class CutRun:
         return [module for node, module in self.modules.items() if node in seen], {node.name() for node in seen}
 
 
+def call_key(name: str, call: int) -> str:
+    """What the current and the leaf of a layer's call, the first being 1, go by."""
+    return name if call == 1 else f"{name} (call {call})"
+
+
 def cut_run(
     net: nn.Module, frame: Tensor, cuts: Mapping[str, nn.Module], value: Callable[[str, Tensor], Tensor]
 ) -> CutRun:
@@ -77,7 +82,7 @@ def cut_run(
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
             run.calls[name] += 1
-            key = name if run.calls[name] == 1 else f"{name} (call {run.calls[name]})"
+            key = call_key(name, run.calls[name])
             run.currents[key] = x.clone()
             with torch.no_grad():
                 like = original(x, *args, **kwargs) if isinstance(module, POOLINGS) else x
@@ -97,7 +102,9 @@ def cut_run(
 
     with ExitStack() as stack:
         for name, module in cuts.items():
+            own = {key: value for key, value in vars(module).items() if key == "forward"}
             module.forward = replacement(name, module)
+            stack.callback(vars(module).update, own)
             stack.callback(vars(module).pop, "forward")  # its class has it still
         inside = {id(part) for cut in cuts.values() for part in cut.modules()}
         for name, module in net.named_modules():
@@ -166,6 +173,8 @@ def preserved(net: nn.Module, device: torch.device) -> Iterator[None]:
     memories = {module: dict(module._memories) for module in net.modules() if isinstance(module, base.MemoryModule)}
     cudnn = torch.backends.cudnn
     with (
+        torch.inference_mode(False),
+        torch.autocast(device.type, enabled=False),
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         cudnn.flags(enabled=cudnn.enabled, deterministic=cudnn.deterministic, allow_tf32=False),
     ):

@@ -70,21 +70,23 @@ def measure(
         What moved, by layer and for :data:`INPUT`.
     """
     net = classifier.net
-    multi_step = _is_multi_step(classifier)
+    net_mode = "m" if _is_multi_step(classifier) else "s"
     moved = {name: Moved() for name in (INPUT, *layers)}
 
-    def steps(values: Tensor) -> Tensor:
-        return values if multi_step else values.unsqueeze(0)
+    def steps(values: Tensor, step_mode: str) -> Tensor:
+        return values if step_mode == "m" else values.unsqueeze(0)
 
     def enter(module: nn.Module, args: tuple[Tensor, ...]) -> None:
         once = _is_one_frame(classifier, x, args[0])
-        moved[INPUT].send(args[0].unsqueeze(0) if once else steps(args[0]), classifier.T if once else 1)
+        moved[INPUT].send(steps(args[0], "s" if once else net_mode), classifier.T if once else 1)
 
     def follow(name: str, charging: tuple[float, Tensor] | None) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            # A single-step neuron may stand in a container that hands it the steps in turn.
+            mode = str(getattr(module, "step_mode", net_mode))
             if charging is not None:
-                moved[name].charge(steps(args[0]), *charging)
-            moved[name].send(steps(output))
+                moved[name].charge(steps(args[0], mode), *charging)
+            moved[name].send(steps(output, mode))
 
         return hook
 

@@ -104,7 +104,8 @@ class Certificate:
     Attributes:
         T: Number of time steps.
         samples: Pairs measured.
-        margin: By how much, relative, a measured ratio may exceed a bound, since norms are approached from below.
+        margin: By how much, relative, a measured ratio may exceed a bound, since norms are approached from below; a
+            larger residual of the layer's norm takes its place.
         layers: One entry per spiking layer, in order of execution.
 
     Source: Theorem 3.1 of Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024), and what is true of it.
@@ -144,6 +145,9 @@ class Certificate:
             f"Exact L2 and exact peak are for T = {self.T}. ! marks a bound that was exceeded.",
             f"(1) {NOT_L2}.",
         ]
+        reached = [layer.residual / layer.norm for layer in self.layers if layer.residual and layer.norm]
+        if reached:
+            lines.append(f"W is approached from below, to a residual of at most {max(reached):.1e} of it.")
         if any(layer.upper_bound for layer in self.layers):
             lines.append("<= marks an upper bound of the norm: max pooling counts by its Lipschitz constant.")
         lines += [f"{layer.name} is not covered: {layer.not_covered}." for layer in self.layers if layer.not_covered]
@@ -191,7 +195,7 @@ class Certificate:
         if self.holds is None:
             return f"{count}."
         outcome = "every exact bound held" if self.holds else "AN EXACT BOUND WAS EXCEEDED"
-        return f"{count}: {outcome} (margin {self.margin:g} for the estimate of the norm)."
+        return f"{count}: {outcome} (margin {self.margin:g}, or the residual, for the estimate of the norm)."
 
 
 def certify(
@@ -225,10 +229,12 @@ def certify(
 
     Args:
         net: A ``SpikingClassifier``, or a bare network that one can be built around.
-        x: Inputs as the classifier takes them, [N, C, H, W] or [N, F], or event frames [N, T, C, H, W].
+        x: Inputs as the classifier takes them, [N, C, H, W] or [N, F]; of a ``SpikingEventClassifier`` event frames
+            [N, T, C, H, W].
         T: Number of time steps; None takes the classifier's.
         x_perturbed: Perturbed inputs in the shape of ``x``; None gives bounds alone.
-        margin: Relative margin for norms being approached from below.
+        margin: Relative margin for norms being approached from below; where the iteration stopped at a larger residual,
+            that counts.
         tolerance: Residual at which the norms' iteration stops.
         max_iterations: Iterations at which it stops anyway.
         seed: Of the random values that it uses.
@@ -237,7 +243,8 @@ def certify(
         :class:`Certificate`.
 
     Raises:
-        ValueError: If T is missing or not the classifier's, the inputs' shapes differ, or there is no neuron.
+        ValueError: If T is missing or not the classifier's, the inputs are none, not finite or of different shapes, or
+            there is no neuron.
 
     Source: Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024), Theorem 3.1; gains derived here.
 
@@ -255,6 +262,10 @@ def certify(
         raise ValueError(
             f"x and x_perturbed must have the same shape, got {tuple(x.shape)} and {tuple(x_perturbed.shape)}"
         )
+    if len(x) == 0:
+        raise ValueError(f"x must hold a sample, got shape {tuple(x.shape)}")
+    if x_perturbed is not None and not bool((x.isfinite() & x_perturbed.isfinite()).all()):
+        raise ValueError("x and x_perturbed must be finite, got nan or inf; leave those pairs out")
     neurons, unknown, _ = find_neurons(classifier.net, {}, {})
     gains = {name: neuron_gains(neuron.charging(), classifier.T) for name, neuron in neurons.items()}
     with preserved(classifier, x.device):
@@ -304,6 +315,7 @@ def _layer(
         return LayerCertificate(found.name, kind, gains.decay, input_gain, found.feeds, not_covered=found.not_covered)
     norm = found.norm
     ratios = None if moved is None else _Ratios(found, moved)
+    margin = max(margin, found.residual / norm) if norm else margin
     any_time = float(l2_gain_limit(gains.decay)) * max(map(abs, input_gain))
 
     def bound(gain: float, of_peak: bool) -> Bound:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from sj_robust._host import functional
 from sj_robust.charging import find_neurons
 from sj_robust.classifier import _step_mode
-from sj_robust.stability._affine import INPUT, POOLINGS, AffineMap, CutRun, cut_run, preserved
+from sj_robust.stability._affine import INPUT, POOLINGS, AffineMap, CutRun, call_key, cut_run, preserved
 from sj_robust.stability._lanczos import SingularValue, largest_singular_value
 
 __all__ = ["INPUT", "InputMap", "input_maps"]
@@ -84,7 +84,7 @@ def input_maps(
         :class:`InputMap` by name of the layer; of the layers that ran, which alone are listed.
 
     Raises:
-        ValueError: If the network has no SpikingJelly neuron.
+        ValueError: If the network has no SpikingJelly neuron or the frame no sample.
 
     Source: derived here; convolutions by their products as in Ryu et al., "Plug-and-Play Methods Provably Converge with
         Properly Trained Denoisers" (ICML 2019).
@@ -97,13 +97,16 @@ def input_maps(
         >>> found.feeds, round(found.norm, 4)
         (('input',), 3.0)
     """
+    if len(frame) == 0:
+        raise ValueError(f"frame must hold a sample, got shape {tuple(frame.shape)}")
     neurons, others, _ = find_neurons(net, {}, {})
     with preserved(net, frame.device):
         network = _CutNetwork(net, frame[:1].detach(), [*neurons, *others], step_mode or _step_mode(net), seed)
         found: dict[str, InputMap] = {}
         for name in network.run.currents:
             found[name] = _measured(network, name, found, tolerance, max_iterations)
-    return {name: layer for name, layer in found.items() if name not in network.run.windows}
+    # Further calls of a layer have keys of their own; the first one's entry says why it is not covered.
+    return {name: found[name] for name in found if name in network.cuts and name not in network.run.windows}
 
 
 _Value = Callable[[str, Tensor], Tensor]
@@ -148,8 +151,21 @@ class _CutNetwork:
         if not self.multi_step:
             self._run(lambda name, like: first[name].clone())
             return self._run(lambda name, like: second[name].clone(), reset=False).currents
-        both = self._run(lambda name, like: torch.cat((first[name], second[name])), torch.cat((self.frame, self.frame)))
-        return {name: current[1:] for name, current in both.currents.items()}
+
+        def value(key: str, like: Tensor) -> Tensor:
+            if key in first and len(like) == 2 * len(first[key]):
+                return torch.cat((first[key], second[key]))
+            # A single-step layer of a multi-step network is handed the steps in turn.
+            chosen = first[key] if key in first else second.get(self._a_step_on(key, -1), like)
+            return chosen.clone() if chosen.shape == like.shape else self.noise(like)
+
+        currents = self._run(value, torch.cat((self.frame, self.frame))).currents
+        return {key: currents.get(self._a_step_on(key, 1), current[1:]) for key, current in currents.items()}
+
+    def _a_step_on(self, key: str, steps: int) -> str:
+        """Key of a layer's call so many steps later, if it is handed the steps in turn."""
+        layer, _, call = key.removesuffix(")").partition(" (call ")
+        return call_key(layer, int(call or 1) + steps * self.run.calls[layer])
 
 
 def _measured(
@@ -157,7 +173,9 @@ def _measured(
 ) -> InputMap:
     affine = AffineMap(network.run.currents[name], network.run.leaves)
     feeds = dict.fromkeys(
-        feed for key in affine.feeds for feed in (found[key].feeds if key in network.run.windows else [key])
+        feed
+        for key in affine.feeds
+        for feed in (found[key].feeds if key in network.run.windows else [_layer_name(key)])
     )
     reason = _reason(network, name, affine, found)
     if reason is not None:
@@ -178,6 +196,10 @@ def _measured(
         residual=largest.residual * factor,
         iterations=largest.iterations,
     )
+
+
+def _layer_name(key: str) -> str:
+    return key.split(" (call ")[0]
 
 
 def _share(run: CutRun, found: Mapping[str, InputMap], key: str) -> float:
@@ -208,7 +230,7 @@ def _largest_singular_value(
 def _reason(network: _CutNetwork, name: str, affine: AffineMap, found: Mapping[str, InputMap]) -> str | None:
     """Why a layer is not covered; None if it is."""
     for key in (name, *affine.feeds):
-        layer = key.split(" (call ")[0]
+        layer = _layer_name(key)
         if network.run.calls[layer] > 1 and key not in network.run.windows:
             return f"{'it' if layer == name else layer} is called {network.run.calls[layer]} times per time step"
         if key in found and key in network.run.windows and found[key].not_covered is not None:

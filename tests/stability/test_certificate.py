@@ -231,8 +231,41 @@ def test_equal_pairs_measure_nothing():
     assert certify(small(2), x, 2) == replace(found, samples=0)
 
 
+def test_a_norm_whose_iteration_stopped_early_counts_with_its_residual():
+    torch.manual_seed(1)
+    net = nn.Sequential(nn.Linear(200, 200), neuron.IFNode(step_mode="m"))
+    worst = torch.linalg.svd(net[0].weight.detach())[2][:1]
+    found = certify(net, torch.zeros(1, 200), 1, x_perturbed=worst, max_iterations=2)
+    entry = found["1"]
+    assert entry.residual > 0.1 * entry.norm
+    assert entry.measured_l2 > entry.l2.value * (1 + found.margin)
+    assert found.holds
+    assert f"a residual of at most {entry.residual / entry.norm:.1e}" in found.table()
+
+
+def test_layers_used_twice_or_step_by_step():
+    torch.manual_seed(0)
+    x = torch.rand(4, 5)
+    shared = neuron.IFNode(step_mode="m")
+    found = certify(nn.Sequential(nn.Linear(5, 5), shared, nn.Linear(5, 5), shared), x, 4, x_perturbed=1 - x)
+    assert [entry.name for entry in found.layers] == ["1"]
+    assert "called 2 times" in found["1"].not_covered
+    net = nn.Sequential(nn.Linear(5, 6), neuron.IFNode(step_mode="m"), nn.Linear(6, 3), neuron.IFNode(step_mode="m"))
+    wanted = certify(net, x, 4, x_perturbed=1 - x)
+    functional.set_step_mode(net, "s")
+    contained = SpikingClassifier(nn.Sequential(nn.Sequential(), layer.MultiStepContainer(net)), 4, step_mode="m")
+    for entry, other in zip(certify(contained, x, x_perturbed=1 - x).layers, wanted.layers, strict=True):
+        assert entry.name == f"1.0.{other.name}"
+        assert entry.l2.value == pytest.approx(other.l2.value, rel=1e-4)
+        assert entry.measured_l2 == pytest.approx(other.measured_l2, rel=1e-4)
+
+
 def test_wrong_use():
     x = torch.rand(3, 2, 6, 6)
+    with pytest.raises(ValueError, match="must hold a sample"):
+        certify(small(2), x[:0], 2)
+    with pytest.raises(ValueError, match="must be finite"):
+        certify(small(2), x, 2, x_perturbed=x / 0.0)
     with pytest.raises(ValueError, match="T must be given for a bare network"):
         certify(small(2), x)
     with pytest.raises(ValueError, match="T must be the classifier's 2 or None, got 3"):

@@ -340,6 +340,41 @@ def test_not_covered_before_a_pooling_reaches_behind_it():
     assert "the max pooling pool before it: not affine" in found.not_covered
 
 
+def test_single_step_neurons_in_containers_are_handed_the_steps_in_turn():
+    net = seeded(
+        lambda: nn.Sequential(
+            nn.Linear(4, 5), layer.MultiStepContainer(nn.Sequential(neuron.IFNode(), nn.Linear(5, 3))), neuron.IFNode()
+        )
+    )
+    net[2].step_mode = "m"
+    found = input_maps(net, torch.rand(1, 4), step_mode="m")
+    inner = "1.0.0"
+    assert {name: layer.feeds for name, layer in found.items()} == {inner: (INPUT,), "2": (inner,)}
+    assert found[inner].norm == pytest.approx(float(torch.linalg.matrix_norm(net[0].weight.detach(), 2)), rel=1e-4)
+    recurrent = layer.LinearRecurrentContainer(neuron.IFNode(), 4, 4, step_mode="m")
+    found = input_maps(recurrent, torch.rand(1, 4), step_mode="m")
+    assert "not the same map at every time step" in found["sub_module"].not_covered
+
+
+def test_a_layer_used_twice_is_listed_once():
+    net, _ = NOT_LINEAR["called twice"]
+    assert list(input_maps(net, torch.rand(1, 4))) == ["first", "last"]
+
+
+def test_wherever_it_is_called_the_forward_of_the_user_and_full_precision_stay():
+    net = nn.Sequential(layer.Linear(4, 3, step_mode="m"), NODE())
+    wanted = input_maps(net, torch.rand(1, 4))["1"]
+    own = net[1].forward
+    net[1].forward = own
+    with torch.inference_mode():
+        assert input_maps(net, torch.rand(1, 4))["1"] == wanted
+    with torch.autocast("cpu", torch.bfloat16):
+        assert input_maps(net, torch.rand(1, 4))["1"] == wanted
+    assert vars(net[1])["forward"] is own
+    with pytest.raises(ValueError, match="must hold a sample"):
+        input_maps(net, torch.rand(0, 4))
+
+
 def test_zero_map():
     net = Between(lambda n, s: n.linear(s))
     nn.init.zeros_(net.linear.weight)
