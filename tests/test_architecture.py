@@ -84,3 +84,10 @@ def test_import_is_light():
 def test_public_names():
     assert sj_robust.__all__ == ["DLIFNode", "MPPDMonitor", "SpikingClassifier", "__version__", "replace_neurons"]
     assert all(hasattr(sj_robust, name) for name in sj_robust.__all__)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_examples_stand_under_the_title_that_the_site_knows(path):
+    """Google style has a section ``Examples:``; a singular one is shown as a quotation."""
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert "Example:" not in {line.strip() for line in lines}

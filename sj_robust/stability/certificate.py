@@ -248,7 +248,7 @@ def certify(
 
     Source: Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024), Theorem 3.1; gains derived here.
 
-    Example:
+    Examples:
         >>> from spikingjelly.activation_based import neuron
         >>> _ = torch.manual_seed(0)
         >>> net = nn.Sequential(nn.Flatten(2), nn.Linear(4, 3), neuron.IFNode(step_mode="m"))

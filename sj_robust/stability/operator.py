@@ -89,7 +89,7 @@ def input_maps(
     Source: derived here; convolutions by their products as in Ryu et al., "Plug-and-Play Methods Provably Converge with
         Properly Trained Denoisers" (ICML 2019).
 
-    Example:
+    Examples:
         >>> from spikingjelly.activation_based import layer, neuron
         >>> net = nn.Sequential(layer.Linear(2, 2, bias=False), neuron.IFNode())
         >>> _ = net[0].weight.data.copy_(torch.tensor([[3.0, 0.0], [0.0, 1.0]]))

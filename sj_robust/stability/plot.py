@@ -37,7 +37,7 @@ def plot_certificate(certificate: Certificate, path: str | Path) -> Path:
         ValueError: If no layer is covered.
         ImportError: If matplotlib is not installed.
 
-    Example:
+    Examples:
         >>> import tempfile
         >>> from sj_robust.stability import LayerCertificate
         >>> layer = LayerCertificate("1", "IFNode", 1.0, (1.0,), ("input",), 2.0, l2=Bound(2.0, None))
