@@ -1,7 +1,6 @@
 """Train a robust spiking network, and measure it beside an undefended one.
 
 python recipes/adv_train.py                                              # digits, under a minute
-python recipes/adv_train.py --config recipes/configs/fashion_mnist.yaml --data-root FOLDER
 python recipes/adv_train.py --dataset image_folder:PATH --model vgg5 --T 8
 python recipes/adv_train.py --output runs/mine --resume                  # continue a stopped run
 torchrun --nproc-per-node 2 recipes/adv_train.py                         # or accelerate launch
@@ -25,7 +24,7 @@ from sj_robust.sweeping.grid import idle
 
 # Options that a resumed run may change, since the weights do not depend on them.
 FREE = {"data_root", "download", "test_limit", "reference", "device", "workers", "checkpoint_steps", "compile",
-        "channels_last", "output", "resume"}  # fmt: skip
+        "channels_last", "log_bounds", "output", "resume"}  # fmt: skip
 UNDEFENDED: dict[str, Any] = {
     "neuron": "lif", "mode": "none", "select": "clean", "attack_steps": None, "project": True, "pretrained": None,
     "gradient_sparsity": 0.0, "threshold_guard": 0.0, "gain_penalty": 0.0}  # fmt: skip
@@ -36,8 +35,7 @@ class Options:
     """Options of adv_train. A radius is a number or a fraction such as 8/255.
 
     Attributes:
-        dataset: digits, fashion_mnist, mnist, cifar10, cifar100, svhn, image_folder:PATH, or event data (cifar10_dvs,
-            dvs128_gesture, n_mnist).
+        dataset: digits, (fashion_)mnist, cifar10, cifar100, svhn, image_folder:PATH, or event data by name.
         data_root: Folder with the data set's files, or where they are downloaded to.
         download: Whether to download what is missing.
         augment: Random crop, flip and Cutout; null for the paper's choice (CIFAR only).
@@ -69,8 +67,8 @@ class Options:
         beta: Strength of rat's retraction; null means 1e-3.
         trades_weight: Weight of the divergence of trades.
         gradient_sparsity: Weight of the penalty on the input gradient; 0 leaves it out.
-        threshold_guard: Weight of the penalty on potentials near the threshold; 0 leaves it out.
-        guard_margin: Distance from the threshold that counts as near.
+        threshold_guard: Weight of the penalty on potentials nearer to the threshold than guard_margin; 0 leaves it out.
+        guard_margin: That distance.
         gain_penalty: Weight of the penalty on the gain of every DLIF layer over time; 0 leaves it out.
         epochs: Passes over the training images.
         batch_size: Images per step, over all processes together.
@@ -86,6 +84,7 @@ class Options:
         compile: Whether the network is compiled with torch.compile.
         channels_last: Memory order of the images; null where it pays.
         sync_batch_norm: Whether batch norm sees the images of all processes.
+        log_bounds: Whether TensorBoard shows the exact L2 bound of every layer (a VGG-11 takes 9 s an epoch for it).
         workers: Processes that load images in the background.
         checkpoint_steps: Steps between checkpoints within an epoch; null for one per epoch.
         output: Folder of the run; null makes a new one under runs/.
@@ -141,6 +140,7 @@ class Options:
     compile: bool = False
     channels_last: bool | None = None
     sync_batch_norm: bool = False
+    log_bounds: bool = False
     workers: int = 0
     checkpoint_steps: int | None = None
     output: str | None = None
@@ -160,8 +160,8 @@ def main(arguments: list[str]) -> None:
         "environment", where := environment(accelerator.device) | {"processes": str(accelerator.num_processes)}
     )
     journal.header("configuration", configuration)
-    if unused := [name for name in idle(configuration) if configuration[name] != asdict(Options())[name]]:
-        journal.say(f"without effect beside the other options: {', '.join(sorted(unused))}")
+    if unused := sorted(name for name in idle(configuration) if configuration[name] != asdict(Options())[name]):
+        journal.say(f"without effect beside the other options: {', '.join(unused)}")
     networks = {f"{options.neuron} {options.mode}": options}
     if options.reference:
         networks["lif undefended"] = replace(options, **UNDEFENDED)
@@ -232,10 +232,10 @@ def make_objective(options: Options, classifier: SpikingClassifier) -> training.
 def completed(options: Options) -> Options:
     """The options with those of the mode where they are null, and radii as numbers."""
     mode = training.MODES[options.mode]
-    names = ("kappa", "rho", "weight_decay", "select")
-    of_mode = {name: getattr(mode, name) for name in names} | {"beta": mode.retraction}
+    of_mode = {name: getattr(mode, name) for name in ("kappa", "rho", "weight_decay", "select")}
+    of_mode |= {"beta": mode.retraction}
+    options = replace(options, rho=0.0) if options.mode == "none" else options
     found = {name: value for name, value in of_mode.items() if getattr(options, name) is None}
-    found |= {"rho": 0.0} if options.mode == "none" else {}
     radii = ((name, getattr(options, name)) for name in ("eps", "step_size", "eval_eps"))
     return replace(options, **found | {name: parse_eps(radius) for name, radius in radii if radius is not None})
 

@@ -18,6 +18,7 @@ SWITCHES = (
     "--compile",
     "--download",
     "--input_gain",
+    "--log_bounds",
     "--report",
     "--resume",
     "--sync_batch_norm",

@@ -98,7 +98,7 @@ def train(
             run.train_epoch(perturb, journal, received)
             record = run.finish_epoch(validation_attacks)
             if accelerator.is_main_process:
-                scalars = run.validation.probe(run.classifier, validation_attacks["fgsm"])
+                scalars = run.validation.probe(run.classifier, validation_attacks["fgsm"], bounds=plan.log_bounds)
                 warning = catastrophic_overfitting(run.history) if plan.single_step_attack else None
                 journal.on_epoch(record, scalars, warning)
             run.raise_if_interrupted(run.agreed_signal(received))

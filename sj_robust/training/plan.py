@@ -27,6 +27,7 @@ class TrainingPlan:
         compile: Whether the network runs through ``torch.compile``; the reset before every pass stays outside.
         channels_last: Whether images and convolutions are stored channels last; None does so on CUDA alone.
         sync_batch_norm: Whether batch norm takes its statistics over the images of all processes.
+        log_bounds: Whether the log shows the exact L2 bound of every layer each epoch; see ``stability.certify``.
 
     Raises:
         ValueError: If a number is out of range.
@@ -53,6 +54,7 @@ class TrainingPlan:
     compile: bool = False
     channels_last: bool | None = None
     sync_batch_norm: bool = False
+    log_bounds: bool = False
 
     def __post_init__(self) -> None:
         at_least_one = {"epochs": self.epochs, "accumulate": self.accumulate}

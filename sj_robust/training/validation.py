@@ -11,7 +11,7 @@ from sj_robust.classifier import SpikingClassifier
 from sj_robust.data import image_loader
 from sj_robust.evaluation import Attack, accuracy
 from sj_robust.perturbation import MPPDMonitor
-from sj_robust.stability import gain_scalars
+from sj_robust.stability import certify, gain_scalars
 from sj_robust.training.random_state import mixed
 
 __all__ = ["Validation"]
@@ -58,10 +58,11 @@ class Validation:
         total = self._accelerator.reduce(correct.to(self._accelerator.device), "sum")
         return dict(zip(names, (count / self._size for count in total.tolist()), strict=True))
 
-    def probe(self, classifier: SpikingClassifier, attack: Attack) -> dict[str, float]:
+    def probe(self, classifier: SpikingClassifier, attack: Attack, *, bounds: bool = False) -> dict[str, float]:
         """Figures of the network for the log: MS-MPPD per followed layer, and gains.
 
-        MS-MPPD is under ``attack`` on this process's first images; the gains are those of the inputs, L2 and peak.
+        MS-MPPD is under ``attack`` on this process's first images; the gains are those of the inputs, L2 and peak. With
+        ``bounds`` the exact L2 bound of every covered layer, its gain times the norm of the map before it, is added.
         """
         net = classifier.net
         x, y = next(self._batches())
@@ -73,6 +74,10 @@ class Validation:
             gains = getattr(module, "input_gain", None)
             if isinstance(gains, nn.Parameter):
                 scalars |= {f"input_gain/{name}/t{t}": gain for t, gain in enumerate(gains.tolist())}
+        if bounds:  # a log needs no more than two digits
+            for layer in certify(classifier, x[:1], tolerance=1e-2).layers:
+                if layer.l2 is not None and layer.l2.value is not None:
+                    scalars[f"l2_bound/{layer.name}"] = layer.l2.value
         return scalars | gain_scalars(net, classifier.T)
 
     def _batches(self) -> Iterator[tuple[Tensor, Tensor]]:

@@ -194,6 +194,19 @@ def test_fashion_mnist(tmp_path, monkeypatch, layout):
     assert report.scores[0].total == 30
 
 
+def test_bounds_in_the_log(tmp_path, monkeypatch):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    options = (*QUICK, "--epochs", "1", "--reference", "false", "--log-bounds")
+    in_process(monkeypatch, tmp_path, *options)
+    events = EventAccumulator(str(tmp_path / "runs" / "digits-dlif-at-1" / "tensorboard" / "dlif_at"))
+    events.Reload()
+    for layer in ("stages.1", "stages.5"):
+        bound, gain = (events.Scalars(f"{name}/{layer}")[0].value for name in ("l2_bound", "l2_gain"))
+        assert bound > 0
+        assert bound != gain
+
+
 def test_options_without_effect_are_named(tmp_path, monkeypatch, capsys):
     options = (*QUICK, "--epochs", "1", "--reference", "false", "--mode", "none", "--rho", "1", "--norm", "l1")
     in_process(monkeypatch, tmp_path, *options)
