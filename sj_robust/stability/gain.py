@@ -1,6 +1,6 @@
 """How much a neuron's leaky sum over time can amplify a perturbation: exact gains and the printed constant."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,7 +44,7 @@ class NeuronGains(NamedTuple):
     printed: float
 
 
-def time_operator(decay: float | Tensor, T: int, input_gain: Tensor | None = None) -> Tensor:
+def time_operator(decay: float | Tensor, T: int, input_gain: Tensor | Sequence[float] | None = None) -> Tensor:
     """Matrix that sums input currents into the simplified perturbation. 时间方向的线性算子。
 
     Equation: ``A[t, s] = decay^(t-s) * input_gain[s]`` for s <= t, else 0, so that ``eps = A @ (W Ds)`` over time.
@@ -75,7 +75,7 @@ def time_operator(decay: float | Tensor, T: int, input_gain: Tensor | None = Non
     return (decays[..., None, None] ** lag).tril() * gains[..., None, :]
 
 
-def l2_gain(decay: float | Tensor, T: int, input_gain: Tensor | None = None) -> Tensor:
+def l2_gain(decay: float | Tensor, T: int, input_gain: Tensor | Sequence[float] | None = None) -> Tensor:
     """Exact L2 gain over T steps, ``||L_decay diag(input_gain)||_2``. T 步内的精确 L2 增益。
 
     Equation, for every sequence of spike differences ``Ds`` and linear map ``W`` before the neuron::
@@ -109,7 +109,7 @@ def l2_gain(decay: float | Tensor, T: int, input_gain: Tensor | None = None) -> 
     return _per_sequence(_largest_singular_value, decay, T, input_gain)
 
 
-def peak_gain(decay: float | Tensor, T: int, input_gain: Tensor | None = None) -> Tensor:
+def peak_gain(decay: float | Tensor, T: int, input_gain: Tensor | Sequence[float] | None = None) -> Tensor:
     """Exact constant from the L2 norm of a spike difference to the peak of the perturbation. L2 到峰值的精确常数。
 
     Equation::
@@ -242,7 +242,7 @@ def effective_input_gain(charging: Charging, T: int) -> Tensor:
     return fixed * learned[:T]
 
 
-def _checked(decay: float | Tensor, T: int, input_gain: Tensor | None) -> tuple[Tensor, Tensor]:
+def _checked(decay: float | Tensor, T: int, input_gain: Tensor | Sequence[float] | None) -> tuple[Tensor, Tensor]:
     """Decays [...] and gains [..., T] in float64 on one device."""
     if T < 1:
         raise ValueError(f"T must be >= 1, got {T}; it is the number of time steps")
@@ -251,9 +251,9 @@ def _checked(decay: float | Tensor, T: int, input_gain: Tensor | None) -> tuple[
         raise ValueError(f"decay must be in (0, 1], got {decay}; a neuron of time constant tau has decay 1 - 1 / tau")
     if input_gain is None:
         return decays, torch.ones(T, dtype=torch.float64, device=decays.device)
-    if input_gain.ndim == 0 or input_gain.shape[-1] != T:
-        raise ValueError(f"input_gain must have shape [..., T] with T = {T}, got {tuple(input_gain.shape)}")
-    gains = input_gain.to(torch.float64)
+    gains = torch.as_tensor(input_gain, dtype=torch.float64)
+    if gains.ndim == 0 or gains.shape[-1] != T:
+        raise ValueError(f"input_gain must have shape [..., T] with T = {T}, got {tuple(gains.shape)}")
     if not bool(torch.isfinite(gains).all()):
         raise ValueError("input_gain must be finite, but holds NaN or infinity")
     try:
@@ -266,7 +266,10 @@ def _checked(decay: float | Tensor, T: int, input_gain: Tensor | None) -> tuple[
 
 
 def _per_sequence(
-    gain: Callable[[Array, Array], Array], decay: float | Tensor, T: int, input_gain: Tensor | None
+    gain: Callable[[Array, Array], Array],
+    decay: float | Tensor,
+    T: int,
+    input_gain: Tensor | Sequence[float] | None,
 ) -> Tensor:
     """Apply ``gain(decays [n], gains [T, n])`` to every sequence of a batch; gains are scaled to a largest of 1."""
     decays, gains = (value.detach().cpu() for value in _checked(decay, T, input_gain))

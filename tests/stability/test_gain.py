@@ -231,3 +231,9 @@ def test_numbers_of_the_documentation():
     failed, attempted = doctest.testfile(str(page), module_relative=False, encoding="utf-8")
     assert failed == 0
     assert attempted > 10
+
+
+def test_input_gains_may_be_a_list():
+    assert torch.equal(peak_gain(0.5, 3, [1.0, 2.0, 0.5]), peak_gain(0.5, 3, torch.tensor([1.0, 2.0, 0.5])))
+    with pytest.raises(ValueError, match="must have shape"):
+        l2_gain(0.5, 4, [1.0, 2.0])
