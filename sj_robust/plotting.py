@@ -9,7 +9,7 @@ from matplotlib import colormaps, rc_context, rcParams
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter, StrMethodFormatter
 
 from sj_robust.evaluation.eps import parse_eps
 from sj_robust.evaluation.intervals import wilson_interval
@@ -76,6 +76,9 @@ def plot_benchmark(measurements: "Sequence[Measurement]", path: Path) -> None:
             if not math.isnan(floor):
                 axes.plot([floor, floor], [place - height / 2, place + 0.8 - height / 2], color="black", linewidth=1.2)
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
         axes.set_yticks(
             [place + 0.4 - height / 2 for place in range(len(shapes))], [s.replace("x", ", ") for s in shapes]
         )
