@@ -92,7 +92,7 @@ class SpikingClassifier(nn.Module):
 
     def extra_repr(self) -> str:
         """Parameters shown by ``print``."""
-        return f"T={self.T}, step_mode={self.step_mode or _step_mode(self.net)}"
+        return f"T={self.T}, step_mode={self.step_mode or step_mode_of(self.net)}"
 
     def _check_shape(self, images: Tensor) -> None:
         if images.ndim not in (2, 4):
@@ -103,7 +103,7 @@ class SpikingClassifier(nn.Module):
 
     def _run(self, images: Tensor) -> Tensor:
         """Outputs of the network, [T, N, classes] or [N, classes]."""
-        step_mode = self.step_mode or _step_mode(self.net)
+        step_mode = self.step_mode or step_mode_of(self.net)
         if self.encoder is None:
             frame = self._normalise(images, channel_dim=1)
             if step_mode == "s":
@@ -188,7 +188,7 @@ class SpikingEventClassifier(SpikingClassifier):
 
     def _run(self, images: Tensor) -> Tensor:
         frames = images.transpose(0, 1).contiguous()
-        if (self.step_mode or _step_mode(self.net)) == "s":
+        if (self.step_mode or step_mode_of(self.net)) == "s":
             return torch.stack([self.net(frame) for frame in frames])
         return self._checked(self.net(frames))
 
@@ -221,7 +221,7 @@ class PoissonEncoder(nn.Module):
         return spikes + (images - images.detach()) if images.requires_grad else spikes
 
 
-def _step_mode(net: nn.Module) -> str:
+def step_mode_of(net: nn.Module) -> str:
     """Step mode of the outermost step module; inner ones may differ (recurrent containers)."""
     for module in net.modules():
         # A container of SpikingJelly 2.x may be a step module without a mode of its own.

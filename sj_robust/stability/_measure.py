@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sj_robust.classifier import SpikingClassifier, _step_mode
+from sj_robust.classifier import SpikingClassifier, step_mode_of
 from sj_robust.stability._affine import INPUT
 
 __all__ = ["Moved", "first_frame", "measure"]
@@ -114,7 +114,7 @@ def first_frame(classifier: SpikingClassifier, x: Tensor) -> Tensor:
 
 
 def _is_multi_step(classifier: SpikingClassifier) -> bool:
-    return (classifier.step_mode or _step_mode(classifier.net)) == "m"
+    return (classifier.step_mode or step_mode_of(classifier.net)) == "m"
 
 
 def _is_one_frame(classifier: SpikingClassifier, x: Tensor, given: Tensor) -> bool:

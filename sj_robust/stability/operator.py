@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sj_robust._host import functional
 from sj_robust.charging import find_neurons
-from sj_robust.classifier import _step_mode
+from sj_robust.classifier import step_mode_of
 from sj_robust.stability._affine import INPUT, POOLINGS, AffineMap, CutRun, call_key, cut_run, preserved
 from sj_robust.stability._lanczos import SingularValue, largest_singular_value
 
@@ -101,7 +101,7 @@ def input_maps(
         raise ValueError(f"frame must hold a sample, got shape {tuple(frame.shape)}")
     neurons, others, _ = find_neurons(net, {}, {})
     with preserved(net, frame.device):
-        network = _CutNetwork(net, frame[:1].detach(), [*neurons, *others], step_mode or _step_mode(net), seed)
+        network = _CutNetwork(net, frame[:1].detach(), [*neurons, *others], step_mode or step_mode_of(net), seed)
         found: dict[str, InputMap] = {}
         for name in network.run.currents:
             found[name] = _measured(network, name, found, tolerance, max_iterations)
