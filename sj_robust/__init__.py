@@ -1,8 +1,46 @@
-"""sj_robust: robustness of spiking neural networks, on SpikingJelly."""
+"""sj_robust: robustness of spiking neural networks, on SpikingJelly.
+
+The parts of the package are reached from here as well, each imported when it is first asked for:
+``sj_robust.attacks.pgd`` needs no import beside ``import sj_robust``.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from sj_robust._version import __version__
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.neuron import DLIFNode, replace_neurons
 from sj_robust.perturbation import MPPDMonitor
 
+if TYPE_CHECKING:  # for type checkers and editors, which do not run __getattr__
+    from sj_robust import attacks as attacks
+    from sj_robust import benchmarking as benchmarking
+    from sj_robust import command_line as command_line
+    from sj_robust import data as data
+    from sj_robust import doctor as doctor
+    from sj_robust import evaluation as evaluation
+    from sj_robust import figures as figures
+    from sj_robust import fusion as fusion
+    from sj_robust import models as models
+    from sj_robust import ops as ops
+    from sj_robust import plotting as plotting
+    from sj_robust import stability as stability
+    from sj_robust import sweeping as sweeping
+    from sj_robust import training as training
+
 __all__ = ["DLIFNode", "MPPDMonitor", "SpikingClassifier", "__version__", "replace_neurons"]
+
+_PARTS = frozenset({
+    "attacks", "benchmarking", "command_line", "data", "doctor", "evaluation", "figures", "fusion", "models", "ops",
+    "plotting", "stability", "sweeping", "training",
+})  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PARTS:
+        return importlib.import_module(f"sj_robust.{name}")
+    raise AttributeError(f"module 'sj_robust' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_PARTS})

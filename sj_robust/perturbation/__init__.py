@@ -10,7 +10,7 @@ from sj_robust.perturbation.dynamics import (
     tasad,
 )
 from sj_robust.perturbation.indicators import neuron_indicators, sample_indicators
-from sj_robust.perturbation.intensity import IntensityCorrelation, intensity_correlation
+from sj_robust.perturbation.intensity import IntensityCorrelation, Perturbation, intensity_correlation
 from sj_robust.perturbation.monitor import MPPDMonitor
 
 __all__ = [
@@ -18,6 +18,7 @@ __all__ = [
     "LayerStats",
     "LayerTrace",
     "MPPDMonitor",
+    "Perturbation",
     "full_perturbation",
     "intensity_correlation",
     "membrane_potential",

@@ -1,17 +1,25 @@
 """Grids of experiments: planned, run in processes, summarised beside published figures."""
 
-from sj_robust.sweeping.grid import expand, seeds_of
+from sj_robust.sweeping.grid import axes_of, expand, idle, seeds_of
 from sj_robust.sweeping.plan import PlannedRun, load_records, plan_runs
 from sj_robust.sweeping.pool import Outcome, perform_all
 from sj_robust.sweeping.recipe import Recipe, load_recipe
 from sj_robust.sweeping.record import RunRecord
+from sj_robust.sweeping.summary import Cell, Statistic, axes_in, cells_of, columns_of
 
 __all__ = [
+    "Cell",
     "Outcome",
     "PlannedRun",
     "Recipe",
     "RunRecord",
+    "Statistic",
+    "axes_in",
+    "axes_of",
+    "cells_of",
+    "columns_of",
     "expand",
+    "idle",
     "load_recipe",
     "load_records",
     "perform_all",

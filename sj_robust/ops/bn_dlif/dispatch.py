@@ -1,0 +1,121 @@
+"""Entry point of batch norm with DLIF: checks the arguments and chooses between one pass and two."""
+
+import torch
+from torch import Tensor
+
+from sj_robust.ops.bn_dlif import cpp, reference
+from sj_robust.ops.bn_dlif.norm import BatchNorm
+from sj_robust.ops.dlif.config import DLIFConfig, state_dtype
+from sj_robust.ops.dlif.dispatch import check_backend, dlif_multi_step
+from sj_robust.ops.surrogate import Surrogate
+
+__all__ = ["batch_norm_dlif_multi_step", "can_fuse"]
+
+
+def batch_norm_dlif_multi_step(
+    x_seq: Tensor,
+    norm: BatchNorm,
+    input_gain: Tensor,
+    v_init: Tensor | None = None,
+    *,
+    decay: float,
+    v_threshold: float = 1.0,
+    v_reset: float | None = 0.0,
+    surrogate: Surrogate | None = None,
+    detach_reset: bool = False,
+    store_v_seq: bool = False,
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Run batch norm and one layer of DLIF neurons over a sequence.
+
+    Equation: ``y = weight * (x - mean) / sqrt(var + eps) + bias`` per channel, mean and variance over time, batch and
+    space; then DLIF on y, see :func:`sj_robust.ops.dlif_multi_step`.
+
+    Args:
+        x_seq: Input, [T, N, C, *], floating point.
+        norm: The batch norm; its running statistics are updated when it uses those of the batch.
+        input_gain: Learnable gain per step, [T].
+        v_init: Potential before the first step, [N, C, *]; None is ``v_reset``, or 0 for soft reset.
+        decay: Fraction of the potential kept per step, in (0, 1].
+        v_threshold: Firing threshold.
+        v_reset: Potential after a spike; None subtracts the threshold instead.
+        surrogate: Surrogate of the spike; None is the triangle of width 1.
+        detach_reset: Whether the reset is left out of the gradient.
+        store_v_seq: Whether the potential after every reset is returned too.
+        backend: ``"cpp"`` is the compiled kernel; ``"auto"`` takes it where :func:`can_fuse` says so. Any other name
+            of :data:`sj_robust.ops.BACKENDS` runs torch's batch norm and then DLIF with that backend.
+
+    Returns:
+        Spikes [T, N, C, *], last potential [N, C, *] and potentials [T, N, C, *] or None.
+
+    Raises:
+        ValueError: If a shape does not fit or ``backend="cpp"`` cannot run this call.
+        RuntimeError: If the named backend is not available on this machine.
+
+    Source: Ioffe & Szegedy (2015); Ding et al. (ICML 2024).
+
+    Examples:
+        >>> norm = BatchNorm(None, None, None, None, use_batch_statistics=True)
+        >>> x = torch.tensor([-1.0, 3.0]).view(1, 2, 1)
+        >>> batch_norm_dlif_multi_step(x, norm, torch.ones(1), decay=0.5, v_threshold=0.5)[0].flatten()
+        tensor([0., 1.])
+    """
+    surrogate = surrogate or Surrogate()
+    _check_arguments(x_seq, norm, input_gain, v_init)
+    if backend == "cpp":
+        check_backend(backend)
+        reason = cpp.unsupported_reason(x_seq, norm, surrogate)
+        if reason is not None:
+            raise ValueError(f"backend='cpp' cannot run this call: {reason}; use backend='auto'")
+    if backend == "cpp" or (backend == "auto" and can_fuse(x_seq, norm, surrogate)):
+        dtype = state_dtype(x_seq)
+        config = DLIFConfig(decay, v_threshold, v_reset, surrogate, detach_reset)
+        v_init = None if v_init is None else v_init.to(dtype).contiguous()
+        return cpp.multi_step(x_seq, norm, input_gain.to(dtype).contiguous(), v_init, config, store_v_seq)
+    return dlif_multi_step(
+        reference.normalise(x_seq, norm),
+        input_gain,
+        v_init,
+        decay=decay,
+        v_threshold=v_threshold,
+        v_reset=v_reset,
+        surrogate=surrogate,
+        detach_reset=detach_reset,
+        store_v_seq=store_v_seq,
+        backend=backend,
+    )
+
+
+def can_fuse(x_seq: Tensor, norm: BatchNorm, surrogate: Surrogate) -> bool:
+    """Whether ``backend="auto"`` runs this call in one pass.
+
+    Examples:
+        >>> norm = BatchNorm(None, None, None, None, use_batch_statistics=True)
+        >>> can_fuse(torch.zeros(2, 3, 4, dtype=torch.bfloat16), norm, Surrogate())
+        False
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled(x_seq.device.type)
+        and cpp.unavailable_reason() is None
+        and cpp.unsupported_reason(x_seq, norm, surrogate) is None
+    )
+
+
+def _check_arguments(x_seq: Tensor, norm: BatchNorm, input_gain: Tensor, v_init: Tensor | None) -> None:
+    if x_seq.ndim < 3 or x_seq.shape[0] == 0:
+        raise ValueError(f"x_seq must be [T, N, C, *] with T >= 1, got shape {tuple(x_seq.shape)}")
+    if input_gain.shape != x_seq.shape[:1]:
+        raise ValueError(f"input_gain must be [T] = [{x_seq.shape[0]}], got {tuple(input_gain.shape)}")
+    if v_init is not None and v_init.shape != x_seq.shape[1:]:
+        raise ValueError(f"v_init must be the shape of one step, {tuple(x_seq.shape[1:])}, got {tuple(v_init.shape)}")
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        tensor = getattr(norm, name)
+        if tensor is not None and tensor.shape != x_seq.shape[2:3]:
+            raise ValueError(f"{name} must be [C] = [{x_seq.shape[2]}], got {tuple(tensor.shape)}")
+    per_channel = x_seq.shape[0] * x_seq.shape[1] * x_seq.shape[3:].numel()
+    if norm.use_batch_statistics and per_channel == 1:
+        raise ValueError(
+            f"batch statistics need more than one value per channel, got shape {tuple(x_seq.shape)}; "
+            "use running statistics (eval mode) or a larger batch"
+        )
