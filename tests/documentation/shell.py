@@ -1,0 +1,227 @@
+"""Commands of the documentation: run in bash, or parsed by the recipes' own parsers."""
+
+import contextlib
+import importlib.util
+import io
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from documentation.pages import ROOT, Directive
+
+LIMIT = 300
+"""Seconds that a command may take."""
+MODULES = {"torchrun": "torch.distributed.run", "accelerate": "accelerate.commands.accelerate_cli"}
+RECIPE = re.compile(r"(?<![\w/.-])(?:\./)?recipes/(\w+)\.py(?=\s|$|[;&|)])")
+
+
+class CommandError(Exception):
+    """A command that failed; the text says how."""
+
+
+def logical_lines(code: str) -> list[tuple[int, str]]:
+    """Commands with the offset of their first line: continued lines, loops and here-documents are one command."""
+    commands: list[tuple[int, str]] = []
+    start, parts = 0, []
+    for offset, line in enumerate(code.splitlines()):
+        if not parts:
+            start = offset
+            if not line.strip() or line.lstrip().startswith("#"):
+                continue
+        parts.append(line)
+        if complete(text := "\n".join(parts)):
+            commands.append((start, text))
+            parts = []
+    if parts:
+        commands.append((start, "\n".join(parts)))
+    return commands
+
+
+def complete(text: str) -> bool:
+    """Whether bash would not wait for a further line."""
+    if text.endswith("\\"):
+        return False
+    checked = subprocess.run(["bash", "-n"], input=text + "\n", capture_output=True, text=True, check=False)
+    return not re.search(r"unexpected end of file|unexpected EOF|here-document", checked.stderr)
+
+
+def ends_of_recipes(command: str) -> list[tuple[str, int]]:
+    """Every recipe that a command runs, with the position behind its last word."""
+    found = []
+    for match in RECIPE.finditer(command):
+        position, quote = match.end(), ""
+        while position < len(command):
+            char = command[position]
+            if char == "\\" and quote != "'":
+                position += 1
+            elif quote:
+                quote = "" if char == quote else quote
+            elif char in "'\"":
+                quote = char
+            elif char in ";&|()<>\n" or (char == "#" and command[position - 1].isspace()):
+                break
+            position += 1
+        found.append((match[1], len(command[:position].rstrip())))
+    return found
+
+
+def with_options(command: str, directives: tuple[Directive, ...]) -> str:
+    """The command with the options of ``add`` behind the recipes that they are meant for."""
+    for recipe, end in reversed(ends_of_recipes(command)):
+        options = [one.text for one in directives if one.kind == "add" and one.recipe in (None, recipe)]
+        if options:
+            command = f"{command[:end]} {' '.join(options)}{command[end:]}"
+    return command
+
+
+@dataclass
+class Shell:
+    """A terminal in a folder of its own, in which a page's commands follow each other."""
+
+    folder: Path
+    """Where a page begins; has links to recipes and docs, and ``.venv/bin`` with the running interpreter."""
+    state: Path
+    """A folder outside of it."""
+    where: Path = field(init=False)
+    environment: dict[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        for name in ("recipes", "docs"):
+            (self.folder / name).symlink_to(ROOT / name)
+        programs = self.folder / ".venv" / "bin"
+        programs.mkdir(parents=True)
+        for name in ("python", "python3"):
+            script(programs / name, f'exec "{sys.executable}" "$@"')
+        for name, module in MODULES.items():
+            script(programs / name, f'exec "{sys.executable}" -m {module} "$@"')
+        script(
+            programs / "pip", "echo 'an example installs nothing; put <!-- example: not run: ... --> above' >&2; exit 1"
+        )
+        self.where = self.folder
+        path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        self.environment = os.environ | {"PATH": path, "MPLBACKEND": "Agg", "COLUMNS": "100"}
+        for name in ("PYTEST_CURRENT_TEST", "PYTHONPATH"):
+            self.environment.pop(name, None)
+
+    def run(self, command: str) -> str:
+        """Run a command; the folder it changes to and what it exports are kept for the next. Returns its output."""
+        left = f"env -0 > '{self.state}/environment'\npwd > '{self.state}/folder'"
+        try:
+            done = subprocess.run(
+                ["bash", "-o", "pipefail", "-c", f"{command}\ncode=$?\n{left}\nexit $code"],
+                cwd=self.where, env=self.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT, text=True, timeout=LIMIT, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired as error:
+            raise CommandError(f"took longer than {LIMIT} s") from error
+        if done.returncode != 0:
+            raise CommandError(f"exit code {done.returncode}\n{done.stdout}")
+        words = (self.state / "environment").read_bytes().decode().split("\0")
+        self.environment = dict(word.split("=", 1) for word in words if "=" in word)
+        self.where = Path((self.state / "folder").read_text().rstrip("\n"))
+        return done.stdout
+
+    def parse(self, command: str) -> int:
+        """Let bash say which programs a command would run, and the recipes' parsers whether they take their options.
+
+        Returns:
+            How many recipes' commands were parsed.
+        """
+        recorder = self.state / "recorder"
+        record, programs = self.state / "record", recorder / ".venv" / "bin"
+        if not recorder.is_dir():
+            programs.mkdir(parents=True)
+            for name in ("recipes", "docs"):
+                (recorder / name).symlink_to(ROOT / name)
+            for name in ("python", "python3", *MODULES):
+                script(programs / name, f'printf "%s\\0" {name} "$@" "" >> "{record}"')
+        record.write_bytes(b"")
+        done = subprocess.run(
+            ["/bin/bash", "-e", "-o", "pipefail", "-c", command], cwd=recorder,
+            env={"PATH": str(programs)}, capture_output=True, text=True, timeout=LIMIT, check=False,
+        )  # fmt: skip
+        if done.returncode != 0:
+            raise CommandError(f"'options only' takes commands of recipes, nothing else\n{done.stdout}{done.stderr}")
+        calls = [call.split("\0") for call in record.read_text().split("\0\0")[:-1]]
+        for call in calls:
+            with contextlib.chdir(recorder):
+                parse_call(call)
+        return len(calls)
+
+
+def script(path: Path, text: str) -> None:
+    """Write a program."""
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+
+
+def parse_call(words: list[str]) -> None:
+    """Parse the options of a recipe, and before them those of what starts it."""
+    program, *rest = words
+    if program == "torchrun":
+        from torch.distributed.run import get_args_parser
+
+        given = silently(lambda: get_args_parser().parse_args(rest))
+        path, options = given.training_script, given.training_script_args
+    elif program == "accelerate":
+        from accelerate.commands.launch import launch_command_parser
+
+        if rest[:1] != ["launch"]:
+            raise CommandError(f"accelerate launch is what starts a recipe, got accelerate {' '.join(rest[:1])}")
+        given = silently(lambda: launch_command_parser().parse_args(rest[1:]))
+        path, options = given.training_script, given.training_script_args
+    else:
+        path, options = (rest[0], rest[1:]) if rest else ("", [])
+    if not re.fullmatch(r"(\./)?recipes/\w+\.py", path):
+        raise CommandError(f"'options only' takes commands of recipes/*.py, got {' '.join(words)}")
+    if not (ROOT / path).is_file():
+        raise CommandError(f"{path} does not exist")
+    silently(lambda: recipe_module(Path(path).stem).main([*options, "--print_config"]), ends=True)
+
+
+@cache
+def recipe_module(name: str) -> ModuleType:
+    """A recipe as a module."""
+    spec = importlib.util.spec_from_file_location(f"documentation_recipe_{name}", ROOT / "recipes" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def silently(parse: Callable[[], Any], *, ends: bool = False) -> Any:
+    """Call a parser; what it prints is the reason where it refuses. One that ``ends`` exits with 0 if all is well."""
+    with io.StringIO() as said, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        try:
+            result = parse()
+        except SystemExit as stop:
+            if ends and stop.code in (0, None):
+                return None
+            raise CommandError(said.getvalue() or str(stop)) from stop
+        except Exception as error:
+            raise CommandError(f"{type(error).__name__}: {error}") from error
+    if ends:
+        raise CommandError("the recipe went on with --print_config instead of printing its options")
+    return result
+
+
+def check_names(code: str) -> None:
+    """What a block that is not run names must exist: files of the repository, and extras in brackets."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    for names in re.findall(r"(?:\.|sj_robust)\[([\w, -]+)\]", code):
+        for name in names.split(","):
+            if name.strip() not in extras:
+                raise CommandError(f"there is no extra {name.strip()!r} in pyproject.toml, only {', '.join(extras)}")
+    for path in re.findall(r"(?<![\w/.-])(?:recipes|tests)/[\w./-]*\w\.(?:py|ya?ml|md)\b", code):
+        if not (ROOT / path).exists():
+            raise CommandError(f"{path} does not exist")
