@@ -1,9 +1,17 @@
-"""The head of every file that a result is saved in: JSON that says what it is and of which version."""
+"""How results and checkpoints lie on disk: JSON with a head, files whole or not there, tensors without code."""
 
 import json
-from typing import Any
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
 
-__all__ = ["saved_content"]
+import torch
+
+__all__ = ["known_fields", "load_saved", "load_tensors", "saved_content", "saved_format", "write_whole"]
+
+SavedT = TypeVar("SavedT")
 
 
 def saved_content(text: str, *, what: str, format: str, version: int) -> dict[str, Any]:
@@ -35,3 +43,108 @@ def saved_content(text: str, *, what: str, format: str, version: int) -> dict[st
     if found != version:
         raise ValueError(f"not {what} of this release: version must be {version}, got {found}; update sj_robust")
     return content
+
+
+def saved_format(text: str) -> str | None:
+    """The format that a text says it is of; None if it says nothing. 读取结果文件的格式。
+
+    Args:
+        text: Any text.
+
+    Examples:
+        >>> saved_format('{"format": "mine", "version": 1}'), saved_format("{")
+        ('mine', None)
+    """
+    try:
+        content = json.loads(text)
+    except json.JSONDecodeError:
+        return None
+    return content.get("format") if isinstance(content, dict) else None
+
+
+@contextmanager
+def known_fields(what: str) -> Iterator[None]:
+    """Context in which fields of a file become a result; one that is missing or unknown is damage. 检查字段。
+
+    Args:
+        what: The result in words, such as ``"the report"``.
+
+    Raises:
+        ValueError: If a field is missing, unknown or of another kind.
+
+    Examples:
+        >>> with known_fields("the report"):
+        ...     {"eps": 0.1}["seed"]
+        Traceback (most recent call last):
+        ...
+        ValueError: a field of the report is missing or unknown ('seed'); the file is damaged
+    """
+    try:
+        yield
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"a field of {what} is missing or unknown ({error}); the file is damaged") from error
+
+
+def load_saved(path: Path, parse: Callable[[str], SavedT]) -> SavedT:
+    """The result in a text file; what ``parse`` says of the text names the file as well. 读取结果文件。
+
+    Args:
+        path: The file.
+        parse: Makes the result of the text, and raises ValueError where it cannot.
+
+    Returns:
+        The result.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If ``parse`` raises it.
+    """
+    try:
+        return parse(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that it is whole, in its old or its new form, whenever the process is killed. 原子写文件。
+
+    Args:
+        path: The file; its folder exists.
+        text: Its content.
+
+    Examples:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "note.txt"
+        >>> write_whole(path, "done")
+        >>> path.read_text()
+        'done'
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def load_tensors(path: Path, *, what: str, remedy: str) -> Any:
+    """Tensors and plain values of ``torch.save``, on the CPU; no code that the file may hold is run. 安全读取张量。
+
+    Args:
+        path: The file; it exists.
+        what: What the file is read as, for errors, such as ``"a checkpoint"``.
+        remedy: What the message advises.
+
+    Returns:
+        Its content.
+
+    Raises:
+        ValueError: If the file is damaged, or holds more than tensors and plain values.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many types for a damaged file
+        raise ValueError(
+            f"{path} cannot be read as {what} ({type(error).__name__}): it is damaged, or holds more than tensors and "
+            f"plain values, such as a whole pickled network, which would run code; {remedy}"
+        ) from error

@@ -9,7 +9,7 @@ from pathlib import Path
 from matplotlib import rc_context
 from matplotlib.figure import Figure as Drawing
 
-from sj_robust.evaluation.progress import write_whole
+from sj_robust._saved import write_whole
 from sj_robust.evaluation.robustness_report import Figure, RobustnessReport
 from sj_robust.evaluation.verdict import alarms, masked, remarks
 from sj_robust.plotting import BLUE, GREY, ORANGE, robustness_figures

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from sj_robust._saved import write_whole
+
 __all__ = ["BatchLog", "Clock", "Position", "Progress", "stage", "write_whole"]
 
 _KEY_FILE = "key.json"
@@ -172,28 +174,6 @@ def stage(path: Path | None, key: Mapping[str, str], compute: Callable[[], Any])
         path.parent.mkdir(parents=True, exist_ok=True)
         write_whole(path, text + "\n")
     return json.loads(text)["result"]
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that it is whole, in its old or its new form, whenever the process is killed. 原子写文件。
-
-    Args:
-        path: The file; its folder exists.
-        text: Its content.
-
-    Examples:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "note.txt"
-        >>> write_whole(path, "done")
-        >>> path.read_text()
-        'done'
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _check_key(found: object, wanted: Mapping[str, str], where: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sj_robust._saved import saved_content
+from sj_robust._saved import known_fields, load_saved, saved_content, write_whole
 from sj_robust.evaluation.threat import ThreatModel
 
 __all__ = ["Report", "Score"]
@@ -132,23 +132,19 @@ class Report:
             ValueError: If the text is not JSON, not a report or of another version.
         """
         content = saved_content(text, what="a report of sj_robust", format=_FORMAT, version=_VERSION)
-        try:
+        with known_fields("the report"):
             threat = ThreatModel(**content.pop("threat"))
             scores = tuple(Score(**score) for score in content.pop("scores"))
             return cls(threat, scores, **content)
-        except (TypeError, KeyError) as error:
-            raise ValueError(f"a field of the report is missing or unknown ({error}); the file is damaged") from error
 
     def save(self, path: Path) -> None:
         """Write the report; the file is whole or not there."""
-        temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text(self.to_json() + "\n", encoding="utf-8")
-        temporary.replace(path)
+        write_whole(path, self.to_json() + "\n")
 
     @classmethod
     def load(cls, path: Path) -> "Report":
-        """The report that :meth:`save` wrote; raises as :meth:`from_json`."""
-        return cls.from_json(path.read_text(encoding="utf-8"))
+        """The report that :meth:`save` wrote; raises as :meth:`from_json`, naming the file."""
+        return load_saved(path, cls.from_json)
 
 
 def plain(value: Any) -> Any:

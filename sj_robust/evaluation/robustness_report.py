@@ -6,11 +6,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sj_robust._saved import saved_content
+from sj_robust._saved import known_fields, load_saved, saved_content, write_whole
 from sj_robust.evaluation.eps import parse_eps
 from sj_robust.evaluation.intervals import wilson_interval
 from sj_robust.evaluation.outcome import MemberOutcome
-from sj_robust.evaluation.progress import write_whole
 from sj_robust.evaluation.report import plain
 from sj_robust.evaluation.verdict import alarms, masked
 
@@ -292,11 +291,9 @@ class RobustnessReport:
         """
         content = saved_content(text, what="a robustness report", format=_FORMAT, version=_VERSION)
         derived = {name: content.pop(name, None) for name in _DERIVED}
-        try:
+        with known_fields("the report"):
             members = tuple(MemberOutcome(**member) for member in content.pop("members"))
             report = cls(members=members, **content)
-        except (TypeError, KeyError) as error:
-            raise ValueError(f"a field of the report is missing or unknown ({error}); the file is damaged") from error
         counted = plain(report._derived())
         for name in _COUNTED:
             if derived[name] != counted[name]:
@@ -310,10 +307,7 @@ class RobustnessReport:
     @classmethod
     def load(cls, path: Path) -> "RobustnessReport":
         """The report that :meth:`save` wrote; raises as :meth:`from_json`, naming the file."""
-        try:
-            return cls.from_json(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+        return load_saved(path, cls.from_json)
 
     def _members(self, name: str) -> tuple[MemberOutcome, ...]:
         """The members that a figure is counted over."""

@@ -4,8 +4,9 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from sj_robust.evaluation.progress import write_whole
+from sj_robust._saved import known_fields, load_saved, saved_content, saved_format, write_whole
 from sj_robust.figures.data import InputGains, OneNeuron, TrainingCurves
+from sj_robust.perturbation.intensity import FORMAT as INTENSITY_FORMAT
 from sj_robust.perturbation.intensity import IntensityCorrelation
 
 __all__ = ["FigureData", "load_figure", "save_figure"]
@@ -58,22 +59,16 @@ def load_figure(path: Path) -> FigureData:
         FileNotFoundError: If there is no such file.
         ValueError: If it holds something else, is damaged or of another version.
     """
-    text = path.read_text(encoding="utf-8")
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}); the file is damaged, compute the figure again") from error
-    if not isinstance(content, dict) or content.pop("format", None) != _FORMAT:
-        try:
-            return IntensityCorrelation.from_json(text)
-        except ValueError as error:
-            raise ValueError(f"{path} holds the numbers of no figure ({error})") from error
-    version, cls = content.pop("version", None), _KINDS.get(content.pop("kind", ""))
-    if version != _VERSION or cls is None:
-        raise ValueError(
-            f"{path} is of version {version}, or of a kind that this release does not know; update sj_robust"
-        )
-    try:
-        return cls(**content)
-    except TypeError as error:
-        raise ValueError(f"{path}: a field is missing or unknown ({error}); the file is damaged") from error
+    return load_saved(path, _parsed)
+
+
+def _parsed(text: str) -> FigureData:
+    """The numbers in a text; an intensity study has a format of its own."""
+    if saved_format(text) == INTENSITY_FORMAT:
+        return IntensityCorrelation.from_json(text)
+    content = saved_content(text, what="the numbers of a figure", format=_FORMAT, version=_VERSION)
+    kind = content.pop("kind", None)
+    if kind not in _KINDS:
+        raise ValueError(f"kind must be one of {', '.join(_KINDS)}, got {kind!r}; update sj_robust")
+    with known_fields("the figure"):
+        return _KINDS[kind](**content)

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
+
+from sj_robust._saved import load_tensors
 
 __all__ = ["Weights", "check_keys", "read_weights"]
 
@@ -23,6 +24,7 @@ class Weights:
         network: The ``NetworkSpec`` of a checkpoint of this package, as plain data; None for any other file.
 
     Examples:
+        >>> import torch
         >>> Weights({"weight": torch.ones(2)}).network is None
         True
     """
@@ -58,13 +60,7 @@ def read_weights(path: Path) -> Weights:
         raise FileNotFoundError(
             f"{path.absolute()} does not exist; give a best.pt, or a state_dict saved by torch.save"
         )
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types for a damaged file
-        raise ValueError(
-            f"{path} cannot be read ({type(error).__name__}): it is damaged, or holds a whole pickled network, which "
-            "would run code; save net.state_dict() with torch.save"
-        ) from error
+    content = load_tensors(path, what="weights", remedy="save net.state_dict() with torch.save")
     network = None
     if isinstance(content, dict) and isinstance(content.get("description"), dict):
         network = content["description"].get("network")
@@ -92,6 +88,7 @@ def check_keys(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], orig
         ValueError: If they differ; the message lists missing and unexpected names and the shapes.
 
     Examples:
+        >>> import torch
         >>> check_keys({"b": torch.ones(2)}, {"a": torch.ones(2)}, "w.pt", "take another file")
         Traceback (most recent call last):
         ...

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sj_robust._saved import saved_content
+from sj_robust._saved import known_fields, saved_content
 from sj_robust.perturbation._association import Association, auroc, pearson, spearman
 from sj_robust.perturbation._recording import Layers
 from sj_robust.perturbation.indicators import neuron_indicators, over_neurons
@@ -20,7 +20,9 @@ __all__ = ["IntensityCorrelation", "Perturbation", "intensity_correlation"]
 Perturbation = Callable[[Tensor, Tensor, float], Tensor]
 """Images, their classes and a size to perturbed images."""
 
-_FORMAT = "sj_robust.intensity"
+FORMAT = "sj_robust.intensity"
+"""What its JSON says it is."""
+
 _VERSION = 1
 _MEASURES = ("spearman", "pearson", "per_image", "auroc", "auroc_same_size", "per_neuron")
 _MOST_NEURONS = 64
@@ -76,7 +78,7 @@ class IntensityCorrelation:
 
     def to_json(self) -> str:
         """The result as JSON text, which :meth:`from_json` reads back equal."""
-        return json.dumps({"format": _FORMAT, "version": _VERSION, **asdict(self)}, indent=1, allow_nan=False)
+        return json.dumps({"format": FORMAT, "version": _VERSION, **asdict(self)}, indent=1, allow_nan=False)
 
     @classmethod
     def from_json(cls, text: str) -> "IntensityCorrelation":
@@ -85,12 +87,10 @@ class IntensityCorrelation:
         Raises:
             ValueError: If the text is not JSON, not such a result or of another version.
         """
-        content = saved_content(text, what="an intensity study", format=_FORMAT, version=_VERSION)
-        try:
+        content = saved_content(text, what="an intensity study", format=FORMAT, version=_VERSION)
+        with known_fields("the study"):
             content["associations"] = _associations_from(content["associations"])
             return cls(**content)
-        except (TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"a field of the study is missing or unknown ({error}); the file is damaged") from error
 
 
 def intensity_correlation(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sj_robust._saved import saved_content
+from sj_robust._saved import known_fields, load_saved, saved_content, write_whole
 from sj_robust.charging import find_neurons
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.stability._affine import preserved
@@ -166,27 +166,19 @@ class Certificate:
             ValueError: If the text is not JSON, not a certificate or of another version.
         """
         content = saved_content(text, what="a stability certificate", format=_FORMAT, version=_VERSION)
-        try:
+        with known_fields("the certificate"):
             del content["scope"], content["printed_is"]
             content["layers"] = tuple(_layer_from(layer) for layer in content["layers"])
             return cls(**content)
-        except (TypeError, KeyError, AttributeError) as error:
-            raise ValueError(
-                f"a field of the certificate is missing or unknown ({error}); the file is damaged"
-            ) from error
 
     def save(self, path: str | Path) -> None:
-        """Write :meth:`to_json` to a file."""
-        Path(path).write_text(self.to_json(), encoding="utf-8")
+        """Write the certificate; the file is whole or not there."""
+        write_whole(Path(path), self.to_json() + "\n")
 
     @classmethod
     def load(cls, path: str | Path) -> "Certificate":
-        """The certificate that :meth:`save` wrote.
-
-        Raises:
-            ValueError: If the file holds something else.
-        """
-        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        """The certificate that :meth:`save` wrote; raises as :meth:`from_json`, naming the file."""
+        return load_saved(Path(path), cls.from_json)
 
     def _verdict(self) -> str:
         covered = sum(layer.not_covered is None for layer in self.layers)

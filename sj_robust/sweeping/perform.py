@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 
-from sj_robust.evaluation.progress import write_whole
+from sj_robust._saved import write_whole
 from sj_robust.evaluation.report import Report
 from sj_robust.evaluation.robustness_report import RobustnessReport
 from sj_robust.sweeping.plan import OPTIONS_FILE, PlannedRun

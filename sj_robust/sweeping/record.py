@@ -6,8 +6,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sj_robust._saved import saved_content
-from sj_robust.evaluation.progress import write_whole
+from sj_robust._saved import known_fields, load_saved, saved_content, write_whole
 from sj_robust.evaluation.report import plain
 
 __all__ = ["RECORD_FILE", "RunRecord"]
@@ -83,10 +82,8 @@ class RunRecord:
             ValueError: If the text is no record or one of another version.
         """
         content = saved_content(text, what="a run of a sweep", format=_FORMAT, version=_VERSION)
-        try:
+        with known_fields("the record"):
             return cls(**content)
-        except TypeError as error:
-            raise ValueError(f"a field of the record is missing or unknown ({error}); the file is damaged") from error
 
     def save(self, folder: Path) -> None:
         """Write the record into the run's folder; the file is whole or not there."""
@@ -95,11 +92,7 @@ class RunRecord:
     @classmethod
     def load(cls, folder: Path) -> "RunRecord":
         """The record that :meth:`save` wrote; raises as :meth:`from_json`, naming the file."""
-        path = folder / RECORD_FILE
-        try:
-            return cls.from_json(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+        return load_saved(folder / RECORD_FILE, cls.from_json)
 
 
 def _share(counts: Mapping[str, int]) -> float:

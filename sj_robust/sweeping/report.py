@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sj_robust.evaluation.progress import write_whole
+from sj_robust._saved import write_whole
 from sj_robust.sweeping.plot import plot_effect
 from sj_robust.sweeping.record import RunRecord
 from sj_robust.sweeping.summary import axes_in, cells_of, columns_of, contrasts

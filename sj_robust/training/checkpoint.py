@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from sj_robust._saved import load_tensors
+
 __all__ = ["check_same_run", "load_checkpoint", "load_run", "save_checkpoint"]
 
 _FORMAT = "sj_robust.checkpoint"
@@ -70,13 +72,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; start the run without --resume")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many types for a damaged file
-        raise ValueError(
-            f"{path} cannot be read as a checkpoint ({type(error).__name__}): the file is damaged or holds more than "
-            "tensors and plain values; resume from another one"
-        ) from error
+    content: Any = load_tensors(path, what="a checkpoint", remedy="resume from another one")
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(f"{path} is not a checkpoint of sj_robust (no format mark {_FORMAT!r}); check the path")
     if content.get("version") != _VERSION:

@@ -279,11 +279,11 @@ def test_what_cannot_be_redrawn(tmp_path):
     save_figure(InputGains({"mine": {"0": [1.0]}}), path)
     good = json.loads(path.read_text())
     for content, reason in (
-        ("{", "gains.json is not JSON"),
-        ("[]", "holds the numbers of no figure"),
-        (json.dumps(good | {"version": 7}), "is of version 7, or of a kind that this release does not know"),
-        (json.dumps(good | {"kind": "pie"}), "is of version 1, or of a kind .*; update sj_robust"),
-        (json.dumps(good | {"extra": 1}), "field is missing or unknown"),
+        ("{", r"gains\.json: the numbers of a figure must be JSON"),
+        ("[]", "not the numbers of a figure"),
+        (json.dumps(good | {"version": 7}), "version must be 1, got 7"),
+        (json.dumps(good | {"kind": "pie"}), "kind must be one of neuron, gains, curves, got 'pie'; update sj_robust"),
+        (json.dumps(good | {"extra": 1}), "field of the figure is missing or unknown"),
     ):
         path.write_text(content)
         with pytest.raises(ValueError, match=reason):
