@@ -1,6 +1,8 @@
 """Commands of the documentation: run in bash, or parsed by the recipes' own parsers."""
 
+import ast
 import contextlib
+import importlib
 import importlib.util
 import io
 import os
@@ -184,7 +186,8 @@ def parse_call(words: list[str]) -> None:
         raise CommandError(f"'options only' takes commands of recipes/*.py, got {' '.join(words)}")
     if not (ROOT / path).is_file():
         raise CommandError(f"{path} does not exist")
-    silently(lambda: recipe_module(Path(path).stem).main([*options, "--print_config"]), ends=True)
+    recipe = recipe_module(Path(path).stem)  # loaded outside, where what it sets up for its messages keeps its streams
+    silently(lambda: recipe.main([*options, "--print_config"]), ends=True)
 
 
 @cache
@@ -201,7 +204,8 @@ def recipe_module(name: str) -> ModuleType:
 
 def silently(parse: Callable[[], Any], *, ends: bool = False) -> Any:
     """Call a parser; what it prints is the reason where it refuses. One that ``ends`` exits with 0 if all is well."""
-    with io.StringIO() as said, contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         try:
             result = parse()
         except SystemExit as stop:
@@ -225,3 +229,14 @@ def check_names(code: str) -> None:
     for path in re.findall(r"(?<![\w/.-])(?:recipes|tests)/[\w./-]*\w\.(?:py|ya?ml|md)\b", code):
         if not (ROOT / path).exists():
             raise CommandError(f"{path} does not exist")
+
+
+def check_imports(code: str) -> None:
+    """What a block of Python that is not run imports from the package must exist."""
+    for statement in ast.walk(ast.parse(code)):
+        if isinstance(statement, ast.ImportFrom) and str(statement.module).split(".")[0] == "sj_robust":
+            module = importlib.import_module(str(statement.module))
+            for name in statement.names:
+                submodule = f"{statement.module}.{name.name}"
+                if not hasattr(module, name.name) and importlib.util.find_spec(submodule) is None:
+                    raise CommandError(f"{statement.module} has no {name.name}")

@@ -169,7 +169,13 @@ def test_what_a_block_that_is_not_run_names_exists(tmp_path):
     above = ["<!-- example: not run: installs packages -->"]
     right = ["pip install -e '.[recipes, test]' numpy[nothing]", "python recipes/adv_train.py --config mine/tests/x.py"]
     examples.run_page(page_of(tmp_path, fence("bash", *right, above=above)))
-    examples.run_page(page_of(tmp_path, fence("python", "import nowhere", above=above)))
+    examples.run_page(page_of(tmp_path, fence("python", "from sj_robust import training", "import x", above=above)))
+    for line, message in {
+        "x = = 1": "invalid syntax",
+        "from sj_robust.data import load_pictures": "sj_robust.data has no load_pictures",
+    }.items():
+        with pytest.raises(examples.ExampleError, match=f"page.md:4: in a block that is not run: {message}"):
+            examples.run_page(page_of(tmp_path, fence("python", line, above=above)))
     for line, message in {
         "pip install -e '.[recipes,tests]'": "no extra 'tests'",
         "pip install 'sj_robust[gpu]'": "no extra 'gpu'",
