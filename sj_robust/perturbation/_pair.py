@@ -24,9 +24,12 @@ class LayerPair:
         input_gain: Whether the perturbation of a trace contains the learnable gain.
         trace: Whether full traces are kept.
         spikes: Whether the spikes are kept for a loss on them.
+        statistics: Whether anything is measured beside the loss.
     """
 
-    def __init__(self, neuron: Neuron, *, paired: bool, input_gain: bool, trace: bool, spikes: bool) -> None:
+    def __init__(
+        self, neuron: Neuron, *, paired: bool, input_gain: bool, trace: bool, spikes: bool, statistics: bool
+    ) -> None:
         self.neuron = neuron
         self.totals: LayerTotals | None = None
         self.trace: LayerTrace | None = None
@@ -35,7 +38,10 @@ class LayerPair:
         self._options = {"input_gain": input_gain, "trace": trace}
         self._start: tuple[float | Tensor, int] | None = None
         self._shape: torch.Size | None = None
+        self._time_step = 0
         self._clean_steps = 0
+        self._taken_steps = 0
+        self._measures = statistics
         self._steps: deque[tuple[Tensor, int | None, Tensor]] = deque()
         self._statistics: PairStatistics | None = None
         # Input currents of both runs in chunks [t, N, *] with their version, for the loss.
@@ -59,6 +65,7 @@ class LayerPair:
         start = (v.detach().clone() if isinstance(v, Tensor) else float(v), self.neuron.time_step)
         if not perturbed:
             self._start = start
+            self._time_step = start[1]
         elif self._start is None or start[1] != self._start[1] or not _same(start[0], self._start[0]):
             raise RuntimeError(
                 f"layer {self.neuron.name!r} starts the perturbed run from another state than the clean run: "
@@ -69,33 +76,34 @@ class LayerPair:
         """Keep a chunk [t, N, *] of the clean run."""
         self._check_batch(x_seq)
         x_seq = x_seq.detach()
-        # A network may go on in place on its spikes, hence a copy; as bool where that loses nothing.
-        spikes = spike_seq.detach() != 0 if self.neuron.binary else spike_seq.detach().clone()
         version = _version(x_seq)
         self._clean_chunks.append((x_seq, version))
+        self._clean_steps += len(x_seq)
+        if not (self._measures or self._keep_spikes):
+            return
+        # A network may go on in place on its spikes, hence a copy; as bool where that loses nothing.
+        spikes = spike_seq.detach() != 0 if self.neuron.binary else spike_seq.detach().clone()
         if self._keep_spikes:
             self._clean_spikes.append(spikes)
-        self._steps.extend((x, version, spike) for x, spike in zip(x_seq, spikes, strict=True))
-        self._clean_steps += len(x_seq)
+        if self._measures:
+            self._steps.extend((x, version, spike) for x, spike in zip(x_seq, spikes, strict=True))
 
     def take_perturbed(self, x_seq: Tensor, spike_seq: Tensor) -> None:
         """Use up as many steps of the clean run as the chunk [t, N, *] of the perturbed run has."""
-        if len(x_seq) > len(self._steps):
+        self._taken_steps += len(x_seq)
+        if self._taken_steps > self._clean_steps:
             raise ValueError(
                 f"layer {self.neuron.name!r} takes more steps in the perturbed run than in the clean run "
                 f"({self._clean_steps}): give both runs the same number of time steps"
             )
-        if x_seq.shape[1:] != self._steps[0][0].shape:
+        if x_seq.shape[1:] != self._shape:
             raise ValueError(
                 f"layer {self.neuron.name!r} gets input of shape {tuple(x_seq.shape[1:])} per step in the perturbed run"
-                f" and {tuple(self._steps[0][0].shape)} in the clean run: give both runs batches of the same shape"
+                f" and {tuple(self._shape or ())} in the clean run: give both runs batches of the same shape"
             )
-        if torch.is_grad_enabled():
-            self._perturbed_chunks.append((x_seq, _version(x_seq)))
-        else:
-            self._clean_chunks.clear()
-        if self._keep_spikes:
-            self._perturbed_spikes.append((spike_seq, _version(spike_seq)))
+        self._keep_for_loss(x_seq, spike_seq)
+        if not self._measures:
+            return
         statistics = self._open_statistics()
         for x_perturbed, spike_perturbed in zip(x_seq.detach(), spike_seq.detach(), strict=True):
             x, version, spike = self._steps.popleft()
@@ -113,12 +121,12 @@ class LayerPair:
                 "and then as many perturbed ones, torch.cat((x, x_perturbed))"
             )
         half = size // 2
-        if torch.is_grad_enabled():
-            self._perturbed_chunks.append((x_seq, _version(x_seq)))
-        if self._keep_spikes:
-            self._perturbed_spikes.append((spike_seq, _version(spike_seq)))
-        if self._statistics is None:
+        if not self._taken_steps:
             self._check_paired_start(half)
+        self._taken_steps += len(x_seq)
+        self._keep_for_loss(x_seq, spike_seq)
+        if not self._measures:
+            return
         statistics = self._open_statistics()
         for x, spike in zip(x_seq.detach(), spike_seq.detach(), strict=True):
             statistics.step(x[:half], spike[:half], x[half:], spike[half:])
@@ -131,32 +139,31 @@ class LayerPair:
         Raises:
             ValueError: If the perturbed run had fewer steps than the clean one.
         """
-        taken = 0 if self._statistics is None else self._statistics.steps
-        if self._steps or self._statistics is None:
+        if not self._taken_steps or (not self._paired and self._taken_steps < self._clean_steps):
             raise ValueError(
-                f"layer {self.neuron.name!r} takes {taken} steps in the perturbed run and {self._clean_steps} in the "
-                "clean run: give both runs the same number of time steps"
+                f"layer {self.neuron.name!r} takes {self._taken_steps} steps in the perturbed run and "
+                f"{self._clean_steps} in the clean run: give both runs the same number of time steps"
             )
-        self.trace = self._statistics.close()
-        self.totals = LayerTotals(self._statistics)
-        self.full_valid = self._statistics.full_valid
         self._start = None
+        if self._statistics is not None:
+            self.trace = self._statistics.close()
+            self.totals = LayerTotals(self._statistics)
+            self.full_valid = self._statistics.full_valid
 
     def loss(self, norm: Literal["l2", "l1"], *, input_gain: bool, indicator: Indicator) -> Tensor:
         """MS-MPPD of the layer or a distance of its spikes; the gradient reaches the perturbed run only."""
-        assert self._statistics is not None
         if indicator not in get_args(Indicator):
             raise ValueError(f"indicator must be one of {get_args(Indicator)}, got {indicator!r}")
         if indicator != "mppd":
             return self._spike_loss(indicator, norm)
         if not self._perturbed_chunks:
+            assert self._statistics is not None
             return self._statistics.mean(norm, input_gain=input_gain)
         x_seq, x_seq_perturbed = self._currents()
         charging = self.neuron.charging()
         gain = charging.gain
         if input_gain and charging.input_gain is not None:
-            first = self._statistics.time_step
-            gain = gain * charging.input_gain[first : first + x_seq.shape[0]]
+            gain = gain * charging.input_gain[self._time_step : self._time_step + x_seq.shape[0]]
         eps = dynamics.simplified_perturbation(x_seq, x_seq_perturbed, decay=charging.decay, gain=gain)
         return dynamics.ms_mppd(eps, norm)
 
@@ -182,6 +189,15 @@ class LayerPair:
             return _cat([x for x, _ in self._clean_chunks]), perturbed
         half = perturbed.shape[1] // 2
         return perturbed[:, :half].detach(), perturbed[:, half:]
+
+    def _keep_for_loss(self, x_seq: Tensor, spike_seq: Tensor) -> None:
+        """Keep a chunk of the perturbed run or of both; without gradients the statistics know the loss."""
+        if torch.is_grad_enabled() or not self._measures:
+            self._perturbed_chunks.append((x_seq, _version(x_seq)))
+        else:
+            self._clean_chunks.clear()
+        if self._keep_spikes:
+            self._perturbed_spikes.append((spike_seq, _version(spike_seq)))
 
     def _open_statistics(self) -> PairStatistics:
         if self._statistics is None:

@@ -27,6 +27,7 @@ class Recording:
         input_gain: Whether the perturbation of a trace contains the learnable gain.
         trace: Whether full traces are kept.
         spikes: Whether the spikes are kept for a loss on them.
+        statistics: Whether anything is measured beside the loss; may be changed between runs.
     """
 
     def __init__(
@@ -38,12 +39,14 @@ class Recording:
         input_gain: bool,
         trace: bool,
         spikes: bool,
+        statistics: bool,
     ) -> None:
         _keep_out_of_graphs()
         self.run: RunKind | None = None
         self.order: list[str] = []
         self.pairs: dict[str, LayerPair] = {}
         self.complete = False
+        self.statistics = statistics
         self._neurons = neurons
         self._unsupported = unsupported
         self._options = {"input_gain": input_gain, "trace": trace, "spikes": spikes}
@@ -148,7 +151,9 @@ class Recording:
         if self._layers == "last":
             self.pairs.clear()
         if name in self._followed():
-            self.pairs[name] = LayerPair(self._neurons[name], paired=self.run == "paired", **self._options)
+            self.pairs[name] = LayerPair(
+                self._neurons[name], paired=self.run == "paired", statistics=self.statistics, **self._options
+            )
 
     def _finish(self, kind: RunKind) -> None:
         if kind != "perturbed":

@@ -1,7 +1,8 @@
 """Membrane potential perturbation dynamics as pure functions of two runs of one neuron layer."""
 
 from collections.abc import Iterable
-from typing import Literal
+from itertools import pairwise
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -52,7 +53,12 @@ def simplified_perturbation(
     _check_pair("x_seq", x_seq, x_seq_perturbed)
     _check_decay(decay)
     gains = _gain_per_step(gain, x_seq.shape[0])
-    eps = torch.zeros_like(x_seq[0], dtype=_state_dtype(x_seq))
+    dtype = _state_dtype(x_seq)
+    if not isinstance(decay, Tensor) and not isinstance(gain, Tensor):
+        dx = x_seq.to(dtype) - x_seq_perturbed.to(dtype)
+        eps_seq: Tensor = _Leak.apply(dx if gain == 1.0 else gain * dx, decay, False)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        return eps_seq
+    eps = torch.zeros_like(x_seq[0], dtype=dtype)
     steps = []
     for x, x_perturbed, gain_t in zip(x_seq, x_seq_perturbed, gains, strict=True):
         eps = perturbation_step(eps, x.to(eps.dtype) - x_perturbed.to(eps.dtype), decay, gain_t)
@@ -246,6 +252,27 @@ def reset_potential(h: Tensor, spike: Tensor, v_threshold: float, v_reset: float
     if v_reset is None:
         return h - spike * v_threshold
     return (1.0 - spike) * h + spike * v_reset
+
+
+class _Leak(torch.autograd.Function):
+    """``eps[t] = decay * eps[t-1] + u[t]`` of a constant decay, saving nothing; with ``reverse`` it runs back in time.
+
+    The map is linear and its transpose is the same recursion run the other way, so it can be differentiated any number
+    of times.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, u_seq: Tensor, decay: float, reverse: bool) -> Tensor:
+        ctx.decay, ctx.reverse = decay, reverse
+        eps_seq = u_seq.clone()
+        steps = eps_seq.unbind(0)[::-1] if reverse else eps_seq.unbind(0)
+        for before, now in pairwise(steps):
+            now.add_(before, alpha=decay)
+        return eps_seq
+
+    @staticmethod
+    def backward(ctx: Any, grad_seq: Tensor) -> tuple[Tensor, None, None]:
+        return _Leak.apply(grad_seq, ctx.decay, not ctx.reverse), None, None  # type: ignore[no-untyped-call]  # as above
 
 
 def _check_pair(name: str, first: Tensor, second: Tensor) -> None:

@@ -56,7 +56,8 @@ class MPPDMonitor(BaseMonitor):
             ``h = decay * v + gain * x``, plus ``(1 - decay) * v_reset`` for a hard reset.
         gain: Input gain of neurons in ``decay`` (by the same keys), 1 unless given.
         input_gain: Whether a DLIF neuron's learnable gain is part of the perturbation in statistics and traces.
-        keep: ``"statistics"`` keeps sums; ``"trace"`` keeps [T, N, *] tensors of every pair as well.
+        keep: ``"statistics"`` keeps sums; ``"trace"`` keeps [T, N, *] tensors of every pair as well; ``"loss"``
+            measures nothing outside :meth:`compare`, which costs least and is all that training needs.
         spikes: Whether the spikes of a pair stay for :meth:`loss` as its currents do, which the indicators
             ``"tasad"`` and ``"std"`` need.
 
@@ -86,13 +87,13 @@ class MPPDMonitor(BaseMonitor):
         decay: Mapping[NeuronKey, float] | None = None,
         gain: Mapping[NeuronKey, float] | None = None,
         input_gain: bool = True,
-        keep: Literal["statistics", "trace"] = "statistics",
+        keep: Literal["statistics", "trace", "loss"] = "statistics",
         spikes: bool = False,
     ) -> None:
         """Find the neurons and hook them; see the class."""
         super().__init__()
-        if keep not in ("statistics", "trace"):
-            raise ValueError(f"keep must be 'statistics' or 'trace', got {keep!r}")
+        if keep not in ("statistics", "trace", "loss"):
+            raise ValueError(f"keep must be 'statistics', 'trace' or 'loss', got {keep!r}")
         neurons, self.unsupported, spiking = find_neurons(net, decay or {}, gain or {})
         self.monitored_layers.extend(neurons)
         self.name_records_index.update({name: [] for name in neurons})
@@ -102,7 +103,13 @@ class MPPDMonitor(BaseMonitor):
         self._totals: dict[str, LayerTotals] = {}
         self._warned_of_potential = False
         self._recording = Recording(
-            neurons, self.unsupported, layers, input_gain=input_gain, trace=keep == "trace", spikes=spikes
+            neurons,
+            self.unsupported,
+            layers,
+            input_gain=input_gain,
+            trace=keep == "trace",
+            spikes=spikes,
+            statistics=keep != "loss",
         )
         for name in (*neurons, *sorted(spiking)):
             hook = NeuronHook(self._recording, name)
@@ -150,8 +157,10 @@ class MPPDMonitor(BaseMonitor):
         run = self._net if forward is None else forward
         training = {module: module.training for module in self._net.modules()}
         enabled = self.is_enable()
+        measures = self._recording.statistics
         try:
             self.enable()
+            self._recording.statistics = True
             self._net.eval()
             with torch.no_grad():
                 functional.reset_net(self._net)
@@ -163,6 +172,7 @@ class MPPDMonitor(BaseMonitor):
             totals = _totals_of(self._recording.pairs)
             return {name: pair.stats(input_gain=self._input_gain) for name, pair in totals.items()}
         finally:
+            self._recording.statistics = measures
             self._recording.forget()
             functional.reset_net(self._net)
             for module, mode in training.items():
@@ -236,14 +246,23 @@ class MPPDMonitor(BaseMonitor):
         return value
 
     def statistics(self) -> dict[str, LayerStats]:
-        """Statistics of every layer that ran, over all pairs since :meth:`clear_recorded_data`, by name."""
+        """Statistics of every layer that ran, over all pairs since :meth:`clear_recorded_data`, by name.
+
+        Raises:
+            RuntimeError: If the monitor has ``keep="loss"`` and :meth:`compare` has not been called.
+        """
+        if self._keep == "loss" and not self._totals:
+            raise RuntimeError(
+                "a monitor with keep='loss' measures nothing beside its loss: call compare(x, x_perturbed), or build "
+                "it with keep='statistics'"
+            )
         return {name: totals.stats(input_gain=self._input_gain) for name, totals in self._totals.items()}
 
     def __getitem__(self, i: int | str) -> Any:
         """Records of a layer by name, or one record by index, as every SpikingJelly monitor has them."""
         if isinstance(i, str) and i not in self.name_records_index:
             raise KeyError(f"no monitored layer {i!r}; monitored are {', '.join(self.monitored_layers)}")
-        if self._keep == "statistics":
+        if self._keep != "trace":
             super().clear_recorded_data()
             for name, stats in self.statistics().items():
                 self._record_of(name, stats)

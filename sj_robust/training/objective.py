@@ -134,7 +134,9 @@ class Objective(nn.Module):
         self.indicator: Indicator = indicator
         self.penalties = tuple(penalty for penalty in penalties if penalty.weight > 0)
         self.penalty_values: dict[str, Tensor] = {}
-        self.monitor = MPPDMonitor(classifier.net, layers=self.layers, spikes=indicator != "mppd") if rho > 0 else None
+        self.monitor: MPPDMonitor | None = None
+        if rho > 0:
+            self.monitor = MPPDMonitor(classifier.net, layers=self.layers, keep="loss", spikes=indicator != "mppd")
 
     def prepare(self, x: Tensor) -> None:
         """Find the layer executed last by running the network on ``x``, which changes nothing else.

@@ -166,7 +166,7 @@ def test_full_perturbation_is_left_out_where_the_potential_is_another():
         ({"decay": {"1": 0.5}, "layers": ["1", "x"]}, "no monitored layer 'x'; monitored are 1, 3"),
         ({"decay": {"1": 0.5}, "layers": []}, "at least one layer"),
         ({"layers": ["1"]}, "layer '1' cannot be followed: the decay of Leaky is not known"),
-        ({"decay": {"1": 0.5}, "keep": "all"}, "keep must be 'statistics' or 'trace', got 'all'"),
+        ({"decay": {"1": 0.5}, "keep": "all"}, "keep must be 'statistics', 'trace' or 'loss', got 'all'"),
     ],
 )
 def test_wrong_options(options, message):
