@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust._host import neuron
-from sj_robust.evaluation._preserved import preserved
+from sj_robust.evaluation._from_reset import from_reset
 
 __all__ = ["LayerActivity", "firing"]
 
@@ -80,7 +80,7 @@ def firing(model: nn.Module, x: Tensor, *, seed: int = 0) -> tuple[LayerActivity
         for name, module in model.named_modules():
             if _spikes(module):
                 handles.append(module.register_forward_hook(_counting(counts, name)))
-        with torch.no_grad(), preserved(model, seed, x.device):
+        with torch.no_grad(), from_reset(model, seed, x.device):
             model(x)
     finally:
         for handle in handles:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from sj_robust.attacks.checks import check_count, check_images, check_labels, check_model
 from sj_robust.attacks.member import check_estimator
-from sj_robust.evaluation._preserved import preserved
+from sj_robust.evaluation._from_reset import from_reset
 from sj_robust.evaluation._probe import Model, Probe
 from sj_robust.evaluation.activity import LayerActivity, firing
 from sj_robust.evaluation.threat import ThreatModel
@@ -148,7 +148,7 @@ def diagnose(
     for name in names:
         check_estimator(name)
     activity = firing(model, x, seed=seed) if isinstance(model, nn.Module) else ()
-    with torch.inference_mode(False), preserved(model, seed, x.device), preserved(source, seed, x.device):
+    with torch.inference_mode(False), from_reset(model, seed, x.device), from_reset(source, seed, x.device):
         probe = Probe(
             model, x.detach().clone(), y.clone(), threat=threat, seed=seed, steps=steps, eot_samples=eot_samples
         )

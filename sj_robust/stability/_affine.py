@@ -9,9 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sj_robust._host import base
-
-__all__ = ["INPUT", "AffineMap", "CutRun", "call_key", "cut_run", "preserved", "windows_per_input"]
+__all__ = ["INPUT", "AffineMap", "CutRun", "call_key", "cut_run", "full_precision", "windows_per_input"]
 
 INPUT = "input"
 """Stands for the network's input where names of layers are listed."""
@@ -66,7 +64,7 @@ def cut_run(
     """Run a network whose input and cut layers' outputs are replaced by leaves, so that nothing passes a cut.
 
     Args:
-        net: The network; call this inside :func:`preserved`.
+        net: The network; call this inside :func:`full_precision` and :func:`sj_robust._preserved.preserved`.
         frame: Its input; only shape, dtype and device count.
         cuts: The layers to cut, by name; they are not run, but for max poolings, whose output's shape is needed.
         value: Gives the leaf for a name and a tensor of its shape.
@@ -167,10 +165,8 @@ def windows_per_input(module: nn.Module, x: Tensor, y: Tensor) -> int:
 
 
 @contextmanager
-def preserved(net: nn.Module, device: torch.device) -> Iterator[None]:
-    """Evaluation mode, full float32 precision, a random state of its own; modes and states restored afterwards."""
-    training = {module: module.training for module in net.modules()}
-    memories = {module: dict(module._memories) for module in net.modules() if isinstance(module, base.MemoryModule)}
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Arithmetic in which the maps are exact to rounding, and a random state of its own: no autocast, no TF32."""
     cudnn = torch.backends.cudnn
     with (
         torch.inference_mode(False),
@@ -178,15 +174,7 @@ def preserved(net: nn.Module, device: torch.device) -> Iterator[None]:
         torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
         cudnn.flags(enabled=cudnn.enabled, deterministic=cudnn.deterministic, allow_tf32=False),
     ):
-        try:
-            for module in training:
-                module.training = False
-            yield
-        finally:
-            for module, mode in training.items():
-                module.training = mode
-            for memory, values in memories.items():
-                memory._memories.update(values)
+        yield
 
 
 def _dimensions(module: nn.Module) -> int:

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sj_robust._preserved import preserved
 from sj_robust._saved import known_fields, load_saved, saved_content, write_whole
 from sj_robust.charging import find_neurons
 from sj_robust.classifier import SpikingClassifier
-from sj_robust.stability._affine import preserved
+from sj_robust.stability._affine import full_precision
 from sj_robust.stability._measure import Moved, first_frame, measure
 from sj_robust.stability.gain import NeuronGains, l2_gain_limit, neuron_gains
 from sj_robust.stability.operator import InputMap, input_maps
@@ -260,7 +261,7 @@ def certify(
         raise ValueError("x and x_perturbed must be finite, got nan or inf; leave those pairs out")
     neurons, unknown, _ = find_neurons(classifier.net, {}, {})
     gains = {name: neuron_gains(neuron.charging(), classifier.T) for name, neuron in neurons.items()}
-    with preserved(classifier, x.device):
+    with full_precision(x.device), preserved(classifier):
         maps = input_maps(
             classifier.net,
             first_frame(classifier, x),

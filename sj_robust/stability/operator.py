@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust._host import functional
+from sj_robust._preserved import preserved
 from sj_robust.charging import find_neurons
 from sj_robust.classifier import step_mode_of
-from sj_robust.stability._affine import INPUT, POOLINGS, AffineMap, CutRun, call_key, cut_run, preserved
+from sj_robust.stability._affine import INPUT, POOLINGS, AffineMap, CutRun, call_key, cut_run, full_precision
 from sj_robust.stability._lanczos import SingularValue, largest_singular_value
 
 __all__ = ["INPUT", "InputMap", "input_maps"]
@@ -100,7 +101,7 @@ def input_maps(
     if len(frame) == 0:
         raise ValueError(f"frame must hold a sample, got shape {tuple(frame.shape)}")
     neurons, others, _ = find_neurons(net, {}, {})
-    with preserved(net, frame.device):
+    with full_precision(frame.device), preserved(net):
         network = _CutNetwork(net, frame[:1].detach(), [*neurons, *others], step_mode or step_mode_of(net), seed)
         found: dict[str, InputMap] = {}
         for name in network.run.currents:

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from sj_robust.attacks.randomness import SampleSeeds, seeded_globals
 from sj_robust.data import ImageSplits, ShuffledBatches, image_loader
 from sj_robust.evaluation import Attack
-from sj_robust.evaluation._preserved import preserved
+from sj_robust.evaluation._from_reset import from_reset
 from sj_robust.training.batch_norm import share_buffers, synchronised_batch_norm
 from sj_robust.training.checkpoint import check_same_run, load_run, save_checkpoint
 from sj_robust.training.compilation import compiled
@@ -303,7 +303,7 @@ class _Run:
 
     def _check_outputs(self, image: Tensor) -> None:
         """The network tells as many classes apart as there are; looking leaves it as it was."""
-        with preserved(self.classifier, self.plan.seed, image.device), torch.no_grad():
+        with from_reset(self.classifier, self.plan.seed, image.device), torch.no_grad():
             outputs = self.classifier(image).shape[1]
         if outputs != self.classes:
             raise ValueError(

@@ -1,0 +1,86 @@
+"""A network that is attacked or measured stays as it was: modes, states of its neurons, generators of its own."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["evaluation_mode", "generators_of", "preserved"]
+
+
+@contextmanager
+def evaluation_mode(model: object) -> Iterator[None]:
+    """Evaluation mode, and every module's own mode afterwards; what is no ``nn.Module`` has none. 评估模式。
+
+    Args:
+        model: A network, or any callable.
+
+    Examples:
+        >>> net = nn.Sequential(nn.Dropout(), nn.Identity().eval())
+        >>> with evaluation_mode(net):
+        ...     [module.training for module in net]
+        [False, False]
+        >>> [module.training for module in net]
+        [True, False]
+    """
+    modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
+    try:
+        if isinstance(model, nn.Module):
+            model.eval()
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def preserved(model: object) -> Iterator[None]:
+    """Evaluation mode; modes, states of neurons and generators of modules are as before afterwards. 保持网络原状。
+
+    Inside, states are copies without a graph, since a reset may write into their tensors.
+
+    Args:
+        model: A network of SpikingJelly, or any callable, which has nothing to be kept.
+
+    Examples:
+        >>> from spikingjelly.activation_based import neuron
+        >>> net = neuron.IFNode()
+        >>> _ = net(torch.tensor([0.5]))
+        >>> with preserved(net):
+        ...     net.reset()
+        >>> net.v
+        tensor([0.5000])
+    """
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    states = [(module, vars(module)["_memories"]) for module in modules if "_memories" in vars(module)]
+    generators = [(generator, generator.get_state()) for generator in generators_of(model)]
+    with evaluation_mode(model):
+        try:
+            for module, memories in states:
+                vars(module)["_memories"] = {name: _copied(value) for name, value in memories.items()}
+            yield
+        finally:
+            for module, memories in states:
+                vars(module)["_memories"] = memories
+            for generator, state in generators:
+                generator.set_state(state)
+
+
+def generators_of(model: object) -> list[torch.Generator]:
+    """Generators that modules of a network keep as attributes, such as that of a Poisson encoder; each once.
+
+    Args:
+        model: A network, or any callable, which has none.
+
+    Examples:
+        >>> generators_of(nn.Sequential(nn.Linear(2, 2)))
+        []
+    """
+    modules = model.modules() if isinstance(model, nn.Module) else ()
+    found = (value for module in modules for value in vars(module).values() if isinstance(value, torch.Generator))
+    return list(dict.fromkeys(found))
+
+
+def _copied(value: object) -> object:
+    return value.detach().clone() if isinstance(value, Tensor) else value
