@@ -8,19 +8,20 @@ torchrun --nproc-per-node 2 recipes/adv_train.py                         # or ac
 
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
 from sj_robust import SpikingClassifier, training
-from sj_robust.command_line import named_arguments, parse_options, run_recipe, same_names
-from sj_robust.data import ImageSplits, image_loader, load_images
-from sj_robust.evaluation import Report, ThreatModel, environment, evaluate
+from sj_robust.command_line import checked, describe_folder, named_arguments, parse_options, run_recipe, same_names
+from sj_robust.data import ImageSplits, load_images
+from sj_robust.evaluation import Report, ThreatModel
 from sj_robust.evaluation.eps import parse_eps
 from sj_robust.models import NetworkSpec, build_classifier, start_from
 from sj_robust.plotting import plot_report
 from sj_robust.sweeping.grid import idle
+from sj_robust.training import engine, final, processes
 
 # Options that a resumed run may change, since the weights do not depend on them.
 FREE = {"data_root", "download", "test_limit", "reference", "device", "workers", "checkpoint_steps", "compile",
@@ -32,30 +33,31 @@ UNDEFENDED: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Options:
-    """Options of adv_train. A radius is a number or a fraction such as 8/255.
+    """Options of adv_train. A radius is a number or a fraction such as 8/255, for images in [0, 1].
 
     Attributes:
-        dataset: digits, (fashion_)mnist, cifar10, cifar100, svhn, image_folder:PATH, or event data by name.
+        dataset: digits, mnist, fashion_mnist, cifar10, cifar100, svhn, image_folder:PATH; event data: cifar10_dvs,
+            dvs128_gesture, n_mnist.
         data_root: Folder with the data set's files, or where they are downloaded to.
-        download: Whether to download what is missing.
-        augment: Random crop, flip and Cutout; null for the paper's choice (CIFAR only).
+        download: Download what is missing.
+        augment: Random crop, flip and Cutout of the training images; null does so for CIFAR only, as the paper.
         on_unreadable: error stops at pictures that cannot be read, skip leaves them out with a warning.
-        train_limit: Training images to use at most, the validation split included; null for all.
+        train_limit: Training images to use at most, those for validation included; null for all.
         test_limit: Test images to use at most; null for all.
-        validation_fraction: Share of the training images held out to select the epoch by.
+        validation_fraction: Share of the training images, from 0 to 1, that is held out to select the epoch by.
         model: small, vgg5 (11, 13, 16, 19), wrn16_4, wrn28_10, zoo:FUNCTION of SpikingJelly, module:function of yours.
         model_options: Further keyword arguments of the network.
-        neuron: Spiking neuron of the trained network, dlif, lif, plif or if.
-        T: Time steps.
-        tau: Membrane time constant in steps; the decay is 1 - 1 / tau.
+        neuron: Spiking neuron of the trained network.
+        T: Time steps per image; frames per sample of event data.
+        tau: Membrane time constant in time steps; the decay is 1 - 1 / tau.
         channels: Output channels of the convolutions of small.
         hidden: Widths of the hidden linear layers of a VGG.
-        pretrained: Checkpoint whose weights the network starts from.
+        pretrained: Checkpoint whose weights the network starts from; null for random ones.
         mode: none, gaussian, at (single step), rat (at and retraction of the weights), pgd_at, trades.
-        eps: Linf radius of the training attack in [0, 1] images; for gaussian the standard deviation.
+        eps: Linf radius of the training attack; for gaussian the standard deviation.
         step_size: Step of the training attack; null means eps for one step, eps / 4 for several.
         attack_steps: Steps of the training attack of pgd_at and trades; null means 7 and 10.
-        noise_std: Noise at the start of the training attack of at, rat and trades.
+        noise_std: Standard deviation of the noise at the start of the training attack of at, rat and trades.
         project: Whether the training attack is projected back onto the ball (the published code does not).
         eval_eps: Radius of the attacks in validation and test; null means eps.
         kappa: Weight of the clean cross entropy, the perturbed one has 1 - kappa; null means 0.5, and 0 for pgd_at.
@@ -63,34 +65,36 @@ class Options:
         layers: Spiking layers of MS-MPPD, last, all, or a list of names such as [stages.1, stages.5].
         norm: l2 for the mean square of the perturbation, l1 for its mean absolute value.
         indicator: Perturbation that is kept small, mppd, or tasad or std in its place.
-        input_gain: Whether DLIF's learnable gain is part of the perturbation in the loss (the paper leaves it out).
-        beta: Strength of rat's retraction; null means 1e-3.
+        input_gain: Make DLIF's learnable gain part of the perturbation in the loss (the paper leaves it out).
+        beta: Length of rat's step of retraction; null means 1e-3.
         trades_weight: Weight of the divergence of trades.
         gradient_sparsity: Weight of the penalty on the input gradient; 0 leaves it out.
         threshold_guard: Weight of the penalty on potentials nearer to the threshold than guard_margin; 0 leaves it out.
-        guard_margin: That distance.
+        guard_margin: That distance, in units of the potential; the threshold is at 1.
         gain_penalty: Weight of the penalty on the gain of every DLIF layer over time; 0 leaves it out.
         epochs: Passes over the training images.
         batch_size: Images per step, over all processes together.
-        accumulate: Parts that each process computes its share of a step in.
-        lr: Learning rate of SGD, which falls to 0 (cosine).
+        accumulate: Parts that each process computes its share of a step in, one after the other.
+        lr: Learning rate of SGD at the start; it falls to 0 (cosine).
         momentum: Momentum of SGD.
         weight_decay: Weight decay on all parameters; null means 5e-4, and 0 for rat.
         select: Validation accuracy that the epoch is chosen by; null means pgd, and clean for mode none.
         reference: Whether an undefended LIF network is trained and measured beside it.
         seed: Seed of everything.
-        device: auto takes a GPU if there is one.
+        device: auto takes a GPU if there is one, cpu does not.
         mixed_precision: Accelerate's precision; fp16 needs a GPU.
-        compile: Whether the network is compiled with torch.compile.
-        channels_last: Memory order of the images; null where it pays.
-        sync_batch_norm: Whether batch norm sees the images of all processes.
-        log_bounds: Whether TensorBoard shows the exact L2 bound of every layer (a VGG-11 takes 9 s an epoch for it).
+        compile: Compile the network with torch.compile.
+        channels_last: Whether the channels of the images are last in memory; null does so on a GPU only.
+        sync_batch_norm: Let batch norm see the images of all processes.
         workers: Processes that load images in the background.
         checkpoint_steps: Steps between checkpoints within an epoch; null for one per epoch.
-        output: Folder of the run; null makes a new one under runs/.
+        log_bounds: Show the exact L2 bound of every layer in TensorBoard (a VGG-11 takes 9 s an epoch for it).
+        output: Folder of the run; null makes runs/DATASET-NEURON-MODE-NUMBER.
         resume: Go on with the run in output (null: the newest of this kind) from its last checkpoint.
     """
 
+    GROUPS: ClassVar = {"data": "dataset", "network": "model", "training attack": "mode", "loss": "kappa",
+                        "training": "epochs", "machine": "device", "output": "checkpoint_steps"}  # fmt: skip
     dataset: str = "digits"
     data_root: str = "data"
     download: bool = False
@@ -140,9 +144,9 @@ class Options:
     compile: bool = False
     channels_last: bool | None = None
     sync_batch_norm: bool = False
-    log_bounds: bool = False
     workers: int = 0
     checkpoint_steps: int | None = None
+    log_bounds: bool = False
     output: str | None = None
     resume: bool = False
 
@@ -151,33 +155,33 @@ def main(arguments: list[str]) -> None:
     """Train, evaluate, report."""
     options = parse_options(Options, named_arguments(arguments), stem)
     accelerator = training.make_accelerator(options.device, options.mixed_precision)
-    with accelerator.main_process_first():  # what one downloads or prepares is there for the others
+    with processes.first_process_first(accelerator, f"loading {options.dataset}"):  # which downloads
         splits = load_images(options.dataset, root=options.data_root, **same_names(load_images, options))
-    configuration = asdict(replace(options, output=None, resume=False))
-    folder = training.open_run_folder(options.output, stem(options), configuration, accelerator, resume=options.resume)
-    journal = training.Journal(folder if accelerator.is_main_process else None)
-    journal.header(
-        "environment", where := environment(accelerator.device) | {"processes": str(accelerator.num_processes)}
-    )
-    journal.header("configuration", configuration)
-    if unused := sorted(name for name in idle(configuration) if configuration[name] != asdict(Options())[name]):
-        journal.say(f"without effect beside the other options: {', '.join(unused)}")
     networks = {f"{options.neuron} {options.mode}": options}
     if options.reference:
         networks["lif undefended"] = replace(options, **UNDEFENDED)
+    with checked():  # before there is a folder
+        networks = {name: completed(choice) for name, choice in networks.items()}
+        for choice in networks.values():
+            objective, plan, _ = prepared(choice, splits)
+            engine.check_training(objective, splits, plan, accelerator)
+    configuration = asdict(replace(options, output=None, resume=False))
+    folder = training.open_run_folder(options.output, stem(options), configuration, accelerator, resume=options.resume)
+    if accelerator.is_main_process:
+        describe_folder(folder, "adv_train", arguments)
+    journal = training.Journal(folder if accelerator.is_main_process else None)
+    where = journal.begin(configuration, defaults := asdict(Options()), accelerator)
+    if unused := sorted(name for name in idle(configuration) if configuration[name] != defaults[name]):
+        journal.say(f"without effect beside the other options: {', '.join(unused)}")
     eps = parse_eps(options.eps if options.eval_eps is None else options.eval_eps)
     report = Report(ThreatModel("Linf", eps), (), configuration=configuration, environment=where)
     for name, choice in networks.items():
-        classifier, history = train_network(name, completed(choice), splits, accelerator, folder, journal)
+        classifier, history = train_network(name, choice, splits, accelerator, folder, journal)
         if accelerator.is_main_process:
-            journal.say(f"evaluating {name} on {len(splits.test)} test images")
-            loader = image_loader(splits.test, 32 if splits.frames else 512)
-            result = evaluate(
-                classifier, loader, training.final_attacks(eps), threat=report.threat, network=name, seed=options.seed
-            )
-            heads = [history[: end + 1] for end in range(len(history)) if training.MODES[choice.mode].single_step]
-            notes = tuple(f"{name}: {warning}" for warning in map(training.catastrophic_overfitting, heads) if warning)
-            report = report.merged(replace(result, curves={name: [asdict(record) for record in history]}, notes=notes))
+            attacks, once = training.final_attacks(eps), training.MODES[choice.mode].single_step
+            report = report.merged(final.measured(
+                name, classifier, history, splits, attacks, report.threat, journal, seed=options.seed, single_step=once
+            ))  # fmt: skip
     if accelerator.is_main_process:
         report.save(folder / "report.json")
         plot_report(report, folder / "report.png")
@@ -189,44 +193,38 @@ def train_network(
     name: str, options: Options, splits: ImageSplits, accelerator: Accelerator, folder: Path, journal: training.Journal
 ) -> tuple[SpikingClassifier, list[training.EpochRecord]]:
     """Train one network and return it as it was at its best epoch."""
+    objective, plan, perturb = prepared(options, splits)
+    decisive = {name: value for name, value in asdict(options).items() if name not in FREE}
+    (network_folder := folder / name.replace(" ", "_")).mkdir(exist_ok=True)
+    eps = options.eps if options.eval_eps is None else options.eval_eps
+    description = {"network": asdict(network_spec(options, splits)), "options": decisive}
+    history = training.train(
+        objective, splits, plan, perturb=perturb, validation_attacks=training.validation_attacks(parse_eps(eps)),
+        accelerator=accelerator, folder=network_folder, journal=journal, description=description,
+        resume=options.resume,
+    )  # fmt: skip
+    objective.classifier.load_state_dict(training.load_checkpoint(network_folder / "best.pt")["model"])
+    return objective.classifier, history
+
+
+def prepared(options: Options, splits: ImageSplits) -> tuple[training.Objective, training.TrainingPlan, Any]:
+    """Loss with a fresh network, numbers and attack of a training."""
     mode = training.MODES[options.mode]
-    eps = parse_eps(options.eps if options.eval_eps is None else options.eval_eps)
-    spec = network_spec(options, splits)
     set_seed(options.seed)
-    classifier = build_classifier(spec)
+    classifier = build_classifier(network_spec(options, splits))
     if options.pretrained is not None:
         start_from(classifier, Path(options.pretrained))
     chosen = {"single_step_attack": mode.single_step, "retraction": options.beta if mode.retraction else 0.0}
     plan = training.TrainingPlan(**same_names(training.TrainingPlan, options) | chosen)
-    decisive = {name: value for name, value in asdict(options).items() if name not in FREE}
-    (network_folder := folder / name.replace(" ", "_")).mkdir(exist_ok=True)
-    history = training.train(
-        make_objective(options, classifier),
-        splits,
-        plan,
-        perturb=training.training_attack(**same_names(training.training_attack, options), steps=options.attack_steps),
-        validation_attacks=training.validation_attacks(eps),
-        accelerator=accelerator,
-        folder=network_folder,
-        journal=journal,
-        description={"network": asdict(spec), "options": decisive},
-        resume=options.resume,
-    )
-    classifier.load_state_dict(training.load_checkpoint(network_folder / "best.pt")["model"])
-    return classifier, history
+    attack = training.training_attack(**same_names(training.training_attack, options), steps=options.attack_steps)
+    loss = {"loss": mode.loss, "penalties": training.make_penalties(**same_names(training.make_penalties, options))}
+    return training.Objective(classifier, **same_names(training.Objective, options) | loss), plan, attack
 
 
 def network_spec(options: Options, splits: ImageSplits) -> NetworkSpec:
     """What the network is built from; the checkpoint keeps it."""
     given = same_names(NetworkSpec, options) | same_names(NetworkSpec, splits)
     return NetworkSpec(**given | {"name": options.model, "options": options.model_options})
-
-
-def make_objective(options: Options, classifier: SpikingClassifier) -> training.Objective:
-    """The loss of the training mode."""
-    chosen: dict[str, Any] = {"loss": training.MODES[options.mode].loss}
-    chosen["penalties"] = training.make_penalties(**same_names(training.make_penalties, options))
-    return training.Objective(classifier, **same_names(training.Objective, options) | chosen)
 
 
 def completed(options: Options) -> Options:

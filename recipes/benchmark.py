@@ -26,15 +26,15 @@ import sys
 from dataclasses import asdict, dataclass, fields
 from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
-from jsonargparse import auto_cli
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 
 from sj_robust.benchmarking import SUBJECTS, Measurement, race
+from sj_robust.command_line import WrongUse, describe_folder, named_arguments, read_options, run_recipe
 from sj_robust.evaluation import environment
+from sj_robust.evaluation.terminal import working
 from sj_robust.plotting import plot_benchmark
 
 PEERS = ("snntorch", "norse")
@@ -45,17 +45,19 @@ class Options:
     """Options of benchmark.
 
     Attributes:
-        what: What to measure, see above.
-        shapes: Shapes [T, N, C, H, W] of the input; null for those of the documentation.
-        methods: Methods to measure; null for all.
-        rounds: Timed passes per method.
+        what: What to measure, see the examples.
+        shapes: Shapes [T, N, C, H, W] of the input, such as [[4,8,32,8,8]]; null for those of the documentation.
+        methods: Methods to measure, such as [DLIF cpp]; null for all. A wrong name is answered with those there are.
+        rounds: Timed passes per method; the tables show milliseconds.
+        check: Whether the tests of what is timed run first; they need a clone of the repository and the extra test.
         threads: Threads of torch.
         allocators: malloc maps every large tensor afresh, reuse keeps the heap.
         instruction_set: Instruction set of the compiled kernel, baseline, avx2 or avx512; null for the best.
         output: Folder for the CSV, the table and the chart; null only prints.
-        check: Whether the tests of what is timed run first; they need a clone of the repository and the extra test.
+        redraw: Folder of an earlier call, whose charts are drawn again, and nothing is measured; null to measure.
     """
 
+    GROUPS: ClassVar = {"measurement": "what", "machine": "threads", "output": "output"}
     what: Literal[
         "neuron", "batch_norm", "instruction_sets", "scaling", "first_layer", "conv4", "vgg5", "conv4_adversarial",
         "vgg5_adversarial", "training_step",
@@ -63,16 +65,23 @@ class Options:
     shapes: list[tuple[int, ...]] | None = None
     methods: list[str] | None = None
     rounds: int = 15
+    check: bool = True
     threads: int = 2
     allocators: tuple[Literal["malloc", "reuse"], ...] = ("malloc", "reuse")
     instruction_set: str | None = None
     output: str | None = None
-    check: bool = True
+    redraw: str | None = None
 
 
 def main(arguments: list[str]) -> None:
     """Check, measure, show, save."""
-    options: Options = auto_cli(Options, args=arguments)
+    options = read_options(Options, named_arguments(arguments))
+    if options.redraw is not None:
+        redraw(Path(options.redraw))
+        return
+    unknown = sorted(set(options.methods or []) - set(SUBJECTS[options.what].methods))
+    if unknown:
+        raise WrongUse(f"{options.what} has no method {unknown[0]}; it has {', '.join(SUBJECTS[options.what].methods)}")
     console = Console(width=None if sys.stdout.isatty() else 140)
     where = environment() | {"threads": str(options.threads), "processor": processor()}
     where |= {"instruction_set": options.instruction_set or "best"} | {name: version_of(name) for name in PEERS}
@@ -80,29 +89,31 @@ def main(arguments: list[str]) -> None:
         console.print(f"{name}: {value}", highlight=False)
     environ = {} if options.instruction_set is None else {"SJ_ROBUST_INSTRUCTION_SET": options.instruction_set}
     if options.check:
-        refuse_unless_tests_pass(options.what, environ)
+        with working("running the tests of what is timed", console):
+            refuse_unless_tests_pass(options.what, environ)
     subject = SUBJECTS[options.what]
     methods = options.methods or list(subject.methods)
     races = [(allocator, shape) for allocator in options.allocators for shape in options.shapes or subject.shapes]
     rows: list[Measurement] = []
-    for allocator, shape in track(races, description="races", console=console):
-        found, missing = race(
-            options.what,
-            methods,
-            shape,
-            rounds=options.rounds,
-            threads=options.threads,
-            allocator=allocator,
-            environ=environ,
-        )
-        for method, reason in missing.items():
-            console.print(f"{method} is left out: {reason}", highlight=False)
-        if found:
-            console.print(table(found))
-        rows += found
+    with working(f"measuring {options.what}", console, total=len(races)) as step:
+        for allocator, shape in races:
+            try:
+                found, missing = race(
+                    options.what, methods, shape, rounds=options.rounds, threads=options.threads, allocator=allocator,
+                    environ=environ,
+                )  # fmt: skip
+            except RuntimeError as error:  # of a process of its own, or a method is wrong
+                raise SystemExit(f"error: {error}") from error
+            for method, reason in missing.items():
+                console.print(f"{method} is left out: {reason}", highlight=False, markup=False)
+            if found:
+                console.print(table(found))
+            rows += found
+            step()
     if options.output is not None and rows:
         name = options.what if options.instruction_set is None else f"{options.what}-{options.instruction_set}"
-        save(Path(options.output), name, rows, where)
+        save(Path(options.output), name, rows, where, arguments)
+        console.print(f"{name}.csv, {name}.md and {name}.png are in {options.output}", markup=False, highlight=False)
 
 
 def refuse_unless_tests_pass(what: str, environ: dict[str, str]) -> None:
@@ -179,14 +190,15 @@ def cells(row: Measurement, rows: list[Measurement]) -> tuple[str, ...]:
     return (*texts, "" if peer is None or hidden else f"{row.peak_mb / peer.peak_mb:.2f}")
 
 
-def save(folder: Path, what: str, rows: list[Measurement], where: dict[str, str]) -> None:
+def save(folder: Path, what: str, rows: list[Measurement], where: dict[str, str], arguments: list[str]) -> None:
     """CSV with everything, a table in Markdown and a chart."""
     folder.mkdir(parents=True, exist_ok=True)
+    describe_folder(folder, "benchmark", arguments)
     with (folder / f"{what}.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, [*(f.name for f in fields(Measurement)), *where])
         writer.writeheader()
         writer.writerows(asdict(row) | where for row in rows)
-    lines = [f"`{shlex.join(['python', 'recipes/benchmark.py', *sys.argv[1:]])}`: processor {where['processor']}, "
+    lines = [f"`{shlex.join(['python', 'recipes/benchmark.py', *arguments])}`: processor {where['processor']}, "
              f"{where['threads']} threads, torch {where['torch']}, SpikingJelly {where['spikingjelly']}, commit "
              f"{where['commit'][:12]}.", ""]  # fmt: skip
     for allocator, shape in dict.fromkeys((row.allocator, row.shape) for row in rows):
@@ -198,8 +210,23 @@ def save(folder: Path, what: str, rows: list[Measurement], where: dict[str, str]
     plot_benchmark(rows, folder / f"{what}.png")
 
 
+def redraw(folder: Path) -> None:
+    """Charts again, from the CSV files alone."""
+    if not (paths := sorted(folder.glob("*.csv"))):
+        raise FileNotFoundError(f"{folder} holds no *.csv; --redraw takes the folder that an earlier call wrote to")
+    kinds = {field.name: field.type for field in fields(Measurement)}
+    for path in paths:
+        with path.open(newline="", encoding="utf-8") as file:
+            texts = list(csv.DictReader(file))
+        if not texts or not kinds.keys() <= texts[0].keys():
+            raise ValueError(f"{path} holds no measurements of this recipe; move it elsewhere")
+        rows = [
+            Measurement(**{name: text[name] if kind is str else float(text[name]) for name, kind in kinds.items()})  # type: ignore[arg-type]
+            for text in texts
+        ]
+        plot_benchmark(rows, path.with_suffix(".png"))
+        print(f"{path} drawn as {path.stem}.png")
+
+
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except (RuntimeError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    run_recipe(main, stopped="nothing is written before all is measured")

@@ -12,22 +12,25 @@ torchrun --nproc-per-node 2 recipes/evaluate.py CHECKPOINT                 # or 
 import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from rich.console import Console
 
 from sj_robust import training
-from sj_robust.command_line import named_arguments, parse_options, run_recipe
+from sj_robust.command_line import WrongUse, checked, describe_folder, named_arguments, parse_options, run_recipe
 from sj_robust.data import EVENT_DATASETS, image_loader, load_images
-from sj_robust.evaluation import ThreatModel, environment
+from sj_robust.evaluation import ThreatModel
 from sj_robust.evaluation.assess import assess
 from sj_robust.evaluation.comparison import compare
 from sj_robust.evaluation.eps import parse_eps
 from sj_robust.evaluation.html import save_html
 from sj_robust.evaluation.robustness_report import RobustnessReport
 from sj_robust.evaluation.subject import Subject, check_fits, from_checkpoint, from_function
-from sj_robust.evaluation.terminal import Display, show_comparison, show_report
+from sj_robust.evaluation.suites import make_suite
+from sj_robust.evaluation.terminal import Display, show_comparison, show_report, working
 from sj_robust.plotting import plot_robustness
+from sj_robust.training.folder import removed_if_unused
+from sj_robust.training.processes import first_process_first
 
 
 @dataclass(frozen=True)
@@ -36,42 +39,48 @@ class Options:
 
     Attributes:
         checkpoint: A checkpoint of adv_train, a network's folder (its best.pt) or a run's folder; also given without
-            the option's name.
+            the option's name; null for a network of your own.
         network: Instead of a checkpoint, module:function or file.py:function that returns a SpikingJelly network with
-            its weights, bare or in a SpikingClassifier.
-        compare: Two saved reports to compare, instead of an evaluation.
+            its weights, bare or in a SpikingClassifier; null for a checkpoint.
+        transfer: Checkpoint of another network for the same images; attacks crafted on it join the suite; null: none.
+        trust_code: Allow a function of your own code that a checkpoint names to be run.
+        compare: Two saved reports to compare, instead of an evaluation; null to evaluate.
         suite: paper is the protocol of Ding et al., fast a first impression, standard the figure to report,
             autoattack AutoAttack standard, gradients every estimator for itself, events the one for event data; all
             with their control. null means standard, and events for event data.
-        eps: Radius, a number or a fraction such as 8/255; null takes that of the checkpoint. For L0 the number of
-            changed elements per sample.
+        eps: Radius for images in [0, 1], a number or a fraction such as 8/255; null takes that of the checkpoint. For
+            L0 the number of changed elements per sample.
         norm: Norm of the adversary; null means Linf, and L0 for event data.
+        draws: Fresh forwards in each of which a stochastic network must be wrong for an image to count as broken.
         dataset: What to test on, digits, fashion_mnist, mnist, cifar10, cifar100, svhn, image_folder:PATH, cifar10_dvs,
             dvs128_gesture or n_mnist; null takes what the checkpoint was trained on, or digits.
         data_root: Folder with the data set's files, or where they are downloaded to.
-        download: Whether to download what is missing.
+        download: Download what is missing.
         on_unreadable: error stops at files that cannot be read, skip leaves them out with a warning.
         test_limit: Test images to use at most; null for all.
         batch_size: Images per batch; results do not depend on it, but for networks with randomness of their own and
             the estimator pdsg, which looks at a whole batch.
-        T: Time steps of a bare network of your own; for a checkpoint, others than those it was trained with.
-        mean: Mean per channel that a bare network expects to be subtracted.
-        std: Standard deviation per channel that it expects to be divided by.
-        transfer: Checkpoint of another network for the same images; attacks crafted on it join the suite.
-        trust_code: Whether a function of your own code that a checkpoint names may be run.
-        draws: Fresh forwards in each of which a stochastic network must be wrong for an image to count as broken.
+        T: Time steps of a bare network of your own; for a checkpoint, others than those it was trained with; null takes
+            those.
+        mean: Mean per channel that a bare network expects to be subtracted; null for none.
+        std: Standard deviation per channel that it expects to be divided by; null for none.
         seed: Seed of everything.
-        device: auto takes a GPU if there is one.
-        output: Folder of the results; null makes a new one under runs/.
+        device: auto takes a GPU if there is one, cpu does not.
+        output: Folder of the results; null makes runs/evaluate-NETWORK-SUITE-NUMBER.
         resume: Go on with the evaluation in output (null: the newest of this kind).
     """
 
+    GROUPS: ClassVar = {"what is evaluated": "checkpoint", "attacks": "suite", "data": "dataset",
+                        "network of your own": "T", "machine": "seed", "output": "output"}  # fmt: skip
     checkpoint: str | None = None
     network: str | None = None
+    transfer: str | None = None
+    trust_code: bool = False
     compare: list[str] | None = None
     suite: Literal["paper", "fast", "standard", "autoattack", "gradients", "events"] | None = None
     eps: float | str | None = None
     norm: Literal["Linf", "L2", "L0"] | None = None
+    draws: int = 1
     dataset: str | None = None
     data_root: str = "data"
     download: bool = False
@@ -81,9 +90,6 @@ class Options:
     T: int | None = None
     mean: list[float] | None = None
     std: list[float] | None = None
-    transfer: str | None = None
-    trust_code: bool = False
-    draws: int = 1
     seed: int = 0
     device: Literal["auto", "cpu"] = "auto"
     output: str | None = None
@@ -97,16 +103,19 @@ def main(arguments: list[str]) -> None:
         show_comparison(compare(*map(load_report, two(options.compare))), Console())
         return
     accelerator = training.make_accelerator(options.device)
-    subject = load_subject(options)
+    with checked():
+        subject = load_subject(options)
     dataset = options.dataset or subject.options.get("dataset", "digits")
     events = dataset in EVENT_DATASETS
     suite = options.suite or ("events" if events else "standard")
     norm = options.norm or ("L0" if events else "Linf")
-    threat = ThreatModel(norm, radius(options, norm, subject))
+    with checked():
+        threat = ThreatModel(norm, radius(options, norm, subject))
+        make_suite(suite, threat, classes=2, eot_samples=options.draws)
     T = getattr(subject.model, "T", None) if events else None
     other = options.transfer and Path(options.transfer)
     source = from_checkpoint(other, T, trust_code=options.trust_code) if other else None
-    with accelerator.main_process_first():  # which downloads and prepares
+    with first_process_first(accelerator, f"loading {dataset}"):  # which downloads and prepares
         splits = load_images(
             dataset,
             root=options.data_root,
@@ -117,15 +126,17 @@ def main(arguments: list[str]) -> None:
         )
     batches = image_loader(splits.test, options.batch_size)
     first = next(iter(batches))[0].to(accelerator.device)
-    for network in (subject, *([source] if source else [])):
-        network.model.to(accelerator.device)
-        check_fits(network, first, splits.classes, dataset)
+    with checked():
+        for network in (subject, *([source] if source else [])):
+            network.model.to(accelerator.device)
+            check_fits(network, first, splits.classes, dataset)
     configuration = asdict(replace(options, output=None, resume=False))
     folder = training.open_run_folder(options.output, stem(options), configuration, accelerator, resume=options.resume)
+    if accelerator.is_main_process:
+        describe_folder(folder, "evaluate", arguments)
     journal = training.Journal(folder if accelerator.is_main_process else None)
-    journal.header("environment", environment(accelerator.device) | {"processes": str(accelerator.num_processes)})
-    journal.header("configuration", configuration)
-    with Display(journal.console) as display:
+    journal.begin(configuration, asdict(Options()), accelerator)
+    with removed_if_unused(folder, resume=options.resume), Display(journal.console, journal.say) as display:
         report = assess(
             subject,
             batches,
@@ -138,13 +149,14 @@ def main(arguments: list[str]) -> None:
             source=None if source is None else source.model,
             folder=folder / "progress",
             configuration=configuration,
-            say=journal.say,
+            say=display.say,
             on_step=display.on_step,
         )
     if accelerator.is_main_process:
         report.save(folder / "report.json")
         save_html(report, folder / "report.html")
-        plots = plot_robustness(report, folder)
+        with working("drawing", journal.console):
+            plots = plot_robustness(report, folder)
         show_report(report, journal.console)
         worst, (low, high) = report.everything, report.everything.interval
         doubt = f"NOT RELIABLE, {report.footnote}\n" if report.unreliable else ""
@@ -159,9 +171,6 @@ def load_subject(options: Options) -> Subject:
     """The network to evaluate."""
     if (options.checkpoint is None) == (options.network is None):
         raise ValueError("give a checkpoint, or your own network with --network module:function, or --compare A B")
-    for name, value, least in (("seed", options.seed, 0), ("draws", options.draws, 1)):
-        if value < least:
-            raise ValueError(f"{name} must be >= {least}, got {value}")
     if options.network is not None:
         return from_function(options.network, T=options.T, mean=options.mean, std=options.std)
     if options.mean is not None or options.std is not None:
@@ -197,7 +206,7 @@ def load_report(path: str) -> RobustnessReport:
 def two(paths: list[str]) -> list[str]:
     """Exactly two."""
     if len(paths) != 2:
-        raise ValueError(f"--compare takes two reports, got {len(paths)}: --compare A/report.json B/report.json")
+        raise WrongUse(f"--compare takes two reports, got {len(paths)}: --compare A/report.json B/report.json")
     return paths
 
 
@@ -222,7 +231,7 @@ def named(arguments: list[str]) -> list[str]:
             found.append(f"--compare={paths}")
         elif not word.startswith("-"):
             if any(other.startswith("--checkpoint=") for other in found):
-                raise ValueError(f"one network at a time, got another one, {word}: evaluate it in a run of its own")
+                raise WrongUse(f"one network at a time, got another one, {word}: evaluate it in a run of its own")
             found.append(f"--checkpoint={word}")
         else:
             found.append(word)

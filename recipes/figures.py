@@ -12,18 +12,18 @@ Every figure's numbers are saved as NAME.json, and it is drawn from that file.
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from jsonargparse import auto_cli
 from torch import Tensor
 
 from sj_robust import DLIFNode
 from sj_robust.attacks import pgd
-from sj_robust.command_line import run_recipe
+from sj_robust.command_line import WrongUse, describe_folder, read_options, run_recipe
 from sj_robust.data import load_images
 from sj_robust.evaluation.eps import parse_eps
 from sj_robust.evaluation.subject import Subject, check_fits, from_checkpoint
+from sj_robust.evaluation.terminal import working
 from sj_robust.figures import input_gains, one_neuron, redraw, save_figure, training_curves
 from sj_robust.ops import keep_heap
 from sj_robust.perturbation.intensity import IntensityCorrelation, Perturbation, intensity_correlation
@@ -39,45 +39,50 @@ class Options:
     """Options of figures.
 
     Attributes:
-        run: Folder of a run of adv_train, of one network in it, or of a sweep; also given without the option's name.
+        run: Folder of a run of adv_train, of one network in it, or of a sweep; also given without the option's name;
+            null for the figure neuron, which needs none.
         which: neuron (figure 1 of the paper), rho (3, needs a sweep), gains (4), curves (5), intensity (indicators and
             heat maps under growing eps), or all that the folder has numbers for.
-        redraw: Folder of an earlier call, whose saved numbers are drawn again; nothing is computed.
-        output: Where everything is written; null means the folder figures in the run.
-        eps: Sizes of the perturbations of intensity, growing; numbers or fractions such as 8/255.
+        columns: Figures that rho shows, as shell patterns such as pgd20 or paper/*; null for the usual ones.
+        eps: Sizes of the perturbations of intensity, growing, for images in [0, 1]; numbers or fractions such as 8/255.
         steps: Steps of the adversarial direction of intensity.
         images: Test images of intensity to use at most.
-        dataset: Images to test on; null takes those of the checkpoint.
+        resamples: Bootstrap samples behind the intervals of intensity.
+        dataset: Images to test on, as in adv_train.py; null takes those of the checkpoint.
         data_root: Folder with the data set's files.
         batch_size: Images at a time.
-        resamples: Bootstrap samples behind the intervals of intensity.
-        columns: Figures that rho shows, as shell patterns such as pgd20 or paper/*; null for the usual ones.
         seed: Seed of everything.
-        device: auto takes a GPU if there is one.
+        device: auto takes a GPU if there is one, cpu does not.
+        output: Where everything is written; null means the folder figures in the run.
+        redraw: Folder of an earlier call, whose saved numbers are drawn again and nothing is computed; null to compute.
     """
 
+    GROUPS: ClassVar = {"figures": "run", "intensity": "eps", "machine": "batch_size", "output": "output"}
     run: str | None = None
     which: list[Which] = field(default_factory=lambda: ["all"])
-    redraw: str | None = None
-    output: str | None = None
+    columns: list[str] | None = None
     eps: list[float | str] = field(default_factory=lambda: ["0.02", "0.05", "0.1", "0.15", "0.2", "0.3"])
     steps: int = 10
     images: int = 360
+    resamples: int = 200
     dataset: str | None = None
     data_root: str = "data"
     batch_size: int = 64
-    resamples: int = 200
-    columns: list[str] | None = None
     seed: int = 0
     device: Literal["auto", "cpu"] = "auto"
+    output: str | None = None
+    redraw: str | None = None
 
 
 def main(arguments: list[str]) -> None:
     """Compute and draw, or draw again."""
-    options: Options = auto_cli(Options, args=named(arguments))
+    options = read_options(Options, named(arguments))
     if options.redraw is not None:
-        for path in saved_numbers(Path(options.redraw)):
-            draw(path)
+        paths = saved_numbers(Path(options.redraw))
+        with working("drawing", total=len(paths)) as step:
+            for path in paths:
+                draw(path)
+                step()
         return
     if not (options.device == "auto" and torch.cuda.is_available()):
         keep_heap()
@@ -86,15 +91,17 @@ def main(arguments: list[str]) -> None:
     if "all" in options.which:
         chosen = [name for name in makers if name != "rho"] if options.run is None or networks_in(options) else ["rho"]
     if options.run is None and chosen != ["neuron"]:
-        raise ValueError("give the folder of a run of adv_train or of a sweep; --which neuron alone needs none")
+        raise WrongUse("give the folder of a run of adv_train or of a sweep; --which neuron alone needs none")
     if options.run is None and options.output is None:
-        raise ValueError("give --output, the folder to write to, since there is no run whose folder could be taken")
+        raise WrongUse("give --output, the folder to write to, since there is no run whose folder could be taken")
     folder = Path(options.output or Path(str(options.run)) / "figures")
     if options.run is not None and not Path(options.run).is_dir():
         raise FileNotFoundError(f"{options.run} does not exist; give the folder of a run of recipes/adv_train.py")
     folder.mkdir(parents=True, exist_ok=True)
+    describe_folder(folder, "figures", arguments)
     for name in chosen:
-        makers[name](options, folder)
+        with working(name):
+            makers[name](options, folder)
 
 
 def neuron(options: Options, folder: Path) -> None:
@@ -228,4 +235,4 @@ def named(arguments: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    run_recipe(main)
+    run_recipe(main, stopped="the same command draws what is missing")

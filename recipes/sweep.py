@@ -1,10 +1,12 @@
 """A grid over any options of adv_train.py and seeds: trained, evaluated, and tabled beside the paper's figures.
 
-python recipes/sweep.py --sweep recipes/configs/digits_sweep.yaml --jobs 2
+python recipes/sweep.py --sweep recipes/configs/sweeps/digits_sweep.yaml --jobs 2
 python recipes/sweep.py --base recipes/configs/digits.yaml --grid '{neuron: [lif, dlif], mode: [none, at], rho: [0, 1]}'
 python recipes/sweep.py --base digits --grid '{"norm,rho": [[l2, 1], [l1, 3]]}' --seeds 5 --evaluate '[paper, standard]'
 python recipes/sweep.py --output runs/digits_sweep                              # go on with a stopped one
 python recipes/sweep.py --output runs/digits_sweep --report --contrast '[rho]'  # tables and figure again
+
+--sweep FILE reads these options from a YAML file, as --config does.
 """
 
 import sys
@@ -12,15 +14,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import yaml
-from jsonargparse import auto_cli
 from rich.console import Console
 
-from sj_robust.command_line import named_arguments, run_recipe
-from sj_robust.evaluation.progress import write_whole
+from sj_robust._saved import write_whole
+from sj_robust.command_line import checked, describe_folder, named_arguments, read_options, run_recipe
+from sj_robust.evaluation.terminal import working
 from sj_robust.sweeping import (
     PlannedRun,
     RunRecord,
@@ -44,26 +46,29 @@ class Options:
     """Options of sweep.
 
     Attributes:
-        base: Options of adv_train.py that all runs start from, a YAML file or the name of one in recipes/configs.
+        base: Options of adv_train.py that all runs start from, a YAML file or the name of one in recipes/configs; null
+            for its defaults.
         options: Further options of adv_train.py, the same for all runs; they override base.
         grid: Values by option of adv_train.py; every combination is run. "norm,rho" with values such as [l1, 3] varies
             two options together.
         seeds: Number of seeds, 0, 1, ..., or a list of them.
-        skip: Combinations to leave out, such as {neuron lif, rho [1, 2]}; those that differ in an option without effect
-            (rho with mode none) are one run anyway.
+        skip: Combinations to leave out, such as {neuron: lif, rho: [1, 2]}; those that differ in an option without
+            effect (rho with mode none) are one run anyway.
         evaluate: Suites of evaluate.py that every network goes through, such as [paper, standard].
-        evaluation_options: Options of evaluate.py, such as {test_limit 256}.
-        jobs: Processes side by side.
+        evaluation_options: Options of evaluate.py, such as {test_limit: 256}.
+        recipe: The recipe that trains; null for adv_train.py beside this one.
+        evaluator: The recipe that evaluates; null for evaluate.py beside this one.
+        jobs: Processes side by side; GPUs are shared out among them.
         threads: Threads of torch in each.
         output: Folder of the sweep; null means runs/ and the name of the sweep file, or runs/sweep.
         report: Only make tables and figure from the runs there are.
         columns: Figures in the tables, as shell patterns such as paper/*; null for the usual ones. The CSV has all.
         contrast: Options whose effect is tabled over pairs of runs with the same seed.
         plot: Option of numbers that the figure is drawn over.
-        recipe: The recipe that trains; null for adv_train.py beside this one.
-        evaluator: The recipe that evaluates; null for evaluate.py beside this one.
     """
 
+    GROUPS: ClassVar = {"runs": "base", "evaluation": "evaluate", "recipes": "recipe", "machine": "jobs",
+                        "output": "output"}  # fmt: skip
     base: str | None = None
     options: dict[str, Any] = field(default_factory=dict)
     grid: dict[str, list[Any]] = field(default_factory=dict)
@@ -71,6 +76,8 @@ class Options:
     skip: list[dict[str, Any]] = field(default_factory=list)
     evaluate: list[str] = field(default_factory=list)
     evaluation_options: dict[str, Any] = field(default_factory=dict)
+    recipe: str | None = None
+    evaluator: str | None = None
     jobs: int = 1
     threads: int = 1
     output: str | None = None
@@ -78,8 +85,6 @@ class Options:
     columns: list[str] | None = None
     contrast: list[str] = field(default_factory=list)
     plot: str = "rho"
-    recipe: str | None = None
-    evaluator: str | None = None
 
 
 def main(arguments: list[str]) -> None:
@@ -89,12 +94,17 @@ def main(arguments: list[str]) -> None:
     console = Console(width=None if sys.stdout.isatty() else 160, highlight=False, soft_wrap=True)
     failed: list[str] = []
     if not options.report:
+        with checked(), working("checking every run", console):
+            planned = plan(options, folder)
         folder.mkdir(parents=True, exist_ok=True)
         with alone(folder):
-            failed = run(options, folder, console)
+            describe_folder(folder, "sweep", arguments)  # a sweep that is stopped has it too
+            failed = run(options, planned, folder, console)
     records = load_records(folder)
     if records or not failed:
-        report(options, folder, records, console)
+        with checked():
+            report(options, folder, records, console)
+        describe_folder(folder, "sweep", arguments)
     if failed:
         heading = f"{len(failed)} runs FAILED; the same command tries them again:"
         console.print("\n".join([heading, *failed]), markup=False)
@@ -115,9 +125,8 @@ def report(options: Options, folder: Path, records: list[RunRecord], console: Co
     console.print(f"{', '.join(file.name for file in files)} are in {folder}", markup=False)
 
 
-def run(options: Options, folder: Path, console: Console) -> list[str]:
+def run(options: Options, planned: list[PlannedRun], folder: Path, console: Console) -> list[str]:
     """Perform the runs that are missing; returns what failed."""
-    planned = plan(options, folder)
     for one in planned:
         one.name_values()
     write_whole(
@@ -202,15 +211,15 @@ def parse(arguments: list[str]) -> Options:
         "--report=true" if word == "--report" else "--config" + word[7:] if word.split("=")[0] == "--sweep" else word
         for word in named_arguments(arguments)
     ]
-    options: Options = auto_cli(Options, args=words)
+    options = read_options(Options, words)
     names = [word.partition("=")[2] or following for word, following in zip(words, [*words[1:], ""], strict=True)
              if word.split("=")[0] == "--config"]  # fmt: skip
     output = options.output or str(Path("runs") / (Path(names[-1]).stem if names else "sweep"))
     before = Path(output) / SWEEP_FILE
     if not names and not options.grid and options.base is None and before.is_file():
-        options = auto_cli(Options, args=["--config", str(before), *words])
+        options = read_options(Options, ["--config", str(before), *words])
     return Options(**{**vars(options), "output": output})
 
 
 if __name__ == "__main__":
-    run_recipe(main)
+    run_recipe(main, stopped="the same command goes on")

@@ -1,12 +1,14 @@
-"""A robustness report, a comparison and the progress of an evaluation on the terminal; needs rich."""
+"""A robustness report, a comparison and the progress of work on the terminal; needs rich."""
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
 from rich.panel import Panel
-from rich.progress import BarColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -15,7 +17,7 @@ from sj_robust.evaluation.progress import Position
 from sj_robust.evaluation.robustness_report import Figure, RobustnessReport
 from sj_robust.evaluation.verdict import alarms, masked, remarks
 
-__all__ = ["Display", "show_comparison", "show_report"]
+__all__ = ["Display", "moving", "show_comparison", "show_report", "working"]
 
 _PAUSE = 20.0
 """Seconds between lines of progress where there is no terminal."""
@@ -79,29 +81,96 @@ def show_comparison(comparison: Comparison, console: Console) -> None:
     console.print("* the interval leaves out 0", style="dim")
 
 
+@contextmanager
+def working(text: str, console: Console | None = None, *, total: int | None = None) -> Iterator[Callable[[], None]]:
+    r"""Show that something is being done: what, for how long, and how much of it. 显示正在进行的工作。
+
+    On a terminal that can move its cursor a line with a spinner, which disappears in the end; elsewhere the text once,
+    and where the number of steps is known, a line now and then with the time left.
+
+    Args:
+        text: What is done.
+        console: Where to show it; None makes one, a quiet one shows nothing.
+        total: Number of steps; None where it is not known.
+
+    Yields:
+        A function to call after every step.
+
+    Examples:
+        >>> import io
+        >>> console = Console(file=io.StringIO())
+        >>> with working("adding", console, total=2) as step:
+        ...     step()
+        >>> console.file.getvalue()
+        'adding\n'
+    """
+    console = console or Console(highlight=False, soft_wrap=True)
+    if not console.is_interactive:
+        console.print(text, markup=False)
+    bar = () if total is None else (BarColumn(bar_width=20), TextColumn("{task.completed}/{task.total}"))
+    columns = (SpinnerColumn("line"), TextColumn("{task.description}", markup=False), *bar, TimeElapsedColumn())
+    started = said = time.monotonic()
+    done = 0
+    with Progress(*columns, console=console, disable=not moving(console), transient=True) as progress:
+        task = progress.add_task(text, total=total)
+
+        def step() -> None:
+            nonlocal done, said
+            done += 1
+            progress.advance(task)
+            now = time.monotonic()
+            if progress.disable and total is not None and done < total and now - said > _PAUSE:
+                said = now
+                left = _duration((now - started) / done * (total - done))
+                console.print(f"{text}: {done}/{total}, {left} left", markup=False)
+
+        yield step
+
+
+def moving(console: Console) -> bool:
+    """Whether a bar can be shown: on a terminal that moves its cursor, as neither a file nor ``TERM=dumb`` does.
+
+    能否显示进度条。
+
+    Args:
+        console: The console; a quiet one shows nothing.
+
+    Examples:
+        >>> import io
+        >>> moving(Console(file=io.StringIO()))
+        False
+    """
+    return console.is_interactive and not console.quiet
+
+
 class Display:
     """Progress of an evaluation: a bar with the time left on a terminal, elsewhere a line now and then. 评估进度显示。
 
     Args:
         console: Where to show it; a quiet one for all processes but the first.
+        say: What prints and keeps a line about each part; None prints it.
 
     Examples:
         >>> with Display(Console(quiet=True)) as display:
+        ...     display.say("suite fast")
         ...     display.on_step(Position(0, 2, "pgd", 1, 4, 30.0))
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, say: Callable[[str], None] | None = None) -> None:
         """Nothing is shown yet."""
         self._console = console
+        self._say = say
         self._progress = Progress(
-            TextColumn("{task.fields[member]}"),
+            SpinnerColumn("line"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
-            TextColumn("batch {task.fields[batch]}, {task.fields[left]}"),
+            TextColumn("{task.fields[left]}", markup=False),
+            TimeElapsedColumn(),
             console=console,
-            disable=console.quiet or not console.is_terminal,
+            disable=not moving(console),
             transient=True,
         )
-        self._task = self._progress.add_task("", total=None, member="", batch="", left="")
+        self._task = self._progress.add_task("getting ready", total=None, left="")
         self._last = time.monotonic()
 
     def __enter__(self) -> Self:
@@ -115,6 +184,14 @@ class Display:
         """Take the bar away."""
         self._progress.stop()
 
+    def say(self, text: str) -> None:
+        """Say what begins; the bar shows it, without an end, until a step is done."""
+        if self._say is None:
+            self._console.print(text, markup=False)
+        else:
+            self._say(text)
+        self._progress.reset(self._task, total=None, description=text.partition(":")[0], left="")
+
     def on_step(self, position: Position) -> None:
         """Show where the evaluation stands."""
         left = f"{_duration(position.seconds_left)} left"
@@ -124,9 +201,8 @@ class Display:
                 self._task,
                 completed=position.done,
                 total=position.total,
-                member=position.member,
-                batch=batch,
-                left=left,
+                description=position.member,
+                left=f"batch {batch}, {left}",
             )
         elif time.monotonic() - self._last > _PAUSE:
             self._last = time.monotonic()

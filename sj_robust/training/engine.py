@@ -29,7 +29,7 @@ from sj_robust.training.regularization import retract_
 from sj_robust.training.signals import TrainingInterrupted, collected_signals
 from sj_robust.training.validation import Validation
 
-__all__ = ["NonFiniteLossError", "TrainingInterrupted", "TrainingPlan", "train"]
+__all__ = ["NonFiniteLossError", "TrainingInterrupted", "TrainingPlan", "check_training", "train"]
 
 
 class NonFiniteLossError(RuntimeError):
@@ -96,13 +96,34 @@ def train(
         )
         while run.epoch < plan.epochs:
             run.train_epoch(perturb, journal, received)
+            journal.stage("validation")
             record = run.finish_epoch(validation_attacks)
             if accelerator.is_main_process:
+                journal.stage("perturbation and gain of every layer")
                 scalars = run.validation.probe(run.classifier, validation_attacks["fgsm"], bounds=plan.log_bounds)
                 warning = catastrophic_overfitting(run.history) if plan.single_step_attack else None
                 journal.on_epoch(record, scalars, warning)
             run.raise_if_interrupted(run.agreed_signal(received))
     return run.history
+
+
+def check_training(objective: Objective, splits: ImageSplits, plan: TrainingPlan, accelerator: Accelerator) -> None:
+    """Refuse a training that cannot start, before anything of it is written. 训练前检查。
+
+    Args:
+        objective: Loss and classifier; looked at on one image, where they are.
+        splits: Training images.
+        plan: Numbers of the run.
+        accelerator: The processes.
+
+    Raises:
+        ValueError: As :func:`train`, for what can be told before the first step.
+    """
+    _check_use(objective, plan, accelerator)
+    ShuffledBatches(len(splits.train), plan.batch_size, seed=plan.seed, processes=accelerator.num_processes)
+    image = splits.train[0][0].unsqueeze(0)
+    _check_outputs(objective.classifier, image, splits.classes, plan.seed)
+    objective.prepare(image)
 
 
 class _Run:
@@ -146,7 +167,7 @@ class _Run:
         if isinstance(self.step_module, DistributedDataParallel):
             self.step_module.broadcast_buffers = False  # shared once per step, so that attacks see the same ones too
         image = splits.train[0][0].unsqueeze(0).to(accelerator.device)
-        self._check_outputs(image)
+        _check_outputs(self.classifier, image, self.classes, plan.seed)
         objective.prepare(image)
         self.epoch = 0
         self.batch = 0
@@ -301,16 +322,6 @@ class _Run:
             self._check_weights()
             raise
 
-    def _check_outputs(self, image: Tensor) -> None:
-        """The network tells as many classes apart as there are; looking leaves it as it was."""
-        with from_reset(self.classifier, self.plan.seed, image.device), torch.no_grad():
-            outputs = self.classifier(image).shape[1]
-        if outputs != self.classes:
-            raise ValueError(
-                f"the network must give a logit for each of the {self.classes} classes, got {outputs}; build it for "
-                "as many classes as the data has"
-            )
-
     def _check_labels(self, y: Tensor) -> None:
         """Before the labels reach the device, where a wrong one ends the process, or is left out if it is -100."""
         if y.dtype != torch.int64 or y.ndim != 1:
@@ -348,6 +359,17 @@ def _check_use(objective: Objective, plan: TrainingPlan, accelerator: Accelerato
         raise ValueError(
             f"the accelerator must have gradient_accumulation_steps 1, got {accelerator.gradient_accumulation_steps}; "
             "set accumulate in the plan, which the loss is divided by as well"
+        )
+
+
+def _check_outputs(classifier: nn.Module, image: Tensor, classes: int, seed: int) -> None:
+    """The network tells as many classes apart as there are; looking leaves it as it was."""
+    with from_reset(classifier, seed, image.device), torch.no_grad():
+        outputs = classifier(image).shape[1]
+    if outputs != classes:
+        raise ValueError(
+            f"the network must give a logit for each of the {classes} classes, got {outputs}; build it for as many "
+            "classes as the data has"
         )
 
 

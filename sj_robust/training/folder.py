@@ -1,6 +1,8 @@
 """The folder that a run leaves behind."""
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +10,12 @@ import yaml
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
-__all__ = ["CONFIGURATION_FILE", "open_run_folder", "run_to_resume"]
+__all__ = ["CONFIGURATION_FILE", "open_run_folder", "removed_if_unused", "run_to_resume"]
 
 CONFIGURATION_FILE = "config.yaml"
+
+_WRITTEN_FIRST = {CONFIGURATION_FILE, "README.md", "log.txt"}
+"""Files of a run that say nothing of its work."""
 
 
 def run_to_resume(output: str | None, stem: str, root: Path = Path("runs"), mark: str = "*/last.pt") -> Path:
@@ -84,6 +89,34 @@ def open_run_folder(
     if accelerator.num_processes > 1:
         broadcast_object_list(folders)
     return Path(folders[0])
+
+
+@contextmanager
+def removed_if_unused(folder: Path, *, resume: bool) -> Iterator[None]:
+    """Take a new folder away again if a ValueError stops the run before it has left anything. 清理未使用的运行目录。
+
+    Args:
+        folder: Folder of the run.
+        resume: Whether it is an earlier run's, which stays.
+
+    Examples:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp()) / "run"
+        >>> folder.mkdir()
+        >>> with removed_if_unused(folder, resume=False):
+        ...     raise ValueError("no such suite")
+        Traceback (most recent call last):
+            ...
+        ValueError: no such suite
+        >>> folder.exists()
+        False
+    """
+    try:
+        yield
+    except ValueError:
+        if not resume and {path.name for path in folder.rglob("*")} <= _WRITTEN_FIRST:
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _numbers(stem: str, root: Path) -> list[int]:

@@ -1,14 +1,18 @@
 """What a run tells its user: console, log file, TensorBoard."""
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from accelerate import Accelerator
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from sj_robust.evaluation.environment import environment
+from sj_robust.evaluation.terminal import moving, working
 from sj_robust.training.history import EpochRecord
 
 __all__ = ["Journal"]
@@ -37,12 +41,13 @@ class Journal:
         self.console = Console(quiet=folder is None, highlight=False, soft_wrap=True)
         self._writer: SummaryWriter | None = None
         self._progress = Progress(
-            TextColumn("{task.description}"),
+            SpinnerColumn("line"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
-            TextColumn("{task.fields[status]}"),
+            TextColumn("{task.fields[status]}", markup=False),
             TimeRemainingColumn(),
             console=self.console,
-            disable=folder is None or not self.console.is_terminal,
+            disable=not moving(self.console),
             transient=True,
         )
         self._task = TaskID(0)
@@ -58,6 +63,9 @@ class Journal:
             OSError: If the log cannot be written.
         """
         self.console.print(text, markup=False)
+        self._log(text)
+
+    def _log(self, text: str) -> None:
         if self._folder is None:
             return
         path = self._folder / "log.txt"
@@ -70,9 +78,39 @@ class Journal:
                 " or restore the folder, then continue with --resume"
             ) from error
 
-    def header(self, title: str, values: Mapping[str, object]) -> None:
-        """Log a group of named values; the console sees them as well."""
-        self.say("\n  ".join([f"{title}:", *(f"{name}: {value}" for name, value in values.items())]))
+    def begin(
+        self, configuration: Mapping[str, Any], defaults: Mapping[str, Any], accelerator: Accelerator
+    ) -> dict[str, str]:
+        """Log versions, device, commit and every option; the console sees the versions and what is not a default.
+
+        Args:
+            configuration: Options of the run in plain data.
+            defaults: What they are unless something else is asked for.
+            accelerator: Device and processes.
+
+        Returns:
+            The environment, for the report.
+        """
+        where = environment(accelerator.device) | {"processes": str(accelerator.num_processes)}
+        for title, values in (("environment", where), ("configuration", configuration)):
+            self._log("\n  ".join([f"{title}:", *(f"{name}: {value}" for name, value in values.items())]))
+        shown = ", ".join(f"{name} {where[name]}" for name in ("sj_robust", "spikingjelly", "torch", "device"))
+        changed = {name: value for name, value in configuration.items() if value != defaults[name]}
+        options = ", ".join(f"{name} {value}" for name, value in changed.items()) or "none but the defaults"
+        self.console.print(f"{shown}\noptions: {options}\nwriting to {self._folder}", markup=False)
+        return where
+
+    @contextmanager
+    def steps(self, text: str, total: int) -> Iterator[Callable[[], None]]:
+        """Log and show work of so many steps; yields what to call after each, see ``evaluation.terminal.working``."""
+        self._log(text)
+        with working(text, self.console, total=total) as step:
+            yield step
+
+    def stage(self, text: str) -> None:
+        """Show on the bar what is done between the steps of a training."""
+        if self._folder is not None and not self._progress.disable:
+            self._progress.update(self._task, status=text)
 
     @contextmanager
     def network(self, name: str, epochs: int, batches: int, epoch: int, batch: int, images: int = 0) -> Iterator[None]:

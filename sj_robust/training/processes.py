@@ -1,15 +1,19 @@
 """The processes and the device of a recipe."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Literal
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
+from rich.console import Console
 
+from sj_robust.evaluation.terminal import working
 from sj_robust.ops import keep_heap
 
-__all__ = ["make_accelerator"]
+__all__ = ["first_process_first", "make_accelerator"]
 
 
 def make_accelerator(
@@ -39,3 +43,16 @@ def make_accelerator(
     # A process that is done waits for the slowest one, which may evaluate for hours.
     patience = InitProcessGroupKwargs(timeout=timedelta(days=30))
     return Accelerator(cpu=not on_gpu, mixed_precision=mixed_precision, kwargs_handlers=[patience])
+
+
+@contextmanager
+def first_process_first(accelerator: Accelerator, text: str) -> Iterator[None]:
+    """What the first process does before the others do it too, with progress on its console. 主进程先执行。
+
+    Args:
+        accelerator: The processes.
+        text: What is done.
+    """
+    console = Console(quiet=not accelerator.is_main_process, highlight=False, soft_wrap=True)
+    with accelerator.main_process_first(), working(text, console):
+        yield

@@ -1,18 +1,16 @@
-"""What the recipes' command lines share; needs the extra ``recipes``."""
+"""Words of a command line to the options of a recipe."""
 
 import inspect
 import re
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, TypeVar
 
-from jsonargparse import auto_cli
-
-from sj_robust.training.engine import NonFiniteLossError, TrainingInterrupted
+from sj_robust.command_line.parser import RecipeParser
+from sj_robust.command_line.wrong_use import check_values
 from sj_robust.training.folder import CONFIGURATION_FILE, run_to_resume
 
-__all__ = ["named_arguments", "parse_options", "run_recipe", "same_names"]
+__all__ = ["named_arguments", "parse_options", "read_options", "same_names"]
 
 SWITCHES = (
     "--compile",
@@ -52,6 +50,25 @@ def named_arguments(arguments: Sequence[str]) -> list[str]:
     return words
 
 
+def read_options(options_type: type[OptionsT], arguments: Sequence[str]) -> OptionsT:
+    """Options of a recipe from the words of its command line. 解析命令行选项。
+
+    Args:
+        options_type: Dataclass of options; see :class:`sj_robust.command_line.parser.RecipeParser`.
+        arguments: Words of the command line, such as :func:`named_arguments` returns.
+
+    Returns:
+        The options.
+
+    Raises:
+        WrongUse: If a number is too small, a radius is none, or a data set is not known.
+        SystemExit: If an option is unknown or has the wrong type (code 2), or after ``--help``.
+    """
+    options = _parsed(options_type, arguments)
+    check_values(options)
+    return options
+
+
 def parse_options(
     options_type: type[OptionsT],
     arguments: Sequence[str],
@@ -59,7 +76,7 @@ def parse_options(
     *,
     mark: str = "*/last.pt",
 ) -> OptionsT:
-    """Options of a recipe; those of a run that is resumed come from its own folder first. 解析命令行选项。
+    """Options of a recipe; those of a run that is resumed come from its own folder first. 解析可续跑的命令行选项。
 
     Args:
         options_type: Dataclass with at least ``output`` and ``resume``.
@@ -72,14 +89,20 @@ def parse_options(
 
     Raises:
         FileNotFoundError: If there is no run to resume.
-        SystemExit: If an option is unknown or has the wrong type (code 2), or after ``--help``.
+        WrongUse: As :func:`read_options`.
+        SystemExit: As :func:`read_options`.
     """
-    options: Any = auto_cli(options_type, args=list(arguments))
+    options: Any = read_options(options_type, arguments)
     if not options.resume:
-        return options  # type: ignore[no-any-return]  # auto_cli returns an instance of what it is given
+        return options  # type: ignore[no-any-return]  # what read_options returned
     folder = run_to_resume(options.output, stem(options), mark=mark)
-    resumed: Any = auto_cli(options_type, args=["--config", str(folder / CONFIGURATION_FILE), *arguments])
+    resumed: Any = read_options(options_type, ["--config", str(folder / CONFIGURATION_FILE), *arguments])
     return replace(resumed, output=str(folder))  # type: ignore[no-any-return]  # as above
+
+
+def _parsed(options_type: type[OptionsT], arguments: Sequence[str]) -> OptionsT:
+    found = RecipeParser(options_type).parse_args(list(arguments))
+    return options_type(**{field.name: found[field.name] for field in fields(options_type)})  # type: ignore[arg-type]
 
 
 def same_names(target: Callable[..., Any], options: object) -> dict[str, Any]:
@@ -99,23 +122,3 @@ def same_names(target: Callable[..., Any], options: object) -> dict[str, Any]:
     """
     parameters = inspect.signature(target).parameters
     return {name: getattr(options, name) for name in parameters if hasattr(options, name)}
-
-
-def run_recipe(main: Callable[[list[str]], None]) -> None:
-    """Run a recipe as a script: errors in a line on stderr, the conventional exit codes. 以脚本方式运行。
-
-    Exit code 1 after an error, 130 after Ctrl-C, 128 plus its number after a signal that left a checkpoint.
-
-    Args:
-        main: Takes the words of the command line.
-    """
-    try:
-        main(sys.argv[1:])
-    except TrainingInterrupted as interruption:
-        print(interruption, file=sys.stderr)
-        sys.exit(128 + interruption.signal_number)
-    except KeyboardInterrupt:
-        print("stopped; what is finished is kept, continue with --resume", file=sys.stderr)
-        sys.exit(130)
-    except (OSError, ValueError, ModuleNotFoundError, NonFiniteLossError) as error:
-        sys.exit(f"error: {error}")

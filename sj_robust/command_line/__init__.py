@@ -1,0 +1,17 @@
+"""What the recipes share: options, help, exit codes, the README of an output folder; needs the extra ``recipes``."""
+
+from sj_robust.command_line.contents import describe_folder
+from sj_robust.command_line.options import named_arguments, parse_options, read_options, same_names
+from sj_robust.command_line.start import run_recipe
+from sj_robust.command_line.wrong_use import WrongUse, checked
+
+__all__ = [
+    "WrongUse",
+    "checked",
+    "describe_folder",
+    "named_arguments",
+    "parse_options",
+    "read_options",
+    "run_recipe",
+    "same_names",
+]
