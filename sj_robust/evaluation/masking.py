@@ -1,79 +1,23 @@
 """Gradient masking: is a network robust, or do its gradients merely lead attacks astray?"""
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from sj_robust.attacks.checks import check_count, check_images, check_labels, check_model
 from sj_robust.attacks.member import check_estimator
+from sj_robust.evaluation import _symptoms
 from sj_robust.evaluation._from_reset import from_reset
 from sj_robust.evaluation._probe import Model, Probe
-from sj_robust.evaluation.activity import LayerActivity, firing
+from sj_robust.evaluation.activity import firing
+from sj_robust.evaluation.finding import THRESHOLDS, Finding
 from sj_robust.evaluation.threat import ThreatModel
 
 __all__ = ["ESTIMATORS_COMPARED", "THRESHOLDS", "Finding", "diagnose"]
 
 ESTIMATORS_COMPARED = ("triangle:0.5", "triangle:1", "atan:4", "assg")
 """Gradient estimators that :func:`diagnose` compares with the training surrogate unless told otherwise."""
-
-THRESHOLDS: Mapping[str, float] = MappingProxyType(
-    {
-        "clean_errors": 0.9,
-        "random_outputs": 0.0,
-        "silent_layers": 0.95,
-        "saturated_layers": 0.5,
-        "zero_gradients": 0.5,
-        "tiny_gradients": 0.1,
-        "flat_loss": 0.1,
-        "saturated_loss": 0.1,
-        "loss_does_not_rise": 0.1,
-        "noise_beats_attack": 0.05,
-        "single_step_beats_iterative": 0.05,
-        "more_steps_fool_fewer": 0.05,
-        "larger_budget_fools_fewer": 0.05,
-        "unbounded_attack_fails": 0.0,
-        "transfer_beats_white_box": 0.05,
-        "other_estimator_stronger": 0.2,
-    }
-)
-"""Largest value with which each finding passes: shares in [0, 1]. ``clean_errors`` is relative to guessing; where 0.05
-of the images is less than one image, one image passes."""
-
-_FLAT = 0.1  # of the way to the decision boundary, which the gradient has to promise within [0, 1]
-_RESOLUTION = 2.0**-23  # of float32, relative to the logits
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One symptom of gradient masking, measured. 一项梯度掩蔽诊断结果。
-
-    Attributes:
-        name: Name of the symptom, a key of ``THRESHOLDS``.
-        value: Extent of the symptom in [0, 1]; the lower the better.
-        threshold: Largest value that passes.
-        passed: Whether ``value <= threshold``.
-        meaning: What was measured and what it says, in plain words with its numbers.
-        remedy: What to do where it fails.
-
-    Examples:
-        >>> print(Finding("zero_gradients", 0.75, 0.5, False, "75 % are zero.", "Sweep estimators."))
-        FAILED zero_gradients: 0.75 (at most 0.5). 75 % are zero. Sweep estimators.
-    """
-
-    name: str
-    value: float
-    threshold: float
-    passed: bool
-    meaning: str
-    remedy: str
-
-    def __str__(self) -> str:
-        state, remedy = ("passed", "") if self.passed else ("FAILED", f" {self.remedy}")
-        return f"{state} {self.name}: {self.value:.3g} (at most {self.threshold:.3g}). {self.meaning}{remedy}"
 
 
 def diagnose(
@@ -152,237 +96,13 @@ def diagnose(
         probe = Probe(
             model, x.detach().clone(), y.clone(), threat=threat, seed=seed, steps=steps, eot_samples=eot_samples
         )
-        findings = [_clean(probe), _randomness(probe)]
+        findings = [_symptoms.clean_errors(probe), _symptoms.randomness(probe)]
         if activity:
-            findings += _layers(activity)
-        findings += _gradients(probe)
+            findings += _symptoms.layers(activity)
+        findings += _symptoms.gradients(probe)
         if bool(probe.right.any()):
-            findings += _attacks(probe)
-            findings.append(_transfer(probe, source))
+            findings += _symptoms.attacks(probe)
+            findings.append(_symptoms.transfer(probe, source))
             if activity and names and probe.connected:
-                findings.append(_estimators(probe, names))
+                findings.append(_symptoms.estimators_compared(probe, names))
     return tuple(findings)
-
-
-def _finding(name: str, value: float, meaning: str, remedy: str, *, threshold: float | None = None) -> Finding:
-    threshold = THRESHOLDS[name] if threshold is None else threshold
-    return Finding(name, float(value), threshold, bool(value <= threshold), meaning, remedy)
-
-
-def _clean(probe: Probe) -> Finding:
-    guessing = 1 - 1 / probe.repeated.shape[2]
-    errors = 1 - float(probe.right.double().mean())
-    return _finding(
-        "clean_errors",
-        errors,
-        f"The network gets {errors:.0%} of the images wrong without any attack; guessing gets {guessing:.0%} wrong. A "
-        "network that is wrong anyway cannot be robust.",
-        "Check the weights, the normalisation and the labels before attacking.",
-        threshold=THRESHOLDS["clean_errors"] * guessing,
-    )
-
-
-def _randomness(probe: Probe) -> Finding:
-    value = float(probe.random.double().mean())
-    return _finding(
-        "random_outputs",
-        value,
-        f"{value:.0%} of the images get other logits in another forward. A gradient of one draw points where another "
-        "draw does not, so a plain attack is weaker than it seems.",
-        "Attack the average: eot_samples >= 10 here and in every attack, and count an image as fooled only if several "
-        "fresh draws are wrong (draws of the suites).",
-    )
-
-
-def _layers(activity: Sequence[LayerActivity]) -> list[Finding]:
-    quiet = max(activity, key=lambda layer: layer.silent)
-    loud = max(activity, key=lambda layer: layer.saturated)
-    return [
-        _finding(
-            "silent_layers",
-            quiet.silent,
-            f"In layer {quiet.layer!r} ({quiet.neuron}) {quiet.silent:.0%} of the neurons never fire on these images, "
-            "the most of all layers. What never fires passes nothing on, neither images nor attacks.",
-            "Lower v_threshold, scale the input or the weights up or put batch norm before the layer, and train again; "
-            "do not report the robustness of a network with a dead layer.",
-        ),
-        _finding(
-            "saturated_layers",
-            loud.saturated,
-            f"In layer {loud.layer!r} ({loud.neuron}) {loud.saturated:.0%} of the neurons fire in every step of every "
-            "image, the most of all layers. Such a neuron tells nothing of the image.",
-            "Raise v_threshold, scale the input or the weights down or put batch norm before the layer, and train "
-            "again.",
-        ),
-    ]
-
-
-def _gradients(probe: Probe) -> list[Finding]:
-    found = probe.gradients
-    size = found.elements.abs()
-    zero = float((size == 0).double().mean())
-    tiny = float(((size > 0) & (size < _RESOLUTION * found.spread[:, None])).double().mean())
-    flat = float((found.reach <= _FLAT * found.margin.abs()).double().mean())
-    saturated = float((found.margin > 24 * math.log(2)).double().mean())
-    return [
-        _finding(
-            "zero_gradients",
-            zero,
-            f"{zero:.0%} of the gradient's elements are exactly zero. A gradient attack does not move these pixels, "
-            "whatever they could do.",
-            "Look for a clamp, a rounding or a saturated activation before the network, and for neurons without a "
-            "gradient (wrap the network in SpikingClassifier); attack with wider surrogates (estimators atan:4, "
-            "triangle:1), with the masking layer replaced by the identity in the backward pass, and with Square, "
-            "which needs no gradient.",
-        ),
-        _finding(
-            "tiny_gradients",
-            tiny,
-            f"{tiny:.0%} of the gradient's elements are not zero but so small that moving the pixel over its whole "
-            "range would not change the logits by one float32 rounding. The sign of such an element is chance.",
-            "The surrogate is too narrow or an input layer saturated: attack with wider surrogates (estimators atan:4, "
-            "triangle:1), in float64, and with Square, which needs no gradient.",
-        ),
-        _finding(
-            "flat_loss",
-            flat,
-            f"For {flat:.0%} of the images the gradient promises, all the way to black or white, less than a tenth of "
-            "the way to another class. Other classes lie within that range, so the slope is not to be believed.",
-            "The surrogate is too narrow or an input layer saturated: sweep surrogate shapes and widths, and transfer "
-            "attacks from an undefended network.",
-        ),
-        _finding(
-            "saturated_loss",
-            saturated,
-            f"For {saturated:.0%} of the images the probability of the label is 1 in float32, where cross entropy has "
-            "lost its gradient although the logits have one.",
-            "Attack with APGD-DLR (loss='dlr'), which no scale of the logits can flatten.",
-        ),
-        _rise(probe),
-    ]
-
-
-def _rise(probe: Probe) -> Finding:
-    before = probe.losses(probe.x)
-    direction = probe.gradients.elements.view_as(probe.x)
-    rises = [probe.losses(probe.moved(direction, share)) > before for share in (0.5, 1.0, 2.0)]
-    value = 1 - float(torch.stack(rises).any(0).double().mean())
-    return _finding(
-        "loss_does_not_rise",
-        value,
-        f"For {value:.0%} of the images the true loss rises neither half a radius, nor one, nor two along the "
-        "direction that the gradient calls the steepest.",
-        "The gradient points astray: attack with other estimators and with EoT if the outputs are random, and check "
-        "the direction by finite differences on single images.",
-    )
-
-
-def _attacks(probe: Probe) -> list[Finding]:
-    """Findings that compare attacks on the images that are classified right."""
-    attack, single = probe.white_box, probe.fooled(probe.single_step())
-    noise = torch.stack([probe.fooled(probe.noise(draw)) for draw in range(10)]).any(0)
-    long = probe.fooled(probe.attack(steps=4 * probe.steps))
-    rate = probe.rate
-    return [
-        _comparison(
-            probe,
-            "noise_beats_attack",
-            probe.without(noise, attack),
-            f"The best of ten draws of random noise of the full radius fools {rate(noise):.0%} of the images, the "
-            f"attack {rate(attack):.0%}.",
-            "The attack searches worse than chance: attack with other estimators, with restarts from random starts, "
-            "and with Square.",
-        ),
-        _comparison(
-            probe,
-            "single_step_beats_iterative",
-            probe.without(single, attack),
-            f"A single step of the full radius fools {rate(single):.0%} of the images, {probe.steps} steps "
-            f"{rate(attack):.0%}.",
-            "Gradients near the image lead iterations into a dead end: attack with random starts and restarts, larger "
-            "steps and wider surrogates.",
-        ),
-        _comparison(
-            probe,
-            "more_steps_fool_fewer",
-            probe.without(attack, long),
-            f"{probe.steps} steps fool {rate(attack):.0%} of the images, {4 * probe.steps} steps {rate(long):.0%}.",
-            "The attack does not converge: use APGD, which chooses its step size, with restarts, and keep every "
-            "iterate that fools.",
-        ),
-        *_budgets(probe, attack),
-    ]
-
-
-def _budgets(probe: Probe, attack: Tensor) -> Iterator[Finding]:
-    eps, rates, drops = probe.threat.eps, [], [0.0]
-    before = attack
-    for radius in (2 * eps, 4 * eps):
-        if radius < probe.diameter:
-            after = probe.fooled(probe.attack(eps=radius))
-            drops.append(probe.without(before, after))
-            rates.append(f"{probe.rate(after):.0%} at {radius:.3g}")
-            before = after
-    yield _comparison(
-        probe,
-        "larger_budget_fools_fewer",
-        max(drops),
-        f"The attack fools {', '.join([f'{probe.rate(attack):.0%} of the images at eps {eps:.3g}', *rates])}.",
-        "A larger ball holds the smaller one, so the attack is lost in it: use APGD with restarts and other "
-        "estimators.",
-    )
-    left = 1 - probe.rate(probe.fooled(probe.unbounded()))
-    yield _finding(
-        "unbounded_attack_fails",
-        left,
-        f"An attack that may change every pixel at will leaves {left:.0%} of the images right, although it could paint "
-        "another class.",
-        "The gradient does not lead to what surely exists: attack with wider surrogates, with the masking layer "
-        "replaced by the identity in the backward pass, by transfer and with Square.",
-    )
-
-
-def _transfer(probe: Probe, source: nn.Module | None) -> Finding:
-    crafting = probe.substitute() if source is None else source
-    attack, transferred = probe.white_box, probe.fooled(probe.attack(source=crafting))
-    origin = "a stand-in fitted to the model's answers" if source is None else "the source network"
-    return _comparison(
-        probe,
-        "transfer_beats_white_box",
-        probe.without(transferred, attack),
-        f"Images crafted on {origin} fool {probe.rate(transferred):.0%}, those crafted with the model's own gradient "
-        f"{probe.rate(attack):.0%}.",
-        "The model's own gradient knows less than a stranger's: attack with other estimators, by transfer from several "
-        "undefended networks and with Square, and report the worst case per image.",
-    )
-
-
-def _estimators(probe: Probe, names: Sequence[str]) -> Finding:
-    left = {"training": 1 - probe.rate(probe.fooled(probe.strong_attack("training")))}
-    skipped = ""
-    for name in names:
-        try:
-            left[name] = 1 - probe.rate(probe.fooled(probe.strong_attack(name)))
-        except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-            skipped += f" {name} could not be tried: {error}."
-    best = min(left, key=lambda name: left[name])
-    listed = ", ".join(f"{name} {accuracy:.0%}" for name, accuracy in left.items())
-    return _finding(
-        "other_estimator_stronger",
-        left["training"] - left[best],
-        f"Of the images classified right the same attack leaves, by gradient estimator: {listed}. The surrogate of "
-        f"the training overstates robustness by the difference to the best.{skipped}",
-        "Report the worst case over estimators (suites fast and standard), not the attack with the training surrogate "
-        f"alone; {best} is a good start.",
-    )
-
-
-def _comparison(probe: Probe, name: str, value: float, meaning: str, remedy: str) -> Finding:
-    """A finding on shares of the attacked images, where one image alone is no evidence."""
-    return _finding(
-        name,
-        value,
-        f"{meaning} {value:.0%} fall to the weaker attack alone.",
-        remedy,
-        threshold=max(THRESHOLDS[name], 1 / int(probe.right.sum())),
-    )
