@@ -1,39 +1,27 @@
-"""The epoch loop on Accelerate: CPU, GPU, DDP, mixed precision; every run can be stopped and continued."""
+"""The epoch loop on Accelerate: CPU, GPU, DDP, mixed precision."""
 
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sj_robust.attacks.randomness import SampleSeeds, seeded_globals
-from sj_robust.data import ImageSplits, ShuffledBatches, image_loader
+from sj_robust.data import ImageSplits, ShuffledBatches
 from sj_robust.evaluation import Attack
-from sj_robust.evaluation._from_reset import from_reset
-from sj_robust.training.batch_norm import share_buffers, synchronised_batch_norm
-from sj_robust.training.checkpoint import check_same_run, load_run, save_checkpoint
+from sj_robust.training._run import NonFiniteLossError, TrainingRun, check_outputs
+from sj_robust.training.batch_norm import synchronised_batch_norm
+from sj_robust.training.checkpoint import load_run
 from sj_robust.training.compilation import compiled
 from sj_robust.training.history import EpochRecord, catastrophic_overfitting
 from sj_robust.training.journal import Journal
-from sj_robust.training.objective import Losses, Objective
+from sj_robust.training.objective import Objective
 from sj_robust.training.plan import TrainingPlan
-from sj_robust.training.random_state import mixed, random_state, set_random_state
-from sj_robust.training.regularization import retract_
 from sj_robust.training.signals import TrainingInterrupted, collected_signals
-from sj_robust.training.validation import Validation
 
 __all__ = ["NonFiniteLossError", "TrainingInterrupted", "TrainingPlan", "check_training", "train"]
-
-
-class NonFiniteLossError(RuntimeError):
-    """The loss or a weight became NaN or infinite; the checkpoint written before is intact."""
 
 
 def train(
@@ -85,7 +73,7 @@ def train(
     with ExitStack() as stack:
         if plan.sync_batch_norm and accelerator.num_processes > 1:
             stack.enter_context(synchronised_batch_norm(net))
-        run = _Run(objective, splits, plan, accelerator, folder, dict(description))
+        run = TrainingRun(objective, splits, plan, accelerator, folder, dict(description))
         if resume and (folder / "last.pt").exists():
             run.load(load_run(folder / "last.pt"))
         if plan.compile:
@@ -122,228 +110,8 @@ def check_training(objective: Objective, splits: ImageSplits, plan: TrainingPlan
     _check_use(objective, plan, accelerator)
     ShuffledBatches(len(splits.train), plan.batch_size, seed=plan.seed, processes=accelerator.num_processes)
     image = splits.train[0][0].unsqueeze(0)
-    _check_outputs(objective.classifier, image, splits.classes, plan.seed)
+    check_outputs(objective.classifier, image, splits.classes, plan.seed)
     objective.prepare(image)
-
-
-class _Run:
-    """A training run: what it is made of, and where it stands."""
-
-    def __init__(
-        self,
-        objective: Objective,
-        splits: ImageSplits,
-        plan: TrainingPlan,
-        accelerator: Accelerator,
-        folder: Path,
-        description: dict[str, Any],
-    ) -> None:
-        self.plan = plan
-        self.accelerator = accelerator
-        self.folder = folder
-        self.description = description
-        self.batches = ShuffledBatches(
-            len(splits.train),
-            plan.batch_size,
-            seed=plan.seed,
-            rank=accelerator.process_index,
-            processes=accelerator.num_processes,
-        )
-        on_gpu = accelerator.device.type == "cuda"
-        self.training_loader = image_loader(splits.train, self.batches, plan.workers, pin_memory=on_gpu)
-        self.validation = Validation(splits.validation, accelerator, seed=plan.seed, pin_memory=on_gpu)
-        self.channels_last = on_gpu if plan.channels_last is None else plan.channels_last
-        self.augmentation = splits.augmentation
-        self.classes = splits.classes
-        self.objective = objective
-        self.classifier = objective.classifier
-        if self.channels_last:
-            _store_channels_last(self.classifier)
-        optimizer = torch.optim.SGD(
-            objective.parameters(), plan.lr, momentum=plan.momentum, weight_decay=plan.weight_decay
-        )
-        self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, plan.epochs)
-        self.step_module, self.optimizer = accelerator.prepare(objective, optimizer)
-        if isinstance(self.step_module, DistributedDataParallel):
-            self.step_module.broadcast_buffers = False  # shared once per step, so that attacks see the same ones too
-        image = splits.train[0][0].unsqueeze(0).to(accelerator.device)
-        _check_outputs(self.classifier, image, self.classes, plan.seed)
-        objective.prepare(image)
-        self.epoch = 0
-        self.batch = 0
-        self.loss_names = (*Losses._fields, *(f"penalty/{penalty.name}" for penalty in objective.penalties))
-        self.sums = torch.zeros(len(self.loss_names), dtype=torch.float64)
-        self.history: list[EpochRecord] = []
-
-    def train_epoch(self, perturb: Attack | None, journal: Journal, received: list[int]) -> None:
-        """The rest of the present epoch."""
-        self.batches.epoch, self.batches.first_batch = self.epoch, self.batch
-        self.objective.train()
-        for x, y in self.training_loader:
-            self._check_labels(y)
-            losses, signal_number = self._step(self._moved(x), self._moved(y), perturb, received)
-            self.sums += losses
-            self.batch += 1
-            journal.on_step(dict(zip(self.loss_names, losses.tolist(), strict=True)))
-            if signal_number is not None:
-                self.checkpoint("last.pt")
-                self.raise_if_interrupted(signal_number)
-            if self.plan.checkpoint_steps and self.batch % self.plan.checkpoint_steps == 0:
-                self.checkpoint("last.pt")
-
-    def finish_epoch(self, validation_attacks: Mapping[str, Attack]) -> EpochRecord:
-        """Validate, record and write the checkpoints of an epoch whose batches are done."""
-        with self._explained():
-            validation = self.validation.accuracy(self.classifier, validation_attacks)
-        record = EpochRecord(
-            epoch=self.epoch + 1,
-            losses=dict(zip(self.loss_names, (self.sums / self.batch).tolist(), strict=True)),
-            validation=validation,
-            lr=float(self.scheduler.get_last_lr()[0]),
-        )
-        best = max((earlier.validation[self.plan.select] for earlier in self.history), default=-1.0)
-        self.history.append(record)
-        with warnings.catch_warnings():
-            # a run resumed after the last batch of an epoch has not stepped the optimizer of this process yet
-            warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
-            self.scheduler.step()
-        self.epoch, self.batch = self.epoch + 1, 0
-        self.sums.zero_()
-        if self.objective.monitor is not None:
-            self.objective.monitor.clear_recorded_data()
-        if validation[self.plan.select] > best:
-            self.checkpoint("best.pt")
-        self.checkpoint("last.pt")
-        return record
-
-    def raise_if_interrupted(self, signal_number: int | None) -> None:
-        """Stop where a checkpoint was just written, if a signal asked for it."""
-        if signal_number is not None:
-            raise TrainingInterrupted(signal_number, self.folder / "last.pt")
-
-    def checkpoint(self, name: str) -> None:
-        """Write everything that :meth:`load` needs; on the main process, with the random states of all."""
-        self._check_weights()
-        states = gather_object([random_state()])
-        if self.accelerator.is_main_process:
-            scaler = self.accelerator.scaler
-            content = {
-                "description": self.description,
-                "model": self.classifier.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.scheduler.state_dict(),
-                "scaler": None if scaler is None else scaler.state_dict(),
-                "epoch": self.epoch,
-                "batch": self.batch,
-                "sums": self.sums,
-                "history": [asdict(record) for record in self.history],
-                "random": states,
-            }
-            save_checkpoint(self.folder / name, content)
-        self.accelerator.wait_for_everyone()
-
-    def load(self, content: dict[str, Any]) -> None:
-        """Stand where a checkpoint was written."""
-        check_same_run(content["description"], self.description)
-        self.classifier.load_state_dict(content["model"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.scheduler.load_state_dict(content["scheduler"])
-        if self.accelerator.scaler is not None and content["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(content["scaler"])
-        self.epoch, self.batch, self.sums = content["epoch"], content["batch"], content["sums"]
-        self.history = [EpochRecord(**record) for record in content["history"]]
-        if self.accelerator.process_index < len(content["random"]):
-            set_random_state(content["random"][self.accelerator.process_index])
-
-    def agreed_signal(self, received: list[int]) -> int | None:
-        """The signal that some process got."""
-        return self._agreed(received, torch.zeros(len(self.loss_names), device=self.accelerator.device))[1]
-
-    def _step(self, x: Tensor, y: Tensor, perturb: Attack | None, received: list[int]) -> tuple[Tensor, int | None]:
-        """One step of the optimizer; the losses on the CPU, means over all processes, and the signal some process got.
-
-        The host waits for the device once, when it reads the losses behind the backward pass: no step of the optimizer
-        is taken with a loss that is not finite.
-        """
-        place = self.epoch, self.batch
-        # An image has its own seed in every epoch, so that it meets the same noise on any number of processes.
-        seeds = SampleSeeds(self.batches.indices(*place)).derived("training", self.plan.seed, self.epoch)
-        if self.augmentation is not None:
-            x = self.augmentation(x, seeds.derived("augmentation").seeds)
-        self.optimizer.zero_grad()
-        size = len(x) // self.plan.accumulate
-        values = []
-        with seeded_globals(mixed(self.plan.seed, *place, self.accelerator.process_index), x.device):
-            for start in range(0, len(x), size):
-                rows = slice(start, start + size)
-                with ExitStack() as stack:
-                    if rows.stop < len(x):
-                        stack.enter_context(self.accelerator.no_sync(self.step_module))
-                    values.append(self._part(x[rows], y[rows], SampleSeeds(seeds.seeds[rows]), perturb))
-        losses, signal_number = self._agreed(received, torch.stack(values).mean(0))
-        self.optimizer.step()
-        if self.plan.retraction > 0:
-            draws = torch.Generator().manual_seed(mixed(self.plan.seed, *place))
-            retract_(self.classifier, self.plan.retraction, draws)
-        share_buffers(self.classifier)
-        return losses, signal_number
-
-    def _part(self, x: Tensor, y: Tensor, seeds: SampleSeeds, perturb: Attack | None) -> Tensor:
-        """Forward and backward pass of a part of this process's images; the losses, on their device."""
-        x_perturbed = None
-        if perturb is not None:
-            with self._explained(), self.accelerator.autocast():
-                x_perturbed = perturb(self.classifier, x, y, generator=seeds)
-        losses = self.step_module(x, y, x_perturbed)
-        self.accelerator.backward(losses.total / self.plan.accumulate)
-        return torch.stack([value.detach().double() for value in (*losses, *self.objective.penalty_values.values())])
-
-    def _agreed(self, received: list[int], values: Tensor) -> tuple[Tensor, int | None]:
-        """Means of ``values`` over the processes and a signal of one; raises on all if a value of one is not finite."""
-        row = torch.cat([values, values.new_full((1,), received[0] if received else 0)])
-        rows = self.accelerator.gather(row[None]).cpu()
-        for losses in rows[:, :-1]:
-            if not bool(torch.isfinite(losses).all()):
-                shown = ", ".join(f"{n}={v:.6g}" for n, v in zip(self.loss_names, losses.tolist(), strict=True))
-                self._fail(f"the loss is not finite ({shown})")
-        return rows[:, :-1].mean(0), int(rows[:, -1].max()) or None
-
-    def _moved(self, values: Tensor) -> Tensor:
-        """Images or labels on the device, images in the memory order of the run."""
-        layout = torch.channels_last if self.channels_last and values.ndim == 4 else torch.preserve_format
-        return values.to(self.accelerator.device, non_blocking=True, memory_format=layout)
-
-    @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """What an attack or evaluation refuses to work on may be the fault of the weights, which then is the error."""
-        try:
-            yield
-        except ValueError:
-            self._check_weights()
-            raise
-
-    def _check_labels(self, y: Tensor) -> None:
-        """Before the labels reach the device, where a wrong one ends the process, or is left out if it is -100."""
-        if y.dtype != torch.int64 or y.ndim != 1:
-            raise ValueError(f"labels must be int64 [N], got {str(y.dtype).removeprefix('torch.')} {list(y.shape)}")
-        outside = y[(y < 0) | (y >= self.classes)]
-        if len(outside):
-            raise ValueError(
-                f"labels must be classes from 0 to {self.classes - 1}, got {int(outside[0])} among the training images "
-                f"at epoch {self.epoch + 1}, step {self.batch + 1}; correct the data, or the classes of the splits"
-            )
-
-    def _check_weights(self) -> None:
-        for name, value in self.classifier.state_dict().items():
-            if not bool(torch.isfinite(value).all()):
-                self._fail(f"{name} holds NaN or infinity")
-
-    def _fail(self, what: str) -> NoReturn:
-        last = self.folder / "last.pt"
-        intact = f"the last good checkpoint, {last}, is intact" if last.exists() else "no checkpoint was written yet"
-        raise NonFiniteLossError(
-            f"{what} at epoch {self.epoch + 1}, step {self.batch + 1}; {intact}. Lower lr, or check rho and the data"
-        )
 
 
 def _check_use(objective: Objective, plan: TrainingPlan, accelerator: Accelerator) -> None:
@@ -360,21 +128,3 @@ def _check_use(objective: Objective, plan: TrainingPlan, accelerator: Accelerato
             f"the accelerator must have gradient_accumulation_steps 1, got {accelerator.gradient_accumulation_steps}; "
             "set accumulate in the plan, which the loss is divided by as well"
         )
-
-
-def _check_outputs(classifier: nn.Module, image: Tensor, classes: int, seed: int) -> None:
-    """The network tells as many classes apart as there are; looking leaves it as it was."""
-    with from_reset(classifier, seed, image.device), torch.no_grad():
-        outputs = classifier(image).shape[1]
-    if outputs != classes:
-        raise ValueError(
-            f"the network must give a logit for each of the {classes} classes, got {outputs}; build it for as many "
-            "classes as the data has"
-        )
-
-
-def _store_channels_last(module: nn.Module) -> None:
-    """Put the weights of two-dimensional convolutions into this order; the parameters stay the same objects."""
-    for parameter in module.parameters():
-        if parameter.ndim == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
