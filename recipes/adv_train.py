@@ -16,12 +16,10 @@ from accelerate.utils import set_seed
 from sj_robust import SpikingClassifier, training
 from sj_robust.command_line import checked, describe_folder, named_arguments, parse_options, run_recipe, same_names
 from sj_robust.data import ImageSplits, load_images
-from sj_robust.evaluation import Report, ThreatModel
-from sj_robust.evaluation.eps import parse_eps
+from sj_robust.evaluation import Report, ThreatModel, parse_eps
 from sj_robust.models import NetworkSpec, build_classifier, start_from
 from sj_robust.plotting import plot_report
-from sj_robust.sweeping.grid import idle
-from sj_robust.training import engine, final, processes
+from sj_robust.sweeping import idle
 
 # Options that a resumed run may change, since the weights do not depend on them.
 FREE = {"data_root", "download", "test_limit", "reference", "device", "workers", "checkpoint_steps", "compile",
@@ -155,7 +153,7 @@ def main(arguments: list[str]) -> None:
     """Train, evaluate, report."""
     options = parse_options(Options, named_arguments(arguments), stem)
     accelerator = training.make_accelerator(options.device, options.mixed_precision)
-    with processes.first_process_first(accelerator, f"loading {options.dataset}"):  # which downloads
+    with training.first_process_first(accelerator, f"loading {options.dataset}"):  # which downloads
         splits = load_images(options.dataset, root=options.data_root, **same_names(load_images, options))
     networks = {f"{options.neuron} {options.mode}": options}
     if options.reference:
@@ -164,7 +162,7 @@ def main(arguments: list[str]) -> None:
         networks = {name: completed(choice) for name, choice in networks.items()}
         for choice in networks.values():
             objective, plan, _ = prepared(choice, splits)
-            engine.check_training(objective, splits, plan, accelerator)
+            training.check_training(objective, splits, plan, accelerator)
     configuration = asdict(replace(options, output=None, resume=False))
     folder = training.open_run_folder(options.output, stem(options), configuration, accelerator, resume=options.resume)
     if accelerator.is_main_process:
@@ -179,7 +177,7 @@ def main(arguments: list[str]) -> None:
         classifier, history = train_network(name, choice, splits, accelerator, folder, journal)
         if accelerator.is_main_process:
             attacks, once = training.final_attacks(eps), training.MODES[choice.mode].single_step
-            report = report.merged(final.measured(
+            report = report.merged(training.measured(
                 name, classifier, history, splits, attacks, report.threat, journal, seed=options.seed, single_step=once
             ))  # fmt: skip
     if accelerator.is_main_process:

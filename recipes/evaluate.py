@@ -19,18 +19,12 @@ from rich.console import Console
 from sj_robust import training
 from sj_robust.command_line import WrongUse, checked, describe_folder, named_arguments, parse_options, run_recipe
 from sj_robust.data import EVENT_DATASETS, image_loader, load_images
-from sj_robust.evaluation import ThreatModel
+from sj_robust.evaluation import RobustnessReport, ThreatModel, compare, make_suite, parse_eps
 from sj_robust.evaluation.assess import assess
-from sj_robust.evaluation.comparison import compare
-from sj_robust.evaluation.eps import parse_eps
 from sj_robust.evaluation.html import save_html
-from sj_robust.evaluation.robustness_report import RobustnessReport
 from sj_robust.evaluation.subject import Subject, check_fits, from_checkpoint, from_function
-from sj_robust.evaluation.suites import make_suite
 from sj_robust.evaluation.terminal import Display, show_comparison, show_report, working
 from sj_robust.plotting import plot_robustness
-from sj_robust.training.folder import removed_if_unused
-from sj_robust.training.processes import first_process_first
 
 
 @dataclass(frozen=True)
@@ -115,7 +109,7 @@ def main(arguments: list[str]) -> None:
     T = getattr(subject.model, "T", None) if events else None
     other = options.transfer and Path(options.transfer)
     source = from_checkpoint(other, T, trust_code=options.trust_code) if other else None
-    with first_process_first(accelerator, f"loading {dataset}"):  # which downloads and prepares
+    with training.first_process_first(accelerator, f"loading {dataset}"):  # which downloads and prepares
         splits = load_images(
             dataset,
             root=options.data_root,
@@ -136,7 +130,7 @@ def main(arguments: list[str]) -> None:
         describe_folder(folder, "evaluate", arguments)
     journal = training.Journal(folder if accelerator.is_main_process else None)
     journal.begin(configuration, asdict(Options()), accelerator)
-    with removed_if_unused(folder, resume=options.resume), Display(journal.console, journal.say) as display:
+    with training.removed_if_unused(folder, resume=options.resume), Display(journal.console, journal.say) as display:
         report = assess(
             subject,
             batches,

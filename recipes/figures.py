@@ -21,15 +21,14 @@ from sj_robust import DLIFNode
 from sj_robust.attacks import pgd
 from sj_robust.command_line import WrongUse, describe_folder, read_options, run_recipe
 from sj_robust.data import load_images
-from sj_robust.evaluation.eps import parse_eps
+from sj_robust.evaluation import parse_eps
 from sj_robust.evaluation.subject import Subject, check_fits, from_checkpoint
 from sj_robust.evaluation.terminal import working
 from sj_robust.figures import input_gains, one_neuron, redraw, save_figure, training_curves
 from sj_robust.ops import keep_heap
-from sj_robust.perturbation.intensity import IntensityCorrelation, Perturbation, intensity_correlation
-from sj_robust.sweeping import load_records
+from sj_robust.perturbation import IntensityCorrelation, Perturbation, intensity_correlation
+from sj_robust.sweeping import axes_in, cells_of, columns_of, load_records
 from sj_robust.sweeping.plot import plot_effect
-from sj_robust.sweeping.summary import axes_in, cells_of, columns_of
 
 Which = Literal["all", "neuron", "gains", "curves", "intensity", "rho"]
 

@@ -20,12 +20,13 @@ import torch
 import yaml
 from rich.console import Console
 
-from sj_robust._saved import write_whole
 from sj_robust.command_line import checked, describe_folder, named_arguments, read_options, run_recipe
+from sj_robust.evaluation import write_whole
 from sj_robust.evaluation.terminal import working
 from sj_robust.sweeping import (
     PlannedRun,
     RunRecord,
+    axes_of,
     expand,
     load_recipe,
     load_records,
@@ -34,7 +35,6 @@ from sj_robust.sweeping import (
     seeds_of,
 )
 from sj_robust.sweeping.display import SweepDisplay
-from sj_robust.sweeping.grid import axes_of
 from sj_robust.sweeping.report import write_report
 
 RECIPES = Path(__file__).parent

@@ -19,7 +19,7 @@ from sj_robust.evaluation.robustness_report import RobustnessReport
 if TYPE_CHECKING:
     from sj_robust.benchmarking import Measurement
 
-__all__ = ["BLUE", "GREY", "ORANGE", "plot_benchmark", "plot_report", "plot_robustness", "robustness_figures"]
+__all__ = ["plot_benchmark", "plot_report", "plot_robustness", "robustness_figures"]
 
 # Colours that all kinds of colour vision tell apart (Okabe and Ito); shapes and hatches differ as well.
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#767676"
@@ -34,6 +34,14 @@ def plot_report(report: Report, path: Path) -> None:
 
     Raises:
         ValueError: If the report has no scores.
+
+    Examples:
+        >>> import tempfile
+        >>> from sj_robust.evaluation import Score, ThreatModel
+        >>> path = Path(tempfile.mkdtemp()) / "report.png"
+        >>> plot_report(Report(ThreatModel("Linf", 0.1), (Score("dlif", "clean", 9, 10),)), path)
+        >>> path.is_file()
+        True
     """
     if not report.scores:
         raise ValueError("a report without scores cannot be drawn; evaluate at least one network")
@@ -54,6 +62,17 @@ def plot_benchmark(measurements: "Sequence[Measurement]", path: Path) -> None:
 
     Raises:
         ValueError: If there is nothing to draw.
+
+    Examples:
+        >>> import tempfile
+        >>> from sj_robust.benchmarking import Measurement
+        >>> times = dict(median=2.0, quartile1=1.9, quartile3=2.2, best=1.8, forward=0.7, backward=1.3)
+        >>> sizes = dict(saved_mb=8.0, peak_mb=24.0, tensor_mb=8.0, copy=0.5)
+        >>> row = Measurement("neuron", "usual", "4x64x128x16x16", "mine", **times, **sizes)
+        >>> path = Path(tempfile.mkdtemp()) / "benchmark.png"
+        >>> plot_benchmark([row], path)
+        >>> path.is_file()
+        True
     """
     if not measurements:
         raise ValueError("there are no measurements to draw; run recipes/benchmark.py first")
@@ -99,6 +118,12 @@ def plot_robustness(report: RobustnessReport, folder: Path) -> tuple[Path, ...]:
 
     Returns:
         The files.
+
+    Examples:
+        >>> import tempfile
+        >>> report = RobustnessReport("mine", "digits", "Linf", "0.1", "fast", 2, (0, 1), (0,), ())
+        >>> [file.name for file in plot_robustness(report, Path(tempfile.mkdtemp()))]
+        ['attacks.png', 'attacks.pdf']
     """
     paths = []
     with rc_context({"pdf.fonttype": 42}):
@@ -120,6 +145,11 @@ def robustness_figures(report: RobustnessReport, *, columns: int = 2) -> dict[st
 
     Returns:
         ``accuracy_over_eps``, ``attacks`` and ``potential``, as far as the report holds numbers for them.
+
+    Examples:
+        >>> report = RobustnessReport("mine", "digits", "Linf", "0.1", "fast", 2, (0, 1), (0,), ())
+        >>> list(robustness_figures(report))
+        ['attacks']
     """
     figures = {}
     if report.over_eps:

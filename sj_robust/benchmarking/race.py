@@ -31,9 +31,12 @@ class Measurement:
         allocator: Name in :data:`ALLOCATORS`.
         shape: Shape of the input, as text.
         method: Name of the method.
-        median: Median of forward plus backward; ``quartile1`` and ``quartile3`` are its spread.
+        median: Median of forward plus backward.
+        quartile1: Lower quartile of the same.
+        quartile3: Upper quartile of the same.
         best: Fastest forward plus backward.
-        forward: Median of the forward pass alone; ``backward`` likewise.
+        forward: Median of the forward pass alone.
+        backward: Median of the backward pass alone.
         saved_mb: What the graph keeps beyond inputs and parameters; NaN where there are several.
         peak_mb: Growth of the resident set at its highest; NaN where the heap is reused, which hides it.
         tensor_mb: The input of a layer, the frames of a network.

@@ -22,6 +22,8 @@ from torch import Tensor
 from sj_robust.benchmarking.subjects import SUBJECTS, Task
 from sj_robust.ops.dlif import cpp
 
+__all__ = ["main"]
+
 
 def main(subject: str, method: str, shape: tuple[int, ...], threads: int) -> None:
     """Answer every line of standard input with the seconds of the second of two passes, forward and backward."""

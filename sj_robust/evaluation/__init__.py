@@ -3,9 +3,11 @@
 from sj_robust.evaluation.activity import LayerActivity, firing
 from sj_robust.evaluation.comparison import Comparison, Difference, compare
 from sj_robust.evaluation.environment import environment
+from sj_robust.evaluation.eps import eps_text, parse_eps
 from sj_robust.evaluation.intervals import wilson_interval
 from sj_robust.evaluation.masking import Finding, diagnose
 from sj_robust.evaluation.outcome import MemberOutcome, SuiteOutcome
+from sj_robust.evaluation.progress import write_whole
 from sj_robust.evaluation.report import Report, Score
 from sj_robust.evaluation.robustness import Attack, accuracy, evaluate
 from sj_robust.evaluation.robustness_report import Figure, RobustnessReport
@@ -33,9 +35,12 @@ __all__ = [
     "compare",
     "diagnose",
     "environment",
+    "eps_text",
     "evaluate",
     "firing",
     "make_suite",
+    "parse_eps",
     "run_suite",
     "wilson_interval",
+    "write_whole",
 ]

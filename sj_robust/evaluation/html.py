@@ -75,6 +75,13 @@ def save_html(report: RobustnessReport, path: Path) -> None:
     Args:
         report: The report.
         path: The file.
+
+    Examples:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "report.html"
+        >>> save_html(RobustnessReport("mine", "digits", "Linf", "0.1", "fast", 2, (0, 1), (0,), ()), path)
+        >>> path.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
+        True
     """
     write_whole(path, to_html(report))
 

@@ -76,6 +76,15 @@ def accuracy(
 ) -> dict[str, float]:
     """The figures of :func:`evaluate` alone, in [0, 1], for use during training. 仅返回准确率。
 
+    Args:
+        model: As in :func:`evaluate`.
+        batches: As in :func:`evaluate`.
+        attacks: Attacks by name; ``"clean"`` comes first by itself.
+        seed: As in :func:`evaluate`.
+
+    Returns:
+        Shares of images classified right, by attack.
+
     Examples:
         >>> accuracy(nn.Flatten(), [(torch.eye(2).view(2, 1, 1, 2), torch.tensor([0, 0]))], {})
         {'clean': 0.5}

@@ -1,4 +1,4 @@
-"""The network that is evaluated: from a checkpoint, or from somebody's own function."""
+"""The network that is evaluated: from a checkpoint, or from somebody's own function; needs the extra ``recipes``."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace

@@ -22,6 +22,7 @@ from sj_robust.evaluation.threat import ThreatModel
 __all__ = ["Suite", "SuiteName", "SweepSettings", "make_suite"]
 
 SuiteName = Literal["paper", "fast", "standard", "autoattack", "gradients", "events"]
+"""Names of the suites."""
 
 _PAPER_EPS = 8 / 255
 _PAPER_STEPS = {7: 2.55 / 255, 10: 2 / 255, 20: 1 / 255, 40: 0.5 / 255}  # steps of PGD: step size at _PAPER_EPS

@@ -1,4 +1,7 @@
-"""The figures of the paper from one's own networks: numbers first, as a file, then the drawing."""
+"""The figures of the paper from one's own networks: numbers first, as a file, then the drawing.
+
+Needs matplotlib (extra ``recipes``).
+"""
 
 from sj_robust.figures.data import (
     InputGains,

@@ -51,6 +51,14 @@ def redraw(path: Path) -> tuple[Path, ...]:
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it holds the numbers of no figure.
+
+    Examples:
+        >>> import tempfile
+        >>> from sj_robust.figures.saved import save_figure
+        >>> path = Path(tempfile.mkdtemp()) / "gains.json"
+        >>> save_figure(InputGains({"mine": {"0": [1.0, 0.5]}}), path)
+        >>> sorted(file.name for file in redraw(path))
+        ['gains.pdf', 'gains.png']
     """
     figures = draw(load_figure(path))
     return tuple(file for end, figure in figures.items() for file in save(figure, path.parent, path.stem + end))

@@ -58,6 +58,14 @@ def load_figure(path: Path) -> FigureData:
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it holds something else, is damaged or of another version.
+
+    Examples:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "gains.json"
+        >>> head = '"format": "sj_robust.figure", "version": 1, "kind": "gains"'
+        >>> _ = path.write_text(f'{{{head}, "networks": {{"mine": {{"0": [1.0]}}}}}}')
+        >>> load_figure(path)
+        InputGains(networks={'mine': {'0': [1.0]}})
     """
     return load_saved(path, _parsed)
 

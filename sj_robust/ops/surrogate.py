@@ -8,6 +8,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
+__all__ = ["Surrogate", "SurrogateKind"]
+
 SurrogateKind = Literal["triangle", "atan", "sigmoid", "custom"]
 
 

@@ -1,4 +1,4 @@
-"""Grids of experiments: planned, run in processes, summarised beside published figures."""
+"""Grids of experiments: planned, run in processes, summarised beside published figures; needs the extra ``recipes``."""
 
 from sj_robust.sweeping.grid import axes_of, expand, idle, seeds_of
 from sj_robust.sweeping.plan import PlannedRun, load_records, plan_runs

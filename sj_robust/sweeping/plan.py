@@ -140,6 +140,14 @@ def load_records(folder: Path) -> list[RunRecord]:
 
     Raises:
         ValueError: If a file is damaged.
+
+    Examples:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> (folder / "runs" / "at-seed0").mkdir(parents=True)
+        >>> RunRecord("at-seed0", {"mode": "at", "seed": 0}).save(folder / "runs" / "at-seed0")
+        >>> [record.name for record in load_records(folder)]
+        ['at-seed0']
     """
     return [RunRecord.load(path.parent) for path in sorted((folder / "runs").glob(f"*/{RECORD_FILE}"))]
 

@@ -50,6 +50,15 @@ def plot_effect(
         The PNG and the PDF; nothing is drawn if the option is no axis, has a single value or one that is no number.
 
     Source: Figure 3 of Ding et al. (ICML 2024).
+
+    Examples:
+        >>> import tempfile
+        >>> from sj_robust.sweeping import RunRecord
+        >>> run = RunRecord("a", {"seed": 0}, {"pgd": {"correct": 9, "total": 10}})
+        >>> cells = [Cell({"rho": rho}, (run,)) for rho in (0.0, 1.0)]
+        >>> files = plot_effect(cells, {"rho": [0.0, 1.0]}, "rho", ["pgd"], Path(tempfile.mkdtemp()) / "effect-rho")
+        >>> [file.name for file in files]
+        ['effect-rho.png', 'effect-rho.pdf']
     """
     values = axes.get(option, ())
     numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)

@@ -95,6 +95,13 @@ def load_recipe(path: Path) -> Recipe:
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it lacks one of the two.
+
+    Examples:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "mine.py"
+        >>> _ = path.write_text("Options = dict; main = print")
+        >>> load_recipe(path).main(["--T", "4"])
+        ['--T', '4']
     """
     path = path.resolve()
     name = f"_recipe_{path.stem}_{abs(hash(str(path)))}"

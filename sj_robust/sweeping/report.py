@@ -52,6 +52,14 @@ def write_report(
 
     Raises:
         ValueError: If there are no runs, a pattern fits nothing, or a contrast names no axis.
+
+    Examples:
+        >>> import io, tempfile
+        >>> run = RunRecord("at-seed0", {"mode": "at", "rho": 1.0, "seed": 0}, {"pgd": {"correct": 9, "total": 10}})
+        >>> console = Console(file=io.StringIO())
+        >>> files = write_report(Path(tempfile.mkdtemp()), [run], console, grid={"rho": [1.0]}, columns=["pgd"])
+        >>> [file.name for file in files]
+        ['results.md', 'results.csv']
     """
     if not records:
         raise ValueError(f"{folder} holds no finished run, so there is nothing to report; run the sweep first")

@@ -153,6 +153,11 @@ def cells_of(records: Sequence[RunRecord], axes: Mapping[str, Sequence[Any]]) ->
 
     Returns:
         The cells that have runs.
+
+    Examples:
+        >>> runs = [RunRecord(f"seed{seed}", {"mode": "at", "rho": 1.0, "seed": seed}) for seed in (1, 0)]
+        >>> [(cell.values, [run.name for run in cell.records]) for cell in cells_of(runs, {"rho": [1.0]})]
+        [({'rho': 1.0}, ['seed0', 'seed1'])]
     """
     gathered: dict[tuple[int, ...], list[RunRecord]] = {}
     for record in records:
@@ -179,6 +184,11 @@ def columns_of(records: Iterable[RunRecord], patterns: Sequence[str] | None = No
 
     Returns:
         Names.
+
+    Examples:
+        >>> counts = {"correct": 9, "total": 10}
+        >>> columns_of([RunRecord("a", {"seed": 0}, {"clean": counts, "pgd20": counts})], ["pgd*"])
+        ['pgd20']
     """
     names = list(dict.fromkeys(name for record in records for name in record.figures))
     if patterns is None:

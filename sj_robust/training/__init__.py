@@ -1,8 +1,9 @@
 """The objective, the epoch loop on Accelerate, and checkpoints; needs the extra ``recipes``."""
 
 from sj_robust.training.checkpoint import load_checkpoint, save_checkpoint
-from sj_robust.training.engine import NonFiniteLossError, TrainingInterrupted, TrainingPlan, train
-from sj_robust.training.folder import open_run_folder, run_to_resume
+from sj_robust.training.engine import NonFiniteLossError, TrainingInterrupted, TrainingPlan, check_training, train
+from sj_robust.training.final import measured
+from sj_robust.training.folder import open_run_folder, removed_if_unused, run_to_resume
 from sj_robust.training.gain_penalty import StabilityGain
 from sj_robust.training.history import EpochRecord, catastrophic_overfitting
 from sj_robust.training.journal import Journal
@@ -16,7 +17,7 @@ from sj_robust.training.modes import (
 )
 from sj_robust.training.objective import Losses, Objective
 from sj_robust.training.penalties import GradientSparsity, Passes, Penalty, ThresholdGuarding
-from sj_robust.training.processes import make_accelerator
+from sj_robust.training.processes import first_process_first, make_accelerator
 from sj_robust.training.regularization import project_to_simplex_, retract_
 
 __all__ = [
@@ -35,12 +36,16 @@ __all__ = [
     "TrainingInterrupted",
     "TrainingPlan",
     "catastrophic_overfitting",
+    "check_training",
     "final_attacks",
+    "first_process_first",
     "load_checkpoint",
     "make_accelerator",
     "make_penalties",
+    "measured",
     "open_run_folder",
     "project_to_simplex_",
+    "removed_if_unused",
     "retract_",
     "run_to_resume",
     "save_checkpoint",

@@ -69,6 +69,12 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If the file is damaged, was written by something else, or by a newer format.
+
+    Examples:
+        >>> load_checkpoint(Path("nowhere") / "last.pt")
+        Traceback (most recent call last):
+        ...
+        FileNotFoundError: no checkpoint at nowhere/last.pt; start the run without --resume
     """
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}; start the run without --resume")

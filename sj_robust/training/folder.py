@@ -34,6 +34,16 @@ def run_to_resume(output: str | None, stem: str, root: Path = Path("runs"), mark
 
     Raises:
         FileNotFoundError: If there is no such run.
+
+    Examples:
+        >>> import tempfile
+        >>> root = Path(tempfile.mkdtemp())
+        >>> for number in (1, 2):
+        ...     (root / f"digits-{number}" / "dlif").mkdir(parents=True)
+        ...     (root / f"digits-{number}" / CONFIGURATION_FILE).touch()
+        >>> (root / "digits-1" / "dlif" / "last.pt").touch()
+        >>> run_to_resume(None, "digits", root).name  # the second run has nothing to go on with
+        'digits-1'
     """
     if output is None:  # a run that failed at its start has nothing to go on with
         numbers = (number for number in _numbers(stem, root) if any((root / f"{stem}-{number}").glob(mark)))
@@ -72,6 +82,13 @@ def open_run_folder(
     Raises:
         FileExistsError: If ``output`` holds anything and is not to be resumed.
         OSError: If the folder cannot be made or written.
+
+    Examples:
+        >>> import tempfile
+        >>> root = Path(tempfile.mkdtemp())
+        >>> folder = open_run_folder(None, "digits", {"T": 4}, Accelerator(cpu=True), root=root)
+        >>> folder.name, (folder / CONFIGURATION_FILE).read_text().strip()
+        ('digits-1', 'T: 4')
     """
     folders = [""]
     if accelerator.is_main_process:

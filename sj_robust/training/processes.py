@@ -52,6 +52,11 @@ def first_process_first(accelerator: Accelerator, text: str) -> Iterator[None]:
     Args:
         accelerator: The processes.
         text: What is done.
+
+    Examples:
+        >>> with first_process_first(make_accelerator("cpu"), "loading"):
+        ...     print("images")
+        images
     """
     console = Console(quiet=not accelerator.is_main_process, highlight=False, soft_wrap=True)
     with accelerator.main_process_first(), working(text, console):

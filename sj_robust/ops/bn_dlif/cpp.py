@@ -15,6 +15,8 @@ from sj_robust.ops.dlif import cpp
 from sj_robust.ops.dlif.config import DLIFConfig
 from sj_robust.ops.surrogate import Surrogate
 
+__all__ = ["multi_step", "unavailable_reason", "unsupported_reason"]
+
 
 def unavailable_reason() -> str | None:
     """What keeps the compiled kernels from running on this machine, or None."""

@@ -89,6 +89,11 @@ def batch_norm_dlif_multi_step(
 def can_fuse(x_seq: Tensor, norm: BatchNorm, surrogate: Surrogate) -> bool:
     """Whether ``backend="auto"`` runs this call in one pass.
 
+    Args:
+        x_seq: Input, [T, N, C, *].
+        norm: The batch norm.
+        surrogate: Surrogate of the spike.
+
     Examples:
         >>> norm = BatchNorm(None, None, None, None, use_batch_statistics=True)
         >>> can_fuse(torch.zeros(2, 3, 4, dtype=torch.bfloat16), norm, Surrogate())

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+__all__ = ["BatchNorm"]
+
 
 @dataclass(frozen=True)
 class BatchNorm:

@@ -7,6 +7,8 @@ from sj_robust.ops.bn_dlif.norm import BatchNorm
 from sj_robust.ops.dlif import reference
 from sj_robust.ops.dlif.config import DLIFConfig
 
+__all__ = ["multi_step", "normalise"]
+
 
 def multi_step(
     x_seq: Tensor, norm: BatchNorm, input_gain: Tensor, v_init: Tensor | None, config: DLIFConfig

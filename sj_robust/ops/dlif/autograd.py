@@ -7,6 +7,8 @@ from torch import Tensor
 
 from sj_robust.ops.dlif.config import DLIFConfig
 
+__all__ = ["DLIFFunction", "Implementation"]
+
 
 class Implementation(Protocol):
     """What a backend provides. Tensors are [T, M] contiguous (inputs) and [T] or [M] (gain, potential)."""

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from sj_robust.ops.surrogate import Surrogate
 
+__all__ = ["DLIFConfig", "initial_potential", "state_dtype"]
+
 
 @dataclass(frozen=True)
 class DLIFConfig:

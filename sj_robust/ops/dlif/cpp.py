@@ -15,6 +15,17 @@ from torch import Tensor
 from sj_robust.ops.dlif.config import DLIFConfig, state_dtype
 from sj_robust.ops.surrogate import Surrogate
 
+__all__ = [
+    "INSTRUCTION_SETS",
+    "INSTRUCTION_SET_VARIABLE",
+    "backward",
+    "forward",
+    "instruction_sets",
+    "run",
+    "unavailable_reason",
+    "unsupported_reason",
+]
+
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 INSTRUCTION_SET_VARIABLE = "SJ_ROBUST_INSTRUCTION_SET"
 

@@ -17,6 +17,19 @@ from torch import Tensor
 from sj_robust.ops.dlif.config import DLIFConfig
 from sj_robust.ops.surrogate import Surrogate
 
+__all__ = [
+    "LONGEST_SEQUENCE_IN_REGISTERS",
+    "THREADS_PER_BLOCK",
+    "Launcher",
+    "Variant",
+    "backward",
+    "forward",
+    "kernel_text",
+    "spliced_struct",
+    "unavailable_reason",
+    "unsupported_reason",
+]
+
 THREADS_PER_BLOCK = 128
 LONGEST_SEQUENCE_IN_REGISTERS = 32
 _LONG_SEGMENT = 16  # steps per segment of a longer sequence

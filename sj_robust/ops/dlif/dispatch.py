@@ -12,7 +12,10 @@ from sj_robust.ops.dlif.autograd import DLIFFunction, Implementation
 from sj_robust.ops.dlif.config import DLIFConfig, state_dtype
 from sj_robust.ops.surrogate import Surrogate
 
+__all__ = ["BACKENDS", "available_backends", "check_backend", "choose_backend", "dlif_multi_step", "unavailable_reason"]
+
 BACKENDS = ("auto", "reference", "eager", "torch", "cpp", "cupy")
+"""Names of backends; ``"auto"`` chooses, ``"torch"`` is another name of ``"eager"``."""
 _ALIASES = {"torch": "eager"}
 _MODULES = {"cpp": "sj_robust.ops.dlif.cpp", "cupy": "sj_robust.ops.dlif.cupy_launch"}
 _FASTEST_FIRST = {"cpu": ("cpp", "eager"), "cuda": ("cupy", "eager")}
@@ -98,6 +101,14 @@ def dlif_multi_step(
 def choose_backend(backend: str, x_seq: Tensor, surrogate: Surrogate) -> str:
     """Name of the implementation that ``backend`` means for this input.
 
+    Args:
+        backend: Name in :data:`BACKENDS`.
+        x_seq: Input, [T, N, *].
+        surrogate: Surrogate of the spike.
+
+    Returns:
+        Name of the implementation, never ``"auto"``.
+
     Raises:
         ValueError: If the name is unknown or the named backend cannot run this input.
         RuntimeError: If the named backend is not available on this machine.
@@ -124,9 +135,19 @@ def choose_backend(backend: str, x_seq: Tensor, surrogate: Surrogate) -> str:
 def check_backend(backend: str) -> str:
     """The name without its alias, if the backend is known and available.
 
+    Args:
+        backend: Name in :data:`BACKENDS`.
+
+    Returns:
+        The name.
+
     Raises:
         ValueError: If the name is unknown.
         RuntimeError: If the backend is not available on this machine, with what is missing.
+
+    Examples:
+        >>> check_backend("torch")
+        'eager'
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}")

@@ -11,6 +11,8 @@ from torch import Tensor
 from sj_robust.ops.dlif.config import DLIFConfig, initial_potential, state_dtype
 from sj_robust.ops.surrogate import Surrogate
 
+__all__ = ["backward", "forward", "unavailable_reason", "unsupported_reason"]
+
 _CPU_BLOCK_ELEMENTS = 1 << 20  # per thread and block, over all steps: fewer torch calls outweigh a smaller cache
 _CPU_BLOCK_LIMIT = 1 << 24  # per block, however many threads: 64 MB in float32
 

@@ -5,6 +5,8 @@ from torch import Tensor
 
 from sj_robust.ops.dlif.config import DLIFConfig, initial_potential, state_dtype
 
+__all__ = ["multi_step"]
+
 
 def multi_step(
     x_seq: Tensor, input_gain: Tensor, v_init: Tensor | None, config: DLIFConfig

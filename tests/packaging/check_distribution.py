@@ -1,0 +1,188 @@
+"""Builds the distributions, compares what is in them with the repository, installs them alone and uses them.
+
+    python tests/packaging/check_distribution.py [--keep FOLDER]
+
+Needs git, the extra ``release`` (build and twine) and a package registry. Two wheels are built from the source
+distribution, with and without a C++ compiler; both pass ``smoke.py`` in an environment that holds nothing else, the
+compiled one on both SpikingJelly releases.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+import tomllib
+import venv
+import zipfile
+from email import message_from_bytes
+from pathlib import Path, PurePosixPath
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+from public_names import NEEDS_RECIPES, PUBLIC  # noqa: E402 - the table lies beside the tests, which are no package
+
+NOT_IN_SDIST = {".gitignore"}
+GENERATED = {"PKG-INFO", "setup.cfg"}
+KERNEL = "sj_robust/ops/dlif/_kernel.so"
+SPIKINGJELLY = ("2.0.0", "0.0.0.0.14")
+
+
+def main():
+    """Everything, in order; the first check that fails ends the program with its message."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--keep", type=Path, help="empty folder to build in, left behind; default: a temporary one")
+    keep = parser.parse_args().keep
+    with tempfile.TemporaryDirectory() as temporary:
+        work = keep or Path(temporary)
+        work.mkdir(parents=True, exist_ok=True)
+        check(not any(work.iterdir()), f"{work} must be empty; name another folder")
+        check_all(work.resolve())
+
+
+def check_all(work):
+    """Build below ``work``, then compare, install and use."""
+    files = tracked_files()
+    source = work / "source"
+    for name in files:
+        (source / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, source / name)
+    say("sdist, and a wheel from it with the compiler")
+    run(sys.executable, "-m", "build", "--outdir", work / "dist", source)
+    (sdist,) = (work / "dist").glob("*.tar.gz")
+    (wheel,) = (work / "dist").glob("*.whl")
+    say("a wheel from the sdist without a compiler")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(work / "unpacked", filter="data")
+    unpacked = work / "unpacked" / sdist.name.removesuffix(".tar.gz")
+    without = {"CC": "/bin/false", "CXX": "/bin/false"}
+    run(sys.executable, "-m", "build", "--wheel", "--outdir", work / "pure", unpacked, **without)
+    (pure,) = (work / "pure").glob("*.whl")
+
+    say("contents and metadata")
+    check_sdist(sdist, files)
+    check_wheel(wheel, files, kernel=True)
+    check_wheel(pure, files, kernel=False)
+    check_metadata(wheel)
+    run(sys.executable, "-m", "twine", "check", "--strict", sdist, wheel, pure)
+
+    say("an empty environment with the wheel alone")
+    venv.create(work / "environment", with_pip=True)
+    python = work / "environment" / "bin" / "python"
+    pip = (python, "-m", "pip", "install", "-q")
+    run(*pip, wheel)
+    run(python, "-m", "pip", "check")
+    smoke(python, work, kernel=True)
+    for release in SPIKINGJELLY:
+        say(f"the wheel with SpikingJelly {release}")
+        run(*pip, f"spikingjelly=={release}")
+        smoke(python, work, kernel=True)
+    say("the wheel without kernel")
+    run(*pip, "--no-deps", "--force-reinstall", pure)
+    smoke(python, work, kernel=False)
+    say(f"distributions are whole: {sdist.name}, {wheel.name}, {pure.name}")
+
+
+def tracked_files():
+    """Files of the repository, as they lie in the working tree."""
+    listed = subprocess.run(["git", "-C", ROOT, "ls-files", "-z"], check=True, capture_output=True).stdout
+    return sorted(name for name in listed.decode().split("\0") if name and (ROOT / name).is_file())
+
+
+def check_sdist(sdist, files):
+    """The source distribution holds every tracked file, and nothing else but what setuptools writes."""
+    with tarfile.open(sdist) as archive:
+        names = [member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()]
+    found = {name for name in names if name not in GENERATED and ".egg-info/" not in name}
+    compare("sdist", found, set(files) - NOT_IN_SDIST)
+
+
+def check_wheel(wheel, files, *, kernel):
+    """The wheel holds the whole package, and the kernel if there was a compiler; its tag says what it is for."""
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if not name.endswith("/")}
+    installed = {name for name in names if ".dist-info/" not in name}
+    package = {name for name in files if PurePosixPath(name).parts[0] == "sj_robust"}
+    compare(wheel.name, installed, package | ({KERNEL} if kernel else set()))
+    check(any(name.endswith("dist-info/licenses/LICENSE") for name in names), f"{wheel.name} holds no licence")
+    tag = wheel.stem.split("-", 2)[2]
+    check(tag.startswith("py3-none-"), f"{wheel.name} must be for any Python 3")
+    check((tag == "py3-none-any") != kernel, f"{wheel.name} must name a platform exactly if it holds a kernel")
+
+
+def check_metadata(wheel):
+    """The metadata say what pyproject.toml and _version.py say."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        found = message_from_bytes(archive.read(name))
+    told = {
+        "Name": [project["name"]],
+        "Version": [version()],
+        "Summary": [project["description"]],
+        "Requires-Python": [project["requires-python"]],
+        "License-Expression": [project["license"]],
+        "License-File": project["license-files"],
+        "Provides-Extra": sorted(project["optional-dependencies"]),
+        "Project-URL": [f"{key}, {url}" for key, url in project["urls"].items()],
+        "Classifier": project["classifiers"],
+        "Description-Content-Type": ["text/markdown"],
+    }
+    for key, values in told.items():
+        written = found.get_all(key, [])
+        check(sorted(written) == sorted(values), f"metadata: {key} is {written}, pyproject.toml says {values}")
+    needed = [text.replace(" ", "") for text in found.get_all("Requires-Dist", []) if "extra ==" not in text]
+    check(sorted(needed) == sorted(project["dependencies"]), f"metadata: {needed} != {project['dependencies']}")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8").strip()
+    check(found.get_payload(decode=True).decode().strip() == readme, "metadata: the description must be the README")
+
+
+def smoke(python, work, *, kernel):
+    """Run ``smoke.py`` of this folder with the environment's Python, in a folder that holds nothing."""
+    names = {module: names for module, names in PUBLIC.items() if module not in NEEDS_RECIPES}
+    expected = work / "expected.json"
+    expected.write_text(json.dumps({"version": version(), "kernel": kernel, "names": names}), encoding="utf-8")
+    with tempfile.TemporaryDirectory() as elsewhere:
+        script = shutil.copy2(Path(__file__).with_name("smoke.py"), elsewhere)
+        run(python, "-I", script, expected, cwd=elsewhere, OMP_NUM_THREADS="1")
+
+
+def version():
+    """The version in its one place, read without importing the package."""
+    scope = {}
+    exec((ROOT / "sj_robust" / "_version.py").read_text(encoding="utf-8"), scope)
+    return scope["__version__"]
+
+
+def compare(what, found, wanted):
+    """Fail with what is missing and what is too much."""
+    check(found == wanted, f"{what}: missing {sorted(wanted - found)}, too much {sorted(found - wanted)}")
+
+
+def check(condition, message):
+    """Fail with a message."""
+    if not condition:
+        sys.exit(f"check_distribution: {message}")
+
+
+def run(*command, cwd=None, **environment):
+    """Run a command; its output is shown if it fails, and that of the smoke test always."""
+    words = list(map(str, command))
+    env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")} | environment
+    together = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    done = subprocess.run(words, cwd=cwd, env=env, check=False, **together)
+    check(done.returncode == 0, f"{' '.join(words)} failed with exit code {done.returncode}:\n{done.stdout}")
+    if any(word.endswith("smoke.py") for word in words):
+        sys.stdout.write(done.stdout)
+
+
+def say(text):
+    """A line with the time."""
+    print(f"{time.strftime('%T')} {text}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

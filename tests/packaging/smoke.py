@@ -1,0 +1,97 @@
+"""What an installation without extras must be able to do: ``python -I smoke.py EXPECTATION``, far from any source tree.
+
+The expectation is JSON, written by ``check_distribution.py``: the version, whether the compiled kernel came along, and
+the public names by module, with those modules that need no extra.
+"""
+
+import importlib
+import json
+import sys
+from importlib import metadata, resources
+from pathlib import Path
+
+
+def check_names(expected):
+    """Every public module that needs no extra imports alone, with all of its names."""
+    import sj_robust
+
+    assert Path(sj_robust.__file__).is_relative_to(sys.prefix), f"{sj_robust.__file__} is not the installed package"
+    assert sj_robust.__version__ == metadata.version("sj_robust") == expected["version"]
+    assert resources.files("sj_robust").joinpath("py.typed").is_file()
+    assert sj_robust.attacks.pgd, "a public module is reached from the package"
+    for module, names in expected["names"].items():
+        missing = [name for name in names if not hasattr(importlib.import_module(module), name)]
+        assert not missing, f"{module} lacks {missing}"
+
+
+def check_doctor(kernel):
+    """The doctor reports the compiled kernel when it came along, and why there is none when it did not."""
+    from sj_robust import doctor
+    from sj_robust.ops import available_backends
+
+    state = available_backends()["cpp"]
+    print(doctor.report())
+    assert state in doctor.report()
+    assert (state == "available") == kernel, f"backend cpp: {state}"
+
+
+def check_neuron(kernel):
+    """DLIF forward and backward: every backend gives what the reference gives, and ``auto`` chooses."""
+    import torch
+
+    from sj_robust import DLIFNode
+    from sj_robust.ops import available_backends
+
+    torch.manual_seed(0)
+    x = torch.randn(4, 2, 8)
+    results = {}
+    for backend in ("reference", "eager", *(["cpp"] if kernel else [])):
+        node = DLIFNode(T=4, tau=2.0, step_mode="m", backend=backend)
+        seq = x.clone().requires_grad_()
+        spikes = node(seq)
+        spikes.sum().backward()
+        assert 0 < spikes.sum() < spikes.numel()
+        results[backend] = spikes.detach(), seq.grad
+    for backend, (spikes, grad) in results.items():
+        assert torch.equal(spikes, results["reference"][0]), backend
+        torch.testing.assert_close(grad, results["reference"][1], msg=backend)
+    chosen = DLIFNode(T=4, step_mode="m").chosen_backend(x)
+    assert chosen == ("cpp" if kernel else "eager"), f"auto chose {chosen} of {available_backends()}"
+
+
+def check_robustness():
+    """Monitor, attack and certificate of one small network."""
+    import torch
+    from torch import nn
+
+    from sj_robust import DLIFNode, MPPDMonitor, SpikingClassifier, replace_neurons
+    from sj_robust.attacks import pgd
+    from sj_robust.attacks.estimators import estimator
+    from sj_robust.evaluation import ThreatModel, accuracy
+    from sj_robust.stability import certify
+
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(16, 32), DLIFNode(T=4, step_mode="m"), nn.Linear(32, 4))
+    model = SpikingClassifier(net, T=4).eval()
+    x, y = torch.rand(8, 16), torch.arange(8) % 4
+    with estimator("atan:4")(model):
+        x_adv = pgd(model, x, y, eps=0.1, step_size=0.05, steps=3)
+    assert 0 < (x_adv - x).abs().max() <= 0.1 + 1e-6
+    attacks = {"pgd": lambda model, x, y, *, generator: x_adv}
+    assert set(accuracy(model, [(x, y)], attacks)) == {"clean", "pgd"}
+    assert ThreatModel("Linf", 0.1).eps == 0.1
+    with MPPDMonitor(net) as monitor, torch.no_grad():
+        stats = monitor.compare(x.expand(4, -1, -1), x_adv.expand(4, -1, -1))
+    assert [float(layer.ms_mppd.sum()) > 0 for layer in stats.values()] == [True]
+    certificate = certify(model, x, x_perturbed=x_adv)
+    assert certificate.holds, certificate
+    assert replace_neurons(nn.Sequential(nn.Linear(2, 2)), T=4) is not None
+
+
+if __name__ == "__main__":
+    expected = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
+    check_names(expected)
+    check_doctor(expected["kernel"])
+    check_neuron(expected["kernel"])
+    check_robustness()
+    print(f"smoke test passed: sj_robust {expected['version']} on SpikingJelly {metadata.version('spikingjelly')}")

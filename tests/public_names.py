@@ -1,0 +1,89 @@
+"""The public names of every public module, and what a module needs beside the core: a change of surface is made here.
+
+``docs/compatibility.md`` says what being public promises. ``test_public.py`` and the smoke test of the distributions
+compare this table with the package.
+"""
+
+PUBLIC = {
+    "sj_robust": "DLIFNode MPPDMonitor SpikingClassifier __version__ replace_neurons",
+    "sj_robust.attacks": (
+        "AutoAttackWarning CANDIDATES Member Outcome SampleAttack SampleSeeds SweepRow WorstCase apgd autoattack "
+        "check_frames check_images check_labels count_flips craft external fgsm flip_events fools gaussian linf_bounds "
+        "pgd project_l2 project_linf random_flips rfgsm salt_and_pepper sapgd square sweep transfer uniform worst_case"
+    ),
+    "sj_robust.attacks.estimators": "Applied ESTIMATORS Estimator estimator",
+    "sj_robust.benchmarking": "ALLOCATORS Measurement SUBJECTS Subject Task race",
+    "sj_robust.classifier": "PoissonEncoder SpikingClassifier SpikingEventClassifier",
+    "sj_robust.command_line": (
+        "WrongUse checked describe_folder named_arguments parse_options read_options run_recipe same_names"
+    ),
+    "sj_robust.data": "Augmentation DATASETS EVENT_DATASETS ImageSplits ShuffledBatches image_loader load_images",
+    "sj_robust.doctor": "main report",
+    "sj_robust.evaluation": (
+        "Attack Comparison Difference Figure Finding LayerActivity MemberOutcome Report RobustnessReport Score Suite "
+        "SuiteName SuiteOutcome SweepSettings ThreatModel accuracy compare diagnose environment eps_text evaluate "
+        "firing make_suite parse_eps run_suite wilson_interval write_whole"
+    ),
+    "sj_robust.evaluation.assess": "assess",
+    "sj_robust.evaluation.html": "save_html to_html",
+    "sj_robust.evaluation.subject": "Subject check_fits describe_network from_checkpoint from_function",
+    "sj_robust.evaluation.terminal": "Display moving show_comparison show_report working",
+    "sj_robust.figures": (
+        "FigureData InputGains OneNeuron TrainingCurves draw input_gains load_figure one_neuron redraw save_figure "
+        "training_curves"
+    ),
+    "sj_robust.fusion": "FusedSequential FusionReport fuse_batch_norm unfuse_batch_norm",
+    "sj_robust.models": (
+        "ConvChain DirectlyEncoded MixedBlock NETWORKS NetworkSpec SmallConvNet VGG VGG_FEATURES WIDE_RESNETS "
+        "WideResNet build_classifier build_network build_zoo_network load_published_checkpoint set_time_steps "
+        "start_from zoo_networks"
+    ),
+    "sj_robust.neuron": "DLIFNode ReplacementReport replace_neurons",
+    "sj_robust.ops": ("BACKENDS Surrogate available_backends check_backend choose_backend dlif_multi_step keep_heap"),
+    "sj_robust.ops.bn_dlif": "BatchNorm batch_norm_dlif_multi_step can_fuse",
+    "sj_robust.perturbation": (
+        "IntensityCorrelation LayerStats LayerTrace MPPDMonitor Perturbation full_perturbation intensity_correlation "
+        "membrane_potential ms_mppd neuron_indicators sample_indicators simplified_perturbation spike_train_distance "
+        "tasad"
+    ),
+    "sj_robust.plotting": "plot_benchmark plot_report plot_robustness robustness_figures",
+    "sj_robust.stability": (
+        "Bound Certificate GainDesign INPUT InputMap LayerCertificate NeuronGains certify gain_penalty gain_scalars "
+        "input_maps l2_gain l2_gain_limit neuron_gains optimal_input_gain peak_gain printed_gain time_operator"
+    ),
+    "sj_robust.stability.plot": "plot_certificate",
+    "sj_robust.sweeping": (
+        "Cell Outcome PlannedRun Recipe RunRecord Statistic axes_in axes_of cells_of columns_of expand idle "
+        "load_recipe load_records perform_all plan_runs seeds_of"
+    ),
+    "sj_robust.sweeping.display": "SweepDisplay",
+    "sj_robust.sweeping.plot": "plot_effect",
+    "sj_robust.sweeping.published": "PUBLISHED PublishedFigure published",
+    "sj_robust.sweeping.report": "write_report",
+    "sj_robust.training": (
+        "EpochRecord GradientSparsity Journal Losses MODES Mode NonFiniteLossError Objective Passes Penalty "
+        "StabilityGain ThresholdGuarding TrainingInterrupted TrainingPlan catastrophic_overfitting check_training "
+        "final_attacks first_process_first load_checkpoint make_accelerator make_penalties measured "
+        "open_run_folder removed_if_unused project_to_simplex_ retract_ run_to_resume "
+        "save_checkpoint train training_attack validation_attacks"
+    ),
+}
+PUBLIC = {module: tuple(names.split()) for module, names in PUBLIC.items()}
+
+NEEDS_RECIPES = {
+    "sj_robust.command_line",
+    "sj_robust.evaluation.assess",
+    "sj_robust.evaluation.html",
+    "sj_robust.evaluation.subject",
+    "sj_robust.evaluation.terminal",
+    "sj_robust.figures",
+    "sj_robust.plotting",
+    "sj_robust.stability.plot",
+    "sj_robust.sweeping",
+    "sj_robust.sweeping.display",
+    "sj_robust.sweeping.plot",
+    "sj_robust.sweeping.published",
+    "sj_robust.sweeping.report",
+    "sj_robust.training",
+}
+"""Modules that need the extra ``recipes``; the others import with what the package itself depends on."""
