@@ -1,0 +1,362 @@
+"""Small faults that can be planted in a Python file, found in its syntax tree and written back into its text.
+
+A fault replaces one node of the tree; everything else of the file stays as it is, line numbers before it included.
+Nothing is planted in docstrings, annotations, ``__all__``, f-strings, ``__repr__``, asserts, and the texts of errors
+and warnings.
+"""
+
+import ast
+import copy
+import hashlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+COMPARISONS = {
+    ast.Lt: (ast.LtE, ast.GtE),
+    ast.LtE: (ast.Lt, ast.Gt),
+    ast.Gt: (ast.GtE, ast.LtE),
+    ast.GtE: (ast.Gt, ast.Lt),
+    ast.Eq: (ast.NotEq,),
+    ast.NotEq: (ast.Eq,),
+    ast.Is: (ast.IsNot,),
+    ast.IsNot: (ast.Is,),
+    ast.In: (ast.NotIn,),
+    ast.NotIn: (ast.In,),
+}
+OPERATORS = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.FloorDiv,
+    ast.Pow: ast.Mult,
+    ast.BitAnd: ast.BitOr,
+    ast.BitOr: ast.BitAnd,
+}
+OPPOSITES = {
+    "min": "max",
+    "max": "min",
+    "amin": "amax",
+    "amax": "amin",
+    "argmin": "argmax",
+    "argmax": "argmin",
+    "minimum": "maximum",
+    "maximum": "minimum",
+    "any": "all",
+    "all": "any",
+    "mean": "sum",
+    "sum": "mean",
+    "zeros_like": "ones_like",
+    "ones_like": "zeros_like",
+    "floor": "ceil",
+    "ceil": "floor",
+}
+DROPPED = ("detach", "clone", "abs", "sign", "square", "sqrt", "exp", "log", "lower", "strip")
+GRAD_MODES = ("torch.no_grad()", "torch.enable_grad()", "torch.inference_mode()")
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One fault: bytes ``start:end`` of ``file`` become ``after``.
+
+    Attributes:
+        file: Path from the root of the repository.
+        line: First line of the replaced text, from 1.
+        end_line: Last line of it.
+        function: Qualified name of the function or class around it, empty at the top of the file.
+        kind: What sort of fault it is.
+        before: Text that is replaced.
+        after: Text in its place.
+        start: First byte.
+        end: Byte after the last.
+        number: Which of the equal faults of the function this is, from 0.
+    """
+
+    file: str
+    line: int
+    end_line: int
+    function: str
+    kind: str
+    before: str
+    after: str
+    start: int
+    end: int
+    number: int = 0
+
+    @property
+    def key(self) -> str:
+        """Names the fault in a way that stays when lines move."""
+        before, after = (_one_line(text) for text in (self.before, self.after))
+        again = f" #{self.number}" if self.number else ""
+        return f"{self.file}::{self.function or 'module'}: {self.kind}: {before} -> {after}{again}"
+
+    def applied(self, source: bytes) -> bytes:
+        """The text of the file with the fault in it."""
+        return source[: self.start] + self.after.encode() + source[self.end :]
+
+    def rank(self, seed: int) -> str:
+        """Place in the random order that ``seed`` stands for, which other faults of the tree do not change."""
+        return hashlib.sha256(f"{seed}|{self.key}".encode()).hexdigest()
+
+
+def mutants_of(file: str, source: bytes) -> list[Mutant]:
+    """Every fault of a file, in the order of its text."""
+    finder = _Finder(file, source)
+    finder.visit(ast.parse(source))
+    found, seen = [], {}
+    for mutant in sorted(finder.found, key=lambda mutant: (mutant.start, mutant.kind, mutant.after)):
+        number = seen[mutant.key] = seen.get(mutant.key, -1) + 1
+        mutant = Mutant(**{**vars(mutant), "number": number})
+        if _parses(mutant.applied(source)):
+            found.append(mutant)
+    return found
+
+
+def all_mutants(files: Iterable[tuple[str, bytes]]) -> list[Mutant]:
+    """Every fault of several files."""
+    return [mutant for file, source in files for mutant in mutants_of(file, source)]
+
+
+def sample(mutants: list[Mutant], size: int, seed: int) -> list[Mutant]:
+    """A part of the faults: of every file its share, at least one, in a random order that ``seed`` decides."""
+    by_file: dict[str, list[Mutant]] = {}
+    for mutant in sorted(mutants, key=lambda mutant: mutant.rank(seed)):
+        by_file.setdefault(mutant.file, []).append(mutant)
+    if size >= len(mutants):
+        return [mutant for file in sorted(by_file) for mutant in by_file[file]]
+    exact = {file: len(of_file) * size / len(mutants) for file, of_file in by_file.items()}
+    share = {file: max(1, int(value)) for file, value in exact.items()}
+    for file in sorted(exact, key=lambda file: (share[file] - exact[file], file)):
+        if sum(share.values()) < size:
+            share[file] += 1
+    return [mutant for file in sorted(by_file) for mutant in by_file[file][: share[file]]]
+
+
+class _Finder(ast.NodeVisitor):
+    def __init__(self, file: str, source: bytes) -> None:
+        self.found: list[Mutant] = []
+        self._file = file
+        self._source = source
+        self._offsets = [0]
+        for line in source.splitlines(keepends=True):
+            self._offsets.append(self._offsets[-1] + len(line))
+        self._names: list[str] = []
+        self._in_function = 0
+
+    def visit(self, node: ast.AST) -> None:
+        """Plant in the node and below it."""
+        name = type(node).__name__
+        if isinstance(node, ast.expr):
+            self._expression(node)
+        elif isinstance(node, ast.stmt):
+            self._statement(node)
+        getattr(self, f"visit_{name}", self.generic_visit)(node)
+
+    # What is left out
+
+    def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
+        """An f-string is a text."""
+
+    def visit_Assert(self, node: ast.Assert) -> None:
+        """An assert of the package is for the type checker."""
+
+    def visit_Raise(self, node: ast.Raise) -> None:
+        """The text of an error."""
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
+        """Of an annotated assignment the value."""
+        if node.value is not None:
+            self.visit(node.value)
+
+    def visit_Assign(self, node: ast.Assign) -> None:
+        """Of an assignment everything but the list of public names."""
+        if not any(isinstance(target, ast.Name) and target.id == "__all__" for target in node.targets):
+            self.generic_visit(node)
+
+    def visit_Call(self, node: ast.Call) -> None:
+        """A call, unless it is a warning or asks for a type."""
+        name = ast.unparse(node.func)
+        if name == "warnings.warn":
+            return
+        if name in ("isinstance", "issubclass", "cast"):
+            for argument in node.args[:1]:
+                self.visit(argument)
+        else:
+            self.generic_visit(node)
+
+    def visit_If(self, node: ast.If) -> None:
+        """A branch that runs."""
+        if ast.unparse(node.test) not in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
+            self.generic_visit(node)
+
+    def visit_ClassDef(self, node: ast.ClassDef) -> None:
+        """The body of a class."""
+        self._names.append(node.name)
+        for statement in node.body:
+            self.visit(statement)
+        self._names.pop()
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
+        """Defaults and the body of a function."""
+        if node.name in ("__repr__", "__str__", "extra_repr"):
+            return
+        self._names.append(node.name)
+        for decorator in node.decorator_list:
+            if ast.unparse(decorator) in GRAD_MODES:
+                self._plant("gradient mode", decorator, "(lambda function: function)")
+        for default in (*node.args.defaults, *node.args.kw_defaults):
+            if isinstance(default, ast.Constant | ast.UnaryOp):
+                self._expression(default, kind="default")
+        self._in_function += 1
+        for statement in node.body:
+            self.visit(statement)
+        self._in_function -= 1
+        self._names.pop()
+
+    # What is planted
+
+    def _statement(self, node: ast.stmt) -> None:
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+            self._plant("statement removed", node, "pass")
+        elif isinstance(node, ast.AugAssign):
+            self._plant("statement removed", node, "pass")
+            self._operator(node)
+        elif isinstance(node, ast.Raise):
+            self._plant("raise removed", node, "pass")
+        elif isinstance(node, ast.Continue | ast.Break):
+            self._plant("statement removed", node, "pass")
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute | ast.Subscript):
+            if self._names[-1:] != ["__init__"]:
+                self._plant("statement removed", node, "pass")
+        elif isinstance(node, ast.If | ast.While):
+            self._negate(node.test)
+        elif isinstance(node, ast.Return) and node.value is not None:
+            self._returned(node.value)
+
+    def _returned(self, value: ast.expr) -> None:
+        if isinstance(value, ast.Constant) and value.value is None:
+            return
+        if isinstance(value, ast.Tuple) and len(value.elts) > 1:
+            self._changed("wrong return", value, lambda new: new.elts.reverse())
+        elif isinstance(value, ast.Compare | ast.BoolOp) or ast.unparse(value).startswith("not "):
+            self._plant("wrong return", value, f"(not ({ast.unparse(value)}))")
+        else:
+            self._plant("wrong return", value, "None")
+
+    def _expression(self, node: ast.expr, kind: str = "") -> None:
+        if isinstance(node, ast.Constant):
+            self._constant(node, kind or "constant")
+        elif isinstance(node, ast.Compare):
+            for i, operator in enumerate(node.ops):
+                for other in COMPARISONS[type(operator)]:
+                    self._changed("comparison", node, lambda new, i=i, other=other: new.ops.__setitem__(i, other()))
+        elif isinstance(node, ast.BinOp):
+            self._operator(node)
+        elif isinstance(node, ast.BoolOp):
+            other = ast.Or if isinstance(node.op, ast.And) else ast.And
+            self._changed("and / or", node, lambda new: setattr(new, "op", other()))
+        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            self._plant("not removed", node, f"({ast.unparse(node.operand)})")
+        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+            self._plant(kind or "sign", node, f"({ast.unparse(node.operand)})")
+        elif isinstance(node, ast.IfExp):
+            self._negate(node.test)
+        elif isinstance(node, ast.Slice):
+            self._slice(node)
+        elif isinstance(node, ast.Call):
+            self._call(node)
+        elif isinstance(node, ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
+            for generator in node.generators:
+                for test in generator.ifs:
+                    self._negate(test)
+
+    def _negate(self, test: ast.expr) -> None:
+        """A condition; of a lone comparison and of a lone ``not`` the opposite is planted there already."""
+        lone = (isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not)) or (
+            isinstance(test, ast.Compare) and len(test.ops) == 1
+        )
+        if not lone:
+            self._plant("condition negated", test, f"(not ({ast.unparse(test)}))")
+
+    def _constant(self, node: ast.Constant, kind: str) -> None:
+        value = node.value
+        if isinstance(value, bool):
+            self._plant(kind, node, str(not value))
+        elif isinstance(value, int):
+            for other in (value + 1, value - 1):
+                self._plant(kind, node, str(other) if other >= 0 else f"({other})")
+        elif isinstance(value, float):
+            self._plant(kind, node, repr(value + 1.0))
+            if value:
+                self._plant(kind, node, f"({-value!r})")
+
+    def _operator(self, node: ast.BinOp | ast.AugAssign) -> None:
+        other = OPERATORS.get(type(node.op))
+        if other is None or (isinstance(node.op, ast.BitOr) and not self._in_function):
+            return
+        if isinstance(node, ast.BinOp) and (_is_text(node.left) or _is_text(node.right)):
+            return
+        self._changed("operator", node, lambda new: setattr(new, "op", other()))
+
+    def _slice(self, node: ast.Slice) -> None:
+        if node.step is not None:
+            return
+        if node.lower is not None:
+            self._plant("slice", node.lower, f"({ast.unparse(node.lower)} + 1)")
+        else:
+            self._changed("slice", node, lambda new: setattr(new, "lower", ast.Constant(1)))
+        if node.upper is not None:
+            self._plant("slice", node.upper, f"({ast.unparse(node.upper)} - 1)")
+
+    def _call(self, node: ast.Call) -> None:
+        if isinstance(node.func, ast.Name) and node.func.id in ("isinstance", "issubclass", "cast", "getattr"):
+            return
+        first_two = node.args[:2]
+        differ = len({ast.unparse(argument) for argument in first_two}) == 2
+        if differ and not any(isinstance(argument, ast.Starred) or _is_text(argument) for argument in first_two):
+            self._changed("arguments swapped", node, _swap_arguments)
+        name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+        if name in OPPOSITES:
+            attribute = "attr" if isinstance(node.func, ast.Attribute) else "id"
+            self._changed("opposite function", node, lambda new: setattr(new.func, attribute, OPPOSITES[name]))
+        if name in DROPPED and isinstance(node.func, ast.Attribute):
+            of_torch = isinstance(node.func.value, ast.Name) and node.func.value.id in ("torch", "math")
+            if not of_torch and not node.args:
+                self._plant("call dropped", node, f"({ast.unparse(node.func.value)})")
+            elif of_torch and len(node.args) == 1:
+                self._plant("call dropped", node, f"({ast.unparse(node.args[0])})")
+
+    def _changed(self, kind: str, node: ast.AST, change: Callable) -> None:
+        new = copy.deepcopy(node)
+        change(new)
+        text = ast.unparse(new)
+        bare = isinstance(node, ast.Call | ast.Slice | ast.AugAssign)
+        self._plant(kind, node, text if bare else f"({text})")
+
+    def _plant(self, kind: str, node: ast.AST, after: str) -> None:
+        start = self._offsets[node.lineno - 1] + node.col_offset
+        end = self._offsets[node.end_lineno - 1] + node.end_col_offset
+        before = self._source[start:end].decode()
+        function = ".".join(self._names)
+        self.found.append(Mutant(self._file, node.lineno, node.end_lineno, function, kind, before, after, start, end))
+
+
+def _swap_arguments(call: ast.Call) -> None:
+    call.args[0], call.args[1] = call.args[1], call.args[0]
+
+
+def _is_text(node: ast.expr) -> bool:
+    return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _parses(source: bytes) -> bool:
+    try:
+        compile(source, "mutant", "exec")
+    except SyntaxError:
+        return False
+    return True

@@ -1,0 +1,235 @@
+"""The tool on a small tree whose faults are known, and the stored scores."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mutation.command import PACKAGES, ROOT, SCORES, merged
+from mutation.mutants import all_mutants, mutants_of, sample
+from mutation.trial import Coverage
+
+CODE = '''\
+"""Adds up."""
+
+
+def at_least(x, low):
+    """Not under 3."""
+    if x < low:
+        return low
+    return x
+
+
+def empty(stack):
+    while stack:
+        stack.pop()
+    return stack
+
+
+def untested(n):
+    return n + 1
+'''
+TESTS = """\
+from sj_robust.toy.numbers import at_least, empty
+
+def test_at_least():
+    assert (at_least(1, 2), at_least(3, 2)) == (2, 3)
+
+def test_empty():
+    assert empty([1, 2]) == []
+"""
+COMMAND = """\
+from pathlib import Path
+from mutation import command, trial
+command.ROOT, command.FLOOR, trial.PRELOADED = Path("."), 0, ()
+command.PACKAGES["toy"] = {"tests": ["tests/toy"]}
+command.main(["--package", "toy", "--sample", "1000", "--output", "scores.json", "--label", "before", "--jobs", "JOBS"])
+"""
+
+
+@pytest.fixture(scope="module", params=[1, 2])
+def toy(request, tmp_path_factory):
+    """A tree after the tool went over it, with one and with two faults at a time."""
+    tree = tmp_path_factory.mktemp("tree")
+    for name, text in {
+        "sj_robust/__init__.py": "",
+        "sj_robust/toy/__init__.py": "",
+        "sj_robust/toy/numbers.py": CODE,
+        "tests/toy/test_numbers.py": TESTS,
+    }.items():
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        (tree / name).write_text(text)
+    result = subprocess.run(
+        [sys.executable, "-c", COMMAND.replace("JOBS", str(request.param))],
+        cwd=tree,
+        env={"PYTHONPATH": str(ROOT / "tests"), "PATH": "/usr/bin:/bin", "TMPDIR": str(tree)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return tree, result.stdout, json.loads((tree / "scores.json").read_text())["toy"]["before"]
+
+
+def what_happened(output):
+    """Killer or survival by the fault, without its file."""
+    lines = [line.split("numbers.py::", 1)[1] for line in output.splitlines() if " => " in line]
+    return dict(line.split(" => ") for line in lines)
+
+
+def test_every_fault_of_the_tree_comes_to_what_it_must(toy):
+    by = "killed by tests/toy/test_numbers.py::test_"
+    assert what_happened(toy[1]) == {
+        "at_least: comparison: x < low -> (x <= low)": "survived",  # where both are equal it does not matter
+        "at_least: comparison: x < low -> (x >= low)": f"{by}at_least",
+        "at_least: wrong return: low -> None": f"{by}at_least",
+        "at_least: wrong return: x -> None": f"{by}at_least",
+        "empty: condition negated: stack -> (not (stack))": f"{by}empty",
+        "empty: statement removed: stack.pop() -> pass": "killed by time limit",
+        "empty: wrong return: stack -> None": f"{by}empty",
+        "untested: constant: 1 -> 0": "survived",
+        "untested: constant: 1 -> 2": "survived",
+        "untested: operator: n + 1 -> (n - 1)": "survived",
+        "untested: wrong return: n + 1 -> None": "survived",
+    }
+
+
+def test_numbers_are_those_of_the_faults(toy):
+    _, output, run = toy
+    outcomes = what_happened(output).values()
+    killed = sum(outcome.startswith("killed") for outcome in outcomes)
+    assert (run["mutants"], run["killed"], run["possible"]) == (len(outcomes), killed, len(outcomes))
+    assert run["files"] == {"sj_robust/toy/numbers.py": {"mutants": len(outcomes), "killed": killed}}
+    assert run["score"] == round(killed / len(outcomes), 3)
+    assert {entry["line"] for entry in run["survived"]} == {6, 18}
+
+
+def test_the_tree_itself_stays_as_it_was(toy):
+    assert (toy[0] / "sj_robust/toy/numbers.py").read_text() == CODE
+
+
+def test_nothing_is_planted_where_nothing_runs():
+    text = '''\
+"""Module with 1 docstring."""
+__all__ = ["f"]
+Number = int | float
+
+def f(x: int | None = None) -> "int | float":
+    """Gives 2."""
+    y: list[int] | None = x
+    assert y is not None
+    warnings.warn(f"{x + 1}", stacklevel=2 + 1)
+    return f"{x - 1}"
+
+class C:
+    def __repr__(self):
+        return 1 + 1
+'''
+    assert [mutant.key for mutant in mutants_of("m.py", text.encode())] == [
+        'm.py::f: statement removed: warnings.warn(f"{x + 1}", stacklevel=2 + 1) -> pass',
+        'm.py::f: wrong return: f"{x - 1}" -> None',
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "after"),
+    [
+        ("a[1:n]", {"a[2:n]", "a[0:n]", "a[(1 + 1):n]", "a[1:(n - 1)]"}),
+        ("max(a, b)", {"min(a, b)", "max(b, a)"}),
+        ("a.detach()", {"(a)"}),
+        ("torch.exp(a)", {"(a)"}),
+        ("a if b and c else d", {"a if (not (b and c)) else d", "a if (b or c) else d"}),
+        ("f(keep=True)", {"f(keep=False)"}),
+        ("-a", {"(a)"}),
+        ("a ** b", {"(a * b)"}),
+        ("0.5", {"1.5", "(-0.5)"}),
+    ],
+)
+def test_faults_of_an_expression(text, after):
+    source = f"x = '严', {text}\n".encode()  # offsets are in bytes
+    found = {mutant.applied(source).decode() for mutant in mutants_of("m.py", source)}
+    assert found == {f"x = '严', {new}\n" for new in after}
+
+
+def test_decorators_and_defaults():
+    source = b"@torch.no_grad()\ndef f(x, n=3, *, flag=False, s='a'):\n    raise ValueError(n + 1)\n"
+    assert [(mutant.kind, mutant.before) for mutant in mutants_of("m.py", source)] == [
+        ("gradient mode", "torch.no_grad()"),
+        ("default", "3"),
+        ("default", "3"),
+        ("default", "False"),
+        ("raise removed", "raise ValueError(n + 1)"),
+    ]
+
+
+def test_a_sample_has_a_share_of_every_file_and_keeps_its_order_when_code_is_added():
+    small, large = b"def f(x):\n    return x\n", b"def f(x):\n    return x + 1 < 2 * x\n"
+    mutants = all_mutants([("small.py", small), ("large.py", large)])
+    chosen = sample(mutants, 4, seed=1)
+    assert [mutant.file for mutant in chosen] == ["large.py"] * 3 + ["small.py"]
+    assert sample(mutants, 1000, seed=1) != mutants
+    assert set(sample(mutants, 1000, seed=1)) == set(mutants)
+    assert sample(mutants, 4, seed=1) == chosen
+    assert sample(mutants, 4, seed=2) != chosen
+    moved = all_mutants([("small.py", small), ("large.py", b"A = B\n\n" + large)])
+    assert [mutant.key for mutant in sample(moved, 4, seed=1)] == [mutant.key for mutant in chosen]
+
+
+def test_tests_of_the_line_come_first_and_the_quickest_of_them():
+    coverage = Coverage(
+        seconds={"slow": 3.0, "quick": 1.0, "elsewhere": 0.1, "broken": 0.1, "apart": 0.2},
+        lines={"slow": {"a.py": [1, 2]}, "quick": {"a.py": [2]}, "elsewhere": {"a.py": [9]}, "broken": {"a.py": [2]}}
+        | {"apart": {"b.py": [2]}},
+        failed=["broken"],
+    )
+    assert coverage.selected("a.py", 2, 3) == ["quick", "slow"]
+    assert coverage.rest(["quick", "slow"]) == ["elsewhere", "apart"]
+    assert coverage.selected("a.py", 5, 5) == ["elsewhere", "quick", "slow"]
+
+
+def test_survivors_tried_again_add_to_what_was_killed():
+    stored = {
+        "mutants": 10,
+        "killed": 6,
+        "files": {"a.py": {"mutants": 10, "killed": 6}},
+        "survived": [{"key": str(i)} for i in range(4)],
+    }
+    again = {
+        "mutants": 3,
+        "killed": 2,
+        "files": {"a.py": {"mutants": 3, "killed": 2}},
+        "survived": [{"key": "1"}],
+    }
+    after = merged(stored, again)
+    assert (after["mutants"], after["killed"], after["gone"], after["score"]) == (9, 8, 1, 0.889)
+    assert after["files"] == {"a.py": {"mutants": 10, "killed": 8}}
+
+
+RUNS = [
+    (package, label, run) for package, runs in json.loads(SCORES.read_text()).items() for label, run in runs.items()
+]
+
+
+@pytest.mark.parametrize(("package", "label", "run"), RUNS, ids=lambda value: value if isinstance(value, str) else "")
+def test_stored_scores_are_of_files_that_exist_and_add_up(package, label, run):
+    assert label in ("before", "after")
+    assert package in PACKAGES
+    assert (ROOT / "sj_robust" / package).is_dir()
+    assert run["killed"] + len(run["survived"]) == run["mutants"]
+    assert sum(numbers["killed"] for numbers in run["files"].values()) == run["killed"]
+    assert run["score"] == round(run["killed"] / run["mutants"], 3)
+
+
+@pytest.mark.parametrize("package", sorted({package for package, _, _ in RUNS}))
+def test_every_survivor_is_explained(package):
+    explained = json.loads(Path(SCORES.with_name("survivors.json")).read_text())[package]
+    survived = {entry["key"] for entry in json.loads(SCORES.read_text())[package]["after"]["survived"]}
+    assert explained.keys() == survived
+    for reason in explained.values():
+        assert reason.split(": ")[0] in ("same result", "only speed", "only text", "not tested"), reason
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_tests_named_for_a_package_exist(package):
+    table = PACKAGES[package]
+    assert all((ROOT / path).exists() for paths in table.values() for path in paths)
