@@ -79,11 +79,19 @@ def find_neurons(
         Followed neurons by name, reasons by name of the others, and the names of those others that spike.
 
     Raises:
-        ValueError: If a key fits no neuron or one whose dynamics are known, or a value is out of range.
+        TypeError: If ``net`` is no network.
+        ValueError: If there is no neuron, a key fits no neuron or one whose dynamics are known, or a value is out of
+            range.
     """
+    if not isinstance(net, nn.Module):
+        kind = f"the class {net.__name__}" if isinstance(net, type) else type(net).__name__
+        raise TypeError(f"net must be a network (nn.Module), got {kind}; build it first, as in MyNet()")
     candidates = {name: module for name, module in net.named_modules() if _is_neuron(module)}
     if not candidates:
-        raise ValueError(f"{type(net).__name__} holds no SpikingJelly neuron, so there is nothing to monitor")
+        raise ValueError(
+            f"{type(net).__name__} holds no SpikingJelly neuron, so there is nothing to monitor or certify; give a "
+            "network with IF, LIF, PLIF or DLIF neurons"
+        )
     _check_given(candidates, decay, gain)
     followed: dict[str, Neuron] = {}
     unsupported: dict[str, str] = {}

@@ -1,13 +1,16 @@
 """A spiking network as a pure function from images or event frames to logits."""
 
+import copy
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from sj_robust._host import EVAL_MODE_HAS_NO_GRADIENT, base, functional, neuron
+from sj_robust.neuron import DLIFNode
 
 __all__ = ["PoissonEncoder", "SpikingClassifier", "SpikingEventClassifier"]
 
@@ -36,7 +39,9 @@ class SpikingClassifier(nn.Module):
         step_mode: How to call ``net``; None asks its outermost step module.
 
     Raises:
-        ValueError: If an argument or the shape of the images or of the network's output does not fit.
+        TypeError: If ``net`` is no network, or the images are not floating point.
+        ValueError: If an argument, the shape of the images or of the network's output does not fit, or images and
+            weights differ in device or dtype.
 
     Source: direct encoding and rate decoding of Ding et al. (ICML 2024), section 5.
 
@@ -49,6 +54,9 @@ class SpikingClassifier(nn.Module):
 
     mean: Tensor | None
     std: Tensor | None
+
+    resets_itself: ClassVar[bool] = True
+    """Tells attacks that no state is carried from one forward into the next."""
 
     def __init__(
         self,
@@ -63,7 +71,10 @@ class SpikingClassifier(nn.Module):
         """Wrap a network; see the class."""
         super().__init__()
         if isinstance(T, bool) or not isinstance(T, int) or T < 1:
-            raise ValueError(f"T must be an integer >= 1, got {T!r}")
+            raise ValueError(
+                f"T must be an integer >= 1, the number of time steps, got {T!r}; write a number such as T=4"
+            )
+        _check_network(net)
         if step_mode not in (None, "m", "s"):
             raise ValueError(f"step_mode must be 'm', 's' or None, got {step_mode!r}")
         self.net = net
@@ -73,22 +84,80 @@ class SpikingClassifier(nn.Module):
         self.register_buffer("mean", None if mean is None else torch.tensor(mean, dtype=torch.float32))
         self.register_buffer("std", None if std is None else torch.tensor(std, dtype=torch.float32))
         if self.std is not None and not bool((self.std > 0).all()):
-            raise ValueError(f"std must be > 0 in every channel, got {std}")
+            raise ValueError(f"std must be > 0 in every channel, got {std}; leave std out where nothing is divided")
+        self._warn_of_unused_steps()
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [N, classes] of images [N, C, H, W] or features [N, F]."""
         self._check_shape(images)
+        if not images.is_floating_point():
+            raise TypeError(f"images must be floating point, got {images.dtype}; scale bytes with images.float() / 255")
         functional.reset_net(self.net)
-        with _differentiable(self.net):
-            outputs = self._run(images)
+        try:
+            with _differentiable(self.net):
+                outputs = self._run(images)
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            self._explain(error, images)
+            raise
         if outputs.ndim == 3:
             outputs = outputs.mean(0)
         if outputs.ndim != 2 or outputs.shape[0] != images.shape[0]:
             raise ValueError(
                 f"the network must return [T, N, classes] or [N, classes] with N={images.shape[0]}, got a mean over "
-                f"time of shape {tuple(outputs.shape)}"
+                f"time of shape {tuple(outputs.shape)}; let it end in a layer of spikingjelly.activation_based.layer "
+                "such as layer.Linear, after layer.Flatten, in the network's own step mode"
             )
         return outputs if outputs.dtype == torch.float64 else outputs.float()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "SpikingClassifier":
+        # States of the last forward may belong to a graph, which cannot be copied; the next forward resets them anyway.
+        functional.reset_net(self.net)
+        duplicate = type(self).__new__(type(self))
+        memo[id(self)] = duplicate
+        duplicate.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return duplicate
+
+    def _warn_of_unused_steps(self) -> None:
+        longer = {name: m.T for name, m in self.net.named_modules() if isinstance(m, DLIFNode) and m.T > self.T}
+        for name, T in list(longer.items())[:1]:
+            warnings.warn(
+                f"{type(self).__name__} runs T={self.T} of the T={T} time steps that the DLIF neuron {name!r} has "
+                f"gains for; use T={T}, or call sj_robust.models.set_time_steps(net, {self.T}) first if that is meant",
+                stacklevel=3,
+            )
+
+    def _explain(self, error: Exception, images: Tensor) -> None:
+        """Raise what a failed forward comes from, if it is one of the usual mistakes."""
+        weight = next((value for value in self.net.parameters() if value.is_floating_point()), None)
+        if weight is not None and weight.device != images.device:
+            raise ValueError(
+                f"images and network must be on one device, got images on {images.device} and weights on "
+                f"{weight.device}; move both with .to(device)"
+            ) from error
+        if weight is not None and weight.dtype != images.dtype and not torch.is_autocast_enabled(images.device.type):
+            raise ValueError(
+                f"images and network must have one dtype, got {images.dtype} images and {weight.dtype} weights; "
+                f"convert the images with images.to({weight.dtype})"
+            ) from error
+        if isinstance(self.mean, Tensor) and images.ndim == 4 and len(self.mean) not in (1, images.shape[1]):
+            raise ValueError(
+                f"mean and std must have one value per channel, got {len(self.mean)} for images with "
+                f"{images.shape[1]} channels of shape {tuple(images.shape)}; give as many as the images have"
+            ) from error
+        for name, module in self.net.named_modules():
+            if isinstance(module, DLIFNode) and module.T < self.T:
+                raise RuntimeError(
+                    f"SpikingClassifier runs T={self.T} time steps, but the DLIF neuron {name!r} has T={module.T}; use "
+                    f"SpikingClassifier(net, T={module.T}), or sj_robust.models.set_time_steps(classifier, {self.T})"
+                ) from error
+        step_mode = self.step_mode or step_mode_of(self.net)
+        foreign = [name for name, module in self.net.named_modules() if _needs_step_mode(module)]
+        if step_mode == "m" and foreign:
+            error.add_note(
+                f"The network got a sequence [T, N, ...] = {(self.T, *images.shape)}. {', '.join(foreign[:3])} come "
+                "from torch.nn and take no time dimension: use spikingjelly.activation_based.layer (layer.Conv2d, "
+                "layer.Flatten, ...) and functional.set_step_mode(net, 'm'), or step mode 's' for all of it."
+            )
 
     def extra_repr(self) -> str:
         """Parameters shown by ``print``."""
@@ -219,6 +288,29 @@ class PoissonEncoder(nn.Module):
         uniform = torch.rand(images.shape, generator=self.generator, dtype=images.dtype, device=images.device)
         spikes = (uniform <= images).to(images.dtype)
         return spikes + (images - images.detach()) if images.requires_grad else spikes
+
+
+def _check_network(net: object) -> None:
+    """A network that can be wrapped."""
+    if not isinstance(net, nn.Module):
+        kind = f"the class {net.__name__}" if isinstance(net, type) else type(net).__name__
+        raise TypeError(f"net must be a network (nn.Module), got {kind}; build it first, as in MyNet()")
+    if isinstance(net, SpikingClassifier):
+        raise ValueError(f"net must be a bare network, got a {type(net).__name__}; use that one as it is, or its .net")
+    if isinstance(net, nn.DataParallel):
+        raise ValueError(
+            "net must not be in nn.DataParallel, whose copies lose the neurons' states; give the bare network, and use "
+            "torch.nn.parallel.DistributedDataParallel (torchrun or accelerate launch) for several devices"
+        )
+
+
+def _needs_step_mode(module: nn.Module) -> bool:
+    """Whether a module of plain torch takes no time dimension, where one of SpikingJelly's layers would."""
+    if isinstance(module, nn.Flatten):
+        return module.start_dim == 1 and not isinstance(module, base.StepModule)
+    pooling = (nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd)
+    of_fixed_rank = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, *pooling)
+    return isinstance(module, of_fixed_rank) and not isinstance(module, base.StepModule)
 
 
 def step_mode_of(net: nn.Module) -> str:

@@ -46,6 +46,7 @@ class DLIFNode(neuron.BaseNode):
         input_gain_init: Initial value of every gain.
 
     Raises:
+        TypeError: If ``tau`` is not a number or ``surrogate_function`` is a class or cannot be called.
         ValueError: If an argument is out of range or the backend is unknown.
         RuntimeError: If a named backend is not available; at run time, if a sequence is longer than T.
 
@@ -77,6 +78,7 @@ class DLIFNode(neuron.BaseNode):
     ) -> None:
         """Build the neuron; see the class."""
         _check_arguments(T, tau, v_threshold, v_reset, input_gain_init)
+        _check_surrogate(surrogate_function)
         super().__init__(
             v_threshold=float(v_threshold),
             v_reset=None if v_reset is None else float(v_reset),
@@ -197,10 +199,7 @@ class DLIFNode(neuron.BaseNode):
         """Advance explicit states over ``x_seq`` with the gains that belong to these steps."""
         end = time_step + x_seq.shape[0]
         if end > self.T:
-            raise RuntimeError(
-                f"DLIFNode has T={self.T} time steps, but step {end} was asked for ({time_step} taken since the last "
-                "reset): call functional.reset_net(net) before every new sequence, or build the neuron with a larger T"
-            )
+            raise RuntimeError(self._too_long(tuple(x_seq.shape), time_step))
         gain = self.input_gain[time_step:end]
         if self.backend == "spikingjelly":
             spike_seq, v_end, v_seq = self._run_host(x_seq, gain, _potential(v, x_seq[0]), store_v_seq)
@@ -220,6 +219,21 @@ class DLIFNode(neuron.BaseNode):
             threads_per_block=cuda_threads(),
         )
         return spike_seq, v_end, end, v_seq
+
+    def _too_long(self, shape: tuple[int, ...], time_step: int) -> str:
+        """What is wrong with a sequence that goes beyond the last gain."""
+        if time_step:
+            return (
+                f"DLIFNode has T={self.T} time steps, but step {time_step + shape[0]} was asked for ({time_step} taken "
+                "since the last reset): call functional.reset_net(net) before every new sequence, or build the neuron "
+                "with a larger T"
+            )
+        return (
+            f"DLIFNode has T={self.T} time steps, but its input of shape {shape} has {shape[0]}: a network in step "
+            "mode 'm' takes [T, N, *], time first. Exchange the dimensions of [N, T, *] with x.transpose(0, 1), repeat "
+            f"one image over time with x.expand({self.T}, *x.shape), call functional.set_step_mode(net, 'm') once the "
+            f"network is built, or build the neuron with T={shape[0]}"
+        )
 
     def _run_host(
         self, x_seq: Tensor, gain: Tensor, v: Tensor, store_v_seq: bool
@@ -246,6 +260,35 @@ class DLIFNode(neuron.BaseNode):
         if kind is None or not function.spiking:
             return ops.Surrogate("custom", function=function)
         return ops.Surrogate(kind, alpha=function.alpha)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
+    ) -> None:
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
+        errors: list[str] = rest[-1]
+        saved = state_dict.get(f"{prefix}input_gain")
+        if saved is not None and saved.shape != self.input_gain.shape:
+            errors.append(
+                f"{prefix}input_gain: the weights are those of T={len(saved)} time steps, this DLIFNode has "
+                f"T={self.T}; build it with T={len(saved)}, load, and then call "
+                f"sj_robust.models.set_time_steps(net, {self.T})"
+            )
+        elif strict and f"{prefix}input_gain" in missing:
+            errors.append(
+                f"{prefix}input_gain: the weights are those of a network without DLIF neurons; load them into a "
+                f"network of their own neurons, and then call replace_neurons(net, T={self.T})"
+            )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "DLIFNode":
+        if any(isinstance(value, Tensor) and value.grad_fn is not None for value in self._memories.values()):
+            raise RuntimeError(
+                "a DLIFNode cannot be copied while its membrane potential belongs to the graph of a sequence: call "
+                "functional.reset_net(net) before copy.deepcopy(net)"
+            )
+        duplicate = type(self).__new__(type(self))
+        memo[id(self)] = duplicate
+        duplicate.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return duplicate
 
     def _replicate_for_data_parallel(self) -> nn.Module:
         raise RuntimeError(
@@ -285,7 +328,8 @@ def replace_neurons(net: nn.Module, T: int, *, backend: str = "auto") -> Replace
         What was replaced and what was not, by module name.
 
     Raises:
-        ValueError: If ``net`` itself is a neuron or an argument is out of range.
+        TypeError: If ``net`` is no network.
+        ValueError: If ``net`` itself is a neuron or has none, or an argument is out of range.
 
     Source: equivalences of method section 1 (Ding et al., ICML 2024, and SpikingJelly's charge equations).
 
@@ -297,8 +341,16 @@ def replace_neurons(net: nn.Module, T: int, *, backend: str = "auto") -> Replace
         >>> net[1].tau, net[1].input_gain.tolist()
         (2.0, [0.5, 0.5, 0.5, 0.5])
     """
+    if not isinstance(net, nn.Module):
+        kind = f"the class {net.__name__}" if isinstance(net, type) else type(net).__name__
+        raise TypeError(f"net must be a network (nn.Module), got {kind}; build it first, as in MyNet()")
     if isinstance(net, base.MemoryModule) and _is_spiking(net):
         raise ValueError("net is itself a neuron, which cannot be replaced in place; wrap it in nn.Sequential")
+    if not any(_is_spiking(module) for module in net.modules()):
+        raise ValueError(
+            f"{type(net).__name__} holds no SpikingJelly neuron, so there is nothing to replace; put neurons where its "
+            "activations are, such as neuron.IFNode() in place of nn.ReLU()"
+        )
     report = ReplacementReport()
     successors: dict[nn.Module, DLIFNode] = {}
     place = next(net.parameters(), torch.empty(0))
@@ -329,16 +381,32 @@ _COMPILED_SURROGATES: dict[type, Any] = {
 
 def _check_arguments(T: int, tau: float, v_threshold: float, v_reset: float | None, input_gain_init: float) -> None:
     if isinstance(T, bool) or not isinstance(T, int) or T < 1:
-        raise ValueError(f"T must be an integer >= 1, the number of time steps of a sequence, got {T!r}")
+        raise ValueError(
+            f"T must be an integer >= 1, the number of time steps of a sequence, got {T!r}; it stands before tau, as "
+            "in DLIFNode(T=4, tau=2.0)"
+        )
+    if isinstance(tau, bool | str) or tau is None:
+        raise TypeError(f"tau must be a number > 1, got {tau!r}; write a number such as tau=2.0")
     if math.isnan(tau) or tau <= 1.0:
-        hint = f"; for a decay of {tau} pass tau={1 / (1 - tau):.6g}" if 0.0 < tau < 1.0 else ""
-        raise ValueError(f"tau must be > 1, got {tau}{hint}")
+        decay = f"for a decay of {tau} pass tau={1 / (1 - tau):.6g}" if 0.0 < tau < 1.0 else ""
+        raise ValueError(f"tau must be > 1, got {tau}; {decay or 'the decay is 1 - 1 / tau, math.inf means no leak'}")
     if not math.isfinite(v_threshold):
         raise ValueError(f"v_threshold must be finite, got {v_threshold}")
     if v_reset is not None and not math.isfinite(v_reset):
         raise ValueError(f"v_reset must be finite, or None for a soft reset, got {v_reset}")
     if not math.isfinite(input_gain_init):
         raise ValueError(f"input_gain_init must be finite, got {input_gain_init}")
+
+
+def _check_surrogate(function: object) -> None:
+    if isinstance(function, type):
+        name = function.__name__
+        raise TypeError(f"surrogate_function must be an instance, got the class {name}; write {name}()")
+    if function is not None and not callable(function):
+        raise TypeError(
+            f"surrogate_function must be a function of h - v_threshold, got {function!r}; pass a surrogate of "
+            "SpikingJelly such as surrogate.ATan()"
+        )
 
 
 def _potential(v: Tensor | float, x: Tensor) -> Tensor:

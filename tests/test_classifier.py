@@ -176,7 +176,7 @@ class TestWrongUse:
 
     def test_a_neuron_with_fewer_steps_says_so(self):
         net = nn.Sequential(nn.Flatten(2), nn.Linear(36, 3), DLIFNode(T=2))
-        with pytest.raises(RuntimeError, match="T=2 time steps, but step 4"):
+        with pytest.raises(RuntimeError, match="runs T=4 time steps, but the DLIF neuron '2' has T=2"):
             SpikingClassifier(net, T=4)(make_images())
 
 

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from sj_robust.attacks._carried import reset_between_forwards
 from sj_robust.attacks.checks import check_images, check_labels, check_logits, check_model
 from sj_robust.attacks.randomness import Private, SampleSeeds, check_seeds, draw_seed, private_generator, seeded_globals
 
@@ -28,6 +29,7 @@ def crafting(model: Model, device: torch.device, generator: torch.Generator | Sa
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(seeded_globals(draw_seed(private), device))
+            stack.enter_context(reset_between_forwards(model))
             yield private
     finally:
         for module, training in modes:

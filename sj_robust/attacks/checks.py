@@ -66,11 +66,14 @@ def check_labels(y: Tensor, x: Tensor) -> None:
     if y.dtype != torch.int64:
         raise TypeError(f"y must be int64, got {y.dtype}; use y.long(), or y.argmax(1) of one-hot labels")
     if y.shape != (x.shape[0],):
-        raise ValueError(f"y must have shape [N] = [{x.shape[0]}] as x has, got {list(y.shape)}")
+        raise ValueError(
+            f"y must have shape [N] = [{x.shape[0]}] as x has, got {list(y.shape)}; give one label per image, and "
+            "images [N, ...], samples first"
+        )
     if y.device != x.device:
         raise ValueError(f"y must be on the device of x, {x.device}, got {y.device}; use y.to(x.device)")
     if y.numel() and int(y.min()) < 0:
-        raise ValueError(f"labels must be >= 0, got {int(y.min())}")
+        raise ValueError(f"labels must be >= 0, got {int(y.min())}; number the classes from 0, leave other images out")
 
 
 def check_logits(logits: Tensor, y: Tensor) -> Tensor:
@@ -91,7 +94,8 @@ def check_logits(logits: Tensor, y: Tensor) -> Tensor:
         raise ValueError("logits must be finite, got NaN or infinity; the network has diverged or overflows")
     if y.numel() and int(y.max()) >= logits.shape[1]:
         raise ValueError(
-            f"labels must be < {logits.shape[1]}, the number of classes the model returns, got {int(y.max())}"
+            f"labels must be < {logits.shape[1]}, the number of classes the model returns, got {int(y.max())}; number "
+            "the classes from 0, or build the network for as many as the data has"
         )
     return logits if logits.dtype == torch.float64 else logits.float()
 
@@ -111,7 +115,8 @@ def check_size(name: str, value: float, *, at_most: float = math.inf, positive: 
         raise ValueError(f"{name} must be finite and {'> 0' if positive else '>= 0'}, got {size}")
     if size > at_most:
         raise ValueError(
-            f"{name} must be <= {at_most:g}, since images lie in [0, 1], got {size:g}; write 8 / 255 instead of 8"
+            f"{name} must be <= {at_most:g}, since images lie in [0, 1], got {size:g}; write {size:g} / 255 instead of "
+            f"{size:g}"
         )
     return size
 

@@ -119,7 +119,7 @@ def rfgsm(
         True
     """
     eps = check_size("eps", eps, at_most=1.0)
-    step_size = eps if step_size is None else _check_step_size(step_size, eps)
+    step_size = eps if step_size is None else _check_step_size(step_size, eps, "Linf")
     noise_std = check_size("noise_std", noise_std, at_most=1.0)
     return _single_step(
         model,
@@ -199,7 +199,7 @@ def pgd(
     if norm not in get_args(Norm):
         raise ValueError(f"norm must be one of {get_args(Norm)}, got {norm!r}")
     eps = check_size("eps", eps, at_most=1.0 if norm == "Linf" else float("inf"))
-    step_size = _check_step_size(step_size, eps)
+    step_size = _check_step_size(step_size, eps, norm)
     check_count("steps", steps)
     check_count("restarts", restarts)
     check_count("eot_samples", eot_samples)
@@ -258,9 +258,9 @@ def _single_step(
         return (start + step_size * grad.sign()).clamp(*linf_bounds(x, eps=eps))
 
 
-def _check_step_size(step_size: float, eps: float) -> float:
-    """A step of 0 is a silent non-attack, unless there is nowhere to go."""
-    return check_size("step_size", step_size, positive=eps > 0)
+def _check_step_size(step_size: float, eps: float, norm: Norm) -> float:
+    """A step of 0 is a silent non-attack, unless there is nowhere to go; one of 2 was meant as 2 / 255."""
+    return check_size("step_size", step_size, positive=eps > 0, at_most=1.0 if norm == "Linf" else float("inf"))
 
 
 def _random_point(x: Tensor, eps: float, norm: Norm, private: Private) -> Tensor:

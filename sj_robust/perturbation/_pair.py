@@ -52,6 +52,11 @@ class LayerPair:
         self._clean_spikes: list[Tensor] = []
         self._perturbed_spikes: list[tuple[Tensor, int | None]] = []
 
+    @property
+    def took_one_step(self) -> bool:
+        """Whether the clean run was a single call in step mode ``"s"``."""
+        return self._clean_steps == 1 and self.neuron.module.step_mode == "s"
+
     def before(self, first_call: bool, perturbed: bool) -> None:
         """Take note of the state in which the neuron enters a call; ``first_call`` of the clean or perturbed run."""
         v = self.neuron.module.v

@@ -145,12 +145,19 @@ class MPPDMonitor(BaseMonitor):
             :class:`LayerStats` by name.
 
         Raises:
-            ValueError: If the inputs differ in shape.
+            ValueError: If the inputs differ in shape or are not finite, or if a network in step mode ``"s"`` is called
+                once.
             RuntimeError: If the hooks were removed, a run is open, or no monitored layer ran.
         """
         if x.shape != x_perturbed.shape:
             raise ValueError(
-                f"x and x_perturbed must have the same shape, got {tuple(x.shape)} and {tuple(x_perturbed.shape)}"
+                f"x and x_perturbed must have the same shape, got {tuple(x.shape)} and {tuple(x_perturbed.shape)}; "
+                "perturb the batch that the clean run gets"
+            )
+        bad = sum(int((~torch.isfinite(values)).sum()) for values in (x, x_perturbed))
+        if bad:
+            raise ValueError(
+                f"x and x_perturbed must be finite, got {bad} NaN or infinite values; leave those samples out"
             )
         if self._recording.run is not None:
             raise RuntimeError(f"compare() was called inside {self._recording.run}(): leave that context first")
@@ -166,6 +173,8 @@ class MPPDMonitor(BaseMonitor):
                 functional.reset_net(self._net)
                 with self.clean():
                     run(x)
+                    if forward is None:
+                        self._check_steps(x)
                 functional.reset_net(self._net)
                 with self.perturbed():
                     run(x_perturbed)
@@ -300,10 +309,22 @@ class MPPDMonitor(BaseMonitor):
         """Close the monitor."""
         self.close()
 
+    def _check_steps(self, x: Tensor) -> None:
+        """A network in step mode ``"s"`` that was called once has seen one time step, not a sequence."""
+        if all(pair.took_one_step for pair in self._recording.pairs.values()):
+            raise ValueError(
+                f"compare() called the network once on x of shape {tuple(x.shape)}, which is one time step in step "
+                "mode 's'; pass forward=lambda x: [net(x_t) for x_t in x] with x [T, N, *], call "
+                "functional.set_step_mode(net, 'm'), or give the monitor a SpikingClassifier (forward=net for one step)"
+            )
+
     @contextmanager
     def _running(self, kind: RunKind) -> Iterator[None]:
         if not self.hooks:
-            raise RuntimeError(f"{kind}(): the monitor has no hooks, they were removed or no neuron can be followed")
+            raise RuntimeError(
+                f"{kind}(): the monitor has no hooks, it was closed or no neuron can be followed; build a new one with "
+                "MPPDMonitor(net), and see monitor.unsupported"
+            )
         if not self.is_enable():
             self._recording.forget()
             yield

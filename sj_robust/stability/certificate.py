@@ -236,6 +236,7 @@ def certify(
         :class:`Certificate`.
 
     Raises:
+        TypeError: If T is a tensor.
         ValueError: If T is missing or not the classifier's, the inputs are none, not finite or of different shapes, or
             there is no neuron.
 
@@ -250,6 +251,8 @@ def certify(
         >>> certificate.holds, certificate["2"].feeds
         (True, ('input',))
     """
+    if isinstance(T, Tensor):
+        raise TypeError("T must be a number of time steps, got a tensor; name the argument x_perturbed=...")
     classifier = _classifier(net, T)
     if x_perturbed is not None and x.shape != x_perturbed.shape:
         raise ValueError(
@@ -291,11 +294,11 @@ def certify(
 
 def _classifier(net: nn.Module, T: int | None) -> SpikingClassifier:
     if isinstance(net, SpikingClassifier):
-        if T not in (None, net.T):
+        if T is not None and T != net.T:
             raise ValueError(f"T must be the classifier's {net.T} or None, got {T}; build a classifier for another T")
         return net
     if T is None:
-        raise ValueError("T must be given for a bare network; it is the number of time steps")
+        raise ValueError("T must be given for a bare network, got None; it is the number of time steps, such as T=4")
     return SpikingClassifier(net, T)
 
 

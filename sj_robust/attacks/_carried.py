@@ -1,0 +1,78 @@
+"""States that an attacked network carries from one forward into the next."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["reset_between_forwards"]
+
+
+@contextmanager
+def reset_between_forwards(model: object) -> Iterator[None]:
+    """An error where a neuron begins a forward of ``model`` with the state that the one before left. 检查状态重置。
+
+    Every step of an attack would then see another network, and its gradient would belong to none of the images. What
+    lies in a classifier that says ``resets_itself`` is not looked at, so that nothing is paid for it; nor is what no
+    hook can see: a plain function around a network, or a compiled one.
+
+    Args:
+        model: What is attacked.
+
+    Raises:
+        RuntimeError: If a state was carried over.
+    """
+    neurons = list(_bare_neurons(model)) if isinstance(model, nn.Module) and not _is_compiled(model) else []
+    if not isinstance(model, nn.Module) or not neurons:
+        yield
+        return
+    left: dict[nn.Module, list[Tensor]] = {}
+
+    def begin(*_: object) -> None:
+        left.update({neuron: _states(neuron) for neuron in neurons})
+
+    def called(neuron: nn.Module, *_: object) -> None:
+        before = left.pop(neuron, [])
+        if any(state is earlier for state in _states(neuron) for earlier in before):
+            raise RuntimeError(
+                f"{type(neuron).__name__} still holds the state of the forward before, so every step of the attack "
+                "would see another network: attack SpikingClassifier(net, T=...), which resets the network before "
+                "every forward"
+            )
+
+    hooks = [model.register_forward_pre_hook(begin), *(neuron.register_forward_pre_hook(called) for neuron in neurons)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _bare_neurons(module: nn.Module) -> Iterator[nn.Module]:
+    """Modules with a state, but for those in a classifier that resets them."""
+    if getattr(module, "resets_itself", False):
+        return
+    if _memories(module):
+        yield module
+    for child in module.children():
+        yield from _bare_neurons(child)
+
+
+def _memories(module: nn.Module) -> dict[str, Any]:
+    memories = vars(module).get("_memories")
+    return memories if isinstance(memories, dict) else {}
+
+
+def _states(module: nn.Module) -> list[Tensor]:
+    """Tensors that a reset would put something else in the place of; one with a tensor to return to keeps its own."""
+    initial = vars(module).get("_memories_rv", {})
+    return [
+        value
+        for name, value in _memories(module).items()
+        if isinstance(value, Tensor) and not isinstance(initial.get(name), Tensor)
+    ]
+
+
+def _is_compiled(model: nn.Module) -> bool:
+    return any(module._compiled_call_impl is not None or hasattr(module, "_orig_mod") for module in model.modules())
