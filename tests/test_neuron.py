@@ -317,9 +317,14 @@ class TestHost:
         container = layer.ElementWiseRecurrentContainer(
             DLIFNode(3, step_mode="s"), element_wise_function=lambda x, y: x + y, step_mode="m"
         )
-        spikes = container(torch.ones(3, 2, 4))
-        assert spikes.shape == (3, 2, 4)
+        x_seq = 0.45 * torch.arange(1, 9).view(2, 4) / 4 * torch.ones(3, 1, 1)
+        spikes = container(x_seq)
+        node, fed_back = DLIFNode(3, step_mode="s"), torch.zeros(2, 4)
+        for x, spike in zip(x_seq, spikes, strict=True):
+            fed_back = node(x + fed_back)
+            assert torch.equal(spike, fed_back)
         functional.reset_net(container)
+        assert torch.equal(container(x_seq), spikes)
 
     def test_data_parallel_is_refused(self):
         with pytest.raises(RuntimeError, match="DistributedDataParallel"):

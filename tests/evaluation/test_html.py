@@ -99,6 +99,10 @@ def test_names_are_escaped(tmp_path):
 def test_a_bare_report():
     text = to_html(report(over_eps=(), potential=(), members=(), firing=(), findings=(), estimators=(), network={}))
     assert text.count("<svg") == 1
+    for absent in ("Signs of gradient masking", "Gradient estimators tried", "Firing of every layer", "MS-MPPD"):
+        assert absent not in text
+    assert "80.0 %" in text
+    assert "8 of 10" in text
     Page(text)
 
 

@@ -175,14 +175,23 @@ def test_training_step_with_a_classifier():
     net = trainable(lambda: DLIFNode(T=T))
     classifier = SpikingClassifier(net, T=T).train()
     image, noisy = torch.rand(2, 5, 2, 6, 6)
-    with MPPDMonitor(classifier, layers="last") as monitor:
-        with monitor.clean():
-            logits = classifier(image)
-        with monitor.perturbed():
-            logits_perturbed = classifier(noisy)
-        loss = (logits + logits_perturbed).square().mean() + monitor.loss(retain=False)
-        loss.backward()
-    assert all(p.grad is not None for name, p in net.named_parameters() if not name.startswith("1."))
+    parameters = {name: p for name, p in net.named_parameters() if not name.startswith("1.")}
+
+    def gradients(of_logits, of_potential):
+        net.zero_grad()
+        with MPPDMonitor(classifier, layers="last") as monitor:
+            with monitor.clean():
+                logits = classifier(image)
+            with monitor.perturbed():
+                logits_perturbed = classifier(noisy)
+            loss = of_logits * (logits + logits_perturbed).square().mean()
+            (loss + of_potential * monitor.loss(retain=False)).backward()
+        return {name: p.grad.clone() for name, p in parameters.items()}
+
+    both, of_logits, of_potential = gradients(1, 1), gradients(1, 0), gradients(0, 1)
+    for name in parameters:
+        torch.testing.assert_close(both[name], of_logits[name] + of_potential[name])
+        assert float(both[name].abs().sum()) > 0, name
 
 
 def test_value_without_gradients():

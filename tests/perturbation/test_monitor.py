@@ -206,6 +206,24 @@ def test_memory_does_not_grow_with_batches(use):
     assert held < T * 16 * 144 * 4 / 2
 
 
+def test_a_state_from_before_the_pair_does_not_stay():
+    net = conv_net(NEURONS["LIF"][0]).eval()
+    x, x_perturbed = images(n=16)
+    monitor = MPPDMonitor(net)
+    with torch.no_grad():
+        net(x)
+        states = {name: net[int(name)].v.clone() for name in NAMES}
+        with monitor.clean():
+            net(x)
+        for name, v in states.items():
+            net[int(name)].v = v
+        with monitor.perturbed():
+            net(x_perturbed)
+    functional.reset_net(net)
+    # Less than the potential of one layer before the pair, 16 samples of 4 x 6 x 6 in float32.
+    assert sum(storage_bytes(monitor)) < 16 * 144 * 4
+
+
 def train_once(net, x, labels):
     functional.reset_net(net)
     net.zero_grad()
@@ -433,7 +451,8 @@ def test_frames_of_one_image_repeated_by_the_caller():
     net = nn.Sequential(layer.Linear(3, 4), neuron.IFNode())
     x = torch.rand(2, 3)
     stats = MPPDMonitor(net).compare(x, x + 0.5, forward=lambda a: [net(a) for _ in range(7)])
-    assert stats["1"].T == 7
+    shift = (0.5 * net[0].weight.detach().sum(1)).double().square().mean()  # at every step
+    assert stats["1"].ms_mppd.tolist() == pytest.approx([float(t**2 * shift) for t in range(1, 8)], rel=1e-5)
 
 
 def test_compiled_network():
@@ -459,5 +478,7 @@ def test_neurons_called_by_keyword():
             return self.sn(x=x)
 
     net = Keyword()
-    stats = MPPDMonitor(net).compare(torch.rand(2, 3), torch.rand(2, 3), forward=lambda x: [net(x) for _ in range(2)])
-    assert stats["sn"].T == 2
+    x, x_perturbed = torch.rand(2, 2, 3)
+    stats = MPPDMonitor(net).compare(x, x_perturbed, forward=lambda x: [net(x) for _ in range(2)])
+    shift = float((x - x_perturbed).double().square().mean())
+    assert stats["sn"].ms_mppd.tolist() == pytest.approx([shift, 4 * shift], rel=1e-5)
