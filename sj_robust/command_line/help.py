@@ -129,5 +129,5 @@ def _example(command: str, comment: str, width: int) -> list[str]:
 
 
 def _escaped(text: str) -> str:
-    """Text for Markdown, where an asterisk, an underscore or angle brackets would be marks."""
-    return re.sub(r"([*_<>\[\]])", r"\\\1", text)
+    """Text for Markdown, where an asterisk or an angle bracket would be a mark."""
+    return re.sub(r"([*<>])", r"\\\1", text)

@@ -5,8 +5,9 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from sj_robust.evaluation.terminal import moving
 from sj_robust.sweeping.pool import LOG_FILE, Outcome
 
 __all__ = ["SweepDisplay"]
@@ -33,12 +34,14 @@ class SweepDisplay:
         self._total, self._done, self._jobs = total, done, jobs
         self._first, self._started = done, time.monotonic()
         self._progress = Progress(
+            SpinnerColumn("line"),
             TextColumn("runs"),
-            BarColumn(bar_width=30),
+            BarColumn(bar_width=12),
             MofNCompleteColumn(),
             TextColumn("{task.fields[left]}"),
+            TimeElapsedColumn(),
             console=console,
-            disable=console.quiet or not console.is_terminal,
+            disable=not moving(console),
             transient=True,
         )
         self._task = self._progress.add_task("", total=total, completed=done, left=self.left)
@@ -69,7 +72,7 @@ class SweepDisplay:
         said = _figures(outcome) if outcome.error is None else f"FAILED, {outcome.error}"
         line = f"{self._done}/{self._total} {outcome.run.name}: {said} ({outcome.seconds:.0f} s)"
         tail = "" if outcome.error is None else f"; see {outcome.run.folder / LOG_FILE}"
-        now = "" if self._console.is_terminal or self._done == self._total else f"; {self.left}"
+        now = "" if not self._progress.disable or self._done == self._total else f"; {self.left}"
         self._console.print(line + tail + now, markup=False, highlight=False, soft_wrap=True)
         self._progress.update(self._task, completed=self._done, left=self.left)
 

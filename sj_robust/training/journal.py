@@ -1,5 +1,6 @@
 """What a run tells its user: console, log file, TensorBoard."""
 
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +17,10 @@ from sj_robust.evaluation.terminal import moving, working
 from sj_robust.training.history import EpochRecord
 
 __all__ = ["Journal"]
+
+_BAR = 12
+_AROUND_STATUS = _BAR + 14
+"""Columns of a line of progress that are taken by the bar, the time left and what is between them."""
 
 
 class Journal:
@@ -43,7 +48,7 @@ class Journal:
         self._progress = Progress(
             SpinnerColumn("line"),
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=_BAR),
             TextColumn("{task.fields[status]}", markup=False),
             TimeRemainingColumn(),
             console=self.console,
@@ -96,7 +101,7 @@ class Journal:
             self._log("\n  ".join([f"{title}:", *(f"{name}: {value}" for name, value in values.items())]))
         shown = ", ".join(f"{name} {where[name]}" for name in ("sj_robust", "spikingjelly", "torch", "device"))
         changed = {name: value for name, value in configuration.items() if value != defaults[name]}
-        options = ", ".join(f"{name} {value}" for name, value in changed.items()) or "none but the defaults"
+        options = ", ".join(f"{name} {_word(value)}" for name, value in changed.items()) or "none but the defaults"
         self.console.print(f"{shown}\noptions: {options}\nwriting to {self._folder}", markup=False)
         return where
 
@@ -141,7 +146,7 @@ class Journal:
         self._rate.step()
         if not self._progress.disable:
             rate = f", {self._rate.recent() * self._images:.0f} images/s" if self._images else ""
-            self._progress.update(self._task, advance=1, status=_summary(losses) + rate)
+            self._progress.update(self._task, advance=1, status=self._fitting(losses, rate))
 
     def on_epoch(self, record: EpochRecord, scalars: Mapping[str, float], warning: str | None) -> None:
         """Log an epoch, with further scalars for TensorBoard."""
@@ -162,6 +167,13 @@ class Journal:
             for name, value in (values | {"train/lr": record.lr} | dict(scalars)).items():
                 self._writer.add_scalar(name, value, record.epoch)
         self._rate.start()
+
+    def _fitting(self, losses: Mapping[str, float], rate: str) -> str:
+        """The longest of the texts on a step that the line has room for beside name, bar and time."""
+        room = self.console.width - len(self._name) - _AROUND_STATUS
+        short = f"loss {losses['total']:.3f}, accuracy {_accuracies(losses)}"
+        texts = (_summary(losses) + rate, short + rate, short)
+        return next((text for text in texts if len(text) <= room), f"loss {losses['total']:.3f}")
 
     def _time_left(self, epoch: int) -> str:
         """Estimate from the epochs of this process; there are none if it resumed after the last batch of an epoch."""
@@ -203,6 +215,15 @@ def _summary(losses: Mapping[str, float]) -> str:
     penalties = [name for name in losses if name.startswith("penalty/")]
     shown = [name for name in ("clean", "perturbed", "mppd", *(penalties or ["penalty"])) if losses.get(name)]
     parts = ", ".join(f"{name.removeprefix('penalty/')} {losses[name]:.3f}" for name in shown)
+    return f"loss {losses['total']:.3f} ({parts}), accuracy {_accuracies(losses)}"
+
+
+def _accuracies(losses: Mapping[str, float]) -> str:
+    """Accuracy on clean and on perturbed images, as far as training looks at them."""
     passes = (("clean", "accuracy"), ("perturbed", "accuracy_perturbed"))
-    accuracies = " / ".join(f"{losses[name]:.1%}" for loss, name in passes if losses[loss])
-    return f"loss {losses['total']:.3f} ({parts}), accuracy {accuracies}"
+    return " / ".join(f"{losses[name]:.1%}" for loss, name in passes if losses[loss])
+
+
+def _word(value: object) -> str:
+    """The value of an option as the command line has it."""
+    return json.dumps(value, default=str).strip('"')
