@@ -1,8 +1,11 @@
-"""A whole evaluation: activity, choice of estimators, attacks with their control, diagnosis, report."""
+"""A whole evaluation: activity, choice of estimators, attacks with their control, diagnosis, report.
+
+Needs the extra ``recipes``.
+"""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,13 +20,13 @@ from sj_robust.attacks.member import SampleAttack, scored
 from sj_robust.attacks.randomness import SampleSeeds
 from sj_robust.attacks.worst_case import Member, fools, sweep
 from sj_robust.evaluation.activity import firing
-from sj_robust.evaluation.environment import environment
+from sj_robust.evaluation.environment import device_of, environment
 from sj_robust.evaluation.eps import eps_text
 from sj_robust.evaluation.masking import diagnose
 from sj_robust.evaluation.outcome import SuiteOutcome
 from sj_robust.evaluation.progress import Position, stage
 from sj_robust.evaluation.robustness_report import RobustnessReport
-from sj_robust.evaluation.runner import data_fingerprint, network_fingerprint, place, run_suite
+from sj_robust.evaluation.runner import Batches, data_fingerprint, network_fingerprint, place, run_suite
 from sj_robust.evaluation.subject import Subject, describe_network
 from sj_robust.evaluation.suites import Suite, SuiteName, SweepSettings, expectation, make_suite
 from sj_robust.evaluation.threat import ThreatModel
@@ -46,7 +49,7 @@ _NOT_DIAGNOSED = (
 
 def assess(
     subject: Subject,
-    batches: Iterable[tuple[Tensor, ...]],
+    batches: Batches,
     *,
     suite: SuiteName,
     threat: ThreatModel,
@@ -109,47 +112,23 @@ def assess(
     x, y = _first(batches, _PROBE, model)
     if threat.norm == "L0":
         check_frames(x)
-    if draws == 1 and not torch.equal(*(scored(model, x[:8], y[:8], seed=number) for number in (0, 1))):
-        raise ValueError(
-            "the network draws random numbers: on the same images its logits differ. One lucky draw breaks nothing, so "
-            "say in how many fresh draws an image must be wrong, such as draws=10 (--draws 10)"
-        )
+    _check_draws(model, x, y, draws)
     data = data_fingerprint(batches)
     key = {"network": network_fingerprint(model), "data": data, "threat": repr(threat), "seed": str(seed)}
-    key |= {"draws": str(draws)}
+    parts = _Parts(model, x, y, threat, seed, draws, key | {"draws": str(draws)}, folder, say, on_step)
 
     say(f"firing of every layer on {len(x)} images")
     activity = [asdict(layer) for layer in firing(model, x, seed=seed)]
-    rows: list[dict[str, Any]] = []
+    rows = [] if plan.sweep is None else parts.sweep(plan.sweep)
+    chosen = [row["estimator"] for row in rows if row["chosen"]]
     if plan.sweep is not None:
-        say(f"choosing among {len(plan.sweep.candidates)} gradient estimators")
-        compute = partial(_sweep, model, x, y, threat=threat, settings=plan.sweep, seed=seed, draws=draws)
-        settled = key | {"settings": repr(plan.sweep)}
-        rows = _on_one(partial(stage, folder and folder / "sweep.json", settled, compute))
-        chosen = [row["estimator"] for row in rows if row["chosen"]]
         plan = make_suite(suite, threat, chosen=chosen, **kind)
     if source is not None:
         plan = _with_transfer(plan, source, threat)
     say(f"suite {plan.name}: {plan.description}; {len(plan.members)} attacks, {len(plan.control)} of the control")
-    settings: dict[str, Any] = {"seed": seed, "draws": draws, "on_step": on_step}
-    members = (*plan.members, *plan.control)
-    outcome = run_suite(model, batches, members, threat=threat, folder=folder and folder / "suite", **settings)
-
-    curve = _curve_of(outcome, threat)
-    if not curve:
-        say("accuracy over the number of changes" if threat.norm == "L0" else "accuracy over eps")
-        best = next((row["estimator"] for row in rows if row["chosen"]), "training")
-        radii = _radii(threat, elements=x[0].numel())
-        few, wide = _few(batches), replace(threat, eps=max(radii))
-        levels = tuple(_level(replace(threat, eps=radius), best, draws) for radius in radii)
-        found = run_suite(model, few, levels, threat=wide, folder=folder and folder / "over_eps", **settings)
-        curve = _cumulative(found)
-    findings: list[dict[str, Any]] = []
-    if threat.norm != "L0":
-        say("signs of gradient masking")
-        compute = partial(_diagnose, model, x, y, threat=threat, seed=seed, source=source, draws=draws)
-        key |= {"source": network_fingerprint(source)} if source is not None else {}
-        findings = _on_one(partial(stage, folder and folder / "findings.json", key, compute))
+    outcome = parts.run("suite", batches, (*plan.members, *plan.control), threat)
+    curve = _curve_of(outcome, threat) or parts.over_eps(batches, chosen[0] if chosen else "training")
+    findings = parts.findings(source) if threat.norm != "L0" else []
     network = {"architecture": subject.architecture, "fingerprint": key["network"]} | describe_network(model)
     unseen = sorted({text for row in outcome.potential for text in row["warnings"]} | set(outcome.warnings))
     return RobustnessReport(
@@ -175,6 +154,78 @@ def assess(
         environment=environment(x.device) | {"processes": str(place()[1])},
         warnings=(*unseen, *([_NOT_DIAGNOSED] if threat.norm == "L0" else [])),
     )
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Parts of an evaluation that take long, and what each of them needs; what one has found is kept in a file."""
+
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+    threat: ThreatModel
+    seed: int
+    draws: int
+    key: dict[str, str]
+    folder: Path | None
+    say: Callable[[str], None]
+    on_step: Callable[[Position], None] | None
+
+    def sweep(self, settings: SweepSettings) -> list[dict[str, Any]]:
+        """Rows of the sweep over gradient estimators, strongest first."""
+        self.say(f"choosing among {len(settings.candidates)} gradient estimators")
+        compute = partial(
+            _sweep,
+            self.model,
+            self.x,
+            self.y,
+            threat=self.threat,
+            settings=settings,
+            seed=self.seed,
+            draws=self.draws,
+        )
+        return self._kept("sweep.json", self.key | {"settings": repr(settings)}, compute)
+
+    def run(self, name: str, batches: Batches, members: Sequence[Member], threat: ThreatModel) -> SuiteOutcome:
+        """Outcome of members on images."""
+        folder = self.folder and self.folder / name
+        return run_suite(
+            self.model,
+            batches,
+            members,
+            threat=threat,
+            seed=self.seed,
+            folder=folder,
+            draws=self.draws,
+            on_step=self.on_step,
+        )
+
+    def over_eps(self, batches: Batches, estimator: str) -> list[dict[str, Any]]:
+        """Accuracy over eps, from a short attack at every radius."""
+        self.say("accuracy over the number of changes" if self.threat.norm == "L0" else "accuracy over eps")
+        radii = _radii(self.threat, elements=self.x[0].numel())
+        levels = tuple(_level(replace(self.threat, eps=radius), estimator, self.draws) for radius in radii)
+        return _cumulative(self.run("over_eps", _few(batches), levels, replace(self.threat, eps=max(radii))))
+
+    def findings(self, source: nn.Module | None) -> list[dict[str, Any]]:
+        """Findings of the diagnosis of gradient masking."""
+        self.say("signs of gradient masking")
+        few = slice(_DIAGNOSED)
+        compute = partial(_diagnose, self.model, self.x[few], self.y[few], self.threat, self.seed, source, self.draws)
+        of_source = {} if source is None else {"source": network_fingerprint(source)}
+        return self._kept("findings.json", self.key | of_source, compute)
+
+    def _kept(self, name: str, key: Mapping[str, str], compute: Callable[[], Any]) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = _on_one(partial(stage, self.folder and self.folder / name, key, compute))
+        return rows
+
+
+def _check_draws(model: nn.Module, x: Tensor, y: Tensor, draws: int) -> None:
+    if draws == 1 and not torch.equal(*(scored(model, x[:8], y[:8], seed=number) for number in (0, 1))):
+        raise ValueError(
+            "the network draws random numbers: on the same images its logits differ. One lucky draw breaks nothing, so "
+            "say in how many fresh draws an image must be wrong, such as draws=10 (--draws 10)"
+        )
 
 
 def _sweep(
@@ -208,18 +259,10 @@ def _short(threat: ThreatModel, steps: int, draws: int, *, queries: int = 100) -
 
 
 def _diagnose(
-    model: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    *,
-    threat: ThreatModel,
-    seed: int,
-    source: nn.Module | None,
-    draws: int,
+    model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, seed: int, source: nn.Module | None, draws: int
 ) -> list[dict[str, Any]]:
-    few = slice(_DIAGNOSED)
     averaged = 10 if draws > 1 else 1
-    findings = diagnose(model, x[few], y[few], threat=threat, seed=seed, source=source, eot_samples=averaged)
+    findings = diagnose(model, x, y, threat=threat, seed=seed, source=source, eot_samples=averaged)
     return [asdict(finding) for finding in findings]
 
 
@@ -278,9 +321,9 @@ def _row(eps: float, attack: str, correct: int, total: int) -> dict[str, Any]:
     return {"eps": eps_text(eps), "attack": attack, "correct": correct, "total": total}
 
 
-def _first(batches: Iterable[tuple[Tensor, ...]], count: int, model: nn.Module) -> tuple[Tensor, Tensor]:
+def _first(batches: Batches, count: int, model: nn.Module) -> tuple[Tensor, Tensor]:
     """The first images, on the device of the network."""
-    device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
+    device = device_of(model)
     images, labels, size = [], [], 0
     for batch in batches:
         images.append(batch[0])
@@ -291,7 +334,7 @@ def _first(batches: Iterable[tuple[Tensor, ...]], count: int, model: nn.Module) 
     return torch.cat(images)[:count].to(device), torch.cat(labels)[:count].to(device)
 
 
-def _few(batches: Iterable[tuple[Tensor, ...]]) -> list[tuple[Tensor, ...]]:
+def _few(batches: Batches) -> list[tuple[Tensor, ...]]:
     """Batches for accuracy over eps: whole ones, until there are enough images."""
     few: list[tuple[Tensor, ...]] = []
     for batch in batches:

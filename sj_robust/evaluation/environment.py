@@ -6,8 +6,9 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from torch import nn
 
-__all__ = ["environment"]
+__all__ = ["device_of", "environment"]
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, str]:
@@ -35,6 +36,19 @@ def environment(device: torch.device | str = "cpu") -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "commit": _commit(),
     }
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a network is: the device of its first tensor, the CPU for one without any. 网络所在设备。
+
+    Args:
+        model: The network.
+
+    Examples:
+        >>> device_of(nn.Flatten())
+        device(type='cpu')
+    """
+    return next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
 
 
 def _version(package: str) -> str:

@@ -2,18 +2,18 @@
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from sj_robust._preserved import evaluation_mode
 from sj_robust.attacks import check_images, check_labels
 from sj_robust.attacks.randomness import SampleSeeds
 from sj_robust.attacks.worst_case import Member, craft, fools
-from sj_robust.evaluation.environment import environment
+from sj_robust.evaluation.environment import device_of, environment
 from sj_robust.evaluation.fingerprint import description, fingerprint
 from sj_robust.evaluation.outcome import MemberOutcome, SuiteOutcome
 from sj_robust.evaluation.potential import layer_perturbation
@@ -117,7 +117,7 @@ def run_suite(
     run = _Run(model, tuple(members), threat, seed, draws, len(sizes), range(rank, len(sizes), processes), on_step)
     records: dict[int, list[dict[str, Any]]] = {}
     start = 0
-    with _evaluation_mode(model):
+    with evaluation_mode(model):
         for number, batch in enumerate(batches):
             if number in run.own:
                 with progress.batch(number) as log:
@@ -178,7 +178,7 @@ class _Run:
         self.model, self.members, self.threat = model, members, threat
         self.seed, self.draws, self.batches, self.own = seed, draws, batches, own
         self.on_step = on_step
-        self.device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
+        self.device = device_of(model)
         self.clock = Clock(("clean", *(member.name for member in members)), len(own))
 
     def batch(self, number: int, start: int, x: Tensor, y: Tensor, log: BatchLog) -> None:
@@ -298,18 +298,6 @@ def _distances(x: Tensor, x_adv: Tensor, norm: str) -> tuple[Tensor, float]:
         case "L0":
             return (delta != 0).sum(1).double(), 0.0
     raise ValueError(f"norm of the threat must be 'Linf', 'L2' or 'L0', got {norm!r}")
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and every module's own mode afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _gathered(records: dict[int, list[dict[str, Any]]]) -> dict[int, list[dict[str, Any]]]:
