@@ -1,19 +1,174 @@
-"""The doctor names everything a bug report needs."""
+"""The doctor names everything a bug report needs, tests what it says, and fails where the kernel is wrong."""
 
+import os
+import re
 import subprocess
 import sys
+from importlib import metadata
+from pathlib import Path
 
+import pytest
 import torch
 
-from sj_robust import __version__
+from sj_robust import __version__, doctor
+from sj_robust._host import EVAL_MODE_HAS_NO_GRADIENT
 from sj_robust.ops import available_backends
+from sj_robust.ops.dlif import cpp, eager
+
+CHOSEN = eager if cpp.unavailable_reason() else cpp
 
 
-def test_report_of_the_command():
+def rows(text):
+    """Values by name, the name of two words included; ``to do`` as a list."""
+    found, todo = {}, []
+    for line in text.splitlines():
+        name, _, value = line.partition("  ")
+        if name == "to do":
+            todo.append(value.strip())
+        else:
+            found[name] = value.strip()
+    return found, todo
+
+
+def test_report_of_the_command(tmp_path):
     command = [sys.executable, "-W", "ignore", "-m", "sj_robust.doctor"]
-    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    lines = dict(line.split(maxsplit=1) for line in output.splitlines() if not line.startswith("backend"))
-    assert lines["sj_robust"] == __version__
-    assert lines["torch"].startswith(torch.__version__)
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1", "HOME": str(tmp_path), "UNRELATED": "secret"}
+    environment["CUDA_CACHE_PATH"] = str(tmp_path / "cache")
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 0, result.stdout + result.stderr
+    found, _ = rows(result.stdout)
+    assert found["sj_robust"] == __version__
+    assert found["torch"].startswith(torch.__version__)
+    assert found["spikingjelly"] == metadata.version("spikingjelly")
+    assert ("0.0.0.0.14" in found["SpikingJelly"]) == EVAL_MODE_HAS_NO_GRADIENT
+    for name in ("scipy", "pillow", "pyyaml", "accelerate", "matplotlib", "scikit-learn"):
+        assert re.match(r"\d|not installed", found[name]), name
     for name, state in available_backends().items():
-        assert any(line.startswith(f"backend {name} ") and line.endswith(state) for line in output.splitlines())
+        assert found[f"backend {name}"] == state
+    assert found["threads"].startswith("1 of torch")
+    assert found["OMP_NUM_THREADS"] == "1"
+    assert found["NO_COLOR"] == "1"
+    assert found["CUDA_CACHE_PATH"] == "~/cache"
+    assert re.fullmatch(
+        rf"passed \(backend {CHOSEN.__name__.split('.')[-1]} against .*, \d+\.\d\d s\)", found["self test cpu"]
+    )
+    assert str(tmp_path) not in result.stdout
+    assert "secret" not in result.stdout
+    assert result.stdout.isascii()
+    assert "\x1b" not in result.stdout
+
+
+@pytest.mark.skipif(cpp.unavailable_reason() is not None, reason=str(cpp.unavailable_reason()))
+def test_which_build_of_the_kernel_runs(monkeypatch):
+    assert f"runs {cpp.instruction_sets()[-1]} " in rows(doctor.report())[0]["compiled kernel"]
+    monkeypatch.setenv(cpp.INSTRUCTION_SET_VARIABLE, "baseline")
+    found, _ = rows(doctor.report())
+    assert "runs baseline " in found["compiled kernel"]
+    assert found[cpp.INSTRUCTION_SET_VARIABLE] == "baseline"
+
+
+def test_a_wrong_setting_of_the_kernel_fails_the_self_test(monkeypatch):
+    if CHOSEN is eager:
+        pytest.skip("no compiled kernel, which reads the variable")
+    monkeypatch.setenv(cpp.INSTRUCTION_SET_VARIABLE, "sse9")
+    found, _ = rows(doctor.report())
+    assert found["self test cpu"].startswith(f"FAILED: ValueError: {cpp.INSTRUCTION_SET_VARIABLE} must be one of")
+
+
+@pytest.mark.parametrize(
+    ("function", "output", "element", "named"),
+    [
+        ("forward", 0, (3, 100), "spikes differs by up to 1"),
+        ("forward", 2, (3, 100), "potential differs by up to"),
+        ("backward", 0, (3, 100), "gradient of the input differs"),
+        ("backward", 1, (3,), "gradient of input_gain differs"),
+    ],
+)
+def test_one_wrong_number_of_the_chosen_backend_fails(monkeypatch, capsys, function, output, element, named):
+    right = getattr(CHOSEN, function)
+
+    def wrong(*args, **kwargs):
+        outputs = right(*args, **kwargs)
+        value = outputs[output]
+        value[element] = 1 - value[element] if named.startswith("spikes") else value[element] + 0.1
+        return outputs
+
+    monkeypatch.setattr(CHOSEN, function, wrong)
+    with pytest.raises(SystemExit) as exit_:
+        doctor.main()
+    assert exit_.value.code == 1
+    found, todo = rows(capsys.readouterr().out)
+    assert found["self test cpu"].startswith(f"FAILED: {named}")
+    assert any("failed on cpu: use DLIFNode(..., backend='reference')" in line for line in todo)
+
+
+def test_a_kernel_that_cannot_be_loaded_is_named_with_its_remedy(monkeypatch, tmp_path, capsys):
+    (tmp_path / "_kernel.so").write_bytes(b"not a library")
+    monkeypatch.setattr(cpp, "__file__", str(tmp_path / "cpp.py"))
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    cpp._load.cache_clear()
+    try:
+        doctor.main()
+    finally:
+        cpp._load.cache_clear()
+    found, todo = rows(capsys.readouterr().out)
+    assert re.match(r"~/_kernel.so cannot be loaded .* install sj_robust again", found["backend cpp"])
+    assert found["compiled kernel"].startswith("none that can run")
+    assert found["self test cpu"].startswith("passed (backend eager")
+    assert any(line.startswith("backend cpp: ~/_kernel.so cannot be loaded") for line in todo)
+
+
+def test_missing_and_old_packages_get_a_command(monkeypatch):
+    versions = {"torch": "2.4.1+cpu", "torchvision": None, "accelerate": None, "rich": "12.0", "pyautoattack": None}
+
+    def version(name, real=metadata.version):
+        found = versions.get(name, "")
+        if found is None:
+            raise metadata.PackageNotFoundError(name)
+        return found or real(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    found, todo = rows(doctor.report())
+    assert found["torchvision"] == "not installed"
+    assert found["accelerate"] == "not installed (extra recipes)"
+    assert found["rich"] == "12.0, TOO OLD: 13 or later is needed"
+    assert "torch 2.4.1+cpu is too old: pip install -U 'torch>=2.6'" in todo
+    assert "rich 12.0 is too old: pip install -U 'rich>=13'" in todo
+    assert "torchvision not installed, always needed: pip install torchvision" in todo
+    assert any(
+        re.match(r"accelerate.* not installed, for recipes/.*: pip install 'sj_robust\[recipes\]'", t) for t in todo
+    )
+    assert any(re.match(r"pyautoattack not installed, for AutoAttack: pip install 'sj_robust\[att", t) for t in todo)
+
+
+def test_a_source_tree_without_metadata(monkeypatch):
+    def requires(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "requires", requires)
+    found, _ = rows(doctor.report())
+    assert "torchvision" in found
+    assert "accelerate" not in found
+
+
+def test_a_gpu_is_described(monkeypatch):
+    class Properties:
+        name, total_memory, major, minor = "Stand-in 9000", 80 * 2**30, 9, 0
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: Properties)
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 0, stdout="555.42\n"))
+    assert list(doctor._devices()) == [("cuda:0", "Stand-in 9000, 80 GiB, compute capability 9.0, driver 555.42")]
+
+    def missing(*args, **kwargs):
+        raise FileNotFoundError("nvidia-smi")
+
+    monkeypatch.setattr(subprocess, "run", missing)
+    assert next(doctor._devices())[1].endswith("driver unknown (nvidia-smi does not run)")
+
+
+def test_the_home_folder_alone_is_replaced(monkeypatch):
+    monkeypatch.setattr(Path, "home", lambda: Path("/home/ann"))
+    assert doctor._without_home("/home/ann/x /home/anna/x\n/home/ann") == "~/x /home/anna/x\n~"
+    monkeypatch.setattr(Path, "home", lambda: Path("/"))
+    assert doctor._without_home("/x") == "/x"
