@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sj_robust.data.locate import Wanted, located
 from sj_robust.data.stored import Source, StoredImages, check_labels
+from sj_robust.data.unreadable import one_line
 
 __all__ = ["CIFAR_STATISTICS", "cifar"]
 
@@ -73,8 +74,9 @@ def _read(path: Path, labels: str, classes: int) -> tuple[Tensor, Tensor]:
             content = _PlainUnpickler(file, encoding="latin1").load()
         pixels, numbers = np.asarray(content["data"]), torch.tensor(content[labels], dtype=torch.int64)
     except Exception as error:  # a damaged pickle raises anything
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise ValueError(f"{path} cannot be read as a batch of CIFAR ({reason}); fetch the file again") from error
+        raise ValueError(
+            f"{path} cannot be read as a batch of CIFAR ({one_line(error)}); fetch the file again"
+        ) from error
     if pixels.dtype != np.uint8 or pixels.ndim != 2 or pixels.shape[1] != 3 * 32 * 32 or numbers.ndim != 1:
         raise ValueError(
             f"{path} must hold bytes [N, 3072] and labels [N], got {pixels.dtype} {list(pixels.shape)} and "

@@ -16,8 +16,8 @@ import spikingjelly
 import torch
 from torch import Tensor
 
-from sj_robust.data.stored import FileImages, Source, mixed
-from sj_robust.data.unreadable import UnreadableError, readable
+from sj_robust.data.stored import FileImages, Source, shuffled
+from sj_robust.data.unreadable import UnreadableError, one_line, readable
 
 __all__ = ["EVENT_DATASETS", "event_frames"]
 
@@ -46,7 +46,7 @@ def event_frames(
         on_unreadable: What a recording is that cannot be read: an error, or left out with a warning.
 
     Returns:
-        Training and test recordings, the latter in a fixed mixed order. CIFAR10-DVS has no official split: the first
+        Training and test recordings, the latter in a fixed shuffled order. CIFAR10-DVS has no official split: the first
         tenth of every class, by the number in the file's name, is the test set (0 to 99 of 1000).
 
     Raises:
@@ -75,7 +75,7 @@ def event_frames(
         good = [path for path, keep in zip(paths, kept.tolist(), strict=True) if keep]
         parts.append(FileImages(good, torch.tensor(labels)[kept], partial(_frames, shape=shape)))
     train, test = parts
-    return Source(train, mixed(test), (2, height, width), classes, frames=True)
+    return Source(train, shuffled(test), (2, height, width), classes, frames=True)
 
 
 _AGAIN = (
@@ -97,7 +97,7 @@ def _check_archives(kind: str, host: Any, folder: Path, download: bool) -> None:
             for path in missing:
                 utils.download_url(archives[path][0], path.parent, path.name, archives[path][1])
         except (OSError, RuntimeError) as error:
-            failure = f"The download failed ({type(error).__name__}: {' '.join(str(error).split())[:200]}). "
+            failure = f"The download failed ({one_line(error)}). "
         missing = [path for path in missing if not path.is_file()]
     if missing:
         way = "It can be fetched with download=True (--download), or by hand"
@@ -124,9 +124,8 @@ def _prepared(name: str, host: Any, folder: Path, T: int) -> list[tuple[list[Pat
             else:
                 samples = [host(str(folder), train=train, **options).samples for train in (True, False)]
     except Exception as error:  # SpikingJelly raises anything
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         raise ValueError(
-            f"SpikingJelly could not prepare {host.__name__} in {folder} ({reason}); {_AGAIN.format(T=T)}"
+            f"SpikingJelly could not prepare {host.__name__} in {folder} ({one_line(error, 300)}); {_AGAIN.format(T=T)}"
         ) from error
     _check_complete(folder, T)
     parts = samples if len(samples) == 2 else _ninety_ten(samples[0])
@@ -181,7 +180,7 @@ def _check_frames(path: Path, shape: tuple[int, ...]) -> None:
             np.lib.format.read_magic(content)
             found = np.lib.format.read_array_header_1_0(content)[0]
     except (OSError, EOFError, KeyError, ValueError, BadZipFile) as error:
-        raise UnreadableError(f"{path} ({type(error).__name__}: {' '.join(str(error).split())[:120]})") from error
+        raise UnreadableError(f"{path} ({one_line(error, 120)})") from error
     if found != shape:
         raise UnreadableError(f"{path} (frames {list(found)} instead of {list(shape)})")
 
@@ -192,9 +191,7 @@ def _frames(path: Path, shape: tuple[int, ...]) -> Tensor:
         with path.open("rb") as file, np.load(file) as content:
             frames = content["frames"]
     except Exception as error:  # a damaged archive raises anything
-        raise UnreadableError(
-            f"{path} cannot be read any more ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
-        ) from error
+        raise UnreadableError(f"{path} cannot be read any more ({one_line(error, 120)})") from error
     if frames.shape != shape:
         raise UnreadableError(f"{path} holds frames {list(frames.shape)} instead of {list(shape)}")
     return torch.from_numpy(frames > 0).float()
@@ -226,7 +223,7 @@ def _alone(module: str, failure: Exception) -> ModuleType:
         lacking = getattr(failure, "name", None) or "torchaudio"
         raise ModuleNotFoundError(
             f"SpikingJelly's event data need {lacking}, which is missing or does not fit torch {torch.__version__} "
-            f"({type(failure).__name__}: {' '.join(str(failure).split())[:200]}); install the {lacking} that belongs "
+            f"({one_line(failure)}); install the {lacking} that belongs "
             "to it, from the index that torch came from"
         ) from error
 

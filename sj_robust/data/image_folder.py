@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sj_robust.data.stored import FileImages, Images, Source, mixed
-from sj_robust.data.unreadable import UnreadableError, readable
+from sj_robust.data.stored import FileImages, Images, Source, shuffled
+from sj_robust.data.unreadable import UnreadableError, one_line, readable
 
 __all__ = ["image_folder"]
 
@@ -31,7 +31,7 @@ def image_folder(folder: Path, *, on_unreadable: Literal["error", "skip"]) -> So
         on_unreadable: What a picture is that cannot be read: an error, or left out with a warning.
 
     Returns:
-        The parts; test and validation pictures in a fixed mixed order, so that the first ones are of all classes.
+        The parts; test and validation pictures in a fixed shuffled order, so that the first ones are of all classes.
 
     Raises:
         FileNotFoundError: If a folder is missing or holds no pictures.
@@ -57,8 +57,8 @@ def image_folder(folder: Path, *, on_unreadable: Literal["error", "skip"]) -> So
     height, width = sizes[first]
     read = partial(_image, size=(height, width))
     images: dict[str, Images] = {name: FileImages(paths, labels, read) for name, (paths, labels) in parts.items()}
-    validation = mixed(images["val"]) if "val" in images else None
-    return Source(images["train"], mixed(images["test"]), (3, height, width), len(classes), validation)
+    validation = shuffled(images["val"]) if "val" in images else None
+    return Source(images["train"], shuffled(images["test"]), (3, height, width), len(classes), validation)
 
 
 def _class_names(folder: Path, part: Path) -> list[str]:
@@ -134,7 +134,7 @@ def _picture(path: Path) -> Tensor:
             picture = opened.convert("RGBA") if mode == "P" and "transparency" in opened.info else opened
             pixels = np.array(picture.convert("RGB"))
     except Exception as error:  # a damaged picture raises anything
-        raise UnreadableError(f"{path} ({type(error).__name__}: {' '.join(str(error).split())[:120]})") from error
+        raise UnreadableError(f"{path} ({one_line(error, 120)})") from error
     if mode not in _EIGHT_BITS:
         raise UnreadableError(f"{path} (more than 8 bits per channel, mode {mode}; save it with 8)")
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()

@@ -4,6 +4,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from sj_robust.data.unreadable import one_line
+
 __all__ = ["Wanted", "located"]
 
 
@@ -57,7 +59,7 @@ def located(wanted: Wanted, *, download: bool) -> dict[str, Path]:
         try:
             wanted.download()
         except (OSError, RuntimeError) as error:
-            failure = f"The download failed ({type(error).__name__}: {' '.join(str(error).split())[:200]}). "
+            failure = f"The download failed ({one_line(error)}). "
         found = wanted.found()
     missing = [name for name in wanted.files if name not in found]
     if missing:

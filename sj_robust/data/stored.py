@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-__all__ = ["FileImages", "Images", "Part", "Source", "StoredImages", "check_labels", "mixed"]
+__all__ = ["FileImages", "Images", "Part", "Source", "StoredImages", "check_labels", "shuffled"]
 
 
 class Images(Dataset[tuple[Tensor, ...]]):
@@ -140,6 +140,6 @@ def check_labels(labels: Tensor, classes: int, path: object) -> Tensor:
     return labels
 
 
-def mixed(images: Images) -> Images:
+def shuffled(images: Images) -> Images:
     """The same images in an order that never changes and does not follow their classes. 固定乱序。"""
     return Part(images, torch.randperm(len(images), generator=torch.Generator().manual_seed(20240521)))

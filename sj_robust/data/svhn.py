@@ -8,6 +8,7 @@ from torch import Tensor
 
 from sj_robust.data.locate import Wanted, located
 from sj_robust.data.stored import Source, StoredImages, check_labels
+from sj_robust.data.unreadable import one_line
 
 __all__ = ["svhn"]
 
@@ -55,8 +56,9 @@ def _read(path: Path) -> tuple[Tensor, Tensor]:
         content = loadmat(path, variable_names=("X", "y"))
         pixels, labels = np.asarray(content["X"]), np.asarray(content["y"]).reshape(-1)
     except Exception as error:  # a damaged file raises anything
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-        raise ValueError(f"{path} cannot be read as a file of SVHN ({reason}); fetch the file again") from error
+        raise ValueError(
+            f"{path} cannot be read as a file of SVHN ({one_line(error)}); fetch the file again"
+        ) from error
     if (
         pixels.dtype != np.uint8
         or pixels.ndim != 4

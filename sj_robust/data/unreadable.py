@@ -7,11 +7,25 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["UnreadableError", "readable"]
+__all__ = ["UnreadableError", "one_line", "readable"]
 
 
 class UnreadableError(ValueError):
     """A file of a data set cannot be read; the message names it."""
+
+
+def one_line(error: Exception, at_most: int = 200) -> str:
+    """An error of another package in one line, its text cut off where it goes on for long. 单行错误说明。
+
+    Args:
+        error: What was caught.
+        at_most: Characters of its text.
+
+    Examples:
+        >>> one_line(OSError("no   room"))
+        'OSError: no room'
+    """
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:at_most]}"
 
 
 def readable(
