@@ -7,6 +7,7 @@ import importlib.util
 import io
 import os
 import re
+import signal
 import subprocess
 import sys
 import tomllib
@@ -19,7 +20,7 @@ from typing import Any
 
 from documentation.pages import ROOT, Directive
 
-LIMIT = 300
+LIMIT = 600
 """Seconds that a command may take."""
 MODULES = {"torchrun": "torch.distributed.run", "accelerate": "accelerate.commands.accelerate_cli"}
 RECIPE = re.compile(r"(?<![\w/.-])(?:\./)?recipes/(\w+)\.py(?=\s|$|[;&|)])")
@@ -110,26 +111,31 @@ class Shell:
         self.where = self.folder
         path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
         self.environment = os.environ | {"PATH": path, "MPLBACKEND": "Agg", "COLUMNS": "100"}
+        self.environment.setdefault("OMP_WAIT_POLICY", "passive")  # with several threads on a busy machine
         for name in ("PYTEST_CURRENT_TEST", "PYTHONPATH"):
             self.environment.pop(name, None)
 
     def run(self, command: str) -> str:
         """Run a command; the folder it changes to and what it exports are kept for the next. Returns its output."""
         left = f"env -0 > '{self.state}/environment'\npwd > '{self.state}/folder'"
-        try:
-            done = subprocess.run(
-                ["bash", "-o", "pipefail", "-c", f"{command}\ncode=$?\n{left}\nexit $code"],
-                cwd=self.where, env=self.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT, text=True, timeout=LIMIT, check=False,
-            )  # fmt: skip
-        except subprocess.TimeoutExpired as error:
-            raise CommandError(f"took longer than {LIMIT} s") from error
-        if done.returncode != 0:
-            raise CommandError(f"exit code {done.returncode}\n{done.stdout}")
+        with subprocess.Popen(
+            ["bash", "-o", "pipefail", "-c", f"{command}\ncode=$?\n{left}\nexit $code"],
+            cwd=self.where, env=self.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
+        ) as process:  # fmt: skip
+            try:
+                said = process.communicate(timeout=LIMIT)[0]
+            except subprocess.TimeoutExpired as error:
+                raise CommandError(f"took longer than {LIMIT} s") from error
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # what a command left running, too
+        if process.returncode != 0:
+            raise CommandError(f"exit code {process.returncode}\n{said}")
         words = (self.state / "environment").read_bytes().decode().split("\0")
         self.environment = dict(word.split("=", 1) for word in words if "=" in word)
         self.where = Path((self.state / "folder").read_text().rstrip("\n"))
-        return done.stdout
+        return str(said)
 
     def parse(self, command: str) -> int:
         """Let bash say which programs a command would run, and the recipes' parsers whether they take their options.

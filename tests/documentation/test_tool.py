@@ -3,10 +3,11 @@
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
-from documentation import examples
+from documentation import examples, shell
 from documentation.pages import DIRECTIVES, PageError, blocks_of
 from documentation.shell import CommandError, check_names, ends_of_recipes, logical_lines, with_options
 
@@ -124,6 +125,15 @@ def test_options_that_a_recipe_takes(tmp_path):
         "python recipes/benchmark.py --what conv4",
     ]
     examples.run_page(page_of(tmp_path, fence("bash", *commands, above=[OPTIONS_ONLY])))
+
+
+def test_a_command_that_takes_too_long_is_ended_with_all_it_started(tmp_path, monkeypatch):
+    monkeypatch.setattr(shell, "LIMIT", 1)
+    text = fence("bash", f"(sleep 2; touch {tmp_path}/left) & sleep 60")
+    with pytest.raises(examples.ExampleError, match="page.md:4: .*took longer than 1 s"):
+        examples.run_page(page_of(tmp_path, text))
+    time.sleep(2)
+    assert not (tmp_path / "left").exists()
 
 
 def test_all_faults_of_a_page_are_named_before_anything_runs(tmp_path):
