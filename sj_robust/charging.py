@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sj_robust._host import neuron
 from sj_robust.neuron import DLIFNode
 
-__all__ = ["Charging", "Neuron", "NeuronKey", "find_neurons"]
+__all__ = ["Charging", "Neuron", "NeuronKey", "emits_spikes", "find_neurons", "is_neuron"]
 
 NeuronKey = str | type[nn.Module]
 
@@ -86,7 +86,7 @@ def find_neurons(
     if not isinstance(net, nn.Module):
         kind = f"the class {net.__name__}" if isinstance(net, type) else type(net).__name__
         raise TypeError(f"net must be a network (nn.Module), got {kind}; build it first, as in MyNet()")
-    candidates = {name: module for name, module in net.named_modules() if _is_neuron(module)}
+    candidates = {name: module for name, module in net.named_modules() if is_neuron(module)}
     if not candidates:
         raise ValueError(
             f"{type(net).__name__} holds no SpikingJelly neuron, so there is nothing to monitor or certify; give a "
@@ -106,7 +106,34 @@ def find_neurons(
             followed[name] = Neuron(name, module, _constant(charging), known=False)
         else:
             unsupported[name] = _reason(module)
-    return followed, unsupported, {name for name in unsupported if _spikes(candidates[name])}
+    return followed, unsupported, {name for name in unsupported if emits_spikes(candidates[name])}
+
+
+def is_neuron(module: nn.Module) -> bool:
+    """Whether a module's class is, or derives from, one of SpikingJelly's neurons. 是否为 SpikingJelly 神经元。
+
+    Args:
+        module: Any module.
+
+    Examples:
+        >>> is_neuron(neuron.LIFNode()), is_neuron(nn.ReLU())
+        (True, False)
+    """
+    package = neuron.__name__
+    return any(cls.__module__ == package or cls.__module__.startswith(f"{package}.") for cls in type(module).__mro__)
+
+
+def emits_spikes(module: nn.Module) -> bool:
+    """Whether a neuron emits spikes, not potentials as SpikingJelly's non-spiking ones do. 神经元是否发放脉冲。
+
+    Args:
+        module: A neuron, see :func:`is_neuron`.
+
+    Examples:
+        >>> emits_spikes(neuron.LIFNode())
+        True
+    """
+    return not any("NonSpiking" in cls.__name__ for cls in type(module).__mro__)
 
 
 def _if(module: Any) -> Charging:
@@ -143,19 +170,9 @@ def _constant(charging: Charging) -> Callable[[], Charging]:
     return lambda: charging
 
 
-def _is_neuron(module: nn.Module) -> bool:
-    """Whether a module's class is, or derives from, one of SpikingJelly's neurons."""
-    package = neuron.__name__
-    return any(cls.__module__ == package or cls.__module__.startswith(f"{package}.") for cls in type(module).__mro__)
-
-
-def _spikes(module: nn.Module) -> bool:
-    return not any(cls.__name__ == "NonSpikingBaseNode" for cls in type(module).__mro__)
-
-
 def _reason(module: nn.Module) -> str:
     name = type(module).__name__
-    if not _spikes(module):
+    if not emits_spikes(module):
         return f"{name} emits potentials, not spikes"
     if isinstance(module, neuron.BaseNode):
         return (
@@ -180,7 +197,7 @@ def _check_given(
         if any(type(module) in _KNOWN for module in fitting):
             kind = type(fitting[0]).__name__
             raise ValueError(f"decay: {key!r} names a {kind}, whose decay is read from the neuron; leave it out")
-        if any(not isinstance(module, neuron.BaseNode) or not _spikes(module) for module in fitting):
+        if any(not isinstance(module, neuron.BaseNode) or not emits_spikes(module) for module in fitting):
             raise ValueError(f"decay: {key!r} cannot be followed by a decay alone: {_reason(fitting[0])}")
         if not 0.0 < value <= 1.0:
             raise ValueError(

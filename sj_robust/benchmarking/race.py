@@ -107,29 +107,16 @@ def race(
     workers: dict[str, subprocess.Popen[str]] = {}
     facts: dict[str, Any] = {}
     missing: dict[str, str] = {}
-    seconds: dict[str, list[tuple[float, float]]] = {}
     try:
         for method in (*methods, *(["copy"] if SUBJECTS[subject].is_layer else [])):
-            arguments = [subject, method, json.dumps(shape), str(threads)]
-            command = [sys.executable, "-m", "sj_robust.benchmarking.worker", *arguments]
-            worker = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=variables)
-            workers[method] = worker
-            facts[method] = _answer(worker, method)
+            workers[method] = _started([subject, method, json.dumps(shape), str(threads)], variables)
+            facts[method] = _answer(workers[method], method)
             if "wrong" in facts[method]:
                 raise RuntimeError(facts[method]["wrong"])
             if "missing" in facts[method]:
                 missing[method] = facts[method]["missing"]
                 workers.pop(method).communicate()
-            seconds[method] = []
-        for number in range(rounds):
-            turns = list(workers.items())
-            first = number % len(turns)
-            for method, worker in turns[first:] + turns[:first]:
-                time.sleep(0.05)  # threads of the pass before wait by spinning, for milliseconds
-                assert worker.stdin is not None  # a pipe, see above
-                worker.stdin.write("pass\n")
-                worker.stdin.flush()
-                seconds[method].append(_answer(worker, method))
+        seconds = _taken_in_turns(workers, rounds)
     finally:
         for worker in workers.values():
             worker.communicate()
@@ -140,6 +127,29 @@ def race(
         if method != "copy"
     ]
     return measurements, missing
+
+
+def _started(arguments: Sequence[str], variables: Mapping[str, str]) -> "subprocess.Popen[str]":
+    """A process that weighs one method and then waits for its turns."""
+    command = [sys.executable, "-m", "sj_robust.benchmarking.worker", *arguments]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=dict(variables))
+
+
+def _taken_in_turns(
+    workers: "Mapping[str, subprocess.Popen[str]]", rounds: int
+) -> dict[str, list[tuple[float, float]]]:
+    """Seconds of the forward and the backward pass of every round, by method; another one begins each round."""
+    seconds: dict[str, list[tuple[float, float]]] = {method: [] for method in workers}
+    turns = list(workers.items())
+    for number in range(rounds if turns else 0):
+        first = number % len(turns)
+        for method, worker in turns[first:] + turns[:first]:
+            time.sleep(0.05)  # threads of the pass before wait by spinning, for milliseconds
+            assert worker.stdin is not None  # a pipe
+            worker.stdin.write("pass\n")
+            worker.stdin.flush()
+            seconds[method].append(_answer(worker, method))
+    return seconds
 
 
 def _answer(worker: "subprocess.Popen[str]", method: str) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sj_robust._host import neuron
+from sj_robust.charging import emits_spikes, is_neuron
 from sj_robust.evaluation._from_reset import from_reset
 
 __all__ = ["LayerActivity", "firing"]
@@ -78,7 +78,7 @@ def firing(model: nn.Module, x: Tensor, *, seed: int = 0) -> tuple[LayerActivity
     handles = []
     try:
         for name, module in model.named_modules():
-            if _spikes(module):
+            if is_neuron(module) and emits_spikes(module):
                 handles.append(module.register_forward_hook(_counting(counts, name)))
         with torch.no_grad(), from_reset(model, seed, x.device):
             model(x)
@@ -132,11 +132,3 @@ def _counting(counts: dict[str, _Count], name: str) -> Callable[[nn.Module, Any,
         counts.setdefault(name, _Count(type(module).__name__)).add(fired)
 
     return hook
-
-
-def _spikes(module: nn.Module) -> bool:
-    """Whether a module's class is, or derives from, a neuron of SpikingJelly that emits spikes."""
-    package = neuron.__name__
-    classes = type(module).__mro__
-    is_neuron = any(cls.__module__ == package or cls.__module__.startswith(f"{package}.") for cls in classes)
-    return is_neuron and not any("NonSpiking" in cls.__name__ for cls in classes)

@@ -6,8 +6,10 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from sj_robust._preserved import evaluation_mode
 from sj_robust.attacks import check_images, check_labels
 from sj_robust.attacks.randomness import SampleSeeds, seeded_globals
+from sj_robust.evaluation.environment import device_of
 from sj_robust.evaluation.report import Report, Score
 from sj_robust.evaluation.threat import ThreatModel
 
@@ -106,11 +108,8 @@ def _count(
         raise ValueError("the name 'clean' is taken by the images without an attack; call the attack otherwise")
     correct = dict.fromkeys(("clean", *attacks), 0)
     total = 0
-    device = next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
-    generator = torch.Generator()
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
+    device, generator = device_of(model), torch.Generator()
+    with evaluation_mode(model):
         for number, (x, y) in enumerate(batches):
             x, y = x.to(device), y.to(device)
             check_images(x)
@@ -125,9 +124,6 @@ def _count(
                     correct[name] += _right(model, attack(model, x, y, generator=generator), y)
             if on_batch is not None:
                 on_batch()
-    finally:
-        for module, training in modes.items():
-            module.training = training
     if total == 0:
         raise ValueError("batches must hold at least one image, got none")
     return correct, total
