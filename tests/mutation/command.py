@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -21,10 +22,10 @@ from mutation.mutants import Mutant, all_mutants, sample
 ROOT = Path(__file__).resolve().parents[2]
 SCORES = Path(__file__).with_name("scores.json")
 PACKAGES: dict[str, dict[str, list[str]]] = {  # folder of sj_robust: tests that answer for it, and those left out
-    "perturbation": {"tests": ["tests/perturbation", "sj_robust/perturbation"]},
+    "perturbation": {"tests": ["tests/perturbation", "tests/test_fusion.py", "sj_robust/perturbation"]},
     "stability": {"tests": ["tests/stability", "sj_robust/stability"]},
     "ops": {
-        "tests": ["tests/ops", "sj_robust/ops"],
+        "tests": ["tests/ops", "tests/test_fusion.py", "sj_robust/ops"],
         "left out": ["tests/ops/cuda/test_shim.py", "tests/ops/cuda/test_nvrtc.py"],  # of the CUDA text, not of Python
     },
     "attacks": {"tests": ["tests/attacks", "sj_robust/attacks"]},
@@ -50,10 +51,12 @@ def main(arguments: list[str] | None = None) -> None:
         trial.preload()
         for tree in trees:
             trial.warm(tree, table["tests"])
-        coverage = _coverage(trees[0], table, package)
+        kept = _kept(trees[0], options.package)
+        coverage = _coverage(trees[0], table, package, kept)
         if coverage.failed:
             print(f"{len(coverage.failed)} test(s) fail without a fault and are left out: {coverage.failed[:5]}")
-        outcomes = try_all(trees, chosen, coverage, thorough=options.thorough)
+        done = kept / ("thorough" if options.thorough else f"{options.budget:g}")
+        outcomes = try_all(trees, chosen, coverage, budget=math.inf if options.thorough else options.budget, done=done)
     result = summary(chosen, outcomes)
     if options.again:
         result = merged(_stored(options), result)
@@ -64,17 +67,27 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def try_all(
-    trees: list[Path], mutants: list[Mutant], coverage: trial.Coverage, *, thorough: bool = False
+    trees: list[Path], mutants: list[Mutant], coverage: trial.Coverage, *, budget: float, done: Path
 ) -> list[trial.Outcome]:
-    """What became of each fault, tried in as many processes as there are copies of the tree."""
+    """What became of each fault, tried in as many processes as there are copies of the tree.
+
+    Args:
+        trees: The copies.
+        mutants: The faults.
+        coverage: What the tests execute.
+        budget: CPU seconds of tests for one fault; infinite for all tests of the package, the selected ones first.
+        done: Folder of what earlier runs on the same code came to, so that one that was cut off goes on.
+    """
+    done.mkdir(exist_ok=True)
+    work = [(mutant, coverage, budget, done) for mutant in mutants]
     if len(trees) == 1:
-        return [_try(trees[0], mutant, coverage, thorough) for mutant in mutants]
+        return [_try(trees[0], *one) for one in work]
     context = multiprocessing.get_context("fork")
     free = context.Queue()
     for tree in trees:
         free.put(tree)
     with context.Pool(len(trees), _take_tree, (free,)) as pool:
-        return pool.starmap(_try_in_own_tree, [(mutant, coverage, thorough) for mutant in mutants], chunksize=1)
+        return pool.starmap(_try_in_own_tree, work, chunksize=1)
 
 
 def summary(mutants: list[Mutant], outcomes: list[trial.Outcome]) -> dict[str, Any]:
@@ -131,7 +144,8 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--again", metavar="LABEL", help="only the faults that survived the run of this name, to see new tests work"
     )
-    parser.add_argument("--thorough", action="store_true", help="give a survivor to all other tests of the package too")
+    parser.add_argument("--budget", type=float, default=8, help="CPU seconds of tests per fault, quick tests first (8)")
+    parser.add_argument("--thorough", action="store_true", help="all tests of the package, whatever they execute")
     return parser.parse_args(arguments)
 
 
@@ -146,41 +160,46 @@ def _stored(options: argparse.Namespace) -> dict[str, Any]:
     return json.loads(options.output.read_text())[options.package][options.again]
 
 
-def _coverage(tree: Path, table: dict[str, list[str]], package: str) -> trial.Coverage:
-    """What the tests execute: measured, and kept in the system's temporary folder until code or tests change."""
-    digest = hashlib.sha256(trial.__doc__.encode() + version("spikingjelly").encode())
+def _kept(tree: Path, package: str) -> Path:
+    """Folder for what was found out about this very code and these tests, in the system's temporary folder."""
+    digest = hashlib.sha256(version("spikingjelly").encode())
     for folder in ("sj_robust", "tests"):
         for path in sorted((tree / folder).rglob("*.py")):
             if path.parent != tree / "tests" / "mutation":
                 digest.update(path.read_bytes())
-    kept = Path(tempfile.gettempdir()) / f"mutation-coverage-{Path(package).name}-{digest.hexdigest()[:16]}.json"
-    if not kept.exists():
+    folder = Path(tempfile.gettempdir()) / f"mutation-of-{package}-{digest.hexdigest()[:16]}"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def _coverage(tree: Path, table: dict[str, list[str]], package: str, kept: Path) -> trial.Coverage:
+    """What the tests execute, measured once."""
+    file = kept / "coverage.json"
+    if not file.exists():
         print(f"running the tests of {package} once without a fault", flush=True)
         coverage = trial.measure(tree, table["tests"], table.get("left out", []), package)
-        kept.write_text(json.dumps(vars(coverage)))
-    return trial.Coverage(**json.loads(kept.read_text()))
+        file.write_text(json.dumps(vars(coverage)))
+    return trial.Coverage(**json.loads(file.read_text()))
 
 
-def _try(tree: Path, mutant: Mutant, coverage: trial.Coverage, thorough: bool) -> trial.Outcome:
+def _try(tree: Path, mutant: Mutant, coverage: trial.Coverage, budget: float, done: Path) -> trial.Outcome:
+    before = done / f"{hashlib.sha256(mutant.key.encode()).hexdigest()[:16]}.json"
+    if before.exists():
+        return trial.Outcome(**json.loads(before.read_text()))
     path = tree / mutant.file
     source, status = path.read_bytes(), path.stat()
     path.write_bytes(mutant.applied(source))
     try:
-        tests = coverage.selected(mutant.file, mutant.line, mutant.end_line)
-        outcome = trial.attempt(tree, tests, _limit(tests, coverage))
-        if thorough and not outcome.killed:
-            tests = coverage.rest(tests)
-            outcome = trial.attempt(tree, tests, _limit(tests, coverage))
+        tests = coverage.selected(mutant.file, mutant.line, mutant.end_line, budget)
+        limit = FLOOR + FACTOR * sum(coverage.seconds[test] for test in tests)
+        outcome = trial.attempt(tree, tests, limit)
     finally:
         path.write_bytes(source)
         os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    before.write_text(json.dumps(vars(outcome)))
     what = f"killed by {outcome.by}" if outcome.killed else f"survived; {outcome.by}".rstrip("; ")
     print(f"{outcome.seconds:6.1f} s  {mutant.key} => {what}", flush=True)
     return outcome
-
-
-def _limit(tests: list[str], coverage: trial.Coverage) -> float:
-    return FLOOR + FACTOR * sum(coverage.seconds[test] for test in tests)
 
 
 _OWN_TREE: list[Path] = []
@@ -190,8 +209,8 @@ def _take_tree(free: Any) -> None:
     _OWN_TREE.append(free.get())
 
 
-def _try_in_own_tree(mutant: Mutant, coverage: trial.Coverage, thorough: bool) -> trial.Outcome:
-    return _try(_OWN_TREE[0], mutant, coverage, thorough)
+def _try_in_own_tree(mutant: Mutant, coverage: trial.Coverage, budget: float, done: Path) -> trial.Outcome:
+    return _try(_OWN_TREE[0], mutant, coverage, budget, done)
 
 
 def _circumstances(options: argparse.Namespace, package: str) -> dict[str, Any]:
@@ -205,6 +224,7 @@ def _circumstances(options: argparse.Namespace, package: str) -> dict[str, Any]:
         "spikingjelly": version("spikingjelly"),
         "seed": options.seed,
         "again": options.again,
+        "budget": None if options.thorough else options.budget,
     }
 
 

@@ -235,8 +235,8 @@ class _Finder(ast.NodeVisitor):
             self._returned(node.value)
 
     def _returned(self, value: ast.expr) -> None:
-        if isinstance(value, ast.Constant) and value.value is None:
-            return
+        if isinstance(value, ast.Constant) and (value.value is None or isinstance(value.value, bool)):
+            return  # the opposite of a truth value is planted as a constant
         if isinstance(value, ast.Tuple) and len(value.elts) > 1:
             self._changed("wrong return", value, lambda new: new.elts.reverse())
         elif isinstance(value, ast.Compare | ast.BoolOp) or ast.unparse(value).startswith("not "):

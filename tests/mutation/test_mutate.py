@@ -182,9 +182,11 @@ def test_tests_of_the_line_come_first_and_the_quickest_of_them():
         | {"apart": {"b.py": [2]}},
         failed=["broken"],
     )
-    assert coverage.selected("a.py", 2, 3) == ["quick", "slow"]
-    assert coverage.rest(["quick", "slow"]) == ["elsewhere", "apart"]
-    assert coverage.selected("a.py", 5, 5) == ["elsewhere", "quick", "slow"]
+    assert coverage.selected("a.py", 2, 3, budget=10) == ["quick", "slow"]
+    assert coverage.selected("a.py", 2, 3, budget=3.9) == ["quick"]
+    assert coverage.selected("a.py", 2, 3, budget=0) == ["quick"]
+    assert coverage.selected("a.py", 5, 5, budget=10) == ["elsewhere", "quick", "slow"]
+    assert coverage.selected("a.py", 2, 3) == ["quick", "slow", "elsewhere", "apart"]
 
 
 def test_survivors_tried_again_add_to_what_was_killed():

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import importlib.util
 import json
+import math
 import os
 import resource
 import shutil
@@ -14,6 +15,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -41,17 +43,27 @@ class Coverage:
     lines: dict[str, dict[str, list[int]]] = field(default_factory=dict)
     failed: list[str] = field(default_factory=list)
 
-    def selected(self, file: str, first: int, last: int) -> list[str]:
-        """Tests that execute one of these lines, or if none does any line of the file; quick ones first."""
-        of_file = [test for test, lines in self.lines.items() if file in lines and test not in self.failed]
+    def selected(self, file: str, first: int, last: int, budget: float = math.inf) -> list[str]:
+        """Tests that execute one of these lines, or if none does any line of the file, quick ones first.
+
+        Args:
+            file: File of the lines.
+            first: First line.
+            last: Last line.
+            budget: CPU seconds that they may take together, one test at least; infinite for all tests, these in front.
+        """
+        passing = [test for test in self.lines if test not in self.failed]
+        of_file = [test for test in passing if file in self.lines[test]]
         wanted = set(range(first, last + 1))
         of_lines = [test for test in of_file if wanted & set(self.lines[test][file])]
-        return sorted(of_lines or of_file, key=lambda test: (self.seconds[test], test))
+        chosen = self._quick_first(of_lines or of_file)
+        if math.isinf(budget):
+            return chosen + self._quick_first(set(passing) - set(chosen))
+        spent = list(accumulate(self.seconds[test] for test in chosen))
+        return [test for test, until in zip(chosen, spent, strict=True) if until <= budget] or chosen[:1]
 
-    def rest(self, selected: Iterable[str]) -> list[str]:
-        """The other tests, quick first."""
-        left = self.seconds.keys() - set(selected) - set(self.failed)
-        return sorted(left, key=lambda test: (self.seconds[test], test))
+    def _quick_first(self, tests: Iterable[str]) -> list[str]:
+        return sorted(tests, key=lambda test: (self.seconds[test], test))
 
 
 @dataclass(frozen=True)

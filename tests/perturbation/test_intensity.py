@@ -184,6 +184,13 @@ def test_seed_decides_the_intervals_and_nothing_else():
     assert (first.means, first.accuracy) == (other.means, other.accuracy)
 
 
+def test_it_says_what_it_does():
+    said = []
+    found, *_ = study(say=said.append)
+    runs = [f"{direction} at eps {size}: {found.samples} images" for direction in found.directions for size in SIZES]
+    assert said == [*runs, "intervals from 20 bootstrap samples"]
+
+
 def test_images_wrong_already_are_left_out():
     model = network()
     x = torch.rand(10, 1, 3, 3)

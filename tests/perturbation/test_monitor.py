@@ -142,6 +142,39 @@ def test_concatenated_batch_equals_two_runs(kind, step_mode):
         assert_stats(stats, {key: value.numpy() for key, value in expected[name]._tensors().items()}, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", ["LIF", "DLIF"])
+def test_runs_that_go_on_from_a_state_start_at_it(kind):
+    make, decay, gain, v_reset = NEURONS[kind]
+    net = conv_net(make).eval()
+    x, x_perturbed = images()
+    monitor = MPPDMonitor(net, keep="trace")
+
+    def start(copies):
+        functional.reset_net(net)
+        generator = torch.Generator().manual_seed(3)
+        for name, shape in zip(NAMES, [(3, 4, 6, 6), (3, 4, 6, 6), (3, 8)], strict=True):
+            net[int(name)].v = torch.cat([torch.rand(shape, generator=generator)] * copies)
+
+    with torch.no_grad():
+        for run, images_of_run in ((monitor.clean(), x), (monitor.perturbed(), x_perturbed)):
+            start(copies=1)
+            with run:
+                net(images_of_run)
+        start(copies=2)
+        with monitor.paired():
+            net(torch.cat((x, x_perturbed), dim=1))
+        start(copies=1)
+    for name in NAMES:
+        v = net[int(name)].v.clone()
+        apart, together = monitor[name]
+        for trace in (apart, together):
+            h = decay * v + gains(gain)[0] * trace.x_seq[0]
+            torch.testing.assert_close(trace.v_seq[0], torch.where(trace.spike_seq[0] == 1, v_reset or 0.0, h))
+        torch.testing.assert_close(together.v_seq, apart.v_seq, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(together.v_seq_perturbed, apart.v_seq_perturbed, atol=1e-5, rtol=1e-5)
+    functional.reset_net(net)
+
+
 def test_statistics_of_many_pairs_are_those_of_one_large_batch():
     net = conv_net(NEURONS["LIF"][0])
     pairs = [images(seed, n) for seed, n in ((1, 3), (2, 1), (3, 4))]
