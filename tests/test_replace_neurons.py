@@ -1,0 +1,115 @@
+"""An existing network with DLIF neurons in place of its own: the same spikes before any training."""
+
+import math
+
+import pytest
+import torch
+from spikingjelly.activation_based import functional, neuron, surrogate
+from spikingjelly.activation_based.model import sew_resnet
+from torch import nn
+
+from sj_robust.neuron import DLIFNode, replace_neurons
+
+
+def make():
+    return nn.Sequential(
+        nn.Linear(4, 6),
+        neuron.LIFNode(tau=3.0, v_threshold=0.5, v_reset=None, step_mode="m"),
+        nn.Linear(6, 6),
+        neuron.IFNode(v_threshold=0.7, step_mode="m", detach_reset=True),
+        nn.Linear(6, 6),
+        neuron.ParametricLIFNode(init_tau=2.0, decay_input=True, v_threshold=0.6, step_mode="m"),
+        nn.Linear(6, 6),
+        neuron.LIFNode(tau=2.0, decay_input=True, v_threshold=0.2, v_reset=-0.1, step_mode="m"),
+    )
+
+
+def test_same_spikes_and_gradients_before_any_training():
+    torch.manual_seed(0)
+    net = make().double()
+    for linear in net[::2]:
+        nn.init.normal_(linear.weight, std=2.0)
+    x = torch.rand(5, 8, 4, dtype=torch.float64)
+    wanted = net(x)
+    wanted.mean().backward()
+    gradient = net[0].weight.grad.clone()
+    net.zero_grad()
+    report = replace_neurons(net, T=5)
+    assert report.replaced == {"1": "LIFNode", "3": "IFNode", "5": "ParametricLIFNode", "7": "LIFNode"}
+    assert report.notes == {"5": "learnable tau frozen at 2"}
+    assert wanted.sum() > 0
+    functional.reset_net(net)
+    assert torch.equal(net(x), wanted)
+    assert net[1].input_gain.dtype == torch.float64
+    functional.reset_net(net)
+    net(x).mean().backward()
+    torch.testing.assert_close(net[0].weight.grad, gradient)
+
+
+def test_reset_finds_the_new_neurons():
+    net = make()
+    functional.reset_net(net)  # 2.x caches the list of stateful modules here
+    replace_neurons(net, T=2)
+    net(torch.rand(2, 1, 4))
+    functional.reset_net(net)
+    assert all(m.time_step == 0 for m in net.modules() if isinstance(m, DLIFNode))
+
+
+def test_mode_weights_and_surrogate_are_kept():
+    net = make().eval()
+    net[1].surrogate_function.alpha = 7.0
+    weights = {
+        name: p.clone() for name, p in net.named_parameters() if "w" not in name.split(".")[-1] or "weight" in name
+    }
+    surrogate_function = net[1].surrogate_function
+    replace_neurons(net, T=3)
+    assert not any(m.training for m in net.modules())
+    assert net[1].surrogate_function.alpha == 7.0
+    assert net[1].surrogate_function is not surrogate_function
+    assert net[3].detach_reset
+    assert net[3].tau == math.inf
+    assert all(torch.equal(net.get_parameter(name), value) for name, value in weights.items())
+
+
+def test_what_cannot_be_converted_is_said_and_left_alone():
+    net = nn.Sequential(neuron.KLIFNode(), neuron.LIFNode(), neuron.EIFNode())
+    report = replace_neurons(net, T=2)
+    assert list(report.skipped) == ["0", "2"]
+    assert "KLIFNode is not IF, LIF or PLIF" in report.skipped["0"]
+    assert type(net[0]) is neuron.KLIFNode
+    assert list(report.replaced) == ["1"]
+    assert replace_neurons(net, T=2).replaced == {}
+
+
+def test_shared_neurons_stay_shared():
+    shared = neuron.LIFNode()
+    net = nn.ModuleDict({"a": shared, "b": nn.ModuleList([shared])})
+    report = replace_neurons(net, T=2)
+    assert sorted(report.replaced) == ["a", "b.0"]
+    assert net["a"] is net["b"][0]
+
+
+def test_a_bare_neuron_is_refused():
+    with pytest.raises(ValueError, match=r"wrap it in nn\.Sequential"):
+        replace_neurons(neuron.LIFNode(), T=2)
+
+
+def test_model_zoo():
+    net = sew_resnet.sew_resnet18(
+        pretrained=False,
+        cnf="ADD",
+        spiking_neuron=neuron.IFNode,
+        num_classes=3,
+        surrogate_function=surrogate.ATan(),
+    )
+    functional.set_step_mode(net, "m")
+    x = torch.rand(2, 1, 3, 32, 32)
+    net.eval()
+    with torch.no_grad():
+        wanted = net(x)
+    report = replace_neurons(net, T=2)
+    assert len(report.replaced) == 20
+    assert not report.skipped
+    functional.reset_net(net)
+    with torch.no_grad():
+        torch.testing.assert_close(net(x), wanted)
