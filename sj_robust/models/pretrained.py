@@ -15,7 +15,7 @@ __all__ = ["start_from"]
 
 
 @torch.no_grad()
-def start_from(classifier: SpikingClassifier, path: Path | str, *, decay_input: bool = False) -> None:
+def start_from(classifier: SpikingClassifier, path: Path | str, *, decay_input: bool | None = None) -> None:
     """Copy pretrained weights into a network; DLIF neurons begin as the LIF neurons they were trained with.
 
     以预训练 LIF 网络的权重初始化 DLIF 网络。
@@ -28,7 +28,8 @@ def start_from(classifier: SpikingClassifier, path: Path | str, *, decay_input: 
         path: ``best.pt`` of ``recipes/adv_train.py``, or a ``state_dict`` (.pt, .pth) of the bare network or its
             classifier, such as one of SpikingJelly's model zoo.
         decay_input: Whether the LIF neurons had ``decay_input=True``, SpikingJelly's default; a checkpoint of this
-            package has False.
+            package has False. None: of neurons whose gains are all ``1 / tau``, as ``replace_neurons`` leaves them when
+            it converts such a LIF, and of no other.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -60,7 +61,8 @@ def start_from(classifier: SpikingClassifier, path: Path | str, *, decay_input: 
     for name, node in nodes.items():
         key = f"{name}.input_gain"
         if key not in tensors:
-            gain = 1 / node.tau if decay_input and not math.isinf(node.tau) else 1.0
+            decays = _decays_input(node) if decay_input is None else decay_input
+            gain = 1 / node.tau if decays and not math.isinf(node.tau) else 1.0
             tensors[key] = torch.full_like(node.input_gain, gain)
     check_keys(
         tensors, whole, str(path), "build the network that the file was trained as (name, sizes, T, mean and std)"
@@ -75,7 +77,12 @@ def start_from(classifier: SpikingClassifier, path: Path | str, *, decay_input: 
     functional.reset_net(classifier)
 
 
-def _check_neurons(weights: Weights, nodes: dict[str, DLIFNode], decay_input: bool, path: Path) -> None:
+def _decays_input(node: DLIFNode) -> bool:
+    """Whether the gains are those of a LIF neuron with ``decay_input=True``."""
+    return bool((node.input_gain == torch.full_like(node.input_gain, 1 / node.tau)).all())
+
+
+def _check_neurons(weights: Weights, nodes: dict[str, DLIFNode], decay_input: bool | None, path: Path) -> None:
     """DLIF neurons can begin as the neurons of the file."""
     learned = [key for key in weights.tensors if key.endswith(".w") and weights.tensors[key].ndim == 0]
     if nodes and learned:

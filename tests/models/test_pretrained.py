@@ -1,3 +1,4 @@
+import copy
 from dataclasses import asdict
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 from spikingjelly.activation_based import functional, neuron
 from spikingjelly.activation_based.model import spiking_resnet
 
-from sj_robust import DLIFNode, SpikingClassifier
+from sj_robust import DLIFNode, SpikingClassifier, replace_neurons
 from sj_robust.models import NetworkSpec, build_classifier, start_from
 from sj_robust.training.checkpoint import save_checkpoint
 
@@ -51,6 +52,25 @@ def test_a_network_of_the_zoo_with_input_decay(tmp_path):
     start_from(dlif, tmp_path / "zoo.pth", decay_input=True)
     assert all(m.input_gain.tolist() == [0.5, 0.5] for m in dlif.modules() if isinstance(m, DLIFNode))
     assert same_logits(SpikingClassifier(lif, 2), dlif, (3, 16, 16))
+
+
+def test_a_converted_network_of_ones_own_keeps_the_gains_of_its_input_decay(tmp_path):
+    """Without a word about decay_input: replace_neurons has set the gains, and the file has none."""
+    torch.manual_seed(0)
+    lif = torch.nn.Sequential(
+        torch.nn.Flatten(2), torch.nn.Linear(64, 16), neuron.LIFNode(tau=4.0), torch.nn.Linear(16, 10)
+    )
+    functional.set_step_mode(lif, "m")
+    torch.save(lif.state_dict(), tmp_path / "own.pth")
+    dlif = copy.deepcopy(lif)
+    replace_neurons(dlif, T=2)
+    dlif[1].reset_parameters()
+    classifier = SpikingClassifier(dlif, 2)
+    start_from(classifier, tmp_path / "own.pth")
+    assert dlif[2].input_gain.tolist() == [0.25, 0.25]
+    assert same_logits(SpikingClassifier(lif, 2), classifier)
+    start_from(classifier, tmp_path / "own.pth", decay_input=False)
+    assert dlif[2].input_gain.tolist() == [1.0, 1.0]
 
 
 @pytest.mark.parametrize("wrap", [dict, lambda state: {"state_dict": {f"module.{k}": v for k, v in state.items()}}])
@@ -109,7 +129,7 @@ def test_files_that_cannot_be_read(tmp_path):
     (tmp_path / "damaged.pt").write_bytes(b"PK\x03\x04 cut off")
     torch.save(classifier, tmp_path / "pickled.pt")
     for name in ("damaged.pt", "pickled.pt"):
-        with pytest.raises(ValueError, match="damaged, or holds a whole pickled network, which would run code"):
+        with pytest.raises(ValueError, match="damaged, or holds more .* a whole pickled network, which would run code"):
             start_from(classifier, tmp_path / name)
     torch.save([torch.ones(2)], tmp_path / "list.pt")
     with pytest.raises(ValueError, match="holds no tensors by name"):
