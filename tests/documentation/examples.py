@@ -31,11 +31,9 @@ from pathlib import Path
 from typing import Any
 
 if not __package__:
-    sys.path.insert(0, str(Path(__file__).parents[1]))  # as pytest has it
-from documentation.pages import ROOT, Block, PageError, blocks_of, documentation_pages, name_of
+    sys.path[0] = str(Path(__file__).parents[1])  # as pytest has it
+from documentation.pages import FILE_NAME, ROOT, Block, PageError, blocks_of, documentation_pages, name_of
 from documentation.shell import CommandError, Shell, check_imports, check_names, logical_lines, with_options
-
-FILE_NAME = re.compile(r"# ([\w-]+\.(?:py|ya?ml|toml|json))\n")
 
 
 class ExampleError(AssertionError):

@@ -11,6 +11,8 @@ KEPT = ("text", "yaml", "toml", "json", "csv", "bibtex", "cpp", "diff", "html", 
 """Languages that are not run."""
 DIRECTIVES = ("add", "add to RECIPE", "options only", "not run")
 FENCE = re.compile(r"^(?P<indent> *)(?P<ticks>`{3,}|~{3,})(?P<language>[\w+-]*)(?P<rest>.*)$")
+FILE_NAME = re.compile(r"# ([\w-]+\.(?:py|ya?ml|toml|json))\n")
+"""First line of a block that is saved as a file."""
 DIRECTIVE = re.compile(r"^ *<!--\s*example\b:?(?P<text>.*?)(?P<end>-->)?\s*$")
 
 
@@ -69,9 +71,9 @@ def name_of(page: Path) -> str:
     return page.relative_to(ROOT).as_posix() if page.is_relative_to(ROOT) else page.name
 
 
-def blocks_of(page: Path) -> list[Block]:
+def blocks_of(page: Path, name: str | None = None) -> list[Block]:
     """Blocks of a page with their directives; everything that is wrong with either is in one error."""
-    name, lines = name_of(page), page.read_text(encoding="utf-8").splitlines()
+    name, lines = name or name_of(page), page.read_text(encoding="utf-8").splitlines()
     blocks: list[Block] = []
     errors: list[str] = []
     directives: list[Directive] = []

@@ -12,7 +12,6 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -85,38 +84,15 @@ def with_options(command: str, directives: tuple[Directive, ...]) -> str:
     return command
 
 
-@dataclass
-class Shell:
-    """A terminal in a folder of its own, in which a page's commands follow each other."""
+class Terminal:
+    """A terminal: the folder that a command changes to and what it exports are kept for the next."""
 
-    folder: Path
-    """Where a page begins; has links to recipes and docs, and ``.venv/bin`` with the running interpreter."""
-    state: Path
-    """A folder outside of it."""
-    where: Path = field(init=False)
-    environment: dict[str, str] = field(init=False)
+    def __init__(self, where: Path, state: Path, environment: dict[str, str], limit: float) -> None:
+        """Begin in ``where``; ``state`` is a folder elsewhere, ``limit`` the seconds that a command may take."""
+        self.where, self.state, self.environment, self.limit = where, state, environment, limit
 
-    def __post_init__(self) -> None:
-        for name in ("recipes", "docs"):
-            (self.folder / name).symlink_to(ROOT / name)
-        programs = self.folder / ".venv" / "bin"
-        programs.mkdir(parents=True)
-        for name in ("python", "python3"):
-            script(programs / name, f'exec "{sys.executable}" "$@"')
-        for name, module in MODULES.items():
-            script(programs / name, f'exec "{sys.executable}" -m {module} "$@"')
-        script(
-            programs / "pip", "echo 'an example installs nothing; put <!-- example: not run: ... --> above' >&2; exit 1"
-        )
-        self.where = self.folder
-        path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-        self.environment = os.environ | {"PATH": path, "MPLBACKEND": "Agg", "COLUMNS": "100"}
-        self.environment.setdefault("OMP_WAIT_POLICY", "passive")  # with several threads on a busy machine
-        for name in ("PYTEST_CURRENT_TEST", "PYTHONPATH"):
-            self.environment.pop(name, None)
-
-    def run(self, command: str) -> str:
-        """Run a command; the folder it changes to and what it exports are kept for the next. Returns its output."""
+    def execute(self, command: str) -> tuple[int, str]:
+        """Run a command; returns exit code and output."""
         left = f"env -0 > '{self.state}/environment'\npwd > '{self.state}/folder'"
         with subprocess.Popen(
             ["bash", "-o", "pipefail", "-c", f"{command}\ncode=$?\n{left}\nexit $code"],
@@ -124,18 +100,47 @@ class Shell:
             stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
         ) as process:  # fmt: skip
             try:
-                said = process.communicate(timeout=LIMIT)[0]
+                said = process.communicate(timeout=self.limit)[0]
             except subprocess.TimeoutExpired as error:
-                raise CommandError(f"took longer than {LIMIT} s") from error
+                raise CommandError(f"took longer than {self.limit} s") from error
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)  # what a command left running, too
-        if process.returncode != 0:
-            raise CommandError(f"exit code {process.returncode}\n{said}")
-        words = (self.state / "environment").read_bytes().decode().split("\0")
-        self.environment = dict(word.split("=", 1) for word in words if "=" in word)
-        self.where = Path((self.state / "folder").read_text().rstrip("\n"))
-        return str(said)
+        if process.returncode == 0:
+            words = (self.state / "environment").read_bytes().decode().split("\0")
+            self.environment = dict(word.split("=", 1) for word in words if "=" in word)
+            self.where = Path((self.state / "folder").read_text().rstrip("\n"))
+        return process.returncode, said
+
+
+class Shell(Terminal):
+    """The terminal of a page: in its folder are recipes and docs, and ``.venv/bin`` with the running interpreter."""
+
+    def __init__(self, folder: Path, state: Path) -> None:
+        """Make the folder ready."""
+        for name in ("recipes", "docs"):
+            (folder / name).symlink_to(ROOT / name)
+        programs = folder / ".venv" / "bin"
+        programs.mkdir(parents=True)
+        for name in ("python", "python3"):
+            script(programs / name, f'exec "{sys.executable}" "$@"')
+        for name, module in MODULES.items():
+            script(programs / name, f'exec "{sys.executable}" -m {module} "$@"')
+        refusal = "an example installs nothing; put <!-- example: not run: installs packages --> above"
+        script(programs / "pip", f"echo '{refusal}' >&2; exit 1")
+        path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+        environment = os.environ | {"PATH": path, "MPLBACKEND": "Agg", "COLUMNS": "100"}
+        environment.setdefault("OMP_WAIT_POLICY", "passive")  # with several threads on a busy machine
+        for name in ("PYTEST_CURRENT_TEST", "PYTHONPATH"):
+            environment.pop(name, None)
+        super().__init__(folder, state, environment, LIMIT)
+
+    def run(self, command: str) -> str:
+        """Run a command that has to end well; returns its output."""
+        code, said = self.execute(command)
+        if code != 0:
+            raise CommandError(f"exit code {code}\n{said}")
+        return said
 
     def parse(self, command: str) -> int:
         """Let bash say which programs a command would run, and the recipes' parsers whether they take their options.

@@ -130,7 +130,7 @@ def test_options_that_a_recipe_takes(tmp_path):
 def test_a_command_that_takes_too_long_is_ended_with_all_it_started(tmp_path, monkeypatch):
     monkeypatch.setattr(shell, "LIMIT", 1)
     text = fence("bash", f"(sleep 2; touch {tmp_path}/left) & sleep 60")
-    with pytest.raises(examples.ExampleError, match="page.md:4: .*took longer than 1 s"):
+    with pytest.raises(examples.ExampleError, match="(?s)page.md:4: .*took longer than 1 s"):
         examples.run_page(page_of(tmp_path, text))
     time.sleep(2)
     assert not (tmp_path / "left").exists()
