@@ -17,7 +17,9 @@ PUBLIC = {
     "sj_robust.command_line": (
         "WrongUse checked describe_folder named_arguments parse_options read_options run_recipe same_names"
     ),
-    "sj_robust.data": "Augmentation DATASETS EVENT_DATASETS ImageSplits ShuffledBatches image_loader load_images",
+    "sj_robust.data": (
+        "Augmentation CIFAR_STATISTICS DATASETS EVENT_DATASETS ImageSplits ShuffledBatches image_loader load_images"
+    ),
     "sj_robust.doctor": "main report",
     "sj_robust.evaluation": (
         "Attack Comparison Difference Figure Finding LayerActivity MemberOutcome Report RobustnessReport Score Suite "
@@ -35,8 +37,8 @@ PUBLIC = {
     "sj_robust.fusion": "FusedSequential FusionReport fuse_batch_norm unfuse_batch_norm",
     "sj_robust.models": (
         "ConvChain DirectlyEncoded MixedBlock NETWORKS NetworkSpec SmallConvNet VGG VGG_FEATURES WIDE_RESNETS "
-        "WideResNet build_classifier build_network build_zoo_network load_published_checkpoint set_time_steps "
-        "start_from zoo_networks"
+        "WideResNet build_classifier build_network build_zoo_network load_published_checkpoint published_names "
+        "set_time_steps start_from zoo_networks"
     ),
     "sj_robust.neuron": "DLIFNode ReplacementReport replace_neurons",
     "sj_robust.ops": ("BACKENDS Surrogate available_backends check_backend choose_backend dlif_multi_step keep_heap"),

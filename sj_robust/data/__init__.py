@@ -2,10 +2,12 @@
 
 from sj_robust.data.augmentation import Augmentation
 from sj_robust.data.batches import ShuffledBatches, image_loader
+from sj_robust.data.cifar import CIFAR_STATISTICS
 from sj_robust.data.events import EVENT_DATASETS
 from sj_robust.data.images import DATASETS, ImageSplits, load_images
 
 __all__ = [
+    "CIFAR_STATISTICS",
     "DATASETS",
     "EVENT_DATASETS",
     "Augmentation",

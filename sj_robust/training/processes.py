@@ -56,6 +56,7 @@ def first_process_first(accelerator: Accelerator, text: str) -> Iterator[None]:
     Examples:
         >>> with first_process_first(make_accelerator("cpu"), "loading"):
         ...     print("images")
+        loading
         images
     """
     console = Console(quiet=not accelerator.is_main_process, highlight=False, soft_wrap=True)
