@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import sj_robust._recipes_installed  # noqa: F401  # isort: skip  # first: names what to install
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 
@@ -158,11 +159,13 @@ def main(arguments: list[str]) -> None:
     networks = {f"{options.neuron} {options.mode}": options}
     if options.reference:
         networks["lif undefended"] = replace(options, **UNDEFENDED)
+    eps = parse_eps(options.eps if options.eval_eps is None else options.eval_eps)
     with checked():  # before there is a folder
         networks = {name: completed(choice) for name, choice in networks.items()}
         for choice in networks.values():
-            objective, plan, _ = prepared(choice, splits)
-            training.check_training(objective, splits, plan, accelerator)
+            objective, plan, attack = prepared(choice, splits)
+            tried = [attack, *training.final_attacks(eps).values()]
+            training.check_training(objective, splits, plan, accelerator, tried)
     configuration = asdict(replace(options, output=None, resume=False))
     folder = training.open_run_folder(options.output, stem(options), configuration, accelerator, resume=options.resume)
     if accelerator.is_main_process:
@@ -171,7 +174,6 @@ def main(arguments: list[str]) -> None:
     where = journal.begin(configuration, defaults := asdict(Options()), accelerator)
     if unused := sorted(name for name in idle(configuration) if configuration[name] != defaults[name]):
         journal.say(f"without effect beside the other options: {', '.join(unused)}")
-    eps = parse_eps(options.eps if options.eval_eps is None else options.eval_eps)
     report = Report(ThreatModel("Linf", eps), (), configuration=configuration, environment=where)
     for name, choice in networks.items():
         classifier, history = train_network(name, choice, splits, accelerator, folder, journal)

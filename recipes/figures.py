@@ -29,6 +29,7 @@ from sj_robust.ops import keep_heap
 from sj_robust.perturbation import IntensityCorrelation, Perturbation, intensity_correlation
 from sj_robust.sweeping import axes_in, cells_of, columns_of, load_records
 from sj_robust.sweeping.plot import plot_effect
+from sj_robust.training import removed_if_unused
 
 Which = Literal["all", "neuron", "gains", "curves", "intensity", "rho"]
 
@@ -96,11 +97,12 @@ def main(arguments: list[str]) -> None:
     folder = Path(options.output or Path(str(options.run)) / "figures")
     if options.run is not None and not Path(options.run).is_dir():
         raise FileNotFoundError(f"{options.run} does not exist; give the folder of a run of recipes/adv_train.py")
-    folder.mkdir(parents=True, exist_ok=True)
-    describe_folder(folder, "figures", arguments)
-    for name in chosen:
-        with working(name):
-            makers[name](options, folder)
+    with removed_if_unused(folder, resume=folder.exists()):
+        folder.mkdir(parents=True, exist_ok=True)
+        describe_folder(folder, "figures", arguments)
+        for name in chosen:
+            with working(name):
+                makers[name](options, folder)
 
 
 def neuron(options: Options, folder: Path) -> None:

@@ -13,9 +13,11 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
+import sj_robust._recipes_installed  # noqa: F401  # isort: skip  # first: names what to install
 import torch
 import yaml
 from rich.console import Console
@@ -212,7 +214,7 @@ def parse(arguments: list[str]) -> Options:
         for word in named_arguments(arguments)
     ]
     options = read_options(Options, words)
-    names = [word.partition("=")[2] or following for word, following in zip(words, [*words[1:], ""], strict=True)
+    names = [word.partition("=")[2] or following for word, following in pairwise([*words, ""])
              if word.split("=")[0] == "--config"]  # fmt: skip
     output = options.output or str(Path("runs") / (Path(names[-1]).stem if names else "sweep"))
     before = Path(output) / SWEEP_FILE

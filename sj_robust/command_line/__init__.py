@@ -1,5 +1,6 @@
 """What the recipes share: options, help, exit codes, the README of an output folder; needs the extra ``recipes``."""
 
+import sj_robust._recipes_installed  # noqa: F401  # says what to install if one of its packages is missing
 from sj_robust.command_line.contents import describe_folder
 from sj_robust.command_line.options import named_arguments, parse_options, read_options, same_names
 from sj_robust.command_line.start import run_recipe

@@ -73,12 +73,16 @@ def check_values(options: object) -> None:
         >>> check_values(SimpleNamespace(epochs=0))
         Traceback (most recent call last):
             ...
-        sj_robust.command_line.wrong_use.WrongUse: epochs must be >= 1, got 0
+        sj_robust.command_line.wrong_use.WrongUse: epochs must be >= 1, got 0; give --epochs 1 or more
     """
     given: Mapping[str, Any] = {name: value for name, value in vars(options).items() if value is not None}
     for name, least in _AT_LEAST.items():
         if given.get(name, least) < least:
-            raise WrongUse(f"{name} must be >= {least}, got {given[name]}")
+            raise WrongUse(
+                f"{name} must be >= {least}, got {given[name]}; give --{name.replace('_', '-')} {least} or more"
+            )
+    if not 0 < given.get("validation_fraction", 0.5) < 1:
+        raise WrongUse(f"validation_fraction must be above 0 and below 1, got {given['validation_fraction']}")
     for name in ("eps", "step_size", "eval_eps"):
         values = given.get(name, [])
         for value in values if isinstance(values, list) else [values]:

@@ -1,14 +1,17 @@
 """The epoch loop on Accelerate: CPU, GPU, DDP, mixed precision."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sj_robust._preserved import preserved
+from sj_robust.attacks.randomness import SampleSeeds
 from sj_robust.data import ImageSplits, ShuffledBatches
 from sj_robust.evaluation import Attack
 from sj_robust.training._run import NonFiniteLossError, TrainingRun, check_outputs
@@ -95,7 +98,13 @@ def train(
     return run.history
 
 
-def check_training(objective: Objective, splits: ImageSplits, plan: TrainingPlan, accelerator: Accelerator) -> None:
+def check_training(
+    objective: Objective,
+    splits: ImageSplits,
+    plan: TrainingPlan,
+    accelerator: Accelerator,
+    attacks: Iterable[Attack | None] = (),
+) -> None:
     """Refuse a training that cannot start, before anything of it is written. 训练前检查。
 
     Args:
@@ -103,6 +112,7 @@ def check_training(objective: Objective, splits: ImageSplits, plan: TrainingPlan
         splits: Training images.
         plan: Numbers of the run.
         accelerator: The processes.
+        attacks: Attacks of the run, each of which is tried on the image; None is none.
 
     Raises:
         ValueError: As :func:`train`, for what can be told before the first step.
@@ -112,6 +122,11 @@ def check_training(objective: Objective, splits: ImageSplits, plan: TrainingPlan
     image = splits.train[0][0].unsqueeze(0)
     check_outputs(objective.classifier, image, splits.classes, plan.seed)
     objective.prepare(image)
+    label = torch.tensor([int(splits.train[0][1])])
+    for attack in attacks:
+        if attack is not None:
+            with preserved(objective.classifier):
+                attack(objective.classifier, image, label, generator=SampleSeeds([0]))
 
 
 def _check_use(objective: Objective, plan: TrainingPlan, accelerator: Accelerator) -> None:

@@ -110,7 +110,7 @@ def open_run_folder(
 
 @contextmanager
 def removed_if_unused(folder: Path, *, resume: bool) -> Iterator[None]:
-    """Take a new folder away again if a ValueError stops the run before it has left anything. 清理未使用的运行目录。
+    """Take a new folder away if the run is refused, or misses a file, before it leaves anything. 清理未使用的运行目录。
 
     Args:
         folder: Folder of the run.
@@ -130,7 +130,7 @@ def removed_if_unused(folder: Path, *, resume: bool) -> Iterator[None]:
     """
     try:
         yield
-    except ValueError:
+    except (ValueError, FileNotFoundError):
         if not resume and {path.name for path in folder.rglob("*")} <= _WRITTEN_FIRST:
             shutil.rmtree(folder, ignore_errors=True)
         raise

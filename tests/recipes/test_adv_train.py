@@ -1,4 +1,5 @@
 import ast
+import math
 import os
 import re
 import signal
@@ -97,7 +98,7 @@ def test_what_a_run_leaves(whole):
     networks = ("dlif_at", "lif_undefended")
     checkpoints = {f"{network}/{name}.pt" for network in networks for name in ("last", "best")}
     folders = {*networks, "tensorboard", *(f"tensorboard/{network}" for network in networks)}
-    assert files == {"config.yaml", "log.txt", "report.json", "report.png"} | checkpoints | folders
+    assert files == {"README.md", "config.yaml", "log.txt", "report.json", "report.png"} | checkpoints | folders
     log = (whole / "log.txt").read_text()
     for text in (f"torch: {torch.__version__}", "spikingjelly:", "commit:", "device: cpu", "eps: 0.1", "epoch 2/2"):
         assert text in log
@@ -165,7 +166,10 @@ def test_resuming_a_finished_run_gives_the_same_report_and_other_options_are_ref
     scores = Report.load(folder / "report.json").scores
     in_process(monkeypatch, tmp_path, *quick)
     with pytest.raises(ValueError, match="T must be"):
-        in_process(monkeypatch, tmp_path, *quick, "--T", "0")  # leaves a third folder, without a checkpoint
+        in_process(monkeypatch, tmp_path, *quick, "--T", "0")
+    started = tmp_path / "runs" / "digits-dlif-gaussian-3"  # one that was killed before its first checkpoint
+    started.mkdir()
+    (started / "config.yaml").write_text("{}")
     in_process(monkeypatch, tmp_path, "--mode", "gaussian", "--resume")
     names = sorted(path.name for path in (tmp_path / "runs").iterdir())
     assert names == [f"digits-dlif-gaussian-{number}" for number in (1, 2, 3)]
@@ -234,9 +238,10 @@ def test_print_config_and_config(tmp_path, monkeypatch, capsys):
     assert "mode: at" in text
     again = parsed(capsys, "--config", "mine.yaml", "--eps", "0.25", "--print_config")
     assert again == text.replace("eps: 0.1\n", "eps: 0.25\n", 1)
-    assert "--data_root" in parsed(capsys, "--help")
-    assert "Got value: maybe" in parsed(capsys, "--mode", "maybe", code=2)
-    assert "rhoo" in parsed(capsys, "--rhoo", "1", code=2)
+    assert "--data-root FOLDER" in parsed(capsys, "--help")
+    choices = "none, gaussian, at, rat, pgd_at, trades"
+    assert f"--mode must be one of {choices}, got maybe;" in parsed(capsys, "--mode", "maybe", code=2)
+    assert "there is no option --rhoo; did you mean --rho?" in parsed(capsys, "--rhoo", "1", code=2)
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
@@ -244,6 +249,11 @@ def test_presets_train(tmp_path, monkeypatch, path):
     write_fashion_mnist(tmp_path, train=200, test=30, size=28)
     root = str(DEBIAN if DEBIAN.is_dir() else tmp_path)
     in_process(monkeypatch, tmp_path, "--config", str(path), *QUICK, "--epochs", "1", "--data-root", root)
+    (saved,) = (tmp_path / "runs").glob("*/report.json")
+    report = Report.load(saved)
+    assert all(math.isfinite(records[-1]["losses"]["total"]) for records in report.curves.values())
+    assert {score.network for score in report.scores} == set(report.curves)
+    assert all(score.total > 0 for score in report.scores)
 
 
 def test_two_processes(tmp_path):

@@ -205,7 +205,7 @@ def test_effect_of_rho_is_drawn_from_the_records_of_a_sweep(tmp_path, capsys):
             counts = {"clean": {"correct": 90 + seed, "total": 100}, "pgd20": {"correct": 50 + int(rho), "total": 100}}
             RunRecord(folder.name, {"mode": "at", "rho": rho, "seed": seed}, counts).save(folder)
     figures.main([str(tmp_path)])
-    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"rho.pdf", "rho.png"}
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"README.md", "rho.pdf", "rho.png"}
     assert "6 runs drawn as rho.png, rho.pdf" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no columns fit .*'apgd'.*; there are clean, pgd20"):
         figures.main([str(tmp_path), "--columns", "apgd"])
@@ -251,7 +251,7 @@ def test_all_leaves_out_what_a_network_does_not_have(tmp_path, monkeypatch, caps
     monkeypatch.setattr(figures, "intensity", lambda options, folder: None)  # tried above
     checkpoint(tmp_path / "lif", neuron="lif", history=HISTORY)
     figures.main([str(tmp_path)])
-    assert {path.stem for path in (tmp_path / "figures").iterdir()} == {"neuron", "curves"}
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} == {"README", "neuron", "curves"}
     assert "gains left out: no network has a DLIF neuron" in capsys.readouterr().out
 
 
