@@ -28,6 +28,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import ClassVar, Literal
 
+import sj_robust._recipes_installed  # noqa: F401  # isort: skip  # first: names what to install
 from rich.console import Console
 from rich.table import Table
 

@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import sj_robust._recipes_installed  # noqa: F401  # isort: skip  # first: names what to install
 from rich.console import Console
 
 from sj_robust import training

@@ -130,9 +130,11 @@ def race(
 
 
 def _started(arguments: Sequence[str], variables: Mapping[str, str]) -> "subprocess.Popen[str]":
-    """A process that weighs one method and then waits for its turns."""
+    """A process that weighs one method and then waits for its turns; Ctrl-C reaches this one alone, which ends it."""
     command = [sys.executable, "-m", "sj_robust.benchmarking.worker", *arguments]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=dict(variables))
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=dict(variables), process_group=0
+    )
 
 
 def _taken_in_turns(

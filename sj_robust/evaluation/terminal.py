@@ -63,6 +63,16 @@ def show_comparison(comparison: Comparison, console: Console) -> None:
     Args:
         comparison: The comparison.
         console: Where to print.
+
+    Examples:
+        >>> import io
+        >>> from sj_robust.evaluation.comparison import compare
+        >>> from sj_robust.evaluation.robustness_report import RobustnessReport
+        >>> console = Console(file=io.StringIO(), width=80)
+        >>> report = RobustnessReport("mine", "digits", "Linf", "0.1", "fast", 2, (0, 1), (0,), ())
+        >>> show_comparison(compare(report, report), console)
+        >>> "mine (second) minus mine (first)" in console.file.getvalue()
+        True
     """
     for text in comparison.notes:
         console.print(Text(text, style="bold red" if text.startswith("DIFFERENT") else ""))
@@ -107,7 +117,7 @@ def working(text: str, console: Console | None = None, *, total: int | None = No
     console = console or Console(highlight=False, soft_wrap=True)
     if not console.is_interactive:
         console.print(text, markup=False)
-    bar = () if total is None else (BarColumn(bar_width=20), TextColumn("{task.completed}/{task.total}"))
+    bar = () if total is None else (BarColumn(bar_width=12), TextColumn("{task.completed}/{task.total}"))
     columns = (SpinnerColumn("line"), TextColumn("{task.description}", markup=False), *bar, TimeElapsedColumn())
     started = said = time.monotonic()
     done = 0
@@ -163,7 +173,7 @@ class Display:
         self._progress = Progress(
             SpinnerColumn("line"),
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=12),
             TextColumn("{task.fields[left]}", markup=False),
             TimeElapsedColumn(),
             console=console,

@@ -87,7 +87,7 @@ def test_a_wrong_option_is_2(ended, tmp_path, name, option, reason):
         ("adv_train", "--model nothing", "nothing"),
         ("adv_train", "--channels []", "must begin with a convolution"),
         ("adv_train", "--lr 0", "lr must be > 0"),
-        ("adv_train", "--mode trades --noise-std 0", "noise_std must be > 0"),
+        ("adv_train", "--mode trades --noise-std 0", "noise_std must be finite and > 0"),
         ("adv_train", "--validation-fraction 2", "validation_fraction"),
         ("adv_train", "--neuron lif --mode at --gain-penalty=-1", "must be >= 0"),
         ("evaluate", "", "give a checkpoint"),
