@@ -115,7 +115,9 @@ class DLIFNode(neuron.BaseNode):
     @backend.setter
     def backend(self, value: str) -> None:
         if value not in self.supported_backends:
-            raise ValueError(f"backend must be one of {self.supported_backends}, got {value!r}")
+            raise ValueError(
+                f"backend must be one of {self.supported_backends}, got {value!r}; 'auto' takes the fastest that runs"
+            )
         if value != "spikingjelly":
             ops.check_backend(value)
         elif lif_multi_step is None:

@@ -1,5 +1,6 @@
 """The objective, the epoch loop on Accelerate, and checkpoints; needs the extra ``recipes``."""
 
+import sj_robust._recipes_installed  # noqa: F401  # says what to install if one of its packages is missing
 from sj_robust.training.checkpoint import load_checkpoint, save_checkpoint
 from sj_robust.training.engine import NonFiniteLossError, TrainingInterrupted, TrainingPlan, check_training, train
 from sj_robust.training.final import measured

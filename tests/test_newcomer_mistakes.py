@@ -1,0 +1,815 @@
+"""Mistakes of a newcomer, each made for real and answered with the rule, what was met and what to do.
+
+``python tests/test_newcomer_mistakes.py`` writes docs/mistakes.md anew from the table.
+"""
+
+import contextlib
+import copy
+import importlib.util
+import io
+import os
+import runpy
+import sys
+import tempfile
+import textwrap
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from sj_robust import DLIFNode, MPPDMonitor, SpikingClassifier, replace_neurons
+from sj_robust._host import functional, layer, neuron, surrogate
+from sj_robust.attacks import fgsm, pgd
+from sj_robust.classifier import SpikingEventClassifier
+from sj_robust.command_line import run_recipe
+from sj_robust.ops.dlif import cupy_launch
+from sj_robust.stability import certify
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "mistakes.md"
+T, N = 4, 8
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """What was done, and the parts that the answer must have.
+
+    ``error`` is the exception, the exit code of a recipe, or a warning.
+    """
+
+    what: str
+    do: Callable[[], object]
+    error: type[BaseException] | int
+    rule: str
+    met: str
+    remedy: str
+
+
+def lif():
+    return neuron.LIFNode(tau=2.0)
+
+
+def network(node=None, step_mode="m"):
+    """One hidden layer of spiking neurons for images of 8 x 8."""
+    torch.manual_seed(0)
+    spiking = DLIFNode(T=T) if node is None else node
+    net = nn.Sequential(layer.Flatten(), layer.Linear(64, 16), spiking, layer.Linear(16, 10))
+    functional.set_step_mode(net, step_mode)
+    return net
+
+
+def images(n=N):
+    return torch.rand(n, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+
+
+def sequence(n=N, steps=T):
+    return images(n).expand(steps, -1, -1, -1, -1)
+
+
+def labels(n=N):
+    return torch.arange(n) % 10
+
+
+def classifier(node=None, **options):
+    return SpikingClassifier(network(node), T=T, **options)
+
+
+def attacked(model=None, x=None, y=None, **options):
+    budget = {"eps": 8 / 255, "step_size": 2 / 255, "steps": 2} | options
+    x = images() if x is None else x
+    return pgd(classifier() if model is None else model, x, labels() if y is None else y, **budget)
+
+
+def one_after_the_other(net, *inputs):
+    for x in inputs:
+        net(x)
+
+
+def trained_twice():
+    net = network()
+    for _ in range(2):
+        net(sequence(steps=2)).sum().backward()
+
+
+def closed_monitor():
+    net = network()
+    with MPPDMonitor(net):
+        pass
+    monitor = MPPDMonitor(net)
+    monitor.close()
+    monitor.compare(sequence(), sequence())
+
+
+def not_reset_between_runs():
+    net = network(lif())
+    monitor = MPPDMonitor(net)
+    with monitor.clean():
+        net(sequence())
+    with monitor.perturbed():
+        net(sequence())
+
+
+def copied_after_a_step():
+    net = network()
+    net(sequence()).sum()
+    copy.deepcopy(net)
+
+
+def without_gradient():
+    net = network()
+
+    @torch.no_grad()
+    def model(x):
+        functional.reset_net(net)
+        return net(x.expand(T, -1, -1, -1, -1)).mean(0)
+
+    attacked(model)
+
+
+def plain_layers():
+    net = nn.Sequential(nn.Conv2d(1, 4, 3), DLIFNode(T=T), nn.Flatten(), nn.Linear(144, 10))
+    SpikingClassifier(net, T=T)(images())
+
+
+def loaded(target, source):
+    target.load_state_dict(source.state_dict())
+
+
+def cupy_where_torch_has_no_cuda():
+    had, torch.version.cuda = torch.version.cuda, None
+    try:
+        assert cupy_launch.unavailable_reason() is not None
+        DLIFNode(T=T, backend="cupy")
+    finally:
+        torch.version.cuda = had
+
+
+def recipe(name, *arguments, before=None):
+    """A recipe's main as the command line starts it, in an empty folder; its answer is what it prints on stderr."""
+
+    def do():
+        if before is not None:
+            before()
+        sys.argv = [f"{name}.py", *arguments]
+        run_recipe(module_of(name).main)
+
+    return do
+
+
+@cache
+def module_of(recipe_name):
+    """A recipe as a module, which its options' types are looked up in."""
+    specification = importlib.util.spec_from_file_location(
+        f"newcomer_{recipe_name}", ROOT / "recipes" / f"{recipe_name}.py"
+    )
+    module = importlib.util.module_from_spec(specification)
+    sys.modules[specification.name] = module
+    specification.loader.exec_module(module)
+    return module
+
+
+def without(package):
+    """The start of a recipe where a package is not installed."""
+
+    def do():
+        kept = {name: sys.modules.pop(name, None) for name in ("sj_robust._recipes_installed", package)}
+        sys.modules[package] = None
+        try:
+            runpy.run_path(str(ROOT / "recipes" / "adv_train.py"), run_name="adv_train")
+        finally:
+            sys.modules.update({name: module for name, module in kept.items() if module is not None})
+
+    return do
+
+
+def written(name, content):
+    def write():
+        path = Path(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content.encode())
+
+    return write
+
+
+def foreign_checkpoint():
+    torch.save({"state_dict": {}}, "theirs.pt")
+
+
+def checkpoint_of_another_architecture():
+    """A checkpoint whose weights are not those of the network it describes."""
+    from dataclasses import asdict
+
+    from sj_robust.models import NetworkSpec, build_classifier
+    from sj_robust.training import save_checkpoint
+
+    weights = build_classifier(NetworkSpec(channels=(4, 4))).state_dict()
+    content = {"description": {"network": asdict(NetworkSpec(channels=(8, 8)))}, "model": weights}
+    save_checkpoint(Path("best.pt"), content)
+
+
+STEPS = [
+    Mistake(
+        "The network is not reset between two batches",
+        lambda: one_after_the_other(network(), sequence(), sequence()),
+        RuntimeError, "DLIFNode has T=4 time steps", "step 8 was asked for (4 taken",
+        "call functional.reset_net(net) before every new sequence",
+    ),
+    Mistake(
+        "The network is not reset before a batch of another size",
+        lambda: one_after_the_other(network(), sequence(steps=2), sequence(n=3, steps=2)),
+        RuntimeError, "the neuron's state has shape (8, 16)", "one step of the input has (3, 16)",
+        "call functional.reset_net(net) before a batch of another size",
+    ),
+    Mistake(
+        "A second backward pass reaches the sequence before, since the network was not reset",
+        trained_twice,
+        RuntimeError, "graph was already freed", "belongs to an earlier sequence",
+        "Call functional.reset_net(net) before every new sequence",
+    ),
+    Mistake(
+        "A batch of images [N, C, H, W] goes into a network in step mode \"m\"",
+        lambda: network()(images()),
+        RuntimeError, "takes [T, N, *], time first", "input of shape (8, 1, 16) has 8", "x.expand(4, *x.shape)",
+    ),
+    Mistake(
+        "A sequence has its samples first, [N, T, C, H, W]",
+        lambda: network()(sequence().transpose(0, 1)),
+        RuntimeError, "takes [T, N, *], time first", "input of shape (8, 4, 16) has 8", "x.transpose(0, 1)",
+    ),
+    Mistake(
+        "A sequence is longer than the neurons' T",
+        lambda: network()(sequence(steps=6)),
+        RuntimeError, "DLIFNode has T=4", "input of shape (6, 8, 16) has 6", "build the neuron with T=6",
+    ),
+    Mistake(
+        "The layers were never put into step mode \"m\"",
+        lambda: SpikingClassifier(
+            nn.Sequential(layer.Conv2d(1, 4, 3), layer.Flatten(), layer.Linear(144, 9), DLIFNode(T=T)), T=T
+        )(images()),
+        RuntimeError, "takes [T, N, *], time first", "input of shape (8, 9) has 8",
+        "call functional.set_step_mode(net, 'm')",
+    ),
+    Mistake(
+        "Layers of plain torch stand in a network that gets a sequence",
+        plain_layers,
+        RuntimeError, "take no time dimension", "[T, N, ...] = (4, 8, 1, 8, 8). 0, 2 come from torch.nn",
+        "use spikingjelly.activation_based.layer",
+    ),
+    Mistake(
+        "SpikingClassifier gets more time steps than its DLIF neurons have",
+        lambda: SpikingClassifier(network(), T=8)(images()),
+        RuntimeError, "SpikingClassifier runs T=8 time steps", "the DLIF neuron '2' has T=4",
+        "use SpikingClassifier(net, T=4)",
+    ),
+    Mistake(
+        "SpikingClassifier gets fewer time steps than its DLIF neurons have",
+        lambda: SpikingClassifier(network(), T=2),
+        UserWarning, "runs T=2 of the T=4 time steps", "the DLIF neuron '2' has gains", "set_time_steps(net, 2)",
+    ),
+    Mistake(
+        "The network averages over the samples instead of over time",
+        lambda: SpikingClassifier(nn.Sequential(network(), nn.Flatten(0, 1)), T=T)(images()),
+        ValueError, "must return [T, N, classes] or [N, classes] with N=8", "of shape (32, 10)", "let it end in",
+    ),
+]  # fmt: skip
+
+SHAPES = [
+    Mistake(
+        "One image without a batch dimension",
+        lambda: classifier()(images()[0]),
+        ValueError, "images must be [N, C, H, W]", "got shape (1, 8, 8)", "images.unsqueeze(0)",
+    ),
+    Mistake(
+        "A sequence [T, N, C, H, W] goes into SpikingClassifier, which repeats images itself",
+        lambda: classifier()(sequence()),
+        ValueError, "images must be [N, C, H, W]", "got shape (4, 8, 1, 8, 8)", "give event frames to Spiking",
+    ),
+    Mistake(
+        "Event frames come with time first",
+        lambda: SpikingEventClassifier(network(), T=T)(sequence()),
+        ValueError, "frames must be [N, T, C, H, W] with T = 4", "got shape (4, 8, 1, 8, 8)",
+        "use frames.transpose(0, 1)",
+    ),
+    Mistake(
+        "Images are bytes",
+        lambda: classifier()((images() * 255).byte()),
+        TypeError, "images must be floating point", "got torch.uint8", "images.float() / 255",
+    ),
+    Mistake(
+        "Images are float64, as numpy makes them, and the weights float32",
+        lambda: classifier()(images().double()),
+        ValueError, "must have one dtype", "torch.float64 images and torch.float32 weights",
+        "images.to(torch.float32)",
+    ),
+    Mistake(
+        "Only the network was converted to float16",
+        lambda: SpikingClassifier(network().half(), T=T)(images()),
+        ValueError, "must have one dtype", "torch.float32 images and torch.float16 weights",
+        "images.to(torch.float16)",
+    ),
+    Mistake(
+        "Only the network was moved to another device",
+        lambda: classifier().to("meta")(images()),
+        ValueError, "must be on one device", "images on cpu and weights on meta", ".to(device)",
+    ),
+    Mistake(
+        "Only the images were moved to another device",
+        lambda: classifier()(images().to("meta")),
+        ValueError, "must be on one device", "images on meta and weights on cpu", ".to(device)",
+    ),
+    Mistake(
+        "mean and std of three channels for images of one",
+        lambda: classifier(mean=[0.5] * 3, std=[0.2] * 3)(images()),
+        ValueError, "one value per channel", "got 3 for images with 1 channels", "give as many as the images have",
+    ),
+    Mistake(
+        "A network that is already in a SpikingClassifier is put into another one",
+        lambda: SpikingClassifier(classifier(), T=T),
+        ValueError, "net must be a bare network", "got a SpikingClassifier", "use that one as it is, or its .net",
+    ),
+    Mistake(
+        "nn.DataParallel is put around the network",
+        lambda: SpikingClassifier(nn.DataParallel(network()), T=T),
+        ValueError, "must not be in nn.DataParallel", "lose the neurons' states", "DistributedDataParallel",
+    ),
+]  # fmt: skip
+
+ATTACKS = [
+    Mistake(
+        "eps in units of 0 to 255",
+        lambda: attacked(eps=8),
+        ValueError, "eps must be <= 1, since images lie in [0, 1]", "got 8", "write 8 / 255",
+    ),
+    Mistake(
+        "step_size in units of 0 to 255",
+        lambda: attacked(step_size=2),
+        ValueError, "step_size must be <= 1", "got 2", "write 2 / 255",
+    ),
+    Mistake(
+        "Images from 0 to 255",
+        lambda: attacked(x=torch.full((N, 1, 8, 8), 255.0)),
+        ValueError, "x must lie in [0, 1]", "got values from 255 to 255", "scale it",
+    ),
+    Mistake(
+        "Images are normalised before the attack",
+        lambda: attacked(x=(torch.full((N, 1, 8, 8), 0.25) - 0.5) / 0.5),
+        ValueError, "x must lie in [0, 1]", "got values from -0.5 to -0.5", "normalise inside the model",
+    ),
+    Mistake(
+        "Images are bytes in an attack",
+        lambda: attacked(x=(images() * 255).byte()),
+        TypeError, "x must be floating point", "got torch.uint8", "x.float() / 255",
+    ),
+    Mistake(
+        "An image has a NaN",
+        lambda: attacked(x=images().masked_fill(images() == images().max(), torch.nan)),
+        ValueError, "x must be finite", "got 1 NaN", "mend the data",
+    ),
+    Mistake(
+        "Labels are one-hot",
+        lambda: attacked(y=nn.functional.one_hot(labels(), 10).float()),
+        TypeError, "y must be int64", "got torch.float32", "y.argmax(1) of one-hot labels",
+    ),
+    Mistake(
+        "Labels count from 1",
+        lambda: attacked(y=torch.full((N,), 10)),
+        ValueError, "labels must be < 10", "got 10", "number the classes from 0",
+    ),
+    Mistake(
+        "There are fewer labels than images",
+        lambda: attacked(y=labels(5)),
+        ValueError, "y must have shape [N] = [8]", "got [5]", "give one label per image",
+    ),
+    Mistake(
+        "The bare network is attacked, which no one resets between the steps",
+        lambda: attacked(network(lif(), "s").train()),
+        RuntimeError, "every step of the attack would see another network", "LIFNode still holds the state",
+        "attack SpikingClassifier(net, T=...)",
+    ),
+    Mistake(
+        "The bare network in step mode \"m\" is attacked, whose outputs have a time dimension",
+        lambda: attacked(network(lif()).train()),
+        ValueError, "logits must be [N, classes] with N = 8", "got shape (8, 1, 10)", "as SpikingClassifier does",
+    ),
+    Mistake(
+        "The model's forward is in torch.no_grad",
+        without_gradient,
+        RuntimeError, "must be differentiable", "no gradient reaches the images", "without detach or no_grad",
+    ),
+    Mistake(
+        "A number is given as the generator",
+        lambda: fgsm(classifier(), images(), labels(), eps=0.1, generator=0),
+        TypeError, "generator must be a torch.Generator", "got int", "manual_seed",
+    ),
+]  # fmt: skip
+
+NEURONS = [
+    Mistake(
+        "The decay is given as tau",
+        lambda: DLIFNode(T=T, tau=0.99),
+        ValueError, "tau must be > 1", "got 0.99", "for a decay of 0.99 pass tau=100",
+    ),
+    Mistake(
+        "tau comes first, as in LIFNode",
+        lambda: DLIFNode(2.0),
+        ValueError, "T must be an integer >= 1", "got 2.0", "DLIFNode(T=4, tau=2.0)",
+    ),
+    Mistake(
+        "The class of a surrogate instead of an instance",
+        lambda: DLIFNode(T=T, surrogate_function=surrogate.ATan),
+        TypeError, "surrogate_function must be an instance", "got the class ATan", "write ATan()",
+    ),
+    Mistake(
+        "replace_neurons on a network without spiking neurons",
+        lambda: replace_neurons(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), T=T),
+        ValueError, "nothing to replace", "Sequential holds no SpikingJelly neuron", "put neurons where",
+    ),
+    Mistake(
+        "replace_neurons on a class",
+        lambda: replace_neurons(neuron.LIFNode, T=T),
+        TypeError, "net must be a network", "got the class LIFNode", "build it first",
+    ),
+    Mistake(
+        "Backend cupy where torch is built without CUDA",
+        cupy_where_torch_has_no_cuda,
+        RuntimeError, "backend='cupy' is not available", "built without CUDA", "install a CUDA build of torch",
+    ),
+    Mistake(
+        "A backend that does not exist",
+        lambda: DLIFNode(T=T, backend="cuda"),
+        ValueError, "backend must be one of", "got 'cuda'", "'auto'",
+    ),
+    Mistake(
+        "MPPDMonitor on a network without spiking neurons",
+        lambda: MPPDMonitor(nn.Linear(4, 4)),
+        ValueError, "nothing to monitor", "Linear holds no SpikingJelly neuron", "IF, LIF, PLIF or DLIF neurons",
+    ),
+    Mistake(
+        "A monitor is used after it was closed",
+        closed_monitor,
+        RuntimeError, "the monitor has no hooks", "it was closed", "build a new one with MPPDMonitor(net)",
+    ),
+    Mistake(
+        "compare gets inputs of different shapes",
+        lambda: MPPDMonitor(network()).compare(sequence(), sequence(3)),
+        ValueError, "must have the same shape", "got (4, 8, 1, 8, 8) and (4, 3, 1, 8, 8)", "perturb the batch",
+    ),
+    Mistake(
+        "compare on a network in step mode \"s\", which is called once",
+        lambda: MPPDMonitor(network(lif(), "s")).compare(images(), images()),
+        ValueError, "one time step in step mode 's'", "called the network once on x of shape (8, 1, 8, 8)",
+        "functional.set_step_mode(net, 'm')",
+    ),
+    Mistake(
+        "compare gets a NaN",
+        lambda: MPPDMonitor(network()).compare(sequence(), sequence() / 0 * 0),
+        ValueError, "must be finite", "got 2048 NaN", "leave those samples out",
+    ),
+    Mistake(
+        "The network is not reset between the clean and the perturbed run",
+        not_reset_between_runs,
+        RuntimeError, "from another state than the clean run", "layer '2'", "call functional.reset_net(net)",
+    ),
+    Mistake(
+        "A certificate of a network without spiking neurons",
+        lambda: certify(nn.Sequential(nn.Flatten(2), nn.Linear(64, 10)), images(), T=T),
+        ValueError, "nothing to monitor or certify", "Sequential holds no SpikingJelly neuron", "give a network with",
+    ),
+    Mistake(
+        "A certificate of a bare network without its number of time steps",
+        lambda: certify(network(), images()),
+        ValueError, "T must be given for a bare network", "got None", "such as T=4",
+    ),
+    Mistake(
+        "Weights of another number of time steps are loaded",
+        lambda: loaded(network(), network(DLIFNode(T=8))),
+        RuntimeError, "the weights are those of T=8 time steps", "this DLIFNode has T=4", "set_time_steps(net, 4)",
+    ),
+    Mistake(
+        "Weights of a LIF network are loaded into its DLIF successor",
+        lambda: loaded(network(), network(lif())),
+        RuntimeError, "those of a network without DLIF neurons", "2.input_gain", "replace_neurons(net, T=4)",
+    ),
+    Mistake(
+        "A network is copied in the middle of training, before a reset",
+        copied_after_a_step,
+        RuntimeError, "cannot be copied", "belongs to the graph of a sequence",
+        "call functional.reset_net(net) before copy.deepcopy(net)",
+    ),
+]  # fmt: skip
+
+RECIPES = [
+    Mistake(
+        "adv_train.py --learning-rate 0.1", recipe("adv_train", "--learning-rate", "0.1"),
+        2, "there is no option", "--learning-rate", "python recipes/adv_train.py --help",
+    ),
+    Mistake(
+        "adv_train.py --epochs three", recipe("adv_train", "--epochs", "three"),
+        2, "--epochs must be an integer", "got three", "python recipes/adv_train.py --help",
+    ),
+    Mistake(
+        "adv_train.py --epochs 0", recipe("adv_train", "--epochs", "0"),
+        2, "epochs must be >= 1", "got 0", "give --epochs 1 or more",
+    ),
+    Mistake(
+        "adv_train.py --config mine.yaml, with a key that does not exist",
+        recipe("adv_train", "--config", "mine.yaml", before=written("mine.yaml", "learning_rate: 0.1\n")),
+        2, "there is no option", "--learning-rate", "python recipes/adv_train.py --help",
+    ),
+    Mistake(
+        "adv_train.py --config mine.yaml, which does not exist", recipe("adv_train", "--config", "mine.yaml"),
+        2, "File does not exist", "'mine.yaml'", "python recipes/adv_train.py --help",
+    ),
+    Mistake(
+        "adv_train.py --dataset cifar", recipe("adv_train", "--dataset", "cifar"),
+        2, "dataset must be one of digits", "got 'cifar'", "cifar10",
+    ),
+    Mistake(
+        "adv_train.py --dataset fashion_mnist --data-root pictures, where nothing is",
+        recipe("adv_train", "--dataset", "fashion_mnist", "--data-root", "pictures"),
+        1, "Fashion-MNIST is not complete", "not found in pictures", "--download",
+    ),
+    Mistake(
+        "adv_train.py --dataset image_folder:pictures, which does not exist",
+        recipe("adv_train", "--dataset", "image_folder:pictures"),
+        1, "an image folder holds", "pictures/train does not exist", "train/CLASS/PICTURE and test/CLASS/PICTURE",
+    ),
+    Mistake(
+        "adv_train.py --eps 8", recipe("adv_train", "--eps", "8", "--reference", "false"),
+        2, "eps must be <= 1, since images lie in [0, 1]", "got 8", "write 8 / 255 instead",
+    ),
+    Mistake(
+        "adv_train.py --model resnet18", recipe("adv_train", "--model", "resnet18"),
+        2, "network must be one of", "got 'resnet18'", "zoo:NAME",
+    ),
+    Mistake(
+        "adv_train.py --resume, where there is no run", recipe("adv_train", "--resume"),
+        1, "no run to resume", "config.yaml is missing", "give the run's folder with --output",
+    ),
+    Mistake(
+        "adv_train.py --output results, which holds other files",
+        recipe("adv_train", "--output", "results", before=written("results/notes.txt", "mine")),
+        1, "is not empty", "results", "continue its run with --resume, or change --output",
+    ),
+    Mistake(
+        "adv_train.py --output results, which is a file",
+        recipe("adv_train", "--output", "results", before=written("results", "mine")),
+        1, "results cannot be written", "File exists", "give another --output",
+    ),
+    Mistake(
+        "adv_train.py where the extra recipes is not installed", without("accelerate"),
+        ModuleNotFoundError, "need the extra 'recipes'", "accelerate cannot be found",
+        "pip install 'sj_robust[recipes]'",
+    ),
+    Mistake(
+        "evaluate.py without anything to evaluate", recipe("evaluate"),
+        2, "give a checkpoint", "or your own network", "--network module:function",
+    ),
+    Mistake(
+        "evaluate.py best.pt, which does not exist", recipe("evaluate", "best.pt"),
+        1, "does not exist", "best.pt", "give a checkpoint such as runs/NAME/NETWORK/best.pt",
+    ),
+    Mistake(
+        "evaluate.py best.pt, which is damaged", recipe("evaluate", "best.pt", before=written("best.pt", "damaged")),
+        2, "cannot be read as a checkpoint", "best.pt", "resume from another one",
+    ),
+    Mistake(
+        "evaluate.py theirs.pt, a checkpoint of another program",
+        recipe("evaluate", "theirs.pt", before=foreign_checkpoint),
+        2, "is not a checkpoint of sj_robust", "theirs.pt", "check the path",
+    ),
+    Mistake(
+        "evaluate.py best.pt, whose weights are of another architecture",
+        recipe("evaluate", "best.pt", before=checkpoint_of_another_architecture),
+        2, "holds no network that this release can build", "size mismatch", "--network module:function",
+    ),
+    Mistake(
+        "evaluate.py --network mynet.py:build, which does not exist",
+        recipe("evaluate", "--network", "mynet.py:build", "--eps", "8/255", "--T", "4"),
+        1, "does not exist", "mynet.py", "give module:function or file.py:function",
+    ),
+    Mistake(
+        "evaluate.py --network torch.nn:Flatten, without its time steps",
+        recipe("evaluate", "--network", "torch.nn:Flatten", "--eps", "8/255"),
+        2, "returns a bare network", "Flatten", "give its time steps with --T",
+    ),
+    Mistake(
+        "evaluate.py --network torch.nn:Flatten --T 4 --eps 8",
+        recipe("evaluate", "--network", "torch.nn:Flatten", "--T", "4", "--eps", "8"),
+        2, "eps must be <= 1", "got 8", "write 8/255 instead of 8",
+    ),
+    Mistake(
+        "sweep.py --jobs 0", recipe("sweep", "--jobs", "0"), 2, "jobs must be >= 1", "got 0", "give --jobs 1 or more",
+    ),
+    Mistake(
+        "sweep.py without anything to run", recipe("sweep"),
+        2, "nothing to run", "sweep.yaml is missing", "give --sweep FILE",
+    ),
+]  # fmt: skip
+
+GROUPS = {
+    "Time steps and the state between them": STEPS,
+    "Shapes, types and devices": SHAPES,
+    "Attacks": ATTACKS,
+    "Neurons, monitor, certificate, weights": NEURONS,
+    "Recipes": RECIPES,
+}
+
+
+@contextlib.contextmanager
+def kept():
+    """An empty working folder; arguments, modules and environment are as before afterwards."""
+    arguments, paths, environment, folder = sys.argv, list(sys.path), dict(os.environ), Path.cwd()
+    with tempfile.TemporaryDirectory() as empty:
+        os.chdir(empty)
+        os.environ["COLUMNS"] = "100"
+        try:
+            yield Path(empty).resolve()
+        finally:
+            os.chdir(folder)
+            sys.argv, sys.path[:] = arguments, paths
+            os.environ.clear()
+            os.environ.update(environment)
+
+
+@cache
+def answer(mistake):
+    """What is raised or warned, as it is shown, and the exit code of a recipe; an exception's whole text and notes."""
+    out, err = io.StringIO(), io.StringIO()
+    raised = None
+    printed = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
+    with kept() as folder, printed[0], printed[1], warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            mistake.do()
+        except (Exception, SystemExit) as error:
+            raised = error
+    if isinstance(raised, SystemExit):
+        code = raised.code if isinstance(raised.code, int) else 1
+        text = err.getvalue() if isinstance(raised.code, int) else str(raised.code)
+        text = text[text.rindex("error: ") :] if "error: " in text else text
+    elif raised is None:
+        code = caught[0].category if caught else None
+        text = "; ".join(str(warning.message) for warning in caught)
+    else:
+        code = type(raised)
+        text = "\n".join((*getattr(raised, "__notes__", ()), "")) or str(raised)
+        text = text.splitlines()[-1].strip() if text.startswith("Error(s) in loading") else text
+    return code, text.strip().replace(f"{folder}/", "")
+
+
+@dataclass(frozen=True)
+class Silent:
+    """What no message can catch, since it may be meant; ``happens`` shows that it is silent, and wrong."""
+
+    what: str
+    happens: Callable[[], bool]
+    instead: str
+
+
+def state_is_carried_over():
+    net, x = network(neuron.IFNode()), sequence() * 4
+    first, second = (net(x) for _ in range(2))
+    return not torch.equal(first, second)
+
+
+def images_count_as_time_steps():
+    return network(lif())(images()).shape == (N, 1, 10)
+
+
+def samples_first_go_through():
+    return network()(sequence(n=3).transpose(0, 1)).shape == (3, 4, 10)
+
+
+def gains_are_not_trained():
+    net = network(lif())
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+    replace_neurons(net, T=T)
+    trained = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return id(net[2].input_gain) not in trained
+
+
+def bytes_scaled_by_nothing():
+    return classifier()(images() * 255).shape == (N, 10)
+
+
+SILENT = [
+    Silent(
+        "A LIF network in a loop of your own is not reset: SpikingJelly goes on with the potentials it left.",
+        state_is_carried_over,
+        "Call `functional.reset_net(net)` before every batch, or put the network into a `SpikingClassifier`.",
+    ),
+    Silent(
+        'Images [N, C, H, W] go into a LIF network in step mode "m": the samples count as time steps.',
+        images_count_as_time_steps,
+        "Give it [T, N, C, H, W], or images to a `SpikingClassifier`; the outputs' shape tells.",
+    ),
+    Silent(
+        "A sequence comes as [N, T, ...] and has no more samples than the neurons have time steps.",
+        samples_first_go_through,
+        "Time is the first dimension everywhere but in `SpikingEventClassifier`: `x.transpose(0, 1)`.",
+    ),
+    Silent(
+        "The optimizer is made before `replace_neurons` (or `set_time_steps`), and never sees the new gains.",
+        gains_are_not_trained,
+        "Replace the neurons first, then make the optimizer.",
+    ),
+    Silent(
+        "Images from 0 to 255 go into a forward pass, which does not look at values; attacks and evaluations do.",
+        bytes_scaled_by_nothing,
+        "Scale them to [0, 1], and give mean and std to the `SpikingClassifier`.",
+    ),
+]
+
+INTRODUCTION = """\
+# Mistakes and what the messages say
+
+What a newcomer gets wrong, and the answer. Every one of them is made in `tests/test_newcomer_mistakes.py`, which also
+writes this page (`python tests/test_newcomer_mistakes.py`) and fails where it is not current. A recipe ends with exit
+code 2 after wrong use, when nothing was done, and with 1 after work that failed.
+"""
+
+
+def page():
+    """docs/mistakes.md, from what is answered."""
+    parts = [INTRODUCTION]
+    for title, mistakes in GROUPS.items():
+        parts.append(f"## {title}\n")
+        for mistake in mistakes:
+            code, text = answer(mistake)
+            name = f"exit code {code}" if isinstance(code, int) else code.__name__
+            lines = [line for part in text.splitlines() for line in textwrap.wrap(part, 100)]
+            parts.append("\n".join((f"{mistake.what}: {name}\n", "```text", *lines, "```\n")))
+    parts.append("## What no message tells\n")
+    parts += [
+        "\n".join(textwrap.wrap(f"- {silent.what} {silent.instead}", 118, subsequent_indent="  ")) for silent in SILENT
+    ]
+    return "\n".join(parts) + "\n"
+
+
+ALL = [mistake for mistakes in GROUPS.values() for mistake in mistakes]
+
+
+@pytest.mark.parametrize("mistake", ALL, ids=lambda mistake: mistake.what)
+def test_mistake_is_answered_with_rule_value_and_remedy(mistake):
+    code, text = answer(mistake)
+    assert code == mistake.error, text
+    for part in (mistake.rule, mistake.met, mistake.remedy):
+        assert part, "the table names every part"
+        assert part in text
+
+
+@pytest.mark.parametrize("silent", SILENT, ids=lambda silent: silent.what)
+def test_what_no_message_tells_is_still_silent(silent):
+    with kept(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert silent.happens()
+
+
+def test_a_mistake_stands_once():
+    whats = [mistake.what for mistake in ALL]
+    assert len(set(whats)) == len(whats) >= 25
+
+
+def test_page_is_current():
+    assert PAGE.read_text(encoding="utf-8") == page(), "write it anew: python tests/test_newcomer_mistakes.py"
+
+
+def test_right_use_of_the_same_things_has_no_answer():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attacked()
+        attacked(classifier(lif()))
+        attacked(SpikingClassifier(network(lif(), "s"), T=T))
+        net = network(lif(), "s")
+        MPPDMonitor(net).compare(sequence(), sequence(), forward=lambda x: [net(step) for step in x])
+        copy.deepcopy(classifier()).eval()
+        model = classifier()
+        model(images()).sum()
+        assert torch.equal(copy.deepcopy(model)(images()), model(images()))
+        loaded(network(), network())
+
+
+def test_a_network_that_resets_itself_is_attacked_as_it_is():
+    class Mine(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = network(lif())
+
+        def forward(self, x):
+            functional.reset_net(self.net)
+            return self.net.train()(x.expand(T, -1, -1, -1, -1)).mean(0)
+
+    model = Mine()
+    x_adv = attacked(model)
+    assert not torch.equal(x_adv, images())
+    assert all(not module._forward_pre_hooks for module in model.modules())
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
