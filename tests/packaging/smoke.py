@@ -24,6 +24,16 @@ def check_names(expected):
         assert not missing, f"{module} lacks {missing}"
 
 
+def check_extra():
+    """What needs the extra says so, with the command that installs it."""
+    try:
+        importlib.import_module("sj_robust.training")
+        said = "nothing, since this environment holds more than the package needs"
+    except ModuleNotFoundError as error:
+        said = str(error)
+    assert "pip install 'sj_robust[recipes]'" in said, f"without its extra, training says {said}"
+
+
 def check_doctor(kernel):
     """The doctor reports the compiled kernel when it came along, and why there is none when it did not."""
     from sj_robust import doctor
@@ -62,6 +72,7 @@ def check_neuron(kernel):
 def check_robustness():
     """Monitor, attack and certificate of one small network."""
     import torch
+    from spikingjelly.activation_based import neuron
     from torch import nn
 
     from sj_robust import DLIFNode, MPPDMonitor, SpikingClassifier, replace_neurons
@@ -85,12 +96,13 @@ def check_robustness():
     assert [float(layer.ms_mppd.sum()) > 0 for layer in stats.values()] == [True]
     certificate = certify(model, x, x_perturbed=x_adv)
     assert certificate.holds, certificate
-    assert replace_neurons(nn.Sequential(nn.Linear(2, 2)), T=4) is not None
+    assert replace_neurons(nn.Sequential(nn.Linear(2, 2), neuron.IFNode()), T=4).replaced == {"1": "IFNode"}
 
 
 if __name__ == "__main__":
     expected = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     check_names(expected)
+    check_extra()
     check_doctor(expected["kernel"])
     check_neuron(expected["kernel"])
     check_robustness()
