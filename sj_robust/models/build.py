@@ -204,10 +204,11 @@ def _own_network(spec: NetworkSpec, node: Callable[..., nn.Module]) -> nn.Module
 
 def _convert(net: nn.Module, spec: NetworkSpec) -> None:
     """IF, LIF and PLIF neurons of a network from elsewhere become DLIF."""
-    report = replace_neurons(net, spec.T)
+    try:
+        report = replace_neurons(net, spec.T)
+    except ValueError as error:
+        raise ValueError(f"{spec.name} has no neuron that could be DLIF ({error}), or name another neuron") from error
     functional.reset_net(net)
     if not any(isinstance(module, DLIFNode) for module in net.modules()):
         stays = "; ".join(f"{name}: {reason}" for name, reason in report.skipped.items())
-        raise ValueError(
-            f"{spec.name} has no neuron that could be DLIF ({stays or 'no spiking neuron at all'}); name another neuron"
-        )
+        raise ValueError(f"{spec.name} has no neuron that could be DLIF ({stays}); name another neuron")
