@@ -115,13 +115,14 @@ def test_outputs_are_cleaned():
         "\x1b[1mLooking in indexes: https://packages.example.org/simple\x1b[0m\n"
         "Looking in links: /opt/wheels\n"
         "Downloading https://packages.example.org/a/b/torch-2.0-cp311.whl (10 MB)\n"
+        "see https://arxiv.org/abs/2405.20694\n"
         "   ━━━━━━━━━━━━ 10/10 MB 1.0 MB/s eta 0:00:00\n"
         "10%|#  \r50%|## \repoch 2\n"
         "  0%|      | 0/10\n"
         f"on {socket.gethostname()}: /root/x/y.py:3, /home/me, '/tmp/z/best.pt' 8/255 and/or ~/runs ./tmp/x\n"
     )
     assert walk.cleaned(said, {socket.gethostname(): "machine"}) == (
-        "Downloading torch-2.0-cp311.whl (10 MB)\nepoch 2\n"
+        "Downloading torch-2.0-cp311.whl (10 MB)\nsee https://arxiv.org/abs/2405.20694\nepoch 2\n"
         "on machine: .../y.py:3, .../me, '.../best.pt' 8/255 and/or ~/runs ./tmp/x"
     )
 

@@ -60,7 +60,7 @@ for line in sys.stdin:
 """
 PROGRESS = re.compile(r"[━╸╺█▏▎▍▌▋▊▉]{3}.*|^ *\d+%\|.*|^ *-{10,} \d.*(eta|MB).*")
 NOISE = re.compile(r"^(Looking in (indexes|links):|\[notice\]|WARNING: Running pip as the 'root' user)")
-ADDRESS = re.compile(r"https?://[^\s'\"<>)]*/([^\s'\"<>)/#]*)[^\s'\"<>)]*")
+ADDRESS = re.compile(r"https?://(?!(?:arxiv\.org|github\.com)/)[^\s'\"<>)]*/([^\s'\"<>)/#]*)[^\s'\"<>)]*")
 MACHINE_PATH = re.compile(
     r"(?<![\w.~:/-])/(?:root|home|tmp|opt|work|var|usr|etc|mnt|srv|nix|private|Users)(?:/[^\s'\":,;)\]]*)?"
 )
