@@ -51,7 +51,10 @@ def complete(text: str) -> bool:
     """Whether bash would not wait for a further line."""
     if text.endswith("\\"):
         return False
-    checked = subprocess.run(["bash", "-n"], input=text + "\n", capture_output=True, text=True, check=False)
+    english = os.environ | {"LC_ALL": "C"}
+    checked = subprocess.run(
+        ["bash", "-n"], input=text + "\n", capture_output=True, text=True, check=False, env=english
+    )
     return not re.search(r"unexpected end of file|unexpected EOF|here-document", checked.stderr)
 
 
