@@ -1,13 +1,14 @@
 """How an attack calls a model: state left as found, every answer checked."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from sj_robust._preserved import evaluation_mode
 from sj_robust.attacks._carried import reset_between_forwards
 from sj_robust.attacks.checks import check_images, check_labels, check_logits, check_model
 from sj_robust.attacks.randomness import Private, SampleSeeds, check_seeds, draw_seed, private_generator, seeded_globals
@@ -20,20 +21,15 @@ Loss = Callable[[Tensor, Tensor], Tensor]
 def crafting(model: Model, device: torch.device, generator: torch.Generator | SampleSeeds | None) -> Iterator[Private]:
     """Evaluation mode, gradients on, private randomness (yielded); all of it undone afterwards."""
     private = private_generator(generator, device)
-    modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
-    try:
-        if isinstance(model, nn.Module):
-            model.eval()
-        with ExitStack() as stack:
-            # An inference tensor can take part in no graph, so enable_grad alone does not serve every caller.
-            stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.enable_grad())
-            stack.enter_context(seeded_globals(draw_seed(private), device))
-            stack.enter_context(reset_between_forwards(model))
-            yield private
-    finally:
-        for module, training in modes:
-            module.training = training
+    with (
+        evaluation_mode(model),
+        # An inference tensor can take part in no graph, so enable_grad alone does not serve every caller.
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        seeded_globals(draw_seed(private), device),
+        reset_between_forwards(model),
+    ):
+        yield private
 
 
 class Score(NamedTuple):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sj_robust.attacks._call import Objective
+from sj_robust.attacks._logits import margin, of_class
 from sj_robust.attacks.randomness import Private, rand
 
 _TIE = 1e-12  # gains closer than this share of the largest one count as equal
@@ -223,7 +224,7 @@ class Search:
         return fooled & (loss >= self.settings.confidence) if self.settings.confidence else fooled
 
     def _objective(self, rows: Tensor) -> Objective:
-        return self.objective if self.target is None else replace(self.objective, loss=_lead(self.target[rows]))
+        return self.objective if self.target is None else replace(self.objective, loss=_lead_of(self.target[rows]))
 
     def _direction(self, rows: Tensor) -> Tensor:
         """How a change moves an element: +1 where there is no event, -1 where there is one."""
@@ -247,19 +248,17 @@ def uniform(x: Tensor, private: Private) -> Tensor:
     return rand(x.flatten(1).shape, private, dtype=torch.float32, device=x.device)
 
 
-def margin(logits: Tensor, y: Tensor) -> Tensor:
+def lead(logits: Tensor, y: Tensor) -> Tensor:
     """Lead of the strongest other class over the label, [N]; unlike cross entropy it never saturates."""
     if logits.shape[1] < 2:
         raise ValueError(f"logits must be of at least 2 classes, got {logits.shape[1]}; one class cannot be confused")
-    label = y[:, None]
-    others = logits.scatter(1, label, -torch.inf).amax(1)
-    return others - logits.gather(1, label).squeeze(1)
+    return -margin(logits, y)
 
 
-def _lead(target: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+def _lead_of(target: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     """Lead of the classes ``target`` [n] over the labels, as a loss."""
 
     def loss(logits: Tensor, y: Tensor) -> Tensor:
-        return (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None])).squeeze(1)
+        return of_class(logits, target) - of_class(logits, y)
 
     return loss

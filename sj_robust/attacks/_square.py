@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sj_robust.attacks._logits import margin
 from sj_robust.attacks.projection import l2_norm, linf_bounds, per_sample, project_l2
 from sj_robust.attacks.randomness import SampleDraws, SampleSeeds, rand
 
@@ -56,23 +57,23 @@ def square_rows(
     """
     ball = _Linf.around(x, eps) if norm == "Linf" else _L2(x, eps)
     best = ball.first(SampleDraws(seeds.derived("first")))
-    margin, rows, result = _margin(network(best), y), torch.arange(len(x), device=x.device), best.clone()
+    left, rows, result = margin(network(best), y), torch.arange(len(x), device=x.device), best.clone()
     numbers = x
     for query in range(queries):
-        standing = margin > 0
+        standing = left > 0
         if not bool(standing.all()):
             result[rows] = best
-            rows, best, margin, y, numbers = (value[standing] for value in (rows, best, margin, y, numbers))
+            rows, best, left, y, numbers = (value[standing] for value in (rows, best, left, y, numbers))
             ball = ball.rows(standing)
         if len(rows) == 0:
             return result
         if query % _BLOCK == 0:
             numbers = _block(x, seeds.rows(rows).derived(query // _BLOCK))
         proposal = ball.propose(best, numbers[:, query % _BLOCK], _FIRST_AREA / 2 ** bisect_left(_HALVINGS, query))
-        proposed = _margin(network(proposal), y)
-        better = proposed < margin
+        proposed = margin(network(proposal), y)
+        better = proposed < left
         best = torch.where(per_sample(better, best), proposal, best)
-        margin = torch.where(better, proposed, margin)
+        left = torch.where(better, proposed, left)
     result[rows] = best
     return result
 
@@ -205,13 +206,6 @@ def _uniform(shape: tuple[int, ...], draws: SampleDraws, like: Tensor) -> Tensor
 def _wide(images: Tensor) -> Tensor:
     """Images in a dtype that a search can compute in."""
     return images if images.dtype == torch.float64 else images.float()
-
-
-def _margin(logits: Tensor, y: Tensor) -> Tensor:
-    """Logit of the label minus the largest other one, [N]."""
-    label = y.unsqueeze(1)
-    margin: Tensor = (logits.gather(1, label) - logits.scatter(1, label, -torch.inf).amax(1, keepdim=True)).squeeze(1)
-    return margin
 
 
 def _length(values: Tensor) -> Tensor:

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from sj_robust.attacks._call import Best, Loss, Model, Objective, checked_copies, crafting
+from sj_robust.attacks._logits import of_class, without
 from sj_robust.attacks._walk import Walk, border_point, checkpoints, climb
-from sj_robust.attacks.checks import check_count, check_size
-from sj_robust.attacks.projection import Norm, direction, per_sample
+from sj_robust.attacks.checks import check_count
+from sj_robust.attacks.projection import Norm, checked_radius, direction, per_sample
 from sj_robust.attacks.randomness import SampleSeeds
 
 __all__ = ["apgd"]
@@ -95,9 +96,7 @@ def apgd(
         >>> (x_adv @ weight.T).argmax(1)
         tensor([0])
     """
-    if norm not in get_args(Norm):
-        raise ValueError(f"norm must be one of {get_args(Norm)}, got {norm!r}")
-    eps = check_size("eps", eps, at_most=1.0 if norm == "Linf" else float("inf"))
+    eps = checked_radius(eps, norm)
     for name, count in (("steps", steps), ("restarts", restarts), ("eot_samples", eot_samples)):
         check_count(name, count)
     check_count("target_classes", target_classes)
@@ -138,8 +137,8 @@ def dlr_loss(logits: Tensor, y: Tensor) -> Tensor:
     """
     _check_classes(logits, "dlr")
     top = logits.topk(3).values
-    wrong = _without(logits, y).max(1).values
-    return (wrong - _of_class(logits, y)) / _divisor(top[:, 0] - top[:, 2])
+    wrong = without(logits, y).max(1).values
+    return (wrong - of_class(logits, y)) / _divisor(top[:, 0] - top[:, 2])
 
 
 def targeted_dlr_loss(logits: Tensor, y: Tensor, *, target: Tensor) -> Tensor:
@@ -151,7 +150,7 @@ def targeted_dlr_loss(logits: Tensor, y: Tensor, *, target: Tensor) -> Tensor:
     """
     top = logits.topk(4).values
     scale = _divisor(top[:, 0] - (top[:, 2] + top[:, 3]) / 2)
-    return (_of_class(logits, target) - _of_class(logits, y)) / scale
+    return (of_class(logits, target) - of_class(logits, y)) / scale
 
 
 class _AutoWalk(Walk):
@@ -218,7 +217,7 @@ def _objective(model: Model, loss: Loss | None, target: Tensor | None, eot_sampl
 
 def _likely_wrong(logits: Tensor, y: Tensor, count: int) -> list[Tensor]:
     """The most likely wrong class of every sample, the second most likely, and so on."""
-    ranked = _without(logits, y).topk(min(count, logits.shape[1] - 1)).indices
+    ranked = without(logits, y).topk(min(count, logits.shape[1] - 1)).indices
     return list(ranked.unbind(1))
 
 
@@ -228,16 +227,6 @@ def _check_classes(logits: Tensor, loss: LossName) -> None:
         raise ValueError(
             f"loss={loss!r} needs at least {least} classes, the model returns {logits.shape[1]}; use loss='ce'"
         )
-
-
-def _without(logits: Tensor, y: Tensor) -> Tensor:
-    """Logits with that of the label at -inf."""
-    return logits.scatter(1, y[:, None], -torch.inf)
-
-
-def _of_class(logits: Tensor, classes: Tensor) -> Tensor:
-    """One logit per sample, [N]."""
-    return logits.gather(1, classes[:, None]).squeeze(1)
 
 
 def _divisor(spread: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -14,13 +14,12 @@ from torch import Tensor, nn
 from sj_robust.attacks._autoattack import ATTACKS, VERSIONS, AutoAttackWarning, run_attacks, search_squares
 from sj_robust.attacks._call import Model, checked_copies, crafting
 from sj_robust.attacks._pyautoattack import Ball, Settings, library
-from sj_robust.attacks.checks import check_count, check_model, check_size
-from sj_robust.attacks.projection import l2_norm
+from sj_robust.attacks.checks import check_count, check_model
+from sj_robust.attacks.projection import Norm, checked_radius, l2_norm
 from sj_robust.attacks.randomness import Private, SampleSeeds, draw_seed
 
 __all__ = ["AutoAttackWarning", "autoattack", "external", "square", "transfer"]
 
-Norm = Literal["Linf", "L2"]
 Randomness = torch.Generator | SampleSeeds | None
 
 
@@ -333,10 +332,8 @@ def _isolated(model: Model, x: Tensor, generator: Randomness) -> Iterator[Privat
         torch.clear_autocast_cache()  # weights cast without a graph would lose the caller's gradients
 
 
-def _ball(eps: float, norm: str) -> Ball:
-    if norm not in get_args(Norm):
-        raise ValueError(f"norm must be one of {get_args(Norm)}, got {norm!r}")
-    return Ball(norm, check_size("eps", eps, at_most=1.0 if norm == "Linf" else float("inf")))
+def _ball(eps: float, norm: Norm) -> Ball:
+    return Ball(norm, checked_radius(eps, norm))
 
 
 def _settings(version: str, attacks: Sequence[str] | None) -> Settings:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from sj_robust.attacks._call import Loss, Model, Objective, crafting
-from sj_robust.attacks._flip_search import Best, Search, Settings, apply_flips, largest, margin, uniform
+from sj_robust.attacks._flip_search import Best, Search, Settings, apply_flips, largest, lead, uniform
+from sj_robust.attacks._logits import without
 from sj_robust.attacks.checks import check_count, check_labels, check_logits, check_model, check_size
 from sj_robust.attacks.randomness import Private, SampleDraws, SampleSeeds, check_seeds, private_generator
 
@@ -72,7 +73,7 @@ def flip_events(
         reduce: Whether to reduce, and let further runs look for fewer changes than found so far; False stops at the
             first changes that fool, which is all that accuracy asks for.
         keep_best: Whether a sample that was never fooled ends at its highest loss met; False ends it at the last one.
-        loss: Logits and labels to one value per sample, [N]; the margin ``max_{c != y} logits[c] - logits[y]`` by
+        loss: Logits and labels to one value per sample, [N]; the lead ``max_{c != y} logits[c] - logits[y]`` by
             default, which ranks better than the saturating cross entropy.
         generator: Seeds ties, restarts and a network's own randomness; None draws fresh numbers.
 
@@ -113,7 +114,7 @@ def flip_events(
         x, y = x.detach().clone(), y.clone()
     if flips == 0 or x.numel() == 0:
         return x
-    objective = Objective(model, margin if loss is None else loss, eot_samples=eot_samples)
+    objective = Objective(model, lead if loss is None else loss, eot_samples=eot_samples)
     flippable = _flippable(x, allow)
     with crafting(model, x.device, generator) as private:
         best = _start(objective, x, y, settings)
@@ -325,5 +326,5 @@ def _likeliest_others(model: Model, x: Tensor, y: Tensor, count: int) -> list[Te
     logits = check_logits(model(x), y)
     if count >= logits.shape[1]:
         raise ValueError(f"target_classes must be < {logits.shape[1]}, the number of classes, got {count}")
-    others = logits.scatter(1, y[:, None], -torch.inf).topk(count, dim=1).indices
+    others = without(logits, y).topk(count, dim=1).indices
     return list(others.unbind(1))

@@ -1,14 +1,13 @@
 """Gradient attacks: one step (FGSM, R-FGSM) and many (PGD)."""
 
 from collections.abc import Callable
-from typing import get_args
 
 import torch
 from torch import Tensor
 
 from sj_robust.attacks._call import Best, Loss, Model, Objective, checked_copies, crafting
 from sj_robust.attacks.checks import check_count, check_size
-from sj_robust.attacks.projection import Norm, direction, l2_norm, linf_bounds, per_sample, project_l2
+from sj_robust.attacks.projection import Norm, checked_radius, direction, l2_norm, linf_bounds, per_sample, project_l2
 from sj_robust.attacks.randomness import Private, SampleSeeds, rand, randn
 
 __all__ = ["fgsm", "pgd", "rfgsm"]
@@ -196,9 +195,7 @@ def pgd(
         >>> pgd(lambda x: x @ weight.T, x, y, eps=0.25, step_size=0.1, steps=4, norm="L2", random_start=False)
         tensor([[0.3500, 0.7000]])
     """
-    if norm not in get_args(Norm):
-        raise ValueError(f"norm must be one of {get_args(Norm)}, got {norm!r}")
-    eps = check_size("eps", eps, at_most=1.0 if norm == "Linf" else float("inf"))
+    eps = checked_radius(eps, norm)
     step_size = _check_step_size(step_size, eps, norm)
     check_count("steps", steps)
     check_count("restarts", restarts)

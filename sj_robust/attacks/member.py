@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from sj_robust._preserved import evaluation_mode
 from sj_robust.attacks._call import Model, crafting
 from sj_robust.attacks.checks import check_count, check_images, check_labels, check_logits, check_model
 from sj_robust.attacks.projection import l2_norm
@@ -159,15 +160,8 @@ def fools(model: Model, x: Tensor, y: Tensor, *, draws: int = 1, seeds: SampleSe
 
 def scored(model: Model, x: Tensor, y: Tensor, *, seed: int) -> Tensor:
     """Logits of the model as it is, in evaluation mode, without a gradient, its noise seeded by ``seed``."""
-    modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
-    try:
-        if isinstance(model, nn.Module):
-            model.eval()
-        with torch.no_grad(), seeded_globals(seed, x.device):
-            return check_logits(model(x), y)
-    finally:
-        for module, training in modes:
-            module.training = training
+    with evaluation_mode(model), torch.no_grad(), seeded_globals(seed, x.device):
+        return check_logits(model(x), y)
 
 
 def check_estimator(name: str) -> None:

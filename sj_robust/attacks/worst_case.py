@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from sj_robust.attacks._call import Model
+from sj_robust.attacks._logits import margin
 from sj_robust.attacks.apgd import apgd
 from sj_robust.attacks.checks import check_count
 from sj_robust.attacks.member import (
@@ -309,8 +310,6 @@ class _Trials:
         standing, margins = [], []
         for draw in range(self.draws):
             logits = scored(self.model, x, self.y, seed=self.seeds.derived("draw", draw).single()).double()
-            label = logits.gather(1, self.y[:, None])
-            others = logits.scatter(1, self.y[:, None], -torch.inf).amax(1, keepdim=True)
             standing.append(logits.argmax(1) == self.y)
-            margins.append((label - others).flatten())
+            margins.append(margin(logits, self.y))
         return torch.stack(standing).any(0).double(), torch.stack(margins).amax(0).clamp(min=0)

@@ -1,6 +1,5 @@
 """What the masking diagnostics measure: gradients, attacks and their success on a few images."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -8,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust.attacks import linf_bounds, pgd, project_l2
+from sj_robust.attacks._call import Model
+from sj_robust.attacks._logits import margin
 from sj_robust.attacks.apgd import apgd
 from sj_robust.attacks.checks import check_logits
 from sj_robust.attacks.estimators import estimator
@@ -16,8 +17,6 @@ from sj_robust.attacks.randomness import SampleSeeds, seeded_globals
 from sj_robust.evaluation.threat import ThreatModel
 
 __all__ = ["Gradients", "Model", "Probe"]
-
-Model = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
@@ -103,7 +102,7 @@ class Probe:
     def losses(self, x: Tensor) -> Tensor:
         """``max_{j != y} z_j - z_y`` of every image, a mean over several forwards if outputs are random."""
         draws = max(self.eot_samples, 8) if bool(self.random.any()) else 1
-        return torch.stack([-_margin(self.logits(x, draw=draw), self.y) for draw in range(draws)]).mean(0)
+        return torch.stack([-margin(self.logits(x, draw=draw), self.y) for draw in range(draws)]).mean(0)
 
     @cached_property
     def gradients(self) -> Gradients:
@@ -111,13 +110,13 @@ class Probe:
         x = self.x.detach().clone().requires_grad_()
         with torch.enable_grad(), seeded_globals(self._seed("gradient"), x.device):
             logits = check_logits(self.model(x), self.y)
-            margin = _margin(logits, self.y)
-            grad = torch.autograd.grad(-margin.sum(), x, allow_unused=True)[0] if margin.requires_grad else None
+            own = margin(logits, self.y)
+            grad = torch.autograd.grad(-own.sum(), x, allow_unused=True)[0] if own.requires_grad else None
         elements = torch.zeros_like(x) if grad is None else grad
         room = torch.where(elements > 0, 1 - x.detach(), x.detach())
         return Gradients(
             elements.flatten(1).double(),
-            margin.detach().double(),
+            own.detach().double(),
             (logits.amax(1) - logits.amin(1)).detach().double(),
             (elements.double().abs() * room).flatten(1).sum(1),
             grad is not None,
@@ -216,12 +215,6 @@ class Probe:
 
     def _seed(self, *labels: int | str) -> int:
         return SampleSeeds([self.seed]).derived(*labels).single()
-
-
-def _margin(logits: Tensor, y: Tensor) -> Tensor:
-    own = logits.gather(1, y[:, None]).squeeze(1)
-    others = logits.scatter(1, y[:, None], -torch.inf)
-    return own - others.amax(1)
 
 
 def _fitted(inputs: Tensor, targets: Tensor, *, epochs: int, seed: int) -> nn.Module:

@@ -11,6 +11,7 @@ from spikingjelly.activation_based.monitor import BaseMonitor
 from torch import Tensor, nn
 
 from sj_robust._host import functional
+from sj_robust._preserved import evaluation_mode
 from sj_robust.charging import NeuronKey, find_neurons
 from sj_robust.perturbation._pair import Indicator, LayerPair
 from sj_robust.perturbation._recording import Layers, NeuronHook, Recording, RunKind
@@ -162,14 +163,12 @@ class MPPDMonitor(BaseMonitor):
         if self._recording.run is not None:
             raise RuntimeError(f"compare() was called inside {self._recording.run}(): leave that context first")
         run = self._net if forward is None else forward
-        training = {module: module.training for module in self._net.modules()}
         enabled = self.is_enable()
         measures = self._recording.statistics
         try:
             self.enable()
             self._recording.statistics = True
-            self._net.eval()
-            with torch.no_grad():
+            with evaluation_mode(self._net), torch.no_grad():
                 functional.reset_net(self._net)
                 with self.clean():
                     run(x)
@@ -184,8 +183,6 @@ class MPPDMonitor(BaseMonitor):
             self._recording.statistics = measures
             self._recording.forget()
             functional.reset_net(self._net)
-            for module, mode in training.items():
-                module.training = mode
             if not enabled:
                 self.disable()
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from sj_robust.attacks._logits import without
 from sj_robust.charging import Neuron, find_neurons
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.perturbation import dynamics
@@ -130,7 +131,7 @@ class GradientSparsity(Penalty):
             raise RuntimeError(
                 "gradient_sparsity needs the gradient at the images: evaluate the objective with gradients enabled"
             )
-        wrong = logits.detach().scatter(1, passes.y[:, None], -torch.inf).argmax(1)
+        wrong = without(logits.detach(), passes.y).argmax(1)
         f = _pair_probability(logits, passes.y, wrong)
         (grad,) = torch.autograd.grad(f.sum(), images, retain_graph=True)
         moved = images.detach() + self.h * grad.sign()
