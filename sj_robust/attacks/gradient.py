@@ -257,7 +257,8 @@ def _single_step(
 
 def _check_step_size(step_size: float, eps: float, norm: Norm) -> float:
     """A step of 0 is a silent non-attack, unless there is nowhere to go; one of 2 was meant as 2 / 255."""
-    return check_size("step_size", step_size, positive=eps > 0, at_most=1.0 if norm == "Linf" else float("inf"))
+    longest = max(1.0, 2 * eps) if norm == "Linf" else float("inf")
+    return check_size("step_size", step_size, positive=eps > 0, at_most=longest)
 
 
 def _random_point(x: Tensor, eps: float, norm: Norm, private: Private) -> Tensor:
