@@ -1,10 +1,12 @@
-"""MkDocs: the READMEs are pages of the site, with their links as they are inside it."""
+"""MkDocs: the READMEs are pages of the site, and docstrings are read as their authors write them."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 README = {"](docs/": "](", "](recipes/README.md)": "](recipes.md)", "[CITATION.cff](CITATION.cff)": "`CITATION.cff`"}
 PAGES = {"index.md": ("README.md", README), "recipes.md": ("recipes/README.md", {"](../docs/": "]("})}
+PLACE = re.compile(r'id="(sj_robust[\w.]*)"|:(?:meth|class|func|data|mod|attr):<code>~?([\w.]+)</code>')
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> str:
@@ -16,3 +18,37 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> st
     for written, inside in links.items():
         text = text.replace(written, inside)
     return text
+
+
+def on_page_content(html: str, *, page: Any, config: Any, files: Any) -> str:
+    """Page in HTML, where the roles of docstrings are links and ``::`` before an example is a colon.
+
+    Docstrings are written as in SpikingJelly, whose documentation is made by Sphinx.
+    """
+    anchors = list(dict.fromkeys(re.findall(r'id="(sj_robust[\w.]*)"', html)))
+    here = ""
+
+    def place(match: re.Match[str]) -> str:
+        nonlocal here
+        anchor, name = match.groups()
+        if anchor:
+            here = anchor
+            return match.group()
+        target = _anchor_of(name, here, anchors)
+        code = f"<code>{name}</code>"
+        return f'<a href="#{target}">{code}</a>' if target else code
+
+    return re.sub(r"::(</p>\s*<)", r":\1", PLACE.sub(place, html))
+
+
+def _anchor_of(name: str, here: str, anchors: list[str]) -> str | None:
+    """The anchor that a name means at a place: a member of what is described there, or the only one of this name."""
+    parts = here.split(".")
+    for length in range(len(parts), 0, -1):
+        inside = ".".join([*parts[:length], name])
+        if inside in anchors:
+            return inside
+    found = [anchor for anchor in anchors if anchor == name or anchor.endswith(f".{name}")]
+    if not found and "." in name:  # named where it is defined, described where it is public
+        found = [anchor for anchor in anchors if anchor.endswith(f".{name.rpartition('.')[2]}")]
+    return found[0] if len(found) == 1 or name in found[:1] else None
