@@ -287,9 +287,12 @@ class DLIFNode(neuron.BaseNode):
                 "a DLIFNode cannot be copied while its membrane potential belongs to the graph of a sequence: call "
                 "functional.reset_net(net) before copy.deepcopy(net)"
             )
-        duplicate = type(self).__new__(type(self))
+        # By the usual protocol, which a gradient estimator in force shadows in the instance.
+        reduced: Any = self.__reduce_ex__(4)
+        make, arguments, state, *_ = reduced
+        duplicate: DLIFNode = make(*arguments)
         memo[id(self)] = duplicate
-        duplicate.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        duplicate.__setstate__(copy.deepcopy(state, memo))
         return duplicate
 
     def _replicate_for_data_parallel(self) -> nn.Module:
