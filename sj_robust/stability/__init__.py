@@ -1,6 +1,7 @@
 """Bounds on how far a perturbation of the spikes can move the membrane potential, and what they do not cover."""
 
-from sj_robust.stability.certificate import Bound, Certificate, LayerCertificate, certify
+from sj_robust.stability.certificate import Bound, Certificate, LayerCertificate
+from sj_robust.stability.certification import certify
 from sj_robust.stability.design import GainDesign, gain_penalty, gain_scalars, optimal_input_gain
 from sj_robust.stability.gain import (
     NeuronGains,

@@ -1,25 +1,13 @@
-"""Per layer, every bound on the membrane potential perturbation beside what was measured."""
+"""Per layer, every bound on the membrane potential perturbation beside what was measured: a table, and a file."""
 
 import json
-import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-from sj_robust._preserved import preserved
 from sj_robust._saved import known_fields, load_saved, saved_content, write_whole
-from sj_robust.charging import find_neurons
-from sj_robust.classifier import SpikingClassifier
-from sj_robust.stability._affine import full_precision
-from sj_robust.stability._measure import Moved, first_frame, measure
-from sj_robust.stability.gain import NeuronGains, l2_gain_limit, neuron_gains
-from sj_robust.stability.operator import InputMap, input_maps
 
-__all__ = ["Bound", "Certificate", "LayerCertificate", "certify"]
+__all__ = ["Bound", "Certificate", "LayerCertificate"]
 
 _FORMAT = "sj_robust.stability_certificate"
 _VERSION = 1
@@ -189,173 +177,6 @@ class Certificate:
             return f"{count}."
         outcome = "every exact bound held" if self.holds else "AN EXACT BOUND WAS EXCEEDED"
         return f"{count}: {outcome} (margin {self.margin:g}, or the residual, for the estimate of the norm)."
-
-
-def certify(
-    net: nn.Module,
-    x: Tensor,
-    T: int | None = None,
-    *,
-    x_perturbed: Tensor | None = None,
-    margin: float = 1e-3,
-    tolerance: float = 1e-4,
-    max_iterations: int = 300,
-    seed: int = 0,
-) -> Certificate:
-    """Bound the perturbation of every spiking layer, and check the bounds on pairs of inputs. 各层扰动的上界与实测。
-
-    Equation, per layer with decay lambda, input gain p, stacked linear map W before it and the spike differences Ds of
-    the layers (for the first one: the difference of the normalised input) that feed it::
-
-        eps[t] = lambda * eps[t-1] + p[t] * W Ds[t]
-        ||eps||_2 <= ||L_lambda diag(p)||_2 ||W||_2 ||Ds||_2
-
-    and likewise for any T and for the largest step; see :mod:`sj_robust.stability.gain` and :func:`input_maps`. The
-    printed constant of Theorem 3.1 stands beside them under its own name. A bound counts as held if the ratio of every
-    pair is at most ``bound * (1 + margin)``, with rounding of the current, 1e-6 of its size, left aside.
-
-    What it does not certify: the true difference of potentials, with the reset, has no finite gain, because an
-    arbitrarily small change next to the threshold makes or removes a spike. Bounds of layers therefore do not compose,
-    and none of them is a radius within which the class stays.
-
-    The network runs in evaluation mode; modes, states, hooks, random state and gradients are left as they were.
-
-    Args:
-        net: A ``SpikingClassifier``, or a bare network that one can be built around.
-        x: Inputs as the classifier takes them, [N, C, H, W] or [N, F]; of a ``SpikingEventClassifier`` event frames
-            [N, T, C, H, W].
-        T: Number of time steps; None takes the classifier's.
-        x_perturbed: Perturbed inputs in the shape of ``x``; None gives bounds alone.
-        margin: Relative margin for norms being approached from below; where the iteration stopped at a larger residual,
-            that counts.
-        tolerance: Residual at which the norms' iteration stops.
-        max_iterations: Iterations at which it stops anyway.
-        seed: Of the random values that it uses.
-
-    Returns:
-        :class:`Certificate`.
-
-    Raises:
-        TypeError: If T is a tensor.
-        ValueError: If T is missing or not the classifier's, the inputs are none, not finite or of different shapes, or
-            there is no neuron.
-
-    Source: Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024), Theorem 3.1; gains derived here.
-
-    Examples:
-        >>> from spikingjelly.activation_based import neuron
-        >>> _ = torch.manual_seed(0)
-        >>> net = nn.Sequential(nn.Flatten(2), nn.Linear(4, 3), neuron.IFNode(step_mode="m"))
-        >>> x = torch.rand(8, 1, 2, 2)
-        >>> certificate = certify(net, x, T=4, x_perturbed=x + 0.1)
-        >>> certificate.holds, certificate["2"].feeds
-        (True, ('input',))
-    """
-    if isinstance(T, Tensor):
-        raise TypeError("T must be a number of time steps, got a tensor; name the argument x_perturbed=...")
-    classifier = _classifier(net, T)
-    if x_perturbed is not None and x.shape != x_perturbed.shape:
-        raise ValueError(
-            f"x and x_perturbed must have the same shape, got {tuple(x.shape)} and {tuple(x_perturbed.shape)}"
-        )
-    if len(x) == 0:
-        raise ValueError(f"x must hold a sample, got shape {tuple(x.shape)}")
-    if x_perturbed is not None and not bool((x.isfinite() & x_perturbed.isfinite()).all()):
-        raise ValueError("x and x_perturbed must be finite, got nan or inf; leave those pairs out")
-    neurons, unknown, _ = find_neurons(classifier.net, {}, {})
-    gains = {name: neuron_gains(neuron.charging(), classifier.T) for name, neuron in neurons.items()}
-    with full_precision(x.device), preserved(classifier):
-        maps = input_maps(
-            classifier.net,
-            first_frame(classifier, x),
-            step_mode=classifier.step_mode,
-            tolerance=tolerance,
-            max_iterations=max_iterations,
-            seed=seed,
-        )
-        moved: dict[str, Moved] | None = None
-        if x_perturbed is not None:
-            charging = {
-                name: (gains[name].decay, gains[name].input_gain)
-                if name in gains and layer.not_covered is None
-                else None
-                for name, layer in maps.items()
-            }
-            moved = measure(classifier, x, x_perturbed, charging)
-    layers = []
-    for name, layer in maps.items():
-        kind = type(classifier.net.get_submodule(name)).__name__
-        if name in unknown:
-            layers.append(LayerCertificate(name, kind, feeds=layer.feeds, not_covered=unknown[name]))
-        else:
-            layers.append(_layer(kind, layer, gains[name], moved, margin))
-    return Certificate(classifier.T, 0 if moved is None else len(x), margin, tuple(layers))
-
-
-def _classifier(net: nn.Module, T: int | None) -> SpikingClassifier:
-    if isinstance(net, SpikingClassifier):
-        if T is not None and T != net.T:
-            raise ValueError(f"T must be the classifier's {net.T} or None, got {T}; build a classifier for another T")
-        return net
-    if T is None:
-        raise ValueError("T must be given for a bare network, got None; it is the number of time steps, such as T=4")
-    return SpikingClassifier(net, T)
-
-
-def _layer(
-    kind: str, found: InputMap, gains: NeuronGains, moved: Mapping[str, Moved] | None, margin: float
-) -> LayerCertificate:
-    """The certificate of a layer whose neuron is known."""
-    input_gain = tuple(gains.input_gain.tolist())
-    if found.norm is None:
-        return LayerCertificate(found.name, kind, gains.decay, input_gain, found.feeds, not_covered=found.not_covered)
-    norm = found.norm
-    ratios = None if moved is None else _Ratios(found, moved)
-    margin = max(margin, found.residual / norm) if norm else margin
-    any_time = float(l2_gain_limit(gains.decay)) * max(map(abs, input_gain))
-
-    def bound(gain: float, of_peak: bool) -> Bound:
-        value = gain * norm if math.isfinite(gain) else None
-        if ratios is None or not ratios.reached or value is None:
-            return Bound(value, None)
-        return Bound(value, ratios.within(value, gain, margin, of_peak=of_peak))
-
-    return LayerCertificate(
-        found.name,
-        kind,
-        gains.decay,
-        input_gain,
-        found.feeds,
-        norm,
-        found.upper_bound,
-        found.residual,
-        l2=bound(gains.l2, False),
-        any_time=bound(any_time, False),
-        peak=bound(gains.peak, True),
-        printed=bound(gains.printed, False),
-        printed_peak=bound(gains.printed, True),
-        measured_l2=None if ratios is None else ratios.largest(of_peak=False),
-        measured_peak=None if ratios is None else ratios.largest(of_peak=True),
-    )
-
-
-class _Ratios:
-    """Norms of one layer on every pair [N], and those of what feeds it."""
-
-    def __init__(self, found: InputMap, moved: Mapping[str, Moved]) -> None:
-        own = moved[found.name]
-        feeds = torch.stack([torch.as_tensor(moved[feed].spikes) for feed in found.feeds])
-        self.spikes = feeds.sum(0).sqrt()
-        self.eps = {False: torch.as_tensor(own.perturbation).sqrt(), True: torch.as_tensor(own.peak).sqrt()}
-        self.reached = bool((self.spikes > 0).any())
-        self.rounding = 1e-6 * torch.as_tensor(own.current).sqrt()
-
-    def largest(self, *, of_peak: bool) -> float | None:
-        return float((self.eps[of_peak] / self.spikes)[self.spikes > 0].max()) if self.reached else None
-
-    def within(self, value: float, gain: float, margin: float, *, of_peak: bool) -> bool:
-        allowed = value * (1.0 + margin) * self.spikes + gain * self.rounding
-        return bool((self.eps[of_peak] <= allowed).all())
 
 
 def _row(layer: LayerCertificate) -> list[str]:

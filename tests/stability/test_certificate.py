@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
 from spikingjelly.activation_based import base, functional, layer, neuron, surrogate
 from torch import nn
 
@@ -15,7 +16,7 @@ from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.classifier import PoissonEncoder, SpikingEventClassifier
 from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.perturbation import MPPDMonitor
-from sj_robust.stability import INPUT, Bound, Certificate, certificate, certify, l2_gain, peak_gain, plot
+from sj_robust.stability import INPUT, Bound, Certificate, certificate, certification, certify, l2_gain, peak_gain, plot
 
 
 def lif(**options):
@@ -213,6 +214,8 @@ def test_what_is_not_covered_is_said():
     assert found["qif"].not_covered.startswith("the decay of QIFNode is not known")
     assert (found["silent"].norm, found["silent"].measured_l2) == (0.0, 0.0)
     text = found.table()
+    table = [line for line in text.splitlines() if line.startswith("| ")]
+    assert [line.count(" | ") for line in table] == [10] * (2 + 4)  # a head, a rule and a row per layer
     assert "second is not covered: not affine in first" in text
     assert "2 of 4 layers covered, 2 measured on 2 pairs: every exact bound held" in text
     assert certificate.SCOPE in text
@@ -324,6 +327,25 @@ def test_plot(tmp_path):
         plot.plot_certificate(nothing, tmp_path / "c.png")
 
 
-@pytest.mark.parametrize("module", [certificate, plot])
+def test_plot_shows_every_value_of_every_layer(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: drawn.append(figure))
+    found = certify(small(2), torch.rand(3, 2, 6, 6), 2, x_perturbed=torch.rand(3, 2, 6, 6))
+    plot.plot_certificate(found, "certificate.png")
+    names = [["measured_l2", "l2", "any_time", "printed"], ["measured_peak", "peak", "printed_peak"]]
+    for axis, of_panel in zip(drawn[0].axes, names, strict=True):
+        (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
+        for line, name in zip(axis.lines, of_panel, strict=True):
+            entries = [getattr(layer, name) for layer in found.layers]
+            values = [entry.value if isinstance(entry, Bound) else entry for entry in entries]
+            shown = {row: value for row, value in enumerate(values) if value}
+            assert shown, name
+            assert dict(zip(line.get_ydata(), line.get_xdata(), strict=True)) == shown
+            assert all(left < value < right and top < row < bottom for row, value in shown.items())
+    first = drawn[0].axes[0]
+    assert [label.get_text() for label in first.get_yticklabels()] == [layer.name for layer in found.layers]
+
+
+@pytest.mark.parametrize("module", [certificate, certification, plot])
 def test_examples(module):
     assert doctest.testmod(module).failed == 0
