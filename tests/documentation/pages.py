@@ -44,6 +44,8 @@ class Block:
     language: str
     code: str
     directives: tuple[Directive, ...] = ()
+    heading: str = ""
+    """Of the section that it stands in."""
 
     @property
     def place(self) -> str:
@@ -77,7 +79,7 @@ def blocks_of(page: Path, name: str | None = None) -> list[Block]:
     blocks: list[Block] = []
     errors: list[str] = []
     directives: list[Directive] = []
-    number = 0
+    number, heading = 0, ""
     while number < len(lines):
         line, opening = lines[number], FENCE.match(lines[number])
         number += 1
@@ -88,6 +90,7 @@ def blocks_of(page: Path, name: str | None = None) -> list[Block]:
                 errors.append(str(error))
             continue
         if opening is None:
+            heading = line.lstrip("#").strip() if line.startswith("#") else heading
             errors += [f"{name}:{one.line}: no block on the line below this directive" for one in directives]
             directives = []
             continue
@@ -99,7 +102,7 @@ def blocks_of(page: Path, name: str | None = None) -> list[Block]:
         if number == len(lines):
             errors.append(f"{name}:{start}: this block has no end")
         number += 1
-        block = Block(name, start, opening["language"], "".join(f"{one}\n" for one in body), tuple(directives))
+        block = Block(name, start, opening["language"], "".join(f"{one}\n" for one in body), tuple(directives), heading)
         blocks.append(block)
         errors += faults(block)
         directives = []

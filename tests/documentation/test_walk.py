@@ -81,6 +81,7 @@ def test_a_walk_is_recorded(tmp_path):
     table = text.partition("## Times\n")[2]
     assert len(re.findall(r"docs/page\.md:\d+ \| [\d.]+ \|", table)) == 6
     assert len(re.findall(r"docs/page\.md:\d+ \| skipped \|", table)) == 1
+    assert table.count("`Python: Page`") == 2
     for name in (str(tmp_path), sys.base_prefix, str(Path.home())):
         assert name not in text
 

@@ -81,6 +81,11 @@ class Step:
     seconds: float | None
     """None where a block was skipped; ``said`` is the reason then."""
 
+    @property
+    def name(self) -> str:
+        """A command by itself, a block of Python by the section that it stands in."""
+        return self.command.strip().splitlines()[0] if self.block.how == "shell" else f"Python: {self.block.heading}"
+
 
 @dataclass
 class Walk:
@@ -160,8 +165,7 @@ class Walk:
 
     def add(self, step: Step, code: int) -> None:
         """Note a step; the walk ends with one that failed."""
-        first = step.command.splitlines()[0]
-        print(f"{step.block.page}:{step.line}: {first} ({step.seconds:.0f} s)", file=sys.stderr, flush=True)
+        print(f"{step.block.page}:{step.line}: {step.name} ({step.seconds:.0f} s)", file=sys.stderr, flush=True)
         if code != 0:
             raise WalkError(f"{step.block.page}:{step.line}: exit code {code}\n{step.command}\n\n{step.said}")
         self.steps.append(step)
@@ -204,12 +208,15 @@ def record(walk: Walk, title: dict[str, str], names: dict[str, str]) -> str:
     parts += ["; ".join(f"{name} {value}" for name, value in title.items()) + ".", ""]
     for page in pages:
         parts += [f"## {page}", ""]
+        heading = ""
         for step in walk.steps:
             if step.block.page == page:
+                parts += [f"### {step.block.heading}", ""] if step.block.heading != heading else []
+                heading = step.block.heading
                 parts += describe(step, names)
     parts += ["## Times", "", "| step | line | minutes |", "|---|---:|---:|"]
     for step in walk.steps:
-        command = step.command.strip().splitlines()[0].replace("|", "\\|").replace("`", "'")
+        command = step.name.replace("|", "\\|").replace("`", "'")
         command = f"{command[:69]}..." if len(command) > 72 else command
         minutes = "skipped" if step.seconds is None else f"{step.seconds / 60:.1f}"
         parts.append(f"| `{command}` | {step.block.page}:{step.line} | {minutes} |")
