@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -9,7 +10,16 @@ from torch import Tensor, nn
 from sj_robust._host import neuron
 from sj_robust.neuron import DLIFNode
 
-__all__ = ["Charging", "Neuron", "NeuronKey", "emits_spikes", "find_neurons", "is_neuron"]
+__all__ = [
+    "Charging",
+    "Neuron",
+    "NeuronKey",
+    "emits_spikes",
+    "find_neurons",
+    "has_known_dynamics",
+    "is_neuron",
+    "read_charging",
+]
 
 NeuronKey = str | type[nn.Module]
 
@@ -28,6 +38,11 @@ class Charging:
     gain: float | Tensor = 1.0
     input_gain: Tensor | None = None
 
+    @property
+    def decay_value(self) -> float:
+        """The decay as a number."""
+        return float(self.decay.detach() if isinstance(self.decay, Tensor) else self.decay)
+
     def gain_at(self, t: int, *, input_gain: bool) -> float | Tensor:
         """Gain of the input of step ``t``, with or without the learnable part."""
         return self.gain if self.input_gain is None or not input_gain else self.gain * self.input_gain[t]
@@ -35,7 +50,7 @@ class Charging:
 
 @dataclass(frozen=True)
 class Neuron:
-    """A spiking layer that the monitor follows.
+    """A spiking layer whose charge equation is known, or was stated by the user.
 
     Attributes:
         name: Name of the module in the network.
@@ -96,10 +111,9 @@ def find_neurons(
     followed: dict[str, Neuron] = {}
     unsupported: dict[str, str] = {}
     for name, module in candidates.items():
-        read = _KNOWN.get(type(module))
         given = _lookup(decay, name, module)
-        if read is not None:
-            followed[name] = Neuron(name, module, _reader(read, module), known=True)
+        if has_known_dynamics(module):
+            followed[name] = Neuron(name, module, partial(read_charging, module), known=True)
         elif given is not None:
             fixed_gain = _lookup(gain, name, module)
             charging = Charging(float(given), 1.0 if fixed_gain is None else float(fixed_gain))
@@ -107,6 +121,32 @@ def find_neurons(
         else:
             unsupported[name] = _reason(module)
     return followed, unsupported, {name for name in unsupported if emits_spikes(candidates[name])}
+
+
+def has_known_dynamics(module: nn.Module) -> bool:
+    """Whether it is known how a neuron charges; by exact type, since a subclass may change it. 动力学是否已知。
+
+    Args:
+        module: Any module.
+
+    Examples:
+        >>> has_known_dynamics(neuron.IFNode()), has_known_dynamics(nn.ReLU())
+        (True, False)
+    """
+    return type(module) in _KNOWN
+
+
+def read_charging(module: nn.Module) -> Charging:
+    """How a neuron of known dynamics charges at present. 读取神经元的充电方程。
+
+    Args:
+        module: A neuron of which :func:`has_known_dynamics` is true.
+
+    Examples:
+        >>> read_charging(neuron.LIFNode(tau=2.0))
+        Charging(decay=0.5, gain=0.5, input_gain=None)
+    """
+    return _KNOWN[type(module)](module)
 
 
 def is_neuron(module: nn.Module) -> bool:
@@ -162,10 +202,6 @@ _KNOWN: dict[type, Callable[[Any], Charging]] = {
 }
 
 
-def _reader(read: Callable[[Any], Charging], module: nn.Module) -> Callable[[], Charging]:
-    return lambda: read(module)
-
-
 def _constant(charging: Charging) -> Callable[[], Charging]:
     return lambda: charging
 
@@ -194,7 +230,7 @@ def _check_given(
         if not fitting:
             known = ", ".join(f"{name!r} ({type(module).__name__})" for name, module in candidates.items())
             raise ValueError(f"decay: no neuron has the name or exact type {key!r}; the network has {known}")
-        if any(type(module) in _KNOWN for module in fitting):
+        if any(has_known_dynamics(module) for module in fitting):
             kind = type(fitting[0]).__name__
             raise ValueError(f"decay: {key!r} names a {kind}, whose decay is read from the neuron; leave it out")
         if any(not isinstance(module, neuron.BaseNode) or not emits_spikes(module) for module in fitting):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from sj_robust.attacks.estimators import backward
 from sj_robust.attacks.estimators.crafting import crafting_network
-from sj_robust.attacks.estimators.dynamics import Sequence, has_known_dynamics, read_charging, spiking_neurons
+from sj_robust.attacks.estimators.dynamics import Sequence, next_charging, spiking_neurons
 from sj_robust.attacks.estimators.memory import ImageTracker, Sharpness, Spread
 from sj_robust.attacks.estimators.shapes import (
     SHAPES,
@@ -21,6 +21,7 @@ from sj_robust.attacks.estimators.shapes import (
     host_surrogate,
     keeping_values,
 )
+from sj_robust.charging import has_known_dynamics
 from sj_robust.neuron import DLIFNode
 from sj_robust.ops.bn_dlif import BatchNorm
 from sj_robust.ops.bn_dlif.reference import normalise
@@ -239,7 +240,7 @@ class _Override:
         if not goes_on and isinstance(v_init, Tensor):
             v_init = node.v_reset or 0.0  # 2.x starts anew for a batch of another size
         first = self._step if goes_on else 0
-        charging = read_charging(node, len(x_seq))
+        charging = next_charging(node, len(x_seq))
         with torch.no_grad():
             spike_seq = forward()
         self._step = first + len(x_seq)

@@ -1,6 +1,5 @@
 """How a known neuron charges, and its charged potentials recovered from the spikes that it really fired."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -8,28 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sj_robust._host import base, neuron
-from sj_robust.neuron import DLIFNode
+from sj_robust._host import base
+from sj_robust.charging import Charging, emits_spikes, is_neuron, read_charging
 
-__all__ = ["Charging", "Sequence", "has_known_dynamics", "read_charging", "spiking_neurons"]
-
-
-@dataclass(frozen=True)
-class Charging:
-    """``h[t] = decay * v[t-1] + (1 - decay) * v_reset + gain * x[t]`` (no v_reset term for a soft reset).
-
-    Attributes:
-        decay: Fraction of the potential kept per step; a tensor if the neuron learns it.
-        gain: Input gain: a number, a scalar tensor, or one per step [T].
-    """
-
-    decay: float | Tensor
-    gain: float | Tensor
-
-    @property
-    def decay_value(self) -> float:
-        """The decay as a number."""
-        return float(self.decay.detach() if isinstance(self.decay, Tensor) else self.decay)
+__all__ = ["Sequence", "next_charging", "spiking_neurons"]
 
 
 @dataclass(frozen=True)
@@ -42,7 +23,7 @@ class Sequence:
         v: Potential after the last step, no graph.
         v_seq: Potential after every step, or None.
         v_init: Potential before the first step with its graph, or the number that stands for it after a reset.
-        charging: How the neuron charged.
+        charging: How the neuron charged; a gain per step is that of these steps, [T].
         v_threshold: Threshold.
         v_reset: Potential after a spike; None is the soft reset.
         detach_reset: Whether the reset is left out of the gradient.
@@ -106,49 +87,19 @@ def spiking_neurons(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if _spikes(module)}
 
 
-def has_known_dynamics(node: nn.Module) -> bool:
-    """Whether the charge equation of a neuron is known; by exact type, since a subclass may change it."""
-    return type(node) in _KNOWN
-
-
-def read_charging(node: nn.Module, steps: int) -> Charging:
-    """How a neuron of known dynamics charges in its next ``steps`` steps."""
-    return _KNOWN[type(node)](node, steps)
-
-
-def _if(node: Any, steps: int) -> Charging:
-    return Charging(1.0, 1.0)
-
-
-def _lif(node: Any, steps: int) -> Charging:
-    return Charging(1.0 - 1.0 / node.tau, 1.0 / node.tau if node.decay_input else 1.0)
-
-
-def _parametric_lif(node: Any, steps: int) -> Charging:
-    rate = node.w.sigmoid()
-    return Charging(1.0 - rate, rate if node.decay_input else 1.0)
-
-
-def _dlif(node: Any, steps: int) -> Charging:
-    return Charging(node.decay, node.input_gain[node.time_step : node.time_step + steps])
-
-
-_KNOWN: dict[type, Callable[[Any, int], Charging]] = {
-    neuron.IFNode: _if,
-    neuron.LIFNode: _lif,
-    neuron.ParametricLIFNode: _parametric_lif,
-    DLIFNode: _dlif,
-}
+def next_charging(node: Any, steps: int) -> Charging:
+    """How a neuron of known dynamics charges in its next ``steps`` steps; a gain per step is that of these, [T]."""
+    charging = read_charging(node)
+    if charging.input_gain is None:
+        return charging
+    return Charging(charging.decay, charging.input_gain[node.time_step : node.time_step + steps])
 
 
 def _spikes(module: nn.Module) -> bool:
-    package = neuron.__name__
-    classes = type(module).__mro__
-    if any("NonSpiking" in cls.__name__ for cls in classes):  # integrators that put out potentials
+    if not emits_spikes(module):
         return False
-    if any(cls.__module__ == package or cls.__module__.startswith(f"{package}.") for cls in classes):
-        return True
-    return isinstance(module, base.MemoryModule) and callable(getattr(module, "surrogate_function", None))
+    has_surrogate = callable(getattr(module, "surrogate_function", None))
+    return is_neuron(module) or (isinstance(module, base.MemoryModule) and has_surrogate)
 
 
 def _needs_gradient(value: object) -> bool:
