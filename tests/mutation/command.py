@@ -21,6 +21,7 @@ from mutation.mutants import Mutant, all_mutants, sample
 
 ROOT = Path(__file__).resolve().parents[2]
 SCORES = Path(__file__).with_name("scores.json")
+SURVIVORS = Path(__file__).with_name("survivors.json")
 PACKAGES: dict[str, dict[str, list[str]]] = {  # folder of sj_robust: tests that answer for it, and those left out
     "perturbation": {"tests": ["tests/perturbation", "tests/test_fusion.py", "sj_robust/perturbation"]},
     "stability": {"tests": ["tests/stability", "sj_robust/stability"]},
@@ -30,7 +31,7 @@ PACKAGES: dict[str, dict[str, list[str]]] = {  # folder of sj_robust: tests that
     },
     "attacks": {"tests": ["tests/attacks", "sj_robust/attacks"]},
 }
-FACTOR, FLOOR = 5, 30  # a faulty run may take so many times the CPU seconds of the clean one, and so many more
+FACTOR, FLOOR = 2, 5  # a faulty run may take so many times the CPU seconds of the traced clean one, and so many more
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -59,7 +60,7 @@ def main(arguments: list[str] | None = None) -> None:
         outcomes = try_all(trees, chosen, coverage, budget=math.inf if options.thorough else options.budget, done=done)
     result = summary(chosen, outcomes)
     if options.again:
-        result = merged(_stored(options), result)
+        result = merged(_stored(options), result, explained(options.package))
     seconds = round(time.monotonic() - began)
     run = {**_circumstances(options, package), "possible": len(every), **result, "seconds": seconds}
     _store(options.output, options.package, options.label, run)
@@ -110,21 +111,29 @@ def summary(mutants: list[Mutant], outcomes: list[trial.Outcome]) -> dict[str, A
     }
 
 
-def merged(stored: dict[str, Any], again: dict[str, Any]) -> dict[str, Any]:
-    """The numbers of a stored run, with what its survivors came to when they were tried again."""
+def merged(stored: dict[str, Any], again: dict[str, Any], known: dict[str, str]) -> dict[str, Any]:
+    """The numbers of a stored run, with what its survivors came to when those not yet explained were tried again."""
     files = {file: dict(numbers) for file, numbers in stored["files"].items()}
     for file, numbers in again["files"].items():
         files[file]["killed"] += numbers["killed"]
-    mutants, killed = stored["mutants"], stored["killed"] + again["killed"]
-    gone = len(stored["survived"]) - again["mutants"]
+    kept = [entry for entry in stored["survived"] if entry["key"] in known]
+    killed = stored["killed"] + again["killed"]
+    survived = kept + again["survived"]
+    mutants = killed + len(survived)
     return {
-        "mutants": mutants - gone,
+        "mutants": mutants,
         "killed": killed,
-        "score": round(killed / (mutants - gone), 3),
-        "gone": gone,  # the code they were planted in has changed
+        "score": round(killed / mutants, 3),
+        "gone": stored["mutants"] - mutants,  # the code they were planted in has changed
         "files": files,
-        "survived": again["survived"],
+        "survived": survived,
     }
+
+
+def explained(package: str) -> dict[str, str]:
+    """Faults that nothing need notice, and why: key and reason, written by hand."""
+    reasons: dict[str, str] = json.loads(SURVIVORS.read_text()).get(package, {})
+    return reasons
 
 
 def sources(tree: Path, package: str) -> Iterator[tuple[str, bytes]]:
@@ -142,7 +151,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--label", default="after", help="name of this run in the file of scores (after)")
     parser.add_argument("--output", type=Path, default=SCORES, help="file of scores (scores.json beside this file)")
     parser.add_argument(
-        "--again", metavar="LABEL", help="only the faults that survived the run of this name, to see new tests work"
+        "--again", metavar="LABEL", help="only the unexplained survivors of the run of this name, to see new tests work"
     )
     parser.add_argument("--budget", type=float, default=8, help="CPU seconds of tests per fault, quick tests first (8)")
     parser.add_argument("--thorough", action="store_true", help="all tests of the package, whatever they execute")
@@ -152,7 +161,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 def _chosen(every: list[Mutant], options: argparse.Namespace) -> list[Mutant]:
     if not options.again:
         return sample(every, options.sample, options.seed)
-    keys = {entry["key"] for entry in _stored(options)["survived"]}
+    keys = {entry["key"] for entry in _stored(options)["survived"]} - explained(options.package).keys()
     return [mutant for mutant in every if mutant.key in keys]
 
 

@@ -109,6 +109,11 @@ def test_float32_gradients(instruction_set, shape, training):
         np.testing.assert_allclose(tensor.grad, expected[name], rtol=1e-4, atol=2e-6 * scale, err_msg=name)
 
 
+def test_defaults_are_those_of_torch():
+    norm, layer = BatchNorm(None, None, None, None, use_batch_statistics=True), nn.BatchNorm2d(6)
+    assert (norm.momentum, norm.eps) == (layer.momentum, layer.eps)
+
+
 @pytest.mark.parametrize("backend", ["reference", pytest.param("cpp", marks=needs_kernel)])
 @pytest.mark.parametrize("momentum", [0.1, 0.7])
 def test_running_statistics_are_those_of_torch(backend, momentum):

@@ -276,6 +276,8 @@ class TestContract:
         [
             ({"kind": "tanh"}, "kind must be one of"),
             ({"kind": "atan", "alpha": 0.0}, "alpha must be finite and > 0"),
+            ({"kind": "atan", "alpha": float("inf")}, "alpha must be finite and > 0"),
+            ({"kind": "atan", "alpha": float("nan")}, "alpha must be finite and > 0"),
             ({"kind": "custom"}, "function must be given"),
             ({"kind": "atan", "function": torch.sigmoid}, "function must be given"),
         ],

@@ -361,6 +361,29 @@ def test_a_layer_used_twice_is_listed_once():
     assert list(input_maps(net, torch.rand(1, 4))) == ["first", "last"]
 
 
+class Halves(nn.Module):
+    """Hands on two tensors in a list."""
+
+    def forward(self, x_seq):
+        return list(x_seq.chunk(2, -1))
+
+
+class InHalves(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.halves = Halves()
+        self.node = NODE()
+
+    def forward(self, x_seq):
+        first, second = self.halves(x_seq)
+        return self.node(3.0 * first - 4.0 * second)
+
+
+def test_a_module_may_hand_on_a_list():
+    found = input_maps(InHalves(), torch.rand(1, 6))["node"]
+    assert found.norm == pytest.approx(5.0, rel=1e-4)
+
+
 def test_wherever_it_is_called_the_forward_of_the_user_and_full_precision_stay():
     net = nn.Sequential(layer.Linear(4, 3, step_mode="m"), NODE())
     wanted = input_maps(net, torch.rand(1, 4))["1"]
