@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import connection, get_context, parent_process
+from multiprocessing import connection, get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -115,7 +115,7 @@ def _start(place: int, threads: int, devices: int) -> _Worker:
     context = get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=_serve, args=(there, threads), name=f"sweep-{place}")
-    with _environ(environ):
+    with _environ(environ), _interrupts_held():
         process.start()
     there.close()
     return _Worker(process, here)
@@ -139,6 +139,9 @@ def _serve(pipe: Connection, threads: int) -> None:
     """Life of a worker: runs come in, and for each an error or None goes out."""
     if os.name == "posix":
         os.setpgid(0, 0)  # Ctrl-C reaches the parent alone, which passes it on once
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # drops one that came before
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     threading.Thread(target=_die_with_parent, daemon=True).start()
     import torch
 
@@ -197,6 +200,20 @@ def _output_to(path: Path) -> Iterator[None]:
         for number, old in zip((1, 2), saved, strict=True):
             os.dup2(old, number)
             os.close(old)
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Ctrl-C waits, in a process started meanwhile until it lets go: it would die with a traceback."""
+    if os.name != "posix":
+        yield
+        return
+    resource_tracker.ensure_running()  # which would let interrupts through when it is started later
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager
