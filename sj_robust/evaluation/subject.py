@@ -210,7 +210,9 @@ def _in_words(spec: NetworkSpec) -> str:
     sizes = {"small": f", channels {spec.channels}"}
     size = f", hidden {spec.hidden}" if spec.name.startswith("vgg") else sizes.get(spec.name, "")
     options = "".join(f", {key} {value}" for key, value in spec.options.items())
-    return f"{spec.name}, {spec.neuron}, T {spec.T}, tau {spec.tau:g}{size}{options}"
+    foreign = ":" in spec.name and not spec.name.startswith("zoo:")  # its neurons have a tau of their own
+    tau = "" if foreign else f", tau {spec.tau:g}"
+    return f"{spec.name}, {spec.neuron}, T {spec.T}{tau}{size}{options}"
 
 
 def _checkpoint_file(path: Path) -> Path:

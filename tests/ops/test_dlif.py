@@ -238,7 +238,7 @@ class TestContract:
     def test_missing_backend_says_what_is_missing(self):
         missing = [name for name, state in available_backends().items() if state != "available"]
         for name in missing:
-            with pytest.raises(RuntimeError, match=f"backend='{name}' is not available: .*use backend='auto'"):
+            with pytest.raises(RuntimeError, match=f"backend='{name}' is not available: .*take backend='auto'"):
                 check_backend(name)
 
     def test_trainable_surrogate_gets_its_gradient(self):
