@@ -11,10 +11,12 @@ the machine), its exit code and its time. The walk ends at the first command tha
 """
 
 import argparse
+import contextlib
 import json
 import os
 import platform
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -116,7 +118,8 @@ class Walk:
                     self.python(block, python)
         finally:
             if python is not None:
-                python.kill()
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(python.pid, signal.SIGKILL)
                 python.communicate()
 
     def environment(self) -> dict[str, str]:
@@ -146,6 +149,7 @@ class Walk:
         return subprocess.Popen(
             [self.clone / ".venv" / "bin" / "python", "-u", "-c", DRIVER], cwd=self.clone, env=terminal.environment,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+            start_new_session=True,
         )  # fmt: skip
 
     def python(self, block: Block, process: subprocess.Popen[str]) -> None:
