@@ -290,8 +290,8 @@ def main(arguments: list[str]) -> int:
         except WalkError as error:
             print(f"FAILED {error}", file=sys.stderr)
             return 1
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(text, encoding="utf-8")
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.write_text(text, encoding="utf-8")
     print(f"{len(walk.steps)} steps recorded in {options.output}", file=sys.stderr)
     return 0
 
