@@ -1,19 +1,16 @@
 import ast
 import json
-import os
 import re
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
-from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from data.event_recordings import pack_n_mnist, sums
+from evaluation.recipe_run import ENVIRONMENT, RECIPE, SMALL, evaluate, finish, in_process, start, without_times
 from evaluation.test_event_suite import short_suite
 from PIL import Image
 
@@ -22,128 +19,6 @@ from sj_robust.evaluation import assess as whole_assessment
 from sj_robust.evaluation.robustness_report import RobustnessReport
 from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.training import load_checkpoint, save_checkpoint
-
-ROOT = Path(__file__).parents[2]
-RECIPE = ROOT / "recipes" / "evaluate.py"
-SMALL = ("--test-limit", "12", "--batch-size", "6")
-sys.path.insert(0, str(RECIPE.parent))
-import adv_train  # noqa: E402  # a script, found only now
-import evaluate  # noqa: E402  # as above
-
-STRICT = ("-W", "error", "-W", "ignore:`torch.jit.script` is deprecated:DeprecationWarning")
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
-
-OWN = """
-import torch
-from torch import nn
-from spikingjelly.activation_based import neuron
-from sj_robust import SpikingClassifier
-
-def build():
-    torch.manual_seed(0)
-    node = neuron.LIFNode(tau=2.0, step_mode="m")
-    return nn.Sequential(nn.Flatten(2), nn.Linear(64, 32), node, nn.Linear(32, 10))
-
-def wrapped():
-    return SpikingClassifier(build(), T=3)
-
-def dead():
-    net = build()
-    nn.init.constant_(net[1].bias, -100.0)
-    return net
-
-def wrong_shape():
-    return nn.Sequential(nn.Flatten(2), nn.Linear(63, 10))
-
-def five():
-    return nn.Sequential(nn.Flatten(2), nn.Linear(64, 5))
-
-def nothing():
-    return 3
-
-def needs_a_path(path):
-    return build()
-
-def fails():
-    raise KeyError("weights of\\nlayer 1")
-
-def half():
-    return build().half()
-
-def diverged():
-    net = build()
-    nn.init.constant_(net[3].bias, float("nan"))
-    return net
-
-def pictures():
-    return nn.Sequential(nn.Flatten(2), nn.Linear(192, 2))
-
-class Blind(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.net = build()
-
-    def forward(self, x_seq):
-        return self.net(x_seq.detach())
-"""
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A working folder with a run of two small networks in it, and a module with networks of somebody's own."""
-    folder = tmp_path_factory.mktemp("work")
-    here = Path.cwd()
-    os.chdir(folder)
-    try:
-        quick = ("--epochs", "5", "--batch-size", "32", "--test-limit", "20", "--channels", "[8,8]", "--T", "3")
-        adv_train.main([*quick, "--mode", "none", "--neuron", "lif", "--reference", "false", "--output", "runs/one"])
-        AcceleratorState._reset_state(True)
-    finally:
-        os.chdir(here)
-    two = folder / "runs" / "two"
-    for name in ("a", "b"):
-        (two / name).mkdir(parents=True)
-        (two / name / "best.pt").write_bytes((folder / "runs" / "one" / "lif_none" / "best.pt").read_bytes())
-    (folder / "own_net.py").write_text(OWN)
-    (folder / "broken.py").write_text("from torch import no_such_name\n")
-    (folder / "unfinished.py").write_text("def build(:\n")
-    return folder
-
-
-def build_network_state(options):
-    return build_classifier(NetworkSpec(**options)).state_dict()
-
-
-def in_process(monkeypatch, folder, *options):
-    """The recipe without a process of its own, which takes seconds to start."""
-    monkeypatch.chdir(folder)
-    try:
-        evaluate.main(list(options))
-    finally:
-        AcceleratorState._reset_state(True)
-
-
-def start(folder, *options, launcher=()):
-    command = [sys.executable, *STRICT, *launcher, str(RECIPE), *options]
-    # A shell may have started the tests in the background, where SIGINT is ignored; a child would inherit that.
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, preexec_fn=heard, **pipes)
-
-
-def finish(process, code=0):
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
-    return out, err
-
-
-def without_times(report):
-    """The report as plain data, without what another run cannot repeat."""
-    content = asdict(report)
-    for row in (*content["members"], *content["estimators"]):
-        row["seconds"] = None
-    del content["environment"]
-    return content
 
 
 @pytest.fixture(scope="module")
@@ -161,7 +36,7 @@ def test_from_checkpoint_to_report(folder, monkeypatch, capsys):
     report = RobustnessReport.load(run / "report.json")
     plots = {f"{name}.{end}" for name in ("accuracy_over_eps", "attacks", "potential") for end in ("png", "pdf")}
     files = {path.name for path in run.iterdir()}
-    assert files == {"config.yaml", "log.txt", "progress", "report.html", "report.json"} | plots
+    assert files == {"README.md", "config.yaml", "log.txt", "progress", "report.html", "report.json"} | plots
     assert (report.name, report.dataset, report.threat, report.eps) == ("lif_none", "digits", "Linf", "0.1")
     assert len(report.labels) == 12
     assert {row["neuron"] for row in report.network["layers"]} == {"LIFNode"}
@@ -242,7 +117,8 @@ def test_two_processes(folder, tmp_path, whole):
 def test_interrupted_by_hand(folder, tmp_path):
     process = start(folder, "runs/one", "--suite", "paper", "--output", str(tmp_path / "stopped"))
     deadline = time.monotonic() + 300
-    while not list((tmp_path / "stopped" / "progress").glob("suite/*.jsonl")):
+    # Once a record is there: in the moment in which its file is opened, a signal leaves that file to the interpreter.
+    while not any(path.stat().st_size for path in (tmp_path / "stopped" / "progress").glob("suite/*.jsonl")):
         assert time.monotonic() < deadline
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
@@ -362,105 +238,6 @@ def test_compare(folder, monkeypatch, capsys, whole):
         evaluate.main(["--compare", "whole/report.json", "nothing.json"])
     with pytest.raises(ValueError, match="takes two reports, got 1"):
         evaluate.main(["--compare", "whole/report.json"])
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ((), ValueError, "give a checkpoint, or your own network"),
-        (("runs/one", "--network", "own_net:build"), ValueError, "give a checkpoint, or your own"),
-        (("nowhere.pt",), FileNotFoundError, r"nowhere.pt does not exist; in \. there are .*runs/one/lif_none/best.pt"),
-        (("runs",), FileNotFoundError, "no best.pt in runs; there are runs/one/lif_none/best.pt"),
-        (("runs/two",), ValueError, "runs/two holds 2 networks, give one of them: runs/two/a/best.pt, runs/two/b"),
-        (("own_net.py",), ValueError, "cannot be read as a checkpoint"),
-        (("other.pt",), ValueError, "other.pt holds no network that this release can build"),
-        (("runs/one", "--T", "0"), ValueError, "T must be"),
-        (("runs/one", "--mean", "[0.5]"), ValueError, "a checkpoint knows its own mean and std"),
-        (("runs/one", "--norm", "L0"), ValueError, "eps is the number of changed elements .* such as --eps 20"),
-        (("runs/one", "--norm", "L0", "--eps", "20"), ValueError, "suite 'standard' does not fit a threat in L0"),
-        (("runs/one", "--suite", "events"), ValueError, "suite 'events' does not fit a threat in Linf"),
-        (("runs/one", "--dataset", "n_mnist", "--eps", "5"), FileNotFoundError, "Train.zip, Test.zip not found"),
-        (("runs/one", "--dataset", "mnits"), ValueError, "dataset must be one of digits, .*, got 'mnits'"),
-        (("runs/one", "--dataset", "image_folder:x"), FileNotFoundError, "x/train does not exist; an image folder"),
-        (("runs/one", "--eps", "8"), ValueError, "eps must be <= 1.*write 8/255 instead of 8"),
-        (("runs/one", "--eps", "0"), ValueError, "eps must be > 0"),
-        (("runs/one", "--eps", "8/x"), ValueError, "number or a fraction"),
-        (("runs/one", "--norm", "L2"), ValueError, "give that of L2, such as --eps 0.5"),
-        (("runs/one", "--norm", "L2", "--eps", "1", "--suite", "paper"), ValueError, "defined for Linf"),
-        (("runs/one", "--resume"), FileNotFoundError, "no run to resume"),
-        (("runs/one", "--transfer", "nowhere"), FileNotFoundError, "nowhere does not exist"),
-        (("runs/one", "--dataset", "fashion_mnist"), FileNotFoundError, "Fashion-MNIST is not complete"),
-        (("--network", "own_net:build", "--T", "3"), ValueError, "eps is not known"),
-        (("--network", "own_net:build", "--eps", "0.1"), ValueError, "give its time steps with --T"),
-        (("--network", "own_net:wrapped", "--T", "3", "--eps", "0.1"), ValueError, "has its own T"),
-        (("--network", "own_net"), ValueError, "network must be module:function"),
-        (("--network", "no_net:build"), ModuleNotFoundError, "no module 'no_net' in"),
-        (("--network", "no_net.py:build"), FileNotFoundError, "no_net.py does not exist"),
-        (("--network", "own_net:missing"), ValueError, "has no function 'missing'"),
-        (("--network", "own_net:nothing"), ValueError, r"must return a network \(nn.Module\), got int"),
-        (("--network", "own_net:wrong_shape", "--T", "2", "--eps", "0.1"), ValueError, "does not take images"),
-        (("--network", "own_net:five", "--T", "2", "--eps", "0.1"), ValueError, "tells 5 classes apart, digits has 10"),
-        (
-            ("--network", "own_net:needs_a_path", "--T", "2"),
-            ValueError,
-            r"failed \(TypeError: .*'path'\); it must return",
-        ),
-        (
-            ("--network", "own_net:fails", "--T", "2"),
-            ValueError,
-            r"failed \(KeyError: .*layer 1', own_net.py:\d+\); it",
-        ),
-        (
-            ("--network", "broken:build", "--T", "2"),
-            ValueError,
-            r"broken cannot be imported \(ImportError: .*broken.py:1\)",
-        ),
-        (
-            ("--network", "unfinished.py:f"),
-            ValueError,
-            r"unfinished.py cannot be imported \(SyntaxError: .* line 1\)\);",
-        ),
-        (
-            ("--network", "own_net:half", "--T", "2", "--eps", "0.1"),
-            ValueError,
-            r"weights torch.float16: return network.fl",
-        ),
-        (("--network", "own_net:diverged", "--T", "2", "--eps", "0.1"), ValueError, "NaN or infinite logits"),
-        (
-            ("--network", "own_net:Blind", "--T", "2", "--eps", "0.1"),
-            ValueError,
-            "no gradient reaches the images of Blind",
-        ),
-        (("runs/one", "runs/two/a"), ValueError, "one network at a time, got another one, runs/two/a"),
-        (("runs/one", "--seed", "-1"), ValueError, "seed must be >= 0, got -1"),
-        (("runs/one", "--draws", "0"), ValueError, "draws must be >= 1, got 0"),
-        (("runs/one", "--transfer", "wide.pt"), ValueError, r"wide takes images \(1, 9, 9\), those of digits are"),
-        (
-            ("runs/one", "--output", "own_net.py"),
-            OSError,
-            r"own_net.py cannot be written \(File exists\); give another",
-        ),
-        (("runs/one", "--output", "own_net.py/x"), OSError, r"cannot be written \(Not a directory\); give another"),
-    ],
-)
-def test_wrong_inputs(folder, monkeypatch, options, error, message):
-    save_checkpoint(folder / "other.pt", {"epoch": 1})
-    wide = load_checkpoint(folder / "runs" / "one" / "lif_none" / "best.pt")
-    wide["description"]["network"]["image_shape"] = [1, 9, 9]
-    wide["model"] = build_network_state(wide["description"]["network"])
-    save_checkpoint(folder / "wide.pt", {name: wide[name] for name in ("description", "model")})
-    runs = sorted(path.name for path in (folder / "runs").iterdir() if not path.name.startswith("evaluate"))
-    with pytest.raises(error, match=message):
-        in_process(monkeypatch, folder, *options, *SMALL)
-    assert sorted(path.name for path in (folder / "runs").iterdir() if not path.name.startswith("evaluate")) == runs
-
-
-def test_errors_are_one_line(folder):
-    _, err = finish(start(folder, "nowhere.pt"), code=1)
-    assert re.fullmatch(r"error: nowhere.pt does not exist; .*\n", err)
-    _, err = finish(start(folder, "runs/one", "--suite", "slow"), code=2)
-    assert "slow" in err
-    assert "Traceback" not in err
 
 
 def test_changed_weights_are_not_resumed(folder, tmp_path, monkeypatch):
