@@ -234,3 +234,12 @@ def test_every_survivor_is_explained(package):
 def test_tests_named_for_a_package_exist(package):
     table = PACKAGES[package]
     assert all((ROOT / path).exists() for paths in table.values() for path in paths)
+
+
+@pytest.mark.parametrize("package", sorted({package for package, _, _ in RUNS}))
+def test_the_page_gives_the_stored_numbers(package):
+    runs = json.loads(SCORES.read_text())[package]
+    before, after = runs["before"], runs["after"]
+    noticed = [f"{run['killed']} ({100 * run['killed'] / run['mutants']:.0f} %)" for run in (before, after)]
+    row = [package, f"{before['mutants']} of {before['possible']}", *noticed, str(len(after["survived"]))]
+    assert f"| {' | '.join(row)} |" in (ROOT / "docs/mutation.md").read_text(encoding="utf-8")
