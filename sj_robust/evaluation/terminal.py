@@ -200,7 +200,8 @@ class Display:
             self._console.print(text, markup=False)
         else:
             self._say(text)
-        self._progress.reset(self._task, total=None, description=text.partition(":")[0], left="")
+        self._progress.remove_task(self._task)  # a task cannot go back to having no end
+        self._task = self._progress.add_task(text.partition(":")[0], total=None, left="")
 
     def on_step(self, position: Position) -> None:
         """Show where the evaluation stands."""
