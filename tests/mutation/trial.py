@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import hashlib
 import importlib.util
 import json
 import math
@@ -12,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points
@@ -106,9 +108,9 @@ def warm(tree: Path, paths: list[str]) -> None:
     _forked(tree, ["--collect-only", *paths], _Plugin(), None, compiled=True)
 
 
-def measure(tree: Path, paths: list[str], skipped: list[str], package: str) -> Coverage:
-    """Run all tests once without a fault and note what each executes."""
-    tracer = _Tracer(tree, package)
+def measure(tree: Path, paths: list[str], skipped: list[str], package: str, cases: int | None = None) -> Coverage:
+    """Run the tests once without a fault, of each at most so many cases, and note what they execute."""
+    tracer = _Tracer(tree, package, cases)
     code, _, result = _forked(tree, [*paths, *(f"--ignore={path}" for path in skipped)], tracer, None)
     if result is None:
         raise RuntimeError(f"the tests of {package} ended with {code} before their end; see {tree / 'output'}")
@@ -162,7 +164,8 @@ class _Chosen(_Plugin):
 class _Tracer(_Plugin):
     """Notes lines with ``sys.settrace``; those of a shared fixture count for every test that uses it."""
 
-    def __init__(self, tree: Path, package: str) -> None:
+    def __init__(self, tree: Path, package: str, cases: int | None) -> None:
+        self._cases = cases
         self._prefix = str(tree / package) + os.sep
         self._tree = tree
         self._hit: set[tuple[str, int]] = set()
@@ -182,6 +185,18 @@ class _Tracer(_Plugin):
     def _line(self, frame: Any, event: str, argument: Any) -> Any:
         self._hit.add((frame.f_code.co_filename, frame.f_lineno))
         return self._line
+
+    def pytest_collection_modifyitems(self, items: list) -> None:
+        if self._cases is not None:
+            drawn = sorted(items, key=lambda item: hashlib.sha256(item.nodeid.encode()).hexdigest())
+            taken: Counter[str] = Counter()
+            chosen = set()
+            for item in drawn:
+                test = item.nodeid.partition("[")[0]
+                taken[test] += 1
+                if taken[test] <= self._cases:
+                    chosen.add(item)
+            items[:] = [item for item in items if item in chosen]
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self._hit = set()

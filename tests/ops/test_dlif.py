@@ -235,6 +235,12 @@ class TestContract:
             choose_backend("eager", x, Surrogate("custom", function=trainable))
         assert choose_backend("auto", x, Surrogate("custom", function=trainable)) == "reference"
 
+    def test_a_compiler_gets_plain_torch(self, monkeypatch):
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        x = torch.zeros(3, 2)
+        assert choose_backend("auto", x, Surrogate()) == "eager"
+        assert choose_backend("auto", x, Surrogate("custom", function=torch.sigmoid)) == "reference"
+
     def test_missing_backend_says_what_is_missing(self):
         missing = [name for name, state in available_backends().items() if state != "available"]
         for name in missing:

@@ -398,6 +398,13 @@ def test_unsupported_tensors(x, message):
     assert cupy_launch.unsupported_reason(fine, Surrogate()) is None
 
 
+def test_a_surrogate_that_the_kernel_cannot_have_is_refused_before_the_call():
+    smooth = Ramp(RIGHT)
+    smooth.spiking = False
+    x = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32)
+    assert "spiking=False" in cupy_launch.unsupported_reason(x, Surrogate("custom", function=smooth))
+
+
 def _fail_import(monkeypatch, error):
     def import_module(name):
         assert name == "cupy"
