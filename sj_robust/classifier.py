@@ -151,8 +151,8 @@ class SpikingClassifier(nn.Module):
                     f"SpikingClassifier(net, T={module.T}), or sj_robust.models.set_time_steps(classifier, {self.T})"
                 ) from error
         step_mode = self.step_mode or step_mode_of(self.net)
-        foreign = [name for name, module in self.net.named_modules() if _needs_step_mode(module)]
-        if step_mode == "m" and foreign:
+        foreign = [name for name, module in _without_containers(self.net) if _needs_step_mode(module)]
+        if step_mode == "m" and foreign and not getattr(self.net, "expands_time", False):
             error.add_note(
                 f"The network got a sequence [T, N, ...] = {(self.T, *images.shape)}. {', '.join(foreign[:3])} come "
                 "from torch.nn and take no time dimension: use spikingjelly.activation_based.layer (layer.Conv2d, "
@@ -302,6 +302,15 @@ def _check_network(net: object) -> None:
             "net must not be in nn.DataParallel, whose copies lose the neurons' states; give the bare network, and use "
             "torch.nn.parallel.DistributedDataParallel (torchrun or accelerate launch) for several devices"
         )
+
+
+def _without_containers(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Modules by name, but for those in a container of SpikingJelly that takes the time dimension from them."""
+    yield name, module
+    if isinstance(module, base.MultiStepModule):
+        return
+    for child_name, child in module.named_children():
+        yield from _without_containers(child, f"{name}.{child_name}" if name else child_name)
 
 
 def _needs_step_mode(module: nn.Module) -> bool:

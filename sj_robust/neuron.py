@@ -268,18 +268,16 @@ class DLIFNode(neuron.BaseNode):
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
         errors: list[str] = rest[-1]
-        saved = state_dict.get(f"{prefix}input_gain")
-        if saved is not None and saved.shape != self.input_gain.shape:
+        key = f"{prefix}input_gain"
+        saved = state_dict.get(key)
+        if saved is not None and saved.ndim == 1 and saved.shape != self.input_gain.shape:
             errors.append(
-                f"{prefix}input_gain: the weights are those of T={len(saved)} time steps, this DLIFNode has "
+                f"{key}: the weights are those of T={len(saved)} time steps, this DLIFNode has "
                 f"T={self.T}; build it with T={len(saved)}, load, and then call "
                 f"sj_robust.models.set_time_steps(net, {self.T})"
             )
-        elif strict and f"{prefix}input_gain" in missing:
-            errors.append(
-                f"{prefix}input_gain: the weights are those of a network without DLIF neurons; load them into a "
-                f"network of their own neurons, and then call replace_neurons(net, T={self.T})"
-            )
+        elif key in missing:
+            missing[missing.index(key)] = _MissingGain(key, self.T)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DLIFNode":
         if any(isinstance(value, Tensor) and value.grad_fn is not None for value in self._memories.values()):
@@ -401,6 +399,26 @@ def _check_arguments(T: int, tau: float, v_threshold: float, v_reset: float | No
         raise ValueError(f"v_reset must be finite, or None for a soft reset, got {v_reset}")
     if not math.isfinite(input_gain_init):
         raise ValueError(f"input_gain_init must be finite, got {input_gain_init}")
+
+
+class _MissingGain(str):
+    """Key of a gain that weights lack; torch's message, which formats it, has the remedy too.
+
+    It is no error by itself, since torch tells a module nothing of ``load_state_dict(..., strict=False)``.
+    """
+
+    def __new__(cls, key: str, T: int) -> "_MissingGain":
+        missing = super().__new__(cls, key)
+        missing.T = T
+        return missing
+
+    T: int
+
+    def __format__(self, spec: str) -> str:
+        return (
+            f"{self!s}: the weights are those of a network without DLIF neurons; load them into a network of "
+            f"their own neurons, and then call replace_neurons(net, T={self.T})"
+        )
 
 
 def _check_surrogate(function: object) -> None:

@@ -793,6 +793,28 @@ def test_right_use_of_the_same_things_has_no_answer():
         model(images()).sum()
         assert torch.equal(copy.deepcopy(model)(images()), model(images()))
         loaded(network(), network())
+        single = SpikingClassifier(network(lif(), "s"), T=1)
+        assert MPPDMonitor(single).compare(images(), images())["net.2"].samples == N
+
+
+def test_weights_without_gains_go_into_a_dlif_network_if_that_is_asked_for():
+    net = network()
+    missing, unexpected = net.load_state_dict({"1.weight": torch.full((16, 64), 0.5)}, strict=False)
+    assert "2.input_gain" in missing
+    assert not unexpected
+    assert torch.equal(net[1].weight, torch.full((16, 64), 0.5))
+    assert torch.equal(net[2].input_gain, torch.ones(T))
+
+
+@pytest.mark.parametrize("expands", [False, True])
+def test_layers_that_never_meet_the_time_dimension_are_not_blamed(expands):
+    wrapped = nn.Conv2d(1, 2, 3) if expands else layer.SeqToANNContainer(nn.Conv2d(1, 2, 3))
+    net = nn.Sequential(wrapped, layer.Flatten(), layer.Linear(5, 10), DLIFNode(T=T))
+    net.expands_time = expands
+    functional.set_step_mode(net, "s" if expands else "m")
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught:
+        SpikingClassifier(net, T=T, step_mode="m")(images())
+    assert not getattr(caught.value, "__notes__", [])
 
 
 def test_a_network_that_resets_itself_is_attacked_as_it_is():

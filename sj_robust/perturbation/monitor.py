@@ -308,6 +308,8 @@ class MPPDMonitor(BaseMonitor):
 
     def _check_steps(self, x: Tensor) -> None:
         """A network in step mode ``"s"`` that was called once has seen one time step, not a sequence."""
+        if getattr(self._net, "resets_itself", False):
+            return  # a classifier calls the network once per step by itself
         if all(pair.took_one_step for pair in self._recording.pairs.values()):
             raise ValueError(
                 f"compare() called the network once on x of shape {tuple(x.shape)}, which is one time step in step "
