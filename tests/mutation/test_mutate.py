@@ -41,7 +41,7 @@ def test_empty():
 COMMAND = """\
 from pathlib import Path
 from mutation import command, trial
-command.ROOT, command.FLOOR, trial.PRELOADED = Path("."), 0, ()
+command.ROOT, command.FLOOR, trial.PRELOADED = Path("."), 2, ()
 command.PACKAGES["toy"] = {"tests": ["tests/toy"]}
 command.main(["--package", "toy", "--sample", "1000", "--output", "scores.json", "--label", "before", "--jobs", "JOBS"])
 """

@@ -247,7 +247,7 @@ def _forked(
             code = error.code if isinstance(error.code, int) else 70
         finally:
             os._exit(code)
-    deadline = began + (60 + 12 * cpu_seconds if cpu_seconds else 3600)
+    deadline = began + (3600 if cpu_seconds is None else 60 + 12 * cpu_seconds)
     status = None
     while status is None:
         ended, seen = os.waitpid(process, os.WNOHANG)
@@ -270,7 +270,7 @@ def _tests_in(tree: Path, arguments: list[str], plugin: _Plugin, cpu_seconds: fl
     os.dup2(output, 1)
     os.dup2(output, 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if cpu_seconds:
+    if cpu_seconds is not None:
         limit = int(cpu_seconds + time.process_time()) + 1
         resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 5))
         resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
