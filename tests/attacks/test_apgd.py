@@ -115,6 +115,18 @@ def test_images_and_step_sizes_follow_the_algorithm(norm, steps):
     assert norm == "Linf" or len({tuple(etas) for etas in schedules}) > 1  # samples chose different step sizes
 
 
+def test_a_run_that_rises_without_passing_its_start_goes_back_and_halves_its_step():
+    x = torch.full((1, 3), 0.5)
+    walk = MODULE._AutoWalk(torch.arange(1), x, x, eps=0.1, norm="Linf", steps=20)
+    assert walk.checkpoints[0] == 5
+    for step, loss in enumerate([9.0, 1.0, 2.0, 3.0, 4.0, 5.0]):  # four steps of five raise it, enough by themselves
+        if step > 0:
+            walk.move(step)
+        walk.see(step, torch.tensor([loss]), torch.ones_like(x))
+        assert float(walk.step_size) == pytest.approx(0.1 if step == 5 else 0.2)
+    assert torch.equal(walk.x_adv, x)
+
+
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 def test_the_start_lies_on_the_border_of_the_ball(norm):
     seen = []

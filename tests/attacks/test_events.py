@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sj_robust.attacks import Member, SampleSeeds, count_flips, craft, flip_events, random_flips, worst_case
+from sj_robust.attacks._flip_search import Best
 from sj_robust.evaluation.runner import run_suite
 from sj_robust.evaluation.threat import ThreatModel
 
@@ -276,6 +277,38 @@ class TestRandomFlips:
             for tries in (1, 30)
         )
         assert often < once - 0.1
+
+    def test_one_try_asks_no_model(self):
+        def refuses(x):
+            raise AssertionError("one try needs no model")
+
+        x, y = frames(5, 3, 2, 4, 4, share=0.1), torch.zeros(5, dtype=torch.int64)
+        alone, *others = (
+            random_flips(model, x, labels, flips=6, generator=torch.Generator().manual_seed(0))
+            for model, labels in ((None, None), (refuses, None), (None, y), (refuses, y))
+        )
+        assert all(torch.equal(alone, other) for other in others)
+
+
+def test_of_two_sets_of_changes_the_better_is_kept():
+    """Fooling before not fooling, then fewer; among those that do not fool the higher loss."""
+    best = Best(torch.zeros(1, 1, 2, 2, 2))
+    rows = torch.zeros(1, dtype=torch.int64)
+    for flips, fools, loss, taken in (
+        (5, False, 1.0, True),
+        (1, False, 0.5, False),
+        (6, False, 2.0, True),
+        (4, True, -5.0, True),
+        (1, False, 9.0, False),
+        (5, True, 9.0, False),
+        (4, True, 9.0, False),
+        (3, True, -9.0, True),
+    ):
+        before = best.flipped.clone()
+        best.offer(rows, torch.arange(8)[None] < flips, torch.tensor([fools]), torch.tensor([loss]))
+        kept = int(best.flipped.sum()), bool(best.fooled), float(best.loss)
+        assert (kept == (flips, fools, loss)) is taken
+        assert taken or torch.equal(best.flipped, before)
 
 
 class TestWorstCase:

@@ -293,6 +293,16 @@ class TestFools:
         assert hits[0] == pytest.approx(0.09, abs=0.03)  # right at first, wrong when scored
         assert hits[1] < 0.005
 
+    def test_a_network_that_nothing_fools_any_more_is_not_asked(self):
+        sizes = []
+
+        def model(x):
+            sizes.append(len(x))
+            return x
+
+        assert not fools(model, torch.eye(2), torch.arange(2), draws=3, seeds=seeds(2)).any()
+        assert sizes == [2]
+
     def test_the_same_seeds_give_the_same_draws(self):
         x, y = torch.full((100, 1), 0.5), torch.zeros(100, dtype=torch.int64)
         first, second, other = (fools(self.Coin(), x, y, seeds=seeds(100, s)) for s in (0, 0, 1))

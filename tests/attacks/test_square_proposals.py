@@ -1,0 +1,90 @@
+"""One proposal of Square Attack, against the same written out in loops."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from sj_robust.attacks._square import _L2, _Linf
+
+SHAPE = (3, 2, 6, 9)  # samples, channels, height and width
+
+
+def images(*, low=0.4, high=0.6, seed=0):
+    return low + (high - low) * torch.rand(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def numbers(seed=1):
+    """Two corners, an orientation and a sign per channel, of every sample."""
+    return torch.rand(3, 5 + 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def square(pair, side):
+    """Rows and columns of a square of an image, from two numbers in [0, 1)."""
+    top, left = (int(number * (size - side + 1)) for number, size in zip(pair, SHAPE[2:], strict=True))
+    return slice(top, top + side), slice(left, left + side)
+
+
+def hill(height, width):
+    """1 / k^2 for every square of half width < k around the middle that holds the pixel, of length 1."""
+    values = np.zeros((height, width))
+    for i in range(height):
+        for j in range(width):
+            distance = max(abs(i - height // 2), abs(j - width // 2))
+            values[i, j] = sum(1 / k**2 for k in range(distance + 1, max(height, width) // 2 + 2))
+    return values / np.linalg.norm(values)
+
+
+def pyramid(side, is_upright):
+    halves = np.concatenate([hill(side // 2, side), -hill(side - side // 2, side)])
+    halves /= np.linalg.norm(halves)
+    return halves if is_upright else halves.T
+
+
+def l2_by_hand(best, x, numbers, area, eps):
+    """Algorithm 3 of Andriushchenko et al. (2020) for one image [C, H, W] far from the border of [0, 1]."""
+    c, h, w = best.shape
+    side = max(round(math.sqrt(area * h * w)), 3)
+    side = min(side + (side % 2 == 0), h, w)
+    delta = best - x
+    raised, emptied = square(numbers[:2], side), square(numbers[2:4], side)
+    unused = max(eps**2 - (delta**2).sum(), 0.0)
+    result = delta.copy()
+    for k in range(c):
+        held = delta[k][raised]
+        shape = pyramid(side, numbers[4] >= 0.5) * (1 if numbers[5 + k] < 0.5 else -1)
+        shape = shape + held / (np.linalg.norm(held) + 1e-12)
+        outside = delta[k].copy()
+        outside[raised] = 0.0
+        energy = (held**2).sum() + (outside[emptied] ** 2).sum()
+        result[k][emptied] = 0.0
+        result[k][raised] = shape / np.linalg.norm(shape) * math.sqrt(unused / c + energy)
+    return x + result * (eps / np.linalg.norm(result))
+
+
+@pytest.mark.parametrize("area", [0.8, 0.3, 0.1, 0.001])
+def test_linf_gives_one_square_of_the_area_one_colour_per_channel(area):
+    x, drawn, eps = images(), numbers(), 0.1
+    best = x + 0.01
+    found = _Linf.around(x, eps).propose(best, drawn, area)
+    side = min(max(round(math.sqrt(area * 6 * 9)), 1), 6)
+    for n in range(3):
+        expected = best[n].clone()
+        rows, columns = square(drawn[n, :2].tolist(), side)
+        for k in range(2):
+            up = drawn[n, 5 + k] < 0.5
+            expected[k, rows, columns] = x[n, k, rows, columns] + (eps if up else -eps)
+        torch.testing.assert_close(found[n], expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("area", [0.8, 0.3, 0.1, 0.001])
+@pytest.mark.parametrize("length", [0.0, 0.2, 0.3])
+def test_l2_moves_length_from_one_window_to_another(area, length):
+    x, drawn, eps = images(), numbers(), 0.3
+    delta = images(low=-1.0, high=1.0, seed=2)
+    best = x + length * delta / delta.flatten(1).norm(dim=1)[:, None, None, None]
+    found = _L2(x, eps).propose(best, drawn, area)
+    for n in range(3):
+        expected = l2_by_hand(best[n].numpy(), x[n].numpy(), drawn[n].tolist(), area, eps)
+        np.testing.assert_allclose(found[n].numpy(), expected, rtol=0, atol=1e-9)
