@@ -173,7 +173,7 @@ def _stored(options: argparse.Namespace) -> dict[str, Any]:
 
 def _kept(tree: Path, options: argparse.Namespace) -> Path:
     """Folder for what was found out about this very code and these tests, in the system's temporary folder."""
-    digest = hashlib.sha256(version("spikingjelly").encode())
+    digest = hashlib.sha256(version("spikingjelly").encode() + Path(trial.__file__).read_bytes())
     for folder in ("sj_robust", "tests"):
         for path in sorted((tree / folder).rglob("*.py")):
             if path.parent != tree / "tests" / "mutation":

@@ -4,6 +4,7 @@ import contextlib
 import gc
 import hashlib
 import importlib.util
+import inspect
 import json
 import math
 import os
@@ -178,8 +179,9 @@ class _Tracer(_Plugin):
         threading.settrace(self._called)
 
     def _called(self, frame: Any, event: str, argument: Any) -> Any:
-        if not frame.f_code.co_filename.startswith(self._prefix):
-            return None
+        code = frame.f_code
+        if not code.co_filename.startswith(self._prefix) or not code.co_flags & inspect.CO_OPTIMIZED:
+            return None  # of another folder, or a body of a module or class, which runs whenever it is imported
         return self._line
 
     def _line(self, frame: Any, event: str, argument: Any) -> Any:
