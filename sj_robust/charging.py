@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sj_robust._checks import check_network
 from sj_robust._host import neuron
 from sj_robust.neuron import DLIFNode
 
@@ -98,9 +99,7 @@ def find_neurons(
         ValueError: If there is no neuron, a key fits no neuron or one whose dynamics are known, or a value is out of
             range.
     """
-    if not isinstance(net, nn.Module):
-        kind = f"the class {net.__name__}" if isinstance(net, type) else type(net).__name__
-        raise TypeError(f"net must be a network (nn.Module), got {kind}; build it first, as in MyNet()")
+    check_network(net)
     candidates = {name: module for name, module in net.named_modules() if is_neuron(module)}
     if not candidates:
         raise ValueError(

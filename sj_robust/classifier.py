@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from sj_robust._checks import check_network
 from sj_robust._host import EVAL_MODE_HAS_NO_GRADIENT, base, functional, neuron
 from sj_robust.neuron import DLIFNode
 
@@ -74,7 +75,7 @@ class SpikingClassifier(nn.Module):
             raise ValueError(
                 f"T must be an integer >= 1, the number of time steps, got {T!r}; write a number such as T=4"
             )
-        _check_network(net)
+        _check_bare(net)
         if step_mode not in (None, "m", "s"):
             raise ValueError(f"step_mode must be 'm', 's' or None, got {step_mode!r}")
         self.net = net
@@ -290,11 +291,9 @@ class PoissonEncoder(nn.Module):
         return spikes + (images - images.detach()) if images.requires_grad else spikes
 
 
-def _check_network(net: object) -> None:
+def _check_bare(net: nn.Module) -> None:
     """A network that can be wrapped."""
-    if not isinstance(net, nn.Module):
-        kind = f"the class {net.__name__}" if isinstance(net, type) else type(net).__name__
-        raise TypeError(f"net must be a network (nn.Module), got {kind}; build it first, as in MyNet()")
+    check_network(net)
     if isinstance(net, SpikingClassifier):
         raise ValueError(f"net must be a bare network, got a {type(net).__name__}; use that one as it is, or its .net")
     if isinstance(net, nn.DataParallel):

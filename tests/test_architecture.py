@@ -18,7 +18,7 @@ PACKAGE = Path(sj_robust.__file__).parent
 PAGE = Path(__file__).parents[1] / "docs" / "concepts" / "architecture.md"
 TREE_BEGINS, TREE_ENDS = "<!-- tree: begin -->\n\n", "\n<!-- tree: end -->"
 LAYERS = [
-    {"_version", "_host", "_preserved", "_recipes_installed", "_saved", "ops"},
+    {"_version", "_checks", "_host", "_preserved", "_recipes_installed", "_saved", "ops"},
     {"neuron"},
     {"classifier", "fusion", "charging"},
     {"attacks", "perturbation", "stability"},
@@ -26,8 +26,7 @@ LAYERS = [
     {"command_line", "doctor"},
 ]
 HOST_FILES = {
-    "_host.py", "neuron.py", "classifier.py", "fusion.py", "perturbation/monitor.py",
-    "stability/operator.py", "stability/certificate.py",
+    "_host.py", "classifier.py", "fusion.py", "perturbation/monitor.py", "stability/operator.py",
 }  # fmt: skip
 HOST_FOLDERS = {"models", "data"}
 

@@ -168,7 +168,7 @@ def test_a_gpu_is_described(monkeypatch):
 
 
 def test_the_home_folder_alone_is_replaced(monkeypatch):
-    monkeypatch.setattr(Path, "home", lambda: Path("/home/ann"))
-    assert doctor._without_home("/home/ann/x /home/anna/x\n/home/ann") == "~/x /home/anna/x\n~"
+    monkeypatch.setattr(Path, "home", lambda: Path("/users/ann"))
+    assert doctor._without_home("/users/ann/x /users/anna/x\n/users/ann") == "~/x /users/anna/x\n~"
     monkeypatch.setattr(Path, "home", lambda: Path("/"))
     assert doctor._without_home("/x") == "/x"

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-__all__ = ["margin", "of_class", "without"]
+__all__ = ["likeliest_wrong", "margin", "of_class", "without"]
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
@@ -34,3 +34,13 @@ def without(logits: Tensor, y: Tensor) -> Tensor:
         tensor([2])
     """
     return logits.scatter(1, y[:, None], -torch.inf)
+
+
+def likeliest_wrong(logits: Tensor, y: Tensor, count: int) -> list[Tensor]:
+    """The likeliest class other than the label of every sample, the second likeliest, and so on, each [N].
+
+    Examples:
+        >>> likeliest_wrong(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([2]), 2)
+        [tensor([0]), tensor([1])]
+    """
+    return list(without(logits, y).topk(count).indices.unbind(1))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sj_robust.attacks._call import Best, Loss, Model, Objective, checked_copies, crafting
-from sj_robust.attacks._logits import of_class, without
+from sj_robust.attacks._logits import likeliest_wrong, of_class, without
 from sj_robust.attacks._walk import Walk, border_point, checkpoints, climb
 from sj_robust.attacks.checks import check_count
 from sj_robust.attacks.projection import Norm, checked_radius, direction, per_sample
@@ -114,7 +114,7 @@ def apgd(
             if keep_best:
                 best.fooled = clean.fooled
             if loss == "dlr_targeted":
-                targets = _likely_wrong(clean.logits, y, target_classes)
+                targets = likeliest_wrong(clean.logits, y, min(target_classes, clean.logits.shape[1] - 1))
         for target in targets:
             for _ in range(restarts):
                 # Drawn for all samples, so that the start of one does not depend on how many others are left.
@@ -213,12 +213,6 @@ def _objective(model: Model, loss: Loss | None, target: Tensor | None, eot_sampl
     if target is not None:
         loss = partial(targeted_dlr_loss, target=target[rows])
     return Objective(model, loss, eot_samples=eot_samples)
-
-
-def _likely_wrong(logits: Tensor, y: Tensor, count: int) -> list[Tensor]:
-    """The most likely wrong class of every sample, the second most likely, and so on."""
-    ranked = without(logits, y).topk(min(count, logits.shape[1] - 1)).indices
-    return list(ranked.unbind(1))
 
 
 def _check_classes(logits: Tensor, loss: LossName) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sj_robust.attacks._call import Loss, Model, Objective, crafting
 from sj_robust.attacks._flip_search import Best, Search, Settings, apply_flips, largest, lead, uniform
-from sj_robust.attacks._logits import without
+from sj_robust.attacks._logits import likeliest_wrong
 from sj_robust.attacks.checks import check_count, check_labels, check_logits, check_model, check_size
 from sj_robust.attacks.randomness import Private, SampleDraws, SampleSeeds, check_seeds, private_generator
 
@@ -326,5 +326,4 @@ def _likeliest_others(model: Model, x: Tensor, y: Tensor, count: int) -> list[Te
     logits = check_logits(model(x), y)
     if count >= logits.shape[1]:
         raise ValueError(f"target_classes must be < {logits.shape[1]}, the number of classes, got {count}")
-    others = without(logits, y).topk(count, dim=1).indices
-    return list(others.unbind(1))
+    return likeliest_wrong(logits, y, count)

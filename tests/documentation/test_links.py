@@ -109,5 +109,5 @@ def test_what_is_right():
 
 def test_paths_are_no_folders_of_a_machine():
     for page in PAGES:
-        for folder in ("/root/", "/work/", "/tmp/", str(Path.home()) + "/"):
+        for folder in (*(f"/{name}/" for name in ("root", "work", "tmp")), f"{Path.home()}/"):
             assert folder not in page.read_text(encoding="utf-8"), f"{name_of(page)} names {folder}"

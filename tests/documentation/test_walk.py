@@ -120,7 +120,7 @@ def test_outputs_are_cleaned():
         "   ━━━━━━━━━━━━ 10/10 MB 1.0 MB/s eta 0:00:00\n"
         "10%|#  \r50%|## \repoch 2\n"
         "  0%|      | 0/10\n"
-        f"on {socket.gethostname()}: /root/x/y.py:3, /home/me, '/tmp/z/best.pt' 8/255 and/or ~/runs ./tmp/x\n"
+        f"on {socket.gethostname()}: /srv/x/y.py:3, /Users/me, '/var/z/best.pt' 8/255 and/or ~/runs ./tmp/x\n"
     )
     assert walk.cleaned(said, {socket.gethostname(): "machine"}) == (
         "Downloading torch-2.0-cp311.whl (10 MB)\nsee https://arxiv.org/abs/2405.20694\nepoch 2\n"

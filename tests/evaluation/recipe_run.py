@@ -1,13 +1,13 @@
 """The recipe evaluate as its tests run it, on a small trained network and on networks of somebody's own."""
 
 import os
-import signal
 import subprocess
 import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
+import launch
 from accelerate.state import AcceleratorState
 
 ROOT = Path(__file__).parents[2]
@@ -94,21 +94,13 @@ def working_folder(folder):
     (folder / "unfinished.py").write_text("def build(:\n")
 
 
-def in_process(monkeypatch, folder, *options):
-    """The recipe without a process of its own, which takes seconds to start."""
-    monkeypatch.chdir(folder)
-    try:
-        evaluate.main(list(options))
-    finally:
-        AcceleratorState._reset_state(True)
+in_process = partial(launch.in_process, evaluate.main)
 
 
 def start(folder, *options, launcher=()):
     command = [sys.executable, *STRICT, *launcher, str(RECIPE), *options]
-    # A shell may have started the tests in the background, where SIGINT is ignored; a child would inherit that.
-    heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, preexec_fn=heard, **pipes)
+    return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, preexec_fn=launch.hears_ctrl_c, **pipes)
 
 
 def finish(process, code=0):

@@ -6,11 +6,12 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
+import launch
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from data.test_images import DEBIAN, write_fashion_mnist
 
 from sj_robust.evaluation import Report
@@ -28,13 +29,7 @@ STRICT = ("-W", "error", "-W", "ignore:`torch.jit.script` is deprecated:Deprecat
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
 
 
-def in_process(monkeypatch, folder, *options):
-    """The recipe without a process of its own, which takes seconds to start."""
-    monkeypatch.chdir(folder)
-    try:
-        adv_train.main(list(options))
-    finally:
-        AcceleratorState._reset_state(True)
+in_process = partial(launch.in_process, adv_train.main)
 
 
 def start(folder, *options):

@@ -9,6 +9,7 @@ import sys
 import threading
 from pathlib import Path
 
+import launch
 import pytest
 from accelerate.state import AcceleratorState
 
@@ -174,8 +175,7 @@ def test_ctrl_c_is_130_without_a_traceback(trained, tmp_path, name):
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "recipes" / f"{name}.py"), *SLOW[name]], cwd=tmp_path, env=environment, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
-        # a shell may have started the tests in the background, where SIGINT is ignored
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        preexec_fn=launch.hears_ctrl_c,
     )  # fmt: skip
     limit = threading.Timer(240, process.kill)
     limit.start()
