@@ -111,6 +111,7 @@ class SpikingClassifier(nn.Module):
         return outputs if outputs.dtype == torch.float64 else outputs.float()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SpikingClassifier":
+        """A copy; the network that is copied is left reset."""
         # States of the last forward may belong to a graph, which cannot be copied; the next forward resets them anyway.
         functional.reset_net(self.net)
         duplicate = type(self).__new__(type(self))

@@ -128,7 +128,7 @@ def from_function(
             f"{text} failed ({reason(error)}); it must return the network, its weights loaded, without arguments"
         ) from error
     if not isinstance(network, nn.Module):
-        raise ValueError(f"{text} must return a network (nn.Module), got {type(network).__name__}")
+        raise ValueError(f"{text} must return a network (nn.Module), got {type(network).__name__}; return an instance")
     if isinstance(network, SpikingClassifier):
         if T is not None or mean is not None or std is not None:
             raise ValueError(f"{text} returns a SpikingClassifier, which has its own T, mean and std; leave them out")

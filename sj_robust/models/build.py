@@ -196,7 +196,7 @@ def _own_network(spec: NetworkSpec, node: Callable[..., nn.Module]) -> nn.Module
     offered = {"image_shape": spec.image_shape, "classes": spec.classes, "T": spec.T, "spiking_neuron": node}
     net = call_with_known(find_function(spec.name), spec.name, offered, spec.options)
     if not isinstance(net, nn.Module):
-        raise ValueError(f"{spec.name} must return a network (nn.Module), got {type(net).__name__}")
+        raise ValueError(f"{spec.name} must return a network (nn.Module), got {type(net).__name__}; return an instance")
     if isinstance(net, SpikingClassifier):
         raise ValueError(f"{spec.name} must return a bare network, got one in a SpikingClassifier; return its .net")
     return net
@@ -207,7 +207,7 @@ def _convert(net: nn.Module, spec: NetworkSpec) -> None:
     try:
         report = replace_neurons(net, spec.T)
     except ValueError as error:
-        raise ValueError(f"{spec.name} has no neuron that could be DLIF ({error}), or name another neuron") from error
+        raise ValueError(f"{spec.name} has no neuron that could be DLIF ({error}); or name another neuron") from error
     functional.reset_net(net)
     if not any(isinstance(module, DLIFNode) for module in net.modules()):
         stays = "; ".join(f"{name}: {reason}" for name, reason in report.skipped.items())

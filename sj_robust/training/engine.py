@@ -108,7 +108,7 @@ def check_training(
     """Refuse a training that cannot start, before anything of it is written. 训练前检查。
 
     Args:
-        objective: Loss and classifier; looked at on one image, where they are.
+        objective: Loss and classifier, on the CPU as the images are; looked at on one of them.
         splits: Training images.
         plan: Numbers of the run.
         accelerator: The processes.
