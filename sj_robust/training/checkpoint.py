@@ -140,7 +140,7 @@ def _flat(description: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def _not_written(path: Path, error: OSError | RuntimeError) -> str:
     """What failed, what is left, and what helps."""
     if not path.parent.is_dir():
-        return f"{path} could not be written: there is no folder {path.parent}; make it (a run goes on with --resume)"
+        return f"{path} could not be written: the folder {path.parent} is gone; make it, and go on with --resume"
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
     left = "the earlier checkpoint there is intact" if path.exists() else "there was none before"
     return f"{path} could not be written ({reason}); {left}. Free some space, then continue with --resume"

@@ -88,7 +88,9 @@ def test_through_a_pipe_it_is_plain_with_a_line_per_epoch(tmp_path):
 
 @pytest.mark.parametrize("columns", [50, 80, 120])
 def test_on_a_terminal_bars_move_and_fit(tmp_path, columns):
-    text = on_a_terminal(tmp_path, (*TRAIN, "--reference", "false"), columns=columns, NO_COLOR="1")
+    # every part of the training takes longer than a bar is left as it is, which is a tenth of a second
+    longer = ("--train-limit", "1200", "--validation-fraction", "0.5", "--batch-size", "8", "--reference", "false")
+    text = on_a_terminal(tmp_path, (*TRAIN, *longer), columns=columns, NO_COLOR="1")
     assert not re.search(r"\x1b\[[0-9;]*m", text)  # neither colours nor other marks of text
     lines = drawn(text)
     bars = [line for line in lines if "━" in line or "loading digits" in line]

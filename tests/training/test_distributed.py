@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState
 from torch import nn
 from training import small_run
 
+from sj_robust import SpikingClassifier
 from sj_robust.training import Journal, load_checkpoint, validation
 from sj_robust.training.batch_norm import share_buffers, synchronised_batch_norm
 
@@ -108,8 +109,17 @@ def test_a_synchronised_network_is_itself_again():
 
 
 def test_what_cannot_be_trained_on_several_devices(tmp_path, monkeypatch):
-    with pytest.raises(ValueError, match=r"classifier.net is wrapped in DataParallel.*torchrun or accelerate launch"):
-        small_run.run(tmp_path, build=lambda: nn.DataParallel(small_run.Net(0.0)))
+    def wrapped_later(net, T):  # a classifier refuses a network that is wrapped already
+        classifier = SpikingClassifier(net, T)
+        classifier.net = nn.DataParallel(classifier.net)
+        return classifier
+
+    with monkeypatch.context() as patch:
+        patch.setattr(small_run, "SpikingClassifier", wrapped_later)
+        with pytest.raises(
+            ValueError, match=r"classifier.net is wrapped in DataParallel.*torchrun or accelerate launch"
+        ):
+            small_run.run(tmp_path)
     with pytest.raises(ValueError, match=r"multiple of processes \* accumulate = 1 \* 3, got 16; 18 is one"):
         small_run.run(tmp_path, accumulate=3)
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
