@@ -22,6 +22,7 @@ __all__ = [
     "cuda_threads",
     "functional",
     "invalidate_reset_cache",
+    "is_neuron",
     "layer",
     "lif_multi_step",
     "neuron",
@@ -40,3 +41,17 @@ def invalidate_reset_cache(net: nn.Module) -> None:
     if hasattr(functional, "invalidate_reset_cache"):
         for module in net.modules():
             functional.invalidate_reset_cache(module)
+
+
+def is_neuron(module: nn.Module) -> bool:
+    """Whether a module's class is, or derives from, one of SpikingJelly's neurons. 是否为 SpikingJelly 神经元。
+
+    Args:
+        module: Any module.
+
+    Examples:
+        >>> is_neuron(neuron.LIFNode()), is_neuron(nn.ReLU())
+        (True, False)
+    """
+    package = neuron.__name__
+    return any(cls.__module__ == package or cls.__module__.startswith(f"{package}.") for cls in type(module).__mro__)

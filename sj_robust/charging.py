@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from sj_robust._checks import check_network
-from sj_robust._host import neuron
+from sj_robust._host import is_neuron, neuron
 from sj_robust.neuron import DLIFNode
 
 __all__ = [
@@ -146,20 +146,6 @@ def read_charging(module: nn.Module) -> Charging:
         Charging(decay=0.5, gain=0.5, input_gain=None)
     """
     return _KNOWN[type(module)](module)
-
-
-def is_neuron(module: nn.Module) -> bool:
-    """Whether a module's class is, or derives from, one of SpikingJelly's neurons. 是否为 SpikingJelly 神经元。
-
-    Args:
-        module: Any module.
-
-    Examples:
-        >>> is_neuron(neuron.LIFNode()), is_neuron(nn.ReLU())
-        (True, False)
-    """
-    package = neuron.__name__
-    return any(cls.__module__ == package or cls.__module__.startswith(f"{package}.") for cls in type(module).__mro__)
 
 
 def emits_spikes(module: nn.Module) -> bool:

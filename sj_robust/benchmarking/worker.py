@@ -5,6 +5,7 @@ It weighs a method once, then runs two passes per order and times the second.
 
 import gc
 import json
+import logging
 import math
 import mmap
 import sys
@@ -28,6 +29,7 @@ __all__ = ["main"]
 def main(subject: str, method: str, shape: tuple[int, ...], threads: int) -> None:
     """Answer every line of standard input with the seconds of the second of two passes, forward and backward."""
     warnings.simplefilter("ignore")  # of peers; this package is silent
+    logging.disable(logging.WARNING)  # of torch, once per operator of SpikingJelly 2.x where Triton is not installed
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     facts: dict[str, Any] = {}

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust._checks import check_network
-from sj_robust._host import base, invalidate_reset_cache, neuron
+from sj_robust._host import base, invalidate_reset_cache, is_neuron, neuron
 from sj_robust.neuron.dlif import DLIFNode
 
 __all__ = ["ReplacementReport", "replace_neurons"]
@@ -60,9 +60,9 @@ def replace_neurons(net: nn.Module, T: int, *, backend: str = "auto") -> Replace
         (2.0, [0.5, 0.5, 0.5, 0.5])
     """
     check_network(net)
-    if isinstance(net, base.MemoryModule) and _is_spiking(net):
+    if isinstance(net, base.MemoryModule) and is_neuron(net):
         raise ValueError("net is itself a neuron, which cannot be replaced in place; wrap it in nn.Sequential")
-    if not any(_is_spiking(module) for module in net.modules()):
+    if not any(is_neuron(module) for module in net.modules()):
         raise ValueError(
             f"{type(net).__name__} holds no SpikingJelly neuron, so there is nothing to replace; put neurons where its "
             "activations are, such as neuron.IFNode() in place of nn.ReLU()"
@@ -72,7 +72,7 @@ def replace_neurons(net: nn.Module, T: int, *, backend: str = "auto") -> Replace
     place = next(net.parameters(), torch.empty(0))
     for name, module in list(net.named_modules(remove_duplicate=False)):
         place = next(module.parameters(recurse=False), place)
-        if isinstance(module, DLIFNode) or not _is_spiking(module):
+        if isinstance(module, DLIFNode) or not is_neuron(module):
             continue
         dynamics = _lif_dynamics(module)
         if dynamics is None:
@@ -86,11 +86,6 @@ def replace_neurons(net: nn.Module, T: int, *, backend: str = "auto") -> Replace
             report.notes[name] = f"learnable tau frozen at {dynamics[0]:.6g}"
     invalidate_reset_cache(net)
     return report
-
-
-def _is_spiking(module: nn.Module) -> bool:
-    """Whether a module is one of SpikingJelly's neurons or derives from its base class."""
-    return isinstance(module, neuron.BaseNode) or type(module).__module__.startswith(neuron.__name__)
 
 
 def _lif_dynamics(module: Any) -> tuple[float, float] | None:
