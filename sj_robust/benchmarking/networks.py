@@ -69,11 +69,22 @@ class TrainingTask:
         shape: [T, N, C, H, W] of the images.
         dtype: Type of images and weights.
         weight_decay: Weight decay of the optimizer.
+        fused: Whether the optimizer passes over the weights once, as the training engine's does.
     """
 
-    def __init__(self, net: nn.Module, shape: Sequence[int], dtype: torch.dtype, *, weight_decay: float = 0.0) -> None:
+    def __init__(
+        self,
+        net: nn.Module,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        *,
+        weight_decay: float = 0.0,
+        fused: bool = False,
+    ) -> None:
         """Draw the images; see the class."""
-        self._optimizer = torch.optim.SGD(net.parameters(), lr=1e-3, momentum=0.9, weight_decay=weight_decay)
+        self._optimizer = torch.optim.SGD(
+            net.parameters(), lr=1e-3, momentum=0.9, weight_decay=weight_decay, fused=fused
+        )
         self._x, self._y = made_up_images(shape, dtype)
         self.tensor_bytes = 4 * self._x.numel() * shape[0]
         self.inputs = [self._x, *net.parameters()]
@@ -149,7 +160,7 @@ class AdversarialTask(TrainingTask):
         """Build the network and draw the images."""
         self._architecture, self._published, self._noise = architecture, published, noise
         self._net = _network(architecture, "textbook loop" if published else _FUSED, shape).to(dtype)
-        super().__init__(self._net, shape, dtype)
+        super().__init__(self._net, shape, dtype, fused=not published)
         self._objective = _objective(self._net, shape[0]) if not published else None
         self._T = shape[0]
         if self._objective is not None:

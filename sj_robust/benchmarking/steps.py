@@ -52,7 +52,7 @@ class ModeTask(TrainingTask):
 
         self._mode = training.MODES[mode]
         self._net = _network(shape, lif=False).to(dtype)
-        super().__init__(self._net, shape, dtype, weight_decay=self._mode.weight_decay)
+        super().__init__(self._net, shape, dtype, weight_decay=self._mode.weight_decay, fused=True)
         project = mode not in ("at", "rat")  # as published
         self._attack = training.training_attack(mode, eps=eps, noise_std=noise, project=project)
         kappa, rho = self._mode.kappa, self._mode.rho

@@ -90,6 +90,7 @@ def test_the_first_step_is_sgd_with_weight_decay_on_every_parameter_also_the_gai
     assert any(isinstance(module, DLIFNode) for module in start.modules())
     for name, value in start.named_parameters():
         torch.testing.assert_close(after[name], value - 0.1 * (value.grad + 0.3 * value), rtol=1e-5, atol=1e-6)
+    assert load_checkpoint(tmp_path / "a" / "last.pt")["optimizer"]["param_groups"][0]["fused"]
 
 
 @pytest.mark.parametrize("checkpoint_steps", [None, 1, 3])
