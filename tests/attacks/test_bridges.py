@@ -178,6 +178,17 @@ def test_exactly_what_lies_closer_than_the_radius_to_the_plane_falls(norm):
     assert torch.equal(predicted(model, x_adv) != y, reach < eps)
 
 
+@pytest.mark.parametrize("version", ["standard", "plus", "rand"])
+def test_versions_are_the_librarys(linear, version):
+    settings = driver.VERSIONS[version]
+    theirs = pyautoattack.AutoAttack(linear, version=version)
+    assert list(settings.attacks) == theirs.attacks_to_run
+    assert (settings.apgd_restarts, settings.eot_samples) == (theirs.apgd.n_restarts, theirs.apgd.eot_iter)
+    if "fab" in settings.attacks:
+        assert settings.fab_restarts == theirs.fab.n_restarts
+    assert settings.queries == theirs.square.n_queries
+
+
 def test_versions_run_their_attacks_on_what_still_stands(images, linear):
     x, y = images
     for version, restarts, eot in (("standard", 1, 1), ("rand", 1, 20)):
@@ -185,7 +196,6 @@ def test_versions_run_their_attacks_on_what_still_stands(images, linear):
         autoattack(counts, x, y, eps=0.03, version=version, attacks=["apgd-ce"], generator=seeded())
         attacked = [size for size in counts.sizes if size == 38]  # two labels were wrong before
         assert len(attacked) == restarts * 101 * eot + restarts
-    assert driver.VERSIONS["plus"].apgd_restarts == 5
 
 
 @pytest.mark.parametrize(("classes", "left_out"), [(2, {"apgd-dlr", "apgd-t"}), (3, {"apgd-t"}), (4, set())])

@@ -6,9 +6,12 @@ import numpy as np
 import pytest
 import torch
 from attacks.table import ATTACKS, linear_model
+from spikingjelly.activation_based import functional
 from torch import nn
 
 from sj_robust.attacks import fgsm, pgd, rfgsm
+from sj_robust.attacks._carried import reset_between_forwards
+from sj_robust.neuron import DLIFNode
 
 
 def run_or_fail(attack, model, x, y, fail: bool) -> None:
@@ -206,3 +209,42 @@ def test_the_result_can_be_trained_on(model, batch):
     for parameter, gradient in zip(model.parameters(), wanted, strict=True):
         torch.testing.assert_close(parameter.grad, gradient)
     assert any(float(gradient.abs().sum()) > 0 for gradient in wanted)
+
+
+class Bare(nn.Module):
+    """One time step per call; the states stay unless ``resets``."""
+
+    def __init__(self, *, resets):
+        super().__init__()
+        self.linear, self.neuron, self.resets = nn.Linear(36, 5), DLIFNode(T=50, step_mode="s"), resets
+
+    def forward(self, x):
+        if self.resets:
+            functional.reset_net(self)
+        return self.neuron(self.linear(x.flatten(1)))
+
+
+@pytest.mark.parametrize("place", ["itself", "inside"])
+def test_a_state_carried_from_forward_to_forward_ends_the_attack(batch, place):
+    net = Bare(resets=False).eval()
+    with pytest.raises(RuntimeError, match="DLIFNode still holds the state of the forward before, so every step"):
+        pgd(net if place == "itself" else nn.Sequential(net), *batch, eps=0.1, step_size=0.05, steps=3)
+    assert not any(module._forward_pre_hooks for module in net.modules())
+
+
+def test_a_network_that_resets_itself_is_attacked(batch):
+    torch.manual_seed(0)
+    net, x = Bare(resets=True).eval(), batch[0]
+    x_adv = pgd(net, x, net(x).argmax(1), eps=0.1, step_size=0.05, steps=3, keep_best=False)
+    assert 0 < (x_adv - x).abs().max() <= 0.1 + 1e-6
+
+
+def test_a_compiled_network_is_not_looked_at():
+    """Its compiled call runs no hooks of the neurons inside."""
+    plain, compiled, inside = Bare(resets=True), Bare(resets=True), nn.Sequential(Bare(resets=True))
+    compiled.compile()
+    inside[0].compile()
+    wrapped = torch.compile(Bare(resets=True))
+    for net, hooks in ((plain, 1), (compiled, 0), (inside, 0), (wrapped, 0)):
+        with reset_between_forwards(net):
+            assert len(net._forward_pre_hooks) == hooks
