@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import mmap
+import os
 import sys
 import threading
 import time
@@ -153,4 +154,7 @@ def _pages(size: int) -> Tensor:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], tuple(json.loads(sys.argv[3])), int(sys.argv[4]))
+    try:
+        main(sys.argv[1], sys.argv[2], tuple(json.loads(sys.argv[3])), int(sys.argv[4]))
+    except BrokenPipeError:
+        os._exit(1)  # who asked was stopped and reads no more; an ordinary exit would complain of that again

@@ -2,6 +2,7 @@
 
 import csv
 import math
+import subprocess
 import sys
 from pathlib import Path
 
@@ -168,3 +169,12 @@ def test_the_chart_of_networks_has_no_line_for_the_memory(tmp_path):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="no measurements"):
         plot_benchmark([], tmp_path / "b.png")
+
+
+def test_a_worker_that_nobody_reads_any_more_ends_without_a_word():
+    """As after Ctrl-C at the moment when it was started."""
+    call = [sys.executable, "-m", "sj_robust.benchmarking.worker", "neuron", "textbook loop", str(list(CURRENTS)), "1"]
+    with subprocess.Popen(call, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as worker:
+        worker.stdout.close()
+        assert worker.stderr.read() == b""
+        assert worker.wait(60) == 1
