@@ -1,5 +1,6 @@
 """Bridge to SpikingJelly 0.0.0.0.14 and 2.x: the only file that asks which of them is installed."""
 
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,9 @@ EVAL_MODE_HAS_NO_GRADIENT = not _HAS_EXPLICIT_STATES
 lif_multi_step: Callable[..., Any] | None = getattr(functional, "lif_multi_step", None)
 """SpikingJelly 2.x's fused LIF operator (native CUDA, Triton or torch); None on 0.0.0.0.14, which has none."""
 
+_TRITON_LOGGER = "torch._library.triton"
+_TRITON_MESSAGE = "Triton not available, find_triton_kernels = []"
+
 __all__ = [
     "EVAL_MODE_HAS_NO_GRADIENT",
     "base",
@@ -26,6 +30,7 @@ __all__ = [
     "layer",
     "lif_multi_step",
     "neuron",
+    "quiet_triton",
     "surrogate",
 ]
 
@@ -55,3 +60,17 @@ def is_neuron(module: nn.Module) -> bool:
     """
     package = neuron.__name__
     return any(cls.__module__ == package or cls.__module__.startswith(f"{package}.") for cls in type(module).__mro__)
+
+
+def quiet_triton() -> None:
+    """Drop one message of torch, and no other; for a process of ours, never on import.
+
+    The first LIF layer of SpikingJelly 2.x that runs registers its kernels as Triton operators, and where Triton is not
+    installed, as on any machine without a GPU, torch warns once per operator that it found none. Nothing is lost: the
+    operators without Triton are used, and what needs Triton fails with an error of its own.
+    """
+    logging.getLogger(_TRITON_LOGGER).addFilter(_is_not_about_triton)
+
+
+def _is_not_about_triton(record: logging.LogRecord) -> bool:
+    return record.msg != _TRITON_MESSAGE

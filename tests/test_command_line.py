@@ -205,7 +205,7 @@ def test_what_torch_says_of_triton_is_dropped_and_nothing_else(monkeypatch, caps
 
 def test_the_message_is_still_what_torch_says():
     triton = pytest.importorskip("torch._library.triton", reason="older torch has no such file")
-    from sj_robust.command_line.start import _TRITON_LOGGER, _TRITON_MESSAGE
+    from sj_robust._host import _TRITON_LOGGER, _TRITON_MESSAGE
 
     assert triton.__name__ == _TRITON_LOGGER
     text = Path(triton.__file__).read_text(encoding="utf-8")

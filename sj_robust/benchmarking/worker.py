@@ -5,7 +5,6 @@ It weighs a method once, then runs two passes per order and times the second.
 
 import gc
 import json
-import logging
 import math
 import mmap
 import os
@@ -21,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sj_robust._host import quiet_triton
 from sj_robust.benchmarking.subjects import SUBJECTS, Task
 from sj_robust.ops.dlif import cpp
 
@@ -30,7 +30,7 @@ __all__ = ["main"]
 def main(subject: str, method: str, shape: tuple[int, ...], threads: int) -> None:
     """Answer every line of standard input with the seconds of the second of two passes, forward and backward."""
     warnings.simplefilter("ignore")  # of peers; this package is silent
-    logging.disable(logging.WARNING)  # of torch, once per operator of SpikingJelly 2.x where Triton is not installed
+    quiet_triton()
     torch.set_num_threads(threads)
     torch.manual_seed(0)
     facts: dict[str, Any] = {}

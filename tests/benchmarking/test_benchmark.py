@@ -171,9 +171,10 @@ def test_the_chart_of_networks_has_no_line_for_the_memory(tmp_path):
         plot_benchmark([], tmp_path / "b.png")
 
 
-def test_a_worker_that_nobody_reads_any_more_ends_without_a_word():
+@pytest.mark.parametrize("method", ["textbook loop", "SpikingJelly LIFNode"])  # LIFNode: torch speaks of Triton
+def test_a_worker_that_nobody_reads_any_more_ends_without_a_word(method):
     """As after Ctrl-C at the moment when it was started."""
-    call = [sys.executable, "-m", "sj_robust.benchmarking.worker", "neuron", "textbook loop", str(list(CURRENTS)), "1"]
+    call = [sys.executable, "-m", "sj_robust.benchmarking.worker", "neuron", method, str(list(CURRENTS)), "1"]
     with subprocess.Popen(call, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as worker:
         worker.stdout.close()
         assert worker.stderr.read() == b""
