@@ -204,8 +204,9 @@ def test_not_a_number_and_infinity_behave_as_in_plain_torch(instruction_set):
     assert spikes[1, 5] == 1
     assert spikes[:, 3].sum() == 0
     assert v[[3, 69]].isnan().all()
+    grad_v = torch.zeros(70)  # said outright: plain torch leaves out a gradient that is None, and 0 * inf is not 0
     for kind in ("triangle", "atan", "sigmoid"):
-        arguments = x, gain, None, config(0.0, kind), torch.ones_like(x), None, None, True
+        arguments = x, gain, None, config(0.0, kind), torch.ones_like(x), grad_v, None, True
         for a, b in zip(cpp.backward(*arguments), eager.backward(*arguments), strict=True):
             torch.testing.assert_close(a, b, equal_nan=True)
 

@@ -8,12 +8,13 @@ what is above a value, and a negated potential is above ``-v_threshold`` where t
 import torch
 from torch import Tensor
 
-from sj_robust.ops.dlif.config import DLIFConfig, initial_potential, state_dtype
+from sj_robust.ops.dlif.config import DLIFConfig, state_dtype
+from sj_robust.ops.heap import advise_huge_pages
 from sj_robust.ops.surrogate import Surrogate
 
 __all__ = ["backward", "forward", "unavailable_reason", "unsupported_reason"]
 
-_CPU_BLOCK_ELEMENTS = 1 << 20  # per thread and block, over all steps: fewer torch calls outweigh a smaller cache
+_CPU_BLOCK_ELEMENTS = 1 << 21  # per thread and block, over all steps: fewer torch calls outweigh a smaller cache
 _CPU_BLOCK_LIMIT = 1 << 24  # per block, however many threads: 64 MB in float32
 
 
@@ -33,15 +34,16 @@ def forward(
     x_seq: Tensor, input_gain: Tensor, v_init: Tensor | None, config: DLIFConfig, store_v_seq: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """See :class:`sj_robust.ops.dlif.autograd.Implementation`."""
-    spike_seq = torch.empty_like(x_seq)
-    v = initial_potential(x_seq, config) if v_init is None else v_init.clone()
+    spike_seq = advise_huge_pages(torch.empty_like(x_seq))
+    v = torch.empty_like(x_seq[0], dtype=state_dtype(x_seq))
     v_seq = torch.empty_like(x_seq, dtype=v.dtype) if store_v_seq else None
     for block in _blocks(x_seq):
         _advance(
             x_seq[:, block],
             input_gain,
-            v[block],
+            _part(v_init, block),
             config,
+            v=v[block],
             spike_seq=spike_seq[:, block],
             v_seq=None if v_seq is None else v_seq[:, block],
         )
@@ -60,30 +62,31 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """See :class:`sj_robust.ops.dlif.autograd.Implementation`."""
     dtype = state_dtype(x_seq)
-    grad_x_seq = torch.empty_like(x_seq)
+    grad_x_seq = advise_huge_pages(torch.empty_like(x_seq))
     grad_gain = torch.zeros_like(input_gain, dtype=torch.float64 if x_seq.device.type == "cpu" else dtype)
     grad_v_init = torch.empty_like(x_seq[0], dtype=dtype) if needs_v_init else None
-    v_start = initial_potential(x_seq, config) if v_init is None else v_init
-    gains = input_gain.unbind(0)
     blocks = _blocks(x_seq)
     buffer = torch.empty_like(x_seq[:, blocks[0]], dtype=dtype) if blocks else None
     for block in blocks:
         assert buffer is not None  # there is a block
-        n_seq = buffer[:, : block.stop - block.start]
-        _advance(x_seq[:, block], input_gain, v_start[block].clone(), config, n_seq=n_seq)
-        grad_carry = torch.zeros_like(n_seq[0]) if grad_v is None else grad_v[block].clone()
-        scratch = torch.empty_like(grad_carry)
-        for t in reversed(range(x_seq.shape[0])):
+        x_block, n_seq = x_seq[:, block], buffer[:, : block.stop - block.start]
+        scratch = torch.empty_like(n_seq[0])
+        _advance(x_block, input_gain, _part(v_init, block), config, v=scratch, n_seq=n_seq)
+        grad_carry = None if grad_v is None else grad_v[block].clone()
+        grad_gains = []
+        of_step = (x_block, n_seq, grad_spike_seq[:, block], grad_x_seq[:, block], input_gain)
+        steps = list(zip(*(of_block.unbind(0) for of_block in of_step), strict=True))
+        for t, (x, n, grad_spike, grad_x, gain) in reversed(list(enumerate(steps))):
             if grad_v_seq is not None:
-                grad_carry += grad_v_seq[t, block]
-            grad_h = _grad_charge(n_seq[t], grad_spike_seq[t, block].to(dtype), grad_carry, config, scratch)
-            if x_seq.dtype == dtype:
-                torch.mul(grad_h, gains[t], out=grad_x_seq[t, block])
-            else:
-                grad_x_seq[t, block] = grad_h * gains[t]
-            grad_gain[t] += torch.mul(grad_h, x_seq[t, block].to(dtype), out=scratch).sum()
+                grad_v_now = grad_v_seq[t, block]
+                grad_carry = grad_v_now.clone() if grad_carry is None else grad_carry.add_(grad_v_now)
+            grad_h = _grad_charge(n, grad_spike.to(dtype), grad_carry, config, scratch)
+            torch.mul(grad_h, gain, out=grad_x) if x.dtype == dtype else grad_x.copy_(grad_h * gain)
+            grad_gains.append(torch.dot(grad_h, x.to(dtype)))
             grad_carry = grad_h.mul_(config.decay)
+        grad_gain += torch.stack(grad_gains[::-1])
         if grad_v_init is not None:
+            assert grad_carry is not None  # there is a step
             grad_v_init[block] = grad_carry
     return grad_x_seq, grad_gain.to(dtype), grad_v_init
 
@@ -97,31 +100,43 @@ def _blocks(x_seq: Tensor) -> list[slice]:
     return [slice(start, min(start + size, M)) for start in range(0, M, max(size, 1))]
 
 
+def _part(v_init: Tensor | None, block: slice) -> Tensor | None:
+    return None if v_init is None else v_init[block]
+
+
 def _advance(
     x_seq: Tensor,
     input_gain: Tensor,
-    v: Tensor,
+    v_init: Tensor | None,
     config: DLIFConfig,
     *,
+    v: Tensor,
     spike_seq: Tensor | None = None,
     v_seq: Tensor | None = None,
     n_seq: Tensor | None = None,
 ) -> None:
-    """Move ``v`` through all steps in place and fill what is given; ``n_seq`` gets the negated charged potentials."""
+    """Walk through all steps and fill what is given: ``v`` last, ``n_seq`` with the negated charged potentials."""
+    if v_init is not None or config.v_reset:
+        u = v.fill_(-(config.v_reset or 0.0)) if v_init is None else torch.neg(v_init, out=v)
+        at_rest = False
+    else:
+        u, at_rest = v, True  # a potential of 0 adds nothing to the first step
+    needs_spike = spike_seq is not None or config.v_reset is None or config.surrogate.kind == "custom"
     spikes_in_place = spike_seq is not None and spike_seq.dtype == v.dtype
-    buffer = torch.empty_like(v)
-    spike = v if spikes_in_place else torch.empty_like(v)
-    u = v.neg_()
-    for t, gain in enumerate(input_gain.neg().unbind(0)):
+    buffer = torch.empty_like(v) if n_seq is None else v
+    spike = torch.empty_like(v) if needs_spike and not spikes_in_place else v
+    for t, (x, gain) in enumerate(zip(x_seq.unbind(0), input_gain.neg().unbind(0), strict=True)):
         n = buffer if n_seq is None else n_seq[t]
-        torch.mul(x_seq[t], gain, out=n) if x_seq.dtype == n.dtype else n.copy_(x_seq[t]).mul_(gain)
-        n.add_(u.mul_(config.decay))
+        torch.mul(x, gain, out=n) if x.dtype == n.dtype else n.copy_(x).mul_(gain)
+        if not at_rest:
+            n.add_(u.mul_(config.decay))
+        at_rest = False
         if config.leak_current:
             n.sub_(config.leak_current)
         if spikes_in_place:
             assert spike_seq is not None  # see above
             spike = spike_seq[t]
-        if spike_seq is not None or config.v_reset is None or config.surrogate.kind == "custom":
+        if needs_spike:
             _fire(n, config, out=spike)
         if spike_seq is not None and not spikes_in_place:
             spike_seq[t].copy_(spike)
@@ -148,23 +163,24 @@ def _reset(n: Tensor, spike: Tensor, config: DLIFConfig, *, out: Tensor) -> None
         torch.ops.aten.threshold.out(n, -config.v_threshold, -config.v_reset, out=out)
 
 
-def _grad_charge(n: Tensor, grad_spike: Tensor, grad_v: Tensor, config: DLIFConfig, scratch: Tensor) -> Tensor:
-    """Gradient of the charged potential, from those of the spike and of the potential after reset.
+def _grad_charge(n: Tensor, grad_spike: Tensor, grad_v: Tensor | None, config: DLIFConfig, scratch: Tensor) -> Tensor:
+    """Gradient of the charged potential, from those of the spike and of the potential after reset (None is zero).
 
-    ``n`` is the negated charged potential. It, ``grad_v`` (which becomes the result) and ``scratch`` are overwritten.
+    ``n`` is the negated charged potential. It, ``grad_v`` and ``scratch`` are overwritten, one with the result.
     """
     is_custom = config.surrogate.kind == "custom"
-    if config.detach_reset:
-        through_spike = grad_spike
-    elif config.v_reset is None:
-        through_spike = torch.add(grad_spike, grad_v, alpha=-config.v_threshold, out=scratch)
-    else:
-        kept = torch.add(n, config.v_reset, out=scratch) if config.v_reset else n
-        through_spike = torch.addcmul(grad_spike, grad_v, kept, out=scratch)
-    if config.v_reset is not None:
+    through_spike = grad_spike
+    if grad_v is not None and not config.detach_reset:
+        if config.v_reset is None:
+            through_spike = torch.add(grad_spike, grad_v, alpha=-config.v_threshold, out=scratch)
+        else:
+            kept = torch.add(n, config.v_reset, out=scratch) if config.v_reset else n
+            through_spike = torch.addcmul(grad_spike, grad_v, kept, out=scratch)
+    if grad_v is not None and config.v_reset is not None:
         if is_custom:
             grad_v.mul_(1 - config.surrogate.spike(-n - config.v_threshold).detach())
         else:
             torch.ops.aten.threshold_backward.grad_input(grad_v, n, -config.v_threshold, grad_input=grad_v)
     z = n.add_(config.v_threshold)  # negated, which makes no difference to the built-in surrogates
-    return grad_v.addcmul_(through_spike, config.surrogate.derivative_(z.neg_() if is_custom else z))
+    derivative = config.surrogate.derivative_(z.neg_() if is_custom else z)
+    return derivative.mul_(through_spike) if grad_v is None else grad_v.addcmul_(through_spike, derivative)
