@@ -58,7 +58,8 @@ def advise_huge_pages(fresh: Tensor) -> Tensor:
         >>> advise_huge_pages(torch.empty(4, 3)).shape
         torch.Size([4, 3])
     """
-    if sys.platform != "linux" or torch.compiler.is_compiling() or fresh.device.type != "cpu":
+    has_memory = type(fresh) is Tensor and fresh.device.type == "cpu"  # subclasses may only pretend
+    if sys.platform != "linux" or torch.compiler.is_compiling() or not has_memory:
         return fresh
     start = fresh.data_ptr()
     first = -(-start // _HUGE_PAGE) * _HUGE_PAGE

@@ -87,20 +87,24 @@ def test_equals_both_written_by_hand(instruction_set, shape, training, v_reset, 
 
 
 @needs_kernel
-@pytest.mark.parametrize("shape", [(4, 8, 16, 8, 8), (4, 3, 5, 9, 11)])
+@pytest.mark.parametrize("shape", [(4, 8, 16, 8, 8), (4, 3, 5, 9, 11), (2, 4, 3, 16, 17), (3, 5, 41, 1, 3)])
 @pytest.mark.parametrize("training", [True, False])
-def test_float32_gradients(instruction_set, shape, training):
+@pytest.mark.parametrize("detach_reset", [False, True])
+@pytest.mark.parametrize(("kind", "alpha"), [("triangle", 1.0), ("atan", 2.0), ("sigmoid", 4.0)])
+def test_float32_gradients(instruction_set, shape, training, detach_reset, kind, alpha):
     *values, grads, running = random_call(shape)
-    constants = {"decay": 0.99, "v_threshold": 1.0, "v_reset": 0.0, "detach_reset": False}
+    constants = {"decay": 0.99, "v_threshold": 1.0, "v_reset": 0.0, "detach_reset": detach_reset}
     values = [a.astype(np.float32) for a in values]
     running = [a.astype(np.float32) for a in running]
     expected = by_hand(
         *(a.astype(np.float64) for a in values), None if training else [a.astype(np.float64) for a in running], grads,
-        {**constants, "kind": "triangle", "alpha": 1.0}, eps=1e-5,
+        {**constants, "kind": kind, "alpha": alpha}, eps=1e-5,
     )  # fmt: skip
     x, weight, bias, gain, v_init = (torch.tensor(a, requires_grad=True) for a in values)
     norm = BatchNorm(weight, bias, *map(torch.tensor, running), use_batch_statistics=training)
-    outputs = batch_norm_dlif_multi_step(x, norm, gain, v_init, store_v_seq=True, backend="cpp", **constants)
+    outputs = batch_norm_dlif_multi_step(
+        x, norm, gain, v_init, surrogate=Surrogate(kind, alpha), store_v_seq=True, backend="cpp", **constants
+    )
     torch.autograd.backward(outputs, [torch.tensor(g, dtype=torch.float32) for g in (grads[0], grads[1], grads[2])])
     # these seeds come nowhere so near the threshold that float32 flips a spike, which is asserted, not assumed
     np.testing.assert_array_equal(outputs[0].detach(), expected["spikes"])
@@ -182,6 +186,29 @@ def test_gradients_that_nobody_needs_are_left_out(frozen, training):
     assert results[1][frozen] is None
     for name in results[0].keys() - {frozen}:
         assert torch.equal(results[0][name], results[1][name])
+
+
+@needs_kernel
+def test_nothing_of_the_scratch_gets_into_the_result(instruction_set, monkeypatch):
+    empty = torch.empty
+
+    def full_of_nan(*args, **kwargs):
+        tensor = empty(*args, **kwargs)
+        return tensor.fill_(255) if tensor.dtype == torch.uint8 else tensor
+
+    torch.manual_seed(0)
+    x = torch.randn(3, 5, 41, 1, 3, requires_grad=True)
+    norm = BatchNorm(None, None, None, None, use_batch_statistics=True)
+    gain = torch.ones(3, requires_grad=True)
+    results = []
+    for poisoned in (False, True):
+        with monkeypatch.context() as patch:
+            if poisoned:
+                patch.setattr(torch, "empty", full_of_nan)
+            spikes, _, _ = batch_norm_dlif_multi_step(x, norm, gain, decay=0.9, backend="cpp")
+            results.append((spikes, *torch.autograd.grad((spikes * x.detach()).sum(), (x, gain))))
+    for a, b in zip(*results, strict=True):
+        assert torch.equal(a, b)
 
 
 @needs_kernel

@@ -119,7 +119,7 @@ def test_float32_gradients_equal_bptt_by_hand(instruction_set, v_reset, detach_r
 @pytest.mark.parametrize("v_reset", RESETS)
 def test_spikes_and_potentials_equal_plain_torch_bit_for_bit(instruction_set, dtype, v_reset):
     c = config(v_reset)
-    for T, M in ((1, 1), (7, 33), (4, 63), (4, 129), (2, 20000), (1500, 3)):
+    for T, M in ((1, 1), (7, 33), (4, 63), (4, 127), (4, 257), (2, 20000), (1500, 3)):
         x, gain, v_init, *_ = random_call(T, M, dtype)
         for start in (v_init, None):
             for a, b in zip(cpp.forward(x, gain, start, c, True), eager.forward(x, gain, start, c, True), strict=True):

@@ -9,6 +9,7 @@ from oracle import away_from_threshold, dlif_bptt
 from torch import nn
 
 from sj_robust.ops import Surrogate, available_backends, check_backend, choose_backend, dlif_multi_step
+from sj_robust.ops.dlif import eager
 
 CPU_BACKENDS = [name for name in ("reference", "eager", "cpp") if available_backends()[name] == "available"]
 SURROGATES = [("triangle", 1.0), ("atan", 2.0), ("sigmoid", 4.0)]
@@ -153,6 +154,31 @@ def test_memory_formats_are_not_mixed_up(backend):
     y = plain.clone().requires_grad_()
     (dlif_multi_step(y, torch.ones(4), v_init, decay=0.9, backend="reference")[0] * weights).sum().backward()
     torch.testing.assert_close(x.grad, y.grad)
+
+
+@pytest.mark.parametrize("v_reset", [0.0, None, -0.5])
+@pytest.mark.parametrize("from_rest", [True, False])
+@pytest.mark.parametrize("needs", ["spikes", "potential", "potentials", "all"])
+def test_eager_in_several_blocks(monkeypatch, v_reset, from_rest, needs):
+    monkeypatch.setattr(eager, "_CPU_BLOCK_LIMIT", 1)
+    torch.manual_seed(0)
+    inputs = [torch.randn(3, 2 * 4096 + 17), torch.rand(3) + 0.5]
+    if not from_rest:
+        inputs.append(torch.randn(2 * 4096 + 17))
+    assert len(eager._blocks(inputs[0])) == 3
+    kept = {"spikes": [0], "potential": [1], "potentials": [2], "all": [0, 1, 2]}[needs]
+    results = []
+    for backend in ("eager", "reference"):
+        leaves = [a.clone().requires_grad_() for a in inputs]
+        outputs = dlif_multi_step(*leaves, decay=0.9, v_reset=v_reset, store_v_seq=True, backend=backend)
+        torch.manual_seed(1)
+        weights = [torch.randn_like(a) for a in outputs]
+        grads = torch.autograd.grad([outputs[i] for i in kept], leaves, [weights[i] for i in kept])
+        results.append((outputs, grads))
+    for a, b in zip(*(outputs for outputs, _ in results), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(*(grads for _, grads in results), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
 def test_eager_saves_its_inputs_and_nothing_else():

@@ -1,9 +1,14 @@
-"""keep_heap keeps what is freed, and leaves alone what somebody has decided."""
+"""keep_heap keeps what is freed, and leaves alone what somebody has decided; huge pages are had where there are any."""
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+from sj_robust.ops.heap import advise_huge_pages
 
 CODE = """
 import resource, torch
@@ -15,6 +20,14 @@ before = faults()
 for _ in range(3):
     torch.zeros(1 << 24)
 print(done, faults() - before)
+"""
+HUGE_PAGES = """
+import resource, torch
+from sj_robust.ops.heap import advise_huge_pages
+for use in (advise_huge_pages, lambda fresh: fresh):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    use(torch.empty(1 << 24)).zero_()
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
@@ -38,3 +51,19 @@ def test_freed_memory_is_not_fetched_again():
 def test_a_decision_of_the_environment_stays():
     done, _ = run("keep_heap()", MALLOC_TOP_PAD_="131072")
     assert done == "False"
+
+
+def test_huge_pages_mean_fewer_faults():
+    setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    if not setting.exists() or "[madvise]" not in setting.read_text():
+        pytest.skip("this system does not give huge pages on request")
+    command = [sys.executable, "-W", "ignore", "-c", HUGE_PAGES]
+    advised, plain = map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+    assert advised < plain / 4
+
+
+def test_tensors_without_memory_of_their_own_are_left_alone():
+    with FakeTensorMode():
+        assert advise_huge_pages(torch.empty(1 << 24)).shape == (1 << 24,)
+    assert advise_huge_pages(torch.empty(1 << 24, device="meta")).device.type == "meta"
+    assert advise_huge_pages(torch.empty(0)).numel() == 0

@@ -112,7 +112,8 @@ class _BatchNormDLIF(torch.autograd.Function):
             slope.copy_(-scale.double() * inverse_std.square() * sums[:, 1] / count)
             constant.copy_(-scale.double() * sums[:, 0] / count)
             if grad_x is not None:
-                _run("bn_dlif_backward", ctx, flat, {**tensors, "gx": grad_x, "channel_sums": None})
+                done = dict.fromkeys(("channel_sums", "gain_grad", "gv_init"))
+                _run("bn_dlif_backward", ctx, flat, {**tensors, "gx": grad_x, **done})
         else:
             _run("bn_dlif_backward", ctx, flat, {**tensors, "gx": grad_x})
         grad_weight = (sums[:, 1] * inverse_std).to(x_seq.dtype) if ctx.needs_input_grad[1] else None

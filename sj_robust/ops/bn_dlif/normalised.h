@@ -6,59 +6,66 @@ namespace sjr {
 namespace SJR_SET {
 namespace {
 
-// GRADIENT: writes the gradient of x. Both kinds add up the sums per channel that the other gradients are made of.
-template <class C, bool GRADIENT> struct Normalised {
-  static constexpr bool WRITES = GRADIENT;
+// GRADIENT: writes the gradient of x. TOTALS: adds up the sums per channel that the other gradients are made of.
+template <class C, bool GRADIENT, bool TOTALS> struct Normalised {
+  static constexpr bool WRITES = GRADIENT, SUMS = TOTALS;
   static constexpr int B = BLOCK<C>, W = LANES<C>;
   const Job& job;
-  double* const channel_sums;  // [channels, 2]; null in the forward pass
+  double* const channel_sums;  // [channels, 2]
   C *const scale, *const offset, *const mean, *const slope, *const constant, *const g_sum, *const gx_sum;
+  int64_t channel = -1;  // the one that fills the tables, if there is one
 
   Normalised(const Job& j, void* memory, double* sums)
       : job(j), channel_sums(sums), scale(static_cast<C*>(memory)), offset(scale + B), mean(offset + B), slope(mean + B),
         constant(slope + B), g_sum(constant + B), gx_sum(g_sum + B) {}
 
-  int64_t channel_of(int64_t neuron) const { return neuron / job.plane % job.channels; }
+  // Calls run(channel, begin, end) for every piece of the block that lies in one channel.
+  template <class Run> SJR_TARGET_INLINE void runs(int64_t first, int64_t size, Run run) const {
+    int64_t c = first / job.plane % job.channels, end = job.plane - first % job.plane;
+    for (int64_t begin = 0; begin < size; begin = end, end += job.plane, c = c + 1 == job.channels ? 0 : c + 1)
+      run(c, begin, std::min(end, size));
+  }
 
-  void spread(const void* table, int64_t first, int64_t size, C* to) const {
+  static SJR_TARGET_INLINE void put_run(const void* table, int64_t c, int64_t begin, int64_t end, C* to) {
     if (!table) return;
-    const C* const from = static_cast<const C*>(table);
-    const int64_t left = job.plane - first % job.plane;  // elements until the next channel begins
-    int64_t channel = channel_of(first);
-    if (left >= size) {
-      for (int i = 0; i < B; i += W) store(to + i, fill(from[channel]));
-      return;
-    }
-    for (int64_t i = 0, next = left; i < B; ++i) {
-      if (i == next) channel = channel + 1 == job.channels ? 0 : channel + 1, next += job.plane;
-      to[i] = i < size ? from[channel] : C(0);
-    }
+    const C value = static_cast<const C*>(table)[c];
+    int64_t i = begin;
+    for (; i + W <= end; i += W) store(to + i, fill(value));
+    for (; i < end; ++i) to[i] = value;
+  }
+
+  static SJR_TARGET_INLINE double sum_run(const C* from, int64_t begin, int64_t end) {
+    Vec<C> vectors = {};
+    int64_t i = begin;
+    for (; i + W <= end; i += W) vectors += load(from + i);
+    alignas(SJR_VECTOR_BYTES) C lanes[W];
+    store(lanes, vectors);
+    double total = sum_lanes(lanes);
+    for (; i < end; ++i) total += double(from[i]);
+    return total;
   }
 
   void enter(int64_t first, int64_t size) {
-    spread(job.scale, first, size, scale);
-    spread(job.offset, first, size, offset);
-    if (!channel_sums) return;
-    spread(job.mean, first, size, mean);
-    if (GRADIENT) spread(job.slope, first, size, slope), spread(job.constant, first, size, constant);
-    std::memset(g_sum, 0, 2 * B * sizeof(C));
+    if constexpr (TOTALS) std::memset(g_sum, 0, 2 * B * sizeof(C));
+    const int64_t here = first % job.plane + B <= job.plane ? first / job.plane % job.channels : -1;
+    if (here >= 0 && here == channel) return;
+    channel = here;
+    if (size < B) std::memset(scale, 0, 5 * B * sizeof(C));  // all five: lanes beyond the tensor must not become NaN
+    runs(first, size, [this](int64_t c, int64_t begin, int64_t end) {
+      put_run(job.scale, c, begin, end, scale);
+      put_run(job.offset, c, begin, end, offset);
+      put_run(job.mean, c, begin, end, mean);
+      put_run(job.slope, c, begin, end, slope);
+      put_run(job.constant, c, begin, end, constant);
+    });
   }
 
   void leave(int64_t first, int64_t size) {
-    int64_t channel = channel_of(first);
-    if (job.plane - first % job.plane >= size) {  // lanes beyond size hold zeros
-      for (int i = W; i < B; i += W) {
-        store(g_sum, load(g_sum) + load(g_sum + i));
-        store(gx_sum, load(gx_sum) + load(gx_sum + i));
-      }
-      channel_sums[2 * channel] += sum_lanes(g_sum);
-      channel_sums[2 * channel + 1] += sum_lanes(gx_sum);
-      return;
-    }
-    for (int64_t i = 0, next = job.plane - first % job.plane; i < size; ++i) {
-      if (i == next) channel = channel + 1 == job.channels ? 0 : channel + 1, next += job.plane;
-      channel_sums[2 * channel] += double(g_sum[i]);
-      channel_sums[2 * channel + 1] += double(gx_sum[i]);
+    if constexpr (TOTALS) {
+      runs(first, size, [this](int64_t c, int64_t begin, int64_t end) {
+        channel_sums[2 * c] += sum_run(g_sum, begin, end);
+        channel_sums[2 * c + 1] += sum_run(gx_sum, begin, end);
+      });
     }
   }
 
@@ -66,8 +73,10 @@ template <class C, bool GRADIENT> struct Normalised {
 
   template <bool STREAM> SJR_TARGET_INLINE void emit(C* gx, Vec<C> g, Vec<C> x, int k) {
     const Vec<C> centred = x - load(mean + k);
-    store(g_sum + k, load(g_sum + k) + g);
-    store(gx_sum + k, load(gx_sum + k) + g * centred);
+    if constexpr (TOTALS) {
+      store(g_sum + k, load(g_sum + k) + g);
+      store(gx_sum + k, load(gx_sum + k) + g * centred);
+    }
     if constexpr (GRADIENT) put<STREAM>(gx, g * load(scale + k) + centred * load(slope + k) + load(constant + k));
   }
 };
@@ -78,19 +87,22 @@ template <class C> void* tables(const Job& job, void* memory) { return static_ca
 int64_t scratch_bytes(const Job& job) { return blocks_bytes(job) + 7 * ROWS * SJR_VECTOR_BYTES; }
 
 template <class C> void normalised_forward(const Job& job, int64_t first, int64_t last, void* memory) {
-  Normalised<C, true> norm(job, tables<C>(job, memory), nullptr);
+  Normalised<C, true, false> norm(job, tables<C>(job, memory), nullptr);
   forward_range<C, C>(job, first, last, memory, norm);
 }
 
+template <class C, bool GRADIENT, bool TOTALS>
+void normalised_backward(const Job& job, int64_t first, int64_t last, void* memory, double* gain_sums, double* channel_sums) {
+  Normalised<C, GRADIENT, TOTALS> norm(job, tables<C>(job, memory), channel_sums);
+  backward_range<C, C>(job, first, last, memory, gain_sums, norm);
+}
+
+// Writes the gradient of x where there is room for it, and the sums where they are asked for.
 template <class C>
 void normalised_backward(const Job& job, int64_t first, int64_t last, void* memory, double* gain_sums, double* channel_sums) {
-  if (job.gx) {
-    Normalised<C, true> norm(job, tables<C>(job, memory), channel_sums);
-    backward_range<C, C>(job, first, last, memory, gain_sums, norm);
-  } else {
-    Normalised<C, false> norm(job, tables<C>(job, memory), channel_sums);
-    backward_range<C, C>(job, first, last, memory, gain_sums, norm);
-  }
+  if (!job.gx) return normalised_backward<C, false, true>(job, first, last, memory, gain_sums, channel_sums);
+  if (job.channel_sums) return normalised_backward<C, true, true>(job, first, last, memory, gain_sums, channel_sums);
+  return normalised_backward<C, true, false>(job, first, last, memory, gain_sums, channel_sums);
 }
 
 void forward(const Job& job, int64_t first, int64_t last, void* memory) {

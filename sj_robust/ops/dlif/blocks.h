@@ -1,22 +1,26 @@
-// DLIF on blocks of neurons, for one instruction set. A block walks through all T steps with its potentials in
-// registers; the backward pass first computes h again into a scratch that stays in the first-level cache.
+// DLIF on blocks of neurons, for one instruction set. A block walks through all T steps with its potentials in the
+// first-level cache; the backward pass first computes h again into a scratch that stays there too.
 // What happens to x before the neuron, and to its gradient behind it, is a Coupling: Plain in plain.h (nothing),
 // Normalised in bn_dlif. Its functions:
 //   enter(first, size), leave(first, size)   before and after a block
 //   input(x, k)                              current of the neuron for the vector k elements into the block
 //   emit<STREAM>(gx, g, x, k)                gradient g of that current turned into one of x
+// and its constants: WRITES (emit writes gx), SUMS (the gradient of the gain is wanted).
 #include "simd.h"
 
 namespace sjr {
 namespace SJR_SET {
 namespace {
 
+// What a spike does to the potential. TO_ZERO is TO_VALUE with v_reset = 0, nearly every network's, in fewer instructions.
+enum Reset { TO_VALUE, TO_ZERO, SOFT };
+
 // Neuron constants in the arithmetic type.
 template <class C> struct Neuron {
   C decay, leak_current, v_threshold, v_reset, v_start, alpha, slope;
   explicit Neuron(const Job& job)
       : decay(C(job.decay)),
-        leak_current(job.leak_current == 0 ? C(-0.0) : C(job.leak_current)),  // h + (-0.0) is h, bit for bit
+        leak_current(C(job.leak_current)),
         v_threshold(C(job.v_threshold)),
         v_reset(C(job.v_reset)),
         v_start(job.soft_reset ? C(0) : C(job.v_reset)),
@@ -26,8 +30,7 @@ template <class C> struct Neuron {
 
 template <int SURROGATE, class C> SJR_INLINE Vec<C> derivative(Vec<C> z, const Neuron<C>& n) {
   if constexpr (SURROGATE == TRIANGLE) {
-    const Vec<C> g = n.alpha - n.slope * magnitude<C>(z);
-    return g < C(0) ? Vec<C>{} : g;  // NaN stays NaN
+    return positive_part<C>(n.alpha - n.slope * magnitude<C>(z));
   } else if constexpr (SURROGATE == ATAN) {
     const Vec<C> y = n.slope * z;
     return n.alpha / (C(1) + y * y);
@@ -37,18 +40,19 @@ template <int SURROGATE, class C> SJR_INLINE Vec<C> derivative(Vec<C> z, const N
   }
 }
 
-template <bool SOFT, class C> SJR_INLINE Vec<C> after_reset(Vec<C> h, const Neuron<C>& n) {
-  return h >= n.v_threshold ? (SOFT ? h - n.v_threshold : fill(n.v_reset)) : h;
+template <Reset RESET, class C> SJR_INLINE Vec<C> after_reset(Vec<C> h, const Neuron<C>& n) {
+  return h >= n.v_threshold ? (RESET == SOFT ? h - n.v_threshold : RESET == TO_ZERO ? Vec<C>{} : fill(n.v_reset)) : h;
 }
 
-template <class C> SJR_INLINE Vec<C> charge(Vec<C> v, Vec<C> x, C gain, const Neuron<C>& n) {
-  return v * n.decay + x * gain + n.leak_current;
+template <Reset RESET, class C> SJR_INLINE Vec<C> charge(Vec<C> v, Vec<C> x, C gain, const Neuron<C>& n) {
+  const Vec<C> h = v * n.decay + x * gain;
+  return RESET == TO_VALUE ? h + n.leak_current : h;
 }
 
-// Asks for what the second block from here will read in this row: T short rows defeat the processor's own prefetching,
-// and arithmetic and memory would take turns. Beyond the tensor it has no effect.
+// Asks for what the next block will read in this row: T short rows defeat the processor's own prefetching, and
+// arithmetic and memory would take turns. Beyond the tensor it has no effect.
 template <class C> SJR_INLINE void fetch_ahead(const C* row, int k) {
-  if (k * SJR_VECTOR_BYTES % 64 == 0) __builtin_prefetch(row + 2 * BLOCK<C> + k * LANES<C>);
+  if (k * SJR_VECTOR_BYTES % 64 == 0) __builtin_prefetch(row + BLOCK<C> + k * LANES<C>);
 }
 
 // One block; consecutive steps of every sequence lie `stride` apart; v_init and v_seq may be null.
@@ -58,7 +62,7 @@ template <class C> struct ForwardBlock {
   int64_t T, stride;
 };
 
-template <class C, class Coupling, bool SOFT, bool STREAM>
+template <class C, class Coupling, Reset RESET, bool STREAM>
 __attribute__((noinline)) void forward_block(const ForwardBlock<C>& b, const Neuron<C> n, Coupling& coupling) {
   constexpr int W = LANES<C>;
   Vec<C> v[ROWS];
@@ -69,10 +73,10 @@ __attribute__((noinline)) void forward_block(const ForwardBlock<C>& b, const Neu
     const C gain = b.gain[t];
     SJR_UNROLL
     for (int k = 0; k < ROWS; ++k) {
-      const Vec<C> h = charge(v[k], coupling.input(load(x + k * W), k * W), gain, n);
+      const Vec<C> h = charge<RESET>(v[k], coupling.input(load(x + k * W), k * W), gain, n);
       fetch_ahead<C>(x, k);
       put<STREAM>(s + k * W, h >= n.v_threshold ? fill(C(1)) : Vec<C>{});
-      v[k] = after_reset<SOFT>(h, n);
+      v[k] = after_reset<RESET>(h, n);
     }
     if (v_seq) {
       for (int k = 0; k < ROWS; ++k) put<STREAM>(v_seq + k * W, v[k]);
@@ -89,7 +93,7 @@ template <class C> struct BackwardBlock {
   int64_t T, stride;
 };
 
-template <class C, class Coupling, bool SOFT, int SURROGATE, bool DETACH, bool STREAM>
+template <class C, class Coupling, Reset RESET, int SURROGATE, bool DETACH, bool STREAM>
 __attribute__((noinline)) void backward_block(const BackwardBlock<C>& b, const Neuron<C> n, Coupling& coupling) {
   constexpr int W = LANES<C>;
   Vec<C> v[ROWS];
@@ -100,10 +104,10 @@ __attribute__((noinline)) void backward_block(const BackwardBlock<C>& b, const N
     C* h_row = b.h + t * BLOCK<C>;
     SJR_UNROLL
     for (int k = 0; k < ROWS; ++k) {
-      const Vec<C> h = charge(v[k], coupling.input(load(x + k * W), k * W), gain, n);
+      const Vec<C> h = charge<RESET>(v[k], coupling.input(load(x + k * W), k * W), gain, n);
       fetch_ahead<C>(x, k);
       store(h_row + k * W, h);
-      v[k] = after_reset<SOFT>(h, n);
+      v[k] = after_reset<RESET>(h, n);
     }
   }
   for (int k = 0; k < ROWS; ++k) v[k] = b.gv ? load(b.gv + k * W) : Vec<C>{};  // from here on the gradient of v
@@ -113,26 +117,26 @@ __attribute__((noinline)) void backward_block(const BackwardBlock<C>& b, const N
     C* gx = b.gx + t * b.stride;
     if (b.gvs)
       for (int k = 0; k < ROWS; ++k) v[k] += load(b.gvs + t * b.stride + k * W);
-    Vec<C> sums = load(b.gain_sums + t * W);
+    [[maybe_unused]] Vec<C> sums = load(b.gain_sums + t * W);
     SJR_UNROLL
     for (int k = 0; k < ROWS; ++k) {
       const Vec<C> h = load(h_row + k * W), g = derivative<SURROGATE>(h - n.v_threshold, n);
       Vec<C> through_spike = load(gs + k * W);
       Vec<C> gh;
-      if constexpr (SOFT) {
+      if constexpr (RESET == SOFT) {
         if constexpr (!DETACH) through_spike -= v[k] * n.v_threshold;
         gh = through_spike * g + v[k];
       } else {
-        if constexpr (!DETACH) through_spike += v[k] * (n.v_reset - h);
+        if constexpr (!DETACH) through_spike = RESET == TO_ZERO ? through_spike - v[k] * h : through_spike + v[k] * (n.v_reset - h);
         gh = through_spike * g + (h >= n.v_threshold ? Vec<C>{} : v[k]);
       }
       fetch_ahead<C>(gs, k);
       const Vec<C> xk = load(x + k * W);
       coupling.template emit<STREAM>(gx + k * W, gh * gain, xk, k * W);
-      sums += gh * coupling.input(xk, k * W);
+      if constexpr (Coupling::SUMS) sums += gh * coupling.input(xk, k * W);
       v[k] = gh * n.decay;
     }
-    store(b.gain_sums + t * W, sums);
+    if constexpr (Coupling::SUMS) store(b.gain_sums + t * W, sums);
   }
   if (b.gv_init)
     for (int k = 0; k < ROWS; ++k) store(b.gv_init + k * W, v[k]);
@@ -166,30 +170,39 @@ template <class C> int64_t scratch_elements(int64_t T) { return T * (5 * BLOCK<C
 template <class C, class K> using ForwardFn = void (*)(const ForwardBlock<C>&, const Neuron<C>, K&);
 template <class C, class K> using BackwardFn = void (*)(const BackwardBlock<C>&, const Neuron<C>, K&);
 
-// Only large float tensors are worth a second copy of the code with streaming stores.
-template <class C> constexpr bool STREAMS = std::is_same_v<C, float>;
+// Only float is worth further copies of the code: large tensors with streaming stores, and a reset to zero.
+template <class C> constexpr bool FAST_PATHS = std::is_same_v<C, float>;
+
+template <class C, class K, Reset RESET> ForwardFn<C, K> choose_forward(bool stream) {
+  return stream ? forward_block<C, K, RESET, FAST_PATHS<C>> : forward_block<C, K, RESET, false>;
+}
 
 template <class C, class K> ForwardFn<C, K> choose_forward(const Job& job, bool stream) {
-  if (stream) return job.soft_reset ? forward_block<C, K, true, STREAMS<C>> : forward_block<C, K, false, STREAMS<C>>;
-  return job.soft_reset ? forward_block<C, K, true, false> : forward_block<C, K, false, false>;
+  if (job.soft_reset) return choose_forward<C, K, SOFT>(stream);
+  if constexpr (FAST_PATHS<C>)
+    if (job.v_reset == 0) return choose_forward<C, K, TO_ZERO>(stream);
+  return choose_forward<C, K, TO_VALUE>(stream);
 }
 
-template <class C, class K, bool SOFT, int SURROGATE> BackwardFn<C, K> choose_backward(const Job& job, bool stream) {
-  constexpr bool S = STREAMS<C> && K::WRITES;
-  if (stream) return job.detach_reset ? backward_block<C, K, SOFT, SURROGATE, true, S> : backward_block<C, K, SOFT, SURROGATE, false, S>;
-  return job.detach_reset ? backward_block<C, K, SOFT, SURROGATE, true, false> : backward_block<C, K, SOFT, SURROGATE, false, false>;
+template <class C, class K, Reset RESET, int SURROGATE> BackwardFn<C, K> choose_backward(const Job& job, bool stream) {
+  constexpr bool S = FAST_PATHS<C> && K::WRITES;
+  if (stream) return job.detach_reset ? backward_block<C, K, RESET, SURROGATE, true, S> : backward_block<C, K, RESET, SURROGATE, false, S>;
+  return job.detach_reset ? backward_block<C, K, RESET, SURROGATE, true, false> : backward_block<C, K, RESET, SURROGATE, false, false>;
 }
 
-template <class C, class K, bool SOFT> BackwardFn<C, K> choose_backward(const Job& job, bool stream) {
+template <class C, class K, Reset RESET> BackwardFn<C, K> choose_backward(const Job& job, bool stream) {
   switch (job.surrogate) {
-    case TRIANGLE: return choose_backward<C, K, SOFT, TRIANGLE>(job, stream);
-    case ATAN: return choose_backward<C, K, SOFT, ATAN>(job, stream);
-    default: return choose_backward<C, K, SOFT, SIGMOID>(job, stream);
+    case TRIANGLE: return choose_backward<C, K, RESET, TRIANGLE>(job, stream);
+    case ATAN: return choose_backward<C, K, RESET, ATAN>(job, stream);
+    default: return choose_backward<C, K, RESET, SIGMOID>(job, stream);
   }
 }
 
 template <class C, class K> BackwardFn<C, K> choose_backward(const Job& job, bool stream) {
-  return job.soft_reset ? choose_backward<C, K, true>(job, stream) : choose_backward<C, K, false>(job, stream);
+  if (job.soft_reset) return choose_backward<C, K, SOFT>(job, stream);
+  if constexpr (FAST_PATHS<C>)
+    if (job.v_reset == 0) return choose_backward<C, K, TO_ZERO>(job, stream);
+  return choose_backward<C, K, TO_VALUE>(job, stream);
 }
 
 template <class C> C* at(void* base, int64_t offset) { return base ? static_cast<C*>(base) + offset : nullptr; }

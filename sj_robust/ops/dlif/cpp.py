@@ -30,7 +30,7 @@ INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 INSTRUCTION_SET_VARIABLE = "SJ_ROBUST_INSTRUCTION_SET"
 
 _LIBRARY_NAME = "_kernel.so"  # setup.py gives it this name on every system
-_INTERFACE = 3  # sjr_interface() of kernel.cpp
+_INTERFACE = 4  # sjr_interface() of kernel.cpp
 _PROCESS = os.getpid()  # a forked child has another, and none of the threads of torch's OpenMP library
 _STORAGE = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _SURROGATES = {"triangle": 0, "atan": 1, "sigmoid": 2}

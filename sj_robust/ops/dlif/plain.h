@@ -6,7 +6,7 @@ namespace SJR_SET {
 namespace {
 
 template <class C> struct Plain {
-  static constexpr bool WRITES = true;
+  static constexpr bool WRITES = true, SUMS = true;
   void enter(int64_t, int64_t) {}
   void leave(int64_t, int64_t) {}
   SJR_TARGET_INLINE Vec<C> input(Vec<C> x, int) const { return x; }

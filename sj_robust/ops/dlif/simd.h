@@ -17,8 +17,8 @@ template <> struct Simd<double> {
 template <class C> using Vec = typename Simd<C>::V;
 
 template <class C> constexpr int LANES = SJR_VECTOR_BYTES / int(sizeof(C));
-constexpr int ROWS = SJR_VECTOR_BYTES >= 64 ? 4 : 8;             // vectors of a block; its potentials stay in registers
-template <class C> constexpr int BLOCK = ROWS * LANES<C>;        // neurons that walk through all steps together
+constexpr int ROWS = 512 / SJR_VECTOR_BYTES;               // vectors of a block: T short rows are slower to fetch than long ones
+template <class C> constexpr int BLOCK = ROWS * LANES<C>;  // neurons that walk through all steps together
 
 template <class C> SJR_INLINE Vec<C> load(const C* p) {
   Vec<C> v;
@@ -57,10 +57,36 @@ template <class C> SJR_INLINE Vec<C> magnitude(Vec<C> v) {
   return (Vec<C>)((U)v & (~U{} >> 1));
 }
 
-template <class C> SJR_INLINE double sum_lanes(const C* p) {
-  double total = 0;
-  for (int i = 0; i < LANES<C>; ++i) total += double(p[i]);
-  return total;
+// max(v, 0), with NaN staying NaN: of two operands that cannot be ordered the instruction takes the second.
+template <class C> SJR_INLINE Vec<C> positive_part(Vec<C> v) {
+#if defined(__x86_64__)
+  if constexpr (std::is_same_v<C, float>) {
+#if SJR_LEVEL == 2
+    return (Vec<C>)_mm512_max_ps(__m512{}, (__m512)v);
+#elif SJR_LEVEL == 1
+    return (Vec<C>)_mm256_max_ps(__m256{}, (__m256)v);
+#elif SJR_VECTOR_BYTES == 16
+    return (Vec<C>)_mm_max_ps(__m128{}, (__m128)v);
+#endif
+  }
+#endif
+  return v < C(0) ? Vec<C>{} : v;
+}
+
+// Sum of N numbers, halves on halves.
+template <class C, int N = LANES<C>> SJR_INLINE C sum_lanes(const C* p) {
+  if constexpr (N == 1) {
+    return *p;
+  } else {
+    typedef C Half __attribute__((vector_size(N / 2 * sizeof(C))));
+    Half low, high;
+    std::memcpy(&low, p, sizeof low);
+    std::memcpy(&high, p + N / 2, sizeof high);
+    alignas(Half) C sums[N / 2];
+    low += high;
+    std::memcpy(sums, &low, sizeof low);
+    return sum_lanes<C, N / 2>(sums);
+  }
 }
 
 // e^x. In float a polynomial, relative error < 2e-7, x clamped to where the result is a normal number; NaN stays NaN.
