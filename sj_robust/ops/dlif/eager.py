@@ -35,15 +35,20 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """See :class:`sj_robust.ops.dlif.autograd.Implementation`."""
     spike_seq = advise_huge_pages(torch.empty_like(x_seq))
-    v = torch.empty_like(x_seq[0], dtype=state_dtype(x_seq))
-    v_seq = torch.empty_like(x_seq, dtype=v.dtype) if store_v_seq else None
-    for block in _blocks(x_seq):
+    v = advise_huge_pages(torch.empty_like(x_seq[0], dtype=state_dtype(x_seq)))
+    v_seq = advise_huge_pages(torch.empty_like(x_seq, dtype=v.dtype)) if store_v_seq else None
+    blocks = _blocks(x_seq)
+    rows = _workspace(x_seq, blocks, rows=1 if x_seq.dtype == v.dtype else 2)
+    for block in blocks:
+        n, spike = (rows[i, : block.stop - block.start] for i in (0, -1))
         _advance(
             x_seq[:, block],
             input_gain,
             _part(v_init, block),
             config,
             v=v[block],
+            n_seq=[n] * len(x_seq),
+            spike=spike,
             spike_seq=spike_seq[:, block],
             v_seq=None if v_seq is None else v_seq[:, block],
         )
@@ -66,17 +71,16 @@ def backward(
     grad_gain = torch.zeros_like(input_gain, dtype=torch.float64 if x_seq.device.type == "cpu" else dtype)
     grad_v_init = torch.empty_like(x_seq[0], dtype=dtype) if needs_v_init else None
     blocks = _blocks(x_seq)
-    buffer = torch.empty_like(x_seq[:, blocks[0]], dtype=dtype) if blocks else None
+    rows = _workspace(x_seq, blocks, rows=len(x_seq) + 2)
     for block in blocks:
-        assert buffer is not None  # there is a block
-        x_block, n_seq = x_seq[:, block], buffer[:, : block.stop - block.start]
-        scratch = torch.empty_like(n_seq[0])
-        _advance(x_block, input_gain, _part(v_init, block), config, v=scratch, n_seq=n_seq)
+        x_block = x_seq[:, block]
+        *n_seq, scratch, spike = rows[:, : block.stop - block.start].unbind(0)
+        _advance(x_block, input_gain, _part(v_init, block), config, v=scratch, n_seq=n_seq, spike=spike)
         grad_carry = None if grad_v is None else grad_v[block].clone()
         grad_gains = []
-        of_step = (x_block, n_seq, grad_spike_seq[:, block], grad_x_seq[:, block], input_gain)
-        steps = list(zip(*(of_block.unbind(0) for of_block in of_step), strict=True))
-        for t, (x, n, grad_spike, grad_x, gain) in reversed(list(enumerate(steps))):
+        of_step = (x_block, grad_spike_seq[:, block], grad_x_seq[:, block], input_gain)
+        steps = list(zip(n_seq, *(of_block.unbind(0) for of_block in of_step), strict=True))
+        for t, (n, x, grad_spike, grad_x, gain) in reversed(list(enumerate(steps))):
             if grad_v_seq is not None:
                 grad_v_now = grad_v_seq[t, block]
                 grad_carry = grad_v_now.clone() if grad_carry is None else grad_carry.add_(grad_v_now)
@@ -100,6 +104,12 @@ def _blocks(x_seq: Tensor) -> list[slice]:
     return [slice(start, min(start + size, M)) for start in range(0, M, max(size, 1))]
 
 
+def _workspace(x_seq: Tensor, blocks: list[slice], rows: int) -> Tensor:
+    """Memory for so many steps of a block, one piece that every block uses again."""
+    size = blocks[0].stop if blocks else 0  # the others are no larger
+    return advise_huge_pages(x_seq.new_empty(rows, size, dtype=state_dtype(x_seq)))
+
+
 def _part(v_init: Tensor | None, block: slice) -> Tensor | None:
     return None if v_init is None else v_init[block]
 
@@ -111,11 +121,15 @@ def _advance(
     config: DLIFConfig,
     *,
     v: Tensor,
+    n_seq: list[Tensor],
+    spike: Tensor,
     spike_seq: Tensor | None = None,
     v_seq: Tensor | None = None,
-    n_seq: Tensor | None = None,
 ) -> None:
-    """Walk through all steps and fill what is given: ``v`` last, ``n_seq`` with the negated charged potentials."""
+    """Walk through all steps and fill what is given: ``v`` last, ``n_seq`` with the negated charged potentials.
+
+    ``n_seq`` may hold the same memory for every step; ``spike`` is scratch where spikes are not written in place.
+    """
     if v_init is not None or config.v_reset:
         u = v.fill_(-(config.v_reset or 0.0)) if v_init is None else torch.neg(v_init, out=v)
         at_rest = False
@@ -123,10 +137,7 @@ def _advance(
         u, at_rest = v, True  # a potential of 0 adds nothing to the first step
     needs_spike = spike_seq is not None or config.v_reset is None or config.surrogate.kind == "custom"
     spikes_in_place = spike_seq is not None and spike_seq.dtype == v.dtype
-    buffer = torch.empty_like(v) if n_seq is None else v
-    spike = torch.empty_like(v) if needs_spike and not spikes_in_place else v
-    for t, (x, gain) in enumerate(zip(x_seq.unbind(0), input_gain.neg().unbind(0), strict=True)):
-        n = buffer if n_seq is None else n_seq[t]
+    for t, (x, gain, n) in enumerate(zip(x_seq.unbind(0), input_gain.neg().unbind(0), n_seq, strict=True)):
         torch.mul(x, gain, out=n) if x.dtype == n.dtype else n.copy_(x).mul_(gain)
         if not at_rest:
             n.add_(u.mul_(config.decay))
