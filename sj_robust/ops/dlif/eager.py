@@ -15,7 +15,7 @@ from sj_robust.ops.surrogate import Surrogate
 __all__ = ["backward", "forward", "unavailable_reason", "unsupported_reason"]
 
 _CPU_BLOCK_ELEMENTS = 1 << 21  # per thread and block, over all steps: fewer torch calls outweigh a smaller cache
-_CPU_BLOCK_LIMIT = 1 << 24  # per block, however many threads: 64 MB in float32
+_CPU_BLOCK_LIMIT = 1 << 24  # per block, however many threads: 64 MB where potentials need memory of their own
 
 
 def unavailable_reason() -> str | None:
@@ -71,21 +71,24 @@ def backward(
     grad_gain = torch.zeros_like(input_gain, dtype=torch.float64 if x_seq.device.type == "cpu" else dtype)
     grad_v_init = torch.empty_like(x_seq[0], dtype=dtype) if needs_v_init else None
     blocks = _blocks(x_seq)
-    rows = _workspace(x_seq, blocks, rows=len(x_seq) + 2)
+    in_place = x_seq.dtype == dtype  # then the potentials stand where their gradients will
+    rows = _workspace(x_seq, blocks, rows=2 if in_place else 2 + len(x_seq))
     for block in blocks:
-        x_block = x_seq[:, block]
-        *n_seq, scratch, spike = rows[:, : block.stop - block.start].unbind(0)
-        _advance(x_block, input_gain, _part(v_init, block), config, v=scratch, n_seq=n_seq, spike=spike)
-        grad_carry = None if grad_v is None else grad_v[block].clone()
+        x_block, grad_x_block = x_seq[:, block], grad_x_seq[:, block]
+        scratch, spare, *n_seq = rows[:, : block.stop - block.start].unbind(0)
+        if in_place:
+            n_seq = list(grad_x_block.unbind(0))
+        _advance(x_block, input_gain, _part(v_init, block), config, v=scratch, n_seq=n_seq, spike=spare)
+        grad_carry = None if grad_v is None else spare.copy_(grad_v[block])
         grad_gains = []
-        of_step = (x_block, grad_spike_seq[:, block], grad_x_seq[:, block], input_gain)
+        of_step = (x_block, grad_spike_seq[:, block], grad_x_block, input_gain)
         steps = list(zip(n_seq, *(of_block.unbind(0) for of_block in of_step), strict=True))
         for t, (n, x, grad_spike, grad_x, gain) in reversed(list(enumerate(steps))):
             if grad_v_seq is not None:
                 grad_v_now = grad_v_seq[t, block]
-                grad_carry = grad_v_now.clone() if grad_carry is None else grad_carry.add_(grad_v_now)
-            grad_h = _grad_charge(n, grad_spike.to(dtype), grad_carry, config, scratch)
-            torch.mul(grad_h, gain, out=grad_x) if x.dtype == dtype else grad_x.copy_(grad_h * gain)
+                grad_carry = spare.copy_(grad_v_now) if grad_carry is None else grad_carry.add_(grad_v_now)
+            grad_h = _grad_charge(n, grad_spike.to(dtype), grad_carry, config, scratch, out=spare)
+            torch.mul(grad_h, gain, out=grad_x) if in_place else grad_x.copy_(grad_h * gain)
             grad_gains.append(torch.dot(grad_h, x.to(dtype)))
             grad_carry = grad_h.mul_(config.decay)
         grad_gain += torch.stack(grad_gains[::-1])
@@ -174,10 +177,12 @@ def _reset(n: Tensor, spike: Tensor, config: DLIFConfig, *, out: Tensor) -> None
         torch.ops.aten.threshold.out(n, -config.v_threshold, -config.v_reset, out=out)
 
 
-def _grad_charge(n: Tensor, grad_spike: Tensor, grad_v: Tensor | None, config: DLIFConfig, scratch: Tensor) -> Tensor:
+def _grad_charge(
+    n: Tensor, grad_spike: Tensor, grad_v: Tensor | None, config: DLIFConfig, scratch: Tensor, *, out: Tensor
+) -> Tensor:
     """Gradient of the charged potential, from those of the spike and of the potential after reset (None is zero).
 
-    ``n`` is the negated charged potential. It, ``grad_v`` and ``scratch`` are overwritten, one with the result.
+    ``n`` is the negated charged potential; it and ``scratch`` are overwritten. ``grad_v`` is None or ``out``.
     """
     is_custom = config.surrogate.kind == "custom"
     through_spike = grad_spike
@@ -194,4 +199,4 @@ def _grad_charge(n: Tensor, grad_spike: Tensor, grad_v: Tensor | None, config: D
             torch.ops.aten.threshold_backward.grad_input(grad_v, n, -config.v_threshold, grad_input=grad_v)
     z = n.add_(config.v_threshold)  # negated, which makes no difference to the built-in surrogates
     derivative = config.surrogate.derivative_(z.neg_() if is_custom else z)
-    return derivative.mul_(through_spike) if grad_v is None else grad_v.addcmul_(through_spike, derivative)
+    return torch.mul(through_spike, derivative, out=out) if grad_v is None else out.addcmul_(through_spike, derivative)
