@@ -1,4 +1,4 @@
-"""The C library's allocator, told to keep what a training step frees for the next step."""
+"""Memory of the host: freed blocks that are kept for the next step, and huge pages."""
 
 import ctypes
 import functools
@@ -44,15 +44,18 @@ def keep_heap() -> bool:
 
 
 def advise_huge_pages(fresh: Tensor) -> Tensor:
-    """Ask for pages of 2 MiB before a new tensor is first written; with 4 KiB pages the faults cost more than the sums.
+    """Ask for pages of 2 MiB before a new tensor is first written: with 4 KiB pages faults may cost more than the rest.
 
-    Nothing is asked for where the tensor is too small to hold such a page, not on a CPU, or the system is not Linux.
+    Nothing is asked for where the tensor is too small to hold such a page, is not on a CPU or belongs to a subclass of
+    ``Tensor``, under ``torch.compile``, and where the system is not Linux.
 
     Args:
         fresh: A contiguous tensor that was just allocated.
 
     Returns:
         The same tensor.
+
+    Source: ``madvise(2)``.
 
     Examples:
         >>> advise_huge_pages(torch.empty(4, 3)).shape

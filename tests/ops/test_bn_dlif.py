@@ -89,11 +89,12 @@ def test_equals_both_written_by_hand(instruction_set, shape, training, v_reset, 
 @needs_kernel
 @pytest.mark.parametrize("shape", [(4, 8, 16, 8, 8), (4, 3, 5, 9, 11), (2, 4, 3, 16, 17), (3, 5, 41, 1, 3)])
 @pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("v_reset", [0.0, None, -0.25])
 @pytest.mark.parametrize("detach_reset", [False, True])
 @pytest.mark.parametrize(("kind", "alpha"), [("triangle", 1.0), ("atan", 2.0), ("sigmoid", 4.0)])
-def test_float32_gradients(instruction_set, shape, training, detach_reset, kind, alpha):
+def test_float32_gradients(instruction_set, shape, training, v_reset, detach_reset, kind, alpha):
     *values, grads, running = random_call(shape)
-    constants = {"decay": 0.99, "v_threshold": 1.0, "v_reset": 0.0, "detach_reset": detach_reset}
+    constants = {"decay": 0.99, "v_threshold": 1.0, "v_reset": v_reset, "detach_reset": detach_reset}
     values = [a.astype(np.float32) for a in values]
     running = [a.astype(np.float32) for a in running]
     expected = by_hand(
@@ -110,7 +111,7 @@ def test_float32_gradients(instruction_set, shape, training, detach_reset, kind,
     np.testing.assert_array_equal(outputs[0].detach(), expected["spikes"])
     for name, tensor in {"x": x, "weight": weight, "bias": bias, "gain": gain, "v_init": v_init}.items():
         scale = np.abs(expected[name]).max()
-        np.testing.assert_allclose(tensor.grad, expected[name], rtol=1e-4, atol=2e-6 * scale, err_msg=name)
+        np.testing.assert_allclose(tensor.grad, expected[name], rtol=1e-4, atol=5e-6 * scale, err_msg=name)
 
 
 def test_defaults_are_those_of_torch():
@@ -209,6 +210,23 @@ def test_nothing_of_the_scratch_gets_into_the_result(instruction_set, monkeypatc
             results.append((spikes, *torch.autograd.grad((spikes * x.detach()).sum(), (x, gain))))
     for a, b in zip(*results, strict=True):
         assert torch.equal(a, b)
+
+
+@needs_kernel
+def test_units_of_many_blocks(instruction_set):
+    torch.manual_seed(0)
+    x = torch.randn(2, 2, 3, 512, 513)  # more than 2^20 neurons: a thread takes over 4096 at once
+    weights, results = torch.randn_like(x), []
+    for backend in ("cpp", "reference"):
+        leaves = [a.requires_grad_() for a in (x.clone(), torch.ones(3), torch.zeros(3), torch.ones(2))]
+        norm = BatchNorm(leaves[1], leaves[2], None, None, use_batch_statistics=True)
+        spikes, _, _ = batch_norm_dlif_multi_step(leaves[0], norm, leaves[3], decay=0.9, backend=backend)
+        results.append((spikes, *torch.autograd.grad((spikes * weights).sum(), leaves)))
+    same = (results[0][0] == results[1][0]).all(0)  # neurons that rounding did not flip
+    assert same.float().mean() > 0.9999
+    torch.testing.assert_close(results[0][1][:, same], results[1][1][:, same], rtol=1e-3, atol=1e-4)
+    for actual, wanted in zip(results[0][2:], results[1][2:], strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-3, atol=1.0)  # sums of a million terms of size one
 
 
 @needs_kernel

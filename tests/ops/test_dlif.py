@@ -159,10 +159,12 @@ def test_memory_formats_are_not_mixed_up(backend):
 @pytest.mark.parametrize("v_reset", [0.0, None, -0.5])
 @pytest.mark.parametrize("from_rest", [True, False])
 @pytest.mark.parametrize("needs", ["spikes", "potential", "potentials", "all"])
-def test_eager_in_several_blocks(monkeypatch, v_reset, from_rest, needs):
+@pytest.mark.parametrize("detach_reset", [False, True])
+@pytest.mark.parametrize("T", [1, 3])
+def test_eager_in_several_blocks(monkeypatch, v_reset, from_rest, needs, detach_reset, T):
     monkeypatch.setattr(eager, "_CPU_BLOCK_LIMIT", 1)
     torch.manual_seed(0)
-    inputs = [torch.randn(3, 2 * 4096 + 17), torch.rand(3) + 0.5]
+    inputs = [torch.randn(T, 2 * 4096 + 17), torch.rand(T) + 0.5]
     if not from_rest:
         inputs.append(torch.randn(2 * 4096 + 17))
     assert len(eager._blocks(inputs[0])) == 3
@@ -170,7 +172,9 @@ def test_eager_in_several_blocks(monkeypatch, v_reset, from_rest, needs):
     results = []
     for backend in ("eager", "reference"):
         leaves = [a.clone().requires_grad_() for a in inputs]
-        outputs = dlif_multi_step(*leaves, decay=0.9, v_reset=v_reset, store_v_seq=True, backend=backend)
+        outputs = dlif_multi_step(
+            *leaves, decay=0.9, v_reset=v_reset, detach_reset=detach_reset, store_v_seq=True, backend=backend
+        )
         torch.manual_seed(1)
         weights = [torch.randn_like(a) for a in outputs]
         grads = torch.autograd.grad([outputs[i] for i in kept], leaves, [weights[i] for i in kept])
@@ -179,6 +183,15 @@ def test_eager_in_several_blocks(monkeypatch, v_reset, from_rest, needs):
         assert torch.equal(a, b)
     for a, b in zip(*(grads for _, grads in results), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_eager_keeps_the_digits_of_long_sums():
+    x = torch.full((1, 1 << 23), 0.1)
+    gain = torch.ones(1, requires_grad=True)
+    spikes, _, _ = dlif_multi_step(x, gain, decay=0.9, backend="eager")
+    spikes.sum().backward()
+    exact = (1 - (1 - x.double())).mul(x.double()).sum()  # triangle at z = 0.1 - 1, times x
+    assert abs(float(gain.grad) / float(exact) - 1) < 1e-5
 
 
 def test_eager_saves_its_inputs_and_nothing_else():

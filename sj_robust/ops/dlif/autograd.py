@@ -29,7 +29,10 @@ class Implementation(Protocol):
         grad_v_seq: Tensor | None,
         needs_v_init: bool,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Gradients of ``x_seq``, ``input_gain`` and, if needed, ``v_init``."""
+        """Gradients of ``x_seq``, ``input_gain`` and, if needed, ``v_init``.
+
+        A gradient that is None is zero; whether its product with an infinite potential is NaN or zero is left open.
+        """
 
 
 class DLIFFunction(torch.autograd.Function):

@@ -155,18 +155,6 @@ template <class S, class C> void write_rows(const C* from, int64_t n, int64_t T,
     for (int64_t i = 0; i < n; ++i) to[i] = Narrow<S, C>::from(from[i]);
 }
 
-// A scratch of one thread, cut into pieces. Sizes: see scratch_elements.
-template <class C> struct Scratch {
-  C* next;
-  C* take(int64_t elements) {
-    C* piece = next;
-    next += elements;
-    return piece;
-  }
-};
-
-template <class C> int64_t scratch_elements(int64_t T) { return T * (5 * BLOCK<C> + LANES<C>) + 4 * BLOCK<C>; }
-
 template <class C, class K> using ForwardFn = void (*)(const ForwardBlock<C>&, const Neuron<C>, K&);
 template <class C, class K> using BackwardFn = void (*)(const BackwardBlock<C>&, const Neuron<C>, K&);
 

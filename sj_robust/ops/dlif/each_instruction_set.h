@@ -1,4 +1,4 @@
-// Includes SJR_BODY once per instruction set, inside namespace sjr::<set>, with SJR_VECTOR_BYTES set to its vector width
+// Includes SJR_BODY once per instruction set, inside namespace sjr::<set>, with SJR_VECTOR_BYTES set to its vector width,
 // SJR_LEVEL to 0, 1 or 2 (a compiler need not define __AVX2__ and the like inside a region with that target), and
 // SJR_UNROLLED to the vectors of two cache lines: SJR_UNROLL lets a loop over vectors handle as many at a time.
 // One source, one object, no per-file compiler flags; no header of the standard library may be included by the body,

@@ -15,7 +15,7 @@ from sj_robust.ops.surrogate import Surrogate
 __all__ = ["backward", "forward", "unavailable_reason", "unsupported_reason"]
 
 _CPU_BLOCK_ELEMENTS = 1 << 21  # per thread and block, over all steps: fewer torch calls outweigh a smaller cache
-_CPU_BLOCK_LIMIT = 1 << 24  # per block, however many threads: 64 MB where potentials need memory of their own
+_CPU_BLOCK_LIMIT = 1 << 24  # per block, however many threads
 
 
 def unavailable_reason() -> str | None:
@@ -89,7 +89,7 @@ def backward(
                 grad_carry = spare.copy_(grad_v_now) if grad_carry is None else grad_carry.add_(grad_v_now)
             grad_h = _grad_charge(n, grad_spike.to(dtype), grad_carry, config, scratch, out=spare)
             torch.mul(grad_h, gain, out=grad_x) if in_place else grad_x.copy_(grad_h * gain)
-            grad_gains.append(torch.dot(grad_h, x.to(dtype)))
+            grad_gains.append(torch.mul(grad_h, x.to(dtype), out=scratch).sum())  # a dot product loses digits
             grad_carry = grad_h.mul_(config.decay)
         grad_gain += torch.stack(grad_gains[::-1])
         if grad_v_init is not None:
@@ -129,7 +129,7 @@ def _advance(
     spike_seq: Tensor | None = None,
     v_seq: Tensor | None = None,
 ) -> None:
-    """Walk through all steps and fill what is given: ``v`` last, ``n_seq`` with the negated charged potentials.
+    """Walk through all steps: the last potential to ``v``, negated charged potentials to ``n_seq``, others if given.
 
     ``n_seq`` may hold the same memory for every step; ``spike`` is scratch where spikes are not written in place.
     """

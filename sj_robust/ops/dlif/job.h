@@ -19,7 +19,7 @@ struct BFloat16 {
 // Potentials, gain and their gradients are in the arithmetic type: double for FLOAT64, float otherwise.
 struct Job {
   int64_t T, M;
-  double decay, leak_current, v_threshold, v_reset, alpha;
+  double decay, leak_current, v_threshold, v_reset, alpha;  // leak_current is 0 unless v_reset is another value
   int32_t soft_reset, detach_reset, surrogate, storage, instruction_set, threads, own_threads;
   const void *x, *gain, *v_init;
   void *s, *v, *v_seq;             // written by the forward pass

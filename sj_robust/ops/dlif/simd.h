@@ -78,11 +78,11 @@ template <class C, int N = LANES<C>> SJR_INLINE C sum_lanes(const C* p) {
   if constexpr (N == 1) {
     return *p;
   } else {
-    typedef C Half __attribute__((vector_size(N / 2 * sizeof(C))));
-    Half low, high;
+    typedef C Piece __attribute__((vector_size(N / 2 * sizeof(C))));
+    Piece low, high;
     std::memcpy(&low, p, sizeof low);
     std::memcpy(&high, p + N / 2, sizeof high);
-    alignas(Half) C sums[N / 2];
+    alignas(Piece) C sums[N / 2];
     low += high;
     std::memcpy(sums, &low, sizeof low);
     return sum_lanes<C, N / 2>(sums);
