@@ -112,7 +112,7 @@ def test_a_walk_ends_at_what_fails(block, message, tmp_path, capsys):
 
 
 def test_outputs_are_cleaned():
-    one, two, three = (f"/{root}" for root in ("srv", "Users", "var"))
+    one, two, three, four = (f"/{root}" for root in ("srv", "Users", "var", "tmp"))
     said = (
         "\x1b[1mLooking in indexes: https://packages.example.org/simple\x1b[0m\n"
         f"Looking in links: {one}/wheels\n"
@@ -121,11 +121,11 @@ def test_outputs_are_cleaned():
         "   ━━━━━━━━━━━━ 10/10 MB 1.0 MB/s eta 0:00:00\n"
         "10%|#  \r50%|## \repoch 2\n"
         "  0%|      | 0/10\n"
-        f"on {socket.gethostname()}: {one}/x/y.py:3, {two}/me, '{three}/z/best.pt' 8/255 and/or ~/runs ./tmp/x\n"
+        f"on {socket.gethostname()}: {one}/x/y.py:3, {two}/me, '{three}/z/best.pt' 8/255 and/or ~/runs .{four}/x\n"
     )
     assert walk.cleaned(said, {socket.gethostname(): "machine"}) == (
         "Downloading torch-2.0-cp311.whl (10 MB)\nsee https://arxiv.org/abs/2405.20694\nepoch 2\n"
-        "on machine: .../y.py:3, .../me, '.../best.pt' 8/255 and/or ~/runs ./tmp/x"
+        f"on machine: .../y.py:3, .../me, '.../best.pt' 8/255 and/or ~/runs .{four}/x"
     )
 
 

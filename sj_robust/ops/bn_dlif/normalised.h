@@ -38,9 +38,7 @@ template <class C, bool GRADIENT, bool TOTALS> struct Normalised {
     Vec<C> vectors = {};
     int64_t i = begin;
     for (; i + W <= end; i += W) vectors += load(from + i);
-    alignas(SJR_VECTOR_BYTES) C lanes[W];
-    store(lanes, vectors);
-    double total = sum_lanes(lanes);
+    double total = sum_vector<C>(vectors);
     for (; i < end; ++i) total += double(from[i]);
     return total;
   }
@@ -128,13 +126,10 @@ template <class C> void add_sample(const C* x, const C* shift, int64_t channels,
         second[k] += d * d;
       }
     }
-    alignas(SJR_VECTOR_BYTES) C lanes[W];
     double total = 0, squares = 0;
     if (i > 0) {
-      store(lanes, first[0] + first[1]);
-      total = sum_lanes(lanes);
-      store(lanes, second[0] + second[1]);
-      squares = sum_lanes(lanes);
+      total = sum_vector<C>(first[0] + first[1]);
+      squares = sum_vector<C>(second[0] + second[1]);
     }
     for (; i < plane; ++i) {
       const double d = double(x[i]) - double(shift[c]);

@@ -1,6 +1,5 @@
-// Includes SJR_BODY once per instruction set, inside namespace sjr::<set>, with SJR_VECTOR_BYTES set to its vector width,
-// SJR_LEVEL to 0, 1 or 2 (a compiler need not define __AVX2__ and the like inside a region with that target), and
-// SJR_UNROLLED to the vectors of two cache lines: SJR_UNROLL lets a loop over vectors handle as many at a time.
+// Includes SJR_BODY once per instruction set, inside namespace sjr::<set>, with SJR_VECTOR_BYTES set to its vector width
+// and SJR_LEVEL to 0, 1 or 2: a compiler need not define __AVX2__ and the like inside a region with that target.
 // One source, one object, no per-file compiler flags; no header of the standard library may be included by the body,
 // so that no function compiled for a newer processor can replace a shared one.
 #if !defined(SJR_BASELINE_BYTES)
@@ -9,23 +8,22 @@
 
 #define SJR_TARGET_INLINE inline __attribute__((always_inline))
 #define SJR_INLINE static SJR_TARGET_INLINE
+// SJR_UNROLL lets a loop over vectors handle two cache lines at a time.
 #define SJR_PRAGMA_OF(text) _Pragma(#text)
 #define SJR_PRAGMA(text) SJR_PRAGMA_OF(text)
 #if defined(__clang__)
-#define SJR_UNROLL SJR_PRAGMA(clang loop unroll_count(SJR_UNROLLED))
+#define SJR_UNROLL SJR_PRAGMA(clang loop unroll_count(128 / SJR_VECTOR_BYTES))
 #else
-#define SJR_UNROLL SJR_PRAGMA(GCC unroll SJR_UNROLLED)
+#define SJR_UNROLL SJR_PRAGMA(GCC unroll 128 / SJR_VECTOR_BYTES)
 #endif
 
 #define SJR_SET baseline
 #define SJR_LEVEL 0
 #define SJR_VECTOR_BYTES SJR_BASELINE_BYTES
-#define SJR_UNROLLED 8
 #include SJR_BODY
 #undef SJR_SET
 #undef SJR_LEVEL
 #undef SJR_VECTOR_BYTES
-#undef SJR_UNROLLED
 
 #if defined(__x86_64__)
 
@@ -38,12 +36,10 @@
 #define SJR_SET avx2
 #define SJR_LEVEL 1
 #define SJR_VECTOR_BYTES 32
-#define SJR_UNROLLED 4
 #include SJR_BODY
 #undef SJR_SET
 #undef SJR_LEVEL
 #undef SJR_VECTOR_BYTES
-#undef SJR_UNROLLED
 #if defined(__clang__)
 #pragma clang attribute pop
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
@@ -55,12 +51,10 @@
 #define SJR_SET avx512
 #define SJR_LEVEL 2
 #define SJR_VECTOR_BYTES 64
-#define SJR_UNROLLED 2
 #include SJR_BODY
 #undef SJR_SET
 #undef SJR_LEVEL
 #undef SJR_VECTOR_BYTES
-#undef SJR_UNROLLED
 #if defined(__clang__)
 #pragma clang attribute pop
 #else

@@ -52,7 +52,7 @@ def forward(
             spike_seq=spike_seq[:, block],
             v_seq=None if v_seq is None else v_seq[:, block],
         )
-    return spike_seq, v, v_seq
+    return spike_seq, v.neg_(), v_seq
 
 
 def backward(
@@ -129,7 +129,7 @@ def _advance(
     spike_seq: Tensor | None = None,
     v_seq: Tensor | None = None,
 ) -> None:
-    """Walk through all steps: the last potential to ``v``, negated charged potentials to ``n_seq``, others if given.
+    """Walk through all steps: negated, the last potential to ``v`` and the charged ones to ``n_seq``; others if given.
 
     ``n_seq`` may hold the same memory for every step; ``spike`` is scratch where spikes are not written in place.
     """
@@ -157,7 +157,6 @@ def _advance(
         _reset(n, spike, config, out=u)
         if v_seq is not None:
             torch.neg(u, out=v_seq[t])
-    v.neg_()
 
 
 def _fire(n: Tensor, config: DLIFConfig, *, out: Tensor) -> None:

@@ -89,6 +89,12 @@ template <class C, int N = LANES<C>> SJR_INLINE C sum_lanes(const C* p) {
   }
 }
 
+template <class C> SJR_INLINE C sum_vector(Vec<C> v) {
+  alignas(SJR_VECTOR_BYTES) C lanes[LANES<C>];
+  store(lanes, v);
+  return sum_lanes(lanes);
+}
+
 // e^x. In float a polynomial, relative error < 2e-7, x clamped to where the result is a normal number; NaN stays NaN.
 SJR_INLINE Vec<float> exponential(Vec<float> x) {
   using U = Simd<float>::U;
