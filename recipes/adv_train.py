@@ -13,14 +13,14 @@ from typing import Any, ClassVar, Literal
 import sj_robust._recipes_installed  # noqa: F401  # isort: skip  # first: names what to install
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from lab.command_line import checked, describe_folder, named_arguments, parse_options, run_recipe, same_names
+from lab.sweeping import idle
 
 from sj_robust import SpikingClassifier, training
-from sj_robust.command_line import checked, describe_folder, named_arguments, parse_options, run_recipe, same_names
 from sj_robust.data import ImageSplits, load_images
 from sj_robust.evaluation import Report, ThreatModel, parse_eps
+from sj_robust.evaluation.drawings import plot_report
 from sj_robust.models import NetworkSpec, build_classifier, start_from
-from sj_robust.plotting import plot_report
-from sj_robust.sweeping import idle
 
 # Options that a resumed run may change, since the weights do not depend on them.
 FREE = {"data_root", "download", "test_limit", "reference", "device", "workers", "checkpoint_steps", "compile",

@@ -29,14 +29,14 @@ from pathlib import Path
 from typing import ClassVar, Literal
 
 import sj_robust._recipes_installed  # noqa: F401  # isort: skip  # first: names what to install
+from lab.benchmarking import SUBJECTS, Measurement, race
+from lab.benchmarking.drawing import plot_benchmark
+from lab.command_line import WrongUse, describe_folder, named_arguments, read_options, run_recipe
 from rich.console import Console
 from rich.table import Table
 
-from sj_robust.benchmarking import SUBJECTS, Measurement, race
-from sj_robust.command_line import WrongUse, describe_folder, named_arguments, read_options, run_recipe
+from sj_robust._console import working
 from sj_robust.evaluation import environment
-from sj_robust.evaluation.terminal import working
-from sj_robust.plotting import plot_benchmark
 
 PEERS = ("snntorch", "norse")
 

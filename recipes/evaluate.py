@@ -15,17 +15,18 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import sj_robust._recipes_installed  # noqa: F401  # isort: skip  # first: names what to install
+from lab.command_line import WrongUse, checked, describe_folder, named_arguments, parse_options, run_recipe
 from rich.console import Console
 
 from sj_robust import training
-from sj_robust.command_line import WrongUse, checked, describe_folder, named_arguments, parse_options, run_recipe
+from sj_robust._console import working
 from sj_robust.data import EVENT_DATASETS, image_loader, load_images
 from sj_robust.evaluation import RobustnessReport, ThreatModel, compare, make_suite, parse_eps
 from sj_robust.evaluation.assess import assess
+from sj_robust.evaluation.drawings import plot_robustness
 from sj_robust.evaluation.html import save_html
 from sj_robust.evaluation.subject import Subject, check_fits, from_checkpoint, from_function
-from sj_robust.evaluation.terminal import Display, show_comparison, show_report, working
-from sj_robust.plotting import plot_robustness
+from sj_robust.evaluation.terminal import Display, show_comparison, show_report
 
 
 @dataclass(frozen=True)

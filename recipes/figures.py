@@ -15,20 +15,20 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from lab.command_line import WrongUse, describe_folder, read_options, run_recipe
+from lab.figures import input_gains, one_neuron, redraw, save_figure, training_curves
+from lab.sweeping import axes_in, cells_of, columns_of, load_records
+from lab.sweeping.plot import plot_effect
 from torch import Tensor
 
 from sj_robust import DLIFNode
+from sj_robust._console import working
 from sj_robust.attacks import pgd
-from sj_robust.command_line import WrongUse, describe_folder, read_options, run_recipe
 from sj_robust.data import load_images
 from sj_robust.evaluation import parse_eps
 from sj_robust.evaluation.subject import Subject, check_fits, from_checkpoint
-from sj_robust.evaluation.terminal import working
-from sj_robust.figures import input_gains, one_neuron, redraw, save_figure, training_curves
 from sj_robust.ops import keep_heap
 from sj_robust.perturbation import IntensityCorrelation, Perturbation, intensity_correlation
-from sj_robust.sweeping import axes_in, cells_of, columns_of, load_records
-from sj_robust.sweeping.plot import plot_effect
 from sj_robust.training import removed_if_unused
 
 Which = Literal["all", "neuron", "gains", "curves", "intensity", "rho"]

@@ -20,12 +20,8 @@ from typing import Any, ClassVar
 import sj_robust._recipes_installed  # noqa: F401  # isort: skip  # first: names what to install
 import torch
 import yaml
-from rich.console import Console
-
-from sj_robust.command_line import checked, describe_folder, named_arguments, read_options, run_recipe
-from sj_robust.evaluation import write_whole
-from sj_robust.evaluation.terminal import working
-from sj_robust.sweeping import (
+from lab.command_line import checked, describe_folder, named_arguments, read_options, run_recipe
+from lab.sweeping import (
     PlannedRun,
     RunRecord,
     axes_of,
@@ -36,8 +32,12 @@ from sj_robust.sweeping import (
     plan_runs,
     seeds_of,
 )
-from sj_robust.sweeping.display import SweepDisplay
-from sj_robust.sweeping.report import write_report
+from lab.sweeping.display import SweepDisplay
+from lab.sweeping.report import write_report
+from rich.console import Console
+
+from sj_robust._console import working
+from sj_robust.evaluation import write_whole
 
 RECIPES = Path(__file__).parent
 SWEEP_FILE = "sweep.yaml"

@@ -14,25 +14,20 @@ from sj_robust.perturbation import MPPDMonitor
 
 if TYPE_CHECKING:  # for type checkers and editors, which do not run __getattr__
     from sj_robust import attacks as attacks
-    from sj_robust import benchmarking as benchmarking
-    from sj_robust import command_line as command_line
     from sj_robust import data as data
     from sj_robust import doctor as doctor
+    from sj_robust import estimators as estimators
     from sj_robust import evaluation as evaluation
-    from sj_robust import figures as figures
-    from sj_robust import fusion as fusion
     from sj_robust import models as models
     from sj_robust import ops as ops
-    from sj_robust import plotting as plotting
+    from sj_robust import randomness as randomness
     from sj_robust import stability as stability
-    from sj_robust import sweeping as sweeping
     from sj_robust import training as training
 
 __all__ = ["DLIFNode", "MPPDMonitor", "SpikingClassifier", "__version__", "replace_neurons"]
 
 _PARTS = frozenset({
-    "attacks", "benchmarking", "command_line", "data", "doctor", "evaluation", "figures", "fusion", "models", "ops",
-    "plotting", "stability", "sweeping", "training",
+    "attacks", "data", "doctor", "estimators", "evaluation", "models", "ops", "randomness", "stability", "training",
 })  # fmt: skip
 
 

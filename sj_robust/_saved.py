@@ -1,15 +1,16 @@
 """How results and checkpoints lie on disk: JSON with a head, files whole or not there, tensors without code."""
 
 import json
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-__all__ = ["known_fields", "load_saved", "load_tensors", "saved_content", "saved_format", "write_whole"]
+__all__ = ["known_fields", "load_saved", "load_tensors", "plain", "saved_content", "saved_format", "write_whole"]
 
 SavedT = TypeVar("SavedT")
 
@@ -148,3 +149,18 @@ def load_tensors(path: Path, *, what: str, remedy: str) -> Any:
             f"{path} cannot be read as {what} ({type(error).__name__}): it is damaged, or holds more than tensors and "
             f"plain values, such as a whole pickled network, which would run code; {remedy}"
         ) from error
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON gives it back: lists for tuples, text for keys, paths and numbers that are not finite."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"a report holds plain data only, got {type(value).__name__}")

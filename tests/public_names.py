@@ -11,10 +11,10 @@ PUBLIC = {
         "check_frames check_images check_labels count_flips craft external fgsm flip_events fools gaussian linf_bounds "
         "pgd project_l2 project_linf random_flips rfgsm salt_and_pepper sapgd square sweep transfer uniform worst_case"
     ),
-    "sj_robust.attacks.estimators": "Applied ESTIMATORS Estimator estimator",
-    "sj_robust.benchmarking": "ALLOCATORS Measurement SUBJECTS Subject Task race",
+    "sj_robust.estimators": "Applied ESTIMATORS Estimator estimator",
+    "lab.benchmarking": "ALLOCATORS Measurement SUBJECTS Subject Task race",
     "sj_robust.classifier": "PoissonEncoder SpikingClassifier SpikingEventClassifier",
-    "sj_robust.command_line": (
+    "lab.command_line": (
         "WrongUse checked describe_folder named_arguments parse_options read_options run_recipe same_names"
     ),
     "sj_robust.data": (
@@ -30,11 +30,11 @@ PUBLIC = {
     "sj_robust.evaluation.html": "save_html to_html",
     "sj_robust.evaluation.subject": "Subject check_fits describe_network from_checkpoint from_function",
     "sj_robust.evaluation.terminal": "Display moving show_comparison show_report working",
-    "sj_robust.figures": (
+    "lab.figures": (
         "FigureData InputGains OneNeuron TrainingCurves draw input_gains load_figure one_neuron redraw save_figure "
         "training_curves"
     ),
-    "sj_robust.fusion": "FusedSequential FusionReport fuse_batch_norm unfuse_batch_norm",
+    "sj_robust.neuron.fusion": "FusedSequential FusionReport fuse_batch_norm unfuse_batch_norm",
     "sj_robust.models": (
         "ConvChain DirectlyEncoded MixedBlock NETWORKS NetworkSpec SmallConvNet VGG VGG_FEATURES WIDE_RESNETS "
         "WideResNet build_classifier build_network build_zoo_network load_published_checkpoint published_names "
@@ -48,20 +48,20 @@ PUBLIC = {
         "membrane_potential ms_mppd neuron_indicators sample_indicators simplified_perturbation spike_train_distance "
         "tasad"
     ),
-    "sj_robust.plotting": "plot_benchmark plot_report plot_robustness robustness_figures",
+    "sj_robust.evaluation.drawings": "plot_benchmark plot_report plot_robustness robustness_figures",
     "sj_robust.stability": (
         "Bound Certificate GainDesign INPUT InputMap LayerCertificate NeuronGains certify gain_penalty gain_scalars "
         "input_maps l2_gain l2_gain_limit neuron_gains optimal_input_gain peak_gain printed_gain time_operator"
     ),
     "sj_robust.stability.plot": "plot_certificate",
-    "sj_robust.sweeping": (
+    "lab.sweeping": (
         "Cell Outcome PlannedRun Recipe RunRecord Statistic axes_in axes_of cells_of columns_of expand idle "
         "load_recipe load_records perform_all plan_runs seeds_of"
     ),
-    "sj_robust.sweeping.display": "SweepDisplay",
-    "sj_robust.sweeping.plot": "plot_effect",
-    "sj_robust.sweeping.published": "PUBLISHED PublishedFigure published",
-    "sj_robust.sweeping.report": "write_report",
+    "lab.sweeping.display": "SweepDisplay",
+    "lab.sweeping.plot": "plot_effect",
+    "lab.sweeping.published": "PUBLISHED PublishedFigure published",
+    "lab.sweeping.report": "write_report",
     "sj_robust.training": (
         "EpochRecord GradientSparsity Journal Losses MODES Mode NonFiniteLossError Objective Passes Penalty "
         "StabilityGain ThresholdGuarding TrainingInterrupted TrainingPlan catastrophic_overfitting check_training "
@@ -73,19 +73,19 @@ PUBLIC = {
 PUBLIC = {module: tuple(names.split()) for module, names in PUBLIC.items()}
 
 NEEDS_RECIPES = {
-    "sj_robust.command_line",
+    "lab.command_line",
     "sj_robust.evaluation.assess",
     "sj_robust.evaluation.html",
     "sj_robust.evaluation.subject",
     "sj_robust.evaluation.terminal",
-    "sj_robust.figures",
-    "sj_robust.plotting",
+    "lab.figures",
+    "sj_robust.evaluation.drawings",
     "sj_robust.stability.plot",
-    "sj_robust.sweeping",
-    "sj_robust.sweeping.display",
-    "sj_robust.sweeping.plot",
-    "sj_robust.sweeping.published",
-    "sj_robust.sweeping.report",
+    "lab.sweeping",
+    "lab.sweeping.display",
+    "lab.sweeping.plot",
+    "lab.sweeping.published",
+    "lab.sweeping.report",
     "sj_robust.training",
 }
 """Modules that need the extra ``recipes``; the others import with what the package itself depends on."""

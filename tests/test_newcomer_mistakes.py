@@ -20,13 +20,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from lab.command_line import run_recipe
 from torch import nn
 
 from sj_robust import DLIFNode, MPPDMonitor, SpikingClassifier, replace_neurons
 from sj_robust._host import functional, layer, neuron, surrogate
 from sj_robust.attacks import fgsm, pgd
 from sj_robust.classifier import SpikingEventClassifier
-from sj_robust.command_line import run_recipe
 from sj_robust.ops.dlif import cupy_launch
 from sj_robust.stability import certify
 

@@ -27,13 +27,13 @@ SHARED = {
 """Names that other files of the package use and users must not, where the module is public."""
 
 WITHOUT_EXAMPLE = {
-    "sj_robust.benchmarking.race": "starts processes for minutes",
-    "sj_robust.command_line.parse_options": "a recipe is its example",
-    "sj_robust.command_line.run_recipe": "ends the process",
-    "sj_robust.command_line.read_options": "a recipe is its example",
+    "lab.benchmarking.race": "starts processes for minutes",
+    "lab.command_line.parse_options": "a recipe is its example",
+    "lab.command_line.run_recipe": "ends the process",
+    "lab.command_line.read_options": "a recipe is its example",
     "sj_robust.doctor.main": "prints what report returns",
-    "sj_robust.sweeping.perform_all": "starts processes for minutes",
-    "sj_robust.sweeping.plan_runs": "needs both recipes",
+    "lab.sweeping.perform_all": "starts processes for minutes",
+    "lab.sweeping.plan_runs": "needs both recipes",
     "sj_robust.training.check_training": "the recipe adv_train.py is its example",
     "sj_robust.training.measured": "the recipe adv_train.py is its example",
     "sj_robust.training.train": "the recipe adv_train.py is its example",
@@ -68,7 +68,7 @@ def test_table_is_what_the_module_says(module):
 
 
 def test_every_part_is_in_the_table_or_internal():
-    internal = {"sj_robust.charging"}
+    internal = {"sj_robust.neuron.charging"}
     parts = {name for name, _ in modules() if name.count(".") == 1 and not is_private(name)}
     assert parts - internal <= set(PUBLIC)
     assert not internal & set(PUBLIC)

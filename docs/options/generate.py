@@ -7,8 +7,8 @@ import importlib
 import sys
 from pathlib import Path
 
-from sj_robust.command_line.description import describe
-from sj_robust.command_line.help import options_page
+from lab.command_line.description import describe
+from lab.command_line.help import options_page
 
 HERE = Path(__file__).parent
 RECIPES = ("adv_train", "evaluate", "sweep", "figures", "benchmark")

@@ -16,36 +16,28 @@ What holds for every one of them:
 
 from sj_robust.attacks.apgd import apgd
 from sj_robust.attacks.bridges import AutoAttackWarning, autoattack, external, square, transfer
+from sj_robust.attacks.call import Attack
 from sj_robust.attacks.checks import check_images, check_labels
 from sj_robust.attacks.events import check_frames, count_flips, flip_events, random_flips
 from sj_robust.attacks.gradient import fgsm, pgd, rfgsm
-from sj_robust.attacks.member import Member, SampleAttack, craft, fools
 from sj_robust.attacks.noise import gaussian, salt_and_pepper, uniform
 from sj_robust.attacks.projection import linf_bounds, project_l2, project_linf
-from sj_robust.attacks.randomness import SampleSeeds
 from sj_robust.attacks.sapgd import sapgd
-from sj_robust.attacks.worst_case import CANDIDATES, Outcome, SweepRow, WorstCase, sweep, worst_case
+from sj_robust.randomness import SampleSeeds
 
 __all__ = [
-    "CANDIDATES",
+    "Attack",
     "AutoAttackWarning",
-    "Member",
-    "Outcome",
-    "SampleAttack",
     "SampleSeeds",
-    "SweepRow",
-    "WorstCase",
     "apgd",
     "autoattack",
     "check_frames",
     "check_images",
     "check_labels",
     "count_flips",
-    "craft",
     "external",
     "fgsm",
     "flip_events",
-    "fools",
     "gaussian",
     "linf_bounds",
     "pgd",
@@ -56,8 +48,6 @@ __all__ = [
     "salt_and_pepper",
     "sapgd",
     "square",
-    "sweep",
     "transfer",
     "uniform",
-    "worst_case",
 ]

@@ -10,9 +10,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sj_robust.attacks._call import Model, Objective
 from sj_robust.attacks._pyautoattack import Ball, Log, Network, Settings, as_images, library, runs, square_run
-from sj_robust.attacks.randomness import Private, SampleDraws, SampleSeeds, draw_seed, seeded_globals
+from sj_robust.attacks.call import Model, Objective
+from sj_robust.randomness import Private, SampleDraws, SampleSeeds, draw_seed, seeded_globals
 
 __all__ = ["ATTACKS", "VERSIONS", "AutoAttackWarning", "run_attacks", "search_squares"]
 

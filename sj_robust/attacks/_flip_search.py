@@ -7,9 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sj_robust.attacks._call import Objective
-from sj_robust.attacks._logits import margin, of_class
-from sj_robust.attacks.randomness import Private, rand
+from sj_robust.attacks.call import Objective
+from sj_robust.attacks.logits import margin, of_class
+from sj_robust.randomness import Private, rand
 
 _TIE = 1e-12  # gains closer than this share of the largest one count as equal
 _EXCHANGED = 0.3  # share of the changes that the first random exchange replaces; falls to a single one

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from sj_robust.attacks._call import Model
 from sj_robust.attacks._square import break_ties, square_rows
+from sj_robust.attacks.call import Model
 from sj_robust.attacks.checks import check_logits
 from sj_robust.attacks.projection import linf_bounds, project_l2
-from sj_robust.attacks.randomness import SampleDraws, SampleSeeds, rand, randn
+from sj_robust.randomness import SampleDraws, SampleSeeds, rand, randn
 
 __all__ = ["Ball", "Log", "Network", "Run", "Settings", "as_images", "library", "runs", "square_run"]
 

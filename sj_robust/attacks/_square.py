@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from sj_robust.attacks._logits import margin
+from sj_robust.attacks.logits import margin
 from sj_robust.attacks.projection import l2_norm, linf_bounds, per_sample, project_l2
-from sj_robust.attacks.randomness import SampleDraws, SampleSeeds, rand
+from sj_robust.randomness import SampleDraws, SampleSeeds, rand
 
 __all__ = ["break_ties", "square_rows"]
 

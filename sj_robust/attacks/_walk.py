@@ -5,9 +5,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sj_robust.attacks._call import Best, Objective
+from sj_robust.attacks.call import Best, Objective
 from sj_robust.attacks.projection import Norm, l2_norm, linf_bounds, per_sample, project_l2
-from sj_robust.attacks.randomness import Private, rand, randn
+from sj_robust.randomness import Private, rand, randn
 
 
 class Walk:

@@ -7,12 +7,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from sj_robust.attacks._call import Best, Loss, Model, Objective, checked_copies, crafting
-from sj_robust.attacks._logits import likeliest_wrong, of_class, without
 from sj_robust.attacks._walk import Walk, border_point, checkpoints, climb
+from sj_robust.attacks.call import Best, Loss, Model, Objective, checked_copies, crafting
 from sj_robust.attacks.checks import check_count
+from sj_robust.attacks.logits import likeliest_wrong, of_class, without
 from sj_robust.attacks.projection import Norm, checked_radius, direction, per_sample
-from sj_robust.attacks.randomness import SampleSeeds
+from sj_robust.randomness import SampleSeeds
 
 __all__ = ["apgd"]
 

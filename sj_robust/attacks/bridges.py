@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust.attacks._autoattack import ATTACKS, VERSIONS, AutoAttackWarning, run_attacks, search_squares
-from sj_robust.attacks._call import Model, checked_copies, crafting
 from sj_robust.attacks._pyautoattack import Ball, Settings, library
+from sj_robust.attacks.call import Model, checked_copies, crafting
 from sj_robust.attacks.checks import check_count, check_model
 from sj_robust.attacks.projection import Norm, checked_radius, l2_norm
-from sj_robust.attacks.randomness import Private, SampleSeeds, draw_seed
+from sj_robust.randomness import Private, SampleSeeds, draw_seed
 
 __all__ = ["AutoAttackWarning", "autoattack", "external", "square", "transfer"]
 

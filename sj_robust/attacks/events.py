@@ -9,11 +9,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from sj_robust.attacks._call import Loss, Model, Objective, crafting
 from sj_robust.attacks._flip_search import Best, Search, Settings, apply_flips, largest, lead, uniform
-from sj_robust.attacks._logits import likeliest_wrong
+from sj_robust.attacks.call import Loss, Model, Objective, crafting
 from sj_robust.attacks.checks import check_count, check_labels, check_logits, check_model, check_size
-from sj_robust.attacks.randomness import Private, SampleDraws, SampleSeeds, check_seeds, private_generator
+from sj_robust.attacks.logits import likeliest_wrong
+from sj_robust.randomness import Private, SampleDraws, SampleSeeds, check_seeds, private_generator
 
 __all__ = ["check_frames", "count_flips", "flip_events", "random_flips"]
 

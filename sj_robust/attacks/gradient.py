@@ -5,10 +5,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from sj_robust.attacks._call import Best, Loss, Model, Objective, checked_copies, crafting
+from sj_robust.attacks.call import Best, Loss, Model, Objective, checked_copies, crafting
 from sj_robust.attacks.checks import check_count, check_size
 from sj_robust.attacks.projection import Norm, checked_radius, direction, l2_norm, linf_bounds, per_sample, project_l2
-from sj_robust.attacks.randomness import Private, SampleSeeds, rand, randn
+from sj_robust.randomness import Private, SampleSeeds, rand, randn
 
 __all__ = ["fgsm", "pgd", "rfgsm"]
 

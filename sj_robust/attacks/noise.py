@@ -7,7 +7,7 @@ from torch import Tensor
 
 from sj_robust.attacks.checks import check_images, check_labels, check_model, check_size
 from sj_robust.attacks.projection import linf_bounds
-from sj_robust.attacks.randomness import SampleSeeds, check_seeds, private_generator, rand, randn
+from sj_robust.randomness import SampleSeeds, check_seeds, private_generator, rand, randn
 
 __all__ = ["gaussian", "salt_and_pepper", "uniform"]
 

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from sj_robust.attacks._call import Best, Loss, Model, Objective, checked_copies, crafting
 from sj_robust.attacks._walk import Walk, border_point, checkpoints, climb
+from sj_robust.attacks.call import Best, Loss, Model, Objective, checked_copies, crafting
 from sj_robust.attacks.checks import check_count, check_size
 from sj_robust.attacks.projection import per_sample
-from sj_robust.attacks.randomness import SampleSeeds
+from sj_robust.randomness import SampleSeeds
 
 __all__ = ["sapgd"]
 

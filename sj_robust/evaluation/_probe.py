@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust.attacks import linf_bounds, pgd, project_l2
-from sj_robust.attacks._call import Model
-from sj_robust.attacks._logits import margin
 from sj_robust.attacks.apgd import apgd
+from sj_robust.attacks.call import Model
 from sj_robust.attacks.checks import check_logits
-from sj_robust.attacks.estimators import estimator
+from sj_robust.attacks.logits import margin
 from sj_robust.attacks.projection import l2_norm, per_sample
-from sj_robust.attacks.randomness import SampleSeeds, seeded_globals
+from sj_robust.estimators import estimator
 from sj_robust.evaluation.threat import ThreatModel
+from sj_robust.randomness import SampleSeeds, seeded_globals
 
 __all__ = ["Gradients", "Model", "Probe"]
 

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sj_robust.charging import emits_spikes, is_neuron
-from sj_robust.evaluation._from_reset import from_reset
+from sj_robust._from_reset import from_reset
+from sj_robust.neuron.charging import emits_spikes, is_neuron
 
 __all__ = ["LayerActivity", "firing"]
 

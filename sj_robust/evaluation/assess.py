@@ -13,16 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sj_robust._environment import device_of, environment
 from sj_robust.attacks.apgd import apgd
 from sj_robust.attacks.bridges import transfer
 from sj_robust.attacks.events import check_frames, flip_events
-from sj_robust.attacks.member import SampleAttack, scored
-from sj_robust.attacks.randomness import SampleSeeds
-from sj_robust.attacks.worst_case import Member, fools, sweep
 from sj_robust.evaluation.activity import firing
-from sj_robust.evaluation.environment import device_of, environment
 from sj_robust.evaluation.eps import eps_text
 from sj_robust.evaluation.masking import diagnose
+from sj_robust.evaluation.member import SampleAttack, scored
 from sj_robust.evaluation.outcome import SuiteOutcome
 from sj_robust.evaluation.progress import Position, stage
 from sj_robust.evaluation.robustness_report import RobustnessReport
@@ -30,6 +28,8 @@ from sj_robust.evaluation.runner import Batches, data_fingerprint, network_finge
 from sj_robust.evaluation.subject import Subject, describe_network
 from sj_robust.evaluation.suites import Suite, SuiteName, SweepSettings, expectation, make_suite
 from sj_robust.evaluation.threat import ThreatModel
+from sj_robust.evaluation.worst_case import Member, fools, sweep
+from sj_robust.randomness import SampleSeeds
 
 __all__ = ["assess"]
 

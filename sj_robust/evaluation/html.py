@@ -10,9 +10,9 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure as Drawing
 
 from sj_robust._saved import write_whole
+from sj_robust.evaluation.drawings import BLUE, GREY, ORANGE, robustness_figures
 from sj_robust.evaluation.robustness_report import Figure, RobustnessReport
 from sj_robust.evaluation.verdict import alarms, masked, remarks
-from sj_robust.plotting import BLUE, GREY, ORANGE, robustness_figures
 
 __all__ = ["save_html", "to_html"]
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sj_robust.attacks.randomness import seeded_globals
 from sj_robust.perturbation import MPPDMonitor
+from sj_robust.randomness import seeded_globals
 
 __all__ = ["layer_perturbation"]
 

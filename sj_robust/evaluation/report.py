@@ -1,13 +1,11 @@
 """The result of an evaluation as a file that loads back equal."""
 
 import json
-import math
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sj_robust._saved import known_fields, load_saved, saved_content, write_whole
+from sj_robust._saved import known_fields, load_saved, plain, saved_content, write_whole
 from sj_robust.evaluation.threat import ThreatModel
 
 __all__ = ["Report", "Score"]
@@ -145,18 +143,3 @@ class Report:
     def load(cls, path: Path) -> "Report":
         """The report that :meth:`save` wrote; raises as :meth:`from_json`, naming the file."""
         return load_saved(path, cls.from_json)
-
-
-def plain(value: Any) -> Any:
-    """The value as JSON gives it back: lists for tuples, text for keys, paths and numbers that are not finite."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return str(value)
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    if isinstance(value, Path):
-        return str(value)
-    raise TypeError(f"a report holds plain data only, got {type(value).__name__}")

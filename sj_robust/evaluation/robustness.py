@@ -1,26 +1,18 @@
 """Accuracy of a classifier, clean and under attack."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
+from sj_robust._environment import device_of
 from sj_robust._preserved import evaluation_mode
-from sj_robust.attacks import check_images, check_labels
-from sj_robust.attacks.randomness import SampleSeeds, seeded_globals
-from sj_robust.evaluation.environment import device_of
+from sj_robust.attacks import Attack, check_images, check_labels
 from sj_robust.evaluation.report import Report, Score
 from sj_robust.evaluation.threat import ThreatModel
+from sj_robust.randomness import seeded_globals
 
-__all__ = ["Attack", "accuracy", "evaluate"]
-
-
-class Attack(Protocol):
-    """An attack with its budget already given, such as ``functools.partial(fgsm, eps=0.1)``."""
-
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | SampleSeeds) -> Tensor:
-        """Perturbed images."""
+__all__ = ["accuracy", "evaluate"]
 
 
 def evaluate(

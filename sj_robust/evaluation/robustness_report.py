@@ -6,11 +6,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from sj_robust._saved import known_fields, load_saved, saved_content, write_whole
+from sj_robust._saved import known_fields, load_saved, plain, saved_content, write_whole
 from sj_robust.evaluation.eps import parse_eps
 from sj_robust.evaluation.intervals import wilson_interval
 from sj_robust.evaluation.outcome import MemberOutcome
-from sj_robust.evaluation.report import plain
 from sj_robust.evaluation.verdict import alarms, masked
 
 __all__ = ["Figure", "RobustnessReport"]

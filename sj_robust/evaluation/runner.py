@@ -9,15 +9,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from sj_robust._environment import device_of, environment
 from sj_robust._preserved import evaluation_mode
 from sj_robust.attacks import check_images, check_labels
-from sj_robust.attacks.randomness import SampleSeeds
-from sj_robust.attacks.worst_case import Member, craft, fools
-from sj_robust.evaluation.environment import device_of, environment
 from sj_robust.evaluation.fingerprint import description, fingerprint
 from sj_robust.evaluation.outcome import MemberOutcome, SuiteOutcome
 from sj_robust.evaluation.potential import layer_perturbation
 from sj_robust.evaluation.progress import BatchLog, Clock, Position, Progress
+from sj_robust.evaluation.worst_case import Member, craft, fools
+from sj_robust.randomness import SampleSeeds
 
 __all__ = [
     "Budget",

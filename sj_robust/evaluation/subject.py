@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.models import NetworkSpec, build_classifier, set_time_steps
+from sj_robust.models.checkpoint import load_checkpoint
 from sj_robust.models.foreign import find_function, reason
-from sj_robust.training.checkpoint import load_checkpoint
 
 __all__ = ["Subject", "check_fits", "describe_network", "from_checkpoint", "from_function"]
 

@@ -13,11 +13,11 @@ from sj_robust.attacks.bridges import autoattack, square
 from sj_robust.attacks.checks import check_count
 from sj_robust.attacks.events import flip_events, random_flips
 from sj_robust.attacks.gradient import fgsm, pgd
-from sj_robust.attacks.member import Member, SampleAttack
 from sj_robust.attacks.noise import gaussian
 from sj_robust.attacks.sapgd import sapgd
-from sj_robust.attacks.worst_case import CANDIDATES
+from sj_robust.evaluation.member import Member, SampleAttack
 from sj_robust.evaluation.threat import ThreatModel
+from sj_robust.evaluation.worst_case import CANDIDATES
 
 __all__ = ["Suite", "SuiteName", "SweepSettings", "make_suite"]
 

@@ -1,8 +1,7 @@
 """A robustness report, a comparison and the progress of work on the terminal; needs rich."""
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import TracebackType
 from typing import Self
 
@@ -12,15 +11,13 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 from rich.table import Table
 from rich.text import Text
 
+from sj_robust._console import PAUSE, duration, moving
 from sj_robust.evaluation.comparison import Comparison
 from sj_robust.evaluation.progress import Position
 from sj_robust.evaluation.robustness_report import Figure, RobustnessReport
 from sj_robust.evaluation.verdict import alarms, masked, remarks
 
-__all__ = ["Display", "moving", "show_comparison", "show_report", "working"]
-
-_PAUSE = 20.0
-"""Seconds between lines of progress where there is no terminal."""
+__all__ = ["Display", "show_comparison", "show_report"]
 
 
 def show_report(report: RobustnessReport, console: Console) -> None:
@@ -91,68 +88,6 @@ def show_comparison(comparison: Comparison, console: Console) -> None:
     console.print("* the interval leaves out 0", style="dim")
 
 
-@contextmanager
-def working(text: str, console: Console | None = None, *, total: int | None = None) -> Iterator[Callable[[], None]]:
-    r"""Show that something is being done: what, for how long, and how much of it. 显示正在进行的工作。
-
-    On a terminal that can move its cursor a line with a spinner, which disappears in the end; elsewhere the text once,
-    and where the number of steps is known, a line now and then with the time left.
-
-    Args:
-        text: What is done.
-        console: Where to show it; None makes one, a quiet one shows nothing.
-        total: Number of steps; None where it is not known.
-
-    Yields:
-        A function to call after every step.
-
-    Examples:
-        >>> import io
-        >>> console = Console(file=io.StringIO())
-        >>> with working("adding", console, total=2) as step:
-        ...     step()
-        >>> console.file.getvalue()
-        'adding\n'
-    """
-    console = console or Console(highlight=False, soft_wrap=True)
-    if not console.is_interactive:
-        console.print(text, markup=False)
-    bar = () if total is None else (BarColumn(bar_width=12), TextColumn("{task.completed}/{task.total}"))
-    columns = (SpinnerColumn("line"), TextColumn("{task.description}", markup=False), *bar, TimeElapsedColumn())
-    started = said = time.monotonic()
-    done = 0
-    with Progress(*columns, console=console, disable=not moving(console), transient=True) as progress:
-        task = progress.add_task(text, total=total)
-
-        def step() -> None:
-            nonlocal done, said
-            done += 1
-            progress.advance(task)
-            now = time.monotonic()
-            if progress.disable and total is not None and done < total and now - said > _PAUSE:
-                said = now
-                left = _duration((now - started) / done * (total - done))
-                console.print(f"{text}: {done}/{total}, {left} left", markup=False)
-
-        yield step
-
-
-def moving(console: Console) -> bool:
-    """Whether a bar can be shown: on a terminal that moves its cursor, as neither a file nor ``TERM=dumb`` does.
-
-    能否显示进度条。
-
-    Args:
-        console: The console; a quiet one shows nothing.
-
-    Examples:
-        >>> import io
-        >>> moving(Console(file=io.StringIO()))
-        False
-    """
-    return console.is_interactive and not console.quiet
-
-
 class Display:
     """Progress of an evaluation: a bar with the time left on a terminal, elsewhere a line now and then. 评估进度显示。
 
@@ -205,7 +140,7 @@ class Display:
 
     def on_step(self, position: Position) -> None:
         """Show where the evaluation stands."""
-        left = f"{_duration(position.seconds_left)} left"
+        left = f"{duration(position.seconds_left)} left"
         batch = f"{position.batch + 1}/{position.batches}"
         if not self._progress.disable:
             self._progress.update(
@@ -215,7 +150,7 @@ class Display:
                 description=position.member,
                 left=f"batch {batch}, {left}",
             )
-        elif time.monotonic() - self._last > _PAUSE:
+        elif time.monotonic() - self._last > PAUSE:
             self._last = time.monotonic()
             done = 100 * position.done / position.total
             self._console.print(f"{done:.0f} % done, batch {batch}, {position.member}, {left}", markup=False)
@@ -232,11 +167,3 @@ def _style(figure: Figure) -> str:
     if figure.kind in ("worst case", "everything"):
         return "bold"
     return "dim" if figure.name.startswith("control/") else ""
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes} min"
-    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

@@ -9,7 +9,6 @@ from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import nn
 
 from sj_robust.classifier import SpikingClassifier, SpikingEventClassifier
-from sj_robust.fusion import fuse_batch_norm
 from sj_robust.models.direct import DirectlyEncoded
 from sj_robust.models.foreign import call_with_known, find_function
 from sj_robust.models.small import SmallConvNet
@@ -17,6 +16,7 @@ from sj_robust.models.vgg import VGG, VGG_FEATURES
 from sj_robust.models.wide_resnet import WIDE_RESNETS, WideResNet
 from sj_robust.models.zoo import build_zoo_network
 from sj_robust.neuron import DLIFNode, replace_neurons
+from sj_robust.neuron.fusion import fuse_batch_norm
 
 __all__ = ["NETWORKS", "NetworkSpec", "build_classifier", "build_network"]
 

@@ -8,8 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sj_robust.charging import Neuron
-from sj_robust.perturbation._pair import LayerPair
+from sj_robust.neuron.charging import Neuron
+from sj_robust.perturbation.pair import LayerPair
 
 __all__ = ["Layers", "NeuronHook", "Recording", "RunKind"]
 

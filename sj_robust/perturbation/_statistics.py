@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sj_robust.charging import Neuron
+from sj_robust.neuron.charging import Neuron
 from sj_robust.perturbation import dynamics
 
 __all__ = ["LayerStats", "LayerTotals", "LayerTrace", "PairStatistics"]

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust._saved import known_fields, saved_content
-from sj_robust.perturbation._association import Association, auroc, pearson, spearman
 from sj_robust.perturbation._recording import Layers
+from sj_robust.perturbation.association import Association, auroc, pearson, spearman
 from sj_robust.perturbation.indicators import neuron_indicators, over_neurons
 from sj_robust.perturbation.monitor import MPPDMonitor
 

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from sj_robust._host import functional
 from sj_robust._preserved import evaluation_mode
-from sj_robust.charging import NeuronKey, find_neurons
-from sj_robust.perturbation._pair import Indicator, LayerPair
+from sj_robust.neuron.charging import NeuronKey, find_neurons
 from sj_robust.perturbation._recording import Layers, NeuronHook, Recording, RunKind
 from sj_robust.perturbation._statistics import LayerStats, LayerTotals
+from sj_robust.perturbation.pair import Indicator, LayerPair
 
 __all__ = ["MPPDMonitor"]
 

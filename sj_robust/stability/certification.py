@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust._preserved import preserved
-from sj_robust.charging import find_neurons
 from sj_robust.classifier import SpikingClassifier
+from sj_robust.neuron.charging import find_neurons
 from sj_robust.stability._affine import full_precision
 from sj_robust.stability._measure import Moved, first_frame, measure
 from sj_robust.stability.certificate import Bound, Certificate, LayerCertificate

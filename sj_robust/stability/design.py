@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from sj_robust.charging import Charging, find_neurons
+from sj_robust.neuron.charging import Charging, find_neurons
 from sj_robust.stability.gain import l2_gain, neuron_gains, peak_gain, time_operator
 
 __all__ = ["GainDesign", "gain_penalty", "gain_scalars", "optimal_input_gain"]

@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from sj_robust.charging import Charging
+from sj_robust.neuron.charging import Charging
 
 __all__ = [
     "NeuronGains",
@@ -192,7 +192,8 @@ def neuron_gains(charging: Charging, T: int) -> NeuronGains:
     """Every gain of one neuron over T steps, from the way it charges. 单个神经元的各种增益。
 
     Args:
-        charging: Decay and gains as :func:`sj_robust.charging.find_neurons` reads them: of an IF, LIF, PLIF or DLIF.
+        charging: Decay and gains of an IF, LIF, PLIF or DLIF, as
+            :func:`sj_robust.neuron.charging.find_neurons` reads them.
         T: Number of time steps, at most the number of learnable gains.
 
     Returns:

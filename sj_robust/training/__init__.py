@@ -1,7 +1,7 @@
 """The objective, the epoch loop on Accelerate, and checkpoints; needs the extra ``recipes``."""
 
 import sj_robust._recipes_installed  # noqa: F401  # says what to install if one of its packages is missing
-from sj_robust.training.checkpoint import load_checkpoint, save_checkpoint
+from sj_robust.models.checkpoint import load_checkpoint, save_checkpoint
 from sj_robust.training.engine import NonFiniteLossError, TrainingInterrupted, TrainingPlan, check_training, train
 from sj_robust.training.final import measured
 from sj_robust.training.folder import open_run_folder, removed_if_unused, run_to_resume

@@ -11,12 +11,12 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sj_robust._preserved import preserved
-from sj_robust.attacks.randomness import SampleSeeds
+from sj_robust.attacks import Attack
 from sj_robust.data import ImageSplits, ShuffledBatches
-from sj_robust.evaluation import Attack
+from sj_robust.models.checkpoint import load_run
+from sj_robust.randomness import SampleSeeds
 from sj_robust.training._run import NonFiniteLossError, TrainingRun, check_outputs
 from sj_robust.training.batch_norm import synchronised_batch_norm
-from sj_robust.training.checkpoint import load_run
 from sj_robust.training.compilation import compiled
 from sj_robust.training.history import EpochRecord, catastrophic_overfitting
 from sj_robust.training.journal import Journal

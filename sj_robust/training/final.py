@@ -3,9 +3,10 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 
+from sj_robust.attacks import Attack
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.data import ImageSplits, image_loader
-from sj_robust.evaluation import Attack, Report, ThreatModel, evaluate
+from sj_robust.evaluation import Report, ThreatModel, evaluate
 from sj_robust.training.history import EpochRecord, catastrophic_overfitting
 from sj_robust.training.journal import Journal
 

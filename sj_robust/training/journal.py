@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
-from sj_robust.evaluation.environment import environment
-from sj_robust.evaluation.terminal import moving, working
+from sj_robust._console import moving, working
+from sj_robust._environment import environment
 from sj_robust.training.history import EpochRecord
 
 __all__ = ["Journal"]

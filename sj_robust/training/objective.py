@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sj_robust.attacks.randomness import seeded_globals
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.perturbation import MPPDMonitor
-from sj_robust.perturbation._pair import Indicator
+from sj_robust.perturbation.pair import Indicator
+from sj_robust.randomness import seeded_globals
 from sj_robust.training.penalties import Passes, Penalty
 
 __all__ = ["LossName", "Losses", "Objective"]

@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sj_robust.attacks._logits import without
-from sj_robust.charging import Neuron, find_neurons
+from sj_robust.attacks.logits import without
 from sj_robust.classifier import SpikingClassifier
+from sj_robust.neuron.charging import Neuron, find_neurons
 from sj_robust.perturbation import dynamics
 
 __all__ = ["GradientSparsity", "Passes", "Penalty", "ThresholdGuarding"]

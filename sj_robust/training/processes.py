@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs
 from rich.console import Console
 
-from sj_robust.evaluation.terminal import working
+from sj_robust._console import working
 from sj_robust.ops import keep_heap
 
 __all__ = ["first_process_first", "make_accelerator"]

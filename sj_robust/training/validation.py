@@ -7,9 +7,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
+from sj_robust.attacks import Attack
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.data import image_loader
-from sj_robust.evaluation import Attack, accuracy
+from sj_robust.evaluation import accuracy
 from sj_robust.perturbation import MPPDMonitor
 from sj_robust.stability import certify, gain_scalars
 from sj_robust.training.random_state import mixed

@@ -21,8 +21,8 @@ from attacks.estimators_by_hand import (
 
 from sj_robust import SpikingClassifier
 from sj_robust._host import functional, surrogate
-from sj_robust.attacks.estimators import estimator, memory
-from sj_robust.attacks.estimators.shapes import SHAPES, keeping_values
+from sj_robust.estimators import estimator, memory
+from sj_robust.estimators.shapes import SHAPES, keeping_values
 
 NAMES = (
     "training", "triangle:0.5", "triangle:2", "atan:4", "sigmoid:4", "rectangle:1", "rectangle:0.3", "exponential:2",

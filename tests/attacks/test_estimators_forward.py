@@ -14,9 +14,9 @@ from torch import nn
 from sj_robust import SpikingClassifier, ops
 from sj_robust._host import EVAL_MODE_HAS_NO_GRADIENT, functional, neuron, surrogate
 from sj_robust.attacks import pgd
-from sj_robust.attacks.estimators import ESTIMATORS, estimator
-from sj_robust.fusion import FusedSequential, fuse_batch_norm
+from sj_robust.estimators import ESTIMATORS, estimator
 from sj_robust.neuron import DLIFNode
+from sj_robust.neuron.fusion import FusedSequential, fuse_batch_norm
 
 T = 3
 SAME_VALUES = [name for name in ESTIMATORS if name != "cba"]

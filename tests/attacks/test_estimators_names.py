@@ -10,7 +10,7 @@ from torch import nn
 
 from sj_robust import SpikingClassifier
 from sj_robust._host import base, neuron, surrogate
-from sj_robust.attacks.estimators import ESTIMATORS, Estimator, estimator
+from sj_robust.estimators import ESTIMATORS, Estimator, estimator
 from sj_robust.neuron import DLIFNode
 
 MORE = (

@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from sj_robust.attacks import Member, SampleSeeds, count_flips, craft, flip_events, random_flips, worst_case
+from sj_robust.attacks import SampleSeeds, count_flips, flip_events, random_flips
 from sj_robust.attacks._flip_search import Best
+from sj_robust.evaluation import Member, craft, worst_case
 from sj_robust.evaluation.runner import run_suite
 from sj_robust.evaluation.threat import ThreatModel
 

@@ -9,8 +9,9 @@ from attacks.moving_bars import EVENT_ATTACKS, SIZE, T, frames, moving_bars, spi
 from attacks.table import linear_model
 from torch import Tensor, nn
 
-from sj_robust.attacks import SampleSeeds, check_frames, count_flips, flip_events, fools, random_flips
+from sj_robust.attacks import SampleSeeds, check_frames, count_flips, flip_events, random_flips
 from sj_robust.classifier import SpikingEventClassifier
+from sj_robust.evaluation import fools
 
 
 @pytest.fixture(scope="module")

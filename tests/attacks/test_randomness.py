@@ -6,7 +6,7 @@ from attacks.table import ATTACKS, linear_model
 from torch import nn
 
 from sj_robust.attacks import SampleSeeds, fgsm, gaussian
-from sj_robust.attacks.randomness import _splitmix64, private_generator, rand, randn
+from sj_robust.randomness import _splitmix64, private_generator, rand, randn
 
 SEEDS = SampleSeeds([11, 12, 13, 14, 15, 16, 17])
 CPU = torch.device("cpu")

@@ -11,7 +11,8 @@ import torch
 from attacks.table import MODELS, linear_model
 from torch import nn
 
-from sj_robust.attacks import Member, SampleSeeds, craft, fgsm, fools, gaussian, pgd, sweep, worst_case
+from sj_robust.attacks import SampleSeeds, fgsm, gaussian, pgd
+from sj_robust.evaluation import Member, craft, fools, sweep, worst_case
 
 EPS = 0.1
 
@@ -351,7 +352,7 @@ def stand_ins(monkeypatch):
             raise ValueError(f"unknown estimator {name!r}")
         return Scaled(pixels[name.removesuffix("+detach")])
 
-    module = ModuleType("sj_robust.attacks.estimators")
+    module = ModuleType("sj_robust.estimators")
     module.estimator = estimator
     monkeypatch.setitem(sys.modules, module.__name__, module)
 

@@ -12,9 +12,9 @@ from torch import nn
 
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.attacks import fgsm, gaussian, pgd
-from sj_robust.attacks.worst_case import Member
 from sj_robust.evaluation.runner import run_suite
 from sj_robust.evaluation.threat import ThreatModel
+from sj_robust.evaluation.worst_case import Member
 
 EPS = 0.1
 THREAT = ThreatModel("Linf", EPS)

@@ -10,7 +10,7 @@ from torch import nn
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.classifier import PoissonEncoder
 from sj_robust.evaluation import LayerActivity, firing
-from sj_robust.fusion import FusedSequential, fuse_batch_norm
+from sj_robust.neuron.fusion import FusedSequential, fuse_batch_norm
 
 torch.set_num_threads(1)
 T = 3

@@ -10,8 +10,17 @@ from attacks.moving_bars import TrainedOnBars, frames, moving_bars, trained_mode
 from torch import nn
 
 from sj_robust import SpikingClassifier
-from sj_robust.attacks import Member, SampleSeeds, count_flips, craft, flip_events, random_flips, worst_case
-from sj_robust.evaluation import RobustnessReport, SweepSettings, ThreatModel, diagnose, make_suite
+from sj_robust.attacks import SampleSeeds, count_flips, flip_events, random_flips
+from sj_robust.evaluation import (
+    Member,
+    RobustnessReport,
+    SweepSettings,
+    ThreatModel,
+    craft,
+    diagnose,
+    make_suite,
+    worst_case,
+)
 from sj_robust.evaluation import assess as whole
 from sj_robust.evaluation.eps import eps_text, parse_eps
 from sj_robust.evaluation.subject import Subject
@@ -216,8 +225,8 @@ class TestReport:
 
     def test_page_and_figures_speak_of_events(self, report):
         pytest.importorskip("matplotlib", reason="figures need the extra `recipes`")
+        from sj_robust.evaluation.drawings import robustness_figures
         from sj_robust.evaluation.html import to_html
-        from sj_robust.plotting import robustness_figures
 
         page = to_html(report)
         assert "L0, at most 10 events added or removed" in page

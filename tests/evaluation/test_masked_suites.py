@@ -5,8 +5,8 @@ import torch
 from evaluation import masked
 from torch import Tensor, nn
 
-from sj_robust.attacks import SampleSeeds, sweep, worst_case
-from sj_robust.evaluation import ThreatModel, make_suite
+from sj_robust.attacks import SampleSeeds
+from sj_robust.evaluation import ThreatModel, make_suite, sweep, worst_case
 
 pytest.importorskip("sklearn.datasets", reason="scikit-learn (extra `recipes`) holds the digits")
 torch.set_num_threads(1)

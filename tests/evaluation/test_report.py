@@ -3,7 +3,7 @@ import json
 import pytest
 
 from sj_robust.evaluation import Report, Score, ThreatModel
-from sj_robust.plotting import plot_report
+from sj_robust.evaluation.drawings import plot_report
 
 
 def report():

@@ -7,12 +7,12 @@ from evaluation.reports import finding, member, report
 from rich.console import Console
 
 from sj_robust.evaluation.comparison import compare
+from sj_robust.evaluation.drawings import plot_robustness
 from sj_robust.evaluation.intervals import paired_difference_interval, wilson_interval
 from sj_robust.evaluation.progress import Position
 from sj_robust.evaluation.robustness_report import RobustnessReport
 from sj_robust.evaluation.terminal import Display, show_comparison, show_report
 from sj_robust.evaluation.verdict import alarms, masked, remarks
-from sj_robust.plotting import plot_robustness
 
 
 def test_figures_counted_by_hand():

@@ -6,9 +6,8 @@ import pytest
 from evaluation.suite_run import Net, batches, classifier, images
 
 from sj_robust import SpikingClassifier
-from sj_robust.attacks import Member
 from sj_robust.classifier import PoissonEncoder
-from sj_robust.evaluation import ThreatModel, make_suite, run_suite
+from sj_robust.evaluation import Member, ThreatModel, make_suite, run_suite
 from sj_robust.evaluation.assess import assess
 from sj_robust.evaluation.subject import Subject
 

@@ -10,8 +10,8 @@ from torch import nn
 
 from sj_robust import SpikingClassifier
 from sj_robust._host import surrogate
-from sj_robust.attacks import CANDIDATES, Member, SampleSeeds, sweep, worst_case
-from sj_robust.evaluation import Suite, ThreatModel, make_suite
+from sj_robust.attacks import SampleSeeds
+from sj_robust.evaluation import CANDIDATES, Member, Suite, ThreatModel, make_suite, sweep, worst_case
 
 EIGHT = ThreatModel("Linf", 8 / 255)
 ALL = ("paper", "fast", "standard", "autoattack")

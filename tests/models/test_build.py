@@ -8,7 +8,7 @@ from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.classifier import SpikingEventClassifier
 from sj_robust.evaluation.subject import from_checkpoint
 from sj_robust.models import NETWORKS, ConvChain, NetworkSpec, WideResNet, build_classifier, build_network, zoo_networks
-from sj_robust.training.checkpoint import save_checkpoint
+from sj_robust.models.checkpoint import save_checkpoint
 
 OWN = """
 from spikingjelly.activation_based import functional, layer, neuron

@@ -8,7 +8,7 @@ from spikingjelly.activation_based.model import spiking_resnet
 
 from sj_robust import DLIFNode, SpikingClassifier, replace_neurons
 from sj_robust.models import NetworkSpec, build_classifier, start_from
-from sj_robust.training.checkpoint import save_checkpoint
+from sj_robust.models.checkpoint import save_checkpoint
 
 
 def pretrained(path, spec):

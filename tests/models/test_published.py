@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from sj_robust.evaluation.subject import from_checkpoint
 from sj_robust.models import load_published_checkpoint
-from sj_robust.training.checkpoint import save_checkpoint
+from sj_robust.models.checkpoint import save_checkpoint
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 

@@ -77,7 +77,7 @@ def check_robustness():
 
     from sj_robust import DLIFNode, MPPDMonitor, SpikingClassifier, replace_neurons
     from sj_robust.attacks import pgd
-    from sj_robust.attacks.estimators import estimator
+    from sj_robust.estimators import estimator
     from sj_robust.evaluation import ThreatModel, accuracy
     from sj_robust.stability import certify
 

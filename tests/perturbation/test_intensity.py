@@ -13,7 +13,7 @@ from torch import nn
 
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.perturbation import MPPDMonitor
-from sj_robust.perturbation._association import auroc, pearson, ranks, spearman
+from sj_robust.perturbation.association import auroc, pearson, ranks, spearman
 from sj_robust.perturbation.indicators import INDICATORS, neuron_indicators, sample_indicators
 from sj_robust.perturbation.intensity import IntensityCorrelation, intensity_correlation
 

@@ -6,15 +6,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from lab.command_line import same_names
+from lab.sweeping import expand, load_recipe, plan_runs, seeds_of
+from lab.sweeping.grid import simplified
+from lab.sweeping.presets import preset_files, write_presets
+from lab.sweeping.published import PUBLISHED
 
 from sj_robust import SpikingClassifier, training
-from sj_robust.command_line import same_names
 from sj_robust.evaluation.eps import parse_eps
 from sj_robust.models import NetworkSpec, build_network
-from sj_robust.sweeping import expand, load_recipe, plan_runs, seeds_of
-from sj_robust.sweeping.grid import simplified
-from sj_robust.sweeping.presets import preset_files, write_presets
-from sj_robust.sweeping.published import PUBLISHED
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 CONFIGS = RECIPES / "configs"

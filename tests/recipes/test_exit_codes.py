@@ -12,8 +12,7 @@ from pathlib import Path
 import launch
 import pytest
 from accelerate.state import AcceleratorState
-
-from sj_robust.command_line import run_recipe
+from lab.command_line import run_recipe
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ("adv_train", "evaluate", "sweep", "figures", "benchmark")

@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from lab.command_line import run_recipe
+from lab.figures import InputGains, draw, input_gains, load_figure, one_neuron, save_figure, training_curves
+from lab.sweeping import RunRecord
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
 
-from sj_robust.command_line import run_recipe
 from sj_robust.evaluation import Report, ThreatModel
 from sj_robust.evaluation.subject import Subject, from_checkpoint
-from sj_robust.figures import InputGains, draw, input_gains, load_figure, one_neuron, save_figure, training_curves
 from sj_robust.models import NetworkSpec, build_network
 from sj_robust.perturbation.indicators import INDICATORS
 from sj_robust.perturbation.intensity import IntensityCorrelation
-from sj_robust.sweeping import RunRecord
 from sj_robust.training import EpochRecord, save_checkpoint
 
 ROOT = Path(__file__).parents[2]

@@ -7,11 +7,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
+from lab.command_line.description import describe
+from lab.command_line.help import COMMON, help_text
+from lab.command_line.options import SWITCHES
+from lab.command_line.parser import RecipeParser
 
-from sj_robust.command_line.description import describe
-from sj_robust.command_line.help import COMMON, help_text
-from sj_robust.command_line.options import SWITCHES
-from sj_robust.command_line.parser import RecipeParser
 from sj_robust.data import DATASETS
 
 ROOT = Path(__file__).parents[2]

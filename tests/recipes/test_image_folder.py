@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
+from lab.sweeping import load_recipe
 
 from sj_robust.data import load_images
-from sj_robust.sweeping import load_recipe
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "concepts" / "data.md"

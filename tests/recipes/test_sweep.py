@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 import yaml
+from lab.sweeping import Outcome, RunRecord, load_recipe
+from lab.sweeping.perform import perform
 from sweeping.fakes import write_fakes
-
-from sj_robust.sweeping import Outcome, RunRecord, load_recipe
-from sj_robust.sweeping.perform import perform
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "sweep.py"
 sweep = load_recipe(RECIPE)

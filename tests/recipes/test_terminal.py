@@ -9,9 +9,8 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
-
-from sj_robust.command_line import describe_folder
-from sj_robust.command_line.contents import CONTENTS, described
+from lab.command_line import describe_folder
+from lab.command_line.contents import CONTENTS, described
 
 pty = pytest.importorskip("pty", reason="Windows has no pseudo-terminals")
 import fcntl  # noqa: E402  # only where there are pseudo-terminals

@@ -12,7 +12,7 @@ from spikingjelly.activation_based import neuron
 from torch import nn
 
 from sj_robust import DLIFNode
-from sj_robust.charging import Charging, find_neurons
+from sj_robust.neuron.charging import Charging, find_neurons
 from sj_robust.perturbation import simplified_perturbation
 from sj_robust.stability import l2_gain, l2_gain_limit, neuron_gains, peak_gain, printed_gain, time_operator
 

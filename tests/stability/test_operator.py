@@ -11,8 +11,8 @@ from spikingjelly.activation_based.model import sew_resnet, spiking_vgg
 from torch import nn
 
 from sj_robust import DLIFNode
-from sj_robust.fusion import fuse_batch_norm
 from sj_robust.models import NetworkSpec, build_classifier
+from sj_robust.neuron.fusion import fuse_batch_norm
 from sj_robust.stability import INPUT, _affine, input_maps, operator
 from sj_robust.stability._lanczos import largest_singular_value
 

@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.attacks import fgsm, pgd, rfgsm
 from sj_robust.data import ImageSplits
-from sj_robust.fusion import fuse_batch_norm
+from sj_robust.neuron.fusion import fuse_batch_norm
 from sj_robust.training import (
     GradientSparsity,
     Journal,

@@ -11,7 +11,7 @@ from training.step_by_hand import NEURONS, TAU, T
 
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.attacks import SampleSeeds
-from sj_robust.attacks.randomness import draw_seed, private_generator, rand, randn
+from sj_robust.randomness import draw_seed, private_generator, rand, randn
 from sj_robust.training import MODES, GradientSparsity, Objective, ThresholdGuarding, retract_, training_attack
 
 EPS = 0.1

@@ -1,0 +1,1 @@
+"""What the recipes share and no user of the library needs: options, sweeps, benchmarks, the paper's figures."""

@@ -1,0 +1,71 @@
+"""The figure of a benchmark; needs matplotlib."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from matplotlib import colormaps
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+from lab.benchmarking.race import Measurement
+
+__all__ = ["plot_benchmark"]
+
+
+def plot_benchmark(measurements: Sequence[Measurement], path: Path) -> None:
+    """Time of every method at every shape, beside the time that moving the tensors takes. 绘制基准测试结果。
+
+    Args:
+        measurements: What to draw, one panel per allocator.
+        path: File to write; its ending decides the format.
+
+    Raises:
+        ValueError: If there is nothing to draw.
+
+    Examples:
+        >>> import tempfile
+        >>> from lab.benchmarking import Measurement
+        >>> times = dict(median=2.0, quartile1=1.9, quartile3=2.2, best=1.8, forward=0.7, backward=1.3)
+        >>> sizes = dict(saved_mb=8.0, peak_mb=24.0, tensor_mb=8.0, copy=0.5)
+        >>> row = Measurement("neuron", "usual", "4x64x128x16x16", "mine", **times, **sizes)
+        >>> path = Path(tempfile.mkdtemp()) / "benchmark.png"
+        >>> plot_benchmark([row], path)
+        >>> path.is_file()
+        True
+    """
+    if not measurements:
+        raise ValueError("there are no measurements to draw; run recipes/benchmark.py first")
+    allocators, shapes, methods = (
+        list(dict.fromkeys(getattr(m, name) for m in measurements)) for name in ("allocator", "shape", "method")
+    )
+    figure = Figure(figsize=(5.5 * len(allocators), 1.0 + 0.22 * len(shapes) * len(methods)), layout="constrained")
+    panels = figure.subplots(1, len(allocators), squeeze=False, sharey=True)[0]
+    colours = colormaps["tab10" if len(methods) <= 10 else "tab20"]  # tab20: pairs of a dark and a light colour
+    for axes, allocator in zip(panels, allocators, strict=True):
+        here = [m for m in measurements if m.allocator == allocator]
+        height = 0.8 / len(methods)
+        for index, method in enumerate(methods):
+            rows = [m for m in here if m.method == method]
+            places = [shapes.index(m.shape) + index * height for m in rows]
+            spread = [[m.median - m.quartile1 for m in rows], [m.quartile3 - m.median for m in rows]]
+            axes.barh(places, [m.median for m in rows], height, xerr=spread, label=method, color=colours(index))
+        for place, shape in enumerate(shapes):
+            floor = min(m.floor for m in here if m.shape == shape)
+            if not math.isnan(floor):
+                axes.plot([floor, floor], [place - height / 2, place + 0.8 - height / 2], color="black", linewidth=1.2)
+        if max(m.median for m in here) > 10 * min(m.median for m in here):
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+        else:
+            axes.set_xlim(left=0)  # where bars differ by little, their length has to be the time
+        axes.set_yticks(
+            [place + 0.4 - height / 2 for place in range(len(shapes))], [s.replace("x", ", ") for s in shapes]
+        )
+        axes.invert_yaxis()
+        axes.set_xlabel("forward + backward, ms\n(bar: median, whisker: quartiles, line: memory's speed)", fontsize=8)
+        axes.set_title(allocator, fontsize=10)
+    figure.legend(*panels[0].get_legend_handles_labels(), fontsize=7, loc="outside right upper")
+    figure.savefig(path, dpi=150)

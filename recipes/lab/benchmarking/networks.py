@@ -1,0 +1,277 @@
+"""Training steps of whole networks, by the name of what stands in the neuron's place (ReLU included)."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lab.benchmarking.layers import lif_node
+from lab.benchmarking.published import published_losses
+from sj_robust._host import functional, layer
+from sj_robust.attacks import rfgsm
+from sj_robust.classifier import SpikingClassifier
+from sj_robust.models import VGG_FEATURES, ConvChain
+from sj_robust.neuron import DLIFNode
+from sj_robust.neuron.fusion import fuse_batch_norm
+
+if TYPE_CHECKING:
+    from sj_robust.training import Objective
+
+__all__ = [
+    "FIRST_LAYER",
+    "AdversarialTask",
+    "FirstLayerTask",
+    "NetworkTask",
+    "TrainingTask",
+    "adversarial_tasks",
+    "check_same",
+    "network_tasks",
+]
+
+_ARCHITECTURES: dict[str, tuple[tuple[int | Literal["A"], ...], tuple[int, ...]]] = {
+    "conv4": ((32, 64, "A", 128, "A", 128, "A"), ()),
+    "vgg5": (VGG_FEATURES["vgg5"], (4096, 4096)),
+}
+"""Convolutions and hidden linear layers."""
+
+_NEURONS: dict[str, Callable[..., nn.Module]] = {
+    "ReLU": nn.ReLU,
+    "DLIF, one pass with batch norm": partial(DLIFNode, backend="cpp"),
+    "DLIF cpp": partial(DLIFNode, backend="cpp"),
+    "DLIF eager": partial(DLIFNode, backend="eager"),
+    "SpikingJelly LIFNode": lif_node,
+    "textbook loop": partial(DLIFNode, backend="reference"),
+}
+_FUSED = "DLIF, one pass with batch norm"
+
+
+def network_tasks(architecture: str) -> dict[str, Callable[[Sequence[int]], "NetworkTask"]]:
+    """Training steps on clean images by the name of the neuron; the shape is [T, N, C, H, W] of the images."""
+    return {neuron: partial(NetworkTask, architecture, neuron) for neuron in _NEURONS}
+
+
+def adversarial_tasks(architecture: str) -> dict[str, Callable[[Sequence[int]], "AdversarialTask"]]:
+    """Adversarial training steps with MS-MPPD by the name of who makes them."""
+    return {
+        "sj_robust": partial(AdversarialTask, architecture, published=False),
+        "published loop": partial(AdversarialTask, architecture, published=True),
+    }
+
+
+class TrainingTask:
+    """What the kinds of training step share: images, labels, the step of the optimizer.
+
+    Args:
+        net: The network.
+        shape: [T, N, C, H, W] of the images.
+        dtype: Type of images and weights.
+        weight_decay: Weight decay of the optimizer.
+        fused: Whether the optimizer passes over the weights once, as the training engine's does.
+    """
+
+    def __init__(
+        self,
+        net: nn.Module,
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        *,
+        weight_decay: float = 0.0,
+        fused: bool = False,
+    ) -> None:
+        """Draw the images; see the class."""
+        self._optimizer = torch.optim.SGD(
+            net.parameters(), lr=1e-3, momentum=0.9, weight_decay=weight_decay, fused=fused
+        )
+        self._x, self._y = made_up_images(shape, dtype)
+        self.tensor_bytes = 4 * self._x.numel() * shape[0]
+        self.inputs = [self._x, *net.parameters()]
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients and a step of the optimizer."""
+        self._optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        self._optimizer.step()
+
+
+class NetworkTask(TrainingTask):
+    """One training step (cross entropy, SGD) of a network of convolution - batch norm - neuron stages.
+
+    Args:
+        architecture: ``"conv4"`` or ``"vgg5"``.
+        neuron: What stands in the neuron's place.
+        shape: [T, N, C, H, W] of the images.
+        dtype: Type of images and weights.
+    """
+
+    def __init__(
+        self, architecture: str, neuron: str, shape: Sequence[int], *, dtype: torch.dtype = torch.float32
+    ) -> None:
+        """Build the network, the same for every neuron, and draw the images."""
+        self._names = (architecture, neuron)
+        net = _network(architecture, neuron, shape).to(dtype)
+        super().__init__(net, shape, dtype)
+        self._classifier = SpikingClassifier(net, shape[0])
+
+    def forward(self) -> Tensor:
+        """The loss."""
+        return F.cross_entropy(self._classifier(self._x), self._y)
+
+    def check(self) -> None:
+        """Compare loss and gradients with the textbook loop in float64, where no spike hangs on rounding.
+
+        Raises:
+            ValueError: If they differ.
+        """
+        architecture, neuron = self._names
+        if neuron == "ReLU":
+            return
+        losses = []
+        for name in (neuron, "textbook loop"):
+            task = NetworkTask(architecture, name, (4, 2, 3, 8, 8), dtype=torch.float64)
+            losses.append(float(task.forward().detach()))
+            task.backward(task.forward())
+            losses.append(float(task.forward().detach()))  # after a step, which the gradients decide
+        check_same(neuron, losses[:2], losses[2:])
+
+
+class AdversarialTask(TrainingTask):
+    """One step of adversarial training with MS-MPPD: crafting, both passes, loss, optimizer.
+
+    Args:
+        architecture: ``"conv4"`` or ``"vgg5"``.
+        shape: [T, N, C, H, W] of the images.
+        published: Whether the step is a plain re-implementation of the published loop.
+        dtype: Type of images and weights.
+        noise: Standard deviation of the noise at the start of the attack.
+    """
+
+    def __init__(
+        self,
+        architecture: str,
+        shape: Sequence[int],
+        *,
+        published: bool,
+        dtype: torch.dtype = torch.float32,
+        noise: float = 0.001,
+    ) -> None:
+        """Build the network and draw the images."""
+        self._architecture, self._published, self._noise = architecture, published, noise
+        self._net = _network(architecture, "textbook loop" if published else _FUSED, shape).to(dtype)
+        super().__init__(self._net, shape, dtype, fused=not published)
+        self._objective = _objective(self._net, shape[0]) if not published else None
+        self._T = shape[0]
+        if self._objective is not None:
+            self._objective.prepare(self._x)
+
+    def forward(self) -> Tensor:
+        """Crafts the perturbed images; the loss of both passes."""
+        if self._objective is None:
+            return published_losses(self._net, self._x, self._y, T=self._T, eps=4 / 255, noise=self._noise)
+        x_adv = rfgsm(self._objective.classifier, self._x, self._y, eps=4 / 255, noise_std=self._noise, project=False)
+        total: Tensor = self._objective(self._x, self._y, x_adv).total
+        return total
+
+    def check(self) -> None:
+        """Compare the loss with that of the published loop in float64, without noise, before and after a step.
+
+        Raises:
+            ValueError: If they differ.
+        """
+        losses = []
+        for published in (self._published, True):
+            shape = (4, 2, 3, 8, 8)
+            task = AdversarialTask(self._architecture, shape, published=published, dtype=torch.float64, noise=0.0)
+            loss = task.forward()
+            task.backward(loss)
+            losses += [float(loss.detach()), float(task.forward().detach())]
+        check_same("the adversarial step", losses[:2], losses[2:])
+
+
+class FirstLayerTask:
+    """First stage (convolution to 64 channels, batch norm, DLIF) on images that are the same at every time step.
+
+    Args:
+        shape: [T, N, C, H, W] of the images.
+        once: Whether the convolution, which is linear, runs once and its result is repeated.
+        dtype: Type of images and weights.
+    """
+
+    def __init__(self, shape: Sequence[int], *, once: bool, dtype: torch.dtype = torch.float32) -> None:
+        """Build the stage and draw the images."""
+        torch.manual_seed(0)
+        stages = layer.Conv2d(shape[2], 64, 3, padding=1, step_mode="m"), layer.BatchNorm2d(64, step_mode="m")
+        self._net = nn.Sequential(*stages, DLIFNode(shape[0])).to(dtype)
+        fuse_batch_norm(self._net)
+        self._once = once
+        self._frames = made_up_images(shape, dtype)[0].expand(tuple(shape)).contiguous()
+        self.tensor_bytes = self._frames.element_size() * self._frames.numel()
+        self.inputs = [self._frames, *self._net.parameters()]
+
+    def forward(self) -> Tensor:
+        """Spikes [T, N, 64, H, W]."""
+        functional.reset_net(self._net)
+        convolution, rest = self._net[0], self._net[1:]
+        current = convolution(self._frames[:1] if self._once else self._frames)
+        spikes: Tensor = rest(current.expand(len(self._frames), *current.shape[1:]))
+        return spikes
+
+    def backward(self, spikes: Tensor) -> None:
+        """Gradients of all parameters."""
+        self._net.zero_grad()
+        torch.autograd.backward(spikes.sum())
+
+    def check(self) -> None:
+        """Compare spikes and gradients of both ways in float64.
+
+        Raises:
+            ValueError: If they differ.
+        """
+        found: list[list[Tensor]] = []
+        for once in (self._once, False):
+            task = FirstLayerTask((4, 2, 3, 8, 8), once=once, dtype=torch.float64)
+            spikes = task.forward()
+            task.backward(spikes)
+            found.append([spikes.detach(), *(p.grad for p in task._net.parameters() if p.grad is not None)])
+        if not all(torch.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in zip(*found, strict=True)):
+            raise ValueError("the two ways through the first layer differ: they are not timed")
+
+
+FIRST_LAYER = {
+    "convolution once": partial(FirstLayerTask, once=True),
+    "convolution at every step": partial(FirstLayerTask, once=False),
+}
+"""The first stage by how often its convolution runs."""
+
+
+def _network(architecture: str, neuron: str, shape: Sequence[int]) -> ConvChain:
+    features, hidden = _ARCHITECTURES[architecture]
+    torch.manual_seed(0)
+    net = ConvChain(shape[2:], 10, T=shape[0], spiking_neuron=_NEURONS[neuron], features=features, hidden=hidden)
+    if neuron == _FUSED:
+        fuse_batch_norm(net)
+    return net
+
+
+def _objective(net: nn.Module, T: int) -> "Objective":
+    from sj_robust.training import Objective  # brings Accelerate and more, which no other task needs
+
+    return Objective(SpikingClassifier(net, T))
+
+
+def made_up_images(shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    x = torch.rand(tuple(shape[1:]), generator=generator, dtype=torch.float64).to(dtype)
+    return x, torch.arange(shape[1]) % 10
+
+
+def check_same(name: str, found: list[float], wanted: list[float]) -> None:
+    """Compare losses before and after a step, which the gradients decide.
+
+    Raises:
+        ValueError: If they differ, or the step changed nothing.
+    """
+    if not all(abs(a - b) < 1e-6 * abs(b) for a, b in zip(found, wanted, strict=True)) or wanted[0] == wanted[1]:
+        raise ValueError(f"{name} does not equal the textbook loop ({found} against {wanted}): it is not timed")

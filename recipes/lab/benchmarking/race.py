@@ -1,0 +1,192 @@
+"""Methods take turns, each in its own process, so that neither the allocator nor a noisy minute favours one."""
+
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lab.benchmarking.subjects import SUBJECTS
+
+__all__ = ["ALLOCATORS", "Measurement", "race"]
+
+ALLOCATORS: Mapping[str, Mapping[str, str]] = {
+    "malloc": {},
+    "reuse": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(1 << 28)},
+}
+"""Environment of glibc's allocator: ``malloc`` maps every large tensor afresh, ``reuse`` keeps the heap."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One method at one shape. Times in milliseconds, memory in megabytes.
+
+    Attributes:
+        subject: Name in :data:`lab.benchmarking.SUBJECTS`.
+        allocator: Name in :data:`ALLOCATORS`.
+        shape: Shape of the input, as text.
+        method: Name of the method.
+        median: Median of forward plus backward.
+        quartile1: Lower quartile of the same.
+        quartile3: Upper quartile of the same.
+        best: Fastest forward plus backward.
+        forward: Median of the forward pass alone.
+        backward: Median of the backward pass alone.
+        saved_mb: What the graph keeps beyond inputs and parameters; NaN where there are several.
+        peak_mb: Growth of the resident set at its highest; NaN where the heap is reused, which hides it.
+        tensor_mb: The input of a layer, the frames of a network.
+        copy: Milliseconds of the fastest copy of that tensor in the same race; NaN for networks.
+    """
+
+    subject: str
+    allocator: str
+    shape: str
+    method: str
+    median: float
+    quartile1: float
+    quartile3: float
+    best: float
+    forward: float
+    backward: float
+    saved_mb: float
+    peak_mb: float
+    tensor_mb: float
+    copy: float
+
+    @property
+    def floor(self) -> float:
+        """Milliseconds that moving a layer's tensors takes: 2 passes forward and 3 backward, a copy being 2."""
+        return 2.5 * self.copy
+
+    @property
+    def images_per_second(self) -> float:
+        """Images, or rows of a layer's input, in a second of median passes."""
+        return 1e3 * int(self.shape.split("x")[1]) / self.median
+
+
+def race(
+    subject: str,
+    methods: Sequence[str],
+    shape: tuple[int, ...],
+    *,
+    rounds: int,
+    threads: int,
+    allocator: str = "malloc",
+    environ: Mapping[str, str] | None = None,
+) -> tuple[list[Measurement], dict[str, str]]:
+    """Time every method at one shape, in turns.
+
+    Args:
+        subject: Name in ``lab.benchmarking.SUBJECTS``.
+        methods: Names of its methods.
+        shape: Shape [T, N, *] of the input.
+        rounds: Timed passes per method, >= 2.
+        threads: Threads of torch.
+        allocator: Name in :data:`ALLOCATORS`.
+        environ: More environment variables of the processes.
+
+    Returns:
+        Measurements in the order of ``methods``, and the methods that are not installed with the reason.
+
+    Raises:
+        RuntimeError: If a process dies, or a method is wrong: it is never timed.
+        ValueError: If a name is unknown or there are too few rounds.
+    """
+    unknown = [method for method in methods if method not in SUBJECTS[subject].methods]
+    if unknown:
+        raise ValueError(f"methods of {subject} are {', '.join(SUBJECTS[subject].methods)}; got {', '.join(unknown)}")
+    if rounds < 2:
+        raise ValueError(f"rounds must be >= 2 to have a spread, got {rounds}")
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    variables = {**inherited, **ALLOCATORS[allocator], **(environ or {})}
+    workers: dict[str, subprocess.Popen[str]] = {}
+    facts: dict[str, Any] = {}
+    missing: dict[str, str] = {}
+    try:
+        for method in (*methods, *(["copy"] if SUBJECTS[subject].is_layer else [])):
+            workers[method] = _started([subject, method, json.dumps(shape), str(threads)], variables)
+            facts[method] = _answer(workers[method], method)
+            if "wrong" in facts[method]:
+                raise RuntimeError(facts[method]["wrong"])
+            if "missing" in facts[method]:
+                missing[method] = facts[method]["missing"]
+                workers.pop(method).communicate()
+        seconds = _taken_in_turns(workers, rounds)
+    finally:
+        for worker in workers.values():
+            worker.communicate()
+    copy = 1e3 * min((forward for forward, _ in seconds.get("copy", ())), default=math.nan)
+    measurements = [
+        _measurement(subject, allocator, shape, method, seconds[method], facts[method], copy)
+        for method in workers
+        if method != "copy"
+    ]
+    return measurements, missing
+
+
+def _started(arguments: Sequence[str], variables: Mapping[str, str]) -> "subprocess.Popen[str]":
+    """A process that weighs one method and then waits for its turns; Ctrl-C reaches this one alone, which ends it."""
+    command = [sys.executable, "-m", "lab.benchmarking.worker", *arguments]
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=dict(variables), process_group=0
+    )
+
+
+def _taken_in_turns(
+    workers: "Mapping[str, subprocess.Popen[str]]", rounds: int
+) -> dict[str, list[tuple[float, float]]]:
+    """Seconds of the forward and the backward pass of every round, by method; another one begins each round."""
+    seconds: dict[str, list[tuple[float, float]]] = {method: [] for method in workers}
+    turns = list(workers.items())
+    for number in range(rounds if turns else 0):
+        first = number % len(turns)
+        for method, worker in turns[first:] + turns[:first]:
+            time.sleep(0.05)  # threads of the pass before wait by spinning, for milliseconds
+            assert worker.stdin is not None  # a pipe
+            worker.stdin.write("pass\n")
+            worker.stdin.flush()
+            seconds[method].append(_answer(worker, method))
+    return seconds
+
+
+def _answer(worker: "subprocess.Popen[str]", method: str) -> Any:
+    assert worker.stdout is not None  # a pipe
+    line = worker.stdout.readline()
+    if not line:
+        raise RuntimeError(f"the process of {method!r} ended with code {worker.wait()}; its own message stands above")
+    return json.loads(line)
+
+
+def _measurement(
+    subject: str,
+    allocator: str,
+    shape: tuple[int, ...],
+    method: str,
+    seconds: list[tuple[float, float]],
+    facts: dict[str, float],
+    copy: float,
+) -> Measurement:
+    forward, backward = zip(*seconds, strict=True)
+    totals = [1e3 * (f + b) for f, b in seconds]
+    quartiles = statistics.quantiles(totals, method="inclusive")
+    return Measurement(
+        subject=subject,
+        allocator=allocator,
+        shape="x".join(map(str, shape)),
+        method=method,
+        median=statistics.median(totals),
+        quartile1=quartiles[0],
+        quartile3=quartiles[2],
+        best=min(totals),
+        forward=1e3 * statistics.median(forward),
+        backward=1e3 * statistics.median(backward),
+        saved_mb=facts["saved_mb"],
+        peak_mb=facts["peak_mb"] if allocator == "malloc" else math.nan,
+        tensor_mb=facts["tensor_mb"],
+        copy=copy,
+    )

@@ -1,0 +1,192 @@
+"""The training step of every mode, and the loop of its paper on SpikingJelly's own neuron."""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from lab.benchmarking.layers import lif_node
+from lab.benchmarking.networks import TrainingTask, check_same
+from lab.benchmarking.published import Draw, PublishedLoop, published_retraction
+from sj_robust.attacks import SampleSeeds
+from sj_robust.classifier import SpikingClassifier
+from sj_robust.models import SmallConvNet
+from sj_robust.neuron import DLIFNode
+from sj_robust.neuron.fusion import fuse_batch_norm
+from sj_robust.randomness import draw_seed, private_generator, rand, randn
+
+if TYPE_CHECKING:
+    from sj_robust.training.modes import ModeName
+
+__all__ = ["STEP_PEERS", "TRAINING_STEPS", "ModeTask", "PublishedTask"]
+
+_TRADES_WEIGHT = 6.0
+
+
+class ModeTask(TrainingTask):
+    """One step of this package: perturbed images, both passes, loss, optimizer, retraction.
+
+    It is made of the parts that the training engine calls, on a small network of DLIF neurons behind batch norm.
+
+    Args:
+        mode: A name of :data:`sj_robust.training.MODES`.
+        shape: [T, N, C, H, W] of the images.
+        dtype: Type of images and weights.
+        eps: Radius of the attack, and the standard deviation of the noise of ``"gaussian"``.
+        noise: Standard deviation of the noise where the attacks of ``"at"``, ``"rat"`` and ``"trades"`` start.
+    """
+
+    def __init__(
+        self,
+        mode: "ModeName",
+        shape: Sequence[int],
+        *,
+        dtype: torch.dtype = torch.float32,
+        eps: float = 8 / 255,
+        noise: float = 0.001,
+    ) -> None:
+        """Build the network and draw the images."""
+        from sj_robust import training  # brings Accelerate and more, which layers do not need
+
+        self._mode = training.MODES[mode]
+        self._net = _network(shape, lif=False).to(dtype)
+        super().__init__(self._net, shape, dtype, weight_decay=self._mode.weight_decay, fused=True)
+        project = mode not in ("at", "rat")  # as published
+        self._attack = training.training_attack(mode, eps=eps, noise_std=noise, project=project)
+        kappa, rho = self._mode.kappa, self._mode.rho
+        classifier = SpikingClassifier(self._net, shape[0])
+        self._objective = training.Objective(
+            classifier, kappa=kappa, rho=rho, loss=self._mode.loss, trades_weight=_TRADES_WEIGHT
+        )
+        self._objective.prepare(self._x)
+        self._retract = training.retract_
+        self._seeds = SampleSeeds(range(shape[1]))
+
+    def forward(self) -> Tensor:
+        """Crafts the perturbed images; the loss."""
+        x_perturbed = None
+        if self._attack is not None:
+            x_perturbed = self._attack(self._objective.classifier, self._x, self._y, generator=self._seeds)
+        total: Tensor = self._objective(self._x, self._y, x_perturbed).total
+        return total
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients, a step of the optimizer, the retraction."""
+        super().backward(loss)
+        if self._mode.retraction > 0:
+            self._retract(self._net, self._mode.retraction, torch.Generator().manual_seed(0))
+
+    def check(self) -> None:
+        """Compare losses with those of the published loop in float64, from the same noise, before and after a step.
+
+        DLIF's gains do not learn there: the neuron of the published loop has none.
+
+        Raises:
+            ValueError: If they differ.
+        """
+        shape = (4, 4, 3, 8, 8)
+        # so large that spikes flip, without which a step would show little
+        sizes = {"eps": 0.3, "noise": 0.1}
+        mine = ModeTask(self._mode.name, shape, dtype=torch.float64, **sizes)
+        for module in mine._net.modules():
+            if isinstance(module, DLIFNode):
+                module.input_gain.requires_grad_(False)
+        draw = partial(_drawn, mine._mode.name, mine._seeds)
+        wanted = PublishedTask(self._mode.name, shape, dtype=torch.float64, draw=draw, **sizes)
+        losses = []
+        for task in (mine, wanted):
+            loss = task.forward()
+            task.backward(loss)
+            losses += [float(loss.detach()), float(task.forward().detach())]
+        check_same(f"the step of mode {self._mode.name}", losses[:2], losses[2:])
+
+
+class PublishedTask(TrainingTask):
+    """The same step as the code of its paper makes it, with SpikingJelly's LIFNode and its batch norm.
+
+    Args:
+        mode: A name of :data:`sj_robust.training.MODES`.
+        shape: [T, N, C, H, W] of the images.
+        dtype: Type of images and weights.
+        eps: Radius of the attack, and the standard deviation of the noise of ``"gaussian"``.
+        noise: Standard deviation of the noise where the attacks of ``"at"``, ``"rat"`` and ``"trades"`` start.
+        draw: Makes the noise; None takes torch's global generator.
+    """
+
+    def __init__(
+        self,
+        mode: "ModeName",
+        shape: Sequence[int],
+        *,
+        dtype: torch.dtype = torch.float32,
+        eps: float = 8 / 255,
+        noise: float = 0.001,
+        draw: Draw | None = None,
+    ) -> None:
+        """Build the network and draw the images."""
+        from sj_robust.training import MODES  # as above
+
+        self._mode, self._eps, self._noise = MODES[mode], eps, noise
+        self._net = _network(shape, lif=True).to(dtype)
+        super().__init__(self._net, shape, dtype, weight_decay=self._mode.weight_decay)
+        self._loop = PublishedLoop(self._net, shape[0])
+        standard: Draw = torch.rand_like if mode == "pgd_at" else torch.randn_like
+        self._draw = standard if draw is None else draw
+
+    def forward(self) -> Tensor:
+        """Crafts the perturbed images; the loss."""
+        x, y, loop = self._x, self._y, self._loop
+        eps, steps = self._eps, self._mode.attack_steps
+        weights = {"kappa": self._mode.kappa, "rho": self._mode.rho}
+        match self._mode.name:
+            case "none":
+                return loop.entropy_loss(x, y)
+            case "gaussian":
+                return loop.paper_loss(x, y, x + eps * self._draw(x), **weights)
+            case "at" | "rat":
+                return loop.paper_loss(x, y, loop.single_step(x, y, eps, self._noise, self._draw), **weights)
+            case "pgd_at":
+                return loop.entropy_loss(loop.pgd(x, y, eps, steps, self._draw), y)
+            case "trades":
+                x_perturbed = loop.trades(x, eps, steps, self._noise, self._draw)
+                return loop.trades_loss(x, y, x_perturbed, weight=_TRADES_WEIGHT)
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients, a step of the optimizer, the retraction."""
+        super().backward(loss)
+        if self._mode.retraction > 0:
+            published_retraction(self._net, self._mode.retraction)
+
+    def check(self) -> None:
+        """It is what the others are compared with, so nothing is left to compare."""
+
+
+def _network(shape: Sequence[int], *, lif: bool) -> SmallConvNet:
+    torch.manual_seed(0)
+    build = (lambda T: lif_node()) if lif else DLIFNode
+    net = SmallConvNet(shape[2:], 10, T=shape[0], spiking_neuron=build)
+    if not lif:
+        fuse_batch_norm(net)
+    return net
+
+
+def _drawn(mode: str, seeds: SampleSeeds, x: Tensor) -> Tensor:
+    """The noise that the attack of a mode draws: after a seed for the network's own randomness, if it runs one."""
+    private = private_generator(seeds, x.device)
+    if mode != "gaussian":
+        draw_seed(private)
+    return (rand if mode == "pgd_at" else randn)(x.shape, private, dtype=x.dtype, device=x.device)
+
+
+_MODES: "tuple[ModeName, ...]" = ("none", "gaussian", "at", "rat", "pgd_at", "trades")
+
+STEP_PEERS: dict[str, str] = {mode: f"{mode}, textbook loop" for mode in _MODES}
+"""Name of the published loop of every mode."""
+
+TRAINING_STEPS: dict[str, Callable[[Sequence[int]], ModeTask | PublishedTask]] = {}
+"""Tasks by the name of the mode, each followed by its published loop."""
+
+for _mode in _MODES:
+    TRAINING_STEPS |= {_mode: partial(ModeTask, _mode), STEP_PEERS[_mode]: partial(PublishedTask, _mode)}

@@ -1,0 +1,91 @@
+"""What can be measured: groups of methods that do the same work, and the peer their ratios refer to."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from lab.benchmarking.layers import BATCH_NORM_LAYERS, INSTRUCTION_SETS, LAYERS
+from lab.benchmarking.networks import FIRST_LAYER, adversarial_tasks, network_tasks
+from lab.benchmarking.steps import STEP_PEERS, TRAINING_STEPS
+
+__all__ = ["SUBJECTS", "Subject", "Task"]
+
+
+class Task(Protocol):
+    """One method at one shape, ready to run."""
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Size of what memory is compared with: the input currents of a layer, the frames of a network."""
+
+    @property
+    def inputs(self) -> Sequence[Tensor]:
+        """Tensors that are there before the forward pass."""
+
+    def forward(self) -> Any:
+        """Forward pass; what it returns keeps the graph."""
+
+    def backward(self, result: Any) -> None:
+        """Backward pass of what :meth:`forward` returned, and the step of the optimizer if there is one."""
+
+    def check(self) -> None:
+        """Raise ValueError if the method is wrong."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Methods that do the same work.
+
+    Attributes:
+        methods: Makes the task of a method from the shape; raises ImportError or RuntimeError where it cannot run.
+        peer: Method that ratios refer to; where each method has one of its own, what those are called together.
+        shapes: Shapes of the documentation, [T, N, C, H, W].
+        is_layer: Whether the bandwidth of the memory bounds it.
+        has_one_graph: Whether the forward pass builds one graph, so that what it saves can be weighed; an attack
+            builds others.
+        peers: Methods that ratios refer to, by method, where they differ.
+    """
+
+    methods: Mapping[str, Callable[[Sequence[int]], Task]]
+    peer: str
+    shapes: tuple[tuple[int, ...], ...]
+    is_layer: bool = False
+    has_one_graph: bool = True
+    peers: Mapping[str, str] = field(default_factory=dict)
+
+    def peer_of(self, method: str) -> str:
+        """Method that the ratios of ``method`` refer to; a peer of several is its own."""
+        return self.peers.get(method, method if self.peers else self.peer)
+
+
+_LARGE = ((8, 64, 64, 32, 32), (8, 128, 256, 8, 8), (4, 64, 128, 8, 8))
+
+SUBJECTS: dict[str, Subject] = {
+    "neuron": Subject(LAYERS, "SpikingJelly LIFNode", _LARGE, is_layer=True),
+    "batch_norm": Subject(BATCH_NORM_LAYERS, "batch norm, LIFNode", _LARGE, is_layer=True),
+    "instruction_sets": Subject(INSTRUCTION_SETS, "avx512", _LARGE, is_layer=True),
+    "scaling": Subject(
+        {name: LAYERS[name] for name in ("DLIF cpp", "DLIF eager")},
+        "DLIF eager",
+        (*((T, 32, 8192) for T in (1, 2, 4, 8, 16, 32, 64)), *((8, N, 8192) for N in (8, 16, 64, 128))),
+        is_layer=True,
+    ),
+    "first_layer": Subject(FIRST_LAYER, "convolution at every step", ((8, 16, 3, 32, 32),)),
+    "conv4": Subject(network_tasks("conv4"), "ReLU", ((8, 16, 3, 32, 32),)),
+    "vgg5": Subject(network_tasks("vgg5"), "ReLU", ((8, 16, 3, 32, 32),)),
+    "conv4_adversarial": Subject(
+        adversarial_tasks("conv4"), "published loop", ((8, 16, 3, 32, 32),), has_one_graph=False
+    ),
+    "vgg5_adversarial": Subject(
+        adversarial_tasks("vgg5"), "published loop", ((8, 16, 3, 32, 32),), has_one_graph=False
+    ),
+    "training_step": Subject(
+        TRAINING_STEPS, "textbook loop", ((4, 64, 1, 28, 28),), has_one_graph=False, peers=STEP_PEERS
+    ),
+}
+"""``neuron`` and ``batch_norm`` are single layers, ``instruction_sets`` and ``scaling`` are the neuron on each of them
+and over T and N; ``first_layer`` is a stage on images that do not change; ``conv4`` (four stages) and ``vgg5`` are
+training steps of networks on clean images, ``..._adversarial`` steps of adversarial training; ``training_step`` is
+the step of every training mode on a small network, each beside a textbook loop with SpikingJelly's LIFNode."""

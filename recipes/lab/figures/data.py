@@ -1,0 +1,197 @@
+"""What the figures show, as plain numbers."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sj_robust._saved import plain
+from sj_robust.evaluation.report import Report
+from sj_robust.models.checkpoint import load_checkpoint
+from sj_robust.neuron import DLIFNode
+from sj_robust.perturbation import full_perturbation, membrane_potential, simplified_perturbation
+
+__all__ = ["InputGains", "OneNeuron", "TrainingCurves", "input_gains", "one_neuron", "training_curves"]
+
+
+@dataclass(frozen=True)
+class OneNeuron:
+    """One neuron under two perturbations of its input current. 单个神经元的扰动。
+
+    Attributes:
+        settings: Arguments of :func:`one_neuron`.
+        cases: For ``"constant"`` and ``"gaussian"``, per step: ``v`` and ``v_perturbed`` (after the reset), ``spike``
+            and ``spike_perturbed``, ``full``, ``simplified``, ``std`` and ``tasad`` (of the steps so far).
+    """
+
+    settings: dict[str, float]
+    cases: dict[str, dict[str, list[float]]]
+
+
+@dataclass(frozen=True)
+class InputGains:
+    """The learnable input gain p[t] of every DLIF layer. 各层的可学习输入增益。
+
+    Attributes:
+        networks: By network and layer, the gain of every step.
+    """
+
+    networks: dict[str, dict[str, list[float]]]
+
+
+@dataclass(frozen=True)
+class TrainingCurves:
+    """Losses and validation accuracy per epoch. 训练曲线。
+
+    Attributes:
+        networks: By network, one record per epoch as plain data, with the fields of ``EpochRecord``.
+    """
+
+    networks: dict[str, list[dict[str, Any]]]
+
+
+def one_neuron(
+    *,
+    decay: float = 0.9,
+    v_threshold: float = 1.0,
+    current: float = 0.3,
+    shift: float = 0.1,
+    std: float = 0.3,
+    steps: int = 30,
+    seed: int = 0,
+) -> OneNeuron:
+    """Perturb the constant input current of one LIF neuron by a constant and by Gaussian noise. 单神经元扰动实验。
+
+    Equation, with ``s`` the spikes, ``u`` the potentials and ``eps`` the simplified perturbation::
+
+        full[t] = u[t] - u~[t],    simplified[t] = eps[t] = decay * eps[t-1] + x[t] - x~[t]
+        std[t] = mean_{k <= t} |s[k] - s~[k]|,    tasad[t] = |mean_{k <= t} s[k] - mean_{k <= t} s~[k]|
+
+    Args:
+        decay: Fraction of the potential kept per step.
+        v_threshold: Firing threshold.
+        current: Input current of the clean run.
+        shift: What the constant perturbation adds.
+        std: Standard deviation of the Gaussian one.
+        steps: Time steps.
+        seed: Seed of the noise.
+
+    Returns:
+        Both cases.
+
+    Raises:
+        ValueError: If there is no step or ``decay`` is outside (0, 1].
+
+    Source: Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024), figure 1.
+
+    Examples:
+        >>> case = one_neuron(steps=3).cases["constant"]
+        >>> [round(value, 3) for value in case["simplified"]]
+        [-0.1, -0.19, -0.271]
+    """
+    settings = {"decay": decay, "v_threshold": v_threshold, "current": current, "shift": shift, "std": std}
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.full((steps, 1), current, dtype=torch.float64)
+    noise = std * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    perturbed = {"constant": x + shift, "gaussian": x + noise}
+    return OneNeuron(
+        settings | {"steps": steps, "seed": seed},
+        {name: _case(x, other, decay, v_threshold) for name, other in perturbed.items()},
+    )
+
+
+def input_gains(models: Mapping[str, nn.Module]) -> InputGains:
+    """The gain p[t] of every DLIF layer of networks; those without one are left out. 读取输入增益。
+
+    Args:
+        models: Networks by name.
+
+    Returns:
+        The gains.
+
+    Raises:
+        ValueError: If no network has a DLIF neuron.
+
+    Source: Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024), figure 4.
+
+    Examples:
+        >>> input_gains({"mine": nn.Sequential(DLIFNode(T=2))}).networks
+        {'mine': {'0': [1.0, 1.0]}}
+    """
+    found = {}
+    for name, model in models.items():
+        layers = {
+            layer: module.input_gain.detach().double().tolist()
+            for layer, module in model.named_modules()
+            if isinstance(module, DLIFNode)
+        }
+        if layers:
+            found[name] = layers
+    if not found:
+        raise ValueError(
+            f"none of the networks {', '.join(models)} has a DLIF neuron, whose gain p[t] is drawn; train one with "
+            "--neuron dlif"
+        )
+    return InputGains(found)
+
+
+def training_curves(folder: Path) -> TrainingCurves:
+    """What a run of ``recipes/adv_train.py`` kept of every epoch. 读取训练历史。
+
+    Args:
+        folder: The run's folder, with its ``report.json``; for a run that is not finished, or a network's own folder,
+            the histories in its ``last.pt`` are taken.
+
+    Returns:
+        The records.
+
+    Raises:
+        FileNotFoundError: If the folder does not exist.
+        ValueError: If it holds no history.
+
+    Examples:
+        >>> training_curves(Path("nowhere"))
+        Traceback (most recent call last):
+        ...
+        FileNotFoundError: nowhere does not exist; give the folder of a run of recipes/adv_train.py
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder} does not exist; give the folder of a run of recipes/adv_train.py")
+    report = folder / "report.json"
+    networks: dict[str, list[dict[str, Any]]] = Report.load(report).curves if report.is_file() else {}
+    if not networks:
+        for path in (*folder.glob("last.pt"), *sorted(folder.glob("*/last.pt"))):
+            networks[path.parent.name] = plain(load_checkpoint(path).get("history", []))
+    networks = {name: records for name, records in networks.items() if records}
+    if not networks:
+        raise ValueError(
+            f"{folder} holds no training history, neither curves in report.json nor a last.pt with epochs; give the "
+            "folder of a run of recipes/adv_train.py that finished at least one epoch"
+        )
+    return TrainingCurves(networks)
+
+
+def _case(x: Tensor, x_perturbed: Tensor, decay: float, v_threshold: float) -> dict[str, list[float]]:
+    v, v_perturbed = (membrane_potential(a, decay=decay, v_threshold=v_threshold) for a in (x, x_perturbed))
+    spike, spike_perturbed = (_spikes(a, u, decay, v_threshold) for a, u in ((x, v), (x_perturbed, v_perturbed)))
+    so_far = torch.arange(1, len(x) + 1)[:, None]
+    series = {
+        "v": v,
+        "v_perturbed": v_perturbed,
+        "spike": spike,
+        "spike_perturbed": spike_perturbed,
+        "full": full_perturbation(v, v_perturbed),
+        "simplified": simplified_perturbation(x, x_perturbed, decay=decay),
+        "std": (spike - spike_perturbed).abs().cumsum(0) / so_far,
+        "tasad": (spike - spike_perturbed).cumsum(0).abs() / so_far,
+    }
+    return {name: values.flatten().tolist() for name, values in series.items()}
+
+
+def _spikes(x: Tensor, v: Tensor, decay: float, v_threshold: float) -> Tensor:
+    """Spikes of the potentials ``v`` after the reset."""
+    before = torch.cat((torch.zeros_like(v[:1]), v[:-1]))
+    return (decay * before + x >= v_threshold).to(x.dtype)

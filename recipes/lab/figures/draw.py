@@ -1,0 +1,64 @@
+"""From saved numbers to figures."""
+
+from pathlib import Path
+
+from matplotlib.figure import Figure
+
+from lab.figures.data import InputGains, OneNeuron, TrainingCurves
+from lab.figures.drawings import draw_curves, draw_gains, draw_neuron
+from lab.figures.intensity_drawings import draw_heat_maps, draw_intensity
+from lab.figures.saved import FigureData, load_figure
+from lab.figures.style import print_style, save
+from sj_robust.perturbation.intensity import IntensityCorrelation
+
+__all__ = ["draw", "redraw"]
+
+
+def draw(data: FigureData) -> dict[str, Figure]:
+    """The figures that numbers are for, not yet written. 绘制图。
+
+    Args:
+        data: The numbers.
+
+    Returns:
+        Figures by what they add to the name of the file with the numbers, ``""`` for the first one.
+
+    Examples:
+        >>> list(draw(InputGains({"mine": {"0": [1.0, 0.5]}})))
+        ['']
+    """
+    with print_style():
+        match data:
+            case OneNeuron():
+                return {"": draw_neuron(data)}
+            case InputGains():
+                return {"": draw_gains(data)}
+            case TrainingCurves():
+                return {"": draw_curves(data)}
+            case IntensityCorrelation():
+                return {"": draw_intensity(data), "_heat_maps": draw_heat_maps(data)}
+
+
+def redraw(path: Path) -> tuple[Path, ...]:
+    """Draw a saved file of numbers beside it, as PDF and PNG. 由保存的数据重新绘图。
+
+    Args:
+        path: A file that ``save_figure`` wrote.
+
+    Returns:
+        The files drawn.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it holds the numbers of no figure.
+
+    Examples:
+        >>> import tempfile
+        >>> from lab.figures.saved import save_figure
+        >>> path = Path(tempfile.mkdtemp()) / "gains.json"
+        >>> save_figure(InputGains({"mine": {"0": [1.0, 0.5]}}), path)
+        >>> sorted(file.name for file in redraw(path))
+        ['gains.pdf', 'gains.png']
+    """
+    figures = draw(load_figure(path))
+    return tuple(file for end, figure in figures.items() for file in save(figure, path.parent, path.stem + end))

@@ -1,0 +1,28 @@
+"""Grids of experiments: planned, run in processes, summarised beside published figures; needs the extra ``recipes``."""
+
+from lab.sweeping.grid import axes_of, expand, idle, seeds_of
+from lab.sweeping.plan import PlannedRun, load_records, plan_runs
+from lab.sweeping.pool import Outcome, perform_all
+from lab.sweeping.recipe import Recipe, load_recipe
+from lab.sweeping.record import RunRecord
+from lab.sweeping.summary import Cell, Statistic, axes_in, cells_of, columns_of
+
+__all__ = [
+    "Cell",
+    "Outcome",
+    "PlannedRun",
+    "Recipe",
+    "RunRecord",
+    "Statistic",
+    "axes_in",
+    "axes_of",
+    "cells_of",
+    "columns_of",
+    "expand",
+    "idle",
+    "load_recipe",
+    "load_records",
+    "perform_all",
+    "plan_runs",
+    "seeds_of",
+]

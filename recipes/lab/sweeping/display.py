@@ -1,0 +1,90 @@
+"""Progress of a sweep: a bar on a terminal, elsewhere a line per run; needs rich."""
+
+import time
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from lab.sweeping.pool import LOG_FILE, Outcome
+from sj_robust._console import moving
+
+__all__ = ["SweepDisplay"]
+
+
+class SweepDisplay:
+    """Says how each run ended, how many are done and how much time is left. 扫描进度显示。
+
+    Args:
+        console: Where to show it.
+        total: Number of runs.
+        done: Runs that were finished before.
+        jobs: Processes.
+
+    Examples:
+        >>> with SweepDisplay(Console(quiet=True), total=3, done=1, jobs=1) as display:
+        ...     display.left
+        'time left not known yet'
+    """
+
+    def __init__(self, console: Console, *, total: int, done: int, jobs: int) -> None:
+        """Nothing is shown yet."""
+        self._console = console
+        self._total, self._done, self._jobs = total, done, jobs
+        self._first, self._started = done, time.monotonic()
+        self._progress = Progress(
+            SpinnerColumn("line"),
+            TextColumn("runs"),
+            BarColumn(bar_width=12),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[left]}"),
+            TimeElapsedColumn(),
+            console=console,
+            disable=not moving(console),
+            transient=True,
+        )
+        self._task = self._progress.add_task("", total=total, completed=done, left=self.left)
+
+    def __enter__(self) -> Self:
+        """Show the bar."""
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Take the bar away."""
+        self._progress.stop()
+
+    @property
+    def left(self) -> str:
+        """Time left in words, from the runs of this session."""
+        finished = self._done - self._first
+        if finished == 0:
+            return "time left not known yet"
+        seconds = (time.monotonic() - self._started) / finished * (self._total - self._done)
+        return f"{seconds / 60:.0f} min left" if seconds >= 120 else f"{seconds:.0f} s left"
+
+    def add(self, outcome: Outcome) -> None:
+        """Say how a run ended."""
+        self._done += 1
+        said = _figures(outcome) if outcome.error is None else f"FAILED, {outcome.error}"
+        line = f"{self._done}/{self._total} {outcome.run.name}: {said} ({outcome.seconds:.0f} s)"
+        tail = "" if outcome.error is None else f"; see {outcome.run.folder / LOG_FILE}"
+        now = "" if not self._progress.disable or self._done == self._total else f"; {self.left}"
+        self._console.print(line + tail + now, markup=False, highlight=False, soft_wrap=True)
+        self._progress.update(self._task, completed=self._done, left=self.left)
+
+
+def _figures(outcome: Outcome) -> str:
+    """Clean accuracy and the lowest of the training's report, and the worst case of every suite."""
+    record = outcome.run.record
+    if record is None:
+        return "no record"
+    report = {name: share for name, share in record.figures.items() if "/" not in name}
+    lowest = min(report, key=lambda name: report[name])
+    shown = {name: report[name] for name in dict.fromkeys(("clean", lowest)) if name in report}
+    worst = "everything"
+    shown |= {f"{suite} worst": record.figures[f"{suite}/{worst}"] for suite in record.evaluations}
+    return ", ".join(f"{name} {share:.1%}" for name, share in shown.items())

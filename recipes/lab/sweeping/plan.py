@@ -1,0 +1,196 @@
+"""Which runs a sweep consists of, and which of them its folder holds already."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from lab.sweeping.grid import idle, simplified, word
+from lab.sweeping.recipe import Recipe
+from lab.sweeping.record import RECORD_FILE, RunRecord
+
+__all__ = ["OPTIONS_FILE", "PlannedRun", "load_records", "plan_runs"]
+
+OPTIONS_FILE = "options.yaml"
+
+_FREE = frozenset({
+    "output", "resume", "device", "workers", "checkpoint_steps", "data_root", "download", "batch_size", "checkpoint",
+})  # fmt: skip
+"""Options of ``evaluate.py`` that change no figure."""
+_FREE_IN_TRAINING = _FREE - {"batch_size"}
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """A run that a sweep wants. 计划中的一次运行。
+
+    Attributes:
+        folder: Folder of the run.
+        options: All options of the training.
+        evaluations: All options of the evaluation, by suite.
+        recipe: The script that trains.
+        evaluator: The script that evaluates.
+    """
+
+    folder: Path
+    options: dict[str, Any]
+    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    recipe: Path = Path("recipes/adv_train.py")
+    evaluator: Path = Path("recipes/evaluate.py")
+
+    @property
+    def name(self) -> str:
+        """Name of the run."""
+        return self.folder.name
+
+    @property
+    def record(self) -> RunRecord | None:
+        """What is known of it already."""
+        return RunRecord.load(self.folder) if (self.folder / RECORD_FILE).is_file() else None
+
+    @property
+    def finished(self) -> bool:
+        """Whether training and every suite are done."""
+        record = self.record
+        return record is not None and record.evaluations.keys() >= self.evaluations.keys()
+
+    def name_values(self) -> None:
+        """Give the record the values of options that were null when it ran and have a value, the same one, now."""
+        record = self.record
+        if record is None:
+            return
+        options = {name: self.options.get(name) if value is None else value for name, value in record.options.items()}
+        if options != record.options:
+            replace(record, options=options).save(self.folder)
+
+
+def plan_runs(
+    folder: Path,
+    combinations: Sequence[Mapping[str, Any]],
+    seeds: Sequence[int],
+    *,
+    recipe: Recipe,
+    evaluator: Recipe,
+    fixed: Mapping[str, Any],
+    evaluations: Mapping[str, Mapping[str, Any]],
+) -> list[PlannedRun]:
+    """The runs of a sweep, each once: combinations that differ in an option without effect are the same run.
+
+    规划扫描的全部运行，去除重复。
+
+    So are those of which one has null and the other the value that null stands for, if the recipe tells. A run of an
+    earlier sweep in the folder is recognised by its options, whatever its name.
+
+    Args:
+        folder: Folder of the sweep; its runs are in ``runs/``.
+        combinations: Options by combination, from ``expand``.
+        seeds: Seeds of every combination.
+        recipe: The recipe that trains.
+        evaluator: The recipe that evaluates.
+        fixed: Options beside the combinations.
+        evaluations: Options of the evaluation by suite.
+
+    Returns:
+        The runs: seed by seed, so that every combination has a figure early.
+
+    Raises:
+        ValueError: If an option is unknown or wrong, or a run of the same name had other options.
+    """
+    defaults = recipe.resolve({})
+    suites = {suite: evaluator.resolve({**options, "suite": suite}) for suite, options in evaluations.items()}
+    known = _known(folder, recipe, defaults)
+    taken = {path.name: key for key, path in known.items()}
+    valued = {name for one in combinations for name, value in one.items() if value is not None}
+    planned: dict[str, PlannedRun] = {}
+    for seed in seeds:
+        for combination in combinations:
+            options = recipe.resolve({**fixed, **combination, "seed": seed})
+            complete = recipe.complete(options)
+            without = idle(complete)
+            options |= {name: complete[name] for name in valued if options[name] is None}
+            options |= {name: defaults[name] for name in without}
+            key = _key(simplified(complete, defaults))
+            if key in planned:
+                continue
+            name = _name({name: options[name] for name in combination if name not in without}, seed)
+            if name in taken and key not in known:
+                if taken[name] not in planned:  # of an earlier sweep
+                    raise ValueError(_changed(folder / "runs" / name, json.loads(taken[name]), json.loads(key)))
+                name += f"-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
+            path = known.get(key, folder / "runs" / name)
+            taken[path.name] = key
+            planned[key] = PlannedRun(path, options, suites, recipe.path, evaluator.path)
+            _check_evaluations(planned[key])
+    return list(planned.values())
+
+
+def load_records(folder: Path) -> list[RunRecord]:
+    """Records of all runs in the folder of a sweep, in the order of their names. 读取全部运行记录。
+
+    Args:
+        folder: Folder of the sweep.
+
+    Returns:
+        Records of runs that are trained, with the evaluations there are.
+
+    Raises:
+        ValueError: If a file is damaged.
+
+    Examples:
+        >>> import tempfile
+        >>> folder = Path(tempfile.mkdtemp())
+        >>> (folder / "runs" / "at-seed0").mkdir(parents=True)
+        >>> RunRecord("at-seed0", {"mode": "at", "seed": 0}).save(folder / "runs" / "at-seed0")
+        >>> [record.name for record in load_records(folder)]
+        ['at-seed0']
+    """
+    return [RunRecord.load(path.parent) for path in sorted((folder / "runs").glob(f"*/{RECORD_FILE}"))]
+
+
+def _known(folder: Path, recipe: Recipe, defaults: Mapping[str, Any]) -> dict[str, Path]:
+    """Folders of runs that were begun, by their options; what a newer recipe added has its default."""
+    known = {}
+    for path in sorted((folder / "runs").glob(f"*/{OPTIONS_FILE}")):
+        try:
+            options = recipe.resolve(yaml.safe_load(path.read_text(encoding="utf-8")))
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}; the run is of another version, use another --output") from error
+        known[_key(simplified(recipe.complete(options), defaults))] = path.parent
+    return known
+
+
+def _key(options: Mapping[str, Any]) -> str:
+    decisive = {name: value for name, value in options.items() if name not in _FREE_IN_TRAINING}
+    return json.dumps(decisive, sort_keys=True)
+
+
+def _name(values: Mapping[str, Any], seed: int) -> str:
+    """Words for themselves, numbers behind the name of their option."""
+    words = {name: isinstance(value, str) and value[:1].isalpha() for name, value in values.items()}
+    parts = [value if words[name] else f"{name}{word(value)}" for name, value in values.items()]
+    return re.sub(r"[^\w.+-]+", "_", "-".join([*parts, f"seed{seed}"]))
+
+
+def _check_evaluations(run: PlannedRun) -> None:
+    record = run.record
+    for suite, options in run.evaluations.items():
+        if record is None or suite not in record.evaluations:
+            continue
+        old = {name: value for name, value in record.evaluations[suite]["options"].items() if name not in _FREE}
+        new = {name: value for name, value in options.items() if name not in _FREE}
+        if any(old.get(name, value) != value for name, value in new.items()):
+            raise ValueError(_changed(run.folder / suite, old, new))
+
+
+def _changed(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
+    names = [name for name in new if name in old and old[name] != new[name]]
+    differences = ", ".join(f"{name} was {old[name]!r} and is {new[name]!r} now" for name in names)
+    return (
+        f"{path} was run with other options ({differences}); results are never mixed: use another --output, or make "
+        f"{' and '.join(names)} part of the grid"
+    )

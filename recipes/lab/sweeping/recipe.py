@@ -1,0 +1,124 @@
+"""A recipe, which is a script and no module of the package, as something to check options against and to run."""
+
+import difflib
+import importlib.util
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from sj_robust._saved import plain
+
+__all__ = ["Recipe", "load_recipe"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a sweep knows of a recipe. 实验脚本的接口。
+
+    Attributes:
+        path: The script.
+        options_type: Its dataclass ``Options``.
+        main: Its ``main``, which takes the words of the command line.
+        completed: Its function of that name, if it has one: options with values where they were null because others
+            decide them.
+    """
+
+    path: Path
+    options_type: type[Any]
+    main: Callable[[list[str]], None]
+    completed: Callable[[Any], Any] | None = None
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of its options."""
+        return tuple(field.name for field in fields(self.options_type))
+
+    @cached_property
+    def _parser(self) -> Any:
+        from jsonargparse import ArgumentParser
+
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_class_arguments(self.options_type)
+        return parser
+
+    def check_names(self, names: Iterable[str]) -> None:
+        """Raise ValueError, with the nearest names there are, unless all are names of options."""
+        for name in names:
+            if name not in self.names:
+                near = difflib.get_close_matches(name, self.names, n=3, cutoff=0.5)
+                remedy = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(self.names)}"
+                raise ValueError(f"{self.path.name} has no option {name!r}; {remedy}")
+
+    def resolve(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """All options of a run as plain data: those given, checked, and the recipe's defaults.
+
+        Raises:
+            ValueError: If an option is unknown or its value is not one of its type.
+        """
+        from jsonargparse import ArgumentError
+
+        self.check_names(options)
+        try:
+            parsed = self._parser.parse_object(dict(options))
+        except ArgumentError as error:
+            text = " ".join(str(error).split())
+            raise ValueError(f"{self.path.name} does not take these options: {text}") from error
+        return {name: plain(parsed[name]) for name in self.names}
+
+    def complete(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """All options as the recipe understands them: null is the value that others decide, 8/255 a number.
+
+        Args:
+            options: All options, from :meth:`resolve`.
+
+        Raises:
+            ValueError: If the recipe refuses them.
+        """
+        if self.completed is None:
+            return dict(options)
+        understood = self.completed(self.options_type(**options))
+        return {name: plain(getattr(understood, name)) for name in self.names}
+
+
+def load_recipe(path: Path) -> Recipe:
+    """The recipe in a file, which is run as a module, not as a script. 加载实验脚本。
+
+    Args:
+        path: A script with a dataclass ``Options`` and a function ``main``.
+
+    Returns:
+        The recipe.
+
+    Raises:
+        FileNotFoundError: If there is no such file.
+        ValueError: If it lacks one of the two.
+
+    Examples:
+        >>> import tempfile
+        >>> path = Path(tempfile.mkdtemp()) / "mine.py"
+        >>> _ = path.write_text("Options = dict; main = print")
+        >>> load_recipe(path).main(["--T", "4"])
+        ['--T', '4']
+    """
+    path = path.resolve()
+    name = f"_recipe_{path.stem}_{abs(hash(str(path)))}"
+    if name not in sys.modules:
+        if not path.is_file():
+            raise FileNotFoundError(f"{path} does not exist; a sweep needs the recipe that it runs")
+        spec = importlib.util.spec_from_file_location(name, path)
+        if spec is None or spec.loader is None:
+            raise ValueError(f"a recipe must be a Python file, got {path}")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # the types of a dataclass are looked up there
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    module = sys.modules[name]
+    if not hasattr(module, "Options") or not hasattr(module, "main"):
+        raise ValueError(f"a recipe must have Options and main, {path} has not")
+    return Recipe(path, module.Options, module.main, getattr(module, "completed", None))

@@ -1,0 +1,98 @@
+"""One run of a sweep as a file: what it was, and what came out."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from sj_robust._saved import known_fields, load_saved, plain, saved_content, write_whole
+
+__all__ = ["RECORD_FILE", "RunRecord"]
+
+RECORD_FILE = "run.json"
+
+_FORMAT = "sj_robust.sweep_run"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """Options and figures of one run of a sweep. 一次运行的记录。
+
+    Attributes:
+        name: Name of the run's folder.
+        options: All options of the training.
+        training: Figures of the recipe's own report by attack: ``{"correct": ..., "total": ...}``.
+        evaluations: Per suite its ``options``, ``eps`` and ``figures`` like those of ``training``; ``alarm`` is the
+            reason for which they mean nothing, empty if there is none.
+        seconds: Time of the training and of each suite, of the last attempt where one was killed.
+        environment: Versions, device, commit.
+        notes: Warnings of the training.
+
+    Examples:
+        >>> record = RunRecord("at-seed0", {"mode": "at", "seed": 0}, {"clean": {"correct": 9, "total": 10}})
+        >>> record.figures, record.seed
+        ({'clean': 0.9}, 0)
+        >>> RunRecord.from_json(record.to_json()) == record
+        True
+    """
+
+    name: str
+    options: dict[str, Any]
+    training: dict[str, dict[str, int]] = field(default_factory=dict)
+    evaluations: dict[str, dict[str, Any]] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "notes", tuple(self.notes))
+        for name in ("options", "training", "evaluations", "seconds", "environment"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
+
+    @property
+    def seed(self) -> int:
+        """Seed of the run."""
+        return int(self.options["seed"])
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Shares in [0, 1] by column: ``pgd20`` of the recipe's own report, ``paper/pgd20`` of the suite paper."""
+        shares = {name: _share(counts) for name, counts in self.training.items()}
+        for suite, result in self.evaluations.items():
+            shares |= {f"{suite}/{name}": _share(counts) for name, counts in result["figures"].items()}
+        return shares
+
+    def evaluated(self, suite: str, result: Mapping[str, Any], seconds: float) -> "RunRecord":
+        """The record with the figures of one more suite."""
+        evaluations = self.evaluations | {suite: dict(result)}
+        return replace(self, evaluations=evaluations, seconds=self.seconds | {suite: seconds})
+
+    def to_json(self) -> str:
+        """The record as JSON text, which :meth:`from_json` reads back equal."""
+        return json.dumps({"format": _FORMAT, "version": _VERSION} | asdict(self), indent=2, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> "RunRecord":
+        """The record that :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: If the text is no record or one of another version.
+        """
+        content = saved_content(text, what="a run of a sweep", format=_FORMAT, version=_VERSION)
+        with known_fields("the record"):
+            return cls(**content)
+
+    def save(self, folder: Path) -> None:
+        """Write the record into the run's folder; the file is whole or not there."""
+        write_whole(folder / RECORD_FILE, self.to_json() + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> "RunRecord":
+        """The record that :meth:`save` wrote; raises as :meth:`from_json`, naming the file."""
+        return load_saved(folder / RECORD_FILE, cls.from_json)
+
+
+def _share(counts: Mapping[str, int]) -> float:
+    return counts["correct"] / counts["total"]

@@ -1,0 +1,83 @@
+"""Progress of work on the terminal; needs rich."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+__all__ = ["PAUSE", "duration", "moving", "working"]
+
+PAUSE = 20.0
+"""Seconds between lines of progress where there is no terminal."""
+
+
+@contextmanager
+def working(text: str, console: Console | None = None, *, total: int | None = None) -> Iterator[Callable[[], None]]:
+    r"""Show that something is being done: what, for how long, and how much of it. 显示正在进行的工作。
+
+    On a terminal that can move its cursor a line with a spinner, which disappears in the end; elsewhere the text once,
+    and where the number of steps is known, a line now and then with the time left.
+
+    Args:
+        text: What is done.
+        console: Where to show it; None makes one, a quiet one shows nothing.
+        total: Number of steps; None where it is not known.
+
+    Yields:
+        A function to call after every step.
+
+    Examples:
+        >>> import io
+        >>> console = Console(file=io.StringIO())
+        >>> with working("adding", console, total=2) as step:
+        ...     step()
+        >>> console.file.getvalue()
+        'adding\n'
+    """
+    console = console or Console(highlight=False, soft_wrap=True)
+    if not console.is_interactive:
+        console.print(text, markup=False)
+    bar = () if total is None else (BarColumn(bar_width=12), TextColumn("{task.completed}/{task.total}"))
+    columns = (SpinnerColumn("line"), TextColumn("{task.description}", markup=False), *bar, TimeElapsedColumn())
+    started = said = time.monotonic()
+    done = 0
+    with Progress(*columns, console=console, disable=not moving(console), transient=True) as progress:
+        task = progress.add_task(text, total=total)
+
+        def step() -> None:
+            nonlocal done, said
+            done += 1
+            progress.advance(task)
+            now = time.monotonic()
+            if progress.disable and total is not None and done < total and now - said > PAUSE:
+                said = now
+                left = duration((now - started) / done * (total - done))
+                console.print(f"{text}: {done}/{total}, {left} left", markup=False)
+
+        yield step
+
+
+def moving(console: Console) -> bool:
+    """Whether a bar can be shown: on a terminal that moves its cursor, as neither a file nor ``TERM=dumb`` does.
+
+    能否显示进度条。
+
+    Args:
+        console: The console; a quiet one shows nothing.
+
+    Examples:
+        >>> import io
+        >>> moving(Console(file=io.StringIO()))
+        False
+    """
+    return console.is_interactive and not console.quiet
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes} min"
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"

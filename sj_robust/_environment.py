@@ -1,0 +1,74 @@
+"""What a result was computed with."""
+
+import platform
+import subprocess
+from importlib import metadata
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sj_robust._version import __version__
+
+__all__ = ["device_of", "environment"]
+
+
+def environment(device: torch.device | str = "cpu") -> dict[str, str]:
+    """Versions, device and commit, for the head of a log and for every report. 运行环境信息。
+
+    Args:
+        device: Where the computation runs.
+
+    Returns:
+        Text by name; what cannot be found is ``"unknown"``.
+
+    Examples:
+        >>> environment()["torch"] == torch.__version__
+        True
+    """
+    device = torch.device(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    packages = {package: _version(package) for package in ("sj_robust", "spikingjelly", "accelerate", "numpy")}
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **packages,
+        "platform": platform.platform(),
+        "device": f"{device} ({name})",
+        "threads": str(torch.get_num_threads()),
+        "commit": _commit(),
+    }
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a network is: the device of its first tensor, the CPU for one without any. 网络所在设备。
+
+    Args:
+        model: The network.
+
+    Examples:
+        >>> device_of(nn.Flatten())
+        device(type='cpu')
+    """
+    return next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
+
+
+def _version(package: str) -> str:
+    if package == "sj_robust":
+        return __version__
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _commit() -> str:
+    """Commit of the repository that this file lies in, with a mark if tracked files differ from it."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        # Fails where the package is installed inside somebody else's repository.
+        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True, check=True)
+        describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+        return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

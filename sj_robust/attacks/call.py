@@ -1,0 +1,138 @@
+"""How an attack calls a model: state left as found, every answer checked."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sj_robust._preserved import evaluation_mode
+from sj_robust.attacks._carried import reset_between_forwards
+from sj_robust.attacks.checks import check_images, check_labels, check_logits, check_model
+from sj_robust.randomness import Private, SampleSeeds, check_seeds, draw_seed, private_generator, seeded_globals
+
+Model = Callable[[Tensor], Tensor]
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+class Attack(Protocol):
+    """An attack with its budget already given, such as ``functools.partial(fgsm, eps=0.1)``."""
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | SampleSeeds) -> Tensor:
+        """Perturbed images."""
+
+
+@contextmanager
+def crafting(model: Model, device: torch.device, generator: torch.Generator | SampleSeeds | None) -> Iterator[Private]:
+    """Evaluation mode, gradients on, private randomness (yielded); all of it undone afterwards."""
+    private = private_generator(generator, device)
+    with (
+        evaluation_mode(model),
+        # An inference tensor can take part in no graph, so enable_grad alone does not serve every caller.
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        seeded_globals(draw_seed(private), device),
+        reset_between_forwards(model),
+    ):
+        yield private
+
+
+class Score(NamedTuple):
+    """How good images are for the attacker, per sample."""
+
+    loss: Tensor
+    """What the attack maximises, [N]: the loss, or its negative for a targeted attack."""
+    fooled: Tensor
+    """Whether the attack has reached its goal, [N] bool."""
+    logits: Tensor
+    """What the verdict rests on, the mean of the forwards, [N, classes]."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a gradient attack climbs: per-sample loss of the model, averaged over ``eot_samples`` forwards."""
+
+    model: Model
+    loss: Loss | None = None
+    targeted: bool = False
+    eot_samples: int = 1
+
+    def gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, Score]:
+        """Gradient of the loss of every sample with respect to its image, and the score at ``x``."""
+        x = x.detach().requires_grad_()
+        grad = torch.zeros_like(x)
+        scores = []
+        for _ in range(self.eot_samples):
+            logits, losses = self._forward(x, y)
+            grad += _input_gradient(losses, x)
+            scores.append((logits.detach(), losses.detach()))
+        if not bool(torch.isfinite(grad).all()):
+            raise ValueError("the gradient at the images must be finite, got NaN or infinity; craft in float32")
+        return grad / self.eot_samples, self._score(scores, y)
+
+    @torch.no_grad()
+    def score(self, x: Tensor, y: Tensor) -> Score:
+        """Score at ``x`` without a gradient."""
+        return self._score([self._forward(x, y) for _ in range(self.eot_samples)], y)
+
+    def _forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        logits = check_logits(self.model(x), y)
+        losses = nn.functional.cross_entropy(logits, y, reduction="none") if self.loss is None else self.loss(logits, y)
+        if losses.shape != y.shape:
+            raise ValueError(
+                f"loss must return one value per sample, [{y.shape[0]}], got {list(losses.shape)}; use reduction='none'"
+            )
+        return logits, -losses if self.targeted else losses
+
+    def _score(self, scores: list[tuple[Tensor, Tensor]], y: Tensor) -> Score:
+        logits, losses = (torch.stack(values).mean(0) for values in zip(*scores, strict=True))
+        return Score(losses, (logits.argmax(1) == y) == self.targeted, logits)
+
+
+class Best:
+    """Best image so far per sample: one that fools before one that does not, then the higher loss."""
+
+    def __init__(self, x: Tensor) -> None:
+        """Begin with the images themselves."""
+        self.x_adv = x.clone()
+        self.fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+        self.loss = torch.full((len(x),), -torch.inf, dtype=torch.float64, device=x.device)
+
+    def offer(self, rows: Tensor, x_adv: Tensor, loss: Tensor, fooled: Tensor) -> None:
+        """Take the images of the samples ``rows`` that beat what is kept."""
+        kept_fooled, kept_loss = self.fooled[rows], self.loss[rows]
+        better = (fooled & ~kept_fooled) | ((fooled == kept_fooled) & (loss > kept_loss))
+        rows = rows[better]
+        self.x_adv[rows] = x_adv[better]
+        self.fooled[rows] = fooled[better]
+        self.loss[rows] = loss[better].double()
+
+    def standing(self) -> Tensor:
+        """Indices of the samples that no image has fooled."""
+        return (~self.fooled).nonzero().squeeze(1)
+
+
+def checked_copies(
+    model: Model, x: Tensor, y: Tensor, generator: torch.Generator | SampleSeeds | None
+) -> tuple[Tensor, Tensor]:
+    """Entry check of every gradient attack; copies that the model may keep and that have no graph."""
+    check_model(model)
+    check_images(x)
+    check_labels(y, x)
+    check_seeds(generator, x)
+    with torch.inference_mode(False):
+        return x.detach().clone(), y.clone()
+
+
+def _input_gradient(losses: Tensor, x: Tensor) -> Tensor:
+    """Gradient of the summed losses; the sum keeps samples apart and does not shrink with N."""
+    grad = torch.autograd.grad(losses.sum(), x, allow_unused=True)[0] if losses.requires_grad else None
+    if grad is None:
+        raise RuntimeError(
+            "no gradient reaches the images: model and loss must be differentiable, without detach or no_grad "
+            "inside; neurons of SpikingJelly 0.0.0.0.14 have no gradient in evaluation mode, so wrap a spiking "
+            "network in SpikingClassifier(net, T=...)"
+        )
+    return grad

@@ -1,6 +1,0 @@
-"""Layers and training steps beside their peers, each in a process of its own; ``recipes/benchmark.py`` is the face."""
-
-from sj_robust.benchmarking.race import ALLOCATORS, Measurement, race
-from sj_robust.benchmarking.subjects import SUBJECTS, Subject, Task
-
-__all__ = ["ALLOCATORS", "SUBJECTS", "Measurement", "Subject", "Task", "race"]

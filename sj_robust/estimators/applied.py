@@ -1,0 +1,297 @@
+"""The context in which an estimator is in force, and what it changes in every neuron."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack
+from dataclasses import replace
+from functools import partial
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from sj_robust.estimators import backward
+from sj_robust.estimators.crafting import crafting_network
+from sj_robust.estimators.dynamics import Sequence, next_charging, spiking_neurons
+from sj_robust.estimators.memory import ImageTracker, Sharpness, Spread
+from sj_robust.estimators.shapes import (
+    SHAPES,
+    derivative_of,
+    has_compiled_kernel,
+    host_surrogate,
+    keeping_values,
+)
+from sj_robust.neuron import DLIFNode
+from sj_robust.neuron.charging import has_known_dynamics
+from sj_robust.ops.bn_dlif import BatchNorm
+from sj_robust.ops.bn_dlif.reference import normalise
+
+if TYPE_CHECKING:
+    from sj_robust.estimators.naming import Estimator
+
+__all__ = ["Applied"]
+
+Gradient = Callable[[Sequence, int], backward.Outputs]
+_MARK = "_gradient_estimator"
+_WHOLE_SEQUENCE = ("bptr", "rga", "hart", "hart_mixed")
+_IN_THRESHOLDS = ("triangle", "rectangle", "hart", "hart_mixed")  # their number is a width in units of the threshold
+
+
+class Applied(AbstractContextManager[Callable[[Tensor], Tensor]]):
+    """An estimator in force on a network; its value is the network, for ``cba`` the crafting network.
+
+    One context per batch of images: the memory of ``assg`` begins anew with every entry. A copy of the network made
+    inside is one without the estimator.
+
+    Args:
+        estimator: The estimator.
+        model: The network.
+
+    Attributes:
+        moved: Name of every neuron whose backward pass is not its own backend's any more, with where it runs now; its
+            forward stays where it was.
+
+    Examples:
+        >>> from sj_robust.estimators import estimator
+        >>> net = nn.Sequential(nn.Linear(3, 2), DLIFNode(T=4))
+        >>> applied = estimator("rectangle:1")(net)
+        >>> with applied as crafting:
+        ...     applied.moved
+        {'1': 'torch'}
+    """
+
+    def __init__(self, estimator: "Estimator", model: nn.Module | Callable[[Tensor], Tensor]) -> None:
+        """Nothing happens before the context is entered."""
+        self.estimator = estimator
+        self.moved: dict[str, str] = {}
+        self._model = model
+        self._stack: ExitStack | None = None
+
+    def __enter__(self) -> Callable[[Tensor], Tensor]:
+        """Change the neurons, all or none."""
+        if self._stack is not None:
+            raise RuntimeError(f"this context of {self.estimator.name} is entered already; make one of its own")
+        model, estimator = self._model, self.estimator
+        changes_nothing = estimator.family == "training" and not estimator.detach_reset
+        if changes_nothing and not isinstance(model, nn.Module):
+            self._stack = ExitStack()
+            return model
+        if not isinstance(model, nn.Module):
+            raise TypeError(f"{estimator.name} needs a network (nn.Module), got {type(model).__name__}")
+        neurons = spiking_neurons(model)
+        _check(estimator, model, neurons)
+        with ExitStack() as stack:
+            value: nn.Module = model
+            if estimator.family == "cba":
+                value = crafting_network(model, neurons.values())
+            elif not changes_nothing:
+                self._change(neurons, stack)
+            self._stack = stack.pop_all()
+        return value
+
+    def __exit__(
+        self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Put everything back."""
+        stack, self._stack = self._stack, None
+        if stack is not None:
+            stack.close()
+
+    def _change(self, neurons: dict[str, Any], stack: ExitStack) -> None:
+        images = ImageTracker()
+        plans = {name: _plan(self.estimator, name, node, images) for name, node in neurons.items()}
+        for name, node in neurons.items():
+            stack.callback(_put(node, {_MARK: self.estimator.name, **plans[name]}))
+        if self.estimator.family == "assg":
+            assert isinstance(self._model, nn.Module)  # it holds neurons
+            stack.callback(self._model.register_forward_pre_hook(images.see).remove)
+        self.moved = {name: "torch" for name, plan in plans.items() if "multi_step_forward" in plan}
+
+
+def _check(estimator: "Estimator", model: nn.Module, neurons: dict[str, Any]) -> None:
+    """Refuse what this estimator cannot work on."""
+    for node in neurons.values():
+        if _MARK in vars(node):
+            raise RuntimeError(
+                f"{vars(node)[_MARK]} is in force on this network already; leave its context before {estimator.name}"
+            )
+    if estimator.family == "training" and not estimator.detach_reset:
+        return
+    if not neurons:
+        raise ValueError(
+            f"{type(model).__name__} holds no spiking neuron, so {estimator.name} has nothing to change; "
+            "use the estimator 'training'"
+        )
+    for name, node in neurons.items():
+        if estimator.family in _WHOLE_SEQUENCE and getattr(node, "step_mode", "m") == "s":
+            raise ValueError(
+                f"{estimator.name} needs all time steps at once, but neuron {name!r} ({type(node).__name__}) is in "
+                "step_mode 's'; use functional.set_step_mode(net, 'm') or an estimator without time averages"
+            )
+
+
+def _plan(estimator: "Estimator", name: str, node: Any, images: ImageTracker) -> dict[str, Any]:
+    """Attributes that put the estimator in force on one neuron."""
+    plan: dict[str, Any] = {}
+    if estimator.detach_reset:
+        if not isinstance(vars(node).get("detach_reset"), bool):
+            raise ValueError(f"{estimator.name}: neuron {name!r} ({type(node).__name__}) has no detach_reset")
+        plan["detach_reset"] = True
+    if estimator.family == "training":
+        return plan
+    if estimator.family in SHAPES:
+        plan.update(_surrogate_plan(estimator, name, node))
+    else:
+        if not has_known_dynamics(node):
+            raise ValueError(
+                f"{estimator.name} needs the dynamics of every neuron, which are not known for {name!r} "
+                f"({type(node).__name__}); use a surrogate such as 'atan:4'"
+            )
+        plan.update(_Override(node, _gradient(estimator, name, node, images), estimator).entries())
+    return plan
+
+
+def _surrogate_plan(estimator: "Estimator", name: str, node: Any) -> dict[str, Any]:
+    """Swap the surrogate where the forward pass stays on the same code, else replace the backward pass alone."""
+    shape, alpha = estimator.family, _sharpness(estimator, name, node)
+    own = getattr(node, "surrogate_function", None)
+    if not callable(own):
+        raise ValueError(
+            f"{estimator.name}: neuron {name!r} ({type(node).__name__}) has no surrogate_function to change"
+        )
+    known, dlif = has_known_dynamics(node), type(node) is DLIFNode
+    same_code = has_compiled_kernel(own) and not (dlif and type(own).__name__ not in _DLIF_SURROGATES)
+    if same_code and (dlif or getattr(node, "backend", "torch") == "torch"):
+        swapped = host_surrogate(shape, alpha)
+        if swapped is not None and not (dlif and type(swapped).__name__ not in _DLIF_SURROGATES):
+            return {"surrogate_function": swapped}
+    derivative = partial(SHAPES[shape], alpha=alpha)
+    if known:
+        return _Override(node, lambda run, first: backward.through_time(run, derivative), estimator).entries()
+    return {"surrogate_function": keeping_values(own, derivative)}
+
+
+_DLIF_SURROGATES = ("PiecewiseQuadratic", "ATan", "Sigmoid")
+
+
+def _gradient(estimator: "Estimator", name: str, node: Any, images: ImageTracker) -> Gradient:
+    family = estimator.family
+    if family == "bptr":
+        return lambda run, first: backward.bptr(run)
+    if family == "rga":
+        if not node.v_threshold > (node.v_reset or 0.0):
+            raise ValueError(
+                f"rga needs thresholds above the reset potential, got {node.v_threshold} and {node.v_reset} in {name!r}"
+            )
+        return lambda run, first: backward.rga(run)
+    if family in ("pdsg", "assg"):
+        assert family == "pdsg" or (estimator.shape is not None and estimator.number is not None)  # Estimator checks
+        memory = Spread() if family == "pdsg" else Sharpness(images, str(estimator.shape), float(estimator.number or 0))
+        return lambda run, first: backward.through_time(run, lambda z_seq: memory(z_seq, first))
+    derivative = partial(SHAPES["triangle"], alpha=_sharpness(estimator, name, node))
+    if family == "hart":
+        return lambda run, first: backward.hart(run, derivative)
+    own = partial(derivative_of, node.surrogate_function)
+    return lambda run, first: backward.hart_mixed(run, derivative, own)
+
+
+def _sharpness(estimator: "Estimator", name: str, node: Any) -> float:
+    """Alpha of the shape: the number itself, or 1 / (half width in units of the threshold)."""
+    number = 1.0 if estimator.number is None else float(estimator.number)
+    if estimator.family not in _IN_THRESHOLDS:
+        return number
+    threshold = float(getattr(node, "v_threshold", 1.0))
+    if not threshold > 0:
+        raise ValueError(
+            f"{estimator.name} has a width in units of the threshold, which must be > 0, got {threshold} in neuron "
+            f"{name!r}; use a shape with a sharpness of its own, such as 'atan:4'"
+        )
+    return 1.0 / (number * threshold)
+
+
+class _Override:
+    """Forward passes of one neuron: its own, without a graph, and then the gradient of the estimator."""
+
+    def __init__(self, node: Any, gradient: Gradient, estimator: "Estimator") -> None:
+        self._node, self._gradient, self._estimator = node, gradient, estimator
+        self._multi, self._single = node.multi_step_forward, node.single_step_forward
+        self._step = 0  # of the sequence
+
+    def entries(self) -> dict[str, Any]:
+        return {"multi_step_forward": self.multi_step_forward, "single_step_forward": self.single_step_forward}
+
+    def multi_step_forward(self, x_seq: Tensor, operator: Callable[..., Any] | None = None) -> Tensor:
+        arguments = () if operator is None else (operator,)
+        if not torch.is_grad_enabled():
+            return self._multi(x_seq, *arguments)  # type: ignore[no-any-return]  # the host has no types
+        currents = x_seq if operator is None else _normalised(x_seq, operator)
+        return self._run(currents, lambda: self._multi(x_seq, *arguments), self._node.store_v_seq)
+
+    def single_step_forward(self, x: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return self._single(x)  # type: ignore[no-any-return]  # as above
+        if self._estimator.family in _WHOLE_SEQUENCE:
+            raise RuntimeError(f"{self._estimator.name} needs all time steps at once, got one; keep step_mode='m'")
+        return self._run(x.unsqueeze(0), lambda: self._single(x).unsqueeze(0), False).squeeze(0)
+
+    def _run(self, x_seq: Tensor, forward: Callable[[], Tensor], store_v_seq: bool) -> Tensor:
+        node, v_init = self._node, self._node.v
+        goes_on = isinstance(v_init, Tensor) and v_init.shape == x_seq.shape[1:]
+        if not goes_on and isinstance(v_init, Tensor):
+            v_init = node.v_reset or 0.0  # 2.x starts anew for a batch of another size
+        first = self._step if goes_on else 0
+        charging = next_charging(node, len(x_seq))
+        with torch.no_grad():
+            spike_seq = forward()
+        self._step = first + len(x_seq)
+        run = Sequence(
+            x_seq,
+            spike_seq,
+            node.v,
+            node.v_seq if store_v_seq else None,
+            v_init,
+            charging,
+            node.v_threshold,
+            node.v_reset,
+            node.detach_reset,
+        )
+        if not run.differentiable:
+            return spike_seq
+        outputs = self._gradient(run, first)
+        node.v = outputs.v
+        if store_v_seq:
+            node.v_seq = outputs.v_seq
+        return outputs.spike_seq
+
+
+def _normalised(x_seq: Tensor, operator: Callable[..., Any]) -> Tensor:
+    """Input currents behind a batch norm that runs in one pass with its neuron; running statistics left alone."""
+    norm = next((value for value in getattr(operator, "args", ()) if isinstance(value, BatchNorm)), None)
+    if norm is None:
+        raise TypeError(f"cannot tell the input currents behind the operator {operator!r}; unfuse the network first")
+    if norm.use_batch_statistics:
+        norm = replace(norm, running_mean=None, running_var=None)
+    return normalise(x_seq, norm)
+
+
+def _put(node: Any, entries: dict[str, Any]) -> Callable[[], None]:
+    """Shadow attributes of a neuron, whose registered parts stay as they are; returns what takes them away again."""
+    attributes = vars(node)
+    found: dict[str, Any] = {name: attributes[name] for name in entries if name in attributes}
+
+    def reduce_ex(protocol: Any) -> tuple[Any, ...]:
+        """What copies and pickles the neuron as it is without the estimator."""
+        reduced: Any = object.__reduce_ex__(node, protocol)
+        function, arguments, state, *rest = reduced
+        kept = {name: value for name, value in state.items() if name not in attributes_put}
+        return function, arguments, {**kept, **found}, *rest
+
+    attributes_put = {**entries, "__reduce_ex__": reduce_ex}
+    attributes.update(attributes_put)
+
+    def undo() -> None:
+        for name in attributes_put:
+            attributes.pop(name, None)
+        attributes.update(found)
+
+    return undo

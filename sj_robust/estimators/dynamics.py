@@ -1,0 +1,106 @@
+"""How a known neuron charges, and its charged potentials recovered from the spikes that it really fired."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sj_robust._host import base
+from sj_robust.neuron.charging import Charging, emits_spikes, is_neuron, read_charging
+
+__all__ = ["Sequence", "next_charging", "spiking_neurons"]
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One run of a neuron whose values are settled and whose backward pass is to be chosen.
+
+    Attributes:
+        x_seq: Input currents [T, N, *], with the graph behind them.
+        spike_seq: Spikes as the neuron fired them, no graph.
+        v: Potential after the last step, no graph.
+        v_seq: Potential after every step, or None.
+        v_init: Potential before the first step with its graph, or the number that stands for it after a reset.
+        charging: How the neuron charged; a gain per step is that of these steps, [T].
+        v_threshold: Threshold.
+        v_reset: Potential after a spike; None is the soft reset.
+        detach_reset: Whether the reset is left out of the gradient.
+    """
+
+    x_seq: Tensor
+    spike_seq: Tensor
+    v: Tensor
+    v_seq: Tensor | None
+    v_init: Tensor | float
+    charging: Charging
+    v_threshold: float
+    v_reset: float | None
+    detach_reset: bool
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the arithmetic: float64 for float64 inputs, otherwise float32."""
+        return torch.float64 if self.x_seq.dtype == torch.float64 else torch.float32
+
+    def per_step(self, gain: float | Tensor) -> float | Tensor:
+        """The gain in a shape that multiplies [T, N, *], without its graph."""
+        if not isinstance(gain, Tensor):
+            return gain
+        gain = gain.detach().to(self.dtype)
+        return gain.view(-1, *[1] * (self.x_seq.ndim - 1)) if gain.ndim else gain
+
+    @cached_property
+    def charged(self) -> tuple[Tensor, Tensor | None]:
+        """Charged potentials h [T, N, *], and v[t-1] of every step if the decay needs a gradient."""
+        decay, learned = self.charging.decay_value, _needs_gradient(self.charging.decay)
+        leak = (1 - decay) * (self.v_reset or 0.0)
+        h_seq = self.x_seq.detach().to(self.dtype) * self.per_step(self.charging.gain)
+        v: Tensor | float = self.v_init
+        v = v.detach().to(self.dtype) if isinstance(v, Tensor) else v
+        before = []
+        for h, spike in zip(h_seq.unbind(0), self.spike_seq.to(self.dtype).unbind(0), strict=True):
+            if learned:
+                before.append(v if isinstance(v, Tensor) else torch.full_like(h, v))
+            offset = leak
+            if isinstance(v, Tensor):
+                h.add_(v, alpha=decay)
+            else:
+                offset += decay * v
+            if offset:
+                h.add_(offset)
+            if self.v_reset is None:
+                v = torch.add(h, spike, alpha=-self.v_threshold)
+            else:
+                v = torch.addcmul(h, h - self.v_reset if self.v_reset else h, spike, value=-1)
+        return h_seq, torch.stack(before) if learned else None
+
+    @property
+    def differentiable(self) -> bool:
+        """Whether anything that the outputs depend on needs a gradient."""
+        return any(map(_needs_gradient, (self.x_seq, self.v_init, self.charging.gain, self.charging.decay)))
+
+
+def spiking_neurons(model: nn.Module) -> dict[str, Any]:
+    """Spiking neurons of a network by name: SpikingJelly's, what derives from them, and whatever else spikes."""
+    return {name: module for name, module in model.named_modules() if _spikes(module)}
+
+
+def next_charging(node: Any, steps: int) -> Charging:
+    """How a neuron of known dynamics charges in its next ``steps`` steps; a gain per step is that of these, [T]."""
+    charging = read_charging(node)
+    if charging.input_gain is None:
+        return charging
+    return Charging(charging.decay, charging.input_gain[node.time_step : node.time_step + steps])
+
+
+def _spikes(module: nn.Module) -> bool:
+    if not emits_spikes(module):
+        return False
+    has_surrogate = callable(getattr(module, "surrogate_function", None))
+    return is_neuron(module) or (isinstance(module, base.MemoryModule) and has_surrogate)
+
+
+def _needs_gradient(value: object) -> bool:
+    return isinstance(value, Tensor) and value.requires_grad

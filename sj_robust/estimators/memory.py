@@ -1,0 +1,166 @@
+"""Slopes that depend on more than the potential of one step: PDSG's spread so far and ASSG's memory of |z|."""
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sj_robust.estimators.shapes import SHAPES, sharpness_for
+
+__all__ = ["ImageTracker", "Sharpness", "Spread"]
+
+_MEMORY = 0.9  # of both moving averages of ASSG
+_SPREAD_WEIGHT = 1.5
+_OFFSET = 1e-4
+_SMALLEST_SPREAD = 1e-30  # what is less has no finite reciprocal in float32, and stands for 0
+
+
+class Spread:
+    """PDSG of one neuron: normal density with mean sigma / 2 and standard deviation sigma.
+
+    Equation: ``g(z[t]) = exp(-((z[t] - sigma[t] / 2) / sigma[t])**2 / 2) / (sqrt(2 pi) * sigma[t])`` with ``sigma[t]``
+    the standard deviation of ``h[0..t]`` over steps, batch and space, one per channel (1 where it is 0); a layer
+    without space, [N, F], has a single sigma.
+    """
+
+    def __init__(self) -> None:
+        """Nothing seen yet."""
+        self._count, self._mean, self._squares = 0, torch.zeros(()), torch.zeros(())
+
+    def __call__(self, z_seq: Tensor, first: int) -> Tensor:
+        """Slopes at ``z_seq`` [T, N, *], of which the first is step ``first`` of the sequence."""
+        mean, squares, here = _moments(z_seq)
+        if first == 0:
+            self._count = 0
+        sigmas = []
+        for step_mean, step_squares in zip(mean.unbind(0), squares.unbind(0), strict=True):
+            total = self._count + here
+            if self._count == 0:
+                self._mean, self._squares = step_mean, step_squares
+            else:
+                distance = step_mean - self._mean
+                self._squares = self._squares + step_squares + distance.square() * (self._count * here / total)
+                self._mean = self._mean + distance * (here / total)
+            self._count = total
+            sigmas.append((self._squares / max(total - 1, 1)).sqrt())
+        sigma = torch.stack(sigmas)
+        sigma = torch.where(sigma > _SMALLEST_SPREAD, sigma, 1.0)
+        return SHAPES["gaussian"](z_seq - sigma / 2, 1 / sigma)
+
+
+def _moments(z_seq: Tensor) -> tuple[Tensor, Tensor, int]:
+    """Mean and summed squared deviations over batch and space, [T, 1, C, 1, ..], and the number of values in each.
+
+    Relative to the first value of each, so that values that are all alike have a deviation of exactly 0.
+    """
+    has_space = z_seq.ndim > 3
+    flat = z_seq.flatten(3) if has_space else z_seq.reshape(len(z_seq), 1, 1, -1)
+    near = flat[:, :1, :, :1]
+    deviation = flat - near
+    mean = deviation.mean(3, keepdim=True).mean(1, keepdim=True)
+    squares = (deviation - mean).square_().sum(3, keepdim=True).sum(1, keepdim=True)
+    shape = (len(z_seq), 1, z_seq.shape[2], *[1] * (z_seq.ndim - 3)) if has_space else (-1, *[1] * (z_seq.ndim - 1))
+    return (mean + near).view(shape), squares.view(shape), flat.shape[1] * flat.shape[3]
+
+
+class Sharpness:
+    """ASSG of one neuron: a shape whose sharpness follows |z| over the iterations of an attack.
+
+    Equation, per neuron, time step and sample, M = 1 and D = 0 before the first forward of a batch::
+
+        M <- 0.9 M + 0.1 |z|
+        D <- 0.9 D + 0.1 ||z| - M|          with the new M
+        alpha = omega / (M + 1.5 D + 1e-4)
+
+    ``omega`` is the sharpness at which the share A of the shape's area lies within |z| <= 1: ``2 tan(pi A / 2) / pi``
+    for ``atan``, ``2 artanh(A)`` for ``sigmoid``, ``sqrt(2) erfinv(A)`` for ``gaussian``, ``1 - sqrt(1 - A)`` for
+    ``triangle``, ``A`` for ``rectangle``.
+
+    Forwards of the same images (of one EoT average) all start from what the images before them left.
+
+    Args:
+        images: Tells which images a forward belongs to.
+        shape: Shape of the surrogate.
+        share: A, in (0, 1).
+    """
+
+    def __init__(self, images: "ImageTracker", shape: str, share: float) -> None:
+        """Nothing seen yet."""
+        self._images, self._shape, self._omega = images, SHAPES[shape], sharpness_for(shape, share)
+        self._turn = 0
+        self._before: dict[int, tuple[Tensor, Tensor]] = {}  # by first step of a call: M and D of [T, N, *]
+        self._after: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __call__(self, z_seq: Tensor, first: int) -> Tensor:
+        """Slopes at ``z_seq`` [T, N, *], of which the first is step ``first`` of the sequence."""
+        if first == 0 and self._turn != self._images.turn:
+            self._before = {step: self._images.follow(state) for step, state in self._after.items()}
+            self._after, self._turn = {}, self._images.turn
+        size = z_seq.abs()
+        mean, spread = self._before.get(first, (size, size))
+        if mean.shape != size.shape:
+            mean, spread = size, size
+        fresh = mean is size
+        mean = (_MEMORY * torch.ones_like(size) if fresh else _MEMORY * mean).add_(size, alpha=1 - _MEMORY)
+        deviation = (size - mean).abs_().mul_(1 - _MEMORY)
+        spread = deviation if fresh else deviation.add_(spread, alpha=_MEMORY)
+        if self._images.counts:
+            self._after[first] = (mean, spread)
+        alpha = self._omega / torch.add(mean, spread, alpha=_SPREAD_WEIGHT).add_(_OFFSET)
+        return self._shape(z_seq, alpha)
+
+
+class ImageTracker:
+    """Sees what a network is called with, and tells a new iteration of an attack from one more forward of the same.
+
+    A batch that got smaller holds some of the samples of the one before: each image takes over the state of the image
+    nearest to it (an attack moves an image less than images differ). Any other change of shape starts anew.
+
+    Attributes:
+        turn: Number of different images so far.
+        counts: Whether the present forward is one whose images want a gradient.
+    """
+
+    def __init__(self) -> None:
+        """Nothing seen yet."""
+        self.turn = 0
+        self.counts = False
+        self._last: Tensor | None = None
+        self._identity: tuple[Any, int] = (lambda: None, -1)
+        self._rows: Tensor | None = None
+        self._samples = -1
+        self._related = False
+
+    def see(self, module: Any, arguments: tuple[Any, ...]) -> None:
+        """Forward pre-hook of the network."""
+        images = next((value for value in arguments if isinstance(value, Tensor)), None)
+        self.counts = torch.is_grad_enabled() and images is not None and images.requires_grad
+        if images is None or not self.counts:
+            return
+        reference, version = self._identity
+        if reference() is images and images._version == version:
+            return
+        self.turn += 1
+        self._compare(images.detach())
+        self._identity = (weakref.ref(images), images._version)
+
+    def follow(self, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """State [T, N, *] of the previous images for the present ones; of another shape where they have none."""
+        if not self._related:
+            return state[0][:0], state[1][:0]
+        if self._rows is None or state[0].shape[1] != self._samples:
+            return state
+        return state[0][:, self._rows], state[1][:, self._rows]
+
+    def __reduce__(self) -> tuple[type["ImageTracker"], tuple[()]]:
+        """A copy of a network has its own, which has seen nothing."""
+        return ImageTracker, ()
+
+    def _compare(self, images: Tensor) -> None:
+        last, self._last = self._last, images
+        self._rows = None
+        self._related = last is not None and last.shape[1:] == images.shape[1:] and len(images) <= len(last)
+        if last is not None and self._related and len(images) < len(last):
+            self._samples = len(last)
+            self._rows = torch.cdist(images.flatten(1), last.flatten(1), p=float("inf")).argmin(1)

@@ -1,0 +1,226 @@
+"""Figures, drawn from saved results; needs matplotlib (extra ``recipes``)."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context, rcParams
+from matplotlib.axes import Axes
+from matplotlib.colors import LogNorm, Normalize
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from sj_robust.evaluation.eps import parse_eps
+from sj_robust.evaluation.intervals import wilson_interval
+from sj_robust.evaluation.report import Report
+from sj_robust.evaluation.robustness_report import RobustnessReport
+
+__all__ = ["plot_report", "plot_robustness", "robustness_figures"]
+
+# Colours that all kinds of colour vision tell apart (Okabe and Ito); shapes and hatches differ as well.
+BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#767676"
+
+
+def plot_report(report: Report, path: Path) -> None:
+    """Bars of accuracy per attack and network, and validation curves if the report has them. 绘制评估报告。
+
+    Args:
+        report: What to draw.
+        path: File to write; its ending decides the format.
+
+    Raises:
+        ValueError: If the report has no scores.
+
+    Examples:
+        >>> import tempfile
+        >>> from sj_robust.evaluation import Score, ThreatModel
+        >>> path = Path(tempfile.mkdtemp()) / "report.png"
+        >>> plot_report(Report(ThreatModel("Linf", 0.1), (Score("dlif", "clean", 9, 10),)), path)
+        >>> path.is_file()
+        True
+    """
+    if not report.scores:
+        raise ValueError("a report without scores cannot be drawn; evaluate at least one network")
+    figure = Figure(figsize=(11.0 if report.curves else 5.5, 4.2), layout="constrained")
+    panels = figure.subplots(1, 2 if report.curves else 1, squeeze=False)[0]
+    _bars(panels[0], report)
+    if report.curves:
+        _curves(panels[1], report)
+    figure.savefig(path, dpi=150)
+
+
+def plot_robustness(report: RobustnessReport, folder: Path) -> tuple[Path, ...]:
+    """Every figure of a robustness report, each as PNG and PDF. 绘制鲁棒性报告的全部图。
+
+    Args:
+        report: What to draw.
+        folder: Where ``accuracy_over_eps``, ``attacks`` and ``potential`` are written; figures that the report holds
+            no numbers for are left out.
+
+    Returns:
+        The files.
+
+    Examples:
+        >>> import tempfile
+        >>> report = RobustnessReport("mine", "digits", "Linf", "0.1", "fast", 2, (0, 1), (0,), ())
+        >>> [file.name for file in plot_robustness(report, Path(tempfile.mkdtemp()))]
+        ['attacks.png', 'attacks.pdf']
+    """
+    paths = []
+    with rc_context({"pdf.fonttype": 42}):
+        for name, figure in robustness_figures(report).items():
+            for ending in ("png", "pdf"):
+                paths.append(folder / f"{name}.{ending}")
+                # Without a date, so that the same report gives the same file.
+                metadata = {"CreationDate": None} if ending == "pdf" else None
+                figure.savefig(paths[-1], dpi=150, metadata=metadata)
+    return tuple(paths)
+
+
+def robustness_figures(report: RobustnessReport, *, columns: int = 2) -> dict[str, Figure]:
+    """The figures of a robustness report by name, not yet written. 鲁棒性报告的图。
+
+    Args:
+        report: What to draw.
+        columns: Panels side by side in the figure of several panels.
+
+    Returns:
+        ``accuracy_over_eps``, ``attacks`` and ``potential``, as far as the report holds numbers for them.
+
+    Examples:
+        >>> report = RobustnessReport("mine", "digits", "Linf", "0.1", "fast", 2, (0, 1), (0,), ())
+        >>> list(robustness_figures(report))
+        ['attacks']
+    """
+    figures = {}
+    if report.over_eps:
+        figures["accuracy_over_eps"] = _accuracy_over_eps(report)
+    figures["attacks"] = _attacks(report)
+    if report.potential:
+        figures["potential"] = _potential(report, columns)
+    return figures
+
+
+def _accuracy_over_eps(report: RobustnessReport) -> Figure:
+    figure = Figure(figsize=(4.6, 3.4), layout="constrained")
+    axes = figure.subplots()
+    texts = [str(row["eps"]) for row in report.over_eps]
+    unit = 255 if any(text.endswith("/255") for text in [*texts, report.eps]) else 1
+    places = [unit * parse_eps(text) for text in texts]
+    shares = [100 * row["correct"] / row["total"] for row in report.over_eps]
+    ends = [wilson_interval(row["correct"], row["total"]) for row in report.over_eps]
+    low, high = ([100 * end[side] for end in ends] for side in (0, 1))
+    axes.fill_between(places, low, high, color=BLUE, alpha=0.2, linewidth=0)
+    axes.plot(places, shares, "o-", color=BLUE, markersize=4, label=report.over_eps[-1]["attack"])
+    here = unit * parse_eps(report.eps)
+    for point, marker, color in ((report.control, "s", GREY), (report.everything, "D", ORANGE)):
+        if point is not None:
+            low_end, high_end = (100 * end for end in point.interval)
+            middle = 100 * point.accuracy
+            name = "worst case of everything" if point.kind == "everything" else point.name
+            size, filled = (9, "none") if marker == "s" else (5, color)  # the one shows around the other
+            spread = [[middle - low_end], [high_end - middle]]
+            axes.errorbar(
+                here, middle, spread, fmt=marker, capsize=4, label=name, color=color, ms=size, markerfacecolor=filled
+            )
+    in_units = ", in 1/255" if unit == 255 else ""
+    axes.set_xlabel("events added or removed" if report.threat == "L0" else f"eps, {report.threat}{in_units}")
+    axes.set_ylabel("accuracy, %")
+    axes.set_xlim(left=0)
+    axes.set_ylim(-2, 102)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def _attacks(report: RobustnessReport) -> Figure:
+    """Bars from the first attack to the last, hollow beyond the threat; control and worst case below, hatched."""
+    beyond = {member.name for member in report.members if not report.within(member)}
+    curve = {member.name for member in report.members if "@" in member.name}
+    rows = [row for row in report.figures if not row.name.startswith("control/") and row.name not in curve]
+    figure = Figure(figsize=(4.6, 0.9 + 0.24 * len(rows)), layout="constrained")
+    axes = figure.subplots()
+    looks = {"clean": (GREY, ""), "member": (BLUE, ""), "control": (GREY, "////"), "worst case": (ORANGE, "xxxx")}
+    ink = rcParams["axes.edgecolor"]
+    for place, row in enumerate(rows):
+        color, hatch = looks.get(row.kind, (ORANGE, "...."))
+        share = 100 * row.accuracy
+        low, high = (100 * end for end in row.interval)
+        axes.barh(
+            place, share, 0.72, color=color, alpha=0.5 if hatch else 0.0 if row.name in beyond else 0.8, linewidth=0
+        )
+        axes.barh(place, share, 0.72, facecolor="none", edgecolor=color, hatch=hatch, linewidth=1.0)
+        axes.errorbar(share, place, xerr=[[share - low], [high - share]], fmt="none", ecolor=ink, capsize=2)
+        axes.annotate(f"{share:.1f}", (high, place), (3, 0), textcoords="offset points", va="center", fontsize=7)
+    axes.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=7)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    axes.set_xlim(0, 112)
+    axes.set_xticks(range(0, 101, 25), [str(tick) for tick in range(0, 101, 25)], fontsize=8)
+    axes.set_xlabel(f"accuracy left, % ({report.budget}; whiskers 95 %)", fontsize=8)
+    return figure
+
+
+def _potential(report: RobustnessReport, columns: int) -> Figure:
+    """A heat map per attack: layers down, time steps across, one scale for all."""
+    rows = _different([row for row in report.potential if not row["member"].startswith("control/")], 6)
+    columns = min(columns, len(rows))
+    down = math.ceil(len(rows) / columns)
+    layers = max(len(row["layers"]) for row in rows)
+    figure = Figure(figsize=(0.4 + 4.2 * columns, 0.8 + (0.65 + 0.24 * layers) * down), layout="constrained")
+    panels = figure.subplots(down, columns, squeeze=False)
+    numbers = [value for row in rows for steps in row["layers"].values() for value in steps if value > 0]
+    scale = LogNorm(min(numbers), max(numbers)) if numbers and min(numbers) < max(numbers) else Normalize(0, 1)
+    for axes, row in zip(panels.flat, rows, strict=False):
+        steps = max(len(values) for values in row["layers"].values())
+        grid = [[*values, *[math.nan] * (steps - len(values))] for values in row["layers"].values()]
+        mesh = axes.pcolormesh(grid, norm=scale, cmap="cividis", edgecolors="face", linewidth=0.1)
+        axes.set_title(f"{row['member']} ({row['samples']} images)", fontsize=8)
+        axes.set_yticks([place + 0.5 for place in range(len(grid))], list(row["layers"]), fontsize=7)
+        axes.set_xticks([place + 0.5 for place in range(steps)], [str(step) for step in range(steps)], fontsize=7)
+        axes.invert_yaxis()
+    for axes in panels.flat[len(rows) :]:
+        axes.set_axis_off()
+    for axes in panels[-1]:
+        axes.set_xlabel("time step", fontsize=8)
+    bar = figure.colorbar(mesh, ax=list(panels.flat), shrink=min(1.0, 2.0 / down))
+    bar.set_label("MS-MPPD", fontsize=8)
+    bar.ax.tick_params(which="both", labelsize=7)
+    return figure
+
+
+def _different(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
+    """Rows of different attacks first, then the ones with most images; in their own order."""
+    first = {row["member"].split("/")[0].split("@")[0]: row for row in reversed(rows)}
+    ranked = sorted(rows, key=lambda row: (row not in first.values(), -row["samples"]))[:count]
+    return [row for row in rows if row in ranked]
+
+
+def _bars(axes: Axes, report: Report) -> None:
+    width = 0.8 / len(report.networks)
+    for index, network in enumerate(report.networks):
+        scores = [score for score in report.scores if score.network == network]
+        places = [
+            report.attacks.index(score.attack) + (index - (len(report.networks) - 1) / 2) * width for score in scores
+        ]
+        bars = axes.bar(places, [100 * score.accuracy for score in scores], width, label=network, color=f"C{index}")
+        axes.bar_label(bars, fmt="%.0f", fontsize=8)
+    axes.set_xticks(range(len(report.attacks)), report.attacks)
+    axes.set_ylim(0, 112)
+    axes.set_ylabel("test accuracy, %")
+    axes.set_title(f"{report.threat.norm}, eps = {report.threat.eps:.4g}", fontsize=10)
+    axes.legend(loc="upper right", fontsize=8)
+
+
+def _curves(axes: Axes, report: Report) -> None:
+    styles = {"clean": "--", "fgsm": ":"}
+    for index, (network, records) in enumerate(report.curves.items()):
+        epochs = [record["epoch"] for record in records]
+        for attack in records[0]["validation"] if records else ():
+            values = [100 * record["validation"][attack] for record in records]
+            axes.plot(epochs, values, styles.get(attack, "-"), color=f"C{index}", label=f"{network}, {attack}")
+    axes.set_xlabel("epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_ylabel("validation accuracy, %")
+    axes.set_ylim(0, 105)
+    axes.set_title("training", fontsize=10)
+    axes.legend(loc="lower right", fontsize=8)

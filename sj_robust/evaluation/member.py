@@ -1,0 +1,249 @@
+"""One attack with its gradient estimator and restart: how it crafts, and whether what it made fools the network."""
+
+import time
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from sj_robust._preserved import evaluation_mode
+from sj_robust.attacks.call import Model, crafting
+from sj_robust.attacks.checks import check_count, check_images, check_labels, check_logits, check_model
+from sj_robust.attacks.projection import l2_norm
+from sj_robust.randomness import SampleSeeds, check_seeds, seeded_globals
+
+__all__ = ["Member", "SampleAttack", "check_estimator", "clock", "craft", "fools", "has_detached_reset", "scored"]
+
+_TOLERANCE = 1e-6  # of the ball's radius, for attacks of other packages that round to the nearest
+
+
+class SampleAttack(Protocol):
+    """An attack with its budget bound, such as ``functools.partial(pgd, eps=0.1, step_size=0.02, steps=10)``."""
+
+    def __call__(self, model: Model, x: Tensor, y: Tensor, *, generator: SampleSeeds) -> Tensor:
+        """Perturbed images."""
+
+
+@dataclass(frozen=True)
+class Member:
+    """One attack of a set whose worst case counts. 最坏情况评估中的一项攻击。
+
+    Attributes:
+        name: Unique within a set, such as ``"apgd_ce/atan:4/r1"``; part of the seed of its randomness.
+        attack: The attack with its budget bound.
+        estimator: Gradient estimator it crafts with, a name that ``estimator`` knows; ``"training"`` changes nothing.
+        group: Members of one group attack only what the earlier ones left standing; each member of group ``""``
+            attacks every image that is classified right.
+        seed: Number of the restart, part of the seed of its randomness.
+        ball: Norm (``"Linf"`` or ``"L2"``) and radius that its images must keep, in units of [0, 1] images; ``"L0"``
+            and the number of elements that may change, for binary event frames, which must stay binary; None where
+            there is no ball, as for Gaussian noise.
+
+    Raises:
+        TypeError: If the attack cannot be called or the seed is not an integer.
+        ValueError: If the name is empty, the seed negative, the norm unknown or the radius of L0 no integer >= 1.
+
+    Examples:
+        >>> from functools import partial
+        >>> from sj_robust.attacks import fgsm
+        >>> Member("fgsm", partial(fgsm, eps=0.1), ball=("Linf", 0.1)).estimator
+        'training'
+    """
+
+    name: str
+    attack: SampleAttack
+    estimator: str = "training"
+    group: str = "suite"
+    seed: int = 0
+    ball: tuple[str, float] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.name:
+            raise ValueError("a member needs a name, got ''; name it by attack, estimator and restart")
+        if not callable(self.attack):
+            raise TypeError(f"attack must be a callable, got {type(self.attack).__name__}; use functools.partial")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise TypeError(f"seed must be an integer, got {type(self.seed).__name__}")
+        if self.seed < 0:
+            raise ValueError(f"seed must be >= 0, got {self.seed}; number restarts from 0")
+        if self.ball is not None and self.ball[0] not in ("Linf", "L2", "L0"):
+            raise ValueError(f"the norm of a ball must be 'Linf', 'L2' or 'L0', got {self.ball[0]!r}")
+        if self.ball is not None and self.ball[0] == "L0" and (self.ball[1] < 1 or self.ball[1] % 1 != 0):
+            raise ValueError(f"an L0 ball must be an integer >= 1, the number of changes, got {self.ball[1]!r}")
+
+
+def craft(model: Model, x: Tensor, y: Tensor, member: Member, *, seeds: SampleSeeds) -> Tensor:
+    """Adversarial images of one member, its gradient estimator applied. 用指定梯度估计生成对抗样本。
+
+    The network is attacked in evaluation mode; modes, global random state and hooks are as before afterwards.
+
+    Args:
+        model: Images [N, ...] in [0, 1] to logits; an ``nn.Module`` unless the estimator is ``"training"``.
+        x: Images, floating point.
+        y: Labels [N] int64.
+        member: Which attack, estimator and restart.
+        seeds: One seed per sample, from which the member derives its own.
+
+    Returns:
+        Images in shape, dtype and device of ``x``.
+
+    Raises:
+        TypeError: If an argument has the wrong type, or the attack returns no images of the dtype of ``x``.
+        ValueError: If images, labels or seeds do not fit, or the attack leaves [0, 1], its ball or the shape.
+
+    Examples:
+        >>> from functools import partial
+        >>> from sj_robust.attacks import pgd
+        >>> member = Member("pgd", partial(pgd, eps=0.1, step_size=0.05, steps=3))
+        >>> x, y = torch.rand(2, 5), torch.tensor([0, 1])
+        >>> craft(nn.Linear(5, 3), x, y, member, seeds=SampleSeeds([0, 1])).shape
+        torch.Size([2, 5])
+    """
+    check_model(model)
+    check_images(x)
+    check_labels(y, x)
+    _check_seeds(seeds, x)
+    if x.numel() == 0:
+        return x.detach().clone()
+    own = seeds.derived(member.name, member.seed)
+    with crafting(model, x.device, own), _estimator(member, model) as crafted_on:
+        # Copies made here are ordinary tensors also where the caller is in inference mode.
+        x_adv = member.attack(crafted_on, x.detach().clone(), y.clone(), generator=own)
+    _check_result(x_adv, x, member)
+    return x_adv.detach()
+
+
+def fools(model: Model, x: Tensor, y: Tensor, *, draws: int = 1, seeds: SampleSeeds) -> Tensor:
+    """Whether the true network gets an image wrong in every one of several fresh forwards. 在真实网络上复核。
+
+    Equation: ``fooled_n = all_d [argmax model(x; draw d)_n != y_n]``. Nothing of an estimator is in force here. A
+    stochastic network has other noise in every draw; one draw too lucky for the attacker does not count. Forwards
+    after the first see only what is still wrong.
+
+    Args:
+        model: Images [N, ...] in [0, 1] to logits [N, classes]; a module is scored in evaluation mode.
+        x: Images, clean or adversarial.
+        y: Labels [N] int64.
+        draws: Number of forwards, >= 1; 1 is enough for a deterministic network.
+        seeds: One seed per sample; they seed the network's own use of torch's global generators.
+
+    Returns:
+        [N] bool.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If images, labels, seeds or logits do not fit, or ``draws`` < 1.
+
+    Examples:
+        >>> x, y = torch.eye(2), torch.tensor([0, 0])
+        >>> fools(lambda x: x, x, y, seeds=SampleSeeds([0, 1]))
+        tensor([False,  True])
+    """
+    check_model(model)
+    check_images(x)
+    check_labels(y, x)
+    check_count("draws", draws)
+    _check_seeds(seeds, x)
+    wrong = torch.arange(len(x), device=x.device)
+    for draw in range(draws):
+        if len(wrong) == 0:
+            break
+        seed = seeds.derived("draw", draw).single()
+        logits = scored(model, x[wrong], y[wrong], seed=seed)
+        wrong = wrong[logits.argmax(1) != y[wrong]]
+    fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    fooled[wrong] = True
+    return fooled
+
+
+def scored(model: Model, x: Tensor, y: Tensor, *, seed: int) -> Tensor:
+    """Logits of the model as it is, in evaluation mode, without a gradient, its noise seeded by ``seed``."""
+    with evaluation_mode(model), torch.no_grad(), seeded_globals(seed, x.device):
+        return check_logits(model(x), y)
+
+
+def check_estimator(name: str) -> None:
+    """The name is one of an estimator."""
+    if name != "training":
+        from sj_robust.estimators import estimator
+
+        estimator(name)
+
+
+def has_detached_reset(name: str) -> bool:
+    """Whether the estimator has a variant with the reset detached that is not the estimator itself."""
+    try:
+        check_estimator(f"{name}+detach")
+    except ValueError:
+        return False
+    return not name.endswith("+detach")
+
+
+def clock(device: torch.device) -> float:
+    """Seconds, after all that was started on a GPU has ended."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _estimator(member: Member, model: Model) -> AbstractContextManager[Model]:
+    """Context that yields what the member crafts on; without an estimator nothing of SpikingJelly is needed."""
+    if member.estimator == "training":
+        return nullcontext(model)
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"estimator {member.estimator!r} of {member.name!r} needs the network as an nn.Module, got "
+            f"{type(model).__name__}; pass the network itself, or use the estimator 'training'"
+        )
+    from sj_robust.estimators import estimator
+
+    applied: AbstractContextManager[Model] = estimator(member.estimator)(model)
+    return applied
+
+
+def _check_seeds(seeds: SampleSeeds, x: Tensor) -> None:
+    if not isinstance(seeds, SampleSeeds):
+        raise TypeError(f"seeds must be SampleSeeds, got {type(seeds).__name__}; use SampleSeeds(range(len(x)))")
+    check_seeds(seeds, x)
+
+
+def _check_result(x_adv: Tensor, x: Tensor, member: Member) -> None:
+    """What an attack returns are images of the same kind, inside the box and inside the member's ball."""
+    if not isinstance(x_adv, Tensor) or x_adv.dtype != x.dtype or x_adv.device != x.device:
+        got = f"{x_adv.dtype} on {x_adv.device}" if isinstance(x_adv, Tensor) else type(x_adv).__name__
+        raise TypeError(f"attack {member.name!r} must return images of {x.dtype} on {x.device}, got {got}")
+    if x_adv.shape != x.shape:
+        raise ValueError(
+            f"attack {member.name!r} must return images of shape {list(x.shape)}, got {list(x_adv.shape)}; "
+            "it has to return one image per sample"
+        )
+    try:
+        check_images(x_adv)
+    except ValueError as error:
+        raise ValueError(f"attack {member.name!r} left the images: {error}") from error
+    if member.ball is None:
+        return
+    norm, eps = member.ball
+    if norm == "L0":
+        _check_changes(x_adv, x, member.name, eps)
+        return
+    delta = (x_adv.detach().double() - x.double()).flatten(1)
+    distance = float((delta.abs().amax(1) if norm == "Linf" else l2_norm(delta)).max())
+    if distance > eps + _TOLERANCE * max(1.0, eps):
+        raise ValueError(
+            f"attack {member.name!r} must stay within {norm} distance {eps:g}, got {distance:.8g}; project its result"
+        )
+
+
+def _check_changes(x_adv: Tensor, x: Tensor, name: str, most: float) -> None:
+    """Frames that are binary still, with at most so many elements changed; nothing is rounded here."""
+    if not bool(((x_adv == 0) | (x_adv == 1)).all()):
+        raise ValueError(
+            f"attack {name!r} must leave event frames binary (0 or 1) within an L0 ball, got other values; an event is "
+            "there or not"
+        )
+    changed = int((x_adv != x).flatten(1).sum(1).max())
+    if changed > most:
+        raise ValueError(f"attack {name!r} must change at most {most:g} elements per sample (L0), got {changed}")

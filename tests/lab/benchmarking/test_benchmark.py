@@ -1,0 +1,181 @@
+"""What is timed must be right, and what is not there must be said."""
+
+import csv
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from lab.benchmarking import SUBJECTS, Measurement, race, steps
+from lab.benchmarking.drawing import plot_benchmark
+from lab.benchmarking.layers import LAYERS, LayerTask
+from lab.benchmarking.networks import AdversarialTask, NetworkTask
+from lab.benchmarking.published import PublishedLoop
+from lab.benchmarking.steps import ModeTask
+
+from sj_robust.ops.dlif import cpp
+from sj_robust.training import MODES
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "recipes"))
+import benchmark  # noqa: E402  # a script, found only now
+
+IMAGES = (2, 2, 3, 8, 8)
+CURRENTS = (2, 2, 4, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("subject", "method"),
+    [(subject, method) for subject in SUBJECTS for method in SUBJECTS[subject].methods if "vgg5" not in subject],
+)
+def test_every_method_is_right_and_runs(subject, method):
+    try:
+        task = SUBJECTS[subject].methods[method](CURRENTS if SUBJECTS[subject].is_layer else IMAGES)
+    except ImportError as error:
+        pytest.skip(f"{method}: {error}")
+    except RuntimeError:
+        if cpp.unavailable_reason() is None:
+            raise
+        pytest.skip(str(cpp.unavailable_reason()))
+    task.check()
+    task.backward(task.forward())
+    assert task.tensor_bytes > 0
+    assert SUBJECTS[subject].peer_of(method) in SUBJECTS[subject].methods
+
+
+def test_a_wrong_layer_is_found_out():
+    def late(shape):
+        return lambda x_seq: (x_seq.cumsum(0) >= 1).to(x_seq) * 1.0 + 0 * x_seq
+
+    def reference(shape):
+        return lambda x_seq: (x_seq >= 1).to(x_seq) + 0 * x_seq
+
+    with pytest.raises(ValueError, match="does not equal the textbook loop"):
+        LayerTask("late", late, reference, CURRENTS).check()
+    with pytest.raises(ValueError, match="neither 0 nor 1"):
+        LayerTask("graded", lambda shape: torch.sigmoid, None, CURRENTS).check()
+
+
+def test_wrong_networks_and_steps_are_found_out(monkeypatch):
+    from lab.benchmarking import networks
+
+    kernel = "DLIF cpp" if cpp.unavailable_reason() is None else "DLIF eager"
+    right = networks._NEURONS[kernel]
+    monkeypatch.setitem(networks._NEURONS, kernel, lambda T: right(T=T, tau=3.0))
+    with pytest.raises(ValueError, match=f"{kernel} does not equal the textbook loop"):
+        NetworkTask("conv4", kernel, IMAGES).check()
+    published = networks.published_losses
+    monkeypatch.setattr(networks, "published_losses", lambda *args, **kwargs: 1.01 * published(*args, **kwargs))
+    with pytest.raises(ValueError, match="adversarial step does not equal"):
+        AdversarialTask("conv4", IMAGES, published=False).check()
+
+
+def test_the_step_of_every_mode_has_a_peer():
+    subject = SUBJECTS["training_step"]
+    assert set(subject.peers) == set(MODES)
+    assert {subject.peer_of(mode) for mode in MODES} == set(subject.methods) - set(MODES)
+    assert subject.peer_of("at, textbook loop") == "at, textbook loop"
+
+
+@pytest.mark.parametrize(
+    ("mode", "method", "wrong"),
+    [
+        ("none", "entropy_loss", lambda loss: 1.01 * loss),
+        ("gaussian", "paper_loss", lambda loss: 1.01 * loss),
+        ("at", "single_step", lambda images: images.flip(3)),
+        ("pgd_at", "pgd", lambda images: images.flip(3)),
+        ("trades", "trades", lambda images: images.flip(3)),
+        ("trades", "trades_loss", lambda loss: 1.01 * loss),
+    ],
+)
+def test_a_wrong_step_of_a_mode_is_found_out(monkeypatch, mode, method, wrong):
+    right = getattr(PublishedLoop, method)
+    monkeypatch.setattr(PublishedLoop, method, lambda *args, **kwargs: wrong(right(*args, **kwargs)))
+    with pytest.raises(ValueError, match=f"mode {mode} does not equal"):
+        ModeTask(mode, IMAGES).check()
+
+
+def test_a_wrong_retraction_is_found_out(monkeypatch):
+    monkeypatch.setattr(steps, "published_retraction", lambda net, beta: None)
+    with pytest.raises(ValueError, match="mode rat does not equal"):
+        ModeTask("rat", IMAGES).check()
+
+
+def test_every_mode_is_compared_with_its_own_peer():
+    rows = [
+        Measurement("training_step", "malloc", "4x64x1x28x28", method, median, median, median, median, 1.0, 1.0,
+                    math.nan, peak, 1.0, math.nan)
+        for method, median, peak in [("none", 10.0, 6.0), ("none, textbook loop", 20.0, 12.0),
+                                     ("at", 50.0, 5.0), ("at, textbook loop", 200.0, 20.0)]
+    ]  # fmt: skip
+    table = {row.method: dict(zip(benchmark.columns(rows), benchmark.cells(row, rows), strict=True)) for row in rows}
+    assert {name: cells["textbook loop / this, median"] for name, cells in table.items()} == {
+        "none": "2.00",
+        "none, textbook loop": "1.00",
+        "at": "4.00",
+        "at, textbook loop": "1.00",
+    }
+    assert table["none"]["images / s"] == "6400"
+    assert table["at"]["peak / textbook loop"] == "0.25"
+    assert benchmark.cells(rows[0], rows[:1])[4:6] == ("", "")  # its peer was not measured
+
+
+def test_the_recipe_leaves_numbers_table_and_chart(tmp_path, monkeypatch, capsys):
+    methods = ["DLIF eager", "textbook loop", "snnTorch Leaky"]
+    options = ["--shapes", "[[2,4,3,8,8]]", "--methods", str(methods).replace("'", '"'), "--rounds", "3"]
+    monkeypatch.setattr(sys, "argv", ["benchmark.py", *options])
+    benchmark.main([*options, "--check", "false", "--allocators", "[malloc]", "--output", str(tmp_path)])
+    with (tmp_path / "neuron.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["method"] for row in rows][:2] == methods[:2]
+    for row in rows:
+        assert 0 < float(row["best"]) <= float(row["quartile1"]) <= float(row["median"]) <= float(row["quartile3"])
+        assert float(row["copy"]) > 0
+        assert row["commit"]
+    assert float(rows[0]["saved_mb"]) == 0.0
+    text = (tmp_path / "neuron.md").read_text()
+    assert "| textbook loop |" in text
+    assert "recipes/benchmark.py --shapes" in text
+    assert (tmp_path / "neuron.png").read_bytes().startswith(b"\x89PNG")
+    assert "textbook loop" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("what", "broken"), [("neuron", "ops/test_dlif.py"), ("training_step", "training/test_training_step.py")]
+)
+def test_nothing_is_timed_while_its_tests_fail(monkeypatch, tmp_path, what, broken):
+    tests = tmp_path / "tests"
+    for name in ("ops/test_dlif.py", "ops/test_cpp.py", "ops/test_bn_dlif.py", "test_fusion.py", broken):
+        (tests / name).parent.mkdir(parents=True, exist_ok=True)
+        (tests / name).write_text("def test_it():\n    pass\n")
+    (tests / broken).write_text("def test_it():\n    assert 'spike' == 'no spike'\n")
+    monkeypatch.setattr(benchmark, "__file__", str(tmp_path / "recipes" / "benchmark.py"))
+    with pytest.raises(SystemExit, match=r"(?s)nothing is timed:.*no spike"):
+        benchmark.main(["--what", what])
+
+
+def test_wrong_use():
+    with pytest.raises(ValueError, match="methods of neuron are DLIF cpp.*got Brian"):
+        race("neuron", ["Brian"], CURRENTS, rounds=2, threads=1)
+    with pytest.raises(ValueError, match="rounds must be >= 2"):
+        race("neuron", list(LAYERS), CURRENTS, rounds=1, threads=1)
+
+
+def test_the_chart_of_networks_has_no_line_for_the_memory(tmp_path):
+    row = Measurement("conv4", "malloc", "2x2x3x8x8", "ReLU", 2.0, 1.9, 2.1, 1.8, 1.0, 1.0, 1.0, 1.0, 1.0, math.nan)
+    plot_benchmark([row], tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="no measurements"):
+        plot_benchmark([], tmp_path / "b.png")
+
+
+@pytest.mark.parametrize("method", ["textbook loop", "SpikingJelly LIFNode"])  # LIFNode: torch speaks of Triton
+def test_a_worker_that_nobody_reads_any_more_ends_without_a_word(method):
+    """As after Ctrl-C at the moment when it was started."""
+    call = [sys.executable, "-m", "lab.benchmarking.worker", "neuron", method, str(list(CURRENTS)), "1"]
+    with subprocess.Popen(call, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as worker:
+        worker.stdout.close()
+        assert worker.stderr.read() == b""
+        assert worker.wait(60) == 1

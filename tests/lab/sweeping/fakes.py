@@ -1,0 +1,125 @@
+"""Recipes that look like the real ones from outside and take no time, for the tests of what runs them."""
+
+TRAINER = '''
+import json, os, signal, time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+from lab.command_line import named_arguments
+from sj_robust.evaluation import Report, Score, ThreatModel
+from jsonargparse import auto_cli
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options.
+
+    Attributes:
+        behave: What to do.
+    """
+
+    dataset: str = "cifar10"
+    model: str = "vgg11"
+    neuron: Literal["lif", "dlif"] = "dlif"
+    mode: Literal["none", "gaussian", "at", "rat", "pgd_at"] = "at"
+    eps: float | str = 0.1
+    eval_eps: float | str | None = None
+    rho: float | None = 1.0
+    norm: Literal["l2", "l1"] = "l2"
+    indicator: Literal["mppd", "tasad", "std"] = "mppd"
+    epochs: int = 1
+    seed: int = 0
+    behave: str = "well"
+    device: str = "auto"
+    workers: int = 0
+    data_root: str = "data"
+    output: str | None = None
+    resume: bool = False
+
+
+def completed(options):
+    return replace(options, rho=float(options.mode != "pgd_at")) if options.rho is None else options
+
+
+def main(arguments):
+    options = completed(auto_cli(Options, args=arguments))
+    folder = Path(options.output)
+    with (folder.parent / "calls").open("a") as file:
+        file.write(f"train resume={options.resume} pid={os.getpid()}\\n")
+    print("training", options.neuron)
+    network = folder / f"{options.neuron}_{options.mode}"
+    network.mkdir(parents=True, exist_ok=True)
+    (network / "last.pt").write_text("half")
+    if options.behave == "fail":
+        raise ValueError("no such\\nthing")
+    if options.behave == "exit":
+        raise SystemExit(2)
+    if options.behave == "die" and not (folder / "survived").exists():
+        (folder / "survived").touch()
+        os.kill(os.getpid(), signal.SIGKILL)
+    if options.behave == "wait" and not options.resume:
+        (folder / "waiting").touch()
+        time.sleep(60)
+    (network / "best.pt").write_text("whole")
+    robust = 40 + 2 * options.seed + (10 if options.rho else 0) + (options.neuron == "dlif")
+    scores = [Score(f"{options.neuron} {options.mode}", "clean", 90, 100),
+              Score(f"{options.neuron} {options.mode}", "pgd20", robust, 100), Score("lif undefended", "clean", 1, 100)]
+    Report(ThreatModel("Linf", 0.1), scores, configuration=asdict(options), environment={"torch": "x"}).save(
+        folder / "report.json")
+'''
+
+EVALUATOR = '''
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from jsonargparse import auto_cli
+from sj_robust.evaluation.outcome import MemberOutcome
+from sj_robust.evaluation.robustness_report import RobustnessReport
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options."""
+
+    checkpoint: str | None = None
+    suite: Literal["paper", "fast"] = "paper"
+    test_limit: int | None = None
+    device: str = "auto"
+    data_root: str = "data"
+    output: str | None = None
+    resume: bool = False
+
+
+def main(arguments):
+    options = auto_cli(Options, args=arguments)
+    assert (Path(options.checkpoint) / "best.pt").read_text() == "whole"
+    folder = Path(options.output)
+    with (folder.parent / "calls").open("a") as file:
+        file.write(f"{options.suite} resume={options.resume} pid={os.getpid()}\\n")
+    (folder / "progress").mkdir(parents=True, exist_ok=True)
+    (folder / "progress" / "sweep.json").touch()
+    if (folder.parent / "refuse").exists():
+        raise OSError("disk full")
+    count = options.test_limit or 40
+    names = ["gaussian", "pgd10", "pgd10/last", "apgd_ce", "pgd10@10/255"]
+    members = [MemberOutcome(name, "training", "", 8 / 255, range(count - 1), range(n), (), 0.03, 1.0)
+               for n, name in enumerate(names)]
+    control = ("control/pgd10", "training", "control", 8 / 255, range(count - 1), (0,), (), 0.03, 1.0)
+    members.append(MemberOutcome(*control))
+    report = RobustnessReport("mine", "cifar10", "Linf", "8/255", options.suite, 2,
+                              [n % 2 for n in range(count)], range(count - 1), members)
+    report.save(folder / "report.json")
+'''
+
+
+def write_fakes(folder):
+    """Both recipes in a folder; returns the options of a sweep that name them."""
+    paths = {}
+    for name, text in (("recipe", TRAINER), ("evaluator", EVALUATOR)):
+        path = folder / f"{name}.py"
+        path.write_text(text)
+        paths[name] = str(path)
+    return paths

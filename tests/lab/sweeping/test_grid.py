@@ -1,0 +1,76 @@
+import pytest
+from lab.sweeping.grid import axes_of, expand, idle, seeds_of, simplified
+
+
+def test_all_combinations_in_order():
+    found = expand({"neuron": ["lif", "dlif"], "norm,rho": [["l2", 1.0], ["l1", 3.0]], "seedless": [None]})
+    assert [(one["neuron"], one["norm"], one["rho"]) for one in found] == [
+        ("lif", "l2", 1.0), ("lif", "l1", 3.0), ("dlif", "l2", 1.0), ("dlif", "l1", 3.0),
+    ]  # fmt: skip
+    assert all(one["seedless"] is None for one in found)
+    assert expand({}) == [{}]
+
+
+def test_skip_names_options_beside_the_grid_and_lists_of_values():
+    grid = {"mode": ["none", "at", "rat"], "rho": [0, 1, 2]}
+    left = expand(grid, fixed={"neuron": "lif"}, skip=[{"neuron": "lif", "mode": ["at", "rat"], "rho": [1.0, 2]}])
+    assert [(one["mode"], one["rho"]) for one in left] == [
+        ("none", 0), ("none", 1), ("none", 2), ("at", 0), ("rat", 0),
+    ]  # fmt: skip
+    assert len(expand(grid, fixed={"neuron": "dlif"}, skip=[{"neuron": "lif"}])) == 9
+
+
+def test_options_without_effect():
+    names = "rho kappa norm layers eps step_size attack_steps project noise_std beta trades_weight lr"
+    everything = dict.fromkeys(names.split())
+    assert idle(everything | {"mode": "none", "rho": 1.0}) == everything.keys() - {"eps", "lr"}
+    assert "eps" in idle(everything | {"mode": "none", "eval_eps": "8/255"})
+    assert "eps" not in idle(everything | {"mode": "at", "eval_eps": "8/255"})
+    assert idle(everything | {"mode": "at", "rho": 1.0}) == {"attack_steps", "beta", "trades_weight"}
+    assert idle(everything | {"mode": "rat", "rho": 0.0}) == {"attack_steps", "trades_weight", "norm", "layers"}
+    assert idle(everything | {"mode": "gaussian", "rho": 1.0}) == {
+        "step_size", "attack_steps", "project", "noise_std", "beta", "trades_weight",
+    }  # fmt: skip
+    assert idle(everything | {"mode": "pgd_at", "rho": 1.0}) == {"noise_std", "project", "beta", "trades_weight"}
+    assert idle(everything | {"mode": "trades", "rho": 1.0}) == {"kappa", "project", "beta"}
+    assert "norm" in idle(everything | {"mode": "pgd_at", "rho": None})
+    assert "norm" not in idle(everything | {"mode": "at", "rho": None})
+    assert "rho" not in idle(everything | {"mode": "gaussian", "rho": 0})
+
+
+def test_what_has_no_effect_gets_the_default():
+    defaults = {"mode": "at", "rho": 1.0, "norm": "l2"}
+    assert simplified({"mode": "at", "rho": 0.0, "norm": "l1"}, defaults) == {"mode": "at", "rho": 0.0, "norm": "l2"}
+    assert simplified({"mode": "at", "rho": 0.5, "norm": "l1"}, defaults)["norm"] == "l1"
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        ({"rho": 1}, r"needs a list of values for every option, got rho: 1; write \[1\]"),
+        ({"rho": []}, "needs a list"),
+        ({"rho": "at"}, "needs a list"),
+        ({"norm,rho": [["l1", 3], ["l2"]]}, r"norm,rho needs 2 values in each of its entries, got \['l2'\]"),
+        ({"norm,rho": [["l1", 3]], "rho": [1]}, "rho occurs twice"),
+    ],
+)
+def test_wrong_grids(grid, message):
+    with pytest.raises(ValueError, match=message):
+        expand(grid)
+
+
+def test_an_empty_skip_would_skip_everything():
+    with pytest.raises(ValueError, match="would skip everything"):
+        expand({"rho": [1]}, skip=[{}])
+
+
+def test_seeds():
+    assert seeds_of(2) == [0, 1]
+    assert seeds_of([5, 3]) == [5, 3]
+    for wrong in (0, [], [1, 1], [-1]):
+        with pytest.raises(ValueError, match="seeds must be"):
+            seeds_of(wrong)
+
+
+def test_axes_hold_each_value_once():
+    assert axes_of({"mode,eps": [["none", 1], ["at", 1], ["rat", 2]]}) == {"mode": ["none", "at", "rat"], "eps": [1, 2]}

@@ -1,0 +1,276 @@
+"""Planning and performing, with recipes that take no time."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from lab.sweeping import RunRecord, expand, load_records, perform_all, plan_runs
+from lab.sweeping.perform import perform
+from lab.sweeping.recipe import load_recipe
+from sweeping.fakes import write_fakes
+
+GRID = {"mode": ["none", "at"], "rho": [0, 1]}
+
+
+@pytest.fixture
+def planned(tmp_path):
+    """A function that plans a sweep in a folder."""
+    paths = {name: load_recipe(Path(path)) for name, path in write_fakes(tmp_path).items()}
+
+    def plan(grid=GRID, seeds=(0,), fixed=None, evaluations=None, folder=tmp_path / "sweep"):
+        combinations = expand(grid)
+        return plan_runs(
+            folder, combinations, seeds, fixed=fixed or {}, evaluations=evaluations or {"paper": {}}, **paths
+        )
+
+    return plan
+
+
+def calls(run):
+    return (run.folder / "calls").read_text().split("\n")[:-1] if (run.folder / "calls").exists() else []
+
+
+def stages(run):
+    return [line.split(" pid")[0] for line in calls(run)]
+
+
+def wait_until(condition, what):
+    for _ in range(2000):
+        if condition():
+            return
+        time.sleep(0.02)
+    pytest.fail(f"{what} did not happen")
+
+
+def is_running(pid):
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return not Path(f"/proc/{pid}/stat").exists() or " Z " not in Path(f"/proc/{pid}/stat").read_text()
+
+
+def test_the_same_run_is_planned_once(planned):
+    runs = planned(seeds=(0, 1))
+    assert [run.name for run in runs] == [
+        "none-seed0", "at-rho0-seed0", "at-rho1-seed0", "none-seed1", "at-rho0-seed1", "at-rho1-seed1",
+    ]  # fmt: skip
+    assert runs[0].options["rho"] == 1.0  # the default, whatever the grid says
+    assert runs[1].options["rho"] == 0.0
+    assert not (runs[0].folder).exists()
+
+
+def test_null_is_the_value_that_it_stands_for(planned):
+    assert [run.name for run in planned({"rho": [None, 1, 0]})] == ["rho1-seed0", "rho0-seed0"]
+    assert [run.options["rho"] for run in planned({"mode": ["at", "pgd_at"], "rho": [0, None, 1]})] == [0, 1, 0, 1]
+    # where no other value is asked for, modes still differ in nothing but the mode
+    assert [run.options["rho"] for run in planned({"mode": ["at", "pgd_at"]}, fixed={"rho": None})] == [None, None]
+
+
+def test_a_run_that_had_null_is_found_by_its_value(planned):
+    (run,) = planned({"mode": ["at"]}, fixed={"rho": None})
+    perform(run)
+    assert run.record.options["rho"] is None
+    known, other = planned({"rho": [1, 0]})
+    assert (known.name, known.finished, other.finished) == ("at-seed0", True, False)
+    for one in (known, other):
+        one.name_values()
+    assert run.record.options == known.options
+    assert run.record.options["rho"] == 1.0
+
+
+def test_values_that_words_do_not_tell(planned):
+    grid = {"eps": ["8/255", 0.1], "data_root": ["a/b"], "norm": ["l1"]}
+    assert [run.name for run in planned(grid)] == ["eps8_255-a_b-l1-seed0", "eps0.1-a_b-l1-seed0"]
+    # two folders of images are the same run: the option is no part of what decides the figures
+    assert len(planned({"data_root": ["a", "b"]})) == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"grid": {"roh": [1]}}, "recipe.py has no option 'roh'; did you mean rho"),
+        ({"grid": {"zzzzzzzzzzz": [1]}}, "no option 'zzzzzzzzzzz'; it has dataset, model"),
+        ({"grid": {"mode": ["at", "an"]}}, "recipe.py does not take these options: .*mode.*an"),
+        ({"grid": {"rho": ["much"]}}, "recipe.py does not take these options: .*rho"),
+        ({"fixed": {"epochs": 1.5}}, "does not take these options: .*epochs"),
+        ({"evaluations": {"slow": {}}}, "evaluator.py does not take these options: .*slow"),
+        ({"evaluations": {"paper": {"limit": 3}}}, "evaluator.py has no option 'limit'; did you mean test_limit"),
+    ],
+)
+def test_wrong_options_stop_before_anything_starts(planned, tmp_path, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        planned(**arguments)
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_run_leaves_one_record(planned):
+    run = planned(evaluations={"paper": {"test_limit": 30}, "fast": {}})[1]
+    record = perform(run)
+    assert RunRecord.load(run.folder) == record
+    assert record.options == run.options
+    assert record.training == {"clean": {"correct": 90, "total": 100}, "pgd20": {"correct": 41, "total": 100}}
+    assert record.figures["paper/clean"] == pytest.approx(29 / 30)
+    assert record.figures["fast/clean"] == pytest.approx(39 / 40)
+    assert record.figures["paper/everything"] == pytest.approx(25 / 30)
+    assert record.figures["paper/control"] == pytest.approx(28 / 30)
+    assert record.evaluations["paper"]["options"]["test_limit"] == 30
+    assert record.evaluations["paper"]["eps"] == "8/255"
+    assert set(record.seconds) == {"training", "paper", "fast"}
+    assert stages(run) == ["train resume=False", "paper resume=False", "fast resume=False"]
+
+
+def test_what_is_finished_is_not_repeated_and_a_wider_grid_adds(planned):
+    for run in planned():
+        perform(run)
+    runs = planned({"mode": ["none", "at"], "rho": [0, 1, 2], "norm": ["l2", "l1"]}, seeds=(0, 1))
+    assert [run.name for run in runs if run.finished] == ["none-seed0", "at-rho0-seed0", "at-rho1-seed0"]
+    assert len(runs) == 2 * 6
+    assert "at-rho1-l1-seed0" in [run.name for run in runs]
+    one = next(run for run in runs if run.finished)
+    perform(one)
+    assert stages(one) == ["train resume=False", "paper resume=False"]
+
+
+def test_a_suite_that_is_added_runs_alone(planned):
+    perform(planned()[0])
+    run = planned(evaluations={"paper": {}, "fast": {}})[0]
+    assert not run.finished
+    assert list(perform(run).evaluations) == ["paper", "fast"]
+    assert stages(run) == ["train resume=False", "paper resume=False", "fast resume=False"]
+
+
+def test_changed_options_under_the_same_name_are_found(planned):
+    perform(planned()[0])
+    with pytest.raises(ValueError, match=r"none-seed0 was run with other options \(epochs was 1 and is 2 now\)"):
+        planned(fixed={"epochs": 2})
+    with pytest.raises(ValueError, match=r"paper was run with other options \(test_limit was None and is 5 now\)"):
+        planned(evaluations={"paper": {"test_limit": 5}})
+    names = [run.name for run in planned({**GRID, "epochs": [1, 2]})]
+    assert names == [
+        "none-seed0", "none-epochs2-seed0", "at-rho0-epochs1-seed0", "at-rho0-epochs2-seed0", "at-rho1-epochs1-seed0",
+        "at-rho1-epochs2-seed0",
+    ]  # fmt: skip
+    # elsewhere and on another device it is the same run
+    assert planned(fixed={"data_root": "elsewhere", "device": "cpu", "workers": 2})[0].finished
+
+
+def test_an_option_that_a_newer_recipe_has_is_at_its_default(planned, tmp_path):
+    perform(planned()[0])
+    path = tmp_path / "sweep" / "runs" / "none-seed0" / "options.yaml"
+    path.write_text("\n".join(line for line in path.read_text().splitlines() if not line.startswith("norm:")))
+    assert planned()[0].finished
+    path.write_text(path.read_text() + "\ngone: 1\n")
+    with pytest.raises(ValueError, match=r"options\.yaml: .*no option 'gone'.*another --output"):
+        planned()
+
+
+def test_stages_that_were_cut_short_go_on(planned):
+    run = planned()[1]
+    (run.folder / "training").mkdir(parents=True)
+    (run.folder / "training" / "config.yaml").write_text("torn: [")  # killed before the first checkpoint
+    (run.folder / "refuse").touch()
+    with pytest.raises(OSError, match="disk full"):
+        perform(run)
+    assert run.record.training
+    assert not run.finished
+    (run.folder / "refuse").unlink()
+    perform(run)
+    assert stages(run) == ["train resume=False", "paper resume=False", "paper resume=True"]
+    # killed between a report and the record
+    (run.folder / "run.json").unlink()
+    assert perform(run).figures["paper/clean"] == pytest.approx(39 / 40)
+    assert len(calls(run)) == 3
+
+
+def test_training_that_was_cut_short_goes_on(planned):
+    run = planned(fixed={"behave": "fail"})[0]
+    with pytest.raises(ValueError, match="no such"):
+        perform(run)
+    with pytest.raises(ValueError, match="no such"):
+        perform(run)
+    assert stages(run) == ["train resume=False", "train resume=True"]
+
+
+def test_workers_survive_what_runs_do_and_stop_when_asked(planned):
+    """A run that fails, one that exits, one that kills its process, one that is well, and one that Ctrl-C stops."""
+    runs = planned({"behave": ["fail", "exit", "die", "well", "wait"]})
+    fails, exits, dies, well, waits = runs
+    outcomes = {}
+
+    def interrupt():
+        wait_until((waits.folder / "training" / "waiting").exists, "the run's start")
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    # a shell may have started the tests in the background, where SIGINT is ignored
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            outcomes.update((outcome.run.folder, outcome.error) for outcome in perform_all(runs, jobs=1))
+    finally:
+        signal.signal(signal.SIGINT, before)
+        thread.join()
+    assert list(outcomes.values()) == [
+        "ValueError: no such thing", "exit code 2", "its process died (signal SIGKILL)", None,
+    ]  # fmt: skip
+    assert [record.name for record in load_records(well.folder.parents[1])] == ["well-seed0"]
+    output = (fails.folder / "output.txt").read_text()
+    assert output.startswith("training dlif")
+    assert "Traceback" in output
+    processes = [int(calls(run)[0].split("pid=")[1]) for run in (fails, exits, dies, well, waits)]
+    assert processes[0] == processes[1] == processes[2] != processes[3] == processes[4]
+    assert not any(is_running(process) for process in processes)
+    for run in (dies, waits):
+        perform(run)
+        assert stages(run) == ["train resume=False", "train resume=True", "paper resume=False"]
+
+
+def test_numbers_of_processes():
+    for wrong in ({"jobs": 0}, {"threads": 0}):
+        with pytest.raises(ValueError, match="jobs and threads must be >= 1"):
+            next(perform_all([], **wrong))
+
+
+SCRIPT = """
+from pathlib import Path
+from lab.sweeping import expand, load_recipe, perform_all, plan_runs
+
+if __name__ == "__main__":
+    recipe, evaluator = (load_recipe(Path(name)) for name in ("recipe.py", "evaluator.py"))
+    runs = plan_runs(Path("sweep"), [{"behave": "wait"}], [0], recipe=recipe, evaluator=evaluator, fixed={},
+                     evaluations={"paper": {}})
+    for outcome in perform_all(runs):
+        print(outcome.run.name, outcome.error)
+"""
+
+
+def test_workers_end_with_a_parent_that_is_killed_and_the_run_goes_on_later(planned, tmp_path):
+    (tmp_path / "sweep.py").write_text(SCRIPT)
+    process = subprocess.Popen([sys.executable, "-W", "ignore", "sweep.py"], cwd=tmp_path)
+    (run,) = planned({"behave": ["wait"]})
+    wait_until((run.folder / "training" / "waiting").exists, "the run's start")
+    process.kill()
+    process.wait()
+    worker = int(calls(run)[0].split("pid=")[1])
+    wait_until(lambda: not is_running(worker), "the end of the worker")
+    perform(run)
+    assert stages(run) == ["train resume=False", "train resume=True", "paper resume=False"]
+
+
+def test_a_recipe_must_look_like_one(tmp_path):
+    with pytest.raises(FileNotFoundError, match="does not exist; a sweep needs"):
+        load_recipe(tmp_path / "none.py")
+    (tmp_path / "empty.py").touch()
+    with pytest.raises(ValueError, match="must have Options and main"):
+        load_recipe(tmp_path / "empty.py")
+    (tmp_path / "broken.py").write_text("import nothing_of_this_name")
+    for _ in range(2):
+        with pytest.raises(ModuleNotFoundError):
+            load_recipe(tmp_path / "broken.py")

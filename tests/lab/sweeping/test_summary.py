@@ -1,0 +1,248 @@
+import csv
+import math
+
+import pytest
+from lab.sweeping import plot
+from lab.sweeping.plot import plot_effect
+from lab.sweeping.published import PUBLISHED, published
+from lab.sweeping.record import RunRecord
+from lab.sweeping.summary import Statistic, axes_in, cells_of, columns_of, contrasts
+from lab.sweeping.tables import contrast_csv, contrast_table, markdown, results_csv, results_tables
+
+GRID = {"mode": ["none", "at"], "rho": [0, 1]}
+PAPER = (
+    "clean",
+    "gaussian",
+    "pgd10",
+    "pgd10/last",
+    "apgd_ce",
+    "pgd10@10/255",
+    "control/pgd10",
+    "control",
+    "everything",
+)
+
+
+def record(mode, rho, seed, pgd, suites=(), **options):
+    rho = 1.0 if mode == "none" else rho
+    everything = {"dataset": "cifar10", "model": "vgg11", "neuron": "dlif", "norm": "l2", "indicator": "mppd"}
+    everything |= {"mode": mode, "rho": rho, "seed": seed, "data_root": f"folder {seed}"} | options
+    figures = {"clean": {"correct": 9, "total": 10}, "pgd20": {"correct": pgd, "total": 100}}
+    evaluations = {
+        suite: {"figures": {name: {"correct": pgd, "total": 200} for name in PAPER}, "alarm": "", "options": {}}
+        for suite in suites
+    }
+    return RunRecord(f"{mode}-{rho}-{seed}", everything, figures, evaluations)
+
+
+@pytest.fixture
+def records():
+    return [
+        record("at", 1.0, 0, 50), record("at", 1.0, 1, 60), record("at", 1.0, 2, 70),
+        record("at", 0.0, 2, 61), record("at", 0.0, 0, 44), record("at", 0.0, 1, 48),
+        record("none", 0.0, 0, 5), record("none", 0.0, 1, 7),
+    ]  # fmt: skip
+
+
+def test_mean_and_spread_by_hand(records):
+    axes = axes_in(records, GRID)
+    assert axes == {"mode": ["none", "at"], "rho": [0.0, 1.0]}
+    cells = cells_of(records, axes)
+    assert [cell.values for cell in cells] == [{"mode": "none"}, {"mode": "at", "rho": 0.0}, {"mode": "at", "rho": 1.0}]
+    assert [record.seed for record in cells[1].records] == [0, 1, 2]
+    figure = cells[2].statistic("pgd20")
+    assert figure.count == 3
+    assert figure.mean == pytest.approx(0.6)
+    assert figure.spread == pytest.approx(0.1)
+    assert figure.error == pytest.approx(0.1 / math.sqrt(3))
+    assert figure.interval == pytest.approx((0.6 - 4.303 * 0.1 / math.sqrt(3), 0.6 + 4.303 * 0.1 / math.sqrt(3)))
+    assert cells[0].statistic("paper/pgd10") is None
+
+
+def test_a_single_seed_has_no_spread():
+    figure = Statistic((0.5,))
+    assert (figure.spread, figure.error, figure.interval) == (None, None, None)
+
+
+def test_quantiles_are_students():
+    scipy = pytest.importorskip("scipy.stats")
+    for count in (2, 3, 6, 31):
+        values = tuple(number / 100 for number in range(count))
+        figure = Statistic(values)
+        half = scipy.t.ppf(0.975, count - 1) * figure.error
+        assert figure.interval == pytest.approx((figure.mean - half, figure.mean + half), rel=1e-3)
+
+
+def test_differences_are_of_the_same_seed(records):
+    axes = axes_in(records, GRID)
+    (row,) = contrasts(cells_of(records, axes), axes, "rho", ["pgd20"])
+    assert (row.first, row.second, row.values) == ({"rho": 0.0}, {"rho": 1.0}, {"mode": "at"})
+    assert row.difference.values == pytest.approx((0.06, 0.12, 0.09))
+    assert row.difference.mean == pytest.approx(0.09)
+    assert row.difference.error == pytest.approx(0.03 / math.sqrt(3))
+    assert row.clear
+    assert not contrasts(cells_of(records[:3], axes), axes, "rho", ["pgd20"])  # nothing to compare with
+
+
+def test_an_option_without_effect_need_not_be_the_same(records):
+    axes = axes_in(records, GRID)
+    rows = contrasts(cells_of(records, axes), axes, "mode", ["pgd20"])
+    assert [(row.values, row.difference.count) for row in rows] == [({"rho": 0.0}, 2), ({"rho": 1.0}, 2)]
+    assert rows[0].difference.values == pytest.approx((0.39, 0.41))
+
+
+def test_two_options_together():
+    runs = [
+        record("at", rho, seed, 40 + 5 * seed + int(rho), norm=norm)
+        for seed in (0, 1)
+        for norm, rho in (("l2", 1.0), ("l1", 3.0))
+    ]
+    axes = axes_in(runs, {"norm": ["l2", "l1"], "rho": [1, 3]})
+    (row,) = contrasts(cells_of(runs, axes), axes, "norm, rho", ["pgd20"])
+    assert row.second == {"norm": "l1", "rho": 3.0}
+    assert row.difference.values == pytest.approx((0.02, 0.02))
+    assert not contrasts(cells_of(runs, axes), axes, "norm", ["pgd20"])  # rho differs too
+    with pytest.raises(ValueError, match=r"in which runs differ \(norm, rho\), got 'neuron'"):
+        contrasts(cells_of(runs, axes), axes, "neuron", ["pgd20"])
+
+
+def test_axes_without_a_grid_hold_what_differs_and_matters(records):
+    assert list(axes_in(records)) == ["mode", "rho"]
+    assert axes_in(records[:2], {"mode": ["at"]}) == {"mode": ["at"]}
+    assert axes_in([record("at", 1.0, 0, 5, T=8), record("at", 1.0, 0, 5, T=16)])["T"] == [8, 16]
+
+
+def test_columns(records):
+    runs = [*records, record("at", 1.0, 3, 50, ["paper", "standard"])]
+    assert columns_of(records) == ["clean", "pgd20"]
+    paper = ["paper/clean", "paper/gaussian", "paper/pgd10/last", "paper/apgd_ce", "paper/control", "paper/everything"]
+    standard = ["standard/clean", "standard/control", "standard/everything"]
+    assert columns_of(runs) == ["clean", "pgd20", *paper, *standard]
+    assert columns_of(runs, few=True) == [name for name in (*paper, *standard) if "control" not in name]
+    assert columns_of(runs, ["standard/ev*", "pgd*"]) == ["standard/everything", "pgd20"]
+
+
+def test_tables(records):
+    runs = [*records, record("at", 1.0, 3, 80, ["paper"])]
+    axes = axes_in(runs, GRID)
+    cells = cells_of(runs, axes)
+    report, paper = results_tables(cells, axes, columns_of(runs))
+    assert report.heads == ("mode", "rho", "seeds", "clean", "pgd20")
+    assert report.rows[0] == ("none", "–", "2", "90.0 ± 0.0", "6.0 ± 1.4")
+    assert report.rows[1][:3] == ("at", "0", "3")
+    assert len(paper.rows) == 1
+    assert dict(zip(paper.heads, paper.rows[0], strict=True))["pgd10/last"] == "40.0 [37.55]"
+    assert "Ding et al. (ICML 2024)" in paper.note
+    text = markdown(report)
+    assert "| mode | rho | seeds | clean | pgd20 |\n| --- | --- | ---: | ---: | ---: |" in text
+
+
+def test_csv_holds_shares(records):
+    axes = axes_in(records, GRID)
+    rows = list(csv.DictReader(results_csv(cells_of(records, axes), axes, ["pgd20"]).splitlines()))
+    assert len(rows) == 3
+    assert rows[0]["rho"] == ""
+    assert float(rows[2]["mean"]) == pytest.approx(0.6)
+    assert float(rows[2]["standard_deviation"]) == pytest.approx(0.1)
+
+
+def test_contrast_table(records):
+    axes = axes_in(records, GRID)
+    rows = contrasts(cells_of(records, axes), axes, "rho", ["pgd20"])
+    table = contrast_table(rows, axes, "rho")
+    assert table.rows == (("at", "0 → 1", "pgd20", "+9.00 *", "1.73", "+1.55 to +16.45", "3"),)
+    (line,) = csv.DictReader(contrast_csv(rows, axes, "rho").splitlines())
+    assert float(line["difference"]) == pytest.approx(0.09)
+    assert float(line["low"]) == pytest.approx(0.0155, abs=1e-4)
+
+
+def options(**given):
+    known = {"dataset": "cifar10", "model": "vgg11", "neuron": "dlif", "mode": "at", "rho": 1.0, "norm": "l2"}
+    return known | {"indicator": "mppd"} | given
+
+
+@pytest.mark.parametrize(
+    ("setting", "column", "percent"),
+    [
+        (options(), "paper/pgd10/last", 37.55),
+        (options(rho=None), "paper/pgd10/last", 37.55),
+        (options(rho=0.0), "paper/pgd10/last", 29.06),
+        (options(rho=0), "paper/apgd_dlr", 29.88),
+        (options(mode="none", rho=0.3), "paper/pgd7/last", 0.09),
+        (options(mode="none", neuron="lif"), "paper/pgd7/last", 0.03),
+        (options(mode="rat", model="wrn16_4"), "paper/pgd7/last", 56.71),
+        (options(model="vgg5", indicator="std"), "paper/pgd7/last", 26.82),
+        (options(norm="l1", rho=3.0), "autoattack/worst case", 23.04),
+        (options(), "paper/pgd10", None),
+        (options(norm="l1"), "paper/pgd10/last", None),
+        (options(neuron="lif"), "paper/pgd10/last", None),
+        (options(dataset="cifar100"), "paper/pgd10/last", None),
+        (options(rho=0.5), "paper/pgd10/last", None),
+        (options(mode="pgd_at"), "paper/pgd10/last", None),
+    ],
+)
+def test_published_figures(setting, column, percent):
+    figure = published(setting, column)
+    assert (figure and figure.percent) == percent
+
+
+def test_every_published_figure_says_who_published_it():
+    assert all(figure.source and 0 <= figure.percent <= 100 for figure in PUBLISHED)
+    places = [(str(figure.options), figure.column, figure.source) for figure in PUBLISHED]
+    assert len(set(places)) == len(places)
+
+
+def test_the_figure_is_drawn_and_drawn_again_the_same(records, tmp_path):
+    axes = axes_in(records, GRID)
+    cells = cells_of(records, axes)
+    png, pdf = plot_effect(cells, axes, "rho", ["clean", "pgd20"], tmp_path / "effect-rho")
+    assert png.read_bytes().startswith(b"\x89PNG")
+    before = (png.read_bytes(), pdf.read_bytes())
+    plot_effect(cells, axes, "rho", ["clean", "pgd20"], tmp_path / "effect-rho")
+    assert (png.read_bytes(), pdf.read_bytes()) == before
+    assert plot_effect(cells, axes, "mode", ["clean"], tmp_path / "effect-mode") == ()
+    assert plot_effect(cells, axes, "tau", ["clean"], tmp_path / "effect-tau") == ()
+
+
+def test_the_figure_tells_lines_and_values_apart(records, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plot, "save", lambda figure, folder, name: drawn.append(figure) or (folder, folder))
+    more = [
+        record("at", rho, seed, 50, ["paper"], norm=norm)
+        for rho in (0.3, 10.0)
+        for seed in (0, 1)
+        for norm in ("l1", "l2")
+    ]
+    runs = [one for one in [*records, *more] if one.options["rho"] != 1.0 or one.options["mode"] == "none"]
+    axes = axes_in(runs)
+    columns = ["clean", "paper/pgd10/last", "paper/pgd10@10/255", "paper/everything"]
+    plot_effect(cells_of(runs, axes), axes, "rho", columns, tmp_path / "effect-rho")
+    (figure,) = drawn
+    assert figure.get_figwidth() == 6.75
+    panel = figure.axes[0]
+    assert [axis.get_title(loc="left") for axis in figure.axes[:4]] == [
+        "clean (training)", "PGD-10, last iterate (paper)", "PGD-10, eps 10/255 (paper)", "worst of all (paper)",
+    ]  # fmt: skip
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["undefended", "AT, l1", "AT, l2"]
+    # equal steps, and rho 0, where the norm changes nothing, at the start of both lines
+    assert [label.get_text() for label in panel.get_xticklabels()] == ["0", "0.3", "10"]
+    assert [len(container.lines[0].get_xdata()) for container in panel.containers] == [3, 3]
+    assert panel.containers[0].lines[0].get_xdata() == pytest.approx([0, 1, 2], abs=0.2)
+    one = [record("at", rho, 0, 50) for rho in (0.0, 1.0)]
+    plot_effect(cells_of(one, axes_in(one)), axes_in(one), "rho", ["pgd20"], tmp_path / "effect-rho")
+    assert drawn[1].legends == []
+
+
+def test_records_survive_and_damage_is_named(records, tmp_path):
+    records[0].save(tmp_path)
+    assert RunRecord.load(tmp_path) == records[0]
+    (tmp_path / "run.json").write_text('{"format": "sj_robust.sweep_run", "version": 1, "name": "x", "sead": 1}')
+    with pytest.raises(ValueError, match=r"run\.json: a field of the record is missing or unknown"):
+        RunRecord.load(tmp_path)
+    (tmp_path / "run.json").write_text('{"format": "sj_robust.sweep_run", "version": 9}')
+    with pytest.raises(ValueError, match="must be 1, got 9"):
+        RunRecord.load(tmp_path)
+    for text in ("{", "[]"):
+        (tmp_path / "run.json").write_text(text)
+        with pytest.raises(ValueError, match="JSON|not a run"):
+            RunRecord.load(tmp_path)

@@ -1,0 +1,342 @@
+"""fuse_batch_norm: the same network, the same results, fewer passes."""
+
+import copy
+import io
+from types import SimpleNamespace
+
+import pytest
+import torch
+from spikingjelly.activation_based import functional, layer, neuron, surrogate
+from torch import nn
+
+from sj_robust import fusion
+from sj_robust.neuron import DLIFNode
+from sj_robust.neuron.fusion import FusedSequential, fuse_batch_norm, unfuse_batch_norm
+from sj_robust.ops.dlif import cpp
+from sj_robust.perturbation import MPPDMonitor
+
+needs_kernel = pytest.mark.skipif(cpp.unavailable_reason() is not None, reason=str(cpp.unavailable_reason()))
+T = 4
+
+
+def network(**norm):
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        layer.Conv2d(2, 6, 3, padding=1),
+        layer.BatchNorm2d(6, **norm),
+        DLIFNode(T=T, v_reset=None),
+        nn.Sequential(
+            layer.Conv2d(6, 5, 3), layer.BatchNorm2d(5, **norm), DLIFNode(T=T, surrogate_function=surrogate.ATan())
+        ),
+        layer.AvgPool2d(2),
+        layer.Flatten(),
+        layer.Linear(45, 8),
+        DLIFNode(T=T),
+    )
+    functional.set_step_mode(net, "m")
+    for module in net.modules():
+        if isinstance(module, DLIFNode):
+            nn.init.uniform_(module.input_gain, 0.5, 1.5)
+    return net
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Counts the pairs that ran in one pass."""
+    count = SimpleNamespace(fused=0)
+    operator = fusion.batch_norm_dlif_multi_step
+
+    def counting(*args, **kwargs):
+        count.fused += 1
+        return operator(*args, **kwargs)
+
+    monkeypatch.setattr(fusion, "batch_norm_dlif_multi_step", counting)
+    return count
+
+
+def step(net, x, train=True):
+    """Outputs, gradients and state of a pass over one batch."""
+    functional.reset_net(net)
+    net.train(train).zero_grad()
+    x = x.clone().requires_grad_()
+    out = net(x)
+    (out * torch.linspace(-1, 1, out.shape[-1])).sum().backward()
+    return {
+        "out": out.detach(),
+        "x": x.grad,
+        **{name: p.grad for name, p in net.named_parameters()},
+        **{f"state {name}": b.clone() for name, b in net.named_buffers()},
+    }
+
+
+def assert_same(actual, wanted):
+    assert actual.keys() == wanted.keys()
+    assert torch.equal(actual["out"], wanted["out"])
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(actual[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    "norm",
+    [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}, {"momentum": 0.5, "eps": 0.1}],
+    ids=str,
+)
+def test_results_and_state_are_unchanged(passes, norm):
+    plain = network(**norm)
+    fused = copy.deepcopy(plain)
+    assert fuse_batch_norm(fused).fused == {"1": "2", "3.1": "3.2"}
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    for batch in range(3):
+        x = torch.randn(T, 3, 2, 8, 8, generator=torch.Generator().manual_seed(batch))
+        for train in (True, False):
+            assert_same(step(fused, x, train), step(plain, x, train))
+    assert passes.fused == 3 * 2 * 2
+
+
+@needs_kernel
+def test_float64_potentials_are_those_of_the_plain_network(passes):
+    plain = network().double()
+    fused = copy.deepcopy(plain)
+    fuse_batch_norm(fused)
+    for net in (plain, fused):
+        net[2].store_v_seq = True
+    x = torch.randn(T, 3, 2, 8, 8, dtype=torch.float64)
+    assert_same(step(fused, x), step(plain, x))
+    torch.testing.assert_close(fused[2].v_seq, plain[2].v_seq, rtol=0, atol=1e-12)
+    torch.testing.assert_close(fused[2].v, plain[2].v, rtol=0, atol=1e-12)
+    assert fused[2].time_step == plain[2].time_step == T
+    assert passes.fused == 2
+
+
+@needs_kernel
+def test_chunks_of_a_sequence_go_on_where_the_last_stopped(passes):
+    plain = network().eval()
+    fused = copy.deepcopy(plain)
+    fuse_batch_norm(fused)
+    x = torch.randn(T, 3, 2, 8, 8)
+    with torch.no_grad():
+        expected = plain(x)
+        actual = torch.cat([fused(x[:1]), fused(x[1:3]), fused(x[3:])])
+    assert torch.equal(actual, expected)
+    assert passes.fused == 6
+
+
+def test_taken_out_again():
+    net = network()
+    keys = list(net.state_dict())
+    modules = dict(net.named_modules())
+    fuse_batch_norm(net)
+    assert fuse_batch_norm(net).fused == {"1": "2", "3.1": "3.2"}
+    assert type(net) is type(net[3]) is FusedSequential
+    assert dict(net.named_modules()) == modules
+    unfuse_batch_norm(net)
+    assert type(net) is type(net[3]) is nn.Sequential
+    assert list(net.state_dict()) == keys
+
+
+def test_says_what_it_leaves_alone():
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn, self.sn = layer.BatchNorm2d(4), DLIFNode(T=T)
+
+    net = nn.Sequential(
+        layer.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.BatchNorm3d(4),
+        DLIFNode(T=T),
+        nn.SyncBatchNorm(4),
+        DLIFNode(T=T),
+        layer.BatchNorm2d(4),
+        neuron.LIFNode(),
+        Residual(),
+        layer.BatchNorm2d(4),
+    )
+    report = fuse_batch_norm(net)
+    assert report.fused == {}
+    assert type(net) is nn.Sequential
+    for name, reason in {
+        "0": "followed by ReLU",
+        "2": "not a BatchNorm of SpikingJelly",
+        "4": "SyncBatchNorm is not",
+        "6": "followed by LIFNode",
+        "8.bn": "stands in a Residual",
+        "9": "followed by nothing",
+    }.items():
+        assert reason in report.skipped[name]
+    assert len(report.skipped) == 6
+
+
+@pytest.mark.parametrize(
+    "prevent",
+    [
+        lambda net: net[1].register_forward_hook(lambda *_: None),
+        lambda net: net[2].register_forward_pre_hook(lambda *_: None),
+        lambda net: net[2].register_full_backward_hook(lambda *_: None),
+        lambda net: setattr(net[2], "backend", "eager"),
+        lambda net: setattr(net[2], "surrogate_function", surrogate.Erf()),
+        lambda net: setattr(net[2], "surrogate_function", surrogate.ATan(spiking=False)),
+    ],
+    ids=["hook on batch norm", "hook on neuron", "backward hook", "backend", "surrogate", "smooth surrogate"],
+)
+def test_runs_one_after_the_other_where_it_has_to(passes, prevent):
+    plain = network()
+    fused = copy.deepcopy(plain)
+    fuse_batch_norm(fused)
+    prevent(plain)
+    prevent(fused)
+    x = torch.randn(T, 3, 2, 8, 8)
+    actual, wanted = step(fused, x), step(plain, x)
+    assert_same(actual, wanted)
+    assert passes.fused == (cpp.unavailable_reason() is None)  # the other pair
+
+
+def test_a_hook_sees_what_it_would_see_in_the_plain_network():
+    plain = network()
+    fused = copy.deepcopy(plain)
+    fuse_batch_norm(fused)
+    seen = []
+    for net in (plain, fused):
+        net[2].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+        net(torch.ones(T, 3, 2, 8, 8))
+    assert torch.equal(seen[0], seen[1])
+
+
+def test_single_step_mode_falls_back(passes):
+    plain = network().eval()
+    fused = copy.deepcopy(plain)
+    fuse_batch_norm(fused)
+    for net in (plain, fused):
+        functional.set_step_mode(net, "s")
+    x = torch.randn(T, 3, 2, 8, 8)
+    for t in range(T):
+        assert torch.equal(fused(x[t]), plain(x[t]))
+    assert passes.fused == 0
+
+
+@needs_kernel
+def test_survives_saving_copying_and_slicing(passes):
+    net = network().eval()
+    fuse_batch_norm(net)
+    file = io.BytesIO()
+    torch.save(net, file)
+    file.seek(0)
+    x = torch.randn(T, 3, 2, 8, 8)
+    copied = copy.deepcopy(net)
+    expected = net(x)
+    for other in (torch.load(file, weights_only=False), copied):
+        assert torch.equal(other(x), expected)
+    head = net[:2]
+    assert torch.equal(head(x), network().eval()[:2](x))  # without the neuron, batch norm is just batch norm
+    assert passes.fused == 6
+
+
+@needs_kernel
+def test_errors_are_those_of_the_plain_network(passes):
+    net = network()
+    fuse_batch_norm(net)
+    before = {name: b.clone() for name, b in net[1].named_buffers()}
+    with pytest.raises(RuntimeError, match=f"T={T} time steps, but its input of shape .* has {T + 1}:"):
+        net(torch.randn(T + 1, 3, 2, 8, 8))
+    assert all(torch.equal(b, before[name]) for name, b in net[1].named_buffers())
+    norm_only = nn.Sequential(layer.BatchNorm2d(3, step_mode="m"), DLIFNode(T=1))
+    fuse_batch_norm(norm_only)
+    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
+        norm_only(torch.zeros(1, 1, 3, 1, 1))
+    with pytest.raises((ValueError, RuntimeError)):
+        norm_only(torch.zeros(1, 2, 4, 2, 2))
+
+
+@needs_kernel
+def test_a_plain_and_a_fused_pass_share_one_graph(passes):
+    """As where a hook looks at one pass of a training step and not at the other."""
+    net = network()
+    fuse_batch_norm(net)
+    hook = net[2].register_forward_hook(lambda *_: None)
+    x = torch.randn(T, 3, 2, 8, 8)
+    total = net(x).sum()
+    hook.remove()
+    functional.reset_net(net)
+    (total + net(x).sum()).backward()
+    assert passes.fused == 3
+
+
+@needs_kernel
+def test_training_goes_the_same_way():
+    losses = []
+    for fuse in (False, True):
+        net = network()
+        if fuse:
+            fuse_batch_norm(net)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+        generator = torch.Generator().manual_seed(1)
+        x, target = torch.randn(T, 16, 2, 8, 8, generator=generator), torch.arange(16) % 8
+        for _ in range(5):
+            functional.reset_net(net)
+            optimizer.zero_grad()
+            loss = nn.functional.cross_entropy(net(x).mean(0), target)
+            loss.backward()
+            optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] == pytest.approx(losses[1], abs=0.05)
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("layers", "fused_passes"),
+    [("all", 0), ("last", 4), (["2"], 2), (["7"], 4)],
+    ids=str,
+)
+def test_a_monitor_keeps_apart_only_the_pairs_it_looks_at(passes, layers, fused_passes):
+    plain = network().eval()
+    fused = copy.deepcopy(plain)
+    fuse_batch_norm(fused)
+    x, x_perturbed = torch.randn(T, 3, 2, 8, 8), torch.randn(T, 3, 2, 8, 8)
+    losses = []
+    for net in (plain, fused):
+        with MPPDMonitor(net, layers=layers) as monitor:
+            for _ in range(2):  # the first run finds out which layer is the last
+                passes.fused = 0
+                for context, images in ((monitor.clean(), x), (monitor.perturbed(), x_perturbed)):
+                    functional.reset_net(net)
+                    with context:
+                        net(images)
+                order = monitor.execution_order
+            functional.reset_net(net)
+            losses.append(monitor.loss("last" if layers == "last" else [*order][-1:] if layers == "all" else layers))
+            assert order == ("2", "3.2", "7")
+            assert passes.fused == (fused_passes if net is fused else 0)
+            net(x)  # outside its contexts the monitor looks at nothing
+            assert passes.fused == (fused_passes + 2 if net is fused else 0)
+    torch.testing.assert_close(*losses)
+
+
+@needs_kernel
+def test_a_monitor_of_the_last_layer_says_when_another_one_became_the_last():
+    class Routed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Sequential(layer.BatchNorm2d(2), DLIFNode(T=T))
+            self.b = nn.Sequential(layer.BatchNorm2d(2), DLIFNode(T=T))
+            self.swapped = False
+
+        def forward(self, x):
+            return self.a(self.b(x)) if self.swapped else self.b(self.a(x))
+
+    net = Routed()
+    functional.set_step_mode(net, "m")
+    fuse_batch_norm(net)
+    monitor = MPPDMonitor(net, layers="last")
+    x = torch.randn(T, 3, 2, 4, 4)
+    with monitor.clean():
+        net(x)
+    assert monitor.execution_order == ("a.1", "b.1")
+    net.swapped = True
+    functional.reset_net(net)
+    with pytest.raises(RuntimeError, match=r"last was 'b\.1' and is 'a\.1' now: name the layers"), monitor.clean():
+        net(x)
+    functional.reset_net(net)
+    with monitor.clean():  # found out anew
+        net(x)
+    assert monitor.execution_order == ("b.1", "a.1")
