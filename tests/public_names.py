@@ -7,9 +7,9 @@ compare this table with the package.
 PUBLIC = {
     "sj_robust": "DLIFNode MPPDMonitor SpikingClassifier __version__ replace_neurons",
     "sj_robust.attacks": (
-        "AutoAttackWarning CANDIDATES Member Outcome SampleAttack SampleSeeds SweepRow WorstCase apgd autoattack "
-        "check_frames check_images check_labels count_flips craft external fgsm flip_events fools gaussian linf_bounds "
-        "pgd project_l2 project_linf random_flips rfgsm salt_and_pepper sapgd square sweep transfer uniform worst_case"
+        "Attack AutoAttackWarning SampleSeeds apgd autoattack check_frames check_images check_labels count_flips "
+        "external fgsm flip_events gaussian linf_bounds pgd project_l2 project_linf random_flips rfgsm salt_and_pepper "
+        "sapgd square transfer uniform"
     ),
     "sj_robust.estimators": "Applied ESTIMATORS Estimator estimator",
     "lab.benchmarking": "ALLOCATORS Measurement SUBJECTS Subject Task race",
@@ -22,14 +22,15 @@ PUBLIC = {
     ),
     "sj_robust.doctor": "main report",
     "sj_robust.evaluation": (
-        "Attack Comparison Difference Figure Finding LayerActivity MemberOutcome Report RobustnessReport Score Suite "
-        "SuiteName SuiteOutcome SweepSettings ThreatModel accuracy compare diagnose environment eps_text evaluate "
-        "firing make_suite parse_eps run_suite wilson_interval write_whole"
+        "CANDIDATES Comparison Difference Figure Finding LayerActivity Member MemberOutcome Outcome Report "
+        "RobustnessReport SampleAttack Score Suite SuiteName SuiteOutcome SweepRow SweepSettings ThreatModel WorstCase "
+        "accuracy compare craft diagnose environment eps_text evaluate firing fools make_suite parse_eps run_suite "
+        "sweep wilson_interval worst_case write_whole"
     ),
     "sj_robust.evaluation.assess": "assess",
     "sj_robust.evaluation.html": "save_html to_html",
     "sj_robust.evaluation.subject": "Subject check_fits describe_network from_checkpoint from_function",
-    "sj_robust.evaluation.terminal": "Display moving show_comparison show_report working",
+    "sj_robust.evaluation.terminal": "Display show_comparison show_report",
     "lab.figures": (
         "FigureData InputGains OneNeuron TrainingCurves draw input_gains load_figure one_neuron redraw save_figure "
         "training_curves"
@@ -48,7 +49,7 @@ PUBLIC = {
         "membrane_potential ms_mppd neuron_indicators sample_indicators simplified_perturbation spike_train_distance "
         "tasad"
     ),
-    "sj_robust.evaluation.drawings": "plot_benchmark plot_report plot_robustness robustness_figures",
+    "sj_robust.evaluation.drawings": "plot_report plot_robustness robustness_figures",
     "sj_robust.stability": (
         "Bound Certificate GainDesign INPUT InputMap LayerCertificate NeuronGains certify gain_penalty gain_scalars "
         "input_maps l2_gain l2_gain_limit neuron_gains optimal_input_gain peak_gain printed_gain time_operator"

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 from sj_robust.evaluation.intervals import difference_interval, paired_difference_interval
 from sj_robust.evaluation.robustness_report import Figure, RobustnessReport
-from sj_robust.evaluation.verdict import alarms, masked
 
 __all__ = ["Comparison", "Difference", "compare"]
 
@@ -122,5 +121,5 @@ def _notes(first: RobustnessReport, second: RobustnessReport, *, paired: bool) -
     for report, missing in ((first, theirs - mine), (second, mine - theirs)):
         if missing:
             notes.append(f"{len(missing)} attacks are not in the report of {report.name}, and left out.")
-    notes += [f"{report.name}: {text}" for report in (first, second) for text in (*alarms(report), *masked(report))]
+    notes += [f"{report.name}: {text}" for report in (first, second) for text in (*report.alarms, *report.masked)]
     return tuple(notes)

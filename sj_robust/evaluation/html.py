@@ -12,7 +12,6 @@ from matplotlib.figure import Figure as Drawing
 from sj_robust._saved import write_whole
 from sj_robust.evaluation.drawings import BLUE, GREY, ORANGE, robustness_figures
 from sj_robust.evaluation.robustness_report import Figure, RobustnessReport
-from sj_robust.evaluation.verdict import alarms, masked, remarks
 
 __all__ = ["save_html", "to_html"]
 
@@ -107,13 +106,13 @@ def to_html(report: RobustnessReport) -> str:
     parts = [
         f"<h1>{escape(title)}</h1>",
         f'<p class="soft">{escape(_subtitle(report))}</p>',
-        *(f'<p class="alarm" role="alert">{escape(text)}</p>' for text in alarms(report)),
+        *(f'<p class="alarm" role="alert">{escape(text)}</p>' for text in report.alarms),
         _cards(report),
-        *(f'<p class="caution">{escape(text)}</p>' for text in masked(report)),
+        *(f'<p class="caution">{escape(text)}</p>' for text in report.masked),
         _drawings(report),
         "<h2>Accuracies</h2>",
         _accuracies(report),
-        *(f'<p class="soft">{escape(text)}</p>' for text in remarks(report)),
+        *(f'<p class="soft">{escape(text)}</p>' for text in report.remarks),
         _details(report),
     ]
     return (
@@ -140,7 +139,7 @@ def _cards(report: RobustnessReport) -> str:
     cards = []
     for name, figure in named:
         low, high = (100 * end for end in figure.interval)
-        doubtful = " doubtful" if alarms(report) and figure.kind != "clean" else ""
+        doubtful = " doubtful" if report.alarms and figure.kind != "clean" else ""
         cards.append(
             f'<div class="card{doubtful}"><span>{escape(name)}</span><b>{100 * figure.accuracy:.1f} %</b>'
             f'<span class="soft">95 %: {low:.1f} to {high:.1f}; {figure.correct} of {figure.total}</span></div>'

@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,14 @@ from sj_robust._saved import known_fields, load_saved, plain, saved_content, wri
 from sj_robust.evaluation.eps import parse_eps
 from sj_robust.evaluation.intervals import wilson_interval
 from sj_robust.evaluation.outcome import MemberOutcome
-from sj_robust.evaluation.verdict import alarms, masked
 
 __all__ = ["Figure", "RobustnessReport"]
 
 _FORMAT = "sj_robust.robustness_report"
 _VERSION = 1
 _WRONG, _STANDING = -2, -1
+_DEAD = 0.99
+"""Share of a layer's neurons that never fire, or always, from which the layer is dead."""
 _NUMBERS = re.compile(r"\[\n\s+[-+.\deE]+(?:,\n\s+[-+.\deE]+)*\n\s*\]")
 """A list of numbers over several lines, some as long as the data set; no text in JSON holds a bare line break."""
 
@@ -256,12 +258,68 @@ class RobustnessReport:
     @property
     def unreliable(self) -> bool:
         """Whether robust accuracies mean nothing, or may be too high."""
-        return bool(alarms(self) or masked(self))
+        return bool(self.alarms or self.masked)
 
     @property
     def footnote(self) -> str:
         """The first alarm, if there is one."""
-        return next(iter((*alarms(self), *masked(self))), "")
+        return next(iter((*self.alarms, *self.masked)), "")
+
+    # What stands above and below the figures
+
+    @property
+    def alarms(self) -> tuple[str, ...]:
+        """Why the network must not be called robust at all: it is dead, or it guesses; none for one that works."""
+        clean = self.clean
+        low, high = clean.interval
+        chance = max(1 / self.classes, max(Counter(self.labels).values()) / len(self.labels))
+        guesses = low <= chance
+        found = []
+        for row in self.firing:
+            if max(row["silent"], row["saturated"]) >= _DEAD:
+                never = row["silent"] >= _DEAD
+                found.append(
+                    f"DEAD {'NETWORK' if guesses else 'LAYER'}: {row['silent' if never else 'saturated']:.1%} of layer "
+                    f"{row['layer']} ({row['neuron']}) "
+                    f"{'never fires' if never else 'fires in every step of every image'}. What does not depend on the "
+                    "image cannot be attacked; that is not robustness. Train it again before reporting any."
+                )
+        if guesses:
+            found.append(
+                f"NOT ROBUST: clean accuracy is {100 * clean.accuracy:.1f} % (95 % interval {100 * low:.1f} to "
+                f"{100 * high:.1f}), which cannot be told from always naming one class ({100 * chance:.1f} %). What a "
+                "network does not know, no attack can take from it."
+            )
+        return tuple(found)
+
+    @property
+    def masked(self) -> tuple[str, ...]:
+        """Symptoms of masked gradients, which make robust accuracies too high, with number, threshold and remedy.
+
+        That another estimator beats the training surrogate is none where the suite has chosen among estimators.
+        """
+        answered = {"other_estimator_stronger"} if self.estimators else set()
+        return tuple(
+            f"CHECK {row['name']}: {row['value']:.3g} where at most {row['threshold']:.3g} passes. {row['meaning']} "
+            f"{row['remedy']}"
+            for row in self.findings
+            if not row["passed"] and row["name"] not in answered
+        )
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What else a reader should know."""
+        found = list(self.warnings)
+        control, worst = self.control, self.worst_case
+        if control is not None and control.correct < worst.correct:
+            found.append(
+                f"The control leaves {100 * control.accuracy:.1f} %, less than the suite's "
+                f"{100 * worst.accuracy:.1f} %: the choice of estimators did not pay here. Report the lowest figure."
+            )
+        beyond = [member.name for member in self.members if not self.within(member)]
+        if beyond:
+            found.append(f"Beyond the threat, and so no part of the worst case: {', '.join(beyond)}.")
+        return tuple(found)
 
     # Text
 

@@ -15,7 +15,6 @@ from sj_robust._console import PAUSE, duration, moving
 from sj_robust.evaluation.comparison import Comparison
 from sj_robust.evaluation.progress import Position
 from sj_robust.evaluation.robustness_report import Figure, RobustnessReport
-from sj_robust.evaluation.verdict import alarms, masked, remarks
 
 __all__ = ["Display", "show_comparison", "show_report"]
 
@@ -36,7 +35,7 @@ def show_report(report: RobustnessReport, console: Console) -> None:
         >>> "NOT ROBUST" in console.file.getvalue()
         True
     """
-    for text in alarms(report):
+    for text in report.alarms:
         console.print(Panel(Text(text, style="bold red"), border_style="red"), soft_wrap=False)
     title = f"{report.name} on {report.dataset}: {report.budget}, suite {report.suite}"
     table = Table(title=title)
@@ -48,9 +47,9 @@ def show_report(report: RobustnessReport, console: Console) -> None:
             table.add_section()
         table.add_row(*_cells(figure), style=_style(figure))
     console.print(table, soft_wrap=False)
-    for text in masked(report):
+    for text in report.masked:
         console.print(Text(text, style="yellow"))
-    for text in remarks(report):
+    for text in report.remarks:
         console.print(Text(text))
 
 

@@ -12,7 +12,6 @@ from sj_robust.evaluation.intervals import paired_difference_interval, wilson_in
 from sj_robust.evaluation.progress import Position
 from sj_robust.evaluation.robustness_report import RobustnessReport
 from sj_robust.evaluation.terminal import Display, show_comparison, show_report
-from sj_robust.evaluation.verdict import alarms, masked, remarks
 
 
 def test_figures_counted_by_hand():
@@ -41,7 +40,7 @@ def test_a_member_of_larger_radius_has_no_part_in_the_worst_case():
     made = report(members=(*report().members, far))
     assert made.figure("pgd@0.2").correct == 6
     assert made.worst_case.correct == 3  # image 5 was broken within the threat all the same
-    assert "pgd@0.2" in remarks(made)[-1]
+    assert "pgd@0.2" in made.remarks[-1]
 
 
 def test_names_of_robustbench():
@@ -132,14 +131,14 @@ DEAD = {"layer": "net.5", "neuron": "LIFNode", "rate": 0.0, "silent": 1.0, "satu
 
 def test_a_dead_network_is_not_called_robust():
     dead = report(firing=(*report().firing, DEAD), correct=(0, 5), members=())
-    alarm, guessing = alarms(dead)
+    alarm, guessing = dead.alarms
     assert alarm.startswith("DEAD NETWORK: 100.0% of layer net.5 (LIFNode) never fires")
     assert guessing.startswith("NOT ROBUST")
     assert dead.unreliable
     assert dead.footnote == alarm
-    (alarm,) = alarms(report(firing=(DEAD,)))  # a layer that others lead around
+    (alarm,) = report(firing=(DEAD,)).alarms  # a layer that others lead around
     assert alarm.startswith("DEAD LAYER: 100.0% of layer net.5 (LIFNode) never fires")
-    (alarm,) = alarms(report(firing=({**DEAD, "silent": 0.0, "saturated": 1.0},)))
+    (alarm,) = report(firing=({**DEAD, "silent": 0.0, "saturated": 1.0},)).alarms
     assert "fires in every step" in alarm
     shown = terminal(dead)
     assert shown.index("DEAD NETWORK") < shown.index("95 % interval ┃")
@@ -152,29 +151,29 @@ def test_guessing_is_not_called_robust():
     """A constant answer is right for one class of five, and no attack changes it."""
     constant = report(correct=(0, 5), members=(member("apgd_ce", attacked=(0, 5)),))
     assert constant.worst_case.accuracy == constant.clean.accuracy == 0.2
-    (alarm,) = alarms(constant)
+    (alarm,) = constant.alarms
     assert alarm.startswith("NOT ROBUST: clean accuracy is 20.0 %")
     skewed = report(labels=(0,) * 8 + (1, 2), members=(), correct=tuple(range(8)))
-    assert "one class (80.0 %)" in alarms(skewed)[0]
-    assert alarms(report()) == ()
+    assert "one class (80.0 %)" in skewed.alarms[0]
+    assert report().alarms == ()
 
 
 def test_masking_findings():
     failed = report(findings=(finding("zero_gradients", passed=False), finding("flat_loss")))
-    (text,) = masked(failed)
+    (text,) = failed.masked
     assert text == "CHECK zero_gradients: 0.9 where at most 0.5 passes. It was measured. Do something."
     assert failed.unreliable
     assert "CHECK zero_gradients" in terminal(failed)
     stronger = (finding("other_estimator_stronger", passed=False),)
-    assert masked(report(findings=stronger)) == ()  # that is what the sweep is for
-    assert len(masked(report(findings=stronger, estimators=()))) == 1
+    assert report(findings=stronger).masked == ()  # that is what the sweep is for
+    assert len(report(findings=stronger, estimators=()).masked) == 1
 
 
 def test_a_control_that_wins_is_named():
     weak = replace(report(), members=report().members[3:])
     assert weak.worst_case.correct == 8
-    assert "The control leaves 50.0 %, less than the suite's 80.0 %" in remarks(weak)[0]
-    assert not any("control leaves" in text for text in remarks(report()))
+    assert "The control leaves 50.0 %, less than the suite's 80.0 %" in weak.remarks[0]
+    assert not any("control leaves" in text for text in report().remarks)
 
 
 def terminal(made, width=100):
@@ -259,7 +258,7 @@ def test_what_a_report_lacks_is_not_drawn(tmp_path):
 
 def test_progress_without_a_terminal_is_plain(monkeypatch):
     console = Console(file=io.StringIO(), width=100)
-    monkeypatch.setattr("sj_robust.evaluation.terminal._PAUSE", -1.0)
+    monkeypatch.setattr("sj_robust.evaluation.terminal.PAUSE", -1.0)
     with Display(console) as display:
         display.on_step(Position(0, 4, "apgd_ce/[atan]", 3, 12, 3723.0))
     assert console.file.getvalue() == "25 % done, batch 1/4, apgd_ce/[atan], 1 h 2 min left\n"
