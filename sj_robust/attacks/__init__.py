@@ -23,23 +23,27 @@ from sj_robust.attacks.gradient import fgsm, pgd, rfgsm
 from sj_robust.attacks.noise import gaussian, salt_and_pepper, uniform
 from sj_robust.attacks.projection import linf_bounds, project_l2, project_linf
 from sj_robust.attacks.sapgd import sapgd
+from sj_robust.attacks.threat import ThreatModel, eps_text, parse_eps
 from sj_robust.randomness import SampleSeeds
 
 __all__ = [
     "Attack",
     "AutoAttackWarning",
     "SampleSeeds",
+    "ThreatModel",
     "apgd",
     "autoattack",
     "check_frames",
     "check_images",
     "check_labels",
     "count_flips",
+    "eps_text",
     "external",
     "fgsm",
     "flip_events",
     "gaussian",
     "linf_bounds",
+    "parse_eps",
     "pgd",
     "project_l2",
     "project_linf",

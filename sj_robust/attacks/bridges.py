@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,21 +13,12 @@ from torch import Tensor, nn
 
 from sj_robust.attacks._autoattack import ATTACKS, VERSIONS, AutoAttackWarning, run_attacks, search_squares
 from sj_robust.attacks._pyautoattack import Ball, Settings, library
-from sj_robust.attacks.call import Model, checked_copies, crafting
+from sj_robust.attacks.call import Attack, Model, Randomness, checked_copies, crafting
 from sj_robust.attacks.checks import check_count, check_model
 from sj_robust.attacks.projection import Norm, checked_radius, l2_norm
-from sj_robust.randomness import Private, SampleSeeds, draw_seed
+from sj_robust.randomness import Private, draw_seed
 
 __all__ = ["AutoAttackWarning", "autoattack", "external", "square", "transfer"]
-
-Randomness = torch.Generator | SampleSeeds | None
-
-
-class Attack(Protocol):
-    """An attack with its budget bound."""
-
-    def __call__(self, model: Model, x: Tensor, y: Tensor, *, generator: Randomness = None) -> Tensor:
-        """Perturbed images."""
 
 
 def autoattack(

@@ -15,17 +15,23 @@ from sj_robust.randomness import Private, SampleSeeds, check_seeds, draw_seed, p
 
 Model = Callable[[Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
+Randomness = torch.Generator | SampleSeeds | None
+"""What seeds one call of an attack; None draws fresh numbers."""
 
 
 class Attack(Protocol):
-    """An attack with its budget already given, such as ``functools.partial(fgsm, eps=0.1)``."""
+    """An attack with its budget already given, such as ``functools.partial(fgsm, eps=0.1)``. 攻击的统一接口。
 
-    def __call__(self, model: nn.Module, x: Tensor, y: Tensor, *, generator: torch.Generator | SampleSeeds) -> Tensor:
-        """Perturbed images."""
+    Whoever runs attacks (training, evaluation, a suite) calls this; a class or function of your own with these
+    arguments is one. With ``SampleSeeds`` what it draws for a sample should depend on neither neighbours nor batch.
+    """
+
+    def __call__(self, model: Model, x: Tensor, y: Tensor, *, generator: Randomness = None) -> Tensor:
+        """Perturbed images in shape, dtype and device of ``x``."""
 
 
 @contextmanager
-def crafting(model: Model, device: torch.device, generator: torch.Generator | SampleSeeds | None) -> Iterator[Private]:
+def crafting(model: Model, device: torch.device, generator: Randomness) -> Iterator[Private]:
     """Evaluation mode, gradients on, private randomness (yielded); all of it undone afterwards."""
     private = private_generator(generator, device)
     with (
@@ -114,9 +120,7 @@ class Best:
         return (~self.fooled).nonzero().squeeze(1)
 
 
-def checked_copies(
-    model: Model, x: Tensor, y: Tensor, generator: torch.Generator | SampleSeeds | None
-) -> tuple[Tensor, Tensor]:
+def checked_copies(model: Model, x: Tensor, y: Tensor, generator: Randomness) -> tuple[Tensor, Tensor]:
     """Entry check of every gradient attack; copies that the model may keep and that have no graph."""
     check_model(model)
     check_images(x)

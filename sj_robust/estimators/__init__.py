@@ -29,7 +29,7 @@ The suffix ``+detach`` leaves the reset out of the gradient: ``atan:4+detach``. 
 at once (``bptr``, ``rga``, ``hart``, ``hart_mixed``) refuses neurons in step mode ``"s"``.
 """
 
-from sj_robust.estimators.applied import Applied
-from sj_robust.estimators.naming import ESTIMATORS, Estimator, estimator
+from sj_robust.estimators.applied import Applied, Estimator, estimator
+from sj_robust.estimators.naming import ESTIMATORS
 
 __all__ = ["ESTIMATORS", "Applied", "Estimator", "estimator"]

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, ExitStack
 from dataclasses import replace
 from functools import partial
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from sj_robust.estimators import backward
 from sj_robust.estimators.crafting import crafting_network
 from sj_robust.estimators.dynamics import Sequence, next_charging, spiking_neurons
 from sj_robust.estimators.memory import ImageTracker, Sharpness, Spread
+from sj_robust.estimators.naming import EstimatorName
 from sj_robust.estimators.shapes import (
     SHAPES,
     derivative_of,
@@ -26,15 +27,90 @@ from sj_robust.neuron.charging import has_known_dynamics
 from sj_robust.ops.bn_dlif import BatchNorm
 from sj_robust.ops.bn_dlif.reference import normalise
 
-if TYPE_CHECKING:
-    from sj_robust.estimators.naming import Estimator
-
-__all__ = ["Applied"]
+__all__ = ["Applied", "Estimator", "estimator"]
 
 Gradient = Callable[[Sequence, int], backward.Outputs]
 _MARK = "_gradient_estimator"
 _WHOLE_SEQUENCE = ("bptr", "rga", "hart", "hart_mixed")
 _IN_THRESHOLDS = ("triangle", "rectangle", "hart", "hart_mixed")  # their number is a width in units of the threshold
+
+
+class Estimator(EstimatorName):
+    """A gradient estimator; call it on a network for a context in which the network has this backward pass.
+
+    梯度估计器：仅替换脉冲神经元的反向传播，前向保持逐位一致。
+
+    Equation: see the table of :mod:`sj_robust.estimators`.
+
+    Args:
+        family: What comes first in the name, such as ``"atan"``.
+        number: Width or sharpness: half width in units of the threshold for ``triangle``, ``rectangle``, ``hart`` and
+            ``hart_mixed``; alpha for ``atan``, ``sigmoid`` and ``exponential``; for ``assg`` the share of the
+            surrogate's area kept around |z|, in (0, 1); None for the others.
+        shape: Shape of ``assg``, None for all others.
+        detach_reset: Whether the reset is left out of the gradient.
+
+    Raises:
+        ValueError: If the family is unknown or the rest does not go with it.
+
+    Source: straight-through: Bengio et al. (2013); BPTR: Ding et al., "SNN-RAT" (NeurIPS 2022); CBA: Sharmin et al.
+        (ECCV 2020); RGA: Bu et al., "Rate Gradient Approximation Attack" (CVPR 2023); HART: Hao et al. (ICLR 2024);
+        PDSG: Lun et al. (CVPR 2025); ASSG: Wang et al. (arXiv 2512.22522).
+
+    Examples:
+        >>> from sj_robust.neuron import DLIFNode
+        >>> net = nn.Sequential(nn.Linear(3, 2), DLIFNode(T=4))
+        >>> with Estimator("atan", 4.0)(net) as crafting:
+        ...     crafting is net, net[1].surrogate_function.alpha
+        (True, 4.0)
+        >>> type(net[1].surrogate_function).__name__
+        'PiecewiseQuadratic'
+    """
+
+    def __call__(self, model: nn.Module | Callable[[Tensor], Tensor]) -> "Applied":
+        """Context whose value has this backward pass: ``model`` itself, for ``cba`` a crafting network.
+
+        Args:
+            model: A network with SpikingJelly neurons, bare or inside a ``SpikingClassifier``; for ``training`` any
+                callable.
+
+        Returns:
+            The context; ``Applied.moved`` tells which neurons compute their backward pass elsewhere.
+
+        Raises:
+            TypeError: On entry, if ``model`` is not a module.
+            ValueError: On entry, if there is no spiking neuron, or one that this estimator does not work for.
+            RuntimeError: On entry, if an estimator is in force already.
+        """
+        return Applied(self, model)
+
+    def __repr__(self) -> str:
+        return f"estimator({self.name!r})"
+
+
+def estimator(name: str) -> Estimator:
+    """The estimator of a name such as ``"atan:4"``, ``"assg:triangle"`` or ``"training+detach"``.
+
+    Equation: see the table of :mod:`sj_robust.estimators`.
+
+    Args:
+        name: Family, then after colons what it takes (a number, for ``assg`` a shape and a number), then ``+detach``
+            or nothing. What is left out has its default.
+
+    Returns:
+        The estimator.
+
+    Raises:
+        TypeError: If ``name`` is not text.
+        ValueError: If it is not the name of an estimator.
+
+    Source: see :class:`Estimator`.
+
+    Examples:
+        >>> estimator("atan:4"), estimator("triangle").name, estimator("assg:sigmoid:0.9+detach").name
+        (estimator('atan:4'), 'triangle:1', 'assg:sigmoid:0.9+detach')
+    """
+    return Estimator.parse(name)
 
 
 class Applied(AbstractContextManager[Callable[[Tensor], Tensor]]):
@@ -60,7 +136,7 @@ class Applied(AbstractContextManager[Callable[[Tensor], Tensor]]):
         {'1': 'torch'}
     """
 
-    def __init__(self, estimator: "Estimator", model: nn.Module | Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, estimator: EstimatorName, model: nn.Module | Callable[[Tensor], Tensor]) -> None:
         """Nothing happens before the context is entered."""
         self.estimator = estimator
         self.moved: dict[str, str] = {}
@@ -108,7 +184,7 @@ class Applied(AbstractContextManager[Callable[[Tensor], Tensor]]):
         self.moved = {name: "torch" for name, plan in plans.items() if "multi_step_forward" in plan}
 
 
-def _check(estimator: "Estimator", model: nn.Module, neurons: dict[str, Any]) -> None:
+def _check(estimator: EstimatorName, model: nn.Module, neurons: dict[str, Any]) -> None:
     """Refuse what this estimator cannot work on."""
     for node in neurons.values():
         if _MARK in vars(node):
@@ -130,7 +206,7 @@ def _check(estimator: "Estimator", model: nn.Module, neurons: dict[str, Any]) ->
             )
 
 
-def _plan(estimator: "Estimator", name: str, node: Any, images: ImageTracker) -> dict[str, Any]:
+def _plan(estimator: EstimatorName, name: str, node: Any, images: ImageTracker) -> dict[str, Any]:
     """Attributes that put the estimator in force on one neuron."""
     plan: dict[str, Any] = {}
     if estimator.detach_reset:
@@ -151,7 +227,7 @@ def _plan(estimator: "Estimator", name: str, node: Any, images: ImageTracker) ->
     return plan
 
 
-def _surrogate_plan(estimator: "Estimator", name: str, node: Any) -> dict[str, Any]:
+def _surrogate_plan(estimator: EstimatorName, name: str, node: Any) -> dict[str, Any]:
     """Swap the surrogate where the forward pass stays on the same code, else replace the backward pass alone."""
     shape, alpha = estimator.family, _sharpness(estimator, name, node)
     own = getattr(node, "surrogate_function", None)
@@ -174,7 +250,7 @@ def _surrogate_plan(estimator: "Estimator", name: str, node: Any) -> dict[str, A
 _DLIF_SURROGATES = ("PiecewiseQuadratic", "ATan", "Sigmoid")
 
 
-def _gradient(estimator: "Estimator", name: str, node: Any, images: ImageTracker) -> Gradient:
+def _gradient(estimator: EstimatorName, name: str, node: Any, images: ImageTracker) -> Gradient:
     family = estimator.family
     if family == "bptr":
         return lambda run, first: backward.bptr(run)
@@ -195,7 +271,7 @@ def _gradient(estimator: "Estimator", name: str, node: Any, images: ImageTracker
     return lambda run, first: backward.hart_mixed(run, derivative, own)
 
 
-def _sharpness(estimator: "Estimator", name: str, node: Any) -> float:
+def _sharpness(estimator: EstimatorName, name: str, node: Any) -> float:
     """Alpha of the shape: the number itself, or 1 / (half width in units of the threshold)."""
     number = 1.0 if estimator.number is None else float(estimator.number)
     if estimator.family not in _IN_THRESHOLDS:
@@ -212,7 +288,7 @@ def _sharpness(estimator: "Estimator", name: str, node: Any) -> float:
 class _Override:
     """Forward passes of one neuron: its own, without a graph, and then the gradient of the estimator."""
 
-    def __init__(self, node: Any, gradient: Gradient, estimator: "Estimator") -> None:
+    def __init__(self, node: Any, gradient: Gradient, estimator: EstimatorName) -> None:
         self._node, self._gradient, self._estimator = node, gradient, estimator
         self._multi, self._single = node.multi_step_forward, node.single_step_forward
         self._step = 0  # of the sequence

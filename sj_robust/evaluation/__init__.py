@@ -1,9 +1,9 @@
 """Accuracy of a classifier under attack, as a typed report."""
 
 from sj_robust._environment import environment
+from sj_robust.attacks.threat import ThreatModel, eps_text, parse_eps
 from sj_robust.evaluation.activity import LayerActivity, firing
 from sj_robust.evaluation.comparison import Comparison, Difference, compare
-from sj_robust.evaluation.eps import eps_text, parse_eps
 from sj_robust.evaluation.intervals import wilson_interval
 from sj_robust.evaluation.masking import Finding, diagnose
 from sj_robust.evaluation.member import Member, SampleAttack, craft, fools
@@ -14,7 +14,6 @@ from sj_robust.evaluation.robustness import accuracy, evaluate
 from sj_robust.evaluation.robustness_report import Figure, RobustnessReport
 from sj_robust.evaluation.runner import run_suite
 from sj_robust.evaluation.suites import Suite, SuiteName, SweepSettings, make_suite
-from sj_robust.evaluation.threat import ThreatModel
 from sj_robust.evaluation.worst_case import CANDIDATES, Outcome, SweepRow, WorstCase, sweep, worst_case
 
 __all__ = [

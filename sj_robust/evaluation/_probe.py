@@ -12,8 +12,8 @@ from sj_robust.attacks.call import Model
 from sj_robust.attacks.checks import check_logits
 from sj_robust.attacks.logits import margin
 from sj_robust.attacks.projection import l2_norm, per_sample
+from sj_robust.attacks.threat import ThreatModel
 from sj_robust.estimators import estimator
-from sj_robust.evaluation.threat import ThreatModel
 from sj_robust.randomness import SampleSeeds, seeded_globals
 
 __all__ = ["Gradients", "Model", "Probe"]

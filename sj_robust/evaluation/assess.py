@@ -17,8 +17,8 @@ from sj_robust._environment import device_of, environment
 from sj_robust.attacks.apgd import apgd
 from sj_robust.attacks.bridges import transfer
 from sj_robust.attacks.events import check_frames, flip_events
+from sj_robust.attacks.threat import ThreatModel, eps_text
 from sj_robust.evaluation.activity import firing
-from sj_robust.evaluation.eps import eps_text
 from sj_robust.evaluation.masking import diagnose
 from sj_robust.evaluation.member import SampleAttack, scored
 from sj_robust.evaluation.outcome import SuiteOutcome
@@ -27,7 +27,6 @@ from sj_robust.evaluation.robustness_report import RobustnessReport
 from sj_robust.evaluation.runner import Batches, data_fingerprint, network_fingerprint, place, run_suite
 from sj_robust.evaluation.subject import Subject, describe_network
 from sj_robust.evaluation.suites import Suite, SuiteName, SweepSettings, expectation, make_suite
-from sj_robust.evaluation.threat import ThreatModel
 from sj_robust.evaluation.worst_case import Member, fools, sweep
 from sj_robust.randomness import SampleSeeds
 

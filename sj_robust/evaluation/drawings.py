@@ -10,7 +10,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from sj_robust.evaluation.eps import parse_eps
+from sj_robust.attacks.threat import parse_eps
 from sj_robust.evaluation.intervals import wilson_interval
 from sj_robust.evaluation.report import Report
 from sj_robust.evaluation.robustness_report import RobustnessReport

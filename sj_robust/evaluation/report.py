@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from sj_robust._saved import known_fields, load_saved, plain, saved_content, write_whole
-from sj_robust.evaluation.threat import ThreatModel
+from sj_robust.attacks.threat import ThreatModel
 
 __all__ = ["Report", "Score"]
 

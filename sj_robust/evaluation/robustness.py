@@ -8,8 +8,8 @@ from torch import Tensor, nn
 from sj_robust._environment import device_of
 from sj_robust._preserved import evaluation_mode
 from sj_robust.attacks import Attack, check_images, check_labels
+from sj_robust.attacks.threat import ThreatModel
 from sj_robust.evaluation.report import Report, Score
-from sj_robust.evaluation.threat import ThreatModel
 from sj_robust.randomness import seeded_globals
 
 __all__ = ["accuracy", "evaluate"]

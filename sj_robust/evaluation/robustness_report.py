@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sj_robust._saved import known_fields, load_saved, plain, saved_content, write_whole
-from sj_robust.evaluation.eps import parse_eps
+from sj_robust.attacks.threat import parse_eps
 from sj_robust.evaluation.intervals import wilson_interval
 from sj_robust.evaluation.outcome import MemberOutcome
 

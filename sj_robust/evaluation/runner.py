@@ -88,7 +88,7 @@ def run_suite(
     Examples:
         >>> from functools import partial
         >>> from sj_robust.attacks import fgsm
-        >>> from sj_robust.evaluation.threat import ThreatModel
+        >>> from sj_robust.attacks.threat import ThreatModel
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(2, 2, bias=False))
         >>> model[1].weight = nn.Parameter(torch.eye(2))
         >>> batches = [(torch.tensor([[[[0.6, 0.5]]], [[[0.9, 0.1]]]]), torch.tensor([0, 0]))]

@@ -15,8 +15,8 @@ from sj_robust.attacks.events import flip_events, random_flips
 from sj_robust.attacks.gradient import fgsm, pgd
 from sj_robust.attacks.noise import gaussian
 from sj_robust.attacks.sapgd import sapgd
+from sj_robust.attacks.threat import ThreatModel
 from sj_robust.evaluation.member import Member, SampleAttack
-from sj_robust.evaluation.threat import ThreatModel
 from sj_robust.evaluation.worst_case import CANDIDATES
 
 __all__ = ["Suite", "SuiteName", "SweepSettings", "make_suite"]

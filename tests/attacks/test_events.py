@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from sj_robust.attacks import SampleSeeds, count_flips, flip_events, random_flips
 from sj_robust.attacks._flip_search import Best
+from sj_robust.attacks.threat import ThreatModel
 from sj_robust.evaluation import Member, craft, worst_case
 from sj_robust.evaluation.runner import run_suite
-from sj_robust.evaluation.threat import ThreatModel
 
 
 def two_classes(weight: Tensor, bias: float):

@@ -12,8 +12,8 @@ from torch import nn
 
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.attacks import fgsm, gaussian, pgd
+from sj_robust.attacks.threat import ThreatModel
 from sj_robust.evaluation.runner import run_suite
-from sj_robust.evaluation.threat import ThreatModel
 from sj_robust.evaluation.worst_case import Member
 
 EPS = 0.1

@@ -11,6 +11,7 @@ from torch import nn
 
 from sj_robust import SpikingClassifier
 from sj_robust.attacks import SampleSeeds, count_flips, flip_events, random_flips
+from sj_robust.attacks.threat import eps_text, parse_eps
 from sj_robust.evaluation import (
     Member,
     RobustnessReport,
@@ -22,7 +23,6 @@ from sj_robust.evaluation import (
     worst_case,
 )
 from sj_robust.evaluation import assess as whole
-from sj_robust.evaluation.eps import eps_text, parse_eps
 from sj_robust.evaluation.subject import Subject
 
 TEN = ThreatModel("L0", 10)

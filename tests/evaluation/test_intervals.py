@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from sj_robust.evaluation.eps import eps_text, parse_eps
+from sj_robust.attacks.threat import eps_text, parse_eps
 from sj_robust.evaluation.intervals import difference_interval, paired_difference_interval, wilson_interval
 
 Z = 1.959963984540054

@@ -12,10 +12,10 @@ from evaluation import suite_run
 from torch import nn
 
 from sj_robust.attacks import fgsm, pgd
+from sj_robust.attacks.threat import ThreatModel
 from sj_robust.evaluation import runner
 from sj_robust.evaluation.progress import Clock, Progress, stage
 from sj_robust.evaluation.runner import data_fingerprint, network_fingerprint, run_suite
-from sj_robust.evaluation.threat import ThreatModel
 from sj_robust.evaluation.worst_case import Member, craft, worst_case
 from sj_robust.randomness import SampleSeeds
 

@@ -13,7 +13,7 @@ from lab.sweeping.presets import preset_files, write_presets
 from lab.sweeping.published import PUBLISHED
 
 from sj_robust import SpikingClassifier, training
-from sj_robust.evaluation.eps import parse_eps
+from sj_robust.attacks.threat import parse_eps
 from sj_robust.models import NetworkSpec, build_network
 
 RECIPES = Path(__file__).parents[2] / "recipes"

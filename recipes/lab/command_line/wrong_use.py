@@ -4,8 +4,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from sj_robust.attacks.threat import parse_eps
 from sj_robust.data import DATASETS
-from sj_robust.evaluation.eps import parse_eps
 
 __all__ = ["WrongUse", "check_values", "checked"]
 

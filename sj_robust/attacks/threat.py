@@ -1,0 +1,160 @@
+"""What an adversary may do: the one representation of a norm and a radius, and radii as the field writes them."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from sj_robust.attacks.checks import check_size
+from sj_robust.attacks.projection import Norm, project_l2, project_linf
+
+__all__ = ["ThreatModel", "eps_text", "parse_eps"]
+
+ROUNDING = 1e-6
+"""The tolerance: what an element's distance may exceed the radius by, beside two units of its dtype, when images come
+from elsewhere and were rounded to the nearest. What this package projects needs none."""
+
+
+@dataclass(frozen=True)
+class ThreatModel:
+    """An adversary who may move an image within a ball, inside [0, 1], or change a few events. 威胁模型。
+
+    Attributes:
+        norm: ``"Linf"``, or ``"L2"`` over all elements of an image; ``"L0"`` for binary event frames.
+        eps: Radius in units of [0, 1] images, such as ``8 / 255``; for ``"L0"`` the number of elements that may be
+            changed per sample, an integer >= 1.
+
+    Raises:
+        TypeError: If the radius is no number.
+        ValueError: If the norm is unknown, the radius negative, not finite or (Linf) above 1, or the number no
+            integer >= 1.
+
+    Examples:
+        >>> ThreatModel("Linf", 8 / 255)
+        ThreatModel(norm='Linf', eps=0.03137254901960784)
+        >>> threat, x = ThreatModel("L0", 2), torch.zeros(1, 4)
+        >>> x_adv = threat.project(x, torch.tensor([[0.0, 1.0, 1.0, 1.0]]))
+        >>> x_adv, threat.distance(x, x_adv)
+        (tensor([[0., 1., 1., 0.]]), tensor([2.], dtype=torch.float64))
+    """
+
+    norm: Literal["Linf", "L2", "L0"]
+    eps: float
+
+    def __post_init__(self) -> None:
+        if self.norm not in ("Linf", "L2", "L0"):
+            raise ValueError(f"norm must be 'Linf', 'L2' or 'L0', got {self.norm!r}")
+        if self.norm == "L0":
+            if isinstance(self.eps, bool) or self.eps < 1 or self.eps % 1 != 0:
+                raise ValueError(
+                    f"eps must be an integer >= 1 for L0, the number of changed elements, got {self.eps!r}; for a "
+                    "distance of values use 'Linf' or 'L2'"
+                )
+            object.__setattr__(self, "eps", int(self.eps))
+        else:  # a Linf ball of radius 1 holds all of [0, 1]
+            size = check_size("eps", self.eps, at_most=1.0 if self.norm == "Linf" else math.inf)
+            object.__setattr__(self, "eps", size)
+
+    @property
+    def ball(self) -> Norm:
+        """The norm, for attacks that move values.
+
+        Raises:
+            ValueError: If it is L0, where values cannot move.
+        """
+        if self.norm == "L0":
+            raise ValueError("norm must be 'Linf' or 'L2' to move values, got 'L0'; use the suite 'events'")
+        return self.norm
+
+    def project(self, x: Tensor, x_adv: Tensor) -> Tensor:
+        """The image next to ``x_adv`` that the adversary of ``x`` may show, exactly and without tolerance.
+
+        Equation: :func:`project_linf` or :func:`project_l2`; in L0 the ``eps`` elements that changed most, the first
+        among equals, stay changed.
+        """
+        if self.norm == "Linf":
+            return project_linf(x_adv, x, eps=self.eps)
+        if self.norm == "L2":
+            return project_l2(x_adv, x, eps=self.eps)
+        changes = (x_adv.clamp(0, 1).double() - x.double()).abs().flatten(1)
+        most = changes.argsort(dim=1, descending=True, stable=True)[:, : int(self.eps)]
+        kept = torch.zeros_like(changes, dtype=torch.bool).scatter(1, most, True).view_as(x)
+        return torch.where(kept, x_adv.clamp(0, 1), x)
+
+    def distance(self, x: Tensor, x_adv: Tensor) -> Tensor:
+        """Distance of every image from its clean one, [N] float64; in L0 the number of elements that differ."""
+        delta = (x_adv.double() - x.double()).flatten(1)
+        if self.norm == "L0":
+            return (delta != 0).sum(1).double()
+        return delta.abs().amax(1) if self.norm == "Linf" else delta.square().sum(1).sqrt()
+
+    def tolerance(self, x: Tensor) -> float:
+        """How far beyond ``eps`` an image may lie by rounding alone; nothing is rounded in L0.
+
+        Equation: ``r = 1e-6 + 2 u`` with u the unit of the dtype of ``x``; in L2, where the elements of an image may
+        all be rounded alike, r times the root of their number.
+        """
+        if self.norm == "L0":
+            return 0.0
+        rounding: float = ROUNDING + 2 * torch.finfo(x.dtype).eps
+        return rounding if self.norm == "Linf" else rounding * x.flatten(1).shape[1] ** 0.5
+
+    def contains(self, x: Tensor, x_adv: Tensor) -> Tensor:
+        """Whether every image is one that the adversary may show, but for :meth:`tolerance`, [N] bool."""
+        return self.distance(x, x_adv) <= self.eps + self.tolerance(x)
+
+
+def moving(norm: Norm, eps: float) -> ThreatModel:
+    """The threat of an attack that moves values."""
+    if norm not in get_args(Norm):
+        raise ValueError(f"norm must be one of {get_args(Norm)}, got {norm!r}")
+    return ThreatModel(norm, eps)
+
+
+def eps_text(eps: float) -> str:
+    """A radius as text that :func:`parse_eps` reads back equal: an integer, a short decimal or 255ths. 半径的文本形式。
+
+    Args:
+        eps: The radius.
+
+    Returns:
+        The text.
+
+    Examples:
+        >>> eps_text(8 / 255), eps_text(0.1), eps_text(1 / 3), eps_text(20)
+        ('8/255', '0.1', '85/255', '20')
+    """
+    if eps < 2**53 and eps == int(eps):
+        return str(int(eps))
+    for text in (f"{eps:.4g}", f"{eps * 255:.4g}/255"):
+        if parse_eps(text) == eps:
+            return text
+    return repr(float(eps))
+
+
+def parse_eps(text: str | float) -> float:
+    """A radius from text such as ``"8/255"`` or ``"0.1"``, or from a number. 解析半径。
+
+    Args:
+        text: The text.
+
+    Returns:
+        The radius, >= 0.
+
+    Raises:
+        ValueError: If it is no number, no fraction, negative or not finite.
+
+    Examples:
+        >>> parse_eps("8/255") == 8 / 255
+        True
+    """
+    try:
+        numerator, slash, denominator = str(text).partition("/")
+        eps = float(numerator) / float(denominator) if slash else float(numerator)
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"eps must be a number or a fraction such as 8/255, got {text!r}") from error
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"eps must be >= 0 and finite, got {text!r}")
+    return eps
