@@ -7,9 +7,9 @@ compare this table with the package.
 PUBLIC = {
     "sj_robust": "DLIFNode MPPDMonitor SpikingClassifier __version__ replace_neurons",
     "sj_robust.attacks": (
-        "Attack AutoAttackWarning SampleSeeds apgd autoattack check_frames check_images check_labels count_flips "
-        "external fgsm flip_events gaussian linf_bounds pgd project_l2 project_linf random_flips rfgsm salt_and_pepper "
-        "sapgd square transfer uniform"
+        "Attack AutoAttackWarning SampleSeeds ThreatModel apgd autoattack check_frames check_images check_labels "
+        "count_flips eps_text external fgsm flip_events gaussian linf_bounds parse_eps pgd project_l2 project_linf "
+        "random_flips rfgsm salt_and_pepper sapgd square transfer uniform"
     ),
     "sj_robust.estimators": "Applied ESTIMATORS Estimator estimator",
     "lab.benchmarking": "ALLOCATORS Measurement SUBJECTS Subject Task race",
