@@ -179,7 +179,7 @@ def main(arguments: list[str]) -> None:
         classifier, history = train_network(name, choice, splits, accelerator, folder, journal)
         if accelerator.is_main_process:
             attacks, once = training.final_attacks(eps), training.MODES[choice.mode].single_step
-            report = report.merged(training.measured(
+            report = report.merged(training.final_report(
                 name, classifier, history, splits, attacks, report.threat, journal, seed=options.seed, single_step=once
             ))  # fmt: skip
     if accelerator.is_main_process:

@@ -64,9 +64,9 @@ PUBLIC = {
     "lab.sweeping.published": "PUBLISHED PublishedFigure published",
     "lab.sweeping.report": "write_report",
     "sj_robust.training": (
-        "EpochRecord GradientSparsity Journal Losses MODES Mode NonFiniteLossError Objective Passes Penalty "
+        "EpochRecord ForwardPasses GradientSparsity Journal Losses MODES Mode NonFiniteLossError Objective Penalty "
         "StabilityGain ThresholdGuarding TrainingInterrupted TrainingPlan catastrophic_overfitting check_training "
-        "final_attacks first_process_first load_checkpoint make_accelerator make_penalties measured "
+        "final_attacks final_report first_process_first load_checkpoint make_accelerator make_penalties "
         "open_run_folder removed_if_unused project_to_simplex_ retract_ run_to_resume "
         "save_checkpoint train training_attack validation_attacks"
     ),

@@ -35,7 +35,7 @@ WITHOUT_EXAMPLE = {
     "lab.sweeping.perform_all": "starts processes for minutes",
     "lab.sweeping.plan_runs": "needs both recipes",
     "sj_robust.training.check_training": "the recipe adv_train.py is its example",
-    "sj_robust.training.measured": "the recipe adv_train.py is its example",
+    "sj_robust.training.final_report": "the recipe adv_train.py is its example",
     "sj_robust.training.train": "the recipe adv_train.py is its example",
 }
 """Functions that no example of a few lines can show, and why."""

@@ -4,7 +4,7 @@ from sj_robust.models.build import NETWORKS, NetworkSpec, build_classifier, buil
 from sj_robust.models.chain import ConvChain
 from sj_robust.models.direct import DirectlyEncoded
 from sj_robust.models.pretrained import start_from
-from sj_robust.models.published import load_published_checkpoint, published_names
+from sj_robust.models.published_checkpoint import load_published_checkpoint, published_names
 from sj_robust.models.small import SmallConvNet
 from sj_robust.models.time_steps import set_time_steps
 from sj_robust.models.vgg import VGG, VGG_FEATURES

@@ -3,9 +3,8 @@
 import sj_robust._recipes_installed  # noqa: F401  # says what to install if one of its packages is missing
 from sj_robust.models.checkpoint import load_checkpoint, save_checkpoint
 from sj_robust.training.engine import NonFiniteLossError, TrainingInterrupted, TrainingPlan, check_training, train
-from sj_robust.training.final import measured
+from sj_robust.training.final import final_report
 from sj_robust.training.folder import open_run_folder, removed_if_unused, run_to_resume
-from sj_robust.training.gain_penalty import StabilityGain
 from sj_robust.training.history import EpochRecord, catastrophic_overfitting
 from sj_robust.training.journal import Journal
 from sj_robust.training.modes import (
@@ -17,20 +16,20 @@ from sj_robust.training.modes import (
     validation_attacks,
 )
 from sj_robust.training.objective import Losses, Objective
-from sj_robust.training.penalties import GradientSparsity, Passes, Penalty, ThresholdGuarding
+from sj_robust.training.penalties import ForwardPasses, GradientSparsity, Penalty, StabilityGain, ThresholdGuarding
 from sj_robust.training.processes import first_process_first, make_accelerator
 from sj_robust.training.regularization import project_to_simplex_, retract_
 
 __all__ = [
     "MODES",
     "EpochRecord",
+    "ForwardPasses",
     "GradientSparsity",
     "Journal",
     "Losses",
     "Mode",
     "NonFiniteLossError",
     "Objective",
-    "Passes",
     "Penalty",
     "StabilityGain",
     "ThresholdGuarding",
@@ -39,11 +38,11 @@ __all__ = [
     "catastrophic_overfitting",
     "check_training",
     "final_attacks",
+    "final_report",
     "first_process_first",
     "load_checkpoint",
     "make_accelerator",
     "make_penalties",
-    "measured",
     "open_run_folder",
     "project_to_simplex_",
     "removed_if_unused",

@@ -178,15 +178,15 @@ class TrainingRun:
         The host waits for the device once, when it reads the losses behind the backward pass: no step of the optimizer
         is taken with a loss that is not finite.
         """
-        place = self.epoch, self.batch
+        position = self.epoch, self.batch
         # An image has its own seed in every epoch, so that it meets the same noise on any number of processes.
-        seeds = SampleSeeds(self.batches.indices(*place)).derived("training", self.plan.seed, self.epoch)
+        seeds = SampleSeeds(self.batches.indices(*position)).derived("training", self.plan.seed, self.epoch)
         if self.augmentation is not None:
             x = self.augmentation(x, seeds.derived("augmentation").seeds)
         self.optimizer.zero_grad()
         size = len(x) // self.plan.accumulate
         values = []
-        with seeded_globals(mixed(self.plan.seed, *place, self.accelerator.process_index), x.device):
+        with seeded_globals(mixed(self.plan.seed, *position, self.accelerator.process_index), x.device):
             for start in range(0, len(x), size):
                 rows = slice(start, start + size)
                 with ExitStack() as stack:
@@ -196,7 +196,7 @@ class TrainingRun:
         losses, signal_number = self._agreed(received, torch.stack(values).mean(0))
         self.optimizer.step()
         if self.plan.retraction > 0:
-            draws = torch.Generator().manual_seed(mixed(self.plan.seed, *place))
+            draws = torch.Generator().manual_seed(mixed(self.plan.seed, *position))
             retract_(self.classifier, self.plan.retraction, draws)
         share_buffers(self.classifier)
         return losses, signal_number

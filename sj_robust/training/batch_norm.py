@@ -90,9 +90,9 @@ class _Synchronised(nn.modules.batchnorm._BatchNorm):
     def _pooled(self, var: Tensor, mean: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
         """Mean, variance and number of the values of all processes, from those of this one."""
         row = torch.cat([mean, var, mean.new_full((1,), count)])
-        place = torch.zeros(_processes(), 1, dtype=row.dtype, device=row.device)
-        place[dist.get_rank()] = 1
-        rows: Tensor = _Sum.apply(place * row)  # type: ignore[no-untyped-call]  # untyped in torch
+        own = torch.zeros(_processes(), 1, dtype=row.dtype, device=row.device)
+        own[dist.get_rank()] = 1
+        rows: Tensor = _Sum.apply(own * row)  # type: ignore[no-untyped-call]  # untyped in torch
         means, variances, counts = rows[:, : len(mean)], rows[:, len(mean) : -1], rows[:, -1:]
         total = counts.sum()
         pooled = (counts * means).sum(0) / total

@@ -82,15 +82,14 @@ def train(
         if plan.compile:
             stack.enter_context(compiled(net))
         received = stack.enter_context(collected_signals())
-        stack.enter_context(
-            journal.network(folder.name, plan.epochs, len(run.batches), run.epoch, run.batch, images=plan.batch_size)
-        )
+        sizes = {"epochs": plan.epochs, "batches": len(run.batches), "images": plan.batch_size}
+        stack.enter_context(journal.follow(folder.name, **sizes, epoch=run.epoch, batch=run.batch))
         while run.epoch < plan.epochs:
             run.train_epoch(perturb, journal, received)
-            journal.stage("validation")
+            journal.show_status("validation")
             record = run.finish_epoch(validation_attacks)
             if accelerator.is_main_process:
-                journal.stage("perturbation and gain of every layer")
+                journal.show_status("perturbation and gain of every layer")
                 scalars = run.validation.probe(run.classifier, validation_attacks["fgsm"], bounds=plan.log_bounds)
                 warning = catastrophic_overfitting(run.history) if plan.single_step_attack else None
                 journal.on_epoch(record, scalars, warning)
@@ -108,11 +107,11 @@ def check_training(
     """Refuse a training that cannot start, before anything of it is written. 训练前检查。
 
     Args:
-        objective: Loss and classifier, on the CPU as the images are; looked at on one of them.
-        splits: Training images.
+        objective: Loss and classifier, on the CPU as the images are.
+        splits: Training images, on one of which everything is tried.
         plan: Numbers of the run.
         accelerator: The processes.
-        attacks: Attacks of the run, each of which is tried on the image; None is none.
+        attacks: Attacks of the run; None is none.
 
     Raises:
         ValueError: As :func:`train`, for what can be told before the first step.

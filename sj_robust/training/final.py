@@ -10,10 +10,10 @@ from sj_robust.evaluation import Report, ThreatModel, evaluate
 from sj_robust.training.history import EpochRecord, catastrophic_overfitting
 from sj_robust.training.journal import Journal
 
-__all__ = ["measured"]
+__all__ = ["final_report"]
 
 
-def measured(
+def final_report(
     name: str,
     classifier: SpikingClassifier,
     history: Sequence[EpochRecord],
@@ -30,16 +30,13 @@ def measured(
     Args:
         name: Name of the network in the report.
         classifier: The network.
-        history: Records of its epochs.
+        history: Records of its epochs; the report's notes are the warnings about them.
         splits: The data set, of which the test images count.
         attacks: Attacks by name, budgets inside.
         threat: The budget, for the report.
         journal: Shows how far it is.
         seed: Seeds the attacks.
         single_step: Whether it was trained with a single-step attack, so that catastrophic overfitting is looked for.
-
-    Returns:
-        The report; its notes are the warnings of the training.
     """
     loader = image_loader(splits.test, 32 if splits.frames else 512)
     with journal.steps(f"evaluating {name} on {len(splits.test)} test images", len(loader)) as step:

@@ -29,21 +29,17 @@ def run_to_resume(output: str | None, stem: str, root: Path = Path("runs"), mark
         root: Where folders with numbers are.
         mark: Files, as a glob pattern, that tell a run with something to go on with from one that failed at its start.
 
-    Returns:
-        A folder with a configuration in it.
-
     Raises:
-        FileNotFoundError: If there is no such run.
+        FileNotFoundError: If there is no such run with a configuration in it.
 
     Examples:
         >>> import tempfile
         >>> root = Path(tempfile.mkdtemp())
-        >>> for number in (1, 2):
-        ...     (root / f"digits-{number}" / "dlif").mkdir(parents=True)
-        ...     (root / f"digits-{number}" / CONFIGURATION_FILE).touch()
-        >>> (root / "digits-1" / "dlif" / "last.pt").touch()
-        >>> run_to_resume(None, "digits", root).name  # the second run has nothing to go on with
-        'digits-1'
+        >>> (root / "digits-7" / "dlif").mkdir(parents=True)
+        >>> for file in ("config.yaml", "dlif/last.pt"):
+        ...     (root / "digits-7" / file).touch()
+        >>> run_to_resume(None, "digits", root).name
+        'digits-7'
     """
     if output is None:  # a run that failed at its start has nothing to go on with
         numbers = (number for number in _numbers(stem, root) if any((root / f"{stem}-{number}").glob(mark)))
@@ -75,9 +71,6 @@ def open_run_folder(
         accelerator: The processes, the first of which makes the folder.
         resume: Whether ``output`` is an earlier run to be continued, which is left as it is.
         root: Where folders with numbers are.
-
-    Returns:
-        The folder.
 
     Raises:
         FileExistsError: If ``output`` holds anything and is not to be resumed.

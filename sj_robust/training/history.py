@@ -38,9 +38,6 @@ def catastrophic_overfitting(history: Sequence[EpochRecord]) -> str | None:
     Args:
         history: Records of all epochs so far; their validation has ``"clean"``, ``"fgsm"`` and ``"pgd"``.
 
-    Returns:
-        The warning, or None.
-
     Source: Wong et al., "Fast is better than free" (ICLR 2020), section 5.4, where the failure was described.
 
     Examples:

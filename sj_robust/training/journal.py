@@ -27,8 +27,7 @@ class Journal:
     """Writes ``log.txt`` and ``tensorboard/`` in a folder and shows progress on the console. 训练日志。
 
     On a terminal a bar shows the loss parts, accuracy, images per second and time left at every step; elsewhere a line
-    per epoch does. Images per second are those of the training steps, the making of perturbed images included and
-    validation left out.
+    per epoch does. Images per second include the making of perturbed images, and leave validation out.
 
     Args:
         folder: Where to write; None makes a journal that says nothing, for all processes but the first.
@@ -59,7 +58,7 @@ class Journal:
         self._name = ""
         self._epochs = 0
         self._images = 0
-        self._rate = _Rate()
+        self._times: list[float] = []  # when the epoch began and every step of it ended
 
     def say(self, text: str) -> None:
         """Print a line and log it.
@@ -88,13 +87,7 @@ class Journal:
     ) -> dict[str, str]:
         """Log versions, device, commit and every option; the console sees the versions and what is not a default.
 
-        Args:
-            configuration: Options of the run in plain data.
-            defaults: What they are unless something else is asked for.
-            accelerator: Device and processes.
-
-        Returns:
-            The environment, for the report.
+        Returns the environment, for the report.
         """
         where = environment(accelerator.device) | {"processes": str(accelerator.num_processes)}
         for title, values in (("environment", where), ("configuration", configuration)):
@@ -107,22 +100,19 @@ class Journal:
 
     @contextmanager
     def steps(self, text: str, total: int) -> Iterator[Callable[[], None]]:
-        """Log and show work of so many steps; yields what to call after each, see ``evaluation.terminal.working``."""
+        """Log and show work of so many steps; yields what to call after each."""
         self._log(text)
         with working(text, self.console, total=total) as step:
             yield step
 
-    def stage(self, text: str) -> None:
+    def show_status(self, text: str) -> None:
         """Show on the bar what is done between the steps of a training."""
         if self._folder is not None and not self._progress.disable:
             self._progress.update(self._task, status=text)
 
     @contextmanager
-    def network(self, name: str, epochs: int, batches: int, epoch: int, batch: int, images: int = 0) -> Iterator[None]:
-        """Follow the training of one network, which stands at ``batch`` of ``epoch``, counted from 0.
-
-        Every step takes ``images`` images; if that is 0, no images per second are shown.
-        """
+    def follow(self, name: str, *, epochs: int, batches: int, images: int, epoch: int, batch: int) -> Iterator[None]:
+        """Follow the training of one network in steps of ``images``; it stands at ``batch`` of ``epoch``, from 0."""
         if self._folder is None:
             yield
             return
@@ -131,7 +121,7 @@ class Journal:
         self._started, self._first_epoch = time.monotonic(), epoch + batch / batches
         self._task = self._progress.add_task(name, total=epochs * batches, completed=epoch * batches + batch, status="")
         self._progress.start()
-        self._rate.start()
+        self._times = [time.monotonic()]
         try:
             yield
         finally:
@@ -143,9 +133,9 @@ class Journal:
         """Show the losses of a step."""
         if self._folder is None:
             return
-        self._rate.step()
+        self._times.append(time.monotonic())
         if not self._progress.disable:
-            rate = f", {self._rate.recent() * self._images:.0f} images/s" if self._images else ""
+            rate = f", {_per_second(self._times[-21:]) * self._images:.0f} images/s"
             self._progress.update(self._task, advance=1, status=self._fitting(losses, rate))
 
     def on_epoch(self, record: EpochRecord, scalars: Mapping[str, float], warning: str | None) -> None:
@@ -153,7 +143,7 @@ class Journal:
         if self._folder is None:
             return
         validation = ", ".join(f"{name} {value:.1%}" for name, value in record.validation.items())
-        rate = self._rate.whole() * self._images
+        rate = _per_second(self._times) * self._images
         self.say(
             f"{self._name} epoch {record.epoch}/{self._epochs}: {_summary(record.losses)}; "
             f"validation {validation}{f'; {rate:.0f} images/s' if rate else ''}{self._time_left(record.epoch)}"
@@ -166,7 +156,7 @@ class Journal:
             values |= {"train/images_per_second": rate} if rate else {}
             for name, value in (values | {"train/lr": record.lr} | dict(scalars)).items():
                 self._writer.add_scalar(name, value, record.epoch)
-        self._rate.start()
+        self._times = [time.monotonic()]
 
     def _fitting(self, losses: Mapping[str, float], rate: str) -> str:
         """The longest of the texts on a step that the line has room for beside name, bar and time."""
@@ -182,30 +172,8 @@ class Journal:
         return f"; {passed / done * (self._epochs - epoch):.0f} s left" if done > 0 else ""
 
 
-class _Rate:
-    """Steps per second since :meth:`start`."""
-
-    def __init__(self) -> None:
-        self.start()
-
-    def start(self) -> None:
-        """Count anew from now."""
-        self._times = [time.monotonic()]
-
-    def step(self) -> None:
-        """A step has ended."""
-        self._times.append(time.monotonic())
-
-    def recent(self) -> float:
-        """Over the last steps, 20 at the most."""
-        return _per_second(self._times[-21:])
-
-    def whole(self) -> float:
-        """Over all steps; 0 if there were none."""
-        return _per_second(self._times)
-
-
 def _per_second(times: list[float]) -> float:
+    """Steps per second between the times at which they ended; 0 if there were none."""
     passed = times[-1] - times[0]
     return (len(times) - 1) / passed if passed > 0 else 0.0
 

@@ -16,9 +16,8 @@ from sj_robust.attacks.call import Objective as AttackObjective
 from sj_robust.attacks.checks import check_count, check_logits, check_size
 from sj_robust.attacks.projection import linf_bounds
 from sj_robust.randomness import SampleSeeds, randn
-from sj_robust.training.gain_penalty import StabilityGain
 from sj_robust.training.objective import LossName
-from sj_robust.training.penalties import GradientSparsity, Penalty, ThresholdGuarding
+from sj_robust.training.penalties import GradientSparsity, Penalty, StabilityGain, ThresholdGuarding
 
 __all__ = [
     "MODES",

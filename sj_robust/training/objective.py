@@ -12,7 +12,7 @@ from sj_robust.classifier import SpikingClassifier
 from sj_robust.perturbation import MPPDMonitor
 from sj_robust.perturbation.pair import Indicator
 from sj_robust.randomness import seeded_globals
-from sj_robust.training.penalties import Passes, Penalty
+from sj_robust.training.penalties import ForwardPasses, Penalty
 
 __all__ = ["LossName", "Losses", "Objective"]
 
@@ -194,7 +194,7 @@ class Objective(nn.Module):
             penalty.detach(),
         )
 
-    def _run(self, x: Tensor, y: Tensor, x_perturbed: Tensor | None) -> Passes:
+    def _run(self, x: Tensor, y: Tensor, x_perturbed: Tensor | None) -> ForwardPasses:
         """The passes that the objective needs, watched by the monitor and the penalties."""
         needs_both = self.monitor is not None or self.loss == "trades"
         runs_clean = x_perturbed is None or self.kappa > 0 or needs_both
@@ -214,7 +214,7 @@ class Objective(nn.Module):
             if runs_perturbed:
                 with self._watched("perturbed", watched=True):
                     logits_perturbed = self.classifier(x_perturbed)
-        return Passes(self.classifier, y, x, x_perturbed, logits, logits_perturbed)
+        return ForwardPasses(self.classifier, y, x, x_perturbed, logits, logits_perturbed)
 
     @contextmanager
     def _watched(self, run: Literal["clean", "perturbed"], *, watched: bool) -> Iterator[None]:

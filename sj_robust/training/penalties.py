@@ -1,4 +1,4 @@
-"""Penalties on top of the training objective: one interface, and published defences that fit on it."""
+"""Penalties on top of the training objective: one interface, and defences that fit on it."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -13,12 +13,13 @@ from sj_robust.attacks.logits import without
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.neuron.charging import Neuron, find_neurons
 from sj_robust.perturbation import dynamics
+from sj_robust.stability import gain_penalty
 
-__all__ = ["GradientSparsity", "Passes", "Penalty", "ThresholdGuarding"]
+__all__ = ["ForwardPasses", "GradientSparsity", "Penalty", "StabilityGain", "ThresholdGuarding"]
 
 
 @dataclass(frozen=True)
-class Passes:
+class ForwardPasses:
     """What one training step has run so far, for a penalty to build on. 一步训练中已完成的前向传播。
 
     Attributes:
@@ -82,7 +83,7 @@ class Penalty(ABC):
         return nullcontext()
 
     @abstractmethod
-    def value(self, passes: Passes) -> Tensor:
+    def value(self, passes: ForwardPasses) -> Tensor:
         """The penalty before its weight: a scalar with a graph to the parameters it acts on."""
 
 
@@ -124,7 +125,7 @@ class GradientSparsity(Penalty):
         self.h = _checked("h", h, positive=True)
         self.squared = squared
 
-    def value(self, passes: Passes) -> Tensor:
+    def value(self, passes: ForwardPasses) -> Tensor:
         """Mean over the batch; see the class."""
         images, logits = passes.first
         if not logits.requires_grad or not images.requires_grad:
@@ -191,7 +192,7 @@ class ThresholdGuarding(Penalty):
             for handle in handles:
                 handle.remove()
 
-    def value(self, passes: Passes) -> Tensor:
+    def value(self, passes: ForwardPasses) -> Tensor:
         """Mean over layers; see the class."""
         sums, self._sums = self._sums, {}
         if not sums:
@@ -215,6 +216,38 @@ class ThresholdGuarding(Penalty):
                 reason = unsupported.get(name, f"no spiking layer has that name; known are {', '.join(followed)}")
                 raise ValueError(f"layer {name!r} cannot be guarded: {reason}; name others in layers=[...]")
         return [followed[name] for name in names]
+
+
+class StabilityGain(Penalty):
+    """Squared L2 gain of every DLIF layer over its T steps, summed. DLIF 层 L2 增益的惩罚项。
+
+    Equation: ``value = sum over layers of ||L_decay diag(p)||_2^2``; see :func:`sj_robust.stability.gain_penalty`. It
+    needs no pass of the network and moves the input gains alone.
+
+    Args:
+        weight: Weight in the objective.
+        normalized: Whether each gain is taken per mean of ``|p|``, so that only the shape of p counts.
+
+    Raises:
+        ValueError: If the weight is out of range; when evaluated, if the network has no DLIF neuron.
+
+    Source: derived here, from Theorem 3.1 of Ding et al. (ICML 2024) with the exact constant in place of the printed.
+
+    Examples:
+        >>> StabilityGain(weight=0.01).name
+        'stability_gain'
+    """
+
+    name = "stability_gain"
+
+    def __init__(self, weight: float, *, normalized: bool = False) -> None:
+        """Keep the options; see the class."""
+        super().__init__(weight)
+        self.normalized = normalized
+
+    def value(self, passes: ForwardPasses) -> Tensor:
+        """Sum over layers; see the class."""
+        return gain_penalty(passes.classifier.net, normalized=self.normalized).to(passes.first[1])
 
 
 def _pair_probability(logits: Tensor, y: Tensor, wrong: Tensor) -> Tensor:

@@ -27,9 +27,6 @@ def make_accelerator(
         device: ``"auto"`` takes a GPU if there is one.
         mixed_precision: Accelerate's precision.
 
-    Returns:
-        The accelerator.
-
     Raises:
         ValueError: If the device does not have the precision.
 

@@ -11,7 +11,7 @@ __all__ = ["mixed", "random_state", "set_random_state"]
 
 def mixed(*numbers: int) -> int:
     """A seed that differs for every tuple of numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]) >> 1
 
 
 def random_state() -> dict[str, Any]:

@@ -51,9 +51,12 @@ def retract_(net: nn.Module, beta: float, generator: torch.Generator | None = No
         generator = torch.Generator()
         generator.seed()
     for module in net.modules():
-        weight = module._parameters.get("weight")
-        if weight is None or not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        own = dict(module.named_parameters(recurse=False))
+        if "mixing" in own:
+            project_to_simplex_(own["mixing"])
+        if "weight" not in own or not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
             continue
+        weight = own["weight"]
         matrix = weight.data.flatten(1)
         if isinstance(module, nn.Linear) and len(matrix) >= _SAMPLED_ROWS:
             rows = torch.randperm(len(matrix), generator=generator)[: int(_SAMPLED_SHARE * len(matrix))]
@@ -61,10 +64,6 @@ def retract_(net: nn.Module, beta: float, generator: torch.Generator | None = No
             weight.data[rows] = _retracted(matrix[rows], beta)
         else:
             weight.data.copy_(_retracted(matrix, beta).view_as(weight))
-    for module in net.modules():
-        mixing = module._parameters.get("mixing")
-        if mixing is not None:
-            project_to_simplex_(mixing)
 
 
 @torch.no_grad()

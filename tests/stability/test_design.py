@@ -7,8 +7,7 @@ from torch import nn
 
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.stability import gain_penalty, gain_scalars, l2_gain, optimal_input_gain, peak_gain, time_operator
-from sj_robust.training import Objective
-from sj_robust.training.gain_penalty import StabilityGain
+from sj_robust.training import Objective, StabilityGain
 
 CASES = [("l2", "mean"), ("l2", "response"), ("peak", "mean")]
 

@@ -8,7 +8,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.neuron.fusion import FusedSequential
-from sj_robust.training import GradientSparsity, Objective, Passes, Penalty, ThresholdGuarding
+from sj_robust.training import ForwardPasses, GradientSparsity, Objective, Penalty, ThresholdGuarding
 
 T = 3
 TRIANGLE = surrogate.PiecewiseQuadratic(alpha=1.0)
@@ -73,7 +73,7 @@ def test_guarding_equals_the_potentials_by_hand_in_both_step_modes(problem, node
     penalty = ThresholdGuarding(1.0, margin=0.7)
     with penalty.observe(classifier):
         logits = classifier(x)
-    value = penalty.value(Passes(classifier, y, x, None, logits, None))
+    value = penalty.value(ForwardPasses(classifier, y, x, None, logits, None))
     weight = classifier.net[0].weight
     currents = (x @ weight.T + classifier.net[0].bias).expand(T, -1, -1)
     h = potentials_by_hand(currents, **dynamics)
@@ -106,7 +106,7 @@ def test_guarding_is_a_mean_over_layers_whatever_their_size_and_over_passes(prob
         with penalty.observe(classifier):
             for image in images:
                 classifier(image)
-        return penalty.value(Passes(classifier, y, x, None, classifier(x), None))
+        return penalty.value(ForwardPasses(classifier, y, x, None, classifier(x), None))
 
     first, second = value(["1"], x), value(["3"], x)
     assert abs(first - second) > 1e-3
@@ -145,7 +145,7 @@ def test_guarding_refuses_what_it_cannot_see(problem):
     with penalty.observe(classifier):
         pass
     with pytest.raises(RuntimeError, match="saw no spiking layer run"):
-        penalty.value(Passes(classifier, y, x, None, classifier(x), None))
+        penalty.value(ForwardPasses(classifier, y, x, None, classifier(x), None))
 
 
 def test_sparsity_tends_to_the_l1_norm_of_the_gradient():
@@ -157,7 +157,7 @@ def test_sparsity_tends_to_the_l1_norm_of_the_gradient():
     wrong = logits.masked_fill(nn.functional.one_hot(y, 4).bool(), -torch.inf)
     pairs = torch.stack((logits[torch.arange(3), y], wrong.max(1).values), 1)
     (grad,) = torch.autograd.grad(pairs.softmax(1)[:, 0].sum(), x, retain_graph=True)
-    passes = Passes(net, y, x, None, logits, None)
+    passes = ForwardPasses(net, y, x, None, logits, None)
     for h, close in ((1e-2, 1e-2), (1e-5, 1e-4)):
         value = GradientSparsity(1.0, h=h).value(passes)
         torch.testing.assert_close(value.detach(), grad.abs().flatten(1).sum(1).mean(), rtol=close, atol=0)
