@@ -6,11 +6,20 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 
-__all__ = ["known_fields", "load_saved", "load_tensors", "plain", "saved_content", "saved_format", "write_whole"]
+__all__ = [
+    "known_fields",
+    "load_saved",
+    "load_tensors",
+    "plain",
+    "saved_content",
+    "saved_format",
+    "whole_file",
+    "write_whole",
+]
 
 SavedT = TypeVar("SavedT")
 
@@ -106,6 +115,30 @@ def load_saved(path: Path, parse: Callable[[str], SavedT]) -> SavedT:
         raise ValueError(f"{path}: {error}") from error
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, which takes its name, in one step, when all of it is on the disk. 原子写文件。
+
+    It lies under a temporary name in the same folder until then, and is removed if the writing fails.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        handle = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(handle)  # the new name itself
+        finally:
+            os.close(handle)
+
+
 def write_whole(path: Path, text: str) -> None:
     """Write a text file so that it is whole, in its old or its new form, whenever the process is killed. 原子写文件。
 
@@ -120,12 +153,8 @@ def write_whole(path: Path, text: str) -> None:
         >>> path.read_text()
         'done'
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with whole_file(path) as file:
+        file.write(text.encode())
 
 
 def load_tensors(path: Path, *, what: str, remedy: str) -> Any:

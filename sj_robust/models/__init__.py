@@ -1,13 +1,11 @@
 """Spiking networks for the recipes, on SpikingJelly's layers, with any spiking neuron."""
 
 from sj_robust.models.build import NETWORKS, NetworkSpec, build_classifier, build_network
-from sj_robust.models.chain import ConvChain
+from sj_robust.models.chain import VGG, VGG_FEATURES, ConvChain, SmallConvNet
 from sj_robust.models.direct import DirectlyEncoded
 from sj_robust.models.pretrained import start_from
 from sj_robust.models.published_checkpoint import load_published_checkpoint, published_names
-from sj_robust.models.small import SmallConvNet
 from sj_robust.models.time_steps import set_time_steps
-from sj_robust.models.vgg import VGG, VGG_FEATURES
 from sj_robust.models.wide_resnet import WIDE_RESNETS, MixedBlock, WideResNet
 from sj_robust.models.zoo import build_zoo_network, zoo_networks
 

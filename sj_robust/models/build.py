@@ -9,10 +9,9 @@ from spikingjelly.activation_based import functional, neuron, surrogate
 from torch import nn
 
 from sj_robust.classifier import SpikingClassifier, SpikingEventClassifier
+from sj_robust.models.chain import VGG, VGG_FEATURES, SmallConvNet
 from sj_robust.models.direct import DirectlyEncoded
 from sj_robust.models.foreign import call_with_known, find_function
-from sj_robust.models.small import SmallConvNet
-from sj_robust.models.vgg import VGG, VGG_FEATURES
 from sj_robust.models.wide_resnet import WIDE_RESNETS, WideResNet
 from sj_robust.models.zoo import build_zoo_network
 from sj_robust.neuron import DLIFNode, replace_neurons
@@ -79,8 +78,7 @@ def build_network(spec: NetworkSpec) -> nn.Module:
         A network in step mode ``"m"``; one of your own in the step mode that your function gave it.
 
     Raises:
-        ModuleNotFoundError: If there is no such module of your own.
-        FileNotFoundError: If there is no such file of your own.
+        ModuleNotFoundError, FileNotFoundError: If there is no such module or file of your own.
         ValueError: If the architecture, the neuron or an option is unknown, an argument is out of range, or a function
             of your own fails or returns no network.
 
@@ -123,11 +121,10 @@ def build_network(spec: NetworkSpec) -> nn.Module:
 def build_classifier(spec: NetworkSpec) -> SpikingClassifier:
     """The network of a specification as a pure function, from images in [0, 1] or event frames to logits. 构建分类器。
 
+    It is a ``SpikingClassifier``, or a ``SpikingEventClassifier`` for frames.
+
     Args:
         spec: What to build; ``mean`` and ``std`` are applied inside, so that attacks see images in [0, 1].
-
-    Returns:
-        A ``SpikingClassifier``, or a ``SpikingEventClassifier`` for frames.
 
     Raises:
         ValueError: As :func:`build_network`; or if the number of means or deviations is not that of the channels, or

@@ -1,15 +1,13 @@
 """Checkpoints that are either whole or not there."""
 
 import glob
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from sj_robust._saved import load_tensors
+from sj_robust._saved import load_tensors, whole_file
 
 __all__ = ["check_same_run", "load_checkpoint", "load_run", "save_checkpoint"]
 
@@ -21,8 +19,7 @@ _RUN = ("description", "model", "optimizer", "scheduler", "scaler", "epoch", "ba
 def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """Write a checkpoint so that ``path`` always holds a whole one, the old or the new. 原子写入检查点。
 
-    The content goes to a temporary file in the same folder, is forced to disk and then takes the name in one step. What
-    an earlier process that was killed while it wrote this checkpoint left behind is removed.
+    What an earlier process that was killed while it wrote this checkpoint left behind is removed.
 
     Args:
         path: The file; its folder exists.
@@ -32,23 +29,15 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
         OSError: If it cannot be written (such as a full disk); an earlier checkpoint is then still intact.
 
     Examples:
+        >>> import tempfile
         >>> folder = Path(tempfile.mkdtemp())
         >>> save_checkpoint(folder / "last.pt", {"epoch": 3})
         >>> load_checkpoint(folder / "last.pt")["epoch"]
         3
     """
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                torch.save({"format": _FORMAT, "version": _VERSION, **content}, file)
-                file.flush()
-                os.fsync(file.fileno())
-            Path(temporary).replace(path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-        _sync_folder(path.parent)
+        with whole_file(path) as file:
+            torch.save({"format": _FORMAT, "version": _VERSION, **content}, file)
     except NotImplementedError:
         raise
     except (OSError, RuntimeError) as error:  # torch reports a failed write of its archive as a RuntimeError
@@ -62,9 +51,6 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
     Args:
         path: A file written by :func:`save_checkpoint`.
-
-    Returns:
-        Its content.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -91,15 +77,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 def load_run(path: Path) -> dict[str, Any]:
     """Read a checkpoint that a run is to go on from. 读取用于续训的检查点。
 
-    Args:
-        path: A file that a training wrote.
-
-    Returns:
-        Its content, with all that the training needs.
-
     Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If :func:`load_checkpoint` refuses it, or a part is missing.
+        FileNotFoundError, ValueError: As :func:`load_checkpoint`, and if a part is missing that the training needs.
     """
     try:
         content = load_checkpoint(path)
@@ -117,11 +96,7 @@ def load_run(path: Path) -> dict[str, Any]:
 
 
 def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """Raise ValueError if the description in a checkpoint is that of a run with other options. 检查选项是否一致。
-
-    Examples:
-        >>> check_same_run({"lr": 0.1}, {"lr": 0.1})
-    """
+    """Raise ValueError if the description in a checkpoint is that of a run with other options. 检查选项是否一致。"""
     old, new = _flat(saved), _flat(wanted)
     names = [name for name in (*new, *(old.keys() - new.keys())) if old.get(name) != new.get(name)]
     if names:
@@ -144,14 +119,3 @@ def _not_written(path: Path, error: OSError | RuntimeError) -> str:
     reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
     left = "the earlier checkpoint there is intact" if path.exists() else "there was none before"
     return f"{path} could not be written ({reason}); {left}. Free some space, then continue with --resume"
-
-
-def _sync_folder(folder: Path) -> None:
-    """Force the new name itself to disk, where the system lets a folder be opened."""
-    if os.name != "posix":
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

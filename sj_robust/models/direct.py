@@ -59,15 +59,7 @@ def neuron_builder(
 ) -> Callable[[], nn.Module]:
     """A function that builds one neuron after the other, which share nothing. 逐个构建互不共享的神经元。
 
-    Args:
-        spiking_neuron: Class or function that builds a neuron, as in SpikingJelly's model zoo.
-        T: Number of time steps, passed to one that takes ``T`` (``DLIFNode`` does).
-        arguments: Keyword arguments of every neuron; a ``T`` among them goes before the network's.
-
-    Examples:
-        >>> from sj_robust.neuron import DLIFNode
-        >>> neuron_builder(DLIFNode, 4, {"tau": 2.0})().T
-        4
+    A neuron that takes ``T`` gets the network's, unless there is one among its ``arguments``.
     """
     if "T" in signature(spiking_neuron).parameters:
         arguments = {"T": T, **arguments}
@@ -75,14 +67,7 @@ def neuron_builder(
 
 
 def initialise(net: nn.Module) -> None:
-    """Kaiming-normal (fan out) convolutions; biases of convolutions and linear layers 0. 初始化权重。
-
-    Examples:
-        >>> net = nn.Linear(3, 2)
-        >>> initialise(net)
-        >>> net.bias.tolist()
-        [0.0, 0.0]
-    """
+    """Kaiming-normal (fan out) convolutions; biases of convolutions and linear layers 0. 初始化权重。"""
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -20,12 +20,8 @@ def find_function(text: str) -> Callable[..., Any]:
     Args:
         text: ``module:function`` or ``path/to/file.py:function``. Modules are looked for in the working folder first.
 
-    Returns:
-        The function.
-
     Raises:
-        ModuleNotFoundError: If there is no such module.
-        FileNotFoundError: If there is no such file.
+        ModuleNotFoundError, FileNotFoundError: If there is no such module or file.
         ValueError: If the text has no colon, the file is not Python's, there is no such function, or its module fails.
 
     Examples:
@@ -51,9 +47,6 @@ def call_with_known(
         name: What messages call it.
         offered: Keyword arguments that it gets if its signature names them (``**kwargs`` names none).
         options: Keyword arguments that it has to take; they go before the offered ones.
-
-    Returns:
-        Its result.
 
     Raises:
         ValueError: If it does not take an option, or fails.
@@ -81,18 +74,15 @@ def call_with_known(
 
 
 def reason(error: Exception) -> str:
-    """An error in one line, with the last place in somebody else's code that it passed. 单行错误说明。
-
-    Args:
-        error: What was caught.
+    """An error in one line, with the last line of somebody else's code that it passed. 单行错误说明。
 
     Examples:
         >>> reason(ValueError("too far"))
         'ValueError: too far'
     """
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_theirs(frame.filename)]
-    place = f", {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{place}"
+    line = f", {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{line}"
 
 
 def _module(name: str) -> ModuleType:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.models.build import NetworkSpec, build_classifier
-from sj_robust.models.vgg import VGG_FEATURES
+from sj_robust.models.chain import VGG_FEATURES
 from sj_robust.models.weights import check_keys, read_weights
 from sj_robust.models.wide_resnet import WIDE_RESNETS, MixedBlock, WideResNet
 

@@ -22,11 +22,6 @@ class Weights:
     Attributes:
         tensors: Parameters and buffers by name, without the ``module.`` of ``DataParallel`` and its kind.
         network: The ``NetworkSpec`` of a checkpoint of this package, as plain data; None for any other file.
-
-    Examples:
-        >>> import torch
-        >>> Weights({"weight": torch.ones(2)}).network is None
-        True
     """
 
     tensors: dict[str, Tensor]
@@ -34,13 +29,12 @@ class Weights:
 
 
 def read_weights(path: Path) -> Weights:
-    """Weights of a file: a checkpoint of this package, or a ``state_dict``, plain or in a dictionary. 读取权重。
+    """Weights of a file, on the CPU: a checkpoint of this package, or a ``state_dict``, plain or in a dictionary.
+
+    读取权重。
 
     Args:
         path: A file that ends in .pt or .pth.
-
-    Returns:
-        The weights, on the CPU.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -76,16 +70,11 @@ def read_weights(path: Path) -> Weights:
 
 
 def check_keys(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], origin: str, remedy: str) -> None:
-    """The two have the same names and shapes. 检查键与形状是否一致。
-
-    Args:
-        tensors: What a file holds.
-        wanted: What the network needs.
-        origin: What the message calls the file.
-        remedy: What the message advises.
+    """What a file holds has the names and shapes that the network needs. 检查键与形状是否一致。
 
     Raises:
-        ValueError: If they differ; the message lists missing and unexpected names and the shapes.
+        ValueError: If they differ; the message calls the file ``origin``, lists what is missing, unexpected or of
+            another shape, and advises ``remedy``.
 
     Examples:
         >>> import torch

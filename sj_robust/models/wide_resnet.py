@@ -22,17 +22,13 @@ class WideResNet(DirectlyEncoded):
     ``widen_factor`` channels and stride 1, 2 and 2, then batch norm - neuron - average over all pixels that are left
     (8x8 of a 32x32 image) - linear layer to the classes. Convolutions have no bias.
 
-    Shapes and the time steps: see :class:`DirectlyEncoded`; the blocks: :class:`MixedBlock`.
+    Shapes and the time steps: see :class:`DirectlyEncoded`; the blocks: :class:`MixedBlock`; arguments that are not
+    listed here: :class:`ConvChain`.
 
     Args:
         image_shape: (C, H, W) of one image, of any size.
-        classes: Number of classes.
-        T: Number of time steps an image is repeated for.
-        spiking_neuron: Class or function that builds a neuron, as in SpikingJelly's model zoo.
         depth: Number of layers, 6 times a whole number plus 4.
         widen_factor: Multiple of the channels of the narrowest network.
-        step_mode: ``"m"`` or ``"s"``.
-        **neuron_kwargs: Passed on to ``spiking_neuron``; one that takes ``T`` (``DLIFNode`` does) gets the network's.
 
     Raises:
         ValueError: If the depth or the widening factor is out of range, or an input has another number of dimensions.

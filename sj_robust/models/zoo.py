@@ -18,9 +18,8 @@ __all__ = ["build_zoo_network", "zoo_networks"]
 def zoo_networks() -> dict[str, Callable[..., nn.Module]]:
     """Name and builder of every network of the zoo that takes a spiking neuron. 模型库中可用的网络。
 
-    Returns:
-        The public functions of ``spikingjelly.activation_based.model`` that have a parameter ``spiking_neuron`` and
-        need no other, and such classes of a file without functions; a file that lacks a package it imports is left out.
+    They are the public functions of ``spikingjelly.activation_based.model`` that have a parameter ``spiking_neuron``
+    and need no other, and such classes of a file without functions. A file that lacks a package it imports is left out.
 
     Examples:
         >>> "spiking_vgg11_bn" in zoo_networks()
@@ -34,15 +33,14 @@ def zoo_networks() -> dict[str, Callable[..., nn.Module]]:
             module = importlib.import_module(f"{model.__name__}.{entry.name}")
         except ImportError:
             continue
-        public = {name: value for name, value in vars(module).items() if not name.startswith("_")}
-        own = {name: value for name, value in public.items() if getattr(value, "__module__", None) == module.__name__}
-        functions: dict[str, Any] = {
-            name: value for name, value in own.items() if isfunction(value) and _takes_only_a_neuron(value)
+        builders: dict[str, Any] = {
+            name: value
+            for name, value in vars(module).items()
+            if not name.startswith("_") and (isfunction(value) or isclass(value))
+            if value.__module__ == module.__name__ and _takes_only_a_neuron(value)
         }
-        classes: dict[str, Any] = {
-            name: value for name, value in own.items() if isclass(value) and _takes_only_a_neuron(value)
-        }
-        found |= functions or classes
+        functions = {name: value for name, value in builders.items() if isfunction(value)}
+        found |= functions or builders
     return dict(sorted(found.items()))
 
 
@@ -55,7 +53,7 @@ def build_zoo_network(
     spiking_neuron: Callable[..., nn.Module],
     options: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """A network of SpikingJelly's zoo, in step mode ``"m"``. 构建模型库中的网络。
+    """A network of SpikingJelly's zoo with fresh weights, in step mode ``"m"``. 构建模型库中的网络。
 
     Shapes: frames [T, N, C, H, W] to [T, N, classes].
 
@@ -66,9 +64,6 @@ def build_zoo_network(
         T: Number of time steps.
         spiking_neuron: Function that builds a neuron; the zoo's own neuron arguments are passed to it.
         options: Further keyword arguments of the builder; ``cnf`` of a SEW ResNet is ``"ADD"`` unless given.
-
-    Returns:
-        The network, with fresh weights.
 
     Raises:
         ValueError: If there is no such network, it takes no such option, or it is for images of other channels or for

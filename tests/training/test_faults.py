@@ -20,10 +20,10 @@ from sj_robust.attacks import gaussian
 from sj_robust.data import ImageSplits
 from sj_robust.data.stored import FileImages
 from sj_robust.data.unreadable import UnreadableError
+from sj_robust.models import checkpoint
 from sj_robust.training import (
     Journal,
     NonFiniteLossError,
-    checkpoint,
     load_checkpoint,
     open_run_folder,
     run_to_resume,
@@ -134,15 +134,15 @@ class FullDisk:
 
 
 def full_disk_in_write(monkeypatch):
-    opened = os.fdopen
-    monkeypatch.setattr(checkpoint.os, "fdopen", lambda *args: FullDisk(opened(*args), room=1000))
+    opened = Path.open
+    monkeypatch.setattr(Path, "open", lambda path, *args, **kwargs: FullDisk(opened(path, *args, **kwargs), room=1000))
 
 
 def full_disk_at_sync(monkeypatch):
     def fail(handle):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(checkpoint.os, "fsync", fail)
+    monkeypatch.setattr(os, "fsync", fail)
 
 
 def full_disk_in_torch(monkeypatch):

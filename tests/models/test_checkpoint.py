@@ -3,7 +3,8 @@ import pickle
 import pytest
 import torch
 
-from sj_robust.training import checkpoint, load_checkpoint, save_checkpoint
+from sj_robust.models import checkpoint
+from sj_robust.models.checkpoint import load_checkpoint, save_checkpoint
 
 
 def test_round_trip(tmp_path):
