@@ -19,12 +19,10 @@ them: pip install snntorch norse nir nirtorch.
 import csv
 import math
 import os
-import platform
 import shlex
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, fields
-from importlib import metadata
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -36,6 +34,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sj_robust._console import working
+from sj_robust._environment import processor, version_of
 from sj_robust.evaluation import environment
 
 PEERS = ("snntorch", "norse")
@@ -85,7 +84,8 @@ def main(arguments: list[str]) -> None:
         raise WrongUse(f"{options.what} has no method {unknown[0]}; it has {', '.join(SUBJECTS[options.what].methods)}")
     console = Console(width=None if sys.stdout.isatty() else 140)
     where = environment() | {"threads": str(options.threads), "processor": processor()}
-    where |= {"instruction_set": options.instruction_set or "best"} | {name: version_of(name) for name in PEERS}
+    where |= {"instruction_set": options.instruction_set or "best"}
+    where |= {name: version_of(name) or "not installed" for name in PEERS}
     for name, value in where.items():
         console.print(f"{name}: {value}", highlight=False)
     environ = {} if options.instruction_set is None else {"SJ_ROBUST_INSTRUCTION_SET": options.instruction_set}
@@ -129,22 +129,6 @@ def refuse_unless_tests_pass(what: str, environ: dict[str, str]) -> None:
     if result.returncode != 0:
         tail = f"{result.stdout[-2000:]}{result.stderr[-500:]}"
         raise SystemExit(f"the tests of what is timed fail, so nothing is timed:\n{tail}")
-
-
-def processor() -> str:
-    """Name of the processor."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def version_of(package: str) -> str:
-    """Version of a peer."""
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def table(rows: list[Measurement]) -> Table:

@@ -10,7 +10,7 @@ from torch import nn
 
 from sj_robust._version import __version__
 
-__all__ = ["device_of", "environment"]
+__all__ = ["device_of", "environment", "processor", "version_of"]
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, str]:
@@ -28,10 +28,11 @@ def environment(device: torch.device | str = "cpu") -> dict[str, str]:
     """
     device = torch.device(device)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    packages = {package: _version(package) for package in ("sj_robust", "spikingjelly", "accelerate", "numpy")}
+    packages = {package: version_of(package) or "unknown" for package in ("spikingjelly", "accelerate", "numpy")}
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
+        "sj_robust": __version__,
         **packages,
         "platform": platform.platform(),
         "device": f"{device} ({name})",
@@ -53,13 +54,20 @@ def device_of(model: nn.Module) -> torch.device:
     return next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
 
 
-def _version(package: str) -> str:
-    if package == "sj_robust":
-        return __version__
+def version_of(package: str) -> str | None:
+    """The installed version of a package, None where there is none. 软件包版本。"""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return "unknown"
+        return None
+
+
+def processor() -> str:
+    """Name of the processor. 处理器名称。"""
+    information = Path("/proc/cpuinfo")
+    lines = information.read_text(encoding="utf-8").splitlines() if information.is_file() else []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
 
 
 def _commit() -> str:

@@ -12,8 +12,10 @@ from importlib import metadata
 from pathlib import Path
 
 import torch
+from packaging.requirements import Requirement
 from torch import Tensor
 
+from sj_robust._environment import processor, version_of
 from sj_robust._host import EVAL_MODE_HAS_NO_GRADIENT, lif_multi_step
 from sj_robust._version import __version__
 from sj_robust.neuron import DLIFNode
@@ -22,12 +24,18 @@ from sj_robust.ops.dlif import cpp
 
 __all__ = ["main", "report"]
 
-_SHOWN_EXTRAS = ("recipes", "attacks", "cuda12", "cuda13")
+_EXTRAS = {
+    "": "always needed",
+    "recipes": "for recipes/, training and plots",
+    "attacks": "for AutoAttack",
+    "cuda12": None,  # where CuPy matters, the reason of its backend says what to install
+    "cuda13": None,
+}
 _VARIABLES = re.compile(
     r"(OMP|MKL|OPENBLAS|KMP|GOMP|PYTORCH|TORCH|CUDA|NVIDIA|CUPY|NCCL|SJ_ROBUST)_.*|NO_COLOR|FORCE_COLOR|CUDA_HOME|"
     r"COLUMNS|TERM|PYTHONPATH|MPLBACKEND"
 )
-_T, _SAMPLES, _FEATURES = 8, 32, 512
+_SHAPE = (8, 32, 512)  # time steps, samples, features of the self test
 _MARGIN = 1e-4  # a potential nearer to the threshold may round to either side
 
 
@@ -74,15 +82,16 @@ def main() -> None:
 def _text(tests: list[_SelfTest]) -> str:
     packages, remedies = _packages()
     backends = available_backends()
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     rows = [
         ("sj_robust", __version__),
         ("python", f"{platform.python_version()} ({platform.python_implementation()}, {platform.machine()})"),
-        ("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"),
         *packages,
+        ("CUDA of torch", torch.version.cuda or "none"),
         ("SpikingJelly", _release()),
         ("system", platform.platform()),
-        ("processor", _processor()),
-        ("threads", f"{torch.get_num_threads()} of torch, {_usable_processors()} processors usable"),
+        ("processor", f"{processor()}, torch uses {torch.backends.cpu.get_cpu_capability()}"),
+        ("threads", f"{torch.get_num_threads()} of torch, {usable} processors usable"),
         *_devices(),
         *((f"backend {name}", state) for name, state in backends.items()),
         ("backend spikingjelly", "available" if lif_multi_step else "only on SpikingJelly 2.x"),
@@ -97,68 +106,45 @@ def _text(tests: list[_SelfTest]) -> str:
 
 
 def _packages() -> tuple[list[tuple[str, str]], list[str]]:
-    """Rows with the versions of what the package depends on, and what to do where one is missing or too old."""
+    """A row for each package that is asked for, and what to do where one is missing or outside its bounds."""
     rows, remedies = [], []
     absent: dict[str, list[str]] = {}
-    for name, least, extra in _requirements():
-        try:
-            version = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            rows.append((name, "not installed" + (f" (extra {extra})" if extra else "")))
-            absent.setdefault(extra, []).append(name)
-            continue
-        old = _numbers(version) < _numbers(least)
-        rows.append((name, f"{version}, TOO OLD: {least} or later is needed" if old else version))
-        if old:
-            remedies.append(f"{name} {version} is too old: pip install -U '{name}>={least}'")
+    for needed, extra in _requirements():
+        version = version_of(needed.name)
+        if version is None:
+            rows.append((needed.name, "not installed" + (f" (extra {extra})" if extra else "")))
+            absent.setdefault(extra, []).append(needed.name)
+        elif needed.specifier.contains(version, prereleases=True):
+            rows.append((needed.name, version))
+        else:
+            rows.append((needed.name, f"{version}, MUST BE {needed.specifier}"))
+            remedies.append(f"{needed.name} must be {needed.specifier}, got {version}: pip install -U '{needed}'")
     for extra, names in absent.items():
-        if extra.startswith("cuda"):
-            continue  # the reason of the backend cupy says it where it matters
-        command = f"'sj_robust[{extra}]'" if extra else " ".join(names)
-        purpose = {"recipes": "for recipes/, training and plots", "attacks": "for AutoAttack"}.get(
-            extra, "always needed"
-        )
-        remedies.append(f"{', '.join(names)} not installed, {purpose}: pip install {command}")
-    return [row for row in rows if row[0] != "torch"], remedies
+        if _EXTRAS[extra] is not None:
+            command = f"'sj_robust[{extra}]'" if extra else " ".join(names)
+            remedies.append(f"{', '.join(names)} not installed, {_EXTRAS[extra]}: pip install {command}")
+    return rows, remedies
 
 
-def _requirements() -> Iterator[tuple[str, str, str]]:
-    """Name, least version and extra of what the installed distribution asks for."""
+def _requirements() -> list[tuple[Requirement, str]]:
+    """What the installed distribution asks for, each package once, and the extra that it comes with."""
     try:
         lines = metadata.requires("sj_robust") or []
-    except metadata.PackageNotFoundError:  # a source tree that is not installed
-        lines = ["torch>=2.6", "torchvision", "spikingjelly>=0.0.0.0.14"]
-    for line in (*lines, "numpy"):  # which torch and torchvision bring
-        name = re.match(r"[\w.-]+", line)
-        least = re.search(r">=\s*([\w.]+)", line.partition(";")[0])
-        extra = re.search(r"extra\s*==\s*['\"](\w+)['\"]", line)
-        if name and (extra is None or extra[1] in _SHOWN_EXTRAS):
-            yield name[0], least[1] if least else "0", extra[1] if extra else ""
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.match(r"[\d.]*", version)[0].split(".") if number)  # type: ignore[index]  # matches any text
+    except metadata.PackageNotFoundError:  # a source tree that is not installed, so nobody says which versions
+        lines = ["torch", "torchvision", "spikingjelly", "numpy"]
+    found: dict[str, tuple[Requirement, str]] = {}
+    for needed in map(Requirement, lines):
+        marker, needed.marker = needed.marker, None
+        extra = next((extra for extra in _EXTRAS if marker is None or marker.evaluate({"extra": extra})), None)
+        if extra is not None:
+            found.setdefault(needed.name, (needed, extra))[0].specifier &= needed.specifier
+    return list(found.values())
 
 
 def _release() -> str:
     if EVAL_MODE_HAS_NO_GRADIENT:
         return "interface of 0.0.0.0.14 (IF and LIF have no gradient in evaluation mode; SpikingClassifier sees to it)"
     return "interface of 2.x"
-
-
-def _processor() -> str:
-    name = platform.processor()
-    information = Path("/proc/cpuinfo")
-    if information.is_file():
-        found = re.search(r"^model name\s*:\s*(.+)$", information.read_text(encoding="utf-8"), flags=re.MULTILINE)
-        name = found[1] if found else name
-    return f"{name or platform.machine()}, torch uses {torch.backends.cpu.get_cpu_capability()}"
-
-
-def _usable_processors() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _devices() -> Iterator[tuple[str, str]]:
@@ -201,53 +187,44 @@ def _self_tests() -> list[_SelfTest]:
 def _self_test(device: str) -> _SelfTest:
     start, backend = time.perf_counter(), "auto"
     try:
-        x, gain, grad = _inputs(device)
-        node = DLIFNode(_T, tau=2.0, store_v_seq=True).to(device)
+        generator = torch.Generator().manual_seed(0)
+        x = (0.5 + 0.6 * torch.randn(_SHAPE, generator=generator)).to(device)  # the same everywhere
+        gain = 1 + 0.2 * torch.randn(_SHAPE[0], generator=generator)
+        grad = torch.randn(_SHAPE, generator=generator).to(device)
+        reference, node = (DLIFNode(_SHAPE[0], tau=2.0, store_v_seq=True, backend=b) for b in ("reference", "auto"))
+        for neuron in (reference, node):
+            neuron.to(device).input_gain.data.copy_(gain)
         backend = node.chosen_backend(x)
-        expected, h = _run(DLIFNode(_T, tau=2.0, store_v_seq=True, backend="reference").to(device), x, gain, grad)
-        found, _ = _run(node, x, gain, grad)
-        failure = _difference(expected, found, h)
+        failure = _difference(reference, node, x, grad)
     except Exception as error:  # whatever it is, a bug report wants to know it
         failure = f"{type(error).__name__}: {' '.join(str(error).split())}"
     return _SelfTest(device, backend, time.perf_counter() - start, failure)
 
 
-def _inputs(device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """Currents [T, N, F], gains [T] and incoming gradients [T, N, F], the same everywhere."""
-    generator = torch.Generator().manual_seed(0)
-    x = 0.5 + 0.6 * torch.randn(_T, _SAMPLES, _FEATURES, generator=generator)
-    gain = 1 + 0.2 * torch.randn(_T, generator=generator)
-    grad = torch.randn(x.shape, generator=generator)
-    return x.to(device), gain.to(device), grad.to(device)
-
-
-def _run(node: DLIFNode, x: Tensor, gain: Tensor, grad: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-    """Spikes, potentials and gradients, and the potential h before every spike."""
-    x = x.clone().requires_grad_()
-    node.input_gain.data.copy_(gain)
-    spikes = node(x)
-    assert node.v_seq is not None  # store_v_seq
-    potentials = node.v_seq.detach()
-    before = torch.cat((torch.zeros_like(potentials[:1]), potentials[:-1]))
-    h = node.decay * before + gain.view(-1, 1, 1) * x.detach()
-    clear = ((h - node.v_threshold).abs() > _MARGIN).all(0)
-    torch.autograd.backward(spikes, grad * clear)
-    assert x.grad is not None  # the backward pass has just set both
-    assert node.input_gain.grad is not None
-    values = {"spikes": spikes.detach(), "potential": potentials, "gradient of the input": x.grad}
-    return {**values, "gradient of input_gain": node.input_gain.grad}, h
-
-
-def _difference(expected: dict[str, Tensor], found: dict[str, Tensor], h: Tensor) -> str | None:
-    """What differs where no potential is too near to the threshold, or None."""
-    clear = ((h - 1.0).abs() > _MARGIN).all(0)
-    if float(clear.double().mean()) < 0.99 or not 0.05 < float(expected["spikes"].mean()) < 0.95:
+def _difference(reference: DLIFNode, node: DLIFNode, x: Tensor, grad: Tensor) -> str | None:
+    """What differs, forward or backward, where no potential is too near to the threshold; None if nothing does."""
+    inputs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    spikes = reference(inputs[0]), node(inputs[1])
+    assert reference.v_seq is not None  # store_v_seq
+    potential = reference.v_seq.detach()
+    before = torch.cat((torch.zeros_like(potential[:1]), potential[:-1]))
+    h = reference.decay * before + reference.input_gain.detach().view(-1, 1, 1) * x
+    clear = ((h - reference.v_threshold).abs() > _MARGIN).all(0)
+    if float(clear.double().mean()) < 0.99 or not 0.05 < float(spikes[0].detach().mean()) < 0.95:
         return "the reference itself spikes as no seed should make it"
-    for name, value in expected.items():
-        one, other = (a if a.ndim == 1 else a[:, clear] for a in (value, found[name]))
-        exact = name == "spikes"
-        if not (torch.equal(one, other) if exact else torch.allclose(one, other, rtol=1e-3, atol=1e-4)):
-            return f"{name} differs by up to {float((one - other).abs().max()):.3g}"
+    torch.autograd.backward(spikes, (grad * clear, grad * clear))
+    pairs = {
+        "spikes": spikes,
+        "potential": (reference.v_seq, node.v_seq),
+        "gradient of the input": (inputs[0].grad, inputs[1].grad),
+        "gradient of input_gain": (reference.input_gain.grad, node.input_gain.grad),
+    }
+    for name, pair in pairs.items():
+        values = [value.detach() for value in pair if value is not None]
+        expected, found = (value if value.ndim == 1 else value[:, clear] for value in values)
+        rtol, atol = (0.0, 0.0) if name == "spikes" else (1e-3, 1e-4)
+        if not torch.allclose(found, expected, rtol=rtol, atol=atol):
+            return f"{name} differs by up to {float((expected - found).abs().max()):.3g}"
     return None
 
 
