@@ -189,6 +189,7 @@ def python_texts():
 def test_recipes_and_pages_use_public_names_only():
     public = set(PUBLIC) | {f"{module}.{name}" for module, name in NAMES}
     public |= {"sj_robust._recipes_installed", "sj_robust._console.working"}  # of the recipes in this repository alone
+    public |= {"sj_robust._environment.processor", "sj_robust._environment.version_of"}
     used = {(str(path.relative_to(ROOT)), name) for path, text in python_texts() for name in taken_from_package(text)}
     assert not sorted((where, name) for where, name in used if name not in public)
     assert len(used) > 50, "the pages and recipes are found and read"
