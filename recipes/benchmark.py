@@ -16,20 +16,54 @@ tests and a comparison with the textbook loop have passed. Peers that are not in
 them: pip install snntorch norse nir nirtorch.
 """
 
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+from lab.command_line import WrongUse, check_options, describe_folder, option, read_options, run_recipe
+from lab.command_line.declared import AtLeastTwo, PositiveInt
+
+
+# fmt: off
+@dataclass(frozen=True)
+class Options:
+    """Options of benchmark."""
+
+    what: Literal[
+        "neuron", "batch_norm", "instruction_sets", "scaling", "first_layer", "conv4", "vgg5", "conv4_adversarial",
+        "vgg5_adversarial", "training_step",
+    ] = option("neuron", "What to measure, see the examples.", group="measurement")
+    shapes: list[tuple[int, ...]] | None = option(None, "Shapes [T, N, C, H, W] of the input, such as [[4,8,32,8,8]]; "
+        "null for those of the documentation.")
+    methods: list[str] | None = option(None, "Methods to measure, such as [DLIF cpp]; null for all. A wrong name is "
+        "answered with those there are.")
+    rounds: AtLeastTwo = option(15, "Timed passes per method; the tables show milliseconds.")
+    check: bool = option(True, "Whether the tests of what is timed run first; they need a clone of the repository and "
+        "the extra test.")
+    threads: PositiveInt = option(2, "Threads of torch.", group="machine")
+    allocators: tuple[Literal["malloc", "reuse"], ...] = option(("malloc", "reuse"), "malloc maps every large tensor "
+        "afresh, reuse keeps the heap.")
+    instruction_set: str | None = option(None, "Instruction set of the compiled kernel, baseline, avx2 or avx512; null "
+        "for the best.")
+    output: str | None = option(None, "Folder for the CSV, the table and the chart; null only prints.",
+        group="output", metavar="FOLDER")
+    redraw: str | None = option(None, "Folder of an earlier call, whose charts are drawn again, and nothing is "
+        "measured; null to measure.", metavar="FOLDER")
+# fmt: on
+
+
+if __name__ == "__main__":
+    check_options(Options)  # --help and wrong options end here: what follows imports torch
+
 import csv
 import math
 import os
 import shlex
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
-from typing import ClassVar, Literal
 
-import sj_robust._recipes_installed  # noqa: F401  # isort: skip  # first: names what to install
 from lab.benchmarking import SUBJECTS, Measurement, race
 from lab.benchmarking.drawing import plot_benchmark
-from lab.command_line import WrongUse, describe_folder, named_arguments, read_options, run_recipe
 from rich.console import Console
 from rich.table import Table
 
@@ -40,42 +74,9 @@ from sj_robust.evaluation import environment
 PEERS = ("snntorch", "norse")
 
 
-@dataclass(frozen=True)
-class Options:
-    """Options of benchmark.
-
-    Attributes:
-        what: What to measure, see the examples.
-        shapes: Shapes [T, N, C, H, W] of the input, such as [[4,8,32,8,8]]; null for those of the documentation.
-        methods: Methods to measure, such as [DLIF cpp]; null for all. A wrong name is answered with those there are.
-        rounds: Timed passes per method; the tables show milliseconds.
-        check: Whether the tests of what is timed run first; they need a clone of the repository and the extra test.
-        threads: Threads of torch.
-        allocators: malloc maps every large tensor afresh, reuse keeps the heap.
-        instruction_set: Instruction set of the compiled kernel, baseline, avx2 or avx512; null for the best.
-        output: Folder for the CSV, the table and the chart; null only prints.
-        redraw: Folder of an earlier call, whose charts are drawn again, and nothing is measured; null to measure.
-    """
-
-    GROUPS: ClassVar = {"measurement": "what", "machine": "threads", "output": "output"}
-    what: Literal[
-        "neuron", "batch_norm", "instruction_sets", "scaling", "first_layer", "conv4", "vgg5", "conv4_adversarial",
-        "vgg5_adversarial", "training_step",
-    ] = "neuron"  # fmt: skip
-    shapes: list[tuple[int, ...]] | None = None
-    methods: list[str] | None = None
-    rounds: int = 15
-    check: bool = True
-    threads: int = 2
-    allocators: tuple[Literal["malloc", "reuse"], ...] = ("malloc", "reuse")
-    instruction_set: str | None = None
-    output: str | None = None
-    redraw: str | None = None
-
-
 def main(arguments: list[str]) -> None:
     """Check, measure, show, save."""
-    options = read_options(Options, named_arguments(arguments))
+    options = read_options(Options, arguments)
     if options.redraw is not None:
         redraw(Path(options.redraw))
         return

@@ -2,7 +2,7 @@
 
 python recipes/evaluate.py runs/digits-dlif-at-1/dlif_at                   # suite standard, eps of its training
 python recipes/evaluate.py CHECKPOINT --suite fast --test-limit 200 --eps 8/255
-python recipes/evaluate.py --network mynet.py:build --T 8 --eps 8/255      # somebody's own SpikingJelly network
+python recipes/evaluate.py --network mynet.py:build --T 8 --eps 8/255      # a SpikingJelly network of your own
 python recipes/evaluate.py CHECKPOINT --output runs/mine --resume          # continue after a stop
 python recipes/evaluate.py --compare A/report.json B/report.json
 python recipes/evaluate.py CHECKPOINT_OF_EVENT_NETWORK --eps 20           # adds or removes at most 20 events
@@ -12,10 +12,68 @@ torchrun --nproc-per-node 2 recipes/evaluate.py CHECKPOINT                 # or 
 import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Literal
 
-import sj_robust._recipes_installed  # noqa: F401  # isort: skip  # first: names what to install
-from lab.command_line import WrongUse, checked, describe_folder, named_arguments, parse_options, run_recipe
+from lab.command_line import WrongUse, check_options, checked, describe_folder, option, parse_options, run_recipe
+from lab.command_line.declared import DatasetName, NonNegativeInt, PositiveInt, Radius
+
+
+# fmt: off
+@dataclass(frozen=True)
+class Options:
+    """Options of evaluate."""
+
+    checkpoint: str | None = option(None, "A checkpoint of adv_train, a network's folder (its best.pt) or a run's "
+        "folder; also given without the option's name; null for a network of your own.", group="what is evaluated",
+        metavar="CHECKPOINT", decides="nothing", positional=True)
+    network: str | None = option(None, "Instead of a checkpoint, module:function or file.py:function that returns a "
+        "SpikingJelly network with its weights, bare or in a SpikingClassifier; null for a checkpoint.",
+        metavar="FUNCTION")
+    transfer: str | None = option(None, "Checkpoint of another network for the same images; attacks crafted on it join "
+        "the suite; null: none.", metavar="CHECKPOINT")
+    trust_code: bool = option(False, "Allow a function of your own code that a checkpoint names to be run.")
+    compare: list[str] | None = option(None, "Two saved reports to compare, instead of an evaluation; null to "
+        "evaluate.", metavar="REPORT")
+    suite: Literal["paper", "fast", "standard", "autoattack", "gradients", "events"] | None = option(None, "paper is "
+        "the protocol of Ding et al., fast a first impression, standard the figure to report, autoattack AutoAttack "
+        "standard, gradients every estimator for itself, events the one for event data; all with their control. null "
+        "means standard, and events for event data.", group="attacks")
+    eps: Radius | None = option(None, "Radius for images in [0, 1], a number or a fraction such as 8/255; null takes "
+        "that of the checkpoint. For L0 the number of changed elements per sample.")
+    norm: Literal["Linf", "L2", "L0"] | None = option(None, "Norm of the adversary; null means Linf, and L0 for event "
+        "data.")
+    draws: PositiveInt = option(1, "Fresh forwards in each of which a stochastic network must be wrong for an image to "
+        "count as broken.")
+    dataset: DatasetName | None = option(None, "What to test on, digits, fashion_mnist, mnist, cifar10, cifar100, "
+        "svhn, image_folder:PATH, cifar10_dvs, dvs128_gesture or n_mnist; null takes what the checkpoint was trained "
+        "on, or digits.", group="data", metavar="NAME")
+    data_root: str = option("data", "Folder with the data set's files, or where they are downloaded to.",
+        metavar="FOLDER", decides="nothing")
+    download: bool = option(False, "Download what is missing.", decides="nothing")
+    on_unreadable: Literal["error", "skip"] = option("error", "error stops at files that cannot be read, skip leaves "
+        "them out with a warning.")
+    test_limit: PositiveInt | None = option(None, "Test images to use at most; null for all.")
+    batch_size: PositiveInt = option(128, "Images per batch; results do not depend on it, but for networks with "
+        "randomness of their own and the estimator pdsg, which looks at a whole batch.", decides="nothing")
+    T: PositiveInt | None = option(None, "Time steps of a bare network of your own; for a checkpoint, others than "
+        "those it was trained with; null takes those.", group="network of your own")
+    mean: list[float] | None = option(None, "Mean per channel that a bare network expects to be subtracted; null for "
+        "none.")
+    std: list[float] | None = option(None, "Standard deviation per channel that it expects to be divided by; null for "
+        "none.")
+    seed: NonNegativeInt = option(0, "Seed of everything.", group="machine")
+    device: Literal["auto", "cpu"] = option("auto", "auto takes a GPU if there is one, cpu does not.",
+        decides="nothing")
+    output: str | None = option(None, "Folder of the results; null makes runs/evaluate-NETWORK-SUITE-NUMBER.",
+        group="output", metavar="FOLDER", decides="nothing")
+    resume: bool = option(False, "Go on with the evaluation in output (null: the newest of its kind).",
+        decides="nothing")
+# fmt: on
+
+
+if __name__ == "__main__":
+    check_options(Options)  # --help and wrong options end here: what follows imports torch
+
 from rich.console import Console
 
 from sj_robust import training
@@ -29,72 +87,9 @@ from sj_robust.evaluation.subject import Subject, check_fits, from_checkpoint, f
 from sj_robust.evaluation.terminal import Display, show_comparison, show_report
 
 
-@dataclass(frozen=True)
-class Options:
-    """Options of evaluate.
-
-    Attributes:
-        checkpoint: A checkpoint of adv_train, a network's folder (its best.pt) or a run's folder; also given without
-            the option's name; null for a network of your own.
-        network: Instead of a checkpoint, module:function or file.py:function that returns a SpikingJelly network with
-            its weights, bare or in a SpikingClassifier; null for a checkpoint.
-        transfer: Checkpoint of another network for the same images; attacks crafted on it join the suite; null: none.
-        trust_code: Allow a function of your own code that a checkpoint names to be run.
-        compare: Two saved reports to compare, instead of an evaluation; null to evaluate.
-        suite: paper is the protocol of Ding et al., fast a first impression, standard the figure to report,
-            autoattack AutoAttack standard, gradients every estimator for itself, events the one for event data; all
-            with their control. null means standard, and events for event data.
-        eps: Radius for images in [0, 1], a number or a fraction such as 8/255; null takes that of the checkpoint. For
-            L0 the number of changed elements per sample.
-        norm: Norm of the adversary; null means Linf, and L0 for event data.
-        draws: Fresh forwards in each of which a stochastic network must be wrong for an image to count as broken.
-        dataset: What to test on, digits, fashion_mnist, mnist, cifar10, cifar100, svhn, image_folder:PATH, cifar10_dvs,
-            dvs128_gesture or n_mnist; null takes what the checkpoint was trained on, or digits.
-        data_root: Folder with the data set's files, or where they are downloaded to.
-        download: Download what is missing.
-        on_unreadable: error stops at files that cannot be read, skip leaves them out with a warning.
-        test_limit: Test images to use at most; null for all.
-        batch_size: Images per batch; results do not depend on it, but for networks with randomness of their own and
-            the estimator pdsg, which looks at a whole batch.
-        T: Time steps of a bare network of your own; for a checkpoint, others than those it was trained with; null takes
-            those.
-        mean: Mean per channel that a bare network expects to be subtracted; null for none.
-        std: Standard deviation per channel that it expects to be divided by; null for none.
-        seed: Seed of everything.
-        device: auto takes a GPU if there is one, cpu does not.
-        output: Folder of the results; null makes runs/evaluate-NETWORK-SUITE-NUMBER.
-        resume: Go on with the evaluation in output (null: the newest of this kind).
-    """
-
-    GROUPS: ClassVar = {"what is evaluated": "checkpoint", "attacks": "suite", "data": "dataset",
-                        "network of your own": "T", "machine": "seed", "output": "output"}  # fmt: skip
-    checkpoint: str | None = None
-    network: str | None = None
-    transfer: str | None = None
-    trust_code: bool = False
-    compare: list[str] | None = None
-    suite: Literal["paper", "fast", "standard", "autoattack", "gradients", "events"] | None = None
-    eps: float | str | None = None
-    norm: Literal["Linf", "L2", "L0"] | None = None
-    draws: int = 1
-    dataset: str | None = None
-    data_root: str = "data"
-    download: bool = False
-    on_unreadable: Literal["error", "skip"] = "error"
-    test_limit: int | None = None
-    batch_size: int = 128
-    T: int | None = None
-    mean: list[float] | None = None
-    std: list[float] | None = None
-    seed: int = 0
-    device: Literal["auto", "cpu"] = "auto"
-    output: str | None = None
-    resume: bool = False
-
-
 def main(arguments: list[str]) -> None:
     """Evaluate a network, or compare two reports."""
-    options = parse_options(Options, named(arguments), stem, mark="progress")
+    options = parse_options(Options, arguments, stem, mark="progress")
     if options.compare is not None:
         show_comparison(compare(*map(load_report, two(options.compare))), Console())
         return
@@ -212,28 +207,6 @@ def stem(options: Options) -> str:
     name = path.parent.name if path.suffix == ".pt" else path.name
     own = re.split(r"[:/]", options.network)[-1] if options.network else name
     return f"evaluate-{own}-{options.suite}" if options.suite else f"evaluate-{own}"
-
-
-def named(arguments: list[str]) -> list[str]:
-    """The arguments with a name each: a bare word is the checkpoint, a switch alone is true."""
-    words, found = named_arguments(arguments), []
-    while words:
-        word = words.pop(0)
-        value_follows = bool(words) and not words[0].startswith("--")
-        if word == "--compare":
-            paths: list[Any] = []
-            while words and not words[0].startswith("--"):
-                paths.append(words.pop(0))
-            found.append(f"--compare={paths}")
-        elif not word.startswith("-"):
-            if any(other.startswith("--checkpoint=") for other in found):
-                raise WrongUse(f"one network at a time, got another one, {word}: evaluate it in a run of its own")
-            found.append(f"--checkpoint={word}")
-        else:
-            found.append(word)
-            if "=" not in word and value_follows:
-                found.append(words.pop(0))
-    return found
 
 
 if __name__ == "__main__":

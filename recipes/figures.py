@@ -9,15 +9,52 @@ python recipes/figures.py --redraw runs/digits-dlif-at-1/figures           # fro
 Every figure's numbers are saved as NAME.json, and it is drawn from that file.
 """
 
-import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
+
+from lab.command_line import WrongUse, check_options, describe_folder, option, read_options, run_recipe
+from lab.command_line.declared import DatasetName, NonNegativeInt, PositiveInt, Radius
+
+
+# fmt: off
+@dataclass(frozen=True)
+class Options:
+    """Options of figures."""
+
+    run: str | None = option(None, "Folder of a run of adv_train, of one network in it, or of a sweep; also given "
+        "without the option's name; null for the figure neuron, which needs none.", group="figures", metavar="FOLDER",
+        positional=True)
+    which: list[Literal["all", "neuron", "gains", "curves", "intensity", "rho"]] = option(["all"], "neuron (figure 1 "
+        "of the paper), rho (3, needs a sweep), gains (4), curves (5), intensity (indicators and heat maps under "
+        "growing eps), or all that the folder has numbers for.")
+    columns: list[str] | None = option(None, "Figures that rho shows, as shell patterns such as pgd20 or paper/*; null "
+        "for the usual ones.")
+    eps: list[Radius] = option(["0.02", "0.05", "0.1", "0.15", "0.2", "0.3"], "Sizes of the perturbations of "
+        "intensity, growing, for images in [0, 1]; numbers or fractions such as 8/255.", group="intensity")
+    steps: PositiveInt = option(10, "Steps of the adversarial direction of intensity.")
+    images: PositiveInt = option(360, "Test images of intensity to use at most.")
+    resamples: PositiveInt = option(200, "Bootstrap samples behind the intervals of intensity.")
+    dataset: DatasetName | None = option(None, "Images to test on, as in adv_train.py; null takes those of the "
+        "checkpoint.", metavar="NAME")
+    data_root: str = option("data", "Folder with the data set's files.", metavar="FOLDER")
+    batch_size: PositiveInt = option(64, "Images at a time.", group="machine")
+    seed: NonNegativeInt = option(0, "Seed of everything.")
+    device: Literal["auto", "cpu"] = option("auto", "auto takes a GPU if there is one, cpu does not.")
+    output: str | None = option(None, "Where everything is written; null means the folder figures in the run.",
+        group="output", metavar="FOLDER")
+    redraw: str | None = option(None, "Folder of an earlier call, whose saved numbers are drawn again and nothing is "
+        "computed; null to compute.", metavar="FOLDER")
+# fmt: on
+
+
+if __name__ == "__main__":
+    check_options(Options)  # --help and wrong options end here: what follows imports torch
 
 import torch
-from lab.command_line import WrongUse, describe_folder, read_options, run_recipe
+import yaml
 from lab.figures import input_gains, one_neuron, redraw, save_figure, training_curves
-from lab.sweeping import axes_in, cells_of, columns_of, load_records
+from lab.sweeping import axes_in, cells_of, columns_of, load_recipe, load_records
 from lab.sweeping.plot import plot_effect
 from torch import Tensor
 
@@ -31,52 +68,10 @@ from sj_robust.ops import keep_heap
 from sj_robust.perturbation import IntensityCorrelation, Perturbation, intensity_correlation
 from sj_robust.training import removed_if_unused
 
-Which = Literal["all", "neuron", "gains", "curves", "intensity", "rho"]
-
-
-@dataclass(frozen=True)
-class Options:
-    """Options of figures.
-
-    Attributes:
-        run: Folder of a run of adv_train, of one network in it, or of a sweep; also given without the option's name;
-            null for the figure neuron, which needs none.
-        which: neuron (figure 1 of the paper), rho (3, needs a sweep), gains (4), curves (5), intensity (indicators and
-            heat maps under growing eps), or all that the folder has numbers for.
-        columns: Figures that rho shows, as shell patterns such as pgd20 or paper/*; null for the usual ones.
-        eps: Sizes of the perturbations of intensity, growing, for images in [0, 1]; numbers or fractions such as 8/255.
-        steps: Steps of the adversarial direction of intensity.
-        images: Test images of intensity to use at most.
-        resamples: Bootstrap samples behind the intervals of intensity.
-        dataset: Images to test on, as in adv_train.py; null takes those of the checkpoint.
-        data_root: Folder with the data set's files.
-        batch_size: Images at a time.
-        seed: Seed of everything.
-        device: auto takes a GPU if there is one, cpu does not.
-        output: Where everything is written; null means the folder figures in the run.
-        redraw: Folder of an earlier call, whose saved numbers are drawn again and nothing is computed; null to compute.
-    """
-
-    GROUPS: ClassVar = {"figures": "run", "intensity": "eps", "machine": "batch_size", "output": "output"}
-    run: str | None = None
-    which: list[Which] = field(default_factory=lambda: ["all"])
-    columns: list[str] | None = None
-    eps: list[float | str] = field(default_factory=lambda: ["0.02", "0.05", "0.1", "0.15", "0.2", "0.3"])
-    steps: int = 10
-    images: int = 360
-    resamples: int = 200
-    dataset: str | None = None
-    data_root: str = "data"
-    batch_size: int = 64
-    seed: int = 0
-    device: Literal["auto", "cpu"] = "auto"
-    output: str | None = None
-    redraw: str | None = None
-
 
 def main(arguments: list[str]) -> None:
     """Compute and draw, or draw again."""
-    options = read_options(Options, named(arguments))
+    options = read_options(Options, arguments)
     if options.redraw is not None:
         paths = saved_numbers(Path(options.redraw))
         with working("drawing", total=len(paths)) as step:
@@ -138,7 +133,10 @@ def intensity(options: Options, folder: Path) -> None:
 
 def rho(options: Options, folder: Path) -> None:
     """Figure 3: accuracy against the weight of MS-MPPD, from the records of a sweep, which are its saved numbers."""
-    if not (records := load_records(Path(str(options.run)))):
+    sweep = Path(str(options.run)) / "sweep.yaml"
+    recipe = yaml.safe_load(sweep.read_text(encoding="utf-8")).get("recipe") if sweep.is_file() else None
+    records = load_records(sweep.parent, load_recipe(Path(recipe or Path(__file__).with_name("adv_train.py"))))
+    if not records:
         raise FileNotFoundError(f"{options.run} holds no runs/*/run.json; make a sweep over rho with recipes/sweep.py")
     axes, columns = axes_in(records), columns_of(records, options.columns, few=True)
     if not (drawn := plot_effect(cells_of(records, axes), axes, "rho", columns, folder / "rho")):
@@ -210,28 +208,6 @@ def saved_numbers(folder: Path) -> list[Path]:
         raise FileNotFoundError(f"{folder} does not exist; --redraw takes the folder that an earlier call wrote to")
     if not (found := sorted(folder.glob("*.json"))):
         raise FileNotFoundError(f"{folder} holds no numbers (*.json); compute them first, without --redraw")
-    return found
-
-
-def named(arguments: list[str]) -> list[str]:
-    """The arguments with a name each: a bare word is the run, and several words after one option are its list."""
-    words, found = list(arguments), []
-    while words:
-        word = words.pop(0)
-        word = re.sub(r"^--[\w-]+", lambda name: "--" + name[0][2:].replace("-", "_"), word)
-        if not word.startswith("-"):
-            found.append(f"--run={word}")
-            continue
-        name, equals, value = word.partition("=")
-        if name in ("--which", "--eps", "--columns"):
-            values = [value] if equals else []
-            while not equals and words and not words[0].startswith("--"):
-                values.append(words.pop(0))
-            word = f"{name}=[{', '.join(values).strip('[]')}]"
-        elif not equals and words and not words[0].startswith("--"):
-            found.append(word)
-            word = words.pop(0)
-        found.append(word)
     return found
 
 

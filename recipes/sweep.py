@@ -9,18 +9,63 @@ python recipes/sweep.py --output runs/digits_sweep --report --contrast '[rho]'  
 --sweep FILE reads these options from a YAML file, as --config does.
 """
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from itertools import pairwise
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-import sj_robust._recipes_installed  # noqa: F401  # isort: skip  # first: names what to install
+from lab.command_line import check_options, checked, describe_folder, option, read_options, run_recipe
+from lab.command_line.declared import PositiveInt
+
+RECIPES = Path(__file__).parent
+SWEEP_FILE = "sweep.yaml"
+
+
+# fmt: off
+@dataclass(frozen=True)
+class Options:
+    """Options of sweep."""
+
+    base: str | None = option(None, "Options of adv_train.py that all runs start from, a YAML file or the name of one "
+        "in recipes/configs; null for its defaults.", group="runs", metavar="FILE")
+    options: dict[str, Any] = option({}, "Further options of adv_train.py, the same for all runs; they override base.")
+    grid: dict[str, list[Any]] = option({}, "Values by option of adv_train.py; every combination is run. \"norm,rho\" "
+        "with values such as [l1, 3] varies two options together.")
+    seeds: int | list[int] = option(1, "Number of seeds, 0, 1, ..., or a list of them.")
+    skip: list[dict[str, Any]] = option([], "Combinations to leave out, such as {neuron: lif, rho: [1, 2]}; those that "
+        "differ in an option without effect (rho with mode none) are one run anyway.")
+    evaluate: list[str] = option([], "Suites of evaluate.py that every network goes through, such as [paper, "
+        "standard].", group="evaluation")
+    evaluation_options: dict[str, Any] = option({}, "Options of evaluate.py, such as {test_limit: 256}.")
+    recipe: str | None = option(None, "The recipe that trains; null for adv_train.py beside this one.",
+        group="recipes", metavar="FILE")
+    evaluator: str | None = option(None, "The recipe that evaluates; null for evaluate.py beside this one.",
+        metavar="FILE")
+    jobs: PositiveInt = option(1, "Processes side by side; GPUs are shared out among them.", group="machine")
+    threads: PositiveInt = option(1, "Threads of torch in each.")
+    output: str | None = option(None, "Folder of the sweep; null means runs/ and the name of the sweep file, or "
+        "runs/sweep.", group="output", metavar="FOLDER")
+    report: bool = option(False, "Only make tables and figure from the runs there are.")
+    columns: list[str] | None = option(None, "Figures in the tables, as shell patterns such as paper/*; null for the "
+        "usual ones. The CSV has all.")
+    contrast: list[str] = option([], "Options whose effect is tabled over pairs of runs with the same seed.")
+    plot: str = option("rho", "Option of numbers that the figure is drawn over.", metavar="OPTION")
+# fmt: on
+
+
+def as_config(arguments: list[str]) -> list[str]:
+    """--sweep is another name of --config."""
+    return [re.sub(r"^--sweep(?==|$)", "--config", word) for word in arguments]
+
+
+if __name__ == "__main__":
+    check_options(Options, as_config(sys.argv[1:]))  # ends here if they are wrong: what follows imports torch
+
 import torch
 import yaml
-from lab.command_line import checked, describe_folder, named_arguments, read_options, run_recipe
 from lab.sweeping import (
     PlannedRun,
     RunRecord,
@@ -31,62 +76,13 @@ from lab.sweeping import (
     perform_all,
     plan_runs,
     seeds_of,
-)
+)  # fmt: skip
 from lab.sweeping.display import SweepDisplay
 from lab.sweeping.report import write_report
 from rich.console import Console
 
 from sj_robust._console import working
 from sj_robust.evaluation import write_whole
-
-RECIPES = Path(__file__).parent
-SWEEP_FILE = "sweep.yaml"
-
-
-@dataclass(frozen=True)
-class Options:
-    """Options of sweep.
-
-    Attributes:
-        base: Options of adv_train.py that all runs start from, a YAML file or the name of one in recipes/configs; null
-            for its defaults.
-        options: Further options of adv_train.py, the same for all runs; they override base.
-        grid: Values by option of adv_train.py; every combination is run. "norm,rho" with values such as [l1, 3] varies
-            two options together.
-        seeds: Number of seeds, 0, 1, ..., or a list of them.
-        skip: Combinations to leave out, such as {neuron: lif, rho: [1, 2]}; those that differ in an option without
-            effect (rho with mode none) are one run anyway.
-        evaluate: Suites of evaluate.py that every network goes through, such as [paper, standard].
-        evaluation_options: Options of evaluate.py, such as {test_limit: 256}.
-        recipe: The recipe that trains; null for adv_train.py beside this one.
-        evaluator: The recipe that evaluates; null for evaluate.py beside this one.
-        jobs: Processes side by side; GPUs are shared out among them.
-        threads: Threads of torch in each.
-        output: Folder of the sweep; null means runs/ and the name of the sweep file, or runs/sweep.
-        report: Only make tables and figure from the runs there are.
-        columns: Figures in the tables, as shell patterns such as paper/*; null for the usual ones. The CSV has all.
-        contrast: Options whose effect is tabled over pairs of runs with the same seed.
-        plot: Option of numbers that the figure is drawn over.
-    """
-
-    GROUPS: ClassVar = {"runs": "base", "evaluation": "evaluate", "recipes": "recipe", "machine": "jobs",
-                        "output": "output"}  # fmt: skip
-    base: str | None = None
-    options: dict[str, Any] = field(default_factory=dict)
-    grid: dict[str, list[Any]] = field(default_factory=dict)
-    seeds: int | list[int] = 1
-    skip: list[dict[str, Any]] = field(default_factory=list)
-    evaluate: list[str] = field(default_factory=list)
-    evaluation_options: dict[str, Any] = field(default_factory=dict)
-    recipe: str | None = None
-    evaluator: str | None = None
-    jobs: int = 1
-    threads: int = 1
-    output: str | None = None
-    report: bool = False
-    columns: list[str] | None = None
-    contrast: list[str] = field(default_factory=list)
-    plot: str = "rho"
 
 
 def main(arguments: list[str]) -> None:
@@ -102,7 +98,7 @@ def main(arguments: list[str]) -> None:
         with alone(folder):
             describe_folder(folder, "sweep", arguments)  # a sweep that is stopped has it too
             failed = run(options, planned, folder, console)
-    records = load_records(folder)
+    records = load_records(folder, load_recipe(Path(options.recipe or RECIPES / "adv_train.py")))
     if records or not failed:
         with checked():
             report(options, folder, records, console)
@@ -208,19 +204,16 @@ def alone(folder: Path) -> Iterator[None]:
 
 
 def parse(arguments: list[str]) -> Options:
-    """Options from the command line; --sweep is --config, and a folder's own sweep.yaml comes first."""
-    words = [
-        "--report=true" if word == "--report" else "--config" + word[7:] if word.split("=")[0] == "--sweep" else word
-        for word in named_arguments(arguments)
-    ]
+    """Options from the command line; a folder's own sweep.yaml comes first where nothing else says what to run."""
+    words = as_config(arguments)
     options = read_options(Options, words)
-    names = [word.partition("=")[2] or following for word, following in pairwise([*words, ""])
-             if word.split("=")[0] == "--config"]  # fmt: skip
-    output = options.output or str(Path("runs") / (Path(names[-1]).stem if names else "sweep"))
+    pairs = zip(words, [*words[1:], ""], strict=True)
+    files = [word.partition("=")[2] or following for word, following in pairs if word.split("=")[0] == "--config"]
+    output = options.output or str(Path("runs") / (Path(files[-1]).stem if files else "sweep"))
     before = Path(output) / SWEEP_FILE
-    if not names and not options.grid and options.base is None and before.is_file():
+    if not files and not options.grid and options.base is None and before.is_file():
         options = read_options(Options, ["--config", str(before), *words])
-    return Options(**{**vars(options), "output": output})
+    return replace(options, output=output)
 
 
 if __name__ == "__main__":

@@ -1,41 +1,54 @@
 """sj_robust: robustness of spiking neural networks, on SpikingJelly.
 
-The parts of the package are reached from here as well, each imported when it is first asked for:
-``sj_robust.attacks.pgd`` needs no import beside ``import sj_robust``.
+Names and parts of the package are reached from here, each imported when it is first asked for:
+``sj_robust.attacks.pgd`` needs no import beside ``import sj_robust``, and what needs no torch starts without it.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 from sj_robust._version import __version__
-from sj_robust.classifier import SpikingClassifier
-from sj_robust.neuron import DLIFNode, replace_neurons
-from sj_robust.perturbation import MPPDMonitor
 
 if TYPE_CHECKING:  # for type checkers and editors, which do not run __getattr__
     from sj_robust import attacks as attacks
+    from sj_robust import classifier as classifier
     from sj_robust import data as data
     from sj_robust import doctor as doctor
     from sj_robust import estimators as estimators
     from sj_robust import evaluation as evaluation
     from sj_robust import models as models
+    from sj_robust import neuron as neuron
     from sj_robust import ops as ops
+    from sj_robust import perturbation as perturbation
     from sj_robust import randomness as randomness
     from sj_robust import stability as stability
     from sj_robust import training as training
+    from sj_robust.classifier import SpikingClassifier
+    from sj_robust.neuron import DLIFNode, replace_neurons
+    from sj_robust.perturbation import MPPDMonitor
 
 __all__ = ["DLIFNode", "MPPDMonitor", "SpikingClassifier", "__version__", "replace_neurons"]
 
+_HOMES = {
+    "DLIFNode": "neuron",
+    "MPPDMonitor": "perturbation",
+    "SpikingClassifier": "classifier",
+    "replace_neurons": "neuron",
+}
 _PARTS = frozenset({
-    "attacks", "data", "doctor", "estimators", "evaluation", "models", "ops", "randomness", "stability", "training",
+    "attacks", "classifier", "data", "doctor", "estimators", "evaluation", "models", "neuron", "ops", "perturbation",
+    "randomness", "stability", "training",
 })  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     if name in _PARTS:
         return importlib.import_module(f"sj_robust.{name}")
+    if name in _HOMES:
+        globals()[name] = getattr(importlib.import_module(f"sj_robust.{_HOMES[name]}"), name)
+        return globals()[name]
     raise AttributeError(f"module 'sj_robust' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_PARTS})
+    return sorted({*globals(), *_PARTS, *_HOMES})

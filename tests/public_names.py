@@ -15,7 +15,7 @@ PUBLIC = {
     "lab.benchmarking": "ALLOCATORS Measurement SUBJECTS Subject Task race",
     "sj_robust.classifier": "PoissonEncoder SpikingClassifier SpikingEventClassifier",
     "lab.command_line": (
-        "WrongUse checked describe_folder named_arguments parse_options read_options run_recipe same_names"
+        "WrongUse check_options checked deciding describe_folder idle option parse_options read_options run_recipe"
     ),
     "sj_robust.data": (
         "Augmentation CIFAR_STATISTICS DATASETS EVENT_DATASETS ImageSplits ShuffledBatches image_loader load_images"
@@ -56,7 +56,7 @@ PUBLIC = {
     ),
     "sj_robust.stability.plot": "plot_certificate",
     "lab.sweeping": (
-        "Cell Outcome PlannedRun Recipe RunRecord Statistic axes_in axes_of cells_of columns_of expand idle "
+        "Cell Outcome PlannedRun Recipe RunRecord Statistic axes_in axes_of cells_of columns_of expand "
         "load_recipe load_records perform_all plan_runs seeds_of"
     ),
     "lab.sweeping.display": "SweepDisplay",

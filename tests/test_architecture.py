@@ -16,8 +16,8 @@ PACKAGE = Path(sj_robust.__file__).parent
 PAGE = Path(__file__).parents[1] / "docs" / "concepts" / "architecture.md"
 TREE_BEGINS, TREE_ENDS = "<!-- tree: begin -->\n\n", "\n<!-- tree: end -->"
 LIBRARY = [
-    {"_checks", "_console", "_environment", "_from_reset", "_host", "_preserved", "_recipes_installed", "_saved",
-     "_version", "ops", "randomness"},
+    {"_checks", "_console", "_datasets", "_environment", "_eps", "_from_reset", "_host", "_preserved",
+     "_recipes_installed", "_saved", "_version", "ops", "randomness"},
     {"neuron"},
     {"classifier"},
     {"attacks", "estimators", "perturbation", "stability"},
@@ -101,7 +101,7 @@ def test_few_files_know_spikingjelly():
 
 def test_attacks_know_torch_and_a_callable():
     known = {part_of(imported) for module in MODULES if part_of(module) == "attacks" for imported in GRAPH[module]}
-    assert known == {"attacks", "randomness", "_preserved"}
+    assert known == {"_eps", "_preserved", "attacks", "randomness"}
 
 
 def test_no_circle_of_files():

@@ -82,13 +82,16 @@ def test_every_module_says_what_it_offers():
 
 def declared_names(path):
     """``__all__`` of a file, whose names must be defined or imported in it; empty if there is none."""
-    body = ast.parse(path.read_text(encoding="utf-8")).body
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    body = tree.body
     assignments = [node for node in body if isinstance(node, ast.Assign)]
     assigned = {name.id: node.value for node in assignments for name in ast.walk(node) if isinstance(name, ast.Name)}
     names = ast.literal_eval(assigned["__all__"]) if "__all__" in assigned else []
     defined = set(assigned) | {node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-    defined |= {ast.unparse(node.target) for node in body if isinstance(node, ast.AnnAssign)}
-    defined |= {alias.asname or alias.name for node in body if isinstance(node, ast.ImportFrom) for alias in node.names}
+    everywhere = list(ast.walk(tree))  # under TYPE_CHECKING as well
+    defined |= {ast.unparse(node.target) for node in everywhere if isinstance(node, ast.AnnAssign)}
+    imports = [node for node in everywhere if isinstance(node, ast.ImportFrom)]
+    defined |= {alias.asname or alias.name for node in imports for alias in node.names}
     assert set(names) <= defined, f"{path}: __all__ names {sorted(set(names) - defined)}, which are not there"
     return names
 

@@ -16,17 +16,11 @@ import spikingjelly
 import torch
 from torch import Tensor
 
+from sj_robust._datasets import EVENT_DATASETS
 from sj_robust.data.stored import FileImages, Source, shuffled
 from sj_robust.data.unreadable import UnreadableError, one_line, readable
 
-__all__ = ["EVENT_DATASETS", "event_frames"]
-
-EVENT_DATASETS = {
-    "cifar10_dvs": ("CIFAR10DVS", 10),
-    "dvs128_gesture": ("DVS128Gesture", 11),
-    "n_mnist": ("NMNIST", 10),
-}
-"""Names, each with SpikingJelly's class and the number of classes."""
+__all__ = ["event_frames"]
 
 
 def event_frames(

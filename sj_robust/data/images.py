@@ -8,20 +8,17 @@ import torch
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
+from sj_robust._datasets import EVENT_DATASETS, IMAGE_FOLDER, check_dataset
 from sj_robust.data.augmentation import Augmentation
 from sj_robust.data.cifar import CIFAR_STATISTICS, cifar
 from sj_robust.data.digits import digits
-from sj_robust.data.events import EVENT_DATASETS, event_frames
+from sj_robust.data.events import event_frames
 from sj_robust.data.image_folder import image_folder
 from sj_robust.data.mnist import mnist
 from sj_robust.data.stored import Images, Part, Source
 from sj_robust.data.svhn import svhn
 
-__all__ = ["DATASETS", "ImageSplits", "load_images"]
-
-_FOLDER = "image_folder:"
-DATASETS = ("digits", "fashion_mnist", "mnist", "cifar10", "cifar100", "svhn", f"{_FOLDER}PATH", *EVENT_DATASETS)
-"""Names that :func:`load_images` takes."""
+__all__ = ["ImageSplits", "load_images"]
 
 
 @dataclass(frozen=True)
@@ -121,8 +118,9 @@ def load_images(
 
 
 def _source(name: str, root: Path, download: bool, T: int | None, on_unreadable: Literal["error", "skip"]) -> Source:
-    if name.startswith(_FOLDER):
-        return image_folder(Path(name.removeprefix(_FOLDER)).expanduser(), on_unreadable=on_unreadable)
+    check_dataset(name)
+    if name.startswith(IMAGE_FOLDER):
+        return image_folder(Path(name.removeprefix(IMAGE_FOLDER)).expanduser(), on_unreadable=on_unreadable)
     if name in EVENT_DATASETS:
         return event_frames(name, root, T, download=download, on_unreadable=on_unreadable)
     match name:
@@ -132,10 +130,8 @@ def _source(name: str, root: Path, download: bool, T: int | None, on_unreadable:
             return mnist(name, root, download=download)
         case "cifar10" | "cifar100":
             return cifar(name, root, download=download)
-        case "svhn":
-            return svhn(root, download=download)
         case _:
-            raise ValueError(f"dataset must be one of {', '.join(DATASETS)}, got {name!r}")
+            return svhn(root, download=download)
 
 
 def _held_out(source: Source, order: Tensor, fraction: float) -> tuple[Images, Images]:

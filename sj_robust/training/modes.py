@@ -46,6 +46,7 @@ class Mode:
         weight_decay: Weight decay of the optimizer.
         retraction: Length beta of the step towards orthonormal rows after the optimizer's; 0 for none.
         select: Validation figure that the best epoch is chosen by.
+        idle: Options of ``recipes/adv_train.py`` that change nothing with this mode.
 
     Source: Ding et al. (ICML 2024; NeurIPS 2022 for ``rat``), Madry et al. (ICLR 2018), Zhang et al. (ICML 2019).
 
@@ -62,6 +63,7 @@ class Mode:
     weight_decay: float = 5e-4
     retraction: float = 0.0
     select: Literal["clean", "fgsm", "pgd"] = "pgd"
+    idle: tuple[str, ...] = ()
 
     @property
     def single_step(self) -> bool:
@@ -73,12 +75,27 @@ MODES: Mapping[ModeName, Mode] = MappingProxyType(
     {
         mode.name: mode
         for mode in (
-            Mode("none", select="clean"),
-            Mode("gaussian", rho=1.0),
-            Mode("at", attack_steps=1, rho=1.0),
-            Mode("rat", attack_steps=1, rho=1.0, weight_decay=0.0, retraction=1e-3),
-            Mode("pgd_at", attack_steps=7, kappa=0.0),
-            Mode("trades", attack_steps=10, loss="trades"),
+            Mode(
+                "none",
+                select="clean",
+                idle=("rho", "kappa", "step_size", "attack_steps", "noise_std", "project", "beta", "trades_weight"),
+            ),
+            Mode(
+                "gaussian",
+                rho=1.0,
+                idle=("step_size", "attack_steps", "noise_std", "project", "beta", "trades_weight"),
+            ),
+            Mode("at", attack_steps=1, rho=1.0, idle=("attack_steps", "beta", "trades_weight")),
+            Mode(
+                "rat",
+                attack_steps=1,
+                rho=1.0,
+                weight_decay=0.0,
+                retraction=1e-3,
+                idle=("attack_steps", "trades_weight"),
+            ),
+            Mode("pgd_at", attack_steps=7, kappa=0.0, idle=("noise_std", "project", "beta", "trades_weight")),
+            Mode("trades", attack_steps=10, loss="trades", idle=("kappa", "project", "beta")),
         )
     }
 )

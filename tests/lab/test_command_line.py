@@ -1,34 +1,57 @@
-"""Words of a command line, options of resumed runs, exit codes."""
+"""Options declared once, words of a command line, options of resumed runs, exit codes."""
 
 import logging
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Literal
 
 import pytest
 import yaml
-from lab.command_line import WrongUse, checked, named_arguments, parse_options, run_recipe, same_names
-from lab.command_line.wrong_use import check_values
+from lab.command_line import (
+    WrongUse,
+    check_options,
+    checked,
+    deciding,
+    describe_folder,
+    idle,
+    option,
+    parse_options,
+    read_options,
+    run_recipe,
+)
+from lab.command_line.declared import AtLeastTwo, DatasetName, OpenUnitInterval, PositiveInt, Radius, options_of
+from lab.command_line.parser import RecipeParser, named_arguments
 
 from sj_robust.training import NonFiniteLossError, TrainingInterrupted
 
 
 @dataclass(frozen=True)
 class Options:
-    """Options of a recipe.
+    """Options of a recipe."""
 
-    Attributes:
-        batch_size: Images per step.
-        name: A name.
-        output: Folder.
-        resume: Whether to go on.
-    """
+    network: str | None = option(None, "A network.", group="what", positional=True)
+    batch_size: PositiveInt = option(64, "Images per step.")
+    name: str = option("digits", "A name.")
+    rounds: AtLeastTwo | None = option(None, "Rounds.")
+    share: OpenUnitInterval = option(0.1, "A share.")
+    sizes: list[Radius] = option(["0.1"], "Sizes.")
+    eps: Radius | None = option(None, "A radius.", decides="figures")
+    dataset: DatasetName | None = option(None, "Images.")
+    mode: Literal["none", "at", "trades"] = option("at", "The mode.")
+    beta: float = option(0.5, "A weight.")
+    rho: float = option(1.0, "A weight.")
+    norm: Literal["l1", "l2"] = option("l2", "A norm.", idle=lambda options: options.rho == 0)
+    project: bool = option(True, "Whether.")
+    output: str | None = option(None, "Folder.", group="output", decides="nothing")
+    resume: bool = option(False, "Whether to go on.", decides="nothing")
 
-    batch_size: int = 64
-    name: str = "digits"
-    output: str | None = None
-    resume: bool = False
+
+@dataclass(frozen=True)
+class Bare:
+    """Options without a positional one."""
+
+    resume: bool = option(False, "Whether to go on.")
 
 
 def stem(options):
@@ -38,81 +61,84 @@ def stem(options):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        (["--batch-size", "4"], ["--batch_size", "4"]),
+        (["--batch-size", "4"], ["--batch_size=4"]),
         (["--batch-size=4"], ["--batch_size=4"]),
-        (["--name", "a-b"], ["--name", "a-b"]),
+        (["--name", "a-b"], ["--name=a-b"]),
         (["--name=--a-b"], ["--name=--a-b"]),
+        (["--batch-size", "-1"], ["--batch_size=-1"]),
         (["--resume"], ["--resume=true"]),
-        (["--resume", "--name", "x"], ["--resume=true", "--name", "x"]),
-        (["--download", "--trust-code", "--report"], ["--download=true", "--trust_code=true", "--report=true"]),
-        (
-            ["--compile", "--input-gain", "--sync-batch-norm"],
-            ["--compile=true", "--input_gain=true", "--sync_batch_norm=true"],
-        ),
-        (["--resume", "false"], ["--resume", "false"]),
-        (["--resume", "runs/x"], ["--resume=true", "runs/x"]),
+        (["--resume", "--name", "x"], ["--resume=true", "--name=x"]),
+        (["--no-project", "--no-resume"], ["--project=false", "--resume=false"]),
+        (["--resume", "false"], ["--resume=false"]),
+        (["--resume", "runs/x"], ["--resume=true", "--network=runs/x"]),
+        (["--sizes", "0.1", "8/255", "--resume"], ["--sizes=[0.1, 8/255]", "--resume=true"]),
+        (["--sizes", "[0.1, 8/255]", "x"], ["--sizes=[[0.1, 8/255], x]"]),
+        (["--sizes", "[0.1, 8/255]"], ["--sizes=[0.1, 8/255]"]),
+        (["--batch-size"], ["--batch_size"]),
+        (["-h"], ["-h"]),
     ],
 )
 def test_named_arguments(words, expected):
     given = list(words)
-    assert named_arguments(words) == expected
+    assert named_arguments(RecipeParser(Options).options, words) == expected
     assert words == given
 
 
 def test_options_from_the_command_line():
-    assert parse_options(Options, ["--batch_size", "4"], stem) == Options(batch_size=4)
-
-
-def test_an_unknown_option_ends_with_code_2(capsys):
-    with pytest.raises(SystemExit) as stop:
-        parse_options(Options, ["--batchsize", "4"], stem)
-    assert stop.value.code == 2
-    err = capsys.readouterr().err
-    assert err.startswith("error: there is no option --batchsize; did you mean --batch-size?; every option: python ")
-    assert err.count("\n") == 1
+    assert parse_options(Options, ["--batch-size", "4"], stem) == Options(batch_size=4)
+    read = read_options(Options, ["x", "--sizes", "8/255", "0.5", "--eps", "8/255", "--rounds", "2", "--rho", "2"])
+    assert read == Options(network="x", sizes=["8/255", 0.5], eps="8/255", rounds=2, rho=2.0)
+    assert {type(value) for value in vars(read).values()} <= {
+        str,
+        int,
+        float,
+        bool,
+        list,
+        type(None),
+    }  # files take them
+    assert read_options(Options, ["--dataset=image_folder:x"]).dataset == "image_folder:x"
 
 
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        (["--batch_size", "many"], "--batch-size must be an integer, got many"),
-        (["--batch_size"], "--batch-size needs a value"),
-        (["--resume", "maybe"], "--resume must be true or false, got maybe"),
-        (["word"], "a bare word means nothing here; write --option VALUE"),
+        (["--batchsize", "4"], "there is no option --batchsize; did you mean --batch-size?"),
+        (["--batch-size", "many"], "--batch-size must be an integer > 0, got many"),
+        (["--batch-size", "0"], "--batch-size must be an integer > 0, got 0"),
+        (["--batch-size"], "--batch-size needs a value"),
+        (["--rounds", "1"], "--rounds must be an integer >= 2, got 1"),
+        (["--share", "1.0"], "--share must be a number > 0 and < 1, got 1.0"),
+        (["--mode", "maybe"], "--mode must be one of none, at, trades, got maybe"),
+        (["--eps", "8/0"], "eps must be a number or a fraction such as 8/255, got '8/0'"),
+        (["--eps=-0.1"], "eps must be >= 0 and finite, got -0.1"),
+        (["--sizes", "0.1", "x"], "sizes must be a number or a fraction such as 8/255, got 'x'"),
+        (["--dataset", "mnits"], "dataset must be one of digits, "),
+        (["--resume=maybe"], "--resume must be true or false, got maybe"),
         (["--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["a", "b"], "one network at a time, got another one, b"),
     ],
 )
-def test_wrong_options_are_told_in_a_line(words, reason, capsys):
-    with pytest.raises(SystemExit) as stop:
+def test_wrong_options_are_told_in_a_line_with_code_2(words, reason, capsys):
+    with pytest.raises(WrongUse) as refused:
         parse_options(Options, words, stem)
-    assert stop.value.code == 2
-    err = capsys.readouterr().err
-    assert err.startswith("error: ")
-    assert reason in err
-    assert err.count("\n") == 1
-
-
-def test_a_file_with_an_unknown_option_is_refused(tmp_path, capsys):
-    (tmp_path / "mine.yaml").write_text("batch_sise: 3\n")
+    assert reason in str(refused.value)
     with pytest.raises(SystemExit) as stop:
-        parse_options(Options, ["--config", str(tmp_path / "mine.yaml")], stem)
+        check_options(Options, words)
     assert stop.value.code == 2
-    assert "there is no option --batch-sise; did you mean --batch-size?" in capsys.readouterr().err
+    assert capsys.readouterr().err == f"error: {refused.value}\n"
 
 
-def test_values_are_checked_with_the_name_of_the_option():
-    with pytest.raises(WrongUse, match="batch_size must be >= 1, got 0"):
-        parse_options(Options, ["--batch_size", "0"], stem)
-    for values, reason in (
-        ({"eps": "8/0"}, "eps must be a number or a fraction"),
-        ({"step_size": -0.1}, "step_size must be >= 0"),
-        ({"eps": [0.1, "x"]}, "got 'x'"),
-        ({"dataset": "mnits"}, "dataset must be one of digits, "),
-        ({"validation_fraction": 1.0}, "above 0 and below 1, got 1.0"),
-    ):
-        with pytest.raises(WrongUse, match=reason):
-            check_values(SimpleNamespace(**values))
-    check_values(SimpleNamespace(eps=["8/255", 0.1], dataset="image_folder:x", T=1, seed=0, rounds=None))
+def test_a_bare_word_needs_an_option_that_takes_it():
+    with pytest.raises(WrongUse, match="a bare word means nothing here; write --option VALUE"):
+        read_options(Bare, ["word"])
+    with pytest.raises(WrongUse, match="--resume must be true or false, got maybe"):
+        read_options(Bare, ["--resume", "maybe"])
+
+
+def test_a_file_with_an_unknown_option_is_refused(tmp_path):
+    (tmp_path / "mine.yaml").write_text("batch_sise: 3\n")
+    with pytest.raises(WrongUse, match="there is no option --batch-sise; did you mean --batch-size?"):
+        parse_options(Options, ["--config", str(tmp_path / "mine.yaml")], stem)
 
 
 def test_wrong_use_is_a_value_error_that_is_told_apart():
@@ -123,6 +149,14 @@ def test_wrong_use_is_a_value_error_that_is_told_apart():
         raise FileNotFoundError("no data")
 
 
+def test_what_an_option_decides_and_when_it_decides_nothing():
+    assert deciding(Options(), "figures", "nothing") == {"eps": None, "output": None, "resume": False}
+    assert "rho" in deciding(Options(), "result")
+    assert idle(Options()) == {"beta"}  # of mode at, by the table of modes
+    assert idle(Options(mode="trades", rho=0.0)) == {"beta", "project", "norm"}
+    assert [one.name for one in options_of(Options) if one.group] == ["network", "output"]
+
+
 def test_a_resumed_run_keeps_its_options_but_for_those_given_again(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for number, batch_size, mark in ((1, 5, True), (2, 6, True), (3, 7, False)):
@@ -131,12 +165,21 @@ def test_a_resumed_run_keeps_its_options_but_for_those_given_again(tmp_path, mon
         (folder / "config.yaml").write_text(yaml.safe_dump({"batch_size": batch_size, "name": "kept"}))
         if mark:
             (folder / "network" / "last.pt").touch()
-    resumed = parse_options(Options, ["--resume=true"], stem)
-    assert resumed == Options(6, "kept", "runs/digits-2", True)
-    resumed = parse_options(Options, ["--resume=true", "--output", "runs/digits-1", "--batch_size", "9"], stem)
-    assert resumed == Options(9, "kept", "runs/digits-1", True)
+    resumed = parse_options(Options, ["--resume"], stem)
+    assert resumed == Options(batch_size=6, name="kept", output="runs/digits-2", resume=True)
+    resumed = parse_options(Options, ["--resume", "--output", "runs/digits-1", "--batch-size", "9"], stem)
+    assert resumed == Options(batch_size=9, name="kept", output="runs/digits-1", resume=True)
     with pytest.raises(FileNotFoundError, match="no run to resume"):
-        parse_options(Options, ["--resume=true", "--name", "other"], stem)
+        parse_options(Options, ["--resume", "--name", "other"], stem)
+
+
+def test_a_readme_keeps_the_commands_that_came_before(tmp_path):
+    for words in (["--which", "neuron"], ["--which", "gains"], ["--which", "neuron"]):
+        describe_folder(tmp_path, "figures", words)
+    text = (tmp_path / "README.md").read_text()
+    assert [line for line in text.splitlines() if line.startswith("python ")] == [
+        "python recipes/figures.py --which neuron", "python recipes/figures.py --which gains",
+    ]  # fmt: skip
 
 
 def failing(error):
@@ -172,13 +215,6 @@ def test_a_recipe_that_ends_well_and_one_with_a_fault_of_its_own(monkeypatch):
     run_recipe(failing(None))
     with pytest.raises(ZeroDivisionError):
         run_recipe(failing(ZeroDivisionError()))
-
-
-def test_same_names_takes_nothing_else():
-    def target(x, *, batch_size=1, other=2):
-        return x, batch_size, other
-
-    assert same_names(target, Options()) == {"batch_size": 64}
 
 
 def test_what_torch_says_of_triton_is_dropped_and_nothing_else(monkeypatch, capsys):

@@ -1,78 +1,307 @@
-"""The parser of a recipe: jsonargparse's, with this package's help and errors in a line."""
+"""Options of a recipe from the words of its command line: jsonargparse, with short help and errors in a line."""
 
 import difflib
+import inspect
+import json
 import re
+import shutil
 import sys
-from typing import Any, NoReturn
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar, get_args
 
-from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]  # public, in a computed __all__
+from jsonargparse import (  # type: ignore[attr-defined]  # public, in a computed __all__
+    ActionConfigFile,
+    ArgumentParser,
+    DefaultHelpFormatter,
+)
 
-from lab.command_line.description import Option, describe
-from lab.command_line.help import COMMON, help_text
+from lab.command_line.declared import Option, options_of
+from lab.command_line.wrong_use import WrongUse
 
-__all__ = ["RecipeParser"]
+__all__ = [
+    "RecipeParser", "as_yaml", "examples_in", "meaning", "named_arguments", "parse_options", "read_options",
+    "shown_value",
+]  # fmt: skip
+
+OptionsT = TypeVar("OptionsT")
 
 
 class RecipeParser(ArgumentParser):
     """Parser of the options of a recipe. 脚本的参数解析器。
 
-    Wrong use is told in a line on stderr with what would be right, and ends with exit code 2.
-
     Args:
-        options_type: Dataclass of options, each with a default and a text; see
-            :func:`lab.command_line.description.describe`.
+        options_type: Its dataclass of options, see :func:`lab.command_line.option`.
     """
 
     def __init__(self, options_type: type[Any]) -> None:
         """Take the options over; see the class."""
-        super().__init__()
-        self._description = describe(options_type)
-        self.add_argument("--config", action=ActionConfigFile)
-        self.add_class_arguments(options_type)
-
-    def format_help(self, formatter: object = None) -> str:
-        """The help for this terminal."""
-        return help_text(self._description)
+        module = sys.modules[options_type.__module__]
+        self.script = f"recipes/{Path(getattr(module, '__file__', None) or 'recipe.py').name}"
+        self.options = {one.name: one for one in options_of(options_type)}
+        usage = f"python {self.script} [--option VALUE ...]"
+        description = inspect.getdoc(module) or ""
+        super().__init__(usage=usage, description=description, formatter_class=_Help)
+        text = "Options from a YAML file; those on the command line after it win."
+        self.add_argument("--config", action=ActionConfigFile, metavar="FILE", help=text)
+        group: Any = self
+        for one in self.options.values():
+            group = self.add_argument_group(one.group) if one.group else group
+            metavar = shown_value(one)
+            text = meaning(one) + (f" [default: {as_yaml(one.default)}]" if metavar else "")
+            group.add_argument(f"--{one.name}", type=one.kind, default=one.default, help=text, metavar=metavar)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Say what is wrong and stop."""
+        """Raise WrongUse, in a line."""
         text = " ".join(self._explained(message).split())
-        sys.stderr.write(f"error: {text}; every option: python {self._description.script} --help\n")
-        sys.exit(2)
+        raise WrongUse(f"{text}; every option: python {self.script} --help")
+
+    def values(self, given: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
+        """All options by name, checked: from words of a command line, or from some of them as plain data."""
+        if isinstance(given, Mapping):
+            found = self.parse_object(dict(given))
+        else:
+            found = self.parse_args(named_arguments(self.options, given))
+        values = {name: _builtin(found[name]) for name in self.options}
+        for name, value in values.items():
+            try:
+                self.options[name].check(value)
+            except ValueError as error:
+                self.error(str(error))
+        return values
 
     def _explained(self, message: str) -> str:
-        """What jsonargparse found, as this package says it."""
-        options = {option.name: option for option in (*self._description.options, *COMMON)}
+        """What jsonargparse found, in this project's words."""
         if found := re.match(r"(?:unrecognized arguments: |Option ')(?:--)?([\w.-]+)", message):
-            return _unknown(found[1].partition("=")[0], list(options), message)
+            word = found[1].replace("-", "_")
+            near = difflib.get_close_matches(word, [*self.options, "config", "help"], n=3, cutoff=0.6)
+            flags = " or ".join("--" + name.replace("_", "-") for name in near)
+            remedy = f"; did you mean {flags}?" if near else ""
+            return f"there is no option --{word.replace('_', '-')}{remedy}"
         if found := re.match(r"argument --([\w.-]+): expected (?:one|at least one) argument", message):
             return f"--{found[1].replace('_', '-')} needs a value"
-        found = re.match(r'Parser key "(\w+)":\s*(.*)', message, re.DOTALL)
-        if found is None or found[1] not in options or found[1] == "config":
+        found = re.match(r'Parser key "(\w+)"[^:]*:\s*(.*)', message, re.DOTALL)
+        if found is None or found[1] not in self.options:
             return message
-        option = options[found[1]]
-        got = re.findall(r"(?:Got value|Given value): (.*)", found[2])
-        return f"{option.flag} must be {_wanted(option)}, got {got[-1]}" if got else f"{option.flag}: {found[2]}"
+        one = self.options[found[1]]
+        got = re.findall(r"(?:Got value|Given value): (.*)|: (\S+) does not conform|with base 10: '(.*)'", found[2])
+        return f"{one.flag} must be {_wanted(one)}, got {''.join(got[-1])}" if got else f"{one.flag}: {found[2]}"
 
 
-def _unknown(word: str, names: list[str], message: str) -> str:
-    if message.startswith("unrecognized") and f" --{word}" not in message:
-        return f"a bare {word} means nothing here; write --option VALUE"
-    near = difflib.get_close_matches(word.replace("-", "_"), names, n=3, cutoff=0.6)
-    flags = " or ".join("--" + name.replace("_", "-") for name in near)
-    return f"there is no option --{word.replace('_', '-')}" + (f"; did you mean {flags}?" if near else "")
+class _Help(DefaultHelpFormatter):
+    """Flags with dashes, texts from one column on, examples as commands with what they are for above them."""
+
+    def __init__(self, prog: str, **options: Any) -> None:
+        width = max(40, min(120, shutil.get_terminal_size().columns))
+        super().__init__(prog, max_help_position=28 if width >= 70 else 6, width=width, **options)  # type: ignore[no-untyped-call]  # untyped in jsonargparse
+
+    def _format_action_invocation(self, action: Any) -> str:
+        flag = next(word for word in action.option_strings if word.startswith("--"))
+        return f"{flag.replace('_', '-')} {action.metavar or ''}".rstrip()
+
+    def _get_help_string(self, action: Any) -> str:
+        return str(action.help)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        text = text.replace("[default: ", "[default:\0")
+        lines = textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+        return [line.replace("\0", " ") for line in lines]
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        summary, examples, notes = examples_in(text)
+        lines = []
+        for command, comment in examples:
+            lines += [*([f"  # {comment}"] if comment else []), *_broken(command, width)]
+        paragraphs = [textwrap.fill(summary, width), "\n".join(["examples:", *lines]) if lines else ""]
+        return "\n\n".join([*filter(None, paragraphs), *(textwrap.fill(note, width) for note in notes)])
 
 
-def _wanted(option: Option) -> str:
+def read_options(options_type: type[OptionsT], arguments: Sequence[str]) -> OptionsT:
+    """Options of a recipe from the words of its command line. 解析命令行选项。
+
+    Args:
+        options_type: Dataclass of options; see :func:`lab.command_line.option`.
+        arguments: The words.
+
+    Returns:
+        The options.
+
+    Raises:
+        WrongUse: If an option is unknown, or its value is not one of its type.
+        SystemExit: After ``--help`` and ``--print_config``.
+    """
+    return options_type(**RecipeParser(options_type).values(arguments))
+
+
+def parse_options(
+    options_type: type[OptionsT],
+    arguments: Sequence[str],
+    stem: Callable[[OptionsT], str],
+    *,
+    mark: str = "*/last.pt",
+) -> OptionsT:
+    """Options of a recipe; those of a run that is resumed come from its own folder first. 解析可续跑的命令行选项。
+
+    Args:
+        options_type: Dataclass with at least ``output`` and ``resume``.
+        arguments: Words of the command line.
+        stem: Name of a run's folder up to its number.
+        mark: Files that tell a run with something to go on with; see :func:`sj_robust.training.run_to_resume`.
+
+    Returns:
+        The options; ``output`` is the folder of a resumed run.
+
+    Raises:
+        FileNotFoundError: If there is no run to resume.
+        WrongUse: As :func:`read_options`.
+        SystemExit: As :func:`read_options`.
+    """
+    options: Any = read_options(options_type, arguments)
+    if not options.resume:
+        return options  # type: ignore[no-any-return]  # what read_options returned
+    from sj_robust.training.folder import CONFIGURATION_FILE, run_to_resume  # imports torch
+
+    folder = run_to_resume(options.output, stem(options), mark=mark)
+    resumed: Any = read_options(options_type, ["--config", str(folder / CONFIGURATION_FILE), *arguments])
+    return replace(resumed, output=str(folder))  # type: ignore[no-any-return]  # as above
+
+
+def named_arguments(options: Mapping[str, Option], arguments: Sequence[str]) -> list[str]:
+    """Each option with its value in one word, as jsonargparse takes it. 规范化命令行参数。
+
+    ``--data-root x`` is ``--data_root=x``; a switch alone is true, and false as ``--no-download``; several words after
+    an option of a list are its list; a bare word is the value of the option that is positional.
+
+    Args:
+        options: The options by name.
+        arguments: Words of the command line.
+
+    Returns:
+        The words.
+
+    Raises:
+        WrongUse: If a bare word means nothing.
+    """
+    positional = next((one.name for one in options.values() if one.positional), "")
+    words, found = list(arguments), list[str]()
+    while words:
+        word, equals, value = words.pop(0).partition("=")
+        if not word.startswith("-"):
+            found.append(_bare(positional, word + equals + value, found))
+            continue
+        name = word[2:].replace("-", "_")
+        one = options.get(name)
+        following = next((index for index, other in enumerate(words) if other.startswith("--")), len(words))
+        off = options.get(name.removeprefix("no_"))
+        if equals or not word.startswith("--"):
+            pass
+        elif one is not None and one.kind is bool:
+            given = words[:1] in (["true"], ["false"]) or (following and not positional)
+            equals, value = "=", words.pop(0) if given else "true"
+        elif one is None and off is not None and off.kind is bool:
+            name, equals, value = off.name, "=", "false"
+        elif one is not None and one.takes_a_list and following:
+            equals, value = "=", _as_list(words[:following])
+            del words[:following]
+        elif following:
+            equals, value = "=", words.pop(0)
+        found.append(f"--{name}{equals}{value}" if word.startswith("--") else word)
+    return found
+
+
+def shown_value(one: Option) -> str:
+    """What stands for the value of an option: the choices, if they are few; empty for a switch."""
+    takes, choices = one.value
+    listed = "|".join(choices)
+    if not takes or not listed or len(listed) > 40:
+        return takes
+    return f"[{listed},...]" if takes.startswith("[") else listed
+
+
+def meaning(one: Option) -> str:
+    """The words of an option, with the choices that neither they nor the head name."""
+    words = set(re.findall(r"[\w-]+", f"{one.words} {shown_value(one)}"))
+    _, choices = one.value
+    return one.words if set(choices) <= words else f"{one.words} One of {', '.join(choices)}."
+
+
+def as_yaml(value: object) -> str:
+    """A default value as YAML has it."""
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(as_yaml, value))}]"
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def examples_in(docstring: str) -> tuple[str, list[tuple[str, str]], list[str]]:
+    """First paragraph, commands with their comments, and other paragraphs of a recipe's docstring."""
+    summary, examples, notes = "", [], []
+    for paragraph in docstring.split("\n\n"):
+        lines = [line.strip() for line in paragraph.splitlines()]
+        if lines[0].startswith(("python ", "torchrun ")):
+            pairs = (line.partition(" # ")[::2] for line in lines)
+            examples += [(command.strip(), comment.strip()) for command, comment in pairs]
+        elif summary:
+            notes.append(" ".join(lines))
+        else:
+            summary = " ".join(lines)
+    return summary, examples, notes
+
+
+def _broken(command: str, width: int) -> list[str]:
+    """A command in lines, as a shell takes them."""
+    pieces = re.split(r" (?=--)", command)
+    lines = [f"  {pieces[0]}"]
+    for piece in pieces[1:]:
+        if len(lines[-1]) + len(piece) + 3 > width:
+            lines.append(f"      {piece}")
+        else:
+            lines[-1] += f" {piece}"
+    return [f"{line} \\" for line in lines[:-1]] + [lines[-1]]
+
+
+def _bare(name: str, word: str, found: Sequence[str]) -> str:
+    if not name:
+        raise WrongUse(f"a bare {word} means nothing here; write --option VALUE")
+    if any(other.startswith(f"--{name}=") for other in found):
+        raise WrongUse(f"one {name} at a time, got another one, {word}; it needs a call of its own")
+    return f"--{name}={word}"
+
+
+def _as_list(words: Sequence[str]) -> str:
+    one_list = len(words) == 1 and words[0].startswith("[")
+    return words[0] if one_list else f"[{', '.join(words)}]"
+
+
+def _builtin(value: Any) -> Any:
+    """A number of jsonargparse's as one of Python's, which files and checkpoints take."""
+    for kind in (bool, int, float):
+        if isinstance(value, kind):
+            return kind(value)
+    return value
+
+
+def _wanted(one: Option) -> str:
     """What an option takes, in words."""
-    if option.choices:
-        listed = ", ".join(option.choices)
-        return f"a list of {listed}" if option.takes.startswith("[") else f"one of {listed}"
-    if option.takes == "":
+    takes, choices = one.value
+    if choices:
+        return f"a list of {', '.join(choices)}" if takes.startswith("[") else f"one of {', '.join(choices)}"
+    if takes == "":
         return "true or false"
-    kinds = {"N": "an integer", "X": "a number", "VALUE": "another kind of value"}
-    if option.takes.startswith("["):
-        return f"a list such as {option.default}" if option.default.startswith("[") else f"a list {option.takes}"
-    if option.takes.startswith("{"):
+    if takes.startswith("["):
+        default = as_yaml(one.default)
+        return f"a list such as {default}" if default.startswith("[") else f"a list {takes}"
+    if takes.startswith("{"):
         return "names with values, such as '{name: value}'"
-    return kinds.get(option.takes, "text")
+    kinds = {"N": "an integer", "X": "a number", "VALUE": "another kind of value"}
+    return kinds.get(takes, "text") + _range(one.kind)
+
+
+def _range(kind: Any) -> str:
+    """`` > 0`` of a restricted type of jsonargparse, which says it in its docstring; empty for others."""
+    for part in (kind, *get_args(kind)):
+        restriction = (getattr(part, "__doc__", None) or "").partition("restricted to be ")[2]
+        if restriction:
+            return " " + re.sub(r"([<>]=?) ?", r"\1 ", restriction.replace("≥", ">="))
+    return ""

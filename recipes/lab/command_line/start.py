@@ -1,14 +1,33 @@
-"""A recipe run as a script: its exit code, and what the console is spared."""
+"""A recipe run as a script: wrong use told from failed work, the exit codes, and what the console is spared."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
+from lab.command_line.parser import read_options
 from lab.command_line.wrong_use import WrongUse
-from sj_robust._host import quiet_triton
-from sj_robust.training.engine import NonFiniteLossError
-from sj_robust.training.signals import TrainingInterrupted
 
-__all__ = ["run_recipe"]
+__all__ = ["check_options", "run_recipe"]
+
+
+def check_options(options_type: type[Any], arguments: Sequence[str] | None = None) -> None:
+    """Answer ``--help`` and wrong options, before a script imports what takes seconds. 导入前检查命令行。
+
+    Args:
+        options_type: Dataclass of options.
+        arguments: Words of the command line; None for those of this process.
+
+    Examples:
+        >>> from dataclasses import dataclass
+        >>> @dataclass
+        ... class Options:
+        ...     seed: int = 0
+        >>> check_options(Options, ["--seed", "1"])
+    """
+    try:
+        read_options(options_type, sys.argv[1:] if arguments is None else arguments)
+    except WrongUse as error:
+        _refuse(error)
 
 
 def run_recipe(main: Callable[[list[str]], None], *, stopped: str = "continue with --resume") -> None:
@@ -21,6 +40,9 @@ def run_recipe(main: Callable[[list[str]], None], *, stopped: str = "continue wi
         main: Takes the words of the command line.
         stopped: What to do after Ctrl-C.
     """
+    from sj_robust._host import quiet_triton  # these import torch, which --help does not wait for
+    from sj_robust.training import NonFiniteLossError, TrainingInterrupted
+
     quiet_triton()
     try:
         main(sys.argv[1:])
@@ -31,7 +53,11 @@ def run_recipe(main: Callable[[list[str]], None], *, stopped: str = "continue wi
         print(f"stopped; what is finished is kept, {stopped}", file=sys.stderr)
         sys.exit(130)
     except WrongUse as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        _refuse(error)
     except (OSError, ValueError, ModuleNotFoundError, NonFiniteLossError) as error:
         sys.exit(f"error: {error}")
+
+
+def _refuse(error: WrongUse) -> NoReturn:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)

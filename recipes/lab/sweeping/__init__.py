@@ -1,6 +1,6 @@
 """Grids of experiments: planned, run in processes, summarised beside published figures; needs the extra ``recipes``."""
 
-from lab.sweeping.grid import axes_of, expand, idle, seeds_of
+from lab.sweeping.grid import axes_of, expand, seeds_of
 from lab.sweeping.plan import PlannedRun, load_records, plan_runs
 from lab.sweeping.pool import Outcome, perform_all
 from lab.sweeping.recipe import Recipe, load_recipe
@@ -19,7 +19,6 @@ __all__ = [
     "cells_of",
     "columns_of",
     "expand",
-    "idle",
     "load_recipe",
     "load_records",
     "perform_all",

@@ -1,66 +1,13 @@
-"""A grid over options: its combinations, and which of them are the same run."""
+"""A grid over options: its axes, combinations and seeds."""
 
 import itertools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["axes_of", "expand", "idle", "same", "seeds_of", "simplified", "word"]
+__all__ = ["axes_of", "expand", "same", "seeds_of", "word"]
 
 Options = Mapping[str, Any]
-
-_ATTACK = ("step_size", "attack_steps", "noise_std", "project")
-_INDICATOR = ("layers", "norm", "indicator", "input_gain")
-_MODE = ("beta", "trades_weight")
-
-_IDLE: tuple[tuple[Callable[[Options], bool], tuple[str, ...]], ...] = (
-    (lambda o: o.get("mode") == "none", ("rho", "kappa", *_INDICATOR, *_ATTACK, *_MODE)),
-    (lambda o: o.get("mode") == "none" and o.get("eval_eps") is not None, ("eps",)),
-    (lambda o: o.get("mode") == "gaussian", (*_ATTACK, *_MODE)),
-    (lambda o: o.get("mode") == "at", ("attack_steps", *_MODE)),
-    (lambda o: o.get("mode") == "rat", ("attack_steps", "trades_weight")),
-    (lambda o: o.get("mode") == "pgd_at", ("noise_std", "project", *_MODE)),
-    (lambda o: o.get("mode") == "trades", ("kappa", "project", "beta")),
-    (lambda o: o.get("rho") == 0 or (o.get("rho") is None and o.get("mode") in ("pgd_at", "trades")), _INDICATOR),
-    (lambda o: o.get("threshold_guard") == 0, ("guard_margin",)),
-)
-"""Options that change nothing, given the others."""
-
-
-def idle(options: Options) -> frozenset[str]:
-    """Names of the options of ``adv_train.py`` that change nothing, given the others. 不起作用的选项。
-
-    Args:
-        options: All options of a run.
-
-    Returns:
-        Names.
-
-    Examples:
-        >>> sorted(idle({"mode": "at", "rho": 0, "norm": "l1"}) & {"rho", "norm"})
-        ['norm']
-    """
-    return frozenset(name for applies, names in _IDLE if applies(options) for name in names if name in options)
-
-
-def simplified(options: Options, defaults: Options) -> dict[str, Any]:
-    """The options with the recipe's default for each that changes nothing, so that the same run has the same options.
-
-    去除无效选项的差异。
-
-    Args:
-        options: All options of a run.
-        defaults: The recipe's defaults.
-
-    Returns:
-        All options.
-
-    Examples:
-        >>> simplified({"mode": "none", "rho": 0.0}, {"mode": "at", "rho": 1.0})
-        {'mode': 'none', 'rho': 1.0}
-    """
-    without = idle(options)
-    return {name: defaults[name] if name in without else value for name, value in options.items()}
 
 
 def axes_of(grid: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:

@@ -10,19 +10,13 @@ from typing import Any
 
 import yaml
 
-from lab.sweeping.grid import idle, simplified, word
+from lab.sweeping.grid import word
 from lab.sweeping.recipe import Recipe
 from lab.sweeping.record import RECORD_FILE, RunRecord
 
 __all__ = ["OPTIONS_FILE", "PlannedRun", "load_records", "plan_runs"]
 
 OPTIONS_FILE = "options.yaml"
-
-_FREE = frozenset({
-    "output", "resume", "device", "workers", "checkpoint_steps", "data_root", "download", "batch_size", "checkpoint",
-})  # fmt: skip
-"""Options of ``evaluate.py`` that change no figure."""
-_FREE_IN_TRAINING = _FREE - {"batch_size"}
 
 
 @dataclass(frozen=True)
@@ -103,18 +97,16 @@ def plan_runs(
     """
     defaults = recipe.resolve({})
     suites = {suite: evaluator.resolve({**options, "suite": suite}) for suite, options in evaluations.items()}
-    known = _known(folder, recipe, defaults)
+    known = _known(folder, recipe)
     taken = {path.name: key for key, path in known.items()}
     valued = {name for one in combinations for name, value in one.items() if value is not None}
     planned: dict[str, PlannedRun] = {}
     for seed in seeds:
         for combination in combinations:
             options = recipe.resolve({**fixed, **combination, "seed": seed})
-            complete = recipe.complete(options)
-            without = idle(complete)
+            complete, without, key = recipe.complete(options), recipe.idle(options), recipe.identity(options)
             options |= {name: complete[name] for name in valued if options[name] is None}
             options |= {name: defaults[name] for name in without}
-            key = _key(simplified(complete, defaults))
             if key in planned:
                 continue
             name = _name({name: options[name] for name in combination if name not in without}, seed)
@@ -125,21 +117,22 @@ def plan_runs(
             path = known.get(key, folder / "runs" / name)
             taken[path.name] = key
             planned[key] = PlannedRun(path, options, suites, recipe.path, evaluator.path)
-            _check_evaluations(planned[key])
+            _check_evaluations(planned[key], evaluator)
     return list(planned.values())
 
 
-def load_records(folder: Path) -> list[RunRecord]:
+def load_records(folder: Path, recipe: Recipe | None = None) -> list[RunRecord]:
     """Records of all runs in the folder of a sweep, in the order of their names. 读取全部运行记录。
 
     Args:
         folder: Folder of the sweep.
+        recipe: The recipe that trained; given it, the records keep the options that have an effect, and no others.
 
     Returns:
         Records of runs that are trained, with the evaluations there are.
 
     Raises:
-        ValueError: If a file is damaged.
+        ValueError: If a file is damaged, or of a recipe with other options.
 
     Examples:
         >>> import tempfile
@@ -149,10 +142,18 @@ def load_records(folder: Path) -> list[RunRecord]:
         >>> [record.name for record in load_records(folder)]
         ['at-seed0']
     """
-    return [RunRecord.load(path.parent) for path in sorted((folder / "runs").glob(f"*/{RECORD_FILE}"))]
+    records = [RunRecord.load(path.parent) for path in sorted((folder / "runs").glob(f"*/{RECORD_FILE}"))]
+    if recipe is None:
+        return records
+    return [replace(record, options=_with_effect(record, recipe)) for record in records]
 
 
-def _known(folder: Path, recipe: Recipe, defaults: Mapping[str, Any]) -> dict[str, Path]:
+def _with_effect(record: RunRecord, recipe: Recipe) -> dict[str, Any]:
+    without = recipe.idle(recipe.resolve(record.options))
+    return {name: value for name, value in recipe.decisive(record.options).items() if name not in without}
+
+
+def _known(folder: Path, recipe: Recipe) -> dict[str, Path]:
     """Folders of runs that were begun, by their options; what a newer recipe added has its default."""
     known = {}
     for path in sorted((folder / "runs").glob(f"*/{OPTIONS_FILE}")):
@@ -160,13 +161,8 @@ def _known(folder: Path, recipe: Recipe, defaults: Mapping[str, Any]) -> dict[st
             options = recipe.resolve(yaml.safe_load(path.read_text(encoding="utf-8")))
         except ValueError as error:
             raise ValueError(f"{path}: {error}; the run is of another version, use another --output") from error
-        known[_key(simplified(recipe.complete(options), defaults))] = path.parent
+        known[recipe.identity(options)] = path.parent
     return known
-
-
-def _key(options: Mapping[str, Any]) -> str:
-    decisive = {name: value for name, value in options.items() if name not in _FREE_IN_TRAINING}
-    return json.dumps(decisive, sort_keys=True)
 
 
 def _name(values: Mapping[str, Any], seed: int) -> str:
@@ -176,13 +172,12 @@ def _name(values: Mapping[str, Any], seed: int) -> str:
     return re.sub(r"[^\w.+-]+", "_", "-".join([*parts, f"seed{seed}"]))
 
 
-def _check_evaluations(run: PlannedRun) -> None:
+def _check_evaluations(run: PlannedRun, evaluator: Recipe) -> None:
     record = run.record
     for suite, options in run.evaluations.items():
         if record is None or suite not in record.evaluations:
             continue
-        old = {name: value for name, value in record.evaluations[suite]["options"].items() if name not in _FREE}
-        new = {name: value for name, value in options.items() if name not in _FREE}
+        old, new = evaluator.decisive(record.evaluations[suite]["options"]), evaluator.decisive(options)
         if any(old.get(name, value) != value for name, value in new.items()):
             raise ValueError(_changed(run.folder / suite, old, new))
 

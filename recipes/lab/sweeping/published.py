@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lab.sweeping.grid import idle, same
+from lab.sweeping.grid import same
 from sj_robust.training.modes import MODES
 
 __all__ = ["PUBLISHED", "PublishedFigure", "published"]
@@ -81,7 +81,7 @@ def published(options: Mapping[str, Any], column: str) -> PublishedFigure | None
     """The published figure for a run's setting, whatever its length of training. 查找对应的已发表结果。
 
     Args:
-        options: All options of a run.
+        options: The options of a run that have an effect.
         column: Column of the table.
 
     Returns:
@@ -94,11 +94,9 @@ def published(options: Mapping[str, Any], column: str) -> PublishedFigure | None
     """
     mode = MODES.get(options.get("mode", ""))
     options = {name: getattr(mode, name, None) if value is None else value for name, value in options.items()}
-    without = idle(options)
     for figure in PUBLISHED:
         if figure.column == column and all(
-            name not in without and name in options and same(options[name], value)
-            for name, value in figure.options.items()
+            name in options and same(options[name], value) for name, value in figure.options.items()
         ):
             return figure
     return None

@@ -2,6 +2,7 @@
 
 import difflib
 import importlib.util
+import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -9,6 +10,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from lab.command_line import idle
+from lab.command_line.declared import options_of
+from lab.command_line.parser import RecipeParser
 from sj_robust._saved import plain
 
 __all__ = ["Recipe", "load_recipe"]
@@ -36,14 +40,6 @@ class Recipe:
         """Names of its options."""
         return tuple(field.name for field in fields(self.options_type))
 
-    @cached_property
-    def _parser(self) -> Any:
-        from jsonargparse import ArgumentParser
-
-        parser = ArgumentParser(exit_on_error=False)
-        parser.add_class_arguments(self.options_type)
-        return parser
-
     def check_names(self, names: Iterable[str]) -> None:
         """Raise ValueError, with the nearest names there are, unless all are names of options."""
         for name in names:
@@ -58,15 +54,12 @@ class Recipe:
         Raises:
             ValueError: If an option is unknown or its value is not one of its type.
         """
-        from jsonargparse import ArgumentError
-
         self.check_names(options)
         try:
-            parsed = self._parser.parse_object(dict(options))
-        except ArgumentError as error:
-            text = " ".join(str(error).split())
-            raise ValueError(f"{self.path.name} does not take these options: {text}") from error
-        return {name: plain(parsed[name]) for name in self.names}
+            found = self._parser.values(options)
+        except ValueError as error:
+            raise ValueError(f"{self.path.name} does not take these options: {error}") from error
+        return {name: plain(value) for name, value in found.items()}
 
     def complete(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """All options as the recipe understands them: null is the value that others decide, 8/255 a number.
@@ -77,10 +70,31 @@ class Recipe:
         Raises:
             ValueError: If the recipe refuses them.
         """
-        if self.completed is None:
-            return dict(options)
-        understood = self.completed(self.options_type(**options))
+        understood = self._understood(options)
         return {name: plain(getattr(understood, name)) for name in self.names}
+
+    def idle(self, options: Mapping[str, Any]) -> frozenset[str]:
+        """Names of the options that change nothing, given all options; see :func:`lab.command_line.idle`."""
+        return idle(self._understood(options))
+
+    def identity(self, options: Mapping[str, Any]) -> str:
+        """Text that is equal for two runs that are one: their options, idle ones at their defaults, as JSON."""
+        without, defaults = self.idle(options), self.resolve({})
+        found = {name: defaults[name] if name in without else value for name, value in self.complete(options).items()}
+        return json.dumps(self.decisive(found), sort_keys=True)
+
+    def decisive(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """The options of which another value is another run."""
+        without = {one.name for one in options_of(self.options_type) if one.decides == "nothing"}
+        return {name: value for name, value in options.items() if name not in without}
+
+    @cached_property
+    def _parser(self) -> RecipeParser:
+        return RecipeParser(self.options_type)
+
+    def _understood(self, options: Mapping[str, Any]) -> Any:
+        found = self.options_type(**options)
+        return found if self.completed is None else self.completed(found)
 
 
 def load_recipe(path: Path) -> Recipe:

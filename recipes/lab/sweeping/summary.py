@@ -8,14 +8,10 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from lab.sweeping.grid import idle, same
+from lab.sweeping.grid import same
 from lab.sweeping.record import RunRecord
 
 __all__ = ["Cell", "Contrast", "Statistic", "axes_in", "cells_of", "columns_of", "contrasts"]
-
-_UNIMPORTANT = frozenset({
-    "seed", "output", "resume", "device", "workers", "checkpoint_steps", "data_root", "download", "reference",
-})  # fmt: skip
 
 _T_QUANTILES = (
     12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
@@ -120,7 +116,7 @@ def axes_in(records: Sequence[RunRecord], grid: Mapping[str, Sequence[Any]] | No
     """Options in which runs differ, with their values: those of the grid first, in its order. 运行之间不同的选项。
 
     Args:
-        records: The runs.
+        records: The runs, with the options that have an effect, as ``load_records`` gives them.
         grid: Values by option, from ``axes_of``.
 
     Returns:
@@ -133,9 +129,8 @@ def axes_in(records: Sequence[RunRecord], grid: Mapping[str, Sequence[Any]] | No
     """
     found: dict[str, list[Any]] = {}
     for record in records:
-        without = idle(record.options) | _UNIMPORTANT
         for name, value in record.options.items():
-            values = found.setdefault(name, []) if name not in without else []
+            values = found.setdefault(name, []) if name != "seed" else []
             if not any(same(value, other) for other in values):
                 values.append(value)
     order = dict(grid or {})
@@ -161,8 +156,8 @@ def cells_of(records: Sequence[RunRecord], axes: Mapping[str, Sequence[Any]]) ->
     """
     gathered: dict[tuple[int, ...], list[RunRecord]] = {}
     for record in records:
-        without = idle(record.options)
-        place = tuple(-1 if name in without else _index(record.options.get(name), axes[name]) for name in axes)
+        options = record.options
+        place = tuple(_index(options[name], axes[name]) if name in options else -1 for name in axes)
         gathered.setdefault(place, []).append(record)
     cells = []
     for place, members in sorted(gathered.items()):

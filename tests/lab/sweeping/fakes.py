@@ -2,22 +2,17 @@
 
 TRAINER = '''
 import json, os, signal, time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from lab.command_line import named_arguments
+from lab.command_line import option, read_options
 from sj_robust.evaluation import Report, Score, ThreatModel
-from jsonargparse import auto_cli
 
 
 @dataclass(frozen=True)
 class Options:
-    """Options.
-
-    Attributes:
-        behave: What to do.
-    """
+    """Options."""
 
     dataset: str = "cifar10"
     model: str = "vgg11"
@@ -26,16 +21,16 @@ class Options:
     eps: float | str = 0.1
     eval_eps: float | str | None = None
     rho: float | None = 1.0
-    norm: Literal["l2", "l1"] = "l2"
-    indicator: Literal["mppd", "tasad", "std"] = "mppd"
+    norm: Literal["l2", "l1"] = option("l2", "Norm.", idle=lambda options: options.rho == 0)
+    indicator: Literal["mppd", "tasad", "std"] = option("mppd", "Indicator.", idle=lambda options: options.rho == 0)
     epochs: int = 1
     seed: int = 0
-    behave: str = "well"
-    device: str = "auto"
-    workers: int = 0
-    data_root: str = "data"
-    output: str | None = None
-    resume: bool = False
+    behave: str = option("well", "What to do.")
+    device: str = option("auto", "Device.", decides="nothing")
+    workers: int = option(0, "Processes.", decides="nothing")
+    data_root: str = option("data", "Folder.", decides="nothing")
+    output: str | None = option(None, "Folder.", decides="nothing")
+    resume: bool = option(False, "Whether to go on.", decides="nothing")
 
 
 def completed(options):
@@ -43,7 +38,7 @@ def completed(options):
 
 
 def main(arguments):
-    options = completed(auto_cli(Options, args=arguments))
+    options = completed(read_options(Options, arguments))
     folder = Path(options.output)
     with (folder.parent / "calls").open("a") as file:
         file.write(f"train resume={options.resume} pid={os.getpid()}\\n")
@@ -75,7 +70,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from jsonargparse import auto_cli
+from lab.command_line import option, read_options
 from sj_robust.evaluation.outcome import MemberOutcome
 from sj_robust.evaluation.robustness_report import RobustnessReport
 
@@ -84,17 +79,17 @@ from sj_robust.evaluation.robustness_report import RobustnessReport
 class Options:
     """Options."""
 
-    checkpoint: str | None = None
+    checkpoint: str | None = option(None, "Checkpoint.", decides="nothing")
     suite: Literal["paper", "fast"] = "paper"
     test_limit: int | None = None
-    device: str = "auto"
-    data_root: str = "data"
-    output: str | None = None
-    resume: bool = False
+    device: str = option("auto", "Device.", decides="nothing")
+    data_root: str = option("data", "Folder.", decides="nothing")
+    output: str | None = option(None, "Folder.", decides="nothing")
+    resume: bool = option(False, "Whether to go on.", decides="nothing")
 
 
 def main(arguments):
-    options = auto_cli(Options, args=arguments)
+    options = read_options(Options, arguments)
     assert (Path(options.checkpoint) / "best.pt").read_text() == "whole"
     folder = Path(options.output)
     with (folder.parent / "calls").open("a") as file:

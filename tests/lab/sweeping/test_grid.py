@@ -1,5 +1,5 @@
 import pytest
-from lab.sweeping.grid import axes_of, expand, idle, seeds_of, simplified
+from lab.sweeping.grid import axes_of, expand, seeds_of
 
 
 def test_all_combinations_in_order():
@@ -18,30 +18,6 @@ def test_skip_names_options_beside_the_grid_and_lists_of_values():
         ("none", 0), ("none", 1), ("none", 2), ("at", 0), ("rat", 0),
     ]  # fmt: skip
     assert len(expand(grid, fixed={"neuron": "dlif"}, skip=[{"neuron": "lif"}])) == 9
-
-
-def test_options_without_effect():
-    names = "rho kappa norm layers eps step_size attack_steps project noise_std beta trades_weight lr"
-    everything = dict.fromkeys(names.split())
-    assert idle(everything | {"mode": "none", "rho": 1.0}) == everything.keys() - {"eps", "lr"}
-    assert "eps" in idle(everything | {"mode": "none", "eval_eps": "8/255"})
-    assert "eps" not in idle(everything | {"mode": "at", "eval_eps": "8/255"})
-    assert idle(everything | {"mode": "at", "rho": 1.0}) == {"attack_steps", "beta", "trades_weight"}
-    assert idle(everything | {"mode": "rat", "rho": 0.0}) == {"attack_steps", "trades_weight", "norm", "layers"}
-    assert idle(everything | {"mode": "gaussian", "rho": 1.0}) == {
-        "step_size", "attack_steps", "project", "noise_std", "beta", "trades_weight",
-    }  # fmt: skip
-    assert idle(everything | {"mode": "pgd_at", "rho": 1.0}) == {"noise_std", "project", "beta", "trades_weight"}
-    assert idle(everything | {"mode": "trades", "rho": 1.0}) == {"kappa", "project", "beta"}
-    assert "norm" in idle(everything | {"mode": "pgd_at", "rho": None})
-    assert "norm" not in idle(everything | {"mode": "at", "rho": None})
-    assert "rho" not in idle(everything | {"mode": "gaussian", "rho": 0})
-
-
-def test_what_has_no_effect_gets_the_default():
-    defaults = {"mode": "at", "rho": 1.0, "norm": "l2"}
-    assert simplified({"mode": "at", "rho": 0.0, "norm": "l1"}, defaults) == {"mode": "at", "rho": 0.0, "norm": "l2"}
-    assert simplified({"mode": "at", "rho": 0.5, "norm": "l1"}, defaults)["norm"] == "l1"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,52 @@
+"""Radii as the field writes them: 8/255."""
+
+import math
+
+__all__ = ["eps_text", "parse_eps"]
+
+
+def eps_text(eps: float) -> str:
+    """A radius as text that :func:`parse_eps` reads back equal: an integer, a short decimal or 255ths. 半径的文本形式。
+
+    Args:
+        eps: The radius.
+
+    Returns:
+        The text.
+
+    Examples:
+        >>> eps_text(8 / 255), eps_text(0.1), eps_text(1 / 3), eps_text(20)
+        ('8/255', '0.1', '85/255', '20')
+    """
+    if eps < 2**53 and eps == int(eps):
+        return str(int(eps))
+    for text in (f"{eps:.4g}", f"{eps * 255:.4g}/255"):
+        if parse_eps(text) == eps:
+            return text
+    return repr(float(eps))
+
+
+def parse_eps(text: str | float) -> float:
+    """A radius from text such as ``"8/255"`` or ``"0.1"``, or from a number. 解析半径。
+
+    Args:
+        text: The text.
+
+    Returns:
+        The radius, >= 0.
+
+    Raises:
+        ValueError: If it is no number, no fraction, negative or not finite.
+
+    Examples:
+        >>> parse_eps("8/255") == 8 / 255
+        True
+    """
+    try:
+        numerator, slash, denominator = str(text).partition("/")
+        eps = float(numerator) / float(denominator) if slash else float(numerator)
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"eps must be a number or a fraction such as 8/255, got {text!r}") from error
+    if not (math.isfinite(eps) and eps >= 0):
+        raise ValueError(f"eps must be >= 0 and finite, got {text!r}")
+    return eps
