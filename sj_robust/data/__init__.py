@@ -3,8 +3,8 @@
 from sj_robust._datasets import DATASETS, EVENT_DATASETS
 from sj_robust.data.augmentation import Augmentation
 from sj_robust.data.batches import ShuffledBatches, image_loader
-from sj_robust.data.cifar import CIFAR_STATISTICS
 from sj_robust.data.images import ImageSplits, load_images
+from sj_robust.data.torchvision_sets import CIFAR_STATISTICS
 
 __all__ = [
     "CIFAR_STATISTICS",

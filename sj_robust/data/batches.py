@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from sj_robust.data.unreadable import UnreadableError
+from sj_robust.data.files import UnreadableError
 
 __all__ = ["ShuffledBatches", "image_loader"]
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from sj_robust._datasets import EVENT_DATASETS
+from sj_robust.data.files import UnreadableError, check_sum, one_line, readable
 from sj_robust.data.stored import FileImages, Source, shuffled
-from sj_robust.data.unreadable import UnreadableError, one_line, readable
 
 __all__ = ["event_frames"]
 
@@ -103,8 +103,7 @@ def _check_archives(kind: str, host: Any, folder: Path, download: bool) -> None:
             f"{(folder / 'download').resolve()}. {failure}{way} from {sources}"
         )
     for path, (url, md5) in archives.items():
-        if not utils.check_integrity(path, md5):
-            raise ValueError(f"{path} is damaged (its MD5 sum is not {md5}); fetch it again from {url}")
+        check_sum(path, md5, url)
 
 
 def _prepared(name: str, host: Any, folder: Path, T: int) -> list[tuple[list[Path], list[int]]]:

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sj_robust.data.files import UnreadableError, one_line, readable
 from sj_robust.data.stored import FileImages, Images, Source, shuffled
-from sj_robust.data.unreadable import UnreadableError, one_line, readable
 
 __all__ = ["image_folder"]
 

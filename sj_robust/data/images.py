@@ -6,17 +6,14 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.utils.data import TensorDataset
+from torch.utils.data import Subset, TensorDataset
 
 from sj_robust._datasets import EVENT_DATASETS, IMAGE_FOLDER, check_dataset
 from sj_robust.data.augmentation import Augmentation
-from sj_robust.data.cifar import CIFAR_STATISTICS, cifar
-from sj_robust.data.digits import digits
 from sj_robust.data.events import event_frames
 from sj_robust.data.image_folder import image_folder
-from sj_robust.data.mnist import mnist
-from sj_robust.data.stored import Images, Part, Source
-from sj_robust.data.svhn import svhn
+from sj_robust.data.stored import Images, Source, StoredImages
+from sj_robust.data.torchvision_sets import CIFAR_STATISTICS, cifar, mnist, svhn
 
 __all__ = ["ImageSplits", "load_images"]
 
@@ -80,9 +77,6 @@ def load_images(
         on_unreadable: What a picture or recording that cannot be read is: an error, or left out with a warning.
         augment: Whether training images are augmented; None for CIFAR alone, as in the paper.
 
-    Returns:
-        The three parts.
-
     Raises:
         ValueError: If the name is unknown, a number is out of range, or a file is not what it should be.
         FileNotFoundError: If the data is not there; the message says which files, where and how to get them.
@@ -107,7 +101,7 @@ def load_images(
         name=name,
         train=train,
         validation=validation,
-        test=Part(source.test, torch.arange(len(source.test))[:test_limit]),
+        test=Subset(source.test, range(len(source.test))[:test_limit]),
         image_shape=source.image_shape,
         classes=source.classes,
         mean=mean,
@@ -125,7 +119,7 @@ def _source(name: str, root: Path, download: bool, T: int | None, on_unreadable:
         return event_frames(name, root, T, download=download, on_unreadable=on_unreadable)
     match name:
         case "digits":
-            return digits()
+            return _digits()
         case "mnist" | "fashion_mnist":
             return mnist(name, root, download=download)
         case "cifar10" | "cifar100":
@@ -137,8 +131,24 @@ def _source(name: str, root: Path, download: bool, T: int | None, on_unreadable:
 def _held_out(source: Source, order: Tensor, fraction: float) -> tuple[Images, Images]:
     """Training and validation images: the first of ``order`` are held out, unless the set brings its own."""
     if source.validation is not None:
-        return Part(source.train, order), source.validation
+        return Subset(source.train, order.tolist()), source.validation
     held_out = int(fraction * len(order))
     if not 0 < held_out < len(order):
         raise ValueError(f"validation_fraction must leave images on both sides, got {fraction} of {len(order)} images")
-    return Part(source.train, order[held_out:]), Part(source.train, order[:held_out])
+    return Subset(source.train, order[held_out:].tolist()), Subset(source.train, order[:held_out].tolist())
+
+
+def _digits() -> Source:
+    """The 1797 grey images of 8x8 that ship with scikit-learn, a fixed fifth of which is the test set."""
+    try:
+        from sklearn.datasets import load_digits
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "the digits ship with scikit-learn, which is not installed: pip install 'sj_robust[recipes]'"
+        ) from error
+    bunch = load_digits()
+    pixels, labels = torch.from_numpy(bunch.images).to(torch.uint8).unsqueeze(1), torch.from_numpy(bunch.target)
+    # The set has no official split and is sorted by writer: a fixed shuffle, whatever the seed of the run.
+    order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(20240521))
+    train, test = (StoredImages(pixels[part], labels[part], 16.0) for part in (order[360:], order[:360]))
+    return Source(train, test, (1, 8, 8), 10)

@@ -1,30 +1,17 @@
-"""Images held in memory as bytes or left in their files, and parts of a data set."""
+"""Images held in memory as bytes or left in their files."""
 
-from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Subset
 
-__all__ = ["FileImages", "Images", "Part", "Source", "StoredImages", "check_labels", "shuffled"]
-
-
-class Images(Dataset[tuple[Tensor, ...]]):
-    """A number of images (or samples of event frames), each with its class. 带类别的图像集合。"""
-
-    @abstractmethod
-    def __len__(self) -> int:
-        """Number of images."""
-
-    @abstractmethod
-    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        """Image float32 in [0, 1], [C, H, W] or frames [T, C, H, W], and its class, an int64 scalar."""
+__all__ = ["FileImages", "Images", "Source", "StoredImages", "shuffled"]
 
 
-class StoredImages(Images):
+class StoredImages(Dataset[tuple[Tensor, ...]]):
     """Images as bytes, a quarter of the memory of float32; an item is converted when it is asked for. 内存中的图像。
 
     Args:
@@ -49,12 +36,12 @@ class StoredImages(Images):
         return len(self.pixels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        """One image in [0, 1] and its class."""
+        """Image float32 in [0, 1], [C, H, W], and its class, an int64 scalar."""
         return self.pixels[index].float().div(self.white), self.labels[index]
 
 
-class FileImages(Images):
-    """Images that stay in their files until they are asked for. 按需读取的图像。
+class FileImages(Dataset[tuple[Tensor, ...]]):
+    """Images (or samples of event frames) that stay in their files until they are asked for. 按需读取的图像。
 
     Args:
         paths: N files.
@@ -73,35 +60,11 @@ class FileImages(Images):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        """One image and its class."""
+        """Image float32 in [0, 1], [C, H, W] or frames [T, C, H, W], and its class, an int64 scalar."""
         return self.read(Path(self.paths[index])), self.labels[index]
 
 
-class Part(Images):
-    """Some of the images, in the order of ``indices``. 数据集的一部分。
-
-    Args:
-        images: Where they come from.
-        indices: Which ones, integers [N].
-
-    Examples:
-        >>> images = StoredImages(torch.zeros(3, 1, 2, 2, dtype=torch.uint8), torch.tensor([5, 6, 7]))
-        >>> [int(label) for _, label in Part(images, torch.tensor([2, 0]))]
-        [7, 5]
-    """
-
-    def __init__(self, images: Images, indices: Tensor) -> None:
-        """Keep the selection; see the class."""
-        self.images = images
-        self.indices = indices
-
-    def __len__(self) -> int:
-        """Number of images."""
-        return len(self.indices)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        """One image and its class."""
-        return self.images[int(self.indices[index])]
+Images = StoredImages | FileImages | Subset[tuple[Tensor, ...]]
 
 
 @dataclass(frozen=True)
@@ -125,21 +88,7 @@ class Source:
     frames: bool = False
 
 
-def check_labels(labels: Tensor, classes: int, path: object) -> Tensor:
-    """Labels that are classes, or an error that names the file.
-
-    Raises:
-        ValueError: If a label lies outside 0 ... classes - 1.
-    """
-    outside = labels[(labels < 0) | (labels >= classes)]
-    if len(outside):
-        raise ValueError(
-            f"{path} holds {len(outside)} labels outside the classes 0 to {classes - 1}, the first is "
-            f"{int(outside[0])}; fetch the file again"
-        )
-    return labels
-
-
-def shuffled(images: Images) -> Images:
+def shuffled(images: Images) -> Subset[tuple[Tensor, ...]]:
     """The same images in an order that never changes and does not follow their classes. 固定乱序。"""
-    return Part(images, torch.randperm(len(images), generator=torch.Generator().manual_seed(20240521)))
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(20240521))
+    return Subset(images, order.tolist())

@@ -52,7 +52,7 @@ def load_published_checkpoint(
 
     Args:
         path: A ``state_dict`` of the published code (.pth or .pt), with or without the ``module.`` of ``DataParallel``.
-        mean: Mean per channel that it was trained with (``sj_robust.data.cifar.CIFAR_STATISTICS``); None for none.
+        mean: Mean per channel that it was trained with (``sj_robust.data.CIFAR_STATISTICS``); None for none.
         std: Standard deviation per channel, likewise.
         image_shape: (C, H, W) of one image.
         T: Time steps of a LIF network, 8 if left out; of a DLIF network only as a check.

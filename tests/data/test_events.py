@@ -9,7 +9,7 @@ from torchvision.datasets import utils
 
 from sj_robust.data import events as module
 from sj_robust.data import image_loader, load_images
-from sj_robust.data.unreadable import UnreadableError
+from sj_robust.data.files import UnreadableError
 
 T = 4
 

@@ -4,7 +4,7 @@ import torch
 from PIL import Image
 
 from sj_robust.data import ShuffledBatches, image_loader, load_images
-from sj_robust.data.unreadable import UnreadableError
+from sj_robust.data.files import UnreadableError
 
 CLASSES = ("cat", "dog", "emu")
 
@@ -123,7 +123,7 @@ def test_a_picture_that_goes_bad_during_the_run_is_named(folder, workers):
     path = folder / "train" / "dog" / "2.png"
     path.write_bytes(b"")
     loader = image_loader(splits.train, 2, workers)
-    at_fault = any("dog/2.png" in splits.train.images.paths[index] for index in splits.train.indices.tolist())
+    at_fault = any("dog/2.png" in splits.train.dataset.paths[index] for index in splits.train.indices)
     part = loader if at_fault else image_loader(splits.validation, 2, workers)
     with pytest.raises(UnreadableError, match=r"^\S*dog/2.png \(.*\)$"):
         list(part)

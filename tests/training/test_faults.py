@@ -18,8 +18,8 @@ from training import small_run
 
 from sj_robust.attacks import gaussian
 from sj_robust.data import ImageSplits
+from sj_robust.data.files import UnreadableError
 from sj_robust.data.stored import FileImages
-from sj_robust.data.unreadable import UnreadableError
 from sj_robust.models import checkpoint
 from sj_robust.training import (
     Journal,

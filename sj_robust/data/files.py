@@ -1,4 +1,4 @@
-"""Files that cannot be read: found before a run starts, and named if one goes bad during it."""
+"""Files of a data set that cannot be read: found before a run starts, and named if one goes bad during it."""
 
 import os
 import warnings
@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
-__all__ = ["UnreadableError", "one_line", "readable"]
+__all__ = ["UnreadableError", "check_sum", "one_line", "readable"]
 
 
 class UnreadableError(ValueError):
@@ -17,15 +17,20 @@ class UnreadableError(ValueError):
 def one_line(error: Exception, at_most: int = 200) -> str:
     """An error of another package in one line, its text cut off where it goes on for long. 单行错误说明。
 
-    Args:
-        error: What was caught.
-        at_most: Characters of its text.
-
     Examples:
         >>> one_line(OSError("no   room"))
         'OSError: no room'
     """
     return f"{type(error).__name__}: {' '.join(str(error).split())[:at_most]}"
+
+
+def check_sum(path: Path, md5: str, source: str = "") -> None:
+    """Raise ValueError unless a file has its MD5 sum; the message says where to fetch it from. 校验文件的 MD5。"""
+    from torchvision.datasets import utils
+
+    if not utils.check_integrity(path, md5):
+        where = f" from {source}" if source else ""
+        raise ValueError(f"{path} is damaged (its MD5 sum is not {md5}); fetch it again{where}")
 
 
 def readable(
@@ -38,9 +43,6 @@ def readable(
         read: Reads one and raises :class:`UnreadableError` where it cannot.
         on_unreadable: Whether one that cannot be read is an error, or left out with a warning.
         folder: Where they lie, for the message.
-
-    Returns:
-        One truth value per file.
 
     Raises:
         UnreadableError: If some cannot be read and are not to be left out; or if none is left.
@@ -56,13 +58,12 @@ def readable(
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         problems = list(pool.map(problem, paths))
     bad = [text for text in problems if text is not None]
-    if not bad:
-        return [True] * len(paths)
-    names = "; ".join(bad[:5]) + (f"; and {len(bad) - 5} more" if len(bad) > 5 else "")
-    found = f"{len(bad)} of {len(paths)} files in {folder} cannot be used: {names}"
-    if on_unreadable == "error":
-        raise UnreadableError(f"{found}. Replace them, or leave them out with on_unreadable='skip'")
-    if len(bad) == len(paths):
-        raise UnreadableError(f"{found}. None is left")
-    warnings.warn(f"{found}. They are left out", stacklevel=2)
+    if bad:
+        names = "; ".join(bad[:5]) + (f"; and {len(bad) - 5} more" if len(bad) > 5 else "")
+        found = f"{len(bad)} of {len(paths)} files in {folder} cannot be used: {names}"
+        if on_unreadable == "error":
+            raise UnreadableError(f"{found}. Replace them, or leave them out with on_unreadable='skip'")
+        if len(bad) == len(paths):
+            raise UnreadableError(f"{found}. None is left")
+        warnings.warn(f"{found}. They are left out", stacklevel=2)
     return [text is None for text in problems]
