@@ -6,13 +6,7 @@ __all__ = ["check_network"]
 
 
 def check_network(net: object) -> None:
-    """Refuse what is no network, such as a class that was not called. 检查参数是否为网络。
-
-    Args:
-        net: What was given for a network.
-
-    Raises:
-        TypeError: If it is no ``nn.Module``.
+    """Raise TypeError for what is no network, such as a class that was not called. 检查参数是否为网络。
 
     Examples:
         >>> check_network(nn.ReLU)

@@ -18,15 +18,8 @@ def working(text: str, console: Console | None = None, *, total: int | None = No
     r"""Show that something is being done: what, for how long, and how much of it. 显示正在进行的工作。
 
     On a terminal that can move its cursor a line with a spinner, which disappears in the end; elsewhere the text once,
-    and where the number of steps is known, a line now and then with the time left.
-
-    Args:
-        text: What is done.
-        console: Where to show it; None makes one, a quiet one shows nothing.
-        total: Number of steps; None where it is not known.
-
-    Yields:
-        A function to call after every step.
+    and where the number of steps (``total``) is known, a line now and then with the time left. A quiet console shows
+    nothing. The context gives a function to call after every step.
 
     Examples:
         >>> import io
@@ -60,22 +53,12 @@ def working(text: str, console: Console | None = None, *, total: int | None = No
 
 
 def moving(console: Console) -> bool:
-    """Whether a bar can be shown: on a terminal that moves its cursor, as neither a file nor ``TERM=dumb`` does.
-
-    能否显示进度条。
-
-    Args:
-        console: The console; a quiet one shows nothing.
-
-    Examples:
-        >>> import io
-        >>> moving(Console(file=io.StringIO()))
-        False
-    """
+    """Whether a bar can be shown: on a terminal that moves its cursor, as neither a file nor ``TERM=dumb`` does."""
     return console.is_interactive and not console.quiet
 
 
 def duration(seconds: float) -> str:
+    """Seconds as people say them, such as ``1 h 5 min``."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

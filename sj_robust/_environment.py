@@ -16,11 +16,10 @@ __all__ = ["device_of", "environment", "processor", "version_of"]
 def environment(device: torch.device | str = "cpu") -> dict[str, str]:
     """Versions, device and commit, for the head of a log and for every report. 运行环境信息。
 
+    What cannot be found is ``"unknown"``.
+
     Args:
         device: Where the computation runs.
-
-    Returns:
-        Text by name; what cannot be found is ``"unknown"``.
 
     Examples:
         >>> environment()["torch"] == torch.__version__
@@ -42,15 +41,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, str]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a network is: the device of its first tensor, the CPU for one without any. 网络所在设备。
-
-    Args:
-        model: The network.
-
-    Examples:
-        >>> device_of(nn.Flatten())
-        device(type='cpu')
-    """
+    """Where a network is: the device of its first tensor, the CPU for one without any. 网络所在设备。"""
     return next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
 
 

@@ -1,12 +1,17 @@
 """Bridge to SpikingJelly 0.0.0.0.14 and 2.x: the only file that asks which of them is installed."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
+import torch
 from spikingjelly import configure
 from spikingjelly.activation_based import base, functional, layer, neuron, surrogate
 from torch import nn
+
+from sj_robust._preserved import generators_of, preserved
+from sj_robust.randomness import seeded_globals
 
 # 2.x describes every stateful module by explicit states; 0.0.0.0.14 does not know the word.
 _HAS_EXPLICIT_STATES = hasattr(base.MemoryModule, "functional_forward")
@@ -24,6 +29,7 @@ __all__ = [
     "EVAL_MODE_HAS_NO_GRADIENT",
     "base",
     "cuda_threads",
+    "from_reset",
     "functional",
     "invalidate_reset_cache",
     "is_neuron",
@@ -48,11 +54,23 @@ def invalidate_reset_cache(net: nn.Module) -> None:
             functional.invalidate_reset_cache(module)
 
 
+@contextmanager
+def from_reset(model: object, seed: int, device: torch.device) -> Iterator[None]:
+    """Evaluation mode, neurons reset, all randomness seeded; the network and all generators are as before afterwards.
+
+    The generators are torch's global ones and those that modules of the network keep as attributes. A model that is no
+    ``nn.Module`` has nothing to restore but the global generators.
+    """
+    with preserved(model), seeded_globals(seed, device):
+        if isinstance(model, nn.Module):
+            functional.reset_net(model)
+        for generator in generators_of(model):
+            generator.manual_seed(seed)
+        yield
+
+
 def is_neuron(module: nn.Module) -> bool:
     """Whether a module's class is, or derives from, one of SpikingJelly's neurons. 是否为 SpikingJelly 神经元。
-
-    Args:
-        module: Any module.
 
     Examples:
         >>> is_neuron(neuron.LIFNode()), is_neuron(nn.ReLU())

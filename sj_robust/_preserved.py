@@ -13,9 +13,6 @@ __all__ = ["evaluation_mode", "generators_of", "preserved"]
 def evaluation_mode(model: object) -> Iterator[None]:
     """Evaluation mode, and every module's own mode afterwards; what is no ``nn.Module`` has none. 评估模式。
 
-    Args:
-        model: A network, or any callable.
-
     Examples:
         >>> net = nn.Sequential(nn.Dropout(), nn.Identity().eval())
         >>> with evaluation_mode(net):
@@ -38,10 +35,8 @@ def evaluation_mode(model: object) -> Iterator[None]:
 def preserved(model: object) -> Iterator[None]:
     """Evaluation mode; modes, states of neurons and generators of modules are as before afterwards. 保持网络原状。
 
-    Inside, states are copies without a graph, since a reset may write into their tensors.
-
-    Args:
-        model: A network of SpikingJelly, or any callable, which has nothing to be kept.
+    Inside, states are copies without a graph, since a reset may write into their tensors. A callable that is no network
+    has nothing to be kept.
 
     Examples:
         >>> from spikingjelly.activation_based import neuron
@@ -68,15 +63,7 @@ def preserved(model: object) -> Iterator[None]:
 
 
 def generators_of(model: object) -> list[torch.Generator]:
-    """Generators that modules of a network keep as attributes, such as that of a Poisson encoder; each once.
-
-    Args:
-        model: A network, or any callable, which has none.
-
-    Examples:
-        >>> generators_of(nn.Sequential(nn.Linear(2, 2)))
-        []
-    """
+    """Generators that modules of a network keep as attributes, such as that of a Poisson encoder; each once."""
     modules = model.modules() if isinstance(model, nn.Module) else ()
     found = (value for module in modules for value in vars(module).values() if isinstance(value, torch.Generator))
     return list(dict.fromkeys(found))

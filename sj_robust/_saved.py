@@ -11,30 +11,16 @@ from typing import Any, BinaryIO, TypeVar
 import torch
 
 __all__ = [
-    "known_fields",
-    "load_saved",
-    "load_tensors",
-    "plain",
-    "saved_content",
-    "saved_format",
-    "whole_file",
-    "write_whole",
-]
+    "known_fields", "load_saved", "load_tensors", "plain", "saved_content", "saved_format", "whole_file", "write_whole",
+]  # fmt: skip
 
 SavedT = TypeVar("SavedT")
 
 
 def saved_content(text: str, *, what: str, format: str, version: int) -> dict[str, Any]:
-    """What a file holds below its head. 读取结果文件的内容。
+    """What a file holds beside its head, the fields ``format`` and ``version``. 读取结果文件的内容。
 
-    Args:
-        text: JSON, an object with ``format`` and ``version`` among its fields.
-        what: The result in words, for errors, such as ``"a report"``.
-        format: The format it must be of.
-        version: The version it must be of.
-
-    Returns:
-        The other fields.
+    ``what`` names the result in errors, such as ``"a report"``.
 
     Raises:
         ValueError: If the text is no JSON, something else or of another version.
@@ -56,15 +42,7 @@ def saved_content(text: str, *, what: str, format: str, version: int) -> dict[st
 
 
 def saved_format(text: str) -> str | None:
-    """The format that a text says it is of; None if it says nothing. 读取结果文件的格式。
-
-    Args:
-        text: Any text.
-
-    Examples:
-        >>> saved_format('{"format": "mine", "version": 1}'), saved_format("{")
-        ('mine', None)
-    """
+    """The format that a text says it is of; None if it says nothing. 读取结果文件的格式。"""
     try:
         content = json.loads(text)
     except json.JSONDecodeError:
@@ -75,12 +53,6 @@ def saved_format(text: str) -> str | None:
 @contextmanager
 def known_fields(what: str) -> Iterator[None]:
     """Context in which fields of a file become a result; one that is missing or unknown is damage. 检查字段。
-
-    Args:
-        what: The result in words, such as ``"the report"``.
-
-    Raises:
-        ValueError: If a field is missing, unknown or of another kind.
 
     Examples:
         >>> with known_fields("the report"):
@@ -96,19 +68,7 @@ def known_fields(what: str) -> Iterator[None]:
 
 
 def load_saved(path: Path, parse: Callable[[str], SavedT]) -> SavedT:
-    """The result in a text file; what ``parse`` says of the text names the file as well. 读取结果文件。
-
-    Args:
-        path: The file.
-        parse: Makes the result of the text, and raises ValueError where it cannot.
-
-    Returns:
-        The result.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If ``parse`` raises it.
-    """
+    """The result that ``parse`` makes of a text file; the ValueError that it raises names the file. 读取结果文件。"""
     try:
         return parse(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -160,13 +120,7 @@ def write_whole(path: Path, text: str) -> None:
 def load_tensors(path: Path, *, what: str, remedy: str) -> Any:
     """Tensors and plain values of ``torch.save``, on the CPU; no code that the file may hold is run. 安全读取张量。
 
-    Args:
-        path: The file; it exists.
-        what: What the file is read as, for errors, such as ``"a checkpoint"``.
-        remedy: What the message advises.
-
-    Returns:
-        Its content.
+    The error names what it was read as, such as ``"a checkpoint"``, and the remedy.
 
     Raises:
         ValueError: If the file is damaged, or holds more than tensors and plain values.

@@ -152,9 +152,8 @@ class SpikingClassifier(nn.Module):
                     f"SpikingClassifier runs T={self.T} time steps, but the DLIF neuron {name!r} has T={module.T}; use "
                     f"SpikingClassifier(net, T={module.T}), or sj_robust.models.set_time_steps(classifier, {self.T})"
                 ) from error
-        step_mode = self.step_mode or step_mode_of(self.net)
         foreign = [name for name, module in _without_containers(self.net) if _needs_step_mode(module)]
-        if step_mode == "m" and foreign and not getattr(self.net, "expands_time", False):
+        if self._mode() == "m" and foreign and not getattr(self.net, "expands_time", False):
             error.add_note(
                 f"The network got a sequence [T, N, ...] = {(self.T, *images.shape)}. {', '.join(foreign[:3])} come "
                 "from torch.nn and take no time dimension: use spikingjelly.activation_based.layer (layer.Conv2d, "
@@ -163,7 +162,7 @@ class SpikingClassifier(nn.Module):
 
     def extra_repr(self) -> str:
         """Parameters shown by ``print``."""
-        return f"T={self.T}, step_mode={self.step_mode or step_mode_of(self.net)}"
+        return f"T={self.T}, step_mode={self._mode()}"
 
     def _check_shape(self, images: Tensor) -> None:
         if images.ndim not in (2, 4):
@@ -174,22 +173,25 @@ class SpikingClassifier(nn.Module):
 
     def _run(self, images: Tensor) -> Tensor:
         """Outputs of the network, [T, N, classes] or [N, classes]."""
-        step_mode = self.step_mode or step_mode_of(self.net)
         if self.encoder is None:
             frame = self._normalise(images, channel_dim=1)
-            if step_mode == "s":
-                return torch.stack([self.net(frame) for _ in range(self.T)])
-            if getattr(self.net, "expands_time", False):
-                return self._checked(self.net(frame))
-            return self._checked(self.net(frame.expand(self.T, *frame.shape)))
+            if self._mode() == "s":
+                return self._over_time([frame] * self.T)
+            return self._over_time(
+                frame if getattr(self.net, "expands_time", False) else frame.expand(self.T, *frame.shape)
+            )
         if isinstance(self.encoder, nn.Module):
             functional.reset_net(self.encoder)
-        frames = self._normalise(torch.stack([self.encoder(images) for _ in range(self.T)]), channel_dim=2)
-        if step_mode == "s":
-            return torch.stack([self.net(frame) for frame in frames])
-        return self._checked(self.net(frames))
+        frames = torch.stack([self.encoder(images) for _ in range(self.T)])
+        return self._over_time(self._normalise(frames, channel_dim=2))
 
-    def _checked(self, outputs: Any) -> Tensor:
+    def _mode(self) -> str:
+        return self.step_mode or step_mode_of(self.net)
+
+    def _over_time(self, frames: Tensor | list[Tensor]) -> Tensor:
+        if self._mode() == "s":
+            return torch.stack([self.net(frame) for frame in frames])
+        outputs = self.net(frames)
         if not isinstance(outputs, Tensor) or (outputs.ndim == 3 and outputs.shape[0] != self.T):
             got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
             raise ValueError(f"the network must return one tensor [T, N, classes] with T={self.T}, got {got}")
@@ -258,10 +260,7 @@ class SpikingEventClassifier(SpikingClassifier):
             )
 
     def _run(self, images: Tensor) -> Tensor:
-        frames = images.transpose(0, 1).contiguous()
-        if (self.step_mode or step_mode_of(self.net)) == "s":
-            return torch.stack([self.net(frame) for frame in frames])
-        return self._checked(self.net(frames))
+        return self._over_time(images.transpose(0, 1).contiguous())
 
 
 class PoissonEncoder(nn.Module):

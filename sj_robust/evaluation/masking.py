@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from sj_robust._from_reset import from_reset
+from sj_robust._host import from_reset
 from sj_robust.attacks.checks import check_count, check_images, check_labels, check_model
 from sj_robust.attacks.threat import ThreatModel
 from sj_robust.evaluation import _symptoms

@@ -13,7 +13,7 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from sj_robust._from_reset import from_reset
+from sj_robust._host import from_reset
 from sj_robust.attacks import Attack
 from sj_robust.data import ImageSplits, ShuffledBatches, image_loader
 from sj_robust.models.checkpoint import check_same_run, save_checkpoint
