@@ -1,65 +1,77 @@
-"""Pages of the documentation and the blocks in them."""
+"""The examples of README and docs are tests: a page is a script, whose blocks run in order in one temporary folder.
 
+``python -m pytest docs/faq.md`` runs one page; the Sybil below hands every block to pytest. The folder has links to
+recipes and docs. Blocks of python and pycon share a namespace, blocks of bash and sh a terminal. A block whose first
+line is a comment with a file's name alone (# mynet.py, # mine.yaml) is saved under that name first, so that later
+commands find it. Above a fence may stand
+
+    <!-- example: add --epochs 1 -->                     options behind every recipe's command: it takes seconds then
+    <!-- example: add to evaluate.py: --suite fast -->   the same for one recipe; several such lines may stand together
+    <!-- example: options only: needs CIFAR-10 -->       the recipes' parsers check the options, nothing is run
+    <!-- example: not run: installs packages -->         only files, extras and imports that the block names are checked
+"""
+
+import contextlib
+import doctest
 import re
+import sys
+import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
-ROOT = Path(__file__).parents[2]
-RUN = {"python": "python", "pycon": "pycon", "bash": "shell", "sh": "shell"}
+from documentation.shell import (
+    ROOT,
+    CommandError,
+    Shell,
+    check_imports,
+    check_names,
+    ends_of_recipes,
+    logical_lines,
+    with_options,
+)
+from sybil import Document, Example, Lexeme, Region, Sybil
+from sybil.evaluators.doctest import DocTestEvaluator
+from sybil.evaluators.python import PythonEvaluator
+from sybil.parsers.abstract.doctest import DocTestStringParser
+from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
+
+RUN = {"python": "python", "pycon": "session", "bash": "shell", "sh": "shell"}
 """Languages that are run, and how."""
 KEPT = ("text", "yaml", "toml", "json", "csv", "bibtex", "cpp", "diff", "html", "markdown")
 """Languages that are not run."""
-DIRECTIVES = ("add", "add to RECIPE", "options only", "not run")
-FENCE = re.compile(r"^(?P<indent> *)(?P<ticks>`{3,}|~{3,})(?P<language>[\w+-]*)(?P<rest>.*)$")
+KINDS = ("add", "add to RECIPE", "options only", "not run")
+FENCES = RawFencedCodeBlockLexer(re.compile(r"(?P<language>[\w+-]*).*\n"))
 FILE_NAME = re.compile(r"# ([\w-]+\.(?:py|ya?ml|toml|json))\n")
-"""First line of a block that is saved as a file."""
-DIRECTIVE = re.compile(r"^ *<!--\s*example\b:?(?P<text>.*?)(?P<end>-->)?\s*$")
+DIRECTIVE = re.compile(r"^ *<!--\s*example\b:?(?P<text>.*?)(?P<end>-->)? *\n", re.MULTILINE)
+ABOVE = re.compile(rf"(?:{DIRECTIVE.pattern.replace('text', 't').replace('end', 'e')})*\Z", re.MULTILINE)
+CLOSED = re.compile(r"\n *(`{3,}|~{3,}) *\Z")
+HEADING = re.compile(r"^#{1,6} (.+)$", re.MULTILINE)
+SESSION = DocTestStringParser(DocTestEvaluator(doctest.NORMALIZE_WHITESPACE))
 
 
 class PageError(ValueError):
-    """What is wrong with a page; the text begins with page and line."""
-
-
-@dataclass(frozen=True)
-class Directive:
-    """What is to be done with the block below instead of running it as it stands."""
-
-    kind: str
-    """add, options only or not run."""
-    text: str
-    """Options to add, or the reason."""
-    recipe: str | None
-    """Name of the only recipe that the options are added to, without .py."""
-    line: int
+    """All that is wrong with a page before anything runs; a line for each, which begins with page and number."""
 
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block."""
+    """A fenced block, and what stands above it."""
 
-    page: str
-    """Path of the page in the repository."""
+    region: Region
     line: int
-    """Line of the opening fence, from 1."""
-    language: str
-    code: str
-    directives: tuple[Directive, ...] = ()
-    heading: str = ""
+    """Of the opening fence, from 1."""
+    how: str | None
+    """How it is run: python, session, shell, or not at all."""
+    code: Lexeme
+    added: tuple[tuple[str | None, str], ...]
+    """Recipe, or None for all, and the options to add to its commands."""
+    reasons: dict[str, str]
+    """Why it is ``options only`` or ``not run``."""
+    heading: str
     """Of the section that it stands in."""
-
-    @property
-    def place(self) -> str:
-        """Page and line."""
-        return f"{self.page}:{self.line}"
-
-    @property
-    def how(self) -> str | None:
-        """How it is run: python, pycon, shell, or not at all."""
-        return RUN.get(self.language)
-
-    def reason(self, kind: str) -> str | None:
-        """Reason of a directive of this kind, if the block has one."""
-        return next((directive.text for directive in self.directives if directive.kind == kind), None)
 
 
 def documentation_pages() -> list[Path]:
@@ -73,70 +85,167 @@ def name_of(page: Path) -> str:
     return page.relative_to(ROOT).as_posix() if page.is_relative_to(ROOT) else page.name
 
 
-def blocks_of(page: Path, name: str | None = None) -> list[Block]:
-    """Blocks of a page with their directives; everything that is wrong with either is in one error."""
-    name, lines = name or name_of(page), page.read_text(encoding="utf-8").splitlines()
-    blocks: list[Block] = []
-    errors: list[str] = []
-    directives: list[Directive] = []
-    number, heading = 0, ""
-    while number < len(lines):
-        line, opening = lines[number], FENCE.match(lines[number])
-        number += 1
-        if found := DIRECTIVE.match(line):
-            try:
-                directives.append(directive_in(found, f"{name}:{number}", number))
-            except PageError as error:
-                errors.append(str(error))
-            continue
-        if opening is None:
-            heading = line.lstrip("#").strip() if line.startswith("#") else heading
-            errors += [f"{name}:{one.line}: no block on the line below this directive" for one in directives]
-            directives = []
-            continue
-        start, body = number, []
-        closing = re.compile(rf"^ *{opening['ticks'][0]}{{{len(opening['ticks'])},}} *$")
-        while number < len(lines) and not closing.match(lines[number]):
-            body.append(lines[number].removeprefix(opening["indent"]))
-            number += 1
-        if number == len(lines):
-            errors.append(f"{name}:{start}: this block has no end")
-        number += 1
-        block = Block(name, start, opening["language"], "".join(f"{one}\n" for one in body), tuple(directives), heading)
-        blocks.append(block)
-        errors += faults(block)
-        directives = []
-    errors += [f"{name}:{one.line}: no block on the line below this directive" for one in directives]
+def blocks_of(document: Document) -> list[Block]:
+    """The blocks of a page; PageError with everything that is wrong with one of them or with a directive."""
+    text, errors, blocks = document.text, [], []
+    found = list(FENCES(document))
+    fences = [one for one in found if not any(other.start < one.start < other.end for other in found)]
+    alone = set()
+    for one in DIRECTIVE.finditer(text):
+        if not any(fence.start < one.start() < fence.end for fence in fences):
+            alone.add(one.start())
+            errors += [(one.start(), fault) for fault in directive_in(one)[3]]
+    for fence in sorted(fences, key=lambda fence: fence.start):
+        above = list(DIRECTIVE.finditer(text, ABOVE.search(text, 0, fence.start).start(), fence.start))
+        alone -= {one.start() for one in above}
+        directives = [directive_in(one) for one in above]
+        language, code = fence.lexemes["language"], fence.lexemes["source"]
+        blocks.append(Block(
+            fence, line_of(text, fence.start), RUN.get(language), code,
+            tuple((recipe, options) for kind, recipe, options, _ in directives if kind == "add"),
+            {kind: reason for kind, _, reason, _ in directives if kind != "add"},
+            next(reversed(HEADING.findall(text, 0, fence.start)), ""),
+        ))  # fmt: skip
+        if not CLOSED.search(text, fence.start, fence.end):
+            errors.append((fence.start, "this block has no end"))
+        errors += [(fence.start, fault) for fault in faults(blocks[-1], language, len(directives))]
+    errors += [(at, "no block on the line below this directive") for at in alone]
     if errors:
-        raise PageError("\n".join(errors))
+        name = name_of(Path(document.path))
+        raise PageError("\n".join(f"{name}:{line_of(text, at)}: {fault}" for at, fault in sorted(errors)))
     return blocks
 
 
-def directive_in(found: re.Match[str], place: str, line: int) -> Directive:
-    """The directive in a comment."""
+def line_of(text: str, position: int) -> int:
+    """Number of a line, from 1."""
+    return 1 + text.count("\n", 0, position)
+
+
+def directive_in(found: re.Match[str]) -> tuple[str, str | None, str, list[str]]:
+    """Kind of a directive, recipe that it is for or None, options or reason, and what is wrong with it."""
     text = " ".join(found["text"].split())
     if found["end"] is None:
-        raise PageError(f"{place}: a directive is one line that ends with -->")
+        return "", None, "", ["a directive is one line that ends with -->"]
     if added := re.fullmatch(r"add(?: to (\w+)(?:\.py)?:)? (-.*)", text):
-        return Directive("add", added[2], added[1], line)
-    for kind in ("options only", "not run"):
-        if given := re.fullmatch(rf"{kind}(?::\s*(.*))?", text):
-            if not given[1]:
-                raise PageError(f"{place}: {kind} needs a reason, as in <!-- example: {kind}: needs CIFAR-10 -->")
-            return Directive(kind, given[1], None, line)
-    raise PageError(f"{place}: unknown directive {text!r}; there are {', '.join(DIRECTIVES)}")
+        return "add", added[1], added[2], []
+    if given := re.fullmatch(r"(options only|not run)(?::\s*(.*))?", text):
+        example = f"<!-- example: {given[1]}: needs CIFAR-10 -->"
+        return given[1], None, given[2] or "", [] if given[2] else [f"{given[1]} needs a reason, as in {example}"]
+    return "", None, "", [f"unknown directive {text!r}; there are {', '.join(KINDS)}"]
 
 
-def faults(block: Block) -> list[str]:
+def faults(block: Block, language: str, directives: int) -> list[str]:
     """What is wrong with a block and its directives, before anything is run."""
-    kinds = {directive.kind for directive in block.directives}
-    if block.language not in RUN and block.language not in KEPT:
+    if language not in RUN and language not in KEPT:
         known = ", ".join([*RUN, *KEPT])
-        return [f"{block.place}: language {block.language or 'missing'!r} of this block; take one of {known}"]
-    if block.directives and block.how is None:
-        return [f"{block.place}: a directive above a block of {block.language}, which is not run anyway"]
-    if kinds - {"not run"} and block.how != "shell":
-        return [f"{block.place}: only 'not run' may stand above a block of {block.language}"]
-    if len(kinds) > 1 or (kinds and "add" not in kinds and len(block.directives) > 1):
-        return [f"{block.place}: several directives that exclude each other"]
+        return [f"language {language or 'missing'!r} of this block; take one of {known}"]
+    if directives and block.how is None:
+        return [f"a directive above a block of {language}, which is not run anyway"]
+    if block.how != "shell" and (block.added or "options only" in block.reasons):
+        return [f"only 'not run' may stand above a block of {language}"]
+    if block.reasons and directives > 1:
+        return ["several directives that exclude each other"]
+    if block.how == "session" and ">>>" not in block.code:
+        return ["no >>> in this block"]
     return []
+
+
+def examples_in(document: Document) -> Iterator[Region]:
+    """What pytest runs of a page, a block or an input of a session each."""
+    for block in blocks_of(document):
+        region = block.region
+        if block.how == "session" and not block.reasons:
+            for one in SESSION(block.code, document.path):
+                one.adjust(region, block.code)
+                one.evaluator = partial(evaluate, block)
+                yield one
+        elif block.how or FILE_NAME.match(block.code):
+            yield Region(region.start, region.end, block.code, partial(evaluate, block))
+
+
+class Page:
+    """The folder and the terminal of a page."""
+
+    def __init__(self) -> None:
+        self.folder, self.state = tempfile.TemporaryDirectory(), tempfile.TemporaryDirectory()
+        self.shell = Shell(Path(self.folder.name), Path(self.state.name))
+
+    @contextlib.contextmanager
+    def inside(self) -> Iterator[None]:
+        """Be in the folder as a script there is."""
+        with contextlib.chdir(self.folder.name):
+            sys.path.insert(0, self.folder.name)
+            try:
+                yield
+            finally:
+                sys.path.remove(self.folder.name)
+
+    def close(self) -> None:
+        """Leave the process as it was."""
+        for name, module in list(sys.modules.items()):
+            if str(getattr(module, "__file__", None)).startswith(f"{self.folder.name}/"):
+                del sys.modules[name]
+        if "matplotlib.pyplot" in sys.modules:
+            sys.modules["matplotlib.pyplot"].close("all")
+        self.folder.cleanup()
+        self.state.cleanup()
+
+
+def evaluate(block: Block, example: Example) -> str | None:
+    """Run a block in the folder of its page, or do what its directive says instead."""
+    page: Page = example.namespace[PAGE]
+    with page.inside():
+        if name := FILE_NAME.match(block.code):
+            Path(name[1]).write_text(block.code, encoding="utf-8")
+        if "not run" in block.reasons:
+            try:
+                {"shell": check_names, "python": check_imports}.get(block.how, str)(block.code)
+            except (CommandError, SyntaxError) as error:
+                return f"in a block that is not run: {error}"
+        elif block.how == "shell":
+            return run_commands(block, page.shell)
+        elif block.how == "python":
+            PythonEvaluator()(example)
+        elif block.how == "session":
+            return SESSION.evaluator(example)
+    return None
+
+
+def run_commands(block: Block, shell: Shell) -> str | None:
+    """Run the commands of a block one after the other, or let the recipes' parsers check their options."""
+    unused, parsed = list(block.added), 0
+    commands = logical_lines(block.code)
+    for offset, command in commands:
+        try:
+            if "options only" in block.reasons:
+                parsed += shell.parse(command)
+                continue
+            unused = [one for one in unused if with_options(command, (one,)) == command]
+            command = with_options(command, block.added)
+            shell.run(command)
+        except CommandError as error:
+            return f"line {block.line + 1 + offset}: {command}\n{error}"
+    if not commands:
+        return "no command in this block"
+    if "options only" in block.reasons and not parsed:
+        return "'options only' above a block without a recipe's command"
+    return f"'add' finds no command of its recipe in the block: {unused}" if unused else None
+
+
+def opened(namespace: dict[str, Any]) -> None:
+    """The namespace of a page that begins."""
+    namespace |= {"__name__": "example", PAGE: Page()}
+
+
+PAGE = "__page__"
+PAGES = Sybil(
+    [examples_in], path=str(ROOT), patterns=["*.md"], setup=opened, teardown=lambda namespace: namespace[PAGE].close()
+)
+
+
+@cache
+def runs_recipes(document: Document) -> bool:
+    """Whether the page takes more than seconds."""
+    return any(
+        ends_of_recipes(block.code) for block in blocks_of(document) if block.how == "shell" and not block.reasons
+    )

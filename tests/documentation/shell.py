@@ -17,11 +17,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from documentation.pages import ROOT, Directive
-
+ROOT = Path(__file__).parents[2]
 LIMIT = 600
 """Seconds that a command may take."""
 MODULES = {"torchrun": "torch.distributed.run", "accelerate": "accelerate.commands.accelerate_cli"}
+LAUNCHERS = {
+    "torchrun": ("torch.distributed.run", "get_args_parser", []),
+    "accelerate": ("accelerate.commands.launch", "launch_command_parser", ["launch"]),
+}
+"""Module and function of a launcher's own parser, and the word before its options."""
 RECIPE = re.compile(r"(?<![\w/.-])(?:\./)?recipes/(\w+)\.py(?=\s|$|[;&|)])")
 
 
@@ -78,10 +82,10 @@ def ends_of_recipes(command: str) -> list[tuple[str, int]]:
     return found
 
 
-def with_options(command: str, directives: tuple[Directive, ...]) -> str:
-    """The command with the options of ``add`` behind the recipes that they are meant for."""
+def with_options(command: str, added: tuple[tuple[str | None, str], ...]) -> str:
+    """The command with options behind the recipes that they are meant for, None for every one."""
     for recipe, end in reversed(ends_of_recipes(command)):
-        options = [one.text for one in directives if one.kind == "add" and one.recipe in (None, recipe)]
+        options = [text for one, text in added if one in (None, recipe)]
         if options:
             command = f"{command[:end]} {' '.join(options)}{command[end:]}"
     return command
@@ -132,10 +136,9 @@ class Shell(Terminal):
         refusal = "an example installs nothing; put <!-- example: not run: installs packages --> above"
         script(programs / "pip", f"echo '{refusal}' >&2; exit 1")
         path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-        environment = os.environ | {"PATH": path, "MPLBACKEND": "Agg", "COLUMNS": "100"}
+        environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg", "COLUMNS": "100"}
         environment.setdefault("OMP_WAIT_POLICY", "passive")  # with several threads on a busy machine
-        for name in ("PYTEST_CURRENT_TEST", "PYTHONPATH"):
-            environment.pop(name, None)
+        environment.pop("PYTEST_CURRENT_TEST", None)
         super().__init__(folder, state, environment, LIMIT)
 
     def run(self, command: str) -> str:
@@ -182,55 +185,45 @@ def script(path: Path, text: str) -> None:
 def parse_call(words: list[str]) -> None:
     """Parse the options of a recipe, and before them those of what starts it."""
     program, *rest = words
-    if program == "torchrun":
-        from torch.distributed.run import get_args_parser
-
-        given = silently(lambda: get_args_parser().parse_args(rest))
-        path, options = given.training_script, given.training_script_args
-    elif program == "accelerate":
-        from accelerate.commands.launch import launch_command_parser
-
-        if rest[:1] != ["launch"]:
-            raise CommandError(f"accelerate launch is what starts a recipe, got accelerate {' '.join(rest[:1])}")
-        given = silently(lambda: launch_command_parser().parse_args(rest[1:]))
-        path, options = given.training_script, given.training_script_args
-    else:
-        path, options = (rest[0], rest[1:]) if rest else ("", [])
+    if program in LAUNCHERS:
+        module, function, first = LAUNCHERS[program]
+        if rest[: len(first)] != first:
+            raise CommandError(f"{' '.join([program, *first])} is what starts a recipe, got {' '.join(words[:2])}")
+        launcher = getattr(importlib.import_module(module), function)()
+        given = silently(lambda: launcher.parse_args(rest[len(first) :]))
+        rest = [given.training_script, *given.training_script_args]
+    path, options = (rest[0], rest[1:]) if rest else ("", [])
     if not re.fullmatch(r"(\./)?recipes/\w+\.py", path):
         raise CommandError(f"'options only' takes commands of recipes/*.py, got {' '.join(words)}")
     if not (ROOT / path).is_file():
         raise CommandError(f"{path} does not exist")
     recipe = recipe_module(Path(path).stem)  # loaded outside, where what it sets up for its messages keeps its streams
-    silently(lambda: recipe.main([*options, "--print_config"]), ends=True)
+    if silently(lambda: recipe.main([*options, "--print_config"]), recipe) is not recipe:
+        raise CommandError("the recipe went on with --print_config instead of printing its options")
 
 
 @cache
 def recipe_module(name: str) -> ModuleType:
     """A recipe as a module."""
     spec = importlib.util.spec_from_file_location(f"documentation_recipe_{name}", ROOT / "recipes" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
 
 
-def silently(parse: Callable[[], Any], *, ends: bool = False) -> Any:
-    """Call a parser; what it prints is the reason where it refuses. One that ``ends`` exits with 0 if all is well."""
+def silently(parse: Callable[[], Any], ended: Any = None) -> Any:
+    """Call a parser; what it prints is the reason where it refuses. ``ended`` is returned for exit code 0, if given."""
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         try:
-            result = parse()
+            return parse()
         except SystemExit as stop:
-            if ends and stop.code in (0, None):
-                return None
+            if ended is not None and stop.code in (0, None):
+                return ended
             raise CommandError(said.getvalue() or str(stop)) from stop
         except Exception as error:
             raise CommandError(f"{type(error).__name__}: {error}") from error
-    if ends:
-        raise CommandError("the recipe went on with --print_config instead of printing its options")
-    return result
 
 
 def check_names(code: str) -> None:

@@ -1,110 +1,104 @@
-"""Links, images and navigation of the documentation."""
+"""Links and images of README and docs in the repository; those of the site are checked by ``mkdocs build --strict``."""
 
-import pydoc
+import re
+from dataclasses import dataclass, field
+from functools import cache
+from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import markdown
 import pytest
 from documentation.pages import ROOT, documentation_pages, name_of
-from documentation.views import DOCS, OBJECTS, View, hook, included, navigation, view
 
 PAGES = documentation_pages()
-SITE = [page for page in PAGES if page.is_relative_to(DOCS)]
+DOCS = ROOT / "docs"
 IMAGES = sorted(path for path in DOCS.rglob("*") if path.suffix in (".png", ".svg", ".jpg", ".jpeg", ".gif", ".webp"))
 
 
-def broken(page, seen, *, site, root):
+@dataclass
+class View(HTMLParser):
+    """What a page holds, as a browser would read it."""
+
+    text: str
+    links: list[str] = field(default_factory=list)
+    images: list[str] = field(default_factory=list)
+    anchors: set[str] = field(default_factory=set)
+
+    def __post_init__(self):
+        super().__init__()
+        self.feed(markdown.markdown(self.text, extensions=["toc", "tables", "fenced_code"]))
+
+    def handle_starttag(self, tag, attrs):
+        values = {name: value or "" for name, value in attrs}
+        self.links += [values["href"]] if tag == "a" else []
+        self.images += [values["src"]] if tag == "img" else []
+        self.anchors |= {values["id"]} if "id" in values else set()
+
+    def commands(self):
+        """Scripts of the repository in blocks and inline code."""
+        return re.findall(r"\b(?:recipes|tests)/[\w/]+\.py\b", self.text)
+
+
+@cache
+def view(page):
+    return View(re.sub(r"^( *)```(\w+).*$", r"\1```\2", page.read_text(encoding="utf-8"), flags=re.MULTILINE))
+
+
+def broken(page, seen):
     """What is wrong with a page's links, a line each."""
-    return [f"{name_of(page)}: {link}: {fault}" for link in [*seen.links, *seen.images]
-            if (fault := fault_of(page, link, site=site, root=root))]  # fmt: skip
+    faults = ((link, fault_of(page, link, seen)) for link in [*seen.links, *seen.images])
+    return [f"{name_of(page)}: {link}: {fault}" for link, fault in faults if fault]
 
 
-def fault_of(page, link, *, site, root):
+def fault_of(page, link, seen):
     parts = urlsplit(link)
     if parts.scheme or parts.netloc:
         right = parts.scheme == "https" and "." in parts.netloc and not set(link) & set(" <>\"'`")
         return None if right else "an address elsewhere begins with https:// and a host"
     target = (page.parent / unquote(parts.path)).resolve() if parts.path else page
-    if not target.is_relative_to(root):
-        return f"leads out of {root.name}, where the site has nothing"
-    if not (target.is_file() if site else target.exists()):
+    if not target.is_relative_to(ROOT):
+        return "leads out of the repository"
+    if not target.exists():
         return "no such file"
-    if parts.fragment and not has_anchor(target, unquote(parts.fragment), site=site):
-        return "no such heading"
+    of_the_site = target.name == "api.md" and parts.fragment.startswith("sj_robust.")
+    if parts.fragment and not of_the_site:
+        anchors = seen.anchors if target == page else view(target).anchors if target.suffix == ".md" else ()
+        return None if unquote(parts.fragment) in anchors else "no such heading"
     return None
 
 
-def has_anchor(target, anchor, *, site):
-    if target.suffix != ".md":
-        return False
-    if anchor in view(target, site=site and target.is_relative_to(DOCS)).anchors:
-        return True
-    documented = OBJECTS.findall(target.read_text(encoding="utf-8"))
-    return any(anchor == name or anchor.startswith(f"{name}.") for name in documented) and bool(pydoc.locate(anchor))
-
-
 @pytest.mark.parametrize("page", PAGES, ids=name_of)
-def test_links_in_the_repository(page):
-    assert broken(page, view(page, site=False), site=False, root=ROOT) == []
+def test_links(page):
+    assert broken(page, view(page)) == []
 
 
-@pytest.mark.parametrize("page", SITE, ids=name_of)
-def test_links_on_the_site(page):
-    assert broken(page, view(page), site=True, root=DOCS) == []
+def test_what_is_found_and_what_is_right():
+    page, right = DOCS / "compatibility.md", "[a](concepts/figures.md#does-mppd-tell-the-intensity) [a](#b_1)"
+    right += " ![a](concepts/figures/rho.png) <https://arxiv.org/x> [a](api.md#sj_robust.neuron.DLIFNode)\n\n# b\n\n# b"
+    assert broken(page, View(right)) == []
+    for text, fault in {
+        "[a](nowhere.md)": "no such file",
+        "[a](concepts/method.md#nowhere)": "no such heading",
+        "[a](#nowhere)": "no such heading",
+        "![a](concepts/figures/nowhere.png)": "no such file",
+        "[a](../../README.md)": "leads out",
+        "[a](http://arxiv.org/abs/2405.20694)": "https",
+        "<https://localhost>": "https",
+    }.items():
+        assert [fault in said for said in broken(page, View(text))] == [True], text
 
 
-def test_readmes_are_pages_of_the_site():
-    for page, (source, _) in hook().PAGES.items():
-        assert len(view(DOCS / page).links) >= len(view(ROOT / source, site=False).links) - 1  # CITATION.cff is no page
-        assert len(view(DOCS / page).anchors) == len(view(ROOT / source, site=False).anchors) > 3
-
-
-def test_every_page_is_in_the_navigation_once():
-    entries = navigation()
-    assert len(entries) == len(set(entries))
-    assert {DOCS / entry for entry in entries} == set(SITE) - included()
-
-
-@pytest.mark.parametrize("image", IMAGES, ids=name_of)
-def test_an_image_is_shown_beside_the_command_that_makes_it(image):
-    showing = [page for page in SITE if any((page.parent / name).resolve() == image for name in view(page).images)]
-    assert showing, "no page shows it; remove it, or show it"
-    assert any(view(page).commands() for page in showing), f"no command of recipes/ or tests/ on {showing}"
-
-
-def test_commands_beside_images_exist():
-    for page in SITE:
-        for name in view(page).commands() if view(page).images else ():
-            assert (ROOT / name).is_file(), f"{name_of(page)}: {name}"
-
-
-@pytest.mark.parametrize(
-    ("text", "fault"),
-    [
-        ("[a](nowhere.md)", "no such file"),
-        ("[a](concepts/method.md#nowhere)", "no such heading"),
-        ("[a](#nowhere)", "no such heading"),
-        ("![a](concepts/figures/nowhere.png)", "no such file"),
-        ("[a](../recipes/README.md)", "leads out of docs"),
-        ("[a](http://arxiv.org/abs/2405.20694)", "https"),
-        ("<https://localhost>", "https"),
-        ("[a](api.md#sj_robust.neuron.DLIFNode.nothing)", "no such heading"),
-    ],
-)
-def test_what_is_found(text, fault):
-    [said] = broken(DOCS / "compatibility.md", View(text), site=True, root=DOCS)
-    assert fault in said
-    assert said.startswith("docs/compatibility.md: ")
-
-
-def test_what_is_right():
-    text = "[a](concepts/figures.md#does-mppd-tell-the-intensity) ![a](concepts/figures/rho.png) <https://arxiv.org/x>"
-    assert (
-        broken(DOCS / "compatibility.md", View(f"{text} [a](api.md#sj_robust.neuron.DLIFNode)"), site=True, root=DOCS)
-        == []
-    )
-    assert View("# A\n\n## A\n\n```python\nx = 1\n```\n\n`recipes/a.py`").commands() == ["recipes/a.py"]
-    assert View("# A b\n\n## A b").anchors == {"a-b", "a-b_1"}
+def test_images_are_shown_beside_the_command_that_makes_them():
+    showing = {
+        image: [p for p in PAGES if image in {(p.parent / name).resolve() for name in view(p).images}]
+        for image in IMAGES
+    }
+    for image, pages in showing.items():
+        assert pages, f"no page shows {name_of(image)}; remove it, or show it"
+        assert any(view(page).commands() for page in pages), f"no command of recipes/ or tests/ beside {name_of(image)}"
+        for name in (name for page in pages for name in view(page).commands()):
+            assert (ROOT / name).is_file(), name
 
 
 def test_paths_are_no_folders_of_a_machine():

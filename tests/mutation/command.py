@@ -23,10 +23,10 @@ ROOT = Path(__file__).resolve().parents[2]
 SCORES = Path(__file__).with_name("scores.json")
 SURVIVORS = Path(__file__).with_name("survivors.json")
 PACKAGES: dict[str, dict[str, Any]] = {  # folder of sj_robust: tests that answer for it, and those left out
-    "perturbation": {"tests": ["tests/perturbation", "tests/test_fusion.py", "sj_robust/perturbation"]},
+    "perturbation": {"tests": ["tests/perturbation", "tests/neuron/test_fusion.py", "sj_robust/perturbation"]},
     "stability": {"tests": ["tests/stability", "sj_robust/stability"]},
     "ops": {
-        "tests": ["tests/ops", "tests/test_fusion.py", "sj_robust/ops"],
+        "tests": ["tests/ops", "tests/neuron/test_fusion.py", "sj_robust/ops"],
         "left out": ["tests/ops/cuda/test_shim.py", "tests/ops/cuda/test_nvrtc.py"],  # of the CUDA text, not of Python
         "in child processes": {"sj_robust/ops/heap.py": "tests/ops/test_heap.py"},  # file, and who runs it out of sight
     },

@@ -1,23 +1,53 @@
-"""The tool that runs the examples: it fails where a page is wrong, and says on which line."""
+"""The examples' Sybil: every page is a test, and one that is wrong fails, with the line."""
 
 import re
-import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
-from documentation import examples, shell
-from documentation.pages import DIRECTIVES, PageError, blocks_of
-from documentation.shell import CommandError, check_names, ends_of_recipes, logical_lines, with_options
+from documentation import shell
+from documentation.pages import PAGES, ROOT, PageError, blocks_of, documentation_pages, name_of
+from documentation.shell import logical_lines, with_options
+from sybil import Document
+from sybil.example import SybilFailure
 
-TOOL = Path(examples.__file__)
+
+def test_pytest_finds_every_page():
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pytest"]["ini_options"]
+    for page in documentation_pages():
+        assert any(page.is_relative_to(ROOT / name) for name in options["testpaths"]), name_of(page)
+        assert PAGES.should_parse(page)
 
 
-def page_of(folder, text):
-    path = folder / "page.md"
-    path.write_text(text, encoding="utf-8")
-    return path
+def run(folder, text):
+    """Run a page as pytest does, up to what is wrong with it."""
+    (folder / "page.md").write_text(text, encoding="utf-8")
+    document = PAGES.parse(folder / "page.md")
+    PAGES.setup(document.namespace)
+    try:
+        for example in document:
+            example.evaluate()
+    finally:
+        PAGES.teardown(document.namespace)
+
+
+def line_of(error):
+    """The line that a reader of pytest's report is led to."""
+    if isinstance(error, PageError):
+        return int(re.match(r"page\.md:(\d+): ", str(error))[1])
+    if isinstance(error, SybilFailure):
+        within = re.match(r"line (\d+): ", error.result)
+        return int(within[1]) if within else error.example.line
+    if isinstance(error, SyntaxError):
+        return error.lineno
+    places = []
+    trace = error.__traceback__
+    while trace:
+        places += [trace.tb_lineno] if trace.tb_frame.f_code.co_filename.endswith("page.md") else []
+        trace = trace.tb_next
+    return places[-1]
 
 
 def fence(language, *lines, above=()):
@@ -35,17 +65,17 @@ RIGHT += fence("python", "import mine", "assert mine.f.__module__ == 'mine'", "a
 
 def test_a_page_that_is_right(tmp_path):
     before = (Path.cwd(), list(sys.path))
-    examples.run_page(page_of(tmp_path, RIGHT))
+    run(tmp_path, RIGHT)
     assert (Path.cwd(), sys.path) == before
     assert "mine" not in sys.modules
 
 
+OPTIONS_ONLY, NOT_RUN = "<!-- example: options only: needs data -->", "<!-- example: not run: slow -->"
 WRONG = {
-    "python": (fence("python", "x = 1", "x / 0"), 5, r"block at line 3: x / 0\n.*ZeroDivisionError"),
-    "exit": (fence("python", "raise SystemExit(0)"), 4, "SystemExit"),
-    "warning": (fence("python", "import warnings", "warnings.warn('old')"), 5, "UserWarning: old"),
+    "python": (fence("python", "x = 1", "x / 0"), 5, "division by zero"),
+    "exit": (fence("python", "raise SystemExit(0)"), 4, "0"),
+    "warning": (fence("python", "import warnings", "warnings.warn('old')"), 5, "old"),
     "syntax": (fence("python", "x = 1", "x = = 1"), 5, "invalid syntax"),
-    "said": (fence("python", "print('seen before')", "x / 0"), 5, "seen before"),
     "pycon": (fence("pycon", ">>> x = 2", ">>> x", "3"), 5, r"Expected:\n *3\nGot:\n *2"),
     "no session": (fence("pycon", "x = 2"), 3, "no >>>"),
     "bash": (fence("bash", "true", "", "echo before; exit 3"), 6, r"echo before; exit 3\nexit code 3\nbefore"),
@@ -58,28 +88,28 @@ WRONG = {
     "language": (fence("console", "$ true"), 3, "language 'console' of this block; take one of python"),
     "no language": (fence("", "true"), 3, "language 'missing'"),
     "no end": ("```python\nx = 1\n", 1, "no end"),
-    "unknown directive": (fence("bash", "true", above=["<!-- example: skip: slow -->"]), 3, "'skip: slow'"),
+    "unknown directive": (fence("bash", "true", above=["<!-- example: skip: x -->"]), 3, "'skip: x'; there are add"),
     "directive of lines": (fence("bash", "true", above=["<!-- example: add", "-->"]), 3, "one line"),
     "no options": (fence("bash", "python recipes/sweep.py", above=["<!-- example: add -->"]), 3, "unknown directive"),
     "no reason": (fence("bash", "true", above=["<!-- example: not run -->"]), 3, "needs a reason"),
     "empty reason": (fence("bash", "true", above=["<!-- example: options only: -->"]), 3, "needs a reason"),
-    "no block": (fence("bash", "true", above=["<!-- example: not run: slow -->", ""]), 3, "no block"),
-    "no block at the end": ("<!-- example: not run: slow -->\n", 1, "no block"),
-    "nothing to do": (fence("text", "x", above=["<!-- example: not run: slow -->"]), 4, "not run anyway"),
+    "no block": (fence("bash", "true", above=[NOT_RUN, ""]), 3, "no block"),
+    "no block at the end": (f"{NOT_RUN}\n", 1, "no block"),
+    "nothing to do": (fence("text", "x", above=[NOT_RUN]), 4, "not run anyway"),
     "add to python": (fence("python", "x = 1", above=["<!-- example: add --x 1 -->"]), 4, "only 'not run'"),
-    "add to nothing": (fence("bash", "true", above=["<!-- example: add --epochs 1 -->"]), 3, "finds no command"),
+    "add to nothing": (fence("bash", "true", above=["<!-- example: add --x 1 -->"]), 4, "finds no command.*--x 1"),
     "add to another": (
-        fence("bash", "echo recipes/sweep.py", above=["<!-- example: add to figures.py: --images 1 -->"]),
-        3,
-        "finds no command",
+        fence("bash", "echo recipes/sweep.py", above=["<!-- example: add to figures.py: --images 1 -->"]), 4, "finds no"
     ),
-    "two": (
-        fence("bash", "true", above=["<!-- example: not run: slow -->", "<!-- example: options only: slow -->"]),
-        5,
-        "exclude each other",
-    ),
-}
-OPTIONS_ONLY = "<!-- example: options only: needs data -->"
+    "two": (fence("bash", "true", above=[NOT_RUN, OPTIONS_ONLY]), 5, "exclude each other"),
+    "python not run": (fence("python", "x = = 1", above=[NOT_RUN]), 4, "in a block that is not run: invalid syntax"),
+    "name": (fence("python", "from sj_robust.data import cats", above=[NOT_RUN]), 4, "sj_robust.data has no cats"),
+    "extra": (fence("bash", "pip install -e '.[recipes,tests]'", above=[NOT_RUN]), 4, "no extra 'tests'"),
+    "extra of the package": (fence("bash", "pip install 'sj_robust[gpu]'", above=[NOT_RUN]), 4, "no extra 'gpu'"),
+    "recipe": (fence("bash", "python recipes/train.py", above=[NOT_RUN]), 4, "recipes/train.py does not exist"),
+    "configuration": (fence("bash", "a --config recipes/configs/x.yaml", above=[NOT_RUN]), 4, "x.yaml does not exist"),
+    "test": (fence("bash", "pytest tests/nowhere.py", above=[NOT_RUN]), 4, "tests/nowhere.py does not exist"),
+}  # fmt: skip
 REFUSED = {
     "unknown": ("python recipes/adv_train.py --epochz 1", "epochz"),
     "wrong value": ("python recipes/adv_train.py --epochs many", "many"),
@@ -95,25 +125,30 @@ REFUSED = {
     "other module": ("python -m pytest", "commands of recipes/"),
     "no recipe": ("true", "without a recipe's command"),
 }
+WRONG |= {
+    f"options only, {name}": (
+        fence("bash", command, above=[OPTIONS_ONLY]),
+        4 if command == "true" else 5,
+        re.escape(said),
+    )
+    for name, (command, said) in REFUSED.items()
+}
 
 
 @pytest.mark.parametrize(("text", "line", "message"), WRONG.values(), ids=WRONG)
 def test_a_page_that_is_wrong(text, line, message, tmp_path):
-    with pytest.raises((PageError, examples.ExampleError)) as error:
-        examples.run_page(page_of(tmp_path, text))
-    assert str(error.value).startswith(f"page.md:{line}: ")
-    assert re.search(message, str(error.value), re.DOTALL)
+    with pytest.raises(BaseException, match=f"(?s){message}") as error:
+        run(tmp_path, text)
+    assert line_of(error.value) == line
 
 
-@pytest.mark.parametrize(("command", "message"), REFUSED.values(), ids=REFUSED)
-def test_options_that_a_recipe_does_not_take(command, message, tmp_path):
-    text = fence("bash", command, above=[OPTIONS_ONLY])
-    with pytest.raises(examples.ExampleError, match=re.escape(message)) as error:
-        examples.run_page(page_of(tmp_path, text))
-    assert str(error.value).startswith(f"page.md:{4 if command == 'true' else 5}: ")
-
-
-def test_options_that_a_recipe_takes(tmp_path):
+def test_what_is_right_in_blocks_that_are_not_run(tmp_path):
+    installs = [
+        "pip install -e '.[recipes, test]' numpy[nothing]",
+        "python recipes/adv_train.py --config mine/tests/x.py",
+    ]
+    run(tmp_path, fence("bash", *installs, above=[NOT_RUN]))
+    run(tmp_path, fence("python", "from sj_robust import training", "import x", above=[NOT_RUN]))
     commands = [
         "for s in 0 1; do",
         "  python recipes/adv_train.py --seed $s --dataset image_folder:PATH --resume",
@@ -124,14 +159,13 @@ def test_options_that_a_recipe_takes(tmp_path):
         "accelerate launch --num_processes 4 recipes/adv_train.py --config recipes/configs/fashion_mnist.yaml",
         "python recipes/benchmark.py --what conv4",
     ]
-    examples.run_page(page_of(tmp_path, fence("bash", *commands, above=[OPTIONS_ONLY])))
+    run(tmp_path, fence("bash", *commands, above=[OPTIONS_ONLY]))
 
 
 def test_a_command_that_takes_too_long_is_ended_with_all_it_started(tmp_path, monkeypatch):
     monkeypatch.setattr(shell, "LIMIT", 1)
-    text = fence("bash", f"(sleep 2; touch {tmp_path}/left) & sleep 60")
-    with pytest.raises(examples.ExampleError, match="(?s)page.md:4: .*took longer than 1 s"):
-        examples.run_page(page_of(tmp_path, text))
+    with pytest.raises(SybilFailure, match="line 4: .*\ntook longer than 1 s"):
+        run(tmp_path, fence("bash", f"(sleep 2; touch {tmp_path}/left) & sleep 60"))
     time.sleep(2)
     assert not (tmp_path / "left").exists()
 
@@ -139,14 +173,11 @@ def test_a_command_that_takes_too_long_is_ended_with_all_it_started(tmp_path, mo
 def test_all_faults_of_a_page_are_named_before_anything_runs(tmp_path):
     text = fence("python", "1 / 0") + fence("shell", "x") + fence("bash", "true", above=["<!-- example: fast -->"])
     with pytest.raises(PageError) as error:
-        blocks_of(page_of(tmp_path, text))
+        run(tmp_path, text)
     assert [line.partition(": ")[0] for line in str(error.value).splitlines()] == ["page.md:8", "page.md:13"]
-    assert all(kind in str(error.value) for kind in DIRECTIVES)
 
 
-def test_options_are_added_behind_the_recipe(tmp_path):
-    above = ["<!-- example: add --epochs 1 -->", "<!-- example: add to evaluate.py: --suite fast -->"]
-    [block] = blocks_of(page_of(tmp_path, fence("bash", "true", above=above)))
+def test_options_are_added_behind_the_recipe():
     for command in (
         "python recipes/adv_train.py<>",
         "python recipes/adv_train.py --lr 1<>   # why; how",
@@ -154,11 +185,11 @@ def test_options_are_added_behind_the_recipe(tmp_path):
         "for i in 1; do\n  python recipes/adv_train.py<>\ndone",
         "a recipes/adv_train.py \\\n  --b<> && c recipes/evaluate.py x<fast>",
         "python other/recipes/adv_train.py",
+        "cat recipes/README.md",
     ):
         expected = command.replace("<>", " --epochs 1").replace("<fast>", " --epochs 1 --suite fast")
         command = command.replace("<>", "").replace("<fast>", "")
-        assert with_options(command, block.directives) == expected
-    assert ends_of_recipes("cat recipes/README.md") == []
+        assert with_options(command, ((None, "--epochs 1"), ("evaluate", "--suite fast"))) == expected
 
 
 def test_logical_lines():
@@ -175,45 +206,9 @@ def test_logical_lines():
     assert logical_lines("\na\n\n  b\n") == [(1, "a"), (3, "  b")]
 
 
-def test_what_a_block_that_is_not_run_names_exists(tmp_path):
-    above = ["<!-- example: not run: installs packages -->"]
-    right = ["pip install -e '.[recipes, test]' numpy[nothing]", "python recipes/adv_train.py --config mine/tests/x.py"]
-    examples.run_page(page_of(tmp_path, fence("bash", *right, above=above)))
-    examples.run_page(page_of(tmp_path, fence("python", "from sj_robust import training", "import x", above=above)))
-    for line, message in {
-        "x = = 1": "invalid syntax",
-        "from sj_robust.data import load_pictures": "sj_robust.data has no load_pictures",
-    }.items():
-        with pytest.raises(examples.ExampleError, match=f"page.md:4: in a block that is not run: {message}"):
-            examples.run_page(page_of(tmp_path, fence("python", line, above=above)))
-    for line, message in {
-        "pip install -e '.[recipes,tests]'": "no extra 'tests'",
-        "pip install 'sj_robust[gpu]'": "no extra 'gpu'",
-        "python recipes/train.py": "recipes/train.py does not exist",
-        "python recipes/adv_train.py --config recipes/configs/x.yaml": "recipes/configs/x.yaml does not exist",
-        "python -m pytest tests/nowhere.py": "tests/nowhere.py does not exist",
-    }.items():
-        with pytest.raises(CommandError, match=message):
-            check_names(line)
-        with pytest.raises(examples.ExampleError, match=f"page.md:4: in a block that is not run: .*{message}"):
-            examples.run_page(page_of(tmp_path, fence("bash", line, above=above)))
-
-
-def test_blocks_in_lists_and_longer_fences(tmp_path):
-    text = "- item\n\n  ```python\n  if True:\n      x = 1\n  ```\n\n````text\n```c\n<!-- example: x -->\n```\n````\n"
-    one, two = blocks_of(page_of(tmp_path, text))
-    assert (one.code, one.line) == ("if True:\n    x = 1\n", 3)
+def test_blocks_in_lists_and_longer_fences():
+    text = "## A\n- item\n\n  ```python\n  if True:\n      x = 1\n  ```\n\n"
+    text += "````text\n```c\n<!-- example: x -->\n```\n````\n"
+    one, two = blocks_of(Document(text, "page.md"))
+    assert (one.code, one.line, one.heading) == ("if True:\n    x = 1\n", 4, "A")
     assert two.code.count("\n") == 3
-
-
-def test_the_command_says_which_page_failed(tmp_path):
-    right, wrong = tmp_path / "right.md", tmp_path / "wrong.md"
-    right.write_text(fence("python", "assert True"))
-    wrong.write_text(fence("bash", "echo here; false"))
-    done = subprocess.run(
-        [sys.executable, str(TOOL), str(right), str(wrong)], capture_output=True, text=True, cwd=tmp_path, check=False
-    )
-    assert done.returncode == 1
-    for text in ("passed right.md", "FAILED wrong.md", "wrong.md:4: ", "exit code 1\nhere", "1 of 2 pages passed"):
-        assert text in done.stdout
-    assert examples.main([str(right)]) == 0

@@ -1,0 +1,33 @@
+"""README and docs are tests as well; parallel tests take one thread each, and coverage keeps its tracer."""
+
+import os
+import sys
+
+import pytest
+from documentation.pages import PAGES, runs_recipes
+from sybil.integration.pytest import SybilItem
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, one for each core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+pytest_collect_file = PAGES.pytest()
+collect_ignore_glob = ["docs/*.py", "docs/*/*.py"]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """A page is quick or slow as a whole, since its blocks need each other."""
+    for item in items:
+        if isinstance(item, SybilItem) and runs_recipes(item.example.document):
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item, nextitem):
+    """Gives back the tracer that stood before the test: pyautoattack and torch.compile take it away."""
+    tracer = sys.gettrace()
+    try:
+        return (yield)
+    finally:
+        if sys.gettrace() is not tracer:
+            sys.settrace(tracer)
