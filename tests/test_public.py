@@ -133,8 +133,14 @@ def test_name_is_described(module, name):
 
 
 def undescribed(names, docstring):
-    """Names that have no line of their own in a docstring."""
-    return [name for name in names if not re.search(rf"^ +\*{{0,2}}{name}: \S", docstring, flags=re.MULTILINE)]
+    """Names that have no line of their own in a docstring, nor in that of the module whose contract it takes over."""
+    for module in re.findall(r"are those of\s+:mod:`([\w.]+)`", docstring):
+        docstring += importlib.import_module(module).__doc__
+    return [
+        name
+        for name in names
+        if not re.search(rf"^ +\*{{0,2}}{name}: \S|^- ``{name}``: \S", docstring, flags=re.MULTILINE)
+    ]
 
 
 def is_constant_described(module, name):

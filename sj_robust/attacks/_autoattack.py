@@ -10,8 +10,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from sj_robust.attacks._pyautoattack import Ball, Log, Network, Settings, as_images, library, runs, square_run
+from sj_robust.attacks._pyautoattack import Log, Network, Settings, as_images, library, runs, square_run
 from sj_robust.attacks.call import Model, Objective
+from sj_robust.attacks.threat import ThreatModel
 from sj_robust.randomness import Private, SampleDraws, SampleSeeds, draw_seed, seeded_globals
 
 __all__ = ["ATTACKS", "VERSIONS", "AutoAttackWarning", "run_attacks", "search_squares"]
@@ -34,7 +35,7 @@ VERSIONS = {
 
 @torch.no_grad()
 def run_attacks(
-    model: Model, x: Tensor, y: Tensor, *, ball: Ball, settings: Settings, private: Private
+    model: Model, x: Tensor, y: Tensor, *, ball: ThreatModel, settings: Settings, private: Private
 ) -> tuple[Tensor, list[str]]:
     """Images that fool where an attack found some, ``x`` elsewhere; and what the library has to say."""
     network, log, x_adv = Network(model, x.dtype), Log(), x.clone()
@@ -57,7 +58,7 @@ def run_attacks(
                 if len(rows) == 0:
                     break
                 picked = None if seeds is None else seeds.rows(rows).derived(name, number)
-                found = ball.project(_finite(run(x[rows], y[rows], picked), name), x[rows])
+                found = ball.project(x[rows], _finite(run(x[rows], y[rows], picked), name))
                 fooled = ~network.right(found, y[rows])
                 x_adv[rows[fooled]] = found[fooled]
                 standing[rows[fooled]] = False
@@ -67,7 +68,7 @@ def run_attacks(
 
 
 @torch.no_grad()
-def search_squares(model: Model, x: Tensor, y: Tensor, *, ball: Ball, queries: int, private: Private) -> Tensor:
+def search_squares(model: Model, x: Tensor, y: Tensor, *, ball: ThreatModel, queries: int, private: Private) -> Tensor:
     """Best images of the Square Attack; ``x`` where the model is wrong already."""
     network, x_adv, seeds = Network(model, x.dtype), x.clone(), _sample_seeds(private)
     rows = (_clean_logits(network, x, y).argmax(1) == y).nonzero().squeeze(1)
@@ -75,7 +76,7 @@ def search_squares(model: Model, x: Tensor, y: Tensor, *, ball: Ball, queries: i
         picked = None if seeds is None else seeds.rows(rows).derived("square", 0)
         with seeded_globals(draw_seed(private), x.device):
             found = square_run(network, ball, queries)(x[rows], y[rows], picked)
-        x_adv[rows] = ball.project(found, x[rows])
+        x_adv[rows] = ball.project(x[rows], found)
     return x_adv
 
 

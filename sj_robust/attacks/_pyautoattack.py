@@ -19,10 +19,10 @@ from torch.overrides import TorchFunctionMode
 from sj_robust.attacks._square import break_ties, square_rows
 from sj_robust.attacks.call import Model
 from sj_robust.attacks.checks import check_logits
-from sj_robust.attacks.projection import linf_bounds, project_l2
+from sj_robust.attacks.threat import ThreatModel
 from sj_robust.randomness import SampleDraws, SampleSeeds, rand, randn
 
-__all__ = ["Ball", "Log", "Network", "Run", "Settings", "as_images", "library", "runs", "square_run"]
+__all__ = ["Log", "Network", "Run", "Settings", "as_images", "library", "runs", "square_run"]
 
 _ITERATIONS = 100
 _TARGETS = 9
@@ -99,20 +99,6 @@ def _evidently_logits(logits: object, images: Tensor) -> bool:
     return logits.is_floating_point() and math.isfinite(float(logits.detach().sum()))
 
 
-@dataclass(frozen=True)
-class Ball:
-    """Norm and radius."""
-
-    norm: str
-    eps: float
-
-    def project(self, images: Tensor, x: Tensor) -> Tensor:
-        """Images in the dtype of ``x``, in its ball and in [0, 1], exactly."""
-        if self.norm == "L2":
-            return project_l2(images, x, eps=self.eps)
-        return images.to(x.dtype).clamp(*linf_bounds(x, eps=self.eps))
-
-
 class Log:
     """What the library takes for a logger: warnings are kept, progress is dropped."""
 
@@ -134,7 +120,9 @@ class Log:
         ]
 
 
-def runs(name: str, network: Network, ball: Ball, settings: Settings, *, classes: int, log: Log) -> Iterator[Run]:
+def runs(
+    name: str, network: Network, ball: ThreatModel, settings: Settings, *, classes: int, log: Log
+) -> Iterator[Run]:
     """The runs of an attack one after the other: restarts or target classes."""
     targets = range(2, min(_TARGETS, classes - 1) + 2)  # places among the sorted logits
     if name == "square":
@@ -164,7 +152,7 @@ def runs(name: str, network: Network, ball: Ball, settings: Settings, *, classes
             yield from (partial(_fab_run, fab, None, restart=restart) for restart in range(settings.fab_restarts))
 
 
-def square_run(network: Network, ball: Ball, queries: int) -> Run:
+def square_run(network: Network, ball: ThreatModel, queries: int) -> Run:
     """Square Attack on images that are classified right: the library's, or ours where seeds are per sample.
 
     Ours also takes images that are not float32, so as to search where it ends, and heights for which the library's L2

@@ -7,12 +7,12 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from sj_robust.attacks._walk import Walk, border_point, checkpoints, climb
-from sj_robust.attacks.call import Best, Loss, Model, Objective, checked_copies, crafting
+from sj_robust.attacks._ascent import Ascent, restart_points
+from sj_robust.attacks.call import Best, Loss, Model, Objective, Randomness, checked_copies, crafting
 from sj_robust.attacks.checks import check_count
 from sj_robust.attacks.logits import likeliest_wrong, of_class, without
-from sj_robust.attacks.projection import Norm, checked_radius, direction, per_sample
-from sj_robust.randomness import SampleSeeds
+from sj_robust.attacks.projection import Norm, direction, per_sample
+from sj_robust.attacks.threat import ThreatModel, ball_threat
 
 __all__ = ["apgd"]
 
@@ -36,7 +36,7 @@ def apgd(
     target_classes: int = 9,
     eot_samples: int = 1,
     keep_best: bool = True,
-    generator: torch.Generator | SampleSeeds | None = None,
+    generator: Randomness = None,
 ) -> Tensor:
     """Auto-PGD: gradient ascent with momentum whose step size halves when progress stalls.
 
@@ -62,12 +62,9 @@ def apgd(
     random starts; leaving early makes this one faster. The step after which progress is judged and the strict "fewer"
     follow the paper, which matters at few steps alone.
 
+    Other arguments, result and errors are those of :mod:`sj_robust.attacks`.
+
     Args:
-        model: Images [N, ...] in [0, 1] to logits [N, classes].
-        x: Images, floating point.
-        y: Labels [N] int64.
-        eps: Radius in units of [0, 1] images; never exceeded, see ``linf_bounds`` and ``project_l2``.
-        norm: ``"Linf"`` or ``"L2"``, the latter over all elements of an image.
         loss: One of the names above, or logits and labels to one value per sample, [N].
         steps: Number of steps of a run, >= 1.
         restarts: Number of runs from different random starts (for every target class), >= 1.
@@ -75,17 +72,9 @@ def apgd(
         eot_samples: Forwards averaged per step (expectation over transformation), for stochastic models.
         keep_best: False takes all steps on all samples and returns the image of highest loss, as an attack that is
             to transfer to another network should.
-        generator: Seeds all randomness of the call, per sample if it is ``SampleSeeds``; None draws fresh numbers,
-            global generators untouched.
-
-    Returns:
-        Adversarial images in shape, dtype and device of ``x``.
 
     Raises:
-        TypeError: If an argument has the wrong type or ``x`` is not floating point.
-        ValueError: If ``x`` is not finite or leaves [0, 1], labels or logits do not fit, a number is out of range, or
-            there are fewer than 3 classes for ``"dlr"`` or 4 for ``"dlr_targeted"``.
-        RuntimeError: If no gradient reaches the images.
+        ValueError: Also if there are fewer than 3 classes for ``"dlr"`` or 4 for ``"dlr_targeted"``.
 
     Source: Croce and Hein (ICML 2020), algorithm 1 and sections 3 and 4; random starts and targets of AutoAttack.
 
@@ -96,7 +85,7 @@ def apgd(
         >>> (x_adv @ weight.T).argmax(1)
         tensor([0])
     """
-    eps = checked_radius(eps, norm)
+    ball = ball_threat(norm, eps)
     for name, count in (("steps", steps), ("restarts", restarts), ("eot_samples", eot_samples)):
         check_count(name, count)
     check_count("target_classes", target_classes)
@@ -116,15 +105,10 @@ def apgd(
             if loss == "dlr_targeted":
                 targets = likeliest_wrong(clean.logits, y, min(target_classes, clean.logits.shape[1] - 1))
         for target in targets:
-            for _ in range(restarts):
-                # Drawn for all samples, so that the start of one does not depend on how many others are left.
-                start = border_point(x, eps, norm, private)
-                rows = best.standing()
-                if len(rows) == 0:
-                    return best.x_adv
-                walk = _AutoWalk(rows, x[rows], start[rows], eps=eps, norm=norm, steps=steps)
-                objective = partial(_objective, model, named_loss, target, eot_samples)
-                climb(walk, objective, y, best, steps=steps, keep_best=keep_best)
+            objective = partial(_objective, model, named_loss, target, eot_samples)
+            for rows, start in restart_points(x, best, ball=ball, restarts=restarts, private=private):
+                run = _AutoAscent(rows, x[rows], start, ball=ball, steps=steps)
+                run.climb(objective, y, best, keep_best=keep_best)
     return best.x_adv
 
 
@@ -153,16 +137,15 @@ def targeted_dlr_loss(logits: Tensor, y: Tensor, *, target: Tensor) -> Tensor:
     return (of_class(logits, target) - of_class(logits, y)) / scale
 
 
-class _AutoWalk(Walk):
+class _AutoAscent(Ascent):
     """A run of Auto-PGD; a sample's step size follows from its own losses."""
 
-    def __init__(self, rows: Tensor, x: Tensor, start: Tensor, *, eps: float, norm: Norm, steps: int) -> None:
-        super().__init__(rows, x, start, eps=eps, norm=norm)
-        self.checkpoints = checkpoints(steps)
+    def __init__(self, rows: Tensor, x: Tensor, start: Tensor, *, ball: ThreatModel, steps: int) -> None:
+        super().__init__(rows, x, start, ball=ball, steps=steps)
         self.last_checkpoint = 0
         self.previous = start
         self.departed_from = self.loss
-        self.step_size = torch.full_like(self.loss, 2 * eps)
+        self.step_size = torch.full_like(self.loss, 2 * ball.eps)
         self.rises = torch.zeros_like(self.loss)
         self.halved = torch.zeros_like(self.loss, dtype=torch.bool)
         self.checked_top = self.loss

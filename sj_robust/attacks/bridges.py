@@ -12,10 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust.attacks._autoattack import ATTACKS, VERSIONS, AutoAttackWarning, run_attacks, search_squares
-from sj_robust.attacks._pyautoattack import Ball, Settings, library
+from sj_robust.attacks._pyautoattack import Settings, library
 from sj_robust.attacks.call import Attack, Model, Randomness, checked_copies, crafting
 from sj_robust.attacks.checks import check_count, check_model
-from sj_robust.attacks.projection import Norm, checked_radius, l2_norm
+from sj_robust.attacks.projection import Norm
+from sj_robust.attacks.threat import ThreatModel, ball_threat, rounding
 from sj_robust.randomness import Private, draw_seed
 
 __all__ = ["AutoAttackWarning", "autoattack", "external", "square", "transfer"]
@@ -45,27 +46,18 @@ def autoattack(
     the batch. With a ``torch.Generator`` the draws are the library's: starts depend on which samples are left, all
     samples of a call share the position and colour of Square's squares.
 
+    Other arguments, result and errors are those of :mod:`sj_robust.attacks`; where nothing fooled the network, the
+    result is ``x``. Square needs images [N, C, H, W]. All is computed in float32 except in the network.
+
     Args:
-        model: Images [N, ...] in [0, 1] to logits [N, classes].
-        x: Images, floating point; [N, C, H, W] for Square. Computed in float32 except in the network.
-        y: Labels [N] int64.
-        eps: Radius in units of [0, 1] images.
-        norm: ``"Linf"`` or ``"L2"``.
         version: ``"standard"`` (APGD-CE, targeted APGD, targeted FAB, Square), ``"plus"`` (APGD-CE, APGD-DLR, FAB,
             Square, both targeted ones; 5 restarts) or ``"rand"`` (APGD-CE and APGD-DLR over 20 forwards, for
             stochastic networks).
         attacks: Names to run in place of the version's, with the version's settings: ``"apgd-ce"``, ``"apgd-dlr"``,
             ``"apgd-t"``, ``"fab"``, ``"fab-t"``, ``"square"``.
-        generator: Seeds all randomness of the call; None draws fresh numbers, global generators untouched.
-
-    Returns:
-        Adversarial images in shape, dtype and device of ``x``; where nothing fooled the network, ``x``.
 
     Raises:
         ModuleNotFoundError: If pyautoattack is not installed.
-        TypeError: If an argument has the wrong type or ``x`` is not floating point.
-        ValueError: If ``x``, labels, logits or a number do not fit, or a name is unknown.
-        RuntimeError: If no gradient reaches the images.
 
     Warns:
         AutoAttackWarning: What the library's checks find: a stochastic network, probabilities in place of logits,
@@ -80,7 +72,7 @@ def autoattack(
         >>> model(autoattack(model, x, y, eps=0.1, attacks=["apgd-ce"])).argmax(1)
         tensor([1, 0])
     """
-    ball = _ball(eps, norm)
+    ball = ball_threat(norm, eps)
     settings = _settings(version, attacks)
     library()
     x, y = checked_copies(model, x, y, generator)
@@ -116,23 +108,14 @@ def square(
     of 0 for success, and spike counts tie. With ``SampleSeeds``, or images that are not float32, it is a form of the
     same search with a square per sample, which depends on neither neighbours nor batch size.
 
-    Args:
-        model: Images [N, C, H, W] in [0, 1] to logits [N, classes].
-        x: Images, floating point.
-        y: Labels [N] int64.
-        eps: Radius in units of [0, 1] images.
-        norm: ``"Linf"`` or ``"L2"``.
-        queries: Squares tried per image after the start, >= 1.
-        generator: Seeds all randomness of the call; None draws fresh numbers, global generators untouched.
+    Other arguments, result and errors are those of :mod:`sj_robust.attacks`, with images [N, C, H, W]. Where nothing
+    fooled the network the result is the image of the smallest margin, and ``x`` where it was wrong already.
 
-    Returns:
-        Adversarial images in shape, dtype and device of ``x``; where nothing fooled the network, those of the smallest
-        margin; ``x`` where it was wrong already.
+    Args:
+        queries: Squares tried per image after the start, >= 1.
 
     Raises:
         ModuleNotFoundError: If pyautoattack is not installed.
-        TypeError: If an argument has the wrong type or ``x`` is not floating point.
-        ValueError: If ``x``, labels, logits or a number do not fit.
 
     Source: Andriushchenko et al. (ECCV 2020); its settings in AutoAttack, Croce and Hein (ICML 2020).
 
@@ -143,7 +126,7 @@ def square(
         >>> model(square(model, x, y, eps=0.2, queries=200)).argmax(1)
         tensor([0])
     """
-    ball = _ball(eps, norm)
+    ball = ball_threat(norm, eps)
     check_count("queries", queries)
     library()
     x, y = checked_copies(model, x, y, generator)
@@ -189,7 +172,7 @@ def external(attack: Callable[[Tensor, Tensor], Tensor], *, eps: float, norm: No
     """
     if not callable(attack):
         raise TypeError(f"attack must be called as attack(x, y), got {type(attack).__name__}; wrap it in a function")
-    return _External(attack, _ball(eps, norm))
+    return _External(attack, ball_threat(norm, eps))
 
 
 def transfer(source: Model, attack: Attack) -> Attack:
@@ -245,7 +228,7 @@ class _External:
     """What :func:`external` returns."""
 
     attack: Callable[[Tensor, Tensor], Tensor]
-    ball: Ball
+    ball: ThreatModel
 
     def __call__(self, model: Model, x: Tensor, y: Tensor, *, generator: Randomness = None) -> Tensor:
         """Images of the other package, checked and projected."""
@@ -255,10 +238,10 @@ class _External:
         with _isolated(model, x, generator):
             found = self.attack(x.clone(), y.clone())
         with torch.no_grad(), torch.inference_mode(False):
-            return self.ball.project(_checked(found, x, self.ball), x)
+            return self.ball.project(x, _checked(found, x, self.ball))
 
 
-def _checked(found: Any, x: Tensor, ball: Ball) -> Tensor:
+def _checked(found: Any, x: Tensor, ball: ThreatModel) -> Tensor:
     """What another package returned, if it is images in the ball as far as rounding allows."""
     if not isinstance(found, Tensor):
         raise TypeError(
@@ -279,19 +262,15 @@ def _checked(found: Any, x: Tensor, ball: Ball) -> Tensor:
             f"attack(x, y) must return finite images, got {int((~finite).sum())} NaN or infinite values in "
             f"{int((~finite).flatten(1).any(1).sum())} of {len(x)} images; craft in float32"
         )
-    rounding = 4 * max(torch.finfo(x.dtype).eps, torch.finfo(torch.float32).eps)
     low, high = (float(bound) for bound in torch.aminmax(images))
-    if low < -rounding or high > 1 + rounding:
+    if low < -rounding(x) or high > 1 + rounding(x):
         raise ValueError(
             f"attack(x, y) must return images in [0, 1], got values from {low:.6g} to {high:.6g}; "
             "give it the bounds (0, 1) and normalise inside the model"
         )
-    delta = images.double() - x.double()
-    distance = delta.abs().flatten(1).amax(1) if ball.norm == "Linf" else l2_norm(delta)
-    allowed = ball.eps + rounding * (1 if ball.norm == "Linf" else x[0].numel() ** 0.5)
-    outside = int((distance > allowed).sum())
+    outside = int((~ball.contains(x, images)).sum())
     if outside:
-        farthest = float(distance.max())
+        farthest = float(ball.distance(x, images).max())
         raise ValueError(
             f"attack(x, y) must stay within {ball.norm} distance eps={ball.eps:.6g} of x, got {farthest:.6g}, "
             f"{farthest - ball.eps:.3g} too far ({outside} of {len(x)} images); build it with this eps and norm"
@@ -321,10 +300,6 @@ def _isolated(model: Model, x: Tensor, generator: Randomness) -> Iterator[Privat
         random.setstate(python)
         np.random.set_state(legacy)  # noqa: NPY002  as above
         torch.clear_autocast_cache()  # weights cast without a graph would lose the caller's gradients
-
-
-def _ball(eps: float, norm: Norm) -> Ball:
-    return Ball(norm, checked_radius(eps, norm))
 
 
 def _settings(version: str, attacks: Sequence[str] | None) -> Settings:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust._preserved import evaluation_mode
-from sj_robust.attacks._carried import reset_between_forwards
+from sj_robust.attacks._resets import reset_between_forwards
 from sj_robust.attacks.checks import check_images, check_labels, check_logits, check_model
 from sj_robust.randomness import Private, SampleSeeds, check_seeds, draw_seed, private_generator, seeded_globals
 

@@ -121,9 +121,9 @@ def check_size(name: str, value: float, *, at_most: float = math.inf, positive: 
     return size
 
 
-def check_count(name: str, value: int) -> None:
-    """An integer of at least 1."""
+def check_count(name: str, value: int, *, least: int = 1) -> None:
+    """An integer of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if value < 1:
-        raise ValueError(f"{name} must be >= 1, got {value}")
+    if value < least:
+        raise ValueError(f"{name} must be >= {least}, got {value}")

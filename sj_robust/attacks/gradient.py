@@ -1,14 +1,13 @@
 """Gradient attacks: one step (FGSM, R-FGSM) and many (PGD)."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from sj_robust.attacks.call import Best, Loss, Model, Objective, checked_copies, crafting
+from sj_robust.attacks.call import Best, Loss, Model, Objective, Randomness, checked_copies, crafting
 from sj_robust.attacks.checks import check_count, check_size
-from sj_robust.attacks.projection import Norm, checked_radius, direction, l2_norm, linf_bounds, per_sample, project_l2
-from sj_robust.randomness import Private, SampleSeeds, rand, randn
+from sj_robust.attacks.projection import Norm, direction
+from sj_robust.attacks.threat import ThreatModel, ball_threat, random_point
+from sj_robust.randomness import randn
 
 __all__ = ["fgsm", "pgd", "rfgsm"]
 
@@ -21,7 +20,7 @@ def fgsm(
     eps: float,
     targeted: bool = False,
     loss: Loss | None = None,
-    generator: torch.Generator | SampleSeeds | None = None,
+    generator: Randomness = None,
 ) -> Tensor:
     """Fast gradient sign method: one step to the border of the Linf ball.
 
@@ -29,23 +28,11 @@ def fgsm(
 
     Equation: ``x_adv = clamp(x + eps * sign(grad_x loss(model(x), y)), 0, 1)``.
 
+    Other arguments, result and errors are those of :mod:`sj_robust.attacks`; FGSM itself draws nothing.
+
     Args:
-        model: Images [N, ...] in [0, 1] to logits [N, classes].
-        x: Images, floating point.
-        y: Labels [N] int64; the labels to reach if ``targeted``.
-        eps: Linf radius in units of [0, 1] images, such as ``8 / 255``; never exceeded, see ``linf_bounds``.
         targeted: Whether to descend towards ``y`` instead of climbing away from it.
         loss: Logits and labels to one value per sample, [N]; cross entropy by default.
-        generator: Seeds the randomness of a stochastic network; FGSM itself draws none.
-
-    Returns:
-        Adversarial images in shape, dtype and device of ``x``.
-
-    Raises:
-        TypeError: If an argument has the wrong type or ``x`` is not floating point.
-        ValueError: If ``x`` is not finite or leaves [0, 1], labels or logits do not fit, or ``eps`` is not in
-            [0, 1].
-        RuntimeError: If no gradient reaches the images.
 
     Source: Goodfellow et al. (ICLR 2015); evaluation of Ding et al. (ICML 2024), section 5.
 
@@ -54,17 +41,8 @@ def fgsm(
         >>> fgsm(lambda x: x @ weight.T, torch.full((1, 2), 0.5), torch.tensor([1]), eps=0.25)
         tensor([[0.2500, 0.7500]])
     """
-    eps = check_size("eps", eps, at_most=1.0)
-    return _single_step(
-        model,
-        x,
-        y,
-        Objective(model, loss, targeted),
-        eps=eps,
-        step_size=eps,
-        noise_std=0.0,
-        generator=generator,
-    )
+    ball, objective = ThreatModel("Linf", eps), Objective(model, loss, targeted)
+    return _single_step(objective, x, y, ball=ball, step_size=ball.eps, noise_std=0.0, generator=generator)
 
 
 def rfgsm(
@@ -78,7 +56,7 @@ def rfgsm(
     project: bool = True,
     targeted: bool = False,
     loss: Loss | None = None,
-    generator: torch.Generator | SampleSeeds | None = None,
+    generator: Randomness = None,
 ) -> Tensor:
     """FGSM from a slightly noisy start, the attack of adversarial training.
 
@@ -87,27 +65,16 @@ def rfgsm(
     Equation: ``x0 = x + noise_std * n`` with ``n ~ N(0, 1)``, then
     ``x_adv = clamp(x0 + step_size * sign(grad_x0 loss(model(x0), y)), 0, 1)``, projected back onto the ball of ``eps``.
 
+    Other arguments, result and errors are those of :mod:`sj_robust.attacks`; the model sees x0, which may leave [0, 1]
+    by the noise.
+
     Args:
-        model: Images [N, ...] to logits [N, classes]; it sees x0, which may leave [0, 1] by the noise.
-        x: Images in [0, 1], floating point.
-        y: Labels [N] int64; the labels to reach if ``targeted``.
-        eps: Linf radius in units of [0, 1] images; with ``project`` never exceeded, see ``linf_bounds``.
         step_size: Length of the step; ``eps`` by default.
         noise_std: Standard deviation of the noise at the start.
         project: Whether to project onto the ball; False as in the published code, whose result lies within
             ``step_size`` of x0 instead.
         targeted: Whether to descend towards ``y`` instead of climbing away from it.
         loss: Logits and labels to one value per sample, [N]; cross entropy by default.
-        generator: Seeds the noise; None draws fresh numbers, global generators untouched.
-
-    Returns:
-        Adversarial images in shape, dtype and device of ``x``.
-
-    Raises:
-        TypeError: If an argument has the wrong type or ``x`` is not floating point.
-        ValueError: If ``x`` is not finite or leaves [0, 1], labels or logits do not fit, or a size is out of
-            range.
-        RuntimeError: If no gradient reaches the images.
 
     Source: Ding et al. (ICML 2024), adversarial training of the published code, eps = step = 4/255.
 
@@ -117,19 +84,11 @@ def rfgsm(
         >>> bool((x_adv - x).abs().max() <= 4 / 255)
         True
     """
-    eps = check_size("eps", eps, at_most=1.0)
-    step_size = eps if step_size is None else _check_step_size(step_size, eps, "Linf")
+    ball, objective = ThreatModel("Linf", eps), Objective(model, loss, targeted)
+    step_size = ball.eps if step_size is None else _checked_step(step_size, ball)
     noise_std = check_size("noise_std", noise_std, at_most=1.0)
-    return _single_step(
-        model,
-        x,
-        y,
-        Objective(model, loss, targeted),
-        eps=eps if project else 1.0,
-        step_size=step_size,
-        noise_std=noise_std,
-        generator=generator,
-    )
+    ball = ball if project else ThreatModel("Linf", 1.0)
+    return _single_step(objective, x, y, ball=ball, step_size=step_size, noise_std=noise_std, generator=generator)
 
 
 def pgd(
@@ -147,7 +106,7 @@ def pgd(
     targeted: bool = False,
     keep_best: bool = True,
     loss: Loss | None = None,
-    generator: torch.Generator | SampleSeeds | None = None,
+    generator: Randomness = None,
 ) -> Tensor:
     """Projected gradient descent in the Linf or L2 ball.
 
@@ -161,14 +120,11 @@ def pgd(
     Further restarts attack only what is not yet fooled. A stochastic model is judged on the ``eot_samples`` it was
     averaged over, the best of many draws: score the result with several fresh ones.
 
+    Other arguments, result and errors are those of :mod:`sj_robust.attacks`.
+
     Args:
-        model: Images [N, ...] in [0, 1] to logits [N, classes].
-        x: Images, floating point.
-        y: Labels [N] int64; the labels to reach if ``targeted``.
-        eps: Radius in units of [0, 1] images; never exceeded, see ``linf_bounds`` and ``project_l2``.
         step_size: Length of a step in the chosen norm.
         steps: Number of gradient steps, >= 1.
-        norm: ``"Linf"`` or ``"L2"``, the latter over all elements of an image.
         random_start: Whether to start from a random point of the ball, clamped to [0, 1].
         restarts: Number of runs from different random starts, >= 1.
         eot_samples: Forwards averaged per step (expectation over transformation), for stochastic models.
@@ -176,16 +132,9 @@ def pgd(
         keep_best: False takes the last iterate (of several restarts the best of their last ones), the usual
             practice of other libraries, which overstates robustness.
         loss: Logits and labels to one value per sample, [N]; cross entropy by default.
-        generator: Seeds all randomness of the call; None draws fresh numbers, global generators untouched.
-
-    Returns:
-        Adversarial images in shape, dtype and device of ``x``.
 
     Raises:
-        TypeError: If an argument has the wrong type or ``x`` is not floating point.
-        ValueError: If ``x`` is not finite or leaves [0, 1], labels or logits do not fit, a number is out of
-            range, or restarts are asked for without a random start.
-        RuntimeError: If no gradient reaches the images.
+        ValueError: Also if restarts are asked for without a random start.
 
     Source: Madry et al. (ICLR 2018); evaluation of Ding et al. (ICML 2024), section 5.
 
@@ -195,8 +144,8 @@ def pgd(
         >>> pgd(lambda x: x @ weight.T, x, y, eps=0.25, step_size=0.1, steps=4, norm="L2", random_start=False)
         tensor([[0.3500, 0.7000]])
     """
-    eps = checked_radius(eps, norm)
-    step_size = _check_step_size(step_size, eps, norm)
+    ball = ball_threat(norm, eps)
+    step_size = _checked_step(step_size, ball)
     check_count("steps", steps)
     check_count("restarts", restarts)
     check_count("eot_samples", eot_samples)
@@ -214,11 +163,11 @@ def pgd(
             best.offer(everything, x, clean.loss, clean.fooled)
         for restart in range(restarts):
             # Drawn for all samples, so that the start of one does not depend on how many others are left.
-            start = _random_point(x, eps, norm, private) if random_start else x
+            start = random_point(x, ball, private) if random_start else x
             rows = everything if restart == 0 else best.standing()
             if len(rows) == 0:
                 break
-            project = _projection(x[rows], eps, norm)
+            project = ball.projection(x[rows])
             x_adv = start[rows]
             for _ in range(steps):
                 grad, score = objective.gradient(x_adv, y[rows])
@@ -233,48 +182,28 @@ def pgd(
 
 
 def _single_step(
-    model: Model,
+    objective: Objective,
     x: Tensor,
     y: Tensor,
-    objective: Objective,
     *,
-    eps: float,
+    ball: ThreatModel,
     step_size: float,
     noise_std: float,
-    generator: torch.Generator | SampleSeeds | None,
+    generator: Randomness,
 ) -> Tensor:
-    """One signed step from a noisy start, clamped to the Linf ball of ``eps`` and to [0, 1]."""
-    x, y = checked_copies(model, x, y, generator)
+    """One signed step from a noisy start, projected."""
+    x, y = checked_copies(objective.model, x, y, generator)
     if x.numel() == 0:
         return x
-    with crafting(model, x.device, generator) as private:
+    with crafting(objective.model, x.device, generator) as private:
         start = x
         if noise_std > 0:
             start = x + noise_std * randn(x.shape, private, dtype=x.dtype, device=x.device)
         grad, _ = objective.gradient(start, y)
-        return (start + step_size * grad.sign()).clamp(*linf_bounds(x, eps=eps))
+        return ball.project(x, start + step_size * grad.sign())
 
 
-def _check_step_size(step_size: float, eps: float, norm: Norm) -> float:
+def _checked_step(step_size: float, ball: ThreatModel) -> float:
     """A step of 0 is a silent non-attack, unless there is nowhere to go; one of 2 was meant as 2 / 255."""
-    longest = max(1.0, 2 * eps) if norm == "Linf" else float("inf")
-    return check_size("step_size", step_size, positive=eps > 0, at_most=longest)
-
-
-def _random_point(x: Tensor, eps: float, norm: Norm, private: Private) -> Tensor:
-    """Uniform in the ball around ``x``, then projected into [0, 1]."""
-    if norm == "Linf":
-        uniform = rand(x.shape, private, dtype=x.dtype, device=x.device)
-        return (x + eps * (2 * uniform - 1)).clamp(*linf_bounds(x, eps=eps))
-    direction = randn(x.shape, private, dtype=torch.float64, device=x.device)
-    volume = rand(x.shape[:1], private, dtype=torch.float64, device=x.device)
-    radius = eps * volume ** (1 / x[0].numel())
-    return project_l2(x + direction * per_sample(radius / l2_norm(direction), x), x, eps=eps)
-
-
-def _projection(x: Tensor, eps: float, norm: Norm) -> Callable[[Tensor], Tensor]:
-    """Projection onto the ball around ``x`` and [0, 1]; what no step changes is computed once."""
-    if norm == "L2":
-        return lambda x_adv: project_l2(x_adv, x, eps=eps)
-    lower, upper = linf_bounds(x, eps=eps)
-    return lambda x_adv: x_adv.clamp(lower, upper)
+    longest = max(1.0, 2 * ball.eps) if ball.norm == "Linf" else float("inf")
+    return check_size("step_size", step_size, positive=ball.eps > 0, at_most=longest)

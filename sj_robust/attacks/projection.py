@@ -1,11 +1,9 @@
 """Projection onto the intersection of a ball around the images and the box [0, 1]."""
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
-
-from sj_robust.attacks.checks import check_size
 
 __all__ = ["linf_bounds", "project_l2", "project_linf"]
 
@@ -84,13 +82,6 @@ def project_l2(x_adv: Tensor, x: Tensor, *, eps: float) -> Tensor:
     delta = delta * (eps / per_sample(l2_norm(delta), delta).clamp(min=eps or 1.0))
     target = (centre + delta).clamp(0, 1)
     return _round_towards(x, target, limit=delta.abs())
-
-
-def checked_radius(eps: float, norm: Norm) -> float:
-    """The radius of a ball as a float; at most 1 in Linf, which then holds all of [0, 1]."""
-    if norm not in get_args(Norm):
-        raise ValueError(f"norm must be one of {get_args(Norm)}, got {norm!r}")
-    return check_size("eps", eps, at_most=1.0 if norm == "Linf" else float("inf"))
 
 
 def l2_norm(x: Tensor) -> Tensor:

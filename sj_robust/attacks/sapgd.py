@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from sj_robust.attacks._walk import Walk, border_point, checkpoints, climb
-from sj_robust.attacks.call import Best, Loss, Model, Objective, checked_copies, crafting
-from sj_robust.attacks.checks import check_count, check_size
+from sj_robust.attacks._ascent import Ascent, restart_points
+from sj_robust.attacks.call import Best, Loss, Model, Objective, Randomness, checked_copies, crafting
+from sj_robust.attacks.checks import check_count
 from sj_robust.attacks.projection import per_sample
-from sj_robust.randomness import SampleSeeds
+from sj_robust.attacks.threat import ThreatModel
 
 __all__ = ["sapgd"]
 
@@ -26,7 +26,7 @@ def sapgd(
     eot_samples: int = 1,
     loss: Loss | None = None,
     keep_best: bool = True,
-    generator: torch.Generator | SampleSeeds | None = None,
+    generator: Randomness = None,
 ) -> Tensor:
     """Stable adaptive PGD in the Linf ball, made for the noisy gradients of spiking networks.
 
@@ -43,26 +43,14 @@ def sapgd(
     result is the image of highest loss. A stochastic model is judged on the ``eot_samples`` it was averaged over:
     score the result with several fresh draws.
 
+    Other arguments, result and errors are those of :mod:`sj_robust.attacks`.
+
     Args:
-        model: Images [N, ...] in [0, 1] to logits [N, classes].
-        x: Images, floating point.
-        y: Labels [N] int64.
-        eps: Linf radius in units of [0, 1] images; never exceeded, see ``linf_bounds``.
         steps: Number of steps of a run, >= 1.
         restarts: Number of runs from different random starts, >= 1.
         eot_samples: Forwards averaged per step (expectation over transformation), for stochastic models.
         loss: Logits and labels to one value per sample, [N]; cross entropy by default.
         keep_best: False takes all steps on all samples and returns the image of highest loss.
-        generator: Seeds all randomness of the call, per sample if it is ``SampleSeeds``; None draws fresh numbers,
-            global generators untouched.
-
-    Returns:
-        Adversarial images in shape, dtype and device of ``x``.
-
-    Raises:
-        TypeError: If an argument has the wrong type or ``x`` is not floating point.
-        ValueError: If ``x`` is not finite or leaves [0, 1], labels or logits do not fit, or a number is out of range.
-        RuntimeError: If no gradient reaches the images.
 
     Source: SA-PGD, arXiv 2512.22522; its checkpoints are those of Croce and Hein (ICML 2020).
 
@@ -73,7 +61,7 @@ def sapgd(
         >>> (x_adv @ weight.T).argmax(1)
         tensor([0])
     """
-    eps = check_size("eps", eps, at_most=1.0)
+    ball = ThreatModel("Linf", eps)
     for name, count in (("steps", steps), ("restarts", restarts), ("eot_samples", eot_samples)):
         check_count(name, count)
     x, y = checked_copies(model, x, y, generator)
@@ -84,24 +72,18 @@ def sapgd(
         best = Best(x)
         if keep_best:
             best.fooled = objective.score(x, y).fooled
-        for _ in range(restarts):
-            # Drawn for all samples, so that the start of one does not depend on how many others are left.
-            start = border_point(x, eps, "Linf", private)
-            rows = best.standing()
-            if len(rows) == 0:
-                break
-            walk = _MomentWalk(rows, x[rows], start[rows], eps=eps, steps=steps)
-            climb(walk, lambda rows: objective, y, best, steps=steps, keep_best=keep_best)
+        for rows, start in restart_points(x, best, ball=ball, restarts=restarts, private=private):
+            run = _MomentAscent(rows, x[rows], start, ball=ball, steps=steps)
+            run.climb(lambda rows: objective, y, best, keep_best=keep_best)
     return best.x_adv
 
 
-class _MomentWalk(Walk):
+class _MomentAscent(Ascent):
     """A run of SA-PGD; one bound on the step for all samples."""
 
-    def __init__(self, rows: Tensor, x: Tensor, start: Tensor, *, eps: float, steps: int) -> None:
-        super().__init__(rows, x, start, eps=eps, norm="Linf")
-        self.checkpoints = checkpoints(steps)
-        self.eta = eps
+    def __init__(self, rows: Tensor, x: Tensor, start: Tensor, *, ball: ThreatModel, steps: int) -> None:
+        super().__init__(rows, x, start, ball=ball, steps=steps)
+        self.eta = ball.eps
         self.first = torch.zeros_like(x, dtype=torch.float64)
         self.second = torch.zeros_like(x, dtype=torch.float64)
 

@@ -1,6 +1,7 @@
 """What an adversary may do: the one representation of a norm and a radius, and radii as the field writes them."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -9,13 +10,10 @@ from torch import Tensor
 
 from sj_robust._eps import eps_text, parse_eps
 from sj_robust.attacks.checks import check_size
-from sj_robust.attacks.projection import Norm, project_l2, project_linf
+from sj_robust.attacks.projection import Norm, l2_norm, linf_bounds, per_sample, project_l2
+from sj_robust.randomness import Private, rand, randn
 
 __all__ = ["ThreatModel", "eps_text", "parse_eps"]
-
-ROUNDING = 1e-6
-"""The tolerance: what an element's distance may exceed the radius by, beside two units of its dtype, when images come
-from elsewhere and were rounded to the nearest. What this package projects needs none."""
 
 
 @dataclass(frozen=True)
@@ -70,19 +68,21 @@ class ThreatModel:
         return self.norm
 
     def project(self, x: Tensor, x_adv: Tensor) -> Tensor:
-        """The image next to ``x_adv`` that the adversary of ``x`` may show, exactly and without tolerance.
+        """The image next to ``x_adv`` that the adversary of ``x`` may show, exactly and in the dtype of ``x``.
 
         Equation: :func:`project_linf` or :func:`project_l2`; in L0 the ``eps`` elements that changed most, the first
         among equals, stay changed.
         """
+        return self.projection(x)(x_adv)
+
+    def projection(self, x: Tensor) -> Callable[[Tensor], Tensor]:
+        """:meth:`project` for many ``x_adv``: what depends on ``x`` alone is computed once."""
         if self.norm == "Linf":
-            return project_linf(x_adv, x, eps=self.eps)
+            lower, upper = linf_bounds(x, eps=self.eps)
+            return lambda x_adv: x_adv.to(x.dtype).clamp(lower, upper)
         if self.norm == "L2":
-            return project_l2(x_adv, x, eps=self.eps)
-        changes = (x_adv.clamp(0, 1).double() - x.double()).abs().flatten(1)
-        most = changes.argsort(dim=1, descending=True, stable=True)[:, : int(self.eps)]
-        kept = torch.zeros_like(changes, dtype=torch.bool).scatter(1, most, True).view_as(x)
-        return torch.where(kept, x_adv.clamp(0, 1), x)
+            return lambda x_adv: project_l2(x_adv, x, eps=self.eps)
+        return lambda x_adv: _fewest_changes(x, x_adv, int(self.eps))
 
     def distance(self, x: Tensor, x_adv: Tensor) -> Tensor:
         """Distance of every image from its clean one, [N] float64; in L0 the number of elements that differ."""
@@ -92,23 +92,52 @@ class ThreatModel:
         return delta.abs().amax(1) if self.norm == "Linf" else delta.square().sum(1).sqrt()
 
     def tolerance(self, x: Tensor) -> float:
-        """How far beyond ``eps`` an image may lie by rounding alone; nothing is rounded in L0.
+        """How far beyond ``eps`` an image from elsewhere may lie by rounding alone; nothing is rounded in L0.
 
-        Equation: ``r = 1e-6 + 2 u`` with u the unit of the dtype of ``x``; in L2, where the elements of an image may
-        all be rounded alike, r times the root of their number.
+        Equation: :func:`rounding`; in L2, where the elements of an image may all be rounded alike, times the root of
+        their number. What this package projects needs none.
         """
         if self.norm == "L0":
             return 0.0
-        rounding: float = ROUNDING + 2 * torch.finfo(x.dtype).eps
-        return rounding if self.norm == "Linf" else rounding * x.flatten(1).shape[1] ** 0.5
+        return rounding(x) if self.norm == "Linf" else rounding(x) * x.flatten(1).shape[1] ** 0.5
 
     def contains(self, x: Tensor, x_adv: Tensor) -> Tensor:
         """Whether every image is one that the adversary may show, but for :meth:`tolerance`, [N] bool."""
         return self.distance(x, x_adv) <= self.eps + self.tolerance(x)
 
 
-def moving(norm: Norm, eps: float) -> ThreatModel:
+def rounding(x: Tensor) -> float:
+    """The one tolerance of this package, for an element of images from elsewhere: 1e-6 and two units of the dtype."""
+    return 1e-6 + 2 * float(torch.finfo(x.dtype).eps)
+
+
+def ball_threat(norm: Norm, eps: float) -> ThreatModel:
     """The threat of an attack that moves values."""
     if norm not in get_args(Norm):
         raise ValueError(f"norm must be one of {get_args(Norm)}, got {norm!r}")
     return ThreatModel(norm, eps)
+
+
+def random_point(x: Tensor, threat: ThreatModel, private: Private, *, on_border: bool = False) -> Tensor:
+    """Uniform in the ball around ``x``, or somewhere on its border, then projected into [0, 1]."""
+    if threat.norm == "L2":
+        normal = randn(x.shape, private, dtype=torch.float64, device=x.device)
+        share: Tensor | float = 1.0
+        if not on_border:
+            share = rand(x.shape[:1], private, dtype=torch.float64, device=x.device) ** (1 / x[0].numel())
+        return threat.project(x, x + normal * per_sample(threat.eps * share / l2_norm(normal), x))
+    uniform = 2 * rand(x.shape, private, dtype=x.dtype, device=x.device) - 1
+    offset = threat.eps * uniform
+    if on_border:
+        largest = per_sample(uniform.abs().flatten(1).amax(1), x)
+        offset = offset / torch.where(largest > 0, largest, 1.0)
+    return threat.project(x, x + offset)
+
+
+def _fewest_changes(x: Tensor, x_adv: Tensor, most: int) -> Tensor:
+    """``x`` with the ``most`` largest changes of ``x_adv``, clamped to [0, 1]."""
+    x_adv = x_adv.to(x.dtype).clamp(0, 1)
+    changes = (x_adv.double() - x.double()).abs().flatten(1)
+    largest = changes.argsort(dim=1, descending=True, stable=True)[:, :most]
+    kept = torch.zeros_like(changes, dtype=torch.bool).scatter(1, largest, True).view_as(x)
+    return torch.where(kept, x_adv, x)

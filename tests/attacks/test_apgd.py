@@ -13,8 +13,8 @@ from attacks.oracle import linear_oracle
 from torch import Tensor
 
 from sj_robust._host import functional
-from sj_robust.attacks import SampleSeeds, apgd
-from sj_robust.attacks._walk import checkpoints
+from sj_robust.attacks import SampleSeeds, ThreatModel, apgd
+from sj_robust.attacks._ascent import checkpoints
 from sj_robust.attacks.apgd import dlr_loss, targeted_dlr_loss
 
 LOSSES = ["ce", "dlr", "dlr_targeted"]
@@ -117,14 +117,14 @@ def test_images_and_step_sizes_follow_the_algorithm(norm, steps):
 
 def test_a_run_that_rises_without_passing_its_start_goes_back_and_halves_its_step():
     x = torch.full((1, 3), 0.5)
-    walk = MODULE._AutoWalk(torch.arange(1), x, x, eps=0.1, norm="Linf", steps=20)
-    assert walk.checkpoints[0] == 5
+    run = MODULE._AutoAscent(torch.arange(1), x, x, ball=ThreatModel("Linf", 0.1), steps=20)
+    assert run.checkpoints[0] == 5
     for step, loss in enumerate([9.0, 1.0, 2.0, 3.0, 4.0, 5.0]):  # four steps of five raise it, enough by themselves
         if step > 0:
-            walk.move(step)
-        walk.see(step, torch.tensor([loss]), torch.ones_like(x))
-        assert float(walk.step_size) == pytest.approx(0.1 if step == 5 else 0.2)
-    assert torch.equal(walk.x_adv, x)
+            run.move(step)
+        run.see(step, torch.tensor([loss]), torch.ones_like(x))
+        assert float(run.step_size) == pytest.approx(0.1 if step == 5 else 0.2)
+    assert torch.equal(run.x_adv, x)
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])

@@ -10,7 +10,7 @@ from spikingjelly.activation_based import functional
 from torch import nn
 
 from sj_robust.attacks import fgsm, pgd, rfgsm
-from sj_robust.attacks._carried import reset_between_forwards
+from sj_robust.attacks._resets import reset_between_forwards
 from sj_robust.neuron import DLIFNode
 
 

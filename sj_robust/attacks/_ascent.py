@@ -1,0 +1,104 @@
+"""Gradient ascent in many steps on the samples that still stand, with the state of each of them in tensors."""
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from sj_robust.attacks.call import Best, Objective
+from sj_robust.attacks.projection import per_sample
+from sj_robust.attacks.threat import ThreatModel, random_point
+from sj_robust.randomness import Private
+
+
+class Ascent:
+    """Where a run of ``steps`` steps is, per sample; a subclass says how it moves.
+
+    Every attribute that is a tensor has one entry per sample along its first dimension, so that a sample that has
+    been fooled can leave.
+    """
+
+    def __init__(self, rows: Tensor, x: Tensor, start: Tensor, *, ball: ThreatModel, steps: int) -> None:
+        self.ball, self.norm = ball, ball.ball
+        self.steps = steps
+        self.checkpoints = checkpoints(steps)
+        self.rows = rows
+        self.x = x
+        self.project = ball.projection(x)
+        self.x_adv = start
+        self.grad = torch.zeros_like(x)
+        self.loss = torch.full((len(x),), -torch.inf, dtype=torch.float64, device=x.device)
+        self.top_x, self.top_grad, self.top_loss = self.x_adv, self.grad, self.loss
+
+    def move(self, step: int) -> None:
+        """Set ``x_adv`` to the image of step number ``step``, from 1 on."""
+        raise NotImplementedError
+
+    def arrive(self, step: int) -> None:
+        """Take note of loss and gradient at the image of step number ``step``."""
+
+    def climb(self, objective: Callable[[Tensor], Objective], y: Tensor, best: Best, *, keep_best: bool) -> None:
+        """Take the steps and hand what they found to ``best``.
+
+        With ``keep_best`` a sample leaves as soon as an image fools the model; without it all samples take all steps
+        and their image of highest loss is handed over, whether or not it fools. ``objective`` gives that of some rows.
+        """
+        for step in range(self.steps + 1):
+            if step > 0:
+                self.move(step)
+            goal, labels = objective(self.rows), y[self.rows]
+            if step < self.steps:
+                grad, score = goal.gradient(self.x_adv, labels)
+            else:  # the last image needs no gradient
+                grad, score = self.grad, goal.score(self.x_adv, labels)
+            self.see(step, score.loss, grad)
+            if keep_best and bool(score.fooled.any()):
+                found = score.fooled
+                best.offer(self.rows[found], self.x_adv[found], score.loss[found], score.fooled[found])
+                self._keep(~found)
+                if len(self.rows) == 0:
+                    return
+        best.offer(self.rows, self.top_x, self.top_loss, torch.zeros_like(self.top_loss, dtype=torch.bool))
+
+    def see(self, step: int, loss: Tensor, grad: Tensor) -> None:
+        """Loss and gradient at ``x_adv``, [N] and [N, ...]."""
+        self.loss, self.grad = loss.double(), grad
+        higher = self.loss > self.top_loss
+        self.top_loss = torch.where(higher, self.loss, self.top_loss)
+        self.top_x = torch.where(per_sample(higher, self.x), self.x_adv, self.top_x)
+        self.top_grad = torch.where(per_sample(higher, self.x), grad, self.top_grad)
+        self.arrive(step)
+
+    def _keep(self, mask: Tensor) -> None:
+        """Go on with the samples of the mask alone."""
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value[mask])
+        self.project = self.ball.projection(self.x)
+
+
+def restart_points(
+    x: Tensor, best: Best, *, ball: ThreatModel, restarts: int, private: Private
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """For every restart the samples that ``best`` has left standing, as rows, and their points on the border."""
+    for _ in range(restarts):
+        # Drawn for all samples, so that the start of one does not depend on how many others are left.
+        start = random_point(x, ball, private, on_border=True)
+        rows = best.standing()
+        if len(rows) == 0:
+            return
+        yield rows, start[rows]
+
+
+def checkpoints(steps: int) -> list[int]:
+    """Numbers of the steps after which a run looks back and may halve its step size.
+
+    Equation: ``ceil(p_j * steps)`` with p_1 = 22 % and intervals that shrink by 3 % each, down to 6 %.
+
+    Source: Croce and Hein (ICML 2020), section 3.2 and 3.4.
+    """
+    reached, interval, numbers = 0, 22, []
+    while reached + interval <= 100:
+        reached, interval = reached + interval, max(interval - 3, 6)
+        numbers.append(-(-reached * steps // 100))
+    return sorted(set(numbers))
