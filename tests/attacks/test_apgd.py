@@ -13,7 +13,7 @@ from attacks.oracle import linear_oracle
 from torch import Tensor
 
 from sj_robust._host import functional
-from sj_robust.attacks import SampleSeeds, ThreatModel, apgd
+from sj_robust.attacks import SampleSeeds, ThreatModel, _ascent, apgd
 from sj_robust.attacks._ascent import checkpoints
 from sj_robust.attacks.apgd import dlr_loss, targeted_dlr_loss
 
@@ -356,7 +356,7 @@ def test_as_strong_as_the_authors_implementation(trained, norm, eps, loss, monke
             noise = 2 * torch.rand(x[right].shape) - 1 if norm == "Linf" else torch.randn(x[right].shape)
         start = x.clone()
         start[right] = (x[right] + eps * peer.normalize(noise)).clamp(0, 1)
-        monkeypatch.setattr(MODULE, "border_point", lambda *_, start=start: start)
+        monkeypatch.setattr(_ascent, "random_point", lambda *_, start=start, on_border: start)
         x_adv = apgd(model, x, y, eps=eps, norm=norm, loss=loss, target_classes=1)
         with torch.no_grad():
             ours.append((model(x_adv).argmax(1) == y).double().mean().item())
