@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from lab.command_line import check_options, checked, describe_folder, option, read_options, run_recipe
 from lab.command_line.declared import PositiveInt
@@ -44,8 +44,13 @@ class Options:
         group="recipes", metavar="FILE")
     evaluator: str | None = option(None, "The recipe that evaluates; null for evaluate.py beside this one.",
         metavar="FILE")
-    jobs: PositiveInt = option(1, "Processes side by side; GPUs are shared out among them.", group="machine")
+    jobs: PositiveInt = option(1, "Runs side by side, each in a process of its own; GPUs are shared out among them.",
+        group="machine")
     threads: PositiveInt = option(1, "Threads of torch in each.")
+    cluster: Literal["local", "slurm"] = option("local", "Where runs are performed: on this machine, or as jobs of a "
+        "Slurm cluster.")
+    cluster_options: dict[str, Any] = option({}, "Options of submitit for these jobs, such as {slurm_partition: gpu, "
+        "timeout_min: 600}.")
     output: str | None = option(None, "Folder of the sweep; null means runs/ and the name of the sweep file, or "
         "runs/sweep.", group="output", metavar="FOLDER")
     report: bool = option(False, "Only make tables and figure from the runs there are.")
@@ -66,10 +71,12 @@ if __name__ == "__main__":
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from lab.sweeping import (
     PlannedRun,
     RunRecord,
     axes_of,
+    executor_for,
     expand,
     load_recipe,
     load_records,
@@ -96,8 +103,10 @@ def main(arguments: list[str]) -> None:
             planned = plan(options, folder)
         folder.mkdir(parents=True, exist_ok=True)
         with alone(folder):
+            with checked():
+                executor = executor_for(folder, options.cluster, options.cluster_options)
             describe_folder(folder, "sweep", arguments)  # a sweep that is stopped has it too
-            failed = run(options, planned, folder, console)
+            failed = run(options, planned, executor, folder, console)
     records = load_records(folder, load_recipe(Path(options.recipe or RECIPES / "adv_train.py")))
     if records or not failed:
         with checked():
@@ -123,7 +132,7 @@ def report(options: Options, folder: Path, records: list[RunRecord], console: Co
     console.print(f"{', '.join(file.name for file in files)} are in {folder}", markup=False)
 
 
-def run(options: Options, planned: list[PlannedRun], folder: Path, console: Console) -> list[str]:
+def run(options: Options, planned: list[PlannedRun], executor: Any, folder: Path, console: Console) -> list[str]:
     """Perform the runs that are missing; returns what failed."""
     for one in planned:
         one.name_values()
@@ -135,12 +144,13 @@ def run(options: Options, planned: list[PlannedRun], folder: Path, console: Cons
         f"{len(planned)} runs in {folder}, {len(planned) - len(missing)} of them finished before", markup=False
     )
     failed = []
-    outcomes = perform_all(missing, jobs=options.jobs, threads=options.threads, devices=torch.cuda.device_count())
+    devices = torch.cuda.device_count() if options.cluster == "local" else 0
+    ends = perform_all(missing, executor, jobs=options.jobs, threads=options.threads, devices=devices)
     with SweepDisplay(console, total=len(planned), done=len(planned) - len(missing), jobs=options.jobs) as display:
-        for outcome in outcomes:
-            display.add(outcome)
-            if outcome.error is not None:
-                failed.append(f"{outcome.run.name}: {outcome.error}")
+        for ended in ends:
+            display.add(ended)
+            if ended.error is not None:
+                failed.append(f"{ended.run.name}: {ended.error}")
     return failed
 
 
@@ -187,20 +197,12 @@ def base_options(base: str | None) -> dict[str, Any]:
 
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
-    """Keep other sweeps out of the folder; a kill lets go of it. Windows has no such lock."""
+    """Keep other sweeps out of the folder; a kill lets go of it."""
     try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with (folder / ".lock").open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BlockingIOError(
-                f"{folder} is being written by another sweep; wait for it, or change --output"
-            ) from error
-        yield
+        with FileLock(folder / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        raise BlockingIOError(f"{folder} is being written by another sweep; wait for it, or change --output") from error
 
 
 def parse(arguments: list[str]) -> Options:

@@ -1,29 +1,29 @@
 import ast
 import csv
 import os
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from lab.sweeping import Outcome, RunRecord, load_recipe
+from filelock import FileLock
+from lab.sweeping import EndedRun, RunRecord, load_recipe
 from lab.sweeping.perform import perform
-from sweeping.fakes import write_fakes
+from fake_recipes import write_fakes
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "sweep.py"
 sweep = load_recipe(RECIPE)
 GRID = ("--grid", "{neuron: [lif, dlif], mode: [none, at], rho: [0, 1]}", "--seeds", "2")
 
 
-def one_after_the_other(runs, *, jobs, threads, devices):
+def one_after_the_other(runs, executor, *, jobs, threads, devices):
     """In place of processes, which take seconds to start and have tests of their own."""
     for run in runs:
         try:
             perform(run)
         except ValueError as error:
-            yield Outcome(run, 1.0, str(error))
+            yield EndedRun(run, 1.0, str(error))
         else:
-            yield Outcome(run, 1.0)
+            yield EndedRun(run, 1.0)
 
 
 @pytest.fixture
@@ -32,6 +32,7 @@ def run(tmp_path, monkeypatch, capsys):
     fakes = [f"--{name}={path}" for name, path in write_fakes(tmp_path).items()]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sweep.main.__globals__, "perform_all", one_after_the_other)
+    monkeypatch.setitem(sweep.main.__globals__, "executor_for", lambda *given: given)
 
     def call(*arguments, code=None):
         if code is None:
@@ -118,18 +119,10 @@ def test_wrong_use(run, tmp_path, arguments, error, message):
 
 
 def test_two_sweeps_do_not_share_a_folder(run, tmp_path):
-    fcntl = pytest.importorskip("fcntl", reason="there is no such lock on Windows")
     (tmp_path / "out").mkdir()
-    with (tmp_path / "out" / ".lock").open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        with pytest.raises(BlockingIOError, match="out is being written by another sweep"):
-            run("--grid", "{rho: [1]}", "--output", "out")
+    with FileLock(tmp_path / "out" / ".lock"), pytest.raises(BlockingIOError, match="out is being written by another"):
+        run("--grid", "{rho: [1]}", "--output", "out")
     run("--grid", "{rho: [1]}", "--output", "out")
-
-
-def test_where_there_is_no_lock_it_runs_all_the_same(run, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "fcntl", None)  # as on Windows
-    assert "1 runs in out, 0 of them" in run("--grid", "{rho: [1]}", "--output", "out")
 
 
 def test_a_suite_that_is_added_later_trains_nothing_again(run, tmp_path):
@@ -157,6 +150,7 @@ def test_null_and_its_value_are_one_run_of_the_real_recipe(tmp_path):
 
 def test_the_real_recipes_on_digits(tmp_path, monkeypatch):
     """In processes of its own: two runs, one epoch, few images."""
+    pytest.importorskip("submitit", reason="of the extra recipes")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(os.environ, "PYTHONPATH", str(RECIPE.parents[1]))
     tiny = "{train_limit: 60, test_limit: 8, epochs: 1, batch_size: 32, channels: [2, 2], T: 2, device: cpu}"

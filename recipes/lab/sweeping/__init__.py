@@ -2,14 +2,14 @@
 
 from lab.sweeping.grid import axes_of, expand, seeds_of
 from lab.sweeping.plan import PlannedRun, load_records, plan_runs
-from lab.sweeping.pool import Outcome, perform_all
+from lab.sweeping.pool import EndedRun, executor_for, perform_all
 from lab.sweeping.recipe import Recipe, load_recipe
 from lab.sweeping.record import RunRecord
 from lab.sweeping.summary import Cell, Statistic, axes_in, cells_of, columns_of
 
 __all__ = [
     "Cell",
-    "Outcome",
+    "EndedRun",
     "PlannedRun",
     "Recipe",
     "RunRecord",
@@ -18,6 +18,7 @@ __all__ = [
     "axes_of",
     "cells_of",
     "columns_of",
+    "executor_for",
     "expand",
     "load_recipe",
     "load_records",

@@ -7,7 +7,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from lab.sweeping.pool import LOG_FILE, Outcome
+from lab.sweeping.pool import LOG_FILE, EndedRun
 from sj_robust._console import moving
 
 __all__ = ["SweepDisplay"]
@@ -66,20 +66,20 @@ class SweepDisplay:
         seconds = (time.monotonic() - self._started) / finished * (self._total - self._done)
         return f"{seconds / 60:.0f} min left" if seconds >= 120 else f"{seconds:.0f} s left"
 
-    def add(self, outcome: Outcome) -> None:
+    def add(self, ended: EndedRun) -> None:
         """Say how a run ended."""
         self._done += 1
-        said = _figures(outcome) if outcome.error is None else f"FAILED, {outcome.error}"
-        line = f"{self._done}/{self._total} {outcome.run.name}: {said} ({outcome.seconds:.0f} s)"
-        tail = "" if outcome.error is None else f"; see {outcome.run.folder / LOG_FILE}"
+        said = _figures(ended) if ended.error is None else f"FAILED, {ended.error}"
+        line = f"{self._done}/{self._total} {ended.run.name}: {said} ({ended.seconds:.0f} s)"
+        tail = "" if ended.error is None else f"; see {ended.run.folder / LOG_FILE}"
         now = "" if not self._progress.disable or self._done == self._total else f"; {self.left}"
         self._console.print(line + tail + now, markup=False, highlight=False, soft_wrap=True)
         self._progress.update(self._task, completed=self._done, left=self.left)
 
 
-def _figures(outcome: Outcome) -> str:
+def _figures(ended: EndedRun) -> str:
     """Clean accuracy and the lowest of the training's report, and the worst case of every suite."""
-    record = outcome.run.record
+    record = ended.run.record
     if record is None:
         return "no record"
     report = {name: share for name, share in record.figures.items() if "/" not in name}

@@ -1,12 +1,20 @@
-"""One run of a sweep: train, evaluate, write down; whatever an earlier attempt finished is kept."""
+"""One run of a sweep: train, evaluate, write down; whatever an earlier attempt finished is kept.
+
+``python -m lab.sweeping.perform RUN`` is the process of a run, with its plan as JSON.
+"""
 
 import shutil
+import signal
 import sys
 import time
+import traceback
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from lab.sweeping.plan import OPTIONS_FILE, PlannedRun
 from lab.sweeping.recipe import load_recipe
@@ -15,24 +23,42 @@ from sj_robust._saved import write_whole
 from sj_robust.evaluation.report import Report
 from sj_robust.evaluation.robustness_report import RobustnessReport
 
-__all__ = ["perform"]
+__all__ = ["main", "perform"]
 
 _REPORT = "report.json"
 
 
+def main(plan: str) -> None:
+    """Perform a run that nobody else performs; any error ends as the last line of what is printed."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    run = PlannedRun.from_json(plan)
+    try:
+        with _alone(run.folder):
+            perform(run)
+    except SystemExit as stop:
+        sys.exit(f"the recipe gave up: {stop.code}" if isinstance(stop.code, str) else f"exit code {stop.code}")
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+    except Exception as error:
+        traceback.print_exc()
+        sys.exit(f"{type(error).__name__}: {' '.join(str(error).split())}")
+
+
+def _alone(folder: Path) -> AbstractContextManager[Any]:
+    """The run's lock, which a kill lets go of; waits for a process that an earlier sweep left when it was killed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        print(f"waiting: another process still performs {folder.name}")
+        return lock.acquire()
+
+
 def perform(run: PlannedRun) -> RunRecord:
-    """Do what is missing of a run. 执行一次运行中尚未完成的部分。
+    """Do what is missing of a run; returns the record, which is on disk then.
 
     Training that was stopped goes on from its last checkpoint, an evaluation from its last record.
-
-    Args:
-        run: The run.
-
-    Returns:
-        The record, which is on disk when this returns.
-
-    Raises:
-        Exception: Whatever the recipes raise.
     """
     run.folder.mkdir(parents=True, exist_ok=True)
     if not (run.folder / OPTIONS_FILE).exists():
@@ -93,3 +119,7 @@ def _call(recipe: Path, folder: Path, options: Path, mark: str) -> float:
         if "accelerate.state" in sys.modules:  # its state would outlive the run, precision and device with it
             sys.modules["accelerate.state"].AcceleratorState._reset_state(True)
     return time.monotonic() - start
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

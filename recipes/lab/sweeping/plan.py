@@ -4,7 +4,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,16 @@ class PlannedRun:
         """Whether training and every suite are done."""
         record = self.record
         return record is not None and record.evaluations.keys() >= self.evaluations.keys()
+
+    def to_json(self) -> str:
+        """The plan as text for a process of its own."""
+        return json.dumps(asdict(self), default=str)
+
+    @classmethod
+    def from_json(cls, text: str) -> "PlannedRun":
+        """The plan that :meth:`to_json` wrote."""
+        content = json.loads(text)
+        return cls(**content | {name: Path(content[name]) for name in ("folder", "recipe", "evaluator")})
 
     def name_values(self) -> None:
         """Give the record the values of options that were null when it ran and have a value, the same one, now."""

@@ -1,83 +1,78 @@
-"""Processes that perform runs: each handles many, and one that dies takes only its own run with it."""
+"""Runs of a sweep as jobs of submitit, on this machine or on a Slurm cluster; one that dies takes only itself along."""
 
 import os
 import signal
+import subprocess
 import sys
-import threading
 import time
-import traceback
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import connection, get_context, parent_process, resource_tracker
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any, Literal
 
-from lab.sweeping.perform import perform
+from lab import paths_for_children
 from lab.sweeping.plan import PlannedRun
 
-__all__ = ["LOG_FILE", "Outcome", "perform_all"]
+__all__ = ["LOG_FILE", "Cluster", "EndedRun", "executor_for", "perform_all"]
 
 LOG_FILE = "output.txt"
+Cluster = Literal["local", "slurm"]
 
 _PATIENCE = 120.0
-"""Seconds that interrupted runs have to write their checkpoints."""
+"""Seconds that runs have to write their checkpoints when they are asked to stop."""
+_LONG = {"local": 10**6, "slurm": 24 * 60}
+"""Minutes after which submitit ends a job, if nothing else is asked for."""
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How a run ended. 一次运行的结局。
-
-    Attributes:
-        run: The run.
-        seconds: Time it took.
-        error: Why it failed, in one line; None if it is finished.
-    """
+class EndedRun:
+    """How a run ended: after so many seconds, with an error in one line or with None."""
 
     run: PlannedRun
     seconds: float
     error: str | None = None
 
 
-@dataclass
-class _Worker:
-    process: BaseProcess
-    pipe: Connection
-    run: PlannedRun | None = None
-    started: float = 0.0
+def executor_for(folder: Path, cluster: Cluster = "local", options: Mapping[str, Any] | None = None) -> Any:
+    """The executor of submitit for a sweep; its own files are in ``jobs/``, which a cluster has to see too.
 
-    def give(self, run: PlannedRun) -> None:
-        self.run, self.started = run, time.monotonic()
-        self.pipe.send(run)
+    Args:
+        folder: Folder of the sweep.
+        cluster: Where jobs run.
+        options: Parameters of submitit, such as ``{"slurm_partition": "gpu", "timeout_min": 600}``.
 
-    def outcome(self) -> Outcome:
-        """What the worker says of its run, or that it died."""
-        assert self.run is not None
-        try:
-            error: str | None = self.pipe.recv()
-        except EOFError:
-            self.process.join()
-            error = f"its process died ({_exit(self.process.exitcode)})"
-        run, self.run = self.run, None
-        return Outcome(run, time.monotonic() - self.started, error)
+    Raises:
+        ValueError: If the cluster is not there or an option is unknown.
+    """
+    import submitit
+
+    parameters = {"name": "sweep", "timeout_min": _LONG[cluster], "stderr_to_stdout": True, **(options or {})}
+    try:
+        executor = submitit.AutoExecutor(folder / "jobs", cluster=cluster)
+        executor.update_parameters(**parameters)
+    except (AssertionError, NameError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"submitit cannot use cluster {cluster} with options {dict(options or {})}: {' '.join(str(error).split())}"
+        ) from error
+    return executor
 
 
-def perform_all(runs: Sequence[PlannedRun], *, jobs: int = 1, threads: int = 1, devices: int = 0) -> Iterator[Outcome]:
-    """Perform runs in ``jobs`` processes, and yield each as it ends. 多进程执行全部运行。
+def perform_all(
+    runs: Sequence[PlannedRun], executor: Any, *, jobs: int = 1, threads: int = 1, devices: int = 0
+) -> Iterator[EndedRun]:
+    """Perform runs, each in a process of its own, at most ``jobs`` at a time, and yield each as it ends.
 
-    What a run prints is in its ``output.txt``. A process whose parent is gone ends at once. When the iteration is left,
-    by Ctrl-C for instance, runs are asked to stop, and what they leave can be resumed.
+    When the iteration is left, by Ctrl-C for instance, runs are asked to stop, and what they leave can be resumed. Runs
+    whose sweep is killed go on, as on a cluster; a run that is planned again meanwhile waits for them.
 
     Args:
         runs: The runs.
-        jobs: Processes.
+        executor: From :func:`executor_for`.
+        jobs: Runs side by side.
         threads: Threads of torch in each.
-        devices: GPUs that processes take turns with; below two, every process sees what this one does.
-
-    Yields:
-        How each run ended.
+        devices: GPUs of this machine that runs take turns with; below two, each sees what this process sees.
 
     Raises:
         ValueError: If ``jobs`` or ``threads`` is < 1.
@@ -85,151 +80,91 @@ def perform_all(runs: Sequence[PlannedRun], *, jobs: int = 1, threads: int = 1, 
     if jobs < 1 or threads < 1:
         raise ValueError(f"jobs and threads must be >= 1, got {jobs} and {threads}")
     waiting = deque(runs)
-    workers: dict[int, _Worker] = {}
+    running: dict[int, tuple[Any, PlannedRun, float]] = {}
     try:
-        while waiting or workers:
-            for place in range(jobs):
-                if waiting and place not in workers:
-                    workers[place] = _start(place, threads, devices)
-                    workers[place].give(waiting.popleft())
-            ready = connection.wait([worker.pipe for worker in workers.values()])
-            for place, worker in list(workers.items()):
-                if worker.pipe not in ready:
-                    continue
-                outcome = worker.outcome()
-                if waiting and worker.process.is_alive():
-                    worker.give(waiting.popleft())
-                else:
-                    worker.pipe.close()
-                    del workers[place]
-                yield outcome
+        while waiting or running:
+            for slot in range(jobs):
+                if waiting and slot not in running:
+                    run = waiting.popleft()
+                    environ: dict[str, str | None] = {"OMP_NUM_THREADS": str(threads), **paths_for_children()}
+                    if executor.cluster == "local":
+                        environ["CUDA_VISIBLE_DEVICES"] = _visible(slot, devices)
+                    with _interrupts_held():
+                        running[slot] = executor.submit(_attempt(run, environ)), run, time.monotonic()
+            for slot, (job, run, started) in list(running.items()):
+                if job.done():
+                    del running[slot]
+                    yield EndedRun(run, time.monotonic() - started, _error(job))
+            time.sleep(0.1)
     finally:
-        _stop(list(workers.values()))
+        _stop([job for job, _, _ in running.values()], executor.cluster)
 
 
-def _start(place: int, threads: int, devices: int) -> _Worker:
-    environ = {"OMP_NUM_THREADS": str(threads)}
-    if devices > 1:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
-        environ["CUDA_VISIBLE_DEVICES"] = visible[place % devices] if len(visible) > 1 else str(place % devices)
-    context = get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=_serve, args=(there, threads), name=f"sweep-{place}")
-    with _environ(environ), _interrupts_held():
-        process.start()
-    there.close()
-    return _Worker(process, here)
+def _attempt(run: PlannedRun, environ: Mapping[str, str | None]) -> Callable[[], str | None]:
+    """What a job does: the run in a process of its own, whose end it tells. Pickled whole, so that no path matters."""
+    command = [sys.executable, "-u", "-m", "lab.sweeping.perform", run.to_json()]
+    log, patience = run.folder.absolute() / LOG_FILE, _PATIENCE
 
-
-def _stop(workers: Sequence[_Worker]) -> None:
-    """Ask once, as Ctrl-C does, then wait, then insist."""
-    for worker in workers:
-        if worker.process.pid is not None and worker.process.is_alive():
-            os.kill(worker.process.pid, signal.SIGINT)
-        worker.pipe.close()  # nothing more comes
-    deadline = time.monotonic() + _PATIENCE
-    for worker in workers:
-        worker.process.join(max(0.0, deadline - time.monotonic()))
-        if worker.process.is_alive():
-            worker.process.kill()
-            worker.process.join()
-
-
-def _serve(pipe: Connection, threads: int) -> None:
-    """Life of a worker: runs come in, and for each an error or None goes out."""
-    if os.name == "posix":
-        os.setpgid(0, 0)  # Ctrl-C reaches the parent alone, which passes it on once
-        signal.signal(signal.SIGINT, signal.SIG_IGN)  # drops one that came before
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    threading.Thread(target=_die_with_parent, daemon=True).start()
-    import torch
-
-    torch.set_num_threads(threads)
-    while True:
+    def attempt() -> str | None:
+        variables = {name: value for name, value in {**os.environ, **environ}.items() if value is not None}
         try:
-            run = pipe.recv()
-        except (EOFError, KeyboardInterrupt):
-            return
-        try:
-            with _output_to(run.folder / LOG_FILE):
-                error = _performed(run)
+            log.parent.mkdir(parents=True, exist_ok=True)
+            with log.open("ab") as file:
+                process = subprocess.Popen(
+                    command, env=variables, stdin=subprocess.DEVNULL, stdout=file, stderr=file, process_group=0
+                )
         except OSError as problem:
-            error = f"{run.folder} cannot be written ({problem})"
-        try:
-            pipe.send(error)
-        except BrokenPipeError:
-            return
+            return f"{log.parent} cannot be written ({problem})"
+
+        def stop(number: int, frame: object) -> None:
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            signal.signal(signal.SIGALRM, lambda *_: process.kill())
+            signal.setitimer(signal.ITIMER_REAL, patience)
+            process.terminate()
+
+        signal.signal(signal.SIGTERM, stop)
+        code = process.wait()
+        if code < 0:
+            return f"its process died (signal {signal.Signals(-code).name})"
+        return log.read_text(encoding="utf-8", errors="replace").rstrip().rpartition("\n")[2] if code else None
+
+    return attempt
 
 
-def _performed(run: PlannedRun) -> str | None:
-    """Perform a run; any error ends as a line, with its traceback in the log."""
+def _error(job: Any) -> str | None:
+    """What the attempt tells, or that it could not tell anything."""
     try:
-        perform(run)
-    except SystemExit as stop:
-        return f"the recipe gave up: {stop.code}" if isinstance(stop.code, str) else f"exit code {stop.code}"
-    except KeyboardInterrupt:
-        return "stopped"
-    except Exception as error:
-        traceback.print_exc()
-        return f"{type(error).__name__}: {' '.join(str(error).split())}"
-    return None
+        error: str | None = job.result()
+    except RuntimeError:  # submitit's own, and they hold pages of its log
+        return f"its job ended without a result (state {job.state}); see {job.paths.stdout}"
+    return error
 
 
-def _die_with_parent() -> None:
-    """Nobody reads what an orphan finds, and a new sweep would write into the same folders."""
-    parent = parent_process()
-    if parent is not None:
-        connection.wait([parent.sentinel])
-        os._exit(1)
+def _stop(jobs: Sequence[Any], cluster: str) -> None:
+    """Ask, as often as it takes until each has heard it, and wait."""
+    if cluster != "local":
+        for job in jobs:
+            job.cancel(check=False)
+    while left := [job for job in jobs if not job.done()]:
+        for job in left if cluster == "local" else ():
+            os.kill(int(job.job_id), signal.SIGTERM)  # its own cancel() kills after a second
+        time.sleep(0.5)
 
 
-@contextmanager
-def _output_to(path: Path) -> Iterator[None]:
-    """Both outputs of this process and its children go to the end of a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    saved = [os.dup(number) for number in (1, 2)]
-    with path.open("ab") as file:
-        for number in (1, 2):
-            os.dup2(file.fileno(), number)
-    try:
-        yield
-    finally:
-        for stream in (sys.stdout, sys.stderr):
-            stream.flush()
-        for number, old in zip((1, 2), saved, strict=True):
-            os.dup2(old, number)
-            os.close(old)
+def _visible(slot: int, devices: int) -> str | None:
+    """``CUDA_VISIBLE_DEVICES`` for a slot; submitit would hide all GPUs."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if devices > 1:
+        names = (visible or "").split(",")
+        visible = names[slot % devices] if len(names) > 1 else str(slot % devices)
+    return visible
 
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C waits, in a process started meanwhile until it lets go: it would die with a traceback."""
-    if os.name != "posix":
-        yield
-        return
-    resource_tracker.ensure_running()  # which would let interrupts through when it is started later
+    """Ctrl-C waits, in processes started meanwhile for ever: it reaches this one alone, which passes it on once."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-@contextmanager
-def _environ(values: Mapping[str, str]) -> Iterator[None]:
-    """Variables of the environment that a child is to start with."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def _exit(code: int | None) -> str:
-    return f"signal {signal.Signals(-code).name}" if code is not None and code < 0 else f"exit code {code}"

@@ -9,10 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
-from lab.sweeping import RunRecord, expand, load_records, perform_all, plan_runs
+from lab import paths_for_children
+from lab.sweeping import RunRecord, executor_for, expand, load_records, perform_all, plan_runs
 from lab.sweeping.perform import perform
 from lab.sweeping.recipe import load_recipe
-from sweeping.fakes import write_fakes
+from fake_recipes import write_fakes
 
 GRID = {"mode": ["none", "at"], "rho": [0, 1]}
 
@@ -40,7 +41,7 @@ def stages(run):
 
 
 def wait_until(condition, what):
-    for _ in range(2000):
+    for _ in range(10_000):
         if condition():
             return
         time.sleep(0.02)
@@ -197,11 +198,12 @@ def test_training_that_was_cut_short_goes_on(planned):
     assert stages(run) == ["train resume=False", "train resume=True"]
 
 
-def test_workers_survive_what_runs_do_and_stop_when_asked(planned):
+def test_runs_survive_each_other_and_stop_when_asked(planned, tmp_path):
     """A run that fails, one that exits, one that kills its process, one that is well, and one that Ctrl-C stops."""
+    pytest.importorskip("submitit", reason="of the extra recipes")
     runs = planned({"behave": ["fail", "exit", "die", "well", "wait"]})
-    fails, exits, dies, well, waits = runs
-    outcomes = {}
+    fails, _, dies, well, waits = runs
+    ends = {}
 
     def interrupt():
         wait_until((waits.folder / "training" / "waiting").exists, "the run's start")
@@ -213,55 +215,59 @@ def test_workers_survive_what_runs_do_and_stop_when_asked(planned):
     thread.start()
     try:
         with pytest.raises(KeyboardInterrupt):
-            outcomes.update((outcome.run.folder, outcome.error) for outcome in perform_all(runs, jobs=1))
+            for end in perform_all(runs, executor_for(tmp_path), jobs=2):
+                ends[end.run.name] = end.error
     finally:
         signal.signal(signal.SIGINT, before)
         thread.join()
-    assert list(outcomes.values()) == [
-        "ValueError: no such thing", "exit code 2", "its process died (signal SIGKILL)", None,
-    ]  # fmt: skip
+    assert ends == {
+        "fail-seed0": "ValueError: no such thing", "exit-seed0": "exit code 2", "well-seed0": None,
+        "die-seed0": "its process died (signal SIGKILL)",
+    }  # fmt: skip
     assert [record.name for record in load_records(well.folder.parents[1])] == ["well-seed0"]
     output = (fails.folder / "output.txt").read_text()
     assert output.startswith("training dlif")
     assert "Traceback" in output
-    processes = [int(calls(run)[0].split("pid=")[1]) for run in (fails, exits, dies, well, waits)]
-    assert processes[0] == processes[1] == processes[2] != processes[3] == processes[4]
-    assert not any(is_running(process) for process in processes)
+    assert not any(is_running(process_of(run)) for run in runs)
     for run in (dies, waits):
         perform(run)
         assert stages(run) == ["train resume=False", "train resume=True", "paper resume=False"]
 
 
+def process_of(run):
+    return int(calls(run)[-1].split("pid=")[1])
+
+
 def test_numbers_of_processes():
     for wrong in ({"jobs": 0}, {"threads": 0}):
         with pytest.raises(ValueError, match="jobs and threads must be >= 1"):
-            next(perform_all([], **wrong))
+            next(perform_all([], None, **wrong))
 
 
 SCRIPT = """
+import sys
 from pathlib import Path
-from lab.sweeping import expand, load_recipe, perform_all, plan_runs
+from lab.sweeping import executor_for, perform_all
+from lab.sweeping.plan import PlannedRun
 
-if __name__ == "__main__":
-    recipe, evaluator = (load_recipe(Path(name)) for name in ("recipe.py", "evaluator.py"))
-    runs = plan_runs(Path("sweep"), [{"behave": "wait"}], [0], recipe=recipe, evaluator=evaluator, fixed={},
-                     evaluations={"paper": {}})
-    for outcome in perform_all(runs):
-        print(outcome.run.name, outcome.error)
+for end in perform_all([PlannedRun.from_json(sys.argv[1])], executor_for(Path("sweep"))):
+    print(end.run.name, end.error)
 """
 
 
-def test_workers_end_with_a_parent_that_is_killed_and_the_run_goes_on_later(planned, tmp_path):
+def test_a_run_whose_sweep_is_killed_goes_on_and_the_next_sweep_waits_for_it(planned, tmp_path):
+    pytest.importorskip("submitit", reason="of the extra recipes")
+    (run,) = planned({"behave": ["linger"]})
     (tmp_path / "sweep.py").write_text(SCRIPT)
-    process = subprocess.Popen([sys.executable, "-W", "ignore", "sweep.py"], cwd=tmp_path)
-    (run,) = planned({"behave": ["wait"]})
-    wait_until((run.folder / "training" / "waiting").exists, "the run's start")
-    process.kill()
-    process.wait()
-    worker = int(calls(run)[0].split("pid=")[1])
-    wait_until(lambda: not is_running(worker), "the end of the worker")
-    perform(run)
-    assert stages(run) == ["train resume=False", "train resume=True", "paper resume=False"]
+    command = [sys.executable, "-W", "ignore", "sweep.py", run.to_json()]
+    with subprocess.Popen(command, cwd=tmp_path, env=os.environ | paths_for_children()) as sweep:
+        wait_until((run.folder / "training" / "waiting").exists, "the run's start")
+        sweep.kill()
+    (end,) = perform_all([run], executor_for(tmp_path / "sweep"))
+    assert end.error is None
+    assert "waiting: another process still performs linger-seed0" in (run.folder / "output.txt").read_text()
+    assert stages(run) == ["train resume=False", "paper resume=False"]
+    wait_until(lambda: not is_running(process_of(run)), "the end of the process that had gone on")
 
 
 def test_a_recipe_must_look_like_one(tmp_path):

@@ -56,6 +56,10 @@ def main(arguments):
     if options.behave == "wait" and not options.resume:
         (folder / "waiting").touch()
         time.sleep(60)
+    if options.behave == "linger":
+        (folder / "waiting").touch()
+        while "waiting" not in (folder.parent / "output.txt").read_text():
+            time.sleep(0.05)
     (network / "best.pt").write_text("whole")
     robust = 40 + 2 * options.seed + (10 if options.rho else 0) + (options.neuron == "dlif")
     scores = [Score(f"{options.neuron} {options.mode}", "clean", 90, 100),
