@@ -12,11 +12,7 @@ PUBLIC = {
         "random_flips rfgsm salt_and_pepper sapgd square transfer uniform"
     ),
     "sj_robust.estimators": "Applied ESTIMATORS Estimator estimator",
-    "lab.benchmarking": "ALLOCATORS Measurement SUBJECTS Subject Task race",
     "sj_robust.classifier": "PoissonEncoder SpikingClassifier SpikingEventClassifier",
-    "lab.command_line": (
-        "WrongUse check_options checked deciding describe_folder idle option parse_options read_options run_recipe"
-    ),
     "sj_robust.data": (
         "Augmentation CIFAR_STATISTICS DATASETS EVENT_DATASETS ImageSplits ShuffledBatches image_loader load_images"
     ),
@@ -31,10 +27,6 @@ PUBLIC = {
     "sj_robust.evaluation.html": "save_html to_html",
     "sj_robust.evaluation.subject": "Subject check_fits describe_network from_checkpoint from_function",
     "sj_robust.evaluation.terminal": "Display show_comparison show_report",
-    "lab.figures": (
-        "FigureData InputGains OneNeuron TrainingCurves draw input_gains load_figure one_neuron redraw save_figure "
-        "training_curves"
-    ),
     "sj_robust.neuron.fusion": "FusedSequential FusionReport fuse_batch_norm unfuse_batch_norm",
     "sj_robust.models": (
         "ConvChain DirectlyEncoded MixedBlock NETWORKS NetworkSpec SmallConvNet VGG VGG_FEATURES WIDE_RESNETS "
@@ -55,14 +47,6 @@ PUBLIC = {
         "input_maps l2_gain l2_gain_limit neuron_gains optimal_input_gain peak_gain printed_gain time_operator"
     ),
     "sj_robust.stability.plot": "plot_certificate",
-    "lab.sweeping": (
-        "Cell Outcome PlannedRun Recipe RunRecord Statistic axes_in axes_of cells_of columns_of expand "
-        "load_recipe load_records perform_all plan_runs seeds_of"
-    ),
-    "lab.sweeping.display": "SweepDisplay",
-    "lab.sweeping.plot": "plot_effect",
-    "lab.sweeping.published": "PUBLISHED PublishedFigure published",
-    "lab.sweeping.report": "write_report",
     "sj_robust.training": (
         "EpochRecord ForwardPasses GradientSparsity Journal Losses MODES Mode NonFiniteLossError Objective Penalty "
         "StabilityGain ThresholdGuarding TrainingInterrupted TrainingPlan catastrophic_overfitting check_training "
@@ -74,19 +58,12 @@ PUBLIC = {
 PUBLIC = {module: tuple(names.split()) for module, names in PUBLIC.items()}
 
 NEEDS_RECIPES = {
-    "lab.command_line",
     "sj_robust.evaluation.assess",
     "sj_robust.evaluation.html",
     "sj_robust.evaluation.subject",
     "sj_robust.evaluation.terminal",
-    "lab.figures",
     "sj_robust.evaluation.drawings",
     "sj_robust.stability.plot",
-    "lab.sweeping",
-    "lab.sweeping.display",
-    "lab.sweeping.plot",
-    "lab.sweeping.published",
-    "lab.sweeping.report",
     "sj_robust.training",
 }
 """Modules that need the extra ``recipes``; the others import with what the package itself depends on."""

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from filelock import FileLock, Timeout
+
 from sj_robust._saved import write_whole
 
 __all__ = ["BatchLog", "Clock", "Position", "Progress", "stage", "write_whole"]
@@ -58,8 +60,13 @@ class Progress:
             yield BatchLog([], None)
             return
         path = self._folder / f"batch-{number:06d}.jsonl"
-        with path.open("ab") as file:
-            _lock(file, path)
+        try:
+            taken = FileLock(path.with_suffix(".lock")).acquire(timeout=0)
+        except Timeout as error:
+            raise BlockingIOError(
+                f"{path} is being written by another process: is this evaluation running already?"
+            ) from error
+        with taken, path.open("ab") as file:
             content = path.read_bytes()
             whole = _whole_length(content)
             file.truncate(whole)
@@ -206,19 +213,3 @@ def _whole_length(content: bytes) -> int:
             break
         length += len(line)
     return length
-
-
-def _lock(file: IO[bytes], path: Path) -> None:
-    """Keep other processes off the file until it is closed, where the system can; a kill releases it."""
-    if os.name != "posix":
-        return
-    import fcntl
-
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise BlockingIOError(
-            f"{path} is being written by another process: is this evaluation running already?"
-        ) from error
-    except OSError:  # a file system without locks
-        return

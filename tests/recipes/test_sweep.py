@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 import yaml
+from fake_recipes import write_fakes
 from filelock import FileLock
 from lab.sweeping import EndedRun, RunRecord, load_recipe
 from lab.sweeping.perform import perform
-from fake_recipes import write_fakes
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "sweep.py"
 sweep = load_recipe(RECIPE)

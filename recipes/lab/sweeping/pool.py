@@ -46,8 +46,12 @@ def executor_for(folder: Path, cluster: Cluster = "local", options: Mapping[str,
     Raises:
         ValueError: If the cluster is not there or an option is unknown.
     """
-    import submitit
-
+    try:
+        import submitit
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "the runs of a sweep are jobs of submitit, which cannot be found: pip install 'sj_robust[recipes]'"
+        ) from error
     parameters = {"name": "sweep", "timeout_min": _LONG[cluster], "stderr_to_stdout": True, **(options or {})}
     try:
         executor = submitit.AutoExecutor(folder / "jobs", cluster=cluster)

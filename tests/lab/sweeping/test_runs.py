@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+from fake_recipes import write_fakes
 from lab import paths_for_children
 from lab.sweeping import RunRecord, executor_for, expand, load_records, perform_all, plan_runs
 from lab.sweeping.perform import perform
 from lab.sweeping.recipe import load_recipe
-from fake_recipes import write_fakes
 
 GRID = {"mode": ["none", "at"], "rho": [0, 1]}
 
@@ -215,8 +215,7 @@ def test_runs_survive_each_other_and_stop_when_asked(planned, tmp_path):
     thread.start()
     try:
         with pytest.raises(KeyboardInterrupt):
-            for end in perform_all(runs, executor_for(tmp_path), jobs=2):
-                ends[end.run.name] = end.error
+            ends.update((end.run.name, end.error) for end in perform_all(runs, executor_for(tmp_path), jobs=2))
     finally:
         signal.signal(signal.SIGINT, before)
         thread.join()
