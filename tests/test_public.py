@@ -46,7 +46,8 @@ IMPORT_NAMES = {
 def modules():
     """Every module of the package, and of what its recipes share, by its dotted name."""
     for path in [*sorted(PACKAGE.rglob("*.py")), *sorted((ROOT / "recipes" / "lab").rglob("*.py"))]:
-        parts = path.relative_to(ROOT / "recipes" if "lab" in path.parts else ROOT).with_suffix("").parts
+        root = ROOT if path.is_relative_to(PACKAGE) else ROOT / "recipes"
+        parts = path.relative_to(root).with_suffix("").parts
         yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
 
 

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lab import paths_for_children
 from lab.benchmarking.subjects import SUBJECTS
 
 __all__ = ["ALLOCATORS", "Measurement", "race"]
@@ -103,7 +104,7 @@ def race(
     if rounds < 2:
         raise ValueError(f"rounds must be >= 2 to have a spread, got {rounds}")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
-    variables = {**inherited, **ALLOCATORS[allocator], **(environ or {})}
+    variables = {**inherited, **paths_for_children(), **ALLOCATORS[allocator], **(environ or {})}
     workers: dict[str, subprocess.Popen[str]] = {}
     facts: dict[str, Any] = {}
     missing: dict[str, str] = {}
