@@ -1,11 +1,12 @@
-"""Progress of work on the terminal; needs rich."""
+"""Progress of work on the terminal; showing it needs rich."""
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["PAUSE", "duration", "moving", "working"]
 
@@ -14,7 +15,7 @@ PAUSE = 20.0
 
 
 @contextmanager
-def working(text: str, console: Console | None = None, *, total: int | None = None) -> Iterator[Callable[[], None]]:
+def working(text: str, console: "Console | None" = None, *, total: int | None = None) -> Iterator[Callable[[], None]]:
     r"""Show that something is being done: what, for how long, and how much of it. 显示正在进行的工作。
 
     On a terminal that can move its cursor a line with a spinner, which disappears in the end; elsewhere the text once,
@@ -23,12 +24,16 @@ def working(text: str, console: Console | None = None, *, total: int | None = No
 
     Examples:
         >>> import io
+        >>> from rich.console import Console
         >>> console = Console(file=io.StringIO())
         >>> with working("adding", console, total=2) as step:
         ...     step()
         >>> console.file.getvalue()
         'adding\n'
     """
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
     console = console or Console(highlight=False, soft_wrap=True)
     if not console.is_interactive:
         console.print(text, markup=False)
@@ -52,7 +57,7 @@ def working(text: str, console: Console | None = None, *, total: int | None = No
         yield step
 
 
-def moving(console: Console) -> bool:
+def moving(console: "Console") -> bool:
     """Whether a bar can be shown: on a terminal that moves its cursor, as neither a file nor ``TERM=dumb`` does."""
     return console.is_interactive and not console.quiet
 

@@ -18,10 +18,10 @@ PUBLIC = {
     ),
     "sj_robust.doctor": "main report",
     "sj_robust.evaluation": (
-        "CANDIDATES Comparison Difference Figure Finding LayerActivity Member MemberOutcome Outcome Report "
-        "RobustnessReport SampleAttack Score Suite SuiteName SuiteOutcome SweepRow SweepSettings ThreatModel WorstCase "
+        "Accuracy CANDIDATES Comparison Difference EstimatorSearch EstimatorTrial Finding LayerActivity Member "
+        "MemberOutcome Report RobustnessReport Score Suite SuiteName SuiteOutcome ThreatModel WorstCase "
         "accuracy compare craft diagnose environment eps_text evaluate firing fools make_suite parse_eps run_suite "
-        "sweep wilson_interval worst_case write_whole"
+        "search_estimators wilson_interval worst_case write_whole"
     ),
     "sj_robust.evaluation.assess": "assess",
     "sj_robust.evaluation.html": "save_html to_html",
@@ -58,9 +58,7 @@ PUBLIC = {
 PUBLIC = {module: tuple(names.split()) for module, names in PUBLIC.items()}
 
 NEEDS_RECIPES = {
-    "sj_robust.evaluation.assess",
     "sj_robust.evaluation.html",
-    "sj_robust.evaluation.subject",
     "sj_robust.evaluation.terminal",
     "sj_robust.evaluation.drawings",
     "sj_robust.stability.plot",

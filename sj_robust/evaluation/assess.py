@@ -1,7 +1,4 @@
-"""A whole evaluation: activity, choice of estimators, attacks with their control, diagnosis, report.
-
-Needs the extra ``recipes``.
-"""
+"""A whole evaluation: activity, choice of estimators, attacks with their control, diagnosis, report."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -16,18 +13,20 @@ from torch import Tensor, nn
 from sj_robust._environment import device_of, environment
 from sj_robust.attacks.apgd import apgd
 from sj_robust.attacks.bridges import transfer
+from sj_robust.attacks.call import Attack
 from sj_robust.attacks.events import check_frames, flip_events
 from sj_robust.attacks.threat import ThreatModel, eps_text
 from sj_robust.evaluation.activity import firing
+from sj_robust.evaluation.estimator_search import EstimatorSearch, search_estimators, short_attack
+from sj_robust.evaluation.fingerprint import fingerprint
 from sj_robust.evaluation.masking import diagnose
-from sj_robust.evaluation.member import SampleAttack, scored
+from sj_robust.evaluation.member import Member, fools, scored
 from sj_robust.evaluation.outcome import SuiteOutcome
-from sj_robust.evaluation.progress import Position, stage
+from sj_robust.evaluation.progress import Position, computed_once
 from sj_robust.evaluation.robustness_report import RobustnessReport
-from sj_robust.evaluation.runner import Batches, data_fingerprint, network_fingerprint, place, run_suite
+from sj_robust.evaluation.runner import Batches, data_fingerprint, rank_and_world_size, run_suite
 from sj_robust.evaluation.subject import Subject, describe_network
-from sj_robust.evaluation.suites import Suite, SuiteName, SweepSettings, expectation, make_suite
-from sj_robust.evaluation.worst_case import Member, fools, sweep
+from sj_robust.evaluation.suites import Suite, SuiteName, make_suite
 from sj_robust.randomness import SampleSeeds
 
 __all__ = ["assess"]
@@ -64,10 +63,10 @@ def assess(
 ) -> RobustnessReport:
     """Evaluate a network and write the report. 完整评估并生成报告。
 
-    In order: firing of every layer, sweep over gradient estimators (if the suite chooses), the suite and its control on
-    all images, accuracy over eps, signs of gradient masking (not for event frames, as the report then says). Every part
-    is kept in ``folder`` as it ends, and a call with the same arguments goes on where a killed one stopped. Several
-    processes share the images, see ``run_suite``.
+    In order: firing of every layer, a search over gradient estimators (if the suite chooses), the suite and its control
+    on all images, accuracy over eps, signs of gradient masking (not for event frames, as the report then says). Every
+    part is kept in ``folder`` as it ends, and a call with the same arguments goes on where a killed one stopped.
+    Several processes share the images, see ``run_suite``.
 
     Args:
         subject: The network.
@@ -113,14 +112,14 @@ def assess(
         check_frames(x)
     _check_draws(model, x, y, draws)
     data = data_fingerprint(batches)
-    key = {"network": network_fingerprint(model), "data": data, "threat": repr(threat), "seed": str(seed)}
+    key = {"network": fingerprint(model), "data": data, "threat": repr(threat), "seed": str(seed)}
     parts = _Parts(model, x, y, threat, seed, draws, key | {"draws": str(draws)}, folder, say, on_step)
 
     say(f"firing of every layer on {len(x)} images")
     activity = [asdict(layer) for layer in firing(model, x, seed=seed)]
-    rows = [] if plan.sweep is None else parts.sweep(plan.sweep)
+    rows = [] if plan.search is None else parts.search(plan.search)
     chosen = [row["estimator"] for row in rows if row["chosen"]]
-    if plan.sweep is not None:
+    if plan.search is not None:
         plan = make_suite(suite, threat, chosen=chosen, **kind)
     if source is not None:
         plan = _with_transfer(plan, source, threat)
@@ -133,8 +132,7 @@ def assess(
     return RobustnessReport(
         name=subject.name,
         dataset=dataset,
-        threat=threat.norm,
-        eps=eps_text(threat.eps),
+        threat=threat,
         suite=plan.name,
         classes=classes,
         labels=outcome.labels,
@@ -150,7 +148,7 @@ def assess(
         findings=tuple(findings),
         potential=tuple({name: row[name] for name in ("member", "samples", "layers")} for row in outcome.potential),
         configuration=dict(configuration or {}),
-        environment=environment(x.device) | {"processes": str(place()[1])},
+        environment=environment(x.device) | {"processes": str(rank_and_world_size()[1])},
         warnings=(*unseen, *([_NOT_DIAGNOSED] if threat.norm == "L0" else [])),
     )
 
@@ -170,20 +168,27 @@ class _Parts:
     say: Callable[[str], None]
     on_step: Callable[[Position], None] | None
 
-    def sweep(self, settings: SweepSettings) -> list[dict[str, Any]]:
-        """Rows of the sweep over gradient estimators, strongest first."""
+    def search(self, settings: EstimatorSearch) -> list[dict[str, Any]]:
+        """Trials of the gradient estimators, strongest first; none if the network gets no image right."""
         self.say(f"choosing among {len(settings.candidates)} gradient estimators")
-        compute = partial(
-            _sweep,
-            self.model,
-            self.x,
-            self.y,
-            threat=self.threat,
-            settings=settings,
-            seed=self.seed,
-            draws=self.draws,
-        )
-        return self._kept("sweep.json", self.key | {"settings": repr(settings)}, compute)
+
+        def compute() -> list[dict[str, Any]]:
+            seeds = SampleSeeds(range(len(self.y))).derived("sweep", self.seed)
+            if bool(fools(self.model, self.x, self.y, draws=self.draws, seeds=seeds).all()):
+                return []
+            trials = search_estimators(
+                self.model,
+                self.x,
+                self.y,
+                threat=self.threat,
+                settings=settings,
+                attack=short_attack(self.threat, settings.steps, draws=self.draws),
+                draws=self.draws,
+                seeds=seeds,
+            )
+            return [asdict(trial) for trial in trials]
+
+        return self._computed_once("estimators.json", self.key | {"settings": repr(settings)}, compute)
 
     def run(self, name: str, batches: Batches, members: Sequence[Member], threat: ThreatModel) -> SuiteOutcome:
         """Outcome of members on images."""
@@ -209,14 +214,22 @@ class _Parts:
     def findings(self, source: nn.Module | None) -> list[dict[str, Any]]:
         """Findings of the diagnosis of gradient masking."""
         self.say("signs of gradient masking")
-        few = slice(_DIAGNOSED)
-        compute = partial(_diagnose, self.model, self.x[few], self.y[few], self.threat, self.seed, source, self.draws)
-        of_source = {} if source is None else {"source": network_fingerprint(source)}
-        return self._kept("findings.json", self.key | of_source, compute)
 
-    def _kept(self, name: str, key: Mapping[str, str], compute: Callable[[], Any]) -> list[dict[str, Any]]:
-        rows: list[dict[str, Any]] = _on_one(partial(stage, self.folder and self.folder / name, key, compute))
-        return rows
+        def compute() -> list[dict[str, Any]]:
+            x, y, samples = self.x[:_DIAGNOSED], self.y[:_DIAGNOSED], 10 if self.draws > 1 else 1
+            found = diagnose(self.model, x, y, threat=self.threat, seed=self.seed, source=source, eot_samples=samples)
+            return [asdict(finding) for finding in found]
+
+        of_source = {} if source is None else {"source": fingerprint(source)}
+        return self._computed_once("findings.json", self.key | of_source, compute)
+
+    def _computed_once(self, name: str, key: Mapping[str, str], compute: Callable[[], Any]) -> list[dict[str, Any]]:
+        """What the first process computes or an earlier run has computed, on every process."""
+        rank, processes = rank_and_world_size()
+        result = [computed_once(self.folder and self.folder / name, key, compute) if rank == 0 else []]
+        if processes > 1:
+            torch.distributed.broadcast_object_list(result)
+        return result[0]
 
 
 def _check_draws(model: nn.Module, x: Tensor, y: Tensor, draws: int) -> None:
@@ -227,56 +240,17 @@ def _check_draws(model: nn.Module, x: Tensor, y: Tensor, draws: int) -> None:
         )
 
 
-def _sweep(
-    model: nn.Module, x: Tensor, y: Tensor, *, threat: ThreatModel, settings: SweepSettings, seed: int, draws: int
-) -> list[dict[str, Any]]:
-    """Rows of the sweep, strongest first; none if the network gets no image right."""
-    seeds = SampleSeeds(range(len(y))).derived("sweep", seed)
-    if bool(fools(model, x, y, draws=draws, seeds=seeds).all()):
-        return []
-    rows = sweep(
-        model,
-        x,
-        y,
-        eps=threat.eps,
-        attack=_short(threat, settings.steps, draws, queries=0),
-        candidates=settings.candidates,
-        steps=settings.steps,
-        count=settings.count,
-        images=settings.images,
-        draws=draws,
-        seeds=seeds,
-    )
-    return [asdict(row) for row in rows]
-
-
-def _short(threat: ThreatModel, steps: int, draws: int, *, queries: int = 100) -> SampleAttack:
-    """A short attack; on events with random exchanges, which need no gradient, unless estimators are compared."""
-    if threat.norm == "L0":
-        return partial(flip_events, flips=int(threat.eps), steps=steps, queries=queries, reduce=False)
-    return partial(apgd, eps=threat.eps, norm=threat.ball, steps=steps, **expectation(draws))
-
-
-def _diagnose(
-    model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel, seed: int, source: nn.Module | None, draws: int
-) -> list[dict[str, Any]]:
-    averaged = 10 if draws > 1 else 1
-    findings = diagnose(model, x, y, threat=threat, seed=seed, source=source, eot_samples=averaged)
-    return [asdict(finding) for finding in findings]
-
-
 def _with_transfer(suite: Suite, source: nn.Module, threat: ThreatModel) -> Suite:
     """The suite with attacks crafted on another network, and with those of the same cost in its control."""
-    attack: SampleAttack
+    attack: Attack
     if threat.norm == "L0":
         # Without an end at the border of the source, where nothing would transfer.
         attack = partial(flip_events, flips=int(threat.eps), confidence=_FAR, reduce=False)
     else:
         attack = partial(apgd, eps=threat.eps, norm=threat.ball, steps=50)
     kind = "flips" if threat.norm == "L0" else "apgd_ce"
-    ball = (threat.norm, threat.eps)
-    crafted = Member(f"transfer/{kind}", transfer(source, attack), group="transfer", ball=ball)
-    own = Member("control/transfer", attack, group="control", ball=ball)
+    crafted = Member(f"transfer/{kind}", transfer(source, attack), group="transfer", threat=threat)
+    own = Member("control/transfer", attack, group="control", threat=threat)
     return replace(suite, members=(*suite.members, crafted), control=(*suite.control, own))
 
 
@@ -291,7 +265,8 @@ def _radii(threat: ThreatModel, *, elements: int) -> list[float]:
 def _level(threat: ThreatModel, estimator: str, draws: int) -> Member:
     """A short attack at one radius; all are in one group: what has fallen at one has fallen at every larger one."""
     name = f"{'flips' if threat.norm == 'L0' else 'apgd'}20@{eps_text(threat.eps)}"
-    return Member(name, _short(threat, 20, draws), estimator, group="over_eps", ball=(threat.norm, threat.eps))
+    attack = short_attack(threat, 20, draws=draws, queries=100)
+    return Member(name, attack, estimator, group="over_eps", threat=threat)
 
 
 def _cumulative(outcome: SuiteOutcome) -> list[dict[str, Any]]:
@@ -342,12 +317,3 @@ def _few(batches: Batches) -> list[tuple[Tensor, ...]]:
             break
         few.append((batch[0][:left], batch[1][:left]))
     return few
-
-
-def _on_one(compute: Callable[[], Any]) -> Any:
-    """What the first process computes, on every process."""
-    rank, processes = place()
-    result = [compute() if rank == 0 else None]
-    if processes > 1:
-        torch.distributed.broadcast_object_list(result)
-    return result[0]

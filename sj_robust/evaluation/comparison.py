@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from sj_robust.evaluation.intervals import difference_interval, paired_difference_interval
-from sj_robust.evaluation.robustness_report import Figure, RobustnessReport
+from sj_robust.evaluation.robustness_report import Accuracy, RobustnessReport
 
 __all__ = ["Comparison", "Difference", "compare"]
 
@@ -18,13 +18,13 @@ class Difference:
         interval: 95 % interval of second minus first.
 
     Examples:
-        >>> clean = Figure("clean", "clean", 8, 10, 0.0), Figure("clean", "clean", 9, 10, 0.0)
+        >>> clean = Accuracy("clean", "clean", 8, 10, 0.0), Accuracy("clean", "clean", 9, 10, 0.0)
         >>> round(Difference(*clean, interval=(-0.2, 0.4)).value, 3)
         0.1
     """
 
-    first: Figure
-    second: Figure
+    first: Accuracy
+    second: Accuracy
     interval: tuple[float, float]
 
     @property
@@ -36,6 +36,12 @@ class Difference:
     def clear(self) -> bool:
         """Whether the interval leaves out 0."""
         return self.interval[0] > 0 or self.interval[1] < 0
+
+    def cells(self) -> list[str]:
+        """A row of a table in per cent; a star marks an interval that leaves out 0."""
+        low, high = (100 * end for end in self.interval)
+        value = f"{100 * self.value:+.1f}{' *' if self.clear else ''}"
+        return [self.first.name, self.first.percent, self.second.percent, value, f"{low:+.1f} to {high:+.1f}"]
 
 
 @dataclass(frozen=True)
@@ -55,11 +61,7 @@ class Comparison:
     def table(self) -> str:
         """Markdown table; a star marks intervals that leave out 0."""
         rows = [["accuracy, %", *self.names, "difference", "95 % interval"], ["---", *["---:"] * 4]]
-        for row in self.differences:
-            low, high = (100 * end for end in row.interval)
-            values = [f"{100 * figure.accuracy:.1f}" for figure in (row.first, row.second)]
-            star = " *" if row.clear else ""
-            rows.append([row.first.name, *values, f"{100 * row.value:+.1f}{star}", f"{low:+.1f} to {high:+.1f}"])
+        rows += [row.cells() for row in self.differences]
         return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
@@ -76,7 +78,9 @@ def compare(first: RobustnessReport, second: RobustnessReport) -> Comparison:
         The comparison.
 
     Examples:
-        >>> report = RobustnessReport("mine", "digits", "Linf", "0.1", "fast", 2, (0, 1), (0,), ())
+        >>> from sj_robust.attacks import ThreatModel
+        >>> threat = ThreatModel("Linf", 0.1)
+        >>> report = RobustnessReport("mine", "digits", threat, "fast", 2, (0, 1), (0,), ())
         >>> print(compare(report, report).table())
         | accuracy, % | mine (first) | mine (second) | difference | 95 % interval |
         | --- | ---: | ---: | ---: | ---: |
@@ -85,18 +89,17 @@ def compare(first: RobustnessReport, second: RobustnessReport) -> Comparison:
         | everything | 50.0 | 50.0 | +0.0 | -49.0 to +49.0 |
     """
     paired = first.labels == second.labels and first.data == second.data
-    others = {figure.name for figure in second.figures}
+    others = {other.name: other for other in second.accuracies}
     rows = []
-    for figure in first.figures:
-        if figure.name not in others:
+    for one in first.accuracies:
+        if (other := others.get(one.name)) is None:
             continue
-        other = second.figure(figure.name)
         if paired:
-            before, after = first.standing(figure.name), second.standing(figure.name)
-            interval = paired_difference_interval(len(after - before), len(before - after), figure.total)
+            before, after = first.standing(one.name), second.standing(one.name)
+            interval = paired_difference_interval(len(after - before), len(before - after), one.total)
         else:
-            interval = difference_interval(figure.correct, figure.total, other.correct, other.total)
-        rows.append(Difference(figure, other, interval))
+            interval = difference_interval(one.correct, one.total, other.correct, other.total)
+        rows.append(Difference(one, other, interval))
     alike = first.name == second.name
     names = (f"{first.name} (first)", f"{second.name} (second)") if alike else (first.name, second.name)
     return Comparison(names, tuple(rows), _notes(first, second, paired=paired))
@@ -104,10 +107,14 @@ def compare(first: RobustnessReport, second: RobustnessReport) -> Comparison:
 
 def _notes(first: RobustnessReport, second: RobustnessReport, *, paired: bool) -> tuple[str, ...]:
     notes = []
-    for name, what in (("threat", "norm"), ("eps", "eps"), ("dataset", "data set"), ("suite", "suite")):
-        here, there = getattr(first, name), getattr(second, name)
+    for what, here, there in (
+        ("norm", first.threat.norm, second.threat.norm),
+        ("eps", first.eps, second.eps),
+        ("data set", first.dataset, second.dataset),
+        ("suite", first.suite, second.suite),
+    ):
         if here != there:
-            harm = "other attacks were run" if name == "suite" else "robust accuracies cannot be compared"
+            harm = "other attacks were run" if what == "suite" else "robust accuracies cannot be compared"
             notes.append(f"DIFFERENT {what}: {here} and {there}; {harm}.")
     if not paired:
         notes.append(
@@ -116,8 +123,7 @@ def _notes(first: RobustnessReport, second: RobustnessReport, *, paired: bool) -
         )
     if first.network.get("fingerprint") and first.network.get("fingerprint") == second.network.get("fingerprint"):
         notes.append("Both reports are about the same weights.")
-    mine = {figure.name for figure in first.figures}
-    theirs = {figure.name for figure in second.figures}
+    mine, theirs = ({one.name for one in report.accuracies} for report in (first, second))
     for report, missing in ((first, theirs - mine), (second, mine - theirs)):
         if missing:
             notes.append(f"{len(missing)} attacks are not in the report of {report.name}, and left out.")

@@ -1,19 +1,17 @@
-"""Figures, drawn from saved results; needs matplotlib (extra ``recipes``)."""
+"""Figures, drawn from saved results; drawing needs matplotlib (extra ``recipes``)."""
 
 import math
 from pathlib import Path
-from typing import Any
-
-from matplotlib import rc_context, rcParams
-from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm, Normalize
-from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from typing import TYPE_CHECKING, Any
 
 from sj_robust.attacks.threat import parse_eps
 from sj_robust.evaluation.intervals import wilson_interval
 from sj_robust.evaluation.report import Report
 from sj_robust.evaluation.robustness_report import RobustnessReport
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 __all__ = ["plot_report", "plot_robustness", "robustness_figures"]
 
@@ -33,7 +31,8 @@ def plot_report(report: Report, path: Path) -> None:
 
     Examples:
         >>> import tempfile
-        >>> from sj_robust.evaluation import Score, ThreatModel
+        >>> from sj_robust.attacks import ThreatModel
+        >>> from sj_robust.evaluation import Score
         >>> path = Path(tempfile.mkdtemp()) / "report.png"
         >>> plot_report(Report(ThreatModel("Linf", 0.1), (Score("dlif", "clean", 9, 10),)), path)
         >>> path.is_file()
@@ -41,7 +40,7 @@ def plot_report(report: Report, path: Path) -> None:
     """
     if not report.scores:
         raise ValueError("a report without scores cannot be drawn; evaluate at least one network")
-    figure = Figure(figsize=(11.0 if report.curves else 5.5, 4.2), layout="constrained")
+    figure = _figure(11.0 if report.curves else 5.5, 4.2)
     panels = figure.subplots(1, 2 if report.curves else 1, squeeze=False)[0]
     _bars(panels[0], report)
     if report.curves:
@@ -62,10 +61,13 @@ def plot_robustness(report: RobustnessReport, folder: Path) -> tuple[Path, ...]:
 
     Examples:
         >>> import tempfile
-        >>> report = RobustnessReport("mine", "digits", "Linf", "0.1", "fast", 2, (0, 1), (0,), ())
+        >>> from sj_robust.attacks import ThreatModel
+        >>> report = RobustnessReport("mine", "digits", ThreatModel("Linf", 0.1), "fast", 2, (0, 1), (0,), ())
         >>> [file.name for file in plot_robustness(report, Path(tempfile.mkdtemp()))]
         ['attacks.png', 'attacks.pdf']
     """
+    from matplotlib import rc_context
+
     paths = []
     with rc_context({"pdf.fonttype": 42}):
         for name, figure in robustness_figures(report).items():
@@ -77,7 +79,7 @@ def plot_robustness(report: RobustnessReport, folder: Path) -> tuple[Path, ...]:
     return tuple(paths)
 
 
-def robustness_figures(report: RobustnessReport, *, columns: int = 2) -> dict[str, Figure]:
+def robustness_figures(report: RobustnessReport, *, columns: int = 2) -> dict[str, "Figure"]:
     """The figures of a robustness report by name, not yet written. 鲁棒性报告的图。
 
     Args:
@@ -88,7 +90,8 @@ def robustness_figures(report: RobustnessReport, *, columns: int = 2) -> dict[st
         ``accuracy_over_eps``, ``attacks`` and ``potential``, as far as the report holds numbers for them.
 
     Examples:
-        >>> report = RobustnessReport("mine", "digits", "Linf", "0.1", "fast", 2, (0, 1), (0,), ())
+        >>> from sj_robust.attacks import ThreatModel
+        >>> report = RobustnessReport("mine", "digits", ThreatModel("Linf", 0.1), "fast", 2, (0, 1), (0,), ())
         >>> list(robustness_figures(report))
         ['attacks']
     """
@@ -101,8 +104,8 @@ def robustness_figures(report: RobustnessReport, *, columns: int = 2) -> dict[st
     return figures
 
 
-def _accuracy_over_eps(report: RobustnessReport) -> Figure:
-    figure = Figure(figsize=(4.6, 3.4), layout="constrained")
+def _accuracy_over_eps(report: RobustnessReport) -> "Figure":
+    figure = _figure(4.6, 3.4)
     axes = figure.subplots()
     texts = [str(row["eps"]) for row in report.over_eps]
     unit = 255 if any(text.endswith("/255") for text in [*texts, report.eps]) else 1
@@ -124,7 +127,7 @@ def _accuracy_over_eps(report: RobustnessReport) -> Figure:
                 here, middle, spread, fmt=marker, capsize=4, label=name, color=color, ms=size, markerfacecolor=filled
             )
     in_units = ", in 1/255" if unit == 255 else ""
-    axes.set_xlabel("events added or removed" if report.threat == "L0" else f"eps, {report.threat}{in_units}")
+    axes.set_xlabel("events added or removed" if report.threat.norm == "L0" else f"eps, {report.threat.norm}{in_units}")
     axes.set_ylabel("accuracy, %")
     axes.set_xlim(left=0)
     axes.set_ylim(-2, 102)
@@ -133,15 +136,15 @@ def _accuracy_over_eps(report: RobustnessReport) -> Figure:
     return figure
 
 
-def _attacks(report: RobustnessReport) -> Figure:
+def _attacks(report: RobustnessReport) -> "Figure":
     """Bars from the first attack to the last, hollow beyond the threat; control and worst case below, hatched."""
     beyond = {member.name for member in report.members if not report.within(member)}
     curve = {member.name for member in report.members if "@" in member.name}
-    rows = [row for row in report.figures if not row.name.startswith("control/") and row.name not in curve]
-    figure = Figure(figsize=(4.6, 0.9 + 0.24 * len(rows)), layout="constrained")
+    rows = [row for row in report.accuracies if not row.name.startswith("control/") and row.name not in curve]
+    figure = _figure(4.6, 0.9 + 0.24 * len(rows))
     axes = figure.subplots()
     looks = {"clean": (GREY, ""), "member": (BLUE, ""), "control": (GREY, "////"), "worst case": (ORANGE, "xxxx")}
-    ink = rcParams["axes.edgecolor"]
+    ink = axes.spines["left"].get_edgecolor()
     for place, row in enumerate(rows):
         color, hatch = looks.get(row.kind, (ORANGE, "...."))
         share = 100 * row.accuracy
@@ -160,13 +163,15 @@ def _attacks(report: RobustnessReport) -> Figure:
     return figure
 
 
-def _potential(report: RobustnessReport, columns: int) -> Figure:
+def _potential(report: RobustnessReport, columns: int) -> "Figure":
     """A heat map per attack: layers down, time steps across, one scale for all."""
+    from matplotlib.colors import LogNorm, Normalize
+
     rows = _different([row for row in report.potential if not row["member"].startswith("control/")], 6)
     columns = min(columns, len(rows))
     down = math.ceil(len(rows) / columns)
     layers = max(len(row["layers"]) for row in rows)
-    figure = Figure(figsize=(0.4 + 4.2 * columns, 0.8 + (0.65 + 0.24 * layers) * down), layout="constrained")
+    figure = _figure(0.4 + 4.2 * columns, 0.8 + (0.65 + 0.24 * layers) * down)
     panels = figure.subplots(down, columns, squeeze=False)
     numbers = [value for row in rows for steps in row["layers"].values() for value in steps if value > 0]
     scale = LogNorm(min(numbers), max(numbers)) if numbers and min(numbers) < max(numbers) else Normalize(0, 1)
@@ -195,7 +200,7 @@ def _different(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
     return [row for row in rows if row in ranked]
 
 
-def _bars(axes: Axes, report: Report) -> None:
+def _bars(axes: "Axes", report: Report) -> None:
     width = 0.8 / len(report.networks)
     for index, network in enumerate(report.networks):
         scores = [score for score in report.scores if score.network == network]
@@ -211,7 +216,9 @@ def _bars(axes: Axes, report: Report) -> None:
     axes.legend(loc="upper right", fontsize=8)
 
 
-def _curves(axes: Axes, report: Report) -> None:
+def _curves(axes: "Axes", report: Report) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     styles = {"clean": "--", "fgsm": ":"}
     for index, (network, records) in enumerate(report.curves.items()):
         epochs = [record["epoch"] for record in records]
@@ -224,3 +231,9 @@ def _curves(axes: Axes, report: Report) -> None:
     axes.set_ylim(0, 105)
     axes.set_title("training", fontsize=10)
     axes.legend(loc="lower right", fontsize=8)
+
+
+def _figure(width: float, height: float) -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")

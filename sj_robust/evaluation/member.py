@@ -3,27 +3,17 @@
 import time
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from sj_robust._preserved import evaluation_mode
-from sj_robust.attacks.call import Model, crafting
+from sj_robust.attacks.call import Attack, Model, crafting
 from sj_robust.attacks.checks import check_count, check_images, check_labels, check_logits, check_model
-from sj_robust.attacks.projection import l2_norm
+from sj_robust.attacks.threat import ThreatModel
 from sj_robust.randomness import SampleSeeds, check_seeds, seeded_globals
 
-__all__ = ["Member", "SampleAttack", "check_estimator", "clock", "craft", "fools", "has_detached_reset", "scored"]
-
-_TOLERANCE = 1e-6  # of the ball's radius, for attacks of other packages that round to the nearest
-
-
-class SampleAttack(Protocol):
-    """An attack with its budget bound, such as ``functools.partial(pgd, eps=0.1, step_size=0.02, steps=10)``."""
-
-    def __call__(self, model: Model, x: Tensor, y: Tensor, *, generator: SampleSeeds) -> Tensor:
-        """Perturbed images."""
+__all__ = ["Member", "check_estimator", "clock", "craft", "fools", "has_detached_reset", "scored"]
 
 
 @dataclass(frozen=True)
@@ -32,32 +22,31 @@ class Member:
 
     Attributes:
         name: Unique within a set, such as ``"apgd_ce/atan:4/r1"``; part of the seed of its randomness.
-        attack: The attack with its budget bound.
+        attack: The attack with its budget bound, such as ``functools.partial(fgsm, eps=0.1)``.
         estimator: Gradient estimator it crafts with, a name that ``estimator`` knows; ``"training"`` changes nothing.
         group: Members of one group attack only what the earlier ones left standing; each member of group ``""``
             attacks every image that is classified right.
         seed: Number of the restart, part of the seed of its randomness.
-        ball: Norm (``"Linf"`` or ``"L2"``) and radius that its images must keep, in units of [0, 1] images; ``"L0"``
-            and the number of elements that may change, for binary event frames, which must stay binary; None where
-            there is no ball, as for Gaussian noise.
+        threat: The ball that its images must keep; in L0 binary event frames must stay binary as well. None where
+            there is none, as for Gaussian noise.
 
     Raises:
         TypeError: If the attack cannot be called or the seed is not an integer.
-        ValueError: If the name is empty, the seed negative, the norm unknown or the radius of L0 no integer >= 1.
+        ValueError: If the name is empty or the seed negative.
 
     Examples:
         >>> from functools import partial
         >>> from sj_robust.attacks import fgsm
-        >>> Member("fgsm", partial(fgsm, eps=0.1), ball=("Linf", 0.1)).estimator
+        >>> Member("fgsm", partial(fgsm, eps=0.1), threat=ThreatModel("Linf", 0.1)).estimator
         'training'
     """
 
     name: str
-    attack: SampleAttack
+    attack: Attack
     estimator: str = "training"
     group: str = "suite"
     seed: int = 0
-    ball: tuple[str, float] | None = None
+    threat: ThreatModel | None = None
 
     def __post_init__(self) -> None:
         if not self.name:
@@ -68,10 +57,13 @@ class Member:
             raise TypeError(f"seed must be an integer, got {type(self.seed).__name__}")
         if self.seed < 0:
             raise ValueError(f"seed must be >= 0, got {self.seed}; number restarts from 0")
-        if self.ball is not None and self.ball[0] not in ("Linf", "L2", "L0"):
-            raise ValueError(f"the norm of a ball must be 'Linf', 'L2' or 'L0', got {self.ball[0]!r}")
-        if self.ball is not None and self.ball[0] == "L0" and (self.ball[1] < 1 or self.ball[1] % 1 != 0):
-            raise ValueError(f"an L0 ball must be an integer >= 1, the number of changes, got {self.ball[1]!r}")
+        if self.threat is not None and not isinstance(self.threat, ThreatModel):
+            raise TypeError(f"threat must be a ThreatModel or None, got {type(self.threat).__name__}")
+
+    @property
+    def eps(self) -> float | None:
+        """Radius of its ball; None where there is none."""
+        return None if self.threat is None else self.threat.eps
 
 
 def craft(model: Model, x: Tensor, y: Tensor, member: Member, *, seeds: SampleSeeds) -> Tensor:
@@ -223,27 +215,18 @@ def _check_result(x_adv: Tensor, x: Tensor, member: Member) -> None:
         check_images(x_adv)
     except ValueError as error:
         raise ValueError(f"attack {member.name!r} left the images: {error}") from error
-    if member.ball is None:
+    threat = member.threat
+    if threat is None:
         return
-    norm, eps = member.ball
-    if norm == "L0":
-        _check_changes(x_adv, x, member.name, eps)
-        return
-    delta = (x_adv.detach().double() - x.double()).flatten(1)
-    distance = float((delta.abs().amax(1) if norm == "Linf" else l2_norm(delta)).max())
-    if distance > eps + _TOLERANCE * max(1.0, eps):
+    if threat.norm == "L0" and not bool(((x_adv == 0) | (x_adv == 1)).all()):
         raise ValueError(
-            f"attack {member.name!r} must stay within {norm} distance {eps:g}, got {distance:.8g}; project its result"
+            f"attack {member.name!r} must leave event frames binary (0 or 1) within an L0 ball, got other values; an "
+            "event is there or not"
         )
-
-
-def _check_changes(x_adv: Tensor, x: Tensor, name: str, most: float) -> None:
-    """Frames that are binary still, with at most so many elements changed; nothing is rounded here."""
-    if not bool(((x_adv == 0) | (x_adv == 1)).all()):
-        raise ValueError(
-            f"attack {name!r} must leave event frames binary (0 or 1) within an L0 ball, got other values; an event is "
-            "there or not"
-        )
-    changed = int((x_adv != x).flatten(1).sum(1).max())
-    if changed > most:
-        raise ValueError(f"attack {name!r} must change at most {most:g} elements per sample (L0), got {changed}")
+    distance = float(threat.distance(x, x_adv.detach()).max())
+    if distance > threat.eps + threat.tolerance(x):
+        if threat.norm == "L0":
+            rule = f"change at most {threat.eps:g} elements per sample (L0), got {distance:g}"
+        else:
+            rule = f"stay within {threat.norm} distance {threat.eps:g}, got {distance:.8g}; project its result"
+        raise ValueError(f"attack {member.name!r} must {rule}")

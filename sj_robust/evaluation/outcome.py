@@ -1,4 +1,4 @@
-"""What a suite of attacks did to every image."""
+"""What the attacks of a set did to every image."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -8,7 +8,7 @@ __all__ = ["MemberOutcome", "SuiteOutcome"]
 
 @dataclass(frozen=True)
 class MemberOutcome:
-    """What one member of a suite did to the images of the whole data set. 单项攻击在整个数据集上的结果。
+    """What one attack did to the images. 单项攻击的结果。
 
     Attributes:
         name: Name of the member.
@@ -17,8 +17,9 @@ class MemberOutcome:
         eps: Radius it was allowed; None where it has no ball, as Gaussian noise.
         attacked: Numbers of the images it was run on.
         fooled: Numbers of those that the network gets wrong afterwards.
-        outside: Numbers of those of ``fooled`` whose image is further from the clean one than the threat allows.
-        largest: Largest distance of an image from its clean one, in the norm of the threat.
+        outside: Numbers of those of ``fooled`` whose image is further from the clean one than a suite's threat allows.
+        largest: Largest distance of an image from its clean one, in the norm of the suite's threat, else of the
+            member's own; NaN where there is neither.
         seconds: Time for crafting and scoring, summed over processes.
 
     Examples:

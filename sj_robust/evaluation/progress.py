@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from sj_robust._saved import write_whole
 
-__all__ = ["BatchLog", "Clock", "Position", "Progress", "stage", "write_whole"]
+__all__ = ["BatchLog", "Position", "Progress", "TimeLeft", "computed_once"]
 
 _KEY_FILE = "key.json"
 
@@ -21,11 +21,8 @@ class Progress:
     """Records per batch, one line each, which a killed process leaves whole or not at all. 可断点续跑的进度记录。
 
     Every record is forced to disk before the next one is computed; a torn line at the end of a file is cut off when
-    the batch is taken up again. A key says what the records belong to.
-
-    Args:
-        folder: Where the files are; None keeps nothing.
-        key: Fingerprint by name of all that decides the records.
+    the batch is taken up again. The key, a fingerprint by name of all that decides the records, says what they belong
+    to; without a folder nothing is kept.
 
     Raises:
         ValueError: If the folder holds records of another key.
@@ -75,16 +72,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class BatchLog:
-    """The records of one batch.
-
-    Attributes:
-        records: Those there are, in order.
-        file: Where further ones go; None for nowhere.
-
-    Examples:
-        >>> BatchLog([], None).records
-        []
-    """
+    """The records of one batch in their order, and the file where further ones go."""
 
     records: list[dict[str, Any]]
     file: IO[bytes] | None
@@ -119,57 +107,46 @@ class Position:
     seconds_left: float
 
 
-class Clock:
-    """Time left, from the mean time of each member, since members differ by orders of magnitude. 剩余时间估计。
-
-    Args:
-        names: Names of the members.
-        batches: Number of batches that each of them runs on.
+class TimeLeft:
+    """Estimate from the mean time of each member on its batches, since members differ by orders of magnitude.
 
     Examples:
-        >>> clock = Clock(["fast", "slow"], batches=3)
-        >>> clock.add("fast", 1.0)
-        >>> clock.add("slow", 10.0)
-        >>> clock.seconds_left()
+        >>> left = TimeLeft(["fast", "slow"], batches=3)
+        >>> left.add("fast", 1.0)
+        >>> left.add("slow", 10.0)
+        >>> left.seconds()
         22.0
     """
 
     def __init__(self, names: Sequence[str], batches: int) -> None:
-        """Nothing is done yet; see the class."""
-        self.seconds = dict.fromkeys(names, 0.0)
-        self.counts = dict.fromkeys(names, 0)
-        self.batches = batches
+        """Nothing is done yet."""
+        self._times: dict[str, list[float]] = {name: [] for name in names}
+        self._batches = batches
         self.done, self.total = 0, batches * len(names)
 
     def add(self, name: str, seconds: float) -> None:
-        """Count a step."""
-        self.seconds[name] += seconds
-        self.counts[name] += 1
+        """Count a step, a member on a batch."""
+        self._times[name].append(seconds)
         self.done += 1
 
-    def seconds_left(self) -> float:
+    def seconds(self) -> float:
         """Members that have not run yet are taken for as long as the mean of those that have."""
-        usual = sum(self.seconds.values()) / max(1, self.done)
-        means = {name: self.seconds[name] / count if count else usual for name, count in self.counts.items()}
-        return sum(means[name] * (self.batches - count) for name, count in self.counts.items())
+        usual = sum(map(sum, self._times.values())) / max(1, self.done)
+        left = 0.0
+        for times in self._times.values():
+            mean = sum(times) / len(times) if times else usual
+            left += mean * (self._batches - len(times))
+        return left
 
 
-def stage(path: Path | None, key: Mapping[str, str], compute: Callable[[], Any]) -> Any:
-    """The result of ``compute``, from the file of an earlier run if there is one. 可恢复的计算步骤。
-
-    Args:
-        path: The file; None computes every time.
-        key: Fingerprint by name of all that decides the result.
-        compute: Returns plain data.
-
-    Returns:
-        The result as JSON gives it back.
+def computed_once(path: Path | None, key: Mapping[str, str], compute: Callable[[], Any]) -> Any:
+    """What ``compute`` returned, as JSON gives it back, from the file of an earlier run if there is one. 只计算一次。
 
     Raises:
         ValueError: If the file belongs to another key.
 
     Examples:
-        >>> stage(None, {}, lambda: (1, 2))
+        >>> computed_once(None, {}, lambda: (1, 2))
         [1, 2]
     """
     if path is not None and path.is_file():

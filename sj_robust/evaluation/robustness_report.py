@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from sj_robust._saved import known_fields, load_saved, plain, saved_content, write_whole
-from sj_robust.attacks.threat import parse_eps
+from sj_robust.attacks.threat import ThreatModel, eps_text, parse_eps
 from sj_robust.evaluation.intervals import wilson_interval
 from sj_robust.evaluation.outcome import MemberOutcome
 
-__all__ = ["Figure", "RobustnessReport"]
+__all__ = ["Accuracy", "RobustnessReport"]
 
 _FORMAT = "sj_robust.robustness_report"
 _VERSION = 1
@@ -24,12 +24,13 @@ _NUMBERS = re.compile(r"\[\n\s+[-+.\deE]+(?:,\n\s+[-+.\deE]+)*\n\s*\]")
 
 _COUNTED = ("clean_acc", "autoattack_acc", "external", "figures", "outcome")
 _DERIVED = ("architecture", "unreliable", "footnote", *_COUNTED)
+"""What a file holds beside the fields; the counted ones must follow from the outcomes when it is read."""
 
 _SUMMARIES = ("clean", "control", "worst case", "everything")
 
 
 @dataclass(frozen=True)
-class Figure:
+class Accuracy:
     """One accuracy of a report. 报告中的一项准确率。
 
     Attributes:
@@ -40,9 +41,9 @@ class Figure:
         seconds: Time of all that it took.
 
     Examples:
-        >>> figure = Figure("clean", "clean", 9, 10, 0.1)
-        >>> figure.accuracy, [round(end, 3) for end in figure.interval]
-        (0.9, [0.596, 0.982])
+        >>> clean = Accuracy("clean", "clean", 9, 10, 0.1)
+        >>> clean.accuracy, clean.interval_text
+        (0.9, '59.6 to 98.2')
     """
 
     name: str
@@ -61,6 +62,17 @@ class Figure:
         """Wilson's 95 % interval of the share."""
         return wilson_interval(self.correct, self.total)
 
+    @property
+    def percent(self) -> str:
+        """The share in per cent, as tables show it."""
+        return f"{100 * self.accuracy:.1f}"
+
+    @property
+    def interval_text(self) -> str:
+        """The interval in per cent, as tables show it."""
+        low, high = (100 * end for end in self.interval)
+        return f"{low:.1f} to {high:.1f}"
+
 
 @dataclass(frozen=True)
 class RobustnessReport:
@@ -77,8 +89,7 @@ class RobustnessReport:
     Attributes:
         name: Name of the network.
         dataset: Name of the data set.
-        threat: Norm of the adversary, ``"Linf"``, ``"L2"`` or ``"L0"`` (for binary event frames).
-        eps: Radius as text, such as ``"8/255"``; for ``"L0"`` the number of changed elements, such as ``"20"``.
+        threat: Norm and radius of the adversary; in the file ``threat`` is the norm, and ``eps`` the radius as text.
         suite: Name of the suite.
         classes: Number of classes.
         labels: Class of every image.
@@ -89,7 +100,7 @@ class RobustnessReport:
         network: Architecture, ``T``, number of parameters, ``fingerprint``, and per spiking layer the ``neuron`` and
             the ``surrogate`` it was trained with.
         data: Fingerprint of images and labels.
-        estimators: Rows of the sweep over gradient estimators, strongest first; empty if there was none.
+        estimators: Trials of the search over gradient estimators, strongest first; empty if there was none.
         over_eps: Rows with ``eps``, ``attack``, ``correct``, ``total``.
         firing: Rows of ``sj_robust.evaluation.activity.firing``.
         findings: Rows of ``sj_robust.evaluation.masking.diagnose``.
@@ -105,7 +116,8 @@ class RobustnessReport:
 
     Examples:
         >>> pgd = MemberOutcome("pgd", "training", "suite", 0.1, (0, 1), (1,), (), 0.1, 2.0)
-        >>> report = RobustnessReport("mine", "digits", "Linf", "0.1", "fast", 3, (0, 1, 2), (0, 1), (pgd,))
+        >>> threat = ThreatModel("Linf", 0.1)
+        >>> report = RobustnessReport("mine", "digits", threat, "fast", 3, (0, 1, 2), (0, 1), (pgd,))
         >>> report.clean.correct, report.worst_case.correct, report.outcome
         (2, 1, (-1, 0, -2))
         >>> RobustnessReport.from_json(report.to_json()) == report
@@ -114,8 +126,7 @@ class RobustnessReport:
 
     name: str
     dataset: str
-    threat: str
-    eps: str
+    threat: ThreatModel
     suite: str
     classes: int
     labels: tuple[int, ...]
@@ -143,7 +154,6 @@ class RobustnessReport:
             object.__setattr__(self, name, plain(getattr(self, name)))
         if not self.labels:
             raise ValueError("a report needs at least one image, got none")
-        parse_eps(self.eps)
         images = range(len(self.labels))
         for numbers in (self.correct, *(member.attacked for member in self.members)):
             if not all(number in images for number in numbers):
@@ -156,33 +166,33 @@ class RobustnessReport:
     # Accuracies, all counted from the outcome of every image
 
     @property
-    def clean(self) -> Figure:
+    def clean(self) -> Accuracy:
         """Without an attack."""
-        return self.figure("clean")
+        return self.under("clean")
 
     @property
-    def worst_case(self) -> Figure:
+    def worst_case(self) -> Accuracy:
         """Per image over all members of the suite, the control left out."""
-        return self.figure("worst case")
+        return self.under("worst case")
 
     @property
-    def control(self) -> Figure | None:
+    def control(self) -> Accuracy | None:
         """Per image over the control, the training surrogate with restarts at the same cost."""
-        return self.figure("control") if any(member.group == "control" for member in self.members) else None
+        return self.under("control") if any(member.group == "control" for member in self.members) else None
 
     @property
-    def everything(self) -> Figure:
+    def everything(self) -> Accuracy:
         """Per image over suite and control together: no image left counts that anything here breaks."""
-        return self.figure("everything")
+        return self.under("everything")
 
     @property
-    def figures(self) -> tuple[Figure, ...]:
+    def accuracies(self) -> tuple[Accuracy, ...]:
         """All accuracies: clean, under each member, control, worst case, everything."""
         control = ["control"] if self.control else []
         names = ["clean", *(member.name for member in self.members), *control, "worst case", "everything"]
-        return tuple(map(self.figure, names))
+        return tuple(map(self.under, names))
 
-    def figure(self, name: str) -> Figure:
+    def under(self, name: str) -> Accuracy:
         """One accuracy by name; seconds are those of the members within the threat.
 
         Raises:
@@ -190,7 +200,7 @@ class RobustnessReport:
         """
         kind = name if name in _SUMMARIES else "member"
         seconds = sum(member.seconds for member in self._members(name) if kind == "member" or self.within(member))
-        return Figure(name, kind, len(self.standing(name)), len(self.labels), float(seconds))
+        return Accuracy(name, kind, len(self.standing(name)), len(self.labels), float(seconds))
 
     def standing(self, name: str) -> frozenset[int]:
         """Numbers of the images that are classified right under what a figure is called after.
@@ -215,7 +225,7 @@ class RobustnessReport:
 
     def within(self, member: MemberOutcome) -> bool:
         """Whether a member keeps the threat, so that it is part of the worst case."""
-        return not member.outside and member.eps is not None and member.eps <= parse_eps(self.eps)
+        return not member.outside and member.eps is not None and member.eps <= self.threat.eps
 
     @property
     def outcome(self) -> tuple[int, ...]:
@@ -229,11 +239,16 @@ class RobustnessReport:
     # What RobustBench calls them, and the threat in words
 
     @property
+    def eps(self) -> str:
+        """Radius as text, such as ``"8/255"``; in L0 the number of changed elements, such as ``"20"``."""
+        return eps_text(self.threat.eps)
+
+    @property
     def budget(self) -> str:
         """Norm and radius, or the number of changes, as a reader sees them."""
-        if self.threat == "L0":
+        if self.threat.norm == "L0":
             return f"L0, at most {self.eps} event{'' if self.eps == '1' else 's'} added or removed"
-        return f"{self.threat}, eps {self.eps}"
+        return f"{self.threat.norm}, eps {self.eps}"
 
     @property
     def architecture(self) -> str:
@@ -271,9 +286,8 @@ class RobustnessReport:
     def alarms(self) -> tuple[str, ...]:
         """Why the network must not be called robust at all: it is dead, or it guesses; none for one that works."""
         clean = self.clean
-        low, high = clean.interval
         chance = max(1 / self.classes, max(Counter(self.labels).values()) / len(self.labels))
-        guesses = low <= chance
+        guesses = clean.interval[0] <= chance
         found = []
         for row in self.firing:
             if max(row["silent"], row["saturated"]) >= _DEAD:
@@ -286,9 +300,9 @@ class RobustnessReport:
                 )
         if guesses:
             found.append(
-                f"NOT ROBUST: clean accuracy is {100 * clean.accuracy:.1f} % (95 % interval {100 * low:.1f} to "
-                f"{100 * high:.1f}), which cannot be told from always naming one class ({100 * chance:.1f} %). What a "
-                "network does not know, no attack can take from it."
+                f"NOT ROBUST: clean accuracy is {clean.percent} % (95 % interval {clean.interval_text}), which cannot "
+                f"be told from always naming one class ({100 * chance:.1f} %). What a network does not know, no attack "
+                "can take from it."
             )
         return tuple(found)
 
@@ -313,8 +327,8 @@ class RobustnessReport:
         control, worst = self.control, self.worst_case
         if control is not None and control.correct < worst.correct:
             found.append(
-                f"The control leaves {100 * control.accuracy:.1f} %, less than the suite's "
-                f"{100 * worst.accuracy:.1f} %: the choice of estimators did not pay here. Report the lowest figure."
+                f"The control leaves {control.percent} %, less than the suite's {worst.percent} %: the choice of "
+                "estimators did not pay here. Report the lowest figure."
             )
         beyond = [member.name for member in self.members if not self.within(member)]
         if beyond:
@@ -326,15 +340,15 @@ class RobustnessReport:
     def table(self) -> str:
         """Markdown table of all accuracies."""
         rows = [["accuracy", "%", "95 % interval", "images", "seconds"], ["---", *["---:"] * 4]]
-        for figure in self.figures:
-            low, high = (100 * end for end in figure.interval)
-            values = [f"{100 * figure.accuracy:.1f}", f"{low:.1f} to {high:.1f}", f"{figure.total}"]
-            rows.append([figure.name, *values, f"{figure.seconds:.1f}"])
+        rows += [
+            [one.name, one.percent, one.interval_text, str(one.total), f"{one.seconds:.1f}"] for one in self.accuracies
+        ]
         return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
     def to_json(self) -> str:
         """The report as JSON text, which :meth:`from_json` reads back equal."""
-        content = {"format": _FORMAT, "version": _VERSION} | self._derived() | asdict(self)
+        threat = {"threat": self.threat.norm, "eps": self.eps}
+        content = {"format": _FORMAT, "version": _VERSION} | self._derived() | asdict(self) | threat
         text = json.dumps(content, indent=2, allow_nan=False)
         return _NUMBERS.sub(lambda match: " ".join(match[0].split()).replace("[ ", "[").replace(" ]", "]"), text)
 
@@ -349,8 +363,9 @@ class RobustnessReport:
         content = saved_content(text, what="a robustness report", format=_FORMAT, version=_VERSION)
         derived = {name: content.pop(name, None) for name in _DERIVED}
         with known_fields("the report"):
+            threat = ThreatModel(content.pop("threat"), parse_eps(content.pop("eps")))
             members = tuple(MemberOutcome(**member) for member in content.pop("members"))
-            report = cls(members=members, **content)
+            report = cls(threat=threat, members=members, **content)
         counted = plain(report._derived())
         for name in _COUNTED:
             if derived[name] != counted[name]:
@@ -382,12 +397,9 @@ class RobustnessReport:
 
     def _derived(self) -> dict[str, Any]:
         """What the JSON holds beside the fields."""
-        figures = [
-            {**asdict(figure), "accuracy": figure.accuracy, "interval": list(figure.interval)}
-            for figure in self.figures
-        ]
+        figures = [{**asdict(one), "accuracy": one.accuracy, "interval": list(one.interval)} for one in self.accuracies]
         return {name: figures if name == "figures" else getattr(self, name) for name in _DERIVED}
 
 
-def _percent(figure: Figure) -> str:
-    return f"{100 * figure.accuracy:.2f}"
+def _percent(accuracy: Accuracy) -> str:
+    return f"{100 * accuracy.accuracy:.2f}"

@@ -4,7 +4,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,36 +12,19 @@ from torch import Tensor, nn
 from sj_robust._environment import device_of, environment
 from sj_robust._preserved import evaluation_mode
 from sj_robust.attacks import check_images, check_labels
+from sj_robust.attacks.threat import ThreatModel
 from sj_robust.evaluation.fingerprint import description, fingerprint
+from sj_robust.evaluation.member import Member, fools
 from sj_robust.evaluation.outcome import MemberOutcome, SuiteOutcome
 from sj_robust.evaluation.potential import layer_perturbation
-from sj_robust.evaluation.progress import BatchLog, Clock, Position, Progress
-from sj_robust.evaluation.worst_case import Member, craft, fools
+from sj_robust.evaluation.progress import BatchLog, Position, Progress, TimeLeft
+from sj_robust.evaluation.worst_case import MemberRun, run_members
 from sj_robust.randomness import SampleSeeds
 
-__all__ = [
-    "Budget",
-    "MemberOutcome",
-    "Position",
-    "SuiteOutcome",
-    "data_fingerprint",
-    "network_fingerprint",
-    "run_suite",
-]
+__all__ = ["Batches", "data_fingerprint", "rank_and_world_size", "run_suite"]
 
 Batches = Iterable[tuple[Tensor, ...]]
-
-
-class Budget(Protocol):
-    """What counts as an adversarial example, such as a ``ThreatModel``."""
-
-    @property
-    def norm(self) -> str:
-        """How distances are measured."""
-
-    @property
-    def eps(self) -> float:
-        """The largest distance that counts."""
+"""Images and labels in a fixed order, iterable more than once."""
 
 
 def run_suite(
@@ -49,7 +32,7 @@ def run_suite(
     batches: Batches,
     members: Sequence[Member],
     *,
-    threat: Budget,
+    threat: ThreatModel,
     seed: int = 0,
     folder: Path | None = None,
     draws: int = 1,
@@ -88,7 +71,6 @@ def run_suite(
     Examples:
         >>> from functools import partial
         >>> from sj_robust.attacks import fgsm
-        >>> from sj_robust.attacks.threat import ThreatModel
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(2, 2, bias=False))
         >>> model[1].weight = nn.Parameter(torch.eye(2))
         >>> batches = [(torch.tensor([[[[0.6, 0.5]]], [[[0.9, 0.1]]]]), torch.tensor([0, 0]))]
@@ -103,7 +85,7 @@ def run_suite(
     labels, sizes, data = _survey(batches)
     releases = environment()
     key = {
-        "network": network_fingerprint(model),
+        "network": fingerprint(model),
         "suite": fingerprint([description(member) for member in members]),
         "threat": description(threat),
         "seed": str(seed),
@@ -112,7 +94,7 @@ def run_suite(
         "batch sizes": fingerprint(sizes),
         "releases": ", ".join(f"{name} {releases[name]}" for name in ("sj_robust", "spikingjelly", "torch")),
     }
-    rank, processes = place()
+    rank, processes = rank_and_world_size()
     progress = Progress(folder, key)
     run = _Run(model, tuple(members), threat, seed, draws, len(sizes), range(rank, len(sizes), processes), on_step)
     records: dict[int, list[dict[str, Any]]] = {}
@@ -127,16 +109,6 @@ def run_suite(
     return _outcome(labels, sizes, tuple(members), _gathered(records))
 
 
-def network_fingerprint(model: nn.Module) -> str:
-    """Digest of a network's architecture and state. 网络指纹。
-
-    Examples:
-        >>> network_fingerprint(nn.Linear(1, 1)) == network_fingerprint(nn.Linear(1, 1))
-        False
-    """
-    return fingerprint(model)
-
-
 def data_fingerprint(batches: Batches) -> str:
     """Digest of all images and labels, whatever the batch size. 数据指纹。
 
@@ -148,13 +120,8 @@ def data_fingerprint(batches: Batches) -> str:
     return _survey(batches)[2]
 
 
-def place() -> tuple[int, int]:
-    """Number of this process and number of processes, (0, 1) without ``torch.distributed``. 进程编号与进程数。
-
-    Examples:
-        >>> place()
-        (0, 1)
-    """
+def rank_and_world_size() -> tuple[int, int]:
+    """Number of this process and number of processes; (0, 1) without ``torch.distributed``. 进程编号与进程数。"""
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
         return 0, 1
@@ -168,7 +135,7 @@ class _Run:
         self,
         model: nn.Module,
         members: tuple[Member, ...],
-        threat: Budget,
+        threat: ThreatModel,
         seed: int,
         draws: int,
         batches: int,
@@ -179,7 +146,7 @@ class _Run:
         self.seed, self.draws, self.batches, self.own = seed, draws, batches, own
         self.on_step = on_step
         self.device = device_of(model)
-        self.clock = Clock(("clean", *(member.name for member in members)), len(own))
+        self.time_left = TimeLeft(("clean", *(member.name for member in members)), len(own))
 
     def batch(self, number: int, start: int, x: Tensor, y: Tensor, log: BatchLog) -> None:
         """Do what is not yet in the log of a batch."""
@@ -187,49 +154,45 @@ class _Run:
         seeds = SampleSeeds(range(start, start + len(y))).derived("image", self.seed)
         if not log.records:
             began = time.perf_counter()
-            wrong = fools(self.model, x, y, seeds=seeds)
-            log.append({"member": "clean", "right": _numbers(~wrong), "seconds": time.perf_counter() - began})
-        self._tell(number, log.records[0])
+            right = ~fools(self.model, x, y, seeds=seeds)
+            seconds = time.perf_counter() - began
+            log.append({"member": "clean", "right": right.nonzero()[:, 0].tolist(), "seconds": seconds})
+        for record in log.records:
+            self._tell(number, record)
         correct = torch.zeros(len(y), dtype=torch.bool, device=self.device)
         correct[log.records[0]["right"]] = True
-        standing: dict[str, Tensor] = {}
-        for index, member in enumerate(self.members):
-            here = standing.setdefault(member.group, correct.clone())
-            if index + 1 == len(log.records):
-                log.append(self._step(member, x, y, here, seeds, probe=number == 0))
-            record = log.records[index + 1]
-            if member.group:
-                here[record["fooled"]] = False
-            self._tell(number, record)
+        known = [record["fooled"] for record in log.records[1:]]
+        runs = run_members(self.model, x, y, self.members, correct, seeds=seeds, draws=self.draws, known=known)
+        for _ in self.members[len(known) :]:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                run = next(runs)
+            texts = sorted({str(warning.message) for warning in caught})
+            log.append(self._record(run, x[run.rows], texts, probe=number == 0))
+            self._tell(number, log.records[-1])
 
-    def _step(
-        self, member: Member, x: Tensor, y: Tensor, standing: Tensor, seeds: SampleSeeds, *, probe: bool
-    ) -> dict[str, Any]:
-        """Run one member on one batch."""
-        rows = standing.nonzero()[:, 0]
-        record: dict[str, Any] = {"member": member.name, "attacked": rows.tolist(), "fooled": [], "outside": []}
-        if len(rows) == 0:
-            return record | {"largest": 0.0, "seconds": 0.0}
-        began = time.perf_counter()
-        x, y, seeds = x[rows], y[rows], seeds.rows(rows)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            x_adv = craft(self.model, x, y, member, seeds=seeds)
-        record["warnings"] = sorted({str(warning.message) for warning in caught})
-        fooled = fools(self.model, x_adv, y, draws=self.draws, seeds=seeds.derived("score", member.name))
-        lengths, slack = _distances(x, x_adv, self.threat.norm)
-        outside = fooled & (lengths > self.threat.eps + slack)
-        record |= {"fooled": rows[fooled].tolist(), "outside": rows[outside].tolist(), "largest": float(lengths.max())}
-        record["seconds"] = time.perf_counter() - began
-        if probe:
-            record["potential"] = layer_perturbation(self.model, x, x_adv)
+    def _record(self, run: MemberRun, x: Tensor, texts: list[str], *, probe: bool) -> dict[str, Any]:
+        """What a member did to its clean images ``x``, as plain data."""
+        distance = self.threat.distance(x, run.x_adv)
+        outside = run.fooled & (distance > self.threat.eps + self.threat.tolerance(x))
+        record = {
+            "member": run.member.name,
+            "attacked": run.rows.tolist(),
+            "fooled": run.rows[run.fooled].tolist(),
+            "outside": run.rows[outside].tolist(),
+            "largest": max(distance.tolist(), default=0.0),
+            "seconds": run.seconds,
+            "warnings": texts,
+        }
+        if probe and len(x):
+            record["potential"] = layer_perturbation(self.model, x, run.x_adv)
         return record
 
     def _tell(self, number: int, record: Mapping[str, Any]) -> None:
-        self.clock.add(record["member"], record["seconds"])
+        left = self.time_left
+        left.add(record["member"], record["seconds"])
         if self.on_step is not None:
-            place = (number, self.batches, record["member"], self.clock.done, self.clock.total)
-            self.on_step(Position(*place, self.clock.seconds_left()))
+            self.on_step(Position(number, self.batches, record["member"], left.done, left.total, left.seconds()))
 
 
 def _survey(batches: Batches) -> tuple[tuple[int, ...], list[int], str]:
@@ -271,7 +234,7 @@ def _outcome(
                 member.name,
                 member.estimator,
                 member.group,
-                eps=member.ball[1] if member.ball else None,
+                eps=member.eps,
                 attacked=numbers(index, "attacked"),
                 fooled=numbers(index, "fooled"),
                 outside=numbers(index, "outside"),
@@ -286,30 +249,11 @@ def _outcome(
     return SuiteOutcome(labels, numbers(0, "right"), tuple(outcomes), potential, tuple(said))
 
 
-def _distances(x: Tensor, x_adv: Tensor, norm: str) -> tuple[Tensor, float]:
-    """Distance of every image from its clean one, and how much of it may be rounding."""
-    delta = (x_adv.double() - x.double()).flatten(1)
-    rounding = 1e-6 + 2 * torch.finfo(x.dtype).eps
-    match norm:
-        case "Linf":
-            return delta.abs().amax(1), rounding
-        case "L2":
-            return delta.square().sum(1).sqrt(), rounding * delta.shape[1] ** 0.5
-        case "L0":
-            return (delta != 0).sum(1).double(), 0.0
-    raise ValueError(f"norm of the threat must be 'Linf', 'L2' or 'L0', got {norm!r}")
-
-
 def _gathered(records: dict[int, list[dict[str, Any]]]) -> dict[int, list[dict[str, Any]]]:
     """The records of all processes, on each of them."""
-    processes = place()[1]
+    processes = rank_and_world_size()[1]
     if processes == 1:
         return records
     parts: list[dict[int, list[dict[str, Any]]] | None] = [None] * processes
     torch.distributed.all_gather_object(parts, records)
     return {number: rows for part in parts if part is not None for number, rows in part.items()}
-
-
-def _numbers(mask: Tensor) -> list[int]:
-    rows: list[int] = mask.nonzero()[:, 0].tolist()
-    return rows

@@ -1,4 +1,4 @@
-"""The network that is evaluated: from a checkpoint, or from somebody's own function; needs the extra ``recipes``."""
+"""The network that is evaluated: from a checkpoint, or from a function of one's own."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace

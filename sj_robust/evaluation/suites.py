@@ -10,39 +10,23 @@ from torch import Tensor
 
 from sj_robust.attacks.apgd import apgd
 from sj_robust.attacks.bridges import autoattack, square
+from sj_robust.attacks.call import Attack
 from sj_robust.attacks.checks import check_count
 from sj_robust.attacks.events import flip_events, random_flips
 from sj_robust.attacks.gradient import fgsm, pgd
 from sj_robust.attacks.noise import gaussian
 from sj_robust.attacks.sapgd import sapgd
 from sj_robust.attacks.threat import ThreatModel
-from sj_robust.evaluation.member import Member, SampleAttack
-from sj_robust.evaluation.worst_case import CANDIDATES
+from sj_robust.evaluation.estimator_search import CANDIDATES, EstimatorSearch, expectation
+from sj_robust.evaluation.member import Member
 
-__all__ = ["Suite", "SuiteName", "SweepSettings", "make_suite"]
+__all__ = ["Suite", "SuiteName", "make_suite"]
 
 SuiteName = Literal["paper", "fast", "standard", "autoattack", "gradients", "events"]
 """Names of the suites."""
 
 _PAPER_EPS = 8 / 255
 _PAPER_STEPS = {7: 2.55 / 255, 10: 2 / 255, 20: 1 / 255, 40: 0.5 / 255}  # steps of PGD: step size at _PAPER_EPS
-
-
-@dataclass(frozen=True)
-class SweepSettings:
-    """How the estimators of a suite are chosen: arguments of ``sj_robust.attacks.sweep``. 梯度估计试探的设置。
-
-    Attributes:
-        candidates: Names of the estimators that are tried.
-        steps: Steps of the short attack.
-        images: Images it is run on, at most.
-        count: Estimators that are chosen, at most.
-    """
-
-    candidates: tuple[str, ...] = CANDIDATES
-    steps: int = 20
-    images: int = 48
-    count: int = 3
 
 
 @dataclass(frozen=True)
@@ -56,7 +40,7 @@ class Suite:
         control: The training surrogate with restarts at the same cost, in group ``"control"``; what the choice of
             estimators is worth is the difference.
         description: What is run, in one sentence.
-        sweep: How the estimators are chosen beforehand; None if the suite needs no choice.
+        search: How the estimators are chosen beforehand; None if the suite needs no choice.
 
     Raises:
         ValueError: If two attacks have the same name.
@@ -66,7 +50,7 @@ class Suite:
     members: tuple[Member, ...]
     control: tuple[Member, ...]
     description: str
-    sweep: SweepSettings | None = None
+    search: EstimatorSearch | None = None
 
     def __post_init__(self) -> None:
         names = [member.name for member in (*self.members, *self.control)]
@@ -78,7 +62,7 @@ class Suite:
 def make_suite(
     name: SuiteName, threat: ThreatModel, *, chosen: Sequence[str] = (), classes: int, eot_samples: int = 1
 ) -> Suite:
-    """A suite for a threat, with the estimators that a sweep has chosen.
+    """A suite for a threat, with the estimators that a search has chosen.
 
     按名称构造攻击套件。
 
@@ -159,14 +143,8 @@ class _Plan:
     classes: int
     eot_samples: int
 
-    @property
-    def expectation(self) -> dict[str, Any]:
-        """Options of a gradient attack on a network that draws random numbers."""
-        return expectation(self.eot_samples)
-
-    def member(self, kind: str, attack: SampleAttack, estimator: str = "training", restart: int = 0) -> Member:
-        ball = (self.threat.norm, self.threat.eps)
-        return Member(f"{kind}/{estimator}/r{restart}", attack, estimator, seed=restart, ball=ball)
+    def member(self, kind: str, attack: Attack, estimator: str = "training", restart: int = 0) -> Member:
+        return Member(f"{kind}/{estimator}/r{restart}", attack, estimator, seed=restart, threat=self.threat)
 
     def ce(self, estimator: str, restart: int = 0, *, steps: int = 100) -> Member:
         return self.member("apgd_ce", self._apgd("ce", steps), estimator, restart)
@@ -186,13 +164,19 @@ class _Plan:
         """SA-PGD, which knows the Linf ball alone."""
         if self.threat.norm != "Linf":
             return []
-        return [self.member("sapgd", partial(sapgd, eps=self.threat.eps, steps=100, **self.expectation), estimator)]
+        return [
+            self.member(
+                "sapgd", partial(sapgd, eps=self.threat.eps, steps=100, **expectation(self.eot_samples)), estimator
+            )
+        ]
 
     def square(self, queries: int) -> Member:
         return self.member("square", partial(square, eps=self.threat.eps, norm=self.threat.ball, queries=queries))
 
     def _apgd(self, loss: Literal["ce", "dlr", "dlr_targeted"], steps: int) -> partial[Tensor]:
-        return partial(apgd, eps=self.threat.eps, norm=self.threat.ball, loss=loss, steps=steps, **self.expectation)
+        return partial(
+            apgd, eps=self.threat.eps, norm=self.threat.ball, loss=loss, steps=steps, **expectation(self.eot_samples)
+        )
 
     @property
     def sure(self) -> dict[str, Any]:
@@ -222,7 +206,7 @@ def _fast(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
     members = [ce(best), *([ce(second)] if second != best else []), *dlr(best), ce(best, 1), ce(best, 2)]
     members += [] if "training" in (best, second) else [ce("training")]
     description = f"APGD of 50 steps with {_listed(best, second)}: a first impression, not a final figure"
-    return Suite("fast", tuple(members), _control(members), description, SweepSettings(images=32, steps=10, count=2))
+    return Suite("fast", tuple(members), _control(members), description, EstimatorSearch(images=32, steps=10, count=2))
 
 
 def _standard(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
@@ -237,28 +221,28 @@ def _standard(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
     members += [*plan.sapgd(adaptive), plan.ce(best, 3), plan.ce(best, 4), *plan.dlr(best, 2)]
     members.append(plan.square(1000))
     description = f"worst case of APGD-CE, APGD-DLR, APGD-T, SA-PGD and Square with {_listed(*every)}"
-    return Suite("standard", tuple(members), _control(members), description, SweepSettings())
+    return Suite("standard", tuple(members), _control(members), description, EstimatorSearch())
 
 
 def _paper(plan: _Plan) -> Suite:
-    norm, eps = plan.threat.norm, plan.threat.eps
-    if norm != "Linf":
-        raise ValueError(f"suite 'paper' is defined for Linf, got {norm!r}; use 'standard'")
+    eps = plan.threat.eps
+    if plan.threat.norm != "Linf":
+        raise ValueError(f"suite 'paper' is defined for Linf, got {plan.threat.norm!r}; use 'standard'")
     scale = eps / _PAPER_EPS
     averaged: dict[str, Any] = {} if plan.eot_samples == 1 else {"eot_samples": plan.eot_samples}
-    figures: dict[str, SampleAttack] = {"fgsm": partial(fgsm, eps=eps)}
+    figures: dict[str, Attack] = {"fgsm": partial(fgsm, eps=eps)}
     for steps, size in _PAPER_STEPS.items():
         attack = partial(pgd, eps=eps, step_size=size * scale, steps=steps, **averaged)
         figures |= {f"pgd{steps}": attack, f"pgd{steps}/last": partial(attack, keep_best=False)}
     for loss in ("ce", "dlr") if plan.classes > 2 else ("ce",):
-        figures[f"apgd_{loss}"] = partial(apgd, eps=eps, loss=loss, steps=10, **plan.expectation)
-    members = [Member(name, attack, group="", ball=(norm, eps)) for name, attack in figures.items()]
+        figures[f"apgd_{loss}"] = partial(apgd, eps=eps, loss=loss, steps=10, **expectation(plan.eot_samples))
+    members = [Member(name, attack, group="", threat=plan.threat) for name, attack in figures.items()]
     control = _control(members)
     members.insert(0, Member("gaussian", partial(gaussian, std=eps), group=""))
     for level in range(10, 101, 10):
         radius = level / 255
         attack = partial(pgd, eps=radius, step_size=radius / 4, steps=10, **averaged)
-        members.append(Member(f"pgd10@{level}/255", attack, group="", ball=(norm, radius)))
+        members.append(Member(f"pgd10@{level}/255", attack, group="", threat=ThreatModel("Linf", radius)))
     description = "the protocol of Ding et al. (ICML 2024): every attack for itself, with the training surrogate"
     return Suite("paper", tuple(members), control, description)
 
@@ -281,12 +265,7 @@ def _events(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
     members += [plan.flips(name, 1) for name in chosen[1:]]
     members += [*plan.flips_targeted(best), plan.random_flips("both"), plan.flips(best, 2, runs=3)]
     description = f"worst case of few events added or removed with {_listed(*chosen, 'training')}, and at random"
-    return Suite("events", tuple(members), _control(members), description, SweepSettings(images=32))
-
-
-def expectation(eot_samples: int) -> dict[str, Any]:
-    """Options of APGD and SA-PGD, so that one lucky draw of a stochastic network is not the end of the attack."""
-    return {} if eot_samples == 1 else {"eot_samples": eot_samples, "keep_best": False}
+    return Suite("events", tuple(members), _control(members), description, EstimatorSearch(images=32))
 
 
 def _listed(*names: str) -> str:

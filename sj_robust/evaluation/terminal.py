@@ -1,25 +1,22 @@
-"""A robustness report, a comparison and the progress of work on the terminal; needs rich."""
+"""A robustness report, a comparison and the progress of work on the terminal; showing them needs rich."""
 
 import time
 from collections.abc import Callable
 from types import TracebackType
-from typing import Self
-
-from rich.console import Console
-from rich.panel import Panel
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-from rich.table import Table
-from rich.text import Text
+from typing import TYPE_CHECKING, Self
 
 from sj_robust._console import PAUSE, duration, moving
 from sj_robust.evaluation.comparison import Comparison
 from sj_robust.evaluation.progress import Position
-from sj_robust.evaluation.robustness_report import Figure, RobustnessReport
+from sj_robust.evaluation.robustness_report import RobustnessReport
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 __all__ = ["Display", "show_comparison", "show_report"]
 
 
-def show_report(report: RobustnessReport, console: Console) -> None:
+def show_report(report: RobustnessReport, console: "Console") -> None:
     """Print the verdict, all accuracies, and what else a reader should know. 在终端显示报告。
 
     Args:
@@ -28,13 +25,18 @@ def show_report(report: RobustnessReport, console: Console) -> None:
 
     Examples:
         >>> import io
-        >>> from sj_robust.evaluation.robustness_report import RobustnessReport
+        >>> from rich.console import Console
+        >>> from sj_robust.attacks import ThreatModel
         >>> console = Console(file=io.StringIO(), width=80)
-        >>> report = RobustnessReport("mine", "digits", "Linf", "0.1", "fast", 2, (0, 1), (0,), ())
+        >>> report = RobustnessReport("mine", "digits", ThreatModel("Linf", 0.1), "fast", 2, (0, 1), (0,), ())
         >>> show_report(report, console)
         >>> "NOT ROBUST" in console.file.getvalue()
         True
     """
+    from rich.panel import Panel
+    from rich.table import Table
+    from rich.text import Text
+
     for text in report.alarms:
         console.print(Panel(Text(text, style="bold red"), border_style="red"), soft_wrap=False)
     title = f"{report.name} on {report.dataset}: {report.budget}, suite {report.suite}"
@@ -42,10 +44,14 @@ def show_report(report: RobustnessReport, console: Console) -> None:
     table.add_column("accuracy", overflow="fold")
     for heading in ("%", "95 % interval", "images", "seconds"):
         table.add_column(heading, justify="right")
-    for figure in report.figures:
-        if figure.kind == "control":
+    for one in report.accuracies:
+        if one.kind == "control":
             table.add_section()
-        table.add_row(*_cells(figure), style=_style(figure))
+        name = f"{one.name}, of suite and control" if one.kind == "everything" else one.name
+        counts = f"{one.correct}/{one.total}", f"{one.seconds:.1f}"
+        last = one.kind in ("worst case", "everything")
+        style = "bold" if last else "dim" if one.name.startswith("control/") else ""
+        table.add_row(name, one.percent, one.interval_text, *counts, style=style)
     console.print(table, soft_wrap=False)
     for text in report.masked:
         console.print(Text(text, style="yellow"))
@@ -53,7 +59,7 @@ def show_report(report: RobustnessReport, console: Console) -> None:
         console.print(Text(text))
 
 
-def show_comparison(comparison: Comparison, console: Console) -> None:
+def show_comparison(comparison: Comparison, console: "Console") -> None:
     """Print what differs between two reports. 在终端显示比较结果。
 
     Args:
@@ -62,14 +68,18 @@ def show_comparison(comparison: Comparison, console: Console) -> None:
 
     Examples:
         >>> import io
-        >>> from sj_robust.evaluation.comparison import compare
-        >>> from sj_robust.evaluation.robustness_report import RobustnessReport
+        >>> from rich.console import Console
+        >>> from sj_robust.attacks import ThreatModel
+        >>> from sj_robust.evaluation import compare
         >>> console = Console(file=io.StringIO(), width=80)
-        >>> report = RobustnessReport("mine", "digits", "Linf", "0.1", "fast", 2, (0, 1), (0,), ())
+        >>> report = RobustnessReport("mine", "digits", ThreatModel("Linf", 0.1), "fast", 2, (0, 1), (0,), ())
         >>> show_comparison(compare(report, report), console)
         >>> "mine (second) minus mine (first)" in console.file.getvalue()
         True
     """
+    from rich.table import Table
+    from rich.text import Text
+
     for text in comparison.notes:
         console.print(Text(text, style="bold red" if text.startswith("DIFFERENT") else ""))
     table = Table(title=f"{comparison.names[1]} minus {comparison.names[0]}")
@@ -77,12 +87,7 @@ def show_comparison(comparison: Comparison, console: Console) -> None:
     for heading in (*comparison.names, "difference", "95 % interval"):
         table.add_column(heading, justify="right")
     for row in comparison.differences:
-        low, high = (100 * end for end in row.interval)
-        values = [f"{100 * figure.accuracy:.1f}" for figure in (row.first, row.second)]
-        mark = " *" if row.clear else ""
-        interval = f"{low:+.1f} to {high:+.1f}"
-        style = "bold" if row.clear else ""
-        table.add_row(row.first.name, *values, f"{100 * row.value:+.1f}{mark}", interval, style=style)
+        table.add_row(*row.cells(), style="bold" if row.clear else "")
     console.print(table, soft_wrap=False)
     console.print("* the interval leaves out 0", style="dim")
 
@@ -95,13 +100,16 @@ class Display:
         say: What prints and keeps a line about each part; None prints it.
 
     Examples:
+        >>> from rich.console import Console
         >>> with Display(Console(quiet=True)) as display:
         ...     display.say("suite fast")
         ...     display.on_step(Position(0, 2, "pgd", 1, 4, 30.0))
     """
 
-    def __init__(self, console: Console, say: Callable[[str], None] | None = None) -> None:
+    def __init__(self, console: "Console", say: Callable[[str], None] | None = None) -> None:
         """Nothing is shown yet."""
+        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
         self._console = console
         self._say = say
         self._progress = Progress(
@@ -153,16 +161,3 @@ class Display:
             self._last = time.monotonic()
             done = 100 * position.done / position.total
             self._console.print(f"{done:.0f} % done, batch {batch}, {position.member}, {left}", markup=False)
-
-
-def _cells(figure: Figure) -> list[str]:
-    low, high = (100 * end for end in figure.interval)
-    name = f"{figure.name}, of suite and control" if figure.kind == "everything" else figure.name
-    accuracy = f"{100 * figure.accuracy:.1f}"
-    return [name, accuracy, f"{low:.1f} to {high:.1f}", f"{figure.correct}/{figure.total}", f"{figure.seconds:.1f}"]
-
-
-def _style(figure: Figure) -> str:
-    if figure.kind in ("worst case", "everything"):
-        return "bold"
-    return "dim" if figure.name.startswith("control/") else ""

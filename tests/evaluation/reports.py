@@ -1,5 +1,6 @@
 """Reports made by hand."""
 
+from sj_robust.attacks import ThreatModel
 from sj_robust.evaluation.outcome import MemberOutcome
 from sj_robust.evaluation.robustness_report import RobustnessReport
 
@@ -22,8 +23,7 @@ def report(**changes):
     fields = {
         "name": "dlif_at",
         "dataset": "digits",
-        "threat": "Linf",
-        "eps": "0.1",
+        "threat": ThreatModel("Linf", 0.1),
         "suite": "fast",
         "classes": 5,
         "labels": (0, 1, 2, 3, 4) * 2,

@@ -13,8 +13,7 @@ from torch import nn
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.attacks import fgsm, gaussian, pgd
 from sj_robust.attacks.threat import ThreatModel
-from sj_robust.evaluation.runner import run_suite
-from sj_robust.evaluation.worst_case import Member
+from sj_robust.evaluation import Member, run_suite
 
 EPS = 0.1
 THREAT = ThreatModel("Linf", EPS)

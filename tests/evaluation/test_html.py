@@ -68,7 +68,7 @@ def test_readable_on_any_screen(text):
 
 def test_every_number_is_in_a_table(text):
     words = " ".join(Page(text).text)
-    for figure in report().figures:
+    for figure in report().accuracies:
         assert figure.name in words
         assert f"{100 * figure.accuracy:.1f}" in words
     for value in ("16.8 to 68.7", "net.5", "0.4", "abc", "PiecewiseQuadratic(alpha=1.0)", "atan:4", "0.05"):

@@ -6,7 +6,7 @@ from evaluation import masked
 from torch import Tensor, nn
 
 from sj_robust.attacks import SampleSeeds
-from sj_robust.evaluation import ThreatModel, make_suite, sweep, worst_case
+from sj_robust.evaluation import EstimatorSearch, ThreatModel, make_suite, search_estimators, worst_case
 
 pytest.importorskip("sklearn.datasets", reason="scikit-learn (extra `recipes`) holds the digits")
 torch.set_num_threads(1)
@@ -24,17 +24,17 @@ def left(model: nn.Module, members, x: Tensor, y: Tensor) -> float:
     return worst_case(model, x, y, members, seeds=SampleSeeds(range(len(x)))).robust_accuracy
 
 
-def swept(model: nn.Module, x: Tensor, y: Tensor, eps: float) -> list[str]:
-    """Estimators that a short sweep picks."""
-    candidates = ("training", "triangle:0.5", "atan:1", "atan:4")
-    rows = sweep(model, x, y, eps=eps, candidates=candidates, steps=10, count=2, seeds=SampleSeeds(range(len(x))))
-    return [row.estimator for row in rows if row.chosen]
+def chosen_for(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> list[str]:
+    """Estimators that a short search picks."""
+    settings = EstimatorSearch(("training", "triangle:0.5", "atan:1", "atan:4"), steps=10, count=2)
+    trials = search_estimators(model, x, y, threat=threat, settings=settings, seeds=SampleSeeds(range(len(x))))
+    return [trial.estimator for trial in trials if trial.chosen]
 
 
 def test_the_fast_suite_breaks_a_narrow_surrogate(honest):
     x, y = (part[1280:1304] for part in masked.digits())
     model, threat = masked.with_surrogate(honest, masked.NARROW), ThreatModel("Linf", 0.12)
-    chosen = swept(model, x, y, threat.eps)
+    chosen = chosen_for(model, x, y, threat)
     assert "training" not in chosen
     suite = make_suite("fast", threat, chosen=chosen, classes=10)
     worst, control = left(model, suite.members, x, y), left(model, suite.control, x, y)
@@ -48,7 +48,7 @@ def test_the_fast_suite_breaks_a_narrow_surrogate(honest):
 def test_the_standard_suite_breaks_a_saturated_input(honest):
     x, y = (part[1280:1292] for part in masked.digits())
     model, threat = masked.Before(masked.clamped, honest), ThreatModel("Linf", 0.2)
-    suite = make_suite("standard", threat, chosen=swept(model, x, y, threat.eps), classes=10)
+    suite = make_suite("standard", threat, chosen=chosen_for(model, x, y, threat), classes=10)
     clean = left(model, (), x, y)
     alone = left(model, make_suite("standard", threat, classes=10).control[:1], x, y)
     assert alone >= clean - 0.1

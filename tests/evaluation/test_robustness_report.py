@@ -6,6 +6,7 @@ import pytest
 from evaluation.reports import finding, member, report
 from rich.console import Console
 
+from sj_robust.attacks import ThreatModel
 from sj_robust.evaluation.comparison import compare
 from sj_robust.evaluation.drawings import plot_robustness
 from sj_robust.evaluation.intervals import paired_difference_interval, wilson_interval
@@ -16,7 +17,7 @@ from sj_robust.evaluation.terminal import Display, show_comparison, show_report
 
 def test_figures_counted_by_hand():
     made = report()
-    counted = {figure.name: (figure.correct, figure.seconds) for figure in made.figures}
+    counted = {figure.name: (figure.correct, figure.seconds) for figure in made.accuracies}
     assert counted == {
         "clean": (8, 0.0),
         "gaussian": (7, 1.0),
@@ -28,7 +29,7 @@ def test_figures_counted_by_hand():
         "worst case": (4, 3.0),  # without the noise, and without its time
         "everything": (3, 5.0),
     }
-    assert {figure.total for figure in made.figures} == {10}
+    assert {figure.total for figure in made.accuracies} == {10}
     assert made.outcome == (1, 1, 2, 2, -1, -1, 4, -1, -2, -2)
     assert made.standing("worst case") == {4, 5, 6, 7}
     assert made.worst_case.interval == wilson_interval(4, 10)
@@ -38,7 +39,7 @@ def test_figures_counted_by_hand():
 def test_a_member_of_larger_radius_has_no_part_in_the_worst_case():
     far = member("pgd@0.2", (4, 5), group="", eps=0.2, outside=(4,))
     made = report(members=(*report().members, far))
-    assert made.figure("pgd@0.2").correct == 6
+    assert made.under("pgd@0.2").correct == 6
     assert made.worst_case.correct == 3  # image 5 was broken within the threat all the same
     assert "pgd@0.2" in made.remarks[-1]
 
@@ -123,7 +124,7 @@ def test_no_json(tmp_path):
     with pytest.raises(ValueError, match="must be JSON"):
         RobustnessReport.load(tmp_path / "report.json")
     with pytest.raises(KeyError, match="it has gaussian"):
-        report().figure("nothing")
+        report().under("nothing")
 
 
 DEAD = {"layer": "net.5", "neuron": "LIFNode", "rate": 0.0, "silent": 1.0, "saturated": 0.0}
@@ -211,7 +212,7 @@ def test_comparison_on_the_same_images():
 
 
 def test_comparison_of_what_cannot_be_compared():
-    other = report(threat="L2", eps="0.5", dataset="fashion_mnist", suite="standard", data="other", network={})
+    other = report(threat=ThreatModel("L2", 0.5), dataset="fashion_mnist", suite="standard", data="other", network={})
     notes = compare(report(), other).notes
     assert [note.partition(":")[0] for note in notes[:4]] == [
         "DIFFERENT norm",

@@ -11,7 +11,16 @@ from torch import nn
 from sj_robust import SpikingClassifier
 from sj_robust._host import surrogate
 from sj_robust.attacks import SampleSeeds
-from sj_robust.evaluation import CANDIDATES, Member, Suite, ThreatModel, make_suite, sweep, worst_case
+from sj_robust.evaluation import (
+    CANDIDATES,
+    EstimatorSearch,
+    Member,
+    Suite,
+    ThreatModel,
+    make_suite,
+    search_estimators,
+    worst_case,
+)
 
 EIGHT = ThreatModel("Linf", 8 / 255)
 ALL = ("paper", "fast", "standard", "autoattack")
@@ -108,7 +117,7 @@ class TestMakeUp:
     def test_paper_runs_every_attack_for_itself(self):
         suite = make_suite("paper", EIGHT, classes=10)
         assert {member.group for member in suite.members} == {""}
-        outside = [member.name for member in suite.members if member.ball != ("Linf", 8 / 255)]
+        outside = [member.name for member in suite.members if member.threat != EIGHT]
         assert outside == ["gaussian", *(f"pgd10@{level}/255" for level in range(10, 101, 10))]
 
     def test_standard_begins_with_the_strongest_and_ends_without_gradients(self):
@@ -120,7 +129,7 @@ class TestMakeUp:
         assert {member.estimator for member in suite.members} == {*CHOSEN, "training"}
         assert any(name.startswith("apgd_t/atan:4") for name in names)
         assert any(name.startswith("sapgd/assg") for name in names)
-        assert suite.sweep is not None
+        assert suite.search is not None
 
     @pytest.mark.parametrize("name", ["fast", "standard"])
     @pytest.mark.parametrize("chosen", [(), ("training",), ("atan:4", "atan:4"), ("training", "assg+detach"), CHOSEN])
@@ -131,7 +140,7 @@ class TestMakeUp:
         attacks = [member.attack for member in suite.members]
         assert all(attack.keywords["eps"] == 0.1 for attack in attacks)
         assert all(attack.keywords.get("norm", "Linf") == norm for attack in attacks)
-        assert {member.ball for member in (*suite.members, *suite.control)} == {(norm, 0.1)}
+        assert {member.threat for member in (*suite.members, *suite.control)} == {ThreatModel(norm, 0.1)}
         assert {member.estimator for member in suite.members} >= {"training", *chosen[:2]}
         losses = {attack.keywords.get("loss") for attack in attacks}
         assert ("dlr" in losses) == (classes > 2)
@@ -178,7 +187,7 @@ class TestCost:
         x, y = images(6)
         threat = ThreatModel("Linf", 1e-6)  # nothing falls, so nothing is skipped
         suite = make_suite(name, threat, classes=3, chosen=() if name == "paper" else ("atan:4", "hart:1.2"))
-        counting = [member for member in suite.members if member.ball == ("Linf", 1e-6)]
+        counting = [member for member in suite.members if member.threat == threat]
         costs = [model.cost(x, y, shortened(members, steps=8)) for members in (counting, suite.control)]
         assert costs[0] == costs[1]
         assert costs[0][1] > 30 * len(x)
@@ -218,7 +227,8 @@ class TestVerdict:
         x, y = images(40)
         threat = ThreatModel("Linf", 0.2)
         seeds = SampleSeeds(range(40))
-        rows = sweep(model, x, y, eps=threat.eps, steps=10, images=24, count=2, seeds=seeds)
+        settings = EstimatorSearch(steps=10, images=24, count=2)
+        rows = search_estimators(model, x, y, threat=threat, settings=settings, seeds=seeds)
         chosen = [row.estimator for row in rows if row.chosen]
         suite = make_suite("fast", threat, chosen=chosen, classes=3)
         result = worst_case(model, x, y, (*suite.members, *suite.control), seeds=seeds)

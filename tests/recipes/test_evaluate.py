@@ -14,6 +14,7 @@ from evaluation.recipe_run import ENVIRONMENT, RECIPE, SMALL, evaluate, finish, 
 from evaluation.test_event_suite import short_suite
 from PIL import Image
 
+from sj_robust.attacks import ThreatModel
 from sj_robust.data import events
 from sj_robust.evaluation import assess as whole_assessment
 from sj_robust.evaluation.robustness_report import RobustnessReport
@@ -37,7 +38,7 @@ def test_from_checkpoint_to_report(folder, monkeypatch, capsys):
     plots = {f"{name}.{end}" for name in ("accuracy_over_eps", "attacks", "potential") for end in ("png", "pdf")}
     files = {path.name for path in run.iterdir()}
     assert files == {"README.md", "config.yaml", "log.txt", "progress", "report.html", "report.json"} | plots
-    assert (report.name, report.dataset, report.threat, report.eps) == ("lif_none", "digits", "Linf", "0.1")
+    assert (report.name, report.dataset, report.threat) == ("lif_none", "digits", ThreatModel("Linf", 0.1))
     assert len(report.labels) == 12
     assert {row["neuron"] for row in report.network["layers"]} == {"LIFNode"}
     assert "PiecewiseQuadratic(alpha=1.0" in report.network["layers"][0]["surrogate"]
@@ -75,7 +76,7 @@ def test_the_papers_protocol(whole):
     assert [row["eps"] for row in whole.over_eps] == ["0", *(f"{level}/255" for level in range(10, 101, 10))]
     assert whole.estimators == ()
     assert {member.estimator for member in whole.members} == {"training"}
-    strong, weak = whole.figure("pgd40"), whole.figure("gaussian")
+    strong, weak = whole.under("pgd40"), whole.under("gaussian")
     assert strong.correct < weak.correct <= whole.clean.correct
     assert "gaussian" not in {whole.members[index].name for index in whole.outcome if index >= 0}
 
@@ -154,8 +155,8 @@ def test_l2_and_transfer(folder, tmp_path, monkeypatch):
     options = ("--norm", "L2", "--eps", "0.5", "--transfer", "runs/two/a", "--suite", "fast", *SMALL)
     in_process(monkeypatch, folder, "runs/one", *options, "--output", str(tmp_path / "l2"))
     report = RobustnessReport.load(tmp_path / "l2" / "report.json")
-    assert report.threat == "L2"
-    transferred = report.figure("transfer/apgd_ce")  # from the very same weights
+    assert report.threat == ThreatModel("L2", 0.5)
+    transferred = report.under("transfer/apgd_ce")  # from the very same weights
     assert transferred.correct < report.clean.correct
     for member in report.members:
         assert member.largest <= 0.5 + 1e-5
@@ -192,7 +193,7 @@ def test_event_data(folder, tmp_path, monkeypatch, capsys, event_data):
     in_process(monkeypatch, folder, *options)
     run = folder / "runs" / "evaluate-events-1"
     report = RobustnessReport.load(run / "report.json")
-    assert (report.suite, report.threat, report.eps, report.dataset) == ("events", "L0", "3", "n_mnist")
+    assert (report.suite, report.threat, report.dataset) == ("events", ThreatModel("L0", 3), "n_mnist")
     assert len(report.labels) == 6
     assert report.budget == "L0, at most 3 events added or removed"
     assert "robust accuracy at most" in capsys.readouterr().out
@@ -230,7 +231,7 @@ def test_compare(folder, monkeypatch, capsys, whole):
     out = capsys.readouterr().out
     assert "same weights" in out
     assert "lif_none (second) minus lif_none (first)" in out
-    changed = replace(whole, eps="8/255", name="other")
+    changed = replace(whole, threat=ThreatModel("Linf", 8 / 255), name="other")
     changed.save(folder / "other.json")
     evaluate.main(["--compare", "whole/report.json", "other.json"])
     assert "DIFFERENT eps: 0.1 and 8/255" in " ".join(capsys.readouterr().out.split())

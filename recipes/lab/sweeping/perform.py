@@ -95,7 +95,7 @@ def _evaluate(run: PlannedRun, record: RunRecord, suite: str) -> RunRecord:
     result = {
         "options": options,
         "eps": report.eps,
-        "figures": {figure.name: {"correct": figure.correct, "total": figure.total} for figure in report.figures},
+        "figures": {one.name: {"correct": one.correct, "total": one.total} for one in report.accuracies},
         "alarm": report.footnote,
     }
     record = replace(record.evaluated(suite, result, seconds), environment=report.environment)
