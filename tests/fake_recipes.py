@@ -75,6 +75,7 @@ from pathlib import Path
 from typing import Literal
 
 from lab.command_line import option, read_options
+from sj_robust.attacks import ThreatModel
 from sj_robust.evaluation.outcome import MemberOutcome
 from sj_robust.evaluation.robustness_report import RobustnessReport
 
@@ -108,7 +109,7 @@ def main(arguments):
                for n, name in enumerate(names)]
     control = ("control/pgd10", "training", "control", 8 / 255, range(count - 1), (0,), (), 0.03, 1.0)
     members.append(MemberOutcome(*control))
-    report = RobustnessReport("mine", "cifar10", "Linf", "8/255", options.suite, 2,
+    report = RobustnessReport("mine", "cifar10", ThreatModel("Linf", 8 / 255), options.suite, 2,
                               [n % 2 for n in range(count)], range(count - 1), members)
     report.save(folder / "report.json")
 '''
