@@ -1,4 +1,4 @@
-"""What needs torch alone imports with the dependencies of the package alone; what draws or shows imports its extra then.
+"""What needs torch alone imports without the extras; what draws or shows imports its extra when it does so.
 
 A module of ours that imports a package of an extra gets the error that it would get where the extra is not installed.
 SpikingJelly brings some of these packages itself, so theirs are let through.
