@@ -178,12 +178,14 @@ def tree():
 
 
 def said_of_itself(path):
-    """First sentence of a file: of a Python file's docstring, of a kernel's comment on top."""
+    """First sentence of a file: of a Python file's docstring, of another one's comment on top."""
     if path.name == "py.typed":
         return "mark of a package that brings its types."
     text = path.read_text(encoding="utf-8")
     if path.suffix == ".py":
         said = ast.get_docstring(ast.parse(text)).partition("\n\n")[0]
+    elif path.suffix == ".html":
+        said = re.match(r"\{#-? (.*?) -?#\}", text)[1]
     else:
         said = re.sub(r"^// ?", "", re.match(r"(//.*\n)+", text)[0], flags=re.MULTILINE)
     said = re.sub(r":\w+:`~?(.+?)`", r"``\1``", " ".join(said.split()))
