@@ -14,14 +14,8 @@ __all__ = ["INPUT", "AffineMap", "CutRun", "call_key", "cut_run", "full_precisio
 INPUT = "input"
 """Stands for the network's input where names of layers are listed."""
 
-POOLINGS = (
-    nn.MaxPool1d,
-    nn.MaxPool2d,
-    nn.MaxPool3d,
-    nn.AdaptiveMaxPool1d,
-    nn.AdaptiveMaxPool2d,
-    nn.AdaptiveMaxPool3d,
-)
+ADAPTIVE = (nn.AdaptiveMaxPool1d, nn.AdaptiveMaxPool2d, nn.AdaptiveMaxPool3d)
+POOLINGS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, *ADAPTIVE)
 
 
 @dataclass
@@ -63,11 +57,9 @@ def cut_run(
 ) -> CutRun:
     """Run a network whose input and cut layers' outputs are replaced by leaves, so that nothing passes a cut.
 
-    Args:
-        net: The network; call this inside :func:`full_precision` and :func:`sj_robust._preserved.preserved`.
-        frame: Its input; only shape, dtype and device count.
-        cuts: The layers to cut, by name; they are not run, but for max poolings, whose output's shape is needed.
-        value: Gives the leaf for a name and a tensor of its shape.
+    Call it inside :func:`full_precision` and :func:`sj_robust._preserved.preserved`. Of ``frame`` only shape, dtype and
+    device count. Layers in ``cuts`` are not run, but for max poolings, whose output's shape is needed; ``value`` gives
+    the leaf for a name and a tensor of its shape.
     """
     run = CutRun()
 
@@ -82,11 +74,12 @@ def cut_run(
             run.calls[name] += 1
             key = call_key(name, run.calls[name])
             run.currents[key] = x.clone()
+            if not isinstance(module, POOLINGS):
+                return leaf(key, x)
             with torch.no_grad():
-                like = original(x, *args, **kwargs) if isinstance(module, POOLINGS) else x
-            if isinstance(module, POOLINGS):
-                run.windows[key] = windows_per_input(module, x, like)
-            return leaf(key, like)
+                pooled = original(x, *args, **kwargs)
+            run.windows[key] = windows_per_input(module, x, pooled)
+            return leaf(key, pooled)
 
         return forward
 
@@ -117,11 +110,8 @@ class AffineMap:
     """The linear part of what leads from leaves to one current, with its adjoint.
 
     Equation: ``apply(v) = W v`` and ``adjoint(u) = W^T u``; both from the graph of the run: the adjoint is its
-    vector-Jacobian product, and the map the vector-Jacobian product of that.
-
-    Args:
-        current: The current.
-        leaves: All leaves; those it does not depend on are left out.
+    vector-Jacobian product, and the map the vector-Jacobian product of that. Leaves that the current does not depend on
+    are left out.
     """
 
     def __init__(self, current: Tensor, leaves: Mapping[str, Tensor]) -> None:
@@ -152,15 +142,16 @@ class AffineMap:
 def windows_per_input(module: nn.Module, x: Tensor, y: Tensor) -> int:
     """The most windows of a max pooling from x to y that one value lies in; its Lipschitz constant is the root."""
     most = 1
-    dimensions = _dimensions(module)
+    dimensions = next(1 + i % 3 for i, kind in enumerate(POOLINGS) if isinstance(module, kind))
     for i in range(dimensions):
-        if hasattr(module, "kernel_size"):
-            size, stride, dilation = (_entry(getattr(module, key), i) for key in ("kernel_size", "stride", "dilation"))
-            most *= max(Counter(tap * dilation % stride for tap in range(size)).values())
-        else:
+        if isinstance(module, ADAPTIVE):
             length, out = x.shape[i - dimensions], y.shape[i - dimensions]
             windows = [range(j * length // out, -(-(j + 1) * length // out)) for j in range(out)]
             most *= max(Counter(position for window in windows for position in window).values())
+        else:
+            given = (getattr(module, key) for key in ("kernel_size", "stride", "dilation"))
+            size, stride, dilation = (int(value[i] if isinstance(value, tuple) else value) for value in given)
+            most *= max(Counter(tap * dilation % stride for tap in range(size)).values())
     return most
 
 
@@ -175,11 +166,3 @@ def full_precision(device: torch.device) -> Iterator[None]:
         cudnn.flags(enabled=cudnn.enabled, deterministic=cudnn.deterministic, allow_tf32=False),
     ):
         yield
-
-
-def _dimensions(module: nn.Module) -> int:
-    return next(1 + i % 3 for i, kind in enumerate(POOLINGS) if isinstance(module, kind))
-
-
-def _entry(value: Any, i: int) -> int:
-    return int(value[i] if isinstance(value, tuple) else value)

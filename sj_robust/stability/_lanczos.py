@@ -38,13 +38,8 @@ def largest_singular_value(
     the estimate is the largest singular value of the map on the span of all steps: never below the power iteration's,
     never above the norm.
 
-    Args:
-        apply: ``A v`` of a vector [n].
-        adjoint: ``A^T u`` of a vector [m].
-        start: First vector [n]; not orthogonal to what is sought, so a random one.
-        tolerance: Residual to stop at, relative to the value.
-        max_iterations: Number of steps to stop at.
-        basis: Vectors kept before the iteration starts again from the best one.
+    ``start`` [n] must not be orthogonal to what is sought, so it is a random one. ``tolerance`` is the residual to stop
+    at, relative to the value, and ``basis`` the number of vectors kept before the iteration starts again from the best.
 
     Source: Golub and Kahan, "Calculating the singular values and pseudo-inverse of a matrix" (1965).
     """

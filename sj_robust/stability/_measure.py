@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,21 +16,21 @@ __all__ = ["Moved", "first_frame", "measure"]
 
 @dataclass
 class Moved:
-    """One layer (or the input) of every pair, summed over the steps so far.
+    """One layer (or the input) of every pair, summed over the steps so far; each [N] in float64.
 
     Attributes:
-        current: Squared L2 norm of the clean input current [N], the scale of its rounding.
-        perturbation: Squared L2 norm of the simplified perturbation [N].
-        peak: Largest squared norm of one step [N].
-        spikes: Squared L2 norm of the difference of the outputs [N].
+        current: Squared L2 norm of the clean input current, the scale of its rounding.
+        perturbation: Squared L2 norm of the simplified perturbation.
+        peak: Largest squared norm of one step.
+        spikes: Squared L2 norm of the difference of the outputs.
     """
 
-    current: Tensor | float = 0.0
-    perturbation: Tensor | float = 0.0
-    peak: Tensor | float = 0.0
-    spikes: Tensor | float = 0.0
-    _eps: Tensor | float = field(default=0.0, repr=False)
-    _step: int = field(default=0, repr=False)
+    current: Tensor
+    perturbation: Tensor
+    peak: Tensor
+    spikes: Tensor
+    _eps: Tensor | float = 0.0
+    _step: int = 0
 
     def charge(self, x_seq: Tensor, decay: float, input_gain: Tensor) -> None:
         """Follow the perturbation through the next steps with input currents [T, 2 N, *]."""
@@ -42,7 +42,7 @@ class Moved:
             squared = eps.square().sum(1)
             self.current = self.current + clean.square().sum(1)
             self.perturbation = self.perturbation + squared
-            self.peak = torch.maximum(squared, torch.as_tensor(self.peak).to(squared))
+            self.peak = torch.maximum(squared, self.peak)
 
     def send(self, s_seq: Tensor, repeats: int = 1) -> None:
         """Add the difference of outputs [T, 2 N, *], each of which counts ``repeats`` times."""
@@ -58,20 +58,13 @@ def measure(
     x_perturbed: Tensor,
     layers: Mapping[str, tuple[float, Tensor] | None],
 ) -> dict[str, Moved]:
-    """Run a classifier on pairs, in evaluation mode as it is, and follow its layers.
+    """Run a classifier on pairs, in evaluation mode as it is, and tell what moved, by layer and for :data:`INPUT`.
 
-    Args:
-        classifier: The classifier.
-        x: Clean images.
-        x_perturbed: Perturbed images of the same shape.
-        layers: By name in ``classifier.net``, decay and input gain [T]; None where only the output counts.
-
-    Returns:
-        What moved, by layer and for :data:`INPUT`.
+    ``layers`` holds decay and input gain [T] by name in ``classifier.net``; None where only the output counts.
     """
     net = classifier.net
     net_mode = "m" if _is_multi_step(classifier) else "s"
-    moved = {name: Moved() for name in (INPUT, *layers)}
+    moved = {name: Moved(*x.new_zeros(4, len(x), dtype=torch.float64)) for name in (INPUT, *layers)}
 
     def steps(values: Tensor, step_mode: str) -> Tensor:
         return values if step_mode == "m" else values.unsqueeze(0)

@@ -59,9 +59,6 @@ def certify(
         max_iterations: Iterations at which it stops anyway.
         seed: Of the random values that it uses.
 
-    Returns:
-        :class:`Certificate`.
-
     Raises:
         TypeError: If T is a tensor.
         ValueError: If T is missing or not the classifier's, the inputs are none, not finite or of different shapes, or
@@ -137,15 +134,23 @@ def _layer(
     if found.norm is None:
         return LayerCertificate(found.name, kind, gains.decay, input_gain, found.feeds, not_covered=found.not_covered)
     norm = found.norm
-    ratios = None if moved is None else _Ratios(found, moved)
     margin = max(margin, found.residual / norm) if norm else margin
     any_time = float(l2_gain_limit(gains.decay)) * max(map(abs, input_gain))
+    spikes = l2 = peak = rounding = torch.zeros(1, dtype=torch.float64)  # nothing measured is nothing that moved
+    if moved is not None:
+        own = moved[found.name]
+        spikes = torch.stack([moved[feed].spikes for feed in found.feeds]).sum(0).sqrt()
+        l2, peak, rounding = own.perturbation.sqrt(), own.peak.sqrt(), 1e-6 * own.current.sqrt()
+    reached = bool((spikes > 0).any())
 
-    def bound(gain: float, of_peak: bool) -> Bound:
+    def bound(gain: float, eps: Tensor) -> Bound:
         value = gain * norm if math.isfinite(gain) else None
-        if ratios is None or not ratios.reached or value is None:
+        if value is None or not reached:
             return Bound(value, None)
-        return Bound(value, ratios.within(value, gain, margin, of_peak=of_peak))
+        return Bound(value, bool((eps <= value * (1.0 + margin) * spikes + gain * rounding).all()))
+
+    def largest(eps: Tensor) -> float | None:
+        return float((eps / spikes)[spikes > 0].max()) if reached else None
 
     return LayerCertificate(
         found.name,
@@ -156,30 +161,11 @@ def _layer(
         norm,
         found.upper_bound,
         found.residual,
-        l2=bound(gains.l2, False),
-        any_time=bound(any_time, False),
-        peak=bound(gains.peak, True),
-        printed=bound(gains.printed, False),
-        printed_peak=bound(gains.printed, True),
-        measured_l2=None if ratios is None else ratios.largest(of_peak=False),
-        measured_peak=None if ratios is None else ratios.largest(of_peak=True),
+        l2=bound(gains.l2, l2),
+        any_time=bound(any_time, l2),
+        peak=bound(gains.peak, peak),
+        printed=bound(gains.printed, l2),
+        printed_peak=bound(gains.printed, peak),
+        measured_l2=largest(l2),
+        measured_peak=largest(peak),
     )
-
-
-class _Ratios:
-    """Norms of one layer on every pair [N], and those of what feeds it."""
-
-    def __init__(self, found: InputMap, moved: Mapping[str, Moved]) -> None:
-        own = moved[found.name]
-        feeds = torch.stack([torch.as_tensor(moved[feed].spikes) for feed in found.feeds])
-        self.spikes = feeds.sum(0).sqrt()
-        self.eps = {False: torch.as_tensor(own.perturbation).sqrt(), True: torch.as_tensor(own.peak).sqrt()}
-        self.reached = bool((self.spikes > 0).any())
-        self.rounding = 1e-6 * torch.as_tensor(own.current).sqrt()
-
-    def largest(self, *, of_peak: bool) -> float | None:
-        return float((self.eps[of_peak] / self.spikes)[self.spikes > 0].max()) if self.reached else None
-
-    def within(self, value: float, gain: float, margin: float, *, of_peak: bool) -> bool:
-        allowed = value * (1.0 + margin) * self.spikes + gain * self.rounding
-        return bool((self.eps[of_peak] <= allowed).all())

@@ -50,7 +50,7 @@ def optimal_input_gain(
     minimum over w > 0 of the strictly convex ``w' K w + sum_t c[t]^2 w[t]^-2``, found by Newton's method. There
     ``K w = c^2 w^-3 = p^2 w``, so the positive w is the top singular vector and ``p = c w^-2`` has gain exactly 1. The
     dual bound ``gain(p) >= c' p / sqrt(sum_t c[t]^2 w[t]^-2)`` for every w with ``w' K w = 1`` shows that nothing is
-    lower.
+    lower. All gains are positive.
 
     ``"peak"``: in closed form, p falls by ``decay^2`` per step until the peak is reached at some step k, and stays at
     ``sqrt(1 - decay^2)`` times the peak from there on.
@@ -61,9 +61,6 @@ def optimal_input_gain(
         mean: Mean of the gains, > 0; for ``held="response"``, the constant gain whose response is matched.
         objective: ``"l2"`` or ``"peak"``.
         held: ``"mean"``, or ``"response"`` for the objective ``"l2"`` alone.
-
-    Returns:
-        :class:`GainDesign`; all gains are positive.
 
     Raises:
         ValueError: If an argument is out of range or a name unknown, or the peak is to be minimised at given response.
@@ -127,19 +124,20 @@ def gain_penalty(net: nn.Module, *, normalized: bool = False) -> Tensor:
         >>> round(value.item(), 3), net[1].input_gain.grad.shape
         (27.705, torch.Size([8]))
     """
-    layers = [charging for charging in _chargings(net).values() if charging.input_gain is not None]
+    learned = [(charging.decay, charging.input_gain) for charging in _chargings(net).values()]
+    layers = [(decay, gain) for decay, gain in learned if gain is not None]
     if not layers:
         raise ValueError(
             f"gain_penalty needs a network with DLIF neurons, {type(net).__name__} has none; "
             "turn its neurons into DLIF with replace_neurons"
         )
-    gains = [charging.input_gain for charging in layers if charging.input_gain is not None]
+    gains = [gain for _, gain in layers]
     T = max(len(gain) for gain in gains)
     # Leading zeros leave the norm as it is: nothing has come in before the first step.
     stacked = torch.stack([functional.pad(gain, (T - len(gain), 0)) for gain in gains]).cpu().double()
     if not bool(torch.isfinite(stacked).all()):
         return stacked.sum() * torch.nan  # the training loop stops on it and says at which step
-    decays = torch.stack([torch.as_tensor(charging.decay, dtype=torch.float64) for charging in layers])
+    decays = torch.stack([torch.as_tensor(decay, dtype=torch.float64) for decay, _ in layers])
     squares: Tensor = torch.linalg.matrix_norm(time_operator(decays, T, stacked), 2).square()
     if normalized:
         lengths = torch.tensor([len(gain) for gain in gains], dtype=torch.float64)
@@ -148,14 +146,11 @@ def gain_penalty(net: nn.Module, *, normalized: bool = False) -> Tensor:
 
 
 def gain_scalars(net: nn.Module, T: int | None = None) -> dict[str, float]:
-    """L2 and peak gain of every spiking layer, to be logged during training. 供日志记录的各层增益。
+    """L2 and peak gain of every spiking layer, under the names of a training's log. 供日志记录的各层增益。
 
     Args:
         net: A SpikingJelly network.
         T: Number of time steps of layers without gains of their own; None leaves those out.
-
-    Returns:
-        ``{"l2_gain/LAYER": ..., "peak_gain/LAYER": ...}``.
 
     Raises:
         ValueError: If the network has no neuron.

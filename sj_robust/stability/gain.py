@@ -12,7 +12,6 @@ from sj_robust.neuron.charging import Charging
 
 __all__ = [
     "NeuronGains",
-    "effective_input_gain",
     "l2_gain",
     "l2_gain_limit",
     "neuron_gains",
@@ -88,14 +87,12 @@ def l2_gain(decay: float | Tensor, T: int, input_gain: Tensor | Sequence[float] 
 
     (the pivots ``1 - r`` of a Cholesky factorisation of the tridiagonal ``L^-1 L^-T - diag(input_gain)^2 / gamma^2``;
     a sum of positive terms, so nothing cancels). gamma is found by section to a relative 1e-12, rounded up. O(T).
+    The result [...] is float64 on the CPU, without a graph; for one with a graph see :func:`time_operator`.
 
     Args:
         decay: Fraction of the potential kept per step, in (0, 1], a number or a tensor [...]; 1 for IF.
         T: Number of time steps.
         input_gain: Gain per step [..., T], of any sign; None for ones.
-
-    Returns:
-        Gains [...] in float64 on the CPU, without a graph; for one with a graph see :func:`time_operator`.
 
     Raises:
         ValueError: If ``decay`` or ``T`` is out of range, or ``input_gain`` does not fit.
@@ -118,15 +115,12 @@ def peak_gain(decay: float | Tensor, T: int, input_gain: Tensor | Sequence[float
         peak_gain = max_t sqrt(sum over s <= t of (decay^(t-s) * input_gain[s])^2)
 
     by Cauchy-Schwarz over time, with equality for ``Ds[s]`` in proportion to ``decay^(t-s) * input_gain[s]``. Without
-    ``input_gain`` it is ``sqrt((1 - decay^(2T)) / (1 - decay^2))``.
+    ``input_gain`` it is ``sqrt((1 - decay^(2T)) / (1 - decay^2))``. Shape and type are those of :func:`l2_gain`.
 
     Args:
         decay: Fraction of the potential kept per step, in (0, 1], a number or a tensor [...].
         T: Number of time steps.
         input_gain: Gain per step [..., T], of any sign; None for ones.
-
-    Returns:
-        Constants [...] in float64 on the CPU, without a graph.
 
     Raises:
         ValueError: If ``decay`` or ``T`` is out of range, or ``input_gain`` does not fit.
@@ -143,13 +137,11 @@ def peak_gain(decay: float | Tensor, T: int, input_gain: Tensor | Sequence[float
 def l2_gain_limit(decay: float | Tensor) -> Tensor:
     """Limit of :func:`l2_gain` for many time steps, ``1 / (1 - decay)``. 时间步趋于无穷时的 L2 增益。
 
-    It bounds the gain of every T from above, and multiplies with ``max_t |input_gain[t]|`` where there is one.
+    It bounds the gain of every T from above, and multiplies with ``max_t |input_gain[t]|`` where there is one. At decay
+    1, a neuron without leak, it is infinite. Shape and type are those of :func:`l2_gain`.
 
     Args:
         decay: Fraction of the potential kept per step, in (0, 1], a number or a tensor [...].
-
-    Returns:
-        Gains [...] in float64 on the CPU; infinity at decay 1, a neuron without leak.
 
     Raises:
         ValueError: If ``decay`` is out of range.
@@ -168,13 +160,10 @@ def printed_gain(decay: float | Tensor) -> Tensor:
 
     It is **not** an L2 gain: :func:`l2_gain` exceeds it at decay 0.5 from T = 3 on, 0.9 from T = 6, 0.99 from T = 17.
     It does bound the peak, ``max_t ||eps[t]||_2 <= printed_gain * ||W||_2 * ||Ds||_2``, while ``|input_gain| <= 1``:
-    the tight constant, :func:`peak_gain`, stays below ``1 / sqrt(1 - decay^2)``.
+    the tight constant, :func:`peak_gain`, stays below ``1 / sqrt(1 - decay^2)``. At decay 1 it is infinite.
 
     Args:
         decay: Fraction of the potential kept per step, in (0, 1], a number or a tensor [...].
-
-    Returns:
-        Constants [...] in float64 on the CPU; infinity at decay 1.
 
     Raises:
         ValueError: If ``decay`` is out of range.
@@ -196,9 +185,6 @@ def neuron_gains(charging: Charging, T: int) -> NeuronGains:
             :func:`sj_robust.neuron.charging.find_neurons` reads them.
         T: Number of time steps, at most the number of learnable gains.
 
-    Returns:
-        :class:`NeuronGains`.
-
     Raises:
         ValueError: If a value is out of range or the neuron has fewer gains than T.
 
@@ -210,7 +196,13 @@ def neuron_gains(charging: Charging, T: int) -> NeuronGains:
         (0.913, 1.0)
     """
     decay = torch.as_tensor(charging.decay, dtype=torch.float64).detach().cpu()
-    gains = effective_input_gain(charging, T)
+    learned = torch.ones(T, dtype=torch.float64) if charging.input_gain is None else charging.input_gain
+    if len(learned) < T:
+        raise ValueError(
+            f"T must be at most the neuron's {len(learned)} input gains, got {T}; build it with a larger T"
+        )
+    fixed = torch.as_tensor(charging.gain, dtype=torch.float64).detach().cpu()
+    gains = fixed * learned.detach().cpu().double()[:T]
     constant = bool((gains.abs() == gains[0].abs()).all())
     return NeuronGains(
         decay=float(decay),
@@ -220,27 +212,6 @@ def neuron_gains(charging: Charging, T: int) -> NeuronGains:
         peak=float(peak_gain(decay, T, gains)),
         printed=float(printed_gain(decay)),
     )
-
-
-def effective_input_gain(charging: Charging, T: int) -> Tensor:
-    """Fixed times learnable input gain of the first T steps [T], in float64 on the CPU, without a graph.
-
-    Raises:
-        ValueError: If the neuron has fewer gains than T.
-
-    Examples:
-        >>> effective_input_gain(Charging(decay=0.5, gain=0.5), 2)
-        tensor([0.5000, 0.5000], dtype=torch.float64)
-    """
-    fixed = torch.as_tensor(charging.gain, dtype=torch.float64).detach().cpu()
-    if charging.input_gain is None:
-        return fixed.expand(T).clone()
-    learned = charging.input_gain.detach().cpu().double()
-    if learned.shape[0] < T:
-        raise ValueError(
-            f"T must be at most the neuron's {learned.shape[0]} input gains, got {T}; build it with a larger T"
-        )
-    return fixed * learned[:T]
 
 
 def _checked(decay: float | Tensor, T: int, input_gain: Tensor | Sequence[float] | None) -> tuple[Tensor, Tensor]:

@@ -71,6 +71,7 @@ def input_maps(
     That the map is affine, complete, and the same at every step is checked on random values; a layer that fails
     (attention, products of spikes, dropout that stays on, recurrence) is reported with what ran before it.
     Modes, states, random state, gradients and hooks of the network are left as they were; hooks of others see the runs.
+    Layers that do not run are not listed.
 
     Args:
         net: A SpikingJelly network, not the classifier around it.
@@ -80,9 +81,6 @@ def input_maps(
         tolerance: Residual to stop at, relative to the norm.
         max_iterations: Iterations to stop at; the residual then tells what was reached.
         seed: Of the random values and start vectors.
-
-    Returns:
-        :class:`InputMap` by name of the layer; of the layers that ran, which alone are listed.
 
     Raises:
         ValueError: If the network has no SpikingJelly neuron or the frame no sample.
@@ -136,7 +134,7 @@ class _CutNetwork:
         return cut_run(self.net, self.frame if frame is None else frame, self.cuts, value)
 
     def noise(self, like: Tensor, scale: float = 1.0) -> Tensor:
-        """Random values of a tensor's shape, place and dtype."""
+        """Random values of a tensor's shape, device and dtype."""
         return (scale * torch.randn(like.shape, generator=self.generator, dtype=torch.float32)).to(like)
 
     def _random_leaves(self, i: int, scale: float) -> _Value:
@@ -182,18 +180,20 @@ def _measured(
     if reason is not None:
         return InputMap(name, tuple(feeds), None, not_covered=reason)
     # How much of the perturbation each leaf can carry: a spiking layer its own part, a max pooling its bound.
-    shares = [_share(network.run, found, key) for key in affine.feeds]
-    pooled = [key in network.run.windows for key in affine.feeds]
-    scales = [math.sqrt(share) for share in shares]
-    factor = math.sqrt(
-        sum(share for share, is_pooled in zip(shares, pooled, strict=True) if is_pooled) + (not all(pooled))
-    )
+    windows = network.run.windows
+    bounds = {
+        key: math.sqrt(windows[key]) * norm
+        for key in affine.feeds
+        if key in windows and (norm := found[key].norm) is not None
+    }
+    scales = [math.sqrt(bounds.get(key, 1.0)) for key in affine.feeds]
+    factor = math.sqrt(sum(bounds.values()) + (len(bounds) < len(affine.feeds)))
     largest = _largest_singular_value(affine, scales, network.noise, tolerance, max_iterations)
     return InputMap(
         name,
         tuple(feeds),
         largest.value * factor,
-        upper_bound=any(pooled),
+        upper_bound=bool(bounds),
         residual=largest.residual * factor,
         iterations=largest.iterations,
     )
@@ -201,14 +201,6 @@ def _measured(
 
 def _layer_name(key: str) -> str:
     return key.split(" (call ")[0]
-
-
-def _share(run: CutRun, found: Mapping[str, InputMap], key: str) -> float:
-    if key not in run.windows:
-        return 1.0
-    norm = found[key].norm
-    assert norm is not None  # _reason has refused it otherwise
-    return math.sqrt(run.windows[key]) * norm
 
 
 def _largest_singular_value(
@@ -269,21 +261,18 @@ def _ran(network: _CutNetwork, name: str) -> str:
     """What ran before a layer and is not known to be linear, or else all that ran."""
     modules, operations = network.run.between(name)
     kinds = {module: network.net.get_submodule(module) for module in modules}
-    listed = [name for name, kind in kinds.items() if not _is_linear(kind)]
-    unknown = sorted({_operation(node) for node in operations if not node.startswith(_LINEAR_OPERATIONS)})
+    listed = [
+        name
+        for name, module in kinds.items()
+        if not any(kind.__name__.startswith(_LINEAR_MODULES) for kind in type(module).__mro__)
+    ]
+    nodes = {node.rsplit("::")[-1] for node in operations if not node.startswith(_LINEAR_OPERATIONS)}
+    unknown = {node.rstrip("0123456789").removesuffix("Backward").lower() for node in nodes}  # from MulBackward0
     if not listed and not unknown:
         listed = list(kinds)
-    named = [f"{module} ({type(kinds[module]).__name__})" for module in listed] + unknown
+    named = [f"{module} ({type(kinds[module]).__name__})" for module in listed]
+    named += [f"the operation {name}" for name in sorted(unknown)]
     return "between them ran " + ", ".join(named or ["operations without a gradient"])
-
-
-def _operation(node: str) -> str:
-    """Name of an operation from that of its graph node, ``MulBackward0``."""
-    return f"the operation {node.rsplit('::')[-1].rstrip('0123456789').removesuffix('Backward').lower()}"
-
-
-def _is_linear(module: nn.Module) -> bool:
-    return any(kind.__name__.startswith(_LINEAR_MODULES) for kind in type(module).__mro__)
 
 
 _LINEAR_MODULES = (

@@ -30,9 +30,6 @@ def plot_certificate(certificate: Certificate, path: str | Path) -> Path:
         certificate: What :func:`sj_robust.stability.certify` returned, or ``Certificate.load``.
         path: File to write; its ending says which format, ``.pdf`` and ``.png`` among others.
 
-    Returns:
-        The file.
-
     Raises:
         ValueError: If no layer is covered.
         ImportError: If matplotlib is not installed.
