@@ -23,9 +23,8 @@ from sj_robust.training.history import EpochRecord
 from sj_robust.training.journal import Journal
 from sj_robust.training.objective import Losses, Objective
 from sj_robust.training.plan import TrainingPlan
-from sj_robust.training.random_state import mixed, random_state, set_random_state
+from sj_robust.training.processes import TrainingInterrupted, mixed, random_state, set_random_state
 from sj_robust.training.regularization import retract_
-from sj_robust.training.signals import TrainingInterrupted
 from sj_robust.training.validation import Validation
 
 __all__ = ["NonFiniteLossError", "TrainingRun", "check_outputs"]

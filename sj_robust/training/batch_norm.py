@@ -41,11 +41,14 @@ def synchronised_batch_norm(net: nn.Module) -> Iterator[None]:
         'BatchNorm1d'
     """
     changed: list[tuple[nn.Module, type[nn.Module]]] = []
+    # Here and not at import, since torch loads its compiler for it.
+    uncompiled = {"forward": torch.compiler.disable(_Synchronised.forward)}  # type: ignore[no-untyped-call]  # untyped in torch
+    synchronised = type("_Synchronised", (_Synchronised,), uncompiled)
     for module in net.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
             changed.append((module, type(module)))
             # Behind the module's own class, so that its handling of step modes still comes first.
-            bases = (type(module), _Synchronised)
+            bases = (type(module), synchronised)
             module.__class__ = type(f"Synchronised{type(module).__name__}", bases, {})
     try:
         yield
@@ -70,7 +73,6 @@ def share_buffers(net: nn.Module) -> None:
 class _Synchronised(nn.modules.batchnorm._BatchNorm):
     """Batch norm over the values of all processes in training mode."""
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
     def forward(self, input: Tensor) -> Tensor:
         """Normalise [N, C, *]."""
         if not self.training or _processes() == 1:

@@ -22,7 +22,7 @@ from sj_robust.training.history import EpochRecord, catastrophic_overfitting
 from sj_robust.training.journal import Journal
 from sj_robust.training.objective import Objective
 from sj_robust.training.plan import TrainingPlan
-from sj_robust.training.signals import TrainingInterrupted, collected_signals
+from sj_robust.training.processes import TrainingInterrupted, collected_signals
 
 __all__ = ["NonFiniteLossError", "TrainingInterrupted", "TrainingPlan", "check_training", "train"]
 
@@ -90,7 +90,7 @@ def train(
             record = run.finish_epoch(validation_attacks)
             if accelerator.is_main_process:
                 journal.show_status("perturbation and gain of every layer")
-                scalars = run.validation.probe(run.classifier, validation_attacks["fgsm"], bounds=plan.log_bounds)
+                scalars = run.validation.scalars(run.classifier, validation_attacks["fgsm"], bounds=plan.log_bounds)
                 warning = catastrophic_overfitting(run.history) if plan.single_step_attack else None
                 journal.on_epoch(record, scalars, warning)
             run.raise_if_interrupted(run.agreed_signal(received))

@@ -1,6 +1,7 @@
-"""Validation of an epoch, shared by the processes, and what the log shows beside it."""
+"""How good a network in training is: validation of every epoch, and the report at the end."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, replace
 
 import torch
 from accelerate import Accelerator
@@ -9,13 +10,15 @@ from torch.utils.data import Dataset, Subset
 
 from sj_robust.attacks import Attack
 from sj_robust.classifier import SpikingClassifier
-from sj_robust.data import image_loader
-from sj_robust.evaluation import accuracy
+from sj_robust.data import ImageSplits, image_loader
+from sj_robust.evaluation import Report, ThreatModel, accuracy, evaluate
 from sj_robust.perturbation import MPPDMonitor
 from sj_robust.stability import certify, gain_scalars
-from sj_robust.training.random_state import mixed
+from sj_robust.training.history import EpochRecord, catastrophic_overfitting
+from sj_robust.training.journal import Journal
+from sj_robust.training.processes import mixed
 
-__all__ = ["Validation"]
+__all__ = ["Validation", "final_report"]
 
 _BATCH = 128
 
@@ -59,11 +62,10 @@ class Validation:
         total = self._accelerator.reduce(correct.to(self._accelerator.device), "sum")
         return dict(zip(names, (count / self._size for count in total.tolist()), strict=True))
 
-    def probe(self, classifier: SpikingClassifier, attack: Attack, *, bounds: bool = False) -> dict[str, float]:
-        """Figures of the network for the log: MS-MPPD per followed layer, and gains.
+    def scalars(self, classifier: SpikingClassifier, attack: Attack, *, bounds: bool = False) -> dict[str, float]:
+        """Scalars for the log: MS-MPPD per layer under ``attack`` on this process's first images, and every gain.
 
-        MS-MPPD is under ``attack`` on this process's first images; the gains are those of the inputs, L2 and peak. With
-        ``bounds`` the exact L2 bound of every covered layer, its gain times the norm of the map before it, is added.
+        With ``bounds`` so is the exact L2 bound of every covered layer, its gain times the norm of the map before it.
         """
         net = classifier.net
         x, y = next(self._batches())
@@ -85,3 +87,36 @@ class Validation:
         device = self._accelerator.device
         for x, y in self._loader:
             yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+
+
+def final_report(
+    name: str,
+    classifier: SpikingClassifier,
+    history: Sequence[EpochRecord],
+    splits: ImageSplits,
+    attacks: Mapping[str, Attack],
+    threat: ThreatModel,
+    journal: Journal,
+    *,
+    seed: int,
+    single_step: bool,
+) -> Report:
+    """Report of a trained network on the test images, with the curves of its training. 训练结束后的评估。
+
+    Args:
+        name: Name of the network in the report.
+        classifier: The network.
+        history: Records of its epochs; the report's notes are the warnings about them.
+        splits: The data set, of which the test images count.
+        attacks: Attacks by name, budgets inside.
+        threat: The budget, for the report.
+        journal: Shows how far it is.
+        seed: Seeds the attacks.
+        single_step: Whether it was trained with a single-step attack, so that catastrophic overfitting is looked for.
+    """
+    loader = image_loader(splits.test, 32 if splits.frames else 512)
+    with journal.steps(f"evaluating {name} on {len(splits.test)} test images", len(loader)) as step:
+        report = evaluate(classifier, loader, attacks, threat=threat, network=name, seed=seed, on_batch=step)
+    heads = [history[: end + 1] for end in range(len(history))] if single_step else []
+    notes = tuple(f"{name}: {warning}" for warning in map(catastrophic_overfitting, heads) if warning)
+    return replace(report, curves={name: [asdict(record) for record in history]}, notes=notes)
