@@ -103,7 +103,6 @@ from accelerate.utils import set_seed
 from sj_robust import SpikingClassifier, training
 from sj_robust.data import ImageSplits, load_images
 from sj_robust.evaluation import Report, ThreatModel, parse_eps
-from sj_robust.evaluation.drawings import plot_report
 from sj_robust.models import NetworkSpec, build_classifier, start_from
 
 ValueT = TypeVar("ValueT")
@@ -150,6 +149,8 @@ def main(arguments: list[str]) -> None:
                 name, classifier, history, splits, attacks, report.threat, journal, seed=options.seed, single_step=once
             ))  # fmt: skip
     if accelerator.is_main_process:
+        from sj_robust.evaluation.drawings import plot_report  # imports matplotlib
+
         report.save(folder / "report.json")
         plot_report(report, folder / "report.png")
         journal.say("\n".join([report.table(), *report.notes, f"report.json and report.png are in {folder}"]))

@@ -63,7 +63,6 @@ import subprocess
 import sys
 
 from lab.benchmarking import SUBJECTS, Measurement, race
-from lab.benchmarking.drawing import plot_benchmark
 from rich.console import Console
 from rich.table import Table
 
@@ -193,7 +192,14 @@ def save(folder: Path, what: str, rows: list[Measurement], where: dict[str, str]
         lines += [caption(of_race), "", "| " + " | ".join(names) + " |", "|---" + "|---:" * (len(names) - 1) + "|"]
         lines += [*("| " + " | ".join(cells(row, of_race)) + " |" for row in of_race), ""]
     (folder / f"{what}.md").write_text("\n".join(lines), encoding="utf-8")
-    plot_benchmark(rows, folder / f"{what}.png")
+    draw(rows, folder / f"{what}.png")
+
+
+def draw(rows: list[Measurement], path: Path) -> None:
+    """The chart."""
+    from lab.benchmarking.drawing import plot_benchmark  # imports matplotlib
+
+    plot_benchmark(rows, path)
 
 
 def redraw(folder: Path) -> None:
@@ -210,7 +216,7 @@ def redraw(folder: Path) -> None:
             Measurement(**{name: text[name] if kind is str else float(text[name]) for name, kind in kinds.items()})  # type: ignore[arg-type]
             for text in texts
         ]
-        plot_benchmark(rows, path.with_suffix(".png"))
+        draw(rows, path.with_suffix(".png"))
         print(f"{path} drawn as {path.stem}.png")
 
 

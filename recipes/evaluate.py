@@ -81,8 +81,6 @@ from sj_robust._console import working
 from sj_robust.data import EVENT_DATASETS, image_loader, load_images
 from sj_robust.evaluation import RobustnessReport, ThreatModel, compare, make_suite, parse_eps
 from sj_robust.evaluation.assess import assess
-from sj_robust.evaluation.drawings import plot_robustness
-from sj_robust.evaluation.html import save_html
 from sj_robust.evaluation.subject import Subject, check_fits, from_checkpoint, from_function
 from sj_robust.evaluation.terminal import Display, show_comparison, show_report
 
@@ -144,6 +142,9 @@ def main(arguments: list[str]) -> None:
             on_step=display.on_step,
         )
     if accelerator.is_main_process:
+        from sj_robust.evaluation.drawings import plot_robustness  # imports matplotlib
+        from sj_robust.evaluation.html import save_html
+
         report.save(folder / "report.json")
         save_html(report, folder / "report.html")
         with working("drawing", journal.console):

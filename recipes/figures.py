@@ -55,7 +55,6 @@ import torch
 import yaml
 from lab.figures import input_gains, one_neuron, redraw, save_figure, training_curves
 from lab.sweeping import axes_in, cells_of, columns_of, load_recipe, load_records
-from lab.sweeping.plot import plot_effect
 from torch import Tensor
 
 from sj_robust import DLIFNode
@@ -133,6 +132,8 @@ def intensity(options: Options, folder: Path) -> None:
 
 def rho(options: Options, folder: Path) -> None:
     """Figure 3: accuracy against the weight of MS-MPPD, from the records of a sweep, which are its saved numbers."""
+    from lab.sweeping.plot import plot_effect  # imports matplotlib
+
     sweep = Path(str(options.run)) / "sweep.yaml"
     recipe = yaml.safe_load(sweep.read_text(encoding="utf-8")).get("recipe") if sweep.is_file() else None
     records = load_records(sweep.parent, load_recipe(Path(recipe or Path(__file__).with_name("adv_train.py"))))

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -209,7 +210,7 @@ def parse(arguments: list[str]) -> Options:
     """Options from the command line; a folder's own sweep.yaml comes first where nothing else says what to run."""
     words = as_config(arguments)
     options = read_options(Options, words)
-    pairs = zip(words, [*words[1:], ""], strict=True)
+    pairs = pairwise([*words, ""])
     files = [word.partition("=")[2] or following for word, following in pairs if word.split("=")[0] == "--config"]
     output = options.output or str(Path("runs") / (Path(files[-1]).stem if files else "sweep"))
     before = Path(output) / SWEEP_FILE

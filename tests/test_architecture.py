@@ -10,6 +10,8 @@ import sys
 import textwrap
 from pathlib import Path
 
+import pytest
+
 import sj_robust
 
 PACKAGE = Path(sj_robust.__file__).parent
@@ -136,6 +138,18 @@ def test_import_is_light():
         f"import sj_robust; print([m for m in {heavy} if m in set(sys.modules) - before])"
     )
     result = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("module", ["sj_robust.training", "adv_train", "evaluate", "sweep", "figures", "benchmark"])
+def test_neither_the_compiler_nor_matplotlib_is_imported_before_it_is_needed(module):
+    code = (
+        "import sys, spikingjelly.activation_based.neuron, spikingjelly.activation_based.monitor;"
+        "before = set(sys.modules);"
+        f"import {module}; print([m for m in ('torch._dynamo', 'matplotlib') if m in set(sys.modules) - before])"
+    )
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    result = subprocess.run(command, cwd=RECIPES, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
 
 

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
-from lab.command_line import describe_folder
-from lab.command_line.contents import CONTENTS, described
 
 pty = pytest.importorskip("pty", reason="Windows has no pseudo-terminals")
 import fcntl  # noqa: E402  # only where there are pseudo-terminals
@@ -152,34 +150,41 @@ def folders(tmp_path_factory):
     }
 
 
-@pytest.mark.parametrize("name", CONTENTS)
-def test_every_file_of_a_finished_folder_is_named_in_its_readme(folders, name):
-    folder = folders[name]
+TEMPLATES = sorted((ROOT / "recipes" / "lab" / "command_line" / "readmes").glob("*.md"))
+
+
+def rows(template):
+    """Names and patterns of files in the table of a README."""
+    return re.findall(r"^\| `([^`]+)` \|", template.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def described(file, names):
+    """Whether a name or pattern fits a file; an asterisk does not reach into a folder, a slash at the end does."""
+    patterns = (re.escape(name).replace(r"\*", "[^/]*") + (".+" if name.endswith("/") else "") for name in names)
+    return any(re.fullmatch(pattern, file) for pattern in patterns)
+
+
+@pytest.mark.parametrize("template", TEMPLATES, ids=lambda path: path.stem)
+def test_every_file_of_a_finished_folder_is_named_in_its_readme(folders, template):
+    folder, name, names = folders[template.stem], template.stem, rows(template)
     text = (folder / "README.md").read_text(encoding="utf-8")
     files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
     assert len(files) > 3
-    assert [file for file in files if not described(text, file)] == []
+    assert [file for file in files if not described(file, names)] == []
     assert f"python recipes/{name}.py " in text
     assert "**Draw again" in text
     assert "FOLDER" not in text
-    always = [file for file in CONTENTS[name].files if "*" not in file and not file.endswith("/")]
+    assert "COMMANDS" not in text
+    always = [file for file in names if "*" not in file and not file.endswith("/")]
     assert [file for file in always if not (folder / file).exists()] == []
 
 
 def test_the_recipes_page_names_the_same_files():
     text = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
-    for contents in CONTENTS.values():
-        for file in contents.files:
+    assert {template.stem for template in TEMPLATES} == {"adv_train", "evaluate", "sweep", "figures", "benchmark"}
+    for template in TEMPLATES:
+        for file in rows(template):
             assert f"`{file}`" in text, f"{file} is not in recipes/README.md"
-
-
-def test_a_readme_keeps_the_commands_that_came_before(tmp_path):
-    for words in (["--which", "neuron"], ["--which", "gains"], ["--which", "neuron"]):
-        describe_folder(tmp_path, "figures", words)
-    text = (tmp_path / "README.md").read_text()
-    assert re.findall(r"^python .*", text, re.MULTILINE) == [
-        "python recipes/figures.py --which neuron", "python recipes/figures.py --which gains",
-    ]  # fmt: skip
 
 
 def test_charts_of_measurements_are_drawn_again_from_their_numbers(folders, monkeypatch, capsys):

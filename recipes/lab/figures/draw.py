@@ -1,20 +1,19 @@
 """From saved numbers to figures."""
 
 from pathlib import Path
-
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING
 
 from lab.figures.data import InputGains, OneNeuron, TrainingCurves
-from lab.figures.drawings import draw_curves, draw_gains, draw_neuron
-from lab.figures.intensity_drawings import draw_heat_maps, draw_intensity
 from lab.figures.saved import FigureData, load_figure
-from lab.figures.style import print_style, save
 from sj_robust.perturbation.intensity import IntensityCorrelation
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["draw", "redraw"]
 
 
-def draw(data: FigureData) -> dict[str, Figure]:
+def draw(data: FigureData) -> dict[str, "Figure"]:
     """The figures that numbers are for, not yet written. 绘制图。
 
     Args:
@@ -27,6 +26,10 @@ def draw(data: FigureData) -> dict[str, Figure]:
         >>> list(draw(InputGains({"mine": {"0": [1.0, 0.5]}})))
         ['']
     """
+    from lab.figures.drawings import draw_curves, draw_gains, draw_neuron  # these import matplotlib
+    from lab.figures.intensity_drawings import draw_heat_maps, draw_intensity
+    from lab.figures.style import print_style
+
     with print_style():
         match data:
             case OneNeuron():
@@ -60,5 +63,7 @@ def redraw(path: Path) -> tuple[Path, ...]:
         >>> sorted(file.name for file in redraw(path))
         ['gains.pdf', 'gains.png']
     """
+    from lab.figures.style import save  # imports matplotlib
+
     figures = draw(load_figure(path))
     return tuple(file for end, figure in figures.items() for file in save(figure, path.parent, path.stem + end))

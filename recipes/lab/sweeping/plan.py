@@ -105,7 +105,6 @@ def plan_runs(
     Raises:
         ValueError: If an option is unknown or wrong, or a run of the same name had other options.
     """
-    defaults = recipe.resolve({})
     suites = {suite: evaluator.resolve({**options, "suite": suite}) for suite, options in evaluations.items()}
     known = _known(folder, recipe)
     taken = {path.name: key for key, path in known.items()}
@@ -116,7 +115,7 @@ def plan_runs(
             options = recipe.resolve({**fixed, **combination, "seed": seed})
             complete, without, key = recipe.complete(options), recipe.idle(options), recipe.identity(options)
             options |= {name: complete[name] for name in valued if options[name] is None}
-            options |= {name: defaults[name] for name in without}
+            options |= {name: recipe.defaults[name] for name in without}
             if key in planned:
                 continue
             name = _name({name: options[name] for name in combination if name not in without}, seed)

@@ -79,14 +79,21 @@ class Recipe:
 
     def identity(self, options: Mapping[str, Any]) -> str:
         """Text that is equal for two runs that are one: their options, idle ones at their defaults, as JSON."""
-        without, defaults = self.idle(options), self.resolve({})
-        found = {name: defaults[name] if name in without else value for name, value in self.complete(options).items()}
+        without = self.idle(options)
+        found = {
+            name: self.defaults[name] if name in without else value for name, value in self.complete(options).items()
+        }
         return json.dumps(self.decisive(found), sort_keys=True)
 
     def decisive(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The options of which another value is another run."""
         without = {one.name for one in options_of(self.options_type) if one.decides == "nothing"}
         return {name: value for name, value in options.items() if name not in without}
+
+    @cached_property
+    def defaults(self) -> dict[str, Any]:
+        """All options with their defaults, as plain data."""
+        return self.resolve({})
 
     @cached_property
     def _parser(self) -> RecipeParser:

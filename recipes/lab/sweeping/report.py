@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lab.sweeping.plot import plot_effect
 from lab.sweeping.record import RunRecord
 from lab.sweeping.summary import axes_in, cells_of, columns_of, contrasts
 from lab.sweeping.tables import (
@@ -61,6 +60,8 @@ def write_report(
         >>> [file.name for file in files]
         ['results.md', 'results.csv']
     """
+    from lab.sweeping.plot import plot_effect  # imports matplotlib
+
     if not records:
         raise ValueError(f"{folder} holds no finished run, so there is nothing to report; run the sweep first")
     axes = axes_in(records, grid)

@@ -1,0 +1,142 @@
+"""Options of every recipe: each reaches somebody, is shown on any terminal, and needs no torch to be answered."""
+
+import ast
+import importlib
+import re
+import subprocess
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from lab.command_line.declared import idle, options_of
+from lab.command_line.parser import RecipeParser, as_yaml, shown_value
+
+from sj_robust.data import DATASETS
+from sj_robust.training import MODES
+
+ROOT = Path(__file__).parents[2]
+RECIPES = ("adv_train", "evaluate", "sweep", "figures", "benchmark")
+sys.path.insert(0, str(ROOT / "recipes"))
+sys.path.insert(0, str(ROOT / "docs" / "options"))
+import adv_train  # noqa: E402  # a script, found only now
+import generate  # noqa: E402  # as above
+
+
+@pytest.fixture(params=RECIPES)
+def recipe(request):
+    return importlib.import_module(request.param)
+
+
+def test_a_recipe_is_one_short_file_whose_options_all_reach_somebody(recipe):
+    text = Path(recipe.__file__).read_text(encoding="utf-8")
+    assert len(text.splitlines()) < 250
+    body = ast.parse(text).body
+    assert [node.name for node in body if isinstance(node, ast.ClassDef)] == ["Options"]
+    read = {
+        node.attr
+        for part in body
+        if not isinstance(part, ast.ClassDef)
+        for node in ast.walk(part)
+        if isinstance(node, ast.Attribute)
+        and isinstance(node.value, ast.Name)
+        and node.value.id in ("options", "choice")
+    }
+    assert [field.name for field in fields(recipe.Options) if field.name not in read] == []
+
+
+def test_an_option_says_what_it_is(recipe):
+    options = options_of(recipe.Options)
+    assert options[0].group
+    assert sum(bool(one.group) for one in options) >= 3
+    for one in options:
+        assert one.words.endswith(".")
+        assert "null" not in as_yaml(one.default) or "null" in one.words, f"{one.name}: say what null is"
+        if one.name == "dataset" and "adv_train" not in one.words:
+            assert set(DATASETS) <= set(re.findall(r"[\w:]+", one.words))
+    assert idle(recipe.Options()) <= {one.name for one in options}  # what idle= reads is there
+
+
+@pytest.mark.parametrize("columns", [40, 60, 80, 300])
+def test_the_help_fits_the_terminal_and_shows_every_option_once(recipe, columns, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    parser = RecipeParser(recipe.Options)
+    with pytest.raises(SystemExit) as stop:
+        parser.parse_args(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    lines, width = text.splitlines(), min(columns, 120)
+    wide = [line for line in lines if len(line) > width and len(line.split()) > 1]
+    # what is beyond the width is a command, a value or a list of choices that cannot be broken
+    assert len(wide) <= (0 if columns >= 80 else 12), wide
+    assert max(map(len, lines)) > width - 25
+    assert all(line == line.rstrip() for line in lines)
+    for one in parser.options.values():
+        assert len(re.findall(rf"^  {re.escape(one.flag)}(?= |$)", text, re.MULTILINE)) == 1, one.flag
+        assert all(re.search(rf"(?<!\w){re.escape(choice)}(?!\w)", text) for choice in one.value[1]), one.name
+    assert len(re.findall(r"\[default: ", text)) == sum(shown_value(one) != "" for one in parser.options.values())
+
+
+def test_the_parser_takes_every_option_as_the_help_shows_it(recipe):
+    parser = RecipeParser(recipe.Options)
+    assert parser.values([]) == vars(recipe.Options())
+    for one in parser.options.values():
+        takes, choices = one.value
+        for choice in () if takes.startswith("[") else choices:
+            parser.values([f"{one.flag}={choice}"])
+        if one.kind is bool:
+            assert parser.values([f"--no-{one.flag[2:]}"])[one.name] is False
+            assert parser.values([one.flag])[one.name] is True
+
+
+def test_the_page_of_the_options_is_up_to_date_and_linked(recipe):
+    page = f"docs/options/{recipe.__name__}.md"
+    written = (ROOT / page).read_text(encoding="utf-8")
+    assert written == generate.pages()[f"{recipe.__name__}.md"], "run python docs/options/generate.py"
+    assert page in (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(("words", "code"), [(["--help"], 0), (["--nothing", "1"], 2)])
+def test_help_and_wrong_options_do_not_wait_for_torch(recipe, words, code):
+    command = [sys.executable, "-X", "importtime", recipe.__file__, *words]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == code, done.stderr
+    imported = set(re.findall(r"\| +([\w.]+)$", done.stderr, re.MULTILINE))
+    assert "lab.command_line.parser" in imported
+    assert not imported & {"torch", "spikingjelly", "accelerate", "matplotlib", "rich", "numpy"}
+
+
+def test_what_modes_leave_idle_are_options():
+    names = {one.name for one in options_of(adv_train.Options)}
+    for mode in MODES.values():
+        assert set(mode.idle) <= names, mode.name
+
+
+INDICATOR = {"layers", "norm", "indicator", "input_gain"}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({}, {"attack_steps", "beta", "trades_weight"}),
+        ({"rho": 0.0}, {"attack_steps", "beta", "trades_weight", *INDICATOR}),
+        ({"indicator": "tasad"}, {"attack_steps", "beta", "trades_weight", "input_gain"}),
+        ({"mode": "rat"}, {"attack_steps", "trades_weight"}),
+        ({"mode": "gaussian"}, {"step_size", "attack_steps", "noise_std", "project", "beta", "trades_weight"}),
+        ({"mode": "pgd_at"}, {"noise_std", "project", "beta", "trades_weight", *INDICATOR}),
+        ({"mode": "pgd_at", "rho": 1.0}, {"noise_std", "project", "beta", "trades_weight"}),
+        ({"mode": "trades", "rho": 1.0}, {"kappa", "project", "beta"}),
+    ],
+)
+def test_options_without_effect(given, expected):
+    found = idle(adv_train.completed(adv_train.Options(**given)))
+    assert found == expected | {"guard_margin"}
+    assert "guard_margin" not in idle(adv_train.completed(adv_train.Options(threshold_guard=0.1, **given)))
+
+
+def test_eps_has_an_effect_without_a_defence_where_eval_eps_is_it():
+    nothing = adv_train.Options(mode="none", rho=1.0)
+    without = idle(adv_train.completed(nothing))
+    assert without >= {"rho", "kappa", "step_size", "attack_steps", "noise_std", "project", "beta", *INDICATOR}
+    assert not {"eps", "lr", "seed"} & without
+    assert "eps" in idle(adv_train.completed(adv_train.replace(nothing, eval_eps="8/255")))
