@@ -514,7 +514,7 @@ RECIPES = [
     ),
     Mistake(
         "adv_train.py --epochs 0", recipe("adv_train", "--epochs", "0"),
-        2, "epochs must be >= 1", "got 0", "give --epochs 1 or more",
+        2, "--epochs must be an integer > 0", "got 0", "python recipes/adv_train.py --help",
     ),
     Mistake(
         "adv_train.py --config mine.yaml, with a key that does not exist",
@@ -604,7 +604,8 @@ RECIPES = [
         2, "eps must be <= 1", "got 8", "write 8/255 instead of 8",
     ),
     Mistake(
-        "sweep.py --jobs 0", recipe("sweep", "--jobs", "0"), 2, "jobs must be >= 1", "got 0", "give --jobs 1 or more",
+        "sweep.py --jobs 0", recipe("sweep", "--jobs", "0"),
+        2, "--jobs must be an integer > 0", "got 0", "python recipes/sweep.py --help",
     ),
     Mistake(
         "sweep.py without anything to run", recipe("sweep"),
