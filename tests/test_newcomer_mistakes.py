@@ -177,7 +177,8 @@ def without(package):
     """The start of a recipe where a package is not installed."""
 
     def do():
-        kept = {name: sys.modules.pop(name, None) for name in ("sj_robust._recipes_installed", package)}
+        first = ("lab.command_line", "sj_robust._recipes_installed")
+        kept = {name: sys.modules.pop(name, None) for name in (*first, package)}
         sys.modules[package] = None
         try:
             runpy.run_path(str(ROOT / "recipes" / "adv_train.py"), run_name="adv_train")
