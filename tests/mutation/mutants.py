@@ -6,98 +6,58 @@ and warnings.
 """
 
 import ast
+import contextlib
 import copy
 import hashlib
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import accumulate
 
 COMPARISONS = {
-    ast.Lt: (ast.LtE, ast.GtE),
-    ast.LtE: (ast.Lt, ast.Gt),
-    ast.Gt: (ast.GtE, ast.LtE),
-    ast.GtE: (ast.Gt, ast.Lt),
-    ast.Eq: (ast.NotEq,),
-    ast.NotEq: (ast.Eq,),
-    ast.Is: (ast.IsNot,),
-    ast.IsNot: (ast.Is,),
-    ast.In: (ast.NotIn,),
-    ast.NotIn: (ast.In,),
-}
+    ast.Lt: (ast.LtE, ast.GtE), ast.LtE: (ast.Lt, ast.Gt), ast.Gt: (ast.GtE, ast.LtE), ast.GtE: (ast.Gt, ast.Lt),
+    ast.Eq: (ast.NotEq,), ast.NotEq: (ast.Eq,), ast.Is: (ast.IsNot,), ast.IsNot: (ast.Is,),
+    ast.In: (ast.NotIn,), ast.NotIn: (ast.In,),
+}  # fmt: skip
 OPERATORS = {
-    ast.Add: ast.Sub,
-    ast.Sub: ast.Add,
-    ast.Mult: ast.Div,
-    ast.Div: ast.Mult,
-    ast.FloorDiv: ast.Mult,
-    ast.Mod: ast.FloorDiv,
-    ast.Pow: ast.Mult,
-    ast.BitAnd: ast.BitOr,
-    ast.BitOr: ast.BitAnd,
-}
-OPPOSITES = {
-    "min": "max",
-    "max": "min",
-    "amin": "amax",
-    "amax": "amin",
-    "argmin": "argmax",
-    "argmax": "argmin",
-    "minimum": "maximum",
-    "maximum": "minimum",
-    "any": "all",
-    "all": "any",
-    "mean": "sum",
-    "sum": "mean",
-    "zeros_like": "ones_like",
-    "ones_like": "zeros_like",
-    "floor": "ceil",
-    "ceil": "floor",
-}
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.FloorDiv, ast.Pow: ast.Mult, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd,
+}  # fmt: skip
+PAIRS = ("min max", "amin amax", "argmin argmax", "minimum maximum", "any all", "mean sum", "zeros_like ones_like",
+         "floor ceil")  # fmt: skip
+OPPOSITES = {one: other for pair in PAIRS for one, other in (pair.split(), reversed(pair.split()))}
 DROPPED = ("detach", "clone", "abs", "sign", "square", "sqrt", "exp", "log", "lower", "strip")
 GRAD_MODES = ("torch.no_grad()", "torch.enable_grad()", "torch.inference_mode()")
 
 
 @dataclass(frozen=True)
 class Mutant:
-    """One fault: bytes ``start:end`` of ``file`` become ``after``.
-
-    Attributes:
-        file: Path from the root of the repository.
-        line: First line of the replaced text, from 1.
-        end_line: Last line of it.
-        function: Qualified name of the function or class around it, empty at the top of the file.
-        kind: What sort of fault it is.
-        before: Text that is replaced.
-        after: Text in its place.
-        start: First byte.
-        end: Byte after the last.
-        number: Which of the equal faults of the function this is, from 0.
-    """
+    """One fault: bytes ``start:end`` of ``file`` become ``after``."""
 
     file: str
     line: int
+    """First line of the replaced text, from 1."""
     end_line: int
     function: str
+    """Qualified name of the function or class around it, empty at the top of the file."""
+    in_function: bool
     kind: str
     before: str
     after: str
     start: int
     end: int
     number: int = 0
+    """Which of the equal faults of the function this is."""
 
     @property
     def key(self) -> str:
         """Names the fault in a way that stays when lines move."""
-        before, after = (_one_line(text) for text in (self.before, self.after))
+        before, after = (" ".join(text.split()) for text in (self.before, self.after))
         again = f" #{self.number}" if self.number else ""
         return f"{self.file}::{self.function or 'module'}: {self.kind}: {before} -> {after}{again}"
 
     def applied(self, source: bytes) -> bytes:
         """The text of the file with the fault in it."""
         return source[: self.start] + self.after.encode() + source[self.end :]
-
-    def rank(self, seed: int) -> str:
-        """Place in the random order that ``seed`` stands for, which other faults of the tree do not change."""
-        return hashlib.sha256(f"{seed}|{self.key}".encode()).hexdigest()
 
 
 def mutants_of(file: str, source: bytes) -> list[Mutant]:
@@ -107,21 +67,19 @@ def mutants_of(file: str, source: bytes) -> list[Mutant]:
     found, seen = [], {}
     for mutant in sorted(finder.found, key=lambda mutant: (mutant.start, mutant.kind, mutant.after)):
         number = seen[mutant.key] = seen.get(mutant.key, -1) + 1
-        mutant = Mutant(**{**vars(mutant), "number": number})
-        if _parses(mutant.applied(source)):
-            found.append(mutant)
+        with contextlib.suppress(SyntaxError):
+            compile(mutant.applied(source), file, "exec")
+            found.append(replace(mutant, number=number))
     return found
 
 
-def all_mutants(files: Iterable[tuple[str, bytes]]) -> list[Mutant]:
-    """Every fault of several files."""
-    return [mutant for file, source in files for mutant in mutants_of(file, source)]
-
-
 def sample(mutants: list[Mutant], size: int, seed: int) -> list[Mutant]:
-    """A part of the faults: of every file its share, at least one, in a random order that ``seed`` decides."""
+    """A part of the faults: of every file its share, at least one.
+
+    ``seed`` stands for a random order in which other faults of the tree change nothing.
+    """
     by_file: dict[str, list[Mutant]] = {}
-    for mutant in sorted(mutants, key=lambda mutant: mutant.rank(seed)):
+    for mutant in sorted(mutants, key=lambda mutant: hashlib.sha256(f"{seed}|{mutant.key}".encode()).hexdigest()):
         by_file.setdefault(mutant.file, []).append(mutant)
     if size >= len(mutants):
         return [mutant for file in sorted(by_file) for mutant in by_file[file]]
@@ -136,69 +94,48 @@ def sample(mutants: list[Mutant], size: int, seed: int) -> list[Mutant]:
 class _Finder(ast.NodeVisitor):
     def __init__(self, file: str, source: bytes) -> None:
         self.found: list[Mutant] = []
-        self._file = file
-        self._source = source
-        self._offsets = [0]
-        for line in source.splitlines(keepends=True):
-            self._offsets.append(self._offsets[-1] + len(line))
+        self._file, self._source = file, source
+        self._offsets = [0, *accumulate(len(line) for line in source.splitlines(keepends=True))]
         self._names: list[str] = []
         self._in_function = 0
 
     def visit(self, node: ast.AST) -> None:
-        """Plant in the node and below it."""
-        name = type(node).__name__
         if isinstance(node, ast.expr):
             self._expression(node)
         elif isinstance(node, ast.stmt):
             self._statement(node)
-        getattr(self, f"visit_{name}", self.generic_visit)(node)
+        if not isinstance(node, ast.JoinedStr | ast.Assert | ast.Raise):  # texts, and what is for the type checker
+            super().visit(node)
 
     # What is left out
 
-    def visit_JoinedStr(self, node: ast.JoinedStr) -> None:
-        """An f-string is a text."""
-
-    def visit_Assert(self, node: ast.Assert) -> None:
-        """An assert of the package is for the type checker."""
-
-    def visit_Raise(self, node: ast.Raise) -> None:
-        """The text of an error."""
-
     def visit_AnnAssign(self, node: ast.AnnAssign) -> None:
-        """Of an annotated assignment the value."""
         if node.value is not None:
             self.visit(node.value)
 
     def visit_Assign(self, node: ast.Assign) -> None:
-        """Of an assignment everything but the list of public names."""
         if not any(isinstance(target, ast.Name) and target.id == "__all__" for target in node.targets):
             self.generic_visit(node)
 
     def visit_Call(self, node: ast.Call) -> None:
-        """A call, unless it is a warning or asks for a type."""
         name = ast.unparse(node.func)
-        if name == "warnings.warn":
-            return
         if name in ("isinstance", "issubclass", "cast"):
             for argument in node.args[:1]:
                 self.visit(argument)
-        else:
+        elif name != "warnings.warn":
             self.generic_visit(node)
 
     def visit_If(self, node: ast.If) -> None:
-        """A branch that runs."""
         if ast.unparse(node.test) not in ("TYPE_CHECKING", "typing.TYPE_CHECKING"):
             self.generic_visit(node)
 
     def visit_ClassDef(self, node: ast.ClassDef) -> None:
-        """The body of a class."""
         self._names.append(node.name)
         for statement in node.body:
             self.visit(statement)
         self._names.pop()
 
     def visit_FunctionDef(self, node: ast.FunctionDef) -> None:
-        """Defaults and the body of a function."""
         if node.name in ("__repr__", "__str__", "extra_repr"):
             return
         self._names.append(node.name)
@@ -217,22 +154,16 @@ class _Finder(ast.NodeVisitor):
     # What is planted
 
     def _statement(self, node: ast.stmt) -> None:
-        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
-            self._plant("statement removed", node, "pass")
-        elif isinstance(node, ast.AugAssign):
-            self._plant("statement removed", node, "pass")
-            self._operator(node)
-        elif isinstance(node, ast.Raise):
+        if isinstance(node, ast.Raise):
             self._plant("raise removed", node, "pass")
-        elif isinstance(node, ast.Continue | ast.Break):
-            self._plant("statement removed", node, "pass")
-        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute | ast.Subscript):
-            if self._names[-1:] != ["__init__"]:
-                self._plant("statement removed", node, "pass")
         elif isinstance(node, ast.If | ast.While):
             self._negate(node.test)
         elif isinstance(node, ast.Return) and node.value is not None:
             self._returned(node.value)
+        elif _changes_state(node) and not (isinstance(node, ast.Assign) and self._names[-1:] == ["__init__"]):
+            self._plant("statement removed", node, "pass")
+        if isinstance(node, ast.AugAssign):
+            self._operator(node)
 
     def _returned(self, value: ast.expr) -> None:
         if isinstance(value, ast.Constant) and (value.value is None or isinstance(value.value, bool)):
@@ -337,9 +268,16 @@ class _Finder(ast.NodeVisitor):
     def _plant(self, kind: str, node: ast.AST, after: str) -> None:
         start = self._offsets[node.lineno - 1] + node.col_offset
         end = self._offsets[node.end_lineno - 1] + node.end_col_offset
-        before = self._source[start:end].decode()
-        function = ".".join(self._names)
-        self.found.append(Mutant(self._file, node.lineno, node.end_lineno, function, kind, before, after, start, end))
+        before, function = self._source[start:end].decode(), ".".join(self._names)
+        place = (self._file, node.lineno, node.end_lineno, function, self._in_function > 0)
+        self.found.append(Mutant(*place, kind, before, after, start, end))
+
+
+def _changes_state(node: ast.stmt) -> bool:
+    """A call by itself, an end of a loop's round, or an assignment to what others see."""
+    called = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
+    assigned = isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute | ast.Subscript)
+    return called or assigned or isinstance(node, ast.AugAssign | ast.Continue | ast.Break)
 
 
 def _swap_arguments(call: ast.Call) -> None:
@@ -348,15 +286,3 @@ def _swap_arguments(call: ast.Call) -> None:
 
 def _is_text(node: ast.expr) -> bool:
     return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _parses(source: bytes) -> bool:
-    try:
-        compile(source, "mutant", "exec")
-    except SyntaxError:
-        return False
-    return True
