@@ -1,7 +1,7 @@
 """Private randomness: what an attack or an evaluation draws neither moves nor follows the caller's generators."""
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from hashlib import blake2b
 
@@ -129,20 +129,14 @@ def rand(shape: Sequence[int], private: Private, *, dtype: torch.dtype, device: 
     """Uniform numbers in [0, 1) of shape [N, ...]."""
     if isinstance(private, torch.Generator):
         return torch.rand(tuple(shape), generator=private, dtype=dtype, device=device)
-    drawn = torch.empty(tuple(shape), dtype=dtype)
-    for row, generator in _row_generators(drawn, private):
-        row.uniform_(generator=generator)
-    return drawn.to(device)
+    return _drawn(Tensor.uniform_, torch.empty(tuple(shape), dtype=dtype), private).to(device)
 
 
 def randn(shape: Sequence[int], private: Private, *, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Normal numbers of shape [N, ...]."""
     if isinstance(private, torch.Generator):
         return torch.randn(tuple(shape), generator=private, dtype=dtype, device=device)
-    drawn = torch.empty(tuple(shape), dtype=dtype)
-    for row, generator in _row_generators(drawn, private):
-        row.normal_(generator=generator)
-    return drawn.to(device)
+    return _drawn(Tensor.normal_, torch.empty(tuple(shape), dtype=dtype), private).to(device)
 
 
 def check_seeds(generator: torch.Generator | SampleSeeds | None, x: Tensor) -> None:
@@ -175,14 +169,15 @@ def draw_seed(generator: Private) -> int:
     return int(torch.randint(_SEEDS, (), generator=generator, device=generator.device))
 
 
-def _row_generators(drawn: Tensor, draws: SampleDraws) -> Iterator[tuple[Tensor, torch.Generator]]:
-    """Every sample's part of ``drawn``, [N, ...], with the generator that fills it."""
+def _drawn(fill: Callable[..., Tensor], numbers: Tensor, draws: SampleDraws) -> Tensor:
+    """``numbers`` [N, ...], the part of every sample filled by a generator of its own."""
     seeds = draws.next().seeds
-    if len(seeds) != len(drawn):
-        raise ValueError(f"SampleSeeds of {len(seeds)} samples cannot draw for {len(drawn)}; use seeds.rows(rows)")
+    if len(seeds) != len(numbers):
+        raise ValueError(f"SampleSeeds of {len(seeds)} samples cannot draw for {len(numbers)}; use seeds.rows(rows)")
     generator = torch.Generator()
-    for seed, row in zip(seeds, drawn, strict=True):
-        yield row, generator.manual_seed(seed)
+    for seed, row in zip(seeds, numbers, strict=True):
+        fill(row, generator=generator.manual_seed(seed))
+    return numbers
 
 
 def _checked_seed(seed: int) -> int:

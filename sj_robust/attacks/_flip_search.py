@@ -1,7 +1,7 @@
 """Search for few changes of binary frames that fool a model: growth by gradient, random exchanges, reduction."""
 
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -26,7 +26,7 @@ class Settings(NamedTuple):
     reduce: bool
 
 
-class Best:
+class FewestFlips:
     """Best changes so far per sample: fooling before not fooling, then fewer of them, or a higher loss."""
 
     def __init__(self, x: Tensor) -> None:
@@ -43,39 +43,28 @@ class Best:
         self.flipped[rows], self.fooled[rows], self.loss[rows] = flipped[better], fooled[better], loss[better]
 
 
+@dataclass
 class Search:
-    """One run over the samples of a batch; ``rows`` are always indices into that batch.
+    """One run over the samples of a batch; ``rows`` are always indices into that batch."""
 
-    Args:
-        objective: What is climbed.
-        x: Frames [N, ...] of zeros and ones.
-        y: Labels [N].
-        flippable: Where a change is allowed, [N, D] with D elements per sample.
-        settings: Length of the search.
-        private: Source of the run's randomness.
-        scaled: Whether random factors scale the gains, for a run that differs from others.
-        target: Class [N] whose lead over the label is climbed; None for the loss of ``objective``.
-    """
+    objective: Objective
+    x: Tensor
+    """Frames [N, ...] of zeros and ones."""
+    y: Tensor
+    flippable: Tensor
+    """Where a change is allowed, [N, D] with D elements per sample."""
+    settings: Settings
+    private: Private
+    scaled: bool = False
+    """Whether random factors scale the gains, for a run that differs from others."""
+    target: Tensor | None = None
+    """Class [N] whose lead over the label is climbed; None for the loss of ``objective``."""
 
-    def __init__(
-        self,
-        objective: Objective,
-        x: Tensor,
-        y: Tensor,
-        flippable: Tensor,
-        settings: Settings,
-        *,
-        private: Private,
-        scaled: bool = False,
-        target: Tensor | None = None,
-    ) -> None:
-        self.objective, self.x, self.y = objective, x, y
-        self.flippable, self.settings = flippable, settings
-        self.private, self.scaled, self.target = private, scaled, target
-        self.flipped = torch.zeros_like(flippable)
-        self.order = uniform(x, private)  # decides between equal gains
+    def __post_init__(self) -> None:
+        self.flipped = torch.zeros_like(self.flippable)
+        self.order = uniform(self.x, self.private)  # decides between equal gains
 
-    def run(self, budget: Tensor, best: Best) -> None:
+    def run(self, budget: Tensor, best: FewestFlips) -> None:
         """Grow the changes of every sample up to ``budget`` [N], reduce those that fool, and offer them to ``best``."""
         fooled = self._grow(budget, best)
         if self.settings.reduce and len(fooled):
@@ -83,7 +72,7 @@ class Search:
             self._put_back_singles(fooled, rank)
             best.offer(fooled, self.flipped[fooled], torch.ones_like(fooled, dtype=torch.bool), best.loss[fooled])
 
-    def _grow(self, budget: Tensor, best: Best) -> Tensor:
+    def _grow(self, budget: Tensor, best: FewestFlips) -> Tensor:
         """Largest first-order gains first, with fresh gradients in every step; samples that were fooled."""
         standing = budget > 0
         fooled = torch.zeros_like(standing)
@@ -120,12 +109,12 @@ class Search:
         wide = min(int(size.max()) + self.settings.probes, ranked.shape[1])
         ranked, index = ranked.topk(wide, dim=1)
         promise = torch.where(ranked.isinf(), ranked, gain.double().gather(1, index))
-        place = torch.arange(wide, device=index.device)
+        number = torch.arange(wide, device=index.device)
         if self.settings.probes:
             # The width is the sample's own: that of the batch would let neighbours decide what is probed.
-            promise = promise.masked_fill(place >= (size + self.settings.probes)[:, None], -torch.inf)
+            promise = promise.masked_fill(number >= (size + self.settings.probes)[:, None], -torch.inf)
             promise, index, size = self._probe(rows, index, promise, loss, size)
-        chosen = (promise >= 0) & (place < size[:, None])
+        chosen = (promise >= 0) & (number < size[:, None])
         self.flipped[rows] |= torch.zeros_like(self.flipped[rows]).scatter(1, index, chosen)
 
     def _probe(
@@ -142,10 +131,10 @@ class Search:
             after, fooled = self._score(rows[tried], trial)
             real[tried, column] = torch.where(fooled, torch.inf, (after - loss[tried]).double())
             size[tried[fooled]] = 1
-        real, place = real.sort(dim=1, descending=True, stable=True)
-        return real, index.gather(1, place), size
+        real, order = real.sort(dim=1, descending=True, stable=True)
+        return real, index.gather(1, order), size
 
-    def _exchange(self, rows: Tensor, loss: Tensor, budget: Tensor, best: Best) -> Tensor:
+    def _exchange(self, rows: Tensor, loss: Tensor, budget: Tensor, best: FewestFlips) -> Tensor:
         """Exchange changes for random others, kept where the loss does not fall; samples that were fooled."""
         fooled = []
         for query in range(self.settings.queries):
@@ -172,14 +161,14 @@ class Search:
         return kept | largest(draw, budget - kept.sum(1))
 
     def _ranks(self, rows: Tensor) -> Tensor:
-        """Place of every change in the order of importance at the end of growth, the least important 0; -1: none."""
+        """Rank of every change by importance at the end of growth, the least important 0; -1: none."""
         gradient, _, _ = self._gradient(rows)
         importance = (gradient * self._direction(rows)).double().masked_fill(~self.flipped[rows], torch.inf)
         many = int(self.flipped[rows].sum(1).max())
         lowest, index = importance.topk(many, dim=1, largest=False, sorted=True)
-        place = torch.arange(many, device=rows.device).expand_as(index)
-        rank = torch.full_like(importance, -1, dtype=torch.int64)
-        return rank.scatter(1, index, torch.where(lowest.isinf(), -1, place))
+        number = torch.arange(many, device=rows.device).expand_as(index)
+        ranks = torch.full_like(importance, -1, dtype=torch.int64)
+        return ranks.scatter(1, index, torch.where(lowest.isinf(), -1, number))
 
     def _put_back_prefix(self, rows: Tensor, rank: Tensor) -> None:
         """Undo the longest run of least important changes, found by bisection, that leaves the sample fooled."""
@@ -195,8 +184,8 @@ class Search:
         changed = torch.ones_like(rows, dtype=torch.bool)
         while changed.any():
             again = torch.zeros_like(changed)
-            for place in range(int(rank.max()) + 1):
-                again |= self._try_to_undo(rows, (rank == place) & changed[:, None])
+            for number in range(int(rank.max()) + 1):
+                again |= self._try_to_undo(rows, (rank == number) & changed[:, None])
             changed = again
 
     def _try_to_undo(self, rows: Tensor, undo: Tensor) -> Tensor:
@@ -257,8 +246,4 @@ def lead(logits: Tensor, y: Tensor) -> Tensor:
 
 def _lead_of(target: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     """Lead of the classes ``target`` [n] over the labels, as a loss."""
-
-    def loss(logits: Tensor, y: Tensor) -> Tensor:
-        return of_class(logits, target) - of_class(logits, y)
-
-    return loss
+    return lambda logits, y: of_class(logits, target) - of_class(logits, y)

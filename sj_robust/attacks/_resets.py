@@ -6,22 +6,16 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["reset_between_forwards"]
+__all__ = ["refuse_carried_states"]
 
 
 @contextmanager
-def reset_between_forwards(model: object) -> Iterator[None]:
-    """An error where a neuron begins a forward of ``model`` with the state that the one before left. 检查状态重置。
+def refuse_carried_states(model: object) -> Iterator[None]:
+    """RuntimeError where a neuron begins a forward of ``model`` with the state that the one before left. 检查状态重置。
 
     Every step of an attack would then see another network, and its gradient would belong to none of the images. What
     lies in a classifier that says ``resets_itself`` is not looked at, so that nothing is paid for it; nor is what no
     hook can see: a plain function around a network, or a compiled one.
-
-    Args:
-        model: What is attacked.
-
-    Raises:
-        RuntimeError: If a state was carried over.
     """
     neurons = list(_bare_neurons(model)) if isinstance(model, nn.Module) and not _is_compiled(model) else []
     if not isinstance(model, nn.Module) or not neurons:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sj_robust.attacks.logits import margin
-from sj_robust.attacks.projection import l2_norm, linf_bounds, per_sample, project_l2
+from sj_robust.attacks.projection import l2_norm, linf_bounds, per_sample
+from sj_robust.attacks.threat import ThreatModel
 from sj_robust.randomness import SampleDraws, SampleSeeds, rand
 
 __all__ = ["break_ties", "square_rows"]
@@ -44,8 +45,7 @@ def square_rows(
     y: Tensor,
     seeds: SampleSeeds,
     *,
-    eps: float,
-    norm: str,
+    ball: ThreatModel,
     queries: int,
 ) -> Tensor:
     """Best images [N, C, H, W] of a random search over squares, each inside ball and box.
@@ -55,8 +55,8 @@ def square_rows(
     Source: Andriushchenko et al. (ECCV 2020), algorithms 1 to 3, with the schedule of AutoAttack. A square may lie
     at the last row and column too, which the published code never reaches.
     """
-    ball = _Linf.around(x, eps) if norm == "Linf" else _L2(x, eps)
-    best = ball.first(SampleDraws(seeds.derived("first")))
+    squares = _Linf(*linf_bounds(x, eps=ball.eps)) if ball.norm == "Linf" else _L2(x, ball)
+    best = squares.first(SampleDraws(seeds.derived("first")))
     left, rows, result = margin(network(best), y), torch.arange(len(x), device=x.device), best.clone()
     numbers = x
     for query in range(queries):
@@ -64,12 +64,12 @@ def square_rows(
         if not bool(standing.all()):
             result[rows] = best
             rows, best, left, y, numbers = (value[standing] for value in (rows, best, left, y, numbers))
-            ball = ball.rows(standing)
+            squares = squares.rows(standing)
         if len(rows) == 0:
             return result
         if query % _BLOCK == 0:
             numbers = _block(x, seeds.rows(rows).derived(query // _BLOCK))
-        proposal = ball.propose(best, numbers[:, query % _BLOCK], _FIRST_AREA / 2 ** bisect_left(_HALVINGS, query))
+        proposal = squares.propose(best, numbers[:, query % _BLOCK], _FIRST_AREA / 2 ** bisect_left(_HALVINGS, query))
         proposed = margin(network(proposal), y)
         better = proposed < left
         best = torch.where(per_sample(better, best), proposal, best)
@@ -85,13 +85,8 @@ class _Linf:
     lower: Tensor
     upper: Tensor
 
-    @classmethod
-    def around(cls, x: Tensor, eps: float) -> "_Linf":
-        """Ball of radius ``eps`` and box."""
-        return cls(*linf_bounds(x, eps=eps))
-
     def rows(self, rows: Tensor) -> "_Linf":
-        """The ball of a selection of the samples."""
+        """Those of a selection of the samples."""
         return _Linf(self.lower[rows], self.upper[rows])
 
     def first(self, draws: SampleDraws) -> Tensor:
@@ -116,11 +111,11 @@ class _L2:
     """Pyramids that take over the length of the perturbation in two windows and what is left of the radius."""
 
     x: Tensor
-    eps: float
+    ball: ThreatModel
 
     def rows(self, rows: Tensor) -> "_L2":
-        """The ball of a selection of the samples."""
-        return _L2(self.x[rows], self.eps)
+        """Those of a selection of the samples."""
+        return _L2(self.x[rows], self.ball)
 
     def first(self, draws: SampleDraws) -> Tensor:
         """Tiles of pyramids of random sign and orientation."""
@@ -145,7 +140,7 @@ class _L2:
         delta = _wide(best) - _wide(self.x)
         raised = _window(best, numbers[:, 0], numbers[:, 1], side)
         emptied = _window(best, numbers[:, 2], numbers[:, 3], side)
-        unused = (self.eps**2 - per_sample(l2_norm(delta) ** 2, delta).to(delta.dtype)).clamp(min=0)
+        unused = (self.ball.eps**2 - per_sample(l2_norm(delta) ** 2, delta).to(delta.dtype)).clamp(min=0)
         held = delta[raised]
         signs = torch.where(numbers[:, -c:] < 0.5, 1.0, -1.0).to(delta.dtype).view(n, c, 1, 1)
         pyramid = _pyramids(side, delta)[(numbers[:, 4] < 0.5).long()].unsqueeze(1) * signs
@@ -161,7 +156,7 @@ class _L2:
     def _longest(self, delta: Tensor) -> Tensor:
         """Image in the direction of ``delta`` at the border of the ball, clamped to the box."""
         length = per_sample(l2_norm(delta), delta).clamp(min=1e-12)
-        return project_l2(_wide(self.x) + delta * (self.eps / length), self.x, eps=self.eps)
+        return self.ball.project(self.x, _wide(self.x) + delta * (self.ball.eps / length))
 
 
 def _pyramids(side: int, like: Tensor) -> Tensor:

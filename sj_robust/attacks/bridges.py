@@ -11,8 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sj_robust.attacks._autoattack import ATTACKS, VERSIONS, AutoAttackWarning, run_attacks, search_squares
-from sj_robust.attacks._pyautoattack import Settings, library
+from sj_robust.attacks._autoattack import (
+    ATTACKS,
+    VERSIONS,
+    AutoAttackWarning,
+    Settings,
+    library,
+    run_attacks,
+    search_squares,
+)
 from sj_robust.attacks.call import Attack, Model, Randomness, checked_copies, crafting
 from sj_robust.attacks.checks import check_count, check_model
 from sj_robust.attacks.projection import Norm

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust._preserved import evaluation_mode
-from sj_robust.attacks._resets import reset_between_forwards
+from sj_robust.attacks._resets import refuse_carried_states
 from sj_robust.attacks.checks import check_images, check_labels, check_logits, check_model
 from sj_robust.randomness import Private, SampleSeeds, check_seeds, draw_seed, private_generator, seeded_globals
 
@@ -40,7 +40,7 @@ def crafting(model: Model, device: torch.device, generator: Randomness) -> Itera
         torch.inference_mode(False),
         torch.enable_grad(),
         seeded_globals(draw_seed(private), device),
-        reset_between_forwards(model),
+        refuse_carried_states(model),
     ):
         yield private
 

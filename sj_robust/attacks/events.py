@@ -9,11 +9,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from sj_robust.attacks._flip_search import Best, Search, Settings, apply_flips, largest, lead, uniform
-from sj_robust.attacks.call import Loss, Model, Objective, crafting
+from sj_robust.attacks._flip_search import FewestFlips, Search, Settings, apply_flips, largest, lead, uniform
+from sj_robust.attacks.call import Loss, Model, Objective, Randomness, crafting
 from sj_robust.attacks.checks import check_count, check_labels, check_logits, check_model, check_size
 from sj_robust.attacks.logits import likeliest_wrong
-from sj_robust.randomness import Private, SampleDraws, SampleSeeds, check_seeds, private_generator
+from sj_robust.randomness import Private, SampleDraws, check_seeds, private_generator
 
 __all__ = ["check_frames", "count_flips", "flip_events", "random_flips"]
 
@@ -37,7 +37,7 @@ def flip_events(
     reduce: bool = True,
     keep_best: bool = True,
     loss: Loss | None = None,
-    generator: torch.Generator | SampleSeeds | None = None,
+    generator: Randomness = None,
 ) -> Tensor:
     """Sparse attack on event frames: few events added or removed, chosen by gradient, then the needless ones put back.
 
@@ -56,10 +56,11 @@ def flip_events(
     On a linear model of two classes the result is the smallest set of changes that fools; with ``target_classes`` of
     all other classes it is so for any number.
 
+    Other arguments, result and errors are those of :mod:`sj_robust.attacks`, for binary event frames [N, T, 2, H, W] in
+    the place of images. A sample that is wrong already, by ``confidence`` if there is one, stays as it is;
+    ``count_flips`` tells how many elements differ.
+
     Args:
-        model: Frames [N, T, 2, H, W] to logits [N, classes], such as a ``SpikingEventClassifier``.
-        x: Binary event frames, floating point 0 or 1.
-        y: Labels [N] int64.
         flips: Largest number of elements changed per sample.
         allow: ``"add"`` events only, ``"remove"`` events only, or ``"both"``.
         steps: Gradient steps over which the budget is spent.
@@ -75,17 +76,6 @@ def flip_events(
         keep_best: Whether a sample that was never fooled ends at its highest loss met; False ends it at the last one.
         loss: Logits and labels to one value per sample, [N]; the lead ``max_{c != y} logits[c] - logits[y]`` by
             default, which ranks better than the saturating cross entropy.
-        generator: Seeds ties, restarts and a network's own randomness; None draws fresh numbers.
-
-    Returns:
-        Event frames of zeros and ones in shape, dtype and device of ``x``; a sample that is wrong already, by
-        ``confidence`` if there is one, stays as it is. ``count_flips`` tells how many elements differ.
-
-    Raises:
-        TypeError: If an argument has the wrong type or ``x`` is not floating point.
-        ValueError: If ``x`` is not binary or not [N, T, 2, H, W], labels or logits do not fit, or a number is out of
-            range.
-        RuntimeError: If no gradient reaches the frames.
 
     Source: generation and reduction, with candidates judged by the change of the loss, as in the sparse dynamic attack
         of Lun et al. (CVPR 2025), which has no budget; gradients as flips of binary frames after Liang et al. (TNNLS
@@ -103,12 +93,10 @@ def flip_events(
     _check_labels(y, x)
     check_seeds(generator, x)
     _check_budget(x, flips, allow)
-    check_count("steps", steps)
-    check_count("restarts", restarts)
-    check_count("eot_samples", eot_samples)
-    _check_zero_or_more("probes", probes)
-    _check_zero_or_more("queries", queries)
-    _check_zero_or_more("target_classes", target_classes)
+    for name, count in (("steps", steps), ("restarts", restarts), ("eot_samples", eot_samples)):
+        check_count(name, count)
+    for name, count in (("probes", probes), ("queries", queries), ("target_classes", target_classes)):
+        check_count(name, count, least=0)
     settings = Settings(min(steps, flips), probes, queries, check_size("confidence", confidence), keep_best, reduce)
     with torch.inference_mode(False):
         x, y = x.detach().clone(), y.clone()
@@ -137,7 +125,7 @@ def random_flips(
     flips: int,
     allow: Allow = "both",
     tries: int = 1,
-    generator: torch.Generator | SampleSeeds | None = None,
+    generator: Randomness = None,
 ) -> Tensor:
     """Random events added or removed, the control of :func:`flip_events` at equal budget.
 
@@ -146,22 +134,16 @@ def random_flips(
     Equation: ``x_adv = |x - m|`` with m uniform among the masks of ``flips`` ones (or of all that ``allow`` leaves, if
     fewer).
 
+    Other arguments, result and errors are those of :mod:`sj_robust.attacks`, for binary event frames [N, T, 2, H, W];
+    ``model`` and ``y`` may be None and are used only if ``tries`` > 1.
+
     Args:
-        model: Frames [N, T, 2, H, W] to logits [N, classes]; not used (None is allowed) unless ``tries`` > 1.
-        x: Binary event frames, floating point 0 or 1.
-        y: Labels [N] int64; not used unless ``tries`` > 1.
         flips: Number of elements changed per sample.
         allow: ``"add"`` events only, ``"remove"`` events only, or ``"both"``.
         tries: Draws per sample; the first that fools the model is kept, or else the last.
-        generator: Seeds the draws; None draws fresh numbers, global generators untouched.
-
-    Returns:
-        Event frames of zeros and ones in shape, dtype and device of ``x``.
 
     Raises:
-        TypeError: If an argument has the wrong type or ``x`` is not floating point.
-        ValueError: If ``x`` is not binary or not [N, T, 2, H, W], a number is out of range, or several tries are asked
-            for without model and labels.
+        ValueError: Also if several tries are asked for without model and labels.
 
     Source: random events as the baseline of an attack, as in Liang et al. (TNNLS 2021).
 
@@ -279,17 +261,10 @@ def _check_labels(y: Tensor, x: Tensor) -> None:
 def _check_budget(x: Tensor, flips: int, allow: Allow) -> None:
     if allow not in get_args(Allow):
         raise ValueError(f"allow must be one of {get_args(Allow)}, got {allow!r}")
-    _check_zero_or_more("flips", flips)
+    check_count("flips", flips, least=0)
     elements = x[0].numel() if len(x) else flips
     if flips > elements:
         raise ValueError(f"flips must be <= {elements}, the elements of a sample, got {flips}")
-
-
-def _check_zero_or_more(name: str, value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if value < 0:
-        raise ValueError(f"{name} must be >= 0, got {value}")
 
 
 def _flippable(x: Tensor, allow: Allow) -> Tensor:
@@ -309,9 +284,9 @@ def _own(private: Private, device: torch.device) -> Private:
     return private_generator(private.next() if isinstance(private, SampleDraws) else private, device)
 
 
-def _start(objective: Objective, x: Tensor, y: Tensor, settings: Settings) -> Best:
+def _start(objective: Objective, x: Tensor, y: Tensor, settings: Settings) -> FewestFlips:
     """The frames themselves as the first candidates: what is wrong already needs no change."""
-    best, score = Best(x), objective.score(x, y)
+    best, score = FewestFlips(x), objective.score(x, y)
     best.fooled = score.fooled & (score.loss >= settings.confidence) if settings.confidence else score.fooled.clone()
     if settings.keep_best:
         best.loss = score.loss.double()

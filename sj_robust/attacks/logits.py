@@ -17,22 +17,12 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def of_class(logits: Tensor, classes: Tensor) -> Tensor:
-    """One logit per sample, ``z_c`` with c out of ``classes`` [N], [N].
-
-    Examples:
-        >>> of_class(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([2]))
-        tensor([2.])
-    """
+    """One logit per sample, ``z_c`` with c out of ``classes`` [N], [N]."""
     return logits.gather(1, classes[:, None]).squeeze(1)
 
 
 def without(logits: Tensor, y: Tensor) -> Tensor:
-    """Logits with that of the label at minus infinity, [N, classes].
-
-    Examples:
-        >>> without(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([0])).argmax(1)
-        tensor([2])
-    """
+    """Logits with that of the label at minus infinity, [N, classes]."""
     return logits.scatter(1, y[:, None], -torch.inf)
 
 

@@ -30,7 +30,7 @@ RUNS = {name: partial(autoattack, attacks=[name]) for name in ("apgd-ce", "apgd-
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     """A fifth of AutoAttack's iterations; that the full number is run is tested against the library."""
-    monkeypatch.setitem(driver.runs.__globals__, "_ITERATIONS", 20)
+    monkeypatch.setitem(vars(driver), "_ITERATIONS", 20)
 
 
 @pytest.fixture(params=RUNS)
@@ -230,9 +230,9 @@ def test_with_sample_seeds_a_result_depends_on_no_other_sample(run, budget, vers
 def test_fab_restarts_from_noise_of_the_samples(monkeypatch):
     model = linear_model(36, seed=3)
     y, given = predicted(model, X), []
-    original = driver.runs.__globals__["_GivenNoise"]
+    original = vars(driver)["_GivenNoise"]
     monkeypatch.setitem(
-        driver.runs.__globals__, "_GivenNoise", lambda noise, network: given.append(noise) or original(noise, network)
+        vars(driver), "_GivenNoise", lambda noise, network: given.append(noise) or original(noise, network)
     )
     autoattack(model, X, y, eps=0.001, version="plus", attacks=["fab"], generator=SampleSeeds(range(9)))
     assert [tuple(noise.shape) for noise in given] == [(9, 1, 6, 6)] * 4
@@ -260,14 +260,14 @@ def test_a_stochastic_network_is_attacked_with_its_own_version():
 
 def test_a_half_precision_network_gets_float32_logits_seen_by_the_library(monkeypatch):
     kinds = set()
-    original = driver.Network.__call__
+    original = driver._Network.__call__
 
     def call(network, images):
         logits = original(network, images)
         kinds.add((images.dtype, logits.dtype))
         return logits
 
-    monkeypatch.setattr(driver.Network, "__call__", call)
+    monkeypatch.setattr(driver._Network, "__call__", call)
     for dtype in (torch.float16, torch.float64):
         model = linear_model(36, dtype)
         autoattack(model, X.to(dtype), predicted(model, X.to(dtype)), eps=0.05, attacks=["apgd-ce", "fab"])

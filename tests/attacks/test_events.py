@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from sj_robust.attacks import SampleSeeds, count_flips, flip_events, random_flips
-from sj_robust.attacks._flip_search import Best
+from sj_robust.attacks._flip_search import FewestFlips
 from sj_robust.attacks.threat import ThreatModel
 from sj_robust.evaluation import Member, craft, worst_case
 from sj_robust.evaluation.runner import run_suite
@@ -293,7 +293,7 @@ class TestRandomFlips:
 
 def test_of_two_sets_of_changes_the_better_is_kept():
     """Fooling before not fooling, then fewer; among those that do not fool the higher loss."""
-    best = Best(torch.zeros(1, 1, 2, 2, 2))
+    best = FewestFlips(torch.zeros(1, 1, 2, 2, 2))
     rows = torch.zeros(1, dtype=torch.int64)
     for flips, fools, loss, taken in (
         (5, False, 1.0, True),

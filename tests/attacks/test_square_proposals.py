@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from sj_robust.attacks import ThreatModel, linf_bounds
 from sj_robust.attacks._square import _L2, _Linf
 
 SHAPE = (3, 2, 6, 9)  # samples, channels, height and width
@@ -67,7 +68,7 @@ def l2_by_hand(best, x, numbers, area, eps):
 def test_linf_gives_one_square_of_the_area_one_colour_per_channel(area):
     x, drawn, eps = images(), numbers(), 0.1
     best = x + 0.01
-    found = _Linf.around(x, eps).propose(best, drawn, area)
+    found = _Linf(*linf_bounds(x, eps=eps)).propose(best, drawn, area)
     side = min(max(round(math.sqrt(area * 6 * 9)), 1), 6)
     for n in range(3):
         expected = best[n].clone()
@@ -84,7 +85,7 @@ def test_l2_moves_length_from_one_window_to_another(area, length):
     x, drawn, eps = images(), numbers(), 0.3
     delta = images(low=-1.0, high=1.0, seed=2)
     best = x + length * delta / delta.flatten(1).norm(dim=1)[:, None, None, None]
-    found = _L2(x, eps).propose(best, drawn, area)
+    found = _L2(x, ThreatModel("L2", eps)).propose(best, drawn, area)
     for n in range(3):
         expected = l2_by_hand(best[n].numpy(), x[n].numpy(), drawn[n].tolist(), area, eps)
         np.testing.assert_allclose(found[n].numpy(), expected, rtol=0, atol=1e-9)

@@ -10,7 +10,7 @@ from spikingjelly.activation_based import functional
 from torch import nn
 
 from sj_robust.attacks import fgsm, pgd, rfgsm
-from sj_robust.attacks._resets import reset_between_forwards
+from sj_robust.attacks._resets import refuse_carried_states
 from sj_robust.neuron import DLIFNode
 
 
@@ -246,5 +246,5 @@ def test_a_compiled_network_is_not_looked_at():
     inside[0].compile()
     wrapped = torch.compile(Bare(resets=True))
     for net, hooks in ((plain, 1), (compiled, 0), (inside, 0), (wrapped, 0)):
-        with reset_between_forwards(net):
+        with refuse_carried_states(net):
             assert len(net._forward_pre_hooks) == hooks
