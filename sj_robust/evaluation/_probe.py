@@ -16,7 +16,7 @@ from sj_robust.attacks.threat import ThreatModel
 from sj_robust.estimators import estimator
 from sj_robust.randomness import SampleSeeds, seeded_globals
 
-__all__ = ["Gradients", "Model", "Probe"]
+__all__ = ["Gradients", "Probe"]
 
 
 @dataclass(frozen=True)
@@ -123,13 +123,7 @@ class Probe:
         )
 
     def attack(self, *, eps: float | None = None, steps: int | None = None, source: nn.Module | None = None) -> Tensor:
-        """Images after PGD from the clean image, the best iterate of each.
-
-        Args:
-            eps: Radius; that of the threat model by default.
-            steps: Number of steps.
-            source: Network on which to craft, its last iterate being taken; the model itself by default.
-        """
+        """Images after PGD from the clean image: the best iterate on the model, the last one on another ``source``."""
         eps = self.threat.eps if eps is None else eps
         steps = self.steps if steps is None else steps
         return self._pgd(self.model if source is None else source, eps, steps, step_size=2.5 * eps / steps)

@@ -1,7 +1,8 @@
 """How much every spiking layer fires, so that a dead network is not called robust."""
 
-from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,16 +76,12 @@ def firing(model: nn.Module, x: Tensor, *, seed: int = 0) -> tuple[LayerActivity
     if x.numel() == 0:
         raise ValueError(f"x must hold at least one image, got shape {tuple(x.shape)}")
     counts: dict[str, _Count] = {}
-    handles = []
-    try:
+    with ExitStack() as hooks:
         for name, module in model.named_modules():
             if is_neuron(module) and emits_spikes(module):
-                handles.append(module.register_forward_hook(_counting(counts, name)))
+                hooks.callback(module.register_forward_hook(partial(_count, counts, name)).remove)
         with torch.no_grad(), from_reset(model, seed, x.device):
             model(x)
-    finally:
-        for handle in handles:
-            handle.remove()
     return tuple(count.activity(name) for name, count in counts.items())
 
 
@@ -119,16 +116,12 @@ class _Count:
         )
 
 
-def _counting(counts: dict[str, _Count], name: str) -> Callable[[nn.Module, Any, Any], None]:
-    """A hook that counts what the neuron ``name`` returns."""
-
-    def hook(module: nn.Module, inputs: Any, output: Any) -> None:
-        output = output[0] if isinstance(output, tuple) else output
-        if not isinstance(output, Tensor) or output.numel() == 0:
-            return
-        fired = output != 0
-        if getattr(module, "step_mode", "m") == "m" and fired.ndim > 1:
-            fired = fired.flatten(0, 1)  # steps and images alike
-        counts.setdefault(name, _Count(type(module).__name__)).add(fired)
-
-    return hook
+def _count(counts: dict[str, _Count], name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+    """Count what the neuron ``name`` returns, as a hook of it."""
+    output = output[0] if isinstance(output, tuple) else output
+    if not isinstance(output, Tensor) or output.numel() == 0:
+        return
+    fired = output != 0
+    if getattr(module, "step_mode", "m") == "m" and fired.ndim > 1:
+        fired = fired.flatten(0, 1)  # steps and images alike
+    counts.setdefault(name, _Count(type(module).__name__)).add(fired)

@@ -66,7 +66,7 @@ def assess(
     In order: firing of every layer, a search over gradient estimators (if the suite chooses), the suite and its control
     on all images, accuracy over eps, signs of gradient masking (not for event frames, as the report then says). Every
     part is kept in ``folder`` as it ends, and a call with the same arguments goes on where a killed one stopped.
-    Several processes share the images, see ``run_suite``.
+    Several processes share the images, see ``run_suite``, and each gets the report.
 
     Args:
         subject: The network.
@@ -84,9 +84,6 @@ def assess(
         configuration: Options of the run, for the report.
         say: Called with a line for each part.
         on_step: Called after every step of the suite.
-
-    Returns:
-        The report, on every process.
 
     Raises:
         ValueError: If an argument is wrong, or the folder holds the progress of another evaluation.

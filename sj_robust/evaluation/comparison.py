@@ -74,9 +74,6 @@ def compare(first: RobustnessReport, second: RobustnessReport) -> Comparison:
         first: The one to start from.
         second: The one to compare with it.
 
-    Returns:
-        The comparison.
-
     Examples:
         >>> from sj_robust.attacks import ThreatModel
         >>> threat = ThreatModel("Linf", 0.1)

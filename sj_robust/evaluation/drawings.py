@@ -56,9 +56,6 @@ def plot_robustness(report: RobustnessReport, folder: Path) -> tuple[Path, ...]:
         folder: Where ``accuracy_over_eps``, ``attacks`` and ``potential`` are written; figures that the report holds
             no numbers for are left out.
 
-    Returns:
-        The files.
-
     Examples:
         >>> import tempfile
         >>> from sj_robust.attacks import ThreatModel

@@ -19,12 +19,6 @@ _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 def fingerprint(value: object) -> str:
     """Digest of :func:`description`, the same in every run: 16 hexadecimal digits. 指纹。
 
-    Args:
-        value: Plain data, tensors, networks, functions with bound arguments, and collections of them.
-
-    Returns:
-        The digest.
-
     Examples:
         >>> fingerprint({"eps": 0.1}) == fingerprint({"eps": 0.1})
         True
@@ -37,14 +31,8 @@ def fingerprint(value: object) -> str:
 def description(value: object) -> str:
     """What decides the behaviour of ``value``, as text without addresses. 对象的可复现描述。
 
-    A network is its architecture as printed and all of its state; a function its name, bound arguments, defaults and
-    the values it closes over.
-
-    Args:
-        value: As for :func:`fingerprint`.
-
-    Returns:
-        The text.
+    Plain data, tensors, networks, functions and collections of them. A network is its architecture as printed and all
+    of its state; a function its name, bound arguments, defaults and the values it closes over.
 
     Examples:
         >>> from functools import partial

@@ -17,9 +17,6 @@ def wilson_interval(count: int, total: int) -> tuple[float, float]:
         count: Number of hits.
         total: Number of trials, >= 1.
 
-    Returns:
-        Lower and upper end, in [0, 1].
-
     Raises:
         ValueError: If ``count`` is not from 0 to ``total``, or there are no trials.
 
@@ -44,18 +41,6 @@ def difference_interval(count: int, total: int, other_count: int, other_total: i
     Equation: from Wilson's intervals (l, u) of both shares, ``d - sqrt((p2 - l2)^2 + (u1 - p1)^2)`` and
     ``d + sqrt((u2 - p2)^2 + (p1 - l1)^2)`` around ``d = p2 - p1``.
 
-    Args:
-        count: Hits of the first.
-        total: Trials of the first.
-        other_count: Hits of the second.
-        other_total: Trials of the second.
-
-    Returns:
-        Lower and upper end, in [-1, 1].
-
-    Raises:
-        ValueError: If a count is not from 0 to its total, or there are no trials.
-
     Source: Newcombe, "Interval estimation for the difference between independent proportions" (1998), method 10.
 
     Examples:
@@ -76,18 +61,8 @@ def paired_difference_interval(gained: int, lost: int, total: int) -> tuple[floa
     """95 % interval of a difference of two shares of the same images. 配对样本差的区间。
 
     Equation: ``d -+ z sqrt(b + c - (b - c)^2 / n) / n`` with ``d = (b - c) / n`` after adding 1/2 to each of the four
-    cells, so ``b = gained + 1/2``, ``c = lost + 1/2`` and ``n = total + 2``; clipped to [-1, 1].
-
-    Args:
-        gained: Images that are hits for the second alone.
-        lost: Images that are hits for the first alone.
-        total: Images.
-
-    Returns:
-        Lower and upper end, in [-1, 1].
-
-    Raises:
-        ValueError: If ``gained + lost`` is not from 0 to ``total``, or there are no images.
+    cells, so ``b = gained + 1/2`` (hits for the second alone), ``c = lost + 1/2`` (for the first alone) and
+    ``n = total + 2``; clipped to [-1, 1].
 
     Source: Agresti and Min, "Simple improved confidence intervals for comparing matched proportions" (2005).
 

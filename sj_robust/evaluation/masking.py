@@ -6,12 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust._host import from_reset
+from sj_robust.attacks.call import Model
 from sj_robust.attacks.checks import check_count, check_images, check_labels, check_model
 from sj_robust.attacks.threat import ThreatModel
 from sj_robust.evaluation import _symptoms
-from sj_robust.evaluation._probe import Model, Probe
+from sj_robust.evaluation._probe import Probe
+from sj_robust.evaluation._symptoms import THRESHOLDS, Finding
 from sj_robust.evaluation.activity import firing
-from sj_robust.evaluation.finding import THRESHOLDS, Finding
 from sj_robust.evaluation.member import check_estimator
 
 __all__ = ["ESTIMATORS_COMPARED", "THRESHOLDS", "Finding", "diagnose"]

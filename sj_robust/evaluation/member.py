@@ -78,9 +78,6 @@ def craft(model: Model, x: Tensor, y: Tensor, member: Member, *, seeds: SampleSe
         member: Which attack, estimator and restart.
         seeds: One seed per sample, from which the member derives its own.
 
-    Returns:
-        Images in shape, dtype and device of ``x``.
-
     Raises:
         TypeError: If an argument has the wrong type, or the attack returns no images of the dtype of ``x``.
         ValueError: If images, labels or seeds do not fit, or the attack leaves [0, 1], its ball or the shape.
@@ -93,10 +90,7 @@ def craft(model: Model, x: Tensor, y: Tensor, member: Member, *, seeds: SampleSe
         >>> craft(nn.Linear(5, 3), x, y, member, seeds=SampleSeeds([0, 1])).shape
         torch.Size([2, 5])
     """
-    check_model(model)
-    check_images(x)
-    check_labels(y, x)
-    _check_seeds(seeds, x)
+    _check_arguments(model, x, y, seeds)
     if x.numel() == 0:
         return x.detach().clone()
     own = seeds.derived(member.name, member.seed)
@@ -133,11 +127,8 @@ def fools(model: Model, x: Tensor, y: Tensor, *, draws: int = 1, seeds: SampleSe
         >>> fools(lambda x: x, x, y, seeds=SampleSeeds([0, 1]))
         tensor([False,  True])
     """
-    check_model(model)
-    check_images(x)
-    check_labels(y, x)
     check_count("draws", draws)
-    _check_seeds(seeds, x)
+    _check_arguments(model, x, y, seeds)
     wrong = torch.arange(len(x), device=x.device)
     for draw in range(draws):
         if len(wrong) == 0:
@@ -195,7 +186,10 @@ def _estimator(member: Member, model: Model) -> AbstractContextManager[Model]:
     return applied
 
 
-def _check_seeds(seeds: SampleSeeds, x: Tensor) -> None:
+def _check_arguments(model: Model, x: Tensor, y: Tensor, seeds: SampleSeeds) -> None:
+    check_model(model)
+    check_images(x)
+    check_labels(y, x)
     if not isinstance(seeds, SampleSeeds):
         raise TypeError(f"seeds must be SampleSeeds, got {type(seeds).__name__}; use SampleSeeds(range(len(x)))")
     check_seeds(seeds, x)

@@ -25,7 +25,7 @@ def evaluate(
     seed: int = 0,
     on_batch: Callable[[], None] | None = None,
 ) -> Report:
-    """Accuracy on clean images and under each attack. 评估干净与受攻击时的准确率。
+    """Accuracy on clean images (``"clean"``) and under each attack. 评估干净与受攻击时的准确率。
 
     The same seed gives the same figures whatever ran before and whichever other attacks are measured, unless the model
     draws from a generator of its own; modes, gradients and global random state stay as they were.
@@ -38,9 +38,6 @@ def evaluate(
         network: Name of the network in the report.
         seed: Seeds every attack on every batch.
         on_batch: Called after every batch, to show progress.
-
-    Returns:
-        A report with one score for ``"clean"`` and one per attack.
 
     Raises:
         ValueError: If there are no images, an image is not finite or outside [0, 1], or logits are not finite.
@@ -75,9 +72,6 @@ def accuracy(
         batches: As in :func:`evaluate`.
         attacks: Attacks by name; ``"clean"`` comes first by itself.
         seed: As in :func:`evaluate`.
-
-    Returns:
-        Shares of images classified right, by attack.
 
     Examples:
         >>> accuracy(nn.Flatten(), [(torch.eye(2).view(2, 1, 1, 2), torch.tensor([0, 0]))], {})

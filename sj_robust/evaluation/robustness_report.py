@@ -210,18 +210,14 @@ class RobustnessReport:
         Raises:
             KeyError: If the report has no such figure.
         """
-        standing = set(self.correct)
         members = self._members(name)
-        for member in members:
-            standing -= set(member.broken)
         if name in _SUMMARIES:
-            return frozenset(standing)
-        (this,) = members
-        standing -= set(this.fooled)
-        for other in self.members[: self.members.index(this)]:
-            if this.group and other.group == this.group:
-                standing -= set(other.fooled)
-        return frozenset(standing)
+            fallen = [member.broken for member in members]
+        else:
+            (this,) = members
+            before = self.members[: self.members.index(this)]
+            fallen = [this.fooled, *(other.fooled for other in before if this.group and other.group == this.group)]
+        return frozenset(self.correct).difference(*fallen)
 
     def within(self, member: MemberOutcome) -> bool:
         """Whether a member keeps the threat, so that it is part of the worst case."""

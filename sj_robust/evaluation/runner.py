@@ -3,6 +3,7 @@
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from sj_robust.attacks.threat import ThreatModel
 from sj_robust.evaluation.fingerprint import description, fingerprint
 from sj_robust.evaluation.member import Member, fools
 from sj_robust.evaluation.outcome import MemberOutcome, SuiteOutcome
-from sj_robust.evaluation.potential import layer_perturbation
 from sj_robust.evaluation.progress import BatchLog, Position, Progress, TimeLeft
 from sj_robust.evaluation.worst_case import MemberRun, run_members
-from sj_robust.randomness import SampleSeeds
+from sj_robust.perturbation import MPPDMonitor
+from sj_robust.randomness import SampleSeeds, seeded_globals
 
 __all__ = ["Batches", "data_fingerprint", "rank_and_world_size", "run_suite"]
 
@@ -60,9 +61,6 @@ def run_suite(
         draws: Fresh forwards in each of which a stochastic network must be wrong to be broken.
         on_step: Called after every step.
 
-    Returns:
-        The outcome.
-
     Raises:
         ValueError: If the folder holds the progress of another network, suite, threat, seed or data set, batches are
             not images and labels, or two members have one name.
@@ -96,12 +94,13 @@ def run_suite(
     }
     rank, processes = rank_and_world_size()
     progress = Progress(folder, key)
-    run = _Run(model, tuple(members), threat, seed, draws, len(sizes), range(rank, len(sizes), processes), on_step)
+    own = range(rank, len(sizes), processes)
+    run = _Run(model, tuple(members), threat, seed, draws, len(sizes), TimeLeft(("clean", *names), len(own)), on_step)
     records: dict[int, list[dict[str, Any]]] = {}
     start = 0
     with evaluation_mode(model):
         for number, batch in enumerate(batches):
-            if number in run.own:
+            if number in own:
                 with progress.batch(number) as log:
                     run.batch(number, start, batch[0], batch[1], log)
                 records[number] = log.records
@@ -128,29 +127,22 @@ def rank_and_world_size() -> tuple[int, int]:
     return distributed.get_rank(), distributed.get_world_size()
 
 
+@dataclass(frozen=True)
 class _Run:
-    """One process's part of a run."""
+    """One process's part of a run over so many batches."""
 
-    def __init__(
-        self,
-        model: nn.Module,
-        members: tuple[Member, ...],
-        threat: ThreatModel,
-        seed: int,
-        draws: int,
-        batches: int,
-        own: range,
-        on_step: Callable[[Position], None] | None,
-    ) -> None:
-        self.model, self.members, self.threat = model, members, threat
-        self.seed, self.draws, self.batches, self.own = seed, draws, batches, own
-        self.on_step = on_step
-        self.device = device_of(model)
-        self.time_left = TimeLeft(("clean", *(member.name for member in members)), len(own))
+    model: nn.Module
+    members: tuple[Member, ...]
+    threat: ThreatModel
+    seed: int
+    draws: int
+    batches: int
+    time_left: TimeLeft
+    on_step: Callable[[Position], None] | None
 
     def batch(self, number: int, start: int, x: Tensor, y: Tensor, log: BatchLog) -> None:
         """Do what is not yet in the log of a batch."""
-        x, y = x.to(self.device), y.to(self.device)
+        x, y = x.to(device_of(self.model)), y.to(device_of(self.model))
         seeds = SampleSeeds(range(start, start + len(y))).derived("image", self.seed)
         if not log.records:
             began = time.perf_counter()
@@ -159,7 +151,7 @@ class _Run:
             log.append({"member": "clean", "right": right.nonzero()[:, 0].tolist(), "seconds": seconds})
         for record in log.records:
             self._tell(number, record)
-        correct = torch.zeros(len(y), dtype=torch.bool, device=self.device)
+        correct = torch.zeros_like(y, dtype=torch.bool)
         correct[log.records[0]["right"]] = True
         known = [record["fooled"] for record in log.records[1:]]
         runs = run_members(self.model, x, y, self.members, correct, seeds=seeds, draws=self.draws, known=known)
@@ -185,7 +177,7 @@ class _Run:
             "warnings": texts,
         }
         if probe and len(x):
-            record["potential"] = layer_perturbation(self.model, x, run.x_adv)
+            record["potential"] = _layer_perturbation(self.model, x, run.x_adv)
         return record
 
     def _tell(self, number: int, record: Mapping[str, Any]) -> None:
@@ -193,6 +185,21 @@ class _Run:
         left.add(record["member"], record["seconds"])
         if self.on_step is not None:
             self.on_step(Position(number, self.batches, record["member"], left.done, left.total, left.seconds()))
+
+
+def _layer_perturbation(model: nn.Module, x: Tensor, x_adv: Tensor) -> dict[str, Any]:
+    """MS-MPPD of every spiking layer per time step: number of samples, layers in order of execution, and warnings of
+    neurons that cannot be followed; empty if the network has no neuron that can.
+    """
+    with warnings.catch_warnings(record=True) as caught, seeded_globals(0, x.device):
+        warnings.simplefilter("always")
+        try:
+            with MPPDMonitor(model) as monitor:
+                stats = monitor.compare(x, x_adv, forward=model)
+        except (ValueError, RuntimeError):  # there is no neuron to follow, or none that runs
+            return {}
+    layers = {name: layer.ms_mppd.tolist() for name, layer in stats.items()}
+    return {"samples": len(x), "layers": layers, "warnings": sorted({str(warning.message) for warning in caught})}
 
 
 def _survey(batches: Batches) -> tuple[tuple[int, ...], list[int], str]:

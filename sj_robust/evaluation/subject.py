@@ -106,9 +106,6 @@ def from_function(
         mean: Mean per channel that a bare network expects to be subtracted from images in [0, 1].
         std: Standard deviation per channel that it expects them to be divided by.
 
-    Returns:
-        The network.
-
     Raises:
         ModuleNotFoundError: If there is no such module.
         FileNotFoundError: If there is no such file.

@@ -71,9 +71,6 @@ def worst_case(
             (unless the network itself draws random numbers, or the estimator is ``pdsg``).
         draws: Forwards in every one of which a stochastic network has to be wrong.
 
-    Returns:
-        The images, what fooled each sample, and every member's outcome and seconds.
-
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If images, labels or seeds do not fit, names repeat, or an attack leaves its budget.
