@@ -56,13 +56,13 @@ if __name__ == "__main__":
     check_options(Options)  # --help and wrong options end here: what follows imports torch
 
 import csv
-import math
 import os
 import shlex
 import subprocess
 import sys
 
 from lab.benchmarking import SUBJECTS, Measurement, race
+from lab.benchmarking.tables import caption, cells, columns, markdown
 from rich.console import Console
 from rich.table import Table
 
@@ -121,7 +121,9 @@ def refuse_unless_tests_pass(what: str, environ: dict[str, str]) -> None:
     """A wrong kernel has no speed: run its tests, with the instruction set that will be timed."""
     tests = Path(__file__).parents[1] / "tests"
     files = ["ops/test_dlif.py", "ops/test_cpp.py"]
-    files += [] if what in ("neuron", "instruction_sets", "scaling") else ["ops/test_bn_dlif.py", "test_fusion.py"]
+    files += (
+        [] if what in ("neuron", "instruction_sets", "scaling") else ["ops/test_bn_dlif.py", "neuron/test_fusion.py"]
+    )
     files += ["training/test_training_step.py"] if what == "training_step" else []
     options = ["-q", "--no-header", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", *options, *(str(tests / name) for name in files)]
@@ -141,40 +143,6 @@ def table(rows: list[Measurement]) -> Table:
     return result
 
 
-def caption(rows: list[Measurement]) -> str:
-    """What the rows of one race have in common."""
-    first = rows[0]
-    floor = f"; moving the tensors takes {first.floor:.1f} ms" if SUBJECTS[first.subject].is_layer else ""
-    return f"{first.subject} [{first.shape.replace('x', ', ')}], {first.allocator}, milliseconds{floor}"
-
-
-def columns(rows: list[Measurement]) -> tuple[str, ...]:
-    """Names of the columns: a layer is compared with the speed of the memory too."""
-    subject = SUBJECTS[rows[0].subject]
-    peer = subject.peer
-    head = ("method", "median", "quartiles", "best", f"{peer} / this, median", "best")
-    speed, unit = ("speed of memory, median / best", "tensors") if subject.is_layer else ("images / s", "MB")
-    saved = (f"saved, {unit}",) if subject.has_one_graph else ()
-    return (*head, speed, *saved, f"peak, {unit}", f"peak / {peer}")
-
-
-def cells(row: Measurement, rows: list[Measurement]) -> tuple[str, ...]:
-    """Text of one line of the table."""
-    subject = SUBJECTS[row.subject]
-    peer = next((other for other in rows if other.method == subject.peer_of(row.method)), None)
-    texts = [row.method, f"{row.median:.1f}", f"{row.quartile1:.1f} - {row.quartile3:.1f}", f"{row.best:.1f}"]
-    texts += ["", ""] if peer is None else [f"{peer.median / row.median:.2f}", f"{peer.best / row.best:.2f}"]
-    if subject.is_layer:
-        texts += [f"{100 * row.floor / row.median:.0f} % / {100 * row.floor / row.best:.0f} %"]
-    else:
-        texts += [f"{row.images_per_second:.0f}"]
-    memory = (row.saved_mb, row.peak_mb) if subject.has_one_graph else (row.peak_mb,)
-    unit, digits = (row.tensor_mb, 2) if subject.is_layer else (1.0, 0)
-    texts += ["" if math.isnan(mb) else f"{mb / unit:.{digits}f}" for mb in memory]
-    hidden = peer is None or math.isnan(row.peak_mb) or not peer.peak_mb > 0
-    return (*texts, "" if peer is None or hidden else f"{row.peak_mb / peer.peak_mb:.2f}")
-
-
 def save(folder: Path, what: str, rows: list[Measurement], where: dict[str, str], arguments: list[str]) -> None:
     """CSV with everything, a table in Markdown and a chart."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -186,11 +154,7 @@ def save(folder: Path, what: str, rows: list[Measurement], where: dict[str, str]
     lines = [f"`{shlex.join(['python', 'recipes/benchmark.py', *arguments])}`: processor {where['processor']}, "
              f"{where['threads']} threads, torch {where['torch']}, SpikingJelly {where['spikingjelly']}, commit "
              f"{where['commit'][:12]}.", ""]  # fmt: skip
-    for allocator, shape in dict.fromkeys((row.allocator, row.shape) for row in rows):
-        of_race = [row for row in rows if (row.allocator, row.shape) == (allocator, shape)]
-        names = columns(of_race)
-        lines += [caption(of_race), "", "| " + " | ".join(names) + " |", "|---" + "|---:" * (len(names) - 1) + "|"]
-        lines += [*("| " + " | ".join(cells(row, of_race)) + " |" for row in of_race), ""]
+    lines += markdown(rows)
     (folder / f"{what}.md").write_text("\n".join(lines), encoding="utf-8")
     draw(rows, folder / f"{what}.png")
 

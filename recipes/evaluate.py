@@ -106,13 +106,9 @@ def main(arguments: list[str]) -> None:
     source = from_checkpoint(other, T, trust_code=options.trust_code) if other else None
     with training.first_process_first(accelerator, f"loading {dataset}"):  # which downloads and prepares
         splits = load_images(
-            dataset,
-            root=options.data_root,
-            test_limit=options.test_limit,
-            download=options.download,
-            on_unreadable=options.on_unreadable,
-            T=T,
-        )
+            dataset, root=options.data_root, test_limit=options.test_limit, download=options.download,
+            on_unreadable=options.on_unreadable, T=T,
+        )  # fmt: skip
     batches = image_loader(splits.test, options.batch_size)
     first = next(iter(batches))[0].to(accelerator.device)
     with checked():
@@ -127,20 +123,10 @@ def main(arguments: list[str]) -> None:
     journal.begin(configuration, asdict(Options()), accelerator)
     with training.removed_if_unused(folder, resume=options.resume), Display(journal.console, journal.say) as display:
         report = assess(
-            subject,
-            batches,
-            suite=suite,
-            threat=threat,
-            dataset=dataset,
-            classes=splits.classes,
-            seed=options.seed,
-            draws=options.draws,
-            source=None if source is None else source.model,
-            folder=folder / "progress",
-            configuration=configuration,
-            say=display.say,
-            on_step=display.on_step,
-        )
+            subject, batches, suite=suite, threat=threat, dataset=dataset, classes=splits.classes, seed=options.seed,
+            draws=options.draws, source=None if source is None else source.model, folder=folder / "progress",
+            configuration=configuration, say=display.say, on_step=display.on_step,
+        )  # fmt: skip
     if accelerator.is_main_process:
         from sj_robust.evaluation.drawings import plot_robustness  # imports matplotlib
         from sj_robust.evaluation.html import save_html

@@ -73,18 +73,7 @@ if __name__ == "__main__":
 import torch
 import yaml
 from filelock import FileLock, Timeout
-from lab.sweeping import (
-    PlannedRun,
-    RunRecord,
-    axes_of,
-    executor_for,
-    expand,
-    load_recipe,
-    load_records,
-    perform_all,
-    plan_runs,
-    seeds_of,
-)  # fmt: skip
+from lab import sweeping
 from lab.sweeping.display import SweepDisplay
 from lab.sweeping.report import write_report
 from rich.console import Console
@@ -105,10 +94,10 @@ def main(arguments: list[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with alone(folder):
             with checked():
-                executor = executor_for(folder, options.cluster, options.cluster_options)
+                executor = sweeping.executor_for(folder, options.cluster, options.cluster_options)
             describe_folder(folder, "sweep", arguments)  # a sweep that is stopped has it too
             failed = run(options, planned, executor, folder, console)
-    records = load_records(folder, load_recipe(Path(options.recipe or RECIPES / "adv_train.py")))
+    records = sweeping.load_records(folder, sweeping.load_recipe(Path(options.recipe or RECIPES / "adv_train.py")))
     if records or not failed:
         with checked():
             report(options, folder, records, console)
@@ -119,35 +108,29 @@ def main(arguments: list[str]) -> None:
         sys.exit(1)
 
 
-def report(options: Options, folder: Path, records: list[RunRecord], console: Console) -> None:
+def report(options: Options, folder: Path, records: list[sweeping.RunRecord], console: Console) -> None:
     """Tables and figure."""
     files = write_report(
-        folder,
-        records,
-        console,
-        grid=axes_of(options.grid),
-        columns=options.columns,
-        contrast=options.contrast,
-        plot=options.plot,
-    )
+        folder, records, console, grid=sweeping.axes_of(options.grid), columns=options.columns,
+        contrast=options.contrast, plot=options.plot,
+    )  # fmt: skip
     console.print(f"{', '.join(file.name for file in files)} are in {folder}", markup=False)
 
 
-def run(options: Options, planned: list[PlannedRun], executor: Any, folder: Path, console: Console) -> list[str]:
+def run(
+    options: Options, planned: list[sweeping.PlannedRun], executor: Any, folder: Path, console: Console
+) -> list[str]:
     """Perform the runs that are missing; returns what failed."""
     for one in planned:
         one.name_values()
-    write_whole(
-        folder / SWEEP_FILE, yaml.safe_dump(asdict(options) | {"output": None, "report": False}, sort_keys=False)
-    )
-    missing = [one for one in planned if not one.finished]
-    console.print(
-        f"{len(planned)} runs in {folder}, {len(planned) - len(missing)} of them finished before", markup=False
-    )
-    failed = []
+    kept = asdict(options) | {"output": None, "report": False}
+    write_whole(folder / SWEEP_FILE, yaml.safe_dump(kept, sort_keys=False))
+    missing, failed = [one for one in planned if not one.finished], []
+    done = len(planned) - len(missing)
+    console.print(f"{len(planned)} runs in {folder}, {done} of them finished before", markup=False)
     devices = torch.cuda.device_count() if options.cluster == "local" else 0
-    ends = perform_all(missing, executor, jobs=options.jobs, threads=options.threads, devices=devices)
-    with SweepDisplay(console, total=len(planned), done=len(planned) - len(missing), jobs=options.jobs) as display:
+    ends = sweeping.perform_all(missing, executor, jobs=options.jobs, threads=options.threads, devices=devices)
+    with SweepDisplay(console, total=len(planned), done=done, jobs=options.jobs) as display:
         for ended in ends:
             display.add(ended)
             if ended.error is not None:
@@ -155,29 +138,25 @@ def run(options: Options, planned: list[PlannedRun], executor: Any, folder: Path
     return failed
 
 
-def plan(options: Options, folder: Path) -> list[PlannedRun]:
+def plan(options: Options, folder: Path) -> list[sweeping.PlannedRun]:
     """All runs; every option is checked before anything starts."""
     if not options.grid and options.base is None:
         raise ValueError(f"nothing to run: give --sweep FILE, or --base and --grid ({folder / SWEEP_FILE} is missing)")
-    recipe = load_recipe(Path(options.recipe or RECIPES / "adv_train.py"))
+    recipe = sweeping.load_recipe(Path(options.recipe or RECIPES / "adv_train.py"))
     recipe.check_names(name.strip() for option in (*options.contrast, options.plot) for name in option.split(","))
     given = base_options(options.base) | options.options
-    owned = sorted({"output", "resume", "seed"} & (given.keys() | axes_of(options.grid).keys()))
+    owned = sorted({"output", "resume", "seed"} & (given.keys() | sweeping.axes_of(options.grid).keys()))
     if owned:
         raise ValueError(f"{owned[0]} is set by the sweep itself; leave it out, and give seeds with --seeds")
     fixed = ({"reference": False} if "reference" in recipe.names else {}) | given
-    combinations = expand(options.grid, fixed=recipe.resolve(fixed), skip=options.skip)
+    combinations = sweeping.expand(options.grid, fixed=recipe.resolve(fixed), skip=options.skip)
     if not combinations:
         raise ValueError("skip leaves no combination of the grid; remove an entry")
-    return plan_runs(
-        folder,
-        combinations,
-        seeds_of(options.seeds),
-        recipe=recipe,
-        evaluator=load_recipe(Path(options.evaluator or RECIPES / "evaluate.py")),
-        fixed=fixed,
+    evaluator = sweeping.load_recipe(Path(options.evaluator or RECIPES / "evaluate.py"))
+    return sweeping.plan_runs(
+        folder, combinations, sweeping.seeds_of(options.seeds), recipe=recipe, evaluator=evaluator, fixed=fixed,
         evaluations=dict.fromkeys(options.evaluate, options.evaluation_options),
-    )
+    )  # fmt: skip
 
 
 def base_options(base: str | None) -> dict[str, Any]:
@@ -187,9 +166,8 @@ def base_options(base: str | None) -> dict[str, Any]:
     places = [Path(base), RECIPES / "configs" / f"{base}.yaml"]
     path = next((place for place in places if place.is_file()), None)
     if path is None:
-        raise FileNotFoundError(
-            f"base {base} does not exist; it is a YAML file, or the name of one in {places[1].parent}"
-        )
+        known = f"it is a YAML file, or the name of one in {places[1].parent}"
+        raise FileNotFoundError(f"base {base} does not exist; {known}")
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold options of adv_train.py, such as epochs: 15")

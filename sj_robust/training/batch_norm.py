@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cache
 from typing import Any
 
 import torch
@@ -41,7 +40,6 @@ def synchronised_batch_norm(net: nn.Module) -> Iterator[None]:
         >>> type(net[0]).__name__
         'BatchNorm1d'
     """
-    _keep_out_of_graphs()
     changed: list[tuple[nn.Module, type[nn.Module]]] = []
     # Here and not at import, since torch loads its compiler for it.
     uncompiled = {"forward": torch.compiler.disable(_Synchronised.forward)}  # type: ignore[no-untyped-call]  # untyped in torch
@@ -70,12 +68,6 @@ def share_buffers(net: nn.Module) -> None:
     for buffer in buffers:
         buffer.copy_(flat[start : start + buffer.numel()].view_as(buffer))
         start += buffer.numel()
-
-
-@cache
-def _keep_out_of_graphs() -> None:
-    """Beside compiled code this batch norm runs as it is; said here, since torch loads its compiler for it."""
-    _Synchronised.forward = torch.compiler.disable(_Synchronised.forward)  # type: ignore[method-assign, no-untyped-call]  # torch leaves it untyped
 
 
 class _Synchronised(nn.modules.batchnorm._BatchNorm):
