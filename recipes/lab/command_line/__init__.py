@@ -2,10 +2,9 @@
 
 import sj_robust._recipes_installed  # noqa: F401  # says what to install if one of its packages is missing
 from lab.command_line.declared import deciding, idle, option
-from lab.command_line.parser import parse_options, read_options
+from lab.command_line.parser import WrongUse, parse_options, read_options
 from lab.command_line.readme import describe_folder
-from lab.command_line.start import check_options, run_recipe
-from lab.command_line.wrong_use import WrongUse, checked
+from lab.command_line.start import check_options, checked, run_recipe
 
 __all__ = [
     "WrongUse",

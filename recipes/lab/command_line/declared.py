@@ -50,13 +50,9 @@ ValueT = TypeVar("ValueT")
 
 @dataclass(frozen=True)
 class Option:
-    """One option of a recipe. 一个命令行选项。
+    """One option of a recipe: its name, type and default value, what it means, and the following.
 
     Attributes:
-        name: Name in the dataclass and in YAML, such as ``data_root``.
-        kind: Its type.
-        default: Its default value.
-        words: What it means.
         group: Title of the group of options that begins here; empty in the middle of one.
         metavar: What stands for its value in the help, where its type does not say it.
         decides: What changes with it. ``"result"``: a resumed run must keep it, and another value is another run of a
@@ -113,26 +109,13 @@ def option(
     idle: Callable[[Any], bool] | None = None,
     positional: bool = False,
 ) -> ValueT:
-    """A field of a recipe's ``Options``. 声明一个选项。
+    """A field of a recipe's ``Options``, which type checkers see as its default value; see :class:`Option`.
 
-    Args:
-        default: Its default value.
-        words: As all others: see :class:`Option`.
-        group: See there.
-        metavar: See there.
-        decides: See there.
-        idle: See there.
-        positional: See there.
-
-    Returns:
-        A field of a dataclass; for type checkers the default value.
-
-    Examples:
-        >>> @dataclass(frozen=True)
-        ... class Options:
-        ...     epochs: PositiveInt = option(15, "Passes over the training images.", group="training")
-        >>> Options().epochs, options_of(Options)[0].words
-        (15, 'Passes over the training images.')
+    >>> @dataclass(frozen=True)
+    ... class Options:
+    ...     epochs: PositiveInt = option(15, "Passes over the training images.", group="training")
+    >>> Options().epochs, options_of(Options)[0].words
+    (15, 'Passes over the training images.')
     """
     said = {"words": words, "group": group, "metavar": metavar, "decides": decides}
     metadata = said | {"idle": idle, "positional": positional}
@@ -142,18 +125,7 @@ def option(
 
 
 def options_of(options_type: type[Any]) -> tuple[Option, ...]:
-    """The options of a dataclass; a plain field is one that nothing is said of. 数据类的全部选项。
-
-    Args:
-        options_type: The dataclass, whose fields all have defaults.
-
-    Examples:
-        >>> @dataclass
-        ... class Options:
-        ...     seed: NonNegativeInt = 0
-        >>> [(one.flag, one.default) for one in options_of(Options)]
-        [('--seed', 0)]
-    """
+    """The options of a dataclass, whose fields all have defaults; of a plain field nothing is said."""
     kinds = get_type_hints(options_type, include_extras=True)
     return tuple(
         Option(
@@ -167,38 +139,15 @@ def options_of(options_type: type[Any]) -> tuple[Option, ...]:
 
 
 def deciding(options: Any, *what: Decides) -> dict[str, Any]:
-    """Names and values of the options that decide ``what``. 按作用筛选选项。
-
-    Args:
-        options: Options of a recipe.
-        what: See :class:`Option`.
-
-    Examples:
-        >>> @dataclass
-        ... class Options:
-        ...     seed: int = option(0, "Seed.")
-        ...     output: str = option("runs", "Folder.", decides="nothing")
-        >>> deciding(Options(), "result")
-        {'seed': 0}
-    """
+    """Names and values of the options that decide ``what``; see :class:`Option`."""
     names = {one.name for one in options_of(type(options)) if one.decides in what}
     return {name: value for name, value in asdict(options).items() if name in names}
 
 
 def idle(options: Any) -> frozenset[str]:
-    """Names of the options that change nothing, given the others and the training mode. 不起作用的选项。
+    """Names of the options that change nothing, given the others, which have values where null stands for one.
 
-    Args:
-        options: Options of a recipe, with values where null stands for one. If there is a ``mode`` among them, it is
-            a training mode, and :data:`sj_robust.training.MODES` says what it leaves idle.
-
-    Examples:
-        >>> @dataclass
-        ... class Options:
-        ...     rho: float = option(0.0, "Weight.")
-        ...     norm: str = option("l1", "Norm.", idle=lambda options: options.rho == 0)
-        >>> idle(Options()), idle(Options(rho=1.0))
-        (frozenset({'norm'}), frozenset())
+    An option ``mode`` is a training mode: :data:`sj_robust.training.MODES` says what it leaves idle.
     """
     known = options_of(type(options))
     found = {one.name for one in known if one.idle is not None and one.idle(options)}

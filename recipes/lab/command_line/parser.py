@@ -19,25 +19,24 @@ from jsonargparse import (  # type: ignore[attr-defined]  # public, in a compute
 )
 
 from lab.command_line.declared import Option, options_of
-from lab.command_line.wrong_use import WrongUse
 
 __all__ = [
-    "RecipeParser", "as_yaml", "examples_in", "meaning", "named_arguments", "parse_options", "read_options",
+    "RecipeParser", "WrongUse", "as_yaml", "examples_in", "meaning", "named_arguments", "parse_options", "read_options",
     "shown_value",
 ]  # fmt: skip
 
 OptionsT = TypeVar("OptionsT")
 
 
-class RecipeParser(ArgumentParser):
-    """Parser of the options of a recipe. 脚本的参数解析器。
+class WrongUse(ValueError):  # noqa: N818  # the name of what was done, as SystemExit's
+    """A recipe was asked for what cannot be: nothing was done, and the exit code is 2."""
 
-    Args:
-        options_type: Its dataclass of options, see :func:`lab.command_line.option`.
-    """
+
+class RecipeParser(ArgumentParser):
+    """Parser of a recipe's dataclass of options, see :func:`lab.command_line.option`."""
 
     def __init__(self, options_type: type[Any]) -> None:
-        """Take the options over; see the class."""
+        """Take the options over."""
         module = sys.modules[options_type.__module__]
         self.script = f"recipes/{Path(getattr(module, '__file__', None) or 'recipe.py').name}"
         self.options = {one.name: one for one in options_of(options_type)}
@@ -119,19 +118,7 @@ class _Help(DefaultHelpFormatter):
 
 
 def read_options(options_type: type[OptionsT], arguments: Sequence[str]) -> OptionsT:
-    """Options of a recipe from the words of its command line. 解析命令行选项。
-
-    Args:
-        options_type: Dataclass of options; see :func:`lab.command_line.option`.
-        arguments: The words.
-
-    Returns:
-        The options.
-
-    Raises:
-        WrongUse: If an option is unknown, or its value is not one of its type.
-        SystemExit: After ``--help`` and ``--print_config``.
-    """
+    """Options from the words of a command line; WrongUse for a wrong one, SystemExit after ``--help``."""
     return options_type(**RecipeParser(options_type).values(arguments))
 
 
@@ -142,21 +129,10 @@ def parse_options(
     *,
     mark: str = "*/last.pt",
 ) -> OptionsT:
-    """Options of a recipe; those of a run that is resumed come from its own folder first. 解析可续跑的命令行选项。
+    """Options of a recipe with ``output`` and ``resume``; those of a run that is resumed come from its folder first.
 
-    Args:
-        options_type: Dataclass with at least ``output`` and ``resume``.
-        arguments: Words of the command line.
-        stem: Name of a run's folder up to its number.
-        mark: Files that tell a run with something to go on with; see :func:`sj_robust.training.run_to_resume`.
-
-    Returns:
-        The options; ``output`` is the folder of a resumed run.
-
-    Raises:
-        FileNotFoundError: If there is no run to resume.
-        WrongUse: As :func:`read_options`.
-        SystemExit: As :func:`read_options`.
+    ``stem`` names a run's folder up to its number, ``mark`` the files that tell a run with something to go on with, as
+    :func:`sj_robust.training.run_to_resume` takes them.
     """
     options: Any = read_options(options_type, arguments)
     if not options.resume:
@@ -169,20 +145,10 @@ def parse_options(
 
 
 def named_arguments(options: Mapping[str, Option], arguments: Sequence[str]) -> list[str]:
-    """Each option with its value in one word, as jsonargparse takes it. 规范化命令行参数。
+    """Each option with its value in one word, as jsonargparse takes it.
 
     ``--data-root x`` is ``--data_root=x``; a switch alone is true, and false as ``--no-download``; several words after
     an option of a list are its list; a bare word is the value of the option that is positional.
-
-    Args:
-        options: The options by name.
-        arguments: Words of the command line.
-
-    Returns:
-        The words.
-
-    Raises:
-        WrongUse: If a bare word means nothing.
     """
     positional = next((one.name for one in options.values() if one.positional), "")
     words, found = list(arguments), list[str]()
@@ -191,28 +157,29 @@ def named_arguments(options: Mapping[str, Option], arguments: Sequence[str]) -> 
         if not word.startswith("-"):
             found.append(_bare(positional, word + equals + value, found))
             continue
+        if not word.startswith("--"):
+            found.append(word)
+            continue
         name = word[2:].replace("-", "_")
-        one = options.get(name)
-        following = next((index for index, other in enumerate(words) if other.startswith("--")), len(words))
-        off = options.get(name.removeprefix("no_"))
-        if equals or not word.startswith("--"):
-            pass
-        elif one is not None and one.kind is bool:
-            given = words[:1] in (["true"], ["false"]) or (following and not positional)
-            equals, value = "=", words.pop(0) if given else "true"
-        elif one is None and off is not None and off.kind is bool:
-            name, equals, value = off.name, "=", "false"
-        elif one is not None and one.takes_a_list and following:
-            equals, value = "=", _as_list(words[:following])
-            del words[:following]
-        elif following:
-            equals, value = "=", words.pop(0)
-        found.append(f"--{name}{equals}{value}" if word.startswith("--") else word)
+        one, opposite = options.get(name), options.get(name.removeprefix("no_"))
+        takes_words = one is not None and one.takes_a_list
+        count = next((index for index, other in enumerate(words) if other.startswith("--")), len(words))
+        if one is None and opposite is not None and opposite.kind is bool and not equals:
+            name, equals, value = opposite.name, "=", "false"
+        elif one is not None and one.kind is bool and not equals:
+            said = words[:1] in (["true"], ["false"]) or (count and not positional)
+            equals, value = "=", words.pop(0) if said else "true"
+        elif count and not equals:
+            given = words[: count if takes_words else 1]
+            del words[: len(given)]
+            one_word = len(given) == 1 and (given[0].startswith("[") or not takes_words)
+            equals, value = "=", given[0] if one_word else f"[{', '.join(given)}]"
+        found.append(f"--{name}{equals}{value}")
     return found
 
 
 def shown_value(one: Option) -> str:
-    """What stands for the value of an option: the choices, if they are few; empty for a switch."""
+    """What stands for the value of an option: the choices if they are few, empty for a switch."""
     takes, choices = one.value
     listed = "|".join(choices)
     if not takes or not listed or len(listed) > 40:
@@ -229,9 +196,7 @@ def meaning(one: Option) -> str:
 
 def as_yaml(value: object) -> str:
     """A default value as YAML has it."""
-    if isinstance(value, list | tuple):
-        return f"[{', '.join(map(as_yaml, value))}]"
-    return value if isinstance(value, str) else json.dumps(value)
+    return json.dumps(value).replace('"', "")
 
 
 def examples_in(docstring: str) -> tuple[str, list[tuple[str, str]], list[str]]:
@@ -250,15 +215,10 @@ def examples_in(docstring: str) -> tuple[str, list[tuple[str, str]], list[str]]:
 
 
 def _broken(command: str, width: int) -> list[str]:
-    """A command in lines, as a shell takes them."""
-    pieces = re.split(r" (?=--)", command)
-    lines = [f"  {pieces[0]}"]
-    for piece in pieces[1:]:
-        if len(lines[-1]) + len(piece) + 3 > width:
-            lines.append(f"      {piece}")
-        else:
-            lines[-1] += f" {piece}"
-    return [f"{line} \\" for line in lines[:-1]] + [lines[-1]]
+    """A command in lines, as a shell takes them; words stay with the option before them."""
+    joined = re.sub(r" (?!--)", "\0", command)
+    lines = textwrap.wrap(joined, width - 8, break_long_words=False, break_on_hyphens=False)
+    return ("  " + " \\\n      ".join(lines)).replace("\0", " ").splitlines()
 
 
 def _bare(name: str, word: str, found: Sequence[str]) -> str:
@@ -267,11 +227,6 @@ def _bare(name: str, word: str, found: Sequence[str]) -> str:
     if any(other.startswith(f"--{name}=") for other in found):
         raise WrongUse(f"one {name} at a time, got another one, {word}; it needs a call of its own")
     return f"--{name}={word}"
-
-
-def _as_list(words: Sequence[str]) -> str:
-    one_list = len(words) == 1 and words[0].startswith("[")
-    return words[0] if one_list else f"[{', '.join(words)}]"
 
 
 def _builtin(value: Any) -> Any:
@@ -287,21 +242,15 @@ def _wanted(one: Option) -> str:
     takes, choices = one.value
     if choices:
         return f"a list of {', '.join(choices)}" if takes.startswith("[") else f"one of {', '.join(choices)}"
-    if takes == "":
-        return "true or false"
     if takes.startswith("["):
-        default = as_yaml(one.default)
-        return f"a list such as {default}" if default.startswith("[") else f"a list {takes}"
-    if takes.startswith("{"):
-        return "names with values, such as '{name: value}'"
-    kinds = {"N": "an integer", "X": "a number", "VALUE": "another kind of value"}
+        return f"a list such as {as_yaml(one.default)}" if one.default else f"a list {takes}"
+    kinds = {"": "true or false", "N": "an integer", "X": "a number", "VALUE": "another kind of value"}
+    kinds["{NAME: VALUE,...}"] = "names with values, such as '{name: value}'"
     return kinds.get(takes, "text") + _range(one.kind)
 
 
 def _range(kind: Any) -> str:
     """`` > 0`` of a restricted type of jsonargparse, which says it in its docstring; empty for others."""
-    for part in (kind, *get_args(kind)):
-        restriction = (getattr(part, "__doc__", None) or "").partition("restricted to be ")[2]
-        if restriction:
-            return " " + re.sub(r"([<>]=?) ?", r"\1 ", restriction.replace("≥", ">="))
-    return ""
+    said = " ".join(getattr(part, "__doc__", None) or "" for part in (kind, *get_args(kind)))
+    found = re.search(r"restricted to be (.*)", said)
+    return re.sub(r"([<>]=?) ?", r" \1 ", found[1].replace("≥", ">=")).rstrip().replace("  ", " ") if found else ""

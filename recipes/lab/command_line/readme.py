@@ -10,23 +10,7 @@ _TEMPLATES = Path(__file__).with_name("readmes")
 
 
 def describe_folder(folder: Path, recipe: str, arguments: Sequence[str]) -> None:
-    """Write the README of an output folder; commands that wrote into it before stay in it. 写入输出目录的说明文件。
-
-    Args:
-        folder: The folder, which exists.
-        recipe: Name of the recipe, which has a template in ``readmes``.
-        arguments: Words of its command line.
-
-    Raises:
-        OSError: If it cannot be written.
-
-    Examples:
-        >>> import tempfile
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> describe_folder(folder, "figures", ["--which", "neuron", "--output", str(folder)])
-        >>> "python recipes/figures.py --which neuron" in (folder / "README.md").read_text()
-        True
-    """
+    """Write the README of an output folder, from ``readmes``; commands that wrote into it before stay in it."""
     from sj_robust._saved import write_whole  # imports torch
 
     path = folder / "README.md"

@@ -1,28 +1,30 @@
 """A recipe run as a script: wrong use told from failed work, the exit codes, and what the console is spared."""
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
-from lab.command_line.parser import read_options
-from lab.command_line.wrong_use import WrongUse
+from lab.command_line.parser import WrongUse, read_options
 
-__all__ = ["check_options", "run_recipe"]
+__all__ = ["check_options", "checked", "run_recipe"]
+
+
+@contextmanager
+def checked() -> Iterator[None]:
+    """What a ValueError refuses inside is wrong use, since nothing but options is looked at there."""
+    try:
+        yield
+    except WrongUse:
+        raise
+    except ValueError as error:
+        raise WrongUse(str(error)) from error
 
 
 def check_options(options_type: type[Any], arguments: Sequence[str] | None = None) -> None:
-    """Answer ``--help`` and wrong options, before a script imports what takes seconds. 导入前检查命令行。
+    """Answer ``--help`` and wrong options, before a script imports what takes seconds.
 
-    Args:
-        options_type: Dataclass of options.
-        arguments: Words of the command line; None for those of this process.
-
-    Examples:
-        >>> from dataclasses import dataclass
-        >>> @dataclass
-        ... class Options:
-        ...     seed: int = 0
-        >>> check_options(Options, ["--seed", "1"])
+    The words are those of this process unless others are given.
     """
     try:
         read_options(options_type, sys.argv[1:] if arguments is None else arguments)
@@ -31,14 +33,10 @@ def check_options(options_type: type[Any], arguments: Sequence[str] | None = Non
 
 
 def run_recipe(main: Callable[[list[str]], None], *, stopped: str = "continue with --resume") -> None:
-    """Run a recipe as a script: errors in a line on stderr, the conventional exit codes. 以脚本方式运行。
+    """Run a recipe as a script: errors in a line on stderr, the conventional exit codes.
 
-    0 after success, 1 if the work failed, 2 after wrong use, 130 after Ctrl-C, and 128 plus its number after another
-    signal that left a checkpoint.
-
-    Args:
-        main: Takes the words of the command line.
-        stopped: What to do after Ctrl-C.
+    0 after success, 1 if the work failed, 2 after wrong use, 130 after Ctrl-C (``stopped`` says what to do then), and
+    128 plus its number after another signal that left a checkpoint.
     """
     from sj_robust._host import quiet_triton  # these import torch, which --help does not wait for
     from sj_robust.training import NonFiniteLossError, TrainingInterrupted
