@@ -121,9 +121,8 @@ def refuse_unless_tests_pass(what: str, environ: dict[str, str]) -> None:
     """A wrong kernel has no speed: run its tests, with the instruction set that will be timed."""
     tests = Path(__file__).parents[1] / "tests"
     files = ["ops/test_dlif.py", "ops/test_cpp.py"]
-    files += (
-        [] if what in ("neuron", "instruction_sets", "scaling") else ["ops/test_bn_dlif.py", "neuron/test_fusion.py"]
-    )
+    if what not in ("neuron", "instruction_sets", "scaling"):
+        files += ["ops/test_bn_dlif.py", "neuron/test_fusion.py"]
     files += ["training/test_training_step.py"] if what == "training_step" else []
     options = ["-q", "--no-header", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", *options, *(str(tests / name) for name in files)]

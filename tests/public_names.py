@@ -27,13 +27,12 @@ PUBLIC = {
     "sj_robust.evaluation.html": "save_html to_html",
     "sj_robust.evaluation.subject": "Subject check_fits describe_network from_checkpoint from_function",
     "sj_robust.evaluation.terminal": "Display show_comparison show_report",
-    "sj_robust.neuron.fusion": "FusedSequential FusionReport fuse_batch_norm unfuse_batch_norm",
     "sj_robust.models": (
         "ConvChain DirectlyEncoded MixedBlock NETWORKS NetworkSpec SmallConvNet VGG VGG_FEATURES WIDE_RESNETS "
         "WideResNet build_classifier build_network build_zoo_network load_published_checkpoint published_names "
         "set_time_steps start_from zoo_networks"
     ),
-    "sj_robust.neuron": "DLIFNode ReplacementReport replace_neurons",
+    "sj_robust.neuron": "DLIFNode FusedSequential FusionReport ReplacementReport fuse replace_neurons unfuse",
     "sj_robust.ops": ("BACKENDS Surrogate available_backends check_backend choose_backend dlif_multi_step keep_heap"),
     "sj_robust.ops.bn_dlif": "BatchNorm batch_norm_dlif_multi_step can_fuse",
     "sj_robust.perturbation": (

@@ -30,7 +30,7 @@ LIBRARY = [
 ]  # fmt: skip
 LAYERS = [*LIBRARY, {"lab"}, {"recipes"}]
 HOST_FILES = {
-    "_host.py", "classifier.py", "neuron/fusion.py", "perturbation/monitor.py", "stability/operator.py",
+    "_host.py", "classifier.py", "perturbation/monitor.py", "stability/operator.py",
 }  # fmt: skip
 HOST_FOLDERS = {"models", "data"}
 RECIPES = PACKAGE.parent / "recipes"

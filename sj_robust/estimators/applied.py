@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import replace
 from functools import partial
 from types import TracebackType
 from typing import Any
@@ -24,8 +23,6 @@ from sj_robust.estimators.shapes import (
 )
 from sj_robust.neuron import DLIFNode
 from sj_robust.neuron.charging import has_known_dynamics
-from sj_robust.ops.bn_dlif import BatchNorm
-from sj_robust.ops.bn_dlif.reference import normalise
 
 __all__ = ["Applied", "Estimator", "estimator"]
 
@@ -296,12 +293,10 @@ class _Override:
     def entries(self) -> dict[str, Any]:
         return {"multi_step_forward": self.multi_step_forward, "single_step_forward": self.single_step_forward}
 
-    def multi_step_forward(self, x_seq: Tensor, operator: Callable[..., Any] | None = None) -> Tensor:
-        arguments = () if operator is None else (operator,)
+    def multi_step_forward(self, x_seq: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
-            return self._multi(x_seq, *arguments)  # type: ignore[no-any-return]  # the host has no types
-        currents = x_seq if operator is None else _normalised(x_seq, operator)
-        return self._run(currents, lambda: self._multi(x_seq, *arguments), self._node.store_v_seq)
+            return self._multi(x_seq)  # type: ignore[no-any-return]  # the host has no types
+        return self._run(x_seq, lambda: self._multi(x_seq), self._node.store_v_seq)
 
     def single_step_forward(self, x: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
@@ -338,16 +333,6 @@ class _Override:
         if store_v_seq:
             node.v_seq = outputs.v_seq
         return outputs.spike_seq
-
-
-def _normalised(x_seq: Tensor, operator: Callable[..., Any]) -> Tensor:
-    """Input currents behind a batch norm that runs in one pass with its neuron; running statistics left alone."""
-    norm = next((value for value in getattr(operator, "args", ()) if isinstance(value, BatchNorm)), None)
-    if norm is None:
-        raise TypeError(f"cannot tell the input currents behind the operator {operator!r}; unfuse the network first")
-    if norm.use_batch_statistics:
-        norm = replace(norm, running_mean=None, running_var=None)
-    return normalise(x_seq, norm)
 
 
 def _put(node: Any, entries: dict[str, Any]) -> Callable[[], None]:

@@ -14,8 +14,7 @@ from sj_robust.models.direct import DirectlyEncoded
 from sj_robust.models.foreign import call_with_known, find_function
 from sj_robust.models.wide_resnet import WIDE_RESNETS, WideResNet
 from sj_robust.models.zoo import build_zoo_network
-from sj_robust.neuron import DLIFNode, replace_neurons
-from sj_robust.neuron.fusion import fuse_batch_norm
+from sj_robust.neuron import DLIFNode, fuse, replace_neurons
 
 __all__ = ["NETWORKS", "NetworkSpec", "build_classifier", "build_network"]
 
@@ -114,7 +113,7 @@ def build_network(spec: NetworkSpec) -> nn.Module:
     if ":" in name and spec.neuron == "dlif":
         _convert(net, spec)
     if spec.fused:
-        fuse_batch_norm(net)
+        fuse(net)
     return net
 
 

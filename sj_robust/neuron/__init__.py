@@ -1,6 +1,7 @@
-"""DLIF, and how an existing network gets it."""
+"""DLIF, how an existing network gets it, and layers that run in one pass with it."""
 
 from sj_robust.neuron.dlif import DLIFNode
+from sj_robust.neuron.fusion import FusedSequential, FusionReport, fuse, unfuse
 from sj_robust.neuron.replacement import ReplacementReport, replace_neurons
 
-__all__ = ["DLIFNode", "ReplacementReport", "replace_neurons"]
+__all__ = ["DLIFNode", "FusedSequential", "FusionReport", "ReplacementReport", "fuse", "replace_neurons", "unfuse"]

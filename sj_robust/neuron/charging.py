@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sj_robust._checks import check_network
 from sj_robust._host import is_neuron, neuron
-from sj_robust.neuron import DLIFNode
+from sj_robust.neuron.dlif import DLIFNode
 
 __all__ = [
     "Charging",

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,8 @@ class DLIFNode(neuron.BaseNode):
     steps go on where the last call stopped, and ``functional.reset_net`` returns to ``input_gain[0]``.
 
     Shapes: ``x_seq`` [T, N, *] in step mode ``"m"``, [N, *] in ``"s"``. State: ``v`` [N, *] in float32 (float64
-    for float64 inputs), ``time_step`` the number of steps since the reset, neither in ``state_dict``.
+    for float64 inputs), ``time_step`` the number of steps since the reset, neither in ``state_dict``. ``last_call`` is
+    when the neuron ran last (``time.perf_counter_ns``), which tells the order of several.
 
     Args:
         T: Number of time steps of a sequence, which is the number of gains.
@@ -61,6 +63,7 @@ class DLIFNode(neuron.BaseNode):
     v: Tensor | float
     v_seq: Tensor | None
     time_step: int
+    last_call: int = 0
 
     def __init__(
         self,
@@ -138,18 +141,17 @@ class DLIFNode(neuron.BaseNode):
             f"detach_reset={self.detach_reset}, step_mode={self.step_mode}, backend={self.backend}"
         )
 
-    def multi_step_forward(self, x_seq: Tensor, operator: Callable[..., Any] | None = None) -> Tensor:
-        """Spikes [T, N, *] for input currents [T, N, *]; moves the state on.
-
-        ``operator`` stands in for ``ops.dlif_multi_step``: fusion.py puts the layer before the neuron into it.
-        """
-        spike_seq, self.v, self.time_step, v_seq = self._run(x_seq, self.v, self.time_step, self.store_v_seq, operator)
+    def multi_step_forward(self, x_seq: Tensor) -> Tensor:
+        """Spikes [T, N, *] for input currents [T, N, *]; moves the state on."""
+        self._note_call()
+        spike_seq, self.v, self.time_step, v_seq = self._run(x_seq, self.v, self.time_step, self.store_v_seq)
         if self.store_v_seq:
             self.v_seq = v_seq
         return spike_seq
 
     def single_step_forward(self, x: Tensor) -> Tensor:
         """Spikes [N, *] for the input current [N, *] of the next step; moves the state on."""
+        self._note_call()
         spike_seq, v, self.time_step, _ = self._run(x.unsqueeze(0), self.v, self.time_step, False)
         self.v = v
         if self.store_v_seq:
@@ -189,13 +191,14 @@ class DLIFNode(neuron.BaseNode):
             if isinstance(value, Tensor):
                 setattr(self, name, value.detach())
 
+    def _note_call(self) -> None:
+        if not torch.compiler.is_compiling():  # a graph would hold the time at which it was made
+            self.last_call = time.perf_counter_ns()
+
+    _operator: Callable[..., Any] = staticmethod(ops.dlif_multi_step)  # of one sequence; another may take its place
+
     def _run(
-        self,
-        x_seq: Tensor,
-        v: Tensor | float,
-        time_step: int,
-        store_v_seq: bool,
-        operator: Callable[..., Any] | None = None,
+        self, x_seq: Tensor, v: Tensor | float, time_step: int, store_v_seq: bool
     ) -> tuple[Tensor, Tensor, int, Tensor | None]:
         """Advance explicit states over ``x_seq`` with the gains that belong to these steps."""
         end = time_step + x_seq.shape[0]
@@ -206,7 +209,7 @@ class DLIFNode(neuron.BaseNode):
             spike_seq, v_end, v_seq = self._run_host(x_seq, gain, _potential(v, x_seq[0]), store_v_seq)
             return spike_seq, v_end, end, v_seq
         from_reset = not isinstance(v, Tensor) and v == (self.v_reset or 0.0)
-        spike_seq, v_end, v_seq = (operator or ops.dlif_multi_step)(
+        spike_seq, v_end, v_seq = self._operator(
             x_seq,
             gain,
             None if from_reset else _potential(v, x_seq[0]),

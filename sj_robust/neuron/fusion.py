@@ -1,23 +1,25 @@
-"""Batch norm and the DLIF neurons behind it in one pass, in a network that exists already."""
+"""Layers that run in one pass: batch norm and the DLIF neurons behind it, in a network that exists already.
+
+No other file knows of it: hooks, estimators and messages find the neuron as they find it anywhere.
+"""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
-from spikingjelly.activation_based import layer
-from torch import nn
+from torch import Tensor, nn
 
-from sj_robust.neuron import DLIFNode
+from sj_robust._host import layer
+from sj_robust.neuron.dlif import DLIFNode
 from sj_robust.ops.bn_dlif import BatchNorm, batch_norm_dlif_multi_step, can_fuse
+from sj_robust.ops.bn_dlif.reference import normalise
 
-__all__ = ["FusedSequential", "FusionReport", "fuse_batch_norm", "unfuse_batch_norm"]
+__all__ = ["FusedSequential", "FusionReport", "fuse", "unfuse"]
 
 
 @dataclass(frozen=True)
 class FusionReport:
-    """What :func:`fuse_batch_norm` did, by the name of the batch norm.
+    """What :func:`fuse` did, by the name of the batch norm.
 
     Attributes:
         fused: Batch norms that run in one pass with the neuron behind them, with that neuron's name.
@@ -31,9 +33,11 @@ class FusionReport:
 class FusedSequential(nn.Sequential):
     """``nn.Sequential`` that runs a batch norm and the DLIFNode right behind it in one pass where it can.
 
-    Same modules, names, parameters and results as ``nn.Sequential``. A pair runs in one pass in step mode ``"m"`` on
-    the CPU with the compiled kernel; otherwise, and whenever somebody looks between the two (a hook on either; those of
-    an ``MPPDMonitor`` only in its runs and on the layers it follows), one after the other.
+    Same modules, names, parameters, results and errors as ``nn.Sequential``. A pair runs in one pass in step mode
+    ``"m"`` on the CPU with the compiled kernel; otherwise, and whenever somebody looks between the two, one after the
+    other. Who looks is who has a hook on either, unless it is a method of an object whose ``active`` is False at that
+    time. Hooks on every module at once (``torch.nn.modules.module.register_module_forward_hook``), which torch has for
+    debugging alone, cannot be found by public means and miss the two: call :func:`unfuse` first.
 
     Equation: see :func:`sj_robust.ops.bn_dlif.batch_norm_dlif_multi_step`.
 
@@ -46,20 +50,20 @@ class FusedSequential(nn.Sequential):
     """
 
     def forward(self, input: Any) -> Any:
-        """Run the modules one after the other, pairs in one pass."""
+        """Run the modules one after the other, those of a stage in one pass."""
         modules = list(self)
         while modules:
-            module = modules.pop(0)
-            fused = _run_pair(module, modules[0], input) if modules else None
-            if fused is not None:
-                input = fused
-                del modules[0]
-            else:
-                input = module(input)
+            stage = modules[:_STAGE]
+            output = _in_one_pass(stage, input)
+            if output is None:
+                stage = modules[:1]
+                output = stage[0](input)
+            input = output
+            del modules[: len(stage)]
         return input
 
 
-def fuse_batch_norm(net: nn.Module) -> FusionReport:
+def fuse(net: nn.Module) -> FusionReport:
     """Let every batch norm of a network run in one pass with the DLIF neurons right behind it.
 
     Only neighbours in an ``nn.Sequential`` are taken, where nothing can come between the two. Parameters, buffers,
@@ -77,35 +81,33 @@ def fuse_batch_norm(net: nn.Module) -> FusionReport:
 
     Examples:
         >>> net = nn.Sequential(layer.Conv2d(1, 3, 3), layer.BatchNorm2d(3), DLIFNode(T=4))
-        >>> fuse_batch_norm(net).fused
+        >>> fuse(net).fused
         {'1': '2'}
-        >>> unfuse_batch_norm(net)
+        >>> unfuse(net)
         >>> type(net).__name__
         'Sequential'
     """
     report = FusionReport()
     for parent_name, parent in list(net.named_modules()):
         for name, module, follower_name, follower in _neighbours(parent_name, parent):
-            if not isinstance(module, nn.modules.batchnorm._BatchNorm):
-                continue
             reason = _unfusable_reason(module, parent, follower)
-            if reason is not None:
-                report.skipped[name] = reason
-            else:
+            if reason is None:
                 report.fused[name] = follower_name
                 parent.__class__ = FusedSequential
+            elif any("BatchNorm" in cls.__name__ for cls in type(module).__mro__):
+                report.skipped[name] = reason
     return report
 
 
-def unfuse_batch_norm(net: nn.Module) -> None:
-    """Undo :func:`fuse_batch_norm`: every :class:`FusedSequential` becomes an ``nn.Sequential`` again.
+def unfuse(net: nn.Module) -> None:
+    """Undo :func:`fuse`: every :class:`FusedSequential` becomes an ``nn.Sequential`` again.
 
     Args:
         net: A network, changed in place.
 
     Examples:
         >>> net = FusedSequential()
-        >>> unfuse_batch_norm(net)
+        >>> unfuse(net)
         >>> type(net).__name__
         'Sequential'
     """
@@ -114,13 +116,15 @@ def unfuse_batch_norm(net: nn.Module) -> None:
             module.__class__ = nn.Sequential  # type: ignore[assignment]  # back to its base, same layout
 
 
+_STAGE = 2  # modules of the longest stage
 _DIMENSIONS = {layer.BatchNorm1d: 4, layer.BatchNorm2d: 5, layer.BatchNorm3d: 6}  # of [T, N, C, *]
 
 
 def _neighbours(parent_name: str, parent: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module | None]]:
     """Name of every child, the child, and both of the child that follows it ("" and None behind the last)."""
     prefix = f"{parent_name}." if parent_name else ""
-    children = [(prefix + name, child) for name, child in parent._modules.items() if child is not None]
+    members = parent.named_modules(remove_duplicate=False)
+    children = [(prefix + name, child) for name, child in members if name and "." not in name]
     followers: list[tuple[str, nn.Module | None]] = [*children[1:], ("", None)]
     for (name, child), (follower_name, follower) in zip(children, followers, strict=False):
         yield name, child, follower_name, follower
@@ -136,38 +140,54 @@ def _unfusable_reason(module: nn.Module, parent: nn.Module, follower: nn.Module 
     return None
 
 
-def _run_pair(norm: nn.Module, node: nn.Module, x_seq: Any) -> torch.Tensor | None:
-    """Output of the two in one pass, or None where they have to run one after the other."""
-    if not (type(norm) in _DIMENSIONS and isinstance(node, DLIFNode) and isinstance(x_seq, torch.Tensor)):
+def _in_one_pass(stage: list[nn.Module], x_seq: Any) -> Tensor | None:
+    """Output of a stage in one pass; None if the modules are no stage, or have to run one after the other."""
+    if len(stage) < _STAGE or type(stage[0]) not in _DIMENSIONS or not isinstance(stage[1], DLIFNode):
         return None
-    assert isinstance(norm, nn.modules.batchnorm._BatchNorm)
+    norm: Any = stage[0]
+    node = stage[1]
+    if not isinstance(x_seq, Tensor) or x_seq.ndim != _DIMENSIONS[type(norm)] or x_seq.shape[2] != norm.num_features:
+        return None
     if type(node).multi_step_forward is not DLIFNode.multi_step_forward or node.backend not in ("auto", "cpp"):
         return None
-    if norm.step_mode != "m" or node.step_mode != "m" or x_seq.ndim != _DIMENSIONS[type(norm)]:
-        return None
-    if x_seq.shape[2] != norm.num_features or _is_watched(norm) or _is_watched(node):
+    if norm.step_mode != "m" or node.step_mode != "m" or _is_watched(norm) or _is_watched(node):
         return None
     values = _values(norm)
     single_value = values.use_batch_statistics and x_seq.numel() == x_seq.shape[2]  # torch refuses it in its own words
     if single_value or not can_fuse(x_seq, values, node._surrogate()):
         return None
-    spike_seq = node.multi_step_forward(x_seq, partial(_operator, values))
-    for owner in _hook_owners(node):  # none of them is awake, see _is_watched
-        owner.unseen_call()
+    spike_seq = _run(node, x_seq, values)
     if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
         norm.num_batches_tracked.add_(1)
     return spike_seq
 
 
-def _operator(
-    norm: BatchNorm, x_seq: torch.Tensor, *arguments: Any, threads_per_block: int | None = None, **constants: Any
-) -> Any:
-    """``ops.dlif_multi_step`` with the batch norm before it; the block size of a CUDA kernel means nothing here."""
-    return batch_norm_dlif_multi_step(x_seq, norm, *arguments, **constants)
+def _run(node: DLIFNode, x_seq: Tensor, values: BatchNorm) -> Tensor:
+    """The neuron's own forward, with batch norm in its operator; what stands in for that forward gets its currents."""
+    done = False
+
+    def operator(_: Tensor, *arguments: Any, threads_per_block: int | None = None, **constants: Any) -> Any:
+        nonlocal done  # the block size of a CUDA kernel means nothing here
+        outputs = batch_norm_dlif_multi_step(x_seq, values, *arguments, **constants)
+        done = True
+        return outputs
+
+    currents = x_seq
+    if "multi_step_forward" in vars(node):
+        unchanged = replace(values, running_mean=None, running_var=None) if values.use_batch_statistics else values
+        currents = normalise(x_seq, unchanged)
+    node._operator = operator
+    try:
+        spike_seq = node.multi_step_forward(currents)
+    finally:
+        del node._operator
+    if not done:
+        normalise(x_seq.detach(), values)  # the running statistics move all the same
+    return spike_seq
 
 
-def _values(norm: nn.modules.batchnorm._BatchNorm) -> BatchNorm:
-    """The batch norm of this call, by the rules of ``_BatchNorm.forward``; momentum None is a plain average."""
+def _values(norm: Any) -> BatchNorm:
+    """The batch norm of this call, by the rules of torch's own forward; momentum None is a plain average."""
     tracks = norm.training and norm.track_running_stats
     uses_buffers = tracks or not norm.training
     momentum = norm.momentum
@@ -185,17 +205,11 @@ def _values(norm: nn.modules.batchnorm._BatchNorm) -> BatchNorm:
     )
 
 
+# torch has no public way to ask for a module's hooks; these are the names in every release since 2.0.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def _is_watched(module: nn.Module) -> bool:
     """Whether anything but the module itself would have to run when it is called."""
-    watched = any(getattr(owner, "needs_call", lambda: True)() for owner in _hook_owners(module))
-    return (
-        watched or "forward" in vars(module) or nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]  # untyped in torch
-    )
-
-
-def _hook_owners(module: nn.Module) -> list[Any]:
-    """Objects whose methods are hooks of the module; a plain function stands for itself."""
-    return [getattr(hook, "__self__", hook) for name in _HOOKS for hook in getattr(module, name).values()]
+    hooks = (hook for name in _HOOKS for hook in getattr(module, name).values())
+    return "forward" in vars(module) or any(getattr(getattr(hook, "__self__", None), "active", True) for hook in hooks)

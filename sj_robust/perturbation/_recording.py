@@ -1,5 +1,6 @@
 """The current pair of runs: which neuron was called when, and what each followed layer makes of it."""
 
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -23,6 +24,7 @@ class Recording:
     Args:
         neurons: Neurons that can be followed, by name.
         unsupported: Reasons by name of those that cannot.
+        spiking: All that spike, by name.
         layers: Layers to follow: ``"all"``, ``"last"`` or names.
         input_gain: Whether the perturbation of a trace contains the learnable gain.
         trace: Whether full traces are kept.
@@ -34,6 +36,7 @@ class Recording:
         self,
         neurons: Mapping[str, Neuron],
         unsupported: Mapping[str, str],
+        spiking: Mapping[str, nn.Module],
         layers: Layers,
         *,
         input_gain: bool,
@@ -49,9 +52,10 @@ class Recording:
         self.statistics = statistics
         self._neurons = neurons
         self._unsupported = unsupported
+        self._spiking = spiking
         self._options = {"input_gain": input_gain, "trace": trace, "spikes": spikes}
-        self._called: list[str] = []
-        self._unseen: set[str] = set()
+        self._called: dict[str, int] = {}  # by name in the order of their first call: when they were called last
+        self._last: str | None = None  # of the spiking layers, the one executed last, once a run has shown it
         self._layers = self._checked(layers)
 
     @contextmanager
@@ -64,7 +68,7 @@ class Recording:
         if kind != "perturbed":
             self.forget()
         self.run = kind
-        self._called, self._unseen = [], set()
+        self._called, self._began = {}, time.perf_counter_ns()
         try:
             yield
             self._finish(kind)
@@ -73,7 +77,7 @@ class Recording:
             raise
         finally:
             self.run = None
-            self._called, self._unseen = [], set()
+            self._called = {}
 
     def forget(self) -> None:
         """Let go of the pair."""
@@ -92,7 +96,8 @@ class Recording:
             return list(self.pairs.values())
         if layers == "last":
             self._check_last()
-            layers = self.order[-1:]
+            assert self._last is not None  # the pair is complete
+            layers = [self._last]
         for name in layers:
             if name not in self.pairs:
                 raise ValueError(
@@ -101,31 +106,19 @@ class Recording:
                 )
         return [self.pairs[name] for name in layers]
 
-    def needs(self, name: str) -> bool:
-        """Whether the next call of a neuron has to pass through the hooks.
-
-        Of ``layers="last"`` any may be the one until a first run has shown which is.
-        """
+    def follows(self, name: str) -> bool:
+        """Whether the present run looks at a neuron; at all of them until one has shown which ``"last"`` is."""
         if self.run is None:
             return False
-        if self._layers == "last":
-            return not self.order or name == self.order[-1]
-        return name in self._followed()
-
-    def unseen_call(self, name: str) -> None:
-        """A neuron that is not needed was called in a way that the hooks do not see."""
-        if self.run is not None and name not in self._called:
-            self._called.append(name)
-            self._unseen.add(name)
+        return self._last in (None, name) if self._layers == "last" else name in self._followed()
 
     def before_call(self, name: str) -> None:
         """A neuron is about to be called."""
         perturbed = self.run == "perturbed"
         first_call = name not in self._called
-        if first_call:
-            self._called.append(name)
-            if not perturbed:
-                self._begin(name)
+        self._called[name] = time.perf_counter_ns()
+        if first_call and not perturbed:
+            self._begin(name)
         if name in self.pairs:
             self.pairs[name].before(first_call, perturbed)
         elif perturbed and self._layers != "last" and name in self._followed():
@@ -157,14 +150,9 @@ class Recording:
 
     def _finish(self, kind: RunKind) -> None:
         if kind != "perturbed":
-            expected, self.order = self.order[-1:], self._called
+            self._find_order()
             if self._layers == "last":
                 self._check_last()
-                if self.order and self.order[-1] in self._unseen:
-                    last, self.order = self.order[-1], []
-                    raise RuntimeError(
-                        f"the spiking layer executed last was {expected[0]!r} and is {last!r} now: name the layers"
-                    )
             if not self.pairs:
                 raise RuntimeError(
                     f"no followed layer ran inside {kind}(): the network was not called there, or in a way that skips "
@@ -174,6 +162,21 @@ class Recording:
             for pair in self.pairs.values():
                 pair.finish()
             self.complete = True
+
+    def _find_order(self) -> None:
+        """Order in which the neurons ran; those that the hooks did not see may tell themselves when that was."""
+        unseen = {name: getattr(module, "last_call", 0) for name, module in self._spiking.items()}
+        unseen = {name: at for name, at in unseen.items() if at > self._began and name not in self._called}
+        self.order = list(self._called)
+        if unseen:
+            called = self._called | unseen
+            self.order = sorted(called, key=called.__getitem__)
+        expected, self._last = self._last, next(reversed(self._called if self._layers == "last" else self.order), None)
+        if self._layers == "last" and expected is not None and self.order[-1] in unseen:
+            self._last = None
+            raise RuntimeError(
+                f"the spiking layer executed last was {expected!r} and is {self.order[-1]!r} now: name the layers"
+            )
 
     def _checked(self, layers: Layers) -> Layers:
         if isinstance(layers, str):
@@ -196,10 +199,9 @@ class Recording:
         return self._neurons if isinstance(self._layers, str) else self._layers
 
     def _check_last(self) -> None:
-        for name in self.order[-1:]:
-            if name in self._unsupported:
-                reason = self._unsupported[name]
-                raise RuntimeError(f"the last spiking layer {name!r} cannot be followed ({reason}): name the layers")
+        if self._last is not None and self._last in self._unsupported:
+            reason = self._unsupported[self._last]
+            raise RuntimeError(f"the last spiking layer {self._last!r} cannot be followed ({reason}): name the layers")
 
 
 @cache
@@ -211,11 +213,7 @@ def _keep_out_of_graphs() -> None:
 
 
 class NeuronHook:
-    """Hooks of one neuron; in a copy of the network they do nothing.
-
-    Fused layers ask :meth:`needs_call` whether they may run the neuron without calling it, and then tell
-    :meth:`unseen_call` that they did.
-    """
+    """Hooks of one neuron; in a copy of the network they do nothing."""
 
     def __init__(self, recording: Recording | None, name: str) -> None:
         self._recording = recording
@@ -224,14 +222,10 @@ class NeuronHook:
     def __reduce__(self) -> tuple[type["NeuronHook"], tuple[None, str]]:
         return NeuronHook, (None, self._name)
 
-    def needs_call(self) -> bool:
-        """Whether the hooks must see the next call."""
-        return self._recording is not None and self._recording.needs(self._name)
-
-    def unseen_call(self) -> None:
-        """The neuron ran without a call that the hooks could see."""
-        if self._recording is not None:
-            self._recording.unseen_call(self._name)
+    @property
+    def active(self) -> bool:
+        """Whether the hooks look at the neuron at present; if not, it may run as if it had none."""
+        return self._recording is not None and self._recording.follows(self._name)
 
     def before(self, module: nn.Module, args: Any) -> None:
         """Forward pre-hook."""

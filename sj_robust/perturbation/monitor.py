@@ -103,20 +103,22 @@ class MPPDMonitor(BaseMonitor):
         self._keep = keep
         self._totals: dict[str, LayerTotals] = {}
         self._warned_of_potential = False
+        watched = {name: net.get_submodule(name) for name in (*neurons, *sorted(spiking))}
         self._recording = Recording(
             neurons,
             self.unsupported,
+            watched,
             layers,
             input_gain=input_gain,
             trace=keep == "trace",
             spikes=spikes,
             statistics=keep != "loss",
         )
-        for name in (*neurons, *sorted(spiking)):
+        for name, module in watched.items():
             hook = NeuronHook(self._recording, name)
-            self.hooks.append(net.get_submodule(name).register_forward_pre_hook(hook.before))
+            self.hooks.append(module.register_forward_pre_hook(hook.before))
             if name in neurons:
-                self.hooks.append(net.get_submodule(name).register_forward_hook(hook.after, with_kwargs=True))
+                self.hooks.append(module.register_forward_hook(hook.after, with_kwargs=True))
         if self.unsupported:
             reasons = "; ".join(f"{name!r}: {reason}" for name, reason in list(self.unsupported.items())[:5])
             more = "" if len(self.unsupported) <= 5 else "; and more in monitor.unsupported"

@@ -80,7 +80,7 @@ class TrainingRun:
             self.step_module.broadcast_buffers = False  # shared once per step, so that attacks see the same ones too
         image = splits.train[0][0].unsqueeze(0).to(accelerator.device)
         check_outputs(self.classifier, image, self.classes, plan.seed)
-        objective.prepare(image)
+        objective.check_layers(image)
         self.epoch = 0
         self.batch = 0
         self.loss_names = (*Losses._fields, *(f"penalty/{penalty.name}" for penalty in objective.penalties))

@@ -120,7 +120,7 @@ def check_training(
     ShuffledBatches(len(splits.train), plan.batch_size, seed=plan.seed, processes=accelerator.num_processes)
     image = splits.train[0][0].unsqueeze(0)
     check_outputs(objective.classifier, image, splits.classes, plan.seed)
-    objective.prepare(image)
+    objective.check_layers(image)
     label = torch.tensor([int(splits.train[0][1])])
     for attack in attacks:
         if attack is not None:

@@ -138,11 +138,10 @@ class Objective(nn.Module):
         if rho > 0:
             self.monitor = MPPDMonitor(classifier.net, layers=self.layers, keep="loss", spikes=indicator != "mppd")
 
-    def prepare(self, x: Tensor) -> None:
-        """Find the layer executed last by running the network on ``x``, which changes nothing else.
+    def check_layers(self, x: Tensor) -> None:
+        """Refuse layers that cannot be followed, by running the network on ``x``, which changes nothing else.
 
-        The monitor then leaves the other layers to themselves from the first step on, so that a resumed run repeats an
-        unbroken one bit for bit also where batch norm and neuron run in one pass.
+        The monitor then knows which layer is executed last, and follows it alone from the first step on.
         """
         if self.monitor is not None:
             with seeded_globals(0, x.device):

@@ -15,8 +15,7 @@ from sj_robust import SpikingClassifier, ops
 from sj_robust._host import EVAL_MODE_HAS_NO_GRADIENT, functional, neuron, surrogate
 from sj_robust.attacks import pgd
 from sj_robust.estimators import ESTIMATORS, estimator
-from sj_robust.neuron import DLIFNode
-from sj_robust.neuron.fusion import FusedSequential, fuse_batch_norm
+from sj_robust.neuron import DLIFNode, FusedSequential, fuse
 
 T = 3
 SAME_VALUES = [name for name in ESTIMATORS if name != "cba"]
@@ -146,7 +145,7 @@ def test_fused_batch_norm(name, training):
         layer.Linear(64, 5, step_mode="m"),
     )
     nn.init.constant_(net[1].bias, 0.6)
-    fuse_batch_norm(net)
+    fuse(net)
     assert type(net) is FusedSequential
     plain, fused = copy.deepcopy(net).train(training), net.train(training)
     plain.__class__ = nn.Sequential

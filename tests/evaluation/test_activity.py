@@ -10,7 +10,7 @@ from torch import nn
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.classifier import PoissonEncoder
 from sj_robust.evaluation import LayerActivity, firing
-from sj_robust.neuron.fusion import FusedSequential, fuse_batch_norm
+from sj_robust.neuron import FusedSequential, fuse
 
 torch.set_num_threads(1)
 T = 3
@@ -99,7 +99,7 @@ def test_silent_and_saturated_are_told_apart():
 def test_a_fused_pair_is_pulled_apart_and_fused_again():
     net, x = network(lambda: DLIFNode(T=T, tau=2.0)), images()
     plain = firing(SpikingClassifier(net, T=T), x)
-    fuse_batch_norm(net)
+    fuse(net)
     assert type(net) is FusedSequential
     assert firing(SpikingClassifier(net, T=T), x) == plain
     assert not net[2]._forward_hooks  # so the next forward runs in one pass again

@@ -1,4 +1,4 @@
-"""fuse_batch_norm: the same network, the same results, fewer passes."""
+"""fuse: the same network, the same results, fewer passes."""
 
 import copy
 import io
@@ -9,9 +9,7 @@ import torch
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 
-from sj_robust import fusion
-from sj_robust.neuron import DLIFNode
-from sj_robust.neuron.fusion import FusedSequential, fuse_batch_norm, unfuse_batch_norm
+from sj_robust.neuron import DLIFNode, FusedSequential, fuse, fusion, unfuse
 from sj_robust.ops.dlif import cpp
 from sj_robust.perturbation import MPPDMonitor
 
@@ -85,7 +83,7 @@ def assert_same(actual, wanted):
 def test_results_and_state_are_unchanged(passes, norm):
     plain = network(**norm)
     fused = copy.deepcopy(plain)
-    assert fuse_batch_norm(fused).fused == {"1": "2", "3.1": "3.2"}
+    assert fuse(fused).fused == {"1": "2", "3.1": "3.2"}
     assert list(fused.state_dict()) == list(plain.state_dict())
     for batch in range(3):
         x = torch.randn(T, 3, 2, 8, 8, generator=torch.Generator().manual_seed(batch))
@@ -98,7 +96,7 @@ def test_results_and_state_are_unchanged(passes, norm):
 def test_float64_potentials_are_those_of_the_plain_network(passes):
     plain = network().double()
     fused = copy.deepcopy(plain)
-    fuse_batch_norm(fused)
+    fuse(fused)
     for net in (plain, fused):
         net[2].store_v_seq = True
     x = torch.randn(T, 3, 2, 8, 8, dtype=torch.float64)
@@ -113,7 +111,7 @@ def test_float64_potentials_are_those_of_the_plain_network(passes):
 def test_chunks_of_a_sequence_go_on_where_the_last_stopped(passes):
     plain = network().eval()
     fused = copy.deepcopy(plain)
-    fuse_batch_norm(fused)
+    fuse(fused)
     x = torch.randn(T, 3, 2, 8, 8)
     with torch.no_grad():
         expected = plain(x)
@@ -126,11 +124,11 @@ def test_taken_out_again():
     net = network()
     keys = list(net.state_dict())
     modules = dict(net.named_modules())
-    fuse_batch_norm(net)
-    assert fuse_batch_norm(net).fused == {"1": "2", "3.1": "3.2"}
+    fuse(net)
+    assert fuse(net).fused == {"1": "2", "3.1": "3.2"}
     assert type(net) is type(net[3]) is FusedSequential
     assert dict(net.named_modules()) == modules
-    unfuse_batch_norm(net)
+    unfuse(net)
     assert type(net) is type(net[3]) is nn.Sequential
     assert list(net.state_dict()) == keys
 
@@ -153,7 +151,7 @@ def test_says_what_it_leaves_alone():
         Residual(),
         layer.BatchNorm2d(4),
     )
-    report = fuse_batch_norm(net)
+    report = fuse(net)
     assert report.fused == {}
     assert type(net) is nn.Sequential
     for name, reason in {
@@ -183,7 +181,7 @@ def test_says_what_it_leaves_alone():
 def test_runs_one_after_the_other_where_it_has_to(passes, prevent):
     plain = network()
     fused = copy.deepcopy(plain)
-    fuse_batch_norm(fused)
+    fuse(fused)
     prevent(plain)
     prevent(fused)
     x = torch.randn(T, 3, 2, 8, 8)
@@ -195,7 +193,7 @@ def test_runs_one_after_the_other_where_it_has_to(passes, prevent):
 def test_a_hook_sees_what_it_would_see_in_the_plain_network():
     plain = network()
     fused = copy.deepcopy(plain)
-    fuse_batch_norm(fused)
+    fuse(fused)
     seen = []
     for net in (plain, fused):
         net[2].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
@@ -206,7 +204,7 @@ def test_a_hook_sees_what_it_would_see_in_the_plain_network():
 def test_single_step_mode_falls_back(passes):
     plain = network().eval()
     fused = copy.deepcopy(plain)
-    fuse_batch_norm(fused)
+    fuse(fused)
     for net in (plain, fused):
         functional.set_step_mode(net, "s")
     x = torch.randn(T, 3, 2, 8, 8)
@@ -218,7 +216,7 @@ def test_single_step_mode_falls_back(passes):
 @needs_kernel
 def test_survives_saving_copying_and_slicing(passes):
     net = network().eval()
-    fuse_batch_norm(net)
+    fuse(net)
     file = io.BytesIO()
     torch.save(net, file)
     file.seek(0)
@@ -235,13 +233,13 @@ def test_survives_saving_copying_and_slicing(passes):
 @needs_kernel
 def test_errors_are_those_of_the_plain_network(passes):
     net = network()
-    fuse_batch_norm(net)
+    fuse(net)
     before = {name: b.clone() for name, b in net[1].named_buffers()}
     with pytest.raises(RuntimeError, match=f"T={T} time steps, but its input of shape .* has {T + 1}:"):
         net(torch.randn(T + 1, 3, 2, 8, 8))
     assert all(torch.equal(b, before[name]) for name, b in net[1].named_buffers())
     norm_only = nn.Sequential(layer.BatchNorm2d(3, step_mode="m"), DLIFNode(T=1))
-    fuse_batch_norm(norm_only)
+    fuse(norm_only)
     with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
         norm_only(torch.zeros(1, 1, 3, 1, 1))
     with pytest.raises((ValueError, RuntimeError)):
@@ -252,7 +250,7 @@ def test_errors_are_those_of_the_plain_network(passes):
 def test_a_plain_and_a_fused_pass_share_one_graph(passes):
     """As where a hook looks at one pass of a training step and not at the other."""
     net = network()
-    fuse_batch_norm(net)
+    fuse(net)
     hook = net[2].register_forward_hook(lambda *_: None)
     x = torch.randn(T, 3, 2, 8, 8)
     total = net(x).sum()
@@ -265,10 +263,10 @@ def test_a_plain_and_a_fused_pass_share_one_graph(passes):
 @needs_kernel
 def test_training_goes_the_same_way():
     losses = []
-    for fuse in (False, True):
+    for fused in (False, True):
         net = network()
-        if fuse:
-            fuse_batch_norm(net)
+        if fused:
+            fuse(net)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
         generator = torch.Generator().manual_seed(1)
         x, target = torch.randn(T, 16, 2, 8, 8, generator=generator), torch.arange(16) % 8
@@ -291,7 +289,7 @@ def test_training_goes_the_same_way():
 def test_a_monitor_keeps_apart_only_the_pairs_it_looks_at(passes, layers, fused_passes):
     plain = network().eval()
     fused = copy.deepcopy(plain)
-    fuse_batch_norm(fused)
+    fuse(fused)
     x, x_perturbed = torch.randn(T, 3, 2, 8, 8), torch.randn(T, 3, 2, 8, 8)
     losses = []
     for net in (plain, fused):
@@ -326,7 +324,7 @@ def test_a_monitor_of_the_last_layer_says_when_another_one_became_the_last():
 
     net = Routed()
     functional.set_step_mode(net, "m")
-    fuse_batch_norm(net)
+    fuse(net)
     monitor = MPPDMonitor(net, layers="last")
     x = torch.randn(T, 3, 2, 4, 4)
     with monitor.clean():

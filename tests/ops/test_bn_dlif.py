@@ -9,7 +9,7 @@ from torch import nn
 from sj_robust.ops import Surrogate
 from sj_robust.ops.bn_dlif import BatchNorm, batch_norm_dlif_multi_step, can_fuse, reference
 from sj_robust.ops.dlif import cpp
-from sj_robust.ops.dlif.config import DLIFConfig
+from sj_robust.ops.dlif.config import DLIFConfig, Inputs
 
 needs_kernel = pytest.mark.skipif(cpp.unavailable_reason() is not None, reason=str(cpp.unavailable_reason()))
 SHAPES = [(4, 3, 5, 8, 8), (3, 2, 4, 7, 7), (5, 6, 9), (2, 3, 70, 2), (2, 2, 3, 1, 131), (1, 40, 130)]
@@ -282,7 +282,7 @@ def test_reference_is_torch_batch_norm_then_dlif():
     y = layer(x.flatten(0, 1)).unflatten(0, (3, 4)).detach().numpy()
     norm = BatchNorm(layer.weight, layer.bias, torch.zeros(5).double(), torch.ones(5).double(), True)
     config = DLIFConfig(0.9, 0.8, 0.0, Surrogate(), False)
-    spikes, _, potentials = reference.multi_step(x, norm, torch.ones(3).double(), None, config)
+    spikes, _, potentials = reference.multi_step(Inputs(x, torch.ones(3).double(), None, config), norm)
     zeros = np.zeros_like(y)
     expected = dlif_bptt(
         y, np.ones(3), zeros[0], decay=0.9, v_threshold=0.8, v_reset=0.0, kind="triangle", alpha=1.0,

@@ -12,7 +12,7 @@ from torch import nn
 
 from sj_robust import DLIFNode
 from sj_robust.models import NetworkSpec, build_classifier
-from sj_robust.neuron.fusion import fuse_batch_norm
+from sj_robust.neuron import fuse
 from sj_robust.stability import INPUT, _affine, input_maps, operator
 from sj_robust.stability._lanczos import largest_singular_value
 
@@ -124,7 +124,7 @@ def test_single_step_mode_and_fused_batch_norm_give_the_same_norms():
     single = input_maps(net, frame)
     functional.set_step_mode(net, "m")
     multi = input_maps(net, frame)
-    assert fuse_batch_norm(net).fused == {"1": "2", "4": "5"}
+    assert fuse(net).fused == {"1": "2", "4": "5"}
     fused = input_maps(net, frame)
     assert list(single) == ["2", "5"]
     for name in single:

@@ -13,10 +13,10 @@ from spikingjelly.activation_based import functional, layer
 from torch import nn
 from torch.utils.data import TensorDataset
 
-from sj_robust import DLIFNode, SpikingClassifier
+from sj_robust import SpikingClassifier
 from sj_robust.attacks import fgsm, pgd, rfgsm
 from sj_robust.data import ImageSplits
-from sj_robust.neuron.fusion import fuse_batch_norm
+from sj_robust.neuron import DLIFNode, fuse
 from sj_robust.training import (
     GradientSparsity,
     Journal,
@@ -67,7 +67,7 @@ def batch_norm_net():
         layer.Linear(96, 3),
     )
     functional.set_step_mode(net, "m")
-    assert fuse_batch_norm(net).fused == {"3": "4"}
+    assert fuse(net).fused == {"3": "4"}
     return net
 
 

@@ -128,7 +128,7 @@ def test_the_same_step_twice_gives_the_same_numbers(problem):
     classifier, x, y = problem
     penalties = [GradientSparsity(0.1), ThresholdGuarding(0.1)]
     objective = Objective(classifier, indicator="std", penalties=penalties).eval()
-    objective.prepare(x)
+    objective.check_layers(x)
     first, second = objective(x, y, x * 0.9), objective(x, y, x * 0.9)
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 

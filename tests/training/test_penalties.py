@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from sj_robust import DLIFNode, SpikingClassifier
-from sj_robust.neuron.fusion import FusedSequential
+from sj_robust.neuron import FusedSequential
 from sj_robust.training import ForwardPasses, GradientSparsity, Objective, Penalty, ThresholdGuarding
 
 T = 3

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust._host import functional, layer, neuron, surrogate
-from sj_robust.neuron import DLIFNode
-from sj_robust.neuron.fusion import fuse_batch_norm
+from sj_robust.neuron import DLIFNode, fuse
 from sj_robust.ops.dlif import cpp
 
 __all__ = ["BATCH_NORM_LAYERS", "INSTRUCTION_SETS", "LAYERS", "LayerTask"]
@@ -173,7 +172,7 @@ def _with_reset(node: nn.Module) -> Layer:
 def _behind_batch_norm(shape: Sequence[int], follower: Callable[[int], nn.Module], *, fused: bool = False) -> Layer:
     net = nn.Sequential(layer.BatchNorm2d(shape[2], step_mode="m"), follower(shape[0]))
     if fused:
-        fuse_batch_norm(net)
+        fuse(net)
 
     def run(x_seq: Tensor) -> Tensor:
         functional.reset_net(net)

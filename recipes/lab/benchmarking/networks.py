@@ -14,8 +14,7 @@ from sj_robust._host import functional, layer
 from sj_robust.attacks import rfgsm
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.models import VGG_FEATURES, ConvChain
-from sj_robust.neuron import DLIFNode
-from sj_robust.neuron.fusion import fuse_batch_norm
+from sj_robust.neuron import DLIFNode, fuse
 
 if TYPE_CHECKING:
     from sj_robust.training import Objective
@@ -163,8 +162,6 @@ class AdversarialTask(TrainingTask):
         super().__init__(self._net, shape, dtype, fused=not published)
         self._objective = _objective(self._net, shape[0]) if not published else None
         self._T = shape[0]
-        if self._objective is not None:
-            self._objective.prepare(self._x)
 
     def forward(self) -> Tensor:
         """Crafts the perturbed images; the loss of both passes."""
@@ -204,7 +201,7 @@ class FirstLayerTask:
         torch.manual_seed(0)
         stages = layer.Conv2d(shape[2], 64, 3, padding=1, step_mode="m"), layer.BatchNorm2d(64, step_mode="m")
         self._net = nn.Sequential(*stages, DLIFNode(shape[0])).to(dtype)
-        fuse_batch_norm(self._net)
+        fuse(self._net)
         self._once = once
         self._frames = made_up_images(shape, dtype)[0].expand(tuple(shape)).contiguous()
         self.tensor_bytes = self._frames.element_size() * self._frames.numel()
@@ -251,7 +248,7 @@ def _network(architecture: str, neuron: str, shape: Sequence[int]) -> ConvChain:
     torch.manual_seed(0)
     net = ConvChain(shape[2:], 10, T=shape[0], spiking_neuron=_NEURONS[neuron], features=features, hidden=hidden)
     if neuron == _FUSED:
-        fuse_batch_norm(net)
+        fuse(net)
     return net
 
 

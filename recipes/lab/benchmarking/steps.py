@@ -13,8 +13,7 @@ from lab.benchmarking.published import Draw, PublishedLoop, published_retraction
 from sj_robust.attacks import SampleSeeds
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.models import SmallConvNet
-from sj_robust.neuron import DLIFNode
-from sj_robust.neuron.fusion import fuse_batch_norm
+from sj_robust.neuron import DLIFNode, fuse
 from sj_robust.randomness import draw_seed, private_generator, rand, randn
 
 if TYPE_CHECKING:
@@ -60,7 +59,6 @@ class ModeTask(TrainingTask):
         self._objective = training.Objective(
             classifier, kappa=kappa, rho=rho, loss=self._mode.loss, trades_weight=_TRADES_WEIGHT
         )
-        self._objective.prepare(self._x)
         self._retract = training.retract_
         self._seeds = SampleSeeds(range(shape[1]))
 
@@ -168,7 +166,7 @@ def _network(shape: Sequence[int], *, lif: bool) -> SmallConvNet:
     build = (lambda T: lif_node()) if lif else DLIFNode
     net = SmallConvNet(shape[2:], 10, T=shape[0], spiking_neuron=build)
     if not lif:
-        fuse_batch_norm(net)
+        fuse(net)
     return net
 
 

@@ -8,19 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from sj_robust.ops.bn_dlif.norm import BatchNorm
 from sj_robust.ops.dlif import cpp
-from sj_robust.ops.dlif.config import DLIFConfig
+from sj_robust.ops.dlif.autograd import output_gradients, saved_tensors
+from sj_robust.ops.dlif.config import DLIFConfig, Inputs, Outputs
 from sj_robust.ops.surrogate import Surrogate
 
-__all__ = ["multi_step", "unavailable_reason", "unsupported_reason"]
-
-
-def unavailable_reason() -> str | None:
-    """What keeps the compiled kernels from running on this machine, or None."""
-    return cpp.unavailable_reason()
+__all__ = ["multi_step", "unsupported_reason"]
 
 
 def unsupported_reason(x_seq: Tensor, norm: BatchNorm, surrogate: Surrogate) -> str | None:
@@ -40,17 +35,11 @@ def unsupported_reason(x_seq: Tensor, norm: BatchNorm, surrogate: Surrogate) -> 
     return None
 
 
-def multi_step(
-    x_seq: Tensor,
-    norm: BatchNorm,
-    input_gain: Tensor,
-    v_init: Tensor | None,
-    config: DLIFConfig,
-    store_v_seq: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def multi_step(inputs: Inputs, norm: BatchNorm, store_v_seq: bool) -> Outputs:
     """Spikes, last potential and, if asked for, all potentials; see ``reference.multi_step``."""
-    outputs: tuple[Tensor, Tensor, Tensor | None] = _BatchNormDLIF.apply(  # type: ignore[no-untyped-call]  # torch's apply
-        x_seq.contiguous(), norm.weight, norm.bias, input_gain, v_init, norm, config, store_v_seq
+    x_seq, *others, config = inputs
+    outputs: Outputs = _BatchNormDLIF.apply(  # type: ignore[no-untyped-call]  # torch's apply
+        x_seq.contiguous(), norm.weight, norm.bias, *others, norm, config, store_v_seq
     )
     return outputs
 
@@ -67,7 +56,7 @@ class _BatchNormDLIF(torch.autograd.Function):
         norm: BatchNorm,
         config: DLIFConfig,
         store_v_seq: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> Outputs:
         shape = x_seq.shape
         ctx.config, ctx.use_batch_statistics = config, norm.use_batch_statistics
         ctx.channels, ctx.plane = shape[2], shape[3:].numel()
@@ -86,14 +75,10 @@ class _BatchNormDLIF(torch.autograd.Function):
         return spike_seq, v, v_seq
 
     @staticmethod
-    @once_differentiable
-    def backward(
-        ctx: Any, grad_spike_seq: Tensor | None, grad_v: Tensor | None, grad_v_seq: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        x_seq, input_gain, v_init, mean, inverse_std, scale, offset = ctx.saved_tensors
+    def backward(ctx: Any, *output_grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        x_seq, input_gain, v_init, mean, inverse_std, scale, offset = saved_tensors(ctx)
+        grads = output_gradients(x_seq, *output_grads)
         flat = x_seq.view(x_seq.shape[0], -1)
-        if grad_spike_seq is None:
-            grad_spike_seq = torch.zeros_like(x_seq)
         sums = x_seq.new_empty(ctx.channels, 2, dtype=torch.float64)
         slope, constant = torch.zeros_like(scale), torch.zeros_like(scale)
         grad_gain = torch.empty_like(input_gain)
@@ -101,9 +86,7 @@ class _BatchNormDLIF(torch.autograd.Function):
         grad_x = torch.empty_like(x_seq) if ctx.needs_input_grad[0] else None
         tensors = {
             "scale": scale, "offset": offset, "mean": mean, "slope": slope, "constant": constant, "channel_sums": sums,
-            "gain": input_gain, "v_init": v_init, "gs": grad_spike_seq.contiguous(),
-            "gv": None if grad_v is None else grad_v.contiguous(),
-            "gvs": None if grad_v_seq is None else grad_v_seq.contiguous(),
+            "gain": input_gain, "v_init": v_init, "gs": grads.spike_seq, "gv": grads.v, "gvs": grads.v_seq,
             "gain_grad": grad_gain, "gv_init": grad_v_init,
         }  # fmt: skip
         if ctx.use_batch_statistics:  # mean and variance depend on x, so its gradient needs the sums first
@@ -122,7 +105,7 @@ class _BatchNormDLIF(torch.autograd.Function):
 
 
 def _run(function: str, ctx: Any, flat: Tensor, tensors: dict[str, Tensor | None]) -> None:
-    cpp.run(function, flat, ctx.config, tensors, operator="bn_dlif", channels=ctx.channels, plane=ctx.plane)
+    cpp.run(function, flat, ctx.config, tensors, ctx.channels, ctx.plane)
 
 
 def _statistics(ctx: Any, flat: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:

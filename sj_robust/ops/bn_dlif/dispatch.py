@@ -5,8 +5,8 @@ from torch import Tensor
 
 from sj_robust.ops.bn_dlif import cpp, reference
 from sj_robust.ops.bn_dlif.norm import BatchNorm
-from sj_robust.ops.dlif.config import DLIFConfig, state_dtype
-from sj_robust.ops.dlif.dispatch import check_backend, dlif_multi_step
+from sj_robust.ops.dlif.config import DLIFConfig, Inputs, Outputs, state_dtype
+from sj_robust.ops.dlif.dispatch import check_backend, dlif_multi_step, unavailable_reason
 from sj_robust.ops.surrogate import Surrogate
 
 __all__ = ["batch_norm_dlif_multi_step", "can_fuse"]
@@ -25,7 +25,7 @@ def batch_norm_dlif_multi_step(
     detach_reset: bool = False,
     store_v_seq: bool = False,
     backend: str = "auto",
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> Outputs:
     """Run batch norm and one layer of DLIF neurons over a sequence.
 
     Equation: ``y = weight * (x - mean) / sqrt(var + eps) + bias`` per channel, mean and variance over time, batch and
@@ -71,7 +71,7 @@ def batch_norm_dlif_multi_step(
         dtype = state_dtype(x_seq)
         config = DLIFConfig(decay, v_threshold, v_reset, surrogate, detach_reset)
         v_init = None if v_init is None else v_init.to(dtype).contiguous()
-        return cpp.multi_step(x_seq, norm, input_gain.to(dtype).contiguous(), v_init, config, store_v_seq)
+        return cpp.multi_step(Inputs(x_seq, input_gain.to(dtype).contiguous(), v_init, config), norm, store_v_seq)
     return dlif_multi_step(
         reference.normalise(x_seq, norm),
         input_gain,
@@ -102,7 +102,7 @@ def can_fuse(x_seq: Tensor, norm: BatchNorm, surrogate: Surrogate) -> bool:
     return (
         not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled(x_seq.device.type)
-        and cpp.unavailable_reason() is None
+        and unavailable_reason("cpp") is None
         and cpp.unsupported_reason(x_seq, norm, surrogate) is None
     )
 

@@ -5,29 +5,24 @@ from torch.nn import functional as F
 
 from sj_robust.ops.bn_dlif.norm import BatchNorm
 from sj_robust.ops.dlif import reference
-from sj_robust.ops.dlif.config import DLIFConfig
+from sj_robust.ops.dlif.config import Inputs
 
 __all__ = ["multi_step", "normalise"]
 
 
-def multi_step(
-    x_seq: Tensor, norm: BatchNorm, input_gain: Tensor, v_init: Tensor | None, config: DLIFConfig
-) -> tuple[Tensor, Tensor, Tensor]:
+def multi_step(inputs: Inputs, norm: BatchNorm) -> tuple[Tensor, Tensor, Tensor]:
     """Normalise over all time steps and samples, then run the neurons; differentiable by autograd alone.
 
     Args:
-        x_seq: Input, [T, N, C, *].
+        inputs: What the neurons take, their currents being the input of batch norm, [T, N, C, *].
         norm: The batch norm; running statistics are updated as ``torch.nn.functional.batch_norm`` does.
-        input_gain: Gain per step, [T].
-        v_init: Potential before the first step, [N, C, *], or None for the reset potential.
-        config: Constants of the neuron.
 
     Returns:
         Spikes [T, N, C, *], last potential [N, C, *], potential after every reset [T, N, C, *].
 
     Source: Ioffe & Szegedy (2015) for batch norm; Ding et al. (ICML 2024) for DLIF.
     """
-    return reference.multi_step(normalise(x_seq, norm), input_gain, v_init, config)
+    return reference.multi_step(inputs._replace(x_seq=normalise(inputs.x_seq, norm)))
 
 
 def normalise(x_seq: Tensor, norm: BatchNorm) -> Tensor:

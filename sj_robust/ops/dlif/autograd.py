@@ -5,34 +5,21 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from sj_robust.ops.dlif.config import DLIFConfig
+from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients, Outputs
 
-__all__ = ["DLIFFunction", "Implementation"]
+__all__ = ["DLIFFunction", "Implementation", "output_gradients", "saved_tensors"]
 
 
 class Implementation(Protocol):
-    """What a backend provides. Tensors are [T, M] contiguous (inputs) and [T] or [M] (gain, potential)."""
+    """What a backend provides, for contiguous tensors [T, M] and [M]."""
 
-    def forward(
-        self, x_seq: Tensor, input_gain: Tensor, v_init: Tensor | None, config: DLIFConfig, store_v_seq: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Spikes [T, M], last potential [M], potentials after reset [T, M] if asked for."""
+    def forward(self, inputs: Inputs, store_v_seq: bool) -> Outputs:
+        """Spikes, last potential, and potentials after reset if asked for."""
 
     def backward(
-        self,
-        x_seq: Tensor,
-        input_gain: Tensor,
-        v_init: Tensor | None,
-        config: DLIFConfig,
-        grad_spike_seq: Tensor,
-        grad_v: Tensor | None,
-        grad_v_seq: Tensor | None,
-        needs_v_init: bool,
+        self, inputs: Inputs, grads: OutputGradients, needs_v_init: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Gradients of ``x_seq``, ``input_gain`` and, if needed, ``v_init``.
-
-        A gradient that is None is zero; whether its product with an infinite potential is NaN or zero is left open.
-        """
+        """Gradients of ``x_seq``, ``input_gain`` and, if needed, ``v_init``."""
 
 
 class DLIFFunction(torch.autograd.Function):
@@ -47,46 +34,51 @@ class DLIFFunction(torch.autograd.Function):
         config: DLIFConfig,
         implementation: Implementation,
         store_v_seq: bool,
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    ) -> Outputs:
         """Forward pass over all steps."""
         ctx.save_for_backward(x_seq, input_gain, v_init)
         ctx.config, ctx.implementation = config, implementation
         ctx.set_materialize_grads(False)
-        return implementation.forward(x_seq, input_gain, v_init, config, store_v_seq)
+        return implementation.forward(Inputs(x_seq, input_gain, v_init, config), store_v_seq)
 
     @staticmethod
-    def backward(
-        ctx: Any, grad_spike_seq: Tensor | None, grad_v: Tensor | None, grad_v_seq: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         """Back-propagation through time."""
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "DLIF is differentiable once: create_graph=True would silently lose the second derivative; "
-                "set backend='reference' on the neurons to differentiate twice"
-            )
-        x_seq, input_gain, v_init = _saved_tensors(ctx)
-        if grad_spike_seq is None:
-            grad_spike_seq = torch.zeros_like(x_seq)
-        grad_x_seq, grad_input_gain, grad_v_init = ctx.implementation.backward(
-            x_seq,
-            input_gain,
-            v_init,
-            ctx.config,
-            grad_spike_seq.contiguous(),
-            None if grad_v is None else grad_v.contiguous(),
-            None if grad_v_seq is None else grad_v_seq.contiguous(),
-            ctx.needs_input_grad[2],
+        x_seq, input_gain, v_init = saved_tensors(ctx)
+        inputs = Inputs(x_seq, input_gain, v_init, ctx.config)
+        found = ctx.implementation.backward(inputs, output_gradients(x_seq, *grads), ctx.needs_input_grad[2])
+        return *found, None, None, None
+
+
+def saved_tensors(ctx: Any) -> tuple[Any, ...]:
+    """Tensors that a forward pass saved for its backward pass, which is differentiable once.
+
+    Raises:
+        RuntimeError: If a graph of the backward pass is wanted, or the saved tensors were freed by an earlier one.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            "DLIF is differentiable once: create_graph=True would silently lose the second derivative; "
+            "set backend='reference' on the neurons to differentiate twice"
         )
-        return grad_x_seq, grad_input_gain, grad_v_init, None, None, None
-
-
-def _saved_tensors(ctx: Any) -> tuple[Tensor, Tensor, Tensor | None]:
     try:
-        x_seq, input_gain, v_init = ctx.saved_tensors
+        return ctx.saved_tensors  # type: ignore[no-any-return]  # ctx has no public type
     except RuntimeError as error:
+        if "freed" not in str(error):  # such as a tensor that was changed in place
+            raise
         raise RuntimeError(
             "backward reached a DLIF step whose graph was already freed: the membrane potential still "
             "belongs to an earlier sequence. Call functional.reset_net(net) before every new sequence, or "
             "functional.detach_net(net) between the chunks of one sequence"
         ) from error
-    return x_seq, input_gain, v_init
+
+
+def output_gradients(
+    x_seq: Tensor, spike_seq: Tensor | None, v: Tensor | None, v_seq: Tensor | None
+) -> OutputGradients:
+    """Gradients as autograd hands them over, contiguous and those of the spikes written out."""
+    return OutputGradients(
+        torch.zeros_like(x_seq) if spike_seq is None else spike_seq.contiguous(),
+        None if v is None else v.contiguous(),
+        None if v_seq is None else v_seq.contiguous(),
+    )

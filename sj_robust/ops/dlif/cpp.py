@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sj_robust.ops.dlif.config import DLIFConfig, state_dtype
+from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients, Outputs, state_dtype
 from sj_robust.ops.surrogate import Surrogate
 
 __all__ = [
@@ -66,10 +66,9 @@ def instruction_sets() -> tuple[str, ...]:
     return () if isinstance(library, str) else INSTRUCTION_SETS[: library.sjr_best_instruction_set() + 1]
 
 
-def forward(
-    x_seq: Tensor, input_gain: Tensor, v_init: Tensor | None, config: DLIFConfig, store_v_seq: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def forward(inputs: Inputs, store_v_seq: bool) -> Outputs:
     """See :class:`sj_robust.ops.dlif.autograd.Implementation`."""
+    x_seq, input_gain, v_init, config = inputs
     dtype = state_dtype(x_seq)
     spike_seq = torch.empty_like(x_seq)
     v = torch.empty_like(x_seq[0], dtype=dtype)
@@ -79,31 +78,15 @@ def forward(
     return spike_seq, v, v_seq
 
 
-def backward(
-    x_seq: Tensor,
-    input_gain: Tensor,
-    v_init: Tensor | None,
-    config: DLIFConfig,
-    grad_spike_seq: Tensor,
-    grad_v: Tensor | None,
-    grad_v_seq: Tensor | None,
-    needs_v_init: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def backward(inputs: Inputs, grads: OutputGradients, needs_v_init: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """See :class:`sj_robust.ops.dlif.autograd.Implementation`."""
+    x_seq, input_gain, v_init, config = inputs
     grad_x_seq = torch.empty_like(x_seq)
     grad_input_gain = torch.empty_like(input_gain)
     grad_v_init = torch.empty_like(x_seq[0], dtype=state_dtype(x_seq)) if needs_v_init else None
-    tensors = {
-        "gain": input_gain,
-        "v_init": v_init,
-        "gs": grad_spike_seq,
-        "gv": grad_v,
-        "gvs": grad_v_seq,
-        "gx": grad_x_seq,
-        "gain_grad": grad_input_gain,
-        "gv_init": grad_v_init,
-    }
-    run("dlif_backward", x_seq, config, tensors)
+    given = {"gain": input_gain, "v_init": v_init, "gs": grads.spike_seq, "gv": grads.v, "gvs": grads.v_seq}
+    found = {"gx": grad_x_seq, "gain_grad": grad_input_gain, "gv_init": grad_v_init}
+    run("dlif_backward", x_seq, config, given | found)
     return grad_x_seq, grad_input_gain, grad_v_init
 
 
@@ -112,24 +95,13 @@ def run(
     x: Tensor,
     config: DLIFConfig,
     tensors: dict[str, Tensor | None],
-    *,
-    operator: str = "dlif",
     channels: int = 0,
     plane: int = 0,
 ) -> None:
-    """Call a function of the library; ``tensors`` go to the fields of ``sjr::Job`` that bear their names.
+    """Call ``sjr_`` + ``function`` of the library on x [T, M]; raises RuntimeError if there is no library.
 
-    Args:
-        function: What stands behind ``sjr_``.
-        x: Input, [T, M] contiguous.
-        config: Constants of the neuron.
-        tensors: Contiguous inputs and outputs.
-        operator: Whose scratch size to ask for, ``"dlif"`` or ``"bn_dlif"``.
-        channels: Number of channels of a batch norm before the neuron, 0 for none.
-        plane: Elements per channel.
-
-    Raises:
-        RuntimeError: If the library is not available.
+    ``tensors``, contiguous, go to the fields of ``sjr::Job`` that bear their names. With a batch norm before the neuron
+    there are ``channels`` of ``plane`` elements.
     """
     library = _load()
     if isinstance(library, str):
@@ -154,8 +126,8 @@ def run(
         plane=plane,
         **{name: None if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()},
     )
-    size = getattr(library, f"sjr_{operator}_scratch_bytes")(ctypes.byref(job))
-    scratch = torch.empty(size, dtype=torch.uint8)
+    scratch_bytes = library.sjr_bn_dlif_scratch_bytes if channels else library.sjr_dlif_scratch_bytes
+    scratch = torch.empty(scratch_bytes(ctypes.byref(job)), dtype=torch.uint8)
     job.scratch = scratch.data_ptr()
     getattr(library, f"sjr_{function}")(ctypes.byref(job))
 

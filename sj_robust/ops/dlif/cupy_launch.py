@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sj_robust.ops.dlif.config import DLIFConfig
+from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients, Outputs
 from sj_robust.ops.surrogate import Surrogate
 
 __all__ = [
@@ -87,12 +87,10 @@ class Launcher:
                 "on SpikingJelly 0.0.0.0.14 it is spikingjelly.configure.cuda_threads"
             )
 
-    def forward(
-        self, x_seq: Tensor, input_gain: Tensor, v_init: Tensor | None, config: DLIFConfig, store_v_seq: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
+    def forward(self, inputs: Inputs, store_v_seq: bool) -> Outputs:
         """Spikes [T, M], last potential [M], potentials [T, M] if asked for."""
+        x_seq, input_gain, v_init, config = _on_one_device(inputs)
         T, M = x_seq.shape
-        input_gain, v_init = _same_device(x_seq, input_gain=input_gain, v_init=v_init)
         spike_seq = torch.empty_like(x_seq)
         v = torch.empty(M, dtype=torch.float32, device=x_seq.device)
         v_seq = torch.empty_like(x_seq, dtype=torch.float32) if store_v_seq else None
@@ -110,19 +108,11 @@ class Launcher:
         return spike_seq, v, v_seq
 
     def backward(
-        self,
-        x_seq: Tensor,
-        input_gain: Tensor,
-        v_init: Tensor | None,
-        config: DLIFConfig,
-        grad_spike_seq: Tensor,
-        grad_v: Tensor | None,
-        grad_v_seq: Tensor | None,
-        needs_v_init: bool,
+        self, inputs: Inputs, grads: OutputGradients, needs_v_init: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Gradients of ``x_seq``, ``input_gain`` and, if needed, ``v_init``."""
+        x_seq, input_gain, v_init, config = _on_one_device(inputs)
         T, M = x_seq.shape
-        input_gain, v_init = _same_device(x_seq, input_gain=input_gain, v_init=v_init)
         is_long = T > LONGEST_SEQUENCE_IN_REGISTERS
         steps = _LONG_SEGMENT if is_long else T
         surrogate = config.surrogate
@@ -131,9 +121,9 @@ class Launcher:
             io=_IO_TYPES[x_seq.dtype],
             steps=steps,
             is_long=is_long,
-            vec=_vector_width(M, _VALUES_PER_THREAD // steps, x_seq, v_init, grad_spike_seq, grad_v, grad_v_seq),
+            vec=_vector_width(M, _VALUES_PER_THREAD // steps, x_seq, v_init, *grads),
             reset=_reset(config),
-            v_seq=grad_v_seq is not None,
+            v_seq=grads.v_seq is not None,
             detach=config.detach_reset,
             surrogate=_SURROGATES[surrogate.kind],
             spliced=_cuda_text(surrogate) if surrogate.kind == "custom" else None,
@@ -143,9 +133,8 @@ class Launcher:
         grad_v_init = new(M) if needs_v_init else None
         partial_grad_gain = new((variant.blocks(M), T))
         checkpoints = new((math.ceil(T / steps) - 1, M)) if is_long else None  # of the potential, one per segment
-        tensors = (x_seq, input_gain, v_init, grad_spike_seq, grad_v, grad_v_seq)
-        outputs = (grad_x_seq, grad_v_init, partial_grad_gain, checkpoints)
-        _launch(variant, x_seq, (*tensors, *outputs), (*_constants(config), np.float32(surrogate.alpha)))
+        tensors = (x_seq, input_gain, v_init, *grads, grad_x_seq, grad_v_init, partial_grad_gain, checkpoints)
+        _launch(variant, x_seq, tensors, (*_constants(config), np.float32(surrogate.alpha)))
         return grad_x_seq, partial_grad_gain.sum(0, dtype=torch.float64).to(input_gain.dtype), grad_v_init
 
 
@@ -243,9 +232,9 @@ def _wrong_text_reason(name: str, surrogate: Surrogate, device: torch.device) ->
     """Run the text on a range of z: what another package writes is not believed unseen."""
     z = torch.linspace(-3.0, 3.0, 1200, device=device)  # an even number: neither 0 nor the round values where g jumps
     config = DLIFConfig(0.0, 0.0, 0.0, surrogate, detach_reset=True)
-    one = torch.ones(1, device=device)
+    inputs = Inputs(z[None], torch.ones(1, device=device), None, config)
     try:
-        derivative, _, _ = backward(z[None], one, None, config, torch.ones_like(z)[None], None, None, False)
+        derivative, _, _ = backward(inputs, OutputGradients(torch.ones_like(z)[None]), False)
     except _CompilationError as error:
         return f"the CUDA code of the surrogate {name} does not compile: {error}"
     expected = surrogate.derivative(z)
@@ -269,12 +258,13 @@ def _constants(config: DLIFConfig) -> tuple[np.float32, ...]:
     return tuple(np.float32(value) for value in values)
 
 
-def _same_device(x_seq: Tensor, *, input_gain: Tensor, v_init: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Both, contiguous; a pointer to another device's memory would crash the process."""
+def _on_one_device(inputs: Inputs) -> Inputs:
+    """The same, contiguous; a pointer to another device's memory would crash the process."""
+    x_seq, input_gain, v_init, config = inputs
     for name, tensor in (("input_gain", input_gain), ("v_init", v_init)):
         if tensor is not None and tensor.device != x_seq.device:
             raise ValueError(f"{name} must be on the device of x_seq, {x_seq.device}, got {tensor.device}")
-    return input_gain.contiguous(), None if v_init is None else v_init.contiguous()
+    return Inputs(x_seq, input_gain.contiguous(), None if v_init is None else v_init.contiguous(), config)
 
 
 def _vector_width(neurons: int, at_most: int, *tensors: Tensor | None) -> int:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sj_robust.ops.dlif import eager, reference
 from sj_robust.ops.dlif.autograd import DLIFFunction, Implementation
-from sj_robust.ops.dlif.config import DLIFConfig, state_dtype
+from sj_robust.ops.dlif.config import DLIFConfig, Inputs, Outputs, state_dtype
 from sj_robust.ops.surrogate import Surrogate
 
 __all__ = ["BACKENDS", "available_backends", "check_backend", "choose_backend", "dlif_multi_step", "unavailable_reason"]
@@ -34,7 +34,7 @@ def dlif_multi_step(
     store_v_seq: bool = False,
     backend: str = "auto",
     threads_per_block: int | None = None,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+) -> Outputs:
     """Run one layer of DLIF neurons over a sequence.
 
     Equation: ``h[t] = decay * v[t-1] + input_gain[t] * x[t]`` (plus ``(1 - decay) * v_reset`` for a hard reset),
@@ -77,7 +77,7 @@ def dlif_multi_step(
     v_init = None if v_init is None else v_init.to(dtype)
     implementation = _implementation(choose_backend(backend, x_seq, config.surrogate), threads_per_block)
     if implementation is None:
-        spike_seq, v, potentials = reference.multi_step(x_seq, input_gain, v_init, config)
+        spike_seq, v, potentials = reference.multi_step(Inputs(x_seq, input_gain, v_init, config))
         return spike_seq, v, potentials if store_v_seq else None
 
     order = _memory_order(x_seq)
@@ -87,7 +87,7 @@ def dlif_multi_step(
     shape = x_seq.shape
     if v_init is not None:
         v_init = v_init.permute(step_order).reshape(-1)
-    outputs: tuple[Tensor, Tensor, Tensor | None] = DLIFFunction.apply(  # type: ignore[no-untyped-call]  # torch's apply
+    outputs: Outputs = DLIFFunction.apply(  # type: ignore[no-untyped-call]  # torch's apply
         x_seq.reshape(shape[0], -1).contiguous(), input_gain, v_init, config, implementation, store_v_seq
     )
     spike_seq, v, v_seq = outputs

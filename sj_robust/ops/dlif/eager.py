@@ -8,7 +8,7 @@ what is above a value, and a negated potential is above ``-v_threshold`` where t
 import torch
 from torch import Tensor
 
-from sj_robust.ops.dlif.config import DLIFConfig, state_dtype
+from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients, Outputs, state_dtype
 from sj_robust.ops.heap import advise_huge_pages
 from sj_robust.ops.surrogate import Surrogate
 
@@ -30,10 +30,9 @@ def unsupported_reason(x_seq: Tensor, surrogate: Surrogate) -> str | None:
     return None
 
 
-def forward(
-    x_seq: Tensor, input_gain: Tensor, v_init: Tensor | None, config: DLIFConfig, store_v_seq: bool
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def forward(inputs: Inputs, store_v_seq: bool) -> Outputs:
     """See :class:`sj_robust.ops.dlif.autograd.Implementation`."""
+    x_seq = inputs.x_seq
     spike_seq = advise_huge_pages(torch.empty_like(x_seq))
     v = advise_huge_pages(torch.empty_like(x_seq[0], dtype=state_dtype(x_seq)))
     v_seq = advise_huge_pages(torch.empty_like(x_seq, dtype=v.dtype)) if store_v_seq else None
@@ -42,10 +41,7 @@ def forward(
     for block in blocks:
         n, spike = (rows[i, : block.stop - block.start] for i in (0, -1))
         _advance(
-            x_seq[:, block],
-            input_gain,
-            _part(v_init, block),
-            config,
+            _part(inputs, block),
             v=v[block],
             n_seq=[n] * len(x_seq),
             spike=spike,
@@ -55,17 +51,9 @@ def forward(
     return spike_seq, v.neg_(), v_seq
 
 
-def backward(
-    x_seq: Tensor,
-    input_gain: Tensor,
-    v_init: Tensor | None,
-    config: DLIFConfig,
-    grad_spike_seq: Tensor,
-    grad_v: Tensor | None,
-    grad_v_seq: Tensor | None,
-    needs_v_init: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def backward(inputs: Inputs, grads: OutputGradients, needs_v_init: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """See :class:`sj_robust.ops.dlif.autograd.Implementation`."""
+    x_seq, input_gain, _, config = inputs
     dtype = state_dtype(x_seq)
     grad_x_seq = advise_huge_pages(torch.empty_like(x_seq))
     grad_gain = torch.zeros_like(input_gain, dtype=torch.float64 if x_seq.device.type == "cpu" else dtype)
@@ -74,18 +62,19 @@ def backward(
     in_place = x_seq.dtype == dtype  # then the potentials stand where their gradients will
     rows = _workspace(x_seq, blocks, rows=2 if in_place else 2 + len(x_seq))
     for block in blocks:
-        x_block, grad_x_block = x_seq[:, block], grad_x_seq[:, block]
+        part = _part(inputs, block)
+        grad_x_block = grad_x_seq[:, block]
         scratch, spare, *n_seq = rows[:, : block.stop - block.start].unbind(0)
         if in_place:
             n_seq = list(grad_x_block.unbind(0))
-        _advance(x_block, input_gain, _part(v_init, block), config, v=scratch, n_seq=n_seq, spike=spare)
-        grad_carry = None if grad_v is None else spare.copy_(grad_v[block])
+        _advance(part, v=scratch, n_seq=n_seq, spike=spare)
+        grad_carry = None if grads.v is None else spare.copy_(grads.v[block])
         grad_gains = []
-        of_step = (x_block, grad_spike_seq[:, block], grad_x_block, input_gain)
+        of_step = (part.x_seq, grads.spike_seq[:, block], grad_x_block, input_gain)
         steps = list(zip(n_seq, *(of_block.unbind(0) for of_block in of_step), strict=True))
         for t, (n, x, grad_spike, grad_x, gain) in reversed(list(enumerate(steps))):
-            if grad_v_seq is not None:
-                grad_v_now = grad_v_seq[t, block]
+            if grads.v_seq is not None:
+                grad_v_now = grads.v_seq[t, block]
                 grad_carry = spare.copy_(grad_v_now) if grad_carry is None else grad_carry.add_(grad_v_now)
             grad_h = _grad_charge(n, grad_spike.to(dtype), grad_carry, config, scratch, out=spare)
             torch.mul(grad_h, gain, out=grad_x) if in_place else grad_x.copy_(grad_h * gain)
@@ -113,15 +102,13 @@ def _workspace(x_seq: Tensor, blocks: list[slice], rows: int) -> Tensor:
     return advise_huge_pages(x_seq.new_empty(rows, size, dtype=state_dtype(x_seq)))
 
 
-def _part(v_init: Tensor | None, block: slice) -> Tensor | None:
-    return None if v_init is None else v_init[block]
+def _part(inputs: Inputs, block: slice) -> Inputs:
+    v_init = inputs.v_init
+    return inputs._replace(x_seq=inputs.x_seq[:, block], v_init=None if v_init is None else v_init[block])
 
 
 def _advance(
-    x_seq: Tensor,
-    input_gain: Tensor,
-    v_init: Tensor | None,
-    config: DLIFConfig,
+    inputs: Inputs,
     *,
     v: Tensor,
     n_seq: list[Tensor],
@@ -133,6 +120,7 @@ def _advance(
 
     ``n_seq`` may hold the same memory for every step; ``spike`` is scratch where spikes are not written in place.
     """
+    x_seq, input_gain, v_init, config = inputs
     if v_init is not None or config.v_reset:
         u = v.fill_(-(config.v_reset or 0.0)) if v_init is None else torch.neg(v_init, out=v)
         at_rest = False

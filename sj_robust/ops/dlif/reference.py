@@ -3,14 +3,12 @@
 import torch
 from torch import Tensor
 
-from sj_robust.ops.dlif.config import DLIFConfig, initial_potential, state_dtype
+from sj_robust.ops.dlif.config import Inputs, initial_potential, state_dtype
 
 __all__ = ["multi_step"]
 
 
-def multi_step(
-    x_seq: Tensor, input_gain: Tensor, v_init: Tensor | None, config: DLIFConfig
-) -> tuple[Tensor, Tensor, Tensor]:
+def multi_step(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """Charge, fire and reset for every step; differentiable by autograd alone, any surrogate.
 
     Equation, for t = 0 .. T-1::
@@ -20,17 +18,12 @@ def multi_step(
         v[t] = (1 - s[t]) * h[t] + s[t] * v_reset      hard reset
         v[t] = h[t] - s[t] * v_threshold               soft reset (v_reset None)
 
-    Args:
-        x_seq: Input currents, [T, *].
-        input_gain: Gain per step, [T].
-        v_init: Potential before the first step, [*], or None for the reset potential.
-        config: Constants of the neuron.
-
     Returns:
         Spikes [T, *], last potential [*], potential after every reset [T, *].
 
     Source: Ding et al. (ICML 2024), equations of the DLIF neuron.
     """
+    x_seq, input_gain, v_init, config = inputs
     dtype = state_dtype(x_seq)
     v = initial_potential(x_seq, config) if v_init is None else v_init
     spike_seq, v_seq = [], []

@@ -147,7 +147,7 @@ def test_the_recipe_leaves_numbers_table_and_chart(tmp_path, monkeypatch, capsys
 )
 def test_nothing_is_timed_while_its_tests_fail(monkeypatch, tmp_path, what, broken):
     tests = tmp_path / "tests"
-    for name in ("ops/test_dlif.py", "ops/test_cpp.py", "ops/test_bn_dlif.py", "test_fusion.py", broken):
+    for name in ("ops/test_dlif.py", "ops/test_cpp.py", "ops/test_bn_dlif.py", "neuron/test_fusion.py", broken):
         (tests / name).parent.mkdir(parents=True, exist_ok=True)
         (tests / name).write_text("def test_it():\n    pass\n")
     (tests / broken).write_text("def test_it():\n    assert 'spike' == 'no spike'\n")

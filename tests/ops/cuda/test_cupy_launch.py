@@ -15,9 +15,12 @@ from ops.cuda import shim
 from sj_robust.ops import Surrogate, dlif_multi_step
 from sj_robust.ops.dlif import cupy_launch
 from sj_robust.ops.dlif.autograd import DLIFFunction
-from sj_robust.ops.dlif.config import DLIFConfig
+from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients
 
 needs_compiler = pytest.mark.skipif(shim.missing_tool() is not None, reason=str(shim.missing_tool()))
+
+
+CONFIG = DLIFConfig(0.5, 1.0, 0.0, Surrogate(), False)
 
 
 class FakeCuPy(ModuleType):
@@ -152,10 +155,9 @@ def test_equals_the_reference(cupy, name):
 def test_several_blocks_and_a_chosen_block_size(cupy):
     """More than one block, so that the partial sums of the gain's gradient are really added up."""
     x, gain = torch.rand(2, 500), torch.tensor([1.0, 0.5])
-    config = DLIFConfig(0.5, 1.0, 0.0, Surrogate(), False)
-    launcher = cupy_launch.Launcher(threads_per_block=64)
-    _, grad_gain, _ = launcher.backward(x, gain, None, config, torch.ones_like(x), None, None, False)
-    _, expected, _ = cupy_launch.backward(x, gain, None, config, torch.ones_like(x), None, None, False)
+    call = Inputs(x, gain, None, CONFIG), OutputGradients(torch.ones_like(x)), False
+    _, grad_gain, _ = cupy_launch.Launcher(threads_per_block=64).backward(*call)
+    _, expected, _ = cupy_launch.backward(*call)
     assert [entry[2:] for entry in cupy.launches()] == [((2,), (64,)), ((1,), (128,))]
     torch.testing.assert_close(grad_gain, expected)
     h = x[0] * gain[0]
@@ -165,9 +167,8 @@ def test_several_blocks_and_a_chosen_block_size(cupy):
 
 @needs_compiler
 def test_kernel_is_compiled_once_and_runs_on_torchs_stream(cupy):
-    config = DLIFConfig(0.5, 1.0, 0.0, Surrogate(), False)
     for _ in range(2):
-        cupy_launch.forward(torch.rand(2, 8), torch.ones(2), None, config, False)
+        cupy_launch.forward(Inputs(torch.rand(2, 8), torch.ones(2), None, CONFIG), False)
     launch = ("launch", "dlif_forward", (1,), (128,))
     around = [("enter", ("device", None)), ("enter", ("stream", (0, 0x1234)))]
     after = [("exit", ("stream", (0, 0x1234))), ("exit", ("device", None))]
@@ -195,11 +196,10 @@ def test_older_cupy_gets_an_external_stream(tmp_path, monkeypatch):
 
 
 def test_no_neurons_no_launch(cupy):
-    config = DLIFConfig(0.5, 1.0, 0.0, Surrogate(), False)
-    x, gain = torch.zeros(3, 0), torch.ones(3)
-    spikes, v, v_seq = cupy_launch.forward(x, gain, None, config, True)
+    inputs = Inputs(torch.zeros(3, 0), torch.ones(3), None, CONFIG)
+    spikes, v, v_seq = cupy_launch.forward(inputs, True)
     assert (spikes.shape, v.shape, v_seq.shape) == ((3, 0), (0,), (3, 0))
-    grads = cupy_launch.backward(x, gain, None, config, x, None, None, True)
+    grads = cupy_launch.backward(inputs, OutputGradients(inputs.x_seq), True)
     assert [tuple(grad.shape) for grad in grads] == [(3, 0), (3,), (0,)]
     assert torch.equal(grads[1], torch.zeros(3))
     assert cupy.launches() == []
@@ -227,9 +227,8 @@ def test_block_size_is_checked(threads):
 def test_tensor_of_another_device_is_refused(name):
     tensors = {"input_gain": torch.ones(2), "v_init": torch.zeros(4)}
     tensors[name] = tensors[name].to("meta")
-    config = DLIFConfig(0.5, 1.0, 0.0, Surrogate(), False)
     with pytest.raises(ValueError, match=f"{name} must be on the device of x_seq, cpu, got meta"):
-        cupy_launch.forward(torch.zeros(2, 4), tensors["input_gain"], tensors["v_init"], config, False)
+        cupy_launch.forward(Inputs(torch.zeros(2, 4), **tensors, config=CONFIG), False)
 
 
 # ---- surrogates with a CUDA text of their own ----
@@ -266,13 +265,9 @@ def test_own_text_of_a_surrogate_is_spliced_in(cupy):
     assert reason(surrogate) is None
     assert cupy.log.count(("compile", "dlif_backward")) == 1  # tried once, then remembered
     x, gain = torch.randn(4, 8), torch.ones(4)
-    built_in = Surrogate("triangle", 2.0)
-    results = [
-        cupy_launch.backward(
-            x, gain, None, DLIFConfig(0.9, 1.0, 0.0, kind, False), torch.ones_like(x), None, None, False
-        )[0]
-        for kind in (surrogate, built_in)
-    ]
+    configs = [DLIFConfig(0.9, 1.0, 0.0, kind, False) for kind in (surrogate, Surrogate("triangle", 2.0))]
+    calls = [(Inputs(x, gain, None, config), OutputGradients(torch.ones_like(x)), False) for config in configs]
+    results = [cupy_launch.backward(*call)[0] for call in calls]
     torch.testing.assert_close(*results)
 
 
@@ -380,9 +375,8 @@ def test_missing_compiler_library_says_what_to_install(cupy, monkeypatch):
         raise OSError("libnvrtc.so.12: cannot open shared object file")
 
     monkeypatch.setattr(cupy.RawKernel, "compile", fail)
-    config = DLIFConfig(0.5, 1.0, 0.0, Surrogate(), False)
     with pytest.raises(RuntimeError, match=r"(?s)libnvrtc\.so\.12.*cupy-cuda\d+x\[ctk\]"):
-        cupy_launch.forward(torch.rand(2, 8), torch.ones(2), None, config, False)
+        cupy_launch.forward(Inputs(torch.rand(2, 8), torch.ones(2), None, CONFIG), False)
 
 
 @pytest.mark.parametrize(
