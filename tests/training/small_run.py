@@ -106,21 +106,25 @@ def run(
     return history, classifier
 
 
-class Stopped(Exception):  # noqa: N818  # what a power cut does, not an error
+class PowerCutError(Exception):
     pass
 
 
-def stop_at(call):
-    """The training attack, and the end of the process at one of its calls."""
-    calls = []
+def power_cut(*_):
+    raise PowerCutError
 
-    def attack(model, x, y, *, generator):
-        calls.append(call)
-        if len(calls) == call:
-            raise Stopped
-        return ATTACK(model, x, y, generator=generator)
 
-    return attack
+class At:
+    """The training attack; at one of its calls ``action(model, x_perturbed)`` happens, and may give other images."""
+
+    def __init__(self, call, action):
+        self.call, self.action, self.calls = call, action, 0
+
+    def __call__(self, model, x, y, *, generator):
+        self.calls += 1
+        x_perturbed = ATTACK(model, x, y, generator=generator)
+        changed = self.action(model, x_perturbed) if self.calls == self.call else None
+        return x_perturbed if changed is None else changed
 
 
 @contextmanager
@@ -180,10 +184,11 @@ def main(folder):
         torch.distributed.all_gather_object(records, history)
         assert records[0] == records[1], f"{name}: the processes have other histories"
     run(folder / "one_to_two", **CUT, resume=True)
-    expect(Stopped, folder / "two_to_one", **CUT, perturb=stop_at(7))
-    second = torch.distributed.get_rank() == 1
-    expect(NonFiniteLossError, folder / "nan", perturb=lambda _, x, *__, **___: x * float("nan") if second else x)
-    expect(TrainingInterrupted, folder / "signal", perturb=lambda _, x, *__, **___: terminated(x) if second else x)
+    expect(PowerCutError, folder / "two_to_one", **CUT, perturb=At(7, power_cut))
+    first_step = 1 if torch.distributed.get_rank() == 1 else None
+    expect(NonFiniteLossError, folder / "nan", perturb=At(first_step, lambda model, x: x * float("nan")))
+    terminate = At(first_step, lambda model, x: signal.raise_signal(signal.SIGTERM))
+    expect(TrainingInterrupted, folder / "signal", perturb=terminate)
 
 
 def expect(error, folder, **options):
@@ -192,11 +197,6 @@ def expect(error, folder, **options):
     except error:
         return
     raise AssertionError(f"{error.__name__} was to stop it")
-
-
-def terminated(x):
-    signal.raise_signal(signal.SIGTERM)
-    return x
 
 
 if __name__ == "__main__":

@@ -15,11 +15,7 @@ from sj_robust import SpikingClassifier
 from sj_robust.training import Journal, load_checkpoint, validation
 from sj_robust.training.batch_norm import share_buffers, synchronised_batch_norm
 
-
-@pytest.fixture(autouse=True)
-def fresh_accelerate_state():
-    yield
-    AcceleratorState._reset_state(True)
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(autouse=True)
@@ -31,8 +27,8 @@ def several_validation_batches(monkeypatch):
 def two(tmp_path_factory):
     """Folder that two processes have worked in."""
     folder = tmp_path_factory.mktemp("two")
-    with pytest.raises(small_run.Stopped):
-        small_run.run(folder / "one_to_two", **small_run.CUT, perturb=small_run.stop_at(7))
+    with pytest.raises(small_run.PowerCutError):
+        small_run.run(folder / "one_to_two", **small_run.CUT, perturb=small_run.At(7, small_run.power_cut))
     AcceleratorState._reset_state(True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

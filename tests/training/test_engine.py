@@ -14,8 +14,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from torch.utils.data import TensorDataset
 from training import small_run
+from training.small_run import At, PowerCutError, power_cut
 
 from sj_robust import DLIFNode
+from sj_robust.stability import l2_gain, peak_gain
 from sj_robust.training import (
     MODES,
     GradientSparsity,
@@ -30,12 +32,6 @@ from sj_robust.training import (
 )
 
 
-@pytest.fixture(autouse=True)
-def fresh_accelerate_state():
-    yield
-    AcceleratorState._reset_state(True)
-
-
 def weights(folder, name="last.pt"):
     return load_checkpoint(Path(folder) / name)["model"]
 
@@ -44,27 +40,6 @@ def assert_same(one, other):
     assert one.keys() == other.keys()
     for name in one:
         assert torch.equal(one[name], other[name]), name
-
-
-class After:
-    """The training attack, and something else at one of its calls."""
-
-    def __init__(self, call, action):
-        self.call, self.action, self.calls = call, action, 0
-
-    def __call__(self, model, x, y, *, generator):
-        self.calls += 1
-        if self.calls == self.call:
-            self.action()
-        return small_run.ATTACK(model, x, y, generator=generator)
-
-
-class PowerCutError(Exception):
-    pass
-
-
-def power_cut():
-    raise PowerCutError
 
 
 def test_it_learns_and_leaves_what_it_promises(tmp_path):
@@ -76,6 +51,9 @@ def test_it_learns_and_leaves_what_it_promises(tmp_path):
     assert_same(weights(tmp_path), classifier.state_dict())
     best = max(range(6), key=lambda epoch: history[epoch].validation["pgd"])
     assert load_checkpoint(tmp_path / "best.pt")["epoch"] == best + 1
+    AcceleratorState._reset_state(True)
+    with pytest.raises(ValueError, match=r"other options \(plan\.lr: .*, 0\.3 now\)"):
+        small_run.run(tmp_path, epochs=6, lr=0.3, resume=True)
 
 
 def test_the_first_step_is_sgd_with_weight_decay_on_every_parameter_also_the_gain(tmp_path):
@@ -95,87 +73,79 @@ def test_the_first_step_is_sgd_with_weight_decay_on_every_parameter_also_the_gai
 
 @pytest.mark.parametrize("checkpoint_steps", [None, 1, 3])
 @pytest.mark.parametrize("call", [2, 6, 9])
-def test_a_run_that_was_cut_off_ends_at_the_same_weights(tmp_path, call, checkpoint_steps):
-    whole, _ = small_run.run(tmp_path / "whole", dropout=0.3)
+def test_a_run_that_was_cut_off_ends_at_the_same_weights(tmp_path, whole, call, checkpoint_steps):
+    options = {"dropout": 0.3, "checkpoint_steps": checkpoint_steps}
     with pytest.raises(PowerCutError):
-        small_run.run(tmp_path / "cut", dropout=0.3, checkpoint_steps=checkpoint_steps, perturb=After(call, power_cut))
+        small_run.run(tmp_path, **options, perturb=At(call, power_cut))
     torch.manual_seed(99)  # whatever ran in between
-    options = {"checkpoint_steps": checkpoint_steps, "resume": True}
-    history, _ = small_run.run(tmp_path / "cut", dropout=0.3, **options)
-    assert history == whole
-    for name in ("last.pt", "best.pt"):
-        assert_same(weights(tmp_path / "whole", name), weights(tmp_path / "cut", name))
+    AcceleratorState._reset_state(True)
+    history, _ = small_run.run(tmp_path, **options, resume=True)
+    assert history == whole.history
+    for name, expected in whole.weights.items():
+        assert_same(expected, weights(tmp_path, name))
 
 
 def test_the_noise_of_a_step_does_not_depend_on_what_ran_before(tmp_path):
-    seen = {}
+    seen = {3: [], 4: []}
+    for seed, seeds in seen.items():
 
-    def watch(key):
-        def attack(model, x, y, *, generator):
-            seen.setdefault(key, []).extend(generator.seeds)
-            return small_run.ATTACK(model, x, y, generator=generator)
+        def attack(model, x, y, *, generator, seeds=seeds):
+            seeds.extend(generator.seeds)
+            return x
 
-        return attack
-
-    small_run.run(tmp_path / "a", perturb=watch("a"))
-    small_run.run(tmp_path / "b", perturb=watch("b"), seed=4)
-    assert len(set(seen["a"])) == len(seen["a"]) == 3 * 64
-    assert not set(seen["a"]) & set(seen["b"])
+        small_run.run(tmp_path / str(seed), perturb=attack, seed=seed)
+        AcceleratorState._reset_state(True)
+    assert len(set(seen[3])) == len(seen[3]) == 3 * 64
+    assert not set(seen[3]) & set(seen[4])
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_the_step_and_leaves_a_checkpoint(tmp_path, number):
-    whole, _ = small_run.run(tmp_path / "whole")
+def test_a_signal_ends_the_step_and_leaves_a_checkpoint(tmp_path, whole, number):
     before = signal.getsignal(number)
     with pytest.raises(TrainingInterrupted, match="--resume") as error:
-        small_run.run(tmp_path / "cut", perturb=After(6, lambda: os.kill(os.getpid(), number)))
+        small_run.run(tmp_path, dropout=0.3, perturb=At(6, lambda *_: os.kill(os.getpid(), number)))
     assert error.value.signal_number == number
     assert signal.getsignal(number) is before
-    content = load_checkpoint(tmp_path / "cut" / "last.pt")
+    content = load_checkpoint(tmp_path / "last.pt")
     assert (content["epoch"], content["batch"]) == (1, 2)
-    history, _ = small_run.run(tmp_path / "cut", resume=True)
-    assert history == whole
-    assert_same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    AcceleratorState._reset_state(True)
+    history, _ = small_run.run(tmp_path, dropout=0.3, resume=True)
+    assert history == whole.history
+    assert_same(whole.weights["last.pt"], weights(tmp_path))
 
 
-@pytest.fixture
-def python_handles_ctrl_c():
-    """A shell may have started the tests in the background, where SIGINT is ignored."""
-    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, previous)
-
-
-def test_ctrl_c_during_the_last_validation_is_not_lost(tmp_path, monkeypatch):
+def test_ctrl_c_during_the_last_validation_is_not_lost(tmp_path):
     def attack(model, x, y, *, generator):
         if not stopped:
             stopped.append(signal.raise_signal(signal.SIGINT))
         return x
 
     stopped = []
-    monkeypatch.setattr(small_run, "VALIDATION", {"fgsm": attack, "pgd": attack})
     with pytest.raises(TrainingInterrupted, match="continues with --resume"):
-        small_run.run(tmp_path, epochs=1)
+        small_run.run(tmp_path, epochs=1, attacks={"fgsm": attack, "pgd": attack})
     assert load_checkpoint(tmp_path / "last.pt")["epoch"] == 1
 
 
-@pytest.mark.usefixtures("python_handles_ctrl_c")
 def test_a_second_ctrl_c_stops_at_once(tmp_path):
-    def twice():
+    def twice(*_):
         signal.raise_signal(signal.SIGINT)  # handled before it returns, unlike os.kill
         signal.raise_signal(signal.SIGINT)
 
-    with pytest.raises(KeyboardInterrupt):
-        small_run.run(tmp_path, perturb=After(6, twice))
+    # A shell may have started the tests in the background, where SIGINT is ignored.
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            small_run.run(tmp_path, perturb=At(6, twice))
+    finally:
+        signal.signal(signal.SIGINT, previous)
     assert load_checkpoint(tmp_path / "last.pt")["batch"] == 0
 
 
 def test_a_run_stopped_in_validation_resumes_with_that_validation(tmp_path, monkeypatch):
     """The process that resumes has trained no batch when its first epoch ends."""
-    validation = dict(small_run.VALIDATION)
-    monkeypatch.setattr(small_run, "VALIDATION", validation | {"pgd": lambda *_, **__: power_cut()})
+    options = {"epochs": 3, "checkpoint_steps": 4}
     with pytest.raises(PowerCutError):
-        small_run.run(tmp_path, epochs=3, checkpoint_steps=4)
+        small_run.run(tmp_path, **options, attacks=small_run.VALIDATION | {"pgd": lambda *_, **__: power_cut()})
     assert load_checkpoint(tmp_path / "last.pt")["batch"] == 4
     clock = SimpleNamespace(now=0.0, strftime=time.strftime)
     clock.monotonic = lambda: clock.now
@@ -189,10 +159,10 @@ def test_a_run_stopped_in_validation_resumes_with_that_validation(tmp_path, monk
         clock.now += 2
         return x
 
-    monkeypatch.setattr(small_run, "VALIDATION", validation | {"pgd": timed})
     monkeypatch.setattr(journal, "time", clock)
-    options = {"epochs": 3, "checkpoint_steps": 4, "resume": True}
-    history, _ = small_run.run(tmp_path, **options, journal=Timed(tmp_path))
+    attacks = small_run.VALIDATION | {"pgd": timed}
+    AcceleratorState._reset_state(True)
+    history, _ = small_run.run(tmp_path, **options, resume=True, attacks=attacks, journal=Timed(tmp_path))
     lines = [line for line in (tmp_path / "log.txt").read_text().splitlines() if "epoch" in line]
     assert "left" not in lines[0]
     assert "images/s" not in lines[0]
@@ -203,28 +173,17 @@ def test_a_run_stopped_in_validation_resumes_with_that_validation(tmp_path, monk
 
 
 @pytest.mark.parametrize("single_step_attack", [True, False])
-def test_overfitting_is_looked_for_only_where_a_single_step_attack_trains(tmp_path, monkeypatch, single_step_attack):
+def test_overfitting_is_looked_for_only_where_a_single_step_attack_trains(tmp_path, single_step_attack):
     calls = []
 
     def pgd(model, x, y, *, generator):
         calls.append(len(calls))
         return x if len(calls) == 1 else 1 - x  # harmless in the first epoch, fatal afterwards
 
-    monkeypatch.setattr(small_run, "VALIDATION", {"fgsm": lambda model, x, y, *, generator: x, "pgd": pgd})
-    small_run.run(tmp_path, epochs=6, journal=Journal(tmp_path), single_step_attack=single_step_attack)
+    attacks = {"fgsm": lambda model, x, y, *, generator: x, "pgd": pgd}
+    options = {"epochs": 6, "attacks": attacks, "single_step_attack": single_step_attack}
+    small_run.run(tmp_path, **options, journal=Journal(tmp_path))
     assert ("catastrophic overfitting" in (tmp_path / "log.txt").read_text()) == single_step_attack
-
-
-def test_a_loss_that_is_not_finite(tmp_path):
-    nan = After(6, lambda: None)
-
-    def attack(model, x, y, *, generator):
-        x_adv = nan(model, x, y, generator=generator)
-        return x_adv * float("nan") if nan.calls == 6 else x_adv
-
-    with pytest.raises(NonFiniteLossError, match=r"total=nan.* epoch 2, step 2; the last good checkpoint"):
-        small_run.run(tmp_path, perturb=attack)
-    assert load_checkpoint(tmp_path / "last.pt")["epoch"] == 1
 
 
 @pytest.mark.parametrize("step", [6, 8])  # within an epoch, and its last
@@ -247,32 +206,24 @@ def test_broken_weights_never_reach_a_checkpoint(tmp_path, step):
     assert not load_checkpoint(tmp_path / "best.pt")["model"]["net.parts.0.weight"].isnan().any()
 
 
-def test_a_checkpoint_of_other_options(tmp_path):
-    small_run.run(tmp_path, epochs=1)
-    with pytest.raises(ValueError, match=r"other options \(plan\.lr: .*, 0\.3 now\)"):
-        small_run.run(tmp_path, epochs=1, lr=0.3, resume=True)
-
-
-def test_wrong_use(tmp_path):
-    with pytest.raises(ValueError, match="epochs must be >= 1"):
-        small_run.run(tmp_path, epochs=0)
-    with pytest.raises(ValueError, match="lr must be > 0"):
-        small_run.run(tmp_path, lr=0.0)
-    with pytest.raises(ValueError, match="batch_size"):
-        small_run.run(tmp_path, batch_size=65)
-    for name in ("retraction", "weight_decay"):
-        with pytest.raises(ValueError, match=f"{name} must be >= 0"):
-            small_run.run(tmp_path, **{name: -1e-3})
-    with pytest.raises(ValueError, match="momentum must be in"):
-        small_run.run(tmp_path, momentum=1.0)
-
-
-def test_a_network_for_another_number_of_classes(tmp_path):
-    def build():
-        return nn.Sequential(nn.Flatten(2), nn.Linear(16, 2), DLIFNode(T=3, tau=4.0))
-
-    with pytest.raises(ValueError, match="logit for each of the 3 classes, got 2"):
-        small_run.run(tmp_path, build=build)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"epochs": 0}, "epochs must be >= 1"),
+        ({"lr": 0.0}, "lr must be > 0"),
+        ({"batch_size": 65}, "batch_size must be from 1 to the number of training images, 64"),
+        ({"retraction": -1e-3}, "retraction must be >= 0"),
+        ({"weight_decay": -1e-3}, "weight_decay must be >= 0"),
+        ({"momentum": 1.0}, "momentum must be in"),
+        (
+            {"build": lambda: nn.Sequential(nn.Flatten(2), nn.Linear(16, 2), DLIFNode(T=3, tau=4.0))},
+            "logit for each of the 3 classes, got 2",
+        ),
+    ],
+)
+def test_wrong_use(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        small_run.run(tmp_path, **options)
 
 
 @pytest.mark.parametrize(
@@ -281,11 +232,11 @@ def test_a_network_for_another_number_of_classes(tmp_path):
 )
 def test_a_step_of_a_mode_makes_no_needless_pass(tmp_path, mode, training, crafting):
     """The one pass of trades beyond its steps is the clean prediction."""
-    passes = []
+    passes, steps = [], []
 
     class Watching(Journal):
         def on_step(self, losses):
-            steps.append(passes.copy())
+            steps.append((passes.count(True), passes.count(False)))
             passes.clear()
 
     def build():
@@ -293,14 +244,11 @@ def test_a_step_of_a_mode_makes_no_needless_pass(tmp_path, mode, training, craft
         net.register_forward_pre_hook(lambda module, args: passes.append(module.training))
         return net
 
-    steps = []
     chosen = MODES[mode]
     objective = {"loss": chosen.loss, "kappa": chosen.kappa, "rho": 0.0 if mode == "none" else chosen.rho}
     perturb = training_attack(mode, eps=0.1)
     small_run.run(tmp_path, epochs=1, build=build, objective=objective, perturb=perturb, journal=Watching(None))
-    for passes_of_step in steps[1:]:
-        assert (passes_of_step.count(True), passes_of_step.count(False)) == (training, crafting)
-    assert len(steps) == 4
+    assert steps[1:] == [(training, crafting)] * 3
 
 
 def tracing(test):
@@ -344,6 +292,16 @@ def test_a_network_that_cannot_be_compiled(tmp_path, monkeypatch):
         small_run.run(tmp_path, epochs=1, perturb=None, compile=True)
 
 
+def two_channels():
+    return nn.Sequential(
+        layer.Conv2d(2, 4, 3, padding=1, step_mode="m"),
+        layer.BatchNorm2d(4, step_mode="m"),
+        DLIFNode(T=3, tau=4.0),
+        layer.Flatten(step_mode="m"),
+        layer.Linear(64, 3, step_mode="m"),
+    )
+
+
 def test_channels_last_changes_the_memory_order_alone(tmp_path):
     seen = []
 
@@ -367,10 +325,10 @@ def test_channels_last_changes_the_memory_order_alone(tmp_path):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
-def test_penalties_and_speed_are_in_the_log(tmp_path):
+def test_penalties_gains_and_speed_are_in_the_log(tmp_path):
     penalties = [GradientSparsity(0.1), ThresholdGuarding(0.2)]
-    options = {"objective": {"penalties": penalties, "kappa": 0.0, "rho": 0.0}, "epochs": 1}
-    history, _ = small_run.run(tmp_path, **options, journal=Journal(tmp_path))
+    options = {"objective": {"penalties": penalties, "kappa": 0.0, "rho": 0.0}, "epochs": 2}
+    history, classifier = small_run.run(tmp_path, **options, journal=Journal(tmp_path))
     losses = history[0].losses
     parts = (losses["penalty/gradient_sparsity"], losses["penalty/threshold_guarding"])
     assert 0.1 * parts[0] + 0.2 * parts[1] == pytest.approx(losses["penalty"], rel=1e-5)
@@ -385,14 +343,8 @@ def test_penalties_and_speed_are_in_the_log(tmp_path):
     shown = set(events.Tags()["scalars"])
     assert {"train/images_per_second", "train/penalty/gradient_sparsity", "train/total", "validation/pgd"} <= shown
     assert {"input_gain/parts.1/t0", "ms_mppd/parts.1"} <= shown
-    assert {"l2_gain/parts.1", "peak_gain/parts.1"} <= shown
-
-
-def two_channels():
-    return nn.Sequential(
-        layer.Conv2d(2, 4, 3, padding=1, step_mode="m"),
-        layer.BatchNorm2d(4, step_mode="m"),
-        DLIFNode(T=3, tau=4.0),
-        layer.Flatten(step_mode="m"),
-        layer.Linear(64, 3, step_mode="m"),
-    )
+    node = classifier.net.parts[1]
+    for name, gain in (("l2_gain/parts.1", l2_gain), ("peak_gain/parts.1", peak_gain)):
+        first, last = (event.value for event in events.Scalars(name))
+        assert first != last, "the gains move with training"
+        assert last == pytest.approx(float(gain(node.decay, 3, node.input_gain)), rel=1e-6)

@@ -85,23 +85,16 @@ def test_trades_climbs_the_divergence_and_does_not_look_at_the_labels(problem):
     assert (divergence(x_perturbed) > 1.5 * divergence(noise.clamp(0, 1))).all()
 
 
-def test_trades_of_no_images(problem):
-    net, x, y = problem
-    assert trades(net, x[:0], y[:0], eps=0.1, step_size=0.1).shape == (0, 3, 2, 2)
-
-
-def test_noise_leaves_the_box_and_the_projection_can_be_left_out(problem):
+def test_radii(problem):
+    """Gaussian noise leaves the box, the projection can be left out, and validation keeps to the ball."""
     net, x, y = problem
     assert training_attack("gaussian", eps=0.5)(net, x, y, generator=None).max() > 1
     assert training_attack("none", eps=0.1) is None
     free = training_attack("at", eps=0.01, step_size=0.03, project=False)(net, x, y, generator=None)
     assert (free - x).abs().max() > 0.025
-
-
-def test_validation(problem):
-    net, x, y = problem
     for attack in validation_attacks(EPS).values():
         assert (attack(net, x, y, generator=torch.Generator().manual_seed(0)) - x).abs().max() <= EPS
+    assert trades(net, x[:0], y[:0], eps=0.1, step_size=0.1).shape == (0, 3, 2, 2)
 
 
 def test_the_table():

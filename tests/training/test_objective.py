@@ -93,10 +93,6 @@ def test_parts_and_accuracy(problem):
     with torch.no_grad():
         assert losses.accuracy == losses.accuracy_perturbed == (classifier(x).argmax(1) == y).double().mean()
     assert not any(part.requires_grad for part in losses[1:])
-
-
-def test_trades_of_equal_images_is_the_clean_cross_entropy(problem):
-    classifier, x, y = problem
     losses = Objective(classifier, loss="trades", rho=0.0).eval()(x, y, x)
     assert losses.total == losses.clean
 
@@ -116,21 +112,14 @@ def test_penalties_are_weighted_summed_and_told_by_name(problem):
     assert not x.requires_grad
 
 
-def test_calls_between_the_two_passes_do_not_count(problem):
-    classifier, x, y = problem
-    objective = Objective(classifier).eval()
-    before = objective(x, y, x * 0.9).mppd
-    classifier(x * 0.1)
-    assert torch.equal(objective(x, y, x * 0.9).mppd, before)
-
-
-def test_the_same_step_twice_gives_the_same_numbers(problem):
+def test_the_same_step_twice_gives_the_same_numbers_whatever_ran_between(problem):
     classifier, x, y = problem
     penalties = [GradientSparsity(0.1), ThresholdGuarding(0.1)]
     objective = Objective(classifier, indicator="std", penalties=penalties).eval()
     objective.check_layers(x)
-    first, second = objective(x, y, x * 0.9), objective(x, y, x * 0.9)
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    first = objective(x, y, x * 0.9)
+    classifier(x * 0.1)
+    assert all(torch.equal(a, b) for a, b in zip(first, objective(x, y, x * 0.9), strict=True))
 
 
 @pytest.mark.parametrize(

@@ -193,14 +193,17 @@ def test_gradients_are_the_same_under_ddp(problem, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
-def test_sparsity_needs_gradients(problem):
+class Empty(Penalty):
+    name = "empty"
+
+
+def test_wrong_use(problem):
     x, y = problem
     objective = Objective(classifier_of(lif()), penalties=[GradientSparsity(1.0)])
     with torch.no_grad(), pytest.raises(RuntimeError, match="needs the gradient at the images"):
         objective(x, y)
-
-
-def test_wrong_numbers():
+    with pytest.raises(TypeError, match="abstract"):
+        Empty(1.0)
     for make, message in (
         (lambda: GradientSparsity(-1.0), "weight must be >= 0 and finite, got -1"),
         (lambda: GradientSparsity(1.0, h=0.0), "h must be > 0"),
@@ -209,11 +212,3 @@ def test_wrong_numbers():
     ):
         with pytest.raises(ValueError, match=message):
             make()
-
-
-def test_a_penalty_must_have_a_value():
-    class Empty(Penalty):
-        name = "empty"
-
-    with pytest.raises(TypeError, match="abstract"):
-        Empty(1.0)

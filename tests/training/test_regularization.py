@@ -11,17 +11,6 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-def test_by_hand():
-    """W = [[1, 1], [0, 2]]: W W^T = [[2, 2], [2, 4]], W W^T W = [[2, 6], [2, 10]]."""
-    linear = nn.Linear(2, 2).double()
-    linear.weight.data = torch.tensor([[1.0, 1.0], [0.0, 2.0]], dtype=torch.float64)
-    bias = linear.bias.clone()
-    retract_(linear, 0.1)
-    expected = torch.tensor([[1.1 - 0.2, 1.1 - 0.6], [-0.2, 2.2 - 1.0]], dtype=torch.float64)
-    torch.testing.assert_close(linear.weight.data, expected)
-    assert torch.equal(linear.bias, bias)
-
-
 @pytest.mark.parametrize(
     "layer", [nn.Conv2d(3, 6, 2), nn.Conv1d(4, 5, 3), nn.Conv3d(1, 4, 2), nn.Conv2d(4, 4, 3, groups=4), nn.Linear(9, 6)]
 )
@@ -29,6 +18,7 @@ def test_singular_values_move_towards_1_and_vectors_stay(layer):
     torch.manual_seed(0)
     layer = layer.double()
     layer.weight.data.mul_(3)
+    bias = layer.bias.clone()
     u, before, v = torch.linalg.svd(layer.weight.data.flatten(1), full_matrices=False)
     retract_(layer, 0.01)
     expected = u @ torch.diag(1.01 * before - 0.01 * before**3) @ v
@@ -38,14 +28,7 @@ def test_singular_values_move_towards_1_and_vectors_stay(layer):
     for _ in range(2000):
         retract_(layer, 0.01)
     torch.testing.assert_close(torch.linalg.svdvals(layer.weight.data.flatten(1)), torch.ones_like(before))
-
-
-def test_orthonormal_rows_are_a_fixed_point():
-    conv = nn.Conv2d(2, 6, 3).double()
-    nn.init.orthogonal_(conv.weight)
-    before = conv.weight.detach().clone()
-    retract_(conv, 0.3)
-    torch.testing.assert_close(conv.weight.detach(), before)
+    assert torch.equal(layer.bias, bias)
 
 
 @pytest.mark.parametrize(("rows", "moved"), [(199, 199), (200, 60), (333, 99)])
@@ -119,7 +102,7 @@ def test_mixing_coefficients_are_projected_after_the_retraction():
 
 @pytest.mark.parametrize("size", [1, 2, 3])
 def test_projection_is_the_nearest_point_of_the_simplex(size):
-    """Against every point of a fine grid on the simplex."""
+    """Against every point of a fine grid on the simplex; a point of it stays."""
     steps = 60
     grid = [c for c in itertools.product(range(steps + 1), repeat=size) if sum(c) == steps]
     points = torch.tensor(grid, dtype=torch.float64) / steps
@@ -131,13 +114,13 @@ def test_projection_is_the_nearest_point_of_the_simplex(size):
         assert abs(projected.sum() - 1) < 1e-12
         # a nearer grid point would make an angle of more than 90 degrees with the way to the projection
         assert ((points - projected) @ (c - projected)).max() <= 1e-12
-
-
-def test_projection_of_points_on_the_simplex_and_of_ties():
-    for start, end in (([0.25, 0.75], [0.25, 0.75]), ([0.0, 1.0], [0.0, 1.0]), ([5.0, 5.0], [0.5, 0.5])):
-        c = torch.tensor(start)
-        project_to_simplex_(c)
-        assert torch.equal(c, torch.tensor(end))
+    for point in points[::50]:
+        again = point.clone()
+        project_to_simplex_(again)
+        torch.testing.assert_close(again, point, rtol=0, atol=1e-15)
+    ties = torch.full((size,), 5.0)
+    project_to_simplex_(ties)
+    torch.testing.assert_close(ties, torch.full((size,), 1 / size))
 
 
 def test_wrong_use():
