@@ -54,7 +54,9 @@ if __name__ == "__main__":
 import torch
 import yaml
 from lab.figures import input_gains, one_neuron, redraw, save_figure, training_curves
-from lab.sweeping import axes_in, cells_of, columns_of, load_recipe, load_records
+from lab.sweeping.plan import load_records
+from lab.sweeping.recipe import load_recipe
+from lab.sweeping.summary import axes_in, cells_of, columns_of
 from torch import Tensor
 
 from sj_robust import DLIFNode

@@ -73,8 +73,12 @@ if __name__ == "__main__":
 import torch
 import yaml
 from filelock import FileLock, Timeout
-from lab import sweeping
 from lab.sweeping.display import SweepDisplay
+from lab.sweeping.grid import axes_of, expand, seeds_of
+from lab.sweeping.plan import PlannedRun, load_records, plan_runs
+from lab.sweeping.pool import executor_for, perform_all
+from lab.sweeping.recipe import load_recipe
+from lab.sweeping.record import RunRecord
 from lab.sweeping.report import write_report
 from rich.console import Console
 
@@ -94,10 +98,10 @@ def main(arguments: list[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with alone(folder):
             with checked():
-                executor = sweeping.executor_for(folder, options.cluster, options.cluster_options)
+                executor = executor_for(folder, options.cluster, options.cluster_options)
             describe_folder(folder, "sweep", arguments)  # a sweep that is stopped has it too
             failed = run(options, planned, executor, folder, console)
-    records = sweeping.load_records(folder, sweeping.load_recipe(Path(options.recipe or RECIPES / "adv_train.py")))
+    records = load_records(folder, load_recipe(Path(options.recipe or RECIPES / "adv_train.py")))
     if records or not failed:
         with checked():
             report(options, folder, records, console)
@@ -108,17 +112,17 @@ def main(arguments: list[str]) -> None:
         sys.exit(1)
 
 
-def report(options: Options, folder: Path, records: list[sweeping.RunRecord], console: Console) -> None:
+def report(options: Options, folder: Path, records: list[RunRecord], console: Console) -> None:
     """Tables and figure."""
     files = write_report(
-        folder, records, console, grid=sweeping.axes_of(options.grid), columns=options.columns,
+        folder, records, console, grid=axes_of(options.grid), columns=options.columns,
         contrast=options.contrast, plot=options.plot,
     )  # fmt: skip
     console.print(f"{', '.join(file.name for file in files)} are in {folder}", markup=False)
 
 
 def run(
-    options: Options, planned: list[sweeping.PlannedRun], executor: Any, folder: Path, console: Console
+    options: Options, planned: list[PlannedRun], executor: Any, folder: Path, console: Console
 ) -> list[str]:
     """Perform the runs that are missing; returns what failed."""
     for one in planned:
@@ -129,8 +133,8 @@ def run(
     done = len(planned) - len(missing)
     console.print(f"{len(planned)} runs in {folder}, {done} of them finished before", markup=False)
     devices = torch.cuda.device_count() if options.cluster == "local" else 0
-    ends = sweeping.perform_all(missing, executor, jobs=options.jobs, threads=options.threads, devices=devices)
-    with SweepDisplay(console, total=len(planned), done=done, jobs=options.jobs) as display:
+    ends = perform_all(missing, executor, jobs=options.jobs, threads=options.threads, devices=devices)
+    with SweepDisplay(console, total=len(planned), done=done) as display:
         for ended in ends:
             display.add(ended)
             if ended.error is not None:
@@ -138,23 +142,23 @@ def run(
     return failed
 
 
-def plan(options: Options, folder: Path) -> list[sweeping.PlannedRun]:
+def plan(options: Options, folder: Path) -> list[PlannedRun]:
     """All runs; every option is checked before anything starts."""
     if not options.grid and options.base is None:
         raise ValueError(f"nothing to run: give --sweep FILE, or --base and --grid ({folder / SWEEP_FILE} is missing)")
-    recipe = sweeping.load_recipe(Path(options.recipe or RECIPES / "adv_train.py"))
+    recipe = load_recipe(Path(options.recipe or RECIPES / "adv_train.py"))
     recipe.check_names(name.strip() for option in (*options.contrast, options.plot) for name in option.split(","))
     given = base_options(options.base) | options.options
-    owned = sorted({"output", "resume", "seed"} & (given.keys() | sweeping.axes_of(options.grid).keys()))
+    owned = sorted({"output", "resume", "seed"} & (given.keys() | axes_of(options.grid).keys()))
     if owned:
         raise ValueError(f"{owned[0]} is set by the sweep itself; leave it out, and give seeds with --seeds")
     fixed = ({"reference": False} if "reference" in recipe.names else {}) | given
-    combinations = sweeping.expand(options.grid, fixed=recipe.resolve(fixed), skip=options.skip)
+    combinations = expand(options.grid, fixed=recipe.resolve(fixed), skip=options.skip)
     if not combinations:
         raise ValueError("skip leaves no combination of the grid; remove an entry")
-    evaluator = sweeping.load_recipe(Path(options.evaluator or RECIPES / "evaluate.py"))
-    return sweeping.plan_runs(
-        folder, combinations, sweeping.seeds_of(options.seeds), recipe=recipe, evaluator=evaluator, fixed=fixed,
+    evaluator = load_recipe(Path(options.evaluator or RECIPES / "evaluate.py"))
+    return plan_runs(
+        folder, combinations, seeds_of(options.seeds), recipe=recipe, evaluator=evaluator, fixed=fixed,
         evaluations=dict.fromkeys(options.evaluate, options.evaluation_options),
     )  # fmt: skip
 

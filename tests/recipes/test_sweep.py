@@ -2,13 +2,14 @@ import csv
 import os
 from pathlib import Path
 
-import lab.sweeping
 import pytest
 import yaml
 from fake_recipes import write_fakes
 from filelock import FileLock
-from lab.sweeping import EndedRun, RunRecord, load_recipe
 from lab.sweeping.perform import perform
+from lab.sweeping.pool import EndedRun
+from lab.sweeping.recipe import load_recipe
+from lab.sweeping.record import RunRecord
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "sweep.py"
 sweep = load_recipe(RECIPE)
@@ -31,8 +32,8 @@ def run(tmp_path, monkeypatch, capsys):
     """A function that runs the recipe on recipes that take no time, and returns what it prints."""
     fakes = [f"--{name}={path}" for name, path in write_fakes(tmp_path).items()]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(lab.sweeping, "perform_all", one_after_the_other)
-    monkeypatch.setattr(lab.sweeping, "executor_for", lambda *given: given)
+    monkeypatch.setitem(sweep.main.__globals__, "perform_all", one_after_the_other)
+    monkeypatch.setitem(sweep.main.__globals__, "executor_for", lambda *given: given)
 
     def call(*arguments, code=None):
         if code is None:
@@ -158,7 +159,7 @@ def test_the_real_recipes_on_digits(tmp_path, monkeypatch):
     sweep.main([*arguments, "--evaluate", "[paper]", "--evaluation_options", "{test_limit: 4}"])
     for name in ("none-seed0", "rat-rho1-seed0"):
         record = RunRecord.load(tmp_path / "out" / "runs" / name)
-        assert record.figures["paper/pgd7/last"] <= record.figures["paper/clean"]
+        assert record.accuracies["paper/pgd7/last"] <= record.accuracies["paper/clean"]
         assert record.training["pgd20"]["total"] == 8
         assert record.options["reference"] is False
         assert record.environment["torch"]

@@ -1,4 +1,4 @@
-"""Progress of a sweep: a bar on a terminal, elsewhere a line per run; needs rich."""
+"""Progress of a sweep: a bar on a terminal, elsewhere a line per run."""
 
 import time
 from types import TracebackType
@@ -7,43 +7,33 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
+from lab.sweeping.plan import PlannedRun
 from lab.sweeping.pool import LOG_FILE, EndedRun
 from sj_robust._console import moving
 
-__all__ = ["SweepDisplay"]
-
 
 class SweepDisplay:
-    """Says how each run ended, how many are done and how much time is left. 扫描进度显示。
-
-    Args:
-        console: Where to show it.
-        total: Number of runs.
-        done: Runs that were finished before.
-        jobs: Processes.
+    """Says how each run ended, how many of ``total`` are done and how much time is left.
 
     Examples:
-        >>> with SweepDisplay(Console(quiet=True), total=3, done=1, jobs=1) as display:
+        >>> with SweepDisplay(Console(quiet=True), total=3, done=1) as display:
         ...     display.left
         'time left not known yet'
     """
 
-    def __init__(self, console: Console, *, total: int, done: int, jobs: int) -> None:
-        """Nothing is shown yet."""
-        self._console = console
-        self._total, self._done, self._jobs = total, done, jobs
+    def __init__(self, console: Console, *, total: int, done: int) -> None:
+        """Nothing is shown yet; ``done`` runs were finished before."""
+        self._console, self._total, self._done = console, total, done
         self._first, self._started = done, time.monotonic()
-        self._progress = Progress(
+        columns = (
             SpinnerColumn("line"),
             TextColumn("runs"),
             BarColumn(bar_width=12),
             MofNCompleteColumn(),
             TextColumn("{task.fields[left]}"),
             TimeElapsedColumn(),
-            console=console,
-            disable=not moving(console),
-            transient=True,
         )
+        self._progress = Progress(*columns, console=console, disable=not moving(console), transient=True)
         self._task = self._progress.add_task("", total=total, completed=done, left=self.left)
 
     def __enter__(self) -> Self:
@@ -69,7 +59,7 @@ class SweepDisplay:
     def add(self, ended: EndedRun) -> None:
         """Say how a run ended."""
         self._done += 1
-        said = _figures(ended) if ended.error is None else f"FAILED, {ended.error}"
+        said = _accuracies(ended.run) if ended.error is None else f"FAILED, {ended.error}"
         line = f"{self._done}/{self._total} {ended.run.name}: {said} ({ended.seconds:.0f} s)"
         tail = "" if ended.error is None else f"; see {ended.run.folder / LOG_FILE}"
         now = "" if not self._progress.disable or self._done == self._total else f"; {self.left}"
@@ -77,14 +67,13 @@ class SweepDisplay:
         self._progress.update(self._task, completed=self._done, left=self.left)
 
 
-def _figures(ended: EndedRun) -> str:
+def _accuracies(run: PlannedRun) -> str:
     """Clean accuracy and the lowest of the training's report, and the worst case of every suite."""
-    record = ended.run.record
+    record = run.record
     if record is None:
         return "no record"
-    report = {name: share for name, share in record.figures.items() if "/" not in name}
+    report = {name: share for name, share in record.accuracies.items() if "/" not in name}
     lowest = min(report, key=lambda name: report[name])
     shown = {name: report[name] for name in dict.fromkeys(("clean", lowest)) if name in report}
-    worst = "everything"
-    shown |= {f"{suite} worst": record.figures[f"{suite}/{worst}"] for suite in record.evaluations}
+    shown |= {f"{suite} worst": record.accuracies[f"{suite}/everything"] for suite in record.evaluations}
     return ", ".join(f"{name} {share:.1%}" for name, share in shown.items())

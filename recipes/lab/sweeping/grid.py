@@ -5,21 +5,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["axes_of", "expand", "same", "seeds_of", "word"]
-
 Options = Mapping[str, Any]
 
 
 def axes_of(grid: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
     """The single options that a grid varies, with their values in order; ``"norm,rho"`` varies two together.
-
-    网格中变化的选项。
-
-    Args:
-        grid: Values by name.
-
-    Returns:
-        Values by option.
 
     Raises:
         ValueError: If an option has no list of values, occurs twice, or a joint value has another length.
@@ -42,15 +32,12 @@ def axes_of(grid: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
 def expand(
     grid: Mapping[str, Sequence[Any]], *, fixed: Options | None = None, skip: Sequence[Options] = ()
 ) -> list[dict[str, Any]]:
-    """All combinations of a grid, the last option varying fastest. 展开网格。
+    """All combinations of a grid, the last option varying fastest.
 
     Args:
         grid: Values by option; ``"norm,rho"`` with values ``["l1", 3]`` varies two options together.
         fixed: Options beside the grid, that ``skip`` may name too.
         skip: Combinations to leave out: those that have all values of one entry, each a value or a list of them.
-
-    Returns:
-        Options by combination.
 
     Raises:
         ValueError: As :func:`axes_of`; also if an entry of ``skip`` is empty.
@@ -72,20 +59,10 @@ def expand(
 
 
 def seeds_of(seeds: int | Sequence[int]) -> list[int]:
-    """Seeds 0, 1, ... of a number, or those given. 随机种子列表。
-
-    Args:
-        seeds: How many, or which.
-
-    Returns:
-        The seeds.
+    """Seeds 0, 1, ... of a number, or those given.
 
     Raises:
         ValueError: If there are none, or one occurs twice or is negative.
-
-    Examples:
-        >>> seeds_of(3), seeds_of([7])
-        ([0, 1, 2], [7])
     """
     found = list(range(seeds)) if isinstance(seeds, int) else list(seeds)
     if not found or len(set(found)) < len(found) or min(found) < 0:
@@ -93,28 +70,21 @@ def seeds_of(seeds: int | Sequence[int]) -> list[int]:
     return found
 
 
-def same(one: Any, other: Any) -> bool:
-    """Whether two values of an option are the same: 1 and 1.0 are, 1 and True are not. 选项值是否相同。
-
-    Args:
-        one: Plain data.
-        other: Plain data.
+def same_value(one: Any, other: Any) -> bool:
+    """Whether two values of an option are the same: 1 and 1.0 are, 1 and True are not.
 
     Examples:
-        >>> same(1, 1.0), same(1, True), same((8, 8), [8, 8])
+        >>> same_value(1, 1.0), same_value(1, True), same_value((8, 8), [8, 8])
         (True, False, True)
     """
     return _comparable(one) == _comparable(other)
 
 
-def word(value: Any) -> str:
-    """A value as a reader sees it: 1.0 is 1. 选项值的文本形式。
-
-    Args:
-        value: Plain data.
+def value_text(value: Any) -> str:
+    """A value as a reader sees it: 1.0 is 1.
 
     Examples:
-        >>> word(1.0), word(0.25), word("at"), word([8, 8])
+        >>> value_text(1.0), value_text(0.25), value_text("at"), value_text([8, 8])
         ('1', '0.25', 'at', '[8, 8]')
     """
     return f"{value:.6g}" if isinstance(value, float) else str(value)
@@ -140,6 +110,6 @@ def _joint(key: str, value: Any) -> Sequence[Any]:
 def _matches(options: Options, entry: Options) -> bool:
     for name, wanted in entry.items():
         values = wanted if isinstance(wanted, list) else [wanted]
-        if name not in options or not any(same(options[name], value) for value in values):
+        if name not in options or not any(same_value(options[name], value) for value in values):
             return False
     return True

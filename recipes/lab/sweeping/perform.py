@@ -23,8 +23,6 @@ from sj_robust._saved import write_whole
 from sj_robust.evaluation.report import Report
 from sj_robust.evaluation.robustness_report import RobustnessReport
 
-__all__ = ["main", "perform"]
-
 _REPORT = "report.json"
 
 

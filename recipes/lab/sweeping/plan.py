@@ -10,26 +10,16 @@ from typing import Any
 
 import yaml
 
-from lab.sweeping.grid import word
+from lab.sweeping.grid import value_text
 from lab.sweeping.recipe import Recipe
 from lab.sweeping.record import RECORD_FILE, RunRecord
-
-__all__ = ["OPTIONS_FILE", "PlannedRun", "load_records", "plan_runs"]
 
 OPTIONS_FILE = "options.yaml"
 
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run that a sweep wants. 计划中的一次运行。
-
-    Attributes:
-        folder: Folder of the run.
-        options: All options of the training.
-        evaluations: All options of the evaluation, by suite.
-        recipe: The script that trains.
-        evaluator: The script that evaluates.
-    """
+    """A run that a sweep wants: all options of the training, and of the evaluation by suite."""
 
     folder: Path
     options: dict[str, Any]
@@ -83,24 +73,10 @@ def plan_runs(
     fixed: Mapping[str, Any],
     evaluations: Mapping[str, Mapping[str, Any]],
 ) -> list[PlannedRun]:
-    """The runs of a sweep, each once: combinations that differ in an option without effect are the same run.
-
-    规划扫描的全部运行，去除重复。
+    """The runs of a sweep, seed by seed, each once: combinations that differ in an option without effect are one run.
 
     So are those of which one has null and the other the value that null stands for, if the recipe tells. A run of an
     earlier sweep in the folder is recognised by its options, whatever its name.
-
-    Args:
-        folder: Folder of the sweep; its runs are in ``runs/``.
-        combinations: Options by combination, from ``expand``.
-        seeds: Seeds of every combination.
-        recipe: The recipe that trains.
-        evaluator: The recipe that evaluates.
-        fixed: Options beside the combinations.
-        evaluations: Options of the evaluation by suite.
-
-    Returns:
-        The runs: seed by seed, so that every combination has a figure early.
 
     Raises:
         ValueError: If an option is unknown or wrong, or a run of the same name had other options.
@@ -131,25 +107,9 @@ def plan_runs(
 
 
 def load_records(folder: Path, recipe: Recipe | None = None) -> list[RunRecord]:
-    """Records of all runs in the folder of a sweep, in the order of their names. 读取全部运行记录。
+    """Records of all runs in the folder of a sweep, in the order of their names.
 
-    Args:
-        folder: Folder of the sweep.
-        recipe: The recipe that trained; given it, the records keep the options that have an effect, and no others.
-
-    Returns:
-        Records of runs that are trained, with the evaluations there are.
-
-    Raises:
-        ValueError: If a file is damaged, or of a recipe with other options.
-
-    Examples:
-        >>> import tempfile
-        >>> folder = Path(tempfile.mkdtemp())
-        >>> (folder / "runs" / "at-seed0").mkdir(parents=True)
-        >>> RunRecord("at-seed0", {"mode": "at", "seed": 0}).save(folder / "runs" / "at-seed0")
-        >>> [record.name for record in load_records(folder)]
-        ['at-seed0']
+    Given the recipe that trained, the records keep the options that have an effect, and no others.
     """
     records = [RunRecord.load(path.parent) for path in sorted((folder / "runs").glob(f"*/{RECORD_FILE}"))]
     if recipe is None:
@@ -177,7 +137,7 @@ def _known(folder: Path, recipe: Recipe) -> dict[str, Path]:
 def _name(values: Mapping[str, Any], seed: int) -> str:
     """Words for themselves, numbers behind the name of their option."""
     words = {name: isinstance(value, str) and value[:1].isalpha() for name, value in values.items()}
-    parts = [value if words[name] else f"{name}{word(value)}" for name, value in values.items()]
+    parts = [value if words[name] else f"{name}{value_text(value)}" for name, value in values.items()]
     return re.sub(r"[^\w.+-]+", "_", "-".join([*parts, f"seed{seed}"]))
 
 

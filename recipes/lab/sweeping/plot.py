@@ -10,10 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from lab.figures.style import COLOURS, DOUBLE, LINES, MARKERS, print_style, save
-from lab.sweeping.grid import same, word
-from lab.sweeping.summary import Cell
-
-__all__ = ["plot_effect"]
+from lab.sweeping.grid import value_text
+from lab.sweeping.summary import Cell, is_within
 
 _MOST_TICKS = 8
 _LEGEND_WIDTH = 110
@@ -32,33 +30,13 @@ def plot_effect(
     columns: Sequence[str],
     path: Path,
 ) -> tuple[Path, ...]:
-    """Accuracy over an option of numbers, a line for every combination of the others. 绘制某选项的影响。
+    """Accuracy over an option of numbers, a line for every combination of the others, a panel for every column.
 
     Values stand side by side in equal steps, since those of a weight such as rho crowd on any scale that has room for
     0. Bars are one standard deviation over the seeds to either side. A combination in which the option changes nothing
     is a line across without markers; a value at which another option changes nothing (``norm`` at rho 0) belongs to the
-    lines of all values of the latter. Width and type are those of two columns in print.
-
-    Args:
-        cells: The cells.
-        axes: Values by option, from ``axes_in``.
-        option: The axis that goes to the right.
-        columns: Figures, a panel each.
-        path: File without its ending.
-
-    Returns:
-        The PNG and the PDF; nothing is drawn if the option is no axis, has a single value or one that is no number.
-
-    Source: Figure 3 of Ding et al. (ICML 2024).
-
-    Examples:
-        >>> import tempfile
-        >>> from lab.sweeping import RunRecord
-        >>> run = RunRecord("a", {"seed": 0}, {"pgd": {"correct": 9, "total": 10}})
-        >>> cells = [Cell({"rho": rho}, (run,)) for rho in (0.0, 1.0)]
-        >>> files = plot_effect(cells, {"rho": [0.0, 1.0]}, "rho", ["pgd"], Path(tempfile.mkdtemp()) / "effect-rho")
-        >>> [file.name for file in files]
-        ['effect-rho.png', 'effect-rho.pdf']
+    lines of all values of the latter. Width and type are those of two columns in print, as in Figure 3 of Ding et al.
+    (ICML 2024). Returns PNG and PDF; nothing is drawn if the option is no axis or has not two numbers as values.
     """
     values = axes.get(option, ())
     numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
@@ -94,7 +72,7 @@ def _lines(cells: Sequence[Cell], option: str) -> dict[str, list[Cell]]:
     moving = [other for cell, other in zip(cells, others, strict=True) if option in cell.values]
     lines: dict[str, list[Cell]] = {}
     for other, cell in zip(others, cells, strict=True):
-        wider = [line for line in moving if len(line) > len(other) and _within(other, line)]
+        wider = [line for line in moving if len(line) > len(other) and is_within(other, line)]
         for line in wider if wider and option in cell.values else [other]:
             members = lines.setdefault(", ".join(_said(name, value) for name, value in line.items()), [])
             if cell not in members:
@@ -102,13 +80,9 @@ def _lines(cells: Sequence[Cell], option: str) -> dict[str, list[Cell]]:
     return lines
 
 
-def _within(part: Mapping[str, Any], whole: Mapping[str, Any]) -> bool:
-    return all(name in whole and same(value, whole[name]) for name, value in part.items())
-
-
 def _said(name: str, value: Any) -> str:
     """A value in the legend: a word for itself, anything else behind the name of its option."""
-    return _WORDS.get(value, value) if isinstance(value, str) and value[:1].isalpha() else f"{name} {word(value)}"
+    return _WORDS.get(value, value) if isinstance(value, str) and value[:1].isalpha() else f"{name} {value_text(value)}"
 
 
 def _title(column: str, columns: Sequence[str]) -> str:
@@ -146,7 +120,7 @@ def _panel(axes: Axes, lines: Mapping[str, Sequence[Cell]], option: str, column:
             axes.axhline(middle, linestyle=dashes, **look)
             axes.axhspan(middle - half, middle + half, color=look["color"], alpha=0.1, linewidth=0)
     every = math.ceil(len(places) / _MOST_TICKS)
-    axes.set_xticks(range(0, len(places), every), [word(place) for place in places[::every]])
+    axes.set_xticks(range(0, len(places), every), [value_text(place) for place in places[::every]])
     axes.set_xlim(-0.4, len(places) - 0.6)
 
 

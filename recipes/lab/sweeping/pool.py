@@ -15,8 +15,6 @@ from typing import Any, Literal
 from lab import paths_for_children
 from lab.sweeping.plan import PlannedRun
 
-__all__ = ["LOG_FILE", "Cluster", "EndedRun", "executor_for", "perform_all"]
-
 LOG_FILE = "output.txt"
 Cluster = Literal["local", "slurm"]
 

@@ -8,8 +8,6 @@ from typing import Any
 
 from sj_robust._saved import known_fields, load_saved, plain, saved_content, write_whole
 
-__all__ = ["RECORD_FILE", "RunRecord"]
-
 RECORD_FILE = "run.json"
 
 _FORMAT = "sj_robust.sweep_run"
@@ -18,24 +16,22 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class RunRecord:
-    """Options and figures of one run of a sweep. 一次运行的记录。
+    """Options and accuracies of one run of a sweep.
 
     Attributes:
         name: Name of the run's folder.
         options: All options of the training.
-        training: Figures of the recipe's own report by attack: ``{"correct": ..., "total": ...}``.
-        evaluations: Per suite its ``options``, ``eps`` and ``figures`` like those of ``training``; ``alarm`` is the
-            reason for which they mean nothing, empty if there is none.
+        training: Counts of the recipe's own report by attack: ``{"correct": ..., "total": ...}``.
+        evaluations: Per suite its ``options``, ``eps`` and ``figures``, counts like those of ``training``; ``alarm`` is
+            the reason for which they mean nothing, empty if there is none.
         seconds: Time of the training and of each suite, of the last attempt where one was killed.
         environment: Versions, device, commit.
         notes: Warnings of the training.
 
     Examples:
         >>> record = RunRecord("at-seed0", {"mode": "at", "seed": 0}, {"clean": {"correct": 9, "total": 10}})
-        >>> record.figures, record.seed
+        >>> record.accuracies, record.seed
         ({'clean': 0.9}, 0)
-        >>> RunRecord.from_json(record.to_json()) == record
-        True
     """
 
     name: str
@@ -57,42 +53,30 @@ class RunRecord:
         return int(self.options["seed"])
 
     @property
-    def figures(self) -> dict[str, float]:
+    def accuracies(self) -> dict[str, float]:
         """Shares in [0, 1] by column: ``pgd20`` of the recipe's own report, ``paper/pgd20`` of the suite paper."""
-        shares = {name: _share(counts) for name, counts in self.training.items()}
+        counts = dict(self.training)
         for suite, result in self.evaluations.items():
-            shares |= {f"{suite}/{name}": _share(counts) for name, counts in result["figures"].items()}
-        return shares
+            counts |= {f"{suite}/{name}": found for name, found in result["figures"].items()}
+        return {name: found["correct"] / found["total"] for name, found in counts.items()}
 
     def evaluated(self, suite: str, result: Mapping[str, Any], seconds: float) -> "RunRecord":
-        """The record with the figures of one more suite."""
+        """The record with the counts of one more suite."""
         evaluations = self.evaluations | {suite: dict(result)}
         return replace(self, evaluations=evaluations, seconds=self.seconds | {suite: seconds})
 
-    def to_json(self) -> str:
-        """The record as JSON text, which :meth:`from_json` reads back equal."""
-        return json.dumps({"format": _FORMAT, "version": _VERSION} | asdict(self), indent=2, allow_nan=False)
-
-    @classmethod
-    def from_json(cls, text: str) -> "RunRecord":
-        """The record that :meth:`to_json` wrote.
-
-        Raises:
-            ValueError: If the text is no record or one of another version.
-        """
-        content = saved_content(text, what="a run of a sweep", format=_FORMAT, version=_VERSION)
-        with known_fields("the record"):
-            return cls(**content)
-
     def save(self, folder: Path) -> None:
         """Write the record into the run's folder; the file is whole or not there."""
-        write_whole(folder / RECORD_FILE, self.to_json() + "\n")
+        content = {"format": _FORMAT, "version": _VERSION} | asdict(self)
+        write_whole(folder / RECORD_FILE, json.dumps(content, indent=2, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, folder: Path) -> "RunRecord":
-        """The record that :meth:`save` wrote; raises as :meth:`from_json`, naming the file."""
-        return load_saved(folder / RECORD_FILE, cls.from_json)
+        """The record that :meth:`save` wrote; a ValueError names the file if it holds something else."""
 
+        def parsed(text: str) -> RunRecord:
+            content = saved_content(text, what="a run of a sweep", format=_FORMAT, version=_VERSION)
+            with known_fields("the record"):
+                return cls(**content)
 
-def _share(counts: Mapping[str, int]) -> float:
-    return counts["correct"] / counts["total"]
+        return load_saved(folder / RECORD_FILE, parsed)

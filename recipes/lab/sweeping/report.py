@@ -1,4 +1,4 @@
-"""What a sweep leaves besides its runs, and shows on the terminal; all from the records alone. Needs rich."""
+"""What a sweep leaves besides its runs, and shows on the terminal; all from the records alone."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,17 +10,8 @@ from rich.text import Text
 
 from lab.sweeping.record import RunRecord
 from lab.sweeping.summary import axes_in, cells_of, columns_of, contrasts
-from lab.sweeping.tables import (
-    TextTable,
-    contrast_csv,
-    contrast_table,
-    markdown,
-    results_csv,
-    results_tables,
-)
+from lab.sweeping.tables import TextTable, contrast_csv, contrast_table, results_csv, results_tables
 from sj_robust._saved import write_whole
-
-__all__ = ["write_report"]
 
 
 def write_report(
@@ -35,30 +26,17 @@ def write_report(
 ) -> tuple[Path, ...]:
     """Write ``results.md``, ``results.csv``, a table for every contrast and the figure, and print the tables.
 
-    由运行记录生成全部表格与图。
-
     Args:
         folder: Where to write.
         records: The runs.
         console: Where to print.
         grid: Values by option, which decide the order; from ``axes_of``.
-        columns: Figures wanted, as shell patterns; None for the usual ones.
+        columns: Accuracies wanted, as shell patterns; None for the usual ones.
         contrast: Options whose effect is tabled over pairs of runs with the same seed.
         plot: Option that the figure is drawn over.
 
-    Returns:
-        The files.
-
     Raises:
         ValueError: If there are no runs, a pattern fits nothing, or a contrast names no axis.
-
-    Examples:
-        >>> import io, tempfile
-        >>> run = RunRecord("at-seed0", {"mode": "at", "rho": 1.0, "seed": 0}, {"pgd": {"correct": 9, "total": 10}})
-        >>> console = Console(file=io.StringIO())
-        >>> files = write_report(Path(tempfile.mkdtemp()), [run], console, grid={"rho": [1.0]}, columns=["pgd"])
-        >>> [file.name for file in files]
-        ['results.md', 'results.csv']
     """
     from lab.sweeping.plot import plot_effect  # imports matplotlib
 
@@ -66,31 +44,28 @@ def write_report(
         raise ValueError(f"{folder} holds no finished run, so there is nothing to report; run the sweep first")
     axes = axes_in(records, grid)
     cells = cells_of(records, axes)
-    chosen = columns_of(records, columns)
+    chosen, everything = columns_of(records, columns), columns_of(records, ["*"])
+    few = columns_of(records, columns, few=True)
     if not chosen:
-        known = ", ".join(columns_of(records, ["*"]))
+        known = ", ".join(everything)
         raise ValueError(f"columns {list(columns or ())} fit none of the figures there are: {known}")
     tables = results_tables(cells, axes, chosen)
-    everything = columns_of(records, ["*"])
-    few = columns_of(records, columns, few=True)
     csvs = {"results.csv": results_csv(cells, axes, everything)}
     for option in contrast:
         rows = contrasts(cells, axes, option, everything)
-        shown = [row for row in rows if row.column in few]
-        tables.append(contrast_table(shown, axes, option))
+        tables.append(contrast_table([row for row in rows if row.column in few], axes, option))
         csvs[f"contrast-{option.replace(',', '-')}.csv"] = contrast_csv(rows, axes, option)
     alarms = _alarms(records)
-    parts = [markdown(table) for table in tables]
+    parts = [table.markdown() for table in tables]
     parts += ["**Not to be relied on**\n\n" + "\n".join(f"- {text}" for text in alarms)] if alarms else []
-    write_whole(folder / "results.md", "\n\n".join(parts) + "\n")
-    for name, text in csvs.items():
+    texts = {"results.md": "\n\n".join(parts) + "\n", **csvs}
+    for name, text in texts.items():
         write_whole(folder / name, text)
     for table in tables:
         console.print(_shown(table), soft_wrap=False)
     for text in alarms:
         console.print(Text(text, style="bold red"))
-    figures = plot_effect(cells, axes, plot, few, folder / f"effect-{plot}")
-    return (folder / "results.md", *(folder / name for name in csvs), *figures)
+    return (*(folder / name for name in texts), *plot_effect(cells, axes, plot, few, folder / f"effect-{plot}"))
 
 
 def _alarms(records: Sequence[RunRecord]) -> list[str]:

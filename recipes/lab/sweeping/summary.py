@@ -8,28 +8,19 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from lab.sweeping.grid import same
+from scipy.special import stdtrit
+
+from lab.sweeping.grid import same_value
 from lab.sweeping.record import RunRecord
-
-__all__ = ["Cell", "Contrast", "Statistic", "axes_in", "cells_of", "columns_of", "contrasts"]
-
-_T_QUANTILES = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131, 2.120,
-    2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
-"""97.5 % quantiles of Student's t for 1, 2, ... 30 degrees of freedom; the last one is a little wide for more."""
 
 
 @dataclass(frozen=True)
 class Statistic:
-    """Mean and standard deviation of a share over seeds. 均值与标准差。
-
-    Attributes:
-        values: The shares.
+    """Mean and standard deviation of a share over seeds.
 
     Examples:
-        >>> figure = Statistic((0.5, 0.7))
-        >>> round(figure.mean, 3), round(figure.spread, 3), round(figure.error, 3)
+        >>> found = Statistic((0.5, 0.7))
+        >>> round(found.mean, 3), round(found.spread, 3), round(found.error, 3)
         (0.6, 0.141, 0.1)
     """
 
@@ -60,18 +51,13 @@ class Statistic:
         """95 % interval of the mean after Student; None for a single seed."""
         if self.error is None:
             return None
-        half = _T_QUANTILES[min(self.count - 1, len(_T_QUANTILES)) - 1] * self.error
+        half = float(stdtrit(self.count - 1, 0.975)) * self.error
         return self.mean - half, self.mean + half
 
 
 @dataclass(frozen=True)
 class Cell:
-    """Runs that differ in their seed alone. 仅随机种子不同的一组运行。
-
-    Attributes:
-        values: Value of each axis, without those that change nothing here.
-        records: Runs, by seed.
-    """
+    """Runs that differ in their seed alone, by seed, and the value of each axis that changes something here."""
 
     values: dict[str, Any]
     records: tuple[RunRecord, ...]
@@ -81,21 +67,25 @@ class Cell:
         """Options that all runs share, and the seed of the first."""
         return self.records[0].options
 
+    def by_seed(self, column: str) -> dict[int, float]:
+        """Accuracy of each run that has one in a column."""
+        return {record.seed: record.accuracies[column] for record in self.records if column in record.accuracies}
+
     def statistic(self, column: str) -> Statistic | None:
-        """Mean and spread in a column; None if no run has a figure there."""
-        values = tuple(record.figures[column] for record in self.records if column in record.figures)
+        """Mean and spread in a column; None if no run has an accuracy there."""
+        values = tuple(self.by_seed(column).values())
         return Statistic(values) if values else None
 
 
 @dataclass(frozen=True)
 class Contrast:
-    """Difference between two values of an option, over pairs of runs with the same seed. 同种子配对差。
+    """Difference between two values of an option, over pairs of runs with the same seed.
 
     Attributes:
         values: Values of the other axes, without those that change nothing in both cells.
         first: Values that are subtracted.
         second: Values that they are subtracted from.
-        column: Name of the figure.
+        column: Name of the accuracy.
         difference: Second minus first, by pair.
     """
 
@@ -113,14 +103,10 @@ class Contrast:
 
 
 def axes_in(records: Sequence[RunRecord], grid: Mapping[str, Sequence[Any]] | None = None) -> dict[str, list[Any]]:
-    """Options in which runs differ, with their values: those of the grid first, in its order. 运行之间不同的选项。
+    """Options in which runs differ, with their values: those of the grid first, in its order.
 
-    Args:
-        records: The runs, with the options that have an effect, as ``load_records`` gives them.
-        grid: Values by option, from ``axes_of``.
-
-    Returns:
-        Values by option; options of the grid with a single value are left out where there are others.
+    The records hold the options that have an effect, as ``load_records`` gives them. Options of the grid with a single
+    value are left out where there are others.
 
     Examples:
         >>> runs = [RunRecord("a", {"mode": "at", "rho": rho, "seed": 0}) for rho in (1.0, 0.0)]
@@ -131,23 +117,16 @@ def axes_in(records: Sequence[RunRecord], grid: Mapping[str, Sequence[Any]] | No
     for record in records:
         for name, value in record.options.items():
             values = found.setdefault(name, []) if name != "seed" else []
-            if not any(same(value, other) for other in values):
+            if not any(same_value(value, other) for other in values):
                 values.append(value)
     order = dict(grid or {})
     names = [name for name in (*order, *(name for name in found if name not in order)) if len(found.get(name, ())) > 1]
     names = names or [name for name in order if name in found][:1]
-    return {name: sorted(found[name], key=lambda value: _place(value, order.get(name, ()))) for name in names}
+    return {name: sorted(found[name], key=lambda value: _sort_key(value, order.get(name, ()))) for name in names}
 
 
 def cells_of(records: Sequence[RunRecord], axes: Mapping[str, Sequence[Any]]) -> list[Cell]:
-    """Runs gathered over their seeds, in the order of the axes. 按网格单元汇总。
-
-    Args:
-        records: The runs.
-        axes: Values by option, from ``axes_in``.
-
-    Returns:
-        The cells that have runs.
+    """Runs gathered over their seeds, in the order of the axes.
 
     Examples:
         >>> runs = [RunRecord(f"seed{seed}", {"mode": "at", "rho": 1.0, "seed": seed}) for seed in (1, 0)]
@@ -157,37 +136,34 @@ def cells_of(records: Sequence[RunRecord], axes: Mapping[str, Sequence[Any]]) ->
     gathered: dict[tuple[int, ...], list[RunRecord]] = {}
     for record in records:
         options = record.options
-        place = tuple(_index(options[name], axes[name]) if name in options else -1 for name in axes)
-        gathered.setdefault(place, []).append(record)
+        indices = tuple(_index(options[name], axes[name]) if name in options else -1 for name in axes)
+        gathered.setdefault(indices, []).append(record)
     cells = []
-    for place, members in sorted(gathered.items()):
-        values = {name: axes[name][index] for name, index in zip(axes, place, strict=True) if index >= 0}
+    for indices, members in sorted(gathered.items()):
+        values = {name: axes[name][index] for name, index in zip(axes, indices, strict=True) if index >= 0}
         cells.append(Cell(values, tuple(sorted(members, key=lambda record: record.seed))))
     return cells
 
 
 def columns_of(records: Iterable[RunRecord], patterns: Sequence[str] | None = None, *, few: bool = False) -> list[str]:
-    """Columns that runs have figures in. 结果列。
+    """Columns that runs have accuracies in.
 
     Args:
         records: The runs.
         patterns: Those wanted, as shell patterns such as ``paper/*``, in this order; None for the recipe's own report,
-            the paper's figures as the paper takes them (last iterate), and clean, control and worst case of every
+            the paper's accuracies as the paper takes them (last iterate), and clean, control and worst case of every
             suite.
         few: Without patterns, leave out what says little beside the others: with suites the recipe's own report, and
             their control and worst case beside ``everything``, the worst of both.
-
-    Returns:
-        Names.
 
     Examples:
         >>> counts = {"correct": 9, "total": 10}
         >>> columns_of([RunRecord("a", {"seed": 0}, {"clean": counts, "pgd20": counts})], ["pgd*"])
         ['pgd20']
     """
-    names = list(dict.fromkeys(name for record in records for name in record.figures))
+    names = list(dict.fromkeys(name for record in records for name in record.accuracies))
     if patterns is None:
-        usual = [name for name in names if _usual(name, names)]
+        usual = [name for name in names if _is_usual(name, names)]
         main = [name for name in usual if "/" in name and not name.endswith(("/control", "/worst case"))]
         return main if few and main else usual
     return list(dict.fromkeys(name for pattern in patterns for name in names if fnmatchcase(name, pattern)))
@@ -196,18 +172,10 @@ def columns_of(records: Iterable[RunRecord], patterns: Sequence[str] | None = No
 def contrasts(
     cells: Sequence[Cell], axes: Mapping[str, Sequence[Any]], option: str, columns: Sequence[str]
 ) -> list[Contrast]:
-    """What one option changes, the others and the seed being the same: each value minus the first one. 配对比较。
+    """What one option changes, the others and the seed being the same: each value minus the first one.
 
-    An option without effect in one of the two cells, such as rho with mode none, need not be the same.
-
-    Args:
-        cells: All cells.
-        axes: Values by option, from ``axes_in``.
-        option: Name of an axis, or several with commas between, such as ``"norm,rho"``.
-        columns: Figures to compare.
-
-    Returns:
-        A row per pair of cells and column in which at least one seed has both figures.
+    The option is an axis, or several with commas between, such as ``"norm,rho"``. An option without effect in one of
+    the two cells, such as rho with mode none, need not be the same.
 
     Raises:
         ValueError: If the option is no axis.
@@ -222,50 +190,44 @@ def contrasts(
     levels.sort(key=lambda level: [_index(level[name], axes[name]) for name in names])
     rows = []
     for level in levels[1:]:
-        for one in cells:
-            for other in cells:
-                if not (_has(one, levels[0]) and _has(other, level) and _alike(one, other, names)):
-                    continue
-                shared = {name: value for name, value in (one.values | other.values).items() if name not in names}
-                for column in columns:
-                    found = _paired(one, other, column)
-                    if found:
-                        rows.append(Contrast(shared, levels[0], level, column, Statistic(found)))
+        firsts = [cell for cell in cells if is_within(levels[0], cell.values)]
+        seconds = [cell for cell in cells if is_within(level, cell.values)]
+        for first, second in ((one, other) for one in firsts for other in seconds if _alike(one, other, names)):
+            shared = {name: value for name, value in (first.values | second.values).items() if name not in names}
+            for column in columns:
+                minuends, subtrahends = second.by_seed(column), first.by_seed(column)
+                found = tuple(minuends[seed] - subtrahends[seed] for seed in subtrahends if seed in minuends)
+                if found:
+                    rows.append(Contrast(shared, levels[0], level, column, Statistic(found)))
     return rows
 
 
-def _has(cell: Cell, level: Mapping[str, Any]) -> bool:
-    return all(name in cell.values and same(cell.values[name], value) for name, value in level.items())
+def is_within(part: Mapping[str, Any], whole: Mapping[str, Any]) -> bool:
+    """Whether all values of the one are values of the other."""
+    return all(name in whole and same_value(value, whole[name]) for name, value in part.items())
 
 
 def _alike(one: Cell, other: Cell, apart: Sequence[str]) -> bool:
     shared = (one.values.keys() & other.values.keys()) - set(apart)
-    return all(same(one.values[name], other.values[name]) for name in shared)
-
-
-def _paired(one: Cell, other: Cell, column: str) -> tuple[float, ...]:
-    first = {r.seed: r.figures[column] for r in one.records if column in r.figures}
-    second = {r.seed: r.figures[column] for r in other.records if column in r.figures}
-    return tuple(second[seed] - first[seed] for seed in first if seed in second)
+    return all(same_value(one.values[name], other.values[name]) for name in shared)
 
 
 def _index(value: Any, values: Sequence[Any]) -> int:
-    return next(index for index, other in enumerate(values) if same(value, other))
+    return next(index for index, other in enumerate(values) if same_value(value, other))
 
 
-def _place(value: Any, order: Sequence[Any]) -> tuple[int, int, float, str]:
+def _sort_key(value: Any, order: Sequence[Any]) -> tuple[int, int, float, str]:
     """Values of the grid in its order, then numbers by size, then words."""
     for index, other in enumerate(order):
-        if same(value, other):
+        if same_value(value, other):
             return index, 0, 0.0, ""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     return len(order), 0 if is_number else 1, float(value) if is_number else 0.0, json.dumps(value)
 
 
-def _usual(name: str, names: Sequence[str]) -> bool:
-    suite, slash, figure = name.partition("/")
-    if not slash:
+def _is_usual(name: str, names: Sequence[str]) -> bool:
+    suite, slash, accuracy = name.partition("/")
+    if not slash or accuracy in ("clean", "control", "worst case", "everything"):
         return True
-    if figure in ("clean", "control", "worst case", "everything"):
-        return True
-    return suite == "paper" and "@" not in figure and not figure.startswith("control/") and f"{name}/last" not in names
+    taken_last = f"{name}/last" not in names
+    return suite == "paper" and taken_last and "@" not in accuracy and not accuracy.startswith("control/")

@@ -1,4 +1,4 @@
-"""Tables of a sweep: Markdown, CSV and terminal, all from the same cells."""
+"""Tables of a sweep, all from the same cells: words for Markdown and the terminal, shares for other programs as CSV."""
 
 import csv
 import io
@@ -6,110 +6,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lab.sweeping.grid import word
-from lab.sweeping.published import published
+from lab.sweeping.grid import value_text
+from lab.sweeping.published_accuracies import published_accuracy
 from lab.sweeping.summary import Cell, Contrast, Statistic
 
-__all__ = ["TextTable", "contrast_csv", "contrast_table", "markdown", "results_csv", "results_tables"]
+Axes = Mapping[str, Sequence[Any]]
+"""Values by option, from ``axes_in``."""
 
 _NOTHING = "–"
 
 
 @dataclass(frozen=True)
 class TextTable:
-    """A table of words. 文本表格。
-
-    Attributes:
-        title: What it shows.
-        heads: Names of the columns.
-        rows: Cells, a row each.
-        words: How many columns at the left hold words; the others hold numbers.
-        note: How to read it.
-    """
-
-    title: str
-    heads: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    words: int
-    note: str = ""
-
-
-def results_tables(cells: Sequence[Cell], axes: Mapping[str, Sequence[Any]], columns: Sequence[str]) -> list[TextTable]:
-    """Mean and spread over the grid, a table for the recipe's own report and one per suite. 结果表格。
-
-    Args:
-        cells: Rows.
-        axes: Values by option, from ``axes_in``.
-        columns: Figures, from ``columns_of``.
-
-    Returns:
-        Tables with ``mean ± standard deviation`` in per cent, and a published figure behind it where there is one.
-    """
-    tables = []
-    for suite in dict.fromkeys(column.partition("/")[0] if "/" in column else "" for column in columns):
-        here = [column for column in columns if (column.startswith(f"{suite}/") if suite else "/" not in column)]
-        rows, sources = [], set()
-        for cell in cells:
-            texts = []
-            for column in here:
-                figure = published(cell.options, column)
-                texts.append(_with_spread(cell.statistic(column)))
-                if figure is not None:
-                    texts[-1] = f"{texts[-1]} [{figure.percent:.2f}]"
-                    sources.add(figure.source)
-            if any(cell.statistic(column) for column in here):
-                rows.append((*_values(cell, axes), str(len(cell.records)), *texts))
-        note = "mean ± standard deviation over the seeds, accuracy left in per cent"
-        note += f"; in brackets the published figure ({', '.join(sorted(sources))})" if sources else ""
-        title = f"suite {suite}" if suite else "report of the training recipe"
-        heads = (*axes, "seeds", *(column.removeprefix(f"{suite}/") for column in here))
-        tables.append(TextTable(title, heads, tuple(rows), len(axes), note))
-    return tables
-
-
-def contrast_table(rows: Sequence[Contrast], axes: Mapping[str, Sequence[Any]], option: str) -> TextTable:
-    """What one option changes, a row per pair of cells and figure. 配对差异表格。
-
-    Args:
-        rows: From ``contrasts``.
-        axes: Values by option.
-        option: The option that differs.
-
-    Returns:
-        The table, in percentage points; a star marks an interval that leaves out 0.
-    """
-    others = [name for name in axes if name not in {part.strip() for part in option.split(",")}]
-    texts = []
-    for row in rows:
-        change = f"{_level(row.first)} → {_level(row.second)}"
-        names = [word(row.values[name]) if name in row.values else _NOTHING for name in others]
-        interval = row.difference.interval
-        numbers = [
-            f"{100 * row.difference.mean:+.2f}{' *' if row.clear else ''}",
-            _NOTHING if row.difference.error is None else f"{100 * row.difference.error:.2f}",
-            _NOTHING if interval is None else f"{100 * interval[0]:+.2f} to {100 * interval[1]:+.2f}",
-            str(row.difference.count),
-        ]
-        texts.append((*names, change, row.column, *numbers))
-    heads = (*others, option, "figure", "difference", "standard error", "95 % interval", "pairs")
-    note = (
-        "difference of the accuracy left in percentage points between runs of the same seed; * the interval (Student's "
-        "t) leaves out 0. Many rows are compared: one in twenty does so by chance"
-    )
-    return TextTable(f"what {option} changes", heads, tuple(texts), len(others) + 2, note)
-
-
-def markdown(table: TextTable) -> str:
-    """A table as Markdown, title and note included. Markdown 表格。
-
-    Args:
-        table: The table.
-
-    Returns:
-        Text.
+    """A table of words, of which the first ``words`` columns hold words and the others numbers.
 
     Examples:
-        >>> print(markdown(TextTable("runs", ("mode", "clean"), (("at", "95.0"),), 1, "per cent")))
+        >>> print(TextTable("runs", ("mode", "clean"), (("at", "95.0"),), 1, "per cent").markdown())
         **runs**
         <BLANKLINE>
         | mode | clean |
@@ -118,76 +30,115 @@ def markdown(table: TextTable) -> str:
         <BLANKLINE>
         per cent
     """
-    marks = ["---"] * table.words + ["---:"] * (len(table.heads) - table.words)
-    lines = [f"| {' | '.join(row)} |" for row in (table.heads, tuple(marks), *table.rows)]
-    return "\n".join([f"**{table.title}**", "", *lines, "", table.note])
+
+    title: str
+    heads: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    words: int
+    note: str
+
+    def markdown(self) -> str:
+        """The table as Markdown, title and note included."""
+        marks = ["---"] * self.words + ["---:"] * (len(self.heads) - self.words)
+        lines = [f"| {' | '.join(row)} |" for row in (self.heads, marks, *self.rows)]
+        return "\n".join([f"**{self.title}**", "", *lines, "", self.note])
 
 
-def results_csv(cells: Sequence[Cell], axes: Mapping[str, Sequence[Any]], columns: Sequence[str]) -> str:
-    """A line per cell and figure, for other programs: shares, not per cent. CSV 格式的结果。
+def results_tables(cells: Sequence[Cell], axes: Axes, columns: Sequence[str]) -> list[TextTable]:
+    """``mean ± standard deviation`` in per cent over the grid: a table for the recipe's own report, one per suite.
 
-    Args:
-        cells: The cells.
-        axes: Values by option.
-        columns: Figures.
-
-    Returns:
-        Text.
+    A published accuracy stands behind it where there is one.
     """
-    heads = [*axes, "figure", "mean", "standard_deviation", "seeds", "published", "source"]
-    rows = []
+    tables = []
+    for suite in dict.fromkeys(column.partition("/")[0] if "/" in column else "" for column in columns):
+        here = [column for column in columns if (column.startswith(f"{suite}/") if suite else "/" not in column)]
+        rows, sources = [], set()
+        for cell in cells:
+            texts = []
+            for column in here:
+                texts.append(_with_spread(cell.statistic(column)))
+                if known := published_accuracy(cell.options, column):
+                    texts[-1] += f" [{known.percent:.2f}]"
+                    sources.add(known.source)
+            if any(cell.statistic(column) for column in here):
+                rows.append((*_texts(cell.values, axes), str(len(cell.records)), *texts))
+        note = "mean ± standard deviation over the seeds, accuracy left in per cent"
+        note += f"; in brackets the published figure ({', '.join(sorted(sources))})" if sources else ""
+        title = f"suite {suite}" if suite else "report of the training recipe"
+        heads = (*axes, "seeds", *(column.removeprefix(f"{suite}/") for column in here))
+        tables.append(TextTable(title, heads, tuple(rows), len(axes), note))
+    return tables
+
+
+def results_csv(cells: Sequence[Cell], axes: Axes, columns: Sequence[str]) -> str:
+    """A line per cell and column."""
+    lines: list[list[Any]] = [[*axes, "figure", "mean", "standard_deviation", "seeds", "published", "source"]]
     for cell in cells:
         for column in columns:
-            figure = cell.statistic(column)
-            if figure is None:
-                continue
-            known = published(cell.options, column)
-            beside = ["", ""] if known is None else [round(known.percent / 100, 6), known.source]
-            spread = "" if figure.spread is None else figure.spread
-            rows.append([*(cell.values.get(n, "") for n in axes), column, figure.mean, spread, figure.count, *beside])
-    return _csv(heads, rows)
+            if found := cell.statistic(column):
+                known = published_accuracy(cell.options, column)
+                beside = [round(known.percent / 100, 6), known.source] if known else ["", ""]
+                values = [cell.values.get(name) for name in axes]
+                lines.append([*values, column, found.mean, found.spread, found.count, *beside])
+    return _csv(lines)
 
 
-def contrast_csv(rows: Sequence[Contrast], axes: Mapping[str, Sequence[Any]], option: str) -> str:
-    """The contrasts for other programs, a line each. CSV 格式的配对差异。
-
-    Args:
-        rows: From ``contrasts``.
-        axes: Values by option.
-        option: The option that differs.
-
-    Returns:
-        Text.
-    """
-    others = [name for name in axes if name not in {part.strip() for part in option.split(",")}]
-    heads = [*others, "first", "second", "figure", "difference", "standard_error", "low", "high", "pairs"]
-    lines = []
+def contrast_table(rows: Sequence[Contrast], axes: Axes, option: str) -> TextTable:
+    """What one option changes in percentage points, a row per contrast; a star marks an interval that leaves out 0."""
+    others = _others(axes, option)
+    texts = []
     for row in rows:
-        low, high = row.difference.interval or ("", "")
-        error = "" if row.difference.error is None else row.difference.error
-        ends = [row.difference.mean, error, low, high, row.difference.count]
-        lines.append(
-            [*(row.values.get(n, "") for n in others), _level(row.first), _level(row.second), row.column, *ends]
-        )
-    return _csv(heads, lines)
+        found = row.difference
+        low_high = found.interval and " to ".join(f"{100 * end:+.2f}" for end in found.interval)
+        texts.append((
+            *_texts(row.values, others),
+            f"{_level(row.first)} → {_level(row.second)}",
+            row.column,
+            f"{100 * found.mean:+.2f}{' *' if row.clear else ''}",
+            _NOTHING if found.error is None else f"{100 * found.error:.2f}",
+            low_high or _NOTHING,
+            str(found.count),
+        ))  # fmt: skip
+    heads = (*others, option, "figure", "difference", "standard error", "95 % interval", "pairs")
+    note = (
+        "difference of the accuracy left in percentage points between runs of the same seed; * the interval (Student's "
+        "t) leaves out 0. Many rows are compared: one in twenty does so by chance"
+    )
+    return TextTable(f"what {option} changes", heads, tuple(texts), len(others) + 2, note)
 
 
-def _csv(heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+def contrast_csv(rows: Sequence[Contrast], axes: Axes, option: str) -> str:
+    """A line per contrast."""
+    others = _others(axes, option)
+    heads = ["first", "second", "figure", "difference", "standard_error", "low", "high", "pairs"]
+    lines: list[list[Any]] = [[*others, *heads]]
+    for row in rows:
+        found = row.difference
+        values = [row.values.get(name) for name in others]
+        numbers = [found.mean, found.error, *(found.interval or (None, None)), found.count]
+        lines.append([*values, _level(row.first), _level(row.second), row.column, *numbers])
+    return _csv(lines)
+
+
+def _csv(lines: Sequence[Sequence[Any]]) -> str:
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerows([heads, *rows])
+    csv.writer(text, lineterminator="\n").writerows(lines)
     return text.getvalue()
 
 
-def _with_spread(figure: Statistic | None) -> str:
-    if figure is None:
+def _others(axes: Axes, option: str) -> list[str]:
+    return [name for name in axes if name not in {part.strip() for part in option.split(",")}]
+
+
+def _with_spread(found: Statistic | None) -> str:
+    if found is None:
         return _NOTHING
-    return f"{100 * figure.mean:.1f}" + ("" if figure.spread is None else f" ± {100 * figure.spread:.1f}")
+    return f"{100 * found.mean:.1f}" + ("" if found.spread is None else f" ± {100 * found.spread:.1f}")
 
 
-def _values(cell: Cell, axes: Mapping[str, Sequence[Any]]) -> list[str]:
-    return [word(cell.values[name]) if name in cell.values else _NOTHING for name in axes]
+def _texts(values: Mapping[str, Any], names: Sequence[str] | Axes) -> list[str]:
+    return [value_text(values[name]) if name in values else _NOTHING for name in names]
 
 
 def _level(values: Mapping[str, Any]) -> str:
-    return " ".join(map(word, values.values()))
+    return " ".join(map(value_text, values.values()))

@@ -11,9 +11,12 @@ from pathlib import Path
 import pytest
 from fake_recipes import write_fakes
 from lab import paths_for_children
-from lab.sweeping import RunRecord, executor_for, expand, load_records, perform_all, plan_runs
+from lab.sweeping.grid import expand
 from lab.sweeping.perform import perform
+from lab.sweeping.plan import load_records, plan_runs
+from lab.sweeping.pool import executor_for, perform_all
 from lab.sweeping.recipe import load_recipe
+from lab.sweeping.record import RunRecord
 
 GRID = {"mode": ["none", "at"], "rho": [0, 1]}
 
@@ -116,10 +119,10 @@ def test_a_run_leaves_one_record(planned):
     assert RunRecord.load(run.folder) == record
     assert record.options == run.options
     assert record.training == {"clean": {"correct": 90, "total": 100}, "pgd20": {"correct": 41, "total": 100}}
-    assert record.figures["paper/clean"] == pytest.approx(29 / 30)
-    assert record.figures["fast/clean"] == pytest.approx(39 / 40)
-    assert record.figures["paper/everything"] == pytest.approx(25 / 30)
-    assert record.figures["paper/control"] == pytest.approx(28 / 30)
+    assert record.accuracies["paper/clean"] == pytest.approx(29 / 30)
+    assert record.accuracies["fast/clean"] == pytest.approx(39 / 40)
+    assert record.accuracies["paper/everything"] == pytest.approx(25 / 30)
+    assert record.accuracies["paper/control"] == pytest.approx(28 / 30)
     assert record.evaluations["paper"]["options"]["test_limit"] == 30
     assert record.evaluations["paper"]["eps"] == "8/255"
     assert set(record.seconds) == {"training", "paper", "fast"}
@@ -185,7 +188,7 @@ def test_stages_that_were_cut_short_go_on(planned):
     assert stages(run) == ["train resume=False", "paper resume=False", "paper resume=True"]
     # killed between a report and the record
     (run.folder / "run.json").unlink()
-    assert perform(run).figures["paper/clean"] == pytest.approx(39 / 40)
+    assert perform(run).accuracies["paper/clean"] == pytest.approx(39 / 40)
     assert len(calls(run)) == 3
 
 
@@ -246,8 +249,8 @@ def test_numbers_of_processes():
 SCRIPT = """
 import sys
 from pathlib import Path
-from lab.sweeping import executor_for, perform_all
 from lab.sweeping.plan import PlannedRun
+from lab.sweeping.pool import executor_for, perform_all
 
 for end in perform_all([PlannedRun.from_json(sys.argv[1])], executor_for(Path("sweep"))):
     print(end.run.name, end.error)

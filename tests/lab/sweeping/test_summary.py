@@ -4,10 +4,10 @@ import math
 import pytest
 from lab.sweeping import plot
 from lab.sweeping.plot import plot_effect
-from lab.sweeping.published import PUBLISHED, published
+from lab.sweeping.published_accuracies import PUBLISHED, published_accuracy
 from lab.sweeping.record import RunRecord
 from lab.sweeping.summary import Statistic, axes_in, cells_of, columns_of, contrasts
-from lab.sweeping.tables import contrast_csv, contrast_table, markdown, results_csv, results_tables
+from lab.sweeping.tables import contrast_csv, contrast_table, results_csv, results_tables
 
 GRID = {"mode": ["none", "at"], "rho": [0, 1]}
 PAPER = (
@@ -135,7 +135,7 @@ def test_tables(records):
     assert len(paper.rows) == 1
     assert dict(zip(paper.heads, paper.rows[0], strict=True))["pgd10/last"] == "40.0 [37.55]"
     assert "Ding et al. (ICML 2024)" in paper.note
-    text = markdown(report)
+    text = report.markdown()
     assert "| mode | rho | seeds | clean | pgd20 |\n| --- | --- | ---: | ---: | ---: |" in text
 
 
@@ -184,7 +184,7 @@ def options(**given):
     ],
 )
 def test_published_figures(setting, column, percent):
-    figure = published(setting, column)
+    figure = published_accuracy(setting, column)
     assert (figure and figure.percent) == percent
 
 

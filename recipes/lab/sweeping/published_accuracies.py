@@ -1,28 +1,19 @@
-"""Figures of the paper and of a rerun of it, to be shown beside what a sweep finds; nothing is computed from them."""
+"""Accuracies of the paper and of a rerun of it, shown beside what a sweep finds; nothing is computed from them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lab.sweeping.grid import same
+from lab.sweeping.summary import is_within
 from sj_robust.training.modes import MODES
-
-__all__ = ["PUBLISHED", "PublishedFigure", "published"]
 
 _PAPER = "Ding et al. (ICML 2024)"
 _RERUN = "rerun in an ICLR 2026 submission"
 
 
 @dataclass(frozen=True)
-class PublishedFigure:
-    """One published accuracy. 已发表的准确率。
-
-    Attributes:
-        options: Options of ``adv_train.py`` that tell the setting.
-        column: Column of a sweep's table that it belongs beside.
-        percent: Accuracy in per cent.
-        source: Who published it.
-    """
+class PublishedAccuracy:
+    """One published accuracy in per cent, the options that tell its setting, and the column that it belongs beside."""
 
     options: dict[str, Any]
     column: str
@@ -30,9 +21,9 @@ class PublishedFigure:
     source: str = _PAPER
 
 
-def _of(column: str, percent: float, **options: Any) -> PublishedFigure:
+def _of(column: str, percent: float, **options: Any) -> PublishedAccuracy:
     source = options.pop("source", _PAPER)
-    return PublishedFigure({"dataset": "cifar10"} | options, column, percent, source)
+    return PublishedAccuracy({"dataset": "cifar10"} | options, column, percent, source)
 
 
 _AT = {"model": "vgg11", "neuron": "dlif", "mode": "at"}
@@ -71,32 +62,22 @@ PUBLISHED = (
         )
     ),
 )
-"""Accuracies on CIFAR-10 at 8/255 that could be read; PGD figures are of the last iterate, as the paper's code has it.
+"""Accuracies on CIFAR-10 at 8/255 that could be read; PGD's are of the last iterate, as the paper's code has it.
 
-The rerun does not say which neuron it trained, so its figures stand beside each.
+The rerun does not say which neuron it trained, so its accuracies stand beside each.
 """
 
 
-def published(options: Mapping[str, Any], column: str) -> PublishedFigure | None:
-    """The published figure for a run's setting, whatever its length of training. 查找对应的已发表结果。
+def published_accuracy(options: Mapping[str, Any], column: str) -> PublishedAccuracy | None:
+    """The published accuracy for a run's setting, whatever its length of training; None if none is known.
 
-    Args:
-        options: The options of a run that have an effect.
-        column: Column of the table.
-
-    Returns:
-        The figure, None if none is known.
+    The options are those of the run that have an effect.
 
     Examples:
         >>> setting = {"dataset": "cifar10", "model": "vgg11", "neuron": "dlif", "mode": "at", "rho": 0.0}
-        >>> published(setting, "paper/apgd_ce").percent
+        >>> published_accuracy(setting, "paper/apgd_ce").percent
         23.05
     """
     mode = MODES.get(options.get("mode", ""))
     options = {name: getattr(mode, name, None) if value is None else value for name, value in options.items()}
-    for figure in PUBLISHED:
-        if figure.column == column and all(
-            name in options and same(options[name], value) for name, value in figure.options.items()
-        ):
-            return figure
-    return None
+    return next((known for known in PUBLISHED if known.column == column and is_within(known.options, options)), None)
