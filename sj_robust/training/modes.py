@@ -78,7 +78,10 @@ MODES: Mapping[ModeName, Mode] = MappingProxyType(
             Mode(
                 "none",
                 select="clean",
-                idle=("rho", "kappa", "step_size", "attack_steps", "noise_std", "project", "beta", "trades_weight"),
+                idle=(
+                    "rho", "kappa", "layers", "norm", "indicator", "input_gain", "step_size", "attack_steps",
+                    "noise_std", "project", "beta", "trades_weight",
+                ),  # fmt: skip
             ),
             Mode(
                 "gaussian",

@@ -9,7 +9,7 @@ import pytest
 import torch
 from lab.command_line import run_recipe
 from lab.figures import InputGains, draw, input_gains, load_figure, one_neuron, save_figure, training_curves
-from lab.sweeping import RunRecord
+from lab.sweeping.record import RunRecord
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
-from lab.sweeping import load_recipe
+from lab.sweeping.recipe import load_recipe
 
 from sj_robust.data import load_images
 

@@ -1,1 +1,1 @@
-"""Grids of experiments: planned, performed as jobs, summarised beside published accuracies; needs the extra ``recipes``."""
+"""Grids of experiments: planned, performed as jobs, summarised beside published accuracies."""

@@ -13,7 +13,7 @@ from fake_recipes import write_fakes
 from lab import paths_for_children
 from lab.sweeping.grid import expand
 from lab.sweeping.perform import perform
-from lab.sweeping.plan import load_records, plan_runs
+from lab.sweeping.plan import PlannedRun, load_records, plan_runs
 from lab.sweeping.pool import executor_for, perform_all
 from lab.sweeping.recipe import load_recipe
 from lab.sweeping.record import RunRecord
@@ -35,6 +35,10 @@ def planned(tmp_path):
     return plan
 
 
+def names(runs):
+    return [run.name for run in runs]
+
+
 def calls(run):
     return (run.folder / "calls").read_text().split("\n")[:-1] if (run.folder / "calls").exists() else []
 
@@ -51,26 +55,29 @@ def wait_until(condition, what):
     pytest.fail(f"{what} did not happen")
 
 
-def is_running(pid):
+def has_ended(run):
+    """Whether the process of the run's last call is gone."""
+    pid = int(calls(run)[-1].split("pid=")[1])
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
-        return False
-    return not Path(f"/proc/{pid}/stat").exists() or " Z " not in Path(f"/proc/{pid}/stat").read_text()
+        return True
+    return Path(f"/proc/{pid}/stat").exists() and " Z " in Path(f"/proc/{pid}/stat").read_text()
 
 
 def test_the_same_run_is_planned_once(planned):
     runs = planned(seeds=(0, 1))
-    assert [run.name for run in runs] == [
+    assert names(runs) == [
         "none-seed0", "at-rho0-seed0", "at-rho1-seed0", "none-seed1", "at-rho0-seed1", "at-rho1-seed1",
     ]  # fmt: skip
     assert runs[0].options["rho"] == 1.0  # the default, whatever the grid says
     assert runs[1].options["rho"] == 0.0
     assert not (runs[0].folder).exists()
+    assert PlannedRun.from_json(runs[0].to_json()) == runs[0]
 
 
 def test_null_is_the_value_that_it_stands_for(planned):
-    assert [run.name for run in planned({"rho": [None, 1, 0]})] == ["rho1-seed0", "rho0-seed0"]
+    assert names(planned({"rho": [None, 1, 0]})) == ["rho1-seed0", "rho0-seed0"]
     assert [run.options["rho"] for run in planned({"mode": ["at", "pgd_at"], "rho": [0, None, 1]})] == [0, 1, 0, 1]
     # where no other value is asked for, modes still differ in nothing but the mode
     assert [run.options["rho"] for run in planned({"mode": ["at", "pgd_at"]}, fixed={"rho": None})] == [None, None]
@@ -90,8 +97,8 @@ def test_a_run_that_had_null_is_found_by_its_value(planned):
 
 def test_values_that_words_do_not_tell(planned):
     grid = {"eps": ["8/255", 0.1], "data_root": ["a/b"], "norm": ["l1"]}
-    assert [run.name for run in planned(grid)] == ["eps8_255-a_b-l1-seed0", "eps0.1-a_b-l1-seed0"]
-    # two folders of images are the same run: the option is no part of what decides the figures
+    assert names(planned(grid)) == ["eps8_255-a_b-l1-seed0", "eps0.1-a_b-l1-seed0"]
+    # two folders of images are the same run: the option is no part of what decides the accuracies
     assert len(planned({"data_root": ["a", "b"]})) == 1
 
 
@@ -119,53 +126,41 @@ def test_a_run_leaves_one_record(planned):
     assert RunRecord.load(run.folder) == record
     assert record.options == run.options
     assert record.training == {"clean": {"correct": 90, "total": 100}, "pgd20": {"correct": 41, "total": 100}}
-    assert record.accuracies["paper/clean"] == pytest.approx(29 / 30)
-    assert record.accuracies["fast/clean"] == pytest.approx(39 / 40)
-    assert record.accuracies["paper/everything"] == pytest.approx(25 / 30)
-    assert record.accuracies["paper/control"] == pytest.approx(28 / 30)
+    shares = {"paper/clean": 29 / 30, "fast/clean": 39 / 40, "paper/everything": 25 / 30, "paper/control": 28 / 30}
+    assert {name: record.accuracies[name] for name in shares} == pytest.approx(shares)
     assert record.evaluations["paper"]["options"]["test_limit"] == 30
     assert record.evaluations["paper"]["eps"] == "8/255"
     assert set(record.seconds) == {"training", "paper", "fast"}
     assert stages(run) == ["train resume=False", "paper resume=False", "fast resume=False"]
 
 
-def test_what_is_finished_is_not_repeated_and_a_wider_grid_adds(planned):
+def test_what_is_finished_is_not_repeated_and_a_wider_grid_or_a_suite_adds(planned):
     for run in planned():
         perform(run)
     runs = planned({"mode": ["none", "at"], "rho": [0, 1, 2], "norm": ["l2", "l1"]}, seeds=(0, 1))
-    assert [run.name for run in runs if run.finished] == ["none-seed0", "at-rho0-seed0", "at-rho1-seed0"]
+    assert names(run for run in runs if run.finished) == ["none-seed0", "at-rho0-seed0", "at-rho1-seed0"]
     assert len(runs) == 2 * 6
-    assert "at-rho1-l1-seed0" in [run.name for run in runs]
-    one = next(run for run in runs if run.finished)
-    perform(one)
-    assert stages(one) == ["train resume=False", "paper resume=False"]
-
-
-def test_a_suite_that_is_added_runs_alone(planned):
-    perform(planned()[0])
+    assert "at-rho1-l1-seed0" in names(runs)
+    perform(runs[0])
+    assert stages(runs[0]) == ["train resume=False", "paper resume=False"]
     run = planned(evaluations={"paper": {}, "fast": {}})[0]
     assert not run.finished
     assert list(perform(run).evaluations) == ["paper", "fast"]
     assert stages(run) == ["train resume=False", "paper resume=False", "fast resume=False"]
 
 
-def test_changed_options_under_the_same_name_are_found(planned):
+def test_changed_options_under_the_same_name_are_found(planned, tmp_path):
     perform(planned()[0])
     with pytest.raises(ValueError, match=r"none-seed0 was run with other options \(epochs was 1 and is 2 now\)"):
         planned(fixed={"epochs": 2})
     with pytest.raises(ValueError, match=r"paper was run with other options \(test_limit was None and is 5 now\)"):
         planned(evaluations={"paper": {"test_limit": 5}})
-    names = [run.name for run in planned({**GRID, "epochs": [1, 2]})]
-    assert names == [
+    assert names(planned({**GRID, "epochs": [1, 2]})) == [
         "none-seed0", "none-epochs2-seed0", "at-rho0-epochs1-seed0", "at-rho0-epochs2-seed0", "at-rho1-epochs1-seed0",
         "at-rho1-epochs2-seed0",
     ]  # fmt: skip
-    # elsewhere and on another device it is the same run
+    # elsewhere and on another device it is the same run; an option that a newer recipe has is at its default
     assert planned(fixed={"data_root": "elsewhere", "device": "cpu", "workers": 2})[0].finished
-
-
-def test_an_option_that_a_newer_recipe_has_is_at_its_default(planned, tmp_path):
-    perform(planned()[0])
     path = tmp_path / "sweep" / "runs" / "none-seed0" / "options.yaml"
     path.write_text("\n".join(line for line in path.read_text().splitlines() if not line.startswith("norm:")))
     assert planned()[0].finished
@@ -190,26 +185,20 @@ def test_stages_that_were_cut_short_go_on(planned):
     (run.folder / "run.json").unlink()
     assert perform(run).accuracies["paper/clean"] == pytest.approx(39 / 40)
     assert len(calls(run)) == 3
+    (failing,) = planned({"behave": ["fail"]})
+    for _ in range(2):
+        with pytest.raises(ValueError, match="no such"):
+            perform(failing)
+    assert stages(failing) == ["train resume=False", "train resume=True"]
 
 
-def test_training_that_was_cut_short_goes_on(planned):
-    run = planned(fixed={"behave": "fail"})[0]
-    with pytest.raises(ValueError, match="no such"):
-        perform(run)
-    with pytest.raises(ValueError, match="no such"):
-        perform(run)
-    assert stages(run) == ["train resume=False", "train resume=True"]
-
-
-def test_runs_survive_each_other_and_stop_when_asked(planned, tmp_path):
-    """A run that fails, one that exits, one that kills its process, one that is well, and one that Ctrl-C stops."""
+def ends_until_interrupted(runs, executor, *, last, jobs=1):
+    """Errors by name, until a run waits, at which Ctrl-C is pressed."""
     pytest.importorskip("submitit", reason="of the extra recipes")
-    runs = planned({"behave": ["fail", "exit", "die", "well", "wait"]})
-    fails, _, dies, well, waits = runs
     ends = {}
 
     def interrupt():
-        wait_until((waits.folder / "training" / "waiting").exists, "the run's start")
+        wait_until((last.folder / "training" / "waiting").exists, "the run's start")
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
 
     # a shell may have started the tests in the background, where SIGINT is ignored
@@ -218,11 +207,20 @@ def test_runs_survive_each_other_and_stop_when_asked(planned, tmp_path):
     thread.start()
     try:
         with pytest.raises(KeyboardInterrupt):
-            ends.update((end.run.name, end.error) for end in perform_all(runs, executor_for(tmp_path), jobs=2))
+            ends.update((end.run.name, end.error) for end in perform_all(runs, executor, jobs=jobs))
     finally:
         signal.signal(signal.SIGINT, before)
         thread.join()
-    assert ends == {
+    return ends
+
+
+@pytest.mark.slow
+def test_runs_survive_each_other_and_stop_when_asked(planned, tmp_path):
+    """A run that fails, one that exits, one that kills its process, one that is well, and one that Ctrl-C stops."""
+    pytest.importorskip("submitit", reason="of the extra recipes")
+    runs = planned({"behave": ["fail", "exit", "die", "well", "wait"]})
+    fails, _, dies, well, waits = runs
+    assert ends_until_interrupted(runs, executor_for(tmp_path), last=waits, jobs=2) == {
         "fail-seed0": "ValueError: no such thing", "exit-seed0": "exit code 2", "well-seed0": None,
         "die-seed0": "its process died (signal SIGKILL)",
     }  # fmt: skip
@@ -230,20 +228,10 @@ def test_runs_survive_each_other_and_stop_when_asked(planned, tmp_path):
     output = (fails.folder / "output.txt").read_text()
     assert output.startswith("training dlif")
     assert "Traceback" in output
-    assert not any(is_running(process_of(run)) for run in runs)
+    assert all(map(has_ended, runs))
     for run in (dies, waits):
         perform(run)
         assert stages(run) == ["train resume=False", "train resume=True", "paper resume=False"]
-
-
-def process_of(run):
-    return int(calls(run)[-1].split("pid=")[1])
-
-
-def test_numbers_of_processes():
-    for wrong in ({"jobs": 0}, {"threads": 0}):
-        with pytest.raises(ValueError, match="jobs and threads must be >= 1"):
-            next(perform_all([], None, **wrong))
 
 
 SCRIPT = """
@@ -257,6 +245,7 @@ for end in perform_all([PlannedRun.from_json(sys.argv[1])], executor_for(Path("s
 """
 
 
+@pytest.mark.slow
 def test_a_run_whose_sweep_is_killed_goes_on_and_the_next_sweep_waits_for_it(planned, tmp_path):
     pytest.importorskip("submitit", reason="of the extra recipes")
     (run,) = planned({"behave": ["linger"]})
@@ -269,7 +258,46 @@ def test_a_run_whose_sweep_is_killed_goes_on_and_the_next_sweep_waits_for_it(pla
     assert end.error is None
     assert "waiting: another process still performs linger-seed0" in (run.folder / "output.txt").read_text()
     assert stages(run) == ["train resume=False", "paper resume=False"]
-    wait_until(lambda: not is_running(process_of(run)), "the end of the process that had gone on")
+    wait_until(lambda: has_ended(run), "the end of the process that had gone on")
+
+
+SLURM = {
+    "sbatch": 'cp "$1" script; SLURM_JOB_ID=$$ SLURM_NTASKS=1 SLURM_JOB_NUM_NODES=1 SLURM_NODEID=0 SLURM_PROCID=0 '
+    'SLURM_LOCALID=0 setsid sh script > /dev/null 2>&1 & echo "Submitted batch job $$"; echo $! > pid$$',
+    "srun": 'shift 3; exec "$@"  # --unbuffered --output FILE COMMAND',
+    "sacct": "echo 'JobID|State'",
+    "scancel": "kill -- -$(cat pid$1)",
+}
+
+
+@pytest.mark.slow
+def test_jobs_of_a_cluster(planned, tmp_path, monkeypatch):
+    """With stand-ins for Slurm's commands that run a batch script at once."""
+    pytest.importorskip("submitit", reason="of the extra recipes")
+    for name, text in SLURM.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    runs = planned({"behave": ["well", "wait"]})
+    executor = executor_for(tmp_path, "slurm", {"slurm_partition": "gpu", "timeout_min": 600})
+    assert ends_until_interrupted(runs, executor, last=runs[1]) == {"well-seed0": None}
+    script = (tmp_path / "script").read_text()
+    assert "#SBATCH --partition=gpu" in script
+    assert "#SBATCH --time=600" in script
+    wait_until(lambda: has_ended(runs[1]), "the end of the job that was cancelled")
+    assert stages(runs[1]) == ["train resume=False"]
+
+
+def test_wrong_numbers_clusters_and_options(tmp_path):
+    for wrong in ({"jobs": 0}, {"threads": 0}):
+        with pytest.raises(ValueError, match="jobs and threads must be >= 1"):
+            next(perform_all([], None, **wrong))
+    pytest.importorskip("submitit", reason="of the extra recipes")
+    with pytest.raises(ValueError, match="cannot use cluster slurm with options {}: Could not detect"):
+        executor_for(tmp_path, "slurm")
+    with pytest.raises(ValueError, match="Unknown argument 'qeue' for executor 'slurm'"):
+        executor_for(tmp_path, "local", {"slurm_qeue": "gpu"})
 
 
 def test_a_recipe_must_look_like_one(tmp_path):
