@@ -121,9 +121,7 @@ def report(options: Options, folder: Path, records: list[RunRecord], console: Co
     console.print(f"{', '.join(file.name for file in files)} are in {folder}", markup=False)
 
 
-def run(
-    options: Options, planned: list[PlannedRun], executor: Any, folder: Path, console: Console
-) -> list[str]:
+def run(options: Options, planned: list[PlannedRun], executor: Any, folder: Path, console: Console) -> list[str]:
     """Perform the runs that are missing; returns what failed."""
     for one in planned:
         one.name_values()

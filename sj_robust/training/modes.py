@@ -79,9 +79,19 @@ MODES: Mapping[ModeName, Mode] = MappingProxyType(
                 "none",
                 select="clean",
                 idle=(
-                    "rho", "kappa", "layers", "norm", "indicator", "input_gain", "step_size", "attack_steps",
-                    "noise_std", "project", "beta", "trades_weight",
-                ),  # fmt: skip
+                    "rho",
+                    "kappa",
+                    "layers",
+                    "norm",
+                    "indicator",
+                    "input_gain",
+                    "step_size",
+                    "attack_steps",
+                    "noise_std",
+                    "project",
+                    "beta",
+                    "trades_weight",
+                ),
             ),
             Mode(
                 "gaussian",
