@@ -53,7 +53,9 @@ if __name__ == "__main__":
 
 import torch
 import yaml
-from lab.figures import input_gains, one_neuron, redraw, save_figure, training_curves
+from lab.figures.data import input_gains, one_neuron, training_curves
+from lab.figures.draw import redraw
+from lab.figures.saved import save_figure
 from lab.sweeping.plan import load_records
 from lab.sweeping.recipe import load_recipe
 from lab.sweeping.summary import axes_in, cells_of, columns_of

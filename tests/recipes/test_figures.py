@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from lab.command_line import run_recipe
-from lab.figures import InputGains, draw, input_gains, load_figure, one_neuron, save_figure, training_curves
+from lab.figures.data import InputGains, input_gains, one_neuron, training_curves
+from lab.figures.draw import draw
+from lab.figures.saved import load_figure, save_figure
 from lab.sweeping.record import RunRecord
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread

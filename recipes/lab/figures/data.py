@@ -14,12 +14,10 @@ from sj_robust.models.checkpoint import load_checkpoint
 from sj_robust.neuron import DLIFNode
 from sj_robust.perturbation import full_perturbation, membrane_potential, simplified_perturbation
 
-__all__ = ["InputGains", "OneNeuron", "TrainingCurves", "input_gains", "one_neuron", "training_curves"]
-
 
 @dataclass(frozen=True)
 class OneNeuron:
-    """One neuron under two perturbations of its input current. 单个神经元的扰动。
+    """One neuron under two perturbations of its input current.
 
     Attributes:
         settings: Arguments of :func:`one_neuron`.
@@ -33,22 +31,14 @@ class OneNeuron:
 
 @dataclass(frozen=True)
 class InputGains:
-    """The learnable input gain p[t] of every DLIF layer. 各层的可学习输入增益。
-
-    Attributes:
-        networks: By network and layer, the gain of every step.
-    """
+    """The learnable input gain p[t] of every DLIF layer: by network and layer, a number per step."""
 
     networks: dict[str, dict[str, list[float]]]
 
 
 @dataclass(frozen=True)
 class TrainingCurves:
-    """Losses and validation accuracy per epoch. 训练曲线。
-
-    Attributes:
-        networks: By network, one record per epoch as plain data, with the fields of ``EpochRecord``.
-    """
+    """Losses and validation accuracy: by network, a record per epoch with the fields of ``EpochRecord``."""
 
     networks: dict[str, list[dict[str, Any]]]
 
@@ -63,24 +53,14 @@ def one_neuron(
     steps: int = 30,
     seed: int = 0,
 ) -> OneNeuron:
-    """Perturb the constant input current of one LIF neuron by a constant and by Gaussian noise. 单神经元扰动实验。
+    """Perturb the constant input current of one LIF neuron by a constant and by Gaussian noise.
 
     Equation, with ``s`` the spikes, ``u`` the potentials and ``eps`` the simplified perturbation::
 
         full[t] = u[t] - u~[t],    simplified[t] = eps[t] = decay * eps[t-1] + x[t] - x~[t]
         std[t] = mean_{k <= t} |s[k] - s~[k]|,    tasad[t] = |mean_{k <= t} s[k] - mean_{k <= t} s~[k]|
 
-    Args:
-        decay: Fraction of the potential kept per step.
-        v_threshold: Firing threshold.
-        current: Input current of the clean run.
-        shift: What the constant perturbation adds.
-        std: Standard deviation of the Gaussian one.
-        steps: Time steps.
-        seed: Seed of the noise.
-
-    Returns:
-        Both cases.
+    The clean current is ``current``; ``shift`` is added, or noise of standard deviation ``std``.
 
     Raises:
         ValueError: If there is no step or ``decay`` is outside (0, 1].
@@ -104,18 +84,10 @@ def one_neuron(
 
 
 def input_gains(models: Mapping[str, nn.Module]) -> InputGains:
-    """The gain p[t] of every DLIF layer of networks; those without one are left out. 读取输入增益。
-
-    Args:
-        models: Networks by name.
-
-    Returns:
-        The gains.
+    """The gain p[t] of every DLIF layer of networks, as in figure 4 of the paper; those without one are left out.
 
     Raises:
         ValueError: If no network has a DLIF neuron.
-
-    Source: Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024), figure 4.
 
     Examples:
         >>> input_gains({"mine": nn.Sequential(DLIFNode(T=2))}).networks
@@ -139,24 +111,13 @@ def input_gains(models: Mapping[str, nn.Module]) -> InputGains:
 
 
 def training_curves(folder: Path) -> TrainingCurves:
-    """What a run of ``recipes/adv_train.py`` kept of every epoch. 读取训练历史。
+    """What a run of ``recipes/adv_train.py`` kept of every epoch: the curves in its ``report.json``.
 
-    Args:
-        folder: The run's folder, with its ``report.json``; for a run that is not finished, or a network's own folder,
-            the histories in its ``last.pt`` are taken.
-
-    Returns:
-        The records.
+    For a run that is not finished, or a network's own folder, the histories in its ``last.pt`` are taken.
 
     Raises:
         FileNotFoundError: If the folder does not exist.
         ValueError: If it holds no history.
-
-    Examples:
-        >>> training_curves(Path("nowhere"))
-        Traceback (most recent call last):
-        ...
-        FileNotFoundError: nowhere does not exist; give the folder of a run of recipes/adv_train.py
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder} does not exist; give the folder of a run of recipes/adv_train.py")

@@ -10,17 +10,9 @@ from sj_robust.perturbation.intensity import IntensityCorrelation
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["draw", "redraw"]
-
 
 def draw(data: FigureData) -> dict[str, "Figure"]:
-    """The figures that numbers are for, not yet written. 绘制图。
-
-    Args:
-        data: The numbers.
-
-    Returns:
-        Figures by what they add to the name of the file with the numbers, ``""`` for the first one.
+    """The figures that numbers are for, by what they add to the name of the file with the numbers.
 
     Examples:
         >>> list(draw(InputGains({"mine": {"0": [1.0, 0.5]}})))
@@ -43,26 +35,7 @@ def draw(data: FigureData) -> dict[str, "Figure"]:
 
 
 def redraw(path: Path) -> tuple[Path, ...]:
-    """Draw a saved file of numbers beside it, as PDF and PNG. 由保存的数据重新绘图。
-
-    Args:
-        path: A file that ``save_figure`` wrote.
-
-    Returns:
-        The files drawn.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it holds the numbers of no figure.
-
-    Examples:
-        >>> import tempfile
-        >>> from lab.figures.saved import save_figure
-        >>> path = Path(tempfile.mkdtemp()) / "gains.json"
-        >>> save_figure(InputGains({"mine": {"0": [1.0, 0.5]}}), path)
-        >>> sorted(file.name for file in redraw(path))
-        ['gains.pdf', 'gains.png']
-    """
+    """Draw a file that ``save_figure`` wrote beside it, as PDF and PNG; raises as ``load_figure``."""
     from lab.figures.style import save  # imports matplotlib
 
     figures = draw(load_figure(path))

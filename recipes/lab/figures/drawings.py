@@ -11,8 +11,6 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullF
 from lab.figures.data import InputGains, OneNeuron, TrainingCurves
 from lab.figures.style import COLOURS, DOUBLE, GREY, LINES, MARKERS, SINGLE, letter
 
-__all__ = ["draw_curves", "draw_gains", "draw_neuron"]
-
 _BLUE, _ORANGE, _GREEN, _PINK, _AMBER, _BLACK = COLOURS[:6]
 _MOST_LINES = len(COLOURS)
 

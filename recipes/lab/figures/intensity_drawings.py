@@ -11,8 +11,6 @@ from sj_robust.perturbation.association import Association
 from sj_robust.perturbation.indicators import INDICATORS
 from sj_robust.perturbation.intensity import IntensityCorrelation
 
-__all__ = ["draw_heat_maps", "draw_intensity"]
-
 _NAMES = {
     "mppd_l1": "MPPD, l1",
     "mppd_l2": "MPPD, l2",

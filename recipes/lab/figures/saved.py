@@ -9,8 +9,6 @@ from sj_robust._saved import known_fields, load_saved, saved_content, saved_form
 from sj_robust.perturbation.intensity import FORMAT as INTENSITY_FORMAT
 from sj_robust.perturbation.intensity import IntensityCorrelation
 
-__all__ = ["FigureData", "load_figure", "save_figure"]
-
 FigureData = OneNeuron | InputGains | TrainingCurves | IntensityCorrelation
 """Numbers of one kind of figure."""
 
@@ -24,11 +22,7 @@ _KINDS: dict[str, type[OneNeuron | InputGains | TrainingCurves]] = {
 
 
 def save_figure(data: FigureData, path: Path) -> None:
-    """Write the numbers of a figure; the file is whole or not there. 保存图的数据。
-
-    Args:
-        data: The numbers.
-        path: A JSON file.
+    """Write the numbers of a figure as JSON; the file is whole or not there.
 
     Examples:
         >>> import tempfile
@@ -47,25 +41,11 @@ def save_figure(data: FigureData, path: Path) -> None:
 
 
 def load_figure(path: Path) -> FigureData:
-    """The numbers that :func:`save_figure` wrote. 读取图的数据。
-
-    Args:
-        path: The file.
-
-    Returns:
-        The numbers.
+    """The numbers that :func:`save_figure` wrote.
 
     Raises:
         FileNotFoundError: If there is no such file.
         ValueError: If it holds something else, is damaged or of another version.
-
-    Examples:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "gains.json"
-        >>> head = '"format": "sj_robust.figure", "version": 1, "kind": "gains"'
-        >>> _ = path.write_text(f'{{{head}, "networks": {{"mine": {{"0": [1.0]}}}}}}')
-        >>> load_figure(path)
-        InputGains(networks={'mine': {'0': [1.0]}})
     """
     return load_saved(path, _parsed)
 

@@ -8,8 +8,6 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-__all__ = ["COLOURS", "DOUBLE", "GREY", "LINES", "MARKERS", "SINGLE", "letter", "print_style", "save"]
-
 SINGLE, DOUBLE = 3.25, 6.75
 """Widths in inches of one column and of both."""
 
@@ -48,16 +46,7 @@ def print_style() -> Iterator[None]:
 
 
 def save(figure: Figure, folder: Path, name: str) -> tuple[Path, Path]:
-    """Write a figure as PDF and as PNG, the same files for the same figure. 保存为 PDF 与 PNG。
-
-    Args:
-        figure: What to write.
-        folder: Where to.
-        name: Of the files, without an ending.
-
-    Returns:
-        The two files.
-    """
+    """Write a figure as PDF and as PNG, the same files for the same figure."""
     pdf, png = folder / f"{name}.pdf", folder / f"{name}.png"
     with print_style():
         figure.draw_without_rendering()
