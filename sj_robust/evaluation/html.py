@@ -2,16 +2,16 @@
 
 import io
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from html import escape
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment
 
 from sj_robust._saved import write_whole
 from sj_robust.evaluation.drawings import BLUE, GREY, ORANGE, robustness_figures
-from sj_robust.evaluation.robustness_report import Accuracy, RobustnessReport
+from sj_robust.evaluation.robustness_report import RobustnessReport
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -38,17 +38,6 @@ _CAPTIONS = {
         "MS-MPPD of every spiking layer and time step between clean images and those of an attack, on the first batch.",
     ),
 }
-_MASKING = "Signs of gradient masking"
-
-
-class _Table(NamedTuple):
-    """Rows of text; which columns are numbers, and which rows are sums."""
-
-    headings: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    numbers: Collection[int] = ()
-    caption: str = ""
-    sums: Collection[int] = ()
 
 
 def save_html(report: RobustnessReport, path: Path) -> None:
@@ -86,111 +75,37 @@ def to_html(report: RobustnessReport) -> str:
         False
     """
     environment = Environment(autoescape=True, keep_trailing_newline=True)
+    environment.filters["short"] = _short
+    events = report.threat.norm == "L0"
+    over_eps = [{"events" if name == "eps" and events else name: row[name] for name in row} for row in report.over_eps]
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         report=report,
         title=f"{report.name} on {report.dataset}: robustness",
-        subtitle=_subtitle(report),
-        cards=_cards(report),
+        surrogates=sorted({f"{row['neuron']} with {row['surrogate']}" for row in report.network.get("layers", [])}),
+        cards={
+            "clean accuracy": report.clean,
+            "worst case of the suite": report.worst_case,
+            "control: training surrogate, restarts": report.control,
+            "everything together": report.everything,
+        },
         figures=_figures(report),
-        accuracies=_accuracies(report),
-        details=_details(report),
-        unfolded="" if all(row["passed"] for row in report.findings) else _MASKING,
+        members={member.name: member for member in report.members},
+        tables={
+            "Gradient estimators tried": report.estimators,
+            "Firing of every layer": report.firing,
+            _caption("accuracy_over_eps", report)[0]: over_eps,
+        },
+        steps=max((len(values) for row in report.potential for values in row["layers"].values()), default=0),
+        lists={"Network": report.network, "Options": report.configuration, "Environment": report.environment},
+        split=_split,
     )
 
 
-def _subtitle(report: RobustnessReport) -> str:
-    surrogates = sorted({f"{row['neuron']} with {row['surrogate']}" for row in report.network.get("layers", [])})
-    trained = f"; {'; '.join(surrogates)}" if surrogates else ""
-    return (
-        f"{report.budget}; suite {report.suite}; {len(report.labels)} test images; seed "
-        f"{report.seed}; {report.architecture}{trained}"
-    )
-
-
-def _cards(report: RobustnessReport) -> list[tuple[str, Accuracy]]:
-    named = [("clean accuracy", report.clean), ("worst case of the suite", report.worst_case)]
-    named += [("control: training surrogate, restarts", report.control)] if report.control else []
-    return [*named, ("everything together", report.everything)]
-
-
-def _accuracies(report: RobustnessReport) -> _Table:
-    groups = {member.name: (member.estimator, member.group or "each for itself") for member in report.members}
-    found = report.accuracies
-    rows = [
-        (
-            one.name,
-            *groups.get(one.name, ("", "")),
-            one.percent,
-            one.interval_text,
-            str(one.correct),
-            f"{one.seconds:.1f}",
-        )
-        for one in found
-    ]
-    headings = ["after", "estimator", "group", "%", "95 % interval", "right", "seconds"]
-    sums = [index for index, one in enumerate(found) if one.kind not in ("clean", "member")]
-    return _Table(headings, rows, range(3, 7), f"of {len(report.labels)} images", sums)
-
-
-def _details(report: RobustnessReport) -> list[tuple[str, list[_Table]]]:
-    """What is not everybody's first question, folded: title and tables."""
-    over_eps = [  # in L0 a radius is a number of events
-        {"events" if name == "eps" and report.threat.norm == "L0" else name: row[name] for name in row}
-        for row in report.over_eps
-    ]
-    return [
-        (_MASKING, _findings(report)),
-        ("Gradient estimators tried", _rows(report.estimators)),
-        ("Firing of every layer", _rows(report.firing)),
-        (_caption("accuracy_over_eps", report)[0], _rows(over_eps)),
-        ("MS-MPPD per layer and time step", _steps(report)),
-        ("Network", _pairs(report.network)),
-        ("Options", _pairs(report.configuration)),
-        ("Environment", _pairs(report.environment)),
-    ]
-
-
-def _findings(report: RobustnessReport) -> list[_Table]:
-    rows = [
-        [
-            "passed" if row["passed"] else "FAILED",
-            row["name"],
-            f"{row['value']:.3g}",
-            f"{row['threshold']:.3g}",
-            row["meaning"] if row["passed"] else f"{row['meaning']} {row['remedy']}",
-        ]
-        for row in report.findings
-    ]
-    return [_Table(["", "finding", "value", "at most", "meaning"], rows, (2, 3))] if rows else []
-
-
-def _steps(report: RobustnessReport) -> list[_Table]:
-    rows = [
-        [row["member"], layer, *(f"{value:.3g}" for value in values)]
-        for row in report.potential
-        for layer, values in row["layers"].items()
-    ]
-    steps = max((len(row) - 2 for row in rows), default=0)
-    rows = [[*row, *[""] * (steps + 2 - len(row))] for row in rows]
-    headings = ["attack", "layer", *(f"step {step}" for step in range(steps))]
-    return [_Table(headings, rows, range(2, steps + 2))] if rows else []
-
-
-def _rows(rows: Sequence[dict[str, Any]]) -> list[_Table]:
-    """A table of rows with the same keys."""
-    if not rows:
-        return []
-    headings = list(rows[0])
-    numbers = [index for index, name in enumerate(headings) if isinstance(rows[0][name], int | float)]
-    return [_Table(headings, [[_short(row.get(name)) for name in headings] for row in rows], numbers)]
-
-
-def _pairs(values: Mapping[str, Any]) -> list[_Table]:
-    """A table of names and values, and one of its own for every list of rows."""
+def _split(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Names and values of what is no list of rows, lists last; and the lists of rows."""
     nested = [name for name, value in values.items() if isinstance(value, list) and isinstance((value or [0])[0], dict)]
-    flat = sorted((name for name in values if name not in nested), key=lambda name: isinstance(values[name], list))
-    tables = [_Table(["", ""], [[name, _short(values[name])] for name in flat])] if flat else []
-    return tables + [table for name in nested for table in _rows(values[name])]
+    plain = sorted(values.keys() - nested, key=lambda name: (isinstance(values[name], list), list(values).index(name)))
+    return {"plain": [(name, values[name]) for name in plain], "nested": [values[name] for name in nested]}
 
 
 def _figures(report: RobustnessReport) -> list[tuple[str, str, str]]:
