@@ -12,17 +12,15 @@ from sj_robust.attacks import SampleSeeds, ThreatModel, fgsm, pgd
 from sj_robust.evaluation import Member, craft, fools, worst_case
 
 EPS = 0.1
+LINF = ThreatModel("Linf", EPS)
 
 
 def seeds(n, start=0):
     return SampleSeeds(range(start, start + n))
 
 
-def pgd_member(name="pgd", **options):
-    settings = {"eps": EPS, "step_size": EPS / 3, "steps": 4} | {
-        key: options.pop(key) for key in ("eps", "steps", "loss", "restarts") if key in options
-    }
-    return Member(name, partial(pgd, **settings), **options)
+def pgd_member(name="pgd", *, attack=(), **options):
+    return Member(name, partial(pgd, **{"eps": EPS, "step_size": EPS / 3, "steps": 4} | dict(attack)), **options)
 
 
 @pytest.fixture
@@ -92,17 +90,16 @@ class TestWorstCase:
 
     def test_never_above_the_best_single_member(self, digits):
         model, x, y = digits
-        members = [
-            pgd_member("pgd"),
-            pgd_member("pgd/r1", seed=1),
-            pgd_member("margin", loss=lambda z, t: -z.gather(1, t[:, None]).flatten()),
-        ]
+        margin = {"loss": lambda z, t: -z.gather(1, t[:, None]).flatten()}
+        members = [pgd_member(threat=LINF), pgd_member("pgd/r1", seed=1), pgd_member("margin", attack=margin)]
         single = [worst_case(model, x, y, [m], seeds=seeds(40)) for m in members]
         together = worst_case(model, x, y, members, seeds=seeds(40))
         union = torch.stack([result.standing("suite") for result in single]).all(0)
         assert torch.equal(together.standing("suite"), union)  # each member's images are its own, whatever ran before
         assert 0 < together.robust_accuracy < together.correct.double().mean()
         assert together.robust_accuracy <= min(result.robust_accuracy for result in single)
+        assert (together.outcomes[0].eps, together.outcomes[0].largest) == (EPS, pytest.approx(EPS))
+        assert together.outcomes[1].eps is None
 
     def test_linear_network_has_exactly_the_robust_accuracy_of_its_distances(self):
         generator = torch.Generator().manual_seed(0)
@@ -123,28 +120,18 @@ class TestWorstCase:
         assert torch.equal(result.standing("suite"), distance > eps)
         assert result.robust_accuracy == float((distance > eps).double().mean())
 
-    def test_deterministic_and_seeded(self, digits):
+    def test_seeds_decide_it_and_neither_batch_size_nor_the_other_samples(self, digits):
         model, x, y = digits
-        members = [pgd_member("a", steps=1), pgd_member("b", steps=1, seed=1)]
-        first, second, other = (worst_case(model, x, y, members, seeds=seeds(40, s)) for s in (0, 0, 100))
-        assert torch.equal(first.x_adv, second.x_adv)
-        assert torch.equal(first.fooled_by, second.fooled_by)
-        assert not torch.equal(first.x_adv, other.x_adv)
-
-    def test_independent_of_the_batch_size_and_of_the_other_samples(self, digits):
-        model, x, y = digits
-        members = [pgd_member("a", steps=2), pgd_member("b", restarts=2, seed=1)]
-        together = worst_case(model, x, y, members, seeds=seeds(40))
+        members = [pgd_member("a", attack={"steps": 1}), pgd_member("b", attack={"restarts": 2}, seed=1)]
+        together, again, other = (worst_case(model, x, y, members, seeds=seeds(40, start)) for start in (0, 0, 100))
+        assert torch.equal(together.x_adv, again.x_adv)
+        assert torch.equal(together.fooled_by, again.fooled_by)
+        assert not torch.equal(together.x_adv, other.x_adv)
         order = torch.randperm(40, generator=torch.Generator().manual_seed(0))
         for rows in order.split(7):
             part = worst_case(model, x[rows], y[rows], members, seeds=seeds(40).rows(rows))
             torch.testing.assert_close(part.x_adv, together.x_adv[rows], rtol=0, atol=1e-12)
             assert torch.equal(part.fooled_by, together.fooled_by[rows])
-
-    def test_names_must_differ(self, digits):
-        model, x, y = digits
-        with pytest.raises(ValueError, match=r"names of members must differ, got \['pgd', 'pgd'\]"):
-            worst_case(model, x, y, [pgd_member(), pgd_member()], seeds=seeds(40))
 
     def test_no_images_and_no_members(self, digits):
         model, x, y = digits
@@ -154,45 +141,47 @@ class TestWorstCase:
         assert clean.robust_accuracy == float((model(x).argmax(1) == y).double().mean())
         assert torch.equal(clean.x_adv, x)
 
+    @pytest.mark.parametrize("name", MODELS)
+    def test_spiking_and_plain_networks_alike(self, name, batch):
+        members = [pgd_member(), Member("fgsm", partial(fgsm, eps=EPS))]
+        result = worst_case(MODELS[name](), *batch, members, seeds=seeds(7))
+        assert torch.equal(result.correct & (result.fooled_by < 0), result.standing("suite"))
+        assert ((result.x_adv - batch[0]).abs() <= EPS).all()
+
 
 class TestCraft:
     def test_restarts_and_names_have_their_own_random_starts(self, digits):
         model, x, y = digits
-        members = [pgd_member("a", steps=1), pgd_member("a", steps=1, seed=1), pgd_member("b", steps=1)]
+        one = {"attack": {"steps": 1}}
+        members = [pgd_member("a", **one), pgd_member("a", seed=1, **one), pgd_member("b", **one)]
         images = [craft(model, x, y, member, seeds=seeds(40)) for member in members]
         assert not torch.equal(images[0], images[1])
         assert not torch.equal(images[0], images[2])
         assert torch.equal(images[0], craft(model, x, y, members[0], seeds=seeds(40)))
 
     @pytest.mark.parametrize(
-        ("result", "error", "message"),
+        ("result", "threat", "error", "message"),
         [
-            (lambda x: x + 0.5, ValueError, r"attack 'bad' left the images: x must lie in \[0, 1\]"),
-            (lambda x: x * float("nan"), ValueError, r"attack 'bad' left the images: x must be finite"),
+            (lambda x: x + 0.5, LINF, ValueError, r"attack 'bad' left the images: x must lie in \[0, 1\]"),
+            (lambda x: x * float("nan"), LINF, ValueError, r"attack 'bad' left the images: x must be finite"),
+            (lambda x: x[:-1], LINF, ValueError, r"must return images of shape \[7, 1, 6, 6\], got \[6, 1, 6, 6\]"),
+            (lambda x: x.double(), LINF, TypeError, r"images of torch.float32 on cpu, got torch.float64 on cpu"),
+            (lambda x: (x, 0), LINF, TypeError, r"must return images of torch.float32 on cpu, got tuple"),
+            (lambda x: (x + 0.101).clamp(0, 1), LINF, ValueError, r"must stay within Linf distance 0.1, got 0.101"),
             (
-                lambda x: x[:-1],
+                lambda x: torch.where(x < 0.5, x + 0.1, x - 0.1),  # L2 distance 0.6
+                ThreatModel("L2", 0.59),
                 ValueError,
-                r"attack 'bad' must return images of shape \[7, 1, 6, 6\], got \[6, 1, 6, 6\]",
+                r"must stay within L2 distance 0.59, got 0.6",
             ),
-            (lambda x: x.double(), TypeError, r"must return images of torch.float32 on cpu, got torch.float64 on cpu"),
-            (lambda x: (x, 0), TypeError, r"must return images of torch.float32 on cpu, got tuple"),
-            (lambda x: (x + 0.101).clamp(0, 1), ValueError, r"must stay within Linf distance 0.1, got 0.101"),
         ],
     )
-    def test_an_attack_that_leaves_its_budget_raises(self, batch, result, error, message):
-        member = Member("bad", lambda model, x, y, *, generator: result(x), threat=ThreatModel("Linf", EPS))
+    def test_an_attack_that_leaves_its_budget_raises(self, batch, result, threat, error, message):
+        member = Member("bad", lambda model, x, y, *, generator: result(x), threat=threat)
         with pytest.raises(error, match=message):
             craft(linear_model(36), *batch, member, seeds=seeds(7))
-
-    def test_ball_of_l2(self, batch):
-        x, y = batch
-
-        def shifted(model, x, y, *, generator):
-            return torch.where(x < 0.5, x + 0.1, x - 0.1)  # L2 distance 0.6
-
-        craft(linear_model(36), x, y, Member("l2", shifted, threat=ThreatModel("L2", 0.6)), seeds=seeds(7))
-        with pytest.raises(ValueError, match=r"must stay within L2 distance 0.59, got 0.6"):
-            craft(linear_model(36), x, y, Member("l2", shifted, threat=ThreatModel("L2", 0.59)), seeds=seeds(7))
+        if threat.norm == "L2":
+            craft(linear_model(36), *batch, replace(member, threat=ThreatModel("L2", 0.6)), seeds=seeds(7))
 
     def test_an_attack_in_place_does_not_reach_the_callers_images(self, batch):
         x, y = batch
@@ -228,33 +217,6 @@ class TestCraft:
         assert torch.equal(torch.get_rng_state(), state)
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
-    def test_a_function_has_no_estimator(self, batch):
-        member = pgd_member(estimator="atan:4")
-        with pytest.raises(TypeError, match="estimator 'atan:4' of 'pgd' needs the network as an nn.Module"):
-            craft(lambda x: x.flatten(1)[:, :5], *batch, member, seeds=seeds(7))
-
-    def test_seeds_must_fit(self, batch):
-        with pytest.raises(ValueError, match="one seed per image, 7, got 6"):
-            craft(linear_model(36), *batch, pgd_member(), seeds=seeds(6))
-        with pytest.raises(TypeError, match="seeds must be SampleSeeds, got Generator"):
-            craft(linear_model(36), *batch, pgd_member(), seeds=torch.Generator())
-
-
-class TestMember:
-    @pytest.mark.parametrize(
-        ("arguments", "error", "message"),
-        [
-            ({"name": ""}, ValueError, "a member needs a name"),
-            ({"attack": 3}, TypeError, "attack must be a callable, got int"),
-            ({"seed": -1}, ValueError, "seed must be >= 0, got -1"),
-            ({"seed": True}, TypeError, "seed must be an integer, got bool"),
-            ({"threat": ("Linf", 0.1)}, TypeError, "threat must be a ThreatModel or None, got tuple"),
-        ],
-    )
-    def test_wrong_use(self, arguments, error, message):
-        with pytest.raises(error, match=message):
-            replace(pgd_member(), **arguments)
-
 
 class TestFools:
     class Coin(nn.Module):
@@ -267,8 +229,10 @@ class TestFools:
     def test_a_stochastic_network_has_to_be_wrong_in_every_draw(self):
         x, y = torch.full((4000, 1), 0.5), torch.zeros(4000, dtype=torch.int64)
         for draws in (1, 3):
-            share = float(fools(self.Coin(), x, y, draws=draws, seeds=seeds(4000)).double().mean())
-            assert share == pytest.approx(0.5**draws, abs=0.03)
+            fooled, again, other = (fools(self.Coin(), x, y, draws=draws, seeds=seeds(4000, s)) for s in (0, 0, 1))
+            assert float(fooled.double().mean()) == pytest.approx(0.5**draws, abs=0.03)
+            assert torch.equal(fooled, again)
+            assert not torch.equal(fooled, other)
 
     def test_a_lucky_draw_of_the_attack_does_not_count(self):
         x, y = torch.full((2000, 1), 0.9), torch.zeros(2000, dtype=torch.int64)
@@ -290,28 +254,44 @@ class TestFools:
         assert not fools(model, torch.eye(2), torch.arange(2), draws=3, seeds=seeds(2)).any()
         assert sizes == [2]
 
-    def test_the_same_seeds_give_the_same_draws(self):
-        x, y = torch.full((100, 1), 0.5), torch.zeros(100, dtype=torch.int64)
-        first, second, other = (fools(self.Coin(), x, y, seeds=seeds(100, s)) for s in (0, 0, 1))
-        assert torch.equal(first, second)
-        assert not torch.equal(first, other)
-
     def test_agrees_with_argmax_of_the_network_in_evaluation_mode(self, model, batch):
         x, y = batch
         fooled = fools(model.train(), x, y, draws=2, seeds=seeds(7))
         assert all(module.training for module in model.modules())
         assert torch.equal(fooled, model.eval()(x).argmax(1) != y)
 
-    def test_wrong_use(self, batch):
-        with pytest.raises(ValueError, match="draws must be >= 1, got 0"):
-            fools(linear_model(36), *batch, draws=0, seeds=seeds(7))
-        with pytest.raises(ValueError, match="logits must be finite"):
-            fools(lambda x: x.flatten(1) * float("nan"), *batch, seeds=seeds(7))
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda x, y: pgd_member(""), ValueError, "a member needs a name"),
+        (lambda x, y: Member("pgd", 3), TypeError, "attack must be a callable, got int"),
+        (lambda x, y: pgd_member(seed=-1), ValueError, "seed must be >= 0, got -1"),
+        (lambda x, y: pgd_member(seed=True), TypeError, "seed must be an integer, got bool"),
+        (lambda x, y: pgd_member(threat=("Linf", EPS)), TypeError, "must be a ThreatModel or None, got tuple"),
+        (lambda x, y: craft(LINEAR, x, y, pgd_member(), seeds=seeds(6)), ValueError, "one seed per image, 7, got 6"),
+        (lambda x, y: craft(LINEAR, x, y, pgd_member(), seeds=torch.Generator()), TypeError, "got Generator"),
+        (
+            lambda x, y: craft(first_two, x.flatten(1), y, pgd_member(estimator="atan:4"), seeds=seeds(7)),
+            TypeError,
+            "estimator 'atan:4' of 'pgd' needs the network as an nn.Module",
+        ),
+        (lambda x, y: fools(LINEAR, x, y, draws=0, seeds=seeds(7)), ValueError, "draws must be >= 1, got 0"),
+        (
+            lambda x, y: fools(lambda x: x.flatten(1) * float("nan"), x, y, seeds=seeds(7)),
+            ValueError,
+            "logits must be finite",
+        ),
+        (
+            lambda x, y: worst_case(LINEAR, x, y, [pgd_member(), pgd_member()], seeds=seeds(7)),
+            ValueError,
+            r"names of members must differ, got \['pgd', 'pgd'\]",
+        ),
+    ],
+)
+def test_wrong_use(batch, call, error, message):
+    with pytest.raises(error, match=message):
+        call(*batch)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_spiking_and_plain_networks_alike(name, batch):
-    model = MODELS[name]()
-    result = worst_case(model, *batch, [pgd_member(), Member("fgsm", partial(fgsm, eps=EPS))], seeds=seeds(7))
-    assert torch.equal(result.correct & (result.fooled_by < 0), result.standing("suite"))
-    assert ((result.x_adv - batch[0]).abs() <= EPS).all()
+LINEAR = linear_model(36)
