@@ -1,5 +1,5 @@
-"""The networks and the batch of the attacks' tests as fixtures."""
+"""The networks of the attacks' tests as fixtures, the trained one among them."""
 
-from attacks.conftest import batch, model
+from attacks.conftest import batch, model, trained
 
-__all__ = ["batch", "model"]
+__all__ = ["batch", "model", "trained"]

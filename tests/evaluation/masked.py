@@ -1,47 +1,13 @@
-"""A spiking network that is honest, and what masks its gradients without making it robust."""
+"""What masks the gradients of an honest network without making it robust."""
 
 import copy
 from collections.abc import Callable
 
 import torch
-from attacks.table import PerStep
 from spikingjelly.activation_based import functional, surrogate
 from torch import Tensor, nn
 
-from sj_robust import DLIFNode, SpikingClassifier
-
-
-def digits() -> tuple[Tensor, Tensor]:
-    """Shuffled 8 x 8 digits in [0, 1]; scikit-learn must be there."""
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    order = torch.randperm(len(data.target), generator=torch.Generator().manual_seed(0))
-    images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16
-    return images[order], torch.tensor(data.target, dtype=torch.int64)[order]
-
-
-def spiking() -> nn.Module:
-    """Two convolutions and a linear layer with DLIF neurons, untrained."""
-    net = nn.Sequential(
-        PerStep(nn.Conv2d(1, 12, 3, padding=1), nn.BatchNorm2d(12)),
-        DLIFNode(T=4, tau=2.0),
-        PerStep(nn.Conv2d(12, 24, 3, stride=2, padding=1), nn.BatchNorm2d(24)),
-        DLIFNode(T=4, tau=2.0),
-        PerStep(nn.Flatten(), nn.Linear(24 * 16, 10)),
-    )
-    return SpikingClassifier(net, T=4)
-
-
-def fitted(model: nn.Module, x: Tensor, y: Tensor, *, epochs: int = 4) -> nn.Module:
-    """The model after some epochs of Adam, in evaluation mode."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(x)).split(64):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
-            optimizer.step()
-    return model.eval()
+from sj_robust import DLIFNode
 
 
 def with_surrogate(model: nn.Module, function: nn.Module) -> nn.Module:

@@ -69,9 +69,9 @@ def members():
     )
 
 
-def run(folder=None, *, size=6, net=None, suite=None, **options):
+def run(folder=None, *, size=6, net=None, suite=None, data=None, **options):
     arguments = {"threat": THREAT, "seed": 3} | options
-    return run_suite(net or classifier(), batches(size), suite or members(), folder=folder, **arguments)
+    return run_suite(net or classifier(), data or batches(size), suite or members(), folder=folder, **arguments)
 
 
 def without_times(outcome):

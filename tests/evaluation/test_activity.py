@@ -81,13 +81,6 @@ def test_equals_counts_by_hand(make, step_mode):
     assert 0 < found[0].silent < 1
 
 
-def test_a_bare_network_and_its_sequence():
-    net, x = network(), images()
-    bare = firing(net, x.expand(T, *x.shape))
-    wrapped = firing(SpikingClassifier(net, T=T), x)
-    assert [(entry.layer, entry.rate) for entry in wrapped] == [(f"net.{entry.layer}", entry.rate) for entry in bare]
-
-
 def test_silent_and_saturated_are_told_apart():
     net = nn.Sequential(nn.Identity(), neuron.IFNode(step_mode="m"))
     current = torch.tensor([0.0, 0.6, 5.0, 5.0]).expand(T, 2, 4).clone()
@@ -96,9 +89,10 @@ def test_silent_and_saturated_are_told_apart():
     assert found == LayerActivity("1", "IFNode", rate=pytest.approx((2 + 6 + 3) / 24), silent=0.25, saturated=0.25)
 
 
-def test_a_fused_pair_is_pulled_apart_and_fused_again():
+def test_bare_wrapped_and_fused_networks_alike():
     net, x = network(lambda: DLIFNode(T=T, tau=2.0)), images()
-    plain = firing(SpikingClassifier(net, T=T), x)
+    plain, bare = firing(SpikingClassifier(net, T=T), x), firing(net, x.expand(T, *x.shape))
+    assert [(entry.layer, entry.rate) for entry in plain] == [(f"net.{entry.layer}", entry.rate) for entry in bare]
     fuse(net)
     assert type(net) is FusedSequential
     assert firing(SpikingClassifier(net, T=T), x) == plain

@@ -11,14 +11,12 @@ from torch import nn
 
 from sj_robust import SpikingClassifier
 from sj_robust.attacks import SampleSeeds, count_flips, flip_events, random_flips
-from sj_robust.attacks.threat import eps_text, parse_eps
 from sj_robust.evaluation import (
     EstimatorSearch,
     Member,
     RobustnessReport,
     ThreatModel,
     craft,
-    diagnose,
     make_suite,
     worst_case,
 )
@@ -74,33 +72,6 @@ def shortened(attack):
     return partial(attack, **({"tries": 20} if "tries" in attack.keywords else {"queries": 20, "probes": 4}))
 
 
-class TestThreat:
-    def test_a_number_of_changes(self):
-        assert TEN.eps == 10
-        assert isinstance(ThreatModel("L0", 20.0).eps, int)
-        assert ThreatModel("L0", 20.0) == ThreatModel("L0", 20)
-        assert repr(ThreatModel("L0", 20.0)) == repr(ThreatModel("L0", 20))
-
-    @pytest.mark.parametrize("eps", [0, -1, 0.5, 8 / 255, 2.5, True, float("inf"), float("nan")])
-    def test_nothing_else(self, eps):
-        with pytest.raises(ValueError, match="eps must be an integer >= 1 for L0, the number of changed elements, got"):
-            ThreatModel("L0", eps)
-
-    @pytest.mark.parametrize("number", [1, 20, 12345, 10**7])
-    def test_as_text_and_back(self, number):
-        assert eps_text(number) == str(number)
-        assert parse_eps(eps_text(number)) == number
-
-    def test_values_cannot_move(self):
-        assert ThreatModel("L2", 0.5).ball == "L2"
-        with pytest.raises(ValueError, match="'Linf' or 'L2' to move values, got 'L0'; use the suite 'events'"):
-            _ = TEN.ball
-
-    def test_no_diagnosis(self, bars):
-        with pytest.raises(ValueError, match="must be 'Linf' or 'L2', whose attacks move values a little, got 'L0'"):
-            diagnose(bars.model, bars.x[:2], bars.y[:2], threat=TEN, seed=0)
-
-
 class TestBall:
     x, y, seeds = frames(3, 2, 2, 3, 3), torch.tensor([0, 1, 0]), SampleSeeds(range(3))
 
@@ -154,16 +125,17 @@ class TestSuite:
         targets = [m.attack.keywords.get("target_classes", 0) for m in suite.members]
         assert max(targets) == (0 if classes == 2 else min(3, classes - 1))
 
-    @pytest.mark.parametrize("name", ["paper", "fast", "standard", "autoattack", "gradients"])
-    def test_other_suites_move_values(self, name):
-        with pytest.raises(ValueError, match=f"suite '{name}' does not fit a threat in L0; use the suite 'events'"):
-            make_suite(name, TEN, classes=4)
+    def test_events_are_counted_and_other_suites_move_values(self):
+        for name in ("paper", "fast", "standard", "autoattack", "gradients"):
+            with pytest.raises(ValueError, match=f"suite '{name}' does not fit a threat in L0; use the suite 'events'"):
+                make_suite(name, TEN, classes=4)
+        for norm in ("Linf", "L2"):
+            with pytest.raises(
+                ValueError, match=rf"'events' does not fit a threat in {norm}; .*ThreatModel\('L0', k\)"
+            ):
+                make_suite("events", ThreatModel(norm, 0.5), classes=4)
 
-    @pytest.mark.parametrize("norm", ["Linf", "L2"])
-    def test_events_are_counted(self, norm):
-        with pytest.raises(ValueError, match=rf"'events' does not fit a threat in {norm}; .*ThreatModel\('L0', k\)"):
-            make_suite("events", ThreatModel(norm, 0.5), classes=4)
-
+    @pytest.mark.slow
     def test_what_it_crafts_is_binary_and_within_the_budget(self, bars):
         suite = short_suite("events", TEN, chosen=("pdsg",), classes=4)
         result = worst_case(bars.model, bars.x, bars.y, suite.members, seeds=SampleSeeds(range(24)))
@@ -173,6 +145,7 @@ class TestSuite:
         assert result.robust_accuracy < bars.accuracy(bars.x) - 0.3
 
 
+@pytest.mark.slow
 class TestReport:
     def test_the_worst_case_is_that_of_every_member(self, report):
         assert report.clean.accuracy > 0.9
@@ -200,12 +173,10 @@ class TestReport:
         assert left[-1] < 6
         assert all(row["attack"].startswith("flip_events, ") for row in report.over_eps[1:])
 
-    def test_loads_back_equal(self, report):
+    def test_loads_back_equal_and_says_that_masking_was_not_diagnosed(self, report):
         again = RobustnessReport.from_json(report.to_json())
         assert again == report
         assert (again.threat, again.eps, again.suite) == (TEN, "10", "events")
-
-    def test_says_that_masking_was_not_diagnosed(self, report):
         assert report.findings == ()
         assert any("Signs of gradient masking were not looked for" in text for text in report.warnings)
 
@@ -255,22 +226,14 @@ class TestReport:
             evaluated(bars, folder=folder, threat=ThreatModel("L0", 11))
 
 
-class TestWrongUse:
-    def test_counts_per_frame(self, bars):
-        batches = [(bars.x * 3, bars.y)]
-        with pytest.raises(ValueError, match=r"binary event frames .* got values from 0 to 3"):
-            evaluated(bars, batches=batches)
-
-    def test_images(self):
-        subject = Subject("mine", SpikingClassifier(nn.Flatten(2), T=1), "a reshape")
-        batches = [(torch.rand(2, 1, 2, 2).round(), torch.tensor([0, 1]))]
-        with pytest.raises(ValueError, match=r"event frames \[N, T, 2, H, W\], got shape \(2, 1, 2, 2\)"):
-            whole.assess(subject, batches, suite="events", threat=TEN, dataset="noise", classes=4)
-
-    def test_suite_and_threat(self, bars):
-        with pytest.raises(ValueError, match="suite 'standard' does not fit a threat in L0"):
-            evaluated(bars, suite="standard")
-
-    def test_more_changes_than_elements(self, bars):
-        with pytest.raises(ValueError, match="flips must be <= 1200, the elements of a sample, got 1201"):
-            evaluated(bars, threat=ThreatModel("L0", 1201))
+def test_wrong_use(bars):
+    subject = Subject("mine", SpikingClassifier(nn.Flatten(2), T=1), "a reshape")
+    images = [(torch.rand(2, 1, 2, 2).round(), torch.tensor([0, 1]))]
+    with pytest.raises(ValueError, match=r"event frames \[N, T, 2, H, W\], got shape \(2, 1, 2, 2\)"):
+        whole.assess(subject, images, suite="events", threat=TEN, dataset="noise", classes=4)
+    with pytest.raises(ValueError, match=r"binary event frames .* got values from 0 to 3"):
+        evaluated(bars, batches=[(bars.x * 3, bars.y)])  # counts per frame
+    with pytest.raises(ValueError, match="suite 'standard' does not fit a threat in L0"):
+        evaluated(bars, suite="standard")
+    with pytest.raises(ValueError, match="flips must be <= 1200, the elements of a sample, got 1201"):
+        evaluated(bars, threat=ThreatModel("L0", 1201))

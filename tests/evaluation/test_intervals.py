@@ -3,7 +3,6 @@ import math
 import pytest
 import torch
 
-from sj_robust.attacks.threat import eps_text, parse_eps
 from sj_robust.evaluation.intervals import difference_interval, paired_difference_interval, wilson_interval
 
 Z = 1.959963984540054
@@ -72,16 +71,3 @@ def test_wrong_counts():
         wilson_interval(5, 4)
     with pytest.raises(ValueError, match="from 0 to 4"):
         paired_difference_interval(3, 2, 4)
-
-
-@pytest.mark.parametrize("eps", [8 / 255, 1 / 255, 0.1, 0.3, 0.5, 16 / 255, 2.55 / 255, 1 / 3, 0.123456789, 0.0, 1.0])
-def test_radii_survive_as_text(eps):
-    assert parse_eps(eps_text(eps)) == eps
-
-
-def test_radii_are_written_as_the_field_writes_them():
-    texts = [eps_text(eps) for eps in (8 / 255, 100 / 255, 0.1, 0.031, 2.5 / 255)]
-    assert texts == ["8/255", "100/255", "0.1", "0.031", "2.5/255"]
-    for text in ("8//255", "x", "8/0", "-0.1", "nan", "inf"):
-        with pytest.raises(ValueError, match="eps must be"):
-            parse_eps(text)

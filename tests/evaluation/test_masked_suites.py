@@ -8,16 +8,8 @@ from torch import Tensor, nn
 from sj_robust.attacks import SampleSeeds
 from sj_robust.evaluation import EstimatorSearch, ThreatModel, make_suite, search_estimators, worst_case
 
-pytest.importorskip("sklearn.datasets", reason="scikit-learn (extra `recipes`) holds the digits")
+pytestmark = pytest.mark.slow
 torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def honest() -> nn.Module:
-    x, y = masked.digits()
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return masked.fitted(masked.spiking(), x[:1280], y[:1280])
 
 
 def left(model: nn.Module, members, x: Tensor, y: Tensor) -> float:
@@ -31,8 +23,8 @@ def chosen_for(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> l
     return [trial.estimator for trial in trials if trial.chosen]
 
 
-def test_the_fast_suite_breaks_a_narrow_surrogate(honest):
-    x, y = (part[1280:1304] for part in masked.digits())
+def test_the_fast_suite_breaks_a_narrow_surrogate(trained):
+    honest, x, y = trained.model, trained.x[:24], trained.y[:24]
     model, threat = masked.with_surrogate(honest, masked.NARROW), ThreatModel("Linf", 0.12)
     chosen = chosen_for(model, x, y, threat)
     assert "training" not in chosen
@@ -45,11 +37,11 @@ def test_the_fast_suite_breaks_a_narrow_surrogate(honest):
     assert worst == pytest.approx(left(honest, suite.members, x, y), abs=0.1)
 
 
-def test_the_standard_suite_breaks_a_saturated_input(honest):
-    x, y = (part[1280:1292] for part in masked.digits())
-    model, threat = masked.Before(masked.clamped, honest), ThreatModel("Linf", 0.2)
+def test_the_standard_suite_breaks_a_saturated_input(trained):
+    x, y = trained.x[:12], trained.y[:12]
+    model, threat = masked.Before(masked.clamped, trained.model), ThreatModel("Linf", 0.2)
     suite = make_suite("standard", threat, chosen=chosen_for(model, x, y, threat), classes=10)
     clean = left(model, (), x, y)
     alone = left(model, make_suite("standard", threat, classes=10).control[:1], x, y)
     assert alone >= clean - 0.1
-    assert left(model, suite.members, x, y) <= alone - 0.5
+    assert left(model, suite.members, x, y) <= alone - 0.4

@@ -72,13 +72,6 @@ def test_data_that_json_cannot_hold():
         Report(ThreatModel("Linf", 0.1), (), configuration={"x": object()})
 
 
-def test_wrong_threat():
-    with pytest.raises(ValueError, match="norm must be"):
-        ThreatModel("L1", 0.1)
-    with pytest.raises(ValueError, match="eps must be"):
-        ThreatModel("Linf", -0.1)
-
-
 def test_the_plot_is_drawn_from_the_report_alone(tmp_path):
     plot_report(Report.from_json(report().to_json()), tmp_path / "a.png")
     plot_report(Report(ThreatModel("Linf", 0.1), (Score("lif", "clean", 1, 3),)), tmp_path / "b.png")

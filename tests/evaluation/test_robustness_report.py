@@ -33,6 +33,8 @@ def test_figures_counted_by_hand():
     assert made.outcome == (1, 1, 2, 2, -1, -1, 4, -1, -2, -2)
     assert made.standing("worst case") == {4, 5, 6, 7}
     assert made.worst_case.interval == wilson_interval(4, 10)
+    with pytest.raises(KeyError, match="it has gaussian"):
+        made.under("nothing")
     assert [made.within(one) for one in made.members] == [False, True, True, True, True]
 
 
@@ -59,27 +61,11 @@ def test_names_of_robustbench():
         "footnote": "",
     }
     assert {name: content[name] for name in wanted} == wanted
-    assert content["version"] == 1
+    assert (content["format"], content["version"]) == ("sj_robust.robustness_report", 1)
     assert json.loads(report(suite="autoattack").to_json())["autoattack_acc"] == "40.00"
     figure = next(row for row in content["figures"] if row["name"] == "worst case")
     assert (figure["accuracy"], figure["interval"]) == (0.4, list(wilson_interval(4, 10)))
     assert content["outcome"] == list(report().outcome)
-
-
-def test_saved_and_loaded_is_equal(tmp_path):
-    made = report(
-        warnings=('a "quoted" [\n 1,\n 2\n] text',),
-        configuration={"tau": float("inf"), "none": None, "text": "[ 1, 2 ]", "deep": {"list": (1, [2.5, -1e-9])}},
-    )
-    made.save(tmp_path / "report.json")
-    assert RobustnessReport.load(tmp_path / "report.json") == made
-    text = (tmp_path / "report.json").read_text()
-    assert '"labels": [0, 1, 2, 3, 4, 0, 1, 2, 3, 4],' in text
-    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
-
-
-def test_every_field_is_in_the_file():
-    content = json.loads(report().to_json())
     assert {field.name for field in fields(RobustnessReport)} < content.keys()
     assert content["members"][2] == {
         "name": "apgd_ce/atan:4/r1",
@@ -92,6 +78,18 @@ def test_every_field_is_in_the_file():
         "largest": 0.1,
         "seconds": 2.0,
     }
+
+
+def test_saved_and_loaded_is_equal(tmp_path):
+    made = report(
+        warnings=('a "quoted" [\n 1,\n 2\n] text',),
+        configuration={"tau": float("inf"), "none": None, "text": "[ 1, 2 ]", "deep": {"list": (1, [2.5, -1e-9])}},
+    )
+    made.save(tmp_path / "report.json")
+    assert RobustnessReport.load(tmp_path / "report.json") == made
+    text = (tmp_path / "report.json").read_text()
+    assert '"labels": [0, 1, 2, 3, 4, 0, 1, 2, 3, 4],' in text
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
 
 
 @pytest.mark.parametrize(
@@ -117,14 +115,9 @@ def test_damaged_files(tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as error:
         RobustnessReport.load(path)
     assert str(path) in str(error.value)
-
-
-def test_no_json(tmp_path):
-    (tmp_path / "report.json").write_text('{"format":')
+    path.write_text('{"format":')
     with pytest.raises(ValueError, match="must be JSON"):
-        RobustnessReport.load(tmp_path / "report.json")
-    with pytest.raises(KeyError, match="it has gaussian"):
-        report().under("nothing")
+        RobustnessReport.load(path)
 
 
 DEAD = {"layer": "net.5", "neuron": "LIFNode", "rate": 0.0, "silent": 1.0, "saturated": 0.0}

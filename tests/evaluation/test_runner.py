@@ -90,6 +90,7 @@ def test_potential_under_each_attack(whole):
         assert min(row["layers"]["net.parts.1"]) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 9, STEPS - 1])
 def test_killed_and_resumed(tmp_path, whole, step):
     assert script(tmp_path, step).returncode == -signal.SIGKILL
@@ -118,14 +119,14 @@ def test_only_what_is_missing_is_computed(tmp_path, monkeypatch, whole):
     assert path.read_bytes().splitlines(keepends=True)[:3] == lines[:3]
 
 
-@pytest.mark.parametrize("junk", [b'{"member":"pg', b"\n", b"\x00\x00\x00", b"[1]\n"])
-def test_a_torn_end_is_cut_off(tmp_path, whole, junk):
+def test_a_torn_end_is_cut_off(tmp_path, whole):
     suite_run.run(tmp_path)
     path = tmp_path / "batch-000002.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join(lines[:4]) + junk)
-    assert suite_run.without_times(suite_run.run(tmp_path)) == whole
-    assert len(path.read_bytes().splitlines()) == len(lines)
+    for junk in (b'{"member":"pg', b"\n", b"\x00\x00\x00", b"[1]\n"):
+        path.write_bytes(b"".join(lines[:4]) + junk)
+        assert suite_run.without_times(suite_run.run(tmp_path)) == whole
+        assert len(path.read_bytes().splitlines()) == len(lines)
 
 
 def changed_network():
@@ -135,10 +136,10 @@ def changed_network():
     return net
 
 
-def other_surrogate():
-    net = suite_run.classifier()
-    net.net.parts[1].tau = 4.5
-    return net
+def changed_data():
+    batches = suite_run.batches()
+    batches[2][0][0, 0, 3, 3] += 1e-3
+    return batches
 
 
 @pytest.mark.parametrize(
@@ -150,6 +151,7 @@ def other_surrogate():
         ({"suite": suite_run.members()[:-1]}, "suite"),
         ({"size": 5}, "batch sizes"),
         ({"draws": 2}, "draws"),
+        ({"data": changed_data()}, "data"),
     ],
 )
 def test_other_runs_are_never_mixed(tmp_path, options, what):
@@ -160,16 +162,7 @@ def test_other_runs_are_never_mixed(tmp_path, options, what):
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_other_data_are_refused(tmp_path):
-    suite_run.run(tmp_path)
-    batches = suite_run.batches()
-    batches[2][0][0, 0, 3, 3] += 1e-3
-    with pytest.raises(ValueError, match="data changed"):
-        run_suite(
-            suite_run.classifier(), batches, suite_run.members(), threat=suite_run.THREAT, seed=3, folder=tmp_path
-        )
-
-
+@pytest.mark.slow
 def test_two_processes_find_what_one_finds(tmp_path, whole):
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
     killed = script(tmp_path, 9, launcher=launcher)  # both die in their second batch
@@ -214,22 +207,9 @@ def test_fingerprints():
     net = suite_run.classifier()
     assert fingerprint(net) == fingerprint(suite_run.classifier())
     assert fingerprint(net) == fingerprint(net.train())
-    prints = [fingerprint(model) for model in (net, changed_network(), other_surrogate())]
-    assert len(set(prints)) == 3
-
-
-def test_a_run_leaves_the_network_alone():
-    net = suite_run.classifier().train()
-    net.net.parts[1].eval()
-    before = fingerprint(net)
-    state = torch.get_rng_state()
-    suite_run.run(net=net)
-    assert next(name for name, module in net.named_modules() if not module.training) == "net.parts.1"
-    assert net.net.parts[0].training
-    assert net.net.parts[2].training
-    assert torch.equal(torch.get_rng_state(), state)
-    assert fingerprint(net) == before
-    assert all(parameter.grad is None for parameter in net.parameters())
+    other = suite_run.classifier()
+    other.net.parts[1].tau = 4.5
+    assert len({fingerprint(model) for model in (net, changed_network(), other)}) == 3
 
 
 class Normed(nn.Module):
@@ -250,12 +230,16 @@ class Normed(nn.Module):
         return self.net(self.norm(x))
 
 
-def test_training_mode_with_frozen_batch_norm():
+def test_a_run_leaves_the_network_alone_and_uses_it_in_evaluation_mode():
     net = Normed().train()
-    before = fingerprint(net)
+    net.net.net.parts[1].eval()
+    modes = [module.training for module in net.modules()]
+    before, state = fingerprint(net), torch.get_rng_state()
     outcome = suite_run.without_times(suite_run.run(net=net))
-    assert (net.training, net.norm.training) == (True, False)
+    assert [module.training for module in net.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
     assert fingerprint(net) == before  # running statistics included
+    assert all(parameter.grad is None for parameter in net.parameters())
     assert outcome == suite_run.without_times(suite_run.run(net=Normed().eval()))
     assert 0 < len(outcome[2][2]["fooled"]) < len(outcome[1])
 
@@ -301,20 +285,19 @@ def test_stochastic_networks_need_several_draws():
     assert len(run_suite(Noisy(), batches, members, threat=threat, draws=2).members[0].fooled) == 0
 
 
-def test_wrong_use():
-    x, y = suite_run.images(4)
-    net, members, threat = suite_run.classifier(), suite_run.members(), suite_run.THREAT
-    with pytest.raises(ValueError, match="iterable more than once"):
-        run_suite(net, iter([(x, y)]), members, threat=threat)
-    with pytest.raises(ValueError, match="at least one image"):
-        run_suite(net, [], members, threat=threat)
-    with pytest.raises(ValueError, match="names of their own"):
-        run_suite(net, [(x, y)], members[:1] * 2, threat=threat)
-    with pytest.raises(ValueError, match="none may be 'clean'"):
-        run_suite(net, [(x, y)], [Member("clean", members[0].attack)], threat=threat)
-    with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
-        run_suite(net, [(255 * x, y)], members, threat=threat)
-    with pytest.raises(TypeError, match="int64"):
-        run_suite(net, [(x, y.float())], members, threat=threat)
-    with pytest.raises(ValueError, match="eps"):
-        run_suite(net, [(x, y)], [Member("pgd", partial(pgd, eps=-1.0, step_size=0.1, steps=2))], threat=threat)
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"data": iter(suite_run.batches())}, ValueError, "iterable more than once"),
+        ({"data": ()}, ValueError, "at least one image"),
+        ({"suite": suite_run.members()[:1] * 2}, ValueError, "names of their own"),
+        ({"suite": [Member("clean", partial(fgsm, eps=0.1))]}, ValueError, "none may be 'clean'"),
+        ({"data": [(255 * x, y) for x, y in suite_run.batches()]}, ValueError, r"must lie in \[0, 1\]"),
+        ({"data": [(x, y.float()) for x, y in suite_run.batches()]}, TypeError, "int64"),
+        ({"suite": [Member("pgd", partial(pgd, eps=-1.0, step_size=0.1, steps=2))]}, ValueError, "eps"),
+    ],
+)
+def test_wrong_use(change, error, message):
+    options = {"data": suite_run.batches(), "suite": suite_run.members()} | change
+    with pytest.raises(error, match=message):
+        run_suite(suite_run.classifier(), options["data"], options["suite"], threat=suite_run.THREAT)

@@ -1,0 +1,76 @@
+"""The one representation of norm and radius: what it allows, how it measures, and how it is written."""
+
+import pytest
+import torch
+
+from sj_robust.attacks import ThreatModel, count_flips, eps_text, parse_eps
+
+THREATS = [ThreatModel("Linf", 0.1), ThreatModel("L2", 0.7), ThreatModel("L0", 5)]
+
+
+@pytest.mark.parametrize("threat", THREATS, ids=str)
+def test_what_is_projected_is_within_the_radius(threat):
+    generator = torch.Generator().manual_seed(0)
+    x, x_adv = torch.rand(2, 20, 3, 4, generator=generator)
+    x_adv[0] = x[0]
+    projected = threat.project(x, 2 * x_adv - 0.5)
+    distance = threat.distance(x, projected)
+    assert bool((distance <= threat.eps * (1 + 1e-12)).all())
+    assert float(distance[1:].min()) > 0.9 * threat.eps or threat.norm == "L2"  # which the box may shorten
+    assert bool(threat.contains(x, projected).all())
+    assert not bool(threat.contains(x, x_adv)[1:].any())
+    assert torch.equal(threat.project(x, projected), projected)
+
+
+def test_distances_by_hand():
+    x, x_adv = torch.zeros(1, 4), torch.tensor([[0.0, 0.3, 0.4, 0.0]])
+    assert [float(ThreatModel(norm, 1).distance(x, x_adv)) for norm in ("Linf", "L2", "L0")] == pytest.approx(
+        [0.4, 0.5, 2]
+    )
+
+
+def test_rounding_is_allowed_for_and_no_more():
+    x = torch.full((1, 9), 0.5)
+    for norm, share in (("Linf", 1.0), ("L2", 3.0)):
+        threat = ThreatModel(norm, share * 0.1)
+        assert threat.contains(x, x + 0.1 + 1e-6).item()
+        assert not threat.contains(x, x + 0.1 + 3e-6).item()
+    assert ThreatModel("L0", 9).contains(x, x + 0.1).item()
+    assert not ThreatModel("L0", 8).contains(x, x + 0.1).item()
+
+
+def test_a_number_of_changes():
+    assert isinstance(ThreatModel("L0", 20.0).eps, int)
+    assert ThreatModel("L0", 20.0) == ThreatModel("L0", 20)
+    assert repr(ThreatModel("L0", 20.0)) == repr(ThreatModel("L0", 20))
+    x = (torch.rand(3, 2, 5, generator=torch.Generator().manual_seed(0)) < 0.5).float()
+    assert count_flips(ThreatModel("L0", 4).project(x, 1 - x), x).tolist() == [4, 4, 4]
+    assert ThreatModel("L2", 0.5).ball == "L2"
+    with pytest.raises(ValueError, match="'Linf' or 'L2' to move values, got 'L0'; use the suite 'events'"):
+        _ = ThreatModel("L0", 1).ball
+
+
+@pytest.mark.parametrize("eps", [0, -1, 0.5, 8 / 255, 2.5, True, float("inf"), float("nan")])
+def test_no_other_number_of_changes(eps):
+    with pytest.raises(ValueError, match="eps must be an integer >= 1 for L0, the number of changed elements, got"):
+        ThreatModel("L0", eps)
+
+
+def test_wrong_norm_or_radius():
+    with pytest.raises(ValueError, match="norm must be"):
+        ThreatModel("L1", 0.1)
+    for norm, eps in (("Linf", -0.1), ("Linf", 8), ("L2", float("inf"))):
+        with pytest.raises(ValueError, match="eps must be"):
+            ThreatModel(norm, eps)
+
+
+RADII = [8 / 255, 1 / 255, 0.1, 0.3, 0.5, 16 / 255, 2.55 / 255, 1 / 3, 0.123456789, 0.0, 1.0, 20, 12345, 10**7]
+
+
+def test_radii_survive_as_text_as_the_field_writes_them():
+    assert [parse_eps(eps_text(eps)) for eps in RADII] == RADII
+    texts = [eps_text(eps) for eps in (8 / 255, 100 / 255, 0.1, 0.031, 2.5 / 255, 20)]
+    assert texts == ["8/255", "100/255", "0.1", "0.031", "2.5/255", "20"]
+    for text in ("8//255", "x", "8/0", "-0.1", "nan", "inf"):
+        with pytest.raises(ValueError, match="eps must be"):
+            parse_eps(text)
