@@ -109,11 +109,17 @@ def test_a_checkpoint_builds_its_network(whole):
     assert (options["kappa"], options["rho"], options["weight_decay"], options["eps"]) == (0.5, 1.0, 5e-4, 0.1)
 
 
-def test_tensorboard_scalars(whole):
+def scalars(folder):
+    """What TensorBoard would show."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(whole / "tensorboard" / "dlif_at"))
+    events = EventAccumulator(str(folder))
     events.Reload()
+    return events
+
+
+def test_tensorboard_scalars(whole):
+    events = scalars(whole / "tensorboard" / "dlif_at")
     tags = set(events.Tags()["scalars"])
     assert {f"train/{name}" for name in ("total", "clean", "perturbed", "mppd", "accuracy", "lr")} <= tags
     assert {"validation/clean", "validation/fgsm", "validation/pgd", "ms_mppd/stages.1", "ms_mppd/stages.5"} <= tags
@@ -182,39 +188,15 @@ def test_resuming_a_finished_run_gives_the_same_report_and_other_options_are_ref
         in_process(monkeypatch, tmp_path, "--output", "nowhere", "--resume")
 
 
-@pytest.mark.parametrize("layout", [".", "FashionMNIST/raw"])
-def test_fashion_mnist(tmp_path, monkeypatch, layout):
-    write_fashion_mnist(tmp_path / "data" / layout, gz=layout == ".", train=200, test=30, size=28)
-    options = (*QUICK, "--epochs", "1", "--mode", "none", "--reference", "false")
-    in_process(monkeypatch, tmp_path, "--dataset", "fashion_mnist", *options)
-    report = Report.load(tmp_path / "runs" / "fashion_mnist-dlif-none-1" / "report.json")
-    assert report.networks == ("dlif none",)
-    assert report.scores[0].total == 30
-
-
-def test_bounds_in_the_log(tmp_path, monkeypatch):
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    options = (*QUICK, "--epochs", "1", "--reference", "false", "--log-bounds")
-    in_process(monkeypatch, tmp_path, *options)
-    events = EventAccumulator(str(tmp_path / "runs" / "digits-dlif-at-1" / "tensorboard" / "dlif_at"))
-    events.Reload()
+def test_bounds_and_options_without_effect_are_in_the_log(tmp_path, monkeypatch, capsys):
+    options = (*QUICK, "--epochs", "1", "--reference", "false", "--log-bounds", "--mode", "none", "--rho", "1")
+    in_process(monkeypatch, tmp_path, *options, "--norm", "l1")
+    assert "without effect beside the other options: norm, rho\n" in capsys.readouterr().out
+    events = scalars(tmp_path / "runs" / "digits-dlif-none-1" / "tensorboard" / "dlif_none")
     for layer in ("stages.1", "stages.5"):
         bound, gain = (events.Scalars(f"{name}/{layer}")[0].value for name in ("l2_bound", "l2_gain"))
         assert bound > 0
         assert bound != gain
-
-
-def test_options_without_effect_are_named(tmp_path, monkeypatch, capsys):
-    options = (*QUICK, "--epochs", "1", "--reference", "false", "--mode", "none", "--rho", "1", "--norm", "l1")
-    in_process(monkeypatch, tmp_path, *options)
-    assert "without effect beside the other options: norm, rho\n" in capsys.readouterr().out
-
-
-def test_missing_data(tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match="apt-get install dataset-fashion-mnist"):
-        in_process(monkeypatch, tmp_path, "--dataset", "fashion_mnist", "--data-root", "nowhere")
-    assert not (tmp_path / "runs").exists()
 
 
 def test_print_config_and_config(tmp_path, monkeypatch, capsys):

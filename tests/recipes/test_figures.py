@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from lab.command_line import run_recipe
 from lab.figures.data import InputGains, input_gains, one_neuron, training_curves
 from lab.figures.draw import draw
 from lab.figures.saved import load_figure, save_figure
@@ -263,15 +262,6 @@ def test_event_frames_are_not_perturbed():
         figures.correlate(figures.Options(), frames)
 
 
-def test_what_a_call_without_a_run_lacks(tmp_path):
-    with pytest.raises(ValueError, match="give the folder of a run"):
-        figures.main(["--output", str(tmp_path)])
-    with pytest.raises(ValueError, match="give --output"):
-        figures.main(["--which", "neuron"])
-    figures.main(["--which", "neuron", "--output", str(tmp_path / "new")])
-    assert (tmp_path / "new" / "neuron.pdf").is_file()
-
-
 def test_what_cannot_be_redrawn(tmp_path):
     with pytest.raises(FileNotFoundError, match="does not exist; --redraw takes the folder"):
         figures.main(["--redraw", str(tmp_path / "nowhere")])
@@ -295,9 +285,3 @@ def test_what_cannot_be_redrawn(tmp_path):
 def test_gains_of_networks_without_dlif_are_left_out():
     nets = {name: build_network(NetworkSpec(neuron=name, channels=(2, 2))) for name in ("dlif", "lif")}
     assert list(input_gains(nets).networks) == ["dlif"]
-
-
-def test_script_says_an_error_in_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["figures.py", str(tmp_path / "nowhere")])
-    with pytest.raises(SystemExit, match=r"^error: .*nowhere does not exist; give the folder of a run"):
-        run_recipe(figures.main)
