@@ -230,20 +230,93 @@ def test_survives_saving_copying_and_slicing(passes):
     assert passes.fused == 6
 
 
+def sequence(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+def twice(net, *, reset):
+    """Two backward passes in a row."""
+    for _ in range(2):
+        if reset:
+            functional.reset_net(net)
+        net(sequence(2, 3, 2, 8, 8)).sum().backward()
+
+
+def second_derivative(net):
+    x = sequence(T, 3, 2, 8, 8).requires_grad_()
+    torch.autograd.grad(net(x).sum(), x, create_graph=True)
+
+
+MISTAKES = {
+    "longer than T": (
+        lambda net: net(sequence(T + 1, 3, 2, 8, 8)),
+        f"T={T} time steps, but its input .* has 5",
+    ),
+    "goes on beyond T": (lambda net: [net(sequence(3, 3, 2, 8, 8)) for _ in range(2)], r"step 6 .*3 taken .*reset_net"),
+    "another batch size": (lambda net: [net(sequence(1, n, 2, 8, 8)) for n in (3, 5)], r"state has shape .*reset_net"),
+    "no reset": (lambda net: twice(net, reset=False), r"reset_net\(net\) before every new sequence"),
+    "second derivative": (second_derivative, "differentiable once.*backend='reference'"),
+    "channels": (lambda net: net[1:](sequence(T, 3, 5, 8, 8)), "running_mean should contain 5 elements"),
+    "no time": (lambda net: net[1:](sequence(3, 6, 8, 8)), r"expected x with shape \[T, N, C, H, W\]"),
+    "one value": (lambda net: net[1:3](sequence(1, 1, 6, 1, 1)), "Expected more than 1 value per channel"),
+    "integers": (lambda net: net[1:3](torch.ones(T, 3, 6, 8, 8, dtype=torch.int64)), "not implemented for 'Long'"),
+    "step mode": (lambda net: [setattr(net[2], "step_mode", "x"), net(sequence(T, 3, 2, 8, 8))], "x"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_gets_the_answer_of_the_plain_network(mistake):
+    make, message = MISTAKES[mistake]
+    answers = []
+    for apply in (lambda net: None, fuse):
+        net = network()
+        apply(net)
+        before = {name: buffer.clone() for name, buffer in net.named_buffers()}
+        with pytest.raises((RuntimeError, ValueError, NotImplementedError), match=message) as caught:
+            make(net)
+        answers.append((caught.type, str(caught.value)))
+        if mistake == "longer than T" and apply is fuse:
+            assert all(torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())
+    assert answers[0] == answers[1]
+
+
 @needs_kernel
-def test_errors_are_those_of_the_plain_network(passes):
-    net = network()
-    fuse(net)
-    before = {name: b.clone() for name, b in net[1].named_buffers()}
-    with pytest.raises(RuntimeError, match=f"T={T} time steps, but its input of shape .* has {T + 1}:"):
-        net(torch.randn(T + 1, 3, 2, 8, 8))
-    assert all(torch.equal(b, before[name]) for name, b in net[1].named_buffers())
-    norm_only = nn.Sequential(layer.BatchNorm2d(3, step_mode="m"), DLIFNode(T=1))
-    fuse(norm_only)
-    with pytest.raises(ValueError, match="Expected more than 1 value per channel"):
-        norm_only(torch.zeros(1, 1, 3, 1, 1))
-    with pytest.raises((ValueError, RuntimeError)):
-        norm_only(torch.zeros(1, 2, 4, 2, 2))
+@pytest.mark.parametrize("train", [True, False])
+def test_not_a_number_goes_where_it_goes_in_the_plain_network(passes, train):
+    plain = network()
+    fused = copy.deepcopy(plain)
+    fuse(fused)
+    x = sequence(T, 3, 2, 8, 8)
+    x[1, 2, 0, 3, 3] = float("nan")
+    actual, wanted = step(fused, x, train), step(plain, x, train)
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(actual[name], tensor, rtol=1e-4, atol=1e-4, equal_nan=True)
+    assert passes.fused == 2
+    twice(fused, reset=True)  # and with a reset nothing is wrong
+
+
+@needs_kernel
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("keeps_its_own", [True, False])
+def test_what_stands_in_for_the_neurons_forward_gets_its_currents(passes, train, keeps_its_own):
+    """As a gradient estimator does, which calls the forward that it stands in for; another function may not."""
+    plain = network()
+    fused = copy.deepcopy(plain)
+    fuse(fused)
+    seen = []
+    for net in (plain, fused):
+        own = net[2].multi_step_forward
+        replacement = lambda x, own=own: (seen.append(x.detach()), own(x) if keeps_its_own else (x > 0).float())[1]  # noqa: E731  # short
+        net[2].multi_step_forward = replacement
+    x = sequence(T, 3, 2, 8, 8)
+    with torch.no_grad():
+        outputs = [net.train(train)(x) for net in (plain, fused)]
+    assert torch.equal(seen[0], seen[1])
+    assert torch.equal(*outputs)
+    for a, b in zip(plain.buffers(), fused.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+    assert passes.fused == 1 + keeps_its_own
+    assert "_operator" not in vars(fused[2])
 
 
 @needs_kernel

@@ -311,7 +311,7 @@ def test_wrong_arguments():
     norm = BatchNorm(None, None, None, None, use_batch_statistics=True)
     with pytest.raises(ValueError, match=r"x_seq must be \[T, N, C, \*\]"):
         batch_norm_dlif_multi_step(torch.zeros(3, 4), norm, torch.ones(3), decay=0.9)
-    with pytest.raises(ValueError, match=r"input_gain must be \[T\] = \[3\], got \(4,\)"):
+    with pytest.raises(ValueError, match=r"one value per step, \[T\] = \[3\], got \(4,\)"):
         batch_norm_dlif_multi_step(torch.zeros(3, 4, 5), norm, torch.ones(4), decay=0.9)
     with pytest.raises(ValueError, match="v_init must be"):
         batch_norm_dlif_multi_step(torch.zeros(3, 4, 5), norm, torch.ones(3), torch.zeros(4), decay=0.9)

@@ -6,7 +6,7 @@ from torch import Tensor
 from sj_robust.ops.bn_dlif import cpp, reference
 from sj_robust.ops.bn_dlif.norm import BatchNorm
 from sj_robust.ops.dlif.config import DLIFConfig, Inputs, Outputs, state_dtype
-from sj_robust.ops.dlif.dispatch import check_backend, dlif_multi_step, unavailable_reason
+from sj_robust.ops.dlif.dispatch import check_arguments, check_backend, dlif_multi_step, unavailable_reason
 from sj_robust.ops.surrogate import Surrogate
 
 __all__ = ["batch_norm_dlif_multi_step", "can_fuse"]
@@ -110,10 +110,7 @@ def can_fuse(x_seq: Tensor, norm: BatchNorm, surrogate: Surrogate) -> bool:
 def _check_arguments(x_seq: Tensor, norm: BatchNorm, input_gain: Tensor, v_init: Tensor | None) -> None:
     if x_seq.ndim < 3 or x_seq.shape[0] == 0:
         raise ValueError(f"x_seq must be [T, N, C, *] with T >= 1, got shape {tuple(x_seq.shape)}")
-    if input_gain.shape != x_seq.shape[:1]:
-        raise ValueError(f"input_gain must be [T] = [{x_seq.shape[0]}], got {tuple(input_gain.shape)}")
-    if v_init is not None and v_init.shape != x_seq.shape[1:]:
-        raise ValueError(f"v_init must be the shape of one step, {tuple(x_seq.shape[1:])}, got {tuple(v_init.shape)}")
+    check_arguments(x_seq, input_gain, v_init)
     for name in ("weight", "bias", "running_mean", "running_var"):
         tensor = getattr(norm, name)
         if tensor is not None and tensor.shape != x_seq.shape[2:3]:

@@ -16,15 +16,9 @@ from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients, Outpu
 from sj_robust.ops.surrogate import Surrogate
 
 __all__ = [
-    "INSTRUCTION_SETS",
-    "INSTRUCTION_SET_VARIABLE",
-    "backward",
-    "forward",
-    "instruction_sets",
-    "run",
-    "unavailable_reason",
-    "unsupported_reason",
-]
+    "INSTRUCTION_SETS", "INSTRUCTION_SET_VARIABLE", "backward", "forward", "instruction_sets", "run",
+    "unavailable_reason", "unsupported_reason",
+]  # fmt: skip
 
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 INSTRUCTION_SET_VARIABLE = "SJ_ROBUST_INSTRUCTION_SET"
@@ -91,12 +85,7 @@ def backward(inputs: Inputs, grads: OutputGradients, needs_v_init: bool) -> tupl
 
 
 def run(
-    function: str,
-    x: Tensor,
-    config: DLIFConfig,
-    tensors: dict[str, Tensor | None],
-    channels: int = 0,
-    plane: int = 0,
+    function: str, x: Tensor, config: DLIFConfig, tensors: dict[str, Tensor | None], channels: int = 0, plane: int = 0
 ) -> None:
     """Call ``sjr_`` + ``function`` of the library on x [T, M]; raises RuntimeError if there is no library.
 

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from importlib import resources
 from typing import Any
 
@@ -18,17 +18,9 @@ from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients, Outpu
 from sj_robust.ops.surrogate import Surrogate
 
 __all__ = [
-    "LONGEST_SEQUENCE_IN_REGISTERS",
-    "THREADS_PER_BLOCK",
-    "Launcher",
-    "Variant",
-    "backward",
-    "forward",
-    "kernel_text",
-    "spliced_struct",
-    "unavailable_reason",
-    "unsupported_reason",
-]
+    "LONGEST_SEQUENCE_IN_REGISTERS", "THREADS_PER_BLOCK", "Launcher", "Variant", "backward", "forward", "kernel_text",
+    "spliced_struct", "unavailable_reason", "unsupported_reason",
+]  # fmt: skip
 
 THREADS_PER_BLOCK = 128
 LONGEST_SEQUENCE_IN_REGISTERS = 32
@@ -145,7 +137,7 @@ backward = _default.backward
 
 @dataclass(frozen=True)
 class Variant:
-    """One kernel: template arguments of ``kernel.cu``, where each is explained; a forward kernel has no surrogate."""
+    """One kernel: arguments of a macro of ``kernel.cu`` in its order, explained there; a forward kernel has seven."""
 
     threads: int
     io: str
@@ -164,11 +156,10 @@ class Variant:
 
     def source(self, name: str) -> str:
         """The CUDA text of this kernel alone."""
-        arguments = [name, self.threads, self.io, self.steps, _word(self.is_long), self.vec, self.reset]
-        arguments.append(_word(self.v_seq))
-        if self.surrogate is not None:
-            arguments += [_word(self.detach), self.surrogate]
-        line = f"DLIF_{'FORWARD' if self.surrogate is None else 'BACKWARD'}({', '.join(map(str, arguments))})"
+        macro, used = ("DLIF_FORWARD", 7) if self.surrogate is None else ("DLIF_BACKWARD", 9)
+        values = [getattr(self, field.name) for field in fields(self)[:used]]
+        words = [str(value).lower() if isinstance(value, bool) else str(value) for value in values]
+        line = f"{macro}({', '.join((name, *words))})"
         return "\n".join([kernel_text(), "" if self.spliced is None else spliced_struct(self.spliced), line, ""])
 
 
@@ -193,10 +184,6 @@ def spliced_struct(text: str) -> str:
         f"        float derivative;\n{text}\n"
         "        return derivative;\n    }\n};"
     )
-
-
-def _word(flag: bool) -> str:
-    return "true" if flag else "false"
 
 
 def _cuda_text(surrogate: Surrogate) -> str | None:

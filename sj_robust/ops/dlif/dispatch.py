@@ -1,18 +1,20 @@
 """Backend name to implementation: the only place that chooses, and the only one that can be asked why."""
 
 import importlib
-from types import ModuleType
-from typing import cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from sj_robust.ops.dlif import eager, reference
-from sj_robust.ops.dlif.autograd import DLIFFunction, Implementation
+from sj_robust.ops.dlif.autograd import DLIFFunction
 from sj_robust.ops.dlif.config import DLIFConfig, Inputs, Outputs, state_dtype
 from sj_robust.ops.surrogate import Surrogate
 
-__all__ = ["BACKENDS", "available_backends", "check_backend", "choose_backend", "dlif_multi_step", "unavailable_reason"]
+__all__ = [
+    "BACKENDS", "available_backends", "check_arguments", "check_backend", "choose_backend", "dlif_multi_step",
+    "unavailable_reason",
+]  # fmt: skip
 
 BACKENDS = ("auto", "reference", "eager", "torch", "cpp", "cupy")
 """Names of backends; ``"auto"`` chooses, ``"torch"`` is another name of ``"eager"``."""
@@ -70,16 +72,19 @@ def dlif_multi_step(
         >>> spikes.flatten(), v
         (tensor([0., 0., 1.]), tensor([0.]))
     """
-    _check_arguments(x_seq, input_gain, v_init)
+    check_arguments(x_seq, input_gain, v_init)
     config = DLIFConfig(decay, v_threshold, v_reset, surrogate or Surrogate(), detach_reset)
     dtype = state_dtype(x_seq)
     input_gain = input_gain.to(dtype)
     v_init = None if v_init is None else v_init.to(dtype)
-    implementation = _implementation(choose_backend(backend, x_seq, config.surrogate), threads_per_block)
-    if implementation is None:
+    name = choose_backend(backend, x_seq, config.surrogate)
+    if name == "reference":  # which needs no backward pass of its own
         spike_seq, v, potentials = reference.multi_step(Inputs(x_seq, input_gain, v_init, config))
         return spike_seq, v, potentials if store_v_seq else None
 
+    implementation = _module(name)
+    if name == "cupy" and threads_per_block is not None:
+        implementation = implementation.Launcher(threads_per_block=threads_per_block)
     order = _memory_order(x_seq)
     inverse = [order.index(dim) for dim in range(x_seq.ndim)]
     step_order, step_inverse = [dim - 1 for dim in order[1:]], [dim - 1 for dim in inverse[1:]]
@@ -99,15 +104,12 @@ def dlif_multi_step(
 
 
 def choose_backend(backend: str, x_seq: Tensor, surrogate: Surrogate) -> str:
-    """Name of the implementation that ``backend`` means for this input.
+    """Name of the implementation that ``backend`` means for this input, never ``"auto"``.
 
     Args:
         backend: Name in :data:`BACKENDS`.
         x_seq: Input, [T, N, *].
         surrogate: Surrogate of the spike.
-
-    Returns:
-        Name of the implementation, never ``"auto"``.
 
     Raises:
         ValueError: If the name is unknown or the named backend cannot run this input.
@@ -137,9 +139,6 @@ def check_backend(backend: str) -> str:
 
     Args:
         backend: Name in :data:`BACKENDS`.
-
-    Returns:
-        The name.
 
     Raises:
         ValueError: If the name is unknown.
@@ -177,17 +176,8 @@ def available_backends() -> dict[str, str]:
     return {name: unavailable_reason(name) or "available" for name in names}
 
 
-def _implementation(name: str, threads_per_block: int | None) -> Implementation | None:
-    """What runs behind a name; None is the reference, which needs no backward pass of its own."""
-    if name == "reference":
-        return None
-    module = _module(name)
-    if name == "cupy" and threads_per_block is not None:
-        return cast(Implementation, module.Launcher(threads_per_block=threads_per_block))
-    return cast(Implementation, module)
-
-
-def _module(name: str) -> ModuleType:
+def _module(name: str) -> Any:
+    """The :class:`sj_robust.ops.dlif.autograd.Implementation` of a name."""
     return eager if name == "eager" else importlib.import_module(_MODULES[name])
 
 
@@ -206,7 +196,8 @@ def _memory_order(x_seq: Tensor) -> list[int]:
     return [0, *sorted(range(1, x_seq.ndim), key=lambda dim: (-strides[dim], dim))]
 
 
-def _check_arguments(x_seq: Tensor, input_gain: Tensor, v_init: Tensor | None) -> None:
+def check_arguments(x_seq: Tensor, input_gain: Tensor, v_init: Tensor | None) -> None:
+    """Refuse tensors that do not belong together."""
     if not x_seq.is_floating_point():
         raise TypeError(f"x_seq must be floating point, got {x_seq.dtype}; convert it with .float()")
     if x_seq.ndim == 0 or x_seq.shape[0] == 0:

@@ -12,15 +12,10 @@ from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients, Outpu
 from sj_robust.ops.heap import advise_huge_pages
 from sj_robust.ops.surrogate import Surrogate
 
-__all__ = ["backward", "forward", "unavailable_reason", "unsupported_reason"]
+__all__ = ["backward", "forward", "unsupported_reason"]
 
 _CPU_BLOCK_ELEMENTS = 1 << 21  # per thread and block, over all steps: fewer torch calls outweigh a smaller cache
 _CPU_BLOCK_LIMIT = 1 << 24  # per block, however many threads
-
-
-def unavailable_reason() -> str | None:
-    """Plain torch is always there."""
-    return None
 
 
 def unsupported_reason(x_seq: Tensor, surrogate: Surrogate) -> str | None:
