@@ -12,15 +12,9 @@ from sj_robust._host import is_neuron, neuron
 from sj_robust.neuron.dlif import DLIFNode
 
 __all__ = [
-    "Charging",
-    "Neuron",
-    "NeuronKey",
-    "emits_spikes",
-    "find_neurons",
-    "has_known_dynamics",
-    "is_neuron",
+    "Charging", "Neuron", "NeuronKey", "emits_spikes", "find_neurons", "has_known_dynamics", "is_neuron",
     "read_charging",
-]
+]  # fmt: skip
 
 NeuronKey = str | type[nn.Module]
 
@@ -84,20 +78,10 @@ class Neuron:
 def find_neurons(
     net: nn.Module, decay: Mapping[NeuronKey, float], gain: Mapping[NeuronKey, float]
 ) -> tuple[dict[str, Neuron], dict[str, str], set[str]]:
-    """Neurons of a network that can be followed, and the reason why for each of the others.
+    """Neurons that can be followed, by name, reasons by name of the others, and the names of those others that spike.
 
-    Args:
-        net: A SpikingJelly network.
-        decay: Decay of neurons whose dynamics are not known, by module name or exact type.
-        gain: Fixed input gain of neurons in ``decay``, by the same keys.
-
-    Returns:
-        Followed neurons by name, reasons by name of the others, and the names of those others that spike.
-
-    Raises:
-        TypeError: If ``net`` is no network.
-        ValueError: If there is no neuron, a key fits no neuron or one whose dynamics are known, or a value is out of
-            range.
+    ``decay`` and ``gain`` (a fixed input gain) are those of neurons whose dynamics are not known, by module name or
+    exact type. ValueError if there is no neuron, a key fits none or one of known dynamics, or a value is out of range.
     """
     check_network(net)
     candidates = {name: module for name, module in net.named_modules() if is_neuron(module)}
@@ -115,31 +99,20 @@ def find_neurons(
             followed[name] = Neuron(name, module, partial(read_charging, module), known=True)
         elif given is not None:
             fixed_gain = _lookup(gain, name, module)
-            charging = Charging(float(given), 1.0 if fixed_gain is None else float(fixed_gain))
-            followed[name] = Neuron(name, module, _constant(charging), known=False)
+            stated = partial(Charging, float(given), 1.0 if fixed_gain is None else float(fixed_gain))
+            followed[name] = Neuron(name, module, stated, known=False)
         else:
             unsupported[name] = _reason(module)
     return followed, unsupported, {name for name in unsupported if emits_spikes(candidates[name])}
 
 
 def has_known_dynamics(module: nn.Module) -> bool:
-    """Whether it is known how a neuron charges; by exact type, since a subclass may change it. 动力学是否已知。
-
-    Args:
-        module: Any module.
-
-    Examples:
-        >>> has_known_dynamics(neuron.IFNode()), has_known_dynamics(nn.ReLU())
-        (True, False)
-    """
+    """Whether it is known how a module charges; by exact type, since a subclass may change it. 动力学是否已知。"""
     return type(module) in _KNOWN
 
 
 def read_charging(module: nn.Module) -> Charging:
     """How a neuron of known dynamics charges at present. 读取神经元的充电方程。
-
-    Args:
-        module: A neuron of which :func:`has_known_dynamics` is true.
 
     Examples:
         >>> read_charging(neuron.LIFNode(tau=2.0))
@@ -149,24 +122,8 @@ def read_charging(module: nn.Module) -> Charging:
 
 
 def emits_spikes(module: nn.Module) -> bool:
-    """Whether a neuron emits spikes, not potentials as SpikingJelly's non-spiking ones do. 神经元是否发放脉冲。
-
-    Args:
-        module: A neuron, see :func:`is_neuron`.
-
-    Examples:
-        >>> emits_spikes(neuron.LIFNode())
-        True
-    """
+    """Whether a neuron emits spikes, not potentials as SpikingJelly's non-spiking ones do. 神经元是否发放脉冲。"""
     return not any("NonSpiking" in cls.__name__ for cls in type(module).__mro__)
-
-
-def _if(module: Any) -> Charging:
-    return Charging(decay=1.0)
-
-
-def _lif(module: Any) -> Charging:
-    return Charging(1.0 - 1.0 / module.tau, 1.0 / module.tau if module.decay_input else 1.0)
 
 
 def _parametric_lif(module: Any) -> Charging:
@@ -174,21 +131,13 @@ def _parametric_lif(module: Any) -> Charging:
     return Charging(1.0 - rate, rate if module.decay_input else 1.0)
 
 
-def _dlif(module: Any) -> Charging:
-    return Charging(module.decay, input_gain=module.input_gain)
-
-
 # Exact types: a subclass may charge differently.
 _KNOWN: dict[type, Callable[[Any], Charging]] = {
-    neuron.IFNode: _if,
-    neuron.LIFNode: _lif,
+    neuron.IFNode: lambda module: Charging(decay=1.0),
+    neuron.LIFNode: lambda module: Charging(1.0 - 1.0 / module.tau, 1.0 / module.tau if module.decay_input else 1.0),
     neuron.ParametricLIFNode: _parametric_lif,
-    DLIFNode: _dlif,
+    DLIFNode: lambda module: Charging(module.decay, input_gain=module.input_gain),
 }
-
-
-def _constant(charging: Charging) -> Callable[[], Charging]:
-    return lambda: charging
 
 
 def _reason(module: nn.Module) -> str:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sj_robust import ops
 from sj_robust._host import cuda_threads, lif_multi_step, neuron, surrogate
+from sj_robust.ops.dlif.config import state_dtype
 
 __all__ = ["DLIFNode"]
 
@@ -361,7 +362,7 @@ def _check_surrogate(function: object) -> None:
 
 def _potential(v: Tensor | float, x: Tensor) -> Tensor:
     """The potential as a tensor in the shape of one step ``x``, in state precision and on its device."""
-    dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+    dtype = state_dtype(x)
     if not isinstance(v, Tensor):
         return torch.full_like(x, v, dtype=dtype)
     if v.shape != x.shape:

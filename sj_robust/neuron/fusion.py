@@ -3,7 +3,6 @@
 No other file knows of it: hooks, estimators and messages find the neuron as they find it anywhere.
 """
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -89,7 +88,11 @@ def fuse(net: nn.Module) -> FusionReport:
     """
     report = FusionReport()
     for parent_name, parent in list(net.named_modules()):
-        for name, module, follower_name, follower in _neighbours(parent_name, parent):
+        prefix = f"{parent_name}." if parent_name else ""
+        members = parent.named_modules(remove_duplicate=False)
+        children = [(prefix + name, child) for name, child in members if name and "." not in name]
+        followers: list[tuple[str, nn.Module | None]] = [*children[1:], ("", None)]
+        for (name, module), (follower_name, follower) in zip(children, followers, strict=False):
             reason = _unfusable_reason(module, parent, follower)
             if reason is None:
                 report.fused[name] = follower_name
@@ -118,16 +121,6 @@ def unfuse(net: nn.Module) -> None:
 
 _STAGE = 2  # modules of the longest stage
 _DIMENSIONS = {layer.BatchNorm1d: 4, layer.BatchNorm2d: 5, layer.BatchNorm3d: 6}  # of [T, N, C, *]
-
-
-def _neighbours(parent_name: str, parent: nn.Module) -> Iterator[tuple[str, nn.Module, str, nn.Module | None]]:
-    """Name of every child, the child, and both of the child that follows it ("" and None behind the last)."""
-    prefix = f"{parent_name}." if parent_name else ""
-    members = parent.named_modules(remove_duplicate=False)
-    children = [(prefix + name, child) for name, child in members if name and "." not in name]
-    followers: list[tuple[str, nn.Module | None]] = [*children[1:], ("", None)]
-    for (name, child), (follower_name, follower) in zip(children, followers, strict=False):
-        yield name, child, follower_name, follower
 
 
 def _unfusable_reason(module: nn.Module, parent: nn.Module, follower: nn.Module | None) -> str | None:

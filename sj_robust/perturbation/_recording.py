@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust.neuron.charging import Neuron
+from sj_robust.perturbation._statistics import Kept
 from sj_robust.perturbation.pair import LayerPair
 
 __all__ = ["Layers", "NeuronHook", "Recording", "RunKind"]
@@ -26,10 +27,7 @@ class Recording:
         unsupported: Reasons by name of those that cannot.
         spiking: All that spike, by name.
         layers: Layers to follow: ``"all"``, ``"last"`` or names.
-        input_gain: Whether the perturbation of a trace contains the learnable gain.
-        trace: Whether full traces are kept.
-        spikes: Whether the spikes are kept for a loss on them.
-        statistics: Whether anything is measured beside the loss; may be changed between runs.
+        kept: What is kept; may be changed between pairs.
     """
 
     def __init__(
@@ -38,22 +36,17 @@ class Recording:
         unsupported: Mapping[str, str],
         spiking: Mapping[str, nn.Module],
         layers: Layers,
-        *,
-        input_gain: bool,
-        trace: bool,
-        spikes: bool,
-        statistics: bool,
+        kept: Kept,
     ) -> None:
         _keep_out_of_graphs()
         self.run: RunKind | None = None
         self.order: list[str] = []
         self.pairs: dict[str, LayerPair] = {}
         self.complete = False
-        self.statistics = statistics
+        self.kept = kept
         self._neurons = neurons
         self._unsupported = unsupported
         self._spiking = spiking
-        self._options = {"input_gain": input_gain, "trace": trace, "spikes": spikes}
         self._called: dict[str, int] = {}  # by name in the order of their first call: when they were called last
         self._last: str | None = None  # of the spiking layers, the one executed last, once a run has shown it
         self._layers = self._checked(layers)
@@ -144,9 +137,7 @@ class Recording:
         if self._layers == "last":
             self.pairs.clear()
         if name in self._followed():
-            self.pairs[name] = LayerPair(
-                self._neurons[name], paired=self.run == "paired", statistics=self.statistics, **self._options
-            )
+            self.pairs[name] = LayerPair(self._neurons[name], self.kept, paired=self.run == "paired")
 
     def _finish(self, kind: RunKind) -> None:
         if kind != "perturbed":

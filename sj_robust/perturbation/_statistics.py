@@ -1,15 +1,16 @@
 """What the monitor reports of a layer, and the running sums it comes from."""
 
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sj_robust.neuron.charging import Neuron
+from sj_robust.ops.dlif.config import state_dtype
 from sj_robust.perturbation import dynamics
 
-__all__ = ["LayerStats", "LayerTotals", "LayerTrace", "PairStatistics"]
+__all__ = ["Kept", "LayerStats", "LayerTotals", "LayerTrace", "PairStatistics"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,22 +127,29 @@ class LayerTrace:
         return dynamics.full_perturbation(self.v_seq, self.v_seq_perturbed)
 
 
-class PairStatistics:
-    """Sums of one layer over one pair of runs, fed step by step; nothing in it has a graph or the size of a batch
-    once it is closed.
+class Kept(NamedTuple):
+    """What is kept of a pair of runs.
 
-    Args:
-        neuron: The layer.
-        v_init: Potential before the first step, the same in both runs.
-        time_step: Index of the first step, for a gain per time step.
-        input_gain: Whether the perturbation of the trace contains the learnable gain.
-        trace: Whether everything is kept as well.
+    Attributes:
+        input_gain: Whether the perturbation of a trace contains the learnable gain.
+        trace: Whether full traces are kept.
+        spikes: Whether the spikes are kept for a loss on them.
+        statistics: Whether anything is measured beside the loss.
+    """
+
+    input_gain: bool
+    trace: bool
+    spikes: bool
+    statistics: bool
+
+
+class PairStatistics:
+    """Sums of one layer over one pair of runs, fed step by step from the state before both; nothing in it has a graph,
+    or the size of a batch once it is closed.
     """
 
     @torch.no_grad()
-    def __init__(
-        self, neuron: Neuron, v_init: float | Tensor, time_step: int, *, input_gain: bool, trace: bool
-    ) -> None:
+    def __init__(self, neuron: Neuron, v_init: float | Tensor, time_step: int, kept: Kept) -> None:
         self.neuron = neuron
         self.samples = 0
         self.elements = 0
@@ -151,24 +159,17 @@ class PairStatistics:
         self.full_valid = True
         self._charging = neuron.charging()
         self.time_step = time_step
-        self._input_gain = input_gain
+        self._input_gain = kept.input_gain
         self._v_init = v_init
         self._state: dict[str, Tensor] = {}
-        self._trace: list[tuple[Tensor, ...]] | None = [] if trace else None
-
-    @property
-    def steps(self) -> int:
-        """Number of steps seen."""
-        return len(self.sums)
+        self._trace: list[tuple[Tensor, ...]] | None = [] if kept.trace else None
 
     @torch.no_grad()
     def step(self, x: Tensor, spike: Tensor, x_perturbed: Tensor, spike_perturbed: Tensor) -> None:
         """Take in one step [N, *] of both runs."""
-        t = self.steps
-        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
-        x, spike, x_perturbed, spike_perturbed = (
-            value.detach().to(dtype) for value in (x, spike, x_perturbed, spike_perturbed)
-        )
+        t = len(self.sums)
+        values = (value.detach().to(state_dtype(x)) for value in (x, spike, x_perturbed, spike_perturbed))
+        x, spike, x_perturbed, spike_perturbed = values
         state = self._state or self._start(x)
         plain, gain = (self._charging.gain_at(self.time_step + t, input_gain=flag) for flag in (False, True))
         dx = x - x_perturbed
@@ -279,26 +280,23 @@ class LayerTotals:
         """The statistics so far."""
         means = (self._sums / self._elements).double().cpu().unbind(1)
         maxima = self._maxima.double().cpu().unbind(1)
-        rate, rate_perturbed, distance, tasad = means[0], means[1], means[8], means[9]
-        l2, l1, peak = (means[2], means[3], maxima[0]) if input_gain else (means[4], means[5], maxima[1])
-        full = (means[6], means[7], maxima[2]) if self._full_valid else (None, None, None)
-        silent, silent_perturbed = (_silent(first, rate.shape[0]) for first in self._first_spike)
+        silent, silent_perturbed = (_silent(first, len(self._sums)) for first in self._first_spike)
         return LayerStats(
             name=self._neuron.name,
             neuron=self._neuron.type_name,
             samples=self._samples,
-            firing_rate=rate,
-            firing_rate_perturbed=rate_perturbed,
+            firing_rate=means[0],
+            firing_rate_perturbed=means[1],
             silent=silent,
             silent_perturbed=silent_perturbed,
-            ms_mppd=l2,
-            l1=l1,
-            max_abs=peak,
-            full_ms_mppd=full[0],
-            full_l1=full[1],
-            full_max_abs=full[2],
-            spike_distance=distance,
-            tasad=tasad,
+            ms_mppd=means[2 if input_gain else 4],
+            l1=means[3 if input_gain else 5],
+            max_abs=maxima[0 if input_gain else 1],
+            full_ms_mppd=means[6] if self._full_valid else None,
+            full_l1=means[7] if self._full_valid else None,
+            full_max_abs=maxima[2] if self._full_valid else None,
+            spike_distance=means[8],
+            tasad=means[9],
         )
 
 

@@ -16,10 +16,6 @@ class Association:
         value: On all images.
         low: Lower end.
         high: Upper end.
-
-    Examples:
-        >>> Association(0.9, 0.8, 0.95).value
-        0.9
     """
 
     value: float | None
@@ -28,12 +24,7 @@ class Association:
 
 
 def ranks(values: Tensor) -> Tensor:
-    """Ranks from 1 along the last dimension; equal values share the mean of their ranks.
-
-    Examples:
-        >>> ranks(torch.tensor([0.3, 0.1, 0.3]))
-        tensor([2.5000, 1.0000, 2.5000], dtype=torch.float64)
-    """
+    """Ranks from 1 along the last dimension; equal values share the mean of their ranks."""
     ordered = values.sort(-1).values.contiguous()
     values = values.contiguous()
     below = torch.searchsorted(ordered, values)
@@ -42,12 +33,7 @@ def ranks(values: Tensor) -> Tensor:
 
 
 def pearson(first: Tensor, second: Tensor) -> Tensor:
-    """Linear correlation along the last dimension; NaN where one side does not vary.
-
-    Examples:
-        >>> pearson(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 2.0, 3.0])).round(decimals=4)
-        tensor(0.8660, dtype=torch.float64)
-    """
+    """Linear correlation along the last dimension; NaN where one side does not vary."""
     first, second = (a.double() - a.double().mean(-1, keepdim=True) for a in (first, second))
     scale = first.norm(dim=-1) * second.norm(dim=-1)
     correlation = (first * second).sum(-1) / scale
@@ -55,12 +41,7 @@ def pearson(first: Tensor, second: Tensor) -> Tensor:
 
 
 def spearman(first: Tensor, second: Tensor) -> Tensor:
-    """Correlation of the ranks along the last dimension; NaN where one side does not vary.
-
-    Examples:
-        >>> spearman(torch.tensor([1.0, 2.0, 9.0, 9.5]), torch.tensor([5.0, 6.0, 8.0, 7.0])).round(decimals=4)
-        tensor(0.8000, dtype=torch.float64)
-    """
+    """Correlation of the ranks along the last dimension; NaN where one side does not vary."""
     return pearson(ranks(first), ranks(second))
 
 
@@ -75,10 +56,6 @@ def auroc(scores: Tensor, positive: Tensor) -> Tensor:
 
     Returns:
         [*]; NaN without a pair of a positive and a negative.
-
-    Examples:
-        >>> auroc(torch.tensor([[0.1, 0.4, 0.2]]), torch.tensor([[False, True, True]]))
-        tensor(1., dtype=torch.float64)
     """
     count = positive.double().sum(-1)
     above = (ranks(scores) * positive).sum(-1) - count * (count + 1) / 2

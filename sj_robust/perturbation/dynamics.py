@@ -7,17 +7,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from sj_robust.ops.dlif.config import state_dtype
+
 __all__ = [
-    "charge",
-    "full_perturbation",
-    "membrane_potential",
-    "ms_mppd",
-    "perturbation_step",
-    "reset_potential",
-    "simplified_perturbation",
-    "spike_train_distance",
-    "tasad",
-]
+    "charge", "full_perturbation", "membrane_potential", "ms_mppd", "perturbation_step", "reset_potential",
+    "simplified_perturbation", "spike_train_distance", "tasad",
+]  # fmt: skip
 
 
 def simplified_perturbation(
@@ -53,7 +48,7 @@ def simplified_perturbation(
     _check_pair("x_seq", x_seq, x_seq_perturbed)
     _check_decay(decay)
     gains = _gain_per_step(gain, x_seq.shape[0])
-    dtype = _state_dtype(x_seq)
+    dtype = state_dtype(x_seq)
     if not isinstance(decay, Tensor) and not isinstance(gain, Tensor):
         dx = x_seq.to(dtype) - x_seq_perturbed.to(dtype)
         eps_seq: Tensor = _Leak.apply(dx if gain == 1.0 else gain * dx, decay, False)  # type: ignore[no-untyped-call]  # torch leaves it untyped
@@ -111,7 +106,7 @@ def membrane_potential(
     _check_decay(decay)
     gains = _gain_per_step(gain, x_seq.shape[0])
     start = v_init if v_init is not None else v_reset or 0.0
-    v = torch.zeros_like(x_seq[0], dtype=_state_dtype(x_seq)) + start
+    v = torch.zeros_like(x_seq[0], dtype=state_dtype(x_seq)) + start
     steps = []
     for t, (x, gain_t) in enumerate(zip(x_seq, gains, strict=True)):
         h = charge(v, x.to(v.dtype), decay, gain_t, v_reset)
@@ -122,16 +117,13 @@ def membrane_potential(
 
 
 def full_perturbation(v_seq: Tensor, v_seq_perturbed: Tensor) -> Tensor:
-    """Perturbation of the membrane potential with the reset, ``d[t] = v[t] - v~[t]``. 包含复位的膜电位扰动。
+    """Perturbation [T, N, *] of the membrane potential with the reset, ``d[t] = v[t] - v~[t]``. 包含复位的膜电位扰动。
 
     The potentials are those after the reset: a neuron's ``v_seq``, or :func:`membrane_potential` of both runs.
 
     Args:
         v_seq: Potentials [T, N, *] of the clean run.
         v_seq_perturbed: Potentials [T, N, *] of the perturbed run.
-
-    Returns:
-        ``d`` [T, N, *].
 
     Raises:
         ValueError: If the shapes differ or there is no step.
@@ -156,9 +148,6 @@ def ms_mppd(eps: Tensor, norm: Literal["l2", "l1"] = "l2") -> Tensor:
         eps: Perturbation, usually [T, N, *].
         norm: ``"l2"`` or ``"l1"``.
 
-    Returns:
-        A scalar tensor.
-
     Raises:
         ValueError: If ``norm`` is unknown.
 
@@ -176,14 +165,11 @@ def ms_mppd(eps: Tensor, norm: Literal["l2", "l1"] = "l2") -> Tensor:
 
 
 def spike_train_distance(spike_seq: Tensor, spike_seq_perturbed: Tensor) -> Tensor:
-    """Share of the steps at which two spike trains differ, ``sum_t |s[t] - s~[t]| / T``. 脉冲序列距离。
+    """Share of the steps at which two spike trains differ, ``sum_t |s[t] - s~[t]| / T``, [N, *]. 脉冲序列距离。
 
     Args:
         spike_seq: Spikes [T, N, *] of the clean run.
         spike_seq_perturbed: Spikes [T, N, *] of the perturbed run.
-
-    Returns:
-        Distance per neuron and sample, [N, *].
 
     Raises:
         ValueError: If the shapes differ or there is no step.
@@ -199,14 +185,11 @@ def spike_train_distance(spike_seq: Tensor, spike_seq_perturbed: Tensor) -> Tens
 
 
 def tasad(spike_seq: Tensor, spike_seq_perturbed: Tensor) -> Tensor:
-    """Time-averaged spike-activity distance, ``|mean_t s~[t] - mean_t s[t]|``. 时间平均脉冲活动距离。
+    """Time-averaged spike-activity distance, ``|mean_t s~[t] - mean_t s[t]|``, [N, *]. 时间平均脉冲活动距离。
 
     Args:
         spike_seq: Spikes [T, N, *] of the clean run.
         spike_seq_perturbed: Spikes [T, N, *] of the perturbed run.
-
-    Returns:
-        Distance per neuron and sample, [N, *].
 
     Raises:
         ValueError: If the shapes differ or there is no step.
@@ -222,33 +205,18 @@ def tasad(spike_seq: Tensor, spike_seq_perturbed: Tensor) -> Tensor:
 
 
 def perturbation_step(eps: Tensor, dx: Tensor, decay: float | Tensor, gain: float | Tensor) -> Tensor:
-    """One step of :func:`simplified_perturbation`: ``decay * eps + gain * dx``.
-
-    Examples:
-        >>> perturbation_step(torch.tensor(1.0), torch.tensor(0.5), 0.9, 2.0)
-        tensor(1.9000)
-    """
+    """One step of :func:`simplified_perturbation`: ``decay * eps + gain * dx``."""
     return decay * eps + gain * dx
 
 
 def charge(v: Tensor, x: Tensor, decay: float | Tensor, gain: float | Tensor, v_reset: float | None) -> Tensor:
-    """Potential before firing: ``decay * v + gain * x``, plus ``(1 - decay) * v_reset`` for a hard reset.
-
-    Examples:
-        >>> charge(torch.tensor(1.0), torch.tensor(0.5), 0.5, 1.0, 0.0)
-        tensor(1.)
-    """
+    """Potential before firing: ``decay * v + gain * x``, plus ``(1 - decay) * v_reset`` for a hard reset."""
     h = decay * v + gain * x
     return h if not v_reset else h + (1.0 - decay) * v_reset
 
 
 def reset_potential(h: Tensor, spike: Tensor, v_threshold: float, v_reset: float | None) -> Tensor:
-    """Potential after firing: a hard reset to ``v_reset``, or minus the threshold if that is None.
-
-    Examples:
-        >>> reset_potential(torch.tensor([0.5, 1.5]), torch.tensor([0.0, 1.0]), 1.0, None)
-        tensor([0.5000, 0.5000])
-    """
+    """Potential after firing: a hard reset to ``v_reset``, or minus the threshold if that is None."""
     if v_reset is None:
         return h - spike * v_threshold
     return (1.0 - spike) * h + spike * v_reset
@@ -295,10 +263,6 @@ def _gain_per_step(gain: float | Tensor, steps: int) -> Iterable[float | Tensor]
     if gain.shape != (steps,):
         raise ValueError(f"gain must be a number or have shape [T] = [{steps}], got {tuple(gain.shape)}")
     return gain.unbind(0)
-
-
-def _state_dtype(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
 def _real(spike_seq: Tensor) -> Tensor:

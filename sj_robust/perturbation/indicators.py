@@ -74,11 +74,5 @@ def sample_indicators(trace: LayerTrace) -> dict[str, Tensor]:
 
 
 def over_neurons(name: str, value: Tensor) -> Tensor:
-    """One number per sample of an indicator [N, features]: its mean, for ``mppd_max`` the maximum.
-
-    Examples:
-        >>> import torch
-        >>> over_neurons("mppd_max", torch.tensor([[1.0, 3.0]])), over_neurons("std", torch.tensor([[1.0, 3.0]]))
-        (tensor([3.]), tensor([2.]))
-    """
+    """One number per sample of an indicator [N, features]: its mean, for ``mppd_max`` the maximum."""
     return value.amax(1) if name == "mppd_max" else value.mean(1)

@@ -14,7 +14,7 @@ from sj_robust._host import functional
 from sj_robust._preserved import evaluation_mode
 from sj_robust.neuron.charging import NeuronKey, find_neurons
 from sj_robust.perturbation._recording import Layers, NeuronHook, Recording, RunKind
-from sj_robust.perturbation._statistics import LayerStats, LayerTotals
+from sj_robust.perturbation._statistics import Kept, LayerStats, LayerTotals
 from sj_robust.perturbation.pair import Indicator, LayerPair
 
 __all__ = ["MPPDMonitor"]
@@ -109,10 +109,7 @@ class MPPDMonitor(BaseMonitor):
             self.unsupported,
             watched,
             layers,
-            input_gain=input_gain,
-            trace=keep == "trace",
-            spikes=spikes,
-            statistics=keep != "loss",
+            Kept(input_gain, trace=keep == "trace", spikes=spikes, statistics=keep != "loss"),
         )
         for name, module in watched.items():
             hook = NeuronHook(self._recording, name)
@@ -166,10 +163,10 @@ class MPPDMonitor(BaseMonitor):
             raise RuntimeError(f"compare() was called inside {self._recording.run}(): leave that context first")
         run = self._net if forward is None else forward
         enabled = self.is_enable()
-        measures = self._recording.statistics
+        kept = self._recording.kept
         try:
             self.enable()
-            self._recording.statistics = True
+            self._recording.kept = kept._replace(statistics=True)
             with evaluation_mode(self._net), torch.no_grad():
                 functional.reset_net(self._net)
                 with self.clean():
@@ -182,7 +179,7 @@ class MPPDMonitor(BaseMonitor):
             totals = _totals_of(self._recording.pairs)
             return {name: pair.stats(input_gain=self._input_gain) for name, pair in totals.items()}
         finally:
-            self._recording.statistics = measures
+            self._recording.kept = kept
             self._recording.forget()
             functional.reset_net(self._net)
             if not enabled:

@@ -1,14 +1,15 @@
 """One layer in one pair of runs: what is kept of the clean run until the perturbed run uses it up."""
 
 from collections import deque
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from sj_robust.neuron.charging import Neuron
+from sj_robust.ops.dlif.config import state_dtype
 from sj_robust.perturbation import dynamics
-from sj_robust.perturbation._statistics import LayerTotals, LayerTrace, PairStatistics
+from sj_robust.perturbation._statistics import Kept, LayerTotals, LayerTrace, PairStatistics
 
 __all__ = ["Indicator", "LayerPair"]
 
@@ -16,42 +17,28 @@ Indicator = Literal["mppd", "tasad", "std"]
 
 
 class LayerPair:
-    """A clean and a perturbed run of one layer, one after the other or as the two halves of one batch.
+    """A clean and a perturbed run of one layer, one after the other or as the two halves of one batch."""
 
-    Args:
-        neuron: The layer.
-        paired: Whether one run holds both, clean samples first.
-        input_gain: Whether the perturbation of a trace contains the learnable gain.
-        trace: Whether full traces are kept.
-        spikes: Whether the spikes are kept for a loss on them.
-        statistics: Whether anything is measured beside the loss.
-    """
-
-    def __init__(
-        self, neuron: Neuron, *, paired: bool, input_gain: bool, trace: bool, spikes: bool, statistics: bool
-    ) -> None:
-        """Nothing is kept yet; see the class."""
+    def __init__(self, neuron: Neuron, kept: Kept, *, paired: bool) -> None:
+        """Nothing is kept yet; ``paired`` is whether one run holds both, clean samples first."""
         self.neuron = neuron
         self.totals: LayerTotals | None = None
         self.trace: LayerTrace | None = None
         self.full_valid = True
         self._paired = paired
-        self._options = {"input_gain": input_gain, "trace": trace}
+        self._kept = kept
         self._start: tuple[float | Tensor, int] | None = None
         self._shape: torch.Size | None = None
         self._time_step = 0
         self._clean_steps = 0
         self._taken_steps = 0
-        self._measures = statistics
-        self._steps: deque[tuple[Tensor, int | None, Tensor]] = deque()
+        self._steps: deque[tuple[_Chunk, Tensor, Tensor]] = deque()  # current and spike, and the chunk they are from
         self._statistics: PairStatistics | None = None
-        # Input currents of both runs in chunks [t, N, *] with their version, for the loss.
-        self._clean_chunks: list[tuple[Tensor, int | None]] = []
-        self._perturbed_chunks: list[tuple[Tensor, int | None]] = []
-        # The same of the spikes, if they are kept.
-        self._keep_spikes = spikes
-        self._clean_spikes: list[Tensor] = []
-        self._perturbed_spikes: list[tuple[Tensor, int | None]] = []
+        # For the loss: input currents of both runs and, if they are kept, spikes.
+        self._clean: list[_Chunk] = []
+        self._perturbed: list[_Chunk] = []
+        self._clean_spikes: list[_Chunk] = []
+        self._perturbed_spikes: list[_Chunk] = []
 
     @property
     def took_one_step(self) -> bool:
@@ -81,18 +68,17 @@ class LayerPair:
     def take_clean(self, x_seq: Tensor, spike_seq: Tensor) -> None:
         """Keep a chunk [t, N, *] of the clean run."""
         self._check_batch(x_seq)
-        x_seq = x_seq.detach()
-        version = _version(x_seq)
-        self._clean_chunks.append((x_seq, version))
+        chunk = _Chunk.of(x_seq.detach())
+        self._clean.append(chunk)
         self._clean_steps += len(x_seq)
-        if not (self._measures or self._keep_spikes):
+        if not (self._kept.statistics or self._kept.spikes):
             return
         # A network may go on in place on its spikes, hence a copy; as bool where that loses nothing.
         spikes = spike_seq.detach() != 0 if self.neuron.binary else spike_seq.detach().clone()
-        if self._keep_spikes:
-            self._clean_spikes.append(spikes)
-        if self._measures:
-            self._steps.extend((x, version, spike) for x, spike in zip(x_seq, spikes, strict=True))
+        if self._kept.spikes:
+            self._clean_spikes.append(_Chunk.of(spikes))
+        if self._kept.statistics:
+            self._steps.extend((chunk, x, spike) for x, spike in zip(chunk.values, spikes, strict=True))
 
     def take_perturbed(self, x_seq: Tensor, spike_seq: Tensor) -> None:
         """Use up as many steps of the clean run as the chunk [t, N, *] of the perturbed run has."""
@@ -107,13 +93,12 @@ class LayerPair:
                 f"layer {self.neuron.name!r} gets input of shape {tuple(x_seq.shape[1:])} per step in the perturbed run"
                 f" and {tuple(self._shape or ())} in the clean run: give both runs batches of the same shape"
             )
-        self._keep_for_loss(x_seq, spike_seq)
-        if not self._measures:
+        statistics = self._keep(x_seq, spike_seq)
+        if statistics is None:
             return
-        statistics = self._open_statistics()
         for x_perturbed, spike_perturbed in zip(x_seq.detach(), spike_seq.detach(), strict=True):
-            x, version, spike = self._steps.popleft()
-            self._check_version(x, version)
+            chunk, x, spike = self._steps.popleft()
+            chunk.check("input", self.neuron.name)
             statistics.step(x, spike, x_perturbed, spike_perturbed)
         statistics.check_potential(self.neuron.module.v)
 
@@ -130,21 +115,16 @@ class LayerPair:
         if not self._taken_steps:
             self._check_paired_start(half)
         self._taken_steps += len(x_seq)
-        self._keep_for_loss(x_seq, spike_seq)
-        if not self._measures:
+        statistics = self._keep(x_seq, spike_seq)
+        if statistics is None:
             return
-        statistics = self._open_statistics()
         for x, spike in zip(x_seq.detach(), spike_seq.detach(), strict=True):
             statistics.step(x[:half], spike[:half], x[half:], spike[half:])
         v = self.neuron.module.v
         statistics.check_potential(v[half:] if isinstance(v, Tensor) else v)
 
     def finish(self) -> None:
-        """End the pair.
-
-        Raises:
-            ValueError: If the perturbed run had fewer steps than the clean one.
-        """
+        """End the pair; ValueError if the perturbed run had fewer steps than the clean one."""
         if not self._taken_steps or (not self._paired and self._taken_steps < self._clean_steps):
             raise ValueError(
                 f"layer {self.neuron.name!r} takes {self._taken_steps} steps in the perturbed run and "
@@ -162,10 +142,10 @@ class LayerPair:
             raise ValueError(f"indicator must be one of {get_args(Indicator)}, got {indicator!r}")
         if indicator != "mppd":
             return self._spike_loss(indicator, norm)
-        if not self._perturbed_chunks:
+        if not self._perturbed:
             assert self._statistics is not None
             return self._statistics.mean(norm, input_gain=input_gain)
-        x_seq, x_seq_perturbed = self._currents()
+        x_seq, x_seq_perturbed = self._both(self._clean, self._perturbed, "input")
         charging = self.neuron.charging()
         gain = charging.gain
         if input_gain and charging.input_gain is not None:
@@ -174,44 +154,37 @@ class LayerPair:
         return dynamics.ms_mppd(eps, norm)
 
     def _spike_loss(self, indicator: Indicator, norm: Literal["l2", "l1"]) -> Tensor:
-        if not self._keep_spikes:
+        if not self._kept.spikes:
             raise ValueError(f"indicator={indicator!r} needs the spikes: build the monitor with spikes=True")
-        for spikes, version in self._perturbed_spikes:
-            self._check_version(spikes, version, what="output")
-        perturbed = _cat([spikes for spikes, _ in self._perturbed_spikes])
-        if self._paired:
-            clean, perturbed = perturbed.detach().chunk(2, 1)[0], perturbed.chunk(2, 1)[1]
-        else:
-            clean = _cat(self._clean_spikes)
-        dtype = torch.float64 if perturbed.dtype == torch.float64 else torch.float32
+        clean, perturbed = self._both(self._clean_spikes, self._perturbed_spikes, "output")
+        dtype = state_dtype(perturbed)
         difference = clean.to(dtype) - perturbed.to(dtype)
         return dynamics.ms_mppd(difference if indicator == "std" else difference.mean(0), norm)
 
-    def _currents(self) -> tuple[Tensor, Tensor]:
-        for x, version in (*self._clean_chunks, *self._perturbed_chunks):
-            self._check_version(x, version)
-        perturbed = _cat([x for x, _ in self._perturbed_chunks])
+    def _both(self, clean: "list[_Chunk]", perturbed: "list[_Chunk]", what: str) -> tuple[Tensor, Tensor]:
+        """Input or output of both runs, [T, N, *]; the clean one is a constant."""
+        for chunk in (*clean, *perturbed):
+            chunk.check(what, self.neuron.name)
+        whole = _cat(perturbed)
         if not self._paired:
-            return _cat([x for x, _ in self._clean_chunks]), perturbed
-        half = perturbed.shape[1] // 2
-        return perturbed[:, :half].detach(), perturbed[:, half:]
+            return _cat(clean), whole
+        half = whole.shape[1] // 2
+        return whole[:, :half].detach(), whole[:, half:]
 
-    def _keep_for_loss(self, x_seq: Tensor, spike_seq: Tensor) -> None:
-        """Keep a chunk of the perturbed run or of both; without gradients the statistics know the loss."""
-        if torch.is_grad_enabled() or not self._measures:
-            self._perturbed_chunks.append((x_seq, _version(x_seq)))
+    def _keep(self, x_seq: Tensor, spike_seq: Tensor) -> PairStatistics | None:
+        """Keep a chunk of the perturbed run or of both for the loss; the statistics, if there are any."""
+        if torch.is_grad_enabled() or not self._kept.statistics:
+            self._perturbed.append(_Chunk.of(x_seq))
         else:
-            self._clean_chunks.clear()
-        if self._keep_spikes:
-            self._perturbed_spikes.append((spike_seq, _version(spike_seq)))
-
-    def _open_statistics(self) -> PairStatistics:
-        if self._statistics is None:
+            self._clean.clear()  # without gradients the statistics know the loss
+        if self._kept.spikes:
+            self._perturbed_spikes.append(_Chunk.of(spike_seq))
+        if self._kept.statistics and self._statistics is None:
             assert self._start is not None
             v_init, time_step = self._start
             if self._paired and isinstance(v_init, Tensor):
                 v_init = v_init[: v_init.shape[0] // 2]
-            self._statistics = PairStatistics(self.neuron, v_init, time_step, **self._options)
+            self._statistics = PairStatistics(self.neuron, v_init, time_step, self._kept)
         return self._statistics
 
     def _check_batch(self, x_seq: Tensor) -> None:
@@ -235,16 +208,23 @@ class LayerPair:
                 "batch: call functional.reset_net(net) before the run"
             )
 
-    def _check_version(self, x: Tensor, version: int | None, *, what: str = "input") -> None:
-        if version is not None and x._version != version:
+
+class _Chunk(NamedTuple):
+    """Values [t, N, *] of one call, and the version by which torch tells whether they were changed in place."""
+
+    values: Tensor
+    version: int | None
+
+    @classmethod
+    def of(cls, values: Tensor) -> "_Chunk":
+        return cls(values, None if values.is_inference() else values._version)
+
+    def check(self, what: str, layer: str) -> None:
+        if self.version is not None and self.values._version != self.version:
             raise RuntimeError(
-                f"the {what} of layer {self.neuron.name!r} was changed in place after the neuron's call, so its "
-                "perturbation is lost: make the operation that changes it out of place"
+                f"the {what} of layer {layer!r} was changed in place after the neuron's call, so its perturbation is "
+                "lost: make the operation that changes it out of place"
             )
-
-
-def _version(x: Tensor) -> int | None:
-    return None if x.is_inference() else x._version
 
 
 def _same(first: Any, second: Any) -> bool:
@@ -253,5 +233,5 @@ def _same(first: Any, second: Any) -> bool:
     return bool(torch.as_tensor(first == second).all())
 
 
-def _cat(chunks: list[Tensor]) -> Tensor:
-    return chunks[0] if len(chunks) == 1 else torch.cat(chunks)
+def _cat(chunks: list[_Chunk]) -> Tensor:
+    return chunks[0].values if len(chunks) == 1 else torch.cat([chunk.values for chunk in chunks])
