@@ -14,13 +14,7 @@ from sj_robust.estimators.crafting import crafting_network
 from sj_robust.estimators.dynamics import Sequence, next_charging, spiking_neurons
 from sj_robust.estimators.memory import ImageTracker, Sharpness, Spread
 from sj_robust.estimators.naming import EstimatorName
-from sj_robust.estimators.shapes import (
-    SHAPES,
-    derivative_of,
-    has_compiled_kernel,
-    host_surrogate,
-    keeping_values,
-)
+from sj_robust.estimators.shapes import SHAPES, derivative_of, has_compiled_kernel, host_surrogate, keeping_values
 from sj_robust.neuron import DLIFNode
 from sj_robust.neuron.charging import has_known_dynamics
 
@@ -29,6 +23,7 @@ __all__ = ["Applied", "Estimator", "estimator"]
 Gradient = Callable[[Sequence, int], backward.Outputs]
 _MARK = "_gradient_estimator"
 _WHOLE_SEQUENCE = ("bptr", "rga", "hart", "hart_mixed")
+_DLIF_SURROGATES = ("PiecewiseQuadratic", "ATan", "Sigmoid")  # which its kernels know
 _IN_THRESHOLDS = ("triangle", "rectangle", "hart", "hart_mixed")  # their number is a width in units of the threshold
 
 
@@ -67,12 +62,11 @@ class Estimator(EstimatorName):
     def __call__(self, model: nn.Module | Callable[[Tensor], Tensor]) -> "Applied":
         """Context whose value has this backward pass: ``model`` itself, for ``cba`` a crafting network.
 
+        ``Applied.moved`` tells which neurons compute their backward pass elsewhere.
+
         Args:
             model: A network with SpikingJelly neurons, bare or inside a ``SpikingClassifier``; for ``training`` any
                 callable.
-
-        Returns:
-            The context; ``Applied.moved`` tells which neurons compute their backward pass elsewhere.
 
         Raises:
             TypeError: On entry, if ``model`` is not a module.
@@ -104,8 +98,8 @@ def estimator(name: str) -> Estimator:
     Source: see :class:`Estimator`.
 
     Examples:
-        >>> estimator("atan:4"), estimator("triangle").name, estimator("assg:sigmoid:0.9+detach").name
-        (estimator('atan:4'), 'triangle:1', 'assg:sigmoid:0.9+detach')
+        >>> estimator("atan:4"), estimator("assg:sigmoid:0.9+detach").name
+        (estimator('atan:4'), 'assg:sigmoid:0.9+detach')
     """
     return Estimator.parse(name)
 
@@ -126,8 +120,7 @@ class Applied(AbstractContextManager[Callable[[Tensor], Tensor]]):
 
     Examples:
         >>> from sj_robust.estimators import estimator
-        >>> net = nn.Sequential(nn.Linear(3, 2), DLIFNode(T=4))
-        >>> applied = estimator("rectangle:1")(net)
+        >>> applied = estimator("rectangle:1")(nn.Sequential(nn.Linear(3, 2), DLIFNode(T=4)))
         >>> with applied as crafting:
         ...     applied.moved
         {'1': 'torch'}
@@ -232,19 +225,17 @@ def _surrogate_plan(estimator: EstimatorName, name: str, node: Any) -> dict[str,
         raise ValueError(
             f"{estimator.name}: neuron {name!r} ({type(node).__name__}) has no surrogate_function to change"
         )
-    known, dlif = has_known_dynamics(node), type(node) is DLIFNode
-    same_code = has_compiled_kernel(own) and not (dlif and type(own).__name__ not in _DLIF_SURROGATES)
-    if same_code and (dlif or getattr(node, "backend", "torch") == "torch"):
-        swapped = host_surrogate(shape, alpha)
-        if swapped is not None and not (dlif and type(swapped).__name__ not in _DLIF_SURROGATES):
-            return {"surrogate_function": swapped}
+    dlif, swapped = type(node) is DLIFNode, host_surrogate(shape, alpha)
+
+    def on_fast_code(function: Any) -> bool:
+        return has_compiled_kernel(function) and not (dlif and type(function).__name__ not in _DLIF_SURROGATES)
+
+    if on_fast_code(own) and on_fast_code(swapped) and (dlif or getattr(node, "backend", "torch") == "torch"):
+        return {"surrogate_function": swapped}
     derivative = partial(SHAPES[shape], alpha=alpha)
-    if known:
+    if has_known_dynamics(node):
         return _Override(node, lambda run, first: backward.through_time(run, derivative), estimator).entries()
     return {"surrogate_function": keeping_values(own, derivative)}
-
-
-_DLIF_SURROGATES = ("PiecewiseQuadratic", "ATan", "Sigmoid")
 
 
 def _gradient(estimator: EstimatorName, name: str, node: Any, images: ImageTracker) -> Gradient:

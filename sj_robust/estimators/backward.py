@@ -1,7 +1,6 @@
 """Backward passes for a run of a neuron whose values are settled: through time, or by its rate."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -37,16 +36,10 @@ def through_time(run: Sequence, slopes: Slopes) -> Outputs:
     with torch.no_grad():
         h_seq, before = run.charged
         slope = slopes(h_seq - run.v_threshold)
-        saved = _Saved(run, slope, _keep(run, h_seq, slope), before)
+        keep = _keep(run, h_seq, slope)
+    learned = (value if isinstance(value, Tensor) else None for value in (run.charging.gain, run.charging.decay))
     v_init = run.v_init if isinstance(run.v_init, Tensor) else None
-    gain, decay = run.charging.gain, run.charging.decay
-    outputs = _ThroughTime.apply(  # type: ignore[no-untyped-call]  # torch leaves apply untyped
-        run.x_seq,
-        v_init,
-        gain if isinstance(gain, Tensor) else None,
-        decay if isinstance(decay, Tensor) else None,
-        saved,
-    )
+    outputs = _ThroughTime.apply(run.x_seq, v_init, *learned, run, slope, keep, before)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
     return Outputs(*outputs)
 
 
@@ -89,14 +82,6 @@ def hart_mixed(run: Sequence, slopes: Slopes, own_slopes: Slopes) -> Outputs:
     return own._replace(spike_seq=0.5 * own.spike_seq + 0.5 * spike_seq)  # equal values, so their mean is exact
 
 
-@dataclass
-class _Saved:
-    run: Sequence
-    slope: Tensor
-    keep: Tensor
-    before: Tensor | None
-
-
 def _keep(run: Sequence, h_seq: Tensor, slope: Tensor) -> Tensor:
     """Derivative of the potential after the reset in the one before it, [T, N, *] or, if all are 1, [T]."""
     if run.v_reset is None:
@@ -112,10 +97,17 @@ def _keep(run: Sequence, h_seq: Tensor, slope: Tensor) -> Tensor:
 class _ThroughTime(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x_seq: Tensor, v_init: Tensor | None, gain: Tensor | None, decay: Tensor | None, saved: _Saved
+        ctx: Any,
+        x_seq: Tensor,
+        v_init: Tensor | None,
+        gain: Tensor | None,
+        decay: Tensor | None,
+        run: Sequence,
+        slope: Tensor,
+        keep: Tensor,
+        before: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        run = saved.run
-        ctx.save_for_backward(x_seq, gain, saved.slope, saved.keep, saved.before)
+        ctx.save_for_backward(x_seq, gain, slope, keep, before)
         ctx.decay, ctx.gain = run.charging.decay_value, run.charging.gain if gain is None else None
         ctx.dtype, ctx.rest = run.dtype, run.v_reset or 0.0
         ctx.dtypes = tuple(None if value is None else value.dtype for value in (x_seq, v_init, gain, decay))
@@ -137,11 +129,14 @@ class _ThroughTime(torch.autograd.Function):
             if t + 1 < len(grad_h):
                 grad_h[t].addcmul_(grad_h[t + 1], keep[t], value=ctx.decay)
         grad_v_init = grad_h[0] * ctx.decay if ctx.needs_input_grad[1] else None
-        grad_gain = _sum_to(grad_h * x_seq, gain) if ctx.needs_input_grad[2] else None
+        grad_gain = None
+        if ctx.needs_input_grad[2]:
+            product = grad_h * x_seq
+            grad_gain = product.flatten(1).sum(1) if gain.ndim else product.sum()
         grad_decay = ((before - ctx.rest) * grad_h).sum() if ctx.needs_input_grad[3] else None
         grad_x_seq = _times_gain(grad_h, ctx.gain if gain is None else gain) if ctx.needs_input_grad[0] else None
         grads = (grad_x_seq, grad_v_init, grad_gain, grad_decay)
-        return *(None if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)), None
+        return *(None if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)), *[None] * 4
 
 
 def _times_gain(grad_h: Tensor, gain: float | Tensor) -> Tensor:
@@ -149,11 +144,6 @@ def _times_gain(grad_h: Tensor, gain: float | Tensor) -> Tensor:
     if isinstance(gain, Tensor):
         return grad_h.mul_(gain.to(grad_h.dtype).view(-1, *[1] * (grad_h.ndim - 1)))
     return grad_h if gain == 1.0 else grad_h.mul_(gain)
-
-
-def _sum_to(product: Tensor, gain: Tensor) -> Tensor:
-    """Sum of [T, N, *] in the shape of a gain, [T] or scalar."""
-    return product.flatten(1).sum(1) if gain.ndim else product.sum()
 
 
 def _gated(run: Sequence, gate: Tensor, *, average: bool) -> Outputs:

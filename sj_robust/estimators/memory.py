@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sj_robust.estimators.shapes import SHAPES, sharpness_for
+from sj_robust.estimators.shapes import SHAPES, SHARPNESS
 
 __all__ = ["ImageTracker", "Sharpness", "Spread"]
 
@@ -65,7 +65,7 @@ def _moments(z_seq: Tensor) -> tuple[Tensor, Tensor, int]:
 
 
 class Sharpness:
-    """ASSG of one neuron: a shape whose sharpness follows |z| over the iterations of an attack.
+    """ASSG of one neuron: a shape, ``share`` of its area kept, whose sharpness follows |z| over an attack's iterations.
 
     Equation, per neuron, time step and sample, M = 1 and D = 0 before the first forward of a batch::
 
@@ -73,21 +73,14 @@ class Sharpness:
         D <- 0.9 D + 0.1 ||z| - M|          with the new M
         alpha = omega / (M + 1.5 D + 1e-4)
 
-    ``omega`` is the sharpness at which the share A of the shape's area lies within |z| <= 1: ``2 tan(pi A / 2) / pi``
-    for ``atan``, ``2 artanh(A)`` for ``sigmoid``, ``sqrt(2) erfinv(A)`` for ``gaussian``, ``1 - sqrt(1 - A)`` for
-    ``triangle``, ``A`` for ``rectangle``.
+    ``omega`` is the sharpness at which the share of the shape's area lies within |z| <= 1.
 
     Forwards of the same images (of one EoT average) all start from what the images before them left.
-
-    Args:
-        images: Tells which images a forward belongs to.
-        shape: Shape of the surrogate.
-        share: A, in (0, 1).
     """
 
     def __init__(self, images: "ImageTracker", shape: str, share: float) -> None:
         """Nothing seen yet."""
-        self._images, self._shape, self._omega = images, SHAPES[shape], sharpness_for(shape, share)
+        self._images, self._shape, self._omega = images, SHAPES[shape], SHARPNESS[shape](share)
         self._turn = 0
         self._before: dict[int, tuple[Tensor, Tensor]] = {}  # by first step of a call: M and D of [T, N, *]
         self._after: dict[int, tuple[Tensor, Tensor]] = {}

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,14 +10,9 @@ from torch import Tensor, nn
 from sj_robust._host import surrogate
 
 __all__ = [
-    "SHAPES",
-    "derivative_of",
-    "has_compiled_kernel",
-    "host_surrogate",
-    "keeping_values",
+    "SHAPES", "SHARPNESS", "derivative_of", "has_compiled_kernel", "host_surrogate", "keeping_values",
     "refuse_second_derivative",
-    "sharpness_for",
-]
+]  # fmt: skip
 
 Sharpness = float | Tensor
 Derivative = Callable[[Tensor], Tensor]
@@ -52,14 +47,7 @@ def _straight_through(z: Tensor, alpha: Sharpness) -> Tensor:
     return torch.ones_like(z)
 
 
-class Shape(Protocol):
-    """ds/dz of z and sharpness alpha."""
-
-    def __call__(self, z: Tensor, alpha: Sharpness) -> Tensor:
-        """Same shape and dtype as ``z``."""
-
-
-SHAPES: dict[str, Shape] = {
+SHAPES: dict[str, Callable[..., Tensor]] = {
     "triangle": _triangle,
     "atan": _atan,
     "sigmoid": _sigmoid,
@@ -68,34 +56,20 @@ SHAPES: dict[str, Shape] = {
     "gaussian": _gaussian,
     "straight_through": _straight_through,
 }
-"""Shapes by name: the area under each is 1, its height grows with alpha."""
+"""Shapes by name, functions of ``z`` and ``alpha``: the area under each is 1, its height grows with alpha."""
 
-_SHARPNESS: dict[str, Callable[[float], float]] = {
+SHARPNESS: dict[str, Callable[[float], float]] = {
     "atan": lambda share: 2 * math.tan(math.pi * share / 2) / math.pi,
     "sigmoid": lambda share: 2 * math.atanh(share),
     "gaussian": lambda share: math.sqrt(2) * float(torch.erfinv(torch.tensor(share, dtype=torch.float64))),
     "triangle": lambda share: 1 - math.sqrt(1 - share),
     "rectangle": lambda share: share,
 }
-
-
-def sharpness_for(shape: str, share: float) -> float:
-    """Sharpness alpha at which ``share`` of the shape's area lies within |z| <= 1.
-
-    Examples:
-        >>> round(sharpness_for("rectangle", 0.85), 2), round(sharpness_for("atan", 0.5), 4)
-        (0.85, 0.6366)
-    """
-    return _SHARPNESS[shape](share)
+"""Sharpness alpha by shape at which a share of the shape's area lies within |z| <= 1."""
 
 
 def derivative_of(function: Any, z: Tensor) -> Tensor:
-    """Derivative of an elementwise surrogate at ``z``, no graph.
-
-    Examples:
-        >>> derivative_of(surrogate.PiecewiseQuadratic(alpha=1.0), torch.tensor([-2.0, 0.25]))
-        tensor([0.0000, 0.7500])
-    """
+    """Derivative of an elementwise surrogate at ``z``, no graph."""
     for shape, host_class in _HOST_CLASSES.items():
         if type(function) is host_class and function.spiking:
             return SHAPES[shape](z, function.alpha)
