@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from attacks.estimators_by_hand import (
+from estimators.by_hand import (
     CLASSES,
     FEATURES,
     KINDS,
