@@ -1,7 +1,8 @@
-"""One table of attacks and one of models; every property is tested over their product."""
+"""One table of attacks and one of models; every property is tested over their product. And what many tests share."""
 
+import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,68 +15,105 @@ torch.set_num_threads(1)
 
 
 class Attack(NamedTuple):
-    """An attack of radius eps, called as ``run(model, x, y, eps, generator)``."""
+    """An attack with its options; those that are functions are functions of the radius."""
 
-    run: Callable[..., Tensor]
-    norm: str | None  # None: no ball, only the box
+    function: Callable[..., Tensor]
+    options: dict[str, Any]
+    norm: str | None = "Linf"  # None: no ball, only the box
     draws: bool = True  # whether the attack itself is random
 
-
-def _pgd(**options) -> Callable[..., Tensor]:
-    def run(model, x, y, eps, generator=None):
-        return pgd(model, x, y, eps=eps, step_size=eps / 2, steps=3, generator=generator, **options)
-
-    return run
+    def run(self, model, x: Tensor, y: Tensor, eps: float, generator=None) -> Tensor:
+        options = {name: value(eps) if callable(value) else value for name, value in self.options.items()}
+        options = options if "std" in options or "amount" in options else {"eps": eps, **options}
+        return self.function(model, x, y, **options, generator=generator)
 
 
-def _stepping(attack, **options) -> Attack:
-    """An attack of the APGD kind at few steps; "Linf" unless the options say otherwise."""
-    options = {"steps": 4, **options}
+def _pgd(*, draws: bool = True, **options) -> Attack:
+    return Attack(pgd, {"step_size": lambda eps: eps / 2, "steps": 3, **options}, options.get("norm", "Linf"), draws)
 
-    def run(model, x, y, eps, generator=None):
-        return attack(model, x, y, eps=eps, generator=generator, **options)
 
-    return Attack(run, options.get("norm", "Linf"))
+def _climbing(function, **options) -> Attack:
+    """An attack of the APGD kind at few steps."""
+    return Attack(function, {"steps": 4, **options}, options.get("norm", "Linf"))
 
 
 NOISES = {
-    "gaussian": Attack(lambda m, x, y, eps, g=None: gaussian(m, x, y, std=eps, generator=g), None),
-    "uniform": Attack(lambda m, x, y, eps, g=None: uniform(m, x, y, eps=eps, generator=g), "Linf"),
-    "salt_and_pepper": Attack(lambda m, x, y, eps, g=None: salt_and_pepper(m, x, y, amount=eps, generator=g), None),
+    "gaussian": Attack(gaussian, {"std": lambda eps: eps}, None),
+    "uniform": Attack(uniform, {}),
+    "salt_and_pepper": Attack(salt_and_pepper, {"amount": lambda eps: eps}, None),
 }
 
 ATTACKS = {
     **NOISES,
-    "fgsm": Attack(lambda m, x, y, eps, g=None: fgsm(m, x, y, eps=eps, generator=g), "Linf", draws=False),
-    "fgsm_targeted": Attack(
-        lambda m, x, y, eps, g=None: fgsm(m, x, y, eps=eps, targeted=True, generator=g), "Linf", draws=False
-    ),
-    "rfgsm": Attack(lambda m, x, y, eps, g=None: rfgsm(m, x, y, eps=eps, generator=g), "Linf"),
-    "rfgsm_long": Attack(lambda m, x, y, eps, g=None: rfgsm(m, x, y, eps=eps, step_size=2 * eps, generator=g), "Linf"),
-    "rfgsm_unprojected": Attack(lambda m, x, y, eps, g=None: rfgsm(m, x, y, eps=eps, project=False, generator=g), None),
-    "pgd": Attack(_pgd(), "Linf"),
-    "pgd_last": Attack(_pgd(keep_best=False), "Linf"),
-    "pgd_no_start": Attack(_pgd(random_start=False), "Linf", draws=False),
-    "pgd_restarts": Attack(_pgd(restarts=3), "Linf"),
-    "pgd_last_restarts": Attack(_pgd(restarts=2, keep_best=False), "Linf"),
-    "pgd_targeted": Attack(_pgd(targeted=True), "Linf"),
-    "pgd_eot": Attack(_pgd(eot_samples=2), "Linf"),
-    "pgd_l2": Attack(_pgd(norm="L2"), "L2"),
-    "pgd_l2_last": Attack(_pgd(norm="L2", keep_best=False), "L2"),
-    "pgd_l2_restarts": Attack(_pgd(norm="L2", restarts=2, targeted=True), "L2"),
-    "apgd": _stepping(apgd),
-    "apgd_highest": _stepping(apgd, keep_best=False),
-    "apgd_restarts": _stepping(apgd, restarts=2),
-    "apgd_eot": _stepping(apgd, eot_samples=2),
-    "apgd_dlr": _stepping(apgd, loss="dlr"),
-    "apgd_targeted": _stepping(apgd, loss="dlr_targeted", target_classes=2),
-    "apgd_l2": _stepping(apgd, norm="L2"),
-    "apgd_l2_dlr_highest": _stepping(apgd, norm="L2", loss="dlr", keep_best=False),
-    "apgd_l2_targeted": _stepping(apgd, norm="L2", loss="dlr_targeted", target_classes=2, restarts=2),
-    "sapgd": _stepping(sapgd),
-    "sapgd_highest": _stepping(sapgd, keep_best=False),
-    "sapgd_restarts": _stepping(sapgd, restarts=2, eot_samples=2),
+    "fgsm": Attack(fgsm, {}, draws=False),
+    "fgsm_targeted": Attack(fgsm, {"targeted": True}, draws=False),
+    "rfgsm": Attack(rfgsm, {}),
+    "rfgsm_long": Attack(rfgsm, {"step_size": lambda eps: 2 * eps}),
+    "rfgsm_unprojected": Attack(rfgsm, {"project": False}, None),
+    "pgd": _pgd(),
+    "pgd_last": _pgd(keep_best=False),
+    "pgd_no_start": _pgd(random_start=False, draws=False),
+    "pgd_restarts": _pgd(restarts=3),
+    "pgd_last_restarts": _pgd(restarts=2, keep_best=False),
+    "pgd_targeted": _pgd(targeted=True),
+    "pgd_eot": _pgd(eot_samples=2),
+    "pgd_l2": _pgd(norm="L2"),
+    "pgd_l2_last": _pgd(norm="L2", keep_best=False),
+    "pgd_l2_restarts": _pgd(norm="L2", restarts=2, targeted=True),
+    "apgd": _climbing(apgd),
+    "apgd_highest": _climbing(apgd, keep_best=False),
+    "apgd_restarts": _climbing(apgd, restarts=2),
+    "apgd_eot": _climbing(apgd, eot_samples=2),
+    "apgd_dlr": _climbing(apgd, loss="dlr"),
+    "apgd_targeted": _climbing(apgd, loss="dlr_targeted", target_classes=2),
+    "apgd_l2": _climbing(apgd, norm="L2"),
+    "apgd_l2_dlr_highest": _climbing(apgd, norm="L2", loss="dlr", keep_best=False),
+    "apgd_l2_targeted": _climbing(apgd, norm="L2", loss="dlr_targeted", target_classes=2, restarts=2),
+    "sapgd": _climbing(sapgd),
+    "sapgd_highest": _climbing(sapgd, keep_best=False),
+    "sapgd_restarts": _climbing(sapgd, restarts=2, eot_samples=2),
 }
+
+
+def assert_within(x_adv: Tensor, x: Tensor, norm: str | None, eps: float) -> None:
+    """Images of the same kind, without a graph, inside the box and, exactly, inside the ball."""
+    assert (x_adv.shape, x_adv.dtype, x_adv.device) == (x.shape, x.dtype, x.device)
+    assert not x_adv.requires_grad
+    assert x_adv.grad_fn is None
+    assert bool((x_adv >= 0).all())
+    assert bool((x_adv <= 1).all())
+    distance = x_adv.double() - x.double()
+    if norm == "Linf" and x.numel():
+        assert distance.abs().max().item() <= eps
+        assert (x_adv - x).abs().max().item() <= eps
+    if norm == "L2":
+        for sample in distance.flatten(1).tolist():
+            assert math.sqrt(math.fsum(d * d for d in sample)) <= eps * (1 + 1e-12)
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@torch.no_grad()
+def predicted(model, x: Tensor) -> Tensor:
+    return model(x).argmax(1)
+
+
+class Recorder:
+    """Keeps every batch that a model is called with."""
+
+    def __init__(self, model) -> None:
+        self.model = model
+        self.seen: list[Tensor] = []
+
+    def __call__(self, x: Tensor) -> Tensor:
+        self.seen.append(x.detach().clone())
+        return self.model(x)
+
+    @property
+    def sizes(self) -> list[int]:
+        return [len(x) for x in self.seen]
 
 
 def linear_model(features: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> nn.Module:

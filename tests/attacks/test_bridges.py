@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from attacks.table import linear_model
+from attacks.table import Recorder, linear_model, predicted, seeded
 from torch import nn
 
 import sj_robust.attacks
@@ -38,18 +38,6 @@ def images(linear) -> tuple[torch.Tensor, torch.Tensor]:
     return x, y
 
 
-class Counting:
-    """Counts the images of every call."""
-
-    def __init__(self, model) -> None:
-        self.model = model
-        self.sizes: list[int] = []
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        self.sizes.append(len(x))
-        return self.model(x)
-
-
 @contextmanager
 def caught():
     """Texts of AutoAttack's warnings, filled at the end; any other warning stays an error."""
@@ -59,15 +47,6 @@ def caught():
         warnings.simplefilter("always", AutoAttackWarning)
         yield messages
     messages += [str(record.message) for record in records]
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def predicted(model, x: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model(x).argmax(1)
 
 
 def library_autoattack(model, norm: str, eps: float, names: list[str], seed: int):
@@ -118,7 +97,7 @@ def test_the_gradient_of_broken_ties_is_that_of_the_logits():
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_square_goes_on_at_a_tie_that_the_label_wins(images, linear, norm, per_sample):
     x, _ = images
-    counts = Counting(lambda x: torch.floor(linear(x)))  # whole numbers, as spike counts are
+    counts = Recorder(lambda x: torch.floor(linear(x)))  # whole numbers, as spike counts are
     y = predicted(counts, x)
     eps = 2 * EPS[norm]
     claimed = library_square(counts, x, y, norm, eps, queries=300)
@@ -192,7 +171,7 @@ def test_versions_are_the_librarys(linear, version):
 def test_versions_run_their_attacks_on_what_still_stands(images, linear):
     x, y = images
     for version, restarts, eot in (("standard", 1, 1), ("rand", 1, 20)):
-        counts = Counting(linear)
+        counts = Recorder(linear)
         autoattack(counts, x, y, eps=0.03, version=version, attacks=["apgd-ce"], generator=seeded())
         attacked = [size for size in counts.sizes if size == 38]  # two labels were wrong before
         assert len(attacked) == restarts * 101 * eot + restarts

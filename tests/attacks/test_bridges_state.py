@@ -1,6 +1,5 @@
 """What AutoAttack and Square leave as they found it, keep to, and depend on."""
 
-import math
 import random
 import sys
 import warnings
@@ -9,7 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from attacks.table import MODELS, linear_model
+from attacks.table import MODELS, assert_within, linear_model, predicted, seeded
 from torch import nn
 
 from sj_robust import SpikingClassifier
@@ -43,32 +42,12 @@ def budget(request) -> dict:
     return {"norm": request.param, "eps": NORMS[request.param]}
 
 
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
-def predicted(model, x: torch.Tensor) -> torch.Tensor:
-    with torch.no_grad():
-        return model(x).argmax(1)
-
-
-def assert_inside(x_adv, x, norm, eps) -> None:
-    assert (x_adv.shape, x_adv.dtype, x_adv.device) == (x.shape, x.dtype, x.device)
-    assert not x_adv.requires_grad
-    assert 0 <= float(x_adv.min()) <= float(x_adv.max()) <= 1
-    for row in (x_adv.double() - x.double()).flatten(1).tolist():
-        if norm == "Linf":
-            assert max(map(abs, row)) <= eps
-        else:
-            assert math.sqrt(math.fsum(d * d for d in row)) <= eps * (1 + 1e-12)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_inside_ball_and_box_in_every_dtype_of_network(run, budget, dtype):
     model, x = linear_model(36, dtype), X.to(dtype)
     y, before = predicted(model, x), x.clone()
     x_adv = run(lambda images: model(images) if images.dtype == dtype else 1 / 0, x, y, **budget, generator=seeded())
-    assert_inside(x_adv, x, **budget)
+    assert_within(x_adv, x, **budget)
     assert torch.equal(x, before)
     assert int((predicted(model, x_adv) != y).sum()) > 0
 
@@ -76,11 +55,10 @@ def test_inside_ball_and_box_in_every_dtype_of_network(run, budget, dtype):
 def test_inside_ball_and_box_on_a_spiking_network(run, budget):
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        model = MODELS["dlif"]()
-    y = predicted(model.eval(), X)
+        model = MODELS["dlif"]().eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AutoAttackWarning)  # an untrained network has zero gradients
-        assert_inside(run(model, X, y, **budget), X, **budget)
+        assert_within(run(model, X, predicted(model, X), **budget), X, **budget)
 
 
 def test_the_edge_cases_of_a_batch(run, budget):
@@ -89,7 +67,7 @@ def test_the_edge_cases_of_a_batch(run, budget):
     assert torch.equal(run(model, X, y, eps=0.0), X)
     assert run(model, X[:0], y[:0], **budget).shape == (0, 1, 6, 6)
     assert torch.equal(run(model, X, (y + 1) % 5, **budget), X)  # all wrong before
-    assert_inside(run(model, X[:1], y[:1], **budget), X[:1], **budget)
+    assert_within(run(model, X[:1], y[:1], **budget), X[:1], **budget)
     x = X.repeat(1, 2, 1, 1).contiguous(memory_format=torch.channels_last)
     wide = linear_model(72)
     together, apart = (
@@ -106,7 +84,7 @@ def test_square_takes_images_of_any_size(size, norm, generator):
     model = linear_model(2 * size[0] * size[1])
     y = predicted(model, x)
     x_adv = square(model, x, y, eps=NORMS[norm], norm=norm, queries=30, generator=generator)
-    assert_inside(x_adv, x, norm, NORMS[norm])
+    assert_within(x_adv, x, norm, NORMS[norm])
     assert ((x_adv != x).flatten(1).any(1)).all()
 
 
@@ -189,7 +167,7 @@ def test_works_in_any_context_of_the_caller(run, context):
     with context():
         x_adv = run(model, X.clone(), y.clone(), eps=0.1, generator=seeded())
         logits = model(X)
-    assert_inside(x_adv, X, "Linf", 0.1)
+    assert_within(x_adv, X, "Linf", 0.1)
     if logits.requires_grad:  # autocast: no weight that was cast without a graph is left in its cache
         (grad,) = torch.autograd.grad(logits.float().sum(), model[1].weight)
         assert grad.abs().sum() > 0
@@ -255,7 +233,7 @@ def test_a_stochastic_network_is_attacked_with_its_own_version():
         torch.manual_seed(1)
         wrong = torch.stack([predicted(model, first) != y for _ in range(20)]).double().mean()
     assert wrong > 0.7
-    assert_inside(first, X, "Linf", 0.2)
+    assert_within(first, X, "Linf", 0.2)
 
 
 def test_a_half_precision_network_gets_float32_logits_seen_by_the_library(monkeypatch):
@@ -287,7 +265,7 @@ def test_square_on_a_trained_spiking_network(trained):
             assert sizes[1] == clean
             assert standing <= sizes[-1] <= standing + 2  # who is fooled leaves the search, and the last query may fool
             assert standing < 0.8 * clean
-            assert_inside(x_adv, x, norm, eps)
+            assert_within(x_adv, x, norm, eps)
 
 
 class TestChecks:
@@ -344,22 +322,9 @@ def own_gradient(x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize(
     ("call", "error", "match"),
     [
-        (lambda m, x, y: square(m, x, y, eps=8), ValueError, r"eps must be <= 1"),
-        (lambda m, x, y: square(m, x, y, eps=0.1, norm="L1"), ValueError, r"norm must be one of .*'Linf', 'L2'.*'L1'"),
-        (lambda m, x, y: square(m, x, y, eps=0.1, queries=0), ValueError, r"queries must be >= 1, got 0"),
-        (lambda m, x, y: square(m, x, y, eps=0.1, generator=3), TypeError, r"generator must be a torch.Generator"),
-        (lambda m, x, y: square(m, x, y, eps=0.1, generator=SampleSeeds([1])), ValueError, r"one seed per image, 9"),
         (lambda m, x, y: autoattack(m, x, y + 9, eps=0.1), ValueError, r"labels must be < 5"),
         (lambda m, x, y: autoattack(m, x * 255, y, eps=0.1), ValueError, r"x must lie in \[0, 1\]"),
-        (lambda m, x, y: autoattack(m, x, y, eps=0.1, version="best"), ValueError, r"version must be one of .*'best'"),
-        (lambda m, x, y: autoattack(m, x, y, eps=0.1, attacks="square"), ValueError, r"must be a list of names"),
-        (lambda m, x, y: autoattack(m, x, y, eps=0.1, attacks=["pgd"]), ValueError, r"out of .*'apgd-ce'.*'pgd'"),
-        (lambda m, x, y: autoattack(m, x, y, eps=0.1, attacks=["fab", "fab"]), ValueError, r"different names"),
-        (
-            lambda m, x, y: autoattack(lambda x: m(x).detach(), x, y, eps=0.1),
-            RuntimeError,
-            r"no gradient reaches the images.*SpikingClassifier",
-        ),
+        (lambda m, x, y: autoattack(lambda x: m(x).detach(), x, y, eps=0.1), RuntimeError, r"no gradient .*SpikingCla"),
         (lambda m, x, y: square(lambda x: m(x)[:, :1], x, 0 * y, eps=0.1), ValueError, r"at least 2 classes"),
         (lambda m, x, y: autoattack(lambda x: m(x)[:, :1], x, 0 * y, eps=0.1), ValueError, r"at least 2 classes"),
         (lambda m, x, y: square(lambda x: m(x) / 0, x, y, eps=0.1), ValueError, r"logits must be finite"),

@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from attacks.moving_bars import EVENT_ATTACKS, frames
-from attacks.table import linear_model
+from attacks.table import linear_model, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -36,10 +36,10 @@ class TestBudget:
     def test_binary_and_at_most_k_changes_of_the_allowed_kind(self, name, shape, share, flips, dtype, seed):
         x = frames(*shape, seed=seed, share=share, dtype=dtype)
         flips = min(flips, x[0].numel()) if len(x) else flips
-        y = torch.randint(5, (shape[0],), generator=torch.Generator().manual_seed(seed))
+        y = torch.randint(5, (shape[0],), generator=seeded(seed))
         before = x.clone()
         model = linear_model(x[:1].numel() or 1, dtype, seed) if len(x) else linear_model(36, dtype)
-        x_adv = EVENT_ATTACKS[name](model, x, y, flips=flips, generator=torch.Generator().manual_seed(seed))
+        x_adv = EVENT_ATTACKS[name](model, x, y, flips=flips, generator=seeded(seed))
         assert x_adv.shape == x.shape
         assert x_adv.dtype == dtype
         assert not x_adv.requires_grad
@@ -53,7 +53,7 @@ class TestBudget:
         assert x_adv.data_ptr() != x.data_ptr() or x.numel() == 0
 
     def test_on_a_spiking_network(self, event_attack, bars):
-        x_adv = event_attack(bars.model, bars.x[:8], bars.y[:8], flips=6, generator=torch.Generator().manual_seed(0))
+        x_adv = event_attack(bars.model, bars.x[:8], bars.y[:8], flips=6, generator=seeded())
         assert bool(((x_adv == 0) | (x_adv == 1)).all())
         assert int(count_flips(x_adv, bars.x[:8]).max()) <= 6
         assert not torch.equal(x_adv, bars.x[:8])
@@ -69,7 +69,7 @@ class TestBudget:
 class TestLinearOptimum:
     """On a linear model of two classes the k largest gains are the best k changes."""
 
-    weight = torch.randn(40, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    weight = torch.randn(40, generator=seeded(3), dtype=torch.float64)
     x = frames(6, 2, 2, 2, 5, seed=4, dtype=torch.float64)
     y = torch.tensor([1, 1, 1, 0, 0, 0])
     # A wide lead on every sample, so that several changes are needed.
@@ -152,7 +152,7 @@ class TestLinearOptimum:
 class TestReduction:
     def test_never_unfools_and_needs_fewer(self, bars):
         run = partial(flip_events, bars.model, bars.x, bars.y, flips=30, steps=5)
-        reduced, grown = (run(reduce=reduce, generator=torch.Generator().manual_seed(0)) for reduce in (True, False))
+        reduced, grown = (run(reduce=reduce, generator=seeded()) for reduce in (True, False))
         fooled = bars.model(grown).argmax(1) != bars.y
         assert int(fooled.sum()) > 20
         assert torch.equal(bars.model(reduced).argmax(1) != bars.y, fooled)
@@ -179,9 +179,7 @@ class TestReduction:
     def test_further_runs_never_need_more(self, bars):
         x, y = bars.x[:24], bars.y[:24]
         one, several = (
-            flip_events(
-                bars.model, x, y, flips=15, queries=20, probes=5, generator=torch.Generator().manual_seed(0), **options
-            )
+            flip_events(bars.model, x, y, flips=15, queries=20, probes=5, generator=seeded(), **options)
             for options in ({}, {"target_classes": 3, "restarts": 2})
         )
         fooled = bars.model(one).argmax(1) != y
@@ -194,10 +192,7 @@ class TestTrainedNetwork:
     def test_accuracy_falls_with_the_budget_far_below_random_changes(self, bars):
         budgets = (0, 5, 10, 20, 40)
         attacked, control = (
-            [
-                bars.accuracy(attack(bars.model, bars.x, bars.y, flips=k, generator=torch.Generator().manual_seed(0)))
-                for k in budgets
-            ]
+            [bars.accuracy(attack(bars.model, bars.x, bars.y, flips=k, generator=seeded())) for k in budgets]
             for attack in (partial(flip_events, reduce=False), partial(random_flips, tries=10))
         )
         assert attacked[0] == control[0] == bars.accuracy(bars.x) > 0.9
@@ -210,9 +205,7 @@ class TestTrainedNetwork:
     def test_probes_and_queries_add_to_the_gradient(self, bars):
         run = partial(flip_events, bars.model, bars.x, bars.y, flips=10, reduce=False)
         settings = ({"probes": 0, "queries": 0}, {"queries": 0}, {})
-        gradient, probed, both = (
-            bars.accuracy(run(generator=torch.Generator().manual_seed(0), **options)) for options in settings
-        )
+        gradient, probed, both = (bars.accuracy(run(generator=seeded(), **options)) for options in settings)
         assert gradient > probed > both
 
     def test_a_network_without_a_gradient_falls_to_the_exchanges(self):
@@ -225,7 +218,7 @@ class TestTrainedNetwork:
         x[:, 0, 0, 0] = 1.0
         y = (x.flatten(1).sum(1) < 5.5).long()
         assert int(y.sum()) < 6
-        with_search = flip_events(Dead(), x, y, flips=8, allow="remove", generator=torch.Generator().manual_seed(0))
+        with_search = flip_events(Dead(), x, y, flips=8, allow="remove", generator=seeded())
         assert bool((Dead()(with_search).argmax(1) != y)[y == 0].any())
         assert not torch.isnan(with_search).any()
 
@@ -259,7 +252,7 @@ class TestRandomFlips:
 
     def test_uniform(self):
         x = torch.zeros(4000, 1, 2, 2, 3)
-        x_adv = random_flips(None, x, flips=3, generator=torch.Generator().manual_seed(0))
+        x_adv = random_flips(None, x, flips=3, generator=seeded())
         torch.testing.assert_close(x_adv.mean(0).flatten(), torch.full((12,), 0.25), atol=0.03, rtol=0)
 
     def test_more_tries_fool_more(self, bars):
@@ -272,7 +265,7 @@ class TestRandomFlips:
                     flips=40,
                     allow="remove",
                     tries=tries,
-                    generator=torch.Generator().manual_seed(0),
+                    generator=seeded(),
                 )
             )
             for tries in (1, 30)
@@ -285,7 +278,7 @@ class TestRandomFlips:
 
         x, y = frames(5, 3, 2, 4, 4, share=0.1), torch.zeros(5, dtype=torch.int64)
         alone, *others = (
-            random_flips(model, x, labels, flips=6, generator=torch.Generator().manual_seed(0))
+            random_flips(model, x, labels, flips=6, generator=seeded())
             for model, labels in ((None, None), (refuses, None), (None, y), (refuses, y))
         )
         assert all(torch.equal(alone, other) for other in others)

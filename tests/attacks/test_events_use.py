@@ -6,7 +6,7 @@ from functools import partial
 import pytest
 import torch
 from attacks.moving_bars import EVENT_ATTACKS, SIZE, T, frames, moving_bars, spiking_model
-from attacks.table import linear_model
+from attacks.table import linear_model, seeded
 from torch import Tensor, nn
 
 from sj_robust.attacks import SampleSeeds, check_frames, count_flips, flip_events, random_flips
@@ -23,16 +23,14 @@ def double(bars) -> SpikingEventClassifier:
 
 
 def bars_and_labels(count: int) -> tuple[Tensor, Tensor]:
-    x, y = moving_bars(count, torch.Generator().manual_seed(2))
+    x, y = moving_bars(count, seeded(2))
     return x.double(), y
 
 
 class TestState:
     def test_same_seed_same_result_and_another_seed_another(self, event_attack, bars):
         x, y = bars.x[:5], bars.y[:5]
-        results = [
-            event_attack(bars.model, x, y, flips=6, generator=torch.Generator().manual_seed(seed)) for seed in (5, 5, 6)
-        ]
+        results = [event_attack(bars.model, x, y, flips=6, generator=seeded(seed)) for seed in (5, 5, 6)]
         assert torch.equal(results[0], results[1])
         if event_attack not in (EVENT_ATTACKS["gradient_only"], EVENT_ATTACKS["eot"]):  # which draw next to nothing
             assert not torch.equal(results[0], results[2])
@@ -49,7 +47,7 @@ class TestState:
         x, y = bars_and_labels(6)
         others = torch.cat([x[:1], 1 - x[1:]]), torch.cat([y[:1], (y[1:] + 1) % 4])
         first, second = (
-            flip_events(double, *batch, flips=12, restarts=2, queries=20, generator=torch.Generator().manual_seed(0))
+            flip_events(double, *batch, flips=12, restarts=2, queries=20, generator=seeded())
             for batch in ((x, y), others)
         )
         assert torch.equal(first[0], second[0])
@@ -83,9 +81,9 @@ class TestState:
     @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
     def test_works_in_any_grad_mode_of_the_caller(self, event_search, bars, context):
         x, y = bars.x[:4], bars.y[:4]
-        wanted = event_search(bars.model, x, y, flips=4, generator=torch.Generator().manual_seed(0))
+        wanted = event_search(bars.model, x, y, flips=4, generator=seeded())
         with context():
-            got = event_search(bars.model, x.clone(), y, flips=4, generator=torch.Generator().manual_seed(0))
+            got = event_search(bars.model, x.clone(), y, flips=4, generator=seeded())
         assert torch.equal(got, wanted)
 
 

@@ -7,7 +7,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from attacks.table import linear_model
+from attacks.table import linear_model, predicted, seeded
 from torch import nn
 
 from sj_robust.attacks import SampleSeeds, external, fgsm, pgd, square, transfer
@@ -37,10 +37,6 @@ class Peer:
 @pytest.fixture
 def model() -> nn.Module:
     return linear_model(36)
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 @pytest.mark.parametrize("generator", [None, seeded(), SampleSeeds(range(7))], ids=["none", "generator", "seeds"])
@@ -200,12 +196,9 @@ def test_transfer_crafts_on_the_source_and_never_asks_the_target(model):
 
 
 def test_transfer_is_weaker_than_the_attack_on_the_target_itself(model):
-    with torch.no_grad():
-        y = model(X).argmax(1)
-        attack = partial(fgsm, eps=0.1)
-        white = (model(attack(model, X, y)).argmax(1) != y).sum()
-        black = (model(transfer(linear_model(36, seed=5), attack)(model, X, y)).argmax(1) != y).sum()
-    assert black < white
+    y, attack = predicted(model, X), partial(fgsm, eps=0.1)
+    white, black = attack(model, X, y), transfer(linear_model(36, seed=5), attack)(model, X, y)
+    assert (predicted(model, black) != y).sum() < (predicted(model, white) != y).sum()
 
 
 def test_bound_attacks_can_be_pickled_and_printed(model):
@@ -226,5 +219,4 @@ def test_attacks_of_torchattacks(trained, name):
     first, again = (external(peer, eps=eps, norm=norm)(model, x, y, generator=seeded(3)) for _ in range(2))
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(first, again)
-    with torch.no_grad():
-        assert int((model(first).argmax(1) == y).sum()) < int((model(x).argmax(1) == y).sum())
+    assert int((predicted(model, first) == y).sum()) < int((predicted(model, x) == y).sum())

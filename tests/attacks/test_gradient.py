@@ -1,13 +1,15 @@
 """Gradient attacks against optima worked out by hand, and what each option means."""
 
 import math
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from attacks.table import Recorder, predicted, seeded
 from torch import nn
 
-from sj_robust.attacks import fgsm, gaussian, pgd, rfgsm
+from sj_robust.attacks import apgd, fgsm, gaussian, pgd, rfgsm
 
 WEIGHT = np.array([[0.3, -0.7, 0.2, 0.0], [-0.5, 0.1, 0.9, 0.0], [0.4, 0.6, -0.8, 0.0]])
 X = np.array([[0.5, 0.5, 0.5, 0.5], [0.05, 0.9, 0.4, 0.2], [1.0, 0.0, 0.3, 1.0]])
@@ -34,18 +36,6 @@ def binary_model(w: torch.Tensor, b: float):
     return model
 
 
-class Recorder:
-    """Keeps every batch a model is called with."""
-
-    def __init__(self, model) -> None:
-        self.model = model
-        self.seen: list[torch.Tensor] = []
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        self.seen.append(x.detach().clone())
-        return self.model(x)
-
-
 @pytest.mark.parametrize("targeted", [False, True])
 def test_fgsm_equals_the_formula(targeted):
     sign = np.sign(cross_entropy_gradient(X, Y)) * (-1 if targeted else 1)
@@ -59,7 +49,7 @@ def test_fgsm_equals_the_formula(targeted):
 def test_rfgsm_equals_the_formula_at_its_own_start(project):
     recorder = Recorder(three_classes)
     options = {"eps": 0.1, "step_size": 0.15, "noise_std": 0.05, "project": project}
-    x_adv = rfgsm(recorder, torch.tensor(X), torch.tensor(Y), **options, generator=torch.Generator().manual_seed(0))
+    x_adv = rfgsm(recorder, torch.tensor(X), torch.tensor(Y), **options, generator=seeded())
     (start,) = (seen.numpy() for seen in recorder.seen)
     assert not np.allclose(start, X)
     expected = start + 0.15 * np.sign(cross_entropy_gradient(start, Y))
@@ -81,11 +71,11 @@ def test_rfgsm_starts_at_gaussian_noise_and_steps_by_eps():
 def test_gaussian_noise_has_the_asked_deviation_and_clamps_on_request():
     x = torch.full((20, 1000), 0.95)
     y = torch.zeros(20, dtype=torch.int64)
-    free = gaussian(None, x, y, std=0.1, clamp=False, generator=torch.Generator().manual_seed(3))
+    free = gaussian(None, x, y, std=0.1, clamp=False, generator=seeded(3))
     assert (free - x).std().item() == pytest.approx(0.1, rel=0.03)
     assert (free - x).mean().abs().item() < 5 * 0.1 / math.sqrt(20_000)
     assert free.max() > 1
-    clamped = gaussian(None, x, std=0.1, generator=torch.Generator().manual_seed(3))
+    clamped = gaussian(None, x, std=0.1, generator=seeded(3))
     assert torch.equal(clamped, free.clamp(0, 1))
 
 
@@ -155,12 +145,7 @@ def test_keep_best_takes_the_best_iterate_and_not_the_last(offset):
     options = {"eps": 0.3, "step_size": 0.11, "steps": 2, "random_start": False}
     assert pgd(valley(offset), x, y, **options, keep_best=False).item() == pytest.approx(0.40)
     assert pgd(valley(offset), x, y, **options).item() == pytest.approx(0.51)
-
-
-def test_keep_best_counts_the_last_iterate_too():
-    x, y = torch.tensor([[0.4]]), torch.tensor([1])
-    x_adv = pgd(valley(-0.2), x, y, eps=0.3, step_size=0.11, steps=1, random_start=False)
-    assert x_adv.item() == pytest.approx(0.51)
+    assert pgd(valley(offset), x, y, **options | {"steps": 1}).item() == pytest.approx(0.51)  # the last one counts too
 
 
 def test_keep_best_prefers_fooling_to_a_higher_loss():
@@ -179,7 +164,7 @@ def test_keep_best_prefers_fooling_to_a_higher_loss():
 
 def test_a_wrongly_classified_image_stays_so_despite_the_random_start():
     x, y = torch.full((64, 1), 0.5), torch.ones(64, dtype=torch.int64)  # fooled only within 0.02 of 0.5
-    x_adv = pgd(valley(-0.2), x, y, eps=0.3, step_size=0.25, steps=1, generator=torch.Generator().manual_seed(0))
+    x_adv = pgd(valley(-0.2), x, y, eps=0.3, step_size=0.25, steps=1, generator=seeded())
     assert (valley(-0.2)(x_adv).argmax(1) == 0).all()
 
 
@@ -189,16 +174,20 @@ def one_sided(x: torch.Tensor) -> torch.Tensor:
     return torch.stack([torch.zeros_like(margin), margin], 1)
 
 
-@pytest.mark.parametrize("keep_best", [True, False])
-def test_restarts_find_what_one_start_misses_and_lose_nothing(keep_best):
+@pytest.mark.parametrize(
+    "attack",
+    [
+        partial(pgd, eps=0.3, step_size=0.1, steps=4),
+        partial(pgd, eps=0.3, step_size=0.1, steps=4, keep_best=False),
+        partial(apgd, eps=0.2001, steps=4),
+    ],
+    ids=["pgd", "pgd last", "apgd"],
+)
+def test_restarts_find_what_one_start_misses_and_lose_nothing(attack):
     x, y = torch.full((200, 1), 0.5), torch.ones(200, dtype=torch.int64)
-    options = {"eps": 0.3, "step_size": 0.1, "steps": 4, "keep_best": keep_best}
-
-    def fooled(restarts: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(0)
-        return one_sided(pgd(one_sided, x, y, **options, restarts=restarts, generator=generator)).argmax(1) == 0
-
-    once, often = fooled(1), fooled(6)
+    once, often = (
+        predicted(one_sided, attack(one_sided, x, y, restarts=restarts, generator=seeded())) == 0 for restarts in (1, 6)
+    )
     assert 70 <= int(once.sum()) <= 130  # half of the starts lie on the slope
     assert bool((often | ~once).all())
     assert int(often.sum()) >= 190  # 1 - 2**-6 of 200 is 197
@@ -207,8 +196,8 @@ def test_restarts_find_what_one_start_misses_and_lose_nothing(keep_best):
 def test_restarts_attack_only_what_is_left():
     recorder = Recorder(one_sided)
     x, y = torch.full((200, 1), 0.5), torch.ones(200, dtype=torch.int64)
-    pgd(recorder, x, y, eps=0.3, step_size=0.1, steps=4, restarts=2, generator=torch.Generator().manual_seed(0))
-    sizes = [len(seen) for seen in recorder.seen]
+    pgd(recorder, x, y, eps=0.3, step_size=0.1, steps=4, restarts=2, generator=seeded())
+    sizes = recorder.sizes
     assert sizes[:6] == [200] * 6  # the images themselves, four steps, the last iterate
     assert len(set(sizes[6:])) == 1
     assert 70 <= sizes[-1] <= 130
@@ -220,7 +209,7 @@ def test_the_random_start_is_uniform_in_the_ball(norm):
     x = torch.full((4000, 3), 0.5, dtype=torch.float64)
     y = torch.zeros(4000, dtype=torch.int64)
     options = {"eps": 0.2, "step_size": 0.1, "steps": 1, "keep_best": False}
-    pgd(recorder, x, y, **options, norm=norm, generator=torch.Generator().manual_seed(0))
+    pgd(recorder, x, y, **options, norm=norm, generator=seeded())
     delta = recorder.seen[0] - x
     assert delta.mean(0).abs().max().item() < 0.01
     distance = delta.abs().amax(1) if norm == "Linf" else delta.norm(dim=1)
@@ -253,11 +242,9 @@ def test_eot_averages_the_gradients_of_its_forwards():
 
 
 def test_eot_is_deterministic_under_a_generator():
-    x, y = torch.rand(5, 2, generator=torch.Generator().manual_seed(0)), torch.ones(5, dtype=torch.int64)
+    x, y = torch.rand(5, 2, generator=seeded()), torch.ones(5, dtype=torch.int64)
     options = {"eps": 0.2, "step_size": 0.05, "steps": 4, "eot_samples": 3, "norm": "L2"}
-    first, second, other = (
-        pgd(Scaled(), x, y, **options, generator=torch.Generator().manual_seed(seed)) for seed in (7, 7, 8)
-    )
+    first, second, other = (pgd(Scaled(), x, y, **options, generator=seeded(seed)) for seed in (7, 7, 8))
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
 
@@ -265,7 +252,7 @@ def test_eot_is_deterministic_under_a_generator():
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 @pytest.mark.parametrize("scale", [0.0, 1e-40, 1e30])
 def test_vanishing_and_huge_gradients_give_no_nan(norm, scale):
-    x, y = torch.rand(3, 4, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 1])
+    x, y = torch.rand(3, 4, generator=seeded()), torch.tensor([0, 1, 1])
 
     def loss(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return logits[:, 0] * scale

@@ -2,12 +2,9 @@
 
 import pytest
 import torch
+from attacks.table import seeded
 
 from sj_robust.attacks import salt_and_pepper, uniform
-
-
-def seeded(seed: int = 0) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
 
 
 def test_uniform_noise_fills_the_ball_evenly():
@@ -33,18 +30,3 @@ def test_salt_and_pepper_replaces_the_share_asked_for(amount, dtype):
     assert (noisy == 0).double().mean().item() == pytest.approx(amount / 2, abs=0.01)
     assert (noisy == 1).double().mean().item() == pytest.approx(amount / 2, abs=0.01)
     assert (noisy == 0.5).double().mean().item() == pytest.approx(1 - amount, abs=0.01)
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "match"),
-    [
-        (lambda x: uniform(None, x, eps=8), ValueError, r"eps must be <= 1, .* got 8; write 8 / 255"),
-        (lambda x: uniform(3, x, eps=0.1), TypeError, r"model must be a callable"),
-        (lambda x: salt_and_pepper(None, x, amount=1.1), ValueError, r"amount must be <= 1"),
-        (lambda x: salt_and_pepper(None, x, amount=-0.1), ValueError, r"amount must be finite and >= 0, got -0.1"),
-        (lambda x: salt_and_pepper(None, x, amount="half"), TypeError, r"amount must be a number, got str"),
-    ],
-)
-def test_wrong_use(call, error, match):
-    with pytest.raises(error, match=match):
-        call(torch.rand(2, 3))

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from attacks.table import ATTACKS, linear_model
+from attacks.table import ATTACKS, linear_model, seeded
 from spikingjelly.activation_based import functional
 from torch import nn
 
@@ -74,7 +74,7 @@ def test_global_random_state_stays_even_if_the_network_draws_from_it(gradient_at
         def forward(self, x):
             return self.inner(x + 0.1 * torch.randn_like(x))
 
-    generator = torch.Generator().manual_seed(0) if seeded else None
+    generator = seeded() if seeded else None
     model = Noisy()
     before = torch.get_rng_state(), random.getstate(), repr(np.random.get_state())  # noqa: NPY002  the global one
     handle = model.register_forward_hook(lambda *_: 1 / 0) if fail else None
@@ -98,7 +98,7 @@ def test_the_attack_does_not_see_the_numbers_of_the_callers_next_forward(batch):
 
 
 def test_same_generator_seed_same_result(attack, model, batch):
-    first, second = (attack.run(model, *batch, 0.1, torch.Generator().manual_seed(5)) for _ in range(2))
+    first, second = (attack.run(model, *batch, 0.1, seeded(5)) for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -117,14 +117,14 @@ def test_another_seed_and_no_generator_give_other_numbers(attack, batch):
         return seen
 
     with torch.random.fork_rng():
-        runs = [everything_seen(torch.Generator().manual_seed(seed)) for seed in (5, 6)]
+        runs = [everything_seen(seeded(seed)) for seed in (5, 6)]
         runs += [everything_seen(None) for _ in range(2)]
     equal = [first == second for i, first in enumerate(runs) for second in runs[:i]]
     assert not any(equal) if attack.draws else all(equal)
 
 
 def test_one_generator_serves_consecutive_calls_with_new_numbers(batch):
-    model, generator = linear_model(36), torch.Generator().manual_seed(0)
+    model, generator = linear_model(36), seeded()
     first, second = (rfgsm(model, *batch, eps=0.1, project=False, generator=generator) for _ in range(2))
     assert not torch.equal(first, second)
 
@@ -132,7 +132,7 @@ def test_one_generator_serves_consecutive_calls_with_new_numbers(batch):
 def test_a_call_draws_one_number_whatever_its_options(batch):
     states = []
     for name in ("gaussian", "fgsm", "pgd", "pgd_restarts", "pgd_eot"):
-        generator = torch.Generator().manual_seed(0)
+        generator = seeded()
         ATTACKS[name].run(linear_model(36), *batch, 0.1, generator)
         states.append(generator.get_state())
     assert all(torch.equal(state, states[0]) for state in states)
@@ -144,7 +144,7 @@ def test_a_result_does_not_depend_on_the_other_samples(attack, batch):
     other_x[1:] = x[1:].flip(0) * 1e-3  # other images, other gradients, other samples left for a restart
     other_y[1:] = (y[1:] + 1) % 5
     results = [
-        attack.run(model.double(), images.double(), labels, 0.1, torch.Generator().manual_seed(1))
+        attack.run(model.double(), images.double(), labels, 0.1, seeded(1))
         for images, labels in ((x, y), (other_x, other_y))
     ]
     torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=1e-12)
@@ -161,10 +161,10 @@ def test_a_result_does_not_depend_on_the_batch_size(name, batch):
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_works_in_any_grad_mode_of_the_caller(attack, model, batch, context):
     x, y = batch
-    expected = attack.run(model, x, y, 0.1, torch.Generator().manual_seed(0))
+    expected = attack.run(model, x, y, 0.1, seeded())
     with context():
         modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-        x_adv = attack.run(model, x.clone(), y.clone(), 0.1, torch.Generator().manual_seed(0))
+        x_adv = attack.run(model, x.clone(), y.clone(), 0.1, seeded())
         assert (torch.is_grad_enabled(), torch.is_inference_mode_enabled()) == modes
     assert torch.equal(x_adv, expected)
 
@@ -180,8 +180,7 @@ def test_images_that_require_a_gradient_get_none_and_stay(attack, batch):
 def test_a_plain_function_is_a_model(gradient_attack, batch):
     module = linear_model(36)
     module_result, function_result = (
-        gradient_attack.run(model, *batch, 0.1, torch.Generator().manual_seed(0))
-        for model in (module, lambda x: module(x))
+        gradient_attack.run(model, *batch, 0.1, seeded()) for model in (module, lambda x: module(x))
     )
     assert torch.equal(module_result, function_result)
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from attacks.table import seeded
 from torch import Tensor
 
 from sj_robust.attacks import fgsm, gaussian, pgd
@@ -20,9 +21,9 @@ def test_stronger_attacks_leave_less(trained):
         correct(trained, x_adv).float().mean().item()
         for x_adv in (
             x,
-            gaussian(model, x, y, std=EPS, generator=torch.Generator().manual_seed(0)),
+            gaussian(model, x, y, std=EPS, generator=seeded()),
             fgsm(model, x, y, eps=EPS),
-            pgd(model, x, y, eps=EPS, step_size=EPS / 4, steps=10, generator=torch.Generator().manual_seed(0)),
+            pgd(model, x, y, eps=EPS, step_size=EPS / 4, steps=10, generator=seeded()),
         )
     ]
     clean, noise, single_step, iterated = accuracy
@@ -36,7 +37,7 @@ def test_keep_best_and_restarts_never_lose_against_the_usual_practice(trained):
     model, x, y = trained
 
     def left(**options) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
+        generator = seeded()
         return correct(trained, pgd(model, x, y, eps=EPS, step_size=EPS / 4, steps=7, generator=generator, **options))
 
     last, best, restarted = left(keep_best=False), left(), left(restarts=3)
@@ -47,7 +48,7 @@ def test_keep_best_and_restarts_never_lose_against_the_usual_practice(trained):
 
 
 def test_every_image_falls_when_the_radius_is_one(trained):
-    x_adv = pgd(*trained, eps=1.0, step_size=0.1, steps=40, restarts=3, generator=torch.Generator().manual_seed(0))
+    x_adv = pgd(*trained, eps=1.0, step_size=0.1, steps=40, restarts=3, generator=seeded())
     assert correct(trained, x_adv).float().mean().item() < 0.02
 
 

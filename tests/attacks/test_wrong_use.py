@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from attacks.table import linear_model
+from attacks.table import NOISES, linear_model
 from torch import nn
 
-from sj_robust import SpikingClassifier
+from sj_robust import SpikingClassifier, attacks
 from sj_robust._host import EVAL_MODE_HAS_NO_GRADIENT, functional, neuron
-from sj_robust.attacks import fgsm, gaussian, pgd, rfgsm
+from sj_robust.attacks import SampleSeeds, apgd, autoattack, fgsm, gaussian, pgd, rfgsm, salt_and_pepper, sapgd, square
 
 X = torch.rand(3, 1, 6, 6, generator=torch.Generator().manual_seed(0))
 Y = torch.tensor([0, 1, 4])
@@ -94,58 +94,83 @@ def test_a_bare_spiking_network_on_the_old_release_is_explained():
     assert not torch.equal(fgsm(SpikingClassifier(net, T=2), X, Y, eps=0.1), X)
 
 
+LEAST = {  # what every attack must be given
+    gaussian: {"std": 0.1},
+    attacks.uniform: {"eps": 0.1},
+    salt_and_pepper: {"amount": 0.1},
+    fgsm: {"eps": 0.1},
+    rfgsm: {"eps": 0.1},
+    pgd: {"eps": 0.1, "step_size": 0.1, "steps": 1},
+    apgd: {"eps": 0.1, "keep_best": False},
+    sapgd: {"eps": 0.1, "keep_best": False},
+    square: {"eps": 0.1},
+    autoattack: {"eps": 0.1},
+}
+MOVING = [attack for attack in LEAST if attack not in (gaussian, salt_and_pepper)]
+ITERATED = [pgd, apgd, sapgd]
+WRONG = [
+    (MOVING, {"eps": 8}, ValueError, r"eps must be <= 1, .* got 8; write 8 / 255"),
+    (MOVING, {"eps": -0.1}, ValueError, r"eps must be finite and >= 0, got -0.1"),
+    (MOVING, {"eps": float("nan")}, ValueError, r"eps must be finite and >= 0, got nan"),
+    (MOVING, {"eps": torch.tensor(0.1)}, TypeError, r"eps must be a number, got Tensor; use float\(eps\)"),
+    (MOVING, {"eps": True}, TypeError, r"eps must be a number, got bool"),
+    (LEAST, {"generator": 0}, TypeError, r"generator must be a torch.Generator, got int.*seed"),
+    (LEAST, {"generator": SampleSeeds([1])}, ValueError, r"one seed per image, 3, got 1"),
+    ([pgd, apgd, square, autoattack], {"norm": "l2"}, ValueError, r"norm must be one of \('Linf', 'L2'\), got 'l2'"),
+    (ITERATED, {"steps": 0}, ValueError, r"steps must be >= 1, got 0"),
+    (ITERATED, {"steps": 2.5}, TypeError, r"steps must be an integer, got float"),
+    (ITERATED, {"restarts": 0}, ValueError, r"restarts must be >= 1"),
+    (ITERATED, {"eot_samples": 0}, ValueError, r"eot_samples must be >= 1"),
+    (ITERATED, {"eot_samples": 1.0}, TypeError, r"eot_samples must be an integer, got float"),
+    ([fgsm, *ITERATED], {"loss": lambda z, y: z.sum()}, ValueError, r"one value per sample, \[3\], got \[\]; use red"),
+    ([rfgsm, pgd], {"step_size": 0.0}, ValueError, r"step_size must be finite and > 0, got 0.0"),
+    ([rfgsm], {"noise_std": -1}, ValueError, r"noise_std must be finite and >= 0"),
+    (
+        [pgd],
+        {"restarts": 2, "random_start": False},
+        ValueError,
+        r"restarts > 1 need random_start=True .*restarts=2",
+    ),
+    ([apgd], {"target_classes": 0}, ValueError, r"target_classes must be >= 1"),
+    ([apgd], {"loss": "cw"}, ValueError, r"loss must be one of \('ce', 'dlr', 'dlr_targeted'\) or a func.* got 'cw'"),
+    ([apgd], {"loss": None}, ValueError, r"loss must be one of .* got None"),
+    ([gaussian], {"std": 8}, ValueError, r"std must be <= 1, .* got 8"),
+    ([salt_and_pepper], {"amount": 1.1}, ValueError, r"amount must be <= 1"),
+    ([salt_and_pepper], {"amount": -0.1}, ValueError, r"amount must be finite and >= 0, got -0.1"),
+    ([salt_and_pepper], {"amount": "half"}, TypeError, r"amount must be a number, got str"),
+    ([square], {"queries": 0}, ValueError, r"queries must be >= 1, got 0"),
+    ([autoattack], {"version": "best"}, ValueError, r"version must be one of .*'best'"),
+    ([autoattack], {"attacks": "square"}, ValueError, r"must be a list of names"),
+    ([autoattack], {"attacks": ["pgd"]}, ValueError, r"out of .*'apgd-ce'.*'pgd'"),
+    ([autoattack], {"attacks": ["fab", "fab"]}, ValueError, r"different names"),
+]
+
+
 @pytest.mark.parametrize(
-    ("call", "error", "match"),
-    [
-        (lambda m: fgsm(m, X, Y, eps=8), ValueError, r"eps must be <= 1, .* got 8; write 8 / 255"),
-        (lambda m: rfgsm(m, X, Y, eps=8), ValueError, r"eps must be <= 1"),
-        (lambda m: pgd(m, X, Y, eps=8, step_size=1, steps=1), ValueError, r"eps must be <= 1"),
-        (lambda m: gaussian(m, X, Y, std=8), ValueError, r"std must be <= 1, .* got 8"),
-        (lambda m: gaussian(3, X, Y, std=0.1), TypeError, r"model must be a callable"),
-        (lambda m: fgsm(m, X, Y, eps=-0.1), ValueError, r"eps must be finite and >= 0, got -0.1"),
-        (lambda m: fgsm(m, X, Y, eps=float("nan")), ValueError, r"eps must be finite and >= 0, got nan"),
-        (
-            lambda m: fgsm(m, X, Y, eps=torch.tensor(0.1)),
-            TypeError,
-            r"eps must be a number, got Tensor; use float\(eps\)",
-        ),
-        (lambda m: fgsm(m, X, Y, eps=True), TypeError, r"eps must be a number, got bool"),
-        (lambda m: rfgsm(m, X, Y, eps=0.1, step_size=0.0), ValueError, r"step_size must be finite and > 0, got 0.0"),
-        (lambda m: rfgsm(m, X, Y, eps=0.1, noise_std=-1), ValueError, r"noise_std must be finite and >= 0"),
-        (lambda m: pgd(m, X, Y, eps=0.1, step_size=0, steps=1), ValueError, r"step_size must be finite and > 0"),
-        (lambda m: pgd(m, X, Y, eps=0.1, step_size=0.1, steps=0), ValueError, r"steps must be >= 1, got 0"),
-        (lambda m: pgd(m, X, Y, eps=0.1, step_size=0.1, steps=2.5), TypeError, r"steps must be an integer, got float"),
-        (lambda m: pgd(m, X, Y, eps=0.1, step_size=0.1, steps=1, restarts=0), ValueError, r"restarts must be >= 1"),
-        (
-            lambda m: pgd(m, X, Y, eps=0.1, step_size=0.1, steps=1, eot_samples=0),
-            ValueError,
-            r"eot_samples must be >= 1",
-        ),
-        (
-            lambda m: pgd(m, X, Y, eps=0.1, step_size=0.1, steps=1, restarts=2, random_start=False),
-            ValueError,
-            r"restarts > 1 need random_start=True to differ, got restarts=2",
-        ),
-        (
-            lambda m: pgd(m, X, Y, eps=0.1, step_size=0.1, steps=1, norm="l2"),
-            ValueError,
-            r"norm must be one of \('Linf', 'L2'\), got 'l2'",
-        ),
-        (
-            lambda m: fgsm(m, X, Y, eps=0.1, generator=0),
-            TypeError,
-            r"generator must be a torch.Generator, got int.*seed",
-        ),
-        (
-            lambda m: fgsm(m, X, Y, eps=0.1, loss=nn.functional.cross_entropy),
-            ValueError,
-            r"loss must return one value per sample, \[3\], got \[\]; use reduction='none'",
-        ),
-    ],
+    ("attack", "options", "error", "match"),
+    [(attack, *wrong) for several, *wrong in WRONG for attack in several],
+    ids=lambda value: getattr(value, "__name__", None),
 )
-def test_options(call, error, match):
+def test_options(attack, options, error, match):
+    if attack in (square, autoattack):
+        pytest.importorskip("pyautoattack", reason="extra `attacks` holds the library behind the bridge")
     with pytest.raises(error, match=match):
-        call(linear_model(36))
+        attack(linear_model(36), X, Y, **LEAST[attack] | options)
+
+
+@pytest.mark.parametrize("keep_best", [True, False])
+@pytest.mark.parametrize(("loss", "least"), [("dlr", 3), ("dlr_targeted", 4)])
+def test_losses_need_classes(loss, least, keep_best):
+    model = lambda x: x.flatten(1)[:, : least - 1]  # noqa: E731
+    match = rf"loss='{loss}' needs at least {least} classes, the model returns {least - 1}; use loss='ce'"
+    with pytest.raises(ValueError, match=match):
+        apgd(model, X, Y * 0, eps=0.1, loss=loss, keep_best=keep_best)
+
+
+@pytest.mark.parametrize("attack", NOISES.values(), ids=NOISES)
+def test_a_noise_takes_no_model_or_a_callable(attack):
+    with pytest.raises(TypeError, match="model must be a callable"):
+        attack.run(3, X, Y, 0.1)
 
 
 def test_budgets_are_keyword_only():
