@@ -1,15 +1,20 @@
 """The attacks and models of the table as fixtures, and a trained network."""
 
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import pytest
 import torch
 from attacks.moving_bars import EVENT_ATTACKS, TrainedOnBars, moving_bars, trained_model
-from attacks.table import ATTACKS, MODELS, NOISES, Attack, PerStep, linear_model
+from attacks.table import ATTACKS, BRIDGES, MODELS, NOISES, Attack, PerStep, linear_model
 from torch import Tensor, nn
 
 from sj_robust import DLIFNode, SpikingClassifier
+from sj_robust.attacks import _autoattack
+
+SEARCHES = {name: attack for name, attack in ATTACKS.items() if name not in NOISES}
+ALL = ATTACKS | BRIDGES
 
 
 @pytest.fixture(params=ATTACKS)
@@ -17,17 +22,42 @@ def attack(request) -> Attack:
     return ATTACKS[request.param]
 
 
-@pytest.fixture(params=[name for name in ATTACKS if name not in NOISES])
+@pytest.fixture(params=SEARCHES)
 def gradient_attack(request) -> Attack:
-    return ATTACKS[request.param]
+    return SEARCHES[request.param]
+
+
+@pytest.fixture(params=SEARCHES | BRIDGES)
+def search(request, monkeypatch) -> Attack:
+    """An attack that asks the model, those of pyautoattack included."""
+    return _shortened(request.param, monkeypatch)
 
 
 @pytest.fixture(params=MODELS)
 def model(request) -> nn.Module:
-    """An untrained network for images [N, 1, 6, 6], in train mode as modules are when new."""
+    return _untrained(request.param)
+
+
+@pytest.fixture(params=[*itertools.product(ATTACKS, MODELS), *itertools.product(BRIDGES, ["linear"])], ids="-".join)
+def attack_and_model(request, monkeypatch) -> tuple[Attack, nn.Module]:
+    """Every attack on every model, those of pyautoattack on the quickest."""
+    name, model = request.param
+    return _shortened(name, monkeypatch), _untrained(model)
+
+
+def _shortened(name: str, monkeypatch) -> Attack:
+    """An attack by name; those of AutoAttack run a fifth of their iterations."""
+    if name in BRIDGES:
+        pytest.importorskip("pyautoattack", reason="extra `attacks` holds the library behind the bridge")
+        monkeypatch.setattr(_autoattack, "_ITERATIONS", 20)
+    return ALL[name]
+
+
+def _untrained(name: str) -> nn.Module:
+    """A network for images [N, 1, 6, 6], in train mode as modules are when new."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        return MODELS[request.param]()
+        return MODELS[name]()
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust._host import functional, neuron
-from sj_robust.attacks import apgd, fgsm, gaussian, pgd, rfgsm, salt_and_pepper, sapgd, uniform
+from sj_robust.attacks import apgd, autoattack, fgsm, gaussian, pgd, rfgsm, salt_and_pepper, sapgd, square, uniform
 
 torch.set_num_threads(1)
 
@@ -73,6 +73,10 @@ ATTACKS = {
     "sapgd_highest": _climbing(sapgd, keep_best=False),
     "sapgd_restarts": _climbing(sapgd, restarts=2, eot_samples=2),
 }
+
+BRIDGES = {
+    name: Attack(autoattack, {"attacks": [name]}) for name in ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t")
+} | {"square": Attack(square, {"queries": 60})}
 
 
 def assert_within(x_adv: Tensor, x: Tensor, norm: str | None, eps: float) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from attacks.table import MODELS, assert_within, linear_model, predicted, seeded
+from attacks.table import BRIDGES, MODELS, assert_within, linear_model, predicted, seeded
 from torch import nn
 
 from sj_robust import SpikingClassifier
@@ -21,15 +21,13 @@ checks = pytest.importorskip("pyautoattack.checks", reason="extra `attacks` hold
 X = torch.rand(9, 1, 6, 6, generator=torch.Generator().manual_seed(2))
 X[0, 0, 0], X[1, 0, 1] = 0.0, 1.0
 NORMS = {"Linf": 0.2, "L2": 0.6}
-RUNS = {name: partial(autoattack, attacks=[name]) for name in ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t")} | {
-    "square": partial(square, queries=60)
-}
+RUNS = {name: partial(attack.function, **attack.options) for name, attack in BRIDGES.items()}
 
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch):
     """A fifth of AutoAttack's iterations; that the full number is run is tested against the library."""
-    monkeypatch.setitem(vars(driver), "_ITERATIONS", 20)
+    monkeypatch.setattr(driver, "_ITERATIONS", 20)
 
 
 @pytest.fixture(params=RUNS)
@@ -145,35 +143,6 @@ def test_global_generators_tracer_modes_gradients_and_flags_stay(run, fail):
     assert not model.inner[1].bias.requires_grad
 
 
-def test_the_network_is_attacked_in_evaluation_mode(run):
-    modes = []
-
-    class Watched(nn.Sequential):
-        def forward(self, x):
-            modes.append([module.training for module in self.modules()])
-            return super().forward(x)
-
-    run(Watched(nn.Flatten(), nn.Dropout(0.5), nn.Linear(36, 5)), X, torch.zeros(9, dtype=torch.int64), eps=0.01)
-    assert modes
-    assert not any(any(mode) for mode in modes)
-
-
-@pytest.mark.parametrize(
-    "context", [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16)]
-)
-def test_works_in_any_context_of_the_caller(run, context):
-    model = linear_model(36)
-    y = predicted(model, X)
-    with context():
-        x_adv = run(model, X.clone(), y.clone(), eps=0.1, generator=seeded())
-        logits = model(X)
-    assert_within(x_adv, X, "Linf", 0.1)
-    if logits.requires_grad:  # autocast: no weight that was cast without a graph is left in its cache
-        (grad,) = torch.autograd.grad(logits.float().sum(), model[1].weight)
-        assert grad.abs().sum() > 0
-    (model(x_adv)).sum().backward()
-
-
 def test_same_seed_same_result_and_another_seed_another(budget):
     model = linear_model(36)
     y = predicted(model, X)
@@ -208,10 +177,8 @@ def test_with_sample_seeds_a_result_depends_on_no_other_sample(run, budget, vers
 def test_fab_restarts_from_noise_of_the_samples(monkeypatch):
     model = linear_model(36, seed=3)
     y, given = predicted(model, X), []
-    original = vars(driver)["_GivenNoise"]
-    monkeypatch.setitem(
-        vars(driver), "_GivenNoise", lambda noise, network: given.append(noise) or original(noise, network)
-    )
+    original = driver._GivenNoise
+    monkeypatch.setattr(driver, "_GivenNoise", lambda noise, network: given.append(noise) or original(noise, network))
     autoattack(model, X, y, eps=0.001, version="plus", attacks=["fab"], generator=SampleSeeds(range(9)))
     assert [tuple(noise.shape) for noise in given] == [(9, 1, 6, 6)] * 4
     assert not torch.equal(given[0], given[1])

@@ -50,7 +50,7 @@ def test_modes_statistics_gradients_and_flags_stay(gradient_attack, model, batch
     assert [len(module._forward_hooks) for module in modules] == hooks
 
 
-def test_the_network_is_attacked_in_evaluation_mode(gradient_attack, batch):
+def test_the_network_is_attacked_in_evaluation_mode(search, batch):
     modes = []
 
     class Watched(nn.Sequential):
@@ -58,14 +58,14 @@ def test_the_network_is_attacked_in_evaluation_mode(gradient_attack, batch):
             modes.append([module.training for module in self.modules()])
             return super().forward(x)
 
-    gradient_attack.run(Watched(nn.Flatten(), nn.Dropout(0.5), nn.Linear(36, 5)), *batch, 0.1)
+    search.run(Watched(nn.Flatten(), nn.Dropout(0.5), nn.Linear(36, 5)), *batch, 0.1)
     assert modes
     assert not any(any(mode) for mode in modes)
 
 
 @pytest.mark.parametrize("fail", [False, True], ids=["ends", "raises"])
-@pytest.mark.parametrize("seeded", [False, True])
-def test_global_random_state_stays_even_if_the_network_draws_from_it(gradient_attack, batch, fail, seeded):
+@pytest.mark.parametrize("seed", [None, 0])
+def test_global_random_state_stays_even_if_the_network_draws_from_it(gradient_attack, batch, fail, seed):
     class Noisy(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -74,7 +74,7 @@ def test_global_random_state_stays_even_if_the_network_draws_from_it(gradient_at
         def forward(self, x):
             return self.inner(x + 0.1 * torch.randn_like(x))
 
-    generator = seeded() if seeded else None
+    generator = None if seed is None else seeded(seed)
     model = Noisy()
     before = torch.get_rng_state(), random.getstate(), repr(np.random.get_state())  # noqa: NPY002  the global one
     handle = model.register_forward_hook(lambda *_: 1 / 0) if fail else None
@@ -97,7 +97,8 @@ def test_the_attack_does_not_see_the_numbers_of_the_callers_next_forward(batch):
     assert not torch.equal(drawn[0], torch.rand(3))
 
 
-def test_same_generator_seed_same_result(attack, model, batch):
+def test_same_generator_seed_same_result(attack_and_model, batch):
+    attack, model = attack_and_model
     first, second = (attack.run(model, *batch, 0.1, seeded(5)) for _ in range(2))
     assert torch.equal(first, second)
 
@@ -159,8 +160,8 @@ def test_a_result_does_not_depend_on_the_batch_size(name, batch):
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
-def test_works_in_any_grad_mode_of_the_caller(attack, model, batch, context):
-    x, y = batch
+def test_works_in_any_grad_mode_of_the_caller(attack_and_model, batch, context):
+    (attack, model), (x, y) = attack_and_model, batch
     expected = attack.run(model, x, y, 0.1, seeded())
     with context():
         modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
@@ -177,18 +178,18 @@ def test_images_that_require_a_gradient_get_none_and_stay(attack, batch):
     assert not x_adv.requires_grad
 
 
-def test_a_plain_function_is_a_model(gradient_attack, batch):
+def test_a_plain_function_is_a_model(search, batch):
     module = linear_model(36)
     module_result, function_result = (
-        gradient_attack.run(model, *batch, 0.1, seeded()) for model in (module, lambda x: module(x))
+        search.run(model, *batch, 0.1, seeded()) for model in (module, lambda x: module(x))
     )
     assert torch.equal(module_result, function_result)
 
 
-def test_autocast_of_the_caller(gradient_attack, batch):
+def test_autocast_of_the_caller(search, batch):
     model = linear_model(36)
     with torch.autocast("cpu", torch.bfloat16):
-        x_adv = gradient_attack.run(model, *batch, 0.1)
+        x_adv = search.run(model, *batch, 0.1)
         logits = model(batch[0])
     assert x_adv.dtype == torch.float32
     assert logits.requires_grad

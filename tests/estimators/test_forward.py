@@ -3,6 +3,7 @@
 import copy
 import io
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -91,24 +92,38 @@ def assert_same_values(model, x, name, *, differs=True):
         assert not torch.equal(grad, own)
 
 
-@pytest.mark.parametrize("kind", NEURONS)
-@pytest.mark.parametrize("name", SAME_VALUES)
-def test_values_are_the_same_bits(name, kind):
-    assert_same_values(classifier(NEURONS[kind], surrogate_function=surrogate.ATan()), images(), name)
+ATAN = {"surrogate_function": surrogate.ATan()}
+RESETS = [{"v_reset": None}, {"v_reset": -0.2}, {"v_threshold": 0.7, "detach_reset": True}]
+OWN = [surrogate.ATan(spiking=False), lambda z: (z >= 0).to(z) + 0 * z]  # surrogates of a user's own
+SETTINGS = {  # estimators, neurons, options of the classifier
+    "as it is": (SAME_VALUES, NEURONS, [ATAN]),
+    "resets": (
+        SAME_VALUES,
+        ("LIF", "LIF_decay", "DLIF"),
+        [{**ATAN, "store_v_seq": True, **reset} for reset in RESETS],
+    ),
+    "step by step": (
+        ("triangle:0.5", "rectangle:1", "assg", "pdsg", "straight_through+detach"),
+        NEURONS,
+        [{"step_mode": "s"}],
+    ),
+    "own surrogates": (
+        ("atan:4", "rectangle:1", "assg", "hart_mixed:1.2"),
+        ("LIF", "DLIF"),
+        [{"surrogate_function": function} for function in OWN],
+    ),
+}
 
 
-@pytest.mark.parametrize("options", [{"v_reset": None}, {"v_reset": -0.2}, {"v_threshold": 0.7, "detach_reset": True}])
-@pytest.mark.parametrize("kind", ["LIF", "LIF_decay", "DLIF"])
-@pytest.mark.parametrize("name", SAME_VALUES)
-def test_values_are_the_same_bits_for_every_reset(name, kind, options):
-    model = classifier(NEURONS[kind], store_v_seq=True, surrogate_function=surrogate.ATan(), **options)
-    assert_same_values(model, images(), name, differs="+detach" not in name)
-
-
-@pytest.mark.parametrize("kind", NEURONS)
-@pytest.mark.parametrize("name", ["triangle:0.5", "rectangle:1", "assg", "pdsg", "straight_through+detach"])
-def test_values_are_the_same_bits_step_by_step(name, kind):
-    assert_same_values(classifier(NEURONS[kind], step_mode="s", store_v_seq=kind == "DLIF"), images(), name)
+@pytest.mark.parametrize(
+    ("name", "kind", "options"),
+    [pytest.param(*case, id=f"{what}-{'-'.join(case[:2])}") for what in SETTINGS for case in product(*SETTINGS[what])],
+)
+def test_values_are_the_same_bits(name, kind, options):
+    if options.get("step_mode") == "s":
+        options = options | {"store_v_seq": kind == "DLIF"}
+    model = classifier(NEURONS[kind], **options)
+    assert_same_values(model, images(), name, differs=not (options.get("detach_reset") and "+detach" in name))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
@@ -227,14 +242,6 @@ def test_neurons_of_unknown_dynamics_are_named(name, kind):
     with pytest.raises(ValueError, match=r"dynamics .* '1' \((EIFNode|Subclass)\); use a surrogate"):
         estimator(name)(net).__enter__()
     assert "multi_step_forward" not in vars(net[1])
-
-
-@pytest.mark.parametrize("function", [surrogate.ATan(spiking=False), lambda z: (z >= 0).to(z) + 0 * z])
-@pytest.mark.parametrize("kind", ["LIF", "DLIF"])
-@pytest.mark.parametrize("name", ["atan:4", "rectangle:1", "assg", "hart_mixed:1.2"])
-def test_surrogates_of_the_users_own_keep_their_values(name, kind, function):
-    model = classifier(NEURONS[kind], surrogate_function=function)
-    assert_same_values(model, images(), name)
 
 
 @pytest.mark.parametrize("kind", NEURONS)
