@@ -26,24 +26,53 @@ def make_images(n=5):
     return torch.rand(n, 1, 6, 6, generator=torch.Generator().manual_seed(1))
 
 
-def test_equals_the_definition():
-    net, images = make_net(), make_images()
+def make_frames(n=5):
+    return (torch.rand(n, 4, 1, 6, 6, generator=torch.Generator().manual_seed(2)) < 0.3).float()
+
+
+@pytest.fixture(params=[SpikingClassifier, SpikingEventClassifier])
+def kind(request):
+    """A class, its inputs and the sequence that the network gets, time first."""
+    if request.param is SpikingClassifier:
+        return request.param, make_images(), make_images().expand(4, -1, -1, -1, -1)
+    return request.param, make_frames(), make_frames().transpose(0, 1)
+
+
+def test_equals_the_definition(kind):
+    cls, x, x_seq = kind
+    net = make_net()
     functional.reset_net(net)
-    wanted = net(images.unsqueeze(0).repeat(4, 1, 1, 1, 1)).mean(0)
-    classifier = SpikingClassifier(net, T=4)
-    assert torch.equal(classifier(images), wanted)
-    assert torch.equal(classifier(images), wanted)  # nothing of the first call is left
-    classifier(make_images(2))  # nor does another batch size matter
-    assert torch.equal(classifier(images), wanted)
+    wanted = net(x_seq).mean(0)
+    classifier = cls(net, T=4)
+    assert torch.equal(classifier(x), wanted)
+    assert torch.equal(classifier(x), wanted)  # nothing of the first call is left
+    torch.testing.assert_close(classifier(x[1:3]), wanted[1:3])  # nor does another batch size matter
+    assert torch.equal(classifier(x), wanted)
 
 
-def test_single_step_networks_run_step_by_step():
-    images = make_images()
-    multi = SpikingClassifier(make_net("m"), T=4)(images)
-    single = SpikingClassifier(make_net("s"), T=4)
-    torch.testing.assert_close(single(images), multi)
-    forced = SpikingClassifier(make_net("s"), T=4, step_mode="s")
-    torch.testing.assert_close(forced(images), multi)
+def test_single_step_networks_run_step_by_step(kind):
+    cls, x, _ = kind
+    wanted = cls(make_net("m"), T=4)(x)
+    torch.testing.assert_close(cls(make_net("s"), T=4)(x), wanted)
+    torch.testing.assert_close(cls(make_net("s"), T=4, step_mode="s")(x), wanted)
+
+
+@pytest.mark.parametrize("spiking_neuron", [neuron.LIFNode, neuron.IFNode])
+def test_evaluation_mode_has_the_gradient_of_training_mode(kind, spiking_neuron):
+    cls, x, _ = kind
+    classifier = cls(make_net(spiking_neuron=spiking_neuron), T=4)
+    x.requires_grad_()
+    (wanted,) = torch.autograd.grad(classifier(x).square().sum(), x)
+    classifier.eval()
+    (gradient,) = torch.autograd.grad(classifier(x).square().sum(), x)
+    assert wanted.abs().sum() > 0
+    torch.testing.assert_close(gradient, wanted)
+    assert not any(module.training for module in classifier.modules())
+
+
+def test_every_frame_counts_at_its_own_step():
+    classifier, frames = SpikingEventClassifier(make_net(), T=4), make_frames()
+    assert not torch.allclose(classifier(frames.flip(1)), classifier(frames))
 
 
 def test_normalisation_is_inside_and_moves_with_the_module():
@@ -73,18 +102,6 @@ def test_a_network_that_averages_itself():
 
     images = make_images()
     torch.testing.assert_close(SpikingClassifier(Averaging(), T=4)(images), images.flatten(1)[:, :3])
-
-
-@pytest.mark.parametrize("spiking_neuron", [neuron.LIFNode, neuron.IFNode])
-def test_evaluation_mode_has_the_gradient_of_training_mode(spiking_neuron):
-    net, images = make_net(spiking_neuron=spiking_neuron), make_images().requires_grad_()
-    classifier = SpikingClassifier(net, T=4)
-    (wanted,) = torch.autograd.grad(classifier(images).square().sum(), images)
-    classifier.eval()
-    (gradient,) = torch.autograd.grad(classifier(images).square().sum(), images)
-    assert wanted.abs().sum() > 0
-    torch.testing.assert_close(gradient, wanted)
-    assert not any(module.training for module in classifier.modules())
 
 
 def test_modes_are_restored_after_an_error():
@@ -179,41 +196,6 @@ class TestWrongUse:
         with pytest.raises(RuntimeError, match="runs T=4 time steps, but the DLIF neuron '2' has T=2"):
             SpikingClassifier(net, T=4)(make_images())
 
-
-class TestEventFrames:
-    def frames(self, n=5):
-        return (torch.rand(n, 4, 1, 6, 6, generator=torch.Generator().manual_seed(2)) < 0.3).float()
-
-    def test_equals_the_definition_with_samples_first(self):
-        net, frames = make_net(), self.frames()
-        functional.reset_net(net)
-        wanted = net(frames.transpose(0, 1)).mean(0)
-        classifier = SpikingEventClassifier(net, T=4)
-        assert torch.equal(classifier(frames), wanted)
-        assert torch.equal(classifier(frames), wanted)  # nothing of the first call is left
-        torch.testing.assert_close(classifier(frames[1:3]), wanted[1:3])
-
-    def test_single_step_networks_run_frame_by_frame(self):
-        frames = self.frames()
-        wanted = SpikingEventClassifier(make_net("m"), T=4)(frames)
-        torch.testing.assert_close(SpikingEventClassifier(make_net("s"), T=4)(frames), wanted)
-        forced = SpikingEventClassifier(make_net("s"), T=4, step_mode="s")
-        torch.testing.assert_close(forced(frames), wanted)
-
-    def test_every_frame_counts_at_its_own_step(self):
-        classifier, frames = SpikingEventClassifier(make_net(), T=4), self.frames()
-        assert not torch.allclose(classifier(frames.flip(1)), classifier(frames))
-
-    def test_evaluation_mode_has_the_gradient_of_training_mode(self):
-        net, frames = make_net(), self.frames().requires_grad_()
-        classifier = SpikingEventClassifier(net, T=4)
-        (wanted,) = torch.autograd.grad(classifier(frames).square().sum(), frames)
-        classifier.eval()
-        (gradient,) = torch.autograd.grad(classifier(frames).square().sum(), frames)
-        assert wanted.abs().sum() > 0
-        torch.testing.assert_close(gradient, wanted)
-        assert not any(module.training for module in classifier.modules())
-
     @pytest.mark.parametrize(
         ("shape", "match"),
         [
@@ -226,15 +208,13 @@ class TestEventFrames:
         with pytest.raises(ValueError, match=match):
             SpikingEventClassifier(make_net(), T=4)(torch.rand(shape))
 
-    def test_networks_that_repeat_an_image(self):
+    def test_a_network_or_an_input_of_the_other_class(self):
         net = make_net()
         net.expands_time = True
         with pytest.raises(ValueError, match="repeats its input over time itself"):
             SpikingEventClassifier(net, T=4)
-
-    def test_frames_given_to_the_classifier_of_images(self):
         with pytest.raises(ValueError, match="give event frames to SpikingEventClassifier"):
-            SpikingClassifier(make_net(), T=4)(self.frames())
+            SpikingClassifier(make_net(), T=4)(make_frames())
 
 
 class _Returning(nn.Module):

@@ -30,6 +30,7 @@ def rows(text):
     return found, todo
 
 
+@pytest.mark.slow
 def test_report_of_the_command(tmp_path):
     command = [sys.executable, "-W", "ignore", "-m", "sj_robust.doctor"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1", "HOME": str(tmp_path), "UNRELATED": "secret"}

@@ -93,6 +93,7 @@ def test_the_gradient_of_broken_ties_is_that_of_the_logits():
     assert grad.tolist() == [[1.0, 2.0, 3.0]]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 @pytest.mark.parametrize("per_sample", [False, True])
 def test_square_goes_on_at_a_tie_that_the_label_wins(images, linear, norm, per_sample):
@@ -112,6 +113,7 @@ def test_square_goes_on_at_a_tie_that_the_label_wins(images, linear, norm, per_s
     assert 0 < standing < int(right.sum())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 @pytest.mark.parametrize(
     "names", [["apgd-ce"], ["apgd-dlr"], ["apgd-t"], ["square"], ["apgd-ce", "apgd-t"]], ids="+".join
@@ -130,6 +132,7 @@ def test_results_are_the_librarys_on_its_seed(images, linear, monkeypatch, norm,
     assert 2 < int(moved.sum()) < 38
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 @pytest.mark.parametrize("names", [["fab"], ["fab-t"]], ids="+".join)
 def test_fab_finds_what_the_librarys_finds(images, linear, norm, names):

@@ -184,6 +184,7 @@ def test_fab_restarts_from_noise_of_the_samples(monkeypatch):
     assert not torch.equal(given[0], given[1])
 
 
+@pytest.mark.slow
 def test_a_stochastic_network_is_attacked_with_its_own_version():
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -219,6 +220,7 @@ def test_a_half_precision_network_gets_float32_logits_seen_by_the_library(monkey
     assert kinds == {(torch.float32, torch.float32)}
 
 
+@pytest.mark.slow
 def test_square_on_a_trained_spiking_network(trained):
     model, x, y = trained[0], trained.x[:60], trained.y[:60]
     for norm, eps in (("Linf", 0.15), ("L2", 1.0)):
@@ -271,6 +273,7 @@ class TestChecks:
             autoattack(saturated, X, predicted(saturated, X), eps=0.01, attacks=["apgd-dlr", "apgd-t"])
         assert len(records) == 1
 
+    @pytest.mark.slow
     def test_square_stronger_than_gradients(self):
         def masked(x):
             return torch.floor(3 * linear_model(36)(x)) + 1e-3 * linear_model(36, seed=1)(x)

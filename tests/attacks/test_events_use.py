@@ -28,6 +28,7 @@ def bars_and_labels(count: int) -> tuple[Tensor, Tensor]:
 
 
 class TestState:
+    @pytest.mark.slow
     def test_same_seed_same_result_and_another_seed_another(self, event_attack, bars):
         x, y = bars.x[:5], bars.y[:5]
         results = [event_attack(bars.model, x, y, flips=6, generator=seeded(seed)) for seed in (5, 5, 6)]
@@ -35,6 +36,7 @@ class TestState:
         if event_attack not in (EVENT_ATTACKS["gradient_only"], EVENT_ATTACKS["eot"]):  # which draw next to nothing
             assert not torch.equal(results[0], results[2])
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", [name for name in EVENT_ATTACKS if name != "eot"])
     def test_a_result_depends_on_neither_neighbours_nor_batch_size(self, name, double):
         (x, y), seeds = bars_and_labels(5), SampleSeeds(range(5))
@@ -43,6 +45,7 @@ class TestState:
         for rows in (torch.tensor([4]), torch.tensor([3, 0, 2])):
             assert torch.equal(run(x[rows], y[rows], generator=seeds.rows(rows)), together[rows])
 
+    @pytest.mark.slow
     def test_neighbours_do_not_count_with_a_generator_either(self, double):
         x, y = bars_and_labels(6)
         others = torch.cat([x[:1], 1 - x[1:]]), torch.cat([y[:1], (y[1:] + 1) % 4])
@@ -78,6 +81,7 @@ class TestState:
         assert [module.training for module in model.modules()] == modes
         assert all(parameter.grad is None for parameter in model.parameters())
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
     def test_works_in_any_grad_mode_of_the_caller(self, event_search, bars, context):
         x, y = bars.x[:4], bars.y[:4]
@@ -88,6 +92,7 @@ class TestState:
 
 
 class TestStochasticNetwork:
+    @pytest.mark.slow
     def test_confidence_outlives_fresh_draws(self, bars):
         class Noisy(nn.Module):
             def forward(self, x):

@@ -239,6 +239,7 @@ def test_a_network_that_resets_itself_is_attacked(batch):
     assert 0 < (x_adv - x).abs().max() <= 0.1 + 1e-6
 
 
+@pytest.mark.slow
 def test_a_compiled_network_is_not_looked_at():
     """Its compiled call runs no hooks of the neurons inside."""
     plain, compiled, inside = Bare(resets=True), Bare(resets=True), nn.Sequential(Bare(resets=True))

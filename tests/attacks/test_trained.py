@@ -7,6 +7,8 @@ from torch import Tensor
 
 from sj_robust.attacks import fgsm, gaussian, pgd
 
+pytestmark = pytest.mark.slow
+
 EPS = 0.1
 
 

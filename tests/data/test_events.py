@@ -59,6 +59,7 @@ def test_n_mnist(tmp_path, trusted):
     assert load_images("n_mnist", root=tmp_path, T=2).test[0][0].shape == (2, 2, 34, 34)
 
 
+@pytest.mark.slow
 def test_cifar10_dvs_tests_on_the_first_tenth_of_every_class(tmp_path, trusted):
     events = pack_cifar10_dvs(tmp_path, per_class=11)
     trusted("cifar10_dvs", tmp_path)
@@ -184,6 +185,7 @@ def test_an_import_that_fails_says_what_to_install(monkeypatch):
     assert "spikingjelly._event_data" not in sys.modules
 
 
+@pytest.mark.slow
 def test_nothing_is_imported_before_it_is_asked_for():
     import subprocess
 

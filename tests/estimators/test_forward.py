@@ -192,6 +192,7 @@ def test_model_zoo(name):
     assert_same_values(SpikingClassifier(net, T=2).eval(), x, name)
 
 
+@pytest.mark.slow
 def test_model_zoo_vgg():
     torch.manual_seed(0)
     net = spiking_vgg.spiking_vgg11_bn(num_classes=10, init_weights=False, spiking_neuron=DLIFNode, T=2, tau=3.0)

@@ -147,6 +147,7 @@ class TestSuite:
 
 @pytest.mark.slow
 class TestReport:
+    @pytest.mark.slow
     def test_the_worst_case_is_that_of_every_member(self, report):
         assert report.clean.accuracy > 0.9
         assert report.control is not None
@@ -188,6 +189,7 @@ class TestReport:
         assert [len(steps) for steps in row["layers"].values()] == [6, 6, 6]
         assert all(max(steps) > 0 for steps in row["layers"].values())
 
+    @pytest.mark.slow
     def test_page_and_figures_speak_of_events(self, report):
         pytest.importorskip("matplotlib", reason="figures need the extra `recipes`")
         from sj_robust.evaluation.drawings import robustness_figures
@@ -202,6 +204,7 @@ class TestReport:
         assert labels[0] == "events added or removed"
         assert not any("eps" in label for label in labels)
 
+    @pytest.mark.slow
     def test_transfer_does_not_end_at_the_border_of_the_source(self, bars):
         suite = whole._with_transfer(make_suite("events", TEN, classes=4), bars.model, TEN)
         crafted = next(member for member in suite.members if member.group == "transfer")

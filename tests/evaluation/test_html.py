@@ -75,6 +75,7 @@ def test_every_number_is_in_a_table(text):
         assert value in words
 
 
+@pytest.mark.slow
 def test_alarms_stand_first():
     dead = {"layer": "net.5", "neuron": "LIFNode", "rate": 0.0, "silent": 1.0, "saturated": 0.0}
     failed = (finding("zero_gradients", passed=False),)

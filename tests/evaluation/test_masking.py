@@ -53,6 +53,7 @@ def failed(found) -> set[str]:
     return {name for name, finding in found.items() if not finding.passed}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threat", [THREAT, ThreatModel("L2", 1.0)], ids=str)
 def test_an_honest_spiking_network_passes_every_finding(honest, batch, threat):
     found = findings(honest, batch, threat)
@@ -62,6 +63,7 @@ def test_an_honest_spiking_network_passes_every_finding(honest, batch, threat):
     assert all(name in found["other_estimator_stronger"].meaning for name in ESTIMATORS_COMPARED)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threat", [THREAT, ThreatModel("L2", 0.7)], ids=str)
 def test_an_honest_linear_network_passes_without_findings_of_spikes(linear, batch, threat):
     found = findings(linear, batch, threat)
@@ -156,6 +158,7 @@ MASKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MASKS)
 def test_what_masks_is_found_and_the_remedy_named(honest, batch, name):
     mask, expected = MASKS[name]
@@ -166,6 +169,7 @@ def test_what_masks_is_found_and_the_remedy_named(honest, batch, name):
         assert found[symptom].remedy in str(found[symptom])
 
 
+@pytest.mark.slow
 def test_tiny_is_not_zero(honest, batch):
     """The narrow surrogate would pass a test for zeros alone."""
     found = findings(narrow(honest), batch, estimators=None)
@@ -188,6 +192,7 @@ def test_shares_of_elements_by_hand():
     assert not found["flat_loss"].passed
 
 
+@pytest.mark.slow
 def test_an_attack_that_larger_budgets_or_more_steps_mislead(honest, batch, monkeypatch):
     attack = Probe.attack
 
@@ -205,6 +210,7 @@ def test_an_attack_that_larger_budgets_or_more_steps_mislead(honest, batch, monk
     assert f"{share:.0%}" in found["more_steps_fool_fewer"].meaning
 
 
+@pytest.mark.slow
 def test_a_source_network_is_a_better_witness_than_the_stand_in(honest, batch):
     """A clamped input in front of the very network that crafts: nothing transfers better."""
     model = masked.Before(masked.clamped, honest)
@@ -258,6 +264,7 @@ def test_nothing_of_the_network_or_the_random_state_changes(honest, batch, fail)
     assert not any(module._forward_hooks for module in model.modules())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("generator", [None, torch.Generator()], ids=["global", "own"])
 def test_the_seed_decides_all_of_it(honest, batch, generator):
     model = SpikingClassifier(honest.net, T=4, encoder=PoissonEncoder(generator))
@@ -272,12 +279,14 @@ def test_the_seed_decides_all_of_it(honest, batch, generator):
     assert run(2) != first
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
 def test_other_precisions(linear, batch, dtype):
     found = findings(copy.deepcopy(linear).to(dtype), (batch[0].to(dtype), batch[1]))
     assert failed(found) == set()
 
 
+@pytest.mark.slow
 def test_any_callable_will_do_and_so_does_inference_mode(linear, batch):
     expected = findings(linear, batch)
     assert findings(lambda x: linear(x), batch) == expected

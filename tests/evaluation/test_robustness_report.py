@@ -228,6 +228,7 @@ def test_a_clear_difference_is_marked():
     assert "+50.0 *" in compare(first, second).table()
 
 
+@pytest.mark.slow
 def test_plots_from_the_saved_report_alone(tmp_path):
     report().save(tmp_path / "report.json")
     loaded = RobustnessReport.load(tmp_path / "report.json")
@@ -243,6 +244,7 @@ def test_plots_from_the_saved_report_alone(tmp_path):
         assert (again / path.name).read_bytes() == path.read_bytes()
 
 
+@pytest.mark.slow
 def test_what_a_report_lacks_is_not_drawn(tmp_path):
     bare = report(over_eps=(), potential=(), members=())
     assert [path.name for path in plot_robustness(bare, tmp_path)] == ["attacks.png", "attacks.pdf"]

@@ -75,6 +75,7 @@ def test_one_batch_is_the_worst_case_function():
     assert 0 < len(outcome.members[0].fooled) < len(outcome.correct)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 7, 20])
 def test_the_batch_size_does_not_matter(whole, size):
     assert suite_run.without_times(suite_run.run(size=size))[:3] == whole[:3]

@@ -33,6 +33,7 @@ def test_gradient_attacks_average_and_go_on():
         make_suite("fast", THREAT, classes=10, eot_samples=0)
 
 
+@pytest.mark.slow
 def test_a_network_that_draws_needs_several_draws():
     subject = Subject("mine", SpikingClassifier(Net(), 3, PoissonEncoder()), "one layer")
     options = {"suite": "fast", "threat": THREAT, "dataset": "noise", "classes": 3}

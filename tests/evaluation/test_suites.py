@@ -192,6 +192,7 @@ class TestCost:
 
 
 class TestVerdict:
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", ["fast", "standard"])
     @pytest.mark.parametrize(("norm", "classes"), [("Linf", 6), ("L2", 6), ("Linf", 2)])
     def test_linear_network_gets_exactly_its_robust_accuracy(self, name, norm, classes):
@@ -207,6 +208,7 @@ class TestVerdict:
         assert result.robust_accuracy == float((distance > eps).double().mean())
         assert 0.3 < result.robust_accuracy < 0.6
 
+    @pytest.mark.slow
     def test_a_network_whose_surrogate_masks_gradients_is_broken_and_its_control_is_not(self):
         model = classifier()
         for module in model.modules():
@@ -228,6 +230,7 @@ class TestVerdict:
 
 
 class TestRepeatable:
+    @pytest.mark.slow
     def test_independent_of_the_batch_size(self):
         model = SpikingClassifier(classifier().net.double(), T=3)
         x, y = images(20)

@@ -41,6 +41,7 @@ def test_a_dlif_network_begins_as_the_pretrained_one(tmp_path, kind, tau):
     assert same_logits(lif, dlif)
 
 
+@pytest.mark.slow
 def test_a_network_of_the_zoo_with_input_decay(tmp_path):
     """SpikingJelly's LIF as it comes (tau 2, decay_input), a plain state_dict of the bare network."""
     torch.manual_seed(0)

@@ -119,6 +119,7 @@ def published(kind, gains, size, T=3):
 CASES = [(Vgg5, "vgg5", 8), (Wrn16, "wrn16_4", 16)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "name", "size"), CASES)
 @pytest.mark.parametrize("gains", [True, False])
 def test_the_logits_are_those_of_the_published_network(tmp_path, kind, name, size, gains):

@@ -78,6 +78,7 @@ def what_happened(output):
     return dict(line.split(" => ") for line in lines)
 
 
+@pytest.mark.slow
 def test_every_fault_of_the_tree_comes_to_what_it_must(toy):
     by = "killed by tests/toy/test_numbers.py::test_"
     assert what_happened(toy[1]) == {

@@ -232,6 +232,7 @@ class TestBackends:
 
 
 class TestHost:
+    @pytest.mark.slow
     @pytest.mark.parametrize("step_mode", ["m", "s"])
     def test_model_zoo(self, step_mode):
         T = 2
@@ -292,6 +293,7 @@ class TestHost:
         assert torch.equal(functional.chunk_multi_step_forward(2, x, node), wanted)
 
     # Dynamo itself instantiates the autograd function that torch asks users not to instantiate
+    @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
     @pytest.mark.parametrize("function", [surrogate.PiecewiseQuadratic, surrogate.Sigmoid])
     def test_compiles_to_one_graph(self, function):

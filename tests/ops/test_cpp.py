@@ -58,6 +58,7 @@ def test_kernel_is_there_where_it_can_be_built():
     assert available_backends()["cpp"] == "available"
 
 
+@pytest.mark.slow
 @needs_kernel
 @pytest.mark.parametrize("M", [(1 << 20) + 64, (1 << 20) + 3])  # rows aligned, so written past the cache, and not
 def test_large_tensors(instruction_set, threads, M):
@@ -144,6 +145,7 @@ sys.exit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
 
 
+@pytest.mark.slow
 @needs_kernel
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no fork")
 @pytest.mark.parametrize("first_use", ["before", "after"])

@@ -178,6 +178,7 @@ def test_every_optional_input_and_gradient_may_be_missing(backend):
             np.testing.assert_allclose(grad_v_init, expected.grad_v_init, atol=1e-11)
 
 
+@pytest.mark.slow
 @not_the_reference
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_gradients_over_thousands_of_steps(backend, dtype):

@@ -10,6 +10,8 @@ from torch._subclasses import FakeTensorMode
 
 from sj_robust.ops.heap import advise_huge_pages
 
+pytestmark = pytest.mark.slow
+
 CODE = """
 import resource, torch
 from sj_robust.ops import keep_heap

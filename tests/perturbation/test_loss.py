@@ -233,6 +233,7 @@ def test_last_layer_alone_holds_its_own_currents_alone():
     assert sum(storage_bytes(monitor)) < 5 * last
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["retain", "clear", "close", "next"])
 def test_no_graph_stays(end):
     net = trainable(NEURONS["LIF"][0])

@@ -10,6 +10,8 @@ from torch import nn
 from sj_robust.neuron import DLIFNode
 from sj_robust.perturbation import MPPDMonitor
 
+pytestmark = pytest.mark.slow
+
 T = 2
 
 

@@ -206,6 +206,7 @@ def live_tensors():
     return sum(issubclass(type(item), torch.Tensor) for item in gc.get_objects())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use", ["compare", "contexts", "training"])
 def test_memory_does_not_grow_with_batches(use):
     net = conv_net(NEURONS["LIF"][0])
@@ -308,6 +309,7 @@ def test_hooks_go_with_close_with_exit_and_with_the_monitor():
     assert hook_count(net) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["clean", "perturbed"])
 def test_an_exception_leaves_nothing_behind(where):
     net = conv_net(NEURONS["LIF"][0])
@@ -488,6 +490,7 @@ def test_frames_of_one_image_repeated_by_the_caller():
     assert stats["1"].ms_mppd.tolist() == pytest.approx([float(t**2 * shift) for t in range(1, 8)], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_network():
     net = conv_net(NEURONS["LIF"][0])
     x, x_perturbed = images()

@@ -23,6 +23,8 @@ QUICK = ("--epochs", "2", "--train-limit", "260", "--test-limit", "40", "--chann
 sys.path.insert(0, str(RECIPE.parent))
 import adv_train  # noqa: E402  # a script, found only now
 
+pytestmark = pytest.mark.slow
+
 # SpikingJelly 0.0.0.0.14 uses what torch has deprecated since.
 STRICT = ("-W", "error", "-W", "ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}

@@ -93,6 +93,7 @@ def test_a_cell_has_the_papers_hyperparameters(recipe, path):
         assert given["beta"] == (4e-3 if options["model"] == "wrn16_4" else 1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_a_sweep_is_made_of_the_presets(recipe, path, tmp_path):
     sweep = options_in(path)
@@ -128,6 +129,7 @@ def test_a_sweep_is_made_of_the_presets(recipe, path, tmp_path):
         assert len(names) == len(set(names)) == seeds * sum(name.endswith("-seed0") for name in names)
 
 
+@pytest.mark.slow
 def test_every_published_figure_of_the_paper_has_its_preset(recipe):
     settings = [recipe.resolve(options_in(path)) for path in CELLS]
     for figure in PUBLISHED:

@@ -21,6 +21,8 @@ from sj_robust.evaluation.robustness_report import RobustnessReport
 from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.training import load_checkpoint, save_checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def whole(folder):

@@ -8,6 +8,8 @@ from evaluation.recipe_run import SMALL, finish, in_process, start
 from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.training import load_checkpoint, save_checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize(
     ("options", "error", "message"),

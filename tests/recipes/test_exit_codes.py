@@ -113,6 +113,7 @@ def test_a_missing_file_is_1_and_leaves_no_folder(ended, tmp_path, name, argumen
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_success_is_0(ended, tmp_path):
     assert ended("figures", "--which", "neuron", "--output", "f")[0] == 0
     code, out, err = ended("figures", "--redraw", "f")
@@ -146,6 +147,7 @@ def trained(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RECIPES)
 def test_ctrl_c_is_130_without_a_traceback(trained, tmp_path, name):
     (tmp_path / "run").symlink_to(trained / "run")

@@ -10,6 +10,8 @@ from lab.sweeping.recipe import load_recipe
 
 from sj_robust.data import load_images
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "concepts" / "data.md"
 

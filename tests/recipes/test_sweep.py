@@ -47,6 +47,7 @@ def run(tmp_path, monkeypatch, capsys):
     return call
 
 
+@pytest.mark.slow
 def test_a_grid_from_end_to_end(run, tmp_path):
     output = run(*GRID, "--evaluate", "[paper]", "--evaluation_options", "{test_limit: 20}", "--contrast", "[rho]")
     folder = tmp_path / "runs" / "sweep"
@@ -69,6 +70,7 @@ def test_a_grid_from_end_to_end(run, tmp_path):
     assert record.evaluations["paper"]["figures"]["clean"] == {"correct": 19, "total": 20}
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_and_grows_and_is_reported_again(run, tmp_path):
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump({"grid": {"mode": ["at"], "rho": [0, 1]}, "seeds": 1}))
     assert "2 runs in runs/mine, 0 of them" in run("--sweep", "mine.yaml")

@@ -15,6 +15,8 @@ import fcntl  # noqa: E402  # only where there are pseudo-terminals
 import struct  # noqa: E402  # as above
 import termios  # noqa: E402  # as above
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "recipes"))
 TINY = ("--epochs", "2", "--train-limit", "200", "--test-limit", "12", "--channels", "[2,2]", "--T", "2")

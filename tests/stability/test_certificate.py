@@ -42,6 +42,7 @@ def small(T, step_mode="m", seed=0):
     return net
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=10, derandomize=True)
 @given(seed=st.integers(0, 10**6), T=st.integers(1, 6), size=st.floats(1e-3, 1.0))
 def test_no_random_network_and_pair_exceeds_the_exact_bounds(seed, T, size):
@@ -316,6 +317,7 @@ def test_saved_and_loaded_is_equal(tmp_path):
         Certificate.from_json("layer,norm")
 
 
+@pytest.mark.slow
 def test_plot(tmp_path):
     found = certify(small(2), torch.rand(3, 2, 6, 6), 2, x_perturbed=torch.rand(3, 2, 6, 6))
     for name, start in (("a.png", b"\x89PNG"), ("a.pdf", b"%PDF")):

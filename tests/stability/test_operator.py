@@ -202,6 +202,7 @@ def plain_power_iteration(function, shapes, steps=300):
     return float(image.norm())
 
 
+@pytest.mark.slow
 def test_zoo_vgg_against_a_plain_power_method():
     net = seeded(lambda: spiking_vgg.spiking_vgg11_bn(spiking_neuron=NODE, num_classes=3)).eval()
     net.classifier = nn.Sequential(layer.Linear(512, 8), NODE(), layer.Linear(8, 3))
@@ -221,6 +222,7 @@ def test_zoo_vgg_against_a_plain_power_method():
     assert found["features.6"].norm == pytest.approx(behind, rel=2e-2)
 
 
+@pytest.mark.slow
 def test_zoo_resnet_against_a_plain_power_method():
     net = seeded(lambda: sew_resnet.sew_resnet18(spiking_neuron=NODE, cnf="ADD", num_classes=3)).eval()
     functional.set_step_mode(net, "m")
@@ -238,6 +240,7 @@ def test_zoo_resnet_against_a_plain_power_method():
     assert found["layer1.0.sn1"].norm == pytest.approx(2 * behind, rel=1e-2), "3x3 windows of stride 2"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vgg5", "wrn16_4"])
 def test_our_models_are_covered(name):
     options = {"hidden": (8,)} if name == "vgg5" else {}
@@ -458,5 +461,6 @@ def test_lanczos_with_and_without_restarts(basis):
     assert nearest <= stopped.residual
 
 
+@pytest.mark.slow
 def test_examples():
     assert doctest.testmod(operator).failed == 0

@@ -258,6 +258,7 @@ def tracing(test):
     return test
 
 
+@pytest.mark.slow
 @tracing
 def test_a_compiled_network_trains_the_same_weights(tmp_path, monkeypatch):
     calls = []

@@ -122,6 +122,7 @@ def test_every_mode_is_compared_with_its_own_peer():
     assert benchmark.cells(rows[0], rows[:1])[4:6] == ("", "")  # its peer was not measured
 
 
+@pytest.mark.slow
 def test_the_recipe_leaves_numbers_table_and_chart(tmp_path, monkeypatch, capsys):
     methods = ["DLIF eager", "textbook loop", "snnTorch Leaky"]
     options = ["--shapes", "[[2,4,3,8,8]]", "--methods", str(methods).replace("'", '"'), "--rounds", "3"]
@@ -142,6 +143,7 @@ def test_the_recipe_leaves_numbers_table_and_chart(tmp_path, monkeypatch, capsys
     assert "textbook loop" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "broken"), [("neuron", "ops/test_dlif.py"), ("training_step", "training/test_training_step.py")]
 )
@@ -171,6 +173,7 @@ def test_the_chart_of_networks_has_no_line_for_the_memory(tmp_path):
         plot_benchmark([], tmp_path / "b.png")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["textbook loop", "SpikingJelly LIFNode"])  # LIFNode: torch speaks of Triton
 def test_a_worker_that_nobody_reads_any_more_ends_without_a_word(method):
     """As after Ctrl-C at the moment when it was started."""

@@ -185,6 +185,7 @@ def test_every_published_figure_says_who_published_it():
     assert len(set(places)) == len(places)
 
 
+@pytest.mark.slow
 def test_the_figure_is_drawn_and_drawn_again_the_same(records, tmp_path):
     axes = axes_in(records, GRID)
     cells = cells_of(records, axes)

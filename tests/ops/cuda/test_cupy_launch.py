@@ -108,6 +108,7 @@ CASES = {
 }
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_reference(cupy, name):
@@ -151,6 +152,7 @@ def test_equals_the_reference(cupy, name):
     ]
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_several_blocks_and_a_chosen_block_size(cupy):
     """More than one block, so that the partial sums of the gain's gradient are really added up."""
@@ -165,6 +167,7 @@ def test_several_blocks_and_a_chosen_block_size(cupy):
     torch.testing.assert_close(grad_gain[1], (gate * x[1]).sum())
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_kernel_is_compiled_once_and_runs_on_torchs_stream(cupy):
     for _ in range(2):
@@ -258,6 +261,7 @@ def reason(surrogate):
     return cupy_launch._unusable_surrogate_reason(surrogate, torch.device("cpu"))
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_own_text_of_a_surrogate_is_spliced_in(cupy):
     surrogate = Surrogate("custom", function=Ramp(RIGHT))
@@ -271,6 +275,7 @@ def test_own_text_of_a_surrogate_is_spliced_in(cupy):
     torch.testing.assert_close(*results)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_wrong_or_broken_text_is_refused(cupy):
     wrong = Surrogate("custom", function=Ramp(RIGHT.replace("fabsf({x})", "{x}")))

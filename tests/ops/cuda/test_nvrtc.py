@@ -18,6 +18,7 @@ SHAPES = [(1, False, 4), (2, False, 2), (8, False, 4), (16, False, 2), (32, Fals
 EVERY_PAIR = cases.variants(2, SHAPES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ["sm_75", "sm_80", "sm_90", "sm_100"])
 def test_every_variant_compiles_and_stays_in_registers(architecture):
     text = cases.text(EVERY_PAIR, shim.KERNEL)

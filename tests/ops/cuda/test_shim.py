@@ -15,11 +15,13 @@ def library(tmp_path_factory):
     return shim.Library(shim.build(cases.text(EVERY_TRIPLE, shim.KERNEL), tmp_path_factory.mktemp("kernels")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", EVERY_TRIPLE, ids=lambda variant: variant.name)
 def test_equals_the_oracle(library, variant):
     cases.check(library, variant)
 
 
+@pytest.mark.slow
 def test_equals_the_oracle_under_address_and_undefined_behaviour_sanitizers(tmp_path):
     preload = shim.sanitizer_runtime()
     if preload is None:
@@ -32,6 +34,7 @@ def test_equals_the_oracle_under_address_and_undefined_behaviour_sanitizers(tmp_
     assert result.stdout.endswith(f"checked {len(chosen)} variants\n")
 
 
+@pytest.mark.slow
 def test_sanitizer_sees_a_read_past_the_end(tmp_path):
     preload = shim.sanitizer_runtime()
     if preload is None:
@@ -51,6 +54,7 @@ def test_bfloat16_is_rounded_to_nearest_even(library):
     cases.check_bfloat16(library)
 
 
+@pytest.mark.slow
 def test_shim_shuffles_and_separates_warps(tmp_path):
     text = (
         'extern "C" __global__ void shift(const float* x, float* y) {\n'
@@ -67,6 +71,7 @@ def test_shim_shuffles_and_separates_warps(tmp_path):
         library.launch("shift", 1, 48, x, y)
 
 
+@pytest.mark.slow
 def test_shim_refuses_a_divergent_barrier(tmp_path):
     text = 'extern "C" __global__ void stuck(int n) {\n    if ((int)threadIdx.x < n) __syncthreads();\n}\n'
     library = shim.Library(shim.build(text, tmp_path))
@@ -75,6 +80,7 @@ def test_shim_refuses_a_divergent_barrier(tmp_path):
         library.launch("stuck", 2, 64, np.int32(32))
 
 
+@pytest.mark.slow
 def test_a_missing_barrier_shows_in_one_of_the_orders(tmp_path):
     """The second warp may run ahead and overwrite what the first has not read yet, and the other way round."""
     text = (
@@ -91,6 +97,7 @@ def test_a_missing_barrier_shows_in_one_of_the_orders(tmp_path):
     assert [array.tolist() for array in seen] == [[1, 2], [2, 1], [1, 1]]
 
 
+@pytest.mark.slow
 def test_shim_checks_the_width_and_kind_of_arguments(tmp_path):
     text = 'extern "C" __global__ void nothing(float* p, long long q, int i, float f) {}\n'
     library = shim.Library(shim.build(text, tmp_path))
