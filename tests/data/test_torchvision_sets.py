@@ -24,14 +24,14 @@ def drawn(seed, *shape):
     return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
 
 
-def write_mnist(folder, *, gz=False, train=40, test=20):
-    """The four files of MNIST or Fashion-MNIST, with images of 8x8."""
+def write_mnist(folder, *, gz=False, train=40, test=20, size=8):
+    """The four files of MNIST or Fashion-MNIST."""
     folder.mkdir(parents=True, exist_ok=True)
-    pixels, labels = drawn(0, train + test, 8, 8), (np.arange(train + test) % 10).astype(np.uint8)
+    pixels, labels = drawn(0, train + test, size, size), (np.arange(train + test) % 10).astype(np.uint8)
     contents = [
-        struct.pack(">IIII", 2051, train, 8, 8) + pixels[:train].tobytes(),
+        struct.pack(">IIII", 2051, train, size, size) + pixels[:train].tobytes(),
         struct.pack(">II", 2049, train) + labels[:train].tobytes(),
-        struct.pack(">IIII", 2051, test, 8, 8) + pixels[train:].tobytes(),
+        struct.pack(">IIII", 2051, test, size, size) + pixels[train:].tobytes(),
         struct.pack(">II", 2049, test) + labels[train:].tobytes(),
     ]
     for name, content in zip(IDX, contents, strict=True):
