@@ -270,6 +270,7 @@ def test_eot_averages_the_gradients_of_its_forwards():
     torch.testing.assert_close(seen[-1], x + moved * min(1.0, 0.1 / moved.norm().item()))
 
 
+@pytest.mark.slow
 def test_sample_seeds_on_a_spiking_network(trained):
     functional.reset_net(trained.model)  # no state of an earlier call, which cannot be copied
     model, x, y = deepcopy(trained.model).double(), trained.x[:20].double(), trained.y[:20]
@@ -282,6 +283,7 @@ def test_sample_seeds_on_a_spiking_network(trained):
     assert not torch.equal(together, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("norm", "eps", "loss"),
     [("Linf", 0.1, "ce"), ("Linf", 0.1, "dlr"), ("L2", 0.6, "ce"), ("Linf", 0.1, "dlr_targeted")],

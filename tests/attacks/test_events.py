@@ -48,6 +48,7 @@ class TestBudget:
         assert torch.equal(x, before)
         assert x_adv.data_ptr() != x.data_ptr() or x.numel() == 0
 
+    @pytest.mark.slow
     def test_on_a_spiking_network(self, event_attack, bars):
         x_adv = event_attack(bars.model, bars.x[:8], bars.y[:8], flips=6, generator=seeded())
         assert bool(((x_adv == 0) | (x_adv == 1)).all())
@@ -146,6 +147,7 @@ class TestLinearOptimum:
 
 
 class TestReduction:
+    @pytest.mark.slow
     def test_never_unfools_and_needs_fewer(self, bars):
         run = partial(flip_events, bars.model, bars.x, bars.y, flips=30, steps=5)
         reduced, grown = (run(reduce=reduce, generator=seeded()) for reduce in (True, False))
@@ -158,6 +160,7 @@ class TestReduction:
         changed = (reduced != bars.x)[fooled]
         assert bool(((grown != bars.x)[fooled] | ~changed).all())  # a subset of what had grown
 
+    @pytest.mark.slow
     def test_no_single_change_of_a_spiking_network_can_be_put_back(self, bars):
         x_adv = flip_events(bars.model, bars.x[:24], bars.y[:24], flips=30, steps=4)
         tried = 0
@@ -172,6 +175,7 @@ class TestReduction:
                 tried += 1
         assert tried > 40
 
+    @pytest.mark.slow
     def test_further_runs_never_need_more(self, bars):
         x, y = bars.x[:24], bars.y[:24]
         one, several = (
@@ -185,6 +189,7 @@ class TestReduction:
 
 
 class TestTrainedNetwork:
+    @pytest.mark.slow
     def test_accuracy_falls_with_the_budget_far_below_random_changes(self, bars):
         budgets = (0, 5, 10, 20, 40)
         attacked, control = (
@@ -198,6 +203,7 @@ class TestTrainedNetwork:
         assert attacked[3] < control[3] - 0.5
         assert attacked[4] < 0.1
 
+    @pytest.mark.slow
     def test_probes_and_queries_add_to_the_gradient(self, bars):
         run = partial(flip_events, bars.model, bars.x, bars.y, flips=10, reduce=False)
         settings = ({"probes": 0, "queries": 0}, {"queries": 0}, {})

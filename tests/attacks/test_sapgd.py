@@ -69,6 +69,7 @@ def test_a_zero_gradient_moves_nothing_and_stops_nobody_else():
     torch.testing.assert_close(x_adv[1], torch.tensor([0.4, 0.6, 0.6], dtype=torch.float64))
 
 
+@pytest.mark.slow
 def test_not_weaker_than_pgd_on_a_spiking_network(trained):
     model, x, y = trained.model, trained.x[:200], trained.y[:200]
     ours = sapgd(model, x, y, eps=0.1, steps=30, generator=seeded())

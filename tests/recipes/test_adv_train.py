@@ -11,7 +11,7 @@ from pathlib import Path
 import launch
 import pytest
 import torch
-from data.test_images import DEBIAN, write_fashion_mnist
+from data.test_torchvision_sets import DEBIAN, write_mnist
 
 from sj_robust.evaluation import Report
 from sj_robust.models import NetworkSpec, build_network
@@ -219,7 +219,7 @@ def test_print_config_and_config(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
 def test_presets_train(tmp_path, monkeypatch, path):
-    write_fashion_mnist(tmp_path, train=200, test=30, size=28)
+    write_mnist(tmp_path, train=200, test=30, size=28)
     root = str(DEBIAN if DEBIAN.is_dir() else tmp_path)
     in_process(monkeypatch, tmp_path, "--config", str(path), *QUICK, "--epochs", "1", "--data-root", root)
     (saved,) = (tmp_path / "runs").glob("*/report.json")

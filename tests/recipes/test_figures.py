@@ -111,6 +111,7 @@ def test_figure_1_is_the_recursion_by_hand(name):
         assert data.cases[name][series] == pytest.approx(values, abs=1e-12), series
 
 
+@pytest.mark.slow
 def test_one_command_draws_everything_as_pdf_and_png(drawn):
     names = ["curves", "gains", "intensity_dlif_at", "intensity_dlif_at_heat_maps", "neuron"]
     assert {path.name for path in drawn.glob("*.pdf")} == {f"{name}.pdf" for name in names}
@@ -122,6 +123,7 @@ def test_one_command_draws_everything_as_pdf_and_png(drawn):
         assert b"/Subtype /Image" not in content or bar, f"{path.name} is not all vectors"
 
 
+@pytest.mark.slow
 def test_redraw_gives_the_same_pixels_from_the_files_alone(drawn, tmp_path, monkeypatch, capsys):
     for name in ("curves", "gains", "intensity_dlif_at"):
         (tmp_path / f"{name}.json").write_bytes((drawn / f"{name}.json").read_bytes())
@@ -181,6 +183,7 @@ LOOKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("data", LOOKS.values(), ids=LOOKS)
 def test_figures_fit_print(data):
     for figure in draw(data).values():
@@ -248,6 +251,7 @@ def test_mistakes_are_named(tmp_path, make, options, error, reason):
         figures.main([str(run), *options])
 
 
+@pytest.mark.slow
 def test_all_leaves_out_what_a_network_does_not_have(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(figures, "intensity", lambda options, folder: None)  # tried above
     checkpoint(tmp_path / "lif", neuron="lif", history=HISTORY)
