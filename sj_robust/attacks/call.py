@@ -45,7 +45,7 @@ def crafting(model: Model, device: torch.device, generator: Randomness) -> Itera
         yield private
 
 
-class Score(NamedTuple):
+class ImageScores(NamedTuple):
     """How good images are for the attacker, per sample."""
 
     loss: Tensor
@@ -65,7 +65,7 @@ class Objective:
     targeted: bool = False
     eot_samples: int = 1
 
-    def gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, Score]:
+    def gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, ImageScores]:
         """Gradient of the loss of every sample with respect to its image, and the score at ``x``."""
         x = x.detach().requires_grad_()
         grad = torch.zeros_like(x)
@@ -79,7 +79,7 @@ class Objective:
         return grad / self.eot_samples, self._score(scores, y)
 
     @torch.no_grad()
-    def score(self, x: Tensor, y: Tensor) -> Score:
+    def score(self, x: Tensor, y: Tensor) -> ImageScores:
         """Score at ``x`` without a gradient."""
         return self._score([self._forward(x, y) for _ in range(self.eot_samples)], y)
 
@@ -92,9 +92,9 @@ class Objective:
             )
         return logits, -losses if self.targeted else losses
 
-    def _score(self, scores: list[tuple[Tensor, Tensor]], y: Tensor) -> Score:
+    def _score(self, scores: list[tuple[Tensor, Tensor]], y: Tensor) -> ImageScores:
         logits, losses = (torch.stack(values).mean(0) for values in zip(*scores, strict=True))
-        return Score(losses, (logits.argmax(1) == y) == self.targeted, logits)
+        return ImageScores(losses, (logits.argmax(1) == y) == self.targeted, logits)
 
 
 class Best:

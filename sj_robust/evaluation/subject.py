@@ -27,7 +27,7 @@ class Subject:
         model: Images in [0, 1] to logits.
         architecture: In a few words.
         options: Options it was trained with; empty if they are not known.
-        spec: What its network was built from; None for somebody's own.
+        spec: What its network was built from; None for one of your own.
 
     Examples:
         >>> Subject("mine", SpikingClassifier(nn.Flatten(), T=1), "nothing but a reshape").options
@@ -96,7 +96,7 @@ def from_function(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> Subject:
-    """Somebody's own SpikingJelly network. 载入用户自己的网络。
+    """A SpikingJelly network of your own. 载入用户自己的网络。
 
     Args:
         text: ``module:function`` or ``path/to/file.py:function``; the function takes nothing and returns the network
@@ -120,7 +120,7 @@ def from_function(
     function_name = text.rpartition(":")[2]
     try:
         network = function()
-    except Exception as error:  # somebody else's code raises anything
+    except Exception as error:  # foreign code raises anything
         raise ValueError(
             f"{text} failed ({reason(error)}); it must return the network, its weights loaded, without arguments"
         ) from error
@@ -187,7 +187,7 @@ def check_fits(subject: Subject, images: Tensor, classes: int, dataset: str) -> 
     image = images[:1].clone().requires_grad_()
     try:
         logits = subject.model(image)
-    except Exception as error:  # somebody else's code raises anything
+    except Exception as error:  # foreign code raises anything
         low = sorted({str(weight.dtype) for weight in subject.model.parameters() if weight.dtype in _HALF})
         hint = f"; images are {images.dtype}, weights {low[0]}: return network.float(), or cast inside" if low else ""
         raise ValueError(f"{subject.name} does not take images {shape} of {dataset} ({reason(error)}){hint}") from error

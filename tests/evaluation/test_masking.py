@@ -110,7 +110,7 @@ MASKS = {
         narrow,
         {
             "tiny_gradients": "wider surrogates",
-            "flat_loss": "sweep surrogate",
+            "flat_loss": "other surrogate shapes",
             "other_estimator_stronger": "worst case",
         },
     ),

@@ -10,7 +10,7 @@ from lab.benchmarking.layers import BATCH_NORM_LAYERS, INSTRUCTION_SETS, LAYERS
 from lab.benchmarking.networks import FIRST_LAYER, adversarial_tasks, network_tasks
 from lab.benchmarking.steps import STEP_PEERS, TRAINING_STEPS
 
-__all__ = ["SUBJECTS", "Subject", "Task"]
+__all__ = ["SUBJECTS", "MethodGroup", "Task"]
 
 
 class Task(Protocol):
@@ -35,7 +35,7 @@ class Task(Protocol):
 
 
 @dataclass(frozen=True)
-class Subject:
+class MethodGroup:
     """Methods that do the same work.
 
     Attributes:
@@ -62,26 +62,26 @@ class Subject:
 
 _LARGE = ((8, 64, 64, 32, 32), (8, 128, 256, 8, 8), (4, 64, 128, 8, 8))
 
-SUBJECTS: dict[str, Subject] = {
-    "neuron": Subject(LAYERS, "SpikingJelly LIFNode", _LARGE, is_layer=True),
-    "batch_norm": Subject(BATCH_NORM_LAYERS, "batch norm, LIFNode", _LARGE, is_layer=True),
-    "instruction_sets": Subject(INSTRUCTION_SETS, "avx512", _LARGE, is_layer=True),
-    "scaling": Subject(
+SUBJECTS: dict[str, MethodGroup] = {
+    "neuron": MethodGroup(LAYERS, "SpikingJelly LIFNode", _LARGE, is_layer=True),
+    "batch_norm": MethodGroup(BATCH_NORM_LAYERS, "batch norm, LIFNode", _LARGE, is_layer=True),
+    "instruction_sets": MethodGroup(INSTRUCTION_SETS, "avx512", _LARGE, is_layer=True),
+    "scaling": MethodGroup(
         {name: LAYERS[name] for name in ("DLIF cpp", "DLIF eager")},
         "DLIF eager",
         (*((T, 32, 8192) for T in (1, 2, 4, 8, 16, 32, 64)), *((8, N, 8192) for N in (8, 16, 64, 128))),
         is_layer=True,
     ),
-    "first_layer": Subject(FIRST_LAYER, "convolution at every step", ((8, 16, 3, 32, 32),)),
-    "conv4": Subject(network_tasks("conv4"), "ReLU", ((8, 16, 3, 32, 32),)),
-    "vgg5": Subject(network_tasks("vgg5"), "ReLU", ((8, 16, 3, 32, 32),)),
-    "conv4_adversarial": Subject(
+    "first_layer": MethodGroup(FIRST_LAYER, "convolution at every step", ((8, 16, 3, 32, 32),)),
+    "conv4": MethodGroup(network_tasks("conv4"), "ReLU", ((8, 16, 3, 32, 32),)),
+    "vgg5": MethodGroup(network_tasks("vgg5"), "ReLU", ((8, 16, 3, 32, 32),)),
+    "conv4_adversarial": MethodGroup(
         adversarial_tasks("conv4"), "published loop", ((8, 16, 3, 32, 32),), has_one_graph=False
     ),
-    "vgg5_adversarial": Subject(
+    "vgg5_adversarial": MethodGroup(
         adversarial_tasks("vgg5"), "published loop", ((8, 16, 3, 32, 32),), has_one_graph=False
     ),
-    "training_step": Subject(
+    "training_step": MethodGroup(
         TRAINING_STEPS, "textbook loop", ((4, 64, 1, 28, 28),), has_one_graph=False, peers=STEP_PEERS
     ),
 }
