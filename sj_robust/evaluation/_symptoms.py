@@ -163,8 +163,8 @@ def gradients(probe: Probe) -> list[Finding]:
             flat,
             f"For {flat:.0%} of the images the gradient promises, all the way to black or white, less than a tenth of "
             "the way to another class. Other classes lie within that range, so the slope is not to be believed.",
-            "The surrogate is too narrow or an input layer saturated: try other surrogate shapes and widths, and transfer "
-            "attacks from an undefended network.",
+            "The surrogate is too narrow or an input layer saturated: try other surrogate shapes and widths, and "
+            "transfer attacks from an undefended network.",
         ),
         _finding(
             "saturated_loss",

@@ -21,7 +21,7 @@ from sj_robust.evaluation.estimator_search import EstimatorSearch, search_estima
 from sj_robust.evaluation.fingerprint import fingerprint
 from sj_robust.evaluation.masking import diagnose
 from sj_robust.evaluation.member import Member, fools, scored
-from sj_robust.evaluation.outcome import SuiteOutcome
+from sj_robust.evaluation.outcome import MemberOutcome, SuiteOutcome
 from sj_robust.evaluation.progress import Position, computed_once
 from sj_robust.evaluation.robustness_report import RobustnessReport
 from sj_robust.evaluation.runner import Batches, data_fingerprint, rank_and_world_size, run_suite
@@ -31,12 +31,11 @@ from sj_robust.randomness import SampleSeeds
 
 __all__ = ["assess"]
 
-_PROBE = 256
-"""Images that firing is counted on and estimators are chosen on, at most."""
+_FIRST = 256
+"""Images that firing is counted on, estimators are chosen on and accuracy over eps is measured on, at most."""
 _DIAGNOSED = 40
 _FAR = 1e6
 """A lead of a wrong class that no network gives."""
-_CURVE = 256
 _FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 """Radii of accuracy over eps, in units of the threat's."""
 _NOT_DIAGNOSED = (
@@ -104,7 +103,8 @@ def assess(
     kind: dict[str, Any] = {"classes": classes, "eot_samples": draws}
     plan = make_suite(suite, threat, **kind)
     model = subject.model
-    x, y = _first(batches, _PROBE, model)
+    few = _first(batches)
+    x, y = (torch.cat(parts).to(device_of(model)) for parts in zip(*few, strict=True))
     if threat.norm == "L0":
         check_frames(x)
     _check_draws(model, x, y, draws)
@@ -122,7 +122,7 @@ def assess(
         plan = _with_transfer(plan, source, threat)
     say(f"suite {plan.name}: {plan.description}; {len(plan.members)} attacks, {len(plan.control)} of the control")
     outcome = parts.run("suite", batches, (*plan.members, *plan.control), threat)
-    curve = _curve_of(outcome, threat) or parts.over_eps(batches, chosen[0] if chosen else "training")
+    curve = _curve_of(outcome, threat) or parts.over_eps(few, chosen[0] if chosen else "training")
     findings = parts.findings(source) if threat.norm != "L0" else []
     network = {"architecture": subject.architecture, "fingerprint": key["network"]} | describe_network(model)
     unseen = sorted({text for row in outcome.potential for text in row["warnings"]} | set(outcome.warnings))
@@ -201,12 +201,14 @@ class _Parts:
             on_step=self.on_step,
         )
 
-    def over_eps(self, batches: Batches, estimator: str) -> list[dict[str, Any]]:
+    def over_eps(self, few: Batches, estimator: str) -> list[dict[str, Any]]:
         """Accuracy over eps, from a short attack at every radius."""
         self.say("accuracy over the number of changes" if self.threat.norm == "L0" else "accuracy over eps")
         radii = _radii(self.threat, elements=self.x[0].numel())
-        levels = tuple(_level(replace(self.threat, eps=radius), estimator, self.draws) for radius in radii)
-        return _cumulative(self.run("over_eps", _few(batches), levels, replace(self.threat, eps=max(radii))))
+        levels = [_level(replace(self.threat, eps=radius), estimator, self.draws) for radius in radii]
+        outcome = self.run("over_eps", few, levels, replace(self.threat, eps=max(radii)))
+        kind = "flip_events" if self.threat.norm == "L0" else "APGD-CE 20"
+        return _curve(outcome, outcome.members, [f"{kind}, {estimator}"] * len(levels))
 
     def findings(self, source: nn.Module | None) -> list[dict[str, Any]]:
         """Findings of the diagnosis of gradient masking."""
@@ -266,50 +268,29 @@ def _level(threat: ThreatModel, estimator: str, draws: int) -> Member:
     return Member(name, attack, estimator, group="over_eps", threat=threat)
 
 
-def _cumulative(outcome: SuiteOutcome) -> list[dict[str, Any]]:
-    """Accuracy after each radius of one group."""
-    total, left = len(outcome.labels), len(outcome.correct)
-    rows = [_row(0.0, "clean", left, total)]
-    for member in outcome.members:
-        left -= len(member.fooled)
-        attack = "flip_events" if member.name.startswith("flips") else "APGD-CE 20"
-        rows.append(_row(member.eps or 0.0, f"{attack}, {member.estimator}", left, total))
-    return rows
-
-
 def _curve_of(outcome: SuiteOutcome, threat: ThreatModel) -> list[dict[str, Any]]:
     """Accuracy over eps from the members of a suite that have other radii than the threat, such as the paper's."""
     members = [member for member in outcome.members if "@" in member.name and member.eps is not None]
     if len({member.eps for member in members} - {threat.eps}) < 2:
         return []
-    total, right = len(outcome.labels), len(outcome.correct)
-    rows = [_row(0.0, "clean", right, total)]
-    rows += [_row(m.eps or 0.0, m.name.partition("@")[0], right - len(m.fooled), total) for m in members]
+    return _curve(outcome, members, [member.name.partition("@")[0] for member in members])
+
+
+def _curve(outcome: SuiteOutcome, members: Sequence[MemberOutcome], attacks: Sequence[str]) -> list[dict[str, Any]]:
+    """Rows of accuracy over eps; in a group every member begins with what the earlier ones left."""
+    correct, total = len(outcome.correct), len(outcome.labels)
+    rows: list[dict[str, Any]] = [{"eps": "0", "attack": "clean", "correct": correct, "total": total}]
+    for member, attack in zip(members, attacks, strict=True):
+        left = (rows[-1]["correct"] if member.group else correct) - len(member.fooled)
+        rows.append({"eps": eps_text(member.eps or 0.0), "attack": attack, "correct": left, "total": total})
     return rows
 
 
-def _row(eps: float, attack: str, correct: int, total: int) -> dict[str, Any]:
-    return {"eps": eps_text(eps), "attack": attack, "correct": correct, "total": total}
-
-
-def _first(batches: Batches, count: int, model: nn.Module) -> tuple[Tensor, Tensor]:
-    """The first images, on the device of the network."""
-    device = device_of(model)
-    images, labels, size = [], [], 0
-    for batch in batches:
-        images.append(batch[0])
-        labels.append(batch[1])
-        size += len(batch[1])
-        if size >= count:
-            break
-    return torch.cat(images)[:count].to(device), torch.cat(labels)[:count].to(device)
-
-
-def _few(batches: Batches) -> list[tuple[Tensor, ...]]:
-    """Batches for accuracy over eps: whole ones, until there are enough images."""
+def _first(batches: Batches) -> list[tuple[Tensor, ...]]:
+    """The first images in their batches."""
     few: list[tuple[Tensor, ...]] = []
     for batch in batches:
-        left = _CURVE - sum(len(labels) for _, labels in few)
+        left = _FIRST - sum(len(labels) for _, labels in few)
         if left <= 0:
             break
         few.append((batch[0][:left], batch[1][:left]))

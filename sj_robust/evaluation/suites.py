@@ -113,26 +113,18 @@ def make_suite(
         raise ValueError(f"suite must be one of {', '.join(get_args(SuiteName))}, got {name!r}")
     if isinstance(classes, bool) or not isinstance(classes, int) or classes < 2:
         raise ValueError(f"classes must be an integer >= 2, got {classes!r}; pass the number of logits")
-    if chosen and name in ("paper", "autoattack", "gradients"):
+    fixed = {"paper": _paper, "autoattack": _autoattack, "gradients": _gradients}
+    if chosen and name in fixed:
         raise ValueError(f"suite {name!r} has its estimators fixed, got {list(chosen)}; pass none")
     if (name == "events") != (threat.norm == "L0"):
         remedy = "count changes with ThreatModel('L0', k)" if name == "events" else "use the suite 'events'"
         raise ValueError(f"suite {name!r} does not fit a threat in {threat.norm}; {remedy}")
     check_count("eot_samples", eot_samples)
     plan = _Plan(threat, classes, eot_samples)
-    match name:
-        case "paper":
-            return _paper(plan)
-        case "autoattack":
-            return _autoattack(plan)
-        case "gradients":
-            return _gradients(plan)
-        case "fast":
-            return _fast(plan, tuple(dict.fromkeys(chosen)) or ("training",))
-        case "events":
-            return _events(plan, tuple(dict.fromkeys(chosen)) or ("training",))
-        case _:
-            return _standard(plan, tuple(dict.fromkeys(chosen)) or ("training",))
+    if name in fixed:
+        return fixed[name](plan)
+    choosing = {"fast": _fast, "standard": _standard, "events": _events}
+    return choosing[name](plan, tuple(dict.fromkeys(chosen)) or ("training",))
 
 
 @dataclass(frozen=True)
@@ -164,19 +156,15 @@ class _Plan:
         """SA-PGD, which knows the Linf ball alone."""
         if self.threat.norm != "Linf":
             return []
-        return [
-            self.member(
-                "sapgd", partial(sapgd, eps=self.threat.eps, steps=100, **expectation(self.eot_samples)), estimator
-            )
-        ]
+        attack = partial(sapgd, eps=self.threat.eps, steps=100, **expectation(self.eot_samples))
+        return [self.member("sapgd", attack, estimator)]
 
     def square(self, queries: int) -> Member:
         return self.member("square", partial(square, eps=self.threat.eps, norm=self.threat.ball, queries=queries))
 
     def _apgd(self, loss: Literal["ce", "dlr", "dlr_targeted"], steps: int) -> partial[Tensor]:
-        return partial(
-            apgd, eps=self.threat.eps, norm=self.threat.ball, loss=loss, steps=steps, **expectation(self.eot_samples)
-        )
+        noisy = expectation(self.eot_samples)
+        return partial(apgd, eps=self.threat.eps, norm=self.threat.ball, loss=loss, steps=steps, **noisy)
 
     @property
     def sure(self) -> dict[str, Any]:
