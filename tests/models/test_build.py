@@ -102,19 +102,20 @@ def test_spikformer():
     assert classifier(torch.rand(1, 3, 32, 32)).shape == (1, 6)
 
 
-def test_event_frames_and_the_zoo():
-    spec = NetworkSpec("zoo:NMNISTNet", image_shape=(2, 34, 34), T=3, frames=True, options={"channels": 2})
-    classifier = build_classifier(spec)
-    assert isinstance(classifier, SpikingEventClassifier)
-    assert classifier(torch.randint(2, (2, 3, 2, 34, 34)).float()).shape == (2, 10)
-
-
-@pytest.mark.parametrize("name", ["small", "vgg5", "wrn16_4"])
-def test_event_frames(name):
-    options = {"depth": 10, "widen_factor": 1} if name == "wrn16_4" else {}
-    spec = NetworkSpec(name, image_shape=(2, 8, 8), T=3, hidden=(8, 8), frames=True, options=options)
+@pytest.mark.parametrize(
+    ("name", "size", "options"),
+    [
+        ("small", 8, {}),
+        ("vgg5", 8, {}),
+        ("wrn16_4", 8, {"depth": 10, "widen_factor": 1}),
+        ("zoo:NMNISTNet", 34, {"channels": 2}),
+    ],
+)
+def test_event_frames(name, size, options):
+    spec = NetworkSpec(name, image_shape=(2, size, size), T=3, hidden=(8, 8), frames=True, options=options)
     classifier = build_classifier(spec).eval()
-    frames = torch.randint(2, (4, 3, 2, 8, 8)).float() * 3
+    assert isinstance(classifier, SpikingEventClassifier)
+    frames = torch.randint(2, (4, 3, 2, size, size)).float() * 3
     expected = build_network(spec).eval()
     expected.load_state_dict(classifier.net.state_dict())
     with torch.no_grad():
@@ -173,17 +174,24 @@ def test_wrong_names(own):
 
 
 def test_wrong_options(own):
-    with pytest.raises(ValueError, match=r"takes no option 'widht'; it takes image_shape, classes, T, .*width"):
-        build_network(NetworkSpec("own_models:build", options={"widht": 5}))
-    for name in ("small", "vgg5", "wrn16_4"):
-        with pytest.raises(ValueError, match=rf"{name} cannot be built with the options .*'depht'.*neurons \(dlif\)"):
-            build_network(NetworkSpec(name, hidden=(8,), options={"depht": 5}))
-    with pytest.raises(ValueError, match="takes images of 3 channels, these have 1"):
-        build_network(NetworkSpec("zoo:spiking_resnet18"))
-    with pytest.raises(ValueError, match=r"mean must have one value per channel \(1\), got \(0.1, 0.2\)"):
-        build_classifier(NetworkSpec(mean=(0.1, 0.2)))
-    with pytest.raises(ValueError, match="std is for images, event frames stay as they are"):
-        build_classifier(NetworkSpec(std=(0.1,), frames=True))
+    for spec, words in (
+        (
+            NetworkSpec("own_models:build", options={"widht": 5}),
+            r"takes no option 'widht'; it takes image_shape, classes, T, .*width",
+        ),
+        *(
+            (
+                NetworkSpec(name, hidden=(8,), options={"depht": 5}),
+                rf"{name} cannot be built with the options .*'depht'.*neurons \(dlif\)",
+            )
+            for name in ("small", "vgg5", "wrn16_4")
+        ),
+        (NetworkSpec("zoo:spiking_resnet18"), "takes images of 3 channels, these have 1"),
+        (NetworkSpec(mean=(0.1, 0.2)), r"mean must have one value per channel \(1\), got \(0.1, 0.2\)"),
+        (NetworkSpec(std=(0.1,), frames=True), "std is for images, event frames stay as they are"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            build_classifier(spec)
 
 
 def write(path, spec, classifier, *, without=()):
@@ -203,14 +211,14 @@ def test_checkpoints_return_the_same_network(tmp_path):
     assert torch.equal(subject.model(images), classifier(images))
 
 
-def test_checkpoints_from_before_these_fields_existed_load(tmp_path):
-    spec = NetworkSpec()
-    write(
-        tmp_path / "best.pt", spec, classifier := build_classifier(spec), without=("mean", "std", "frames", "options")
-    )
-    subject = from_checkpoint(tmp_path / "best.pt")
+def test_checkpoints_from_before_these_fields_existed_load_and_at_another_number_of_time_steps(tmp_path):
+    spec, new = NetworkSpec(T=3), ("mean", "std", "frames", "options")
+    write(tmp_path / "best.pt", spec, classifier := build_classifier(spec), without=new)
+    subject = from_checkpoint(tmp_path / "best.pt", T=5)
     assert isinstance(subject.model.net, ConvChain)
     assert torch.equal(subject.model.net.first.weight, classifier.net.first.weight)
+    assert (subject.spec.T, subject.model.T, subject.model.net.T) == (5, 5, 5)
+    assert subject.model(torch.rand(2, 1, 8, 8)).shape == (2, 10)
 
 
 def test_checkpoints_run_functions_only_where_trusted(own):
@@ -219,11 +227,3 @@ def test_checkpoints_run_functions_only_where_trusted(own):
     assert from_checkpoint(own / "best.pt", trust_code=True).spec == spec
     with pytest.raises(ValueError, match=r"names the function own_models.py:build .* pass trust_code=True"):
         from_checkpoint(own / "best.pt")
-
-
-def test_checkpoints_at_another_number_of_time_steps(tmp_path):
-    spec = NetworkSpec(T=3)
-    write(tmp_path / "best.pt", spec, build_classifier(spec))
-    subject = from_checkpoint(tmp_path / "best.pt", T=5)
-    assert (subject.spec.T, subject.model.T, subject.model.net.T) == (5, 5, 5)
-    assert subject.model(torch.rand(2, 1, 8, 8)).shape == (2, 10)
