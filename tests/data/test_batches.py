@@ -23,15 +23,12 @@ def test_an_epoch_shows_every_image_at_most_once_and_the_next_another_order():
     assert first != at_epoch(0, seed=6)
 
 
-def test_an_epoch_continues_at_any_batch():
-    assert at_epoch(3)[2:] == at_epoch(3, first_batch=2)
-
-
-def test_processes_share_the_same_global_batches():
+def test_processes_share_the_same_global_batches_from_any_of_them_on():
     shares = [at_epoch(1, rank=rank, processes=2) for rank in range(2)]
     for whole, *parts in zip(at_epoch(1), *shares, strict=True):
         assert {len(part) for part in parts} == {2}
         assert sorted(whole) == sorted(index for part in parts for index in part)
+    assert at_epoch(3)[2:] == at_epoch(3, first_batch=2)
 
 
 def test_indices_of_any_batch():
@@ -71,32 +68,25 @@ def test_a_killed_worker_is_an_error_that_says_so():
         list(image_loader(Wrong(), 2, workers=1))
 
 
-def test_workers_leave_the_global_random_state_alone():
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_loader_follows_the_batches_and_leaves_the_global_random_state_alone(workers):
     dataset = TensorDataset(torch.arange(23.0))
     before = torch.get_rng_state()
     batches = ShuffledBatches(23, 4, seed=5)
-    loader = image_loader(dataset, batches, workers=1)
+    loader = image_loader(dataset, batches, workers=workers)
     for epoch, first_batch in ((0, 0), (1, 3), (2, 0)):
         batches.epoch, batches.first_batch = epoch, first_batch
         assert [x.int().tolist() for (x,) in loader] == at_epoch(epoch, first_batch)
         assert len(next(iter(loader))[0]) == 4  # an epoch that is left early does not leak into the next
+    assert torch.cat([x for (x,) in image_loader(dataset, 5, workers)]).tolist() == list(range(23))
     assert torch.equal(before, torch.get_rng_state())
-
-
-def test_a_loader_leaves_the_global_random_state_alone():
-    dataset = TensorDataset(torch.arange(23.0))
-    torch.manual_seed(0)
-    before = torch.get_rng_state()
-    images = [x for (x,) in image_loader(dataset, ShuffledBatches(23, 4, seed=5))]
-    assert torch.equal(before, torch.get_rng_state())
-    assert [image.int().tolist() for image in images] == at_epoch(0)
-    assert torch.cat([x for (x,) in image_loader(dataset, 5)]).tolist() == list(range(23))
 
 
 def test_wrong_use():
-    with pytest.raises(ValueError, match="number of training images, 23; got 24"):
-        ShuffledBatches(23, 24, seed=0)
-    with pytest.raises(ValueError, match="workers must be >= 0, got -1"):
-        image_loader(TensorDataset(torch.arange(3)), 1, workers=-1)
-    with pytest.raises(ValueError, match="multiple of the number of processes, 3"):
-        ShuffledBatches(23, 4, seed=0, processes=3)
+    for use, message in (
+        (lambda: ShuffledBatches(23, 24, seed=0), "number of training images, 23; got 24"),
+        (lambda: image_loader(TensorDataset(torch.arange(3)), 1, workers=-1), "workers must be >= 0, got -1"),
+        (lambda: ShuffledBatches(23, 4, seed=0, processes=3), "multiple of the number of processes, 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            use()
