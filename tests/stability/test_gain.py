@@ -1,6 +1,7 @@
 """Gains over time against dense linear algebra, the table of the method, and worst cases that reach the bounds."""
 
 import doctest
+import itertools
 import math
 from pathlib import Path
 
@@ -68,15 +69,11 @@ def test_gains_equal_dense_linear_algebra(T):
     torch.testing.assert_close(l2_gain(decay, T), dense_l2(decay, T), rtol=1e-10, atol=0)
 
 
-@pytest.mark.parametrize("decay", [1e-3, 0.5, 0.99, 1 - 1e-7])
-def test_closed_forms(decay):
-    for T in (1, 2, 50, 2000):
+def test_closed_forms():
+    for decay, T in itertools.product([1e-3, 0.5, 0.99, 1 - 1e-7], (1, 2, 50, 2000)):
         expected = math.sqrt(math.expm1(2 * T * math.log(decay)) / math.expm1(2 * math.log(decay)))
         assert float(peak_gain(decay, T)) == pytest.approx(expected, rel=1e-9)
-
-
-def test_a_neuron_without_leak_has_the_norm_of_a_cumulative_sum():
-    for T in (1, 2, 9, 4000):
+    for T in (1, 2, 9, 4000):  # without leak, the norm of a cumulative sum
         assert float(l2_gain(1.0, T)) == pytest.approx(0.5 / math.sin(math.pi / (4 * T + 2)), rel=1e-10)
         assert float(peak_gain(1.0, T)) == pytest.approx(math.sqrt(T), rel=1e-12)
     assert l2_gain_limit(1.0) == printed_gain(1.0) == math.inf
@@ -101,6 +98,7 @@ def test_broadcasting():
             one = l2_gain(float(decay[i, 0]), 5, p[i, j])
             torch.testing.assert_close(l2_gain(decay, 5, p)[i, j], one, rtol=1e-11, atol=0)
     assert l2_gain(torch.zeros(0), 5).shape == (0,)
+    assert torch.equal(peak_gain(0.5, 3, [1.0, 2.0, 0.5]), peak_gain(0.5, 3, torch.tensor([1.0, 2.0, 0.5])))
 
 
 def test_no_gain_at_all():
@@ -117,7 +115,7 @@ def test_the_printed_constant_is_exceeded_as_an_l2_gain(decay, first):
     assert eps.norm() / ds.norm() > printed_gain(decay) * 1.01
 
 
-def test_stored_counterexample_of_spikes():
+def test_stored_counterexamples_of_spikes_and_of_a_learned_gain():
     """decay 0.5, W = 1, three steps: one more spike in every step exceeds the printed constant."""
     s, s_tilde = torch.ones(3, dtype=F64), torch.zeros(3, dtype=F64)
     eps = simplified_perturbation(s, s_tilde, decay=0.5)
@@ -125,9 +123,7 @@ def test_stored_counterexample_of_spikes():
     ratio = eps.norm() / (s - s_tilde).norm()
     assert f"{ratio:.4f}" == "1.4506"
     assert printed_gain(0.5) < ratio < l2_gain(0.5, 3)
-
-
-def test_a_learned_gain_exceeds_the_printed_constant_at_the_decay_and_steps_of_the_paper():
+    # at the decay and number of steps of the paper
     assert l2_gain(0.99, 8) < printed_gain(0.99)
     assert digits([l2_gain(0.99, 8, 2 * torch.ones(8))]) == "10.527"
 
@@ -214,16 +210,16 @@ def test_wrong_use():
         for gain in (lambda d: l2_gain(d, 3), lambda d: peak_gain(d, 3), l2_gain_limit, printed_gain):
             with pytest.raises(ValueError, match=r"decay must be in \(0, 1\]"):
                 gain(decay)
-    with pytest.raises(ValueError, match="T must be >= 1, got 0"):
-        l2_gain(0.5, 0)
-    with pytest.raises(ValueError, match=r"shape \[..., T\] with T = 3, got \(4,\)"):
-        l2_gain(0.5, 3, torch.ones(4))
-    with pytest.raises(ValueError, match="input_gain must have shape"):
-        peak_gain(0.5, 1, torch.tensor(1.0))
-    with pytest.raises(ValueError, match="must be finite"):
-        l2_gain(0.5, 2, torch.tensor([1.0, math.nan]))
-    with pytest.raises(ValueError, match="must broadcast"):
-        l2_gain(torch.ones(3), 2, torch.ones(2, 2))
+    for gain, arguments, message in (
+        (l2_gain, (0.5, 0), "T must be >= 1, got 0"),
+        (l2_gain, (0.5, 3, torch.ones(4)), r"shape \[..., T\] with T = 3, got \(4,\)"),
+        (l2_gain, (0.5, 4, [1.0, 2.0]), "must have shape"),
+        (peak_gain, (0.5, 1, torch.tensor(1.0)), "input_gain must have shape"),
+        (l2_gain, (0.5, 2, torch.tensor([1.0, math.nan])), "must be finite"),
+        (l2_gain, (torch.ones(3), 2, torch.ones(2, 2)), "must broadcast"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            gain(*arguments)
 
 
 def test_numbers_of_the_documentation():
@@ -231,9 +227,3 @@ def test_numbers_of_the_documentation():
     failed, attempted = doctest.testfile(str(page), module_relative=False, encoding="utf-8")
     assert failed == 0
     assert attempted > 10
-
-
-def test_input_gains_may_be_a_list():
-    assert torch.equal(peak_gain(0.5, 3, [1.0, 2.0, 0.5]), peak_gain(0.5, 3, torch.tensor([1.0, 2.0, 0.5])))
-    with pytest.raises(ValueError, match="must have shape"):
-        l2_gain(0.5, 4, [1.0, 2.0])

@@ -13,7 +13,7 @@ from torch import nn
 from sj_robust import DLIFNode
 from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.neuron import fuse
-from sj_robust.stability import INPUT, _affine, input_maps, operator
+from sj_robust.stability import INPUT, _affine, certify, input_maps, operator
 from sj_robust.stability._lanczos import largest_singular_value
 
 NODE = partial(neuron.LIFNode, surrogate_function=surrogate.ATan(), step_mode="m")
@@ -284,6 +284,19 @@ class Recurrent(base.MemoryModule):
         return x + before
 
 
+class Once(torch.autograd.Function):
+    """Has no second derivative."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        return 2 * gradient
+
+
 NOT_LINEAR = {
     "relu": (Between(lambda n, s: n.relu(n.linear(s)), relu=nn.ReLU()), "not affine in first.*relu .ReLU"),
     "attention": (
@@ -306,6 +319,11 @@ NOT_LINEAR = {
         Between(lambda n, s: torch.stack([n.memory(x) for x in s]), memory=Recurrent()),
         "not the same map at every time step",
     ),
+    "once differentiable": (Between(lambda n, s: n.linear(Once.apply(s))), "cannot be differentiated"),
+    "before a pooling": (
+        Between(lambda n, s: n.pool(s.relu()), pool=layer.MaxPool2d(2, step_mode="m")),
+        "the max pooling pool before it: not affine",
+    ),
     "mixes time steps": (Between(lambda n, s: s + s.flip(0)), "not the same map at every time step"),
 }
 
@@ -313,34 +331,11 @@ NOT_LINEAR = {
 @pytest.mark.parametrize("kind", NOT_LINEAR)
 def test_what_is_not_linear_is_named_and_not_covered(kind):
     net, reason = NOT_LINEAR[kind]
-    found = input_maps(net, torch.rand(1, 5, 4) if kind == "attention" else torch.rand(1, 4))
+    found = input_maps(net, torch.rand({"attention": (1, 5, 4), "before a pooling": (1, 1, 4, 4)}.get(kind, (1, 4))))
     assert found["last"].norm is None
     assert re.search(reason, found["last"].not_covered), found["last"]
     if kind != "called twice":
         assert found["first"].norm == pytest.approx(1.0)
-
-
-def test_a_once_differentiable_operation_is_not_covered():
-    class Scale(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return 2 * x
-
-        @staticmethod
-        @torch.autograd.function.once_differentiable
-        def backward(ctx, gradient):
-            return 2 * gradient
-
-    found = input_maps(Between(lambda n, s: n.linear(Scale.apply(s))), torch.rand(1, 4))
-    assert "cannot be differentiated" in found["last"].not_covered
-
-
-def test_not_covered_before_a_pooling_reaches_behind_it():
-    pool = layer.MaxPool2d(2, step_mode="m")
-    net = Between(lambda n, s: n.pool(s.relu()), pool=pool)
-    found = input_maps(net, torch.rand(1, 1, 4, 4))["last"]
-    assert found.norm is None
-    assert "the max pooling pool before it: not affine" in found.not_covered
 
 
 def test_single_step_neurons_in_containers_are_handed_the_steps_in_turn():
@@ -359,11 +354,6 @@ def test_single_step_neurons_in_containers_are_handed_the_steps_in_turn():
     assert "not the same map at every time step" in found["sub_module"].not_covered
 
 
-def test_a_layer_used_twice_is_listed_once():
-    net, _ = NOT_LINEAR["called twice"]
-    assert list(input_maps(net, torch.rand(1, 4))) == ["first", "last"]
-
-
 class Halves(nn.Module):
     """Hands on two tensors in a list."""
 
@@ -371,20 +361,19 @@ class Halves(nn.Module):
         return list(x_seq.chunk(2, -1))
 
 
-class InHalves(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.halves = Halves()
-        self.node = NODE()
-
-    def forward(self, x_seq):
-        first, second = self.halves(x_seq)
-        return self.node(3.0 * first - 4.0 * second)
+def difference_of_halves(net, spikes):
+    first, second = net.halves(spikes)
+    return 3.0 * first - 4.0 * second
 
 
-def test_a_module_may_hand_on_a_list():
-    found = input_maps(InHalves(), torch.rand(1, 6))["node"]
+def test_a_module_may_hand_on_a_list_a_map_may_be_zero_and_a_layer_used_twice_is_listed_once():
+    found = input_maps(Between(difference_of_halves, halves=Halves()), torch.rand(1, 6))["last"]
     assert found.norm == pytest.approx(5.0, rel=1e-4)
+    net = Between(lambda n, s: n.linear(s))
+    nn.init.zeros_(net.linear.weight)
+    assert input_maps(net, torch.rand(1, 4))["last"].norm == 0.0
+    net, _ = NOT_LINEAR["called twice"]
+    assert list(input_maps(net, torch.rand(1, 4))) == ["first", "last"]
 
 
 def test_wherever_it_is_called_the_forward_of_the_user_and_full_precision_stay():
@@ -401,16 +390,13 @@ def test_wherever_it_is_called_the_forward_of_the_user_and_full_precision_stay()
         input_maps(net, torch.rand(0, 4))
 
 
-def test_zero_map():
-    net = Between(lambda n, s: n.linear(s))
-    nn.init.zeros_(net.linear.weight)
-    assert input_maps(net, torch.rand(1, 4))["last"].norm == 0.0
-
-
-def test_the_network_is_left_as_it_was():
-    net = seeded(
-        lambda: build_classifier(NetworkSpec(image_shape=(1, 8, 8), classes=3, T=2, neuron="dlif"))
-    ).net.train()
+@pytest.mark.parametrize(
+    "run",
+    [lambda net, x: input_maps(net, x), lambda net, x: certify(net, x, 2, x_perturbed=1 - x)],
+    ids=["input_maps", "certify"],
+)
+def test_the_network_is_left_as_it_was(run):
+    net = seeded(lambda: build_classifier(NetworkSpec(classes=3, T=2))).net.train()
     functional.reset_net(net)
     net(torch.rand(2, 1, 8, 8))
     net.stages[0].eval()
@@ -419,7 +405,7 @@ def test_the_network_is_left_as_it_was():
     weights = {name: value.clone() for name, value in net.state_dict().items()}
     hooks = [(len(m._forward_hooks), len(m._forward_pre_hooks)) for m in net.modules()]
     random = torch.get_rng_state()
-    once = input_maps(net, torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+    once = run(net, torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
     assert torch.equal(random, torch.get_rng_state())
     assert modes == [module.training for module in net.modules()]
     for before, module in zip(memories, [m for m in net.modules() if isinstance(m, base.MemoryModule)], strict=True):
@@ -429,7 +415,8 @@ def test_the_network_is_left_as_it_was():
     assert all(parameter.grad is None for parameter in net.parameters())
     assert not any("forward" in vars(module) for module in net.modules())
     with torch.no_grad():
-        assert input_maps(net, torch.rand(1, 1, 8, 8)) == once, "of the same seed, whatever the frame"
+        again = run(net, torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(0)))
+        assert again == once, "of the same seed"
 
 
 def test_the_network_is_left_as_it_was_by_an_error():
@@ -446,15 +433,12 @@ def test_the_network_is_left_as_it_was_by_an_error():
 def test_lanczos_with_and_without_restarts(basis):
     torch.manual_seed(0)
     matrix = torch.randn(30, 20, dtype=torch.float64)
-    found = largest_singular_value(
-        lambda v: matrix @ v, lambda u: matrix.T @ u, torch.randn(20).double(),
-        tolerance=1e-6, max_iterations=500, basis=basis,
-    )  # fmt: skip
+    products = (lambda v: matrix @ v, lambda u: matrix.T @ u)
+    found, stopped = (
+        largest_singular_value(*products, torch.randn(20).double(), tolerance=1e-6, max_iterations=steps, basis=basis)
+        for steps in (500, 3)
+    )
     assert found.value == pytest.approx(float(torch.linalg.matrix_norm(matrix, 2)), rel=1e-9)
-    stopped = largest_singular_value(
-        lambda v: matrix @ v, lambda u: matrix.T @ u, torch.randn(20).double(),
-        tolerance=1e-6, max_iterations=3, basis=basis,
-    )  # fmt: skip
     assert stopped.iterations == 3
     assert stopped.residual > 1e-6 * stopped.value
     nearest = (torch.linalg.svdvals(matrix) - stopped.value).abs().min()
