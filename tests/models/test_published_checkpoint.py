@@ -116,7 +116,7 @@ def published(kind, gains, size, T=3):
     return net.eval()
 
 
-CASES = [(Vgg5, "vgg5", 8), (Wrn16, "wrn16_4", 16)]
+CASES = [(Vgg5, "vgg5", 8), pytest.param(Wrn16, "wrn16_4", 16, marks=pytest.mark.slow)]
 
 
 @pytest.mark.slow

@@ -260,6 +260,7 @@ def tracing(test):
 
 @pytest.mark.slow
 @tracing
+@pytest.mark.slow
 def test_a_compiled_network_trains_the_same_weights(tmp_path, monkeypatch):
     calls = []
 

@@ -153,7 +153,7 @@ def loss_by_hand(case, network, x, y, x_perturbed):
     return total + rho * mppd + penalty, mppd, penalty
 
 
-@pytest.mark.parametrize("kind", ["dlif", "lif"])
+@pytest.mark.parametrize("kind", ["dlif", pytest.param("lif", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: repr(case)[5:-1].split(", kappa")[0] + str(CASES.index(case)))
 def test_a_step_equals_the_formulas(case, kind):
     classifier, x, y = build(kind)
