@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from attacks.oracle import linear_oracle
 from evaluation.suite_run import classifier, images
 from torch import nn
 
@@ -59,32 +60,6 @@ def shortened(members, **few):
         )
         for member in members
     ]
-
-
-def linear(classes, dtype=torch.float64, features=12):
-    generator = torch.Generator().manual_seed(1)
-    model = nn.Sequential(nn.Flatten(), nn.Linear(features, classes, dtype=dtype))
-    with torch.no_grad():
-        model[1].weight.copy_(torch.randn(classes, features, generator=generator, dtype=dtype))
-        model[1].bias.copy_(-0.5 * model[1].weight.sum(1))
-    return model.requires_grad_(False)
-
-
-def points(model, n, dtype=torch.float64, shape=(1, 3, 4)):
-    """Images in the middle of the box, every ninth with a wrong label."""
-    x = 0.25 + 0.5 * torch.rand(n, *shape, generator=torch.Generator().manual_seed(2), dtype=dtype)
-    y = model(x).argmax(1)
-    y[::9] = (y[::9] + 1) % model(x[:1]).shape[1]
-    return x, y
-
-
-def distances(model, x, y, norm):
-    """Distance of every image to the nearest other class of a linear network, negative where it is wrong already."""
-    weight, logits = model[1].weight, model(x)
-    difference = weight[y][:, None] - weight[None]
-    length = difference.abs().sum(2) if norm == "Linf" else difference.square().sum(2).sqrt()
-    margin = logits.gather(1, y[:, None]) - logits
-    return (margin / length).scatter(1, y[:, None], torch.inf).amin(1)
 
 
 class TestMakeUp:
@@ -196,19 +171,16 @@ class TestVerdict:
     @pytest.mark.parametrize("name", ["fast", "standard"])
     @pytest.mark.parametrize(("norm", "classes"), [("Linf", 6), ("L2", 6), ("Linf", 2)])
     def test_linear_network_gets_exactly_its_robust_accuracy(self, name, norm, classes):
-        model = linear(classes)
-        x, y = points(model, 60)
-        distance = distances(model, x, y, norm)
-        middle = distance.sort().values[20:35]
-        gap = middle.diff().argmax()
-        eps = float(middle[gap : gap + 2].mean())  # no image is at the very border of the ball
-        suite = make_suite(name, ThreatModel(norm, eps), classes=classes)
-        result = worst_case(model, x, y, shortened(suite.members), seeds=SampleSeeds(range(60)))
-        assert torch.equal(result.standing("suite"), distance > eps)
-        assert result.robust_accuracy == float((distance > eps).double().mean())
-        assert 0.3 < result.robust_accuracy < 0.6
+        oracle = linear_oracle(classes, norm)
+        y = oracle.y.clone()
+        y[::9] = (y[::9] + 1) % classes  # wrong already
+        robust = oracle.robust.clone()
+        robust[::9] = False
+        suite = make_suite(name, ThreatModel(norm, oracle.eps), classes=classes)
+        result = worst_case(oracle.model, oracle.x, y, shortened(suite.members), seeds=SampleSeeds(range(60)))
+        assert torch.equal(result.standing("suite"), robust)
+        assert result.robust_accuracy == float(robust.double().mean())
 
-    @pytest.mark.slow
     def test_a_network_whose_surrogate_masks_gradients_is_broken_and_its_control_is_not(self):
         model = classifier()
         for module in model.modules():

@@ -1,12 +1,15 @@
 """Worst case over attacks and estimators: who attacks what, what counts, and what stays as it was."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+from attacks.oracle import linear_oracle
 from attacks.table import MODELS, linear_model
 from torch import nn
+from unchanged import unchanged
 
 from sj_robust.attacks import SampleSeeds, ThreatModel, fgsm, pgd
 from sj_robust.evaluation import Member, craft, fools, worst_case
@@ -102,23 +105,12 @@ class TestWorstCase:
         assert together.outcomes[1].eps is None
 
     def test_linear_network_has_exactly_the_robust_accuracy_of_its_distances(self):
-        generator = torch.Generator().manual_seed(0)
-        weight = torch.randn(36, generator=generator, dtype=torch.float64)
-        x = 0.3 + 0.4 * torch.rand(60, 36, generator=generator, dtype=torch.float64)  # the box is out of reach
-        margin = (x - 0.5) @ weight
-        y = (margin > 0).long()
-        distance = margin.abs() / weight.abs().sum()
-        eps = float(distance.quantile(0.5))  # between two of them
-        assert (distance - eps).abs().min() > 1e-3 * eps
-
-        def model(z):
-            score = (z - 0.5) @ weight
-            return torch.stack([-score, score], 1)
-
-        members = [Member("pgd", partial(pgd, eps=eps, step_size=eps / 2, steps=8), threat=ThreatModel("Linf", eps))]
-        result = worst_case(model, x, y, members, seeds=seeds(60))
-        assert torch.equal(result.standing("suite"), distance > eps)
-        assert result.robust_accuracy == float((distance > eps).double().mean())
+        oracle = linear_oracle(2, "Linf")
+        attack = partial(pgd, eps=oracle.eps, step_size=oracle.eps / 2, steps=8)
+        members = [Member("pgd", attack, threat=ThreatModel("Linf", oracle.eps))]
+        result = worst_case(oracle.model, oracle.x, oracle.y, members, seeds=seeds(60))
+        assert torch.equal(result.standing("suite"), oracle.robust)
+        assert result.robust_accuracy == float(oracle.robust.double().mean())
 
     def test_seeds_decide_it_and_neither_batch_size_nor_the_other_samples(self, digits):
         model, x, y = digits
@@ -197,8 +189,6 @@ class TestCraft:
     def test_modes_random_state_and_hooks_stay(self, model, batch, fail):
         for number, module in enumerate(model.modules()):
             module.training = number % 2 == 0
-        modes = [module.training for module in model.modules()]
-        state = torch.get_rng_state()
 
         def careless(model, x, y, *, generator):
             torch.rand(3)
@@ -207,15 +197,12 @@ class TestCraft:
                 raise KeyError("from the attack")
             return x
 
-        if fail:
-            with pytest.raises(KeyError, match="from the attack"):
-                craft(model, *batch, Member("careless", careless), seeds=seeds(7))
-        else:
+        with (
+            unchanged(model, states=False),
+            pytest.raises(KeyError, match="from the attack") if fail else nullcontext(),
+        ):
             craft(model, *batch, Member("careless", careless), seeds=seeds(7))
             fools(model, *batch, seeds=seeds(7))
-        assert [module.training for module in model.modules()] == modes
-        assert torch.equal(torch.get_rng_state(), state)
-        assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 class TestFools:

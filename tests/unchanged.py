@@ -1,0 +1,37 @@
+"""What a measurement must leave as it was."""
+
+import copy
+import random
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def unchanged(model, *generators, hooked=(), states=True):
+    """Modes, weights, gradients and hooks of a network, and all generators, are as before in the end.
+
+    So are the states of its neurons, unless told otherwise; modules of ``hooked`` may have hooks, those of the test.
+    """
+    modules = [module for module in model.modules() if module not in hooked]
+    modes = [module.training for module in model.modules()]
+    weights = copy.deepcopy(model.state_dict())
+    memories = [vars(module).get("_memories", {}) if states else {} for module in model.modules()]
+    kept = [(own, name, value) for own in memories for name, value in own.items() if torch.is_tensor(value)]
+    values = [value.detach().clone() for _, _, value in kept]
+    surrogates = [getattr(module, "surrogate_function", None) for module in model.modules()]
+    before = torch.get_rng_state(), random.getstate(), *(generator.get_state() for generator in generators)
+    try:
+        yield
+    finally:
+        assert [module.training for module in model.modules()] == modes
+        assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+        assert not states or [vars(module).get("_memories", {}) for module in model.modules()] == memories
+        assert all(own[name] is value for own, name, value in kept)
+        assert all(torch.equal(value, copied) for (_, _, value), copied in zip(kept, values, strict=True))
+        assert [getattr(module, "surrogate_function", None) for module in model.modules()] == surrogates
+        assert torch.equal(torch.get_rng_state(), before[0])
+        assert random.getstate() == before[1]
+        assert all(torch.equal(g.get_state(), state) for g, state in zip(generators, before[2:], strict=True))
+        assert all(parameter.grad is None for parameter in model.parameters())
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules)
