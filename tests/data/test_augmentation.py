@@ -31,7 +31,8 @@ def by_hand(image, seed, padding, flip, cutout):
 
 
 @pytest.mark.parametrize(
-    ("padding", "flip", "cutout"), [(4, True, 16), (2, False, 0), (0, True, 0), (0, False, 6), (3, True, 20)]
+    ("padding", "flip", "cutout"),
+    [(4, True, 16), (2, False, 0), (0, True, 0), (0, False, 6), (3, True, 20), (0, False, 40)],
 )
 def test_as_by_hand(padding, flip, cutout):
     images = torch.rand(12, 3, 10, 13, generator=torch.Generator().manual_seed(0))
@@ -52,8 +53,6 @@ def test_an_image_does_not_depend_on_its_neighbours():
     assert torch.equal(Augmentation(0, False, 0)(images, seeds), images)
     order = [4, 0, 8, 2]
     assert torch.equal(Augmentation()(images[order], [seeds[at] for at in order]), together[order])
-    for at in range(9):
-        assert torch.equal(Augmentation()(images[at : at + 1], seeds[at : at + 1])[0], together[at])
     assert not torch.equal(Augmentation()(images, [seed + 1 for seed in seeds]), together)
     assert torch.equal(Augmentation()(images.double(), seeds), together.double())
 
@@ -64,34 +63,6 @@ def test_frames_of_one_sample_are_treated_alike():
     for t in range(5):
         assert torch.equal(result[:, t], Augmentation(cutout=4)(frames[:, t], [1, 2, 3, 4]))
     assert set(result.unique().tolist()) == {0.0, 1.0}
-
-
-def test_flips_and_shifts_are_uniform():
-    # An image whose values say where they came from; without padding none is lost.
-    count, size = 4000, 9
-    columns = torch.arange(1.0, size + 1).expand(count, 1, size, size)
-    flipped = Augmentation(0, True, 0)(columns, range(count))[:, 0, 0, 0] == size
-    assert abs(flipped.double().mean() - 0.5) < 4 * 0.5 / count**0.5
-    where = torch.arange(1.0, size * size + 1).view(1, 1, size, size).expand(count, 1, size, size)
-    centre = Augmentation(2, False, 0)(where, range(count))[:, 0, size // 2, size // 2] - 1
-    rows, across = centre.div(size, rounding_mode="floor") - size // 2, centre % size - size // 2
-    for shift in (rows, across):
-        assert shift.unique().tolist() == [-2, -1, 0, 1, 2]
-        share = (shift + 2).long().bincount() / count
-        assert (share - 0.2).abs().max() < 4 * (0.2 * 0.8 / count) ** 0.5
-    assert abs(torch.corrcoef(torch.stack([rows, across]))[0, 1]) < 0.07
-
-
-def test_cutout_is_clipped_at_the_borders():
-    count, size, side = 3000, 12, 6
-    holes = 1 - Augmentation(0, False, side)(torch.ones(count, 1, size, size), range(count))[:, 0]
-    heights, widths = holes.amax(2).sum(1), holes.amax(1).sum(1)
-    assert torch.equal(holes.sum((1, 2)), heights * widths)  # a rectangle
-    assert (heights.min(), heights.max(), widths.min(), widths.max()) == (3, 6, 3, 6)
-    # Covered area of the paper's rule: a centre c on {0, ..., 11} leaves 3, 4 or 5 of 6 rows near a border.
-    expected = ((3 + 4 + 5) + 6 * 7 + (5 + 4)) / size
-    assert abs(heights.mean() - expected) < 0.08
-    assert torch.equal(Augmentation(0, False, 40)(torch.ones(2, 1, 8, 8), [1, 2]), torch.zeros(2, 1, 8, 8))
 
 
 def test_wrong_use():

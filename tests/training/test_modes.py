@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from sj_robust.attacks import SampleSeeds
@@ -52,37 +51,28 @@ def test_seeds_of_the_samples_make_every_image_independent_of_its_batch(problem,
     assert not torch.equal(attack(net, x, y, generator=SampleSeeds([0, 1, 2, 3, 4])), whole)
 
 
-@pytest.mark.parametrize("name", ["pgd_at", "trades"])
-def test_steps_and_their_size_by_default(problem, name):
+@pytest.mark.parametrize(("name", "start"), [("pgd_at", 0.2), ("trades", 0.005)])
+def test_steps_and_their_size(problem, name, start):
+    """Their defaults are in test_training_step."""
     net, x, y = problem
     calls = []
     net.register_forward_pre_hook(lambda module, args: calls.append(args[0].detach().clone()))
-    training_attack(name, eps=0.2)(net, x, y, generator=torch.Generator().manual_seed(1))
+    training_attack(name, eps=0.2, steps=3, step_size=0.01)(net, x, y, generator=None)
     passes = calls if name == "pgd_at" else calls[1:]  # trades begins with the clean prediction
-    assert len(passes) == MODES[name].attack_steps == {"pgd_at": 7, "trades": 10}[name]
-    start = 0.001 if name == "trades" else 0.2
-    assert (passes[0] - x).abs().max() <= start * 5
+    assert len(passes) == 3
+    assert (passes[0] - x).abs().max() <= start
     moved = (passes[2] - passes[1]).abs()
     inside = moved[(passes[2] > 0) & (passes[2] < 1) & ((passes[2] - x).abs() < 0.199)]
-    torch.testing.assert_close(inside[inside > 0], torch.full_like(inside[inside > 0], 0.05))
-    calls.clear()
-    training_attack(name, eps=0.2, steps=2, step_size=0.01)(net, x, y, generator=None)
-    assert len(calls) == (2 if name == "pgd_at" else 3)
+    torch.testing.assert_close(inside[inside > 0], torch.full_like(inside[inside > 0], 0.01))
 
 
-def test_trades_climbs_the_divergence_and_does_not_look_at_the_labels(problem):
+def test_trades_does_not_look_at_the_labels(problem):
     net, x, y = problem
-    generator = SampleSeeds([1, 2, 3, 4, 5])
-    x_perturbed = trades(net, x, y, eps=0.2, step_size=0.05, generator=generator)
-    assert torch.equal(x_perturbed, trades(net, x, (y + 1) % 3, eps=0.2, step_size=0.05, generator=generator))
-
-    def divergence(images):
-        p, q = net(x).log_softmax(1), net(images).log_softmax(1)
-        return F.kl_div(q, p, reduction="none", log_target=True).sum(1)
-
-    net.eval()
-    noise = x + 0.2 * (2 * torch.rand(x.shape, generator=torch.Generator().manual_seed(0)) - 1)
-    assert (divergence(x_perturbed) > 1.5 * divergence(noise.clamp(0, 1))).all()
+    one, other = (
+        trades(net, x, labels, eps=0.2, step_size=0.05, generator=SampleSeeds([1, 2, 3, 4, 5]))
+        for labels in (y, (y + 1) % 3)
+    )
+    assert torch.equal(one, other)
 
 
 def test_radii(problem):

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from sj_robust import SpikingClassifier
 from sj_robust.models import NetworkSpec, build_network
@@ -69,19 +68,6 @@ def test_only_the_passes_that_a_term_needs_are_run(problem, options, clean, pert
     losses = objective(x, y)
     assert len(seen) == 1
     assert torch.equal(losses.total.detach(), losses.clean)
-
-
-@pytest.mark.parametrize("options", [{}, {"kappa": 0.0, "rho": 0.0}, {"loss": "trades", "rho": 0.0}])
-def test_batch_norm_sees_the_clean_and_then_the_perturbed_images(problem, options):
-    classifier, x, y = problem
-    x_perturbed = (x + 0.2).clamp(0, 1)
-    norm, first = classifier.net.stages[0], classifier.net.first
-    mean = norm.running_mean.clone()
-    for images in (x, x_perturbed) if options.get("kappa") != 0.0 else (x_perturbed,):
-        current = F.conv2d(images, first.weight, first.bias, padding=1)
-        mean = 0.9 * mean + 0.1 * current.mean((0, 2, 3)).detach()
-    Objective(classifier, **options).train()(x, y, x_perturbed)
-    torch.testing.assert_close(norm.running_mean, mean)
 
 
 def test_parts_and_accuracy(problem):
