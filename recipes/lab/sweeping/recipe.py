@@ -20,14 +20,10 @@ __all__ = ["Recipe", "load_recipe"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a sweep knows of a recipe. 实验脚本的接口。
+    """What a sweep knows of a recipe.
 
-    Attributes:
-        path: The script.
-        options_type: Its dataclass ``Options``.
-        main: Its ``main``, which takes the words of the command line.
-        completed: Its function of that name, if it has one: options with values where they were null because others
-            decide them.
+    ``completed`` is its function of that name, if it has one: options with values where they were null because others
+    decide them.
     """
 
     path: Path
@@ -49,11 +45,7 @@ class Recipe:
                 raise ValueError(f"{self.path.name} has no option {name!r}; {remedy}")
 
     def resolve(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """All options of a run as plain data: those given, checked, and the recipe's defaults.
-
-        Raises:
-            ValueError: If an option is unknown or its value is not one of its type.
-        """
+        """All options of a run as plain data: those given, checked, and the recipe's defaults."""
         self.check_names(options)
         try:
             found = self._parser.values(options)
@@ -62,14 +54,7 @@ class Recipe:
         return {name: plain(value) for name, value in found.items()}
 
     def complete(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """All options as the recipe understands them: null is the value that others decide, 8/255 a number.
-
-        Args:
-            options: All options, from :meth:`resolve`.
-
-        Raises:
-            ValueError: If the recipe refuses them.
-        """
+        """All options as the recipe understands them: null is the value that others decide, 8/255 a number."""
         understood = self._understood(options)
         return {name: plain(getattr(understood, name)) for name in self.names}
 
@@ -107,22 +92,13 @@ class Recipe:
 def load_recipe(path: Path) -> Recipe:
     """The recipe in a file, which is run as a module, not as a script. 加载实验脚本。
 
-    Args:
-        path: A script with a dataclass ``Options`` and a function ``main``.
+    FileNotFoundError if there is no such file, ValueError if it lacks ``Options`` or ``main``.
 
-    Returns:
-        The recipe.
-
-    Raises:
-        FileNotFoundError: If there is no such file.
-        ValueError: If it lacks one of the two.
-
-    Examples:
-        >>> import tempfile
-        >>> path = Path(tempfile.mkdtemp()) / "mine.py"
-        >>> _ = path.write_text("Options = dict; main = print")
-        >>> load_recipe(path).main(["--T", "4"])
-        ['--T', '4']
+    >>> import tempfile
+    >>> path = Path(tempfile.mkdtemp()) / "mine.py"
+    >>> _ = path.write_text("Options = dict; main = print")
+    >>> load_recipe(path).main(["--T", "4"])
+    ['--T', '4']
     """
     path = path.resolve()
     name = f"_recipe_{path.stem}_{abs(hash(str(path)))}"
