@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sj_robust.attacks import ThreatModel, count_flips, eps_text, parse_eps
+from sj_robust.attacks import ThreatModel, count_flips, eps_text, parse_eps, project_l2, project_linf
 
 THREATS = [ThreatModel("Linf", 0.1), ThreatModel("L2", 0.7), ThreatModel("L0", 5)]
 
@@ -20,6 +20,15 @@ def test_what_is_projected_is_within_the_radius(threat):
     assert bool(threat.contains(x, projected).all())
     assert not bool(threat.contains(x, x_adv)[1:].any())
     assert torch.equal(threat.project(x, projected), projected)
+    by_rule = {"Linf": project_linf, "L2": project_l2}.get(threat.norm)
+    assert by_rule is None or torch.equal(projected, by_rule(2 * x_adv - 0.5, x, eps=threat.eps))
+
+
+def test_few_changes_are_the_largest_and_the_first_of_equals():
+    x = torch.tensor([[0.5, 0.5, 0.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
+    x_adv = torch.tensor([[0.6, 0.1, 2.0, 1.0], [1.0, 1.0, 1.0, 1.0]])
+    few = ThreatModel("L0", 2).project(x, x_adv)
+    torch.testing.assert_close(few, torch.tensor([[0.5, 0.1, 1.0, 1.0], [1.0, 1.0, 0.0, 0.0]]))
 
 
 def test_distances_by_hand():
@@ -62,6 +71,8 @@ def test_wrong_norm_or_radius():
     for norm, eps in (("Linf", -0.1), ("Linf", 8), ("L2", float("inf"))):
         with pytest.raises(ValueError, match="eps must be"):
             ThreatModel(norm, eps)
+    with pytest.raises(TypeError, match="eps must be a number, got str"):
+        ThreatModel("L2", "0.1")
 
 
 RADII = [8 / 255, 1 / 255, 0.1, 0.3, 0.5, 16 / 255, 2.55 / 255, 1 / 3, 0.123456789, 0.0, 1.0, 20, 12345, 10**7]
