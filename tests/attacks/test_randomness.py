@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from attacks.table import ATTACKS, linear_model
+from attacks.table import linear_model, seeded
 from torch import nn
 
-from sj_robust.attacks import SampleSeeds, fgsm, gaussian
+from sj_robust.attacks import SampleSeeds, gaussian, pgd
 from sj_robust.randomness import _splitmix64, private_generator, rand, randn
 
 SEEDS = SampleSeeds([11, 12, 13, 14, 15, 16, 17])
@@ -98,23 +98,21 @@ def test_other_sample_seeds_give_other_numbers(attack, batch):
     assert (first.shape != other.shape or not torch.equal(first, other)) == attack.draws
 
 
-def test_the_draws_of_the_network_follow_the_seeds():
+@pytest.mark.parametrize("seeds", [SampleSeeds, lambda pair: seeded(pair[1])], ids=["seeds", "generator"])
+def test_the_draws_of_the_network_follow_the_seeds(seeds):
+    drawn: list[torch.Tensor] = []
+
     def noisy(x):
         drawn.append(torch.rand(3))
-        return x[:, :2]
+        return x[:, :2] * drawn[-1].sum()
 
-    drawn: list[torch.Tensor] = []
     x, y = torch.rand(2, 4), torch.tensor([0, 1])
-    for seeds in ([1, 2], [1, 2], [1, 3]):
-        fgsm(noisy, x, y, eps=0.1, generator=SampleSeeds(seeds))
-    assert torch.equal(drawn[0], drawn[1])
-    assert not torch.equal(drawn[0], drawn[2])
-
-
-@pytest.mark.parametrize("name", ["gaussian", "fgsm", "pgd"])
-def test_as_many_seeds_as_images(name, batch):
-    with pytest.raises(ValueError, match=r"one seed per image, 7, got 3; select .* seeds.rows\(rows\)"):
-        ATTACKS[name].run(linear_model(36), *batch, 0.1, SampleSeeds([1, 2, 3]))
+    options = {"eps": 0.1, "step_size": 0.05, "steps": 2, "eot_samples": 3, "norm": "L2"}
+    results = [pgd(noisy, x, y, **options, generator=seeds(pair)) for pair in ([1, 2], [1, 2], [1, 3])]
+    first, again, other = torch.stack(drawn).chunk(3)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert torch.equal(results[0], results[1])
 
 
 @pytest.mark.parametrize(

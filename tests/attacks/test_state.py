@@ -151,14 +151,6 @@ def test_a_result_does_not_depend_on_the_other_samples(attack, batch):
     torch.testing.assert_close(results[0][0], results[1][0], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", [name for name, attack in ATTACKS.items() if not attack.draws])
-def test_a_result_does_not_depend_on_the_batch_size(name, batch):
-    (x, y), model = batch, linear_model(36).double()
-    together = ATTACKS[name].run(model, x.double(), y, 0.1)
-    alone = [ATTACKS[name].run(model, x[i : i + 1].double(), y[i : i + 1], 0.1) for i in range(len(x))]
-    torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-12)
-
-
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_works_in_any_grad_mode_of_the_caller(attack_and_model, batch, context):
     (attack, model), (x, y) = attack_and_model, batch

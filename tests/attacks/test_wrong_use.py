@@ -115,7 +115,7 @@ WRONG = [
     (MOVING, {"eps": torch.tensor(0.1)}, TypeError, r"eps must be a number, got Tensor; use float\(eps\)"),
     (MOVING, {"eps": True}, TypeError, r"eps must be a number, got bool"),
     (LEAST, {"generator": 0}, TypeError, r"generator must be a torch.Generator, got int.*seed"),
-    (LEAST, {"generator": SampleSeeds([1])}, ValueError, r"one seed per image, 3, got 1"),
+    (LEAST, {"generator": SampleSeeds([1])}, ValueError, r"one seed per image, 3, got 1; select .* seeds.rows\(rows\)"),
     ([pgd, apgd, square, autoattack], {"norm": "l2"}, ValueError, r"norm must be one of \('Linf', 'L2'\), got 'l2'"),
     (ITERATED, {"steps": 0}, ValueError, r"steps must be >= 1, got 0"),
     (ITERATED, {"steps": 2.5}, TypeError, r"steps must be an integer, got float"),
