@@ -61,7 +61,8 @@ import shlex
 import subprocess
 import sys
 
-from lab.benchmarking import SUBJECTS, Measurement, race
+from lab.benchmarking.benchmarks import BENCHMARKS
+from lab.benchmarking.race import Measurement, race
 from lab.benchmarking.tables import caption, cells, columns, markdown
 from rich.console import Console
 from rich.table import Table
@@ -79,9 +80,10 @@ def main(arguments: list[str]) -> None:
     if options.redraw is not None:
         redraw(Path(options.redraw))
         return
-    unknown = sorted(set(options.methods or []) - set(SUBJECTS[options.what].methods))
+    benchmark = BENCHMARKS[options.what]
+    unknown = sorted(set(options.methods or []) - set(benchmark.methods))
     if unknown:
-        raise WrongUse(f"{options.what} has no method {unknown[0]}; it has {', '.join(SUBJECTS[options.what].methods)}")
+        raise WrongUse(f"{options.what} has no method {unknown[0]}; it has {', '.join(benchmark.methods)}")
     console = Console(width=None if sys.stdout.isatty() else 140)
     where = environment() | {"threads": str(options.threads), "processor": processor()}
     where |= {"instruction_set": options.instruction_set or "best"}
@@ -92,9 +94,8 @@ def main(arguments: list[str]) -> None:
     if options.check:
         with working("running the tests of what is timed", console):
             refuse_unless_tests_pass(options.what, environ)
-    subject = SUBJECTS[options.what]
-    methods = options.methods or list(subject.methods)
-    races = [(allocator, shape) for allocator in options.allocators for shape in options.shapes or subject.shapes]
+    methods = options.methods or list(benchmark.methods)
+    races = [(allocator, shape) for allocator in options.allocators for shape in options.shapes or benchmark.shapes]
     rows: list[Measurement] = []
     with working(f"measuring {options.what}", console, total=len(races)) as step:
         for allocator, shape in races:

@@ -10,30 +10,9 @@ from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
 from lab.benchmarking.race import Measurement
 
-__all__ = ["plot_benchmark"]
-
 
 def plot_benchmark(measurements: Sequence[Measurement], path: Path) -> None:
-    """Time of every method at every shape, beside the time that moving the tensors takes. 绘制基准测试结果。
-
-    Args:
-        measurements: What to draw, one panel per allocator.
-        path: File to write; its ending decides the format.
-
-    Raises:
-        ValueError: If there is nothing to draw.
-
-    Examples:
-        >>> import tempfile
-        >>> from lab.benchmarking import Measurement
-        >>> times = dict(median=2.0, quartile1=1.9, quartile3=2.2, best=1.8, forward=0.7, backward=1.3)
-        >>> sizes = dict(saved_mb=8.0, peak_mb=24.0, tensor_mb=8.0, copy=0.5)
-        >>> row = Measurement("neuron", "usual", "4x64x128x16x16", "mine", **times, **sizes)
-        >>> path = Path(tempfile.mkdtemp()) / "benchmark.png"
-        >>> plot_benchmark([row], path)
-        >>> path.is_file()
-        True
-    """
+    """Time of every method at every shape, a panel per allocator, beside the time that moving the tensors takes."""
     if not measurements:
         raise ValueError("there are no measurements to draw; run recipes/benchmark.py first")
     allocators, shapes, methods = (

@@ -2,33 +2,19 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lab.benchmarking.layers import lif_node
-from lab.benchmarking.published import published_losses
+from lab.benchmarking.paper_loops import PaperLoop
 from sj_robust._host import functional, layer
 from sj_robust.attacks import rfgsm
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.models import VGG_FEATURES, ConvChain
 from sj_robust.neuron import DLIFNode, fuse
-
-if TYPE_CHECKING:
-    from sj_robust.training import Objective
-
-__all__ = [
-    "FIRST_LAYER",
-    "AdversarialTask",
-    "FirstLayerTask",
-    "NetworkTask",
-    "TrainingTask",
-    "adversarial_tasks",
-    "check_same",
-    "network_tasks",
-]
 
 _ARCHITECTURES: dict[str, tuple[tuple[int | Literal["A"], ...], tuple[int, ...]]] = {
     "conv4": ((32, 64, "A", 128, "A", 128, "A"), ()),
@@ -45,6 +31,8 @@ _NEURONS: dict[str, Callable[..., nn.Module]] = {
     "textbook loop": partial(DLIFNode, backend="reference"),
 }
 _FUSED = "DLIF, one pass with batch norm"
+_SMALL = (4, 2, 3, 8, 8)
+"""Shape at which steps are compared."""
 
 
 def network_tasks(architecture: str) -> dict[str, Callable[[Sequence[int]], "NetworkTask"]]:
@@ -63,12 +51,7 @@ def adversarial_tasks(architecture: str) -> dict[str, Callable[[Sequence[int]], 
 class TrainingTask:
     """What the kinds of training step share: images, labels, the step of the optimizer.
 
-    Args:
-        net: The network.
-        shape: [T, N, C, H, W] of the images.
-        dtype: Type of images and weights.
-        weight_decay: Weight decay of the optimizer.
-        fused: Whether the optimizer passes over the weights once, as the training engine's does.
+    ``fused`` says whether the optimizer passes over the weights once, as the training engine's does.
     """
 
     def __init__(
@@ -80,13 +63,16 @@ class TrainingTask:
         weight_decay: float = 0.0,
         fused: bool = False,
     ) -> None:
-        """Draw the images; see the class."""
-        self._optimizer = torch.optim.SGD(
-            net.parameters(), lr=1e-3, momentum=0.9, weight_decay=weight_decay, fused=fused
-        )
-        self._x, self._y = made_up_images(shape, dtype)
+        """Draw images of shape [T, N, C, H, W]; see the class."""
+        parameters = list(net.parameters())
+        self._optimizer = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, weight_decay=weight_decay, fused=fused)
+        self._x, self._y = _made_up_images(shape, dtype)
         self.tensor_bytes = 4 * self._x.numel() * shape[0]
-        self.inputs = [self._x, *net.parameters()]
+        self.inputs = [self._x, *parameters]
+
+    def forward(self) -> Tensor:
+        """The loss."""
+        raise NotImplementedError
 
     def backward(self, loss: Tensor) -> None:
         """Gradients and a step of the optimizer."""
@@ -96,20 +82,13 @@ class TrainingTask:
 
 
 class NetworkTask(TrainingTask):
-    """One training step (cross entropy, SGD) of a network of convolution - batch norm - neuron stages.
-
-    Args:
-        architecture: ``"conv4"`` or ``"vgg5"``.
-        neuron: What stands in the neuron's place.
-        shape: [T, N, C, H, W] of the images.
-        dtype: Type of images and weights.
-    """
+    """One training step (cross entropy, SGD) of a network of convolution - batch norm - neuron stages."""
 
     def __init__(
         self, architecture: str, neuron: str, shape: Sequence[int], *, dtype: torch.dtype = torch.float32
     ) -> None:
         """Build the network, the same for every neuron, and draw the images."""
-        self._names = (architecture, neuron)
+        self._architecture, self._neuron = architecture, neuron
         net = _network(architecture, neuron, shape).to(dtype)
         super().__init__(net, shape, dtype)
         self._classifier = SpikingClassifier(net, shape[0])
@@ -119,32 +98,18 @@ class NetworkTask(TrainingTask):
         return F.cross_entropy(self._classifier(self._x), self._y)
 
     def check(self) -> None:
-        """Compare loss and gradients with the textbook loop in float64, where no spike hangs on rounding.
-
-        Raises:
-            ValueError: If they differ.
-        """
-        architecture, neuron = self._names
-        if neuron == "ReLU":
-            return
-        losses = []
-        for name in (neuron, "textbook loop"):
-            task = NetworkTask(architecture, name, (4, 2, 3, 8, 8), dtype=torch.float64)
-            losses.append(float(task.forward().detach()))
-            task.backward(task.forward())
-            losses.append(float(task.forward().detach()))  # after a step, which the gradients decide
-        check_same(neuron, losses[:2], losses[2:])
+        """Compare with the textbook loop in float64, where no spike hangs on rounding; raises ValueError."""
+        if self._neuron != "ReLU":
+            names = (self._neuron, "textbook loop")
+            mine, wanted = (NetworkTask(self._architecture, name, _SMALL, dtype=torch.float64) for name in names)
+            check_same_steps(self._neuron, mine, wanted)
 
 
 class AdversarialTask(TrainingTask):
     """One step of adversarial training with MS-MPPD: crafting, both passes, loss, optimizer.
 
-    Args:
-        architecture: ``"conv4"`` or ``"vgg5"``.
-        shape: [T, N, C, H, W] of the images.
-        published: Whether the step is a plain re-implementation of the published loop.
-        dtype: Type of images and weights.
-        noise: Standard deviation of the noise at the start of the attack.
+    ``published`` says whether it is a plain re-implementation of the published loop; ``noise`` is the standard
+    deviation at the start of the attack.
     """
 
     def __init__(
@@ -158,42 +123,33 @@ class AdversarialTask(TrainingTask):
     ) -> None:
         """Build the network and draw the images."""
         self._architecture, self._published, self._noise = architecture, published, noise
-        self._net = _network(architecture, "textbook loop" if published else _FUSED, shape).to(dtype)
-        super().__init__(self._net, shape, dtype, fused=not published)
-        self._objective = _objective(self._net, shape[0]) if not published else None
-        self._T = shape[0]
+        net = _network(architecture, "textbook loop" if published else _FUSED, shape).to(dtype)
+        super().__init__(net, shape, dtype, fused=not published)
+        self._loop, self._objective = PaperLoop(net, shape[0]), None if published else _objective(net, shape[0])
 
     def forward(self) -> Tensor:
         """Crafts the perturbed images; the loss of both passes."""
+        x, y = self._x, self._y
         if self._objective is None:
-            return published_losses(self._net, self._x, self._y, T=self._T, eps=4 / 255, noise=self._noise)
-        x_adv = rfgsm(self._objective.classifier, self._x, self._y, eps=4 / 255, noise_std=self._noise, project=False)
-        total: Tensor = self._objective(self._x, self._y, x_adv).total
+            x_adv = self._loop.single_step(x, y, 4 / 255, self._noise, torch.randn_like)
+            return self._loop.paper_loss(x, y, x_adv, kappa=0.5, rho=1.0)
+        x_adv = rfgsm(self._objective.classifier, x, y, eps=4 / 255, noise_std=self._noise, project=False)
+        total: Tensor = self._objective(x, y, x_adv).total
         return total
 
     def check(self) -> None:
-        """Compare the loss with that of the published loop in float64, without noise, before and after a step.
-
-        Raises:
-            ValueError: If they differ.
-        """
-        losses = []
-        for published in (self._published, True):
-            shape = (4, 2, 3, 8, 8)
-            task = AdversarialTask(self._architecture, shape, published=published, dtype=torch.float64, noise=0.0)
-            loss = task.forward()
-            task.backward(loss)
-            losses += [float(loss.detach()), float(task.forward().detach())]
-        check_same("the adversarial step", losses[:2], losses[2:])
+        """Compare with the published loop in float64, without noise; raises ValueError."""
+        mine, wanted = (
+            AdversarialTask(self._architecture, _SMALL, published=published, dtype=torch.float64, noise=0.0)
+            for published in (self._published, True)
+        )
+        check_same_steps("the adversarial step", mine, wanted)
 
 
 class FirstLayerTask:
     """First stage (convolution to 64 channels, batch norm, DLIF) on images that are the same at every time step.
 
-    Args:
-        shape: [T, N, C, H, W] of the images.
-        once: Whether the convolution, which is linear, runs once and its result is repeated.
-        dtype: Type of images and weights.
+    ``once`` says whether the convolution, which is linear, runs once and its result is repeated.
     """
 
     def __init__(self, shape: Sequence[int], *, once: bool, dtype: torch.dtype = torch.float32) -> None:
@@ -203,7 +159,7 @@ class FirstLayerTask:
         self._net = nn.Sequential(*stages, DLIFNode(shape[0])).to(dtype)
         fuse(self._net)
         self._once = once
-        self._frames = made_up_images(shape, dtype)[0].expand(tuple(shape)).contiguous()
+        self._frames = _made_up_images(shape, dtype)[0].expand(tuple(shape)).contiguous()
         self.tensor_bytes = self._frames.element_size() * self._frames.numel()
         self.inputs = [self._frames, *self._net.parameters()]
 
@@ -221,14 +177,10 @@ class FirstLayerTask:
         torch.autograd.backward(spikes.sum())
 
     def check(self) -> None:
-        """Compare spikes and gradients of both ways in float64.
-
-        Raises:
-            ValueError: If they differ.
-        """
+        """Compare spikes and gradients of both ways in float64; raises ValueError."""
         found: list[list[Tensor]] = []
         for once in (self._once, False):
-            task = FirstLayerTask((4, 2, 3, 8, 8), once=once, dtype=torch.float64)
+            task = FirstLayerTask(_SMALL, once=once, dtype=torch.float64)
             spikes = task.forward()
             task.backward(spikes)
             found.append([spikes.detach(), *(p.grad for p in task._net.parameters() if p.grad is not None)])
@@ -243,6 +195,22 @@ FIRST_LAYER = {
 """The first stage by how often its convolution runs."""
 
 
+def check_same_steps(name: str, mine: TrainingTask, wanted: TrainingTask) -> None:
+    """Compare losses before and after a step, which the gradients decide.
+
+    Raises:
+        ValueError: If they differ, or the step changed nothing.
+    """
+    losses = []
+    for task in (mine, wanted):
+        loss = task.forward()
+        task.backward(loss)
+        losses.append([float(loss.detach()), float(task.forward().detach())])
+    found, right = losses
+    if not all(abs(a - b) < 1e-6 * abs(b) for a, b in zip(found, right, strict=True)) or right[0] == right[1]:
+        raise ValueError(f"{name} does not equal the textbook loop ({found} against {right}): it is not timed")
+
+
 def _network(architecture: str, neuron: str, shape: Sequence[int]) -> ConvChain:
     features, hidden = _ARCHITECTURES[architecture]
     torch.manual_seed(0)
@@ -252,23 +220,13 @@ def _network(architecture: str, neuron: str, shape: Sequence[int]) -> ConvChain:
     return net
 
 
-def _objective(net: nn.Module, T: int) -> "Objective":
+def _objective(net: nn.Module, T: int) -> Any:
     from sj_robust.training import Objective  # brings Accelerate and more, which no other task needs
 
     return Objective(SpikingClassifier(net, T))
 
 
-def made_up_images(shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _made_up_images(shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     x = torch.rand(tuple(shape[1:]), generator=generator, dtype=torch.float64).to(dtype)
     return x, torch.arange(shape[1]) % 10
-
-
-def check_same(name: str, found: list[float], wanted: list[float]) -> None:
-    """Compare losses before and after a step, which the gradients decide.
-
-    Raises:
-        ValueError: If they differ, or the step changed nothing.
-    """
-    if not all(abs(a - b) < 1e-6 * abs(b) for a, b in zip(found, wanted, strict=True)) or wanted[0] == wanted[1]:
-        raise ValueError(f"{name} does not equal the textbook loop ({found} against {wanted}): it is not timed")

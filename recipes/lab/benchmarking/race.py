@@ -12,9 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lab import paths_for_children
-from lab.benchmarking.subjects import SUBJECTS
-
-__all__ = ["ALLOCATORS", "Measurement", "race"]
+from lab.benchmarking.benchmarks import BENCHMARKS
 
 ALLOCATORS: Mapping[str, Mapping[str, str]] = {
     "malloc": {},
@@ -28,7 +26,7 @@ class Measurement:
     """One method at one shape. Times in milliseconds, memory in megabytes.
 
     Attributes:
-        subject: Name in :data:`lab.benchmarking.SUBJECTS`.
+        subject: Name in :data:`BENCHMARKS`.
         allocator: Name in :data:`ALLOCATORS`.
         shape: Shape of the input, as text.
         method: Name of the method.
@@ -80,16 +78,7 @@ def race(
     allocator: str = "malloc",
     environ: Mapping[str, str] | None = None,
 ) -> tuple[list[Measurement], dict[str, str]]:
-    """Time every method at one shape, in turns.
-
-    Args:
-        subject: Name in ``lab.benchmarking.SUBJECTS``.
-        methods: Names of its methods.
-        shape: Shape [T, N, *] of the input.
-        rounds: Timed passes per method, >= 2.
-        threads: Threads of torch.
-        allocator: Name in :data:`ALLOCATORS`.
-        environ: More environment variables of the processes.
+    """Time every method at one shape [T, N, *] in ``rounds`` turns.
 
     Returns:
         Measurements in the order of ``methods``, and the methods that are not installed with the reason.
@@ -98,9 +87,10 @@ def race(
         RuntimeError: If a process dies, or a method is wrong: it is never timed.
         ValueError: If a name is unknown or there are too few rounds.
     """
-    unknown = [method for method in methods if method not in SUBJECTS[subject].methods]
+    benchmark = BENCHMARKS[subject]
+    unknown = [method for method in methods if method not in benchmark.methods]
     if unknown:
-        raise ValueError(f"methods of {subject} are {', '.join(SUBJECTS[subject].methods)}; got {', '.join(unknown)}")
+        raise ValueError(f"methods of {subject} are {', '.join(benchmark.methods)}; got {', '.join(unknown)}")
     if rounds < 2:
         raise ValueError(f"rounds must be >= 2 to have a spread, got {rounds}")
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
@@ -109,8 +99,9 @@ def race(
     facts: dict[str, Any] = {}
     missing: dict[str, str] = {}
     try:
-        for method in (*methods, *(["copy"] if SUBJECTS[subject].is_layer else [])):
-            workers[method] = _started([subject, method, json.dumps(shape), str(threads)], variables)
+        for method in (*methods, *(["copy"] if benchmark.is_layer else [])):
+            arguments = [subject, method, json.dumps(shape), str(threads)]
+            workers[method] = _started(arguments, {**variables, **benchmark.variables.get(method, {})})
             facts[method] = _answer(workers[method], method)
             if "wrong" in facts[method]:
                 raise RuntimeError(facts[method]["wrong"])
@@ -132,7 +123,7 @@ def race(
 
 def _started(arguments: Sequence[str], variables: Mapping[str, str]) -> "subprocess.Popen[str]":
     """A process that weighs one method and then waits for its turns; Ctrl-C reaches this one alone, which ends it."""
-    command = [sys.executable, "-m", "lab.benchmarking.worker", *arguments]
+    command = [sys.executable, "-P", "-m", "lab.benchmarking.worker", *arguments]
     return subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=dict(variables), process_group=0
     )

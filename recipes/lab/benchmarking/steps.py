@@ -5,11 +5,11 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lab.benchmarking.layers import lif_node
-from lab.benchmarking.networks import TrainingTask, check_same
-from lab.benchmarking.published import Draw, PublishedLoop, published_retraction
+from lab.benchmarking.networks import TrainingTask, check_same_steps
+from lab.benchmarking.paper_loops import Draw, PaperLoop, published_retraction
 from sj_robust.attacks import SampleSeeds
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.models import SmallConvNet
@@ -19,8 +19,6 @@ from sj_robust.randomness import draw_seed, private_generator, rand, randn
 if TYPE_CHECKING:
     from sj_robust.training.modes import ModeName
 
-__all__ = ["STEP_PEERS", "TRAINING_STEPS", "ModeTask", "PublishedTask"]
-
 _TRADES_WEIGHT = 6.0
 
 
@@ -28,13 +26,8 @@ class ModeTask(TrainingTask):
     """One step of this package: perturbed images, both passes, loss, optimizer, retraction.
 
     It is made of the parts that the training engine calls, on a small network of DLIF neurons behind batch norm.
-
-    Args:
-        mode: A name of :data:`sj_robust.training.MODES`.
-        shape: [T, N, C, H, W] of the images.
-        dtype: Type of images and weights.
-        eps: Radius of the attack, and the standard deviation of the noise of ``"gaussian"``.
-        noise: Standard deviation of the noise where the attacks of ``"at"``, ``"rat"`` and ``"trades"`` start.
+    ``eps`` is the radius of the attack, and the standard deviation of the noise of ``"gaussian"``; ``noise`` is that of
+    the noise where the attacks of ``"at"``, ``"rat"`` and ``"trades"`` start.
     """
 
     def __init__(
@@ -50,14 +43,17 @@ class ModeTask(TrainingTask):
         from sj_robust import training  # brings Accelerate and more, which layers do not need
 
         self._mode = training.MODES[mode]
-        self._net = _network(shape, lif=False).to(dtype)
+        self._net = _network(shape, DLIFNode).to(dtype)
+        fuse(self._net)
         super().__init__(self._net, shape, dtype, weight_decay=self._mode.weight_decay, fused=True)
         project = mode not in ("at", "rat")  # as published
         self._attack = training.training_attack(mode, eps=eps, noise_std=noise, project=project)
-        kappa, rho = self._mode.kappa, self._mode.rho
-        classifier = SpikingClassifier(self._net, shape[0])
         self._objective = training.Objective(
-            classifier, kappa=kappa, rho=rho, loss=self._mode.loss, trades_weight=_TRADES_WEIGHT
+            SpikingClassifier(self._net, shape[0]),
+            kappa=self._mode.kappa,
+            rho=self._mode.rho,
+            loss=self._mode.loss,
+            trades_weight=_TRADES_WEIGHT,
         )
         self._retract = training.retract_
         self._seeds = SampleSeeds(range(shape[1]))
@@ -77,40 +73,25 @@ class ModeTask(TrainingTask):
             self._retract(self._net, self._mode.retraction, torch.Generator().manual_seed(0))
 
     def check(self) -> None:
-        """Compare losses with those of the published loop in float64, from the same noise, before and after a step.
+        """Compare with the published loop in float64, from the same noise; raises ValueError.
 
         DLIF's gains do not learn there: the neuron of the published loop has none.
-
-        Raises:
-            ValueError: If they differ.
         """
-        shape = (4, 4, 3, 8, 8)
+        shape, name = (4, 4, 3, 8, 8), self._mode.name
         # so large that spikes flip, without which a step would show little
         sizes = {"eps": 0.3, "noise": 0.1}
-        mine = ModeTask(self._mode.name, shape, dtype=torch.float64, **sizes)
+        mine = ModeTask(name, shape, dtype=torch.float64, **sizes)
         for module in mine._net.modules():
             if isinstance(module, DLIFNode):
                 module.input_gain.requires_grad_(False)
-        draw = partial(_drawn, mine._mode.name, mine._seeds)
-        wanted = PublishedTask(self._mode.name, shape, dtype=torch.float64, draw=draw, **sizes)
-        losses = []
-        for task in (mine, wanted):
-            loss = task.forward()
-            task.backward(loss)
-            losses += [float(loss.detach()), float(task.forward().detach())]
-        check_same(f"the step of mode {self._mode.name}", losses[:2], losses[2:])
+        wanted = PublishedTask(name, shape, dtype=torch.float64, draw=partial(_drawn, name, mine._seeds), **sizes)
+        check_same_steps(f"the step of mode {name}", mine, wanted)
 
 
 class PublishedTask(TrainingTask):
     """The same step as the code of its paper makes it, with SpikingJelly's LIFNode and its batch norm.
 
-    Args:
-        mode: A name of :data:`sj_robust.training.MODES`.
-        shape: [T, N, C, H, W] of the images.
-        dtype: Type of images and weights.
-        eps: Radius of the attack, and the standard deviation of the noise of ``"gaussian"``.
-        noise: Standard deviation of the noise where the attacks of ``"at"``, ``"rat"`` and ``"trades"`` start.
-        draw: Makes the noise; None takes torch's global generator.
+    ``draw`` makes the noise; None takes torch's global generator.
     """
 
     def __init__(
@@ -127,9 +108,9 @@ class PublishedTask(TrainingTask):
         from sj_robust.training import MODES  # as above
 
         self._mode, self._eps, self._noise = MODES[mode], eps, noise
-        self._net = _network(shape, lif=True).to(dtype)
+        self._net = _network(shape, lif_node).to(dtype)
         super().__init__(self._net, shape, dtype, weight_decay=self._mode.weight_decay)
-        self._loop = PublishedLoop(self._net, shape[0])
+        self._loop = PaperLoop(self._net, shape[0])
         standard: Draw = torch.rand_like if mode == "pgd_at" else torch.randn_like
         self._draw = standard if draw is None else draw
 
@@ -161,13 +142,9 @@ class PublishedTask(TrainingTask):
         """It is what the others are compared with, so nothing is left to compare."""
 
 
-def _network(shape: Sequence[int], *, lif: bool) -> SmallConvNet:
+def _network(shape: Sequence[int], neuron: Callable[..., nn.Module]) -> SmallConvNet:
     torch.manual_seed(0)
-    build = (lambda T: lif_node()) if lif else DLIFNode
-    net = SmallConvNet(shape[2:], 10, T=shape[0], spiking_neuron=build)
-    if not lif:
-        fuse(net)
-    return net
+    return SmallConvNet(shape[2:], 10, T=shape[0], spiking_neuron=neuron)
 
 
 def _drawn(mode: str, seeds: SampleSeeds, x: Tensor) -> Tensor:

@@ -2,41 +2,39 @@
 
 import math
 
+from lab.benchmarking.benchmarks import BENCHMARKS
 from lab.benchmarking.race import Measurement
-from lab.benchmarking.subjects import SUBJECTS
-
-__all__ = ["caption", "cells", "columns", "markdown"]
 
 
 def caption(rows: list[Measurement]) -> str:
     """What the rows of one race have in common."""
     first = rows[0]
-    floor = f"; moving the tensors takes {first.floor:.1f} ms" if SUBJECTS[first.subject].is_layer else ""
+    floor = f"; moving the tensors takes {first.floor:.1f} ms" if BENCHMARKS[first.subject].is_layer else ""
     return f"{first.subject} [{first.shape.replace('x', ', ')}], {first.allocator}, milliseconds{floor}"
 
 
 def columns(rows: list[Measurement]) -> tuple[str, ...]:
     """Names of the columns: a layer is compared with the speed of the memory too."""
-    subject = SUBJECTS[rows[0].subject]
-    peer = subject.peer
+    benchmark = BENCHMARKS[rows[0].subject]
+    peer = benchmark.peer
     head = ("method", "median", "quartiles", "best", f"{peer} / this, median", "best")
-    speed, unit = ("speed of memory, median / best", "tensors") if subject.is_layer else ("images / s", "MB")
-    saved = (f"saved, {unit}",) if subject.has_one_graph else ()
+    speed, unit = ("speed of memory, median / best", "tensors") if benchmark.is_layer else ("images / s", "MB")
+    saved = (f"saved, {unit}",) if benchmark.has_one_graph else ()
     return (*head, speed, *saved, f"peak, {unit}", f"peak / {peer}")
 
 
 def cells(row: Measurement, rows: list[Measurement]) -> tuple[str, ...]:
     """Text of one line of the table."""
-    subject = SUBJECTS[row.subject]
-    peer = next((other for other in rows if other.method == subject.peer_of(row.method)), None)
+    benchmark = BENCHMARKS[row.subject]
+    peer = next((other for other in rows if other.method == benchmark.peer_of(row.method)), None)
     texts = [row.method, f"{row.median:.1f}", f"{row.quartile1:.1f} - {row.quartile3:.1f}", f"{row.best:.1f}"]
     texts += ["", ""] if peer is None else [f"{peer.median / row.median:.2f}", f"{peer.best / row.best:.2f}"]
-    if subject.is_layer:
+    if benchmark.is_layer:
         texts += [f"{100 * row.floor / row.median:.0f} % / {100 * row.floor / row.best:.0f} %"]
     else:
         texts += [f"{row.images_per_second:.0f}"]
-    memory = (row.saved_mb, row.peak_mb) if subject.has_one_graph else (row.peak_mb,)
-    unit, digits = (row.tensor_mb, 2) if subject.is_layer else (1.0, 0)
+    memory = (row.saved_mb, row.peak_mb) if benchmark.has_one_graph else (row.peak_mb,)
+    unit, digits = (row.tensor_mb, 2) if benchmark.is_layer else (1.0, 0)
     texts += ["" if math.isnan(mb) else f"{mb / unit:.{digits}f}" for mb in memory]
     hidden = peer is None or math.isnan(row.peak_mb) or not peer.peak_mb > 0
     return (*texts, "" if peer is None or hidden else f"{row.peak_mb / peer.peak_mb:.2f}")

@@ -1,4 +1,4 @@
-"""Body of one process of :func:`lab.benchmarking.race`.
+"""Body of one process of ``race``.
 
 It weighs a method once, then runs two passes per order and times the second.
 """
@@ -20,11 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lab.benchmarking.subjects import SUBJECTS, Task
+from lab.benchmarking.benchmarks import BENCHMARKS, Task
 from sj_robust._host import quiet_triton
 from sj_robust.ops.dlif import cpp
-
-__all__ = ["main"]
 
 
 def main(subject: str, method: str, shape: tuple[int, ...], threads: int) -> None:
@@ -39,7 +37,7 @@ def main(subject: str, method: str, shape: tuple[int, ...], threads: int) -> Non
         once()
     else:
         try:
-            task = SUBJECTS[subject].methods[method](shape)
+            task = BENCHMARKS[subject].methods[method](shape)
         except ImportError as error:
             _answer({"missing": str(error)})
             return
@@ -61,7 +59,7 @@ def main(subject: str, method: str, shape: tuple[int, ...], threads: int) -> Non
         facts = {
             "tensor_mb": task.tensor_bytes / 1e6,
             "peak_mb": _peak_bytes(task) / 1e6,
-            "saved_mb": _saved_bytes(task) / 1e6 if SUBJECTS[subject].has_one_graph else math.nan,
+            "saved_mb": _saved_bytes(task) / 1e6 if BENCHMARKS[subject].has_one_graph else math.nan,
         }
     _answer(facts)
     for _ in sys.stdin:

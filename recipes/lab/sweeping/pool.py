@@ -104,7 +104,7 @@ def perform_all(
 
 def _attempt(run: PlannedRun, environ: Mapping[str, str | None]) -> Callable[[], str | None]:
     """What a job does: the run in a process of its own, whose end it tells. Pickled whole, so that no path matters."""
-    command = [sys.executable, "-u", "-m", "lab.sweeping.perform", run.to_json()]
+    command = [sys.executable, "-P", "-u", "-m", "lab.sweeping.perform", run.to_json()]
     log, patience = run.folder.absolute() / LOG_FILE, _PATIENCE
 
     def attempt() -> str | None:

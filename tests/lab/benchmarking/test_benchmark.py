@@ -2,25 +2,25 @@
 
 import csv
 import math
+import os
 import subprocess
 import sys
-from pathlib import Path
 
+import benchmark
 import pytest
 import torch
-from lab.benchmarking import SUBJECTS, Measurement, race, steps
+from lab import paths_for_children
+from lab.benchmarking import steps
+from lab.benchmarking.benchmarks import BENCHMARKS
 from lab.benchmarking.drawing import plot_benchmark
 from lab.benchmarking.layers import LAYERS, LayerTask
 from lab.benchmarking.networks import AdversarialTask, NetworkTask
-from lab.benchmarking.published import PublishedLoop
+from lab.benchmarking.paper_loops import PaperLoop
+from lab.benchmarking.race import Measurement, race
 from lab.benchmarking.steps import ModeTask
 
 from sj_robust.ops.dlif import cpp
 from sj_robust.training import MODES
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "recipes"))
-import benchmark  # noqa: E402  # a script, found only now
 
 IMAGES = (2, 2, 3, 8, 8)
 CURRENTS = (2, 2, 4, 4, 4)
@@ -28,11 +28,13 @@ CURRENTS = (2, 2, 4, 4, 4)
 
 @pytest.mark.parametrize(
     ("subject", "method"),
-    [(subject, method) for subject in SUBJECTS for method in SUBJECTS[subject].methods if "vgg5" not in subject],
+    [(subject, method) for subject in BENCHMARKS for method in BENCHMARKS[subject].methods if "vgg5" not in subject],
 )
-def test_every_method_is_right_and_runs(subject, method):
+def test_every_method_is_right_and_runs(subject, method, monkeypatch):
+    for name, value in BENCHMARKS[subject].variables.get(method, {}).items():
+        monkeypatch.setenv(name, value)
     try:
-        task = SUBJECTS[subject].methods[method](CURRENTS if SUBJECTS[subject].is_layer else IMAGES)
+        task = BENCHMARKS[subject].methods[method](CURRENTS if BENCHMARKS[subject].is_layer else IMAGES)
     except ImportError as error:
         pytest.skip(f"{method}: {error}")
     except RuntimeError:
@@ -42,7 +44,7 @@ def test_every_method_is_right_and_runs(subject, method):
     task.check()
     task.backward(task.forward())
     assert task.tensor_bytes > 0
-    assert SUBJECTS[subject].peer_of(method) in SUBJECTS[subject].methods
+    assert BENCHMARKS[subject].peer_of(method) in BENCHMARKS[subject].methods
 
 
 def test_a_wrong_layer_is_found_out():
@@ -66,14 +68,14 @@ def test_wrong_networks_and_steps_are_found_out(monkeypatch):
     monkeypatch.setitem(networks._NEURONS, kernel, lambda T: right(T=T, tau=3.0))
     with pytest.raises(ValueError, match=f"{kernel} does not equal the textbook loop"):
         NetworkTask("conv4", kernel, IMAGES).check()
-    published = networks.published_losses
-    monkeypatch.setattr(networks, "published_losses", lambda *args, **kwargs: 1.01 * published(*args, **kwargs))
+    published = PaperLoop.paper_loss
+    monkeypatch.setattr(PaperLoop, "paper_loss", lambda *args, **kwargs: 1.01 * published(*args, **kwargs))
     with pytest.raises(ValueError, match="adversarial step does not equal"):
         AdversarialTask("conv4", IMAGES, published=False).check()
 
 
 def test_the_step_of_every_mode_has_a_peer():
-    subject = SUBJECTS["training_step"]
+    subject = BENCHMARKS["training_step"]
     assert set(subject.peers) == set(MODES)
     assert {subject.peer_of(mode) for mode in MODES} == set(subject.methods) - set(MODES)
     assert subject.peer_of("at, textbook loop") == "at, textbook loop"
@@ -91,8 +93,8 @@ def test_the_step_of_every_mode_has_a_peer():
     ],
 )
 def test_a_wrong_step_of_a_mode_is_found_out(monkeypatch, mode, method, wrong):
-    right = getattr(PublishedLoop, method)
-    monkeypatch.setattr(PublishedLoop, method, lambda *args, **kwargs: wrong(right(*args, **kwargs)))
+    right = getattr(PaperLoop, method)
+    monkeypatch.setattr(PaperLoop, method, lambda *args, **kwargs: wrong(right(*args, **kwargs)))
     with pytest.raises(ValueError, match=f"mode {mode} does not equal"):
         ModeTask(mode, IMAGES).check()
 
@@ -178,7 +180,8 @@ def test_the_chart_of_networks_has_no_line_for_the_memory(tmp_path):
 def test_a_worker_that_nobody_reads_any_more_ends_without_a_word(method):
     """As after Ctrl-C at the moment when it was started."""
     call = [sys.executable, "-m", "lab.benchmarking.worker", "neuron", method, str(list(CURRENTS)), "1"]
-    with subprocess.Popen(call, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as worker:
+    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
+    with subprocess.Popen(call, env=os.environ | paths_for_children(), **pipes) as worker:
         worker.stdout.close()
         assert worker.stderr.read() == b""
         assert worker.wait(60) == 1

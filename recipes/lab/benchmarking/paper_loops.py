@@ -9,55 +9,17 @@ from torch import Tensor, nn
 from sj_robust._host import functional, neuron
 from sj_robust.neuron import DLIFNode
 
-__all__ = ["PublishedLoop", "published_losses", "published_retraction"]
-
 Draw = Callable[[Tensor], Tensor]
 """Noise in the shape of the images."""
 
 
-def published_losses(
-    net: nn.Module,
-    x: Tensor,
-    y: Tensor,
-    *,
-    T: int,
-    eps: float,
-    noise: float,
-    kappa: float = 0.5,
-    rho: float = 1.0,
-) -> Tensor:
-    """Objective of one batch: a clean pass that nothing uses, the attack, then the clean and the perturbed pass.
-
-    The image is repeated over time before the first convolution, which therefore runs T times.
-
-    Args:
-        net: Network of LIF or DLIF neurons in step mode ``"m"`` that takes frames [T, N, C, H, W].
-        x: Images [N, C, H, W] in [0, 1].
-        y: Labels [N].
-        T: Number of time steps.
-        eps: Step of the attack.
-        noise: Standard deviation of the noise at its start.
-        kappa: Weight of the clean cross entropy.
-        rho: Weight of MS-MPPD.
-
-    Returns:
-        The loss, a scalar with a graph.
-
-    Source: training loop of Ding et al. (ICML 2024) in its published code, re-implemented.
-    """
-    loop = PublishedLoop(net, T)
-    return loop.paper_loss(x, y, loop.single_step(x, y, eps, noise, torch.randn_like), kappa=kappa, rho=rho)
-
-
-class PublishedLoop:
+class PaperLoop:
     """Perturbed images and losses of one batch, each as the code of its paper makes it.
 
     Attacks run the network in evaluation mode, its neurons excepted, which have a gradient in training mode only on
     SpikingJelly 0.0.0.0.14; the losses run all of it in training mode.
 
-    Args:
-        net: Network of LIF or DLIF neurons in step mode ``"m"`` that takes frames [T, N, C, H, W].
-        T: Number of time steps.
+    The network is one of LIF or DLIF neurons in step mode ``"m"`` that takes frames [T, N, C, H, W].
 
     Source: Ding et al. (ICML 2024), Madry et al. (ICLR 2018), Zhang et al. (ICML 2019).
     """
@@ -150,9 +112,7 @@ class PublishedLoop:
 def published_retraction(net: nn.Module, beta: float) -> None:
     """Step of every weight matrix W towards orthonormal rows: ``W + beta * (W - W W^T W)``, all rows at once.
 
-    Args:
-        net: A network whose linear layers have fewer than 200 rows, of which SNN-RAT's code takes all.
-        beta: Length of the step.
+    The linear layers have fewer than 200 rows, of which SNN-RAT's code takes all.
 
     Source: Ding et al. (NeurIPS 2022) and its code, re-implemented.
     """

@@ -9,8 +9,7 @@ from torch import Tensor
 from lab.benchmarking.layers import BATCH_NORM_LAYERS, INSTRUCTION_SETS, LAYERS
 from lab.benchmarking.networks import FIRST_LAYER, adversarial_tasks, network_tasks
 from lab.benchmarking.steps import STEP_PEERS, TRAINING_STEPS
-
-__all__ = ["SUBJECTS", "MethodGroup", "Task"]
+from sj_robust.ops.dlif import cpp
 
 
 class Task(Protocol):
@@ -35,7 +34,7 @@ class Task(Protocol):
 
 
 @dataclass(frozen=True)
-class MethodGroup:
+class Benchmark:
     """Methods that do the same work.
 
     Attributes:
@@ -46,6 +45,7 @@ class MethodGroup:
         has_one_graph: Whether the forward pass builds one graph, so that what it saves can be weighed; an attack
             builds others.
         peers: Methods that ratios refer to, by method, where they differ.
+        variables: Environment variables of a method's process.
     """
 
     methods: Mapping[str, Callable[[Sequence[int]], Task]]
@@ -54,6 +54,7 @@ class MethodGroup:
     is_layer: bool = False
     has_one_graph: bool = True
     peers: Mapping[str, str] = field(default_factory=dict)
+    variables: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def peer_of(self, method: str) -> str:
         """Method that the ratios of ``method`` refer to; a peer of several is its own."""
@@ -62,26 +63,32 @@ class MethodGroup:
 
 _LARGE = ((8, 64, 64, 32, 32), (8, 128, 256, 8, 8), (4, 64, 128, 8, 8))
 
-SUBJECTS: dict[str, MethodGroup] = {
-    "neuron": MethodGroup(LAYERS, "SpikingJelly LIFNode", _LARGE, is_layer=True),
-    "batch_norm": MethodGroup(BATCH_NORM_LAYERS, "batch norm, LIFNode", _LARGE, is_layer=True),
-    "instruction_sets": MethodGroup(INSTRUCTION_SETS, "avx512", _LARGE, is_layer=True),
-    "scaling": MethodGroup(
+BENCHMARKS: dict[str, Benchmark] = {
+    "neuron": Benchmark(LAYERS, "SpikingJelly LIFNode", _LARGE, is_layer=True),
+    "batch_norm": Benchmark(BATCH_NORM_LAYERS, "batch norm, LIFNode", _LARGE, is_layer=True),
+    "instruction_sets": Benchmark(
+        INSTRUCTION_SETS,
+        "avx512",
+        _LARGE,
+        is_layer=True,
+        variables={name: {cpp.INSTRUCTION_SET_VARIABLE: name} for name in INSTRUCTION_SETS},
+    ),
+    "scaling": Benchmark(
         {name: LAYERS[name] for name in ("DLIF cpp", "DLIF eager")},
         "DLIF eager",
         (*((T, 32, 8192) for T in (1, 2, 4, 8, 16, 32, 64)), *((8, N, 8192) for N in (8, 16, 64, 128))),
         is_layer=True,
     ),
-    "first_layer": MethodGroup(FIRST_LAYER, "convolution at every step", ((8, 16, 3, 32, 32),)),
-    "conv4": MethodGroup(network_tasks("conv4"), "ReLU", ((8, 16, 3, 32, 32),)),
-    "vgg5": MethodGroup(network_tasks("vgg5"), "ReLU", ((8, 16, 3, 32, 32),)),
-    "conv4_adversarial": MethodGroup(
+    "first_layer": Benchmark(FIRST_LAYER, "convolution at every step", ((8, 16, 3, 32, 32),)),
+    "conv4": Benchmark(network_tasks("conv4"), "ReLU", ((8, 16, 3, 32, 32),)),
+    "vgg5": Benchmark(network_tasks("vgg5"), "ReLU", ((8, 16, 3, 32, 32),)),
+    "conv4_adversarial": Benchmark(
         adversarial_tasks("conv4"), "published loop", ((8, 16, 3, 32, 32),), has_one_graph=False
     ),
-    "vgg5_adversarial": MethodGroup(
+    "vgg5_adversarial": Benchmark(
         adversarial_tasks("vgg5"), "published loop", ((8, 16, 3, 32, 32),), has_one_graph=False
     ),
-    "training_step": MethodGroup(
+    "training_step": Benchmark(
         TRAINING_STEPS, "textbook loop", ((4, 64, 1, 28, 28),), has_one_graph=False, peers=STEP_PEERS
     ),
 }
