@@ -42,18 +42,21 @@ RUN = {"python": "python", "pycon": "session", "bash": "shell", "sh": "shell"}
 """Languages that are run, and how."""
 KEPT = ("text", "yaml", "toml", "json", "csv", "bibtex", "cpp", "diff", "html", "markdown")
 """Languages that are not run."""
-KINDS = ("add", "add to RECIPE", "options only", "not run")
 FENCES = RawFencedCodeBlockLexer(re.compile(r"(?P<language>[\w+-]*).*\n"))
 FILE_NAME = re.compile(r"# ([\w-]+\.(?:py|ya?ml|toml|json))\n")
-DIRECTIVE = re.compile(r"^ *<!--\s*example\b:?(?P<text>.*?)(?P<end>-->)? *\n", re.MULTILINE)
-ABOVE = re.compile(rf"(?:{DIRECTIVE.pattern.replace('text', 't').replace('end', 'e')})*\Z", re.MULTILINE)
+DIRECTIVE = re.compile(
+    r"^ *<!-- example: (?:add(?: to (?P<recipe>\w+)\.py:)? (?P<options>-.+)"
+    r"|(?P<kind>options only|not run): (?P<reason>.+)) -->\n",
+    re.MULTILINE,
+)
+LOOKS_LIKE_ONE = re.compile(r"^ *<!--\s*example\b", re.MULTILINE)
 CLOSED = re.compile(r"\n *(`{3,}|~{3,}) *\Z")
 HEADING = re.compile(r"^#{1,6} (.+)$", re.MULTILINE)
 SESSION = DocTestStringParser(DocTestEvaluator(doctest.NORMALIZE_WHITESPACE))
 
 
 class PageError(ValueError):
-    """All that is wrong with a page before anything runs; a line for each, which begins with page and number."""
+    """What is wrong with a page before anything runs; begins with page and line."""
 
 
 @dataclass(frozen=True)
@@ -86,68 +89,46 @@ def name_of(page: Path) -> str:
 
 
 def blocks_of(document: Document) -> list[Block]:
-    """The blocks of a page; PageError with everything that is wrong with one of them or with a directive."""
-    text, errors, blocks = document.text, [], []
+    """The blocks of a page; PageError at the first one or directive with which something is wrong."""
+    text, page, blocks = document.text, name_of(Path(document.path)), []
+
+    def line_of(position: int) -> int:
+        return 1 + text.count("\n", 0, position)
+
+    def check(right: object, position: int, fault: str) -> None:
+        if not right:
+            raise PageError(f"{page}:{line_of(position)}: {fault}")
+
     found = list(FENCES(document))
     fences = [one for one in found if not any(other.start < one.start < other.end for other in found)]
-    alone = set()
-    for one in DIRECTIVE.finditer(text):
+    directives = {one.end(): one for one in DIRECTIVE.finditer(text)}
+    for one in LOOKS_LIKE_ONE.finditer(text):
         if not any(fence.start < one.start() < fence.end for fence in fences):
-            alone.add(one.start())
-            errors += [(one.start(), fault) for fault in directive_in(one)[3]]
+            known = DIRECTIVE.match(text, one.start())
+            check(known, one.start(), "no such directive, in one line; see the top of tests/documentation/pages.py")
+            next_one = known.end() in {fence.start for fence in fences} | {
+                other.start() for other in directives.values()
+            }
+            check(next_one, one.start(), "no block on the line below this directive")
     for fence in sorted(fences, key=lambda fence: fence.start):
-        above = list(DIRECTIVE.finditer(text, ABOVE.search(text, 0, fence.start).start(), fence.start))
-        alone -= {one.start() for one in above}
-        directives = [directive_in(one) for one in above]
+        above, start = [], fence.start
+        while start in directives:
+            above.append(directives[start])
+            start = directives[start].start()
         language, code = fence.lexemes["language"], fence.lexemes["source"]
-        blocks.append(Block(
-            fence, line_of(text, fence.start), RUN.get(language), code,
-            tuple((recipe, options) for kind, recipe, options, _ in directives if kind == "add"),
-            {kind: reason for kind, _, reason, _ in directives if kind != "add"},
-            next(reversed(HEADING.findall(text, 0, fence.start)), ""),
-        ))  # fmt: skip
-        if not CLOSED.search(text, fence.start, fence.end):
-            errors.append((fence.start, "this block has no end"))
-        errors += [(fence.start, fault) for fault in faults(blocks[-1], language, len(directives))]
-    errors += [(at, "no block on the line below this directive") for at in alone]
-    if errors:
-        name = name_of(Path(document.path))
-        raise PageError("\n".join(f"{name}:{line_of(text, at)}: {fault}" for at, fault in sorted(errors)))
+        added = tuple((one["recipe"], one["options"]) for one in reversed(above) if one["options"])
+        reasons = {one["kind"]: one["reason"] for one in above if one["kind"]}
+        how, known = RUN.get(language), ", ".join([*RUN, *KEPT])
+        check(CLOSED.search(text, fence.start, fence.end), fence.start, "this block has no end")
+        check(how or language in KEPT, fence.start, f"language {language!r} of this block; take one of {known}")
+        check(how or not above, fence.start, f"a directive above a block of {language}, which is not run anyway")
+        only_shell = how == "shell" or not (added or "options only" in reasons)
+        check(only_shell, fence.start, f"only 'not run' may stand above a block of {language}")
+        check(not reasons or len(above) == 1, fence.start, "several directives that exclude each other")
+        check(how != "session" or ">>>" in code, fence.start, "no >>> in this block")
+        heading = next(reversed(HEADING.findall(text, 0, fence.start)), "")
+        blocks.append(Block(fence, line_of(fence.start), how, code, added, reasons, heading))
     return blocks
-
-
-def line_of(text: str, position: int) -> int:
-    """Number of a line, from 1."""
-    return 1 + text.count("\n", 0, position)
-
-
-def directive_in(found: re.Match[str]) -> tuple[str, str | None, str, list[str]]:
-    """Kind of a directive, recipe that it is for or None, options or reason, and what is wrong with it."""
-    text = " ".join(found["text"].split())
-    if found["end"] is None:
-        return "", None, "", ["a directive is one line that ends with -->"]
-    if added := re.fullmatch(r"add(?: to (\w+)(?:\.py)?:)? (-.*)", text):
-        return "add", added[1], added[2], []
-    if given := re.fullmatch(r"(options only|not run)(?::\s*(.*))?", text):
-        example = f"<!-- example: {given[1]}: needs CIFAR-10 -->"
-        return given[1], None, given[2] or "", [] if given[2] else [f"{given[1]} needs a reason, as in {example}"]
-    return "", None, "", [f"unknown directive {text!r}; there are {', '.join(KINDS)}"]
-
-
-def faults(block: Block, language: str, directives: int) -> list[str]:
-    """What is wrong with a block and its directives, before anything is run."""
-    if language not in RUN and language not in KEPT:
-        known = ", ".join([*RUN, *KEPT])
-        return [f"language {language or 'missing'!r} of this block; take one of {known}"]
-    if directives and block.how is None:
-        return [f"a directive above a block of {language}, which is not run anyway"]
-    if block.how != "shell" and (block.added or "options only" in block.reasons):
-        return [f"only 'not run' may stand above a block of {language}"]
-    if block.reasons and directives > 1:
-        return ["several directives that exclude each other"]
-    if block.how == "session" and ">>>" not in block.code:
-        return ["no >>> in this block"]
-    return []
 
 
 def examples_in(document: Document) -> Iterator[Region]:

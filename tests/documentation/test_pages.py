@@ -94,13 +94,13 @@ WRONG = {
     "pip": (fence("bash", ".venv/bin/pip install x"), 4, "installs nothing"),
     "file": (fence("bash", "cat nowhere"), 4, "nowhere"),
     "language": (fence("console", "$ true"), 3, "language 'console' of this block; take one of python"),
-    "no language": (fence("", "true"), 3, "language 'missing'"),
+    "no language": (fence("", "true"), 3, "language ''"),
     "no end": ("```python\nx = 1\n", 1, "no end"),
-    "unknown directive": (fence("bash", "true", above=["<!-- example: skip: x -->"]), 3, "'skip: x'; there are add"),
-    "directive of lines": (fence("bash", "true", above=["<!-- example: add", "-->"]), 3, "one line"),
-    "no options": (fence("bash", "python recipes/sweep.py", above=["<!-- example: add -->"]), 3, "unknown directive"),
-    "no reason": (fence("bash", "true", above=["<!-- example: not run -->"]), 3, "needs a reason"),
-    "empty reason": (fence("bash", "true", above=["<!-- example: options only: -->"]), 3, "needs a reason"),
+    "unknown directive": (fence("bash", "true", above=["<!-- example: skip: x -->"]), 3, "no such directive"),
+    "directive of lines": (fence("bash", "true", above=["<!-- example: add", "-->"]), 3, "in one line"),
+    "no options": (fence("bash", "recipes/sweep.py", above=["<!-- example: add -->"]), 3, "no such directive"),
+    "no reason": (fence("bash", "true", above=["<!-- example: not run -->"]), 3, "no such directive"),
+    "empty reason": (fence("bash", "true", above=["<!-- example: options only: -->"]), 3, "no such directive"),
     "no block": (fence("bash", "true", above=[NOT_RUN, ""]), 3, "no block"),
     "no block at the end": (f"{NOT_RUN}\n", 1, "no block"),
     "nothing to do": (fence("text", "x", above=[NOT_RUN]), 4, "not run anyway"),
@@ -178,11 +178,9 @@ def test_a_command_that_takes_too_long_is_ended_with_all_it_started(tmp_path, mo
     assert not (tmp_path / "left").exists()
 
 
-def test_all_faults_of_a_page_are_named_before_anything_runs(tmp_path):
-    text = fence("python", "1 / 0") + fence("shell", "x") + fence("bash", "true", above=["<!-- example: fast -->"])
-    with pytest.raises(PageError) as error:
-        run(tmp_path, text)
-    assert [line.partition(": ")[0] for line in str(error.value).splitlines()] == ["page.md:8", "page.md:13"]
+def test_a_fault_of_the_page_is_named_before_anything_runs(tmp_path):
+    with pytest.raises(PageError, match="page.md:8: "):
+        run(tmp_path, fence("python", "1 / 0") + fence("shell", "x"))
 
 
 def test_options_are_added_behind_the_recipe():
