@@ -94,6 +94,7 @@ def test_no_file_imports_what_is_private_to_another_package():
     assert wrong == []
 
 
+@pytest.mark.slow
 def test_few_files_know_spikingjelly():
     knowing = {
         path.relative_to(PACKAGE) for path in FILES if any(n.split(".")[0] == "spikingjelly" for n in imports(path))
@@ -129,6 +130,7 @@ def test_only_the_bridge_asks_which_release_is_installed():
             assert 'version("spikingjelly")' not in text, path
 
 
+@pytest.mark.slow
 def test_import_is_light():
     heavy = ["cupy", "matplotlib", "accelerate", "sklearn", "rich", "jsonargparse", "tensorboard"]
     # SpikingJelly itself imports matplotlib in one release and CuPy, where it is installed, in the other
@@ -141,6 +143,7 @@ def test_import_is_light():
     assert result.stdout.strip() == "[]"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["sj_robust.training", "adv_train", "evaluate", "sweep", "figures", "benchmark"])
 def test_neither_the_compiler_nor_matplotlib_is_imported_before_it_is_needed(module):
     code = (

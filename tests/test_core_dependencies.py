@@ -7,6 +7,8 @@ SpikingJelly brings some of these packages itself, so theirs are let through.
 import subprocess
 import sys
 
+import pytest
+
 PACKAGES = ("evaluation", "estimators", "stability", "perturbation")
 EXTRAS = {"accelerate", "jsonargparse", "matplotlib", "pyautoattack", "rich", "scipy", "sklearn", "tensorboard", "yaml"}
 SCRIPT = f"""
@@ -28,6 +30,7 @@ for package in {PACKAGES}:
 """
 
 
+@pytest.mark.slow
 def test_modules_import_without_the_extras():
     result = subprocess.run([sys.executable, "-W", "ignore", "-c", SCRIPT], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr

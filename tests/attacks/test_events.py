@@ -55,6 +55,7 @@ class TestBudget:
         assert int(count_flips(x_adv, bars.x[:8]).max()) <= 6
         assert not torch.equal(x_adv, bars.x[:8])
 
+    @pytest.mark.slow
     def test_what_is_wrong_already_stays(self, bars):
         wrong = (bars.y + 1) % 4
         right = bars.model(bars.x).argmax(1) != wrong
@@ -296,6 +297,7 @@ def test_of_two_sets_of_changes_the_better_is_kept():
 
 
 class TestEvaluation:
+    @pytest.mark.slow
     def test_over_several_estimators(self, bars):
         x, y, seeds = bars.x[:32], bars.y[:32], SampleSeeds(range(32))
         attack = partial(flip_events, flips=10, reduce=False, probes=2, queries=10)

@@ -208,6 +208,7 @@ def test_bound_attacks_can_be_pickled_and_printed(model):
     assert "eps=0.1" in repr(attack)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["PGD", "PGDL2", "FGSM", "APGD", "Square"])
 def test_attacks_of_torchattacks(trained, name):
     torchattacks = pytest.importorskip("torchattacks", reason="extra `compare` holds the peers of parity tests")

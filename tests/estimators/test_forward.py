@@ -341,6 +341,7 @@ def test_cba_of_a_network_that_goes_step_by_step():
     torch.testing.assert_close(*crafted)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_pgd_crafts_inside(name, trained):
     model, x, y = trained.model, trained.x[:24], trained.y[:24]

@@ -229,6 +229,7 @@ class TestReport:
             evaluated(bars, folder=folder, threat=ThreatModel("L0", 11))
 
 
+@pytest.mark.slow
 def test_wrong_use(bars):
     subject = Subject("mine", SpikingClassifier(nn.Flatten(2), T=1), "a reshape")
     images = [(torch.rand(2, 1, 2, 2).round(), torch.tensor([0, 1]))]

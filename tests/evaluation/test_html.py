@@ -107,5 +107,6 @@ def test_a_bare_report():
     Page(text)
 
 
+@pytest.mark.slow
 def test_the_same_report_gives_the_same_page(text):
     assert to_html(report()) == text

@@ -221,6 +221,7 @@ def test_a_source_network_is_a_better_witness_than_the_stand_in(honest, batch):
     assert "stand-in" in stand_in["transfer_beats_white_box"].meaning
 
 
+@pytest.mark.slow
 def test_one_image_alone_is_no_evidence_and_none_is_no_attack(honest, batch):
     x, y = batch
     found = findings(honest, (x[:5], y[:5]), estimators=None)
@@ -232,6 +233,7 @@ def test_one_image_alone_is_no_evidence_and_none_is_no_attack(honest, batch):
     assert "unbounded_attack_fails" not in found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fail", [False, True], ids=["ends", "raises"])
 def test_nothing_of_the_network_or_the_random_state_changes(honest, batch, fail):
     x, y = batch

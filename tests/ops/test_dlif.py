@@ -113,6 +113,7 @@ def reference_run(shape, dtype, v_reset, starts):
     return inputs, grads, run("reference", inputs, grads, decay=0.9, v_reset=v_reset)
 
 
+@pytest.mark.slow
 @not_the_reference
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("v_reset", RESETS)

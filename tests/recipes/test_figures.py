@@ -138,6 +138,7 @@ def test_redraw_gives_the_same_pixels_from_the_files_alone(drawn, tmp_path, monk
     assert f"{tmp_path / 'gains.json'} drawn as gains.pdf, gains.png" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_numbers_are_those_of_the_run(run, drawn):
     gains = load_figure(drawn / "gains.json")
     assert list(gains.networks) == ["dlif_at"]

@@ -151,6 +151,7 @@ def test_null_and_its_value_are_one_run_of_the_real_recipe(tmp_path):
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_the_real_recipes_on_digits(tmp_path, monkeypatch):
     """In processes of its own: two runs, one epoch, few images."""
     pytest.importorskip("submitit", reason="of the extra recipes")

@@ -284,6 +284,7 @@ def test_a_compiled_network_trains_the_same_weights(tmp_path, monkeypatch):
     assert not calls
 
 
+@pytest.mark.slow
 @tracing
 def test_a_network_that_cannot_be_compiled(tmp_path, monkeypatch):
     def backend(graph, example_inputs):

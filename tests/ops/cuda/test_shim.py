@@ -50,6 +50,7 @@ def test_sanitizer_sees_a_read_past_the_end(tmp_path):
     assert "heap-buffer-overflow" in result.stderr
 
 
+@pytest.mark.slow
 def test_bfloat16_is_rounded_to_nearest_even(library):
     cases.check_bfloat16(library)
 
