@@ -94,7 +94,6 @@ def test_no_file_imports_what_is_private_to_another_package():
     assert wrong == []
 
 
-@pytest.mark.slow
 def test_few_files_know_spikingjelly():
     knowing = {
         path.relative_to(PACKAGE) for path in FILES if any(n.split(".")[0] == "spikingjelly" for n in imports(path))
