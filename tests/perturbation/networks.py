@@ -90,6 +90,36 @@ def images(seed=1, n=3):
     return x, x + 0.3 * torch.randn(x.shape, generator=generator)
 
 
+def trainable(make):
+    """In training mode, where neurons of both releases have a gradient, but with fixed batch norm."""
+    net = conv_net(make).train()
+    net[1].eval()
+    return net
+
+
+def run_pair(monitor, net, x, x_perturbed, way="two runs", run=None):
+    """A clean and a perturbed run from a reset, in one of the ways that a monitor takes."""
+    if way == "single steps":
+        functional.set_step_mode(net, "s")
+    run = run or {"single steps": in_steps, "chunks": in_chunks}.get(way, lambda net: net)(net)
+    with torch.set_grad_enabled(torch.is_grad_enabled() and way != "no graph"):
+        functional.reset_net(net)
+        if way == "paired":
+            with monitor.paired():
+                run(torch.cat((x, x_perturbed), 1))
+            return
+        with monitor.clean():
+            run(x)
+        functional.reset_net(net)
+        with monitor.perturbed():
+            run(x_perturbed)
+
+
+def in_chunks(net):
+    """Runs a multi-step network over a sequence in two calls."""
+    return lambda x_seq: [net(chunk) for chunk in x_seq.split((1, 3))]
+
+
 def in_steps(net):
     """Runs a single-step network over a sequence."""
     return lambda x_seq: [net(x) for x in x_seq]

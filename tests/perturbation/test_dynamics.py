@@ -14,6 +14,7 @@ from sj_robust.perturbation import (
     spike_train_distance,
     tasad,
 )
+from sj_robust.perturbation.dynamics import perturbation_step
 
 
 def figure_1(currents):
@@ -81,6 +82,32 @@ def test_recursion_is_the_weighted_sum_and_its_gradient(gain):
     assert torch.autograd.gradcheck(
         lambda a, b, decay, gain: simplified_perturbation(a, b, decay=decay, gain=gain), (x, x_perturbed, decay, gain_t)
     )
+
+
+@pytest.mark.parametrize("gain", [1.0, 0.7])
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_constant_decay_gives_the_recursion_and_every_derivative(steps, gain):
+    x, x_perturbed = torch.randn(2, steps, 3, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    found = simplified_perturbation(x, x_perturbed, decay=0.8, gain=gain)
+    eps = torch.zeros(3, 2, dtype=torch.float64)
+    for t in range(steps):
+        eps = perturbation_step(eps, x[t] - x_perturbed[t], 0.8, gain)
+        torch.testing.assert_close(found[t], eps)
+
+    def of_both(a, b):
+        return simplified_perturbation(a, b, decay=0.8, gain=gain) ** 2
+
+    inputs = (x.requires_grad_(), x_perturbed.requires_grad_())
+    assert torch.autograd.gradcheck(of_both, inputs)
+    assert torch.autograd.gradgradcheck(of_both, inputs)
+
+
+def test_a_decay_that_is_a_tensor_gives_the_same_and_has_a_gradient():
+    x, x_perturbed = torch.randn(2, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    decay = torch.tensor(0.8, dtype=torch.float64, requires_grad=True)
+    of_tensor = simplified_perturbation(x, x_perturbed, decay=decay)
+    torch.testing.assert_close(of_tensor, simplified_perturbation(x, x_perturbed, decay=0.8))
+    assert torch.autograd.gradcheck(lambda a: simplified_perturbation(x, x_perturbed, decay=a), (decay,))
 
 
 @pytest.mark.parametrize("v_reset", [0.0, None, -0.2])

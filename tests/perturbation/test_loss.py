@@ -1,11 +1,21 @@
-"""The differentiable loss against gradients of explicit sums over currents captured by the test's own hooks."""
+"""The differentiable loss against gradients of explicit sums over what the test's own hooks have captured."""
 
 import gc
+import itertools
 import weakref
 
 import pytest
 import torch
-from perturbation.networks import NEURONS, T, conv_net, images, in_steps, recurrent_net, storage_bytes
+from perturbation.networks import (
+    NEURONS,
+    T,
+    conv_net,
+    images,
+    recurrent_net,
+    run_pair,
+    storage_bytes,
+    trainable,
+)
 from spikingjelly.activation_based import functional, neuron
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -13,51 +23,53 @@ from torch.utils.checkpoint import checkpoint
 
 from sj_robust import SpikingClassifier
 from sj_robust.neuron import DLIFNode
-from sj_robust.perturbation import MPPDMonitor
+from sj_robust.perturbation import MPPDMonitor, spike_train_distance, tasad
 
 NAMES = ("2", "4", "8")
+INDICATORS = [("mppd", False), ("mppd", True), ("std", False), ("tasad", False)]  # with the learnable gain or without
+LAYERS = {"last": ["8"], "all": NAMES, "4": ["4"], "8 2": ["8", "2"]}
 
 
-def trainable(make):
-    """In training mode, where neurons of both releases have a gradient, but with fixed batch norm."""
-    net = conv_net(make).train()
-    net[1].eval()
-    return net
-
-
-def run_with_currents(net, names, x, run=None):
-    """Input currents [T, N, *] with their graph, by name."""
-    seen = {name: [] for name in names}
+def captured(net, names, x, run=None):
+    """Input currents and spikes [T, N, *] with their graph, by name."""
+    seen = {name: ([], []) for name in names}
 
     def hook(name):
-        def keep(module, inputs):
-            seen[name].extend([inputs[0]] if module.step_mode == "s" else inputs[0])
+        def keep(module, inputs, output):
+            for values, value in zip(seen[name], (inputs[0], output), strict=True):
+                values.extend([value] if module.step_mode == "s" else value)
 
         return keep
 
-    handles = [net.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
+    handles = [net.get_submodule(name).register_forward_hook(hook(name)) for name in names]
     functional.reset_net(net)
     (run or net)(x)
     functional.reset_net(net)
     for handle in handles:
         handle.remove()
-    return {name: torch.stack(steps) for name, steps in seen.items()}
+    return {name: [torch.stack(values) for values in both] for name, both in seen.items()}
 
 
-def explicit_loss(x, x_perturbed, decay, gain, norm):
-    """MS-MPPD by the matrix of powers of the decay, in float64."""
+def explicit_eps(x, x_perturbed, decay, gain):
+    """The perturbation by the matrix of powers of the decay, in float64."""
     matrix = torch.tensor([[float(k <= t) for k in range(len(x))] for t in range(len(x))], dtype=torch.float64)
     powers = torch.tensor([[float(max(t - k, 0)) for k in range(len(x))] for t in range(len(x))], dtype=torch.float64)
     weights = matrix * torch.as_tensor(decay, dtype=torch.float64) ** powers * gain
-    eps = torch.einsum("tk,k...->t...", weights, x.detach().double() - x_perturbed.double())
-    return (eps**2 if norm == "l2" else eps.abs()).mean()
+    return torch.einsum("tk,k...->t...", weights, x.detach().double() - x_perturbed.double())
 
 
-def two_runs(monitor, net, x, x_perturbed, run=None):
-    for context, a in ((monitor.clean, x), (monitor.perturbed, x_perturbed)):
-        functional.reset_net(net)
-        with context():
-            (run or net)(a)
+def explicit_difference(node, clean, perturbed, indicator, input_gain):
+    """What the indicator takes the mean square or absolute value of; decay and gain as the neuron learns them."""
+    if indicator != "mppd":
+        difference = perturbed[1].double() - clean[1].detach().double()
+        return difference if indicator == "std" else difference.sum(0) / T
+    decay, gain = {neuron.IFNode: (1.0, 1.0), neuron.LIFNode: (0.75, 0.25)}.get(type(node), (None, None))
+    if isinstance(node, neuron.ParametricLIFNode):
+        gain = torch.sigmoid(node.w.double())
+        decay = 1 - gain
+    elif isinstance(node, DLIFNode):  # the paper's form leaves the learnable gain out
+        decay, gain = node.decay, node.input_gain.double() if input_gain else 1.0
+    return explicit_eps(clean[0], perturbed[0], decay, gain)
 
 
 def gradients(value, net):
@@ -65,77 +77,63 @@ def gradients(value, net):
     return torch.autograd.grad(value, params, retain_graph=True, allow_unused=True, materialize_grads=True)
 
 
-def assert_same_loss_and_gradients(value, expected, net):
-    torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=1e-7)
+def assert_same_gradients(value, expected, net, least=2):
     grads, grads_expected = gradients(value, net), gradients(expected, net)
-    assert sum(float(g.abs().sum()) > 0 for g in grads_expected) >= 2
+    assert sum(float(g.abs().sum()) > 0 for g in grads_expected) >= least
     for grad, grad_expected in zip(grads, grads_expected, strict=True):
         scale = float(grad_expected.abs().max())
         torch.testing.assert_close(grad, grad_expected, rtol=1e-3, atol=1e-5 * max(scale, 1e-3))
 
 
-@pytest.mark.parametrize("norm", ["l2", "l1"])
-@pytest.mark.parametrize("layers", ["last", "all", ["4"], ["8", "2"]])
-@pytest.mark.parametrize("kind", ["LIF decay_input", "IF", "DLIF"])
-def test_loss_and_gradient_are_those_of_the_explicit_sum(kind, layers, norm):
-    make, decay, gain, _ = NEURONS[kind]
-    net = trainable(make)
-    x, x_perturbed = images()
-    monitor = MPPDMonitor(net)
-    two_runs(monitor, net, x, x_perturbed)
-    chosen = {"last": ["8"], "all": NAMES}.get(layers) if isinstance(layers, str) else layers
-    with torch.no_grad():
-        clean = run_with_currents(net, NAMES, x)
-    perturbed = run_with_currents(net, NAMES, x_perturbed)
-    fixed = gain if isinstance(gain, float) else 1.0  # the paper's form leaves the learnable gain out
-    terms = [explicit_loss(clean[name], perturbed[name], decay, fixed, norm) for name in chosen]
-    assert_same_loss_and_gradients(monitor.loss(layers, norm), torch.stack(terms).mean(), net)
+WAYS = ["two runs", "chunks", "single steps", "paired", "no graph"]
+CASES = [
+    *itertools.product(["LIF decay_input", "DLIF"], WAYS, ["statistics"]),
+    *itertools.product(["IF", "PLIF"], ["two runs", "paired"], ["statistics"]),
+    *itertools.product(["DLIF"], WAYS, ["loss"]),
+]
 
 
-def test_learnable_gain_and_decay_are_part_of_the_gradient_where_they_are_part_of_the_loss():
-    for kind, learned in (("DLIF", "input_gain"), ("PLIF", "w")):
-        net = trainable(NEURONS[kind][0])
-        x, x_perturbed = images()
-        monitor = MPPDMonitor(net)
-        two_runs(monitor, net, x, x_perturbed)
-        with torch.no_grad():
-            clean = run_with_currents(net, NAMES, x)
-        perturbed = run_with_currents(net, NAMES, x_perturbed)
-        node = net[8]
-        if kind == "DLIF":
-            decay, gain = node.decay, node.input_gain.double()
-            value, plain = monitor.loss(input_gain=True), monitor.loss()
-            assert float(gradients(plain, net)[-3].abs().max()) == 0
-        else:
-            rate = torch.sigmoid(node.w.double())
-            decay, gain, value = 1 - rate, rate, monitor.loss()
-        expected = explicit_loss(clean["8"], perturbed["8"], decay, gain, "l2")
-        assert_same_loss_and_gradients(value, expected, net)
-        (grad,) = torch.autograd.grad(monitor.loss(input_gain=True), getattr(node, learned))
-        assert float(grad.abs().max()) > 0
-
-
-@pytest.mark.parametrize("kind", ["LIF", "DLIF"])
-def test_concatenated_batch_equals_two_runs(kind):
+@pytest.mark.parametrize(("kind", "way", "keep"), CASES)
+def test_loss_and_gradient_are_those_of_the_explicit_sum(kind, way, keep):
     net = trainable(NEURONS[kind][0])
     x, x_perturbed = images()
-    monitor = MPPDMonitor(net)
-    two_runs(monitor, net, x, x_perturbed)
-    for norm in ("l2", "l1"):
-        for flag in (False, True):
-            expected = monitor.loss("all", norm, flag).double()
-            paired = MPPDMonitor(net)
-            functional.reset_net(net)
-            with paired.paired():
-                net(torch.cat((x, x_perturbed), 1))
-            assert_same_loss_and_gradients(paired.loss("all", norm, flag), expected, net)
+    with torch.no_grad():
+        clean = captured(net, NAMES, x)
+    perturbed = captured(net, NAMES, x_perturbed)
+    monitor = MPPDMonitor(net, keep=keep, spikes=True)
+    run_pair(monitor, net, x, x_perturbed, way)
+    assert way != "no graph" or sum(storage_bytes(monitor)) < 60_000
+    for (indicator, flag), norm in itertools.product(INDICATORS, ("l2", "l1")):
+        differences = {
+            name: explicit_difference(net[int(name)], clean[name], perturbed[name], indicator, flag) for name in NAMES
+        }
+        for layers, names in LAYERS.items():
+            expected = torch.stack([(d**2 if norm == "l2" else d.abs()).mean() for d in map(differences.get, names)])
+            with torch.set_grad_enabled(way != "no graph"):
+                chosen = layers if layers in ("last", "all") else names
+                value = monitor.loss(chosen, norm, flag, indicator=indicator)
+            torch.testing.assert_close(value.double(), expected.mean(), rtol=1e-4, atol=1e-7)
+            assert value > 1e-3
+            assert value.dtype == torch.float32
+            assert value.requires_grad == (way != "no graph")
+            if way != "no graph" and (layers, norm) in (("last", "l1"), ("all", "l2")):
+                assert_same_gradients(value, expected.mean(), net)
+            if norm == "l1" and indicator != "mppd":
+                distance = {"std": spike_train_distance, "tasad": tasad}[indicator]
+                mean = torch.stack([distance(clean[name][1], perturbed[name][1]).mean() for name in names]).mean()
+                torch.testing.assert_close(value, mean.detach(), check_dtype=False, rtol=1e-5, atol=0)
+    if way == "two runs" and kind in ("PLIF", "DLIF"):
+        learned = net[8].w if kind == "PLIF" else net[8].input_gain
+        (grad,) = torch.autograd.grad(monitor.loss(input_gain=True), learned, retain_graph=True)
+        assert float(grad.abs().max()) > 0
+        assert kind == "PLIF" or float(gradients(monitor.loss(), net)[-3].abs().max()) == 0
 
 
 def test_no_gradient_through_the_clean_run():
     net = trainable(NEURONS["LIF"][0])
     x, x_perturbed = (a.requires_grad_() for a in images())
     monitor = MPPDMonitor(net)
-    two_runs(monitor, net, x, x_perturbed)
+    run_pair(monitor, net, x, x_perturbed)
     grad, grad_perturbed = torch.autograd.grad(monitor.loss("all"), (x, x_perturbed), allow_unused=True)
     assert grad is None
     assert float(grad_perturbed.abs().max()) > 0
@@ -148,27 +146,27 @@ def test_no_gradient_through_the_clean_run():
     assert float(grad[:, 3:].abs().max()) > 0
 
 
-@pytest.mark.parametrize("layers", ["last", "all"])
-def test_single_steps_and_recurrent_containers(layers):
-    x, x_perturbed = images()
-    net = trainable(NEURONS["DLIF"][0])
-    whole = MPPDMonitor(net, layers=layers)
-    two_runs(whole, net, x, x_perturbed)
-    expected = whole.loss(layers).double()
-    functional.set_step_mode(net, "s")
-    stepped = MPPDMonitor(net, layers=layers)
-    two_runs(stepped, net, x, x_perturbed, run=in_steps(net))
-    assert_same_loss_and_gradients(stepped.loss(layers), expected, net)
-
+def test_recurrent_container_and_last_layer_in_single_steps():
     net = recurrent_net().train()
     x = 3 * torch.rand(T, 4, 5, generator=torch.Generator().manual_seed(0))
     monitor = MPPDMonitor(net)
-    two_runs(monitor, net, x, x + 0.5)
+    run_pair(monitor, net, x, x + 0.5)
     with torch.no_grad():
-        clean = run_with_currents(net, ["2.sn"], x)
-    perturbed = run_with_currents(net, ["2.sn"], x + 0.5)
-    expected = explicit_loss(clean["2.sn"], perturbed["2.sn"], 0.5, 1.0, "l2")
-    assert_same_loss_and_gradients(monitor.loss(["2.sn"]), expected, net)
+        clean = captured(net, ["2.sn"], x)["2.sn"][0]
+    perturbed = captured(net, ["2.sn"], x + 0.5)["2.sn"][0]
+    expected = explicit_eps(clean, perturbed, 0.5, 1.0).square().mean()
+    torch.testing.assert_close(monitor.loss(["2.sn"]).double(), expected)
+    assert_same_gradients(monitor.loss(["2.sn"]), expected, net)
+
+    net = trainable(NEURONS["DLIF"][0])
+    x, x_perturbed = images()
+    values = []
+    for way in ("two runs", "single steps"):
+        with MPPDMonitor(net, layers="last") as monitor:
+            run_pair(monitor, net, x, x_perturbed, way)
+            values.append(monitor.loss())
+    torch.testing.assert_close(*values)
+    assert_same_gradients(*values, net)
 
 
 def test_training_step_with_a_classifier():
@@ -194,21 +192,16 @@ def test_training_step_with_a_classifier():
         assert float(both[name].abs().sum()) > 0, name
 
 
-def test_value_without_gradients():
+def test_inference_mode_has_the_value():
     net = trainable(NEURONS["DLIF"][0])
-    x, x_perturbed = images()
+    pair = images()
     monitor = MPPDMonitor(net)
-    two_runs(monitor, net, x, x_perturbed)
-    expected = {key: monitor.loss("all", *key) for key in (("l2", False), ("l2", True), ("l1", False), ("l1", True))}
-    for context in (torch.no_grad, torch.inference_mode):
-        with context():
-            two_runs(monitor, net, x, x_perturbed)
-            assert sum(storage_bytes(monitor)) < 20_000
-        for key, value in expected.items():
-            found = monitor.loss("all", *key)
-            assert not found.requires_grad
-            assert found.dtype == torch.float32
-            torch.testing.assert_close(found, value.detach(), rtol=1e-5, atol=1e-7)
+    run_pair(monitor, net, *pair)
+    expected = monitor.loss("all").detach()
+    with torch.inference_mode():
+        run_pair(monitor, net, *pair)
+        assert sum(storage_bytes(monitor)) < 20_000
+    torch.testing.assert_close(monitor.loss("all"), expected, rtol=1e-5, atol=1e-7)
 
 
 def test_last_layer_alone_holds_its_own_currents_alone():
@@ -241,7 +234,7 @@ def test_no_graph_stays(end):
     currents = []
     handle = net[8].register_forward_pre_hook(lambda _, inputs: currents.append(weakref.ref(inputs[0])))
     monitor = MPPDMonitor(net, keep="trace")
-    two_runs(monitor, net, x, x_perturbed)
+    run_pair(monitor, net, x, x_perturbed)
     handle.remove()
     functional.reset_net(net)
     assert currents[1]() is not None
@@ -272,7 +265,7 @@ def test_an_exception_in_the_perturbed_run_drops_the_pair():
     with pytest.raises(RuntimeError, match="two complete runs"):
         monitor.loss()
     failing.remove()
-    two_runs(monitor, net, x, x_perturbed)
+    run_pair(monitor, net, x, x_perturbed)
     assert monitor.statistics()["8"].samples == 3
 
 
@@ -288,14 +281,14 @@ def test_activation_checkpointing():
     x, x_perturbed = images()
     net = trainable(NEURONS["DLIF"][0])
     plain = MPPDMonitor(net)
-    two_runs(plain, net, x, x_perturbed)
+    run_pair(plain, net, x, x_perturbed)
     expected = plain.loss("all").double()
     grads = gradients(expected, net)
     functional.reset_net(net)
     # Recomputation in the backward pass must find the neurons as the forward pass did: fresh.
     wrapped = Checkpointed(net)
     monitor = MPPDMonitor(wrapped)
-    two_runs(monitor, wrapped, x, x_perturbed)
+    run_pair(monitor, wrapped, x, x_perturbed)
     value = monitor.loss("all")
     functional.reset_net(net)
     torch.testing.assert_close(value.double(), expected)
@@ -307,13 +300,13 @@ def test_attached_before_wrapping_in_ddp(tmp_path):
     net = trainable(NEURONS["DLIF"][0])
     x, x_perturbed = images()
     monitor = MPPDMonitor(net)
-    two_runs(monitor, net, x, x_perturbed)
+    run_pair(monitor, net, x, x_perturbed)
     grads = gradients(monitor.loss("all"), net)
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         wrapped = DistributedDataParallel(net, find_unused_parameters=True)
-        two_runs(monitor, net, x, x_perturbed, run=wrapped)
+        run_pair(monitor, net, x, x_perturbed, run=wrapped)
         monitor.loss("all").backward()
     finally:
         torch.distributed.destroy_process_group()
@@ -338,7 +331,7 @@ def test_last_is_the_layer_executed_last_not_the_one_defined_last(layers):
     x, x_perturbed = 2 * torch.rand(2, T, 3, 4)
     monitor = MPPDMonitor(net, layers=layers)
     assert monitor.monitored_layers == ["late", "early"]
-    two_runs(monitor, net, x, x_perturbed)
+    run_pair(monitor, net, x, x_perturbed)
     assert monitor.execution_order == ("early", "late")
     last = monitor.loss()
     assert torch.equal(last, monitor.loss(["late"]))
@@ -352,14 +345,82 @@ def test_mixed_precision(kind):
     x, x_perturbed = images()
     monitor = MPPDMonitor(net)
     with torch.autocast("cpu", torch.bfloat16):
-        two_runs(monitor, net, x, x_perturbed)
+        run_pair(monitor, net, x, x_perturbed)
         value = monitor.loss("all")
         with torch.no_grad():
-            clean = run_with_currents(net, NAMES, x)
-        perturbed = run_with_currents(net, NAMES, x_perturbed)
-    assert clean["8"].dtype == torch.bfloat16
+            clean = captured(net, NAMES, x)
+        perturbed = captured(net, NAMES, x_perturbed)
+    assert clean["8"][0].dtype == torch.bfloat16
     assert value.dtype == torch.float32
-    _, decay, _, _ = NEURONS[kind]
-    terms = [explicit_loss(clean[name], perturbed[name], decay, 1.0, "l2") for name in NAMES]
+    decay = NEURONS[kind][1]
+    terms = [explicit_eps(clean[name][0], perturbed[name][0], decay, 1.0).square().mean() for name in NAMES]
     torch.testing.assert_close(value.double(), torch.stack(terms).mean(), rtol=1e-5, atol=1e-7)
     assert all(bool(grad.isfinite().all()) for grad in gradients(value, net))
+
+
+def test_spikes_are_kept_on_request_and_unchanged():
+    net = trainable(NEURONS["LIF"][0])
+    pair = images()
+    monitor = MPPDMonitor(net)
+    run_pair(monitor, net, *pair)
+    with pytest.raises(ValueError, match="needs the spikes: build the monitor with spikes=True"):
+        monitor.loss(indicator="std")
+    with pytest.raises(ValueError, match=r"indicator must be one of .*'mppd', .*got 'rate'"):
+        monitor.loss(indicator="rate")
+    monitor = MPPDMonitor(net, layers=["2"], spikes=True)
+    net[2].register_forward_hook(lambda module, inputs, output: output.mul_(2))
+    run_pair(monitor, net, *pair, "no graph")
+    with pytest.raises(RuntimeError, match="output of layer '2' was changed in place"):
+        monitor.loss(["2"], indicator="std")
+
+
+# ---- a monitor that keeps what its loss needs and nothing else ----
+
+
+def test_it_measures_nothing_and_says_so():
+    net = conv_net(NEURONS["LIF"][0])
+    x, _ = images()
+    with MPPDMonitor(net, keep="loss") as monitor:
+        run_pair(monitor, net, x, x + 0.1)
+        with pytest.raises(RuntimeError, match=r"call compare\(x, x_perturbed\), or build it with keep='statistics'"):
+            monitor.statistics()
+        with pytest.raises(RuntimeError, match="measures nothing beside its loss"):
+            monitor["2"]
+        for other, message in (
+            (torch.cat((x, x)), "takes more steps in the perturbed run than in the clean run"),
+            (x[:2], "steps in the perturbed run and 4 in the clean run"),
+            (x[:, :1], "give both runs batches of the same shape"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                run_pair(monitor, net, x, other)
+
+
+def test_comparing_measures_as_ever_and_leaves_the_next_pair_alone():
+    net = conv_net(NEURONS["LIF"][0])
+    x, _ = images()
+    with MPPDMonitor(net) as usual, MPPDMonitor(net, keep="loss") as monitor:
+        expected = usual.compare(x, x + 0.1)
+        found = monitor.compare(x, x + 0.1)
+        assert {name: stats.to_dict() for name, stats in found.items()} == {
+            name: stats.to_dict() for name, stats in expected.items()
+        }
+        before = monitor.statistics()["8"].samples
+        run_pair(monitor, net, x, x + 0.1)
+        assert monitor.statistics()["8"].samples == before
+
+
+def test_an_open_pair_keeps_the_currents_alone():
+    """Less than with statistics, which keep the spikes of the clean run until the perturbed one."""
+    net = conv_net(NEURONS["LIF"][0])
+    x, _ = images()
+    held = {}
+    for keep in ("statistics", "loss"):
+        with MPPDMonitor(net, keep=keep, layers=["8"]) as monitor, torch.no_grad():
+            functional.reset_net(net)
+            with monitor.clean():
+                net(x)
+            held[keep] = sum(storage_bytes(monitor))
+            functional.reset_net(net)
+            with monitor.perturbed():
+                net(x)
+    assert 0 < held["loss"] < held["statistics"]

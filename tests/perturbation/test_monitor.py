@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 import torch
 from perturbation.by_hand import assert_stats, capture, eps_by_hand, statistics_by_hand
-from perturbation.networks import NEURONS, T, conv_net, images, in_steps, recurrent_net, storage_bytes
+from perturbation.networks import (
+    NEURONS,
+    T,
+    conv_net,
+    images,
+    in_chunks,
+    in_steps,
+    recurrent_net,
+    run_pair,
+    storage_bytes,
+)  # fmt: skip
 from spikingjelly.activation_based import functional, layer, neuron
 from spikingjelly.activation_based.monitor import BaseMonitor
 from torch import nn
@@ -106,40 +116,27 @@ def test_hand_made_recurrent_container():
         assert stats[name].summary()["spike_distance"] > 0
 
 
-def in_chunks(net):
-    return lambda x_seq: [net(chunk) for chunk in x_seq.split((1, 3))]
+def values_of(stats):
+    return {key: value.numpy() for key, value in stats._tensors().items()}
 
 
-@pytest.mark.parametrize("kind", ["LIF", "PLIF", "DLIF"])
-def test_single_steps_and_chunks_equal_one_call(kind):
-    net = conv_net(NEURONS[kind][0])
-    x, x_perturbed = images()
-    monitor = MPPDMonitor(net)
-    whole = monitor.compare(x, x_perturbed)
-    chunked = monitor.compare(x, x_perturbed, forward=in_chunks(net))
-    functional.set_step_mode(net, "s")
-    stepped = monitor.compare(x, x_perturbed, forward=in_steps(net))
-    for name in NAMES:
-        for other in (chunked, stepped):
-            assert_stats(other[name], {key: value.numpy() for key, value in whole[name]._tensors().items()}, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["LIF reset -0.2", "DLIF"])
-@pytest.mark.parametrize("step_mode", ["m", "s"])
-def test_concatenated_batch_equals_two_runs(kind, step_mode):
+@pytest.mark.parametrize("kind", ["LIF", "LIF reset -0.2", "PLIF", "DLIF"])
+def test_every_way_of_running_gives_the_same_statistics(kind):
     net = conv_net(NEURONS[kind][0]).eval()
-    functional.set_step_mode(net, step_mode)
-    run = net if step_mode == "m" else in_steps(net)
-    x, x_perturbed = images()
+    pair = images()
     monitor = MPPDMonitor(net)
-    expected = monitor.compare(x, x_perturbed, forward=run)
-    monitor.clear_recorded_data()
-    functional.reset_net(net)
-    with monitor.paired():
-        run(torch.cat((x, x_perturbed), dim=1))
-    for name, stats in monitor.statistics().items():
-        assert stats.samples == 3
-        assert_stats(stats, {key: value.numpy() for key, value in expected[name]._tensors().items()}, atol=1e-5)
+    whole = monitor.compare(*pair)
+    others = [monitor.compare(*pair, forward=in_chunks(net))]
+    for step_mode, run in (("m", net), ("s", in_steps(net))):
+        functional.set_step_mode(net, step_mode)
+        others.append(monitor.compare(*pair, forward=run))
+        monitor.clear_recorded_data()
+        run_pair(monitor, net, *pair, "paired", run=run)
+        others.append(monitor.statistics())
+    for other in others:
+        for name in NAMES:
+            assert other[name].samples == 3
+            assert_stats(other[name], values_of(whole[name]), atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["LIF", "DLIF"])
@@ -184,7 +181,7 @@ def test_statistics_of_many_pairs_are_those_of_one_large_batch():
     together = MPPDMonitor(net).compare(*(torch.cat(a, dim=1) for a in zip(*pairs, strict=True)))
     for name, stats in monitor.statistics().items():
         assert stats.samples == 8
-        assert_stats(stats, {key: value.numpy() for key, value in together[name]._tensors().items()}, atol=1e-5)
+        assert_stats(stats, values_of(together[name]), atol=1e-5)
     alone = MPPDMonitor(net).compare(*pairs[-1])
     assert_stats(monitor.compare(*pairs[-1])["8"], {"ms_mppd": alone["8"].ms_mppd.numpy()})
 
@@ -218,12 +215,7 @@ def test_memory_does_not_grow_with_batches(use):
             monitor.compare(x, x_perturbed)
             return
         with torch.set_grad_enabled(use == "training"):
-            functional.reset_net(net)
-            with monitor.clean():
-                net(x)
-            functional.reset_net(net)
-            with monitor.perturbed():
-                net(x_perturbed)
+            run_pair(monitor, net, x, x_perturbed)
         if use == "training":
             monitor.loss(layers="all", retain=False).backward()
         functional.reset_net(net)
@@ -390,10 +382,7 @@ def test_it_is_a_spikingjelly_monitor():
     assert record.samples == 6
     assert [monitor[i].name for i in range(3)] == list(NAMES)
     monitor.disable()
-    with monitor.clean():
-        net(x)
-    with monitor.perturbed():
-        net(x_perturbed)
+    run_pair(monitor, net, x, x_perturbed)
     monitor.enable()
     functional.reset_net(net)
     net(x)  # outside the contexts nothing is recorded

@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 from perturbation.by_hand import assert_stats, capture, statistics_by_hand
-from perturbation.networks import NEURONS, T, conv_net, images, in_steps
+from perturbation.networks import NEURONS, T, conv_net, images, in_steps, run_pair
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 
@@ -100,13 +100,6 @@ def test_a_readout_without_spikes_is_not_the_last_spiking_layer():
         monitor = MPPDMonitor(net)
     run_pair(monitor, net, *inputs())
     assert torch.equal(monitor.loss(), monitor.loss(["3"]))
-
-
-def run_pair(monitor, net, x, x_perturbed):
-    for context, a in ((monitor.clean, x), (monitor.perturbed, x_perturbed)):
-        functional.reset_net(net)
-        with context():
-            net(a)
 
 
 @pytest.mark.parametrize("layers", ["all", "last"])
