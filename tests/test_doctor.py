@@ -134,7 +134,7 @@ def test_missing_and_unsupported_packages_get_a_command(monkeypatch):
         jsonargparse[signatures]>=99; extra == 'recipes'
         accelerate>=1.2; extra == 'recipes'
         rich>=13; extra == 'recipes'
-        numpy<2,>=1; sys_platform != 'nowhere'
+        numpy<1,>=0.9; sys_platform != 'nowhere'
         pyautoattack<0.3,>=0.2; extra == 'attacks'
         rich<99; extra == 'attacks'
         mypy>=99; extra == 'test'
@@ -156,7 +156,7 @@ def test_missing_and_unsupported_packages_get_a_command(monkeypatch):
         "torch must be >=2.8, got 2.4.1+cpu: pip install -U 'torch>=2.8'",
         f"jsonargparse must be >=99, got {version('jsonargparse')}: pip install -U 'jsonargparse[signatures]>=99'",
         "rich must be <99,>=13, got 12.0: pip install -U 'rich<99,>=13'",
-        f"numpy must be <2,>=1, got {version('numpy')}: pip install -U 'numpy<2,>=1'",
+        f"numpy must be <1,>=0.9, got {version('numpy')}: pip install -U 'numpy<1,>=0.9'",
         "torchvision not installed, always needed: pip install torchvision",
         "accelerate not installed, for recipes/, training and plots: pip install 'sj_robust[recipes]'",
         "pyautoattack not installed, for AutoAttack: pip install 'sj_robust[attacks]'",

@@ -306,7 +306,6 @@ def _isolated(model: Model, x: Tensor, generator: Randomness) -> Iterator[Privat
             parameter.grad = grad
         random.setstate(python)
         np.random.set_state(legacy)  # noqa: NPY002  as above
-        torch.clear_autocast_cache()  # weights cast without a graph would lose the caller's gradients
 
 
 def _settings(version: str, attacks: Sequence[str] | None) -> Settings:

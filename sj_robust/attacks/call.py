@@ -34,15 +34,18 @@ class Attack(Protocol):
 def crafting(model: Model, device: torch.device, generator: Randomness) -> Iterator[Private]:
     """Evaluation mode, gradients on, private randomness (yielded); all of it undone afterwards."""
     private = private_generator(generator, device)
-    with (
-        evaluation_mode(model),
-        # An inference tensor can take part in no graph, so enable_grad alone does not serve every caller.
-        torch.inference_mode(False),
-        torch.enable_grad(),
-        seeded_globals(draw_seed(private), device),
-        refuse_carried_states(model),
-    ):
-        yield private
+    try:
+        with (
+            evaluation_mode(model),
+            # An inference tensor can take part in no graph, so enable_grad alone does not serve every caller.
+            torch.inference_mode(False),
+            torch.enable_grad(),
+            seeded_globals(draw_seed(private), device),
+            refuse_carried_states(model),
+        ):
+            yield private
+    finally:
+        torch.clear_autocast_cache()  # weights cast without a graph would lose the caller's gradients
 
 
 class ImageScores(NamedTuple):

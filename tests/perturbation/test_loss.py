@@ -74,7 +74,8 @@ def explicit_difference(node, clean, perturbed, indicator, input_gain):
 
 def gradients(value, net):
     params = list(net.parameters())
-    return torch.autograd.grad(value, params, retain_graph=True, allow_unused=True, materialize_grads=True)
+    grads = torch.autograd.grad(value, params, retain_graph=True, allow_unused=True, materialize_grads=True)
+    return [grad.detach() for grad in grads]
 
 
 def assert_same_gradients(value, expected, net, least=2):
