@@ -43,6 +43,7 @@ class FusedSequential(nn.Sequential):
     Shapes: those of the modules inside.
 
     Examples:
+        >>> import torch
         >>> net = FusedSequential(layer.BatchNorm2d(3, step_mode="m"), DLIFNode(T=4))
         >>> net(torch.randn(4, 2, 3, 5, 5)).shape
         torch.Size([4, 2, 3, 5, 5])

@@ -313,7 +313,7 @@ def test_wrong_arguments():
         batch_norm_dlif_multi_step(torch.zeros(3, 4), norm, torch.ones(3), decay=0.9)
     with pytest.raises(ValueError, match=r"one value per step, \[T\] = \[3\], got \(4,\)"):
         batch_norm_dlif_multi_step(torch.zeros(3, 4, 5), norm, torch.ones(4), decay=0.9)
-    with pytest.raises(ValueError, match="v_init must be"):
+    with pytest.raises(ValueError, match="v_init must have the shape of one step"):
         batch_norm_dlif_multi_step(torch.zeros(3, 4, 5), norm, torch.ones(3), torch.zeros(4), decay=0.9)
     with pytest.raises(ValueError, match="more than one value per channel"):
         batch_norm_dlif_multi_step(torch.zeros(1, 1, 5), norm, torch.ones(1), decay=0.9)
