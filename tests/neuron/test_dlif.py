@@ -333,26 +333,7 @@ class TestHost:
             DLIFNode(2)._replicate_for_data_parallel()
 
 
-class TestWrongUse:
-    def test_more_steps_than_T_names_T_and_the_step(self):
-        node = DLIFNode(T=4)
-        node(torch.zeros(3, 1, 2))
-        with pytest.raises(RuntimeError, match=r"T=4 time steps, but step 5 .*3 taken.*reset_net"):
-            node(torch.zeros(2, 1, 2))
-
-    def test_forgotten_reset_is_named_when_the_graph_is_gone(self):
-        for backend in ("eager", "auto"):
-            net = nn.Sequential(nn.Linear(3, 3), DLIFNode(T=4, backend=backend))
-            net(torch.randn(2, 1, 3)).sum().backward()
-            with pytest.raises(RuntimeError, match=r"reset_net\(net\) before every new sequence"):
-                net(torch.randn(2, 1, 3)).sum().backward()
-
-    def test_changed_batch_size_without_reset(self):
-        node = DLIFNode(T=4)
-        node(torch.zeros(1, 3, 2))
-        with pytest.raises(RuntimeError, match=r"state has shape \(3, 2\).*\(5, 2\).*reset_net"):
-            node(torch.zeros(1, 5, 2))
-
+class TestWrongUse:  # of a neuron alone; what a network says is in test_fusion.py, plain and fused
     @pytest.mark.parametrize(
         ("arguments", "match"),
         [

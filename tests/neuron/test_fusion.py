@@ -38,6 +38,14 @@ def network(**norm):
     return net
 
 
+def both(**norm):
+    """The same network plain and fused."""
+    plain = network(**norm)
+    fused = copy.deepcopy(plain)
+    assert fuse(fused).fused == {"1": "2", "3.1": "3.2"}
+    return plain, fused
+
+
 @pytest.fixture
 def passes(monkeypatch):
     """Counts the pairs that ran in one pass."""
@@ -50,6 +58,10 @@ def passes(monkeypatch):
 
     monkeypatch.setattr(fusion, "batch_norm_dlif_multi_step", counting)
     return count
+
+
+def sequence(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 def step(net, x, train=True):
@@ -81,9 +93,7 @@ def assert_same(actual, wanted):
     ids=str,
 )
 def test_results_and_state_are_unchanged(passes, norm):
-    plain = network(**norm)
-    fused = copy.deepcopy(plain)
-    assert fuse(fused).fused == {"1": "2", "3.1": "3.2"}
+    plain, fused = both(**norm)
     assert list(fused.state_dict()) == list(plain.state_dict())
     for batch in range(3):
         x = torch.randn(T, 3, 2, 8, 8, generator=torch.Generator().manual_seed(batch))
@@ -108,15 +118,16 @@ def test_float64_potentials_are_those_of_the_plain_network(passes):
 
 
 @needs_kernel
-def test_chunks_of_a_sequence_go_on_where_the_last_stopped(passes):
-    plain = network().eval()
-    fused = copy.deepcopy(plain)
-    fuse(fused)
+def test_chunks_and_single_steps_go_on_where_the_last_stopped(passes):
+    plain, fused = (net.eval() for net in both())
     x = torch.randn(T, 3, 2, 8, 8)
     with torch.no_grad():
         expected = plain(x)
-        actual = torch.cat([fused(x[:1]), fused(x[1:3]), fused(x[3:])])
-    assert torch.equal(actual, expected)
+        assert torch.equal(torch.cat([fused(x[:1]), fused(x[1:3]), fused(x[3:])]), expected)
+        assert passes.fused == 6
+        functional.reset_net(fused)
+        functional.set_step_mode(fused, "s")
+        assert torch.equal(torch.stack([fused(x_t) for x_t in x]), expected)
     assert passes.fused == 6
 
 
@@ -179,38 +190,37 @@ def test_says_what_it_leaves_alone():
     ids=["hook on batch norm", "hook on neuron", "backward hook", "backend", "surrogate", "smooth surrogate"],
 )
 def test_runs_one_after_the_other_where_it_has_to(passes, prevent):
-    plain = network()
-    fused = copy.deepcopy(plain)
-    fuse(fused)
+    plain, fused = both()
     prevent(plain)
     prevent(fused)
-    x = torch.randn(T, 3, 2, 8, 8)
-    actual, wanted = step(fused, x), step(plain, x)
-    assert_same(actual, wanted)
+    x = sequence(T, 3, 2, 8, 8)
+    assert_same(step(fused, x), step(plain, x))
     assert passes.fused == (cpp.unavailable_reason() is None)  # the other pair
 
 
-def test_a_hook_sees_what_it_would_see_in_the_plain_network():
-    plain = network()
-    fused = copy.deepcopy(plain)
-    fuse(fused)
-    seen = []
-    for net in (plain, fused):
-        net[2].register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0].detach()))
+class Watcher:
+    """A hook that looks at what the neuron gets while it is active."""
+
+    def __init__(self, active):
+        self.active, self.seen = active, []
+
+    def look(self, module, inputs):
+        self.seen.append(inputs[0].detach())
+
+
+@needs_kernel
+def test_a_hook_sees_what_it_would_see_in_the_plain_network_while_it_is_active(passes):
+    plain, fused = both()
+    watchers = []
+    for net, active in ((plain, True), (fused, True), (fused, False)):
+        watchers.append(Watcher(active))
+        handle = net[2].register_forward_pre_hook(watchers[-1].look)
+        functional.reset_net(net)
         net(torch.ones(T, 3, 2, 8, 8))
-    assert torch.equal(seen[0], seen[1])
-
-
-def test_single_step_mode_falls_back(passes):
-    plain = network().eval()
-    fused = copy.deepcopy(plain)
-    fuse(fused)
-    for net in (plain, fused):
-        functional.set_step_mode(net, "s")
-    x = torch.randn(T, 3, 2, 8, 8)
-    for t in range(T):
-        assert torch.equal(fused(x[t]), plain(x[t]))
-    assert passes.fused == 0
+        handle.remove()
+    assert torch.equal(watchers[0].seen[0], watchers[1].seen[0])
+    assert watchers[2].seen == []
+    assert passes.fused == 1 + 2
 
 
 @needs_kernel
@@ -228,10 +238,6 @@ def test_survives_saving_copying_and_slicing(passes):
     head = net[:2]
     assert torch.equal(head(x), network().eval()[:2](x))  # without the neuron, batch norm is just batch norm
     assert passes.fused == 6
-
-
-def sequence(*shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
 def twice(net, *, reset):
@@ -283,9 +289,7 @@ def test_a_mistake_gets_the_answer_of_the_plain_network(mistake):
 @needs_kernel
 @pytest.mark.parametrize("train", [True, False])
 def test_not_a_number_goes_where_it_goes_in_the_plain_network(passes, train):
-    plain = network()
-    fused = copy.deepcopy(plain)
-    fuse(fused)
+    plain, fused = both()
     x = sequence(T, 3, 2, 8, 8)
     x[1, 2, 0, 3, 3] = float("nan")
     actual, wanted = step(fused, x, train), step(plain, x, train)
@@ -300,14 +304,15 @@ def test_not_a_number_goes_where_it_goes_in_the_plain_network(passes, train):
 @pytest.mark.parametrize("keeps_its_own", [True, False])
 def test_what_stands_in_for_the_neurons_forward_gets_its_currents(passes, train, keeps_its_own):
     """As a gradient estimator does, which calls the forward that it stands in for; another function may not."""
-    plain = network()
-    fused = copy.deepcopy(plain)
-    fuse(fused)
+    plain, fused = both()
     seen = []
     for net in (plain, fused):
-        own = net[2].multi_step_forward
-        replacement = lambda x, own=own: (seen.append(x.detach()), own(x) if keeps_its_own else (x > 0).float())[1]  # noqa: E731  # short
-        net[2].multi_step_forward = replacement
+
+        def stand_in(x_seq, own=net[2].multi_step_forward):
+            seen.append(x_seq.detach())
+            return own(x_seq) if keeps_its_own else (x_seq > 0).float()
+
+        net[2].multi_step_forward = stand_in
     x = sequence(T, 3, 2, 8, 8)
     with torch.no_grad():
         outputs = [net.train(train)(x) for net in (plain, fused)]
@@ -336,10 +341,7 @@ def test_a_plain_and_a_fused_pass_share_one_graph(passes):
 @needs_kernel
 def test_training_goes_the_same_way():
     losses = []
-    for fused in (False, True):
-        net = network()
-        if fused:
-            fuse(net)
+    for net in both():
         optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
         generator = torch.Generator().manual_seed(1)
         x, target = torch.randn(T, 16, 2, 8, 8, generator=generator), torch.arange(16) % 8
@@ -360,9 +362,7 @@ def test_training_goes_the_same_way():
     ids=str,
 )
 def test_a_monitor_keeps_apart_only_the_pairs_it_looks_at(passes, layers, fused_passes):
-    plain = network().eval()
-    fused = copy.deepcopy(plain)
-    fuse(fused)
+    plain, fused = (net.eval() for net in both())
     x, x_perturbed = torch.randn(T, 3, 2, 8, 8), torch.randn(T, 3, 2, 8, 8)
     losses = []
     for net in (plain, fused):
