@@ -15,6 +15,9 @@ from sj_robust.neuron import DLIFNode
 
 __all__ = ["PoissonEncoder", "SpikingClassifier", "SpikingEventClassifier"]
 
+_KINDS = ("Conv", "ConvTranspose", "BatchNorm", "MaxPool", "AvgPool")
+_OF_FIXED_RANK = (nn.SyncBatchNorm, *(getattr(nn, f"{kind}{rank}d") for kind in _KINDS for rank in (1, 2, 3)))
+
 
 class SpikingClassifier(nn.Module):
     """Images in [0, 1] to logits; the same images give the same logits whatever ran before. 图像到输出的纯函数。
@@ -316,9 +319,7 @@ def _needs_step_mode(module: nn.Module) -> bool:
     """Whether a module of plain torch takes no time dimension, where one of SpikingJelly's layers would."""
     if isinstance(module, nn.Flatten):
         return module.start_dim == 1 and not isinstance(module, base.StepModule)
-    pooling = (nn.modules.pooling._MaxPoolNd, nn.modules.pooling._AvgPoolNd)
-    of_fixed_rank = (nn.modules.conv._ConvNd, nn.modules.batchnorm._BatchNorm, *pooling)
-    return isinstance(module, of_fixed_rank) and not isinstance(module, base.StepModule)
+    return isinstance(module, _OF_FIXED_RANK) and not isinstance(module, base.StepModule)
 
 
 def step_mode_of(net: nn.Module) -> str:
