@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress, ProgressColumn
 
-__all__ = ["PAUSE", "duration", "moving", "working"]
+__all__ = ["PAUSE", "duration", "moving", "moving_line", "working"]
 
 PAUSE = 20.0
 """Seconds between lines of progress where there is no terminal."""
@@ -32,16 +33,15 @@ def working(text: str, console: "Console | None" = None, *, total: int | None = 
         'adding\n'
     """
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, TextColumn
 
     console = console or Console(highlight=False, soft_wrap=True)
     if not console.is_interactive:
         console.print(text, markup=False)
     bar = () if total is None else (BarColumn(bar_width=12), TextColumn("{task.completed}/{task.total}"))
-    columns = (SpinnerColumn("line"), TextColumn("{task.description}", markup=False), *bar, TimeElapsedColumn())
     started = said = time.monotonic()
     done = 0
-    with Progress(*columns, console=console, disable=not moving(console), transient=True) as progress:
+    with moving_line(console, TextColumn("{task.description}", markup=False), *bar) as progress:
         task = progress.add_task(text, total=total)
 
         def step() -> None:
@@ -55,6 +55,14 @@ def working(text: str, console: "Console | None" = None, *, total: int | None = 
                 console.print(f"{text}: {done}/{total}, {left} left", markup=False)
 
         yield step
+
+
+def moving_line(console: "Console", *columns: "ProgressColumn") -> "Progress":
+    """Columns of rich between a spinner and the time, on a line that disappears; nothing where it cannot move."""
+    from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
+
+    ends = SpinnerColumn("line"), TimeElapsedColumn()
+    return Progress(ends[0], *columns, ends[1], console=console, disable=not moving(console), transient=True)
 
 
 def moving(console: "Console") -> bool:

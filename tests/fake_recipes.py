@@ -100,7 +100,7 @@ def main(arguments):
     with (folder.parent / "calls").open("a") as file:
         file.write(f"{options.suite} resume={options.resume} pid={os.getpid()}\\n")
     (folder / "progress").mkdir(parents=True, exist_ok=True)
-    (folder / "progress" / "sweep.json").touch()
+    (folder / "progress" / "estimators.json").touch()
     if (folder.parent / "refuse").exists():
         raise OSError("disk full")
     count = options.test_limit or 40

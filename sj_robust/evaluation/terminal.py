@@ -5,7 +5,7 @@ from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
-from sj_robust._console import PAUSE, duration, moving
+from sj_robust._console import PAUSE, duration, moving_line
 from sj_robust.evaluation.comparison import Comparison
 from sj_robust.evaluation.progress import Position
 from sj_robust.evaluation.robustness_report import RobustnessReport
@@ -108,20 +108,13 @@ class Display:
 
     def __init__(self, console: "Console", say: Callable[[str], None] | None = None) -> None:
         """Nothing is shown yet."""
-        from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import BarColumn, TextColumn
 
         self._console = console
         self._say = say
-        self._progress = Progress(
-            SpinnerColumn("line"),
-            TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=12),
-            TextColumn("{task.fields[left]}", markup=False),
-            TimeElapsedColumn(),
-            console=console,
-            disable=not moving(console),
-            transient=True,
-        )
+        left = TextColumn("{task.fields[left]}", markup=False)
+        name = TextColumn("{task.description}", markup=False)
+        self._progress = moving_line(console, name, BarColumn(bar_width=12), left)
         self._task = self._progress.add_task("getting ready", total=None, left="")
         self._last = time.monotonic()
 

@@ -8,23 +8,11 @@ from types import ModuleType
 
 import pytest
 import torch
-from attacks.table import linear_model
 
 from sj_robust.attacks import SampleSeeds, ThreatModel, gaussian
 from sj_robust.evaluation import EstimatorSearch, search_estimators
 
 THREAT = ThreatModel("Linf", 0.03)
-
-
-@pytest.fixture
-def digits():
-    """Forty points of five classes around the border of a linear classifier, most of them right."""
-    generator = torch.Generator().manual_seed(3)
-    x = torch.rand(40, 1, 6, 6, generator=generator, dtype=torch.float64)
-    model = linear_model(36, torch.float64)
-    y = model(x).argmax(1)
-    y[::8] = (y[::8] + 1) % 5
-    return model, x, y
 
 
 @dataclass(frozen=True)

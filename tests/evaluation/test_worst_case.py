@@ -26,17 +26,6 @@ def pgd_member(name="pgd", *, attack=(), **options):
     return Member(name, partial(pgd, **{"eps": EPS, "step_size": EPS / 3, "steps": 4} | dict(attack)), **options)
 
 
-@pytest.fixture
-def digits():
-    """Forty points of five classes around the border of a linear classifier, most of them right."""
-    generator = torch.Generator().manual_seed(3)
-    x = torch.rand(40, 1, 6, 6, generator=generator, dtype=torch.float64)
-    model = linear_model(36, torch.float64)
-    y = model(x).argmax(1)
-    y[::8] = (y[::8] + 1) % 5
-    return model, x, y
-
-
 def moves(fooled):
     """An attack that swaps the first two pixels of the images at ``fooled``, counting what it is given."""
     given = []

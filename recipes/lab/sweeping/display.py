@@ -5,11 +5,11 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 
 from lab.sweeping.plan import PlannedRun
 from lab.sweeping.pool import LOG_FILE, EndedRun
-from sj_robust._console import moving
+from sj_robust._console import moving_line
 
 
 class SweepDisplay:
@@ -25,15 +25,8 @@ class SweepDisplay:
         """Nothing is shown yet; ``done`` runs were finished before."""
         self._console, self._total, self._done = console, total, done
         self._first, self._started = done, time.monotonic()
-        columns = (
-            SpinnerColumn("line"),
-            TextColumn("runs"),
-            BarColumn(bar_width=12),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[left]}"),
-            TimeElapsedColumn(),
-        )
-        self._progress = Progress(*columns, console=console, disable=not moving(console), transient=True)
+        left = TextColumn("{task.fields[left]}")
+        self._progress = moving_line(console, TextColumn("runs"), BarColumn(bar_width=12), MofNCompleteColumn(), left)
         self._task = self._progress.add_task("", total=total, completed=done, left=self.left)
 
     def __enter__(self) -> Self:
