@@ -48,6 +48,7 @@ PACKAGES: dict[str, dict[str, Any]] = {  # folder of sj_robust: tests that answe
         "in child processes": {"sj_robust/ops/heap.py": "tests/ops/test_heap.py"},  # file, and who runs it out of sight
     },
     "attacks": {"tests": ["tests/attacks", "sj_robust/attacks"]},
+    "estimators": {"tests": ["tests/estimators", "sj_robust/estimators"]},
 }
 PRELOADED = (  # none of these may import sj_robust: every process imports the faulty copy itself
     "torch", "torchvision", "spikingjelly.activation_based.neuron", "spikingjelly.activation_based.monitor",
