@@ -55,7 +55,7 @@ def main(arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     if options.behave == "wait" and not options.resume:
         (folder / "waiting").touch()
-        time.sleep(60)
+        time.sleep(600)
     if options.behave == "linger":
         (folder / "waiting").touch()
         while "waiting" not in (folder.parent / "output.txt").read_text():

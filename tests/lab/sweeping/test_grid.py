@@ -9,6 +9,8 @@ def test_all_combinations_in_order():
     ]  # fmt: skip
     assert all(one["seedless"] is None for one in found)
     assert expand({}) == [{}]
+    each_once = {"mode": ["none", "at"], "eps": [1, 2]}
+    assert axes_of({"mode,eps": [["none", 1], ["at", 1], ["at", 2]]}) == each_once
 
 
 def test_skip_names_options_beside_the_grid_and_lists_of_values():
@@ -18,6 +20,8 @@ def test_skip_names_options_beside_the_grid_and_lists_of_values():
         ("none", 0), ("none", 1), ("none", 2), ("at", 0), ("rat", 0),
     ]  # fmt: skip
     assert len(expand(grid, fixed={"neuron": "dlif"}, skip=[{"neuron": "lif"}])) == 9
+    with pytest.raises(ValueError, match="would skip everything"):
+        expand({"rho": [1]}, skip=[{}])
 
 
 @pytest.mark.parametrize(
@@ -35,18 +39,9 @@ def test_wrong_grids(grid, message):
         expand(grid)
 
 
-def test_an_empty_skip_would_skip_everything():
-    with pytest.raises(ValueError, match="would skip everything"):
-        expand({"rho": [1]}, skip=[{}])
-
-
 def test_seeds():
     assert seeds_of(2) == [0, 1]
     assert seeds_of([5, 3]) == [5, 3]
     for wrong in (0, [], [1, 1], [-1]):
         with pytest.raises(ValueError, match="seeds must be"):
             seeds_of(wrong)
-
-
-def test_axes_hold_each_value_once():
-    assert axes_of({"mode,eps": [["none", 1], ["at", 1], ["rat", 2]]}) == {"mode": ["none", "at", "rat"], "eps": [1, 2]}

@@ -10,17 +10,9 @@ from lab.sweeping.summary import Statistic, axes_in, cells_of, columns_of, contr
 from lab.sweeping.tables import contrast_csv, contrast_table, results_csv, results_tables
 
 GRID = {"mode": ["none", "at"], "rho": [0, 1]}
-PAPER = (
-    "clean",
-    "gaussian",
-    "pgd10",
-    "pgd10/last",
-    "apgd_ce",
-    "pgd10@10/255",
-    "control/pgd10",
-    "control",
-    "everything",
-)
+PAPER = [
+    "clean", "gaussian", "pgd10", "pgd10/last", "apgd_ce", "pgd10@10/255", "control/pgd10", "control", "everything",
+]  # fmt: skip
 
 
 def record(mode, rho, seed, pgd, suites=(), **options):
@@ -46,50 +38,52 @@ def records():
     ]  # fmt: skip
 
 
-def test_mean_and_spread_by_hand(records):
-    axes = axes_in(records, GRID)
+@pytest.fixture
+def axes(records):
+    return axes_in(records, GRID)
+
+
+@pytest.fixture
+def cells(records, axes):
+    return cells_of(records, axes)
+
+
+def test_mean_and_spread_by_hand(axes, cells):
     assert axes == {"mode": ["none", "at"], "rho": [0.0, 1.0]}
-    cells = cells_of(records, axes)
     assert [cell.values for cell in cells] == [{"mode": "none"}, {"mode": "at", "rho": 0.0}, {"mode": "at", "rho": 1.0}]
     assert [record.seed for record in cells[1].records] == [0, 1, 2]
-    figure = cells[2].statistic("pgd20")
-    assert figure.count == 3
-    assert figure.mean == pytest.approx(0.6)
-    assert figure.spread == pytest.approx(0.1)
-    assert figure.error == pytest.approx(0.1 / math.sqrt(3))
-    assert figure.interval == pytest.approx((0.6 - 4.302653 * 0.1 / math.sqrt(3), 0.6 + 4.302653 * 0.1 / math.sqrt(3)))
+    found = cells[2].statistic("pgd20")
+    error = 0.1 / math.sqrt(3)
+    assert (found.count, found.mean, found.spread, found.error) == pytest.approx((3, 0.6, 0.1, error))
+    assert found.interval == pytest.approx((0.6 - 4.302653 * error, 0.6 + 4.302653 * error))  # Student's t
     assert cells[0].statistic("paper/pgd10") is None
+    single = Statistic((0.5,))
+    assert (single.spread, single.error, single.interval) == (None, None, None)
 
 
-def test_a_single_seed_has_no_spread():
-    figure = Statistic((0.5,))
-    assert (figure.spread, figure.error, figure.interval) == (None, None, None)
-
-
-def test_differences_are_of_the_same_seed(records):
-    axes = axes_in(records, GRID)
-    (row,) = contrasts(cells_of(records, axes), axes, "rho", ["pgd20"])
+def test_differences_are_of_the_same_seed(records, axes, cells):
+    (row,) = rows = contrasts(cells, axes, "rho", ["pgd20"])
     assert (row.first, row.second, row.values) == ({"rho": 0.0}, {"rho": 1.0}, {"mode": "at"})
     assert row.difference.values == pytest.approx((0.06, 0.12, 0.09))
-    assert row.difference.mean == pytest.approx(0.09)
-    assert row.difference.error == pytest.approx(0.03 / math.sqrt(3))
     assert row.clear
     assert not contrasts(cells_of(records[:3], axes), axes, "rho", ["pgd20"])  # nothing to compare with
+    table = contrast_table(rows, axes, "rho")
+    assert table.rows == (("at", "0 → 1", "pgd20", "+9.00 *", "1.73", "+1.55 to +16.45", "3"),)
+    (line,) = csv.DictReader(contrast_csv(rows, axes, "rho").splitlines())
+    assert float(line["difference"]) == pytest.approx(0.09)
+    assert float(line["standard_error"]) == pytest.approx(0.03 / math.sqrt(3))
+    assert float(line["low"]) == pytest.approx(0.0155, abs=1e-4)
 
 
-def test_an_option_without_effect_need_not_be_the_same(records):
-    axes = axes_in(records, GRID)
-    rows = contrasts(cells_of(records, axes), axes, "mode", ["pgd20"])
+def test_an_option_without_effect_need_not_be_the_same(axes, cells):
+    rows = contrasts(cells, axes, "mode", ["pgd20"])
     assert [(row.values, row.difference.count) for row in rows] == [({"rho": 0.0}, 2), ({"rho": 1.0}, 2)]
     assert rows[0].difference.values == pytest.approx((0.39, 0.41))
 
 
 def test_two_options_together():
-    runs = [
-        record("at", rho, seed, 40 + 5 * seed + int(rho), norm=norm)
-        for seed in (0, 1)
-        for norm, rho in (("l2", 1.0), ("l1", 3.0))
-    ]
+    settings = [(seed, norm, rho) for seed in (0, 1) for norm, rho in (("l2", 1.0), ("l1", 3.0))]
+    runs = [record("at", rho, seed, 40 + 5 * seed + int(rho), norm=norm) for seed, norm, rho in settings]
     axes = axes_in(runs, {"norm": ["l2", "l1"], "rho": [1, 3]})
     (row,) = contrasts(cells_of(runs, axes), axes, "norm, rho", ["pgd20"])
     assert row.second == {"norm": "l1", "rho": 3.0}
@@ -130,23 +124,11 @@ def test_tables(records):
     assert "| mode | rho | seeds | clean | pgd20 |\n| --- | --- | ---: | ---: | ---: |" in text
 
 
-def test_csv_holds_shares(records):
-    axes = axes_in(records, GRID)
-    rows = list(csv.DictReader(results_csv(cells_of(records, axes), axes, ["pgd20"]).splitlines()))
-    assert len(rows) == 3
-    assert rows[0]["rho"] == ""
-    assert float(rows[2]["mean"]) == pytest.approx(0.6)
+def test_csv_holds_shares(axes, cells):
+    rows = list(csv.DictReader(results_csv(cells, axes, ["pgd20"]).splitlines()))
+    assert [row["rho"] for row in rows] == ["", "0.0", "1.0"]
+    assert [float(row["mean"]) for row in rows] == pytest.approx([0.06, 0.51, 0.6])
     assert float(rows[2]["standard_deviation"]) == pytest.approx(0.1)
-
-
-def test_contrast_table(records):
-    axes = axes_in(records, GRID)
-    rows = contrasts(cells_of(records, axes), axes, "rho", ["pgd20"])
-    table = contrast_table(rows, axes, "rho")
-    assert table.rows == (("at", "0 → 1", "pgd20", "+9.00 *", "1.73", "+1.55 to +16.45", "3"),)
-    (line,) = csv.DictReader(contrast_csv(rows, axes, "rho").splitlines())
-    assert float(line["difference"]) == pytest.approx(0.09)
-    assert float(line["low"]) == pytest.approx(0.0155, abs=1e-4)
 
 
 def options(**given):
@@ -174,21 +156,19 @@ def options(**given):
         (options(mode="pgd_at"), "paper/pgd10/last", None),
     ],
 )
-def test_published_figures(setting, column, percent):
-    figure = published_accuracy(setting, column)
-    assert (figure and figure.percent) == percent
+def test_published_accuracies(setting, column, percent):
+    found = published_accuracy(setting, column)
+    assert (found and found.percent) == percent
 
 
-def test_every_published_figure_says_who_published_it():
-    assert all(figure.source and 0 <= figure.percent <= 100 for figure in PUBLISHED)
-    places = [(str(figure.options), figure.column, figure.source) for figure in PUBLISHED]
-    assert len(set(places)) == len(places)
+def test_every_published_accuracy_says_who_published_it():
+    assert all(known.source and 0 <= known.percent <= 100 for known in PUBLISHED)
+    keys = [(str(known.options), known.column, known.source) for known in PUBLISHED]
+    assert len(set(keys)) == len(keys)
 
 
 @pytest.mark.slow
-def test_the_figure_is_drawn_and_drawn_again_the_same(records, tmp_path):
-    axes = axes_in(records, GRID)
-    cells = cells_of(records, axes)
+def test_the_figure_is_drawn_and_drawn_again_the_same(axes, cells, tmp_path):
     png, pdf = plot_effect(cells, axes, "rho", ["clean", "pgd20"], tmp_path / "effect-rho")
     assert png.read_bytes().startswith(b"\x89PNG")
     before = (png.read_bytes(), pdf.read_bytes())
@@ -201,12 +181,8 @@ def test_the_figure_is_drawn_and_drawn_again_the_same(records, tmp_path):
 def test_the_figure_tells_lines_and_values_apart(records, tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(plot, "save", lambda figure, folder, name: drawn.append(figure) or (folder, folder))
-    more = [
-        record("at", rho, seed, 50, ["paper"], norm=norm)
-        for rho in (0.3, 10.0)
-        for seed in (0, 1)
-        for norm in ("l1", "l2")
-    ]
+    settings = [(rho, seed, norm) for rho in (0.3, 10.0) for seed in (0, 1) for norm in ("l1", "l2")]
+    more = [record("at", rho, seed, 50, ["paper"], norm=norm) for rho, seed, norm in settings]
     runs = [one for one in [*records, *more] if one.options.get("rho") != 1.0]
     axes = axes_in(runs)
     columns = ["clean", "paper/pgd10/last", "paper/pgd10@10/255", "paper/everything"]
@@ -230,13 +206,13 @@ def test_the_figure_tells_lines_and_values_apart(records, tmp_path, monkeypatch)
 def test_records_survive_and_damage_is_named(records, tmp_path):
     records[0].save(tmp_path)
     assert RunRecord.load(tmp_path) == records[0]
-    (tmp_path / "run.json").write_text('{"format": "sj_robust.sweep_run", "version": 1, "name": "x", "sead": 1}')
-    with pytest.raises(ValueError, match=r"run\.json: a field of the record is missing or unknown"):
-        RunRecord.load(tmp_path)
-    (tmp_path / "run.json").write_text('{"format": "sj_robust.sweep_run", "version": 9}')
-    with pytest.raises(ValueError, match="must be 1, got 9"):
-        RunRecord.load(tmp_path)
-    for text in ("{", "[]"):
+    head = '{"format": "sj_robust.sweep_run", "version": '
+    for text, message in (
+        (f'{head}1, "name": "x", "sead": 1}}', r"run\.json: a field of the record is missing or unknown"),
+        (f"{head}9}}", "must be 1, got 9"),
+        ("{", "JSON"),
+        ("[]", "not a run"),
+    ):
         (tmp_path / "run.json").write_text(text)
-        with pytest.raises(ValueError, match="JSON|not a run"):
+        with pytest.raises(ValueError, match=message):
             RunRecord.load(tmp_path)
