@@ -469,29 +469,41 @@ def answer(mistake):
     return code, text.strip().replace(f"{folder}/", "")
 
 
-class Silent(NamedTuple):
-    """What no message can catch, since it may be meant; ``happens`` shows that it is silent, and wrong."""
-
-    what: str
-    happens: Callable[[], bool]
-    instead: str
+# What no message can catch, since it may be meant: what is done, and in the second paragraph what to do instead. The
+# functions show that it is silent, and wrong.
 
 
 def state_is_carried_over():
+    """A LIF network in a loop of your own is not reset: SpikingJelly goes on with the potentials it left.
+
+    Call `functional.reset_net(net)` before every batch, or put the network into a `SpikingClassifier`.
+    """
     net, x = network(neuron.IFNode()), sequence() * 4
     first, second = (net(x) for _ in range(2))
     return not torch.equal(first, second)
 
 
 def images_count_as_time_steps():
+    """Images [N, C, H, W] go into a LIF network in step mode "m": the samples count as time steps.
+
+    Give it [T, N, C, H, W], or images to a `SpikingClassifier`; the outputs' shape tells.
+    """
     return network(lif())(images()).shape == (N, 1, 10)
 
 
 def samples_first_go_through():
+    """A sequence comes as [N, T, ...] and has no more samples than the neurons have time steps.
+
+    Time is the first dimension everywhere but in `SpikingEventClassifier`: `x.transpose(0, 1)`.
+    """
     return network()(sequence(n=3).transpose(0, 1)).shape == (3, 4, 10)
 
 
 def gains_are_not_trained():
+    """The optimizer is made before `replace_neurons` (or `set_time_steps`), and never sees the new gains.
+
+    Replace the neurons first, then make the optimizer.
+    """
     net = network(lif())
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     replace_neurons(net, T=T)
@@ -500,36 +512,17 @@ def gains_are_not_trained():
 
 
 def bytes_scaled_by_nothing():
+    """Images from 0 to 255 go into a forward pass, which does not look at values; attacks and evaluations do.
+
+    Scale them to [0, 1], and give mean and std to the `SpikingClassifier`.
+    """
     return classifier()(images() * 255).shape == (N, 10)
 
 
 SILENT = [
-    Silent(
-        "A LIF network in a loop of your own is not reset: SpikingJelly goes on with the potentials it left.",
-        state_is_carried_over,
-        "Call `functional.reset_net(net)` before every batch, or put the network into a `SpikingClassifier`.",
-    ),
-    Silent(
-        'Images [N, C, H, W] go into a LIF network in step mode "m": the samples count as time steps.',
-        images_count_as_time_steps,
-        "Give it [T, N, C, H, W], or images to a `SpikingClassifier`; the outputs' shape tells.",
-    ),
-    Silent(
-        "A sequence comes as [N, T, ...] and has no more samples than the neurons have time steps.",
-        samples_first_go_through,
-        "Time is the first dimension everywhere but in `SpikingEventClassifier`: `x.transpose(0, 1)`.",
-    ),
-    Silent(
-        "The optimizer is made before `replace_neurons` (or `set_time_steps`), and never sees the new gains.",
-        gains_are_not_trained,
-        "Replace the neurons first, then make the optimizer.",
-    ),
-    Silent(
-        "Images from 0 to 255 go into a forward pass, which does not look at values; attacks and evaluations do.",
-        bytes_scaled_by_nothing,
-        "Scale them to [0, 1], and give mean and std to the `SpikingClassifier`.",
-    ),
-]
+    state_is_carried_over, images_count_as_time_steps, samples_first_go_through, gains_are_not_trained,
+    bytes_scaled_by_nothing,
+]  # fmt: skip
 
 INTRODUCTION = """\
 # Mistakes and what the messages say
@@ -551,9 +544,8 @@ def page():
             lines = [line for part in text.splitlines() for line in textwrap.wrap(part, 100)]
             parts.append("\n".join((f"{mistake.what}: {name}\n", "```text", *lines, "```\n")))
     parts.append("## What no message tells\n")
-    parts += [
-        "\n".join(textwrap.wrap(f"- {silent.what} {silent.instead}", 118, subsequent_indent="  ")) for silent in SILENT
-    ]
+    said = (" ".join(silent.__doc__.split()) for silent in SILENT)
+    parts += ["\n".join(textwrap.wrap(f"- {text}", 118, subsequent_indent="  ")) for text in said]
     return "\n".join(parts) + "\n"
 
 
@@ -570,11 +562,11 @@ def test_mistake_is_answered_with_rule_value_and_remedy(mistake):
         assert part in text
 
 
-@pytest.mark.parametrize("silent", SILENT, ids=lambda silent: silent.what)
-def test_what_no_message_tells_is_still_silent(silent):
+@pytest.mark.parametrize("happens", SILENT)
+def test_what_no_message_tells_is_still_silent(happens):
     with kept(), warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert silent.happens()
+        assert happens()
 
 
 def test_a_mistake_stands_once():
