@@ -1,5 +1,6 @@
 """The correlation of indicators with size and error, against sums, pairs and loops written out here."""
 
+import functools
 import math
 from dataclasses import replace
 
@@ -47,6 +48,12 @@ def study(model=None, **options):
     return intensity_correlation(model, x, y, **given), x, y
 
 
+@functools.cache
+def usual():
+    """The study of the defaults, which several tests look at."""
+    return study()[0]
+
+
 @pytest.mark.parametrize("tied", [False, True])
 def test_correlations_are_those_of_scipy(tied):
     generator = torch.Generator().manual_seed(0)
@@ -59,11 +66,12 @@ def test_correlations_are_those_of_scipy(tied):
         assert pearson(first, second)[row].item() == pytest.approx(pearsonr(a, b).statistic, abs=1e-12)
 
 
-def test_ranks_of_ties():
-    assert ranks(torch.tensor([[5.0, 1.0, 5.0, 5.0], [2.0, 2.0, 1.0, 1.0]])).tolist() == [
-        [3, 1, 3, 3],
-        [3.5, 3.5, 1.5, 1.5],
-    ]
+def test_ties_and_what_does_not_vary():
+    tied = torch.tensor([[5.0, 1.0, 5.0, 5.0], [2.0, 2.0, 1.0, 1.0]])
+    assert ranks(tied).tolist() == [[3, 1, 3, 3], [3.5, 3.5, 1.5, 1.5]]
+    for correlation in (pearson, spearman):
+        assert correlation(torch.ones(3), torch.tensor([1.0, 2.0, 3.0])).isnan()
+    assert auroc(torch.rand(1, 3), torch.zeros(1, 3, dtype=torch.bool)).isnan()
 
 
 def test_auroc_counts_the_pairs_of_every_stratum():
@@ -83,12 +91,6 @@ def test_auroc_counts_the_pairs_of_every_stratum():
                         won += 1.0 if difference > 0 else 0.5 if difference == 0 else 0.0
                         pairs += 1
         assert auroc(scores, positive)[row].item() == pytest.approx(won / pairs)
-
-
-def test_what_does_not_vary_has_no_correlation():
-    assert pearson(torch.ones(3), torch.tensor([1.0, 2.0, 3.0])).isnan()
-    assert spearman(torch.ones(3), torch.tensor([1.0, 2.0, 3.0])).isnan()
-    assert auroc(torch.rand(1, 3), torch.zeros(1, 3, dtype=torch.bool)).isnan()
 
 
 def test_indicators_are_the_sums_over_time_and_features():
@@ -177,18 +179,14 @@ def test_intervals_are_those_of_images_drawn_again():
     assert 0 < found.high - found.low < 1
 
 
-def test_seed_decides_the_intervals_and_nothing_else():
-    assert study()[0] == study()[0]
-    first, other = study()[0], study(seed=1)[0]
-    assert first.associations != other.associations
-    assert (first.means, first.accuracy) == (other.means, other.accuracy)
-
-
-def test_it_says_what_it_does():
+def test_seed_decides_the_intervals_and_nothing_else_and_it_says_what_it_does():
     said = []
-    found, *_ = study(say=said.append)
-    runs = [f"{direction} at eps {size}: {found.samples} images" for direction in found.directions for size in SIZES]
+    assert study(say=said.append)[0] == usual()
+    runs = [f"{direction} at eps {size}: 20 images" for direction in usual().directions for size in SIZES]
     assert said == [*runs, "intervals from 20 bootstrap samples"]
+    other = study(seed=1)[0]
+    assert usual().associations != other.associations
+    assert (usual().means, usual().accuracy) == (other.means, other.accuracy)
 
 
 def test_images_wrong_already_are_left_out():
@@ -215,7 +213,7 @@ def test_nobody_fooled_means_no_auroc():
 
 
 def test_round_trip_and_table():
-    result = study()[0]
+    result = usual()
     assert IntensityCorrelation.from_json(result.to_json()) == result
     lines = result.table("noise").splitlines()
     assert len(lines) == 2 + 2 * len(INDICATORS)

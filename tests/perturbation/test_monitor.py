@@ -32,67 +32,51 @@ from sj_robust.perturbation import LayerStats, LayerTrace, MPPDMonitor
 NAMES = ("2", "4", "8")
 
 
-def gains(gain):
-    return list(gain) if isinstance(gain, tuple) else [gain] * T
-
-
-def expected_of(net, x, x_perturbed, names, decay, gain, **kwargs):
-    net.eval()
-    clean, perturbed = (capture(net, names, lambda a=a: net(a)) for a in (x, x_perturbed))
-    return {name: statistics_by_hand(*clean[name], *perturbed[name], decay, gains(gain), **kwargs) for name in names}
+def captured(net, names, x, x_perturbed):
+    """Currents and spikes of the clean run by name, and those of the perturbed run."""
+    return tuple(capture(net.eval(), names, lambda a=a: net(a)) for a in (x, x_perturbed))
 
 
 @pytest.mark.parametrize("kind", NEURONS)
-def test_statistics_equal_numpy(kind):
+def test_statistics_and_traces_equal_numpy(kind):
     make, decay, gain, v_reset = NEURONS[kind]
+    gains = list(gain) if isinstance(gain, tuple) else [gain] * T
     net = conv_net(make)
-    x, x_perturbed = images()
-    with MPPDMonitor(net) as monitor:
-        stats = monitor.compare(x, x_perturbed)
+    pair = images()
+    with MPPDMonitor(net, keep="trace") as monitor, MPPDMonitor(net, input_gain=False) as without:
+        stats, stats_without = monitor.compare(*pair), without.compare(*pair)
     assert list(stats) == list(NAMES)
-    v_threshold = net[2].v_threshold
-    expected = expected_of(net, x, x_perturbed, NAMES, decay, gain, v_threshold=v_threshold, v_reset=v_reset)
-    for name in NAMES:
-        assert stats[name].samples == 3
-        assert stats[name].neuron == type(net[2]).__name__
-        assert_stats(stats[name], expected[name])
-    assert 0 < stats["8"].summary()["spike_distance"] < 1
-
-
-@pytest.mark.parametrize("kind", ["LIF decay_input", "LIF soft", "LIF reset -0.2", "PLIF", "IF"])
-def test_full_perturbation_is_that_of_the_true_potentials(kind):
-    net = conv_net(NEURONS[kind][0]).eval()
-    x, x_perturbed = images()
-    monitor = MPPDMonitor(net, keep="trace")
-    monitor.compare(x, x_perturbed)
-    for name in NAMES:
-        net[int(name)].store_v_seq = True
+    clean, perturbed = captured(net, NAMES, *pair)
     potentials = []
-    for a in (x, x_perturbed):
-        functional.reset_net(net)
+    for a in pair:
+        for name in NAMES:
+            net[int(name)].store_v_seq = True
         net(a)
         potentials.append({name: net[int(name)].v_seq.detach().clone() for name in NAMES})
+        functional.reset_net(net)
+    options = {"v_threshold": net[2].v_threshold, "v_reset": v_reset}
     for name in NAMES:
-        trace = monitor[name][0]
+        assert (stats[name].samples, stats[name].neuron) == (3, type(net[2]).__name__)
+        both = (*clean[name], *perturbed[name])
+        assert_stats(stats[name], statistics_by_hand(*both, decay, gains, **options))
+        fixed = [1.0] * T if kind == "DLIF" else gains  # the learnable gain can be left out
+        of_eps = statistics_by_hand(*both, decay, fixed, **options)
+        assert_stats(stats_without[name], {key: of_eps[key] for key in ("ms_mppd", "l1", "max_abs")})
+        (trace,) = monitor[name]
+        assert isinstance(trace, LayerTrace)
+        seen = trace.x_seq, trace.spike_seq, trace.x_seq_perturbed, trace.spike_seq_perturbed
+        for value, expected in zip(seen, both, strict=True):
+            np.testing.assert_array_equal(value, expected)
+        np.testing.assert_allclose(trace.eps, eps_by_hand(both[0], both[2], decay, gains), atol=1e-5)
+        assert not trace.eps.requires_grad
         torch.testing.assert_close(trace.v_seq, potentials[0][name], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(trace.v_seq_perturbed, potentials[1][name], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(trace.full, potentials[0][name] - potentials[1][name], atol=2e-5, rtol=1e-5)
-
-
-def test_learnable_gain_can_be_left_out():
-    make, decay, gain, _ = NEURONS["DLIF"]
-    net = conv_net(make)
-    x, x_perturbed = images()
-    stats = MPPDMonitor(net, input_gain=False).compare(x, x_perturbed)
-    clean, perturbed = (capture(net.eval(), NAMES, lambda a=a: net(a)) for a in (x, x_perturbed))
-    for name in NAMES:
-        eps = eps_by_hand(clean[name][0], perturbed[name][0], decay, [1.0] * T)
-        np.testing.assert_allclose(
-            stats[name].ms_mppd, (eps**2).mean((1, 2) if name == "8" else (1, 2, 3, 4)), rtol=1e-4
-        )
-        np.testing.assert_allclose(stats[name].max_abs, np.abs(eps).reshape(T, -1).max(1), rtol=1e-4)
-        with_gain = eps_by_hand(clean[name][0], perturbed[name][0], decay, gains(gain))
-        assert not np.allclose(np.abs(with_gain).reshape(T, -1).max(1), stats[name].max_abs)
+    assert 0 < stats["8"].summary()["spike_distance"] < 1
+    if kind == "DLIF":
+        assert not torch.allclose(stats["8"].max_abs, stats_without["8"].max_abs)
+    monitor.clear_recorded_data()
+    assert monitor["8"] == []
 
 
 def test_hand_made_recurrent_container():
@@ -103,13 +87,9 @@ def test_hand_made_recurrent_container():
     monitor = MPPDMonitor(net)
     stats = monitor.compare(x, x_perturbed)
     assert monitor.execution_order == ("1", "2.sn", "3.sub_module", "5")
-    clean, perturbed = (capture(net, list(stats), lambda a=a: net(a)) for a in (x, x_perturbed))
-    dynamics = {
-        "1": (0.5, 0.5, 0.5),
-        "2.sn": (0.5, 1.0, 1.0),
-        "3.sub_module": (1.0, 1.0, 0.5),
-        "5": (1.0, 1.0, 0.5),
-    }
+    clean, perturbed = captured(net, list(stats), x, x_perturbed)
+    of_if = (1.0, 1.0, 0.5)
+    dynamics = {"1": (0.5, 0.5, 0.5), "2.sn": (0.5, 1.0, 1.0), "3.sub_module": of_if, "5": of_if}
     for name, (decay, gain, threshold) in dynamics.items():
         expected = statistics_by_hand(*clean[name], *perturbed[name], decay, [gain] * T, v_threshold=threshold)
         assert_stats(stats[name], expected)
@@ -165,7 +145,7 @@ def test_runs_that_go_on_from_a_state_start_at_it(kind):
         v = net[int(name)].v.clone()
         apart, together = monitor[name]
         for trace in (apart, together):
-            h = decay * v + gains(gain)[0] * trace.x_seq[0]
+            h = decay * v + (gain[0] if kind == "DLIF" else gain) * trace.x_seq[0]
             torch.testing.assert_close(trace.v_seq[0], torch.where(trace.spike_seq[0] == 1, v_reset or 0.0, h))
         torch.testing.assert_close(together.v_seq, apart.v_seq, atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(together.v_seq_perturbed, apart.v_seq_perturbed, atol=1e-5, rtol=1e-5)
@@ -283,18 +263,13 @@ def hook_count(net):
 
 def test_hooks_go_with_close_with_exit_and_with_the_monitor():
     net = conv_net(NEURONS["LIF"][0])
-    for end in ("close", "exit", "remove_hooks", "del"):
+    for end in (MPPDMonitor.close, MPPDMonitor.remove_hooks, lambda monitor: monitor.__exit__(None, None, None), None):
         monitor = MPPDMonitor(net)
         assert hook_count(net) > 0
-        if end == "close":
-            monitor.close()
-            assert not monitor.is_enable()
-        elif end == "exit":
-            with monitor:
-                pass
-        elif end == "remove_hooks":
-            monitor.remove_hooks()
-        del monitor
+        if end is None:
+            del monitor
+        else:
+            end(monitor)
         assert hook_count(net) == 0
     with pytest.raises(ZeroDivisionError), MPPDMonitor(net):
         1 / 0  # noqa: B018  # any exception
@@ -330,7 +305,9 @@ def test_an_exception_leaves_nothing_behind(where):
     monitor.enable()
     with pytest.raises(RuntimeError, match="two complete runs"):
         monitor.loss()
-    assert_stats(monitor.compare(x, x_perturbed)["8"], expected_of(net, x, x_perturbed, ("8",), 0.75, 1.0)["8"])
+    clean, perturbed = captured(net, ("8",), x, x_perturbed)
+    expected = statistics_by_hand(*clean["8"], *perturbed["8"], 0.75, [1.0] * T)
+    assert_stats(monitor.compare(x, x_perturbed)["8"], expected)
 
 
 def test_compare_restores_modes_and_state_and_batch_norm():
@@ -342,29 +319,6 @@ def test_compare_restores_modes_and_state_and_batch_norm():
     assert [m.training for m in net.modules()] == modes
     assert torch.equal(net[1].running_mean, running)
     assert all(isinstance(net[int(name)].v, float) for name in NAMES)
-
-
-def test_trace_holds_everything():
-    net = conv_net(NEURONS["LIF"][0])
-    x, x_perturbed = images()
-    monitor = MPPDMonitor(net, keep="trace")
-    for _ in range(2):
-        monitor.compare(x, x_perturbed)
-    assert len(monitor["8"]) == 2
-    clean, perturbed = (capture(net.eval(), ("4",), lambda a=a: net(a))["4"] for a in (x, x_perturbed))
-    trace = monitor["4"][1]
-    assert isinstance(trace, LayerTrace)
-    for value, expected in (
-        (trace.x_seq, clean[0]),
-        (trace.spike_seq, clean[1]),
-        (trace.x_seq_perturbed, perturbed[0]),
-    ):
-        np.testing.assert_array_equal(value, expected)
-    np.testing.assert_array_equal(trace.spike_seq_perturbed, perturbed[1])
-    np.testing.assert_allclose(trace.eps, eps_by_hand(clean[0], perturbed[0], 0.75, [1.0] * T), atol=1e-5)
-    assert not trace.eps.requires_grad
-    monitor.clear_recorded_data()
-    assert monitor["8"] == []
 
 
 def test_it_is_a_spikingjelly_monitor():
@@ -453,12 +407,11 @@ def test_other_precisions(dtype):
     net = conv_net(lambda: DLIFNode(T=T, tau=4.0)).to(dtype)
     x, x_perturbed = (a.to(dtype) for a in images())
     stats = MPPDMonitor(net).compare(x, x_perturbed)["4"]
-    clean, perturbed = (capture(net.eval(), ("4",), lambda a=a: net(a))["4"] for a in (x, x_perturbed))
+    clean, perturbed = captured(net, ("4",), x, x_perturbed)
     assert stats.ms_mppd.dtype == torch.float64
-    expected = statistics_by_hand(*clean, *perturbed, 0.75, [1.0] * T)
-    assert_stats(
-        stats, expected, rtol=1e-12 if dtype == torch.float64 else 1e-4, atol=1e-12 if dtype == torch.float64 else 1e-5
-    )
+    expected = statistics_by_hand(*clean["4"], *perturbed["4"], 0.75, [1.0] * T)
+    tolerances = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"atol": 1e-5}
+    assert_stats(stats, expected, **tolerances)
 
 
 def test_empty_batch_and_autocast():

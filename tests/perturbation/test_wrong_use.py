@@ -284,70 +284,51 @@ def test_wrong_loss_options(net):
     assert monitor.loss("all").requires_grad
 
 
-def test_a_layer_in_one_run_only(net):
-    class Skipping(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.second = neuron.IFNode(step_mode="m"), neuron.IFNode(step_mode="m")
-            self.skip = True
+class Skipping(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = neuron.IFNode(step_mode="m"), neuron.IFNode(step_mode="m")
+        self.skip = True
 
-        def forward(self, x):
-            return self.first(x) if self.skip else self.second(self.first(x))
+    def forward(self, x):
+        return self.first(x) if self.skip else self.second(self.first(x))
 
+
+def test_a_layer_in_one_run_only():
     net = Skipping()
     monitor = MPPDMonitor(net)
-    x, x_perturbed = inputs()
-    with monitor.clean():
-        net(x)
-    functional.reset_net(net)
-    net.skip = False
-    with (
-        pytest.raises(ValueError, match="'second' ran in the perturbed run but not in the clean run"),
-        monitor.perturbed(),
+    for skips, message in (
+        ((True, False), "'second' ran in the perturbed run but not in the clean run"),
+        ((False, True), "'second' takes 0 steps in the perturbed run and 4"),
     ):
-        net(x_perturbed)
-    functional.reset_net(net)
-    with monitor.clean():
-        net(x)
-    functional.reset_net(net)
-    net.skip = True
-    with pytest.raises(ValueError, match="'second' takes 0 steps in the perturbed run and 4"), monitor.perturbed():
-        net(x_perturbed)
+        for skip, x, context in zip(skips, inputs(), (monitor.clean, monitor.perturbed), strict=True):
+            functional.reset_net(net)
+            net.skip = skip
+            expected = pytest.raises(ValueError, match=message) if skip != skips[0] else contextlib.nullcontext()
+            with expected, context():
+                net(x)
 
 
-def test_an_input_changed_in_place_after_the_neuron_read_it():
-    class InPlace(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.sn = neuron.IFNode(step_mode="m")
+class Changing(nn.Module):
+    """Goes on in place on what its neuron read or returned."""
 
-        def forward(self, x):
-            x = x * 1.0
-            out = self.sn(x)
-            x += 1.0
-            return out + x
+    def __init__(self, what):
+        super().__init__()
+        self.sn, self.what = neuron.IFNode(step_mode="m"), what
 
-    net = InPlace()
+    def forward(self, x):
+        x = x * 1.0
+        out = self.sn(x)
+        (x if self.what == "input" else out).add_(1.0)
+        return out + x
+
+
+def test_what_is_changed_in_place_after_the_neurons_call():
     with pytest.raises(RuntimeError, match="input of layer 'sn' was changed in place"):
-        MPPDMonitor(net).compare(*inputs())
-
-
-def test_spikes_changed_in_place_do_no_harm():
-    class InPlace(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.sn = neuron.IFNode(step_mode="m")
-
-        def forward(self, x):
-            out = self.sn(x)
-            out += 1.0
-            return out
-
-    net = InPlace()
-    x, x_perturbed = inputs()
-    stats = MPPDMonitor(net).compare(x, x_perturbed)["sn"]
-    spikes = net.sn(x)
-    torch.testing.assert_close(stats.firing_rate, spikes.double().mean((1, 2)))
+        MPPDMonitor(Changing("input")).compare(*inputs())
+    net, (x, x_perturbed) = Changing("spikes"), inputs()
+    stats = MPPDMonitor(net).compare(x, x_perturbed)["sn"]  # does no harm
+    torch.testing.assert_close(stats.firing_rate, net.sn(x).double().mean((1, 2)))
 
 
 def test_data_parallel_is_refused(net):
