@@ -7,21 +7,21 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from lab.benchmarking.layers import BATCH_NORM_LAYERS, INSTRUCTION_SETS, LAYERS
-from lab.benchmarking.networks import FIRST_LAYER, adversarial_tasks, network_tasks
-from lab.benchmarking.steps import STEP_PEERS, TRAINING_STEPS
+from lab.benchmarking.networks import FIRST_LAYER, network_tasks
+from lab.benchmarking.steps import STEP_PEERS, TRAINING_STEPS, adversarial_steps
 from sj_robust.ops.dlif import cpp
 
 
 class Task(Protocol):
-    """One method at one shape, ready to run."""
+    """One method at one shape, ready to run.
 
-    @property
-    def tensor_bytes(self) -> int:
-        """Size of what memory is compared with: the input currents of a layer, the frames of a network."""
+    Attributes:
+        tensor_bytes: Size of what memory is compared with: the input currents of a layer, the frames of a network.
+        inputs: Tensors that are there before the forward pass.
+    """
 
-    @property
-    def inputs(self) -> Sequence[Tensor]:
-        """Tensors that are there before the forward pass."""
+    tensor_bytes: int
+    inputs: list[Tensor]
 
     def forward(self) -> Any:
         """Forward pass; what it returns keeps the graph."""
@@ -83,10 +83,10 @@ BENCHMARKS: dict[str, Benchmark] = {
     "conv4": Benchmark(network_tasks("conv4"), "ReLU", ((8, 16, 3, 32, 32),)),
     "vgg5": Benchmark(network_tasks("vgg5"), "ReLU", ((8, 16, 3, 32, 32),)),
     "conv4_adversarial": Benchmark(
-        adversarial_tasks("conv4"), "published loop", ((8, 16, 3, 32, 32),), has_one_graph=False
+        adversarial_steps("conv4"), "published loop", ((8, 16, 3, 32, 32),), has_one_graph=False
     ),
     "vgg5_adversarial": Benchmark(
-        adversarial_tasks("vgg5"), "published loop", ((8, 16, 3, 32, 32),), has_one_graph=False
+        adversarial_steps("vgg5"), "published loop", ((8, 16, 3, 32, 32),), has_one_graph=False
     ),
     "training_step": Benchmark(
         TRAINING_STEPS, "textbook loop", ((4, 64, 1, 28, 28),), has_one_graph=False, peers=STEP_PEERS

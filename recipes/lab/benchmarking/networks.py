@@ -2,16 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lab.benchmarking.layers import lif_node
-from lab.benchmarking.paper_loops import PaperLoop
 from sj_robust._host import functional, layer
-from sj_robust.attacks import rfgsm
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.models import VGG_FEATURES, ConvChain
 from sj_robust.neuron import DLIFNode, fuse
@@ -30,7 +28,7 @@ _NEURONS: dict[str, Callable[..., nn.Module]] = {
     "SpikingJelly LIFNode": lif_node,
     "textbook loop": partial(DLIFNode, backend="reference"),
 }
-_FUSED = "DLIF, one pass with batch norm"
+FUSED = "DLIF, one pass with batch norm"
 _SMALL = (4, 2, 3, 8, 8)
 """Shape at which steps are compared."""
 
@@ -38,14 +36,6 @@ _SMALL = (4, 2, 3, 8, 8)
 def network_tasks(architecture: str) -> dict[str, Callable[[Sequence[int]], "NetworkTask"]]:
     """Training steps on clean images by the name of the neuron; the shape is [T, N, C, H, W] of the images."""
     return {neuron: partial(NetworkTask, architecture, neuron) for neuron in _NEURONS}
-
-
-def adversarial_tasks(architecture: str) -> dict[str, Callable[[Sequence[int]], "AdversarialTask"]]:
-    """Adversarial training steps with MS-MPPD by the name of who makes them."""
-    return {
-        "sj_robust": partial(AdversarialTask, architecture, published=False),
-        "published loop": partial(AdversarialTask, architecture, published=True),
-    }
 
 
 class TrainingTask:
@@ -89,7 +79,7 @@ class NetworkTask(TrainingTask):
     ) -> None:
         """Build the network, the same for every neuron, and draw the images."""
         self._architecture, self._neuron = architecture, neuron
-        net = _network(architecture, neuron, shape).to(dtype)
+        net = convolutional_network(architecture, neuron, shape).to(dtype)
         super().__init__(net, shape, dtype)
         self._classifier = SpikingClassifier(net, shape[0])
 
@@ -103,47 +93,6 @@ class NetworkTask(TrainingTask):
             names = (self._neuron, "textbook loop")
             mine, wanted = (NetworkTask(self._architecture, name, _SMALL, dtype=torch.float64) for name in names)
             check_same_steps(self._neuron, mine, wanted)
-
-
-class AdversarialTask(TrainingTask):
-    """One step of adversarial training with MS-MPPD: crafting, both passes, loss, optimizer.
-
-    ``published`` says whether it is a plain re-implementation of the published loop; ``noise`` is the standard
-    deviation at the start of the attack.
-    """
-
-    def __init__(
-        self,
-        architecture: str,
-        shape: Sequence[int],
-        *,
-        published: bool,
-        dtype: torch.dtype = torch.float32,
-        noise: float = 0.001,
-    ) -> None:
-        """Build the network and draw the images."""
-        self._architecture, self._published, self._noise = architecture, published, noise
-        net = _network(architecture, "textbook loop" if published else _FUSED, shape).to(dtype)
-        super().__init__(net, shape, dtype, fused=not published)
-        self._loop, self._objective = PaperLoop(net, shape[0]), None if published else _objective(net, shape[0])
-
-    def forward(self) -> Tensor:
-        """Crafts the perturbed images; the loss of both passes."""
-        x, y = self._x, self._y
-        if self._objective is None:
-            x_adv = self._loop.single_step(x, y, 4 / 255, self._noise, torch.randn_like)
-            return self._loop.paper_loss(x, y, x_adv, kappa=0.5, rho=1.0)
-        x_adv = rfgsm(self._objective.classifier, x, y, eps=4 / 255, noise_std=self._noise, project=False)
-        total: Tensor = self._objective(x, y, x_adv).total
-        return total
-
-    def check(self) -> None:
-        """Compare with the published loop in float64, without noise; raises ValueError."""
-        mine, wanted = (
-            AdversarialTask(self._architecture, _SMALL, published=published, dtype=torch.float64, noise=0.0)
-            for published in (self._published, True)
-        )
-        check_same_steps("the adversarial step", mine, wanted)
 
 
 class FirstLayerTask:
@@ -211,19 +160,14 @@ def check_same_steps(name: str, mine: TrainingTask, wanted: TrainingTask) -> Non
         raise ValueError(f"{name} does not equal the textbook loop ({found} against {right}): it is not timed")
 
 
-def _network(architecture: str, neuron: str, shape: Sequence[int]) -> ConvChain:
+def convolutional_network(architecture: str, neuron: str, shape: Sequence[int]) -> ConvChain:
+    """A network by the name of its architecture and of its neuron, with the same weights for every neuron."""
     features, hidden = _ARCHITECTURES[architecture]
     torch.manual_seed(0)
     net = ConvChain(shape[2:], 10, T=shape[0], spiking_neuron=_NEURONS[neuron], features=features, hidden=hidden)
-    if neuron == _FUSED:
+    if neuron == FUSED:
         fuse(net)
     return net
-
-
-def _objective(net: nn.Module, T: int) -> Any:
-    from sj_robust.training import Objective  # brings Accelerate and more, which no other task needs
-
-    return Objective(SpikingClassifier(net, T))
 
 
 def _made_up_images(shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

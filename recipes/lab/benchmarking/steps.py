@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lab.benchmarking.layers import lif_node
-from lab.benchmarking.networks import TrainingTask, check_same_steps
+from lab.benchmarking.networks import FUSED, TrainingTask, check_same_steps, convolutional_network
 from lab.benchmarking.paper_loops import Draw, PaperLoop, published_retraction
 from sj_robust.attacks import SampleSeeds
 from sj_robust.classifier import SpikingClassifier
@@ -22,17 +22,24 @@ if TYPE_CHECKING:
 _TRADES_WEIGHT = 6.0
 
 
+Build = Callable[[Sequence[int]], nn.Module]
+"""Makes a network for images of shape [T, N, C, H, W]."""
+
+
 class ModeTask(TrainingTask):
     """One step of this package: perturbed images, both passes, loss, optimizer, retraction.
 
-    It is made of the parts that the training engine calls, on a small network of DLIF neurons behind batch norm.
-    ``eps`` is the radius of the attack, and the standard deviation of the noise of ``"gaussian"``; ``noise`` is that of
-    the noise where the attacks of ``"at"``, ``"rat"`` and ``"trades"`` start.
+    It is made of the parts that the training engine calls, on a network of DLIF neurons behind batch norm. ``peer``
+    makes the network of the published loop that it must equal. ``eps`` is the radius of the attack, and the standard
+    deviation of the noise of ``"gaussian"``; ``noise`` is that of the noise where ``"at"``, ``"rat"`` and ``"trades"``
+    start.
     """
 
     def __init__(
         self,
         mode: "ModeName",
+        build: Build,
+        peer: Build,
         shape: Sequence[int],
         *,
         dtype: torch.dtype = torch.float32,
@@ -42,9 +49,8 @@ class ModeTask(TrainingTask):
         """Build the network and draw the images."""
         from sj_robust import training  # brings Accelerate and more, which layers do not need
 
-        self._mode = training.MODES[mode]
-        self._net = _network(shape, DLIFNode).to(dtype)
-        fuse(self._net)
+        self._mode, self._build, self._peer = training.MODES[mode], build, peer
+        self._net = build(shape).to(dtype)
         super().__init__(self._net, shape, dtype, weight_decay=self._mode.weight_decay, fused=True)
         project = mode not in ("at", "rat")  # as published
         self._attack = training.training_attack(mode, eps=eps, noise_std=noise, project=project)
@@ -75,21 +81,22 @@ class ModeTask(TrainingTask):
     def check(self) -> None:
         """Compare with the published loop in float64, from the same noise; raises ValueError.
 
-        DLIF's gains do not learn there: the neuron of the published loop has none.
+        DLIF's gains do not learn there: LIFNode has none.
         """
         shape, name = (4, 4, 3, 8, 8), self._mode.name
         # so large that spikes flip, without which a step would show little
         sizes = {"eps": 0.3, "noise": 0.1}
-        mine = ModeTask(name, shape, dtype=torch.float64, **sizes)
-        for module in mine._net.modules():
+        mine = ModeTask(name, self._build, self._peer, shape, dtype=torch.float64, **sizes)
+        draw = partial(_drawn, name, mine._seeds)
+        wanted = PublishedTask(name, self._peer, shape, dtype=torch.float64, draw=draw, **sizes)
+        for module in (*mine._net.modules(), *wanted._net.modules()):
             if isinstance(module, DLIFNode):
                 module.input_gain.requires_grad_(False)
-        wanted = PublishedTask(name, shape, dtype=torch.float64, draw=partial(_drawn, name, mine._seeds), **sizes)
         check_same_steps(f"the step of mode {name}", mine, wanted)
 
 
 class PublishedTask(TrainingTask):
-    """The same step as the code of its paper makes it, with SpikingJelly's LIFNode and its batch norm.
+    """The same step as the code of its paper makes it, with a neuron and a batch norm that run one after the other.
 
     ``draw`` makes the noise; None takes torch's global generator.
     """
@@ -97,6 +104,7 @@ class PublishedTask(TrainingTask):
     def __init__(
         self,
         mode: "ModeName",
+        build: Build,
         shape: Sequence[int],
         *,
         dtype: torch.dtype = torch.float32,
@@ -108,7 +116,7 @@ class PublishedTask(TrainingTask):
         from sj_robust.training import MODES  # as above
 
         self._mode, self._eps, self._noise = MODES[mode], eps, noise
-        self._net = _network(shape, lif_node).to(dtype)
+        self._net = build(shape).to(dtype)
         super().__init__(self._net, shape, dtype, weight_decay=self._mode.weight_decay)
         self._loop = PaperLoop(self._net, shape[0])
         standard: Draw = torch.rand_like if mode == "pgd_at" else torch.randn_like
@@ -142,9 +150,12 @@ class PublishedTask(TrainingTask):
         """It is what the others are compared with, so nothing is left to compare."""
 
 
-def _network(shape: Sequence[int], neuron: Callable[..., nn.Module]) -> SmallConvNet:
+def _small(neuron: Callable[..., nn.Module], shape: Sequence[int], *, fused: bool) -> nn.Module:
     torch.manual_seed(0)
-    return SmallConvNet(shape[2:], 10, T=shape[0], spiking_neuron=neuron)
+    net = SmallConvNet(shape[2:], 10, T=shape[0], spiking_neuron=neuron)
+    if fused:
+        fuse(net)
+    return net
 
 
 def _drawn(mode: str, seeds: SampleSeeds, x: Tensor) -> Tensor:
@@ -156,12 +167,25 @@ def _drawn(mode: str, seeds: SampleSeeds, x: Tensor) -> Tensor:
 
 
 _MODES: "tuple[ModeName, ...]" = ("none", "gaussian", "at", "rat", "pgd_at", "trades")
+_SMALL: tuple[Build, Build] = partial(_small, DLIFNode, fused=True), partial(_small, lif_node, fused=False)
 
 STEP_PEERS: dict[str, str] = {mode: f"{mode}, textbook loop" for mode in _MODES}
 """Name of the published loop of every mode."""
 
 TRAINING_STEPS: dict[str, Callable[[Sequence[int]], ModeTask | PublishedTask]] = {}
-"""Tasks by the name of the mode, each followed by its published loop."""
+"""Tasks by the name of the mode, each followed by its published loop, on a small network and one of LIFNodes."""
 
 for _mode in _MODES:
-    TRAINING_STEPS |= {_mode: partial(ModeTask, _mode), STEP_PEERS[_mode]: partial(PublishedTask, _mode)}
+    TRAINING_STEPS |= {
+        _mode: partial(ModeTask, _mode, *_SMALL),
+        STEP_PEERS[_mode]: partial(PublishedTask, _mode, _SMALL[1]),
+    }
+
+
+def adversarial_steps(architecture: str) -> dict[str, Callable[[Sequence[int]], ModeTask | PublishedTask]]:
+    """Steps of single-step adversarial training with MS-MPPD at 4/255, by the name of who makes them."""
+    mine, published = (partial(convolutional_network, architecture, neuron) for neuron in (FUSED, "textbook loop"))
+    return {
+        "sj_robust": partial(ModeTask, "at", mine, published, eps=4 / 255),
+        "published loop": partial(PublishedTask, "at", published, eps=4 / 255),
+    }

@@ -29,6 +29,7 @@ _REPORT = "report.json"
 def main(plan: str) -> None:
     """Perform a run that nobody else performs; any error ends as the last line of what is printed."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGUSR2, lambda *_: signal.raise_signal(signal.SIGTERM))  # of Slurm, before the time is up
     run = PlannedRun.from_json(plan)
     try:
         with _alone(run.folder):

@@ -81,7 +81,7 @@ def perform_all(
     """
     if jobs < 1 or threads < 1:
         raise ValueError(f"jobs and threads must be >= 1, got {jobs} and {threads}")
-    waiting = deque(runs)
+    waiting, local = deque(runs), executor.cluster == "local"
     running: dict[int, tuple[Any, PlannedRun, float]] = {}
     try:
         while waiting or running:
@@ -89,21 +89,24 @@ def perform_all(
                 if waiting and slot not in running:
                     run = waiting.popleft()
                     environ: dict[str, str | None] = {"OMP_NUM_THREADS": str(threads), **paths_for_children()}
-                    if executor.cluster == "local":
+                    if local:
                         environ["CUDA_VISIBLE_DEVICES"] = _visible(slot, devices)
                     with _interrupts_held():
-                        running[slot] = executor.submit(_attempt(run, environ)), run, time.monotonic()
+                        running[slot] = executor.submit(_attempt(run, environ, local)), run, time.monotonic()
             for slot, (job, run, started) in list(running.items()):
                 if job.done():
                     del running[slot]
                     yield EndedRun(run, time.monotonic() - started, _error(job))
             time.sleep(0.1)
     finally:
-        _stop([job for job, _, _ in running.values()], executor.cluster)
+        _stop([job for job, _, _ in running.values()], local)
 
 
-def _attempt(run: PlannedRun, environ: Mapping[str, str | None]) -> Callable[[], str | None]:
-    """What a job does: the run in a process of its own, whose end it tells. Pickled whole, so that no path matters."""
+def _attempt(run: PlannedRun, environ: Mapping[str, str | None], local: bool) -> Callable[[], str | None]:
+    """What a job does: the run in a process of its own, whose end it tells. Pickled whole, so that no path matters.
+
+    Signals of a cluster reach the run itself; on this machine they are passed on.
+    """
     command = [sys.executable, "-P", "-u", "-m", "lab.sweeping.perform", run.to_json()]
     log, patience = run.folder.absolute() / LOG_FILE, _PATIENCE
 
@@ -124,8 +127,13 @@ def _attempt(run: PlannedRun, environ: Mapping[str, str | None]) -> Callable[[],
             signal.setitimer(signal.ITIMER_REAL, patience)
             process.terminate()
 
-        signal.signal(signal.SIGTERM, stop)
-        code = process.wait()
+        if local:
+            signal.signal(signal.SIGTERM, stop)
+        try:
+            code = process.wait()
+        finally:
+            if local:
+                process.terminate()  # nothing is left to end, unless submitit's time limit ended the wait
         if code < 0:
             return f"its process died (signal {signal.Signals(-code).name})"
         return log.read_text(encoding="utf-8", errors="replace").rstrip().rpartition("\n")[2] if code else None
@@ -142,13 +150,12 @@ def _error(job: Any) -> str | None:
     return error
 
 
-def _stop(jobs: Sequence[Any], cluster: str) -> None:
-    """Ask, as often as it takes until each has heard it, and wait."""
-    if cluster != "local":
-        for job in jobs:
-            job.cancel(check=False)
+def _stop(jobs: Sequence[Any], local: bool) -> None:
+    """Ask, on this machine as often as it takes until each has heard it, and wait."""
+    for job in () if local else jobs:
+        job.cancel(check=False)
     while left := [job for job in jobs if not job.done()]:
-        for job in left if cluster == "local" else ():
+        for job in left if local else ():
             os.kill(int(job.job_id), signal.SIGTERM)  # its own cancel() kills after a second
         time.sleep(0.5)
 

@@ -14,10 +14,9 @@ from lab.benchmarking import steps
 from lab.benchmarking.benchmarks import BENCHMARKS
 from lab.benchmarking.drawing import plot_benchmark
 from lab.benchmarking.layers import LAYERS, LayerTask
-from lab.benchmarking.networks import AdversarialTask, NetworkTask
+from lab.benchmarking.networks import NetworkTask
 from lab.benchmarking.paper_loops import PaperLoop
 from lab.benchmarking.race import Measurement, race
-from lab.benchmarking.steps import ModeTask
 
 from sj_robust.ops.dlif import cpp
 from sj_robust.training import MODES
@@ -70,8 +69,8 @@ def test_wrong_networks_and_steps_are_found_out(monkeypatch):
         NetworkTask("conv4", kernel, IMAGES).check()
     published = PaperLoop.paper_loss
     monkeypatch.setattr(PaperLoop, "paper_loss", lambda *args, **kwargs: 1.01 * published(*args, **kwargs))
-    with pytest.raises(ValueError, match="adversarial step does not equal"):
-        AdversarialTask("conv4", IMAGES, published=False).check()
+    with pytest.raises(ValueError, match="step of mode at does not equal"):
+        BENCHMARKS["conv4_adversarial"].methods["sj_robust"](IMAGES).check()
 
 
 @pytest.mark.parametrize(
@@ -91,7 +90,7 @@ def test_a_wrong_step_of_a_mode_is_found_out(monkeypatch, mode, owner, method, w
     right = getattr(owner, method)
     monkeypatch.setattr(owner, method, lambda *args, **kwargs: wrong and wrong(right(*args, **kwargs)))
     with pytest.raises(ValueError, match=f"mode {mode} does not equal"):
-        ModeTask(mode, IMAGES).check()
+        BENCHMARKS["training_step"].methods[mode](IMAGES).check()
 
 
 def test_every_mode_is_compared_with_its_own_peer():

@@ -258,7 +258,7 @@ SLURM = {
     'SLURM_LOCALID=0 setsid sh script > /dev/null 2>&1 & echo "Submitted batch job $$"; echo $! > pid$$',
     "srun": 'shift 3; exec "$@"  # --unbuffered --output FILE COMMAND',
     "sacct": "echo 'JobID|State'",
-    "scancel": "kill -- -$(cat pid$1)",
+    "scancel": "kill $(ps -o pid= -s $(cat pid$1))",
 }
 
 
