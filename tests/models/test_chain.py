@@ -46,17 +46,6 @@ def test_sizes_and_encoders(size):
     assert SpikingClassifier(net, 4, PoissonEncoder(torch.Generator().manual_seed(0)))(images).shape == (2, 7)
 
 
-@pytest.mark.parametrize("kind", ["dlif", "lif", "if"])
-def test_fresh_dlif_is_lif(kind):
-    spec = NetworkSpec(neuron=kind, tau=float("inf") if kind == "if" else 5.0)
-    images = torch.rand(6, *spec.image_shape)
-    outputs = []
-    for choice in (spec, NetworkSpec(neuron="dlif", tau=spec.tau)):
-        torch.manual_seed(1)
-        outputs.append(build_network(choice)(images))
-    torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
-
-
 @pytest.mark.parametrize(
     ("use", "message"),
     [

@@ -140,14 +140,6 @@ def test_the_logits_are_those_of_the_published_network(tmp_path, kind, name, siz
         assert torch.equal(kept.double()(images), ours(images))
 
 
-def test_names_of_data_parallel(tmp_path):
-    theirs = published(Vgg5, True, 8)
-    torch.save({f"module.{key}": value for key, value in theirs.state_dict().items()}, tmp_path / "net.pt")
-    ours, _ = load_published_checkpoint(tmp_path / "net.pt", mean=None, std=None, image_shape=(3, 8, 8))
-    assert torch.equal(ours.net.first.weight, theirs.layer1[0].weight)
-    assert torch.equal(ours.net.stages[1].input_gain, theirs.layer1[2].p)
-
-
 def test_what_does_not_fit_is_said(tmp_path):
     state = published(Vgg5, True, 8).state_dict()
 

@@ -122,15 +122,7 @@ def full_disk_at_sync(monkeypatch):
     monkeypatch.setattr(os, "fsync", fail)
 
 
-def full_disk_in_torch(monkeypatch):
-    def fail(content, file):
-        file.write(b"half a checkpoint")
-        raise RuntimeError("[enforce fail at inline_container.cc:659] . unexpected pos 64 vs 0")
-
-    monkeypatch.setattr(checkpoint.torch, "save", fail)
-
-
-@pytest.mark.parametrize("fill", [full_disk_in_write, full_disk_at_sync, full_disk_in_torch])
+@pytest.mark.parametrize("fill", [full_disk_in_write, full_disk_at_sync])
 def test_a_full_disk(tmp_path, whole, fill):
     with pytest.MonkeyPatch.context() as patch:
         attack = At(STEP, lambda *_: fill(patch))
