@@ -2,7 +2,7 @@
 
 from importlib.util import find_spec
 
-_MODULES = ("accelerate", "jsonargparse", "matplotlib", "rich", "tensorboard", "yaml")
+_MODULES = ("accelerate", "jsonargparse", "matplotlib", "rich", "submitit", "tensorboard", "yaml")
 
 _missing = [name for name in _MODULES if find_spec(name) is None]
 if _missing:

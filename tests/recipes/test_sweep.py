@@ -154,7 +154,6 @@ def test_null_and_its_value_are_one_run_of_the_real_recipe(tmp_path):
 @pytest.mark.slow
 def test_the_real_recipes_on_digits(tmp_path, monkeypatch):
     """In processes of its own: two runs, one epoch, few images."""
-    pytest.importorskip("submitit", reason="of the extra recipes")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(os.environ, "PYTHONPATH", str(RECIPE.parents[1]))
     tiny = "{train_limit: 60, test_limit: 8, epochs: 1, batch_size: 32, channels: [2, 2], T: 2, device: cpu}"

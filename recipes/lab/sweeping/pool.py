@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import submitit
+
 from lab import paths_for_children
 from lab.sweeping.plan import PlannedRun
 
@@ -44,12 +46,6 @@ def executor_for(folder: Path, cluster: Cluster = "local", options: Mapping[str,
     Raises:
         ValueError: If the cluster is not there or an option is unknown.
     """
-    try:
-        import submitit
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "the runs of a sweep are jobs of submitit, which cannot be found: pip install 'sj_robust[recipes]'"
-        ) from error
     parameters = {"name": "sweep", "timeout_min": _LONG[cluster], "stderr_to_stdout": True, **(options or {})}
     try:
         executor = submitit.AutoExecutor(folder / "jobs", cluster=cluster)

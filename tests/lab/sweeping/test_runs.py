@@ -186,7 +186,6 @@ def test_stages_that_were_cut_short_go_on(planned):
 
 def ends_until_interrupted(runs, executor, *, last, jobs=1):
     """Errors by name, until a run waits, at which Ctrl-C is pressed."""
-    pytest.importorskip("submitit", reason="of the extra recipes")
     ends = {}
 
     def interrupt():
@@ -209,7 +208,6 @@ def ends_until_interrupted(runs, executor, *, last, jobs=1):
 @pytest.mark.slow
 def test_runs_survive_each_other_and_stop_when_asked(planned, tmp_path):
     """A run that fails, one that exits, one that kills its process, one that is well, and one that Ctrl-C stops."""
-    pytest.importorskip("submitit", reason="of the extra recipes")
     runs = planned({"behave": ["fail", "exit", "die", "well", "wait"]})
     fails, _, dies, well, waits = runs
     assert ends_until_interrupted(runs, executor_for(tmp_path), last=waits, jobs=2) == {
@@ -239,7 +237,6 @@ for end in perform_all([PlannedRun.from_json(sys.argv[1])], executor_for(Path("s
 
 @pytest.mark.slow
 def test_a_run_whose_sweep_is_killed_goes_on_and_the_next_sweep_waits_for_it(planned, tmp_path):
-    pytest.importorskip("submitit", reason="of the extra recipes")
     (run,) = planned({"behave": ["linger"]})
     (tmp_path / "sweep.py").write_text(SCRIPT)
     command = [sys.executable, "-W", "ignore", "sweep.py", run.to_json()]
@@ -265,7 +262,6 @@ SLURM = {
 @pytest.mark.slow
 def test_jobs_of_a_cluster(planned, tmp_path, monkeypatch):
     """With stand-ins for Slurm's commands that run a batch script at once."""
-    pytest.importorskip("submitit", reason="of the extra recipes")
     for name, text in SLURM.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
@@ -285,7 +281,6 @@ def test_wrong_numbers_clusters_and_options(tmp_path):
     for wrong in ({"jobs": 0}, {"threads": 0}):
         with pytest.raises(ValueError, match="jobs and threads must be >= 1"):
             next(perform_all([], None, **wrong))
-    pytest.importorskip("submitit", reason="of the extra recipes")
     with pytest.raises(ValueError, match="cannot use cluster slurm with options {}: Could not detect"):
         executor_for(tmp_path, "slurm")
     with pytest.raises(ValueError, match="Unknown argument 'qeue' for executor 'slurm'"):
