@@ -206,7 +206,7 @@ def test_memory_does_not_grow_with_batches(use):
     held = sum(storage_bytes(monitor))
     for seed in range(6):
         batch(seed)
-    assert live_tensors() == tensors
+    assert live_tensors() <= tensors  # other tests' may go meanwhile
     assert sum(storage_bytes(monitor)) == held
     # Far less than the input current of one layer, 4 steps of 16 samples of 4 x 6 x 6 in float32.
     assert held < T * 16 * 144 * 4 / 2

@@ -17,6 +17,7 @@ _FLAGS = (
     "-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Wextra",
     "-Werror", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-unused-variable", "-Wno-unused-parameter",
     "-Wno-clobbered",
+    "-fno-gnu-unique",  # else all libraries of a process share the static variables of the first
 )  # fmt: skip
 _HALVES = """
 inline float half_to_float(Half a) { return (float)shim::as_bits<_Float16>(a.bits); }
