@@ -114,6 +114,15 @@ def test_gradient_of_the_penalty(net, normalized):
     assert torch.autograd.gradcheck(value, [parameter.detach().clone().requires_grad_() for parameter in parameters])
 
 
+def test_the_gradient_is_that_of_the_top_singular_vector(net):
+    gain_penalty(net).backward()
+    for node in (net[1], net[3]):
+        p = node.input_gain.detach()
+        u = torch.linalg.svd(time_operator(node.decay, node.T, p))[0][:, 0]
+        expected = 2 * p * (time_operator(node.decay, node.T).T @ u).square()
+        torch.testing.assert_close(node.input_gain.grad, expected.float())
+
+
 @pytest.mark.parametrize("normalized", [False, True])
 def test_gains_of_zero_have_a_gradient_of_zero_and_those_that_are_not_finite_make_the_loss_nan(net, normalized):
     gains = net[1].input_gain
