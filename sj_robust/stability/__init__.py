@@ -13,15 +13,18 @@ from sj_robust.stability.gain import (
     time_operator,
 )
 from sj_robust.stability.operator import INPUT, InputMap, input_maps
+from sj_robust.stability.verification import BoundedLayer, Verification, verify
 
 __all__ = [
     "INPUT",
     "Bound",
+    "BoundedLayer",
     "Certificate",
     "GainDesign",
     "InputMap",
     "LayerCertificate",
     "NeuronGains",
+    "Verification",
     "certify",
     "gain_penalty",
     "gain_scalars",
@@ -33,4 +36,5 @@ __all__ = [
     "peak_gain",
     "printed_gain",
     "time_operator",
+    "verify",
 ]

@@ -1,0 +1,440 @@
+"""Bounds of everything that a spiking network computes while its input moves within a box, rounding included."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sj_robust.neuron.charging import Neuron
+
+__all__ = ["BoundedRun", "Bounds", "LayerBounds", "NoBoundsError", "gamma"]
+
+_UNIT = 2.0**-24
+"""Largest relative error of one rounding to nearest in float32."""
+
+_SMALLEST = 2.0**-126
+"""Below it float32 may flush to zero: the error that one operation can add whatever its values are."""
+
+_SLACK = 1.000001
+"""Covers float64's own rounding, which is smaller than float32's by 2**29."""
+
+
+class NoBoundsError(NotImplementedError):
+    """An operation of the network of which no bounds are known. 无法给出上下界的运算。"""
+
+
+class Bounds(Tensor):
+    """Every value that a float32 tensor of a network can have while the input moves: ``centre -+ (radius + error)``.
+
+    In exact arithmetic a value is within ``centre -+ radius``; what float32 computes is at most ``error`` away from
+    that. All three are float64. ``centre`` is kept as a graph down to the leaves (the input, the outputs of spiking
+    layers and of max poolings), of which it is an affine function. 张量所有可能取值的上下界。
+
+    Equation, for ``y = A x + b`` with n terms summed in any order, ``u = 2**-24`` and ``gamma = n u / (1 - n u)``::
+
+        centre' = A centre + b
+        radius' = |A| radius
+        error'  = |A| (error + gamma (|centre| + radius + error)) + gamma |b|
+
+    Convolution, linear, batch norm in evaluation mode, average pooling, sums and reshapes are such maps. Max pooling is
+    monotone: bounds of its result are those of its input, pooled. Anything else raises :class:`NoBoundsError`.
+
+    Args:
+        centre: Middle of the values.
+        radius: How far the exact value can be from it; broadcast.
+        error: How far float32 can be from the exact value; broadcast, None for values that are exact.
+        run: The run whose leaves ``centre`` depends on.
+
+    Source: interval arithmetic; rounding as in Higham, "Accuracy and Stability of Numerical Algorithms" (2002), ch. 3.
+
+    Examples:
+        >>> x = Bounds(torch.tensor([[0.5]]).double(), torch.tensor([[0.25]]).double())
+        >>> y = 2 * x + 1
+        >>> float(y.centre), float(y.radius), 0 < float(y.error) < 1e-6
+        (2.0, 0.5, True)
+    """
+
+    centre: Tensor
+    radius: Tensor
+    error: Tensor
+    run: "BoundedRun | None"
+
+    @staticmethod
+    def __new__(
+        cls, centre: Tensor, radius: Tensor, error: Tensor | None = None, run: "BoundedRun | None" = None
+    ) -> "Bounds":
+        """Wrap the parts; see the class."""
+        self: Bounds = Tensor._make_wrapper_subclass(cls, centre.shape, dtype=torch.float32, device=centre.device)
+        self.centre, self.run = centre, run
+        self.radius = radius.expand(centre.shape)
+        self.error = torch.zeros_like(self.radius) if error is None else error.expand(centre.shape)
+        return self
+
+    @property
+    def lower(self) -> Tensor:
+        """Smallest value that float32 can give."""
+        return self.centre.detach() - self.radius - self.error
+
+    @property
+    def upper(self) -> Tensor:
+        """Largest value that float32 can give."""
+        return self.centre.detach() + self.radius + self.error
+
+    @property
+    def largest(self) -> Tensor:
+        """Largest absolute value that float32 can give."""
+        return self.centre.detach().abs() + self.radius + self.error
+
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch lacks the type
+        """Shape alone: tensors of a network are large."""
+        return f"Bounds({tuple(self.shape)})"
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Bounds of a function of bounds."""
+        kwargs = kwargs or {}
+        name = func.__name__.strip("_")
+        with torch._C.DisableTorchFunctionSubclass():
+            if name in _QUESTIONS:
+                return func(*args, **kwargs)
+            if name in _SHAPES:
+                return _moved(func, args, kwargs)
+            if name in _RULES:
+                return _RULES[name](func, *args, **kwargs)
+        raise NoBoundsError(f"the operation {name}")
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]  # torch declares its default, which is a function
+        """What reaches torch's dispatcher came around the rules above."""
+        raise NoBoundsError(f"the operation {func}")
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """A tensor that bounds start from again: its centre is a variable of the graph."""
+
+    centre: Tensor
+    radius: Tensor
+    batch_dim: int
+    """Where the samples are; -1 if dimension 0 holds the time steps of all samples, first step first."""
+
+    def shares(self, weights: Tensor, samples: int) -> Tensor:
+        """``sum |weights| radius`` of every sample [N]."""
+        size = weights.abs() * self.radius
+        if self.batch_dim == -1:
+            return size.view(-1, samples, size[0].numel()).sum((0, 2))
+        return size.movedim(self.batch_dim, 0).flatten(1).sum(1)
+
+
+@dataclass
+class LayerBounds:
+    """What the bounds say of one spiking layer, summed over the samples of a run.
+
+    Attributes:
+        name: Name of the layer.
+        undecided: Per time step, the number of spikes that may or may not be there.
+        width: Per time step, the squared distance between the bounds of the charged potential.
+        neurons: Neurons times samples.
+    """
+
+    name: str
+    undecided: list[float] = field(default_factory=list)
+    width: list[float] = field(default_factory=list)
+    neurons: int = 0
+
+
+class BoundedRun:
+    """One run of a network on bounds: its leaves, and what its spiking layers let through.
+
+    Args:
+        neurons: Neurons of known dynamics by name.
+        samples: Number of samples in the run.
+    """
+
+    def __init__(self, neurons: dict[str, Neuron], samples: int) -> None:
+        """Nothing has run yet."""
+        self.neurons, self.samples = neurons, samples
+        self.leaves: list[_Leaf] = []
+        self.layers = {name: LayerBounds(name) for name in neurons}
+        self._potential: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def leaf(self, lower: Tensor, upper: Tensor, batch_dim: int) -> Bounds:
+        """Bounds that start here, of values that are exact."""
+        centre = ((lower + upper) / 2).requires_grad_()
+        radius = _SLACK * torch.maximum(upper - centre.detach(), centre.detach() - lower)
+        self.leaves.append(_Leaf(centre, radius, batch_dim))
+        return Bounds(centre, radius, run=self)
+
+    @contextmanager
+    def in_place_of(self, net: nn.Module) -> Iterator[None]:
+        """Context in which the neurons of a network give bounds of their spikes for bounds of their currents."""
+        with ExitStack() as stack:
+            for name, neuron in self.neurons.items():
+                own = {key: value for key, value in vars(neuron.module).items() if key == "forward"}
+                neuron.module.forward = self._spikes_of(name, neuron)
+                stack.callback(vars(neuron.module).update, own)
+                stack.callback(vars(neuron.module).pop, "forward")  # its class has it still
+            yield
+
+    def lead(self, logits: Bounds, y: Tensor) -> Tensor:
+        """Upper bound of what every class's logit is above the right one's, [N, classes]; the right one's own is 0.
+
+        Equation, with g the gradient of ``centre_k - centre_y`` on the leaves, which is that of an affine map::
+
+            centre_k - centre_y + sum |g| radius + error_k + error_y
+        """
+        right = y.unsqueeze(1)
+        gap = logits.centre - logits.centre.gather(1, right)
+        error = logits.error + logits.error.gather(1, right)
+        centres = [leaf.centre for leaf in self.leaves]
+        found = []
+        for k in range(gap.shape[1]):
+            weights = torch.autograd.grad(gap[:, k].sum(), centres, retain_graph=True, allow_unused=True)
+            reached = [
+                leaf.shares(w, self.samples) for leaf, w in zip(self.leaves, weights, strict=True) if w is not None
+            ]
+            found.append(torch.stack(reached).sum(0) if reached else torch.zeros_like(error[:, k]))
+        return (gap.detach() + _SLACK * (torch.stack(found, 1) + error)).scatter(1, right, 0.0)
+
+    def _spikes_of(self, name: str, neuron: Neuron) -> Callable[..., Bounds]:
+        def forward(x: Any, *args: Any, **kwargs: Any) -> Bounds:
+            if not isinstance(x, Bounds):
+                raise NoBoundsError(
+                    f"the layer {name} got {type(x).__name__}, no bounds: something before it lost them"
+                )
+            multi_step = neuron.module.step_mode == "m"
+            lower, upper = (x.lower, x.upper) if multi_step else (x.lower.unsqueeze(0), x.upper.unsqueeze(0))
+            sure, possible = self._fired(name, neuron, lower, upper)
+            if not multi_step:
+                sure, possible = sure[0], possible[0]
+            return self.leaf(sure, possible, int(multi_step))
+
+        return forward
+
+    def _fired(self, name: str, neuron: Neuron, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+        """Whether each neuron fires for sure, and whether it can, [T, N, *] as numbers."""
+        charging, module, layer = neuron.charging(), neuron.module, self.layers[name]
+        decay, reset = charging.decay_value, module.v_reset
+        rest = 0.0 if reset is None else float(reset)
+        threshold = float(module.v_threshold)
+        above, below = threshold + _UNIT * abs(threshold), threshold - _UNIT * abs(threshold)
+        v_lower, v_upper = self._potential.get(name, (torch.full_like(lower[0], rest), torch.full_like(upper[0], rest)))
+        layer.neurons = lower[0].numel()
+        sure_seq, possible_seq = [], []
+        for x_lower, x_upper in zip(lower, upper, strict=True):
+            gain = float(torch.as_tensor(charging.gain_at(len(layer.width), input_gain=True)).detach())
+            ends = gain * x_lower, gain * x_upper
+            low, high = torch.minimum(*ends), torch.maximum(*ends)
+            size = _larger(v_lower, v_upper) + _larger(low, high) + abs(rest)
+            error = gamma(16) * size + 16 * _SMALLEST
+            h_lower = decay * v_lower + low + (1.0 - decay) * rest - error
+            h_upper = decay * v_upper + high + (1.0 - decay) * rest + error
+            sure, possible = h_lower >= above, h_upper >= below
+            undecided = possible & ~sure
+            layer.undecided.append(float(undecided.sum()))
+            layer.width.append(float((h_upper - h_lower).square().sum()))
+            if reset is None:
+                fired, silent = (h_lower - threshold, h_upper - threshold), (h_lower, h_upper.clamp(max=above))
+                either = h_lower.clamp(max=below - threshold), torch.maximum(silent[1], fired[1])
+            else:
+                fired, silent = (torch.full_like(h_lower, rest),) * 2, (h_lower, h_upper.clamp(max=above))
+                either = h_lower.clamp(max=rest), silent[1].clamp(min=rest)
+            v_lower, v_upper = (
+                torch.where(sure, fired[end], torch.where(undecided, either[end], silent[end])) for end in (0, 1)
+            )
+            error = gamma(4) * (_larger(h_lower, h_upper) + abs(rest) + threshold) + 4 * _SMALLEST
+            v_lower, v_upper = v_lower - error, v_upper + error
+            sure_seq.append(sure.double())
+            possible_seq.append(possible.double())
+        self._potential[name] = v_lower, v_upper
+        return torch.stack(sure_seq), torch.stack(possible_seq)
+
+
+def gamma(terms: int) -> float:
+    """Relative error of a float32 sum of so many products, in any order."""
+    return _SLACK * terms * _UNIT / (1.0 - terms * _UNIT)
+
+
+def _larger(lower: Tensor, upper: Tensor) -> Tensor:
+    """Largest absolute value between bounds."""
+    return torch.maximum(lower.abs(), upper.abs())
+
+
+def _moved(func: Any, args: Any, kwargs: Any) -> Any:
+    """A function that only moves elements, of all three parts."""
+    func = torch.Tensor.reshape if func.__name__ == "view" else func  # parts may be laid out otherwise
+    parts = [func(*_part(args, part), **kwargs) for part in ("centre", "radius", "error")]
+    run = _run_of(args)
+    if isinstance(parts[0], Tensor):
+        return Bounds(parts[0], parts[1], parts[2], run)
+    return type(parts[0])(Bounds(c, r, e, run) for c, r, e in zip(*parts, strict=True))
+
+
+def _part(value: Any, part: str) -> Any:
+    """One part of bounds; what is fixed is its own centre."""
+    if isinstance(value, Bounds):
+        return getattr(value, part)
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value.detach().double() if part == "centre" else torch.zeros_like(value, dtype=torch.float64)
+    if type(value) in (tuple, list):
+        return type(value)(_part(item, part) for item in value)
+    return value
+
+
+def _run_of(value: Any) -> BoundedRun | None:
+    if isinstance(value, Bounds):
+        return value.run
+    if type(value) in (tuple, list):
+        return next((run for item in value if (run := _run_of(item)) is not None), None)
+    return None
+
+
+def _constant(value: Any) -> Tensor:
+    """A weight, in float64 and without a graph."""
+    if isinstance(value, Bounds):
+        raise NoBoundsError("a product of two values that depend on the input")
+    return torch.as_tensor(value).detach().double()
+
+
+def _affine(
+    x: Bounds, apply: Callable[[Tensor], Tensor], absolute: Callable[[Tensor], Tensor], terms: int, shift: Tensor
+) -> Bounds:
+    """Bounds of ``apply(x) + shift``; ``absolute`` is the map whose entries are the absolute values of apply's."""
+    growth = gamma(terms)
+    error = absolute(x.error + growth * x.largest) + growth * shift.abs() + terms * _SMALLEST
+    return Bounds(apply(x.centre) + shift, absolute(x.radius), error, x.run)
+
+
+def _weighted(func: Any, x: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Bounds:
+    """Convolution and linear."""
+    weight = _constant(weight)
+    shift = torch.zeros((), dtype=torch.float64, device=weight.device) if bias is None else _constant(bias)
+    if weight.ndim > 2:
+        shift = shift.view(-1, *[1] * (weight.ndim - 2))
+    return _affine(
+        x,
+        lambda z: func(z, weight, None, *args, **kwargs),
+        lambda z: func(z, weight.abs(), None, *args, **kwargs),
+        weight[0].numel() + 2,
+        shift,
+    )
+
+
+def _batch_norm(
+    func: Any, x: Any, mean: Any, var: Any, weight: Any = None, bias: Any = None, training: bool = False,
+    momentum: float = 0.1, eps: float = 1e-5,
+) -> Bounds:  # fmt: skip
+    if training or mean is None or var is None:
+        raise NoBoundsError("batch norm with the statistics of the batch, which one image alone does not decide")
+    shape = (-1, *[1] * (x.ndim - 2))
+    slope = (_constant(var) + eps).rsqrt()
+    slope = (slope if weight is None else slope * _constant(weight)).view(shape)
+    moved = _constant(mean).view(shape) * slope
+    bias = torch.zeros_like(moved) if bias is None else _constant(bias).view(shape)
+    found = _affine(x, lambda z: z * slope, lambda z: z * slope.abs(), 12, bias - moved)
+    # Computed as (x - mean) * slope + bias or as x * slope + (bias - mean * slope): either is covered.
+    return Bounds(found.centre, found.radius, found.error + gamma(12) * (moved.abs() + bias.abs()), x.run)
+
+
+def _average(func: Any, x: Any, *args: Any, **kwargs: Any) -> Bounds:
+    """Sums with weights >= 0: average pooling, ``mean``, ``sum``."""
+    size = args[0] if args else kwargs.get("kernel_size", 1)
+    if func.__name__.startswith("avg_pool"):
+        terms = math.prod(size) if isinstance(size, tuple | list) else int(size) ** (x.ndim - 2)
+    elif "pool" in func.__name__:
+        terms = math.prod(x.shape[2:])
+    else:
+        terms = x.numel() // max(1, func(x.radius, *args, **kwargs).numel())
+
+    def apply(z: Tensor) -> Tensor:
+        result: Tensor = func(z, *args, **kwargs)
+        return result
+
+    return _affine(x, apply, apply, terms + 2, torch.zeros((), dtype=torch.float64, device=x.radius.device))
+
+
+def _sum(func: Any, a: Any, b: Any, **kwargs: Any) -> Bounds:
+    if kwargs:
+        raise NoBoundsError("a sum with alpha or out")
+    name = func.__name__.strip("_")
+    a, b = (b, a) if name == "rsub" else (a, b)
+    first, second = (
+        value if isinstance(value, Bounds) else Bounds(z := _constant(value).to(_device(a, b)), torch.zeros_like(z))
+        for value in (a, b)
+    )
+    centre = first.centre - second.centre if "sub" in name else first.centre + second.centre
+    radius, error = first.radius + second.radius, first.error + second.error
+    size = centre.detach().abs() + radius + error
+    return Bounds(centre, radius, error + gamma(2) * size + _SMALLEST, _run_of((a, b)))
+
+
+def _device(a: Any, b: Any) -> torch.device:
+    bounds: Bounds = a if isinstance(a, Bounds) else b
+    return bounds.centre.device
+
+
+def _product(func: Any, a: Any, b: Any, **kwargs: Any) -> Bounds:
+    name = func.__name__.strip("_")
+    x, other = (a, b) if isinstance(a, Bounds) else (b, a)
+    if "div" in name and (kwargs or x is not a or name.startswith("r")):
+        raise NoBoundsError("a division by a value that depends on the input, or one that rounds")
+    factor = _constant(other).to(x.centre.device)
+    factor = 1.0 / factor if "div" in name else factor
+    zero = torch.zeros((), dtype=torch.float64, device=x.centre.device)
+    return _affine(x, lambda z: z * factor, lambda z: z * factor.abs(), 4, zero)
+
+
+def _negative(func: Any, x: Any) -> Bounds:
+    return Bounds(-x.centre, x.radius, x.error, x.run)
+
+
+def _largest_of(func: Any, x: Any, *args: Any, **kwargs: Any) -> Bounds:
+    """Max pooling."""
+    if kwargs.pop("return_indices", False):
+        raise NoBoundsError("a max pooling that returns indices")
+    if x.run is None:
+        raise NoBoundsError("a max pooling outside a run")
+    run: BoundedRun = x.run
+    lower, upper = (func(end, *args, **kwargs) for end in (x.lower, x.upper))
+    return run.leaf(lower, upper, 0 if len(lower) == run.samples else -1)
+
+
+def _dropout(func: Any, x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+    if training:
+        raise NoBoundsError("dropout that stays on")
+    return x
+
+
+def _converted(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    wanted = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)]
+    if any(dtype != torch.float32 for dtype in wanted):
+        raise NoBoundsError(f"a conversion to {wanted[0]}: bounds are those of float32")
+    return x
+
+
+_QUESTIONS = {
+    "get", "dim", "size", "numel", "is_floating_point", "is_contiguous", "stride", "ndimension", "len", "is_complex",
+    "get_device",
+}  # fmt: skip
+_SHAPES = {
+    "flatten", "view", "reshape", "expand", "permute", "transpose", "unsqueeze", "squeeze", "contiguous", "clone",
+    "repeat", "chunk", "split", "getitem", "cat", "concat", "concatenate", "stack", "unbind", "movedim", "narrow",
+    "select", "unflatten", "swapaxes", "tile", "flip",
+}  # fmt: skip
+_RULES: dict[str, Callable[..., Any]] = {
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "linear"), _weighted),
+    "batch_norm": _batch_norm,
+    **dict.fromkeys(("avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
+                     "adaptive_avg_pool3d", "mean", "sum"), _average),
+    **dict.fromkeys(("add", "radd", "iadd", "sub", "rsub", "isub"), _sum),
+    **dict.fromkeys(("mul", "rmul", "imul", "div", "truediv", "rdiv", "rtruediv", "itruediv"), _product),
+    "neg": _negative,
+    **dict.fromkeys(("max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d",
+                     "adaptive_max_pool3d"), _largest_of),
+    **dict.fromkeys(("dropout", "dropout1d", "dropout2d", "dropout3d"), _dropout),
+    **dict.fromkeys(("to", "float", "type_as"), _converted),
+}  # fmt: skip

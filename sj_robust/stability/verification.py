@@ -1,0 +1,222 @@
+"""Images that no perturbation in a ball can turn: proved by bounds of every spike, with float32's rounding."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sj_robust._preserved import preserved
+from sj_robust.classifier import SpikingClassifier
+from sj_robust.neuron.charging import Neuron, find_neurons
+from sj_robust.stability._affine import full_precision
+from sj_robust.stability.bounds import BoundedRun, Bounds, NoBoundsError
+
+__all__ = ["BoundedLayer", "Verification", "verify"]
+
+
+@dataclass(frozen=True)
+class BoundedLayer:
+    """What the bounds say of a spiking layer, averaged over images and neurons. 脉冲层的上下界。
+
+    Attributes:
+        name: Name of the layer in the network.
+        undecided: Share of spikes, per time step, that the bounds leave open.
+        potential: Mean square, per time step, of the distance between the bounds of the charged potential h: no
+            perturbation in the ball moves it by more, resets and rounding included.
+    """
+
+    name: str
+    undecided: tuple[float, ...]
+    potential: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Result of :func:`verify`. 验证结果。
+
+    Attributes:
+        eps: Linf radius.
+        correct: Whether each image is classified right without a perturbation.
+        margin: Per image, what the logit of the right class is above every other one at least, whatever the
+            perturbation; > 0 is a proof.
+        layers: Spiking layers in order of execution.
+    """
+
+    eps: float
+    correct: tuple[bool, ...]
+    margin: tuple[float, ...]
+    layers: tuple[BoundedLayer, ...]
+
+    @property
+    def verified(self) -> tuple[bool, ...]:
+        """Whether each image is proved to be classified right everywhere in the ball."""
+        return tuple(margin > 0 for margin in self.margin)
+
+    @property
+    def accuracy(self) -> float:
+        """Share of images that are verified: the network's robust accuracy on them is at least that."""
+        return sum(self.verified) / len(self.margin)
+
+    def table(self) -> str:
+        """Markdown: the share of images, then a row per spiking layer."""
+        count = len(self.margin)
+        lines = [
+            f"Linf {self.eps:.6g}: {sum(self.verified)} of {count} images verified, {sum(self.correct)} classified "
+            "right without a perturbation.",
+            "",
+            "| layer | undecided spikes, % per step | bounded perturbation of h, mean square per step |",
+            "| --- | --- | --- |",
+        ]
+        for layer in self.layers:
+            undecided = " ".join(f"{100 * share:.1f}" for share in layer.undecided)
+            potential = " ".join(f"{value:.3g}" for value in layer.potential)
+            lines.append(f"| {layer.name} | {undecided} | {potential} |")
+        return "\n".join(lines)
+
+
+def verify(
+    model: SpikingClassifier,
+    x: Tensor,
+    y: Tensor,
+    eps: float,
+    *,
+    batch_size: int = 64,
+    on_batch: Callable[[int], None] | None = None,
+) -> Verification:
+    """Prove, image by image, that no perturbation of at most ``eps`` changes the class. 证明图像在扰动球内不被误分类。
+
+    Equation: the input moves in ``[max(x - eps, 0), min(x + eps, 1)]``. Bounds go through the layers one by one; with
+    l and u those of a neuron's current, p its input gain, lambda its decay and theta its threshold::
+
+        h_lo = lambda v_lo + min(p l, p u),  h_hi = lambda v_hi + max(p l, p u)   (+ (1 - lambda) v_reset)
+        h_lo >= theta: it fires for sure;  h_hi < theta: it cannot fire;  else its spike is undecided, in [0, 1]
+
+    and v after the reset takes all that either case allows. An image is verified if every other class's logit stays
+    below the right one's, bounded for their difference as a whole. What float32 rounds, in any order of summation, is
+    part of every bound (:class:`sj_robust.stability.bounds.Bounds`), so that the proof is one of the network that runs.
+    It assumes rounding to nearest and sums of products: no TF32, no bfloat16 or float16, no Winograd convolutions.
+
+    A verified image cannot be fooled; one that is not verified may still be robust.
+
+    Args:
+        model: A classifier in evaluation mode, in float32, without an encoder that draws.
+        x: Images [N, C, H, W] or features [N, F] in [0, 1]; of a ``SpikingEventClassifier`` frames [N, T, C, H, W].
+        y: Labels [N] int64.
+        eps: Linf radius, >= 0.
+        batch_size: Images at a time; memory grows with it, not with N.
+        on_batch: Called with the number of images done after every batch.
+
+    Returns:
+        :class:`Verification`.
+
+    Raises:
+        TypeError: If ``model`` is no ``SpikingClassifier``.
+        ValueError: If the model is in training mode or not in float32, images or labels do not fit, or eps < 0.
+        NotImplementedError: If something in the network has no bounds (attention, a stochastic encoder, a neuron of
+            unknown dynamics); it is named.
+
+    Source: interval bounds of spiking networks as in Liang et al. (NeurIPS 2022), here with input gains, resets in
+        time and rounding; Gowal et al., arXiv 1810.12715, for the last layer.
+
+    Examples:
+        >>> from spikingjelly.activation_based import neuron
+        >>> net = nn.Sequential(nn.Linear(2, 2, bias=False), neuron.IFNode(step_mode="m"))
+        >>> _ = net[0].weight.data.copy_(torch.eye(2))
+        >>> model = SpikingClassifier(net, T=4).eval()
+        >>> result = verify(model, torch.tensor([[0.9, 0.1], [0.3, 0.2]]), torch.tensor([0, 0]), eps=0.05)
+        >>> result.verified
+        (True, False)
+    """
+    neurons = _checked(model, x, y, eps)
+    device = next((value.device for value in model.state_dict().values()), x.device)
+    correct: list[bool] = []
+    margins: list[float] = []
+    totals: dict[str, list[list[float]]] = {}
+    counts = dict.fromkeys(neurons, 0)
+    for start in range(0, len(x), batch_size):
+        images, labels = (values[start : start + batch_size].to(device) for values in (x, y))
+        with full_precision(device), preserved(model):
+            with torch.no_grad():
+                logits = model(images)
+            if not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
+                raise ValueError(f"labels must be from 0 to {logits.shape[1] - 1}, got {labels.tolist()}")
+            correct += (logits.argmax(1) == labels).tolist()
+            run = BoundedRun(neurons, len(images))
+            lead = run.lead(_bounded_logits(model, run, images, float(eps)), labels)
+        rivals = lead.scatter(1, labels.unsqueeze(1), -torch.inf)
+        margins += (-rivals.amax(1)).tolist()
+        for name, layer in run.layers.items():
+            counts[name] += layer.neurons
+            rows = totals.setdefault(name, [[0.0] * len(layer.width), [0.0] * len(layer.width)])
+            for row, values in zip(rows, (layer.undecided, layer.width), strict=True):
+                row[:] = [total + value for total, value in zip(row, values, strict=True)]
+        if on_batch is not None:
+            on_batch(min(start + batch_size, len(x)))
+    layers = tuple(
+        BoundedLayer(name, *(tuple(total / counts[name] for total in row) for row in rows))
+        for name, rows in totals.items()
+        if counts[name]
+    )
+    return Verification(float(eps), tuple(correct), tuple(margins), layers)
+
+
+def _bounded_logits(model: SpikingClassifier, run: BoundedRun, images: Tensor, eps: float) -> Bounds:
+    """Bounds of the logits, from one forward of the classifier on bounds of its images."""
+    exact = images.detach().double()
+    lower, upper = (exact - eps).clamp(min=0), (exact + eps).clamp(max=1)
+    entered: list[str] = []
+    hooks = [
+        module.register_forward_pre_hook(lambda _, args, name=name: entered.append(name))
+        for name, module in model.net.named_modules()
+        if name and not list(module.children())
+    ]
+    try:
+        with torch.enable_grad(), run.in_place_of(model.net):
+            logits: Bounds = model(run.leaf(lower, upper, 0))
+    except NoBoundsError as error:
+        where = (
+            f" in or behind {entered[-1]} ({type(model.net.get_submodule(entered[-1])).__name__})" if entered else ""
+        )
+        raise NotImplementedError(
+            f"no bounds are known for {error}{where}; verify takes convolution, linear, batch norm, pooling, sums and "
+            "IF, LIF, PLIF or DLIF neurons"
+        ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return logits
+
+
+def _checked(model: SpikingClassifier, x: Tensor, y: Tensor, eps: float) -> dict[str, Neuron]:
+    """The network's neurons by name, if all that is given fits."""
+    if not isinstance(model, SpikingClassifier):
+        got = type(model).__name__
+        raise TypeError(f"model must be a SpikingClassifier, got {got}; wrap the network: SpikingClassifier(net, T=4)")
+    if model.training or model.net.training:
+        raise ValueError("model must be in evaluation mode, got one in training mode; call model.eval()")
+    dtypes = {value.dtype for value in model.state_dict().values() if value.is_floating_point()} | {x.dtype}
+    if other := dtypes - {torch.float32}:
+        raise ValueError(
+            f"model and images must be in float32, whose rounding is covered, got {other.pop()}; use .float()"
+        )
+    if not eps >= 0:
+        raise ValueError(f"eps must be >= 0, got {eps}; it is the Linf radius for images in [0, 1], such as 8 / 255")
+    if len(x) == 0 or y.shape != x.shape[:1]:
+        raise ValueError(f"y must be labels [N] of N >= 1 images, got {tuple(y.shape)} for images {tuple(x.shape)}")
+    if not bool(x.isfinite().all()) or float(x.min()) < 0 or float(x.max()) > 1:
+        raise ValueError("images must be finite and within [0, 1]; normalise inside the classifier with mean and std")
+    neurons, others, _ = find_neurons(model.net, {}, {})
+    unbounded = {name: f"{name}: {reason}" for name, reason in others.items()}
+    unbounded |= {name: f"{name}, whose surrogate does not spike" for name, n in neurons.items() if not n.binary}
+    if model.encoder is not None:
+        unbounded = {"": f"the encoder {type(model.encoder).__name__}"} | unbounded
+    if unbounded:
+        raise NotImplementedError(f"no bounds are known for {next(iter(unbounded.values()))}; {_COVERED}")
+    return neurons
+
+
+_COVERED = (
+    "verify takes direct encoding or given frames, convolution, linear, batch norm, pooling, sums, and IF, LIF, PLIF "
+    "or DLIF neurons that spike"
+)

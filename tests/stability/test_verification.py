@@ -1,0 +1,252 @@
+"""Bounds are true of the float32 network that runs: no spike outside them, no verified image fooled."""
+
+import pytest
+import torch
+from spikingjelly.activation_based import functional, layer, neuron, surrogate
+from torch import nn
+
+from sj_robust import DLIFNode, SpikingClassifier
+from sj_robust.attacks import pgd
+from sj_robust.classifier import PoissonEncoder, SpikingEventClassifier
+from sj_robust.stability import bounds, verify
+from sj_robust.stability._affine import full_precision
+
+T = 4
+NEURONS = {
+    "IF": lambda: neuron.IFNode(),
+    "LIF": lambda: neuron.LIFNode(tau=2.0),
+    "LIF soft": lambda: neuron.LIFNode(tau=3.0, decay_input=False, v_reset=None),
+    "LIF reset to 0.2": lambda: neuron.LIFNode(tau=2.0, v_reset=0.2, v_threshold=0.7),
+    "LIF reset to -0.5": lambda: neuron.LIFNode(tau=2.0, v_reset=-0.5, v_threshold=0.3),
+    "PLIF": lambda: neuron.ParametricLIFNode(init_tau=2.0),
+    "DLIF": lambda: with_gains(DLIFNode(T=T, tau=4.0)),
+    "DLIF soft": lambda: with_gains(DLIFNode(T=T, tau=10.0, v_reset=None, v_threshold=0.6)),
+}
+
+
+class Residual(nn.Module):
+    def __init__(self, node):
+        super().__init__()
+        self.conv, self.norm, self.node = layer.Conv2d(4, 4, 3, padding=1), layer.BatchNorm2d(4), node
+
+    def forward(self, x):
+        return self.node(self.norm(self.conv(x))) + x
+
+
+def with_gains(node):
+    """Gains of either sign."""
+    node.input_gain.data = torch.tensor([1.5, -0.7, 2.0, 0.3])
+    return node
+
+
+def convolutional(node):
+    return nn.Sequential(
+        layer.Conv2d(2, 4, 3, stride=2, padding=1, groups=2), layer.BatchNorm2d(4), node(), layer.AvgPool2d(2),
+        layer.Flatten(), layer.Linear(16, 6, bias=False), node(), layer.Linear(6, 3),
+    )  # fmt: skip
+
+
+def residual(node):
+    return nn.Sequential(
+        layer.Conv2d(2, 4, 3, padding=1), node(), Residual(node()), layer.MaxPool2d(2), Residual(node()),
+        layer.AdaptiveAvgPool2d(2), layer.Flatten(), layer.Linear(16, 3),
+    )  # fmt: skip
+
+
+def spikes_at_the_end(node):
+    return nn.Sequential(layer.MaxPool2d(2), layer.Flatten(), layer.Linear(32, 3), node())
+
+
+NETWORKS = [convolutional, residual, spikes_at_the_end]
+
+
+def classifier(build, node, *, seed=0, step_mode="m", **arguments):
+    torch.manual_seed(seed)
+    net = build(node)
+    for module in net.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.running_mean.normal_(), module.running_var.uniform_(0.5, 2.0)
+            module.weight.data.normal_(1.0, 0.5), module.bias.data.normal_()
+        elif isinstance(module, nn.Conv2d | nn.Linear):
+            module.weight.data *= 3  # so that neurons fire
+    functional.set_step_mode(net, step_mode)
+    return SpikingClassifier(net, T, **arguments).eval()
+
+
+def spikes_of(model, x):
+    """Outputs of every spiking layer, with time steps first."""
+    found = {}
+    hooks = [
+        module.register_forward_hook(lambda _, args, out, name=name: found.setdefault(name, []).append(out.detach()))
+        for name, module in model.net.named_modules()
+        if isinstance(module, neuron.BaseNode)
+    ]
+    with torch.no_grad():
+        logits = model(x)
+    for hook in hooks:
+        hook.remove()
+    return {name: torch.stack(steps) if len(steps) > 1 else steps[0] for name, steps in found.items()}, logits
+
+
+def bounded(model, x, eps):
+    """Bounds of every spiking layer's spikes, with time steps first, and of the logits."""
+    from sj_robust.neuron.charging import find_neurons
+
+    neurons = find_neurons(model.net, {}, {})[0]
+    found = {}
+
+    class Run(bounds.BoundedRun):
+        def _fired(self, name, *args):
+            spikes = super()._fired(name, *args)
+            found.setdefault(name, []).append(spikes)
+            return spikes
+
+    run = Run(neurons, len(x))
+    with full_precision(x.device), torch.enable_grad(), run.in_place_of(model.net):
+        exact = x.double()
+        logits = model(run.leaf((exact - eps).clamp(min=0), (exact + eps).clamp(max=1), 0))
+    return {name: [torch.cat(ends) for ends in zip(*calls, strict=True)] for name, calls in found.items()}, logits
+
+
+def perturbed(model, x, y, eps):
+    """Points of the ball: its corners, random ones, and adversarial ones."""
+    random = [x + eps * (2 * torch.rand(x.shape) - 1) for _ in range(6)]
+    corners = [x + eps * (2.0 * torch.randint(2, x.shape) - 1) for _ in range(6)]
+    yield from (torch.maximum(torch.minimum(z, x + eps), x - eps).clamp(0, 1) for z in (x, *random, *corners))
+    if eps > 0:
+        yield pgd(model, x, y, eps=eps, step_size=eps / 3, steps=10)
+
+
+@pytest.mark.parametrize("node", NEURONS)
+@pytest.mark.parametrize("build", NETWORKS)
+@pytest.mark.parametrize("step_mode", ["m", "s"])
+def test_nothing_leaves_its_bounds(build, node, step_mode):
+    model = classifier(build, NEURONS[node], step_mode=step_mode, mean=[0.5, 0.4], std=[0.3, 0.2])
+    x = torch.rand(5, 2, 8, 8)
+    decided = 0
+    for eps in (0.0, 0.002, 0.02, 0.2):
+        y = model(x).argmax(1)
+        spikes, logits = bounded(model, x, eps)
+        verified = torch.tensor(verify(model, x, y, eps).verified)
+        for z in perturbed(model, x, y, eps):
+            seen, outputs = spikes_of(model, z)
+            assert seen.keys() == spikes.keys()
+            for name, (sure, possible) in spikes.items():
+                assert bool((seen[name] >= sure).all() and (seen[name] <= possible).all()), (name, eps)
+                decided += int((sure == possible).sum())
+            assert bool((outputs >= logits.lower).all() and (outputs <= logits.upper).all()), eps
+            assert bool((outputs.argmax(1) == y)[verified].all()), eps
+    assert decided > 0
+
+
+@pytest.mark.parametrize("build", NETWORKS)
+def test_margins_fall_with_the_radius_and_are_the_networks_own_at_zero(build):
+    model = classifier(build, NEURONS["DLIF"])
+    x = torch.rand(6, 2, 8, 8)
+    logits = model(x).detach()
+    y = logits.argmax(1)
+    at_zero = verify(model, x, y, 0.0)
+    rivals = logits.scatter(1, y.unsqueeze(1), -torch.inf).amax(1)
+    expected = logits.gather(1, y.unsqueeze(1)).squeeze(1) - rivals
+    torch.testing.assert_close(torch.tensor(at_zero.margin), expected.double(), atol=1e-4, rtol=0, check_dtype=False)
+    assert sum(map(sum, (layer.undecided for layer in at_zero.layers))) == 0
+    margins = torch.tensor([verify(model, x, y, eps).margin for eps in (0.0, 0.001, 0.01, 0.1)])
+    assert bool((margins.diff(dim=0) <= 1e-9).all())
+
+
+def test_a_potential_on_the_threshold_needs_the_margin_for_rounding(monkeypatch):
+    """The exact sum is below the threshold; float32 rounds it up to the threshold, and there is a spike."""
+    x = torch.rand(1, 300, generator=torch.Generator().manual_seed(1))
+    net = nn.Sequential(layer.Linear(300, 2, step_mode="m"), neuron.IFNode(step_mode="m"))
+    torch.manual_seed(0)
+    nn.init.uniform_(net[0].weight, 0.0, 0.01)
+    nn.init.zeros_(net[0].bias)
+    model = SpikingClassifier(net, 1).eval()
+    current = net[0](x.unsqueeze(0))[0, 0].detach()
+    exact = (net[0].weight.double() @ x[0].double()).detach()
+    rounded_up = int((current.double() - exact).argmax())
+    assert float(current[rounded_up]) > float(exact[rounded_up])
+    net[1].v_threshold = float(current[rounded_up])
+    assert float(model(x).detach()[0, rounded_up]) == 1.0
+
+    def possible():
+        spikes, _ = bounded(model, x, 0.0)
+        return bool(spikes["1"][1][0, 0, rounded_up])
+
+    assert possible()
+    monkeypatch.setattr(bounds, "gamma", lambda terms: 0.0)
+    monkeypatch.setattr(bounds, "_UNIT", 0.0)
+    assert not possible()
+
+
+def test_parts_of_the_data_give_what_the_whole_gives_and_nothing_is_left_behind():
+    model = classifier(convolutional, NEURONS["LIF"])
+    x, y = torch.rand(7, 2, 8, 8), torch.randint(3, (7,))
+    model(x)
+    potential = model.net[2].v.clone()
+    done = []
+    whole, parts = verify(model, x, y, 0.01), verify(model, x, y, 0.01, batch_size=3, on_batch=done.append)
+    assert done == [3, 6, 7]
+    assert parts.correct == whole.correct
+    torch.testing.assert_close(torch.tensor(parts.margin), torch.tensor(whole.margin))
+    for part, all_at_once in zip(parts.layers, whole.layers, strict=True):
+        torch.testing.assert_close(torch.tensor(part.undecided), torch.tensor(all_at_once.undecided))
+        torch.testing.assert_close(torch.tensor(part.potential), torch.tensor(all_at_once.potential))
+    assert torch.equal(model.net[2].v, potential)
+    assert "forward" not in vars(model.net[2])
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert whole.table().splitlines()[0].startswith(f"Linf 0.01: {sum(whole.verified)} of 7 images verified")
+
+
+def test_frames_of_events_are_bounded_step_by_step():
+    torch.manual_seed(0)
+    net = nn.Sequential(layer.Flatten(), layer.Linear(32, 3), neuron.LIFNode())
+    functional.set_step_mode(net, "m")
+    model = SpikingEventClassifier(net, T).eval()
+    frames = torch.randint(2, (4, T, 2, 4, 4)).float()
+    y = model(frames).argmax(1)
+    verified = torch.tensor(verify(model, frames, y, 0.1).verified)
+    for z in perturbed(model, frames, y, 0.1):
+        assert bool((model(z).argmax(1) == y)[verified].all())
+
+
+def wrong_use():
+    model = classifier(convolutional, NEURONS["LIF"])
+    x, y = torch.rand(2, 2, 8, 8), torch.tensor([0, 1])
+
+    class Attention(nn.Module):
+        def forward(self, x):
+            return x @ x.transpose(-1, -2)
+
+    attention = SpikingClassifier(nn.Sequential(Attention(), layer.Flatten(step_mode="m"), neuron.IFNode()), T).eval()
+    poisson = SpikingClassifier(model.net, T, PoissonEncoder()).eval()
+    smooth = classifier(convolutional, lambda: neuron.IFNode(surrogate_function=surrogate.ATan(spiking=False)))
+    statistics = classifier(convolutional, NEURONS["LIF"])
+    statistics.net[1].track_running_stats, statistics.net[1].running_mean, statistics.net[1].running_var = (
+        False,
+        None,
+        None,
+    )
+    unknown = classifier(convolutional, lambda: neuron.QIFNode())
+    return {
+        "no classifier": (nn.Flatten(), x, y, 0.1, "wrap the network"),
+        "training": (classifier(convolutional, NEURONS["LIF"]).train(), x, y, 0.1, "call model.eval()"),
+        "float64": (model, x.double(), y, 0.1, "in float32.*got torch.float64"),
+        "negative": (model, x, y, -0.1, "eps must be >= 0, got -0.1"),
+        "nan": (model, x, y, float("nan"), "eps must be >= 0, got nan"),
+        "label": (model, x, torch.tensor([0, 3]), 0.1, "labels must be from 0 to 2"),
+        "labels": (model, x, y[:1], 0.1, "labels .N."),
+        "none": (model, x[:0], y[:0], 0.1, "N >= 1 images"),
+        "range": (model, x + 1, y, 0.1, "within .0, 1."),
+        "attention": (attention, x, y, 0.1, "the operation matmul in or behind 0 .Attention."),
+        "encoder": (poisson, x, y, 0.1, "the encoder PoissonEncoder"),
+        "not spiking": (smooth, x, y, 0.1, "whose surrogate does not spike"),
+        "batch statistics": (statistics, x, y, 0.1, "the statistics of the batch"),
+        "neuron": (unknown, x, y, 0.1, "the decay of QIFNode is not known"),
+    }  # fmt: skip
+
+
+def test_wrong_use_says_what_to_do():
+    for model, x, y, eps, message in wrong_use().values():
+        with pytest.raises((TypeError, ValueError, NotImplementedError), match=message):
+            verify(model, x, y, eps)
