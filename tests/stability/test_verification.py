@@ -110,13 +110,14 @@ def bounded(model, x, eps):
 
 def perturbed(model, x, y, eps):
     """Points of the ball: its corners, random ones, and adversarial ones."""
-    random = [x + eps * (2 * torch.rand(x.shape) - 1) for _ in range(6)]
-    corners = [x + eps * (2.0 * torch.randint(2, x.shape) - 1) for _ in range(6)]
+    random = [x + eps * (2 * torch.rand(x.shape) - 1) for _ in range(4)]
+    corners = [x + eps * (2.0 * torch.randint(2, x.shape) - 1) for _ in range(4)]
     yield from (torch.maximum(torch.minimum(z, x + eps), x - eps).clamp(0, 1) for z in (x, *random, *corners))
     if eps > 0:
-        yield pgd(model, x, y, eps=eps, step_size=eps / 3, steps=10)
+        yield pgd(model, x, y, eps=eps, step_size=eps / 3, steps=5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("node", NEURONS)
 @pytest.mark.parametrize("build", NETWORKS)
 @pytest.mark.parametrize("step_mode", ["m", "s"])
@@ -124,7 +125,7 @@ def test_nothing_leaves_its_bounds(build, node, step_mode):
     model = classifier(build, NEURONS[node], step_mode=step_mode, mean=[0.5, 0.4], std=[0.3, 0.2])
     x = torch.rand(5, 2, 8, 8)
     decided = 0
-    for eps in (0.0, 0.002, 0.02, 0.2):
+    for eps in (0.0, 0.01, 0.2):
         y = model(x).argmax(1)
         spikes, logits = bounded(model, x, eps)
         verified = torch.tensor(verify(model, x, y, eps).verified)
