@@ -120,6 +120,7 @@ def verify(
         time and rounding; Gowal et al., arXiv 1810.12715, for the last layer.
 
     Examples:
+        >>> from torch import nn
         >>> from spikingjelly.activation_based import neuron
         >>> net = nn.Sequential(nn.Linear(2, 2, bias=False), neuron.IFNode(step_mode="m"))
         >>> _ = net[0].weight.data.copy_(torch.eye(2))
