@@ -5,6 +5,7 @@ The stand-in passes arguments as CuPy does, by width, and refuses what CuPy woul
 
 import math
 import sys
+from functools import partial
 from types import ModuleType, SimpleNamespace
 
 import numpy as np
@@ -208,16 +209,13 @@ def test_no_neurons_no_launch(cupy):
     assert cupy.launches() == []
 
 
-@pytest.mark.parametrize(("offset", "width"), [(0, 4), (2, 2), (1, 1)])
-def test_vector_width_follows_alignment(offset, width):
+def test_vector_width_follows_the_row_length_and_the_alignment():
+    for neurons, at_most, width in ((8, 4, 4), (6, 4, 2), (7, 4, 1), (8, 2, 2), (8, 1, 1)):
+        assert cupy_launch._vector_width(neurons, at_most, torch.zeros(neurons)) == width
     base = torch.zeros(64)
     assert base.data_ptr() % 16 == 0
-    assert cupy_launch._vector_width(8, 4, torch.zeros(8), None, base[offset : offset + 8]) == width
-
-
-@pytest.mark.parametrize(("neurons", "at_most", "width"), [(8, 4, 4), (6, 4, 2), (7, 4, 1), (8, 2, 2), (8, 1, 1)])
-def test_vector_width_follows_the_row_length(neurons, at_most, width):
-    assert cupy_launch._vector_width(neurons, at_most, torch.zeros(neurons)) == width
+    for offset, width in ((0, 4), (2, 2), (1, 1)):
+        assert cupy_launch._vector_width(8, 4, torch.zeros(8), None, base[offset : offset + 8]) == width
 
 
 @pytest.mark.parametrize("threads", [0, 16, 100, 1056, -32])
@@ -285,20 +283,23 @@ def test_wrong_or_broken_text_is_refused(cupy):
 
 
 def test_surrogates_without_a_usable_text_are_refused():
-    plain = Surrogate("custom", function=torch.sigmoid)
-    assert "no CUDA code" in reason(plain)
-
     class Unwritten(Ramp):
         def cuda_codes(self, y, x, dtype):
             raise NotImplementedError
 
-    assert "no CUDA code" in reason(Surrogate("custom", function=Unwritten("")))
-    smooth = Ramp(RIGHT)
+    smooth, trainable = Ramp(RIGHT), Ramp(RIGHT)
     smooth.spiking = False
-    assert "spiking=False" in reason(Surrogate("custom", function=smooth))
-    trainable = Ramp(RIGHT)
     trainable.width = torch.nn.Parameter(torch.ones(()))
-    assert "trainable" in reason(Surrogate("custom", function=trainable))
+    for function, message in (
+        (torch.sigmoid, "no CUDA code"),
+        (Unwritten(""), "no CUDA code"),
+        (smooth, "spiking=False"),
+        (trainable, "trainable"),
+    ):
+        surrogate = Surrogate("custom", function=function)
+        assert message in reason(surrogate)
+        x = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32)
+        assert message in cupy_launch.unsupported_reason(x, surrogate)
 
 
 @needs_compiler
@@ -328,22 +329,27 @@ def gpu(monkeypatch):
     cupy_launch._cupy_reason.cache_clear()
 
 
-def test_available_with_gpu_and_cupy(gpu, cupy):
-    assert cupy_launch.unavailable_reason() is None
+def test_what_is_missing_is_told_from_what_is_there(gpu, cupy, monkeypatch):
+    def reason():
+        cupy_launch._cupy_reason.cache_clear()
+        return cupy_launch.unavailable_reason()
 
+    def fail():
+        raise RuntimeError("cudaErrorInsufficientDriver")
 
-def test_no_gpu(monkeypatch, gpu):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "no CUDA GPU" in cupy_launch.unavailable_reason()
-    monkeypatch.setattr(torch.version, "cuda", None)
-    assert "without CUDA" in cupy_launch.unavailable_reason()
-    monkeypatch.setattr(torch.version, "hip", "6.0")
-    assert "ROCm" in cupy_launch.unavailable_reason()
-
-
-def test_no_cupy(gpu, monkeypatch):
+    assert reason() is None
+    cupy.count = 0
+    assert "sees no GPU" in reason()
+    monkeypatch.setattr(cupy.cuda.runtime, "getDeviceCount", fail)
+    assert "cudaErrorInsufficientDriver" in reason()
     _fail_import(monkeypatch, ModuleNotFoundError("No module named 'cupy'", name="cupy"))
-    assert cupy_launch.unavailable_reason() == 'CuPy is not installed; pip install "cupy-cuda13x[ctk]"'
+    assert reason() == 'CuPy is not installed; pip install "cupy-cuda13x[ctk]"'
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no CUDA GPU" in reason()
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "without CUDA" in reason()
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert "ROCm" in reason()
 
 
 @pytest.mark.parametrize(
@@ -362,19 +368,6 @@ def test_import_that_fails_is_not_called_not_installed(gpu, monkeypatch, error):
     assert "cupy-cuda13x[ctk]" in reason
 
 
-def test_cupy_without_gpu(gpu, cupy):
-    cupy.count = 0
-    assert "sees no GPU" in cupy_launch.unavailable_reason()
-
-
-def test_cupy_with_a_broken_driver(gpu, cupy, monkeypatch):
-    def fail():
-        raise RuntimeError("cudaErrorInsufficientDriver")
-
-    monkeypatch.setattr(cupy.cuda.runtime, "getDeviceCount", fail)
-    assert "cudaErrorInsufficientDriver" in cupy_launch.unavailable_reason()
-
-
 def test_missing_compiler_library_says_what_to_install(cupy, monkeypatch):
     def fail(self):
         raise OSError("libnvrtc.so.12: cannot open shared object file")
@@ -384,24 +377,11 @@ def test_missing_compiler_library_says_what_to_install(cupy, monkeypatch):
         cupy_launch.forward(Inputs(torch.rand(2, 8), torch.ones(2), None, CONFIG), False)
 
 
-@pytest.mark.parametrize(
-    ("x", "message"),
-    [
-        (torch.zeros(2, 2), "must be on a CUDA device, got cpu"),
-        (SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float64), "got torch.float64"),
-    ],
-)
-def test_unsupported_tensors(x, message):
-    assert message in cupy_launch.unsupported_reason(x, Surrogate())
-    fine = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.bfloat16)
-    assert cupy_launch.unsupported_reason(fine, Surrogate()) is None
-
-
-def test_a_surrogate_that_the_kernel_cannot_have_is_refused_before_the_call():
-    smooth = Ramp(RIGHT)
-    smooth.spiking = False
-    x = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32)
-    assert "spiking=False" in cupy_launch.unsupported_reason(x, Surrogate("custom", function=smooth))
+def test_unsupported_tensors():
+    on_gpu = partial(SimpleNamespace, device=torch.device("cuda", 0))
+    assert "must be on a CUDA device, got cpu" in cupy_launch.unsupported_reason(torch.zeros(2, 2), Surrogate())
+    assert "got torch.float64" in cupy_launch.unsupported_reason(on_gpu(dtype=torch.float64), Surrogate())
+    assert cupy_launch.unsupported_reason(on_gpu(dtype=torch.bfloat16), Surrogate()) is None
 
 
 def _fail_import(monkeypatch, error):
