@@ -195,7 +195,7 @@ def test_training_step_with_a_classifier():
 
 def test_inference_mode_has_the_value():
     net = trainable(NEURONS["DLIF"][0])
-    pair = images()
+    pair = images(n=16)  # of which the currents of one layer alone have 36 kB
     monitor = MPPDMonitor(net)
     run_pair(monitor, net, *pair)
     expected = monitor.loss("all").detach()

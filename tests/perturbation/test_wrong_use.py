@@ -307,6 +307,8 @@ def test_a_layer_in_one_run_only():
             expected = pytest.raises(ValueError, match=message) if skip != skips[0] else contextlib.nullcontext()
             with expected, context():
                 net(x)
+            if context == monitor.clean:
+                assert monitor.execution_order == (("first",) if skip else ("first", "second"))
 
 
 class Changing(nn.Module):
