@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["INPUT", "AffineMap", "CutRun", "call_key", "cut_run", "full_precision", "windows_per_input"]
+__all__ = [
+    "INPUT",
+    "AffineMap",
+    "CutRun",
+    "call_key",
+    "cut_run",
+    "full_precision",
+    "other_forward",
+    "windows_per_input",
+]
 
 INPUT = "input"
 """Stands for the network's input where names of layers are listed."""
@@ -50,6 +59,18 @@ class CutRun:
 def call_key(name: str, call: int) -> str:
     """What the current and the leaf of a layer's call, the first being 1, go by."""
     return name if call == 1 else f"{name} (call {call})"
+
+
+@contextmanager
+def other_forward(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Context in which a module runs another forward; afterwards its own, or that of its class, as before."""
+    own = {key: value for key, value in vars(module).items() if key == "forward"}
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del vars(module)["forward"]  # its class has it still
+        vars(module).update(own)
 
 
 def cut_run(
@@ -93,10 +114,7 @@ def cut_run(
 
     with ExitStack() as stack:
         for name, module in cuts.items():
-            own = {key: value for key, value in vars(module).items() if key == "forward"}
-            module.forward = replacement(name, module)
-            stack.callback(vars(module).update, own)
-            stack.callback(vars(module).pop, "forward")  # its class has it still
+            stack.enter_context(other_forward(module, replacement(name, module)))
         inside = {id(part) for cut in cuts.values() for part in cut.modules()}
         for name, module in net.named_modules():
             if name and id(module) not in inside:

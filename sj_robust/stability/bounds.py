@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sj_robust.neuron.charging import Neuron
+from sj_robust.stability._affine import other_forward
 
 __all__ = ["BoundedRun", "Bounds", "LayerBounds", "NoBoundsError", "gamma"]
 
@@ -170,14 +171,11 @@ class BoundedRun:
         return Bounds(centre, radius, run=self)
 
     @contextmanager
-    def in_place_of(self, net: nn.Module) -> Iterator[None]:
-        """Context in which the neurons of a network give bounds of their spikes for bounds of their currents."""
+    def replacing_neurons(self) -> Iterator[None]:
+        """Context in which the neurons give bounds of their spikes for bounds of their currents."""
         with ExitStack() as stack:
             for name, neuron in self.neurons.items():
-                own = {key: value for key, value in vars(neuron.module).items() if key == "forward"}
-                neuron.module.forward = self._spikes_of(name, neuron)
-                stack.callback(vars(neuron.module).update, own)
-                stack.callback(vars(neuron.module).pop, "forward")  # its class has it still
+                stack.enter_context(other_forward(neuron.module, self._spikes_of(name, neuron)))
             yield
 
     def lead(self, logits: Bounds, y: Tensor) -> Tensor:

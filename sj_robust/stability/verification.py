@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from sj_robust._environment import device_of
 from sj_robust._preserved import preserved
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.neuron.charging import Neuron, find_neurons
@@ -130,7 +131,7 @@ def verify(
         (True, False)
     """
     neurons = _checked(model, x, y, eps)
-    device = next((value.device for value in model.state_dict().values()), x.device)
+    device = device_of(model)
     correct: list[bool] = []
     margins: list[float] = []
     totals: dict[str, list[list[float]]] = {}
@@ -173,7 +174,7 @@ def _bounded_logits(model: SpikingClassifier, run: BoundedRun, images: Tensor, e
         if name and not list(module.children())
     ]
     try:
-        with torch.enable_grad(), run.in_place_of(model.net):
+        with torch.enable_grad(), run.replacing_neurons():
             logits: Bounds = model(run.leaf(lower, upper, 0))
     except NoBoundsError as error:
         where = (

@@ -102,7 +102,7 @@ def bounded(model, x, eps):
             return spikes
 
     run = Run(neurons, len(x))
-    with full_precision(x.device), torch.enable_grad(), run.in_place_of(model.net):
+    with full_precision(x.device), torch.enable_grad(), run.replacing_neurons():
         exact = x.double()
         logits = model(run.leaf((exact - eps).clamp(min=0), (exact + eps).clamp(max=1), 0))
     return {name: [torch.cat(ends) for ends in zip(*calls, strict=True)] for name, calls in found.items()}, logits
