@@ -99,6 +99,9 @@ def test_results_and_state_are_unchanged(passes, norm):
         x = torch.randn(T, 3, 2, 8, 8, generator=torch.Generator().manual_seed(batch))
         for train in (True, False):
             assert_same(step(fused, x, train), step(plain, x, train))
+        with torch.no_grad():  # as an optimiser does between two batches
+            for parameter in (*plain.parameters(), *fused.parameters()):
+                parameter.mul_(1.1)
     assert passes.fused == 3 * 2 * 2
 
 
@@ -336,23 +339,6 @@ def test_a_plain_and_a_fused_pass_share_one_graph(passes):
     functional.reset_net(net)
     (total + net(x).sum()).backward()
     assert passes.fused == 3
-
-
-@needs_kernel
-def test_training_goes_the_same_way():
-    losses = []
-    for net in both():
-        optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
-        generator = torch.Generator().manual_seed(1)
-        x, target = torch.randn(T, 16, 2, 8, 8, generator=generator), torch.arange(16) % 8
-        for _ in range(5):
-            functional.reset_net(net)
-            optimizer.zero_grad()
-            loss = nn.functional.cross_entropy(net(x).mean(0), target)
-            loss.backward()
-            optimizer.step()
-        losses.append(loss.item())
-    assert losses[0] == pytest.approx(losses[1], abs=0.05)
 
 
 @needs_kernel

@@ -9,21 +9,14 @@ from oracle import dlif_bptt
 from torch import nn
 
 from sj_robust.ops import Surrogate
-from sj_robust.ops.bn_dlif import BatchNorm, batch_norm_dlif_multi_step, can_fuse, reference
+from sj_robust.ops.bn_dlif import BatchNorm, batch_norm_dlif_multi_step, can_fuse
 from sj_robust.ops.dlif import cpp
-from sj_robust.ops.dlif.config import DLIFConfig, Inputs
 
 needs_kernel = pytest.mark.skipif(cpp.unavailable_reason() is not None, reason=str(cpp.unavailable_reason()))
 SHAPES = {
     torch.float64: [(4, 3, 5, 8, 8), (3, 2, 4, 7, 7), (5, 6, 9), (2, 3, 70, 2), (2, 2, 3, 1, 131), (1, 40, 130)],
     torch.float32: [(4, 8, 16, 8, 8), (4, 3, 5, 9, 11), (2, 4, 3, 16, 17), (3, 5, 41, 1, 3)],
 }
-
-
-@pytest.fixture(params=cpp.instruction_sets() or ("baseline",))
-def instruction_set(request, monkeypatch):
-    monkeypatch.setenv(cpp.INSTRUCTION_SET_VARIABLE, request.param)
-    return request.param
 
 
 def by_hand(x, weight, bias, gain, v_init, statistics, grads, constants, eps):
@@ -77,13 +70,13 @@ def expected_call(shape, dtype, training, **constants):
     return values, [torch.tensor(g, dtype=dtype) for g in grads], running, expected
 
 
-@needs_kernel
+@pytest.mark.parametrize("backend", ["reference", *(f"cpp {name}" for name in cpp.instruction_sets())], indirect=True)
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("v_reset", [0.0, None, -0.25])
 @pytest.mark.parametrize("detach_reset", [False, True])
 @pytest.mark.parametrize(("kind", "alpha"), [("triangle", 1.0), ("atan", 2.0), ("sigmoid", 4.0)])
 @pytest.mark.parametrize("dtype", SHAPES)
-def test_equals_both_written_by_hand(instruction_set, dtype, training, v_reset, detach_reset, kind, alpha):
+def test_equals_both_written_by_hand(backend, dtype, training, v_reset, detach_reset, kind, alpha):
     exact = dtype == torch.float64
     constants = {"decay": 0.9 if exact else 0.99, "v_threshold": 0.8 if exact else 1.0, "v_reset": v_reset}
     constants["detach_reset"] = detach_reset
@@ -92,7 +85,7 @@ def test_equals_both_written_by_hand(instruction_set, dtype, training, v_reset, 
         x, weight, bias, gain, v_init = (a.clone().requires_grad_() for a in values)
         norm = BatchNorm(weight, bias, *(a.clone() for a in running), use_batch_statistics=training)
         outputs = batch_norm_dlif_multi_step(
-            x, norm, gain, v_init, surrogate=Surrogate(kind, alpha), store_v_seq=True, backend="cpp", **constants
+            x, norm, gain, v_init, surrogate=Surrogate(kind, alpha), store_v_seq=True, backend=backend, **constants
         )
         torch.autograd.backward(outputs, grads)
         spikes, v, potentials = (a.detach() for a in outputs)
@@ -140,21 +133,16 @@ def test_statistics_survive_a_large_mean(instruction_set):
 
 
 @needs_kernel
-def test_result_does_not_depend_on_the_number_of_threads():
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            torch.manual_seed(0)
-            x = torch.randn(4, 16, 12, 33, 9, requires_grad=True)
-            weight, bias, gain = torch.rand(12).requires_grad_(), torch.rand(12).requires_grad_(), torch.ones(4)
-            gain.requires_grad_()
-            norm = BatchNorm(weight, bias, None, None, use_batch_statistics=True)
-            spikes, _, _ = batch_norm_dlif_multi_step(x, norm, gain, decay=0.9, backend="cpp")
-            results.append((spikes, *torch.autograd.grad((spikes * x.detach()).sum(), (x, weight, bias, gain))))
-    finally:
-        torch.set_num_threads(before)
+def test_result_does_not_depend_on_the_number_of_threads(threads):
+    torch.manual_seed(0)
+    leaves = torch.randn(4, 16, 12, 33, 9), torch.rand(12), torch.rand(12), torch.ones(4)
+    x, weight, bias, gain = (a.requires_grad_() for a in leaves)
+    norm = BatchNorm(weight, bias, None, None, use_batch_statistics=True)
+    results = []
+    for count in (1, 2, 5):
+        threads(count)
+        spikes, _, _ = batch_norm_dlif_multi_step(x, norm, gain, decay=0.9, backend="cpp")
+        results.append((spikes, *torch.autograd.grad((spikes * x.detach()).sum(), leaves)))
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -255,23 +243,6 @@ def test_nothing_but_the_input_is_saved():
     assert sum(t.numel() for t in saved if t.data_ptr() != x.data_ptr()) <= 4 * 5 + 4
 
 
-def test_reference_is_torch_batch_norm_then_dlif():
-    torch.manual_seed(0)
-    x = torch.randn(3, 4, 5, 6, dtype=torch.float64)
-    layer = nn.BatchNorm1d(5).double()
-    y = layer(x.flatten(0, 1)).unflatten(0, (3, 4)).detach().numpy()
-    norm = BatchNorm(layer.weight, layer.bias, torch.zeros(5).double(), torch.ones(5).double(), True)
-    config = DLIFConfig(0.9, 0.8, 0.0, Surrogate(), False)
-    spikes, _, potentials = reference.multi_step(Inputs(x, torch.ones(3).double(), None, config), norm)
-    zeros = np.zeros_like(y)
-    expected = dlif_bptt(
-        y, np.ones(3), zeros[0], decay=0.9, v_threshold=0.8, v_reset=0.0, kind="triangle", alpha=1.0,
-        detach_reset=False, grad_spikes=zeros, grad_v=zeros[0], grad_potentials=zeros,
-    )  # fmt: skip
-    np.testing.assert_array_equal(spikes.detach(), expected.spikes)
-    np.testing.assert_allclose(potentials.detach(), expected.potentials, atol=1e-12)
-
-
 def test_what_cannot_run_in_one_pass_runs_in_two():
     torch.manual_seed(0)
     norm = BatchNorm(None, None, None, None, use_batch_statistics=True)
@@ -289,19 +260,19 @@ def test_what_cannot_run_in_one_pass_runs_in_two():
 
 def test_wrong_arguments():
     norm = BatchNorm(None, None, None, None, use_batch_statistics=True)
-    with pytest.raises(ValueError, match=r"x_seq must be \[T, N, C, \*\]"):
-        batch_norm_dlif_multi_step(torch.zeros(3, 4), norm, torch.ones(3), decay=0.9)
-    with pytest.raises(ValueError, match=r"one value per step, \[T\] = \[3\], got \(4,\)"):
-        batch_norm_dlif_multi_step(torch.zeros(3, 4, 5), norm, torch.ones(4), decay=0.9)
-    with pytest.raises(ValueError, match="v_init must have the shape of one step"):
-        batch_norm_dlif_multi_step(torch.zeros(3, 4, 5), norm, torch.ones(3), torch.zeros(4), decay=0.9)
-    with pytest.raises(ValueError, match="more than one value per channel"):
-        batch_norm_dlif_multi_step(torch.zeros(1, 1, 5), norm, torch.ones(1), decay=0.9)
-    wrong = BatchNorm(torch.ones(4), None, None, None, use_batch_statistics=True)
-    with pytest.raises(ValueError, match=r"weight must be \[C\] = \[5\], got \(4,\)"):
-        batch_norm_dlif_multi_step(torch.zeros(3, 4, 5), wrong, torch.ones(3), decay=0.9)
+    of_four = BatchNorm(torch.ones(4), None, None, None, use_batch_statistics=True)
+    x, gain = torch.zeros(3, 4, 5), torch.ones(3)
+    for message, *arguments in (
+        (r"x_seq must be \[T, N, C, \*\]", torch.zeros(3, 4), norm, gain),
+        (r"one value per step, \[T\] = \[3\], got \(4,\)", x, norm, torch.ones(4)),
+        ("v_init must have the shape of one step", x, norm, gain, torch.zeros(4)),
+        ("more than one value per channel", torch.zeros(1, 1, 5), norm, torch.ones(1)),
+        (r"weight must be \[C\] = \[5\], got \(4,\)", x, of_four, gain),
+    ):
+        with pytest.raises(ValueError, match=message):
+            batch_norm_dlif_multi_step(*arguments, decay=0.9)
     with pytest.raises(ValueError, match="must be given when use_batch_statistics is False"):
         BatchNorm(None, None, None, None, use_batch_statistics=False)
     if cpp.unavailable_reason() is None:
         with pytest.raises(ValueError, match="float32 and float64, got torch.float16"):
-            batch_norm_dlif_multi_step(torch.zeros(3, 4, 5).half(), norm, torch.ones(3), decay=0.9, backend="cpp")
+            batch_norm_dlif_multi_step(x.half(), norm, gain, decay=0.9, backend="cpp")

@@ -16,19 +16,6 @@ from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients
 needs_kernel = pytest.mark.skipif(cpp.unavailable_reason() is not None, reason=str(cpp.unavailable_reason()))
 
 
-@pytest.fixture(params=cpp.instruction_sets() or ("baseline",))
-def instruction_set(request, monkeypatch):
-    monkeypatch.setenv(cpp.INSTRUCTION_SET_VARIABLE, request.param)
-    return request.param
-
-
-@pytest.fixture
-def threads():
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.fixture
 def fresh_library():
     cpp._load.cache_clear()

@@ -1,7 +1,4 @@
-"""Every backend of the DLIF operator against back-propagation through time written by hand, and against the reference.
-
-The compiled kernel counts once for every instruction set of this processor.
-"""
+"""Every backend of the DLIF operator against back-propagation through time by hand, and against the reference."""
 
 import functools
 import itertools
@@ -15,21 +12,14 @@ from torch import nn
 from sj_robust.ops import Surrogate, available_backends, check_backend, choose_backend, dlif_multi_step
 from sj_robust.ops.dlif import cpp, eager
 
-BACKENDS = ["reference", "eager", *(f"cpp {instruction_set}" for instruction_set in cpp.instruction_sets())]
 SURROGATES = [("triangle", 1.0), ("triangle", 0.6), ("atan", 2.0), ("sigmoid", 4.0)]
 RESETS = [0.0, None, -0.25]
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 
-not_the_reference = pytest.mark.parametrize("backend", BACKENDS[1:], indirect=True)
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request, monkeypatch):
-    name, _, instruction_set = request.param.partition(" ")
-    if instruction_set:
-        monkeypatch.setenv(cpp.INSTRUCTION_SET_VARIABLE, instruction_set)
-    return name
+not_the_reference = pytest.mark.parametrize(
+    "backend", ["eager", *(f"cpp {name}" for name in cpp.instruction_sets())], indirect=True
+)
 
 
 def random_call(shape, dtype=torch.float64, seed=0):
