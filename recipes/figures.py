@@ -55,7 +55,6 @@ import torch
 import yaml
 from lab.figures.data import input_gains, one_neuron, training_curves
 from lab.figures.draw import redraw
-from lab.figures.saved import save_figure
 from lab.sweeping.plan import load_records
 from lab.sweeping.recipe import load_recipe
 from lab.sweeping.summary import axes_in, cells_of, columns_of
@@ -197,7 +196,7 @@ def subjects(options: Options) -> list[Subject]:
 
 def finish(data: Any, path: Path) -> None:
     """Save the numbers, then draw from the file."""
-    save_figure(data, path)
+    data.save(path)
     draw(path)
 
 

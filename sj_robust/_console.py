@@ -3,13 +3,13 @@
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.progress import Progress, ProgressColumn
 
-__all__ = ["PAUSE", "duration", "moving", "moving_line", "working"]
+__all__ = ["PAUSE", "MovingLine", "duration", "moving", "moving_line", "working"]
 
 PAUSE = 20.0
 """Seconds between lines of progress where there is no terminal."""
@@ -63,6 +63,21 @@ def moving_line(console: "Console", *columns: "ProgressColumn") -> "Progress":
 
     ends = SpinnerColumn("line"), TimeElapsedColumn()
     return Progress(ends[0], *columns, ends[1], console=console, disable=not moving(console), transient=True)
+
+
+class MovingLine:
+    """Base of what shows its ``_progress``, a :func:`moving_line`, while its context lasts."""
+
+    _progress: "Progress"
+
+    def __enter__(self) -> Self:
+        """Show the line."""
+        self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Take the line away."""
+        self._progress.stop()
 
 
 def moving(console: "Console") -> bool:

@@ -3,18 +3,91 @@
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, ClassVar, Self, TypeVar
 
 import torch
 
 __all__ = [
-    "known_fields", "load_saved", "load_tensors", "plain", "saved_content", "saved_format", "whole_file", "write_whole",
+    "SavedResult", "known_fields", "load_saved", "load_tensors", "markdown_table", "plain", "saved_content",
+    "saved_format", "whole_file", "write_whole",
 ]  # fmt: skip
 
 SavedT = TypeVar("SavedT")
+
+
+class SavedResult:
+    """Base of a dataclass of plain data that lies on disk as JSON and loads back equal. 可保存并读回的结果。
+
+    A subclass gives what errors call it, its format and its version as class arguments, and has a :meth:`_content` and
+    :meth:`_from_content` of its own where fields are not plain.
+
+    Examples:
+        >>> from dataclasses import dataclass
+        >>> @dataclass
+        ... class Margin(SavedResult, what="a margin", format="mine", version=1):
+        ...     value: float
+        >>> Margin.from_json(Margin(0.5).to_json())
+        Margin(value=0.5)
+    """
+
+    saved_as: ClassVar[str]
+    """The format that the file names."""
+    _what: ClassVar[str]
+    _version: ClassVar[int]
+
+    def __init_subclass__(cls, *, what: str, format: str, version: int) -> None:
+        super().__init_subclass__()
+        cls._what, cls.saved_as, cls._version = what, format, version
+
+    def to_json(self) -> str:
+        """The result as JSON text, which :meth:`from_json` reads back equal."""
+        return json.dumps(
+            {"format": self.saved_as, "version": self._version} | self._content(), indent=2, allow_nan=False
+        )
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The result that :meth:`to_json` wrote.
+
+        Raises:
+            ValueError: If the text is not JSON, something else or of another version, or contradicts itself.
+        """
+        content = saved_content(text, what=cls._what, format=cls.saved_as, version=cls._version)
+        with known_fields(cls._what):
+            return cls._from_content(content)
+
+    def save(self, path: str | Path) -> None:
+        """Write the result; the file is whole or not there."""
+        write_whole(Path(path), self.to_json() + "\n")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """The result that :meth:`save` wrote; raises as :meth:`from_json`, naming the file."""
+        return load_saved(Path(path), cls.from_json)
+
+    def _content(self) -> dict[str, Any]:
+        return asdict(self)  # type: ignore[call-overload, no-any-return]  # every subclass is a dataclass
+
+    @classmethod
+    def _from_content(cls, content: dict[str, Any]) -> Self:
+        return cls(**content)
+
+
+def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, words: int = 1) -> str:
+    """Markdown of a table whose first ``words`` columns hold words, the others numbers. Markdown 表格。
+
+    Examples:
+        >>> print(markdown_table(["attack", "%"], [["clean", "95.0"]]))
+        | attack | % |
+        | --- | ---: |
+        | clean | 95.0 |
+    """
+    marks = ["---"] * words + ["---:"] * (len(heads) - words)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (heads, marks, *rows))
 
 
 def saved_content(text: str, *, what: str, format: str, version: int) -> dict[str, Any]:

@@ -287,7 +287,8 @@ def test_page_names_the_version_of_every_file_format():
         text = path.read_text(encoding="utf-8")
         for name in re.findall(r'^_?FORMAT = "(sj_robust\.\w+)"$', text, flags=re.MULTILINE):
             found[name] = re.search(r"^_?VERSION = (\d+)$", text, flags=re.MULTILINE)[1]
-    rows = re.findall(r"^\| `(sj_robust\.\w+)` \|.*\| (\d+) \| [^|]+ \|$", COMPATIBILITY, flags=re.MULTILINE)
+        found |= re.findall(r'format="(sj_robust[\w.]+)", version=(\d+)', text)
+    rows = re.findall(r"^\| `(sj_robust[\w.]+)` \|.*\| (\d+) \| [^|]+ \|$", COMPATIBILITY, flags=re.MULTILINE)
     assert dict(rows) == found
     assert len(found) >= 7
 

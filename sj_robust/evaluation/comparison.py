@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from sj_robust._saved import markdown_table
 from sj_robust.evaluation.intervals import difference_interval, paired_difference_interval
 from sj_robust.evaluation.robustness_report import Accuracy, RobustnessReport
 
@@ -60,9 +61,8 @@ class Comparison:
 
     def table(self) -> str:
         """Markdown table; a star marks intervals that leave out 0."""
-        rows = [["accuracy, %", *self.names, "difference", "95 % interval"], ["---", *["---:"] * 4]]
-        rows += [row.cells() for row in self.differences]
-        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        heads = ["accuracy, %", *self.names, "difference", "95 % interval"]
+        return markdown_table(heads, [row.cells() for row in self.differences])
 
 
 def compare(first: RobustnessReport, second: RobustnessReport) -> Comparison:

@@ -1,17 +1,12 @@
 """The result of an evaluation as a file that loads back equal."""
 
-import json
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
-from sj_robust._saved import known_fields, load_saved, plain, saved_content, write_whole
+from sj_robust._saved import SavedResult, markdown_table, plain
 from sj_robust.attacks.threat import ThreatModel
 
 __all__ = ["Report", "Score"]
-
-_FORMAT = "sj_robust.report"
-_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -41,7 +36,7 @@ class Score:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(SavedResult, what="a report of sj_robust", format="sj_robust.report", version=1):
     """Accuracies with all that is needed to read, repeat and draw them. 评估报告。
 
     Attributes:
@@ -113,33 +108,12 @@ class Report:
 
     def table(self) -> str:
         """Markdown table: one row per attack, one column per network, accuracy in per cent."""
-        rows = [["accuracy, %", *self.networks], ["---", *["---:"] * len(self.networks)]]
         known = {(score.network, score.attack): f"{100 * score.accuracy:.1f}" for score in self.scores}
-        rows += [[attack, *(known.get((name, attack), "") for name in self.networks)] for attack in self.attacks]
-        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-    def to_json(self) -> str:
-        """The report as JSON text, which :meth:`from_json` reads back equal."""
-        return json.dumps({"format": _FORMAT, "version": _VERSION, **asdict(self)}, indent=2, allow_nan=False)
+        rows = [[attack, *(known.get((name, attack), "") for name in self.networks)] for attack in self.attacks]
+        return markdown_table(["accuracy, %", *self.networks], rows)
 
     @classmethod
-    def from_json(cls, text: str) -> "Report":
-        """The report that :meth:`to_json` wrote.
-
-        Raises:
-            ValueError: If the text is not JSON, not a report or of another version.
-        """
-        content = saved_content(text, what="a report of sj_robust", format=_FORMAT, version=_VERSION)
-        with known_fields("the report"):
-            threat = ThreatModel(**content.pop("threat"))
-            scores = tuple(Score(**score) for score in content.pop("scores"))
-            return cls(threat, scores, **content)
-
-    def save(self, path: Path) -> None:
-        """Write the report; the file is whole or not there."""
-        write_whole(path, self.to_json() + "\n")
-
-    @classmethod
-    def load(cls, path: Path) -> "Report":
-        """The report that :meth:`save` wrote; raises as :meth:`from_json`, naming the file."""
-        return load_saved(path, cls.from_json)
+    def _from_content(cls, content: dict[str, Any]) -> Self:
+        threat = ThreatModel(**content.pop("threat"))
+        scores = tuple(Score(**score) for score in content.pop("scores"))
+        return cls(threat, scores, **content)

@@ -1,21 +1,17 @@
 """How robust a network is, with all that a sceptical reader asks for, as a file that loads back equal."""
 
-import json
 import re
 from collections import Counter
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from sj_robust._saved import known_fields, load_saved, plain, saved_content, write_whole
+from sj_robust._saved import SavedResult, markdown_table, plain
 from sj_robust.attacks.threat import ThreatModel, eps_text, parse_eps
 from sj_robust.evaluation.intervals import wilson_interval
 from sj_robust.evaluation.outcome import MemberOutcome
 
 __all__ = ["Accuracy", "RobustnessReport"]
 
-_FORMAT = "sj_robust.robustness_report"
-_VERSION = 1
 _WRONG, _STANDING = -2, -1
 _DEAD = 0.99
 """Share of a layer's neurons that never fire, or always, from which the layer is dead."""
@@ -75,7 +71,7 @@ class Accuracy:
 
 
 @dataclass(frozen=True)
-class RobustnessReport:
+class RobustnessReport(SavedResult, what="a robustness report", format="sj_robust.robustness_report", version=1):
     """A network under a suite of attacks, image by image. 鲁棒性评估报告。
 
     The outcome of every image is the truth; every accuracy is counted from it. The JSON also holds the accuracies, so
@@ -335,47 +331,31 @@ class RobustnessReport:
 
     def table(self) -> str:
         """Markdown table of all accuracies."""
-        rows = [["accuracy", "%", "95 % interval", "images", "seconds"], ["---", *["---:"] * 4]]
-        rows += [
+        rows = [
             [one.name, one.percent, one.interval_text, str(one.total), f"{one.seconds:.1f}"] for one in self.accuracies
         ]
-        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+        return markdown_table(["accuracy", "%", "95 % interval", "images", "seconds"], rows)
 
     def to_json(self) -> str:
         """The report as JSON text, which :meth:`from_json` reads back equal."""
-        threat = {"threat": self.threat.norm, "eps": self.eps}
-        content = {"format": _FORMAT, "version": _VERSION} | self._derived() | asdict(self) | threat
-        text = json.dumps(content, indent=2, allow_nan=False)
+        text = super().to_json()
         return _NUMBERS.sub(lambda match: " ".join(match[0].split()).replace("[ ", "[").replace(" ]", "]"), text)
 
-    @classmethod
-    def from_json(cls, text: str) -> "RobustnessReport":
-        """The report that :meth:`to_json` wrote.
+    def _content(self) -> dict[str, Any]:
+        return self._derived() | asdict(self) | {"threat": self.threat.norm, "eps": self.eps}
 
-        Raises:
-            ValueError: If the text is no report or one of another version, or its accuracies do not follow from its
-                outcomes.
-        """
-        content = saved_content(text, what="a robustness report", format=_FORMAT, version=_VERSION)
+    @classmethod
+    def _from_content(cls, content: dict[str, Any]) -> Self:
+        """The report; accuracies that do not follow from its outcomes are a ValueError."""
         derived = {name: content.pop(name, None) for name in _DERIVED}
-        with known_fields("the report"):
-            threat = ThreatModel(content.pop("threat"), parse_eps(content.pop("eps")))
-            members = tuple(MemberOutcome(**member) for member in content.pop("members"))
-            report = cls(threat=threat, members=members, **content)
+        threat = ThreatModel(content.pop("threat"), parse_eps(content.pop("eps")))
+        members = tuple(MemberOutcome(**member) for member in content.pop("members"))
+        report = cls(threat=threat, members=members, **content)
         counted = plain(report._derived())
         for name in _COUNTED:
             if derived[name] != counted[name]:
                 raise ValueError(f"{name} of the report does not follow from its outcomes; the file was changed")
         return report
-
-    def save(self, path: Path) -> None:
-        """Write the report; the file is whole or not there."""
-        write_whole(path, self.to_json() + "\n")
-
-    @classmethod
-    def load(cls, path: Path) -> "RobustnessReport":
-        """The report that :meth:`save` wrote; raises as :meth:`from_json`, naming the file."""
-        return load_saved(path, cls.from_json)
 
     def _members(self, name: str) -> tuple[MemberOutcome, ...]:
         """The members that a figure is counted over."""

@@ -2,10 +2,9 @@
 
 import time
 from collections.abc import Callable
-from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
-from sj_robust._console import PAUSE, duration, moving_line
+from sj_robust._console import PAUSE, MovingLine, duration, moving_line
 from sj_robust.evaluation.comparison import Comparison
 from sj_robust.evaluation.progress import Position
 from sj_robust.evaluation.robustness_report import RobustnessReport
@@ -92,7 +91,7 @@ def show_comparison(comparison: Comparison, console: "Console") -> None:
     console.print("* the interval leaves out 0", style="dim")
 
 
-class Display:
+class Display(MovingLine):
     """Progress of an evaluation: a bar with the time left on a terminal, elsewhere a line now and then. 评估进度显示。
 
     Args:
@@ -117,17 +116,6 @@ class Display:
         self._progress = moving_line(console, name, BarColumn(bar_width=12), left)
         self._task = self._progress.add_task("getting ready", total=None, left="")
         self._last = time.monotonic()
-
-    def __enter__(self) -> Self:
-        """Show the bar."""
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Take the bar away."""
-        self._progress.stop()
 
     def say(self, text: str) -> None:
         """Say what begins; the bar shows it, without an end, until a step is done."""

@@ -1,15 +1,14 @@
 """How well each indicator of a perturbation tells its size, and whether it fools the network."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from sj_robust._saved import known_fields, saved_content
+from sj_robust._saved import SavedResult, markdown_table
 from sj_robust.perturbation._recording import Layers
 from sj_robust.perturbation.association import Association, auroc, pearson, spearman
 from sj_robust.perturbation.indicators import neuron_indicators, over_neurons
@@ -20,16 +19,12 @@ __all__ = ["IntensityCorrelation", "Perturbation", "intensity_correlation"]
 Perturbation = Callable[[Tensor, Tensor, float], Tensor]
 """Images, their classes and a size to perturbed images."""
 
-FORMAT = "sj_robust.intensity"
-"""What its JSON says it is."""
-
-_VERSION = 1
 _MEASURES = ("spearman", "pearson", "per_image", "auroc", "auroc_same_size", "per_neuron")
 _MOST_NEURONS = 64
 
 
 @dataclass(frozen=True)
-class IntensityCorrelation:
+class IntensityCorrelation(SavedResult, what="an intensity study", format="sj_robust.intensity", version=1):
     """Result of :func:`intensity_correlation`, plain data throughout. 扰动强度相关性研究的结果。
 
     Attributes:
@@ -70,27 +65,16 @@ class IntensityCorrelation:
         Raises:
             KeyError: If there is no such direction.
         """
-        rows = [["layer", "indicator", *_MEASURES], ["---", "---", *["---:"] * len(_MEASURES)]]
-        for layer, indicators in self.associations[direction].items():
-            for indicator, measures in indicators.items():
-                rows.append([layer, indicator, *(_text(measures[name]) for name in _MEASURES)])
-        return "\n".join(f"| {' | '.join(row)} |" for row in rows)
-
-    def to_json(self) -> str:
-        """The result as JSON text, which :meth:`from_json` reads back equal."""
-        return json.dumps({"format": FORMAT, "version": _VERSION, **asdict(self)}, indent=1, allow_nan=False)
+        rows = [
+            [layer, indicator, *(_text(measures[name]) for name in _MEASURES)]
+            for layer, indicators in self.associations[direction].items()
+            for indicator, measures in indicators.items()
+        ]
+        return markdown_table(["layer", "indicator", *_MEASURES], rows, words=2)
 
     @classmethod
-    def from_json(cls, text: str) -> "IntensityCorrelation":
-        """The result that :meth:`to_json` wrote.
-
-        Raises:
-            ValueError: If the text is not JSON, not such a result or of another version.
-        """
-        content = saved_content(text, what="an intensity study", format=FORMAT, version=_VERSION)
-        with known_fields("the study"):
-            content["associations"] = _associations_from(content["associations"])
-            return cls(**content)
+    def _from_content(cls, content: dict[str, Any]) -> Self:
+        return cls(**content | {"associations": _associations_from(content["associations"])})
 
 
 def intensity_correlation(

@@ -1,16 +1,12 @@
 """Per layer, every bound on the membrane potential perturbation beside what was measured: a table, and a file."""
 
-import json
 from dataclasses import asdict, dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from sj_robust._saved import known_fields, load_saved, saved_content, write_whole
+from sj_robust._saved import SavedResult, markdown_table
 
 __all__ = ["Bound", "Certificate", "LayerCertificate"]
 
-_FORMAT = "sj_robust.stability_certificate"
-_VERSION = 1
 
 SCOPE = (
     "Bounds are on eps, the perturbation without reset, of one layer, given the spike difference Ds that did reach it. "
@@ -87,7 +83,7 @@ class LayerCertificate:
 
 
 @dataclass(frozen=True)
-class Certificate:
+class Certificate(SavedResult, what="a stability certificate", format="sj_robust.stability_certificate", version=1):
     """Result of :func:`certify`, plain data throughout. 稳定性证书。
 
     Attributes:
@@ -124,10 +120,8 @@ class Certificate:
             "layer", "lambda", "p", "W", "measured L2", "exact L2", "L2, any T", "printed (1)", "measured peak",
             "exact peak", "printed peak",
         ]  # fmt: skip
-        rows = [head, ["---", *["---:"] * (len(head) - 1)]]
-        rows += [_row(layer) for layer in self.layers]
-        lines = [f"| {' | '.join(row)} |" for row in rows]
-        lines += [
+        lines = [
+            markdown_table(head, [_row(layer) for layer in self.layers]),
             "",
             "L2 is ||eps||_2 / ||Ds||_2, peak max_t ||eps[t]||_2 / ||Ds||_2, W the norm of the linear map before it.",
             "Measured is the largest of all pairs, - if no spike difference reached the layer.",
@@ -142,32 +136,13 @@ class Certificate:
         lines += [f"{layer.name} is not covered: {layer.not_covered}." for layer in self.layers if layer.not_covered]
         return "\n".join([*lines, self._verdict(), SCOPE])
 
-    def to_json(self) -> str:
-        """The certificate as JSON text, which :meth:`from_json` reads back equal."""
-        content = {"format": _FORMAT, "version": _VERSION, "scope": SCOPE, "printed_is": NOT_L2, **asdict(self)}
-        return json.dumps(content, indent=1, allow_nan=False)
+    def _content(self) -> dict[str, Any]:
+        return {"scope": SCOPE, "printed_is": NOT_L2} | asdict(self)
 
     @classmethod
-    def from_json(cls, text: str) -> "Certificate":
-        """The certificate that :meth:`to_json` wrote.
-
-        Raises:
-            ValueError: If the text is not JSON, not a certificate or of another version.
-        """
-        content = saved_content(text, what="a stability certificate", format=_FORMAT, version=_VERSION)
-        with known_fields("the certificate"):
-            del content["scope"], content["printed_is"]
-            content["layers"] = tuple(_layer_from(layer) for layer in content["layers"])
-            return cls(**content)
-
-    def save(self, path: str | Path) -> None:
-        """Write the certificate; the file is whole or not there."""
-        write_whole(Path(path), self.to_json() + "\n")
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Certificate":
-        """The certificate that :meth:`save` wrote; raises as :meth:`from_json`, naming the file."""
-        return load_saved(Path(path), cls.from_json)
+    def _from_content(cls, content: dict[str, Any]) -> Self:
+        del content["scope"], content["printed_is"]
+        return cls(**content | {"layers": tuple(map(_layer_from, content["layers"]))})
 
     def _verdict(self) -> str:
         covered = sum(layer.not_covered is None for layer in self.layers)

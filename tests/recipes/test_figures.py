@@ -9,8 +9,8 @@ import pytest
 import torch
 from lab.figures.data import InputGains, input_gains, one_neuron, training_curves
 from lab.figures.draw import draw
-from lab.figures.saved import load_figure, save_figure
-from lab.sweeping.record import RunRecord
+from lab.figures.saved import load_figure
+from lab.sweeping.record import RECORD_FILE, RunRecord
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
 
@@ -208,7 +208,7 @@ def test_effect_of_rho_is_drawn_from_the_records_of_a_sweep(tmp_path, capsys):
             folder = tmp_path / "runs" / f"{rho:g}-{seed}"
             folder.mkdir(parents=True)
             counts = {"clean": {"correct": 90 + seed, "total": 100}, "pgd20": {"correct": 50 + int(rho), "total": 100}}
-            RunRecord(folder.name, {"mode": "at", "rho": rho, "seed": seed}, counts).save(folder)
+            RunRecord(folder.name, {"mode": "at", "rho": rho, "seed": seed}, counts).save(folder / RECORD_FILE)
     figures.main([str(tmp_path)])
     assert {path.name for path in (tmp_path / "figures").iterdir()} == {"README.md", "rho.pdf", "rho.png"}
     assert "6 runs drawn as rho.png, rho.pdf" in capsys.readouterr().out
@@ -273,14 +273,14 @@ def test_what_cannot_be_redrawn(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no numbers"):
         figures.main(["--redraw", str(tmp_path)])
     path = tmp_path / "gains.json"
-    save_figure(InputGains({"mine": {"0": [1.0]}}), path)
+    InputGains({"mine": {"0": [1.0]}}).save(path)
     good = json.loads(path.read_text())
     for content, reason in (
         ("{", r"gains\.json: the numbers of a figure must be JSON"),
         ("[]", "not the numbers of a figure"),
         (json.dumps(good | {"version": 7}), "version must be 1, got 7"),
-        (json.dumps(good | {"kind": "pie"}), "kind must be one of neuron, gains, curves, got 'pie'; update sj_robust"),
-        (json.dumps(good | {"extra": 1}), "field of the figure is missing or unknown"),
+        (json.dumps(good | {"format": "sj_robust.figure.pie"}), "not the numbers of a figure"),
+        (json.dumps(good | {"extra": 1}), "field of the numbers of a figure is missing or unknown"),
     ):
         path.write_text(content)
         with pytest.raises(ValueError, match=reason):

@@ -9,7 +9,7 @@ from filelock import FileLock
 from lab.sweeping.perform import perform
 from lab.sweeping.pool import EndedRun
 from lab.sweeping.recipe import load_recipe
-from lab.sweeping.record import RunRecord
+from lab.sweeping.record import RECORD_FILE, RunRecord
 
 RECIPE = Path(__file__).parents[2] / "recipes" / "sweep.py"
 sweep = load_recipe(RECIPE)
@@ -66,7 +66,7 @@ def test_a_grid_from_end_to_end(run, tmp_path):
         row for row in rows if row["figure"] == "paper/pgd10/last" and (row["neuron"], row["rho"]) == ("dlif", "1.0")
     )
     assert float(pgd["published"]) == 0.3755
-    record = RunRecord.load(folder / "runs" / "dlif-at-rho1-seed1")
+    record = RunRecord.load(folder / "runs" / "dlif-at-rho1-seed1" / RECORD_FILE)
     assert record.evaluations["paper"]["figures"]["clean"] == {"correct": 19, "total": 20}
 
 
@@ -160,7 +160,7 @@ def test_the_real_recipes_on_digits(tmp_path, monkeypatch):
     arguments = ["--base", "digits", "--options", tiny, "--grid", "{mode: [none, rat], rho: [1]}", "--output", "out"]
     sweep.main([*arguments, "--evaluate", "[paper]", "--evaluation_options", "{test_limit: 4}"])
     for name in ("none-seed0", "rat-rho1-seed0"):
-        record = RunRecord.load(tmp_path / "out" / "runs" / name)
+        record = RunRecord.load(tmp_path / "out" / "runs" / name / RECORD_FILE)
         assert record.accuracies["paper/pgd7/last"] <= record.accuracies["paper/clean"]
         assert record.training["pgd20"]["total"] == 8
         assert record.options["reference"] is False

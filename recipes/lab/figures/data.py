@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sj_robust._saved import plain
+from sj_robust._saved import SavedResult, plain
 from sj_robust.evaluation.report import Report
 from sj_robust.models.checkpoint import load_checkpoint
 from sj_robust.neuron import DLIFNode
@@ -16,7 +16,7 @@ from sj_robust.perturbation import full_perturbation, membrane_potential, simpli
 
 
 @dataclass(frozen=True)
-class OneNeuron:
+class OneNeuron(SavedResult, what="the numbers of a figure", format="sj_robust.figure.neuron", version=1):
     """One neuron under two perturbations of its input current.
 
     Attributes:
@@ -30,14 +30,14 @@ class OneNeuron:
 
 
 @dataclass(frozen=True)
-class InputGains:
+class InputGains(SavedResult, what="the numbers of a figure", format="sj_robust.figure.gains", version=1):
     """The learnable input gain p[t] of every DLIF layer: by network and layer, a number per step."""
 
     networks: dict[str, dict[str, list[float]]]
 
 
 @dataclass(frozen=True)
-class TrainingCurves:
+class TrainingCurves(SavedResult, what="the numbers of a figure", format="sj_robust.figure.curves", version=1):
     """Losses and validation accuracy: by network, a record per epoch with the fields of ``EpochRecord``."""
 
     networks: dict[str, list[dict[str, Any]]]

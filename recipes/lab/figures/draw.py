@@ -35,7 +35,7 @@ def draw(data: FigureData) -> dict[str, "Figure"]:
 
 
 def redraw(path: Path) -> tuple[Path, ...]:
-    """Draw a file that ``save_figure`` wrote beside it, as PDF and PNG; raises as ``load_figure``."""
+    """Draw a file of numbers beside it, as PDF and PNG; raises as ``load_figure``."""
     from lab.figures.style import save  # imports matplotlib
 
     figures = draw(load_figure(path))

@@ -1,18 +1,16 @@
 """Progress of a sweep: a bar on a terminal, elsewhere a line per run."""
 
 import time
-from types import TracebackType
-from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn
 
 from lab.sweeping.plan import PlannedRun
 from lab.sweeping.pool import LOG_FILE, EndedRun
-from sj_robust._console import moving_line
+from sj_robust._console import MovingLine, moving_line
 
 
-class SweepDisplay:
+class SweepDisplay(MovingLine):
     """Says how each run ended, how many of ``total`` are done and how much time is left.
 
     Examples:
@@ -28,17 +26,6 @@ class SweepDisplay:
         left = TextColumn("{task.fields[left]}")
         self._progress = moving_line(console, TextColumn("runs"), BarColumn(bar_width=12), MofNCompleteColumn(), left)
         self._task = self._progress.add_task("", total=total, completed=done, left=self.left)
-
-    def __enter__(self) -> Self:
-        """Show the bar."""
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        """Take the bar away."""
-        self._progress.stop()
 
     @property
     def left(self) -> str:

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 
 from lab.sweeping.plan import OPTIONS_FILE, PlannedRun
 from lab.sweeping.recipe import load_recipe
-from lab.sweeping.record import RunRecord
+from lab.sweeping.record import RECORD_FILE, RunRecord
 from sj_robust._saved import write_whole
 from sj_robust.evaluation.report import Report
 from sj_robust.evaluation.robustness_report import RobustnessReport
@@ -77,7 +77,7 @@ def _train(run: PlannedRun) -> RunRecord:
     figures = {s.attack: {"correct": s.correct, "total": s.total} for s in report.scores if s.network == network}
     timed = {"training": seconds}
     record = RunRecord(run.name, run.options, figures, {}, timed, report.environment, report.notes)
-    record.save(run.folder)
+    record.save(run.folder / RECORD_FILE)
     return record
 
 
@@ -98,7 +98,7 @@ def _evaluate(run: PlannedRun, record: RunRecord, suite: str) -> RunRecord:
         "alarm": report.footnote,
     }
     record = replace(record.evaluated(suite, result, seconds), environment=report.environment)
-    record.save(run.folder)
+    record.save(run.folder / RECORD_FILE)
     return record
 
 

@@ -35,7 +35,7 @@ class PlannedRun:
     @property
     def record(self) -> RunRecord | None:
         """What is known of it already."""
-        return RunRecord.load(self.folder) if (self.folder / RECORD_FILE).is_file() else None
+        return RunRecord.load(self.folder / RECORD_FILE) if (self.folder / RECORD_FILE).is_file() else None
 
     @property
     def finished(self) -> bool:
@@ -60,7 +60,7 @@ class PlannedRun:
             return
         options = {name: self.options.get(name) if value is None else value for name, value in record.options.items()}
         if options != record.options:
-            replace(record, options=options).save(self.folder)
+            replace(record, options=options).save(self.folder / RECORD_FILE)
 
 
 def plan_runs(
@@ -111,7 +111,7 @@ def load_records(folder: Path, recipe: Recipe | None = None) -> list[RunRecord]:
 
     Given the recipe that trained, the records keep the options that have an effect, and no others.
     """
-    records = [RunRecord.load(path.parent) for path in sorted((folder / "runs").glob(f"*/{RECORD_FILE}"))]
+    records = [RunRecord.load(path) for path in sorted((folder / "runs").glob(f"*/{RECORD_FILE}"))]
     if recipe is None:
         return records
     return [replace(record, options=_with_effect(record, recipe)) for record in records]

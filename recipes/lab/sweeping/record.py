@@ -1,21 +1,16 @@
 """One run of a sweep as a file: what it was, and what came out."""
 
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from sj_robust._saved import known_fields, load_saved, plain, saved_content, write_whole
+from sj_robust._saved import SavedResult, plain
 
 RECORD_FILE = "run.json"
 
-_FORMAT = "sj_robust.sweep_run"
-_VERSION = 1
-
 
 @dataclass(frozen=True)
-class RunRecord:
+class RunRecord(SavedResult, what="a run of a sweep", format="sj_robust.sweep_run", version=1):
     """Options and accuracies of one run of a sweep.
 
     Attributes:
@@ -64,19 +59,3 @@ class RunRecord:
         """The record with the counts of one more suite."""
         evaluations = self.evaluations | {suite: dict(result)}
         return replace(self, evaluations=evaluations, seconds=self.seconds | {suite: seconds})
-
-    def save(self, folder: Path) -> None:
-        """Write the record into the run's folder; the file is whole or not there."""
-        content = {"format": _FORMAT, "version": _VERSION} | asdict(self)
-        write_whole(folder / RECORD_FILE, json.dumps(content, indent=2, allow_nan=False) + "\n")
-
-    @classmethod
-    def load(cls, folder: Path) -> "RunRecord":
-        """The record that :meth:`save` wrote; a ValueError names the file if it holds something else."""
-
-        def parsed(text: str) -> RunRecord:
-            content = saved_content(text, what="a run of a sweep", format=_FORMAT, version=_VERSION)
-            with known_fields("the record"):
-                return cls(**content)
-
-        return load_saved(folder / RECORD_FILE, parsed)

@@ -9,6 +9,7 @@ from typing import Any
 from lab.sweeping.grid import value_text
 from lab.sweeping.published_accuracies import published_accuracy
 from lab.sweeping.summary import Cell, Contrast, Statistic
+from sj_robust._saved import markdown_table
 
 Axes = Mapping[str, Sequence[Any]]
 """Values by option, from ``axes_in``."""
@@ -39,9 +40,7 @@ class TextTable:
 
     def markdown(self) -> str:
         """The table as Markdown, title and note included."""
-        marks = ["---"] * self.words + ["---:"] * (len(self.heads) - self.words)
-        lines = [f"| {' | '.join(row)} |" for row in (self.heads, marks, *self.rows)]
-        return "\n".join([f"**{self.title}**", "", *lines, "", self.note])
+        return f"**{self.title}**\n\n{markdown_table(self.heads, self.rows, words=self.words)}\n\n{self.note}"
 
 
 def results_tables(cells: Sequence[Cell], axes: Axes, columns: Sequence[str]) -> list[TextTable]:

@@ -16,7 +16,7 @@ from lab.sweeping.perform import perform
 from lab.sweeping.plan import PlannedRun, load_records, plan_runs
 from lab.sweeping.pool import executor_for, perform_all
 from lab.sweeping.recipe import load_recipe
-from lab.sweeping.record import RunRecord
+from lab.sweeping.record import RECORD_FILE, RunRecord
 
 GRID = {"mode": ["none", "at"], "rho": [0, 1]}
 
@@ -115,7 +115,7 @@ def test_wrong_options_stop_before_anything_starts(planned, tmp_path, arguments,
 def test_a_run_leaves_one_record(planned):
     run = planned(evaluations={"paper": {"test_limit": 30}, "fast": {}})[1]
     record = perform(run)
-    assert RunRecord.load(run.folder) == record
+    assert RunRecord.load(run.folder / RECORD_FILE) == record
     assert record.options == run.options
     assert record.training == {"clean": {"correct": 90, "total": 100}, "pgd20": {"correct": 41, "total": 100}}
     shares = {"paper/clean": 29 / 30, "fast/clean": 39 / 40, "paper/everything": 25 / 30, "paper/control": 28 / 30}

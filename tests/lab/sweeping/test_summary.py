@@ -5,7 +5,7 @@ import pytest
 from lab.sweeping import plot
 from lab.sweeping.plot import plot_effect
 from lab.sweeping.published_accuracies import PUBLISHED, published_accuracy
-from lab.sweeping.record import RunRecord
+from lab.sweeping.record import RECORD_FILE, RunRecord
 from lab.sweeping.summary import Statistic, axes_in, cells_of, columns_of, contrasts
 from lab.sweeping.tables import contrast_csv, contrast_table, results_csv, results_tables
 
@@ -204,15 +204,15 @@ def test_the_figure_tells_lines_and_values_apart(records, tmp_path, monkeypatch)
 
 
 def test_records_survive_and_damage_is_named(records, tmp_path):
-    records[0].save(tmp_path)
-    assert RunRecord.load(tmp_path) == records[0]
+    records[0].save(tmp_path / RECORD_FILE)
+    assert RunRecord.load(tmp_path / RECORD_FILE) == records[0]
     head = '{"format": "sj_robust.sweep_run", "version": '
     for text, message in (
-        (f'{head}1, "name": "x", "sead": 1}}', r"run\.json: a field of the record is missing or unknown"),
+        (f'{head}1, "name": "x", "sead": 1}}', r"run\.json: a field of a run of a sweep is missing or unknown"),
         (f"{head}9}}", "must be 1, got 9"),
         ("{", "JSON"),
         ("[]", "not a run"),
     ):
         (tmp_path / "run.json").write_text(text)
         with pytest.raises(ValueError, match=message):
-            RunRecord.load(tmp_path)
+            RunRecord.load(tmp_path / RECORD_FILE)
