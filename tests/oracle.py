@@ -23,29 +23,24 @@ def surrogate_derivative(kind: str, alpha: float, z: np.ndarray) -> np.ndarray:
     if kind == "sigmoid":
         s = 1 / (1 + np.exp(-alpha * z))
         return alpha * s * (1 - s)
+    if kind == "rectangle":
+        return np.where(np.abs(z) <= 1 / alpha, alpha / 2, 0.0)
+    if kind == "exponential":
+        return alpha / 2 * np.exp(-alpha * np.abs(z))
+    if kind == "gaussian":
+        return alpha * np.exp(-((alpha * z) ** 2) / 2) / np.sqrt(2 * np.pi)
+    if kind == "straight_through":
+        return np.ones_like(z)
     raise ValueError(kind)
 
 
-def dlif_bptt(
-    x: np.ndarray,
-    gain: np.ndarray,
-    v_init: np.ndarray,
-    *,
-    decay: float,
-    v_threshold: float,
-    v_reset: float | None,
-    kind: str,
-    alpha: float,
-    detach_reset: bool,
-    grad_spikes: np.ndarray,
-    grad_v: np.ndarray,
-    grad_potentials: np.ndarray,
-) -> Result:
-    """x [T, ...], gain [T], v_init [...]; grad_v belongs to the last potential, grad_potentials to all of them."""
-    T = x.shape[0]
+def dlif_forward(
+    x: np.ndarray, gain: np.ndarray, v_init: np.ndarray, *, decay: float, v_threshold: float, v_reset: float | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """h, spikes and potentials after the reset [T, ...]."""
     h, spikes, potentials = np.zeros_like(x), np.zeros_like(x), np.zeros_like(x)
     before = v_init
-    for t in range(T):
+    for t in range(len(x)):
         h[t] = decay * before + gain[t] * x[t]
         if v_reset is not None:
             h[t] += (1 - decay) * v_reset
@@ -55,21 +50,46 @@ def dlif_bptt(
         else:
             potentials[t] = np.where(spikes[t] == 1, v_reset, h[t])
         before = potentials[t]
+    return h, spikes, potentials
 
-    grad_x, grad_gain = np.zeros_like(x), np.zeros(T)
-    carry = grad_v.copy()
-    for t in reversed(range(T)):
-        after_reset = carry + grad_potentials[t]
-        derivative = surrogate_derivative(kind, alpha, h[t] - v_threshold)
+
+def dlif_backward(
+    h: np.ndarray,
+    spikes: np.ndarray,
+    slopes: np.ndarray,
+    *,
+    decay: float,
+    v_threshold: float,
+    v_reset: float | None,
+    detach_reset: bool,
+    grad_spikes: np.ndarray,
+    grad_v: np.ndarray | float = 0.0,
+    grad_potentials: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Gradients of h [T, ...] and of the first potential; ``slopes`` are the surrogate's."""
+    grad_h, carry = np.zeros_like(h), grad_v
+    for t in reversed(range(len(h))):
+        after_reset = carry if grad_potentials is None else carry + grad_potentials[t]
         reset_by_spike = 0.0
         if not detach_reset:
             reset_by_spike = -v_threshold if v_reset is None else v_reset - h[t]
         kept = 1.0 if v_reset is None else 1 - spikes[t]
-        grad_h = grad_spikes[t] * derivative + after_reset * (kept + reset_by_spike * derivative)
-        grad_x[t] = grad_h * gain[t]
-        grad_gain[t] = (grad_h * x[t]).sum()
-        carry = grad_h * decay
-    return Result(h, spikes, potentials, grad_x, grad_gain, carry)
+        grad_h[t] = grad_spikes[t] * slopes[t] + after_reset * (kept + reset_by_spike * slopes[t])
+        carry = grad_h[t] * decay
+    return grad_h, carry
+
+
+def dlif_bptt(
+    x: np.ndarray, gain: np.ndarray, v_init: np.ndarray, *, kind: str, alpha: float, detach_reset: bool,
+    grad_spikes: np.ndarray, grad_v: np.ndarray, grad_potentials: np.ndarray, **dynamics: float | None,
+) -> Result:  # fmt: skip
+    """x [T, ...], gain [T], v_init [...]; grad_v belongs to the last potential, grad_potentials to all of them."""
+    h, spikes, potentials = dlif_forward(x, gain, v_init, **dynamics)
+    slopes = surrogate_derivative(kind, alpha, h - dynamics["v_threshold"])
+    grads = {"grad_spikes": grad_spikes, "grad_v": grad_v, "grad_potentials": grad_potentials}
+    grad_h, grad_v_init = dlif_backward(h, spikes, slopes, detach_reset=detach_reset, **grads, **dynamics)
+    grad_x = grad_h * gain.reshape(-1, *(1 for _ in v_init.shape))
+    return Result(h, spikes, potentials, grad_x, (grad_h * x).reshape(len(x), -1).sum(1), grad_v_init)
 
 
 def away_from_threshold(h: np.ndarray, v_threshold: float, margin: float) -> np.ndarray:
