@@ -4,12 +4,13 @@ import copy
 import random
 from contextlib import contextmanager
 
+import numpy as np
 import torch
 
 
 @contextmanager
 def unchanged(model, *generators, hooked=(), states=True):
-    """Modes, weights, gradients and hooks of a network, and all generators, are as before in the end.
+    """Modes, weights, gradients, flags and hooks of a network, and all generators, are as before in the end.
 
     So are the states of its neurons, unless told otherwise; modules of ``hooked`` may have hooks, those of the test.
     """
@@ -20,6 +21,10 @@ def unchanged(model, *generators, hooked=(), states=True):
     kept = [(own, name, value) for own in memories for name, value in own.items() if torch.is_tensor(value)]
     values = [value.detach().clone() for _, _, value in kept]
     surrogates = [getattr(module, "surrogate_function", None) for module in model.modules()]
+    parameters = list(model.parameters())
+    flags = [parameter.requires_grad for parameter in parameters]
+    grads = [copy.deepcopy(parameter.grad) for parameter in parameters]
+    of_numpy = repr(np.random.get_state())  # noqa: NPY002  the global one
     before = torch.get_rng_state(), random.getstate(), *(generator.get_state() for generator in generators)
     try:
         yield
@@ -33,5 +38,8 @@ def unchanged(model, *generators, hooked=(), states=True):
         assert torch.equal(torch.get_rng_state(), before[0])
         assert random.getstate() == before[1]
         assert all(torch.equal(g.get_state(), state) for g, state in zip(generators, before[2:], strict=True))
-        assert all(parameter.grad is None for parameter in model.parameters())
+        assert repr(np.random.get_state()) == of_numpy  # noqa: NPY002  as above
+        assert [parameter.requires_grad for parameter in parameters] == flags
+        for parameter, grad in zip(parameters, grads, strict=True):
+            assert parameter.grad is grad is None or torch.equal(parameter.grad, grad)
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in modules)

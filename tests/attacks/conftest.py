@@ -14,7 +14,7 @@ from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.attacks import _autoattack
 
 SEARCHES = {name: attack for name, attack in ATTACKS.items() if name not in NOISES}
-ALL = ATTACKS | BRIDGES
+SEARCHES_AND_MODELS = [*itertools.product(SEARCHES, MODELS), *itertools.product(BRIDGES, ["linear"])]
 
 
 @pytest.fixture(params=ATTACKS)
@@ -27,9 +27,19 @@ def gradient_attack(request) -> Attack:
     return SEARCHES[request.param]
 
 
+@pytest.fixture(params=BRIDGES)
+def bridge(request, monkeypatch) -> Attack:
+    return _shortened(request.param, monkeypatch)
+
+
 @pytest.fixture(params=SEARCHES | BRIDGES)
 def search(request, monkeypatch) -> Attack:
     """An attack that asks the model, those of pyautoattack included."""
+    return _shortened(request.param, monkeypatch)
+
+
+@pytest.fixture(params=ATTACKS | BRIDGES)
+def every_attack(request, monkeypatch) -> Attack:
     return _shortened(request.param, monkeypatch)
 
 
@@ -38,9 +48,15 @@ def model(request) -> nn.Module:
     return _untrained(request.param)
 
 
-@pytest.fixture(params=[*itertools.product(ATTACKS, MODELS), *itertools.product(BRIDGES, ["linear"])], ids="-".join)
+@pytest.fixture(params=SEARCHES_AND_MODELS, ids="-".join)
+def search_and_model(request, monkeypatch) -> tuple[Attack, nn.Module]:
+    """Every attack that asks the model, on every model; those of pyautoattack on the quickest."""
+    name, model = request.param
+    return _shortened(name, monkeypatch), _untrained(model)
+
+
+@pytest.fixture(params=[*itertools.product(NOISES, ["linear"]), *SEARCHES_AND_MODELS], ids="-".join)
 def attack_and_model(request, monkeypatch) -> tuple[Attack, nn.Module]:
-    """Every attack on every model, those of pyautoattack on the quickest."""
     name, model = request.param
     return _shortened(name, monkeypatch), _untrained(model)
 
@@ -50,7 +66,7 @@ def _shortened(name: str, monkeypatch) -> Attack:
     if name in BRIDGES:
         pytest.importorskip("pyautoattack", reason="extra `attacks` holds the library behind the bridge")
         monkeypatch.setattr(_autoattack, "_ITERATIONS", 20)
-    return ALL[name]
+    return (ATTACKS | BRIDGES)[name]
 
 
 def _untrained(name: str) -> nn.Module:

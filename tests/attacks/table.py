@@ -1,11 +1,16 @@
 """One table of attacks and one of models; every property is tested over their product. And what many tests share."""
 
 import math
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
+import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
+from unchanged import unchanged
 
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust._host import functional, neuron
@@ -75,8 +80,13 @@ ATTACKS = {
 }
 
 BRIDGES = {
-    name: Attack(autoattack, {"attacks": [name]}) for name in ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t")
-} | {"square": Attack(square, {"queries": 60})}
+    f"{name}{suffix}": Attack(function, options | {"norm": norm}, norm)
+    for norm, suffix in (("Linf", ""), ("L2", "_l2"))
+    for function, name, options in [
+        *((autoattack, name, {"attacks": [name]}) for name in ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t")),
+        (square, "square", {"queries": 60}),
+    ]
+}
 
 
 def assert_within(x_adv: Tensor, x: Tensor, norm: str | None, eps: float) -> None:
@@ -93,6 +103,37 @@ def assert_within(x_adv: Tensor, x: Tensor, norm: str | None, eps: float) -> Non
     if norm == "L2":
         for sample in distance.flatten(1).tolist():
             assert math.sqrt(math.fsum(d * d for d in sample)) <= eps * (1 + 1e-12)
+
+
+def all_generators(shape) -> Tensor:
+    """Noise from every global generator that a network may draw from."""
+    return torch.rand(shape) + random.random() + np.random.rand()  # noqa: NPY002  the global one
+
+
+@contextmanager
+def left_as_it_was(model: nn.Module, fail_at: int | None = None, *, draws=torch.rand, evaluates=True) -> Iterator[None]:
+    """A network of mixed modes that draws from a global generator is as before in the end, and so are all of those.
+
+    Its forward number ``fail_at`` raises an error, which has to come out; the others run in evaluation mode.
+    """
+    modules, (first, *_, last), calls = list(model.modules()), model.parameters(), []
+    for number, module in enumerate(modules):
+        module.training = number % 3 != 0
+    first.grad = torch.full_like(first, 3.0)
+    last.requires_grad_(False)
+
+    def before_forward(module, inputs):
+        calls.append(inputs)
+        assert not evaluates or not any(part.training for part in modules)
+        if len(calls) == fail_at:
+            raise KeyError("from the model")
+        return inputs[0] + 1e-7 * draws(())
+
+    model.register_forward_pre_hook(before_forward)
+    error = pytest.raises(KeyError, match="from the model") if fail_at else nullcontext()
+    with unchanged(model, hooked=[model], states=False), error:
+        yield
+    assert calls
 
 
 def seeded(seed: int = 0) -> torch.Generator:

@@ -252,24 +252,6 @@ def test_targets_are_the_most_likely_wrong_classes_in_turn(target_classes, falls
     assert bool((model(x_adv).argmax(1) == 3).all()) == falls
 
 
-def test_eot_averages_the_gradients_of_its_forwards():
-    factors, seen = [], []
-
-    def model(x):
-        seen.append(x.detach())
-        factors.append(torch.rand(2))
-        margin = x @ (torch.tensor([1.0, -1.0]) * factors[-1])
-        return torch.stack([torch.zeros_like(margin), margin], 1)
-
-    x, y = torch.full((1, 2), 0.5), torch.tensor([1])
-    options = {"norm": "L2", "keep_best": False, "loss": lambda logits, y: -logits[:, 1]}
-    apgd(model, x, y, eps=0.1, steps=1, eot_samples=8, **options)
-    assert len(factors) == 16
-    mean = torch.stack(factors[:8]).mean(0) * torch.tensor([-1.0, 1.0])
-    moved = seen[0] + 0.2 * mean / mean.norm() - x
-    torch.testing.assert_close(seen[-1], x + moved * min(1.0, 0.1 / moved.norm().item()))
-
-
 @pytest.mark.slow
 def test_sample_seeds_on_a_spiking_network(trained):
     functional.reset_net(trained.model)  # no state of an earlier call, which cannot be copied

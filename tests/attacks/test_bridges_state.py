@@ -1,14 +1,12 @@
 """What AutoAttack and Square leave as they found it, keep to, and depend on."""
 
-import random
 import sys
 import warnings
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
-from attacks.table import BRIDGES, MODELS, assert_within, linear_model, predicted, seeded
+from attacks.table import MODELS, all_generators, assert_within, left_as_it_was, linear_model, predicted, seeded
 from torch import nn
 
 from sj_robust import SpikingClassifier
@@ -20,8 +18,7 @@ checks = pytest.importorskip("pyautoattack.checks", reason="extra `attacks` hold
 
 X = torch.rand(9, 1, 6, 6, generator=torch.Generator().manual_seed(2))
 X[0, 0, 0], X[1, 0, 1] = 0.0, 1.0
-NORMS = {"Linf": 0.2, "L2": 0.6}
-RUNS = {name: partial(attack.function, **attack.options) for name, attack in BRIDGES.items()}
+EPS = {"Linf": 0.2, "L2": 0.6}
 
 
 @pytest.fixture(autouse=True)
@@ -30,59 +27,46 @@ def short(monkeypatch):
     monkeypatch.setattr(driver, "_ITERATIONS", 20)
 
 
-@pytest.fixture(params=RUNS)
-def run(request):
-    return RUNS[request.param]
-
-
-@pytest.fixture(params=NORMS)
-def budget(request) -> dict:
-    return {"norm": request.param, "eps": NORMS[request.param]}
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-def test_inside_ball_and_box_in_every_dtype_of_network(run, budget, dtype):
-    model, x = linear_model(36, dtype), X.to(dtype)
+def test_inside_ball_and_box_in_every_dtype_of_network(bridge, dtype):
+    model, x, eps = linear_model(36, dtype), X.to(dtype), EPS[bridge.norm]
     y, before = predicted(model, x), x.clone()
-    x_adv = run(lambda images: model(images) if images.dtype == dtype else 1 / 0, x, y, **budget, generator=seeded())
-    assert_within(x_adv, x, **budget)
+    x_adv = bridge.run(lambda images: model(images) if images.dtype == dtype else 1 / 0, x, y, eps, seeded())
+    assert_within(x_adv, x, bridge.norm, eps)
     assert torch.equal(x, before)
     assert int((predicted(model, x_adv) != y).sum()) > 0
 
 
-def test_inside_ball_and_box_on_a_spiking_network(run, budget):
+def test_inside_ball_and_box_on_a_spiking_network(bridge):
     with torch.random.fork_rng():
         torch.manual_seed(1)
         model = MODELS["dlif"]().eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AutoAttackWarning)  # an untrained network has zero gradients
-        assert_within(run(model, X, predicted(model, X), **budget), X, **budget)
+        assert_within(bridge.run(model, X, predicted(model, X), EPS[bridge.norm]), X, bridge.norm, EPS[bridge.norm])
 
 
-def test_the_edge_cases_of_a_batch(run, budget):
-    model = linear_model(36)
+def test_the_edge_cases_of_a_batch(bridge):
+    model, eps = linear_model(36), EPS[bridge.norm]
     y = predicted(model, X)
-    assert torch.equal(run(model, X, y, eps=0.0), X)
-    assert run(model, X[:0], y[:0], **budget).shape == (0, 1, 6, 6)
-    assert torch.equal(run(model, X, (y + 1) % 5, **budget), X)  # all wrong before
-    assert_within(run(model, X[:1], y[:1], **budget), X[:1], **budget)
+    assert bridge.run(model, X[:0], y[:0], eps).shape == (0, 1, 6, 6)
+    assert torch.equal(bridge.run(model, X, (y + 1) % 5, eps), X)  # all wrong before
+    assert_within(bridge.run(model, X[:1], y[:1], eps), X[:1], bridge.norm, eps)
     x = X.repeat(1, 2, 1, 1).contiguous(memory_format=torch.channels_last)
     wide = linear_model(72)
-    together, apart = (
-        run(wide, images, predicted(wide, x), **budget, generator=seeded()) for images in (x, x.contiguous())
-    )
+    together, apart = (bridge.run(wide, images, predicted(wide, x), eps, seeded()) for images in (x, x.contiguous()))
     assert torch.equal(together, apart)
 
 
 @pytest.mark.parametrize("size", [(3, 3), (4, 7), (12, 12), (14, 5), (18, 18)])
-@pytest.mark.parametrize("norm", NORMS)
+@pytest.mark.parametrize("norm", EPS)
 @pytest.mark.parametrize("generator", [SampleSeeds([1, 2, 3]), None], ids=["seeds", "none"])
 def test_square_takes_images_of_any_size(size, norm, generator):
     x = torch.rand(3, 2, *size, generator=seeded())
     model = linear_model(2 * size[0] * size[1])
     y = predicted(model, x)
-    x_adv = square(model, x, y, eps=NORMS[norm], norm=norm, queries=30, generator=generator)
-    assert_within(x_adv, x, norm, NORMS[norm])
+    x_adv = square(model, x, y, eps=EPS[norm], norm=norm, queries=30, generator=generator)
+    assert_within(x_adv, x, norm, EPS[norm])
     assert ((x_adv != x).flatten(1).any(1)).all()
 
 
@@ -97,79 +81,48 @@ def test_features_are_attacked_without_square():
 
 
 @pytest.mark.parametrize("fail", [False, True], ids=["ends", "raises"])
-def test_global_generators_tracer_modes_gradients_and_flags_stay(run, fail):
-    class Noisy(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = linear_model(36)
-            self.calls = 0
-
-        def forward(self, x):
-            self.calls += 1
-            if fail and self.calls == 12:
-                raise KeyError("from the model")
-            noise = torch.rand(()) + random.random() + np.random.rand()  # noqa: NPY002  the global one
-            return self.inner(x) + 1e-7 * noise
-
-    model, y = Noisy(), predicted(linear_model(36), X)
-    model.inner[1].training = False
-    model.inner[1].weight.grad = torch.full((5, 36), 3.0)
-    model.inner[1].bias.requires_grad_(False)
-    traced = []
+def test_a_debuggers_tracer_stays(bridge, fail):
+    model, traced = linear_model(36), []
+    y = predicted(model, X)
 
     def tracer(frame, event, argument):
         traced.append(frame.f_code.co_name)
 
-    def state():
-        return torch.get_rng_state().tolist(), random.getstate(), repr(np.random.get_state())  # noqa: NPY002  as above
-
-    before, outer = state(), sys.gettrace()
+    outer = sys.gettrace()
     sys.settrace(tracer)
     try:
-        run(model, X, y, eps=0.02, generator=seeded())
-        ended = True
-    except KeyError:
-        ended = False
-    finally:
+        with left_as_it_was(model, fail and 12, draws=all_generators):
+            bridge.run(model, X, y, 0.02, seeded())
         restored = sys.gettrace()
+    finally:
         sys.settrace(outer)
-    assert ended is not fail
     assert restored is tracer
-    assert "forward" in traced
-    assert state() == before
-    assert [module.training for module in model.modules()] == [True, True, True, False]
-    assert (model.inner[1].weight.grad == 3.0).all()
-    assert model.inner[1].bias.grad is None
-    assert not model.inner[1].bias.requires_grad
+    assert "before_forward" in traced
 
 
-def test_same_seed_same_result_and_another_seed_another(budget):
+@pytest.mark.parametrize("generator", [seeded, lambda seed: SampleSeeds(range(seed, seed + 9))])
+@pytest.mark.parametrize("norm", EPS)
+def test_same_seed_same_result_and_another_seed_another(norm, generator):
     model = linear_model(36)
-    y = predicted(model, X)
-    budget["eps"] /= 10  # all stand, so that the last iterates are compared
-    for seeds in (seeded, lambda seed: SampleSeeds(range(seed, seed + 9))):
-        first, again, other = (square(model, X, y, **budget, queries=20, generator=seeds(s)) for s in (1, 1, 5))
-        assert torch.equal(first, again)
-        assert not torch.equal(first, other)
-    first, second = (square(model, X, y, **budget, queries=20) for _ in range(2))
-    assert not torch.equal(first, second)
+    run = partial(square, model, X, predicted(model, X), norm=norm, eps=EPS[norm] / 10, queries=20)  # all stand
+    first, again, other = (run(generator=generator(seed)) for seed in (1, 1, 5))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert not torch.equal(run(), run())
 
 
 @pytest.mark.parametrize("version", ["standard", "plus"])
-def test_with_sample_seeds_a_result_depends_on_no_other_sample(run, budget, version):
-    if run.func is autoattack:
-        run = partial(run, version=version)
+def test_with_sample_seeds_a_result_depends_on_no_other_sample(bridge, version):
+    if bridge.function is autoattack:
+        bridge = bridge._replace(options=bridge.options | {"version": version})
     elif version == "plus":
         pytest.skip("square has no versions")
-    model, x = (
-        linear_model(36, torch.float64, seed=3),
-        torch.rand(12, 1, 6, 6, generator=seeded(8), dtype=torch.float64),
-    )
-    y, seeds = predicted(model, x), SampleSeeds(range(100, 112))
-    eps = budget["eps"]
-    together = run(model, x, y, eps=eps, norm=budget["norm"], generator=seeds)
+    model = linear_model(36, torch.float64, seed=3)
+    x = torch.rand(12, 1, 6, 6, generator=seeded(8), dtype=torch.float64)
+    y, seeds, eps = predicted(model, x), SampleSeeds(range(100, 112)), EPS[bridge.norm]
+    together = bridge.run(model, x, y, eps, seeds)
     some = torch.tensor([7, 2, 11])
-    apart = run(model, x[some], y[some], eps=eps, norm=budget["norm"], generator=seeds.rows(some))
+    apart = bridge.run(model, x[some], y[some], eps, seeds.rows(some))
     torch.testing.assert_close(together[some], apart, rtol=0, atol=1e-7)
     assert int((predicted(model, together) != y).sum()) > 0
 
@@ -288,20 +241,3 @@ def own_gradient(x: torch.Tensor) -> torch.Tensor:
     with torch.enable_grad():
         inner = x.detach().requires_grad_()
         return torch.autograd.grad(linear_model(36)(inner).square().sum(), inner)[0].sign()
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "match"),
-    [
-        (lambda m, x, y: autoattack(m, x, y + 9, eps=0.1), ValueError, r"labels must be < 5"),
-        (lambda m, x, y: autoattack(m, x * 255, y, eps=0.1), ValueError, r"x must lie in \[0, 1\]"),
-        (lambda m, x, y: autoattack(lambda x: m(x).detach(), x, y, eps=0.1), RuntimeError, r"no gradient .*SpikingCla"),
-        (lambda m, x, y: square(lambda x: m(x)[:, :1], x, 0 * y, eps=0.1), ValueError, r"at least 2 classes"),
-        (lambda m, x, y: autoattack(lambda x: m(x)[:, :1], x, 0 * y, eps=0.1), ValueError, r"at least 2 classes"),
-        (lambda m, x, y: square(lambda x: m(x) / 0, x, y, eps=0.1), ValueError, r"logits must be finite"),
-    ],
-)
-def test_wrong_use(call, error, match):
-    model = linear_model(36)
-    with pytest.raises(error, match=match):
-        call(model, X, predicted(model, X))

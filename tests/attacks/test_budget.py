@@ -50,11 +50,11 @@ def test_every_sample_is_moved_on_a_model_that_has_a_gradient(gradient_attack, b
     assert int((moved > 0.05).sum()) >= 5
 
 
-def test_a_radius_of_zero_returns_the_images(attack, batch):
+def test_a_radius_of_zero_returns_the_images(every_attack, batch):
     x, y = batch
-    if attack is ATTACKS["rfgsm_unprojected"]:
+    if every_attack is ATTACKS["rfgsm_unprojected"]:
         pytest.skip("without projection the noise of the start stays, whatever eps")
-    assert torch.equal(attack.run(linear_model(36), x, y, 0.0), x)
+    assert torch.equal(every_attack.run(linear_model(36), x, y, 0.0), x)
 
 
 def test_unprojected_rfgsm_leaves_the_ball_by_the_noise_alone(batch):

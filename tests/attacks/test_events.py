@@ -49,13 +49,6 @@ class TestBudget:
         assert x_adv.data_ptr() != x.data_ptr() or x.numel() == 0
 
     @pytest.mark.slow
-    def test_on_a_spiking_network(self, event_attack, bars):
-        x_adv = event_attack(bars.model, bars.x[:8], bars.y[:8], flips=6, generator=seeded())
-        assert bool(((x_adv == 0) | (x_adv == 1)).all())
-        assert int(count_flips(x_adv, bars.x[:8]).max()) <= 6
-        assert not torch.equal(x_adv, bars.x[:8])
-
-    @pytest.mark.slow
     def test_what_is_wrong_already_stays(self, bars):
         wrong = (bars.y + 1) % 4
         right = bars.model(bars.x).argmax(1) != wrong

@@ -219,26 +219,23 @@ def test_the_random_start_is_uniform_in_the_ball(norm):
         assert torch.quantile(share, quantile).item() == pytest.approx(quantile, abs=0.03)
 
 
-class Scaled:
-    """A linear model whose two weights are scaled by new random factors at every forward."""
+@pytest.mark.parametrize("attack", [partial(pgd, step_size=0.2), apgd], ids=["pgd", "apgd"])
+def test_eot_averages_the_gradients_of_its_forwards(attack):
+    factors = []
 
-    def __init__(self) -> None:
-        self.factors: list[torch.Tensor] = []
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        self.factors.append(torch.rand(2))
-        margin = x @ (torch.tensor([1.0, -1.0]) * self.factors[-1])
+    def scaled(x):
+        factors.append(torch.rand(2))
+        margin = x @ (torch.tensor([1.0, -1.0]) * factors[-1])
         return torch.stack([torch.zeros_like(margin), margin], 1)
 
-
-def test_eot_averages_the_gradients_of_its_forwards():
-    model = Scaled()
-    x, y = torch.full((1, 2), 0.5), torch.tensor([1])
-    options = {"norm": "L2", "random_start": False, "keep_best": False, "loss": lambda logits, y: -logits[:, 1]}
-    x_adv = pgd(model, x, y, eps=0.4, step_size=0.1, steps=1, eot_samples=8, **options)
-    assert len(model.factors) == 8
-    mean = torch.stack(model.factors).mean(0) * torch.tensor([-1.0, 1.0])
-    torch.testing.assert_close(x_adv, x + 0.1 * mean / mean.norm())
+    model, x, y = Recorder(scaled), torch.full((1, 2), 0.5), torch.tensor([1])
+    options = {"norm": "L2", "keep_best": False, "loss": lambda logits, y: -logits[:, 1]}
+    x_adv = attack(model, x, y, eps=0.1, steps=1, eot_samples=8, **options)
+    assert len(factors) == (16 if attack is apgd else 8)
+    mean = torch.stack(factors[:8]).mean(0) * torch.tensor([-1.0, 1.0])
+    moved = model.seen[0] + 0.2 * mean / mean.norm() - x
+    reached = model.seen[-1] if attack is apgd else x_adv
+    torch.testing.assert_close(reached, x + moved * min(1.0, 0.1 / moved.norm().item()))
 
 
 @pytest.mark.parametrize("norm", ["Linf", "L2"])

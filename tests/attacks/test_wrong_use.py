@@ -33,9 +33,9 @@ def replaced(value: float) -> torch.Tensor:
     ],
     ids=["nan", "inf", "negative", "bytes as floats", "bytes", "list", "no batch"],
 )
-def test_images(attack, x, error, match):
+def test_images(every_attack, x, error, match):
     with pytest.raises(error, match=match):
-        attack.run(linear_model(36), x, Y, 0.1)
+        every_attack.run(linear_model(36), x, Y, 0.1)
 
 
 @pytest.mark.parametrize(
@@ -51,14 +51,14 @@ def test_images(attack, x, error, match):
     ],
     ids=["int32", "one-hot", "too few", "column", "list", "negative", "device"],
 )
-def test_labels(attack, y, error, match):
+def test_labels(every_attack, y, error, match):
     with pytest.raises(error, match=match):
-        attack.run(linear_model(36), X, y, 0.1)
+        every_attack.run(linear_model(36), X, y, 0.1)
 
 
-def test_labels_beyond_the_classes(gradient_attack):
+def test_labels_beyond_the_classes(search):
     with pytest.raises(ValueError, match=r"labels must be < 5, the number of classes .*, got 5"):
-        gradient_attack.run(linear_model(36), X, torch.tensor([0, 5, 1]), 0.1)
+        search.run(linear_model(36), X, torch.tensor([0, 5, 1]), 0.1)
 
 
 @pytest.mark.parametrize(
@@ -165,6 +165,16 @@ def test_losses_need_classes(loss, least, keep_best):
     match = rf"loss='{loss}' needs at least {least} classes, the model returns {least - 1}; use loss='ce'"
     with pytest.raises(ValueError, match=match):
         apgd(model, X, Y * 0, eps=0.1, loss=loss, keep_best=keep_best)
+
+
+def test_a_single_class_and_infinite_logits(bridge):
+    with pytest.raises(ValueError, match="at least 2 classes"):
+        bridge.run(lambda x: x.flatten(1)[:, :1], X, Y * 0, 0.1)
+    with pytest.raises(ValueError, match="logits must be finite"):
+        bridge.run(lambda x: x.flatten(1) / 0, X, Y, 0.1)
+    if bridge.function is autoattack:
+        with pytest.raises(RuntimeError, match="no gradient .*SpikingClassifier"):
+            bridge.run(lambda x: x.detach().flatten(1), X, Y, 0.1)
 
 
 @pytest.mark.parametrize("attack", NOISES.values(), ids=NOISES)
