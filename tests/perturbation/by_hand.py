@@ -5,26 +5,31 @@ import torch
 from spikingjelly.activation_based import functional
 
 
-def capture(net, names, run):
-    """Currents and spikes [T, N, *] in float64 of the named neurons in one run of a reset network."""
+def captured(net, names, x, run=None):
+    """Input currents and spikes [T, N, *] with their graph of the named neurons in one run of a reset network."""
     seen = {name: ([], []) for name in names}
-    handles = []
-    for name, module in net.named_modules():
-        if name in seen:
 
-            def hook(module, inputs, output, name=name):
-                steps = (lambda a: [a]) if module.step_mode == "s" else list
-                for store, value in zip(seen[name], (inputs[0], output), strict=True):
-                    store.extend(step.detach().double().numpy().copy() for step in steps(value))
+    def hook(name):
+        def keep(module, inputs, output):
+            for values, value in zip(seen[name], (inputs[0], output), strict=True):
+                values.extend([value] if module.step_mode == "s" else value)
 
-            handles.append(module.register_forward_hook(hook))
+        return keep
+
+    handles = [net.get_submodule(name).register_forward_hook(hook(name)) for name in names]
     functional.reset_net(net)
-    with torch.no_grad():
-        run()
+    (run or net)(x)
     functional.reset_net(net)
     for handle in handles:
         handle.remove()
-    return {name: (np.stack(x), np.stack(s)) for name, (x, s) in seen.items() if x}
+    return {name: [torch.stack(values) for values in both] for name, both in seen.items()}
+
+
+def captured_pair(net, names, x, x_perturbed, run=None):
+    """Those of a clean and of a perturbed run in float64 numpy, four arrays for each name."""
+    with torch.no_grad():
+        clean, perturbed = (captured(net, names, a, run) for a in (x, x_perturbed))
+    return {name: [a.double().numpy() for a in (*clean[name], *perturbed[name])] for name in names}
 
 
 def eps_by_hand(x, x_perturbed, decay, gain):

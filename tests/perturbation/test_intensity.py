@@ -97,7 +97,7 @@ def test_indicators_are_the_sums_over_time_and_features():
     model = network()
     x = torch.rand(4, 1, 3, 3)
     with MPPDMonitor(model, keep="trace") as monitor:
-        monitor.compare(x, noise(x, None, 0.6), forward=model)
+        monitor.compare(x, noise(x, None, 0.6))
         for name in monitor.monitored_layers:
             trace = monitor[name][0]
             gains = model.get_submodule(name).input_gain.tolist()
@@ -133,7 +133,7 @@ def test_study_is_the_loop_over_images_and_sizes():
         for size in SIZES:
             # in the same batches, since the noise starts anew in each
             parts = [(part, noise(part, None, size)) for part in x.split(7)]
-            stats = [monitor.compare(*part, forward=model) for part in parts]
+            stats = [monitor.compare(*part) for part in parts]
             with torch.no_grad():
                 wrong.append((torch.cat([model(part).argmax(1) for _, part in parts]) != y).numpy())
             for name in result.layers:
@@ -169,7 +169,7 @@ def test_intervals_are_those_of_images_drawn_again():
     result, x, _ = study(model, perturb={"noise": noise})
     with MPPDMonitor(model, keep="trace") as monitor:
         for size in SIZES:
-            monitor.compare(x, noise(x, None, size), forward=model)
+            monitor.compare(x, noise(x, None, size))
         traces = monitor["net.4"]
         tasad = np.stack([neuron_indicators(trace)["tasad"].double().numpy().mean(1) for trace in traces])
     drawn = torch.randint(20, (20, 20), generator=torch.Generator().manual_seed(0)).numpy()

@@ -4,7 +4,7 @@ import contextlib
 
 import pytest
 import torch
-from perturbation.by_hand import assert_stats, capture, statistics_by_hand
+from perturbation.by_hand import assert_stats, captured_pair, statistics_by_hand
 from perturbation.networks import NEURONS, T, conv_net, images, in_steps, run_pair
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
@@ -124,9 +124,9 @@ def test_a_neuron_with_a_given_decay_and_gain(key):
     monitor = MPPDMonitor(net, decay={key: 0.6}, gain={key: 0.5})
     assert monitor.unsupported == {}
     stats = monitor.compare(x, x_perturbed)["1"]
-    clean, perturbed = (capture(net, ("1",), lambda a=a: net(a))["1"] for a in (x, x_perturbed))
-    assert 0 < clean[1].mean() < 1
-    assert_stats(stats, statistics_by_hand(*clean, *perturbed, 0.6, [0.5] * T, v_reset=None))
+    seen = captured_pair(net, ("1",), x, x_perturbed)["1"]
+    assert 0 < seen[1].mean() < 1
+    assert_stats(stats, statistics_by_hand(*seen, 0.6, [0.5] * T, v_reset=None))
 
 
 def test_full_perturbation_is_left_out_where_the_potential_is_another():
@@ -186,9 +186,10 @@ def net():
     return conv_net(NEURONS["LIF"][0]).train()
 
 
-def test_runs_of_different_shapes_and_lengths(net):
+@pytest.mark.parametrize("keep", ["statistics", "loss"])
+def test_runs_of_different_shapes_and_lengths(net, keep):
     x, x_perturbed = images()
-    monitor = MPPDMonitor(net)
+    monitor = MPPDMonitor(net, keep=keep)
     with pytest.raises(ValueError, match=r"same shape, got \(4, 3, 2, 6, 6\) and \(4, 2, 2, 6, 6\)"):
         monitor.compare(x, x_perturbed[:, :2])
     cases = (

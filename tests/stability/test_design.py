@@ -12,7 +12,7 @@ from sj_robust.training import Objective, StabilityGain
 CASES = [("l2", "mean"), ("l2", "response"), ("peak", "mean")]
 
 
-@pytest.mark.parametrize("T", [1, 2, 3, 8, 60])
+@pytest.mark.parametrize("T", [1, 2, 3, 8, 60, 400])
 @pytest.mark.parametrize("decay", [0.001, 0.5, 0.9, 0.99, 1.0])
 @pytest.mark.parametrize(("objective", "held"), CASES)
 def test_optimal_gains_meet_their_dual_bound(objective, held, decay, T):
@@ -52,13 +52,6 @@ def test_what_the_best_gains_save_and_cost_at_the_decay_and_steps_of_the_paper()
     assert round(held.gain, 3) == 5.139
     peak = optimal_input_gain(0.99, 8, objective="peak")
     assert (round(peak.gain, 3), round(peak.constant_gain, 3)) == (2.729, 2.732)
-
-
-def test_best_gains_for_many_steps_are_flat_in_the_middle():
-    p = optimal_input_gain(0.9, 400).input_gain
-    assert p[200] == pytest.approx(float(p[190]), rel=1e-4)
-    scaled = p / l2_gain(0.9, 400, p)
-    assert float(scaled[200]) == pytest.approx(1 - 0.9, rel=1e-4)
 
 
 def test_wrong_use_of_the_design():
@@ -114,15 +107,6 @@ def test_gradient_of_the_penalty(net, normalized):
     assert torch.autograd.gradcheck(value, [parameter.detach().clone().requires_grad_() for parameter in parameters])
 
 
-def test_the_gradient_is_that_of_the_top_singular_vector(net):
-    gain_penalty(net).backward()
-    for node in (net[1], net[3]):
-        p = node.input_gain.detach()
-        u = torch.linalg.svd(time_operator(node.decay, node.T, p))[0][:, 0]
-        expected = 2 * p * (time_operator(node.decay, node.T).T @ u).square()
-        torch.testing.assert_close(node.input_gain.grad, expected.float())
-
-
 @pytest.mark.parametrize("normalized", [False, True])
 def test_gains_of_zero_have_a_gradient_of_zero_and_those_that_are_not_finite_make_the_loss_nan(net, normalized):
     gains = net[1].input_gain
@@ -133,23 +117,6 @@ def test_gains_of_zero_have_a_gradient_of_zero_and_those_that_are_not_finite_mak
     for value in (torch.nan, torch.inf):
         gains.data[2] = value
         assert gain_penalty(net, normalized=normalized).isnan()
-
-
-def test_descent_on_the_normalized_penalty_ends_at_the_optimal_gains():
-    node = DLIFNode(T=4, tau=10.0).double()
-    optimizer = torch.optim.LBFGS(
-        [node.input_gain], max_iter=200, tolerance_change=1e-14, line_search_fn="strong_wolfe"
-    )
-
-    def closure():
-        optimizer.zero_grad()
-        value = gain_penalty(node, normalized=True)
-        value.backward()
-        return value
-
-    optimizer.step(closure)
-    p = node.input_gain.detach()
-    torch.testing.assert_close(p / p.mean(), optimal_input_gain(0.9, 4).input_gain, rtol=1e-4, atol=0)
 
 
 def test_scalars_for_the_log(net):
@@ -166,33 +133,20 @@ def test_a_network_without_learnable_gains():
         gain_penalty(nn.Sequential(neuron.IFNode()))
 
 
-def trained(weight, normalized=False):
+@pytest.mark.parametrize("normalized", [False, True])
+def test_the_training_objective_adds_the_weighted_penalty(normalized):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Flatten(2), nn.Linear(9, 12), DLIFNode(T=4, tau=10.0), nn.Linear(12, 3))
-    penalties = [StabilityGain(weight, normalized=normalized)]
-    objective = Objective(SpikingClassifier(net, T=4), rho=0.5, penalties=penalties).train()
-    x, y = torch.rand(24, 1, 3, 3), torch.arange(24) % 3
-    x[torch.arange(24), 0, 0, y] += 1
-    optimizer = torch.optim.SGD(objective.parameters(), lr=0.05)
-    history = []
-    for _ in range(25):
-        losses = objective(x, y, x + 0.1)
-        optimizer.zero_grad()
-        losses.total.backward()
-        optimizer.step()
-        history.append(losses)
-    return net, objective, history
-
-
-def test_training_with_the_penalty_lowers_the_gain_and_still_learns():
-    free, _, _ = trained(0.0)
-    for normalized in (False, True):
-        net, objective, history = trained(0.05, normalized)
-        assert history[-1].clean < history[0].clean
-        first, last = history[0].penalty, history[-1].penalty
-        assert 0 < last < first
-        assert objective.penalty_values["stability_gain"] * 0.05 == pytest.approx(float(last))
-        with torch.no_grad():
-            values = [float(gain_penalty(n, normalized=normalized)) for n in (net, free)]
-        assert values[0] < 0.97 * values[1]
-    assert "stability_gain" not in trained(0.0)[1].penalty_values
+    nn.init.uniform_(net[2].input_gain, 0.5, 1.5)
+    x, y = torch.rand(6, 1, 3, 3), torch.arange(6) % 3
+    losses, gradients = [], []
+    for weight in (0.0, 0.05):
+        penalties = [StabilityGain(weight, normalized=normalized)]
+        objective = Objective(SpikingClassifier(net, T=4), rho=0.5, penalties=penalties).train()
+        losses.append(objective(x, y, x + 0.1))
+        gradients.append(torch.autograd.grad(losses[-1].total, net[2].input_gain)[0])
+        assert ("stability_gain" in objective.penalty_values) == (weight > 0)
+    value = gain_penalty(net, normalized=normalized)
+    torch.testing.assert_close(losses[1].penalty, 0.05 * value.float())
+    (of_value,) = torch.autograd.grad(value, net[2].input_gain)
+    torch.testing.assert_close(gradients[1] - gradients[0], 0.05 * of_value)
