@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-from spikingjelly.activation_based import functional, neuron, surrogate
-from spikingjelly.activation_based.model import sew_resnet
+from spikingjelly.activation_based import functional, neuron
 from torch import nn
 
 from sj_robust.neuron import DLIFNode, replace_neurons
@@ -92,24 +91,3 @@ def test_shared_neurons_stay_shared():
 def test_a_bare_neuron_is_refused():
     with pytest.raises(ValueError, match=r"wrap it in nn\.Sequential"):
         replace_neurons(neuron.LIFNode(), T=2)
-
-
-def test_model_zoo():
-    net = sew_resnet.sew_resnet18(
-        pretrained=False,
-        cnf="ADD",
-        spiking_neuron=neuron.IFNode,
-        num_classes=3,
-        surrogate_function=surrogate.ATan(),
-    )
-    functional.set_step_mode(net, "m")
-    x = torch.rand(2, 1, 3, 32, 32)
-    net.eval()
-    with torch.no_grad():
-        wanted = net(x)
-    report = replace_neurons(net, T=2)
-    assert len(report.replaced) == 20
-    assert not report.skipped
-    functional.reset_net(net)
-    with torch.no_grad():
-        torch.testing.assert_close(net(x), wanted)

@@ -91,7 +91,7 @@ def test_equals_bptt_by_hand(backend, v_reset, detach_reset, kind, alpha):
 
 
 SHAPES = [
-    (1, 1), (7, 33), (4, 63), (4, 127), (4, 257), (2, 20000), (3, 70001), (1500, 3), (40, 2, 3), (2, 1, 1),
+    (1, 1), (7, 33), (4, 63), (4, 127), (4, 257), (2, 20000), (3, 70001), (1500, 70), (40, 2, 3), (2, 1, 1),
     (4, 2, 3, 5, 7), (3, 0), (5, 0, 4),
 ]  # fmt: skip
 
@@ -167,18 +167,6 @@ def test_every_optional_input_and_gradient_may_be_missing(backend):
         np.testing.assert_allclose(grad_gain, expected.grad_gain, atol=1e-10)
         if starts:
             np.testing.assert_allclose(grad_v_init, expected.grad_v_init, atol=1e-11)
-
-
-@pytest.mark.slow
-@not_the_reference
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_gradients_over_thousands_of_steps(backend, dtype):
-    call = random_call((2000, 70), dtype)
-    tolerance = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 1e-1}[dtype]
-    options = {"decay": 0.9, "v_threshold": 0.8, "v_reset": None, "kind": "sigmoid", "alpha": 2.0}
-    for a, b in zip(run(backend, *call, **options)[1], run("reference", *call, **options)[1], strict=True):
-        assert a.dtype == b.dtype
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
 def test_not_a_number_and_infinity(backend):
@@ -310,13 +298,6 @@ def test_second_derivative_is_refused_not_wrong(backend):
         x += 1
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         spikes.sum().backward()
-
-
-def test_gradient_of_the_potential_alone(backend):
-    x = torch.randn(3, 4, dtype=torch.float64, requires_grad=True)
-    _, v, _ = dlif_multi_step(x, torch.ones(3), decay=0.5, v_threshold=100.0, backend=backend)
-    (grad,) = torch.autograd.grad(v.sum(), x)
-    torch.testing.assert_close(grad[:, 0], torch.tensor([0.25, 0.5, 1.0], dtype=torch.float64))
 
 
 class TestContract:

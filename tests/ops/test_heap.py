@@ -32,25 +32,22 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-def run(call: str, **variables: str) -> tuple[str, int]:
-    code = CODE.format(call=call)
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    result = subprocess.run(command, capture_output=True, text=True, check=True, env=variables)
-    done, faults = result.stdout.split()
-    return done, int(faults)
+def run(code: str, call: str, **variables: str) -> list[str]:
+    command = [sys.executable, "-W", "ignore", "-c", code.format(call=call)]
+    return subprocess.run(command, capture_output=True, text=True, check=True, env=variables).stdout.split()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
 def test_freed_memory_is_not_fetched_again():
-    done, kept = run("keep_heap()")
-    _, mapped = run("None")
+    done, kept = run(CODE, "keep_heap()")
+    _, mapped = run(CODE, "None")
     if done == "False":
         pytest.skip("the C library is not glibc")
-    assert kept < mapped / 4
+    assert int(kept) < int(mapped) / 4
 
 
 def test_a_decision_of_the_environment_stays():
-    done, _ = run("keep_heap()", MALLOC_TOP_PAD_="131072")
+    done, _ = run(CODE, "keep_heap()", MALLOC_TOP_PAD_="131072")
     assert done == "False"
 
 
@@ -58,12 +55,8 @@ def test_huge_pages_mean_fewer_faults():
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if not setting.exists() or "[madvise]" not in setting.read_text():
         pytest.skip("this system does not give huge pages on request")
-    faults = []
-    for call in ("advise_huge_pages", ""):
-        command = [sys.executable, "-W", "ignore", "-c", HUGE_PAGES.format(call=call)]
-        faults.append(int(subprocess.run(command, capture_output=True, text=True, check=True, env={}).stdout))
-    advised, plain = faults
-    assert advised < plain / 4
+    (advised,), (plain,) = (run(HUGE_PAGES, call) for call in ("advise_huge_pages", ""))
+    assert int(advised) < int(plain) / 4
 
 
 def test_tensors_without_memory_of_their_own_are_left_alone():
