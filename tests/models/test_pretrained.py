@@ -95,30 +95,22 @@ def test_gains_of_the_file_are_copied(tmp_path):
 
 
 def test_what_does_not_fit_is_listed(tmp_path):
-    file = tmp_path / "best.pt"
-    pretrained(file, NetworkSpec(neuron="lif", channels=(16,)))
-    before = (classifier := build_classifier(NetworkSpec())).net.first.weight.clone()
-    with pytest.raises(
-        ValueError, match=r"missing net.stages.3.weight, .* and 1 more; of another shape net.stages.4.weight .*; build"
+    missing = r"missing net.stages.3.weight, .* and 1 more; of another shape net.stages.4.weight .*; build"
+    for message, of_file, of_network, options in (
+        (missing, {"channels": (16,)}, {}, {}),
+        (r"net.stages.8.weight \(7, 128\) instead of \(10, 128\)", {"classes": 7}, {}, {}),
+        ("was trained with tau 2, the network has 100; build it with tau=2", {"tau": 2.0}, {}, {}),
+        ("whose LIF has decay_input=False", {"tau": 2.0}, {}, {"decay_input": True}),
+        (r"PLIF neurons, each with a tau of its own \(net.stages.1.w\)", {"neuron": "plif"}, {}, {}),
+        ("unexpected mean; build the network that the file was trained as", {"mean": (0.5,)}, {}, {}),
+        (r"was trained with mean \[0.5\], the network has \[0.25\]", {"mean": (0.5,)}, {"mean": (0.25,)}, {}),
     ):
-        start_from(classifier, file)
-    pretrained(file, NetworkSpec(neuron="lif", classes=7))
-    with pytest.raises(ValueError, match=r"net.stages.8.weight \(7, 128\) instead of \(10, 128\)"):
-        start_from(classifier, file)
-    assert torch.equal(classifier.net.first.weight, before)
-    pretrained(file, NetworkSpec(neuron="lif", tau=2.0))
-    with pytest.raises(ValueError, match="was trained with tau 2, the network has 100; build it with tau=2"):
-        start_from(classifier, file)
-    with pytest.raises(ValueError, match="whose LIF has decay_input=False"):
-        start_from(classifier, file, decay_input=True)
-    pretrained(file, NetworkSpec(neuron="plif"))
-    with pytest.raises(ValueError, match=r"PLIF neurons, each with a tau of its own \(net.stages.1.w\)"):
-        start_from(classifier, file)
-    pretrained(file, NetworkSpec(neuron="lif", mean=(0.5,)))
-    with pytest.raises(ValueError, match=r"unexpected mean; build the network that the file was trained as"):
-        start_from(classifier, file)
-    with pytest.raises(ValueError, match=r"was trained with mean \[0.5\], the network has \[0.25\]"):
-        start_from(build_classifier(NetworkSpec(mean=(0.25,))), file)
+        pretrained(tmp_path / "best.pt", NetworkSpec(**{"neuron": "lif"} | of_file))
+        classifier = build_classifier(NetworkSpec(**of_network))
+        before = copy.deepcopy(classifier.state_dict())
+        with pytest.raises(ValueError, match=message):
+            start_from(classifier, tmp_path / "best.pt", **options)
+        assert all(torch.equal(value, before[name]) for name, value in classifier.state_dict().items())
 
 
 def test_files_that_cannot_be_read(tmp_path):

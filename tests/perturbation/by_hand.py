@@ -33,11 +33,12 @@ def captured_pair(net, names, x, x_perturbed, run=None):
 
 
 def eps_by_hand(x, x_perturbed, decay, gain):
-    """Simplified perturbation as an explicit weighted sum over earlier steps; ``gain`` holds one number per step."""
-    dx = x - x_perturbed
-    return np.stack(
-        [sum(decay ** (t - k) * gain[k] * dx[k] for k in range(t + 1)) for t in range(len(dx))],
-    )
+    """Simplified perturbation in float64 as an explicit weighted sum over earlier steps, with the perturbed graph.
+
+    ``gain`` holds one number per step.
+    """
+    dx = torch.as_tensor(x).detach().double() - torch.as_tensor(x_perturbed).double()
+    return torch.stack([sum(decay ** (t - k) * gain[k] * dx[k] for k in range(t + 1)) for t in range(len(dx))])
 
 
 def potentials_by_hand(x, spikes, decay, gain, v_threshold, v_reset):
@@ -55,7 +56,7 @@ def statistics_by_hand(x, s, xp, sp, decay, gain, v_threshold=1.0, v_reset=0.0):
     """Every statistic of LayerStats for one pair of runs, [T] each."""
     T = len(x)
     axes = tuple(range(1, x.ndim))
-    eps = eps_by_hand(x, xp, decay, gain)
+    eps = eps_by_hand(x, xp, decay, gain).numpy()
     d = potentials_by_hand(x, s, decay, gain, v_threshold, v_reset) - potentials_by_hand(
         xp, sp, decay, gain, v_threshold, v_reset
     )

@@ -101,7 +101,7 @@ def test_indicators_are_the_sums_over_time_and_features():
         for name in monitor.monitored_layers:
             trace = monitor[name][0]
             gains = model.get_submodule(name).input_gain.tolist()
-            eps = eps_by_hand(trace.x_seq.numpy(), trace.x_seq_perturbed.numpy(), 0.99, gains)
+            eps = eps_by_hand(trace.x_seq, trace.x_seq_perturbed, 0.99, gains).numpy()
             s, s_perturbed = trace.spike_seq.numpy(), trace.spike_seq_perturbed.numpy()
             assert (s != s_perturbed).any()
             d = trace.v_seq.numpy() - trace.v_seq_perturbed.numpy()

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from perturbation.by_hand import captured
+from perturbation.by_hand import captured, eps_by_hand
 from perturbation.networks import (
     NEURONS,
     T,
@@ -31,14 +31,6 @@ INDICATORS = [("mppd", False), ("mppd", True), ("std", False), ("tasad", False)]
 LAYERS = {"last": ["8"], "all": NAMES, "4": ["4"], "8 2": ["8", "2"]}
 
 
-def explicit_eps(x, x_perturbed, decay, gain):
-    """The perturbation by the matrix of powers of the decay, in float64."""
-    matrix = torch.tensor([[float(k <= t) for k in range(len(x))] for t in range(len(x))], dtype=torch.float64)
-    powers = torch.tensor([[float(max(t - k, 0)) for k in range(len(x))] for t in range(len(x))], dtype=torch.float64)
-    weights = matrix * torch.as_tensor(decay, dtype=torch.float64) ** powers * gain
-    return torch.einsum("tk,k...->t...", weights, x.detach().double() - x_perturbed.double())
-
-
 def explicit_difference(node, clean, perturbed, indicator, input_gain):
     """What the indicator takes the mean square or absolute value of; decay and gain as the neuron learns them."""
     if indicator != "mppd":
@@ -50,7 +42,7 @@ def explicit_difference(node, clean, perturbed, indicator, input_gain):
         decay = 1 - gain
     elif isinstance(node, DLIFNode):  # the paper's form leaves the learnable gain out
         decay, gain = node.decay, node.input_gain.double() if input_gain else 1.0
-    return explicit_eps(clean[0], perturbed[0], decay, gain)
+    return eps_by_hand(clean[0], perturbed[0], decay, torch.as_tensor(gain).expand(T))
 
 
 def gradients(value, net):
@@ -136,7 +128,7 @@ def test_recurrent_container_and_last_layer_in_single_steps():
     with torch.no_grad():
         clean = captured(net, ["2.sn"], x)["2.sn"][0]
     perturbed = captured(net, ["2.sn"], x + 0.5)["2.sn"][0]
-    expected = explicit_eps(clean, perturbed, 0.5, 1.0).square().mean()
+    expected = eps_by_hand(clean, perturbed, 0.5, [1.0] * T).square().mean()
     torch.testing.assert_close(monitor.loss(["2.sn"]).double(), expected)
     assert_same_gradients(monitor.loss(["2.sn"]), expected, net)
 
@@ -336,7 +328,7 @@ def test_mixed_precision(kind):
     assert clean["8"][0].dtype == torch.bfloat16
     assert value.dtype == torch.float32
     decay = NEURONS[kind][1]
-    terms = [explicit_eps(clean[name][0], perturbed[name][0], decay, 1.0).square().mean() for name in NAMES]
+    terms = [eps_by_hand(clean[name][0], perturbed[name][0], decay, [1.0] * T).square().mean() for name in NAMES]
     torch.testing.assert_close(value.double(), torch.stack(terms).mean(), rtol=1e-5, atol=1e-7)
     assert all(bool(grad.isfinite().all()) for grad in gradients(value, net))
 

@@ -4,6 +4,8 @@ Needs numpy alone, so that it also runs in a process under AddressSanitizer: ``p
 """
 
 import itertools
+import math
+import random
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -66,25 +68,16 @@ class Variant:
 
 
 def variants(strength: int, shapes: list[tuple[int, bool, int]] = SHAPES) -> list[Variant]:
-    """A small set in which every combination of ``strength`` template arguments occurs (greedy covering array)."""
-    axes = [shapes, list(IO), list(RESETS), [False, True], [False, True], list(SURROGATES)]
-    wanted = {
-        combination
-        for positions in itertools.combinations(range(len(axes)), strength)
-        for combination in itertools.product(*([(p, i) for i in range(len(axes[p]))] for p in positions))
-    }
-    chosen = []
-    while wanted:
-        row: dict[int, int] = dict(min(wanted))
-        for axis in set(range(len(axes))) - set(row):
-            gains = []
-            for value in range(len(axes[axis])):
-                trial = {**row, axis: value}
-                gains.append(sum(all(trial.get(p) == i for p, i in combination) for combination in wanted))
-            best = max(gains)
-            row[axis] = [i for i, gain in enumerate(gains) if gain == best][len(chosen) % gains.count(best)]
-        wanted = {c for c in wanted if not all(row[p] == i for p, i in c)}
-        chosen.append(Variant(*(axes[p][row[p]] for p in range(len(axes)))))
+    """A small set in which every combination of ``strength`` template arguments occurs: most new ones first."""
+    rows = list(itertools.product(shapes, IO, RESETS, [False, True], [False, True], SURROGATES))
+    random.Random(0).shuffle(rows)
+    of_row = {row: set(itertools.combinations(enumerate(row), strength)) for row in rows}
+    chosen, met = [], set()
+    for least in range(math.comb(6, strength), 0, -1):
+        for row in rows:
+            if len(of_row[row] - met) >= least:
+                met |= of_row[row]
+                chosen.append(Variant(*row))
     return chosen
 
 

@@ -15,6 +15,12 @@ def library(tmp_path_factory):
     return shim.Library(shim.build(cases.text(EVERY_TRIPLE, shim.KERNEL), tmp_path_factory.mktemp("kernels")))
 
 
+@pytest.fixture
+def preload():
+    """What a process needs in which a sanitized library is loaded."""
+    return shim.sanitizer_runtime() or pytest.skip("g++ has no AddressSanitizer runtime (install libasan)")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", EVERY_TRIPLE, ids=lambda variant: variant.name)
 def test_equals_the_oracle(library, variant):
@@ -22,10 +28,7 @@ def test_equals_the_oracle(library, variant):
 
 
 @pytest.mark.slow
-def test_equals_the_oracle_under_address_and_undefined_behaviour_sanitizers(tmp_path):
-    preload = shim.sanitizer_runtime()
-    if preload is None:
-        pytest.skip("g++ has no AddressSanitizer runtime (install libasan)")
+def test_equals_the_oracle_under_address_and_undefined_behaviour_sanitizers(tmp_path, preload):
     chosen = cases.variants(2)
     built = shim.build(cases.text(chosen, shim.KERNEL), tmp_path, sanitize=True)
     command = [sys.executable, "-m", "ops.cuda.cases", str(built), "2"]
@@ -35,10 +38,7 @@ def test_equals_the_oracle_under_address_and_undefined_behaviour_sanitizers(tmp_
 
 
 @pytest.mark.slow
-def test_sanitizer_sees_a_read_past_the_end(tmp_path):
-    preload = shim.sanitizer_runtime()
-    if preload is None:
-        pytest.skip("g++ has no AddressSanitizer runtime (install libasan)")
+def test_sanitizer_sees_a_read_past_the_end(tmp_path, preload):
     text = 'extern "C" __global__ void sum(const float* x, float* y) {\n    y[threadIdx.x] = x[threadIdx.x + 1];\n}\n'
     built = shim.build(text, tmp_path, sanitize=True)
     script = (
