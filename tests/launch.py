@@ -1,19 +1,56 @@
-"""Recipes started by tests: in this process, or as a process that hears Ctrl-C."""
+"""Recipes started by tests: in this process, or as processes that hear Ctrl-C."""
 
+import contextlib
+import importlib
+import os
 import signal
+import subprocess
+import sys
+import time
 from functools import partial
+from pathlib import Path
 
+import pytest
 from accelerate.state import AcceleratorState
 
-# A shell may have started the tests in the background, where SIGINT is ignored; a child would inherit that. For
-# ``preexec_fn`` of a process that Ctrl-C is sent to.
-hears_ctrl_c = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+ROOT = Path(__file__).parents[1]
+RECIPES = ("adv_train", "evaluate", "sweep", "figures", "benchmark")
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100", "PYTHONUNBUFFERED": "1"}
+TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+# SpikingJelly 0.0.0.0.14 uses what torch has deprecated since.
+STRICT = ("-W", "error", "-W", "ignore:`torch.jit.script` is deprecated:DeprecationWarning")
 
 
-def in_process(main, monkeypatch, folder, *options):
+def in_process(name, folder, *options):
     """A recipe without a process of its own, which takes seconds to start."""
-    monkeypatch.chdir(folder)
-    try:
-        main(list(options))
-    finally:
-        AcceleratorState._reset_state(True)
+    with contextlib.chdir(folder):
+        try:
+            importlib.import_module(name).main(list(options))
+        finally:
+            AcceleratorState._reset_state(True)
+
+
+def start(name, folder, *options, launcher=STRICT):
+    """A recipe as a process, the leader of its group."""
+    command = [sys.executable, *launcher, str(ROOT / "recipes" / f"{name}.py"), *options]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    # A shell may have started the tests in the background, where SIGINT is ignored; a child would inherit that.
+    hears = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, start_new_session=True, preexec_fn=hears, **pipes)
+
+
+def finish(process, code=0):
+    """What a process says on stdout and on stderr until it ends."""
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
+    return out, err
+
+
+def wait_until(condition, what, process=None):
+    """Wait for something to happen while a process runs."""
+    for _ in range(10_000):
+        if condition():
+            return
+        assert process is None or process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    pytest.fail(f"{what} did not happen")

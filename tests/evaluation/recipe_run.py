@@ -1,24 +1,13 @@
 """The recipe evaluate as its tests run it, on a small trained network and on networks of somebody's own."""
 
-import os
-import subprocess
-import sys
 from dataclasses import asdict
 from functools import partial
-from pathlib import Path
 
 import launch
-from accelerate.state import AcceleratorState
 
-ROOT = Path(__file__).parents[2]
-RECIPE = ROOT / "recipes" / "evaluate.py"
 SMALL = ("--test-limit", "12", "--batch-size", "6")
-sys.path.insert(0, str(RECIPE.parent))
-import adv_train  # noqa: E402  # a script, found only now
-import evaluate  # noqa: E402  # as above
-
-STRICT = ("-W", "error", "-W", "ignore:`torch.jit.script` is deprecated:DeprecationWarning")
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
+in_process = partial(launch.in_process, "evaluate")
+start = partial(launch.start, "evaluate")
 
 OWN = """
 import torch
@@ -62,9 +51,6 @@ def diverged():
     nn.init.constant_(net[3].bias, float("nan"))
     return net
 
-def pictures():
-    return nn.Sequential(nn.Flatten(2), nn.Linear(192, 2))
-
 class Blind(nn.Module):
     def __init__(self):
         super().__init__()
@@ -77,14 +63,9 @@ class Blind(nn.Module):
 
 def working_folder(folder):
     """A working folder with a run of two small networks in it, and a module with networks of somebody's own."""
-    here = Path.cwd()
-    os.chdir(folder)
-    try:
-        quick = ("--epochs", "5", "--batch-size", "32", "--test-limit", "20", "--channels", "[8,8]", "--T", "3")
-        adv_train.main([*quick, "--mode", "none", "--neuron", "lif", "--reference", "false", "--output", "runs/one"])
-        AcceleratorState._reset_state(True)
-    finally:
-        os.chdir(here)
+    quick = ("--epochs", "5", "--batch-size", "32", "--test-limit", "20", "--channels", "[8,8]", "--T", "3")
+    plain = ("--mode", "none", "--neuron", "lif", "--reference", "false", "--output", "runs/one")
+    launch.in_process("adv_train", folder, *quick, *plain)
     two = folder / "runs" / "two"
     for name in ("a", "b"):
         (two / name).mkdir(parents=True)
@@ -92,21 +73,6 @@ def working_folder(folder):
     (folder / "own_net.py").write_text(OWN)
     (folder / "broken.py").write_text("from torch import no_such_name\n")
     (folder / "unfinished.py").write_text("def build(:\n")
-
-
-in_process = partial(launch.in_process, evaluate.main)
-
-
-def start(folder, *options, launcher=()):
-    command = [sys.executable, *STRICT, *launcher, str(RECIPE), *options]
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, preexec_fn=launch.hears_ctrl_c, **pipes)
-
-
-def finish(process, code=0):
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
-    return out, err
 
 
 def without_times(report):

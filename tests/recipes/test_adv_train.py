@@ -1,78 +1,43 @@
 import math
-import os
 import re
 import signal
-import subprocess
-import sys
-import time
-from functools import partial
 from pathlib import Path
 
+import adv_train
 import launch
 import pytest
 import torch
 from data.test_torchvision_sets import DEBIAN, write_mnist
+from launch import ROOT, finish, start
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sj_robust.evaluation import Report
 from sj_robust.models import NetworkSpec, build_network
 from sj_robust.training import load_checkpoint, save_checkpoint
 
-ROOT = Path(__file__).parents[2]
-RECIPE = ROOT / "recipes" / "adv_train.py"
 QUICK = ("--epochs", "2", "--train-limit", "260", "--test-limit", "40", "--channels", "[4,4]")
-sys.path.insert(0, str(RECIPE.parent))
-import adv_train  # noqa: E402  # a script, found only now
 
 pytestmark = pytest.mark.slow
 
-# SpikingJelly 0.0.0.0.14 uses what torch has deprecated since.
-STRICT = ("-W", "error", "-W", "ignore:`torch.jit.script` is deprecated:DeprecationWarning")
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
 
-
-in_process = partial(launch.in_process, adv_train.main)
-
-
-def start(folder, *options):
-    command = [sys.executable, *STRICT, str(RECIPE), *options]
-    return subprocess.Popen(
-        command, cwd=folder, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def run(folder, *options, code=0):
-    process = start(folder, *options)
-    out, err = process.communicate(timeout=600)
-    assert process.returncode == code, f"exit code {process.returncode}\n{out}\n{err}"
-    return out + err
+def in_process(folder, *options):
+    launch.in_process("adv_train", folder, *options)
 
 
 def weights(folder):
-    return {
-        (path.parent.name, path.name, name): value
-        for path in sorted(folder.glob("*/*.pt"))
-        for name, value in load_checkpoint(path)["model"].items()
-    }
-
-
-def assert_same(folder, other):
-    one, two = weights(folder), weights(other)
-    assert len(one) > 40
-    assert one.keys() == two.keys()
-    for key in one:
-        assert torch.equal(one[key], two[key]), key
+    return {str(path.relative_to(folder)): load_checkpoint(path)["model"] for path in sorted(folder.glob("*/*.pt"))}
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """An unbroken quick run."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    run(folder.parent, *QUICK, "--output", str(folder))
+    finish(start("adv_train", folder.parent, *QUICK, "--output", str(folder)))
     return folder
 
 
 def test_the_default_run_defends(tmp_path):
-    output = run(tmp_path)
+    output, _ = finish(start("adv_train", tmp_path))
     folder = tmp_path / "runs" / "digits-dlif-at-1"
     report = Report.load(folder / "report.json")
     assert report.table() in output
@@ -111,73 +76,38 @@ def test_a_checkpoint_builds_its_network(whole):
     assert (options["kappa"], options["rho"], options["weight_decay"], options["eps"]) == (0.5, 1.0, 5e-4, 0.1)
 
 
-def scalars(folder):
-    """What TensorBoard would show."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(folder))
-    events.Reload()
-    return events
-
-
-def test_tensorboard_scalars(whole):
-    events = scalars(whole / "tensorboard" / "dlif_at")
-    tags = set(events.Tags()["scalars"])
-    assert {f"train/{name}" for name in ("total", "clean", "perturbed", "mppd", "accuracy", "lr")} <= tags
-    assert {"validation/clean", "validation/fgsm", "validation/pgd", "ms_mppd/stages.1", "ms_mppd/stages.5"} <= tags
-    assert {f"input_gain/{layer}/t{t}" for layer in ("stages.1", "stages.5") for t in range(4)} <= tags
-    assert [event.step for event in events.Scalars("ms_mppd/stages.5")] == [1, 2]
-    assert events.Scalars("ms_mppd/stages.5")[0].value > 0
-
-
-def wait_for(process, path, condition):
-    for _ in range(3000):
-        assert process.poll() is None, process.communicate()
-        if path.exists() and condition(path):
-            return
-        time.sleep(0.02)
-    pytest.fail(f"{path} did not appear")
-
-
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
-def test_a_run_that_was_stopped_and_resumed_ends_at_the_same_weights(tmp_path, whole, number):
+def test_a_run_that_was_killed_and_resumed_ends_at_the_same_weights(tmp_path, whole):
     options = (*QUICK, "--output", "cut", "--checkpoint-steps", "1")
-    process = start(tmp_path, *options)
-    wait_for(process, tmp_path / "cut" / "dlif_at" / "last.pt", lambda path: load_checkpoint(path)["batch"] > 0)
-    process.send_signal(number)
-    out, err = process.communicate(timeout=120)
-    content = load_checkpoint(tmp_path / "cut" / "dlif_at" / "last.pt")
-    assert content["epoch"] < 2
-    if number == signal.SIGINT:
-        assert process.returncode == 130, out + err
-        assert "continues with --resume" in err
-        assert "Traceback" not in err
-    else:
-        assert process.returncode == -signal.SIGKILL
-    refused = run(tmp_path, *options, code=1)  # a run is not overwritten by accident
+    process = start("adv_train", tmp_path, *options)
+    last = tmp_path / "cut" / "dlif_at" / "last.pt"
+    launch.wait_until(lambda: last.exists() and load_checkpoint(last)["batch"] > 0, "a checkpoint", process)
+    process.kill()
+    finish(process, code=-signal.SIGKILL)
+    assert load_checkpoint(last)["epoch"] < 2
+    _, refused = finish(start("adv_train", tmp_path, *options), code=1)  # a run is not overwritten by accident
     assert re.search(r"^error: cut is not empty: .* --resume.*\n\Z", refused, re.MULTILINE)
-    run(tmp_path, "--output", "cut", "--resume")  # with the options of the run
-    assert_same(whole, tmp_path / "cut")
+    finish(start("adv_train", tmp_path, "--output", "cut", "--resume"))  # with the options of the run
+    torch.testing.assert_close(weights(whole), weights(tmp_path / "cut"), rtol=0, atol=0)
     assert Report.load(tmp_path / "cut" / "report.json").scores == Report.load(whole / "report.json").scores
 
 
-def test_resuming_a_finished_run_gives_the_same_report_and_other_options_are_refused(tmp_path, monkeypatch):
+def test_resuming_a_finished_run_gives_the_same_report_and_other_options_are_refused(tmp_path):
     quick = (*QUICK, "--epochs", "1", "--mode", "gaussian", "--reference", "false")
-    in_process(monkeypatch, tmp_path, *quick)
+    in_process(tmp_path, *quick)
     folder = tmp_path / "runs" / "digits-dlif-gaussian-1"
     scores = Report.load(folder / "report.json").scores
-    in_process(monkeypatch, tmp_path, *quick)
+    in_process(tmp_path, *quick)
     with pytest.raises(ValueError, match="--T must be an integer > 0, got 0"):
-        in_process(monkeypatch, tmp_path, *quick, "--T", "0")
+        in_process(tmp_path, *quick, "--T", "0")
     started = tmp_path / "runs" / "digits-dlif-gaussian-3"  # one that was killed before its first checkpoint
     started.mkdir()
     (started / "config.yaml").write_text("{}")
-    in_process(monkeypatch, tmp_path, "--mode", "gaussian", "--resume")
+    in_process(tmp_path, "--mode", "gaussian", "--resume")
     names = sorted(path.name for path in (tmp_path / "runs").iterdir())
     assert names == [f"digits-dlif-gaussian-{number}" for number in (1, 2, 3)]
     for number in (1, 2):
         assert Report.load(tmp_path / "runs" / f"digits-dlif-gaussian-{number}" / "report.json").scores == scores
-    options = (monkeypatch, tmp_path, "--output", str(folder), "--resume")
+    options = (tmp_path, "--output", str(folder), "--resume")
     with pytest.raises(ValueError, match=r"options\.rho: 1\.0 there, 2\.0 now"):
         in_process(*options, "--rho", "2")
     save_checkpoint(folder / "dlif_gaussian" / "last.pt", {"description": {}})
@@ -187,14 +117,14 @@ def test_resuming_a_finished_run_gives_the_same_report_and_other_options_are_ref
     with pytest.raises(ValueError, match="cannot be read as a checkpoint"):
         in_process(*options)
     with pytest.raises(FileNotFoundError, match="no run to resume"):
-        in_process(monkeypatch, tmp_path, "--output", "nowhere", "--resume")
+        in_process(tmp_path, "--output", "nowhere", "--resume")
 
 
-def test_bounds_and_options_without_effect_are_in_the_log(tmp_path, monkeypatch, capsys):
+def test_bounds_and_options_without_effect_are_in_the_log(tmp_path, capsys):
     options = (*QUICK, "--epochs", "1", "--reference", "false", "--log-bounds", "--mode", "none", "--rho", "1")
-    in_process(monkeypatch, tmp_path, *options, "--norm", "l1")
+    in_process(tmp_path, *options, "--norm", "l1")
     assert "without effect beside the other options: norm, rho\n" in capsys.readouterr().out
-    events = scalars(tmp_path / "runs" / "digits-dlif-none-1" / "tensorboard" / "dlif_none")
+    events = EventAccumulator(str(tmp_path / "runs" / "digits-dlif-none-1" / "tensorboard" / "dlif_none")).Reload()
     for layer in ("stages.1", "stages.5"):
         bound, gain = (events.Scalars(f"{name}/{layer}")[0].value for name in ("l2_bound", "l2_gain"))
         assert bound > 0
@@ -218,10 +148,10 @@ def test_print_config_and_config(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_presets_train(tmp_path, monkeypatch, path):
+def test_presets_train(tmp_path, path):
     write_mnist(tmp_path, train=200, test=30, size=28)
     root = str(DEBIAN if DEBIAN.is_dir() else tmp_path)
-    in_process(monkeypatch, tmp_path, "--config", str(path), *QUICK, "--epochs", "1", "--data-root", root)
+    in_process(tmp_path, "--config", str(path), *QUICK, "--epochs", "1", "--data-root", root)
     (saved,) = (tmp_path / "runs").glob("*/report.json")
     report = Report.load(saved)
     assert all(math.isfinite(records[-1]["losses"]["total"]) for records in report.curves.values())
@@ -230,13 +160,9 @@ def test_presets_train(tmp_path, monkeypatch, path):
 
 
 def test_two_processes(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(RECIPE), *QUICK]
-    result = subprocess.run(
-        command, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=600, check=False
-    )
-    assert result.returncode == 0, result.stderr
+    out, _ = finish(start("adv_train", tmp_path, *QUICK, launcher=launch.TWO_PROCESSES))
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["digits-dlif-at-1"]
-    assert result.stdout.count("| pgd20 |") == 1
+    assert out.count("| pgd20 |") == 1
     folder = tmp_path / "runs" / "digits-dlif-at-1"
     assert "processes: 2" in (folder / "log.txt").read_text()
     assert len(load_checkpoint(folder / "dlif_at" / "last.pt")["random"]) == 2

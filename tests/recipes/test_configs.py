@@ -1,9 +1,8 @@
 """Every preset loads with the recipe's own parser and builds its network, loss, attack and plan."""
 
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
+import adv_train
 import pytest
 import torch
 import yaml
@@ -11,14 +10,12 @@ from lab.sweeping.grid import expand, seeds_of
 from lab.sweeping.plan import plan_runs
 from lab.sweeping.published_accuracies import PUBLISHED
 from lab.sweeping.recipe import load_recipe
+from launch import ROOT
 
 from sj_robust import training
 from sj_robust.attacks.threat import parse_eps
 
-RECIPES = Path(__file__).parents[2] / "recipes"
-sys.path.insert(0, str(RECIPES))
-import adv_train  # noqa: E402  # a script, found only now
-
+RECIPES = ROOT / "recipes"
 CONFIGS = RECIPES / "configs"
 CELLS = sorted((CONFIGS / "paper").glob("*.yaml"))
 PRESETS = [*sorted(CONFIGS.glob("*.yaml")), *CELLS]

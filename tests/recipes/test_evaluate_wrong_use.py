@@ -1,27 +1,39 @@
 """Wrong inputs of the recipe evaluate are named before anything is written."""
 
-import re
+from dataclasses import asdict
 
 import pytest
-from evaluation.recipe_run import SMALL, finish, in_process, start
+from evaluation.recipe_run import SMALL, in_process
 
 from sj_robust.models import NetworkSpec, build_classifier
-from sj_robust.training import load_checkpoint, save_checkpoint
+from sj_robust.training import save_checkpoint
 
 pytestmark = pytest.mark.slow
+
+
+NETWORKS = {
+    "own_net": "network must be module:function",
+    "own_net:missing": "has no function 'missing'",
+    "own_net:nothing": r"must return a network \(nn.Module\), got int",
+    "own_net:wrong_shape": "does not take images",
+    "own_net:five": "tells 5 classes apart, digits has 10",
+    "own_net:needs_a_path": r"failed \(TypeError: .*'path'\); it must return",
+    "own_net:fails": r"failed \(KeyError: .*layer 1', own_net.py:\d+\); it",
+    "broken:build": r"broken cannot be imported \(ImportError: .*broken.py:1\)",
+    "unfinished.py:f": r"unfinished.py cannot be imported \(SyntaxError: .* line 1\)\);",
+    "own_net:half": r"weights torch.float16: return network.fl",
+    "own_net:diverged": "NaN or infinite logits",
+    "own_net:Blind": "no gradient reaches the images of Blind",
+}
 
 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ((), ValueError, "give a checkpoint, or your own network"),
         (("runs/one", "--network", "own_net:build"), ValueError, "give a checkpoint, or your own"),
         (("nowhere.pt",), FileNotFoundError, r"nowhere.pt does not exist; in \. there are .*runs/one/lif_none/best.pt"),
         (("runs",), FileNotFoundError, "no best.pt in runs; there are runs/one/lif_none/best.pt"),
         (("runs/two",), ValueError, "runs/two holds 2 networks, give one of them: runs/two/a/best.pt, runs/two/b"),
-        (("own_net.py",), ValueError, "cannot be read as a checkpoint"),
-        (("other.pt",), ValueError, "other.pt holds no network that this release can build"),
-        (("runs/one", "--T", "0"), ValueError, "--T must be an integer > 0, got 0"),
         (("runs/one", "--mean", "[0.5]"), ValueError, "a checkpoint knows its own mean and std"),
         (("runs/one", "--norm", "L0"), ValueError, "eps is the number of changed elements .* such as --eps 20"),
         (("runs/one", "--norm", "L0", "--eps", "20"), ValueError, "suite 'standard' does not fit a threat in L0"),
@@ -38,77 +50,21 @@ pytestmark = pytest.mark.slow
         (("runs/one", "--transfer", "nowhere"), FileNotFoundError, "nowhere does not exist"),
         (("runs/one", "--dataset", "fashion_mnist"), FileNotFoundError, "Fashion-MNIST is not complete"),
         (("--network", "own_net:build", "--T", "3"), ValueError, "eps is not known"),
-        (("--network", "own_net:build", "--eps", "0.1"), ValueError, "give its time steps with --T"),
         (("--network", "own_net:wrapped", "--T", "3", "--eps", "0.1"), ValueError, "has its own T"),
-        (("--network", "own_net"), ValueError, "network must be module:function"),
         (("--network", "no_net:build"), ModuleNotFoundError, "no module 'no_net' in"),
-        (("--network", "no_net.py:build"), FileNotFoundError, "no_net.py does not exist"),
-        (("--network", "own_net:missing"), ValueError, "has no function 'missing'"),
-        (("--network", "own_net:nothing"), ValueError, r"must return a network \(nn.Module\), got int"),
-        (("--network", "own_net:wrong_shape", "--T", "2", "--eps", "0.1"), ValueError, "does not take images"),
-        (("--network", "own_net:five", "--T", "2", "--eps", "0.1"), ValueError, "tells 5 classes apart, digits has 10"),
-        (
-            ("--network", "own_net:needs_a_path", "--T", "2"),
-            ValueError,
-            r"failed \(TypeError: .*'path'\); it must return",
-        ),
-        (
-            ("--network", "own_net:fails", "--T", "2"),
-            ValueError,
-            r"failed \(KeyError: .*layer 1', own_net.py:\d+\); it",
-        ),
-        (
-            ("--network", "broken:build", "--T", "2"),
-            ValueError,
-            r"broken cannot be imported \(ImportError: .*broken.py:1\)",
-        ),
-        (
-            ("--network", "unfinished.py:f"),
-            ValueError,
-            r"unfinished.py cannot be imported \(SyntaxError: .* line 1\)\);",
-        ),
-        (
-            ("--network", "own_net:half", "--T", "2", "--eps", "0.1"),
-            ValueError,
-            r"weights torch.float16: return network.fl",
-        ),
-        (("--network", "own_net:diverged", "--T", "2", "--eps", "0.1"), ValueError, "NaN or infinite logits"),
-        (
-            ("--network", "own_net:Blind", "--T", "2", "--eps", "0.1"),
-            ValueError,
-            "no gradient reaches the images of Blind",
-        ),
+        *((("--network", one, "--T", "2", "--eps", "0.1"), ValueError, message) for one, message in NETWORKS.items()),
         (("runs/one", "runs/two/a"), ValueError, "one checkpoint at a time, got another one, runs/two/a"),
-        (("runs/one", "--seed", "-1"), ValueError, "--seed must be an integer >= 0, got -1"),
         (("runs/one", "--draws", "0"), ValueError, "--draws must be an integer > 0, got 0"),
         (("runs/one", "--transfer", "wide.pt"), ValueError, r"wide takes images \(1, 9, 9\), those of digits are"),
-        (
-            ("runs/one", "--output", "own_net.py"),
-            OSError,
-            r"own_net.py cannot be written \(File exists\); give another",
-        ),
-        (("runs/one", "--output", "own_net.py/x"), OSError, r"cannot be written \(Not a directory\); give another"),
+        (("runs/one", "--output", "own_net.py"), OSError, r"own_net.py cannot be written \(File exists\); give"),
+        (("runs/one", "--output", "own_net.py/x"), OSError, r"cannot be written \(Not a directory\); give"),
     ],
 )
-def test_wrong_inputs(folder, monkeypatch, options, error, message):
-    save_checkpoint(folder / "other.pt", {"epoch": 1})
-    wide = load_checkpoint(folder / "runs" / "one" / "lif_none" / "best.pt")
-    wide["description"]["network"]["image_shape"] = [1, 9, 9]
-    wide["model"] = build_network_state(wide["description"]["network"])
-    save_checkpoint(folder / "wide.pt", {name: wide[name] for name in ("description", "model")})
-    runs = sorted(path.name for path in (folder / "runs").iterdir() if not path.name.startswith("evaluate"))
+def test_wrong_inputs(folder, options, error, message):
+    wide = NetworkSpec(image_shape=(1, 9, 9))
+    content = {"description": {"network": asdict(wide)}, "model": build_classifier(wide).state_dict()}
+    save_checkpoint(folder / "wide.pt", content)
+    before = list((folder / "runs").iterdir())
     with pytest.raises(error, match=message):
-        in_process(monkeypatch, folder, *options, *SMALL)
-    assert sorted(path.name for path in (folder / "runs").iterdir() if not path.name.startswith("evaluate")) == runs
-
-
-def test_errors_are_one_line(folder):
-    _, err = finish(start(folder, "nowhere.pt"), code=1)
-    assert re.fullmatch(r"error: nowhere.pt does not exist; .*\n", err)
-    _, err = finish(start(folder, "runs/one", "--suite", "slow"), code=2)
-    assert "slow" in err
-    assert "Traceback" not in err
-
-
-def build_network_state(options):
-    return build_classifier(NetworkSpec(**options)).state_dict()
+        in_process(folder, *options, *SMALL)
+    assert list((folder / "runs").iterdir()) == before

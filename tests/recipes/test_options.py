@@ -8,19 +8,17 @@ import sys
 from dataclasses import fields
 from pathlib import Path
 
+import adv_train
 import pytest
 from lab.command_line.declared import idle, options_of
 from lab.command_line.parser import RecipeParser, as_yaml, shown_value
+from launch import RECIPES, ROOT
 
 from sj_robust.data import DATASETS
 from sj_robust.training import MODES
 
-ROOT = Path(__file__).parents[2]
-RECIPES = ("adv_train", "evaluate", "sweep", "figures", "benchmark")
-sys.path.insert(0, str(ROOT / "recipes"))
 sys.path.insert(0, str(ROOT / "docs" / "options"))
-import adv_train  # noqa: E402  # a script, found only now
-import generate  # noqa: E402  # as above
+import generate  # a script, found only now
 
 
 @pytest.fixture(params=RECIPES)

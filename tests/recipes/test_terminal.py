@@ -1,14 +1,15 @@
 """What a recipe shows on a terminal and elsewhere, and what it leaves in its folder."""
 
-import importlib
+import csv
 import os
 import re
 import subprocess
 import sys
-from pathlib import Path
 
+import launch
 import pytest
-from accelerate.state import AcceleratorState
+from lab.sweeping.record import RECORD_FILE, RunRecord
+from launch import RECIPES, ROOT
 
 pty = pytest.importorskip("pty", reason="Windows has no pseudo-terminals")
 import fcntl  # noqa: E402  # only where there are pseudo-terminals
@@ -17,35 +18,26 @@ import termios  # noqa: E402  # as above
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "recipes"))
 TINY = ("--epochs", "2", "--train-limit", "200", "--test-limit", "12", "--channels", "[2,2]", "--T", "2")
 TRAIN = ("adv_train", *TINY, "--output", "f")
 CONTROL = re.compile(r"\x1b\[[0-?]*[@-~]")
 
 
-def command(name, *options):
-    return [sys.executable, str(ROOT / "recipes" / f"{name}.py"), *options]
+def through_a_pipe(folder, name, *options):
+    return launch.finish(launch.start(name, folder, *options, launcher=()))
 
 
-def environment(**changes):
-    plain = {name: value for name, value in os.environ.items() if name not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS")}
-    return plain | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TERM": "xterm-256color"} | changes
-
-
-def through_a_pipe(folder, words):
-    done = subprocess.run(command(*words), cwd=folder, env=environment(), capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, done.stderr
-
-
-def on_a_terminal(folder, words, *, columns=80, **changes):
+def on_a_terminal(folder, name, *options, columns=80, **changes):
     """Everything that the terminal gets."""
+    plain = {
+        key: value for key, value in launch.ENVIRONMENT.items() if key not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS")
+    }
+    environment = plain | {"TERM": "xterm-256color"} | changes
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-    process = subprocess.Popen(
-        command(*words), cwd=folder, env=environment(**changes), stdin=theirs, stdout=theirs, stderr=theirs
-    )
+    command = [sys.executable, str(ROOT / "recipes" / f"{name}.py"), *options]
+    ends = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
+    process = subprocess.Popen(command, cwd=folder, env=environment, **ends)
     os.close(theirs)
     parts = []
     while True:
@@ -68,7 +60,7 @@ def drawn(text):
 
 
 def test_through_a_pipe_it_is_plain_with_a_line_per_epoch(tmp_path):
-    out, err = through_a_pipe(tmp_path, TRAIN)
+    out, err = through_a_pipe(tmp_path, *TRAIN)
     assert err == ""  # nothing of libraries either: the undefended LIF makes torch look for Triton
     assert "\x1b" not in out
     assert "\r" not in out
@@ -89,7 +81,7 @@ def test_through_a_pipe_it_is_plain_with_a_line_per_epoch(tmp_path):
 def test_on_a_terminal_bars_move_and_fit(tmp_path, columns):
     # every part of the training takes longer than a bar is left as it is, which is a tenth of a second
     longer = ("--train-limit", "1200", "--validation-fraction", "0.5", "--batch-size", "8", "--reference", "false")
-    text = on_a_terminal(tmp_path, (*TRAIN, *longer), columns=columns, NO_COLOR="1")
+    text = on_a_terminal(tmp_path, *TRAIN, *longer, columns=columns, NO_COLOR="1")
     assert not re.search(r"\x1b\[[0-9;]*m", text)  # neither colours nor other marks of text
     lines = drawn(text)
     bars = [line for line in lines if "━" in line or "loading digits" in line]
@@ -107,7 +99,7 @@ def test_on_a_terminal_bars_move_and_fit(tmp_path, columns):
 
 @pytest.mark.parametrize("terminal", ["xterm-256color", "dumb"])
 def test_colours_and_bars_are_for_terminals_that_have_them(tmp_path, terminal):
-    text = on_a_terminal(tmp_path, (*TRAIN, "--reference", "false"), TERM=terminal)
+    text = on_a_terminal(tmp_path, *TRAIN, "--reference", "false", TERM=terminal)
     assert bool(re.search(r"\x1b\[[0-9;]*3[0-9]", text)) == (terminal != "dumb")
     assert "dlif_at epoch 2/2" in text
     if terminal == "dumb":
@@ -130,18 +122,12 @@ def folders(tmp_path_factory):
          "--allocators", "[malloc]", "--check", "false", "--output", "measured"),
     ]  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(root)
         patch.setenv("PYTHONPATH", str(ROOT))
+        patch.setattr(sys, "argv", ["benchmark.py", *calls[-1][1:]])  # which is told in the table
         for name, *arguments in calls:
-            importlib.import_module(name).main(arguments)
-            AcceleratorState._reset_state(True)
-    return {
-        "adv_train": root / "run",
-        "evaluate": root / "evaluated",
-        "figures": root / "run" / "figures",
-        "sweep": root / "sweep",
-        "benchmark": root / "measured",
-    }
+            launch.in_process(name, root, *arguments)
+    made = ("run", "evaluated", "sweep", "run/figures", "measured")
+    return {name: root / folder for name, folder in zip(RECIPES, made, strict=True)}
 
 
 TEMPLATES = sorted((ROOT / "recipes" / "lab" / "command_line" / "readmes").glob("*.md"))
@@ -175,28 +161,51 @@ def test_every_file_of_a_finished_folder_is_named_in_its_readme(folders, templat
 
 def test_the_recipes_page_names_the_same_files():
     text = (ROOT / "recipes" / "README.md").read_text(encoding="utf-8")
-    assert {template.stem for template in TEMPLATES} == {"adv_train", "evaluate", "sweep", "figures", "benchmark"}
+    assert {template.stem for template in TEMPLATES} == set(RECIPES)
     for template in TEMPLATES:
         for file in rows(template):
             assert f"`{file}`" in text, f"{file} is not in recipes/README.md"
 
 
-def test_charts_of_measurements_are_drawn_again_from_their_numbers(folders, monkeypatch, capsys):
-    chart = folders["benchmark"] / "neuron.png"
+def test_a_benchmark_leaves_numbers_table_and_chart_and_draws_it_again(folders, capsys):
+    folder = folders["benchmark"]
+    rows = list(csv.DictReader((folder / "neuron.csv").read_text().splitlines()))
+    assert [row["method"] for row in rows] == ["DLIF eager", "textbook loop"]
+    for row in rows:
+        assert 0 < float(row["best"]) <= float(row["quartile1"]) <= float(row["median"]) <= float(row["quartile3"])
+        assert float(row["copy"]) > 0
+        assert row["commit"]
+    assert float(rows[0]["saved_mb"]) == 0.0
+    text = (folder / "neuron.md").read_text()
+    assert "| textbook loop |" in text
+    assert "recipes/benchmark.py --shapes" in text
+    chart = folder / "neuron.png"
     before = chart.read_bytes()
+    assert before.startswith(b"\x89PNG")
     chart.unlink()
-    importlib.import_module("benchmark").main(["--redraw", str(folders["benchmark"])])
+    launch.in_process("benchmark", folder, "--redraw", ".")
     assert chart.read_bytes() == before
     assert "neuron.csv drawn as neuron.png" in capsys.readouterr().out
 
 
+def test_a_sweep_of_the_real_recipes_has_their_figures(folders):
+    for rho in (0, 1):
+        record = RunRecord.load(folders["sweep"] / "runs" / f"rho{rho}-seed0" / RECORD_FILE)
+        assert record.accuracies["paper/pgd7/last"] <= record.accuracies["paper/clean"]
+        assert record.training["pgd20"]["total"] == 8
+        assert (record.options["rho"], record.options["reference"]) == (rho, False)
+        assert record.environment["torch"]
+        assert min(record.seconds.values()) > 0
+        assert (folders["sweep"] / "runs" / f"rho{rho}-seed0" / "training" / "dlif_at" / "best.pt").is_file()
+
+
 def test_an_evaluation_on_a_terminal_and_through_a_pipe(folders, tmp_path):
     words = ("evaluate", str(folders["adv_train"] / "dlif_at"), "--suite", "fast", "--test-limit", "6")
-    out, err = through_a_pipe(tmp_path, (*words, "--output", "a"))
+    out, err = through_a_pipe(tmp_path, *words, "--output", "a")
     assert err == ""
     assert "\x1b" not in out
     assert "signs of gradient masking" in out.splitlines()
-    text = on_a_terminal(tmp_path, (*words, "--output", "b"), NO_COLOR="1")
+    text = on_a_terminal(tmp_path, *words, "--output", "b", NO_COLOR="1")
     lines = drawn(text)
     assert not re.search(r"\x1b\[[0-9;]*[34][0-7]m", text)
     assert any(re.match(r"[-\\|/] signs of gradient masking +━+ +0:0", line) for line in lines)

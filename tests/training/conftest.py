@@ -20,6 +20,5 @@ def whole(tmp_path_factory):
     """Its folder, history, and weights by the name of their checkpoint; with dropout, which draws globally."""
     folder = tmp_path_factory.mktemp("whole")
     history, _ = small_run.run(folder, dropout=0.3)
-    AcceleratorState._reset_state(True)
     weights = {name: load_checkpoint(folder / name)["model"] for name in ("last.pt", "best.pt")}
     return SimpleNamespace(folder=folder, history=history, weights=weights)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import set_seed
 from spikingjelly.activation_based import functional, layer
 from torch import nn
@@ -22,6 +23,7 @@ from sj_robust.training import (
     Journal,
     NonFiniteLossError,
     Objective,
+    ThresholdGuarding,
     TrainingInterrupted,
     TrainingPlan,
     train,
@@ -55,10 +57,10 @@ class Net(nn.Module):
         return self.parts(3 * x_seq.flatten(2))
 
 
-def batch_norm_net():
+def batch_norm_net(channels=1):
     """Batch norm that runs fused with its neuron where it may, and one in front of it that never does."""
     net = nn.Sequential(
-        layer.Conv2d(1, 6, 3, padding=1),
+        layer.Conv2d(channels, 6, 3, padding=1),
         layer.BatchNorm2d(6),
         layer.Conv2d(6, 6, 3, padding=1),
         layer.BatchNorm2d(6, momentum=None),
@@ -85,9 +87,11 @@ def run(
     attacks=None,
     **plan,
 ):
-    """Train; returns history and classifier."""
+    """Train as a process does that has just begun; returns history and classifier."""
     folder = Path(folder)
     folder.mkdir(exist_ok=True)
+    if not torch.distributed.is_initialized():
+        AcceleratorState._reset_state(True)
     accelerator = Accelerator(cpu=True)
     set_seed(7)
     classifier = SpikingClassifier(Net(dropout) if build is None else build(), T=3).to(dtype)
@@ -157,7 +161,7 @@ SCENARIOS = {
     "attack": SAME | {"perturb": quiet_attack, "retraction": 0.01},
     "parts": SAME | {"accumulate": 2, "epochs": 1},
     "synchronised": WITH_BATCH_NORM | {"sync_batch_norm": True},
-    "sparse": WITH_BATCH_NORM | {"sync_batch_norm": True, "objective": {"rho": 0.0}},
+    "penalties": WITH_BATCH_NORM | {"sync_batch_norm": True, "objective": {"rho": 0.0}},
     "apart": WITH_BATCH_NORM,
 }
 CUT = SAME | {"checkpoint_steps": 1}
@@ -165,9 +169,11 @@ CUT = SAME | {"checkpoint_steps": 1}
 
 def run_scenario(folder, name):
     options = dict(SCENARIOS[name])
-    if name == "sparse":
+    if name == "penalties":
         # Squared, since a difference of 0 where a spike only moved in time has the sign of its rounding error.
-        options["objective"] = options["objective"] | {"penalties": [GradientSparsity(0.01, squared=True)]}
+        options["objective"] = options["objective"] | {
+            "penalties": [GradientSparsity(0.01, squared=True), ThresholdGuarding(0.1)]
+        }
     return run(folder / name, **options)
 
 

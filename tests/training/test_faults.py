@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch.utils.data import Dataset, TensorDataset, get_worker_info
 from training import small_run
 from training.small_run import At
@@ -64,11 +63,9 @@ def assert_goes_on(folder, whole, *, position=(1, 0), **options):
     content = load_checkpoint(folder / "last.pt")
     assert (content["epoch"], content["batch"]) == position
     assert load_checkpoint(folder / "best.pt")["epoch"] <= position[0]
-    AcceleratorState._reset_state(True)
     history, classifier = run(folder, resume=True, **options)
     assert history == whole.history
-    for name, value in classifier.state_dict().items():
-        assert torch.equal(value, whole.weights["last.pt"][name]), name
+    torch.testing.assert_close(dict(classifier.state_dict()), whole.weights["last.pt"], rtol=0, atol=0)
     assert sorted(path.name for path in folder.iterdir()) == ["best.pt", "last.pt"]
 
 
@@ -151,7 +148,6 @@ def test_nan_in_the_loss_and_in_the_weights(tmp_path, whole, action, found):
     with pytest.raises(NonFiniteLossError, match=r"no checkpoint was written yet\. Lower lr"):
         run(tmp_path, perturb=At(1, nan_images))
     assert not any(tmp_path.iterdir())
-    AcceleratorState._reset_state(True)
     with pytest.raises(NonFiniteLossError, match=rf"{found}.*last\.pt, is intact\. Lower lr"):
         run(tmp_path, perturb=At(STEP, action))
     assert_goes_on(tmp_path, whole)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from unchanged import unchanged
 
 from sj_robust.attacks import SampleSeeds
 from sj_robust.training import MODES, training_attack, validation_attacks
@@ -23,14 +24,10 @@ def problem():
 def test_the_network_and_the_caller_are_left_as_they_were(problem, name):
     net, x, y = problem
     net[2].eval()
-    before = {key: value.clone() for key, value in net.state_dict().items()}
-    images, state = x.clone(), torch.get_rng_state()
-    x_perturbed = training_attack(name, eps=EPS)(net, x, y, generator=torch.Generator().manual_seed(1))
-    assert all(torch.equal(value, before[key]) for key, value in net.state_dict().items())
+    images = x.clone()
+    with unchanged(net):
+        x_perturbed = training_attack(name, eps=EPS)(net, x, y, generator=torch.Generator().manual_seed(1))
     assert torch.equal(x, images)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(parameter.grad is None for parameter in net.parameters())
-    assert [module.training for module in net] == [True, True, False, True, True, True]
     assert (x_perturbed.shape, x_perturbed.dtype, x_perturbed.requires_grad) == (x.shape, x.dtype, False)
     if name != "gaussian":
         assert x_perturbed.min() >= 0

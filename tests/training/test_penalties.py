@@ -4,7 +4,6 @@ import pytest
 import torch
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.neuron import FusedSequential
@@ -146,21 +145,6 @@ def test_sparsity_tends_to_the_l1_norm_of_the_gradient():
         torch.testing.assert_close(value.detach(), grad.abs().flatten(1).sum(1).mean(), rtol=close, atol=0)
     squared = GradientSparsity(1.0, h=1e-5, squared=True).value(passes)
     torch.testing.assert_close(squared.detach(), grad.abs().flatten(1).sum(1).square().mean(), rtol=1e-4, atol=0)
-
-
-def test_gradients_are_the_same_under_ddp(problem, tmp_path):
-    x, y = problem
-    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        grads = []
-        for wrap in (lambda objective: objective, DistributedDataParallel):
-            objective = Objective(classifier_of(lif()), penalties=[GradientSparsity(1.0), ThresholdGuarding(1.0)])
-            wrap(objective)(x, y, 0.9 * x).total.backward()
-            grads.append([parameter.grad for parameter in objective.parameters()])
-    finally:
-        torch.distributed.destroy_process_group()
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
 class Empty(Penalty):

@@ -1,6 +1,5 @@
 """What is timed must be right, and what is not there must be said."""
 
-import csv
 import math
 import os
 import subprocess
@@ -108,27 +107,6 @@ def test_every_mode_is_compared_with_its_own_peer():
     assert table["none"]["images / s"] == "6400"
     assert table["at"]["peak / textbook loop"] == "0.25"
     assert benchmark.cells(rows[0], rows[:1])[4:6] == ("", "")  # its peer was not measured
-
-
-@pytest.mark.slow
-def test_the_recipe_leaves_numbers_table_and_chart(tmp_path, monkeypatch, capsys):
-    methods = ["DLIF eager", "textbook loop", "snnTorch Leaky"]
-    options = ["--shapes", "[[2,4,3,8,8]]", "--methods", str(methods).replace("'", '"'), "--rounds", "3"]
-    monkeypatch.setattr(sys, "argv", ["benchmark.py", *options])
-    benchmark.main([*options, "--check", "false", "--allocators", "[malloc]", "--output", str(tmp_path)])
-    with (tmp_path / "neuron.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert [row["method"] for row in rows][:2] == methods[:2]
-    for row in rows:
-        assert 0 < float(row["best"]) <= float(row["quartile1"]) <= float(row["median"]) <= float(row["quartile3"])
-        assert float(row["copy"]) > 0
-        assert row["commit"]
-    assert float(rows[0]["saved_mb"]) == 0.0
-    text = (tmp_path / "neuron.md").read_text()
-    assert "| textbook loop |" in text
-    assert "recipes/benchmark.py --shapes" in text
-    assert (tmp_path / "neuron.png").read_bytes().startswith(b"\x89PNG")
-    assert "textbook loop" in capsys.readouterr().out
 
 
 @pytest.mark.slow

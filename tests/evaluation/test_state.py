@@ -1,0 +1,116 @@
+"""Every measurement leaves the network and the random state alone, runs in evaluation mode and follows its seed."""
+
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from evaluation.test_activity import T, images, network
+from unchanged import unchanged
+
+from sj_robust import SpikingClassifier
+from sj_robust.attacks import fgsm, gaussian, pgd
+from sj_robust.classifier import PoissonEncoder
+from sj_robust.evaluation import Member, ThreatModel, diagnose, evaluate, firing, run_suite
+
+THREAT = ThreatModel("Linf", 0.1)
+
+
+def careless(model, x, y, *, generator):
+    torch.rand(3)
+    model.train()
+    return x
+
+
+def outcome(model, x, y, seed):
+    members = [Member("pgd", partial(pgd, eps=0.1, step_size=0.03, steps=3)), Member("careless", careless)]
+    found = run_suite(model, [(x, y)], members, threat=THREAT, seed=seed, draws=2)
+    return replace(found, members=tuple(replace(member, seconds=0.0) for member in found.members))
+
+
+MEASUREMENTS = {
+    "firing": lambda model, x, y, seed: firing(model, x, seed=seed),
+    "evaluate": lambda model, x, y, seed: evaluate(
+        model, [(x, y)], {"fgsm": partial(fgsm, eps=0.1)}, threat=THREAT, seed=seed
+    ),
+    "diagnose": lambda model, x, y, seed: diagnose(
+        model, x, y, threat=THREAT, seed=seed, steps=2, estimators=["atan:4"]
+    ),
+    "run_suite": outcome,
+}
+
+
+PROBES = ("firing", "diagnose")
+"""They restore the neurons' states and seed an encoder's own generator as well."""
+
+
+def labelled(n=80):
+    """Images with the answers of the network as labels, every seventh of them wrong."""
+    x = images(n)
+    with torch.no_grad():
+        y = SpikingClassifier(network(), T=T).eval()(x).argmax(1)
+    y[::7] = (y[::7] + 1) % 3
+    return x, y
+
+
+@pytest.mark.parametrize("fail", [False, True], ids=["ends", "raises"])
+@pytest.mark.parametrize("name", MEASUREMENTS)
+def test_everything_stays_as_it_was(name, fail):
+    net, (x, y) = network(), labelled(8)
+    own = [torch.Generator().manual_seed(3)] if name in PROBES else []
+    model = SpikingClassifier(net, T=T, encoder=PoissonEncoder(*own)).train()
+    net[1].eval()
+    model(x)  # leaves a state with a graph in the neurons
+    before = x.clone()
+    if fail:
+        net[6].register_forward_hook(lambda *_: 1 / 0)
+    same = unchanged(model, *own, hooked=[net[6]], states=name in PROBES)
+    with same, pytest.raises(ZeroDivisionError) if fail else nullcontext():
+        assert MEASUREMENTS[name](model, x, y, 0)
+    assert torch.equal(x, before)
+
+
+@pytest.mark.parametrize("measure", MEASUREMENTS.values(), ids=MEASUREMENTS)
+def test_the_network_runs_in_evaluation_mode(measure):
+    x, y = labelled()
+    model = SpikingClassifier(network(), T=T)
+    assert measure(model.train(), x, y, 0) == measure(model.eval(), x, y, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "own"), [*((name, False) for name in MEASUREMENTS), *((name, True) for name in PROBES)]
+)
+def test_the_seed_decides_what_a_stochastic_encoder_draws(name, own):
+    measure, (x, y) = MEASUREMENTS[name], labelled()
+    model = SpikingClassifier(network(), T=T, encoder=PoissonEncoder(torch.Generator() if own else None))
+    first = measure(model, x, y, 1)
+    torch.rand(3)
+    assert measure(model, x, y, 1) == first
+    assert measure(model, x, y, 2) != first
+
+
+def test_an_attack_scores_the_same_beside_others():
+    x, y = labelled()
+    model = SpikingClassifier(network(), T=T, encoder=PoissonEncoder())
+    attacks, noise = {"fgsm": partial(fgsm, eps=0.1)}, {"noise": partial(gaussian, std=0.1)}
+    alone, beside = (evaluate(model, [(x, y)], more | attacks, threat=THREAT) for more in ({}, noise))
+    assert alone.scores[-1] == beside.scores[-1]
+
+
+WRONG = [
+    (lambda x, y: (x[:0], y[:0]), ValueError, "at least one image"),
+    (lambda x, y: (x * 255, y), ValueError, r"must lie in \[0, 1\]"),
+    (lambda x, y: (x - 1, y), ValueError, r"must lie in \[0, 1\]"),
+    (lambda x, y: (x / 0, y), ValueError, "must be finite"),
+    (lambda x, y: (x, y.float()), TypeError, "int64"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "error", "message"), WRONG)
+@pytest.mark.parametrize("name", MEASUREMENTS)
+def test_wrong_images_and_labels(name, spoil, error, message):
+    if name == "firing" and (spoil, error, message) != WRONG[0]:
+        pytest.skip("firing takes inputs of any kind and no labels")
+    with pytest.raises(error, match=message):
+        MEASUREMENTS[name](SpikingClassifier(network(), T=T), *spoil(*labelled(4)), 0)
