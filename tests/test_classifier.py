@@ -83,25 +83,23 @@ def test_normalisation_is_inside_and_moves_with_the_module():
     assert classifier.double()(images.double()).dtype == torch.float64
 
 
-def test_a_network_that_brings_its_own_steps():
-    class Expanding(nn.Module):
-        expands_time = True
+class Expanding(nn.Module):
+    expands_time = True
 
-        def forward(self, images):
-            assert images.shape == (5, 1, 6, 6)
-            return images.flatten(1)[:, :3].expand(4, 5, 3)
+    def forward(self, images):
+        assert images.shape == (5, 1, 6, 6)
+        return images.flatten(1)[:, :3].expand(4, 5, 3)
 
+
+class Averaging(nn.Module):
+    def forward(self, frames):
+        return frames.flatten(2).mean(0)[:, :3]
+
+
+@pytest.mark.parametrize("network", [Expanding, Averaging])
+def test_a_network_that_brings_its_own_steps_or_averages_itself(network):
     images = make_images()
-    torch.testing.assert_close(SpikingClassifier(Expanding(), T=4)(images), images.flatten(1)[:, :3])
-
-
-def test_a_network_that_averages_itself():
-    class Averaging(nn.Module):
-        def forward(self, frames):
-            return frames.flatten(2).mean(0)[:, :3]
-
-    images = make_images()
-    torch.testing.assert_close(SpikingClassifier(Averaging(), T=4)(images), images.flatten(1)[:, :3])
+    torch.testing.assert_close(SpikingClassifier(network(), T=4)(images), images.flatten(1)[:, :3])
 
 
 def test_modes_are_restored_after_an_error():
@@ -165,65 +163,40 @@ class TestEncoders:
         assert set(seen[0].unique().tolist()) == {-1.0, 1.0}
 
 
-class TestWrongUse:
-    @pytest.mark.parametrize("shape", [(1, 6, 6), (6,), (2, 5, 1, 6, 6)])
-    def test_shape_of_the_images(self, shape):
-        with pytest.raises(ValueError, match=r"images must be \[N, C, H, W\].*unsqueeze\(0\)"):
-            SpikingClassifier(make_net(), T=4)(torch.rand(shape))
+def classifier_of_output(output):
+    class Returning(nn.Module):
+        def forward(self, frames):
+            return output
 
-    @pytest.mark.parametrize(
-        ("arguments", "match"),
-        [
-            ({"T": 0}, "T must be an integer >= 1"),
-            ({"T": 2, "std": [0.0]}, "std must be > 0"),
-            ({"T": 2, "step_mode": "x"}, "step_mode must be"),
-        ],
-    )
-    def test_arguments(self, arguments, match):
-        with pytest.raises(ValueError, match=match):
-            SpikingClassifier(make_net(), **arguments)
-
-    def test_outputs_of_the_network(self):
-        with pytest.raises(ValueError, match=r"\[T, N, classes\] with T=4, got \(3, 5, 2\)"):
-            SpikingClassifier(_Returning(torch.zeros(3, 5, 2)), T=4)(make_images())
-        with pytest.raises(ValueError, match="N=5, got a mean over time of shape"):
-            SpikingClassifier(_Returning(torch.zeros(4, 5, 2, 2)), T=4)(make_images())
-        with pytest.raises(ValueError, match="one tensor .* got tuple"):
-            SpikingClassifier(_Returning((torch.zeros(1),)), T=4)(make_images())
-
-    def test_a_neuron_with_fewer_steps_says_so(self):
-        net = nn.Sequential(nn.Flatten(2), nn.Linear(36, 3), DLIFNode(T=2))
-        with pytest.raises(RuntimeError, match="runs T=4 time steps, but the DLIF neuron '2' has T=2"):
-            SpikingClassifier(net, T=4)(make_images())
-
-    @pytest.mark.parametrize(
-        ("shape", "match"),
-        [
-            ((4, 1, 6, 6), r"frames must be \[N, T, C, H, W\], got .*unsqueeze\(0\), give images to SpikingClassifier"),
-            ((5, 3, 1, 6, 6), r"with T = 4, got shape \(5, 3, 1, 6, 6\): 3 frames per sample$"),
-            ((4, 5, 1, 6, 6), r"with T = 4, got .*: 5 frames per sample; use frames.transpose\(0, 1\)"),
-        ],
-    )
-    def test_shape_of_the_frames(self, shape, match):
-        with pytest.raises(ValueError, match=match):
-            SpikingEventClassifier(make_net(), T=4)(torch.rand(shape))
-
-    def test_a_network_or_an_input_of_the_other_class(self):
-        net = make_net()
-        net.expands_time = True
-        with pytest.raises(ValueError, match="repeats its input over time itself"):
-            SpikingEventClassifier(net, T=4)
-        with pytest.raises(ValueError, match="give event frames to SpikingEventClassifier"):
-            SpikingClassifier(make_net(), T=4)(make_frames())
+    return SpikingClassifier(Returning(), T=4)
 
 
-class _Returning(nn.Module):
-    def __init__(self, output):
-        super().__init__()
-        self.output = output
-
-    def forward(self, frames):
-        return self.output
+@pytest.mark.parametrize(
+    ("call", "match"),
+    [
+        (lambda: SpikingClassifier(make_net(), T=4)(torch.rand(6)), r"images must be \[N, C, H, W\].*unsqueeze\(0\)"),
+        (lambda: SpikingClassifier(make_net(), T=4)(make_frames()), "give event frames to SpikingEventClassifier"),
+        (lambda: SpikingClassifier(make_net(), T=0), "T must be an integer >= 1"),
+        (lambda: SpikingClassifier(make_net(), T=2, std=[0.0]), "std must be > 0"),
+        (lambda: SpikingClassifier(make_net(), T=2, step_mode="x"), "step_mode must be"),
+        (lambda: classifier_of_output(torch.zeros(3, 5, 2))(make_images()), r"with T=4, got \(3, 5, 2\)"),
+        (lambda: classifier_of_output(torch.zeros(4, 5, 2, 2))(make_images()), "N=5, got a mean over time of shape"),
+        (lambda: classifier_of_output((torch.zeros(1),))(make_images()), "one tensor .* got tuple"),
+        (
+            lambda: SpikingEventClassifier(make_net(), T=4)(make_images()),
+            r"frames must be \[N, T, C, H, W\], got .*unsqueeze\(0\), give images to SpikingClassifier",
+        ),
+        (
+            lambda: SpikingEventClassifier(make_net(), T=4)(make_frames()[:, :3]),
+            r"with T = 4, got shape \(5, 3, 1, 6, 6\): 3 frames per sample$",
+        ),
+        (lambda: SpikingEventClassifier(Expanding(), T=4), "repeats its input over time itself"),
+    ],
+)
+def test_wrong_use(call, match):
+    """More of it stands in docs/mistakes.md, whose messages are compared by test_newcomer_mistakes.py."""
+    with pytest.raises(ValueError, match=match):
+        call()
 
 
 def test_a_step_module_without_a_mode_of_its_own_is_passed_over():
