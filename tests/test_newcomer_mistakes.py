@@ -5,6 +5,7 @@
 
 import contextlib
 import copy
+import importlib
 import io
 import os
 import runpy
@@ -20,7 +21,6 @@ import torch
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[1] / "recipes"))  # as pytest has it
-from documentation.shell import recipe_module
 from lab.command_line import run_recipe
 from torch import nn
 
@@ -147,7 +147,7 @@ def recipe(what, before):
     def do():
         before()
         sys.argv = [name, *arguments]
-        run_recipe(recipe_module(name.removesuffix(".py")).main)
+        run_recipe(importlib.import_module(name.removesuffix(".py")).main)
 
     return do
 

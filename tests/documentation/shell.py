@@ -4,28 +4,32 @@ import ast
 import contextlib
 import importlib
 import importlib.util
-import io
 import os
 import re
 import signal
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 600
 """Seconds that a command may take."""
 MODULES = {"torchrun": "torch.distributed.run", "accelerate": "accelerate.commands.accelerate_cli"}
 LAUNCHERS = {
-    "torchrun": ("torch.distributed.run", "get_args_parser", []),
-    "accelerate": ("accelerate.commands.launch", "launch_command_parser", ["launch"]),
+    "torchrun": "torch.distributed.run.get_args_parser",
+    "accelerate": "accelerate.commands.launch.launch_command_parser",
 }
-"""Module and function of a launcher's own parser, and the word before its options."""
+"""Functions that make a launcher's own parser."""
+PARSES = """
+import os, pkgutil, sys
+program, parser, *words = sys.argv[1:]
+if program == "accelerate" and words[:1] != ["launch"]:
+    sys.exit("accelerate launch is what starts a recipe")
+given = pkgutil.resolve_name(parser)().parse_args(words[program == "accelerate" :])
+os.execvp("python", ["python", given.training_script, *given.training_script_args])
+"""
+"""A program that parses a launcher's options and goes on with the recipe in this process."""
 RECIPE = re.compile(r"(?<![\w/.-])(?:\./)?recipes/(\w+)\.py(?=\s|$|[;&|)])")
 
 
@@ -149,81 +153,34 @@ class Shell(Terminal):
         return said
 
     def parse(self, command: str) -> int:
-        """Let bash say which programs a command would run, and the recipes' parsers whether they take their options.
-
-        Returns:
-            How many recipes' commands were parsed.
-        """
+        """Let the recipes of a command check their options and end; returns how many did, and nothing else may run."""
         recorder = self.state / "recorder"
         record, programs = self.state / "record", recorder / ".venv" / "bin"
         if not recorder.is_dir():
             programs.mkdir(parents=True)
+            (self.state / "parses.py").write_text(PARSES, encoding="utf-8")
             for name in ("recipes", "docs"):
                 (recorder / name).symlink_to(ROOT / name)
-            for name in ("python", "python3", *MODULES):
-                script(programs / name, f'printf "%s\\0" {name} "$@" "" >> "{record}"')
-        record.write_bytes(b"")
+            refusal = "echo \"'options only' takes commands of recipes/*.py, got python $*\" >&2; exit 1"
+            recipe = f'echo "$1" >> "{record}"; exec "{sys.executable}" "$@" --print_config'
+            for name in ("python", "python3"):
+                script(programs / name, f"case $1 in recipes/*.py|./recipes/*.py) {recipe};; *) {refusal};; esac")
+            for name, parser in LAUNCHERS.items():
+                script(programs / name, f'exec "{sys.executable}" "{self.state}/parses.py" {name} {parser} "$@"')
+        record.write_text("")
         done = subprocess.run(
             ["/bin/bash", "-e", "-o", "pipefail", "-c", command], cwd=recorder,
-            env={"PATH": str(programs)}, capture_output=True, text=True, timeout=LIMIT, check=False,
+            env=self.environment | {"PATH": str(programs)}, capture_output=True, text=True, timeout=LIMIT, check=False,
         )  # fmt: skip
         if done.returncode != 0:
-            raise CommandError(f"'options only' takes commands of recipes, nothing else\n{done.stdout}{done.stderr}")
-        calls = [call.split("\0") for call in record.read_text().split("\0\0")[:-1]]
-        for call in calls:
-            with contextlib.chdir(recorder):
-                parse_call(call)
-        return len(calls)
+            raise CommandError(f"'options only' lets recipes check their options, nothing else\n{done.stderr}")
+        return len(record.read_text().splitlines())
 
 
 def script(path: Path, text: str) -> None:
     """Write a program."""
     path.write_text(f"#!/bin/sh\n{text}\n")
     path.chmod(0o755)
-
-
-def parse_call(words: list[str]) -> None:
-    """Parse the options of a recipe, and before them those of what starts it."""
-    program, *rest = words
-    if program in LAUNCHERS:
-        module, function, first = LAUNCHERS[program]
-        if rest[: len(first)] != first:
-            raise CommandError(f"{' '.join([program, *first])} is what starts a recipe, got {' '.join(words[:2])}")
-        launcher = getattr(importlib.import_module(module), function)()
-        given = silently(lambda: launcher.parse_args(rest[len(first) :]))
-        rest = [given.training_script, *given.training_script_args]
-    path, options = (rest[0], rest[1:]) if rest else ("", [])
-    if not re.fullmatch(r"(\./)?recipes/\w+\.py", path):
-        raise CommandError(f"'options only' takes commands of recipes/*.py, got {' '.join(words)}")
-    if not (ROOT / path).is_file():
-        raise CommandError(f"{path} does not exist")
-    recipe = recipe_module(Path(path).stem)  # loaded outside, where what it sets up for its messages keeps its streams
-    if silently(lambda: recipe.main([*options, "--print_config"]), recipe) is not recipe:
-        raise CommandError("the recipe went on with --print_config instead of printing its options")
-
-
-@cache
-def recipe_module(name: str) -> ModuleType:
-    """A recipe as a module."""
-    spec = importlib.util.spec_from_file_location(f"documentation_recipe_{name}", ROOT / "recipes" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def silently(parse: Callable[[], Any], ended: Any = None) -> Any:
-    """Call a parser; what it prints is the reason where it refuses. ``ended`` is returned for exit code 0, if given."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-        try:
-            return parse()
-        except SystemExit as stop:
-            if ended is not None and stop.code in (0, None):
-                return ended
-            raise CommandError(said.getvalue() or str(stop)) from stop
-        except Exception as error:
-            raise CommandError(f"{type(error).__name__}: {error}") from error
 
 
 def check_names(code: str) -> None:
