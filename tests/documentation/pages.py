@@ -28,9 +28,7 @@ from documentation.shell import (
     Shell,
     check_imports,
     check_names,
-    ends_of_recipes,
     logical_lines,
-    with_options,
 )
 from sybil import Document, Example, Lexeme, Region, Sybil
 from sybil.evaluators.doctest import DocTestEvaluator
@@ -193,23 +191,19 @@ def evaluate(block: Block, example: Example) -> str | None:
 
 
 def run_commands(block: Block, shell: Shell) -> str | None:
-    """Run the commands of a block one after the other, or let the recipes' parsers check their options."""
-    unused, parsed = list(block.added), 0
+    """Run the commands of a block one after the other, or let the recipes check their options alone."""
+    recipes, only_options = [], "options only" in block.reasons
     commands = logical_lines(block.code)
     for offset, command in commands:
         try:
-            if "options only" in block.reasons:
-                parsed += shell.parse(command)
-                continue
-            unused = [one for one in unused if with_options(command, (one,)) == command]
-            command = with_options(command, block.added)
-            shell.run(command)
+            recipes += shell.run(command, block.added, only_options=only_options)
         except CommandError as error:
             return f"line {block.line + 1 + offset}: {command}\n{error}"
     if not commands:
         return "no command in this block"
-    if "options only" in block.reasons and not parsed:
+    if only_options and not recipes:
         return "'options only' above a block without a recipe's command"
+    unused = [(one, options) for one, options in block.added if one not in recipes and (one or not recipes)]
     return f"'add' finds no command of its recipe in the block: {unused}" if unused else None
 
 
@@ -232,6 +226,5 @@ PAGES = Sybil(
 @cache
 def runs_recipes(document: Document) -> bool:
     """Whether the page takes more than seconds."""
-    return any(
-        ends_of_recipes(block.code) for block in blocks_of(document) if block.how == "shell" and not block.reasons
-    )
+    shown = (block for block in blocks_of(document) if block.how == "shell" and not block.reasons)
+    return any(re.search(r"\brecipes/\w+\.py\b", block.code) for block in shown)

@@ -4,6 +4,7 @@ import ast
 import contextlib
 import importlib
 import importlib.util
+import json
 import os
 import re
 import signal
@@ -15,22 +16,30 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 LIMIT = 600
 """Seconds that a command may take."""
-MODULES = {"torchrun": "torch.distributed.run", "accelerate": "accelerate.commands.accelerate_cli"}
-LAUNCHERS = {
-    "torchrun": "torch.distributed.run.get_args_parser",
-    "accelerate": "accelerate.commands.launch.launch_command_parser",
-}
-"""Functions that make a launcher's own parser."""
-PARSES = """
-import os, pkgutil, sys
-program, parser, *words = sys.argv[1:]
-if program == "accelerate" and words[:1] != ["launch"]:
-    sys.exit("accelerate launch is what starts a recipe")
-given = pkgutil.resolve_name(parser)().parse_args(words[program == "accelerate" :])
-os.execvp("python", ["python", given.training_script, *given.training_script_args])
+STARTS = """
+import json, os, pathlib, pkgutil, re, shlex, sys
+
+state, program, *words = sys.argv[1:]
+only_options, added = json.loads(pathlib.Path(state, "wanted").read_text())
+module, parser, first = {
+    "torchrun": ("torch.distributed.run", "torch.distributed.run.get_args_parser", 0),
+    "accelerate": ("accelerate.commands.accelerate_cli", "accelerate.commands.launch.launch_command_parser", 1),
+}.get(program, (None, None, 0))
+recipe = next((word for word in words if re.fullmatch(r"(\\./)?recipes/\\w+\\.py", word)), None)
+if recipe:
+    name = pathlib.Path(recipe).stem
+    print(name, file=open(pathlib.Path(state, "recipes"), "a"))
+    words += [word for one, text in added if one in (None, name) for word in shlex.split(text)]
+if only_options:
+    if not recipe:
+        sys.exit(f"'options only' takes commands of recipes/*.py, got {program} {shlex.join(words)}")
+    if parser:
+        given = pkgutil.resolve_name(parser)().parse_args(words[first:])
+        module, words = None, [given.training_script, *given.training_script_args]
+    words.append("--print_config")
+os.execv(sys.executable, [sys.executable, *(["-m", module] if module else []), *words])
 """
-"""A program that parses a launcher's options and goes on with the recipe in this process."""
-RECIPE = re.compile(r"(?<![\w/.-])(?:\./)?recipes/(\w+)\.py(?=\s|$|[;&|)])")
+"""What stands for python and for what starts several of them: notes which recipe it runs, and adds options to it."""
 
 
 class CommandError(Exception):
@@ -64,35 +73,6 @@ def complete(text: str) -> bool:
         ["bash", "-n"], input=text + "\n", capture_output=True, text=True, check=False, env=english
     )
     return not re.search(r"unexpected end of file|unexpected EOF|here-document", checked.stderr)
-
-
-def ends_of_recipes(command: str) -> list[tuple[str, int]]:
-    """Every recipe that a command runs, with the position behind its last word."""
-    found = []
-    for match in RECIPE.finditer(command):
-        position, quote = match.end(), ""
-        while position < len(command):
-            char = command[position]
-            if char == "\\" and quote != "'":
-                position += 1
-            elif quote:
-                quote = "" if char == quote else quote
-            elif char in "'\"":
-                quote = char
-            elif char in ";&|()<>\n" or (char == "#" and command[position - 1].isspace()):
-                break
-            position += 1
-        found.append((match[1], len(command[:position].rstrip())))
-    return found
-
-
-def with_options(command: str, added: tuple[tuple[str | None, str], ...]) -> str:
-    """The command with options behind the recipes that they are meant for, None for every one."""
-    for recipe, end in reversed(ends_of_recipes(command)):
-        options = [text for one, text in added if one in (None, recipe)]
-        if options:
-            command = f"{command[:end]} {' '.join(options)}{command[end:]}"
-    return command
 
 
 class Terminal:
@@ -133,10 +113,9 @@ class Shell(Terminal):
             (folder / name).symlink_to(ROOT / name)
         programs = folder / ".venv" / "bin"
         programs.mkdir(parents=True)
-        for name in ("python", "python3"):
-            script(programs / name, f'exec "{sys.executable}" "$@"')
-        for name, module in MODULES.items():
-            script(programs / name, f'exec "{sys.executable}" -m {module} "$@"')
+        (state / "starts.py").write_text(STARTS, encoding="utf-8")
+        for name in ("python", "python3", "torchrun", "accelerate"):
+            script(programs / name, f'exec "{sys.executable}" "{state}/starts.py" "{state}" {name} "$@"')
         refusal = "an example installs nothing; put <!-- example: not run: installs packages --> above"
         script(programs / "pip", f"echo '{refusal}' >&2; exit 1")
         path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
@@ -145,36 +124,19 @@ class Shell(Terminal):
         environment.pop("PYTEST_CURRENT_TEST", None)
         super().__init__(folder, state, environment, LIMIT)
 
-    def run(self, command: str) -> str:
-        """Run a command that has to end well; returns its output."""
-        code, said = self.execute(command)
+    def run(
+        self, command: str, added: tuple[tuple[str | None, str], ...] = (), *, only_options: bool = False
+    ) -> list[str]:
+        """Run a command that has to end well; returns the names of the recipes that it ran.
+
+        They get the options of ``added`` that are meant for them, None for every one, and may only check their options.
+        """
+        (self.state / "wanted").write_text(json.dumps([only_options, added]), encoding="utf-8")
+        (self.state / "recipes").write_text("")
+        code, said = self.execute(f"set -e\n{command}" if only_options else command)
         if code != 0:
             raise CommandError(f"exit code {code}\n{said}")
-        return said
-
-    def parse(self, command: str) -> int:
-        """Let the recipes of a command check their options and end; returns how many did, and nothing else may run."""
-        recorder = self.state / "recorder"
-        record, programs = self.state / "record", recorder / ".venv" / "bin"
-        if not recorder.is_dir():
-            programs.mkdir(parents=True)
-            (self.state / "parses.py").write_text(PARSES, encoding="utf-8")
-            for name in ("recipes", "docs"):
-                (recorder / name).symlink_to(ROOT / name)
-            refusal = "echo \"'options only' takes commands of recipes/*.py, got python $*\" >&2; exit 1"
-            recipe = f'echo "$1" >> "{record}"; exec "{sys.executable}" "$@" --print_config'
-            for name in ("python", "python3"):
-                script(programs / name, f"case $1 in recipes/*.py|./recipes/*.py) {recipe};; *) {refusal};; esac")
-            for name, parser in LAUNCHERS.items():
-                script(programs / name, f'exec "{sys.executable}" "{self.state}/parses.py" {name} {parser} "$@"')
-        record.write_text("")
-        done = subprocess.run(
-            ["/bin/bash", "-e", "-o", "pipefail", "-c", command], cwd=recorder,
-            env=self.environment | {"PATH": str(programs)}, capture_output=True, text=True, timeout=LIMIT, check=False,
-        )  # fmt: skip
-        if done.returncode != 0:
-            raise CommandError(f"'options only' lets recipes check their options, nothing else\n{done.stderr}")
-        return len(record.read_text().splitlines())
+        return (self.state / "recipes").read_text().split()
 
 
 def script(path: Path, text: str) -> None:
