@@ -6,7 +6,16 @@ from functools import partial
 
 import pytest
 import torch
-from attacks.table import MODELS, all_generators, assert_within, left_as_it_was, linear_model, predicted, seeded
+from attacks.table import (
+    MODELS,
+    Recorder,
+    all_generators,
+    assert_within,
+    left_as_it_was,
+    linear_model,
+    predicted,
+    seeded,
+)
 from torch import nn
 
 from sj_robust import SpikingClassifier
@@ -125,6 +134,15 @@ def test_with_sample_seeds_a_result_depends_on_no_other_sample(bridge, version):
     apart = bridge.run(model, x[some], y[some], eps, seeds.rows(some))
     torch.testing.assert_close(together[some], apart, rtol=0, atol=1e-7)
     assert int((predicted(model, together) != y).sum()) > 0
+
+
+@pytest.mark.parametrize("norm", EPS)
+def test_apgd_starts_in_all_directions(norm):
+    model = Recorder(linear_model(36, seed=3))
+    y = predicted(model, X)
+    autoattack(model, X, y, eps=0.001, norm=norm, attacks=["apgd-ce"], generator=SampleSeeds(range(9)))
+    start = next(images for images in model.seen if not torch.equal(images, X))
+    assert 0.4 < (start > X).double().mean() < 0.6
 
 
 def test_fab_restarts_from_noise_of_the_samples(monkeypatch):
