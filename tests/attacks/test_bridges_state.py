@@ -141,7 +141,7 @@ def test_apgd_starts_in_all_directions(norm):
     model = Recorder(linear_model(36, seed=3))
     y = predicted(model, X)
     autoattack(model, X, y, eps=0.001, norm=norm, attacks=["apgd-ce"], generator=SampleSeeds(range(9)))
-    start = next(images for images in model.seen if not torch.equal(images, X))
+    start = next(images for images in model.seen if 0 < (images - X).abs().max() < 0.002)  # no image of the checks
     assert 0.4 < (start > X).double().mean() < 0.6
 
 
