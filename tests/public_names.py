@@ -42,9 +42,9 @@ PUBLIC = {
     ),
     "sj_robust.evaluation.drawings": "plot_report plot_robustness robustness_figures",
     "sj_robust.stability": (
-        "Bound BoundedLayer Certificate GainDesign INPUT InputMap LayerCertificate NeuronGains Verification "
-        "certify gain_penalty gain_scalars input_maps l2_gain l2_gain_limit neuron_gains optimal_input_gain "
-        "peak_gain printed_gain time_operator verify"
+        "Bound BoundedLayer Certificate GainDesign INPUT InputMap LayerCertificate NeuronGains "
+        "SmoothedClassifier Smoothing Verification certify gain_penalty gain_scalars input_maps l2_gain l2_gain_limit "
+        "neuron_gains no_flip_radius optimal_input_gain peak_gain printed_gain smooth time_operator verify"
     ),
     "sj_robust.stability.plot": "plot_certificate",
     "sj_robust.training": (

@@ -103,7 +103,7 @@ def test_few_files_know_spikingjelly():
 
 def test_attacks_know_torch_and_a_callable():
     known = {part_of(imported) for module in MODULES if part_of(module) == "attacks" for imported in GRAPH[module]}
-    assert known == {"_eps", "_preserved", "attacks", "randomness"}
+    assert known == {"_checks", "_eps", "_preserved", "attacks", "randomness"}
 
 
 def test_no_circle_of_files():

@@ -22,10 +22,10 @@ What every one of them takes, returns and raises, and what holds for it; its own
   images of an attack that needs it.
 """
 
+from sj_robust._checks import check_images, check_labels
 from sj_robust.attacks.apgd import apgd
 from sj_robust.attacks.bridges import AutoAttackWarning, autoattack, external, square, transfer
 from sj_robust.attacks.call import Attack
-from sj_robust.attacks.checks import check_images, check_labels
 from sj_robust.attacks.events import check_frames, count_flips, flip_events, random_flips
 from sj_robust.attacks.gradient import fgsm, pgd, rfgsm
 from sj_robust.attacks.noise import gaussian, salt_and_pepper, uniform

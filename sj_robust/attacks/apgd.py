@@ -7,9 +7,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from sj_robust._checks import check_count
 from sj_robust.attacks._ascent import Ascent, restart_points
 from sj_robust.attacks.call import Best, Loss, Model, Objective, Randomness, checked_copies, crafting
-from sj_robust.attacks.checks import check_count
 from sj_robust.attacks.logits import likeliest_wrong, of_class, without
 from sj_robust.attacks.projection import Norm, direction, per_sample
 from sj_robust.attacks.threat import ThreatModel, ball_threat

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from sj_robust._checks import check_count, check_model
 from sj_robust.attacks._autoattack import (
     ATTACKS,
     VERSIONS,
@@ -21,7 +22,6 @@ from sj_robust.attacks._autoattack import (
     search_squares,
 )
 from sj_robust.attacks.call import Attack, Model, Randomness, checked_copies, crafting
-from sj_robust.attacks.checks import check_count, check_model
 from sj_robust.attacks.projection import Norm
 from sj_robust.attacks.threat import ThreatModel, ball_threat, rounding
 from sj_robust.randomness import Private, draw_seed

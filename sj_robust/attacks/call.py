@@ -8,9 +8,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from sj_robust._checks import check_images, check_labels, check_logits, check_model
 from sj_robust._preserved import evaluation_mode
 from sj_robust.attacks._resets import refuse_carried_states
-from sj_robust.attacks.checks import check_images, check_labels, check_logits, check_model
 from sj_robust.randomness import Private, SampleSeeds, check_seeds, draw_seed, private_generator, seeded_globals
 
 Model = Callable[[Tensor], Tensor]

@@ -9,9 +9,9 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from sj_robust._checks import check_count, check_labels, check_logits, check_model, check_size
 from sj_robust.attacks._flip_search import FewestFlips, Search, Settings, apply_flips, largest, lead, uniform
 from sj_robust.attacks.call import Loss, Model, Objective, Randomness, crafting
-from sj_robust.attacks.checks import check_count, check_labels, check_logits, check_model, check_size
 from sj_robust.attacks.logits import likeliest_wrong
 from sj_robust.randomness import Private, SampleDraws, check_seeds, private_generator
 

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
+from sj_robust._checks import check_count, check_size
 from sj_robust.attacks.call import Best, Loss, Model, Objective, Randomness, checked_copies, crafting
-from sj_robust.attacks.checks import check_count, check_size
 from sj_robust.attacks.projection import Norm, direction
 from sj_robust.attacks.threat import ThreatModel, ball_threat, random_point
 from sj_robust.randomness import randn

@@ -6,8 +6,8 @@
 import torch
 from torch import Tensor
 
+from sj_robust._checks import check_images, check_labels, check_model, check_size
 from sj_robust.attacks.call import Model, Randomness
-from sj_robust.attacks.checks import check_images, check_labels, check_model, check_size
 from sj_robust.attacks.threat import ThreatModel, random_point
 from sj_robust.randomness import Private, check_seeds, private_generator, rand, randn
 

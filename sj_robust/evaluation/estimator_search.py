@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sj_robust._checks import check_count
 from sj_robust.attacks.apgd import apgd
 from sj_robust.attacks.call import Attack, Model
-from sj_robust.attacks.checks import check_count
 from sj_robust.attacks.events import flip_events
 from sj_robust.attacks.logits import margin
 from sj_robust.attacks.threat import ThreatModel

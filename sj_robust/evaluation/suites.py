@@ -8,10 +8,10 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
+from sj_robust._checks import check_count
 from sj_robust.attacks.apgd import apgd
 from sj_robust.attacks.bridges import autoattack, square
 from sj_robust.attacks.call import Attack
-from sj_robust.attacks.checks import check_count
 from sj_robust.attacks.events import flip_events, random_flips
 from sj_robust.attacks.gradient import fgsm, pgd
 from sj_robust.attacks.noise import gaussian

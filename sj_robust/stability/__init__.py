@@ -12,7 +12,9 @@ from sj_robust.stability.gain import (
     printed_gain,
     time_operator,
 )
+from sj_robust.stability.no_flip import no_flip_radius
 from sj_robust.stability.operator import INPUT, InputMap, input_maps
+from sj_robust.stability.smoothing import SmoothedClassifier, Smoothing, smooth
 from sj_robust.stability.verification import BoundedLayer, Verification, verify
 
 __all__ = [
@@ -24,6 +26,8 @@ __all__ = [
     "InputMap",
     "LayerCertificate",
     "NeuronGains",
+    "SmoothedClassifier",
+    "Smoothing",
     "Verification",
     "certify",
     "gain_penalty",
@@ -32,9 +36,11 @@ __all__ = [
     "l2_gain",
     "l2_gain_limit",
     "neuron_gains",
+    "no_flip_radius",
     "optimal_input_gain",
     "peak_gain",
     "printed_gain",
+    "smooth",
     "time_operator",
     "verify",
 ]

@@ -1,0 +1,144 @@
+"""The radius without flips: no spike moves below it, one moves just above it, on every kind of neuron and reset."""
+
+import copy
+
+import pytest
+import torch
+from spikingjelly.activation_based import layer, neuron
+from torch import nn
+
+from sj_robust.classifier import PoissonEncoder, SpikingClassifier, SpikingEventClassifier
+from sj_robust.neuron import DLIFNode
+from sj_robust.neuron.charging import read_charging
+from sj_robust.stability import no_flip_radius
+
+NEURONS = {
+    "if": lambda: neuron.IFNode(step_mode="m"),
+    "if soft": lambda: neuron.IFNode(v_reset=None, step_mode="m"),
+    "lif": lambda: neuron.LIFNode(tau=2.0, v_threshold=0.4, step_mode="m"),
+    "plif without input decay": lambda: neuron.ParametricLIFNode(decay_input=False, step_mode="m"),
+    "lif reset below zero": lambda: neuron.LIFNode(tau=1.5, v_reset=-0.3, v_threshold=0.6, step_mode="m"),
+    "dlif": lambda: gains(DLIFNode(T=4)),
+    "dlif soft": lambda: gains(DLIFNode(T=4, v_reset=None)),
+}
+
+
+def gains(node):
+    node.input_gain.data = torch.tensor([1.0, -0.7, 0.5, 1.4])
+    return node
+
+
+def network(node, frames=False):
+    torch.manual_seed(3)
+    net = nn.Sequential(
+        layer.Conv2d(2, 3, 3, padding=1, step_mode="m"),
+        layer.BatchNorm2d(3, step_mode="m"),
+        layer.AvgPool2d(2, step_mode="m"),
+        node,
+        layer.Flatten(step_mode="m"),
+        layer.Linear(27, 3, step_mode="m"),
+    )
+    net[0].weight.data *= 3
+    if frames:
+        return SpikingEventClassifier(net, T=4).eval()
+    return SpikingClassifier(net, T=4, mean=[0.4, 0.5], std=[0.2, 0.3]).eval()
+
+
+def spikes(model, x):
+    """First layer's spikes in float64."""
+    found = []
+    handle = model.net[3].register_forward_hook(lambda module, args, output: found.append(output.detach()))
+    model(x)
+    handle.remove()
+    return found[0]
+
+
+@pytest.mark.parametrize("frames", [False, True], ids=["images", "frames"])
+@pytest.mark.parametrize("name", NEURONS)
+def test_no_spike_flips_below_the_radius_and_one_flips_just_above_it(name, frames):
+    model = network(NEURONS[name](), frames)
+    x = 0.3 + 0.4 * torch.rand((3, 4, 2, 6, 6) if frames else (3, 2, 6, 6))
+    radius = no_flip_radius(model, x, batch_size=2)
+    assert (radius > 0).all()
+    exact, wide = copy.deepcopy(model).double(), x.double()
+    clean = spikes(exact, wide)
+    directions = torch.randn(200, *x.shape, dtype=torch.float64)
+    for direction in directions:
+        step = direction / direction.flatten(1).norm(dim=1).view(-1, *[1] * (x.ndim - 1))
+        assert torch.equal(spikes(exact, wide + 0.999 * radius.view(-1, *[1] * (x.ndim - 1)) * step), clean)
+    for number in range(3):
+        # Along the gradient of each potential; the closest neuron flips there, and nowhere below.
+        step, above = worst_direction(exact, wide[number : number + 1]), 1.001 * radius[number]
+        moved = [spikes(exact, wide[number : number + 1] + sign * above * one) for one in step for sign in (1, -1)]
+        assert any(not torch.equal(one, clean[:, number : number + 1]) for one in moved)
+        kept = [spikes(exact, wide[number : number + 1] + 0.999 * sign * radius[number] * one) for one in step
+                for sign in (1, -1)]  # fmt: skip
+        assert all(torch.equal(one, clean[:, number : number + 1]) for one in kept)
+
+
+def worst_direction(model, x):
+    """Unit gradients of all potentials before firing, with spikes held, for one image."""
+    node, x = model.net[3], x.clone().requires_grad_()
+    held = spikes(model, x)
+    currents = []
+    handle = node.register_forward_pre_hook(lambda module, args: currents.append(args[0]))
+    model(x)
+    handle.remove()
+    charging = read_charging(node)
+    v, found = torch.full_like(currents[0][0], node.v_reset or 0.0), []
+    for t, current in enumerate(currents[0]):
+        reset = 0.0 if node.v_reset is None else (1 - charging.decay) * node.v_reset
+        h = charging.decay * v + charging.gain_at(t, input_gain=True) * current + reset
+        for one in h.flatten():
+            (grad,) = torch.autograd.grad(one, x, retain_graph=True)
+            if bool(grad.any()):
+                found.append(grad / grad.norm())
+        s = held[t].detach()
+        v = h - s * node.v_threshold if node.v_reset is None else (1 - s) * h + s * node.v_reset
+    return found
+
+
+def test_the_network_is_left_as_it_was():
+    model = network(neuron.IFNode(step_mode="m")).train()
+    x = torch.rand(2, 2, 6, 6)
+    model(x)
+    v = model.net[3].v
+    no_flip_radius(model, x)
+    assert model.training
+    assert model.net[3].v is v
+    assert model.net[0].weight.dtype == torch.float32
+
+
+class Past(nn.Module):
+    """The input beside the spikes."""
+
+    def __init__(self):
+        super().__init__()
+        self.node, self.head = neuron.IFNode(step_mode="m"), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.node(x) + x)
+
+
+@pytest.mark.parametrize(
+    ("net", "message"),
+    [
+        (Past(), "past all spiking layers"),
+        (nn.Sequential(nn.Softplus(), neuron.IFNode(step_mode="m")), "is not one affine map"),
+        (nn.Sequential(nn.Linear(4, 4), neuron.QIFNode(step_mode="m")), "1, which the input drives"),
+    ],
+)
+def test_what_cannot_be_followed_is_named(net, message):
+    with pytest.raises(NotImplementedError, match=message):
+        no_flip_radius(SpikingClassifier(net, T=2), torch.rand(2, 4))
+
+
+def test_wrong_use_is_named():
+    model = network(neuron.IFNode(step_mode="m"))
+    with pytest.raises(TypeError, match="wrap the network"):
+        no_flip_radius(model.net, torch.rand(2, 2, 6, 6))
+    with pytest.raises(ValueError, match="NaN"):
+        no_flip_radius(model, torch.full((2, 2, 6, 6), torch.nan))
+    encoded = SpikingClassifier(model.net, T=4, encoder=PoissonEncoder())
+    with pytest.raises(NotImplementedError, match="PoissonEncoder draws"):
+        no_flip_radius(encoded, torch.rand(2, 2, 6, 6))

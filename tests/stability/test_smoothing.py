@@ -1,0 +1,127 @@
+"""Randomised smoothing against a classifier whose probabilities are known, and its parts against their definitions."""
+
+import math
+
+import pytest
+import torch
+from scipy.stats import binom, norm
+from torch import nn
+
+from sj_robust.attacks import pgd
+from sj_robust.classifier import PoissonEncoder, SpikingClassifier
+from sj_robust.models import NetworkSpec, build_network
+from sj_robust.randomness import SampleSeeds
+from sj_robust.stability import SmoothedClassifier, smooth
+
+HALF_SPACE = nn.Linear(2, 2, bias=False)
+HALF_SPACE.weight = nn.Parameter(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+
+
+def seeded(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_radius_of_a_half_space_stays_below_the_true_distance_and_comes_near_it():
+    # For a linear classifier the smoothed one is the same, and its true radius the distance to the boundary.
+    x = torch.tensor([[0.5 + d / 2, 0.5 - d / 2] for d in (0.05, 0.1, 0.2, 0.3)])
+    truth = (x[:, 0] - x[:, 1]) / math.sqrt(2)
+    result = smooth(HALF_SPACE, x, 0.25, n=20_000, batch_size=10_000, generator=seeded())
+    radius = torch.tensor(result.radius)
+    assert result.prediction == (0, 0, 0, 0)
+    assert (radius <= truth).all()
+    assert (radius >= truth - 0.02).all()
+
+
+def test_count_gives_the_exact_binomial_bound():
+    result = smooth(HALF_SPACE, torch.tensor([[0.6, 0.4]]), 0.25, n=500, alpha=0.01, generator=seeded())
+    (p,) = norm.cdf(torch.tensor(result.radius) / 0.25)
+    # Clopper and Pearson: at p, as many successes as were counted or more have probability alpha.
+    assert binom.sf(result.count[0] - 1, 500, p) == pytest.approx(0.01, rel=1e-4)
+
+
+def test_error_happens_no_more_often_than_alpha():
+    # 400 votes of one image at a level of 0.2: the radius exceeds the truth in at most about a fifth of them.
+    x = torch.tensor([[0.56, 0.44]]).expand(400, 2)
+    result = smooth(HALF_SPACE, x, 0.25, n0=20, n=50, alpha=0.2, generator=seeded())
+    truth = 0.12 / math.sqrt(2)
+    wrong = sum(radius > truth for radius in result.radius)
+    assert 0 < wrong <= binom.ppf(0.999, 400, 0.2)
+
+
+def test_undecided_votes_abstain_and_certify_nothing():
+    result = smooth(HALF_SPACE, torch.full((2, 2), 0.5), 0.5, n=200, generator=seeded())
+    assert result.prediction == (-1, -1)
+    assert result.radius == (0.0, 0.0)
+    assert result.abstained == 1.0
+    assert result.certified(torch.tensor([0, 1])) == (False, False)
+
+
+def test_seeds_of_samples_make_results_independent_of_neighbours_and_of_the_batch_size():
+    x = torch.rand(4, 2, generator=seeded(1))
+    together = smooth(HALF_SPACE, x, 0.25, n=300, generator=SampleSeeds([5, 6, 7, 8]))
+    alone = smooth(HALF_SPACE, x[2:3], 0.25, n=300, batch_size=128, generator=SampleSeeds([7]))
+    assert together.count[2:3] == alone.count
+    assert len(set(smooth(HALF_SPACE, x[:1].expand(8, 2), 0.25, n=300, generator=seeded()).count)) > 1
+
+
+def test_a_spiking_network_is_smoothed_left_as_it_was_and_its_certified_share_falls_with_the_radius():
+    torch.manual_seed(0)
+    net = build_network(NetworkSpec(channels=(4, 4)))
+    model = SpikingClassifier(net, T=4).train()
+    x, state, caller = torch.rand(3, 1, 8, 8), model.state_dict(), torch.get_rng_state()
+    before = {name: value.clone() for name, value in state.items()}
+    done = []
+    result = smooth(model, x, 0.1, n0=10, n=100, generator=seeded(), on_image=done.append)
+    assert done == [1, 2, 3]
+    assert model.training
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert torch.equal(caller, torch.get_rng_state())
+    y = torch.tensor(result.prediction)
+    shares = [sum(result.certified(y, radius)) for radius in (0.0, 0.05, 0.1, 1.0)]
+    assert shares == sorted(shares, reverse=True)
+    assert shares[-1] == 0
+
+
+def test_draws_of_an_encoder_are_part_of_the_probability_and_can_be_repeated():
+    torch.manual_seed(0)
+    model = SpikingClassifier(build_network(NetworkSpec(channels=(4, 4))), T=4, encoder=PoissonEncoder()).eval()
+    x = torch.rand(2, 1, 8, 8)
+    one, other = (smooth(model, x, 0.25, n0=10, n=100, generator=seeded(3)) for _ in range(2))
+    assert one == other
+    # Noise so small that it cannot turn a vote: what is left is the encoder's own.
+    still = smooth(model, x, 1e-6, n0=10, n=100, generator=seeded(3))
+    assert 0 < min(still.count) < 100
+
+
+def test_attacks_go_through_the_noise_of_one_draw():
+    model = SmoothedClassifier(HALF_SPACE, 0.25)
+    x, y = torch.tensor([[0.55, 0.45]]), torch.tensor([0])
+    x_adv = pgd(model, x, y, eps=0.2, step_size=0.05, steps=10, eot_samples=16, generator=seeded())
+    assert smooth(HALF_SPACE, x, 0.25, generator=seeded()).prediction == (0,)
+    assert smooth(HALF_SPACE, x_adv, 0.25, generator=seeded()).prediction == (1,)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"sigma": 0.0}, ValueError, "sigma must be finite and > 0"),
+        ({"sigma": float("nan")}, ValueError, "sigma must be finite"),
+        ({"n": 0}, ValueError, "n must be >= 1"),
+        ({"n0": 1.5}, TypeError, "n0 must be an integer"),
+        ({"alpha": 1.0}, ValueError, r"alpha must be in \(0, 1\)"),
+        ({"x": torch.full((2, 2), 2.0)}, ValueError, r"x must lie in \[0, 1\]"),
+        ({"model": 3}, TypeError, "model must be a callable"),
+        ({"generator": SampleSeeds([1])}, ValueError, "one seed per image"),
+        ({"model": lambda x: x[:, :, None]}, ValueError, "logits must be"),
+    ],
+)
+def test_wrong_use_is_named(changes, error, message):
+    given = {"model": HALF_SPACE, "x": torch.rand(2, 2), "sigma": 0.25} | changes
+    with pytest.raises(error, match=message):
+        smooth(given.pop("model"), given.pop("x"), given.pop("sigma"), **given)
+
+
+def test_labels_of_another_length_are_refused():
+    result = smooth(HALF_SPACE, torch.rand(2, 2), 0.25, n0=5, n=5)
+    with pytest.raises(ValueError, match=r"y must have shape \[N\] = \[2\]"):
+        result.certified(torch.tensor([0]))
