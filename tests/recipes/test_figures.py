@@ -264,17 +264,9 @@ def test_what_cannot_be_redrawn(tmp_path):
         figures.main(["--redraw", str(tmp_path)])
     path = tmp_path / "gains.json"
     InputGains({"mine": {"0": [1.0]}}).save(path)
-    good = json.loads(path.read_text())
-    for content, reason in (
-        ("{", r"gains\.json: the numbers of a figure must be JSON"),
-        ("[]", "not the numbers of a figure"),
-        (json.dumps(good | {"version": 7}), "version must be 1, got 7"),
-        (json.dumps(good | {"format": "sj_robust.figure.pie"}), "not the numbers of a figure"),
-        (json.dumps(good | {"extra": 1}), "field of the numbers of a figure is missing or unknown"),
-    ):
-        path.write_text(content)
-        with pytest.raises(ValueError, match=reason):
-            figures.main(["--redraw", str(tmp_path)])
+    path.write_text(path.read_text().replace("sj_robust.figure", "sj_robust.figure.pie"))
+    with pytest.raises(ValueError, match=r"gains\.json: not the numbers of a figure"):
+        figures.main(["--redraw", str(tmp_path)])
 
 
 def test_gains_of_networks_without_dlif_are_left_out():

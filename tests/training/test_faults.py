@@ -6,17 +6,17 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
-from torch.utils.data import Dataset, TensorDataset, get_worker_info
+from torch.utils.data import TensorDataset, get_worker_info
 from training import small_run
 from training.small_run import At
 
-from sj_robust.data import ImageSplits
 from sj_robust.data.files import UnreadableError
 from sj_robust.data.stored import FileImages
 from sj_robust.models import checkpoint
@@ -39,23 +39,11 @@ def run(folder, **options):
     return small_run.run(folder, dropout=0.3, **options)
 
 
-class Watched(Dataset):
-    """The images; ``before`` is called with the number of each one that is read."""
-
-    def __init__(self, images, before):
-        self.images, self.before = images, before
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, index):
-        self.before(index)
-        return self.images[index]
-
-
-def with_training(images):
-    parts = small_run.splits()
-    return ImageSplits(parts.name, images, parts.validation, parts.test, parts.image_shape, parts.classes)
+def images_by(read):
+    """The splits whose training image of a number is what ``read`` gives for the number."""
+    splits = small_run.splits()
+    _, y = splits.train.tensors
+    return replace(splits, train=FileImages(range(len(y)), y, read))
 
 
 def assert_goes_on(folder, whole, *, position=(1, 0), **options):
@@ -85,31 +73,9 @@ def test_killed_in_a_step_and_while_a_checkpoint_is_written(tmp_path, whole):
         assert_goes_on(folder, whole)
 
 
-class FullDisk:
-    """A file on a disk with little room."""
-
-    def __init__(self, file, room):
-        self.file, self.room = file, room
-
-    def __getattr__(self, name):
-        return getattr(self.file, name)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.file.close()
-
-    def write(self, data):
-        self.room -= len(data)
-        if self.room < 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return self.file.write(data)
-
-
 def full_disk_in_write(monkeypatch):
     opened = Path.open
-    monkeypatch.setattr(Path, "open", lambda path, *args, **kwargs: FullDisk(opened(path, *args, **kwargs), room=1000))
+    monkeypatch.setattr(Path, "open", lambda path, *args, **kwargs: opened(Path("/dev/full"), *args, **kwargs))
 
 
 def full_disk_at_sync(monkeypatch):
@@ -156,39 +122,32 @@ def test_nan_in_the_loss_and_in_the_weights(tmp_path, whole, action, found):
 def test_a_process_that_loads_images_dies(tmp_path, whole):
     """It is killed in the second epoch, which it recognises by the checkpoint of the first."""
 
-    def die(index):
+    x, _ = small_run.splits().train.tensors
+
+    def read(index):
         if get_worker_info() is not None and (tmp_path / "last.pt").exists():
             os.kill(os.getpid(), signal.SIGKILL)
+        return x[index]
 
     with pytest.raises(ChildProcessError, match=r"was killed .*use fewer than 1 workers, or none"):
-        run(tmp_path, data=with_training(Watched(small_run.splits().train, die)), workers=1)
+        run(tmp_path, data=images_by(read), workers=1)
     assert_goes_on(tmp_path, whole, workers=1)
 
 
 def test_a_picture_that_cannot_be_read_any_more(tmp_path, whole):
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    x, y = small_run.splits().train.tensors
-    paths = [pictures / f"{index}.raw" for index in range(len(x))]
-    for path, image in zip(paths, x, strict=True):
-        path.write_bytes(image.numpy().tobytes())
+    x, _ = small_run.splits().train.tensors
+    cut = []
 
-    def read(path):
-        content = path.read_bytes()
-        if len(content) != 64:
-            raise UnreadableError(f"{path} is cut off after {len(content)} bytes; replace it")
-        return torch.frombuffer(bytearray(content), dtype=torch.float32).view(1, 4, 4)
+    def read(index):
+        if cut:
+            raise UnreadableError(f"{index}.raw is cut off; replace it")
+        return x[index]
 
-    def cut(*_):
-        for path in paths:
-            path.write_bytes(path.read_bytes()[:10])
-
-    data = with_training(FileImages(paths, y, read))
-    with pytest.raises(UnreadableError, match=r"\.raw is cut off after 10 bytes; replace it"):
-        run(tmp_path / "run", data=data, perturb=At(STEP, cut))
-    for path, image in zip(paths, x, strict=True):
-        path.write_bytes(image.numpy().tobytes())
-    assert_goes_on(tmp_path / "run", whole, data=data)
+    data = images_by(read)
+    with pytest.raises(UnreadableError, match=r"\.raw is cut off; replace it"):
+        run(tmp_path, data=data, perturb=At(STEP, lambda *_: cut.append(True)))
+    cut.clear()
+    assert_goes_on(tmp_path, whole, data=data)
 
 
 @pytest.mark.parametrize("perturb", [None, small_run.ATTACK])
@@ -205,7 +164,7 @@ def test_a_picture_that_cannot_be_read_any_more(tmp_path, whole):
 def test_labels_that_are_no_classes(tmp_path, spoil, found, perturb):
     x, y = small_run.splits().train.tensors
     with pytest.raises(ValueError, match=f"labels must be {found}"):
-        run(tmp_path, data=with_training(TensorDataset(x, spoil(y))), perturb=perturb)
+        run(tmp_path, data=replace(small_run.splits(), train=TensorDataset(x, spoil(y))), perturb=perturb)
 
 
 def damaged(path):

@@ -203,16 +203,6 @@ def test_the_figure_tells_lines_and_values_apart(records, tmp_path, monkeypatch)
     assert drawn[1].legends == []
 
 
-def test_records_survive_and_damage_is_named(records, tmp_path):
+def test_a_record_saved_and_loaded_is_equal(records, tmp_path):
     records[0].save(tmp_path / RECORD_FILE)
     assert RunRecord.load(tmp_path / RECORD_FILE) == records[0]
-    head = '{"format": "sj_robust.sweep_run", "version": '
-    for text, message in (
-        (f'{head}1, "name": "x", "sead": 1}}', r"run\.json: a field of a run of a sweep is missing or unknown"),
-        (f"{head}9}}", "must be 1, got 9"),
-        ("{", "JSON"),
-        ("[]", "not a run"),
-    ):
-        (tmp_path / "run.json").write_text(text)
-        with pytest.raises(ValueError, match=message):
-            RunRecord.load(tmp_path / RECORD_FILE)
