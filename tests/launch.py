@@ -1,4 +1,4 @@
-"""Recipes started by tests: in this process, or as processes that hear Ctrl-C."""
+"""Recipes and scripts started by tests: in this process, or as processes that hear Ctrl-C."""
 
 import contextlib
 import importlib
@@ -54,3 +54,10 @@ def wait_until(condition, what, process=None):
         assert process is None or process.poll() is None, process.communicate()
         time.sleep(0.02)
     pytest.fail(f"{what} did not happen")
+
+
+def script(path, *arguments, launcher=()):
+    """A script of the tests to its end."""
+    command = [sys.executable, *launcher, str(path), *map(str, arguments)]
+    environment = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)

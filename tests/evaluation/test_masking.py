@@ -71,16 +71,8 @@ def test_an_honest_linear_network_passes_without_findings_of_spikes(linear, batc
     assert [Finding(**entry) for entry in saved] == [*found.values()]
 
 
-def narrow(model):
-    return masked.with_surrogate(model, masked.NARROW)
-
-
-def narrowed(model):
-    return masked.with_surrogate(model, surrogate.ATan(alpha=100.0))
-
-
-def narrow_triangle(model):
-    return masked.with_surrogate(model, surrogate.PiecewiseQuadratic(alpha=100.0))
+def with_surrogate(function):
+    return lambda model: masked.with_surrogate(model, function)
 
 
 def before(function):
@@ -105,16 +97,19 @@ def scaled(model):
 # What masks the honest network, symptoms that must be found, and the remedy that each of the first names.
 MASKS = {
     "narrow surrogate": (
-        narrow,
+        with_surrogate(masked.NARROW),
         {
             "tiny_gradients": "wider surrogates",
             "flat_loss": "other surrogate shapes",
             "other_estimator_stronger": "worst case",
         },
     ),
-    "rather narrow surrogate": (narrowed, {"other_estimator_stronger": "suites fast and standard"}),
+    "rather narrow surrogate": (
+        with_surrogate(surrogate.ATan(alpha=100.0)),
+        {"other_estimator_stronger": "suites fast and standard"},
+    ),
     "narrow triangle": (
-        narrow_triangle,
+        with_surrogate(surrogate.PiecewiseQuadratic(alpha=100.0)),
         {
             "zero_gradients": "wider surrogates",
             "unbounded_attack_fails": "wider surrogates",
@@ -170,7 +165,7 @@ def test_what_masks_is_found_and_the_remedy_named(honest, batch, name):
 @pytest.mark.slow
 def test_tiny_is_not_zero(honest, batch):
     """The narrow surrogate would pass a test for zeros alone."""
-    found = findings(narrow(honest), batch, estimators=None)
+    found = findings(masked.with_surrogate(honest, masked.NARROW), batch, estimators=None)
     assert found["zero_gradients"].passed
     assert found["zero_gradients"].value < 0.01
     assert found["tiny_gradients"].value > 0.5

@@ -1,11 +1,9 @@
 import json
-import os
 import signal
-import subprocess
 import sys
 from functools import partial
-from pathlib import Path
 
+import launch
 import pytest
 import torch
 from evaluation import masked, suite_run
@@ -19,20 +17,14 @@ from sj_robust.evaluation.progress import Progress, TimeLeft, computed_once
 from sj_robust.evaluation.runner import data_fingerprint, run_suite
 from sj_robust.randomness import SampleSeeds
 
-SCRIPT = Path(suite_run.__file__)
+script = partial(launch.script, suite_run.__file__)
 STEPS = 4 * 7  # batches times members, the clean images included
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
 
 
 @pytest.fixture(scope="module")
 def whole():
     """The result of a run that nothing interrupts."""
     return suite_run.without_times(suite_run.run())
-
-
-def script(*arguments, launcher=()):
-    command = [sys.executable, *launcher, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_members_and_groups_by_hand():
@@ -158,11 +150,10 @@ def test_other_runs_are_never_mixed(tmp_path, options, what):
 
 @pytest.mark.slow
 def test_two_processes_find_what_one_finds(tmp_path, whole):
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    killed = script(tmp_path, 9, launcher=launcher)  # both die in their second batch
+    killed = script(tmp_path, 9, launcher=launch.TWO_PROCESSES)  # both die in their second batch
     assert killed.returncode != 0
     assert 2 <= len(list(tmp_path.glob("batch-*.jsonl"))) <= 4
-    result = script(tmp_path, launcher=launcher)
+    result = script(tmp_path, launcher=launch.TWO_PROCESSES)
     assert result.returncode == 0, result.stderr
     assert json.loads((tmp_path / "outcome.json").read_text()) == whole
     assert suite_run.without_times(suite_run.run(tmp_path)) == whole  # one process takes up what two have done

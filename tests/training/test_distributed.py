@@ -1,10 +1,6 @@
 """Two processes (gloo) train what one does; all their runs are of one launch, see small_run.SCENARIOS."""
 
-import os
-import socket
-import subprocess
-import sys
-
+import launch
 import pytest
 import torch
 from torch import nn
@@ -28,18 +24,7 @@ def two(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
     with pytest.raises(small_run.PowerCutError):
         small_run.run(folder / "one_to_two", **small_run.CUT, perturb=small_run.At(7, small_run.power_cut))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={port}"]
-    result = subprocess.run(
-        [sys.executable, *launcher, small_run.__file__, str(folder)],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    result = launch.script(small_run.__file__, folder, launcher=launch.TWO_PROCESSES)
     assert result.returncode == 0, result.stderr
     return folder
 

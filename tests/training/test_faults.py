@@ -4,12 +4,12 @@ import errno
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import launch
 import pytest
 import torch
 from accelerate import Accelerator
@@ -43,7 +43,7 @@ def images_by(read):
     """The splits whose training image of a number is what ``read`` gives for the number."""
     splits = small_run.splits()
     _, y = splits.train.tensors
-    return replace(splits, train=FileImages(range(len(y)), y, read))
+    return replace(splits, train=FileImages(range(len(y)), y, lambda path: read(int(path.name))))
 
 
 def assert_goes_on(folder, whole, *, position=(1, 0), **options):
@@ -58,15 +58,10 @@ def assert_goes_on(folder, whole, *, position=(1, 0), **options):
 
 
 def test_killed_in_a_step_and_while_a_checkpoint_is_written(tmp_path, whole):
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
     folders = {moment: tmp_path / moment for moment in ("step", "write")}
-    processes = [
-        subprocess.Popen([sys.executable, __file__, str(folder), moment], env=environment, stderr=subprocess.PIPE)
-        for moment, folder in folders.items()
-    ]
-    for process in processes:
-        _, err = process.communicate(timeout=300)
-        assert process.returncode == -signal.SIGKILL, err.decode()
+    for moment, folder in folders.items():
+        killed = launch.script(__file__, folder, moment)
+        assert killed.returncode == -signal.SIGKILL, killed.stderr
     half = [path for path in folders["write"].iterdir() if path.suffix == ".tmp"]
     assert [path.stat().st_size > 0 for path in half] == [True]
     for folder in folders.values():

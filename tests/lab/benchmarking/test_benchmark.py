@@ -58,7 +58,7 @@ def test_a_wrong_layer_is_found_out():
         LayerTask("graded", lambda shape: torch.sigmoid, None, CURRENTS).check()
 
 
-def test_wrong_networks_and_steps_are_found_out(monkeypatch):
+def test_a_wrong_network_is_found_out(monkeypatch):
     from lab.benchmarking import networks
 
     kernel = "DLIF cpp" if cpp.unavailable_reason() is None else "DLIF eager"
@@ -66,10 +66,6 @@ def test_wrong_networks_and_steps_are_found_out(monkeypatch):
     monkeypatch.setitem(networks._NEURONS, kernel, lambda T: right(T=T, tau=3.0))
     with pytest.raises(ValueError, match=f"{kernel} does not equal the textbook loop"):
         NetworkTask("conv4", kernel, IMAGES).check()
-    published = PaperLoop.paper_loss
-    monkeypatch.setattr(PaperLoop, "paper_loss", lambda *args, **kwargs: 1.01 * published(*args, **kwargs))
-    with pytest.raises(ValueError, match="step of mode at does not equal"):
-        BENCHMARKS["conv4_adversarial"].methods["sj_robust"](IMAGES).check()
 
 
 @pytest.mark.parametrize(
