@@ -6,19 +6,14 @@ from functools import partial
 import pytest
 import torch
 from attacks.moving_bars import EVENT_ATTACKS, frames
-from attacks.table import assert_within, linear_model, seeded
+from attacks.table import assert_within, linear_model, seeded, two_classes
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import nn
 
 from sj_robust.attacks import SampleSeeds, count_flips, flip_events, random_flips
 from sj_robust.attacks._flip_search import FewestFlips
 from sj_robust.evaluation import Member, craft, worst_case
-
-
-def two_classes(weight: Tensor, bias: float):
-    """Class 1 where the weighted events exceed a bound."""
-    return lambda x: torch.stack([torch.zeros_like(x.flatten(1)[:, 0]), x.flatten(1) @ weight + bias], dim=1)
 
 
 class TestBudget:
@@ -67,7 +62,8 @@ class TestLinearOptimum:
     bias = torch.tensor([4.0, 4.0, 4.0, -4.0, -4.0, -4.0], dtype=torch.float64)
 
     def model(self, row: int):
-        return two_classes(self.weight, float(self.bias[row] - self.x[row].flatten() @ self.weight))
+        bias = self.bias[row] - self.x[row].flatten() @ self.weight
+        return two_classes(lambda x: x.flatten(1) @ self.weight + bias)
 
     def gains(self, row: int, allow: str) -> list[float]:
         """Gains of the allowed changes for the attacker, the largest first."""

@@ -6,7 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from attacks.table import Recorder, predicted, seeded
+from attacks.table import Recorder, predicted, seeded, two_classes
 from torch import nn
 
 from sj_robust.attacks import apgd, fgsm, gaussian, pgd, rfgsm
@@ -24,16 +24,6 @@ def cross_entropy_gradient(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """dCE/dx = W^T (softmax(W x) - onehot(y))."""
     exponentials = np.exp(x @ WEIGHT.T)
     return (exponentials / exponentials.sum(1, keepdims=True) - np.eye(3)[y]) @ WEIGHT
-
-
-def binary_model(w: torch.Tensor, b: float):
-    """Logits [0, w.x + b]: with label 1 the margin is w.x + b."""
-
-    def model(x: torch.Tensor) -> torch.Tensor:
-        margin = x.flatten(1) @ w + b
-        return torch.stack([torch.zeros_like(margin), margin], 1)
-
-    return model
 
 
 @pytest.mark.parametrize("targeted", [False, True])
@@ -60,7 +50,7 @@ def test_rfgsm_equals_the_formula_at_its_own_start(project):
 
 def test_rfgsm_starts_at_gaussian_noise_and_steps_by_eps():
     x = torch.full((50, 400), 0.5)
-    recorder = Recorder(binary_model(torch.full((400,), 0.01), 0.0))
+    recorder = Recorder(two_classes(lambda x: x.mean(1)))
     x_adv = rfgsm(recorder, x, torch.ones(50, dtype=torch.int64), eps=0.1, project=False)
     noise = recorder.seen[0] - x
     assert noise.std().item() == pytest.approx(0.001, rel=0.03)
@@ -77,31 +67,6 @@ def test_gaussian_noise_has_the_asked_deviation_and_clamps_on_request():
     assert free.max() > 1
     clamped = gaussian(None, x, std=0.1, generator=seeded(3))
     assert torch.equal(clamped, free.clamp(0, 1))
-
-
-def test_pgd_linf_reaches_the_exact_worst_case_of_a_linear_model():
-    w = torch.tensor([1.5, -2.0, 0.5, 3.0, -1.0], dtype=torch.float64)
-    x = torch.tensor([[0.5, 0.5, 0.5, 0.5, 0.5], [0.05, 0.98, 0.5, 0.0, 1.0]], dtype=torch.float64)
-    x_adv = pgd(binary_model(w, 0.2), x, torch.ones(2, dtype=torch.int64), eps=0.1, step_size=0.03, steps=10)
-    # Coordinates are independent: each goes against its weight as far as ball and box allow.
-    expected = [
-        0.2 + sum(wi * (max(xi - 0.1, 0) if wi > 0 else min(xi + 0.1, 1)) for wi, xi in zip(w, row, strict=True))
-        for row in x
-    ]
-    margin = binary_model(w, 0.2)(x_adv)[:, 1]
-    torch.testing.assert_close(margin, torch.stack(expected), rtol=0, atol=1e-12)
-    assert margin[0].item() == pytest.approx(0.2 + 0.5 * w.sum().item() - 0.1 * 8.0)  # margin - eps * ||w||_1
-
-
-def test_pgd_l2_reaches_the_exact_worst_case_of_a_linear_model():
-    w = torch.tensor([1.5, -2.0, 0.5, 3.0, -1.0], dtype=torch.float64)
-    x = torch.full((1, 5), 0.5, dtype=torch.float64)
-    x_adv = pgd(
-        binary_model(w, 0.2), x, torch.tensor([1]), eps=0.3, step_size=0.1, steps=5, norm="L2", random_start=False
-    )
-    torch.testing.assert_close(x_adv, x - 0.3 * w / w.norm(), rtol=0, atol=1e-9)  # margin - eps * ||w||_2
-    from_random = pgd(binary_model(w, 0.2), x, torch.tensor([1]), eps=0.3, step_size=0.1, steps=60, norm="L2")
-    torch.testing.assert_close(from_random, x_adv, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize(("norm", "step_size"), [("Linf", 0.05), ("L2", 0.1)])
@@ -131,12 +96,7 @@ def test_pgd_targeted_reaches_the_target(norm):
 
 def valley(offset: float):
     """Margin of class 1 is 10 |x - 0.5| + offset: a step of 0.11 from 0.4 crosses the floor, the next one goes back."""
-
-    def model(x: torch.Tensor) -> torch.Tensor:
-        margin = 10 * (x - 0.5).abs().flatten() + offset
-        return torch.stack([torch.zeros_like(margin), margin], 1)
-
-    return model
+    return two_classes(lambda x: 10 * (x - 0.5).abs().flatten() + offset)
 
 
 @pytest.mark.parametrize("offset", [-0.2, 1.0], ids=["fooling iterate", "highest loss"])
@@ -168,10 +128,8 @@ def test_a_wrongly_classified_image_stays_so_despite_the_random_start():
     assert (valley(-0.2)(x_adv).argmax(1) == 0).all()
 
 
-def one_sided(x: torch.Tensor) -> torch.Tensor:
-    """A plateau without gradient below 0.5, a slope to the wrong class above."""
-    margin = 0.2 - (x.flatten() - 0.5).clamp(min=0)
-    return torch.stack([torch.zeros_like(margin), margin], 1)
+# A plateau without gradient below 0.5, a slope to the wrong class above.
+one_sided = two_classes(lambda x: 0.2 - (x.flatten() - 0.5).clamp(min=0))
 
 
 @pytest.mark.parametrize(
@@ -223,12 +181,11 @@ def test_the_random_start_is_uniform_in_the_ball(norm):
 def test_eot_averages_the_gradients_of_its_forwards(attack):
     factors = []
 
-    def scaled(x):
+    def margin(x):
         factors.append(torch.rand(2))
-        margin = x @ (torch.tensor([1.0, -1.0]) * factors[-1])
-        return torch.stack([torch.zeros_like(margin), margin], 1)
+        return x @ (torch.tensor([1.0, -1.0]) * factors[-1])
 
-    model, x, y = Recorder(scaled), torch.full((1, 2), 0.5), torch.tensor([1])
+    model, x, y = Recorder(two_classes(margin)), torch.full((1, 2), 0.5), torch.tensor([1])
     options = {"norm": "L2", "keep_best": False, "loss": lambda logits, y: -logits[:, 1]}
     x_adv = attack(model, x, y, eps=0.1, steps=1, eot_samples=8, **options)
     assert len(factors) == (16 if attack is apgd else 8)

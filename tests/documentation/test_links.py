@@ -1,9 +1,8 @@
 """Links and images of README and docs in the repository; those of the site are checked by ``mkdocs build --strict``."""
 
 import re
-from dataclasses import dataclass, field
 from functools import cache
-from html.parser import HTMLParser
+from html import unescape
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -16,28 +15,17 @@ DOCS = ROOT / "docs"
 IMAGES = sorted(path for path in DOCS.rglob("*") if path.suffix in (".png", ".svg", ".jpg", ".jpeg", ".gif", ".webp"))
 
 
-@dataclass
-class View(HTMLParser):
+class View:
     """What a page holds, as a browser would read it."""
 
-    text: str
-    links: list[str] = field(default_factory=list)
-    images: list[str] = field(default_factory=list)
-    anchors: set[str] = field(default_factory=set)
-
-    def __post_init__(self):
-        super().__init__()
-        self.feed(markdown.markdown(self.text, extensions=["toc", "tables", "fenced_code"]))
-
-    def handle_starttag(self, tag, attrs):
-        values = {name: value or "" for name, value in attrs}
-        self.links += [values["href"]] if tag == "a" else []
-        self.images += [values["src"]] if tag == "img" else []
-        self.anchors |= {values["id"]} if "id" in values else set()
-
-    def commands(self):
-        """Scripts of the repository in blocks and inline code."""
-        return re.findall(r"\b(?:recipes|tests)/[\w/]+\.py\b", self.text)
+    def __init__(self, text):
+        html = markdown.markdown(text, extensions=["toc", "tables", "fenced_code"])
+        self.links, self.images, anchors = (
+            [unescape(found) for found in re.findall(rf'<{tag}\b[^>]*? {name}="([^"]*)"', html)]
+            for tag, name in (("a", "href"), ("img", "src"), (r"\w+", "id"))
+        )
+        self.anchors = set(anchors)
+        self.commands = re.findall(r"\b(?:recipes|tests)/[\w/]+\.py\b", text)  # in blocks and inline code
 
 
 @cache
@@ -96,8 +84,8 @@ def test_images_are_shown_beside_the_command_that_makes_them():
     }
     for image, pages in showing.items():
         assert pages, f"no page shows {name_of(image)}; remove it, or show it"
-        assert any(view(page).commands() for page in pages), f"no command of recipes/ or tests/ beside {name_of(image)}"
-        for name in (name for page in pages for name in view(page).commands()):
+        assert any(view(page).commands for page in pages), f"no command of recipes/ or tests/ beside {name_of(image)}"
+        for name in (name for page in pages for name in view(page).commands):
             assert (ROOT / name).is_file(), name
 
 

@@ -31,20 +31,11 @@ NEURONS = {
 
 def classifier(make, *, step_mode="m", store_v_seq=False, **options):
     torch.manual_seed(0)
-
-    def node():
-        return make(step_mode=step_mode, store_v_seq=store_v_seq, **options)
-
-    if step_mode == "s":
-        net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), node(), nn.Flatten(), nn.Linear(64, 5), node())
-    else:
-        convolution = PerStep(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
-        net = nn.Sequential(convolution, node(), PerStep(nn.Flatten(), nn.Linear(64, 5)), node())
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            nn.init.constant_(module.bias, 0.8)
-        if isinstance(module, nn.Linear):
-            module.weight.data.mul_(4)
+    first, last = (make(store_v_seq=store_v_seq, **options) for _ in range(2))
+    net = nn.Sequential(layer.Conv2d(1, 4, 3), layer.BatchNorm2d(4), first, layer.Flatten(), layer.Linear(64, 5), last)
+    functional.set_step_mode(net, step_mode)
+    nn.init.constant_(net[1].bias, 0.8)
+    net[4].weight.data.mul_(4)
     return SpikingClassifier(net, T=T).eval()
 
 
@@ -102,6 +93,11 @@ SETTINGS = {  # estimators, neurons, options of the classifier
         ("LIF", "LIF_decay", "DLIF"),
         [{**ATAN, "store_v_seq": True, **reset} for reset in RESETS],
     ),
+    "other dtypes": (
+        SAME_VALUES,
+        ("LIF", "DLIF"),
+        [{"dtype": dtype} for dtype in (torch.float64, torch.float16, torch.bfloat16)],
+    ),
     "step by step": (
         ("triangle:0.5", "rectangle:1", "assg", "pdsg", "straight_through+detach"),
         NEURONS,
@@ -120,17 +116,11 @@ SETTINGS = {  # estimators, neurons, options of the classifier
     [pytest.param(*case, id=f"{what}-{'-'.join(case[:2])}") for what in SETTINGS for case in product(*SETTINGS[what])],
 )
 def test_values_are_the_same_bits(name, kind, options):
-    if options.get("step_mode") == "s":
-        options = options | {"store_v_seq": kind == "DLIF"}
-    model = classifier(NEURONS[kind], **options)
-    assert_same_values(model, images(), name, differs=not (options.get("detach_reset") and "+detach" in name))
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["LIF", "DLIF"])
-@pytest.mark.parametrize("name", SAME_VALUES)
-def test_other_dtypes(name, kind, dtype):
-    assert_same_values(classifier(NEURONS[kind]).to(dtype), images(dtype=dtype), name, differs=False)
+    step_mode, dtype = options.get("step_mode"), options.get("dtype", torch.float32)
+    options = {"store_v_seq": step_mode == "s" and kind == "DLIF"} | options
+    options.pop("dtype", None)
+    differs = dtype == torch.float32 and not (options.get("detach_reset") and "+detach" in name)
+    assert_same_values(classifier(NEURONS[kind], **options).to(dtype), images(dtype=dtype), name, differs=differs)
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference", "eager", "cpp", "spikingjelly"])
@@ -145,21 +135,13 @@ def test_backends_of_dlif(name, backend):
     applied = estimator(name)(model)
     with applied:
         assert {m.backend for m in model.modules() if isinstance(m, DLIFNode)} == {backend}
-        assert applied.moved == ({} if name == "atan:4" else {"net.1": "torch", "net.3": "torch"})
+        assert applied.moved == ({} if name == "atan:4" else {"net.2": "torch", "net.5": "torch"})
 
 
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("name", SAME_VALUES)
 def test_fused_batch_norm(name, training):
-    torch.manual_seed(0)
-    net = nn.Sequential(
-        layer.Conv2d(1, 4, 3, step_mode="m"),
-        layer.BatchNorm2d(4, step_mode="m"),
-        DLIFNode(T=T, tau=2.0),
-        layer.Flatten(step_mode="m"),
-        layer.Linear(64, 5, step_mode="m"),
-    )
-    nn.init.constant_(net[1].bias, 0.6)
+    net = classifier(NEURONS["DLIF"]).net[:-1]
     fuse(net)
     assert type(net) is FusedSequential
     plain, fused = copy.deepcopy(net).train(training), net.train(training)
@@ -186,10 +168,7 @@ def test_fused_batch_norm(name, training):
 def test_model_zoo(name):
     torch.manual_seed(0)
     options = {"spiking_neuron": neuron.LIFNode, "tau": 1.5, "surrogate_function": surrogate.ATan()}
-    net = sew_resnet.sew_resnet18(num_classes=10, cnf="ADD", **options)
-    _make_fire(net)
-    x = torch.rand(2, 3, 16, 16)
-    assert_same_values(SpikingClassifier(net, T=2).eval(), x, name)
+    assert_same_values_of_zoo(sew_resnet.sew_resnet18(num_classes=10, cnf="ADD", **options), (2, 3, 16, 16), name)
 
 
 @pytest.mark.slow
@@ -197,16 +176,16 @@ def test_model_zoo_vgg():
     torch.manual_seed(0)
     net = spiking_vgg.spiking_vgg11_bn(num_classes=10, init_weights=False, spiking_neuron=DLIFNode, T=2, tau=3.0)
     net.classifier = PerStep(nn.Flatten(), nn.Linear(512 * 49, 10))  # in place of 120 million weights
-    _make_fire(net)
-    assert_same_values(SpikingClassifier(net, T=2).eval(), torch.rand(1, 3, 32, 32), "rectangle:1")
+    assert_same_values_of_zoo(net, (1, 3, 32, 32), "rectangle:1")
 
 
-def _make_fire(net):
+def assert_same_values_of_zoo(net, shape, name):
     for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
+        if isinstance(module, nn.BatchNorm2d):  # so that neurons fire
             nn.init.constant_(module.weight, 2.0)
             nn.init.constant_(module.bias, 0.5)
     functional.set_step_mode(net, "m")
+    assert_same_values(SpikingClassifier(net, T=2).eval(), torch.rand(shape), name)
 
 
 UNKNOWN = {
@@ -250,7 +229,7 @@ def test_neurons_of_unknown_dynamics_are_named(name, kind):
 def test_silent_layers_and_zero_gradients_give_no_nan(name, kind):
     model = classifier(NEURONS[kind])
     with torch.no_grad():
-        for parameter in model.net[0].parameters():
+        for parameter in model.net[:2].parameters():
             parameter.zero_()
     x = images().requires_grad_()
     with estimator(name)(model) as crafting:
@@ -281,7 +260,7 @@ def _state(model):
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_everything_is_put_back(name):
     model = classifier(NEURONS["LIF"], detach_reset=False, surrogate_function=surrogate.ATan())
-    model.net[1].multi_step_forward = functional_override = partial(neuron.LIFNode.multi_step_forward, model.net[1])
+    model.net[2].multi_step_forward = functional_override = partial(neuron.LIFNode.multi_step_forward, model.net[2])
     before, values = _state(model), everything(model, images())
     modules = [id(m) for m in model.modules()]
     keys = list(model.state_dict())
@@ -296,8 +275,8 @@ def test_everything_is_put_back(name):
     with pytest.raises(ZeroDivisionError):
         use()
     assert _state(model) == before
-    assert model.net[1].multi_step_forward is functional_override
-    assert model.net[1].detach_reset is False
+    assert model.net[2].multi_step_forward is functional_override
+    assert model.net[2].detach_reset is False
     assert not model._forward_pre_hooks
     assert all(torch.equal(a, b) for a, b in zip(everything(model, images())[0], values[0], strict=True))
 
