@@ -15,6 +15,7 @@ import tempfile
 import textwrap
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -132,12 +133,9 @@ def loaded(target, source):
 
 
 def cupy_where_torch_has_no_cuda():
-    had, torch.version.cuda = torch.version.cuda, None
-    try:
+    with mock.patch.object(torch.version, "cuda", None):
         assert cupy_launch.unavailable_reason() is not None
         DLIFNode(T=T, backend="cupy")
-    finally:
-        torch.version.cuda = had
 
 
 def recipe(what, before):
@@ -160,13 +158,10 @@ def without(package):
     """The start of a recipe where a package is not installed."""
 
     def do():
-        first = ("lab.command_line", "sj_robust._recipes_installed")
-        kept = {name: sys.modules.pop(name, None) for name in (*first, package)}
-        sys.modules[package] = None
-        try:
+        with mock.patch.dict(sys.modules, {package: None}):
+            for name in ("lab.command_line", "sj_robust._recipes_installed"):
+                sys.modules.pop(name, None)
             runpy.run_path(str(ROOT / "recipes" / "adv_train.py"), run_name="adv_train")
-        finally:
-            sys.modules.update({name: module for name, module in kept.items() if module is not None})
 
     return do
 
@@ -318,18 +313,15 @@ GROUPS = {
 
 @contextlib.contextmanager
 def kept():
-    """An empty working folder; arguments, modules and environment are as before afterwards."""
-    arguments, paths, environment, folder = sys.argv, list(sys.path), dict(os.environ), Path.cwd()
-    with tempfile.TemporaryDirectory() as empty:
-        os.chdir(empty)
-        os.environ["COLUMNS"] = "100"
-        try:
-            yield Path(empty).resolve()
-        finally:
-            os.chdir(folder)
-            sys.argv, sys.path[:] = arguments, paths
-            os.environ.clear()
-            os.environ.update(environment)
+    """An empty working folder; arguments, modules' paths and environment are as before afterwards."""
+    ours = mock.patch.multiple(sys, argv=sys.argv, path=list(sys.path))
+    with (
+        tempfile.TemporaryDirectory() as empty,
+        contextlib.chdir(empty),
+        ours,
+        mock.patch.dict(os.environ, COLUMNS="100"),
+    ):
+        yield Path(empty).resolve()
 
 
 def answer(mistake):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from attacks.moving_bars import EVENT_ATTACKS, TrainedOnBars, moving_bars, trained_model
-from attacks.table import ATTACKS, BRIDGES, MODELS, NOISES, Attack, PerStep, linear_model
+from attacks.table import ATTACKS, BRIDGES, MODELS, NOISES, Attack, PerStep, linear_model, train
 from torch import Tensor, nn
 
 from sj_robust import DLIFNode, SpikingClassifier
@@ -111,14 +111,8 @@ def trained() -> Trained:
             DLIFNode(T=4, tau=2.0),
             PerStep(nn.Flatten(), nn.Linear(24 * 16, 10)),
         )
-        model = SpikingClassifier(net, T=4)
-        optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-        for _ in range(4):
-            for rows in torch.randperm(1280).split(64):
-                optimizer.zero_grad()
-                nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
-                optimizer.step()
-    return Trained(model.eval(), x[1280:], y[1280:])
+        model = train(SpikingClassifier(net, T=4), x[:1280], y[:1280], epochs=4, size=64)
+    return Trained(model, x[1280:], y[1280:])
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from attacks.table import PerStep
+from attacks.table import PerStep, train
 from torch import Tensor, nn
 
 from sj_robust import DLIFNode
@@ -66,13 +66,7 @@ def trained_model(epochs: int = 8) -> SpikingEventClassifier:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = spiking_model()
-    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
-    for _ in range(epochs):
-        for rows in torch.randperm(len(x), generator=generator).split(50):
-            optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
-            optimizer.step()
-    return model.eval()
+    return train(model, x, y, epochs=epochs, size=50, generator=generator)
 
 
 class TrainedOnBars(NamedTuple):

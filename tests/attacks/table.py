@@ -93,7 +93,7 @@ def assert_within(x_adv: Tensor, x: Tensor, norm: str | None, eps: float) -> Non
     """Images of the same kind, without a graph, inside the box and, exactly, inside the ball."""
     assert (x_adv.shape, x_adv.dtype, x_adv.device) == (x.shape, x.dtype, x.device)
     assert not x_adv.requires_grad
-    assert x_adv.grad_fn is None
+    assert not x_adv.is_inference()  # so that a network can be trained on them
     assert bool((x_adv >= 0).all())
     assert bool((x_adv <= 1).all())
     distance = x_adv.double() - x.double()
@@ -179,6 +179,17 @@ def linear_model(features: int, dtype: torch.dtype = torch.float32, seed: int = 
         model[1].weight.copy_(torch.randn(5, features, generator=generator))
         model[1].bias.zero_()
     return model
+
+
+def train(model: nn.Module, x: Tensor, y: Tensor, *, epochs: int, size: int, generator=None) -> nn.Module:
+    """The network after some epochs in batches of a size; evaluation mode."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
+    for _ in range(epochs):
+        for rows in torch.randperm(len(x), generator=generator).split(size):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(x[rows]), y[rows]).backward()
+            optimizer.step()
+    return model.eval()
 
 
 def _conv_model() -> nn.Module:

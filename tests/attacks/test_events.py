@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from sj_robust.attacks import SampleSeeds, count_flips, flip_events, random_flips
+from sj_robust.attacks import count_flips, flip_events, random_flips
 from sj_robust.attacks._flip_search import FewestFlips
-from sj_robust.evaluation import Member, craft, worst_case
 
 
 class TestBudget:
@@ -283,27 +282,3 @@ def test_of_two_sets_of_changes_the_better_is_kept():
         kept = int(best.flipped.sum()), bool(best.fooled), float(best.loss)
         assert (kept == (flips, fools, loss)) is taken
         assert taken or torch.equal(best.flipped, before)
-
-
-class TestEvaluation:
-    @pytest.mark.slow
-    def test_over_several_estimators(self, bars):
-        x, y, seeds = bars.x[:32], bars.y[:32], SampleSeeds(range(32))
-        attack = partial(flip_events, flips=10, reduce=False, probes=2, queries=10)
-        estimators = ("training", "atan:4", "pdsg", "straight_through")
-        members = [Member(f"flips/{name}", attack, name, group="") for name in estimators]
-        result = worst_case(bars.model, x, y, members, seeds=seeds)
-        alone = [(len(outcome.attacked) - len(outcome.fooled)) / 32 for outcome in result.outcomes]
-        assert 0 < result.robust_accuracy < min(alone)  # estimators fool different samples
-        fooled = result.fooled_by >= 0
-        assert bool((bars.model(result.x_adv).argmax(1) != y)[fooled].all())
-        assert bool(((result.x_adv == 0) | (result.x_adv == 1)).all())
-        assert int(count_flips(result.x_adv, x).max()) <= 10
-
-    def test_an_estimator_is_applied(self, bars):
-        x, y, seeds = bars.x[:16], bars.y[:16], SampleSeeds(range(16))
-        attack = partial(flip_events, flips=6, probes=0, queries=0, keep_best=False, reduce=False)
-        first, second = (
-            craft(bars.model, x, y, Member("flips", attack, name), seeds=seeds) for name in ("training", "atan:2")
-        )
-        assert not torch.equal(first, second)
