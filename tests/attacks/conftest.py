@@ -2,12 +2,11 @@
 
 import itertools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import pytest
 import torch
-from attacks.moving_bars import EVENT_ATTACKS, TrainedOnBars, moving_bars, trained_model
-from attacks.table import ATTACKS, BRIDGES, MODELS, NOISES, Attack, PerStep, linear_model, train
+from attacks.moving_bars import EVENT_ATTACKS, moving_bars, trained_model
+from attacks.table import ATTACKS, BRIDGES, MODELS, NOISES, Attack, PerStep, Trained, linear_model, train
 from torch import Tensor, nn
 
 from sj_robust import DLIFNode, SpikingClassifier
@@ -85,14 +84,6 @@ def batch() -> tuple[Tensor, Tensor]:
     return x, linear_model(36)(x).argmax(1)
 
 
-class Trained(NamedTuple):
-    """A network that has learned something, and images it has not seen."""
-
-    model: nn.Module
-    x: Tensor
-    y: Tensor
-
-
 @pytest.fixture(scope="session")
 def trained() -> Trained:
     """A spiking network trained on 8 x 8 digits for some seconds; evaluation mode."""
@@ -116,9 +107,9 @@ def trained() -> Trained:
 
 
 @pytest.fixture(scope="session")
-def bars() -> TrainedOnBars:
+def bars() -> Trained:
     """A spiking network trained on event frames for a second; evaluation mode."""
-    return TrainedOnBars(trained_model(), *moving_bars(32, torch.Generator().manual_seed(1)))
+    return Trained(trained_model(), *moving_bars(32, torch.Generator().manual_seed(1)))
 
 
 @pytest.fixture(params=EVENT_ATTACKS)

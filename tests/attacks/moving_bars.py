@@ -1,7 +1,6 @@
 """Synthetic event data, bars that move in four directions, a small spiking network for them, and the event attacks."""
 
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from attacks.table import PerStep, train
@@ -67,18 +66,6 @@ def trained_model(epochs: int = 8) -> SpikingEventClassifier:
         torch.manual_seed(0)
         model = spiking_model()
     return train(model, x, y, epochs=epochs, size=50, generator=generator)
-
-
-class TrainedOnBars(NamedTuple):
-    """A network that knows the directions, and bars it has not seen."""
-
-    model: SpikingEventClassifier
-    x: Tensor
-    y: Tensor
-
-    def accuracy(self, x: Tensor) -> float:
-        with torch.no_grad():
-            return float((self.model(x).argmax(1) == self.y).float().mean())
 
 
 def frames(*shape: int, seed: int = 0, share: float = 0.3, dtype: torch.dtype = torch.float32) -> Tensor:

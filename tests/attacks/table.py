@@ -181,6 +181,17 @@ def linear_model(features: int, dtype: torch.dtype = torch.float32, seed: int = 
     return model
 
 
+class Trained(NamedTuple):
+    """A network that has learned something, and samples that it has not seen."""
+
+    model: nn.Module
+    x: Tensor
+    y: Tensor
+
+    def accuracy(self, x: Tensor) -> float:
+        return float((predicted(self.model, x) == self.y).float().mean())
+
+
 def train(model: nn.Module, x: Tensor, y: Tensor, *, epochs: int, size: int, generator=None) -> nn.Module:
     """The network after some epochs in batches of a size; evaluation mode."""
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)

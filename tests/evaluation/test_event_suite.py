@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from attacks.moving_bars import TrainedOnBars, frames, moving_bars, trained_model
+from attacks.moving_bars import frames, moving_bars, trained_model
+from attacks.table import Trained
 from torch import nn
 
 from sj_robust import SpikingClassifier
@@ -27,8 +28,8 @@ CHOSEN = ("pdsg", "atan:2", "assg")
 
 
 @pytest.fixture(scope="module")
-def bars() -> TrainedOnBars:
-    return TrainedOnBars(trained_model(), *moving_bars(24, torch.Generator().manual_seed(1)))
+def bars() -> Trained:
+    return Trained(trained_model(), *moving_bars(24, torch.Generator().manual_seed(1)))
 
 
 @pytest.fixture(scope="module")
