@@ -82,31 +82,25 @@ def test_success_is_0(ended, tmp_path):
     assert "neuron.json drawn as" in out
 
 
-SLOW = {
-    "adv_train": ["--epochs", "9999", "--output", "f"],
-    "evaluate": ["run/lif_none", "--suite", "standard", "--output", "f"],
-    "sweep": ["--base", "digits", "--options", "{epochs: 9999}", "--grid", "{rho: [0]}", "--output", "f"],
-    "figures": ["run", "--which", "intensity", "--steps", "9999", "--output", "f"],
-    "benchmark": ["--shapes", "[[4,8,32,8,8]]", "--rounds", "99999", "--check", "false", "--output", "f"],
-}
-BEGUN = {
-    "adv_train": "epoch 1/9999",
-    "evaluate": "suite standard",
-    "sweep": "1 runs in f",
-    "figures": "gaussian at eps",
-    "benchmark": "measuring neuron",
+SLOW = {  # what would take hours, and what is shown when it has begun
+    "adv_train": ("--epochs 9999", "epoch 1/9999"),
+    "evaluate": ("run/lif_none --suite standard", "suite standard"),
+    "sweep": ("--base digits --options '{epochs: 9999}' --grid '{rho: [0]}'", "1 runs in f"),
+    "figures": ("run --which intensity --steps 9999", "gaussian at eps"),
+    "benchmark": ("--shapes [[4,8,32,8,8]] --rounds 99999 --check false", "measuring neuron"),
 }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", SLOW)
 def test_ctrl_c_is_130_without_a_traceback(folder, tmp_path, name):
+    arguments, begun = SLOW[name]
     (tmp_path / "run").symlink_to(folder / "runs" / "one")
-    process = launch.start(name, tmp_path, *SLOW[name], launcher=())
+    process = launch.start(name, tmp_path, *shlex.split(arguments), "--output", "f", launcher=())
     limit = threading.Timer(240, process.kill)
     limit.start()
     for line in process.stdout:
-        if BEGUN[name] in line:
+        if begun in line:
             os.killpg(process.pid, signal.SIGINT)  # as a terminal does: all processes in the foreground get it
             break
     _, err = launch.finish(process, code=130)

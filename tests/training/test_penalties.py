@@ -58,7 +58,6 @@ def potentials_by_hand(currents, *, decay, gain, v_reset, detach=False):
 @pytest.mark.parametrize(
     ("node", "dynamics"),
     [
-        (lif(tau=2.0), {"decay": 0.5, "gain": 0.5, "v_reset": 0.0}),
         (lif(tau=4.0, decay_input=False, v_reset=None), {"decay": 0.75, "gain": 1.0, "v_reset": None}),
         (lif(tau=4.0, v_reset=0.4), {"decay": 0.75, "gain": 0.25, "v_reset": 0.4}),
         (lif(tau=2.0, detach_reset=True), {"decay": 0.5, "gain": 0.5, "v_reset": 0.0, "detach": True}),
