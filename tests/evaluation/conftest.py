@@ -4,6 +4,7 @@ import pytest
 import torch
 from attacks.conftest import batch, model, trained
 from attacks.table import linear_model
+from torch import nn
 
 __all__ = ["batch", "digits", "model", "trained"]
 
@@ -17,3 +18,12 @@ def digits():
     y = model(x).argmax(1)
     y[::8] = (y[::8] + 1) % 5
     return model, x, y
+
+
+@pytest.fixture
+def margins():
+    """A linear network of two pixels: an image of margin m is broken by eps > m / 2, and the last one is wrong."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(2, 2, bias=False))
+    model[1].weight = nn.Parameter(torch.eye(2))
+    half = torch.tensor([0.1, 0.3, 0.5, 0.7, -0.1]) / 2
+    return model, torch.stack((0.5 + half, 0.5 - half), 1).view(5, 1, 1, 2), torch.zeros(5, dtype=torch.int64)

@@ -7,7 +7,6 @@ import launch
 import pytest
 import torch
 from evaluation import masked, suite_run
-from torch import nn
 
 from sj_robust.attacks import fgsm, pgd
 from sj_robust.attacks.threat import ThreatModel
@@ -27,13 +26,8 @@ def whole():
     return suite_run.without_times(suite_run.run())
 
 
-def test_members_and_groups_by_hand():
-    """A linear network of two pixels: an image of margin m is broken by eps > m / 2."""
-    model = nn.Sequential(nn.Flatten(), nn.Linear(2, 2, bias=False))
-    model[1].weight = nn.Parameter(torch.eye(2))
-    margins = torch.tensor([0.1, 0.3, 0.5, 0.7, -0.1])
-    x = torch.stack((0.5 + margins / 2, 0.5 - margins / 2), 1).view(5, 1, 1, 2)
-    y = torch.zeros(5, dtype=torch.int64)
+def test_members_and_groups_by_hand(margins):
+    model, x, y = margins
     members = [
         Member("small", partial(fgsm, eps=0.1)),
         Member("rest", partial(fgsm, eps=0.2)),

