@@ -1,7 +1,7 @@
-"""Batch norm and DLIF in one pass on the CPU, through the compiled kernels of this package.
+"""Batch norm, DLIF and 2x2 average pooling in one pass on the CPU, through the compiled kernels of this package.
 
-Forward reads the input twice in training (statistics, then the pass itself) and once otherwise; the normalised tensor
-never exists. Only the input and a few numbers per channel are saved for backward.
+Forward reads the input twice in training (statistics, then the pass itself) and once otherwise; neither the normalised
+tensor nor, with pooling, the spikes ever exist. Only the input and a few numbers per channel are saved for backward.
 """
 
 from typing import Any
@@ -11,40 +11,47 @@ from torch import Tensor
 
 from sj_robust.ops.bn_dlif.norm import BatchNorm
 from sj_robust.ops.dlif import cpp
-from sj_robust.ops.dlif.autograd import output_gradients, saved_tensors
-from sj_robust.ops.dlif.config import DLIFConfig, Inputs, Outputs
+from sj_robust.ops.dlif.autograd import saved_tensors
+from sj_robust.ops.dlif.config import DLIFConfig, Inputs, Outputs, state_dtype
 from sj_robust.ops.surrogate import Surrogate
 
 __all__ = ["multi_step", "unsupported_reason"]
 
 
-def unsupported_reason(x_seq: Tensor, norm: BatchNorm, surrogate: Surrogate) -> str | None:
+def unsupported_reason(
+    x_seq: Tensor, norm: BatchNorm | None, surrogate: Surrogate, average_pool: bool = False
+) -> str | None:
     """Why this call cannot run here, or None."""
     reason = cpp.unsupported_reason(x_seq, surrogate)
     if reason is not None:
         return reason
-    if x_seq.dtype not in (torch.float32, torch.float64):
-        return f"batch norm and DLIF in one pass know float32 and float64, got {x_seq.dtype}"
     if x_seq.numel() == 0:
         return "x_seq is empty"
-    if not x_seq[0].is_contiguous():
-        return "batch norm and DLIF in one pass need time steps that are contiguous"
-    for tensor in (norm.weight, norm.bias, norm.running_mean, norm.running_var):
-        if tensor is not None and (tensor.dtype != x_seq.dtype or tensor.device != x_seq.device):
+    if _memory_format(x_seq) is None:
+        return "one pass needs time steps that are contiguous or channels last, without gaps"
+    if average_pool and (x_seq.ndim != 5 or min(x_seq.shape[3:]) < 2):
+        return f"pooling needs x_seq [T, N, C, H, W] with planes of 2x2 or more, got {tuple(x_seq.shape)}"
+    for tensor in () if norm is None else (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+        dtypes = (x_seq.dtype, state_dtype(x_seq))
+        if tensor is not None and (tensor.dtype not in dtypes or tensor.device != x_seq.device):
             return f"the batch norm is {tensor.dtype} on {tensor.device}, x_seq {x_seq.dtype} on {x_seq.device}"
     return None
 
 
-def multi_step(inputs: Inputs, norm: BatchNorm, store_v_seq: bool) -> Outputs:
-    """Spikes, last potential and, if asked for, all potentials; see ``reference.multi_step``."""
-    x_seq, *others, config = inputs
-    outputs: Outputs = _BatchNormDLIF.apply(  # type: ignore[no-untyped-call]  # torch's apply
-        x_seq.contiguous(), norm.weight, norm.bias, *others, norm, config, store_v_seq
+def multi_step(inputs: Inputs, norm: BatchNorm | None, average_pool: bool, store_v_seq: bool) -> Outputs:
+    """Spikes or their means, last potential and, if asked for, all potentials; see ``reference.multi_step``."""
+    x_seq, input_gain, v_init, config = inputs
+    layout = _memory_format(x_seq)
+    assert layout is not None  # see unsupported_reason
+    weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
+    v_init = None if v_init is None else v_init.contiguous(memory_format=layout)
+    outputs: Outputs = _Stage.apply(  # type: ignore[no-untyped-call]  # torch's apply
+        _dense(x_seq, layout), weight, bias, input_gain, v_init, norm, average_pool, config, store_v_seq, layout
     )
     return outputs
 
 
-class _BatchNormDLIF(torch.autograd.Function):
+class _Stage(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -53,78 +60,112 @@ class _BatchNormDLIF(torch.autograd.Function):
         bias: Tensor | None,
         input_gain: Tensor,
         v_init: Tensor | None,
-        norm: BatchNorm,
+        norm: BatchNorm | None,
+        average_pool: bool,
         config: DLIFConfig,
         store_v_seq: bool,
+        layout: torch.memory_format,
     ) -> Outputs:
-        shape = x_seq.shape
-        ctx.config, ctx.use_batch_statistics = config, norm.use_batch_statistics
-        ctx.channels, ctx.plane = shape[2], shape[3:].numel()
-        flat = x_seq.view(shape[0], -1)
-        mean, inverse_std = _statistics(ctx, flat, norm)
-        scale = inverse_std if weight is None else weight.double() * inverse_std
-        offset = -mean * scale if bias is None else bias.double() - mean * scale
-        dtype = x_seq.dtype
-        mean_, scale_, offset_ = mean.to(dtype), scale.to(dtype), offset.to(dtype)
+        height, width = x_seq.shape[3:] if x_seq.ndim == 5 else (x_seq.shape[3:].numel(), 1)
+        ctx.planes = cpp.Planes(x_seq.shape[2], height, width, layout == torch.channels_last, average_pool)
+        ctx.config, ctx.layout, ctx.norm = config, layout, norm
+        dtype = state_dtype(x_seq)
+        per_channel: dict[str, Tensor | None] = {}
+        mean_ = inverse_std = scale_ = offset_ = None
+        if norm is not None:
+            mean, inverse_std = _statistics(ctx, x_seq, norm)
+            scale = inverse_std if weight is None else weight.double() * inverse_std
+            offset = -mean * scale if bias is None else bias.double() - mean * scale
+            mean_, scale_, offset_ = mean.to(dtype), scale.to(dtype), offset.to(dtype)
+            per_channel = {"scale": scale_, "offset": offset_}
         ctx.save_for_backward(x_seq, input_gain, v_init, mean_, inverse_std, scale_, offset_)
         ctx.set_materialize_grads(False)
-        spike_seq, v = torch.empty_like(x_seq), torch.empty_like(x_seq[0])
-        v_seq = torch.empty_like(x_seq) if store_v_seq else None
-        tensors = {"scale": scale_, "offset": offset_, "gain": input_gain, "v_init": v_init}
-        _run("bn_dlif_forward", ctx, flat, {**tensors, "s": spike_seq, "v": v, "v_seq": v_seq})
+        spike_seq = _pooled_like(x_seq, layout) if average_pool else torch.empty_like(x_seq)
+        v = torch.empty_like(x_seq[0], dtype=dtype)
+        v_seq = torch.empty_like(x_seq, dtype=dtype) if store_v_seq else None
+        tensors = {"gain": input_gain, "v_init": v_init, "s": spike_seq, "v": v, "v_seq": v_seq, **per_channel}
+        cpp.run("dlif_forward" if norm is None else "bn_dlif_forward", x_seq, config, tensors, ctx.planes)
         return spike_seq, v, v_seq
 
     @staticmethod
     def backward(ctx: Any, *output_grads: Tensor | None) -> tuple[Tensor | None, ...]:
         x_seq, input_gain, v_init, mean, inverse_std, scale, offset = saved_tensors(ctx)
-        grads = output_gradients(x_seq, *output_grads)
-        flat = x_seq.view(x_seq.shape[0], -1)
-        sums = x_seq.new_empty(ctx.channels, 2, dtype=torch.float64)
-        slope, constant = torch.zeros_like(scale), torch.zeros_like(scale)
+        gs, gv, gvs = output_grads
+        if gs is None:
+            gs = (_pooled_like(x_seq, ctx.layout) if ctx.planes.pool else torch.empty_like(x_seq)).zero_()
         grad_gain = torch.empty_like(input_gain)
         grad_v_init = torch.empty_like(v_init) if ctx.needs_input_grad[4] else None
-        grad_x = torch.empty_like(x_seq) if ctx.needs_input_grad[0] else None
-        tensors = {
-            "scale": scale, "offset": offset, "mean": mean, "slope": slope, "constant": constant, "channel_sums": sums,
-            "gain": input_gain, "v_init": v_init, "gs": grads.spike_seq, "gv": grads.v, "gvs": grads.v_seq,
-            "gain_grad": grad_gain, "gv_init": grad_v_init,
-        }  # fmt: skip
-        if ctx.use_batch_statistics:  # mean and variance depend on x, so its gradient needs the sums first
-            _run("bn_dlif_backward", ctx, flat, tensors)
-            count = x_seq.numel() // ctx.channels
-            slope.copy_(-scale.double() * inverse_std.square() * sums[:, 1] / count)
-            constant.copy_(-scale.double() * sums[:, 0] / count)
+        grad_x = torch.empty_like(x_seq) if ctx.needs_input_grad[0] or ctx.norm is None else None
+        tensors: dict[str, Tensor | None] = {
+            "gain": input_gain,
+            "v_init": v_init,
+            "gs": _dense(gs, ctx.layout),
+            "gv": None if gv is None else gv.contiguous(memory_format=ctx.layout),
+            "gvs": None if gvs is None else _dense(gvs, ctx.layout),
+            "gain_grad": grad_gain,
+            "gv_init": grad_v_init,
+        }
+        if ctx.norm is None:
+            cpp.run("dlif_backward", x_seq, ctx.config, {**tensors, "gx": grad_x}, ctx.planes)
+            return grad_x, None, None, grad_gain, grad_v_init, *[None] * 5
+        sums = x_seq.new_empty(2, ctx.planes.channels, dtype=torch.float64)
+        slope, constant = torch.zeros_like(scale), torch.zeros_like(scale)
+        tensors |= {"scale": scale, "offset": offset, "mean": mean, "slope": slope, "constant": constant}
+        tensors["channel_sums"] = sums
+        if ctx.norm.use_batch_statistics:  # mean and variance depend on x, so its gradient needs the sums first
+            cpp.run("bn_dlif_backward", x_seq, ctx.config, tensors, ctx.planes)
+            count = x_seq.numel() // ctx.planes.channels
+            slope.copy_(-scale.double() * inverse_std.square() * sums[1] / count)
+            constant.copy_(-scale.double() * sums[0] / count)
             if grad_x is not None:
                 done = dict.fromkeys(("channel_sums", "gain_grad", "gv_init"))
-                _run("bn_dlif_backward", ctx, flat, {**tensors, "gx": grad_x, **done})
+                cpp.run("bn_dlif_backward", x_seq, ctx.config, {**tensors, "gx": grad_x, **done}, ctx.planes)
         else:
-            _run("bn_dlif_backward", ctx, flat, {**tensors, "gx": grad_x})
-        grad_weight = (sums[:, 1] * inverse_std).to(x_seq.dtype) if ctx.needs_input_grad[1] else None
-        grad_bias = sums[:, 0].to(x_seq.dtype) if ctx.needs_input_grad[2] else None
-        return grad_x, grad_weight, grad_bias, grad_gain, grad_v_init, None, None, None
+            cpp.run("bn_dlif_backward", x_seq, ctx.config, {**tensors, "gx": grad_x}, ctx.planes)
+        grad_weight = (sums[1] * inverse_std).to(ctx.norm.weight.dtype) if ctx.needs_input_grad[1] else None
+        grad_bias = sums[0].to(ctx.norm.bias.dtype) if ctx.needs_input_grad[2] else None
+        return grad_x, grad_weight, grad_bias, grad_gain, grad_v_init, *[None] * 5
 
 
-def _run(function: str, ctx: Any, flat: Tensor, tensors: dict[str, Tensor | None]) -> None:
-    cpp.run(function, flat, ctx.config, tensors, ctx.channels, ctx.plane)
+def _memory_format(x_seq: Tensor) -> torch.memory_format | None:
+    """The order in which every step lies in memory without gaps, if it is one that the kernel knows."""
+    for layout in (torch.contiguous_format, torch.channels_last) if x_seq.ndim == 5 else (torch.contiguous_format,):
+        if x_seq[0].is_contiguous(memory_format=layout):
+            return layout
+    return None
 
 
-def _statistics(ctx: Any, flat: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
+def _dense(x_seq: Tensor, layout: torch.memory_format) -> Tensor:
+    """The sequence without gaps, every step in this order; the same tensor where it is that already."""
+    if layout == torch.contiguous_format:
+        return x_seq.contiguous()
+    return x_seq.flatten(0, 1).contiguous(memory_format=layout).unflatten(0, x_seq.shape[:2])
+
+
+def _pooled_like(x_seq: Tensor, layout: torch.memory_format) -> Tensor:
+    """Room for the means of 2x2 neurons."""
+    T, N, C, H, W = x_seq.shape
+    empty = torch.empty(T * N, C, H // 2, W // 2, dtype=x_seq.dtype, device=x_seq.device, memory_format=layout)
+    return empty.unflatten(0, (T, N))
+
+
+def _statistics(ctx: Any, x_seq: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
     """Mean and 1 / sqrt(variance + eps) per channel, in float64; updates the running statistics."""
     if not norm.use_batch_statistics:
         assert norm.running_mean is not None and norm.running_var is not None  # BatchNorm checks  # noqa: PT018
         return norm.running_mean.to(torch.float64, copy=True), (norm.running_var.double() + norm.eps).rsqrt()
     # any value near the mean makes the sums free of cancellation: take the first of every channel
-    near = flat[0, : ctx.channels * ctx.plane : ctx.plane].contiguous()
-    sums = flat.new_empty(ctx.channels, 2, dtype=torch.float64)
-    _run("bn_statistics", ctx, flat, {"mean": near, "channel_sums": sums})
-    count = flat.numel() // ctx.channels
-    distance = sums[:, 0] / count
+    near = x_seq[0, 0].reshape(ctx.planes.channels, -1)[:, 0].to(state_dtype(x_seq)).contiguous()
+    sums = x_seq.new_empty(2, ctx.planes.channels, dtype=torch.float64)
+    cpp.run("bn_statistics", x_seq, ctx.config, {"mean": near, "channel_sums": sums}, ctx.planes)
+    count = x_seq.numel() // ctx.planes.channels
+    distance = sums[0] / count
     mean = near.double() + distance
-    variance = (sums[:, 1] / count - distance.square()).clamp_(min=0.0)
+    variance = (sums[1] / count - distance.square()).clamp_(min=0.0)
     # Through .data, since torch's own batch norm leaves their version alone too: the graph of an earlier pass, which
     # names them without using them, stays good.
-    if norm.running_mean is not None:
-        norm.running_mean.data.mul_(1 - norm.momentum).add_(norm.momentum * mean)
-    if norm.running_var is not None:
-        norm.running_var.data.mul_(1 - norm.momentum).add_(norm.momentum * variance * (count / (count - 1)))
+    unbiased = variance * (count / (count - 1))
+    for running, value in ((norm.running_mean, mean), (norm.running_var, unbiased)):
+        if running is not None:
+            running.data.copy_((1 - norm.momentum) * running.double() + norm.momentum * value)
     return mean, (variance + norm.eps).rsqrt()

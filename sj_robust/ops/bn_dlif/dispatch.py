@@ -1,4 +1,4 @@
-"""Entry point of batch norm with DLIF: checks the arguments and chooses between one pass and two."""
+"""Entry point of batch norm, DLIF and pooling: checks the arguments and chooses between one pass and several."""
 
 import torch
 from torch import Tensor
@@ -14,10 +14,11 @@ __all__ = ["batch_norm_dlif_multi_step", "can_fuse"]
 
 def batch_norm_dlif_multi_step(
     x_seq: Tensor,
-    norm: BatchNorm,
+    norm: BatchNorm | None,
     input_gain: Tensor,
     v_init: Tensor | None = None,
     *,
+    average_pool: bool = False,
     decay: float,
     v_threshold: float = 1.0,
     v_reset: float | None = 0.0,
@@ -26,16 +27,17 @@ def batch_norm_dlif_multi_step(
     store_v_seq: bool = False,
     backend: str = "auto",
 ) -> Outputs:
-    """Run batch norm and one layer of DLIF neurons over a sequence.
+    """Run batch norm, one layer of DLIF neurons and 2x2 average pooling over a sequence.
 
     Equation: ``y = weight * (x - mean) / sqrt(var + eps) + bias`` per channel, mean and variance over time, batch and
-    space; then DLIF on y, see :func:`sj_robust.ops.dlif_multi_step`.
+    space; then DLIF on y, see :func:`sj_robust.ops.dlif_multi_step`; then ``torch.nn.functional.avg_pool2d(s, 2)``.
 
     Args:
         x_seq: Input, [T, N, C, *], floating point.
-        norm: The batch norm; its running statistics are updated when it uses those of the batch.
+        norm: The batch norm, or None for none; its running statistics are updated when it uses those of the batch.
         input_gain: Learnable gain per step, [T].
         v_init: Potential before the first step, [N, C, *]; None is ``v_reset``, or 0 for soft reset.
+        average_pool: Whether the spikes [T, N, C, H, W] are averaged over 2x2 neurons, stride 2, without padding.
         decay: Fraction of the potential kept per step, in (0, 1].
         v_threshold: Firing threshold.
         v_reset: Potential after a spike; None subtracts the threshold instead.
@@ -43,10 +45,11 @@ def batch_norm_dlif_multi_step(
         detach_reset: Whether the reset is left out of the gradient.
         store_v_seq: Whether the potential after every reset is returned too.
         backend: ``"cpp"`` is the compiled kernel; ``"auto"`` takes it where :func:`can_fuse` says so. Any other name
-            of :data:`sj_robust.ops.BACKENDS` runs torch's batch norm and then DLIF with that backend.
+            of :data:`sj_robust.ops.BACKENDS` runs torch's batch norm, DLIF with that backend and torch's pooling.
 
     Returns:
-        Spikes [T, N, C, *], last potential [N, C, *] and potentials [T, N, C, *] or None.
+        Spikes [T, N, C, *] or their means [T, N, C, H // 2, W // 2], last potential [N, C, *] and potentials
+        [T, N, C, *] or None. In one pass what lies between is not rounded to the dtype of ``x_seq``.
 
     Raises:
         ValueError: If a shape does not fit or ``backend="cpp"`` cannot run this call.
@@ -62,18 +65,21 @@ def batch_norm_dlif_multi_step(
     """
     surrogate = surrogate or Surrogate()
     _check_arguments(x_seq, norm, input_gain, v_init)
+    if average_pool and x_seq.ndim != 5:
+        raise ValueError(f"average_pool needs x_seq [T, N, C, H, W], got shape {tuple(x_seq.shape)}")
     if backend == "cpp":
         check_backend(backend)
-        reason = cpp.unsupported_reason(x_seq, norm, surrogate)
+        reason = cpp.unsupported_reason(x_seq, norm, surrogate, average_pool)
         if reason is not None:
             raise ValueError(f"backend='cpp' cannot run this call: {reason}; use backend='auto'")
-    if backend == "cpp" or (backend == "auto" and can_fuse(x_seq, norm, surrogate)):
+    if backend == "cpp" or (backend == "auto" and can_fuse(x_seq, norm, surrogate, average_pool)):
         dtype = state_dtype(x_seq)
         config = DLIFConfig(decay, v_threshold, v_reset, surrogate, detach_reset)
-        v_init = None if v_init is None else v_init.to(dtype).contiguous()
-        return cpp.multi_step(Inputs(x_seq, input_gain.to(dtype).contiguous(), v_init, config), norm, store_v_seq)
-    return dlif_multi_step(
-        reference.normalise(x_seq, norm),
+        v_init = None if v_init is None else v_init.to(dtype)
+        inputs = Inputs(x_seq, input_gain.to(dtype).contiguous(), v_init, config)
+        return cpp.multi_step(inputs, norm, average_pool, store_v_seq)
+    spike_seq, v, v_seq = dlif_multi_step(
+        x_seq if norm is None else reference.normalise(x_seq, norm),
         input_gain,
         v_init,
         decay=decay,
@@ -84,33 +90,36 @@ def batch_norm_dlif_multi_step(
         store_v_seq=store_v_seq,
         backend=backend,
     )
+    return reference.pool(spike_seq) if average_pool else spike_seq, v, v_seq
 
 
-def can_fuse(x_seq: Tensor, norm: BatchNorm, surrogate: Surrogate) -> bool:
+def can_fuse(x_seq: Tensor, norm: BatchNorm | None, surrogate: Surrogate, average_pool: bool = False) -> bool:
     """Whether ``backend="auto"`` runs this call in one pass.
 
     Args:
         x_seq: Input, [T, N, C, *].
-        norm: The batch norm.
+        norm: The batch norm, or None for none.
         surrogate: Surrogate of the spike.
+        average_pool: Whether a pooling belongs to the call.
 
     Examples:
         >>> norm = BatchNorm(None, None, None, None, use_batch_statistics=True)
-        >>> can_fuse(torch.zeros(2, 3, 4, dtype=torch.bfloat16), norm, Surrogate())
+        >>> can_fuse(torch.zeros(2, 3, 4), norm, Surrogate("custom", function=torch.sigmoid))
         False
     """
     return (
         not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled(x_seq.device.type)
         and unavailable_reason("cpp") is None
-        and cpp.unsupported_reason(x_seq, norm, surrogate) is None
+        and cpp.unsupported_reason(x_seq, norm, surrogate, average_pool) is None
     )
 
 
-def _check_arguments(x_seq: Tensor, norm: BatchNorm, input_gain: Tensor, v_init: Tensor | None) -> None:
+def _check_arguments(x_seq: Tensor, norm: BatchNorm | None, input_gain: Tensor, v_init: Tensor | None) -> None:
     if x_seq.ndim < 3 or x_seq.shape[0] == 0:
         raise ValueError(f"x_seq must be [T, N, C, *] with T >= 1, got shape {tuple(x_seq.shape)}")
     check_arguments(x_seq, input_gain, v_init)
+    if norm is None:
+        return
     for name in ("weight", "bias", "running_mean", "running_var"):
         tensor = getattr(norm, name)
         if tensor is not None and tensor.shape != x_seq.shape[2:3]:

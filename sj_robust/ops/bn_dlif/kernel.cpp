@@ -14,7 +14,7 @@ struct Statistics {
   const Job& job;
   void (*add_samples)(const Job& job, int64_t first, int64_t last, double* sums);
   int64_t samples;
-  double* sums;  // [STATISTICS_UNITS, channels, 2]
+  double* sums;  // [STATISTICS_UNITS, 2, channels]
 
   static void unit(void* context, int, int64_t i) {
     const Statistics& me = *static_cast<Statistics*>(context);
@@ -31,7 +31,7 @@ SJR_EXPORT int64_t sjr_bn_dlif_scratch_bytes(const sjr::Job* job) {
   return std::max(statistics, sjr::Plan(*job, SJR_CODE_OF(*job)).scratch_bytes());
 }
 
-// channel_sums [channels, 2] = sums over x [T * N, channels, plane] of d and d^2, d = x - mean, for any mean near the
+// channel_sums [2, channels] = sums over x [T * N, channels, plane] of d and d^2, d = x - mean, for any mean near the
 // true one: what the variance is made of without cancellation.
 SJR_EXPORT void sjr_bn_statistics(const sjr::Job* job) {
   auto add_samples = sjr::baseline::add_samples;

@@ -11,59 +11,59 @@ template <class C, bool GRADIENT, bool TOTALS> struct Normalised {
   static constexpr bool WRITES = GRADIENT, SUMS = TOTALS;
   static constexpr int B = BLOCK<C>, W = LANES<C>;
   const Job& job;
-  double* const channel_sums;  // [channels, 2]
+  double* const channel_sums;  // [2, channels]
   C *const scale, *const offset, *const mean, *const slope, *const constant, *const g_sum, *const gx_sum;
-  int64_t channel = -1;  // the one that fills the tables, if there is one
+  int64_t pattern = -1;  // of the block that filled the tables
 
   Normalised(const Job& j, void* memory, double* sums)
       : job(j), channel_sums(sums), scale(static_cast<C*>(memory)), offset(scale + B), mean(offset + B), slope(mean + B),
         constant(slope + B), g_sum(constant + B), gx_sum(g_sum + B) {}
 
-  // Calls run(channel, begin, end) for every piece of the block that lies in one channel.
-  template <class Run> SJR_TARGET_INLINE void runs(int64_t first, int64_t size, Run run) const {
-    int64_t c = first / job.plane % job.channels, end = job.plane - first % job.plane;
-    for (int64_t begin = 0; begin < size; begin = end, end += job.plane, c = c + 1 == job.channels ? 0 : c + 1)
-      run(c, begin, std::min(end, size));
-  }
-
-  static SJR_TARGET_INLINE void put_run(const void* table, int64_t c, int64_t begin, int64_t end, C* to) {
+  void put_span(const void* table, const Span& span, C* to) const {
     if (!table) return;
-    const C value = static_cast<const C*>(table)[c];
-    int64_t i = begin;
-    for (; i + W <= end; i += W) store(to + i, fill(value));
-    for (; i < end; ++i) to[i] = value;
+    const C* const values = static_cast<const C*>(table) + span.channel;
+    if (job.channels_last) return read_run(values, span.length, to + span.position);
+    to += span.position;
+    int32_t i = 0;
+    for (; i + W <= span.length; i += W) store(to + i, fill(*values));
+    for (; i < span.length; ++i) to[i] = *values;
   }
 
-  static SJR_TARGET_INLINE double sum_run(const C* from, int64_t begin, int64_t end) {
+  void add_span(const C* from, const Span& span, double* sums) const {
+    from += span.position, sums += span.channel;
+    int32_t i = 0;
+    if (job.channels_last) {
+      for (; i < span.length; ++i) sums[i] += double(from[i]);
+      return;
+    }
     Vec<C> vectors = {};
-    int64_t i = begin;
-    for (; i + W <= end; i += W) vectors += load(from + i);
+    for (; i + W <= span.length; i += W) vectors += load(from + i);
     double total = sum_vector<C>(vectors);
-    for (; i < end; ++i) total += double(from[i]);
-    return total;
+    for (; i < span.length; ++i) total += double(from[i]);
+    *sums += total;
   }
 
-  void enter(int64_t first, int64_t size) {
+  void enter(const Block<B>& block) {
     if constexpr (TOTALS) std::memset(g_sum, 0, 2 * B * sizeof(C));
-    const int64_t here = first % job.plane + B <= job.plane ? first / job.plane % job.channels : -1;
-    if (here >= 0 && here == channel) return;
-    channel = here;
-    if (size < B) std::memset(scale, 0, 5 * B * sizeof(C));  // all five: lanes beyond the tensor must not become NaN
-    runs(first, size, [this](int64_t c, int64_t begin, int64_t end) {
-      put_run(job.scale, c, begin, end, scale);
-      put_run(job.offset, c, begin, end, offset);
-      put_run(job.mean, c, begin, end, mean);
-      put_run(job.slope, c, begin, end, slope);
-      put_run(job.constant, c, begin, end, constant);
-    });
+    if (block.pattern >= 0 && block.pattern == pattern) return;
+    pattern = block.pattern;
+    if (block.size < B) std::memset(scale, 0, 5 * B * sizeof(C));  // all five: lanes beyond the tensor must not become NaN
+    for (int i = 0; i < block.n_spans; ++i) {
+      const Span& span = block.spans[i];
+      put_span(job.scale, span, scale);
+      put_span(job.offset, span, offset);
+      put_span(job.mean, span, mean);
+      put_span(job.slope, span, slope);
+      put_span(job.constant, span, constant);
+    }
   }
 
-  void leave(int64_t first, int64_t size) {
+  void leave(const Block<B>& block) {
     if constexpr (TOTALS) {
-      runs(first, size, [this](int64_t c, int64_t begin, int64_t end) {
-        channel_sums[2 * c] += sum_run(g_sum, begin, end);
-        channel_sums[2 * c + 1] += sum_run(gx_sum, begin, end);
-      });
+      for (int i = 0; i < block.n_spans; ++i) {
+        add_span(g_sum, block.spans[i], channel_sums);
+        add_span(gx_sum, block.spans[i], channel_sums + job.channels);
+      }
     }
   }
 
@@ -84,70 +84,116 @@ template <class C> void* tables(const Job& job, void* memory) { return static_ca
 
 int64_t scratch_bytes(const Job& job) { return blocks_bytes(job) + 7 * ROWS * SJR_VECTOR_BYTES; }
 
-template <class C> void normalised_forward(const Job& job, int64_t first, int64_t last, void* memory) {
+template <class S, class C> void normalised_forward(const Job& job, int64_t first, int64_t last, void* memory) {
   Normalised<C, true, false> norm(job, tables<C>(job, memory), nullptr);
-  forward_range<C, C>(job, first, last, memory, norm);
+  forward_range<S, C>(job, first, last, memory, norm);
 }
 
-template <class C, bool GRADIENT, bool TOTALS>
+template <class S, class C, bool GRADIENT, bool TOTALS>
 void normalised_backward(const Job& job, int64_t first, int64_t last, void* memory, double* gain_sums, double* channel_sums) {
   Normalised<C, GRADIENT, TOTALS> norm(job, tables<C>(job, memory), channel_sums);
-  backward_range<C, C>(job, first, last, memory, gain_sums, norm);
+  backward_range<S, C>(job, first, last, memory, gain_sums, norm);
 }
 
 // Writes the gradient of x where there is room for it, and the sums where they are asked for.
-template <class C>
+template <class S, class C>
 void normalised_backward(const Job& job, int64_t first, int64_t last, void* memory, double* gain_sums, double* channel_sums) {
-  if (!job.gx) return normalised_backward<C, false, true>(job, first, last, memory, gain_sums, channel_sums);
-  if (job.channel_sums) return normalised_backward<C, true, true>(job, first, last, memory, gain_sums, channel_sums);
-  return normalised_backward<C, true, false>(job, first, last, memory, gain_sums, channel_sums);
+  if (!job.gx) return normalised_backward<S, C, false, true>(job, first, last, memory, gain_sums, channel_sums);
+  if (job.channel_sums) return normalised_backward<S, C, true, true>(job, first, last, memory, gain_sums, channel_sums);
+  return normalised_backward<S, C, true, false>(job, first, last, memory, gain_sums, channel_sums);
 }
 
 void forward(const Job& job, int64_t first, int64_t last, void* memory) {
-  if (job.storage == FLOAT64) return normalised_forward<double>(job, first, last, memory);
-  return normalised_forward<float>(job, first, last, memory);
-}
-
-void backward(const Job& job, int64_t first, int64_t last, void* memory, double* gain_sums, double* channel_sums) {
-  if (job.storage == FLOAT64) return normalised_backward<double>(job, first, last, memory, gain_sums, channel_sums);
-  return normalised_backward<float>(job, first, last, memory, gain_sums, channel_sums);
-}
-
-// Adds, for every channel of one sample [channels, plane], the sums of d and d^2, d = x - shift, to sums [channels, 2].
-template <class C> void add_sample(const C* x, const C* shift, int64_t channels, int64_t plane, double* sums) {
-  constexpr int W = LANES<C>;
-  for (int64_t c = 0; c < channels; ++c, x += plane) {
-    Vec<C> first[2] = {}, second[2] = {};
-    int64_t i = 0;
-    for (; i + 2 * W <= plane; i += 2 * W) {
-      for (int k = 0; k < 2; ++k) {
-        const Vec<C> d = load(x + i + k * W) - shift[c];
-        first[k] += d;
-        second[k] += d * d;
-      }
-    }
-    double total = 0, squares = 0;
-    if (i > 0) {
-      total = sum_vector<C>(first[0] + first[1]);
-      squares = sum_vector<C>(second[0] + second[1]);
-    }
-    for (; i < plane; ++i) {
-      const double d = double(x[i]) - double(shift[c]);
-      total += d;
-      squares += d * d;
-    }
-    sums[2 * c] += total;
-    sums[2 * c + 1] += squares;
+  switch (job.storage) {
+    case FLOAT32: return normalised_forward<float, float>(job, first, last, memory);
+    case FLOAT64: return normalised_forward<double, double>(job, first, last, memory);
+    case FLOAT16: return normalised_forward<Half, float>(job, first, last, memory);
+    default: return normalised_forward<BFloat16, float>(job, first, last, memory);
   }
 }
 
-void add_samples(const Job& job, int64_t first, int64_t last, double* sums) {
+void backward(const Job& job, int64_t first, int64_t last, void* memory, double* gain_sums, double* channel_sums) {
+  switch (job.storage) {
+    case FLOAT32: return normalised_backward<float, float>(job, first, last, memory, gain_sums, channel_sums);
+    case FLOAT64: return normalised_backward<double, double>(job, first, last, memory, gain_sums, channel_sums);
+    case FLOAT16: return normalised_backward<Half, float>(job, first, last, memory, gain_sums, channel_sums);
+    default: return normalised_backward<BFloat16, float>(job, first, last, memory, gain_sums, channel_sums);
+  }
+}
+
+// Adds, for every channel of one sample, the sums of d and d^2, d = x - shift, to sums [2, channels]. Short sums are in C.
+template <class S, class C> void add_planes(const S* x, const C* shift, int64_t channels, int64_t plane, double* sums) {
+  constexpr int W = LANES<C>, PART = 2048 / sizeof(C);
+  C widened[PART];
+  for (int64_t c = 0; c < channels; ++c, x += plane) {
+    double total = 0, squares = 0;
+    for (int64_t begin = 0; begin < plane; begin += PART) {
+      const int64_t n = std::min<int64_t>(PART, plane - begin);
+      const C* part = widened;
+      if constexpr (std::is_same_v<S, C>)
+        part = x + begin;
+      else
+        read_run(x + begin, n, widened);
+      Vec<C> first[2] = {}, second[2] = {};
+      int64_t i = 0;
+      for (; i + 2 * W <= n; i += 2 * W) {
+        for (int k = 0; k < 2; ++k) {
+          const Vec<C> d = load(part + i + k * W) - shift[c];
+          first[k] += d;
+          second[k] += d * d;
+        }
+      }
+      if (i > 0) {
+        total += sum_vector<C>(first[0] + first[1]);
+        squares += sum_vector<C>(second[0] + second[1]);
+      }
+      for (; i < n; ++i) {
+        const double d = double(part[i]) - double(shift[c]);
+        total += d;
+        squares += d * d;
+      }
+    }
+    sums[c] += total;
+    sums[channels + c] += squares;
+  }
+}
+
+template <class S, class C> void add_pixels(const S* x, const C* shift, int64_t channels, int64_t plane, double* sums) {
+  constexpr int PART = 512 / sizeof(C), PIXELS = 64;
+  C widened[PART], first[PART], second[PART];
+  for (int64_t p = 0; p < plane; p += PIXELS) {
+    const int64_t end = std::min<int64_t>(plane, p + PIXELS);
+    for (int64_t c = 0; c < channels; c += PART) {
+      const int64_t n = std::min<int64_t>(PART, channels - c);
+      std::memset(first, 0, sizeof first);
+      std::memset(second, 0, sizeof second);
+      for (int64_t q = p; q < end; ++q) {
+        read_run(x + q * channels + c, n, widened);
+        for (int64_t i = 0; i < n; ++i) {
+          const C d = widened[i] - shift[c + i];
+          first[i] += d;
+          second[i] += d * d;
+        }
+      }
+      for (int64_t i = 0; i < n; ++i) sums[c + i] += double(first[i]);
+      for (int64_t i = 0; i < n; ++i) sums[channels + c + i] += double(second[i]);
+    }
+  }
+}
+
+template <class S, class C> void add_each_sample(const Job& job, int64_t first, int64_t last, double* sums) {
   const int64_t size = job.channels * job.plane;
-  for (int64_t i = first; i < last; ++i) {
-    if (job.storage == FLOAT64)
-      add_sample(static_cast<const double*>(job.x) + i * size, static_cast<const double*>(job.mean), job.channels, job.plane, sums);
-    else
-      add_sample(static_cast<const float*>(job.x) + i * size, static_cast<const float*>(job.mean), job.channels, job.plane, sums);
+  const auto add = job.channels_last ? add_pixels<S, C> : add_planes<S, C>;
+  for (int64_t i = first; i < last; ++i)
+    add(static_cast<const S*>(job.x) + i * size, static_cast<const C*>(job.mean), job.channels, job.plane, sums);
+}
+
+void add_samples(const Job& job, int64_t first, int64_t last, double* sums) {
+  switch (job.storage) {
+    case FLOAT32: return add_each_sample<float, float>(job, first, last, sums);
+    case FLOAT64: return add_each_sample<double, double>(job, first, last, sums);
+    case FLOAT16: return add_each_sample<Half, float>(job, first, last, sums);
+    default: return add_each_sample<BFloat16, float>(job, first, last, sums);
   }
 }
 

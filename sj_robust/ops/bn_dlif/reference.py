@@ -1,4 +1,4 @@
-"""Batch norm as torch computes it, then DLIF as written in the paper: the definition of correct."""
+"""Batch norm and pooling as torch computes them, DLIF between them as written in the paper: the definition of correct."""
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -7,22 +7,28 @@ from sj_robust.ops.bn_dlif.norm import BatchNorm
 from sj_robust.ops.dlif import reference
 from sj_robust.ops.dlif.config import Inputs
 
-__all__ = ["multi_step", "normalise"]
+__all__ = ["multi_step", "normalise", "pool"]
 
 
-def multi_step(inputs: Inputs, norm: BatchNorm) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalise over all time steps and samples, then run the neurons; differentiable by autograd alone.
+def multi_step(inputs: Inputs, norm: BatchNorm | None, average_pool: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise over all time steps and samples, run the neurons, pool; differentiable by autograd alone.
 
     Args:
         inputs: What the neurons take, their currents being the input of batch norm, [T, N, C, *].
-        norm: The batch norm; running statistics are updated as ``torch.nn.functional.batch_norm`` does.
+        norm: The batch norm, or None for none; running statistics are updated as ``torch.nn.functional.batch_norm``
+            does.
+        average_pool: Whether the spikes [T, N, C, H, W] are averaged over 2x2 neurons; a last odd row or column is left
+            out.
 
     Returns:
-        Spikes [T, N, C, *], last potential [N, C, *], potential after every reset [T, N, C, *].
+        Spikes [T, N, C, *] or their means [T, N, C, H // 2, W // 2], last potential [N, C, *], potential after every reset [T, N, C, *].
 
     Source: Ioffe & Szegedy (2015) for batch norm; Ding et al. (ICML 2024) for DLIF.
     """
-    return reference.multi_step(inputs._replace(x_seq=normalise(inputs.x_seq, norm)))
+    if norm is not None:
+        inputs = inputs._replace(x_seq=normalise(inputs.x_seq, norm))
+    spike_seq, v, v_seq = reference.multi_step(inputs)
+    return pool(spike_seq) if average_pool else spike_seq, v, v_seq
 
 
 def normalise(x_seq: Tensor, norm: BatchNorm) -> Tensor:
@@ -38,3 +44,8 @@ def normalise(x_seq: Tensor, norm: BatchNorm) -> Tensor:
         norm.eps,
     )
     return y_seq.view(x_seq.shape)
+
+
+def pool(spike_seq: Tensor) -> Tensor:
+    """Average over 2x2 neurons of [T, N, C, H, W]."""
+    return F.avg_pool2d(spike_seq.flatten(0, 1), 2).unflatten(0, spike_seq.shape[:2])

@@ -2,11 +2,12 @@
 // first-level cache; the backward pass first computes h again into a scratch that stays there too.
 // What happens to x before the neuron, and to its gradient behind it, is a Coupling: Plain in plain.h (nothing),
 // Normalised in bn_dlif. Its functions:
-//   enter(first, size), leave(first, size)   before and after a block
+//   enter(block), leave(block)               before and after a block
 //   input(x, k)                              current of the neuron for the vector k elements into the block
 //   emit<STREAM>(gx, g, x, k)                gradient g of that current turned into one of x
 // and its constants: WRITES (emit writes gx), SUMS (the gradient of the gain is wanted).
 #include "simd.h"
+#include "walk.h"
 
 namespace sjr {
 namespace SJR_SET {
@@ -55,11 +56,11 @@ template <class C> SJR_INLINE void fetch_ahead(const C* row, int k) {
   if (k * SJR_VECTOR_BYTES % 64 == 0) __builtin_prefetch(row + BLOCK<C> + k * LANES<C>);
 }
 
-// One block; consecutive steps of every sequence lie `stride` apart; v_init and v_seq may be null.
+// One block; consecutive steps of a sequence lie `stride` apart, those of s s_stride; v_init and v_seq may be null.
 template <class C> struct ForwardBlock {
   const C *x, *gain, *v_init;
   C *s, *v, *v_seq;
-  int64_t T, stride;
+  int64_t T, stride, s_stride;
 };
 
 template <class C, class Coupling, Reset RESET, bool STREAM>
@@ -69,7 +70,7 @@ __attribute__((noinline)) void forward_block(const ForwardBlock<C>& b, const Neu
   for (int k = 0; k < ROWS; ++k) v[k] = b.v_init ? load(b.v_init + k * W) : fill(n.v_start);
   const C *x = b.x;
   C *s = b.s, *v_seq = b.v_seq;
-  for (int64_t t = 0; t < b.T; ++t, x += b.stride, s += b.stride) {
+  for (int64_t t = 0; t < b.T; ++t, x += b.stride, s += b.s_stride) {
     const C gain = b.gain[t];
     SJR_UNROLL
     for (int k = 0; k < ROWS; ++k) {
@@ -90,7 +91,7 @@ __attribute__((noinline)) void forward_block(const ForwardBlock<C>& b, const Neu
 template <class C> struct BackwardBlock {
   const C *x, *gain, *v_init, *gs, *gv, *gvs;
   C *gx, *gv_init, *h, *gain_sums;
-  int64_t T, stride;
+  int64_t T, stride, gs_stride;
 };
 
 template <class C, class Coupling, Reset RESET, int SURROGATE, bool DETACH, bool STREAM>
@@ -113,7 +114,7 @@ __attribute__((noinline)) void backward_block(const BackwardBlock<C>& b, const N
   for (int k = 0; k < ROWS; ++k) v[k] = b.gv ? load(b.gv + k * W) : Vec<C>{};  // from here on the gradient of v
   for (int64_t t = b.T - 1; t >= 0; --t) {
     const C gain = b.gain[t];
-    const C *x = b.x + t * b.stride, *gs = b.gs + t * b.stride, *h_row = b.h + t * BLOCK<C>;
+    const C *x = b.x + t * b.stride, *gs = b.gs + t * b.gs_stride, *h_row = b.h + t * BLOCK<C>;
     C* gx = b.gx + t * b.stride;
     if (b.gvs)
       for (int k = 0; k < ROWS; ++k) v[k] += load(b.gvs + t * b.stride + k * W);
@@ -140,19 +141,6 @@ __attribute__((noinline)) void backward_block(const BackwardBlock<C>& b, const N
   }
   if (b.gv_init)
     for (int k = 0; k < ROWS; ++k) store(b.gv_init + k * W, v[k]);
-}
-
-// Rows between a tensor of storage type S and a scratch of arithmetic type C; lanes beyond the tensor are zero.
-template <class S, class C> void read_rows(const S* from, int64_t stride, int64_t n, int64_t T, C* to) {
-  for (int64_t t = 0; t < T; ++t, from += stride, to += BLOCK<C>) {
-    for (int64_t i = 0; i < n; ++i) to[i] = widen<C>(from[i]);
-    for (int64_t i = n; i < BLOCK<C>; ++i) to[i] = C(0);
-  }
-}
-
-template <class S, class C> void write_rows(const C* from, int64_t n, int64_t T, S* to, int64_t stride) {
-  for (int64_t t = 0; t < T; ++t, from += BLOCK<C>, to += stride)
-    for (int64_t i = 0; i < n; ++i) to[i] = Narrow<S, C>::from(from[i]);
 }
 
 template <class C, class K> using ForwardFn = void (*)(const ForwardBlock<C>&, const Neuron<C>, K&);
@@ -201,84 +189,103 @@ inline bool can_stream(const Job& job, const void* out, int64_t element) {
   return job.stream && reinterpret_cast<uintptr_t>(out) % SJR_VECTOR_BYTES == 0 && job.M * element % SJR_VECTOR_BYTES == 0;
 }
 
-// Neurons first..last of one unit. Whole blocks stored in the arithmetic type run in place, the rest passes through
-// a scratch: conversions and the last, partial block.
+// Items first..last of one unit. Whole blocks stored in the arithmetic type run in place, the rest passes through a
+// scratch: conversions, pieces of several rows, the last, partial block. Spikes that are pooled do so in any case.
 template <class S, class C, class K>
 void forward_range(const Job& job, int64_t first, int64_t last, void* memory, K& coupling) {
   constexpr int B = BLOCK<C>;
-  const int64_t T = job.T, M = job.M;
+  const int64_t T = job.T, M = job.M, pooled_M = Shape(job).pooled_M;
   const Neuron<C> n(job);
   const ForwardFn<C, K> staged = choose_forward<C, K>(job, false);
-  const ForwardFn<C, K> direct = choose_forward<C, K>(job, can_stream(job, job.s, sizeof(C)) && can_stream(job, job.v_seq, sizeof(C)) && can_stream(job, job.v, sizeof(C)));
+  const ForwardFn<C, K> direct = choose_forward<C, K>(job, !job.pool && can_stream(job, job.s, sizeof(C)) && can_stream(job, job.v_seq, sizeof(C)) && can_stream(job, job.v, sizeof(C)));
   C* const xb = static_cast<C*>(memory);
-  C *const sb = xb + T * B, *const vsb = sb + T * B, *const ib = vsb + T * B, *const vb = ib + B;
-  for (int64_t i = first; i < last; i += B) {
-    const int64_t size = std::min<int64_t>(B, last - i);
-    const S* const x = at<S>(job.x, i);
-    S* const s = at<S>(job.s, i);
-    C *const v = at<C>(job.v, i), *const v_seq = at<C>(job.v_seq, i);
-    const C* const v_init = at<C>(job.v_init, i);
-    coupling.enter(i, size);
-    if constexpr (std::is_same_v<S, C>) {
-      if (size == B) {
-        direct({x, at<C>(job.gain, 0), v_init, s, v, v_seq, T, M}, n, coupling);
-        continue;
-      }
+  C *const sb = xb + T * B, *const vsb = sb + T * B, *const pb = vsb + T * B, *const ib = pb + T * B / 4, *const vb = ib + B;
+  const C* const gain = at<C>(job.gain, 0);
+  Walk<B> walk(job, first, last);
+  while (walk.next()) {
+    const Block<B>&block = walk.block(), &ahead = walk.ahead();
+    const Run* const runs = block.runs;
+    const int n_runs = block.n_runs;
+    const int64_t i = runs[0].offset;
+    coupling.enter(block);
+    if (std::is_same_v<S, C> && block.is_row()) {
+      C* const s = job.pool ? sb : at<C>(job.s, i);
+      direct({at<C>(job.x, i), gain, at<C>(job.v_init, i), s, at<C>(job.v, i), at<C>(job.v_seq, i), T, M, job.pool ? B : M}, n, coupling);
+    } else {
+      if (!block.is_full()) std::memset(xb, 0, size_t(T * B) * sizeof(C));  // lanes beyond the tensor are zero
+      if (!block.is_full()) std::memset(ib, 0, B * sizeof(C));
+      read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<S>(job.x, 0), M, T, xb, B);
+      if (job.v_init) read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<C>(job.v_init, 0), 0, 1, ib, B);
+      staged({xb, gain, job.v_init ? ib : nullptr, sb, vb, job.v_seq ? vsb : nullptr, T, B, B}, n, coupling);
+      if (!job.pool) write_runs(runs, n_runs, sb, B, T, at<S>(job.s, 0), M, job.stream);
+      write_runs(runs, n_runs, vb, B, 1, at<C>(job.v, 0), 0, job.stream);
+      if (job.v_seq) write_runs(runs, n_runs, vsb, B, T, at<C>(job.v_seq, 0), M, job.stream);
     }
-    read_rows(x, M, size, T, xb);
-    if (v_init) read_rows(v_init, 0, size, 1, ib);
-    staged({xb, at<C>(job.gain, 0), v_init ? ib : nullptr, sb, vb, v_seq ? vsb : nullptr, T, B}, n, coupling);
-    write_rows(sb, size, T, s, M);
-    write_rows(vb, size, 1, v, 0);
-    if (v_seq) write_rows(vsb, size, T, v_seq, M);
+    if (job.pool) {
+      pool_block<C>(block, job.channels_last, sb, T, pb);
+      write_runs(block.pooled, block.n_pooled, pb, B / 4, T, at<S>(job.s, 0), pooled_M, job.stream);
+    }
   }
 }
 
 template <class S, class C, class K>
 void backward_range(const Job& job, int64_t first, int64_t last, void* memory, double* gain_sums, K& coupling) {
   constexpr int B = BLOCK<C>, W = LANES<C>;
-  const int64_t T = job.T, M = job.M;
+  const int64_t T = job.T, M = job.M, pooled_M = Shape(job).pooled_M;
   const Neuron<C> n(job);
   const BackwardFn<C, K> staged = choose_backward<C, K>(job, false);
   const BackwardFn<C, K> direct = choose_backward<C, K>(job, can_stream(job, job.gx, sizeof(C)));
   C* const h = static_cast<C*>(memory);
-  C *const xb = h + T * B, *const gsb = xb + T * B, *const gvsb = gsb + T * B, *const gxb = gvsb + T * B;
-  C *const sums = gxb + T * B, *const ib = sums + T * W, *const gvb = ib + B, *const gib = gvb + B;
-  for (int64_t start = first; start < last; start += FLUSH) {  // short sums in C, long ones in double
-    const int64_t stop = std::min(last, start + FLUSH);
-    std::memset(sums, 0, size_t(T * W) * sizeof(C));
-    for (int64_t i = start; i < stop; i += B) {
-      const int64_t size = std::min<int64_t>(B, stop - i);
-      const S *const x = at<S>(job.x, i), *const gs = at<S>(job.gs, i);
-      S* const gx = at<S>(job.gx, i);
-      const C *const v_init = at<C>(job.v_init, i), *const gv = at<C>(job.gv, i), *const gvs = at<C>(job.gvs, i);
-      C* const gv_init = at<C>(job.gv_init, i);
-      coupling.enter(i, size);
-      if constexpr (std::is_same_v<S, C>) {
-        if (size == B) {
-          direct({x, at<C>(job.gain, 0), v_init, gs, gv, gvs, gx, gv_init, h, sums, T, M}, n, coupling);
-          coupling.leave(i, size);
-          continue;
-        }
-      }
-      read_rows(x, M, size, T, xb);
-      read_rows(gs, M, size, T, gsb);
-      if (v_init) read_rows(v_init, 0, size, 1, ib);
-      if (gv) read_rows(gv, 0, size, 1, gvb);
-      if (gvs) read_rows(gvs, M, size, T, gvsb);
-      staged({xb, at<C>(job.gain, 0), v_init ? ib : nullptr, gsb, gv ? gvb : nullptr, gvs ? gvsb : nullptr, gxb,
-              gv_init ? gib : nullptr, h, sums, T, B}, n, coupling);
-      coupling.leave(i, size);
-      if constexpr (K::WRITES) write_rows(gxb, size, T, gx, M);
-      if (gv_init) write_rows(gib, size, 1, gv_init, 0);
-    }
+  C *const xb = h + T * B, *const gsb = xb + T * B, *const gvsb = gsb + T * B, *const gxb = gvsb + T * B, *const pb = gxb + T * B;
+  C *const sums = pb + T * B / 4, *const ib = sums + T * W, *const gvb = ib + B, *const gib = gvb + B;
+  const C* const gain = at<C>(job.gain, 0);
+  std::memset(sums, 0, size_t(T * W) * sizeof(C));
+  int64_t summed = 0;
+  const auto flush = [&] {  // short sums in C, long ones in double
     for (int64_t t = 0; t < T; ++t) gain_sums[t] += sum_lanes(sums + t * W);
+    std::memset(sums, 0, size_t(T * W) * sizeof(C));
+    summed = 0;
+  };
+  Walk<B> walk(job, first, last);
+  while (walk.next()) {
+    const Block<B>&block = walk.block(), &ahead = walk.ahead();
+    const Run* const runs = block.runs;
+    const int n_runs = block.n_runs;
+    const int64_t i = runs[0].offset;
+    coupling.enter(block);
+    if (job.pool) {
+      read_runs(block.pooled, block.n_pooled, ahead.pooled, ahead.n_pooled, at<S>(job.gs, 0), pooled_M, T, pb, B / 4);
+      share_block<C>(block, job.channels_last, pb, T, gsb);
+    }
+    if (std::is_same_v<S, C> && block.is_row()) {
+      const C* const gs = job.pool ? gsb : at<C>(job.gs, i);
+      direct({at<C>(job.x, i), gain, at<C>(job.v_init, i), gs, at<C>(job.gv, i), at<C>(job.gvs, i), at<C>(job.gx, i),
+              at<C>(job.gv_init, i), h, sums, T, M, job.pool ? B : M}, n, coupling);
+    } else {
+      const bool full = block.is_full();
+      if (!full) std::memset(xb, 0, size_t(T * B) * sizeof(C));
+      if (!full && !job.pool) std::memset(gsb, 0, size_t(T * B) * sizeof(C));
+      if (!full && job.gvs) std::memset(gvsb, 0, size_t(T * B) * sizeof(C));
+      if (!full) std::memset(ib, 0, 2 * B * sizeof(C));
+      read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<S>(job.x, 0), M, T, xb, B);
+      if (!job.pool) read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<S>(job.gs, 0), M, T, gsb, B);
+      if (job.v_init) read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<C>(job.v_init, 0), 0, 1, ib, B);
+      if (job.gv) read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<C>(job.gv, 0), 0, 1, gvb, B);
+      if (job.gvs) read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<C>(job.gvs, 0), M, T, gvsb, B);
+      staged({xb, gain, job.v_init ? ib : nullptr, gsb, job.gv ? gvb : nullptr, job.gvs ? gvsb : nullptr, gxb,
+              job.gv_init ? gib : nullptr, h, sums, T, B, B}, n, coupling);
+      if constexpr (K::WRITES) write_runs(runs, n_runs, gxb, B, T, at<S>(job.gx, 0), M, job.stream);
+      if (job.gv_init) write_runs(runs, n_runs, gib, B, 1, at<C>(job.gv_init, 0), 0, job.stream);
+    }
+    coupling.leave(block);
+    if ((summed += block.size) >= FLUSH) flush();
   }
+  flush();
 }
 
 // For the pieces that forward_range and backward_range cut from their memory.
 int64_t blocks_bytes(const Job& job) {
-  const int64_t vectors = job.T * (5 * ROWS + 1) + 4 * ROWS;
+  const int64_t vectors = job.T * (5 * ROWS + ROWS / 4 + 1) + 4 * ROWS;
   return vectors * SJR_VECTOR_BYTES;
 }
 

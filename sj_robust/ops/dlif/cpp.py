@@ -8,6 +8,7 @@ import ctypes
 import os
 from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients, Outpu
 from sj_robust.ops.surrogate import Surrogate
 
 __all__ = [
-    "INSTRUCTION_SETS", "INSTRUCTION_SET_VARIABLE", "backward", "forward", "instruction_sets", "run",
+    "INSTRUCTION_SETS", "INSTRUCTION_SET_VARIABLE", "Planes", "backward", "forward", "instruction_sets", "run",
     "unavailable_reason", "unsupported_reason",
 ]  # fmt: skip
 
@@ -24,7 +25,7 @@ INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 INSTRUCTION_SET_VARIABLE = "SJ_ROBUST_INSTRUCTION_SET"
 
 _LIBRARY_NAME = "_kernel.so"  # setup.py gives it this name on every system
-_INTERFACE = 4  # sjr_interface() of kernel.cpp
+_INTERFACE = 5  # sjr_interface() of kernel.cpp
 _PROCESS = os.getpid()  # a forked child has another, and none of the threads of torch's OpenMP library
 _STORAGE = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _SURROGATES = {"triangle": 0, "atan": 1, "sigmoid": 2}
@@ -84,20 +85,30 @@ def backward(inputs: Inputs, grads: OutputGradients, needs_v_init: bool) -> tupl
     return grad_x_seq, grad_input_gain, grad_v_init
 
 
-def run(
-    function: str, x: Tensor, config: DLIFConfig, tensors: dict[str, Tensor | None], channels: int = 0, plane: int = 0
-) -> None:
-    """Call ``sjr_`` + ``function`` of the library on x [T, M]; raises RuntimeError if there is no library.
+class Planes(NamedTuple):
+    """How a step lies in memory where batch norm or pooling belong to the call: [N, C, H, W], or [N, H, W, C]."""
 
-    ``tensors``, contiguous, go to the fields of ``sjr::Job`` that bear their names. With a batch norm before the neuron
-    there are ``channels`` of ``plane`` elements.
+    channels: int
+    height: int
+    width: int
+    channels_last: bool
+    pool: bool
+
+
+def run(
+    function: str, x: Tensor, config: DLIFConfig, tensors: dict[str, Tensor | None], planes: Planes | None = None
+) -> None:
+    """Call ``sjr_`` + ``function`` of the library on x [T, *]; raises RuntimeError if there is no library.
+
+    ``tensors``, without gaps and in the order of x in memory, go to the fields of ``sjr::Job`` that bear their names.
     """
     library = _load()
     if isinstance(library, str):
         raise RuntimeError(f"the compiled DLIF kernel is not available: {library}")
+    shape = {} if planes is None else {"plane": planes.height * planes.width, **planes._asdict()}
     job = _Job(
         T=x.shape[0],
-        M=x.shape[1],
+        M=x.shape[1:].numel(),
         decay=config.decay,
         leak_current=config.leak_current,
         v_threshold=config.v_threshold,
@@ -111,11 +122,10 @@ def run(
         threads=torch.get_num_threads(),
         own_threads=os.getpid() != _PROCESS,
         x=x.data_ptr(),
-        channels=channels,
-        plane=plane,
+        **shape,
         **{name: None if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()},
     )
-    scratch_bytes = library.sjr_bn_dlif_scratch_bytes if channels else library.sjr_dlif_scratch_bytes
+    scratch_bytes = library.sjr_dlif_scratch_bytes if function.startswith("dlif") else library.sjr_bn_dlif_scratch_bytes
     scratch = torch.empty(scratch_bytes(ctypes.byref(job)), dtype=torch.uint8)
     job.scratch = scratch.data_ptr()
     getattr(library, f"sjr_{function}")(ctypes.byref(job))
@@ -131,7 +141,8 @@ class _Job(ctypes.Structure):
             (ctypes.c_double, "decay leak_current v_threshold v_reset alpha"),
             (ctypes.c_int32, "soft_reset detach_reset surrogate storage instruction_set threads own_threads"),
             (ctypes.c_void_p, "x gain v_init s v v_seq gs gv gvs gx gain_grad gv_init scratch"),
-            (ctypes.c_int64, "stream channels plane"),
+            (ctypes.c_int64, "stream channels plane height width"),
+            (ctypes.c_int32, "channels_last pool"),
             (ctypes.c_void_p, "scale offset mean slope constant channel_sums"),
         )
         for name in names.split()

@@ -27,11 +27,28 @@ struct Job {
   void *gx, *gain_grad, *gv_init;  // written by the backward pass
   void* scratch;
   int64_t stream;                  // set here
-  // A batch norm before the neuron, as used in bn_dlif: the step is [N, channels, plane], per channel
-  // x becomes scale * x + offset, and gx is scale * g + slope * (x - mean) + constant.
-  int64_t channels, plane;
+  // The step is [N, channels, plane], or [N, plane, channels] if channels_last; both 0 where neither of the parts below
+  // needs them. A batch norm before the neuron, as used in bn_dlif: per channel x becomes scale * x + offset, and gx is
+  // scale * g + slope * (x - mean) + constant. A 2x2 average pooling behind it, if pool: the plane is [height, width],
+  // s and gs are those of its output.
+  int64_t channels, plane, height, width;
+  int32_t channels_last, pool;
   const void *scale, *offset, *mean, *slope, *constant;
-  double* channel_sums;            // [channels, 2]: of g and of g * (x - mean); without it no gain_grad either
+  double* channel_sums;            // [2, channels]: of g and of g * (x - mean); without it no gain_grad either
+};
+
+// The items that units of work are made of: neurons, or what the pooling must not divide. That is a pair of rows of a
+// plane, or channels last the channels of 2x2 pixels; the last one in a plane of odd size has one row or column.
+struct Shape {
+  int64_t rows, columns, items, item_neurons, pooled_M;
+  explicit Shape(const Job& job) : rows(0), columns(0), items(job.M), item_neurons(1), pooled_M(job.M) {
+    if (!job.pool) return;
+    rows = (job.height + 1) / 2, columns = job.channels_last ? (job.width + 1) / 2 : 1;
+    const int64_t planes = job.channels_last ? job.M / (job.plane * job.channels) : job.M / job.plane;
+    items = planes * rows * columns;
+    item_neurons = job.channels_last ? 4 * job.channels : 2 * job.width;
+    pooled_M = job.M / job.plane * (job.height / 2) * (job.width / 2);
+  }
 };
 
 constexpr int64_t UNIT = 4096;   // neurons handed to a thread at once
@@ -39,7 +56,7 @@ constexpr int64_t FLUSH = 4096;  // neurons summed in the arithmetic type before
 constexpr int64_t MAX_UNITS = 256;
 
 struct Code {  // of one instruction set
-  void (*forward)(const Job& job, int64_t first, int64_t last, void* memory);
+  void (*forward)(const Job& job, int64_t first, int64_t last, void* memory);  // items of Shape
   void (*backward)(const Job& job, int64_t first, int64_t last, void* memory, double* gain_sums, double* channel_sums);
   int64_t (*scratch_bytes)(const Job& job);
 };
@@ -48,14 +65,19 @@ struct Code {  // of one instruction set
 struct Plan {
   Job job;
   Code code;
-  int64_t unit, units, sums_per_unit, thread_bytes;
+  int64_t unit, units, sums_per_unit, thread_bytes;  // unit: items of each
   int threads;
   double* sums;  // [units, sums_per_unit]: T of the gain, 2 per channel
   char* memory;  // [threads, thread_bytes]
 
+  int64_t items;
+
   Plan(const Job& j, Code c) : job(j), code(c) {
-    unit = std::max(UNIT, ((job.M + MAX_UNITS - 1) / MAX_UNITS + UNIT - 1) / UNIT * UNIT);
-    units = (job.M + unit - 1) / unit;
+    const Shape shape(job);
+    items = shape.items;
+    const int64_t least = std::max<int64_t>(1, UNIT / shape.item_neurons);
+    unit = std::max(least, ((items + MAX_UNITS - 1) / MAX_UNITS + least - 1) / least * least);
+    units = (items + unit - 1) / unit;
     sums_per_unit = job.T + 2 * job.channels;
     threads = thread_count(job.threads, units, job.T * job.M);
     thread_bytes = (code.scratch_bytes(job) + 63) / 64 * 64;
@@ -67,19 +89,19 @@ struct Plan {
   int64_t scratch_bytes() const { return sums_bytes() + threads * thread_bytes; }
   int64_t element_bytes() const { return job.storage == FLOAT64 ? 8 : job.storage == FLOAT32 ? 4 : 2; }
 
-  void prepare_output(void* data, int64_t element_bytes) {
-    advise_huge_pages(data, job.T * job.M * element_bytes);
-    job.stream = job.T * job.M * element_bytes >= STREAM_BYTES;
+  void prepare_output(void* data, int64_t elements, int64_t element_bytes) {
+    advise_huge_pages(data, job.T * elements * element_bytes);
+    job.stream = job.T * elements * element_bytes >= STREAM_BYTES;
   }
 
   void forward() {
-    if (job.v_seq) prepare_output(job.v_seq, job.storage == FLOAT64 ? 8 : 4);
-    prepare_output(job.s, element_bytes());
+    if (job.v_seq) prepare_output(job.v_seq, job.M, job.storage == FLOAT64 ? 8 : 4);
+    prepare_output(job.s, Shape(job).pooled_M, element_bytes());
     parallel(units, threads, job.threads, job.own_threads, forward_unit, this);
   }
 
   void backward() {
-    if (job.gx) prepare_output(job.gx, element_bytes());
+    if (job.gx) prepare_output(job.gx, job.M, element_bytes());
     std::memset(sums, 0, size_t(sums_bytes()));
     parallel(units, threads, job.threads, job.own_threads, backward_unit, this);
     for (int64_t t = 0; job.gain_grad && t < job.T; ++t) {
@@ -100,13 +122,13 @@ struct Plan {
 
   static void forward_unit(void* context, int thread, int64_t i) {
     const Plan& plan = *static_cast<Plan*>(context);
-    const int64_t first = i * plan.unit, last = std::min(plan.job.M, first + plan.unit);
+    const int64_t first = i * plan.unit, last = std::min(plan.items, first + plan.unit);
     plan.code.forward(plan.job, first, last, plan.memory + thread * plan.thread_bytes);
   }
 
   static void backward_unit(void* context, int thread, int64_t i) {
     const Plan& plan = *static_cast<Plan*>(context);
-    const int64_t first = i * plan.unit, last = std::min(plan.job.M, first + plan.unit);
+    const int64_t first = i * plan.unit, last = std::min(plan.items, first + plan.unit);
     double* const sums = plan.sums + i * plan.sums_per_unit;
     plan.code.backward(plan.job, first, last, plan.memory + thread * plan.thread_bytes, sums, sums + plan.job.T);
   }

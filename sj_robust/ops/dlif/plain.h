@@ -7,8 +7,8 @@ namespace {
 
 template <class C> struct Plain {
   static constexpr bool WRITES = true, SUMS = true;
-  void enter(int64_t, int64_t) {}
-  void leave(int64_t, int64_t) {}
+  void enter(const Block<BLOCK<C>>&) {}
+  void leave(const Block<BLOCK<C>>&) {}
   SJR_TARGET_INLINE Vec<C> input(Vec<C> x, int) const { return x; }
   template <bool STREAM> SJR_TARGET_INLINE void emit(C* gx, Vec<C> g, Vec<C>, int) { put<STREAM>(gx, g); }
 };
