@@ -1,4 +1,4 @@
-"""Batch norm and DLIF in one pass against both written by hand, and against torch's batch norm."""
+"""Batch norm, DLIF and pooling in one pass against all written by hand, and against torch's batch norm."""
 
 import functools
 
@@ -97,6 +97,106 @@ def test_equals_both_written_by_hand(backend, dtype, training, v_reset, detach_r
             scale = np.abs(expected[name]).max()
             tolerance = {"rtol": 1e-9, "atol": 1e-10} if exact else {"rtol": 1e-4, "atol": 5e-6 * scale}
             np.testing.assert_allclose(tensor.grad, expected[name], err_msg=f"{shape}: {name}", **tolerance)
+
+
+# planes of odd sizes, rows longer than a block of neurons, more channels than a block has, fewer than two
+POOLED_SHAPES = {
+    torch.float64: [(4, 3, 5, 8, 8), (3, 2, 3, 7, 9), (2, 1, 2, 3, 150), (2, 2, 70, 4, 2), (3, 2, 1, 2, 34)],
+    torch.float32: [(3, 2, 5, 12, 12), (2, 3, 33, 5, 4), (2, 1, 3, 4, 301), (3, 2, 200, 3, 6), (2, 2, 64, 8, 8)],
+}
+
+
+def laid_out(x_seq, channels_last):
+    """The same numbers with every step in this order in memory."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return x_seq.flatten(0, 1).contiguous(memory_format=layout).unflatten(0, x_seq.shape[:2])
+
+
+def means(spikes):
+    """Means over 2x2 neurons in numpy, without the last odd row and column."""
+    *head, height, width = spikes.shape
+    whole = spikes[..., : height // 2 * 2, : width // 2 * 2]
+    return whole.reshape(*head, height // 2, 2, width // 2, 2).mean((-1, -3))
+
+
+def shares(grad_means, shape):
+    """What the gradient of the means gives to every neuron."""
+    spread = np.repeat(np.repeat(grad_means, 2, -1), 2, -2) / 4
+    return np.pad(spread, [(0, whole - given) for whole, given in zip(shape, spread.shape, strict=True)])
+
+
+@pytest.mark.parametrize("backend", ["reference", *(f"cpp {name}" for name in cpp.instruction_sets())], indirect=True)
+@pytest.mark.parametrize("statistics", ["batch", "running", None])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize(
+    ("v_reset", "detach_reset", "kind"), [(0.0, False, "triangle"), (None, True, "atan"), (-0.25, False, "sigmoid")]
+)
+@pytest.mark.parametrize("dtype", POOLED_SHAPES)
+def test_pooled_equals_all_written_by_hand(backend, dtype, statistics, channels_last, v_reset, detach_reset, kind):
+    exact = dtype == torch.float64
+    constants = {"decay": 0.9, "v_threshold": 0.8, "v_reset": v_reset, "detach_reset": detach_reset}
+    for shape in POOLED_SHAPES[dtype]:
+        *arrays, (grad_spikes, grad_v, grad_potentials), running = random_call(shape, seed=1)
+        values, running = ([torch.tensor(a, dtype=dtype) for a in tensors] for tensors in (arrays, running))
+        grad_means = torch.tensor(means(grad_spikes), dtype=dtype)
+        others = [torch.tensor(g, dtype=dtype) for g in (grad_v, grad_potentials)]
+        if statistics is None:  # a batch norm that changes nothing
+            wide = [values[0].double().numpy(), np.ones(shape[2]), np.zeros(shape[2])]
+            fixed = np.zeros(shape[2]), np.ones(shape[2])
+        else:
+            wide = [a.double().numpy() for a in values[:3]]
+            fixed = None if statistics == "batch" else [a.double().numpy() for a in running]
+        wide += [a.double().numpy() for a in values[3:]]
+        grads = shares(grad_means.double().numpy(), shape), *(g.double().numpy() for g in others)
+        eps = 0.0 if statistics is None else 1e-5
+        expected = by_hand(*wide, fixed, grads, {**constants, "kind": kind, "alpha": 2.0}, eps)
+        x, weight, bias, gain, v_init = (a.clone().requires_grad_() for a in values)
+        x_seq = laid_out(x, channels_last)
+        norm = BatchNorm(weight, bias, *running, use_batch_statistics=statistics == "batch") if statistics else None
+        outputs = batch_norm_dlif_multi_step(
+            x_seq, norm, gain, laid_out(v_init[None], channels_last)[0], average_pool=True,
+            surrogate=Surrogate(kind, 2.0), store_v_seq=True, backend=backend, **constants,
+        )  # fmt: skip
+        torch.autograd.backward(outputs, (grad_means, *others))
+        pooled, v, potentials = (a.detach() for a in outputs)
+        np.testing.assert_array_equal(pooled, means(expected["spikes"]), err_msg=f"{shape}")
+        np.testing.assert_array_equal(v, potentials[-1])
+        np.testing.assert_allclose(potentials, expected["potentials"], rtol=0, atol=1e-11 if exact else 1e-4)
+        found = {"x": x, "gain": gain, "v_init": v_init} | ({"weight": weight, "bias": bias} if statistics else {})
+        for name, tensor in found.items():
+            scale = np.abs(expected[name]).max()
+            tolerance = {"rtol": 1e-9, "atol": 1e-10} if exact else {"rtol": 1e-4, "atol": 5e-6 * scale}
+            np.testing.assert_allclose(tensor.grad, expected[name], err_msg=f"{shape}: {name}", **tolerance)
+
+
+@needs_kernel
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("parts", ["batch norm", "pooling", "both"])
+def test_halves_are_a_float32_run_of_the_same_numbers(instruction_set, dtype, channels_last, parts):
+    """Arithmetic and state are float32's: only what is stored is rounded, once."""
+    for shape in ((4, 3, 33, 8, 8), (3, 2, 5, 7, 9), (2, 16, 64, 32, 32)):  # the last is written past the cache
+        torch.manual_seed(0)
+        rounded = laid_out(torch.randn(shape).add_(0.3).to(dtype), channels_last)
+        plane = [size // 2 for size in shape[3:]] if parts != "batch norm" else shape[3:]
+        grad = laid_out(torch.randn(*shape[:3], *plane).to(dtype), channels_last)
+        results = []
+        for storage in (dtype, torch.float32):
+            x, weight, bias = rounded.to(storage), torch.linspace(0.5, 1.5, shape[2]), torch.linspace(-1, 1, shape[2])
+            gain, running = torch.linspace(0.7, 1.3, shape[0]), [torch.zeros(shape[2]), torch.ones(shape[2])]
+            leaves = [a.requires_grad_() for a in (x, gain, *([] if parts == "pooling" else [weight, bias]))]
+            norm = None if parts == "pooling" else BatchNorm(weight, bias, *running, use_batch_statistics=True)
+            spikes, v, _ = batch_norm_dlif_multi_step(
+                x, norm, gain, average_pool=parts != "batch norm", decay=0.9, backend="cpp"
+            )
+            assert (spikes.dtype, v.dtype) == (storage, torch.float32)
+            for tensor in (spikes, x):
+                assert tensor.stride() == laid_out(tensor, channels_last).stride()
+            gradients = torch.autograd.grad(spikes, leaves, grad.to(storage))
+            assert gradients[0].stride() == x.stride()
+            results.append([a.to(dtype) for a in (spikes, gradients[0])] + [v, *gradients[1:], *running])
+        for actual, wanted in zip(*results, strict=True):
+            assert torch.equal(actual, wanted), shape
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("cpp", marks=needs_kernel)])
@@ -215,22 +315,27 @@ def test_large_tensors(instruction_set, shape):
 
 
 @needs_kernel
-def test_repeated_image_and_other_memory_formats():
+@pytest.mark.parametrize("average_pool", [False, True])
+def test_repeated_image_and_other_memory_formats(average_pool):
     torch.manual_seed(0)
     image = torch.randn(1, 3, 4, 6, 6)
     norm = BatchNorm(None, None, None, None, use_batch_statistics=True)
-    channels_last = image.expand(5, -1, -1, -1, -1).flatten(0, 1).to(memory_format=torch.channels_last)
-    channels_last = channels_last.unflatten(0, (5, 3))
     gradients = []
-    for x, fused in ((image.expand(5, -1, -1, -1, -1), True), (channels_last, False)):
-        assert can_fuse(x, norm, Surrogate()) == fused
-        leaf = x.clone().requires_grad_() if not fused else image.clone().requires_grad_()
+    for arranged, fused in (
+        (image, True),
+        (laid_out(image, True), True),
+        (image.transpose(3, 4).contiguous().transpose(3, 4), False),
+    ):
+        leaf = arranged.clone().requires_grad_()
+        x = leaf.expand(5, -1, -1, -1, -1)
+        assert can_fuse(x, norm, Surrogate(), average_pool) == fused
         spikes, _, _ = batch_norm_dlif_multi_step(
-            leaf.expand(5, -1, -1, -1, -1), norm, torch.ones(5), decay=0.9, v_threshold=0.5
+            x, norm, torch.ones(5), decay=0.9, v_threshold=0.5, average_pool=average_pool
         )
         spikes.sum().backward()
-        gradients.append(leaf.grad.sum(0))
-    torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-4, atol=1e-4)
+        gradients.append(leaf.grad)
+    for other in gradients[1:]:
+        torch.testing.assert_close(gradients[0], other, rtol=1e-4, atol=1e-4)
 
 
 @needs_kernel
@@ -247,15 +352,16 @@ def test_what_cannot_run_in_one_pass_runs_in_two():
     torch.manual_seed(0)
     norm = BatchNorm(None, None, None, None, use_batch_statistics=True)
     x = torch.randn(3, 4, 5, 6)
-    for dtype in (torch.bfloat16, torch.float16):
-        assert not can_fuse(x.to(dtype), norm, Surrogate())
     custom = Surrogate("custom", function=torch.sigmoid)
     assert not can_fuse(x, norm, custom)
     spikes, _, _ = batch_norm_dlif_multi_step(x, norm, torch.ones(3), decay=0.9, surrogate=custom)
     assert ((spikes > 0) & (spikes < 1)).all()
-    assert batch_norm_dlif_multi_step(x.bfloat16(), norm, torch.ones(3), decay=0.9)[0].dtype == torch.bfloat16
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert not can_fuse(x, norm, Surrogate())
+    assert not can_fuse(x.half(), BatchNorm(torch.ones(5).double(), None, None, None, True), Surrogate())
+    for thin in (torch.randn(3, 4, 5, 6, 1), torch.randn(3, 4, 5, 1, 6)):
+        assert can_fuse(thin, norm, Surrogate())
+        assert not can_fuse(thin, norm, Surrogate(), average_pool=True)
+        with pytest.raises(RuntimeError, match="Output size is too small"):
+            batch_norm_dlif_multi_step(thin, norm, torch.ones(3), decay=0.9, average_pool=True)
 
 
 def test_wrong_arguments():
@@ -273,6 +379,9 @@ def test_wrong_arguments():
             batch_norm_dlif_multi_step(*arguments, decay=0.9)
     with pytest.raises(ValueError, match="must be given when use_batch_statistics is False"):
         BatchNorm(None, None, None, None, use_batch_statistics=False)
+    with pytest.raises(ValueError, match=r"average_pool needs x_seq \[T, N, C, H, W\], got shape \(3, 4, 5\)"):
+        batch_norm_dlif_multi_step(x, norm, gain, decay=0.9, average_pool=True)
     if cpp.unavailable_reason() is None:
-        with pytest.raises(ValueError, match="float32 and float64, got torch.float16"):
-            batch_norm_dlif_multi_step(x.half(), norm, gain, decay=0.9, backend="cpp")
+        strided = torch.zeros(3, 4, 6, 5).transpose(2, 3)
+        with pytest.raises(ValueError, match="contiguous or channels last"):
+            batch_norm_dlif_multi_step(strided, norm, gain, decay=0.9, backend="cpp")

@@ -139,14 +139,14 @@ def _dense(x_seq: Tensor, layout: torch.memory_format) -> Tensor:
     """The sequence without gaps, every step in this order; the same tensor where it is that already."""
     if layout == torch.contiguous_format:
         return x_seq.contiguous()
-    return x_seq.flatten(0, 1).contiguous(memory_format=layout).unflatten(0, x_seq.shape[:2])
+    return x_seq.flatten(0, 1).contiguous(memory_format=layout).view(x_seq.shape)
 
 
 def _pooled_like(x_seq: Tensor, layout: torch.memory_format) -> Tensor:
     """Room for the means of 2x2 neurons."""
     T, N, C, H, W = x_seq.shape
     empty = torch.empty(T * N, C, H // 2, W // 2, dtype=x_seq.dtype, device=x_seq.device, memory_format=layout)
-    return empty.unflatten(0, (T, N))
+    return empty.view(T, N, *empty.shape[1:])
 
 
 def _statistics(ctx: Any, x_seq: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Batch norm and pooling as torch computes them, DLIF between them as written in the paper: the definition of correct."""
+"""Batch norm and pooling as torch has them, DLIF between them as written in the paper: the definition of correct."""
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,7 +21,8 @@ def multi_step(inputs: Inputs, norm: BatchNorm | None, average_pool: bool = Fals
             out.
 
     Returns:
-        Spikes [T, N, C, *] or their means [T, N, C, H // 2, W // 2], last potential [N, C, *], potential after every reset [T, N, C, *].
+        Spikes [T, N, C, *] or their means [T, N, C, H // 2, W // 2], last potential [N, C, *], potential after every
+        reset [T, N, C, *].
 
     Source: Ioffe & Szegedy (2015) for batch norm; Ding et al. (ICML 2024) for DLIF.
     """
@@ -48,4 +49,5 @@ def normalise(x_seq: Tensor, norm: BatchNorm) -> Tensor:
 
 def pool(spike_seq: Tensor) -> Tensor:
     """Average over 2x2 neurons of [T, N, C, H, W]."""
-    return F.avg_pool2d(spike_seq.flatten(0, 1), 2).unflatten(0, spike_seq.shape[:2])
+    pooled = F.avg_pool2d(spike_seq.flatten(0, 1), 2)
+    return pooled.view(*spike_seq.shape[:2], *pooled.shape[1:])
