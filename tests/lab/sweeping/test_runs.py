@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +16,7 @@ from lab.sweeping.plan import PlannedRun, load_records, plan_runs
 from lab.sweeping.pool import executor_for, perform_all
 from lab.sweeping.recipe import load_recipe
 from lab.sweeping.record import RECORD_FILE, RunRecord
+from launch import wait_until
 
 GRID = {"mode": ["none", "at"], "rho": [0, 1]}
 
@@ -43,14 +43,6 @@ def calls(run):
 
 def stages(run):
     return [line.split(" pid")[0] for line in calls(run)]
-
-
-def wait_until(condition, what):
-    for _ in range(10_000):
-        if condition():
-            return
-        time.sleep(0.02)
-    pytest.fail(f"{what} did not happen")
 
 
 def has_ended(run):
