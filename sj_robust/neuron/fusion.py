@@ -1,4 +1,4 @@
-"""Layers that run in one pass: batch norm and the DLIF neurons behind it, in a network that exists already.
+"""Layers that run in one pass: batch norm, DLIF neurons and 2x2 average pooling, in a network that exists already.
 
 No other file knows of it: hooks, estimators and messages find the neuron as they find it anywhere.
 """
@@ -18,25 +18,30 @@ __all__ = ["FusedSequential", "FusionReport", "fuse", "unfuse"]
 
 @dataclass(frozen=True)
 class FusionReport:
-    """What :func:`fuse` did, by the name of the batch norm.
+    """What :func:`fuse` did, by the name of the batch norm or of the neuron.
 
     Attributes:
         fused: Batch norms that run in one pass with the neuron behind them, with that neuron's name.
+        pooled: Neurons that run in one pass with the 2x2 average pooling behind them, with that pooling's name.
         skipped: Batch norms that stay as they are, with the reason.
     """
 
     fused: dict[str, str] = field(default_factory=dict)
+    pooled: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
 
 
 class FusedSequential(nn.Sequential):
-    """``nn.Sequential`` that runs a batch norm and the DLIFNode right behind it in one pass where it can.
+    """``nn.Sequential`` that runs batch norm, DLIFNode and 2x2 average pooling behind each other in one pass if it can.
 
-    Same modules, names, parameters, results and errors as ``nn.Sequential``. A pair runs in one pass in step mode
-    ``"m"`` on the CPU with the compiled kernel; otherwise, and whenever somebody looks between the two, one after the
-    other. Who looks is who has a hook on either, unless it is a method of an object whose ``active`` is False at that
-    time. Hooks on every module at once (``torch.nn.modules.module.register_module_forward_hook``), which torch has for
-    debugging alone, cannot be found by public means and miss the two: call :func:`unfuse` first.
+    Same modules, names, parameters, results and errors as ``nn.Sequential``. The three, or two of them, run in one pass
+    in step mode ``"m"`` on the CPU with the compiled kernel; otherwise, and whenever somebody looks between them, one
+    after the other. Who looks is who has a hook on one of them, unless it is a method of an object whose ``active`` is
+    False at that time; with hooks on the neuron that look at its input alone (pre-hooks, and methods of an object whose
+    ``needs_output`` is False) only the batch norm runs apart. Hooks on every module at once
+    (``torch.nn.modules.module.register_module_forward_hook``), which torch has for debugging alone, cannot be found by
+    public means and miss them: call :func:`unfuse` first. In bfloat16 and float16 one pass does not round what lies
+    between the modules.
 
     Equation: see :func:`sj_robust.ops.bn_dlif.batch_norm_dlif_multi_step`.
 
@@ -53,29 +58,25 @@ class FusedSequential(nn.Sequential):
         """Run the modules one after the other, those of a stage in one pass."""
         modules = list(self)
         while modules:
-            stage = modules[:_STAGE]
-            output = _in_one_pass(stage, input)
-            if output is None:
-                stage = modules[:1]
-                output = stage[0](input)
-            input = output
-            del modules[: len(stage)]
+            input, count = _run_first(modules, input)
+            del modules[:count]
         return input
 
 
 def fuse(net: nn.Module) -> FusionReport:
-    """Let every batch norm of a network run in one pass with the DLIF neurons right behind it.
+    """Let batch norm, the DLIF neurons right behind it and the 2x2 average pooling behind those run in one pass.
 
-    Only neighbours in an ``nn.Sequential`` are taken, where nothing can come between the two. Parameters, buffers,
-    ``state_dict`` keys, hooks and results stay what they were (spikes within the rounding of batch norm).
-    将 BatchNorm 与其后的 DLIF 神经元融合为一次计算，``state_dict`` 不变。
+    Each of the two around the neurons may be missing. Only neighbours in an ``nn.Sequential`` are taken, where nothing
+    can come between them. Parameters, buffers, ``state_dict`` keys, hooks and results stay what they were (spikes
+    within the rounding of batch norm).
+    将 BatchNorm、其后的 DLIF 神经元和 2x2 平均池化融合为一次计算，``state_dict`` 不变。
 
     Args:
         net: A network, changed in place: its ``nn.Sequential`` become :class:`FusedSequential`.
 
     Returns:
-        What was fused and what was not, by module name. Whether a fused pair then runs in one pass is decided at each
-        call: see :class:`FusedSequential`.
+        What was fused and what was not, by module name. Whether it then runs in one pass is decided at each call: see
+        :class:`FusedSequential`.
 
     Source: batch norm folded into its neighbour, as in every inference engine; here also in training.
 
@@ -97,6 +98,9 @@ def fuse(net: nn.Module) -> FusionReport:
             reason = _unfusable_reason(module, parent, follower)
             if reason is None:
                 report.fused[name] = follower_name
+                parent.__class__ = FusedSequential
+            elif isinstance(module, DLIFNode) and type(parent) in (nn.Sequential, FusedSequential) and _pools(follower):
+                report.pooled[name] = follower_name
                 parent.__class__ = FusedSequential
             elif any("BatchNorm" in cls.__name__ for cls in type(module).__mro__):
                 report.skipped[name] = reason
@@ -120,7 +124,6 @@ def unfuse(net: nn.Module) -> None:
             module.__class__ = nn.Sequential  # type: ignore[assignment]  # back to its base, same layout
 
 
-_STAGE = 2  # modules of the longest stage
 _DIMENSIONS = {layer.BatchNorm1d: 4, layer.BatchNorm2d: 5, layer.BatchNorm3d: 6}  # of [T, N, C, *]
 
 
@@ -134,35 +137,96 @@ def _unfusable_reason(module: nn.Module, parent: nn.Module, follower: nn.Module 
     return None
 
 
-def _in_one_pass(stage: list[nn.Module], x_seq: Any) -> Tensor | None:
-    """Output of a stage in one pass; None if the modules are no stage, or have to run one after the other."""
-    if len(stage) < _STAGE or type(stage[0]) not in _DIMENSIONS or not isinstance(stage[1], DLIFNode):
+def _pools(module: nn.Module | None) -> bool:
+    """Whether it is an average over 2x2 neurons side by side."""
+    pool: Any = module
+    return type(module) is layer.AvgPool2d and (
+        (_pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding)) == ((2, 2), (2, 2), (0, 0))
+        and not pool.ceil_mode
+        and pool.divisor_override is None
+    )
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
+
+
+def _run_first(modules: list[nn.Module], x_seq: Any) -> tuple[Any, int]:
+    """Output of the first modules, as many as run in one pass, and how many these are."""
+    head: Any = modules[0]
+    has_norm = type(head) in _DIMENSIONS
+    node = next(iter(modules[has_norm:]), None)
+    if not isinstance(node, DLIFNode) or not isinstance(x_seq, Tensor) or not _may_run_inside(node):
+        return head(x_seq), 1
+    norm = _norm_in_one_pass(head, node, x_seq) if has_norm else None
+    if has_norm and norm is None:
+        return head(x_seq), 1
+    pool = next(iter(modules[has_norm + 1 :]), None)
+    pooled = pool is not None and _pool_in_one_pass(pool, node, x_seq, norm)
+    if norm is not None:
+        output = _run(node, x_seq, norm, pooled)
+        if head.training and head.track_running_stats and head.num_batches_tracked is not None:
+            head.num_batches_tracked.add_(1)
+    elif pooled:
+        output = _run_pooled(node, x_seq)
+    else:
+        output = node(x_seq)
+    return output, has_norm + 1 + pooled
+
+
+def _may_run_inside(node: DLIFNode) -> bool:
+    """Whether the neuron's own operator may be replaced by one that does more."""
+    return (
+        node.step_mode == "m"
+        and node.backend in ("auto", "cpp")
+        and type(node).multi_step_forward is DLIFNode.multi_step_forward
+        and "forward" not in vars(node)
+    )
+
+
+def _norm_in_one_pass(norm: Any, node: DLIFNode, x_seq: Tensor) -> BatchNorm | None:
+    """The batch norm of this call, if it can run in one pass with the neuron."""
+    if x_seq.ndim != _DIMENSIONS[type(norm)] or x_seq.shape[2] != norm.num_features:
         return None
-    norm: Any = stage[0]
-    node = stage[1]
-    if not isinstance(x_seq, Tensor) or x_seq.ndim != _DIMENSIONS[type(norm)] or x_seq.shape[2] != norm.num_features:
-        return None
-    if type(node).multi_step_forward is not DLIFNode.multi_step_forward or node.backend not in ("auto", "cpp"):
-        return None
-    if norm.step_mode != "m" or node.step_mode != "m" or _is_watched(norm) or _is_watched(node):
+    if norm.step_mode != "m" or _is_watched(norm) or _is_watched(node):
         return None
     values = _values(norm)
     single_value = values.use_batch_statistics and x_seq.numel() == x_seq.shape[2]  # torch refuses it in its own words
-    if single_value or not can_fuse(x_seq, values, node._surrogate()):
-        return None
-    spike_seq = _run(node, x_seq, values)
-    if norm.training and norm.track_running_stats and norm.num_batches_tracked is not None:
-        norm.num_batches_tracked.add_(1)
-    return spike_seq
+    return None if single_value or not can_fuse(x_seq, values, node._surrogate()) else values
 
 
-def _run(node: DLIFNode, x_seq: Tensor, values: BatchNorm) -> Tensor:
-    """The neuron's own forward, with batch norm in its operator; what stands in for that forward gets its currents."""
+def _pool_in_one_pass(pool: Any, node: DLIFNode, x_seq: Tensor, norm: BatchNorm | None) -> bool:
+    """Whether the pooling can run in one pass with the neuron, whose spikes nobody else gets then."""
+    if not _pools(pool) or pool.step_mode != "m" or _is_watched(pool) or "multi_step_forward" in vars(node):
+        return False
+    needs_spikes = any(
+        _is_active(hook) and getattr(getattr(hook, "__self__", None), "needs_output", True)
+        for name in _HOOKS if name != "_forward_pre_hooks" for hook in getattr(node, name).values()
+    )  # fmt: skip
+    return not needs_spikes and can_fuse(x_seq, norm, node._surrogate(), average_pool=True)
+
+
+def _run_pooled(node: DLIFNode, x_seq: Tensor) -> Tensor:
+    """The neuron called as a module, with the pooling in its operator."""
+
+    def operator(currents: Tensor, *arguments: Any, threads_per_block: int | None = None, **constants: Any) -> Any:
+        return batch_norm_dlif_multi_step(currents, None, *arguments, average_pool=True, **constants)
+
+    node._operator = operator
+    try:
+        output: Tensor = node(x_seq)
+    finally:
+        del node._operator
+    return output
+
+
+def _run(node: DLIFNode, x_seq: Tensor, values: BatchNorm, pooled: bool) -> Tensor:
+    """The neuron's own forward, with its neighbours in its operator; what stands in for it gets its currents."""
     done = False
 
     def operator(_: Tensor, *arguments: Any, threads_per_block: int | None = None, **constants: Any) -> Any:
         nonlocal done  # the block size of a CUDA kernel means nothing here
-        outputs = batch_norm_dlif_multi_step(x_seq, values, *arguments, **constants)
+        outputs = batch_norm_dlif_multi_step(x_seq, values, *arguments, average_pool=pooled, **constants)
         done = True
         return outputs
 
@@ -206,4 +270,8 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 def _is_watched(module: nn.Module) -> bool:
     """Whether anything but the module itself would have to run when it is called."""
     hooks = (hook for name in _HOOKS for hook in getattr(module, name).values())
-    return "forward" in vars(module) or any(getattr(getattr(hook, "__self__", None), "active", True) for hook in hooks)
+    return "forward" in vars(module) or any(map(_is_active, hooks))
+
+
+def _is_active(hook: Any) -> bool:
+    return bool(getattr(getattr(hook, "__self__", None), "active", True))

@@ -218,6 +218,11 @@ class NeuronHook:
         """Whether the hooks look at the neuron at present; if not, it may run as if it had none."""
         return self._recording is not None and self._recording.follows(self._name)
 
+    @property
+    def needs_output(self) -> bool:
+        """Whether they look at the neuron's spikes; if not, those may be pooled before any hook sees them."""
+        return self._recording is not None and (self._recording.kept.statistics or self._recording.kept.spikes)
+
     def before(self, module: nn.Module, args: Any) -> None:
         """Forward pre-hook."""
         if self._recording is None or self._recording.run is None:

@@ -24,9 +24,11 @@ def network(**norm):
         layer.BatchNorm2d(6, **norm),
         DLIFNode(T=T, v_reset=None),
         nn.Sequential(
-            layer.Conv2d(6, 5, 3), layer.BatchNorm2d(5, **norm), DLIFNode(T=T, surrogate_function=surrogate.ATan())
+            layer.Conv2d(6, 5, 2),
+            layer.BatchNorm2d(5, **norm),
+            DLIFNode(T=T, surrogate_function=surrogate.ATan()),
+            layer.AvgPool2d(2),
         ),
-        layer.AvgPool2d(2),
         layer.Flatten(),
         layer.Linear(45, 8),
         DLIFNode(T=T),
@@ -43,18 +45,20 @@ def both(**norm):
     plain = network(**norm)
     fused = copy.deepcopy(plain)
     assert fuse(fused).fused == {"1": "2", "3.1": "3.2"}
+    assert fuse(fused).pooled == {"3.2": "3.3"}
     return plain, fused
 
 
 @pytest.fixture
 def passes(monkeypatch):
-    """Counts the pairs that ran in one pass."""
-    count = SimpleNamespace(fused=0)
+    """Counts the batch norms and the poolings that ran in one pass with their neuron."""
+    count = SimpleNamespace(fused=0, pooled=0)
     operator = fusion.batch_norm_dlif_multi_step
 
-    def counting(*args, **kwargs):
-        count.fused += 1
-        return operator(*args, **kwargs)
+    def counting(x_seq, norm, *args, **kwargs):
+        count.fused += norm is not None
+        count.pooled += kwargs["average_pool"]
+        return operator(x_seq, norm, *args, **kwargs)
 
     monkeypatch.setattr(fusion, "batch_norm_dlif_multi_step", counting)
     return count
@@ -102,7 +106,7 @@ def test_results_and_state_are_unchanged(passes, norm):
         with torch.no_grad():  # as an optimiser does between two batches
             for parameter in (*plain.parameters(), *fused.parameters()):
                 parameter.mul_(1.1)
-    assert passes.fused == 3 * 2 * 2
+    assert (passes.fused, passes.pooled) == (3 * 2 * 2, 3 * 2)
 
 
 @needs_kernel
@@ -139,7 +143,7 @@ def test_taken_out_again():
     keys = list(net.state_dict())
     modules = dict(net.named_modules())
     fuse(net)
-    assert fuse(net).fused == {"1": "2", "3.1": "3.2"}
+    assert fuse(net).pooled == {"3.2": "3.3"}
     assert type(net) is type(net[3]) is FusedSequential
     assert dict(net.named_modules()) == modules
     unfuse(net)
@@ -199,6 +203,114 @@ def test_runs_one_after_the_other_where_it_has_to(passes, prevent):
     x = sequence(T, 3, 2, 8, 8)
     assert_same(step(fused, x), step(plain, x))
     assert passes.fused == (cpp.unavailable_reason() is None)  # the other pair
+
+
+@needs_kernel
+@pytest.mark.parametrize(
+    ("watch", "fused", "pooled"),
+    [
+        (lambda stage, look: stage[3].register_forward_hook(look), 2, 0),
+        (lambda stage, look: stage[2].register_forward_hook(look), 1, 0),
+        (lambda stage, look: stage[2].register_full_backward_hook(lambda *gradients: look(*gradients)), 1, 0),
+        (lambda stage, look: stage[2].register_forward_pre_hook(lambda *inputs: look(*inputs)), 1, 1),
+        (lambda stage, look: stage[1].register_forward_hook(look), 1, 1),
+    ],
+    ids=["pooling", "neuron", "neuron, backward", "neuron, input alone", "batch norm"],
+)
+def test_whoever_watches_a_stage_with_pooling_sees_what_it_saw(passes, watch, fused, pooled):
+    seen = []
+    for net in both():
+        watch(net[3], lambda *values: seen.append([v.detach() for group in values[1:] for v in _tensors(group)]))
+        step(net, sequence(T, 3, 2, 8, 8))
+    assert (passes.fused, passes.pooled) == (fused, pooled)
+    for actual, wanted in zip(*seen, strict=True):
+        torch.testing.assert_close(actual, wanted)
+
+
+def _tensors(group):
+    return [group] if isinstance(group, torch.Tensor) else [v for v in group if v is not None]
+
+
+@needs_kernel
+def test_pooling_without_a_batch_norm(passes):
+    torch.manual_seed(0)
+    plain = nn.Sequential(
+        layer.Conv2d(2, 6, 3), DLIFNode(T=T), layer.AvgPool2d(2), layer.Flatten(), layer.Linear(54, 8)
+    )
+    functional.set_step_mode(plain, "m")
+    fused = copy.deepcopy(plain)
+    assert fuse(fused).pooled == {"1": "2"}
+    x = sequence(T, 3, 2, 9, 9)
+    assert_same(step(fused, x), step(plain, x))
+    assert (passes.fused, passes.pooled) == (0, 1)
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        layer.AvgPool2d(3), layer.AvgPool2d((2, 1)), layer.AvgPool2d(2, stride=1), layer.AvgPool2d(2, padding=1),
+        layer.AvgPool2d(2, ceil_mode=True), layer.AvgPool2d(2, divisor_override=3), layer.MaxPool2d(2), nn.AvgPool2d(2),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_other_windows_run_apart(pool):
+    net = nn.Sequential(DLIFNode(T=T), pool)
+    assert fuse(net).pooled == {}
+    assert type(net) is nn.Sequential
+
+
+def test_a_plane_that_is_too_small_to_pool_gets_the_answer_of_torch():
+    net = nn.Sequential(layer.BatchNorm2d(2), DLIFNode(T=T), layer.AvgPool2d(2))
+    functional.set_step_mode(net, "m")
+    fuse(net)
+    with pytest.raises(RuntimeError, match="Output size is too small"):
+        net(sequence(T, 3, 2, 1, 5))
+
+
+@needs_kernel
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_autocast_runs_in_one_pass_with_halves_in_and_out(passes, channels_last):
+    """The convolution's bfloat16 goes in as it is; the rest is the float32 network on those numbers."""
+    torch.manual_seed(0)
+    net = nn.Sequential(layer.Conv2d(2, 6, 3), layer.BatchNorm2d(6), DLIFNode(T=T), layer.AvgPool2d(2))
+    functional.set_step_mode(net, "m")
+    x = sequence(T * 3, 2, 8, 8)
+    if channels_last:
+        x, net = x.contiguous(memory_format=torch.channels_last), net.to(memory_format=torch.channels_last)
+    plain = copy.deepcopy(net)
+    fuse(net)
+    with torch.autocast("cpu", torch.bfloat16):
+        convolved = net[0](x.unflatten(0, (T, 3)))
+        pooled = net(x.unflatten(0, (T, 3)))
+    assert convolved.dtype == pooled.dtype == torch.bfloat16
+    assert net[2].v.dtype == torch.float32
+    assert (passes.fused, passes.pooled) == (1, 1)
+    if channels_last:
+        assert pooled.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(pooled.float(), plain[1:](convolved.float()))
+    torch.testing.assert_close(net[1].running_mean, plain[1].running_mean)
+    torch.testing.assert_close(net[1].running_var, plain[1].running_var)
+    pooled.float().square().sum().backward()
+    assert all(p.grad.dtype == torch.float32 and bool(p.grad.isfinite().all()) for p in net.parameters())
+
+
+@needs_kernel
+@pytest.mark.parametrize("keep", ["loss", "statistics"])
+def test_a_monitor_that_needs_the_current_alone_leaves_the_pooling_in_the_pass(passes, keep):
+    results = []
+    x, x_perturbed = sequence(T, 3, 2, 8, 8), sequence(T, 3, 2, 8, 8).flip(-1)
+    for net in both():
+        monitor = MPPDMonitor(net, layers=["3.2"], keep=keep)
+        for context, images in ((monitor.clean(), x), (monitor.perturbed(), x_perturbed)):
+            functional.reset_net(net)
+            with context:
+                net(images)
+        loss = monitor.loss(["3.2"])
+        loss.backward()
+        results.append([loss.detach(), net[0].weight.grad, net[3][1].weight.grad])
+    assert (passes.fused, passes.pooled) == (2, 2 if keep == "loss" else 0)
+    for wanted, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-6)
 
 
 class Watcher:
@@ -297,7 +409,8 @@ def test_not_a_number_goes_where_it_goes_in_the_plain_network(passes, train):
     x[1, 2, 0, 3, 3] = float("nan")
     actual, wanted = step(fused, x, train), step(plain, x, train)
     for name, tensor in wanted.items():
-        torch.testing.assert_close(actual[name], tensor, rtol=1e-4, atol=1e-4, equal_nan=True)
+        # the bias in front of a batch norm has no gradient but rounding
+        torch.testing.assert_close(actual[name], tensor, rtol=1e-4, atol=5e-4, equal_nan=True)
     assert passes.fused == 2
     twice(fused, reset=True)  # and with a reset nothing is wrong
 
@@ -344,7 +457,7 @@ def test_a_plain_and_a_fused_pass_share_one_graph(passes):
 @needs_kernel
 @pytest.mark.parametrize(
     ("layers", "fused_passes"),
-    [("all", 0), ("last", 4), (["2"], 2), (["7"], 4)],
+    [("all", 0), ("last", 4), (["2"], 2), (["6"], 4)],
     ids=str,
 )
 def test_a_monitor_keeps_apart_only_the_pairs_it_looks_at(passes, layers, fused_passes):
@@ -362,7 +475,7 @@ def test_a_monitor_keeps_apart_only_the_pairs_it_looks_at(passes, layers, fused_
                 order = monitor.execution_order
             functional.reset_net(net)
             losses.append(monitor.loss("last" if layers == "last" else [*order][-1:] if layers == "all" else layers))
-            assert order == ("2", "3.2", "7")
+            assert order == ("2", "3.2", "6")
             assert passes.fused == (fused_passes if net is fused else 0)
             net(x)  # outside its contexts the monitor looks at nothing
             assert passes.fused == (fused_passes + 2 if net is fused else 0)
