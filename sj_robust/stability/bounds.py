@@ -213,6 +213,20 @@ class BoundedRun:
 
         return forward
 
+    def pool(self, x: Bounds, pooling: Callable[[Tensor], Tensor]) -> Bounds:
+        """Bounds of a max pooling, which start here."""
+        lower, upper = pooling(x.lower), pooling(x.upper)
+        return self.leaf(lower, upper, 0 if len(lower) == self.samples else -1)
+
+    def _decided(
+        self, name: str, gain: float, h_lower: Tensor, h_upper: Tensor, error: Tensor, around: tuple[float, float]
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Bounds of a charged potential, whether it fires for sure, and whether it can; ``error`` is within them.
+
+        A potential of at least ``around[0]`` may fire, one of at least ``around[1]`` does.
+        """
+        return h_lower, h_upper, h_lower >= around[1], h_upper >= around[0]
+
     def _fired(self, name: str, neuron: Neuron, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
         """Whether each neuron fires for sure, and whether it can, [T, N, *] as numbers."""
         charging, module, layer = neuron.charging(), neuron.module, self.layers[name]
@@ -231,7 +245,7 @@ class BoundedRun:
             error = gamma(16) * size + 16 * _SMALLEST
             h_lower = decay * v_lower + low + (1.0 - decay) * rest - error
             h_upper = decay * v_upper + high + (1.0 - decay) * rest + error
-            sure, possible = h_lower >= above, h_upper >= below
+            h_lower, h_upper, sure, possible = self._decided(name, gain, h_lower, h_upper, error, (below, above))
             undecided = possible & ~sure
             layer.undecided.append(float(undecided.sum()))
             layer.width.append(float((h_upper - h_lower).square().sum()))
@@ -397,8 +411,7 @@ def _largest_of(func: Any, x: Any, *args: Any, **kwargs: Any) -> Bounds:
     if x.run is None:
         raise NoBoundsError("a max pooling outside a run")
     run: BoundedRun = x.run
-    lower, upper = (func(end, *args, **kwargs) for end in (x.lower, x.upper))
-    return run.leaf(lower, upper, 0 if len(lower) == run.samples else -1)
+    return run.pool(x, lambda z: func(z, *args, **kwargs))
 
 
 def _dropout(func: Any, x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:

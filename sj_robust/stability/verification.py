@@ -1,7 +1,9 @@
 """Images that no perturbation in a ball can turn: proved by bounds of every spike, with float32's rounding."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -12,8 +14,14 @@ from sj_robust.classifier import SpikingClassifier
 from sj_robust.neuron.charging import Neuron, find_neurons
 from sj_robust.stability._affine import full_precision
 from sj_robust.stability.bounds import BoundedRun, Bounds, NoBoundsError
+from sj_robust.stability.branching import Prover
+from sj_robust.stability.exact import mip
+from sj_robust.stability.relaxation import Bounded, Maps
 
 __all__ = ["BoundedLayer", "Verification", "verify"]
+
+Method = Literal["ibp", "crown", "bab", "mip"]
+METHODS = get_args(Method)
 
 
 @dataclass(frozen=True)
@@ -41,13 +49,17 @@ class Verification:
         correct: Whether each image is classified right without a perturbation.
         margin: Per image, what the logit of the right class is above every other one at least, whatever the
             perturbation; > 0 is a proof.
-        layers: Spiking layers in order of execution.
+        layers: Spiking layers in order of execution, as intervals bound them.
+        x_adv: The images, but for each that is ``broken`` one of its ball that the network gets wrong.
+        broken: Whether such a one is known; the image itself if it is not classified right.
     """
 
     eps: float
     correct: tuple[bool, ...]
     margin: tuple[float, ...]
     layers: tuple[BoundedLayer, ...]
+    x_adv: Tensor = field(repr=False, compare=False)
+    broken: tuple[bool, ...]
 
     @property
     def verified(self) -> tuple[bool, ...]:
@@ -59,12 +71,17 @@ class Verification:
         """Share of images that are verified: the network's robust accuracy on them is at least that."""
         return sum(self.verified) / len(self.margin)
 
+    @property
+    def unknown(self) -> tuple[bool, ...]:
+        """Whether each image is neither verified nor broken."""
+        return tuple(not (good or bad) for good, bad in zip(self.verified, self.broken, strict=True))
+
     def table(self) -> str:
         """Markdown: the share of images, then a row per spiking layer."""
         count = len(self.margin)
         lines = [
-            f"Linf {self.eps:.6g}: {sum(self.verified)} of {count} images verified, {sum(self.correct)} classified "
-            "right without a perturbation.",
+            f"Linf {self.eps:.6g}: {sum(self.verified)} of {count} images verified, {sum(self.broken)} broken, "
+            f"{sum(self.unknown)} unknown; {sum(self.correct)} classified right without a perturbation.",
             "",
             "| layer | undecided spikes, % per step | bounded perturbation of h, mean square per step |",
             "| --- | --- | --- |",
@@ -82,6 +99,8 @@ def verify(
     y: Tensor,
     eps: float,
     *,
+    method: Method = "ibp",
+    time_limit: float = 10.0,
     batch_size: int = 64,
     on_batch: Callable[[int], None] | None = None,
 ) -> Verification:
@@ -98,13 +117,24 @@ def verify(
     part of every bound (:class:`sj_robust.stability.bounds.Bounds`), so that the proof is one of the network that runs.
     It assumes rounding to nearest and sums of products: no TF32, no bfloat16 or float16, no Winograd convolutions.
 
-    A verified image cannot be fooled; one that is not verified may still be robust.
+    A verified image cannot be fooled; one that is not verified may still be robust. Tighter methods go on with the
+    images that intervals leave open, and their margins are never smaller:
+
+    - ``"ibp"``: the intervals above.
+    - ``"crown"``: linear relaxation of every undecided spike with its reset, bounds by back-substitution.
+    - ``"bab"``: branch and bound over the undecided spikes on top of it.
+    - ``"mip"``: a mixed-integer program with a binary per undecided spike, for small networks; needs scipy.
+
+    The last two try the corners where their bounds are lowest, and mip its solution, on the network that runs; what it
+    gets wrong is ``x_adv`` of the result.
 
     Args:
         model: A classifier in evaluation mode, in float32, without an encoder that draws.
         x: Images [N, C, H, W] or features [N, F] in [0, 1]; of a ``SpikingEventClassifier`` frames [N, T, C, H, W].
         y: Labels [N] int64.
         eps: Linf radius, >= 0.
+        method: "ibp", "crown", "bab" or "mip".
+        time_limit: Seconds per image of bab and mip; an image that needs more is unknown.
         batch_size: Images at a time; memory grows with it, not with N.
         on_batch: Called with the number of images done after every batch.
 
@@ -113,7 +143,9 @@ def verify(
 
     Raises:
         TypeError: If ``model`` is no ``SpikingClassifier``.
-        ValueError: If the model is in training mode or not in float32, images or labels do not fit, or eps < 0.
+        ValueError: If the model is in training mode or not in float32, images or labels do not fit, eps < 0,
+            or the method is not known.
+        ModuleNotFoundError: If mip has no scipy.
         NotImplementedError: If something in the network has no bounds (attention, a stochastic encoder, a neuron of
             unknown dynamics); it is named.
 
@@ -129,13 +161,23 @@ def verify(
         >>> result = verify(model, torch.tensor([[0.9, 0.1], [0.3, 0.2]]), torch.tensor([0, 0]), eps=0.05)
         >>> result.verified
         (True, False)
+        >>> verify(model, torch.tensor([[0.3, 0.2]]), torch.tensor([0]), eps=0.1, method="bab").broken
+        (True,)
     """
     neurons = _checked(model, x, y, eps)
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    if not time_limit > 0:
+        raise ValueError(f"time_limit must be > 0 seconds per image, got {time_limit}")
     device = device_of(model)
     correct: list[bool] = []
     margins: list[float] = []
     totals: dict[str, list[list[float]]] = {}
     counts = dict.fromkeys(neurons, 0)
+    broken: list[bool] = []
+    x_adv = x.detach().clone()
+    bounded: Bounded = partial(_bounded_logits, model)
+    prover = Prover(model, bounded, neurons, Maps(bounded, neurons, x[0].to(device)), float(eps))
     for start in range(0, len(x), batch_size):
         images, labels = (values[start : start + batch_size].to(device) for values in (x, y))
         with full_precision(device), preserved(model):
@@ -146,8 +188,12 @@ def verify(
             correct += (logits.argmax(1) == labels).tolist()
             run = BoundedRun(neurons, len(images))
             lead = run.lead(_bounded_logits(model, run, images, float(eps)), labels)
-        rivals = lead.scatter(1, labels.unsqueeze(1), -torch.inf)
-        margins += (-rivals.amax(1)).tolist()
+            margin = -lead.scatter(1, labels.unsqueeze(1), -torch.inf).amax(1)
+            wrong = logits.argmax(1) != labels
+            if method != "ibp":
+                _tighten(prover, method, time_limit, images, labels, margin, wrong, x_adv[start : start + batch_size])
+        margins += margin.tolist()
+        broken += wrong.tolist()
         for name, layer in run.layers.items():
             counts[name] += layer.neurons
             rows = totals.setdefault(name, [[0.0] * len(layer.width), [0.0] * len(layer.width)])
@@ -160,7 +206,29 @@ def verify(
         for name, rows in totals.items()
         if counts[name]
     )
-    return Verification(float(eps), tuple(correct), tuple(margins), layers)
+    return Verification(float(eps), tuple(correct), tuple(margins), layers, x_adv, tuple(broken))
+
+
+def _tighten(
+    prover: Prover, method: Method, time_limit: float, images: Tensor, labels: Tensor, margin: Tensor, wrong: Tensor,
+    x_adv: Tensor,
+) -> None:  # fmt: skip
+    """Go on with the images of a batch that are neither verified nor wrong; writes into the last three."""
+
+    def still_open() -> list[int]:
+        return ((margin <= 0) & ~wrong).nonzero().squeeze(1).tolist()
+
+    if rest := still_open():
+        margin[rest] = torch.maximum(margin[rest], prover.crown(images[rest], labels[rest]))
+    if method == "crown":
+        return
+    search = prover.bab if method == "bab" else partial(mip, prover)
+    for i in still_open():
+        lead, found = search(images[i : i + 1], labels[i : i + 1], time_limit)
+        if found is not None:
+            wrong[i], x_adv[i] = True, found[0].to(x_adv)
+        else:
+            margin[i] = max(float(margin[i]), lead)
 
 
 def _bounded_logits(model: SpikingClassifier, run: BoundedRun, images: Tensor, eps: float) -> Bounds:

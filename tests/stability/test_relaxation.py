@@ -1,0 +1,208 @@
+"""Tighter methods of verify prove no image that can be fooled, and what they break is broken."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from spikingjelly.activation_based import functional, layer, neuron
+from stability.test_verification import NETWORKS, NEURONS, T, classifier, perturbed, spikes_of
+from torch import nn
+
+from sj_robust import SpikingClassifier
+from sj_robust._preserved import preserved
+from sj_robust.stability import relaxation, verify
+from sj_robust.stability._affine import full_precision
+from sj_robust.stability.relaxation import Maps, RelaxedRun, minimum
+from sj_robust.stability.verification import _bounded_logits, _checked
+
+METHODS = ("ibp", "crown", "bab", "mip")
+
+
+def relaxed(model, x, eps, *, tight=False, **arguments):
+    """Maps and a run of a network on the boxes of images."""
+    neurons = _checked(model, x, torch.zeros(len(x), dtype=torch.long), eps)
+
+    def bounded(run, images, eps):
+        return _bounded_logits(model, run, images, eps)
+
+    maps = Maps(bounded, neurons, x[0])
+    with full_precision(x.device), preserved(model):
+        run = RelaxedRun(neurons, len(x), maps=maps if tight else None, **arguments)
+        run.error = bounded(run, x, eps).error
+    return maps, run
+
+
+def bounds_of(maps, run, model, weights):
+    with full_precision(weights.device), preserved(model):
+        return minimum(maps, run, torch.arange(len(weights)), weights)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("node", NEURONS)
+@pytest.mark.parametrize("build", NETWORKS)
+def test_no_weighted_sum_of_logits_and_no_spike_leaves_its_bounds(build, node):
+    for step_mode in ("m", "s"):
+        model = classifier(build, NEURONS[node], step_mode=step_mode, mean=[0.5, 0.4], std=[0.3, 0.2])
+        x = torch.rand(3, 2, 8, 8)
+        y = model(x).argmax(1)
+        for eps in (0.003, 0.03):
+            maps, run = relaxed(model, x, eps, tight=eps == 0.003)
+            weights = torch.randn(3, 3, dtype=torch.float64)
+            lower = bounds_of(maps, run, model, weights).value
+            for z in perturbed(model, x, y, eps):
+                seen, outputs = spikes_of(model, z)
+                assert bool(((outputs.double() * weights).sum(1) >= lower).all()), (step_mode, eps)
+                counts = dict.fromkeys(seen, 0)
+                for stage in run.stages:
+                    if stage.neuron is None:
+                        continue
+                    for step in stage.steps:
+                        spikes = seen[stage.neuron.name][counts[stage.neuron.name]].bool()
+                        counts[stage.neuron.name] += 1
+                        assert bool((spikes <= step.fires).all() and (~spikes <= step.quiet).all()), eps
+
+
+@pytest.mark.parametrize("slopes", [-3.0, 0.0, 2.0])
+def test_any_slopes_are_sound(slopes):
+    model = classifier(NETWORKS[0], NEURONS["DLIF soft"])
+    x = torch.rand(4, 2, 8, 8)
+    maps, run = relaxed(model, x, 0.02)
+    weights = torch.randn(4, 3, dtype=torch.float64)
+    first = bounds_of(maps, run, model, weights)
+    moved = {key: slope + slopes * torch.rand_like(slope) for key, slope in first.slopes.items()}
+    with full_precision(x.device), preserved(model):
+        lower = minimum(maps, run, torch.arange(4), weights, slopes=moved).value
+    for z in perturbed(model, x, model(x).argmax(1), 0.02):
+        assert bool(((model(z).detach().double() * weights).sum(1) >= lower).all())
+
+
+def test_without_open_spikes_the_bound_is_that_of_the_affine_map():
+    """At eps 0 no spike is open, and the lower bound is the value but for rounding."""
+    for node in NEURONS:
+        model = classifier(NETWORKS[1], NEURONS[node])
+        x = torch.rand(2, 2, 8, 8)
+        maps, run = relaxed(model, x, 0.0)
+        weights = torch.randn(2, 3, dtype=torch.float64)
+        found = (model(x).detach().double() * weights).sum(1)
+        lower = bounds_of(maps, run, model, weights).value
+        assert bool((lower <= found).all())
+        torch.testing.assert_close(lower, found, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("on_spike", "on_potential", "middle"), [(1.0, 0.0, 0.0), (-1.0, 0.0, -1.0), (0.0, 1.0, 0.0), (0.0, -1.0, -1.0)]
+)
+def test_a_jump_is_bounded_by_an_edge_of_its_hull(on_spike, on_potential, middle):
+    """h in [0, 2], threshold 1, hard reset to 0: the edge's height at the middle, h = 1."""
+    ends = [torch.tensor([value], dtype=torch.float64) for value in (0.0, 1.0, 1.0, 2.0)]
+    points = [on_potential * ends[0], on_potential * ends[1], on_spike + 0 * ends[2], on_spike + 0 * ends[3]]
+    slope = float(relaxation._slope(ends, points, 1.0))
+    offset = min(float(v - slope * e) for v, e in zip(points, ends, strict=True))
+    assert slope + offset == pytest.approx(middle)
+
+
+def small(node, *, seed=0):
+    torch.manual_seed(seed)
+    net = nn.Sequential(layer.Linear(3, 5), node(), layer.Linear(5, 4), node(), layer.Linear(4, 3))
+    for module in net:
+        if isinstance(module, nn.Linear):
+            module.weight.data *= 2.5
+    functional.set_step_mode(net, "m")
+    return SpikingClassifier(net, T).eval()
+
+
+def grid(x, eps, points):
+    """All points of a lattice in the box of one image [1, features]."""
+    lower, upper = (x - eps).clamp(min=0)[0], (x + eps).clamp(max=1)[0]
+    share = torch.linspace(0, 1, points)
+    axes = [low + share * (high - low) for low, high in zip(lower, upper, strict=True)]
+    return torch.cartesian_prod(*axes).clamp(lower, upper)
+
+
+@pytest.mark.slow
+@settings(max_examples=8, deadline=None)
+@given(
+    seed=st.integers(0, 10**6), eps=st.sampled_from([0.02, 0.1, 0.3]), node=st.sampled_from(["LIF", "LIF soft", "DLIF"])
+)
+def test_exact_agrees_with_a_lattice_and_stands_between_the_bounds_and_attacks(seed, eps, node):
+    model = small(NEURONS[node], seed=seed)
+    x = torch.rand(3, 3, generator=torch.Generator().manual_seed(seed))
+    y = model(x).argmax(1)
+    results = {method: verify(model, x, y, eps, method=method, time_limit=20.0) for method in METHODS}
+    for result in results.values():
+        for i in range(3):
+            fooled = bool((model(grid(x[i : i + 1], eps, 12)).argmax(1) != y[i]).any())
+            assert not (result.verified[i] and (fooled or result.broken[i]))
+            if result.broken[i]:
+                z = result.x_adv[i : i + 1]
+                assert int(model(z).argmax(1)) != int(y[i])
+                assert float((z.double() - x[i : i + 1].double()).abs().max()) <= eps
+                assert float(z.min()) >= 0
+                assert float(z.max()) <= 1
+            if fooled:
+                assert not results["mip"].verified[i]
+    for looser, tighter in (("ibp", "crown"), ("crown", "bab"), ("ibp", "mip")):
+        verified = zip(results[looser].verified, results[tighter].verified, strict=True)
+        assert all(after or not before for before, after in verified)
+    assert sum(results["mip"].unknown) <= 1, results["mip"].table()
+    assert not any(a and b for a, b in zip(results["bab"].broken, results["mip"].verified, strict=True))
+    assert not any(a and b for a, b in zip(results["bab"].verified, results["mip"].broken, strict=True))
+
+
+def test_margins_are_never_below_those_of_intervals_and_the_networks_own_at_zero():
+    model = classifier(NETWORKS[0], NEURONS["DLIF"])
+    x = torch.rand(6, 2, 8, 8)
+    y = torch.tensor([0, 1, 2, 0, 1, 2])
+    correct = model(x).argmax(1) == y
+    for eps in (0.0, 0.002, 0.02):
+        plain, crown, bab = (verify(model, x, y, eps, method=m, time_limit=2.0) for m in METHODS[:3])
+        assert plain.layers == crown.layers == bab.layers
+        for before, after in ((plain, crown), (crown, bab)):
+            assert all(a >= b for a, b in zip(after.margin, before.margin, strict=True) if a > -torch.inf)
+        if eps == 0.0:
+            assert bab.verified == tuple(correct.tolist()) == crown.verified
+            assert bab.broken == tuple((~correct).tolist())
+
+
+def pooled(node):
+    return nn.Sequential(
+        layer.Conv2d(1, 2, 3, padding=1), layer.MaxPool2d(2), node(), layer.MaxPool2d(2, stride=1), layer.Flatten(),
+        layer.Linear(2, 2),
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("step_mode", ["m", "s"])
+def test_exact_goes_through_pooling_residuals_and_single_steps(step_mode):
+    broken = verified = 0
+    for seed in range(2):
+        model = classifier(pooled, neuron.LIFNode, seed=seed, step_mode=step_mode)
+        x = torch.rand(2, 1, 4, 4)
+        y = model(x).argmax(1)
+        for eps in (0.02, 0.4):
+            result = verify(model, x, y, eps, method="mip", time_limit=20.0)
+            assert not any(result.unknown)
+            held = torch.tensor(result.verified)
+            for z in perturbed(model, x, y, eps):
+                assert bool((model(z).argmax(1) == y)[held].all())
+            broken, verified = broken + sum(result.broken), verified + sum(result.verified)
+    assert broken > 0
+    assert verified > 0
+
+
+def test_the_limit_of_time_ends_the_search():
+    model = classifier(NETWORKS[1], NEURONS["LIF"])
+    x = torch.rand(2, 2, 8, 8, generator=torch.Generator().manual_seed(0))
+    y = model(x).argmax(1)
+    for method in ("bab", "mip"):
+        result = verify(model, x, y, 0.05, method=method, time_limit=1e-3)
+        assert all(a + b + c == 1 for a, b, c in zip(result.verified, result.broken, result.unknown, strict=True))
+        assert any(result.unknown)
+
+
+def test_wrong_methods_say_what_there_is():
+    model = small(neuron.LIFNode)
+    x, y = torch.rand(1, 3), torch.zeros(1, dtype=torch.long)
+    with pytest.raises(ValueError, match="method must be one of ibp, crown, bab, mip, got 'exact'"):
+        verify(model, x, y, 0.1, method="exact")
+    with pytest.raises(ValueError, match="time_limit must be > 0 seconds per image, got 0"):
+        verify(model, x, y, 0.1, method="bab", time_limit=0)
