@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from oracle import away_from_threshold, dlif_bptt
+from ops.calls import by_hand, random_call, run
+from oracle import away_from_threshold
 
 from sj_robust.ops import Surrogate, available_backends, choose_backend, dlif_multi_step
 from sj_robust.ops.dlif import cupy_launch
@@ -14,39 +15,18 @@ SURROGATES = [("triangle", 1.0), ("atan", 2.0), ("sigmoid", 4.0)]
 SHAPES = [(1, 5), (4, 1 << 16), (8, 3, 7, 5), (16, 1030), (32, 64, 3), (33, 130), (70, 17)]  # odd, long, many blocks
 
 
-def run(x, gain, v_init, *, kind, alpha, grads, dtype=torch.float32, **kwargs):
-    """Outputs and gradients of the operator on the GPU as float32 numpy arrays."""
-    x = torch.tensor(x, device="cuda").to(dtype).requires_grad_()
-    gain, v_init = (torch.tensor(a, device="cuda", dtype=torch.float32, requires_grad=True) for a in (gain, v_init))
-    outputs = dlif_multi_step(
-        x, gain, v_init, surrogate=Surrogate(kind, alpha), store_v_seq=True, backend="cupy", **kwargs
-    )
-    grads = [torch.tensor(g, device="cuda").to(out.dtype) for g, out in zip(grads, outputs, strict=True)]
-    torch.autograd.backward(list(outputs), grads)
-    return [a.detach().float().cpu().numpy() for a in (*outputs, x.grad, gain.grad, v_init.grad)]
-
-
 @pytest.mark.parametrize("v_reset", [0.0, None, -0.25])
 @pytest.mark.parametrize("detach_reset", [False, True])
 @pytest.mark.parametrize(("kind", "alpha"), SURROGATES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_equals_bptt_by_hand(v_reset, detach_reset, kind, alpha, shape, dtype):
-    rng = np.random.default_rng(shape[0])
-    T = shape[0]
-    to_format = lambda a: torch.tensor(a).to(dtype).double().numpy()  # noqa: E731  # what the tensor really holds
-    x, grad_spikes = to_format(rng.normal(0.3, 0.8, shape)), to_format(rng.normal(size=shape))
-    gain = rng.normal(1.0, 0.3, T).astype(np.float32).astype(np.float64)
-    v_init = rng.normal(0.2, 0.4, shape[1:]).astype(np.float32).astype(np.float64)
-    grads = grad_spikes, rng.normal(size=shape[1:]), rng.normal(size=shape)
+    inputs, grads = random_call(shape, dtype)
     constants = {"decay": 0.9, "v_threshold": 0.8, "v_reset": v_reset, "detach_reset": detach_reset}
-    expected = dlif_bptt(
-        x, gain, v_init, kind=kind, alpha=alpha, grad_spikes=grads[0], grad_v=grads[1], grad_potentials=grads[2],
-        **constants,
-    )  # fmt: skip
-    spikes, v, potentials, grad_x, grad_gain, grad_v_init = run(
-        x, gain, v_init, kind=kind, alpha=alpha, grads=grads, dtype=dtype, **constants
-    )
+    constants |= {"kind": kind, "alpha": alpha}
+    expected = by_hand(inputs, grads, **constants)
+    outputs, gradients = run("cupy", *([a.cuda() for a in given] for given in (inputs, grads)), **constants)
+    spikes, v, potentials, grad_x, grad_gain, grad_v_init = (a.float().cpu().numpy() for a in (*outputs, *gradients))
     clear = away_from_threshold(expected.h, 0.8, 1e-4)
     assert clear.mean() > 0.99
     np.testing.assert_array_equal(spikes[clear], expected.spikes[clear])
@@ -57,7 +37,7 @@ def test_equals_bptt_by_hand(v_reset, detach_reset, kind, alpha, shape, dtype):
     np.testing.assert_allclose(grad_x[:, whole], expected.grad_x[:, whole], rtol=rtol, atol=1e-5)
     np.testing.assert_allclose(grad_v_init[whole], expected.grad_v_init[whole], rtol=1e-5, atol=1e-5)
     if whole.all():
-        scale = np.sqrt(v_init.size)
+        scale = np.sqrt(v.size)
         np.testing.assert_allclose(grad_gain, expected.grad_gain, rtol=1e-4, atol=1e-5 * scale)
 
 

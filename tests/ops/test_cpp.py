@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ops.calls import random_call
 
 from sj_robust.ops import Surrogate, available_backends, dlif_multi_step
 from sj_robust.ops.dlif import cpp, eager
@@ -27,15 +28,10 @@ def config(v_reset=0.0, decay=0.9, v_threshold=0.8, detach_reset=False):
     return DLIFConfig(decay, v_threshold, v_reset, Surrogate(), detach_reset)
 
 
-def random_call(T, M, dtype=torch.float32, seed=0):
+def call(T, M, dtype=torch.float32, seed=0):
     """Inputs and incoming gradients, each in the dtype that the contract asks for."""
-    generator = torch.Generator().manual_seed(seed)
-    x = (0.3 + 0.8 * torch.randn(T, M, generator=generator)).to(dtype)
-    gain = 1 + 0.3 * torch.randn(T, generator=generator)
-    v_init, grad_v = (0.4 * torch.randn(M, generator=generator) for _ in range(2))
-    grad_spikes = torch.randn(T, M, generator=generator).to(dtype)
-    grads = OutputGradients(grad_spikes, grad_v, torch.randn(T, M, generator=generator))
-    return Inputs(x, gain, v_init, config()), grads
+    inputs, grads = random_call((T, M), dtype, seed)
+    return Inputs(*inputs, config()), OutputGradients(*grads)
 
 
 def test_kernel_is_there_where_it_can_be_built():
@@ -50,7 +46,7 @@ def test_kernel_is_there_where_it_can_be_built():
 @pytest.mark.parametrize("M", [(1 << 20) + 64, (1 << 20) + 3])  # rows aligned, so written past the cache, and not
 def test_large_tensors(instruction_set, threads, M):
     threads(2)
-    inputs, grads = random_call(5, M)
+    inputs, grads = call(5, M)
     inputs = inputs._replace(v_init=None)
     for a, b in zip(cpp.forward(inputs, True), eager.forward(inputs, True), strict=True):
         assert torch.equal(a, b)
@@ -80,7 +76,7 @@ def test_every_half_number_is_converted_as_torch_does(instruction_set, dtype):
 @needs_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_result_does_not_depend_on_the_number_of_threads(threads, dtype):
-    inputs, grads = random_call(6, 150_001, dtype)
+    inputs, grads = call(6, 150_001, dtype)
     results = []
     for count in (1, 2, 3, 16):
         threads(count)
@@ -92,8 +88,8 @@ def test_result_does_not_depend_on_the_number_of_threads(threads, dtype):
 @needs_kernel
 def test_calls_from_several_threads_at_once(threads):
     threads(2)
-    calls = [random_call(4, 100_003, seed=seed) for seed in range(4)]
-    expected = [cpp.backward(*call, True) for call in calls]
+    calls = [call(4, 100_003, seed=seed) for seed in range(4)]
+    expected = [cpp.backward(*one, True) for one in calls]
     actual = [None] * len(calls)
 
     def work(i):
@@ -154,7 +150,7 @@ def test_wide_code_stores_past_the_cache():
 def test_unknown_instruction_set_is_refused(monkeypatch):
     monkeypatch.setenv(cpp.INSTRUCTION_SET_VARIABLE, "altivec")
     with pytest.raises(ValueError, match="must be one of .*'baseline'.* got 'altivec'"):
-        cpp.forward(random_call(2, 3)[0], False)
+        cpp.forward(call(2, 3)[0], False)
 
 
 @needs_kernel
@@ -190,7 +186,7 @@ def test_missing_or_foreign_library_falls_back(tmp_path, monkeypatch, fresh_libr
     with pytest.raises(RuntimeError, match=reason):
         dlif_multi_step(x, torch.ones(3), decay=0.9, backend="cpp")
     with pytest.raises(RuntimeError, match=reason):
-        cpp.forward(random_call(3, 5)[0], False)
+        cpp.forward(call(3, 5)[0], False)
 
 
 @needs_kernel

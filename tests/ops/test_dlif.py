@@ -6,7 +6,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from oracle import away_from_threshold, dlif_bptt
+from ops.calls import by_hand, random_call, run
+from oracle import away_from_threshold
 from torch import nn
 
 from sj_robust.ops import Surrogate, available_backends, check_backend, choose_backend, dlif_multi_step
@@ -22,42 +23,11 @@ not_the_reference = pytest.mark.parametrize(
 )
 
 
-def random_call(shape, dtype=torch.float64, seed=0):
-    """Inputs, and incoming gradients of the three outputs."""
-    generator = torch.Generator().manual_seed(seed)
-    state = torch.float64 if dtype == torch.float64 else torch.float32
-
-    def normal(*size):
-        return torch.randn(size, generator=generator, dtype=state)
-
-    x, grad_spikes = (0.3 + 0.8 * normal(*shape)).to(dtype), normal(*shape).to(dtype)
-    gain, v_init = 1 + 0.3 * normal(shape[0]), 0.2 + 0.4 * normal(*shape[1:])
-    return (x, gain, v_init), (grad_spikes, normal(*shape[1:]), normal(*shape))
-
-
-def run(backend, inputs, grads, *, kind="triangle", alpha=1.0, **constants):
-    """Outputs, and the gradients of the inputs; a gradient that is None belongs to an output that nobody uses."""
-    leaves = [None if a is None else a.clone().requires_grad_() for a in inputs]
-    surrogate = Surrogate(kind, alpha)
-    outputs = dlif_multi_step(*leaves, surrogate=surrogate, store_v_seq=True, backend=backend, **constants)
-    used = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if grad is not None]
-    torch.autograd.backward(*zip(*used, strict=True))
-    return [a.detach() for a in outputs], [None if a is None else a.grad for a in leaves]
-
-
 @functools.cache
 def expected_call(shape, dtype, **constants):
     """A call and what comes out of it by hand; every backend is compared with the same."""
     call = random_call(shape, dtype)
     return call, by_hand(*call, **constants)
-
-
-def by_hand(inputs, grads, *, kind="triangle", alpha=1.0, **constants):
-    x, gain, v_init, grad_spikes, grad_v, grad_v_seq = (a.double().numpy() for a in (*inputs, *grads))
-    return dlif_bptt(
-        x, gain, v_init, kind=kind, alpha=alpha, grad_spikes=grad_spikes, grad_v=grad_v, grad_potentials=grad_v_seq,
-        **constants,
-    )  # fmt: skip
 
 
 @pytest.mark.parametrize("v_reset", RESETS)

@@ -11,11 +11,11 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from ops.calls import random_call, run
 from ops.cuda import shim
 
-from sj_robust.ops import Surrogate, dlif_multi_step
-from sj_robust.ops.dlif import cupy_launch
-from sj_robust.ops.dlif.autograd import DLIFFunction
+from sj_robust.ops import Surrogate
+from sj_robust.ops.dlif import cupy_launch, dispatch
 from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients
 
 needs_compiler = pytest.mark.skipif(shim.missing_tool() is not None, reason=str(shim.missing_tool()))
@@ -98,54 +98,40 @@ def _forget_kernels():
     cupy_launch._cupy_reason.cache_clear()
 
 
-CASES = {
-    # T, M, dtype, v_reset, surrogate, detach, which optional tensors, vector width forward and backward
-    "vector": (4, 520, torch.float32, 0.0, Surrogate("triangle"), False, "v_init v_seq", (4, 4)),
-    "odd": (3, 133, torch.float32, None, Surrogate("atan", 2.0), False, "", (1, 1)),
-    "half": (16, 70, torch.float16, -0.25, Surrogate("sigmoid", 4.0), True, "v_init", (2, 2)),
-    "bfloat16": (5, 12, torch.bfloat16, 0.0, Surrogate("triangle"), True, "v_seq", (4, 4)),
-    "long": (37, 68, torch.float32, -0.25, Surrogate("triangle", 0.8), False, "v_init v_seq", (4, 2)),
-    "longest in registers": (32, 36, torch.float32, None, Surrogate("triangle"), True, "v_init", (4, 1)),
-}
+CASES = {  # T, M, dtype, options, whether it starts from a state, vector width forward and backward
+    "vector": (4, 520, torch.float32, {}, True, (4, 4)),
+    "odd": (3, 133, torch.float32, {"v_reset": None, "kind": "atan", "alpha": 2.0, "store_v_seq": False}, False, (1, 1)),
+    "half": (16, 70, torch.float16, {"v_reset": -0.25, "kind": "sigmoid", "alpha": 4.0, "store_v_seq": False}, True, (2, 2)),
+    "bfloat16": (5, 12, torch.bfloat16, {"detach_reset": True}, False, (4, 4)),
+    "long": (37, 68, torch.float32, {"v_reset": -0.25, "alpha": 0.8}, True, (4, 2)),
+    "longest in registers": (
+        32, 36, torch.float32, {"v_reset": None, "detach_reset": True, "store_v_seq": False}, True, (4, 1)
+    ),
+}  # fmt: skip
 
 
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("name", CASES)
-def test_equals_the_reference(cupy, name):
-    T, M, dtype, v_reset, surrogate, detach, optional, (forward_width, backward_width) = CASES[name]
-    config = DLIFConfig(0.9, 0.8, v_reset, surrogate, detach)
-    generator = torch.Generator().manual_seed(T)
-    store_v_seq = "v_seq" in optional
-    x = torch.randn(T, M, generator=generator).mul_(0.8).add_(0.3).to(dtype)
-    gain = torch.rand(T, generator=generator) + 0.5
-    v_init = torch.randn(M, generator=generator) if "v_init" in optional else None
-    grads = [torch.randn(T, M, generator=generator).to(dtype)]
-    grads += [torch.randn(M, generator=generator), torch.randn(T, M, generator=generator)][: 1 + store_v_seq]
-
-    def run(operator, x):
-        inputs = [t.clone().requires_grad_() for t in (x, gain, v_init) if t is not None]
-        outputs = [out for out in operator(*inputs) if out is not None]
-        torch.autograd.backward(outputs, [g.to(o.dtype) for g, o in zip(grads, outputs, strict=True)])
-        return [out.detach() for out in outputs], [i.grad for i in inputs]
-
-    def launcher(x, gain, v_init=None):
-        return DLIFFunction.apply(x, gain, v_init, config, cupy_launch, store_v_seq)
-
-    def reference(x, gain, v_init=None):
-        return dlif_multi_step(
-            x, gain, v_init, decay=0.9, v_threshold=0.8, v_reset=v_reset, surrogate=surrogate, detach_reset=detach,
-            store_v_seq=store_v_seq, backend="reference",
-        )  # fmt: skip
-
-    (outputs, gradients), (expected, expected_gradients) = run(launcher, x), run(reference, x)
+def test_equals_the_reference(cupy, monkeypatch, name):
+    T, M, dtype, options, starts, (forward_width, backward_width) = CASES[name]
+    (x, gain, v_init), (grad_spikes, grad_v, grad_v_seq) = random_call((T, M), dtype)
+    inputs = x, gain, v_init if starts else None
+    grads = grad_spikes, grad_v, grad_v_seq if options.get("store_v_seq", True) else None
+    options = {"decay": 0.9, "v_threshold": 0.8, **options}
+    expected, expected_gradients = run("reference", inputs, grads, **options)
+    monkeypatch.setattr(dispatch, "choose_backend", lambda *arguments: "cupy")
+    outputs, gradients = run("cupy", inputs, grads, **options)
     for got, wanted in zip(outputs, expected, strict=True):
-        assert torch.equal(got, wanted)
-        assert got.dtype == wanted.dtype
+        assert (got is None) == (wanted is None)
+        if got is not None:
+            assert torch.equal(got, wanted)
+            assert got.dtype == wanted.dtype
     tolerance = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
     for i, (got, wanted) in enumerate(zip(gradients, expected_gradients, strict=True)):
         rtol = tolerance if i == 0 else 1e-5
-        torch.testing.assert_close(got, wanted, rtol=rtol, atol=1e-5 * (M if i == 1 else 1))
+        if wanted is not None:
+            torch.testing.assert_close(got, wanted, rtol=rtol, atol=1e-5 * (M if i == 1 else 1))
     threads = cupy_launch.THREADS_PER_BLOCK
     assert [entry[1:] for entry in cupy.launches()] == [
         (name, (math.ceil(M / (width * threads)),), (threads,))

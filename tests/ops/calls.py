@@ -1,0 +1,37 @@
+"""Random calls of the DLIF operator, run by a backend and by hand."""
+
+import torch
+from oracle import dlif_bptt
+
+from sj_robust.ops import Surrogate, dlif_multi_step
+
+
+def random_call(shape, dtype=torch.float64, seed=0):
+    """Inputs, and incoming gradients of the three outputs."""
+    generator = torch.Generator().manual_seed(seed)
+    state = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def normal(*size):
+        return torch.randn(size, generator=generator, dtype=state)
+
+    x, grad_spikes = (0.3 + 0.8 * normal(*shape)).to(dtype), normal(*shape).to(dtype)
+    gain, v_init = 1 + 0.3 * normal(shape[0]), 0.2 + 0.4 * normal(*shape[1:])
+    return (x, gain, v_init), (grad_spikes, normal(*shape[1:]), normal(*shape))
+
+
+def run(backend, inputs, grads, *, kind="triangle", alpha=1.0, store_v_seq=True, **constants):
+    """Outputs, and the gradients of the inputs; a gradient that is None belongs to an output that nobody uses."""
+    leaves = [None if a is None else a.clone().requires_grad_() for a in inputs]
+    surrogate = Surrogate(kind, alpha)
+    outputs = dlif_multi_step(*leaves, surrogate=surrogate, store_v_seq=store_v_seq, backend=backend, **constants)
+    used = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if grad is not None]
+    torch.autograd.backward(*zip(*used, strict=True))
+    return [None if a is None else a.detach() for a in outputs], [None if a is None else a.grad for a in leaves]
+
+
+def by_hand(inputs, grads, *, kind="triangle", alpha=1.0, **constants):
+    x, gain, v_init, grad_spikes, grad_v, grad_v_seq = (a.double().numpy() for a in (*inputs, *grads))
+    return dlif_bptt(
+        x, gain, v_init, kind=kind, alpha=alpha, grad_spikes=grad_spikes, grad_v=grad_v, grad_potentials=grad_v_seq,
+        **constants,
+    )  # fmt: skip
