@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from oracle import dlif_bptt
-from spikingjelly.activation_based import base, functional, layer, neuron, surrogate
+from spikingjelly.activation_based import base, functional, neuron, surrogate
 from torch import nn
 
 from sj_robust.neuron import DLIFNode
@@ -131,13 +131,6 @@ class TestState:
             assert net(torch.rand(3, 2, 4)).dtype == torch.bfloat16
             assert net[1].v.dtype == torch.float32
 
-    def test_empty_batch(self):
-        node = DLIFNode(3)
-        spikes = node(torch.zeros(3, 0, 5, requires_grad=True))
-        spikes.sum().backward()
-        assert spikes.shape == (3, 0, 5)
-        assert torch.equal(node.input_gain.grad, torch.zeros(3))
-
     def test_surrogates_are_not_shared_and_gains_begin_where_they_are_told(self):
         assert DLIFNode(1).surrogate_function is not DLIFNode(1).surrogate_function
         assert DLIFNode(3, input_gain_init=0.25).input_gain.tolist() == [0.25] * 3
@@ -238,14 +231,6 @@ class TestHost:
         torch.testing.assert_close(optimised[1].input_gain.grad, plain[1].input_gain.grad)
         torch.testing.assert_close(optimised[0].weight.grad, plain[0].weight.grad)
 
-    @needs_explicit_states
-    def test_chunked_forward(self):
-        node = DLIFNode(5, tau=2.0)
-        x = torch.randn(5, 2, 7)
-        wanted = run(node, x)
-        node.reset()
-        assert torch.equal(functional.chunk_multi_step_forward(2, x, node), wanted)
-
     # Dynamo itself instantiates the autograd function that torch asks users not to instantiate
     @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
@@ -268,19 +253,6 @@ class TestHost:
             assert torch.equal(spikes, wanted)
             for p, gradient in zip(net.parameters(), gradients, strict=True):
                 torch.testing.assert_close(p.grad, gradient)
-
-    def test_element_wise_recurrent_container(self):
-        container = layer.ElementWiseRecurrentContainer(
-            DLIFNode(3, step_mode="s"), element_wise_function=lambda x, y: x + y, step_mode="m"
-        )
-        x_seq = 0.45 * torch.arange(1, 9).view(2, 4) / 4 * torch.ones(3, 1, 1)
-        spikes = container(x_seq)
-        node, fed_back = DLIFNode(3, step_mode="s"), torch.zeros(2, 4)
-        for x, spike in zip(x_seq, spikes, strict=True):
-            fed_back = node(x + fed_back)
-            assert torch.equal(spike, fed_back)
-        functional.reset_net(container)
-        assert torch.equal(container(x_seq), spikes)
 
     def test_data_parallel_is_refused(self):
         with pytest.raises(RuntimeError, match="DistributedDataParallel"):

@@ -12,7 +12,6 @@ from perturbation.networks import (
     T,
     conv_net,
     images,
-    recurrent_net,
     run_pair,
     storage_bytes,
     trainable,
@@ -120,18 +119,7 @@ def test_no_gradient_through_the_clean_run():
     assert float(grad[:, 3:].abs().max()) > 0
 
 
-def test_recurrent_container_and_last_layer_in_single_steps():
-    net = recurrent_net().train()
-    x = 3 * torch.rand(T, 4, 5, generator=torch.Generator().manual_seed(0))
-    monitor = MPPDMonitor(net)
-    run_pair(monitor, net, x, x + 0.5)
-    with torch.no_grad():
-        clean = captured(net, ["2.sn"], x)["2.sn"][0]
-    perturbed = captured(net, ["2.sn"], x + 0.5)["2.sn"][0]
-    expected = eps_by_hand(clean, perturbed, 0.5, [1.0] * T).square().mean()
-    torch.testing.assert_close(monitor.loss(["2.sn"]).double(), expected)
-    assert_same_gradients(monitor.loss(["2.sn"]), expected, net)
-
+def test_last_layer_in_single_steps():
     net = trainable(NEURONS["DLIF"][0])
     x, x_perturbed = images()
     values = []

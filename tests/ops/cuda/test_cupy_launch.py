@@ -98,27 +98,25 @@ def _forget_kernels():
     cupy_launch._cupy_reason.cache_clear()
 
 
-CASES = {  # T, M, dtype, options, whether it starts from a state, vector width forward and backward
-    "vector": (4, 520, torch.float32, {}, True, (4, 4)),
-    "odd": (3, 133, torch.float32, {"v_reset": None, "kind": "atan", "alpha": 2.0, "store_v_seq": False}, False, (1, 1)),
-    "half": (16, 70, torch.float16, {"v_reset": -0.25, "kind": "sigmoid", "alpha": 4.0, "store_v_seq": False}, True, (2, 2)),
-    "bfloat16": (5, 12, torch.bfloat16, {"detach_reset": True}, False, (4, 4)),
-    "long": (37, 68, torch.float32, {"v_reset": -0.25, "alpha": 0.8}, True, (4, 2)),
-    "longest in registers": (
-        32, 36, torch.float32, {"v_reset": None, "detach_reset": True, "store_v_seq": False}, True, (4, 1)
-    ),
-}  # fmt: skip
+CASES = {  # T, M, dtype; whether it starts from a state and stores potentials; vector width forward and backward
+    "vector": (4, 520, torch.float32, True, True, (4, 4), {}),
+    "odd": (3, 133, torch.float32, False, False, (1, 1), {"v_reset": None, "kind": "atan", "alpha": 2.0}),
+    "half": (16, 70, torch.float16, True, False, (2, 2), {"v_reset": -0.25, "kind": "sigmoid", "alpha": 4.0}),
+    "bfloat16": (5, 12, torch.bfloat16, False, True, (4, 4), {"detach_reset": True}),
+    "long": (37, 68, torch.float32, True, True, (4, 2), {"v_reset": -0.25, "alpha": 0.8}),
+    "longest in registers": (32, 36, torch.float32, True, False, (4, 1), {"v_reset": None, "detach_reset": True}),
+}
 
 
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_reference(cupy, monkeypatch, name):
-    T, M, dtype, options, starts, (forward_width, backward_width) = CASES[name]
+    T, M, dtype, starts, stores, (forward_width, backward_width), options = CASES[name]
     (x, gain, v_init), (grad_spikes, grad_v, grad_v_seq) = random_call((T, M), dtype)
     inputs = x, gain, v_init if starts else None
-    grads = grad_spikes, grad_v, grad_v_seq if options.get("store_v_seq", True) else None
-    options = {"decay": 0.9, "v_threshold": 0.8, **options}
+    grads = grad_spikes, grad_v, grad_v_seq if stores else None
+    options = {"decay": 0.9, "v_threshold": 0.8, "store_v_seq": stores, **options}
     expected, expected_gradients = run("reference", inputs, grads, **options)
     monkeypatch.setattr(dispatch, "choose_backend", lambda *arguments: "cupy")
     outputs, gradients = run("cupy", inputs, grads, **options)
