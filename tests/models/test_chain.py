@@ -5,7 +5,6 @@ import torch
 from spikingjelly.activation_based import layer
 
 from sj_robust import DLIFNode, SpikingClassifier
-from sj_robust.classifier import PoissonEncoder
 from sj_robust.models import VGG, VGG_FEATURES, ConvChain, NetworkSpec, SmallConvNet, build_network
 
 CONVOLUTIONS = {"vgg5": 3, "vgg11": 8, "vgg13": 10, "vgg16": 13, "vgg19": 16}
@@ -37,13 +36,6 @@ def test_vgg11_has_the_sizes_of_the_paper():
     assert shapes == [(4096, 512 * 4 * 4), (4096, 4096), (10, 4096)]
     convolutions = sum(9 * a * b + b + 2 * b for a, b in pairwise([3, 64, 128, 256, 512, 512, 512, 512, 512]))
     assert sum(p.numel() for p in net.parameters()) == convolutions + sum(a * b + a for a, b in shapes) + 8 * (8 + 2)
-
-
-@pytest.mark.parametrize("size", [8, 28, 32])
-def test_sizes_and_encoders(size):
-    net, images = small(shape=(1, size, size)), torch.rand(2, 1, size, size)
-    assert SpikingClassifier(net, 4)(images).shape == (2, 7)
-    assert SpikingClassifier(net, 4, PoissonEncoder(torch.Generator().manual_seed(0)))(images).shape == (2, 7)
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ import pytest
 import torch
 from spikingjelly.activation_based import functional, neuron
 
-from sj_robust import DLIFNode
+from sj_robust import DLIFNode, SpikingClassifier
+from sj_robust.classifier import PoissonEncoder
 from sj_robust.models import VGG, SmallConvNet, WideResNet
 
 NEURONS = [
@@ -20,10 +21,10 @@ NETWORKS = {
 }
 
 
-def build(name, spiking_neuron=DLIFNode, step_mode="m"):
+def build(name, spiking_neuron=DLIFNode, step_mode="m", shape=(3, 9, 12)):
     torch.manual_seed(0)
     arguments = {"T": 4, "step_mode": step_mode, "v_threshold": 0.2}
-    return NETWORKS[name]((3, 9, 12), 7, spiking_neuron=spiking_neuron, **arguments).eval()
+    return NETWORKS[name](shape, 7, spiking_neuron=spiking_neuron, **arguments).eval()
 
 
 @pytest.mark.parametrize("spiking_neuron", NEURONS)
@@ -51,3 +52,12 @@ def test_the_first_convolution_runs_once_and_batch_norm_sees_every_copy(name, no
         net.get_submodule(part).register_forward_hook(lambda m, x, y, part=part: seen.update({part: x[0].shape[0]}))
     net(torch.rand(5, 3, 9, 12))
     assert seen == {"first": 1, norm: 4}
+
+
+@pytest.mark.parametrize("size", [5, 28, 64])
+@pytest.mark.parametrize("name", ["small", "wide"])
+def test_sizes_and_encoders(name, size):
+    net, images = build(name, shape=(1, size, size)), torch.rand(2, 1, size, size)
+    for encoder in (None, PoissonEncoder(torch.Generator().manual_seed(0))):
+        with torch.no_grad():
+            assert SpikingClassifier(net, 4, encoder)(images).shape == (2, 7)

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from sj_robust import DLIFNode, SpikingClassifier
+from sj_robust import DLIFNode
 from sj_robust.models import WIDE_RESNETS, MixedBlock, WideResNet
 from sj_robust.training.regularization import retract_
 
@@ -47,13 +47,6 @@ def test_retraction_finds_the_mixing_coefficients():
         net.stages[1].mixing.copy_(torch.tensor([0.9, 0.5]))
     retract_(net, beta=1e-3)
     torch.testing.assert_close(net.stages[1].mixing.detach(), torch.tensor([0.7, 0.3]))
-
-
-@pytest.mark.parametrize("size", [5, 28, 64])
-def test_sizes(size):
-    net = tiny(shape=(1, size, size))
-    with torch.no_grad():
-        assert SpikingClassifier(net, 3)(torch.rand(2, 1, size, size)).shape == (2, 7)
 
 
 def test_wrong_use():

@@ -1,6 +1,7 @@
 """Small networks for the monitor's tests."""
 
 from collections import deque
+from contextlib import nullcontext
 
 import torch
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
@@ -102,7 +103,7 @@ def run_pair(monitor, net, x, x_perturbed, way="two runs", run=None):
     if way == "single steps":
         functional.set_step_mode(net, "s")
     run = run or {"single steps": in_steps, "chunks": in_chunks}.get(way, lambda net: net)(net)
-    with torch.set_grad_enabled(torch.is_grad_enabled() and way != "no graph"):
+    with torch.inference_mode() if way == "inference" else nullcontext():
         functional.reset_net(net)
         if way == "paired":
             with monitor.paired():

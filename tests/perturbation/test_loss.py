@@ -58,7 +58,7 @@ def assert_same_gradients(value, expected, net, least=2):
         torch.testing.assert_close(grad, grad_expected, rtol=1e-3, atol=1e-5 * max(scale, 1e-3))
 
 
-WAYS = ["two runs", "chunks", "single steps", "paired", "no graph"]
+WAYS = ["two runs", "chunks", "single steps", "paired", "inference"]
 CASES = [
     *itertools.product(["LIF decay_input", "DLIF"], WAYS, ["statistics"]),
     *itertools.product(["IF", "PLIF"], ["two runs", "paired"], ["statistics"]),
@@ -75,21 +75,22 @@ def test_loss_and_gradient_are_those_of_the_explicit_sum(kind, way, keep):
     perturbed = captured(net, NAMES, x_perturbed)
     monitor = MPPDMonitor(net, keep=keep, spikes=True)
     run_pair(monitor, net, x, x_perturbed, way)
-    assert way != "no graph" or sum(storage_bytes(monitor)) < 60_000
+    if way == "inference" and keep == "statistics":  # the currents of both runs alone have 28 kB more
+        assert sum(storage_bytes(monitor)) < 25_000
     for (indicator, flag), norm in itertools.product(INDICATORS, ("l2", "l1")):
         differences = {
             name: explicit_difference(net[int(name)], clean[name], perturbed[name], indicator, flag) for name in NAMES
         }
         for layers, names in LAYERS.items():
             expected = torch.stack([(d**2 if norm == "l2" else d.abs()).mean() for d in map(differences.get, names)])
-            with torch.set_grad_enabled(way != "no graph"):
+            with torch.set_grad_enabled(way != "inference"):
                 chosen = layers if layers in ("last", "all") else names
                 value = monitor.loss(chosen, norm, flag, indicator=indicator)
             torch.testing.assert_close(value.double(), expected.mean(), rtol=1e-4, atol=1e-7)
             assert value > 1e-3
             assert value.dtype == torch.float32
-            assert value.requires_grad == (way != "no graph")
-            if way != "no graph" and (layers, norm) in (("last", "l1"), ("all", "l2")):
+            assert value.requires_grad == (way != "inference")
+            if way != "inference" and (layers, norm) in (("last", "l1"), ("all", "l2")):
                 assert_same_gradients(value, expected.mean(), net)
             if norm == "l1" and indicator != "mppd":
                 distance = {"std": spike_train_distance, "tasad": tasad}[indicator]
@@ -152,18 +153,6 @@ def test_training_step_with_a_classifier():
     for name in parameters:
         torch.testing.assert_close(both[name], of_logits[name] + of_potential[name])
         assert float(both[name].abs().sum()) > 0, name
-
-
-def test_inference_mode_has_the_value():
-    net = trainable(NEURONS["DLIF"][0])
-    pair = images(n=16)  # of which the currents of one layer alone have 36 kB
-    monitor = MPPDMonitor(net)
-    run_pair(monitor, net, *pair)
-    expected = monitor.loss("all").detach()
-    with torch.inference_mode():
-        run_pair(monitor, net, *pair)
-        assert sum(storage_bytes(monitor)) < 20_000
-    torch.testing.assert_close(monitor.loss("all"), expected, rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize(("keep", "size"), [("statistics", 5), ("loss", 4)])  # the spikes in bool, or without them
@@ -332,7 +321,8 @@ def test_spikes_are_kept_on_request_and_unchanged():
         monitor.loss(indicator="rate")
     monitor = MPPDMonitor(net, layers=["2"], spikes=True)
     net[2].register_forward_hook(lambda module, inputs, output: output.mul_(2))
-    run_pair(monitor, net, *pair, "no graph")
+    with torch.no_grad():
+        run_pair(monitor, net, *pair)
     with pytest.raises(RuntimeError, match="output of layer '2' was changed in place"):
         monitor.loss(["2"], indicator="std")
 
