@@ -163,24 +163,16 @@ def test_kernel_is_compiled_once_and_runs_on_torchs_stream(cupy):
     assert cupy.log == [*around, ("compile", "dlif_forward"), launch, *after, *around, launch, *after]
 
 
-def test_enters_the_device_and_stream_of_the_tensor_and_restores_them_on_errors(cupy, monkeypatch):
-    asked = []
+@pytest.mark.parametrize(("of_cupy", "stream"), [("new", ("stream", (0, 7))), ("old", ("external", 7))])
+def test_enters_the_device_and_stream_of_the_tensor_and_restores_them_on_errors(tmp_path, monkeypatch, of_cupy, stream):
+    fake, asked = _install(FakeCuPy(tmp_path, has_from_external=of_cupy == "new"), monkeypatch), []
     monkeypatch.setattr(
         torch.cuda, "current_stream", lambda device: asked.append(device) or SimpleNamespace(cuda_stream=7)
     )
     with pytest.raises(KeyError), cupy_launch._torch_stream(torch.device("cuda", 1)):
         raise KeyError
     assert asked == [torch.device("cuda", 1)]
-    assert cupy.log == [
-        ("enter", ("device", 1)), ("enter", ("stream", (0, 7))), ("exit", ("stream", (0, 7))), ("exit", ("device", 1)),
-    ]  # fmt: skip
-
-
-def test_older_cupy_gets_an_external_stream(tmp_path, monkeypatch):
-    fake = _install(FakeCuPy(tmp_path, has_from_external=False), monkeypatch)
-    with cupy_launch._torch_stream(torch.device("cuda", 0)):
-        pass
-    assert ("enter", ("external", 0x1234)) in fake.log
+    assert fake.log == [("enter", ("device", 1)), ("enter", stream), ("exit", stream), ("exit", ("device", 1))]
 
 
 def test_no_neurons_no_launch(cupy):
