@@ -7,15 +7,7 @@ import weakref
 import pytest
 import torch
 from perturbation.by_hand import captured, eps_by_hand
-from perturbation.networks import (
-    NEURONS,
-    T,
-    conv_net,
-    images,
-    run_pair,
-    storage_bytes,
-    trainable,
-)
+from perturbation.networks import NEURONS, T, conv_net, images, run_pair, storage_bytes, trainable
 from spikingjelly.activation_based import functional, neuron
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel

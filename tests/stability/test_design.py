@@ -86,7 +86,8 @@ def test_penalty_is_the_sum_of_squared_exact_gains(net, normalized):
         / (float(node.input_gain.detach().abs().mean()) ** 2 if normalized else 1)
         for node in (net[1], net[3])
     )
-    assert gain_penalty(net, normalized=normalized).item() == pytest.approx(expected, rel=1e-7)
+    options = {"normalized": True} if normalized else {}
+    assert gain_penalty(net, **options).item() == pytest.approx(expected, rel=1e-7)
 
 
 @pytest.mark.parametrize("normalized", [False, True])
