@@ -44,6 +44,8 @@ class Options:
         "data.")
     draws: PositiveInt = option(1, "Fresh forwards in each of which a stochastic network must be wrong for an image to "
         "count as broken.")
+    proofs: bool = option(True, "For Linf, prove by bounds of every spike which images no attack can break, and attack "
+        "the others; networks with parts that have no bounds are named in the report.")
     dataset: DatasetName | None = option(None, "What to test on, digits, fashion_mnist, mnist, cifar10, cifar100, "
         "svhn, image_folder:PATH, cifar10_dvs, dvs128_gesture or n_mnist; null takes what the checkpoint was trained "
         "on, or digits.", group="data", metavar="NAME")
@@ -124,8 +126,8 @@ def main(arguments: list[str]) -> None:
     with training.removed_if_unused(folder, resume=options.resume), Display(journal.console, journal.say) as display:
         report = assess(
             subject, batches, suite=suite, threat=threat, dataset=dataset, classes=splits.classes, seed=options.seed,
-            draws=options.draws, source=None if source is None else source.model, folder=folder / "progress",
-            configuration=configuration, say=display.say, on_step=display.on_step,
+            draws=options.draws, source=None if source is None else source.model, proofs=options.proofs,
+            folder=folder / "progress", configuration=configuration, say=display.say, on_step=display.on_step,
         )  # fmt: skip
     if accelerator.is_main_process:
         from sj_robust.evaluation.drawings import plot_robustness  # imports matplotlib
@@ -137,9 +139,10 @@ def main(arguments: list[str]) -> None:
             plots = plot_robustness(report, folder)
         show_report(report, journal.console)
         worst, (low, high) = report.everything, report.everything.interval
+        proved = f", at least {report.bracket[0].accuracy:.1%} (proved)" if report.bracket else ""
         doubt = f"NOT RELIABLE, {report.footnote}\n" if report.unreliable else ""
         journal.say(
-            f"{doubt}robust accuracy at most {worst.accuracy:.1%} (95 % interval {low:.1%} to {high:.1%}); "
+            f"{doubt}robust accuracy at most {worst.accuracy:.1%} (95 % interval {low:.1%} to {high:.1%}){proved}; "
             f"report.json, report.html and {', '.join(path.name for path in plots)} are in {folder}"
         )
     accelerator.end_training()

@@ -1,7 +1,8 @@
 """A whole evaluation: activity, choice of estimators, attacks with their control, diagnosis, report."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from sj_robust.attacks.apgd import apgd
 from sj_robust.attacks.bridges import transfer
 from sj_robust.attacks.call import Attack
 from sj_robust.attacks.events import check_frames, flip_events
-from sj_robust.attacks.threat import ThreatModel, eps_text
+from sj_robust.attacks.threat import ThreatModel, eps_text, parse_eps
 from sj_robust.evaluation.activity import firing
 from sj_robust.evaluation.estimator_search import EstimatorSearch, search_estimators, short_attack
 from sj_robust.evaluation.fingerprint import fingerprint
@@ -23,6 +24,7 @@ from sj_robust.evaluation.masking import diagnose
 from sj_robust.evaluation.member import Member, fools, scored
 from sj_robust.evaluation.outcome import MemberOutcome, SuiteOutcome
 from sj_robust.evaluation.progress import Position, computed_once
+from sj_robust.evaluation.proofs import Proofs, check_proofs, prove
 from sj_robust.evaluation.robustness_report import RobustnessReport
 from sj_robust.evaluation.runner import Batches, data_fingerprint, rank_and_world_size, run_suite
 from sj_robust.evaluation.subject import Subject, describe_network
@@ -55,6 +57,7 @@ def assess(
     seed: int = 0,
     draws: int = 1,
     source: nn.Module | None = None,
+    proofs: bool = True,
     folder: Path | None = None,
     configuration: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = lambda text: None,
@@ -62,10 +65,11 @@ def assess(
 ) -> RobustnessReport:
     """Evaluate a network and write the report. 完整评估并生成报告。
 
-    In order: firing of every layer, a search over gradient estimators (if the suite chooses), the suite and its control
-    on all images, accuracy over eps, signs of gradient masking (not for event frames, as the report then says). Every
-    part is kept in ``folder`` as it ends, and a call with the same arguments goes on where a killed one stopped.
-    Several processes share the images, see ``run_suite``, and each gets the report.
+    In order: firing of every layer, proofs for Linf (images that no attack can break, and none needs to try), a search
+    over gradient estimators (if the suite chooses), the suite and its control on all images, accuracy over eps, signs
+    of gradient masking (not for event frames, as the report then says). Every part is kept in ``folder`` as it ends,
+    and a call with the same arguments goes on where a killed one stopped. Several processes share the images, see
+    ``run_suite``, and each gets the report.
 
     Args:
         subject: The network.
@@ -79,6 +83,7 @@ def assess(
         draws: Fresh forwards in each of which a stochastic network must be wrong, and which its gradients are averaged
             over; 1 for a network that draws no random numbers.
         source: Another network for the same images; transfer attacks from it join the suite.
+        proofs: Whether images are verified, where threat and network have bounds.
         folder: Where progress is kept; None keeps none.
         configuration: Options of the run, for the report.
         say: Called with a line for each part.
@@ -114,6 +119,8 @@ def assess(
 
     say(f"firing of every layer on {len(x)} images")
     activity = [asdict(layer) for layer in firing(model, x, seed=seed)]
+    proved = parts.proofs(batches) if proofs and threat.norm == "Linf" else {}
+    verified = proved.get("verified")
     rows = [] if plan.search is None else parts.search(plan.search)
     chosen = [row["estimator"] for row in rows if row["chosen"]]
     if plan.search is not None:
@@ -121,8 +128,11 @@ def assess(
     if source is not None:
         plan = _with_transfer(plan, source, threat)
     say(f"suite {plan.name}: {plan.description}; {len(plan.members)} attacks, {len(plan.control)} of the control")
-    outcome = parts.run("suite", batches, (*plan.members, *plan.control), threat)
-    curve = _curve_of(outcome, threat) or parts.over_eps(few, chosen[0] if chosen else "training")
+    outcome = parts.run("suite", batches, (*plan.members, *plan.control), threat, verified=verified or ())
+    curve, levels = _curve_of(outcome, threat), outcome.members
+    if not curve:
+        curve, levels = parts.over_eps(few, chosen[0] if chosen else "training")
+    band = [] if verified is None else parts.proofs_over_eps(few, curve, levels)
     findings = parts.findings(source) if threat.norm != "L0" else []
     network = {"architecture": subject.architecture, "fingerprint": key["network"]} | describe_network(model)
     unseen = sorted({text for row in outcome.potential for text in row["warnings"]} | set(outcome.warnings))
@@ -140,13 +150,16 @@ def assess(
         network=network,
         data=data,
         estimators=tuple(rows),
+        verified=verified,
+        verified_seconds=proved.get("seconds", 0.0),
         over_eps=tuple(curve),
+        verified_over_eps=tuple(band),
         firing=tuple(activity),
         findings=tuple(findings),
         potential=tuple({name: row[name] for name in ("member", "samples", "layers")} for row in outcome.potential),
         configuration=dict(configuration or {}),
         environment=environment(x.device) | {"processes": str(rank_and_world_size()[1])},
-        warnings=(*unseen, *([_NOT_DIAGNOSED] if threat.norm == "L0" else [])),
+        warnings=(*unseen, *proved.get("reasons", ()), *([_NOT_DIAGNOSED] if threat.norm == "L0" else [])),
     )
 
 
@@ -185,9 +198,50 @@ class _Parts:
             )
             return [asdict(trial) for trial in trials]
 
-        return self._computed_once("estimators.json", self.key | {"settings": repr(settings)}, compute)
+        trials: list[dict[str, Any]] = self._computed_once(
+            "estimators.json", self.key | {"settings": repr(settings)}, compute
+        )
+        return trials
 
-    def run(self, name: str, batches: Batches, members: Sequence[Member], threat: ThreatModel) -> SuiteOutcome:
+    def proofs(self, batches: Batches) -> dict[str, Any]:
+        """Numbers of the images that are verified, in how many seconds; or the reason why none can be."""
+        self.say(f"proofs at Linf {eps_text(self.threat.eps)}")
+
+        def compute() -> dict[str, Any]:
+            start = time.perf_counter()
+            try:
+                (verified,) = prove(self.model, batches, [self.threat.eps]).verified.values()
+            except (NotImplementedError, TypeError, ValueError) as error:
+                return {"reasons": [f"Nothing is proved: {error}."]}
+            return {"verified": verified, "seconds": time.perf_counter() - start}
+
+        found: dict[str, Any] = self._computed_once("proofs.json", self.key, compute)
+        return found
+
+    def proofs_over_eps(
+        self, few: Batches, curve: Sequence[Mapping[str, Any]], levels: Sequence[MemberOutcome]
+    ) -> list[dict[str, Any]]:
+        """Rows of what is verified at the radii of a curve; ValueError if an attack of it breaks such an image."""
+        self.say("proofs over eps")
+
+        def compute() -> dict[str, Sequence[int]]:
+            radii = [parse_eps(row["eps"]) for row in curve]
+            return dict(prove(self.model, few, radii).verified)
+
+        radii = ", ".join(row["eps"] for row in curve)
+        verified = self._computed_once("proofs_over_eps.json", self.key | {"radii": radii}, compute)
+        for eps, numbers in verified.items():
+            check_proofs(levels, numbers, parse_eps(eps))
+        return Proofs(verified, len(self.y)).rows()
+
+    def run(
+        self,
+        name: str,
+        batches: Batches,
+        members: Sequence[Member],
+        threat: ThreatModel,
+        verified: Collection[int] = (),
+    ) -> SuiteOutcome:
         """Outcome of members on images."""
         folder = self.folder and self.folder / name
         return run_suite(
@@ -198,17 +252,18 @@ class _Parts:
             seed=self.seed,
             folder=folder,
             draws=self.draws,
+            verified=verified,
             on_step=self.on_step,
         )
 
-    def over_eps(self, few: Batches, estimator: str) -> list[dict[str, Any]]:
-        """Accuracy over eps, from a short attack at every radius."""
+    def over_eps(self, few: Batches, estimator: str) -> tuple[list[dict[str, Any]], tuple[MemberOutcome, ...]]:
+        """Accuracy over eps, from a short attack at every radius; and what each of these did."""
         self.say("accuracy over the number of changes" if self.threat.norm == "L0" else "accuracy over eps")
         radii = _radii(self.threat, elements=self.x[0].numel())
         levels = [_level(replace(self.threat, eps=radius), estimator, self.draws) for radius in radii]
         outcome = self.run("over_eps", few, levels, replace(self.threat, eps=max(radii)))
         kind = "flip_events" if self.threat.norm == "L0" else "APGD-CE 20"
-        return _curve(outcome, outcome.members, [f"{kind}, {estimator}"] * len(levels))
+        return _curve(outcome, outcome.members, [f"{kind}, {estimator}"] * len(levels)), outcome.members
 
     def findings(self, source: nn.Module | None) -> list[dict[str, Any]]:
         """Findings of the diagnosis of gradient masking."""
@@ -220,12 +275,13 @@ class _Parts:
             return [asdict(finding) for finding in found]
 
         of_source = {} if source is None else {"source": fingerprint(source)}
-        return self._computed_once("findings.json", self.key | of_source, compute)
+        found: list[dict[str, Any]] = self._computed_once("findings.json", self.key | of_source, compute)
+        return found
 
-    def _computed_once(self, name: str, key: Mapping[str, str], compute: Callable[[], Any]) -> list[dict[str, Any]]:
+    def _computed_once(self, name: str, key: Mapping[str, str], compute: Callable[[], Any]) -> Any:
         """What the first process computes or an earlier run has computed, on every process."""
         rank, processes = rank_and_world_size()
-        result = [computed_once(self.folder and self.folder / name, key, compute) if rank == 0 else []]
+        result: list[Any] = [computed_once(self.folder and self.folder / name, key, compute) if rank == 0 else []]
         if processes > 1:
             torch.distributed.broadcast_object_list(result)
         return result[0]

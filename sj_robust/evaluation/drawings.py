@@ -112,6 +112,12 @@ def _accuracy_over_eps(report: RobustnessReport) -> "Figure":
     low, high = ([100 * end[side] for end in ends] for side in (0, 1))
     axes.fill_between(places, low, high, color=BLUE, alpha=0.2, linewidth=0)
     axes.plot(places, shares, "o-", color=BLUE, markersize=4, label=report.over_eps[-1]["attack"])
+    if report.verified_over_eps:
+        lowest = [100 * row["verified"] / row["total"] for row in report.verified_over_eps]
+        within = [unit * parse_eps(row["eps"]) for row in report.verified_over_eps]
+        axes.plot(within, lowest, "v--", color=GREY, markersize=4, label="verified")
+        if within == places:
+            axes.fill_between(places, lowest, shares, facecolor="none", edgecolor=GREY, hatch="///", linewidth=0)
     here = unit * parse_eps(report.eps)
     for point, marker, color in ((report.control, "s", GREY), (report.everything, "D", ORANGE)):
         if point is not None:
@@ -141,6 +147,7 @@ def _attacks(report: RobustnessReport) -> "Figure":
     figure = _figure(4.6, 0.9 + 0.24 * len(rows))
     axes = figure.subplots()
     looks = {"clean": (GREY, ""), "member": (BLUE, ""), "control": (GREY, "////"), "worst case": (ORANGE, "xxxx")}
+    looks["verified"] = (GREY, "\\\\\\\\")
     ink = axes.spines["left"].get_edgecolor()
     for place, row in enumerate(rows):
         color, hatch = looks.get(row.kind, (ORANGE, "...."))

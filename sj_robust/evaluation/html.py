@@ -26,12 +26,14 @@ _CAPTIONS = {
     "accuracy_over_eps": (
         "Accuracy over eps",
         "The band is the 95 % interval. Square: the control (training surrogate, restarts, same cost). Diamond: the "
-        "worst case of suite and control.",
+        "worst case of suite and control. Dashed, where the network has bounds: what is verified at least; the true "
+        "robust accuracy lies in the hatched band up to the attack.",
     ),
     "attacks": (
         "Accuracy left by each attack",
         "Attacks of one group work on what the earlier ones left, so bars fall from top to bottom. Hollow: "
-        "beyond the threat. Hatched: the control, the suite's worst case per image, and both together.",
+        "beyond the threat. Hatched: the control, the suite's worst case per image, both together, and what is "
+        "verified whatever the attack.",
     ),
     "potential": (
         "Perturbation of the membrane potential",
@@ -86,7 +88,8 @@ def to_html(report: RobustnessReport) -> str:
             "clean accuracy": report.clean,
             "worst case of the suite": report.worst_case,
             "control: training surrogate, restarts": report.control,
-            "everything together": report.everything,
+            "everything together: at most": report.everything,
+            "verified: at least": report.bracket and report.bracket[0],
         },
         figures=_figures(report),
         members={member.name: member for member in report.members},
@@ -94,6 +97,7 @@ def to_html(report: RobustnessReport) -> str:
             "Gradient estimators tried": report.estimators,
             "Firing of every layer": report.firing,
             _caption("accuracy_over_eps", report)[0]: over_eps,
+            "Verified images over eps": report.verified_over_eps,
         },
         steps=max((len(values) for row in report.potential for values in row["layers"].values()), default=0),
         lists={"Network": report.network, "Options": report.configuration, "Environment": report.environment},

@@ -9,6 +9,7 @@ from sj_robust._saved import SavedResult, markdown_table, plain
 from sj_robust.attacks.threat import ThreatModel, eps_text, parse_eps
 from sj_robust.evaluation.intervals import wilson_interval
 from sj_robust.evaluation.outcome import MemberOutcome
+from sj_robust.evaluation.proofs import check_proofs
 
 __all__ = ["Accuracy", "RobustnessReport"]
 
@@ -22,7 +23,7 @@ _COUNTED = ("clean_acc", "autoattack_acc", "external", "figures", "outcome")
 _DERIVED = ("architecture", "unreliable", "footnote", *_COUNTED)
 """What a file holds beside the fields; the counted ones must follow from the outcomes when it is read."""
 
-_SUMMARIES = ("clean", "control", "worst case", "everything")
+_SUMMARIES = ("clean", "control", "worst case", "everything", "verified")
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,9 @@ class RobustnessReport(SavedResult, what="a robustness report", format="sj_robus
     ``dataset``, ``eps``, ``architecture``, ``clean_acc``, ``autoattack_acc``, ``external`` for the worst case of
     another evaluation than AutoAttack, ``unreliable``, ``footnote``), with percentages as text.
 
+    With proofs the true robust accuracy lies in a bracket, between what is verified and what everything leaves; an
+    image that is both verified and broken is an error.
+
     An image counts as broken if an attack fools the network with a change that the threat allows. Members beyond it
     (other radii, Gaussian noise) have figures of their own, and no part in the worst case.
 
@@ -97,7 +101,11 @@ class RobustnessReport(SavedResult, what="a robustness report", format="sj_robus
             the ``surrogate`` it was trained with.
         data: Fingerprint of images and labels.
         estimators: Trials of the search over gradient estimators, strongest first; empty if there was none.
+        verified: Numbers of the images that are proved to withstand the threat, whatever the attack; None if the
+            network or the threat has no bounds. Attacks within the threat leave them out.
+        verified_seconds: Time for these proofs.
         over_eps: Rows with ``eps``, ``attack``, ``correct``, ``total``.
+        verified_over_eps: Rows with ``eps``, ``verified``, ``total``.
         firing: Rows of ``sj_robust.evaluation.activity.firing``.
         findings: Rows of ``sj_robust.evaluation.masking.diagnose``.
         potential: MS-MPPD per layer and step under each attack; rows with ``member``, ``samples``, ``layers``.
@@ -133,7 +141,10 @@ class RobustnessReport(SavedResult, what="a robustness report", format="sj_robus
     network: dict[str, Any] = field(default_factory=dict)
     data: str = ""
     estimators: tuple[dict[str, Any], ...] = ()
+    verified: tuple[int, ...] | None = None
+    verified_seconds: float = 0.0
     over_eps: tuple[dict[str, Any], ...] = ()
+    verified_over_eps: tuple[dict[str, Any], ...] = ()
     firing: tuple[dict[str, Any], ...] = ()
     findings: tuple[dict[str, Any], ...] = ()
     potential: tuple[dict[str, Any], ...] = ()
@@ -144,20 +155,24 @@ class RobustnessReport(SavedResult, what="a robustness report", format="sj_robus
     def __post_init__(self) -> None:
         for name in ("labels", "correct", "members", "warnings"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for name in ("estimators", "over_eps", "firing", "findings", "potential"):
+        object.__setattr__(self, "verified", None if self.verified is None else tuple(self.verified))
+        for name in ("estimators", "over_eps", "verified_over_eps", "firing", "findings", "potential"):
             object.__setattr__(self, name, tuple(plain(row) for row in getattr(self, name)))
         for name in ("network", "configuration", "environment"):
             object.__setattr__(self, name, plain(getattr(self, name)))
         if not self.labels:
             raise ValueError("a report needs at least one image, got none")
         images = range(len(self.labels))
-        for numbers in (self.correct, *(member.attacked for member in self.members)):
+        for numbers in (self.correct, self.verified or (), *(member.attacked for member in self.members)):
             if not all(number in images for number in numbers):
                 raise ValueError(f"numbers of images must be from 0 to {len(images) - 1}, got {max(numbers)}")
         right = set(self.correct)
         for member in self.members:
             if not set(member.fooled) <= set(member.attacked) <= right:
                 raise ValueError(f"{member.name!r} must fool images that it attacked, of those classified right")
+        if not right >= set(self.verified or ()):
+            raise ValueError("verified images must be among those classified right")
+        check_proofs(filter(self.within, self.members), self.verified or (), self.threat.eps)
 
     # Accuracies, all counted from the outcome of every image
 
@@ -183,10 +198,22 @@ class RobustnessReport(SavedResult, what="a robustness report", format="sj_robus
 
     @property
     def accuracies(self) -> tuple[Accuracy, ...]:
-        """All accuracies: clean, under each member, control, worst case, everything."""
+        """All accuracies: clean, under each member, control, worst case, everything, verified."""
         control = ["control"] if self.control else []
         names = ["clean", *(member.name for member in self.members), *control, "worst case", "everything"]
-        return tuple(map(self.under, names))
+        return tuple(map(self.under, [*names, *(["verified"] if self.verified is not None else [])]))
+
+    @property
+    def bracket(self) -> tuple[Accuracy, Accuracy] | None:
+        """The true robust accuracy lies between the two: what is verified, and what everything leaves; None without
+        proofs.
+        """
+        return None if self.verified is None else (self.under("verified"), self.everything)
+
+    @property
+    def undecided(self) -> frozenset[int]:
+        """Images that no attack breaks and that are not verified."""
+        return self.standing("everything").difference(self.verified or ())
 
     def under(self, name: str) -> Accuracy:
         """One accuracy by name; seconds are those of the members within the threat.
@@ -196,6 +223,7 @@ class RobustnessReport(SavedResult, what="a robustness report", format="sj_robus
         """
         kind = name if name in _SUMMARIES else "member"
         seconds = sum(member.seconds for member in self._members(name) if kind == "member" or self.within(member))
+        seconds += self.verified_seconds if kind == "verified" else 0.0
         return Accuracy(name, kind, len(self.standing(name)), len(self.labels), float(seconds))
 
     def standing(self, name: str) -> frozenset[int]:
@@ -207,6 +235,8 @@ class RobustnessReport(SavedResult, what="a robustness report", format="sj_robus
             KeyError: If the report has no such figure.
         """
         members = self._members(name)
+        if name == "verified":
+            return frozenset(self.verified or ())
         if name in _SUMMARIES:
             fallen = [member.broken for member in members]
         else:
@@ -361,6 +391,8 @@ class RobustnessReport(SavedResult, what="a robustness report", format="sj_robus
         """The members that a figure is counted over."""
         match name:
             case "clean":
+                return ()
+            case "verified" if self.verified is not None:
                 return ()
             case "everything":
                 return self.members

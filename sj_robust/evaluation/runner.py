@@ -2,7 +2,7 @@
 
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,7 @@ def run_suite(
     seed: int = 0,
     folder: Path | None = None,
     draws: int = 1,
+    verified: Collection[int] = (),
     on_step: Callable[[Position], None] | None = None,
 ) -> SuiteOutcome:
     """Run every member of a suite on every batch and keep what happened to each image. 在数据集上运行攻击套件。
@@ -59,6 +60,7 @@ def run_suite(
         seed: Seeds everything.
         folder: Where progress is kept; None keeps none.
         draws: Fresh forwards in each of which a stochastic network must be wrong to be broken.
+        verified: Numbers of images that are proved to withstand the threat; members within it leave them out.
         on_step: Called after every step.
 
     Raises:
@@ -90,12 +92,14 @@ def run_suite(
         "draws": str(draws),
         "data": data,
         "batch sizes": fingerprint(sizes),
+        "verified": fingerprint(sorted(verified)),
         "releases": ", ".join(f"{name} {releases[name]}" for name in ("sj_robust", "spikingjelly", "torch")),
     }
     rank, processes = rank_and_world_size()
     progress = Progress(folder, key)
     own = range(rank, len(sizes), processes)
-    run = _Run(model, tuple(members), threat, seed, draws, len(sizes), TimeLeft(("clean", *names), len(own)), on_step)
+    left = TimeLeft(("clean", *names), len(own))
+    run = _Run(model, tuple(members), threat, seed, draws, frozenset(verified), len(sizes), left, on_step)
     records: dict[int, list[dict[str, Any]]] = {}
     start = 0
     with evaluation_mode(model):
@@ -136,6 +140,7 @@ class _Run:
     threat: ThreatModel
     seed: int
     draws: int
+    verified: frozenset[int]
     batches: int
     time_left: TimeLeft
     on_step: Callable[[Position], None] | None
@@ -154,7 +159,11 @@ class _Run:
         correct = torch.zeros_like(y, dtype=torch.bool)
         correct[log.records[0]["right"]] = True
         known = [record["fooled"] for record in log.records[1:]]
-        runs = run_members(self.model, x, y, self.members, correct, seeds=seeds, draws=self.draws, known=known)
+        safe = torch.tensor([start + row in self.verified for row in range(len(y))], device=y.device)
+        within = {member.name: safe for member in self.members if self._keeps_the_threat(member)}
+        runs = run_members(
+            self.model, x, y, self.members, correct, seeds=seeds, draws=self.draws, known=known, spared=within
+        )
         for _ in self.members[len(known) :]:
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
@@ -162,6 +171,10 @@ class _Run:
             texts = sorted({str(warning.message) for warning in caught})
             log.append(self._record(run, x[run.rows], texts, probe=number == 0))
             self._tell(number, log.records[-1])
+
+    def _keeps_the_threat(self, member: Member) -> bool:
+        threat = member.threat
+        return threat is not None and threat.norm == self.threat.norm and threat.eps <= self.threat.eps
 
     def _record(self, run: MemberRun, x: Tensor, texts: list[str], *, probe: bool) -> dict[str, Any]:
         """What a member did to its clean images ``x``, as plain data."""

@@ -44,11 +44,11 @@ def show_report(report: RobustnessReport, console: "Console") -> None:
     for heading in ("%", "95 % interval", "images", "seconds"):
         table.add_column(heading, justify="right")
     for one in report.accuracies:
-        if one.kind == "control":
+        if one.kind in ("control", "verified"):
             table.add_section()
         name = f"{one.name}, of suite and control" if one.kind == "everything" else one.name
         counts = f"{one.correct}/{one.total}", f"{one.seconds:.1f}"
-        last = one.kind in ("worst case", "everything")
+        last = one.kind in ("worst case", "everything", "verified")
         style = "bold" if last else "dim" if one.name.startswith("control/") else ""
         table.add_row(name, one.percent, one.interval_text, *counts, style=style)
     console.print(table, soft_wrap=False)

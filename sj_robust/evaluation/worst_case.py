@@ -1,6 +1,6 @@
 """Worst case per sample over attacks, gradient estimators and seeds, and the one loop over the members of a set."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -143,6 +143,7 @@ def run_members(
     seeds: SampleSeeds,
     draws: int,
     known: Sequence[Sequence[int]] = (),
+    spared: Mapping[str, Tensor] | None = None,
 ) -> Iterator[MemberRun]:
     """Run members in their order, each on what is classified right and still stands in its group.
 
@@ -155,6 +156,7 @@ def run_members(
         seeds: One seed per sample.
         draws: Forwards of the scoring.
         known: Samples that the first members have fooled in an earlier run; these members are not run again.
+        spared: By name of a member, samples [N] bool that it cannot fool and does not attack.
 
     Yields:
         What each of the other members did.
@@ -164,7 +166,9 @@ def run_members(
         if index < len(known):
             fooled = torch.tensor(known[index], dtype=torch.int64, device=x.device)
         else:
-            rows = standing[member.group].nonzero()[:, 0]
+            spares = (spared or {}).get(member.name)
+            attacked = standing[member.group] if spares is None else standing[member.group] & ~spares
+            rows = attacked.nonzero()[:, 0]
             images, labels, own = x[rows], y[rows], seeds.rows(rows)
             start = clock(x.device)
             x_adv = craft(model, images, labels, member, seeds=own)

@@ -80,5 +80,5 @@ def without_times(report):
     content = asdict(report)
     for row in (*content["members"], *content["estimators"]):
         row["seconds"] = None
-    del content["environment"]
+    del content["environment"], content["verified_seconds"]
     return content
