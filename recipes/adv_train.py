@@ -82,7 +82,8 @@ class Options:
         decides="nothing")
     mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "Accelerate's precision; fp16 needs a GPU.")
     compile: bool = option(False, "Compile the network with torch.compile.", decides="figures")
-    channels_last: bool | None = option(None, "Channels last in memory; null does so on a GPU only.", decides="figures")
+    channels_last: bool | None = option(None, "Channels last in memory; null: on a GPU, in bf16 if faster.",
+        decides="figures")
     sync_batch_norm: bool = option(False, "Let batch norm see the images of all processes.")
     workers: NonNegativeInt = option(0, "Processes that load images in the background.", decides="nothing")
     checkpoint_steps: PositiveInt | None = option(None, "Steps between checkpoints within an epoch; null for one per "

@@ -21,6 +21,7 @@ from sj_robust.randomness import SampleSeeds, seeded_globals
 from sj_robust.training.batch_norm import share_buffers
 from sj_robust.training.history import EpochRecord
 from sj_robust.training.journal import Journal
+from sj_robust.training.memory_order import choose_channels_last, store_channels_last
 from sj_robust.training.objective import Losses, Objective
 from sj_robust.training.plan import TrainingPlan
 from sj_robust.training.processes import TrainingInterrupted, mixed, random_state, set_random_state
@@ -60,13 +61,17 @@ class TrainingRun:
         on_gpu = accelerator.device.type == "cuda"
         self.training_loader = image_loader(splits.train, self.batches, plan.workers, pin_memory=on_gpu)
         self.validation = Validation(splits.validation, accelerator, seed=plan.seed, pin_memory=on_gpu)
-        self.channels_last = on_gpu if plan.channels_last is None else plan.channels_last
         self.augmentation = splits.augmentation
         self.classes = splits.classes
         self.objective = objective
         self.classifier = objective.classifier
+        self.channels_last = plan.channels_last
+        if self.channels_last is None:
+            rows = min(plan.batch_size // (accelerator.num_processes * plan.accumulate), len(splits.train))
+            images = torch.stack([splits.train[i][0] for i in range(rows)]).to(accelerator.device)
+            self.channels_last = choose_channels_last(self.classifier, images, accelerator, plan.seed)
         if self.channels_last:
-            _store_channels_last(self.classifier)
+            store_channels_last(self.classifier)
         optimizer = torch.optim.SGD(
             objective.parameters(),
             plan.lr,
@@ -267,10 +272,3 @@ def check_outputs(classifier: nn.Module, image: Tensor, classes: int, seed: int)
             f"the network must give a logit for each of the {classes} classes, got {outputs}; build it for as many "
             "classes as the data has"
         )
-
-
-def _store_channels_last(module: nn.Module) -> None:
-    """Put the weights of two-dimensional convolutions into this order; the parameters stay the same objects."""
-    for parameter in module.parameters():
-        if parameter.ndim == 4:
-            parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)

@@ -25,7 +25,8 @@ class TrainingPlan:
         workers: Processes that load images in the background.
         single_step_attack: Whether training uses one, so that catastrophic overfitting is looked for.
         compile: Whether the network runs through ``torch.compile``; the reset before every pass stays outside.
-        channels_last: Whether images and convolutions are stored channels last; None does so on CUDA alone.
+        channels_last: Whether images and convolutions are stored channels last; None does so on CUDA, and on a CPU in
+            half precision where that is measured to be faster.
         sync_batch_norm: Whether batch norm takes its statistics over the images of all processes.
         log_bounds: Whether the log shows the exact L2 bound of every layer each epoch; see ``stability.certify``.
 

@@ -15,7 +15,7 @@ from torch.utils.data import TensorDataset
 from training import small_run
 from training.small_run import At, PowerCutError, power_cut
 
-from sj_robust import DLIFNode
+from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.stability import l2_gain, peak_gain
 from sj_robust.training import (
     MODES,
@@ -27,6 +27,7 @@ from sj_robust.training import (
     compilation,
     journal,
     load_checkpoint,
+    memory_order,
     training_attack,
 )
 
@@ -297,6 +298,34 @@ def test_channels_last_changes_the_memory_order_alone(tmp_path):
     assert seen == [(False, True)] * 4 + [(True, False)] * 4
     assert models[1].net[0].weight.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(*(list(model.parameters()) for model in models), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("slow", "chosen"), [(False, True), (True, False)], ids=["channels first", "channels last"])
+def test_memory_order_is_measured_in_half_precision(monkeypatch, slow, chosen):
+    classifier, images, now = SpikingClassifier(small_run.batch_norm_net(2), 3), torch.rand(4, 2, 4, 4), [0.0]
+    accelerator = SimpleNamespace(
+        device=torch.device("cpu"),
+        mixed_precision="bf16",
+        is_main_process=True,
+        autocast=partial(torch.autocast, "cpu", torch.bfloat16),
+    )
+    before = {name: value.clone() for name, value in classifier.state_dict().items()}
+
+    def run(module, args):  # the passes in one order take long
+        now[0] += 2.0 if args[0].is_contiguous(memory_format=torch.channels_last) == slow else 1.0
+
+    classifier.register_forward_pre_hook(run)
+    monkeypatch.setattr(memory_order, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    assert memory_order.choose_channels_last(classifier, images, accelerator, seed=0) == chosen
+    assert now[0] > 0
+    for name, value in classifier.state_dict().items():
+        assert torch.equal(value, before[name])
+        assert value.stride() == before[name].stride()
+    assert all(parameter.grad is None for parameter in classifier.parameters())
+    accelerator.mixed_precision = "no"  # in float32 nothing is measured
+    now[0] = 0.0
+    assert not memory_order.choose_channels_last(classifier, images, accelerator, seed=0)
+    assert now[0] == 0
 
 
 def test_penalties_gains_and_speed_are_in_the_log(tmp_path):
