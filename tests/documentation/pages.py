@@ -49,7 +49,6 @@ DIRECTIVE = re.compile(
 )
 LOOKS_LIKE_ONE = re.compile(r"^ *<!--\s*example\b", re.MULTILINE)
 CLOSED = re.compile(r"\n *(`{3,}|~{3,}) *\Z")
-HEADING = re.compile(r"^#{1,6} (.+)$", re.MULTILINE)
 SESSION = DocTestStringParser(DocTestEvaluator(doctest.NORMALIZE_WHITESPACE))
 
 
@@ -71,8 +70,6 @@ class Block:
     """Recipe, or None for all, and the options to add to its commands."""
     reasons: dict[str, str]
     """Why it is ``options only`` or ``not run``."""
-    heading: str
-    """Of the section that it stands in."""
 
 
 def documentation_pages() -> list[Path]:
@@ -124,8 +121,7 @@ def blocks_of(document: Document) -> list[Block]:
         check(only_shell, fence.start, f"only 'not run' may stand above a block of {language}")
         check(not reasons or len(above) == 1, fence.start, "several directives that exclude each other")
         check(how != "session" or ">>>" in code, fence.start, "no >>> in this block")
-        heading = next(reversed(HEADING.findall(text, 0, fence.start)), "")
-        blocks.append(Block(fence, line_of(fence.start), how, code, added, reasons, heading))
+        blocks.append(Block(fence, line_of(fence.start), how, code, added, reasons))
     return blocks
 
 

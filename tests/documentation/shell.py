@@ -75,40 +75,14 @@ def complete(text: str) -> bool:
     return not re.search(r"unexpected end of file|unexpected EOF|here-document", checked.stderr)
 
 
-class Terminal:
-    """A terminal: the folder that a command changes to and what it exports are kept for the next."""
+class Shell:
+    """The terminal of a page: in its folder are recipes and docs, and ``.venv/bin`` with the running interpreter.
 
-    def __init__(self, where: Path, state: Path, environment: dict[str, str], limit: float) -> None:
-        """Begin in ``where``; ``state`` is a folder elsewhere, ``limit`` the seconds that a command may take."""
-        self.where, self.state, self.environment, self.limit = where, state, environment, limit
-
-    def execute(self, command: str) -> tuple[int, str]:
-        """Run a command; returns exit code and output."""
-        left = f"env -0 > '{self.state}/environment'\npwd > '{self.state}/folder'"
-        with subprocess.Popen(
-            ["bash", "-o", "pipefail", "-c", f"{command}\ncode=$?\n{left}\nexit $code"],
-            cwd=self.where, env=self.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
-        ) as process:  # fmt: skip
-            try:
-                said = process.communicate(timeout=self.limit)[0]
-            except subprocess.TimeoutExpired as error:
-                raise CommandError(f"took longer than {self.limit} s") from error
-            finally:
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)  # what a command left running, too
-        if process.returncode == 0:
-            words = (self.state / "environment").read_bytes().decode().split("\0")
-            self.environment = dict(word.split("=", 1) for word in words if "=" in word)
-            self.where = Path((self.state / "folder").read_text().rstrip("\n"))
-        return process.returncode, said
-
-
-class Shell(Terminal):
-    """The terminal of a page: in its folder are recipes and docs, and ``.venv/bin`` with the running interpreter."""
+    The folder that a command changes to and what it exports are kept for the next.
+    """
 
     def __init__(self, folder: Path, state: Path) -> None:
-        """Make the folder ready."""
+        """Make the folder ready; ``state`` is another one, for notes."""
         for name in ("recipes", "docs"):
             (folder / name).symlink_to(ROOT / name)
         programs = folder / ".venv" / "bin"
@@ -122,7 +96,28 @@ class Shell(Terminal):
         environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg", "COLUMNS": "100"}
         environment.setdefault("OMP_WAIT_POLICY", "passive")  # with several threads on a busy machine
         environment.pop("PYTEST_CURRENT_TEST", None)
-        super().__init__(folder, state, environment, LIMIT)
+        self.where, self.state, self.environment = folder, state, environment
+
+    def execute(self, command: str) -> tuple[int, str]:
+        """Run a command; returns exit code and output."""
+        left = f"env -0 > '{self.state}/environment'\npwd > '{self.state}/folder'"
+        with subprocess.Popen(
+            ["bash", "-o", "pipefail", "-c", f"{command}\ncode=$?\n{left}\nexit $code"],
+            cwd=self.where, env=self.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
+        ) as process:  # fmt: skip
+            try:
+                said = process.communicate(timeout=LIMIT)[0]
+            except subprocess.TimeoutExpired as error:
+                raise CommandError(f"took longer than {LIMIT} s") from error
+            finally:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)  # what a command left running, too
+        if process.returncode == 0:
+            words = (self.state / "environment").read_bytes().decode().split("\0")
+            self.environment = dict(word.split("=", 1) for word in words if "=" in word)
+            self.where = Path((self.state / "folder").read_text().rstrip("\n"))
+        return process.returncode, said
 
     def run(
         self, command: str, added: tuple[tuple[str | None, str], ...] = (), *, only_options: bool = False

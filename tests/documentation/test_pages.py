@@ -213,5 +213,5 @@ def test_blocks_in_lists_and_longer_fences():
     text = "## A\n- item\n\n  ```python\n  if True:\n      x = 1\n  ```\n\n"
     text += "````text\n```c\n<!-- example: x -->\n```\n````\n"
     one, two = blocks_of(Document(text, "page.md"))
-    assert (one.code, one.line, one.heading) == ("if True:\n    x = 1\n", 4, "A")
+    assert (one.code, one.line) == ("if True:\n    x = 1\n", 4)
     assert two.code.count("\n") == 3
