@@ -40,6 +40,8 @@ _FAR = 1e6
 """A lead of a wrong class that no network gives."""
 _FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 """Radii of accuracy over eps, in units of the threat's."""
+BOUND = "bound of all"
+"""What stands among the attacks that moved the potential for the bounds of every perturbation."""
 _NOT_DIAGNOSED = (
     "Signs of gradient masking were not looked for: the diagnosis moves values a little, and events cannot. The random "
     "changes of the suite, which need no gradient, and its choice of estimators stand in for it."
@@ -156,7 +158,10 @@ def assess(
         verified_over_eps=tuple(band),
         firing=tuple(activity),
         findings=tuple(findings),
-        potential=tuple({name: row[name] for name in ("member", "samples", "layers")} for row in outcome.potential),
+        potential=tuple(
+            {name: row[name] for name in ("member", "samples", "layers")}
+            for row in (*outcome.potential, *proved.get("potential", ()))
+        ),
         configuration=dict(configuration or {}),
         environment=environment(x.device) | {"processes": str(rank_and_world_size()[1])},
         warnings=(*unseen, *proved.get("reasons", ()), *([_NOT_DIAGNOSED] if threat.norm == "L0" else [])),
@@ -204,19 +209,21 @@ class _Parts:
         return trials
 
     def proofs(self, batches: Batches) -> dict[str, Any]:
-        """Numbers of the images that are verified, in how many seconds; or the reason why none can be."""
+        """Images that are verified, how far the potential can move, seconds; or why nothing is proved."""
         self.say(f"proofs at Linf {eps_text(self.threat.eps)}")
 
         def compute() -> dict[str, Any]:
             start = time.perf_counter()
             try:
-                (verified,) = prove(self.model, batches, [self.threat.eps]).verified.values()
+                found = prove(self.model, batches, [self.threat.eps])
             except (NotImplementedError, TypeError, ValueError) as error:
                 return {"reasons": [f"Nothing is proved: {error}."]}
-            return {"verified": verified, "seconds": time.perf_counter() - start}
+            (verified,) = found.verified.values()
+            bound = {"member": BOUND, "samples": found.total, "layers": found.potential}
+            return {"verified": verified, "potential": [bound], "seconds": time.perf_counter() - start}
 
-        found: dict[str, Any] = self._computed_once("proofs.json", self.key, compute)
-        return found
+        proved: dict[str, Any] = self._computed_once("proofs.json", self.key, compute)
+        return proved
 
     def proofs_over_eps(
         self, few: Batches, curve: Sequence[Mapping[str, Any]], levels: Sequence[MemberOutcome]

@@ -37,7 +37,8 @@ _CAPTIONS = {
     ),
     "potential": (
         "Perturbation of the membrane potential",
-        "MS-MPPD of every spiking layer and time step between clean images and those of an attack, on the first batch.",
+        "MS-MPPD of every spiking layer and time step between clean images and those of an attack, on the first batch; "
+        "bound of all: between the bounds of the potential, resets included, over all images; from the proofs.",
     ),
 }
 

@@ -1,7 +1,7 @@
 """Proofs beside attacks: which images of an evaluation no perturbation in the ball can turn."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -21,10 +21,13 @@ class Proofs:
     Attributes:
         verified: By radius, as text, the numbers of the images that are verified.
         total: Images that were looked at, the first ones of the data set.
+        potential: At the largest radius, per layer and step, the mean square of the distance between the bounds of the
+            potential: what MS-MPPD can reach at most.
     """
 
     verified: Mapping[str, tuple[int, ...]]
     total: int
+    potential: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
 
     def rows(self) -> list[dict[str, Any]]:
         """Rows with ``eps``, ``verified`` and ``total``."""
@@ -51,14 +54,19 @@ def prove(model: nn.Module, batches: Iterable[tuple[Tensor, ...]], radii: Sequen
     """
     device = device_of(model)
     found: dict[str, tuple[int, ...]] = {eps_text(eps): () for eps in radii}
+    sums: dict[str, list[float]] = {}
     start = 0
     for batch in batches:
         x, y = batch[0].to(device), batch[1].to(device)
         for eps in radii:
-            verified = verify(model, x, y, eps).verified  # type: ignore[arg-type]  # which refuses other models
-            found[eps_text(eps)] += tuple(start + row for row, proved in enumerate(verified) if proved)
+            result = verify(model, x, y, eps)  # type: ignore[arg-type]  # which refuses other models
+            found[eps_text(eps)] += tuple(start + row for row, proved in enumerate(result.verified) if proved)
+            for layer in result.layers if eps == max(radii) else ():
+                before = sums.get(layer.name, [0.0] * len(layer.potential))
+                sums[layer.name] = [sum_ + len(y) * value for sum_, value in zip(before, layer.potential, strict=True)]
         start += len(y)
-    return Proofs(found, start)
+    potential = {f"net.{name}": tuple(value / start for value in row) for name, row in sums.items()}
+    return Proofs(found, start, potential)
 
 
 def check_proofs(members: Iterable[MemberOutcome], verified: Iterable[int], eps: float) -> None:

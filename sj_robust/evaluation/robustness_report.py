@@ -108,7 +108,8 @@ class RobustnessReport(SavedResult, what="a robustness report", format="sj_robus
         verified_over_eps: Rows with ``eps``, ``verified``, ``total``.
         firing: Rows of ``sj_robust.evaluation.activity.firing``.
         findings: Rows of ``sj_robust.evaluation.masking.diagnose``.
-        potential: MS-MPPD per layer and step under each attack; rows with ``member``, ``samples``, ``layers``.
+        potential: MS-MPPD per layer and step under each attack, and with proofs the mean square that no perturbation
+            exceeds; rows with ``member``, ``samples``, ``layers``.
         configuration: Options of the run as plain data.
         environment: Versions, device, commit.
         warnings: What a reader must know besides.

@@ -82,6 +82,15 @@ def test_the_bracket_and_what_is_undecided(proved):
     assert list(rows.values()) == sorted(rows.values(), reverse=True)
 
 
+def test_bounds_of_the_potential_stand_among_what_attacks_moved(proved):
+    x, y = (torch.cat(parts) for parts in zip(*batches(), strict=True))
+    (layer,) = verify(classifier().eval(), x, y, SMALL).layers
+    *measured, bound = proved.potential
+    assert bound["layers"]["net.parts.1"] == pytest.approx(layer.potential)
+    assert (bound["member"], bound["samples"]) == ("bound of all", 20)
+    assert {tuple(row["layers"]) for row in measured} == {("net.parts.1",)}
+
+
 def test_it_is_saved_shown_compared_and_drawn(proved, tmp_path):
     assert RobustnessReport.from_json(proved.to_json()) == proved
     content = json.loads(proved.to_json())
