@@ -20,6 +20,7 @@ _WORDS = {
     "lif": "LIF", "dlif": "DLIF", "plif": "PLIF", "if": "IF", "none": "undefended", "gaussian": "Gaussian", "at": "AT",
     "rat": "RAT", "pgd_at": "PGD-AT", "trades": "TRADES", "rho": r"weight of MS-MPPD, $\rho$",
     "apgd_ce": "APGD, cross entropy", "apgd_dlr": "APGD, DLR", "fgsm": "FGSM", "everything": "worst of all",
+    "verified": "verified",
 }  # fmt: skip
 
 

@@ -151,8 +151,8 @@ def columns_of(records: Iterable[RunRecord], patterns: Sequence[str] | None = No
     Args:
         records: The runs.
         patterns: Those wanted, as shell patterns such as ``paper/*``, in this order; None for the recipe's own report,
-            the paper's accuracies as the paper takes them (last iterate), and clean, control and worst case of every
-            suite.
+            the paper's accuracies as the paper takes them (last iterate), and of every suite clean, control, worst
+            case and verified.
         few: Without patterns, leave out what says little beside the others: with suites the recipe's own report, and
             their control and worst case beside ``everything``, the worst of both.
 
@@ -227,7 +227,7 @@ def _sort_key(value: Any, order: Sequence[Any]) -> tuple[int, int, float, str]:
 
 def _is_usual(name: str, names: Sequence[str]) -> bool:
     suite, slash, accuracy = name.partition("/")
-    if not slash or accuracy in ("clean", "control", "worst case", "everything"):
+    if not slash or accuracy in ("clean", "control", "worst case", "everything", "verified"):
         return True
     taken_last = f"{name}/last" not in names
     return suite == "paper" and taken_last and "@" not in accuracy and not accuracy.startswith("control/")

@@ -12,6 +12,7 @@ from lab.sweeping.tables import contrast_csv, contrast_table, results_csv, resul
 GRID = {"mode": ["none", "at"], "rho": [0, 1]}
 PAPER = [
     "clean", "gaussian", "pgd10", "pgd10/last", "apgd_ce", "pgd10@10/255", "control/pgd10", "control", "everything",
+    "verified",
 ]  # fmt: skip
 
 
@@ -103,7 +104,8 @@ def test_columns(records):
     runs = [*records, record("at", 1.0, 3, 50, ["paper", "standard"])]
     assert columns_of(records) == ["clean", "pgd20"]
     paper = ["paper/clean", "paper/gaussian", "paper/pgd10/last", "paper/apgd_ce", "paper/control", "paper/everything"]
-    standard = ["standard/clean", "standard/control", "standard/everything"]
+    paper.append("paper/verified")
+    standard = ["standard/clean", "standard/control", "standard/everything", "standard/verified"]
     assert columns_of(runs) == ["clean", "pgd20", *paper, *standard]
     assert columns_of(runs, few=True) == [name for name in (*paper, *standard) if "control" not in name]
     assert columns_of(runs, ["standard/ev*", "pgd*"]) == ["standard/everything", "pgd20"]
