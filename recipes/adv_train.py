@@ -41,18 +41,20 @@ class Options:
     channels: tuple[int, ...] = option((16, 32), "Output channels of the convolutions of small.")
     hidden: tuple[int, ...] = option((4096, 4096), "Widths of the hidden linear layers of a VGG.")
     pretrained: str | None = option(None, "Checkpoint to start from; null for random weights.", metavar="CHECKPOINT")
-    mode: Literal["none", "gaussian", "at", "rat", "pgd_at", "trades"] = option("at", "none, gaussian, at (single "
-        "step), rat (at and retraction of the weights), pgd_at, trades.", group="training attack")
+    mode: Literal["none", "gaussian", "at", "rat", "pgd_at", "trades", "certified"] = option("at", "none, gaussian, at "
+        "(single step), rat (at and retraction of the weights), pgd_at, trades, certified.", group="training attack")
     eps: Radius = option(0.1, "Linf radius of the training attack; for gaussian the standard deviation.",
         idle=lambda options: options.mode == "none" and options.eval_eps is not None)
+    certified_eps: Radius | None = option(None, "Linf radius of the bounds of certified; null means eps.",
+        idle=lambda options: options.mode != "certified")
     step_size: Radius | None = option(None, "Step of the attack; null is eps for one step, eps / 4 for several.")
     attack_steps: PositiveInt | None = option(None, "Steps of pgd_at and trades; null means 7 and 10.")
     noise_std: float = option(0.001, "Standard deviation of the noise at the start of at, rat and trades.")
     project: bool = option(True, "Project the training attack onto the ball (the published code does not).")
     eval_eps: Radius | None = option(None, "Radius of the attacks in validation and test; null means eps.")
-    kappa: float | None = option(None, "Weight of the clean cross entropy, the perturbed one has 1 - kappa; null means "
-        "0.5, and 0 for pgd_at.", group="loss")
-    rho: float | None = option(None, "Weight of MS-MPPD or the indicator; null means 1, and 0 for pgd_at and trades.")
+    kappa: float | None = option(None, "Weight of the clean cross entropy (certified: at the end), 1 - kappa is that "
+        "of the perturbed one or the bounds; null means 0.5, and 0 for pgd_at and certified.", group="loss")
+    rho: float | None = option(None, "Weight of MS-MPPD or the indicator; null means 1 for gaussian, at, rat, else 0.")
     layers: Literal["last", "all"] | list[str] = option("last", "Spiking layers of MS-MPPD, last, all, or a list of "
         "names such as [stages.1, stages.5].", idle=lambda options: options.rho == 0)
     norm: Literal["l2", "l1"] = option("l2", "l2 for the mean square of the perturbation, l1 for its mean absolute "
@@ -71,11 +73,12 @@ class Options:
     epochs: PositiveInt = option(15, "Passes over the training images.", group="training")
     batch_size: PositiveInt = option(64, "Images per step, over all processes together.")
     accumulate: PositiveInt = option(1, "Parts that each process computes its share of a step in, one after the other.")
-    lr: float = option(0.1, "Learning rate of SGD at the start; it falls to 0 (cosine).")
-    momentum: float = option(0.9, "Momentum of SGD.")
-    weight_decay: float | None = option(None, "Weight decay on all parameters; null means 5e-4, and 0 for rat.")
-    select: Literal["clean", "fgsm", "pgd"] | None = option(None, "Validation accuracy that the epoch is chosen by; "
-        "null means pgd, and clean for mode none.")
+    optimizer: Literal["sgd", "adam"] = option("sgd", "sgd or adam.")
+    lr: float = option(0.1, "Learning rate at the start; it falls to 0 (cosine).")
+    momentum: float = option(0.9, "Momentum of SGD.", idle=lambda options: options.optimizer == "adam")
+    weight_decay: float | None = option(None, "Weight decay on all parameters; null means 5e-4, 0 for rat, certified.")
+    select: Literal["clean", "fgsm", "pgd", "verified"] | None = option(None, "Validation accuracy that the epoch is "
+        "chosen by; null means pgd, clean for none, verified for certified.")
     reference: bool = option(True, "Train and measure an undefended LIF network beside it.", decides="nothing")
     seed: NonNegativeInt = option(0, "Seed of everything.")
     device: Literal["auto", "cpu"] = option("auto", "auto takes a GPU if there is one, cpu does not.", group="machine",
@@ -125,29 +128,30 @@ def main(arguments: list[str]) -> None:
             options, neuron="lif", mode="none", select="clean", attack_steps=None, project=True, pretrained=None,
             gradient_sparsity=0.0, threshold_guard=0.0, gain_penalty=0.0,
         )  # fmt: skip
-    eps = parse_eps(options.eps if options.eval_eps is None else options.eval_eps)
+    eps = known(radius(options.eval_eps, options.eps))
     with checked():  # before there is a folder
         networks = {name: completed(choice) for name, choice in networks.items()}
         for choice in networks.values():
             objective, plan, attack = prepared(choice, splits)
-            tried = [attack, *training.final_attacks(eps).values()]
-            training.check_training(objective, splits, plan, accelerator, tried)
+            training.check_training(
+                objective, splits, plan, accelerator, [attack, *training.final_attacks(eps).values()]
+            )
     configuration = asdict(replace(options, output=None, resume=False))
     folder = training.open_run_folder(options.output, stem(options), configuration, accelerator, resume=options.resume)
     if accelerator.is_main_process:
         describe_folder(folder, "adv_train", arguments)
     journal = training.Journal(folder if accelerator.is_main_process else None)
     where = journal.begin(configuration, defaults := asdict(Options()), accelerator)
-    without_effect = idle(completed(options))
-    if unused := sorted(name for name in without_effect if configuration[name] != defaults[name]):
+    if unused := sorted(name for name in idle(completed(options)) if configuration[name] != defaults[name]):
         journal.say(f"without effect beside the other options: {', '.join(unused)}")
     report = Report(ThreatModel("Linf", eps), (), configuration=configuration, environment=where)
     for name, choice in networks.items():
         classifier, history = train_network(name, choice, splits, accelerator, folder, journal)
         if accelerator.is_main_process:
-            attacks, once = training.final_attacks(eps), training.MODES[choice.mode].single_step
             report = report.merged(training.final_report(
-                name, classifier, history, splits, attacks, report.threat, journal, seed=options.seed, single_step=once
+                name, classifier, history, splits, training.final_attacks(eps), report.threat, journal,
+                seed=options.seed, single_step=training.MODES[choice.mode].single_step,
+                verified_eps=eps if choice.select == "verified" else None,
             ))  # fmt: skip
     if accelerator.is_main_process:
         from sj_robust.evaluation.drawings import plot_report  # imports matplotlib
@@ -164,12 +168,11 @@ def train_network(
     """Train one network and return it as it was at its best epoch."""
     objective, plan, perturb = prepared(options, splits)
     (network_folder := folder / name.replace(" ", "_")).mkdir(exist_ok=True)
-    eps = options.eps if options.eval_eps is None else options.eval_eps
     description = {"network": asdict(network_spec(options, splits)), "options": deciding(options, "result")}
     history = training.train(
-        objective, splits, plan, perturb=perturb, validation_attacks=training.validation_attacks(parse_eps(eps)),
-        accelerator=accelerator, folder=network_folder, journal=journal, description=description,
-        resume=options.resume,
+        objective, splits, plan, perturb=perturb, accelerator=accelerator, folder=network_folder, journal=journal,
+        validation_attacks=training.validation_attacks(known(radius(options.eval_eps, options.eps))),
+        description=description, resume=options.resume,
     )  # fmt: skip
     objective.classifier.load_state_dict(training.load_checkpoint(network_folder / "best.pt")["model"])
     return objective.classifier, history
@@ -183,16 +186,16 @@ def prepared(options: Options, splits: ImageSplits) -> tuple[training.Objective,
     if options.pretrained is not None:
         start_from(classifier, Path(options.pretrained))
     plan = training.TrainingPlan(
-        epochs=options.epochs, batch_size=options.batch_size, accumulate=options.accumulate, lr=options.lr,
-        momentum=options.momentum, weight_decay=known(options.weight_decay),
-        retraction=known(options.beta) if mode.retraction else 0.0, seed=options.seed, select=known(options.select),
-        checkpoint_steps=options.checkpoint_steps, workers=options.workers, single_step_attack=mode.single_step,
-        compile=options.compile, channels_last=options.channels_last, sync_batch_norm=options.sync_batch_norm,
-        log_bounds=options.log_bounds,
+        epochs=options.epochs, momentum=options.momentum, workers=options.workers, compile=options.compile,
+        batch_size=options.batch_size, single_step_attack=mode.single_step, channels_last=options.channels_last,
+        accumulate=options.accumulate, lr=options.lr, optimizer=options.optimizer, log_bounds=options.log_bounds,
+        weight_decay=known(options.weight_decay), select=known(options.select), sync_batch_norm=options.sync_batch_norm,
+        retraction=known(options.beta) if mode.retraction else 0.0, checkpoint_steps=options.checkpoint_steps,
+        seed=options.seed, verified_eps=radius(options.eval_eps, options.eps) if options.select == "verified" else None,
     )  # fmt: skip
-    attack = training.training_attack(
+    attack = None if mode.loss == "certified" and options.rho == 0 else training.training_attack(
         options.mode, eps=parse_eps(options.eps), noise_std=options.noise_std, project=options.project,
-        step_size=None if options.step_size is None else parse_eps(options.step_size), steps=options.attack_steps,
+        step_size=radius(options.step_size), steps=options.attack_steps,
     )  # fmt: skip
     penalties = training.make_penalties(
         gradient_sparsity=options.gradient_sparsity, threshold_guard=options.threshold_guard,
@@ -200,8 +203,8 @@ def prepared(options: Options, splits: ImageSplits) -> tuple[training.Objective,
     )  # fmt: skip
     objective = training.Objective(
         classifier, kappa=known(options.kappa), rho=known(options.rho), layers=options.layers, norm=options.norm,
-        input_gain=options.input_gain, loss=mode.loss, trades_weight=options.trades_weight,
-        indicator=options.indicator, penalties=penalties,
+        input_gain=options.input_gain, loss=mode.loss, trades_weight=options.trades_weight, penalties=penalties,
+        certified_eps=radius(options.certified_eps) if mode.loss == "certified" else None, indicator=options.indicator,
     )  # fmt: skip
     return objective, plan, attack
 
@@ -219,16 +222,19 @@ def completed(options: Options) -> Options:
     """The options with those of the mode where they are null, and radii as numbers."""
     mode = training.MODES[options.mode]
     return replace(
-        options,
-        eps=parse_eps(options.eps),
-        step_size=None if options.step_size is None else parse_eps(options.step_size),
-        eval_eps=None if options.eval_eps is None else parse_eps(options.eval_eps),
+        options, eps=parse_eps(options.eps), step_size=radius(options.step_size), eval_eps=radius(options.eval_eps),
+        certified_eps=radius(options.certified_eps, options.eps),
         kappa=mode.kappa if options.kappa is None else options.kappa,
         rho=mode.rho if options.rho is None or options.mode == "none" else options.rho,
         beta=mode.retraction if options.beta is None else options.beta,
         weight_decay=mode.weight_decay if options.weight_decay is None else options.weight_decay,
         select=mode.select if options.select is None else options.select,
-    )
+    )  # fmt: skip
+
+
+def radius(value: float | str | None, null: float | str | None = None) -> float | None:
+    """A radius as a number, or the one that null stands for."""
+    return None if (given := null if value is None else value) is None else parse_eps(given)
 
 
 def known(value: ValueT | None) -> ValueT:

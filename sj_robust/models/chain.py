@@ -23,6 +23,8 @@ VGG_FEATURES: dict[str, tuple[int | Literal["A"], ...]] = {
 class ConvChain(DirectlyEncoded):
     """Convolution - batch norm - neuron for every number in ``features``, average pooling by 2 for every ``"A"``.
 
+    After an ``"S"`` the next convolution has stride 2.
+
     After them linear - neuron for every number in ``hidden``, and a linear layer to the classes.
     逐层堆叠的卷积脉冲网络。
 
@@ -33,14 +35,17 @@ class ConvChain(DirectlyEncoded):
         classes: Number of classes.
         T: Number of time steps an image is repeated for.
         spiking_neuron: Class or function that builds a neuron, as in SpikingJelly's model zoo.
-        features: Output channels of 3x3 convolutions, the first of them first, and ``"A"`` for a pooling.
+        features: Output channels of the convolutions, the first of them first, ``"A"`` for a pooling and ``"S"`` for
+            the stride of the next convolution.
         hidden: Widths of the hidden linear layers.
+        batch_norm: Whether there is a batch norm behind every convolution.
+        kernel_size: Height and width of every kernel; the padding is ``(kernel_size - 1) // 2``.
         step_mode: ``"m"`` or ``"s"``.
         **neuron_kwargs: Passed on to ``spiking_neuron``; one that takes ``T`` (``DLIFNode`` does) gets the network's.
 
     Raises:
-        ValueError: If the image is too small for the number of poolings, ``features`` does not begin with a
-            convolution, a width is not positive, or an input has another number of dimensions.
+        ValueError: If the image is too small for the stages, ``features`` does not begin with a convolution or ends in
+            ``"S"``, a width is not positive, or an input has another number of dimensions.
 
     Source: the VGG networks of Ding et al. (ICML 2024), section 5.
 
@@ -59,35 +64,46 @@ class ConvChain(DirectlyEncoded):
         *,
         T: int,
         spiking_neuron: Callable[..., nn.Module],
-        features: Sequence[int | Literal["A"]],
+        features: Sequence[int | Literal["A", "S"]],
         hidden: Sequence[int] = (),
+        batch_norm: bool = True,
+        kernel_size: int = 3,
         step_mode: str = "m",
         **neuron_kwargs: Any,
     ) -> None:
         """Build the network; see the class."""
         super().__init__()
         width, height, columns = image_shape
-        poolings = features.count("A")
-        if not features or features[0] == "A":
-            raise ValueError(f"features must begin with a convolution, got {list(features)}")
-        for name, sizes in (("convolution", [size for size in features if size != "A"]), ("hidden layer", hidden)):
+        halvings = features.count("A") + features.count("S")
+        widths = [feature for feature in features if isinstance(feature, int)]
+        if not widths or features[0] == "A" or features[-1] == "S":
+            raise ValueError(f"features must begin with a convolution and not end in a stride, got {list(features)}")
+        for name, sizes in (("convolution", widths), ("hidden layer", hidden)):
             if any(size < 1 for size in sizes):
                 raise ValueError(f"every {name} must have a width >= 1, got {list(sizes)}; leave the layer out")
-        if min(height, columns) < 2**poolings:
+        if min(height, columns) < 2**halvings:
             raise ValueError(
-                f"an image of {height}x{columns} pixels cannot be halved {poolings} times (>= 1 needed); "
+                f"an image of {height}x{columns} pixels cannot be halved {halvings} times (>= 1 needed); "
                 "pass fewer stages, or larger images"
             )
+        padding = (kernel_size - 1) // 2
         node = neuron_builder(spiking_neuron, T, neuron_kwargs)
         self.T = T
         stages: list[nn.Module] = []
+        stride = 1
         for feature in features:
+            if feature == "S":
+                stride = 2
+                continue
             if feature == "A":
                 stages.append(layer.AvgPool2d(2))
+                height, columns = height // 2, columns // 2
                 continue
-            stages += [layer.Conv2d(width, feature, 3, padding=1), layer.BatchNorm2d(feature), node()]
-            width = feature
-        width *= (height // 2**poolings) * (columns // 2**poolings)
+            stages.append(layer.Conv2d(width, feature, kernel_size, stride=stride, padding=padding))
+            stages += [layer.BatchNorm2d(feature), node()] if batch_norm else [node()]
+            height, columns = ((size + 2 * padding - kernel_size) // stride + 1 for size in (height, columns))
+            width, stride = feature, 1
+        width *= height * columns
         stages.append(layer.Flatten())
         for size in hidden:
             stages += [layer.Linear(width, size), node()]
@@ -139,13 +155,19 @@ class VGG(ConvChain):
 class SmallConvNet(ConvChain):
     """Convolution - batch norm - neuron - average pooling, once per entry of ``channels``, then a linear layer.
 
+    With ``strides`` the convolutions have these in the place of the poolings, which gives tighter bounds.
+
     小型卷积脉冲网络，适用于 8x8 至 32x32 的图像。
 
     Args:
         image_shape: (C, H, W) of one image; H and W at least ``2 ** len(channels)``.
         classes: Number of classes.
         channels: Output channels of the convolutions.
+        strides: Stride of each convolution, 1 or 2; None for poolings.
         **arguments: ``T``, ``spiking_neuron`` and whatever else :class:`ConvChain` takes.
+
+    Raises:
+        ValueError: If there is not a stride of 1 or 2 for every convolution, and as :class:`ConvChain`.
 
     Source: the stages of the VGG networks of Ding et al. (ICML 2024), made small.
 
@@ -158,8 +180,21 @@ class SmallConvNet(ConvChain):
     """
 
     def __init__(
-        self, image_shape: Sequence[int], classes: int, *, channels: Sequence[int] = (16, 32), **arguments: Any
+        self,
+        image_shape: Sequence[int],
+        classes: int,
+        *,
+        channels: Sequence[int] = (16, 32),
+        strides: Sequence[int] | None = None,
+        **arguments: Any,
     ) -> None:
         """Build the network; see the class."""
-        features: list[int | Literal["A"]] = [feature for width in channels for feature in (width, "A")]
+        if strides is not None and (len(strides) != len(channels) or not set(strides) <= {1, 2}):
+            raise ValueError(f"strides must be 1 or 2 for each of {len(channels)} convolutions, got {list(strides)}")
+        features: list[int | Literal["A", "S"]] = []
+        for number, width in enumerate(channels):
+            if strides is None:
+                features += [width, "A"]
+            else:
+                features += ["S", width] if strides[number] == 2 else [width]
         super().__init__(image_shape, classes, features=features, **arguments)

@@ -35,6 +35,9 @@ class Bounds(Tensor):
     that. All three are float64. ``centre`` is kept as a graph down to the leaves (the input, the outputs of spiking
     layers and of max poolings), of which it is an affine function. 张量所有可能取值的上下界。
 
+    In a run that is ``differentiable``, which is for training, there is no ``error``: centre and radius are in the
+    precision of the input and keep their graph to the weights.
+
     Equation, for ``y = A x + b`` with n terms summed in any order, ``u = 2**-24`` and ``gamma = n u / (1 - n u)``::
 
         centre' = A centre + b
@@ -47,7 +50,8 @@ class Bounds(Tensor):
     Args:
         centre: Middle of the values.
         radius: How far the exact value can be from it; broadcast.
-        error: How far float32 can be from the exact value; broadcast, None for values that are exact.
+        error: How far float32 can be from the exact value; broadcast, None for values that are exact. It stays None
+            in a differentiable run.
         run: The run whose leaves ``centre`` depends on.
 
     Source: interval arithmetic; rounding as in Higham, "Accuracy and Stability of Numerical Algorithms" (2002), ch. 3.
@@ -61,7 +65,7 @@ class Bounds(Tensor):
 
     centre: Tensor
     radius: Tensor
-    error: Tensor
+    error: Tensor | None
     run: "BoundedRun | None"
 
     @staticmethod
@@ -69,26 +73,30 @@ class Bounds(Tensor):
         cls, centre: Tensor, radius: Tensor, error: Tensor | None = None, run: "BoundedRun | None" = None
     ) -> "Bounds":
         """Wrap the parts; see the class."""
-        self: Bounds = Tensor._make_wrapper_subclass(cls, centre.shape, dtype=torch.float32, device=centre.device)
+        differentiable = run is not None and run.differentiable
+        dtype = centre.dtype if differentiable else torch.float32
+        self: Bounds = Tensor._make_wrapper_subclass(cls, centre.shape, dtype=dtype, device=centre.device)
         self.centre, self.run = centre, run
         self.radius = radius.expand(centre.shape)
-        self.error = torch.zeros_like(self.radius) if error is None else error.expand(centre.shape)
+        if differentiable:
+            self.error = None
+        else:
+            self.error = torch.zeros_like(self.radius) if error is None else error.expand(centre.shape)
         return self
 
     @property
     def lower(self) -> Tensor:
         """Smallest value that float32 can give."""
+        if self.error is None:
+            return self.centre - self.radius
         return self.centre.detach() - self.radius - self.error
 
     @property
     def upper(self) -> Tensor:
         """Largest value that float32 can give."""
+        if self.error is None:
+            return self.centre + self.radius
         return self.centre.detach() + self.radius + self.error
-
-    @property
-    def largest(self) -> Tensor:
-        """Largest absolute value that float32 can give."""
-        return self.centre.detach().abs() + self.radius + self.error
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch lacks the type
         """Shape alone: tensors of a network are large."""
@@ -123,12 +131,26 @@ class _Leaf:
     batch_dim: int
     """Where the samples are; -1 if dimension 0 holds the time steps of all samples, first step first."""
 
-    def shares(self, weights: Tensor, samples: int) -> Tensor:
-        """``sum |weights| radius`` of every sample [N]."""
-        size = weights.abs() * self.radius
+    def by_sample(self, values: Tensor, samples: int) -> Tensor:
+        """Values of the shape of the radius as rows, one per sample: [N, *]."""
         if self.batch_dim == -1:
-            return size.view(-1, samples, size[0].numel()).sum((0, 2))
-        return size.movedim(self.batch_dim, 0).flatten(1).sum(1)
+            return values.view(-1, samples, values[0].numel()).transpose(0, 1).flatten(1)
+        return values.movedim(self.batch_dim, 0).flatten(1)
+
+
+class _Cut(torch.autograd.Function):
+    """A leaf's centre: it passes its gradient on, unless its run asks for the map behind the leaves alone."""
+
+    @staticmethod
+    def forward(ctx: Any, centre: Tensor, run: "BoundedRun") -> Tensor:
+        """The centre."""
+        ctx.run = run
+        return centre.view_as(centre)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """The gradient, or none."""
+        return None if ctx.run.cut else grads[0], None
 
 
 @dataclass
@@ -137,15 +159,17 @@ class LayerBounds:
 
     Attributes:
         name: Name of the layer.
-        undecided: Per time step, the number of spikes that may or may not be there.
-        width: Per time step, the squared distance between the bounds of the charged potential.
+        undecided: Per time step, the number of spikes that may or may not be there; not counted in training.
+        width: Per time step, the squared distance between the bounds of the charged potential; likewise.
         neurons: Neurons times samples.
+        steps: Time steps that have run.
     """
 
     name: str
     undecided: list[float] = field(default_factory=list)
     width: list[float] = field(default_factory=list)
     neurons: int = 0
+    steps: int = 0
 
 
 class BoundedRun:
@@ -154,19 +178,28 @@ class BoundedRun:
     Args:
         neurons: Neurons of known dynamics by name.
         samples: Number of samples in the run.
+        differentiable: Whether the bounds are for training: in the precision of the input, without rounding, and with
+            a graph to the weights, in which surrogates stand for the derivatives of both bounds of a spike. As with
+            ``detach_reset``, the reset passes no gradient on.
     """
 
-    def __init__(self, neurons: dict[str, Neuron], samples: int) -> None:
+    def __init__(self, neurons: dict[str, Neuron], samples: int, *, differentiable: bool = False) -> None:
         """Nothing has run yet."""
-        self.neurons, self.samples = neurons, samples
+        self.neurons, self.samples, self.differentiable = neurons, samples, differentiable
+        self.cut = False
         self.leaves: list[_Leaf] = []
         self.layers = {name: LayerBounds(name) for name in neurons}
         self._potential: dict[str, tuple[Tensor, Tensor]] = {}
 
     def leaf(self, lower: Tensor, upper: Tensor, batch_dim: int) -> Bounds:
         """Bounds that start here, of values that are exact."""
-        centre = ((lower + upper) / 2).requires_grad_()
-        radius = _SLACK * torch.maximum(upper - centre.detach(), centre.detach() - lower)
+        centre = (lower + upper) / 2
+        if self.differentiable:
+            centre = _Cut.apply(centre if centre.requires_grad else centre.requires_grad_(), self)  # type: ignore[no-untyped-call]  # untyped in torch
+            radius = (upper - lower) / 2
+        else:
+            radius = _SLACK * torch.maximum(upper - centre, centre - lower)
+            centre.requires_grad_()
         self.leaves.append(_Leaf(centre, radius, batch_dim))
         return Bounds(centre, radius, run=self)
 
@@ -181,22 +214,43 @@ class BoundedRun:
     def lead(self, logits: Bounds, y: Tensor) -> Tensor:
         """Upper bound of what every class's logit is above the right one's, [N, classes]; the right one's own is 0.
 
-        Equation, with g the gradient of ``centre_k - centre_y`` on the leaves, which is that of an affine map::
+        Equation, with w_k the gradient of ``centre_k`` on the leaves, which is that of an affine map::
 
-            centre_k - centre_y + sum |g| radius + error_k + error_y
+            centre_k - centre_y + sum |w_k - w_y| radius + error_k + error_y
         """
         right = y.unsqueeze(1)
         gap = logits.centre - logits.centre.gather(1, right)
+        weights, radius = self._last_map(logits.centre)
+        spread = torch.stack([((w - weights[y]).abs() * radius).sum(1) for w in weights], 1)
+        if logits.error is None:
+            return (gap + spread).scatter(1, right, 0.0)
         error = logits.error + logits.error.gather(1, right)
+        return (gap.detach() + _SLACK * (spread + error)).scatter(1, right, 0.0)
+
+    def _last_map(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The map from the leaves to the logits [classes, *], and the radius of the leaves [N, *].
+
+        It is the same for every sample, so that one pass back gives it for as many classes as there are samples.
+        """
         centres = [leaf.centre for leaf in self.leaves]
-        found = []
-        for k in range(gap.shape[1]):
-            weights = torch.autograd.grad(gap[:, k].sum(), centres, retain_graph=True, allow_unused=True)
-            reached = [
-                leaf.shares(w, self.samples) for leaf, w in zip(self.leaves, weights, strict=True) if w is not None
-            ]
-            found.append(torch.stack(reached).sum(0) if reached else torch.zeros_like(error[:, k]))
-        return (gap.detach() + _SLACK * (torch.stack(found, 1) + error)).scatter(1, right, 0.0)
+        found: list[list[Tensor]] = [[] for _ in centres]
+        self.cut = True
+        for start in range(0, logits.shape[1], self.samples):
+            number = min(self.samples, logits.shape[1] - start)
+            asked = torch.zeros_like(logits)
+            asked.diagonal(start)[:number] = 1.0
+            grads = torch.autograd.grad(
+                logits, centres, asked, retain_graph=True, create_graph=self.differentiable, allow_unused=True
+            )
+            for rows, leaf, grad in zip(found, self.leaves, grads, strict=True):
+                if grad is not None:
+                    rows.append(leaf.by_sample(grad, self.samples)[:number])
+        self.cut = False
+        reached = [(torch.cat(rows), leaf) for rows, leaf in zip(found, self.leaves, strict=True) if rows]
+        if not reached:
+            return logits.new_zeros(logits.shape[1], 1), logits.new_zeros(self.samples, 1)
+        radii = [leaf.by_sample(leaf.radius, self.samples) for _, leaf in reached]
+        return torch.cat([rows for rows, _ in reached], 1), torch.cat(radii, 1)
 
     def _spikes_of(self, name: str, neuron: Neuron) -> Callable[..., Bounds]:
         def forward(x: Any, *args: Any, **kwargs: Any) -> Bounds:
@@ -230,25 +284,32 @@ class BoundedRun:
     def _fired(self, name: str, neuron: Neuron, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
         """Whether each neuron fires for sure, and whether it can, [T, N, *] as numbers."""
         charging, module, layer = neuron.charging(), neuron.module, self.layers[name]
-        decay, reset = charging.decay_value, module.v_reset
+        decay = charging.decay if self.differentiable else charging.decay_value
+        reset = module.v_reset
         rest = 0.0 if reset is None else float(reset)
         threshold = float(module.v_threshold)
-        above, below = threshold + _UNIT * abs(threshold), threshold - _UNIT * abs(threshold)
+        unit = 0.0 if self.differentiable else _UNIT * abs(threshold)
+        above, below = threshold + unit, threshold - unit
         v_lower, v_upper = self._potential.get(name, (torch.full_like(lower[0], rest), torch.full_like(upper[0], rest)))
         layer.neurons = lower[0].numel()
         sure_seq, possible_seq = [], []
         for x_lower, x_upper in zip(lower, upper, strict=True):
-            gain = float(torch.as_tensor(charging.gain_at(len(layer.width), input_gain=True)).detach())
+            gain = charging.gain_at(layer.steps, input_gain=True)
+            gain = gain if self.differentiable else float(torch.as_tensor(gain).detach())
             ends = gain * x_lower, gain * x_upper
             low, high = torch.minimum(*ends), torch.maximum(*ends)
-            size = _larger(v_lower, v_upper) + _larger(low, high) + abs(rest)
-            error = gamma(16) * size + 16 * _SMALLEST
-            h_lower = decay * v_lower + low + (1.0 - decay) * rest - error
-            h_upper = decay * v_upper + high + (1.0 - decay) * rest + error
-            h_lower, h_upper, sure, possible = self._decided(name, gain, h_lower, h_upper, error, (below, above))
+            h_lower = decay * v_lower + low + (1.0 - decay) * rest
+            h_upper = decay * v_upper + high + (1.0 - decay) * rest
+            if self.differentiable:
+                sure, possible = h_lower >= threshold, h_upper >= threshold
+            else:
+                size = _larger(v_lower, v_upper) + _larger(low, high) + abs(rest)
+                error = gamma(16) * size + 16 * _SMALLEST
+                h_lower, h_upper, sure, possible = self._decided(
+                    name, float(gain), h_lower - error, h_upper + error, error, (below, above)
+                )
             undecided = possible & ~sure
-            layer.undecided.append(float(undecided.sum()))
-            layer.width.append(float((h_upper - h_lower).square().sum()))
+            layer.steps += 1
             if reset is None:
                 fired, silent = (h_lower - threshold, h_upper - threshold), (h_lower, h_upper.clamp(max=above))
                 either = h_lower.clamp(max=below - threshold), torch.maximum(silent[1], fired[1])
@@ -258,6 +319,13 @@ class BoundedRun:
             v_lower, v_upper = (
                 torch.where(sure, fired[end], torch.where(undecided, either[end], silent[end])) for end in (0, 1)
             )
+            if self.differentiable:
+                spike = module.surrogate_function
+                sure_seq.append(spike(h_lower - threshold))
+                possible_seq.append(spike(h_upper - threshold))
+                continue
+            layer.undecided.append(float(undecided.sum()))
+            layer.width.append(float((h_upper - h_lower).square().sum()))
             error = gamma(4) * (_larger(h_lower, h_upper) + abs(rest) + threshold) + 4 * _SMALLEST
             v_lower, v_upper = v_lower - error, v_upper + error
             sure_seq.append(sure.double())
@@ -277,23 +345,25 @@ def _larger(lower: Tensor, upper: Tensor) -> Tensor:
 
 
 def _moved(func: Any, args: Any, kwargs: Any) -> Any:
-    """A function that only moves elements, of all three parts."""
+    """A function that only moves elements, of all parts."""
     func = torch.Tensor.reshape if func.__name__ == "view" else func  # parts may be laid out otherwise
-    parts = [func(*_part(args, part), **kwargs) for part in ("centre", "radius", "error")]
     run = _run_of(args)
+    names = ("centre", "radius") if run is not None and run.differentiable else ("centre", "radius", "error")
+    parts = [func(*_part(args, name, run), **kwargs) for name in names]
     if isinstance(parts[0], Tensor):
-        return Bounds(parts[0], parts[1], parts[2], run)
-    return type(parts[0])(Bounds(c, r, e, run) for c, r, e in zip(*parts, strict=True))
+        return Bounds(parts[0], parts[1], parts[2] if len(parts) > 2 else None, run)
+    return type(parts[0])(Bounds(c, r, e[0] if e else None, run) for c, r, *e in zip(*parts, strict=True))
 
 
-def _part(value: Any, part: str) -> Any:
+def _part(value: Any, part: str, run: BoundedRun | None) -> Any:
     """One part of bounds; what is fixed is its own centre."""
     if isinstance(value, Bounds):
         return getattr(value, part)
     if isinstance(value, Tensor) and value.is_floating_point():
-        return value.detach().double() if part == "centre" else torch.zeros_like(value, dtype=torch.float64)
+        value = _constant(value, run)
+        return value if part == "centre" else torch.zeros_like(value)
     if type(value) in (tuple, list):
-        return type(value)(_part(item, part) for item in value)
+        return type(value)(_part(item, part, run) for item in value)
     return value
 
 
@@ -305,26 +375,31 @@ def _run_of(value: Any) -> BoundedRun | None:
     return None
 
 
-def _constant(value: Any) -> Tensor:
-    """A weight, in float64 and without a graph."""
+def _constant(value: Any, run: BoundedRun | None) -> Tensor:
+    """A weight: in float64 and without a graph, or as it is in a differentiable run."""
     if isinstance(value, Bounds):
         raise NoBoundsError("a product of two values that depend on the input")
-    return torch.as_tensor(value).detach().double()
+    found: Tensor = torch.as_tensor(value)
+    return found if run is not None and run.differentiable else found.detach().double()
 
 
 def _affine(
     x: Bounds, apply: Callable[[Tensor], Tensor], absolute: Callable[[Tensor], Tensor], terms: int, shift: Tensor
 ) -> Bounds:
     """Bounds of ``apply(x) + shift``; ``absolute`` is the map whose entries are the absolute values of apply's."""
+    centre, radius = apply(x.centre) + shift, absolute(x.radius)
+    if x.error is None:
+        return Bounds(centre, radius, run=x.run)
     growth = gamma(terms)
-    error = absolute(x.error + growth * x.largest) + growth * shift.abs() + terms * _SMALLEST
-    return Bounds(apply(x.centre) + shift, absolute(x.radius), error, x.run)
+    largest = x.centre.detach().abs() + x.radius + x.error
+    error = absolute(x.error + growth * largest) + growth * shift.abs() + terms * _SMALLEST
+    return Bounds(centre, radius, error, x.run)
 
 
 def _weighted(func: Any, x: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Bounds:
     """Convolution and linear."""
-    weight = _constant(weight)
-    shift = torch.zeros((), dtype=torch.float64, device=weight.device) if bias is None else _constant(bias)
+    weight = _constant(weight, x.run)
+    shift = _zero(x) if bias is None else _constant(bias, x.run)
     if weight.ndim > 2:
         shift = shift.view(-1, *[1] * (weight.ndim - 2))
     return _affine(
@@ -336,6 +411,10 @@ def _weighted(func: Any, x: Any, weight: Any, bias: Any = None, *args: Any, **kw
     )
 
 
+def _zero(x: Bounds) -> Tensor:
+    return torch.zeros((), dtype=x.centre.dtype, device=x.centre.device)
+
+
 def _batch_norm(
     func: Any, x: Any, mean: Any, var: Any, weight: Any = None, bias: Any = None, training: bool = False,
     momentum: float = 0.1, eps: float = 1e-5,
@@ -343,11 +422,13 @@ def _batch_norm(
     if training or mean is None or var is None:
         raise NoBoundsError("batch norm with the statistics of the batch, which one image alone does not decide")
     shape = (-1, *[1] * (x.ndim - 2))
-    slope = (_constant(var) + eps).rsqrt()
-    slope = (slope if weight is None else slope * _constant(weight)).view(shape)
-    moved = _constant(mean).view(shape) * slope
-    bias = torch.zeros_like(moved) if bias is None else _constant(bias).view(shape)
+    slope = (_constant(var, x.run) + eps).rsqrt()
+    slope = (slope if weight is None else slope * _constant(weight, x.run)).view(shape)
+    moved = _constant(mean, x.run).view(shape) * slope
+    bias = torch.zeros_like(moved) if bias is None else _constant(bias, x.run).view(shape)
     found = _affine(x, lambda z: z * slope, lambda z: z * slope.abs(), 12, bias - moved)
+    if found.error is None:
+        return found
     # Computed as (x - mean) * slope + bias or as x * slope + (bias - mean * slope): either is covered.
     return Bounds(found.centre, found.radius, found.error + gamma(12) * (moved.abs() + bias.abs()), x.run)
 
@@ -366,27 +447,28 @@ def _average(func: Any, x: Any, *args: Any, **kwargs: Any) -> Bounds:
         result: Tensor = func(z, *args, **kwargs)
         return result
 
-    return _affine(x, apply, apply, terms + 2, torch.zeros((), dtype=torch.float64, device=x.radius.device))
+    return _affine(x, apply, apply, terms + 2, _zero(x))
 
 
 def _sum(func: Any, a: Any, b: Any, **kwargs: Any) -> Bounds:
     if kwargs:
         raise NoBoundsError("a sum with alpha or out")
-    name = func.__name__.strip("_")
+    name, run = func.__name__.strip("_"), _run_of((a, b))
     a, b = (b, a) if name == "rsub" else (a, b)
+    device = (a if isinstance(a, Bounds) else b).centre.device
     first, second = (
-        value if isinstance(value, Bounds) else Bounds(z := _constant(value).to(_device(a, b)), torch.zeros_like(z))
+        value
+        if isinstance(value, Bounds)
+        else Bounds(z := _constant(value, run).to(device), torch.zeros_like(z), run=run)
         for value in (a, b)
     )
     centre = first.centre - second.centre if "sub" in name else first.centre + second.centre
-    radius, error = first.radius + second.radius, first.error + second.error
+    radius = first.radius + second.radius
+    if first.error is None or second.error is None:
+        return Bounds(centre, radius, run=run)
+    error = first.error + second.error
     size = centre.detach().abs() + radius + error
-    return Bounds(centre, radius, error + gamma(2) * size + _SMALLEST, _run_of((a, b)))
-
-
-def _device(a: Any, b: Any) -> torch.device:
-    bounds: Bounds = a if isinstance(a, Bounds) else b
-    return bounds.centre.device
+    return Bounds(centre, radius, error + gamma(2) * size + _SMALLEST, run)
 
 
 def _product(func: Any, a: Any, b: Any, **kwargs: Any) -> Bounds:
@@ -394,10 +476,9 @@ def _product(func: Any, a: Any, b: Any, **kwargs: Any) -> Bounds:
     x, other = (a, b) if isinstance(a, Bounds) else (b, a)
     if "div" in name and (kwargs or x is not a or name.startswith("r")):
         raise NoBoundsError("a division by a value that depends on the input, or one that rounds")
-    factor = _constant(other).to(x.centre.device)
+    factor = _constant(other, x.run).to(x.centre.device)
     factor = 1.0 / factor if "div" in name else factor
-    zero = torch.zeros((), dtype=torch.float64, device=x.centre.device)
-    return _affine(x, lambda z: z * factor, lambda z: z * factor.abs(), 4, zero)
+    return _affine(x, lambda z: z * factor, lambda z: z * factor.abs(), 4, _zero(x))
 
 
 def _negative(func: Any, x: Any) -> Bounds:
@@ -422,8 +503,8 @@ def _dropout(func: Any, x: Any, p: float = 0.5, training: bool = True, inplace: 
 
 def _converted(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     wanted = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)]
-    if any(dtype != torch.float32 for dtype in wanted):
-        raise NoBoundsError(f"a conversion to {wanted[0]}: bounds are those of float32")
+    if any(dtype != x.dtype for dtype in wanted):
+        raise NoBoundsError(f"a conversion to {wanted[0]}: bounds are those of {x.dtype}")
     return x
 
 

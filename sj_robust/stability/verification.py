@@ -18,7 +18,7 @@ from sj_robust.stability.branching import Prover
 from sj_robust.stability.exact import mip
 from sj_robust.stability.relaxation import Bounded, Maps
 
-__all__ = ["BoundedLayer", "Verification", "verify"]
+__all__ = ["BoundedLayer", "Verification", "bounded_logits", "bounded_neurons", "verify"]
 
 Method = Literal["ibp", "crown", "bab", "mip"]
 METHODS = get_args(Method)
@@ -176,7 +176,7 @@ def verify(
     counts = dict.fromkeys(neurons, 0)
     broken: list[bool] = []
     x_adv = x.detach().clone()
-    bounded: Bounded = partial(_bounded_logits, model)
+    bounded: Bounded = partial(bounded_logits, model)
     prover = Prover(model, bounded, neurons, Maps(bounded, neurons, x[0].to(device)), float(eps))
     for start in range(0, len(x), batch_size):
         images, labels = (values[start : start + batch_size].to(device) for values in (x, y))
@@ -187,7 +187,7 @@ def verify(
                 raise ValueError(f"labels must be from 0 to {logits.shape[1] - 1}, got {labels.tolist()}")
             correct += (logits.argmax(1) == labels).tolist()
             run = BoundedRun(neurons, len(images))
-            lead = run.lead(_bounded_logits(model, run, images, float(eps)), labels)
+            lead = run.lead(bounded_logits(model, run, images, float(eps)), labels)
             margin = -lead.scatter(1, labels.unsqueeze(1), -torch.inf).amax(1)
             wrong = logits.argmax(1) != labels
             if method != "ibp":
@@ -231,9 +231,19 @@ def _tighten(
             margin[i] = max(float(margin[i]), lead)
 
 
-def _bounded_logits(model: SpikingClassifier, run: BoundedRun, images: Tensor, eps: float) -> Bounds:
-    """Bounds of the logits, from one forward of the classifier on bounds of its images."""
-    exact = images.detach().double()
+def bounded_logits(model: SpikingClassifier, run: BoundedRun, images: Tensor, eps: float) -> Bounds:
+    """Bounds of the logits over the ball, from one forward of the classifier on bounds of its images. 输出的上下界。
+
+    Args:
+        model: A classifier in evaluation mode.
+        run: Where what is found is kept; made from :func:`bounded_neurons`.
+        images: Images in [0, 1].
+        eps: Linf radius.
+
+    Raises:
+        NotImplementedError: If something in the network has no bounds; it is named.
+    """
+    exact = images.detach() if run.differentiable else images.detach().double()
     lower, upper = (exact - eps).clamp(min=0), (exact + eps).clamp(max=1)
     entered: list[str] = []
     hooks = [
@@ -248,10 +258,7 @@ def _bounded_logits(model: SpikingClassifier, run: BoundedRun, images: Tensor, e
         where = (
             f" in or behind {entered[-1]} ({type(model.net.get_submodule(entered[-1])).__name__})" if entered else ""
         )
-        raise NotImplementedError(
-            f"no bounds are known for {error}{where}; verify takes convolution, linear, batch norm, pooling, sums and "
-            "IF, LIF, PLIF or DLIF neurons"
-        ) from error
+        raise NotImplementedError(f"no bounds are known for {error}{where}; there are for {_COVERED}") from error
     finally:
         for hook in hooks:
             hook.remove()
@@ -266,9 +273,10 @@ def _checked(model: SpikingClassifier, x: Tensor, y: Tensor, eps: float) -> dict
     if model.training or model.net.training:
         raise ValueError("model must be in evaluation mode, got one in training mode; call model.eval()")
     dtypes = {value.dtype for value in model.state_dict().values() if value.is_floating_point()} | {x.dtype}
-    if other := dtypes - {torch.float32}:
+    if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float64}:
         raise ValueError(
-            f"model and images must be in float32, whose rounding is covered, got {other.pop()}; use .float()"
+            "model and images must be in float32, whose rounding is covered, or both in float64, which rounds less; "
+            f"got {', '.join(sorted(map(str, dtypes)))}; use .float()"
         )
     if not eps >= 0:
         raise ValueError(f"eps must be >= 0, got {eps}; it is the Linf radius for images in [0, 1], such as 8 / 255")
@@ -276,17 +284,26 @@ def _checked(model: SpikingClassifier, x: Tensor, y: Tensor, eps: float) -> dict
         raise ValueError(f"y must be labels [N] of N >= 1 images, got {tuple(y.shape)} for images {tuple(x.shape)}")
     if not bool(x.isfinite().all()) or float(x.min()) < 0 or float(x.max()) > 1:
         raise ValueError("images must be finite and within [0, 1]; normalise inside the classifier with mean and std")
+    return bounded_neurons(model)
+
+
+def bounded_neurons(model: SpikingClassifier) -> dict[str, Neuron]:
+    """The network's spiking layers by name. 网络的脉冲层。
+
+    Raises:
+        NotImplementedError: If there are no bounds of one of them, or of the encoder; it is named.
+    """
     neurons, others, _ = find_neurons(model.net, {}, {})
     unbounded = {name: f"{name}: {reason}" for name, reason in others.items()}
     unbounded |= {name: f"{name}, whose surrogate does not spike" for name, n in neurons.items() if not n.binary}
     if model.encoder is not None:
         unbounded = {"": f"the encoder {type(model.encoder).__name__}"} | unbounded
     if unbounded:
-        raise NotImplementedError(f"no bounds are known for {next(iter(unbounded.values()))}; {_COVERED}")
+        raise NotImplementedError(f"no bounds are known for {next(iter(unbounded.values()))}; there are for {_COVERED}")
     return neurons
 
 
 _COVERED = (
-    "verify takes direct encoding or given frames, convolution, linear, batch norm, pooling, sums, and IF, LIF, PLIF "
-    "or DLIF neurons that spike"
+    "direct encoding or given frames, convolution, linear, batch norm, pooling, sums, and IF, LIF, PLIF or DLIF "
+    "neurons that spike"
 )

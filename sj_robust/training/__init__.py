@@ -2,6 +2,7 @@
 
 import sj_robust._recipes_installed  # noqa: F401  # says what to install if one of its packages is missing
 from sj_robust.models.checkpoint import load_checkpoint, save_checkpoint
+from sj_robust.training.certified import CertifiedLoss
 from sj_robust.training.engine import NonFiniteLossError, TrainingInterrupted, TrainingPlan, check_training, train
 from sj_robust.training.folder import open_run_folder, removed_if_unused, run_to_resume
 from sj_robust.training.history import EpochRecord, catastrophic_overfitting
@@ -22,6 +23,7 @@ from sj_robust.training.validation import final_report
 
 __all__ = [
     "MODES",
+    "CertifiedLoss",
     "EpochRecord",
     "ForwardPasses",
     "GradientSparsity",

@@ -72,13 +72,13 @@ class TrainingRun:
             self.channels_last = choose_channels_last(self.classifier, images, accelerator, plan.seed)
         if self.channels_last:
             store_channels_last(self.classifier)
-        optimizer = torch.optim.SGD(
-            objective.parameters(),
-            plan.lr,
-            momentum=plan.momentum,
-            weight_decay=plan.weight_decay,
-            fused=accelerator.device.type in ("cpu", "cuda"),  # the same step in one pass over the weights
-        )
+        fused = accelerator.device.type in ("cpu", "cuda")  # the same step in one pass over the weights
+        common: dict[str, Any] = {"lr": plan.lr, "weight_decay": plan.weight_decay, "fused": fused}
+        optimizer: torch.optim.Optimizer
+        if plan.optimizer == "adam":
+            optimizer = torch.optim.Adam(objective.parameters(), **common)
+        else:
+            optimizer = torch.optim.SGD(objective.parameters(), momentum=plan.momentum, **common)
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, plan.epochs)
         self.step_module, self.optimizer = accelerator.prepare(objective, optimizer)
         if isinstance(self.step_module, DistributedDataParallel):
@@ -111,7 +111,7 @@ class TrainingRun:
     def finish_epoch(self, validation_attacks: Mapping[str, Attack]) -> EpochRecord:
         """Validate, record and write the checkpoints of an epoch whose batches are done."""
         with self._explained():
-            validation = self.validation.accuracy(self.classifier, validation_attacks)
+            validation = self.validation.accuracy(self.classifier, validation_attacks, self.plan.verified_eps)
         record = EpochRecord(
             epoch=self.epoch + 1,
             losses=dict(zip(self.loss_names, (self.sums / self.batch).tolist(), strict=True)),
@@ -188,6 +188,9 @@ class TrainingRun:
         if self.augmentation is not None:
             x = self.augmentation(x, seeds.derived("augmentation").seeds)
         self.optimizer.zero_grad()
+        if self.objective.certified is not None:
+            done = self.epoch + self.batch / len(self.batches)
+            self.objective.certified.progress = done / self.plan.epochs
         size = len(x) // self.plan.accumulate
         values = []
         with seeded_globals(mixed(self.plan.seed, *position, self.accelerator.process_index), x.device):

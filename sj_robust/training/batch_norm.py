@@ -8,7 +8,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-__all__ = ["share_buffers", "synchronised_batch_norm"]
+from sj_robust.stability import differentiable
+
+__all__ = ["batch_statistics", "share_buffers", "synchronised_batch_norm"]
 
 
 @contextmanager
@@ -55,6 +57,14 @@ def synchronised_batch_norm(net: nn.Module) -> Iterator[None]:
     finally:
         for module, original in changed:
             module.__class__ = original
+
+
+def batch_statistics(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance that a batch norm in training mode takes of its input [N, C, *]; synchronised ones pool."""
+    mean, var = differentiable.batch_statistics(module, x)
+    if isinstance(module, _Synchronised) and _processes() > 1:
+        mean, var, _ = module._pooled(var, mean, x.numel() // x.shape[1])
+    return mean, var
 
 
 def share_buffers(net: nn.Module) -> None:

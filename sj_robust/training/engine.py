@@ -137,6 +137,14 @@ def _check_use(objective: Objective, plan: TrainingPlan, accelerator: Accelerato
                 f"{name} is wrapped in {type(module).__name__}, which loses neuron states or is done here: give train "
                 "the bare network, and start it with torchrun or accelerate launch for several devices"
             )
+    if objective.certified is not None:
+        if accelerator.mixed_precision != "no":
+            raise ValueError(
+                f"mixed_precision must be no for certified training, got {accelerator.mixed_precision}: rounding to it "
+                "moves potentials by up to 1 part in 256 (bf16) or 2048 (fp16), which the bounds do not cover"
+            )
+        if plan.compile:
+            raise ValueError("compile must be False for certified training, as a compiled network takes no bounds")
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError(
             f"the accelerator must have gradient_accumulation_steps 1, got {accelerator.gradient_accumulation_steps}; "

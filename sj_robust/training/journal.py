@@ -181,14 +181,16 @@ def _per_second(times: list[float]) -> float:
 def _summary(losses: Mapping[str, float]) -> str:
     """The losses in words, without the parts and the passes that training does not have."""
     penalties = [name for name in losses if name.startswith("penalty/")]
-    shown = [name for name in ("clean", "perturbed", "mppd", *(penalties or ["penalty"])) if losses.get(name)]
+    shown = [
+        name for name in ("clean", "perturbed", "mppd", "certified", *(penalties or ["penalty"])) if losses.get(name)
+    ]
     parts = ", ".join(f"{name.removeprefix('penalty/')} {losses[name]:.3f}" for name in shown)
     return f"loss {losses['total']:.3f} ({parts}), accuracy {_accuracies(losses)}"
 
 
 def _accuracies(losses: Mapping[str, float]) -> str:
-    """Accuracy on clean and on perturbed images, as far as training looks at them."""
-    passes = (("clean", "accuracy"), ("perturbed", "accuracy_perturbed"))
+    """Accuracy on clean and on perturbed images, and proved, as far as training looks at them."""
+    passes = (("clean", "accuracy"), ("perturbed", "accuracy_perturbed"), ("certified", "accuracy_certified"))
     return " / ".join(f"{losses[name]:.1%}" for loss, name in passes if losses[loss])
 
 

@@ -18,6 +18,7 @@ from sj_robust.attacks.projection import linf_bounds
 from sj_robust.randomness import SampleSeeds, randn
 from sj_robust.training.objective import LossName
 from sj_robust.training.penalties import GradientSparsity, Penalty, StabilityGain, ThresholdGuarding
+from sj_robust.training.plan import SelectName
 
 __all__ = [
     "MODES",
@@ -30,7 +31,7 @@ __all__ = [
     "validation_attacks",
 ]
 
-ModeName = Literal["none", "gaussian", "at", "rat", "pgd_at", "trades"]
+ModeName = Literal["none", "gaussian", "at", "rat", "pgd_at", "trades", "certified"]
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,15 @@ class Mode:
         name: Name of the mode.
         attack_steps: Gradient steps that make a perturbed image; 0 where it is noise or there is none.
         loss: Loss of :class:`Objective`.
-        kappa: Weight of the clean cross entropy.
+        kappa: Weight of the clean cross entropy, at the end of the training for ``certified``.
         rho: Weight of MS-MPPD.
         weight_decay: Weight decay of the optimizer.
         retraction: Length beta of the step towards orthonormal rows after the optimizer's; 0 for none.
         select: Validation figure that the best epoch is chosen by.
         idle: Options of ``recipes/adv_train.py`` that change nothing with this mode.
 
-    Source: Ding et al. (ICML 2024; NeurIPS 2022 for ``rat``), Madry et al. (ICLR 2018), Zhang et al. (ICML 2019).
+    Source: Ding et al. (ICML 2024; NeurIPS 2022 for ``rat``), Madry et al. (ICLR 2018), Zhang et al. (ICML 2019), Gowal
+        et al. (arXiv 1810.12715) for ``certified``.
 
     Examples:
         >>> MODES["rat"].weight_decay, MODES["pgd_at"].kappa
@@ -62,13 +64,13 @@ class Mode:
     rho: float = 0.0
     weight_decay: float = 5e-4
     retraction: float = 0.0
-    select: Literal["clean", "fgsm", "pgd"] = "pgd"
+    select: SelectName = "pgd"
     idle: tuple[str, ...] = ()
 
     @property
     def single_step(self) -> bool:
-        """Whether one gradient step makes the images, after which catastrophic overfitting is looked for."""
-        return self.attack_steps == 1
+        """Whether one gradient step makes the images to learn, after which catastrophic overfitting is looked for."""
+        return self.attack_steps == 1 and self.loss != "certified"
 
 
 MODES: Mapping[ModeName, Mode] = MappingProxyType(
@@ -109,6 +111,15 @@ MODES: Mapping[ModeName, Mode] = MappingProxyType(
             ),
             Mode("pgd_at", attack_steps=7, kappa=0.0, idle=("noise_std", "project", "beta", "trades_weight")),
             Mode("trades", attack_steps=10, loss="trades", idle=("kappa", "project", "beta")),
+            Mode(
+                "certified",
+                attack_steps=1,
+                loss="certified",
+                kappa=0.0,
+                weight_decay=0.0,
+                select="verified",
+                idle=("attack_steps", "beta", "trades_weight"),
+            ),
         )
     }
 )
@@ -128,7 +139,8 @@ def training_attack(
 
     - ``"none"``: it makes none.
     - ``"gaussian"``: ``x + eps * n`` with ``n ~ N(0, 1)``, not clamped.
-    - ``"at"``, ``"rat"``: :func:`sj_robust.attacks.rfgsm`, one step from ``x + noise_std * n``.
+    - ``"at"``, ``"rat"``: :func:`sj_robust.attacks.rfgsm`, one step from ``x + noise_std * n``; ``"certified"`` too,
+      for terms beside its bounds.
     - ``"pgd_at"``: the last iterate of :func:`sj_robust.attacks.pgd` on the cross entropy, from a uniform start.
     - ``"trades"``: :func:`trades`, from ``x + noise_std * n``.
 

@@ -1,7 +1,7 @@
 """The training objective: cross entropy of the clean and the perturbed image, and the perturbation between them."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -12,11 +12,12 @@ from sj_robust.classifier import SpikingClassifier
 from sj_robust.perturbation import MPPDMonitor
 from sj_robust.perturbation.pair import Indicator
 from sj_robust.randomness import seeded_globals
+from sj_robust.training.certified import CertifiedLoss
 from sj_robust.training.penalties import ForwardPasses, Penalty
 
 __all__ = ["LossName", "Losses", "Objective"]
 
-LossName = Literal["paper", "trades"]
+LossName = Literal["paper", "trades", "certified"]
 
 
 class Losses(NamedTuple):
@@ -27,8 +28,10 @@ class Losses(NamedTuple):
         clean: Cross entropy of the clean images; 0 if the objective does not run them.
         perturbed: Cross entropy of the perturbed images; 0 without any, or if the objective does not run them.
         mppd: MS-MPPD, or the indicator in its place, before its weight; 0 if it has none.
+        certified: Cross entropy of the worst logits that bounds allow; 0 without them.
         accuracy: Share of the clean images that are classified right; 0 if they do not run.
         accuracy_perturbed: The same of the perturbed images.
+        accuracy_certified: Share of the images that keep their class whatever the perturbation, by these bounds.
         penalty: Sum of all penalties with their weights.
     """
 
@@ -36,20 +39,25 @@ class Losses(NamedTuple):
     clean: Tensor
     perturbed: Tensor
     mppd: Tensor
+    certified: Tensor
     accuracy: Tensor
     accuracy_perturbed: Tensor
+    accuracy_certified: Tensor
     penalty: Tensor
 
 
 class Objective(nn.Module):
     """Loss of a classifier on clean and perturbed images. 干净与扰动图像上的训练目标。
 
-    Equation, with loss ``"paper"`` and ``"trades"``::
+    Equation, with loss ``"paper"``, ``"trades"`` and ``"certified"``::
 
         L = kappa * CE(f(x), y) + (1 - kappa) * CE(f(x~), y)   + rho * MS-MPPD + sum of weight * penalty
         L = CE(f(x), y) + trades_weight * KL(f(x) || f(x~))    + rho * MS-MPPD + sum of weight * penalty
+        L = k * CE(f(x), y) + (1 - k) * CE(z, y)               + rho * MS-MPPD + sum of weight * penalty
 
-    or ``CE(f(x), y)`` and the penalties without perturbed images. The divergence is that of the softmax distributions,
+    or, but for ``"certified"``, ``CE(f(x), y)`` and the penalties without perturbed images. z are the worst logits that
+    bounds over a ball allow (:class:`CertifiedLoss`), ``1 - k`` is ``1 - kappa`` times its ramp, and the clean images
+    always run. The divergence is that of the softmax distributions,
     a mean over the batch with a gradient through both of its sides. In MS-MPPD's place can stand the mean square (or
     absolute value, ``norm``) of a difference of spikes, see :meth:`MPPDMonitor.loss`: ``s[t] - s~[t]`` for ``"std"``,
     ``mean_t s - mean_t s~`` for ``"tasad"``, both through the surrogate. The clean pass is a constant in all three.
@@ -68,16 +76,20 @@ class Objective(nn.Module):
         layers: ``"last"`` (the spiking layer executed last), ``"all"``, or names of spiking layers.
         norm: ``"l2"`` for the mean square, ``"l1"`` for the mean absolute value.
         input_gain: Whether DLIF's learnable gain is part of the perturbation; the paper leaves it out.
-        loss: ``"paper"`` or ``"trades"``.
+        loss: ``"paper"``, ``"trades"`` or ``"certified"``.
         trades_weight: Weight of the divergence, >= 0 (the 1/lambda of TRADES).
         indicator: ``"mppd"``, ``"tasad"`` or ``"std"``.
         penalties: Further terms, each with its weight; those of weight 0 are left out.
+        certified_eps: Linf radius of the bounds at the end of the training; for ``"certified"`` alone.
 
     Attributes:
+        certified: The part with the bounds, whose ``progress`` the training sets; None for another loss.
         penalty_values: Value before its weight of every penalty in the last forward, by name, without a graph.
 
     Raises:
-        ValueError: If a weight is out of range, a name unknown, or two penalties have the same name.
+        ValueError: If a weight is out of range, a name unknown, two penalties have the same name, or the radius is
+            missing or out of range.
+        NotImplementedError: If something in the network has no bounds, which ``"certified"`` needs.
 
     Source: Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024), section 4; kappa 0.5 and rho 1. Zhang et
         al., "Theoretically Principled Trade-off between Robustness and Accuracy" (ICML 2019); weight 6.
@@ -104,6 +116,7 @@ class Objective(nn.Module):
         trades_weight: float = 6.0,
         indicator: Indicator = "mppd",
         penalties: Sequence[Penalty] = (),
+        certified_eps: float | None = None,
     ) -> None:
         """Attach the monitor if the objective needs one; see the class."""
         super().__init__()
@@ -123,7 +136,13 @@ class Objective(nn.Module):
         names = [penalty.name for penalty in penalties]
         if len(set(names)) < len(names):
             raise ValueError(f"penalties must differ in name, got {', '.join(names)}; leave one of the same name out")
+        if (certified_eps is None) == (loss == "certified"):
+            raise ValueError(
+                f"certified_eps belongs to loss 'certified' and to no other, got {certified_eps} for {loss!r}; give "
+                "both or neither"
+            )
         self.classifier = classifier
+        self.certified = None if certified_eps is None else CertifiedLoss(classifier, certified_eps)
         self.kappa = kappa
         self.rho = rho
         self.layers = layers if isinstance(layers, str) else list(layers)
@@ -142,7 +161,13 @@ class Objective(nn.Module):
         """Refuse layers that cannot be followed, by running the network on ``x``, which changes nothing else.
 
         The monitor then knows which layer is executed last, and follows it alone from the first step on.
+
+        Raises:
+            ValueError: If a layer cannot be followed.
+            NotImplementedError: If something in the network has no bounds, and the loss needs them.
         """
+        if self.certified is not None:
+            self.certified.check(x)
         if self.monitor is not None:
             with seeded_globals(0, x.device):
                 self.monitor.compare(x, x, forward=self.classifier)
@@ -154,12 +179,18 @@ class Objective(nn.Module):
         zero = torch.zeros((), dtype=passes.first[1].dtype, device=x.device)
         clean, accuracy = zero, zero
         perturbed, accuracy_perturbed = zero, zero
+        certified, accuracy_certified = zero, zero
         if passes.logits is not None:
             clean, accuracy = F.cross_entropy(passes.logits, y), _accuracy(passes.logits, y)
         if passes.logits_perturbed is not None:
             perturbed = F.cross_entropy(passes.logits_perturbed, y)
             accuracy_perturbed = _accuracy(passes.logits_perturbed, y)
-        if x_perturbed is None:
+        if self.certified is not None:
+            total = clean
+            if (weight := (1 - self.kappa) * self.certified.ramp) > 0:
+                certified, accuracy_certified = self.certified.value(x.detach(), y)
+                total = (1 - weight) * clean + weight * certified
+        elif x_perturbed is None:
             total = clean
         elif self.loss == "trades":
             assert passes.logits is not None
@@ -188,16 +219,19 @@ class Objective(nn.Module):
             clean.detach(),
             perturbed.detach(),
             mppd.detach(),
+            certified.detach(),
             accuracy,
             accuracy_perturbed,
+            accuracy_certified,
             penalty.detach(),
         )
 
     def _run(self, x: Tensor, y: Tensor, x_perturbed: Tensor | None) -> ForwardPasses:
         """The passes that the objective needs, watched by the monitor and the penalties."""
         needs_both = self.monitor is not None or self.loss == "trades"
-        runs_clean = x_perturbed is None or self.kappa > 0 or needs_both
-        runs_perturbed = x_perturbed is not None and (self.kappa < 1 or needs_both)
+        runs_clean = x_perturbed is None or self.kappa > 0 or needs_both or self.certified is not None
+        weighs_perturbed = self.kappa < 1 and self.certified is None
+        runs_perturbed = x_perturbed is not None and (weighs_perturbed or needs_both)
         if any(penalty.input_gradient for penalty in self.penalties):
             if runs_clean:
                 x = x.detach().requires_grad_()
@@ -208,12 +242,16 @@ class Objective(nn.Module):
             for penalty in self.penalties:
                 stack.enter_context(penalty.observe(self.classifier))
             if runs_clean:
-                with self._watched("clean", watched=runs_perturbed):
+                with self._watched("clean", watched=runs_perturbed), self._statistics():
                     logits = self.classifier(x)
             if runs_perturbed:
                 with self._watched("perturbed", watched=True):
                     logits_perturbed = self.classifier(x_perturbed)
         return ForwardPasses(self.classifier, y, x, x_perturbed, logits, logits_perturbed)
+
+    def _statistics(self) -> AbstractContextManager[None]:
+        """Context of the clean pass, whose batch statistics the bounds take."""
+        return nullcontext() if self.certified is None else self.certified.watching()
 
     @contextmanager
     def _watched(self, run: Literal["clean", "perturbed"], *, watched: bool) -> Iterator[None]:

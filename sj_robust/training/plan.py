@@ -3,7 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-__all__ = ["TrainingPlan"]
+__all__ = ["SelectName", "TrainingPlan"]
+
+SelectName = Literal["clean", "fgsm", "pgd", "verified"]
 
 
 @dataclass(frozen=True)
@@ -15,12 +17,14 @@ class TrainingPlan:
         batch_size: Images per step over all processes together.
         accumulate: Equal parts that every process takes its share of a step in, one after the other, for want of
             memory; their gradients are averaged, and batch norm sees one part at a time.
-        lr: Learning rate of SGD at the start.
-        momentum: Momentum of SGD.
+        optimizer: ``"sgd"`` or ``"adam"``.
+        lr: Learning rate at the start.
+        momentum: Momentum of SGD; Adam has its own.
         weight_decay: On all parameters, DLIF's input gains included.
         retraction: Length beta of the step of every weight towards orthonormal rows after the optimizer's; 0 for none.
         seed: Decides the order of the images and the noise of every step.
         select: Validation figure that the best epoch is chosen by.
+        verified_eps: Linf radius at which validation proves images, the figure ``"verified"``; None proves none.
         checkpoint_steps: Steps between checkpoints within an epoch; None writes one per epoch only.
         workers: Processes that load images in the background.
         single_step_attack: Whether training uses one, so that catastrophic overfitting is looked for.
@@ -43,12 +47,14 @@ class TrainingPlan:
     epochs: int
     batch_size: int = 64
     accumulate: int = 1
+    optimizer: Literal["sgd", "adam"] = "sgd"
     lr: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
     retraction: float = 0.0
     seed: int = 0
-    select: Literal["clean", "fgsm", "pgd"] = "pgd"
+    select: SelectName = "pgd"
+    verified_eps: float | None = None
     checkpoint_steps: int | None = None
     workers: int = 0
     single_step_attack: bool = True
@@ -62,6 +68,10 @@ class TrainingPlan:
         for name, value in (at_least_one | {"checkpoint_steps": self.checkpoint_steps or 1}).items():
             if value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
+        if self.optimizer not in ("sgd", "adam"):
+            raise ValueError(f"optimizer must be 'sgd' or 'adam', got {self.optimizer!r}")
+        if (self.select == "verified") and self.verified_eps is None:
+            raise ValueError("select 'verified' needs verified_eps, the Linf radius of the proofs, such as 8 / 255")
         if not 0.0 < self.lr < float("inf"):
             raise ValueError(f"lr must be > 0 and finite, got {self.lr}")
         if not 0.0 <= self.momentum < 1.0:

@@ -8,12 +8,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset
 
-from sj_robust.attacks import Attack
+from sj_robust._environment import device_of
+from sj_robust._preserved import evaluation_mode
+from sj_robust.attacks import Attack, eps_text
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.data import ImageSplits, image_loader
 from sj_robust.evaluation import Report, ThreatModel, accuracy, evaluate
 from sj_robust.perturbation import MPPDMonitor
-from sj_robust.stability import certify, gain_scalars
+from sj_robust.stability import certify, gain_scalars, verify
 from sj_robust.training.history import EpochRecord, catastrophic_overfitting
 from sj_robust.training.journal import Journal
 from sj_robust.training.processes import mixed
@@ -52,12 +54,21 @@ class Validation:
         mine = [i for number in self._numbers for i in range(number * _BATCH, min(self._size, (number + 1) * _BATCH))]
         self._loader = image_loader(Subset(images, mine), _BATCH, pin_memory=pin_memory)
 
-    def accuracy(self, model: nn.Module, attacks: Mapping[str, Attack]) -> dict[str, float]:
-        """Accuracy in [0, 1] on clean images and under each attack; every process gets the same figures."""
-        names = ("clean", *attacks)
+    def accuracy(
+        self, model: nn.Module, attacks: Mapping[str, Attack], verified_eps: float | None = None
+    ) -> dict[str, float]:
+        """Accuracy in [0, 1] on clean images and under each attack; every process gets the same figures.
+
+        With ``verified_eps`` also the share of images that are ``"verified"`` at that radius.
+        """
+        names = ("clean", *attacks, *(() if verified_eps is None else ("verified",)))
         correct = torch.zeros(len(names), dtype=torch.int64)
         for number, (x, y) in zip(self._numbers, self._batches(), strict=True):
             shares = accuracy(model, [(x, y)], attacks, seed=mixed(self._seed, number) % 2**31)
+            if verified_eps is not None:
+                assert isinstance(model, SpikingClassifier)
+                with evaluation_mode(model):
+                    shares["verified"] = verify(model, x, y, verified_eps, batch_size=_BATCH).accuracy
             correct += torch.tensor([round(shares[name] * len(y)) for name in names])
         total = self._accelerator.reduce(correct.to(self._accelerator.device), "sum")
         return dict(zip(names, (count / self._size for count in total.tolist()), strict=True))
@@ -100,23 +111,34 @@ def final_report(
     *,
     seed: int,
     single_step: bool,
+    verified_eps: float | None = None,
 ) -> Report:
     """Report of a trained network on the test images, with the curves of its training. 训练结束后的评估。
 
     Args:
         name: Name of the network in the report.
         classifier: The network.
-        history: Records of its epochs; the report's notes are the warnings about them.
+        history: Records of its epochs; the report's notes are the warnings about them, and how many are verified.
         splits: The data set, of which the test images count.
         attacks: Attacks by name, budgets inside.
         threat: The budget, for the report.
         journal: Shows how far it is.
         seed: Seeds the attacks.
         single_step: Whether it was trained with a single-step attack, so that catastrophic overfitting is looked for.
+        verified_eps: Linf radius at which the test images are proved as well; None proves none.
     """
     loader = image_loader(splits.test, 32 if splits.frames else 512)
     with journal.steps(f"evaluating {name} on {len(splits.test)} test images", len(loader)) as step:
         report = evaluate(classifier, loader, attacks, threat=threat, network=name, seed=seed, on_batch=step)
     heads = [history[: end + 1] for end in range(len(history))] if single_step else []
     notes = tuple(f"{name}: {warning}" for warning in map(catastrophic_overfitting, heads) if warning)
+    if verified_eps is not None:
+        device, proofs = device_of(classifier), 0
+        text = f"verifying {name} on {len(splits.test)} test images"
+        with journal.steps(text, len(loader)) as step, evaluation_mode(classifier):
+            for x, y in loader:
+                proofs += sum(verify(classifier, x.to(device), y.to(device), verified_eps).verified)
+                step()
+        share = f"{proofs} of {len(splits.test)} test images ({proofs / len(splits.test):.1%})"
+        notes += (f"{name}: {share} verified at Linf {eps_text(verified_eps)}",)
     return replace(report, curves={name: [asdict(record) for record in history]}, notes=notes)

@@ -13,7 +13,7 @@ from sj_robust._preserved import preserved
 from sj_robust.stability import relaxation, verify
 from sj_robust.stability._affine import full_precision
 from sj_robust.stability.relaxation import Maps, RelaxedRun, minimum
-from sj_robust.stability.verification import _bounded_logits, _checked
+from sj_robust.stability.verification import bounded_logits, _checked
 
 METHODS = ("ibp", "crown", "bab", "mip")
 
@@ -23,7 +23,7 @@ def relaxed(model, x, eps, *, tight=False, **arguments):
     neurons = _checked(model, x, torch.zeros(len(x), dtype=torch.long), eps)
 
     def bounded(run, images, eps):
-        return _bounded_logits(model, run, images, eps)
+        return bounded_logits(model, run, images, eps)
 
     maps = Maps(bounded, neurons, x[0])
     with full_precision(x.device), preserved(model):

@@ -232,7 +232,7 @@ def wrong_use():
     return {
         "no classifier": (nn.Flatten(), x, y, 0.1, "wrap the network"),
         "training": (classifier(convolutional, NEURONS["LIF"]).train(), x, y, 0.1, "call model.eval()"),
-        "float64": (model, x.double(), y, 0.1, "in float32.*got torch.float64"),
+        "float64": (model, x.double(), y, 0.1, "in float32.*got torch.float32, torch.float64; use"),
         "negative": (model, x, y, -0.1, "eps must be >= 0, got -0.1"),
         "nan": (model, x, y, float("nan"), "eps must be >= 0, got nan"),
         "label": (model, x, torch.tensor([0, 3]), 0.1, "labels must be from 0 to 2"),

@@ -31,6 +31,7 @@ class Network:
     def __init__(self, state):
         self.w = {name: value.detach().clone() for name, value in state.items()}
         self.margin = float("inf")
+        self.statistics = {}
 
     def parameters(self):
         return {n: v for n, v in self.w.items() if "running" not in n and "tracked" not in n}
@@ -54,6 +55,7 @@ class Network:
             dims, count = (0, 1, 3, 4), x_seq[:, :, 0].numel()
             mean = x_seq.sum(dims) / count
             var = (x_seq - mean[:, None, None]).square().sum(dims) / count
+            self.statistics.setdefault(name, (mean, var))  # of the clean images, which come first
             with torch.no_grad():
                 self.w[f"{name}.running_mean"] = 0.9 * w["running_mean"] + 0.1 * mean
                 self.w[f"{name}.running_var"] = 0.9 * w["running_var"] + 0.1 * var * count / (count - 1)
@@ -72,6 +74,55 @@ class Network:
         self.margin = min(self.margin, float((seen[name]["h"] - 1).abs().min().detach()))
         return seen[name]["s"]
 
+    def lead(self, x, y, eps):
+        """Upper bounds of every class's lead over the right one, with the batch statistics of the clean images."""
+        ends = [torch.stack([end] * T) for end in ((x - eps).clamp(0, 1), (x + eps).clamp(0, 1))]
+        ends = self.affine(ends, lambda z, w: F.conv2d(z, w, padding=1), "0")
+        ends = self.neuron_bounds("2", self.norm_bounds("1", ends))
+        ends = [torch.stack([F.avg_pool2d(frame, 2) for frame in end]) for end in ends]
+        ends = self.affine(ends, lambda z, w: F.conv2d(z, w, padding=1), "4")
+        ends = self.neuron_bounds("6", self.norm_bounds("5", ends))
+        ends = self.affine([end.flatten(2) for end in ends], lambda z, w: z @ w.T, "8")
+        lower, upper = self.neuron_bounds("9", ends)
+        weight, bias = self.w["10.weight"], self.w["10.bias"]
+        over = weight[None] - weight[y][:, None]  # [N, classes, features]
+        middle, radius = ((upper + lower) / 2).mean(0), ((upper - lower) / 2).mean(0)
+        return (over @ middle[..., None] + over.abs() @ radius[..., None])[..., 0] + bias - bias[y][:, None]
+
+    def affine(self, ends, function, name):
+        """Through a convolution or linear layer, frame by frame."""
+        weight, bias = self.w[f"{name}.weight"], self.w.get(f"{name}.bias")
+        middle, radius = (ends[0] + ends[1]) / 2, (ends[1] - ends[0]) / 2
+        middle = torch.stack([function(frame, weight) for frame in middle])
+        radius = torch.stack([function(frame, weight.abs()) for frame in radius])
+        if bias is not None:
+            middle = middle + (bias[:, None, None] if weight.ndim == 4 else bias)
+        return middle - radius, middle + radius
+
+    def norm_bounds(self, name, ends):
+        mean, var = self.statistics[name]
+        scale = (self.w[f"{name}.weight"] / (var + 1e-5).sqrt())[:, None, None]
+        shift = self.w[f"{name}.bias"][:, None, None] - mean[:, None, None] * scale
+        moved = [end * scale + shift for end in ends]
+        return torch.minimum(*moved), torch.maximum(*moved)
+
+    def neuron_bounds(self, name, ends):
+        """Hard reset to 0, which passes no gradient on."""
+        gain = self.w.get(f"{name}.input_gain", torch.full((T,), 1 / TAU, dtype=torch.float64))
+        low = high = torch.zeros_like(ends[0][0])
+        sure_seq, possible_seq = [], []
+        for t in range(T):
+            currents = gain[t] * ends[0][t], gain[t] * ends[1][t]
+            h_low, h_high = DECAY * low + torch.minimum(*currents), DECAY * high + torch.maximum(*currents)
+            sure_seq.append(Triangle.apply(h_low - 1))
+            possible_seq.append(Triangle.apply(h_high - 1))
+            self.margin = min(self.margin, *(float((h - 1).abs().min().detach()) for h in (h_low, h_high)))
+            sure, undecided = h_low >= 1, (h_low < 1) & (h_high >= 1)
+            zero = torch.zeros_like(h_low)
+            low = torch.where(sure, zero, torch.where(undecided, h_low.clamp(max=0), h_low))
+            high = torch.where(sure, zero, torch.where(undecided, h_high.clamp(0, 1), h_high))
+        return torch.stack(sure_seq), torch.stack(possible_seq)
+
 
 def cross_entropy(logits, y):
     return (logits.exp().sum(1).log() - logits[torch.arange(len(y)), y]).mean()
@@ -89,7 +140,7 @@ def perturbed_images(mode, network, x, y, noise, *, eps, noise_std):
     if mode == "gaussian":
         return x + eps * noise
     clean = network.run(x, training=False)[0].detach()
-    if mode in ("at", "rat"):
+    if mode in ("at", "rat", "certified"):
         start, step, steps = x + noise_std * noise, eps, 1
     elif mode == "pgd_at":
         start, step, steps = (x + eps * (2 * noise - 1)).clamp(0, 1), eps / 4, 7

@@ -76,11 +76,12 @@ def test_radii(problem):
 
 
 def test_the_table():
-    assert list(MODES) == ["none", "gaussian", "at", "rat", "pgd_at", "trades"]
+    assert list(MODES) == ["none", "gaussian", "at", "rat", "pgd_at", "trades", "certified"]
     assert all(mode.name == name for name, mode in MODES.items())
     assert [name for name, mode in MODES.items() if mode.single_step] == ["at", "rat"]
     assert [name for name, mode in MODES.items() if mode.retraction] == ["rat"]
-    assert [name for name, mode in MODES.items() if mode.weight_decay == 0] == ["rat"]
+    assert [name for name, mode in MODES.items() if mode.weight_decay == 0] == ["rat", "certified"]
+    assert [name for name, mode in MODES.items() if mode.select == "verified"] == ["certified"]
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from sj_robust.randomness import draw_seed, private_generator, rand, randn
 from sj_robust.training import MODES, GradientSparsity, Objective, ThresholdGuarding, retract_, training_attack
 
 EPS = 0.1
+CERTIFIED_EPS, RAMP = 0.02, 0.75
 NOISE_STD = 0.1  # enough to flip a spike of every image, without which trades has a zero gradient at its start
 SEEDS = SampleSeeds([11, 12, 13])
 
@@ -64,6 +65,9 @@ CASES = [
     Case("none", guard=0.5),
     Case("rat", guard=0.5, guarded=("6",)),
     Case("trades", sparsity=0.2, guard=0.4),
+    Case("certified"),
+    Case("certified", kappa=0.3, rho=0.5),
+    Case("certified", sparsity=0.3),
 ]
 
 
@@ -118,9 +122,11 @@ def loss_by_hand(case, network, x, y, x_perturbed):
     kappa, rho, loss = case.weights
     runs = {}
     both = x_perturbed is not None and (rho > 0 or loss == "trades")
+    if loss == "certified":
+        runs["clean"] = x
     if x_perturbed is None or kappa > 0 or both:
         runs["clean"] = x
-    if x_perturbed is not None and (kappa < 1 or both):
+    if x_perturbed is not None and ((kappa < 1 and loss != "certified") or both):
         runs["perturbed"] = x_perturbed
     logits, seen, slope = {}, {}, None
     for number, (name, images) in enumerate(runs.items()):
@@ -129,7 +135,11 @@ def loss_by_hand(case, network, x, y, x_perturbed):
         else:
             logits[name], seen[name] = network.run(images, training=True)
     entropy = {name: step_by_hand.cross_entropy(z, y) for name, z in logits.items()}
-    if x_perturbed is None:
+    if loss == "certified":
+        weight = (1 - kappa) * RAMP
+        bounds = step_by_hand.cross_entropy(network.lead(x, y, RAMP * CERTIFIED_EPS), y)
+        total = (1 - weight) * entropy["clean"] + weight * bounds
+    elif x_perturbed is None:
         total = entropy["clean"]
     elif loss == "trades":
         total = entropy["clean"] + 6 * step_by_hand.divergence(logits["clean"], logits["perturbed"])
@@ -175,7 +185,10 @@ def test_a_step_equals_the_formulas(case, kind):
         indicator=case.indicator,
         input_gain=case.input_gain,
         penalties=penalties,
+        certified_eps=CERTIFIED_EPS if loss == "certified" else None,
     ).train()
+    if objective.certified is not None:
+        objective.certified.progress = 0.05 + 0.6 * RAMP
     optimizer = torch.optim.SGD(objective.parameters(), 0.1, momentum=0.9, weight_decay=mode.weight_decay)
 
     attack = training_attack(case.mode, eps=EPS, noise_std=NOISE_STD)

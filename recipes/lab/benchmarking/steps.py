@@ -139,6 +139,8 @@ class PublishedTask(TrainingTask):
             case "trades":
                 x_perturbed = loop.trades(x, eps, steps, self._noise, self._draw)
                 return loop.trades_loss(x, y, x_perturbed, weight=_TRADES_WEIGHT)
+            case name:
+                raise ValueError(f"there is no published loop of mode {name} on SpikingJelly's neuron")
 
     def backward(self, loss: Tensor) -> None:
         """Gradients, a step of the optimizer, the retraction."""
