@@ -45,8 +45,7 @@ class Options:
         "(single step), rat (at and retraction of the weights), pgd_at, trades, certified.", group="training attack")
     eps: Radius = option(0.1, "Linf radius of the training attack; for gaussian the standard deviation.",
         idle=lambda options: options.mode == "none" and options.eval_eps is not None)
-    certified_eps: Radius | None = option(None, "Linf radius of the bounds of certified; null means eps.",
-        idle=lambda options: options.mode != "certified")
+    certified_eps: Radius | None = option(None, "Linf radius of the bounds of certified; null means eps.")
     step_size: Radius | None = option(None, "Step of the attack; null is eps for one step, eps / 4 for several.")
     attack_steps: PositiveInt | None = option(None, "Steps of pgd_at and trades; null means 7 and 10.")
     noise_std: float = option(0.001, "Standard deviation of the noise at the start of at, rat and trades.")
@@ -133,9 +132,8 @@ def main(arguments: list[str]) -> None:
         networks = {name: completed(choice) for name, choice in networks.items()}
         for choice in networks.values():
             objective, plan, attack = prepared(choice, splits)
-            training.check_training(
-                objective, splits, plan, accelerator, [attack, *training.final_attacks(eps).values()]
-            )
+            attacks = [attack, *training.final_attacks(eps).values()]
+            training.check_training(objective, splits, plan, accelerator, attacks)
     configuration = asdict(replace(options, output=None, resume=False))
     folder = training.open_run_folder(options.output, stem(options), configuration, accelerator, resume=options.resume)
     if accelerator.is_main_process:

@@ -1,6 +1,7 @@
 """Training for proofs: cross entropy of the worst logits that bounds over a ball allow."""
 
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -37,8 +38,7 @@ class CertifiedLoss:
         progress: Share of the training that is done, in [0, 1]; whoever trains sets it.
 
     Raises:
-        NotImplementedError: If something in the network has no bounds; it is named.
-        ValueError: If ``eps`` is out of range.
+        ValueError: If ``eps`` is out of range, or something in the network has no bounds; it is named.
 
     Source: Gowal et al., "On the Effectiveness of Interval Bound Propagation" (arXiv 1810.12715), for the loss and its
         schedule; for spiking networks Liang et al. (NeurIPS 2022).
@@ -62,7 +62,8 @@ class CertifiedLoss:
             )
         self.eps = float(eps)
         self.progress = 1.0
-        self._bounds = DifferentiableBounds(classifier, batch_statistics)
+        with _explained():
+            self._bounds = DifferentiableBounds(classifier, batch_statistics)
 
     @property
     def ramp(self) -> float:
@@ -76,7 +77,7 @@ class CertifiedLoss:
     def check(self, image: Tensor) -> None:
         """Refuse a network of which there are no bounds, by trying one image [1, ...]; nothing else changes."""
         classifier = self._bounds.classifier
-        with preserved(classifier), torch.no_grad():
+        with _explained(), preserved(classifier), torch.no_grad():
             label = torch.zeros(1, dtype=torch.int64, device=image.device)
             DifferentiableBounds(classifier).lead(image, label, 0.0)
 
@@ -85,3 +86,12 @@ class CertifiedLoss:
         lead = self._bounds.lead(x, y, self.ramp * self.eps)
         rivals = lead.detach().scatter(1, y.unsqueeze(1), -torch.inf)
         return F.cross_entropy(lead, y), (rivals.amax(1) < 0).to(lead.dtype).mean()
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """A network that has no bounds is the wrong network for this training."""
+    try:
+        yield
+    except NotImplementedError as error:
+        raise ValueError(f"{error}; train such a network in another mode") from error

@@ -88,8 +88,7 @@ class Objective(nn.Module):
 
     Raises:
         ValueError: If a weight is out of range, a name unknown, two penalties have the same name, or the radius is
-            missing or out of range.
-        NotImplementedError: If something in the network has no bounds, which ``"certified"`` needs.
+            missing or out of range; for ``"certified"``, if something in the network has no bounds.
 
     Source: Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024), section 4; kappa 0.5 and rho 1. Zhang et
         al., "Theoretically Principled Trade-off between Robustness and Accuracy" (ICML 2019); weight 6.
@@ -163,8 +162,7 @@ class Objective(nn.Module):
         The monitor then knows which layer is executed last, and follows it alone from the first step on.
 
         Raises:
-            ValueError: If a layer cannot be followed.
-            NotImplementedError: If something in the network has no bounds, and the loss needs them.
+            ValueError: If a layer cannot be followed, or something has no bounds that the loss needs.
         """
         if self.certified is not None:
             self.certified.check(x)

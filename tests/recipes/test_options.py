@@ -124,11 +124,13 @@ INDICATOR = {"layers", "norm", "indicator", "input_gain"}
         ({"mode": "pgd_at"}, {"noise_std", "project", "beta", "trades_weight", *INDICATOR}),
         ({"mode": "pgd_at", "rho": 1.0}, {"noise_std", "project", "beta", "trades_weight"}),
         ({"mode": "trades", "rho": 1.0}, {"kappa", "project", "beta"}),
+        ({"mode": "certified"}, {"attack_steps", "beta", "trades_weight", *INDICATOR}),
+        ({"mode": "certified", "rho": 1.0}, {"attack_steps", "beta", "trades_weight"}),
     ],
 )
 def test_options_without_effect(given, expected):
     found = idle(adv_train.completed(adv_train.Options(**given)))
-    assert found == expected | {"guard_margin"}
+    assert found == expected | {"guard_margin"} | ({"certified_eps"} if given.get("mode") != "certified" else set())
     assert "guard_margin" not in idle(adv_train.completed(adv_train.Options(threshold_guard=0.1, **given)))
 
 

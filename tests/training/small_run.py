@@ -163,6 +163,13 @@ SCENARIOS = {
     "synchronised": WITH_BATCH_NORM | {"sync_batch_norm": True},
     "penalties": WITH_BATCH_NORM | {"sync_batch_norm": True, "objective": {"rho": 0.0}},
     "apart": WITH_BATCH_NORM,
+    "certified": WITH_BATCH_NORM
+    | {
+        "sync_batch_norm": True,
+        "objective": {"loss": "certified", "certified_eps": 0.05, "kappa": 0.2, "rho": 0.5},
+        "select": "verified",
+        "verified_eps": 0.02,
+    },
 }
 CUT = SAME | {"checkpoint_steps": 1}
 

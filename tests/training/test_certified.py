@@ -1,0 +1,118 @@
+"""Certified training as a run: its schedule, what it refuses, stopped and continued; its formulas are in
+test_training_step, two processes in test_distributed."""
+
+import re
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from spikingjelly.activation_based import functional, layer
+from torch import nn
+from training import small_run
+from training.small_run import At, PowerCutError, power_cut
+
+from sj_robust import DLIFNode, SpikingClassifier
+from sj_robust.stability import verify
+from sj_robust.training import CertifiedLoss, Journal, Objective, TrainingPlan, check_training, load_checkpoint
+
+EPS = 0.05
+CERTIFIED = {
+    "objective": {"loss": "certified", "certified_eps": EPS, "kappa": 0.2, "rho": 0.0},
+    "select": "verified",
+    "verified_eps": EPS,
+    "perturb": None,
+}
+
+
+class Attention(nn.Module):
+    def forward(self, x):
+        return x @ x.transpose(-1, -2)
+
+
+def unbounded():
+    net = nn.Sequential(layer.Flatten(), layer.Linear(16, 9), layer.Linear(9, 9), DLIFNode(T=3), layer.Linear(9, 3))
+    net[2] = nn.Sequential(nn.Unflatten(2, (3, 3)), Attention(), nn.Flatten(2))
+    functional.set_step_mode(net, "m")
+    return net
+
+
+def test_radius_and_weight_rise_and_the_epoch_is_chosen_by_what_is_verified(tmp_path):
+    ramps = []
+
+    class Watching(Journal):
+        def on_step(self, losses):
+            ramps.append(loss[0].ramp)
+            bounded.append(losses["certified"])
+            super().on_step(losses)
+
+    loss, bounded = [], []
+    original = CertifiedLoss.__init__
+
+    def noting(self, *args):
+        original(self, *args)
+        loss.append(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CertifiedLoss, "__init__", noting)
+        history, classifier = small_run.run(tmp_path, **CERTIFIED, epochs=12, lr=0.05, journal=Watching(tmp_path))
+    steps = torch.arange(48) / 48
+    torch.testing.assert_close(torch.tensor(ramps), ((steps - 0.05) / 0.6).clamp(0, 1), atol=1e-6, rtol=0)
+    assert [value > 0 for value in bounded] == [ramp > 0 for ramp in ramps]
+    verified = [record.validation["verified"] for record in history]
+    assert verified[-1] > verified[0] + 0.3
+    content = load_checkpoint(tmp_path / "best.pt")
+    assert content["epoch"] == max(range(12), key=lambda epoch: verified[epoch]) + 1
+    x, y = small_run.splits().validation.tensors
+    assert verify(classifier.eval(), x, y, EPS).accuracy == pytest.approx(verified[-1])
+    text = (tmp_path / "log.txt").read_text()
+    assert re.search(r"epoch 12/12: loss .* certified \d.*%\); .*|epoch 12/12.*certified \d", text)
+    assert "verified" in text
+
+
+@pytest.mark.parametrize("call", [3, 6])
+def test_a_run_that_was_cut_off_ends_at_the_same_weights(tmp_path, call):
+    options = CERTIFIED | {"objective": CERTIFIED["objective"] | {"rho": 1.0}, "epochs": 2, "checkpoint_steps": 1}
+    small_run.run(tmp_path / "whole", **options | {"perturb": small_run.ATTACK})
+    AcceleratorState._reset_state(True)
+    with pytest.raises(PowerCutError):
+        small_run.run(tmp_path / "cut", **options | {"perturb": At(call, power_cut)})
+    AcceleratorState._reset_state(True)
+    small_run.run(tmp_path / "cut", **options | {"perturb": small_run.ATTACK}, resume=True)
+    one, other = (load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "cut"))
+    assert one["history"] == other["history"]
+    assert one["history"][-1]["losses"]["mppd"] > 0
+    assert all(torch.equal(value, other["model"][name]) for name, value in one["model"].items())
+
+
+def test_what_it_cannot_train_is_refused_before_it_starts(tmp_path, monkeypatch):
+    def certified(build=None, **options):
+        classifier = SpikingClassifier(small_run.Net(0.0) if build is None else build(), T=3)
+        return Objective(classifier, **CERTIFIED["objective"] | options)
+
+    for options, message in (
+        ({"certified_eps": -0.1}, r"certified_eps must be in \[0, 1\], got -0.1; .* such as 8/255"),
+        ({"certified_eps": float("nan")}, r"certified_eps must be in \[0, 1\], got nan"),
+        ({"certified_eps": None}, "certified_eps belongs to loss 'certified'.*give both or neither"),
+        ({"loss": "paper"}, "certified_eps belongs to loss 'certified'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            certified(**options)
+    with pytest.raises(ValueError, match="select 'verified' needs verified_eps"):
+        TrainingPlan(epochs=1, select="verified")
+    plan = TrainingPlan(epochs=1, select="verified", verified_eps=EPS, batch_size=16)
+    with pytest.raises(ValueError, match=r"no bounds are known for the operation matmul in or behind 2.1 .Attention."):
+        check_training(certified(unbounded), small_run.splits(), plan, Accelerator(cpu=True))
+    compiled = TrainingPlan(epochs=1, compile=True, batch_size=16)
+    with pytest.raises(ValueError, match="compile must be False for certified training"):
+        check_training(certified(), small_run.splits(), compiled, Accelerator(cpu=True))
+    AcceleratorState._reset_state(True)
+    with pytest.raises(ValueError, match=r"mixed_precision must be no for certified training, got bf16: rounding"):
+        check_training(certified(), small_run.splits(), plan, Accelerator(cpu=True, mixed_precision="bf16"))
+
+
+def test_adam_takes_its_own_step(tmp_path):
+    small_run.run(tmp_path, perturb=None, epochs=1, optimizer="adam", lr=1e-3)
+    assert load_checkpoint(tmp_path / "last.pt")["optimizer"]["param_groups"][0]["betas"] == (0.9, 0.999)
+    with pytest.raises(ValueError, match="optimizer must be 'sgd' or 'adam', got 'lion'"):
+        TrainingPlan(epochs=1, optimizer="lion")
