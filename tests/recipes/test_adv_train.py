@@ -35,6 +35,19 @@ def whole(tmp_path_factory):
     return folder
 
 
+def test_certified_training_beside_ms_mppd_ends_with_what_is_verified(tmp_path, capsys):
+    options = ("--mode", "certified", "--rho", "0.5", "--certified-eps", "0.02", "--eval-eps", "0.01", "--lr", "0.02")
+    in_process(tmp_path, *QUICK, *options, "--epochs", "6", "--reference", "false")
+    report = Report.load(tmp_path / "runs" / "digits-dlif-certified-1" / "report.json")
+    (note,) = report.notes
+    found = re.fullmatch(r"dlif certified: (\d+) of 40 test images \(.*%\) verified at Linf 0.01", note)
+    assert int(found[1]) <= round(40 * report.accuracy("dlif certified", "pgd20"))
+    assert note in capsys.readouterr().out
+    losses = report.curves["dlif certified"][-1]["losses"]
+    assert losses["mppd"] > 0
+    assert losses["certified"] > losses["clean"]
+
+
 def test_the_default_run_defends(tmp_path):
     output, _ = finish(start("adv_train", tmp_path))
     folder = tmp_path / "runs" / "digits-dlif-at-1"

@@ -51,6 +51,8 @@ def ended(tmp_path, monkeypatch, capsys):
         ("adv_train", "--accumulate 3", 2, "batch_size must be a multiple of"),
         ("adv_train", "--layers [nowhere]", 2, "nowhere"),
         ("adv_train", "--channels []", 2, "must begin with a convolution"),
+        ("adv_train", "--mode certified --certified-eps -1", 2, "certified_eps must be"),
+        ("adv_train", "--mode certified --mixed-precision bf16", 2, "mixed_precision must be no for certified"),
         ("adv_train", "--mode trades --noise-std 0", 2, "noise_std must be finite and > 0"),
         ("adv_train", "--neuron lif --mode at --gain-penalty=-1", 2, "must be >= 0"),
         ("adv_train", "--pretrained nowhere.pt", 1, "nowhere.pt"),
