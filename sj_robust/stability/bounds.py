@@ -35,8 +35,8 @@ class Bounds(Tensor):
     that. All three are float64. ``centre`` is kept as a graph down to the leaves (the input, the outputs of spiking
     layers and of max poolings), of which it is an affine function. 张量所有可能取值的上下界。
 
-    In a run that is ``differentiable``, which is for training, there is no ``error``: centre and radius are in the
-    precision of the input and keep their graph to the weights.
+    In a run that is ``differentiable``, which is for training, bounds are ``unrounded``: nothing asks for ``error``, and
+    centre and radius are in the precision of the input and keep their graph to the weights.
 
     Equation, for ``y = A x + b`` with n terms summed in any order, ``u = 2**-24`` and ``gamma = n u / (1 - n u)``::
 
@@ -50,8 +50,7 @@ class Bounds(Tensor):
     Args:
         centre: Middle of the values.
         radius: How far the exact value can be from it; broadcast.
-        error: How far float32 can be from the exact value; broadcast, None for values that are exact. It stays None
-            in a differentiable run.
+        error: How far float32 can be from the exact value; broadcast, None for values that are exact.
         run: The run whose leaves ``centre`` depends on.
 
     Source: interval arithmetic; rounding as in Higham, "Accuracy and Stability of Numerical Algorithms" (2002), ch. 3.
@@ -65,7 +64,8 @@ class Bounds(Tensor):
 
     centre: Tensor
     radius: Tensor
-    error: Tensor | None
+    error: Tensor
+    unrounded: bool
     run: "BoundedRun | None"
 
     @staticmethod
@@ -73,13 +73,13 @@ class Bounds(Tensor):
         cls, centre: Tensor, radius: Tensor, error: Tensor | None = None, run: "BoundedRun | None" = None
     ) -> "Bounds":
         """Wrap the parts; see the class."""
-        differentiable = run is not None and run.differentiable
-        dtype = centre.dtype if differentiable else torch.float32
+        unrounded = run is not None and run.differentiable
+        dtype = centre.dtype if unrounded else torch.float32
         self: Bounds = Tensor._make_wrapper_subclass(cls, centre.shape, dtype=dtype, device=centre.device)
-        self.centre, self.run = centre, run
+        self.centre, self.run, self.unrounded = centre, run, unrounded
         self.radius = radius.expand(centre.shape)
-        if differentiable:
-            self.error = None
+        if unrounded:
+            self.error = radius.new_zeros(())
         else:
             self.error = torch.zeros_like(self.radius) if error is None else error.expand(centre.shape)
         return self
@@ -87,14 +87,14 @@ class Bounds(Tensor):
     @property
     def lower(self) -> Tensor:
         """Smallest value that float32 can give."""
-        if self.error is None:
+        if self.unrounded:
             return self.centre - self.radius
         return self.centre.detach() - self.radius - self.error
 
     @property
     def upper(self) -> Tensor:
         """Largest value that float32 can give."""
-        if self.error is None:
+        if self.unrounded:
             return self.centre + self.radius
         return self.centre.detach() + self.radius + self.error
 
@@ -222,7 +222,7 @@ class BoundedRun:
         gap = logits.centre - logits.centre.gather(1, right)
         weights, radius = self._last_map(logits.centre)
         spread = torch.stack([((w - weights[y]).abs() * radius).sum(1) for w in weights], 1)
-        if logits.error is None:
+        if logits.unrounded:
             return (gap + spread).scatter(1, right, 0.0)
         error = logits.error + logits.error.gather(1, right)
         return (gap.detach() + _SLACK * (spread + error)).scatter(1, right, 0.0)
@@ -388,7 +388,7 @@ def _affine(
 ) -> Bounds:
     """Bounds of ``apply(x) + shift``; ``absolute`` is the map whose entries are the absolute values of apply's."""
     centre, radius = apply(x.centre) + shift, absolute(x.radius)
-    if x.error is None:
+    if x.unrounded:
         return Bounds(centre, radius, run=x.run)
     growth = gamma(terms)
     largest = x.centre.detach().abs() + x.radius + x.error
@@ -427,7 +427,7 @@ def _batch_norm(
     moved = _constant(mean, x.run).view(shape) * slope
     bias = torch.zeros_like(moved) if bias is None else _constant(bias, x.run).view(shape)
     found = _affine(x, lambda z: z * slope, lambda z: z * slope.abs(), 12, bias - moved)
-    if found.error is None:
+    if found.unrounded:
         return found
     # Computed as (x - mean) * slope + bias or as x * slope + (bias - mean * slope): either is covered.
     return Bounds(found.centre, found.radius, found.error + gamma(12) * (moved.abs() + bias.abs()), x.run)
@@ -464,7 +464,7 @@ def _sum(func: Any, a: Any, b: Any, **kwargs: Any) -> Bounds:
     )
     centre = first.centre - second.centre if "sub" in name else first.centre + second.centre
     radius = first.radius + second.radius
-    if first.error is None or second.error is None:
+    if first.unrounded:
         return Bounds(centre, radius, run=run)
     error = first.error + second.error
     size = centre.detach().abs() + radius + error

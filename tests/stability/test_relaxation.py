@@ -13,7 +13,7 @@ from sj_robust._preserved import preserved
 from sj_robust.stability import relaxation, verify
 from sj_robust.stability._affine import full_precision
 from sj_robust.stability.relaxation import Maps, RelaxedRun, minimum
-from sj_robust.stability.verification import bounded_logits, _checked
+from sj_robust.stability.verification import _checked, bounded_logits
 
 METHODS = ("ibp", "crown", "bab", "mip")
 
