@@ -220,11 +220,10 @@ def completed(options: Options) -> Options:
     """The options with those of the mode where they are null, and radii as numbers."""
     mode = training.MODES[options.mode]
     return replace(
-        options, eps=parse_eps(options.eps), step_size=radius(options.step_size), eval_eps=radius(options.eval_eps),
-        certified_eps=radius(options.certified_eps, options.eps),
-        kappa=mode.kappa if options.kappa is None else options.kappa,
+        options, eps=parse_eps(options.eps), certified_eps=radius(options.certified_eps, options.eps),
+        step_size=radius(options.step_size), kappa=mode.kappa if options.kappa is None else options.kappa,
+        eval_eps=radius(options.eval_eps), beta=mode.retraction if options.beta is None else options.beta,
         rho=mode.rho if options.rho is None or options.mode == "none" else options.rho,
-        beta=mode.retraction if options.beta is None else options.beta,
         weight_decay=mode.weight_decay if options.weight_decay is None else options.weight_decay,
         select=mode.select if options.select is None else options.select,
     )  # fmt: skip
