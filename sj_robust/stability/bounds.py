@@ -35,7 +35,7 @@ class Bounds(Tensor):
     that. All three are float64. ``centre`` is kept as a graph down to the leaves (the input, the outputs of spiking
     layers and of max poolings), of which it is an affine function. 张量所有可能取值的上下界。
 
-    In a run that is ``differentiable``, which is for training, bounds are ``unrounded``: nothing asks for ``error``, and
+    In a ``differentiable`` run, which is for training, bounds are ``unrounded``: nothing asks for ``error``, and
     centre and radius are in the precision of the input and keep their graph to the weights.
 
     Equation, for ``y = A x + b`` with n terms summed in any order, ``u = 2**-24`` and ``gamma = n u / (1 - n u)``::
