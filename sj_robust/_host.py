@@ -26,19 +26,9 @@ _TRITON_LOGGER = "torch._library.triton"
 _TRITON_MESSAGE = "Triton not available, find_triton_kernels = []"
 
 __all__ = [
-    "EVAL_MODE_HAS_NO_GRADIENT",
-    "base",
-    "cuda_threads",
-    "from_reset",
-    "functional",
-    "invalidate_reset_cache",
-    "is_neuron",
-    "layer",
-    "lif_multi_step",
-    "neuron",
-    "quiet_triton",
-    "surrogate",
-]
+    "EVAL_MODE_HAS_NO_GRADIENT", "base", "cuda_threads", "from_reset", "functional", "invalidate_reset_cache",
+    "is_neuron", "layer", "lif_multi_step", "neuron", "quiet_triton", "surrogate",
+]  # fmt: skip
 
 
 def cuda_threads() -> int | None:

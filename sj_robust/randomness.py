@@ -9,16 +9,9 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "Private",
-    "SampleDraws",
-    "SampleSeeds",
-    "check_seeds",
-    "draw_seed",
-    "private_generator",
-    "rand",
-    "randn",
+    "Private", "SampleDraws", "SampleSeeds", "check_seeds", "draw_seed", "private_generator", "rand", "randn",
     "seeded_globals",
-]
+]  # fmt: skip
 
 _SEEDS = 2**62  # seeds lie below it, so that every torch.Generator and every int64 tensor can hold them
 _WORD = 2**64 - 1

@@ -12,16 +12,9 @@ from sj_robust.evaluation._probe import Probe
 from sj_robust.evaluation.activity import LayerActivity
 
 __all__ = [
-    "THRESHOLDS",
-    "Finding",
-    "attacks",
-    "clean_errors",
-    "estimators_compared",
-    "gradients",
-    "layers",
-    "randomness",
+    "THRESHOLDS", "Finding", "attacks", "clean_errors", "estimators_compared", "gradients", "layers", "randomness",
     "transfer",
-]
+]  # fmt: skip
 
 THRESHOLDS: Mapping[str, float] = MappingProxyType(
     {

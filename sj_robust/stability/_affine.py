@@ -10,15 +10,8 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
-    "INPUT",
-    "AffineMap",
-    "CutRun",
-    "call_key",
-    "cut_run",
-    "full_precision",
-    "other_forward",
-    "windows_per_input",
-]
+    "INPUT", "AffineMap", "CutRun", "call_key", "cut_run", "full_precision", "other_forward", "windows_per_input",
+]  # fmt: skip
 
 INPUT = "input"
 """Stands for the network's input where names of layers are listed."""

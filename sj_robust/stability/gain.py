@@ -11,14 +11,8 @@ from torch import Tensor
 from sj_robust.neuron.charging import Charging
 
 __all__ = [
-    "NeuronGains",
-    "l2_gain",
-    "l2_gain_limit",
-    "neuron_gains",
-    "peak_gain",
-    "printed_gain",
-    "time_operator",
-]
+    "NeuronGains", "l2_gain", "l2_gain_limit", "neuron_gains", "peak_gain", "printed_gain", "time_operator",
+]  # fmt: skip
 
 Array = NDArray[np.float64]
 

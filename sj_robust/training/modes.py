@@ -21,15 +21,8 @@ from sj_robust.training.penalties import GradientSparsity, Penalty, StabilityGai
 from sj_robust.training.plan import SelectName
 
 __all__ = [
-    "MODES",
-    "Mode",
-    "ModeName",
-    "final_attacks",
-    "make_penalties",
-    "trades",
-    "training_attack",
-    "validation_attacks",
-]
+    "MODES", "Mode", "ModeName", "final_attacks", "make_penalties", "trades", "training_attack", "validation_attacks",
+]  # fmt: skip
 
 ModeName = Literal["none", "gaussian", "at", "rat", "pgd_at", "trades", "certified"]
 

@@ -19,14 +19,9 @@ from sj_robust._console import working
 from sj_robust.ops import keep_heap
 
 __all__ = [
-    "TrainingInterrupted",
-    "collected_signals",
-    "first_process_first",
-    "make_accelerator",
-    "mixed",
-    "random_state",
+    "TrainingInterrupted", "collected_signals", "first_process_first", "make_accelerator", "mixed", "random_state",
     "set_random_state",
-]
+]  # fmt: skip
 
 
 def make_accelerator(
