@@ -100,6 +100,8 @@ class _Finder(ast.NodeVisitor):
         self._in_function = 0
 
     def visit(self, node: ast.AST) -> None:
+        for test in (node.test,) if isinstance(node, ast.If | ast.While | ast.IfExp) else getattr(node, "ifs", ()):
+            self._negate(test)
         if isinstance(node, ast.expr):
             self._expression(node)
         elif isinstance(node, ast.stmt):
@@ -156,8 +158,6 @@ class _Finder(ast.NodeVisitor):
     def _statement(self, node: ast.stmt) -> None:
         if isinstance(node, ast.Raise):
             self._plant("raise removed", node, "pass")
-        elif isinstance(node, ast.If | ast.While):
-            self._negate(node.test)
         elif isinstance(node, ast.Return) and node.value is not None:
             self._returned(node.value)
         elif _changes_state(node) and not (isinstance(node, ast.Assign) and self._names[-1:] == ["__init__"]):
@@ -191,16 +191,10 @@ class _Finder(ast.NodeVisitor):
             self._plant("not removed", node, f"({ast.unparse(node.operand)})")
         elif isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
             self._plant(kind or "sign", node, f"({ast.unparse(node.operand)})")
-        elif isinstance(node, ast.IfExp):
-            self._negate(node.test)
         elif isinstance(node, ast.Slice):
             self._slice(node)
         elif isinstance(node, ast.Call):
             self._call(node)
-        elif isinstance(node, ast.ListComp | ast.SetComp | ast.DictComp | ast.GeneratorExp):
-            for generator in node.generators:
-                for test in generator.ifs:
-                    self._negate(test)
 
     def _negate(self, test: ast.expr) -> None:
         """A condition; of a lone comparison and of a lone ``not`` the opposite is planted there already."""

@@ -11,7 +11,6 @@ import gc
 import importlib
 import importlib.util
 import json
-import math
 import multiprocessing
 import os
 import platform
@@ -23,7 +22,6 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib.metadata import entry_points, version
 from itertools import accumulate
@@ -67,7 +65,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--budget", type=float, default=8, help="CPU seconds of tests per fault, quick ones first (8)")
     parser.add_argument("--only", metavar="TEXT", help="faults of the sample with TEXT in their name; stores nothing")
     parser.add_argument("--label", default="after", help="name of this run in the file of scores (after)")
-    parser.add_argument("--output", type=Path, default=SCORES, help="file of scores (scores.json beside this file)")
     options = parser.parse_args(arguments)
     package, table = f"sj_robust/{options.package}", PACKAGES[options.package]
     os.environ |= {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
@@ -85,12 +82,14 @@ def main(arguments: list[str] | None = None) -> None:
             print(f"{len(clean.failed)} test(s) fail without a fault and are left out: {clean.failed[:5]}")
         outcomes = [attempt(tree, mutant, clean.selected(mutant, options.budget), clean) for mutant in chosen]
     run = circumstances(package, table) | {"seed": options.seed, "budget": options.budget, "possible": len(every)}
-    run |= summary(chosen, outcomes) | {"seconds": round(time.monotonic() - began)}
+    survived = [mutant.key for mutant, by in zip(chosen, outcomes, strict=True) if not by]
+    killed = len(chosen) - len(survived)
+    run |= {"mutants": len(chosen), "killed": killed, "seconds": round(time.monotonic() - began), "survived": survived}
     if not options.only:
-        scores = json.loads(options.output.read_text()) if options.output.exists() else {}
+        scores = json.loads(SCORES.read_text()) if SCORES.exists() else {}
         scores.setdefault(options.package, {})[options.label] = run
-        options.output.write_text(json.dumps(scores, indent=2) + "\n")
-    print(f"{options.package}: {run['killed']} of {run['mutants']} noticed, {len(run['survived'])} survived")
+        SCORES.write_text(json.dumps(scores, indent=2) + "\n")
+    print(f"{options.package}: {killed} of {len(chosen)} noticed, {len(survived)} survived")
 
 
 @dataclass
@@ -104,23 +103,18 @@ class Clean:
     failed: list[str] = field(default_factory=list)
     """Tests that do not pass without a fault."""
 
-    def selected(self, mutant: Mutant, budget: float = math.inf) -> list[str]:
+    def selected(self, mutant: Mutant, budget: float) -> list[str]:
         """Tests that execute the fault's lines, or if none does any line of its file, quick ones first.
 
-        Together they take at most ``budget`` CPU seconds, but for a lone one; if it is infinite, all others follow.
+        Together they take at most ``budget`` CPU seconds, but for a lone one.
         Lines outside of functions are executed by whatever imports the file first, which says nothing.
         """
         of_file = [test for test in self.lines if test not in self.failed and mutant.file in self.lines[test]]
         wanted = set(range(mutant.line, mutant.end_line + 1)) if mutant.in_function else set()
         of_lines = [test for test in of_file if wanted & set(self.lines[test][mutant.file])]
-        chosen = self._quick_first(of_lines or of_file)
-        if math.isinf(budget):
-            return chosen + self._quick_first(set(self.lines) - set(self.failed) - set(chosen))
+        chosen = sorted(of_lines or of_file, key=lambda test: (self.seconds[test], test))
         spent = list(accumulate(self.seconds[test] for test in chosen))
         return [test for test, until in zip(chosen, spent, strict=True) if until <= budget] or chosen[:1]
-
-    def _quick_first(self, tests: Iterable[str]) -> list[str]:
-        return sorted(tests, key=lambda test: (self.seconds[test], test))
 
 
 def measure(tree: Path, table: dict[str, Any], package: str) -> Clean:
@@ -156,21 +150,6 @@ def attempt(tree: Path, mutant: Mutant, tests: list[str], clean: Clean) -> str:
     said = f"killed by {by}" if by else "survived" if tests else "survived; no test runs it"
     print(f"{time.monotonic() - began:6.1f} s  {mutant.key} => {said}", flush=True)
     return by
-
-
-def summary(mutants: list[Mutant], outcomes: list[str]) -> dict[str, Any]:
-    """Numbers per file, and the faults that survived."""
-    files: dict[str, dict[str, int]] = {}
-    for mutant, by in zip(mutants, outcomes, strict=True):
-        of_file = files.setdefault(mutant.file, {"mutants": 0, "killed": 0})
-        of_file["mutants"] += 1
-        of_file["killed"] += bool(by)
-    killed = sum(map(bool, outcomes))
-    survived = [
-        {"key": mutant.key, "line": mutant.line} for mutant, by in zip(mutants, outcomes, strict=True) if not by
-    ]
-    score = round(killed / max(len(mutants), 1), 3)
-    return {"mutants": len(mutants), "killed": killed, "score": score, "files": files, "survived": survived}
 
 
 def circumstances(package: str, table: dict[str, Any]) -> dict[str, Any]:

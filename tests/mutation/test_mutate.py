@@ -41,9 +41,9 @@ def test_empty():
 COMMAND = """\
 from pathlib import Path
 from mutation import mutate
-mutate.ROOT, mutate.FLOOR, mutate.PRELOADED = Path.cwd(), 2, ()
+mutate.ROOT, mutate.SCORES, mutate.FLOOR, mutate.PRELOADED = Path.cwd(), Path("scores.json"), 2, ()
 mutate.PACKAGES["toy"] = {"tests": ["tests/toy"]}
-mutate.main(["--package", "toy", "--sample", "1000", "--output", "scores.json", "--label", "before"])
+mutate.main(["--package", "toy", "--sample", "1000", "--label", "before"])
 """
 
 
@@ -85,9 +85,9 @@ def test_every_fault_of_a_tree_comes_to_what_it_must(tmp_path):
     }
     assert (tree / "sj_robust/toy/numbers.py").read_text() == CODE, "the tree itself stays as it was"
     run = json.loads((tree / "scores.json").read_text())["toy"]["before"]
-    assert (run["mutants"], run["killed"], run["possible"], run["score"]) == (11, 6, 11, 0.545)
-    assert run["files"] == {"sj_robust/toy/numbers.py": {"mutants": 11, "killed": 6}}
-    assert {entry["line"] for entry in run["survived"]} == {6, 18}
+    assert (run["mutants"], run["killed"], run["possible"]) == (11, 6, 11)
+    survived = {name for name, said in found.items() if said == "survived"}
+    assert set(run["survived"]) == {f"sj_robust/toy/numbers.py::{name}" for name in survived}
 
 
 def test_nothing_is_planted_where_nothing_runs():
@@ -161,7 +161,6 @@ def test_tests_of_the_line_come_first_and_the_quickest_of_them():
     assert clean.selected(second, budget=3.9) == ["quick"]
     assert clean.selected(second, budget=0) == ["quick"]
     assert clean.selected(fifth, budget=10) == clean.selected(outside, budget=10) == ["elsewhere", "quick", "slow"]
-    assert clean.selected(second) == ["quick", "slow", "elsewhere", "apart"]
 
 
 def test_tests_named_for_a_package_exist():
@@ -176,13 +175,11 @@ def test_stored_scores_add_up_and_are_those_of_the_page_and_every_survivor_is_ex
     runs = json.loads(SCORES.read_text())[package]
     for run in runs.values():
         assert run["killed"] + len(run["survived"]) == run["mutants"]
-        assert sum(numbers["killed"] for numbers in run["files"].values()) == run["killed"]
-        assert run["score"] == round(run["killed"] / run["mutants"], 3)
     before, after = runs["before"], runs["after"]
     noticed = [f"{run['killed']} ({100 * run['killed'] / run['mutants']:.0f} %)" for run in (before, after)]
     row = [package, f"{before['mutants']} of {before['possible']}", *noticed, str(len(after["survived"]))]
     assert f"| {' | '.join(row)} |" in (ROOT / "docs/mutation.md").read_text(encoding="utf-8")
     reasons = json.loads(SCORES.with_name("survivors.json").read_text())[package]
-    assert reasons.keys() == {entry["key"] for entry in after["survived"]}
+    assert reasons.keys() == set(after["survived"])
     for reason in reasons.values():
         assert reason.split(": ")[0] in ("same result", "only speed", "only text", "only looks", "not tested"), reason
