@@ -6,7 +6,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from lab.benchmarking.layers import BATCH_NORM_LAYERS, INSTRUCTION_SETS, LAYERS
+from lab.benchmarking.layers import BATCH_NORM_LAYERS, INSTRUCTION_SETS, LAYERS, STAGES
 from lab.benchmarking.networks import FIRST_LAYER, network_tasks
 from lab.benchmarking.steps import STEP_PEERS, TRAINING_STEPS, adversarial_steps
 from sj_robust.ops.dlif import cpp
@@ -66,6 +66,7 @@ _LARGE = ((8, 64, 64, 32, 32), (8, 128, 256, 8, 8), (4, 64, 128, 8, 8))
 BENCHMARKS: dict[str, Benchmark] = {
     "neuron": Benchmark(LAYERS, "SpikingJelly LIFNode", _LARGE, is_layer=True),
     "batch_norm": Benchmark(BATCH_NORM_LAYERS, "batch norm, LIFNode", _LARGE, is_layer=True),
+    "stage": Benchmark(STAGES, "batch norm, LIFNode, pooling", _LARGE, is_layer=True),
     "instruction_sets": Benchmark(
         INSTRUCTION_SETS,
         "avx512",
@@ -92,7 +93,8 @@ BENCHMARKS: dict[str, Benchmark] = {
         TRAINING_STEPS, "textbook loop", ((4, 64, 1, 28, 28),), has_one_graph=False, peers=STEP_PEERS
     ),
 }
-"""``neuron`` and ``batch_norm`` are single layers, ``instruction_sets`` and ``scaling`` are the neuron on each of them
-and over T and N; ``first_layer`` is a stage on images that do not change; ``conv4`` (four stages) and ``vgg5`` are
-training steps of networks on clean images, ``..._adversarial`` steps of adversarial training; ``training_step`` is
-the step of every training mode on a small network, each beside a textbook loop with SpikingJelly's LIFNode."""
+"""``neuron``, ``batch_norm`` and ``stage`` are single layers, ``instruction_sets`` and ``scaling`` are the neuron on
+each of them and over T and N; ``first_layer`` is a stage on images that do not change; ``conv4`` (four stages) and
+``vgg5`` are training steps of networks on clean images, ``..._adversarial`` steps of adversarial training;
+``training_step`` is the step of every training mode on a small network, each beside a textbook loop with SpikingJelly's
+LIFNode."""

@@ -1,4 +1,4 @@
-"""Spiking layers by name, alone and behind a batch norm: DLIF on each backend and the peers it is compared with."""
+"""Spiking layers by name, alone, behind a batch norm and before a pooling: DLIF and the peers it is compared with."""
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -25,17 +25,37 @@ class LayerTask:
         build: Makes the layer.
         reference: Makes the layer that it must equal; None where the dynamics differ, and only the range is checked.
         shape: Shape [T, N, *] of the input currents.
+        dtype: What the currents are stored in; ``tensor_bytes`` is that of float32 in any case.
+        channels_last: Whether every step is stored channels last.
+        pools: Whether the layer averages over 2x2 neurons.
     """
 
-    def __init__(self, method: str, build: Build, reference: Build | None, shape: Sequence[int]) -> None:
+    def __init__(
+        self,
+        method: str,
+        build: Build,
+        reference: Build | None,
+        shape: Sequence[int],
+        *,
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = False,
+        pools: bool = False,
+    ) -> None:
         """Build the layer and draw its input; see the class."""
         self._method, self._build, self._reference = method, build, reference
-        self._shape = tuple(shape)
+        self._shape, self._pools = tuple(shape), pools
+        self._dtype, self._channels_last = dtype, channels_last
         self._layer = build(shape)
-        self._x_seq = torch.randn(self._shape).mul_(0.5).requires_grad_()
-        self._grad = torch.randn(self._shape)
+        self._x_seq = self._stored(torch.randn(self._shape).mul_(0.5)).requires_grad_()
+        pooled = (*self._shape[:3], *(size // 2 for size in self._shape[3:]))
+        self._grad = self._stored(torch.randn(pooled if pools else self._shape))
         self.tensor_bytes = 4 * self._x_seq.numel()
         self.inputs = [self._x_seq]
+
+    def _stored(self, values: Tensor) -> Tensor:
+        if not self._channels_last:
+            return values.to(self._dtype)
+        return values.to(self._dtype).flatten(0, 1).contiguous(memory_format=torch.channels_last).view(values.shape)
 
     def forward(self) -> Tensor:
         """Spikes."""
@@ -53,18 +73,22 @@ class LayerTask:
             ValueError: If spikes or gradients are wrong.
         """
         shape = (self._shape[0], 32, *(min(size, 16) for size in self._shape[2:]))
-        x_seq = torch.randn(shape).mul_(0.7).requires_grad_()
-        weights = torch.randn_like(x_seq)
+        x_seq = self._stored(torch.randn(shape).mul_(0.7)).requires_grad_()
         spikes = self._build(shape)(x_seq)
-        if not bool(((spikes == 0) | (spikes == 1)).all()) and "ReLU" not in self._method:
+        whole = spikes * 4 if self._pools else spikes
+        if not bool(((whole == whole.round()) & (spikes >= 0) & (spikes <= 1)).all()) and "ReLU" not in self._method:
             raise ValueError(f"{self._method} gives spikes that are neither 0 nor 1: it is not timed")
         if self._reference is None:
             return
-        wanted_spikes = self._reference(shape)(x_seq)
-        (grad,) = torch.autograd.grad((spikes * weights).sum(), x_seq)
-        (wanted,) = torch.autograd.grad((wanted_spikes * weights).sum(), x_seq)
+        exact = x_seq.detach().float().requires_grad_()
+        wanted_spikes = self._reference(shape)(exact)
+        weights = torch.randn_like(spikes)
+        (grad,) = torch.autograd.grad(spikes, x_seq, weights)
+        (wanted,) = torch.autograd.grad(wanted_spikes, exact, weights.float())
         # a neuron whose spikes differ by rounding at the threshold is left out; there may be one in a thousand
         same = (spikes == wanted_spikes).all(0)
+        if self._pools:
+            same = same.repeat_interleave(2, -1).repeat_interleave(2, -2)
         error = (grad - wanted)[:, same].norm() / wanted.norm()
         if float(same.float().mean()) < 0.999 or not float(error) < 1e-2:
             raise ValueError(f"{self._method} does not equal the textbook loop: it is not timed")
@@ -94,9 +118,10 @@ def _alone(node: Callable[[int], nn.Module]) -> Build:
     return lambda shape: _from_reset(node(shape[0]))
 
 
-def _behind_batch_norm(node: Callable[[int], nn.Module], *, fused: bool = False) -> Build:
+def _behind_batch_norm(node: Callable[[int], nn.Module], *, pools: bool = False, fused: bool = False) -> Build:
     def build(shape: Sequence[int]) -> Layer:
-        net = nn.Sequential(layer.BatchNorm2d(shape[2], step_mode="m"), node(shape[0]))
+        pooling = [layer.AvgPool2d(2, step_mode="m")] if pools else []
+        net = nn.Sequential(layer.BatchNorm2d(shape[2], step_mode="m"), node(shape[0]), *pooling)
         if fused:
             fuse(net)
         return _from_reset(net)
@@ -183,3 +208,32 @@ BATCH_NORM_LAYERS = _tasks(
     unlike=("batch norm, ReLU",),
 )
 """Tasks by the name of the pair; the batch norm is in training mode."""
+
+_STAGES = {
+    "batch norm + DLIF + pooling, one pass": _behind_batch_norm(partial(_dlif, backend="cpp"), pools=True, fused=True),
+    "batch norm, ReLU, pooling": _behind_batch_norm(lambda T: nn.ReLU(), pools=True),
+    "batch norm, LIFNode, pooling": _behind_batch_norm(lif_node, pools=True),
+    "batch norm, textbook loop, pooling": _behind_batch_norm(partial(_dlif, backend="reference"), pools=True),
+}
+_STORED: dict[str, Any] = {
+    "": {},
+    ", channels last": {"channels_last": True},
+    ", bf16": {"dtype": torch.bfloat16},
+    ", bf16, channels last": {"dtype": torch.bfloat16, "channels_last": True},
+}
+
+
+def _stages() -> dict[str, Callable[..., LayerTask]]:
+    (*_, textbook) = _STAGES.values()
+    tasks: dict[str, Callable[..., LayerTask]] = {}
+    for name, build in _STAGES.items():
+        reference = None if "ReLU" in name else textbook
+        for how, options in _STORED.items():
+            if not how or "one pass" in name or "ReLU" in name:
+                tasks[name + how] = partial(LayerTask, name, build, reference, pools=True, **options)
+    return tasks
+
+
+STAGES = _stages()
+"""Tasks by the name of the stage and how its currents are stored, float32 and channels first where nothing is said; the
+batch norm is in training mode."""

@@ -35,7 +35,15 @@ _SMALL = (4, 2, 3, 8, 8)
 
 def network_tasks(architecture: str) -> dict[str, Callable[[Sequence[int]], "NetworkTask"]]:
     """Training steps on clean images by the name of the neuron; the shape is [T, N, C, H, W] of the images."""
-    return {neuron: partial(NetworkTask, architecture, neuron) for neuron in _NEURONS}
+    tasks: dict[str, Callable[[Sequence[int]], NetworkTask]] = {
+        neuron: partial(NetworkTask, architecture, neuron) for neuron in _NEURONS
+    }
+    for neuron in (FUSED, "ReLU"):
+        tasks[f"{neuron}, bf16"] = partial(NetworkTask, architecture, neuron, bf16=True)
+        tasks[f"{neuron}, bf16, channels last"] = partial(
+            NetworkTask, architecture, neuron, bf16=True, channels_last=True
+        )
+    return tasks
 
 
 class TrainingTask:
@@ -72,20 +80,34 @@ class TrainingTask:
 
 
 class NetworkTask(TrainingTask):
-    """One training step (cross entropy, SGD) of a network of convolution - batch norm - neuron stages."""
+    """One training step (cross entropy, SGD) of a network of convolution - batch norm - neuron stages.
+
+    ``bf16`` runs it under autocast in bfloat16, ``channels_last`` stores images and convolutions in that order.
+    """
 
     def __init__(
-        self, architecture: str, neuron: str, shape: Sequence[int], *, dtype: torch.dtype = torch.float32
+        self,
+        architecture: str,
+        neuron: str,
+        shape: Sequence[int],
+        *,
+        dtype: torch.dtype = torch.float32,
+        bf16: bool = False,
+        channels_last: bool = False,
     ) -> None:
         """Build the network, the same for every neuron, and draw the images."""
-        self._architecture, self._neuron = architecture, neuron
-        net = convolutional_network(architecture, neuron, shape).to(dtype)
+        self._architecture, self._neuron, self._bf16 = architecture, neuron, bf16
+        net: nn.Module = convolutional_network(architecture, neuron, shape).to(dtype)
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        net = net.to(memory_format=layout)  # type: ignore[call-overload]  # torch leaves this one out
         super().__init__(net, shape, dtype)
+        self._x = self.inputs[0] = self._x.contiguous(memory_format=layout)
         self._classifier = SpikingClassifier(net, shape[0])
 
     def forward(self) -> Tensor:
         """The loss."""
-        return F.cross_entropy(self._classifier(self._x), self._y)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self._bf16):
+            return F.cross_entropy(self._classifier(self._x), self._y)
 
     def check(self) -> None:
         """Compare with the textbook loop in float64, where no spike hangs on rounding; raises ValueError."""
