@@ -316,26 +316,47 @@ def test_large_tensors(instruction_set, shape):
 
 @needs_kernel
 @pytest.mark.parametrize("average_pool", [False, True])
-def test_repeated_image_and_other_memory_formats(average_pool):
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_an_image_repeated_over_time_is_not_copied(instruction_set, average_pool, channels_last):
+    saved, results = [], []
+    for repeated in (True, False):
+        torch.manual_seed(0)
+        for shape in ((1, 3, 4, 6, 6), (1, 2, 3, 7, 70)):
+            image = laid_out(torch.randn(shape, dtype=torch.float64), channels_last).requires_grad_()
+            x = image.expand(5, -1, -1, -1, -1)
+            running = [torch.zeros(shape[2]).double(), torch.ones(shape[2]).double()]
+            with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+                spikes, v, _ = batch_norm_dlif_multi_step(
+                    x if repeated else laid_out(x.clone(), channels_last),
+                    BatchNorm(None, None, *running, use_batch_statistics=True),
+                    torch.linspace(0.8, 1.2, 5).double(),
+                    decay=0.9,
+                    v_threshold=0.5,
+                    average_pool=average_pool,
+                    backend="cpp",
+                )
+            assert (image.data_ptr() in saved) == repeated
+            saved.clear()
+            weights = laid_out(torch.randn_like(spikes), channels_last)
+            results += [spikes, v, *torch.autograd.grad(spikes, image, weights), *running]
+    half = len(results) // 2
+    for actual, wanted in zip(results[:half], results[half:], strict=True):
+        torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_other_memory_formats_run_apart():
     torch.manual_seed(0)
-    image = torch.randn(1, 3, 4, 6, 6)
+    x = torch.randn(3, 2, 4, 6, 6)
     norm = BatchNorm(None, None, None, None, use_batch_statistics=True)
+    turned = x.transpose(3, 4).contiguous().transpose(3, 4)
+    assert not can_fuse(turned, norm, Surrogate())
     gradients = []
-    for arranged, fused in (
-        (image, True),
-        (laid_out(image, True), True),
-        (image.transpose(3, 4).contiguous().transpose(3, 4), False),
-    ):
-        leaf = arranged.clone().requires_grad_()
-        x = leaf.expand(5, -1, -1, -1, -1)
-        assert can_fuse(x, norm, Surrogate(), average_pool) == fused
-        spikes, _, _ = batch_norm_dlif_multi_step(
-            x, norm, torch.ones(5), decay=0.9, v_threshold=0.5, average_pool=average_pool
-        )
-        spikes.sum().backward()
+    for values in (x, turned):
+        leaf = values.clone().requires_grad_()
+        spikes, _, _ = batch_norm_dlif_multi_step(leaf, norm, torch.ones(3), decay=0.9, average_pool=True)
+        spikes.square().sum().backward()
         gradients.append(leaf.grad)
-    for other in gradients[1:]:
-        torch.testing.assert_close(gradients[0], other, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
 
 
 @needs_kernel

@@ -43,10 +43,12 @@ def multi_step(inputs: Inputs, norm: BatchNorm | None, average_pool: bool, store
     x_seq, input_gain, v_init, config = inputs
     layout = _memory_format(x_seq)
     assert layout is not None  # see unsupported_reason
+    if not cpp.is_repeated(x_seq):  # as a first layer's current, which is computed once
+        x_seq = _dense(x_seq, layout)
     weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
     v_init = None if v_init is None else v_init.contiguous(memory_format=layout)
     outputs: Outputs = _Stage.apply(  # type: ignore[no-untyped-call]  # torch's apply
-        _dense(x_seq, layout), weight, bias, input_gain, v_init, norm, average_pool, config, store_v_seq, layout
+        x_seq, weight, bias, input_gain, v_init, norm, average_pool, config, store_v_seq, layout
     )
     return outputs
 
@@ -80,9 +82,9 @@ class _Stage(torch.autograd.Function):
             per_channel = {"scale": scale_, "offset": offset_}
         ctx.save_for_backward(x_seq, input_gain, v_init, mean_, inverse_std, scale_, offset_)
         ctx.set_materialize_grads(False)
-        spike_seq = _pooled_like(x_seq, layout) if average_pool else torch.empty_like(x_seq)
+        spike_seq = _room(x_seq, layout, x_seq.dtype, pooled=average_pool)
         v = torch.empty_like(x_seq[0], dtype=dtype)
-        v_seq = torch.empty_like(x_seq, dtype=dtype) if store_v_seq else None
+        v_seq = _room(x_seq, layout, dtype) if store_v_seq else None
         tensors = {"gain": input_gain, "v_init": v_init, "s": spike_seq, "v": v, "v_seq": v_seq, **per_channel}
         cpp.run("dlif_forward" if norm is None else "bn_dlif_forward", x_seq, config, tensors, ctx.planes)
         return spike_seq, v, v_seq
@@ -92,10 +94,11 @@ class _Stage(torch.autograd.Function):
         x_seq, input_gain, v_init, mean, inverse_std, scale, offset = saved_tensors(ctx)
         gs, gv, gvs = output_grads
         if gs is None:
-            gs = (_pooled_like(x_seq, ctx.layout) if ctx.planes.pool else torch.empty_like(x_seq)).zero_()
+            gs = _room(x_seq, ctx.layout, x_seq.dtype, pooled=ctx.planes.pool).zero_()
         grad_gain = torch.empty_like(input_gain)
         grad_v_init = torch.empty_like(v_init) if ctx.needs_input_grad[4] else None
-        grad_x = torch.empty_like(x_seq) if ctx.needs_input_grad[0] or ctx.norm is None else None
+        needs_grad_x = ctx.needs_input_grad[0] or ctx.norm is None
+        grad_x = _room(x_seq, ctx.layout, x_seq.dtype) if needs_grad_x else None
         tensors: dict[str, Tensor | None] = {
             "gain": input_gain,
             "v_init": v_init,
@@ -142,11 +145,11 @@ def _dense(x_seq: Tensor, layout: torch.memory_format) -> Tensor:
     return x_seq.flatten(0, 1).contiguous(memory_format=layout).view(x_seq.shape)
 
 
-def _pooled_like(x_seq: Tensor, layout: torch.memory_format) -> Tensor:
-    """Room for the means of 2x2 neurons."""
-    T, N, C, H, W = x_seq.shape
-    empty = torch.empty(T * N, C, H // 2, W // 2, dtype=x_seq.dtype, device=x_seq.device, memory_format=layout)
-    return empty.view(T, N, *empty.shape[1:])
+def _room(x_seq: Tensor, layout: torch.memory_format, dtype: torch.dtype, *, pooled: bool = False) -> Tensor:
+    """A sequence of the shape of ``x_seq``, or of the means of its 2x2 neurons."""
+    T, N, C, *plane = x_seq.shape
+    plane = [size // 2 for size in plane] if pooled else plane
+    return torch.empty(T * N, C, *plane, dtype=dtype, memory_format=layout).view(T, N, C, *plane)
 
 
 def _statistics(ctx: Any, x_seq: Tensor, norm: BatchNorm) -> tuple[Tensor, Tensor]:
@@ -157,14 +160,16 @@ def _statistics(ctx: Any, x_seq: Tensor, norm: BatchNorm) -> tuple[Tensor, Tenso
     # any value near the mean makes the sums free of cancellation: take the first of every channel
     near = x_seq[0, 0].reshape(ctx.planes.channels, -1)[:, 0].to(state_dtype(x_seq)).contiguous()
     sums = x_seq.new_empty(2, ctx.planes.channels, dtype=torch.float64)
-    cpp.run("bn_statistics", x_seq, ctx.config, {"mean": near, "channel_sums": sums}, ctx.planes)
-    count = x_seq.numel() // ctx.planes.channels
+    steps = x_seq[:1] if cpp.is_repeated(x_seq) else x_seq
+    cpp.run("bn_statistics", steps, ctx.config, {"mean": near, "channel_sums": sums}, ctx.planes)
+    count = steps.numel() // ctx.planes.channels
     distance = sums[0] / count
     mean = near.double() + distance
     variance = (sums[1] / count - distance.square()).clamp_(min=0.0)
     # Through .data, since torch's own batch norm leaves their version alone too: the graph of an earlier pass, which
     # names them without using them, stays good.
-    unbiased = variance * (count / (count - 1))
+    values = x_seq.numel() // ctx.planes.channels
+    unbiased = variance * (values / (values - 1))
     for running, value in ((norm.running_mean, mean), (norm.running_var, unbiased)):
         if running is not None:
             running.data.copy_((1 - norm.momentum) * running.double() + norm.momentum * value)

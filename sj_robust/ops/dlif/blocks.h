@@ -56,11 +56,11 @@ template <class C> SJR_INLINE void fetch_ahead(const C* row, int k) {
   if (k * SJR_VECTOR_BYTES % 64 == 0) __builtin_prefetch(row + BLOCK<C> + k * LANES<C>);
 }
 
-// One block; consecutive steps of a sequence lie `stride` apart, those of s s_stride; v_init and v_seq may be null.
+// One block; consecutive steps lie `stride` apart, those of x and s x_stride and s_stride; v_init and v_seq may be null.
 template <class C> struct ForwardBlock {
   const C *x, *gain, *v_init;
   C *s, *v, *v_seq;
-  int64_t T, stride, s_stride;
+  int64_t T, stride, x_stride, s_stride;
 };
 
 template <class C, class Coupling, Reset RESET, bool STREAM>
@@ -70,7 +70,7 @@ __attribute__((noinline)) void forward_block(const ForwardBlock<C>& b, const Neu
   for (int k = 0; k < ROWS; ++k) v[k] = b.v_init ? load(b.v_init + k * W) : fill(n.v_start);
   const C *x = b.x;
   C *s = b.s, *v_seq = b.v_seq;
-  for (int64_t t = 0; t < b.T; ++t, x += b.stride, s += b.s_stride) {
+  for (int64_t t = 0; t < b.T; ++t, x += b.x_stride, s += b.s_stride) {
     const C gain = b.gain[t];
     SJR_UNROLL
     for (int k = 0; k < ROWS; ++k) {
@@ -91,7 +91,7 @@ __attribute__((noinline)) void forward_block(const ForwardBlock<C>& b, const Neu
 template <class C> struct BackwardBlock {
   const C *x, *gain, *v_init, *gs, *gv, *gvs;
   C *gx, *gv_init, *h, *gain_sums;
-  int64_t T, stride, gs_stride;
+  int64_t T, stride, x_stride, gs_stride;
 };
 
 template <class C, class Coupling, Reset RESET, int SURROGATE, bool DETACH, bool STREAM>
@@ -101,7 +101,7 @@ __attribute__((noinline)) void backward_block(const BackwardBlock<C>& b, const N
   for (int k = 0; k < ROWS; ++k) v[k] = b.v_init ? load(b.v_init + k * W) : fill(n.v_start);
   for (int64_t t = 0; t < b.T; ++t) {
     const C gain = b.gain[t];
-    const C* x = b.x + t * b.stride;
+    const C* x = b.x + t * b.x_stride;
     C* h_row = b.h + t * BLOCK<C>;
     SJR_UNROLL
     for (int k = 0; k < ROWS; ++k) {
@@ -114,7 +114,7 @@ __attribute__((noinline)) void backward_block(const BackwardBlock<C>& b, const N
   for (int k = 0; k < ROWS; ++k) v[k] = b.gv ? load(b.gv + k * W) : Vec<C>{};  // from here on the gradient of v
   for (int64_t t = b.T - 1; t >= 0; --t) {
     const C gain = b.gain[t];
-    const C *x = b.x + t * b.stride, *gs = b.gs + t * b.gs_stride, *h_row = b.h + t * BLOCK<C>;
+    const C *x = b.x + t * b.x_stride, *gs = b.gs + t * b.gs_stride, *h_row = b.h + t * BLOCK<C>;
     C* gx = b.gx + t * b.stride;
     if (b.gvs)
       for (int k = 0; k < ROWS; ++k) v[k] += load(b.gvs + t * b.stride + k * W);
@@ -210,13 +210,14 @@ void forward_range(const Job& job, int64_t first, int64_t last, void* memory, K&
     coupling.enter(block);
     if (std::is_same_v<S, C> && block.is_row()) {
       C* const s = job.pool ? sb : at<C>(job.s, i);
-      direct({at<C>(job.x, i), gain, at<C>(job.v_init, i), s, at<C>(job.v, i), at<C>(job.v_seq, i), T, M, job.pool ? B : M}, n, coupling);
+      direct({at<C>(job.x, i), gain, at<C>(job.v_init, i), s, at<C>(job.v, i), at<C>(job.v_seq, i), T, M,
+              job.x_stride, job.pool ? B : M}, n, coupling);
     } else {
       if (!block.is_full()) std::memset(xb, 0, size_t(T * B) * sizeof(C));  // lanes beyond the tensor are zero
       if (!block.is_full()) std::memset(ib, 0, B * sizeof(C));
-      read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<S>(job.x, 0), M, T, xb, B);
+      read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<S>(job.x, 0), job.x_stride, T, xb, B);
       if (job.v_init) read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<C>(job.v_init, 0), 0, 1, ib, B);
-      staged({xb, gain, job.v_init ? ib : nullptr, sb, vb, job.v_seq ? vsb : nullptr, T, B, B}, n, coupling);
+      staged({xb, gain, job.v_init ? ib : nullptr, sb, vb, job.v_seq ? vsb : nullptr, T, B, B, B}, n, coupling);
       if (!job.pool) write_runs(runs, n_runs, sb, B, T, at<S>(job.s, 0), M, job.stream);
       write_runs(runs, n_runs, vb, B, 1, at<C>(job.v, 0), 0, job.stream);
       if (job.v_seq) write_runs(runs, n_runs, vsb, B, T, at<C>(job.v_seq, 0), M, job.stream);
@@ -260,20 +261,20 @@ void backward_range(const Job& job, int64_t first, int64_t last, void* memory, d
     if (std::is_same_v<S, C> && block.is_row()) {
       const C* const gs = job.pool ? gsb : at<C>(job.gs, i);
       direct({at<C>(job.x, i), gain, at<C>(job.v_init, i), gs, at<C>(job.gv, i), at<C>(job.gvs, i), at<C>(job.gx, i),
-              at<C>(job.gv_init, i), h, sums, T, M, job.pool ? B : M}, n, coupling);
+              at<C>(job.gv_init, i), h, sums, T, M, job.x_stride, job.pool ? B : M}, n, coupling);
     } else {
       const bool full = block.is_full();
       if (!full) std::memset(xb, 0, size_t(T * B) * sizeof(C));
       if (!full && !job.pool) std::memset(gsb, 0, size_t(T * B) * sizeof(C));
       if (!full && job.gvs) std::memset(gvsb, 0, size_t(T * B) * sizeof(C));
       if (!full) std::memset(ib, 0, 2 * B * sizeof(C));
-      read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<S>(job.x, 0), M, T, xb, B);
+      read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<S>(job.x, 0), job.x_stride, T, xb, B);
       if (!job.pool) read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<S>(job.gs, 0), M, T, gsb, B);
       if (job.v_init) read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<C>(job.v_init, 0), 0, 1, ib, B);
       if (job.gv) read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<C>(job.gv, 0), 0, 1, gvb, B);
       if (job.gvs) read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<C>(job.gvs, 0), M, T, gvsb, B);
       staged({xb, gain, job.v_init ? ib : nullptr, gsb, job.gv ? gvb : nullptr, job.gvs ? gvsb : nullptr, gxb,
-              job.gv_init ? gib : nullptr, h, sums, T, B, B}, n, coupling);
+              job.gv_init ? gib : nullptr, h, sums, T, B, B, B}, n, coupling);
       if constexpr (K::WRITES) write_runs(runs, n_runs, gxb, B, T, at<S>(job.gx, 0), M, job.stream);
       if (job.gv_init) write_runs(runs, n_runs, gib, B, 1, at<C>(job.gv_init, 0), 0, job.stream);
     }

@@ -17,15 +17,15 @@ from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients, Outpu
 from sj_robust.ops.surrogate import Surrogate
 
 __all__ = [
-    "INSTRUCTION_SETS", "INSTRUCTION_SET_VARIABLE", "Planes", "backward", "forward", "instruction_sets", "run",
-    "unavailable_reason", "unsupported_reason",
+    "INSTRUCTION_SETS", "INSTRUCTION_SET_VARIABLE", "Planes", "backward", "forward", "instruction_sets", "is_repeated",
+    "run", "unavailable_reason", "unsupported_reason",
 ]  # fmt: skip
 
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 INSTRUCTION_SET_VARIABLE = "SJ_ROBUST_INSTRUCTION_SET"
 
 _LIBRARY_NAME = "_kernel.so"  # setup.py gives it this name on every system
-_INTERFACE = 5  # sjr_interface() of kernel.cpp
+_INTERFACE = 6  # sjr_interface() of kernel.cpp
 _PROCESS = os.getpid()  # a forked child has another, and none of the threads of torch's OpenMP library
 _STORAGE = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _SURROGATES = {"triangle": 0, "atan": 1, "sigmoid": 2}
@@ -95,12 +95,18 @@ class Planes(NamedTuple):
     pool: bool
 
 
+def is_repeated(x_seq: Tensor) -> bool:
+    """Whether every step is the same one in memory."""
+    return len(x_seq) > 1 and x_seq.stride(0) == 0
+
+
 def run(
     function: str, x: Tensor, config: DLIFConfig, tensors: dict[str, Tensor | None], planes: Planes | None = None
 ) -> None:
     """Call ``sjr_`` + ``function`` of the library on x [T, *]; raises RuntimeError if there is no library.
 
-    ``tensors``, without gaps and in the order of x in memory, go to the fields of ``sjr::Job`` that bear their names.
+    Steps of x that are all the same may be expanded from one. ``tensors``, without gaps and in the order of x, go to
+    the fields of ``sjr::Job`` that bear their names.
     """
     library = _load()
     if isinstance(library, str):
@@ -108,7 +114,8 @@ def run(
     shape = {} if planes is None else {"plane": planes.height * planes.width, **planes._asdict()}
     job = _Job(
         T=x.shape[0],
-        M=x.shape[1:].numel(),
+        M=(size := x.shape[1:].numel()),
+        x_stride=0 if is_repeated(x) else size,
         decay=config.decay,
         leak_current=config.leak_current,
         v_threshold=config.v_threshold,
@@ -137,7 +144,7 @@ class _Job(ctypes.Structure):
     _fields_ = tuple(
         (name, kind)
         for kind, names in (
-            (ctypes.c_int64, "T M"),
+            (ctypes.c_int64, "T M x_stride"),
             (ctypes.c_double, "decay leak_current v_threshold v_reset alpha"),
             (ctypes.c_int32, "soft_reset detach_reset surrogate storage instruction_set threads own_threads"),
             (ctypes.c_void_p, "x gain v_init s v v_seq gs gv gvs gx gain_grad gv_init scratch"),

@@ -18,7 +18,7 @@ struct BFloat16 {
 // Everything one call is about; mirrored by cpp.py. Sequences are [T, M], one step is [M], gain is [T].
 // Potentials, gain and their gradients are in the arithmetic type: double for FLOAT64, float otherwise.
 struct Job {
-  int64_t T, M;
+  int64_t T, M, x_stride;  // x_stride: M, or 0 where every step of x is the same one
   double decay, leak_current, v_threshold, v_reset, alpha;  // leak_current is 0 unless v_reset is another value
   int32_t soft_reset, detach_reset, surrogate, storage, instruction_set, threads, own_threads;
   const void *x, *gain, *v_init;
