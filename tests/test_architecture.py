@@ -143,12 +143,15 @@ def test_import_is_light():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", ["sj_robust.training", "adv_train", "evaluate", "sweep", "figures", "benchmark"])
-def test_neither_the_compiler_nor_matplotlib_is_imported_before_it_is_needed(module):
+@pytest.mark.parametrize(
+    "module", ["sj_robust.training", "sj_robust.data", "adv_train", "evaluate", "sweep", "figures", "benchmark"]
+)
+def test_compiler_matplotlib_and_data_sets_are_not_imported_before_they_are_needed(module):
+    late = ["torch._dynamo", "matplotlib", "torchaudio", "torchvision.datasets", "spikingjelly.datasets"]
     code = (
         "import sys, spikingjelly.activation_based.neuron, spikingjelly.activation_based.monitor;"
         "before = set(sys.modules);"
-        f"import {module}; print([m for m in ('torch._dynamo', 'matplotlib') if m in set(sys.modules) - before])"
+        f"import {module}; print([m for m in {late} if m in set(sys.modules) - before])"
     )
     command = [sys.executable, "-W", "ignore", "-c", code]
     result = subprocess.run(command, cwd=RECIPES, capture_output=True, text=True, check=True)

