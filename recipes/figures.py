@@ -3,6 +3,7 @@
 python recipes/figures.py runs/digits-dlif-at-1                            # every figure of a run of adv_train
 python recipes/figures.py runs/digits-dlif-at-1 --which gains curves       # some of them
 python recipes/figures.py --which neuron --output figures                  # one neuron; needs no run
+python recipes/figures.py RUN --which ground_truth --eps 0.1               # small networks: exact, beside attacks
 python recipes/figures.py runs/sweep-1 --which rho                         # effect of rho, from a sweep over it
 python recipes/figures.py --redraw runs/digits-dlif-at-1/figures           # from the saved numbers alone
 
@@ -25,15 +26,20 @@ class Options:
     run: str | None = option(None, "Folder of a run of adv_train, of one network in it, or of a sweep; also given "
         "without the option's name; null for the figure neuron, which needs none.", group="figures", metavar="FOLDER",
         positional=True)
-    which: list[Literal["all", "neuron", "gains", "curves", "intensity", "rho"]] = option(["all"], "neuron (figure 1 "
-        "of the paper), rho (3, needs a sweep), gains (4), curves (5), intensity (indicators and heat maps under "
-        "growing eps), or all that the folder has numbers for.")
+    which: list[Literal["all", "neuron", "gains", "curves", "intensity", "rho", "ground_truth"]] = option(["all"],
+        "neuron (figure 1 of the paper), rho (3, needs a sweep), gains (4), curves (5), intensity (indicators and heat "
+        "maps under growing eps), ground_truth (exact robust accuracy of a small network beside what attacks leave), "
+        "or all that the folder has numbers for, without ground_truth.")
     columns: list[str] | None = option(None, "Figures that rho shows, as shell patterns such as pgd20 or paper/*; null "
         "for the usual ones.")
     eps: list[Radius] = option(["0.02", "0.05", "0.1", "0.15", "0.2", "0.3"], "Sizes of the perturbations of "
-        "intensity, growing, for images in [0, 1]; numbers or fractions such as 8/255.", group="intensity")
+        "intensity and ground_truth, growing, for images in [0, 1]; numbers or fractions such as 8/255.",
+        group="intensity and ground truth")
+    suites: list[Literal["paper", "fast", "standard", "autoattack", "gradients"]] = option(["gradients", "paper",
+        "fast", "standard"], "Suites of evaluate.py that ground_truth measures.")
+    time_limit: float = option(30.0, "Seconds per image that ground_truth gives to the mixed-integer program.")
     steps: PositiveInt = option(10, "Steps of the adversarial direction of intensity.")
-    images: PositiveInt = option(360, "Test images of intensity to use at most.")
+    images: PositiveInt = option(360, "Test images of intensity and ground_truth to use at most.")
     resamples: PositiveInt = option(200, "Bootstrap samples behind the intervals of intensity.")
     dataset: DatasetName | None = option(None, "Images to test on, as in adv_train.py; null takes those of the "
         "checkpoint.", metavar="NAME")
@@ -55,6 +61,7 @@ import torch
 import yaml
 from lab.figures.data import input_gains, one_neuron, training_curves
 from lab.figures.draw import redraw
+from lab.figures.ground_truth import ground_truth
 from lab.sweeping.plan import load_records
 from lab.sweeping.recipe import load_recipe
 from lab.sweeping.summary import axes_in, cells_of, columns_of
@@ -84,9 +91,11 @@ def main(arguments: list[str]) -> None:
     if not (options.device == "auto" and torch.cuda.is_available()):
         keep_heap()
     makers = {"neuron": neuron, "gains": gains, "curves": curves, "intensity": intensity, "rho": rho}
+    makers["ground_truth"] = truth
     chosen: list[str] = [name for name in makers if name in options.which]
     if "all" in options.which:
-        chosen = [name for name in makers if name != "rho"] if options.run is None or networks_in(options) else ["rho"]
+        own = [name for name in makers if name not in ("rho", "ground_truth")]
+        chosen = own if options.run is None or networks_in(options) else ["rho"]
     if options.run is None and chosen != ["neuron"]:
         raise WrongUse("give the folder of a run of adv_train or of a sweep; --which neuron alone needs none")
     if options.run is None and options.output is None:
@@ -151,19 +160,41 @@ def rho(options: Options, folder: Path) -> None:
     print(f"{len(records)} runs drawn as {', '.join(file.name for file in drawn)}")
 
 
-def correlate(options: Options, subject: Subject) -> IntensityCorrelation:
-    """Perturb test images at every size, by noise and by attack."""
+def truth(options: Options, folder: Path) -> None:
+    """Exact robust accuracy of small networks beside what attacks leave."""
+    for subject in subjects(options):
+        x, y, dataset, classes = images_for(options, subject)
+        print(f"ground truth of {subject.name}")
+        sizes = [parse_eps(size) for size in options.eps]
+        result = ground_truth(
+            subject, x, y, sizes, suites=options.suites, time_limit=options.time_limit, dataset=dataset,
+            classes=classes, seed=options.seed, say=print,
+        )  # fmt: skip
+        finish(result, folder / f"ground_truth_{subject.name}.json")
+        print(result.table())
+
+
+def images_for(options: Options, subject: Subject) -> tuple[Tensor, Tensor, str, int]:
+    """Test images and labels on the device of a network that is moved there, name of the data set, and classes."""
     if subject.spec is not None and subject.spec.frames:
         raise ValueError(
-            f"{subject.name} takes event frames, which noise and PGD do not leave binary; leave intensity out"
+            f"{subject.name} takes event frames, which noise and PGD do not leave binary; leave intensity and "
+            "ground_truth out"
         )
     device = torch.device("cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu")
     dataset = options.dataset or str(subject.options.get("dataset", "digits"))
     splits = load_images(dataset, root=options.data_root, test_limit=options.images)
     x = torch.stack([splits.test[index][0] for index in range(len(splits.test))]).to(device)
     y = torch.tensor([int(splits.test[index][1]) for index in range(len(splits.test))], device=device)
-    model = subject.model.to(device)
+    subject.model.to(device)
     check_fits(subject, x, splits.classes, dataset)
+    return x, y, dataset, splits.classes
+
+
+def correlate(options: Options, subject: Subject) -> IntensityCorrelation:
+    """Perturb test images at every size, by noise and by attack."""
+    x, y, _, _ = images_for(options, subject)
+    model = subject.model
     generator = torch.Generator().manual_seed(options.seed)
 
     def gaussian(x: Tensor, y: Tensor, eps: float) -> Tensor:

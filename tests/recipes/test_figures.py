@@ -8,16 +8,18 @@ import pytest
 import torch
 from lab.figures.data import InputGains, input_gains, one_neuron, training_curves
 from lab.figures.draw import draw
+from lab.figures.ground_truth import AttackOnTruth, GroundTruth, Truth, beside, ground_truth
 from lab.figures.saved import load_figure
 from lab.sweeping.record import RECORD_FILE, RunRecord
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread
 
-from sj_robust.evaluation import Report, ThreatModel
+from sj_robust.evaluation import MemberOutcome, Report, RobustnessReport, ThreatModel
 from sj_robust.evaluation.subject import Subject, from_checkpoint
 from sj_robust.models import NetworkSpec, build_network
 from sj_robust.perturbation.indicators import INDICATORS
 from sj_robust.perturbation.intensity import IntensityCorrelation
+from sj_robust.stability import Verification
 from sj_robust.training import EpochRecord, save_checkpoint
 
 HISTORY = [
@@ -272,3 +274,52 @@ def test_what_cannot_be_redrawn(tmp_path):
 def test_gains_of_networks_without_dlif_are_left_out():
     nets = {name: build_network(NetworkSpec(neuron=name, channels=(2, 2))) for name in ("dlif", "lif")}
     assert list(input_gains(nets).networks) == ["dlif"]
+
+
+def proofs_and_report(verified):
+    """Four images: one is wrong, APGD breaks image 1 and the program image 2; the image given last is verified."""
+    broken = tuple(i in (0, 2) for i in range(4))
+    margin = tuple(0.1 if i == verified else -0.1 for i in range(4))
+    proofs = Verification(0.1, (False, True, True, True), margin, (), torch.zeros(4, 1), broken)
+    apgd = MemberOutcome("apgd", "training", "", 0.1, (1, 2, 3), (1,), (), 0.1, 1.0)
+    report = RobustnessReport("mine", "digits", ThreatModel("Linf", 0.1), "fast", 10, (0,) * 4, (1, 2, 3), (apgd,))
+    return proofs, report
+
+
+def test_truth_is_what_program_and_attacks_know_together():
+    proofs, report = proofs_and_report(verified=3)
+    truth, rows = beside(proofs, [report])
+    assert truth == Truth(0.1, verified=1, broken=3, by_program_alone=1)
+    assert rows == [AttackOnTruth(0.1, "fast", name, 2, 1) for name in ("apgd", "worst case", "everything")]
+    table = GroundTruth("mine", 4, 3, (truth,), tuple(rows)).table()
+    assert "robust accuracy 25.0 %; 1 images broken by the program alone" in table
+    assert "| fast | apgd | 50.0 | 25.0 |" in table
+
+
+def test_a_verified_image_that_falls_is_named():
+    proofs, report = proofs_and_report(verified=1)
+    with pytest.raises(RuntimeError, match=r"image 1 is verified at Linf 0\.1, and an attack breaks it"):
+        beside(proofs, [report])
+
+
+@pytest.mark.slow
+def test_ground_truth_of_a_small_network_is_drawn_and_loads_back_equal(tmp_path, capsys):
+    checkpoint(tmp_path / "run" / "tiny")
+    figures.main([
+        str(tmp_path / "run"), "--which", "ground_truth", "--eps", "0.002", "--images", "4", "--suites", "paper",
+        "--time-limit", "5",
+    ])  # fmt: skip
+    folder = tmp_path / "run" / "figures"
+    data = load_figure(folder / "ground_truth_tiny.json")
+    assert data.images == 4
+    assert {attack.suite for attack in data.attacks} == {"paper"}
+    assert (folder / "ground_truth_tiny.png").exists()
+    assert data.table() in capsys.readouterr().out
+
+
+def test_ground_truth_needs_a_spiking_network():
+    subject = Subject("mine", torch.nn.Flatten(), "nothing that spikes")
+    with pytest.raises(TypeError, match="must be a SpikingClassifier for proofs, got Flatten"):
+        ground_truth(
+            subject, torch.rand(1, 3), torch.zeros(1), [0.1], suites=[], time_limit=1.0, dataset="none", classes=3
+        )

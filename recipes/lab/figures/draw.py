@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lab.figures.data import InputGains, OneNeuron, TrainingCurves
+from lab.figures.ground_truth import GroundTruth
 from lab.figures.saved import FigureData, load_figure
 from sj_robust.perturbation.intensity import IntensityCorrelation
 
@@ -18,7 +19,7 @@ def draw(data: FigureData) -> dict[str, "Figure"]:
         >>> list(draw(InputGains({"mine": {"0": [1.0, 0.5]}})))
         ['']
     """
-    from lab.figures.drawings import draw_curves, draw_gains, draw_neuron  # these import matplotlib
+    from lab.figures.drawings import draw_curves, draw_gains, draw_ground_truth, draw_neuron  # these import matplotlib
     from lab.figures.intensity_drawings import draw_heat_maps, draw_intensity
     from lab.figures.style import print_style
 
@@ -30,6 +31,8 @@ def draw(data: FigureData) -> dict[str, "Figure"]:
                 return {"": draw_gains(data)}
             case TrainingCurves():
                 return {"": draw_curves(data)}
+            case GroundTruth():
+                return {"": draw_ground_truth(data)}
             case IntensityCorrelation():
                 return {"": draw_intensity(data), "_heat_maps": draw_heat_maps(data)}
 

@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from lab.figures.data import InputGains, OneNeuron, TrainingCurves
+from lab.figures.ground_truth import GroundTruth
 from lab.figures.style import COLOURS, DOUBLE, GREY, LINES, MARKERS, SINGLE, letter
 
 _BLUE, _ORANGE, _GREEN, _PINK, _AMBER, _BLACK = COLOURS[:6]
@@ -61,6 +62,27 @@ def _distances(axes: Axes, case: dict[str, list[float]]) -> None:
         axes.plot(
             case[name], linestyle=line, color=colour, marker=marker, markevery=(offset, 5), markersize=3, label=label
         )
+
+
+def draw_ground_truth(data: GroundTruth) -> Figure:
+    """A panel per radius: what each attack leaves, from the strongest down, and the exact robust accuracy as a line."""
+    count = len(data.truths)
+    rows = max(sum(attack.eps == truth.eps for attack in data.attacks) for truth in data.truths)
+    figure = Figure(figsize=(DOUBLE, 0.8 + 0.11 * rows), layout="constrained")
+    for axes, truth in zip(figure.subplots(1, count, squeeze=False).flat, data.truths, strict=True):
+        attacks = sorted((a for a in data.attacks if a.eps == truth.eps), key=lambda a: (a.left, a.suite, a.attack))
+        share = [100 * attack.left / data.images for attack in attacks]
+        sums = [attack.attack in ("worst case", "control", "everything") for attack in attacks]
+        axes.barh(range(len(share)), share, color=[_ORANGE if whole else _BLUE for whole in sums], height=0.7)
+        low, high = (100 * images / data.images for images in (truth.verified, data.images - truth.broken))
+        axes.axvspan(low, high, color=_BLACK, alpha=0.15, linewidth=0)
+        axes.axvline(high, color=_BLACK, linewidth=1.0)
+        axes.set_yticks(range(len(share)), [f"{attack.suite}: {attack.attack}" for attack in attacks], fontsize=5)
+        axes.invert_yaxis()
+        axes.grid(visible=False, axis="y")
+        axes.set_xlim(max(0.0, low - 10), min(100.0, max(share) + 3))
+        axes.set_xlabel(f"left at Linf {truth.eps:g}, %; line: exact")
+    return figure
 
 
 def draw_gains(data: InputGains) -> Figure:

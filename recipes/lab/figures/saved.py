@@ -3,14 +3,15 @@
 from pathlib import Path
 
 from lab.figures.data import InputGains, OneNeuron, TrainingCurves
+from lab.figures.ground_truth import GroundTruth
 from sj_robust._saved import load_saved, saved_format
 from sj_robust.perturbation.intensity import IntensityCorrelation
 
-FigureData = OneNeuron | InputGains | TrainingCurves | IntensityCorrelation
+FigureData = OneNeuron | InputGains | TrainingCurves | IntensityCorrelation | GroundTruth
 """Numbers of one kind of figure."""
 
 _KINDS: dict[str, type[FigureData]] = {
-    kind.saved_as: kind for kind in (OneNeuron, InputGains, TrainingCurves, IntensityCorrelation)
+    kind.saved_as: kind for kind in (OneNeuron, InputGains, TrainingCurves, IntensityCorrelation, GroundTruth)
 }
 
 

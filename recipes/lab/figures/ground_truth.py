@@ -1,0 +1,155 @@
+"""Exact robust accuracy of a small network beside what attacks leave: how far does each overstate?"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from sj_robust._saved import SavedResult
+from sj_robust.classifier import SpikingClassifier
+from sj_robust.evaluation import RobustnessReport, SuiteName, ThreatModel
+from sj_robust.evaluation.assess import assess
+from sj_robust.evaluation.subject import Subject
+from sj_robust.stability import Verification, verify
+
+
+@dataclass(frozen=True)
+class AttackOnTruth:
+    """What one attack, or a suite as a whole, leaves of a network whose exact robust accuracy is known.
+
+    Attributes:
+        eps: Linf radius.
+        suite: Name of the suite.
+        attack: Name of the attack, or ``"worst case"``, ``"control"`` or ``"everything"``.
+        left: Images that it leaves classified right.
+        missed: Those of them that are known to be broken.
+    """
+
+    eps: float
+    suite: str
+    attack: str
+    left: int
+    missed: int
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What is known of a network at one radius.
+
+    Attributes:
+        eps: Linf radius.
+        verified: Images that are proved to be robust.
+        broken: Images that are wrong, or that the program or an attack breaks.
+        by_program_alone: Those of them that no attack broke.
+    """
+
+    eps: float
+    verified: int
+    broken: int
+    by_program_alone: int
+
+
+@dataclass(frozen=True)
+class GroundTruth(SavedResult, what="the numbers of a figure", format="sj_robust.figure.ground_truth", version=1):
+    """Exact robust accuracy beside every attack, estimator and suite.
+
+    Attributes:
+        network: Name of the network.
+        images: Number of images.
+        clean: Those that are classified right without a perturbation.
+        truths: What is known, per radius.
+        attacks: What each attack leaves.
+    """
+
+    network: str
+    images: int
+    clean: int
+    truths: tuple[Truth, ...]
+    attacks: tuple[AttackOnTruth, ...]
+
+    def __post_init__(self) -> None:
+        """Rows that come from a file are dictionaries."""
+        for name, kind in (("truths", Truth), ("attacks", AttackOnTruth)):
+            rows = tuple(kind(**row) if isinstance(row, dict) else row for row in getattr(self, name))
+            object.__setattr__(self, name, rows)
+
+    def table(self) -> str:
+        """Markdown: what is known per radius, then a row per attack in the order of what it misses."""
+        lines = [f"{self.network}: {self.images} images, {self.clean} classified right."]
+        for truth in self.truths:
+            low, high = (100 * count / self.images for count in (truth.verified, self.images - truth.broken))
+            exact = f"{low:.1f} %" if low == high else f"{low:.1f} to {high:.1f} %"
+            lines += [
+                "",
+                f"Linf {truth.eps:.6g}: robust accuracy {exact}; {truth.by_program_alone} images broken by the program "
+                "alone.",
+                "",
+                "| suite | attack | left, % | broken images that it leaves, % |",
+                "| --- | --- | ---: | ---: |",
+            ]
+            rows = [attack for attack in self.attacks if attack.eps == truth.eps]
+            for attack in sorted(rows, key=lambda attack: (attack.missed, attack.suite)):
+                left, missed = 100 * attack.left / self.images, 100 * attack.missed / self.images
+                lines.append(f"| {attack.suite} | {attack.attack} | {left:.1f} | {missed:.1f} |")
+        return "\n".join(lines)
+
+
+def ground_truth(
+    subject: Subject,
+    x: Tensor,
+    y: Tensor,
+    eps: Sequence[float],
+    *,
+    suites: Sequence[SuiteName],
+    time_limit: float,
+    dataset: str,
+    classes: int,
+    seed: int = 0,
+    say: Callable[[str], None] = lambda text: None,
+) -> GroundTruth:
+    """Solve the program of every image, run the suites, and set one beside the other.
+
+    Raises:
+        RuntimeError: If an attack breaks an image that is verified, which is a fault of one of the two.
+    """
+    truths, attacks, clean = [], [], 0
+    model = subject.model
+    if not isinstance(model, SpikingClassifier):
+        raise TypeError(f"the network must be a SpikingClassifier for proofs, got {type(model).__name__}")
+    for size in eps:
+        proofs = verify(model, x, y, size, method="mip", time_limit=time_limit)
+        clean = sum(proofs.correct)
+        say(proofs.table().splitlines()[0])
+        batches = DataLoader(TensorDataset(x, y), batch_size=128)
+        threat = ThreatModel("Linf", size)
+        kind: dict[str, Any] = {"threat": threat, "dataset": dataset, "classes": classes, "seed": seed, "say": say}
+        reports = [assess(subject, batches, suite=suite, **kind) for suite in suites]
+        truth, rows = beside(proofs, reports)
+        truths.append(truth)
+        attacks += rows
+    return GroundTruth(subject.name, len(x), clean, tuple(truths), tuple(attacks))
+
+
+def beside(proofs: Verification, reports: Sequence[RobustnessReport]) -> tuple[Truth, list[AttackOnTruth]]:
+    """What is known together, and what each attack leaves of it."""
+    images = range(len(proofs.margin))
+    verified = {i for i in images if proofs.verified[i]}
+    solved = {i for i in images if proofs.broken[i]}
+    fallen = {i for i in images if any(i not in report.standing("everything") for report in reports)}
+    if fooled := sorted(verified & fallen):
+        raise RuntimeError(
+            f"image {fooled[0]} is verified at Linf {proofs.eps:.6g}, and an attack breaks it: one of both is at "
+            "fault; please report it with the network"
+        )
+    broken = solved | fallen
+    rows = []
+    for report in reports:
+        inside = {m.name for m in report.members if report.within(m)}
+        whole = {"clean", "control", "worst case", "everything"}
+        for accuracy in report.accuracies:
+            if accuracy.name != "clean" and (accuracy.name in inside or accuracy.name in whole):
+                left = report.standing(accuracy.name)
+                rows.append(AttackOnTruth(proofs.eps, report.suite, accuracy.name, len(left), len(left & broken)))
+    return Truth(proofs.eps, len(verified), len(broken), len(solved - fallen)), rows
