@@ -115,9 +115,9 @@ class Prover:
         return None
 
     def inside(self, image: Tensor, points: Tensor) -> Tensor:
-        """Points in float32 that are in the ball of an image [1, *] and in [0, 1]."""
+        """Points in the precision of the image that are in the ball of an image [1, *] and in [0, 1]."""
         centre = image.double()
-        rounded = points.clamp(centre - self.eps, centre + self.eps).clamp(0, 1).float()
+        rounded = points.clamp(centre - self.eps, centre + self.eps).clamp(0, 1).to(image.dtype)
         outside = (rounded.double() - centre).abs() > self.eps
         inward = torch.nextafter(rounded, image.expand_as(rounded))
         return torch.where(outside, inward, rounded)

@@ -206,3 +206,13 @@ def test_wrong_methods_say_what_there_is():
         verify(model, x, y, 0.1, method="exact")
     with pytest.raises(ValueError, match="time_limit must be > 0 seconds per image, got 0"):
         verify(model, x, y, 0.1, method="bab", time_limit=0)
+
+
+def test_a_network_in_float64_is_broken_by_images_in_float64():
+    model = small(neuron.LIFNode).double()
+    x = torch.rand(2, 3, dtype=torch.float64)
+    y = model(x).argmax(1)
+    for method in ("bab", "mip"):
+        result = verify(model, x, y, 0.9, method=method)
+        assert any(result.broken)
+        assert bool((model(result.x_adv).argmax(1) != y)[torch.tensor(result.broken)].all())
