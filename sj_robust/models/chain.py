@@ -38,7 +38,7 @@ class ConvChain(DirectlyEncoded):
         features: Output channels of the convolutions, the first of them first, ``"A"`` for a pooling and ``"S"`` for
             the stride of the next convolution.
         hidden: Widths of the hidden linear layers.
-        batch_norm: Whether there is a batch norm behind every convolution.
+        batch_norm: Whether there is a batch norm behind every convolution; without, weights are torch's own.
         kernel_size: Height and width of every kernel; the padding is ``(kernel_size - 1) // 2``.
         step_mode: ``"m"`` or ``"s"``.
         **neuron_kwargs: Passed on to ``spiking_neuron``; one that takes ``T`` (``DLIFNode`` does) gets the network's.
@@ -110,7 +110,8 @@ class ConvChain(DirectlyEncoded):
             width = size
         self.first = stages[0]
         self.stages = nn.Sequential(*stages[1:], layer.Linear(width, classes))
-        initialise(self)
+        if batch_norm:
+            initialise(self)
         functional.set_step_mode(self, step_mode)
 
 

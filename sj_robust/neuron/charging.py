@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from sj_robust._checks import check_network
 from sj_robust._host import is_neuron, neuron
-from sj_robust.neuron.dlif import DLIFNode
+from sj_robust.neuron.dlif import DLIFNode, describe_surrogate
+from sj_robust.ops import Surrogate
 
 __all__ = [
     "Charging", "Neuron", "NeuronKey", "emits_spikes", "find_neurons", "has_known_dynamics", "is_neuron",
@@ -68,6 +69,11 @@ class Neuron:
     def time_step(self) -> int:
         """Number of steps since the neuron's reset, for neurons whose gain depends on it."""
         return int(self.module.time_step) if type(self.module) is DLIFNode else 0
+
+    @property
+    def surrogate(self) -> Surrogate:
+        """How it spikes, and what stands in for the derivative."""
+        return describe_surrogate(self.module.surrogate_function)
 
     @property
     def binary(self) -> bool:

@@ -13,7 +13,7 @@ from sj_robust import ops
 from sj_robust._host import cuda_threads, lif_multi_step, neuron, surrogate
 from sj_robust.ops.dlif.config import state_dtype
 
-__all__ = ["DLIFNode"]
+__all__ = ["DLIFNode", "describe_surrogate"]
 
 
 class DLIFNode(neuron.BaseNode):
@@ -260,11 +260,7 @@ class DLIFNode(neuron.BaseNode):
         return spike_seq.to(x_seq.dtype), v_end, v_seq
 
     def _surrogate(self) -> ops.Surrogate:
-        function = self.surrogate_function
-        kind = _COMPILED_SURROGATES.get(type(function))
-        if kind is None or not function.spiking:
-            return ops.Surrogate("custom", function=function)
-        return ops.Surrogate(kind, alpha=function.alpha)
+        return describe_surrogate(self.surrogate_function)
 
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
@@ -308,6 +304,14 @@ _COMPILED_SURROGATES: dict[type, Any] = {
     surrogate.ATan: "atan",
     surrogate.Sigmoid: "sigmoid",
 }
+
+
+def describe_surrogate(function: Any) -> ops.Surrogate:
+    """A SpikingJelly surrogate, or any function, as the kernels know it. 描述替代函数。"""
+    kind = _COMPILED_SURROGATES.get(type(function))
+    if kind is None or not function.spiking:
+        return ops.Surrogate("custom", function=function)
+    return ops.Surrogate(kind, alpha=function.alpha)
 
 
 def _check_arguments(T: int, tau: float, v_threshold: float, v_reset: float | None, input_gain_init: float) -> None:

@@ -221,7 +221,12 @@ class BoundedRun:
         right = y.unsqueeze(1)
         gap = logits.centre - logits.centre.gather(1, right)
         weights, radius = self._last_map(logits.centre)
-        spread = torch.stack([((w - weights[y]).abs() * radius).sum(1) for w in weights], 1)
+        if len(weights) <= len(y):
+            of_pairs = (weights - weights.unsqueeze(1)).abs() @ radius.T  # [classes, classes, N]
+            spread = of_pairs[y, :, torch.arange(len(y), device=y.device)]
+        else:
+            own = weights[y]
+            spread = torch.stack([((w - own).abs() * radius).sum(1) for w in weights], 1)
         if logits.unrounded:
             return (gap + spread).scatter(1, right, 0.0)
         error = logits.error + logits.error.gather(1, right)
@@ -295,32 +300,33 @@ class BoundedRun:
         sure_seq, possible_seq = [], []
         for x_lower, x_upper in zip(lower, upper, strict=True):
             gain = charging.gain_at(layer.steps, input_gain=True)
-            gain = gain if self.differentiable else float(torch.as_tensor(gain).detach())
-            ends = gain * x_lower, gain * x_upper
-            low, high = torch.minimum(*ends), torch.maximum(*ends)
-            h_lower = decay * v_lower + low + (1.0 - decay) * rest
-            h_upper = decay * v_upper + high + (1.0 - decay) * rest
+            number = float(torch.as_tensor(gain).detach())
+            ends = (gain * x_lower, gain * x_upper) if self.differentiable else (number * x_lower, number * x_upper)
+            low, high = ends if number >= 0 else ends[::-1]
+            h_lower, h_upper = (decay * v + end for v, end in ((v_lower, low), (v_upper, high)))
+            if rest:
+                h_lower, h_upper = h_lower + (1.0 - decay) * rest, h_upper + (1.0 - decay) * rest
             if self.differentiable:
                 sure, possible = h_lower >= threshold, h_upper >= threshold
             else:
                 size = _larger(v_lower, v_upper) + _larger(low, high) + abs(rest)
                 error = gamma(16) * size + 16 * _SMALLEST
                 h_lower, h_upper, sure, possible = self._decided(
-                    name, float(gain), h_lower - error, h_upper + error, error, (below, above)
+                    name, number, h_lower - error, h_upper + error, error, (below, above)
                 )
             undecided = possible & ~sure
             layer.steps += 1
             if reset is None:
                 fired, silent = (h_lower - threshold, h_upper - threshold), (h_lower, h_upper.clamp(max=above))
                 either = h_lower.clamp(max=below - threshold), torch.maximum(silent[1], fired[1])
+                v_lower, v_upper = (
+                    torch.where(sure, fired[end], torch.where(undecided, either[end], silent[end])) for end in (0, 1)
+                )
             else:
-                fired, silent = (torch.full_like(h_lower, rest),) * 2, (h_lower, h_upper.clamp(max=above))
-                either = h_lower.clamp(max=rest), silent[1].clamp(min=rest)
-            v_lower, v_upper = (
-                torch.where(sure, fired[end], torch.where(undecided, either[end], silent[end])) for end in (0, 1)
-            )
+                v_lower = h_lower.masked_fill(sure | (possible & (h_lower > rest)), rest)
+                v_upper = h_upper.masked_fill(possible, max(above, rest)).masked_fill_(sure, rest)
             if self.differentiable:
-                spike = module.surrogate_function
+                spike = neuron.surrogate.spike
                 sure_seq.append(spike(h_lower - threshold))
                 possible_seq.append(spike(h_upper - threshold))
                 continue

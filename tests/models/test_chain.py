@@ -38,6 +38,20 @@ def test_vgg11_has_the_sizes_of_the_paper():
     assert sum(p.numel() for p in net.parameters()) == convolutions + sum(a * b + a for a, b in shapes) + 8 * (8 + 2)
 
 
+@pytest.mark.parametrize(("strides", "kernel_size", "features"), [((1, 2), 3, 6 * 5 * 6), ((2, 2), 4, 6 * 2 * 3)])
+def test_strides_in_the_place_of_poolings_and_no_batch_norm(strides, kernel_size, features):
+    options = {"strides": list(strides), "kernel_size": kernel_size, "batch_norm": False}
+    spec = NetworkSpec(image_shape=(3, 9, 12), classes=7, channels=(4, 6), options=options)
+    net = build_network(spec)
+    modules = list(net.modules())
+    assert not any(isinstance(module, layer.BatchNorm2d | layer.AvgPool2d) for module in modules)
+    convolutions = [module for module in modules if isinstance(module, layer.Conv2d)]
+    assert [module.stride for module in convolutions] == [(stride, stride) for stride in strides]
+    assert {module.kernel_size for module in convolutions} == {(kernel_size, kernel_size)}
+    assert next(module for module in modules if isinstance(module, layer.Linear)).in_features == features
+    assert SpikingClassifier(net, T=4)(torch.rand(2, 3, 9, 12)).shape == (2, 7)
+
+
 @pytest.mark.parametrize(
     ("use", "message"),
     [
@@ -45,6 +59,9 @@ def test_vgg11_has_the_sizes_of_the_paper():
         (lambda: VGG("vgg16", (3, 16, 16), 10, T=2, spiking_neuron=DLIFNode), "cannot be halved 5 times"),
         (lambda: VGG("vgg12", (3, 32, 32), 10, T=2, spiking_neuron=DLIFNode), "name must be one of vgg5, vgg11"),
         (lambda: ConvChain((1, 8, 8), 10, T=4, spiking_neuron=DLIFNode, features=["A", 4]), "begin with a convolution"),
+        (lambda: ConvChain((1, 8, 8), 10, T=4, spiking_neuron=DLIFNode, features=[4, "S"]), "not end in a stride"),
+        (lambda: build_network(NetworkSpec(options={"strides": [2]})), r"strides must be 1 or 2 for each of 2 conv"),
+        (lambda: build_network(NetworkSpec(options={"strides": [3, 1]})), r"strides must be 1 or 2"),
         (lambda: small()(torch.rand(3, 9, 12)), r"\[N, C, H, W\]"),
         (lambda: small(step_mode="s")(torch.rand(4, 2, 3, 9, 12)), "one frame"),
         (lambda: build_network(NetworkSpec(neuron="izhikevich")), "neuron must be"),

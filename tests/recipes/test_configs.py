@@ -18,7 +18,7 @@ from sj_robust.attacks.threat import parse_eps
 RECIPES = ROOT / "recipes"
 CONFIGS = RECIPES / "configs"
 CELLS = sorted((CONFIGS / "paper").glob("*.yaml"))
-PRESETS = [*sorted(CONFIGS.glob("*.yaml")), *CELLS]
+PRESETS = [*sorted(CONFIGS.glob("*.yaml")), *sorted((CONFIGS / "certified").glob("*.yaml")), *CELLS]
 SWEEPS = sorted((CONFIGS / "sweeps").glob("*.yaml"))
 SHAPES = {"digits": ((1, 8, 8), 10), "fashion_mnist": ((1, 28, 28), 10)}
 SHAPES |= {"cifar10": ((3, 32, 32), 10), "cifar100": ((3, 32, 32), 100)}
@@ -53,10 +53,16 @@ def test_a_preset_builds(recipe, path):
     with torch.device("meta"):
         objective, plan, attack = adv_train.prepared(options, splits)
     assert sum(parameter.numel() for parameter in objective.classifier.parameters()) > 1000
-    assert (attack is None) == (options.mode == "none")
-    assert plan.weight_decay == (0.0 if options.mode == "rat" else 5e-4)
+    certified = path.parent.name == "certified"
+    assert certified == (options.mode == "certified") == (plan.select == "verified") == (plan.optimizer == "adam")
+    assert (attack is None) == (certified or options.mode == "none")
+    assert plan.weight_decay == (0.0 if certified or options.mode == "rat" else 5e-4)
     assert (plan.retraction > 0) == (options.mode == "rat")
-    assert objective.kappa == 0.5
+    assert certified or objective.kappa == 0.5
+    if certified:
+        assert plan.verified_eps == parse_eps(options.eval_eps or options.eps)
+        assert objective.certified.eps >= plan.verified_eps
+        assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in objective.modules())
     assert set(training.validation_attacks(options.eval_eps or options.eps)) == {"fgsm", "pgd"}
 
 
