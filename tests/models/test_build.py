@@ -164,13 +164,14 @@ def test_wrong_options(own):
             r"takes no option 'widht'; it takes image_shape, classes, T, .*width",
         ),
         *(
-            (
-                NetworkSpec(name, hidden=(8,), options={"depht": 5}),
-                rf"{name} cannot be built with the options .*'depht'.*neurons \(dlif\)",
-            )
+            (NetworkSpec(name, options={"depht": 5}), rf"{name} cannot be built .* options .*'depht'.*neurons \(dlif\)")
             for name in ("small", "vgg5", "wrn16_4")
         ),
         (NetworkSpec("zoo:spiking_resnet18"), "takes images of 3 channels, these have 1"),
+        (NetworkSpec(neuron="izhikevich"), "neuron must be"),
+        (NetworkSpec(tau=0.99), r"tau must be > 1, got 0.99"),
+        (NetworkSpec(channels=(4, 0)), r"every convolution must have a width >= 1, got \[4, 0\]; leave"),
+        (NetworkSpec("vgg5", hidden=(-8,)), r"every hidden layer must have a width >= 1, got \[-8\]; leave"),
         (NetworkSpec(mean=(0.1, 0.2)), r"mean must have one value per channel \(1\), got \(0.1, 0.2\)"),
         (NetworkSpec(std=(0.1,), frames=True), "std is for images, event frames stay as they are"),
     ):

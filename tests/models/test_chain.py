@@ -64,16 +64,6 @@ def test_strides_in_the_place_of_poolings_and_no_batch_norm(strides, kernel_size
         (lambda: build_network(NetworkSpec(options={"strides": [3, 1]})), r"strides must be 1 or 2"),
         (lambda: small()(torch.rand(3, 9, 12)), r"\[N, C, H, W\]"),
         (lambda: small(step_mode="s")(torch.rand(4, 2, 3, 9, 12)), "one frame"),
-        (lambda: build_network(NetworkSpec(neuron="izhikevich")), "neuron must be"),
-        (lambda: build_network(NetworkSpec(tau=0.99)), r"tau must be > 1, got 0.99"),
-        (
-            lambda: build_network(NetworkSpec(channels=(4, 0))),
-            r"every convolution must have a width >= 1, got \[4, 0\]; leave",
-        ),
-        (
-            lambda: build_network(NetworkSpec("vgg5", hidden=(-8,))),
-            r"every hidden layer must have a width >= 1, got \[-8\]; leave",
-        ),
     ],
 )
 def test_wrong_use(use, message):

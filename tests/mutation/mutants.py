@@ -247,10 +247,9 @@ class _Finder(ast.NodeVisitor):
             self._changed("opposite function", node, lambda new: setattr(new.func, attribute, OPPOSITES[name]))
         if name in DROPPED and isinstance(node.func, ast.Attribute):
             of_torch = isinstance(node.func.value, ast.Name) and node.func.value.id in ("torch", "math")
-            if not of_torch and not node.args:
-                self._plant("call dropped", node, f"({ast.unparse(node.func.value)})")
-            elif of_torch and len(node.args) == 1:
-                self._plant("call dropped", node, f"({ast.unparse(node.args[0])})")
+            operands = node.args if of_torch else [node.func.value, *node.args]
+            if len(operands) == 1:
+                self._plant("call dropped", node, f"({ast.unparse(operands[0])})")
 
     def _changed(self, kind: str, node: ast.AST, change: Callable) -> None:
         new = copy.deepcopy(node)

@@ -13,7 +13,6 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from sj_robust import SpikingClassifier
 from sj_robust.neuron import DLIFNode
 from sj_robust.perturbation import MPPDMonitor, spike_train_distance, tasad
 
@@ -122,29 +121,6 @@ def test_last_layer_in_single_steps():
             values.append(monitor.loss())
     torch.testing.assert_close(*values)
     assert_same_gradients(*values, net)
-
-
-def test_training_step_with_a_classifier():
-    net = trainable(lambda: DLIFNode(T=T))
-    classifier = SpikingClassifier(net, T=T).train()
-    image, noisy = torch.rand(2, 5, 2, 6, 6)
-    parameters = {name: p for name, p in net.named_parameters() if not name.startswith("1.")}
-
-    def gradients(of_logits, of_potential):
-        net.zero_grad()
-        with MPPDMonitor(classifier, layers="last") as monitor:
-            with monitor.clean():
-                logits = classifier(image)
-            with monitor.perturbed():
-                logits_perturbed = classifier(noisy)
-            loss = of_logits * (logits + logits_perturbed).square().mean()
-            (loss + of_potential * monitor.loss(retain=False)).backward()
-        return {name: p.grad.clone() for name, p in parameters.items()}
-
-    both, of_logits, of_potential = gradients(1, 1), gradients(1, 0), gradients(0, 1)
-    for name in parameters:
-        torch.testing.assert_close(both[name], of_logits[name] + of_potential[name])
-        assert float(both[name].abs().sum()) > 0, name
 
 
 @pytest.mark.parametrize(("keep", "size"), [("statistics", 5), ("loss", 4)])  # the spikes in bool, or without them
