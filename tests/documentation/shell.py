@@ -98,11 +98,19 @@ class Shell:
         environment.pop("PYTEST_CURRENT_TEST", None)
         self.where, self.state, self.environment = folder, state, environment
 
-    def execute(self, command: str) -> tuple[int, str]:
-        """Run a command; returns exit code and output."""
+    def run(
+        self, command: str, added: tuple[tuple[str | None, str], ...] = (), *, only_options: bool = False
+    ) -> list[str]:
+        """Run a command that has to end well; returns the names of the recipes that it ran.
+
+        They get the options of ``added`` that are meant for them, None for every one, and may only check their options.
+        """
+        (self.state / "wanted").write_text(json.dumps([only_options, added]), encoding="utf-8")
+        (self.state / "recipes").write_text("")
+        first = "set -e\n" if only_options else ""
         left = f"env -0 > '{self.state}/environment'\npwd > '{self.state}/folder'"
         with subprocess.Popen(
-            ["bash", "-o", "pipefail", "-c", f"{command}\ncode=$?\n{left}\nexit $code"],
+            ["bash", "-o", "pipefail", "-c", f"{first}{command}\ncode=$?\n{left}\nexit $code"],
             cwd=self.where, env=self.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
         ) as process:  # fmt: skip
@@ -113,24 +121,11 @@ class Shell:
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)  # what a command left running, too
-        if process.returncode == 0:
-            words = (self.state / "environment").read_bytes().decode().split("\0")
-            self.environment = dict(word.split("=", 1) for word in words if "=" in word)
-            self.where = Path((self.state / "folder").read_text().rstrip("\n"))
-        return process.returncode, said
-
-    def run(
-        self, command: str, added: tuple[tuple[str | None, str], ...] = (), *, only_options: bool = False
-    ) -> list[str]:
-        """Run a command that has to end well; returns the names of the recipes that it ran.
-
-        They get the options of ``added`` that are meant for them, None for every one, and may only check their options.
-        """
-        (self.state / "wanted").write_text(json.dumps([only_options, added]), encoding="utf-8")
-        (self.state / "recipes").write_text("")
-        code, said = self.execute(f"set -e\n{command}" if only_options else command)
-        if code != 0:
-            raise CommandError(f"exit code {code}\n{said}")
+        if process.returncode != 0:
+            raise CommandError(f"exit code {process.returncode}\n{said}")
+        words = (self.state / "environment").read_bytes().decode().split("\0")
+        self.environment = dict(word.split("=", 1) for word in words if "=" in word)
+        self.where = Path((self.state / "folder").read_text().rstrip("\n"))
         return (self.state / "recipes").read_text().split()
 
 
