@@ -138,7 +138,14 @@ def test_print_config_and_config(tmp_path, monkeypatch, capsys):
     assert printed("--config", "mine.yaml", "--eps", "0.25") == text.replace("eps: 0.1\n", "eps: 0.25\n", 1)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+CONFIGS = ROOT / "recipes" / "configs"
+PRESETS = [
+    *sorted(CONFIGS.glob("*.yaml")),
+    *(CONFIGS / "certified" / f"{n}.yaml" for n in ("digits_0.1", "fashion_mnist_8")),
+]
+
+
+@pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)
 def test_presets_train(tmp_path, path):
     write_mnist(tmp_path, train=200, test=30, size=28)
     root = str(DEBIAN if DEBIAN.is_dir() else tmp_path)
