@@ -216,3 +216,59 @@ def test_a_network_in_float64_is_broken_by_images_in_float64():
         result = verify(model, x, y, 0.5, method=method)
         assert any(result.broken)
         assert bool((model(result.x_adv).argmax(1) != y)[torch.tensor(result.broken)].all())
+
+
+def one_neuron(v_reset):
+    """Two neurons on one input in [0, 1], at threshold 0.5 and, in the second step, after the reset."""
+    net = nn.Sequential(nn.Linear(1, 2), neuron.IFNode(v_threshold=0.5, v_reset=v_reset, step_mode="m"))
+    net[0].weight.data, net[0].bias.data = torch.tensor([[0.5], [-0.5]]), torch.tensor([0.2, 0.7])
+    return SpikingClassifier(net, 2).eval()
+
+
+def lowest_with(model, slopes, weights, change=lambda run: None):
+    """Bounds [R] of weighted logits over x in [0, 1], from slopes of every step."""
+    maps, run = relaxed(model, torch.full((1, 1), 0.5), 0.5)
+    change(run)
+    rows = torch.zeros(len(weights), dtype=torch.long)
+    with full_precision(weights.device), preserved(model):
+        return minimum(maps, run, rows, weights, slopes=slopes).value
+
+
+@pytest.mark.parametrize("v_reset", [0.0, -0.2, None])
+def test_every_end_of_both_pieces_holds_the_line_down(v_reset):
+    model = one_neuron(v_reset)
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(512, 2, generator=generator, dtype=torch.float64)
+    x = torch.linspace(0, 1, 4001).unsqueeze(1)
+    seen = (model(x).detach().double() @ weights.T).amin(0)
+    for scale in (0.2, 1.0, 4.0):
+        slopes = {(0, t): scale * torch.randn(512, 2, generator=generator, dtype=torch.float64) for t in (0, 1)}
+        assert bool((lowest_with(model, slopes, weights) <= seen).all())
+
+
+def test_errors_of_charge_and_reset_widen_the_bound_by_the_weight_on_them(monkeypatch):
+    model = one_neuron(0.0)
+    weights = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
+    slopes = {(0, 1): torch.tensor([[2.0, 0.0]]).double(), (0, 0): torch.tensor([[3.0, 0.0]]).double()}
+
+    def wrong_charge(run):
+        run.stages[0].steps[0].error = run.stages[0].steps[0].error + 0.5
+
+    before = lowest_with(model, slopes, weights)
+    assert float(before - lowest_with(model, slopes, weights, wrong_charge)) == pytest.approx(3.0 * 0.5)
+    monkeypatch.setattr(relaxation, "gamma", lambda terms: 0.25)
+    assert float(before - lowest_with(model, slopes, weights)) > 2.0 * 0.25 * 0.5
+
+
+def test_the_largest_potential_is_that_of_the_input_just_below_the_threshold():
+    """h[1] = v[0] + x with x in [0.2, 0.7]: 0.5 + 0.5 where there is nearly a spike; slope 1 finds just that."""
+    model = one_neuron(0.0)
+    maps, run = relaxed(model, torch.full((1, 1), 0.5), 0.5)
+    rows, weights = torch.zeros(1, dtype=torch.long), torch.tensor([[-1.0, 0.0]], dtype=torch.float64)
+    with full_precision(weights.device), preserved(model):
+        for slope in (-2.0, 0.0, 1.0, 3.0):
+            slopes = {(0, 0): torch.tensor([[slope, 0.0]], dtype=torch.float64)}
+            largest = -float(minimum(maps, run, rows, weights, (0, 1), slopes).value)
+            assert largest >= 1.0
+            if slope == 1.0:
+                assert largest == pytest.approx(1.0, abs=1e-4)
