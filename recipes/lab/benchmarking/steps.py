@@ -1,4 +1,4 @@
-"""The training step of every mode, and the loop of its paper on SpikingJelly's own neuron."""
+"""The training step of every mode that has a published loop, and that loop on SpikingJelly's own neuron."""
 
 from collections.abc import Callable, Sequence
 from functools import partial

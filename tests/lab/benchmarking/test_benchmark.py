@@ -90,8 +90,9 @@ def test_a_wrong_step_of_a_mode_is_found_out(monkeypatch, mode, owner, method, w
 
 def test_every_mode_is_compared_with_its_own_peer():
     steps_of_modes = BENCHMARKS["training_step"]
-    assert set(steps_of_modes.peers) == set(MODES)
-    assert {steps_of_modes.peer_of(mode) for mode in MODES} == set(steps_of_modes.methods) - set(MODES)
+    modes = set(MODES) - {"certified"}  # which no published loop on SpikingJelly's neuron trains
+    assert set(steps_of_modes.peers) == modes
+    assert {steps_of_modes.peer_of(mode) for mode in modes} == set(steps_of_modes.methods) - modes
     rows = [
         Measurement("training_step", "malloc", "4x64x1x28x28", method, median, median, median, median, 1.0, 1.0,
                     math.nan, peak, 1.0, math.nan)
