@@ -396,7 +396,7 @@ def test_a_mistake_gets_the_answer_of_the_plain_network(mistake):
         with pytest.raises((RuntimeError, ValueError, NotImplementedError), match=message) as caught:
             make(net)
         answers.append((caught.type, str(caught.value)))
-        if mistake == "longer than T" and apply is fuse:
+        if mistake == "longer than T" and apply is fuse and cpp.unavailable_reason() is None:
             assert all(torch.equal(buffer, before[name]) for name, buffer in net.named_buffers())
     assert answers[0] == answers[1]
 
