@@ -10,7 +10,7 @@ from torch import nn
 
 from sj_robust._version import __version__
 
-__all__ = ["device_of", "environment", "processor", "version_of"]
+__all__ = ["bfloat16_units", "device_of", "environment", "processor", "version_of"]
 
 
 def environment(device: torch.device | str = "cpu") -> dict[str, str]:
@@ -55,10 +55,23 @@ def version_of(package: str) -> str | None:
 
 def processor() -> str:
     """Name of the processor. 处理器名称。"""
+    return _cpu_information("model name") or platform.processor() or platform.machine()
+
+
+def bfloat16_units() -> str | None:
+    """What the processor multiplies bfloat16 with, ``"amx_bf16"`` or ``"avx512_bf16"``; None without such units.
+
+    处理器的 bfloat16 乘法单元。
+    """
+    flags = _cpu_information("flags").split()
+    return next((flag for flag in ("amx_bf16", "avx512_bf16") if flag in flags), None)
+
+
+def _cpu_information(field: str) -> str:
+    """A field of Linux's file on the processor; empty where there is none."""
     information = Path("/proc/cpuinfo")
     lines = information.read_text(encoding="utf-8").splitlines() if information.is_file() else []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.processor() or platform.machine())
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith(field)), "")
 
 
 def _commit() -> str:

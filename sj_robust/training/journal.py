@@ -13,7 +13,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from sj_robust._console import moving, working
-from sj_robust._environment import environment
+from sj_robust._environment import bfloat16_units, environment
 from sj_robust.training.history import EpochRecord
 
 __all__ = ["Journal"]
@@ -92,6 +92,11 @@ class Journal:
         where = environment(accelerator.device) | {"processes": str(accelerator.num_processes)}
         for title, values in (("environment", where), ("configuration", configuration)):
             self._log("\n  ".join([f"{title}:", *(f"{name}: {value}" for name, value in values.items())]))
+        units = bfloat16_units()
+        if (accelerator.device.type, accelerator.mixed_precision) == ("cpu", "no") and units is not None:
+            self._log(
+                f"this processor multiplies in bfloat16 ({units}); for larger networks try --mixed-precision bf16"
+            )
         shown = ", ".join(f"{name} {where[name]}" for name in ("sj_robust", "spikingjelly", "torch", "device"))
         changed = {name: value for name, value in configuration.items() if value != defaults[name]}
         options = ", ".join(f"{name} {_word(value)}" for name, value in changed.items()) or "none but the defaults"

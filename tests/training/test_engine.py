@@ -52,6 +52,15 @@ def test_it_learns_and_leaves_what_it_promises(tmp_path):
         small_run.run(tmp_path, epochs=6, lr=0.3, resume=True)
 
 
+@pytest.mark.parametrize(("units", "precision", "named"), [("amx_bf16", "no", True), ("amx_bf16", "bf16", False),
+                                                           (None, "no", False)])  # fmt: skip
+def test_the_log_recommends_bfloat16_where_the_processor_multiplies_it(tmp_path, monkeypatch, units, precision, named):
+    monkeypatch.setattr(journal, "bfloat16_units", lambda: units)
+    accelerator = SimpleNamespace(device=torch.device("cpu"), mixed_precision=precision, num_processes=1)
+    Journal(tmp_path).begin({}, {}, accelerator)
+    assert ("--mixed-precision bf16" in (tmp_path / "log.txt").read_text()) == named
+
+
 def test_the_first_step_is_sgd_with_weight_decay_on_every_parameter_also_the_gain(tmp_path):
     data = small_run.splits(16)
     _, classifier = small_run.run(tmp_path / "a", data=data, epochs=1, perturb=None, weight_decay=0.3)
