@@ -1,5 +1,7 @@
 """Tighter methods of verify prove no image that can be fooled, and what they break is broken."""
 
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,6 +14,7 @@ from sj_robust import SpikingClassifier
 from sj_robust._preserved import preserved
 from sj_robust.stability import relaxation, verify
 from sj_robust.stability._affine import full_precision
+from sj_robust.stability.branching import Prover
 from sj_robust.stability.relaxation import Maps, RelaxedRun, minimum
 from sj_robust.stability.verification import _checked, bounded_logits
 
@@ -272,3 +275,13 @@ def test_the_largest_potential_is_that_of_the_input_just_below_the_threshold():
             assert largest >= 1.0
             if slope == 1.0:
                 assert largest == pytest.approx(1.0, abs=1e-4)
+
+
+def test_without_scipy_mip_says_what_to_install(monkeypatch):
+    model = one_neuron(0.0)
+    monkeypatch.setitem(sys.modules, "scipy.sparse", None)
+    monkeypatch.setattr(Prover, "broken", lambda *args, **kwargs: None)
+    monkeypatch.setattr(Prover, "crown", lambda self, images, labels: torch.full((len(images),), -1.0).double())
+    x = torch.full((1, 1), 0.5)
+    with pytest.raises(ModuleNotFoundError, match="scipy, which is not installed: pip install"):
+        verify(model, x, model(x).argmax(1), 0.5, method="mip")
