@@ -138,19 +138,26 @@ class _Leaf:
         return values.movedim(self.batch_dim, 0).flatten(1)
 
 
+@dataclass
+class _Switch:
+    """What a graph asks, which must not hold the run: the run holds the graph, and neither would ever be freed."""
+
+    on: bool = False
+
+
 class _Cut(torch.autograd.Function):
     """A leaf's centre: it passes its gradient on, unless its run asks for the map behind the leaves alone."""
 
     @staticmethod
-    def forward(ctx: Any, centre: Tensor, run: "BoundedRun") -> Tensor:
+    def forward(ctx: Any, centre: Tensor, cut: "_Switch") -> Tensor:
         """The centre."""
-        ctx.run = run
+        ctx.cut = cut
         return centre.view_as(centre)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """The gradient, or none."""
-        return None if ctx.run.cut else grads[0], None
+        return None if ctx.cut.on else grads[0], None
 
 
 @dataclass
@@ -186,7 +193,7 @@ class BoundedRun:
     def __init__(self, neurons: dict[str, Neuron], samples: int, *, differentiable: bool = False) -> None:
         """Nothing has run yet."""
         self.neurons, self.samples, self.differentiable = neurons, samples, differentiable
-        self.cut = False
+        self.cut = _Switch()
         self.leaves: list[_Leaf] = []
         self.layers = {name: LayerBounds(name) for name in neurons}
         self._potential: dict[str, tuple[Tensor, Tensor]] = {}
@@ -195,7 +202,7 @@ class BoundedRun:
         """Bounds that start here, of values that are exact."""
         centre = (lower + upper) / 2
         if self.differentiable:
-            centre = _Cut.apply(centre if centre.requires_grad else centre.requires_grad_(), self)  # type: ignore[no-untyped-call]  # untyped in torch
+            centre = _Cut.apply(centre if centre.requires_grad else centre.requires_grad_(), self.cut)  # type: ignore[no-untyped-call]  # untyped in torch
             radius = (upper - lower) / 2
         else:
             radius = _SLACK * torch.maximum(upper - centre, centre - lower)
@@ -239,7 +246,7 @@ class BoundedRun:
         """
         centres = [leaf.centre for leaf in self.leaves]
         found: list[list[Tensor]] = [[] for _ in centres]
-        self.cut = True
+        self.cut.on = True
         for start in range(0, logits.shape[1], self.samples):
             number = min(self.samples, logits.shape[1] - start)
             asked = torch.zeros_like(logits)
@@ -250,7 +257,7 @@ class BoundedRun:
             for rows, leaf, grad in zip(found, self.leaves, grads, strict=True):
                 if grad is not None:
                     rows.append(leaf.by_sample(grad, self.samples)[:number])
-        self.cut = False
+        self.cut.on = False
         reached = [(torch.cat(rows), leaf) for rows, leaf in zip(found, self.leaves, strict=True) if rows]
         if not reached:
             return logits.new_zeros(logits.shape[1], 1), logits.new_zeros(self.samples, 1)

@@ -1,7 +1,9 @@
 """Certified training as a run: its schedule, what it refuses, stopped and continued; its formulas are in
 test_training_step, two processes in test_distributed."""
 
+import gc
 import re
+import weakref
 
 import pytest
 import torch
@@ -13,7 +15,9 @@ from training import small_run
 from training.small_run import At, PowerCutError, power_cut
 
 from sj_robust import DLIFNode, SpikingClassifier
-from sj_robust.stability import verify
+from sj_robust.models import NetworkSpec, build_classifier
+from sj_robust.stability import differentiable, verify
+from sj_robust.stability.bounds import BoundedRun
 from sj_robust.training import CertifiedLoss, Journal, Objective, TrainingPlan, check_training, load_checkpoint
 
 EPS = 0.05
@@ -115,3 +119,20 @@ def test_adam_takes_its_own_step(tmp_path):
     assert load_checkpoint(tmp_path / "last.pt")["optimizer"]["param_groups"][0]["betas"] == (0.9, 0.999)
     with pytest.raises(ValueError, match="optimizer must be 'sgd' or 'adam', got 'lion'"):
         TrainingPlan(epochs=1, optimizer="lion")
+
+
+def test_a_step_leaves_nothing_behind(monkeypatch):
+    runs = []
+
+    class Watched(BoundedRun):
+        def __init__(self, *arguments, **options):
+            super().__init__(*arguments, **options)
+            runs.append(weakref.ref(self))
+
+    monkeypatch.setattr(differentiable, "BoundedRun", Watched)
+    loss = CertifiedLoss(build_classifier(NetworkSpec(channels=(2, 2))), eps=0.1)
+    value, _ = loss.value(torch.rand(2, 1, 8, 8), torch.tensor([3, 7]))
+    value.backward()
+    del value
+    gc.collect()
+    assert [run() for run in runs] == [None]
