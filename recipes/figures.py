@@ -165,10 +165,9 @@ def truth(options: Options, folder: Path) -> None:
     for subject in subjects(options):
         x, y, dataset, classes = images_for(options, subject)
         print(f"ground truth of {subject.name}")
-        sizes = [parse_eps(size) for size in options.eps]
         result = ground_truth(
-            subject, x, y, sizes, suites=options.suites, time_limit=options.time_limit, dataset=dataset,
-            classes=classes, seed=options.seed, say=print,
+            subject, x, y, list(map(parse_eps, options.eps)), suites=options.suites, time_limit=options.time_limit,
+            dataset=dataset, classes=classes, seed=options.seed, say=print,
         )  # fmt: skip
         finish(result, folder / f"ground_truth_{subject.name}.json")
         print(result.table())

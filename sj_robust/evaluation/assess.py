@@ -26,7 +26,7 @@ from sj_robust.evaluation.outcome import MemberOutcome, SuiteOutcome
 from sj_robust.evaluation.progress import Position, computed_once
 from sj_robust.evaluation.proofs import Proofs, check_proofs, prove
 from sj_robust.evaluation.robustness_report import RobustnessReport
-from sj_robust.evaluation.runner import Batches, data_fingerprint, rank_and_world_size, run_suite
+from sj_robust.evaluation.runner import Batches, data_fingerprint, rank_and_world_size, releases, run_suite
 from sj_robust.evaluation.subject import Subject, describe_network
 from sj_robust.evaluation.suites import Suite, SuiteName, make_suite
 from sj_robust.randomness import SampleSeeds
@@ -117,6 +117,7 @@ def assess(
     _check_draws(model, x, y, draws)
     data = data_fingerprint(batches)
     key = {"network": fingerprint(model), "data": data, "threat": repr(threat), "seed": str(seed)}
+    key["releases"] = releases()
     parts = _Parts(model, x, y, threat, seed, draws, key | {"draws": str(draws)}, folder, say, on_step)
 
     say(f"firing of every layer on {len(x)} images")

@@ -22,7 +22,7 @@ class Proofs:
         verified: By radius, as text, the numbers of the images that are verified.
         total: Images that were looked at, the first ones of the data set.
         potential: At the largest radius, per layer and step, the mean square of the distance between the bounds of the
-            potential: what MS-MPPD can reach at most.
+            charged potential, resets included. MS-MPPD leaves the resets out, so it may exceed them.
     """
 
     verified: Mapping[str, tuple[int, ...]]

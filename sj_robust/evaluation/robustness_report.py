@@ -102,14 +102,14 @@ class RobustnessReport(SavedResult, what="a robustness report", format="sj_robus
         data: Fingerprint of images and labels.
         estimators: Trials of the search over gradient estimators, strongest first; empty if there was none.
         verified: Numbers of the images that are proved to withstand the threat, whatever the attack; None if the
-            network or the threat has no bounds. Attacks within the threat leave them out.
+            network or the threat has no bounds. Attacks within the threat leave them out, but for the first.
         verified_seconds: Time for these proofs.
         over_eps: Rows with ``eps``, ``attack``, ``correct``, ``total``.
         verified_over_eps: Rows with ``eps``, ``verified``, ``total``.
         firing: Rows of ``sj_robust.evaluation.activity.firing``.
         findings: Rows of ``sj_robust.evaluation.masking.diagnose``.
-        potential: MS-MPPD per layer and step under each attack, and with proofs the mean square that no perturbation
-            exceeds; rows with ``member``, ``samples``, ``layers``.
+        potential: MS-MPPD per layer and step under each attack, and with proofs the mean square of the distance between
+            the bounds of the potential (with its resets); rows with ``member``, ``samples``, ``layers``.
         configuration: Options of the run as plain data.
         environment: Versions, device, commit.
         warnings: What a reader must know besides.

@@ -22,7 +22,7 @@ from sj_robust.evaluation.worst_case import MemberRun, run_members
 from sj_robust.perturbation import MPPDMonitor
 from sj_robust.randomness import SampleSeeds, seeded_globals
 
-__all__ = ["Batches", "data_fingerprint", "rank_and_world_size", "run_suite"]
+__all__ = ["Batches", "data_fingerprint", "rank_and_world_size", "releases", "run_suite"]
 
 Batches = Iterable[tuple[Tensor, ...]]
 """Images and labels in a fixed order, iterable more than once."""
@@ -60,7 +60,8 @@ def run_suite(
         seed: Seeds everything.
         folder: Where progress is kept; None keeps none.
         draws: Fresh forwards in each of which a stochastic network must be wrong to be broken.
-        verified: Numbers of images that are proved to withstand the threat; members within it leave them out.
+        verified: Numbers of images that are proved to withstand the threat; members within it leave them out, but for
+            the first, so that a false proof is noticed.
         on_step: Called after every step.
 
     Raises:
@@ -83,7 +84,6 @@ def run_suite(
     if len(set(names)) < len(names) or "clean" in names:
         raise ValueError(f"members must have names of their own, and none may be 'clean', got {names}")
     labels, sizes, data = _survey(batches)
-    releases = environment()
     key = {
         "network": fingerprint(model),
         "suite": fingerprint([description(member) for member in members]),
@@ -93,7 +93,7 @@ def run_suite(
         "data": data,
         "batch sizes": fingerprint(sizes),
         "verified": fingerprint(sorted(verified)),
-        "releases": ", ".join(f"{name} {releases[name]}" for name in ("sj_robust", "spikingjelly", "torch")),
+        "releases": releases(),
     }
     rank, processes = rank_and_world_size()
     progress = Progress(folder, key)
@@ -110,6 +110,12 @@ def run_suite(
                 records[number] = log.records
             start += len(batch[1])
     return _outcome(labels, sizes, tuple(members), _gathered(records))
+
+
+def releases() -> str:
+    """Releases that a result depends on, as part of a key. 结果所依赖的版本。"""
+    found = environment()
+    return ", ".join(f"{name} {found[name]}" for name in ("sj_robust", "spikingjelly", "torch"))
 
 
 def data_fingerprint(batches: Batches) -> str:
@@ -160,7 +166,7 @@ class _Run:
         correct[log.records[0]["right"]] = True
         known = [record["fooled"] for record in log.records[1:]]
         safe = torch.tensor([start + row in self.verified for row in range(len(y))], device=y.device)
-        within = {member.name: safe for member in self.members if self._keeps_the_threat(member)}
+        within = {member.name: safe for member in self.members[1:] if self._keeps_the_threat(member)}
         runs = run_members(
             self.model, x, y, self.members, correct, seeds=seeds, draws=self.draws, known=known, spared=within
         )

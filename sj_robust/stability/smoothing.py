@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,7 @@ class Smoothing:
         Raises:
             ValueError: If ``y`` has another length.
         """
+        y = torch.as_tensor(y)
         if y.shape != (len(self.prediction),):
             raise ValueError(f"y must have shape [N] = [{len(self.prediction)}], got {list(y.shape)}")
         rows = zip(self.prediction, y.tolist(), self.radius, strict=True)
@@ -143,8 +145,7 @@ def smooth(
         >>> result.prediction, [round(radius, 2) for radius in result.radius]
         ((0, -1), [0.51, 0.0])
     """
-    from scipy.stats import beta  # slow to import
-
+    beta = _beta()
     check_model(model)
     check_images(x)
     check_seeds(generator, x)
@@ -154,16 +155,16 @@ def smooth(
     if not 0 < alpha < 1:
         raise ValueError(f"alpha must be in (0, 1), got {alpha}; it is the probability of error, such as 0.001")
     if isinstance(generator, SampleSeeds):
-        seeds = generator.derived("smooth").seeds
+        seeds = generator
     else:
-        private = private_generator(generator, torch.device("cpu") if generator is None else generator.device)
-        seeds = SampleSeeds([draw_seed(private)] * len(x)).derived("smooth").seeds
-        seeds = tuple(SampleSeeds([seed]).derived(row).single() for row, seed in enumerate(seeds))
+        seed = draw_seed(private_generator(generator, torch.device("cpu") if generator is None else generator.device))
+        seeds = SampleSeeds([SampleSeeds([seed]).derived(row).single() for row in range(len(x))])
+    noise, own = seeds.derived("noise").seeds, seeds.derived("network").seeds  # streams that must not be related
     predictions, radii, counts = [], [], []
     with torch.no_grad(), preserved(model):
-        for row, seed in enumerate(seeds):
-            draws = torch.Generator(device=x.device).manual_seed(seed)
-            with seeded_globals(seed, x.device):  # what the network draws itself
+        for row in range(len(x)):
+            draws = torch.Generator(device=x.device).manual_seed(noise[row])
+            with seeded_globals(own[row], x.device):  # what the network draws itself
                 guess = int(_votes(model, x[row], sigma, n0, batch_size, draws).argmax())
                 count = int(_votes(model, x[row], sigma, n, batch_size, draws)[guess])
             p = float(beta.ppf(alpha, count, n - count + 1)) if count else 0.0
@@ -174,6 +175,14 @@ def smooth(
             if on_image is not None:
                 on_image(row + 1)
     return Smoothing(sigma, float(alpha), n, tuple(predictions), tuple(radii), tuple(counts))
+
+
+def _beta() -> Any:
+    try:
+        from scipy.stats import beta  # slow to import
+    except ImportError as error:
+        raise ModuleNotFoundError("smooth needs scipy for its bound: pip install scipy") from error
+    return beta
 
 
 def _votes(

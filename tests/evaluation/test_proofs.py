@@ -49,7 +49,9 @@ def test_verified_images_are_those_of_verify_over_the_batches(proved):
 def test_attacks_leave_verified_images_out_and_come_to_the_same_result(proved):
     plain = assess(proofs=False)
     assert plain.verified is plain.bracket is None
-    assert all(set(member.attacked).isdisjoint(proved.verified) for member in proved.members)
+    first, *others = proved.members
+    assert all(set(member.attacked).isdisjoint(proved.verified) for member in others)
+    assert set(first.attacked) >= set(proved.verified)  # a false proof would show there
     assert any(set(member.attacked) & set(proved.verified) for member in plain.members)
     for one in plain.accuracies:
         assert proved.standing(one.name) == plain.standing(one.name)
@@ -60,12 +62,13 @@ def test_members_beyond_the_threat_attack_verified_images_too():
         return partial(pgd, eps=eps, step_size=eps / 3, steps=2)
 
     suite = [
-        Member("near", step(EPS / 2), threat=ThreatModel("Linf", EPS / 2)),
+        Member("first", step(EPS / 2), threat=ThreatModel("Linf", EPS / 2)),
+        Member("near", step(EPS / 2), seed=1, threat=ThreatModel("Linf", EPS / 2)),
         Member("far", step(2 * EPS), group="", threat=ThreatModel("Linf", 2 * EPS)),
         Member("noise", partial(gaussian, std=EPS), group=""),
     ]
     outcome = run(suite=suite, verified=range(20))
-    assert [member.attacked for member in outcome.members] == [(), outcome.correct, outcome.correct]
+    assert [member.attacked for member in outcome.members] == [outcome.correct, (), *[outcome.correct] * 2]
 
 
 def test_the_bracket_and_what_is_undecided(proved):

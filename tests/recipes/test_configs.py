@@ -117,8 +117,16 @@ def test_a_sweep_is_made_of_the_presets(recipe, path, tmp_path):
         assert len(planned) == len(cells)
         for cell in cells:
             assert recipe.identity(recipe.resolve(options_in(cell))) in planned, cell.stem
+        return
+    names = [run.name for run in runs]
+    seeds = {"digits_sweep": 5, "fashion_mnist_sweep": 2, "certified_digits_sweep": 5}.get(path.stem, 3)
+    assert len(names) == len(set(names)) == seeds * sum(name.endswith("-seed0") for name in names)
+    if path.stem.startswith("certified"):
+        assert {run.options["neuron"] for run in runs} == {"lif", "dlif"}
+        trained = [run.options for run in runs if run.options["mode"] == "certified"]
+        assert len(trained) >= len(runs) / 3
+        assert all(options["certified_eps"] > options["eps"] for options in trained)
     else:
-        seeds = {"digits_sweep": 5, "fashion_mnist_sweep": 2}[path.stem]
         wanted = {
             (mode, neuron, rho)
             for mode in ("gaussian", "at", "rat")
@@ -128,8 +136,6 @@ def test_a_sweep_is_made_of_the_presets(recipe, path, tmp_path):
         found = {(run.options["mode"], run.options["neuron"], run.options["rho"]) for run in runs}
         assert wanted <= found
         assert {neuron for mode, neuron, _ in found if mode == "none"} == {"lif", "dlif"}
-        names = [run.name for run in runs]
-        assert len(names) == len(set(names)) == seeds * sum(name.endswith("-seed0") for name in names)
 
 
 @pytest.mark.slow

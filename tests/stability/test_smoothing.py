@@ -93,6 +93,26 @@ def test_draws_of_an_encoder_are_part_of_the_probability_and_can_be_repeated():
     assert 0 < min(still.count) < 100
 
 
+def test_draws_of_the_network_have_nothing_to_do_with_the_noise():
+    class Doubtful(nn.Module):
+        """The class of a coin of its own, whatever the image: 1 in a quarter of the draws."""
+
+        def forward(self, x):
+            coin = (torch.rand(len(x)) < 0.25).float() + 0.0 * x.sum(1)
+            return torch.stack((1 - coin, coin), 1)
+
+    class Matching(nn.Module):
+        """Class 0 where its own draw is above the noise: in half of the draws."""
+
+        def forward(self, x):
+            above = (torch.randn(x.shape) > (x - 0.5) / 0.25).float()[:, :1]
+            return torch.cat((above, 1 - above), 1)
+
+    x = torch.full((4, 2), 0.5)
+    assert smooth(Doubtful(), x, 0.25, n=2000, generator=seeded()).prediction == (0, 0, 0, 0)
+    assert all(850 < count < 1150 for count in smooth(Matching(), x, 0.25, n=2000, generator=seeded()).count)
+
+
 def test_attacks_go_through_the_noise_of_one_draw():
     model = SmoothedClassifier(HALF_SPACE, 0.25)
     x, y = torch.tensor([[0.55, 0.45]]), torch.tensor([0])
