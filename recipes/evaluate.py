@@ -76,6 +76,7 @@ class Options:
 if __name__ == "__main__":
     check_options(Options)  # --help and wrong options end here: what follows imports torch
 
+import torch
 from rich.console import Console
 
 from sj_robust import training
@@ -94,6 +95,8 @@ def main(arguments: list[str]) -> None:
         show_comparison(compare(*map(load_report, two(options.compare))), Console())
         return
     accelerator = training.make_accelerator(options.device)
+    if options.proofs:  # which are of float32, as the attacks then have to be
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
     with checked():
         subject = load_subject(options)
     dataset = options.dataset or subject.options.get("dataset", "digits")

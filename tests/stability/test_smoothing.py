@@ -1,6 +1,7 @@
 """Randomised smoothing against a classifier whose probabilities are known, and its parts against their definitions."""
 
 import math
+import sys
 
 import pytest
 import torch
@@ -139,6 +140,12 @@ def test_wrong_use_is_named(changes, error, message):
     given = {"model": HALF_SPACE, "x": torch.rand(2, 2), "sigma": 0.25} | changes
     with pytest.raises(error, match=message):
         smooth(given.pop("model"), given.pop("x"), given.pop("sigma"), **given)
+
+
+def test_without_scipy_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.stats", None)
+    with pytest.raises(ModuleNotFoundError, match="pip install scipy"):
+        smooth(HALF_SPACE, torch.rand(2, 2), 0.25)
 
 
 def test_labels_of_another_length_are_refused():
