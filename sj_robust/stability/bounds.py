@@ -1,6 +1,7 @@
 """Bounds of everything that a spiking network computes while its input moves within a box, rounding included."""
 
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -67,6 +68,8 @@ class Bounds(Tensor):
     error: Tensor
     unrounded: bool
     run: "BoundedRun | None"
+    family: list[weakref.ref[Tensor]]
+    """This and the views that may share its memory: what is done in place to one of them changes all."""
 
     @staticmethod
     def __new__(
@@ -78,6 +81,7 @@ class Bounds(Tensor):
         self: Bounds = Tensor._make_wrapper_subclass(cls, centre.shape, dtype=dtype, device=centre.device)
         self.centre, self.run, self.unrounded = centre, run, unrounded
         self.radius = radius.expand(centre.shape)
+        self.family = [weakref.ref(self)]
         if unrounded:
             self.error = radius.new_zeros(())
         else:
@@ -98,6 +102,10 @@ class Bounds(Tensor):
             return self.centre + self.radius
         return self.centre.detach() + self.radius + self.error
 
+    def same(self) -> "Bounds":
+        """These bounds as they are now, whatever is done in place to them later."""
+        return Bounds(self.centre, self.radius, self.error, self.run)
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch lacks the type
         """Shape alone: tensors of a network are large."""
         return f"Bounds({tuple(self.shape)})"
@@ -107,7 +115,14 @@ class Bounds(Tensor):
         """Bounds of a function of bounds."""
         kwargs = kwargs or {}
         name = func.__name__.strip("_")
+        in_place = func.__name__ == f"{name}_" or name in _IN_PLACE
+        if func.__name__ == "__float__":
+            raise NoBoundsError("float(x), a number that depends on the input")
+        if kwargs.get("out") is not None or (in_place and _RULES.get(name) not in (_sum, _product, _negative)):
+            raise NoBoundsError(f"{func.__name__}, which writes into a tensor: write x = f(x)")
         with torch._C.DisableTorchFunctionSubclass():
+            if in_place:
+                return _written(args[0], _RULES[name](func, *args, **kwargs), func.__name__)
             if name in _QUESTIONS:
                 return func(*args, **kwargs)
             if name in _SHAPES:
@@ -271,6 +286,11 @@ class BoundedRun:
                     f"the layer {name} got {type(x).__name__}, no bounds: something before it lost them"
                 )
             multi_step = neuron.module.step_mode == "m"
+            if x.ndim <= multi_step or x.shape[int(multi_step)] != self.samples:
+                raise NoBoundsError(
+                    f"the layer {name} in step mode {neuron.module.step_mode!r} on {tuple(x.shape)} for {self.samples} "
+                    "samples, which must be [T, N, *] in mode 'm' and [N, *] in mode 's'"
+                )
             lower, upper = (x.lower, x.upper) if multi_step else (x.lower.unsqueeze(0), x.upper.unsqueeze(0))
             sure, possible = self._fired(name, neuron, lower, upper)
             if not multi_step:
@@ -281,6 +301,8 @@ class BoundedRun:
 
     def pool(self, x: Bounds, pooling: Callable[[Tensor], Tensor]) -> Bounds:
         """Bounds of a max pooling, which start here."""
+        if len(x) % self.samples:
+            raise NoBoundsError(f"a max pooling of {tuple(x.shape)} for {self.samples} samples")
         lower, upper = pooling(x.lower), pooling(x.upper)
         return self.leaf(lower, upper, 0 if len(lower) == self.samples else -1)
 
@@ -357,15 +379,30 @@ def _larger(lower: Tensor, upper: Tensor) -> Tensor:
     return torch.maximum(lower.abs(), upper.abs())
 
 
+def _written(x: Any, result: Bounds, name: str) -> Bounds:
+    """``x`` with the parts of a result, so that all who hold it see them."""
+    if not isinstance(x, Bounds) or x.shape != result.shape or any(r() is not None and r() is not x for r in x.family):
+        raise NoBoundsError(f"{name} on a view, on what has one, or on a constant: write x = x + y instead of x += y")
+    x.centre, x.radius, x.error = result.centre, result.radius, result.error
+    return x
+
+
 def _moved(func: Any, args: Any, kwargs: Any) -> Any:
     """A function that only moves elements, of all parts."""
+    copies = func.__name__ in _COPIES
     func = torch.Tensor.reshape if func.__name__ == "view" else func  # parts may be laid out otherwise
     run = _run_of(args)
     names = ("centre", "radius") if run is not None and run.differentiable else ("centre", "radius", "error")
     parts = [func(*_part(args, name, run), **kwargs) for name in names]
     if isinstance(parts[0], Tensor):
-        return Bounds(parts[0], parts[1], parts[2] if len(parts) > 2 else None, run)
-    return type(parts[0])(Bounds(c, r, e[0] if e else None, run) for c, r, *e in zip(*parts, strict=True))
+        found = [Bounds(parts[0], parts[1], parts[2] if len(parts) > 2 else None, run)]
+    else:
+        found = [Bounds(c, r, e[0] if e else None, run) for c, r, *e in zip(*parts, strict=True)]
+    if not copies and isinstance(args[0], Bounds):
+        args[0].family += [ref for view in found for ref in view.family]
+        for view in found:
+            view.family = args[0].family
+    return found[0] if isinstance(parts[0], Tensor) else type(parts[0])(found)
 
 
 def _part(value: Any, part: str, run: BoundedRun | None) -> Any:
@@ -530,13 +567,15 @@ _SHAPES = {
     "repeat", "chunk", "split", "getitem", "cat", "concat", "concatenate", "stack", "unbind", "movedim", "narrow",
     "select", "unflatten", "swapaxes", "tile", "flip",
 }  # fmt: skip
+_COPIES = {"clone", "repeat", "cat", "concat", "concatenate", "stack", "tile", "flip"}
+_IN_PLACE = {"iadd", "isub", "imul", "itruediv", "idiv"}
 _RULES: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "linear"), _weighted),
     "batch_norm": _batch_norm,
     **dict.fromkeys(("avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
                      "adaptive_avg_pool3d", "mean", "sum"), _average),
     **dict.fromkeys(("add", "radd", "iadd", "sub", "rsub", "isub"), _sum),
-    **dict.fromkeys(("mul", "rmul", "imul", "div", "truediv", "rdiv", "rtruediv", "itruediv"), _product),
+    **dict.fromkeys(("mul", "rmul", "imul", "div", "truediv", "rdiv", "rtruediv", "itruediv", "idiv"), _product),
     "neg": _negative,
     **dict.fromkeys(("max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d",
                      "adaptive_max_pool3d"), _largest_of),

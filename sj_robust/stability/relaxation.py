@@ -115,6 +115,7 @@ class _Trace(BoundedRun):
     def __init__(self, neurons: dict[str, Neuron], samples: int) -> None:
         super().__init__(neurons, samples)
         self.currents: list[Tensor] = []
+        self.names: list[str] = []
 
     def _spikes_of(self, name: str, neuron: Neuron) -> Callable[..., Bounds]:
         forward = super()._spikes_of(name, neuron)
@@ -122,6 +123,7 @@ class _Trace(BoundedRun):
         def traced(x: Any, *args: Any, **kwargs: Any) -> Bounds:
             if isinstance(x, Bounds):
                 self.currents.append(x.centre)
+                self.names.append(f"the layer {name}")
             return forward(x, *args, **kwargs)
 
         return traced
@@ -131,8 +133,9 @@ class _Trace(BoundedRun):
 
     def pool(self, x: Bounds, pooling: Callable[[Tensor], Tensor]) -> Bounds:
         self.currents.append(x.centre)
-        pooled = torch.zeros_like(pooling(x.radius))
-        return self.leaf(pooled, pooled, 0)
+        self.names.append("a max pooling")
+        zero = torch.zeros_like(x.radius)
+        return super().pool(Bounds(zero, zero, run=self), pooling)
 
 
 class Maps:
@@ -151,6 +154,34 @@ class Maps:
         """Nothing is traced yet."""
         self._bounded, self._neurons, self._frame = bounded, neurons, frame
         self._traces: dict[int, _Trace] = {}
+
+    def check_samples(self) -> None:
+        """Raise NotImplementedError unless all samples have the same map, each of its own leaves alone."""
+        samples = 3
+        trace = self._trace(samples)
+        layouts = [*(leaf.batch_dim for leaf in trace.leaves[1:]), 0]
+        for number, (current, dim) in enumerate(zip(trace.currents, layouts, strict=True)):
+            rows = current.detach().reshape(
+                -1 if dim else 1, samples, current[0].numel() // (samples if dim == 1 else 1)
+            )
+            own = torch.arange(1.0, samples + 1, dtype=rows.dtype, device=rows.device).view(-1, 1)
+            weights = torch.rand_like(rows[:, :1]).expand_as(rows)
+            found = [(rows, rows[:, :1])]
+            for (leaf, once), (_, often) in zip(
+                *(self.adjoint(number, w.reshape(current.shape), samples) for w in (weights, own * weights)),
+                strict=True,
+            ):
+                a, b = (trace.leaves[leaf].by_sample(value, samples) for value in (once, often))
+                found += [(a, a[:1]), (b, own * a[:1])]
+            if not all(
+                torch.allclose(a, b.expand_as(a), rtol=1e-9, atol=1e-9 * (1 + float(b.abs().max()))) for a, b in found
+            ):
+                name = [*trace.names, "the output"][number]
+                raise NotImplementedError(
+                    f"no bounds are known for a network that mixes the samples of a batch, or treats them "
+                    f"differently, as before {name}; give time steps first, [T, N, *], and use no value of other images"
+                )
+        del self._traces[samples]
 
     def adjoint(self, stage: int, weights: Tensor, rows: int) -> list[tuple[int, Tensor]]:
         """Weights on a stage's current (native layout, -1 for the logits) as weights on earlier leaves."""
@@ -177,7 +208,7 @@ class Maps:
             if len(self._traces) > 3:
                 self._traces.pop(next(key for key in self._traces if key != 1))
             trace = _Trace(self._neurons, rows)
-            zeros = torch.zeros((rows, *self._frame.shape), dtype=torch.float32, device=self._frame.device)
+            zeros = torch.zeros((rows, *self._frame.shape), dtype=self._frame.dtype, device=self._frame.device)
             trace.currents.append(self._bounded(trace, zeros, 0.0).centre)
             self._traces[rows] = trace
         return self._traces[rows]
@@ -222,7 +253,7 @@ class RelaxedRun(BoundedRun):
 
     def pool(self, x: Bounds, pooling: Callable[[Tensor], Tensor]) -> Bounds:
         """Bounds of a max pooling, which start here."""
-        self.stages.append(Stage(len(self.leaves), x, pooling=pooling))
+        self.stages.append(Stage(len(self.leaves), x.same(), pooling=pooling))
         return super().pool(x, pooling)
 
     def _spikes_of(self, name: str, neuron: Neuron) -> Callable[..., Bounds]:
@@ -230,7 +261,7 @@ class RelaxedRun(BoundedRun):
 
         def kept(x: Any, *args: Any, **kwargs: Any) -> Bounds:
             if isinstance(x, Bounds):
-                self.stages.append(Stage(len(self.leaves), x, neuron))
+                self.stages.append(Stage(len(self.leaves), x.same(), neuron))
             return forward(x, *args, **kwargs)
 
         return kept

@@ -8,10 +8,11 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from sj_robust._checks import check_logits
 from sj_robust._environment import device_of
-from sj_robust._preserved import preserved
+from sj_robust._preserved import generators_of, preserved
 from sj_robust.classifier import SpikingClassifier
-from sj_robust.neuron.charging import Neuron, find_neurons
+from sj_robust.neuron.charging import Neuron, find_neurons, is_neuron
 from sj_robust.stability._affine import full_precision
 from sj_robust.stability.bounds import BoundedRun, Bounds, NoBoundsError
 from sj_robust.stability.branching import Prover
@@ -177,14 +178,14 @@ def verify(
     broken: list[bool] = []
     x_adv = x.detach().clone()
     bounded: Bounded = partial(bounded_logits, model)
-    prover = Prover(model, bounded, neurons, Maps(bounded, neurons, x[0].to(device)), float(eps))
+    maps = Maps(bounded, neurons, x[0].to(device))
+    prover = Prover(model, bounded, neurons, maps, float(eps))
     for start in range(0, len(x), batch_size):
         images, labels = (values[start : start + batch_size].to(device) for values in (x, y))
         with full_precision(device), preserved(model):
-            with torch.no_grad():
-                logits = model(images)
-            if not 0 <= int(labels.min()) <= int(labels.max()) < logits.shape[1]:
-                raise ValueError(f"labels must be from 0 to {logits.shape[1] - 1}, got {labels.tolist()}")
+            logits = _logits(model, images, labels)
+            if start == 0:
+                maps.check_samples()
             correct += (logits.argmax(1) == labels).tolist()
             run = BoundedRun(neurons, len(images))
             lead = run.lead(bounded_logits(model, run, images, float(eps)), labels)
@@ -192,6 +193,11 @@ def verify(
             wrong = logits.argmax(1) != labels
             if method != "ibp":
                 _tighten(prover, method, time_limit, images, labels, margin, wrong, x_adv[start : start + batch_size])
+        if bool((contradicted := wrong & (margin > 0)).any()):
+            raise RuntimeError(
+                f"image {start + int(contradicted.nonzero()[0])} is proved and yet classified wrong: the bounds have a "
+                "bug, or the network has a state that its reset leaves; please report it with the network"
+            )
         margins += margin.tolist()
         broken += wrong.tolist()
         for name, layer in run.layers.items():
@@ -207,6 +213,22 @@ def verify(
         if counts[name]
     )
     return Verification(float(eps), tuple(correct), tuple(margins), layers, x_adv, tuple(broken))
+
+
+def _logits(model: SpikingClassifier, images: Tensor, labels: Tensor) -> Tensor:
+    """Logits of the network, if they are the same whenever it runs."""
+    generators = [torch.default_generator, *generators_of(model)]
+    if images.is_cuda:
+        generators.append(torch.cuda.default_generators[images.device.index or 0])
+    states = [generator.get_state() for generator in generators]
+    with torch.no_grad():
+        logits, again = (check_logits(model(images.clone()), labels) for _ in range(2))
+    drawn = any(not torch.equal(g.get_state(), state) for g, state in zip(generators, states, strict=True))
+    if drawn or not torch.equal(logits, again):
+        raise ValueError("model must give the same logits in every forward, got one that draws random numbers inside")
+    if logits.shape[1] < 2:
+        raise ValueError("model must tell 2 classes or more apart, got logits of 1")
+    return logits
 
 
 def _tighten(
@@ -270,8 +292,12 @@ def _checked(model: SpikingClassifier, x: Tensor, y: Tensor, eps: float) -> dict
     if not isinstance(model, SpikingClassifier):
         got = type(model).__name__
         raise TypeError(f"model must be a SpikingClassifier, got {got}; wrap the network: SpikingClassifier(net, T=4)")
-    if model.training or model.net.training:
-        raise ValueError("model must be in evaluation mode, got one in training mode; call model.eval()")
+    surrogates = {id(part) for module in model.modules() if is_neuron(module) for part in module.children()}  # shared
+    for name, module in model.named_modules():
+        if module.training and id(module) not in surrogates:
+            raise ValueError(
+                f"model must be in evaluation mode, got {name or 'it'} in training mode; call model.eval()"
+            )
     dtypes = {value.dtype for value in model.state_dict().values() if value.is_floating_point()} | {x.dtype}
     if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float64}:
         raise ValueError(

@@ -228,14 +228,19 @@ def wrong_use():
         None,
         None,
     )
+    noisy = SpikingClassifier(Statement(lambda x: x + torch.rand(x.shape)), T).eval()
+    inside = classifier(convolutional, NEURONS["LIF"])
+    inside.net[1].train()
     unknown = classifier(convolutional, lambda: neuron.QIFNode())
     return {
         "no classifier": (nn.Flatten(), x, y, 0.1, "wrap the network"),
         "training": (classifier(convolutional, NEURONS["LIF"]).train(), x, y, 0.1, "call model.eval()"),
+        "training inside": (inside, x, y, 0.1, "got net.1 in training mode"),
+        "random": (noisy, x[:, 0, 0], y, 0.1, "draws random numbers inside"),
         "float64": (model, x.double(), y, 0.1, "in float32.*got torch.float32, torch.float64; use"),
         "negative": (model, x, y, -0.1, "eps must be >= 0, got -0.1"),
         "nan": (model, x, y, float("nan"), "eps must be >= 0, got nan"),
-        "label": (model, x, torch.tensor([0, 3]), 0.1, "labels must be from 0 to 2"),
+        "label": (model, x, torch.tensor([0, 3]), 0.1, "labels must be < 3"),
         "labels": (model, x, y[:1], 0.1, "labels .N."),
         "none": (model, x[:0], y[:0], 0.1, "N >= 1 images"),
         "range": (model, x + 1, y, 0.1, "within .0, 1."),
@@ -251,3 +256,106 @@ def test_wrong_use_says_what_to_do():
     for model, x, y, eps, message in wrong_use().values():
         with pytest.raises((TypeError, ValueError, NotImplementedError), match=message):
             verify(model, x, y, eps)
+
+
+class Statement(nn.Module):
+    """A layer of current, a statement on it, and a neuron."""
+
+    def __init__(self, statement):
+        super().__init__()
+        self.statement, self.node = statement, neuron.IFNode(step_mode="m")
+
+    def forward(self, x):
+        return self.node(self.statement(x))
+
+
+C = torch.tensor([0.0, 5.0])
+
+
+def alias(x):
+    kept = x = x * 1.0
+    x += C
+    return kept
+
+
+def view_is_gone(x):
+    x = (x * 1.0).flatten(0, 1).unflatten(0, x.shape[:2])
+    x.add_(C).mul_(2.0).sub_(C).div_(2.0)
+    return x
+
+
+def a_view_sees_it(x):
+    x = x * 1.0
+    view = x[:, :, :]
+    x += C
+    return view
+
+
+def a_base_sees_it(x):
+    x = x * 1.0
+    view = x[:, :, 1]
+    view += 5.0
+    return x
+
+
+def a_constant_sees_it(x):
+    found = torch.zeros(4, 1, 2)
+    found += x
+    return found
+
+
+def no_difference(x):
+    return torch.mul(x, C, out=x * 1.0)
+
+
+@pytest.mark.parametrize("statement", [alias, view_is_gone])
+def test_what_is_written_in_place_is_seen_by_all_who_hold_it(statement):
+    model = SpikingClassifier(Statement(statement), T).eval()
+    x, y = torch.tensor([[0.9, 0.0]]), torch.tensor([1])
+    torch.testing.assert_close(verify(model, x, y, 0.0).margin, (float(model(x).diff()),), atol=1e-5, rtol=0)
+    assert not verify(model, x, 1 - y, 0.05, method="crown").verified[0]
+
+
+@pytest.mark.parametrize("statement", [a_view_sees_it, a_base_sees_it, a_constant_sees_it, no_difference])
+def test_what_is_written_into_shared_memory_is_refused(statement):
+    with pytest.raises(NotImplementedError, match="write x = "):
+        verify(SpikingClassifier(Statement(statement), T).eval(), torch.rand(1, 2), torch.tensor([0]), 0.1)
+
+
+class BatchFirst(nn.Module):
+    """A max pooling of frames of one sample after the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.node, self.pool = neuron.IFNode(step_mode="m"), nn.MaxPool2d(1)
+
+    def forward(self, x):
+        x = self.node(x).transpose(0, 1)
+        return self.pool(x.flatten(0, 1)).view(x.shape).transpose(0, 1).flatten(2)
+
+
+MIXED = {
+    "neuron in a container": layer.SeqToANNContainer(nn.Flatten(), neuron.IFNode(step_mode="s")),
+    "batch first": BatchFirst(),
+    "mean": Statement(lambda x: (x - x.mean(1, keepdim=True)).flatten(2)),
+    "order": Statement(lambda x: x.flip(1).flatten(2)),
+    "weights": Statement(lambda x: x.flatten(2) * torch.arange(x.shape[1]).view(1, -1, 1)),
+}
+
+
+@pytest.mark.parametrize("net", MIXED)
+@pytest.mark.parametrize("count", [1, T])
+def test_a_network_that_mixes_samples_is_refused(net, count):
+    model = SpikingClassifier(MIXED[net], T, step_mode="m").eval()
+    with pytest.raises(NotImplementedError, match="samples"):
+        verify(model, torch.rand(count, 2, 1, 1), torch.zeros(count, dtype=torch.long), 0.1)
+
+
+def test_a_proof_of_what_the_network_gets_wrong_is_an_error(monkeypatch):
+    monkeypatch.setattr(bounds.BoundedRun, "lead", lambda self, logits, y: -torch.ones(logits.shape).double())
+    model = classifier(convolutional, NEURONS["LIF"])
+    x = torch.rand(3, 2, 8, 8)
+    y = model(x).argmax(1)
+    y[2] = (y[2] + 1) % 3
+    with pytest.raises(RuntimeError, match="image 2 is proved and yet classified wrong"):
+        verify(model, x, y, 0.1, batch_size=1)
