@@ -294,6 +294,13 @@ class PoissonEncoder(nn.Module):
         return spikes + (images - images.detach()) if images.requires_grad else spikes
 
 
+def check_classifier(model: object) -> None:
+    """Raise TypeError for what is no :class:`SpikingClassifier`. 检查参数是否为 SpikingClassifier。"""
+    if not isinstance(model, SpikingClassifier):
+        got = type(model).__name__
+        raise TypeError(f"model must be a SpikingClassifier, got {got}; wrap the network: SpikingClassifier(net, T=4)")
+
+
 def _check_bare(net: nn.Module) -> None:
     """A network that can be wrapped."""
     check_network(net)

@@ -13,13 +13,16 @@ from torch import Tensor
 from sj_robust.neuron.charging import Neuron
 from sj_robust.stability._affine import other_forward
 
-__all__ = ["BoundedRun", "Bounds", "LayerBounds", "NoBoundsError", "gamma"]
+__all__ = ["BoundedRun", "Bounds", "LayerBounds", "NoBoundsError", "gamma", "reset_rounding"]
 
 _UNIT = 2.0**-24
 """Largest relative error of one rounding to nearest in float32."""
 
 _SMALLEST = 2.0**-126
 """Below it float32 may flush to zero: the error that one operation can add whatever its values are."""
+
+_LARGEST_ERROR = 2.0**76
+"""No more is rounded off a sum whose terms are below 2**100, far from float32's largest number of 2**128."""
 
 _SLACK = 1.000001
 """Covers float64's own rounding, which is smaller than float32's by 2**29."""
@@ -77,7 +80,7 @@ class Bounds(Tensor):
     ) -> "Bounds":
         """Wrap the parts; see the class."""
         unrounded = run is not None and run.differentiable
-        dtype = centre.dtype if unrounded else torch.float32
+        dtype = centre.dtype if unrounded else torch.float32 if run is None else run.dtype
         self: Bounds = Tensor._make_wrapper_subclass(cls, centre.shape, dtype=dtype, device=centre.device)
         self.centre, self.run, self.unrounded = centre, run, unrounded
         self.radius = radius.expand(centre.shape)
@@ -205,6 +208,9 @@ class BoundedRun:
             ``detach_reset``, the reset passes no gradient on.
     """
 
+    dtype = torch.float32
+    """Of the network; what float32 rounds covers float64 as well."""
+
     def __init__(self, neurons: dict[str, Neuron], samples: int, *, differentiable: bool = False) -> None:
         """Nothing has run yet."""
         self.neurons, self.samples, self.differentiable = neurons, samples, differentiable
@@ -322,6 +328,8 @@ class BoundedRun:
         reset = module.v_reset
         rest = 0.0 if reset is None else float(reset)
         threshold = float(module.v_threshold)
+        if name not in self._potential and bool((torch.as_tensor(module.v) != rest).any()):
+            raise NoBoundsError(f"the layer {name}, whose v_reset was changed after it was built: give it v_reset then")
         unit = 0.0 if self.differentiable else _UNIT * abs(threshold)
         above, below = threshold + unit, threshold - unit
         v_lower, v_upper = self._potential.get(name, (torch.full_like(lower[0], rest), torch.full_like(upper[0], rest)))
@@ -339,7 +347,7 @@ class BoundedRun:
                 sure, possible = h_lower >= threshold, h_upper >= threshold
             else:
                 size = _larger(v_lower, v_upper) + _larger(low, high) + abs(rest)
-                error = gamma(16) * size + 16 * _SMALLEST
+                error = _within_float32(gamma(16) * size + 16 * _SMALLEST)
                 h_lower, h_upper, sure, possible = self._decided(
                     name, number, h_lower - error, h_upper + error, error, (below, above)
                 )
@@ -361,7 +369,7 @@ class BoundedRun:
                 continue
             layer.undecided.append(float(undecided.sum()))
             layer.width.append(float((h_upper - h_lower).square().sum()))
-            error = gamma(4) * (_larger(h_lower, h_upper) + abs(rest) + threshold) + 4 * _SMALLEST
+            error = reset_rounding(_larger(h_lower, h_upper), rest, threshold)
             v_lower, v_upper = v_lower - error, v_upper + error
             sure_seq.append(sure.double())
             possible_seq.append(possible.double())
@@ -372,6 +380,18 @@ class BoundedRun:
 def gamma(terms: int) -> float:
     """Relative error of a float32 sum of so many products, in any order."""
     return _SLACK * terms * _UNIT / (1.0 - terms * _UNIT)
+
+
+def reset_rounding(size: Any, rest: float, threshold: float) -> Any:
+    """How far float32's potential after the reset can be from the exact one, for potentials up to ``size``."""
+    return gamma(4) * (size + abs(rest) + abs(threshold)) + 4 * _SMALLEST
+
+
+def _within_float32(error: Tensor) -> Tensor:
+    """An error that is at least 2**-24 of all that was summed, if that is finite in float32."""
+    if error.numel() and not float(error.amax()) <= _LARGEST_ERROR:
+        raise NoBoundsError("values that are not finite, or may be beyond 1e30")
+    return error
 
 
 def _larger(lower: Tensor, upper: Tensor) -> Tensor:
@@ -429,7 +449,8 @@ def _constant(value: Any, run: BoundedRun | None) -> Tensor:
     """A weight: in float64 and without a graph, or as it is in a differentiable run."""
     if isinstance(value, Bounds):
         raise NoBoundsError("a product of two values that depend on the input")
-    found: Tensor = torch.as_tensor(value)
+    number = torch.float32 if run is None else run.dtype
+    found: Tensor = value if isinstance(value, Tensor) else torch.as_tensor(value, dtype=number)
     return found if run is not None and run.differentiable else found.detach().double()
 
 
@@ -443,7 +464,7 @@ def _affine(
     growth = gamma(terms)
     largest = x.centre.detach().abs() + x.radius + x.error
     error = absolute(x.error + growth * largest) + growth * shift.abs() + terms * _SMALLEST
-    return Bounds(centre, radius, error, x.run)
+    return Bounds(centre, radius, _within_float32(error), x.run)
 
 
 def _weighted(func: Any, x: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Bounds:
@@ -518,7 +539,7 @@ def _sum(func: Any, a: Any, b: Any, **kwargs: Any) -> Bounds:
         return Bounds(centre, radius, run=run)
     error = first.error + second.error
     size = centre.detach().abs() + radius + error
-    return Bounds(centre, radius, error + gamma(2) * size + _SMALLEST, run)
+    return Bounds(centre, radius, _within_float32(error + gamma(2) * size + _SMALLEST), run)
 
 
 def _product(func: Any, a: Any, b: Any, **kwargs: Any) -> Bounds:
@@ -552,8 +573,9 @@ def _dropout(func: Any, x: Any, p: float = 0.5, training: bool = True, inplace: 
 
 
 def _converted(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-    wanted = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.dtype)]
-    if any(dtype != x.dtype for dtype in wanted):
+    given = [getattr(value, "dtype", value) for value in (*args, *kwargs.values())]  # of tensors theirs
+    given += [torch.float32] if func.__name__ == "float" else []
+    if wanted := [value for value in given if isinstance(value, torch.dtype) and value != x.dtype]:
         raise NoBoundsError(f"a conversion to {wanted[0]}: bounds are those of {x.dtype}")
     return x
 

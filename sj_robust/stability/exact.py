@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sj_robust.stability.bounds import gamma
+from sj_robust.stability.bounds import reset_rounding
 from sj_robust.stability.branching import Prover, leads
 from sj_robust.stability.relaxation import Maps, RelaxedRun, Stage
 
@@ -173,8 +173,8 @@ class _Program:
             lowest = np.minimum(np.minimum(low, low - theta), min(rest, 0.0)) - 1.0
             highest = np.maximum(np.maximum(high, high - theta), max(rest, 0.0)) + 1.0
             self.potentials[name] = after = self.variables(lowest, highest)
-            size = np.maximum(np.abs(low), np.abs(high)) + abs(rest) + abs(theta)
-            slack = _TOLERANCE + (0.0 if self.clear else gamma(4) * size)
+            size = np.maximum(np.abs(low), np.abs(high))
+            slack = _TOLERANCE + (0.0 if self.clear else reset_rounding(size, rest, theta))
             if stage.soft:
                 self.rows(-slack, slack, count, (after, 1.0), (charged, -1.0), (spikes[t], theta))
                 continue

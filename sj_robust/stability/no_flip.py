@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sj_robust._checks import check_count, check_images
 from sj_robust._environment import device_of
 from sj_robust._preserved import preserved
-from sj_robust.classifier import SpikingClassifier, SpikingEventClassifier
+from sj_robust.classifier import SpikingClassifier, SpikingEventClassifier, check_classifier
 from sj_robust.neuron.charging import Charging, Neuron, find_neurons
 from sj_robust.stability._affine import full_precision, other_forward
 
@@ -56,9 +56,7 @@ def no_flip_radius(model: SpikingClassifier, x: Tensor, *, batch_size: int = 64)
         >>> no_flip_radius(SpikingClassifier(net, T=1), torch.tensor([[0.4], [0.6]]))
         tensor([0.1000, 0.1000], dtype=torch.float64)
     """
-    if not isinstance(model, SpikingClassifier):
-        got = type(model).__name__
-        raise TypeError(f"model must be a SpikingClassifier, got {got}; wrap the network: SpikingClassifier(net, T=4)")
+    check_classifier(model)
     check_images(x)
     check_count("batch_size", batch_size)
     if model.encoder is not None:

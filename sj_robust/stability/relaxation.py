@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sj_robust.neuron.charging import Neuron
-from sj_robust.stability.bounds import BoundedRun, Bounds, gamma
+from sj_robust.stability.bounds import BoundedRun, Bounds, reset_rounding
 
 __all__ = ["Bounded", "Decision", "Lower", "Maps", "RelaxedRun", "Slopes", "Stage", "Step", "minimum", "raised"]
 
@@ -18,8 +18,6 @@ _ROUNDING = 1e-10
 
 _ELEMENTS = 2**22
 """Elements of all leaves that a back-substitution holds: more rows than fit go one after the other."""
-
-_SMALLEST = 2.0**-126
 
 Bounded = Callable[[BoundedRun, Tensor, float], Bounds]
 """Bounds of the logits that a run finds, for images [N, *] and eps."""
@@ -452,8 +450,8 @@ class _Walk:
         stage = self.run.stages[number]
         step, around = stage.steps[t], stage.around
         lower, upper, quiet, fires = (part[self.samples] for part in (step.lower, step.upper, step.quiet, step.fires))
-        size = torch.maximum(lower.abs(), upper.abs()) + abs(stage.rest) + abs(stage.threshold)
-        self.add(-on_potential.abs() * (gamma(4) * size + 4 * _SMALLEST))  # the reset's rounding, as in bounds.py
+        size = torch.maximum(lower.abs(), upper.abs())
+        self.add(-on_potential.abs() * reset_rounding(size, stage.rest, stage.threshold))
 
         def after(h: Tensor) -> Tensor:
             return on_spike + on_potential * ((h - stage.threshold) if stage.soft else stage.rest)

@@ -1,5 +1,6 @@
 """Images that no perturbation in a ball can turn: proved by bounds of every spike, with float32's rounding."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -8,10 +9,10 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from sj_robust._checks import check_logits
+from sj_robust._checks import check_count, check_images, check_labels, check_logits, check_size
 from sj_robust._environment import device_of
 from sj_robust._preserved import generators_of, preserved
-from sj_robust.classifier import SpikingClassifier
+from sj_robust.classifier import SpikingClassifier, check_classifier
 from sj_robust.neuron.charging import Neuron, find_neurons, is_neuron
 from sj_robust.stability._affine import full_precision
 from sj_robust.stability.bounds import BoundedRun, Bounds, NoBoundsError
@@ -144,8 +145,9 @@ def verify(
 
     Raises:
         TypeError: If ``model`` is no ``SpikingClassifier``.
-        ValueError: If the model is in training mode or not in float32, images or labels do not fit, eps < 0,
-            or the method is not known.
+        ValueError: If the model is in training mode, not in float32 or draws random numbers, images or labels do not
+            fit, eps < 0, or the method is not known.
+        RuntimeError: If an image is proved that the network gets wrong, which no bounds may do.
         ModuleNotFoundError: If mip has no scipy.
         NotImplementedError: If something in the network has no bounds (attention, a stochastic encoder, a neuron of
             unknown dynamics); it is named.
@@ -166,6 +168,7 @@ def verify(
         (True,)
     """
     neurons = _checked(model, x, y, eps)
+    check_count("batch_size", batch_size)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if not time_limit > 0:
@@ -181,8 +184,8 @@ def verify(
     maps = Maps(bounded, neurons, x[0].to(device))
     prover = Prover(model, bounded, neurons, maps, float(eps))
     for start in range(0, len(x), batch_size):
-        images, labels = (values[start : start + batch_size].to(device) for values in (x, y))
         with full_precision(device), preserved(model):
+            images, labels = (values[start : start + batch_size].to(device).clone() for values in (x, y))
             logits = _logits(model, images, labels)
             if start == 0:
                 maps.check_samples()
@@ -265,6 +268,7 @@ def bounded_logits(model: SpikingClassifier, run: BoundedRun, images: Tensor, ep
     Raises:
         NotImplementedError: If something in the network has no bounds; it is named.
     """
+    run.dtype = images.dtype
     exact = images.detach() if run.differentiable else images.detach().double()
     lower, upper = (exact - eps).clamp(min=0), (exact + eps).clamp(max=1)
     entered: list[str] = []
@@ -289,9 +293,12 @@ def bounded_logits(model: SpikingClassifier, run: BoundedRun, images: Tensor, ep
 
 def _checked(model: SpikingClassifier, x: Tensor, y: Tensor, eps: float) -> dict[str, Neuron]:
     """The network's neurons by name, if all that is given fits."""
-    if not isinstance(model, SpikingClassifier):
-        got = type(model).__name__
-        raise TypeError(f"model must be a SpikingClassifier, got {got}; wrap the network: SpikingClassifier(net, T=4)")
+    check_classifier(model)
+    check_images(x)
+    check_labels(y, x)
+    check_size("eps", eps)
+    if len(x) == 0:
+        raise ValueError("x must hold an image or more, got none")
     surrogates = {id(part) for module in model.modules() if is_neuron(module) for part in module.children()}  # shared
     for name, module in model.named_modules():
         if module.training and id(module) not in surrogates:
@@ -304,12 +311,8 @@ def _checked(model: SpikingClassifier, x: Tensor, y: Tensor, eps: float) -> dict
             "model and images must be in float32, whose rounding is covered, or both in float64, which rounds less; "
             f"got {', '.join(sorted(map(str, dtypes)))}; use .float()"
         )
-    if not eps >= 0:
-        raise ValueError(f"eps must be >= 0, got {eps}; it is the Linf radius for images in [0, 1], such as 8 / 255")
-    if len(x) == 0 or y.shape != x.shape[:1]:
-        raise ValueError(f"y must be labels [N] of N >= 1 images, got {tuple(y.shape)} for images {tuple(x.shape)}")
-    if not bool(x.isfinite().all()) or float(x.min()) < 0 or float(x.max()) > 1:
-        raise ValueError("images must be finite and within [0, 1]; normalise inside the classifier with mean and std")
+    if odd := [name for name, value in model.state_dict().items() if not bool(value.isfinite().all())]:
+        raise ValueError(f"weights must be finite, got NaN or infinity in {odd[0]}; load a network that is whole")
     return bounded_neurons(model)
 
 
@@ -322,6 +325,11 @@ def bounded_neurons(model: SpikingClassifier) -> dict[str, Neuron]:
     neurons, others, _ = find_neurons(model.net, {}, {})
     unbounded = {name: f"{name}: {reason}" for name, reason in others.items()}
     unbounded |= {name: f"{name}, whose surrogate does not spike" for name, n in neurons.items() if not n.binary}
+    for name, n in neurons.items():
+        for key in ("v_threshold", "v_reset"):
+            value = getattr(n.module, key)
+            if value is not None and (torch.as_tensor(value).numel() != 1 or not math.isfinite(value)):
+                unbounded[name] = f"{name}, whose {key} is not one finite number"
     if model.encoder is not None:
         unbounded = {"": f"the encoder {type(model.encoder).__name__}"} | unbounded
     if unbounded:

@@ -259,7 +259,7 @@ def test_errors_of_charge_and_reset_widen_the_bound_by_the_weight_on_them(monkey
 
     before = lowest_with(model, slopes, weights)
     assert float(before - lowest_with(model, slopes, weights, wrong_charge)) == pytest.approx(3.0 * 0.5)
-    monkeypatch.setattr(relaxation, "gamma", lambda terms: 0.25)
+    monkeypatch.setattr(relaxation, "reset_rounding", lambda size, rest, threshold: 0.25 * size)
     assert float(before - lowest_with(model, slopes, weights)) > 2.0 * 0.25 * 0.5
 
 

@@ -238,12 +238,12 @@ def wrong_use():
         "training inside": (inside, x, y, 0.1, "got net.1 in training mode"),
         "random": (noisy, x[:, 0, 0], y, 0.1, "draws random numbers inside"),
         "float64": (model, x.double(), y, 0.1, "in float32.*got torch.float32, torch.float64; use"),
-        "negative": (model, x, y, -0.1, "eps must be >= 0, got -0.1"),
-        "nan": (model, x, y, float("nan"), "eps must be >= 0, got nan"),
+        "negative": (model, x, y, -0.1, "eps must be finite and >= 0, got -0.1"),
+        "nan": (model, x, y, float("nan"), "eps must be finite and >= 0, got nan"),
         "label": (model, x, torch.tensor([0, 3]), 0.1, "labels must be < 3"),
-        "labels": (model, x, y[:1], 0.1, "labels .N."),
-        "none": (model, x[:0], y[:0], 0.1, "N >= 1 images"),
-        "range": (model, x + 1, y, 0.1, "within .0, 1."),
+        "labels": (model, x, y[:1], 0.1, "shape .N. = .2."),
+        "none": (model, x[:0], y[:0], 0.1, "an image or more"),
+        "range": (model, x + 1, y, 0.1, "must lie in .0, 1."),
         "attention": (attention, x, y, 0.1, "the operation matmul in or behind 0 .Attention."),
         "encoder": (poisson, x, y, 0.1, "the encoder PoissonEncoder"),
         "not spiking": (smooth, x, y, 0.1, "whose surrogate does not spike"),
@@ -359,3 +359,56 @@ def test_a_proof_of_what_the_network_gets_wrong_is_an_error(monkeypatch):
     y[2] = (y[2] + 1) % 3
     with pytest.raises(RuntimeError, match="image 2 is proved and yet classified wrong"):
         verify(model, x, y, 0.1, batch_size=1)
+
+
+def changed(**attributes):
+    """A network whose neuron has other attributes than it was built with."""
+    model = SpikingClassifier(nn.Sequential(nn.Linear(2, 2), neuron.IFNode(step_mode="m")), T).eval()
+    vars(model.net[1]).update(attributes)
+    return model
+
+
+def weights_of(value):
+    model = changed()
+    model.net[0].weight.data.fill_(value)
+    return model
+
+
+def behind(statement):
+    return SpikingClassifier(Statement(statement), T).eval()
+
+
+UNBOUNDED = {
+    "reset changed": (changed(v_reset=0.8), {}, "whose v_reset was changed"),
+    "thresholds": (changed(v_threshold=torch.ones(2)), {}, "v_threshold is not one finite number"),
+    "nan": (weights_of(torch.nan), {}, "weights must be finite, got NaN or infinity in net.0.weight"),
+    "overflow": (weights_of(3e38), {}, "may be beyond 1e30"),
+    "half": (behind(lambda x: x.to(torch.zeros(1).bfloat16()).float()), {}, "a conversion to torch.bfloat16"),
+    "type_as": (behind(lambda x: x.type_as(torch.zeros(1).half()).float()), {}, "a conversion to torch.float16"),
+    "number": (behind(lambda x: x * float(x.sum())), {}, "a number that depends on the input"),
+    "one class": (behind(lambda x: x[..., :1]), {}, "2 classes or more"),
+    "no batch": (changed(), {"batch_size": 0}, "batch_size must be >= 1, got 0"),
+    "half a batch": (changed(), {"batch_size": 1.5}, "batch_size must be an integer"),
+    "text": (changed(), {"eps": "8/255"}, "eps must be a number"),
+    "list": (changed(), {"y": [0, 1]}, "y must be a tensor of labels, got list"),
+    "float labels": (changed(), {"y": torch.zeros(2)}, "y must be int64"),
+    "no tensor": (changed(), {"x": [[0.1, 0.2]]}, "x must be a tensor of images, got list"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", UNBOUNDED)
+def test_what_has_no_bounds_is_refused(case):
+    model, given, message = UNBOUNDED[case]
+    with pytest.raises((TypeError, ValueError, NotImplementedError), match=message):
+        verify(model, **{"x": torch.rand(2, 2), "y": torch.zeros(2, dtype=torch.long), "eps": 0.1} | given)
+
+
+def test_numbers_are_those_of_a_float64_network():
+    model = behind(lambda x: (x - 0.1).to(torch.zeros(1).double()) * 1e9).double()
+    x = torch.tensor([[0.1 + 1.3e-9, 0.1 - 1.3e-9]], dtype=torch.float64)
+    assert verify(model, x, torch.tensor([0]), 0.0).margin[0] == pytest.approx(float(-model(x).diff()), abs=1e-5)
+
+
+@pytest.mark.parametrize("size", [torch.tensor([2.0]), torch.tensor([0.0])])
+def test_a_negative_threshold_does_not_lessen_rounding(size):
+    assert float(bounds.reset_rounding(size, 0.0, -5.0)) == float(bounds.reset_rounding(size, 0.0, 5.0))
