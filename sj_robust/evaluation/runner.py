@@ -60,8 +60,8 @@ def run_suite(
         seed: Seeds everything.
         folder: Where progress is kept; None keeps none.
         draws: Fresh forwards in each of which a stochastic network must be wrong to be broken.
-        verified: Numbers of images that are proved to withstand the threat; members within it leave them out, but for
-            the first, so that a false proof is noticed.
+        verified: Numbers of images that are proved to withstand the threat; members that keep the threat
+            leave them out, but for the first, so that a false proof is noticed.
         on_step: Called after every step.
 
     Raises:
@@ -166,7 +166,7 @@ class _Run:
         correct[log.records[0]["right"]] = True
         known = [record["fooled"] for record in log.records[1:]]
         safe = torch.tensor([start + row in self.verified for row in range(len(y))], device=y.device)
-        within = {member.name: safe for member in self.members[1:] if self._keeps_the_threat(member)}
+        within = {member.name: safe for member in [*filter(self._keeps_the_threat, self.members)][1:]}
         runs = run_members(
             self.model, x, y, self.members, correct, seeds=seeds, draws=self.draws, known=known, spared=within
         )
