@@ -154,9 +154,9 @@ class Maps:
         self._traces: dict[int, _Trace] = {}
 
     def check_samples(self) -> None:
-        """Raise NotImplementedError unless all samples have the same map, each of its own leaves alone."""
-        samples = 3
-        trace = self._trace(samples)
+        """Raise NotImplementedError unless all samples have the same map, each of its own leaves, however many."""
+        samples, fewer = 3, 2
+        trace, other = self._trace(samples), self._trace(fewer)
         layouts = [*(leaf.batch_dim for leaf in trace.leaves[1:]), 0]
         for number, (current, dim) in enumerate(zip(trace.currents, layouts, strict=True)):
             rows = current.detach().reshape(
@@ -164,13 +164,16 @@ class Maps:
             )
             own = torch.arange(1.0, samples + 1, dtype=rows.dtype, device=rows.device).view(-1, 1)
             weights = torch.rand_like(rows[:, :1]).expand_as(rows)
-            found = [(rows, rows[:, :1])]
-            for (leaf, once), (_, often) in zip(
-                *(self.adjoint(number, w.reshape(current.shape), samples) for w in (weights, own * weights)),
+            shift = other.currents[number].detach()
+            found = [(rows, rows[:, :1]), (shift.reshape(-1, fewer, rows.shape[2]), rows[:, :1])]
+            for (leaf, once), (_, often), (_, alone) in zip(
+                self.adjoint(number, weights.reshape(current.shape), samples),
+                self.adjoint(number, (own * weights).reshape(current.shape), samples),
+                self.adjoint(number, weights[:, :fewer].reshape(shift.shape), fewer),
                 strict=True,
             ):
                 a, b = (trace.leaves[leaf].by_sample(value, samples) for value in (once, often))
-                found += [(a, a[:1]), (b, own * a[:1])]
+                found += [(a, a[:1]), (b, own * a[:1]), (other.leaves[leaf].by_sample(alone, fewer), a[:1])]
             if not all(
                 torch.allclose(a, b.expand_as(a), rtol=1e-9, atol=1e-9 * (1 + float(b.abs().max()))) for a, b in found
             ):
@@ -179,7 +182,7 @@ class Maps:
                     f"no bounds are known for a network that mixes the samples of a batch, or treats them "
                     f"differently, as before {name}; give time steps first, [T, N, *], and use no value of other images"
                 )
-        del self._traces[samples]
+        del self._traces[samples], self._traces[fewer]
 
     def adjoint(self, stage: int, weights: Tensor, rows: int) -> list[tuple[int, Tensor]]:
         """Weights on a stage's current (native layout, -1 for the logits) as weights on earlier leaves."""

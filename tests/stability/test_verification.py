@@ -338,6 +338,7 @@ MIXED = {
     "neuron in a container": layer.SeqToANNContainer(nn.Flatten(), neuron.IFNode(step_mode="s")),
     "batch first": BatchFirst(),
     "mean": Statement(lambda x: (x - x.mean(1, keepdim=True)).flatten(2)),
+    "number": Statement(lambda x: x.flatten(2) / x.shape[1]),
     "order": Statement(lambda x: x.flip(1).flatten(2)),
     "weights": Statement(lambda x: x.flatten(2) * torch.arange(x.shape[1]).view(1, -1, 1)),
 }
