@@ -40,7 +40,7 @@ _FAR = 1e6
 """A lead of a wrong class that no network gives."""
 _FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 """Radii of accuracy over eps, in units of the threat's."""
-BOUND = "bound of all"
+_BOUND = "bound of all"
 """What stands among the attacks that moved the potential for the bounds of every perturbation."""
 _NOT_DIAGNOSED = (
     "Signs of gradient masking were not looked for: the diagnosis moves values a little, and events cannot. The random "
@@ -220,7 +220,7 @@ class _Parts:
             except (NotImplementedError, TypeError, ValueError) as error:
                 return {"reasons": [f"Nothing is proved: {error}."]}
             (verified,) = found.verified.values()
-            bound = {"member": BOUND, "samples": found.total, "layers": found.potential}
+            bound = {"member": _BOUND, "samples": found.total, "layers": found.potential}
             return {"verified": verified, "potential": [bound], "seconds": time.perf_counter() - start}
 
         proved: dict[str, Any] = self._computed_once("proofs.json", self.key, compute)

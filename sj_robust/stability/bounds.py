@@ -414,15 +414,13 @@ def _moved(func: Any, args: Any, kwargs: Any) -> Any:
     run = _run_of(args)
     names = ("centre", "radius") if run is not None and run.differentiable else ("centre", "radius", "error")
     parts = [func(*_part(args, name, run), **kwargs) for name in names]
-    if isinstance(parts[0], Tensor):
-        found = [Bounds(parts[0], parts[1], parts[2] if len(parts) > 2 else None, run)]
-    else:
-        found = [Bounds(c, r, e[0] if e else None, run) for c, r, *e in zip(*parts, strict=True)]
+    one = isinstance(parts[0], Tensor)
+    found = [Bounds(c, r, e[0] if e else None, run) for c, r, *e in ([parts] if one else zip(*parts, strict=True))]
     if not copies and isinstance(args[0], Bounds):
         args[0].family += [ref for view in found for ref in view.family]
         for view in found:
             view.family = args[0].family
-    return found[0] if isinstance(parts[0], Tensor) else type(parts[0])(found)
+    return found[0] if one else type(parts[0])(found)
 
 
 def _part(value: Any, part: str, run: BoundedRun | None) -> Any:

@@ -1,6 +1,5 @@
 """Whether an image of a small network can be fooled, by a mixed-integer program."""
 
-import importlib
 import time
 from typing import Any
 
@@ -8,11 +7,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sj_robust.stability._scipy import scipy_module
 from sj_robust.stability.bounds import reset_rounding
 from sj_robust.stability.branching import Prover, leads
 from sj_robust.stability.relaxation import Maps, RelaxedRun, Stage
 
 __all__ = ["mip"]
+
+_WANTED_BY = 'method "mip"'
 
 _TOLERANCE = 1e-6
 """Widens every equation by more than the solver's own tolerance of 1e-7."""
@@ -95,8 +97,8 @@ class _Program:
 
     def solve(self, weights: Tensor, time_limit: float) -> tuple[str, Tensor | None]:
         """Whether the lead that the weights give can be lost: possible (at this input), impossible or unknown."""
-        optimize = scipy_module("optimize")
-        sparse = scipy_module("sparse")
+        optimize = scipy_module("optimize", wanted_by=_WANTED_BY)
+        sparse = scipy_module("sparse", wanted_by=_WANTED_BY)
         w = _flat(weights)
         error = 0.0 if self.clear else float((weights.abs() * self.run.error[0]).sum())
         matrix, shift = self.last
@@ -212,7 +214,7 @@ class _Program:
         self.rows(-_TOLERANCE, np.inf, pairs, (pooled[outputs], 1.0), (values[inputs], -1.0))
         together = (pooled[outputs], 1.0), (values[inputs], -1.0), (chosen, room)
         self.rows(-np.inf, room + _TOLERANCE, pairs, *together)
-        sparse = scipy_module("sparse")
+        sparse = scipy_module("sparse", wanted_by=_WANTED_BY)
         sums = sparse.csr_matrix((np.ones(pairs), (outputs, np.arange(pairs))), shape=(len(pooled), pairs))
         self.rows(1.0, 1.0, len(pooled), (sums, int(chosen[0])))
 
@@ -229,7 +231,7 @@ class Matrices:
     def of(self, run: RelaxedRun, number: int) -> tuple[dict[int, Any], Any]:
         """By leaf a matrix [size of the current, size of the leaf], and the shift; -1 is the map to the logits."""
         if number not in self._affine:
-            sparse = scipy_module("sparse")
+            sparse = scipy_module("sparse", wanted_by=_WANTED_BY)
             like = by_row(self._maps.shift(number, 1), 1, self._multi_step(run, number))
             size = like.numel()
             fit = max(1, min(size, self._maps.rows_that_fit()))
@@ -285,13 +287,3 @@ def _native(units: Tensor, like: Tensor, multi_step: bool) -> Tensor:
 
 def _flat(part: Tensor) -> Any:
     return part.detach().double().flatten().cpu().numpy()
-
-
-def scipy_module(name: str) -> Any:
-    """A part of scipy, which is imported here alone."""
-    try:
-        return importlib.import_module(f"scipy.{name}")
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            'method "mip" solves with scipy, which is not installed: pip install "scipy>=1.11"'
-        ) from error

@@ -61,7 +61,6 @@ class Stage:
         current: What reaches it.
         neuron: The spiking layer; None for a max pooling.
         pooling: The max pooling; None for a spiking layer.
-        error: How far float32's current can be from the map of the leaves, [N, steps, *] or as it is.
         around: What h must be at least to be able to fire, and to fire for sure.
         steps: Time steps of the call.
     """

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +9,7 @@ from torch import Tensor, nn
 from sj_robust._checks import check_count, check_images, check_logits, check_model, check_size
 from sj_robust._preserved import preserved
 from sj_robust.randomness import SampleSeeds, check_seeds, draw_seed, private_generator, seeded_globals
+from sj_robust.stability._scipy import scipy_module
 
 __all__ = ["SmoothedClassifier", "Smoothing", "smooth"]
 
@@ -145,7 +145,7 @@ def smooth(
         >>> result.prediction, [round(radius, 2) for radius in result.radius]
         ((0, -1), [0.51, 0.0])
     """
-    beta = _beta()
+    beta = scipy_module("stats", wanted_by="smooth").beta  # slow to import
     check_model(model)
     check_images(x)
     check_seeds(generator, x)
@@ -175,14 +175,6 @@ def smooth(
             if on_image is not None:
                 on_image(row + 1)
     return Smoothing(sigma, float(alpha), n, tuple(predictions), tuple(radii), tuple(counts))
-
-
-def _beta() -> Any:
-    try:
-        from scipy.stats import beta  # slow to import
-    except ImportError as error:
-        raise ModuleNotFoundError("smooth needs scipy for its bound: pip install scipy") from error
-    return beta
 
 
 def _votes(

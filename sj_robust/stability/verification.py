@@ -12,6 +12,7 @@ from torch import Tensor
 from sj_robust._checks import check_count, check_images, check_labels, check_logits, check_size
 from sj_robust._environment import device_of
 from sj_robust._preserved import generators_of, preserved
+from sj_robust._saved import markdown_table
 from sj_robust.classifier import SpikingClassifier, check_classifier
 from sj_robust.neuron.charging import Neuron, find_neurons, is_neuron
 from sj_robust.stability._affine import full_precision
@@ -81,18 +82,17 @@ class Verification:
     def table(self) -> str:
         """Markdown: the share of images, then a row per spiking layer."""
         count = len(self.margin)
-        lines = [
+        head = (
             f"Linf {self.eps:.6g}: {sum(self.verified)} of {count} images verified, {sum(self.broken)} broken, "
-            f"{sum(self.unknown)} unknown; {sum(self.correct)} classified right without a perturbation.",
-            "",
-            "| layer | undecided spikes, % per step | bounded perturbation of h, mean square per step |",
-            "| --- | --- | --- |",
-        ]
+            f"{sum(self.unknown)} unknown; {sum(self.correct)} classified right without a perturbation."
+        )
+        rows = []
         for layer in self.layers:
             undecided = " ".join(f"{100 * share:.1f}" for share in layer.undecided)
             potential = " ".join(f"{value:.3g}" for value in layer.potential)
-            lines.append(f"| {layer.name} | {undecided} | {potential} |")
-        return "\n".join(lines)
+            rows.append([layer.name, undecided, potential])
+        heads = ["layer", "undecided spikes, % per step", "bounded perturbation of h, mean square per step"]
+        return f"{head}\n\n{markdown_table(heads, rows, words=3)}"
 
 
 def verify(

@@ -4,6 +4,7 @@ import math
 
 from lab.benchmarking.benchmarks import BENCHMARKS
 from lab.benchmarking.race import Measurement
+from sj_robust._saved import markdown_table
 
 
 def caption(rows: list[Measurement]) -> str:
@@ -45,7 +46,6 @@ def markdown(rows: list[Measurement]) -> list[str]:
     lines = []
     for allocator, shape in dict.fromkeys((row.allocator, row.shape) for row in rows):
         of_race = [row for row in rows if (row.allocator, row.shape) == (allocator, shape)]
-        names = columns(of_race)
-        lines += [caption(of_race), "", "| " + " | ".join(names) + " |", "|---" + "|---:" * (len(names) - 1) + "|"]
-        lines += [*("| " + " | ".join(cells(row, of_race)) + " |" for row in of_race), ""]
+        table = markdown_table(columns(of_race), [cells(row, of_race) for row in of_race])
+        lines += [caption(of_race), "", table, ""]
     return lines

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
-from sj_robust._saved import SavedResult
+from sj_robust._saved import SavedResult, markdown_table
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.evaluation import RobustnessReport, SuiteName, ThreatModel
 from sj_robust.evaluation.assess import assess
@@ -81,18 +81,17 @@ class GroundTruth(SavedResult, what="the numbers of a figure", format="sj_robust
         for truth in self.truths:
             low, high = (100 * count / self.images for count in (truth.verified, self.images - truth.broken))
             exact = f"{low:.1f} %" if low == high else f"{low:.1f} to {high:.1f} %"
+            rows = [attack for attack in self.attacks if attack.eps == truth.eps]
+            rows.sort(key=lambda attack: (attack.missed, attack.suite))
+            shares = [[f"{100 * count / self.images:.1f}" for count in (row.left, row.missed)] for row in rows]
+            cells = [[row.suite, row.attack, *share] for row, share in zip(rows, shares, strict=True)]
             lines += [
                 "",
                 f"Linf {truth.eps:.6g}: robust accuracy {exact}; {truth.by_program_alone} images broken by the program "
                 "alone.",
                 "",
-                "| suite | attack | left, % | broken images that it leaves, % |",
-                "| --- | --- | ---: | ---: |",
+                markdown_table(["suite", "attack", "left, %", "broken images that it leaves, %"], cells, words=2),
             ]
-            rows = [attack for attack in self.attacks if attack.eps == truth.eps]
-            for attack in sorted(rows, key=lambda attack: (attack.missed, attack.suite)):
-                left, missed = 100 * attack.left / self.images, 100 * attack.missed / self.images
-                lines.append(f"| {attack.suite} | {attack.attack} | {left:.1f} | {missed:.1f} |")
         return "\n".join(lines)
 
 
@@ -125,7 +124,8 @@ def ground_truth(
         batches = DataLoader(TensorDataset(x, y), batch_size=128)
         threat = ThreatModel("Linf", size)
         kind: dict[str, Any] = {"threat": threat, "dataset": dataset, "classes": classes, "seed": seed, "say": say}
-        reports = [assess(subject, batches, suite=suite, **kind) for suite in suites]
+        # Without proofs of its own, so that every attack tries the images that the program calls verified.
+        reports = [assess(subject, batches, suite=suite, proofs=False, **kind) for suite in suites]
         truth, rows = beside(proofs, reports)
         truths.append(truth)
         attacks += rows
