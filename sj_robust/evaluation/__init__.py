@@ -14,6 +14,7 @@ from sj_robust.evaluation.report import Report, Score
 from sj_robust.evaluation.robustness import accuracy, evaluate
 from sj_robust.evaluation.robustness_report import Accuracy, RobustnessReport
 from sj_robust.evaluation.runner import run_suite
+from sj_robust.evaluation.smoothed import SmoothedBracket, smoothed_bracket
 from sj_robust.evaluation.suites import Suite, SuiteName, make_suite
 from sj_robust.evaluation.worst_case import WorstCase, worst_case
 
@@ -31,6 +32,7 @@ __all__ = [
     "Report",
     "RobustnessReport",
     "Score",
+    "SmoothedBracket",
     "Suite",
     "SuiteName",
     "SuiteOutcome",
@@ -49,6 +51,7 @@ __all__ = [
     "parse_eps",
     "run_suite",
     "search_estimators",
+    "smoothed_bracket",
     "wilson_interval",
     "worst_case",
     "write_whole",

@@ -1,0 +1,80 @@
+"""The bracket of a smoothed classifier: a linear one, whose robust accuracy is known, and votes that contradict."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from sj_robust.classifier import SpikingClassifier
+from sj_robust.evaluation import smoothed_bracket
+from sj_robust.models import NetworkSpec, build_network
+from sj_robust.stability import smooth
+
+SIGMA = 0.25
+
+
+def seeded():
+    return torch.Generator().manual_seed(0)
+
+
+def half_space():
+    net = nn.Linear(2, 2, bias=False)
+    net.weight.data.copy_(torch.eye(2))
+    return net
+
+
+DISTANCES = torch.tensor([-0.1, 0.0, 0.05, 0.1, 0.2, 0.3])
+X = 0.5 + DISTANCES.unsqueeze(1) * torch.tensor([1.0, -1.0]) / 2**0.5
+Y = torch.zeros(6, dtype=torch.int64)
+
+
+def bracket(smoothing, radii=(0.25, 0.0, 0.15), **options):
+    return smoothed_bracket(half_space(), X, Y, smoothing, radii, generator=seeded(), **options)
+
+
+def test_the_true_accuracy_of_a_half_space_lies_in_the_bracket():
+    found = bracket(smooth(half_space(), X, SIGMA, n=4000, batch_size=4000, generator=seeded()))
+    assert found.radii == (0.0, 0.15, 0.25)
+    assert found.contradicted == ()
+    assert found.certified == ((2, 3, 4, 5), (4, 5), (5,))
+    assert found.broken == ((0,), (0, 1, 2, 3), (0, 1, 2, 3, 4))  # the vote abstains at image 1 until it is attacked
+    assert found.bracket(0.15) == (2 / 6, 2 / 6)
+    assert found.table().splitlines()[-1] == "| 0.25 | 16.7 | 16.7 |"
+
+
+def test_lower_ends_never_exceed_upper_ones_on_a_spiking_network_which_stays_as_it_was():
+    torch.manual_seed(0)
+    model = SpikingClassifier(build_network(NetworkSpec(channels=(4, 4))), T=4).train()
+    x = torch.rand(6, 1, 8, 8)
+    smoothing = smooth(model, x, 0.1, n0=10, n=60, generator=seeded())
+    y = torch.tensor([max(label, 0) for label in smoothing.prediction])
+    found = smoothed_bracket(model, x, y, smoothing, [0.0, 0.05, 0.5], steps=3, n0=10, generator=seeded())
+    ends = [found.bracket(radius) for radius in found.radii]
+    assert all(low <= high for low, high in ends)
+    assert ends == sorted(ends, reverse=True)
+    assert ends[0][0] > 0
+    assert model.training
+
+
+def test_a_certified_image_that_falls_is_named_and_does_not_count_as_certified():
+    smoothing = smooth(half_space(), X, SIGMA, generator=seeded())
+    wrong = replace(smoothing, radius=(*smoothing.radius[:3], 0.6, *smoothing.radius[4:]))
+    found = bracket(wrong)
+    assert found.contradicted == (3,)
+    assert all(3 not in numbers for numbers in found.certified[1:])
+    assert all(low <= high for low, high in map(found.bracket, found.radii))
+    assert "Certified and yet broken: 3 of 6 images. With probability 0.001 each" in found.table()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"radii": []}, "radii must hold an L2 radius"),
+        ({"radii": [-1.0]}, "radii must be finite and >= 0"),
+        ({"steps": 0}, "steps must be >= 1"),
+    ],
+)
+def test_wrong_use_is_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        bracket(smooth(half_space(), X, SIGMA, n0=5, n=5), **changes)
