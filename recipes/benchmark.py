@@ -7,6 +7,7 @@
     python recipes/benchmark.py --what conv4                              # a training step; vgg5 likewise
     python recipes/benchmark.py --what conv4_adversarial                  # the whole adversarial step; vgg5_adversarial
     python recipes/benchmark.py --what training_step                      # the step of every training mode
+    python recipes/benchmark.py --what verify                             # proofs of images beside PGD on them
     python recipes/benchmark.py --what first_layer                        # its convolution once, or at every step
     python recipes/benchmark.py --what instruction_sets                   # the compiled kernel on each of them
     python recipes/benchmark.py --what scaling                            # time over T and over N
@@ -32,7 +33,7 @@ class Options:
 
     what: Literal[
         "neuron", "batch_norm", "stage", "instruction_sets", "scaling", "first_layer", "conv4", "vgg5",
-        "conv4_adversarial", "vgg5_adversarial", "training_step",
+        "conv4_adversarial", "vgg5_adversarial", "training_step", "verify",
     ] = option("neuron", "What to measure, see the examples.", group="measurement")
     shapes: list[tuple[int, ...]] | None = option(None, "Shapes [T, N, C, H, W] of the input, such as [[4,8,32,8,8]]; "
         "null for those of the documentation.")
@@ -125,7 +126,9 @@ def refuse_unless_tests_pass(what: str, environ: dict[str, str]) -> None:
     files = ["ops/test_dlif.py", "ops/test_cpp.py"]
     if what not in ("neuron", "instruction_sets", "scaling"):
         files += ["ops/test_bn_dlif.py", "neuron/test_fusion.py"]
-    files += ["training/test_training_step.py"] if what == "training_step" else []
+    files += {"training_step": ["training/test_training_step.py"], "verify": ["stability/test_verification.py"]}.get(
+        what, []
+    )
     options = ["-q", "--no-header", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", *options, *(str(tests / name) for name in files)]
     result = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environ)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lab.benchmarking.layers import BATCH_NORM_LAYERS, INSTRUCTION_SETS, LAYERS, STAGES
 from lab.benchmarking.networks import FIRST_LAYER, network_tasks
+from lab.benchmarking.proving import PROVING
 from lab.benchmarking.steps import STEP_PEERS, TRAINING_STEPS, adversarial_steps
 from sj_robust.ops.dlif import cpp
 
@@ -92,9 +93,10 @@ BENCHMARKS: dict[str, Benchmark] = {
     "training_step": Benchmark(
         TRAINING_STEPS, "textbook loop", ((4, 64, 1, 28, 28),), has_one_graph=False, peers=STEP_PEERS
     ),
+    "verify": Benchmark(PROVING, "PGD-20", ((4, 1000, 1, 8, 8),), has_one_graph=False),
 }
 """``neuron``, ``batch_norm`` and ``stage`` are single layers, ``instruction_sets`` and ``scaling`` are the neuron on
 each of them and over T and N; ``first_layer`` is a stage on images that do not change; ``conv4`` (four stages) and
 ``vgg5`` are training steps of networks on clean images, ``..._adversarial`` steps of adversarial training;
 ``training_step`` is the step of every training mode on a small network, each beside a textbook loop with SpikingJelly's
-LIFNode."""
+LIFNode, but for ``certified``, which has none; ``verify`` is a proof of every image beside PGD on them."""
