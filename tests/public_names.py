@@ -19,9 +19,9 @@ PUBLIC = {
     "sj_robust.doctor": "main report",
     "sj_robust.evaluation": (
         "Accuracy CANDIDATES Comparison Difference EstimatorSearch EstimatorTrial Finding LayerActivity Member "
-        "MemberOutcome Report RobustnessReport Score SmoothedBracket Suite SuiteName SuiteOutcome ThreatModel WorstCase "
-        "accuracy compare craft diagnose environment eps_text evaluate firing fools make_suite parse_eps run_suite "
-        "search_estimators smoothed_bracket wilson_interval worst_case write_whole"
+        "MemberOutcome Report RobustnessReport Score SmoothedBracket Suite SuiteName SuiteOutcome ThreatModel "
+        "WorstCase accuracy compare craft diagnose environment eps_text evaluate firing fools make_suite parse_eps "
+        "run_suite search_estimators smoothed_bracket wilson_interval worst_case write_whole"
     ),
     "sj_robust.evaluation.assess": "assess",
     "sj_robust.evaluation.html": "save_html to_html",

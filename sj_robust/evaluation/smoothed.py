@@ -69,7 +69,7 @@ def smoothed_bracket(
     batch_size: int = 64,
     generator: torch.Generator | None = None,
 ) -> SmoothedBracket:
-    """Attack the smoothed classifier itself, and put what is left beside what it certifies. 攻击平滑分类器并给出上下界。
+    """Attack the smoothed classifier itself; what is left stands beside what it certifies. 平滑分类器的上下界。
 
     At each radius PGD in L2 climbs the cross entropy averaged over ``eot_samples`` noisy copies of every image that is
     not broken yet, the certified ones included. Its last image counts as broken if the smoothed classifier, asked again

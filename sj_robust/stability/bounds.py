@@ -249,12 +249,10 @@ class BoundedRun:
         right = y.unsqueeze(1)
         gap = logits.centre - logits.centre.gather(1, right)
         weights, radius = self._last_map(logits.centre)
-        if len(weights) <= len(y):
-            of_pairs = (weights - weights.unsqueeze(1)).abs() @ radius.T  # [classes, classes, N]
-            spread = of_pairs[y, :, torch.arange(len(y), device=y.device)]
-        else:
-            own = weights[y]
-            spread = torch.stack([((w - own).abs() * radius).sum(1) for w in weights], 1)
+        order = y.argsort()
+        labels, counts = torch.unique_consecutive(y[order], return_counts=True)
+        parts = zip(labels, torch.split(radius[order], counts.tolist()), strict=True)
+        spread = torch.cat([part @ (weights - weights[label]).abs().T for label, part in parts])[order.argsort()]
         if logits.unrounded:
             return (gap + spread).scatter(1, right, 0.0)
         error = logits.error + logits.error.gather(1, right)
@@ -265,7 +263,8 @@ class BoundedRun:
 
         It is the same for every sample, so that one pass back gives it for as many classes as there are samples.
         """
-        centres = [leaf.centre for leaf in self.leaves]
+        leaves = self._first_leaves(logits)
+        centres = [leaf.centre for leaf in leaves]
         found: list[list[Tensor]] = [[] for _ in centres]
         self.cut.on = True
         for start in range(0, logits.shape[1], self.samples):
@@ -275,15 +274,25 @@ class BoundedRun:
             grads = torch.autograd.grad(
                 logits, centres, asked, retain_graph=True, create_graph=self.differentiable, allow_unused=True
             )
-            for rows, leaf, grad in zip(found, self.leaves, grads, strict=True):
+            for rows, leaf, grad in zip(found, leaves, grads, strict=True):
                 if grad is not None:
                     rows.append(leaf.by_sample(grad, self.samples)[:number])
         self.cut.on = False
-        reached = [(torch.cat(rows), leaf) for rows, leaf in zip(found, self.leaves, strict=True) if rows]
+        reached = [(torch.cat(rows), leaf) for rows, leaf in zip(found, leaves, strict=True) if rows]
         if not reached:
             return logits.new_zeros(logits.shape[1], 1), logits.new_zeros(self.samples, 1)
         radii = [leaf.by_sample(leaf.radius, self.samples) for _, leaf in reached]
         return torch.cat([rows for rows, _ in reached], 1), torch.cat(radii, 1)
+
+    def _first_leaves(self, logits: Tensor) -> list[_Leaf]:
+        """The leaves that the graph of the logits meets first; in training others lie behind them."""
+        ends, seen, todo = {leaf.centre.grad_fn for leaf in self.leaves}, set(), [logits.grad_fn]
+        while todo:
+            node = todo.pop()
+            if node is not None and node not in seen:
+                seen.add(node)
+                todo += [] if node in ends else [before for before, _ in node.next_functions]
+        return [leaf for leaf in self.leaves if leaf.centre.grad_fn is None or leaf.centre.grad_fn in seen]
 
     def _spikes_of(self, name: str, neuron: Neuron) -> Callable[..., Bounds]:
         def forward(x: Any, *args: Any, **kwargs: Any) -> Bounds:
@@ -344,24 +353,28 @@ class BoundedRun:
             if rest:
                 h_lower, h_upper = h_lower + (1.0 - decay) * rest, h_upper + (1.0 - decay) * rest
             if self.differentiable:
-                sure, possible = h_lower >= threshold, h_upper >= threshold
+                flags = [torch.ge(h.detach(), threshold, out=torch.empty_like(h)) for h in (h_lower, h_upper)]
             else:
                 size = _larger(v_lower, v_upper) + _larger(low, high) + abs(rest)
                 error = _within_float32(gamma(16) * size + 16 * _SMALLEST)
-                h_lower, h_upper, sure, possible = self._decided(
+                h_lower, h_upper, *flags = self._decided(
                     name, number, h_lower - error, h_upper + error, error, (below, above)
                 )
-            undecided = possible & ~sure
+            # Numbers in place of booleans: masks and their gradients are products, which take a tenth of the time.
+            sure, possible = (flag.to(lower.dtype) for flag in flags)
+            undecided = possible - sure
             layer.steps += 1
             if reset is None:
                 fired, silent = (h_lower - threshold, h_upper - threshold), (h_lower, h_upper.clamp(max=above))
                 either = h_lower.clamp(max=below - threshold), torch.maximum(silent[1], fired[1])
                 v_lower, v_upper = (
-                    torch.where(sure, fired[end], torch.where(undecided, either[end], silent[end])) for end in (0, 1)
+                    sure * fired[end] + undecided * either[end] + (1 - possible) * silent[end] for end in (0, 1)
                 )
             else:
-                v_lower = h_lower.masked_fill(sure | (possible & (h_lower > rest)), rest)
-                v_upper = h_upper.masked_fill(possible, max(above, rest)).masked_fill_(sure, rest)
+                lowered = torch.maximum(sure, possible * (h_lower.detach() > rest))
+                v_lower, v_upper = h_lower * (1 - lowered), h_upper * (1 - possible) + max(above, rest) * undecided
+                if rest:
+                    v_lower, v_upper = v_lower + rest * lowered, v_upper + rest * sure
             if self.differentiable:
                 spike = neuron.surrogate.spike
                 sure_seq.append(spike(h_lower - threshold))
@@ -371,8 +384,8 @@ class BoundedRun:
             layer.width.append(float((h_upper - h_lower).square().sum()))
             error = reset_rounding(_larger(h_lower, h_upper), rest, threshold)
             v_lower, v_upper = v_lower - error, v_upper + error
-            sure_seq.append(sure.double())
-            possible_seq.append(possible.double())
+            sure_seq.append(sure)
+            possible_seq.append(possible)
         self._potential[name] = v_lower, v_upper
         return torch.stack(sure_seq), torch.stack(possible_seq)
 

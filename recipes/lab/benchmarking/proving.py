@@ -20,10 +20,10 @@ class ProvingTask:
     def __init__(self, shape: Sequence[int], *, prove: bool) -> None:
         """Build the network and draw the images."""
         torch.manual_seed(0)
-        T, N, *image_shape = shape
-        self._model = build_classifier(NetworkSpec(T=T, image_shape=tuple(image_shape))).eval()
+        T, N, C, H, W = shape
+        self._model = build_classifier(NetworkSpec(T=T, image_shape=(C, H, W))).eval()
         self._prove = prove
-        self._x = torch.rand(N, *image_shape)
+        self._x = torch.rand(N, C, H, W)
         with torch.no_grad():
             self._y = self._model(self._x).argmax(1)
         self.tensor_bytes = 4 * T * self._x.numel()
@@ -46,7 +46,7 @@ class ProvingTask:
 
     def _broken(self, eps: float) -> Tensor:
         found = []
-        for x, y in zip(self._x.split(128), self._y.split(128), strict=True):
+        for x, y in zip(torch.split(self._x, 128), torch.split(self._y, 128), strict=True):
             x_adv = pgd(self._model, x, y, eps=eps, step_size=eps / 8, steps=20)
             with torch.no_grad():
                 found.append(self._model(x_adv).argmax(1) != y)

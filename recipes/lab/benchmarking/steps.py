@@ -54,9 +54,7 @@ class ModeTask(TrainingTask):
         super().__init__(self._net, shape, dtype, weight_decay=self._mode.weight_decay, fused=True)
         project = mode not in ("at", "rat")  # as published
         certified = self._mode.loss == "certified"  # with bounds, and without MS-MPPD nothing to attack for
-        self._attack = (
-            None if certified else training.training_attack(mode, eps=eps, noise_std=noise, project=project)
-        )
+        self._attack = None if certified else training.training_attack(mode, eps=eps, noise_std=noise, project=project)
         self._objective = training.Objective(
             SpikingClassifier(self._net, shape[0]),
             kappa=self._mode.kappa,
