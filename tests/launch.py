@@ -6,11 +6,13 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
 
 ROOT = Path(__file__).parents[1]
@@ -56,8 +58,33 @@ def wait_until(condition, what, process=None):
     pytest.fail(f"{what} did not happen")
 
 
-def script(path, *arguments, launcher=()):
+def script(path, *arguments):
     """A script of the tests to its end."""
-    command = [sys.executable, *launcher, str(path), *map(str, arguments)]
+    command = [sys.executable, str(path), *map(str, arguments)]
     environment = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(sys.path)}
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+
+
+def forked(*functions):
+    """Exit codes of functions in processes of their own, which a script has forked since imports take seconds."""
+    children = []
+    for function in functions:
+        if not (child := os.fork()):
+            function()
+            os._exit(0)
+        children.append(child)
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+
+
+def two_processes(function):
+    """Exit codes of a function in two forked processes that form a group (gloo)."""
+
+    def join(rank):
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        torch.distributed.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=2)
+        function()
+        torch.distributed.barrier()  # a process that leaves early aborts the others
+        torch.distributed.destroy_process_group()
+
+    with tempfile.TemporaryDirectory() as folder:
+        return forked(*(partial(join, rank) for rank in range(2)))

@@ -163,8 +163,6 @@ def test_what_is_right_in_blocks_that_are_not_run(tmp_path):
         "done",
         ".venv/bin/python recipes/evaluate.py CHECKPOINT --eps 8/255 # of the training",
         "python recipes/sweep.py --base digits --grid '{rho: [0, 1]}' --seeds 2 && python recipes/figures.py FOLDER",
-        "torchrun --nnodes 2 --node-rank 0 --rdzv-endpoint HOST:29500 recipes/adv_train.py --batch_size 128",
-        "accelerate launch --num_processes 4 recipes/adv_train.py --config recipes/configs/fashion_mnist.yaml",
         "python recipes/benchmark.py --what conv4",
     ]
     run(tmp_path, fence("bash", *commands, above=[OPTIONS_ONLY]))

@@ -1,4 +1,7 @@
-"""An evaluation of a second on made-up images, and a script: suite_run.py FOLDER [NAME OF THE MEMBER TO DIE IN]."""
+"""An evaluation of a second on made-up images; as a script, killed after each of some steps or run by two processes.
+
+``suite_run.py FOLDER STEP ...`` runs into a folder per step, ``suite_run.py FOLDER two [STEP]`` one of two processes.
+"""
 
 import json
 import os
@@ -7,6 +10,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import launch
 import torch
 from torch import nn
 
@@ -92,12 +96,15 @@ def die_at(step):
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if "RANK" in os.environ:
-        torch.distributed.init_process_group("gloo")
-    watch = die_at(int(sys.argv[2])) if len(sys.argv) > 2 else None
-    outcome = run(Path(sys.argv[1]), on_step=watch)
-    if int(os.environ.get("RANK", "0")) == 0:
-        Path(sys.argv[1], "outcome.json").write_text(json.dumps(without_times(outcome)))
-    if torch.distributed.is_initialized():  # a process that leaves early aborts the others
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    folder, first, *step = Path(sys.argv[1]), *sys.argv[2:]
+
+    def work():
+        outcome = run(folder, on_step=die_at(int(*step)) if step else None)
+        if torch.distributed.get_rank() == 0:
+            (folder / "outcome.json").write_text(json.dumps(without_times(outcome)))
+
+    if first == "two":
+        print(*launch.two_processes(work))
+    else:
+        steps = (first, *step)
+        print(*launch.forked(*(partial(run, folder / step, on_step=die_at(int(step))) for step in steps)))

@@ -31,7 +31,7 @@ def weights(folder):
 def whole(tmp_path_factory):
     """An unbroken quick run."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    finish(start("adv_train", folder.parent, *QUICK, "--output", str(folder)))
+    in_process(folder.parent, *QUICK, "--output", str(folder))
     return folder
 
 
@@ -48,11 +48,11 @@ def test_certified_training_beside_ms_mppd_ends_with_what_is_verified(tmp_path, 
     assert losses["certified"] > losses["clean"]
 
 
-def test_the_default_run_defends(tmp_path):
-    output, _ = finish(start("adv_train", tmp_path))
+def test_the_default_run_defends(tmp_path, capsys):
+    in_process(tmp_path)
     folder = tmp_path / "runs" / "digits-dlif-at-1"
     report = Report.load(folder / "report.json")
-    assert report.table() in output
+    assert report.table() in capsys.readouterr().out
     assert report.attacks == ("clean", "gaussian", "fgsm", "pgd20")
     assert report.threat.eps == 0.1
     assert {score.total for score in report.scores} == {360}
@@ -86,9 +86,9 @@ def test_a_run_that_was_killed_and_resumed_ends_at_the_same_weights(tmp_path, wh
     process.kill()
     finish(process, code=-signal.SIGKILL)
     assert load_checkpoint(last)["epoch"] < 2
-    _, refused = finish(start("adv_train", tmp_path, *options), code=1)  # a run is not overwritten by accident
-    assert re.search(r"^error: cut is not empty: .* --resume.*\n\Z", refused, re.MULTILINE)
-    finish(start("adv_train", tmp_path, "--output", "cut", "--resume"))  # with the options of the run
+    with pytest.raises(FileExistsError, match="cut is not empty: .* --resume"):  # not overwritten by accident
+        in_process(tmp_path, *options)
+    in_process(tmp_path, "--output", "cut", "--resume")  # with the options of the run
     torch.testing.assert_close(weights(whole), weights(tmp_path / "cut"), rtol=0, atol=0)
     assert Report.load(tmp_path / "cut" / "report.json").scores == Report.load(whole / "report.json").scores
 

@@ -3,8 +3,9 @@
 import csv
 import os
 import re
-import subprocess
 import sys
+import threading
+from contextlib import suppress
 
 import launch
 import pytest
@@ -27,31 +28,37 @@ def through_a_pipe(folder, name, *options):
     return launch.finish(launch.start(name, folder, *options, launcher=()))
 
 
-def on_a_terminal(folder, name, *options, columns=80, **changes):
-    """Everything that the terminal gets."""
-    plain = {
-        key: value for key, value in launch.ENVIRONMENT.items() if key not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS")
-    }
-    environment = plain | {"TERM": "xterm-256color"} | changes
+def on_a_terminal(folder, name, *options, columns=80, **variables):
+    """Everything that a terminal gets of a recipe in this process, whose standard streams it is meanwhile."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
-    command = [sys.executable, str(ROOT / "recipes" / f"{name}.py"), *options]
-    ends = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
-    process = subprocess.Popen(command, cwd=folder, env=environment, **ends)
-    os.close(theirs)
-    parts = []
-    while True:
-        try:
-            part = os.read(ours, 65536)
-        except OSError:  # Linux's way of saying that nobody writes any more
-            break
-        if not part:
-            break
-        parts.append(part)
-    os.close(ours)
-    text = b"".join(parts).decode()
-    assert process.wait() == 0, text
-    return text
+    saved, parts = [os.dup(number) for number in range(3)], []
+
+    def read():
+        with suppress(OSError):  # Linux's way of saying that nobody writes any more
+            while part := os.read(ours, 65536):
+                parts.append(part)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        with pytest.MonkeyPatch.context() as patch, os.fdopen(theirs, "w") as terminal:
+            for number in range(3):
+                os.dup2(theirs, number)
+            for variable in ("NO_COLOR", "FORCE_COLOR", "COLUMNS"):
+                patch.delenv(variable, raising=False)
+            for variable, value in ({"TERM": "xterm-256color"} | variables).items():
+                patch.setenv(variable, value)
+            for stream in ("stdout", "stderr"):
+                patch.setattr(sys, stream, terminal)
+            launch.in_process(name, folder, *options)
+    finally:
+        for number, descriptor in enumerate(saved):
+            os.dup2(descriptor, number)
+            os.close(descriptor)
+        reader.join()
+        os.close(ours)
+    return b"".join(parts).decode()
 
 
 def drawn(text):
@@ -77,12 +84,13 @@ def test_through_a_pipe_it_is_plain_with_a_line_per_epoch(tmp_path):
     assert "momentum: 0.9" in (tmp_path / "f" / "log.txt").read_text()  # all options are there
 
 
-@pytest.mark.parametrize("columns", [50, 80])
-def test_on_a_terminal_bars_move_and_fit(tmp_path, columns):
+@pytest.mark.parametrize(("columns", "variables"), [(50, {"NO_COLOR": "1"}), (80, {})])
+def test_on_a_terminal_bars_move_and_fit_in_its_colours(tmp_path, columns, variables):
     # every part of the training takes longer than a bar is left as it is, which is a tenth of a second
-    longer = ("--train-limit", "1200", "--validation-fraction", "0.5", "--batch-size", "8", "--reference", "false")
-    text = on_a_terminal(tmp_path, *TRAIN, *longer, columns=columns, NO_COLOR="1")
-    assert not re.search(r"\x1b\[[0-9;]*m", text)  # neither colours nor other marks of text
+    longer = ("--train-limit", "800", "--validation-fraction", "0.5", "--batch-size", "8", "--reference", "false")
+    text = on_a_terminal(tmp_path, *TRAIN, *longer, "--epochs", "1", columns=columns, **variables)
+    assert bool(re.search(r"\x1b\[[0-9;]*3[0-9]", text)) == (not variables)
+    assert not variables or not re.search(r"\x1b\[[0-9;]*m", text)  # neither colours nor other marks of text
     lines = drawn(text)
     bars = [line for line in lines if "━" in line or "loading digits" in line]
     assert any("loading digits" in line for line in bars)
@@ -95,16 +103,14 @@ def test_on_a_terminal_bars_move_and_fit(tmp_path, columns):
         assert "…" not in line or columns == 50
     assert "\x1b[?25h" in text  # the cursor is there again
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l")
+    assert "dlif_at epoch 1/1" in text
 
 
-@pytest.mark.parametrize("terminal", ["xterm-256color", "dumb"])
-def test_colours_and_bars_are_for_terminals_that_have_them(tmp_path, terminal):
-    text = on_a_terminal(tmp_path, *TRAIN, "--reference", "false", TERM=terminal)
-    assert bool(re.search(r"\x1b\[[0-9;]*3[0-9]", text)) == (terminal != "dumb")
+def test_a_terminal_that_cannot_move_its_cursor_gets_lines(tmp_path):
+    text = on_a_terminal(tmp_path, *TRAIN, "--reference", "false", TERM="dumb")
     assert "dlif_at epoch 2/2" in text
-    if terminal == "dumb":
-        assert "\x1b" not in text
-        assert "━" not in text
+    assert "\x1b" not in text
+    assert "━" not in text
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
+import launch
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -213,6 +214,4 @@ def expect(error, folder, **options):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
-    torch.distributed.barrier()  # a process that leaves early aborts the others
-    torch.distributed.destroy_process_group()
+    print(*launch.two_processes(partial(main, Path(sys.argv[1]))))
