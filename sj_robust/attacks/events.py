@@ -164,13 +164,13 @@ def random_flips(
         raise ValueError(f"tries > 1 need model and y to know which draw fools, got tries={tries} without them")
     with torch.inference_mode(False):
         x = x.detach().clone()
-    if flips == 0 or x.numel() == 0:
-        return x
-    flippable = _flippable(x, allow)
-    if tries == 1 or model is None or y is None:
-        return apply_flips(x, _random_mask(flippable, uniform(x, private_generator(generator, x.device)), flips))
-    x_adv, standing = x.clone(), torch.ones_like(y, dtype=torch.bool)
+        if flips == 0 or x.numel() == 0:
+            return x
+        flippable = _flippable(x, allow)
+        if tries == 1 or model is None or y is None:
+            return apply_flips(x, _random_mask(flippable, uniform(x, private_generator(generator, x.device)), flips))
     with crafting(model, x.device, generator) as private, torch.no_grad():
+        x_adv, standing = x.clone(), torch.ones_like(y, dtype=torch.bool)
         for _ in range(tries):
             drawn = apply_flips(x, _random_mask(flippable, uniform(x, private), flips))
             x_adv[standing] = drawn[standing]

@@ -155,7 +155,8 @@ MASKS = {
 @pytest.mark.parametrize("name", MASKS)
 def test_what_masks_is_found_and_the_remedy_named(honest, batch, name):
     mask, expected = MASKS[name]
-    found = findings(mask(honest), batch)
+    options = {} if "other_estimator_stronger" in expected else {"estimators": None}  # which take half of the time
+    found = findings(mask(honest), batch, **options)
     assert set(expected) <= failed(found)
     for symptom, remedy in expected.items():
         assert remedy in found[symptom].remedy

@@ -45,7 +45,7 @@ PROBES = ("firing", "diagnose")
 """They restore the neurons' states and seed an encoder's own generator as well."""
 
 
-def labelled(n=80):
+def labelled(n=40):
     """Images with the answers of the network as labels, every seventh of them wrong."""
     x = images(n)
     with torch.no_grad():

@@ -15,48 +15,51 @@ pytestmark = pytest.mark.slow
 CODE = """
 import resource, torch
 from sj_robust.ops import keep_heap
-done = {call}
-faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-torch.zeros(1 << 24)
-before = faults()
-for _ in range(8):  # one block more may be fetched until the heap has settled
-    torch.zeros(1 << 24)
-print(done, faults() - before)
-"""
-HUGE_PAGES = """
-import resource, torch
 from sj_robust.ops.heap import advise_huge_pages
-before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-{call}(torch.empty(1 << 24)).zero_()
-print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+def faults(run, times=1):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(times):
+        run()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+def zeros():
+    torch.zeros(1 << 24)
+
+plain = faults(lambda: torch.empty(1 << 24).zero_())
+advised = faults(lambda: advise_huge_pages(torch.empty(1 << 24)).zero_())
+mapped = faults(zeros, 8)
+done = keep_heap()
+zeros()
+print(plain, advised, mapped, done, faults(zeros, 8))  # one block more may be fetched until the heap has settled
 """
 
 
-def run(code: str, call: str, **variables: str) -> list[str]:
-    command = [sys.executable, "-W", "ignore", "-c", code.format(call=call)]
+def run(**variables: str) -> list[str]:
+    command = [sys.executable, "-W", "ignore", "-c", CODE]
     return subprocess.run(command, capture_output=True, text=True, check=True, env=variables).stdout.split()
 
 
+@pytest.fixture(scope="module")
+def found() -> list[str]:
+    """Page faults of large blocks: plain, with huge pages, eight before keep_heap; what it says; eight after it."""
+    return run()
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="mallopt is glibc's")
-def test_freed_memory_is_not_fetched_again():
-    done, kept = run(CODE, "keep_heap()")
-    _, mapped = run(CODE, "None")
+def test_freed_memory_is_not_fetched_again_unless_the_environment_has_decided(found):
+    *_, mapped, done, kept = found
     if done == "False":
         pytest.skip("the C library is not glibc")
     assert int(kept) < int(mapped) / 4
+    assert run(MALLOC_TOP_PAD_="131072")[3] == "False"
 
 
-def test_a_decision_of_the_environment_stays():
-    done, _ = run(CODE, "keep_heap()", MALLOC_TOP_PAD_="131072")
-    assert done == "False"
-
-
-def test_huge_pages_mean_fewer_faults():
+def test_huge_pages_mean_fewer_faults(found):
     setting = Path("/sys/kernel/mm/transparent_hugepage/enabled")
     if not setting.exists() or "[madvise]" not in setting.read_text():
         pytest.skip("this system does not give huge pages on request")
-    (advised,), (plain,) = (run(HUGE_PAGES, call) for call in ("advise_huge_pages", ""))
-    assert int(advised) < int(plain) / 4
+    assert int(found[1]) < int(found[0]) / 4
 
 
 def test_tensors_without_memory_of_their_own_are_left_alone():
