@@ -116,22 +116,26 @@ class Bounds(Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Bounds of a function of bounds."""
-        kwargs = kwargs or {}
+        kwargs = dict(kwargs or {})
+        args = (*args, *(kwargs.pop(key) for key in ("input", "tensors", "other") if key in kwargs))
         name = func.__name__.strip("_")
         in_place = func.__name__ == f"{name}_" or name in _IN_PLACE
         if func.__name__ == "__float__":
             raise NoBoundsError("float(x), a number that depends on the input")
         if kwargs.get("out") is not None or (in_place and _RULES.get(name) not in (_sum, _product, _negative)):
             raise NoBoundsError(f"{func.__name__}, which writes into a tensor: write x = f(x)")
-        with torch._C.DisableTorchFunctionSubclass():
-            if in_place:
-                return _written(args[0], _RULES[name](func, *args, **kwargs), func.__name__)
-            if name in _QUESTIONS:
-                return func(*args, **kwargs)
-            if name in _SHAPES:
-                return _moved(func, args, kwargs)
-            if name in _RULES:
-                return _RULES[name](func, *args, **kwargs)
+        try:
+            with torch._C.DisableTorchFunctionSubclass():
+                if in_place:
+                    return _written(args[0], _RULES[name](func, *args, **kwargs), func.__name__)
+                if name in _QUESTIONS:
+                    return func(*args, **kwargs)
+                if name in _SHAPES:
+                    return _moved(func, args, kwargs)
+                if name in _RULES:
+                    return _RULES[name](func, *args, **kwargs)
+        except TypeError as error:  # a rule does not know an argument, or the call is wrong
+            raise NoBoundsError(f"the operation {name} as it is called here ({error})") from error
         raise NoBoundsError(f"the operation {name}")
 
     @classmethod
@@ -498,15 +502,15 @@ def _zero(x: Bounds) -> Tensor:
 
 
 def _batch_norm(
-    func: Any, x: Any, mean: Any, var: Any, weight: Any = None, bias: Any = None, training: bool = False,
-    momentum: float = 0.1, eps: float = 1e-5,
+    func: Any, x: Any, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None,
+    training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
 ) -> Bounds:  # fmt: skip
-    if training or mean is None or var is None:
+    if training or running_mean is None or running_var is None:
         raise NoBoundsError("batch norm with the statistics of the batch, which one image alone does not decide")
     shape = (-1, *[1] * (x.ndim - 2))
-    slope = (_constant(var, x.run) + eps).rsqrt()
+    slope = (_constant(running_var, x.run) + eps).rsqrt()
     slope = (slope if weight is None else slope * _constant(weight, x.run)).view(shape)
-    moved = _constant(mean, x.run).view(shape) * slope
+    moved = _constant(running_mean, x.run).view(shape) * slope
     bias = torch.zeros_like(moved) if bias is None else _constant(bias, x.run).view(shape)
     found = _affine(x, lambda z: z * slope, lambda z: z * slope.abs(), 12, bias - moved)
     if found.unrounded:
@@ -517,6 +521,7 @@ def _batch_norm(
 
 def _average(func: Any, x: Any, *args: Any, **kwargs: Any) -> Bounds:
     """Sums with weights >= 0: average pooling, ``mean``, ``sum``."""
+    _converted(func, x, kwargs.pop("dtype", None))
     size = args[0] if args else kwargs.get("kernel_size", 1)
     if func.__name__.startswith("avg_pool"):
         terms = math.prod(size) if isinstance(size, tuple | list) else int(size) ** (x.ndim - 2)

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
+from itertools import cycle
 from typing import Any
 
 import torch.nn.functional as F
@@ -9,8 +11,9 @@ from torch import Tensor, nn
 
 from sj_robust._preserved import evaluation_mode
 from sj_robust.classifier import SpikingClassifier
-from sj_robust.stability._affine import other_forward
+from sj_robust.stability._affine import full_precision, other_forward
 from sj_robust.stability.bounds import BoundedRun
+from sj_robust.stability.relaxation import Maps
 from sj_robust.stability.verification import bounded_logits, bounded_neurons
 
 __all__ = ["BatchStatistics", "DifferentiableBounds", "batch_statistics"]
@@ -39,7 +42,8 @@ class DifferentiableBounds:
         statistics: What a batch norm takes of its input.
 
     Raises:
-        NotImplementedError: If something in the network has no bounds; it is named.
+        NotImplementedError: If something in the network has no bounds, or, at the first images, if it mixes those of a
+            batch; it is named.
 
     Source: Gowal et al., arXiv 1810.12715; batch norm as in Shi et al. (NeurIPS 2021).
 
@@ -60,6 +64,7 @@ class DifferentiableBounds:
         self._neurons = bounded_neurons(classifier)
         self._statistics = statistics
         self._seen: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self._samples_checked = False
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -82,8 +87,12 @@ class DifferentiableBounds:
         with ExitStack() as stack:
             for name, seen in self._seen.items():
                 module: Any = self.classifier.net.get_submodule(name)
-                stack.enter_context(other_forward(module, _with_statistics(module, iter(seen))))
+                stack.enter_context(other_forward(module, _with_statistics(module, cycle(seen))))
             stack.enter_context(evaluation_mode(self.classifier))
+            if not self._samples_checked:
+                with full_precision(x.device):
+                    Maps(partial(bounded_logits, self.classifier), self._neurons, x[0]).check_samples()
+                self._samples_checked = True
             return run.lead(bounded_logits(self.classifier, run, x, eps), y)
 
     def _watch(self, name: str) -> Callable[..., None]:

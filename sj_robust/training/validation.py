@@ -65,11 +65,12 @@ class Validation:
         correct = torch.zeros(len(names), dtype=torch.int64)
         for number, (x, y) in zip(self._numbers, self._batches(), strict=True):
             shares = accuracy(model, [(x, y)], attacks, seed=mixed(self._seed, number) % 2**31)
-            if verified_eps is not None:
-                assert isinstance(model, SpikingClassifier)
-                with evaluation_mode(model):
-                    shares["verified"] = verify(model, x, y, verified_eps, batch_size=_BATCH).accuracy
-            correct += torch.tensor([round(shares[name] * len(y)) for name in names])
+            correct += torch.tensor([round(shares.get(name, 0.0) * len(y)) for name in names])
+        if verified_eps is not None and self._numbers:
+            assert isinstance(model, SpikingClassifier)
+            x, y = (torch.cat(parts) for parts in zip(*self._batches(), strict=True))
+            with evaluation_mode(model):  # of all batches at once: the network is checked once
+                correct[-1] = sum(verify(model, x, y, verified_eps, batch_size=_BATCH).verified)
         total = self._accelerator.reduce(correct.to(self._accelerator.device), "sum")
         return dict(zip(names, (count / self._size for count in total.tolist()), strict=True))
 

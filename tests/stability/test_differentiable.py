@@ -3,12 +3,13 @@
 import pytest
 import torch
 from spikingjelly.activation_based import functional, layer
-from stability.test_verification import NETWORKS, NEURONS, classifier, convolutional
+from stability.test_verification import MIXED, NETWORKS, NEURONS, T, classifier, convolutional
 from torch import nn
 
 from sj_robust import SpikingClassifier
 from sj_robust.stability import bounds, verify
 from sj_robust.stability.differentiable import DifferentiableBounds
+from sj_robust.stability.relaxation import Maps
 
 
 @pytest.mark.parametrize("node", NEURONS)
@@ -72,3 +73,17 @@ def test_dropout_is_left_out_and_what_feeds_a_neuron_twice_is_bounded_once():
     lead = DifferentiableBounds(model).lead(x, y, 0.3)
     expected = -torch.tensor(verify(model.eval(), x, y, 0.3).margin, dtype=torch.float64)
     torch.testing.assert_close(lead[:, 0].detach(), expected, atol=1e-6, rtol=1e-6)
+
+
+def test_a_network_that_mixes_samples_is_refused_at_the_first_batch_and_looked_at_once(monkeypatch):
+    x, y = torch.rand(3, 2, 1, 1), torch.tensor([0, 1, 0])
+    mixed = SpikingClassifier(MIXED["mean"], T, step_mode="m")
+    with pytest.raises(NotImplementedError, match="mixes the samples of a batch"):
+        DifferentiableBounds(mixed).lead(x, y, 0.1)
+    net = nn.Sequential(nn.Flatten(2), nn.Linear(2, 2), NEURONS["LIF"]())
+    functional.set_step_mode(net, "m")
+    differentiable = DifferentiableBounds(SpikingClassifier(net, T))
+    state, first = torch.get_rng_state(), differentiable.lead(x, y, 0.1)
+    monkeypatch.delattr(Maps, "check_samples")
+    assert torch.equal(differentiable.lead(x, y, 0.1), first)
+    assert torch.equal(torch.get_rng_state(), state)
