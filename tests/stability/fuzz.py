@@ -52,22 +52,18 @@ def main(arguments: list[str] | None = None) -> None:
 
 def random_node(case: random.Random, grid: bool) -> nn.Module:
     """IF, LIF, PLIF or DLIF with either reset, any threshold and gains of both signs."""
-    v_reset = case.choice([0.0, None, -0.5, 0.2])
-    given = {"v_reset": v_reset, "v_threshold": case.choice([0.1, 0.3, 0.5, 0.7, 1.0])}
-    tau, decay_input = 2.0 if grid else case.uniform(1.1, 20.0), case.random() < 0.5
-    kind = case.choice(["IF", "LIF", "PLIF", "DLIF"])
+    given = {"v_reset": case.choice([0.0, None, -0.5, 0.2]), "v_threshold": case.choice([0.1, 0.3, 0.5, 0.7, 1.0])}
+    tau, kind = 2.0 if grid else case.uniform(1.1, 20.0), case.choice(["IF", "LIF", "PLIF", "DLIF"])
     if kind == "IF":
         return neuron.IFNode(**given)
-    if kind == "LIF":
-        return neuron.LIFNode(tau=tau, decay_input=decay_input, **given)
-    if kind == "PLIF":
-        return neuron.ParametricLIFNode(init_tau=tau, decay_input=decay_input, **given)
-    backends = [name for name, state in available_backends().items() if state == "available"]
-    backend = case.choice([*backends, *["spikingjelly"] * (RELEASE >= "2")])
-    node = DLIFNode(T=T, tau=tau, backend=backend, **given)
-    gains = [round(case.gauss(0.7, 1.0), 1) if grid else case.gauss(0.7, 1.5) for _ in range(T)]
-    node.input_gain.data = torch.tensor(gains)
-    return node
+    if kind == "DLIF":
+        backends = [name for name, state in available_backends().items() if state == "available"]
+        backend = case.choice([*backends, *["spikingjelly"] * (RELEASE >= "2")])
+        node = DLIFNode(T=T, tau=tau, backend=backend, **given)
+        node.input_gain.data = torch.tensor([round(case.gauss(0.7, 1.2), 1 if grid else 9) for _ in range(T)])
+        return node
+    given["decay_input"] = case.random() < 0.5
+    return neuron.LIFNode(tau, **given) if kind == "LIF" else neuron.ParametricLIFNode(tau, **given)
 
 
 class Residual(nn.Module):

@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from spikingjelly.activation_based import functional, layer, neuron
-from stability.test_verification import NETWORKS, NEURONS, T, classifier, perturbed, spikes_of
+from stability import fuzz
+from stability.test_verification import NETWORKS, NEURONS, T, classifier, perturbed
 from torch import nn
 
 from sj_robust import SpikingClassifier
@@ -53,14 +54,14 @@ def test_no_weighted_sum_of_logits_and_no_spike_leaves_its_bounds(build, node):
             weights = torch.randn(3, 3, dtype=torch.float64)
             lower = bounds_of(maps, run, model, weights).value
             for z in perturbed(model, x, y, eps):
-                seen, outputs = spikes_of(model, z)
+                seen, outputs = fuzz.run_of(model, z)
                 assert bool(((outputs.double() * weights).sum(1) >= lower).all()), (step_mode, eps)
                 counts = dict.fromkeys(seen, 0)
                 for stage in run.stages:
                     if stage.neuron is None:
                         continue
                     for step in stage.steps:
-                        spikes = seen[stage.neuron.name][counts[stage.neuron.name]].bool()
+                        spikes = seen[stage.neuron.name][0][counts[stage.neuron.name]].bool()
                         counts[stage.neuron.name] += 1
                         assert bool((spikes <= step.fires).all() and (~spikes <= step.quiet).all()), eps
 

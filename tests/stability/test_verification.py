@@ -12,7 +12,7 @@ from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.attacks import pgd
 from sj_robust.classifier import PoissonEncoder, SpikingEventClassifier
 from sj_robust.stability import bounds, verify
-from sj_robust.stability._affine import full_precision
+from sj_robust.stability.verification import bounded_logits, bounded_neurons
 
 T = 4
 NEURONS = {
@@ -76,41 +76,6 @@ def classifier(build, node, *, seed=0, step_mode="m", **arguments):
     return SpikingClassifier(net, T, **arguments).eval()
 
 
-def spikes_of(model, x):
-    """Outputs of every spiking layer, with time steps first."""
-    found = {}
-    hooks = [
-        module.register_forward_hook(lambda _, args, out, name=name: found.setdefault(name, []).append(out.detach()))
-        for name, module in model.net.named_modules()
-        if isinstance(module, neuron.BaseNode)
-    ]
-    with torch.no_grad():
-        logits = model(x)
-    for hook in hooks:
-        hook.remove()
-    return {name: torch.stack(steps) if len(steps) > 1 else steps[0] for name, steps in found.items()}, logits
-
-
-def bounded(model, x, eps):
-    """Bounds of every spiking layer's spikes, with time steps first, and of the logits."""
-    from sj_robust.neuron.charging import find_neurons
-
-    neurons = find_neurons(model.net, {}, {})[0]
-    found = {}
-
-    class Run(bounds.BoundedRun):
-        def _fired(self, name, *args):
-            spikes = super()._fired(name, *args)
-            found.setdefault(name, []).append(spikes)
-            return spikes
-
-    run = Run(neurons, len(x))
-    with full_precision(x.device), torch.enable_grad(), run.replacing_neurons():
-        exact = x.double()
-        logits = model(run.leaf((exact - eps).clamp(min=0), (exact + eps).clamp(max=1), 0))
-    return {name: [torch.cat(ends) for ends in zip(*calls, strict=True)] for name, calls in found.items()}, logits
-
-
 def perturbed(model, x, y, eps):
     """Points of the ball: its corners, random ones, and adversarial ones."""
     random = [x + eps * (2 * torch.rand(x.shape) - 1) for _ in range(4)]
@@ -171,8 +136,10 @@ def test_a_potential_on_the_threshold_needs_the_margin_for_rounding(monkeypatch)
     assert float(model(x).detach()[0, rounded_up]) == 1.0
 
     def possible():
-        spikes, _ = bounded(model, x, 0.0)
-        return bool(spikes["1"][1][0, 0, rounded_up])
+        run = fuzz.Recorded(bounded_neurons(model), 1)
+        bounded_logits(model, run, x, 0.0)
+        _, _, _, possible, *_ = run.steps["1"][0]
+        return bool(possible[0, rounded_up])
 
     assert possible()
     monkeypatch.setattr(bounds, "gamma", lambda terms: 0.0)
