@@ -115,7 +115,7 @@ def random_classifier(case: random.Random, grid: bool) -> SpikingClassifier:
     net = random_network(case, grid)
     for module in net.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.running_mean.normal_(), module.running_var.uniform_(0.5, 2.0)
+            module.running_mean.normal_(), module.running_var.uniform_(0.05, 2.0)
             module.weight.data.normal_(1.0, 0.5), module.bias.data.normal_()
         elif isinstance(module, nn.Conv2d | nn.Linear):
             for value in module.parameters():

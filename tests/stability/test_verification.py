@@ -101,6 +101,11 @@ def test_what_float32_rounds_is_noticed_where_bounds_leave_it_out(monkeypatch):
 
 @pytest.mark.parametrize("build", NETWORKS)
 def test_margins_fall_with_the_radius_and_are_the_networks_own_at_zero(build):
+    """What intervals verify at a radius they verify at every smaller one, since they lie within each other.
+
+    The relaxation takes its lines anew for every radius, which promises no such order: here it holds for what is
+    verified, not for every margin. No margin of it is below that of intervals.
+    """
     model = classifier(build, NEURONS["DLIF"])
     x = torch.rand(6, 2, 8, 8)
     logits = model(x).detach()
