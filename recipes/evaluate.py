@@ -97,7 +97,7 @@ def main(arguments: list[str]) -> None:
     accelerator = training.make_accelerator(options.device)
     if options.proofs:  # which are of float32, as the attacks then have to be
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-        torch.backends.nnpack.set_flags(False)
+        torch.backends.nnpack.set_flags(False)  # type: ignore[no-untyped-call]  # untyped in torch
     with checked():
         subject = load_subject(options)
     dataset = options.dataset or subject.options.get("dataset", "digits")
