@@ -104,21 +104,13 @@ void normalised_backward(const Job& job, int64_t first, int64_t last, void* memo
 }
 
 void forward(const Job& job, int64_t first, int64_t last, void* memory) {
-  switch (job.storage) {
-    case FLOAT32: return normalised_forward<float, float>(job, first, last, memory);
-    case FLOAT64: return normalised_forward<double, double>(job, first, last, memory);
-    case FLOAT16: return normalised_forward<Half, float>(job, first, last, memory);
-    default: return normalised_forward<BFloat16, float>(job, first, last, memory);
-  }
+  with_types(job, [&](auto s, auto c) { normalised_forward<decltype(s), decltype(c)>(job, first, last, memory); });
 }
 
 void backward(const Job& job, int64_t first, int64_t last, void* memory, double* gain_sums, double* channel_sums) {
-  switch (job.storage) {
-    case FLOAT32: return normalised_backward<float, float>(job, first, last, memory, gain_sums, channel_sums);
-    case FLOAT64: return normalised_backward<double, double>(job, first, last, memory, gain_sums, channel_sums);
-    case FLOAT16: return normalised_backward<Half, float>(job, first, last, memory, gain_sums, channel_sums);
-    default: return normalised_backward<BFloat16, float>(job, first, last, memory, gain_sums, channel_sums);
-  }
+  with_types(job, [&](auto s, auto c) {
+    normalised_backward<decltype(s), decltype(c)>(job, first, last, memory, gain_sums, channel_sums);
+  });
 }
 
 // Adds, for every channel of one sample, the sums of d and d^2, d = x - shift, to sums [2, channels]. Short sums are in C.
@@ -189,12 +181,7 @@ template <class S, class C> void add_each_sample(const Job& job, int64_t first, 
 }
 
 void add_samples(const Job& job, int64_t first, int64_t last, double* sums) {
-  switch (job.storage) {
-    case FLOAT32: return add_each_sample<float, float>(job, first, last, sums);
-    case FLOAT64: return add_each_sample<double, double>(job, first, last, sums);
-    case FLOAT16: return add_each_sample<Half, float>(job, first, last, sums);
-    default: return add_each_sample<BFloat16, float>(job, first, last, sums);
-  }
+  with_types(job, [&](auto s, auto c) { add_each_sample<decltype(s), decltype(c)>(job, first, last, sums); });
 }
 
 }  // namespace

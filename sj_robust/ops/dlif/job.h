@@ -37,6 +37,16 @@ struct Job {
   double* channel_sums;            // [2, channels]: of g and of g * (x - mean); without it no gain_grad either
 };
 
+// Calls f with a value of the type that a call's sequences are stored in and one of its arithmetic type.
+template <class F> void with_types(const Job& job, const F& f) {
+  switch (job.storage) {
+    case FLOAT32: return f(float(), float());
+    case FLOAT64: return f(double(), double());
+    case FLOAT16: return f(Half(), float());
+    default: return f(BFloat16(), float());
+  }
+}
+
 // The items that units of work are made of: neurons, or what the pooling must not divide. That is a pair of rows of a
 // plane, or channels last the channels of 2x2 pixels; the last one in a plane of odd size has one row or column.
 struct Shape {

@@ -26,21 +26,11 @@ template <class S, class C> void plain_backward(const Job& job, int64_t first, i
 }
 
 void forward(const Job& job, int64_t first, int64_t last, void* memory) {
-  switch (job.storage) {
-    case FLOAT32: return plain_forward<float, float>(job, first, last, memory);
-    case FLOAT64: return plain_forward<double, double>(job, first, last, memory);
-    case FLOAT16: return plain_forward<Half, float>(job, first, last, memory);
-    default: return plain_forward<BFloat16, float>(job, first, last, memory);
-  }
+  with_types(job, [&](auto s, auto c) { plain_forward<decltype(s), decltype(c)>(job, first, last, memory); });
 }
 
 void backward(const Job& job, int64_t first, int64_t last, void* memory, double* gain_sums, double*) {
-  switch (job.storage) {
-    case FLOAT32: return plain_backward<float, float>(job, first, last, memory, gain_sums);
-    case FLOAT64: return plain_backward<double, double>(job, first, last, memory, gain_sums);
-    case FLOAT16: return plain_backward<Half, float>(job, first, last, memory, gain_sums);
-    default: return plain_backward<BFloat16, float>(job, first, last, memory, gain_sums);
-  }
+  with_types(job, [&](auto s, auto c) { plain_backward<decltype(s), decltype(c)>(job, first, last, memory, gain_sums); });
 }
 
 }  // namespace
