@@ -55,57 +55,64 @@ def test_bfloat16_is_rounded_to_nearest_even(library):
     cases.check_bfloat16(library)
 
 
+SMALL = """
+extern "C" __global__ void shift(const float* x, float* y) {
+    y[threadIdx.x] = __shfl_down_sync(0xffffffffu, x[threadIdx.x], 3);
+}
+extern "C" __global__ void stuck(int n) {
+    if ((int)threadIdx.x < n) __syncthreads();
+}
+extern "C" __global__ void race(float* seen) {
+    __shared__ float value;
+    value = 1.0f;
+    __syncthreads();
+    const float here = __shfl_down_sync(0xffffffffu, value, 0);
+    if (threadIdx.x % 32 == 0) seen[threadIdx.x / 32] = here;
+    if (threadIdx.x % 32 == 0) value = 2.0f;
+}
+extern "C" __global__ void nothing(float* p, long long q, int i, float f) {}
+"""
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    return shim.Library(shim.build(SMALL, tmp_path_factory.mktemp("small")))
+
+
 @pytest.mark.slow
-def test_shim_shuffles_and_separates_warps(tmp_path):
-    text = (
-        'extern "C" __global__ void shift(const float* x, float* y) {\n'
-        "    y[threadIdx.x] = __shfl_down_sync(0xffffffffu, x[threadIdx.x], 3);\n}\n"
-    )
+def test_shim_shuffles_and_separates_warps(small):
     x, y = np.arange(64, dtype=np.float32), np.zeros(64, np.float32)
-    library = shim.Library(shim.build(text, tmp_path))
     for order in range(4):
-        library.launch("shift", 1, 64, x, y, order=order)
+        small.launch("shift", 1, 64, x, y, order=order)
         lanes = x.reshape(2, 32)
         np.testing.assert_array_equal(y.reshape(2, 32)[:, :29], lanes[:, 3:])
         np.testing.assert_array_equal(y.reshape(2, 32)[:, 29:], lanes[:, 29:])
     with pytest.raises(RuntimeError, match="shuffle"):
-        library.launch("shift", 1, 48, x, y)
+        small.launch("shift", 1, 48, x, y)
 
 
 @pytest.mark.slow
-def test_shim_refuses_a_divergent_barrier(tmp_path):
-    text = 'extern "C" __global__ void stuck(int n) {\n    if ((int)threadIdx.x < n) __syncthreads();\n}\n'
-    library = shim.Library(shim.build(text, tmp_path))
-    library.launch("stuck", 2, 64, np.int32(64))
+def test_shim_refuses_a_divergent_barrier(small):
+    small.launch("stuck", 2, 64, np.int32(64))
     with pytest.raises(RuntimeError, match="divergent barrier"):
-        library.launch("stuck", 2, 64, np.int32(32))
+        small.launch("stuck", 2, 64, np.int32(32))
 
 
 @pytest.mark.slow
-def test_a_missing_barrier_shows_in_one_of_the_orders(tmp_path):
+def test_a_missing_barrier_shows_in_one_of_the_orders(small):
     """The second warp may run ahead and overwrite what the first has not read yet, and the other way round."""
-    text = (
-        'extern "C" __global__ void race(float* seen) {\n    __shared__ float value;\n'
-        "    value = 1.0f;\n    __syncthreads();\n"
-        "    const float here = __shfl_down_sync(0xffffffffu, value, 0);\n"
-        "    if (threadIdx.x % 32 == 0) seen[threadIdx.x / 32] = here;\n"
-        "    if (threadIdx.x % 32 == 0) value = 2.0f;\n}\n"
-    )
-    library = shim.Library(shim.build(text, tmp_path))
     seen = [np.zeros(2, np.float32) for _ in range(3)]
     for order in range(3):
-        library.launch("race", 1, 64, seen[order], order=order)
+        small.launch("race", 1, 64, seen[order], order=order)
     assert [array.tolist() for array in seen] == [[1, 2], [2, 1], [1, 1]]
 
 
 @pytest.mark.slow
-def test_shim_checks_the_width_and_kind_of_arguments(tmp_path):
-    text = 'extern "C" __global__ void nothing(float* p, long long q, int i, float f) {}\n'
-    library = shim.Library(shim.build(text, tmp_path))
+def test_shim_checks_the_width_and_kind_of_arguments(small):
     good = [None, np.int64(1), np.int32(1), np.float32(1)]
-    library.launch("nothing", 1, 32, *good)
+    small.launch("nothing", 1, 32, *good)
     for i, bad in enumerate([np.int32(0), np.int32(1), np.int64(1), np.float64(1)]):
         with pytest.raises(TypeError, match=f"argument {i}"):
-            library.launch("nothing", 1, 32, *good[:i], bad, *good[i + 1 :])
+            small.launch("nothing", 1, 32, *good[:i], bad, *good[i + 1 :])
     with pytest.raises(TypeError, match="takes 4 arguments, got 3"):
-        library.launch("nothing", 1, 32, *good[:3])
+        small.launch("nothing", 1, 32, *good[:3])
