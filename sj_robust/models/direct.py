@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sj_robust.ops.bn_dlif import repeat_step
+
 __all__ = ["DirectlyEncoded", "initialise", "neuron_builder"]
 
 
@@ -51,7 +53,7 @@ class DirectlyEncoded(nn.Module):
         if single_step or x.ndim == 5:
             return self.stages(self.first(x))  # type: ignore[no-any-return]  # torch types a module's call as Any
         current = self.first(x.unsqueeze(0))
-        return self.stages(current.expand(self.T, *current.shape[1:]))  # type: ignore[no-any-return]  # as above
+        return self.stages(repeat_step(current, self.T))  # type: ignore[no-any-return]  # as above
 
 
 def neuron_builder(

@@ -3,6 +3,7 @@
 No other file knows of it: hooks, estimators and messages find the neuron as they find it anywhere.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -37,8 +38,9 @@ class FusedSequential(nn.Sequential):
     Same modules, names, parameters, results and errors as ``nn.Sequential``. The three, or two of them, run in one pass
     in step mode ``"m"`` on the CPU with the compiled kernel; otherwise, and whenever somebody looks between them, one
     after the other. Who looks is who has a hook on one of them, unless it is a method of an object whose ``active`` is
-    False at that time; with hooks on the neuron that look at its input alone (pre-hooks, and methods of an object whose
-    ``needs_output`` is False) only the batch norm runs apart. Hooks on every module at once
+    False at that time; with pre-hooks on the neuron, which look at its input alone, only the batch norm runs apart.
+    Methods of an object whose ``needs_output`` is False, forward hooks of the neuron or pre-hooks that leave its input
+    as it is, are called with the input that it has had and keep nothing apart. Hooks on every module at once
     (``torch.nn.modules.module.register_module_forward_hook``), which torch has for debugging alone, cannot be found by
     public means and miss them: call :func:`unfuse` first. In bfloat16 and float16 one pass does not round what lies
     between the modules.
@@ -188,7 +190,9 @@ def _norm_in_one_pass(norm: Any, node: DLIFNode, x_seq: Tensor) -> BatchNorm | N
     """The batch norm of this call, if it can run in one pass with the neuron."""
     if x_seq.ndim != _DIMENSIONS[type(norm)] or x_seq.shape[2] != norm.num_features:
         return None
-    if norm.step_mode != "m" or _is_watched(norm) or _is_watched(node):
+    if norm.step_mode != "m" or _is_watched(norm) or "forward" in vars(node):
+        return None
+    if _needs_more_than_input(node, _HOOKS) or (_is_watched(node) and "multi_step_forward" in vars(node)):
         return None
     values = _values(norm)
     single_value = values.use_batch_statistics and x_seq.numel() == x_seq.shape[2]  # torch refuses it in its own words
@@ -199,11 +203,8 @@ def _pool_in_one_pass(pool: Any, node: DLIFNode, x_seq: Tensor, norm: BatchNorm 
     """Whether the pooling can run in one pass with the neuron, whose spikes nobody else gets then."""
     if not _pools(pool) or pool.step_mode != "m" or _is_watched(pool) or "multi_step_forward" in vars(node):
         return False
-    needs_spikes = any(
-        _is_active(hook) and getattr(getattr(hook, "__self__", None), "needs_output", True)
-        for name in _HOOKS if name != "_forward_pre_hooks" for hook in getattr(node, name).values()
-    )  # fmt: skip
-    return not needs_spikes and can_fuse(x_seq, norm, node._surrogate(), average_pool=True)
+    others = [name for name in _HOOKS if name != "_forward_pre_hooks"]
+    return not _needs_more_than_input(node, others) and can_fuse(x_seq, norm, node._surrogate(), average_pool=True)
 
 
 def _run_pooled(node: DLIFNode, x_seq: Tensor) -> Tensor:
@@ -221,22 +222,33 @@ def _run_pooled(node: DLIFNode, x_seq: Tensor) -> Tensor:
 
 
 def _run(node: DLIFNode, x_seq: Tensor, values: BatchNorm, pooled: bool) -> Tensor:
-    """The neuron's own forward, with its neighbours in its operator; what stands in for it gets its currents."""
+    """The neuron's own forward, with its neighbours in its operator; what stands in for it gets its currents.
+
+    So do hooks, with which the neuron is called as a module that finds its outputs made already.
+    """
     done = False
+    watched = _is_watched(node)
+    currents = x_seq
 
     def operator(_: Tensor, *arguments: Any, threads_per_block: int | None = None, **constants: Any) -> Any:
-        nonlocal done  # the block size of a CUDA kernel means nothing here
-        outputs = batch_norm_dlif_multi_step(x_seq, values, *arguments, average_pool=pooled, **constants)
+        nonlocal done, currents  # the block size of a CUDA kernel means nothing here
+        outputs: Any = batch_norm_dlif_multi_step(
+            x_seq, values, *arguments, average_pool=pooled, store_current=watched, **constants
+        )
+        if watched:
+            *outputs, currents = outputs
         done = True
         return outputs
 
-    currents = x_seq
     if "multi_step_forward" in vars(node):
         unchanged = replace(values, running_mean=None, running_var=None) if values.use_batch_statistics else values
         currents = normalise(x_seq, unchanged)
     node._operator = operator
     try:
-        spike_seq = node.multi_step_forward(currents)
+        if watched:
+            spikes, v, _, v_seq = node._run(x_seq, node.v, node.time_step, node.store_v_seq)
+            node._operator = lambda *_, **constants: (spikes, v, v_seq)
+        spike_seq: Tensor = node(currents) if watched else node.multi_step_forward(currents)
     finally:
         del node._operator
     if not done:
@@ -271,6 +283,12 @@ def _is_watched(module: nn.Module) -> bool:
     """Whether anything but the module itself would have to run when it is called."""
     hooks = (hook for name in _HOOKS for hook in getattr(module, name).values())
     return "forward" in vars(module) or any(map(_is_active, hooks))
+
+
+def _needs_more_than_input(module: nn.Module, names: Sequence[str]) -> bool:
+    """Whether a hook of these kinds is not content with the module's input once that has run."""
+    hooks = (hook for name in names for hook in getattr(module, name).values())
+    return any(_is_active(hook) and getattr(getattr(hook, "__self__", None), "needs_output", True) for hook in hooks)
 
 
 def _is_active(hook: Any) -> bool:

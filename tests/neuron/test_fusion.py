@@ -296,21 +296,27 @@ def test_autocast_runs_in_one_pass_with_halves_in_and_out(passes, channels_last)
 
 @needs_kernel
 @pytest.mark.parametrize("keep", ["loss", "statistics"])
-def test_a_monitor_that_needs_the_current_alone_leaves_the_pooling_in_the_pass(passes, keep):
+@pytest.mark.parametrize("train", [True, False])
+def test_a_monitor_that_needs_the_current_alone_leaves_the_layer_in_one_pass(passes, keep, train):
     results = []
-    x, x_perturbed = sequence(T, 3, 2, 8, 8), sequence(T, 3, 2, 8, 8).flip(-1)
+    x, x_perturbed = sequence(T, 3, 2, 8, 8).double(), sequence(T, 3, 2, 8, 8).double().flip(-1)
     for net in both():
+        net.double().train(train)
         monitor = MPPDMonitor(net, layers=["3.2"], keep=keep)
+        with torch.no_grad():  # a sequence without a pair, as at the start of a training
+            net(x)
+        passes.fused = passes.pooled = 0
         for context, images in ((monitor.clean(), x), (monitor.perturbed(), x_perturbed)):
             functional.reset_net(net)
             with context:
-                net(images)
+                out = net(images)
         loss = monitor.loss(["3.2"])
-        loss.backward()
-        results.append([loss.detach(), net[0].weight.grad, net[3][1].weight.grad])
-    assert (passes.fused, passes.pooled) == (2, 2 if keep == "loss" else 0)
+        (loss + out.square().sum()).backward()
+        gradients = [p.grad for p in net.parameters() if p.grad is not None]
+        results.append([loss.detach(), out.detach(), *gradients, *(b.clone() for b in net.buffers())])
+    assert (passes.fused, passes.pooled) == ((4, 2) if keep == "loss" else (2, 0))
     for wanted, actual in zip(*results, strict=True):
-        torch.testing.assert_close(actual, wanted, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-12)
 
 
 class Watcher:

@@ -9,7 +9,7 @@ from oracle import dlif_bptt
 from torch import nn
 
 from sj_robust.ops import Surrogate
-from sj_robust.ops.bn_dlif import BatchNorm, batch_norm_dlif_multi_step, can_fuse
+from sj_robust.ops.bn_dlif import BatchNorm, batch_norm_dlif_multi_step, can_fuse, repeat_step
 from sj_robust.ops.dlif import cpp
 
 needs_kernel = pytest.mark.skipif(cpp.unavailable_reason() is not None, reason=str(cpp.unavailable_reason()))
@@ -320,19 +320,23 @@ def test_large_tensors(instruction_set, shape):
 @needs_kernel
 @pytest.mark.parametrize("average_pool", [False, True])
 @pytest.mark.parametrize("channels_last", [False, True])
-def test_an_image_repeated_over_time_is_not_copied(instruction_set, average_pool, channels_last):
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("repeat", [torch.Tensor.expand, repeat_step])
+def test_an_image_repeated_over_time_is_not_copied(instruction_set, average_pool, channels_last, training, repeat):
     saved, results = [], []
     for repeated in (True, False):
         torch.manual_seed(0)
         for shape in ((1, 3, 4, 6, 6), (1, 2, 3, 7, 70)):
             image = laid_out(torch.randn(shape, dtype=torch.float64), channels_last).requires_grad_()
-            x = image.expand(5, -1, -1, -1, -1)
+            x = repeat(image, 5, *shape[1:]) if repeat is torch.Tensor.expand else repeat(image, 5)
+            weight, bias = (torch.linspace(a, 1.5, shape[2]).double().requires_grad_() for a in (0.5, -0.5))
+            gain = torch.linspace(0.8, 1.2, 5).double().requires_grad_()
             running = [torch.zeros(shape[2]).double(), torch.ones(shape[2]).double()]
             with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
                 spikes, v, _ = batch_norm_dlif_multi_step(
                     x if repeated else laid_out(x.clone(), channels_last),
-                    BatchNorm(None, None, *running, use_batch_statistics=True),
-                    torch.linspace(0.8, 1.2, 5).double(),
+                    BatchNorm(weight, bias, *running, use_batch_statistics=training),
+                    gain,
                     decay=0.9,
                     v_threshold=0.5,
                     average_pool=average_pool,
@@ -341,10 +345,63 @@ def test_an_image_repeated_over_time_is_not_copied(instruction_set, average_pool
             assert (image.data_ptr() in saved) == repeated
             saved.clear()
             weights = laid_out(torch.randn_like(spikes), channels_last)
-            results += [spikes, v, *torch.autograd.grad(spikes, image, weights), *running]
+            results += [spikes, v, *torch.autograd.grad(spikes, (image, weight, bias, gain), weights), *running]
     half = len(results) // 2
     for actual, wanted in zip(results[:half], results[half:], strict=True):
         torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-10)
+
+
+@needs_kernel
+@pytest.mark.parametrize("average_pool", [False, True])
+@pytest.mark.parametrize("channels_last", [False, True])
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("repeated", [False, True])
+def test_currents_and_their_gradient_are_those_of_the_reference(
+    instruction_set, average_pool, channels_last, training, repeated
+):
+    for shape in ((4, 3, 5, 8, 8), (3, 2, 3, 7, 9), (2, 1, 2, 3, 150)):
+        results = []
+        for backend in ("reference", "cpp"):
+            torch.manual_seed(0)
+            image = laid_out(torch.randn(1, *shape[1:]).double(), channels_last)
+            x = (image if repeated else laid_out(torch.randn(shape).double(), channels_last)).requires_grad_()
+            weight, bias = (torch.linspace(a, 1.5, shape[2]).double().requires_grad_() for a in (0.5, -0.5))
+            gain = torch.linspace(0.8, 1.2, shape[0]).double().requires_grad_()
+            running = [torch.zeros(shape[2]).double(), torch.ones(shape[2]).double()]
+            spikes, _, _, currents = batch_norm_dlif_multi_step(
+                repeat_step(x, shape[0]) if repeated else x,
+                BatchNorm(weight, bias, *running, use_batch_statistics=training),
+                gain,
+                decay=0.9,
+                v_threshold=0.5,
+                average_pool=average_pool,
+                store_current=True,
+                backend=backend,
+            )
+            weights = [torch.randn(a.shape).double() for a in (spikes, currents)]
+            gradients = torch.autograd.grad((spikes, currents), (x, weight, bias, gain), weights)
+            results.append([spikes, currents, *gradients])
+        for wanted, actual in zip(*results, strict=True):
+            torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-10)
+
+
+@needs_kernel
+@pytest.mark.parametrize("training", [True, False])
+def test_halves_of_a_repeated_image_are_summed_over_time_in_float32(training):
+    torch.manual_seed(0)
+    image, weights = torch.randn(1, 3, 4, 6, 6).bfloat16(), torch.randn(5, 3, 4, 6, 6).bfloat16()
+    results = []
+    for storage in (torch.bfloat16, torch.float32):
+        x = image.to(storage).requires_grad_()
+        norm = BatchNorm(None, None, torch.zeros(4), torch.ones(4), use_batch_statistics=training)
+        spikes, _, _, currents = batch_norm_dlif_multi_step(
+            repeat_step(x, 5), norm, torch.ones(5), decay=0.9, store_current=True, backend="cpp"
+        )
+        (grad,) = torch.autograd.grad((spikes, currents), x, (weights.to(storage), weights.float()))
+        assert (grad.dtype, currents.dtype) == (storage, torch.float32)
+        results.append([spikes.float(), currents, grad.bfloat16()])
+    for actual, wanted in zip(*results, strict=True):
+        assert torch.equal(actual, wanted)
 
 
 def test_other_memory_formats_run_apart():

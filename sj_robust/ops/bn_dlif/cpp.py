@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from sj_robust.ops.bn_dlif.norm import BatchNorm
+from sj_robust.ops.bn_dlif.repeated import repeated_step
 from sj_robust.ops.dlif import cpp
 from sj_robust.ops.dlif.autograd import saved_tensors
-from sj_robust.ops.dlif.config import DLIFConfig, Inputs, Outputs, state_dtype
+from sj_robust.ops.dlif.config import DLIFConfig, Inputs, state_dtype
 from sj_robust.ops.surrogate import Surrogate
 
 __all__ = ["multi_step", "unsupported_reason"]
@@ -38,17 +39,25 @@ def unsupported_reason(
     return None
 
 
-def multi_step(inputs: Inputs, norm: BatchNorm | None, average_pool: bool, store_v_seq: bool) -> Outputs:
-    """Spikes or their means, last potential and, if asked for, all potentials; see ``reference.multi_step``."""
+def multi_step(
+    inputs: Inputs, norm: BatchNorm | None, average_pool: bool, store_v_seq: bool, store_current: bool = False
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Spikes or their means, last potential and, if asked for, all potentials and the neurons' currents.
+
+    The currents [T, N, C, *], those behind the batch norm, are in the dtype of the potentials.
+    """
     x_seq, input_gain, v_init, config = inputs
     layout = _memory_format(x_seq)
     assert layout is not None  # see unsupported_reason
-    if not cpp.is_repeated(x_seq):  # as a first layer's current, which is computed once
+    T = len(x_seq)
+    if norm is not None and (step := repeated_step(x_seq)) is not None:
+        x_seq = step  # whose gradient is the sum over time
+    elif not cpp.is_repeated(x_seq):  # as a first layer's current, which is computed once
         x_seq = _dense(x_seq, layout)
     weight, bias = (None, None) if norm is None else (norm.weight, norm.bias)
     v_init = None if v_init is None else v_init.contiguous(memory_format=layout)
-    outputs: Outputs = _Stage.apply(  # type: ignore[no-untyped-call]  # torch's apply
-        x_seq, weight, bias, input_gain, v_init, norm, average_pool, config, store_v_seq, layout
+    outputs: tuple[Tensor, Tensor, Tensor | None, Tensor | None] = _Stage.apply(  # type: ignore[no-untyped-call]  # torch's apply
+        x_seq, weight, bias, input_gain, v_init, norm, average_pool, config, store_v_seq, store_current, layout, T
     )
     return outputs
 
@@ -66,11 +75,15 @@ class _Stage(torch.autograd.Function):
         average_pool: bool,
         config: DLIFConfig,
         store_v_seq: bool,
+        store_current: bool,
         layout: torch.memory_format,
-    ) -> Outputs:
+        T: int,
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        step = x_seq
+        x_seq = _over_time(step, T)
         height, width = x_seq.shape[3:] if x_seq.ndim == 5 else (x_seq.shape[3:].numel(), 1)
         ctx.planes = cpp.Planes(x_seq.shape[2], height, width, layout == torch.channels_last, average_pool)
-        ctx.config, ctx.layout, ctx.norm = config, layout, norm
+        ctx.config, ctx.layout, ctx.norm, ctx.T = config, layout, norm, T
         dtype = state_dtype(x_seq)
         per_channel: dict[str, Tensor | None] = {}
         mean_ = inverse_std = scale_ = offset_ = None
@@ -80,54 +93,66 @@ class _Stage(torch.autograd.Function):
             offset = -mean * scale if bias is None else bias.double() - mean * scale
             mean_, scale_, offset_ = mean.to(dtype), scale.to(dtype), offset.to(dtype)
             per_channel = {"scale": scale_, "offset": offset_}
-        ctx.save_for_backward(x_seq, input_gain, v_init, mean_, inverse_std, scale_, offset_)
+        ctx.save_for_backward(step, input_gain, v_init, mean_, inverse_std, scale_, offset_)
         ctx.set_materialize_grads(False)
         spike_seq = _room(x_seq, layout, x_seq.dtype, pooled=average_pool)
         v = torch.empty_like(x_seq[0], dtype=dtype)
         v_seq = _room(x_seq, layout, dtype) if store_v_seq else None
-        tensors = {"gain": input_gain, "v_init": v_init, "s": spike_seq, "v": v, "v_seq": v_seq, **per_channel}
-        cpp.run("dlif_forward" if norm is None else "bn_dlif_forward", x_seq, config, tensors, ctx.planes)
-        return spike_seq, v, v_seq
+        current = _room(x_seq, layout, dtype) if store_current else None
+        tensors = {"gain": input_gain, "v_init": v_init, "s": spike_seq, "v": v, "v_seq": v_seq, "current": current}
+        cpp.run("dlif_forward" if norm is None else "bn_dlif_forward", x_seq, config, tensors | per_channel, ctx.planes)
+        return spike_seq, v, v_seq, current
 
     @staticmethod
     def backward(ctx: Any, *output_grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        x_seq, input_gain, v_init, mean, inverse_std, scale, offset = saved_tensors(ctx)
-        gs, gv, gvs = output_grads
+        step, input_gain, v_init, mean, inverse_std, scale, offset = saved_tensors(ctx)
+        x_seq = _over_time(step, ctx.T)
+        gs, gv, gvs, g_current = output_grads
         if gs is None:
             gs = _room(x_seq, ctx.layout, x_seq.dtype, pooled=ctx.planes.pool).zero_()
         grad_gain = torch.empty_like(input_gain)
         grad_v_init = torch.empty_like(v_init) if ctx.needs_input_grad[4] else None
         needs_grad_x = ctx.needs_input_grad[0] or ctx.norm is None
-        grad_x = _room(x_seq, ctx.layout, x_seq.dtype) if needs_grad_x else None
+        once = len(step) < ctx.T  # then the gradient is the sum over time, in the dtype of the potentials
+        grad_x = _room(step, ctx.layout, state_dtype(step) if once else step.dtype) if needs_grad_x else None
         tensors: dict[str, Tensor | None] = {
             "gain": input_gain,
             "v_init": v_init,
             "gs": _dense(gs, ctx.layout),
             "gv": None if gv is None else gv.contiguous(memory_format=ctx.layout),
             "gvs": None if gvs is None else _dense(gvs, ctx.layout),
+            "g_current": None if g_current is None else _dense(g_current, ctx.layout),
             "gain_grad": grad_gain,
             "gv_init": grad_v_init,
         }
         if ctx.norm is None:
             cpp.run("dlif_backward", x_seq, ctx.config, {**tensors, "gx": grad_x}, ctx.planes)
-            return grad_x, None, None, grad_gain, grad_v_init, *[None] * 5
+            return grad_x, None, None, grad_gain, grad_v_init, *[None] * 7
         sums = x_seq.new_empty(2, ctx.planes.channels, dtype=torch.float64)
         slope, constant = torch.zeros_like(scale), torch.zeros_like(scale)
         tensors |= {"scale": scale, "offset": offset, "mean": mean, "slope": slope, "constant": constant}
         tensors["channel_sums"] = sums
-        if ctx.norm.use_batch_statistics:  # mean and variance depend on x, so its gradient needs the sums first
-            cpp.run("bn_dlif_backward", x_seq, ctx.config, tensors, ctx.planes)
+        if ctx.norm.use_batch_statistics or once:  # mean and variance depend on x, so its gradient needs the sums first
+            cpp.run("bn_dlif_backward", x_seq, ctx.config, tensors | {"g_total": grad_x if once else None}, ctx.planes)
+        if ctx.norm.use_batch_statistics:
             count = x_seq.numel() // ctx.planes.channels
             slope.copy_(-scale.double() * inverse_std.square() * sums[1] / count)
             constant.copy_(-scale.double() * sums[0] / count)
-            if grad_x is not None:
+            if grad_x is not None and not once:
                 done = dict.fromkeys(("channel_sums", "gain_grad", "gv_init"))
                 cpp.run("bn_dlif_backward", x_seq, ctx.config, {**tensors, "gx": grad_x, **done}, ctx.planes)
-        else:
+        elif not once:
             cpp.run("bn_dlif_backward", x_seq, ctx.config, {**tensors, "gx": grad_x}, ctx.planes)
+        if once and grad_x is not None:
+            if ctx.norm.use_batch_statistics:  # their share is the same at every step
+                slope, constant = (
+                    ctx.T * value.view(-1, *[1] * (step.ndim - 3)) for value in (slope, constant - slope * mean)
+                )
+                grad_x.addcmul_(step, slope).add_(constant)
+            grad_x = grad_x.to(step.dtype)
         grad_weight = (sums[1] * inverse_std).to(ctx.norm.weight.dtype) if ctx.needs_input_grad[1] else None
         grad_bias = sums[0].to(ctx.norm.bias.dtype) if ctx.needs_input_grad[2] else None
-        return grad_x, grad_weight, grad_bias, grad_gain, grad_v_init, *[None] * 5
+        return grad_x, grad_weight, grad_bias, grad_gain, grad_v_init, *[None] * 7
 
 
 def _memory_format(x_seq: Tensor) -> torch.memory_format | None:
@@ -143,6 +168,11 @@ def _dense(x_seq: Tensor, layout: torch.memory_format) -> Tensor:
     if layout == torch.contiguous_format:
         return x_seq.contiguous()
     return x_seq.flatten(0, 1).contiguous(memory_format=layout).view(x_seq.shape)
+
+
+def _over_time(x_seq: Tensor, T: int) -> Tensor:
+    """The sequence itself, or its one step repeated without a copy."""
+    return x_seq if len(x_seq) == T else x_seq.expand(T, *x_seq.shape[1:])
 
 
 def _room(x_seq: Tensor, layout: torch.memory_format, dtype: torch.dtype, *, pooled: bool = False) -> Tensor:

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from sj_robust.ops.bn_dlif import cpp, reference
 from sj_robust.ops.bn_dlif.norm import BatchNorm
-from sj_robust.ops.dlif.config import DLIFConfig, Inputs, Outputs, state_dtype
+from sj_robust.ops.dlif.config import DLIFConfig, Inputs, state_dtype
 from sj_robust.ops.dlif.dispatch import check_arguments, check_backend, dlif_multi_step, unavailable_reason
 from sj_robust.ops.surrogate import Surrogate
 
@@ -25,8 +25,9 @@ def batch_norm_dlif_multi_step(
     surrogate: Surrogate | None = None,
     detach_reset: bool = False,
     store_v_seq: bool = False,
+    store_current: bool = False,
     backend: str = "auto",
-) -> Outputs:
+) -> tuple[Tensor, Tensor, Tensor | None, *tuple[Tensor, ...]]:
     """Run batch norm, one layer of DLIF neurons and 2x2 average pooling over a sequence.
 
     Equation: ``y = weight * (x - mean) / sqrt(var + eps) + bias`` per channel, mean and variance over time, batch and
@@ -44,12 +45,14 @@ def batch_norm_dlif_multi_step(
         surrogate: Surrogate of the spike; None is the triangle of width 1.
         detach_reset: Whether the reset is left out of the gradient.
         store_v_seq: Whether the potential after every reset is returned too.
+        store_current: Whether the neurons' currents, which are those behind the batch norm, are returned as well.
         backend: ``"cpp"`` is the compiled kernel; ``"auto"`` takes it where :func:`can_fuse` says so. Any other name
             of :data:`sj_robust.ops.BACKENDS` runs torch's batch norm, DLIF with that backend and torch's pooling.
 
     Returns:
         Spikes [T, N, C, *] or their means [T, N, C, H // 2, W // 2], last potential [N, C, *] and potentials
-        [T, N, C, *] or None. In one pass what lies between is not rounded to the dtype of ``x_seq``.
+        [T, N, C, *] or None; and the currents [T, N, C, *] if they are asked for. In one pass what lies between is not
+        rounded to the dtype of ``x_seq``.
 
     Raises:
         ValueError: If a shape does not fit or ``backend="cpp"`` cannot run this call.
@@ -77,9 +80,11 @@ def batch_norm_dlif_multi_step(
         config = DLIFConfig(decay, v_threshold, v_reset, surrogate, detach_reset)
         v_init = None if v_init is None else v_init.to(dtype)
         inputs = Inputs(x_seq, input_gain.to(dtype).contiguous(), v_init, config)
-        return cpp.multi_step(inputs, norm, average_pool, store_v_seq)
+        spike_seq, v, v_seq, current = cpp.multi_step(inputs, norm, average_pool, store_v_seq, store_current)
+        return (spike_seq, v, v_seq) if current is None else (spike_seq, v, v_seq, current)
+    currents = x_seq if norm is None else reference.normalise(x_seq, norm)
     spike_seq, v, v_seq = dlif_multi_step(
-        x_seq if norm is None else reference.normalise(x_seq, norm),
+        currents,
         input_gain,
         v_init,
         decay=decay,
@@ -90,7 +95,8 @@ def batch_norm_dlif_multi_step(
         store_v_seq=store_v_seq,
         backend=backend,
     )
-    return reference.pool(spike_seq) if average_pool else spike_seq, v, v_seq
+    spike_seq = reference.pool(spike_seq) if average_pool else spike_seq
+    return (spike_seq, v, v_seq, currents) if store_current else (spike_seq, v, v_seq)
 
 
 def can_fuse(x_seq: Tensor, norm: BatchNorm | None, surrogate: Surrogate, average_pool: bool = False) -> bool:

@@ -64,6 +64,9 @@ template <class C, bool GRADIENT, bool TOTALS> struct Normalised {
         add_span(g_sum, block.spans[i], channel_sums);
         add_span(gx_sum, block.spans[i], channel_sums + job.channels);
       }
+      if (!job.g_total) return;
+      for (int k = 0; k < B; k += W) store(g_sum + k, load(g_sum + k) * load(scale + k));
+      write_runs(block.runs, block.n_runs, g_sum, B, 1, static_cast<C*>(job.g_total), 0, false);
     }
   }
 

@@ -56,10 +56,11 @@ template <class C> SJR_INLINE void fetch_ahead(const C* row, int k) {
   if (k * SJR_VECTOR_BYTES % 64 == 0) __builtin_prefetch(row + BLOCK<C> + k * LANES<C>);
 }
 
-// One block; consecutive steps lie `stride` apart, those of x and s x_stride and s_stride; v_init and v_seq may be null.
+// One block; consecutive steps lie `stride` apart, those of x and s x_stride and s_stride; v_init, v_seq and current may be
+// null.
 template <class C> struct ForwardBlock {
   const C *x, *gain, *v_init;
-  C *s, *v, *v_seq;
+  C *s, *v, *v_seq, *current;
   int64_t T, stride, x_stride, s_stride;
 };
 
@@ -69,7 +70,7 @@ __attribute__((noinline)) void forward_block(const ForwardBlock<C>& b, const Neu
   Vec<C> v[ROWS];
   for (int k = 0; k < ROWS; ++k) v[k] = b.v_init ? load(b.v_init + k * W) : fill(n.v_start);
   const C *x = b.x;
-  C *s = b.s, *v_seq = b.v_seq;
+  C *s = b.s, *v_seq = b.v_seq, *current = b.current;
   for (int64_t t = 0; t < b.T; ++t, x += b.x_stride, s += b.s_stride) {
     const C gain = b.gain[t];
     SJR_UNROLL
@@ -83,13 +84,17 @@ __attribute__((noinline)) void forward_block(const ForwardBlock<C>& b, const Neu
       for (int k = 0; k < ROWS; ++k) put<STREAM>(v_seq + k * W, v[k]);
       v_seq += b.stride;
     }
+    if (current) {
+      for (int k = 0; k < ROWS; ++k) put<STREAM>(current + k * W, coupling.input(load(x + k * W), k * W));
+      current += b.stride;
+    }
   }
   for (int k = 0; k < ROWS; ++k) put<STREAM>(b.v + k * W, v[k]);
 }
 
-// One block; v_init, gv, gvs and gv_init may be null. h is a scratch [T, BLOCK]; gain_sums [T, LANES] is added to.
+// One block; v_init, gv, gvs, g_current and gv_init may be null. h is a scratch [T, BLOCK]; gain_sums [T, LANES] is added to.
 template <class C> struct BackwardBlock {
-  const C *x, *gain, *v_init, *gs, *gv, *gvs;
+  const C *x, *gain, *v_init, *gs, *gv, *gvs, *g_current;
   C *gx, *gv_init, *h, *gain_sums;
   int64_t T, stride, x_stride, gs_stride;
 };
@@ -133,7 +138,9 @@ __attribute__((noinline)) void backward_block(const BackwardBlock<C>& b, const N
       }
       fetch_ahead<C>(gs, k);
       const Vec<C> xk = load(x + k * W);
-      coupling.template emit<STREAM>(gx + k * W, gh * gain, xk, k * W);
+      Vec<C> gc = gh * gain;
+      if (b.g_current) gc += load(b.g_current + t * b.stride + k * W);
+      coupling.template emit<STREAM>(gx + k * W, gc, xk, k * W);
       if constexpr (Coupling::SUMS) sums += gh * coupling.input(xk, k * W);
       v[k] = gh * n.decay;
     }
@@ -197,9 +204,9 @@ void forward_range(const Job& job, int64_t first, int64_t last, void* memory, K&
   const int64_t T = job.T, M = job.M, pooled_M = Shape(job).pooled_M;
   const Neuron<C> n(job);
   const ForwardFn<C, K> staged = choose_forward<C, K>(job, false);
-  const ForwardFn<C, K> direct = choose_forward<C, K>(job, !job.pool && can_stream(job, job.s, sizeof(C)) && can_stream(job, job.v_seq, sizeof(C)) && can_stream(job, job.v, sizeof(C)));
+  const ForwardFn<C, K> direct = choose_forward<C, K>(job, !job.pool && can_stream(job, job.s, sizeof(C)) && can_stream(job, job.v_seq, sizeof(C)) && can_stream(job, job.current, sizeof(C)) && can_stream(job, job.v, sizeof(C)));
   C* const xb = static_cast<C*>(memory);
-  C *const sb = xb + T * B, *const vsb = sb + T * B, *const pb = vsb + T * B, *const ib = pb + T * B / 4, *const vb = ib + B;
+  C *const sb = xb + T * B, *const vsb = sb + T * B, *const cb = vsb + T * B, *const pb = cb + T * B, *const ib = pb + T * B / 4, *const vb = ib + B;
   const C* const gain = at<C>(job.gain, 0);
   Walk<B> walk(job, first, last);
   while (walk.next()) {
@@ -210,17 +217,19 @@ void forward_range(const Job& job, int64_t first, int64_t last, void* memory, K&
     coupling.enter(block);
     if (std::is_same_v<S, C> && block.is_row()) {
       C* const s = job.pool ? sb : at<C>(job.s, i);
-      direct({at<C>(job.x, i), gain, at<C>(job.v_init, i), s, at<C>(job.v, i), at<C>(job.v_seq, i), T, M,
-              job.x_stride, job.pool ? B : M}, n, coupling);
+      direct({at<C>(job.x, i), gain, at<C>(job.v_init, i), s, at<C>(job.v, i), at<C>(job.v_seq, i), at<C>(job.current, i), T,
+              M, job.x_stride, job.pool ? B : M}, n, coupling);
     } else {
       if (!block.is_full()) std::memset(xb, 0, size_t(T * B) * sizeof(C));  // lanes beyond the tensor are zero
       if (!block.is_full()) std::memset(ib, 0, B * sizeof(C));
       read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<S>(job.x, 0), job.x_stride, T, xb, B);
       if (job.v_init) read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<C>(job.v_init, 0), 0, 1, ib, B);
-      staged({xb, gain, job.v_init ? ib : nullptr, sb, vb, job.v_seq ? vsb : nullptr, T, B, B, B}, n, coupling);
+      staged({xb, gain, job.v_init ? ib : nullptr, sb, vb, job.v_seq ? vsb : nullptr, job.current ? cb : nullptr, T, B, B, B}, n,
+             coupling);
       if (!job.pool) write_runs(runs, n_runs, sb, B, T, at<S>(job.s, 0), M, job.stream);
       write_runs(runs, n_runs, vb, B, 1, at<C>(job.v, 0), 0, job.stream);
       if (job.v_seq) write_runs(runs, n_runs, vsb, B, T, at<C>(job.v_seq, 0), M, job.stream);
+      if (job.current) write_runs(runs, n_runs, cb, B, T, at<C>(job.current, 0), M, job.stream);
     }
     if (job.pool) {
       pool_block<C>(block, job.channels_last, sb, T, pb);
@@ -237,7 +246,7 @@ void backward_range(const Job& job, int64_t first, int64_t last, void* memory, d
   const BackwardFn<C, K> staged = choose_backward<C, K>(job, false);
   const BackwardFn<C, K> direct = choose_backward<C, K>(job, can_stream(job, job.gx, sizeof(C)));
   C* const h = static_cast<C*>(memory);
-  C *const xb = h + T * B, *const gsb = xb + T * B, *const gvsb = gsb + T * B, *const gxb = gvsb + T * B, *const pb = gxb + T * B;
+  C *const xb = h + T * B, *const gsb = xb + T * B, *const gvsb = gsb + T * B, *const gxb = gvsb + T * B, *const gcb = gxb + T * B, *const pb = gcb + T * B;
   C *const sums = pb + T * B / 4, *const ib = sums + T * W, *const gvb = ib + B, *const gib = gvb + B;
   const C* const gain = at<C>(job.gain, 0);
   std::memset(sums, 0, size_t(T * W) * sizeof(C));
@@ -260,21 +269,23 @@ void backward_range(const Job& job, int64_t first, int64_t last, void* memory, d
     }
     if (std::is_same_v<S, C> && block.is_row()) {
       const C* const gs = job.pool ? gsb : at<C>(job.gs, i);
-      direct({at<C>(job.x, i), gain, at<C>(job.v_init, i), gs, at<C>(job.gv, i), at<C>(job.gvs, i), at<C>(job.gx, i),
-              at<C>(job.gv_init, i), h, sums, T, M, job.x_stride, job.pool ? B : M}, n, coupling);
+      direct({at<C>(job.x, i), gain, at<C>(job.v_init, i), gs, at<C>(job.gv, i), at<C>(job.gvs, i),
+              at<C>(job.g_current, i), at<C>(job.gx, i), at<C>(job.gv_init, i), h, sums, T, M, job.x_stride, job.pool ? B : M}, n, coupling);
     } else {
       const bool full = block.is_full();
       if (!full) std::memset(xb, 0, size_t(T * B) * sizeof(C));
       if (!full && !job.pool) std::memset(gsb, 0, size_t(T * B) * sizeof(C));
       if (!full && job.gvs) std::memset(gvsb, 0, size_t(T * B) * sizeof(C));
+      if (!full && job.g_current) std::memset(gcb, 0, size_t(T * B) * sizeof(C));
       if (!full) std::memset(ib, 0, 2 * B * sizeof(C));
       read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<S>(job.x, 0), job.x_stride, T, xb, B);
       if (!job.pool) read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<S>(job.gs, 0), M, T, gsb, B);
       if (job.v_init) read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<C>(job.v_init, 0), 0, 1, ib, B);
       if (job.gv) read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<C>(job.gv, 0), 0, 1, gvb, B);
       if (job.gvs) read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<C>(job.gvs, 0), M, T, gvsb, B);
-      staged({xb, gain, job.v_init ? ib : nullptr, gsb, job.gv ? gvb : nullptr, job.gvs ? gvsb : nullptr, gxb,
-              job.gv_init ? gib : nullptr, h, sums, T, B, B, B}, n, coupling);
+      if (job.g_current) read_runs(runs, n_runs, ahead.runs, ahead.n_runs, at<C>(job.g_current, 0), M, T, gcb, B);
+      staged({xb, gain, job.v_init ? ib : nullptr, gsb, job.gv ? gvb : nullptr, job.gvs ? gvsb : nullptr,
+              job.g_current ? gcb : nullptr, gxb, job.gv_init ? gib : nullptr, h, sums, T, B, B, B}, n, coupling);
       if constexpr (K::WRITES) write_runs(runs, n_runs, gxb, B, T, at<S>(job.gx, 0), M, job.stream);
       if (job.gv_init) write_runs(runs, n_runs, gib, B, 1, at<C>(job.gv_init, 0), 0, job.stream);
     }
@@ -286,7 +297,7 @@ void backward_range(const Job& job, int64_t first, int64_t last, void* memory, d
 
 // For the pieces that forward_range and backward_range cut from their memory.
 int64_t blocks_bytes(const Job& job) {
-  const int64_t vectors = job.T * (5 * ROWS + ROWS / 4 + 1) + 4 * ROWS;
+  const int64_t vectors = job.T * (6 * ROWS + ROWS / 4 + 1) + 4 * ROWS;
   return vectors * SJR_VECTOR_BYTES;
 }
 

@@ -25,7 +25,7 @@ INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 INSTRUCTION_SET_VARIABLE = "SJ_ROBUST_INSTRUCTION_SET"
 
 _LIBRARY_NAME = "_kernel.so"  # setup.py gives it this name on every system
-_INTERFACE = 6  # sjr_interface() of kernel.cpp
+_INTERFACE = 7  # sjr_interface() of kernel.cpp
 _PROCESS = os.getpid()  # a forked child has another, and none of the threads of torch's OpenMP library
 _STORAGE = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _SURROGATES = {"triangle": 0, "atan": 1, "sigmoid": 2}
@@ -150,7 +150,7 @@ class _Job(ctypes.Structure):
             (ctypes.c_void_p, "x gain v_init s v v_seq gs gv gvs gx gain_grad gv_init scratch"),
             (ctypes.c_int64, "stream channels plane height width"),
             (ctypes.c_int32, "channels_last pool"),
-            (ctypes.c_void_p, "scale offset mean slope constant channel_sums"),
+            (ctypes.c_void_p, "scale offset mean slope constant channel_sums current g_current g_total"),
         )
         for name in names.split()
     )

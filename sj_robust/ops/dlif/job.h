@@ -35,6 +35,12 @@ struct Job {
   int32_t channels_last, pool;
   const void *scale, *offset, *mean, *slope, *constant;
   double* channel_sums;            // [2, channels]: of g and of g * (x - mean); without it no gain_grad either
+  // In the arithmetic type, if they are there: the neuron's current scale * x + offset, written by the forward pass; a
+  // gradient that it gets from elsewhere; and, with channel_sums and without gx, scale times the sum [M] of g over
+  // all steps.
+  void* current;
+  const void* g_current;
+  void* g_total;
 };
 
 // Calls f with a value of the type that a call's sequences are stored in and one of its arithmetic type.
@@ -105,7 +111,8 @@ struct Plan {
   }
 
   void forward() {
-    if (job.v_seq) prepare_output(job.v_seq, job.M, job.storage == FLOAT64 ? 8 : 4);
+    for (void* sequence : {job.v_seq, job.current})
+      if (sequence) prepare_output(sequence, job.M, job.storage == FLOAT64 ? 8 : 4);
     prepare_output(job.s, Shape(job).pooled_M, element_bytes());
     parallel(units, threads, job.threads, job.own_threads, forward_unit, this);
   }

@@ -63,10 +63,15 @@ template <int B> struct Walk {
   const Job& job;
   const Shape shape;
   int64_t item, last, within = 0;  // within: columns or channels of this item that earlier blocks have
+  int64_t plane, row, channel;     // of this item, in rows()
   Block<B> blocks[2];
   int current = 0;
 
-  Walk(const Job& j, int64_t first, int64_t end) : job(j), shape(j), item(first), last(end) { fill(blocks[1]); }
+  Walk(const Job& j, int64_t first, int64_t end)
+      : job(j), shape(j), item(first), last(end), plane(j.pool ? first / shape.rows : 0), row(j.pool ? first % shape.rows : 0),
+        channel(plane % std::max<int64_t>(j.channels, 1)) {
+    fill(blocks[1]);
+  }
 
   const Block<B>& block() const { return blocks[current]; }
   const Block<B>& ahead() const { return blocks[1 - current]; }  // the one after it; of no runs behind the last
@@ -110,9 +115,8 @@ template <int B> struct Walk {
 
   void rows(Block<B>& block) {
     const int64_t width = job.width, pooled_width = width / 2;
-    for (; item < last; ++item) {
-      const int64_t plane = item / shape.rows, row = item % shape.rows, c = plane % std::max<int64_t>(job.channels, 1);
-      const int64_t height = std::min<int64_t>(2, job.height - 2 * row);
+    for (; item < last; next_row()) {
+      const int64_t c = channel, height = std::min<int64_t>(2, job.height - 2 * row);
       const int64_t offset = plane * job.plane + 2 * row * width, pooled = (plane * (job.height / 2) + row) * pooled_width;
       if (height * width > B) {  // a piece of this item alone
         if (block.size > 0) break;
@@ -122,7 +126,7 @@ template <int B> struct Walk {
         block.add_span(c, 0, height * length);
         block.size = int(height * length);
         within += length;
-        if (within == width) within = 0, ++item;
+        if (within == width) within = 0, next_row();
         break;
       }
       const int64_t position = block.size, length = height * width;
@@ -138,6 +142,13 @@ template <int B> struct Walk {
       block.size += int(length);
     }
     if (block.size == B && block.n_spans == 1) block.pattern = block.spans[0].channel;
+  }
+
+  void next_row() {
+    ++item;
+    if (++row < shape.rows) return;
+    row = 0, ++plane;
+    if (++channel >= job.channels) channel = 0;
   }
 
   void pixels(Block<B>& block) {

@@ -1,0 +1,27 @@
+"""One step of currents that stands for all of them, as behind the first layer of an image that does not change."""
+
+import torch
+from torch import Tensor
+
+__all__ = ["repeat_step", "repeated_step"]
+
+
+def repeat_step(x: Tensor, T: int) -> Tensor:
+    """One step [1, N, *] repeated over T without a copy; batch norm and DLIF in one pass return its gradient alone.
+
+    That is the sum over time, which otherwise would be written out T times and read again. The gradient of the sequence
+    itself is then never computed, so a hook on that tensor is not called.
+
+    Examples:
+        >>> repeat_step(torch.zeros(1, 2, 3), 4).shape
+        torch.Size([4, 2, 3])
+    """
+    x_seq = x.expand(T, *x.shape[1:])
+    if not torch.compiler.is_compiling():
+        x_seq.single_step = x  # type: ignore[attr-defined]  # a note that any operation on the tensor loses
+    return x_seq
+
+
+def repeated_step(x_seq: Tensor) -> Tensor | None:
+    """The step that :func:`repeat_step` repeated, if this is its result."""
+    return getattr(x_seq, "single_step", None)
