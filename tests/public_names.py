@@ -34,7 +34,7 @@ PUBLIC = {
     ),
     "sj_robust.neuron": "DLIFNode FusedSequential FusionReport ReplacementReport fuse replace_neurons unfuse",
     "sj_robust.ops": ("BACKENDS Surrogate available_backends check_backend choose_backend dlif_multi_step keep_heap"),
-    "sj_robust.ops.bn_dlif": "BatchNorm batch_norm_dlif_multi_step can_fuse",
+    "sj_robust.ops.bn_dlif": "BatchNorm batch_norm_dlif_multi_step can_fuse repeat_step",
     "sj_robust.perturbation": (
         "IntensityCorrelation LayerStats LayerTrace MPPDMonitor Perturbation full_perturbation intensity_correlation "
         "membrane_potential ms_mppd neuron_indicators sample_indicators simplified_perturbation spike_train_distance "

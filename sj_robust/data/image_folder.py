@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from sj_robust.data.files import UnreadableError, one_line, readable
-from sj_robust.data.stored import FileImages, Images, Source, shuffled
+from sj_robust.data.stored import FileImages, Images, Source, StoredImages, shuffled
 
 __all__ = ["image_folder"]
 
 _ENDINGS = {".bmp", ".gif", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
+_IN_MEMORY = 1 << 29  # bytes
 _EIGHT_BITS = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV", "LAB"}
 
 
@@ -23,8 +24,8 @@ def image_folder(folder: Path, *, on_unreadable: Literal["error", "skip"]) -> So
     """Pictures of ``train``, ``test`` and, if it is there, ``val``, each with a folder per class. 读取图像文件夹。
 
     Classes are the names of the folders in ``train``, sorted. Every picture becomes RGB: grey is repeated, a palette
-    looked up, transparency dropped. All are decoded once here, to find the bad ones, and again when they are asked for,
-    so that no more than a batch is in memory.
+    looked up, transparency dropped. All are decoded here, which finds the bad ones. Up to half a GiB of pixels stays in
+    memory; the pictures of a larger folder are decoded again when they are asked for.
 
     Args:
         folder: Holds ``train`` and ``test``.
@@ -40,10 +41,11 @@ def image_folder(folder: Path, *, on_unreadable: Literal["error", "skip"]) -> So
     """
     classes = _class_names(folder, folder / "train")
     sizes: dict[Path, tuple[int, int]] = {}
+    pixels: dict[Path, Tensor] = {}
     parts = {}
     for name in ("train", "val", "test"):
         if name != "val" or (folder / name).is_dir():
-            parts[name] = _labelled(folder, folder / name, classes, on_unreadable, sizes)
+            parts[name] = _labelled(folder, folder / name, classes, on_unreadable, sizes, pixels)
     # Threads find the sizes in any order.
     first = parts["train"][0][0]
     others = [path for paths, _ in parts.values() for path in paths if sizes[path] != sizes[first]]
@@ -56,7 +58,12 @@ def image_folder(folder: Path, *, on_unreadable: Literal["error", "skip"]) -> So
         )
     height, width = sizes[first]
     read = partial(_image, size=(height, width))
-    images: dict[str, Images] = {name: FileImages(paths, labels, read) for name, (paths, labels) in parts.items()}
+    images: dict[str, Images] = {
+        name: StoredImages(torch.stack([pixels.pop(path) for path in paths]), labels)
+        if pixels.keys() >= set(paths)
+        else FileImages(paths, labels, read)
+        for name, (paths, labels) in parts.items()
+    }
     validation = shuffled(images["val"]) if "val" in images else None
     return Source(images["train"], shuffled(images["test"]), (3, height, width), len(classes), validation)
 
@@ -83,8 +90,9 @@ def _labelled(
     classes: Sequence[str],
     on_unreadable: Literal["error", "skip"],
     sizes: dict[Path, tuple[int, int]],
+    pixels: dict[Path, Tensor],
 ) -> tuple[list[Path], Tensor]:
-    """Pictures of a part that can be read, and their classes; ``sizes`` gets that of each."""
+    """Pictures of a part that can be read, and classes; ``sizes`` and, while there is room, ``pixels`` take each."""
     names = _class_names(folder, part)
     if names != list(classes):
         foreign, lacking = sorted(set(names) - set(classes)), sorted(set(classes) - set(names))
@@ -100,6 +108,8 @@ def _labelled(
     def read(path: Path) -> None:
         picture = _picture(path)
         sizes[path] = (int(picture.shape[1]), int(picture.shape[2]))
+        if (len(pixels) + 1) * picture.numel() <= _IN_MEMORY:  # all have one size, or are refused
+            pixels[path] = picture
 
     kept = readable(paths, read, on_unreadable=on_unreadable, folder=part)
     paths = [path for path, good in zip(paths, kept, strict=True) if good]

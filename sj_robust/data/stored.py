@@ -39,6 +39,10 @@ class StoredImages(Dataset[tuple[Tensor, ...]]):
         """Image float32 in [0, 1], [C, H, W], and its class, an int64 scalar."""
         return self.pixels[index].float().div(self.white), self.labels[index]
 
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, ...]]:
+        """The images of a batch, converted all at once; torch's loader asks for them so."""
+        return list(zip(self.pixels[indices].float().div_(self.white), self.labels[indices], strict=True))
+
 
 class FileImages(Dataset[tuple[Tensor, ...]]):
     """Images (or samples of event frames) that stay in their files until they are asked for. 按需读取的图像。

@@ -5,6 +5,7 @@ from PIL import Image
 
 from sj_robust.data import image_loader, load_images
 from sj_robust.data.files import UnreadableError
+from sj_robust.data.stored import FileImages, StoredImages
 
 CLASSES = ("cat", "dog", "emu")
 
@@ -49,6 +50,19 @@ def test_folders_without_validation_pictures(folder):
     again = load(folder, validation_fraction=0.25)
     assert found(again.validation) == found(splits.validation)
     assert len({int(label) for _, label in load(folder, validation_fraction=0.5, test_limit=3).test}) > 1
+
+
+def test_what_fits_into_memory_is_decoded_once(folder, monkeypatch):
+    parts = []
+    for room in (None, 0):
+        if room is not None:
+            monkeypatch.setattr("sj_robust.data.image_folder._IN_MEMORY", room)
+        splits = load(folder)
+        assert isinstance(splits.train.dataset, StoredImages if room is None else FileImages)
+        parts.append([*image_loader(splits.train, 4), *image_loader(splits.test, 4)])
+    for (image, label), (wanted, wanted_label) in zip(*parts, strict=True):
+        assert torch.equal(image, wanted)
+        assert torch.equal(label, wanted_label)
 
 
 def test_validation_pictures_of_ones_own(folder):
@@ -118,7 +132,8 @@ def test_no_picture_left(folder):
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_a_picture_that_goes_bad_during_the_run_is_named(folder, workers):
+def test_a_picture_that_goes_bad_during_the_run_is_named(folder, workers, monkeypatch):
+    monkeypatch.setattr("sj_robust.data.image_folder._IN_MEMORY", 6 * 5 * 3 * 2)  # no room for all of a part
     splits = load(folder)
     path = folder / "train" / "dog" / "2.png"
     path.write_bytes(b"")

@@ -7,10 +7,19 @@ __all__ = ["repeat_step", "repeated_step"]
 
 
 def repeat_step(x: Tensor, T: int) -> Tensor:
-    """One step [1, N, *] repeated over T without a copy; batch norm and DLIF in one pass return its gradient alone.
+    """Repeat one step over time without a copy; batch norm and DLIF in one pass return its gradient alone.
 
-    That is the sum over time, which otherwise would be written out T times and read again. The gradient of the sequence
-    itself is then never computed, so a hook on that tensor is not called.
+    Equation: ``x_seq[t] = x`` and ``grad x = sum_t grad x_seq[t]``, which otherwise would be written out T times and
+    read again. The gradient of the sequence itself is then never computed, so a hook on that tensor is not called.
+
+    Args:
+        x: Currents of one step, [1, N, *].
+        T: Number of time steps.
+
+    Returns:
+        The sequence, [T, N, *].
+
+    Source: direct encoding of Ding et al. (ICML 2024), section 5, whose first current is the same at every step.
 
     Examples:
         >>> repeat_step(torch.zeros(1, 2, 3), 4).shape
