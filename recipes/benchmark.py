@@ -5,7 +5,7 @@
     python recipes/benchmark.py --what batch_norm                         # behind a batch norm
     python recipes/benchmark.py --what stage                              # and before a pooling; bf16, channels last
     python recipes/benchmark.py --what conv4                              # a training step; vgg5 likewise
-    python recipes/benchmark.py --what conv4_adversarial                  # the whole adversarial step; vgg5_adversarial
+    python recipes/benchmark.py --what conv4_adversarial                  # adversarial step; vgg5_, small_adversarial
     python recipes/benchmark.py --what training_step                      # the step of every training mode
     python recipes/benchmark.py --what verify                             # proofs of images beside PGD on them
     python recipes/benchmark.py --what first_layer                        # its convolution once, or at every step
@@ -33,7 +33,7 @@ class Options:
 
     what: Literal[
         "neuron", "batch_norm", "stage", "instruction_sets", "scaling", "first_layer", "conv4", "vgg5",
-        "conv4_adversarial", "vgg5_adversarial", "training_step", "verify",
+        "conv4_adversarial", "vgg5_adversarial", "small_adversarial", "training_step", "verify",
     ] = option("neuron", "What to measure, see the examples.", group="measurement")
     shapes: list[tuple[int, ...]] | None = option(None, "Shapes [T, N, C, H, W] of the input, such as [[4,8,32,8,8]]; "
         "null for those of the documentation.")

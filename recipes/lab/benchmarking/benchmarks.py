@@ -90,6 +90,9 @@ BENCHMARKS: dict[str, Benchmark] = {
     "vgg5_adversarial": Benchmark(
         adversarial_steps("vgg5"), "published loop", ((8, 16, 3, 32, 32),), has_one_graph=False
     ),
+    "small_adversarial": Benchmark(
+        adversarial_steps("small"), "published loop", ((4, 64, 3, 32, 32),), has_one_graph=False
+    ),
     "training_step": Benchmark(
         TRAINING_STEPS, "textbook loop", ((4, 64, 1, 28, 28),), has_one_graph=False, peers=STEP_PEERS
     ),

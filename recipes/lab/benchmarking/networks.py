@@ -17,6 +17,7 @@ from sj_robust.neuron import DLIFNode, fuse
 _ARCHITECTURES: dict[str, tuple[tuple[int | Literal["A"], ...], tuple[int, ...]]] = {
     "conv4": ((32, 64, "A", 128, "A", 128, "A"), ()),
     "vgg5": (VGG_FEATURES["vgg5"], (4096, 4096)),
+    "small": ((16, "A", 32, "A", 64, "A"), ()),
 }
 """Convolutions and hidden linear layers."""
 

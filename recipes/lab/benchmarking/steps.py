@@ -157,6 +157,47 @@ class PublishedTask(TrainingTask):
         """It is what the others are compared with, so nothing is left to compare."""
 
 
+class FloorTask(TrainingTask):
+    """The convolutions and linear layers of an adversarial step alone, each on the input that it has there.
+
+    Crafting takes their gradient to the input, the clean and the perturbed pass that and those of the weights, without
+    the first layer's to the images: what no neuron, loss or attack can go below in the same precision.
+    """
+
+    def __init__(self, build: Build, shape: Sequence[int]) -> None:
+        """Run the network once to have the inputs."""
+        net = build(shape)
+        super().__init__(net, shape, torch.float32)
+        self._calls: list[tuple[nn.Module, Tensor, Tensor]] = []
+
+        def note(module: nn.Module, arguments: tuple[Tensor], output: Tensor) -> None:
+            self._calls.append((module, arguments[0].detach(), torch.randn_like(output)))
+
+        hooks = [m.register_forward_hook(note) for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+        with torch.no_grad():
+            SpikingClassifier(net, shape[0])(self._x)
+        for hook in hooks:
+            hook.remove()
+
+    def forward(self) -> Tensor:
+        """All of it, both directions; a step has them one after the other as well."""
+        for crafts in (True, False, False):
+            outputs = []
+            for number, (module, x, grad) in enumerate(self._calls):
+                x = x.detach().requires_grad_(crafts or number > 0)
+                wanted = [x, *(() if crafts else module.parameters())]
+                outputs.append((module(x), [tensor for tensor in wanted if tensor.requires_grad], grad))
+            for output, wanted, grad in reversed(outputs):
+                torch.autograd.grad(output, wanted, grad)
+        return self._x
+
+    def backward(self, loss: Tensor) -> None:
+        """Nothing: see :meth:`forward`."""
+
+    def check(self) -> None:
+        """There is nothing to compare it with."""
+
+
 def _small(neuron: Callable[..., nn.Module], shape: Sequence[int], *, fused: bool) -> nn.Module:
     torch.manual_seed(0)
     net = SmallConvNet(shape[2:], 10, T=shape[0], spiking_neuron=neuron)
@@ -191,10 +232,11 @@ for _mode in _MODES:
 TRAINING_STEPS["certified"] = partial(ModeTask, "certified", *_SMALL)
 
 
-def adversarial_steps(architecture: str) -> dict[str, Callable[[Sequence[int]], ModeTask | PublishedTask]]:
-    """Steps of single-step adversarial training with MS-MPPD at 4/255, by the name of who makes them."""
+def adversarial_steps(architecture: str) -> dict[str, Callable[[Sequence[int]], ModeTask | PublishedTask | FloorTask]]:
+    """Steps of single-step adversarial training with MS-MPPD at 4/255, by who makes them, and their floor."""
     mine, published = (partial(convolutional_network, architecture, neuron) for neuron in (FUSED, "textbook loop"))
     return {
         "sj_robust": partial(ModeTask, "at", mine, published, eps=4 / 255),
         "published loop": partial(PublishedTask, "at", published, eps=4 / 255),
+        "convolutions and linear layers alone": partial(FloorTask, mine),
     }
