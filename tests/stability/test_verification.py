@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
@@ -123,6 +124,27 @@ def test_margins_fall_with_the_radius_and_are_the_networks_own_at_zero(build):
     assert bool((crown >= margins).all())
     verified = crown > 0
     assert bool((verified[1:] <= verified[:-1]).all())
+
+
+A, B = torch.tensor([[1.5, -0.5, 0.3, -2.0], [-0.7, 0.2, 3.0, 1.1]]).double()
+AFFINE = {
+    "batch norm": lambda x: F.batch_norm(x, A, B.abs() + 0.1, 3 * B, A),
+    "batch norm alone": lambda x: F.batch_norm(x, A, B.abs() + 0.1),
+    "convolution": lambda x: F.conv2d(x, A.view(2, 2, 1, 1), B[:2], groups=2),
+    "linear": lambda x: F.linear(x, B.view(1, 4), A[:1]),
+    "average": lambda x: F.avg_pool2d(F.adaptive_avg_pool2d(x, (2, 4)), (2, 1)),
+    "means": lambda x: x.mean(1, True).sum(-1) / -3.0,
+    "sums": lambda x: 1.0 - (2.0 - x[:, :2]) * A + (-x[:, 2:]) / B,
+}
+
+
+@pytest.mark.parametrize("name", AFFINE)
+def test_an_affine_map_spreads_a_box_by_its_absolute_values(name):
+    centre, radius = torch.randn(1, 4, 4, 4).double(), torch.rand(1, 4, 4, 4).double()
+    found = AFFINE[name](bounds.Bounds(centre, radius))
+    jacobian = torch.autograd.functional.jacobian(AFFINE[name], centre)
+    torch.testing.assert_close(found.centre, AFFINE[name](centre))
+    torch.testing.assert_close(found.radius, (jacobian.abs() * radius).sum((-4, -3, -2, -1)))
 
 
 def test_a_potential_on_the_threshold_needs_the_margin_for_rounding(monkeypatch):
