@@ -1,5 +1,6 @@
 """Per layer, every bound on the membrane potential perturbation beside what was measured: a table, and a file."""
 
+import statistics
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -92,6 +93,9 @@ class Certificate(SavedResult, what="a stability certificate", format="sj_robust
         margin: By how much, relative, a measured ratio may exceed a bound, since norms are approached from below; a
             larger residual of the layer's norm takes its place.
         layers: One entry per spiking layer, in order of execution.
+        no_flip: L2 radius of each measured input within which no spike that the input drives can flip, see
+            :func:`no_flip_radius`; empty if nothing was measured.
+        no_flip_unknown: Why there are none though pairs were measured.
 
     Source: Theorem 3.1 of Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024), and what is true of it.
     """
@@ -100,6 +104,8 @@ class Certificate(SavedResult, what="a stability certificate", format="sj_robust
     samples: int
     margin: float
     layers: tuple[LayerCertificate, ...]
+    no_flip: tuple[float, ...] = ()
+    no_flip_unknown: str | None = None
 
     @property
     def holds(self) -> bool | None:
@@ -134,6 +140,14 @@ class Certificate(SavedResult, what="a stability certificate", format="sj_robust
         if any(layer.upper_bound for layer in self.layers):
             lines.append("<= marks an upper bound of the norm: max pooling counts by its Lipschitz constant.")
         lines += [f"{layer.name} is not covered: {layer.not_covered}." for layer in self.layers if layer.not_covered]
+        if self.no_flip:
+            middle, least = statistics.median(self.no_flip), min(self.no_flip)
+            lines.append(
+                f"No spike that the input drives flips within an L2 distance of {middle:.1e} (median), {least:.1e} "
+                "(least)."
+            )
+        elif self.no_flip_unknown:
+            lines.append(f"Within which distance no spike flips is not known: {self.no_flip_unknown}.")
         return "\n".join([*lines, self._verdict(), SCOPE])
 
     def _content(self) -> dict[str, Any]:
@@ -142,7 +156,8 @@ class Certificate(SavedResult, what="a stability certificate", format="sj_robust
     @classmethod
     def _from_content(cls, content: dict[str, Any]) -> Self:
         del content["scope"], content["printed_is"]
-        return cls(**content | {"layers": tuple(map(_layer_from, content["layers"]))})
+        parts = {"layers": tuple(map(_layer_from, content["layers"])), "no_flip": tuple(content["no_flip"])}
+        return cls(**content | parts)
 
     def _verdict(self) -> str:
         covered = sum(layer.not_covered is None for layer in self.layers)

@@ -13,9 +13,13 @@ from sj_robust.stability._affine import full_precision
 from sj_robust.stability._measure import Moved, first_frame, measure
 from sj_robust.stability.certificate import Bound, Certificate, LayerCertificate
 from sj_robust.stability.gain import NeuronGains, l2_gain_limit, neuron_gains
+from sj_robust.stability.no_flip import no_flip_radius
 from sj_robust.stability.operator import InputMap, input_maps
 
 __all__ = ["certify"]
+
+_MOST_VALUES = 4096
+"""Of an input whose no-flip radius is measured; beyond, it would take longer than all else."""
 
 
 def certify(
@@ -38,7 +42,8 @@ def certify(
         ||eps||_2 <= ||L_lambda diag(p)||_2 ||W||_2 ||Ds||_2
 
     and likewise for any T and for the largest step; see :mod:`sj_robust.stability.gain` and :func:`input_maps`. The
-    printed constant of Theorem 3.1 stands beside them under its own name. A bound counts as held if the ratio of every
+    printed constant of Theorem 3.1 stands beside them under its own name, and below them the radius in which no spike
+    flips (:func:`no_flip_radius`), where that linear regime ends. A bound counts as held if the ratio of every
     pair is at most ``bound * (1 + margin)``, with rounding of the current, 1e-6 of its size, left aside.
 
     What it does not certify: the true difference of potentials, with the reset, has no finite gain, because an
@@ -113,7 +118,19 @@ def certify(
             layers.append(LayerCertificate(name, kind, feeds=layer.feeds, not_covered=unknown[name]))
         else:
             layers.append(_layer(kind, layer, gains[name], moved, margin))
-    return Certificate(classifier.T, 0 if moved is None else len(x), margin, tuple(layers))
+    no_flip: tuple[float, ...] = ()
+    unknown_flips = None
+    if moved is not None and x[0].numel() > _MOST_VALUES:
+        unknown_flips = f"it takes a pass per value, of which there are {x[0].numel()}; call no_flip_radius for it"
+    elif moved is not None:
+        try:
+            no_flip = tuple(no_flip_radius(classifier, x).tolist())
+        except (NotImplementedError, ValueError) as error:  # images outside [0, 1], or a network without one
+            unknown_flips = str(error)
+        if not all(map(math.isfinite, no_flip)):
+            no_flip, unknown_flips = (), "the input drives no spike"
+    samples = 0 if moved is None else len(x)
+    return Certificate(classifier.T, samples, margin, tuple(layers), no_flip, unknown_flips)
 
 
 def _classifier(net: nn.Module, T: int | None) -> SpikingClassifier:

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -105,7 +105,7 @@ def _row_norms(model: SpikingClassifier, image: Tensor, batch_size: int) -> dict
         basis[range(len(numbers)), numbers] = 1.0
         if frames:
             basis = basis.view(len(numbers), 1, *image.shape[2:]).expand(len(numbers), *image.shape[1:])
-        currents, _ = _currents(model, basis.reshape(len(numbers), *image.shape[1:]), list(reached))
+        currents, _ = _currents(model, basis.reshape(len(numbers), *image.shape[1:]), list(reached), whole=False)
         for name, squares in reached.items():
             squares += (currents[name][0] - at_zero[name][0]).square().sum(0)
     return {name: squares.sqrt() for name, squares in reached.items()}
@@ -142,13 +142,24 @@ def _steps(
         reach = (1.0 - spike) * reach if hard else reach
 
 
-def _currents(model: SpikingClassifier, images: Tensor, names: list[str]) -> tuple[dict[str, Tensor], Tensor]:
-    """Currents [T, N, *] of layers, and the logits, of a run in which these layers stay silent."""
-    currents: dict[str, list[Tensor]] = {}
+class _FoundError(Exception):
+    """What lies behind need not run."""
+
+
+def _currents(
+    model: SpikingClassifier, images: Tensor, names: list[str], *, whole: bool = True
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Currents [T, N, *] of layers, and the logits, of a run in which these layers stay silent.
+
+    If it need not be the ``whole`` run, it ends with the last of these currents, and there are no logits.
+    """
+    currents: dict[str, list[Tensor]] = {name: [] for name in names}
 
     def silent(name: str, multi_step: bool) -> Any:
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            currents.setdefault(name, []).extend(x.unbind(0) if multi_step else [x])
+            currents[name].extend(x.unbind(0) if multi_step else [x])
+            if not whole and all(len(steps) == model.T for steps in currents.values()):
+                raise _FoundError
             return torch.zeros_like(x)
 
         return forward
@@ -157,8 +168,10 @@ def _currents(model: SpikingClassifier, images: Tensor, names: list[str]) -> tup
         for name in names:
             module: Any = model.net.get_submodule(name)
             stack.enter_context(other_forward(module, silent(name, getattr(module, "step_mode", "m") == "m")))
-        logits = model(images)
-    return {name: torch.stack(steps) for name, steps in currents.items()}, logits
+        logits = torch.empty(0)
+        with suppress(_FoundError):
+            logits = model(images)
+    return {name: torch.stack(steps) for name, steps in currents.items() if steps}, logits
 
 
 @contextmanager

@@ -15,7 +15,17 @@ from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.classifier import PoissonEncoder, SpikingEventClassifier
 from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.perturbation import MPPDMonitor
-from sj_robust.stability import INPUT, Bound, Certificate, certificate, certify, l2_gain, peak_gain, plot
+from sj_robust.stability import (
+    INPUT,
+    Bound,
+    Certificate,
+    certificate,
+    certify,
+    l2_gain,
+    no_flip_radius,
+    peak_gain,
+    plot,
+)
 
 
 def lif(**options):
@@ -231,7 +241,19 @@ def test_equal_pairs_measure_nothing():
     assert found.holds is None
     assert [entry.measured_l2 for entry in found.layers] == [None] * 4
     assert "4 of 4 layers covered, 0 measured on 3 pairs." in found.table()
-    assert certify(small(2), x, 2) == replace(found, samples=0)
+    assert certify(small(2), x, 2) == replace(found, samples=0, no_flip=())
+
+
+def test_the_radius_in_which_no_spike_flips_stands_below_the_bounds():
+    x = torch.rand(3, 2, 6, 6)
+    found = certify(small(2), x, 2, x_perturbed=x)
+    radii = no_flip_radius(SpikingClassifier(small(2), 2), x)
+    assert found.no_flip == tuple(radii.tolist())
+    assert Certificate.from_json(found.to_json()) == found
+    assert f"flips within an L2 distance of {radii.median():.1e} (median), {radii.min():.1e} (least)." in found.table()
+    beyond = certify(small(2), 2 + x, 2, x_perturbed=x)
+    assert beyond.no_flip == ()
+    assert "no spike flips is not known: x must lie in [0, 1]" in beyond.table()
 
 
 def test_a_norm_whose_iteration_stopped_early_counts_with_its_residual():
