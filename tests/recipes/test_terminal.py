@@ -66,8 +66,8 @@ def drawn(text):
     return [line for line in re.split(r"[\r\n]+", CONTROL.sub("", text)) if line.strip()]
 
 
-def test_through_a_pipe_it_is_plain_with_a_line_per_epoch(tmp_path):
-    out, err = through_a_pipe(tmp_path, *TRAIN)
+def test_through_a_pipe_it_is_plain_with_a_line_per_epoch(folders, shown):
+    out, err = shown["adv_train"]
     assert err == ""  # nothing of libraries either: the undefended LIF makes torch look for Triton
     assert "\x1b" not in out
     assert "\r" not in out
@@ -76,12 +76,12 @@ def test_through_a_pipe_it_is_plain_with_a_line_per_epoch(tmp_path):
         assert [line.split(":")[0] for line in lines if line.startswith(network)] == [
             f"{network} epoch {epoch}/2" for epoch in (1, 2)
         ]
-    for text in ("loading digits", "writing to f", "evaluating dlif at on 12 test images"):
+    for text in ("loading digits", "writing to run", "evaluating dlif at on 12 test images"):
         assert text in lines
     assert "options: train_limit 200, test_limit 12, T 2, channels [2, 2], epochs 2" in lines
-    assert lines[-1] == "report.json and report.png are in f"
+    assert lines[-1] == "report.json and report.png are in run"
     assert len(lines) < 25
-    assert "momentum: 0.9" in (tmp_path / "f" / "log.txt").read_text()  # all options are there
+    assert "momentum: 0.9" in (folders["adv_train"] / "log.txt").read_text()  # all options are there
 
 
 @pytest.mark.parametrize(("columns", "variables"), [(50, {"NO_COLOR": "1"}), (80, {})])
@@ -114,8 +114,14 @@ def test_a_terminal_that_cannot_move_its_cursor_gets_lines(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def folders(tmp_path_factory):
-    """The folder of every recipe after a small run, made in one process."""
+def shown():
+    """What recipes show while the folders below are made."""
+    return {}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, shown):
+    """The folder of every recipe after a small run, most of them made in this process."""
     root = tmp_path_factory.mktemp("folders")
     options = "{epochs: 1, train_limit: 130, test_limit: 8, channels: [2, 2], T: 2, device: cpu}"
     calls = [
@@ -130,7 +136,9 @@ def folders(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setattr(sys, "argv", ["benchmark.py", *calls[-1][1:]])  # which is told in the table
-        for name, *arguments in calls:
+        shown["adv_train"] = through_a_pipe(root, *calls[0])
+        shown["evaluate"] = on_a_terminal(root, *calls[1], NO_COLOR="1")
+        for name, *arguments in calls[2:]:
             launch.in_process(name, root, *arguments)
     made = ("run", "evaluated", "sweep", "run/figures", "measured")
     return {name: root / folder for name, folder in zip(RECIPES, made, strict=True)}
@@ -205,14 +213,13 @@ def test_a_sweep_of_the_real_recipes_has_their_figures(folders):
         assert (folders["sweep"] / "runs" / f"rho{rho}-seed0" / "training" / "dlif_at" / "best.pt").is_file()
 
 
-def test_an_evaluation_on_a_terminal_and_through_a_pipe(folders, tmp_path):
+def test_an_evaluation_on_a_terminal_and_through_a_pipe(folders, shown, tmp_path):
     words = ("evaluate", str(folders["adv_train"] / "dlif_at"), "--suite", "fast", "--test-limit", "6")
     out, err = through_a_pipe(tmp_path, *words, "--output", "a")
     assert err == ""
     assert "\x1b" not in out
     assert "signs of gradient masking" in out.splitlines()
-    text = on_a_terminal(tmp_path, *words, "--output", "b", NO_COLOR="1")
-    lines = drawn(text)
-    assert not re.search(r"\x1b\[[0-9;]*[34][0-7]m", text)
+    lines = drawn(shown["evaluate"])
+    assert not re.search(r"\x1b\[[0-9;]*[34][0-7]m", shown["evaluate"])
     assert any(re.match(r"[-\\|/] signs of gradient masking +━+ +0:0", line) for line in lines)
     assert max(len(line.rstrip()) for line in lines if "━━━━" in line and "┃" not in line) <= 80
