@@ -8,7 +8,6 @@
     python recipes/benchmark.py --what conv4_adversarial                  # adversarial step; vgg5_, small_adversarial
     python recipes/benchmark.py --what training_step                      # the step of every training mode
     python recipes/benchmark.py --what verify                             # proofs of images beside PGD on them
-    python recipes/benchmark.py --what first_layer                        # its convolution once, or at every step
     python recipes/benchmark.py --what instruction_sets                   # the compiled kernel on each of them
     python recipes/benchmark.py --what scaling                            # time over T and over N
     python recipes/benchmark.py --output docs/benchmarks                  # leaves neuron.csv, neuron.md, neuron.png
@@ -32,7 +31,7 @@ class Options:
     """Options of benchmark."""
 
     what: Literal[
-        "neuron", "batch_norm", "stage", "instruction_sets", "scaling", "first_layer", "conv4", "vgg5",
+        "neuron", "batch_norm", "stage", "instruction_sets", "scaling", "conv4", "vgg5",
         "conv4_adversarial", "vgg5_adversarial", "small_adversarial", "training_step", "verify",
     ] = option("neuron", "What to measure, see the examples.", group="measurement")
     shapes: list[tuple[int, ...]] | None = option(None, "Shapes [T, N, C, H, W] of the input, such as [[4,8,32,8,8]]; "

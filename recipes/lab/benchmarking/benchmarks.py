@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from lab.benchmarking.layers import BATCH_NORM_LAYERS, INSTRUCTION_SETS, LAYERS, STAGES
-from lab.benchmarking.networks import FIRST_LAYER, network_tasks
+from lab.benchmarking.networks import network_tasks
 from lab.benchmarking.proving import PROVING
 from lab.benchmarking.steps import STEP_PEERS, TRAINING_STEPS, adversarial_steps
 from sj_robust.ops.dlif import cpp
@@ -81,7 +81,6 @@ BENCHMARKS: dict[str, Benchmark] = {
         (*((T, 32, 8192) for T in (1, 2, 4, 8, 16, 32, 64)), *((8, N, 8192) for N in (8, 16, 64, 128))),
         is_layer=True,
     ),
-    "first_layer": Benchmark(FIRST_LAYER, "convolution at every step", ((8, 16, 3, 32, 32),)),
     "conv4": Benchmark(network_tasks("conv4"), "ReLU", ((8, 16, 3, 32, 32),)),
     "vgg5": Benchmark(network_tasks("vgg5"), "ReLU", ((8, 16, 3, 32, 32),)),
     "conv4_adversarial": Benchmark(
@@ -99,7 +98,7 @@ BENCHMARKS: dict[str, Benchmark] = {
     "verify": Benchmark(PROVING, "PGD-20", ((4, 1000, 1, 8, 8),), has_one_graph=False),
 }
 """``neuron``, ``batch_norm`` and ``stage`` are single layers, ``instruction_sets`` and ``scaling`` are the neuron on
-each of them and over T and N; ``first_layer`` is a stage on images that do not change; ``conv4`` (four stages) and
-``vgg5`` are training steps of networks on clean images, ``..._adversarial`` steps of adversarial training;
-``training_step`` is the step of every training mode on a small network, each beside a textbook loop with SpikingJelly's
-LIFNode, but for ``certified``, which has none; ``verify`` is a proof of every image beside PGD on them."""
+each of them and over T and N; ``conv4`` (four stages) and ``vgg5`` are training steps of networks on clean images,
+``..._adversarial`` steps of adversarial training; ``training_step`` is the step of every training mode on a small
+network, each beside a textbook loop with SpikingJelly's LIFNode, but for ``certified``, which has none; ``verify`` is a
+proof of every image beside PGD on them."""

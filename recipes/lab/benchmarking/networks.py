@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lab.benchmarking.layers import lif_node
-from sj_robust._host import functional, layer
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.models import VGG_FEATURES, ConvChain
 from sj_robust.neuron import DLIFNode, fuse
@@ -116,55 +115,6 @@ class NetworkTask(TrainingTask):
             names = (self._neuron, "textbook loop")
             mine, wanted = (NetworkTask(self._architecture, name, _SMALL, dtype=torch.float64) for name in names)
             check_same_steps(self._neuron, mine, wanted)
-
-
-class FirstLayerTask:
-    """First stage (convolution to 64 channels, batch norm, DLIF) on images that are the same at every time step.
-
-    ``once`` says whether the convolution, which is linear, runs once and its result is repeated.
-    """
-
-    def __init__(self, shape: Sequence[int], *, once: bool, dtype: torch.dtype = torch.float32) -> None:
-        """Build the stage and draw the images."""
-        torch.manual_seed(0)
-        stages = layer.Conv2d(shape[2], 64, 3, padding=1, step_mode="m"), layer.BatchNorm2d(64, step_mode="m")
-        self._net = nn.Sequential(*stages, DLIFNode(shape[0])).to(dtype)
-        fuse(self._net)
-        self._once = once
-        self._frames = _made_up_images(shape, dtype)[0].expand(tuple(shape)).contiguous()
-        self.tensor_bytes = self._frames.element_size() * self._frames.numel()
-        self.inputs = [self._frames, *self._net.parameters()]
-
-    def forward(self) -> Tensor:
-        """Spikes [T, N, 64, H, W]."""
-        functional.reset_net(self._net)
-        convolution, rest = self._net[0], self._net[1:]
-        current = convolution(self._frames[:1] if self._once else self._frames)
-        spikes: Tensor = rest(current.expand(len(self._frames), *current.shape[1:]))
-        return spikes
-
-    def backward(self, spikes: Tensor) -> None:
-        """Gradients of all parameters."""
-        self._net.zero_grad()
-        torch.autograd.backward(spikes.sum())
-
-    def check(self) -> None:
-        """Compare spikes and gradients of both ways in float64; raises ValueError."""
-        found: list[list[Tensor]] = []
-        for once in (self._once, False):
-            task = FirstLayerTask(_SMALL, once=once, dtype=torch.float64)
-            spikes = task.forward()
-            task.backward(spikes)
-            found.append([spikes.detach(), *(p.grad for p in task._net.parameters() if p.grad is not None)])
-        if not all(torch.allclose(a, b, rtol=1e-6, atol=1e-9) for a, b in zip(*found, strict=True)):
-            raise ValueError("the two ways through the first layer differ: they are not timed")
-
-
-FIRST_LAYER = {
-    "convolution once": partial(FirstLayerTask, once=True),
-    "convolution at every step": partial(FirstLayerTask, once=False),
-}
-"""The first stage by how often its convolution runs."""
 
 
 def check_same_steps(name: str, mine: TrainingTask, wanted: TrainingTask) -> None:
