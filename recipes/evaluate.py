@@ -82,7 +82,7 @@ from rich.console import Console
 from sj_robust import training
 from sj_robust._console import working
 from sj_robust.data import EVENT_DATASETS, image_loader, load_images
-from sj_robust.evaluation import RobustnessReport, ThreatModel, compare, make_suite, parse_eps
+from sj_robust.evaluation import RobustnessReport, ThreatModel, compare_reports, make_suite, parse_eps
 from sj_robust.evaluation.assess import assess
 from sj_robust.evaluation.subject import Subject, check_fits, from_checkpoint, from_function
 from sj_robust.evaluation.terminal import Display, show_comparison, show_report
@@ -92,7 +92,7 @@ def main(arguments: list[str]) -> None:
     """Evaluate a network, or compare two reports."""
     options = parse_options(Options, arguments, stem, mark="progress")
     if options.compare is not None:
-        show_comparison(compare(*map(load_report, two(options.compare))), Console())
+        show_comparison(compare_reports(*map(load_report, two(options.compare))), Console())
         return
     accelerator = training.make_accelerator(options.device)
     if options.proofs:  # which are of float32, as the attacks then have to be

@@ -24,16 +24,25 @@ if TYPE_CHECKING:  # for type checkers and editors, which do not run __getattr__
     from sj_robust import stability as stability
     from sj_robust import training as training
     from sj_robust.classifier import SpikingClassifier
+    from sj_robust.evaluation import evaluate
     from sj_robust.neuron import DLIFNode, replace_neurons
-    from sj_robust.perturbation import MPPDMonitor
+    from sj_robust.perturbation import MPPDMonitor, compare
+    from sj_robust.stability import certify, verify
 
-__all__ = ["DLIFNode", "MPPDMonitor", "SpikingClassifier", "__version__", "replace_neurons"]
+__all__ = [
+    "DLIFNode", "MPPDMonitor", "SpikingClassifier", "__version__", "certify", "compare", "evaluate", "replace_neurons",
+    "verify",
+]  # fmt: skip
 
 _HOMES = {
     "DLIFNode": "neuron",
     "MPPDMonitor": "perturbation",
     "SpikingClassifier": "classifier",
+    "certify": "stability",
+    "compare": "perturbation",
+    "evaluate": "evaluation",
     "replace_neurons": "neuron",
+    "verify": "stability",
 }
 _PARTS = frozenset({
     "attacks", "classifier", "data", "doctor", "estimators", "evaluation", "models", "neuron", "ops", "perturbation",

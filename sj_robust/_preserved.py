@@ -1,4 +1,4 @@
-"""A network that is attacked or measured stays as it was: modes, states of its neurons, generators of its own."""
+"""A network that is attacked or measured stays as it was: modes, states of its neurons, generators; exact sums."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-__all__ = ["evaluation_mode", "generators_of", "preserved"]
+__all__ = ["evaluation_mode", "full_precision", "generators_of", "preserved"]
 
 
 @contextmanager
@@ -60,6 +60,19 @@ def preserved(model: object) -> Iterator[None]:
                 vars(module)["_memories"] = memories
             for generator, state in generators:
                 generator.set_state(state)
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """No autocast, no TF32, no inference mode, and a random state of its own. 全精度计算。"""
+    cudnn = torch.backends.cudnn
+    with (
+        torch.inference_mode(False),
+        torch.autocast(device.type, enabled=False),
+        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
+        cudnn.flags(enabled=cudnn.enabled, deterministic=cudnn.deterministic, allow_tf32=False),
+    ):
+        yield
 
 
 def generators_of(model: object) -> list[torch.Generator]:

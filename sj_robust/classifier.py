@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust._checks import check_network
-from sj_robust._host import EVAL_MODE_HAS_NO_GRADIENT, base, functional, neuron
+from sj_robust._environment import device_of
+from sj_robust._host import EVAL_MODE_HAS_NO_GRADIENT, base, functional, is_neuron, neuron
 from sj_robust.neuron import DLIFNode
 
 __all__ = ["PoissonEncoder", "SpikingClassifier", "SpikingEventClassifier"]
@@ -294,11 +295,62 @@ class PoissonEncoder(nn.Module):
         return spikes + (images - images.detach()) if images.requires_grad else spikes
 
 
-def check_classifier(model: object) -> None:
-    """Raise TypeError for what is no :class:`SpikingClassifier`. 检查参数是否为 SpikingClassifier。"""
+def as_classifier(
+    net: nn.Module,
+    T: int | None = None,
+    *,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    frames: bool = False,
+) -> nn.Module:
+    """A network as a function of images: a bare SpikingJelly network gets its classifier. 把任意网络变为图像的函数。
+
+    Args:
+        net: A bare network of SpikingJelly neurons; or what takes images already, a :class:`SpikingClassifier` or a
+            network without spiking neurons, which is returned as it is.
+        T: Number of time steps, for a bare network.
+        mean: Mean per channel that a bare network expects to be subtracted from images in [0, 1].
+        std: Standard deviation per channel that it expects them to be divided by.
+        frames: Whether it takes event frames.
+
+    Raises:
+        TypeError: If ``net`` is no network, or T a tensor.
+        ValueError: If T is missing, or T, mean or std are given for a classifier, which has its own.
+    """
+    check_network(net)
+    if isinstance(T, Tensor):
+        raise TypeError("T must be a number of time steps, got a tensor; name the arguments behind the images")
+    if isinstance(net, SpikingClassifier):
+        if T is not None and T != net.T:
+            raise ValueError(f"T must be the classifier's {net.T} or None, got {T}; build a classifier for another T")
+        if mean is not None or std is not None:
+            raise ValueError("a SpikingClassifier has its own mean and std; leave them out, or give the bare network")
+        return net
+    normalised = mean is not None or std is not None
+    if T is None and any(map(is_neuron, net.modules())):
+        raise ValueError(
+            f"T must be given for a bare network ({type(net).__name__}), got None; it is the number of time steps, "
+            "such as T=4 (--T 4)"
+        )
+    if T is None and not normalised:
+        return net
+    made: SpikingClassifier
+    if frames:
+        if normalised:
+            raise ValueError("event frames are not normalised; leave mean and std out")
+        made = SpikingEventClassifier(net, T or 1)
+    else:  # without neurons there is one step
+        made = SpikingClassifier(net, T or 1, mean=mean, std=std, step_mode="s" if T is None else None)
+    made.training = net.training
+    return made.to(device_of(net))
+
+
+def check_classifier(model: object) -> SpikingClassifier:
+    """The model, if it is a :class:`SpikingClassifier`; else TypeError. 检查参数是否为 SpikingClassifier。"""
     if not isinstance(model, SpikingClassifier):
         got = type(model).__name__
         raise TypeError(f"model must be a SpikingClassifier, got {got}; wrap the network: SpikingClassifier(net, T=4)")
+    return model
 
 
 def _check_bare(net: nn.Module) -> None:

@@ -5,7 +5,7 @@ compare this table with the package.
 """
 
 PUBLIC = {
-    "sj_robust": "DLIFNode MPPDMonitor SpikingClassifier __version__ replace_neurons",
+    "sj_robust": "DLIFNode MPPDMonitor SpikingClassifier __version__ certify compare evaluate replace_neurons verify",
     "sj_robust.attacks": (
         "Attack AutoAttackWarning SampleSeeds ThreatModel apgd autoattack check_frames check_images check_labels "
         "count_flips eps_text external fgsm flip_events gaussian linf_bounds parse_eps pgd project_l2 project_linf "
@@ -20,8 +20,8 @@ PUBLIC = {
     "sj_robust.evaluation": (
         "Accuracy CANDIDATES Comparison Difference EstimatorSearch EstimatorTrial Finding LayerActivity Member "
         "MemberOutcome Report RobustnessReport Score SmoothedBracket Suite SuiteName SuiteOutcome ThreatModel "
-        "WorstCase accuracy compare craft diagnose environment eps_text evaluate firing fools make_suite parse_eps "
-        "run_suite search_estimators smoothed_bracket wilson_interval worst_case write_whole"
+        "WorstCase accuracy compare_reports craft diagnose environment eps_text evaluate evaluate_attacks firing fools "
+        "make_suite parse_eps run_suite search_estimators smoothed_bracket wilson_interval worst_case write_whole"
     ),
     "sj_robust.evaluation.assess": "assess",
     "sj_robust.evaluation.html": "save_html to_html",
@@ -36,9 +36,9 @@ PUBLIC = {
     "sj_robust.ops": ("BACKENDS Surrogate available_backends check_backend choose_backend dlif_multi_step keep_heap"),
     "sj_robust.ops.bn_dlif": "BatchNorm batch_norm_dlif_multi_step can_fuse repeat_step",
     "sj_robust.perturbation": (
-        "IntensityCorrelation LayerStats LayerTrace MPPDMonitor Perturbation full_perturbation intensity_correlation "
-        "membrane_potential ms_mppd neuron_indicators sample_indicators simplified_perturbation spike_train_distance "
-        "tasad"
+        "IntensityCorrelation LayerStats LayerTrace MPPDMonitor Perturbation compare full_perturbation "
+        "intensity_correlation membrane_potential ms_mppd neuron_indicators sample_indicators simplified_perturbation "
+        "spike_train_distance tasad"
     ),
     "sj_robust.evaluation.drawings": "plot_report plot_robustness robustness_figures",
     "sj_robust.stability": (

@@ -294,7 +294,7 @@ RECIPES = {
     "evaluate.py theirs.pt, a checkpoint of another program": foreign_checkpoint,
     "evaluate.py best.pt, whose weights are of another architecture": checkpoint_of_another_architecture,
     "evaluate.py --eps 8/255 --T 4 --network mynet.py:build, which does not exist": nothing,
-    "evaluate.py --eps 8/255 --network torch.nn:Flatten, without its time steps": nothing,
+    "evaluate.py --eps 8/255 --network spikingjelly.activation_based.neuron:LIFNode, without its time steps": nothing,
     "evaluate.py --network torch.nn:Flatten --T 4 --eps 8": nothing,
     "sweep.py --jobs 0": nothing,
     "sweep.py, with nothing to run": nothing,

@@ -4,14 +4,15 @@ from sj_robust._environment import environment
 from sj_robust._saved import write_whole
 from sj_robust.attacks.threat import ThreatModel, eps_text, parse_eps
 from sj_robust.evaluation.activity import LayerActivity, firing
-from sj_robust.evaluation.comparison import Comparison, Difference, compare
+from sj_robust.evaluation.comparison import Comparison, Difference, compare_reports
 from sj_robust.evaluation.estimator_search import CANDIDATES, EstimatorSearch, EstimatorTrial, search_estimators
 from sj_robust.evaluation.intervals import wilson_interval
 from sj_robust.evaluation.masking import Finding, diagnose
 from sj_robust.evaluation.member import Member, craft, fools
 from sj_robust.evaluation.outcome import MemberOutcome, SuiteOutcome
+from sj_robust.evaluation.own_network import evaluate
 from sj_robust.evaluation.report import Report, Score
-from sj_robust.evaluation.robustness import accuracy, evaluate
+from sj_robust.evaluation.robustness import accuracy, evaluate_attacks
 from sj_robust.evaluation.robustness_report import Accuracy, RobustnessReport
 from sj_robust.evaluation.runner import run_suite
 from sj_robust.evaluation.smoothed import SmoothedBracket, smoothed_bracket
@@ -39,12 +40,13 @@ __all__ = [
     "ThreatModel",
     "WorstCase",
     "accuracy",
-    "compare",
+    "compare_reports",
     "craft",
     "diagnose",
     "environment",
     "eps_text",
     "evaluate",
+    "evaluate_attacks",
     "firing",
     "fools",
     "make_suite",

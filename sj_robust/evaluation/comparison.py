@@ -6,7 +6,7 @@ from sj_robust._saved import markdown_table
 from sj_robust.evaluation.intervals import difference_interval, paired_difference_interval
 from sj_robust.evaluation.robustness_report import Accuracy, RobustnessReport
 
-__all__ = ["Comparison", "Difference", "compare"]
+__all__ = ["Comparison", "Difference", "compare_reports"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Result of :func:`compare`. 报告比较结果。
+    """Result of :func:`compare_reports`. 报告比较结果。
 
     Attributes:
         names: Names of the two networks.
@@ -65,7 +65,7 @@ class Comparison:
         return markdown_table(heads, [row.cells() for row in self.differences])
 
 
-def compare(first: RobustnessReport, second: RobustnessReport) -> Comparison:
+def compare_reports(first: RobustnessReport, second: RobustnessReport) -> Comparison:
     """What differs between two reports, with intervals, and whether they can be compared at all. 比较两份报告。
 
     On the same images the interval is that of paired shares, which is far narrower; otherwise that of independent ones.
@@ -78,7 +78,7 @@ def compare(first: RobustnessReport, second: RobustnessReport) -> Comparison:
         >>> from sj_robust.attacks import ThreatModel
         >>> threat = ThreatModel("Linf", 0.1)
         >>> report = RobustnessReport("mine", "digits", threat, "fast", 2, (0, 1), (0,), ())
-        >>> print(compare(report, report).table())
+        >>> print(compare_reports(report, report).table())
         | accuracy, % | mine (first) | mine (second) | difference | 95 % interval |
         | --- | ---: | ---: | ---: | ---: |
         | clean | 50.0 | 50.0 | +0.0 | -49.0 to +49.0 |

@@ -59,7 +59,7 @@ def prove(model: nn.Module, batches: Iterable[tuple[Tensor, ...]], radii: Sequen
     for batch in batches:
         x, y = batch[0].to(device), batch[1].to(device)
         for eps in radii:
-            result = verify(model, x, y, eps)  # type: ignore[arg-type]  # which refuses other models
+            result = verify(model, x, y, eps)
             found[eps_text(eps)] += tuple(start + row for row, proved in enumerate(result.verified) if proved)
             for layer in result.layers if eps == max(radii) else ():
                 before = sums.get(layer.name, [0.0] * len(layer.potential))

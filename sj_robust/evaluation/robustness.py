@@ -12,10 +12,10 @@ from sj_robust.attacks.threat import ThreatModel
 from sj_robust.evaluation.report import Report, Score
 from sj_robust.randomness import seeded_globals
 
-__all__ = ["accuracy", "evaluate"]
+__all__ = ["accuracy", "evaluate_attacks"]
 
 
-def evaluate(
+def evaluate_attacks(
     model: nn.Module,
     batches: Iterable[tuple[Tensor, ...]],
     attacks: Mapping[str, Attack],
@@ -49,7 +49,7 @@ def evaluate(
         >>> from sj_robust.attacks import fgsm
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
         >>> batches = [(torch.rand(5, 1, 2, 2), torch.zeros(5, dtype=torch.int64))]
-        >>> report = evaluate(model, batches, {"fgsm": partial(fgsm, eps=0.1)}, threat=ThreatModel("Linf", 0.1))
+        >>> report = evaluate_attacks(model, batches, {"fgsm": partial(fgsm, eps=0.1)}, threat=ThreatModel("Linf", 0.1))
         >>> [score.attack for score in report.scores]
         ['clean', 'fgsm']
     """
@@ -65,13 +65,13 @@ def accuracy(
     *,
     seed: int = 0,
 ) -> dict[str, float]:
-    """The figures of :func:`evaluate` alone, in [0, 1], for use during training. 仅返回准确率。
+    """The figures of :func:`evaluate_attacks` alone, in [0, 1], for use during training. 仅返回准确率。
 
     Args:
-        model: As in :func:`evaluate`.
-        batches: As in :func:`evaluate`.
+        model: As in :func:`evaluate_attacks`.
+        batches: As in :func:`evaluate_attacks`.
         attacks: Attacks by name; ``"clean"`` comes first by itself.
-        seed: As in :func:`evaluate`.
+        seed: As in :func:`evaluate_attacks`.
 
     Examples:
         >>> accuracy(nn.Flatten(), [(torch.eye(2).view(2, 1, 1, 2), torch.tensor([0, 0]))], {})

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sj_robust.classifier import SpikingClassifier
+from sj_robust.classifier import SpikingClassifier, as_classifier
 from sj_robust.models import NetworkSpec, build_classifier, set_time_steps
 from sj_robust.models.checkpoint import load_checkpoint
 from sj_robust.models.foreign import find_function, reason
@@ -102,7 +102,7 @@ def from_function(
         text: ``module:function`` or ``path/to/file.py:function``; the function takes nothing and returns the network
             with its weights loaded, bare or inside a ``SpikingClassifier``. Modules are looked for in the working
             folder first.
-        T: Time steps, for a bare network.
+        T: Time steps, for a bare network with spiking neurons.
         mean: Mean per channel that a bare network expects to be subtracted from images in [0, 1].
         std: Standard deviation per channel that it expects them to be divided by.
 
@@ -126,14 +126,9 @@ def from_function(
         ) from error
     if not isinstance(network, nn.Module):
         raise ValueError(f"{text} must return a network (nn.Module), got {type(network).__name__}; return an instance")
-    if isinstance(network, SpikingClassifier):
-        if T is not None or mean is not None or std is not None:
-            raise ValueError(f"{text} returns a SpikingClassifier, which has its own T, mean and std; leave them out")
-        return Subject(function_name, network.eval(), type(network.net).__name__)
-    if T is None:
-        raise ValueError(f"{text} returns a bare network ({type(network).__name__}): give its time steps with --T")
-    model = SpikingClassifier(network, T, mean=mean, std=std)
-    return Subject(function_name, model.eval(), type(network).__name__)
+    model = as_classifier(network, T, mean=mean, std=std)
+    bare = network.net if isinstance(network, SpikingClassifier) else network
+    return Subject(function_name, model.eval(), type(bare).__name__)
 
 
 def describe_network(model: nn.Module) -> dict[str, Any]:
@@ -159,15 +154,18 @@ def describe_network(model: nn.Module) -> dict[str, Any]:
     return {"T": getattr(model, "T", None), "parameters": size, "layers": layers}
 
 
-def check_fits(subject: Subject, images: Tensor, classes: int, dataset: str) -> None:
+def check_fits(subject: Subject, images: Tensor, classes: int | None, dataset: str) -> int:
     """A network takes the images of a data set, knows its classes and can be attacked. 检查网络与数据是否匹配。
 
     Args:
         subject: The network.
         images: Images [N, C, H, W] or frames [N, T, C, H, W] of the data set, on the network's device; the first one is
             tried.
-        classes: Number of classes of the data set.
+        classes: Number of classes of the data set; None if it is not known.
         dataset: Name of the data set, for the message.
+
+    Returns:
+        Number of classes that the network tells apart.
 
     Raises:
         ValueError: If they do not belong together, logits are not finite, or no gradient reaches the images.
@@ -175,6 +173,7 @@ def check_fits(subject: Subject, images: Tensor, classes: int, dataset: str) -> 
     Examples:
         >>> own = Subject("mine", nn.Flatten(), "a reshape")
         >>> check_fits(own, torch.rand(1, 1, 2, 2), classes=4, dataset="digits")
+        4
     """
     shape = tuple(images.shape[1:])
     if (spec := subject.spec) is not None:
@@ -191,7 +190,7 @@ def check_fits(subject: Subject, images: Tensor, classes: int, dataset: str) -> 
         low = sorted({str(weight.dtype) for weight in subject.model.parameters() if weight.dtype in _HALF})
         hint = f"; images are {images.dtype}, weights {low[0]}: return network.float(), or cast inside" if low else ""
         raise ValueError(f"{subject.name} does not take images {shape} of {dataset} ({reason(error)}){hint}") from error
-    if logits.shape[1] != classes:
+    if classes is not None and logits.shape[1] != classes:
         raise ValueError(f"{subject.name} tells {logits.shape[1]} classes apart, {dataset} has {classes}; give its own")
     if not bool(torch.isfinite(logits).all()):
         raise ValueError(f"{subject.name} gives NaN or infinite logits: it has diverged; load other weights")
@@ -200,6 +199,7 @@ def check_fits(subject: Subject, images: Tensor, classes: int, dataset: str) -> 
             f"no gradient reaches the images of {subject.name}, so that attacks would be blind; leave no_grad and "
             "detach out of its forward"
         )
+    return int(logits.shape[1])
 
 
 def _in_words(spec: NetworkSpec) -> str:

@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Display", "show_comparison", "show_report"]
 
+_NOTEBOOK = 100
+"""Letters in a line of a notebook."""
+
 
 def show_report(report: RobustnessReport, console: "Console") -> None:
     """Print the verdict, all accuracies, and what else a reader should know. 在终端显示报告。
@@ -69,10 +72,10 @@ def show_comparison(comparison: Comparison, console: "Console") -> None:
         >>> import io
         >>> from rich.console import Console
         >>> from sj_robust.attacks import ThreatModel
-        >>> from sj_robust.evaluation import compare
+        >>> from sj_robust.evaluation import compare_reports
         >>> console = Console(file=io.StringIO(), width=80)
         >>> report = RobustnessReport("mine", "digits", ThreatModel("Linf", 0.1), "fast", 2, (0, 1), (0,), ())
-        >>> show_comparison(compare(report, report), console)
+        >>> show_comparison(compare_reports(report, report), console)
         >>> "mine (second) minus mine (first)" in console.file.getvalue()
         True
     """
@@ -92,7 +95,8 @@ def show_comparison(comparison: Comparison, console: "Console") -> None:
 
 
 class Display(MovingLine):
-    """Progress of an evaluation: a bar with the time left on a terminal, elsewhere a line now and then. 评估进度显示。
+    """Progress of an evaluation with the time left: a bar on a terminal, one line that is written over in a notebook,
+    elsewhere a line now and then. 评估进度显示。
 
     Args:
         console: Where to show it; a quiet one for all processes but the first.
@@ -117,9 +121,17 @@ class Display(MovingLine):
         self._task = self._progress.add_task("getting ready", total=None, left="")
         self._last = time.monotonic()
 
+    def __exit__(self, *exception: object) -> None:
+        """Take the line away."""
+        super().__exit__(*exception)
+        if self._console.is_jupyter:
+            self._write_over("")
+
     def say(self, text: str) -> None:
         """Say what begins; the bar shows it, without an end, until a step is done."""
-        if self._say is None:
+        if self._console.is_jupyter:
+            self._write_over(text)
+        elif self._say is None:
             self._console.print(text, markup=False)
         else:
             self._say(text)
@@ -138,7 +150,14 @@ class Display(MovingLine):
                 description=position.member,
                 left=f"batch {batch}, {left}",
             )
+            return
+        text = f"{100 * position.done / position.total:.0f} % done, {left}, batch {batch}, {position.member}"
+        if self._console.is_jupyter:
+            self._write_over(text)
         elif time.monotonic() - self._last > PAUSE:
             self._last = time.monotonic()
-            done = 100 * position.done / position.total
-            self._console.print(f"{done:.0f} % done, batch {batch}, {position.member}, {left}", markup=False)
+            self._console.print(text, markup=False)
+
+    def _write_over(self, text: str) -> None:
+        """Put text in the place of the last one; a notebook understands a carriage return, and no cursor that moves."""
+        print(f"\r{text[:_NOTEBOOK]:<{_NOTEBOOK}}", end="\r", file=self._console.file, flush=True)

@@ -11,7 +11,7 @@ from sj_robust.perturbation.dynamics import (
 )
 from sj_robust.perturbation.indicators import neuron_indicators, sample_indicators
 from sj_robust.perturbation.intensity import IntensityCorrelation, Perturbation, intensity_correlation
-from sj_robust.perturbation.monitor import MPPDMonitor
+from sj_robust.perturbation.monitor import MPPDMonitor, compare
 
 __all__ = [
     "IntensityCorrelation",
@@ -19,6 +19,7 @@ __all__ = [
     "LayerTrace",
     "MPPDMonitor",
     "Perturbation",
+    "compare",
     "full_perturbation",
     "intensity_correlation",
     "membrane_potential",

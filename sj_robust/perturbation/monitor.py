@@ -1,7 +1,7 @@
 """MPPDMonitor: the membrane potential perturbation of every spiking layer, by hooks on a SpikingJelly network."""
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -12,12 +12,58 @@ from torch import Tensor, nn
 
 from sj_robust._host import functional
 from sj_robust._preserved import evaluation_mode
+from sj_robust.classifier import SpikingClassifier, as_classifier
 from sj_robust.neuron.charging import NeuronKey, find_neurons
 from sj_robust.perturbation._recording import Layers, NeuronHook, Recording, RunKind
 from sj_robust.perturbation._statistics import Kept, LayerStats, LayerTotals
 from sj_robust.perturbation.pair import Indicator, LayerPair
 
-__all__ = ["MPPDMonitor"]
+__all__ = ["MPPDMonitor", "compare"]
+
+
+def compare(
+    net: nn.Module,
+    x: Tensor,
+    x_perturbed: Tensor,
+    *,
+    T: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> dict[str, LayerStats]:
+    """How a perturbation moves the membrane potential of every spiking layer, in one call. 一次调用比较膜电位扰动。
+
+    Equation: as in :class:`MPPDMonitor`, which also watches a training, follows neurons of other dynamics and keeps
+    traces.
+
+    Args:
+        net: A bare network of SpikingJelly neurons in either step mode, or a ``SpikingClassifier``.
+        x: Clean images [N, C, H, W], or features [N, F]; without ``T`` what the bare network itself takes, such as
+            [T, N, C, H, W].
+        x_perturbed: Perturbed ones, such as those that an attack returns.
+        T: Number of time steps for which a bare network gets every image.
+        mean: Mean per channel that a bare network expects to be subtracted from images.
+        std: Standard deviation per channel that it expects them to be divided by.
+
+    Returns:
+        :class:`LayerStats` by the layer's name in ``net`` (in the network of a classifier), in order of execution.
+
+    Raises:
+        ValueError: As :meth:`MPPDMonitor.compare`.
+
+    Source: Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024).
+
+    Examples:
+        >>> from spikingjelly.activation_based import neuron
+        >>> net, x = nn.Sequential(nn.Linear(3, 2), neuron.LIFNode(step_mode="m")), torch.rand(5, 3)
+        >>> compare(net, x, x + 0.1, T=4)["1"].ms_mppd.shape
+        torch.Size([4])
+    """
+    if T is None and mean is None and std is None and not isinstance(net, SpikingClassifier):
+        with MPPDMonitor(net) as monitor:
+            return monitor.compare(x, x_perturbed)
+    model = as_classifier(net, T, mean=mean, std=std)
+    with MPPDMonitor(model.net if isinstance(model, SpikingClassifier) else net) as monitor:
+        return monitor.compare(x, x_perturbed, forward=model)
 
 
 class MPPDMonitor(BaseMonitor):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
-    "INPUT", "AffineMap", "CutRun", "call_key", "cut_run", "full_precision", "other_forward", "windows_per_input",
+    "INPUT", "AffineMap", "CutRun", "call_key", "cut_run", "other_forward", "windows_per_input",
 ]  # fmt: skip
 
 INPUT = "input"
@@ -164,16 +164,3 @@ def windows_per_input(module: nn.Module, x: Tensor, y: Tensor) -> int:
             size, stride, dilation = (int(value[i] if isinstance(value, tuple) else value) for value in given)
             most *= max(Counter(tap * dilation % stride for tap in range(size)).values())
     return most
-
-
-@contextmanager
-def full_precision(device: torch.device) -> Iterator[None]:
-    """Arithmetic in which the maps are exact to rounding, and a random state of its own: no autocast, no TF32."""
-    cudnn = torch.backends.cudnn
-    with (
-        torch.inference_mode(False),
-        torch.autocast(device.type, enabled=False),
-        torch.random.fork_rng(devices=[device] if device.type == "cuda" else []),
-        cudnn.flags(enabled=cudnn.enabled, deterministic=cudnn.deterministic, allow_tf32=False),
-    ):
-        yield

@@ -1,15 +1,14 @@
 """Bounds of every spiking layer of a network, checked on pairs of inputs."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from sj_robust._preserved import preserved
-from sj_robust.classifier import SpikingClassifier
+from sj_robust._preserved import full_precision, preserved
+from sj_robust.classifier import as_classifier, check_classifier
 from sj_robust.neuron.charging import find_neurons
-from sj_robust.stability._affine import full_precision
 from sj_robust.stability._measure import Moved, first_frame, measure
 from sj_robust.stability.certificate import Bound, Certificate, LayerCertificate
 from sj_robust.stability.gain import NeuronGains, l2_gain_limit, neuron_gains
@@ -28,6 +27,8 @@ def certify(
     T: int | None = None,
     *,
     x_perturbed: Tensor | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     margin: float = 1e-3,
     tolerance: float = 1e-4,
     max_iterations: int = 300,
@@ -53,11 +54,13 @@ def certify(
     The network runs in evaluation mode; modes, states, hooks, random state and gradients are left as they were.
 
     Args:
-        net: A ``SpikingClassifier``, or a bare network that one can be built around.
+        net: A ``SpikingClassifier``, or a bare network that one can be built around, with ``T``, ``mean`` and ``std``.
         x: Inputs as the classifier takes them, [N, C, H, W] or [N, F]; of a ``SpikingEventClassifier`` event frames
             [N, T, C, H, W].
         T: Number of time steps; None takes the classifier's.
         x_perturbed: Perturbed inputs in the shape of ``x``; None gives bounds alone.
+        mean: Mean per channel that a bare network expects to be subtracted.
+        std: Standard deviation per channel that it expects to be divided by.
         margin: Relative margin for norms being approached from below; where the iteration stopped at a larger residual,
             that counts.
         tolerance: Residual at which the norms' iteration stops.
@@ -80,9 +83,7 @@ def certify(
         >>> certificate.holds, certificate["2"].feeds
         (True, ('input',))
     """
-    if isinstance(T, Tensor):
-        raise TypeError("T must be a number of time steps, got a tensor; name the argument x_perturbed=...")
-    classifier = _classifier(net, T)
+    classifier = check_classifier(as_classifier(net, T, mean=mean, std=std))
     if x_perturbed is not None and x.shape != x_perturbed.shape:
         raise ValueError(
             f"x and x_perturbed must have the same shape, got {tuple(x.shape)} and {tuple(x_perturbed.shape)}"
@@ -131,16 +132,6 @@ def certify(
             no_flip, unknown_flips = (), "the input drives no spike"
     samples = 0 if moved is None else len(x)
     return Certificate(classifier.T, samples, margin, tuple(layers), no_flip, unknown_flips)
-
-
-def _classifier(net: nn.Module, T: int | None) -> SpikingClassifier:
-    if isinstance(net, SpikingClassifier):
-        if T is not None and T != net.T:
-            raise ValueError(f"T must be the classifier's {net.T} or None, got {T}; build a classifier for another T")
-        return net
-    if T is None:
-        raise ValueError("T must be given for a bare network, got None; it is the number of time steps, such as T=4")
-    return SpikingClassifier(net, T)
 
 
 def _layer(

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 from sj_robust._checks import check_count, check_images
 from sj_robust._environment import device_of
-from sj_robust._preserved import preserved
+from sj_robust._preserved import full_precision, preserved
 from sj_robust.classifier import SpikingClassifier, SpikingEventClassifier, check_classifier
 from sj_robust.neuron.charging import Charging, Neuron, find_neurons
-from sj_robust.stability._affine import full_precision, other_forward
+from sj_robust.stability._affine import other_forward
 
 __all__ = ["no_flip_radius"]
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust._host import functional
-from sj_robust._preserved import preserved
+from sj_robust._preserved import full_precision, preserved
 from sj_robust.classifier import step_mode_of
 from sj_robust.neuron.charging import find_neurons
-from sj_robust.stability._affine import INPUT, POOLINGS, AffineMap, CutRun, call_key, cut_run, full_precision
+from sj_robust.stability._affine import INPUT, POOLINGS, AffineMap, CutRun, call_key, cut_run
 from sj_robust.stability._lanczos import SingularValue, largest_singular_value
 
 __all__ = ["INPUT", "InputMap", "input_maps"]

@@ -1,21 +1,21 @@
 """Images that no perturbation in a ball can turn: proved by bounds of every spike, with float32's rounding."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from sj_robust._checks import check_count, check_images, check_labels, check_logits, check_size
+from sj_robust._checks import check_count, check_images, check_labels, check_logits
 from sj_robust._environment import device_of
-from sj_robust._preserved import generators_of, preserved
+from sj_robust._eps import parse_eps
+from sj_robust._preserved import full_precision, generators_of, preserved
 from sj_robust._saved import markdown_table
-from sj_robust.classifier import SpikingClassifier, check_classifier
+from sj_robust.classifier import SpikingClassifier, as_classifier, check_classifier
 from sj_robust.neuron.charging import Neuron, find_neurons, is_neuron
-from sj_robust.stability._affine import full_precision
 from sj_robust.stability.bounds import BoundedRun, Bounds, NoBoundsError
 from sj_robust.stability.branching import Prover
 from sj_robust.stability.exact import mip
@@ -96,11 +96,14 @@ class Verification:
 
 
 def verify(
-    model: SpikingClassifier,
+    model: nn.Module,
     x: Tensor,
     y: Tensor,
-    eps: float,
+    eps: float | str,
     *,
+    T: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
     method: Method = "ibp",
     time_limit: float = 10.0,
     batch_size: int = 64,
@@ -131,10 +134,14 @@ def verify(
     gets wrong is ``x_adv`` of the result.
 
     Args:
-        model: A classifier in evaluation mode, in float32, without an encoder that draws.
+        model: A classifier in evaluation mode, in float32, without an encoder that draws; or a bare network, with
+            ``T``, ``mean`` and ``std``.
         x: Images [N, C, H, W] or features [N, F] in [0, 1]; of a ``SpikingEventClassifier`` frames [N, T, C, H, W].
         y: Labels [N] int64.
-        eps: Linf radius, >= 0.
+        eps: Linf radius, >= 0, a number or a text such as ``"8/255"``.
+        T: Number of time steps, for a bare network.
+        mean: Mean per channel that a bare network expects to be subtracted.
+        std: Standard deviation per channel that it expects to be divided by.
         method: "ibp", "crown", "bab" or "mip".
         time_limit: Seconds per image of bab and mip; an image that needs more is unknown.
         batch_size: Images at a time; memory grows with it, not with N.
@@ -144,9 +151,9 @@ def verify(
         :class:`Verification`.
 
     Raises:
-        TypeError: If ``model`` is no ``SpikingClassifier``.
-        ValueError: If the model is in training mode, not in float32 or draws random numbers, images or labels do not
-            fit, eps < 0, or the method is not known.
+        TypeError: If ``model`` has no spiking neurons and is no ``SpikingClassifier``.
+        ValueError: If a bare network comes without T, the model is in training mode, not in float32 or draws random
+            numbers, images or labels do not fit, eps < 0, or the method is not known.
         RuntimeError: If an image is proved that the network gets wrong, which no bounds may do.
         ModuleNotFoundError: If mip has no scipy.
         NotImplementedError: If something in the network has no bounds (attention, a stochastic encoder, a neuron of
@@ -156,7 +163,6 @@ def verify(
         time and rounding; Gowal et al., arXiv 1810.12715, for the last layer.
 
     Examples:
-        >>> from torch import nn
         >>> from spikingjelly.activation_based import neuron
         >>> net = nn.Sequential(nn.Linear(2, 2, bias=False), neuron.IFNode(step_mode="m"))
         >>> _ = net[0].weight.data.copy_(torch.eye(2))
@@ -167,31 +173,33 @@ def verify(
         >>> verify(model, torch.tensor([[0.3, 0.2]]), torch.tensor([0]), eps=0.1, method="bab").broken
         (True,)
     """
-    neurons = _checked(model, x, y, eps)
+    classifier = check_classifier(as_classifier(model, T, mean=mean, std=std))
+    eps = parse_eps(eps)
+    neurons = _checked(classifier, x, y, eps)
     check_count("batch_size", batch_size)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
     if not time_limit > 0:
         raise ValueError(f"time_limit must be > 0 seconds per image, got {time_limit}")
-    device = device_of(model)
+    device = device_of(classifier)
     correct: list[bool] = []
     margins: list[float] = []
     totals: dict[str, list[list[float]]] = {}
     counts = dict.fromkeys(neurons, 0)
     broken: list[bool] = []
     x_adv = x.detach().clone()
-    bounded: Bounded = partial(bounded_logits, model)
+    bounded: Bounded = partial(bounded_logits, classifier)
     maps = Maps(bounded, neurons, x[0].to(device))
-    prover = Prover(model, bounded, neurons, maps, float(eps))
+    prover = Prover(classifier, bounded, neurons, maps, eps)
     for start in range(0, len(x), batch_size):
-        with full_precision(device), preserved(model):
+        with full_precision(device), preserved(classifier):
             images, labels = (values[start : start + batch_size].to(device).clone() for values in (x, y))
-            logits = _logits(model, images, labels, runs=2 if start == 0 else 1)
+            logits = _logits(classifier, images, labels, runs=2 if start == 0 else 1)
             if start == 0:
                 maps.check_samples()
             correct += (logits.argmax(1) == labels).tolist()
             run = BoundedRun(neurons, len(images))
-            lead = run.lead(bounded_logits(model, run, images, float(eps)), labels)
+            lead = run.lead(bounded_logits(classifier, run, images, eps), labels)
             margin = -lead.scatter(1, labels.unsqueeze(1), -torch.inf).amax(1)
             wrong = logits.argmax(1) != labels
             if method != "ibp":
@@ -215,7 +223,7 @@ def verify(
         for name, rows in totals.items()
         if counts[name]
     )
-    return Verification(float(eps), tuple(correct), tuple(margins), layers, x_adv, tuple(broken))
+    return Verification(eps, tuple(correct), tuple(margins), layers, x_adv, tuple(broken))
 
 
 def _logits(model: SpikingClassifier, images: Tensor, labels: Tensor, *, runs: int) -> Tensor:
@@ -293,10 +301,8 @@ def bounded_logits(model: SpikingClassifier, run: BoundedRun, images: Tensor, ep
 
 def _checked(model: SpikingClassifier, x: Tensor, y: Tensor, eps: float) -> dict[str, Neuron]:
     """The network's neurons by name, if all that is given fits."""
-    check_classifier(model)
     check_images(x)
     check_labels(y, x)
-    check_size("eps", eps)
     if len(x) == 0:
         raise ValueError("x must hold an image or more, got none")
     surrogates = {id(part) for module in model.modules() if is_neuron(module) for part in module.children()}  # shared

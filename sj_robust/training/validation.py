@@ -13,7 +13,7 @@ from sj_robust._preserved import evaluation_mode
 from sj_robust.attacks import Attack, eps_text
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.data import ImageSplits, image_loader
-from sj_robust.evaluation import Report, ThreatModel, accuracy, evaluate
+from sj_robust.evaluation import Report, ThreatModel, accuracy, evaluate_attacks
 from sj_robust.perturbation import MPPDMonitor
 from sj_robust.stability import certify, gain_scalars, verify
 from sj_robust.training.history import EpochRecord, catastrophic_overfitting
@@ -130,7 +130,7 @@ def final_report(
     """
     loader = image_loader(splits.test, 32 if splits.frames else 512)
     with journal.steps(f"evaluating {name} on {len(splits.test)} test images", len(loader)) as step:
-        report = evaluate(classifier, loader, attacks, threat=threat, network=name, seed=seed, on_batch=step)
+        report = evaluate_attacks(classifier, loader, attacks, threat=threat, network=name, seed=seed, on_batch=step)
     heads = [history[: end + 1] for end in range(len(history))] if single_step else []
     notes = tuple(f"{name}: {warning}" for warning in map(catastrophic_overfitting, heads) if warning)
     if verified_eps is not None:

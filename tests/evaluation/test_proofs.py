@@ -15,7 +15,7 @@ from sj_robust.attacks import ThreatModel, gaussian, pgd
 from sj_robust.classifier import PoissonEncoder
 from sj_robust.evaluation import Member
 from sj_robust.evaluation import assess as assessment
-from sj_robust.evaluation.comparison import compare
+from sj_robust.evaluation.comparison import compare_reports
 from sj_robust.evaluation.drawings import plot_robustness, robustness_figures
 from sj_robust.evaluation.html import to_html
 from sj_robust.evaluation.proofs import prove
@@ -104,7 +104,7 @@ def test_it_is_saved_shown_compared_and_drawn(proved, tmp_path):
     show_report(proved, console)
     assert "verified" in console.file.getvalue()
     assert "verified: at least" in to_html(proved)
-    assert "| verified |" in compare(proved, proved).table()
+    assert "| verified |" in compare_reports(proved, proved).table()
     labels = robustness_figures(proved)["accuracy_over_eps"].axes[0].get_legend_handles_labels()[1]
     assert "verified" in labels
     assert (tmp_path / "accuracy_over_eps.png") in plot_robustness(proved, tmp_path)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from sj_robust.attacks import fgsm
-from sj_robust.evaluation import Score, ThreatModel, accuracy, environment, evaluate
+from sj_robust.evaluation import Score, ThreatModel, accuracy, environment, evaluate_attacks
 
 THREAT = ThreatModel("Linf", 0.2)
 
@@ -29,7 +29,9 @@ def batches():
 def test_scores_are_counts_over_all_batches():
     seen = []
     attacks = {"fgsm": partial(fgsm, eps=0.2)}
-    report = evaluate(Brightness(), batches(), attacks, threat=THREAT, network="n", on_batch=lambda: seen.append(1))
+    report = evaluate_attacks(
+        Brightness(), batches(), attacks, threat=THREAT, network="n", on_batch=lambda: seen.append(1)
+    )
     # Within 0.2 of the border lie 0.4, 0.6 and 0.65.
     assert report.scores == (Score("n", "clean", 6, 7), Score("n", "fgsm", 3, 7))
     assert len(seen) == 2
@@ -44,7 +46,7 @@ def test_every_batch_gets_its_own_noise_and_the_seed_decides_it():
         return x
 
     for seed in (0, 0, 1):
-        evaluate(Brightness(), batches(), {"a": attack}, threat=THREAT, seed=seed)
+        evaluate_attacks(Brightness(), batches(), {"a": attack}, threat=THREAT, seed=seed)
     assert seen[0] != seen[1]
     assert seen[:2] == seen[2:4]
     assert seen[0] != seen[4]
@@ -52,11 +54,11 @@ def test_every_batch_gets_its_own_noise_and_the_seed_decides_it():
 
 def test_wrong_use():
     with pytest.raises(ValueError, match="'clean' is taken"):
-        evaluate(Brightness(), batches(), {"clean": partial(fgsm, eps=0.1)}, threat=THREAT)
+        evaluate_attacks(Brightness(), batches(), {"clean": partial(fgsm, eps=0.1)}, threat=THREAT)
     broken = Brightness()
     broken.scale = float("nan")
     with pytest.raises(ValueError, match="logits must be finite"):
-        evaluate(broken, batches(), {}, threat=THREAT)
+        evaluate_attacks(broken, batches(), {}, threat=THREAT)
 
 
 def test_environment_names_what_a_result_depends_on():

@@ -7,7 +7,7 @@ from evaluation.reports import finding, member, report
 from rich.console import Console
 
 from sj_robust.attacks import ThreatModel
-from sj_robust.evaluation.comparison import compare
+from sj_robust.evaluation.comparison import compare_reports
 from sj_robust.evaluation.drawings import plot_robustness
 from sj_robust.evaluation.intervals import paired_difference_interval, wilson_interval
 from sj_robust.evaluation.progress import Position
@@ -174,7 +174,7 @@ def test_terminal_and_markdown_tables():
 def test_comparison_on_the_same_images():
     first = report()
     better = report(name="other", members=(member("apgd_ce/atan:4/r0", (0,)), member("new", (1, 5))))
-    comparison = compare(first, better)
+    comparison = compare_reports(first, better)
     found = {row.first.name: row for row in comparison.differences}
     assert list(found) == ["clean", "apgd_ce/atan:4/r0", "worst case", "everything"]
     worst = found["worst case"]
@@ -191,7 +191,7 @@ def test_comparison_on_the_same_images():
 
 def test_comparison_of_what_cannot_be_compared():
     other = report(threat=ThreatModel("L2", 0.5), dataset="fashion_mnist", suite="standard", data="other", network={})
-    notes = compare(report(), other).notes
+    notes = compare_reports(report(), other).notes
     assert [note.partition(":")[0] for note in notes[:4]] == [
         "DIFFERENT norm",
         "DIFFERENT eps",
@@ -199,7 +199,7 @@ def test_comparison_of_what_cannot_be_compared():
         "DIFFERENT suite",
     ]
     assert "The images differ" in notes[4]
-    dead = compare(report(), report(name="dead", firing=(DEAD,), correct=(0,), members=())).notes
+    dead = compare_reports(report(), report(name="dead", firing=(DEAD,), correct=(0,), members=())).notes
     assert any(note.startswith("dead: DEAD NETWORK") for note in dead)
 
 
@@ -207,10 +207,10 @@ def test_a_clear_difference_is_marked():
     many = {"labels": tuple(range(5)) * 40, "correct": tuple(range(200))}
     broken = member("apgd", range(100), attacked=range(200))
     first, second = (report(members=members, **many) for members in ((broken,), (member("apgd", attacked=()),)))
-    row = next(row for row in compare(first, second).differences if row.first.name == "worst case")
+    row = next(row for row in compare_reports(first, second).differences if row.first.name == "worst case")
     assert row.clear
     assert row.value == 0.5
-    assert "+50.0 *" in compare(first, second).table()
+    assert "+50.0 *" in compare_reports(first, second).table()
 
 
 @pytest.mark.slow
@@ -242,7 +242,7 @@ def test_progress_without_a_terminal_is_plain(monkeypatch):
     monkeypatch.setattr("sj_robust.evaluation.terminal.PAUSE", -1.0)
     with Display(console) as display:
         display.on_step(Position(0, 4, "apgd_ce/[atan]", 3, 12, 3723.0))
-    assert console.file.getvalue() == "25 % done, batch 1/4, apgd_ce/[atan], 1 h 2 min left\n"
+    assert console.file.getvalue() == "25 % done, 1 h 2 min left, batch 1/4, apgd_ce/[atan]\n"
     bar = Console(file=io.StringIO(), width=100, force_terminal=True)
     with Display(bar) as display:
         display.on_step(Position(0, 4, "apgd_ce", 3, 12, 83.0))

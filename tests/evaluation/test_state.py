@@ -12,7 +12,7 @@ from unchanged import unchanged
 from sj_robust import SpikingClassifier
 from sj_robust.attacks import fgsm, gaussian, pgd
 from sj_robust.classifier import PoissonEncoder
-from sj_robust.evaluation import Member, ThreatModel, diagnose, evaluate, firing, run_suite
+from sj_robust.evaluation import Member, ThreatModel, diagnose, evaluate_attacks, firing, run_suite
 
 THREAT = ThreatModel("Linf", 0.1)
 
@@ -31,7 +31,7 @@ def outcome(model, x, y, seed):
 
 MEASUREMENTS = {
     "firing": lambda model, x, y, seed: firing(model, x, seed=seed),
-    "evaluate": lambda model, x, y, seed: evaluate(
+    "evaluate_attacks": lambda model, x, y, seed: evaluate_attacks(
         model, [(x, y)], {"fgsm": partial(fgsm, eps=0.1)}, threat=THREAT, seed=seed
     ),
     "diagnose": lambda model, x, y, seed: diagnose(
@@ -94,7 +94,7 @@ def test_an_attack_scores_the_same_beside_others():
     x, y = labelled()
     model = SpikingClassifier(network(), T=T, encoder=PoissonEncoder())
     attacks, noise = {"fgsm": partial(fgsm, eps=0.1)}, {"noise": partial(gaussian, std=0.1)}
-    alone, beside = (evaluate(model, [(x, y)], more | attacks, threat=THREAT) for more in ({}, noise))
+    alone, beside = (evaluate_attacks(model, [(x, y)], more | attacks, threat=THREAT) for more in ({}, noise))
     assert alone.scores[-1] == beside.scores[-1]
 
 

@@ -12,9 +12,8 @@ from stability.test_verification import NETWORKS, NEURONS, T, classifier, pertur
 from torch import nn
 
 from sj_robust import SpikingClassifier
-from sj_robust._preserved import preserved
+from sj_robust._preserved import full_precision, preserved
 from sj_robust.stability import relaxation, verify
-from sj_robust.stability._affine import full_precision
 from sj_robust.stability.branching import Prover
 from sj_robust.stability.relaxation import Maps, RelaxedRun, minimum
 from sj_robust.stability.verification import _checked, bounded_logits

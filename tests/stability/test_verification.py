@@ -10,6 +10,7 @@ from stability import fuzz
 from torch import nn
 
 from sj_robust import DLIFNode, SpikingClassifier
+from sj_robust._preserved import full_precision
 from sj_robust.attacks import pgd
 from sj_robust.classifier import PoissonEncoder, SpikingEventClassifier
 from sj_robust.stability import bounds, verify
@@ -232,8 +233,8 @@ def wrong_use():
         "training inside": (inside, x, y, 0.1, "got net.1 in training mode"),
         "random": (noisy, x[:, 0, 0], y, 0.1, "draws random numbers inside"),
         "float64": (model, x.double(), y, 0.1, "in float32.*got torch.float32, torch.float64; use"),
-        "negative": (model, x, y, -0.1, "eps must be finite and >= 0, got -0.1"),
-        "nan": (model, x, y, float("nan"), "eps must be finite and >= 0, got nan"),
+        "negative": (model, x, y, -0.1, "eps must be >= 0 and finite, got -0.1"),
+        "nan": (model, x, y, float("nan"), "eps must be >= 0 and finite, got nan"),
         "label": (model, x, torch.tensor([0, 3]), 0.1, "labels must be < 3"),
         "labels": (model, x, y[:1], 0.1, "shape .N. = .2."),
         "none": (model, x[:0], y[:0], 0.1, "an image or more"),

@@ -1,0 +1,152 @@
+"""A network and its images in one call: the evaluation of a network of one's own."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from sj_robust._environment import device_of
+from sj_robust._preserved import evaluation_mode, full_precision
+from sj_robust.attacks import check_images, check_labels
+from sj_robust.attacks.threat import ThreatModel, parse_eps
+from sj_robust.classifier import SpikingClassifier, as_classifier
+from sj_robust.data import image_loader
+from sj_robust.evaluation.assess import assess
+from sj_robust.evaluation.progress import Position
+from sj_robust.evaluation.robustness_report import RobustnessReport
+from sj_robust.evaluation.runner import Batches
+from sj_robust.evaluation.subject import Subject, check_fits
+from sj_robust.evaluation.suites import SuiteName
+
+__all__ = ["evaluate"]
+
+
+def evaluate(
+    model: nn.Module,
+    x: Tensor | Batches | Dataset[tuple[Tensor, ...]],
+    y: Tensor | None = None,
+    *,
+    eps: float | str,
+    norm: Literal["Linf", "L2", "L0"] | None = None,
+    suite: SuiteName | None = None,
+    T: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    draws: int = 1,
+    seed: int = 0,
+    batch_size: int = 128,
+    folder: str | Path | None = None,
+    name: str | None = None,
+    dataset: str = "images",
+    progress: bool = True,
+) -> RobustnessReport:
+    """How robust a network of your own is. 一次调用评估自己的网络。
+
+    This is :func:`sj_robust.evaluation.assess.assess` on a network and images as you have them. The network stays as it
+    was, also when Ctrl-C stops the evaluation; with a ``folder`` the same call goes on from there.
+
+    Args:
+        model: A classifier of images in [0, 1], spiking or not; or a bare SpikingJelly network, with ``T`` and, if it
+            expects normalised images, ``mean`` and ``std``.
+        x: Test images [N, C, H, W] in [0, 1]; or, in place of ``x`` and ``y``, a ``DataLoader`` that does not shuffle,
+            a data set, or a list of batches. Binary event frames are [N, T, 2, H, W].
+        y: Labels [N] int64.
+        eps: Radius, a number or a text such as ``"8/255"``; for L0 the number of changed elements.
+        norm: Norm of the adversary; None takes Linf, and L0 for event frames.
+        suite: Name of the suite, see :func:`make_suite`; None takes ``"standard"``, and ``"events"`` for event frames.
+        T: Number of time steps, for a bare network.
+        mean: Mean per channel that a bare network expects to be subtracted.
+        std: Standard deviation per channel that it expects to be divided by.
+        draws: Fresh forwards in each of which a stochastic network must be wrong for an image to count as broken.
+        seed: Seeds everything.
+        batch_size: Images at a time; results do not depend on it.
+        folder: Where progress is kept; None keeps none.
+        name: What the report calls the network; None takes its class.
+        dataset: What the report calls the images.
+        progress: Whether what is being done and the time left are shown.
+
+    Raises:
+        TypeError: If the images are no tensor of floating point, or a label is no integer.
+        ValueError: If an argument is wrong, T is missing, images lie outside [0, 1] or come in another order every
+            time, network and images do not belong together, or the folder holds another evaluation.
+
+    Source: evaluation as asked for by Carlini et al., "On evaluating adversarial robustness" (arXiv 1902.06705).
+
+    Examples:
+        >>> from spikingjelly.activation_based import neuron
+        >>> net = nn.Sequential(nn.Flatten(2), nn.Linear(4, 3), neuron.LIFNode(step_mode="m"))
+        >>> x, y = torch.rand(6, 1, 2, 2), torch.arange(6) % 3
+        >>> report = evaluate(net, x, y, eps="8/255", T=4, suite="fast", progress=False)
+        >>> report.worst_case.total
+        6
+    """
+    batches, first = _batches(x, y, batch_size)
+    frames = first.ndim == 5
+    classifier = as_classifier(model, T, mean=mean, std=std, frames=frames)
+    network = classifier.net if isinstance(classifier, SpikingClassifier) else classifier
+    subject = Subject(name or type(network).__name__, classifier, type(network).__name__)
+    threat = ThreatModel(norm or ("L0" if frames else "Linf"), parse_eps(eps))
+    device = device_of(classifier)
+    with evaluation_mode(classifier), full_precision(device), _shown(progress) as (say, on_step):
+        classes = check_fits(subject, first[:1].to(device), None, dataset)
+        try:
+            return assess(
+                subject, batches, suite=suite or ("events" if frames else "standard"), threat=threat, dataset=dataset,
+                classes=classes, seed=seed, draws=draws, folder=None if folder is None else Path(folder),
+                configuration={"T": T, "mean": mean, "std": std}, say=say, on_step=on_step,
+            )  # fmt: skip
+        except KeyboardInterrupt as stopped:
+            stopped.add_note(
+                "the network is as it was; with folder=... the next evaluation could be continued"
+                if folder is None
+                else f"the network is as it was; the same call goes on with what is in {folder}"
+            )
+            raise
+
+
+def _batches(x: Tensor | Batches | Dataset[tuple[Tensor, ...]], y: Tensor | None, size: int) -> tuple[Batches, Tensor]:
+    """Batches in a fixed order, and the images of the first one."""
+    batches: Batches
+    if isinstance(x, Tensor):
+        if y is None:
+            raise ValueError("y must hold the labels of x, got None; or give a DataLoader in place of x and y")
+        check_images(x)
+        check_labels(y, x)
+        starts = range(0, len(x), size)
+        batches = [(x[start : start + size], y[start : start + size]) for start in starts]
+    elif y is not None:
+        raise ValueError(f"y must be None where x brings its own labels, got both with x a {type(x).__name__}")
+    elif isinstance(x, Dataset):
+        batches = image_loader(x, size)
+    else:
+        batches = x
+    first, again = (next(iter(batches), None) for _ in range(2))
+    if first is None:
+        raise ValueError("x must hold an image or more, got none")
+    if again is None or not torch.equal(first[0], again[0]):
+        raise ValueError(
+            "x must give the same images in the same order every time, got others the second time; build its loader "
+            "with shuffle=False, without random augmentation, and give no iterator"
+        )
+    return batches, first[0]
+
+
+@contextmanager
+def _shown(progress: bool) -> Iterator[tuple[Callable[[str], None], Callable[[Position], None] | None]]:
+    """What says which part begins, and what is called after every step."""
+    if not progress:
+        yield lambda text: None, None
+    elif find_spec("rich") is None:  # of the extra recipes
+        yield print, None
+    else:
+        from rich.console import Console
+
+        from sj_robust.evaluation.terminal import Display
+
+        with Display(Console(highlight=False)) as display:
+            yield display.say, display.on_step

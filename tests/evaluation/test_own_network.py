@@ -1,0 +1,189 @@
+"""A network of one's own in one call: what it takes, what it leaves as it was, and what a stop leaves behind."""
+
+import io
+from contextlib import contextmanager
+
+import pytest
+import torch
+from evaluation.suite_run import Net, classifier, images
+from rich.console import Console
+from spikingjelly.activation_based import functional, layer, neuron
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from unchanged import unchanged
+
+import sj_robust
+from sj_robust import SpikingClassifier
+from sj_robust.attacks import ThreatModel
+from sj_robust.evaluation import own_network
+from sj_robust.evaluation.assess import assess
+from sj_robust.evaluation.progress import Position
+from sj_robust.evaluation.subject import Subject
+from sj_robust.evaluation.terminal import Display
+
+T = 3
+FEW = 6
+
+
+def lif(mode):
+    net = nn.Sequential(
+        layer.Flatten(), layer.Linear(16, 8), neuron.LIFNode(detach_reset=True, v_threshold=0.1), layer.Linear(8, 3)
+    )
+    functional.set_step_mode(net, mode)
+    return net
+
+
+class Frames(nn.Module):
+    """Takes [T, N, 2, 4, 4] and counts the events of each column."""
+
+    def __init__(self):
+        super().__init__()
+        self.node = neuron.IFNode(step_mode="m")
+
+    def forward(self, x_seq):
+        return self.node(x_seq.sum((2, 3)))
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """What the evaluation is asked for, in place of it."""
+    calls = []
+
+    def recorded(subject, batches, **options):
+        labels = torch.cat([batch[1] for batch in batches])
+        with torch.no_grad():
+            logits = torch.cat([subject.model(batch[0]) for batch in batches])
+        calls.append((subject, logits, labels, options))
+
+    monkeypatch.setattr(own_network, "assess", recorded)
+    return calls
+
+
+def test_every_form_of_network_becomes_the_same_function(asked):
+    torch.manual_seed(0)
+    x, y = images(FEW)
+    multi, single = lif("m"), lif("s")
+    single.load_state_dict(multi.state_dict())
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
+    mean, std = [0.3], [0.5]
+    wanted = SpikingClassifier(multi, T, mean=mean, std=std).eval()(x)
+    for net, options in ((multi, {"T": T, "mean": mean, "std": std}), (single, {"T": T, "mean": mean, "std": std})):
+        sj_robust.evaluate(net, x, y, eps=0.1, progress=False, **options)
+        torch.testing.assert_close(asked[-1][1], wanted)
+    sj_robust.evaluate(SpikingClassifier(multi, T, mean=mean, std=std), x, y, eps=0.1, progress=False)
+    torch.testing.assert_close(asked[-1][1], wanted)
+    assert {call[0].architecture for call in asked} == {"Sequential"}
+    sj_robust.evaluate(plain, x, y, eps=0.1, progress=False)
+    torch.testing.assert_close(asked[-1][1], plain(x))
+    assert asked[-1][0].model is plain
+    sj_robust.evaluate(plain, x, y, eps=0.1, mean=mean, std=std, progress=False)
+    torch.testing.assert_close(asked[-1][1], plain((x - 0.3) / 0.5))
+
+
+def test_every_form_of_images_is_the_same_evaluation(asked):
+    x, y = images(FEW)
+    net = classifier()
+    data = TensorDataset(x, y)
+    for given in ((x, y), (data,), (DataLoader(data, 4),), ([(x[:2], y[:2]), (x[2:], y[2:])],)):
+        sj_robust.evaluate(net, *given, eps="8/255", batch_size=5, seed=4, progress=False)
+        _, logits, labels, options = asked[-1]
+        assert labels.tolist() == y.tolist()
+        torch.testing.assert_close(logits, net.eval()(x))
+        assert options["threat"] == ThreatModel("Linf", 8 / 255)
+        assert (options["suite"], options["classes"], options["seed"]) == ("standard", 3, 4)
+
+
+def test_event_frames_are_known_by_their_shape(asked):
+    frames = (torch.rand(FEW, T, 2, 4, 4) > 0.5).float()
+    sj_robust.evaluate(Frames(), frames, torch.arange(FEW) % 4, eps=5, T=T, progress=False)
+    subject, logits, _, options = asked[-1]
+    torch.testing.assert_close(logits, Frames()(frames.transpose(0, 1)).mean(0))
+    assert type(subject.model).__name__ == "SpikingEventClassifier"
+    assert (options["threat"], options["suite"]) == (ThreatModel("L0", 5), "events")
+
+
+def test_wrong_use_says_what_to_do():
+    x, y = images(FEW)
+    data = TensorDataset(x, y)
+    for arguments, options, message in (
+        ((Net(), x, y), {}, "T must be given for a bare network .Net."),
+        ((classifier(), x, y), {"T": 4}, "T must be the classifier's 3 or None, got 4"),
+        ((classifier(), x, y), {"mean": [0.5]}, "has its own mean and std"),
+        ((classifier(), x), {}, "y must hold the labels of x"),
+        ((classifier(), data, y), {}, "y must be None where x brings its own labels"),
+        ((classifier(), [(x[:0], y[:0])][:0]), {}, "an image or more"),
+        ((classifier(), DataLoader(data, 3, shuffle=True)), {}, "shuffle=False"),
+        ((classifier(), iter([(x, y)])), {}, "give no iterator"),
+        ((classifier(), 3 * x, y), {}, r"must lie in \[0, 1\]"),
+        ((Frames(), torch.ones(2, T, 2, 4, 4), y[:2]), {"T": T, "std": [1.0]}, "event frames are not normalised"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            sj_robust.evaluate(*arguments, eps=0.1, progress=False, **options)
+
+
+def without_times(report):
+    return [(member.name, member.fooled) for member in report.members], report.verified, report.findings
+
+
+@pytest.mark.slow
+def test_a_stop_leaves_the_network_as_it_was_and_the_next_call_goes_on(tmp_path, monkeypatch):
+    x, y = images(FEW)
+    net = Net()
+    net.parts[2].eval()
+    arguments = {"eps": 0.1, "T": T, "suite": "paper", "name": "mine"}
+    stopped_at = []
+
+    @contextmanager
+    def stopping(progress):
+        def step(position):
+            stopped_at.append(position.member)
+            if position.done == 3:
+                raise KeyboardInterrupt
+
+        yield lambda text: None, step
+
+    with monkeypatch.context() as patch, unchanged(net):
+        patch.setattr(own_network, "_shown", stopping)
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            sj_robust.evaluate(net, x, y, folder=tmp_path / "kept", **arguments)
+    assert "goes on with what is in" in stopped.value.__notes__[0]
+    done = (tmp_path / "kept" / "suite" / "batch-000000.jsonl").read_bytes()
+    report = sj_robust.evaluate(net, x, y, folder=tmp_path / "kept", progress=False, **arguments)
+    assert (tmp_path / "kept" / "suite" / "batch-000000.jsonl").read_bytes().startswith(done)
+    subject = Subject("mine", SpikingClassifier(net, T).eval(), "Net")
+    whole = assess(subject, [(x, y)], suite="paper", threat=ThreatModel("Linf", 0.1), dataset="images", classes=3)
+    assert without_times(report) == without_times(whole)
+    assert (report.name, report.architecture) == ("mine", "Net")
+
+
+def test_certify_verify_and_compare_take_the_bare_network():
+    torch.manual_seed(0)
+    x, y = images(FEW)
+    net, normal = lif("m").eval(), {"mean": [0.3], "std": [0.5]}
+    model = SpikingClassifier(net, T, **normal).eval()
+    moved = (x + 0.1).clamp(0, 1)
+    assert sj_robust.certify(net, x, T=T, x_perturbed=moved, **normal) == sj_robust.certify(model, x, x_perturbed=moved)
+    found, wanted = sj_robust.verify(net, x, y, "8/255", T=T, **normal), sj_robust.verify(model, x, y, 8 / 255)
+    assert (found.margin, found.eps) == (wanted.margin, 8 / 255)
+    stats = [
+        sj_robust.compare(net, x, moved, T=T, **normal),
+        sj_robust.compare(model, x, moved),
+        sj_robust.compare(net, *(model._normalise(values, 1).expand(T, -1, -1, -1, -1) for values in (x, moved))),
+    ]
+    for one in stats:
+        assert list(one) == ["2"]
+        torch.testing.assert_close(one["2"].ms_mppd, stats[0]["2"].ms_mppd)
+    assert float(stats[0]["2"].ms_mppd[-1]) > 0
+
+
+def test_progress_in_a_notebook_is_one_line_written_over():
+    file = io.StringIO()
+    with Display(Console(file=file, force_jupyter=True)) as display:
+        display.say("signs of gradient masking")
+        display.on_step(Position(0, 4, "apgd_ce", 3, 12, 83.0))
+    lines = file.getvalue().split("\r")
+    assert "\n" not in file.getvalue()
+    assert [line.strip() for line in lines if line.strip()] == [
+        "signs of gradient masking", "25 % done, 1 min 23 s left, batch 1/4, apgd_ce",
+    ]  # fmt: skip
+    assert lines[-2].strip() == ""
