@@ -36,7 +36,7 @@ PUBLIC = {
     "sj_robust.ops": ("BACKENDS Surrogate available_backends check_backend choose_backend dlif_multi_step keep_heap"),
     "sj_robust.ops.bn_dlif": "BatchNorm batch_norm_dlif_multi_step can_fuse repeat_step",
     "sj_robust.perturbation": (
-        "IntensityCorrelation LayerStats LayerTrace MPPDMonitor Perturbation compare full_perturbation "
+        "IntensityCorrelation LayerStats LayerTrace MPPDMonitor MPPDStatistics Perturbation compare full_perturbation "
         "intensity_correlation membrane_potential ms_mppd neuron_indicators sample_indicators simplified_perturbation "
         "spike_train_distance tasad"
     ),
@@ -46,7 +46,6 @@ PUBLIC = {
         "SmoothedClassifier Smoothing Verification certify gain_penalty gain_scalars input_maps l2_gain l2_gain_limit "
         "neuron_gains no_flip_radius optimal_input_gain peak_gain printed_gain smooth time_operator verify"
     ),
-    "sj_robust.stability.plot": "plot_certificate",
     "sj_robust.training": (
         "CertifiedLoss EpochRecord ForwardPasses GradientSparsity Journal Losses MODES Mode NonFiniteLossError "
         "Objective Penalty StabilityGain ThresholdGuarding TrainingInterrupted TrainingPlan catastrophic_overfitting "
@@ -61,7 +60,6 @@ NEEDS_RECIPES = {
     "sj_robust.evaluation.html",
     "sj_robust.evaluation.terminal",
     "sj_robust.evaluation.drawings",
-    "sj_robust.stability.plot",
     "sj_robust.training",
 }
 """Modules that need the extra ``recipes``; the others import with what the package itself depends on."""

@@ -19,7 +19,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "concepts" / "architecture.md"
 TREE_BEGINS, TREE_ENDS = "<!-- tree: begin -->\n\n", "\n<!-- tree: end -->"
 LIBRARY = [
     {"_checks", "_console", "_datasets", "_environment", "_eps", "_host", "_preserved",
-     "_recipes_installed", "_saved", "_version", "ops", "randomness"},
+     "_recipes_installed", "_saved", "_shown", "_version", "ops", "randomness"},
     {"neuron"},
     {"classifier"},
     {"attacks", "estimators", "perturbation", "stability"},

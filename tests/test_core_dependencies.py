@@ -35,4 +35,4 @@ def test_modules_import_without_the_extras():
     result = subprocess.run([sys.executable, "-W", "ignore", "-c", SCRIPT], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     drawing = {f"sj_robust.evaluation.{name}" for name in ("drawings", "html", "terminal")}
-    assert drawing | {"sj_robust.evaluation.assess", "sj_robust.stability.plot"} <= set(result.stdout.split())
+    assert drawing | {"sj_robust.evaluation.assess", "sj_robust.stability.certificate"} <= set(result.stdout.split())

@@ -1,13 +1,15 @@
 """Figures, drawn from saved results; drawing needs matplotlib (extra ``recipes``)."""
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
-from sj_robust.attacks.threat import parse_eps
+from sj_robust._shown import common_scale, heat_map, new_figure, write_figure
+from sj_robust.attacks.threat import ThreatModel, parse_eps
 from sj_robust.evaluation.intervals import wilson_interval
+from sj_robust.evaluation.outcome import MemberOutcome
 from sj_robust.evaluation.report import Report
-from sj_robust.evaluation.robustness_report import RobustnessReport
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,6 +19,47 @@ __all__ = ["plot_report", "plot_robustness", "robustness_figures"]
 
 # Colours that all kinds of colour vision tell apart (Okabe and Ito); shapes and hatches differ as well.
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#767676"
+
+Rows = Sequence[dict[str, Any]]
+
+
+class DrawnAccuracy(Protocol):
+    """What is drawn of an accuracy."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kind(self) -> str: ...
+    @property
+    def accuracy(self) -> float: ...
+    @property
+    def interval(self) -> tuple[float, float]: ...
+
+
+class DrawnReport(Protocol):
+    """What is drawn of a robustness report, which itself draws by this module."""
+
+    @property
+    def threat(self) -> ThreatModel: ...
+    @property
+    def eps(self) -> str: ...
+    @property
+    def budget(self) -> str: ...
+    @property
+    def members(self) -> Sequence[MemberOutcome]: ...
+    @property
+    def accuracies(self) -> Sequence[DrawnAccuracy]: ...
+    @property
+    def control(self) -> DrawnAccuracy | None: ...
+    @property
+    def everything(self) -> DrawnAccuracy: ...
+    @property
+    def over_eps(self) -> Rows: ...
+    @property
+    def verified_over_eps(self) -> Rows: ...
+    @property
+    def potential(self) -> Rows: ...
+    def within(self, member: MemberOutcome) -> bool: ...
 
 
 def plot_report(report: Report, path: Path) -> None:
@@ -40,15 +83,15 @@ def plot_report(report: Report, path: Path) -> None:
     """
     if not report.scores:
         raise ValueError("a report without scores cannot be drawn; evaluate at least one network")
-    figure = _figure(11.0 if report.curves else 5.5, 4.2)
+    figure = new_figure(11.0 if report.curves else 5.5, 4.2)
     panels = figure.subplots(1, 2 if report.curves else 1, squeeze=False)[0]
     _bars(panels[0], report)
     if report.curves:
         _curves(panels[1], report)
-    figure.savefig(path, dpi=150)
+    write_figure(figure, path)
 
 
-def plot_robustness(report: RobustnessReport, folder: Path) -> tuple[Path, ...]:
+def plot_robustness(report: DrawnReport, folder: Path) -> tuple[Path, ...]:
     """Every figure of a robustness report, each as PNG and PDF. 绘制鲁棒性报告的全部图。
 
     Args:
@@ -59,24 +102,20 @@ def plot_robustness(report: RobustnessReport, folder: Path) -> tuple[Path, ...]:
     Examples:
         >>> import tempfile
         >>> from sj_robust.attacks import ThreatModel
+        >>> from sj_robust.evaluation import RobustnessReport
         >>> report = RobustnessReport("mine", "digits", ThreatModel("Linf", 0.1), "fast", 2, (0, 1), (0,), ())
         >>> [file.name for file in plot_robustness(report, Path(tempfile.mkdtemp()))]
         ['attacks.png', 'attacks.pdf']
     """
-    from matplotlib import rc_context
-
     paths = []
-    with rc_context({"pdf.fonttype": 42}):
-        for name, figure in robustness_figures(report).items():
-            for ending in ("png", "pdf"):
-                paths.append(folder / f"{name}.{ending}")
-                # Without a date, so that the same report gives the same file.
-                metadata = {"CreationDate": None} if ending == "pdf" else None
-                figure.savefig(paths[-1], dpi=150, metadata=metadata)
+    for name, figure in robustness_figures(report).items():
+        for ending in ("png", "pdf"):
+            paths.append(folder / f"{name}.{ending}")
+            write_figure(figure, paths[-1])
     return tuple(paths)
 
 
-def robustness_figures(report: RobustnessReport, *, columns: int = 2) -> dict[str, "Figure"]:
+def robustness_figures(report: DrawnReport, *, columns: int = 2) -> dict[str, "Figure"]:
     """The figures of a robustness report by name, not yet written. 鲁棒性报告的图。
 
     Args:
@@ -88,6 +127,7 @@ def robustness_figures(report: RobustnessReport, *, columns: int = 2) -> dict[st
 
     Examples:
         >>> from sj_robust.attacks import ThreatModel
+        >>> from sj_robust.evaluation import RobustnessReport
         >>> report = RobustnessReport("mine", "digits", ThreatModel("Linf", 0.1), "fast", 2, (0, 1), (0,), ())
         >>> list(robustness_figures(report))
         ['attacks']
@@ -101,8 +141,8 @@ def robustness_figures(report: RobustnessReport, *, columns: int = 2) -> dict[st
     return figures
 
 
-def _accuracy_over_eps(report: RobustnessReport) -> "Figure":
-    figure = _figure(4.6, 3.4)
+def _accuracy_over_eps(report: DrawnReport) -> "Figure":
+    figure = new_figure(4.6, 3.4)
     axes = figure.subplots()
     texts = [str(row["eps"]) for row in report.over_eps]
     unit = 255 if any(text.endswith("/255") for text in [*texts, report.eps]) else 1
@@ -139,12 +179,12 @@ def _accuracy_over_eps(report: RobustnessReport) -> "Figure":
     return figure
 
 
-def _attacks(report: RobustnessReport) -> "Figure":
+def _attacks(report: DrawnReport) -> "Figure":
     """Bars from the first attack to the last, hollow beyond the threat; control and worst case below, hatched."""
     beyond = {member.name for member in report.members if not report.within(member)}
     curve = {member.name for member in report.members if "@" in member.name}
     rows = [row for row in report.accuracies if not row.name.startswith("control/") and row.name not in curve]
-    figure = _figure(4.6, 0.9 + 0.24 * len(rows))
+    figure = new_figure(4.6, 0.9 + 0.24 * len(rows))
     axes = figure.subplots()
     looks = {"clean": (GREY, ""), "member": (BLUE, ""), "control": (GREY, "////"), "worst case": (ORANGE, "xxxx")}
     looks["verified"] = (GREY, "\\\\\\\\")
@@ -167,26 +207,18 @@ def _attacks(report: RobustnessReport) -> "Figure":
     return figure
 
 
-def _potential(report: RobustnessReport, columns: int) -> "Figure":
-    """A heat map per attack: layers down, time steps across, one scale for all."""
-    from matplotlib.colors import LogNorm, Normalize
-
+def _potential(report: DrawnReport, columns: int) -> "Figure":
+    """A heat map per attack, one scale for all."""
     rows = _different([row for row in report.potential if not row["member"].startswith("control/")], 6)
     columns = min(columns, len(rows))
     down = math.ceil(len(rows) / columns)
     layers = max(len(row["layers"]) for row in rows)
-    figure = _figure(0.4 + 4.2 * columns, 0.8 + (0.65 + 0.24 * layers) * down)
+    figure = new_figure(0.4 + 4.2 * columns, 0.8 + (0.65 + 0.24 * layers) * down)
     panels = figure.subplots(down, columns, squeeze=False)
-    numbers = [value for row in rows for steps in row["layers"].values() for value in steps if value > 0]
-    scale = LogNorm(min(numbers), max(numbers)) if numbers and min(numbers) < max(numbers) else Normalize(0, 1)
+    scale = common_scale(value for row in rows for steps in row["layers"].values() for value in steps)
     for axes, row in zip(panels.flat, rows, strict=False):
-        steps = max(len(values) for values in row["layers"].values())
-        grid = [[*values, *[math.nan] * (steps - len(values))] for values in row["layers"].values()]
-        mesh = axes.pcolormesh(grid, norm=scale, cmap="cividis", edgecolors="face", linewidth=0.1)
+        mesh = heat_map(axes, row["layers"], scale)
         axes.set_title(f"{row['member']} ({row['samples']} images)", fontsize=8)
-        axes.set_yticks([place + 0.5 for place in range(len(grid))], list(row["layers"]), fontsize=7)
-        axes.set_xticks([place + 0.5 for place in range(steps)], [str(step) for step in range(steps)], fontsize=7)
-        axes.invert_yaxis()
     for axes in panels.flat[len(rows) :]:
         axes.set_axis_off()
     for axes in panels[-1]:
@@ -235,9 +267,3 @@ def _curves(axes: "Axes", report: Report) -> None:
     axes.set_ylim(0, 105)
     axes.set_title("training", fontsize=10)
     axes.legend(loc="lower right", fontsize=8)
-
-
-def _figure(width: float, height: float) -> "Figure":
-    from matplotlib.figure import Figure
-
-    return Figure(figsize=(width, height), layout="constrained")

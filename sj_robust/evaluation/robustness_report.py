@@ -2,14 +2,22 @@
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Self
 
 from sj_robust._saved import SavedResult, markdown_table, plain
+from sj_robust._shown import Shown, shown_html, write_figure
 from sj_robust.attacks.threat import ThreatModel, eps_text, parse_eps
+from sj_robust.evaluation.drawings import robustness_figures
 from sj_robust.evaluation.intervals import wilson_interval
 from sj_robust.evaluation.outcome import MemberOutcome
 from sj_robust.evaluation.proofs import check_proofs
+from sj_robust.evaluation.suites import GRADES
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["Accuracy", "RobustnessReport"]
 
@@ -71,8 +79,8 @@ class Accuracy:
         return f"{low:.1f} to {high:.1f}"
 
 
-@dataclass(frozen=True)
-class RobustnessReport(SavedResult, what="a robustness report", format="sj_robust.robustness_report", version=1):
+@dataclass(frozen=True, repr=False)
+class RobustnessReport(Shown, SavedResult, what="a robustness report", format="sj_robust.robustness_report", version=1):
     """A network under a suite of attacks, image by image. 鲁棒性评估报告。
 
     The outcome of every image is the truth; every accuracy is counted from it. The JSON also holds the accuracies, so
@@ -306,6 +314,31 @@ class RobustnessReport(SavedResult, what="a robustness report", format="sj_robus
     # What stands above and below the figures
 
     @property
+    def verdict(self) -> str:
+        """In one breath: what share withstands the threat at most and at least, what was tried, what to doubt."""
+        most = self.everything
+        proved = "" if self.bracket is None else f"; at least {self.bracket[0].percent} % is proved"
+        attacks = f"{len(self.members)} attack{'' if len(self.members) == 1 else 's'}"
+        grade = f" ({GRADES[self.suite]})" if self.suite in GRADES else ""
+        return (
+            f"At most {most.percent} % (95 % interval {most.interval_text}) of {most.total} images withstand "
+            f"{self.budget}{proved}. Tried: suite {self.suite}{grade}, {attacks}. Doubts: {self._doubts()}."
+        )
+
+    def _doubts(self) -> str:
+        """What speaks against the figures, in a few words."""
+        signs = len(self.findings) - len(self._answered())
+        found = [text.partition(":")[0] for text in self.alarms]
+        if self.masked:
+            names = ", ".join(text.removeprefix("CHECK ").partition(":")[0] for text in self.masked)
+            found.append(f"{len(self.masked)} of {signs} signs of gradient masking, {names}")
+        elif self.findings:
+            found.append(f"none of {signs} signs of gradient masking")
+        else:
+            found.append("signs of gradient masking were not looked for")
+        return "; ".join(found)
+
+    @property
     def alarms(self) -> tuple[str, ...]:
         """Why the network must not be called robust at all: it is dead, or it guesses; none for one that works."""
         clean = self.clean
@@ -335,13 +368,17 @@ class RobustnessReport(SavedResult, what="a robustness report", format="sj_robus
 
         That another estimator beats the training surrogate is none where the suite has chosen among estimators.
         """
-        answered = {"other_estimator_stronger"} if self.estimators else set()
+        answered = self._answered()
         return tuple(
             f"CHECK {row['name']}: {row['value']:.3g} where at most {row['threshold']:.3g} passes. {row['meaning']} "
             f"{row['remedy']}"
             for row in self.findings
             if not row["passed"] and row["name"] not in answered
         )
+
+    def _answered(self) -> set[str]:
+        """Findings that are no sign here: the suite has chosen among estimators."""
+        return {"other_estimator_stronger"} & {row["name"] for row in self.findings if self.estimators}
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -360,12 +397,42 @@ class RobustnessReport(SavedResult, what="a robustness report", format="sj_robus
 
     # Text
 
+    def _repr_html_(self) -> str:
+        figures = [one for one in self.accuracies if one.kind != "member"]
+        return shown_html("\n".join([self.verdict, *self.alarms, *self.masked, self._table(figures), *self.remarks]))
+
     def table(self) -> str:
         """Markdown table of all accuracies."""
-        rows = [
-            [one.name, one.percent, one.interval_text, str(one.total), f"{one.seconds:.1f}"] for one in self.accuracies
-        ]
+        return self._table(self.accuracies)
+
+    def _table(self, accuracies: Sequence[Accuracy]) -> str:
+        rows = [[one.name, one.percent, one.interval_text, str(one.total), f"{one.seconds:.1f}"] for one in accuracies]
         return markdown_table(["accuracy", "%", "95 % interval", "images", "seconds"], rows)
+
+    def plot(
+        self,
+        which: Literal["accuracy_over_eps", "attacks", "potential"] | None = None,
+        path: str | Path | None = None,
+    ) -> "Figure":
+        """One of the figures. 绘制报告的一张图。
+
+        It needs matplotlib (extra ``recipes``).
+
+        Args:
+            which: ``"accuracy_over_eps"``, ``"attacks"`` (what each left) or ``"potential"`` (MS-MPPD of every layer
+                and step); None takes the first that the report has numbers for.
+            path: File to write as well; its ending says which format.
+
+        Raises:
+            ValueError: If the report has no numbers for it.
+        """
+        figures = robustness_figures(self)
+        name: str = which or next(iter(figures.keys()))
+        if name not in figures:
+            raise ValueError(f"which must be one of {', '.join(figures)}, got {which!r}")
+        if path is not None:
+            write_figure(figures[name], path)
+        return figures[name]
 
     def to_json(self) -> str:
         """The report as JSON text, which :meth:`from_json` reads back equal."""

@@ -20,10 +20,20 @@ from sj_robust.attacks.threat import ThreatModel
 from sj_robust.evaluation.estimator_search import CANDIDATES, EstimatorSearch, expectation
 from sj_robust.evaluation.member import Member
 
-__all__ = ["Suite", "SuiteName", "make_suite"]
+__all__ = ["GRADES", "Suite", "SuiteName", "make_suite"]
 
 SuiteName = Literal["paper", "fast", "standard", "autoattack", "gradients", "events"]
 """Names of the suites."""
+
+GRADES: dict[str, str] = {
+    "paper": "a protocol to compare with, weaker than standard",
+    "fast": "a first impression",
+    "standard": "the one to report",
+    "autoattack": "AutoAttack standard, which knows the training surrogate alone",
+    "gradients": "estimators one by one",
+    "events": "the one to report for event frames",
+}
+"""How far the figures of each suite can be trusted."""
 
 _PAPER_EPS = 8 / 255
 _PAPER_STEPS = {7: 2.55 / 255, 10: 2 / 255, 20: 1 / 255, 40: 0.5 / 255}  # steps of PGD: step size at _PAPER_EPS
@@ -193,7 +203,7 @@ def _fast(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
     ce, dlr = partial(plan.ce, steps=50), partial(plan.dlr, steps=50)
     members = [ce(best), *([ce(second)] if second != best else []), *dlr(best), ce(best, 1), ce(best, 2)]
     members += [] if "training" in (best, second) else [ce("training")]
-    description = f"APGD of 50 steps with {_listed(best, second)}: a first impression, not a final figure"
+    description = f"APGD of 50 steps with {_listed(best, second)}: {GRADES['fast']}, not a final figure"
     return Suite("fast", tuple(members), _control(members), description, EstimatorSearch(images=32, steps=10, count=2))
 
 

@@ -1,6 +1,6 @@
 """Perturbation of the membrane potential between a clean and a perturbed run of one network."""
 
-from sj_robust.perturbation._statistics import LayerStats, LayerTrace
+from sj_robust.perturbation._statistics import LayerStats, LayerTrace, MPPDStatistics
 from sj_robust.perturbation.dynamics import (
     full_perturbation,
     membrane_potential,
@@ -18,6 +18,7 @@ __all__ = [
     "LayerStats",
     "LayerTrace",
     "MPPDMonitor",
+    "MPPDStatistics",
     "Perturbation",
     "compare",
     "full_perturbation",

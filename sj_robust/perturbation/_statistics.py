@@ -1,16 +1,24 @@
 """What the monitor reports of a layer, and the running sums it comes from."""
 
 from dataclasses import dataclass, fields
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from sj_robust._saved import markdown_table
+from sj_robust._shown import Shown, common_scale, heat_map, new_figure
 from sj_robust.neuron.charging import Neuron
 from sj_robust.ops.dlif.config import state_dtype
 from sj_robust.perturbation import dynamics
 
-__all__ = ["Kept", "LayerStats", "LayerTotals", "LayerTrace", "PairStatistics"]
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Kept", "LayerStats", "LayerTotals", "LayerTrace", "MPPDStatistics", "PairStatistics"]
+
+_MOST = 8
+"""Rows and steps of a table; more are left out in the middle."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +101,71 @@ class LayerStats:
 
     def _tensors(self) -> dict[str, Tensor | None]:
         return {field.name: getattr(self, field.name) for field in fields(self)[3:]}
+
+
+class MPPDStatistics(Shown, dict[str, LayerStats]):
+    """The statistics of every spiking layer by its name, in order of execution. 各层统计量。
+
+    Examples:
+        >>> from spikingjelly.activation_based import neuron
+        >>> from sj_robust.perturbation import compare
+        >>> net = torch.nn.Sequential(neuron.IFNode(step_mode="m"))
+        >>> compare(net, torch.full((2, 1, 1), 0.5), torch.full((2, 1, 1), 0.75))
+        <MPPDStatistics: 1 spiking layer, T = 2, 1 pair of inputs; MS-MPPD from 0.156 (0) to 0.156 (0)>
+    """
+
+    @property
+    def verdict(self) -> str:
+        """How many layers and pairs, and where the potential moved least and most, in the mean over time."""
+        if not self:
+            return "no spiking layer"
+        sizes = {name: float(layer.ms_mppd.mean()) for name, layer in self.items()}
+        low, high = min(sizes, key=sizes.__getitem__), max(sizes, key=sizes.__getitem__)
+        first = next(iter(self.values()))
+        layers, pairs = (
+            f"{count} {what}{'' if count == 1 else 's'}"
+            for count, what in ((len(self), "spiking layer"), (first.samples, "pair"))
+        )
+        dead = [name for name, layer in self.items() if float(layer.silent[-1]) == 1]
+        silent = f"; {', '.join(dead)} NEVER FIRED" if dead else ""
+        return (
+            f"{layers}, T = {first.T}, {pairs} of inputs; MS-MPPD from {sizes[low]:.3g} ({low}) to {sizes[high]:.3g} "
+            f"({high}){silent}"
+        )
+
+    def table(self) -> str:
+        """Markdown: the verdict, then a row per layer; of many layers and steps the first and last ones."""
+        rows = [
+            [
+                name, layer.neuron, " ".join(_few([f"{value:.3g}" for value in layer.ms_mppd.tolist()])),
+                f"{float(layer.firing_rate.mean()):.3g}", f"{100 * float(layer.silent[-1]):.1f}",
+            ]
+            for name, layer in self.items()
+        ]  # fmt: skip
+        heads = ["layer", "neuron", "MS-MPPD per step", "spikes per neuron and step", "never fires, %"]
+        return f"{self.verdict}.\n\n{markdown_table(heads, _few(rows, ['...'] * len(heads)), words=3)}"
+
+    def plot(self, statistic: str = "ms_mppd") -> "Figure":
+        """A heat map of layers and time steps. 层与时间步的热图。
+
+        It needs matplotlib (extra ``recipes``).
+
+        Args:
+            statistic: Name of the statistic, one of those of :class:`LayerStats` that have a value per step.
+
+        Raises:
+            ValueError: If there is no such statistic.
+        """
+        layers = {name: layer.to_dict()["per_step"].get(statistic) for name, layer in self.items()}
+        known = {name: values for name, values in layers.items() if values is not None}
+        if not known:
+            raise ValueError(f"statistic must be one of LayerStats that was measured, got {statistic!r}")
+        figure = new_figure(5.0, 1.2 + 0.24 * len(known))
+        axes = figure.subplots()
+        mesh = heat_map(axes, known, common_scale(value for values in known.values() for value in values))
+        axes.set_xlabel("time step")
+        figure.colorbar(mesh, ax=axes, label="MS-MPPD" if statistic == "ms_mppd" else statistic)
+        return figure
 
 
 @dataclass(frozen=True, eq=False)
@@ -298,6 +371,12 @@ class LayerTotals:
             spike_distance=means[8],
             tasad=means[9],
         )
+
+
+def _few(items: list[Any], between: Any = "...") -> list[Any]:
+    """All of few items; of many the first and last ones."""
+    half = _MOST // 2
+    return items if len(items) <= _MOST else [*items[:half], between, *items[-half:]]
 
 
 def _whole(name: str, per_step: Tensor) -> float:

@@ -15,7 +15,7 @@ from sj_robust._preserved import evaluation_mode
 from sj_robust.classifier import SpikingClassifier, as_classifier
 from sj_robust.neuron.charging import NeuronKey, find_neurons
 from sj_robust.perturbation._recording import Layers, NeuronHook, Recording, RunKind
-from sj_robust.perturbation._statistics import Kept, LayerStats, LayerTotals
+from sj_robust.perturbation._statistics import Kept, LayerTotals, MPPDStatistics
 from sj_robust.perturbation.pair import Indicator, LayerPair
 
 __all__ = ["MPPDMonitor", "compare"]
@@ -29,7 +29,7 @@ def compare(
     T: int | None = None,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-) -> dict[str, LayerStats]:
+) -> MPPDStatistics:
     """How a perturbation moves the membrane potential of every spiking layer, in one call. 一次调用比较膜电位扰动。
 
     Equation: as in :class:`MPPDMonitor`, which also watches a training, follows neurons of other dynamics and keeps
@@ -175,7 +175,7 @@ class MPPDMonitor(BaseMonitor):
 
     def compare(
         self, x: Tensor, x_perturbed: Tensor, *, forward: Callable[[Tensor], object] | None = None
-    ) -> dict[str, LayerStats]:
+    ) -> MPPDStatistics:
         """Run the network on both inputs and return the statistics of this pair by layer, in order of execution.
 
         Both runs start from a reset network in evaluation mode without gradients; training modes are restored and the
@@ -223,7 +223,7 @@ class MPPDMonitor(BaseMonitor):
                 with self.perturbed():
                     run(x_perturbed)
             totals = _totals_of(self._recording.pairs)
-            return {name: pair.stats(input_gain=self._input_gain) for name, pair in totals.items()}
+            return self._stats_of(totals)
         finally:
             self._recording.kept = kept
             self._recording.forget()
@@ -296,7 +296,7 @@ class MPPDMonitor(BaseMonitor):
             self._recording.forget()
         return value
 
-    def statistics(self) -> dict[str, LayerStats]:
+    def statistics(self) -> MPPDStatistics:
         """Statistics of every layer that ran, over all pairs since :meth:`clear_recorded_data`, by name.
 
         Raises:
@@ -307,7 +307,7 @@ class MPPDMonitor(BaseMonitor):
                 "a monitor with keep='loss' measures nothing beside its loss: call compare(x, x_perturbed), or build "
                 "it with keep='statistics'"
             )
-        return {name: totals.stats(input_gain=self._input_gain) for name, totals in self._totals.items()}
+        return self._stats_of(self._totals)
 
     def __getitem__(self, i: int | str) -> Any:
         """Records of a layer by name, or one record by index, as every SpikingJelly monitor has them."""
@@ -404,6 +404,9 @@ class MPPDMonitor(BaseMonitor):
                 "so the full perturbation is left out there",
                 stacklevel=4,
             )
+
+    def _stats_of(self, totals: Mapping[str, LayerTotals]) -> MPPDStatistics:
+        return MPPDStatistics({name: one.stats(input_gain=self._input_gain) for name, one in totals.items()})
 
     def _record_of(self, name: str, value: object) -> None:
         self.name_records_index[name].append(len(self.records))

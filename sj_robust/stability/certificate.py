@@ -2,9 +2,14 @@
 
 import statistics
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 from sj_robust._saved import SavedResult, markdown_table
+from sj_robust._shown import Shown, new_figure, write_figure
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["Bound", "Certificate", "LayerCertificate"]
 
@@ -19,6 +24,22 @@ SCOPE = (
 
 NOT_L2 = "not a valid L2-to-L2 bound in general; as L2-to-peak it holds for |p| <= 1"
 """What the printed constant of Theorem 3.1 is."""
+
+# Colours of Okabe and Ito (2008), and another marker for each: told apart in grey and by all kinds of colour vision.
+_MEASURED = ("measured, largest of all pairs", "#000000", "o")
+_PANELS = (
+    (
+        "L2 over time, ||eps|| / ||Ds||",
+        "measured_l2",
+        {"l2": ("exact, T steps", "#0072b2", "|"), "any_time": ("any T", "#009e73", "D"),
+         "printed": ("printed, no L2 bound in general", "#d55e00", "x")},
+    ),
+    (
+        "largest step, max ||eps[t]|| / ||Ds||",
+        "measured_peak",
+        {"peak": ("exact, T steps", "#0072b2", "|"), "printed_peak": ("printed, if all |p| <= 1", "#d55e00", "x")},
+    ),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -83,8 +104,10 @@ class LayerCertificate:
         return all(held) if held else None
 
 
-@dataclass(frozen=True)
-class Certificate(SavedResult, what="a stability certificate", format="sj_robust.stability_certificate", version=1):
+@dataclass(frozen=True, repr=False)
+class Certificate(
+    Shown, SavedResult, what="a stability certificate", format="sj_robust.stability_certificate", version=1
+):
     """Result of :func:`certify`, plain data throughout. 稳定性证书。
 
     Attributes:
@@ -148,7 +171,52 @@ class Certificate(SavedResult, what="a stability certificate", format="sj_robust
             )
         elif self.no_flip_unknown:
             lines.append(f"Within which distance no spike flips is not known: {self.no_flip_unknown}.")
-        return "\n".join([*lines, self._verdict(), SCOPE])
+        return "\n".join([*lines, f"{self.verdict}.", SCOPE])
+
+    def plot(self, path: str | Path | None = None) -> "Figure":
+        """Measured ratios beside their bounds, a row per covered layer, on a logarithmic axis. 绘制稳定性证书。
+
+        It needs matplotlib (extra ``recipes``).
+
+        Args:
+            path: File to write as well; its ending says which format, ``.pdf`` and ``.png`` among others.
+
+        Raises:
+            ValueError: If no layer is covered.
+        """
+        from matplotlib import rc_context
+        from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
+
+        layers = [layer for layer in self.layers if layer.not_covered is None]
+        if not layers:
+            raise ValueError("no layer of the certificate is covered, so there is nothing to draw; see its table()")
+        with rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
+            figure = new_figure(6.75, 1.35 + 0.17 * len(layers))
+            axes = figure.subplots(1, 2, sharey=True)
+            for axis, (title, measured, bounds) in zip(axes, _PANELS, strict=True):
+                series = {name: [_value(getattr(layer, name)) for layer in layers] for name in (measured, *bounds)}
+                for name, values in series.items():
+                    label, colour, marker = bounds.get(name, _MEASURED)
+                    shown = [(value, row) for row, value in enumerate(values) if value is not None]
+                    if shown:
+                        size = 9 if marker == "|" else 4.5
+                        axis.plot(*zip(*shown, strict=True), marker, color=colour, label=label, ms=size, mew=1.4)
+                axis.set_xscale("log")
+                low, high = axis.get_xlim()
+                axis.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 100 * low else (1.0,)))
+                axis.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+                axis.xaxis.set_minor_formatter(NullFormatter())
+                axis.set_xlabel(title)
+                axis.grid(axis="both", alpha=0.25, linewidth=0.5)
+                if axis.lines:
+                    axis.legend(
+                        fontsize=7, frameon=False, loc="lower left", bbox_to_anchor=(0.0, 1.0), borderaxespad=0.2
+                    )
+            axes[0].set_yticks(range(len(layers)), [layer.name for layer in layers], fontsize=7)
+            axes[0].set_ylim(len(layers) - 0.5, -0.5)
+        if path is not None:
+            write_figure(figure, path)
+        return figure
 
     def _content(self) -> dict[str, Any]:
         return {"scope": SCOPE, "printed_is": NOT_L2} | asdict(self)
@@ -159,14 +227,16 @@ class Certificate(SavedResult, what="a stability certificate", format="sj_robust
         parts = {"layers": tuple(map(_layer_from, content["layers"])), "no_flip": tuple(content["no_flip"])}
         return cls(**content | parts)
 
-    def _verdict(self) -> str:
+    @property
+    def verdict(self) -> str:
+        """How many layers are covered and measured, and whether the bounds held."""
         covered = sum(layer.not_covered is None for layer in self.layers)
         measured = sum(layer.holds is not None for layer in self.layers)
         count = f"{covered} of {len(self.layers)} layers covered, {measured} measured on {self.samples} pairs"
         if self.holds is None:
-            return f"{count}."
+            return count
         outcome = "every exact bound held" if self.holds else "AN EXACT BOUND WAS EXCEEDED"
-        return f"{count}: {outcome} (margin {self.margin:g}, or the residual, for the estimate of the norm)."
+        return f"{count}: {outcome} (margin {self.margin:g}, or the residual, for the estimate of the norm)"
 
 
 def _row(layer: LayerCertificate) -> list[str]:
@@ -195,3 +265,9 @@ def _layer_from(plain: dict[str, Any]) -> LayerCertificate:
     plain["feeds"] = tuple(plain["feeds"])
     plain["input_gain"] = None if plain["input_gain"] is None else tuple(plain["input_gain"])
     return LayerCertificate(**plain)
+
+
+def _value(entry: Bound | float | None) -> float | None:
+    """What is drawn of a bound or a measured ratio; nothing where it is missing or zero."""
+    value = entry.value if isinstance(entry, Bound) else entry
+    return value if value else None

@@ -4,22 +4,26 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from sj_robust._checks import check_count, check_images, check_labels, check_logits
 from sj_robust._environment import device_of
-from sj_robust._eps import parse_eps
+from sj_robust._eps import eps_text, parse_eps
 from sj_robust._preserved import full_precision, generators_of, preserved
 from sj_robust._saved import markdown_table
+from sj_robust._shown import Shown, heat_map, new_figure
 from sj_robust.classifier import SpikingClassifier, as_classifier, check_classifier
 from sj_robust.neuron.charging import Neuron, find_neurons, is_neuron
 from sj_robust.stability.bounds import BoundedRun, Bounds, NoBoundsError
 from sj_robust.stability.branching import Prover
 from sj_robust.stability.exact import mip
 from sj_robust.stability.relaxation import Bounded, Maps
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["BoundedLayer", "Verification", "bounded_logits", "bounded_neurons", "verify"]
 
@@ -43,8 +47,8 @@ class BoundedLayer:
     potential: tuple[float, ...]
 
 
-@dataclass(frozen=True)
-class Verification:
+@dataclass(frozen=True, repr=False)
+class Verification(Shown):
     """Result of :func:`verify`. 验证结果。
 
     Attributes:
@@ -79,20 +83,44 @@ class Verification:
         """Whether each image is neither verified nor broken."""
         return tuple(not (good or bad) for good, bad in zip(self.verified, self.broken, strict=True))
 
+    @property
+    def verdict(self) -> str:
+        """How many images are verified, broken and unknown."""
+        return (
+            f"Linf {eps_text(self.eps)}: {sum(self.verified)} of {len(self.margin)} images verified, "
+            f"{sum(self.broken)} broken, {sum(self.unknown)} unknown; {sum(self.correct)} classified right without a "
+            "perturbation"
+        )
+
     def table(self) -> str:
         """Markdown: the share of images, then a row per spiking layer."""
-        count = len(self.margin)
-        head = (
-            f"Linf {self.eps:.6g}: {sum(self.verified)} of {count} images verified, {sum(self.broken)} broken, "
-            f"{sum(self.unknown)} unknown; {sum(self.correct)} classified right without a perturbation."
-        )
         rows = []
         for layer in self.layers:
             undecided = " ".join(f"{100 * share:.1f}" for share in layer.undecided)
             potential = " ".join(f"{value:.3g}" for value in layer.potential)
             rows.append([layer.name, undecided, potential])
         heads = ["layer", "undecided spikes, % per step", "bounded perturbation of h, mean square per step"]
-        return f"{head}\n\n{markdown_table(heads, rows, words=3)}"
+        return f"{self.verdict}.\n\n{markdown_table(heads, rows, words=3)}"
+
+    def plot(self) -> "Figure":
+        """The margin of every image, and how many spikes the bounds leave open. 绘制验证结果。
+
+        It needs matplotlib (extra ``recipes``).
+        """
+        from matplotlib.colors import Normalize
+
+        figure = new_figure(7.0, 2.6 + 0.16 * len(self.layers))
+        images, spikes = figure.subplots(1, 2)
+        images.plot(sorted(self.margin, reverse=True), ".", color="#0072b2")
+        images.axhline(0, color="#767676", linewidth=1)
+        images.set_xlabel("images, sorted")
+        images.set_ylabel("margin of the right class; > 0 is proved")
+        images.set_title(f"Linf {eps_text(self.eps)}: {sum(self.verified)} of {len(self.margin)} proved", fontsize=9)
+        mesh = heat_map(spikes, {layer.name: layer.undecided for layer in self.layers}, Normalize(0, 1))
+        spikes.set_xlabel("time step")
+        spikes.set_title("share of spikes that the bounds leave open", fontsize=9)
+        figure.colorbar(mesh, ax=spikes)
+        return figure
 
 
 def verify(

@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from matplotlib.figure import Figure
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 
@@ -24,7 +23,6 @@ from sj_robust.stability import (
     l2_gain,
     no_flip_radius,
     peak_gain,
-    plot,
 )
 
 
@@ -319,21 +317,19 @@ def test_saved_and_loaded_is_equal(tmp_path):
 def test_plot(tmp_path):
     found = certify(small(2), torch.rand(3, 2, 6, 6), 2, x_perturbed=torch.rand(3, 2, 6, 6))
     for name, start in (("a.png", b"\x89PNG"), ("a.pdf", b"%PDF")):
-        assert plot.plot_certificate(found, tmp_path / name).read_bytes().startswith(start)
-    bounds_alone = plot.plot_certificate(certify(small(2), torch.rand(1, 2, 6, 6), 2), tmp_path / "b.png")
-    assert bounds_alone.read_bytes() != (tmp_path / "a.png").read_bytes()
+        found.plot(tmp_path / name)
+        assert (tmp_path / name).read_bytes().startswith(start)
+    certify(small(2), torch.rand(1, 2, 6, 6), 2).plot(tmp_path / "b.png")
+    assert (tmp_path / "b.png").read_bytes() != (tmp_path / "a.png").read_bytes()
     nothing = replace(found, layers=(found.layers[0].__class__("x", "IFNode", not_covered="why"),))
     with pytest.raises(ValueError, match="no layer of the certificate is covered"):
-        plot.plot_certificate(nothing, tmp_path / "c.png")
+        nothing.plot()
 
 
-def test_plot_shows_every_value_of_every_layer(monkeypatch):
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **_: drawn.append(figure))
+def test_plot_shows_every_value_of_every_layer():
     found = certify(small(2), torch.rand(3, 2, 6, 6), 2, x_perturbed=torch.rand(3, 2, 6, 6))
-    plot.plot_certificate(found, "certificate.png")
     names = [["measured_l2", "l2", "any_time", "printed"], ["measured_peak", "peak", "printed_peak"]]
-    for axis, of_panel in zip(drawn[0].axes, names, strict=True):
+    for axis, of_panel in zip(found.plot().axes, names, strict=True):
         (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
         for line, name in zip(axis.lines, of_panel, strict=True):
             entries = [getattr(layer, name) for layer in found.layers]
@@ -342,5 +338,5 @@ def test_plot_shows_every_value_of_every_layer(monkeypatch):
             assert shown, name
             assert dict(zip(line.get_ydata(), line.get_xdata(), strict=True)) == shown
             assert all(left < value < right and top < row < bottom for row, value in shown.items())
-    first = drawn[0].axes[0]
+    first = found.plot().axes[0]
     assert [label.get_text() for label in first.get_yticklabels()] == [layer.name for layer in found.layers]

@@ -3,10 +3,10 @@
 import math
 
 from matplotlib.axes import Axes
-from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 
 from lab.figures.style import COLOURS, DOUBLE, GREY, LINES, MARKERS, letter
+from sj_robust._shown import common_scale, heat_map
 from sj_robust.perturbation.association import Association
 from sj_robust.perturbation.indicators import INDICATORS
 from sj_robust.perturbation.intensity import IntensityCorrelation
@@ -98,20 +98,16 @@ def draw_heat_maps(data: IntensityCorrelation) -> Figure:
     """MS-MPPD of every layer and step: a row per direction, a column per size, one scale for all."""
     shown = _spread_out(len(data.eps))
     rows, layers = len(data.directions), len(data.layers)
-    steps = len(data.per_step[data.directions[0]][data.layers[0]][0])
     figure = Figure(figsize=(DOUBLE, 0.6 + rows * (0.75 + max(0.13 * layers, 0.5))), layout="constrained")
     panels = figure.subplots(rows, len(shown), squeeze=False, sharex=True, sharey=True)
-    numbers = [
-        value for kinds in data.per_step.values() for sizes in kinds.values() for index in shown
-        for value in sizes[index] if value > 0
-    ]  # fmt: skip
-    scale = LogNorm(min(numbers), max(numbers)) if numbers and min(numbers) < max(numbers) else Normalize(0, 1)
+    kinds = data.per_step.values()
+    scale = common_scale(
+        value for kind in kinds for sizes in kind.values() for index in shown for value in sizes[index]
+    )
     for row, direction in enumerate(data.directions):
         for column, index in enumerate(shown):
             axes = panels[row, column]
-            grid = [data.per_step[direction][layer][index] for layer in data.layers]
-            mesh = axes.pcolormesh(grid, norm=scale, cmap="cividis", edgecolors="face", linewidth=0.1)
-            axes.grid(visible=False)
+            mesh = heat_map(axes, {layer: data.per_step[direction][layer][index] for layer in data.layers}, scale)
             if row == 0:
                 axes.set_title(f"eps {data.eps[index]:.3g}")
         every = math.ceil(layers / 12)
@@ -119,10 +115,7 @@ def draw_heat_maps(data: IntensityCorrelation) -> Figure:
             [p + 0.5 for p in range(0, layers, every)], [str(p + 1) for p in range(0, layers, every)]
         )
         panels[row, 0].set_ylabel(f"{direction}\nspiking layer")
-    panels[0, 0].invert_yaxis()
-    ticks = range(0, steps, math.ceil(steps / 8))
     for axes in panels[-1]:
-        axes.set_xticks([place + 0.5 for place in ticks], [str(place) for place in ticks])
         axes.set_xlabel("time step")
     figure.colorbar(mesh, ax=list(panels.flat), label="MS-MPPD", pad=0.01, aspect=12 * rows)
     return figure

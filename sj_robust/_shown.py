@@ -1,0 +1,102 @@
+"""How results show themselves: in one line, as a table of a notebook, as a heat map of layers and time steps."""
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from itertools import groupby
+from math import ceil, nan
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.collections import QuadMesh
+    from matplotlib.colors import Normalize
+    from matplotlib.figure import Figure
+
+__all__ = ["Shown", "common_scale", "heat_map", "new_figure", "shown_html", "write_figure"]
+
+
+class Shown:
+    r"""Base of a result: a sentence where it is printed, a table where a notebook shows it. 可直接显示的结果。
+
+    Examples:
+        >>> class Half(Shown):
+        ...     verdict = "half of 2 images"
+        ...     def table(self):
+        ...         return "| image | right |\n| --- | ---: |\n| 0 | yes |\n\nOne is left out."
+        >>> Half()
+        <Half: half of 2 images>
+        >>> Half()._repr_html_()
+        '<table><tr><th>image</th><th>right</th></tr><tr><td>0</td><td>yes</td></tr></table><p>One is left out.</p>'
+    """
+
+    @property
+    def verdict(self) -> str:
+        """What it comes to."""
+        raise NotImplementedError
+
+    def table(self) -> str:
+        """All of it as Markdown."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        """The verdict."""
+        return f"<{type(self).__name__}: {self.verdict}>"
+
+    def _repr_html_(self) -> str:
+        """The table, where a notebook shows the result."""
+        return shown_html(self.table())
+
+
+def shown_html(markdown: str) -> str:
+    """Tables and lines of Markdown as HTML. Markdown 转 HTML。"""
+    found = []
+    for is_table, lines in groupby(filter(None, markdown.splitlines()), key=lambda line: line.startswith("| ")):
+        if not is_table:
+            found += [f"<p>{escape(line)}</p>" for line in lines]
+            continue
+        head, _, *rows = ([escape(cell) for cell in line[2:-2].split(" | ")] for line in lines)
+        cells = ["".join(f"<th>{cell}</th>" for cell in head)]
+        cells += ["".join(f"<td>{cell}</td>" for cell in row) for row in rows]
+        found.append(f"<table>{''.join(f'<tr>{row}</tr>' for row in cells)}</table>")
+    return "".join(found)
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """A figure of so many inches, which a notebook shows. 新建图。"""
+    from matplotlib.figure import Figure
+
+    if "IPython" in sys.modules:  # which learns from pyplot alone how a figure is shown
+        import matplotlib.pyplot  # noqa: F401
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def write_figure(figure: "Figure", path: str | Path) -> None:
+    """Write a figure so that the same one gives the same file; its ending decides the format. 保存图。"""
+    from matplotlib import rc_context
+
+    metadata = {"CreationDate": None} if Path(path).suffix == ".pdf" else None
+    with rc_context({"pdf.fonttype": 42}):
+        figure.savefig(path, dpi=150, metadata=metadata)
+
+
+def common_scale(values: Iterable[float]) -> "Normalize":
+    """A logarithmic scale of colours over all values > 0. 公共颜色尺度。"""
+    from matplotlib.colors import LogNorm, Normalize
+
+    positive = [value for value in values if value > 0]
+    return LogNorm(min(positive), max(positive)) if positive and min(positive) < max(positive) else Normalize(0, 1)
+
+
+def heat_map(axes: "Axes", layers: Mapping[str, Sequence[float]], scale: "Normalize") -> "QuadMesh":
+    """A row per layer, from top to bottom, and a column per time step. 层与时间步的热图。"""
+    steps = max(map(len, layers.values()))
+    grid = [[*values, *[nan] * (steps - len(values))] for values in layers.values()]
+    mesh = axes.pcolormesh(grid, norm=scale, cmap="cividis", edgecolors="face", linewidth=0.1)
+    axes.grid(visible=False)
+    axes.set_yticks([place + 0.5 for place in range(len(grid))], list(layers), fontsize=7)
+    ticks = range(0, steps, ceil(steps / 8))
+    axes.set_xticks([place + 0.5 for place in ticks], [str(place) for place in ticks], fontsize=7)
+    axes.set_ylim(len(grid), 0)
+    return mesh

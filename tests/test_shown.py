@@ -1,0 +1,82 @@
+"""Results show themselves: a sentence where they are printed, a table and a figure in a notebook."""
+
+import pytest
+import torch
+from evaluation.reports import finding, report
+from spikingjelly.activation_based import neuron
+from torch import nn
+
+from sj_robust import SpikingClassifier, certify, compare, verify
+
+X = torch.tensor([[0.9, 0.1], [0.3, 0.2]])
+LAYERS = 12
+
+
+def deep(layers=LAYERS):
+    parts = [part for _ in range(layers) for part in (nn.Linear(2, 2, bias=False), neuron.IFNode(step_mode="m"))]
+    net = nn.Sequential(*parts).eval()
+    for part in net[::2]:
+        part.weight.data.copy_(torch.eye(2))
+    return net
+
+
+@pytest.fixture(scope="module")
+def results():
+    model = SpikingClassifier(deep(), T=12).eval()
+    return {
+        "report": report(name="<mine>", verified=(7,)),
+        "certificate": certify(model, X, x_perturbed=X + 0.05),
+        "verification": verify(model, X, torch.tensor([0, 0]), 0.0625),
+        "statistics": compare(model, X, X + 0.05),
+    }
+
+
+@pytest.mark.parametrize("name", ["report", "certificate", "verification", "statistics"])
+def test_short_where_printed_and_a_table_in_a_notebook(results, name):
+    result = results[name]
+    assert result.verdict in repr(result)
+    assert len(repr(result)) < 1500
+    html = result._repr_html_()
+    assert html.count("<table>") == html.count("</table>") == 1
+    assert html.count(result.verdict.partition(";")[0].replace(">", "&gt;")) == 1, "said once"
+    assert "| ---" not in html
+
+
+def test_the_verdict_of_a_report_has_a_bracket_what_was_tried_and_the_doubts(results):
+    assert results["report"].verdict == (
+        "At most 30.0 % (95 % interval 10.8 to 60.3) of 10 images withstand Linf, eps 0.1; at least 10.0 % is proved. "
+        "Tried: suite fast (a first impression), 5 attacks. Doubts: none of 2 signs of gradient masking."
+    )
+    failed = report(findings=(finding("flat_loss", passed=False), finding("zero_gradients")), suite="mine")
+    assert failed.verdict.endswith("suite mine, 5 attacks. Doubts: 1 of 2 signs of gradient masking, flat_loss.")
+    dead = report(firing=({"layer": "net.1", "neuron": "DLIFNode", "rate": 0.0, "silent": 1.0, "saturated": 0.0},))
+    assert "Doubts: DEAD LAYER; none of 2 signs" in dead.verdict
+    assert report(findings=()).verdict.endswith("Doubts: signs of gradient masking were not looked for.")
+
+
+def test_a_layer_that_never_fires_is_named_and_long_tables_are_cut():
+    stats = compare(deep(), 0 * X, 0 * X, T=12)
+    assert "NEVER FIRED" in stats.verdict
+    assert stats.table().count("\n| ") == 11  # head, marks, 8 layers and what is left out
+    assert len(compare(deep(40), X, X + 0.05, T=12)._repr_html_()) < 6000
+
+
+@pytest.mark.slow
+def test_figures(results, tmp_path):
+    whole = results["report"]
+    assert whole.plot().axes[0].get_ylabel() == "accuracy, %"
+    assert whole.plot("potential").axes[0].get_title().startswith("apgd_ce/atan:4/r0")
+    assert whole.plot("attacks", tmp_path / "a.pdf").axes
+    assert (tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
+    with pytest.raises(ValueError, match="which must be one of attacks, got 'potential'"):
+        report(over_eps=(), potential=()).plot("potential")
+    images, spikes, _ = results["verification"].plot().axes
+    assert sorted(images.lines[0].get_ydata()) == sorted(results["verification"].margin)
+    stats = results["statistics"]
+    for statistic in ("ms_mppd", "silent"):
+        mesh = stats.plot(statistic).axes[0].collections[0].get_array()
+        wanted = torch.stack([getattr(layer, statistic) for layer in stats.values()])
+        torch.testing.assert_close(torch.as_tensor(mesh).view_as(wanted), wanted)
+    with pytest.raises(ValueError, match="got 'mppd'"):
+        stats.plot("mppd")
+    assert [label.get_text() for label in spikes.get_yticklabels()] == list(stats)
