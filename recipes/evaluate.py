@@ -141,14 +141,8 @@ def main(arguments: list[str]) -> None:
         save_html(report, folder / "report.html")
         with working("drawing", journal.console):
             plots = plot_robustness(report, folder)
-        show_report(report, journal.console)
-        worst, (low, high) = report.everything, report.everything.interval
-        proved = f", at least {report.bracket[0].accuracy:.1%} (proved)" if report.bracket else ""
-        doubt = f"NOT RELIABLE, {report.footnote}\n" if report.unreliable else ""
-        journal.say(
-            f"{doubt}robust accuracy at most {worst.accuracy:.1%} (95 % interval {low:.1%} to {high:.1%}){proved}; "
-            f"report.json, report.html and {', '.join(path.name for path in plots)} are in {folder}"
-        )
+        show_report(report, journal.console, journal.say)
+        journal.say(f"report.json, report.html and {', '.join(path.name for path in plots)} are in {folder}")
     accelerator.end_training()
 
 

@@ -2,7 +2,7 @@
 
 import math
 
-__all__ = ["eps_text", "parse_eps"]
+__all__ = ["eps_text", "parse_eps", "plain_eps"]
 
 
 def eps_text(eps: float) -> str:
@@ -24,6 +24,17 @@ def eps_text(eps: float) -> str:
         if parse_eps(text) == eps:
             return text
     return repr(float(eps))
+
+
+def plain_eps(eps: float) -> float:
+    """The radius with a short text that differs by rounding alone, if there is one. 舍入到简短文本的半径。
+
+    Examples:
+        >>> 0.75 * 0.1, plain_eps(0.75 * 0.1), eps_text(plain_eps(2 * 8 / 255))
+        (0.07500000000000001, 0.075, '16/255')
+    """
+    near = (parse_eps(text) for text in (f"{eps:.4g}", f"{eps * 255:.4g}/255"))
+    return next((value for value in near if math.isclose(value, eps, rel_tol=1e-12)), eps)
 
 
 def parse_eps(text: str | float) -> float:

@@ -78,10 +78,6 @@ class Probe:
         """Share of the images classified right."""
         return int(fooled.sum()) / int(self.right.sum())
 
-    def without(self, weaker: Tensor, stronger: Tensor) -> float:
-        """Share of the images classified right that the weaker attack fools and the stronger does not."""
-        return self.rate(weaker & ~stronger)
-
     @torch.no_grad()
     def logits(self, x: Tensor, *, draw: int = 0) -> Tensor:
         """Logits in float64, with the random numbers of a draw."""

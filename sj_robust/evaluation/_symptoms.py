@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sj_robust.evaluation._probe import Probe
 from sj_robust.evaluation.activity import LayerActivity
+from sj_robust.evaluation.intervals import paired_difference_interval, wilson_interval
 
 __all__ = [
     "THRESHOLDS", "Finding", "attacks", "clean_errors", "estimators_compared", "gradients", "layers", "randomness",
@@ -36,8 +37,8 @@ THRESHOLDS: Mapping[str, float] = MappingProxyType(
         "other_estimator_stronger": 0.2,
     }
 )
-"""Largest value with which each finding passes: shares in [0, 1]. ``clean_errors`` is relative to guessing; where 0.05
-of the images is less than one image, one image passes."""
+"""Largest value with which each finding passes: shares in [0, 1]. ``clean_errors`` is relative to guessing; a share of
+images fails only if its 95 % interval lies above."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,11 @@ class Finding:
         name: Name of the symptom, a key of ``THRESHOLDS``.
         value: Extent of the symptom in [0, 1]; the lower the better.
         threshold: Largest value that passes.
-        passed: Whether ``value <= threshold``.
+        passed: Whether ``value <= threshold``, or for a share of images, whether its 95 % interval reaches down to it.
         meaning: What was measured and what it says, in plain words with its numbers.
         remedy: What to do where it fails.
+        count: How many images show it; None where it is no share of images.
+        total: Of how many.
 
     Examples:
         >>> print(Finding("zero_gradients", 0.75, 0.5, False, "75 % are zero.", "Try others."))
@@ -63,10 +66,25 @@ class Finding:
     passed: bool
     meaning: str
     remedy: str
+    count: int | None = None
+    total: int | None = None
 
     def __str__(self) -> str:
         state, remedy = ("passed", "") if self.passed else ("FAILED", f" {self.remedy}")
-        return f"{state} {self.name}: {self.value:.3g} (at most {self.threshold:.3g}). {self.meaning}{remedy}"
+        return f"{state} {self.name}: {self.extent} (at most {self.threshold:.3g}). {self.meaning}{remedy}"
+
+    @property
+    def extent(self) -> str:
+        """The value, with its count and interval where it is a share of images."""
+        return extent(self.value, self.count, self.total)
+
+
+def extent(value: float, count: int | None, total: int | None) -> str:
+    """A value as tables show it, such as ``0.125, 3 of 24 images, 95 % 0.0434 to 0.31``. 数值的文本形式。"""
+    if count is None or total is None:
+        return f"{value:.3g}"
+    low, high = wilson_interval(count, total)
+    return f"{value:.3g}, {count} of {total} images, 95 % {low:.3g} to {high:.3g}"
 
 
 _FLAT = 0.1  # of the way to the decision boundary, which the gradient has to promise within [0, 1]
@@ -77,9 +95,9 @@ def clean_errors(probe: Probe) -> Finding:
     """What the network gets wrong without any attack."""
     guessing = 1 - 1 / probe.repeated.shape[2]
     errors = 1 - float(probe.right.double().mean())
-    return _finding(
+    return _share(
         "clean_errors",
-        errors,
+        ~probe.right,
         f"The network gets {errors:.0%} of the images wrong without any attack; guessing gets {guessing:.0%} wrong. A "
         "network that is wrong anyway cannot be robust.",
         "Check the weights, the normalisation and the labels before attacking.",
@@ -90,9 +108,9 @@ def clean_errors(probe: Probe) -> Finding:
 def randomness(probe: Probe) -> Finding:
     """Images whose logits are others in another forward."""
     value = float(probe.random.double().mean())
-    return _finding(
+    return _share(
         "random_outputs",
-        value,
+        probe.random,
         f"{value:.0%} of the images get other logits in another forward. A gradient of one draw points where another "
         "draw does not, so a plain attack is weaker than it seems.",
         "Attack the average: eot_samples >= 10 here and in every attack, and count an image as fooled only if several "
@@ -130,8 +148,8 @@ def gradients(probe: Probe) -> list[Finding]:
     size = found.elements.abs()
     zero = float((size == 0).double().mean())
     tiny = float(((size > 0) & (size < _RESOLUTION * found.spread[:, None])).double().mean())
-    flat = float((found.reach <= _FLAT * found.margin.abs()).double().mean())
-    saturated = float((found.margin > 24 * math.log(2)).double().mean())
+    flat = found.reach <= _FLAT * found.margin.abs()
+    saturated = found.margin > 24 * math.log(2)
     return [
         _finding(
             "zero_gradients",
@@ -151,19 +169,19 @@ def gradients(probe: Probe) -> list[Finding]:
             "The surrogate is too narrow or an input layer saturated: attack with wider surrogates (estimators atan:4, "
             "triangle:1), in float64, and with Square, which needs no gradient.",
         ),
-        _finding(
+        _share(
             "flat_loss",
             flat,
-            f"For {flat:.0%} of the images the gradient promises, all the way to black or white, less than a tenth of "
-            "the way to another class. Other classes lie within that range, so the slope is not to be believed.",
+            f"For {_percent(flat)} of the images the gradient promises, all the way to black or white, less than a "
+            "tenth of the way to another class. Other classes lie within that range: the slope is not to be believed.",
             "The surrogate is too narrow or an input layer saturated: try other surrogate shapes and widths, and "
             "transfer attacks from an undefended network.",
         ),
-        _finding(
+        _share(
             "saturated_loss",
             saturated,
-            f"For {saturated:.0%} of the images the probability of the label is 1 in float32, where cross entropy has "
-            "lost its gradient although the logits have one.",
+            f"For {_percent(saturated)} of the images the probability of the label is 1 in float32, where cross "
+            "entropy has lost its gradient although the logits have one.",
             "Attack with APGD-DLR (loss='dlr'), which no scale of the logits can flatten.",
         ),
         _rise(probe),
@@ -174,11 +192,11 @@ def _rise(probe: Probe) -> Finding:
     before = probe.losses(probe.x)
     direction = probe.gradients.elements.view_as(probe.x)
     rises = [probe.losses(probe.moved(direction, share)) > before for share in (0.5, 1.0, 2.0)]
-    value = 1 - float(torch.stack(rises).any(0).double().mean())
-    return _finding(
+    still = ~torch.stack(rises).any(0)
+    return _share(
         "loss_does_not_rise",
-        value,
-        f"For {value:.0%} of the images the true loss rises neither half a radius, nor one, nor two along the "
+        still,
+        f"For {_percent(still)} of the images the true loss rises neither half a radius, nor one, nor two along the "
         "direction that the gradient calls the steepest.",
         "The gradient points astray: attack with other estimators and with EoT if the outputs are random, and check "
         "the direction by finite differences on single images.",
@@ -195,7 +213,7 @@ def attacks(probe: Probe) -> list[Finding]:
         _comparison(
             probe,
             "noise_beats_attack",
-            probe.without(noise, attack),
+            noise & ~attack,
             f"The best of ten draws of random noise of the full radius fools {rate(noise):.0%} of the images, the "
             f"attack {rate(attack):.0%}.",
             "The attack searches worse than chance: attack with other estimators, with restarts from random starts, "
@@ -204,7 +222,7 @@ def attacks(probe: Probe) -> list[Finding]:
         _comparison(
             probe,
             "single_step_beats_iterative",
-            probe.without(single, attack),
+            single & ~attack,
             f"A single step of the full radius fools {rate(single):.0%} of the images, {probe.steps} steps "
             f"{rate(attack):.0%}.",
             "Gradients near the image lead iterations into a dead end: attack with random starts and restarts, larger "
@@ -213,7 +231,7 @@ def attacks(probe: Probe) -> list[Finding]:
         _comparison(
             probe,
             "more_steps_fool_fewer",
-            probe.without(attack, long),
+            attack & ~long,
             f"{probe.steps} steps fool {rate(attack):.0%} of the images, {4 * probe.steps} steps {rate(long):.0%}.",
             "The attack does not converge: use APGD, which chooses its step size, with restarts, and keep every "
             "iterate that fools.",
@@ -223,28 +241,28 @@ def attacks(probe: Probe) -> list[Finding]:
 
 
 def _budgets(probe: Probe, attack: Tensor) -> Iterator[Finding]:
-    eps, rates, drops = probe.threat.eps, [], [0.0]
+    eps, rates, drops = probe.threat.eps, [], [torch.zeros_like(attack)]
     before = attack
     for radius in (2 * eps, 4 * eps):
         if radius < probe.diameter:
             after = probe.fooled(probe.attack(eps=radius))
-            drops.append(probe.without(before, after))
+            drops.append(before & ~after)
             rates.append(f"{probe.rate(after):.0%} at {radius:.3g}")
             before = after
     yield _comparison(
         probe,
         "larger_budget_fools_fewer",
-        max(drops),
+        max(drops, key=lambda drop: int(drop.sum())),
         f"The attack fools {', '.join([f'{probe.rate(attack):.0%} of the images at eps {eps:.3g}', *rates])}.",
         "A larger ball holds the smaller one, so the attack is lost in it: use APGD with restarts and other "
         "estimators.",
     )
-    left = 1 - probe.rate(probe.fooled(probe.unbounded()))
-    yield _finding(
+    left = (~probe.fooled(probe.unbounded()))[probe.right]
+    yield _share(
         "unbounded_attack_fails",
         left,
-        f"An attack that may change every pixel at will leaves {left:.0%} of the images right, although it could paint "
-        "another class.",
+        f"An attack that may change every pixel at will leaves {_percent(left)} of the images right, although it could "
+        "paint another class.",
         "The gradient does not lead to what surely exists: attack with wider surrogates, with the masking layer "
         "replaced by the identity in the backward pass, by transfer and with Square.",
     )
@@ -258,7 +276,7 @@ def transfer(probe: Probe, source: nn.Module | None) -> Finding:
     return _comparison(
         probe,
         "transfer_beats_white_box",
-        probe.without(transferred, attack),
+        transferred & ~attack,
         f"Images crafted on {origin} fool {probe.rate(transferred):.0%}, those crafted with the model's own gradient "
         f"{probe.rate(attack):.0%}.",
         "The model's own gradient knows less than a stranger's: attack with other estimators, by transfer from several "
@@ -268,36 +286,59 @@ def transfer(probe: Probe, source: nn.Module | None) -> Finding:
 
 def estimators_compared(probe: Probe, names: Sequence[str]) -> Finding:
     """The same attack with the training surrogate and with other gradient estimators."""
-    left = {"training": 1 - probe.rate(probe.fooled(probe.strong_attack("training")))}
+    fooled = {"training": probe.fooled(probe.strong_attack("training"))}
     skipped = ""
     for name in names:
         try:
-            left[name] = 1 - probe.rate(probe.fooled(probe.strong_attack(name)))
+            fooled[name] = probe.fooled(probe.strong_attack(name))
         except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
             skipped += f" {name} could not be tried: {error}."
-    best = min(left, key=lambda name: left[name])
-    listed = ", ".join(f"{name} {accuracy:.0%}" for name, accuracy in left.items())
+    best = max(fooled, key=lambda name: int(fooled[name].sum()))
+    listed = ", ".join(f"{name} {1 - probe.rate(images):.0%}" for name, images in fooled.items())
+    stronger, usual = fooled[best], fooled["training"]
+    gained, lost = int((stronger & ~usual).sum()), int((usual & ~stronger).sum())
+    total = int(probe.right.sum())
     return _finding(
         "other_estimator_stronger",
-        left["training"] - left[best],
+        (gained - lost) / total,
         f"Of the images classified right the same attack leaves, by gradient estimator: {listed}. The surrogate of "
         f"the training overstates robustness by the difference to the best.{skipped}",
         "Report the worst case over estimators (suites fast and standard), not the attack with the training surrogate "
         f"alone; {best} is a good start.",
+        lowest=paired_difference_interval(gained, lost, total)[0],
     )
 
 
-def _finding(name: str, value: float, meaning: str, remedy: str, *, threshold: float | None = None) -> Finding:
+def _finding(
+    name: str,
+    value: float,
+    meaning: str,
+    remedy: str,
+    *,
+    threshold: float | None = None,
+    lowest: float | None = None,
+    count: int | None = None,
+    total: int | None = None,
+) -> Finding:
+    """A finding that fails if its value, or the lower end of its interval (``lowest``), is above the threshold."""
     threshold = THRESHOLDS[name] if threshold is None else threshold
-    return Finding(name, float(value), threshold, bool(value <= threshold), meaning, remedy)
+    passed = bool((value if lowest is None else lowest) <= threshold)
+    return Finding(name, float(value), threshold, passed, meaning, remedy, count, total)
 
 
-def _comparison(probe: Probe, name: str, value: float, meaning: str, remedy: str) -> Finding:
-    """A finding on shares of the attacked images, where one image alone is no evidence."""
-    return _finding(
-        name,
-        value,
-        f"{meaning} {value:.0%} fall to the weaker attack alone.",
-        remedy,
-        threshold=max(THRESHOLDS[name], 1 / int(probe.right.sum())),
-    )
+def _share(name: str, shown: Tensor, meaning: str, remedy: str, *, threshold: float | None = None) -> Finding:
+    """A finding on the share of the images that show something, [N] bool."""
+    count, total = int(shown.sum()), len(shown)
+    lowest = wilson_interval(count, total)[0]
+    value = count / total
+    return _finding(name, value, meaning, remedy, threshold=threshold, lowest=lowest, count=count, total=total)
+
+
+def _comparison(probe: Probe, name: str, weaker: Tensor, meaning: str, remedy: str) -> Finding:
+    """A finding on the images that fall to the weaker attack alone, of those classified right."""
+    alone = weaker[probe.right]
+    return _share(name, alone, f"{meaning} {_percent(alone)} fall to the weaker attack alone.", remedy)
+
+
+def _percent(shown: Tensor) -> str:
+    return f"{shown.double().mean():.0%}"

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust._environment import device_of, environment
+from sj_robust._eps import plain_eps
 from sj_robust.attacks.apgd import apgd
 from sj_robust.attacks.bridges import transfer
 from sj_robust.attacks.call import Attack
@@ -322,7 +323,7 @@ def _radii(threat: ThreatModel, *, elements: int) -> list[float]:
     if threat.norm == "L0":
         return sorted({min(elements, math.ceil(factor * threat.eps)) for factor in _FACTORS})
     limit = 1.0 if threat.norm == "Linf" else float("inf")
-    return sorted({min(limit, factor * threat.eps) for factor in _FACTORS})
+    return sorted({min(limit, plain_eps(factor * threat.eps)) for factor in _FACTORS})
 
 
 def _level(threat: ThreatModel, estimator: str, draws: int) -> Member:

@@ -20,10 +20,10 @@ __all__ = ["plot_report", "plot_robustness", "robustness_figures"]
 # Colours that all kinds of colour vision tell apart (Okabe and Ito); shapes and hatches differ as well.
 BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#767676"
 
-Rows = Sequence[dict[str, Any]]
+_Rows = Sequence[dict[str, Any]]
 
 
-class DrawnAccuracy(Protocol):
+class _DrawnAccuracy(Protocol):
     """What is drawn of an accuracy."""
 
     @property
@@ -36,7 +36,7 @@ class DrawnAccuracy(Protocol):
     def interval(self) -> tuple[float, float]: ...
 
 
-class DrawnReport(Protocol):
+class _DrawnReport(Protocol):
     """What is drawn of a robustness report, which itself draws by this module."""
 
     @property
@@ -48,17 +48,17 @@ class DrawnReport(Protocol):
     @property
     def members(self) -> Sequence[MemberOutcome]: ...
     @property
-    def accuracies(self) -> Sequence[DrawnAccuracy]: ...
+    def accuracies(self) -> Sequence[_DrawnAccuracy]: ...
     @property
-    def control(self) -> DrawnAccuracy | None: ...
+    def control(self) -> _DrawnAccuracy | None: ...
     @property
-    def everything(self) -> DrawnAccuracy: ...
+    def everything(self) -> _DrawnAccuracy: ...
     @property
-    def over_eps(self) -> Rows: ...
+    def over_eps(self) -> _Rows: ...
     @property
-    def verified_over_eps(self) -> Rows: ...
+    def verified_over_eps(self) -> _Rows: ...
     @property
-    def potential(self) -> Rows: ...
+    def potential(self) -> _Rows: ...
     def within(self, member: MemberOutcome) -> bool: ...
 
 
@@ -91,13 +91,13 @@ def plot_report(report: Report, path: Path) -> None:
     write_figure(figure, path)
 
 
-def plot_robustness(report: DrawnReport, folder: Path) -> tuple[Path, ...]:
+def plot_robustness(report: _DrawnReport, folder: Path) -> tuple[Path, ...]:
     """Every figure of a robustness report, each as PNG and PDF. 绘制鲁棒性报告的全部图。
 
     Args:
         report: What to draw.
-        folder: Where ``accuracy_over_eps``, ``attacks`` and ``potential`` are written; figures that the report holds
-            no numbers for are left out.
+        folder: Where the figures of :func:`robustness_figures` are written; those that the report holds no numbers
+            for are left out.
 
     Examples:
         >>> import tempfile
@@ -115,7 +115,7 @@ def plot_robustness(report: DrawnReport, folder: Path) -> tuple[Path, ...]:
     return tuple(paths)
 
 
-def robustness_figures(report: DrawnReport, *, columns: int = 2) -> dict[str, "Figure"]:
+def robustness_figures(report: _DrawnReport, *, columns: int = 2) -> dict[str, "Figure"]:
     """The figures of a robustness report by name, not yet written. 鲁棒性报告的图。
 
     Args:
@@ -123,7 +123,8 @@ def robustness_figures(report: DrawnReport, *, columns: int = 2) -> dict[str, "F
         columns: Panels side by side in the figure of several panels.
 
     Returns:
-        ``accuracy_over_eps``, ``attacks`` and ``potential``, as far as the report holds numbers for them.
+        ``accuracy_over_eps``, ``attacks``, ``potential`` (of the first attack within the threat) and
+        ``potential_more`` (of the others), as far as the report holds numbers for them.
 
     Examples:
         >>> from sj_robust.attacks import ThreatModel
@@ -137,11 +138,16 @@ def robustness_figures(report: DrawnReport, *, columns: int = 2) -> dict[str, "F
         figures["accuracy_over_eps"] = _accuracy_over_eps(report)
     figures["attacks"] = _attacks(report)
     if report.potential:
-        figures["potential"] = _potential(report, columns)
+        kept = {member.name for member in report.members if report.within(member)}
+        rows = [row for row in report.potential if not row["member"].startswith("control/")]
+        first = next((row for row in rows if row["member"] in kept), rows[0])
+        figures["potential"] = _potential([first], 1)
+        if others := _different([row for row in rows if row is not first], 6):
+            figures["potential_more"] = _potential(others, columns)
     return figures
 
 
-def _accuracy_over_eps(report: DrawnReport) -> "Figure":
+def _accuracy_over_eps(report: _DrawnReport) -> "Figure":
     figure = new_figure(4.6, 3.4)
     axes = figure.subplots()
     texts = [str(row["eps"]) for row in report.over_eps]
@@ -179,7 +185,7 @@ def _accuracy_over_eps(report: DrawnReport) -> "Figure":
     return figure
 
 
-def _attacks(report: DrawnReport) -> "Figure":
+def _attacks(report: _DrawnReport) -> "Figure":
     """Bars from the first attack to the last, hollow beyond the threat; control and worst case below, hatched."""
     beyond = {member.name for member in report.members if not report.within(member)}
     curve = {member.name for member in report.members if "@" in member.name}
@@ -207,9 +213,8 @@ def _attacks(report: DrawnReport) -> "Figure":
     return figure
 
 
-def _potential(report: DrawnReport, columns: int) -> "Figure":
+def _potential(rows: _Rows, columns: int) -> "Figure":
     """A heat map per attack, one scale for all."""
-    rows = _different([row for row in report.potential if not row["member"].startswith("control/")], 6)
     columns = min(columns, len(rows))
     down = math.ceil(len(rows) / columns)
     layers = max(len(row["layers"]) for row in rows)
@@ -230,7 +235,7 @@ def _potential(report: DrawnReport, columns: int) -> "Figure":
 
 
 def _different(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """Rows of different attacks first, then the ones with most images; in their own order."""
+    """_Rows of different attacks first, then the ones with most images; in their own order."""
     first = {row["member"].split("/")[0].split("@")[0]: row for row in reversed(rows)}
     ranked = sorted(rows, key=lambda row: (row not in first.values(), -row["samples"]))[:count]
     return [row for row in rows if row in ranked]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from jinja2 import Environment
 
 from sj_robust._saved import write_whole
+from sj_robust.evaluation._symptoms import extent
 from sj_robust.evaluation.drawings import BLUE, GREY, ORANGE, robustness_figures
 from sj_robust.evaluation.robustness_report import RobustnessReport
 
@@ -37,8 +38,12 @@ _CAPTIONS = {
     ),
     "potential": (
         "Perturbation of the membrane potential",
-        "MS-MPPD of every spiking layer and time step between clean images and those of an attack, on the first batch; "
-        "bound of all: between the bounds of the potential, resets included, over all images; from the proofs.",
+        "How far an attack moves the potential of every spiking layer and time step: MS-MPPD, its mean square, between "
+        "clean images and those of the attack, on the first batch.",
+    ),
+    "potential_more": (
+        "Perturbation of the membrane potential under the other attacks",
+        "Bound of all: between the bounds of the potential, resets included, over all images; from the proofs.",
     ),
 }
 
@@ -86,11 +91,11 @@ def to_html(report: RobustnessReport) -> str:
         title=f"{report.name} on {report.dataset}: robustness",
         surrogates=sorted({f"{row['neuron']} with {row['surrogate']}" for row in report.network.get("layers", [])}),
         cards={
-            "clean accuracy": report.clean,
-            "worst case of the suite": report.worst_case,
-            "control: training surrogate, restarts": report.control,
-            "everything together: at most": report.everything,
-            "verified: at least": report.bracket and report.bracket[0],
+            "right without an attack": report.clean,
+            "right after the suite's attacks (worst case)": report.worst_case,
+            "right after as many attacks with the training gradient (control)": report.control,
+            "right after all of them: robust accuracy at most": report.everything,
+            "proved: robust accuracy at least (verified)": report.bracket and report.bracket[0],
         },
         figures=_figures(report),
         members={member.name: member for member in report.members},
@@ -100,6 +105,8 @@ def to_html(report: RobustnessReport) -> str:
             _caption("accuracy_over_eps", report)[0]: over_eps,
             "Verified images over eps": report.verified_over_eps,
         },
+        passed=(sum(row["passed"] for row in report.findings), len(report.findings)),
+        extent=extent,
         steps=max((len(values) for row in report.potential for values in row["layers"].values()), default=0),
         lists={"Network": report.network, "Options": report.configuration, "Environment": report.environment},
         split=_split,
@@ -113,17 +120,18 @@ def _split(values: Mapping[str, Any]) -> dict[str, Any]:
     return {"plain": [(name, values[name]) for name in plain], "nested": [values[name] for name in nested]}
 
 
-def _figures(report: RobustnessReport) -> list[tuple[str, str, str]]:
-    """Title, caption and drawing of every figure."""
+def _figures(report: RobustnessReport) -> dict[str, tuple[str, str, str]]:
+    """Title, caption and drawing of every figure, by name."""
     from matplotlib import rc_context
 
     parts = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
     look = dict.fromkeys(parts, _INK) | {"grid.color": _LINE, "legend.framealpha": 0.0, "hatch.linewidth": 0.6}
     with rc_context(look | {"svg.fonttype": "none", "svg.hashsalt": "sj_robust"}):
         found = robustness_figures(report, columns=1)
-        return [
-            (*_caption(name, report), _svg(name, figure, _caption(name, report)[0])) for name, figure in found.items()
-        ]
+        return {
+            name: (*_caption(name, report), _svg(name, figure, _caption(name, report)[0]))
+            for name, figure in found.items()
+        }
 
 
 def _caption(name: str, report: RobustnessReport) -> tuple[str, str]:

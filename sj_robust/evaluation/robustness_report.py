@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 from sj_robust._saved import SavedResult, markdown_table, plain
 from sj_robust._shown import Shown, shown_html, write_figure
 from sj_robust.attacks.threat import ThreatModel, eps_text, parse_eps
+from sj_robust.evaluation._symptoms import extent
 from sj_robust.evaluation.drawings import robustness_figures
 from sj_robust.evaluation.intervals import wilson_interval
 from sj_robust.evaluation.outcome import MemberOutcome
@@ -327,7 +328,7 @@ class RobustnessReport(Shown, SavedResult, what="a robustness report", format="s
 
     def _doubts(self) -> str:
         """What speaks against the figures, in a few words."""
-        signs = len(self.findings) - len(self._answered())
+        signs = len(self.findings)
         found = [text.partition(":")[0] for text in self.alarms]
         if self.masked:
             names = ", ".join(text.removeprefix("CHECK ").partition(":")[0] for text in self.masked)
@@ -370,8 +371,8 @@ class RobustnessReport(Shown, SavedResult, what="a robustness report", format="s
         """
         answered = self._answered()
         return tuple(
-            f"CHECK {row['name']}: {row['value']:.3g} where at most {row['threshold']:.3g} passes. {row['meaning']} "
-            f"{row['remedy']}"
+            f"CHECK {row['name']}: {extent(row['value'], row.get('count'), row.get('total'))}; at most "
+            f"{row['threshold']:.3g} passes. {row['meaning']} {row['remedy']}"
             for row in self.findings
             if not row["passed"] and row["name"] not in answered
         )

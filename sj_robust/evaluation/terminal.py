@@ -18,12 +18,13 @@ _NOTEBOOK = 100
 """Letters in a line of a notebook."""
 
 
-def show_report(report: RobustnessReport, console: "Console") -> None:
+def show_report(report: RobustnessReport, console: "Console", say: Callable[[str], None] | None = None) -> None:
     """Print the verdict, all accuracies, and what else a reader should know. 在终端显示报告。
 
     Args:
         report: The report.
         console: Where to print.
+        say: What prints and keeps the verdict; None prints it.
 
     Examples:
         >>> import io
@@ -39,6 +40,10 @@ def show_report(report: RobustnessReport, console: "Console") -> None:
     from rich.table import Table
     from rich.text import Text
 
+    if say is None:
+        console.print(Text(report.verdict, style="bold"))
+    else:
+        say(report.verdict)
     for text in report.alarms:
         console.print(Panel(Text(text, style="bold red"), border_style="red"), soft_wrap=False)
     title = f"{report.name} on {report.dataset}: {report.budget}, suite {report.suite}"

@@ -85,7 +85,19 @@ def test_alarms_stand_first():
     assert body.index('role="alert">DEAD NETWORK') < body.index('class="cards"') < body.index("CHECK zero_gradients")
     assert body.count('class="card doubtful"') == 3
     assert "<details open>" in body
+    assert body.index('class="verdict"') < body.index('role="alert"')
+    assert "Signs of gradient masking: 0 of 1 passed" in body
     assert "DEAD NETWORK" not in to_html(report())
+
+
+@pytest.mark.slow
+def test_the_page_opens_with_the_verdict_and_one_heat_map():
+    rows = tuple({"member": f"apgd_ce/atan:4/r{i}", "samples": 6, "layers": {"net.1": [0.1, 0.4]}} for i in range(2))
+    text = to_html(report(potential=rows))
+    assert text.count(report().verdict) == 1
+    assert "Signs of gradient masking: 2 of 2 passed" in text
+    shown, folded = text.split("<h2>Accuracies</h2>")
+    assert (shown.count("<svg"), folded.count("<svg")) == (3, 1)
 
 
 def test_names_are_escaped(tmp_path):

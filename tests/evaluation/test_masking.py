@@ -218,7 +218,7 @@ def test_a_source_network_is_a_better_witness_than_the_stand_in(honest, batch):
 def test_one_image_alone_is_no_evidence_and_none_is_no_attack(honest, batch):
     x, y = batch
     found = findings(honest, (x[:5], y[:5]), estimators=None)
-    assert found["noise_beats_attack"].threshold == 1 / 5
+    assert found["noise_beats_attack"].total == 5
     assert found["zero_gradients"].threshold == THRESHOLDS["zero_gradients"]
     found = findings(honest, (x, (y + 1) % 10))  # nothing is classified right
     assert found["clean_errors"].value > 0.9

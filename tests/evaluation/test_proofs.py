@@ -103,7 +103,7 @@ def test_it_is_saved_shown_compared_and_drawn(proved, tmp_path):
     console = Console(file=io.StringIO(), width=120)
     show_report(proved, console)
     assert "verified" in console.file.getvalue()
-    assert "verified: at least" in to_html(proved)
+    assert "proved: robust accuracy at least (verified)" in to_html(proved)
     assert "| verified |" in compare_reports(proved, proved).table()
     labels = robustness_figures(proved)["accuracy_over_eps"].axes[0].get_legend_handles_labels()[1]
     assert "verified" in labels

@@ -140,7 +140,10 @@ def test_guessing_is_not_called_robust():
 def test_masking_findings():
     failed = report(findings=(finding("zero_gradients", passed=False), finding("flat_loss")))
     (text,) = failed.masked
-    assert text == "CHECK zero_gradients: 0.9 where at most 0.5 passes. It was measured. Do something."
+    assert text == "CHECK zero_gradients: 0.9; at most 0.5 passes. It was measured. Do something."
+    counted = finding("flat_loss", passed=False) | {"count": 9, "total": 10}
+    (text,) = report(findings=(counted,)).masked
+    assert text.startswith("CHECK flat_loss: 0.9, 9 of 10 images, 95 % 0.596 to 0.982; at most 0.5 passes.")
     assert failed.unreliable
     assert "CHECK zero_gradients" in terminal(failed)
     stronger = (finding("other_estimator_stronger", passed=False),)
@@ -163,6 +166,8 @@ def terminal(made, width=100):
 
 def test_terminal_and_markdown_tables():
     shown = terminal(report())
+    assert shown.startswith("At most 30.0 % (95 % interval 10.8 to 60.3) of 10 images withstand Linf, eps 0.1. Tried: ")
+    assert shown.count("30.0") == 2, "the sentence and the table"
     assert "dlif_at on digits: Linf, eps 0.1, suite fast" in shown
     row = next(line for line in shown.splitlines() if "worst case" in line)
     assert [cell.strip() for cell in row.split("│")[1:-1]] == ["worst case", "40.0", "16.8 to 68.7", "4/10", "3.0"]
