@@ -30,7 +30,11 @@ def test_from_checkpoint_to_report(folder, capsys):
     in_process(folder, "runs/one/lif_none/best.pt", "--suite", "fast", *SMALL)
     run = folder / "runs" / "evaluate-lif_none-fast-1"
     report = RobustnessReport.load(run / "report.json")
-    plots = {f"{name}.{end}" for name in ("accuracy_over_eps", "attacks", "potential") for end in ("png", "pdf")}
+    plots = {
+        f"{name}.{end}"
+        for name in ("accuracy_over_eps", "attacks", "potential", "potential_more")
+        for end in ("png", "pdf")
+    }
     files = {path.name for path in run.iterdir()}
     assert files == {"README.md", "config.yaml", "log.txt", "progress", "report.html", "report.json"} | plots
     assert (report.name, report.dataset, report.threat) == ("lif_none", "digits", ThreatModel("Linf", 0.1))
@@ -106,7 +110,7 @@ def test_somebodys_own_network(folder, tmp_path, capsys, function, extra):
     assert report.network["layers"][0]["neuron"] == "LIFNode"
     assert report.footnote.startswith("DEAD NETWORK: 100.0% of layer")  # neither was ever trained
     out, html = capsys.readouterr().out, (tmp_path / "own" / "report.html").read_text()
-    assert "NOT RELIABLE, DEAD NETWORK" in out
+    assert "Doubts: DEAD NETWORK" in out
     assert all("NOT ROBUST: clean accuracy" in text and "DEAD NETWORK" in text for text in (out, html))
 
 
