@@ -9,9 +9,9 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sj_robust._preserved import evaluation_mode
+from sj_robust._preserved import evaluation_mode, full_precision
 from sj_robust.classifier import SpikingClassifier
-from sj_robust.stability._affine import full_precision, other_forward
+from sj_robust.stability._affine import other_forward
 from sj_robust.stability.bounds import BoundedRun
 from sj_robust.stability.relaxation import Maps
 from sj_robust.stability.verification import bounded_logits, bounded_neurons

@@ -17,12 +17,12 @@ from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 
 from sj_robust import DLIFNode, SpikingClassifier
+from sj_robust._preserved import full_precision
 from sj_robust.attacks import linf_bounds
 from sj_robust.classifier import SpikingEventClassifier
 from sj_robust.neuron import fuse
 from sj_robust.ops import available_backends
 from sj_robust.stability import verify
-from sj_robust.stability._affine import full_precision
 from sj_robust.stability.bounds import BoundedRun
 from sj_robust.stability.verification import bounded_logits, bounded_neurons
 

@@ -10,7 +10,6 @@ from stability import fuzz
 from torch import nn
 
 from sj_robust import DLIFNode, SpikingClassifier
-from sj_robust._preserved import full_precision
 from sj_robust.attacks import pgd
 from sj_robust.classifier import PoissonEncoder, SpikingEventClassifier
 from sj_robust.stability import bounds, verify
