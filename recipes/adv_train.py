@@ -4,8 +4,6 @@ python recipes/adv_train.py                                              # digit
 python recipes/adv_train.py --dataset image_folder:PATH --model vgg5 --T 8
 python recipes/adv_train.py --output runs/mine --resume                  # continue a stopped run
 torchrun --nproc-per-node 2 recipes/adv_train.py                         # or accelerate launch
-
-A radius is a number or a fraction such as 8/255, for images in [0, 1].
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -23,12 +21,10 @@ class Options:
 
     dataset: DatasetName = option("digits", "digits, mnist, fashion_mnist, cifar10, cifar100, svhn, image_folder:PATH; "
         "event data: cifar10_dvs, dvs128_gesture, n_mnist.", group="data", metavar="NAME")
-    data_root: str = option("data", "Folder with the data set's files, or where they are downloaded to.",
-        metavar="FOLDER", decides="nothing")
+    data_root: str = option("data", "Folder of the data set, and of downloads.", metavar="FOLDER", decides="nothing")
     download: bool = option(False, "Download what is missing.", decides="nothing")
     augment: bool | None = option(None, "Crop, flip and Cutout of training images; null does so for CIFAR only.")
-    on_unreadable: Literal["error", "skip"] = option("error", "error stops at pictures that cannot be read, skip "
-        "leaves them out with a warning.")
+    on_unreadable: Literal["error", "skip"] = option("error", "Unreadable pictures: error stops, skip leaves them out.")
     train_limit: PositiveInt | None = option(None, "Training images at most, validation included; null for all.")
     test_limit: PositiveInt | None = option(None, "Test images to use at most; null for all.", decides="figures")
     validation_fraction: OpenUnitInterval = option(0.1, "Share of the training images to select the epoch by.")
@@ -40,10 +36,12 @@ class Options:
     tau: float = option(100.0, "Membrane time constant in time steps; the decay is 1 - 1 / tau.")
     channels: tuple[int, ...] = option((16, 32), "Output channels of the convolutions of small.")
     hidden: tuple[int, ...] = option((4096, 4096), "Widths of the hidden linear layers of a VGG.")
+    mean: list[float] | None = option(None, "Mean per channel that the network subtracts; null: the data set's.")
+    std: list[float] | None = option(None, "Standard deviation per channel that it divides by; null likewise.")
     pretrained: str | None = option(None, "Checkpoint to start from; null for random weights.", metavar="CHECKPOINT")
     mode: Literal["none", "gaussian", "at", "rat", "pgd_at", "trades", "certified"] = option("at", "none, gaussian, at "
         "(single step), rat (at and retraction of the weights), pgd_at, trades, certified.", group="training attack")
-    eps: Radius = option(0.1, "Linf radius of the training attack; for gaussian the standard deviation.",
+    eps: Radius = option(0.1, "Linf radius of the training attack, as 8/255; for gaussian the standard deviation.",
         idle=lambda options: options.mode == "none" and options.eval_eps is not None)
     certified_eps: Radius | None = option(None, "Linf radius of the bounds of certified; null means eps.")
     step_size: Radius | None = option(None, "Step of the attack; null is eps for one step, eps / 4 for several.")
@@ -66,8 +64,7 @@ class Options:
     trades_weight: float = option(6.0, "Weight of the divergence of trades.")
     gradient_sparsity: float = option(0.0, "Weight of the penalty on the input gradient; 0 leaves it out.")
     threshold_guard: float = option(0.0, "Weight of the penalty on potentials near the threshold; 0 leaves it out.")
-    guard_margin: float = option(0.5, "How near, in units of the potential; the threshold is at 1.",
-        idle=lambda options: options.threshold_guard == 0)
+    guard_margin: float = option(0.5, "How near; threshold: 1.", idle=lambda options: options.threshold_guard == 0)
     gain_penalty: float = option(0.0, "Weight of the penalty on the gain of DLIF layers over time; 0 leaves it out.")
     epochs: PositiveInt = option(15, "Passes over the training images.", group="training")
     batch_size: PositiveInt = option(64, "Images per step, over all processes together.")
@@ -80,8 +77,7 @@ class Options:
         "chosen by; null means pgd, clean for none, verified for certified.")
     reference: bool = option(True, "Train and measure an undefended LIF network beside it.", decides="nothing")
     seed: NonNegativeInt = option(0, "Seed of everything.")
-    device: Literal["auto", "cpu"] = option("auto", "auto takes a GPU if there is one, cpu does not.", group="machine",
-        decides="nothing")
+    device: Literal["auto", "cpu"] = option("auto", "auto: a GPU if there is one.", group="machine", decides="nothing")
     mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "Accelerate's precision; fp16 needs a GPU.")
     compile: bool = option(False, "Compile the network with torch.compile.", decides="figures")
     channels_last: bool | None = option(None, "Channels last in memory; null: on a GPU, in bf16 if faster.",
@@ -165,6 +161,9 @@ def train_network(
 ) -> tuple[SpikingClassifier, list[training.EpochRecord]]:
     """Train one network and return it as it was at its best epoch."""
     objective, plan, perturb = prepared(options, splits)
+    origin = options.pretrained or options.model.rpartition(":")[0].removeprefix("zoo")  # empty for random weights
+    if origin and accelerator.is_main_process and not options.resume:
+        training.check_start(objective.classifier, splits, journal, origin)
     (network_folder := folder / name.replace(" ", "_")).mkdir(exist_ok=True)
     description = {"network": asdict(network_spec(options, splits)), "options": deciding(options, "result")}
     history = training.train(
@@ -211,8 +210,9 @@ def network_spec(options: Options, splits: ImageSplits) -> NetworkSpec:
     """What the network is built from; the checkpoint keeps it."""
     return NetworkSpec(
         options.model, options.neuron, splits.image_shape, splits.classes, T=options.T, tau=options.tau,
-        channels=options.channels, hidden=options.hidden, mean=splits.mean, std=splits.std, frames=splits.frames,
-        options=options.model_options,
+        channels=options.channels, hidden=options.hidden, options=options.model_options, frames=splits.frames,
+        mean=splits.mean if options.mean is None else tuple(options.mean),
+        std=splits.std if options.std is None else tuple(options.std),
     )  # fmt: skip
 
 

@@ -29,6 +29,8 @@ class Options:
     network: str | None = option(None, "Instead of a checkpoint, module:function or file.py:function that returns a "
         "SpikingJelly network with its weights, bare or in a SpikingClassifier; null for a checkpoint.",
         metavar="FUNCTION")
+    name: str | None = option(None, "What the report calls the network; null takes the name of checkpoint or function.",
+        decides="nothing")
     transfer: str | None = option(None, "Checkpoint of another network for the same images; attacks crafted on it join "
         "the suite; null: none.", metavar="CHECKPOINT")
     trust_code: bool = option(False, "Allow a function of your own code that a checkpoint names to be run.")
@@ -49,8 +51,8 @@ class Options:
     dataset: DatasetName | None = option(None, "What to test on, digits, fashion_mnist, mnist, cifar10, cifar100, "
         "svhn, image_folder:PATH, cifar10_dvs, dvs128_gesture or n_mnist; null takes what the checkpoint was trained "
         "on, or digits.", group="data", metavar="NAME")
-    data_root: str = option("data", "Folder with the data set's files, or where they are downloaded to.",
-        metavar="FOLDER", decides="nothing")
+    data_root: str | None = option(None, "Folder with the data set's files, or where they are downloaded to; null "
+        "takes that of the checkpoint's run, or data.", metavar="FOLDER", decides="nothing")
     download: bool = option(False, "Download what is missing.", decides="nothing")
     on_unreadable: Literal["error", "skip"] = option("error", "error stops at files that cannot be read, skip leaves "
         "them out with a warning.")
@@ -77,6 +79,7 @@ if __name__ == "__main__":
     check_options(Options)  # --help and wrong options end here: what follows imports torch
 
 import torch
+import yaml
 from rich.console import Console
 
 from sj_robust import training
@@ -100,6 +103,7 @@ def main(arguments: list[str]) -> None:
         torch.backends.nnpack.set_flags(False)  # type: ignore[no-untyped-call]  # untyped in torch
     with checked():
         subject = load_subject(options)
+        subject = replace(subject, name=options.name or subject.name)
     dataset = options.dataset or subject.options.get("dataset", "digits")
     events = dataset in EVENT_DATASETS
     suite = options.suite or ("events" if events else "standard")
@@ -112,7 +116,7 @@ def main(arguments: list[str]) -> None:
     source = from_checkpoint(other, T, trust_code=options.trust_code) if other else None
     with training.first_process_first(accelerator, f"loading {dataset}"):  # which downloads and prepares
         splits = load_images(
-            dataset, root=options.data_root, test_limit=options.test_limit, download=options.download,
+            dataset, root=data_root(options), test_limit=options.test_limit, download=options.download,
             on_unreadable=options.on_unreadable, T=T,
         )  # fmt: skip
     batches = image_loader(splits.test, options.batch_size)
@@ -155,6 +159,15 @@ def load_subject(options: Options) -> Subject:
     if options.mean is not None or options.std is not None:
         raise ValueError("a checkpoint knows its own mean and std: leave --mean and --std out")
     return from_checkpoint(Path(str(options.checkpoint)), options.T, trust_code=options.trust_code)
+
+
+def data_root(options: Options) -> str:
+    """The folder asked for, or that of the run in which the checkpoint lies."""
+    path = Path(options.checkpoint or "")
+    for folder in (path, *path.parents[:2]) if options.data_root is None and options.checkpoint is not None else ():
+        if (file := folder / "config.yaml").is_file():
+            return str(yaml.safe_load(file.read_text(encoding="utf-8")).get("data_root", "data"))
+    return options.data_root or "data"
 
 
 def radius(options: Options, norm: str, subject: Subject) -> float:

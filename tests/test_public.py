@@ -28,6 +28,7 @@ SHARED = {
 
 WITHOUT_EXAMPLE = {
     "sj_robust.doctor.main": "prints what report returns",
+    "sj_robust.training.check_start": "the recipe adv_train.py is its example",
     "sj_robust.training.check_training": "the recipe adv_train.py is its example",
     "sj_robust.training.final_report": "the recipe adv_train.py is its example",
     "sj_robust.training.train": "the recipe adv_train.py is its example",

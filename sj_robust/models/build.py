@@ -29,8 +29,9 @@ class NetworkSpec:
     Attributes:
         name: One of :data:`NETWORKS`; ``"zoo:NAME"`` for a network of SpikingJelly's model zoo
             (:func:`sj_robust.models.zoo_networks`); ``"module:function"`` or ``"file.py:function"`` for a function of
-            your own that returns the network. It is called with those of ``image_shape``, ``classes``, ``T`` and
-            ``spiking_neuron`` (builds one neuron) that its signature names, and with ``options``.
+            your own that returns the network, bare or in a ``SpikingClassifier``. It is called with those of
+            ``image_shape``, ``classes``, ``T`` and ``spiking_neuron`` (builds one neuron) that its signature names, and
+            with ``options``.
         neuron: ``"dlif"``, or one of SpikingJelly's ``"lif"`` and ``"plif"`` (``decay_input=False``, as DLIF with all
             gains 1) and ``"if"``; all with the triangle surrogate and a hard reset to 0. With ``"dlif"`` the IF, LIF
             and PLIF neurons that a network from elsewhere brings are converted by ``replace_neurons``, which keeps
@@ -92,14 +93,21 @@ def build_network(spec: NetworkSpec) -> nn.Module:
             f"network must be one of {', '.join(NETWORKS)}, zoo:NAME, module:function or file.py:function, got "
             f"{spec.name!r}"
         )
+    built = _built(spec)
+    return built.net if isinstance(built, SpikingClassifier) else built
+
+
+def _built(spec: NetworkSpec) -> nn.Module:
+    """The network, or the classifier that a function of the user returns, its neurons converted and fused."""
     node = _neuron(spec)
-    name = spec.name
+    name, own = spec.name, None
     if name.startswith("zoo:"):
         net = build_zoo_network(
             name[4:], spec.image_shape, spec.classes, T=spec.T, spiking_neuron=node, options=spec.options
         )
     elif ":" in name:
-        net = _own_network(spec, node)
+        own = _own_network(spec, node)
+        net = own.net if isinstance(own, SpikingClassifier) else own
     else:
         try:
             net = _packaged_network(spec, node)
@@ -114,13 +122,14 @@ def build_network(spec: NetworkSpec) -> nn.Module:
         _convert(net, spec)
     if spec.fused:
         fuse(net)
-    return net
+    return own or net
 
 
 def build_classifier(spec: NetworkSpec) -> SpikingClassifier:
     """The network of a specification as a pure function, from images in [0, 1] or event frames to logits. 构建分类器。
 
-    It is a ``SpikingClassifier``, or a ``SpikingEventClassifier`` for frames.
+    It is a ``SpikingClassifier``, or a ``SpikingEventClassifier`` for frames; one that a function of your own returns
+    is taken as it is, with its encoder, mean and std.
 
     Args:
         spec: What to build; ``mean`` and ``std`` are applied inside, so that attacks see images in [0, 1].
@@ -139,7 +148,9 @@ def build_classifier(spec: NetworkSpec) -> SpikingClassifier:
             raise ValueError(f"{name} is for images, event frames stay as they are, got {values}; leave it out")
         if values is not None and len(values) != spec.image_shape[0]:
             raise ValueError(f"{name} must have one value per channel ({spec.image_shape[0]}), got {values}")
-    net = build_network(spec)
+    net = _built(spec)
+    if isinstance(net, SpikingClassifier):
+        return net
     step_mode = "m" if spec.name.startswith("zoo:") else None  # some of the zoo cannot be asked
     if not spec.frames:
         return SpikingClassifier(net, spec.T, mean=spec.mean, std=spec.std, step_mode=step_mode)
@@ -193,8 +204,8 @@ def _own_network(spec: NetworkSpec, node: Callable[..., nn.Module]) -> nn.Module
     net = call_with_known(find_function(spec.name), spec.name, offered, spec.options)
     if not isinstance(net, nn.Module):
         raise ValueError(f"{spec.name} must return a network (nn.Module), got {type(net).__name__}; return an instance")
-    if isinstance(net, SpikingClassifier):
-        raise ValueError(f"{spec.name} must return a bare network, got one in a SpikingClassifier; return its .net")
+    if isinstance(net, SpikingClassifier) and net.T != spec.T:
+        raise ValueError(f"{spec.name} returns a classifier of T={net.T}, asked for is T={spec.T} (--T); give the same")
     return net
 
 

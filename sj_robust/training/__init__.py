@@ -19,7 +19,7 @@ from sj_robust.training.objective import Losses, Objective
 from sj_robust.training.penalties import ForwardPasses, GradientSparsity, Penalty, StabilityGain, ThresholdGuarding
 from sj_robust.training.processes import first_process_first, make_accelerator
 from sj_robust.training.regularization import project_to_simplex_, retract_
-from sj_robust.training.validation import final_report
+from sj_robust.training.validation import check_start, final_report
 
 __all__ = [
     "MODES",
@@ -38,6 +38,7 @@ __all__ = [
     "TrainingInterrupted",
     "TrainingPlan",
     "catastrophic_overfitting",
+    "check_start",
     "check_training",
     "final_attacks",
     "final_report",

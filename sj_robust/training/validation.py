@@ -13,16 +13,18 @@ from sj_robust._preserved import evaluation_mode
 from sj_robust.attacks import Attack, eps_text
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.data import ImageSplits, image_loader
-from sj_robust.evaluation import Report, ThreatModel, accuracy, evaluate_attacks
+from sj_robust.evaluation import Report, ThreatModel, accuracy, evaluate_attacks, wilson_interval
 from sj_robust.perturbation import MPPDMonitor
 from sj_robust.stability import certify, gain_scalars, verify
 from sj_robust.training.history import EpochRecord, catastrophic_overfitting
 from sj_robust.training.journal import Journal
 from sj_robust.training.processes import mixed
 
-__all__ = ["Validation", "final_report"]
+__all__ = ["Validation", "check_start", "final_report"]
 
 _BATCH = 128
+_START = 256
+"""Validation images that a network is looked at with before its training."""
 
 
 class Validation:
@@ -99,6 +101,45 @@ class Validation:
         device = self._accelerator.device
         for x, y in self._loader:
             yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
+
+
+def check_start(classifier: SpikingClassifier, splits: ImageSplits, journal: Journal, origin: str) -> None:
+    """Say how good a network is that does not begin at random, and warn of a lost normalisation. 训练前检查初始准确率。
+
+    It is warned of if no more than guessing is left, and if the network is better on images that are normalised with
+    their own mean and standard deviation.
+
+    Args:
+        classifier: The network.
+        splits: The data set, of which some validation images count.
+        journal: Where it is said.
+        origin: Where the weights are from.
+    """
+    x, y = (part.to(device_of(classifier)) for part in next(iter(image_loader(splits.validation, _START))))
+
+    def right(model: nn.Module) -> int:
+        return round(accuracy(model, [(x, y)], {})["clean"] * len(y))
+
+    clean = right(classifier)
+    journal.say(f"starting from {origin}: {clean / len(y):.1%} of {len(y)} validation images right")
+    low, high = wilson_interval(clean, len(y))
+    if not splits.frames and classifier.encoder is None and classifier.mean is None and classifier.std is None:
+        dims = [0, *range(2, x.ndim)]
+        mean, std = ([round(value, 3) for value in part.tolist()] for part in (x.mean(dims), x.std(dims)))
+        if min(std) > 0:
+            lifted = right(_normalising(classifier, mean, std).to(x.device))
+            if wilson_interval(lifted, len(y))[0] > high:
+                journal.say(
+                    f"WARNING: with --mean '{mean}' --std '{std}', those of these images, {lifted / len(y):.1%} are: "
+                    "the network expects normalised images"
+                )
+                return
+    if low <= 1 / splits.classes:
+        journal.say("WARNING: that is no better than guessing; check the weights, --mean, --std and --tau")
+
+
+def _normalising(classifier: SpikingClassifier, mean: Sequence[float], std: Sequence[float]) -> SpikingClassifier:
+    return SpikingClassifier(classifier.net, classifier.T, mean=mean, std=std, step_mode=classifier.step_mode)
 
 
 def final_report(

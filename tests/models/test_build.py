@@ -14,6 +14,8 @@ OWN = """
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 
+from sj_robust import SpikingClassifier
+
 def build(image_shape, classes, T, spiking_neuron, width=3):
     net = nn.Sequential(layer.Flatten(), layer.Linear(image_shape[1] * image_shape[2], width), spiking_neuron(),
                         layer.Linear(width, classes))
@@ -24,6 +26,9 @@ def lif(classes):
     net = nn.Sequential(layer.Flatten(), layer.Linear(64, classes), neuron.LIFNode(tau=2.0))
     functional.set_step_mode(net, "m")
     return net
+
+def wrapped(classes):
+    return SpikingClassifier(lif(classes), 4, mean=[0.3], std=[0.2])
 
 def plain():
     return nn.Flatten()
@@ -136,6 +141,19 @@ def test_lif_of_ones_own_network_becomes_dlif(own):
     dlif, lif = (build_network(NetworkSpec("own_models:lif", neuron=kind, T=3)) for kind in ("dlif", "lif"))
     assert nodes(dlif)[0].input_gain.tolist() == [0.5] * 3
     assert type(nodes(lif)[0]) is neuron.LIFNode
+
+
+def test_a_classifier_of_ones_own_keeps_its_normalisation_in_a_checkpoint(own):
+    spec = NetworkSpec("own_models:wrapped", T=4)
+    classifier, x = build_classifier(spec).eval(), torch.rand(3, 1, 8, 8)
+    assert (classifier.mean.tolist(), classifier.std.tolist()) == (pytest.approx([0.3]), pytest.approx([0.2]))
+    assert type(nodes(classifier)[0]) is DLIFNode
+    assert type(nodes(build_network(spec))[0]) is DLIFNode
+    save_checkpoint(own / "best.pt", {"description": {"network": asdict(spec)}, "model": classifier.state_dict()})
+    read = from_checkpoint(own / "best.pt", trust_code=True).model
+    assert torch.equal(read(x), classifier(x))
+    with pytest.raises(ValueError, match=r"returns a classifier of T=4, asked for is T=3"):
+        build_classifier(NetworkSpec("own_models:wrapped", T=3))
 
 
 def test_wrong_names(own):

@@ -35,6 +35,16 @@ def whole(tmp_path_factory):
     return folder
 
 
+def test_a_normalisation_goes_into_the_checkpoint_and_a_start_is_told(tmp_path, whole):
+    state = {name: value for name, value in weights(whole)["dlif_at/best.pt"].items() if name not in ("mean", "std")}
+    torch.save({name.removeprefix("net."): value for name, value in state.items()}, tmp_path / "bare.pt")
+    options = ("--pretrained", "bare.pt", "--mean", "[0.3]", "--std", "[0.5]", "--reference", "false")
+    in_process(tmp_path, *QUICK, *options, "--output", "run")
+    assert "starting from " in (tmp_path / "run" / "log.txt").read_text()
+    saved = weights(tmp_path / "run")["dlif_at/best.pt"]
+    assert (saved["mean"].tolist(), saved["std"].tolist()) == (pytest.approx([0.3]), pytest.approx([0.5]))
+
+
 def test_certified_training_beside_ms_mppd_ends_with_what_is_verified(tmp_path, capsys):
     options = ("--mode", "certified", "--rho", "0.5", "--certified-eps", "0.02", "--eval-eps", "0.01", "--lr", "0.02")
     in_process(tmp_path, *QUICK, *options, "--epochs", "6", "--reference", "false")

@@ -1,6 +1,7 @@
 import signal
 from dataclasses import asdict, replace
 
+import evaluate
 import launch
 import pytest
 import torch
@@ -104,7 +105,7 @@ def test_two_processes(folder, tmp_path, whole):
 )
 def test_somebodys_own_network(folder, tmp_path, capsys, function, extra):
     own = ("--network", f"own_net.py:{function}", "--eps", "8/255", "--suite", "paper", *SMALL)
-    in_process(folder, *own, *extra, "--output", str(tmp_path / "own"))
+    in_process(folder, *own, *extra, "--output", str(tmp_path / "own"), "--name", function)
     report = RobustnessReport.load(tmp_path / "own" / "report.json")
     assert (report.name, report.eps, report.network["T"]) == (function, "8/255", 3)
     assert report.network["layers"][0]["neuron"] == "LIFNode"
@@ -112,6 +113,17 @@ def test_somebodys_own_network(folder, tmp_path, capsys, function, extra):
     out, html = capsys.readouterr().out, (tmp_path / "own" / "report.html").read_text()
     assert "Doubts: DEAD NETWORK" in out
     assert all("NOT ROBUST: clean accuracy" in text and "DEAD NETWORK" in text for text in (out, html))
+
+
+def test_the_data_root_is_that_of_the_run(tmp_path):
+    checkpoint = tmp_path / "run" / "lif" / "best.pt"
+    checkpoint.parent.mkdir(parents=True)
+    assert evaluate.data_root(evaluate.Options(str(checkpoint))) == "data"
+    (tmp_path / "run" / "config.yaml").write_text("data_root: elsewhere\n")
+    for given in (checkpoint, checkpoint.parent, tmp_path / "run"):
+        assert evaluate.data_root(evaluate.Options(str(given))) == "elsewhere"
+    assert evaluate.data_root(evaluate.Options(str(checkpoint), data_root="mine")) == "mine"
+    assert evaluate.data_root(evaluate.Options(network="mynet.py:build")) == "data"
 
 
 def test_l2_and_transfer(folder, tmp_path):
