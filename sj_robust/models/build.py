@@ -88,17 +88,17 @@ def build_network(spec: NetworkSpec) -> nn.Module:
         >>> build_network(NetworkSpec()).T
         4
     """
-    if spec.name not in NETWORKS and ":" not in spec.name:
-        raise ValueError(
-            f"network must be one of {', '.join(NETWORKS)}, zoo:NAME, module:function or file.py:function, got "
-            f"{spec.name!r}"
-        )
     built = _built(spec)
     return built.net if isinstance(built, SpikingClassifier) else built
 
 
 def _built(spec: NetworkSpec) -> nn.Module:
     """The network, or the classifier that a function of the user returns, its neurons converted and fused."""
+    if spec.name not in NETWORKS and ":" not in spec.name:
+        raise ValueError(
+            f"network must be one of {', '.join(NETWORKS)}, zoo:NAME, module:function or file.py:function, got "
+            f"{spec.name!r}"
+        )
     node = _neuron(spec)
     name, own = spec.name, None
     if name.startswith("zoo:"):
