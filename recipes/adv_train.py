@@ -29,7 +29,7 @@ class Options:
     test_limit: PositiveInt | None = option(None, "Test images to use at most; null for all.", decides="figures")
     validation_fraction: OpenUnitInterval = option(0.1, "Share of the training images to select the epoch by.")
     model: str = option("small", "small, vgg5 (11, 13, 16, 19), wrn16_4, wrn28_10, zoo:FUNCTION of SpikingJelly, "
-        "module:function of yours.", group="network", metavar="NAME")
+        "module:function of yours.", group="network", metavar="NAME", runs_code=True)
     model_options: dict[str, Any] = option({}, "Further keyword arguments of the network.")
     neuron: Literal["dlif", "lif", "plif", "if"] = option("dlif", "Spiking neuron of the trained network.")
     T: PositiveInt = option(4, "Time steps per image; frames per sample of event data.")

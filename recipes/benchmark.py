@@ -57,6 +57,7 @@ if __name__ == "__main__":
     check_options(Options)  # --help and wrong options end here: what follows imports torch
 
 import csv
+import json
 import os
 import shlex
 import subprocess
@@ -85,6 +86,11 @@ def main(arguments: list[str]) -> None:
     unknown = sorted(set(options.methods or []) - set(benchmark.methods))
     if unknown:
         raise WrongUse(f"{options.what} has no method {unknown[0]}; it has {', '.join(benchmark.methods)}")
+    axes = {len(shape) for shape in benchmark.shapes}
+    for shape in options.shapes or ():
+        if len(shape) not in axes or min(shape) < 1:
+            example = json.dumps([benchmark.shapes[-1]])
+            raise WrongUse(f"a shape must be sizes >= 1, such as {example} for {options.what}, got {list(shape)}")
     console = Console(width=None if sys.stdout.isatty() else 140)
     where = environment() | {"threads": str(options.threads), "processor": processor()}
     where |= {"instruction_set": options.instruction_set or "best"}

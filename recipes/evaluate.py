@@ -28,12 +28,13 @@ class Options:
         metavar="CHECKPOINT", decides="nothing", positional=True)
     network: str | None = option(None, "Instead of a checkpoint, module:function or file.py:function that returns a "
         "SpikingJelly network with its weights, bare or in a SpikingClassifier; null for a checkpoint.",
-        metavar="FUNCTION")
+        metavar="FUNCTION", runs_code=True)
     name: str | None = option(None, "What the report calls the network; null takes the name of checkpoint or function.",
         decides="nothing")
     transfer: str | None = option(None, "Checkpoint of another network for the same images; attacks crafted on it join "
         "the suite; null: none.", metavar="CHECKPOINT")
-    trust_code: bool = option(False, "Allow a function of your own code that a checkpoint names to be run.")
+    trust_code: bool = option(False, "Allow a function of your own code that a checkpoint names to be run.",
+        runs_code=True)
     compare: list[str] | None = option(None, "Two saved reports to compare, instead of an evaluation; null to "
         "evaluate.", metavar="REPORT")
     suite: Literal["paper", "fast", "standard", "autoattack", "gradients", "events"] | None = option(None, "paper is "

@@ -18,7 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from lab.command_line import check_options, checked, describe_folder, option, read_options, run_recipe
+from lab.command_line import check_code, check_options, checked, describe_folder, option, read_options, run_recipe
 from lab.command_line.declared import PositiveInt
 
 RECIPES = Path(__file__).parent
@@ -32,9 +32,10 @@ class Options:
 
     base: str | None = option(None, "Options of adv_train.py that all runs start from, a YAML file or the name of one "
         "in recipes/configs; null for its defaults.", group="runs", metavar="FILE")
-    options: dict[str, Any] = option({}, "Further options of adv_train.py, the same for all runs; they override base.")
+    options: dict[str, Any] = option({}, "Further options of adv_train.py, the same for all runs; they override base.",
+        runs_code=True)
     grid: dict[str, list[Any]] = option({}, "Values by option of adv_train.py; every combination is run. \"norm,rho\" "
-        "with values such as [l1, 3] varies two options together.")
+        "with values such as [l1, 3] varies two options together.", runs_code=True)
     seeds: int | list[int] = option(1, "Number of seeds, 0, 1, ..., or a list of them.")
     skip: list[dict[str, Any]] = option([], "Combinations to leave out, such as {neuron: lif, rho: [1, 2]}; those that "
         "differ in an option without effect (rho with mode none) are one run anyway.")
@@ -42,9 +43,9 @@ class Options:
         "standard].", group="evaluation")
     evaluation_options: dict[str, Any] = option({}, "Options of evaluate.py, such as {test_limit: 256}.")
     recipe: str | None = option(None, "The recipe that trains; null for adv_train.py beside this one.",
-        group="recipes", metavar="FILE")
+        group="recipes", metavar="FILE", runs_code=True)
     evaluator: str | None = option(None, "The recipe that evaluates; null for evaluate.py beside this one.",
-        metavar="FILE")
+        metavar="FILE", runs_code=True)
     jobs: PositiveInt = option(1, "Runs side by side, each in a process of its own; GPUs are shared out among them.",
         group="machine")
     threads: PositiveInt = option(1, "Threads of torch in each.")
@@ -195,7 +196,9 @@ def parse(arguments: list[str]) -> Options:
     output = options.output or str(Path("runs") / (Path(files[-1]).stem if files else "sweep"))
     before = Path(output) / SWEEP_FILE
     if not files and not options.grid and options.base is None and before.is_file():
-        options = read_options(Options, ["--config", str(before), *words])
+        kept = read_options(Options, ["--config", str(before), *words])
+        check_code(replace(kept, options=base_options(kept.base) | kept.options), options, before)
+        options = kept
     return replace(options, output=output)
 
 

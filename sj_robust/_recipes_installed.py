@@ -2,7 +2,9 @@
 
 from importlib.util import find_spec
 
-_MODULES = ("accelerate", "jsonargparse", "matplotlib", "rich", "submitit", "tensorboard", "yaml")
+_MODULES = (
+    "accelerate", "jsonargparse", "matplotlib", "PIL", "rich", "scipy", "sklearn", "submitit", "tensorboard", "yaml",
+)  # fmt: skip
 
 _missing = [name for name in _MODULES if find_spec(name) is None]
 if _missing:

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -12,7 +13,7 @@ from typing import Any, BinaryIO, ClassVar, Self, TypeVar
 import torch
 
 __all__ = [
-    "SavedResult", "known_fields", "load_saved", "load_tensors", "markdown_table", "plain", "saved_content",
+    "SavedResult", "known_fields", "load_saved", "load_tensors", "markdown_table", "naming", "plain", "saved_content",
     "saved_format", "whole_file", "write_whole",
 ]  # fmt: skip
 
@@ -149,6 +150,17 @@ def load_saved(path: Path, parse: Callable[[str], SavedT]) -> SavedT:
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Context of writing a file, whose name a failure has that comes with none, such as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write, which takes its name, in one step, when all of it is on the disk. 原子写文件。
 
@@ -156,7 +168,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
+        with naming(path), temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -199,6 +211,10 @@ def load_tensors(path: Path, *, what: str, remedy: str) -> Any:
         ValueError: If the file is damaged, or holds more than tensors and plain values.
     """
     try:
+        if zipfile.is_zipfile(path):  # whose checksums torch writes, and does not look at
+            with zipfile.ZipFile(path) as archive:
+                if (damaged := archive.testzip()) is not None:
+                    raise zipfile.BadZipFile(damaged)
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for a damaged file
         raise ValueError(

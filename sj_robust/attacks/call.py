@@ -59,6 +59,10 @@ class ImageScores(NamedTuple):
     """What the verdict rests on, the mean of the forwards, [N, classes]."""
 
 
+class _NonFiniteGradientError(FloatingPointError, ValueError):
+    """A wrong value, which a training in full precision answers for itself."""
+
+
 @dataclass(frozen=True)
 class Objective:
     """What a gradient attack climbs: per-sample loss of the model, averaged over ``eot_samples`` forwards."""
@@ -78,7 +82,9 @@ class Objective:
             grad += _input_gradient(losses, x)
             scores.append((logits.detach(), losses.detach()))
         if not bool(torch.isfinite(grad).all()):
-            raise ValueError("the gradient at the images must be finite, got NaN or infinity; craft in float32")
+            raise _NonFiniteGradientError(
+                "the gradient at the images must be finite, got NaN or infinity; craft in float32"
+            )
         return grad / self.eot_samples, self._score(scores, y)
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ from typing import IO, Any
 
 from filelock import FileLock, Timeout
 
-from sj_robust._saved import write_whole
+from sj_robust._saved import naming, write_whole
 
 __all__ = ["BatchLog", "Position", "Progress", "TimeLeft", "computed_once"]
 
@@ -63,7 +63,7 @@ class Progress:
             raise BlockingIOError(
                 f"{path} is being written by another process: is this evaluation running already?"
             ) from error
-        with taken, path.open("ab") as file:
+        with taken, naming(path), path.open("ab") as file:
             content = path.read_bytes()
             whole = _whole_length(content)
             file.truncate(whole)

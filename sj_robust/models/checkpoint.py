@@ -1,7 +1,9 @@
 """Checkpoints that are either whole or not there."""
 
 import glob
+import hashlib
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,7 @@ def save_checkpoint(path: Path, content: dict[str, Any]) -> None:
     """
     try:
         with whole_file(path) as file:
-            torch.save({"format": _FORMAT, "version": _VERSION, **content}, file)
+            torch.save({"format": _FORMAT, "version": _VERSION, "digest": _digest(content), **content}, file)
     except NotImplementedError:
         raise
     except (OSError, RuntimeError) as error:  # torch reports a failed write of its archive as a RuntimeError
@@ -75,6 +77,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         raise ValueError(
             f"{path} has checkpoint version {content.get('version')}, this release reads {_VERSION}; update sj_robust"
         )
+    digest = content.pop("digest", None)  # older files have none, only the sums of the archive that each file has
+    if digest not in (None, _digest({name: content[name] for name in content if name not in ("format", "version")})):
+        raise ValueError(f"{path} is damaged: it does not hold what was saved; resume from another one")
     return content
 
 
@@ -106,6 +111,25 @@ def check_same_run(saved: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     if names:
         differences = ", ".join(f"{name}: {old.get(name)!r} there, {new.get(name)!r} now" for name in names)
         raise ValueError(f"the checkpoint is of a run with other options ({differences}); resume with the same ones")
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    """SHA-256 of all values, whatever lies around them in the file."""
+    found = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            found.update(f"{value.dtype} {list(value.shape)}".encode())
+            found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        elif isinstance(value, Mapping | list | tuple):
+            found.update(f"{len(value)}".encode())
+            for one in chain.from_iterable(value.items()) if isinstance(value, Mapping) else value:
+                add(one)
+        else:
+            found.update(f"{value!r} ".encode())
+
+    add(content)
+    return found.hexdigest()
 
 
 def _flat(description: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

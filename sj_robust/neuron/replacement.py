@@ -15,6 +15,12 @@ from sj_robust.neuron.dlif import DLIFNode
 __all__ = ["ReplacementReport", "replace_neurons"]
 
 
+_HOOKS = (
+    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called", "_backward_pre_hooks", "_backward_hooks", "_is_full_backward_hook",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class ReplacementReport:
     """What :func:`replace_neurons` did, by the name of the module.
@@ -33,7 +39,7 @@ class ReplacementReport:
 def replace_neurons(net: nn.Module, T: int, *, backend: str = "auto") -> ReplacementReport:
     """Swap the IF, LIF and PLIF neurons of a network for DLIF neurons that start with the same dynamics.
 
-    Threshold, reset, surrogate, ``detach_reset``, step mode, ``store_v_seq``, training mode and device are kept.
+    Threshold, reset, surrogate, ``detach_reset``, step mode, ``store_v_seq``, training mode, device and hooks are kept.
     ``decay_input=True`` becomes ``input_gain_init = 1 / tau``; IF becomes ``tau = inf``; the learnable tau of PLIF is
     frozen at its present value, which ``notes`` reports. 将网络中的 IF/LIF/PLIF 神经元替换为 DLIF。
 
@@ -84,8 +90,23 @@ def replace_neurons(net: nn.Module, T: int, *, backend: str = "auto") -> Replace
         report.replaced[name] = type(module).__name__
         if type(module) is neuron.ParametricLIFNode:
             report.notes[name] = f"learnable tau frozen at {dynamics[0]:.6g}"
+    for module in net.modules():
+        for name, value in list(vars(module).items()):
+            vars(module)[name] = _exchanged(value, successors)
     invalidate_reset_cache(net)
     return report
+
+
+def _exchanged(value: Any, successors: dict[nn.Module, DLIFNode]) -> Any:
+    """An attribute with the new neurons in it, which forward may read from a plain list, tuple or dict."""
+    if isinstance(value, nn.Module):
+        return successors.get(value, value)
+    if type(value) is tuple:
+        return tuple(_exchanged(one, successors) for one in value)
+    if type(value) in (list, dict):
+        for key, one in enumerate(value) if type(value) is list else list(value.items()):
+            value[key] = _exchanged(one, successors)
+    return value
 
 
 def _lif_dynamics(module: Any) -> tuple[float, float] | None:
@@ -116,4 +137,6 @@ def _successor(module: Any, T: int, tau: float, input_gain: float, backend: str,
     )
     node.to(place.device, place.dtype).train(module.training)
     nn.init.constant_(node.input_gain, input_gain)
+    for name in _HOOKS:
+        setattr(node, name, getattr(module, name))  # the same dictionary, so that handles remove from it
     return node

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sj_robust._host import functional
 from sj_robust._preserved import evaluation_mode
 from sj_robust.classifier import SpikingClassifier, as_classifier
-from sj_robust.neuron.charging import NeuronKey, find_neurons
+from sj_robust.neuron.charging import NeuronKey, find_neurons, is_neuron
 from sj_robust.perturbation._recording import Layers, NeuronHook, Recording, RunKind
 from sj_robust.perturbation._statistics import Kept, LayerTotals, MPPDStatistics
 from sj_robust.perturbation.pair import Indicator, LayerPair
@@ -145,6 +145,7 @@ class MPPDMonitor(BaseMonitor):
         self.monitored_layers.extend(neurons)
         self.name_records_index.update({name: [] for name in neurons})
         self._net = net
+        self._found = _neurons_of(net)
         self._input_gain = input_gain
         self._keep = keep
         self._totals: dict[str, LayerTotals] = {}
@@ -337,6 +338,10 @@ class MPPDMonitor(BaseMonitor):
         self.remove_hooks()
         self._recording.forget()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy watches nothing: hooks are of the network that was hooked."""
+        return self.__dict__ | {"hooks": []}
+
     def __del__(self) -> None:
         """Take the hooks off."""
         self.remove_hooks()
@@ -366,13 +371,20 @@ class MPPDMonitor(BaseMonitor):
     def _running(self, kind: RunKind) -> Iterator[None]:
         if not self.hooks:
             raise RuntimeError(
-                f"{kind}(): the monitor has no hooks, it was closed or no neuron can be followed; build a new one with "
-                "MPPDMonitor(net), and see monitor.unsupported"
+                f"{kind}(): the monitor has no hooks, it was closed, is a copy or no neuron can be followed; build a "
+                "new one with MPPDMonitor(net), and see monitor.unsupported"
             )
         if not self.is_enable():
             self._recording.forget()
             yield
             return
+        found = _neurons_of(self._net)
+        if found != self._found:
+            names = sorted(name for name in found | self._found if found.get(name) is not self._found.get(name))
+            raise RuntimeError(
+                f"{kind}(): neurons were exchanged, added or removed since the monitor was attached "
+                f"({', '.join(names)}); build a new one with MPPDMonitor(net)"
+            )
         with self._recording.running(kind):
             yield
         if self._recording.complete:
@@ -411,6 +423,10 @@ class MPPDMonitor(BaseMonitor):
     def _record_of(self, name: str, value: object) -> None:
         self.name_records_index[name].append(len(self.records))
         self.records.append(value)
+
+
+def _neurons_of(net: nn.Module) -> dict[str, nn.Module]:
+    return {name: module for name, module in net.named_modules() if is_neuron(module)}
 
 
 def _totals_of(pairs: Mapping[str, LayerPair]) -> dict[str, LayerTotals]:

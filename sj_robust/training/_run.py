@@ -238,8 +238,10 @@ class TrainingRun:
         """What an attack or evaluation refuses to work on may be the fault of the weights, which then is the error."""
         try:
             yield
-        except ValueError:
+        except ValueError as error:
             self._check_weights()
+            if isinstance(error, FloatingPointError):
+                self._fail(str(error).partition(";")[0])
             raise
 
     def _check_labels(self, y: Tensor) -> None:

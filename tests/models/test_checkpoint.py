@@ -64,3 +64,22 @@ def test_unreadable_and_foreign_files(tmp_path, monkeypatch, kind):
     assert not (tmp_path / "trap").exists()
     with pytest.raises(FileNotFoundError, match="without --resume"):
         load_checkpoint(tmp_path / "first.pt")
+
+
+def test_a_flipped_byte_is_refused_or_changes_nothing(tmp_path):
+    path = tmp_path / "last.pt"
+    content = {"model": {"w": torch.rand(40), "b": torch.rand(3).bfloat16()}, "history": [(1, 0.5, None)]}
+    save_checkpoint(path, content)
+    whole, refused = path.read_bytes(), 0
+    for position in range(0, len(whole), 29):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0x10]) + whole[position + 1 :])
+        try:
+            loaded = load_checkpoint(path)
+        except ValueError:
+            refused += 1
+        else:
+            assert all(torch.equal(loaded["model"][name], value) for name, value in content["model"].items()), position
+            assert loaded["history"] == content["history"]
+    assert refused > len(whole) / 29 / 3
+    torch.save({"format": "sj_robust.checkpoint", "version": 1, "epoch": 1}, path)  # as before there were digests
+    assert load_checkpoint(path)["epoch"] == 1

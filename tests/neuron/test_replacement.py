@@ -91,3 +91,26 @@ def test_shared_neurons_stay_shared():
 def test_a_bare_neuron_is_refused():
     with pytest.raises(ValueError, match=r"wrap it in nn\.Sequential"):
         replace_neurons(neuron.LIFNode(), T=2)
+
+
+def test_hooks_and_plain_lists_have_the_new_neurons():
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = neuron.LIFNode(step_mode="m"), neuron.IFNode(step_mode="m")
+            self.listed = [self.first, {"deep": (self.second,)}]
+
+        def forward(self, x):
+            return self.listed[1]["deep"][0](self.listed[0](x))
+
+    net, seen = Net(), []
+    handle = net.first.register_forward_hook(lambda module, args, output: seen.append(type(module)))
+    net.second.register_full_backward_hook(lambda module, *gradients: seen.append(type(module)))
+    replace_neurons(net, T=2)
+    net(torch.rand(2, 1, 4).requires_grad_()).sum().backward()
+    assert seen == [DLIFNode, DLIFNode]
+    assert net.listed[1]["deep"][0] is net.second
+    handle.remove()
+    functional.reset_net(net)
+    net(torch.rand(2, 1, 4))
+    assert len(seen) == 2

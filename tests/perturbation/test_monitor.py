@@ -4,6 +4,7 @@ import copy
 import gc
 import io
 import json
+import re
 import weakref
 
 import numpy as np
@@ -429,3 +430,16 @@ def test_neurons_called_by_keyword():
     stats = MPPDMonitor(net).compare(x, x_perturbed, forward=lambda x: [net(x) for _ in range(2)])
     shift = float((x - x_perturbed).double().square().mean())
     assert stats["sn"].ms_mppd.tolist() == pytest.approx([shift, 4 * shift], rel=1e-5)
+
+
+def test_copies_and_exchanged_neurons_are_told():
+    net = conv_net(NEURONS["LIF"][0])
+    x, x_perturbed = images()
+    monitor = MPPDMonitor(net)
+    with pytest.raises(RuntimeError, match=r"is a copy.*build a new one"):
+        copy.deepcopy(monitor).compare(x, x_perturbed)
+    name = NAMES[0]
+    net.set_submodule(name, neuron.IFNode(step_mode="m"))
+    with pytest.raises(RuntimeError, match=rf"exchanged, added or removed .*\({re.escape(name)}\); build a new one"):
+        monitor.compare(x, x_perturbed)
+    assert name in MPPDMonitor(net).compare(x, x_perturbed)

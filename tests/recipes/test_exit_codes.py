@@ -3,7 +3,10 @@
 What newcomers get wrong is in test_newcomer_mistakes, wrong inputs of evaluate in test_evaluate_wrong_use.
 """
 
+import errno
 import importlib
+import importlib.util
+import io
 import os
 import re
 import shlex
@@ -16,6 +19,9 @@ import pytest
 from accelerate.state import AcceleratorState
 from lab.command_line import run_recipe
 from launch import RECIPES
+
+from sj_robust._saved import write_whole
+from sj_robust.evaluation.progress import Progress
 
 
 @pytest.fixture
@@ -60,12 +66,19 @@ def ended(tmp_path, monkeypatch, capsys):
         ("evaluate", "--suite slow", 2, "slow"),
         ("sweep", "--grid '{roh: [1]}'", 2, "has no option 'roh'"),
         ("sweep", "--base nowhere", 1, "base nowhere does not exist"),
+        ("sweep", "--report --output nowhere", 1, "nowhere holds no finished run"),
         ("figures", "", 2, "give the folder of a run"),
         ("figures", "--which neuron", 2, "give --output"),
         ("figures", "--which neurons", 2, "--which must be a list of all, neuron"),
         ("figures", "nowhere", 1, "nowhere does not exist; give the folder of a run"),
         ("figures", "--redraw nowhere", 1, "nowhere does not exist; --redraw takes the folder"),
         ("benchmark", "--methods [Brian]", 2, "neuron has no method Brian; it has DLIF cpp"),
+        (
+            "benchmark",
+            "--shapes [[0,0,0]]",
+            2,
+            r"sizes >= 1, such as \[\[4, 64, 128, 8, 8\]\] for neuron, got \[0, 0, 0\]",
+        ),
         ("benchmark", "--redraw nowhere", 1, r"nowhere holds no \*.csv"),
     ],
 )
@@ -74,6 +87,63 @@ def test_what_is_wrong_is_said_in_a_line_and_leaves_no_folder(ended, tmp_path, n
     assert code == expected, err
     assert re.fullmatch(f"error: .*{reason}.*\n", err), err
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "file", "content", "named"),
+    [
+        ("adv_train", "config.yaml", "model: own.py:build", "--resume --model own.py:build"),
+        ("evaluate", "config.yaml", "{network: 'own.py:build', T: 2, eps: 0.1}", "--resume --network own.py:build"),
+        ("evaluate", "config.yaml", "{checkpoint: x.pt, trust_code: true}", "--resume --trust-code"),
+        ("sweep", "sweep.yaml", "{base: digits, recipe: own.py}", "--report --recipe own.py"),
+        ("sweep", "sweep.yaml", "{base: f/base.yaml}", "--report --options '{model: own.py:build}'"),
+    ],
+)
+def test_code_that_a_folder_names_is_run_if_the_command_names_it_too(ended, tmp_path, name, file, content, named):
+    (tmp_path / "own.py").write_text("from pathlib import Path\nPath('ran').touch()\n")
+    (tmp_path / "f").mkdir()
+    (tmp_path / "f" / file).write_text(content)
+    (tmp_path / "f" / "base.yaml").write_text("model: own.py:build")
+    words = shlex.split(named)
+    code, _, err = ended(name, "--output", "f", words[0])
+    assert (code, (tmp_path / "ran").exists()) == (2, False), err
+    assert f"if you trust it, name it here as well: {named.split(' ', 1)[1]}" in err
+    code, _, err = ended(name, "--output", "f", *words)
+    assert "if you trust it" not in err
+    assert (tmp_path / "ran").exists() == ("own.py" in content)
+
+
+def test_a_terminal_of_ascii_gets_question_marks(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding="ascii"))
+    monkeypatch.setattr(sys, "argv", ["mine.py"])
+    run_recipe(lambda arguments: print("accura\u2026"))
+    sys.stdout.flush()
+    assert sys.stdout.buffer.getvalue() == b"accura?\n"
+
+
+def test_a_full_disk_is_told_with_file_and_remedy(monkeypatch, tmp_path):
+    def full(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def main(arguments):
+        with progress.batch(0) as log:
+            log.append({"member": "pgd"})
+
+    progress = Progress(tmp_path, {})
+    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(sys, "argv", ["mine.py"])
+    with pytest.raises(SystemExit, match=r"'.*batch-000000\.jsonl'; free some space there: continue with --resume"):
+        run_recipe(main)
+    with pytest.raises(SystemExit, match=r"'.*report\.json'; free some space"):
+        run_recipe(lambda arguments: write_whole(tmp_path / "report.json", "{}"))
+
+
+def test_a_missing_extra_is_told_in_a_line(monkeypatch):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "scipy" else found(name))
+    monkeypatch.delitem(sys.modules, "sj_robust._recipes_installed")
+    with pytest.raises(SystemExit, match=r"error: .* extra 'recipes', of which scipy .*: pip install"):
+        importlib.reload(sys.modules["lab.command_line"])
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from torch.utils.data import TensorDataset, get_worker_info
 from training import small_run
 from training.small_run import At
 
+from sj_robust.attacks import pgd
 from sj_robust.data.files import UnreadableError
 from sj_robust.data.stored import FileImages
 from sj_robust.models import checkpoint
@@ -111,6 +112,12 @@ def test_nan_in_the_loss_and_in_the_weights(tmp_path, whole, action, found):
     with pytest.raises(NonFiniteLossError, match=rf"{found}.*last\.pt, is intact\. Lower lr"):
         run(tmp_path, perturb=At(STEP, action))
     assert_goes_on(tmp_path, whole)
+
+
+def test_a_learning_rate_that_is_too_high(tmp_path):
+    attack = partial(pgd, eps=0.1, step_size=0.1, steps=1)
+    with pytest.raises(NonFiniteLossError, match=r"at epoch 1, step \d; no checkpoint was written yet\. Lower lr"):
+        run(tmp_path, perturb=attack, lr=1e30)
 
 
 def test_a_process_that_loads_images_dies(tmp_path, whole):

@@ -1,13 +1,21 @@
 """What the recipes share: options, help, exit codes, the README of an output folder; needs the extra ``recipes``."""
 
-import sj_robust._recipes_installed  # noqa: F401  # says what to install if one of its packages is missing
+import sys
+
+try:
+    import sj_robust._recipes_installed  # noqa: F401  # says what to install if one of its packages is missing
+except ModuleNotFoundError as error:
+    own = "; in the clone: pip install -e '.[recipes]'"
+    sys.exit(f"error: {error}{own if error.name == 'sj_robust' else ''}")
+
 from lab.command_line.declared import deciding, idle, option
-from lab.command_line.parser import WrongUse, parse_options, read_options
+from lab.command_line.parser import WrongUse, check_code, parse_options, read_options
 from lab.command_line.readme import describe_folder
 from lab.command_line.start import check_options, checked, run_recipe
 
 __all__ = [
     "WrongUse",
+    "check_code",
     "check_options",
     "checked",
     "deciding",

@@ -60,6 +60,7 @@ class Option:
             ``"nothing"``: neither.
         idle: Whether it changes nothing, given all options; None if it always changes something.
         positional: Whether a bare word of the command line is its value.
+        runs_code: Whether it can name code to run, which is taken from the command line alone, not from a folder.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Option:
     decides: Decides = "result"
     idle: Callable[[Any], bool] | None = None
     positional: bool = False
+    runs_code: bool = False
 
     @property
     def flag(self) -> str:
@@ -108,6 +110,7 @@ def option(
     decides: Decides = "result",
     idle: Callable[[Any], bool] | None = None,
     positional: bool = False,
+    runs_code: bool = False,
 ) -> ValueT:
     """A field of a recipe's ``Options``, which type checkers see as its default value; see :class:`Option`.
 
@@ -118,7 +121,7 @@ def option(
     (15, 'Passes over the training images.')
     """
     said = {"words": words, "group": group, "metavar": metavar, "decides": decides}
-    metadata = said | {"idle": idle, "positional": positional}
+    metadata = said | {"idle": idle, "positional": positional, "runs_code": runs_code}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: copy(default), metadata=metadata)
     return field(default=default, metadata=metadata)

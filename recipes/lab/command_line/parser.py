@@ -4,6 +4,7 @@ import difflib
 import inspect
 import json
 import re
+import shlex
 import shutil
 import sys
 import textwrap
@@ -21,8 +22,8 @@ from jsonargparse import (  # type: ignore[attr-defined]  # public, in a compute
 from lab.command_line.declared import Option, options_of
 
 __all__ = [
-    "RecipeParser", "WrongUse", "as_yaml", "examples_in", "meaning", "named_arguments", "parse_options", "read_options",
-    "shown_value",
+    "RecipeParser", "WrongUse", "as_yaml", "check_code", "examples_in", "meaning", "named_arguments", "parse_options",
+    "read_options", "shown_value",
 ]  # fmt: skip
 
 OptionsT = TypeVar("OptionsT")
@@ -141,7 +142,25 @@ def parse_options(
 
     folder = run_to_resume(options.output, stem(options), mark=mark)
     resumed: Any = read_options(options_type, ["--config", str(folder / CONFIGURATION_FILE), *arguments])
+    check_code(resumed, options, folder / CONFIGURATION_FILE)
     return replace(resumed, output=str(folder))  # type: ignore[no-any-return]  # as above
+
+
+def check_code(options: Any, given: Any, path: Path) -> None:
+    """Raise WrongUse for code that the options of a folder's file name and those of the command line do not."""
+    for one in options_of(type(options)):
+        value = getattr(options, one.name)
+        if one.runs_code and value != getattr(given, one.name) and (value is True or _names_code(value)):
+            said = one.flag if value is True else f"{one.flag} {shlex.quote(as_yaml(value))}"
+            raise WrongUse(f"{path} names code that would be run; if you trust it, name it here as well: {said}")
+
+
+def _names_code(value: object) -> bool:
+    """Whether a value is a file of Python or a function of one's own, or holds such a value."""
+    if isinstance(value, dict | list | tuple):
+        return any(map(_names_code, value.values() if isinstance(value, dict) else value))
+    text = str(value)
+    return text.endswith(".py") or (":" in text and not text.startswith(("zoo:", "image_folder:")))
 
 
 def named_arguments(options: Mapping[str, Option], arguments: Sequence[str]) -> list[str]:

@@ -1,5 +1,7 @@
 """A recipe run as a script: wrong use told from failed work, the exit codes, and what the console is spared."""
 
+import errno
+import io
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -36,12 +38,15 @@ def run_recipe(main: Callable[[list[str]], None], *, stopped: str = "continue wi
     """Run a recipe as a script: errors in a line on stderr, the conventional exit codes.
 
     0 after success, 1 if the work failed, 2 after wrong use, 130 after Ctrl-C (``stopped`` says what to do then), and
-    128 plus its number after another signal that left a checkpoint.
+    128 plus its number after another signal that left a checkpoint. What the terminal has no character for is shown as
+    a question mark.
     """
     from sj_robust._host import quiet_triton  # these import torch, which --help does not wait for
     from sj_robust.training import NonFiniteLossError, TrainingInterrupted
 
     quiet_triton()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
     try:
         main(sys.argv[1:])
     except TrainingInterrupted as interruption:
@@ -53,7 +58,8 @@ def run_recipe(main: Callable[[list[str]], None], *, stopped: str = "continue wi
     except WrongUse as error:
         _refuse(error)
     except (OSError, ValueError, ModuleNotFoundError, NonFiniteLossError) as error:
-        sys.exit(f"error: {error}")
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        sys.exit(f"error: {error}{f'; free some space there: {stopped}' if full else ''}")
 
 
 def _refuse(error: WrongUse) -> NoReturn:

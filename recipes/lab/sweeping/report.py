@@ -36,12 +36,13 @@ def write_report(
         plot: Option that the figure is drawn over.
 
     Raises:
-        ValueError: If there are no runs, a pattern fits nothing, or a contrast names no axis.
+        FileNotFoundError: If there are no runs.
+        ValueError: If a pattern fits nothing, or a contrast names no axis.
     """
     from lab.sweeping.plot import plot_effect  # imports matplotlib
 
     if not records:
-        raise ValueError(f"{folder} holds no finished run, so there is nothing to report; run the sweep first")
+        raise FileNotFoundError(f"{folder} holds no finished run, so there is nothing to report; run the sweep first")
     axes = axes_in(records, grid)
     cells = cells_of(records, axes)
     chosen, everything = columns_of(records, columns), columns_of(records, ["*"])
