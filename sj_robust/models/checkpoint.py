@@ -120,7 +120,7 @@ def _digest(content: Mapping[str, Any]) -> str:
     def add(value: Any) -> None:
         if isinstance(value, torch.Tensor):
             found.update(f"{value.dtype} {list(value.shape)}".encode())
-            found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            found.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         elif isinstance(value, Mapping | list | tuple):
             found.update(f"{len(value)}".encode())
             for one in chain.from_iterable(value.items()) if isinstance(value, Mapping) else value:
