@@ -47,7 +47,8 @@ def check_all(work):
     (sdist,) = (work / "dist").glob("*.tar.gz")
     (built,) = (work / "dist").glob("*.whl")
     # auditwheel names the oldest glibc that the wheel runs on, which the index asks for
-    run(sys.executable, "-m", "auditwheel", "repair", "-w", work / "repaired", built, PATH=f"{BIN}:{os.environ['PATH']}")
+    path = f"{BIN}:{os.environ['PATH']}"
+    run(sys.executable, "-m", "auditwheel", "repair", "-w", work / "repaired", built, PATH=path)
     (wheel,) = (work / "repaired").glob("*.whl")
     say("a wheel from the sdist without a compiler")
     with tarfile.open(sdist) as archive:
@@ -117,7 +118,8 @@ def smoke(python, work, *, kernel):
     expected.write_text(json.dumps({"version": version(), "kernel": kernel, "names": names}), encoding="utf-8")
     with tempfile.TemporaryDirectory() as elsewhere:
         script = shutil.copy2(Path(__file__).with_name("smoke.py"), elsewhere)
-        run(python, "-I", script, expected, cwd=elsewhere, OMP_NUM_THREADS="1", PATH=str(Path(python).parent))  # no compiler
+        no_compiler = {"PATH": str(Path(python).parent)}
+        run(python, "-I", script, expected, cwd=elsewhere, OMP_NUM_THREADS="1", **no_compiler)
 
 
 def version():
