@@ -157,7 +157,7 @@ def _kernel() -> str:
         return "none that can run, see backend cpp; eager runs on the CPU"
     sets = cpp.instruction_sets()
     wanted = os.environ.get(cpp.INSTRUCTION_SET_VARIABLE, sets[-1])
-    return f"built by the compiler at installation, runs {wanted} (this processor: {', '.join(sets)})"
+    return f"installed, runs {wanted} (this processor: {', '.join(sets)})"
 
 
 def _settings() -> list[tuple[str, str]]:
