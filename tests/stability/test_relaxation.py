@@ -1,6 +1,7 @@
 """Tighter methods of verify prove no image that can be fooled, and what they break is broken."""
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -259,6 +260,9 @@ def test_errors_of_charge_and_reset_widen_the_bound_by_the_weight_on_them(monkey
 
     before = lowest_with(model, slopes, weights)
     assert float(before - lowest_with(model, slopes, weights, wrong_charge)) == pytest.approx(3.0 * 0.5)
+    falling = slopes | {(0, 0): -slopes[0, 0]}
+    before = lowest_with(model, falling, weights)
+    assert float(before - lowest_with(model, falling, weights, wrong_charge)) == pytest.approx(3.0 * 0.5)
     monkeypatch.setattr(relaxation, "reset_rounding", lambda size, rest, threshold: 0.25 * size)
     assert float(before - lowest_with(model, slopes, weights)) > 2.0 * 0.25 * 0.5
 
@@ -280,8 +284,42 @@ def test_the_largest_potential_is_that_of_the_input_just_below_the_threshold():
 def test_without_scipy_mip_says_what_to_install(monkeypatch):
     model = one_neuron(0.0)
     monkeypatch.setitem(sys.modules, "scipy.sparse", None)
-    monkeypatch.setattr(Prover, "broken", lambda *args, **kwargs: None)
-    monkeypatch.setattr(Prover, "crown", lambda self, images, labels: torch.full((len(images),), -1.0).double())
+    without_shortcuts(monkeypatch)
     x = torch.full((1, 1), 0.5)
     with pytest.raises(ModuleNotFoundError, match="scipy, which is not installed: pip install"):
         verify(model, x, model(x).argmax(1), 0.5, method="mip")
+
+
+def without_shortcuts(monkeypatch):
+    """Neither a first bound proves an image nor the corner of one breaks it."""
+    monkeypatch.setattr(Prover, "broken", lambda *args, **kwargs: None)
+    monkeypatch.setattr(Prover, "crown", lambda self, images, labels: torch.full((len(images),), -1.0).double())
+
+
+@pytest.mark.parametrize(("answers", "verified"), [("2", True), ("1", False), ("x2", False)])
+def test_only_an_impossible_program_is_a_proof(monkeypatch, answers, verified):
+    without_shortcuts(monkeypatch)
+    said = iter(answers)  # statuses of HiGHS, or a point that does not fool the network
+
+    def milp(costs, **arguments):
+        answer = next(said)
+        return SimpleNamespace(x=costs + 0.5 if answer == "x" else None, status=0 if answer == "x" else int(answer))
+
+    monkeypatch.setattr("scipy.optimize.milp", milp)
+    model, x = one_neuron(0.0), torch.full((1, 1), 0.5)
+    assert verify(model, x, model(x).argmax(1), 0.5, method="mip").verified == (verified,)
+
+
+def test_a_program_finds_the_spike_that_loses_the_lead(monkeypatch):
+    without_shortcuts(monkeypatch)
+    model, x = one_neuron(0.0), torch.full((1, 1), 0.2)
+    assert verify(model, x, model(x).argmax(1), 0.8, method="mip").broken == (True,)
+
+
+def test_branch_and_bound_proves_every_rival(monkeypatch):
+    without_shortcuts(monkeypatch)
+    bounds = iter((1.0, -1.0))
+    monkeypatch.setattr(Prover, "raised", lambda *args: SimpleNamespace(value=torch.tensor([-1.0, -1.0])))
+    monkeypatch.setattr(Prover, "_branched", lambda *args: (next(bounds), None))
+    model, x = small(neuron.IFNode), torch.full((1, 3), 0.5)
+    assert verify(model, x, model(x).argmax(1), 0.5, method="bab").verified == (False,)
