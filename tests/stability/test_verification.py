@@ -222,7 +222,8 @@ def wrong_use():
         None,
         None,
     )
-    noisy = SpikingClassifier(Statement(lambda x: x + torch.rand(x.shape)), T).eval()
+    noisy = SpikingClassifier(Statement(lambda x: x + 0 * torch.rand(x.shape)), T).eval()
+    noisy.unused = torch.Generator()  # one that is not drawn from must not hide that another is
     inside = classifier(convolutional, NEURONS["LIF"])
     inside.net[1].train()
     unknown = classifier(convolutional, lambda: neuron.QIFNode())
