@@ -48,6 +48,7 @@ class DifferentiableBounds:
     Source: Gowal et al., arXiv 1810.12715; batch norm as in Shi et al. (NeurIPS 2021).
 
     Examples:
+        >>> import torch
         >>> from sj_robust.models import NetworkSpec, build_classifier
         >>> bounds = DifferentiableBounds(build_classifier(NetworkSpec()))
         >>> with bounds.watching():
