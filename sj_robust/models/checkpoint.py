@@ -69,9 +69,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     content: Any = load_tensors(path, what="a checkpoint", remedy="resume from another one")
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
         raise ValueError(
-            f"{path} is not a checkpoint of sj_robust (no format mark {_FORMAT!r}); of a bare state_dict, give a "
-            "function that builds the network and loads it (evaluate.py --network mynet.py:build), or start from it "
-            "(adv_train.py --model mynet.py:build --pretrained FILE)"
+            f"{path} is not a checkpoint of sj_robust (no format mark {_FORMAT!r}); check the path. Of a bare "
+            "state_dict give a function that builds the network and loads it (evaluate.py --network mynet.py:build), "
+            "or start from it (adv_train.py --model mynet.py:build --pretrained FILE)"
         )
     if content.get("version") != _VERSION:
         raise ValueError(
