@@ -323,3 +323,22 @@ def test_branch_and_bound_proves_every_rival(monkeypatch):
     monkeypatch.setattr(Prover, "_branched", lambda *args: (next(bounds), None))
     model, x = small(neuron.IFNode), torch.full((1, 3), 0.5)
     assert verify(model, x, model(x).argmax(1), 0.5, method="bab").verified == (False,)
+
+
+class BesideItsMaximum(nn.Module):
+    """Two logits: the larger of twice a pixel and the next, and the next less 0.1. The neuron is silent."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool, self.node = nn.MaxPool2d((1, 2)), neuron.IFNode(step_mode="m", v_threshold=9.0)
+
+    def forward(self, x_seq):
+        x = x_seq.flatten(0, 1) * torch.tensor([2.0, 1.0])
+        greatest = self.pool(x)
+        return torch.cat((greatest, x[..., 1:] - 0.1 + self.node(greatest[None])[0]), 1).flatten(1).unflatten(0, (1, -1))
+
+
+def test_a_maximum_hangs_on_the_value_whose_lower_bound_is_the_largest():
+    model = SpikingClassifier(BesideItsMaximum(), T=1).eval()
+    x, y = torch.tensor([[[[0.3, 0.5]]]]), torch.zeros(1, dtype=torch.long)
+    assert [verify(model, x, y, 0.2, method=method).verified for method in ("ibp", "crown")] == [(False,), (True,)]

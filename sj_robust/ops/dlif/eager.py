@@ -60,8 +60,7 @@ def backward(inputs: Inputs, grads: OutputGradients, needs_v_init: bool) -> tupl
         part = _part(inputs, block)
         grad_x_block = grad_x_seq[:, block]
         scratch, spare, *n_seq = rows[:, : block.stop - block.start].unbind(0)
-        if in_place:
-            n_seq = list(grad_x_block.unbind(0))
+        n_seq = n_seq or list(grad_x_block.unbind(0))
         _advance(part, v=scratch, n_seq=n_seq, spike=spare)
         grad_carry = None if grads.v is None else spare.copy_(grads.v[block])
         grad_gains = []

@@ -194,6 +194,16 @@ def test_vector_width_follows_the_row_length_and_the_alignment():
         assert cupy_launch._vector_width(8, 4, torch.zeros(8), None, base[offset : offset + 8]) == width
 
 
+def test_32_steps_stay_in_registers(monkeypatch):
+    launched = []
+    monkeypatch.setattr(cupy_launch, "_launch", lambda variant, *_: launched.append((variant.steps, variant.is_long)))
+    for T in (32, 33):
+        inputs = Inputs(torch.zeros(T, 4), torch.ones(T), None, CONFIG)
+        cupy_launch.forward(inputs, store_v_seq=False)
+        cupy_launch.backward(inputs, OutputGradients(torch.ones(T, 4)), False)
+    assert launched == [(32, False), (32, False), (1, True), (16, True)]
+
+
 @pytest.mark.parametrize("threads", [0, 16, 100, 1056, -32])
 def test_block_size_is_checked(threads):
     with pytest.raises(ValueError, match=f"multiple of 32 from 32 to 1024, got {threads}"):
