@@ -335,7 +335,8 @@ class BesideItsMaximum(nn.Module):
     def forward(self, x_seq):
         x = x_seq.flatten(0, 1) * torch.tensor([2.0, 1.0])
         greatest = self.pool(x)
-        return torch.cat((greatest, x[..., 1:] - 0.1 + self.node(greatest[None])[0]), 1).flatten(1).unflatten(0, (1, -1))
+        other = x[..., 1:] - 0.1 + self.node(greatest[None])[0]
+        return torch.cat((greatest, other), 1).flatten(1).unflatten(0, (1, -1))
 
 
 def test_a_maximum_hangs_on_the_value_whose_lower_bound_is_the_largest():
