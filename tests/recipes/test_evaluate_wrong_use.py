@@ -49,7 +49,7 @@ NETWORKS = {
         (("runs/one", "--transfer", "nowhere"), FileNotFoundError, "nowhere does not exist"),
         (("runs/one", "--dataset", "fashion_mnist"), FileNotFoundError, "Fashion-MNIST is not complete"),
         (("--network", "own_net:build", "--T", "3"), ValueError, "eps is not known"),
-        (("--network", "own_net:wrapped", "--T", "3", "--eps", "0.1"), ValueError, "has its own T"),
+        (("--network", "own_net:wrapped", "--T", "4", "--eps", "0.1"), ValueError, "must be the classifier.s 3"),
         (("--network", "no_net:build"), ModuleNotFoundError, "no module 'no_net' in"),
         *((("--network", one, "--T", "2", "--eps", "0.1"), ValueError, message) for one, message in NETWORKS.items()),
         (("runs/one", "runs/two/a"), ValueError, "one checkpoint at a time, got another one, runs/two/a"),

@@ -398,7 +398,7 @@ UNBOUNDED = {
     "one class": (behind(lambda x: x[..., :1]), {}, "2 classes or more"),
     "no batch": (changed(), {"batch_size": 0}, "batch_size must be >= 1, got 0"),
     "half a batch": (changed(), {"batch_size": 1.5}, "batch_size must be an integer"),
-    "text": (changed(), {"eps": "8/255"}, "eps must be a number"),
+    "text": (changed(), {"eps": "8/x"}, "eps must be a number or a fraction"),
     "list": (changed(), {"y": [0, 1]}, "y must be a tensor of labels, got list"),
     "float labels": (changed(), {"y": torch.zeros(2)}, "y must be int64"),
     "no tensor": (changed(), {"x": [[0.1, 0.2]]}, "x must be a tensor of images, got list"),
