@@ -87,8 +87,10 @@ def test_through_a_pipe_it_is_plain_with_a_line_per_epoch(folders, shown):
 @pytest.mark.parametrize(("columns", "variables"), [(50, {"NO_COLOR": "1"}), (80, {})])
 def test_on_a_terminal_bars_move_and_fit_in_its_colours(tmp_path, columns, variables):
     # every part of the training takes longer than a bar is left as it is, which is a tenth of a second
-    longer = ("--train-limit", "800", "--validation-fraction", "0.5", "--batch-size", "8", "--reference", "false")
-    text = on_a_terminal(tmp_path, *TRAIN, *longer, "--epochs", "1", columns=columns, **variables)
+    longer = ("--train-limit", "1400", "--validation-fraction", "0.5", "--channels", "[32, 64]", "--T", "8")
+    text = on_a_terminal(
+        tmp_path, *TRAIN, *longer, "--reference", "false", "--epochs", "1", columns=columns, **variables
+    )
     assert bool(re.search(r"\x1b\[[0-9;]*3[0-9]", text)) == (not variables)
     assert not variables or not re.search(r"\x1b\[[0-9;]*m", text)  # neither colours nor other marks of text
     lines = drawn(text)
