@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 from documentation import shell
 from documentation.pages import PAGES, ROOT, PageError, blocks_of, documentation_pages, name_of
-from documentation.shell import logical_lines
 from sybil import Document
 from sybil.example import SybilFailure
 
@@ -191,20 +190,6 @@ def test_options_are_added_to_the_recipes(tmp_path):
     ]
     above = ["<!-- example: add --seed 5 -->", "<!-- example: add to adv_train.py: --epochs 7 --dataset 'a b' -->"]
     run(tmp_path, fence("bash", *lines, above=above))
-
-
-def test_logical_lines():
-    commands = [
-        "a",
-        "b \\\n  c",
-        "for i in 1; do\n  d\ndone",
-        "cat <<E\ne\nE",
-        "f &&\n  g",
-        "h 'two\nlines'",
-        "i # it's",
-    ]
-    assert [text for _, text in logical_lines("# first\n\n" + "\n\n# next\n".join(commands))] == commands
-    assert logical_lines("\na\n\n  b\n") == [(1, "a"), (3, "  b")]
 
 
 def test_blocks_in_lists_and_longer_fences():
