@@ -24,6 +24,7 @@ from sj_robust.evaluation.subject import Subject
 from sj_robust.evaluation.terminal import show_report
 from sj_robust.stability import verify
 
+pytestmark = pytest.mark.slow
 SMALL = 0.01
 
 

@@ -288,6 +288,7 @@ def test_surrogates_without_a_usable_text_are_refused():
         assert message in cupy_launch.unsupported_reason(x, surrogate)
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_every_cuda_text_of_spikingjelly_equals_its_gradient(cupy):
     host = pytest.importorskip("spikingjelly.activation_based.surrogate")
