@@ -235,7 +235,7 @@ def _potential(rows: _Rows, columns: int) -> "Figure":
 
 
 def _different(rows: list[dict[str, Any]], count: int) -> list[dict[str, Any]]:
-    """_Rows of different attacks first, then the ones with most images; in their own order."""
+    """Rows of different attacks first, then the ones with most images; in their own order."""
     first = {row["member"].split("/")[0].split("@")[0]: row for row in reversed(rows)}
     ranked = sorted(rows, key=lambda row: (row not in first.values(), -row["samples"]))[:count]
     return [row for row in rows if row in ranked]

@@ -369,17 +369,13 @@ class RobustnessReport(Shown, SavedResult, what="a robustness report", format="s
 
         That another estimator beats the training surrogate is none where the suite has chosen among estimators.
         """
-        answered = self._answered()
+        answered = {"other_estimator_stronger"} if self.estimators else set()
         return tuple(
             f"CHECK {row['name']}: {extent(row['value'], row.get('count'), row.get('total'))}; at most "
             f"{row['threshold']:.3g} passes. {row['meaning']} {row['remedy']}"
             for row in self.findings
             if not row["passed"] and row["name"] not in answered
         )
-
-    def _answered(self) -> set[str]:
-        """Findings that are no sign here: the suite has chosen among estimators."""
-        return {"other_estimator_stronger"} & {row["name"] for row in self.findings if self.estimators}
 
     @property
     def remarks(self) -> tuple[str, ...]:
