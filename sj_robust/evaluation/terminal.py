@@ -142,6 +142,7 @@ class Display(MovingLine):
             self._say(text)
         self._progress.remove_task(self._task)  # a task cannot go back to having no end
         self._task = self._progress.add_task(text.partition(":")[0], total=None, left="")
+        self._progress.refresh()  # a part may end before the next tenth of a second
 
     def on_step(self, position: Position) -> None:
         """Show where the evaluation stands."""
