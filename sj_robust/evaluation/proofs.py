@@ -4,9 +4,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from sj_robust._environment import device_of
 from sj_robust.attacks.threat import eps_text
 from sj_robust.evaluation.outcome import MemberOutcome
 from sj_robust.stability import verify
@@ -43,7 +43,6 @@ def prove(model: nn.Module, batches: Iterable[tuple[Tensor, ...]], radii: Sequen
         NotImplementedError: If something in it has no bounds.
 
     Examples:
-        >>> import torch
         >>> from spikingjelly.activation_based import neuron
         >>> from sj_robust import SpikingClassifier
         >>> net = nn.Sequential(nn.Linear(2, 2, bias=False), neuron.IFNode(step_mode="m"))
@@ -52,21 +51,14 @@ def prove(model: nn.Module, batches: Iterable[tuple[Tensor, ...]], radii: Sequen
         >>> prove(SpikingClassifier(net, T=4).eval(), batches, [0.01, 0.05]).verified
         {'0.01': (0, 1), '0.05': (0,)}
     """
-    device = device_of(model)
-    found: dict[str, tuple[int, ...]] = {eps_text(eps): () for eps in radii}
-    sums: dict[str, list[float]] = {}
-    start = 0
-    for batch in batches:
-        x, y = batch[0].to(device), batch[1].to(device)
-        for eps in radii:
-            result = verify(model, x, y, eps)
-            found[eps_text(eps)] += tuple(start + row for row, proved in enumerate(result.verified) if proved)
-            for layer in result.layers if eps == max(radii) else ():
-                before = sums.get(layer.name, [0.0] * len(layer.potential))
-                sums[layer.name] = [sum_ + len(y) * value for sum_, value in zip(before, layer.potential, strict=True)]
-        start += len(y)
-    potential = {f"net.{name}": tuple(value / start for value in row) for name, row in sums.items()}
-    return Proofs(found, start, potential)
+    x, y = (torch.cat(parts) for parts in zip(*(batch[:2] for batch in batches), strict=True))
+    found = {eps: verify(model, x, y, eps) for eps in radii}
+    verified = {
+        eps_text(eps): tuple(number for number, proved in enumerate(result.verified) if proved)
+        for eps, result in found.items()
+    }
+    potential = {f"net.{layer.name}": layer.potential for layer in found[max(radii)].layers}
+    return Proofs(verified, len(y), potential)
 
 
 def check_proofs(members: Iterable[MemberOutcome], verified: Iterable[int], eps: float) -> None:

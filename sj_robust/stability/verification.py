@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from sj_robust._checks import check_count, check_images, check_labels, check_logits
+from sj_robust._checks import check_count, check_images, check_labels, check_logits, check_size
 from sj_robust._environment import device_of
 from sj_robust._eps import eps_text, parse_eps
 from sj_robust._preserved import full_precision, generators_of, preserved
@@ -207,8 +207,7 @@ def verify(
     check_count("batch_size", batch_size)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    if not time_limit > 0:
-        raise ValueError(f"time_limit must be > 0 seconds per image, got {time_limit}")
+    time_limit = check_size("time_limit", time_limit, positive=True)
     device = device_of(classifier)
     correct: list[bool] = []
     margins: list[float] = []

@@ -208,8 +208,10 @@ def test_wrong_methods_say_what_there_is():
     x, y = torch.rand(1, 3), torch.zeros(1, dtype=torch.long)
     with pytest.raises(ValueError, match="method must be one of ibp, crown, bab, mip, got 'exact'"):
         verify(model, x, y, 0.1, method="exact")
-    with pytest.raises(ValueError, match="time_limit must be > 0 seconds per image, got 0"):
+    with pytest.raises(ValueError, match="time_limit must be finite and > 0, got 0"):
         verify(model, x, y, 0.1, method="bab", time_limit=0)
+    with pytest.raises(TypeError, match="time_limit must be a number, got str"):
+        verify(model, x, y, 0.1, method="bab", time_limit="1")
 
 
 def test_a_network_in_float64_is_broken_by_images_in_float64():

@@ -29,6 +29,13 @@ _NEURONS: dict[str, Callable[..., nn.Module]] = {
     "textbook loop": partial(DLIFNode, backend="reference"),
 }
 FUSED = "DLIF, one pass with batch norm"
+PRECISIONS: dict[str, dict[str, bool]] = {
+    "": {},
+    ", bf16": {"bf16": True},
+    ", bf16, channels last": {"bf16": True, "channels_last": True},
+}
+"""Options of a training step by what they add to its name."""
+
 _SMALL = (4, 2, 3, 8, 8)
 """Shape at which steps are compared."""
 
@@ -39,17 +46,18 @@ def network_tasks(architecture: str) -> dict[str, Callable[[Sequence[int]], "Net
         neuron: partial(NetworkTask, architecture, neuron) for neuron in _NEURONS
     }
     for neuron in (FUSED, "ReLU"):
-        tasks[f"{neuron}, bf16"] = partial(NetworkTask, architecture, neuron, bf16=True)
-        tasks[f"{neuron}, bf16, channels last"] = partial(
-            NetworkTask, architecture, neuron, bf16=True, channels_last=True
-        )
+        tasks |= {
+            neuron + added: partial(NetworkTask, architecture, neuron, **options)
+            for added, options in PRECISIONS.items()
+        }
     return tasks
 
 
 class TrainingTask:
-    """What the kinds of training step share: images, labels, the step of the optimizer.
+    """What the kinds of training step share: images, labels, precision, the step of the optimizer.
 
-    ``fused`` says whether the optimizer passes over the weights once, as the training engine's does.
+    ``fused`` says whether the optimizer passes over the weights once, as the training engine's does. ``bf16`` runs the
+    network under autocast in bfloat16, ``channels_last`` stores images and convolutions in that order.
     """
 
     def __init__(
@@ -60,11 +68,17 @@ class TrainingTask:
         *,
         weight_decay: float = 0.0,
         fused: bool = False,
+        bf16: bool = False,
+        channels_last: bool = False,
     ) -> None:
         """Draw images of shape [T, N, C, H, W]; see the class."""
+        layout = torch.channels_last if channels_last else torch.contiguous_format
+        net.to(memory_format=layout)  # type: ignore[call-overload]  # torch leaves this one out
         parameters = list(net.parameters())
         self._optimizer = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, weight_decay=weight_decay, fused=fused)
-        self._x, self._y = _made_up_images(shape, dtype)
+        x, self._y = _made_up_images(shape, dtype)
+        self._x = x.contiguous(memory_format=layout)
+        self._autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=bf16)
         self.tensor_bytes = 4 * self._x.numel() * shape[0]
         self.inputs = [self._x, *parameters]
 
@@ -80,10 +94,7 @@ class TrainingTask:
 
 
 class NetworkTask(TrainingTask):
-    """One training step (cross entropy, SGD) of a network of convolution - batch norm - neuron stages.
-
-    ``bf16`` runs it under autocast in bfloat16, ``channels_last`` stores images and convolutions in that order.
-    """
+    """One training step (cross entropy, SGD) of a network of convolution - batch norm - neuron stages."""
 
     def __init__(
         self,
@@ -92,21 +103,17 @@ class NetworkTask(TrainingTask):
         shape: Sequence[int],
         *,
         dtype: torch.dtype = torch.float32,
-        bf16: bool = False,
-        channels_last: bool = False,
+        **precision: bool,
     ) -> None:
         """Build the network, the same for every neuron, and draw the images."""
-        self._architecture, self._neuron, self._bf16 = architecture, neuron, bf16
-        net: nn.Module = convolutional_network(architecture, neuron, shape).to(dtype)
-        layout = torch.channels_last if channels_last else torch.contiguous_format
-        net = net.to(memory_format=layout)  # type: ignore[call-overload]  # torch leaves this one out
-        super().__init__(net, shape, dtype)
-        self._x = self.inputs[0] = self._x.contiguous(memory_format=layout)
+        self._architecture, self._neuron = architecture, neuron
+        net = convolutional_network(architecture, neuron, shape).to(dtype)
+        super().__init__(net, shape, dtype, **precision)
         self._classifier = SpikingClassifier(net, shape[0])
 
     def forward(self) -> Tensor:
         """The loss."""
-        with torch.autocast("cpu", torch.bfloat16, enabled=self._bf16):
+        with self._autocast():
             return F.cross_entropy(self._classifier(self._x), self._y)
 
     def check(self) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lab.benchmarking.layers import lif_node
-from lab.benchmarking.networks import FUSED, TrainingTask, check_same_steps, convolutional_network
+from lab.benchmarking.networks import FUSED, PRECISIONS, TrainingTask, check_same_steps, convolutional_network
 from lab.benchmarking.paper_loops import Draw, PaperLoop, published_retraction
 from sj_robust.attacks import SampleSeeds
 from sj_robust.classifier import SpikingClassifier
@@ -45,13 +45,14 @@ class ModeTask(TrainingTask):
         dtype: torch.dtype = torch.float32,
         eps: float = 8 / 255,
         noise: float = 0.001,
+        **precision: bool,
     ) -> None:
         """Build the network and draw the images."""
         from sj_robust import training  # brings Accelerate and more, which layers do not need
 
         self._mode, self._build, self._peer = training.MODES[mode], build, peer
         self._net = build(shape).to(dtype)
-        super().__init__(self._net, shape, dtype, weight_decay=self._mode.weight_decay, fused=True)
+        super().__init__(self._net, shape, dtype, weight_decay=self._mode.weight_decay, fused=True, **precision)
         project = mode not in ("at", "rat")  # as published
         certified = self._mode.loss == "certified"  # with bounds, and without MS-MPPD nothing to attack for
         self._attack = None if certified else training.training_attack(mode, eps=eps, noise_std=noise, project=project)
@@ -69,9 +70,10 @@ class ModeTask(TrainingTask):
     def forward(self) -> Tensor:
         """Crafts the perturbed images; the loss."""
         x_perturbed = None
-        if self._attack is not None:
-            x_perturbed = self._attack(self._objective.classifier, self._x, self._y, generator=self._seeds)
-        total: Tensor = self._objective(self._x, self._y, x_perturbed).total
+        with self._autocast():
+            if self._attack is not None:
+                x_perturbed = self._attack(self._objective.classifier, self._x, self._y, generator=self._seeds)
+            total: Tensor = self._objective(self._x, self._y, x_perturbed).total
         return total
 
     def backward(self, loss: Tensor) -> None:
@@ -164,17 +166,17 @@ class FloorTask(TrainingTask):
     the first layer's to the images: what no neuron, loss or attack can go below in the same precision.
     """
 
-    def __init__(self, build: Build, shape: Sequence[int]) -> None:
+    def __init__(self, build: Build, shape: Sequence[int], **precision: bool) -> None:
         """Run the network once to have the inputs."""
         net = build(shape)
-        super().__init__(net, shape, torch.float32)
+        super().__init__(net, shape, torch.float32, **precision)
         self._calls: list[tuple[nn.Module, Tensor, Tensor]] = []
 
         def note(module: nn.Module, arguments: tuple[Tensor], output: Tensor) -> None:
             self._calls.append((module, arguments[0].detach(), torch.randn_like(output)))
 
         hooks = [m.register_forward_hook(note) for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-        with torch.no_grad():
+        with torch.no_grad(), self._autocast():
             SpikingClassifier(net, shape[0])(self._x)
         for hook in hooks:
             hook.remove()
@@ -183,10 +185,11 @@ class FloorTask(TrainingTask):
         """All of it, both directions; a step has them one after the other as well."""
         for crafts in (True, False, False):
             outputs = []
-            for number, (module, x, grad) in enumerate(self._calls):
-                x = x.detach().requires_grad_(crafts or number > 0)
-                wanted = [x, *(() if crafts else module.parameters())]
-                outputs.append((module(x), [tensor for tensor in wanted if tensor.requires_grad], grad))
+            with self._autocast():
+                for number, (module, x, grad) in enumerate(self._calls):
+                    x = x.detach().requires_grad_(crafts or number > 0)
+                    wanted = [x, *(() if crafts else module.parameters())]
+                    outputs.append((module(x), [tensor for tensor in wanted if tensor.requires_grad], grad))
             for output, wanted, grad in reversed(outputs):
                 torch.autograd.grad(output, wanted, grad)
         return self._x
@@ -235,8 +238,8 @@ TRAINING_STEPS["certified"] = partial(ModeTask, "certified", *_SMALL)
 def adversarial_steps(architecture: str) -> dict[str, Callable[[Sequence[int]], ModeTask | PublishedTask | FloorTask]]:
     """Steps of single-step adversarial training with MS-MPPD at 4/255, by who makes them, and their floor."""
     mine, published = (partial(convolutional_network, architecture, neuron) for neuron in (FUSED, "textbook loop"))
-    return {
-        "sj_robust": partial(ModeTask, "at", mine, published, eps=4 / 255),
-        "published loop": partial(PublishedTask, "at", published, eps=4 / 255),
-        "convolutions and linear layers alone": partial(FloorTask, mine),
-    }
+    steps: dict[str, Callable[[Sequence[int]], ModeTask | PublishedTask | FloorTask]] = {}
+    for added, precision in PRECISIONS.items():
+        steps[f"sj_robust{added}"] = partial(ModeTask, "at", mine, published, eps=4 / 255, **precision)
+        steps[f"convolutions and linear layers alone{added}"] = partial(FloorTask, mine, **precision)
+    return steps | {"published loop": partial(PublishedTask, "at", published, eps=4 / 255)}
