@@ -118,13 +118,15 @@ def test_a_sweep_is_made_of_the_presets(recipe, path, tmp_path):
             assert recipe.identity(recipe.resolve(options_in(cell))) in planned, cell.stem
         return
     names = [run.name for run in runs]
-    seeds = {"digits_sweep": 5, "fashion_mnist_sweep": 2, "certified_digits_sweep": 5}.get(path.stem, 3)
+    seeds = 2 if "fashion_mnist" in path.stem else 3 if "steps" in path.stem else 5
     assert len(names) == len(set(names)) == seeds * sum(name.endswith("-seed0") for name in names)
     if path.stem.startswith("certified"):
         assert {run.options["neuron"] for run in runs} == {"lif", "dlif"}
         trained = [run.options for run in runs if run.options["mode"] == "certified"]
         assert len(trained) >= len(runs) / 3
         assert all(options["certified_eps"] > options["eps"] for options in trained)
+    elif path.stem.startswith("bfloat16"):
+        assert [run.options["mixed_precision"] for run in runs[:2]] == ["no", "bf16"]
     else:
         wanted = {
             (mode, neuron, rho)

@@ -61,7 +61,8 @@ class RecipeParser(ArgumentParser):
     def values(self, given: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
         """All options by name, checked: from words of a command line, or from some of them as plain data."""
         if isinstance(given, Mapping):
-            found = self.parse_object(dict(given))
+            words = {name: self._word(name, value) for name, value in given.items()}
+            found = self.parse_object(words)
         else:
             found = self.parse_args(named_arguments(self.options, given))
         values = {name: _builtin(found[name]) for name in self.options}
@@ -71,6 +72,11 @@ class RecipeParser(ArgumentParser):
             except ValueError as error:
                 self.error(str(error))
         return values
+
+    def _word(self, name: str, value: Any) -> Any:
+        """The value, or the word ``no``, which YAML reads as false, where an option has that to choose."""
+        one = self.options.get(name)
+        return "no" if value is False and one is not None and "no" in one.value[1] else value
 
     def _explained(self, message: str) -> str:
         """What jsonargparse found, in this project's words."""

@@ -232,7 +232,7 @@ void forward_range(const Job& job, int64_t first, int64_t last, void* memory, K&
       if (job.current) write_runs(runs, n_runs, cb, B, T, at<C>(job.current, 0), M, job.stream);
     }
     if (job.pool) {
-      pool_block<C>(block, job.channels_last, sb, T, pb);
+      pool_block<C>(job, block, sb, pb);
       write_runs(block.pooled, block.n_pooled, pb, B / 4, T, at<S>(job.s, 0), pooled_M, job.stream);
     }
   }
@@ -265,7 +265,7 @@ void backward_range(const Job& job, int64_t first, int64_t last, void* memory, d
     coupling.enter(block);
     if (job.pool) {
       read_runs(block.pooled, block.n_pooled, ahead.pooled, ahead.n_pooled, at<S>(job.gs, 0), pooled_M, T, pb, B / 4);
-      share_block<C>(block, job.channels_last, pb, T, gsb);
+      share_block<C>(job, block, pb, gsb);
     }
     if (std::is_same_v<S, C> && block.is_row()) {
       const C* const gs = job.pool ? gsb : at<C>(job.gs, i);

@@ -240,11 +240,13 @@ template <class C, int N> struct Piece {
 #else
 #define SJR_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, I{__VA_ARGS__})
 #endif
-  template <int... K> static SJR_TARGET_INLINE V sum_pairs(V a, V b, Numbers<0, K...>) {
-    return SJR_SHUFFLE(a, b, (2 * K)...) + SJR_SHUFFLE(a, b, (2 * K + 1)...);
+  // Of a and b behind it: every group of H lanes and the group after it become their sum.
+  template <int H, int... K> static SJR_TARGET_INLINE V sum_groups(V a, V b, Numbers<0, K...>) {
+    return SJR_SHUFFLE(a, b, (K / H * 2 * H + K % H)...) + SJR_SHUFFLE(a, b, (K / H * 2 * H + H + K % H)...);
   }
-  template <int FIRST, int... K> static SJR_TARGET_INLINE V twice_each(V a, Numbers<0, K...>) {
-    return SJR_SHUFFLE(a, a, (FIRST + K / 2)...);
+  // Every group of H lanes stands twice: the first half of what that gives, or the second.
+  template <int H, int HALF, int... K> static SJR_TARGET_INLINE V twice_each(V a, Numbers<0, K...>) {
+    return SJR_SHUFFLE(a, a, ((K + HALF * N) / (2 * H) * H + (K + HALF * N) % H)...);
   }
 #undef SJR_SHUFFLE
 };
@@ -256,7 +258,7 @@ template <class C, int N = LANES<C>> SJR_INLINE void pool_pairs(const C* top, co
     using P = Piece<C, N>;
     for (; n >= N; n -= N, top += 2 * N, bottom += 2 * N, to += N) {
       const auto low = P::get(top) + P::get(bottom), high = P::get(top + N) + P::get(bottom + N);
-      P::set(to, C(0.25) * P::sum_pairs(low, high, Numbers<N>{}));
+      P::set(to, C(0.25) * P::template sum_groups<1>(low, high, Numbers<N>{}));
     }
     if (n > 0) pool_pairs<C, N / 2>(top, bottom, n, to);
   }
@@ -270,7 +272,7 @@ template <class C, int N = LANES<C>> SJR_INLINE void share_pairs(const C* from, 
     using P = Piece<C, N>;
     for (; n >= N; n -= N, top += 2 * N, bottom += 2 * N, from += N) {
       const auto share = C(0.25) * P::get(from);
-      const auto low = P::template twice_each<0>(share, Numbers<N>{}), high = P::template twice_each<N / 2>(share, Numbers<N>{});
+      const auto low = P::template twice_each<1, 0>(share, Numbers<N>{}), high = P::template twice_each<1, 1>(share, Numbers<N>{});
       P::set(top, low), P::set(top + N, high);
       P::set(bottom, low), P::set(bottom + N, high);
     }
@@ -294,26 +296,61 @@ template <class C> SJR_INLINE void share_rows(const C* from, int n, C* a, C* b, 
   for (; i < n; ++i) a[i] = b[i] = c[i] = d[i] = C(0.25) * from[i];
 }
 
+// The same of n neurons in rows of 2 * H, which no cell leaves out.
+template <int H, class C> void pool_narrow(const C* s, int64_t n, C* to) {
+  constexpr int N = LANES<C>;
+  using P = Piece<C, N>;
+  for (; n > 0; n -= 4 * N, s += 4 * N, to += N) {
+    const auto low = P::template sum_groups<1>(P::get(s), P::get(s + N), Numbers<N>{});
+    const auto high = P::template sum_groups<1>(P::get(s + 2 * N), P::get(s + 3 * N), Numbers<N>{});
+    P::set(to, C(0.25) * P::template sum_groups<H>(low, high, Numbers<N>{}));
+  }
+}
+
+template <int H, class C> void share_narrow(const C* from, int64_t n, C* gs) {
+  constexpr int N = LANES<C>;
+  using P = Piece<C, N>;
+  for (; n > 0; n -= 4 * N, from += N, gs += 4 * N) {
+    const auto share = C(0.25) * P::get(from);
+    const auto low = P::template twice_each<H, 0>(share, Numbers<N>{}), high = P::template twice_each<H, 1>(share, Numbers<N>{});
+    P::set(gs, P::template twice_each<1, 0>(low, Numbers<N>{})), P::set(gs + N, P::template twice_each<1, 1>(low, Numbers<N>{}));
+    P::set(gs + 2 * N, P::template twice_each<1, 0>(high, Numbers<N>{})), P::set(gs + 3 * N, P::template twice_each<1, 1>(high, Numbers<N>{}));
+  }
+}
+
+// Calls f with half the width as a constant, if the block is whole cells of a width for which one vector has several.
+template <class C, class F> bool if_narrow(const Job& job, const Block<BLOCK<C>>& block, F f) {
+  if (job.channels_last || block.n_covered < BLOCK<C> || job.width > LANES<C>) return false;
+  switch (job.width) {
+    case 4: f(std::integral_constant<int, 2>{}); return true;
+    case 8: f(std::integral_constant<int, 4>{}); return true;
+    case 16: f(std::integral_constant<int, 8>{}); return true;
+    default: return false;
+  }
+}
+
 // Means of all cells of a block, of every step.
-template <class C> void pool_block(const Block<BLOCK<C>>& block, bool channels_last, const C* s, int64_t T, C* to) {
+template <class C> void pool_block(const Job& job, const Block<BLOCK<C>>& block, const C* s, C* to) {
   constexpr int B = BLOCK<C>;
-  for (int64_t t = 0; t < T; ++t, s += B, to += B / 4)
+  if (if_narrow<C>(job, block, [&](auto half) { pool_narrow<half()>(s, job.T * B, to); })) return;
+  for (int64_t t = 0; t < job.T; ++t, s += B, to += B / 4)
     for (int i = 0; i < block.n_cells; ++i) {
       const Cells& c = block.cells[i];
-      if (channels_last)
+      if (job.channels_last)
         pool_rows(s + c.top, s + c.top_right, s + c.bottom, s + c.bottom_right, c.length, to + c.position);
       else
         pool_pairs(s + c.top, s + c.bottom, c.length, to + c.position);
     }
 }
 
-template <class C> void share_block(const Block<BLOCK<C>>& block, bool channels_last, const C* from, int64_t T, C* gs) {
+template <class C> void share_block(const Job& job, const Block<BLOCK<C>>& block, const C* from, C* gs) {
   constexpr int B = BLOCK<C>;
-  if (block.n_covered < B) std::memset(gs, 0, size_t(T * B) * sizeof(C));
-  for (int64_t t = 0; t < T; ++t, gs += B, from += B / 4)
+  if (if_narrow<C>(job, block, [&](auto half) { share_narrow<half()>(from, job.T * B, gs); })) return;
+  if (block.n_covered < B) std::memset(gs, 0, size_t(job.T * B) * sizeof(C));
+  for (int64_t t = 0; t < job.T; ++t, gs += B, from += B / 4)
     for (int i = 0; i < block.n_cells; ++i) {
       const Cells& c = block.cells[i];
-      if (channels_last)
+      if (job.channels_last)
         share_rows(from + c.position, c.length, gs + c.top, gs + c.top_right, gs + c.bottom, gs + c.bottom_right);
       else
         share_pairs(from + c.position, c.length, gs + c.top, gs + c.bottom);
