@@ -6,13 +6,15 @@ python recipes/evaluate.py --network mynet.py:build --T 8 --eps 8/255      # a S
 python recipes/evaluate.py CHECKPOINT --output runs/mine --resume          # continue after a stop
 python recipes/evaluate.py --compare A/report.json B/report.json
 python recipes/evaluate.py CHECKPOINT_OF_EVENT_NETWORK --eps 20           # adds or removes at most 20 events
+python recipes/evaluate.py CHECKPOINT --suite stress                      # faults of deployment, clean and attacked
+python recipes/evaluate.py --leaderboard runs --output runs/leaderboard   # all reports in one table
 torchrun --nproc-per-node 2 recipes/evaluate.py CHECKPOINT                 # or accelerate launch
 """
 
 import re
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lab.command_line import WrongUse, check_options, checked, describe_folder, option, parse_options, run_recipe
 from lab.command_line.declared import DatasetName, NonNegativeInt, PositiveInt, Radius
@@ -37,14 +39,21 @@ class Options:
         runs_code=True)
     compare: list[str] | None = option(None, "Two saved reports to compare, instead of an evaluation; null to "
         "evaluate.", metavar="REPORT")
-    suite: Literal["paper", "fast", "standard", "autoattack", "gradients", "events"] | None = option(None, "paper is "
-        "the protocol of Ding et al., fast a first impression, standard the figure to report, autoattack AutoAttack "
-        "standard, gradients every estimator for itself, events the one for event data; all with their control. null "
-        "means standard, and events for event data.", group="attacks")
+    leaderboard: list[str] | None = option(None, "Folders with saved reports, which become one table, instead of an "
+        "evaluation; null to evaluate.", metavar="FOLDER", decides="nothing")
+    suite: Literal["paper", "fast", "standard", "autoattack", "gradients", "events", "stress", "corruptions"] | None = (
+        option(None, "paper is the protocol of Ding et al., fast a first impression, standard the figure to report, "
+        "autoattack AutoAttack standard, gradients every estimator for itself, events the one for event data; all with "
+        "their control. stress is faults of deployment, corruptions the common corruptions at five severities, both "
+        "clean and under a short attack. null means standard, and events for event data.", group="attacks"))
     eps: Radius | None = option(None, "Radius for images in [0, 1], a number or a fraction such as 8/255; null takes "
-        "that of the checkpoint. For L0 the number of changed elements per sample.")
-    norm: Literal["Linf", "L2", "L0"] | None = option(None, "Norm of the adversary; null means Linf, and L0 for event "
-        "data.")
+        "that of the checkpoint. For L0 the number of changed elements per sample, for moves that of moved events.")
+    norm: Literal["Linf", "L2", "L0", "moves"] | None = option(None, "Norm of the adversary; null means Linf, and L0 "
+        "for event data; moves is events moved in time.")
+    largest_shift: PositiveInt | None = option(None, "For moves, frames by which an event may be moved; null: any.")
+    total_shift: PositiveInt | None = option(None, "For moves, frames by which all events of a sample may be moved "
+        "together; null: any.")
+    fault_draws: PositiveInt = option(5, "For stress, draws of every fault that is random.")
     draws: PositiveInt = option(1, "Fresh forwards in each of which a stochastic network must be wrong for an image to "
         "count as broken.")
     proofs: bool = option(True, "For Linf, prove by bounds of every spike which images no attack can break, and attack "
@@ -81,22 +90,27 @@ if __name__ == "__main__":
 
 import torch
 import yaml
+from lab.leaderboard import make_leaderboard
 from rich.console import Console
 
 from sj_robust import training
 from sj_robust._console import working
 from sj_robust.data import EVENT_DATASETS, image_loader, load_images
-from sj_robust.evaluation import RobustnessReport, ThreatModel, compare_reports, make_suite, parse_eps
+from sj_robust.evaluation import RobustnessReport, StressCard, ThreatModel, compare_reports, make_suite, parse_eps
 from sj_robust.evaluation.assess import assess
+from sj_robust.evaluation.stressing import stress_network
 from sj_robust.evaluation.subject import Subject, check_fits, from_checkpoint, from_function
 from sj_robust.evaluation.terminal import Display, show_comparison, show_report
 
 
 def main(arguments: list[str]) -> None:
-    """Evaluate a network, or compare two reports."""
+    """Evaluate a network, compare two reports, or put all into one table."""
     options = parse_options(Options, arguments, stem, mark="progress")
     if options.compare is not None:
         show_comparison(compare_reports(*map(load_report, two(options.compare))), Console())
+        return
+    if options.leaderboard is not None:
+        print(*make_leaderboard(options.leaderboard, Path(options.output or "runs/leaderboard")), sep="\n")
         return
     accelerator = training.make_accelerator(options.device)
     if options.proofs:  # which are of float32, as the attacks then have to be
@@ -110,8 +124,9 @@ def main(arguments: list[str]) -> None:
     suite = options.suite or ("events" if events else "standard")
     norm = options.norm or ("L0" if events else "Linf")
     with checked():
-        threat = ThreatModel(norm, radius(options, norm, subject))
-        make_suite(suite, threat, classes=2, eot_samples=options.draws)
+        threat = ThreatModel(norm, radius(options, norm, subject), options.largest_shift, options.total_shift)
+        if suite != "stress" and suite != "corruptions":
+            make_suite(suite, threat, classes=2, eot_samples=options.draws)
     T = getattr(subject.model, "T", None) if events else None
     other = options.transfer and Path(options.transfer)
     source = from_checkpoint(other, T, trust_code=options.trust_code) if other else None
@@ -133,22 +148,40 @@ def main(arguments: list[str]) -> None:
     journal = training.Journal(folder if accelerator.is_main_process else None)
     journal.begin(configuration, asdict(Options()), accelerator)
     with training.removed_if_unused(folder, resume=options.resume), Display(journal.console, journal.say) as display:
-        report = assess(
-            subject, batches, suite=suite, threat=threat, dataset=dataset, classes=splits.classes, seed=options.seed,
-            draws=options.draws, source=None if source is None else source.model, proofs=options.proofs,
-            folder=folder / "progress", configuration=configuration, say=display.say, on_step=display.on_step,
-        )  # fmt: skip
+        shared: dict[str, Any] = {
+            "threat": threat, "dataset": dataset, "seed": options.seed, "folder": folder / "progress",
+            "configuration": configuration, "say": display.say, "on_step": display.on_step,
+        }  # fmt: skip
+        if suite == "stress" or suite == "corruptions":
+            result: Any = stress_network(subject, batches, suite=suite, draws=options.fault_draws, **shared)
+        else:
+            result = assess(
+                subject, batches, suite=suite, classes=splits.classes, draws=options.draws, proofs=options.proofs,
+                source=None if source is None else source.model, **shared,
+            )  # fmt: skip
     if accelerator.is_main_process:
-        from sj_robust.evaluation.drawings import plot_robustness  # imports matplotlib
-        from sj_robust.evaluation.html import save_html
-
-        report.save(folder / "report.json")
-        save_html(report, folder / "report.html")
-        with working("drawing", journal.console):
-            plots = plot_robustness(report, folder)
-        show_report(report, journal.console, journal.say)
-        journal.say(f"report.json, report.html and {', '.join(path.name for path in plots)} are in {folder}")
+        (save_report if isinstance(result, RobustnessReport) else save_card)(result, folder, journal)
     accelerator.end_training()
+
+
+def save_report(report: RobustnessReport, folder: Path, journal: training.Journal) -> None:
+    """Write and show what a suite of attacks came to."""
+    from sj_robust.evaluation.drawings import plot_robustness  # imports matplotlib
+    from sj_robust.evaluation.html import save_html
+
+    report.save(folder / "report.json")
+    save_html(report, folder / "report.html")
+    with working("drawing", journal.console):
+        plots = plot_robustness(report, folder)
+    show_report(report, journal.console, journal.say)
+    journal.say(f"report.json, report.html and {', '.join(path.name for path in plots)} are in {folder}")
+
+
+def save_card(card: StressCard, folder: Path, journal: training.Journal) -> None:
+    """Write and show what faults or corruptions came to."""
+    with working("drawing", journal.console):
+        names = card.write(folder)
+    journal.say(f"{card.table()}\n{card.verdict}\n{', '.join(names)} are in {folder}")
 
 
 def load_subject(options: Options) -> Subject:
@@ -175,8 +208,8 @@ def radius(options: Options, norm: str, subject: Subject) -> float:
     """Radius of the threat: the one asked for, or the one of the checkpoint's own evaluation."""
     trained = subject.options
     eps = options.eps if options.eps is not None else trained.get("eval_eps") or trained.get("eps")
-    if options.eps is None and norm == "L0":
-        raise ValueError("eps is the number of changed elements per sample for L0: give it, such as --eps 20")
+    if options.eps is None and norm in ("L0", "moves"):
+        raise ValueError(f"eps is the number of changed or moved events per sample for {norm}: give it, as in --eps 20")
     if eps is None:
         raise ValueError("eps is not known for this network: give the radius, such as --eps 8/255")
     if options.eps is None and norm != "Linf":

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from spikingjelly import configure
-from spikingjelly.activation_based import base, functional, layer, neuron, surrogate
+from spikingjelly.activation_based import base, functional, layer, neuron, quantize, surrogate
 from torch import nn
 
 from sj_robust._preserved import generators_of, preserved
@@ -27,7 +27,7 @@ _TRITON_MESSAGE = "Triton not available, find_triton_kernels = []"
 
 __all__ = [
     "EVAL_MODE_HAS_NO_GRADIENT", "base", "cuda_threads", "from_reset", "functional", "invalidate_reset_cache",
-    "is_neuron", "layer", "lif_multi_step", "neuron", "quiet_triton", "surrogate",
+    "is_neuron", "layer", "lif_multi_step", "neuron", "quantize", "quiet_triton", "surrogate",
 ]  # fmt: skip
 
 

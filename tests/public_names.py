@@ -7,9 +7,9 @@ compare this table with the package.
 PUBLIC = {
     "sj_robust": "DLIFNode MPPDMonitor SpikingClassifier __version__ certify compare evaluate replace_neurons verify",
     "sj_robust.attacks": (
-        "Attack AutoAttackWarning SampleSeeds ThreatModel apgd autoattack check_frames check_images check_labels "
-        "count_flips eps_text external fgsm flip_events gaussian linf_bounds parse_eps pgd project_l2 project_linf "
-        "random_flips rfgsm salt_and_pepper sapgd square transfer uniform"
+        "Attack AutoAttackWarning Moves SampleSeeds ThreatModel apgd autoattack check_frames check_images check_labels "
+        "count_flips count_moves eps_text external fgsm flip_events gaussian linf_bounds move_events parse_eps pgd "
+        "project_l2 project_linf random_flips random_moves rfgsm salt_and_pepper sapgd square transfer uniform"
     ),
     "sj_robust.estimators": "Applied ESTIMATORS Estimator estimator",
     "sj_robust.classifier": "PoissonEncoder SpikingClassifier SpikingEventClassifier",
@@ -18,13 +18,15 @@ PUBLIC = {
     ),
     "sj_robust.doctor": "main report",
     "sj_robust.evaluation": (
-        "Accuracy CANDIDATES Comparison Difference EstimatorSearch EstimatorTrial Finding LayerActivity Member "
-        "MemberOutcome Report RobustnessReport Score SmoothedBracket Suite SuiteName SuiteOutcome ThreatModel "
-        "WorstCase accuracy compare_reports craft diagnose environment eps_text evaluate evaluate_attacks firing fools "
-        "make_suite parse_eps run_suite search_estimators smoothed_bracket wilson_interval worst_case write_whole"
+        "Accuracy CANDIDATES CORRUPTIONS Comparison Corruption Difference EstimatorSearch EstimatorTrial FAULTS "
+        "Fault Finding LayerActivity Member MemberOutcome Report RobustnessReport Score SmoothedBracket StressCard "
+        "StressRow Suite SuiteName SuiteOutcome ThreatModel WorstCase accuracy compare_reports craft diagnose "
+        "environment eps_text evaluate evaluate_attacks faulty firing fools make_suite parse_eps run_suite "
+        "search_estimators smoothed_bracket stress wilson_interval worst_case write_whole"
     ),
     "sj_robust.evaluation.assess": "assess",
     "sj_robust.evaluation.html": "save_html to_html",
+    "sj_robust.evaluation.stressing": "stress_network",
     "sj_robust.evaluation.subject": "Subject check_fits describe_network from_checkpoint from_function",
     "sj_robust.evaluation.terminal": "Display show_comparison show_report",
     "sj_robust.models": (

@@ -40,6 +40,7 @@ IMPORT_NAMES = {
     "pillow": "PIL",
     "pyyaml": "yaml",
     "cupy-cuda12x": "cupy",
+    "imagecorruptions-imaug": "imagecorruptions",
     "cupy-cuda13x": "cupy",
 }
 

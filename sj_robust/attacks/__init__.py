@@ -32,11 +32,13 @@ from sj_robust.attacks.noise import gaussian, salt_and_pepper, uniform
 from sj_robust.attacks.projection import linf_bounds, project_l2, project_linf
 from sj_robust.attacks.sapgd import sapgd
 from sj_robust.attacks.threat import ThreatModel, eps_text, parse_eps
+from sj_robust.attacks.timing import Moves, count_moves, move_events, random_moves
 from sj_robust.randomness import SampleSeeds
 
 __all__ = [
     "Attack",
     "AutoAttackWarning",
+    "Moves",
     "SampleSeeds",
     "ThreatModel",
     "apgd",
@@ -45,17 +47,20 @@ __all__ = [
     "check_images",
     "check_labels",
     "count_flips",
+    "count_moves",
     "eps_text",
     "external",
     "fgsm",
     "flip_events",
     "gaussian",
     "linf_bounds",
+    "move_events",
     "parse_eps",
     "pgd",
     "project_l2",
     "project_linf",
     "random_flips",
+    "random_moves",
     "rfgsm",
     "salt_and_pepper",
     "sapgd",

@@ -7,9 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sj_robust.attacks.call import Objective
-from sj_robust.attacks.logits import margin, of_class
-from sj_robust.randomness import Private, rand
+from sj_robust._checks import check_count, check_logits, check_size
+from sj_robust.attacks.call import Loss, Model, Objective, Randomness, crafting
+from sj_robust.attacks.logits import likeliest_wrong, margin, of_class
+from sj_robust.randomness import Private, SampleDraws, private_generator, rand
 
 _TIE = 1e-12  # gains closer than this share of the largest one count as equal
 _EXCHANGED = 0.3  # share of the changes that the first random exchange replaces; falls to a single one
@@ -103,19 +104,29 @@ class Search:
         gain = gradient * self._direction(rows)
         if self.scaled:
             gain = gain * self.order[rows]
-        scale = gain.abs().amax(1, keepdim=True)
-        ranked = gain.double() + _TIE * torch.where(scale > 0, scale, 1.0) * self.order[rows]
-        ranked = ranked.masked_fill(~self.flippable[rows] | self.flipped[rows], -torch.inf)
+        ranked = self._ranked(rows, gain).masked_fill(~self.flippable[rows] | self.flipped[rows], -torch.inf)
         wide = min(int(size.max()) + self.settings.probes, ranked.shape[1])
         ranked, index = ranked.topk(wide, dim=1)
         promise = torch.where(ranked.isinf(), ranked, gain.double().gather(1, index))
-        number = torch.arange(wide, device=index.device)
+        self._take(rows, index[..., None], promise, loss, size)
+
+    def _ranked(self, rows: Tensor, gain: Tensor) -> Tensor:
+        """The gains, those that are equal in random order."""
+        scale = gain.masked_fill(gain.isinf(), 0.0).abs().amax(1, keepdim=True)
+        return gain.double() + _TIE * torch.where(scale > 0, scale, 1.0) * self.order[rows]
+
+    def _take(self, rows: Tensor, index: Tensor, promise: Tensor, loss: Tensor, size: Tensor) -> None:
+        """Make the best ``size`` [n] changes, probed first; ``index`` [n, K, m]: the elements of each, best first."""
+        number = torch.arange(index.shape[1], device=index.device)
         if self.settings.probes:
             # The width is the sample's own: that of the batch would let neighbours decide what is probed.
             promise = promise.masked_fill(number >= (size + self.settings.probes)[:, None], -torch.inf)
             promise, index, size = self._probe(rows, index, promise, loss, size)
-        chosen = (promise >= 0) & (number < size[:, None])
-        self.flipped[rows] |= torch.zeros_like(self.flipped[rows]).scatter(1, index, chosen)
+        self.flipped[rows] |= made(index, self._allowed(rows, index, promise >= 0), size, like=self.flipped[rows])
+
+    def _allowed(self, rows: Tensor, index: Tensor, wanted: Tensor) -> Tensor:
+        """Which of the wanted changes [n, K] may be made together, if their number may."""
+        return wanted
 
     def _probe(
         self, rows: Tensor, index: Tensor, promise: Tensor, loss: Tensor, size: Tensor
@@ -127,12 +138,12 @@ class Search:
             tried = (~promise[:, column].isinf()).nonzero().squeeze(1)
             if len(tried) == 0:
                 break
-            trial = self.flipped[rows[tried]].scatter(1, index[tried, column, None], True)
+            trial = self.flipped[rows[tried]].scatter(1, index[tried, column], True)
             after, fooled = self._score(rows[tried], trial)
             real[tried, column] = torch.where(fooled, torch.inf, (after - loss[tried]).double())
             size[tried[fooled]] = 1
         real, order = real.sort(dim=1, descending=True, stable=True)
-        return real, index.gather(1, order), size
+        return real, index.gather(1, order[..., None].expand_as(index)), size
 
     def _exchange(self, rows: Tensor, loss: Tensor, budget: Tensor, best: FewestFlips) -> Tensor:
         """Exchange changes for random others, kept where the loss does not fall; samples that were fooled."""
@@ -220,9 +231,75 @@ class Search:
         return 1 - 2 * self.x[rows].flatten(1)
 
 
+def searched(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    make: Callable[..., Search],
+    *,
+    budget: int,
+    steps: int,
+    probes: int,
+    queries: int,
+    target_classes: int,
+    restarts: int,
+    eot_samples: int,
+    confidence: float,
+    reduce: bool,
+    keep_best: bool,
+    loss: Loss | None,
+    generator: Randomness,
+) -> Tensor:
+    """Frames of an attack that runs searches made by ``make``, each of at most ``budget`` changed elements.
+
+    The other arguments are those of ``flip_events``; ``make`` takes what a :class:`Search` does, ``flippable`` aside.
+    """
+    for name, count in (("steps", steps), ("restarts", restarts), ("eot_samples", eot_samples)):
+        check_count(name, count)
+    for name, count in (("probes", probes), ("queries", queries), ("target_classes", target_classes)):
+        check_count(name, count, least=0)
+    settings = Settings(min(steps, budget), probes, queries, check_size("confidence", confidence), keep_best, reduce)
+    if budget == 0 or x.numel() == 0:
+        return x
+    objective = Objective(model, lead if loss is None else loss, eot_samples=eot_samples)
+    with crafting(model, x.device, generator) as private:
+        best = _start(objective, x, y, settings)
+        targets = _likeliest_others(model, x, y, target_classes)
+        for run in range(len(targets) + restarts):
+            towards = targets[run - 1] if 1 <= run <= len(targets) else None
+            own, scaled = _own(private, x.device), run > len(targets)
+            search = make(objective=objective, x=x, y=y, settings=settings, private=own, scaled=scaled, target=towards)
+            size = torch.full_like(y, budget)
+            size[best.fooled] = best.flipped[best.fooled].sum(1) - 1 if reduce else 0
+            search.run(size, best)
+    return apply_flips(x, best.flipped)
+
+
+def first_that_fools(
+    model: Model, x: Tensor, y: Tensor, draw: Callable[[Private], Tensor], *, tries: int, generator: Randomness
+) -> Tensor:
+    """Of several draws for every sample the first that fools the model, or else the last."""
+    with crafting(model, x.device, generator) as private, torch.no_grad():
+        x_adv, standing = x.clone(), torch.ones_like(y, dtype=torch.bool)
+        for _ in range(tries):
+            drawn = draw(private)
+            x_adv[standing] = drawn[standing]
+            standing[standing.clone()] = check_logits(model(x_adv[standing]), y[standing]).argmax(1) == y[standing]
+            if not standing.any():
+                break
+    return x_adv
+
+
 def apply_flips(x: Tensor, flipped: Tensor) -> Tensor:
     """Frames with the elements ``flipped`` [N, D] changed from 0 to 1 or from 1 to 0."""
     return torch.where(flipped.view_as(x), 1 - x, x)
+
+
+def made(index: Tensor, wanted: Tensor, size: Tensor, *, like: Tensor) -> Tensor:
+    """Mask like ``like`` [n, D] of the first ``size`` [n] wanted changes [n, K] of the elements ``index`` [n, K, m]."""
+    chosen = (wanted & (wanted.cumsum(1) <= size[:, None]))[..., None].expand_as(index)
+    counts = torch.zeros_like(like, dtype=torch.int64)
+    return counts.scatter_add(1, index.flatten(1), chosen.flatten(1).long()) > 0
 
 
 def largest(values: Tensor, size: Tensor) -> Tensor:
@@ -247,3 +324,28 @@ def lead(logits: Tensor, y: Tensor) -> Tensor:
 def _lead_of(target: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     """Lead of the classes ``target`` [n] over the labels, as a loss."""
     return lambda logits, y: of_class(logits, target) - of_class(logits, y)
+
+
+def _own(private: Private, device: torch.device) -> Private:
+    """Randomness of one run, whose length depends on the other samples and must not move that of the next run."""
+    return private_generator(private.next() if isinstance(private, SampleDraws) else private, device)
+
+
+def _start(objective: Objective, x: Tensor, y: Tensor, settings: Settings) -> FewestFlips:
+    """The frames themselves as the first candidates: what is wrong already needs no change."""
+    best, score = FewestFlips(x), objective.score(x, y)
+    best.fooled = score.fooled & (score.loss >= settings.confidence) if settings.confidence else score.fooled.clone()
+    if settings.keep_best:
+        best.loss = score.loss.double()
+    return best
+
+
+@torch.no_grad()
+def _likeliest_others(model: Model, x: Tensor, y: Tensor, count: int) -> list[Tensor]:
+    """The ``count`` likeliest classes other than the label, each [N]."""
+    if count == 0:
+        return []
+    logits = check_logits(model(x), y)
+    if count >= logits.shape[1]:
+        raise ValueError(f"target_classes must be < {logits.shape[1]}, the number of classes, got {count}")
+    return likeliest_wrong(logits, y, count)

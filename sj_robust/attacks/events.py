@@ -4,16 +4,16 @@ Frames are [N, T, 2, H, W], samples first like the images of every other attack 
 data sets stacks them; ``SpikingEventClassifier`` hands them to the network as [T, N, 2, H, W].
 """
 
+from functools import partial
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from sj_robust._checks import check_count, check_labels, check_logits, check_model, check_size
-from sj_robust.attacks._flip_search import FewestFlips, Search, Settings, apply_flips, largest, lead, uniform
-from sj_robust.attacks.call import Loss, Model, Objective, Randomness, crafting
-from sj_robust.attacks.logits import likeliest_wrong
-from sj_robust.randomness import Private, SampleDraws, check_seeds, private_generator
+from sj_robust._checks import check_count, check_labels, check_model
+from sj_robust.attacks._flip_search import Search, apply_flips, first_that_fools, largest, searched, uniform
+from sj_robust.attacks.call import Loss, Model, Randomness
+from sj_robust.randomness import Private, check_seeds, private_generator
 
 __all__ = ["check_frames", "count_flips", "flip_events", "random_flips"]
 
@@ -90,31 +90,16 @@ def flip_events(
     """
     check_model(model)
     check_frames(x)
-    _check_labels(y, x)
+    check_frame_labels(y, x)
     check_seeds(generator, x)
     _check_budget(x, flips, allow)
-    for name, count in (("steps", steps), ("restarts", restarts), ("eot_samples", eot_samples)):
-        check_count(name, count)
-    for name, count in (("probes", probes), ("queries", queries), ("target_classes", target_classes)):
-        check_count(name, count, least=0)
-    settings = Settings(min(steps, flips), probes, queries, check_size("confidence", confidence), keep_best, reduce)
     with torch.inference_mode(False):
         x, y = x.detach().clone(), y.clone()
-    if flips == 0 or x.numel() == 0:
-        return x
-    objective = Objective(model, lead if loss is None else loss, eot_samples=eot_samples)
-    flippable = _flippable(x, allow)
-    with crafting(model, x.device, generator) as private:
-        best = _start(objective, x, y, settings)
-        targets = _likeliest_others(model, x, y, target_classes)
-        for run in range(len(targets) + restarts):
-            towards = targets[run - 1] if 1 <= run <= len(targets) else None
-            own, scaled = _own(private, x.device), run > len(targets)
-            search = Search(objective, x, y, flippable, settings, private=own, scaled=scaled, target=towards)
-            budget = torch.full_like(y, flips)
-            budget[best.fooled] = best.flipped[best.fooled].sum(1) - 1 if reduce else 0
-            search.run(budget, best)
-    return apply_flips(x, best.flipped)
+    return searched(
+        model, x, y, partial(Search, flippable=_flippable(x, allow)), budget=flips, steps=steps, probes=probes,
+        queries=queries, target_classes=target_classes, restarts=restarts, eot_samples=eot_samples,
+        confidence=confidence, reduce=reduce, keep_best=keep_best, loss=loss, generator=generator,
+    )  # fmt: skip
 
 
 def random_flips(
@@ -156,7 +141,7 @@ def random_flips(
         check_model(model)
     check_frames(x)
     if y is not None:
-        _check_labels(y, x)
+        check_frame_labels(y, x)
     check_seeds(generator, x)
     _check_budget(x, flips, allow)
     check_count("tries", tries)
@@ -169,15 +154,11 @@ def random_flips(
         flippable = _flippable(x, allow)
         if tries == 1 or model is None or y is None:
             return apply_flips(x, _random_mask(flippable, uniform(x, private_generator(generator, x.device)), flips))
-    with crafting(model, x.device, generator) as private, torch.no_grad():
-        x_adv, standing = x.clone(), torch.ones_like(y, dtype=torch.bool)
-        for _ in range(tries):
-            drawn = apply_flips(x, _random_mask(flippable, uniform(x, private), flips))
-            x_adv[standing] = drawn[standing]
-            standing[standing.clone()] = check_logits(model(x_adv[standing]), y[standing]).argmax(1) == y[standing]
-            if not standing.any():
-                break
-    return x_adv
+
+    def draw(private: Private) -> Tensor:
+        return apply_flips(x, _random_mask(flippable, uniform(x, private), flips))
+
+    return first_that_fools(model, x, y, draw, tries=tries, generator=generator)
 
 
 def count_flips(x_adv: Tensor, x: Tensor) -> Tensor:
@@ -248,7 +229,7 @@ def check_frames(x: Tensor) -> None:
         )
 
 
-def _check_labels(y: Tensor, x: Tensor) -> None:
+def check_frame_labels(y: Tensor, x: Tensor) -> None:
     """As for images, and the commonest mistake by its name: the layout that the network itself takes."""
     if isinstance(y, Tensor) and y.shape == (x.shape[1],) != (x.shape[0],):
         raise ValueError(
@@ -277,28 +258,3 @@ def _random_mask(flippable: Tensor, numbers: Tensor, flips: int) -> Tensor:
     """Mask [N, D] of ``flips`` elements per sample, uniform among those allowed."""
     size = torch.full((len(numbers),), flips, device=numbers.device)
     return largest(numbers.masked_fill(~flippable, -torch.inf), size)
-
-
-def _own(private: Private, device: torch.device) -> Private:
-    """Randomness of one run, whose length depends on the other samples and must not move that of the next run."""
-    return private_generator(private.next() if isinstance(private, SampleDraws) else private, device)
-
-
-def _start(objective: Objective, x: Tensor, y: Tensor, settings: Settings) -> FewestFlips:
-    """The frames themselves as the first candidates: what is wrong already needs no change."""
-    best, score = FewestFlips(x), objective.score(x, y)
-    best.fooled = score.fooled & (score.loss >= settings.confidence) if settings.confidence else score.fooled.clone()
-    if settings.keep_best:
-        best.loss = score.loss.double()
-    return best
-
-
-@torch.no_grad()
-def _likeliest_others(model: Model, x: Tensor, y: Tensor, count: int) -> list[Tensor]:
-    """The ``count`` likeliest classes other than the label, each [N]."""
-    if count == 0:
-        return []
-    logits = check_logits(model(x), y)
-    if count >= logits.shape[1]:
-        raise ValueError(f"target_classes must be < {logits.shape[1]}, the number of classes, got {count}")
-    return likeliest_wrong(logits, y, count)

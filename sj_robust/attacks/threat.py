@@ -3,12 +3,12 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
-from sj_robust._checks import check_size
+from sj_robust._checks import check_count, check_size
 from sj_robust._eps import eps_text, parse_eps
 from sj_robust.attacks.projection import Norm, l2_norm, linf_bounds, per_sample, project_l2
 from sj_robust.randomness import Private, rand, randn
@@ -18,16 +18,21 @@ __all__ = ["ThreatModel", "eps_text", "parse_eps"]
 
 @dataclass(frozen=True)
 class ThreatModel:
-    """An adversary who may move an image within a ball, inside [0, 1], or change a few events. 威胁模型。
+    """An adversary who may move an image within a ball, inside [0, 1], or change or move a few events. 威胁模型。
+
+    For ``"moves"`` events keep pixel and polarity and move in time: at each pixel and polarity the events that are gone
+    and those that are new, as many, belong together in their order of time, and each such pair is a move.
 
     Attributes:
-        norm: ``"Linf"``, or ``"L2"`` over all elements of an image; ``"L0"`` for binary event frames.
+        norm: ``"Linf"``, or ``"L2"`` over all elements of an image; for binary event frames ``"L0"`` or ``"moves"``.
         eps: Radius in units of [0, 1] images, such as ``8 / 255``; for ``"L0"`` the number of elements that may be
-            changed per sample, an integer >= 1.
+            changed per sample, for ``"moves"`` that of the events that may be moved, an integer >= 1.
+        largest_shift: For ``"moves"``, the frames by which an event may be moved; None for any number.
+        total_shift: For ``"moves"``, the frames by which all events of a sample may be moved together; None likewise.
 
     Raises:
         TypeError: If the radius is no number.
-        ValueError: If the norm is unknown, the radius negative, not finite or (Linf) above 1, or the number no
+        ValueError: If the norm is unknown, the radius negative, not finite or (Linf) above 1, or a number no
             integer >= 1.
 
     Examples:
@@ -39,16 +44,28 @@ class ThreatModel:
         (tensor([[0., 1., 1., 0.]]), tensor([2.], dtype=torch.float64))
     """
 
-    norm: Literal["Linf", "L2", "L0"]
+    norm: Literal["Linf", "L2", "L0", "moves"]
     eps: float
+    largest_shift: int | None = None
+    total_shift: int | None = None
+
+    def __repr__(self) -> str:
+        shown = {name: value for name, value in vars(self).items() if value is not None}
+        return f"ThreatModel({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
     def __post_init__(self) -> None:
-        if self.norm not in ("Linf", "L2", "L0"):
-            raise ValueError(f"norm must be 'Linf', 'L2' or 'L0', got {self.norm!r}")
-        if self.norm == "L0":
+        if self.norm not in ("Linf", "L2", "L0", "moves"):
+            raise ValueError(f"norm must be 'Linf', 'L2', 'L0' or 'moves', got {self.norm!r}")
+        for name in ("largest_shift", "total_shift"):
+            if (shift := getattr(self, name)) is not None:
+                if self.norm != "moves":
+                    raise ValueError(f"{name} limits moves of events, got {shift!r} for {self.norm}; leave it out")
+                check_count(name, shift)
+        if self.of_events:
             if isinstance(self.eps, bool) or self.eps < 1 or self.eps % 1 != 0:
+                what = "changed elements" if self.norm == "L0" else "moved events"
                 raise ValueError(
-                    f"eps must be an integer >= 1 for L0, the number of changed elements, got {self.eps!r}; for a "
+                    f"eps must be an integer >= 1 for {self.norm}, the number of {what}, got {self.eps!r}; for a "
                     "distance of values use 'Linf' or 'L2'"
                 )
             object.__setattr__(self, "eps", int(self.eps))
@@ -57,21 +74,26 @@ class ThreatModel:
             object.__setattr__(self, "eps", size)
 
     @property
+    def of_events(self) -> bool:
+        """Whether it changes or moves events of binary frames, which have no values between 0 and 1."""
+        return self.norm in ("L0", "moves")
+
+    @property
     def ball(self) -> Norm:
         """The norm, for attacks that move values.
 
         Raises:
-            ValueError: If it is L0, where values cannot move.
+            ValueError: If it is one of events, whose values cannot move.
         """
-        if self.norm == "L0":
-            raise ValueError("norm must be 'Linf' or 'L2' to move values, got 'L0'; use the suite 'events'")
+        if self.norm == "L0" or self.norm == "moves":
+            raise ValueError(f"norm must be 'Linf' or 'L2' to move values, got {self.norm!r}; use the suite 'events'")
         return self.norm
 
     def project(self, x: Tensor, x_adv: Tensor) -> Tensor:
         """The image next to ``x_adv`` that the adversary of ``x`` may show, exactly and in the dtype of ``x``.
 
         Equation: :func:`project_linf` or :func:`project_l2`; in L0 the ``eps`` elements that changed most, the first
-        among equals, stay changed.
+        among equals, stay changed; frames whose moves exceed a budget become the clean ones.
         """
         return self.projection(x)(x_adv)
 
@@ -82,28 +104,76 @@ class ThreatModel:
             return lambda x_adv: x_adv.to(x.dtype).clamp(lower, upper)
         if self.norm == "L2":
             return lambda x_adv: project_l2(x_adv, x, eps=self.eps)
+        if self.norm == "moves":
+            return lambda x_adv: torch.where(per_sample(self.contains(x, x_adv), x), x_adv.to(x.dtype), x)
         return lambda x_adv: _fewest_changes(x, x_adv, int(self.eps))
 
     def distance(self, x: Tensor, x_adv: Tensor) -> Tensor:
-        """Distance of every image from its clean one, [N] float64; in L0 the number of elements that differ."""
+        """Distance of every image from its clean one, [N] float64; in L0 the number of elements that differ.
+
+        For moves the number of events that moved; infinity where a pixel and polarity has gained or lost an event, a
+        value is neither 0 nor 1, or a shift exceeds its limit.
+        """
+        if self.norm == "moves":
+            return self._moves(x, x_adv)
         delta = (x_adv.double() - x.double()).flatten(1)
         if self.norm == "L0":
             return (delta != 0).sum(1).double()
         return delta.abs().amax(1) if self.norm == "Linf" else delta.square().sum(1).sqrt()
 
     def tolerance(self, x: Tensor) -> float:
-        """How far beyond ``eps`` an image from elsewhere may lie by rounding alone; nothing is rounded in L0.
+        """How far beyond ``eps`` an image from elsewhere may lie by rounding alone; no event is rounded.
 
         Equation: :func:`rounding`; in L2, where the elements of an image may all be rounded alike, times the root of
         their number. What this package projects needs none.
         """
-        if self.norm == "L0":
+        if self.of_events:
             return 0.0
         return rounding(x) if self.norm == "Linf" else rounding(x) * x.flatten(1).shape[1] ** 0.5
 
     def contains(self, x: Tensor, x_adv: Tensor) -> Tensor:
         """Whether every image is one that the adversary may show, but for :meth:`tolerance`, [N] bool."""
         return self.distance(x, x_adv) <= self.eps + self.tolerance(x)
+
+    def _moves(self, x: Tensor, x_adv: Tensor) -> Tensor:
+        found = moves_of(x, x_adv)
+        allowed = found.paired & ((x_adv == 0) | (x_adv == 1)).flatten(1).all(1)
+        for limit, shift in ((self.largest_shift, found.largest_shift), (self.total_shift, found.total_shift)):
+            allowed &= shift <= limit if limit is not None else True
+        return torch.where(allowed, found.events.double(), torch.inf)
+
+
+class Moves(NamedTuple):
+    """How events of every sample moved in time. 事件的时间移动。
+
+    Attributes:
+        events: Number of events that moved, [N] int64.
+        largest_shift: Frames by which the one that moved farthest did, [N] int64.
+        total_shift: Frames by which all of them did together, [N] int64.
+        paired: Whether every pixel and polarity has as many events as before, [N] bool.
+    """
+
+    events: Tensor
+    largest_shift: Tensor
+    total_shift: Tensor
+    paired: Tensor
+
+
+def moves_of(x: Tensor, x_adv: Tensor) -> Moves:
+    """The moves between frames [N, T, ...]: at each pixel and polarity the k-th event gone became the k-th one new.
+
+    Of all ways to pair them this one has the smallest largest shift and the smallest total shift.
+    """
+    before, after = x.flatten(2) > 0, x_adv.flatten(2) > 0
+    gone, new = before & ~after, after & ~before
+    T = x.shape[1]
+    frame = torch.arange(T, device=x.device)[None, :, None]
+    left, came = (torch.where(mask, frame, T).sort(dim=1).values for mask in (gone, new))
+    shift = (left - came).abs() * ((left < T) & (came < T))
+    none = torch.zeros(len(x), dtype=torch.int64, device=x.device)
+    largest = shift.flatten(1).amax(1) if shift[:1].numel() else none
+    paired = (gone.sum(1) == new.sum(1)).all(1)
+    return Moves(gone.flatten(1).sum(1), largest, shift.flatten(1).sum(1), paired)
 
 
 def rounding(x: Tensor) -> float:

@@ -5,27 +5,34 @@ from sj_robust._saved import write_whole
 from sj_robust.attacks.threat import ThreatModel, eps_text, parse_eps
 from sj_robust.evaluation.activity import LayerActivity, firing
 from sj_robust.evaluation.comparison import Comparison, Difference, compare_reports
+from sj_robust.evaluation.corruptions import CORRUPTIONS, Corruption
 from sj_robust.evaluation.estimator_search import CANDIDATES, EstimatorSearch, EstimatorTrial, search_estimators
+from sj_robust.evaluation.faults import FAULTS, Fault, faulty
 from sj_robust.evaluation.intervals import wilson_interval
 from sj_robust.evaluation.masking import Finding, diagnose
 from sj_robust.evaluation.member import Member, craft, fools
 from sj_robust.evaluation.outcome import MemberOutcome, SuiteOutcome
-from sj_robust.evaluation.own_network import evaluate
+from sj_robust.evaluation.own_network import evaluate, stress
 from sj_robust.evaluation.report import Report, Score
 from sj_robust.evaluation.robustness import accuracy, evaluate_attacks
 from sj_robust.evaluation.robustness_report import Accuracy, RobustnessReport
 from sj_robust.evaluation.runner import run_suite
 from sj_robust.evaluation.smoothed import SmoothedBracket, smoothed_bracket
+from sj_robust.evaluation.stress_card import StressCard, StressRow
 from sj_robust.evaluation.suites import Suite, SuiteName, make_suite
 from sj_robust.evaluation.worst_case import WorstCase, worst_case
 
 __all__ = [
     "CANDIDATES",
+    "CORRUPTIONS",
+    "FAULTS",
     "Accuracy",
     "Comparison",
+    "Corruption",
     "Difference",
     "EstimatorSearch",
     "EstimatorTrial",
+    "Fault",
     "Finding",
     "LayerActivity",
     "Member",
@@ -34,6 +41,8 @@ __all__ = [
     "RobustnessReport",
     "Score",
     "SmoothedBracket",
+    "StressCard",
+    "StressRow",
     "Suite",
     "SuiteName",
     "SuiteOutcome",
@@ -47,6 +56,7 @@ __all__ = [
     "eps_text",
     "evaluate",
     "evaluate_attacks",
+    "faulty",
     "firing",
     "fools",
     "make_suite",
@@ -54,6 +64,7 @@ __all__ = [
     "run_suite",
     "search_estimators",
     "smoothed_bracket",
+    "stress",
     "wilson_interval",
     "worst_case",
     "write_whole",

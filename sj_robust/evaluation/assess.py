@@ -16,10 +16,10 @@ from sj_robust._eps import plain_eps
 from sj_robust.attacks.apgd import apgd
 from sj_robust.attacks.bridges import transfer
 from sj_robust.attacks.call import Attack
-from sj_robust.attacks.events import check_frames, flip_events
+from sj_robust.attacks.events import check_frames
 from sj_robust.attacks.threat import ThreatModel, eps_text, parse_eps
 from sj_robust.evaluation.activity import firing
-from sj_robust.evaluation.estimator_search import EstimatorSearch, search_estimators, short_attack
+from sj_robust.evaluation.estimator_search import EstimatorSearch, event_attack, search_estimators, short_attack
 from sj_robust.evaluation.fingerprint import fingerprint
 from sj_robust.evaluation.masking import diagnose
 from sj_robust.evaluation.member import Member, fools, scored
@@ -41,6 +41,8 @@ _FAR = 1e6
 """A lead of a wrong class that no network gives."""
 _FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 """Radii of accuracy over eps, in units of the threat's."""
+_CHANGES = {"L0": "flips", "moves": "moves"}
+"""What attacks do to events, by the threat."""
 _BOUND = "bound of all"
 """What stands among the attacks that moved the potential for the bounds of every perturbation."""
 _NOT_DIAGNOSED = (
@@ -79,7 +81,7 @@ def assess(
         batches: Test images with labels in batches, iterable more than once; binary event frames [N, T, 2, H, W] for
             the suite ``"events"``.
         suite: Name of the suite.
-        threat: Norm and radius, > 0; ``ThreatModel("L0", k)`` for the suite ``"events"``.
+        threat: Norm and radius, > 0; for the suite ``"events"`` ``ThreatModel("L0", k)`` or one of moves.
         dataset: Name of the data set.
         classes: Number of classes.
         seed: Seeds everything.
@@ -113,7 +115,7 @@ def assess(
     model = subject.model
     few = _first(batches)
     x, y = (torch.cat(parts).to(device_of(model)) for parts in zip(*few, strict=True))
-    if threat.norm == "L0":
+    if threat.of_events:
         check_frames(x)
     _check_draws(model, x, y, draws)
     data = data_fingerprint(batches)
@@ -137,7 +139,7 @@ def assess(
     if not curve:
         curve, levels = parts.over_eps(few, chosen[0] if chosen else "training")
     band = [] if verified is None else parts.proofs_over_eps(few, curve, levels)
-    findings = parts.findings(source) if threat.norm != "L0" else []
+    findings = parts.findings(source) if not threat.of_events else []
     network = {"architecture": subject.architecture, "fingerprint": key["network"]} | describe_network(model)
     unseen = sorted({text for row in outcome.potential for text in row["warnings"]} | set(outcome.warnings))
     return RobustnessReport(
@@ -166,7 +168,7 @@ def assess(
         ),
         configuration=dict(configuration or {}),
         environment=environment(x.device) | {"processes": str(rank_and_world_size()[1])},
-        warnings=(*unseen, *proved.get("reasons", ()), *([_NOT_DIAGNOSED] if threat.norm == "L0" else [])),
+        warnings=(*unseen, *proved.get("reasons", ()), *([_NOT_DIAGNOSED] if threat.of_events else [])),
     )
 
 
@@ -267,11 +269,11 @@ class _Parts:
 
     def over_eps(self, few: Batches, estimator: str) -> tuple[list[dict[str, Any]], tuple[MemberOutcome, ...]]:
         """Accuracy over eps, from a short attack at every radius; and what each of these did."""
-        self.say("accuracy over the number of changes" if self.threat.norm == "L0" else "accuracy over eps")
+        self.say("accuracy over the number of changes" if self.threat.of_events else "accuracy over eps")
         radii = _radii(self.threat, elements=self.x[0].numel())
         levels = [_level(replace(self.threat, eps=radius), estimator, self.draws) for radius in radii]
         outcome = self.run("over_eps", few, levels, replace(self.threat, eps=max(radii)))
-        kind = "flip_events" if self.threat.norm == "L0" else "APGD-CE 20"
+        kind = {"L0": "flip_events", "moves": "move_events"}.get(self.threat.norm, "APGD-CE 20")
         return _curve(outcome, outcome.members, [f"{kind}, {estimator}"] * len(levels)), outcome.members
 
     def findings(self, source: nn.Module | None) -> list[dict[str, Any]]:
@@ -307,12 +309,12 @@ def _check_draws(model: nn.Module, x: Tensor, y: Tensor, draws: int) -> None:
 def _with_transfer(suite: Suite, source: nn.Module, threat: ThreatModel) -> Suite:
     """The suite with attacks crafted on another network, and with those of the same cost in its control."""
     attack: Attack
-    if threat.norm == "L0":
+    if threat.of_events:
         # Without an end at the border of the source, where nothing would transfer.
-        attack = partial(flip_events, flips=int(threat.eps), confidence=_FAR, reduce=False)
+        attack = partial(event_attack(threat), confidence=_FAR, reduce=False)
     else:
         attack = partial(apgd, eps=threat.eps, norm=threat.ball, steps=50)
-    kind = "flips" if threat.norm == "L0" else "apgd_ce"
+    kind = _CHANGES.get(threat.norm, "apgd_ce")
     crafted = Member(f"transfer/{kind}", transfer(source, attack), group="transfer", threat=threat)
     own = Member("control/transfer", attack, group="control", threat=threat)
     return replace(suite, members=(*suite.members, crafted), control=(*suite.control, own))
@@ -320,7 +322,7 @@ def _with_transfer(suite: Suite, source: nn.Module, threat: ThreatModel) -> Suit
 
 def _radii(threat: ThreatModel, *, elements: int) -> list[float]:
     """Radii of accuracy over eps; none beyond that with which every image is within reach."""
-    if threat.norm == "L0":
+    if threat.of_events:
         return sorted({min(elements, math.ceil(factor * threat.eps)) for factor in _FACTORS})
     limit = 1.0 if threat.norm == "Linf" else float("inf")
     return sorted({min(limit, plain_eps(factor * threat.eps)) for factor in _FACTORS})
@@ -328,7 +330,7 @@ def _radii(threat: ThreatModel, *, elements: int) -> list[float]:
 
 def _level(threat: ThreatModel, estimator: str, draws: int) -> Member:
     """A short attack at one radius; all are in one group: what has fallen at one has fallen at every larger one."""
-    name = f"{'flips' if threat.norm == 'L0' else 'apgd'}20@{eps_text(threat.eps)}"
+    name = f"{_CHANGES.get(threat.norm, 'apgd')}20@{eps_text(threat.eps)}"
     attack = short_attack(threat, 20, draws=draws, queries=100)
     return Member(name, attack, estimator, group="over_eps", threat=threat)
 

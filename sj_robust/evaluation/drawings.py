@@ -176,7 +176,8 @@ def _accuracy_over_eps(report: _DrawnReport) -> "Figure":
                 here, middle, spread, fmt=marker, capsize=4, label=name, color=color, ms=size, markerfacecolor=filled
             )
     in_units = ", in 1/255" if unit == 255 else ""
-    axes.set_xlabel("events added or removed" if report.threat.norm == "L0" else f"eps, {report.threat.norm}{in_units}")
+    what = {"L0": "events added or removed", "moves": "events moved in time"}
+    axes.set_xlabel(what.get(report.threat.norm, f"eps, {report.threat.norm}{in_units}"))
     axes.set_ylabel("accuracy, %")
     axes.set_xlim(left=0)
     axes.set_ylim(-2, 102)

@@ -11,13 +11,17 @@ from torch import Tensor
 from sj_robust._checks import check_count
 from sj_robust.attacks.apgd import apgd
 from sj_robust.attacks.call import Attack, Model
-from sj_robust.attacks.events import flip_events
+from sj_robust.attacks.events import Allow, flip_events, random_flips
 from sj_robust.attacks.logits import margin
 from sj_robust.attacks.threat import ThreatModel
+from sj_robust.attacks.timing import move_events, random_moves
 from sj_robust.evaluation.member import Member, check_estimator, clock, craft, fools, has_detached_reset, scored
 from sj_robust.randomness import SampleSeeds
 
-__all__ = ["CANDIDATES", "EstimatorSearch", "EstimatorTrial", "expectation", "search_estimators", "short_attack"]
+__all__ = [
+    "CANDIDATES", "EstimatorSearch", "EstimatorTrial", "event_attack", "expectation", "random_event_attack",
+    "search_estimators", "short_attack",
+]  # fmt: skip
 
 CANDIDATES = (
     "training",
@@ -109,7 +113,7 @@ def search_estimators(
         y: Labels [N] int64.
         threat: The budget.
         settings: Candidates, length of the attack and number of images; None takes the defaults.
-        attack: Another attack than APGD-CE (``flip_events`` in L0) of ``settings.steps`` steps, its budget bound.
+        attack: Another attack than that of :func:`short_attack` of ``settings.steps`` steps, its budget bound.
         draws: Forwards in every one of which a stochastic network has to be wrong.
         seeds: One seed per sample.
 
@@ -151,10 +155,28 @@ def search_estimators(
 
 
 def short_attack(threat: ThreatModel, steps: int, *, draws: int = 1, queries: int = 0) -> Attack:
-    """APGD-CE for a first impression; on events ``flip_events``, with ``queries`` random exchanges."""
-    if threat.norm == "L0":
-        return partial(flip_events, flips=int(threat.eps), steps=steps, queries=queries, reduce=False)
+    """APGD-CE for a first impression; on events their own attack, with ``queries`` random exchanges."""
+    if threat.of_events:
+        return partial(event_attack(threat), steps=steps, queries=queries, reduce=False)
     return partial(apgd, eps=threat.eps, norm=threat.ball, steps=steps, **expectation(draws))
+
+
+def event_attack(threat: ThreatModel) -> "partial[Tensor]":
+    """The guided attack of a threat of events, its budget bound."""
+    if threat.norm == "L0":
+        return partial(flip_events, flips=int(threat.eps))
+    return partial(move_events, **_moves(threat))
+
+
+def random_event_attack(threat: ThreatModel, *, allow: Allow) -> "partial[Tensor]":
+    """Its random control; moves neither add nor remove events, whatever ``allow`` says."""
+    if threat.norm == "L0":
+        return partial(random_flips, flips=int(threat.eps), allow=allow)
+    return partial(random_moves, **_moves(threat))
+
+
+def _moves(threat: ThreatModel) -> dict[str, Any]:
+    return {"moves": int(threat.eps), "largest_shift": threat.largest_shift, "total_shift": threat.total_shift}
 
 
 def expectation(draws: int) -> dict[str, Any]:

@@ -84,7 +84,7 @@ def to_html(report: RobustnessReport) -> str:
     """
     environment = Environment(autoescape=True, keep_trailing_newline=True)
     environment.filters["short"] = _short
-    events = report.threat.norm == "L0"
+    events = report.threat.of_events
     over_eps = [{"events" if name == "eps" and events else name: row[name] for name in row} for row in report.over_eps]
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(
         report=report,
@@ -137,7 +137,7 @@ def _figures(report: RobustnessReport) -> dict[str, tuple[str, str, str]]:
 def _caption(name: str, report: RobustnessReport) -> tuple[str, str]:
     """Title and text of a figure; a budget in L0 is a number of events."""
     title, text = _CAPTIONS[name]
-    events = report.threat.norm == "L0"
+    events = report.threat.of_events
     return (title.replace("over eps", "over the number of changed events") if events else title), text
 
 

@@ -87,8 +87,8 @@ def diagnose(
         raise TypeError(f"threat must be a ThreatModel, got {type(threat).__name__}; use ThreatModel('Linf', 8 / 255)")
     if threat.eps == 0:
         raise ValueError("threat.eps must be > 0 to attack at all, got 0")
-    if threat.norm == "L0":
-        raise ValueError("threat.norm must be 'Linf' or 'L2', whose attacks move values a little, got 'L0'")
+    if threat.of_events:
+        raise ValueError(f"threat.norm must be 'Linf' or 'L2', whose attacks move values a little, got {threat.norm!r}")
     names = ESTIMATORS_COMPARED if estimators is not None and len(estimators) == 0 else tuple(estimators or ())
     for name in names:
         check_estimator(name)

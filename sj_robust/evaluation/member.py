@@ -212,15 +212,21 @@ def _check_result(x_adv: Tensor, x: Tensor, member: Member) -> None:
     threat = member.threat
     if threat is None:
         return
-    if threat.norm == "L0" and not bool(((x_adv == 0) | (x_adv == 1)).all()):
+    if threat.of_events and not bool(((x_adv == 0) | (x_adv == 1)).all()):
         raise ValueError(
-            f"attack {member.name!r} must leave event frames binary (0 or 1) within an L0 ball, got other values; an "
-            "event is there or not"
+            f"attack {member.name!r} must leave event frames binary (0 or 1) within an {threat.norm} ball, got other "
+            "values; an event is there or not"
         )
     distance = float(threat.distance(x, x_adv.detach()).max())
     if distance > threat.eps + threat.tolerance(x):
         if threat.norm == "L0":
             rule = f"change at most {threat.eps:g} elements per sample (L0), got {distance:g}"
+        elif threat.norm == "moves":
+            limits = f"largest shift {threat.largest_shift}, total shift {threat.total_shift}"
+            rule = (
+                f"move at most {threat.eps:g} events per sample in time ({limits}; None: any), got {distance:g} (inf: "
+                "a shift is too large, or a pixel has not kept its events)"
+            )
         else:
             rule = f"stay within {threat.norm} distance {threat.eps:g}, got {distance:.8g}; project its result"
         raise ValueError(f"attack {member.name!r} must {rule}")

@@ -1,10 +1,10 @@
-"""A network and its images in one call: the evaluation of a network of one's own."""
+"""A network and its images in one call: the evaluation of a network of one's own, and its stress test."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,13 +17,17 @@ from sj_robust.attacks.threat import ThreatModel, parse_eps
 from sj_robust.classifier import SpikingClassifier, as_classifier
 from sj_robust.data import image_loader
 from sj_robust.evaluation.assess import assess
+from sj_robust.evaluation.corruptions import Corruption
+from sj_robust.evaluation.faults import Fault
 from sj_robust.evaluation.progress import Position
 from sj_robust.evaluation.robustness_report import RobustnessReport
 from sj_robust.evaluation.runner import Batches
+from sj_robust.evaluation.stress_card import StressCard
+from sj_robust.evaluation.stressing import stress_network
 from sj_robust.evaluation.subject import Subject, check_fits
 from sj_robust.evaluation.suites import SuiteName
 
-__all__ = ["evaluate"]
+__all__ = ["evaluate", "stress"]
 
 
 def evaluate(
@@ -32,7 +36,9 @@ def evaluate(
     y: Tensor | None = None,
     *,
     eps: float | str,
-    norm: Literal["Linf", "L2", "L0"] | None = None,
+    norm: Literal["Linf", "L2", "L0", "moves"] | None = None,
+    largest_shift: int | None = None,
+    total_shift: int | None = None,
     suite: SuiteName | None = None,
     T: int | None = None,
     mean: Sequence[float] | None = None,
@@ -56,8 +62,11 @@ def evaluate(
         x: Test images [N, C, H, W] in [0, 1]; or, in place of ``x`` and ``y``, a ``DataLoader`` that does not shuffle,
             a data set, or a list of batches. Binary event frames are [N, T, 2, H, W].
         y: Labels [N] int64.
-        eps: Radius, a number or a text such as ``"8/255"``; for L0 the number of changed elements.
+        eps: Radius, a number or a text such as ``"8/255"``; for L0 the number of changed elements, for moves that of
+            moved events.
         norm: Norm of the adversary; None takes Linf, and L0 for event frames.
+        largest_shift: For moves, the frames by which an event may be moved; None for any number.
+        total_shift: For moves, the frames by which all events of a sample may be moved together.
         suite: Name of the suite, see :func:`make_suite`; None takes ``"standard"``, and ``"events"`` for event frames.
         T: Number of time steps, for a bare network.
         mean: Mean per channel that a bare network expects to be subtracted.
@@ -85,21 +94,125 @@ def evaluate(
         >>> report.worst_case.total
         6
     """
+    with _prepared(model, x, y, T, mean, std, batch_size, name, dataset, folder, progress) as ready:
+        subject, batches, classes, say, on_step, frames = ready
+        threat = ThreatModel(norm or ("L0" if frames else "Linf"), parse_eps(eps), largest_shift, total_shift)
+        return assess(
+            subject, batches, suite=suite or ("events" if frames else "standard"), threat=threat, dataset=dataset,
+            classes=classes, seed=seed, draws=draws, folder=None if folder is None else Path(folder),
+            configuration={"T": T, "mean": mean, "std": std}, say=say, on_step=on_step,
+        )  # fmt: skip
+
+
+def stress(
+    model: nn.Module,
+    x: Tensor | Batches | Dataset[tuple[Tensor, ...]],
+    y: Tensor | None = None,
+    *,
+    eps: float | str,
+    norm: Literal["Linf", "L2", "L0", "moves"] | None = None,
+    largest_shift: int | None = None,
+    total_shift: int | None = None,
+    suite: Literal["stress", "corruptions"] = "stress",
+    faults: Sequence[Fault | Corruption] | None = None,
+    draws: int = 5,
+    steps: int = 20,
+    T: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    seed: int = 0,
+    batch_size: int = 128,
+    folder: str | Path | None = None,
+    name: str | None = None,
+    dataset: str = "images",
+    progress: bool = True,
+) -> StressCard:
+    """What faults of deployment, or common corruptions, leave of a network, clean and attacked. 部署故障压力测试。
+
+    Every fault is one of a copy, so the network stays as it was, and at every level the attack is crafted on the
+    faulty copy. Random faults are drawn several times.
+
+    Other arguments and errors are those of :func:`evaluate`.
+
+    Args:
+        model: The network.
+        x: Test images.
+        y: Labels.
+        eps: Radius of the attack.
+        norm: Norm of the attack.
+        largest_shift: Budget of a threat of moves.
+        total_shift: Budget of a threat of moves.
+        suite: ``"stress"`` for faults, ``"corruptions"`` for the fifteen common corruptions at five severities.
+        faults: What is measured, from mild to severe; None takes every kind at its usual levels.
+        draws: Draws of a fault that is random.
+        steps: Steps of the attack.
+        T: Number of time steps, for a bare network.
+        mean: Mean per channel that a bare network expects to be subtracted.
+        std: Standard deviation per channel that it expects to be divided by.
+        seed: Seeds everything.
+        batch_size: Images at a time.
+        folder: Where progress is kept.
+        name: What the card calls the network.
+        dataset: What the card calls the images.
+        progress: Whether what is being done is shown.
+
+    Source: quantised and stuck weights, mismatch and lost spikes as in the literature on neuromorphic hardware;
+        corruptions of Hendrycks and Dietterich (ICLR 2019).
+
+    Examples:
+        >>> from spikingjelly.activation_based import neuron
+        >>> net = nn.Sequential(nn.Flatten(2), nn.Linear(4, 3), neuron.LIFNode(step_mode="m"))
+        >>> x, y = torch.rand(6, 1, 2, 2), torch.arange(6) % 3
+        >>> card = stress(net, x, y, eps=0.1, T=4, faults=[Fault("weight_bits", 4)], steps=2, progress=False)
+        >>> card.images, card.kinds
+        (6, ('weight_bits',))
+    """
+    with _prepared(model, x, y, T, mean, std, batch_size, name, dataset, folder, progress) as ready:
+        subject, batches, _, say, on_step, frames = ready
+        threat = ThreatModel(norm or ("L0" if frames else "Linf"), parse_eps(eps), largest_shift, total_shift)
+        return stress_network(
+            subject, batches, suite=suite, threat=threat, dataset=dataset, faults=faults, draws=draws, steps=steps,
+            seed=seed, folder=None if folder is None else Path(folder),
+            configuration={"T": T, "mean": mean, "std": std}, say=say, on_step=on_step,
+        )  # fmt: skip
+
+
+class _Ready(NamedTuple):
+    """A network and its images, as an evaluation takes them."""
+
+    subject: Subject
+    batches: Batches
+    classes: int
+    say: Callable[[str], None]
+    on_step: Callable[[Position], None] | None
+    frames: bool
+
+
+@contextmanager
+def _prepared(
+    model: nn.Module,
+    x: Tensor | Batches | Dataset[tuple[Tensor, ...]],
+    y: Tensor | None,
+    T: int | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
+    batch_size: int,
+    name: str | None,
+    dataset: str,
+    folder: str | Path | None,
+    progress: bool,
+) -> Iterator[_Ready]:
+    """Network and images that belong together, in evaluation mode and full precision; see :func:`evaluate`."""
     batches, first = _batches(x, y, batch_size)
     frames = first.ndim == 5
     classifier = as_classifier(model, T, mean=mean, std=std, frames=frames)
     network = classifier.net if isinstance(classifier, SpikingClassifier) else classifier
     subject = Subject(name or type(network).__name__, classifier, type(network).__name__)
-    threat = ThreatModel(norm or ("L0" if frames else "Linf"), parse_eps(eps))
     device = device_of(classifier)
     with evaluation_mode(classifier), full_precision(device), _shown(progress) as (say, on_step):
         classes = check_fits(subject, first[:1].to(device), None, dataset)
         try:
-            return assess(
-                subject, batches, suite=suite or ("events" if frames else "standard"), threat=threat, dataset=dataset,
-                classes=classes, seed=seed, draws=draws, folder=None if folder is None else Path(folder),
-                configuration={"T": T, "mean": mean, "std": std}, say=say, on_step=on_step,
-            )  # fmt: skip
+            yield _Ready(subject, batches, classes, say, on_step, frames)
         except KeyboardInterrupt as stopped:
             stopped.add_note(
                 "the network is as it was; with folder=... the next evaluation could be continued"

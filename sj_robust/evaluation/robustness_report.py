@@ -32,6 +32,9 @@ _COUNTED = ("clean_acc", "autoattack_acc", "external", "figures", "outcome")
 _DERIVED = ("architecture", "unreliable", "footnote", *_COUNTED)
 """What a file holds beside the fields; the counted ones must follow from the outcomes when it is read."""
 
+_SHIFTS = ("largest_shift", "total_shift")
+"""What a file holds besides of a threat of moves."""
+
 _SUMMARIES = ("clean", "control", "worst case", "everything", "verified")
 
 
@@ -280,6 +283,10 @@ class RobustnessReport(Shown, SavedResult, what="a robustness report", format="s
         """Norm and radius, or the number of changes, as a reader sees them."""
         if self.threat.norm == "L0":
             return f"L0, at most {self.eps} event{'' if self.eps == '1' else 's'} added or removed"
+        if self.threat.norm == "moves":
+            limits = {"by {} frames at most": self.threat.largest_shift, "by {} together": self.threat.total_shift}
+            shifts = [text.format(shift) for text, shift in limits.items() if shift is not None]
+            return ", ".join([f"at most {self.eps} event{'' if self.eps == '1' else 's'} moved in time", *shifts])
         return f"{self.threat.norm}, eps {self.eps}"
 
     @property
@@ -323,10 +330,11 @@ class RobustnessReport(Shown, SavedResult, what="a robustness report", format="s
         grade = f" ({GRADES[self.suite]})" if self.suite in GRADES else ""
         return (
             f"At most {most.percent} % (95 % interval {most.interval_text}) of {most.total} images withstand "
-            f"{self.budget}{proved}. Tried: suite {self.suite}{grade}, {attacks}. Doubts: {self._doubts()}."
+            f"{self.budget}{proved}. Tried: suite {self.suite}{grade}, {attacks}. Doubts: {self.doubts}."
         )
 
-    def _doubts(self) -> str:
+    @property
+    def doubts(self) -> str:
         """What speaks against the figures, in a few words."""
         signs = len(self.findings)
         found = [text.partition(":")[0] for text in self.alarms]
@@ -437,13 +445,16 @@ class RobustnessReport(Shown, SavedResult, what="a robustness report", format="s
         return _NUMBERS.sub(lambda match: " ".join(match[0].split()).replace("[ ", "[").replace(" ]", "]"), text)
 
     def _content(self) -> dict[str, Any]:
-        return self._derived() | asdict(self) | {"threat": self.threat.norm, "eps": self.eps}
+        threat = asdict(self.threat)
+        shifts = {name: threat[name] for name in _SHIFTS} if self.threat.norm == "moves" else {}
+        return self._derived() | asdict(self) | {"threat": self.threat.norm, "eps": self.eps} | shifts
 
     @classmethod
     def _from_content(cls, content: dict[str, Any]) -> Self:
         """The report; accuracies that do not follow from its outcomes are a ValueError."""
         derived = {name: content.pop(name, None) for name in _DERIVED}
-        threat = ThreatModel(content.pop("threat"), parse_eps(content.pop("eps")))
+        shifts = {name: content.pop(name, None) for name in _SHIFTS}
+        threat = ThreatModel(content.pop("threat"), parse_eps(content.pop("eps")), **shifts)
         members = tuple(MemberOutcome(**member) for member in content.pop("members"))
         report = cls(threat=threat, members=members, **content)
         counted = plain(report._derived())

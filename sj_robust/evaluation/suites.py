@@ -12,12 +12,17 @@ from sj_robust._checks import check_count
 from sj_robust.attacks.apgd import apgd
 from sj_robust.attacks.bridges import autoattack, square
 from sj_robust.attacks.call import Attack
-from sj_robust.attacks.events import flip_events, random_flips
 from sj_robust.attacks.gradient import fgsm, pgd
 from sj_robust.attacks.noise import gaussian
 from sj_robust.attacks.sapgd import sapgd
 from sj_robust.attacks.threat import ThreatModel
-from sj_robust.evaluation.estimator_search import CANDIDATES, EstimatorSearch, expectation
+from sj_robust.evaluation.estimator_search import (
+    CANDIDATES,
+    EstimatorSearch,
+    event_attack,
+    expectation,
+    random_event_attack,
+)
 from sj_robust.evaluation.member import Member
 
 __all__ = ["GRADES", "Suite", "SuiteName", "make_suite"]
@@ -90,7 +95,8 @@ def make_suite(
     | | APGD-CE c1 (100 x 2), APGD-DLR c1 (100 x 1), Square (1000 queries) |
     | ``autoattack`` | AutoAttack standard: APGD-CE (100), APGD-T (9 x 100), FAB-T (9 x 100), Square (5000 queries) |
     | ``events`` | flip_events c1, c2, c3 (x 1), random removals (200 tries), flip_events c1 (x 3), training, c2, c3 |
-    | | (x 1), c1 towards 3 classes (x 1), random changes of both kinds (200 tries), flip_events c1 (x 3) |
+    | | (x 1), c1 towards 3 classes (x 1), random changes of both kinds (200 tries), flip_events c1 (x 3); |
+    | | for a threat of moves ``move_events`` and ``random_moves`` in their places |
 
     The control is every attack in the ball of the threat once more, with the training surrogate and another seed. Only
     that of ``autoattack`` spends the forwards and gradients of FAB-T (a forward more per step) and Square on a second
@@ -99,7 +105,7 @@ def make_suite(
 
     Args:
         name: ``"paper"`` (the protocol of Ding et al., Linf), ``"fast"``, ``"standard"`` or ``"autoattack"``;
-            ``"events"`` for binary event frames, with a threat in L0 and no other suite.
+            ``"events"`` for binary event frames, with a threat in L0 or of moves and no other suite.
         threat: The budget of every attack. The steps of ``paper`` grow with it, and are the printed ones at 8/255.
         chosen: Names of estimators, the strongest first; none means the training surrogate.
         classes: Number of classes of the network; the DLR losses are left out where there are too few.
@@ -126,7 +132,7 @@ def make_suite(
     fixed = {"paper": _paper, "autoattack": _autoattack, "gradients": _gradients}
     if chosen and name in fixed:
         raise ValueError(f"suite {name!r} has its estimators fixed, got {list(chosen)}; pass none")
-    if (name == "events") != (threat.norm == "L0"):
+    if (name == "events") != threat.of_events:
         remedy = "count changes with ThreatModel('L0', k)" if name == "events" else "use the suite 'events'"
         raise ValueError(f"suite {name!r} does not fit a threat in {threat.norm}; {remedy}")
     check_count("eot_samples", eot_samples)
@@ -177,24 +183,31 @@ class _Plan:
         return partial(apgd, eps=self.threat.eps, norm=self.threat.ball, loss=loss, steps=steps, **noisy)
 
     @property
+    def changes(self) -> str:
+        """What is done to events."""
+        return "flips" if self.threat.norm == "L0" else "moves"
+
+    @property
     def sure(self) -> dict[str, Any]:
-        """Options of ``flip_events`` on a network that draws random numbers; the confidence is in units of logits."""
+        """Options of an attack on events where the network draws random numbers; confidence is in units of logits."""
         return {} if self.eot_samples == 1 else {"eot_samples": self.eot_samples, "confidence": 0.1}
 
     def flips(self, estimator: str, restart: int = 0, *, runs: int = 1) -> Member:
-        attack = partial(flip_events, flips=int(self.threat.eps), restarts=runs, reduce=False, **self.sure)
-        return self.member("flips", attack, estimator, restart)
+        attack = partial(event_attack(self.threat), restarts=runs, reduce=False, **self.sure)
+        return self.member(self.changes, attack, estimator, restart)
 
     def flips_targeted(self, estimator: str) -> list[Member]:
-        """flip_events towards the likeliest wrong classes, which are others than the first only if there are three."""
+        """The attack towards the likeliest wrong classes, which are others than the first only if there are three."""
         if self.classes < 3:
             return []
         targets = min(3, self.classes - 1)
-        attack = partial(flip_events, flips=int(self.threat.eps), target_classes=targets, reduce=False, **self.sure)
-        return [self.member("flips_t", attack, estimator)]
+        attack = partial(event_attack(self.threat), target_classes=targets, reduce=False, **self.sure)
+        return [self.member(f"{self.changes}_t", attack, estimator)]
 
     def random_flips(self, allow: Literal["both", "remove"]) -> Member:
-        attack = partial(random_flips, flips=int(self.threat.eps), allow=allow, tries=200)
+        attack = partial(random_event_attack(self.threat, allow=allow), tries=200)
+        if self.threat.norm == "moves":
+            return self.member("random_moves", attack, restart=int(allow == "both"))
         return self.member(f"random_{allow}", attack)
 
 
@@ -262,7 +275,8 @@ def _events(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
     members += [plan.flips("training")] if "training" not in chosen else []
     members += [plan.flips(name, 1) for name in chosen[1:]]
     members += [*plan.flips_targeted(best), plan.random_flips("both"), plan.flips(best, 2, runs=3)]
-    description = f"worst case of few events added or removed with {_listed(*chosen, 'training')}, and at random"
+    done = "added or removed" if plan.threat.norm == "L0" else "moved in time"
+    description = f"worst case of few events {done} with {_listed(*chosen, 'training')}, and at random"
     return Suite("events", tuple(members), _control(members), description, EstimatorSearch(images=32))
 
 

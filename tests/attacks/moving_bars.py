@@ -7,10 +7,17 @@ from attacks.table import PerStep, train
 from torch import Tensor, nn
 
 from sj_robust import DLIFNode
-from sj_robust.attacks import flip_events, random_flips
+from sj_robust.attacks import flip_events, move_events, random_flips, random_moves
 from sj_robust.classifier import SpikingEventClassifier
 
 T, SIZE = 6, 10
+
+
+def moved(attack, *arguments, flips, **options):
+    """An attack in time with half as many moves: two elements differ for each."""
+    moves = flips // 2 if isinstance(flips, int) and flips > 1 else flips
+    return attack(*arguments, moves=moves, **options)
+
 
 EVENT_ATTACKS = {
     "default": flip_events,
@@ -21,7 +28,12 @@ EVENT_ATTACKS = {
     "last": partial(flip_events, keep_best=False, reduce=False, queries=3),
     "targets_and_restarts": partial(flip_events, target_classes=2, restarts=3, probes=2, queries=3),
     "eot": partial(flip_events, eot_samples=2, confidence=0.5, probes=2, queries=3),
+    "moves": partial(moved, move_events),
+    "moves_targets_and_restarts": partial(
+        moved, move_events, total_shift=4, target_classes=2, restarts=3, probes=2, queries=3
+    ),
     "random": random_flips,
+    "random_moves": partial(moved, random_moves, largest_shift=2, total_shift=9, tries=3),
     "random_add": partial(random_flips, allow="add", tries=3),
     "random_remove": partial(random_flips, allow="remove", tries=3),
 }

@@ -12,6 +12,7 @@ from launch import finish
 
 from sj_robust.attacks import ThreatModel
 from sj_robust.data import events
+from sj_robust.evaluation import Fault, StressCard, stressing
 from sj_robust.evaluation import assess as whole_assessment
 from sj_robust.evaluation.robustness_report import RobustnessReport
 from sj_robust.models import NetworkSpec, build_classifier
@@ -176,8 +177,43 @@ def test_event_data(folder, tmp_path, monkeypatch, capsys, event_data):
     in_process(folder, *options, "--T", "3", "--output", str(tmp_path / "three"))
     assert RobustnessReport.load(tmp_path / "three" / "report.json").network["T"] == 3
     assert (event_data / "NMNIST" / "frames_number_3_split_by_number").is_dir()
+    moves = ("--norm", "moves", "--eps", "3", "--largest-shift", "1", "--output", str(tmp_path / "moves"))
+    in_process(folder, *options[:3], *options[5:], *moves)
+    report = RobustnessReport.load(tmp_path / "moves" / "report.json")
+    assert report.threat == ThreatModel("moves", 3, largest_shift=1)
+    assert "3 events moved in time, by 1 frames at most" in (tmp_path / "moves" / "report.html").read_text()
     with pytest.raises(ValueError, match=r"events takes frames \(2, 2, 34, 34\), those of digits are \(1, 8, 8\)"):
         in_process(folder, *options, "--dataset", "digits", "--eps", "0.1", "--output", "none")
+
+
+def test_stress(folder, tmp_path, capsys, monkeypatch):
+    few = (Fault("weight_bits", 2), Fault("stuck_at_zero", 0.5), Fault("first_steps", 1))
+    monkeypatch.setattr(stressing, "default_faults", lambda model: few)
+    options = ("runs/one", "--suite", "stress", "--fault-draws", "2", *SMALL, "--output", str(tmp_path / "card"))
+    in_process(folder, *options)
+    card = StressCard.load(tmp_path / "card" / "card.json")
+    assert [len(row.clean) for row in card.rows] == [1, 2, 1]
+    assert (card.images, card.threat, card.configuration["fault_draws"]) == (12, ThreatModel("Linf", 0.1), 2)
+    assert card.intact.clean[0] > card.intact.attacked[0]
+    assert card.table() in capsys.readouterr().out
+    files = {path.name for path in (tmp_path / "card").iterdir()}
+    assert files == {
+        "README.md",
+        "config.yaml",
+        "log.txt",
+        "progress",
+        *(f"card.{e}" for e in ("json", "md", "png", "pdf")),
+    }
+
+
+def test_leaderboard(folder, tmp_path, capsys, whole):
+    in_process(folder, "--leaderboard", "whole", "--output", str(tmp_path / "board"))
+    assert "of 1 reports are in" in capsys.readouterr().out
+    row = (tmp_path / "board" / "leaderboard.md").read_text().splitlines()[6]
+    assert row.startswith(f"| lif_none | digits | 12 | Linf, eps 0.1 | paper | {whole.clean.percent} |")
+    assert row.endswith(
+        "python recipes/evaluate.py runs/one --suite paper --test-limit 12 --batch-size 6 --output whole |"
+    )
 
 
 def test_compare(folder, capsys, whole):

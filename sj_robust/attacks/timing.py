@@ -1,0 +1,193 @@
+"""Attacks in time on binary event frames: events keep pixel and polarity and come in other frames."""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from sj_robust._checks import check_count, check_model
+from sj_robust.attacks._flip_search import apply_flips, first_that_fools, searched, uniform
+from sj_robust.attacks._move_search import Limits, MoveSearch, random_moved
+from sj_robust.attacks.call import Loss, Model, Randomness
+from sj_robust.attacks.events import check_frame_labels, check_frames
+from sj_robust.attacks.threat import Moves, moves_of
+from sj_robust.randomness import Private, check_seeds, private_generator
+
+__all__ = ["Moves", "count_moves", "move_events", "random_moves"]
+
+
+def move_events(
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    *,
+    moves: int,
+    largest_shift: int | None = None,
+    total_shift: int | None = None,
+    steps: int = 20,
+    probes: int = 10,
+    queries: int = 100,
+    target_classes: int = 0,
+    restarts: int = 1,
+    eot_samples: int = 1,
+    confidence: float = 0.0,
+    reduce: bool = True,
+    keep_best: bool = True,
+    loss: Loss | None = None,
+    generator: Randomness = None,
+) -> Tensor:
+    """Timing attack on event frames: few events moved to other frames, chosen by gradient, the needless ones put back.
+
+    事件时间攻击：事件保持像素与极性，仅在时间上移动。
+
+    Equation: ``gain = g[t'] - g[t]`` with ``g = grad_x loss(model(x), y)``, the first-order change of the loss when an
+    event moves from frame t to the empty frame t' of its pixel and polarity, ``|t' - t| <= largest_shift``; per frame
+    of shift where there is a total. After each of ``steps`` fresh gradients ``moves / steps`` events of the largest
+    gain move, each to its best frame, until the sample is fooled. What follows is as in :func:`flip_events`: candidates
+    are probed by a forward, the moves of random pixels are exchanged for others, and needless ones are put back, pixel
+    by pixel.
+
+    Frames stay binary, and every pixel and polarity keeps its number of events. A frame in which there was an event of
+    the same pixel and polarity is never moved to. On a linear model, the first move is the best one.
+
+    Other arguments, result and errors are those of :mod:`sj_robust.attacks`, for binary event frames [N, T, 2, H, W] in
+    the place of images. ``count_moves`` tells what moved.
+
+    Args:
+        moves: Largest number of events moved per sample.
+        largest_shift: Frames by which an event may move, >= 1; None for any number.
+        total_shift: Frames by which the events of a sample may move together, >= 1; None for any number.
+        steps: Gradient steps over which the budget is spent.
+        probes: Candidates beyond those needed in a step; 0 trusts the gradient and needs no forwards besides it.
+        queries: Random exchanges for a sample that growth does not fool, one forward each.
+        target_classes: Further runs, each towards one of the classes that are likeliest on ``x``.
+        restarts: 1, or more to add runs whose gains are scaled by random factors.
+        eot_samples: Forwards averaged at every point (expectation over transformation), for stochastic models.
+        confidence: Loss from which on a wrong sample counts as fooled, as in :func:`flip_events`.
+        reduce: Whether to put needless moves back, and let further runs look for fewer moves than found so far.
+        keep_best: Whether a sample that was never fooled ends at its highest loss met; False ends it at the last one.
+        loss: Logits and labels to one value per sample, [N]; as in :func:`flip_events`.
+
+    Source: the threat and its three budgets after Spike-Retiming (ICLR 2026, arXiv 2602.03284), which optimises a
+        distribution of shifts; the search is the one of :func:`flip_events`.
+
+    Examples:
+        >>> x = torch.zeros(1, 4, 2, 1, 1)
+        >>> x[0, 0, 1] = 1.0
+        >>> when = lambda frames: (frames.flatten(2).sum(2) * torch.arange(4.0)).sum(1)  # class 1 from frame 2 on
+        >>> model = lambda frames: torch.stack([torch.full((1,), 1.5), when(frames)], dim=1)
+        >>> move_events(model, x, torch.tensor([0]), moves=1)[0, :, 1].flatten()
+        tensor([0., 0., 0., 1.])
+    """
+    check_model(model)
+    check_frames(x)
+    check_frame_labels(y, x)
+    check_seeds(generator, x)
+    limits = _limits(x, moves, largest_shift, total_shift)
+    with torch.inference_mode(False):
+        x, y = x.detach().clone(), y.clone()
+    make = partial(MoveSearch, limits=limits, flippable=torch.ones_like(x.flatten(1), dtype=torch.bool))
+    return searched(
+        model, x, y, make, budget=2 * moves if limits.largest_shift else 0, steps=steps, probes=probes,
+        queries=queries, target_classes=target_classes, restarts=restarts, eot_samples=eot_samples,
+        confidence=confidence, reduce=reduce, keep_best=keep_best, loss=loss, generator=generator,
+    )  # fmt: skip
+
+
+def random_moves(
+    model: Model | None,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    moves: int,
+    largest_shift: int | None = None,
+    total_shift: int | None = None,
+    tries: int = 1,
+    generator: Randomness = None,
+) -> Tensor:
+    """Random events moved in time, the control of :func:`move_events` at equal budget. 随机移动事件的时间。
+
+    Equation: ``moves`` events drawn at random, each moved to a frame drawn at random among the empty ones within
+    ``largest_shift``; fewer, where the total shift or the free frames end before.
+
+    Other arguments, result and errors are those of :mod:`sj_robust.attacks`, for binary event frames [N, T, 2, H, W];
+    ``model`` and ``y`` may be None and are used only if ``tries`` > 1.
+
+    Args:
+        moves: Number of events moved per sample.
+        largest_shift: Frames by which an event may move; None for any number.
+        total_shift: Frames by which the events of a sample may move together; None for any number.
+        tries: Draws per sample; the first that fools the model is kept, or else the last.
+
+    Raises:
+        ValueError: Also if several tries are asked for without model and labels.
+
+    Source: random timing as the baseline of an attack, as in Spike-Retiming (arXiv 2602.03284).
+
+    Examples:
+        >>> x = (torch.rand(3, 4, 2, 5, 5) < 0.1).float()
+        >>> moved = random_moves(None, x, moves=2, largest_shift=1)
+        >>> bool((moved.sum(1) == x.sum(1)).all()), count_moves(moved, x).largest_shift.max() <= 1
+        (True, tensor(True))
+    """
+    if model is not None:
+        check_model(model)
+    check_frames(x)
+    if y is not None:
+        check_frame_labels(y, x)
+    check_seeds(generator, x)
+    limits = _limits(x, moves, largest_shift, total_shift)
+    check_count("tries", tries)
+    if tries > 1 and (model is None or y is None):
+        raise ValueError(f"tries > 1 need model and y to know which draw fools, got tries={tries} without them")
+    with torch.inference_mode(False):
+        x = x.detach().clone()
+    if moves == 0 or limits.largest_shift == 0 or x.numel() == 0:
+        return x
+    still, size = torch.zeros_like(x.flatten(1), dtype=torch.bool), torch.full((len(x),), moves, device=x.device)
+
+    def draw(private: Private) -> Tensor:
+        order, worth = uniform(x, private), uniform(x, private)
+        return apply_flips(x, random_moved(x, still, order, worth, size, limits))
+
+    if tries == 1 or model is None or y is None:
+        with torch.inference_mode(False):
+            return draw(private_generator(generator, x.device))
+    return first_that_fools(model, x, y, draw, tries=tries, generator=generator)
+
+
+def count_moves(x_adv: Tensor, x: Tensor) -> Moves:
+    """How many events moved per sample, how far the farthest did and how far all of them did together.
+
+    Equation: at each pixel and polarity the k-th event gone in time becomes the k-th new one; a move is such a pair.
+
+    Args:
+        x_adv: Event frames of an attack.
+        x: The frames it started from, in the same shape.
+
+    Returns:
+        ``events``, ``largest_shift`` and ``total_shift``, each [N] int64, and ``paired``, whether every pixel and
+        polarity has as many events as before.
+
+    Raises:
+        ValueError: If the shapes differ.
+
+    Source: the budgets of Spike-Retiming (arXiv 2602.03284).
+
+    Examples:
+        >>> x, x_adv = torch.tensor([1.0, 0.0, 0.0]), torch.tensor([0.0, 0.0, 1.0])
+        >>> count_moves(x_adv.view(1, 3, 1, 1, 1), x.view(1, 3, 1, 1, 1)).largest_shift
+        tensor([2])
+    """
+    if x_adv.shape != x.shape:
+        raise ValueError(f"x_adv must have the shape of x, {list(x.shape)}, got {list(x_adv.shape)}")
+    return moves_of(x, x_adv)
+
+
+def _limits(x: Tensor, moves: int, largest_shift: int | None, total_shift: int | None) -> Limits:
+    check_count("moves", moves, least=0)
+    for name, count in (("largest_shift", largest_shift), ("total_shift", total_shift)):
+        if count is not None:
+            check_count(name, count)
+    most = x.shape[1] - 1
+    return Limits(most if largest_shift is None else min(largest_shift, most), total_shift)

@@ -1,0 +1,194 @@
+"""The stress card: what is counted, its intervals, its file, and a run that goes on."""
+
+import json
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from evaluation.suite_run import batches, classifier, images
+from torch import nn
+from unchanged import unchanged
+
+from sj_robust import SpikingClassifier
+from sj_robust.attacks import ThreatModel
+from sj_robust.evaluation import (
+    CORRUPTIONS,
+    Corruption,
+    Fault,
+    StressCard,
+    StressRow,
+    corruptions,
+    faulty,
+    stress,
+    stressing,
+)
+from sj_robust.evaluation.intervals import repeated_interval, wilson_interval
+from sj_robust.evaluation.stressing import stress_network
+from sj_robust.evaluation.subject import Subject
+
+LINF = ThreatModel("Linf", 0.2)
+FEW = [Fault("weight_bits", 3), Fault("stuck_at_zero", 0.3), Fault("lost_spikes", 0.5)]
+
+
+@pytest.fixture
+def margins():
+    """An image of margin m is broken by eps > m / 2 with weights of 1, and the last one is wrong."""
+    net = nn.Sequential(nn.Flatten(2), nn.Linear(2, 2, bias=False))
+    net[1].weight = nn.Parameter(torch.eye(2))
+    half = torch.tensor([0.1, 0.3, 0.5, 0.7, -0.1]) / 2
+    x = torch.stack((0.5 + half, 0.5 - half), 1).view(5, 1, 1, 2)
+    return SpikingClassifier(net, T=1), x, torch.zeros(5, dtype=torch.int64)
+
+
+def test_counts_clean_and_attacked(margins):
+    model, x, y = margins
+    card = stress(model, x, y, eps=0.2, faults=[Fault("weight_bits", 4)], progress=False)
+    assert card.intact == StressRow("none", 0, (4,), (2,))  # of margins 0.5 and 0.7
+    assert card.rows == (StressRow("weight_bits", 4, (4,), (2,)),)
+    card = stress(model, x, y, eps=0.2, faults=[Fault("stuck_at_zero", 1.0)], draws=2, progress=False)
+    assert card.rows == (StressRow("stuck_at_zero", 1.0, (5, 5), (5, 5)),)  # a tie names the first class
+
+
+def test_the_attack_sees_the_faulty_network(monkeypatch):
+    attacked = []
+    true = stressing.run_members
+
+    def spied(network, *arguments, **options):
+        attacked.append(network)
+        return true(network, *arguments, **options)
+
+    monkeypatch.setattr(stressing, "run_members", spied)
+    model = classifier()
+    x, y = images(6)
+    with unchanged(model):
+        stress(model, x, y, eps=0.1, faults=FEW[1:2], draws=2, steps=1, seed=4, progress=False)
+    first, *others = attacked
+    assert first is model
+    wanted = [faulty(model, FEW[1], seed=4 * 2**10 + draw).net.parts[0].weight for draw in (0, 1)]
+    assert all(torch.equal(one.net.parts[0].weight, weight) for one, weight in zip(others, wanted, strict=True))
+
+
+def test_a_stopped_run_goes_on_and_the_network_is_as_it_was(tmp_path):
+    model, few = classifier(), [*FEW, Fault("first_steps", 1)]
+    options = {"threat": LINF, "dataset": "made up", "faults": few, "draws": 2, "steps": 2}
+    whole = stress_network(Subject("mine", model, "two layers"), batches(), **options)
+    assert [len(row.clean) for row in whole.rows] == [1, 2, 2, 1]
+
+    def stops(position):
+        if position.done == 3:
+            raise KeyboardInterrupt
+
+    with unchanged(model), pytest.raises(KeyboardInterrupt):
+        stress_network(Subject("mine", model, "two layers"), batches(), **options, folder=tmp_path, on_step=stops)
+    done = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert sorted(done) == ["none.json", "stuck_at_zero-0.3.json", "weight_bits-3.json"]
+    again = stress_network(Subject("mine", model, "two layers"), batches(), **options, folder=tmp_path)
+    assert replace(again, environment=whole.environment) == whole
+    assert all((tmp_path / name).read_text() == text for name, text in done.items())
+    with pytest.raises(ValueError, match="seed changed"):
+        stress_network(Subject("mine", model, "two layers"), batches(), **options, folder=tmp_path, seed=1)
+
+
+def test_what_cannot_be_measured_is_named():
+    net = SpikingClassifier(nn.Sequential(nn.Flatten(2), nn.Linear(16, 3)), T=2)
+    x, y = images(4)
+    card = stress(net, x, y, eps=0.1, faults=[Fault("lost_spikes", 0.1), Fault("first_steps", 1)], progress=False)
+    assert card.kinds == ("first_steps",)
+    assert "lost_spikes 0.1 was not measured: a fault of spikes needs SpikingJelly neurons" in card.warnings[0]
+    assert card.warnings[0] in card.table()
+
+
+def made_up():
+    rows = [StressRow("lost_spikes", level, (90 - drop, 92 - drop), (50, 46)) for level, drop in ((0.1, 2), (0.2, 8))]
+    rows += [StressRow("weight_bits", 4, (91,), (30,))]
+    return StressCard("mine", "digits", "stress", LINF, "APGD-CE 20", 100, StressRow("none", 0, (91,), (49,)), rows)
+
+
+def test_the_first_level_that_is_5_points_lower():
+    card = made_up()
+    assert card.fall("clean") == {"lost_spikes": 0.2, "weight_bits": None}
+    assert card.fall("attacked", points=1.0) == {"lost_spikes": 0.1, "weight_bits": 4}
+    assert "clean: 91.0 % intact, 5 points lower from lost_spikes 0.2 on, nowhere so under weight_bits" in card.verdict
+    table = card.table().splitlines()
+    assert table[2].startswith("| none |  | 91.0 |")
+    assert [line for line in table if "lost_spikes | 0.2 | 83.0 * |" in line]
+
+
+def test_its_file_and_figure(tmp_path):
+    pytest.importorskip("matplotlib", reason="figures need the extra `recipes`")
+    card = made_up()
+    assert card.write(tmp_path) == ("card.json", "card.md", "card.png", "card.pdf")
+    assert StressCard.load(tmp_path / "card.json") == card
+    assert json.loads((tmp_path / "card.json").read_text())["fall_clean"] == {"lost_spikes": 0.2, "weight_bits": None}
+    first, second = card.plot().axes[:2]
+    assert [axes.get_title() for axes in (first, second)] == ["lost_spikes", "weight_bits"]
+    assert first.lines[0].get_ydata() == pytest.approx([89.0, 83.0])
+    assert [label.get_text() for label in first.get_xticklabels()] == ["0.1", "0.2"]
+
+
+def test_the_interval_covers_other_images_and_other_draws():
+    """Of shares around 0.6 that differ from draw to draw, on 150 images, in 300 experiments."""
+    draw = np.random.default_rng(0)
+    hits = 0
+    for _ in range(300):
+        hard = draw.normal(0.0, 0.08, 5)  # of every draw, for all images
+        luck = draw.uniform(size=150)
+        low, high = repeated_interval([int((luck < 0.6 + one).sum()) for one in hard], 150)
+        hits += low <= 0.6 <= high
+    assert hits >= 285
+    narrow, wide = (repeated_interval(counts, 100) for counts in ([60, 60], [50, 70]))
+    assert narrow == pytest.approx(wilson_interval(60, 100))
+    assert wide[1] - wide[0] > narrow[1] - narrow[0]
+
+
+class TestCorruptions:
+    def test_every_kind_severity_and_mean(self, monkeypatch):
+        """With the library's place taken by one that darkens images the more, the higher the severity."""
+
+        def corrupt(image, severity, corruption_name, seed=None):
+            assert image.shape == (32, 32, 1)
+            assert (seed is None) is (corruption_name not in ("impulse_noise", "glass_blur"))
+            return (np.repeat(image, 3, 2) // (severity + np.random.randint(1, 2))).astype(np.uint8)  # noqa: NPY002
+
+        monkeypatch.setattr(corruptions, "_library", lambda: corrupt)
+        x, y = images(6)
+        model = classifier()
+        with unchanged(model):
+            card = stress(model, x, y, eps=0.01, steps=1, suite="corruptions", progress=False)
+        assert card.kinds == CORRUPTIONS
+        assert len(card.rows) == 75
+        rows = [row.clean[0] for row in card.rows if row.kind == "fog"]
+        assert card.accuracy("clean", "fog") == pytest.approx(sum(rows) / 30)
+        assert f"mean of all |  | {100 * card.accuracy('clean'):.1f} |" in card.table()
+        assert "Mean over kinds and severities" in card.verdict
+        dark = corruptions.corrupted(x, Corruption("fog", 3), seed=0)
+        torch.testing.assert_close(dark, (x * 255).round().div(4, rounding_mode="floor") / 255)
+
+    @pytest.mark.slow
+    def test_the_library(self):
+        pytest.importorskip("imagecorruptions", reason="extra `corruptions`")
+        x = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        x = nn.functional.avg_pool2d(x, 5, 1, 2)
+        for kind in CORRUPTIONS:
+            state = repr(np.random.get_state())  # noqa: NPY002
+            mild, severe, again = (corruptions.corrupted(x, Corruption(kind, level), seed=1) for level in (1, 5, 5))
+            assert repr(np.random.get_state()) == state, kind  # noqa: NPY002
+            assert torch.equal(severe, again), kind
+            assert torch.equal(severe[1:], corruptions.corrupted(x[1:], Corruption(kind, 5), seed=1, start=1)), kind
+            assert float(severe.min()) >= 0, kind
+            assert float(severe.max()) <= 1, kind
+            assert not torch.equal(mild, severe), kind
+        assert corruptions.corrupted(x[:, :1, :8, :8], Corruption("snow", 2), seed=1).shape == (3, 1, 8, 8)
+
+    def test_wrong_use(self, monkeypatch):
+        with pytest.raises(ValueError, match="corruption must be one of gaussian_noise, .*, got 'rust'"):
+            Corruption("rust", 1)
+        with pytest.raises(ValueError, match="severity of fog must be an integer from 1 to 5, got 6"):
+            Corruption("fog", 6)
+        with pytest.raises(ValueError, match="of 1 or 3 channels, got shape"):
+            corruptions.default_corruptions(torch.rand(2, 5, 2, 8, 8))
+        monkeypatch.setitem(sys.modules, "imagecorruptions", None)
+        with pytest.raises(ModuleNotFoundError, match=r"pip install 'sj_robust\[corruptions\]'"):
+            corruptions.default_corruptions(torch.rand(2, 3, 8, 8))
