@@ -94,6 +94,7 @@ class DLIFNode(neuron.BaseNode):
         self.backend = backend
         self.input_gain = nn.Parameter(torch.full((T,), float(input_gain_init)))
         self.register_memory("time_step", 0)
+        self._operator: Callable[..., Any] = ops.dlif_multi_step  # of one sequence; another may take its place
 
     @property
     def T(self) -> int:  # noqa: N802  # the field's name for the number of time steps
@@ -144,7 +145,7 @@ class DLIFNode(neuron.BaseNode):
 
     def multi_step_forward(self, x_seq: Tensor) -> Tensor:
         """Spikes [T, N, *] for input currents [T, N, *]; moves the state on."""
-        self._note_call()
+        self._note_call(len(x_seq))
         spike_seq, self.v, self.time_step, v_seq = self._run(x_seq, self.v, self.time_step, self.store_v_seq)
         if self.store_v_seq:
             self.v_seq = v_seq
@@ -152,7 +153,7 @@ class DLIFNode(neuron.BaseNode):
 
     def single_step_forward(self, x: Tensor) -> Tensor:
         """Spikes [N, *] for the input current [N, *] of the next step; moves the state on."""
-        self._note_call()
+        self._note_call(1)
         spike_seq, v, self.time_step, _ = self._run(x.unsqueeze(0), self.v, self.time_step, False)
         self.v = v
         if self.store_v_seq:
@@ -192,11 +193,21 @@ class DLIFNode(neuron.BaseNode):
             if isinstance(value, Tensor):
                 setattr(self, name, value.detach())
 
-    def _note_call(self) -> None:
-        if not torch.compiler.is_compiling():  # a graph would hold the time at which it was made
-            self.last_call = time.perf_counter_ns()
+    _reached: int = 0  # time step after the last call outside a backward pass
 
-    _operator: Callable[..., Any] = staticmethod(ops.dlif_multi_step)  # of one sequence; another may take its place
+    def _note_call(self, steps: int) -> None:
+        if torch.compiler.is_compiling():  # a graph would hold the time at which it was made
+            return
+        self.last_call = time.perf_counter_ns()
+        if torch._C._current_graph_task_id() == -1:  # no backward pass; torch has no public way to ask
+            self._reached = self.time_step + steps
+        elif self.time_step >= max(self._reached, 1):
+            raise RuntimeError(
+                f"a DLIFNode runs again inside a backward pass, as activation checkpointing does, at step "
+                f"{self.time_step}, where its sequence ended: gains and potential would be those of later steps. Call "
+                "functional.reset_net(net) at the beginning of the function that is checkpointed and run the whole "
+                "sequence inside, or use SpikingJelly 2.x's memopt.checkpoint_module, which brings the states back"
+            )
 
     def _run(
         self, x_seq: Tensor, v: Tensor | float, time_step: int, store_v_seq: bool

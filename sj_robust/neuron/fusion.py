@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sj_robust._host import layer
 from sj_robust.neuron.dlif import DLIFNode
+from sj_robust.ops import dlif_multi_step
 from sj_robust.ops.bn_dlif import BatchNorm, batch_norm_dlif_multi_step, can_fuse
 from sj_robust.ops.bn_dlif.reference import normalise
 
@@ -182,7 +183,7 @@ def _may_run_inside(node: DLIFNode) -> bool:
         node.step_mode == "m"
         and node.backend in ("auto", "cpp")
         and type(node).multi_step_forward is DLIFNode.multi_step_forward
-        and "forward" not in vars(node)
+        and "forward" not in node.__dict__
     )
 
 
@@ -190,9 +191,9 @@ def _norm_in_one_pass(norm: Any, node: DLIFNode, x_seq: Tensor) -> BatchNorm | N
     """The batch norm of this call, if it can run in one pass with the neuron."""
     if x_seq.ndim != _DIMENSIONS[type(norm)] or x_seq.shape[2] != norm.num_features:
         return None
-    if norm.step_mode != "m" or _is_watched(norm) or "forward" in vars(node):
+    if norm.step_mode != "m" or _is_watched(norm) or "forward" in node.__dict__:
         return None
-    if _needs_more_than_input(node, _HOOKS) or (_is_watched(node) and "multi_step_forward" in vars(node)):
+    if _needs_more_than_input(node, _HOOKS) or (_is_watched(node) and "multi_step_forward" in node.__dict__):
         return None
     values = _values(norm)
     single_value = values.use_batch_statistics and x_seq.numel() == x_seq.shape[2]  # torch refuses it in its own words
@@ -201,7 +202,7 @@ def _norm_in_one_pass(norm: Any, node: DLIFNode, x_seq: Tensor) -> BatchNorm | N
 
 def _pool_in_one_pass(pool: Any, node: DLIFNode, x_seq: Tensor, norm: BatchNorm | None) -> bool:
     """Whether the pooling can run in one pass with the neuron, whose spikes nobody else gets then."""
-    if not _pools(pool) or pool.step_mode != "m" or _is_watched(pool) or "multi_step_forward" in vars(node):
+    if not _pools(pool) or pool.step_mode != "m" or _is_watched(pool) or "multi_step_forward" in node.__dict__:
         return False
     others = [name for name in _HOOKS if name != "_forward_pre_hooks"]
     return not _needs_more_than_input(node, others) and can_fuse(x_seq, norm, node._surrogate(), average_pool=True)
@@ -217,7 +218,7 @@ def _run_pooled(node: DLIFNode, x_seq: Tensor) -> Tensor:
     try:
         output: Tensor = node(x_seq)
     finally:
-        del node._operator
+        node._operator = dlif_multi_step  # set, not deleted, which torch.compile cannot do
     return output
 
 
@@ -240,7 +241,7 @@ def _run(node: DLIFNode, x_seq: Tensor, values: BatchNorm, pooled: bool) -> Tens
         done = True
         return outputs
 
-    if "multi_step_forward" in vars(node):
+    if "multi_step_forward" in node.__dict__:
         unchanged = replace(values, running_mean=None, running_var=None) if values.use_batch_statistics else values
         currents = normalise(x_seq, unchanged)
     node._operator = operator
@@ -250,7 +251,7 @@ def _run(node: DLIFNode, x_seq: Tensor, values: BatchNorm, pooled: bool) -> Tens
             node._operator = lambda *_, **constants: (spikes, v, v_seq)
         spike_seq: Tensor = node(currents) if watched else node.multi_step_forward(currents)
     finally:
-        del node._operator
+        node._operator = dlif_multi_step
     if not done:
         normalise(x_seq.detach(), values)  # the running statistics move all the same
     return spike_seq
@@ -282,7 +283,7 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 def _is_watched(module: nn.Module) -> bool:
     """Whether anything but the module itself would have to run when it is called."""
     hooks = (hook for name in _HOOKS for hook in getattr(module, name).values())
-    return "forward" in vars(module) or any(map(_is_active, hooks))
+    return "forward" in module.__dict__ or any(map(_is_active, hooks))
 
 
 def _needs_more_than_input(module: nn.Module, names: Sequence[str]) -> bool:

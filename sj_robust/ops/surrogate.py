@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -92,13 +92,18 @@ class Surrogate:
 class _Spike(torch.autograd.Function):
     """Heaviside step whose backward multiplies by the surrogate derivative."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, z: Tensor, surrogate: Surrogate) -> Tensor:  # type: ignore[no-untyped-def]  # ctx has no public type
-        ctx.save_for_backward(z)
-        ctx.surrogate = surrogate
+    def forward(z: Tensor, surrogate: Surrogate) -> Tensor:
         return (z >= 0).to(z.dtype)
 
     @staticmethod
-    def backward(ctx, grad_spike: Tensor) -> tuple[Tensor, None]:  # type: ignore[no-untyped-def]  # as above
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Surrogate], output: Tensor) -> None:
+        z, ctx.surrogate = inputs
+        ctx.save_for_backward(z)
+
+    @staticmethod
+    def backward(ctx: Any, grad_spike: Tensor) -> tuple[Tensor, None]:
         (z,) = ctx.saved_tensors
         return grad_spike * ctx.surrogate.derivative(z), None

@@ -231,6 +231,33 @@ class TestHost:
         torch.testing.assert_close(optimised[1].input_gain.grad, plain[1].input_gain.grad)
         torch.testing.assert_close(optimised[0].weight.grad, plain[0].weight.grad)
 
+    @pytest.mark.parametrize("use_reentrant", [True, False])
+    def test_checkpointing_recomputes_from_a_reset_and_is_refused_elsewhere(self, use_reentrant):
+        node = DLIFNode(4, tau=2.0)
+        nn.init.uniform_(node.input_gain, 0.5, 1.5)
+        x = torch.randn(2, 3, 5, requires_grad=True)
+
+        def from_reset(x):
+            functional.reset_net(node)
+            return node(x)
+
+        wanted = torch.autograd.grad(from_reset(x).sum(), x)[0]
+        found = torch.utils.checkpoint.checkpoint(from_reset, x, use_reentrant=use_reentrant)
+        found.sum().backward()
+        torch.testing.assert_close(x.grad, wanted)
+        functional.reset_net(node)
+        spikes = torch.utils.checkpoint.checkpoint(node, x, use_reentrant=use_reentrant)
+        with pytest.raises(RuntimeError, match="activation checkpointing.*step 2"):
+            spikes.sum().backward()
+
+    def test_a_gain_changed_between_the_chunks_is_no_forgotten_reset(self):
+        node = DLIFNode(4, tau=2.0)
+        first = node(torch.randn(2, 3))
+        with torch.no_grad():
+            node.input_gain.mul_(0.5)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            (first + node(torch.randn(2, 3))).sum().backward()
+
     # Dynamo itself instantiates the autograd function that torch asks users not to instantiate
     @pytest.mark.slow
     @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")

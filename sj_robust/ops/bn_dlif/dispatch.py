@@ -1,12 +1,11 @@
 """Entry point of batch norm, DLIF and pooling: checks the arguments and chooses between one pass and several."""
 
-import torch
 from torch import Tensor
 
 from sj_robust.ops.bn_dlif import cpp, reference
 from sj_robust.ops.bn_dlif.norm import BatchNorm
-from sj_robust.ops.dlif.config import DLIFConfig, Inputs, state_dtype
-from sj_robust.ops.dlif.dispatch import check_arguments, check_backend, dlif_multi_step, unavailable_reason
+from sj_robust.ops.dlif.config import DLIFConfig, Inputs, check_arguments, state_dtype
+from sj_robust.ops.dlif.dispatch import check_backend, dlif_multi_step, unavailable_reason
 from sj_robust.ops.surrogate import Surrogate
 
 __all__ = ["batch_norm_dlif_multi_step", "can_fuse"]
@@ -113,11 +112,7 @@ def can_fuse(x_seq: Tensor, norm: BatchNorm | None, surrogate: Surrogate, averag
         >>> can_fuse(torch.zeros(2, 3, 4), norm, Surrogate("custom", function=torch.sigmoid))
         False
     """
-    return (
-        not torch.compiler.is_compiling()
-        and unavailable_reason("cpp") is None
-        and cpp.unsupported_reason(x_seq, norm, surrogate, average_pool) is None
-    )
+    return unavailable_reason("cpp") is None and cpp.unsupported_reason(x_seq, norm, surrogate, average_pool) is None
 
 
 def _check_arguments(x_seq: Tensor, norm: BatchNorm | None, input_gain: Tensor, v_init: Tensor | None) -> None:

@@ -33,4 +33,4 @@ def repeat_step(x: Tensor, T: int) -> Tensor:
 
 def repeated_step(x_seq: Tensor) -> Tensor | None:
     """The step that :func:`repeat_step` repeated, if this is its result."""
-    return getattr(x_seq, "single_step", None)
+    return None if torch.compiler.is_compiling() else getattr(x_seq, "single_step", None)

@@ -1,14 +1,19 @@
 """Constants of a DLIF layer, what a call of it takes and gives, and the few facts every implementation derives."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from sj_robust.ops.surrogate import Surrogate
 
-__all__ = ["DLIFConfig", "Inputs", "OutputGradients", "Outputs", "initial_potential", "state_dtype"]
+__all__ = [
+    "UNTRACEABLE", "DLIFConfig", "Inputs", "OutputGradients", "Outputs", "check_arguments", "initial_potential",
+    "state_dtype",
+]  # fmt: skip
+
+UNTRACEABLE = "a kernel takes it in no graph of torch's tracers and under no torch.func.vmap; use backend='reference'"
 
 
 @dataclass(frozen=True)
@@ -25,6 +30,21 @@ class DLIFConfig:
     def leak_current(self) -> float:
         """Constant (1 - decay) * v_reset that pulls a hard-reset neuron back to v_reset."""
         return (1 - self.decay) * self.v_reset if self.v_reset else 0.0
+
+    @property
+    def arguments(self) -> tuple[float, float, float | None, str, float, bool]:
+        """The constants as a registered operator takes them; ValueError for a surrogate of the user's own."""
+        surrogate = self.surrogate
+        if surrogate.kind == "custom":
+            raise ValueError(f"the surrogate {surrogate.function!r} is a Python function: {UNTRACEABLE}")
+        return self.decay, self.v_threshold, self.v_reset, surrogate.kind, surrogate.alpha, self.detach_reset
+
+    @classmethod
+    def of(
+        cls, decay: float, v_threshold: float, v_reset: float | None, kind: Any, alpha: float, detach_reset: bool
+    ) -> "DLIFConfig":
+        """The inverse of :attr:`arguments`."""
+        return cls(decay, v_threshold, v_reset, Surrogate(kind, alpha), detach_reset)
 
 
 class Inputs(NamedTuple):
@@ -59,3 +79,17 @@ def state_dtype(x_seq: Tensor) -> torch.dtype:
 def initial_potential(x_seq: Tensor, config: DLIFConfig) -> Tensor:
     """The reset potential (0 for soft reset) in the shape of one time step of ``x_seq``."""
     return torch.full_like(x_seq[0], config.v_reset or 0.0, dtype=state_dtype(x_seq))
+
+
+def check_arguments(x_seq: Tensor, input_gain: Tensor, v_init: Tensor | None) -> None:
+    """Refuse tensors that do not belong together."""
+    if not x_seq.is_floating_point():
+        raise TypeError(f"x_seq must be floating point, got {x_seq.dtype}; convert it with .float()")
+    if x_seq.ndim == 0 or x_seq.shape[0] == 0:
+        raise ValueError(f"x_seq must be [T, N, *] with T >= 1, got shape {tuple(x_seq.shape)}")
+    if input_gain.shape != x_seq.shape[:1]:
+        raise ValueError(
+            f"input_gain must hold one value per step, [T] = [{x_seq.shape[0]}], got {tuple(input_gain.shape)}"
+        )
+    if v_init is not None and v_init.shape != x_seq.shape[1:]:
+        raise ValueError(f"v_init must have the shape of one step, {tuple(x_seq.shape[1:])}, got {tuple(v_init.shape)}")

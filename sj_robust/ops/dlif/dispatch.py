@@ -1,25 +1,21 @@
 """Backend name to implementation: the only place that chooses, and the only one that can be asked why."""
 
-import importlib
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from sj_robust.ops.dlif import eager, reference
-from sj_robust.ops.dlif.autograd import DLIFFunction
-from sj_robust.ops.dlif.config import DLIFConfig, Inputs, Outputs, state_dtype
+from sj_robust.ops.dlif import backends, reference
+from sj_robust.ops.dlif.autograd import DLIFFunction, differentiates_by_functorch, in_functorch, is_plain, registered
+from sj_robust.ops.dlif.backends import KERNELS, unavailable_reason
+from sj_robust.ops.dlif.config import UNTRACEABLE, DLIFConfig, Inputs, Outputs, check_arguments, state_dtype
 from sj_robust.ops.surrogate import Surrogate
 
 __all__ = [
-    "BACKENDS", "available_backends", "check_arguments", "check_backend", "choose_backend", "dlif_multi_step",
-    "unavailable_reason",
+    "BACKENDS", "available_backends", "check_backend", "choose_backend", "dlif_multi_step", "unavailable_reason",
 ]  # fmt: skip
 
 BACKENDS = ("auto", "reference", "eager", "torch", "cpp", "cupy")
 """Names of backends; ``"auto"`` chooses, ``"torch"`` is another name of ``"eager"``."""
 _ALIASES = {"torch": "eager"}
-_MODULES = {"cpp": "sj_robust.ops.dlif.cpp", "cupy": "sj_robust.ops.dlif.cupy_launch"}
 _FASTEST_FIRST = {"cpu": ("cpp", "eager"), "cuda": ("cupy", "eager")}
 
 
@@ -82,9 +78,6 @@ def dlif_multi_step(
         spike_seq, v, potentials = reference.multi_step(Inputs(x_seq, input_gain, v_init, config))
         return spike_seq, v, potentials if store_v_seq else None
 
-    implementation = _module(name)
-    if name == "cupy" and threads_per_block is not None:
-        implementation = implementation.Launcher(threads_per_block=threads_per_block)
     order = _memory_order(x_seq)
     inverse = [order.index(dim) for dim in range(x_seq.ndim)]
     step_order, step_inverse = [dim - 1 for dim in order[1:]], [dim - 1 for dim in inverse[1:]]
@@ -92,10 +85,13 @@ def dlif_multi_step(
     shape = x_seq.shape
     if v_init is not None:
         v_init = v_init.permute(step_order).reshape(-1)
-    outputs: Outputs = DLIFFunction.apply(  # type: ignore[no-untyped-call]  # torch's apply
-        x_seq.reshape(shape[0], -1).contiguous(), input_gain, v_init, config, implementation, store_v_seq
-    )
-    spike_seq, v, v_seq = outputs
+    inputs = Inputs(x_seq.reshape(shape[0], -1).contiguous(), input_gain, v_init, config)
+    operator = (name, threads_per_block) if name in KERNELS or in_functorch() else None
+    if operator is not None and not is_plain(*inputs[:3]):
+        spike_seq, v, v_seq = registered(inputs, store_v_seq, operator)
+    else:
+        implementation = backends.implementation(name, threads_per_block)
+        spike_seq, v, v_seq = DLIFFunction.apply(*inputs, implementation, operator, store_v_seq)  # type: ignore[no-untyped-call]  # torch's
     return (
         spike_seq.view(shape).permute(inverse),
         v.view(shape[1:]).permute(step_inverse),
@@ -121,10 +117,7 @@ def choose_backend(backend: str, x_seq: Tensor, surrogate: Surrogate) -> str:
     """
     name = check_backend(backend)
     if name == "auto":
-        candidates: tuple[str, ...] = _FASTEST_FIRST.get(x_seq.device.type, ("eager",))
-        if torch.compiler.is_compiling():  # the compiler fuses plain torch itself and cannot see into kernels
-            candidates = ("eager",) if surrogate.kind != "custom" else ()
-        for candidate in candidates:
+        for candidate in _FASTEST_FIRST.get(x_seq.device.type, ("eager",)):
             if unavailable_reason(candidate) is None and _unsupported_reason(candidate, x_seq, surrogate) is None:
                 return candidate
         return "reference"
@@ -157,14 +150,6 @@ def check_backend(backend: str) -> str:
     return name
 
 
-def unavailable_reason(name: str) -> str | None:
-    """What keeps a backend from running on this machine, or None."""
-    if name not in _MODULES:
-        return None
-    reason: str | None = _module(name).unavailable_reason()
-    return reason
-
-
 def available_backends() -> dict[str, str]:
     """Every backend of this machine with "available" or the reason why it is not.
 
@@ -176,15 +161,15 @@ def available_backends() -> dict[str, str]:
     return {name: unavailable_reason(name) or "available" for name in names}
 
 
-def _module(name: str) -> Any:
-    """The :class:`sj_robust.ops.dlif.autograd.Implementation` of a name."""
-    return eager if name == "eager" else importlib.import_module(_MODULES[name])
-
-
 def _unsupported_reason(name: str, x_seq: Tensor, surrogate: Surrogate) -> str | None:
     if name == "reference":
         return None
-    reason: str | None = _module(name).unsupported_reason(x_seq, surrogate)
+    if differentiates_by_functorch():
+        return "torch.func.grad, vjp, jvp and their like differentiate plain torch alone, which is backend='reference'"
+    untraceable = name in KERNELS or in_functorch() or torch.compiler.is_compiling()
+    if surrogate.kind == "custom" and untraceable and not is_plain(x_seq):
+        return f"the surrogate is a Python function: {UNTRACEABLE}"
+    reason: str | None = backends.implementation(name).unsupported_reason(x_seq, surrogate)
     return reason
 
 
@@ -194,17 +179,3 @@ def _memory_order(x_seq: Tensor) -> list[int]:
         return list(range(x_seq.ndim))
     strides = x_seq.stride()
     return [0, *sorted(range(1, x_seq.ndim), key=lambda dim: (-strides[dim], dim))]
-
-
-def check_arguments(x_seq: Tensor, input_gain: Tensor, v_init: Tensor | None) -> None:
-    """Refuse tensors that do not belong together."""
-    if not x_seq.is_floating_point():
-        raise TypeError(f"x_seq must be floating point, got {x_seq.dtype}; convert it with .float()")
-    if x_seq.ndim == 0 or x_seq.shape[0] == 0:
-        raise ValueError(f"x_seq must be [T, N, *] with T >= 1, got shape {tuple(x_seq.shape)}")
-    if input_gain.shape != x_seq.shape[:1]:
-        raise ValueError(
-            f"input_gain must hold one value per step, [T] = [{x_seq.shape[0]}], got {tuple(input_gain.shape)}"
-        )
-    if v_init is not None and v_init.shape != x_seq.shape[1:]:
-        raise ValueError(f"v_init must have the shape of one step, {tuple(x_seq.shape[1:])}, got {tuple(v_init.shape)}")

@@ -1,0 +1,208 @@
+"""Every way in which torch traces a network, with every backend: the numbers of the plain call, or a clear refusal.
+
+python tests/ops/tracers.py                     # the table, every cell in a process of its own
+python tests/ops/tracers.py compile cpp         # one cell: what it gives, or the error in full
+"""
+
+import subprocess
+import sys
+import tempfile
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from sj_robust._host import functional, layer
+from sj_robust.neuron import DLIFNode, fuse
+
+BACKENDS = ("auto", "cpp", "eager", "reference", "fused")
+T, WANTED = 3, "equal"
+
+
+class Network(nn.Module):
+    """Convolution, batch norm, DLIF, pooling, of a batch of images; no state before or after a call."""
+
+    def __init__(self, backend: str) -> None:
+        super().__init__()
+        neuron = DLIFNode(T, tau=2.0, backend="auto" if backend == "fused" else backend)
+        self.layers = nn.Sequential(layer.Conv2d(2, 4, 3), layer.BatchNorm2d(4), neuron, layer.AvgPool2d(2))
+        functional.set_step_mode(self, "m")
+        nn.init.uniform_(neuron.input_gain, 0.5, 1.5)
+        if backend == "fused":
+            fuse(self)
+
+    def forward(self, images: Tensor) -> Tensor:
+        functional.reset_net(self)
+        spikes = self.layers(images.expand(T, *images.shape))
+        functional.reset_net(self)
+        return spikes.mean(0)
+
+
+def images(count: int = 4) -> Tensor:
+    return torch.randn(count, 2, 8, 8, generator=torch.Generator().manual_seed(count))
+
+
+def trained(net: nn.Module, call, x: Tensor) -> list[Tensor]:
+    """Outputs and every gradient."""
+    x = x.clone().requires_grad_()
+    out = call(x)
+    weights = torch.linspace(-1, 1, out.numel()).view(out.shape)
+    return [out.detach(), *torch.autograd.grad((out * weights).sum(), [x, *net.parameters()])]
+
+
+def compare(net: nn.Module, call, count: int = 4) -> None:
+    for _ in range(2):
+        torch.testing.assert_close(trained(net, call, images(count)), trained(net, net, images(count)))
+
+
+def evaluated(net: nn.Module, call) -> None:
+    torch.testing.assert_close(call(images()), net(images()))
+
+
+def compile(net, **options):
+    compare(net, torch.compile(net, **options))
+    evaluated(net.eval(), torch.compile(net, **options))
+
+
+def dynamic(net):
+    call = torch.compile(net, fullgraph=True, dynamic=True)
+    for count in (4, 6):
+        compare(net, call, count)
+
+
+def export(net, strict):
+    net.eval()
+    batch = torch.export.Dim("batch", min=2, max=64)
+    program = torch.export.export(net, (images(),), dynamic_shapes=({0: batch},), strict=strict)
+    for count in (4, 6):
+        with torch.no_grad():
+            torch.testing.assert_close(program.module()(images(count)), net(images(count)))
+
+
+def aot_inductor(net):
+    net.eval()
+    with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
+        program = torch.export.export(net, (images(),))
+        path = torch._inductor.aoti_compile_and_package(program, package_path=f"{folder}/net.pt2")
+        torch.save((images(), net(images())), f"{folder}/wanted.pt")
+        code = (
+            "import torch, sj_robust.ops; x, wanted = torch.load(f'{f}/wanted.pt')\n"
+            "torch.testing.assert_close(torch._inductor.aoti_load_package(p)(x), wanted)"
+        )
+        subprocess.run([sys.executable, "-c", f"f, p = {folder!r}, {str(path)!r}\n{code}"], check=True)
+
+
+def fx(net, mode):
+    graph = make_fx(lambda x: trained(net, net, x), tracing_mode=mode, _allow_non_fake_inputs=True)(images())
+    other = images() * 0.7
+    torch.testing.assert_close(graph(other), trained(net, net, other))
+
+
+def fake(net):
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        found = trained(net, net, mode.from_tensor(images()))
+    for ours, real in zip(found, trained(net, net, images()), strict=True):
+        assert (ours.shape, ours.dtype, ours.stride()) == (real.shape, real.dtype, real.stride())
+
+
+def vmap(net):
+    net.eval()
+    several = torch.stack([images(), 2 * images(), images() - 0.5])
+    found = torch.func.vmap(net)(several)
+    torch.testing.assert_close(found, torch.stack([net(x) for x in several]))
+
+
+def func_grad(net):
+    net.eval()
+    found = torch.func.grad(lambda x: net(x).square().sum())(images())
+    x = images().requires_grad_()
+    torch.testing.assert_close(found, torch.autograd.grad(net(x).square().sum(), x)[0])
+
+
+def jacobian(net):
+    net.eval()
+    found = torch.func.jacrev(lambda x: net(x)[0, 0])(images(1))
+    torch.testing.assert_close(found, torch.autograd.functional.jacobian(lambda x: net(x)[0, 0], images(1)))
+
+
+def twice(net):
+    x = images().requires_grad_()
+    (grad,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
+    assert grad.requires_grad
+
+
+def zeros(net):
+    x = images().requires_grad_()
+    out = net(x)
+    (grad,) = torch.autograd.grad(out, x, torch._efficientzerotensor(out.shape))
+    assert not grad.any()
+
+
+class Log(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        return func(*args, **(kwargs or {}))
+
+
+def mode(net):
+    def call(x):
+        with Log():
+            return net(x)
+
+    compare(net, call)
+    with Log():
+        trained(net, net, images())
+
+
+def jit(net):
+    net.eval()
+    graph = torch.jit.trace(net, images(), check_trace=False)
+    other = images() * 0.7
+    torch.testing.assert_close(graph(other), net(other))
+
+
+TRACERS = {
+    "torch.compile": compile,
+    "torch.compile(fullgraph=True)": lambda net: compile(net, fullgraph=True),
+    "torch.compile(dynamic=True)": dynamic,
+    'torch.compile(backend="aot_eager")': lambda net: compile(net, backend="aot_eager"),
+    "torch.export, strict": lambda net: export(net, True),
+    "torch.export": lambda net: export(net, False),
+    "AOTInductor, loaded by a new process": aot_inductor,
+    "make_fx, real": lambda net: fx(net, "real"),
+    "make_fx, fake": lambda net: fx(net, "fake"),
+    "make_fx, symbolic": lambda net: fx(net, "symbolic"),
+    "FakeTensorMode": fake,
+    "torch.func.vmap": vmap,
+    "torch.func.grad": func_grad,
+    "torch.func.jacrev": jacobian,
+    "create_graph=True": twice,
+    "zero tensor as gradient": zeros,
+    "a dispatch mode": mode,
+    "torch.jit.trace": jit,
+}
+
+
+def cell(tracer: str, backend: str) -> str:
+    """What one process says of one cell."""
+    run = subprocess.run([sys.executable, __file__, tracer, backend], capture_output=True, text=True)
+    if run.returncode == 0:
+        return WANTED
+    last = run.stderr.strip().splitlines()[-1] if run.returncode == 1 else f"crash, code {run.returncode}"
+    return last.replace("|", "/")
+
+
+def main() -> None:
+    chosen = sys.argv[1:]
+    if len(chosen) == 2:
+        torch.manual_seed(0)
+        TRACERS[chosen[0]](Network(chosen[1]))
+        return
+    print("| tracer |", " | ".join(BACKENDS), "|\n|---|" + "---|" * len(BACKENDS))
+    for tracer in TRACERS:
+        print(f"| `{tracer}` |", " | ".join(cell(tracer, backend) for backend in BACKENDS), "|", flush=True)
+
+
+if __name__ == "__main__":
+    main()
