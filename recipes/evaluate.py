@@ -5,6 +5,7 @@ python recipes/evaluate.py CHECKPOINT --suite fast --test-limit 200 --eps 8/255
 python recipes/evaluate.py --network mynet.py:build --T 8 --eps 8/255      # a SpikingJelly network of your own
 python recipes/evaluate.py CHECKPOINT --output runs/mine --resume          # continue after a stop
 python recipes/evaluate.py --compare A/report.json B/report.json
+python recipes/evaluate.py CHECKPOINT --smooth 0.25                        # a vote over Gaussian noise instead, in L2
 python recipes/evaluate.py CHECKPOINT_OF_EVENT_NETWORK --eps 20           # adds or removes at most 20 events
 python recipes/evaluate.py CHECKPOINT --suite stress                      # faults of deployment, clean and attacked
 python recipes/evaluate.py --leaderboard runs --output runs/leaderboard   # all reports in one table
@@ -16,8 +17,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lab.command_line import WrongUse, check_options, checked, describe_folder, option, parse_options, run_recipe
-from lab.command_line.declared import DatasetName, NonNegativeInt, PositiveInt, Radius
+from lab.command_line import check_options, checked, describe_folder, option, parse_options, run_recipe
+from lab.command_line.declared import DatasetName, NonNegativeInt, OpenUnitInterval, PositiveInt, Radius
 
 
 # fmt: off
@@ -58,6 +59,11 @@ class Options:
         "count as broken.")
     proofs: bool = option(True, "For Linf, prove by bounds of every spike which images no attack can break, and attack "
         "the others; networks with parts that have no bounds are named in the report.")
+    smooth: Radius | None = option(None, "Evaluate a smoothed classifier instead of the network (null): the vote over "
+        "Gaussian noise of this standard deviation; what it certifies up to an L2 radius of 2 SIGMA, beside what an "
+        "attack on it leaves.", metavar="SIGMA", group="randomised smoothing")
+    smooth_draws: PositiveInt = option(1000, "Noisy copies of an image in a vote.")
+    smooth_alpha: OpenUnitInterval = option(0.001, "Probability of error of a vote.")
     dataset: DatasetName | None = option(None, "What to test on, digits, fashion_mnist, mnist, cifar10, cifar100, "
         "svhn, image_folder:PATH, cifar10_dvs, dvs128_gesture or n_mnist; null takes what the checkpoint was trained "
         "on, or digits.", group="data", metavar="NAME")
@@ -90,13 +96,14 @@ if __name__ == "__main__":
 
 import torch
 import yaml
+from lab.evaluating import bracket_of_the_vote, two_reports
 from lab.leaderboard import make_leaderboard
 from rich.console import Console
 
 from sj_robust import training
 from sj_robust._console import working
 from sj_robust.data import EVENT_DATASETS, image_loader, load_images
-from sj_robust.evaluation import RobustnessReport, StressCard, ThreatModel, compare_reports, make_suite, parse_eps
+from sj_robust.evaluation import RobustnessReport, ThreatModel, compare_reports, make_suite, parse_eps
 from sj_robust.evaluation.assess import assess
 from sj_robust.evaluation.stressing import stress_network
 from sj_robust.evaluation.subject import Subject, check_fits, from_checkpoint, from_function
@@ -107,7 +114,7 @@ def main(arguments: list[str]) -> None:
     """Evaluate a network, compare two reports, or put all into one table."""
     options = parse_options(Options, arguments, stem, mark="progress")
     if options.compare is not None:
-        show_comparison(compare_reports(*map(load_report, two(options.compare))), Console())
+        show_comparison(compare_reports(*two_reports(options.compare)), Console())
         return
     if options.leaderboard is not None:
         print(*make_leaderboard(options.leaderboard, Path(options.output or "runs/leaderboard")), sep="\n")
@@ -122,10 +129,10 @@ def main(arguments: list[str]) -> None:
     dataset = options.dataset or subject.options.get("dataset", "digits")
     events = dataset in EVENT_DATASETS
     suite = options.suite or ("events" if events else "standard")
-    norm = options.norm or ("L0" if events else "Linf")
+    norm = options.norm or ("L2" if options.smooth else "L0" if events else "Linf")
     with checked():
         threat = ThreatModel(norm, radius(options, norm, subject), options.largest_shift, options.total_shift)
-        if suite != "stress" and suite != "corruptions":
+        if suite != "stress" and suite != "corruptions" and options.smooth is None:
             make_suite(suite, threat, classes=2, eot_samples=options.draws)
     T = getattr(subject.model, "T", None) if events else None
     other = options.transfer and Path(options.transfer)
@@ -152,8 +159,11 @@ def main(arguments: list[str]) -> None:
             "threat": threat, "dataset": dataset, "seed": options.seed, "folder": folder / "progress",
             "configuration": configuration, "say": display.say, "on_step": display.on_step,
         }  # fmt: skip
-        if suite == "stress" or suite == "corruptions":
-            result: Any = stress_network(subject, batches, suite=suite, draws=options.fault_draws, **shared)
+        if options.smooth is not None:
+            votes: dict[str, Any] = {"n": options.smooth_draws, "alpha": options.smooth_alpha, "seed": options.seed}
+            result: Any = bracket_of_the_vote(subject.model, batches, threat.eps / 2, say=display.say, **votes)
+        elif suite == "stress" or suite == "corruptions":
+            result = stress_network(subject, batches, suite=suite, draws=options.fault_draws, **shared)
         else:
             result = assess(
                 subject, batches, suite=suite, classes=splits.classes, draws=options.draws, proofs=options.proofs,
@@ -177,8 +187,8 @@ def save_report(report: RobustnessReport, folder: Path, journal: training.Journa
     journal.say(f"report.json, report.html and {', '.join(path.name for path in plots)} are in {folder}")
 
 
-def save_card(card: StressCard, folder: Path, journal: training.Journal) -> None:
-    """Write and show what faults or corruptions came to."""
+def save_card(card: Any, folder: Path, journal: training.Journal) -> None:
+    """Write and show what faults, corruptions or a vote came to."""
     with working("drawing", journal.console):
         names = card.write(folder)
     journal.say(f"{card.table()}\n{card.verdict}\n{', '.join(names)} are in {folder}")
@@ -206,6 +216,12 @@ def data_root(options: Options) -> str:
 
 def radius(options: Options, norm: str, subject: Subject) -> float:
     """Radius of the threat: the one asked for, or the one of the checkpoint's own evaluation."""
+    if options.smooth is not None:
+        beside = (options.eps, options.norm, options.suite, options.transfer, options.resume)
+        if parse_eps(options.smooth) <= 0 or any(beside):
+            raise ValueError("--smooth takes SIGMA > 0 and attacks its vote on images, in L2 and in one go: leave "
+                             "--eps, --norm, --suite, --transfer and --resume out")  # fmt: skip
+        return 2 * parse_eps(options.smooth)
     trained = subject.options
     eps = options.eps if options.eps is not None else trained.get("eval_eps") or trained.get("eps")
     if options.eps is None and norm in ("L0", "moves"):
@@ -221,27 +237,12 @@ def radius(options: Options, norm: str, subject: Subject) -> float:
     return parse_eps(eps)
 
 
-def load_report(path: str) -> RobustnessReport:
-    """A saved report, from its file or its folder."""
-    file = Path(path) / "report.json" if Path(path).is_dir() else Path(path)
-    if not file.is_file():
-        raise FileNotFoundError(f"{file} does not exist; --compare takes two report.json of this recipe")
-    return RobustnessReport.load(file)
-
-
-def two(paths: list[str]) -> list[str]:
-    """Exactly two."""
-    if len(paths) != 2:
-        raise WrongUse(f"--compare takes two reports, got {len(paths)}: --compare A/report.json B/report.json")
-    return paths
-
-
 def stem(options: Options) -> str:
     """Name of the folder, up to its number."""
     path = Path(options.checkpoint or "")
     name = path.parent.name if path.suffix == ".pt" else path.name
     own = re.split(r"[:/]", options.network)[-1] if options.network else name
-    return f"evaluate-{own}-{options.suite}" if options.suite else f"evaluate-{own}"
+    return "-".join(filter(None, ("evaluate", own, options.suite or ("smooth" if options.smooth else ""))))
 
 
 if __name__ == "__main__":

@@ -2,20 +2,28 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from sj_robust._checks import check_count, check_labels, check_size
-from sj_robust._saved import markdown_table
+from sj_robust._saved import SavedResult, markdown_table
+from sj_robust._shown import Shown, new_figure, write_figure
 from sj_robust.attacks.gradient import pgd
 from sj_robust.stability.smoothing import ABSTAINED, SmoothedClassifier, Smoothing, smooth
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 __all__ = ["SmoothedBracket", "smoothed_bracket"]
 
 
-@dataclass(frozen=True)
-class SmoothedBracket:
+@dataclass(frozen=True, repr=False)
+class SmoothedBracket(
+    Shown, SavedResult, what="a bracket of a smoothed classifier", format="sj_robust.smoothed_bracket", version=1
+):
     """Where the robust accuracy of a smoothed classifier lies at some L2 radii. 随机平滑分类器鲁棒精度的上下界。
 
     Attributes:
@@ -29,6 +37,8 @@ class SmoothedBracket:
             attack; more is a bug of one of the two.
         total: Number of images.
         alpha: Probability of error of a vote.
+        sigma: Standard deviation of the noise.
+        n: Draws of a vote.
     """
 
     radii: tuple[float, ...]
@@ -37,6 +47,18 @@ class SmoothedBracket:
     contradicted: tuple[int, ...]
     total: int
     alpha: float
+    sigma: float
+    n: int
+
+    @property
+    def verdict(self) -> str:
+        """The bracket at the radius in the middle."""
+        radius = self.radii[len(self.radii) // 2]
+        low, high = (f"{100 * end:.1f} %" for end in self.bracket(radius))
+        return (
+            f"the vote of {self.n} draws with sigma {self.sigma:.6g} withstands L2 {radius:.6g} on {low} (certified) "
+            f"to {high} (left by the attack) of {self.total} images"
+        )
 
     def bracket(self, radius: float) -> tuple[float, float]:
         """Share of the images that is certified at one of the radii, and the share that is left by the attack."""
@@ -54,6 +76,44 @@ class SmoothedBracket:
             f"{table}\n\nCertified and yet broken: {numbers} of {self.total} images. With probability {self.alpha:.6g} "
             "each a certificate or the vote at the perturbed image is wrong; more than that is a bug."
         )
+
+    def plot(self, path: str | Path | None = None) -> "Figure":
+        """Both ends over the radius; it needs matplotlib (extra ``recipes``). 绘制上下界。
+
+        Args:
+            path: File to write as well; its ending says which format, ``.pdf`` and ``.png`` among others.
+        """
+        low, high = ([100 * share for share in ends] for ends in zip(*map(self.bracket, self.radii), strict=True))
+        figure = new_figure(4.6, 3.4)
+        axes = figure.subplots()
+        axes.plot(self.radii, high, "o-", color="#0072b2", markersize=4, label="left by the attack on the vote")
+        axes.plot(self.radii, low, "v--", color="#767676", markersize=4, label="certified")
+        axes.fill_between(self.radii, low, high, facecolor="none", edgecolor="#767676", hatch="///", linewidth=0)
+        axes.set_xlabel("eps, L2")
+        axes.set_ylabel(f"accuracy of the vote, sigma {self.sigma:.6g}, %")
+        axes.set_xlim(left=0)
+        axes.set_ylim(-2, 102)
+        axes.grid(alpha=0.3)
+        axes.legend(fontsize=8)
+        if path is not None:
+            write_figure(figure, path)
+        return figure
+
+    def write(self, folder: Path) -> tuple[str, ...]:
+        """Write JSON and plots into a folder; their names. 写入全部文件。"""
+        self.save(folder / "smoothed.json")
+        figure = self.plot()
+        for ending in ("png", "pdf"):
+            write_figure(figure, folder / f"smoothed.{ending}")
+        return "smoothed.json", "smoothed.png", "smoothed.pdf"
+
+    @classmethod
+    def _from_content(cls, content: dict[str, Any]) -> Self:
+        for name in ("radii", "contradicted"):
+            content[name] = tuple(content[name])
+        for name in ("certified", "broken"):
+            content[name] = tuple(map(tuple, content[name]))
+        return cls(**content)
 
 
 def smoothed_bracket(
@@ -131,5 +191,6 @@ def smoothed_bracket(
         certified.append(tuple(sorted(proved - broken)))
         fallen.append(tuple(sorted(broken)))
     return SmoothedBracket(
-        tuple(ordered), tuple(certified), tuple(fallen), tuple(sorted(contradicted)), len(y), smoothing.alpha
-    )
+        tuple(ordered), tuple(certified), tuple(fallen), tuple(sorted(contradicted)), len(y), smoothing.alpha,
+        smoothing.sigma, smoothing.n,
+    )  # fmt: skip

@@ -1,10 +1,12 @@
-"""Checkpoints of the paper's published code in the networks of this package.
+"""Checkpoints of the paper's published code, and of SNN-RAT's, in the networks of this package.
 
-The published code keeps a plain ``state_dict``. Its networks differ from those here in names alone, which the
-tables below translate. Its mean and standard deviation per channel, decay, threshold and surrogate are
-constants of the program and not in the file.
+Both keep a plain ``state_dict``. Their networks differ from those here in names alone, which the tables below
+translate. Mean and standard deviation per channel, decay, threshold and surrogate are constants of the programs and
+not in the file.
 """
 
+import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -42,21 +44,23 @@ def load_published_checkpoint(
     std: tuple[float, ...] | None,
     image_shape: tuple[int, int, int] = (3, 32, 32),
     T: int | None = None,
-    tau: float = 100.0,
+    tau: float | None = None,
     fused: bool = True,
 ) -> tuple[SpikingClassifier, NetworkSpec]:
-    """A checkpoint of the published code, as a classifier of this package. 载入论文公开代码的检查点。
+    """A checkpoint of the published code, or of SNN-RAT's, as a classifier of this package. 载入论文公开代码的检查点。
 
-    Which network it is, its classes, its neuron (DLIF if there are gains ``p``, else LIF) and a DLIF network's T are
-    read from the file.
+    Which network it is, its classes, its neuron (DLIF if there are gains ``p``, else LIF, or IF without a leak) and a
+    DLIF network's T are read from the file. A VGG of SNN-RAT, whose neurons have no leak, is known by its names; a wide
+    residual network of it has those of the paper's code and needs ``tau=math.inf``.
 
     Args:
         path: A ``state_dict`` of the published code (.pth or .pt), with or without the ``module.`` of ``DataParallel``.
         mean: Mean per channel that it was trained with (``sj_robust.data.CIFAR_STATISTICS``); None for none.
         std: Standard deviation per channel, likewise.
         image_shape: (C, H, W) of one image.
-        T: Time steps of a LIF network, 8 if left out; of a DLIF network only as a check.
-        tau: Membrane time constant in steps; the published decay of 0.99 is 100.
+        T: Time steps of a LIF or IF network, 8 if left out; of a DLIF network only as a check.
+        tau: Membrane time constant in steps. None is 100, the published decay of 0.99, and infinity for a VGG of
+            SNN-RAT.
         fused: As in :class:`NetworkSpec`.
 
     Returns:
@@ -69,7 +73,8 @@ def load_published_checkpoint(
         ValueError: If the file is damaged, is of none of the published VGG or wide residual networks, a shape does not
             fit, or T is not the number of gains.
 
-    Source: names of the published code of Ding et al. (ICML 2024), github.com/DingJianhao/stable-snn.
+    Source: names of the published code of Ding et al. (ICML 2024), github.com/DingJianhao/stable-snn, and of SNN-RAT
+        (NeurIPS 2022), github.com/putshua/SNN-RAT.
 
     Examples:
         >>> load_published_checkpoint("vgg11DLI_ATFGSMv2.pth", mean=None, std=None)  # doctest: +ELLIPSIS
@@ -79,6 +84,10 @@ def load_published_checkpoint(
     """
     path = Path(path)
     tensors = read_weights(path).tensors
+    if rat := "classifier.5.weight" in tensors:  # whose flattening is a module of the classifier
+        tensors = {re.sub(r"(?<=^classifier\.)\d", lambda n: str(int(n[0]) - 1), key): tensors[key] for key in tensors}
+    if tau is None:
+        tau = math.inf if rat else 100.0
     spec = NetworkSpec(
         **_sizes(tensors, path),
         image_shape=image_shape,
@@ -86,7 +95,7 @@ def load_published_checkpoint(
         fused=fused,
         mean=mean,
         std=std,
-        **_time(tensors, T, path),
+        **_time(tensors, T, tau, path),
     )
     classifier = build_classifier(spec)
     net = classifier.net
@@ -172,11 +181,11 @@ def _sizes(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Any]:
     )
 
 
-def _time(tensors: Mapping[str, Tensor], T: int | None, path: Path) -> dict[str, Any]:
+def _time(tensors: Mapping[str, Tensor], T: int | None, tau: float, path: Path) -> dict[str, Any]:
     """Neuron and time steps."""
     gains = {len(tensor) for key, tensor in tensors.items() if key.endswith(".p") and tensor.ndim == 1}
     if not gains:
-        return {"neuron": "lif", "T": 8 if T is None else T}
+        return {"neuron": "if" if math.isinf(tau) else "lif", "T": 8 if T is None else T}
     steps = min(gains)
     if T not in (None, steps):
         raise ValueError(f"{path} was trained with T={steps}, got T={T}; leave T out, and set_time_steps afterwards")

@@ -224,8 +224,10 @@ class Certificate(
     @classmethod
     def _from_content(cls, content: dict[str, Any]) -> Self:
         del content["scope"], content["printed_is"]
-        parts = {"layers": tuple(map(_layer_from, content["layers"])), "no_flip": tuple(content["no_flip"])}
-        return cls(**content | parts)
+        layers = tuple(map(_layer_from, content["layers"]))
+        return cls(
+            **content | {"layers": layers, "no_flip": tuple(content.get("no_flip", ()))}
+        )  # older files have none
 
     @property
     def verdict(self) -> str:

@@ -17,6 +17,8 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 class Spikes(nn.Module):
     """[T * N, *] currents to spikes, decay 0.99, threshold 1, gain ``p`` where the neuron has it."""
 
+    decay = 0.99
+
     def __init__(self, T, gains):
         super().__init__()
         self.T = T
@@ -26,7 +28,7 @@ class Spikes(nn.Module):
     def forward(self, x):
         v, spikes = 0.0, []
         for t, current in enumerate(x.unflatten(0, (self.T, -1))):
-            h = 0.99 * v + (self.p[t] * current if hasattr(self, "p") else current)
+            h = self.decay * v + (self.p[t] * current if hasattr(self, "p") else current)
             spikes.append((h >= 1).to(x))
             v = (1 - spikes[-1]) * h
         return torch.cat(spikes)
@@ -138,6 +140,21 @@ def test_the_logits_are_those_of_the_published_network(tmp_path, kind, name, siz
         assert expected.std(0).max() > 0.01
         torch.testing.assert_close(ours.double()(images), expected)
         assert torch.equal(kept.double()(images), ours(images))
+
+
+def test_a_vgg_of_snn_rat_has_neurons_without_leak(tmp_path):
+    theirs = published(Vgg5, False, 8)
+    numbers = {"classifier.0": "classifier.1", "classifier.2": "classifier.3", "classifier.4": "classifier.5"}
+    state = {numbers.get(key[:12], key[:12]) + key[12:]: value for key, value in theirs.state_dict().items()}
+    torch.save(state, tmp_path / "net.pth")  # their classifier flattens in a module of its own
+    ours, spec = load_published_checkpoint(tmp_path / "net.pth", mean=MEAN, std=STD, image_shape=(3, 8, 8), T=3)
+    assert (spec.name, spec.neuron) == ("vgg5", "if")
+    for module in theirs.modules():
+        if isinstance(module, Spikes):
+            module.decay = 1.0
+    images = torch.rand(4, 3, 8, 8, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.double()(images), theirs.double()(images))
 
 
 def test_what_does_not_fit_is_said(tmp_path):

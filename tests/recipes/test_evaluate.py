@@ -12,7 +12,7 @@ from launch import finish
 
 from sj_robust.attacks import ThreatModel
 from sj_robust.data import events
-from sj_robust.evaluation import Fault, StressCard, stressing
+from sj_robust.evaluation import Fault, SmoothedBracket, StressCard, stressing
 from sj_robust.evaluation import assess as whole_assessment
 from sj_robust.evaluation.robustness_report import RobustnessReport
 from sj_robust.models import NetworkSpec, build_classifier
@@ -137,6 +137,21 @@ def test_l2_and_transfer(folder, tmp_path):
     for member in report.members:
         assert member.largest <= 0.5 + 1e-5
     assert any(member.name == "control/transfer" for member in report.members)
+
+
+def test_a_smoothed_classifier_has_a_bracket_of_its_own(folder, tmp_path, capsys):
+    vote = ("--smooth", "0.1", "--smooth-draws", "100", "--smooth-alpha", "0.01")
+    in_process(folder, "runs/one", *vote, *SMALL, "--output", str(tmp_path / "vote"))
+    found = SmoothedBracket.load(tmp_path / "vote" / "smoothed.json")
+    assert found.radii == pytest.approx((0.0, 0.05, 0.1, 0.15, 0.2))
+    assert (found.total, found.sigma, found.n, found.alpha) == (12, 0.1, 100, 0.01)
+    assert found.bracket(0.0)[0] > 0.5
+    drawn = {"smoothed.json", "smoothed.png", "smoothed.pdf"}
+    assert {path.name for path in (tmp_path / "vote").iterdir()} == {"README.md", "config.yaml", "log.txt"} | drawn
+    out = capsys.readouterr().out
+    assert found.table() in out
+    assert found.verdict in out
+    assert "worst case" not in out
 
 
 def test_a_checkpoint_at_other_time_steps(folder, tmp_path):

@@ -45,6 +45,8 @@ NETWORKS = {
         (("runs/one", "--eps", "8/x"), ValueError, "number or a fraction"),
         (("runs/one", "--norm", "L2"), ValueError, "give that of L2, such as --eps 0.5"),
         (("runs/one", "--norm", "L2", "--eps", "1", "--suite", "paper"), ValueError, "defined for Linf"),
+        (("runs/one", "--smooth", "0"), ValueError, "--smooth takes SIGMA > 0"),
+        (("runs/one", "--smooth", "0.1", "--suite", "fast"), ValueError, "leave --eps, --norm, --suite, --transfer"),
         (("runs/one", "--resume"), FileNotFoundError, "no run to resume"),
         (("runs/one", "--transfer", "nowhere"), FileNotFoundError, "nowhere does not exist"),
         (("runs/one", "--dataset", "fashion_mnist"), FileNotFoundError, "Fashion-MNIST is not complete"),

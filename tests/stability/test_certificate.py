@@ -252,6 +252,9 @@ def test_the_radius_in_which_no_spike_flips_stands_below_the_bounds():
     beyond = certify(small(2), 2 + x, 2, x_perturbed=x)
     assert beyond.no_flip == ()
     assert "no spike flips is not known: x must lie in [0, 1]" in beyond.table()
+    content = json.loads(found.to_json())
+    del content["no_flip"], content["no_flip_unknown"]  # as files were before there was such a radius
+    assert Certificate.from_json(json.dumps(content)) == replace(found, no_flip=())
 
 
 def test_a_norm_whose_iteration_stopped_early_counts_with_its_residual():

@@ -1,0 +1,44 @@
+"""What evaluate.py does beside running suites: two reports to compare, and the vote of a smoothed classifier."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from lab.command_line.parser import WrongUse
+from sj_robust.evaluation import RobustnessReport, SmoothedBracket, smoothed_bracket
+from sj_robust.evaluation.runner import Batches
+from sj_robust.stability import smooth
+
+__all__ = ["bracket_of_the_vote", "two_reports"]
+
+
+def two_reports(paths: list[str]) -> list[RobustnessReport]:
+    """Two saved reports, each from its file or its folder."""
+    if len(paths) != 2:
+        raise WrongUse(f"--compare takes two reports, got {len(paths)}: --compare A/report.json B/report.json")
+    files = [Path(path) / "report.json" if Path(path).is_dir() else Path(path) for path in paths]
+    if missing := [file for file in files if not file.is_file()]:
+        raise FileNotFoundError(f"{missing[0]} does not exist; --compare takes two report.json of this recipe")
+    return [RobustnessReport.load(file) for file in files]
+
+
+def bracket_of_the_vote(
+    model: nn.Module,
+    batches: Batches,
+    sigma: float,
+    *,
+    n: int,
+    alpha: float,
+    seed: int,
+    say: Callable[[str], None],
+) -> SmoothedBracket:
+    """Certify and attack the smoothed classifier on all images, at radii up to 2 sigma."""
+    device = next(model.parameters()).device
+    x, y = (torch.cat(parts).to(device) for parts in zip(*batches, strict=True))
+    noise = torch.Generator().manual_seed(seed)
+    say(f"{len(y)} votes of {n} draws with sigma {sigma:g}")
+    votes = smooth(model, x, sigma, n=n, alpha=alpha, generator=noise)
+    say("PGD on the vote")
+    return smoothed_bracket(model, x, y, votes, [sigma * half / 2 for half in range(5)], generator=noise)
