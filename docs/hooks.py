@@ -1,12 +1,16 @@
-"""MkDocs: the READMEs are pages of the site, and docstrings are read as their authors write them."""
+"""MkDocs: the READMEs are pages of the site, docstrings are read as their authors write them, formulas are MathML."""
 
 import re
+from html import unescape
 from pathlib import Path
 from typing import Any
+
+from latex2mathml.converter import convert
 
 README = {"](docs/": "](", "](recipes/README.md)": "](recipes.md)", "[CITATION.cff](CITATION.cff)": "`CITATION.cff`"}
 PAGES = {"index.md": ("README.md", README), "recipes.md": ("recipes/README.md", {"](../docs/": "]("})}
 PLACE = re.compile(r'id="(sj_robust[\w.]*)"|:(?:meth|class|func|data|mod|attr):<code>~?([\w.]+)</code>')
+FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> str:
@@ -21,10 +25,14 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> st
 
 
 def on_page_content(html: str, *, page: Any, config: Any, files: Any) -> str:
-    """Page in HTML, where the roles of docstrings are links and ``::`` before an example is a colon.
+    """Page in HTML, where formulas need no script, the roles of docstrings are links, and ``::`` before an example is
+    a colon.
 
     Docstrings are written as in SpikingJelly, whose documentation is made by Sphinx.
     """
+    html = FORMULA.sub(
+        lambda found: convert(unescape(found[3]), display="inline" if found[2] == "(" else "block"), html
+    )
     anchors = list(dict.fromkeys(re.findall(r'id="(sj_robust[\w.]*)"', html)))
     here = ""
 
@@ -36,6 +44,8 @@ def on_page_content(html: str, *, page: Any, config: Any, files: Any) -> str:
             return match.group()
         target = _anchor_of(name, here, anchors)
         code = f"<code>{name}</code>"
+        if target is None and name.startswith("sj_robust."):  # on another page, if at all
+            return f'<autoref identifier="{name}" optional>{code}</autoref>'
         return f'<a href="#{target}">{code}</a>' if target else code
 
     return re.sub(r"::(</p>\s*<)", r":\1", PLACE.sub(place, html))

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from lab.command_line import check_options, checked, deciding, describe_folder, idle, option, parse_options, run_recipe
-from lab.command_line.declared import DatasetName, NonNegativeInt, OpenUnitInterval, PositiveInt, Radius
+from lab.command_line.declared import DatasetName, NonNegativeInt, OpenUnitInterval, PositiveInt, Radius, often
 
 
 # fmt: off
@@ -19,29 +19,29 @@ from lab.command_line.declared import DatasetName, NonNegativeInt, OpenUnitInter
 class Options:
     """Options of adv_train; what ``decides`` and ``idle`` say is read at :class:`lab.command_line.declared.Option`."""
 
-    dataset: DatasetName = option("digits", "digits, mnist, fashion_mnist, cifar10, cifar100, svhn, image_folder:PATH; "
+    dataset: DatasetName = often("digits", "digits, mnist, fashion_mnist, cifar10, cifar100, svhn, image_folder:PATH; "
         "event data: cifar10_dvs, dvs128_gesture, n_mnist.", group="data", metavar="NAME")
-    data_root: str = option("data", "Folder of the data set, and of downloads.", metavar="FOLDER", decides="nothing")
-    download: bool = option(False, "Download what is missing.", decides="nothing")
+    data_root: str = often("data", "Folder of the data set, and of downloads.", metavar="FOLDER", decides="nothing")
+    download: bool = often(False, "Download what is missing.", decides="nothing")
     augment: bool | None = option(None, "Crop, flip and Cutout of training images; null does so for CIFAR only.")
     on_unreadable: Literal["error", "skip"] = option("error", "Unreadable pictures: error stops, skip leaves them out.")
     train_limit: PositiveInt | None = option(None, "Training images at most, validation included; null for all.")
     test_limit: PositiveInt | None = option(None, "Test images to use at most; null for all.", decides="figures")
     validation_fraction: OpenUnitInterval = option(0.1, "Share of the training images to select the epoch by.")
-    model: str = option("small", "small, vgg5 (11, 13, 16, 19), wrn16_4, wrn28_10, zoo:FUNCTION of SpikingJelly, "
+    model: str = often("small", "small, vgg5 (11, 13, 16, 19), wrn16_4, wrn28_10, zoo:FUNCTION of SpikingJelly, "
         "module:function of yours.", group="network", metavar="NAME", runs_code=True)
     model_options: dict[str, Any] = option({}, "Further keyword arguments of the network.")
-    neuron: Literal["dlif", "lif", "plif", "if"] = option("dlif", "Spiking neuron of the trained network.")
-    T: PositiveInt = option(4, "Time steps per image; frames per sample of event data.")
+    neuron: Literal["dlif", "lif", "plif", "if"] = often("dlif", "Spiking neuron of the trained network.")
+    T: PositiveInt = often(4, "Time steps per image; frames per sample of event data.")
     tau: float = option(100.0, "Membrane time constant in time steps; the decay is 1 - 1 / tau.")
     channels: tuple[int, ...] = option((16, 32), "Output channels of the convolutions of small.")
     hidden: tuple[int, ...] = option((4096, 4096), "Widths of the hidden linear layers of a VGG.")
     mean: list[float] | None = option(None, "Mean per channel that the network subtracts; null: the data set's.")
     std: list[float] | None = option(None, "Standard deviation per channel that it divides by; null likewise.")
-    pretrained: str | None = option(None, "Checkpoint to start from; null for random weights.", metavar="CHECKPOINT")
-    mode: Literal["none", "gaussian", "at", "rat", "pgd_at", "trades", "certified"] = option("at", "none, gaussian, at "
+    pretrained: str | None = often(None, "Checkpoint to start from; null for random weights.", metavar="CHECKPOINT")
+    mode: Literal["none", "gaussian", "at", "rat", "pgd_at", "trades", "certified"] = often("at", "none, gaussian, at "
         "(single step), rat (at and retraction of the weights), pgd_at, trades, certified.", group="training attack")
-    eps: Radius = option(0.1, "Linf radius of the training attack, as 8/255; for gaussian the standard deviation.",
+    eps: Radius = often(0.1, "Linf radius of the training attack, as 8/255; for gaussian the standard deviation.",
         idle=lambda options: options.mode == "none" and options.eval_eps is not None)
     certified_eps: Radius | None = option(None, "Linf radius of the bounds of certified; null means eps.")
     step_size: Radius | None = option(None, "Step of the attack; null is eps for one step, eps / 4 for several.")
@@ -51,7 +51,7 @@ class Options:
     eval_eps: Radius | None = option(None, "Radius of the attacks in validation and test; null means eps.")
     kappa: float | None = option(None, "Weight of the clean cross entropy (certified: at the end), 1 - kappa is that "
         "of the perturbed one or the bounds; null means 0.5, and 0 for pgd_at and certified.", group="loss")
-    rho: float | None = option(None, "Weight of MS-MPPD or the indicator; null means 1 for gaussian, at, rat, else 0.")
+    rho: float | None = often(None, "Weight of MS-MPPD or the indicator; null means 1 for gaussian, at, rat, else 0.")
     layers: Literal["last", "all"] | list[str] = option("last", "Spiking layers of MS-MPPD, last, all, or a list of "
         "names such as [stages.1, stages.5].", idle=lambda options: options.rho == 0)
     norm: Literal["l2", "l1"] = option("l2", "l2 for the mean square of the perturbation, l1 for its mean absolute "
@@ -66,17 +66,17 @@ class Options:
     threshold_guard: float = option(0.0, "Weight of the penalty on potentials near the threshold; 0 leaves it out.")
     guard_margin: float = option(0.5, "How near; threshold: 1.", idle=lambda options: options.threshold_guard == 0)
     gain_penalty: float = option(0.0, "Weight of the penalty on the gain of DLIF layers over time; 0 leaves it out.")
-    epochs: PositiveInt = option(15, "Passes over the training images.", group="training")
-    batch_size: PositiveInt = option(64, "Images per step, over all processes together.")
+    epochs: PositiveInt = often(15, "Passes over the training images.", group="training")
+    batch_size: PositiveInt = often(64, "Images per step, over all processes together.")
     accumulate: PositiveInt = option(1, "Parts that each process computes its share of a step in, one after the other.")
     optimizer: Literal["sgd", "adam"] = option("sgd", "sgd or adam.")
-    lr: float = option(0.1, "Learning rate at the start; it falls to 0 (cosine).")
+    lr: float = often(0.1, "Learning rate at the start; it falls to 0 (cosine).")
     momentum: float = option(0.9, "Momentum of SGD.", idle=lambda options: options.optimizer == "adam")
     weight_decay: float | None = option(None, "Weight decay on all parameters; null means 5e-4, 0 for rat, certified.")
     select: Literal["clean", "fgsm", "pgd", "verified"] | None = option(None, "Validation accuracy that the epoch is "
         "chosen by; null means pgd, clean for none, verified for certified.")
-    reference: bool = option(True, "Train and measure an undefended LIF network beside it.", decides="nothing")
-    seed: NonNegativeInt = option(0, "Seed of everything.")
+    reference: bool = often(True, "Train and measure an undefended LIF network beside it.", decides="nothing")
+    seed: NonNegativeInt = often(0, "Seed of everything.")
     device: Literal["auto", "cpu"] = option("auto", "auto: a GPU if there is one.", group="machine", decides="nothing")
     mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "Accelerate's precision; fp16 needs a GPU.")
     compile: bool = option(False, "Compile the network with torch.compile.", decides="figures")
@@ -87,9 +87,9 @@ class Options:
     checkpoint_steps: PositiveInt | None = option(None, "Steps between checkpoints within an epoch; null for one per "
         "epoch.", group="output", decides="nothing")
     log_bounds: bool = option(False, "L2 bound of all layers in TensorBoard (VGG-11: 9 s an epoch).", decides="nothing")
-    output: str | None = option(None, "Folder of the run; null makes runs/DATASET-NEURON-MODE-NUMBER.",
+    output: str | None = often(None, "Folder of the run; null makes runs/DATASET-NEURON-MODE-NUMBER.",
         metavar="FOLDER", decides="nothing")
-    resume: bool = option(False, "Go on with the run in output (null: the newest of its kind).", decides="nothing")
+    resume: bool = often(False, "Go on with the run in output (null: the newest of its kind).", decides="nothing")
 # fmt: on
 
 

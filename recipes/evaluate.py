@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lab.command_line import check_options, checked, describe_folder, option, parse_options, run_recipe
-from lab.command_line.declared import DatasetName, NonNegativeInt, OpenUnitInterval, PositiveInt, Radius
+from lab.command_line.declared import DatasetName, NonNegativeInt, OpenUnitInterval, PositiveInt, Radius, often
 
 
 # fmt: off
@@ -26,10 +26,10 @@ from lab.command_line.declared import DatasetName, NonNegativeInt, OpenUnitInter
 class Options:
     """Options of evaluate."""
 
-    checkpoint: str | None = option(None, "A checkpoint of adv_train, a network's folder (its best.pt) or a run's "
-        "folder; also given without the option's name; null for a network of your own.", group="what is evaluated",
-        metavar="CHECKPOINT", decides="nothing", positional=True)
-    network: str | None = option(None, "Instead of a checkpoint, module:function or file.py:function that returns a "
+    checkpoint: str | None = often(None, "A checkpoint of adv_train, a network's or a run's folder, or a network that "
+        "ships, as digits/dlif-at-mppd; the option's name may be left out; null for a network of your own.",
+        group="what is evaluated", metavar="CHECKPOINT", decides="nothing", positional=True)
+    network: str | None = often(None, "Instead of a checkpoint, module:function or file.py:function that returns a "
         "SpikingJelly network with its weights, bare or in a SpikingClassifier; null for a checkpoint.",
         metavar="FUNCTION", runs_code=True)
     name: str | None = option(None, "What the report calls the network; null takes the name of checkpoint or function.",
@@ -38,18 +38,18 @@ class Options:
         "the suite; null: none.", metavar="CHECKPOINT")
     trust_code: bool = option(False, "Allow a function of your own code that a checkpoint names to be run.",
         runs_code=True)
-    compare: list[str] | None = option(None, "Two saved reports to compare, instead of an evaluation; null to "
+    compare: list[str] | None = often(None, "Two saved reports to compare, instead of an evaluation; null to "
         "evaluate.", metavar="REPORT")
     leaderboard: list[str] | None = option(None, "Folders with saved reports, which become one table, instead of an "
         "evaluation; null to evaluate.", metavar="FOLDER", decides="nothing")
     suite: Literal["paper", "fast", "standard", "autoattack", "gradients", "events", "stress", "corruptions"] | None = (
-        option(None, "paper is the protocol of Ding et al., fast a first impression, standard the figure to report, "
+        often(None, "paper is the protocol of Ding et al., fast a first impression, standard the figure to report, "
         "autoattack AutoAttack standard, gradients every estimator for itself, events the one for event data; all with "
         "their control. stress is faults of deployment, corruptions the common corruptions at five severities, both "
         "clean and under a short attack. null means standard, and events for event data.", group="attacks"))
-    eps: Radius | None = option(None, "Radius for images in [0, 1], a number or a fraction such as 8/255; null takes "
+    eps: Radius | None = often(None, "Radius for images in [0, 1], a number or a fraction such as 8/255; null takes "
         "that of the checkpoint. For L0 the number of changed elements per sample, for moves that of moved events.")
-    norm: Literal["Linf", "L2", "L0", "moves"] | None = option(None, "Norm of the adversary; null means Linf, and L0 "
+    norm: Literal["Linf", "L2", "L0", "moves"] | None = often(None, "Norm of the adversary; null means Linf, and L0 "
         "for event data; moves is events moved in time.")
     largest_shift: PositiveInt | None = option(None, "For moves, frames by which an event may be moved; null: any.")
     total_shift: PositiveInt | None = option(None, "For moves, frames by which all events of a sample may be moved "
@@ -64,30 +64,26 @@ class Options:
         "attack on it leaves.", metavar="SIGMA", group="randomised smoothing")
     smooth_draws: PositiveInt = option(1000, "Noisy copies of an image in a vote.")
     smooth_alpha: OpenUnitInterval = option(0.001, "Probability of error of a vote.")
-    dataset: DatasetName | None = option(None, "What to test on, digits, fashion_mnist, mnist, cifar10, cifar100, "
+    dataset: DatasetName | None = often(None, "What to test on, digits, fashion_mnist, mnist, cifar10, cifar100, "
         "svhn, image_folder:PATH, cifar10_dvs, dvs128_gesture or n_mnist; null takes what the checkpoint was trained "
         "on, or digits.", group="data", metavar="NAME")
-    data_root: str | None = option(None, "Folder with the data set's files, or where they are downloaded to; null "
+    data_root: str | None = often(None, "Folder with the data set's files, or where they are downloaded to; null "
         "takes that of the checkpoint's run, or data.", metavar="FOLDER", decides="nothing")
-    download: bool = option(False, "Download what is missing.", decides="nothing")
+    download: bool = often(False, "Download what is missing.", decides="nothing")
     on_unreadable: Literal["error", "skip"] = option("error", "error stops at files that cannot be read, skip leaves "
         "them out with a warning.")
-    test_limit: PositiveInt | None = option(None, "Test images to use at most; null for all.")
+    test_limit: PositiveInt | None = often(None, "Test images to use at most; null for all.")
     batch_size: PositiveInt = option(128, "Images per batch; results do not depend on it, but for networks with "
         "randomness of their own and the estimator pdsg, which looks at a whole batch.", decides="nothing")
-    T: PositiveInt | None = option(None, "Time steps of a bare network of your own; for a checkpoint, others than "
+    T: PositiveInt | None = often(None, "Time steps of a bare network of your own; for a checkpoint, others than "
         "those it was trained with; null takes those.", group="network of your own")
-    mean: list[float] | None = option(None, "Mean per channel that a bare network expects to be subtracted; null for "
-        "none.")
-    std: list[float] | None = option(None, "Standard deviation per channel that it expects to be divided by; null for "
-        "none.")
+    mean: list[float] | None = often(None, "Mean per channel that a bare network expects to be subtracted; null: none.")
+    std: list[float] | None = often(None, "Deviation per channel that it expects to be divided by; null: none.")
     seed: NonNegativeInt = option(0, "Seed of everything.", group="machine")
-    device: Literal["auto", "cpu"] = option("auto", "auto takes a GPU if there is one, cpu does not.",
-        decides="nothing")
-    output: str | None = option(None, "Folder of the results; null makes runs/evaluate-NETWORK-SUITE-NUMBER.",
+    device: Literal["auto", "cpu"] = option("auto", "auto: a GPU if there is one.", decides="nothing")
+    output: str | None = often(None, "Folder of the results; null makes runs/evaluate-NETWORK-SUITE-NUMBER.",
         group="output", metavar="FOLDER", decides="nothing")
-    resume: bool = option(False, "Go on with the evaluation in output (null: the newest of its kind).",
-        decides="nothing")
+    resume: bool = often(False, "Go on with the evaluation in output (null: the newest one).", decides="nothing")
 # fmt: on
 
 
@@ -170,19 +166,23 @@ def main(arguments: list[str]) -> None:
                 source=None if source is None else source.model, **shared,
             )  # fmt: skip
     if accelerator.is_main_process:
-        (save_report if isinstance(result, RobustnessReport) else save_card)(result, folder, journal)
+        if isinstance(result, RobustnessReport):
+            save_report(result, subject, batches, folder, journal)
+        else:
+            save_card(result, folder, journal)
     accelerator.end_training()
 
 
-def save_report(report: RobustnessReport, folder: Path, journal: training.Journal) -> None:
+def save_report(report: RobustnessReport, subject: Subject, batches: Any, folder: Path, journal: Any) -> None:
     """Write and show what a suite of attacks came to."""
     from sj_robust.evaluation.drawings import plot_robustness  # imports matplotlib
-    from sj_robust.evaluation.html import save_html
+    from sj_robust.evaluation.html import report_gallery, save_html
 
     report.save(folder / "report.json")
-    save_html(report, folder / "report.html")
     with working("drawing", journal.console):
-        plots = plot_robustness(report, folder)
+        shown = report_gallery(report, subject.model, batches)
+        save_html(report, folder / "report.html", shown)
+        plots = plot_robustness(report, folder, shown)
     show_report(report, journal.console, journal.say)
     journal.say(f"report.json, report.html and {', '.join(path.name for path in plots)} are in {folder}")
 

@@ -1,7 +1,8 @@
 """How results show themselves: in one line, as a table of a notebook, as a heat map of layers and time steps."""
 
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from html import escape
 from itertools import groupby
 from math import ceil, nan
@@ -14,7 +15,33 @@ if TYPE_CHECKING:
     from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
-__all__ = ["Shown", "common_scale", "heat_map", "new_figure", "shown_html", "write_figure"]
+__all__ = [
+    "BLUE", "COLOURS", "GREY", "ORANGE", "Shown", "common_scale", "heat_map", "new_figure", "print_style", "shown_html",
+    "write_figure",
+]  # fmt: skip
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#000000", "#56b4e9")
+"""Colours of Okabe and Ito (2008) that all kinds of colour vision tell apart; markers and dashes differ as well."""
+BLUE, ORANGE, GREY = (*COLOURS[:2], "#767676")
+
+_SETTINGS = {
+    "font.size": 8,
+    "axes.titlesize": 8,
+    "axes.labelsize": 8,
+    "xtick.labelsize": 7,
+    "ytick.labelsize": 7,
+    "legend.fontsize": 7,
+    "legend.frameon": False,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "grid.linewidth": 0.5,
+    "lines.linewidth": 1.1,
+    "lines.markersize": 3.5,
+    "pdf.fonttype": 42,  # letters stay text
+}
 
 
 class Shown:
@@ -63,6 +90,15 @@ def shown_html(markdown: str) -> str:
     return "".join(found)
 
 
+@contextmanager
+def print_style() -> Iterator[None]:
+    """Within it, or in a function that it decorates, figures are made, and written, for print. 印刷风格。"""
+    from matplotlib import rc_context
+
+    with rc_context(_SETTINGS):
+        yield
+
+
 def new_figure(width: float, height: float) -> "Figure":
     """A figure of so many inches, which a notebook shows. 新建图。"""
     from matplotlib.figure import Figure
@@ -74,11 +110,9 @@ def new_figure(width: float, height: float) -> "Figure":
 
 def write_figure(figure: "Figure", path: str | Path) -> None:
     """Write a figure so that the same one gives the same file; its ending decides the format. 保存图。"""
-    from matplotlib import rc_context
-
     metadata = {"CreationDate": None} if Path(path).suffix == ".pdf" else None
-    with rc_context({"pdf.fonttype": 42}):
-        figure.savefig(path, dpi=150, metadata=metadata)
+    with print_style():
+        figure.savefig(path, dpi=200, metadata=metadata)
 
 
 def common_scale(values: Iterable[float]) -> "Normalize":

@@ -19,28 +19,28 @@ PUBLIC = {
     "sj_robust.doctor": "main report",
     "sj_robust.evaluation": (
         "Accuracy CANDIDATES CORRUPTIONS Comparison Corruption Difference EstimatorSearch EstimatorTrial FAULTS "
-        "Fault Finding LayerActivity Member MemberOutcome Report RobustnessReport Score SmoothedBracket StressCard "
-        "StressRow Suite SuiteName SuiteOutcome ThreatModel WorstCase accuracy compare_reports craft diagnose "
-        "environment eps_text evaluate evaluate_attacks faulty firing fools make_suite parse_eps run_suite "
-        "search_estimators smoothed_bracket stress wilson_interval worst_case write_whole"
+        "Fault Finding Gallery LayerActivity Member MemberOutcome Report RobustnessReport Score SmoothedBracket "
+        "StressCard StressRow Suite SuiteName SuiteOutcome ThreatModel WorstCase accuracy compare_reports craft "
+        "diagnose environment eps_text evaluate evaluate_attacks faulty firing fools gallery make_suite parse_eps "
+        "run_suite search_estimators smoothed_bracket stress wilson_interval worst_case write_whole"
     ),
     "sj_robust.evaluation.assess": "assess",
-    "sj_robust.evaluation.html": "save_html to_html",
+    "sj_robust.evaluation.html": "report_gallery save_html to_html",
     "sj_robust.evaluation.stressing": "stress_network",
     "sj_robust.evaluation.subject": "Subject check_fits describe_network from_checkpoint from_function",
     "sj_robust.evaluation.terminal": "Display show_comparison show_report",
     "sj_robust.models": (
-        "ConvChain DirectlyEncoded MixedBlock NETWORKS NetworkSpec SmallConvNet VGG VGG_FEATURES WIDE_RESNETS "
-        "WideResNet build_classifier build_network build_zoo_network load_published_checkpoint published_names "
-        "set_time_steps start_from zoo_networks"
+        "ConvChain DirectlyEncoded MixedBlock NETWORKS NetworkSpec PretrainedCard SmallConvNet VGG VGG_FEATURES "
+        "WIDE_RESNETS WideResNet build_classifier build_network build_zoo_network load_published_checkpoint "
+        "pretrained pretrained_networks published_names set_time_steps start_from zoo_networks"
     ),
     "sj_robust.neuron": "DLIFNode FusedSequential FusionReport ReplacementReport fuse replace_neurons unfuse",
     "sj_robust.ops": ("BACKENDS Surrogate available_backends check_backend choose_backend dlif_multi_step keep_heap"),
     "sj_robust.ops.bn_dlif": "BatchNorm batch_norm_dlif_multi_step can_fuse repeat_step",
     "sj_robust.perturbation": (
-        "IntensityCorrelation LayerStats LayerTrace MPPDMonitor MPPDStatistics Perturbation compare full_perturbation "
-        "intensity_correlation membrane_potential ms_mppd neuron_indicators sample_indicators simplified_perturbation "
-        "spike_train_distance tasad"
+        "IntensityCorrelation LayerStats LayerTrace MPPDMonitor MPPDStatistics Perturbation Traces compare "
+        "full_perturbation intensity_correlation membrane_potential ms_mppd neuron_indicators sample_indicators "
+        "simplified_perturbation spike_train_distance tasad trace"
     ),
     "sj_robust.evaluation.drawings": "plot_report plot_robustness robustness_figures",
     "sj_robust.stability": (

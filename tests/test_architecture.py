@@ -178,7 +178,7 @@ def tree():
     lines = []
     for path in sorted(PACKAGE.rglob("*"), key=lambda path: path.relative_to(PACKAGE).parts):
         relative = path.relative_to(PACKAGE)
-        if path.name == "__init__.py" or "__pycache__" in relative.parts or path.suffix == ".so":
+        if path.name == "__init__.py" or {"__pycache__", "trained"} & set(relative.parts) or path.suffix == ".so":
             continue
         name = f"{path.name}/" if path.is_dir() else path.name
         indent = "    " * (len(relative.parts) - 1)

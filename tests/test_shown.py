@@ -55,7 +55,9 @@ def test_the_verdict_of_a_report_has_a_bracket_what_was_tried_and_the_doubts(res
 
 
 def test_a_layer_that_never_fires_is_named_and_long_tables_are_cut():
-    stats = compare(deep(), 0 * X, 0 * X, T=12)
+    with pytest.warns(UserWarning, match="1, 3, 5.* never fired: .* check the weights") as caught:
+        stats = compare(deep(), 0 * X, 0 * X, T=12)
+    assert caught[0].filename == __file__
     assert "NEVER FIRED" in stats.verdict
     assert stats.table().count("\n| ") == 11  # head, marks, 8 layers and what is left out
     assert len(compare(deep(40), X, X + 0.05, T=12)._repr_html_()) < 6000

@@ -11,14 +11,14 @@ import textwrap
 from pathlib import Path
 
 from lab.command_line.declared import options_of
-from lab.command_line.parser import as_yaml, examples_in, meaning, shown_value
+from lab.command_line.parser import RecipeParser, as_yaml, examples_in, meaning, shown_value
 
 HERE = Path(__file__).parent
 RECIPES = ("adv_train", "evaluate", "sweep", "figures", "benchmark")
 COMMON = (
     ("--config FILE", "Options from a YAML file; those on the command line after it win."),
     ("--print-config", "Print all options as YAML, to save and change, and stop."),
-    ("--help", "Print this text and stop; -h likewise."),
+    ("--help", "Print the options and stop; -h likewise."),
 )
 
 
@@ -35,7 +35,8 @@ def pages():
 def page(module, name):
     """The page of one recipe."""
     summary, _, notes = examples_in(inspect.getdoc(module))
-    said = f"`python recipes/{name}.py --help` says the same. Written by `python docs/options/generate.py`."
+    command = f"python recipes/{name}.py {RecipeParser(module.Options).all_flag}"
+    said = f"`{command}` says the same. Written by `python docs/options/generate.py`."
     lines = [f"# Options of {name}.py", "", summary, "", said, ""]
     lines += [line for note in notes for line in (*wrapped(note), "")]
     for one in options_of(module.Options):

@@ -13,6 +13,7 @@ from sj_robust.evaluation.masking import Finding, diagnose
 from sj_robust.evaluation.member import Member, craft, fools
 from sj_robust.evaluation.outcome import MemberOutcome, SuiteOutcome
 from sj_robust.evaluation.own_network import evaluate, stress
+from sj_robust.evaluation.pictures import Gallery, gallery
 from sj_robust.evaluation.report import Report, Score
 from sj_robust.evaluation.robustness import accuracy, evaluate_attacks
 from sj_robust.evaluation.robustness_report import Accuracy, RobustnessReport
@@ -34,6 +35,7 @@ __all__ = [
     "EstimatorTrial",
     "Fault",
     "Finding",
+    "Gallery",
     "LayerActivity",
     "Member",
     "MemberOutcome",
@@ -59,6 +61,7 @@ __all__ = [
     "faulty",
     "firing",
     "fools",
+    "gallery",
     "make_suite",
     "parse_eps",
     "run_suite",

@@ -5,10 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from sj_robust._shown import common_scale, heat_map, new_figure, write_figure
+from sj_robust._shown import BLUE, COLOURS, GREY, ORANGE, common_scale, heat_map, new_figure, print_style, write_figure
 from sj_robust.attacks.threat import ThreatModel, parse_eps
 from sj_robust.evaluation.intervals import wilson_interval
 from sj_robust.evaluation.outcome import MemberOutcome
+from sj_robust.evaluation.pictures import Gallery
 from sj_robust.evaluation.report import Report
 
 if TYPE_CHECKING:
@@ -16,9 +17,6 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["plot_report", "plot_robustness", "robustness_figures"]
-
-# Colours that all kinds of colour vision tell apart (Okabe and Ito); shapes and hatches differ as well.
-BLUE, ORANGE, GREY = "#0072b2", "#d55e00", "#767676"
 
 _Rows = Sequence[dict[str, Any]]
 
@@ -62,6 +60,7 @@ class _DrawnReport(Protocol):
     def within(self, member: MemberOutcome) -> bool: ...
 
 
+@print_style()
 def plot_report(report: Report, path: Path) -> None:
     """Bars of accuracy per attack and network, and validation curves if the report has them. 绘制评估报告。
 
@@ -83,7 +82,7 @@ def plot_report(report: Report, path: Path) -> None:
     """
     if not report.scores:
         raise ValueError("a report without scores cannot be drawn; evaluate at least one network")
-    figure = new_figure(11.0 if report.curves else 5.5, 4.2)
+    figure = new_figure(6.75 if report.curves else 3.25, 2.6)
     panels = figure.subplots(1, 2 if report.curves else 1, squeeze=False)[0]
     _bars(panels[0], report)
     if report.curves:
@@ -91,13 +90,14 @@ def plot_report(report: Report, path: Path) -> None:
     write_figure(figure, path)
 
 
-def plot_robustness(report: _DrawnReport, folder: Path) -> tuple[Path, ...]:
+def plot_robustness(report: _DrawnReport, folder: Path, gallery: Gallery | None = None) -> tuple[Path, ...]:
     """Every figure of a robustness report, each as PNG and PDF. 绘制鲁棒性报告的全部图。
 
     Args:
         report: What to draw.
         folder: Where the figures of :func:`robustness_figures` are written; those that the report holds no numbers
             for are left out.
+        gallery: Images under attack to draw as well.
 
     Examples:
         >>> import tempfile
@@ -108,13 +108,15 @@ def plot_robustness(report: _DrawnReport, folder: Path) -> tuple[Path, ...]:
         ['attacks.png', 'attacks.pdf']
     """
     paths = []
-    for name, figure in robustness_figures(report).items():
+    figures = robustness_figures(report) | ({} if gallery is None else gallery.figures())
+    for name, figure in figures.items():
         for ending in ("png", "pdf"):
             paths.append(folder / f"{name}.{ending}")
             write_figure(figure, paths[-1])
     return tuple(paths)
 
 
+@print_style()
 def robustness_figures(report: _DrawnReport, *, columns: int = 2) -> dict[str, "Figure"]:
     """The figures of a robustness report by name, not yet written. 鲁棒性报告的图。
 
@@ -148,7 +150,7 @@ def robustness_figures(report: _DrawnReport, *, columns: int = 2) -> dict[str, "
 
 
 def _accuracy_over_eps(report: _DrawnReport) -> "Figure":
-    figure = new_figure(4.6, 3.4)
+    figure = new_figure(3.8, 2.8)
     axes = figure.subplots()
     texts = [str(row["eps"]) for row in report.over_eps]
     unit = 255 if any(text.endswith("/255") for text in [*texts, report.eps]) else 1
@@ -181,8 +183,7 @@ def _accuracy_over_eps(report: _DrawnReport) -> "Figure":
     axes.set_ylabel("accuracy, %")
     axes.set_xlim(left=0)
     axes.set_ylim(-2, 102)
-    axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend()
     return figure
 
 
@@ -191,7 +192,7 @@ def _attacks(report: _DrawnReport) -> "Figure":
     beyond = {member.name for member in report.members if not report.within(member)}
     curve = {member.name for member in report.members if "@" in member.name}
     rows = [row for row in report.accuracies if not row.name.startswith("control/") and row.name not in curve]
-    figure = new_figure(4.6, 0.9 + 0.24 * len(rows))
+    figure = new_figure(4.2, 0.6 + 0.2 * len(rows))
     axes = figure.subplots()
     looks = {"clean": (GREY, ""), "member": (BLUE, ""), "control": (GREY, "////"), "worst case": (ORANGE, "xxxx")}
     looks["verified"] = (GREY, "\\\\\\\\")
@@ -209,8 +210,9 @@ def _attacks(report: _DrawnReport) -> "Figure":
     axes.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=7)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(0, 112)
-    axes.set_xticks(range(0, 101, 25), [str(tick) for tick in range(0, 101, 25)], fontsize=8)
-    axes.set_xlabel(f"accuracy left, % ({report.budget}; whiskers 95 %)", fontsize=8)
+    axes.set_xticks(range(0, 101, 25))
+    axes.grid(visible=False)
+    axes.set_xlabel(f"accuracy left, % ({report.budget}; whiskers 95 %)")
     return figure
 
 
@@ -224,13 +226,13 @@ def _potential(rows: _Rows, columns: int) -> "Figure":
     scale = common_scale(value for row in rows for steps in row["layers"].values() for value in steps)
     for axes, row in zip(panels.flat, rows, strict=False):
         mesh = heat_map(axes, row["layers"], scale)
-        axes.set_title(f"{row['member']} ({row['samples']} images)", fontsize=8)
+        axes.set_title(f"{row['member']} ({row['samples']} images)")
     for axes in panels.flat[len(rows) :]:
         axes.set_axis_off()
     for axes in panels[-1]:
-        axes.set_xlabel("time step", fontsize=8)
+        axes.set_xlabel("time step")
     bar = figure.colorbar(mesh, ax=list(panels.flat), shrink=min(1.0, 2.0 / down))
-    bar.set_label("MS-MPPD", fontsize=8)
+    bar.set_label("MS-MPPD")
     bar.ax.tick_params(which="both", labelsize=7)
     return figure
 
@@ -249,13 +251,20 @@ def _bars(axes: "Axes", report: Report) -> None:
         places = [
             report.attacks.index(score.attack) + (index - (len(report.networks) - 1) / 2) * width for score in scores
         ]
-        bars = axes.bar(places, [100 * score.accuracy for score in scores], width, label=network, color=f"C{index}")
-        axes.bar_label(bars, fmt="%.0f", fontsize=8)
+        bars = axes.bar(
+            places,
+            [100 * score.accuracy for score in scores],
+            width,
+            label=network,
+            color=COLOURS[index % len(COLOURS)],
+        )
+        axes.bar_label(bars, fmt="%.0f", fontsize=7)
     axes.set_xticks(range(len(report.attacks)), report.attacks)
     axes.set_ylim(0, 112)
     axes.set_ylabel("test accuracy, %")
-    axes.set_title(f"{report.threat.norm}, eps = {report.threat.eps:.4g}", fontsize=10)
-    axes.legend(loc="upper right", fontsize=8)
+    axes.set_title(f"{report.threat.norm}, eps = {report.threat.eps:.4g}")
+    axes.grid(visible=False, axis="x")
+    axes.legend(loc="upper right")
 
 
 def _curves(axes: "Axes", report: Report) -> None:
@@ -266,10 +275,16 @@ def _curves(axes: "Axes", report: Report) -> None:
         epochs = [record["epoch"] for record in records]
         for attack in records[0]["validation"] if records else ():
             values = [100 * record["validation"][attack] for record in records]
-            axes.plot(epochs, values, styles.get(attack, "-"), color=f"C{index}", label=f"{network}, {attack}")
+            axes.plot(
+                epochs,
+                values,
+                styles.get(attack, "-"),
+                color=COLOURS[index % len(COLOURS)],
+                label=f"{network}, {attack}",
+            )
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("validation accuracy, %")
     axes.set_ylim(0, 105)
-    axes.set_title("training", fontsize=10)
-    axes.legend(loc="lower right", fontsize=8)
+    axes.set_title("training")
+    axes.legend(loc="lower right")

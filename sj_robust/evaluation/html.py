@@ -8,16 +8,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from jinja2 import Environment
+from torch import nn
 
 from sj_robust._saved import write_whole
+from sj_robust._shown import BLUE, GREY, ORANGE
 from sj_robust.evaluation._symptoms import extent
-from sj_robust.evaluation.drawings import BLUE, GREY, ORANGE, robustness_figures
+from sj_robust.evaluation.drawings import robustness_figures
+from sj_robust.evaluation.pictures import Gallery, gallery_within
 from sj_robust.evaluation.robustness_report import RobustnessReport
+from sj_robust.evaluation.runner import Batches
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["save_html", "to_html"]
+__all__ = ["report_gallery", "save_html", "to_html"]
 
 _TEMPLATE = Path(__file__).with_name("report.html")
 _INK, _LINE = "#010203", "#040506"
@@ -45,15 +49,57 @@ _CAPTIONS = {
         "Perturbation of the membrane potential under the other attacks",
         "Bound of all: between the bounds of the potential, resets included, over all images; from the proofs.",
     ),
+    "gallery": (
+        "What the attack does to images",
+        "Above clean, below attacked within the ball, with what the network takes each for; last their difference, "
+        "made larger, grey for none.",
+    ),
+    "spikes": (
+        "Spikes of both runs",
+        "The first image above, clean and attacked: neurons of every layer whose spikes differ most, over the time "
+        "steps. The dotted line marks the layer and the step at which the runs part.",
+    ),
+    "membrane": (
+        "Membrane potentials of both runs",
+        "Of the same image, after the reset: per layer the neuron whose spikes differ most; filled where it fires.",
+    ),
 }
 
 
-def save_html(report: RobustnessReport, path: Path) -> None:
+def report_gallery(report: RobustnessReport, model: nn.Module, batches: Batches) -> Gallery | None:
+    """Images under the attack with the strongest gradient of a report, to show beside it. 报告附带的对抗样本图集。
+
+    Args:
+        report: The report.
+        model: Its network.
+        batches: Its images, of whose first batch some are shown.
+
+    Returns:
+        The images; None if the network gets none of the first batch right.
+
+    Examples:
+        >>> import torch
+        >>> from sj_robust.evaluation import evaluate
+        >>> net, batches = nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), [(torch.rand(6, 1, 2, 2), torch.arange(6) % 2)]
+        >>> report = evaluate(net, batches, eps=0.1, suite="fast", progress=False)
+        >>> shown = report_gallery(report, net, batches)
+        >>> shown is None or len(shown.labels) > 0
+        True
+    """
+    x, y = next(iter(batches))[:2]
+    if min(report.correct, default=len(y)) >= len(y):
+        return None
+    chosen = next((row["estimator"] for row in report.estimators if row["chosen"]), "training")
+    return gallery_within(model, x, y, report.threat, estimator=chosen, draws=report.draws, seed=report.seed)
+
+
+def save_html(report: RobustnessReport, path: Path, gallery: Gallery | None = None) -> None:
     """Write the page; the file is whole or not there. 保存 HTML 报告。
 
     Args:
         report: The report.
         path: The file.
+        gallery: Images under attack to show as well, folded.
 
     Examples:
         >>> import tempfile
@@ -67,7 +113,7 @@ def save_html(report: RobustnessReport, path: Path) -> None:
     write_whole(path, to_html(report))
 
 
-def to_html(report: RobustnessReport) -> str:
+def to_html(report: RobustnessReport, gallery: Gallery | None = None) -> str:
     """The report as one page without scripts, links to other files or addresses on the net. 自包含的 HTML 报告。
 
     Figures are inline SVG in the colours of the reader's light or dark theme, and every number in them is in a table as
@@ -75,6 +121,7 @@ def to_html(report: RobustnessReport) -> str:
 
     Args:
         report: The report.
+        gallery: Images under attack to show as well, folded.
 
     Examples:
         >>> from sj_robust.attacks import ThreatModel
@@ -97,7 +144,8 @@ def to_html(report: RobustnessReport) -> str:
             "right after all of them: robust accuracy at most": report.everything,
             "proved: robust accuracy at least (verified)": report.bracket and report.bracket[0],
         },
-        figures=_figures(report),
+        figures=_figures(report, gallery),
+        pictures=("gallery", "spikes", "membrane"),
         members={member.name: member for member in report.members},
         tables={
             "Gradient estimators tried": report.estimators,
@@ -120,14 +168,14 @@ def _split(values: Mapping[str, Any]) -> dict[str, Any]:
     return {"plain": [(name, values[name]) for name in plain], "nested": [values[name] for name in nested]}
 
 
-def _figures(report: RobustnessReport) -> dict[str, tuple[str, str, str]]:
+def _figures(report: RobustnessReport, gallery: Gallery | None) -> dict[str, tuple[str, str, str]]:
     """Title, caption and drawing of every figure, by name."""
     from matplotlib import rc_context
 
     parts = ("text.color", "axes.edgecolor", "axes.labelcolor", "axes.titlecolor", "xtick.color", "ytick.color")
     look = dict.fromkeys(parts, _INK) | {"grid.color": _LINE, "legend.framealpha": 0.0, "hatch.linewidth": 0.6}
     with rc_context(look | {"svg.fonttype": "none", "svg.hashsalt": "sj_robust"}):
-        found = robustness_figures(report, columns=1)
+        found = robustness_figures(report, columns=1) | ({} if gallery is None else gallery.figures())
         return {
             name: (*_caption(name, report), _svg(name, figure, _caption(name, report)[0]))
             for name, figure in found.items()

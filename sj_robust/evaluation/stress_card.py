@@ -8,9 +8,8 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from sj_robust._saved import SavedResult, markdown_table, plain, write_whole
-from sj_robust._shown import Shown, new_figure, write_figure
+from sj_robust._shown import BLUE, GREY, ORANGE, Shown, new_figure, print_style, write_figure
 from sj_robust.attacks.threat import ThreatModel, eps_text
-from sj_robust.evaluation.drawings import BLUE, GREY, ORANGE
 from sj_robust.evaluation.intervals import repeated_interval
 
 if TYPE_CHECKING:
@@ -155,6 +154,7 @@ class StressCard(Shown, SavedResult, what="a stress card", format="sj_robust.str
         notes = "".join(f"\n\n{text}" for text in self.warnings)
         return markdown_table([*heads, "draws"], rows) + notes
 
+    @print_style()
     def plot(self, path: str | Path | None = None) -> "Figure":
         """A panel per kind: accuracy over its levels, clean and attacked. 绘制压力测试卡。
 

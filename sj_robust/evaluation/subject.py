@@ -12,6 +12,7 @@ from sj_robust.classifier import SpikingClassifier, as_classifier
 from sj_robust.models import NetworkSpec, build_classifier, set_time_steps
 from sj_robust.models.checkpoint import load_checkpoint
 from sj_robust.models.foreign import find_function, reason
+from sj_robust.models.shipped import pretrained_file, pretrained_networks
 
 __all__ = ["Subject", "check_fits", "describe_network", "from_checkpoint", "from_function"]
 
@@ -45,7 +46,8 @@ def from_checkpoint(path: Path, T: int | None = None, *, trust_code: bool = Fals
     """The network of a checkpoint that ``recipes/adv_train.py`` wrote. 从检查点读取网络。
 
     Args:
-        path: The file; or a network's folder, whose ``best.pt`` is taken; or a run's folder with one network in it.
+        path: The file; or a network's folder, whose ``best.pt`` is taken; or a run's folder with one network in it; or
+            the name of a network that comes with the package, see :func:`sj_robust.models.pretrained_networks`.
         T: Time steps to run it for, see :func:`sj_robust.models.set_time_steps`; None for those it was trained with.
         trust_code: Whether a function of your own code that the checkpoint names (``module:function``) may be run to
             build the network. Whoever wrote the file chose the function and its arguments.
@@ -216,6 +218,8 @@ def _checkpoint_file(path: Path) -> Path:
     """The checkpoint that a path stands for."""
     if path.is_file():
         return path
+    if not path.exists() and path.as_posix() in pretrained_networks():
+        return pretrained_file(path.as_posix())
     if not path.is_dir():
         near = _listed(path.parent)
         hint = (

@@ -12,6 +12,7 @@ from sj_robust.perturbation.dynamics import (
 from sj_robust.perturbation.indicators import neuron_indicators, sample_indicators
 from sj_robust.perturbation.intensity import IntensityCorrelation, Perturbation, intensity_correlation
 from sj_robust.perturbation.monitor import MPPDMonitor, compare
+from sj_robust.perturbation.traces import Traces, trace
 
 __all__ = [
     "IntensityCorrelation",
@@ -20,6 +21,7 @@ __all__ = [
     "MPPDMonitor",
     "MPPDStatistics",
     "Perturbation",
+    "Traces",
     "compare",
     "full_perturbation",
     "intensity_correlation",
@@ -30,4 +32,5 @@ __all__ = [
     "simplified_perturbation",
     "spike_train_distance",
     "tasad",
+    "trace",
 ]

@@ -126,12 +126,16 @@ class MPPDStatistics(Shown, dict[str, LayerStats]):
             f"{count} {what}{'' if count == 1 else 's'}"
             for count, what in ((len(self), "spiking layer"), (first.samples, "pair"))
         )
-        dead = [name for name, layer in self.items() if float(layer.silent[-1]) == 1]
-        silent = f"; {', '.join(dead)} NEVER FIRED" if dead else ""
+        silent = f"; {', '.join(self.silent)} NEVER FIRED" if self.silent else ""
         return (
             f"{layers}, T = {first.T}, {pairs} of inputs; MS-MPPD from {sizes[low]:.3g} ({low}) to {sizes[high]:.3g} "
             f"({high}){silent}"
         )
+
+    @property
+    def silent(self) -> tuple[str, ...]:
+        """Layers of which no neuron ever fired on the clean inputs."""
+        return tuple(name for name, layer in self.items() if float(layer.silent[-1]) == 1)
 
     def table(self) -> str:
         """Markdown: the verdict, then a row per layer; of many layers and steps the first and last ones."""

@@ -45,7 +45,8 @@ def compare(
         std: Standard deviation per channel that it expects them to be divided by.
 
     Returns:
-        :class:`LayerStats` by the layer's name in ``net`` (in the network of a classifier), in order of execution.
+        :class:`LayerStats` by the layer's name in ``net`` (in the network of a classifier), in order of execution. A
+        layer that never fires on the clean images is warned of: what it passes on, no perturbation moves.
 
     Raises:
         ValueError: As :meth:`MPPDMonitor.compare`.
@@ -53,17 +54,31 @@ def compare(
     Source: Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024).
 
     Examples:
-        >>> from spikingjelly.activation_based import neuron
-        >>> net, x = nn.Sequential(nn.Linear(3, 2), neuron.LIFNode(step_mode="m")), torch.rand(5, 3)
-        >>> compare(net, x, x + 0.1, T=4)["1"].ms_mppd.shape
+        >>> from sj_robust.models import pretrained
+        >>> x = torch.rand(5, 1, 8, 8)
+        >>> compare(pretrained("digits/dlif-at-mppd"), x, (x + 0.1).clamp(max=1))["stages.1"].ms_mppd.shape
         torch.Size([4])
     """
+    watched, forward = as_watched(net, T, mean, std)
+    with MPPDMonitor(watched) as monitor:
+        stats = monitor.compare(x, x_perturbed, forward=forward)
+    if stats.silent:
+        warnings.warn(
+            f"{', '.join(stats.silent)} never fired: nothing goes through, so that the network is blind there and no "
+            "perturbation moves it; check the weights, mean and std, or train it",
+            stacklevel=2,
+        )
+    return stats
+
+
+def as_watched(
+    net: nn.Module, T: int | None, mean: Sequence[float] | None, std: Sequence[float] | None
+) -> tuple[nn.Module, nn.Module | None]:
+    """What a monitor hooks, and what runs it: the network itself if it gets its own inputs, else its classifier."""
     if T is None and mean is None and std is None and not isinstance(net, SpikingClassifier):
-        with MPPDMonitor(net) as monitor:
-            return monitor.compare(x, x_perturbed)
+        return net, None
     model = as_classifier(net, T, mean=mean, std=std)
-    with MPPDMonitor(model.net if isinstance(model, SpikingClassifier) else net) as monitor:
-        return monitor.compare(x, x_perturbed, forward=model)
+    return model.net if isinstance(model, SpikingClassifier) else net, model
 
 
 class MPPDMonitor(BaseMonitor):

@@ -14,6 +14,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from sj_robust._console import moving, working
 from sj_robust._environment import bfloat16_units, environment
+from sj_robust.evaluation import Gallery
 from sj_robust.training.history import EpochRecord
 
 __all__ = ["Journal"]
@@ -162,6 +163,17 @@ class Journal:
             for name, value in (values | {"train/lr": record.lr} | dict(scalars)).items():
                 self._writer.add_scalar(name, value, record.epoch)
         self._times = [time.monotonic()]
+
+    def show_gallery(self, name: str, gallery: Gallery, epoch: int) -> None:
+        """Images under attack, both runs, and histograms of what moves in every layer, for TensorBoard."""
+        if self._folder is None:
+            return
+        with SummaryWriter(self._folder / "tensorboard" / name) as writer:
+            for title, figure in gallery.figures().items():
+                writer.add_figure(f"attack/{title}", figure, epoch)
+            for layer, trace in gallery.traces.items():
+                writer.add_histogram(f"potential/{layer}", trace.v_seq, epoch)
+                writer.add_histogram(f"mppd/{layer}", trace.eps, epoch)
 
     def _fitting(self, losses: Mapping[str, float], rate: str) -> str:
         """The longest of the texts on a step that the line has room for beside name, bar and time."""

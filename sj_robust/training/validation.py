@@ -1,6 +1,7 @@
 """How good a network in training is: validation of every epoch, and the report at the end."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 
 import torch
@@ -13,7 +14,7 @@ from sj_robust._preserved import evaluation_mode
 from sj_robust.attacks import Attack, eps_text
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.data import ImageSplits, image_loader
-from sj_robust.evaluation import Report, ThreatModel, accuracy, evaluate_attacks, wilson_interval
+from sj_robust.evaluation import Report, ThreatModel, accuracy, evaluate_attacks, gallery, wilson_interval
 from sj_robust.perturbation import MPPDMonitor
 from sj_robust.stability import certify, gain_scalars, verify
 from sj_robust.training.history import EpochRecord, catastrophic_overfitting
@@ -157,6 +158,8 @@ def final_report(
 ) -> Report:
     """Report of a trained network on the test images, with the curves of its training. 训练结束后的评估。
 
+    TensorBoard gets pictures of an attack on validation images.
+
     Args:
         name: Name of the network in the report.
         classifier: The network.
@@ -172,6 +175,11 @@ def final_report(
     loader = image_loader(splits.test, 32 if splits.frames else 512)
     with journal.steps(f"evaluating {name} on {len(splits.test)} test images", len(loader)) as step:
         report = evaluate_attacks(classifier, loader, attacks, threat=threat, network=name, seed=seed, on_batch=step)
+    if threat.eps > 0 and len(splits.validation):
+        x, y = next(iter(image_loader(splits.validation, _BATCH)))
+        with suppress(ValueError):  # no image is right
+            shown = gallery(classifier, x, y, eps=threat.eps, norm="Linf", seed=seed)
+            journal.show_gallery(name.replace(" ", "_"), shown, len(history))
     heads = [history[: end + 1] for end in range(len(history))] if single_step else []
     notes = tuple(f"{name}: {warning}" for warning in map(catastrophic_overfitting, heads) if warning)
     if verified_eps is not None:

@@ -9,10 +9,13 @@ commands find it. Above a fence may stand
     <!-- example: add to evaluate.py: --suite fast -->   the same for one recipe; several such lines may stand together
     <!-- example: options only: needs CIFAR-10 -->       the recipes' parsers check the options, nothing is run
     <!-- example: not run: installs packages -->         only files, extras and imports that the block names are checked
+    <!-- example: prints -->                             what the block prints is the block of text below it: words are
+                                                         equal, numbers within a tenth, and ... is anything
 """
 
 import contextlib
 import doctest
+import io
 import re
 import sys
 import tempfile
@@ -38,16 +41,17 @@ from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
 
 RUN = {"python": "python", "pycon": "session", "bash": "shell", "sh": "shell"}
 """Languages that are run, and how."""
-KEPT = ("text", "yaml", "toml", "json", "csv", "bibtex", "cpp", "diff", "html", "markdown")
+KEPT = ("text", "yaml", "toml", "json", "csv", "bibtex", "cpp", "diff", "html", "markdown", "mermaid")
 """Languages that are not run."""
 FENCES = RawFencedCodeBlockLexer(re.compile(r"(?P<language>[\w+-]*).*\n"))
 FILE_NAME = re.compile(r"# ([\w-]+\.(?:py|ya?ml|toml|json))\n")
 DIRECTIVE = re.compile(
     r"^ *<!-- example: (?:add(?: to (?P<recipe>\w+)\.py:)? (?P<options>-.+)"
-    r"|(?P<kind>options only|not run): (?P<reason>.+)) -->\n",
+    r"|(?P<kind>options only|not run): (?P<reason>.+)|(?P<prints>prints)) -->\n",
     re.MULTILINE,
 )
 LOOKS_LIKE_ONE = re.compile(r"^ *<!--\s*example\b", re.MULTILINE)
+WORD = re.compile(r"\d+(?:\.\d+)?(?:e[-+]?\d+)?|[^\W\d]+|[^\w\s]")
 CLOSED = re.compile(r"\n *(`{3,}|~{3,}) *\Z")
 SESSION = DocTestStringParser(DocTestEvaluator(doctest.NORMALIZE_WHITESPACE))
 
@@ -70,6 +74,8 @@ class Block:
     """Recipe, or None for all, and the options to add to its commands."""
     reasons: dict[str, str]
     """Why it is ``options only`` or ``not run``."""
+    printed: str | None = None
+    """What it has to print, if that is compared."""
 
 
 def documentation_pages() -> list[Path]:
@@ -105,7 +111,8 @@ def blocks_of(document: Document) -> list[Block]:
                 other.start() for other in directives.values()
             }
             check(next_one, one.start(), "no block on the line below this directive")
-    for fence in sorted(fences, key=lambda fence: fence.start):
+    fences.sort(key=lambda fence: fence.start)
+    for fence, following in zip(fences, [*fences[1:], None], strict=True):
         above, start = [], fence.start
         while start in directives:
             above.append(directives[start])
@@ -114,14 +121,21 @@ def blocks_of(document: Document) -> list[Block]:
         added = tuple((one["recipe"], one["options"]) for one in reversed(above) if one["options"])
         reasons = {one["kind"]: one["reason"] for one in above if one["kind"]}
         how, known = RUN.get(language), ", ".join([*RUN, *KEPT])
+        printed = None
+        if any(one["prints"] for one in above):
+            shown = following is not None and following.lexemes["language"] == "text"
+            check(shown and not text[fence.end : following.start].strip(), fence.start, "no block of text right below")
+            printed = following.lexemes["source"]
         check(CLOSED.search(text, fence.start, fence.end), fence.start, "this block has no end")
         check(how or language in KEPT, fence.start, f"language {language!r} of this block; take one of {known}")
         check(how or not above, fence.start, f"a directive above a block of {language}, which is not run anyway")
-        only_shell = how == "shell" or not (added or "options only" in reasons)
+        only_shell = (how in ("shell", "python") or printed is None) and (
+            how == "shell" or not (added or "options only" in reasons)
+        )
         check(only_shell, fence.start, f"only 'not run' may stand above a block of {language}")
         check(not reasons or len(above) == 1, fence.start, "several directives that exclude each other")
         check(how != "session" or ">>>" in code, fence.start, "no >>> in this block")
-        blocks.append(Block(fence, line_of(fence.start), how, code, added, reasons))
+        blocks.append(Block(fence, line_of(fence.start), how, code, added, reasons, printed))
     return blocks
 
 
@@ -180,7 +194,9 @@ def evaluate(block: Block, example: Example) -> str | None:
         elif block.how == "shell":
             return run_commands(block, page.shell)
         elif block.how == "python":
-            PythonEvaluator()(example)
+            with contextlib.redirect_stdout(io.StringIO()) as said:
+                PythonEvaluator()(example)
+            return unlike(said.getvalue(), block.printed)
         elif block.how == "session":
             return SESSION.evaluator(example)
     return None
@@ -188,11 +204,12 @@ def evaluate(block: Block, example: Example) -> str | None:
 
 def run_commands(block: Block, shell: Shell) -> str | None:
     """Run the commands of a block one after the other, or let the recipes check their options alone."""
-    recipes, only_options = [], "options only" in block.reasons
+    recipes, said, only_options = [], "", "options only" in block.reasons
     commands = logical_lines(block.code)
     for offset, command in commands:
         try:
             recipes += shell.run(command, block.added, only_options=only_options)
+            said += shell.said
         except CommandError as error:
             return f"line {block.line + 1 + offset}: {command}\n{error}"
     if not commands:
@@ -200,7 +217,34 @@ def run_commands(block: Block, shell: Shell) -> str | None:
     if only_options and not recipes:
         return "'options only' above a block without a recipe's command"
     unused = [(one, options) for one, options in block.added if one not in recipes and (one or not recipes)]
-    return f"'add' finds no command of its recipe in the block: {unused}" if unused else None
+    if unused:
+        return f"'add' finds no command of its recipe in the block: {unused}"
+    return unlike(said, block.printed)
+
+
+def unlike(said: str, printed: str | None) -> str | None:
+    """What is wrong with the printed text of a page, where a block really said something."""
+    if printed is None:
+        return None
+    words = WORD.findall(said)
+    first, *parts = ([*WORD.findall(part)] for part in printed.split("..."))
+    place = 0
+    for number, part in enumerate((first, *parts)):
+        starts = range(place, len(words) - len(part) + 1)
+        starts = starts[:1] if number == 0 else starts[-1:] if number == len(parts) else starts
+        found = next((start for start in starts if all(map(same, words[start:], part))), None)
+        if found is None or (not parts and len(words) > len(part)):
+            return f"the page shows\n{printed}and the block printed\n{said}, which differs at {' '.join(part[:8])!r}"
+        place = found + len(part)
+    return None
+
+
+def same(word: str, shown: str) -> bool:
+    """Whether two words are equal, or numbers within a tenth."""
+    try:
+        return abs(float(word) - float(shown)) <= 0.1 * abs(float(shown))
+    except ValueError:
+        return word == shown
 
 
 def opened(namespace: dict[str, Any]) -> None:

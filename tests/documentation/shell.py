@@ -121,6 +121,7 @@ class Shell:
             finally:
                 with contextlib.suppress(ProcessLookupError):
                     os.killpg(process.pid, signal.SIGKILL)  # what a command left running, too
+        self.said = said
         if process.returncode != 0:
             raise CommandError(f"exit code {process.returncode}\n{said}")
         words = (self.state / "environment").read_bytes().decode().split("\0")

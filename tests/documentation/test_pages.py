@@ -1,5 +1,6 @@
 """The examples' Sybil: every page is a test, and one that is wrong fails, with the line."""
 
+import contextlib
 import re
 import sys
 import time
@@ -97,6 +98,7 @@ WRONG = {
     "no end": ("```python\nx = 1\n", 1, "no end"),
     "unknown directive": (fence("bash", "true", above=["<!-- example: skip: x -->"]), 3, "no such directive"),
     "directive of lines": (fence("bash", "true", above=["<!-- example: add", "-->"]), 3, "in one line"),
+    "nothing printed": (fence("python", "x = 1", above=["<!-- example: prints -->"]), 4, "no block of text right"),
     "no options": (fence("bash", "recipes/sweep.py", above=["<!-- example: add -->"]), 3, "no such directive"),
     "no reason": (fence("bash", "true", above=["<!-- example: not run -->"]), 3, "no such directive"),
     "empty reason": (fence("bash", "true", above=["<!-- example: options only: -->"]), 3, "no such directive"),
@@ -165,6 +167,27 @@ def test_what_is_right_in_blocks_that_are_not_run(tmp_path):
         "python recipes/benchmark.py --what conv4",
     ]
     run(tmp_path, fence("bash", *commands, above=[OPTIONS_ONLY]))
+
+
+@pytest.mark.parametrize(
+    ("printed", "fault"),
+    [
+        ("at most 26.0 %, T = 4", None),
+        ("at ... T = 4", None),
+        ("... T = 4", None),
+        ("at most 40.0 %, T = 4", "differs at 'at most 40.0"),
+        ("at most 26.0 %, T = 5", "differs"),
+        ("at most ... steps", "differs at 'steps'"),
+        ("at most 26.0 %", "differs"),
+        ("least ...", "differs at 'least'"),
+    ],
+)
+def test_what_a_block_prints_is_compared(printed, fault, tmp_path):
+    for language, code in (("python", "print('at most 25.6 %,', 'T = 4')"), ("bash", "echo 'at most 25.6 %, T = 4'")):
+        text = fence(language, code, above=["<!-- example: prints -->"]) + f"```text\n{printed}\n```\n"
+        text = text.replace("```\n```text", "```\n\n```text")
+        with pytest.raises(SybilFailure, match=fault) if fault else contextlib.nullcontext():
+            run(tmp_path, text)
 
 
 def test_a_command_that_takes_too_long_is_ended_with_all_it_started(tmp_path, monkeypatch):

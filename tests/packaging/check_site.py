@@ -1,6 +1,6 @@
 """Every public name has its place on the built site: ``python tests/packaging/check_site.py FOLDER``.
 
-The site's ``objects.inv`` lists what was really rendered, which the text of ``docs/api.md`` alone does not tell.
+The site's ``objects.inv`` lists what was really rendered, which the text of ``docs/api`` alone does not tell.
 """
 
 import sys
@@ -27,9 +27,7 @@ def main():
     # a function that bears its file's name, such as attacks.apgd, is hidden behind the file and named by both
     missing = sorted(name for name in wanted if not {name, f"{name}.{name.rpartition('.')[2]}"} & found)
     if missing:
-        sys.exit(
-            f"not on the site: {', '.join(missing)}; docs/api.md names the modules, and a constant needs a docstring"
-        )
+        sys.exit(f"not on the site: {', '.join(missing)}; docs/api names the modules, and a constant needs a docstring")
     print(f"{len(wanted)} public names are on the site")
 
 

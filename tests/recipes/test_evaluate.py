@@ -34,7 +34,7 @@ def test_from_checkpoint_to_report(folder, capsys):
     report = RobustnessReport.load(run / "report.json")
     plots = {
         f"{name}.{end}"
-        for name in ("accuracy_over_eps", "attacks", "potential", "potential_more")
+        for name in ("accuracy_over_eps", "attacks", "potential", "potential_more", "gallery", "spikes", "membrane")
         for end in ("png", "pdf")
     }
     files = {path.name for path in run.iterdir()}

@@ -69,6 +69,12 @@ def test_the_help_fits_the_terminal_and_shows_every_option_once(recipe, columns,
     assert len(wide) <= (0 if columns >= 80 else 12), wide
     assert max(map(len, lines)) > width - 25
     assert all(line == line.rstrip() for line in lines)
+    few = RecipeParser(recipe.Options, all_in_help=False).format_help()
+    shown = [
+        one for one in parser.options.values() if re.search(rf"^  {re.escape(one.flag)}(?= |$)", few, re.MULTILINE)
+    ]
+    assert len(shown) <= 18
+    assert {one.name for one in shown if one.in_short_help} == {n for n, o in parser.options.items() if o.in_short_help}
     for one in parser.options.values():
         assert len(re.findall(rf"^  {re.escape(one.flag)}(?= |$)", text, re.MULTILINE)) == 1, one.flag
         assert all(re.search(rf"(?<!\w){re.escape(choice)}(?!\w)", text) for choice in one.value[1]), one.name

@@ -36,7 +36,7 @@ else:
 
 __all__ = [
     "AtLeastTwo", "DatasetName", "NonNegativeInt", "OpenUnitInterval", "Option", "PositiveInt", "Radius", "deciding",
-    "idle", "option", "options_of",
+    "idle", "often", "option", "options_of",
 ]  # fmt: skip
 
 Radius: TypeAlias = Annotated[float | str, parse_eps]
@@ -61,6 +61,7 @@ class Option:
         idle: Whether it changes nothing, given all options; None if it always changes something.
         positional: Whether a bare word of the command line is its value.
         runs_code: Whether it can name code to run, which is taken from the command line alone, not from a folder.
+        in_short_help: Whether it is one of those that people change; where some are, ``--help`` shows these alone.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Option:
     idle: Callable[[Any], bool] | None = None
     positional: bool = False
     runs_code: bool = False
+    in_short_help: bool = False
 
     @property
     def flag(self) -> str:
@@ -111,6 +113,7 @@ def option(
     idle: Callable[[Any], bool] | None = None,
     positional: bool = False,
     runs_code: bool = False,
+    in_short_help: bool = False,
 ) -> ValueT:
     """A field of a recipe's ``Options``, which type checkers see as its default value; see :class:`Option`.
 
@@ -121,10 +124,15 @@ def option(
     (15, 'Passes over the training images.')
     """
     said = {"words": words, "group": group, "metavar": metavar, "decides": decides}
-    metadata = said | {"idle": idle, "positional": positional, "runs_code": runs_code}
+    metadata = said | {"idle": idle, "positional": positional, "runs_code": runs_code, "in_short_help": in_short_help}
     if isinstance(default, list | dict):
         return field(default_factory=lambda: copy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def often(default: ValueT, words: str, **said: Any) -> ValueT:
+    """An :func:`option` that people change, and ``--help`` shows."""
+    return option(default, words, in_short_help=True, **said)
 
 
 def options_of(options_type: type[Any]) -> tuple[Option, ...]:

@@ -1,5 +1,6 @@
 """Options of a recipe from the words of its command line: jsonargparse, with short help and errors in a line."""
 
+import argparse
 import difflib
 import inspect
 import json
@@ -36,8 +37,8 @@ class WrongUse(ValueError):  # noqa: N818  # the name of what was done, as Syste
 class RecipeParser(ArgumentParser):
     """Parser of a recipe's dataclass of options, see :func:`lab.command_line.option`."""
 
-    def __init__(self, options_type: type[Any]) -> None:
-        """Take the options over."""
+    def __init__(self, options_type: type[Any], *, all_in_help: bool = True) -> None:
+        """Take the options over; the help shows all of them, or those that people change often."""
         module = sys.modules[options_type.__module__]
         self.script = f"recipes/{Path(getattr(module, '__file__', None) or 'recipe.py').name}"
         self.options = {one.name: one for one in options_of(options_type)}
@@ -46,17 +47,23 @@ class RecipeParser(ArgumentParser):
         super().__init__(usage=usage, description=description, formatter_class=_Help)
         text = "Options from a YAML file; those on the command line after it win."
         self.add_argument("--config", action=ActionConfigFile, metavar="FILE", help=text)
+        self.all_flag = "--help-all" if any(one.in_short_help for one in self.options.values()) else "--help"
+        if self.all_flag == "--help-all":
+            text = "Print every option and stop; --help has those that are changed most."
+            self.add_argument("--help_all", action="help", help=text)
         group: Any = self
         for one in self.options.values():
             group = self.add_argument_group(one.group) if one.group else group
             metavar = shown_value(one)
             text = meaning(one) + (f" [default: {as_yaml(one.default)}]" if metavar else "")
+            if not (all_in_help or one.in_short_help or self.all_flag == "--help"):
+                text = argparse.SUPPRESS
             group.add_argument(f"--{one.name}", type=one.kind, default=one.default, help=text, metavar=metavar)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise WrongUse, in a line."""
         text = " ".join(self._explained(message).split())
-        raise WrongUse(f"{text}; every option: python {self.script} --help")
+        raise WrongUse(f"{text}; every option: python {self.script} {self.all_flag}")
 
     def values(self, given: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
         """All options by name, checked: from words of a command line, or from some of them as plain data."""
@@ -126,7 +133,8 @@ class _Help(DefaultHelpFormatter):
 
 def read_options(options_type: type[OptionsT], arguments: Sequence[str]) -> OptionsT:
     """Options from the words of a command line; WrongUse for a wrong one, SystemExit after ``--help``."""
-    return options_type(**RecipeParser(options_type).values(arguments))
+    few = not {"--help-all", "--help_all"} & set(arguments)
+    return options_type(**RecipeParser(options_type, all_in_help=not few).values(arguments))
 
 
 def parse_options(

@@ -22,7 +22,7 @@ def draw_neuron(data: OneNeuron) -> Figure:
     panels = figure.subplots(2, 2, sharex=True, sharey="row")
     titles = {
         "constant": ("(a) current {current:g}, perturbed by {shift:+g}", "(b) the two runs of (a) compared"),
-        "gaussian": ("(c) current {current:g}, perturbed by noise of std {std:g}", "(c) its two runs compared"),
+        "gaussian": ("(c) current {current:g}, perturbed by noise of std {std:g}", "(d) the two runs of (c) compared"),
     }
     for column, (name, case) in enumerate(data.cases.items()):
         upper, lower = panels[:, column]

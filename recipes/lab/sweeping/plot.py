@@ -3,13 +3,14 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lab.figures.style import COLOURS, DOUBLE, LINES, MARKERS, print_style, save
+from lab.figures.style import COLOURS, DOUBLE, GREY, LINES, MARKERS, print_style, save
 from lab.sweeping.grid import value_text
 from lab.sweeping.summary import Cell, is_within
 
@@ -36,7 +37,9 @@ def plot_effect(
     Values stand side by side in equal steps, since those of a weight such as rho crowd on any scale that has room for
     0. Bars are one standard deviation over the seeds to either side. A combination in which the option changes nothing
     is a line across without markers; a value at which another option changes nothing (``norm`` at rho 0) belongs to the
-    lines of all values of the latter. Width and type are those of two columns in print, as in Figure 3 of Ding et al.
+    lines of all values of the latter. More lines than there are colours go into a column of panels per training mode,
+    with a row per figure, a colour per neuron and thin grey lines across for modes in which the option changes nothing.
+    Width and type are those of two columns in print, as in Figure 3 of Ding et al.
     (ICML 2024). Returns PNG and PDF; nothing is drawn if the option is no axis or has not two numbers as values.
     """
     values = axes.get(option, ())
@@ -45,40 +48,98 @@ def plot_effect(
         return ()
     places = sorted(map(float, values))
     lines = _lines(cells, option)
-    across = min(3, len(columns))
-    down = math.ceil(len(columns) / across)
-    longest = max(len(label) for label in lines)
-    beside = max(1, min(len(lines), _LEGEND_WIDTH // (longest + 8)))
-    height = 0.3 + 1.75 * down + (0.16 * math.ceil(len(lines) / beside) if longest else 0.0)
+    facets = _facets(lines, option)
+    across = len(facets) if len(facets) > 1 else min(3, len(columns))
+    down = len(columns) if len(facets) > 1 else math.ceil(len(columns) / across)
+    labels = {line.label for own in facets.values() for line in own}
+    beside = max(1, min(len(labels), _LEGEND_WIDTH // (max(map(len, labels)) + 8)))
+    height = (
+        0.3 + (1.3 if len(facets) > 1 else 1.75) * down + (0.16 * math.ceil(len(labels) / beside) if any(labels) else 0)
+    )
     with print_style():
         figure = Figure(figsize=(DOUBLE, height), layout="constrained")
-        panels = figure.subplots(down, across, squeeze=False)
-        for number, (axes_, column) in enumerate(zip(panels.flat, columns, strict=False)):
-            _panel(axes_, lines, option, column, places)
-            axes_.set_title(_title(column, columns), loc="left")
-            axes_.set_xlabel(_WORDS.get(option, option) if number + across >= len(columns) else "")
-            axes_.set_ylabel("accuracy left, %" if number % across == 0 else "")
-        for axes_ in panels.flat[len(columns) :]:
+        panels = figure.subplots(down, across, squeeze=False, sharey="row" if len(facets) > 1 else "none")
+        pairs = [(column, own) for column in columns for own in facets]
+        for number, (axes_, (column, facet)) in enumerate(zip(panels.flat, pairs, strict=False)):
+            _panel(axes_, facets[facet], option, column, places)
+            title = _title(column, columns)
+            if len(facets) > 1:
+                axes_.set_title(facet if number < across else "", loc="left")
+                title = re.sub(r"(,?) (?=last|\(|cross)", r"\1\n", title) + ", %"
+            else:
+                axes_.set_title(title, loc="left")
+                title = "accuracy left, %"
+            axes_.set_xlabel(_WORDS.get(option, option) if number + across >= len(pairs) else "")
+            axes_.set_ylabel(title if number % across == 0 else "")
+        for axes_ in panels.flat[len(pairs) :]:
             axes_.set_axis_off()
-        handles, labels = _legend(list(panels.flat)[: len(columns)])
-        if any(labels):
-            figure.legend(handles, labels, loc="outside lower center", ncols=beside, handlelength=3)
+        handles, labelled = _legend(list(panels.flat)[: len(pairs)])
+        if any(labelled):
+            figure.legend(handles, labelled, loc="outside lower center", ncols=beside, handlelength=3)
         pdf, png = save(figure, path.parent, path.name)
     return png, pdf
 
 
-def _lines(cells: Sequence[Cell], option: str) -> dict[str, list[Cell]]:
-    """Cells by the label of the line that they belong to."""
+@dataclass(frozen=True)
+class _Line:
+    """A combination of the options beside the one that is drawn over: its label, cells and look."""
+
+    values: Mapping[str, Any]
+    label: str
+    cells: list[Cell]
+    look: Mapping[str, Any]
+
+
+def _lines(cells: Sequence[Cell], option: str) -> list[_Line]:
+    """A line for every combination, each with a look of its own."""
     others = [{name: value for name, value in cell.values.items() if name != option} for cell in cells]
     moving = [other for cell, other in zip(cells, others, strict=True) if option in cell.values]
-    lines: dict[str, list[Cell]] = {}
+    lines: dict[str, _Line] = {}
     for other, cell in zip(others, cells, strict=True):
         wider = [line for line in moving if len(line) > len(other) and is_within(other, line)]
-        for line in wider if wider and option in cell.values else [other]:
-            members = lines.setdefault(", ".join(_said(name, value) for name, value in line.items()), [])
+        for values in wider if wider and option in cell.values else [other]:
+            label = ", ".join(_said(name, value) for name, value in values.items())
+            number = len(lines)
+            shape = number + number // len(COLOURS)
+            look = _look(number, shape)
+            members = lines.setdefault(label, _Line(values, label, [], look)).cells
             if cell not in members:
                 members.append(cell)
-    return lines
+    return list(lines.values())
+
+
+def _look(colour: int, shape: int) -> dict[str, Any]:
+    return {
+        "color": COLOURS[colour % len(COLOURS)],
+        "linestyle": LINES[shape % len(LINES)],
+        "marker": MARKERS[shape % len(MARKERS)],
+    }
+
+
+def _facets(lines: Sequence[_Line], option: str) -> dict[str, list[_Line]]:
+    """Lines by the title of their column: all in one, or by training mode where they are too many for one panel."""
+    modes = list(dict.fromkeys(str(line.values.get("mode")) for line in lines))
+    if len(lines) <= len(COLOURS) or len(modes) < 2:
+        return {"": list(lines)}
+    moving = {mode for mode in modes for line in lines if line.values.get("mode") == mode
+              for cell in line.cells if option in cell.values}  # fmt: skip
+    neurons = list(dict.fromkeys(line.values.get("neuron") for line in lines))
+    still = [
+        replace(line, look=_look(0, number) | {"color": GREY})
+        for number, line in enumerate(line for line in lines if str(line.values.get("mode")) not in moving)
+    ]
+    facets: dict[str, list[_Line]] = {}
+    shapes: dict[str, int] = {}
+    for mode in (mode for mode in modes if mode in moving):
+        own = []
+        for line in (line for line in lines if str(line.values.get("mode")) == mode):
+            rest = {name: value for name, value in line.values.items() if name != "mode"}
+            label = ", ".join(_said(name, value) for name, value in rest.items())
+            kind = str({name: value for name, value in rest.items() if name != "neuron"})
+            look = _look(neurons.index(line.values.get("neuron")), shapes.setdefault(kind, len(shapes)))
+            own.append(replace(line, label=label, look=look))
+        facets[_WORDS.get(mode, mode)] = [*own, *still]
+    return facets
 
 
 def _said(name: str, value: Any) -> str:
@@ -97,29 +158,28 @@ def _title(column: str, columns: Sequence[str]) -> str:
     return text if len(suites) == 1 else f"{text} ({suite or 'training'})"
 
 
-def _panel(axes: Axes, lines: Mapping[str, Sequence[Cell]], option: str, column: str, places: Sequence[float]) -> None:
-    for number, (label, members) in enumerate(lines.items()):
-        known = [(cell, figure) for cell in members if (figure := cell.statistic(column)) is not None]
+def _panel(axes: Axes, lines: Sequence[_Line], option: str, column: str, places: Sequence[float]) -> None:
+    moving = sum(any(option in cell.values for cell in line.cells) for line in lines)
+    for number, line in enumerate(lines):
+        known = [(cell, figure) for cell in line.cells if (figure := cell.statistic(column)) is not None]
         points = [(places.index(float(cell.values[option])), f) for cell, f in known if option in cell.values]
         points.sort(key=lambda point: point[0])
-        look: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "label": label}
-        dashes = LINES[(number + number // len(COLOURS)) % len(LINES)]
         if points:
-            shift = 0.06 * (number - (len(lines) - 1) / 2) * min(1.0, 4 / len(lines))  # keeps bars apart
+            shift = 0.06 * (number - (moving - 1) / 2) * min(1.0, 4 / moving)  # keeps bars apart
             axes.errorbar(
                 [place + shift for place, _ in points],
                 [100 * figure.mean for _, figure in points],
                 yerr=[100 * (math.nan if figure.spread is None else figure.spread) for _, figure in points],
-                linestyle=dashes,
-                marker=MARKERS[(number + number // len(COLOURS)) % len(MARKERS)],
                 elinewidth=0.7,
                 capsize=1.5,
-                **look,
+                label=line.label,
+                **line.look,
             )
         for figure in (figure for cell, figure in known if option not in cell.values):
             middle, half = 100 * figure.mean, 100 * (figure.spread or 0.0)
-            axes.axhline(middle, linestyle=dashes, **look)
-            axes.axhspan(middle - half, middle + half, color=look["color"], alpha=0.1, linewidth=0)
+            across = {name: value for name, value in line.look.items() if name != "marker"}
+            axes.axhline(middle, label=line.label, **across)
+            axes.axhspan(middle - half, middle + half, color=line.look["color"], alpha=0.1, linewidth=0)
     every = math.ceil(len(places) / _MOST_TICKS)
     axes.set_xticks(range(0, len(places), every), [value_text(place) for place in places[::every]])
     axes.set_xlim(-0.4, len(places) - 0.6)

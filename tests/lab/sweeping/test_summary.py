@@ -190,3 +190,22 @@ def test_the_figure_tells_lines_and_values_apart(records, tmp_path, monkeypatch)
     assert drawn[1].legends == []
     for name in ("mode", "tau"):  # of words, and of nothing that differs
         assert plot_effect(cells_of(runs, axes), axes, name, ["clean"], tmp_path / "effect") == ()
+
+
+def test_more_lines_than_colours_go_into_a_column_per_mode(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plot, "save", lambda figure, folder, name: drawn.append(figure) or (folder, folder))
+    runs = [
+        record(mode, rho, 0, 50, neuron=neuron, norm=norm)
+        for neuron in ("lif", "dlif") for mode in ("gaussian", "at") for norm in ("l1", "l2") for rho in (0.3, 1.0)
+    ]  # fmt: skip
+    runs += [record("none", 0.0, 0, 5, neuron=neuron) for neuron in ("lif", "dlif")]
+    plot_effect(cells_of(runs, axes_in(runs)), axes_in(runs), "rho", ["clean", "pgd20"], tmp_path / "effect-rho")
+    (figure,) = drawn
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["AT", "Gaussian", "", ""]
+    assert [axes.get_ylabel() for axes in figure.axes] == ["clean, %", "", "PGD-20, %", ""]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert set(labels) == {"LIF, undefended", "DLIF, undefended", "LIF, l1", "LIF, l2", "DLIF, l1", "DLIF, l2"}
+    looks = {one.get_label().partition(",")[0]: one.lines[0].get_color() for one in figure.axes[1].containers}
+    assert len(figure.axes[1].containers) == 4
+    assert len(set(looks.values())) == 2, "a colour per neuron"

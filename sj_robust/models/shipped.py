@@ -1,0 +1,98 @@
+"""Trained networks that come with the package, each with a card that says how robust it was found to be."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sj_robust._saved import markdown_table
+from sj_robust._shown import Shown
+from sj_robust.classifier import SpikingClassifier
+from sj_robust.models.build import NetworkSpec, build_classifier
+from sj_robust.models.checkpoint import load_checkpoint
+
+__all__ = ["PretrainedCard", "pretrained", "pretrained_file", "pretrained_networks"]
+
+_FOLDER = Path(__file__).with_name("trained")
+
+
+@dataclass(frozen=True, repr=False)
+class PretrainedCard(Shown):
+    """What is known of a network that comes with the package. 预训练网络的说明卡。
+
+    Attributes:
+        name: Name that :func:`pretrained` takes.
+        summary: Neuron and training in a few words.
+        command: Command of this repository that trained it.
+        clean: Test images that are right without an attack, in per cent.
+        at_most: Robust accuracy at most, after every attack of the suite and its control, in per cent.
+        at_least: Robust accuracy at least, the images that are proved, in per cent.
+        found: Verdict of the evaluation: threat, number of images, suite, doubts.
+        made_with: Versions and commit.
+    """
+
+    name: str
+    summary: str
+    command: str
+    clean: float
+    at_most: float
+    at_least: float
+    found: str
+    made_with: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def verdict(self) -> str:
+        """Name, summary and what the evaluation found."""
+        return f"{self.name}, {self.summary}: clean {self.clean} %. {self.found}"
+
+    def table(self) -> str:
+        """All of it as Markdown."""
+        rows = [[name, str(value)] for name, value in asdict(self).items() if name != "made_with"]
+        return markdown_table(["", "value"], [*rows, *([name, str(value)] for name, value in self.made_with.items())])
+
+
+def pretrained(name: str) -> SpikingClassifier:
+    """A trained network, with which every example shows something true. 加载随包发布的预训练网络。
+
+    Shapes: images [N, 1, 8, 8] in [0, 1] of the digits of scikit-learn to logits [N, 10].
+
+    Args:
+        name: One of :func:`pretrained_networks`, such as ``"digits/dlif-at-mppd"``.
+
+    Returns:
+        The classifier in evaluation mode, on the CPU.
+
+    Raises:
+        ValueError: If there is no such network; the message lists those that there are.
+
+    Source: trained by ``python docs/results/pretrained.py``, after Ding et al. (ICML 2024).
+
+    Examples:
+        >>> import torch
+        >>> pretrained("digits/dlif-at-mppd")(torch.rand(2, 1, 8, 8)).shape
+        torch.Size([2, 10])
+    """
+    content = load_checkpoint(pretrained_file(name))
+    classifier = build_classifier(NetworkSpec(**content["description"]["network"]))
+    classifier.load_state_dict(content["model"])
+    return classifier.eval()
+
+
+def pretrained_networks() -> dict[str, PretrainedCard]:
+    """Card of every network that comes with the package, by its name. 随包发布的网络。
+
+    Examples:
+        >>> pretrained_networks()["digits/lif"].at_least
+        0.0
+    """
+    cards: dict[str, dict[str, Any]] = json.loads((_FOLDER / "cards.json").read_text(encoding="utf-8"))
+    return {name: PretrainedCard(name, **card) for name, card in cards.items()}
+
+
+def pretrained_file(name: str) -> Path:
+    """Checkpoint of a network that comes with the package; raises as :func:`pretrained`."""
+    known = pretrained_networks()
+    if name not in known:
+        raise ValueError(f"there is no pretrained network {name!r}; take one of {', '.join(known)}")
+    return _FOLDER / f"{name}.pt"

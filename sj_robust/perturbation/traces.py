@@ -1,0 +1,193 @@
+"""Two runs of a network side by side, spike by spike: in which layer and at which step they part."""
+
+from collections import Counter
+from collections.abc import Sequence
+from math import ceil
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from sj_robust._saved import markdown_table
+from sj_robust._shown import BLUE, GREY, ORANGE, Shown, new_figure, print_style
+from sj_robust.perturbation._statistics import LayerTrace
+from sj_robust.perturbation.monitor import MPPDMonitor, as_watched
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["Traces", "trace"]
+
+_LAYERS, _NEURONS, _ACROSS = 8, 40, 4
+"""Layers and neurons of each that are drawn at most, and panels side by side."""
+
+
+class Traces(Shown, dict[str, LayerTrace]):
+    """Currents, spikes and potentials of both runs by layer, in order of execution. 两次运行的逐层轨迹。
+
+    Examples:
+        >>> from spikingjelly.activation_based import neuron
+        >>> x = torch.full((2, 1, 1), 0.9)
+        >>> trace(nn.Sequential(neuron.IFNode(step_mode="m")), x, x + 0.2)
+        <Traces: 1 spiking layer, T = 2, 1 pair of inputs; spikes part first in layer 0 at step 0 (1 of 1 pair)>
+    """
+
+    def parting(self, sample: int = 0) -> tuple[str, int] | None:
+        """Layer and step, from 0, of the first spike that only one of the two runs of a sample has; None if they agree.
+
+        The earliest step counts, and of the layers that part at it the one that is executed first.
+        """
+        steps = {name: _parted(layer, sample) for name, layer in self.items()}
+        known = {name: step for name, step in steps.items() if step is not None}
+        return min(known.items(), key=lambda item: item[1]) if known else None
+
+    @property
+    def verdict(self) -> str:
+        """How many layers and pairs, and where most of the pairs part."""
+        if not self:
+            return "no spiking layer"
+        steps, count = next(iter(self.values())).spike_seq.shape[:2]
+        (place, times), *_ = Counter(map(self.parting, range(count))).most_common()
+        where = "no spike differs" if place is None else f"spikes part first in layer {place[0]} at step {place[1]}"
+        layers, pairs = f"spiking layer{'' if len(self) == 1 else 's'}", f"pair{'' if count == 1 else 's'}"
+        return f"{len(self)} {layers}, T = {steps}, {count} {pairs} of inputs; {where} ({times} of {count} {pairs})"
+
+    def table(self) -> str:
+        """Markdown: the verdict, then per layer the share of spikes that differ at every step, in per cent."""
+        rows = [
+            [name, *(f"{100 * share:.1f}" for share in _differing(layer).flatten(1).double().mean(1).tolist())]
+            for name, layer in self.items()
+        ]
+        heads = [
+            "spikes that differ, %",
+            *(f"step {step}" for step in range(max((len(row) for row in rows), default=1) - 1)),
+        ]
+        return f"{self.verdict}.\n\n{markdown_table(heads, rows)}"
+
+    @print_style()
+    def plot(self, which: Literal["spikes", "potential"] = "spikes", *, sample: int = 0) -> "Figure":
+        """Spikes or membrane potentials of both runs, a panel per layer; a line where they part. 绘制脉冲与膜电位。
+
+        It needs matplotlib (extra ``recipes``). Of more than 8 layers the first and the last are drawn, of the neurons
+        of a layer those whose spikes differ most (for ``"potential"`` one of them).
+
+        Args:
+            which: ``"spikes"``, a raster of neurons and steps, or ``"potential"``, after the reset.
+            sample: Number of the pair.
+
+        Raises:
+            ValueError: If there is no such drawing or pair.
+        """
+        if which not in ("spikes", "potential"):
+            raise ValueError(f"which must be 'spikes' or 'potential', got {which!r}")
+        count = next(iter(self.values())).spike_seq.shape[1] if self else 0
+        if not 0 <= sample < count:
+            raise ValueError(f"sample must be from 0 to {count - 1}, got {sample}")
+        names = list(self)
+        if len(names) > _LAYERS:
+            names = [*names[: _LAYERS // 2], *names[-_LAYERS // 2 :]]
+        across = min(_ACROSS, len(names))
+        down = ceil(len(names) / across)
+        figure = new_figure(0.4 + 1.7 * across, 0.4 + (2.2 if which == "spikes" else 1.5) * down)
+        panels = figure.subplots(down, across, squeeze=False)
+        parting = self.parting(sample)
+        for axes, name in zip(panels.flat, names, strict=False):
+            here = None if parting is None or parting[0] != name else parting[1]
+            (_raster if which == "spikes" else _potential)(axes, self[name], sample)
+            axes.set_title(name if here is None else f"{name}: parts at step {here}", loc="left")
+            if here is not None:
+                axes.axvline(here, color=GREY, linestyle=":", linewidth=1.2)
+            axes.set_xlabel("time step")
+            axes.set_xlim(-0.5, len(self[name].spike_seq) - 0.5)
+            axes.xaxis.get_major_locator().set_params(integer=True)
+        for axes in panels.flat[len(names) :]:
+            axes.set_axis_off()
+        for row in panels:
+            row[0].set_ylabel("neuron" if which == "spikes" else "membrane potential")
+        found: dict[str, Any] = {}
+        for axes in panels.flat:
+            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+                found.setdefault(label, handle)
+        figure.legend(found.values(), found.keys(), loc="outside upper center", ncols=3)
+        return figure
+
+
+def trace(
+    net: nn.Module,
+    x: Tensor,
+    x_perturbed: Tensor,
+    *,
+    T: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> Traces:
+    """Both runs of a network, layer by layer, to be looked at. 记录并对比两次运行的脉冲与膜电位。
+
+    All of them is kept, 7 tensors of the size of a layer's output, so give it a few images.
+
+    Args:
+        net: As in :func:`compare`, and so are the others.
+        x: Clean images.
+        x_perturbed: Perturbed ones.
+        T: Number of time steps, for a bare network.
+        mean: Mean per channel that a bare network expects to be subtracted.
+        std: Standard deviation per channel that it expects to be divided by.
+
+    Raises:
+        ValueError: As :func:`compare`.
+
+    Source: what is drawn of two runs of one neuron in Figure 1 of Ding et al. (ICML 2024), for a whole network.
+
+    Examples:
+        >>> from sj_robust.models import pretrained
+        >>> x = torch.rand(2, 1, 8, 8)
+        >>> trace(pretrained("digits/lif"), x, x).parting() is None
+        True
+    """
+    watched, forward = as_watched(net, T, mean, std)
+    with MPPDMonitor(watched, keep="trace") as monitor:
+        return Traces({name: monitor[name][-1] for name in monitor.compare(x, x_perturbed, forward=forward)})
+
+
+def _differing(layer: LayerTrace) -> Tensor:
+    """Where only one run has a spike, [T, N, *] bool."""
+    return layer.spike_seq != layer.spike_seq_perturbed
+
+
+def _parted(layer: LayerTrace, sample: int) -> int | None:
+    """First step at which the spikes of a sample differ."""
+    steps = _differing(layer)[:, sample].flatten(1).any(1).nonzero()
+    return int(steps[0]) if len(steps) else None
+
+
+def _raster(axes: "Axes", layer: LayerTrace, sample: int) -> None:
+    """A mark per spike: of both runs, of the clean one alone, of the perturbed one alone."""
+    clean, perturbed = (spikes[:, sample].flatten(1) != 0 for spikes in (layer.spike_seq, layer.spike_seq_perturbed))
+    order = ((clean != perturbed).sum(0) * 1000 + (clean | perturbed).sum(0)).argsort(descending=True, stable=True)
+    chosen = order[:_NEURONS].sort().values
+    clean, perturbed = clean[:, chosen], perturbed[:, chosen]
+    for spikes, label, marker, color in (
+        (clean & perturbed, "both", "|", GREY),
+        (clean & ~perturbed, "clean only", "o", BLUE),
+        (perturbed & ~clean, "perturbed only", "x", ORANGE),
+    ):
+        steps, neurons = spikes.nonzero(as_tuple=True)
+        axes.plot(steps.tolist(), neurons.tolist(), marker, color=color, label=label, markerfacecolor="none")
+    axes.set_ylim(-1, len(chosen))
+    axes.set_yticks([])
+    axes.grid(visible=False)
+
+
+def _potential(axes: "Axes", layer: LayerTrace, sample: int) -> None:
+    """Potential of the neuron whose spikes differ most, and of those the one that moves most; filled where it fires."""
+    moved = layer.full[:, sample].flatten(1).abs().amax(0)
+    neuron = int((_differing(layer)[:, sample].flatten(1).sum(0) + moved / (1 + moved.max())).argmax())
+    for v_seq, spike_seq, label, line, color in (
+        (layer.v_seq, layer.spike_seq, "clean", "o-", BLUE),
+        (layer.v_seq_perturbed, layer.spike_seq_perturbed, "perturbed", "s--", ORANGE),
+    ):
+        values, spikes = (seq[:, sample].flatten(1)[:, neuron] for seq in (v_seq, spike_seq))
+        fired = torch.nonzero(spikes)[:, 0].tolist()
+        axes.plot(values.tolist(), line, color=color, label=label, markerfacecolor="none")
+        axes.plot(fired, values[fired].tolist(), line[0], color=color)

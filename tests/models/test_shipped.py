@@ -1,0 +1,73 @@
+"""The networks that come with the package are what their cards, the README and the page of results say."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from lab.command_line import deciding, read_options
+
+from sj_robust.data import image_loader, load_images
+from sj_robust.evaluation.subject import from_checkpoint
+from sj_robust.models import pretrained, pretrained_networks
+from sj_robust.models.shipped import pretrained_file
+
+ROOT = Path(__file__).parents[2]
+CARDS = pretrained_networks()
+
+
+@pytest.fixture(scope="module")
+def images():
+    return next(iter(image_loader(load_images("digits").test, 360)))
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_a_network_gets_right_what_its_card_says(name, images):
+    x, y = images
+    correct = int((pretrained(name)(x).argmax(1) == y).sum())
+    assert abs(correct / 3.6 - CARDS[name].clean) < 0.3, "one image, where rounding differs"
+
+
+@pytest.mark.parametrize("name", CARDS)
+def test_a_network_was_trained_by_the_command_of_its_card(name):
+    import adv_train
+
+    words = CARDS[name].command.split()
+    assert words[:2] == ["python", "recipes/adv_train.py"]
+    words = [str(ROOT / word) if word.startswith("recipes/") else word for word in words[2:]]
+    wanted = deciding(adv_train.completed(read_options(adv_train.Options, words)), "result")
+    assert from_checkpoint(Path(name)).options == wanted
+
+
+def test_they_are_small_and_in_the_package():
+    files = [pretrained_file(name) for name in CARDS]
+    assert len(files) >= 4
+    assert sum(file.stat().st_size for file in files) < 300_000
+    assert {file.name for file in files} == {file.name for file in files[0].parent.iterdir()}
+
+
+def test_cards_tell_a_defended_network_from_an_undefended_one():
+    lif, defended = CARDS["digits/lif"], CARDS["digits/dlif-at-mppd"]
+    certified = CARDS["digits/dlif-certified"]
+    assert lif.at_most < defended.at_most < certified.at_least <= certified.at_most <= certified.clean
+    assert "suite fast (a first impression)" in lif.verdict
+    assert len(repr(lif)) < 1500
+    assert "| command | python recipes/adv_train.py" in lif.table()
+
+
+def test_names_are_checked():
+    with pytest.raises(ValueError, match="no pretrained network 'digits/dlif'; take one of digits/lif, "):
+        pretrained("digits/dlif")
+    assert torch.equal(
+        from_checkpoint(Path("digits/lif")).model.state_dict()["net.first.weight"],
+        pretrained("digits/lif").state_dict()["net.first.weight"],
+    )
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/results/pretrained.md"])
+def test_the_table_of_a_page_is_that_of_the_cards(page):
+    shown = re.findall(r"^\| (.+?) \| `(digits/.+?)` \| (.+?) \| (.+?) \| (.+?) \|$", (ROOT / page).read_text(), re.M)
+    assert shown == [
+        (card.summary, name, f"{card.clean:.1f}", f"{card.at_most:.1f}", f"{card.at_least:.1f}")
+        for name, card in CARDS.items()
+    ]
