@@ -110,7 +110,7 @@ def save_html(report: RobustnessReport, path: Path, gallery: Gallery | None = No
         >>> path.read_text(encoding="utf-8").startswith("<!DOCTYPE html>")
         True
     """
-    write_whole(path, to_html(report))
+    write_whole(path, to_html(report, gallery))
 
 
 def to_html(report: RobustnessReport, gallery: Gallery | None = None) -> str:

@@ -13,7 +13,7 @@ from torch import nn
 from sj_robust.data import image_loader, load_images
 from sj_robust.evaluation import gallery
 from sj_robust.evaluation.drawings import plot_robustness
-from sj_robust.evaluation.html import to_html
+from sj_robust.evaluation.html import save_html
 from sj_robust.models import pretrained
 from sj_robust.perturbation import trace
 from sj_robust.training import Journal
@@ -97,8 +97,9 @@ def test_runs_part_at_the_first_spike_that_differs():
             found.plot(**wrong)
 
 
-def test_the_page_holds_the_pictures_folded(shown):
-    text = to_html(report(), shown)
+def test_the_page_holds_the_pictures_folded(shown, tmp_path):
+    save_html(report(), tmp_path / "report.html", shown)
+    text = (tmp_path / "report.html").read_text(encoding="utf-8")
     page = Page(text)
     names = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
     assert len(names) == len(set(names))
