@@ -19,8 +19,8 @@ from sj_robust.evaluation.member import Member, check_estimator, clock, craft, f
 from sj_robust.randomness import SampleSeeds
 
 __all__ = [
-    "CANDIDATES", "EstimatorSearch", "EstimatorTrial", "event_attack", "expectation", "random_event_attack",
-    "search_estimators", "short_attack",
+    "CANDIDATES", "EstimatorSearch", "EstimatorTrial", "confident", "event_attack", "expectation",
+    "random_event_attack", "search_estimators", "short_attack",
 ]  # fmt: skip
 
 CANDIDATES = (
@@ -157,7 +157,7 @@ def search_estimators(
 def short_attack(threat: ThreatModel, steps: int, *, draws: int = 1, queries: int = 0) -> Attack:
     """APGD-CE for a first impression; on events their own attack, with ``queries`` random exchanges."""
     if threat.of_events:
-        return partial(event_attack(threat), steps=steps, queries=queries, reduce=False)
+        return partial(event_attack(threat), steps=steps, queries=queries, reduce=False, **confident(draws))
     return partial(apgd, eps=threat.eps, norm=threat.ball, steps=steps, **expectation(draws))
 
 
@@ -177,6 +177,11 @@ def random_event_attack(threat: ThreatModel, *, allow: Allow) -> "partial[Tensor
 
 def _moves(threat: ThreatModel) -> dict[str, Any]:
     return {"moves": int(threat.eps), "largest_shift": threat.largest_shift, "total_shift": threat.total_shift}
+
+
+def confident(draws: int) -> dict[str, Any]:
+    """Options of an attack on events where the network draws random numbers; confidence is in units of logits."""
+    return {} if draws == 1 else {"eot_samples": draws, "confidence": 0.1}
 
 
 def expectation(draws: int) -> dict[str, Any]:

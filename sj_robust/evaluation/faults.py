@@ -56,12 +56,12 @@ class Fault:
     def __post_init__(self) -> None:
         if self.kind not in FAULTS:
             raise ValueError(f"kind must be one of {', '.join(FAULTS)}, got {self.kind!r}")
-        least, most, whole = _RANGES.get(self.kind, (0.0, 1.0, False))
+        kind = _KINDS[self.kind]
         number = isinstance(self.level, int | float) and not isinstance(self.level, bool)
-        if not number or not least <= self.level <= most or (whole and self.level % 1 != 0):
-            what = "an integer" if whole else "a number"
-            end = "" if most == math.inf else f" and <= {most:g}"
-            raise ValueError(f"level of {self.kind} must be {what} >= {least:g}{end}, got {self.level!r}")
+        if not number or not kind.least <= self.level <= kind.most or (kind.whole and self.level % 1 != 0):
+            what = "an integer" if kind.whole else "a number"
+            end = "" if kind.most == math.inf else f" and <= {kind.most:g}"
+            raise ValueError(f"level of {self.kind} must be {what} >= {kind.least:g}{end}, got {self.level!r}")
 
     @property
     def random(self) -> bool:
@@ -74,31 +74,6 @@ class Fault:
         return self.kind in ("lost_spikes", "added_spikes", "jitter")
 
 
-FAULTS: dict[str, tuple[float, ...]] = {
-    "weight_bits": (8, 6, 4, 3, 2),
-    "stuck_at_zero": (0.01, 0.02, 0.05, 0.1, 0.2),
-    "stuck_at_largest": (0.001, 0.002, 0.005, 0.01, 0.02),
-    "threshold_drift": (0.02, 0.05, 0.1, 0.2, 0.5),
-    "tau_drift": (0.02, 0.05, 0.1, 0.2, 0.5),
-    "lost_spikes": (0.01, 0.02, 0.05, 0.1, 0.2),
-    "added_spikes": (0.001, 0.002, 0.005, 0.01, 0.02),
-    "lost_steps": (1, 2, 3),
-    "first_steps": (7, 6, 5, 4, 3, 2, 1),
-    "jitter": (0.02, 0.05, 0.1, 0.2),
-}
-"""The kinds of fault, each with levels from mild to severe; jitter is in units of images."""
-
-_RANGES = {
-    "weight_bits": (2, 32, True),
-    "threshold_drift": (0, math.inf, False),
-    "tau_drift": (0, math.inf, False),
-    "lost_steps": (1, math.inf, True),
-    "first_steps": (1, math.inf, True),
-    "jitter": (0, math.inf, False),
-}
-"""Smallest and largest level, and whether it is an integer; the others are shares."""
-
-
 def default_faults(model: nn.Module) -> tuple[Fault, ...]:
     """Every kind at its levels of ``FAULTS``, as far as they exist for the T time steps of a network. 默认故障。
 
@@ -108,7 +83,8 @@ def default_faults(model: nn.Module) -> tuple[Fault, ...]:
         [1, 1]
     """
     T = model.T if isinstance(model, SpikingClassifier) else 1
-    levels = FAULTS | {kind: tuple(level for level in FAULTS[kind] if level < T) for kind in _OF_STEPS}
+    steps = ("lost_steps", "first_steps")
+    levels = FAULTS | {kind: tuple(level for level in FAULTS[kind] if level < T) for kind in steps}
     if isinstance(model, SpikingEventClassifier):
         levels["jitter"] = tuple(range(1, min(T, 4)))
     return tuple(Fault(kind, level) for kind in FAULTS for level in levels[kind])
@@ -135,7 +111,7 @@ def faulty(model: nn.Module, fault: Fault, *, seed: int = 0) -> nn.Module:
     with preserved(model):
         damaged = copy.deepcopy(model)
     with torch.no_grad():
-        _DAMAGE[fault.kind](damaged, fault.level, seed)
+        _KINDS[fault.kind].damage(damaged, fault.level, seed)
     return damaged
 
 
@@ -265,19 +241,32 @@ def _jittered(level: float, module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
     return x + (moved - x).detach()
 
 
-_OF_STEPS = ("lost_steps", "first_steps")
-_DAMAGE: dict[str, Callable[[nn.Module, float, int], None]] = {
-    "weight_bits": _quantised,
-    "stuck_at_zero": partial(_stuck, at_zero=True),
-    "stuck_at_largest": partial(_stuck, at_zero=False),
-    "threshold_drift": partial(_drifting, what="threshold"),
-    "tau_drift": partial(_drifting, what="tau"),
-    "lost_spikes": partial(_noisy_spikes, added=False),
-    "added_spikes": partial(_noisy_spikes, added=True),
-    "lost_steps": _lost_steps,
-    "first_steps": _first_steps,
-    "jitter": _jitter,
+@dataclass(frozen=True)
+class _Kind:
+    """What a kind of fault does, its usual levels and the range of its level."""
+
+    damage: Callable[[nn.Module, float, int], None]
+    levels: tuple[float, ...]
+    least: float = 0
+    most: float = 1
+    whole: bool = False
+
+
+_KINDS = {
+    "weight_bits": _Kind(_quantised, (8, 6, 4, 3, 2), least=2, most=32, whole=True),
+    "stuck_at_zero": _Kind(partial(_stuck, at_zero=True), (0.01, 0.02, 0.05, 0.1, 0.2)),
+    "stuck_at_largest": _Kind(partial(_stuck, at_zero=False), (0.001, 0.002, 0.005, 0.01, 0.02)),
+    "threshold_drift": _Kind(partial(_drifting, what="threshold"), (0.02, 0.05, 0.1, 0.2, 0.5), most=math.inf),
+    "tau_drift": _Kind(partial(_drifting, what="tau"), (0.02, 0.05, 0.1, 0.2, 0.5), most=math.inf),
+    "lost_spikes": _Kind(partial(_noisy_spikes, added=False), (0.01, 0.02, 0.05, 0.1, 0.2)),
+    "added_spikes": _Kind(partial(_noisy_spikes, added=True), (0.001, 0.002, 0.005, 0.01, 0.02)),
+    "lost_steps": _Kind(_lost_steps, (1, 2, 3), least=1, most=math.inf, whole=True),
+    "first_steps": _Kind(_first_steps, (7, 6, 5, 4, 3, 2, 1), least=1, most=math.inf, whole=True),
+    "jitter": _Kind(_jitter, (0.02, 0.05, 0.1, 0.2), most=math.inf),
 }
+
+FAULTS: dict[str, tuple[float, ...]] = {name: kind.levels for name, kind in _KINDS.items()}
+"""The kinds of fault, each with levels from mild to severe; jitter is in units of images."""
 
 
 def _weights(model: nn.Module) -> list[Tensor]:

@@ -27,7 +27,7 @@ from sj_robust.randomness import SampleSeeds
 
 __all__ = ["stress_network"]
 
-_EOT = 5
+_EOT = 3
 """Forwards that a gradient is averaged over on a network that draws random numbers."""
 
 

@@ -19,6 +19,7 @@ from sj_robust.attacks.threat import ThreatModel
 from sj_robust.evaluation.estimator_search import (
     CANDIDATES,
     EstimatorSearch,
+    confident,
     event_attack,
     expectation,
     random_event_attack,
@@ -187,13 +188,8 @@ class _Plan:
         """What is done to events."""
         return "flips" if self.threat.norm == "L0" else "moves"
 
-    @property
-    def sure(self) -> dict[str, Any]:
-        """Options of an attack on events where the network draws random numbers; confidence is in units of logits."""
-        return {} if self.eot_samples == 1 else {"eot_samples": self.eot_samples, "confidence": 0.1}
-
     def flips(self, estimator: str, restart: int = 0, *, runs: int = 1) -> Member:
-        attack = partial(event_attack(self.threat), restarts=runs, reduce=False, **self.sure)
+        attack = partial(event_attack(self.threat), restarts=runs, reduce=False, **confident(self.eot_samples))
         return self.member(self.changes, attack, estimator, restart)
 
     def flips_targeted(self, estimator: str) -> list[Member]:
@@ -201,7 +197,7 @@ class _Plan:
         if self.classes < 3:
             return []
         targets = min(3, self.classes - 1)
-        attack = partial(event_attack(self.threat), target_classes=targets, reduce=False, **self.sure)
+        attack = partial(event_attack(self.threat), target_classes=targets, reduce=False, **confident(self.eot_samples))
         return [self.member(f"{self.changes}_t", attack, estimator)]
 
     def random_flips(self, allow: Literal["both", "remove"]) -> Member:
