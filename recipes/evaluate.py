@@ -113,7 +113,8 @@ def main(arguments: list[str]) -> None:
         show_comparison(compare_reports(*two_reports(options.compare)), Console())
         return
     if options.leaderboard is not None:
-        print(*make_leaderboard(options.leaderboard, Path(options.output or "runs/leaderboard")), sep="\n")
+        output = Path(options.output or "runs/leaderboard")
+        print(*make_leaderboard(options.leaderboard, output, asdict(Options())), sep="\n")
         return
     accelerator = training.make_accelerator(options.device)
     if options.proofs:  # which are of float32, as the attacks then have to be

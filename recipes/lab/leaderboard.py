@@ -1,11 +1,14 @@
 """Stored robustness reports as one table, in Markdown and as a page that sorts; rebuilt from them alone."""
 
 import hashlib
+import json
 import re
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from sj_robust._saved import markdown_table, saved_format, write_whole
 from sj_robust.evaluation import Accuracy, RobustnessReport
@@ -109,13 +112,15 @@ class Leaderboard:
         return f"`{one.path}`", f"`{one.digest}`"
 
 
-def make_leaderboard(folders: Sequence[str], output: Path) -> list[str]:
+def make_leaderboard(folders: Sequence[str], output: Path, usual: Mapping[str, Any]) -> list[str]:
     """Write leaderboard.md and leaderboard.html of the reports in folders; lines that say what changed, and where.
+
+    ``usual`` holds the default options of ``evaluate.py``, which commands leave out.
 
     Raises:
         FileNotFoundError: As :func:`read_reports`, and so is ValueError.
     """
-    board = read_reports(folders)
+    board = read_reports(folders, usual)
     lines = board.changed(output)
     output.mkdir(parents=True, exist_ok=True)
     write_whole(output / "leaderboard.md", board.markdown())
@@ -123,7 +128,7 @@ def make_leaderboard(folders: Sequence[str], output: Path) -> list[str]:
     return [*lines, f"leaderboard.md and leaderboard.html of {len(board.stored)} reports are in {output}"]
 
 
-def read_reports(folders: Sequence[str]) -> Leaderboard:
+def read_reports(folders: Sequence[str], usual: Mapping[str, Any]) -> Leaderboard:
     """Every robustness report in folders and those below, or at a path itself.
 
     Raises:
@@ -139,7 +144,8 @@ def read_reports(folders: Sequence[str]) -> Leaderboard:
             text = path.read_bytes()
             if saved_format(text.decode()) == RobustnessReport.saved_as:
                 digest = hashlib.sha256(text).hexdigest()[:16]
-                stored.append(_Stored(path.as_posix(), digest, _command(path), RobustnessReport.load(path)))
+                report = RobustnessReport.load(path)
+                stored.append(_Stored(path.as_posix(), digest, _command(report.configuration, usual), report))
     if not stored:
         raise FileNotFoundError(f"no robustness report in {', '.join(folders)}; evaluate a network first")
     return Leaderboard(tuple(sorted({one.path: one for one in stored}.values(), key=_order)))
@@ -149,11 +155,18 @@ def _order(one: _Stored) -> tuple[str, str, float, str]:
     return one.report.dataset, one.report.budget, -one.report.everything.accuracy, one.path
 
 
-def _command(report: Path) -> str:
-    """The first command that the README beside a report holds."""
-    readme = report.with_name("README.md")
-    text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
-    return text.partition("```text\n")[2].partition("\n")[0]
+def _command(configuration: Mapping[str, Any], usual: Mapping[str, Any]) -> str:
+    """The command of an evaluation, from the options in its report that are not the usual ones; nothing for others."""
+    if not configuration.keys() & {"checkpoint", "network"}:
+        return ""
+    words = ["python", "recipes/evaluate.py"]
+    for name, value in configuration.items():
+        if name == "checkpoint" and value is not None:
+            words.append(str(value))
+        elif value != usual.get(name):
+            words.append("--" + name.replace("_", "-"))
+            words += [] if value is True and usual.get(name) is False else [json.dumps(value).strip('"')]
+    return shlex.join(words)
 
 
 def _percent(accuracy: Accuracy | None) -> str:

@@ -227,7 +227,7 @@ def test_leaderboard(folder, tmp_path, capsys, whole):
     row = (tmp_path / "board" / "leaderboard.md").read_text().splitlines()[6]
     assert row.startswith(f"| lif_none | digits | 12 | Linf, eps 0.1 | paper | {whole.clean.percent} |")
     assert row.endswith(
-        "python recipes/evaluate.py runs/one --suite paper --test-limit 12 --batch-size 6 --output whole |"
+        "python recipes/evaluate.py runs/one --suite paper --test-limit 12 --batch-size 6 |"
     )
 
 
