@@ -113,8 +113,7 @@ def main(arguments: list[str]) -> None:
         show_comparison(compare_reports(*two_reports(options.compare)), Console())
         return
     if options.leaderboard is not None:
-        output = Path(options.output or "runs/leaderboard")
-        print(*make_leaderboard(options.leaderboard, output, asdict(Options())), sep="\n")
+        make_leaderboard(options.leaderboard, Path(options.output or "runs/leaderboard"), asdict(Options()))
         return
     accelerator = training.make_accelerator(options.device)
     if options.proofs:  # which are of float32, as the attacks then have to be

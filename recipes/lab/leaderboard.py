@@ -112,8 +112,8 @@ class Leaderboard:
         return f"`{one.path}`", f"`{one.digest}`"
 
 
-def make_leaderboard(folders: Sequence[str], output: Path, usual: Mapping[str, Any]) -> list[str]:
-    """Write leaderboard.md and leaderboard.html of the reports in folders; lines that say what changed, and where.
+def make_leaderboard(folders: Sequence[str], output: Path, usual: Mapping[str, Any]) -> None:
+    """Write leaderboard.md and leaderboard.html of the reports in folders; print what changed, and where they are.
 
     ``usual`` holds the default options of ``evaluate.py``, which commands leave out.
 
@@ -121,11 +121,12 @@ def make_leaderboard(folders: Sequence[str], output: Path, usual: Mapping[str, A
         FileNotFoundError: As :func:`read_reports`, and so is ValueError.
     """
     board = read_reports(folders, usual)
-    lines = board.changed(output)
+    for line in board.changed(output):
+        print(line)
     output.mkdir(parents=True, exist_ok=True)
     write_whole(output / "leaderboard.md", board.markdown())
     write_whole(output / "leaderboard.html", board.html())
-    return [*lines, f"leaderboard.md and leaderboard.html of {len(board.stored)} reports are in {output}"]
+    print(f"leaderboard.md and leaderboard.html of {len(board.stored)} reports are in {output}")
 
 
 def read_reports(folders: Sequence[str], usual: Mapping[str, Any]) -> Leaderboard:

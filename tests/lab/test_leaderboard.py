@@ -32,10 +32,9 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_rebuilt_from_the_stored_reports_it_is_identical(folder):
-    assert make_leaderboard(["runs"], folder / "one", USUAL) == [
-        f"leaderboard.md and leaderboard.html of 3 reports are in {folder / 'one'}"
-    ]
+def test_rebuilt_from_the_stored_reports_it_is_identical(folder, capsys):
+    make_leaderboard(["runs"], folder / "one", USUAL)
+    assert capsys.readouterr().out == f"leaderboard.md and leaderboard.html of 3 reports are in {folder / 'one'}\n"
     make_leaderboard(["runs/c", "runs/b/report.json", "runs/a", "runs"], folder / "two", USUAL)
     for name in ("leaderboard.md", "leaderboard.html"):
         assert (folder / "one" / name).read_bytes() == (folder / "two" / name).read_bytes()
@@ -51,16 +50,18 @@ def test_rebuilt_from_the_stored_reports_it_is_identical(folder):
     assert "http" not in page
 
 
-def test_a_changed_report_is_named(folder):
+def test_a_changed_report_is_named(folder, capsys):
     make_leaderboard(["runs"], folder / "one", USUAL)
     replace(report(), seed=8).save(folder / "runs" / "a" / "report.json")
     (folder / "runs" / "b" / "report.json").unlink()
-    lines = make_leaderboard(["runs"], folder / "one", USUAL)
-    assert lines[:-1] == [
+    capsys.readouterr()
+    make_leaderboard(["runs"], folder / "one", USUAL)
+    assert capsys.readouterr().out.splitlines()[:-1] == [
         "gone since the last leaderboard: runs/b/report.json",
         "changed since the last leaderboard: runs/a/report.json",
     ]
-    assert len(make_leaderboard(["runs"], folder / "one", USUAL)) == 1
+    make_leaderboard(["runs"], folder / "one", USUAL)
+    assert capsys.readouterr().out.startswith("leaderboard.md and")
     path = folder / "runs" / "a" / "report.json"
     path.write_text(path.read_text().replace('"clean_acc": "80.00"', '"clean_acc": "99.00"'))
     with pytest.raises(ValueError, match=r"a/report.json: clean_acc of the report does not follow from its outcomes"):
