@@ -49,7 +49,7 @@ class Surrogate:
         """Check the description once, so that no kernel has to."""
         if self.kind not in get_args(SurrogateKind):
             raise ValueError(f"kind must be one of {get_args(SurrogateKind)}, got {self.kind!r}")
-        if not (math.isfinite(self.alpha) and self.alpha > 0):
+        if not 0 < self.alpha < math.inf:
             raise ValueError(f"alpha must be finite and > 0, got {self.alpha}")
         if (self.function is None) == (self.kind == "custom"):
             raise ValueError("function must be given for kind='custom' and for no other kind")

@@ -9,6 +9,7 @@ from torch import nn
 __all__ = ["compiled"]
 
 _BACKEND = "inductor"
+_OPTIONS = {"layout_optimization": False}  # the memory order is the run's; around kernels another one means copies
 
 
 @contextmanager
@@ -35,7 +36,7 @@ def compiled(net: nn.Module) -> Iterator[None]:
     """
     from torch._dynamo.exc import TorchDynamoException  # imports the compiler, which takes seconds
 
-    net.compile(backend=_BACKEND)
+    net.compile(backend=_BACKEND, options=_OPTIONS if _BACKEND == "inductor" else None)
     try:
         yield
     except TorchDynamoException as error:

@@ -4,6 +4,7 @@ python tests/ops/tracers.py                     # the table, every cell in a pro
 python tests/ops/tracers.py compile cpp         # one cell: what it gives, or the error in full
 """
 
+import os
 import subprocess
 import sys
 import tempfile
@@ -185,19 +186,34 @@ TRACERS = {
 
 
 def cell(tracer: str, backend: str) -> str:
-    """What one process says of one cell."""
-    run = subprocess.run([sys.executable, __file__, tracer, backend], capture_output=True, text=True)
-    if run.returncode == 0:
-        return WANTED
-    last = run.stderr.strip().splitlines()[-1] if run.returncode == 1 else f"crash, code {run.returncode}"
-    return last.replace("|", "/")
+    """What one process says of one cell; forked, since most of its time would be that of importing torch."""
+    read, write = os.pipe()
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os.dup2(1, 2)
+        try:
+            run(tracer, backend)
+        except BaseException as error:
+            lines = str(error).strip().splitlines() or [""]
+            os.write(write, f"{type(error).__name__}: {lines[0]}".encode()[:400])
+            os._exit(1)
+        os._exit(0)
+    os.close(write)
+    said = os.fdopen(read).read().replace("|", "/")
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    return {0: WANTED, 1: said}.get(code, f"crash, code {code}")
+
+
+def run(tracer: str, backend: str) -> None:
+    torch.manual_seed(0)
+    TRACERS[tracer](Network(backend))
 
 
 def main() -> None:
     chosen = sys.argv[1:]
     if len(chosen) == 2:
-        torch.manual_seed(0)
-        TRACERS[chosen[0]](Network(chosen[1]))
+        run(*chosen)
         return
     print("| tracer |", " | ".join(BACKENDS), "|\n|---|" + "---|" * len(BACKENDS))
     for tracer in TRACERS:

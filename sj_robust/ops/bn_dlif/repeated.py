@@ -1,6 +1,5 @@
 """One step of currents that stands for all of them, as behind the first layer of an image that does not change."""
 
-import torch
 from torch import Tensor
 
 __all__ = ["repeat_step", "repeated_step"]
@@ -22,15 +21,15 @@ def repeat_step(x: Tensor, T: int) -> Tensor:
     Source: direct encoding of Ding et al. (ICML 2024), section 5, whose first current is the same at every step.
 
     Examples:
+        >>> import torch
         >>> repeat_step(torch.zeros(1, 2, 3), 4).shape
         torch.Size([4, 2, 3])
     """
     x_seq = x.expand(T, *x.shape[1:])
-    if not torch.compiler.is_compiling():
-        x_seq.single_step = x  # type: ignore[attr-defined]  # a note that any operation on the tensor loses
+    x_seq.single_step = x  # type: ignore[attr-defined]  # a note that any operation on the tensor loses
     return x_seq
 
 
 def repeated_step(x_seq: Tensor) -> Tensor | None:
     """The step that :func:`repeat_step` repeated, if this is its result."""
-    return None if torch.compiler.is_compiling() else getattr(x_seq, "single_step", None)
+    return getattr(x_seq, "single_step", None)

@@ -84,10 +84,10 @@ def backward(inputs: Inputs, grads: OutputGradients, needs_v_init: bool) -> tupl
 def _blocks(x_seq: Tensor) -> list[slice]:
     """Ranges of neurons that bound the memory for T steps; one range on a GPU and under torch.compile."""
     T, M = x_seq.shape
-    size = M
-    if x_seq.device.type == "cpu" and not torch.compiler.is_compiling():
-        size = max(min(_CPU_BLOCK_ELEMENTS * torch.get_num_threads(), _CPU_BLOCK_LIMIT) // T, 4096)
-    return [slice(start, min(start + size, M)) for start in range(0, M, max(size, 1))]
+    if x_seq.device.type != "cpu" or torch.compiler.is_compiling():  # which would fix M, were it to count blocks
+        return [slice(0, M)]
+    size = max(min(_CPU_BLOCK_ELEMENTS * torch.get_num_threads(), _CPU_BLOCK_LIMIT) // T, 4096)
+    return [slice(start, min(start + size, M)) for start in range(0, M, size)]
 
 
 def _workspace(x_seq: Tensor, blocks: list[slice], rows: int) -> Tensor:
