@@ -94,15 +94,22 @@ def test_without_open_spikes_the_bound_is_that_of_the_affine_map():
 
 
 @pytest.mark.parametrize(
-    ("on_spike", "on_potential", "middle"), [(1.0, 0.0, 0.0), (-1.0, 0.0, -1.0), (0.0, 1.0, 0.0), (0.0, -1.0, -1.0)]
+    ("on_spike", "on_potential", "upper", "middle"),
+    [
+        (1.0, 0.0, 2.0, 0.0),
+        (-1.0, 0.0, 2.0, -1.0),
+        (0.0, 1.0, 2.0, 0.0),
+        (0.0, -1.0, 2.0, -1.0),
+        (-1.0, 0.0, 1.5, -0.75),
+    ],
 )
-def test_a_jump_is_bounded_by_an_edge_of_its_hull(on_spike, on_potential, middle):
-    """h in [0, 2], threshold 1, hard reset to 0: the edge's height at the middle, h = 1."""
-    ends = [torch.tensor([value], dtype=torch.float64) for value in (0.0, 1.0, 1.0, 2.0)]
+def test_a_jump_is_bounded_by_an_edge_of_its_hull(on_spike, on_potential, upper, middle):
+    """h in [0, upper], threshold 1, hard reset to 0: the edge's height at the middle."""
+    ends = [torch.tensor([value], dtype=torch.float64) for value in (0.0, 1.0, 1.0, upper)]
     points = [on_potential * ends[0], on_potential * ends[1], on_spike + 0 * ends[2], on_spike + 0 * ends[3]]
     slope = float(relaxation._slope(ends, points, 1.0))
     offset = min(float(v - slope * e) for v, e in zip(points, ends, strict=True))
-    assert slope + offset == pytest.approx(middle)
+    assert slope * upper / 2 + offset == pytest.approx(middle)
 
 
 def small(node, *, seed=0):
@@ -339,6 +346,26 @@ class BesideItsMaximum(nn.Module):
         greatest = self.pool(x)
         other = x[..., 1:] - 0.1 + self.node(greatest[None])[0]
         return torch.cat((greatest, other), 1).flatten(1).unflatten(0, (1, -1))
+
+
+def test_the_rounding_of_every_term_lowers_the_bound(monkeypatch):
+    weights, bounds = torch.eye(2, dtype=torch.float64), []
+    for rounding in (0.0, 1.0):  # in place of 1e-10, which would be lost in the sum
+        monkeypatch.setattr(relaxation, "_ROUNDING", rounding)
+        bounds.append(lowest_with(one_neuron(0.0), None, weights))
+    assert bool((bounds[0] - bounds[1] > bounds[0].abs()).all())  # the terms' sizes are more than their sum's
+
+
+def test_back_substitution_moves_both_ends_of_potentials_inwards():
+    model = small(neuron.IFNode)
+    x, ends = torch.rand(6, 3), {}
+    for tight in (False, True):
+        _, run = relaxed(model, x, 0.15, tight=tight)
+        steps = [step for stage in run.stages for step in stage.steps]
+        ends[tight] = [torch.cat([getattr(step, end).flatten() for step in steps]) for end in ("lower", "upper")]
+    for inwards in (ends[True][0] - ends[False][0], ends[False][1] - ends[True][1]):
+        assert inwards.min() >= 0
+        assert inwards.max() > 0.5
 
 
 def test_a_maximum_hangs_on_the_value_whose_lower_bound_is_the_largest():
