@@ -29,7 +29,7 @@ class SweepDisplay(MovingLine):
 
     @property
     def left(self) -> str:
-        """Time left in words, from the runs of this session."""
+        """Time left in words, from the runs since it was started."""
         finished = self._done - self._first
         if finished == 0:
             return "time left not known yet"
