@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Literal
+from typing import Literal, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,16 @@ _NEURONS: dict[str, Callable[..., nn.Module]] = {
     "textbook loop": partial(DLIFNode, backend="reference"),
 }
 FUSED = "DLIF, one pass with batch norm"
-PRECISIONS: dict[str, dict[str, bool]] = {
+
+
+class Precision(TypedDict, total=False):
+    """What the network of a training step runs in: see :class:`TrainingTask`."""
+
+    bf16: bool
+    channels_last: bool
+
+
+PRECISIONS: dict[str, Precision] = {
     "": {},
     ", bf16": {"bf16": True},
     ", bf16, channels last": {"bf16": True, "channels_last": True},
@@ -103,7 +112,7 @@ class NetworkTask(TrainingTask):
         shape: Sequence[int],
         *,
         dtype: torch.dtype = torch.float32,
-        **precision: bool,
+        **precision: Unpack[Precision],
     ) -> None:
         """Build the network, the same for every neuron, and draw the images."""
         self._architecture, self._neuron = architecture, neuron

@@ -2,13 +2,20 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from lab.benchmarking.layers import lif_node
-from lab.benchmarking.networks import FUSED, PRECISIONS, TrainingTask, check_same_steps, convolutional_network
+from lab.benchmarking.networks import (
+    FUSED,
+    PRECISIONS,
+    Precision,
+    TrainingTask,
+    check_same_steps,
+    convolutional_network,
+)
 from lab.benchmarking.paper_loops import Draw, PaperLoop, published_retraction
 from sj_robust.attacks import SampleSeeds
 from sj_robust.classifier import SpikingClassifier
@@ -45,7 +52,7 @@ class ModeTask(TrainingTask):
         dtype: torch.dtype = torch.float32,
         eps: float = 8 / 255,
         noise: float = 0.001,
-        **precision: bool,
+        **precision: Unpack[Precision],
     ) -> None:
         """Build the network and draw the images."""
         from sj_robust import training  # brings Accelerate and more, which layers do not need
@@ -92,10 +99,10 @@ class ModeTask(TrainingTask):
             return
         shape, name = (4, 4, 3, 8, 8), self._mode.name
         # so large that spikes flip, without which a step would show little
-        sizes = {"eps": 0.3, "noise": 0.1}
-        mine = ModeTask(name, self._build, self._peer, shape, dtype=torch.float64, **sizes)
+        eps, noise = 0.3, 0.1
+        mine = ModeTask(name, self._build, self._peer, shape, dtype=torch.float64, eps=eps, noise=noise)
         draw = partial(_drawn, name, mine._seeds)
-        wanted = PublishedTask(name, self._peer, shape, dtype=torch.float64, draw=draw, **sizes)
+        wanted = PublishedTask(name, self._peer, shape, dtype=torch.float64, draw=draw, eps=eps, noise=noise)
         for module in (*mine._net.modules(), *wanted._net.modules()):
             if isinstance(module, DLIFNode):
                 module.input_gain.requires_grad_(False)
@@ -166,7 +173,7 @@ class FloorTask(TrainingTask):
     the first layer's to the images: what no neuron, loss or attack can go below in the same precision.
     """
 
-    def __init__(self, build: Build, shape: Sequence[int], **precision: bool) -> None:
+    def __init__(self, build: Build, shape: Sequence[int], **precision: Unpack[Precision]) -> None:
         """Run the network once to have the inputs."""
         net = build(shape)
         super().__init__(net, shape, torch.float32, **precision)
