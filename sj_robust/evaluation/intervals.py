@@ -95,7 +95,7 @@ def repeated_interval(counts: Sequence[int], total: int) -> tuple[float, float]:
         True
         >>> low, high = repeated_interval([50, 60, 55], 100)
         >>> round(low, 3), round(high, 3)
-        (0.395, 0.702)
+        (0.392, 0.706)
     """
     share, draws = fmean(counts) / total, len(counts)
     low, high = wilson_interval(fmean(counts), total)

@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -112,7 +113,7 @@ def blocks_of(document: Document) -> list[Block]:
             }
             check(next_one, one.start(), "no block on the line below this directive")
     fences.sort(key=lambda fence: fence.start)
-    for fence, following in zip(fences, [*fences[1:], None], strict=True):
+    for fence, following in zip_longest(fences, fences[1:]):
         above, start = [], fence.start
         while start in directives:
             above.append(directives[start])

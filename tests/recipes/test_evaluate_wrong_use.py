@@ -35,7 +35,7 @@ NETWORKS = {
         (("runs",), FileNotFoundError, "no best.pt in runs; there are runs/one/lif_none/best.pt"),
         (("runs/two",), ValueError, "runs/two holds 2 networks, give one of them: runs/two/a/best.pt, runs/two/b"),
         (("runs/one", "--mean", "[0.5]"), ValueError, "a checkpoint knows its own mean and std"),
-        (("runs/one", "--norm", "L0"), ValueError, "eps is the number of changed elements .* such as --eps 20"),
+        (("runs/one", "--norm", "L0"), ValueError, "eps is the number of changed or moved events .* as in --eps 20"),
         (("runs/one", "--norm", "L0", "--eps", "20"), ValueError, "suite 'standard' does not fit a threat in L0"),
         (("runs/one", "--suite", "events"), ValueError, "suite 'events' does not fit a threat in Linf"),
         (("runs/one", "--dataset", "n_mnist", "--eps", "5"), FileNotFoundError, "Train.zip, Test.zip not found"),

@@ -60,6 +60,7 @@ def batch_norm_dlif_multi_step(
     Source: Ioffe & Szegedy (2015); Ding et al. (ICML 2024).
 
     Examples:
+        >>> import torch
         >>> norm = BatchNorm(None, None, None, None, use_batch_statistics=True)
         >>> x = torch.tensor([-1.0, 3.0]).view(1, 2, 1)
         >>> batch_norm_dlif_multi_step(x, norm, torch.ones(1), decay=0.5, v_threshold=0.5)[0].flatten()
@@ -108,6 +109,7 @@ def can_fuse(x_seq: Tensor, norm: BatchNorm | None, surrogate: Surrogate, averag
         average_pool: Whether a pooling belongs to the call.
 
     Examples:
+        >>> import torch
         >>> norm = BatchNorm(None, None, None, None, use_batch_statistics=True)
         >>> can_fuse(torch.zeros(2, 3, 4), norm, Surrogate("custom", function=torch.sigmoid))
         False
