@@ -78,6 +78,7 @@ def test_the_network_runs_in_evaluation_mode(measure):
     assert measure(model.train(), x, y, 0) == measure(model.eval(), x, y, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "own"), [*((name, False) for name in MEASUREMENTS), *((name, True) for name in PROBES)]
 )

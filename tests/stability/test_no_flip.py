@@ -53,6 +53,7 @@ def spikes(model, x):
     return found[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frames", [False, True], ids=["images", "frames"])
 @pytest.mark.parametrize("name", NEURONS)
 def test_no_spike_flips_below_the_radius_and_one_flips_just_above_it(name, frames):
