@@ -276,9 +276,18 @@ def searched(
 
 
 def first_that_fools(
-    model: Model, x: Tensor, y: Tensor, draw: Callable[[Private], Tensor], *, tries: int, generator: Randomness
+    model: Model | None,
+    x: Tensor,
+    y: Tensor | None,
+    draw: Callable[[Private], Tensor],
+    *,
+    tries: int,
+    generator: Randomness,
 ) -> Tensor:
-    """Of several draws for every sample the first that fools the model, or else the last."""
+    """Of several draws for every sample the first that fools the model, or else the last; model and y for several."""
+    if tries == 1 or model is None or y is None:
+        with torch.inference_mode(False):
+            return draw(private_generator(generator, x.device))
     with crafting(model, x.device, generator) as private, torch.no_grad():
         x_adv, standing = x.clone(), torch.ones_like(y, dtype=torch.bool)
         for _ in range(tries):
@@ -288,6 +297,13 @@ def first_that_fools(
             if not standing.any():
                 break
     return x_adv
+
+
+def check_tries(tries: int, model: Model | None, y: Tensor | None) -> None:
+    """Refuse several draws where nothing tells which of them fools."""
+    check_count("tries", tries)
+    if tries > 1 and (model is None or y is None):
+        raise ValueError(f"tries > 1 need model and y to know which draw fools, got tries={tries} without them")
 
 
 def apply_flips(x: Tensor, flipped: Tensor) -> Tensor:

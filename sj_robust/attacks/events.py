@@ -11,9 +11,17 @@ import torch
 from torch import Tensor
 
 from sj_robust._checks import check_count, check_labels, check_model
-from sj_robust.attacks._flip_search import Search, apply_flips, first_that_fools, largest, searched, uniform
+from sj_robust.attacks._flip_search import (
+    Search,
+    apply_flips,
+    check_tries,
+    first_that_fools,
+    largest,
+    searched,
+    uniform,
+)
 from sj_robust.attacks.call import Loss, Model, Randomness
-from sj_robust.randomness import Private, check_seeds, private_generator
+from sj_robust.randomness import Private, check_seeds
 
 __all__ = ["check_frames", "count_flips", "flip_events", "random_flips"]
 
@@ -144,16 +152,12 @@ def random_flips(
         check_frame_labels(y, x)
     check_seeds(generator, x)
     _check_budget(x, flips, allow)
-    check_count("tries", tries)
-    if tries > 1 and (model is None or y is None):
-        raise ValueError(f"tries > 1 need model and y to know which draw fools, got tries={tries} without them")
+    check_tries(tries, model, y)
     with torch.inference_mode(False):
         x = x.detach().clone()
         if flips == 0 or x.numel() == 0:
             return x
         flippable = _flippable(x, allow)
-        if tries == 1 or model is None or y is None:
-            return apply_flips(x, _random_mask(flippable, uniform(x, private_generator(generator, x.device)), flips))
 
     def draw(private: Private) -> Tensor:
         return apply_flips(x, _random_mask(flippable, uniform(x, private), flips))

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from sj_robust._checks import check_count, check_model
-from sj_robust.attacks._flip_search import apply_flips, first_that_fools, searched, uniform
+from sj_robust.attacks._flip_search import apply_flips, check_tries, first_that_fools, searched, uniform
 from sj_robust.attacks._move_search import Limits, MoveSearch, random_moved
 from sj_robust.attacks.call import Loss, Model, Randomness
 from sj_robust.attacks.events import check_frame_labels, check_frames
 from sj_robust.attacks.threat import Moves, moves_of
-from sj_robust.randomness import Private, check_seeds, private_generator
+from sj_robust.randomness import Private, check_seeds
 
 __all__ = ["Moves", "count_moves", "move_events", "random_moves"]
 
@@ -137,9 +137,7 @@ def random_moves(
         check_frame_labels(y, x)
     check_seeds(generator, x)
     limits = _limits(x, moves, largest_shift, total_shift)
-    check_count("tries", tries)
-    if tries > 1 and (model is None or y is None):
-        raise ValueError(f"tries > 1 need model and y to know which draw fools, got tries={tries} without them")
+    check_tries(tries, model, y)
     with torch.inference_mode(False):
         x = x.detach().clone()
     if moves == 0 or limits.largest_shift == 0 or x.numel() == 0:
@@ -150,9 +148,6 @@ def random_moves(
         order, worth = uniform(x, private), uniform(x, private)
         return apply_flips(x, random_moved(x, still, order, worth, size, limits))
 
-    if tries == 1 or model is None or y is None:
-        with torch.inference_mode(False):
-            return draw(private_generator(generator, x.device))
     return first_that_fools(model, x, y, draw, tries=tries, generator=generator)
 
 

@@ -19,7 +19,14 @@ from sj_robust.attacks.call import Attack
 from sj_robust.attacks.events import check_frames
 from sj_robust.attacks.threat import ThreatModel, eps_text, parse_eps
 from sj_robust.evaluation.activity import firing
-from sj_robust.evaluation.estimator_search import EstimatorSearch, event_attack, search_estimators, short_attack
+from sj_robust.evaluation.estimator_search import (
+    CHANGES,
+    EstimatorSearch,
+    event_attack,
+    search_estimators,
+    short_attack,
+    short_attack_name,
+)
 from sj_robust.evaluation.fingerprint import fingerprint
 from sj_robust.evaluation.masking import diagnose
 from sj_robust.evaluation.member import Member, fools, scored
@@ -41,8 +48,6 @@ _FAR = 1e6
 """A lead of a wrong class that no network gives."""
 _FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 """Radii of accuracy over eps, in units of the threat's."""
-_CHANGES = {"L0": "flips", "moves": "moves"}
-"""What attacks do to events, by the threat."""
 _BOUND = "bound of all"
 """What stands among the attacks that moved the potential for the bounds of every perturbation."""
 _NOT_DIAGNOSED = (
@@ -273,7 +278,7 @@ class _Parts:
         radii = _radii(self.threat, elements=self.x[0].numel())
         levels = [_level(replace(self.threat, eps=radius), estimator, self.draws) for radius in radii]
         outcome = self.run("over_eps", few, levels, replace(self.threat, eps=max(radii)))
-        kind = {"L0": "flip_events", "moves": "move_events"}.get(self.threat.norm, "APGD-CE 20")
+        kind = short_attack_name(self.threat) + ("" if self.threat.of_events else " 20")
         return _curve(outcome, outcome.members, [f"{kind}, {estimator}"] * len(levels)), outcome.members
 
     def findings(self, source: nn.Module | None) -> list[dict[str, Any]]:
@@ -314,7 +319,7 @@ def _with_transfer(suite: Suite, source: nn.Module, threat: ThreatModel) -> Suit
         attack = partial(event_attack(threat), confidence=_FAR, reduce=False)
     else:
         attack = partial(apgd, eps=threat.eps, norm=threat.ball, steps=50)
-    kind = _CHANGES.get(threat.norm, "apgd_ce")
+    kind = CHANGES.get(threat.norm, "apgd_ce")
     crafted = Member(f"transfer/{kind}", transfer(source, attack), group="transfer", threat=threat)
     own = Member("control/transfer", attack, group="control", threat=threat)
     return replace(suite, members=(*suite.members, crafted), control=(*suite.control, own))
@@ -330,7 +335,7 @@ def _radii(threat: ThreatModel, *, elements: int) -> list[float]:
 
 def _level(threat: ThreatModel, estimator: str, draws: int) -> Member:
     """A short attack at one radius; all are in one group: what has fallen at one has fallen at every larger one."""
-    name = f"{_CHANGES.get(threat.norm, 'apgd')}20@{eps_text(threat.eps)}"
+    name = f"{CHANGES.get(threat.norm, 'apgd')}20@{eps_text(threat.eps)}"
     attack = short_attack(threat, 20, draws=draws, queries=100)
     return Member(name, attack, estimator, group="over_eps", threat=threat)
 

@@ -19,8 +19,8 @@ from sj_robust.evaluation.member import Member, check_estimator, clock, craft, f
 from sj_robust.randomness import SampleSeeds
 
 __all__ = [
-    "CANDIDATES", "EstimatorSearch", "EstimatorTrial", "confident", "event_attack", "expectation",
-    "random_event_attack", "search_estimators", "short_attack",
+    "CANDIDATES", "CHANGES", "EstimatorSearch", "EstimatorTrial", "confident", "event_attack", "expectation",
+    "random_event_attack", "search_estimators", "short_attack", "short_attack_name",
 ]  # fmt: skip
 
 CANDIDATES = (
@@ -159,6 +159,15 @@ def short_attack(threat: ThreatModel, steps: int, *, draws: int = 1, queries: in
     if threat.of_events:
         return partial(event_attack(threat), steps=steps, queries=queries, reduce=False, **confident(draws))
     return partial(apgd, eps=threat.eps, norm=threat.ball, steps=steps, **expectation(draws))
+
+
+CHANGES = {"L0": "flips", "moves": "moves"}
+"""What attacks do to events, by the norm of the threat."""
+
+
+def short_attack_name(threat: ThreatModel) -> str:
+    """What :func:`short_attack` makes."""
+    return {"L0": "flip_events", "moves": "move_events"}.get(threat.norm, "APGD-CE")
 
 
 def event_attack(threat: ThreatModel) -> "partial[Tensor]":

@@ -14,7 +14,7 @@ from sj_robust._preserved import preserved
 from sj_robust._saved import plain
 from sj_robust.attacks.threat import ThreatModel, eps_text
 from sj_robust.evaluation.corruptions import Corruption, corrupted, default_corruptions
-from sj_robust.evaluation.estimator_search import short_attack
+from sj_robust.evaluation.estimator_search import short_attack, short_attack_name
 from sj_robust.evaluation.faults import Fault, default_faults, faulty
 from sj_robust.evaluation.fingerprint import fingerprint
 from sj_robust.evaluation.member import Member, fools
@@ -119,13 +119,12 @@ def stress_network(
         for number, fault in enumerate(faults, 1)
         if "reason" not in (row := rows[number])
     ]
-    kind = {"L0": "flip_events", "moves": "move_events"}.get(threat.norm, "APGD-CE")
     return StressCard(
         name=subject.name,
         dataset=dataset,
         suite=suite,
         threat=threat,
-        attack=f"{kind} {steps}",
+        attack=f"{short_attack_name(threat)} {steps}",
         images=sum(len(batch[1]) for batch in batches),
         intact=StressRow("none", 0, **rows[0]),
         rows=tuple(measured),

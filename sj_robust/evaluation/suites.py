@@ -18,6 +18,7 @@ from sj_robust.attacks.sapgd import sapgd
 from sj_robust.attacks.threat import ThreatModel
 from sj_robust.evaluation.estimator_search import (
     CANDIDATES,
+    CHANGES,
     EstimatorSearch,
     confident,
     event_attack,
@@ -183,14 +184,9 @@ class _Plan:
         noisy = expectation(self.eot_samples)
         return partial(apgd, eps=self.threat.eps, norm=self.threat.ball, loss=loss, steps=steps, **noisy)
 
-    @property
-    def changes(self) -> str:
-        """What is done to events."""
-        return "flips" if self.threat.norm == "L0" else "moves"
-
     def flips(self, estimator: str, restart: int = 0, *, runs: int = 1) -> Member:
         attack = partial(event_attack(self.threat), restarts=runs, reduce=False, **confident(self.eot_samples))
-        return self.member(self.changes, attack, estimator, restart)
+        return self.member(CHANGES[self.threat.norm], attack, estimator, restart)
 
     def flips_targeted(self, estimator: str) -> list[Member]:
         """The attack towards the likeliest wrong classes, which are others than the first only if there are three."""
@@ -198,7 +194,7 @@ class _Plan:
             return []
         targets = min(3, self.classes - 1)
         attack = partial(event_attack(self.threat), target_classes=targets, reduce=False, **confident(self.eot_samples))
-        return [self.member(f"{self.changes}_t", attack, estimator)]
+        return [self.member(f"{CHANGES[self.threat.norm]}_t", attack, estimator)]
 
     def random_flips(self, allow: Literal["both", "remove"]) -> Member:
         attack = partial(random_event_attack(self.threat, allow=allow), tries=200)

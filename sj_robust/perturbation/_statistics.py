@@ -126,7 +126,8 @@ class MPPDStatistics(Shown, dict[str, LayerStats]):
             f"{count} {what}{'' if count == 1 else 's'}"
             for count, what in ((len(self), "spiking layer"), (first.samples, "pair"))
         )
-        silent = f"; {', '.join(self.silent)} NEVER FIRED" if self.silent else ""
+        dead = self.silent
+        silent = f"; {', '.join(dead)} NEVER FIRED" if dead else ""
         return (
             f"{layers}, T = {first.T}, {pairs} of inputs; MS-MPPD from {sizes[low]:.3g} ({low}) to {sizes[high]:.3g} "
             f"({high}){silent}"

@@ -62,9 +62,9 @@ def compare(
     watched, forward = as_watched(net, T, mean, std)
     with MPPDMonitor(watched) as monitor:
         stats = monitor.compare(x, x_perturbed, forward=forward)
-    if stats.silent:
+    if silent := stats.silent:
         warnings.warn(
-            f"{', '.join(stats.silent)} never fired: nothing goes through, so that the network is blind there and no "
+            f"{', '.join(silent)} never fired: nothing goes through, so that the network is blind there and no "
             "perturbation moves it; check the weights, mean and std, or train it",
             stacklevel=2,
         )

@@ -225,9 +225,8 @@ class Certificate(
     def _from_content(cls, content: dict[str, Any]) -> Self:
         del content["scope"], content["printed_is"]
         layers = tuple(map(_layer_from, content["layers"]))
-        return cls(
-            **content | {"layers": layers, "no_flip": tuple(content.get("no_flip", ()))}
-        )  # older files have none
+        no_flip = tuple(content.get("no_flip", ()))  # older files have none
+        return cls(**content | {"layers": layers, "no_flip": no_flip})
 
     @property
     def verdict(self) -> str:
