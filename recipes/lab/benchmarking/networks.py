@@ -1,4 +1,4 @@
-"""Training steps of whole networks, by the name of what stands in the neuron's place (ReLU included)."""
+"""Training steps of whole networks, by the name of what stands in the neuron's place (ReLU and nothing included)."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,8 +27,10 @@ _NEURONS: dict[str, Callable[..., nn.Module]] = {
     "DLIF eager": partial(DLIFNode, backend="eager"),
     "SpikingJelly LIFNode": lif_node,
     "textbook loop": partial(DLIFNode, backend="reference"),
+    "no neuron and no batch norm": nn.Identity,
 }
 FUSED = "DLIF, one pass with batch norm"
+_WITHOUT_SPIKES = ("ReLU", "no neuron and no batch norm")
 
 
 class Precision(TypedDict, total=False):
@@ -54,7 +56,7 @@ def network_tasks(architecture: str) -> dict[str, Callable[[Sequence[int]], "Net
     tasks: dict[str, Callable[[Sequence[int]], NetworkTask]] = {
         neuron: partial(NetworkTask, architecture, neuron) for neuron in _NEURONS
     }
-    for neuron in (FUSED, "ReLU"):
+    for neuron in (FUSED, *_WITHOUT_SPIKES):
         tasks |= {
             neuron + added: partial(NetworkTask, architecture, neuron, **options)
             for added, options in PRECISIONS.items()
@@ -127,7 +129,7 @@ class NetworkTask(TrainingTask):
 
     def check(self) -> None:
         """Compare with the textbook loop in float64, where no spike hangs on rounding; raises ValueError."""
-        if self._neuron != "ReLU":
+        if self._neuron not in _WITHOUT_SPIKES:
             names = (self._neuron, "textbook loop")
             mine, wanted = (NetworkTask(self._architecture, name, _SMALL, dtype=torch.float64) for name in names)
             check_same_steps(self._neuron, mine, wanted)
@@ -153,7 +155,8 @@ def convolutional_network(architecture: str, neuron: str, shape: Sequence[int]) 
     """A network by the name of its architecture and of its neuron, with the same weights for every neuron."""
     features, hidden = _ARCHITECTURES[architecture]
     torch.manual_seed(0)
-    net = ConvChain(shape[2:], 10, T=shape[0], spiking_neuron=_NEURONS[neuron], features=features, hidden=hidden)
+    build = partial(ConvChain, features=features, hidden=hidden, batch_norm=_NEURONS[neuron] is not nn.Identity)
+    net = build(shape[2:], 10, T=shape[0], spiking_neuron=_NEURONS[neuron])
     if neuron == FUSED:
         fuse(net)
     return net
