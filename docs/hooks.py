@@ -1,4 +1,8 @@
-"""MkDocs: the READMEs are pages of the site, docstrings are read as their authors write them, formulas are MathML."""
+"""MkDocs: the READMEs are pages of the site, docstrings are read as their authors write them, formulas are MathML.
+
+Diagrams are drawn by Mermaid from the site itself where ``npm install --no-save mermaid`` has put it into
+``node_modules``, else by the copy that the theme loads from a server of others.
+"""
 
 import re
 from html import unescape
@@ -6,11 +10,32 @@ from pathlib import Path
 from typing import Any
 
 from latex2mathml.converter import convert
+from mkdocs.structure.files import File
 
 README = {"](docs/": "](", "](recipes/README.md)": "](recipes.md)", "[CITATION.cff](CITATION.cff)": "`CITATION.cff`"}
 PAGES = {"index.md": ("README.md", README), "recipes.md": ("recipes/README.md", {"](../docs/": "]("})}
 PLACE = re.compile(r'id="(sj_robust[\w.]*)"|:(?:meth|class|func|data|mod|attr):<code>~?([\w.]+)</code>')
+OVERWRITTEN = re.compile(
+    r'<div class="jp-OutputArea-child">\s*<div [^>]*></div>\s*<div [^>]*>\s*<pre>\r[^<]*\r</pre>\s*</div>\s*</div>'
+)
+MERMAID = Path(__file__).parents[1] / "node_modules/mermaid/dist/mermaid.min.js"
+SEARCH = 'data-md-component="search" role="dialog"'
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
+
+
+def on_files(files: Any, *, config: Any) -> Any:
+    """Files of the site."""
+    if MERMAID.is_file():
+        files.append(File.generated(config, "assets/mermaid.min.js", abs_src_path=str(MERMAID)))
+    return files
+
+
+def on_post_page(output: str, *, page: Any, config: Any) -> str:
+    """Page with its theme around it: diagrams get Mermaid before the theme asks for it, the search dialog a name."""
+    if MERMAID.is_file() and 'class="mermaid"' in output:
+        address = "../" * page.url.count("/") + "assets/mermaid.min.js"
+        output = output.replace("</head>", f'<script src="{address}"></script></head>', 1)
+    return output.replace(SEARCH, f'{SEARCH} aria-label="Search"')
 
 
 def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> str:
@@ -25,14 +50,15 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> st
 
 
 def on_page_content(html: str, *, page: Any, config: Any, files: Any) -> str:
-    """Page in HTML, where formulas need no script, the roles of docstrings are links, and ``::`` before an example is
-    a colon.
+    """Page in HTML: formulas need no script, progress is left out, the roles of docstrings are links, and ``::`` before
+    an example is a colon.
 
     Docstrings are written as in SpikingJelly, whose documentation is made by Sphinx.
     """
     html = FORMULA.sub(
         lambda found: convert(unescape(found[3]), display="inline" if found[2] == "(" else "block"), html
     )
+    html = OVERWRITTEN.sub("", html)  # progress of a notebook, of which a reader in front of it sees one line at a time
     anchors = list(dict.fromkeys(re.findall(r'id="(sj_robust[\w.]*)"', html)))
     here = ""
 

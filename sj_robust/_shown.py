@@ -1,8 +1,9 @@
 """How results show themselves: in one line, as a table of a notebook, as a heat map of layers and time steps."""
 
-import sys
+import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from html import escape
 from itertools import groupby
 from math import ceil, nan
@@ -103,9 +104,16 @@ def new_figure(width: float, height: float) -> "Figure":
     """A figure of so many inches, which a notebook shows. 新建图。"""
     from matplotlib.figure import Figure
 
-    if "IPython" in sys.modules:  # which learns from pyplot alone how a figure is shown
-        import matplotlib.pyplot  # noqa: F401
-    return Figure(figsize=(width, height), layout="constrained")
+    figure = Figure(figsize=(width, height), layout="constrained")
+    # IPython learns how to show figures from pyplot once that has drawn one itself, which nothing here does
+    figure._repr_png_ = partial(_png, figure)  # type: ignore[attr-defined]
+    return figure
+
+
+def _png(figure: "Figure") -> bytes:
+    file = io.BytesIO()
+    figure.savefig(file, format="png")
+    return file.getvalue()
 
 
 def write_figure(figure: "Figure", path: str | Path) -> None:

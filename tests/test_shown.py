@@ -7,6 +7,7 @@ from spikingjelly.activation_based import neuron
 from torch import nn
 
 from sj_robust import SpikingClassifier, certify, compare, verify
+from sj_robust._shown import new_figure
 
 X = torch.tensor([[0.9, 0.1], [0.3, 0.2]])
 LAYERS = 12
@@ -61,6 +62,10 @@ def test_a_layer_that_never_fires_is_named_and_long_tables_are_cut():
     assert "NEVER FIRED" in stats.verdict
     assert stats.table().count("\n| ") == 11  # head, marks, 8 layers and what is left out
     assert len(compare(deep(40), X, X + 0.05, T=12)._repr_html_()) < 6000
+
+
+def test_a_notebook_shows_a_figure_as_a_picture():
+    assert new_figure(1, 1)._repr_png_().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow

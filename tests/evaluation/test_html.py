@@ -1,5 +1,6 @@
 import re
 from html.parser import HTMLParser
+from itertools import pairwise
 
 import pytest
 from evaluation.reports import finding, member, report
@@ -64,6 +65,38 @@ def test_readable_on_any_screen(text):
     svgs = text.split("</style>", 1)[1]
     for color in ("#0072b2", "#d55e00", "#767676", "#010203", "#000000"):
         assert color not in svgs, f"{color} does not follow the theme"
+
+
+def test_readable_by_everybody(text):
+    """Language, headings in order, keyboard where it scrolls, names of pictures, contrast of WCAG in both themes."""
+    page = Page(text)
+    assert ("html", {"lang": "en"}) in page.elements
+    headings = [int(tag[1]) for tag, _ in page.elements if re.fullmatch("h[1-6]", tag)]
+    assert headings[0] == 1
+    assert all(after - before <= 1 for before, after in pairwise(headings))
+    for tag, attributes in page.elements:
+        assert attributes.get("class") != "wide" or attributes["tabindex"] == "0"
+        assert tag != "svg" or attributes["aria-label"]
+    themes = [
+        dict(re.findall(r"--([\w-]+): (#\w+)", block)) for block in re.findall(r":root \{(.*?)\}", text, re.DOTALL)
+    ]
+    assert len(themes) == 2
+    for theme in themes:
+        for ground in ("page", "panel"):
+            for ink, least in {"ink": 4.5, "soft": 4.5, "blue": 3, "orange": 3, "grey": 3}.items():
+                assert contrast(theme[ink], theme[ground]) >= least, (ink, ground)
+        assert contrast(theme["alarm"], theme["alarm-page"]) >= 4.5
+
+
+def contrast(one, other):
+    """Of two colours, by WCAG 2: (lighter + 0.05) / (darker + 0.05) of their relative luminances."""
+    values = []
+    for color in (one, other):
+        digits = color[1:] if len(color) == 7 else "".join(2 * digit for digit in color[1:])
+        parts = [int(digits[place : place + 2], 16) / 255 for place in (0, 2, 4)]
+        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        values.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] + 0.05)
+    return max(values) / min(values)
 
 
 def test_every_number_is_in_a_table(text):
