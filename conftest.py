@@ -1,5 +1,6 @@
 """README and docs are tests as well; parallel tests take one thread each, and coverage keeps its tracer."""
 
+import importlib.util
 import os
 import sys
 
@@ -12,6 +13,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, one for eac
 
 pytest_collect_file = PAGES.pytest()
 collect_ignore_glob = ["docs/*.py", "docs/*/*.py"]
+if importlib.util.find_spec("triton") is None:
+    collect_ignore_glob.append("sj_robust/ops/dlif/triton_kernel.py")
 
 
 @pytest.hookimpl(tryfirst=True)

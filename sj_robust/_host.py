@@ -22,6 +22,7 @@ EVAL_MODE_HAS_NO_GRADIENT = not _HAS_EXPLICIT_STATES
 lif_multi_step: Callable[..., Any] | None = getattr(functional, "lif_multi_step", None)
 """SpikingJelly 2.x's fused LIF operator (native CUDA, Triton or torch); None on 0.0.0.0.14, which has none."""
 
+_CUDA_THREADS = 512  # what 0.0.0.0.14 comes with
 _TRITON_LOGGER = "torch._library.triton"
 _TRITON_MESSAGE = "Triton not available, find_triton_kernels = []"
 
@@ -32,9 +33,9 @@ __all__ = [
 
 
 def cuda_threads() -> int | None:
-    """Block size of CUDA kernels that the user has set for SpikingJelly 0.0.0.0.14; None on 2.x, which has no such."""
-    threads: int | None = getattr(configure, "cuda_threads", None)
-    return threads
+    """Block size of CUDA kernels that the user has set for SpikingJelly 0.0.0.0.14; None for its own, and on 2.x."""
+    threads: int = getattr(configure, "cuda_threads", _CUDA_THREADS)
+    return None if threads == _CUDA_THREADS else threads
 
 
 def invalidate_reset_cache(net: nn.Module) -> None:

@@ -31,7 +31,7 @@ _EXTRAS = {
     "cuda13": None,
 }
 _VARIABLES = re.compile(
-    r"(OMP|MKL|OPENBLAS|KMP|GOMP|PYTORCH|TORCH|CUDA|NVIDIA|CUPY|NCCL|SJ_ROBUST)_.*|NO_COLOR|FORCE_COLOR|CUDA_HOME|"
+    r"(OMP|MKL|OPENBLAS|KMP|GOMP|PYTORCH|TORCH|CUDA|NVIDIA|CUPY|TRITON|NCCL|SJ_ROBUST)_.*|NO_COLOR|FORCE_COLOR|CUDA_HOME|"
     r"COLUMNS|TERM|PYTHONPATH|MPLBACKEND"
 )
 _SHAPE = (8, 32, 512)  # time steps, samples, features of the self test
@@ -73,6 +73,7 @@ def _text(tests: dict[str, str]) -> str:
         ("python", f"{platform.python_version()} ({platform.python_implementation()}, {platform.machine()})"),
         *packages,
         ("CUDA of torch", torch.version.cuda or "none"),
+        ("triton", version_of("triton") or version_of("pytorch-triton") or "not installed"),
         ("SpikingJelly", _release()),
         ("system", platform.platform()),
         ("processor", f"{processor()}, torch uses {torch.backends.cpu.get_cpu_capability()}"),
@@ -222,8 +223,9 @@ def _difference(reference: DLIFNode, node: DLIFNode, x: Tensor, grad: Tensor) ->
 def _remedies(backends: dict[str, str], tests: dict[str, str]) -> list[str]:
     """What to do about backends that are missing where they would run, and about a failed self test."""
     remedies = [f"backend cpp: {backends['cpp']}"] if backends["cpp"] != "available" else []
-    if torch.cuda.device_count() and backends["cupy"] != "available":
-        remedies.append(f"backend cupy: {backends['cupy']}")
+    kernels = [name for name in ("cupy", "triton") if backends[name] != "available"]
+    if torch.cuda.device_count() and len(kernels) == 2:  # one of them is enough
+        remedies += [f"backend {name}: {backends[name]}" for name in kernels]
     advice = "use DLIFNode(..., backend='reference') there, and report this text"
     return remedies + [f"the self test failed on {device}: {advice}" for device in tests if _failed(tests[device])]
 

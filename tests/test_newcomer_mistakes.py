@@ -29,7 +29,6 @@ from sj_robust import DLIFNode, MPPDMonitor, SpikingClassifier, replace_neurons
 from sj_robust._host import functional, layer, neuron, surrogate
 from sj_robust.attacks import fgsm, pgd
 from sj_robust.classifier import SpikingEventClassifier
-from sj_robust.ops.dlif import cupy_launch
 from sj_robust.stability import certify
 
 ROOT = Path(__file__).parents[1]
@@ -132,10 +131,9 @@ def loaded(target, source):
     target.load_state_dict(source.state_dict())
 
 
-def cupy_where_torch_has_no_cuda():
+def without_cuda(backend):
     with mock.patch.object(torch.version, "cuda", None):
-        assert cupy_launch.unavailable_reason() is not None
-        DLIFNode(T=T, backend="cupy")
+        DLIFNode(T=T, backend=backend)
 
 
 def recipe(what, before):
@@ -255,7 +253,8 @@ NEURONS = {
         nn.Sequential(nn.Linear(4, 4), nn.ReLU()), T=T
     ),
     "replace_neurons on a class": lambda: replace_neurons(neuron.LIFNode, T=T),
-    "Backend cupy where torch is built without CUDA": cupy_where_torch_has_no_cuda,
+    "Backend cupy where torch is built without CUDA": lambda: without_cuda("cupy"),
+    "Backend triton where torch is built without CUDA": lambda: without_cuda("triton"),
     "A backend that does not exist": lambda: DLIFNode(T=T, backend="cuda"),
     "MPPDMonitor on a network without spiking neurons": lambda: MPPDMonitor(nn.Linear(4, 4)),
     "A monitor is used after it was closed": closed_monitor,

@@ -160,7 +160,7 @@ class TestBackends:
         net = nn.Sequential(nn.Linear(3, 3), DLIFNode(2))
         functional.set_backend(net, "reference", instance=DLIFNode)
         assert net[1].backend == "reference"
-        assert set(net[1].supported_backends) >= {"auto", "reference", "eager", "torch", "cpp", "cupy"}
+        assert set(net[1].supported_backends) >= {"auto", "reference", "eager", "torch", "cpp", "cupy", "triton"}
 
     @needs_set_backend
     def test_block_size_of_the_host_reaches_the_cuda_kernel(self, monkeypatch):
@@ -168,13 +168,14 @@ class TestBackends:
 
         from sj_robust.ops.dlif import cupy_launch, dispatch
 
-        monkeypatch.setattr(configure, "cuda_threads", 64)
         seen = []
         monkeypatch.setattr(dispatch, "choose_backend", lambda *arguments: "cupy")
         monkeypatch.setattr(dispatch.DLIFFunction, "apply", lambda *arguments: seen.append(arguments[4]) or [None] * 3)
-        with pytest.raises(AttributeError):  # nothing runs without a GPU
-            DLIFNode(2)(torch.zeros(2, 1, 3))
-        assert seen == [cupy_launch.Launcher(threads_per_block=64)]
+        for threads in (512, 64):  # SpikingJelly's own, which nobody chose for this kernel, and one of the user's
+            monkeypatch.setattr(configure, "cuda_threads", threads)
+            with pytest.raises(AttributeError):  # nothing runs without a GPU
+                DLIFNode(2)(torch.zeros(2, 1, 3))
+        assert seen == [cupy_launch, cupy_launch.Launcher(threads_per_block=64)]
 
     def test_host_operator(self):
         if not HOST_HAS_EXPLICIT_STATES:

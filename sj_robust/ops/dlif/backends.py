@@ -1,15 +1,19 @@
 """Names of backends and the modules behind them."""
 
+import functools
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
-from sj_robust.ops.dlif import cpp, cupy_launch, eager
-from sj_robust.ops.dlif.config import Inputs, OutputGradients, Outputs
+from sj_robust.ops.dlif import cpp, cupy_launch, eager, triton_launch
+from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients, Outputs
+from sj_robust.ops.surrogate import Surrogate
 
 __all__ = ["KERNELS", "Implementation", "implementation", "unavailable_reason"]
 
-KERNELS: dict[str, Any] = {"cpp": cpp, "cupy": cupy_launch}
+KERNELS: dict[str, Any] = {"cpp": cpp, "cupy": cupy_launch, "triton": triton_launch}
 """Backends that read memory themselves, so that no tracer of torch can see into them."""
 
 
@@ -33,9 +37,33 @@ def implementation(name: str, threads_per_block: int | None = None) -> Any:
 
 
 def unavailable_reason(name: str) -> str | None:
-    """What keeps a backend from running on this machine, or None."""
-    reason: str | None = KERNELS[name].unavailable_reason() if name in KERNELS else None
+    """What keeps a backend from running on this machine, or None; a kernel for a GPU is tried once."""
+    if name not in KERNELS:
+        return None
+    reason: str | None = KERNELS[name].unavailable_reason()
+    if reason is None and name in ("cupy", "triton") and torch.cuda.is_available():
+        reason = _failure(name)
     return reason
+
+
+@functools.cache
+def _failure(name: str) -> str | None:
+    """What goes wrong with one neuron on the current GPU: a compiler, header or library may be missing."""
+    with ThreadPoolExecutor(1) as thread:  # where no tracer of torch is at work
+        try:
+            found = thread.submit(_spikes_of_one_neuron, name, torch.cuda.current_device()).result()
+        except torch.OutOfMemoryError:  # which says nothing of the kernel
+            raise
+        except Exception as error:  # of the kernel's compiler, of the C compiler that Triton needs, of the driver
+            return f"a first call failed with {type(error).__name__}: {' '.join(str(error).split())}"
+    return None if found == [0.0, 1.0] else f"a first call gave the spikes {found} instead of [0.0, 1.0]"
+
+
+def _spikes_of_one_neuron(name: str, device: int) -> list[float]:
+    x_seq, gain = torch.tensor([[0.5], [0.75]], device=f"cuda:{device}"), torch.ones(2, device=f"cuda:{device}")
+    config = DLIFConfig(0.5, 1.0, 0.0, Surrogate(), False)
+    spikes, _, _ = KERNELS[name].forward(Inputs(x_seq, gain, None, config), False)
+    return [float(spike) for spike in spikes.flatten().tolist()]
 
 
 # As torch.compiler.assume_constant_result does, which loads the compiler: it need not look into this function.

@@ -10,7 +10,7 @@ from sj_robust.ops.surrogate import Surrogate
 
 __all__ = [
     "UNTRACEABLE", "DLIFConfig", "Inputs", "OutputGradients", "Outputs", "check_arguments", "initial_potential",
-    "state_dtype",
+    "no_gpu_reason", "on_one_device", "state_dtype",
 ]  # fmt: skip
 
 UNTRACEABLE = "a kernel takes it in no graph of torch's tracers and under no torch.func.vmap; use backend='reference'"
@@ -93,3 +93,26 @@ def check_arguments(x_seq: Tensor, input_gain: Tensor, v_init: Tensor | None) ->
         )
     if v_init is not None and v_init.shape != x_seq.shape[1:]:
         raise ValueError(f"v_init must have the shape of one step, {tuple(x_seq.shape[1:])}, got {tuple(v_init.shape)}")
+
+
+# What the kernels for CUDA share.
+
+
+def no_gpu_reason() -> str | None:
+    """Why no CUDA kernel can run on this machine, whoever wrote it, with the remedy, or None."""
+    if torch.version.hip is not None:
+        return "this torch is built for ROCm, and the kernel is CUDA"
+    if torch.version.cuda is None:
+        return "this torch is built without CUDA; install a CUDA build of torch"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA GPU (torch.cuda.is_available() is False); check the driver with nvidia-smi"
+    return None
+
+
+def on_one_device(inputs: Inputs) -> Inputs:
+    """The same, contiguous; a pointer to another device's memory would crash the process."""
+    x_seq, input_gain, v_init, config = inputs
+    for name, tensor in (("input_gain", input_gain), ("v_init", v_init)):
+        if tensor is not None and tensor.device != x_seq.device:
+            raise ValueError(f"{name} must be on the device of x_seq, {x_seq.device}, got {tensor.device}")
+    return Inputs(x_seq, input_gain.contiguous(), None if v_init is None else v_init.contiguous(), config)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients, Outputs
+from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients, Outputs, no_gpu_reason, on_one_device
 from sj_robust.ops.surrogate import Surrogate
 
 __all__ = [
@@ -33,13 +33,7 @@ _OPTIONS = ("--std=c++17",)
 
 def unavailable_reason() -> str | None:
     """What keeps CuPy kernels from running on this machine, with the remedy, or None."""
-    if torch.version.hip is not None:
-        return "this torch is built for ROCm, and the kernel is CUDA"
-    if torch.version.cuda is None:
-        return "this torch is built without CUDA; install a CUDA build of torch"
-    if not torch.cuda.is_available():
-        return "torch finds no CUDA GPU (torch.cuda.is_available() is False); check the driver with nvidia-smi"
-    return _cupy_reason()
+    return no_gpu_reason() or _cupy_reason()
 
 
 def unsupported_reason(x_seq: Tensor, surrogate: Surrogate) -> str | None:
@@ -81,7 +75,7 @@ class Launcher:
 
     def forward(self, inputs: Inputs, store_v_seq: bool) -> Outputs:
         """Spikes [T, M], last potential [M], potentials [T, M] if asked for."""
-        x_seq, input_gain, v_init, config = _on_one_device(inputs)
+        x_seq, input_gain, v_init, config = on_one_device(inputs)
         T, M = x_seq.shape
         spike_seq = torch.empty_like(x_seq)
         v = torch.empty(M, dtype=torch.float32, device=x_seq.device)
@@ -103,7 +97,7 @@ class Launcher:
         self, inputs: Inputs, grads: OutputGradients, needs_v_init: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Gradients of ``x_seq``, ``input_gain`` and, if needed, ``v_init``."""
-        x_seq, input_gain, v_init, config = _on_one_device(inputs)
+        x_seq, input_gain, v_init, config = on_one_device(inputs)
         T, M = x_seq.shape
         is_long = T > LONGEST_SEQUENCE_IN_REGISTERS
         steps = _LONG_SEGMENT if is_long else T
@@ -243,15 +237,6 @@ def _reset(config: DLIFConfig) -> str:
 def _constants(config: DLIFConfig) -> tuple[np.float32, ...]:
     values = config.decay, config.leak_current, config.v_threshold, config.v_reset or 0.0
     return tuple(np.float32(value) for value in values)
-
-
-def _on_one_device(inputs: Inputs) -> Inputs:
-    """The same, contiguous; a pointer to another device's memory would crash the process."""
-    x_seq, input_gain, v_init, config = inputs
-    for name, tensor in (("input_gain", input_gain), ("v_init", v_init)):
-        if tensor is not None and tensor.device != x_seq.device:
-            raise ValueError(f"{name} must be on the device of x_seq, {x_seq.device}, got {tensor.device}")
-    return Inputs(x_seq, input_gain.contiguous(), None if v_init is None else v_init.contiguous(), config)
 
 
 def _vector_width(neurons: int, at_most: int, *tensors: Tensor | None) -> int:

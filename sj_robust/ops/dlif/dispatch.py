@@ -1,5 +1,8 @@
 """Backend name to implementation: the only place that chooses, and the only one that can be asked why."""
 
+import functools
+import warnings
+
 import torch
 from torch import Tensor
 
@@ -13,10 +16,10 @@ __all__ = [
     "BACKENDS", "available_backends", "check_backend", "choose_backend", "dlif_multi_step", "unavailable_reason",
 ]  # fmt: skip
 
-BACKENDS = ("auto", "reference", "eager", "torch", "cpp", "cupy")
+BACKENDS = ("auto", "reference", "eager", "torch", "cpp", "cupy", "triton")
 """Names of backends; ``"auto"`` chooses, ``"torch"`` is another name of ``"eager"``."""
 _ALIASES = {"torch": "eager"}
-_FASTEST_FIRST = {"cpu": ("cpp", "eager"), "cuda": ("cupy", "eager")}
+_FASTEST_FIRST = {"cpu": ("cpp", "eager"), "cuda": ("cupy", "triton", "eager")}
 
 
 def dlif_multi_step(
@@ -119,6 +122,8 @@ def choose_backend(backend: str, x_seq: Tensor, surrogate: Surrogate) -> str:
     if name == "auto":
         for candidate in _FASTEST_FIRST.get(x_seq.device.type, ("eager",)):
             if unavailable_reason(candidate) is None and _unsupported_reason(candidate, x_seq, surrogate) is None:
+                if (x_seq.device.type, candidate) == ("cuda", "eager"):
+                    _warn_of_missing_kernels()
                 return candidate
         return "reference"
     reason = _unsupported_reason(name, x_seq, surrogate)
@@ -159,6 +164,22 @@ def available_backends() -> dict[str, str]:
     """
     names = [name for name in BACKENDS if name != "auto" and name not in _ALIASES]
     return {name: unavailable_reason(name) or "available" for name in names}
+
+
+def _warn_of_missing_kernels() -> None:
+    """Say once that a GPU gets plain torch, with more than a hundred launches a layer, because no kernel is there."""
+    reasons = {name: unavailable_reason(name) for name in ("cupy", "triton")}
+    if None not in reasons.values():  # else it is this call that no kernel runs
+        _warn("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
+
+
+_warn_of_missing_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see backends.py
+
+
+@functools.cache
+def _warn(reasons: str) -> None:
+    text = f"DLIF runs on the GPU by backend='eager', which is slow, since no kernel is available there: {reasons}"
+    warnings.warn(text, RuntimeWarning, stacklevel=2)
 
 
 def _unsupported_reason(name: str, x_seq: Tensor, surrogate: Surrogate) -> str | None:

@@ -48,7 +48,8 @@ def _read(program: ctypes.c_void_p, what: str) -> bytes:
     nvrtc[f"nvrtcGet{what}Size"](program, ctypes.byref(size))
     buffer = ctypes.create_string_buffer(max(size.value, 1))
     nvrtc[f"nvrtcGet{what}"](program, buffer)
-    return buffer.raw[: size.value].rstrip(b"\0")
+    text = buffer.raw[: size.value]
+    return text if what == "CUBIN" else text.rstrip(b"\0")
 
 
 @functools.cache

@@ -1,0 +1,186 @@
+"""Launches ``triton_kernel.py``. Triton itself is imported when a kernel is wanted, not before.
+
+Under ``TRITON_INTERPRET=1``, which Triton reads when it is imported, the kernels run on the CPU, slowly: for tests.
+"""
+
+import functools
+import importlib
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients, Outputs, no_gpu_reason, on_one_device
+from sj_robust.ops.surrogate import Surrogate
+
+__all__ = [
+    "BACKWARD_WARPS", "FORWARD_WARPS", "LONGEST_SEQUENCE_IN_REGISTERS", "SURROGATES", "Plan", "backward",
+    "backward_plan", "forward", "forward_plan", "unavailable_reason", "unsupported_reason",
+]  # fmt: skip
+
+LONGEST_SEQUENCE_IN_REGISTERS = 16
+SURROGATES = ("triangle", "atan", "sigmoid")
+FORWARD_WARPS, BACKWARD_WARPS = 4, 1  # of a program; one warp alone sums without a barrier
+_LONG_SEGMENT = 8  # steps per segment of a longer sequence
+_BYTES_AT_ONCE = 16  # that a thread loads or stores of a tensor
+_BYTES_PER_THREAD = 128  # of x that a thread of the backward kernel reads in a segment, whose potentials it keeps
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def unavailable_reason() -> str | None:
+    """What keeps Triton kernels from running on this machine, with the remedy, or None."""
+    reason = _triton_reason()
+    if reason is not None:  # a CPU build of torch comes without it, and then the build is what is wrong
+        return no_gpu_reason() or reason
+    return None if _is_interpreted() else no_gpu_reason()
+
+
+def unsupported_reason(x_seq: Tensor, surrogate: Surrogate) -> str | None:
+    """Why this call cannot run here, or None. Reads the tensor's device and dtype only."""
+    if _is_interpreted() and x_seq.device.type != "cpu":
+        return f"under TRITON_INTERPRET=1 x_seq must be on the CPU, got {x_seq.device}"
+    if not _is_interpreted() and x_seq.device.type != "cuda":
+        return f"x_seq must be on a CUDA device, got {x_seq.device}"
+    if x_seq.dtype not in _DTYPES:
+        return f"x_seq must be float32, float16 or bfloat16, got {x_seq.dtype}"
+    if surrogate.kind not in SURROGATES:
+        return f"the Triton kernel knows the surrogates {SURROGATES}, got {surrogate.kind!r}"
+    return None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a kernel is compiled for besides its tensors: the compile-time arguments of ``triton_kernel.py``."""
+
+    FIRST: int
+    LATER: int
+    SEGMENT: int
+    RESET: str
+    BLOCK: int
+
+    @property
+    def warps(self) -> int:
+        """Warps of a program."""
+        return FORWARD_WARPS
+
+    def programs(self, neurons: int) -> int:
+        """How many programs cover all neurons."""
+        return -(-neurons // self.BLOCK)
+
+
+@dataclass(frozen=True)
+class _BackwardPlan(Plan):
+    DETACH: bool
+    SURROGATE: str
+
+    @property
+    def warps(self) -> int:
+        return BACKWARD_WARPS
+
+
+def forward_plan(dtype: torch.dtype, steps: int, config: DLIFConfig) -> Plan:
+    """How the forward kernel is cut for so many steps of a dtype."""
+    return Plan(*_cut(steps), _reset(config), _block(dtype, 1, FORWARD_WARPS))
+
+
+def backward_plan(dtype: torch.dtype, steps: int, config: DLIFConfig) -> Plan:
+    """How the backward kernel is cut: the more steps are in registers, the fewer neurons."""
+    first, later, segment = _cut(steps)
+    block = _block(dtype, max(first, segment) if later else first, BACKWARD_WARPS)
+    return _BackwardPlan(first, later, segment, _reset(config), block, config.detach_reset, config.surrogate.kind)
+
+
+def forward(inputs: Inputs, store_v_seq: bool) -> Outputs:
+    """See :class:`sj_robust.ops.dlif.backends.Implementation`."""
+    x_seq, input_gain, v_init, config = on_one_device(inputs)
+    spike_seq = torch.empty_like(x_seq)
+    v = torch.empty_like(x_seq[0], dtype=torch.float32)
+    v_seq = torch.empty_like(x_seq, dtype=torch.float32) if store_v_seq else None
+    plan = forward_plan(x_seq.dtype, len(x_seq), config)
+    tensors = (x_seq, input_gain, v_init, spike_seq, v, v_seq)
+    _launch("dlif_forward", plan, x_seq, (*tensors, x_seq.shape[1], *_constants(config)))
+    return spike_seq, v, v_seq
+
+
+def backward(inputs: Inputs, grads: OutputGradients, needs_v_init: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """See :class:`sj_robust.ops.dlif.backends.Implementation`."""
+    x_seq, input_gain, v_init, config = on_one_device(inputs)
+    T, M = x_seq.shape
+    plan = backward_plan(x_seq.dtype, T, config)
+    new = functools.partial(torch.empty, dtype=torch.float32, device=x_seq.device)
+    grad_x_seq = torch.empty_like(x_seq)
+    grad_v_init = new(M) if needs_v_init else None
+    partial_grad_gain = new((plan.programs(M), T))
+    checkpoints = new((plan.LATER, M)) if plan.LATER else None  # of the potential, one per segment but the first
+    tensors = (x_seq, input_gain, v_init, *grads, grad_x_seq, grad_v_init, partial_grad_gain, checkpoints)
+    _launch("dlif_backward", plan, x_seq, (*tensors, M, M, *_constants(config), float(config.surrogate.alpha)))
+    return grad_x_seq, partial_grad_gain.sum(0, dtype=torch.float64).to(input_gain.dtype), grad_v_init
+
+
+def _cut(steps: int) -> tuple[int, int, int]:
+    """Steps of the first segment, number of later ones, steps of each of these."""
+    if steps <= LONGEST_SEQUENCE_IN_REGISTERS:
+        return steps, 0, _LONG_SEGMENT
+    later, first = divmod(steps - 1, _LONG_SEGMENT)
+    return first + 1, later, _LONG_SEGMENT
+
+
+def _block(dtype: torch.dtype, steps_in_registers: int, warps: int) -> int:
+    """Neurons of a program, a power of two."""
+    at_once = min(_BYTES_AT_ONCE, _BYTES_PER_THREAD // steps_in_registers)
+    per_thread = max(1, at_once // dtype.itemsize)
+    return 32 * warps << (per_thread.bit_length() - 1)
+
+
+def _reset(config: DLIFConfig) -> str:
+    if config.v_reset is None:
+        return "subtraction"
+    return "value" if config.v_reset else "zero"
+
+
+def _constants(config: DLIFConfig) -> tuple[float, ...]:
+    return float(config.decay), float(config.leak_current), float(config.v_threshold), float(config.v_reset or 0.0)
+
+
+def _launch(name: str, plan: Plan, x_seq: Tensor, arguments: tuple[Any, ...]) -> None:
+    M = x_seq.shape[1]
+    if M == 0:
+        return
+    kernel = getattr(_kernels(), name)[(plan.programs(M),)]
+    # Triton launches on the current device, and on torch's current stream there
+    on_device: AbstractContextManager[None] = torch.cuda.device(x_seq.device) if x_seq.is_cuda else nullcontext()
+    with on_device:
+        kernel(*arguments, **asdict(plan), num_warps=plan.warps, enable_fp_fusion=False)
+
+
+def _kernels() -> Any:
+    return importlib.import_module("sj_robust.ops.dlif.triton_kernel")
+
+
+@functools.cache
+def _triton_reason() -> str | None:
+    """Why Triton cannot be imported, told from what really happened."""
+    try:
+        _kernels()
+    except ModuleNotFoundError as error:
+        if error.name == "triton":
+            return "Triton is not installed, although CUDA builds of torch bring it; pip install triton"
+        return f"Triton is installed, but importing it failed: {error}; {_INSTALL_AGAIN}"
+    except Exception as error:  # a broken installation can raise anything
+        return f"Triton is installed, but importing it failed with {type(error).__name__}: {error}; {_INSTALL_AGAIN}"
+    return None
+
+
+_INSTALL_AGAIN = "install torch and the triton that it asks for again"
+
+
+def _is_interpreted() -> bool:
+    """Whether kernels run in Triton's interpreter, on the CPU; False without Triton."""
+    if _triton_reason() is not None:
+        return False
+    return not isinstance(_kernels().dlif_forward, importlib.import_module("triton").JITFunction)
+
+
+_is_interpreted._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see backends.py

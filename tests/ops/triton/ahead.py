@@ -1,0 +1,188 @@
+"""Compiles the Triton kernels for GPUs that are not there, and reads their machine code.
+
+``python -m ops.triton.ahead`` in ``tests/`` writes ``docs/benchmarks/gpu_code.md``: what a thread costs, of the Triton
+kernels and of the CUDA text side by side. It is counted and modelled: nothing of it was measured on a GPU.
+"""
+
+import importlib.util
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from ops.cuda import nvrtc
+
+from sj_robust.ops import Surrogate
+from sj_robust.ops.dlif import cupy_launch, triton_launch
+from sj_robust.ops.dlif.config import DLIFConfig
+
+WIDTHS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+OF_IO = {"x_seq", "spike_seq", "grad_spike_seq", "grad_x_seq"}  # pointers to the dtype of x; all others are float32
+CONFIG = DLIFConfig(0.9, 1.0, 0.0, Surrogate(), False)
+
+
+def missing() -> str | None:
+    """Why nothing can be compiled here, or None."""
+    if sys.platform != "linux" or importlib.util.find_spec("triton") is None:
+        return "Triton is not installed (pip install triton)"
+    return None if _tool("cuobjdump").exists() else "this Triton comes without cuobjdump"
+
+
+@dataclass(frozen=True)
+class Code:
+    """One kernel as machine code: per thread its registers and stack, how much of what it executes, and its PTX."""
+
+    registers: int
+    stack: int
+    instructions: int
+    neurons_per_thread: int
+    loads: Counter[int]  # of global memory in the unrolled text, by bits
+    stores: Counter[int]
+    barriers: int
+    ptx: str
+
+    def threads_per_processor(self, threads_per_block: int) -> int:
+        """Resident threads that registers allow, of 2048: 65536 registers, given out 256 at a time to a warp."""
+        warps = threads_per_block // 32
+        of_block = -(-self.registers * 32 // 256) * 256 * warps
+        return min(65536 // of_block, 64 // warps, 32) * threads_per_block
+
+
+def triton_code(
+    kernel: str, dtype: torch.dtype, steps: int, config: DLIFConfig = CONFIG, *, architecture: int = 90,
+    absent: tuple[str, ...] = (), aligned: bool = True,
+) -> Code:  # fmt: skip
+    """The kernel ``dlif_forward`` or ``dlif_backward`` as the launcher has it; ``absent`` names None pointers."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function = getattr(triton_launch._kernels(), kernel)
+    make = triton_launch.forward_plan if kernel == "dlif_forward" else triton_launch.backward_plan
+    plan = make(dtype, steps, config)
+    constants = {**asdict(plan), **dict.fromkeys(absent)}
+    signature = {name: _type(name, constants, dtype) for name in function.arg_names}
+    divisible = [name for name in signature if signature[name][0] == "*" or "neurons" in name] if aligned else []
+    attributes = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
+    options = {"num_warps": plan.warps, "enable_fp_fusion": False}
+    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+    per_thread = plan.BLOCK // (32 * plan.warps)
+    return read(compiled.asm["cubin"], per_thread, compiled.asm["ptx"])
+
+
+def cuda_code(
+    kernel: str, dtype: torch.dtype, steps: int, *, architecture: int = 90, absent: tuple[str, ...] = ()
+) -> Code:
+    """The same of ``kernel.cu``, by NVRTC."""
+    longest = cupy_launch.LONGEST_SEQUENCE_IN_REGISTERS
+    backward = kernel == "dlif_backward"
+    most = cupy_launch._VALUES_PER_THREAD // steps if backward else 4
+    variant = cupy_launch.Variant(
+        cupy_launch.THREADS_PER_BLOCK, cupy_launch._IO_TYPES[dtype], steps, False, min(4, most), "RESET_TO_ZERO",
+        not {"v_seq", "grad_v_seq"} & set(absent), surrogate="Triangle" if backward else None,
+    )  # fmt: skip
+    assert steps <= longest
+    text = variant.source(kernel)
+    binary, _ = nvrtc.compile_text(text, f"sm_{architecture}")
+    ptx, _ = nvrtc.compile_text(text, f"compute_{architecture}", ptx=True)
+    return read(binary, variant.vec, ptx.decode())
+
+
+def read(binary: bytes, neurons_per_thread: int, ptx: str) -> Code:
+    """What a cubin says of its one kernel."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(binary)
+        usage = _run("cuobjdump", "-res-usage", str(path))
+        text = _run("nvdisasm", "-c", str(path))
+    registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+    # behind the last EXIT the code loops on the spot and is filled up
+    lines = re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(.*?);", text, re.M)
+    lines = [line for line in lines if not re.match(r"(NOP|BRA `?\(?\.L_x_\d+\)?$)", line)]
+    names = [re.sub(r"^@!?U?P\w+ ", "", line).split()[0] for line in lines]
+    return Code(
+        registers,
+        stack,
+        len(names),
+        neurons_per_thread,
+        Counter(_bits(name) for name in names if name.startswith("LDG")),
+        Counter(_bits(name) for name in names if name.startswith("STG")),
+        sum(name.startswith("BAR") for name in names),
+        ptx,
+    )
+
+
+def _bits(name: str) -> int:
+    width = re.search(r"\.(?:[US])?(8|16|64|128)(?:\.|$)", name)
+    return int(width[1]) if width else 32
+
+
+def _type(name: str, constants: dict[str, object], dtype: torch.dtype) -> str:
+    if name in constants:
+        return "constexpr"
+    if name in ("decay", "leak_current", "v_threshold", "v_reset", "alpha"):
+        return "fp32"
+    if name in ("neurons", "neurons_again"):
+        return "i32"
+    return "*" + (WIDTHS[dtype] if name in OF_IO else "fp32")
+
+
+def _tool(name: str) -> Path:
+    found = importlib.util.find_spec("triton")
+    return Path(found.origin).parent / "backends" / "nvidia" / "bin" / name
+
+
+def _run(name: str, *arguments: str) -> str:
+    result = subprocess.run([_tool(name), *arguments], capture_output=True, text=True, check=True)
+    return result.stdout + result.stderr
+
+
+ABSENT = {
+    "dlif_forward": ("v_init", "v_seq"),
+    "dlif_backward": ("v_init", "grad_v_last", "grad_v_seq", "grad_v_init", "checkpoints"),
+}
+"""Tensors that a training step of a layer does not have."""
+PAGE = Path(__file__).parents[3] / "docs" / "benchmarks" / "gpu_code.md"
+HEAD = """\
+| pass | tensors | T | kernel | registers | threads per SM | instructions | accesses in bits | bytes | issue / memory |
+|---|---|---:|---|---:|---:|---:|---|---:|---:|
+"""
+# One H100 (SXM), from its data sheet: bytes of memory in a second, and instructions of threads that 132 processors
+# issue at 1.98 GHz, four warps of 32 at a time.
+MEMORY, ISSUE = 3.35e12, 132 * 4 * 32 * 1.98e9
+
+
+def _row(kernel: str, dtype: torch.dtype, steps: int, name: str, code: Code, threads: int) -> str:
+    per_element = code.instructions / (steps * code.neurons_per_thread)
+    # whole tensors once: x and spikes, or x, gradient and gradient; and the last potential, one for all steps
+    moved = dtype.itemsize * (2 if kernel == "dlif_forward" else 3) + (4 / steps if kernel == "dlif_forward" else 0)
+    widths = ", ".join(f"{bits}" for bits in sorted((code.loads + code.stores).keys(), reverse=True))
+    cells = (
+        kernel.removeprefix("dlif_"), WIDTHS[dtype], steps, name, code.registers,
+        code.threads_per_processor(threads), f"{per_element:.1f}", widths, f"{moved:.1f}",
+        f"{per_element / ISSUE / (moved / MEMORY):.2f}",
+    )  # fmt: skip
+    return f"| {' | '.join(map(str, cells))} |\n"
+
+
+def main() -> None:
+    """Write the table."""
+    rows = []
+    for kernel, absent in ABSENT.items():
+        warps = triton_launch.FORWARD_WARPS if kernel == "dlif_forward" else triton_launch.BACKWARD_WARPS
+        for dtype in (torch.float32, torch.bfloat16):
+            for steps in (4, 8, 16):
+                code = triton_code(kernel, dtype, steps, absent=absent)
+                rows.append(_row(kernel, dtype, steps, "Triton", code, 32 * warps))
+                code = cuda_code(kernel, dtype, steps, absent=absent)
+                rows.append(_row(kernel, dtype, steps, "CUDA", code, cupy_launch.THREADS_PER_BLOCK))
+    PAGE.write_text(HEAD + "".join(rows), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

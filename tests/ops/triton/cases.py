@@ -1,0 +1,182 @@
+"""The Triton kernels in Triton's interpreter, on the CPU, against the reference: variants, and what else may come.
+
+Triton reads ``TRITON_INTERPRET`` when it is imported, so this runs in a process of its own:
+``TRITON_INTERPRET=1 python -m ops.triton.cases`` in ``tests/``; ``... cases 300`` adds so many calls at random.
+"""
+
+import itertools
+import random
+import sys
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from ops.calls import random_call, run
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sj_robust.neuron import DLIFNode
+from sj_robust.ops import choose_backend, dlif_multi_step
+
+CHOICES: dict[str, list[Any]] = {
+    "steps": [1, 2, 3, 5, 8, 15, 16, 17, 24, 25, 33],
+    "neurons": [1, 31, 128, 517, 1100],  # 1100: several programs, in both directions
+    "dtype": [torch.float32, torch.float16, torch.bfloat16],
+    "v_reset": [0.0, None, -0.25],
+    "detach_reset": [False, True],
+    "surrogate": [("triangle", 1.0), ("triangle", 0.6), ("atan", 2.0), ("sigmoid", 4.0)],
+    "starts": [False, True],  # from a potential of its own, whose gradient is wanted
+    "stores": [False, True],  # the potentials, whose gradients are given
+    "last": [False, True],  # the last potential gets a gradient
+}
+# Relative error of one rounding; the interpreter cuts bfloat16 off where a GPU rounds to nearest.
+ROUNDING = {torch.float32: 0.0, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call, by the names of CHOICES."""
+
+    steps: int
+    neurons: int
+    dtype: torch.dtype
+    v_reset: float | None
+    detach_reset: bool
+    surrogate: tuple[str, float]
+    starts: bool
+    stores: bool
+    last: bool
+
+
+def pairs(case: Case) -> set[Any]:
+    """Every pair of its choices."""
+    return set(itertools.combinations(enumerate(astuple(case)), 2))
+
+
+def cases() -> list[Case]:
+    """Calls in which every pair of choices occurs, those with most new ones first; the same every time."""
+    draw = random.Random(1)
+    offered = [at_random(draw) for _ in range(2000)]
+    missing = set().union(*map(pairs, offered))
+    assert len(missing) == sum(len(a) * len(b) for a, b in itertools.combinations(CHOICES.values(), 2))
+    chosen = []
+    while missing:
+        chosen.append(max(offered, key=lambda case: len(pairs(case) & missing)))
+        missing -= pairs(chosen[-1])
+    return [*chosen, Case(100, 31, torch.float32, -0.25, False, ("sigmoid", 4.0), True, True, True)]
+
+
+def at_random(draw: random.Random) -> Case:
+    """One call."""
+    return Case(*(draw.choice(values) for values in CHOICES.values()))
+
+
+def check(case: Case, inputs: Any = None, grads: Any = None, **constants: Any) -> None:
+    """Spikes and potentials bit by bit, gradients to 1e-5 of the largest and one rounding of their format."""
+    if inputs is None:
+        inputs, grads = random_call((case.steps, case.neurons), case.dtype, seed=case.steps + case.neurons)
+    x, gain, v_init = inputs
+    inputs = x, gain, v_init if case.starts else None
+    grads = grads[0], grads[1] if case.last else None, grads[2] if case.stores else None
+    kind, alpha = case.surrogate
+    options = {
+        "decay": 0.9, "v_threshold": 0.8, "v_reset": case.v_reset, "detach_reset": case.detach_reset, "kind": kind,
+        "alpha": alpha, "store_v_seq": case.stores, **constants,
+    }  # fmt: skip
+    outputs, gradients = run("triton", inputs, grads, **options)
+    # the reference in float32, whose gradient is not rounded on the way
+    wide = [(a if a is None else a.float()) for a in (*inputs, *grads)]
+    wanted, wanted_gradients = run("reference", wide[:3], wide[3:], **options)
+    for found, expected in zip(outputs, wanted, strict=True):
+        assert (found is None) == (expected is None)
+        if found is not None:
+            assert found.shape == expected.shape
+            assert torch.equal(found.float(), expected), "outputs differ"
+    assert outputs[0].dtype == gradients[0].dtype == case.dtype
+    for i, (found, expected) in enumerate(zip(gradients, wanted_gradients, strict=True)):
+        if expected is not None:
+            rounding = ROUNDING[case.dtype] if i == 0 else 0.0
+            scale = float(expected.abs().max()) if expected.numel() else 0.0
+            assert found.isfinite().all()
+            torch.testing.assert_close(found.float(), expected, rtol=rounding, atol=1e-5 * scale)
+
+
+def at_the_threshold() -> None:
+    """Quarters are exact in binary, so that h == v_threshold really happens."""
+    for v_reset, dtype in itertools.product(CHOICES["v_reset"][:2], CHOICES["dtype"]):
+        x = torch.tensor(list(itertools.product([0.0, 0.25, 0.5, 1.0], repeat=3)), dtype=dtype).T.contiguous()
+        inputs = x, torch.ones(3), torch.zeros(64)
+        grads = torch.ones_like(x), torch.full((64,), 0.5), torch.full((3, 64), 0.25)
+        case = Case(3, 64, dtype, v_reset, False, ("triangle", 1.0), True, True, True)
+        check(case, inputs, grads, decay=0.5, v_threshold=1.0)
+
+
+def not_a_number() -> None:
+    """As in plain torch with an analytic gradient."""
+    x = torch.zeros(4, 70)
+    x[1, 3], x[1, 5], x[1, 7], x[1, 69] = float("nan"), float("inf"), -float("inf"), float("nan")
+    grads = torch.ones_like(x), torch.zeros(70), torch.zeros(4, 70)
+    for kind, v_reset in itertools.product(("triangle", "atan", "sigmoid"), (0.0, None)):
+        options = {"decay": 0.9, "v_threshold": 0.8, "v_reset": v_reset, "kind": kind}
+        with np.errstate(invalid="ignore", over="ignore"):  # the interpreter computes with numpy
+            found, wanted = (run(name, (x, torch.ones(4), None), grads, **options) for name in ("triton", "eager"))
+        for a, b in zip((*found[0], *found[1][:2]), (*wanted[0], *wanted[1][:2]), strict=True):
+            torch.testing.assert_close(a, b, equal_nan=True)
+
+
+def shapes() -> None:
+    """Nothing, images, channels last, a step repeated, and rows that are not aligned."""
+    for shape in ((3, 0), (40, 0, 4), (2, 1, 1), (4, 2, 3, 5, 7)):
+        case = Case(shape[0], 0, torch.float32, 0.0, False, ("atan", 2.0), True, True, True)
+        check(case, *random_call(shape, torch.float32))
+    plain = torch.randn(4, 2, 3, 5, 6, generator=torch.Generator().manual_seed(0))
+    channels_last = plain.flatten(0, 1).contiguous(memory_format=torch.channels_last).view(plain.shape)
+    for x in (channels_last, plain[:1].expand(4, -1, -1, -1, -1), plain.flatten()[1:577].view(4, 2, 3, 4, 6)):
+        found, wanted = (
+            dlif_multi_step(x, torch.ones(4), decay=0.9, store_v_seq=True, backend=name)
+            for name in ("triton", "reference")
+        )
+        for a, b in zip(found, wanted, strict=True):
+            assert torch.equal(a, b)
+
+
+def in_a_network() -> None:
+    """A neuron, step by step and in one go; its operator under torch's own checks and in fake mode."""
+    neurons = [DLIFNode(3, tau=2.0, backend=name, store_v_seq=True) for name in ("triton", "reference")]
+    x = torch.rand(3, 2, 5, generator=torch.Generator().manual_seed(0)) * 2
+    gradients = []
+    for neuron in neurons:
+        assert neuron.chosen_backend(x) == neuron.backend
+        leaf = x.clone().requires_grad_()
+        (neuron(leaf) * x).sum().backward()
+        gradients.append([leaf.grad, neuron.input_gain.grad, neuron.v_seq.detach()])
+        neuron.reset()
+        neuron.step_mode = "s"
+        gradients[-1] += [neuron(step).detach() for step in x]
+        neuron.reset()
+    torch.testing.assert_close(*gradients)
+    (x, gain, v_init), _ = random_call((3, 5), torch.float32)
+    leaves = [t.requires_grad_() for t in (x, gain, v_init)]
+    torch.library.opcheck(torch.ops.sj_robust.dlif, (*leaves, 0.5, 1.0, None, "atan", 2.0, False, True, "triton", None))
+    with FakeTensorMode() as mode:
+        spikes, _, _ = dlif_multi_step(mode.from_tensor(x), mode.from_tensor(gain), decay=0.5, backend="triton")
+    assert spikes.shape == x.shape
+    assert choose_backend("auto", x, neurons[0]._surrogate()) != "triton"  # which the CPU has for tests alone
+
+
+def main(more: int) -> None:
+    """Run them all; AssertionError with what differs."""
+    draw = random.Random(2)
+    for part in (at_the_threshold, shapes, not_a_number, in_a_network):
+        print(part.__name__, flush=True)
+        part()
+    chosen = cases() + [at_random(draw) for _ in range(more)]
+    for case in chosen:
+        print(case, flush=True)
+        check(case)
+    print(f"checked {len(chosen)} cases")
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 0)

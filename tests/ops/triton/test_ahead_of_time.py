@@ -1,0 +1,84 @@
+"""The Triton kernels compile for real GPUs: into registers, with whole vectors, rounded after every operation."""
+
+import re
+
+import pytest
+import torch
+from ops.triton import ahead
+
+from sj_robust.ops import Surrogate
+from sj_robust.ops.dlif.config import DLIFConfig
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(ahead.missing() is not None, reason=str(ahead.missing())),
+]
+FORWARD, BACKWARD = "dlif_forward", "dlif_backward"
+F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
+
+
+def config(v_reset=0.0, kind="triangle", detach=False):
+    return DLIFConfig(0.9, 1.0, v_reset, Surrogate(kind), detach)
+
+
+VARIANTS = [  # architecture, kernel, dtype, steps, constants, whether every optional tensor is there
+    (80, FORWARD, F16, 8, config(None), True),
+    (80, BACKWARD, F32, 8, config(None, "atan"), True),
+    (80, BACKWARD, BF16, 16, config(-0.25, "sigmoid"), False),
+    (90, FORWARD, F32, 21, config(-0.25), True),
+    (90, BACKWARD, F32, 4, config(-0.25, "sigmoid", True), True),
+    (90, BACKWARD, F16, 8, config(None, "triangle", True), True),
+    (90, BACKWARD, F32, 16, config(0.0, "atan"), False),
+    (90, BACKWARD, BF16, 21, config(-0.25, "atan"), True),
+    (100, FORWARD, BF16, 16, config(0.0), False),
+    (100, BACKWARD, F32, 21, config(None, "sigmoid"), True),
+    (100, BACKWARD, F16, 4, config(0.0, "atan"), True),
+    (100, BACKWARD, BF16, 8, config(0.0, "triangle"), False),
+]
+
+
+@pytest.mark.parametrize(("architecture", "kernel", "dtype", "steps", "constants", "everything"), VARIANTS)
+def test_stays_in_registers(architecture, kernel, dtype, steps, constants, everything):
+    absent = () if everything else ahead.ABSENT[kernel]
+    if steps <= 16:
+        absent = tuple({*absent, "checkpoints"} if kernel == BACKWARD else absent)
+    code = ahead.triton_code(kernel, dtype, steps, constants, architecture=architecture, absent=absent)
+    assert code.stack <= 8, "registers are spilled"  # one pair, once, in 3300 instructions for sm_80
+    assert code.registers <= (64 if kernel == FORWARD else 168)  # of 65536: so that an SM holds 12 warps
+
+
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+def test_memory_is_moved_in_whole_vectors(dtype):
+    """Per step of x one load on the way forward and one on the way back, of the gradients one load and one store."""
+    for steps in (1, 4, 8):
+        forward = ahead.triton_code(FORWARD, dtype, steps, absent=ahead.ABSENT[FORWARD])
+        potentials = 1 if dtype == F32 else 2  # stores of the last potential: twice as wide as 16-bit spikes
+        assert forward.loads == {128: steps, 32: steps}, "x, and the gain"
+        assert forward.stores == {128: steps + potentials}
+        backward = ahead.triton_code(BACKWARD, dtype, steps, absent=ahead.ABSENT[BACKWARD])
+        assert backward.loads[128] == 3 * steps - (steps == 1), "the one step of x is still there"
+        assert backward.stores == {128: steps, 32: steps}, "gradient of x, and a sum for the gain"
+        assert backward.barriers == 0
+
+
+def test_rows_that_are_not_aligned_fall_back_to_one_neuron_at_a_time():
+    forward = ahead.triton_code(FORWARD, F32, 2, absent=ahead.ABSENT[FORWARD], aligned=False)
+    assert set(forward.loads) == set(forward.stores) == {32}
+
+
+def test_nothing_is_contracted_and_halves_are_rounded_to_nearest():
+    for dtype, rounding in ((F32, None), (F16, r"cvt\.rn\.f16x?2?\.f32"), (BF16, r"cvt\.rn\.bf16x?2?\.f32")):
+        for kernel in (FORWARD, BACKWARD):
+            ptx = ahead.triton_code(kernel, dtype, 4, absent=ahead.ABSENT[kernel]).ptx
+            assert "fma.rn.f32" not in ptx
+            assert ".f64" not in ptx
+            if rounding and kernel == BACKWARD:  # a spike is one of two constants
+                assert re.search(rounding, ptx)
+
+
+def test_a_barrier_stands_between_noting_potentials_and_reading_them():
+    ptx = ahead.triton_code(BACKWARD, F32, 21, absent=ahead.ABSENT[BACKWARD][:-1]).ptx
+    before, barrier, after = ptx.partition("bar.sync")
+    assert before.count("st.global") == 2  # the potential before each of two later segments
+    assert barrier
+    assert "bar.sync" not in after

@@ -1,0 +1,150 @@
+"""The launcher's Python without a GPU: what is missing is told, what works is chosen, work is cut as it should be."""
+
+import warnings
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from sj_robust import doctor
+from sj_robust.neuron import DLIFNode
+from sj_robust.ops import Surrogate, available_backends, check_backend, choose_backend
+from sj_robust.ops.dlif import backends, cupy_launch, dispatch, triton_launch
+from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients
+
+CONFIG = DLIFConfig(0.5, 1.0, 0.0, Surrogate(), False)
+X = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine with a GPU and a torch for it, as far as anybody asks."""
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for cached in (triton_launch._triton_reason, cupy_launch._cupy_reason, backends._failure, dispatch._warn):
+        cached.cache_clear()
+    yield monkeypatch
+    for cached in (triton_launch._triton_reason, cupy_launch._cupy_reason, backends._failure, dispatch._warn):
+        cached.cache_clear()
+
+
+def import_that_raises(monkeypatch, error):
+    def import_module(name):
+        raise error
+
+    monkeypatch.setattr(triton_launch, "importlib", SimpleNamespace(import_module=import_module))
+    triton_launch._triton_reason.cache_clear()
+
+
+def test_without_triton_the_named_backend_gives_one_error_with_its_remedy(gpu):
+    import_that_raises(gpu, ModuleNotFoundError("No module named 'triton'", name="triton"))
+    with pytest.raises(RuntimeError, match=r"backend='triton' is not available: Triton is not installed.*pip install"):
+        DLIFNode(4, backend="triton")
+    gpu.setattr(torch.version, "cuda", None)  # then this is what is wrong, since CUDA builds bring Triton
+    with pytest.raises(RuntimeError, match="built without CUDA; install a CUDA build of torch; or take backend='auto'"):
+        check_backend("triton")
+
+
+@pytest.mark.parametrize(
+    "error", [ModuleNotFoundError("No module named 'x'", name="x"), OSError("libtriton.so: undefined symbol")]
+)
+def test_import_that_fails_is_not_called_not_installed(gpu, error):
+    import_that_raises(gpu, error)
+    assert "Triton is installed, but importing it failed" in triton_launch.unavailable_reason()
+    assert str(error) in triton_launch.unavailable_reason()
+
+
+def test_a_cpu_gets_the_kernels_from_the_interpreter_alone():
+    assert triton_launch.unavailable_reason() is not None or torch.cuda.is_available()
+    assert triton_launch.unsupported_reason(torch.zeros(2, 3), Surrogate()) is not None
+
+
+def test_what_the_kernel_does_not_know_is_refused():
+    assert triton_launch.unsupported_reason(X, Surrogate()) is None
+    wide = SimpleNamespace(device=X.device, dtype=torch.float64)
+    assert "must be float32, float16 or bfloat16" in triton_launch.unsupported_reason(wide, Surrogate())
+    own = Surrogate("custom", function=torch.sigmoid)
+    assert "got 'custom'" in triton_launch.unsupported_reason(X, own)
+    inputs = Inputs(torch.zeros(2, 3), torch.ones(2), torch.zeros(3, device="meta"), CONFIG)
+    with pytest.raises(ValueError, match="v_init must be on the device of x_seq, cpu, got meta"):
+        triton_launch.backward(inputs, OutputGradients(torch.zeros(2, 3)), True)
+
+
+def spikes_as(found):
+    def forward(inputs, store_v_seq):
+        if isinstance(found, Exception):
+            raise found
+        return torch.tensor(found), None, None
+
+    return forward
+
+
+@pytest.fixture
+def kernels(gpu):
+    """What a first call of CuPy and of Triton gives, and what ``auto`` chooses then."""
+    gpu.setattr(torch, "tensor", lambda *args, make=torch.tensor, **kwargs: make(*args))
+    gpu.setattr(torch, "ones", lambda *args, make=torch.ones, **kwargs: make(*args))
+
+    def chosen(cupy, triton, surrogate=Surrogate()):  # noqa: B008  # it cannot be changed
+        for module, found in ((cupy_launch, cupy), (triton_launch, triton)):
+            gpu.setattr(module, "unavailable_reason", lambda found=found: found if isinstance(found, str) else None)
+            gpu.setattr(module, "forward", spikes_as(found))
+        backends._failure.cache_clear()
+        return choose_backend("auto", X, surrogate)
+
+    return chosen
+
+
+RIGHT, WRONG = [[0.0], [1.0]], [[0.0], [0.0]]
+
+
+def test_auto_takes_cupy_and_then_triton_where_they_work(kernels):
+    assert kernels(RIGHT, RIGHT) == "cupy"
+    assert kernels("CuPy is not installed", RIGHT) == "triton"
+    assert kernels(OSError("libnvrtc.so.12: cannot open shared object file"), RIGHT) == "triton"
+    assert "a first call failed with OSError: libnvrtc.so.12" in available_backends()["cupy"]
+    assert kernels(WRONG, RIGHT) == "triton"
+    assert "gave the spikes [0.0, 0.0] instead of [0.0, 1.0]" in available_backends()["cupy"]
+
+
+def test_auto_warns_once_where_no_kernel_works(kernels):
+    with pytest.warns(RuntimeWarning, match=r"backend='eager', which is slow.*pip install \"cupy.*C compiler"):
+        assert kernels('CuPy is not installed; pip install "cupy-x"', RuntimeError("no C compiler")) == "eager"
+    assert choose_backend("auto", X, Surrogate()) == "eager"  # a warning would be an error here
+    assert "backend triton: a first call failed" in "\n".join(doctor._remedies(available_backends(), {})) or (
+        torch.cuda.device_count() == 0
+    )
+
+
+def test_a_call_that_no_kernel_runs_is_not_warned_of(kernels):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert kernels("none", RIGHT, Surrogate("custom", function=torch.sigmoid)) == "eager"
+
+
+def test_memory_that_is_short_says_nothing_of_a_kernel(kernels):
+    with pytest.raises(torch.OutOfMemoryError):
+        kernels(torch.OutOfMemoryError("CUDA out of memory"), RIGHT)
+
+
+@pytest.mark.parametrize("steps", [1, 5, 16, 17, 24, 100])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_segments_cover_the_sequence_and_threads_move_at_most_16_bytes(steps, dtype):
+    for plan in (triton_launch.forward_plan(dtype, steps, CONFIG), triton_launch.backward_plan(dtype, steps, CONFIG)):
+        assert plan.FIRST >= 1
+        assert steps == plan.FIRST + plan.LATER * plan.SEGMENT
+        assert (plan.LATER == 0) == (steps <= triton_launch.LONGEST_SEQUENCE_IN_REGISTERS)
+        per_thread = plan.BLOCK // (32 * plan.warps)
+        assert per_thread * dtype.itemsize in (4, 8, 16)
+        assert plan.programs(3 * plan.BLOCK + 1) == 4
+
+
+def test_no_neurons_no_launch():
+    inputs = Inputs(torch.zeros(3, 0), torch.ones(3), None, CONFIG)
+    spikes, v, v_seq = triton_launch.forward(inputs, True)
+    assert (spikes.shape, v.shape, v_seq.shape) == ((3, 0), (0,), (3, 0))
+    grads = triton_launch.backward(inputs, OutputGradients(inputs.x_seq), True)
+    assert [tuple(grad.shape) for grad in grads] == [(3, 0), (3,), (0,)]
+    assert torch.equal(grads[1], torch.zeros(3))
