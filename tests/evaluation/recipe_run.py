@@ -1,12 +1,13 @@
 """The recipe evaluate as its tests run it, on a small trained network and on networks of somebody's own."""
 
+import contextlib
 from dataclasses import asdict
 from functools import partial
 
 import launch
+import pytest
 
 SMALL = ("--test-limit", "12", "--batch-size", "6")
-in_process = partial(launch.in_process, "evaluate")
 start = partial(launch.start, "evaluate")
 
 OWN = """
@@ -59,6 +60,19 @@ class Blind(nn.Module):
     def forward(self, x_seq):
         return self.net(x_seq.detach())
 """
+
+
+def in_process(folder, *options, draws=False):
+    """The recipe in this process; figures, which take as long as the attacks, are empty files unless asked for."""
+    with pytest.MonkeyPatch.context() as patch:
+        if not draws:
+            patch.setattr("matplotlib.figure.Figure.savefig", _blank)
+        launch.in_process("evaluate", folder, *options)
+
+
+def _blank(figure, file, **settings):
+    with contextlib.nullcontext(file) if hasattr(file, "write") else open(file, "w") as to:
+        to.write("<svg></svg>")
 
 
 def working_folder(folder):

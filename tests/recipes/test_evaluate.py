@@ -29,7 +29,7 @@ def whole(folder):
 
 
 def test_from_checkpoint_to_report(folder, capsys):
-    in_process(folder, "runs/one/lif_none/best.pt", "--suite", "fast", *SMALL)
+    in_process(folder, "runs/one/lif_none/best.pt", "--suite", "fast", *SMALL, draws=True)
     run = folder / "runs" / "evaluate-lif_none-fast-1"
     report = RobustnessReport.load(run / "report.json")
     plots = {
