@@ -176,7 +176,7 @@ def test_a_whole_evaluation_and_its_report(bars, monkeypatch):
     monkeypatch.setattr(whole, "make_suite", short_suite)
     threat = ThreatModel("moves", 15, largest_shift=2)
     report = whole.assess(
-        Subject("bars", bars.model, "three layers"), [(bars.x[:12], bars.y[:12])], suite="events", threat=threat,
+        Subject("bars", bars.model, "three layers"), [(bars.x[:6], bars.y[:6])], suite="events", threat=threat,
         dataset="bars", classes=4,
     )  # fmt: skip
     assert report.budget == "at most 15 events moved in time, by 2 frames at most"

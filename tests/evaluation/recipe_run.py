@@ -1,8 +1,10 @@
 """The recipe evaluate as its tests run it, on a small trained network and on networks of somebody's own."""
 
 import contextlib
+import sys
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 
 import launch
 import pytest
@@ -63,16 +65,21 @@ class Blind(nn.Module):
 
 
 def in_process(folder, *options, draws=False):
-    """The recipe in this process; figures, which take as long as the attacks, are empty files unless asked for."""
-    with pytest.MonkeyPatch.context() as patch:
-        if not draws:
-            patch.setattr("matplotlib.figure.Figure.savefig", _blank)
+    """The recipe in this process, with figures if asked for."""
+    with contextlib.nullcontext() if draws else undrawn():
         launch.in_process("evaluate", folder, *options)
 
 
-def _blank(figure, file, **settings):
-    with contextlib.nullcontext(file) if hasattr(file, "write") else open(file, "w") as to:
-        to.write("<svg></svg>")
+@contextlib.contextmanager
+def undrawn():
+    """Within it figures, which take as long as the attacks of a test, are empty files."""
+
+    def savefig(figure, file, **settings):
+        (file.write if hasattr(file, "write") else Path(file).write_text)("<svg></svg>")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", savefig)
+        yield
 
 
 def working_folder(folder):
@@ -96,3 +103,7 @@ def without_times(report):
         row["seconds"] = None
     del content["environment"], content["verified_seconds"]
     return content
+
+
+if __name__ == "__main__":
+    print(*launch.two_processes(partial(in_process, Path.cwd(), *sys.argv[1:])))

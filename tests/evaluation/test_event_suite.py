@@ -29,7 +29,7 @@ CHOSEN = ("pdsg", "atan:2", "assg")
 
 @pytest.fixture(scope="module")
 def bars() -> Trained:
-    return Trained(trained_model(), *moving_bars(24, torch.Generator().manual_seed(1)))
+    return Trained(trained_model(), *moving_bars(16, torch.Generator().manual_seed(1)))
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def report(bars, folder) -> RobustnessReport:
 
 
 def evaluated(bars, **changes):
-    batches = [(bars.x[:16], bars.y[:16]), (bars.x[16:], bars.y[16:])]
+    batches = [(bars.x[:10], bars.y[:10]), (bars.x[10:], bars.y[10:])]
     arguments = {"batches": batches, "suite": "events", "threat": TEN, "dataset": "bars", "classes": 4} | changes
     return whole.assess(Subject("moving", bars.model, "three layers"), **arguments)
 
@@ -144,9 +144,9 @@ class TestReport:
         suite = [member for member in report.members if member.group == "suite"]
         assert all(report.worst_case.correct <= report.under(member.name).correct for member in suite)
         assert report.everything.correct <= min(report.worst_case.correct, report.control.correct)
-        assert report.worst_case.correct < report.clean.correct - 8
+        assert report.worst_case.correct < report.clean.correct - 5
         assert all(report.within(member) and member.largest <= 10 for member in report.members)
-        assert report.under("random_both/training/r0").total == 24
+        assert report.under("random_both/training/r0").total == 16
 
     def test_estimators_were_chosen_by_attacks_on_events(self, report):
         rows = {row["estimator"]: row for row in report.estimators}
@@ -175,7 +175,7 @@ class TestReport:
         assert [row["layer"] for row in report.firing] == ["net.1", "net.3", "net.5"]
         assert all(0 < row["rate"] < 1 for row in report.firing)
         row = report.potential[0]
-        assert row["samples"] == 16  # the first batch, of which all were right
+        assert row["samples"] == 10  # the first batch, of which all were right
         assert [len(steps) for steps in row["layers"].values()] == [6, 6, 6]
         assert all(max(steps) > 0 for steps in row["layers"].values())
 

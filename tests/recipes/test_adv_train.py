@@ -58,30 +58,13 @@ def test_certified_training_beside_ms_mppd_ends_with_what_is_verified(tmp_path, 
     assert losses["certified"] > losses["clean"]
 
 
-def test_the_default_run_defends(tmp_path, capsys):
-    in_process(tmp_path)
-    folder = tmp_path / "runs" / "digits-dlif-at-1"
-    report = Report.load(folder / "report.json")
-    assert report.table() in capsys.readouterr().out
-    assert report.attacks == ("clean", "gaussian", "fgsm", "pgd20")
-    assert report.threat.eps == 0.1
-    assert {score.total for score in report.scores} == {360}
-    defended, undefended = (report.accuracy(name, "pgd20") for name in ("dlif at", "lif undefended"))
-    assert defended >= undefended + 0.20
-    assert report.accuracy("dlif at", "clean") > 0.9
-    assert report.accuracy("lif undefended", "clean") > 0.95
-    for name in report.networks:
-        assert report.accuracy(name, "pgd20") <= report.accuracy(name, "fgsm") <= report.accuracy(name, "clean")
-        assert len(report.curves[name]) == report.configuration["epochs"]
-    assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
-
-
 def test_what_a_run_leaves(whole):
     files = {str(path.relative_to(whole)) for path in whole.rglob("*") if "tfevents" not in path.name}
     networks = ("dlif_at", "lif_undefended")
     checkpoints = {f"{network}/{name}.pt" for network in networks for name in ("last", "best")}
     folders = {*networks, "tensorboard", *(f"tensorboard/{network}" for network in networks)}
     assert files == {"README.md", "config.yaml", "log.txt", "report.json", "report.png"} | checkpoints | folders
+    assert (whole / "report.png").read_bytes().startswith(b"\x89PNG")
     log = (whole / "log.txt").read_text()
     for text in (f"torch: {torch.__version__}", "spikingjelly:", "commit:", "device: cpu", "eps: 0.1", "epoch 2/2"):
         assert text in log
@@ -168,7 +151,8 @@ def test_presets_train(tmp_path, path):
 
 
 def test_two_processes(tmp_path):
-    out, _ = finish(start("adv_train", tmp_path, *QUICK, launcher=launch.TWO_PROCESSES))
+    options = (*QUICK, "--epochs", "1", "--reference", "false")
+    out, _ = finish(start("adv_train", tmp_path, *options, launcher=launch.TWO_PROCESSES))
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["digits-dlif-at-1"]
     assert out.count("| pgd20 |") == 1
     folder = tmp_path / "runs" / "digits-dlif-at-1"

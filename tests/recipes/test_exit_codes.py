@@ -158,7 +158,6 @@ SLOW = {  # what would take hours, and what is shown when it has begun
     "adv_train": ("--epochs 9999", "epoch 1/9999"),
     "evaluate": ("run/lif_none --suite standard", "suite standard"),
     "sweep": ("--base digits --options '{epochs: 9999}' --grid '{rho: [0]}'", "1 runs in f"),
-    "figures": ("run --which intensity --steps 9999", "gaussian at eps"),
     "benchmark": ("--shapes [[4,8,32,8,8]] --rounds 99999 --check false", "measuring neuron"),
 }
 
