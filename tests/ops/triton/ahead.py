@@ -44,6 +44,7 @@ class Code:
     stores: Counter[int]
     barriers: int
     ptx: str
+    ir: str  # Triton's, where there is one
 
     def threads_per_processor(self, threads_per_block: int) -> int:
         """Resident threads that registers allow, of 2048: 65536 registers, given out 256 at a time to a warp."""
@@ -72,7 +73,7 @@ def triton_code(
     options = {"num_warps": plan.warps, "enable_fp_fusion": False}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
     per_thread = plan.BLOCK // (32 * plan.warps)
-    return read(compiled.asm["cubin"], per_thread, compiled.asm["ptx"])
+    return read(compiled.asm["cubin"], per_thread, compiled.asm["ptx"], compiled.asm["ttir"])
 
 
 def cuda_code(
@@ -93,7 +94,7 @@ def cuda_code(
     return read(binary, variant.vec, ptx.decode())
 
 
-def read(binary: bytes, neurons_per_thread: int, ptx: str) -> Code:
+def read(binary: bytes, neurons_per_thread: int, ptx: str, ir: str = "") -> Code:
     """What a cubin says of its one kernel."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
@@ -114,6 +115,7 @@ def read(binary: bytes, neurons_per_thread: int, ptx: str) -> Code:
         Counter(_bits(name) for name in names if name.startswith("STG")),
         sum(name.startswith("BAR") for name in names),
         ptx,
+        ir,
     )
 
 

@@ -82,3 +82,10 @@ def test_a_barrier_stands_between_noting_potentials_and_reading_them():
     assert before.count("st.global") == 2  # the potential before each of two later segments
     assert barrier
     assert "bar.sync" not in after
+
+
+@pytest.mark.parametrize("kernel", [FORWARD, BACKWARD])
+def test_offsets_are_computed_in_64_bits(kernel):
+    """All steps of a layer may hold more than 2**31 elements, which no test here has the memory for."""
+    code = ahead.triton_code(kernel, F32, 8, absent=ahead.ABSENT[kernel])
+    assert set(re.findall(r"arith\.muli .* : (\w+) ", code.ir)) == {"i64"}

@@ -1,18 +1,32 @@
-"""The CuPy backend on a real GPU, through the public operator; compared with the oracle of the other backends."""
+"""The kernels for CUDA on a real GPU, through the public operator; compared with the oracle of the other backends."""
 
 import numpy as np
 import pytest
 import torch
 from ops.calls import by_hand, random_call, run
+from ops.triton import cases
 from oracle import away_from_threshold
 
 from sj_robust.ops import Surrogate, available_backends, choose_backend, dlif_multi_step
-from sj_robust.ops.dlif import cupy_launch
+from sj_robust.ops.dlif import backends, cupy_launch
+from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients
 
-_REASON = cupy_launch.unavailable_reason()
-pytestmark = pytest.mark.skipif(_REASON is not None, reason=f"backend='cupy': {_REASON}")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
 SURROGATES = [("triangle", 1.0), ("atan", 2.0), ("sigmoid", 4.0)]
 SHAPES = [(1, 5), (4, 1 << 16), (8, 3, 7, 5), (16, 1030), (32, 64, 3), (33, 130), (70, 17)]  # odd, long, many blocks
+
+
+def needs(name):
+    """The name of a backend, if it can run."""
+    reason = backends.unavailable_reason(name)
+    if reason is not None:
+        pytest.skip(f"backend={name!r}: {reason}")
+    return name
+
+
+@pytest.fixture(params=["cupy", "triton"])
+def backend(request):
+    return needs(request.param)
 
 
 @pytest.mark.parametrize("v_reset", [0.0, None, -0.25])
@@ -21,6 +35,7 @@ SHAPES = [(1, 5), (4, 1 << 16), (8, 3, 7, 5), (16, 1030), (32, 64, 3), (33, 130)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_equals_bptt_by_hand(v_reset, detach_reset, kind, alpha, shape, dtype):
+    needs("cupy")
     inputs, grads = random_call(shape, dtype)
     constants = {"decay": 0.9, "v_threshold": 0.8, "v_reset": v_reset, "detach_reset": detach_reset}
     constants |= {"kind": kind, "alpha": alpha}
@@ -41,14 +56,22 @@ def test_equals_bptt_by_hand(v_reset, detach_reset, kind, alpha, shape, dtype):
         np.testing.assert_allclose(grad_gain, expected.grad_gain, rtol=1e-4, atol=1e-5 * scale)
 
 
-def test_spikes_equal_the_reference_bit_by_bit_and_gradients_repeat():
+@pytest.mark.parametrize("case", cases.cases(), ids=str)
+def test_triton_equals_the_reference(case):
+    """The calls of the interpreter's tests: few, since Triton takes seconds to compile each."""
+    needs("triton")
+    call = random_call((case.steps, case.neurons), case.dtype, seed=case.steps)
+    cases.check(case, *([a.cuda() for a in given] for given in call))
+
+
+def test_spikes_equal_the_reference_bit_by_bit_and_gradients_repeat(backend):
     generator = torch.Generator("cuda").manual_seed(0)
     x = torch.randn(8, 1 << 18, device="cuda", generator=generator)
     gain = torch.rand(8, device="cuda", generator=generator).add_(0.5).requires_grad_()
     results = []
-    for backend in ("cupy", "cupy", "reference"):
+    for name in (backend, backend, "reference"):
         gain.grad = None
-        spikes, v, _ = dlif_multi_step(x, gain, decay=0.99, backend=backend)
+        spikes, v, _ = dlif_multi_step(x, gain, decay=0.99, backend=name)
         (spikes.sum() + v.sum()).backward()
         results.append((spikes.detach(), v.detach(), gain.grad))
     assert all(torch.equal(a, b) for a, b in zip(results[0], results[1], strict=True))
@@ -57,38 +80,39 @@ def test_spikes_equal_the_reference_bit_by_bit_and_gradients_repeat():
     torch.testing.assert_close(results[0][2], results[2][2], rtol=1e-4, atol=1e-2)
 
 
-def test_auto_chooses_it():
-    assert available_backends()["cupy"] == "available"
-    assert choose_backend("auto", torch.zeros(2, 2, device="cuda"), Surrogate()) == "cupy"
+def test_auto_chooses_the_first_that_works():
+    working = [name for name in ("cupy", "triton", "eager") if available_backends()[name] == "available"]
+    assert choose_backend("auto", torch.zeros(2, 2, device="cuda"), Surrogate()) == working[0]
 
 
-def test_runs_on_torchs_current_stream():
+def test_runs_on_torchs_current_stream(backend):
     stream = torch.cuda.Stream()
     x, gain = torch.zeros(4, 1 << 22, device="cuda"), torch.ones(4, device="cuda")
-    dlif_multi_step(x, gain, decay=0.5, backend="cupy")  # compiled before it is timed by the sleep
+    dlif_multi_step(x, gain, decay=0.5, backend=backend)  # compiled before it is timed by the sleep
     torch.cuda.synchronize()
     with torch.cuda.stream(stream):
         torch.cuda._sleep(100_000_000)
         x.fill_(2.0)  # seen only by a kernel that waits for its stream
-        spikes, _, _ = dlif_multi_step(x, gain, decay=0.5, backend="cupy")
+        spikes, _, _ = dlif_multi_step(x, gain, decay=0.5, backend=backend)
     stream.synchronize()
     assert spikes.all()
 
 
 @pytest.mark.parametrize("threads", [32, 512, 1024])
 def test_block_sizes(threads):
+    needs("cupy")
     x, gain = torch.randn(32, 4096, device="cuda"), torch.ones(32, device="cuda")
-    config = cupy_launch.DLIFConfig(0.9, 1.0, None, Surrogate("sigmoid", 4.0), False)
+    config = DLIFConfig(0.9, 1.0, None, Surrogate("sigmoid", 4.0), False)
     launcher = cupy_launch.Launcher(threads_per_block=threads)
-    arguments = (x, gain, None, config, torch.ones_like(x), None, None, True)
+    arguments = Inputs(x, gain, None, config), OutputGradients(torch.ones_like(x)), True
     for got, expected in zip(launcher.backward(*arguments), cupy_launch.backward(*arguments), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_second_gpu_is_used_and_the_current_one_kept():
+def test_second_gpu_is_used_and_the_current_one_kept(backend):
     x, gain = torch.full((4, 64), 2.0, device="cuda:1"), torch.ones(4, device="cuda:1")
-    spikes, _, _ = dlif_multi_step(x, gain, decay=0.5, backend="cupy")
+    spikes, _, _ = dlif_multi_step(x, gain, decay=0.5, backend=backend)
     assert spikes.device.index == 1
     assert spikes.all()
     assert torch.cuda.current_device() == 0
@@ -98,12 +122,13 @@ def test_surrogates_of_spikingjelly_with_a_cuda_text():
     host = pytest.importorskip("spikingjelly.activation_based.surrogate")
     if not hasattr(host, "_has_cuda_"):
         pytest.skip("this SpikingJelly release has no cuda_codes")
+    needs("cupy")
     x, gain = torch.randn(4, 1000, device="cuda"), torch.ones(4, device="cuda")
     for cls in host._has_cuda_:
         grads = []
-        for backend in ("cupy", "reference"):
+        for name in ("cupy", "reference"):
             leaf = x.clone().requires_grad_()
             surrogate = Surrogate("custom", function=cls())
-            dlif_multi_step(leaf, gain, decay=0.9, surrogate=surrogate, backend=backend)[0].sum().backward()
+            dlif_multi_step(leaf, gain, decay=0.9, surrogate=surrogate, backend=name)[0].sum().backward()
             grads.append(leaf.grad)
         torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-4)
