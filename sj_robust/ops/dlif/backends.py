@@ -11,7 +11,7 @@ from sj_robust.ops.dlif import cpp, cupy_launch, eager, triton_launch
 from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients, Outputs
 from sj_robust.ops.surrogate import Surrogate
 
-__all__ = ["KERNELS", "Implementation", "implementation", "unavailable_reason"]
+__all__ = ["KERNELS", "Implementation", "failing_reason", "implementation", "unavailable_reason"]
 
 KERNELS: dict[str, Any] = {"cpp": cpp, "cupy": cupy_launch, "triton": triton_launch}
 """Backends that read memory themselves, so that no tracer of torch can see into them."""
@@ -37,10 +37,14 @@ def implementation(name: str, threads_per_block: int | None = None) -> Any:
 
 
 def unavailable_reason(name: str) -> str | None:
-    """What keeps a backend from running on this machine, or None; a kernel for a GPU is tried once."""
-    if name not in KERNELS:
-        return None
-    reason: str | None = KERNELS[name].unavailable_reason()
+    """What keeps a backend from running on this machine, or None. It touches no GPU."""
+    reason: str | None = KERNELS[name].unavailable_reason() if name in KERNELS else None
+    return reason
+
+
+def failing_reason(name: str) -> str | None:
+    """As :func:`unavailable_reason`, but a kernel for a GPU is tried, once in a process."""
+    reason = unavailable_reason(name)
     if reason is None and name in ("cupy", "triton") and torch.cuda.is_available():
         reason = _failure(name)
     return reason
@@ -66,5 +70,6 @@ def _spikes_of_one_neuron(name: str, device: int) -> list[float]:
     return [float(spike) for spike in spikes.flatten().tolist()]
 
 
-# As torch.compiler.assume_constant_result does, which loads the compiler: it need not look into this function.
+# As torch.compiler.assume_constant_result does, which loads the compiler: it need not look into these functions.
 unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
+failing_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]

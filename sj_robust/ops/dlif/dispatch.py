@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sj_robust.ops.dlif import backends, reference
 from sj_robust.ops.dlif.autograd import DLIFFunction, differentiates_by_functorch, in_functorch, is_plain, registered
-from sj_robust.ops.dlif.backends import KERNELS, unavailable_reason
+from sj_robust.ops.dlif.backends import KERNELS, failing_reason, unavailable_reason
 from sj_robust.ops.dlif.config import UNTRACEABLE, DLIFConfig, Inputs, Outputs, check_arguments, state_dtype
 from sj_robust.ops.surrogate import Surrogate
 
@@ -121,7 +121,7 @@ def choose_backend(backend: str, x_seq: Tensor, surrogate: Surrogate) -> str:
     name = check_backend(backend)
     if name == "auto":
         for candidate in _FASTEST_FIRST.get(x_seq.device.type, ("eager",)):
-            if unavailable_reason(candidate) is None and _unsupported_reason(candidate, x_seq, surrogate) is None:
+            if failing_reason(candidate) is None and _unsupported_reason(candidate, x_seq, surrogate) is None:
                 if (x_seq.device.type, candidate) == ("cuda", "eager"):
                     _warn_of_missing_kernels()
                 return candidate
@@ -163,13 +163,13 @@ def available_backends() -> dict[str, str]:
         'available'
     """
     names = [name for name in BACKENDS if name != "auto" and name not in _ALIASES]
-    return {name: unavailable_reason(name) or "available" for name in names}
+    return {name: failing_reason(name) or "available" for name in names}
 
 
 def _warn_of_missing_kernels() -> None:
     """Say once that a GPU gets plain torch, with more than a hundred launches a layer, because no kernel is there."""
-    reasons = {name: unavailable_reason(name) for name in ("cupy", "triton")}
-    if None not in reasons.values():  # else it is this call that no kernel runs
+    reasons = {name: failing_reason(name) for name in ("cupy", "triton")}
+    if None not in reasons.values() and torch.cuda.is_available():  # else no kernel runs this call, or no GPU does
         _warn("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
 
 

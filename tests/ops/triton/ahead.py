@@ -100,7 +100,7 @@ def read(binary: bytes, neurons_per_thread: int, ptx: str, ir: str = "") -> Code
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(binary)
         usage = _run("cuobjdump", "-res-usage", str(path))
-        text = _run("nvdisasm", "-c", str(path))
+        text = _run("nvdisasm", "-c", "-ndf", str(path))
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     # behind the last EXIT the code loops on the spot and is filled up
     lines = re.findall(r"^\s+/\*[0-9a-f]{4,5}\*/\s+(.*?);", text, re.M)

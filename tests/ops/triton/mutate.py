@@ -86,7 +86,6 @@ MUTANTS = {  # what is wrong: (text, faulty text); the text occurs once
     "initial potential ignored": ("    start = _load_or(v_init, block,", "    start = _load_or(None, block,"),
     "one checkpoint for all segments": ("_store(checkpoints, segment * row + block", "_store(checkpoints, block"),
     "first pass stops early": ("if segment < LATER - 1:", "if segment < LATER - 2:"),
-    "first pass goes on": ("if segment < LATER - 1:", "if segment < LATER:"),
     "checkpoint not restored": ("v = _load(checkpoints, segment * row + block, i, inside)", "v = v"),
     "segments forward": ("segment = LATER - 1 - done", "segment = done"),
     "first segment from the end": ("        0, start, grad_v, x_seq", "        0, start * 0, grad_v, x_seq"),
@@ -134,7 +133,16 @@ def _machine_code_tests_fail(text: str, tree: Path) -> bool:
         shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__", "trained"))
     shutil.copy(ROOT / "pyproject.toml", tree)
     (tree / "sj_robust" / "ops" / "dlif" / "triton_kernel.py").write_text(text)
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "tests/ops/triton/test_ahead_of_time.py"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-x",
+        "tests/ops/triton/test_ahead_of_time.py",
+        "-k",
+        "not in_registers",
+    ]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": f"{tree}{os.pathsep}{tree / 'tests'}"}
     return subprocess.run(command, cwd=tree, env=environment, capture_output=True).returncode != 0

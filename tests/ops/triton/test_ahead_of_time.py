@@ -84,6 +84,11 @@ def test_a_barrier_stands_between_noting_potentials_and_reading_them():
     assert "bar.sync" not in after
 
 
+def test_addresses_of_the_way_forward_are_not_kept_for_the_way_back():
+    """Else there are more than 130 registers."""
+    assert ahead.triton_code(BACKWARD, F32, 16, absent=ahead.ABSENT[BACKWARD]).registers <= 112
+
+
 @pytest.mark.parametrize("kernel", [FORWARD, BACKWARD])
 def test_offsets_are_computed_in_64_bits(kernel):
     """All steps of a layer may hold more than 2**31 elements, which no test here has the memory for."""

@@ -23,10 +23,11 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    for cached in (triton_launch._triton_reason, cupy_launch._cupy_reason, backends._failure, dispatch._warn):
+    remembered = triton_launch._triton_reason, cupy_launch._cupy_reason, backends._failure, dispatch._warn
+    for cached in remembered:
         cached.cache_clear()
     yield monkeypatch
-    for cached in (triton_launch._triton_reason, cupy_launch._cupy_reason, backends._failure, dispatch._warn):
+    for cached in remembered:
         cached.cache_clear()
 
 
@@ -148,3 +149,10 @@ def test_no_neurons_no_launch():
     grads = triton_launch.backward(inputs, OutputGradients(inputs.x_seq), True)
     assert [tuple(grad.shape) for grad in grads] == [(3, 0), (3,), (0,)]
     assert torch.equal(grads[1], torch.zeros(3))
+
+
+def test_a_neuron_of_a_named_backend_is_built_without_touching_a_gpu(gpu):
+    gpu.setattr(backends, "_failure", lambda name: pytest.fail("a GPU was touched"))
+    for module in (cupy_launch, triton_launch):
+        gpu.setattr(module, "unavailable_reason", lambda: None)
+    assert [DLIFNode(4, backend=name).backend for name in ("cupy", "triton")] == ["cupy", "triton"]
