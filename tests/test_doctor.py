@@ -42,7 +42,7 @@ def test_report_of_the_command(tmp_path):
     assert found["torch"].startswith(torch.__version__)
     assert found["spikingjelly"] == metadata.version("spikingjelly")
     assert ("0.0.0.0.14" in found["SpikingJelly"]) == EVAL_MODE_HAS_NO_GRADIENT
-    for name in ("scipy", "pillow", "pyyaml", "accelerate", "matplotlib", "scikit-learn"):
+    for name in ("scipy", "pillow", "pyyaml", "accelerate", "matplotlib", "scikit-learn", "triton"):
         assert re.match(r"\d|not installed", found[name]), name
     for name, state in available_backends().items():
         assert found[f"backend {name}"] == state

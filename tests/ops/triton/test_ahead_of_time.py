@@ -1,13 +1,15 @@
 """The Triton kernels compile for real GPUs: into registers, with whole vectors, rounded after every operation."""
 
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from ops.triton import ahead
 
 from sj_robust.ops import Surrogate
-from sj_robust.ops.dlif.config import DLIFConfig
+from sj_robust.ops.dlif import triton_launch
+from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients
 
 pytestmark = [
     pytest.mark.slow,
@@ -94,3 +96,41 @@ def test_offsets_are_computed_in_64_bits(kernel):
     """All steps of a layer may hold more than 2**31 elements, which no test here has the memory for."""
     code = ahead.triton_code(kernel, F32, 8, absent=ahead.ABSENT[kernel])
     assert set(re.findall(r"arith\.muli .* : (\w+) ", code.ir)) == {"i64"}
+
+
+class Warmed:
+    """A kernel that is compiled for its arguments where it would be launched."""
+
+    def __init__(self, kernel):
+        self.kernel, self.compiled = kernel, []
+
+    def __getitem__(self, grid):
+        return lambda *args, **options: self.compiled.append(self.kernel.warmup(*args, grid=grid, **options))
+
+
+def test_what_the_launcher_passes_compiles_as_triton_itself_sees_it(monkeypatch):
+    """One neuron, which Triton takes for a constant; rows that are not aligned; a layer as it should be."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    real = triton_launch._kernels()
+    warmed = SimpleNamespace(dlif_forward=Warmed(real.dlif_forward), dlif_backward=Warmed(real.dlif_backward))
+    monkeypatch.setattr(triton_launch, "_kernels", lambda: warmed)
+    gpu = SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: GPUTarget("cuda", 90, 32),
+    )
+    before = dict(vars(driver))  # which has no way back where there is no GPU
+    driver.set_active(gpu)
+    try:
+        for steps, neurons, v_reset in ((3, 1, 0.0), (3, 50, None), (2, 1 << 12, -0.25)):
+            x, v = torch.zeros(steps, neurons), torch.zeros(neurons) if v_reset is None else None
+            inputs = Inputs(x, torch.ones(steps), v, config(v_reset, "atan"))
+            triton_launch.forward(inputs, v_reset is None)
+            triton_launch.backward(inputs, OutputGradients(x, v), v_reset is None)
+    finally:
+        vars(driver).clear()
+        vars(driver).update(before)
+    for kernel in vars(warmed).values():
+        assert ["ld.global.v4" in compiled.asm["ptx"] for compiled in kernel.compiled] == [False, False, True]
