@@ -195,7 +195,7 @@ def _host_class(module: str, kind: str) -> Any:
     """A class of ``spikingjelly.datasets``, imported only now."""
     try:
         found = getattr(importlib.import_module(f"spikingjelly.datasets.{module}"), kind)
-    except (ImportError, OSError) as error:
+    except (ImportError, OSError, RuntimeError) as error:
         found = getattr(_alone(module, error), kind)
     return _with_readable_recordings(found) if hasattr(found, "read_aedat_save_to_np") else found
 

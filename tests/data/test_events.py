@@ -161,3 +161,16 @@ def test_an_import_that_fails_says_what_to_install(monkeypatch):
     ):
         module._host_class.__wrapped__("n_mnist", "NMNIST")
     assert "spikingjelly._event_data" not in sys.modules
+
+
+def test_a_torchaudio_of_another_cuda_is_left_out(monkeypatch):
+    load = module.importlib.import_module
+
+    def fail(name, *package):
+        if name.startswith("spikingjelly.datasets"):
+            raise RuntimeError("PyTorch and TorchAudio were compiled with different CUDA versions")
+        return load(name, *package)
+
+    monkeypatch.setattr(module.importlib, "import_module", fail)
+    assert module._host_class.__wrapped__("n_mnist", "NMNIST").__name__.endswith("MNIST")
+    sys.modules.pop("spikingjelly._event_data", None)

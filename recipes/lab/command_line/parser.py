@@ -284,6 +284,6 @@ def _wanted(one: Option) -> str:
 
 def _range(kind: Any) -> str:
     """`` > 0`` of a restricted type of jsonargparse, which says it in its docstring; empty for others."""
-    said = " ".join(getattr(part, "__doc__", None) or "" for part in (kind, *get_args(kind)))
+    said = "\n".join(getattr(part, "__doc__", None) or "" for part in (kind, *get_args(kind)))
     found = re.search(r"restricted to be (.*)", said)
     return re.sub(r"([<>]=?) ?", r" \1 ", found[1].replace("≥", ">=")).rstrip().replace("  ", " ") if found else ""
