@@ -1,7 +1,6 @@
 """The recipe evaluate as its tests run it, on a small trained network and on networks of somebody's own."""
 
 import contextlib
-import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -103,7 +102,3 @@ def without_times(report):
         row["seconds"] = None
     del content["environment"], content["verified_seconds"]
     return content
-
-
-if __name__ == "__main__":
-    print(*launch.two_processes(partial(in_process, Path.cwd(), *sys.argv[1:])))

@@ -29,7 +29,7 @@ CHOSEN = ("pdsg", "atan:2", "assg")
 
 @pytest.fixture(scope="module")
 def bars() -> Trained:
-    return Trained(trained_model(), *moving_bars(16, torch.Generator().manual_seed(1)))
+    return Trained(trained_model(), *moving_bars(24, torch.Generator().manual_seed(1)))
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +47,7 @@ def report(bars, folder) -> RobustnessReport:
 
 
 def evaluated(bars, **changes):
-    batches = [(bars.x[:10], bars.y[:10]), (bars.x[10:], bars.y[10:])]
+    batches = [(bars.x[:10], bars.y[:10]), (bars.x[10:16], bars.y[10:16])]
     arguments = {"batches": batches, "suite": "events", "threat": TEN, "dataset": "bars", "classes": 4} | changes
     return whole.assess(Subject("moving", bars.model, "three layers"), **arguments)
 

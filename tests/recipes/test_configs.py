@@ -125,7 +125,7 @@ def test_a_sweep_is_made_of_the_presets(recipe, path, tmp_path):
         assert {run.options["neuron"] for run in runs} == ({"dlif"} if "radii" in path.stem else {"lif", "dlif"})
         trained = [run.options for run in runs if run.options["mode"] == "certified"]
         assert len(trained) >= len(runs) / 3
-        assert all(options["certified_eps"] > options["eps"] for options in trained)
+        assert all(parse_eps(options["certified_eps"]) > parse_eps(options["eps"]) for options in trained)
     elif path.stem.startswith("bfloat16"):
         assert [run.options["mixed_precision"] for run in runs[:2]] == ["no", "bf16"]
     else:

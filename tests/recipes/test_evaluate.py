@@ -6,7 +6,6 @@ import launch
 import pytest
 import torch
 from data.event_recordings import pack_n_mnist, sums
-from evaluation import recipe_run
 from evaluation.recipe_run import SMALL, in_process, start, without_times
 from evaluation.test_event_suite import short_suite
 from launch import finish
@@ -94,12 +93,10 @@ def test_killed_and_resumed(folder, tmp_path, whole):
 
 
 def test_two_processes_write_one_report(folder, tmp_path):
-    own = ("--network", f"{folder}/own_net.py:dead", "--T", "3", "--eps", "8/255")
-    options = ("--suite", "paper", "--test-limit", "4", "--batch-size", "2", "--output", tmp_path / "two")
-    result = launch.script(recipe_run.__file__, *own, *options)
-    *said, codes = result.stdout.splitlines()
-    assert codes == "0 0", result.stderr
-    assert sum(line.startswith("At most ") for line in said) == 1
+    own = ("--network", "own_net.py:dead", "--T", "3", "--eps", "8/255", "--suite", "paper")
+    options = ("--test-limit", "4", "--batch-size", "2", "--output", str(tmp_path / "two"))
+    out, _ = finish(start(folder, *own, *options, launcher=launch.TWO_PROCESSES))
+    assert out.count("At most ") == 1
     assert RobustnessReport.load(tmp_path / "two" / "report.json").environment["processes"] == "2"
 
 
