@@ -5,7 +5,7 @@ import os
 import sys
 
 import pytest
-from documentation.pages import PAGES, runs_recipes
+from documentation.pages import PAGES, is_slow
 from sybil.integration.pytest import SybilItem
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one of several processes, one for each core
@@ -21,7 +21,7 @@ if importlib.util.find_spec("triton") is None:
 def pytest_collection_modifyitems(items):
     """A page is quick or slow as a whole, since its blocks need each other."""
     for item in items:
-        if isinstance(item, SybilItem) and runs_recipes(item.example.document):
+        if isinstance(item, SybilItem) and is_slow(item.example.document):
             item.add_marker(pytest.mark.slow)
 
 

@@ -264,8 +264,13 @@ PAGES = Sybil(
 )
 
 
+_SLOW = {"event_attacks.md", "stability.md", "verified.md"}  # in this process
+
+
 @cache
-def runs_recipes(document: Document) -> bool:
-    """Whether the page takes more than seconds."""
+def is_slow(document: Document) -> bool:
+    """Whether the page takes more than seconds, since it runs recipes or for its own sake."""
+    if Path(document.path).name in _SLOW:
+        return True
     shown = (block for block in blocks_of(document) if block.how == "shell" and not block.reasons)
     return any(re.search(r"\brecipes/\w+\.py\b", block.code) for block in shown)
