@@ -56,6 +56,19 @@ def test_large_tensors(instruction_set, threads, M):
 
 
 @needs_kernel
+def test_a_sum_of_a_million_terms_keeps_its_digits(instruction_set):
+    """Each rounding goes the same way, so a sum in float32 alone is off by more the longer it is."""
+    M, gain = 1 << 20, torch.ones(1)
+    one, many = (
+        cpp.backward(
+            Inputs(torch.full((1, n), 0.1), gain, None, config()), OutputGradients(torch.full((1, n), 0.3)), False
+        )
+        for n in (1, M)
+    )
+    torch.testing.assert_close(many[1].double(), M * one[1].double(), rtol=2e-5, atol=0)
+
+
+@needs_kernel
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_half_number_is_converted_as_torch_does(instruction_set, dtype):
     patterns = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)
