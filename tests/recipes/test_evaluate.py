@@ -92,12 +92,13 @@ def test_killed_and_resumed(folder, tmp_path, whole):
     assert without_times(resumed) == without_times(replace(whole, configuration=resumed.configuration))
 
 
-def test_two_processes_write_one_report(folder, tmp_path):
-    own = ("--network", "own_net.py:dead", "--T", "3", "--eps", "8/255", "--suite", "paper")
-    options = ("--test-limit", "4", "--batch-size", "2", "--output", str(tmp_path / "two"))
-    out, _ = finish(start(folder, *own, *options, launcher=launch.TWO_PROCESSES))
+def test_two_processes(folder, tmp_path, whole):
+    options = ("runs/one", "--suite", "paper", *SMALL, "--output", str(tmp_path / "two"))
+    out, _ = finish(start(folder, *options, launcher=launch.TWO_PROCESSES))
     assert out.count("At most ") == 1
-    assert RobustnessReport.load(tmp_path / "two" / "report.json").environment["processes"] == "2"
+    report = RobustnessReport.load(tmp_path / "two" / "report.json")
+    assert report.environment["processes"] == "2"
+    assert without_times(report) == without_times(whole)
 
 
 @pytest.mark.parametrize(

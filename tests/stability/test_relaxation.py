@@ -131,7 +131,7 @@ def grid(x, eps, points):
 
 
 @pytest.mark.slow
-@settings(max_examples=2, deadline=None)
+@settings(max_examples=4, deadline=None)
 @given(
     seed=st.integers(0, 10**6), eps=st.sampled_from([0.02, 0.1, 0.3]), node=st.sampled_from(["LIF", "LIF soft", "DLIF"])
 )

@@ -30,7 +30,8 @@ _NEURONS: dict[str, Callable[..., nn.Module]] = {
     "no neuron and no batch norm": nn.Identity,
 }
 FUSED = "DLIF, one pass with batch norm"
-_WITHOUT_SPIKES = ("ReLU", "no neuron and no batch norm")
+_NOTHING = "no neuron and no batch norm"
+_WITHOUT_SPIKES = ("ReLU", _NOTHING)
 
 
 class Precision(TypedDict, total=False):
@@ -155,7 +156,7 @@ def convolutional_network(architecture: str, neuron: str, shape: Sequence[int]) 
     """A network by the name of its architecture and of its neuron, with the same weights for every neuron."""
     features, hidden = _ARCHITECTURES[architecture]
     torch.manual_seed(0)
-    build = partial(ConvChain, features=features, hidden=hidden, batch_norm=_NEURONS[neuron] is not nn.Identity)
+    build = partial(ConvChain, features=features, hidden=hidden, batch_norm=neuron != _NOTHING)
     net = build(shape[2:], 10, T=shape[0], spiking_neuron=_NEURONS[neuron])
     if neuron == FUSED:
         fuse(net)

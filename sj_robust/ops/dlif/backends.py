@@ -11,10 +11,12 @@ from sj_robust.ops.dlif import cpp, cupy_launch, eager, triton_launch
 from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients, Outputs
 from sj_robust.ops.surrogate import Surrogate
 
-__all__ = ["KERNELS", "Implementation", "failing_reason", "implementation", "unavailable_reason"]
+__all__ = ["CUDA_KERNELS", "KERNELS", "Implementation", "failing_reason", "implementation", "unavailable_reason"]
 
 KERNELS: dict[str, Any] = {"cpp": cpp, "cupy": cupy_launch, "triton": triton_launch}
 """Backends that read memory themselves, so that no tracer of torch can see into them."""
+CUDA_KERNELS = ("cupy", "triton")
+"""Those of a GPU, the fastest first."""
 
 
 class Implementation(Protocol):
@@ -45,7 +47,7 @@ def unavailable_reason(name: str) -> str | None:
 def failing_reason(name: str) -> str | None:
     """As :func:`unavailable_reason`, but a kernel for a GPU is tried, once in a process."""
     reason = unavailable_reason(name)
-    if reason is None and name in ("cupy", "triton") and torch.cuda.is_available():
+    if reason is None and name in CUDA_KERNELS and torch.cuda.is_available():
         reason = _failure(name)
     return reason
 

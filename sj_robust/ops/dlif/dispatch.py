@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sj_robust.ops.dlif import backends, reference
 from sj_robust.ops.dlif.autograd import DLIFFunction, differentiates_by_functorch, in_functorch, is_plain, registered
-from sj_robust.ops.dlif.backends import KERNELS, failing_reason, unavailable_reason
+from sj_robust.ops.dlif.backends import CUDA_KERNELS, KERNELS, failing_reason, unavailable_reason
 from sj_robust.ops.dlif.config import UNTRACEABLE, DLIFConfig, Inputs, Outputs, check_arguments, state_dtype
 from sj_robust.ops.surrogate import Surrogate
 
@@ -19,7 +19,7 @@ __all__ = [
 BACKENDS = ("auto", "reference", "eager", "torch", "cpp", "cupy", "triton")
 """Names of backends; ``"auto"`` chooses, ``"torch"`` is another name of ``"eager"``."""
 _ALIASES = {"torch": "eager"}
-_FASTEST_FIRST = {"cpu": ("cpp", "eager"), "cuda": ("cupy", "triton", "eager")}
+_FASTEST_FIRST = {"cpu": ("cpp", "eager"), "cuda": (*CUDA_KERNELS, "eager")}
 
 
 def dlif_multi_step(
@@ -168,7 +168,7 @@ def available_backends() -> dict[str, str]:
 
 def _warn_of_missing_kernels() -> None:
     """Say once that a GPU gets plain torch, with more than a hundred launches a layer, because no kernel is there."""
-    reasons = {name: failing_reason(name) for name in ("cupy", "triton")}
+    reasons = {name: failing_reason(name) for name in CUDA_KERNELS}
     if None not in reasons.values() and torch.cuda.is_available():  # else no kernel runs this call, or no GPU does
         _warn("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
 
