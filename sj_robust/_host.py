@@ -6,9 +6,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.overrides
 from spikingjelly import configure
 from spikingjelly.activation_based import base, functional, layer, neuron, quantize, surrogate
 from torch import nn
+from torch.utils import _python_dispatch
 
 from sj_robust._preserved import generators_of, preserved
 from sj_robust.randomness import seeded_globals
@@ -28,7 +30,7 @@ _TRITON_MESSAGE = "Triton not available, find_triton_kernels = []"
 
 __all__ = [
     "EVAL_MODE_HAS_NO_GRADIENT", "base", "cuda_threads", "from_reset", "functional", "invalidate_reset_cache",
-    "is_neuron", "layer", "lif_multi_step", "neuron", "quantize", "quiet_triton", "surrogate",
+    "is_counted", "is_neuron", "layer", "lif_multi_step", "neuron", "quantize", "quiet_triton", "surrogate",
 ]  # fmt: skip
 
 
@@ -58,6 +60,24 @@ def from_reset(model: object, seed: int, device: torch.device) -> Iterator[None]
         for generator in generators_of(model):
             generator.manual_seed(seed)
         yield
+
+
+def is_counted() -> bool:
+    """Whether a counter of SpikingJelly 2.x's ``op_counter`` watches what torch runs, operator by operator.
+
+    It knows torch's operators and SpikingJelly's, so a kernel of ours would count as nothing.
+    """
+    if torch.compiler.is_compiling():
+        return False
+    if not (torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack()):
+        return False
+    # torch has no public way to ask for the modes in force; these two are there in every release since 2.0.
+    modes = (
+        *_python_dispatch._get_current_dispatch_mode_stack(),
+        *torch.overrides._get_current_function_mode_stack(),  # type: ignore[no-untyped-call]  # untyped in torch
+    )
+    counters = f"{base.__package__}.op_counter"
+    return any(cls.__module__.startswith(counters) for mode in modes for cls in type(mode).__mro__)
 
 
 def is_neuron(module: nn.Module) -> bool:

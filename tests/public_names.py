@@ -34,7 +34,9 @@ PUBLIC = {
         "WIDE_RESNETS WideResNet build_classifier build_network build_zoo_network load_published_checkpoint "
         "pretrained pretrained_networks published_names set_time_steps start_from zoo_networks"
     ),
-    "sj_robust.neuron": "DLIFNode FusedSequential FusionReport ReplacementReport fuse replace_neurons unfuse",
+    "sj_robust.neuron": (
+        "DLIFNode FusedSequential FusionReport ReplacementReport dlif_to_lif fuse replace_neurons unfuse"
+    ),
     "sj_robust.ops": ("BACKENDS Surrogate available_backends check_backend choose_backend dlif_multi_step keep_heap"),
     "sj_robust.ops.bn_dlif": "BatchNorm batch_norm_dlif_multi_step can_fuse repeat_step",
     "sj_robust.perturbation": (

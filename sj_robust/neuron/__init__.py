@@ -2,6 +2,9 @@
 
 from sj_robust.neuron.dlif import DLIFNode
 from sj_robust.neuron.fusion import FusedSequential, FusionReport, fuse, unfuse
-from sj_robust.neuron.replacement import ReplacementReport, replace_neurons
+from sj_robust.neuron.replacement import ReplacementReport, dlif_to_lif, replace_neurons
 
-__all__ = ["DLIFNode", "FusedSequential", "FusionReport", "ReplacementReport", "fuse", "replace_neurons", "unfuse"]
+__all__ = [
+    "DLIFNode", "FusedSequential", "FusionReport", "ReplacementReport", "dlif_to_lif", "fuse", "replace_neurons",
+    "unfuse",
+]  # fmt: skip

@@ -7,10 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from sj_robust import ops
-from sj_robust._host import cuda_threads, lif_multi_step, neuron, surrogate
+from sj_robust._host import cuda_threads, is_counted, lif_multi_step, neuron, surrogate
 from sj_robust.ops.dlif.config import state_dtype
 
 __all__ = ["DLIFNode", "describe_surrogate"]
@@ -43,7 +43,8 @@ class DLIFNode(neuron.BaseNode):
         detach_reset: Whether the reset is left out of the gradient.
         step_mode: ``"m"`` or ``"s"``.
         backend: A name of ``sj_robust.ops.BACKENDS``, or ``"spikingjelly"`` for SpikingJelly 2.x's own LIF operator.
-            ``"auto"`` takes the fastest that can run; :meth:`chosen_backend` tells which.
+            ``"auto"`` takes the fastest that can run, and the latter where SpikingJelly's ``op_counter`` counts;
+            :meth:`chosen_backend` tells which.
         store_v_seq: Whether the potentials after every reset are kept in ``v_seq``.
         input_gain_init: Initial value of every gain.
 
@@ -132,8 +133,8 @@ class DLIFNode(neuron.BaseNode):
 
     def chosen_backend(self, x_seq: Tensor) -> str:
         """Name of the implementation that would run on ``x_seq``."""
-        if self.backend == "spikingjelly":
-            return self.backend
+        if self._uses_host():
+            return "spikingjelly"
         return ops.choose_backend(self.backend, x_seq, self._surrogate())
 
     def extra_repr(self) -> str:
@@ -145,7 +146,7 @@ class DLIFNode(neuron.BaseNode):
 
     def multi_step_forward(self, x_seq: Tensor) -> Tensor:
         """Spikes [T, N, *] for input currents [T, N, *]; moves the state on."""
-        self._note_call(len(x_seq))
+        self._note_call(x_seq)
         spike_seq, self.v, self.time_step, v_seq = self._run(x_seq, self.v, self.time_step, self.store_v_seq)
         if self.store_v_seq:
             self.v_seq = v_seq
@@ -153,8 +154,9 @@ class DLIFNode(neuron.BaseNode):
 
     def single_step_forward(self, x: Tensor) -> Tensor:
         """Spikes [N, *] for the input current [N, *] of the next step; moves the state on."""
-        self._note_call(1)
-        spike_seq, v, self.time_step, _ = self._run(x.unsqueeze(0), self.v, self.time_step, False)
+        x_seq = x.unsqueeze(0)
+        self._note_call(x_seq)
+        spike_seq, v, self.time_step, _ = self._run(x_seq, self.v, self.time_step, False)
         self.v = v
         if self.store_v_seq:
             v_step = v.unsqueeze(0)
@@ -195,12 +197,18 @@ class DLIFNode(neuron.BaseNode):
 
     _reached: int = 0  # time step after the last call outside a backward pass
 
-    def _note_call(self, steps: int) -> None:
+    def _note_call(self, x_seq: Tensor) -> None:
+        if isinstance(x_seq, fx.Proxy):
+            raise TypeError(
+                "a DLIFNode cannot be traced by torch.fx, as SpikingJelly's export_to_nir does, since its gain depends "
+                "on the time step: call sj_robust.neuron.dlif_to_lif(net) first, which takes constant gains, or "
+                "name DLIFNode as a leaf of the tracer; torch.export traces it with any gains"
+            )
         if torch.compiler.is_compiling():  # a graph would hold the time at which it was made
             return
         self.last_call = time.perf_counter_ns()
         if torch._C._current_graph_task_id() == -1:  # no backward pass; torch has no public way to ask
-            self._reached = self.time_step + steps
+            self._reached = self.time_step + len(x_seq)
         elif self.time_step >= max(self._reached, 1):
             raise RuntimeError(
                 f"a DLIFNode runs again inside a backward pass, as activation checkpointing does, at step "
@@ -217,7 +225,7 @@ class DLIFNode(neuron.BaseNode):
         if end > self.T:
             raise RuntimeError(self._too_long(tuple(x_seq.shape), time_step))
         gain = self.input_gain[time_step:end]
-        if self.backend == "spikingjelly":
+        if self._uses_host():
             spike_seq, v_end, v_seq = self._run_host(x_seq, gain, _potential(v, x_seq[0]), store_v_seq)
             return spike_seq, v_end, end, v_seq
         from_reset = not isinstance(v, Tensor) and v == (self.v_reset or 0.0)
@@ -250,6 +258,10 @@ class DLIFNode(neuron.BaseNode):
             f"one image over time with x.expand({self.T}, *x.shape), call functional.set_step_mode(net, 'm') once the "
             f"network is built, or build the neuron with T={shape[0]}"
         )
+
+    def _uses_host(self) -> bool:
+        """Whether SpikingJelly's own operator runs: by name, or because SpikingJelly counts operators."""
+        return self.backend == "spikingjelly" or (self.backend == "auto" and is_counted())
 
     def _run_host(
         self, x_seq: Tensor, gain: Tensor, v: Tensor, store_v_seq: bool

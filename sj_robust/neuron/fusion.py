@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from sj_robust._host import layer
+from sj_robust._host import is_counted, layer
 from sj_robust.neuron.dlif import DLIFNode
 from sj_robust.ops import dlif_multi_step
 from sj_robust.ops.bn_dlif import BatchNorm, batch_norm_dlif_multi_step, can_fuse
@@ -41,7 +41,8 @@ class FusedSequential(nn.Sequential):
     after the other. Who looks is who has a hook on one of them, unless it is a method of an object whose ``active`` is
     False at that time; with pre-hooks on the neuron, which look at its input alone, only the batch norm runs apart.
     Methods of an object whose ``needs_output`` is False, forward hooks of the neuron or pre-hooks that leave its input
-    as it is, are called with the input that it has had and keep nothing apart. Hooks on every module at once
+    as it is, are called with the input that it has had and keep nothing apart. The counters of SpikingJelly 2.x
+    (``op_counter``) look, too. Hooks on every module at once
     (``torch.nn.modules.module.register_module_forward_hook``), which torch has for debugging alone, cannot be found by
     public means and miss them: call :func:`unfuse` first. In bfloat16 and float16 one pass does not round what lies
     between the modules.
@@ -184,6 +185,7 @@ def _may_run_inside(node: DLIFNode) -> bool:
         and node.backend in ("auto", "cpp")
         and type(node).multi_step_forward is DLIFNode.multi_step_forward
         and "forward" not in node.__dict__
+        and not is_counted()
     )
 
 

@@ -1,13 +1,14 @@
 """An existing network with DLIF neurons in place of its own: the same spikes before any training."""
 
 import math
+from unittest.mock import MagicMock
 
 import pytest
 import torch
 from spikingjelly.activation_based import functional, neuron
 from torch import nn
 
-from sj_robust.neuron import DLIFNode, replace_neurons
+from sj_robust.neuron import DLIFNode, dlif_to_lif, replace_neurons
 
 
 def make():
@@ -114,3 +115,43 @@ def test_hooks_and_plain_lists_have_the_new_neurons():
     functional.reset_net(net)
     net(torch.rand(2, 1, 4))
     assert len(seen) == 2
+
+
+def test_there_and_back_is_the_network_that_it_was():
+    torch.manual_seed(0)
+    net = make().double()
+    for linear in net[::2]:
+        nn.init.normal_(linear.weight, std=2.0)
+    net[1].register_forward_hook(called := MagicMock(return_value=None))
+    x = torch.rand(5, 8, 4, dtype=torch.float64)
+    wanted = net(x)
+    replace_neurons(net, T=5)
+    net[7].v_reset, net[3].input_gain.data[:] = -0.1, 0.4  # a gain that is neither 1 nor 1 / tau
+    functional.reset_net(net)
+    scaled = net(x)
+    assert not torch.equal(scaled, wanted)
+    report = dlif_to_lif(net)
+    assert report.replaced == dict.fromkeys("1357", "DLIFNode")
+    assert report.notes == {"3": "potentials are divided by the gain 0.4: v_threshold=1.75, v_reset=0"}
+    assert [type(node).__name__ for node in net[1::2]] == ["LIFNode", "IFNode", "LIFNode", "LIFNode"]
+    assert [net[1].v_reset, net[7].v_reset, net[3].detach_reset] == [None, -0.1, True]
+    assert [net[1].decay_input, net[5].decay_input, net[7].decay_input] == [True, True, True]
+    called.reset_mock()
+    assert torch.equal(net(x), scaled)
+    assert scaled.sum() > 0
+    assert called.call_count == 1
+
+
+@pytest.mark.parametrize("gains", [[1.0, 1.1], [0.0, 0.0], [-1.0, -1.0], [float("nan")] * 2])
+def test_gains_that_lif_cannot_have_leave_the_network_alone(gains):
+    net = nn.Sequential(nn.Linear(2, 2), DLIFNode(T=2), nn.Linear(2, 2), DLIFNode(T=2))
+    net[3].input_gain.data[:] = torch.tensor(gains)
+    with pytest.raises(ValueError, match="gains of '3' must be one number > 0"):
+        dlif_to_lif(net)
+    assert isinstance(net[1], DLIFNode)
+
+
+@pytest.mark.parametrize("net", [DLIFNode(T=2), nn.Linear(2, 2)])
+def test_nothing_to_turn_back_is_refused(net):
+    with pytest.raises(ValueError, match=r"itself a neuron|no DLIFNode"):
+        dlif_to_lif(net)

@@ -4,6 +4,7 @@ from torch import Tensor
 
 from sj_robust.ops.bn_dlif import cpp, reference
 from sj_robust.ops.bn_dlif.norm import BatchNorm
+from sj_robust.ops.dlif.autograd import in_onnx_export
 from sj_robust.ops.dlif.config import DLIFConfig, Inputs, check_arguments, state_dtype
 from sj_robust.ops.dlif.dispatch import check_backend, dlif_multi_step, unavailable_reason
 from sj_robust.ops.surrogate import Surrogate
@@ -114,6 +115,8 @@ def can_fuse(x_seq: Tensor, norm: BatchNorm | None, surrogate: Surrogate, averag
         >>> can_fuse(torch.zeros(2, 3, 4), norm, Surrogate("custom", function=torch.sigmoid))
         False
     """
+    if in_onnx_export():
+        return False
     return unavailable_reason("cpp") is None and cpp.unsupported_reason(x_seq, norm, surrogate, average_pool) is None
 
 

@@ -15,7 +15,7 @@ from sj_robust.ops.dlif.backends import Implementation, implementation, unavaila
 from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients, Outputs, check_arguments, state_dtype
 
 __all__ = [
-    "CONSTANTS", "DLIFFunction", "define", "differentiates_by_functorch", "in_functorch", "is_plain",
+    "CONSTANTS", "DLIFFunction", "define", "differentiates_by_functorch", "in_functorch", "in_onnx_export", "is_plain",
     "output_gradients", "registered", "saved_tensors",
 ]  # fmt: skip
 
@@ -106,6 +106,12 @@ def differentiates_by_functorch() -> bool:
     from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
     return any(level.key().name in ("Grad", "Jvp") for level in retrieve_all_functorch_interpreters())
+
+
+def in_onnx_export() -> bool:
+    """Whether torch writes an ONNX model, which can hold torch's own operators alone."""
+    traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
+    return traced and torch.onnx.is_in_onnx_export()
 
 
 def is_plain(*tensors: Tensor | None) -> bool:

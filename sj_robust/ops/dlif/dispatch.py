@@ -7,7 +7,14 @@ import torch
 from torch import Tensor
 
 from sj_robust.ops.dlif import backends, reference
-from sj_robust.ops.dlif.autograd import DLIFFunction, differentiates_by_functorch, in_functorch, is_plain, registered
+from sj_robust.ops.dlif.autograd import (
+    DLIFFunction,
+    differentiates_by_functorch,
+    in_functorch,
+    in_onnx_export,
+    is_plain,
+    registered,
+)
 from sj_robust.ops.dlif.backends import CUDA_KERNELS, KERNELS, failing_reason, unavailable_reason
 from sj_robust.ops.dlif.config import UNTRACEABLE, DLIFConfig, Inputs, Outputs, check_arguments, state_dtype
 from sj_robust.ops.surrogate import Surrogate
@@ -185,6 +192,8 @@ def _warn(reasons: str) -> None:
 def _unsupported_reason(name: str, x_seq: Tensor, surrogate: Surrogate) -> str | None:
     if name == "reference":
         return None
+    if in_onnx_export():
+        return "an ONNX model holds torch's own operators alone, which is backend='reference'"
     if differentiates_by_functorch():
         return "torch.func.grad, vjp, jvp and their like differentiate plain torch alone, which is backend='reference'"
     untraceable = name in KERNELS or in_functorch() or torch.compiler.is_compiling()

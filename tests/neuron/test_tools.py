@@ -1,0 +1,219 @@
+"""SpikingJelly 2.x's counters, memory and precision tools with DLIF, and exports to ONNX and NIR."""
+
+import warnings
+
+import pytest
+import torch
+from spikingjelly.activation_based import functional, layer, neuron, surrogate
+from torch import nn
+
+from sj_robust.neuron import DLIFNode, dlif_to_lif, fuse, replace_neurons
+from sj_robust.ops import available_backends
+
+T = 4
+PACKAGE = "spikingjelly.activation_based"
+
+
+def plain(pool=True):
+    """Two spiking layers; random running statistics, so that folding batch norm into a convolution is seen."""
+    torch.manual_seed(0)
+    layers = []
+    for channels in (2, 6):
+        lif = neuron.LIFNode(tau=2.0, decay_input=False, surrogate_function=surrogate.ATan())
+        layers += [layer.Conv2d(channels, 6, 3, padding=1), layer.BatchNorm2d(6), lif]
+        layers += [layer.AvgPool2d(2)] if pool else []
+    net = nn.Sequential(*layers, layer.Flatten(), layer.Linear(24 if pool else 384, 5))
+    functional.set_step_mode(net, "m")
+    for norm in net[1], net[4 + pool]:
+        nn.init.uniform_(norm.running_mean, -0.3, 0.3)
+        nn.init.uniform_(norm.weight, 2.0, 4.0)
+    return net
+
+
+def with_dlif(fused, **kwargs):
+    net = plain(**kwargs)
+    replace_neurons(net, T)
+    if fused:
+        fuse(net)
+    return net
+
+
+def inputs():
+    return torch.randn(T, 3, 2, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def counted(net, x, backward):
+    """Totals of every counter, the states in detail, and what each module was counted for."""
+    counters = pytest.importorskip(f"{PACKAGE}.op_counter")
+    kinds = [
+        getattr(counters, f"{kind}Counter") for kind in ("Flop", "MemoryAccess", "AC", "MAC", "SynOp", "NeuronState")
+    ]
+    found = [kind() for kind in kinds]
+    with counters.DispatchCounterMode(found):
+        y = net(x)
+        if backward:
+            y.sum().backward()
+    functional.reset_net(net)
+    totals = {type(counter).__name__: counter.get_total() for counter in found}
+    return totals, found[-1].get_metric_counts()["Global"], set(found[0].get_counts())
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("train", [False, True])
+def test_counters_give_the_figures_of_lif(fused, train):
+    x = inputs()
+    net, lif = with_dlif(fused).train(train), plain().train(train)
+    (totals, states, scopes), (wanted, wanted_states, wanted_scopes) = counted(net, x, False), counted(lif, x, False)
+    assert states == wanted_states
+    assert states["state_reads"] > 0
+    currents = T * 3 * 6 * (64 + 16)  # of both layers: each is multiplied by its gain, which LIF has not
+    wanted["FlopCounter"] += currents
+    wanted["MemoryAccessCounter"] += 4 * (2 * currents + 2 * T)
+    assert totals == wanted
+    assert {name.replace("FusedSequential", "Sequential") for name in scopes} == wanted_scopes
+    if train:
+        totals, states, _ = counted(net, x, True)
+        wanted, wanted_states, _ = counted(lif, x, True)
+        assert states == wanted_states
+        for name in ("MACCounter", "SynOpCounter"):
+            assert totals[name] == wanted[name]
+        assert totals["FlopCounter"] > wanted["FlopCounter"]  # the gradient of the gain
+
+
+def test_the_kernel_runs_again_once_nothing_is_counted():
+    counters = pytest.importorskip(f"{PACKAGE}.op_counter")
+    node, x = DLIFNode(T), inputs()
+    with counters.DispatchCounterMode([counters.FlopCounter()]):
+        assert node.chosen_backend(x) == "spikingjelly"
+        assert DLIFNode(T, backend="eager").chosen_backend(x) == "eager"
+    assert node.chosen_backend(x) == ("cpp" if available_backends()["cpp"] == "available" else "eager")
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_energy_models_give_the_figures_of_lif(fused):
+    counters = pytest.importorskip(f"{PACKAGE}.op_counter")
+    x, net, lif = inputs(), with_dlif(fused, pool=False).eval(), plain(pool=False).eval()
+    reports = {}
+    for name in net, lif:
+        simple = counters.estimate_simple_energy(name, x).counts
+        functional.reset_net(name)
+        runtime = counters.estimate_neuromc_runtime_energy(name, x)
+        functional.reset_net(name)
+        reports[name] = simple, runtime.energy_total_pj
+    assert reports[net] == reports[lif]
+    with pytest.raises(ValueError, match="IF/LIF"):
+        counters.estimate_spikesim_energy(net, x)
+    dlif_to_lif(net)
+    wanted = counters.estimate_spikesim_energy(lif, x).energy_total_pj
+    assert counters.estimate_spikesim_energy(net, x).energy_total_pj == wanted > 0
+
+
+@pytest.mark.parametrize("targets", [DLIFNode, layer.Conv2d])
+def test_memory_optimisation_keeps_outputs_and_gradients(targets):
+    memopt = pytest.importorskip(f"{PACKAGE}.memopt")
+    x, net, wanted = inputs(), with_dlif(True), with_dlif(True)
+
+    def example(model):
+        functional.reset_net(model)
+        return model(x)
+
+    memopt.optimize_memory(net, targets, example, level=1)
+    assert type(net[2 if targets is DLIFNode else 0]).__name__ == "CheckpointWrapper"
+    functional.reset_net(net)
+    given, expected = net(x), wanted(x)
+    torch.testing.assert_close(given, expected)
+    torch.testing.assert_close(
+        torch.autograd.grad(given.sum(), list(net.parameters())),
+        torch.autograd.grad(expected.sum(), list(wanted.parameters())),
+        rtol=1e-4,
+        atol=1e-4,
+    )
+
+
+def test_precision_is_torchs_autocast():
+    precision = pytest.importorskip(f"{PACKAGE}.precision")
+    x, net = inputs(), with_dlif(True)
+    prepared = precision.prepare_model_for_precision(net, "cpu", "bf16")
+    with prepared.autocast_context():
+        given = prepared.model(x)
+    functional.reset_net(net)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(given, net(x))
+    assert given.dtype == torch.bfloat16
+    assert net[2].v.dtype == torch.float32
+    assert {"2", "6"} <= set(prepared.describe()["conversion_report"]["high_precision_modules"])
+    storage = precision.PrecisionConfig(mode="bf16", neuron_storage="bf16")
+    with pytest.raises(RuntimeError, match="IF/LIF/PLIF"):
+        precision.prepare_model_for_precision(with_dlif(False), "cpu", storage)
+
+
+def test_a_registered_class_goes_through_a_saved_configuration():
+    config = pytest.importorskip(f"{PACKAGE}.distributed.vision.config")
+    from spikingjelly.activation_based.model import sew_resnet
+
+    config.register_neuron_class(DLIFNode)
+    path = f"{DLIFNode.__module__}.{DLIFNode.__qualname__}"
+    wanted = config.NeuronConfig(path, {"T": T, "tau": 3.0}, f"{PACKAGE}.surrogate.ATan")
+    saved = sew_resnet.SEWResNet34Config(time_steps=T, neuron_config=wanted).as_dict()
+    made, kwargs = config._resolve_neuron_config(config.ModelConfig.from_dict(saved).neuron_config)
+    assert made is DLIFNode
+    assert isinstance(kwargs.pop("surrogate_function"), surrogate.ATan)
+    assert kwargs == {"T": T, "tau": 3.0}
+
+
+class Reset(nn.Module):
+    """Images [N, C, H, W] to the mean over time."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, images):
+        functional.reset_net(self.net)
+        return self.net(images.expand(T, *images.shape)).mean(0)
+
+
+@pytest.mark.parametrize("dynamo", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_onnx_gives_the_logits_of_the_network(dynamo, tmp_path):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript" if dynamo else "onnx")
+    net, images = Reset(with_dlif(True)).eval(), inputs()[0]
+    for gain in (p for name, p in net.named_parameters() if "input_gain" in name):
+        nn.init.uniform_(gain, 0.5, 1.5)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # both exporters, of how they are made
+        options = {"dynamic_shapes": ({0: torch.export.Dim("N")},)} if dynamo else {}
+        torch.onnx.export(net, (images,), tmp_path / "net.onnx", dynamo=dynamo, verbose=False, **options)
+        session = runtime.InferenceSession(tmp_path / "net.onnx")
+        for count in (3, 2) if dynamo else (3,):
+            wanted = net(images[:count])
+            (given,) = session.run(None, {session.get_inputs()[0].name: images[:count].numpy()})
+            torch.testing.assert_close(torch.from_numpy(given), wanted, rtol=1e-4, atol=1e-4)
+            assert wanted.abs().min() > 0
+
+
+def test_nir_has_constant_gains_and_refuses_learned_ones():
+    pytest.importorskip("nir")
+    pytest.importorskip("nirtorch")
+    exchange = pytest.importorskip(f"{PACKAGE}.nir_exchange")
+    from spikingjelly.activation_based.functional.conv_bn_fusion import fuse_conv_bn_eval_modules
+
+    x, net = inputs(), with_dlif(True).eval()
+    with torch.no_grad():
+        net[2].input_gain.fill_(1.3)
+        net[6].input_gain.fill_(0.5)
+        wanted = net(x)
+    functional.reset_net(net)
+    dlif_to_lif(net)
+    folded = fuse_conv_bn_eval_modules(net)
+    graph = exchange.export_to_nir(folded, x)
+    loaded = exchange.import_from_nir(graph, step_mode="m")
+    given, _ = loaded(x)
+    torch.testing.assert_close(given, wanted, rtol=1e-4, atol=1e-4)
+    assert wanted.std() > 0.01
+    learned = nn.Sequential(layer.Linear(2, 2), DLIFNode(T))
+    nn.init.uniform_(learned[1].input_gain, 0.5, 1.5)
+    with pytest.raises(TypeError, match="dlif_to_lif"):
+        exchange.export_to_nir(learned, torch.rand(T, 1, 2))
+    with pytest.raises(ValueError, match=r"gains of '1'.*fill_"):
+        dlif_to_lif(learned)
