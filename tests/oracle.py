@@ -29,6 +29,12 @@ def surrogate_derivative(kind: str, alpha: float, z: np.ndarray) -> np.ndarray:
         return alpha / 2 * np.exp(-alpha * np.abs(z))
     if kind == "gaussian":
         return alpha * np.exp(-((alpha * z) ** 2) / 2) / np.sqrt(2 * np.pi)
+    if kind == "soft_sign":
+        return 1 / (2 * alpha * (1 / alpha + np.abs(z)) ** 2)
+    if kind == "super_spike":
+        return alpha / (1 + np.abs(z)) ** 2
+    if kind == "erf":
+        return alpha / np.sqrt(np.pi) * np.exp(-((alpha * z) ** 2))
     if kind == "straight_through":
         return np.ones_like(z)
     raise ValueError(kind)

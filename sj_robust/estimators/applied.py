@@ -23,7 +23,6 @@ __all__ = ["Applied", "Estimator", "estimator"]
 Gradient = Callable[[Sequence, int], backward.Outputs]
 _MARK = "_gradient_estimator"
 _WHOLE_SEQUENCE = ("bptr", "rga", "hart", "hart_mixed")
-_DLIF_SURROGATES = ("PiecewiseQuadratic", "ATan", "Sigmoid")  # which its kernels know
 _IN_THRESHOLDS = ("triangle", "rectangle", "hart", "hart_mixed")  # their number is a width in units of the threshold
 
 
@@ -226,11 +225,8 @@ def _surrogate_plan(estimator: EstimatorName, name: str, node: Any) -> dict[str,
             f"{estimator.name}: neuron {name!r} ({type(node).__name__}) has no surrogate_function to change"
         )
     dlif, swapped = type(node) is DLIFNode, host_surrogate(shape, alpha)
-
-    def on_fast_code(function: Any) -> bool:
-        return has_compiled_kernel(function) and not (dlif and type(function).__name__ not in _DLIF_SURROGATES)
-
-    if on_fast_code(own) and on_fast_code(swapped) and (dlif or getattr(node, "backend", "torch") == "torch"):
+    on_fast_code = has_compiled_kernel(own) and has_compiled_kernel(swapped)
+    if on_fast_code and (dlif or getattr(node, "backend", "torch") == "torch"):
         return {"surrogate_function": swapped}
     derivative = partial(SHAPES[shape], alpha=alpha)
     if has_known_dynamics(node):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust._host import surrogate
+from sj_robust.neuron.dlif import describe_surrogate
 
 __all__ = [
     "SHAPES", "SHARPNESS", "derivative_of", "has_compiled_kernel", "host_surrogate", "keeping_values",
@@ -92,12 +93,11 @@ _HOST_CLASSES: dict[str, Any] = {
     "sigmoid": surrogate.Sigmoid,
     "exponential": surrogate.PiecewiseExp,
 }
-_SAME_FORWARD = (*_HOST_CLASSES.values(), surrogate.SoftSign, surrogate.Erf)  # these have operators of their own in 2.x
 
 
 def has_compiled_kernel(function: Any) -> bool:
-    """Whether a surrogate is one of SpikingJelly's that spike and that its fast operators know by exact class."""
-    return type(function) in _SAME_FORWARD and bool(function.spiking)
+    """Whether it is a spiking surrogate of SpikingJelly's that fast operators, 2.x's too, know by exact class."""
+    return function is not None and describe_surrogate(function).kind != "custom"
 
 
 def host_surrogate(shape: str, alpha: float) -> Any | None:

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from sj_robust import ops
 from sj_robust._host import cuda_threads, is_counted, lif_multi_step, neuron, surrogate
 from sj_robust.ops.dlif.config import state_dtype
+from sj_robust.ops.surrogate import HOST_NAMES
 
 __all__ = ["DLIFNode", "describe_surrogate"]
 
@@ -322,17 +323,13 @@ class DLIFNode(neuron.BaseNode):
         )
 
 
-_COMPILED_SURROGATES: dict[type, Any] = {
-    surrogate.PiecewiseQuadratic: "triangle",
-    surrogate.ATan: "atan",
-    surrogate.Sigmoid: "sigmoid",
-}
+_COMPILED_SURROGATES = {getattr(surrogate, name, None): kind for kind, name in HOST_NAMES.items()}
 
 
 def describe_surrogate(function: Any) -> ops.Surrogate:
     """A SpikingJelly surrogate, or any function, as the kernels know it. 描述替代函数。"""
     kind = _COMPILED_SURROGATES.get(type(function))
-    if kind is None or not function.spiking:
+    if kind is None or not function.spiking or isinstance(function.alpha, Tensor):  # which may be learned
         return ops.Surrogate("custom", function=function)
     return ops.Surrogate(kind, alpha=function.alpha)
 

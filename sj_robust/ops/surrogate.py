@@ -8,9 +8,22 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Surrogate", "SurrogateKind"]
+__all__ = ["HOST_NAMES", "Surrogate", "SurrogateKind"]
 
-SurrogateKind = Literal["triangle", "atan", "sigmoid", "custom"]
+SurrogateKind = Literal["triangle", "atan", "sigmoid", "exponential", "soft_sign", "super_spike", "erf", "custom"]
+HOST_NAMES: dict[SurrogateKind, str] = {
+    "triangle": "PiecewiseQuadratic",
+    "atan": "ATan",
+    "sigmoid": "Sigmoid",
+    "exponential": "PiecewiseExp",
+    "soft_sign": "SoftSign",
+    "super_spike": "SuperSpike",
+    "erf": "Erf",
+}
+"""Kinds that every kernel computes by a formula, with the names of SpikingJelly's classes; 0.0.0.0.14 lacks one.
+
+The CUDA text has a struct of each name, and the C++ text knows a kind by its place here.
+"""
 
 
 @dataclass(frozen=True)
@@ -22,11 +35,15 @@ class Surrogate:
     - ``triangle``: ``max(0, alpha - alpha**2 * |z|)`` (SpikingJelly's ``PiecewiseQuadratic``);
     - ``atan``: ``alpha / 2 / (1 + (pi / 2 * alpha * z)**2)``;
     - ``sigmoid``: ``alpha * sigmoid(alpha * z) * (1 - sigmoid(alpha * z))``;
+    - ``exponential``: ``alpha / 2 * exp(-alpha * |z|)`` (``PiecewiseExp``);
+    - ``soft_sign``: ``alpha / 2 / (1 + alpha * |z|)**2``;
+    - ``super_spike``: ``alpha / (1 + |z|)**2``;
+    - ``erf``: ``alpha / sqrt(pi) * exp(-(alpha * z)**2)``;
     - ``custom``: whatever automatic differentiation finds for ``function``, which may also be a smooth
       stand-in for the spike.
 
     Args:
-        kind: One of the four names above.
+        kind: One of the names above.
         alpha: Sharpness, > 0; unused by ``custom``.
         function: z to spike, differentiable and elementwise; required by ``custom`` and by nothing else.
 
@@ -83,6 +100,14 @@ class Surrogate:
         if self.kind == "sigmoid":
             s = z.mul_(alpha).sigmoid_()
             return alpha * s * (1 - s)
+        if self.kind == "exponential":
+            return z.abs_().mul_(-alpha).exp_().mul_(alpha / 2)
+        if self.kind == "soft_sign":
+            return (alpha / 2) / z.abs_().mul_(alpha).add_(1).square_()
+        if self.kind == "super_spike":
+            return alpha / z.abs_().add_(1).square_()
+        if self.kind == "erf":
+            return z.mul_(alpha).square_().neg_().exp_().mul_(alpha / math.sqrt(math.pi))
         assert self.function is not None  # guaranteed by __post_init__
         with torch.enable_grad():
             z = z.detach().requires_grad_()

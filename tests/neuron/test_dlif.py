@@ -11,6 +11,9 @@ from spikingjelly.activation_based import base, functional, neuron, surrogate
 from torch import nn
 
 from sj_robust.neuron import DLIFNode
+from sj_robust.neuron.dlif import describe_surrogate
+from sj_robust.ops import Surrogate
+from sj_robust.ops.surrogate import HOST_NAMES
 
 HOST_HAS_EXPLICIT_STATES = hasattr(base.MemoryModule, "functional_forward")
 needs_explicit_states = pytest.mark.skipif(
@@ -61,6 +64,17 @@ def test_equals_bptt_by_hand_in_both_step_modes(step_mode, v_reset, detach_reset
     np.testing.assert_allclose(node.v_seq.detach(), expected.potentials, atol=1e-12)
     np.testing.assert_allclose(x_seq.grad, expected.grad_x, rtol=1e-9, atol=1e-11)
     np.testing.assert_allclose(node.input_gain.grad, expected.grad_gain, rtol=1e-9, atol=1e-11)
+
+
+def test_surrogates_are_recognised_by_exact_class_and_constant_sharpness():
+    for kind, name in HOST_NAMES.items():
+        if hasattr(surrogate, name):  # 0.0.0.0.14 has no SuperSpike
+            function = getattr(surrogate, name)(alpha=3)
+            assert describe_surrogate(function) == Surrogate(kind, 3)
+            function.alpha = nn.Parameter(torch.tensor(3.0))
+            assert describe_surrogate(function).function is function
+            assert describe_surrogate(getattr(surrogate, name)(spiking=False)).kind == "custom"
+    assert describe_surrogate(surrogate.LeakyKReLU()).kind == "custom"
 
 
 @pytest.mark.parametrize("v_reset", [0.0, None, 0.25])

@@ -192,7 +192,7 @@ def test_says_what_it_leaves_alone():
         lambda net: net[2].register_forward_pre_hook(lambda *_: None),
         lambda net: net[2].register_full_backward_hook(lambda *_: None),
         lambda net: setattr(net[2], "backend", "eager"),
-        lambda net: setattr(net[2], "surrogate_function", surrogate.Erf()),
+        lambda net: setattr(net[2], "surrogate_function", surrogate.LeakyKReLU()),
         lambda net: setattr(net[2], "surrogate_function", surrogate.ATan(spiking=False)),
     ],
     ids=["hook on batch norm", "hook on neuron", "backward hook", "backend", "surrogate", "smooth surrogate"],

@@ -1,9 +1,22 @@
 """Random calls of the DLIF operator, run by a backend and by hand."""
 
+import itertools
+
 import torch
 from oracle import dlif_bptt
 
 from sj_robust.ops import Surrogate, dlif_multi_step
+
+
+def of_neurons(surrogates):
+    """Reset, detached or not, and surrogate: every combination of these, and each once with one of the others.
+
+    The others, of which the compiled kernel computes a row at a time, share the rest of its code.
+    """
+    resets = list(itertools.product([0.0, None, -0.25], [False, True]))
+    others = [("exponential", 2.0), ("soft_sign", 2.0), ("super_spike", 1.5), ("erf", 1.5)]
+    every = [(*reset, *surrogate) for reset, surrogate in itertools.product(resets, surrogates)]
+    return every + [(*reset, *surrogate) for reset, surrogate in zip(resets, itertools.cycle(others), strict=False)]
 
 
 def random_call(shape, dtype=torch.float64, seed=0):

@@ -18,8 +18,8 @@ from ops.cuda import shim
 
 ROOT = Path(__file__).parents[2]
 DLIF, NORM = ("sj_robust/ops/dlif", "sj_robust/ops/bn_dlif/normalised.h")
-BLOCKS, WALK = f"{DLIF}/blocks.h", f"{DLIF}/walk.h"
-TESTS = ("tests/ops/test_bn_dlif.py", "tests/ops/test_cpp.py", "tests/neuron/test_fusion.py")
+BLOCKS, SIMD, WALK = f"{DLIF}/blocks.h", f"{DLIF}/simd.h", f"{DLIF}/walk.h"
+TESTS = ("tests/ops/test_dlif.py", "tests/ops/test_bn_dlif.py", "tests/ops/test_cpp.py", "tests/neuron/test_fusion.py")
 OF_OPTIMISED_CODE = "tests/ops/test_cpp.py::test_wide_code_stores_past_the_cache"
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 MUTANTS = {  # what is wrong: (file, text, faulty text); the text occurs once
@@ -38,6 +38,15 @@ MUTANTS = {  # what is wrong: (file, text, faulty text); the text occurs once
     "unused lanes of x kept": (
         BLOCKS, "      if (!block.is_full()) std::memset(xb, 0, size_t(T * B) * sizeof(C));  "
         "// lanes beyond the tensor are zero", ""),
+    "soft sign not squared": (BLOCKS, "return n.height / (root * root);", "return n.height / root;"),
+    "super spike with alpha": (BLOCKS, "case SUPER_SPIKE: slope = C(1), ", "case SUPER_SPIKE: "),
+    "erf scale": (BLOCKS, "job.alpha * 0.56418958354775629", "job.alpha * 0.5642"),
+    "exponential one-sided": (BLOCKS, "exponential(-n.slope * magnitude<C>(z))", "exponential(-n.slope * z)"),
+    "surrogate by rows at h": (BLOCKS, "(load(h + k) - n.v_threshold, n));", "(load(h + k), n));"),
+    "half a row of slopes": (BLOCKS, "for (int k = 0; k < BLOCK<C>; k += LANES<C>) store(g + k, derivative",
+                             "for (int k = 0; k < BLOCK<C> / 2; k += LANES<C>) store(g + k, derivative"),
+    "slopes of the first step": (BLOCKS, "n.slopes(h_row, n, slopes);", "n.slopes(b.h, n, slopes);"),
+    "large negative exponents": (SIMD, "return x < -87.0f ? Vec<float>{} : y", "return y"),
     "float sums never flushed": (BLOCKS, "if ((summed += block.size) >= FLUSH) flush();", ""),
     "last sums not flushed": (BLOCKS, "  flush();\n}", "}"),
     "current streamed without being aligned": (BLOCKS, "&& can_stream(job, job.current, sizeof(C))", ""),

@@ -5,6 +5,7 @@ import functools
 import numpy as np
 import pytest
 import torch
+from ops.calls import of_neurons
 from oracle import dlif_bptt
 from torch import nn
 
@@ -13,6 +14,7 @@ from sj_robust.ops.bn_dlif import BatchNorm, batch_norm_dlif_multi_step, can_fus
 from sj_robust.ops.dlif import cpp
 
 needs_kernel = pytest.mark.skipif(cpp.unavailable_reason() is not None, reason=str(cpp.unavailable_reason()))
+NEURONS = of_neurons([("triangle", 1.0), ("atan", 2.0), ("sigmoid", 4.0)])
 SHAPES = {
     torch.float64: [(4, 3, 5, 8, 8), (3, 2, 4, 7, 7), (5, 6, 9), (2, 3, 70, 2), (2, 2, 3, 1, 131), (1, 40, 130)],
     torch.float32: [(4, 8, 16, 8, 8), (4, 3, 5, 9, 11), (2, 4, 3, 16, 17), (3, 5, 41, 1, 3)],
@@ -72,9 +74,7 @@ def expected_call(shape, dtype, training, **constants):
 
 @pytest.mark.parametrize("backend", ["reference", *(f"cpp {name}" for name in cpp.instruction_sets())], indirect=True)
 @pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("v_reset", [0.0, None, -0.25])
-@pytest.mark.parametrize("detach_reset", [False, True])
-@pytest.mark.parametrize(("kind", "alpha"), [("triangle", 1.0), ("atan", 2.0), ("sigmoid", 4.0)])
+@pytest.mark.parametrize(("v_reset", "detach_reset", "kind", "alpha"), NEURONS)
 @pytest.mark.parametrize("dtype", SHAPES)
 def test_equals_both_written_by_hand(backend, dtype, training, v_reset, detach_reset, kind, alpha):
     exact = dtype == torch.float64

@@ -6,15 +6,18 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from ops.calls import by_hand, random_call, run
+from ops import slopes
+from ops.calls import by_hand, of_neurons, random_call, run
 from oracle import away_from_threshold
 from torch import nn
 
+from sj_robust._host import surrogate as host
 from sj_robust.ops import Surrogate, available_backends, check_backend, choose_backend, dlif_multi_step
 from sj_robust.ops.dlif import cpp, eager
+from sj_robust.ops.surrogate import HOST_NAMES
 
-SURROGATES = [("triangle", 1.0), ("triangle", 0.6), ("atan", 2.0), ("sigmoid", 4.0)]
 RESETS = [0.0, None, -0.25]
+NEURONS = of_neurons([("triangle", 1.0), ("triangle", 0.6), ("atan", 2.0), ("sigmoid", 4.0)])
 DTYPES = [torch.float32, torch.float64, torch.float16, torch.bfloat16]
 
 
@@ -30,9 +33,7 @@ def expected_call(shape, dtype, **constants):
     return call, by_hand(*call, **constants)
 
 
-@pytest.mark.parametrize("v_reset", RESETS)
-@pytest.mark.parametrize("detach_reset", [False, True])
-@pytest.mark.parametrize(("kind", "alpha"), SURROGATES)
+@pytest.mark.parametrize(("v_reset", "detach_reset", "kind", "alpha"), NEURONS)
 def test_equals_bptt_by_hand(backend, v_reset, detach_reset, kind, alpha):
     constants = {"v_threshold": 0.8, "v_reset": v_reset, "detach_reset": detach_reset, "kind": kind, "alpha": alpha}
     for shape in ((1, 1), (2, 31), (3, 4099), (4, 3, 7, 5), (5, 64), (7, 33), (8, 3, 7, 5), (13, 105), (16, 65)):
@@ -58,6 +59,25 @@ def test_equals_bptt_by_hand(backend, v_reset, detach_reset, kind, alpha):
         np.testing.assert_allclose(grad_v_init[certain], expected.grad_v_init[certain], rtol=1e-4, atol=2e-5)
         scale = np.abs(expected.grad_x).sum(1).max()
         np.testing.assert_allclose(grad_gain, expected.grad_gain, rtol=1e-4, atol=1e-5 * scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_slopes_by_formula(backend, dtype):
+    for kind, alpha in itertools.product(HOST_NAMES, slopes.ALPHAS):
+        z = slopes.points(alpha, np.float64 if dtype == torch.float64 else np.float32)
+        x = torch.from_numpy(z)[None]
+        inputs, grads = (x, torch.ones(1, dtype=dtype), None), (torch.ones_like(x), None, None)
+        constants = {"decay": 0.5, "v_threshold": 0.0, "detach_reset": True}
+        _, (found, *_) = run(backend, inputs, grads, kind=kind, alpha=alpha, **constants)
+        slopes.check(kind, alpha, z, found[0].numpy())
+
+
+def test_formulas_are_those_of_spikingjelly():
+    for (kind, name), alpha in itertools.product(HOST_NAMES.items(), slopes.ALPHAS):
+        if name != "SuperSpike" or hasattr(host, name):  # which 0.0.0.0.14 does not have
+            z = torch.tensor(slopes.points(alpha, np.float64), requires_grad=True)
+            (found,) = torch.autograd.grad(getattr(host, name)(alpha=alpha)(z).sum(), z)
+            slopes.check(kind, alpha, z.detach().numpy(), found.numpy())
 
 
 SHAPES = [

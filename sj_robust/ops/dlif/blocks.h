@@ -16,29 +16,60 @@ namespace {
 // What a spike does to the potential. TO_ZERO is TO_VALUE with v_reset = 0, nearly every network's, in fewer instructions.
 enum Reset { TO_VALUE, TO_ZERO, SOFT };
 
-// Neuron constants in the arithmetic type.
+// Neuron constants in the arithmetic type. The surrogate's are its `height` at 0 (of the sigmoid four times that) and its
+// `slope`, by which z is scaled.
+template <class C> struct Neuron;
+template <int SURROGATE, class C> void row_of_slopes(const C* h, const Neuron<C>& n, C* g);
+
 template <class C> struct Neuron {
-  C decay, leak_current, v_threshold, v_reset, v_start, alpha, slope;
+  C decay, leak_current, v_threshold, v_reset, v_start, height, slope;
+  void (*slopes)(const C* h, const Neuron& n, C* g);  // of a row
   explicit Neuron(const Job& job)
       : decay(C(job.decay)),
         leak_current(C(job.leak_current)),
         v_threshold(C(job.v_threshold)),
         v_reset(C(job.v_reset)),
         v_start(job.soft_reset ? C(0) : C(job.v_reset)),
-        alpha(C(job.surrogate == ATAN ? job.alpha / 2 : job.alpha)),
-        slope(C(job.surrogate == TRIANGLE ? job.alpha * job.alpha : job.surrogate == ATAN ? 1.57079632679489662 * job.alpha : job.alpha)) {}
+        height(C(job.alpha)),
+        slope(C(job.alpha)),
+        slopes(nullptr) {
+    switch (job.surrogate) {
+      case TRIANGLE: slope = C(job.alpha * job.alpha); break;
+      case ATAN: height = C(job.alpha / 2), slope = C(1.57079632679489662 * job.alpha); break;
+      case SIGMOID: break;
+      case EXPONENTIAL: height = C(job.alpha / 2), slopes = row_of_slopes<EXPONENTIAL, C>; break;
+      case SOFT_SIGN: height = C(job.alpha / 2), slopes = row_of_slopes<SOFT_SIGN, C>; break;
+      case SUPER_SPIKE: slope = C(1), slopes = row_of_slopes<SOFT_SIGN, C>; break;
+      default: height = C(job.alpha * 0.56418958354775629), slopes = row_of_slopes<ERF, C>;
+    }
+  }
 };
 
 template <int SURROGATE, class C> SJR_INLINE Vec<C> derivative(Vec<C> z, const Neuron<C>& n) {
   if constexpr (SURROGATE == TRIANGLE) {
-    return positive_part<C>(n.alpha - n.slope * magnitude<C>(z));
+    return positive_part<C>(n.height - n.slope * magnitude<C>(z));
   } else if constexpr (SURROGATE == ATAN) {
     const Vec<C> y = n.slope * z;
-    return n.alpha / (C(1) + y * y);
-  } else {
+    return n.height / (C(1) + y * y);
+  } else if constexpr (SURROGATE == SIGMOID) {
     const Vec<C> s = C(1) / (C(1) + exponential(-n.slope * z));
-    return n.alpha * s * (C(1) - s);
+    return n.height * s * (C(1) - s);
+  } else if constexpr (SURROGATE == EXPONENTIAL) {
+    return n.height * exponential(-n.slope * magnitude<C>(z));
+  } else if constexpr (SURROGATE == SOFT_SIGN) {
+    const Vec<C> root = C(1) + n.slope * magnitude<C>(z);
+    return n.height / (root * root);
+  } else {
+    const Vec<C> y = n.slope * z;
+    return n.height * exponential(-(y * y));
   }
+}
+
+// The first three are compiled into backward_block, the others into a row of slopes that it reads: a loop of their own for
+// each instead of every variant of a block, which would be twice the code of the whole library.
+constexpr int BY_ROWS = EXPONENTIAL;
+template <int SURROGATE, class C> __attribute__((noinline)) void row_of_slopes(const C* h, const Neuron<C>& n, C* g) {
+  for (int k = 0; k < BLOCK<C>; k += LANES<C>) store(g + k, derivative<SURROGATE>(load(h + k) - n.v_threshold, n));
 }
 
 template <Reset RESET, class C> SJR_INLINE Vec<C> after_reset(Vec<C> h, const Neuron<C>& n) {
@@ -124,9 +155,16 @@ __attribute__((noinline)) void backward_block(const BackwardBlock<C>& b, const N
     if (b.gvs)
       for (int k = 0; k < ROWS; ++k) v[k] += load(b.gvs + t * b.stride + k * W);
     [[maybe_unused]] Vec<C> sums = load(b.gain_sums + t * W);
+    alignas(SJR_VECTOR_BYTES) C slopes[SURROGATE == BY_ROWS ? BLOCK<C> : W];
+    if constexpr (SURROGATE == BY_ROWS) n.slopes(h_row, n, slopes);
     SJR_UNROLL
     for (int k = 0; k < ROWS; ++k) {
-      const Vec<C> h = load(h_row + k * W), g = derivative<SURROGATE>(h - n.v_threshold, n);
+      const Vec<C> h = load(h_row + k * W);
+      Vec<C> g;
+      if constexpr (SURROGATE == BY_ROWS)
+        g = load(slopes + k * W);
+      else
+        g = derivative<SURROGATE>(h - n.v_threshold, n);
       Vec<C> through_spike = load(gs + k * W);
       Vec<C> gh;
       if constexpr (RESET == SOFT) {
@@ -177,7 +215,8 @@ template <class C, class K, Reset RESET> BackwardFn<C, K> choose_backward(const 
   switch (job.surrogate) {
     case TRIANGLE: return choose_backward<C, K, RESET, TRIANGLE>(job, stream);
     case ATAN: return choose_backward<C, K, RESET, ATAN>(job, stream);
-    default: return choose_backward<C, K, RESET, SIGMOID>(job, stream);
+    case SIGMOID: return choose_backward<C, K, RESET, SIGMOID>(job, stream);
+    default: return choose_backward<C, K, RESET, BY_ROWS>(job, stream);
   }
 }
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients, Outputs, state_dtype
-from sj_robust.ops.surrogate import Surrogate
+from sj_robust.ops.surrogate import HOST_NAMES, Surrogate
 
 __all__ = [
     "INSTRUCTION_SETS", "INSTRUCTION_SET_VARIABLE", "Planes", "backward", "forward", "instruction_sets", "is_repeated",
@@ -25,10 +25,10 @@ INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 INSTRUCTION_SET_VARIABLE = "SJ_ROBUST_INSTRUCTION_SET"
 
 _LIBRARY_NAME = "_kernel.so"  # setup.py gives it this name on every system
-_INTERFACE = 7  # sjr_interface() of kernel.cpp
+_INTERFACE = 8  # sjr_interface() of kernel.cpp
 _PROCESS = os.getpid()  # a forked child has another, and none of the threads of torch's OpenMP library
 _STORAGE = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
-_SURROGATES = {"triangle": 0, "atan": 1, "sigmoid": 2}
+_SURROGATES = {kind: number for number, kind in enumerate(HOST_NAMES)}
 
 
 def unavailable_reason() -> str | None:

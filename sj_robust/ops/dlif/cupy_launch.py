@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients, Outputs, no_gpu_reason, on_one_device
-from sj_robust.ops.surrogate import Surrogate
+from sj_robust.ops.surrogate import HOST_NAMES, Surrogate
 
 __all__ = [
     "LONGEST_SEQUENCE_IN_REGISTERS", "THREADS_PER_BLOCK", "Launcher", "Variant", "backward", "forward", "kernel_text",
@@ -27,7 +27,6 @@ LONGEST_SEQUENCE_IN_REGISTERS = 32
 _LONG_SEGMENT = 16  # steps per segment of a longer sequence
 _VALUES_PER_THREAD = 32  # of x, and as many of h, that a thread of the backward kernel keeps in registers
 _IO_TYPES = {torch.float32: "float", torch.float16: "Half", torch.bfloat16: "BFloat16"}
-_SURROGATES = {"triangle": "Triangle", "atan": "ATan", "sigmoid": "Sigmoid", "custom": "Spliced"}
 _OPTIONS = ("--std=c++17",)
 
 
@@ -111,7 +110,7 @@ class Launcher:
             reset=_reset(config),
             v_seq=grads.v_seq is not None,
             detach=config.detach_reset,
-            surrogate=_SURROGATES[surrogate.kind],
+            surrogate=HOST_NAMES.get(surrogate.kind, "Spliced"),
             spliced=_cuda_text(surrogate) if surrogate.kind == "custom" else None,
         )
         new = functools.partial(torch.empty, dtype=torch.float32, device=x_seq.device)

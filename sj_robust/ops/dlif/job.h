@@ -7,7 +7,7 @@
 namespace sjr {
 
 enum Storage { FLOAT32 = 0, FLOAT64 = 1, FLOAT16 = 2, BFLOAT16 = 3 };
-enum Surrogate { TRIANGLE = 0, ATAN = 1, SIGMOID = 2 };
+enum Surrogate { TRIANGLE, ATAN, SIGMOID, EXPONENTIAL, SOFT_SIGN, SUPER_SPIKE, ERF };  // in the order of surrogate.py
 struct Half {
   uint16_t bits;
 };

@@ -71,9 +71,10 @@ __device__ __forceinline__ void load_or(float (&values)[VEC], const float* from,
     for (int j = 0; j < VEC; ++j) values[j] = from ? pack.at[j] : otherwise;
 }
 
-// ---- surrogate derivatives g(z), z = h - v_threshold; the launcher may add `struct Spliced` with a text of its own ----
+// ---- surrogate derivatives g(z), z = h - v_threshold, by the names of SpikingJelly's classes; the launcher may add
+// `struct Spliced` with a text of its own ----
 
-struct Triangle {
+struct PiecewiseQuadratic {
     static __device__ __forceinline__ float derivative(float z, float alpha) {
         const float height = alpha - alpha * alpha * fabsf(z);
         return height < 0.0f ? 0.0f : height;
@@ -91,6 +92,33 @@ struct Sigmoid {
     static __device__ __forceinline__ float derivative(float z, float alpha) {
         const float s = 1.0f / (1.0f + expf(-alpha * z));
         return alpha * s * (1.0f - s);
+    }
+};
+
+struct PiecewiseExp {
+    static __device__ __forceinline__ float derivative(float z, float alpha) {
+        return 0.5f * alpha * expf(-alpha * fabsf(z));
+    }
+};
+
+struct SoftSign {
+    static __device__ __forceinline__ float derivative(float z, float alpha) {
+        const float root = 1.0f + alpha * fabsf(z);
+        return 0.5f * alpha / (root * root);
+    }
+};
+
+struct SuperSpike {
+    static __device__ __forceinline__ float derivative(float z, float alpha) {
+        const float root = 1.0f + fabsf(z);
+        return alpha / (root * root);
+    }
+};
+
+struct Erf {
+    static __device__ __forceinline__ float derivative(float z, float alpha) {
+        const float scaled = alpha * z;
+        return 0.56418958354775629f * alpha * expf(-scaled * scaled);
     }
 };
 

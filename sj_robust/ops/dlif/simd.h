@@ -95,11 +95,11 @@ template <class C> SJR_INLINE C sum_vector(Vec<C> v) {
   return sum_lanes(lanes);
 }
 
-// e^x. In float a polynomial, relative error < 2e-7, x clamped to where the result is a normal number; NaN stays NaN.
+// e^x. In float a polynomial, relative error < 2e-7, x at most 88, and 0 where the result is hardly a normal number; NaN
+// stays NaN.
 SJR_INLINE Vec<float> exponential(Vec<float> x) {
   using U = Simd<float>::U;
   x = x > 88.0f ? fill(88.0f) : x;
-  x = x < -87.0f ? fill(-87.0f) : x;
   const Vec<float> shifted = x * 1.44269504088896341f + 12582912.0f;  // 1.5 * 2^23: the integer part sits in the low bits
   const Vec<float> n = shifted - 12582912.0f;
   const Vec<float> r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
@@ -110,7 +110,7 @@ SJR_INLINE Vec<float> exponential(Vec<float> x) {
   y = y * r + 5.0000001201e-1f;
   y = y * (r * r) + r + 1.0f;
   const U power = ((U)shifted << 23) + (127u << 23);
-  return y * (Vec<float>)power;
+  return x < -87.0f ? Vec<float>{} : y * (Vec<float>)power;
 }
 
 SJR_INLINE Vec<double> exponential(Vec<double> x) {

@@ -40,10 +40,21 @@ def _derivative(z, alpha, SURROGATE: tl.constexpr):
     elif SURROGATE == "atan":
         scaled = 1.57079632679489662 * alpha * z
         return 0.5 * alpha / (1.0 + scaled * scaled)
-    else:
-        tl.static_assert(SURROGATE == "sigmoid")
+    elif SURROGATE == "sigmoid":
         s = 1.0 / (1.0 + tl.exp(-alpha * z))
         return alpha * s * (1.0 - s)
+    elif SURROGATE == "exponential":
+        return 0.5 * alpha * tl.exp(-alpha * tl.abs(z))
+    elif SURROGATE == "soft_sign":
+        root = 1.0 + alpha * tl.abs(z)
+        return 0.5 * alpha / (root * root)
+    elif SURROGATE == "super_spike":
+        root = 1.0 + tl.abs(z)
+        return alpha / (root * root)
+    else:
+        tl.static_assert(SURROGATE == "erf")
+        scaled = alpha * z
+        return 0.56418958354775629 * alpha * tl.exp(-scaled * scaled)
 
 
 @triton.jit

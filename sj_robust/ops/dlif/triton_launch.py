@@ -13,15 +13,14 @@ import torch
 from torch import Tensor
 
 from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients, Outputs, no_gpu_reason, on_one_device
-from sj_robust.ops.surrogate import Surrogate
+from sj_robust.ops.surrogate import HOST_NAMES, Surrogate
 
 __all__ = [
-    "BACKWARD_WARPS", "FORWARD_WARPS", "LONGEST_SEQUENCE_IN_REGISTERS", "SURROGATES", "Plan", "backward",
-    "backward_plan", "forward", "forward_plan", "unavailable_reason", "unsupported_reason",
+    "BACKWARD_WARPS", "FORWARD_WARPS", "LONGEST_SEQUENCE_IN_REGISTERS", "Plan", "backward", "backward_plan", "forward",
+    "forward_plan", "unavailable_reason", "unsupported_reason",
 ]  # fmt: skip
 
 LONGEST_SEQUENCE_IN_REGISTERS = 16
-SURROGATES = ("triangle", "atan", "sigmoid")
 FORWARD_WARPS, BACKWARD_WARPS = 4, 1  # of a program; one warp alone sums without a barrier
 _LONG_SEGMENT = 8  # steps per segment of a longer sequence
 _BYTES_AT_ONCE = 16  # that a thread loads or stores of a tensor
@@ -45,8 +44,8 @@ def unsupported_reason(x_seq: Tensor, surrogate: Surrogate) -> str | None:
         return f"x_seq must be on a CUDA device, got {x_seq.device}"
     if x_seq.dtype not in _DTYPES:
         return f"x_seq must be float32, float16 or bfloat16, got {x_seq.dtype}"
-    if surrogate.kind not in SURROGATES:
-        return f"the Triton kernel knows the surrogates {SURROGATES}, got {surrogate.kind!r}"
+    if surrogate.kind not in HOST_NAMES:
+        return f"the Triton kernel knows the surrogates {tuple(HOST_NAMES)}, got {surrogate.kind!r}"
     return None
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from ops import slopes
 from ops.cuda.shim import Library
 from oracle import Result, dlif_bptt
 
@@ -19,11 +20,12 @@ MARGIN = 1e-3  # distance every potential keeps from the threshold, so that spik
 V_THRESHOLD = 0.8
 RESETS = {"RESET_TO_ZERO": 0.0, "RESET_TO_VALUE": -0.25, "RESET_BY_SUBTRACTION": None}
 SURROGATES = {
-    "Triangle": ("triangle", 1.25),
+    "PiecewiseQuadratic": ("triangle", 1.25),
     "ATan": ("atan", 2.0),
     "Sigmoid": ("sigmoid", 4.0),
     "Spliced": ("atan", 2.0),
 }
+OTHERS = {"PiecewiseExp": "exponential", "SoftSign": "soft_sign", "SuperSpike": "super_spike", "Erf": "erf"}
 SHAPES = [  # steps per segment, whether longer than one segment, neurons per thread
     (1, False, 1), (1, False, 4), (2, False, 2), (3, False, 1), (5, False, 4), (8, False, 2), (8, False, 4),
     (16, False, 2), (32, False, 1), (16, True, 1), (16, True, 2),
@@ -89,10 +91,16 @@ ROUND_TRIP = """extern "C" __global__ void round_trip(const float* from, BFloat1
 }
 """
 
+SLOPES = """extern "C" __global__ void slopes_{0}(const float* z, float* g, int n, float alpha) {{
+    for (int i = threadIdx.x; i < n; i += blockDim.x) g[i] = {0}::derivative(z[i], alpha);
+}}
+"""
+
 
 def text(chosen: list[Variant], kernel: str) -> str:
-    """The CUDA text with the kernels of the chosen variants, and one that rounds to bfloat16."""
-    return kernel + SPLICED + ROUND_TRIP + "".join(variant.lines() for variant in chosen)
+    """The CUDA text with the kernels of the chosen variants, rounding to bfloat16, and every surrogate by itself."""
+    slopes_of = "".join(SLOPES.format(name) for name in [*SURROGATES, *OTHERS])
+    return kernel + SPLICED + ROUND_TRIP + slopes_of + "".join(variant.lines() for variant in chosen)
 
 
 def check(library: Library, variant: Variant) -> None:
@@ -119,6 +127,16 @@ def check_bfloat16(library: Library) -> None:
     expected = (high + ((low > 0x8000) | ((low == 0x8000) & (high % 2 == 1)))).ravel()[number]
     np.testing.assert_array_equal(bits[number], expected)
     np.testing.assert_array_equal(back[number], (expected << 16).astype(np.uint32).view(np.float32))
+
+
+def check_slopes(library: Library) -> None:
+    """Every surrogate by itself; the variants have some of them, since a kernel is the same with each."""
+    kinds = {name: kind for name, (kind, _) in SURROGATES.items() if name != "Spliced"} | OTHERS
+    for (name, kind), alpha in itertools.product(kinds.items(), slopes.ALPHAS):
+        z = slopes.points(alpha, np.float32)
+        found = np.zeros_like(z)
+        library.launch(f"slopes_{name}", 1, 32, z, found, np.int32(z.size), np.float32(alpha))
+        slopes.check(kind, alpha, z, found)
 
 
 @dataclass
@@ -268,6 +286,7 @@ if __name__ == "__main__":
     _library = Library(Path(sys.argv[1]))
     _chosen = variants(int(sys.argv[2]))
     check_bfloat16(_library)
+    check_slopes(_library)
     for _variant in _chosen:
         print(_variant.name, flush=True)
         check(_library, _variant)

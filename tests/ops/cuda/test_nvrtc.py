@@ -6,6 +6,7 @@ independent of each other in the text, so that no combination of three could fai
 """
 
 import re
+from itertools import cycle
 
 import pytest
 from ops.cuda import cases, nvrtc, shim
@@ -31,10 +32,21 @@ def test_every_variant_compiles_and_stays_in_registers(architecture):
         assert spilled <= 64, f"{name} spills {spilled} bytes"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_100"])
+def test_every_surrogate_stays_in_registers(architecture):
+    text = shim.KERNEL
+    for name, io, (steps, vec) in zip(cases.OTHERS, cycle(cases.IO), [(4, 4), (8, 4), (16, 2), (32, 1)], strict=False):
+        text += f"DLIF_BACKWARD(b_{name}, 128, {io}, {steps}, false, {vec}, RESET_TO_VALUE, true, false, {name})\n"
+    used = nvrtc.resources(nvrtc.compile_text(text, architecture, "--ptxas-options=-v")[1])
+    assert len(used) == len(cases.OTHERS)
+    assert all(registers <= 128 and spilled == 0 for registers, spilled in used.values()), used
+
+
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_charging_is_never_contracted(direction):
     """Spikes equal torch's bit by bit only if the product with the decay is rounded before it is added."""
-    surrogate = None if direction == "forward" else "Triangle"
+    surrogate = None if direction == "forward" else "PiecewiseQuadratic"
     ptx, _ = nvrtc.compile_text(_source("float", surrogate=surrogate), "compute_80", ptx=True)
     instructions = re.findall(r"^\s*(mul|add|fma)\.(\S+)", ptx.decode(), re.M)
     rounded = sum(name != "fma" and kind.startswith("rn.") for name, kind in instructions)

@@ -55,6 +55,11 @@ def test_bfloat16_is_rounded_to_nearest_even(library):
     cases.check_bfloat16(library)
 
 
+@pytest.mark.slow
+def test_every_surrogate_has_its_slope(library):
+    cases.check_slopes(library)
+
+
 SMALL = """
 extern "C" __global__ void shift(const float* x, float* y) {
     y[threadIdx.x] = __shfl_down_sync(0xffffffffu, x[threadIdx.x], 3);

@@ -85,7 +85,7 @@ def cuda_code(
     most = cupy_launch._VALUES_PER_THREAD // steps if backward else 4
     variant = cupy_launch.Variant(
         cupy_launch.THREADS_PER_BLOCK, cupy_launch._IO_TYPES[dtype], steps, False, min(4, most), "RESET_TO_ZERO",
-        not {"v_seq", "grad_v_seq"} & set(absent), surrogate="Triangle" if backward else None,
+        not {"v_seq", "grad_v_seq"} & set(absent), surrogate="PiecewiseQuadratic" if backward else None,
     )  # fmt: skip
     assert steps <= longest
     text = variant.source(kernel)

@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from ops import slopes
 from ops.calls import random_call, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sj_robust.neuron import DLIFNode
 from sj_robust.ops import choose_backend, dlif_multi_step
 from sj_robust.ops.dlif import triton_launch
+from sj_robust.ops.surrogate import HOST_NAMES
 
 CHOICES: dict[str, list[Any]] = {
     "steps": [1, 2, 3, 5, 8, 15, 16, 17, 24, 25, 33],
@@ -201,12 +203,24 @@ def in_a_network() -> None:
     assert choose_backend("auto", x, neurons[0]._surrogate()) != "triton"  # which the CPU has for tests alone
 
 
+def slopes_by_formula() -> None:
+    """Every surrogate; the cases have some of them, since a kernel is the same with each."""
+    for kind, alpha in itertools.product(HOST_NAMES, slopes.ALPHAS):
+        z = slopes.points(alpha, np.float32)
+        x = torch.from_numpy(z)[None]
+        constants = {"decay": 0.5, "v_threshold": 0.0, "detach_reset": True, "store_v_seq": False}
+        grads = torch.ones_like(x), None, None
+        with np.errstate(all="ignore"):
+            _, (found, *_) = run("triton", (x, torch.ones(1), None), grads, kind=kind, alpha=alpha, **constants)
+        slopes.check(kind, alpha, z, found[0].numpy())
+
+
 def main(more: int) -> None:
     """Run them all; AssertionError with what differs."""
     draw, fenced = random.Random(2), Fenced()
     chosen = cases() + [at_random(draw) for _ in range(more)]
     triton_launch.torch = fenced
-    for part in (at_the_threshold, *chosen, not_a_number, shapes):
+    for part in (at_the_threshold, slopes_by_formula, *chosen, not_a_number, shapes):
         print(part, flush=True)
         check(part) if isinstance(part, Case) else part()
         fenced.check()

@@ -36,6 +36,10 @@ VARIANTS = [  # architecture, kernel, dtype, steps, constants, whether every opt
     (100, BACKWARD, F32, 21, config(None, "sigmoid"), True),
     (100, BACKWARD, F16, 4, config(0.0, "atan"), True),
     (100, BACKWARD, BF16, 8, config(0.0, "triangle"), False),
+    (90, BACKWARD, F32, 16, config(0.0, "exponential"), False),
+    (80, BACKWARD, BF16, 21, config(None, "erf"), True),
+    (100, BACKWARD, F16, 8, config(-0.25, "soft_sign"), True),
+    (90, BACKWARD, BF16, 16, config(0.0, "super_spike", True), True),
 ]
 
 
