@@ -11,10 +11,12 @@
     python recipes/benchmark.py --what instruction_sets                   # the compiled kernel on each of them
     python recipes/benchmark.py --what scaling                            # time over T and over N
     python recipes/benchmark.py --output docs/benchmarks                  # leaves neuron.csv, neuron.md, neuron.png
+    python recipes/benchmark.py --device cuda --output docs/benchmarks    # all that there is for a GPU, within an hour
 
 Every method runs in a process of its own, those of one shape take turns, and nothing is timed before the operator's
 tests and a comparison with the textbook loop have passed. Peers that are not installed are named and left out; to have
-them: pip install snntorch norse nir nirtorch.
+them: pip install snntorch norse nir nirtorch. On a GPU each row and each group of tests is on its own: one that fails
+is a row with the reason, what is known is on disk, and the same command goes on where a run was stopped.
 """
 
 from dataclasses import asdict, dataclass, fields
@@ -38,6 +40,8 @@ class Options:
         "null for those of the documentation.")
     methods: list[str] | None = option(None, "Methods to measure, such as [DLIF cpp]; null for all. A wrong name is "
         "answered with those there are.")
+    device: Literal["cpu", "cuda"] = option("cpu", "cuda runs tests/gpu and then measures layer, batch norm "
+        "with layer and a training step of VGG-11 on the GPU; of the other options it takes rounds, check and output.")
     rounds: AtLeastTwo = option(15, "Timed passes per method; the tables show milliseconds.")
     check: bool = option(True, "Whether the tests of what is timed run first; they need a clone of the repository and "
         "the extra test.")
@@ -62,8 +66,13 @@ import os
 import shlex
 import subprocess
 import sys
+import tempfile
 
+import torch
 from lab.benchmarking.benchmarks import BENCHMARKS
+from lab.benchmarking.gpu_hour import redraw_gpus, test_and_measure
+from lab.benchmarking.gpu_plan import PLAN
+from lab.benchmarking.gpu_run import Store
 from lab.benchmarking.race import Measurement, race
 from lab.benchmarking.tables import caption, cells, columns, markdown
 from rich.console import Console
@@ -81,6 +90,14 @@ def main(arguments: list[str]) -> None:
     options = read_options(Options, arguments)
     if options.redraw is not None:
         redraw(Path(options.redraw))
+        return
+    if options.device == "cuda":
+        if not torch.cuda.is_available():
+            raise SystemExit(
+                "error: torch finds no CUDA GPU, so nothing is measured; python -m sj_robust.doctor says more"
+            )
+        with tempfile.TemporaryDirectory() as folder:
+            first_hour(options, Path(options.output or folder), arguments)
         return
     benchmark = BENCHMARKS[options.what]
     unknown = sorted(set(options.methods or []) - set(benchmark.methods))
@@ -123,6 +140,23 @@ def main(arguments: list[str]) -> None:
         name = options.what if options.instruction_set is None else f"{options.what}-{options.instruction_set}"
         save(Path(options.output), name, rows, where, arguments)
         console.print(f"{name}.csv, {name}.md and {name}.png are in {options.output}", markup=False, highlight=False)
+
+
+def first_hour(options: Options, folder: Path, arguments: list[str]) -> None:
+    """All that there is for a GPU; a call that was stopped goes on."""
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False)
+    where = {name: value for name, value in environment(options.device).items() if name != "threads"}
+    cupy = next((version for kind in ("cuda12x", "cuda13x") if (version := version_of(f"cupy-{kind}"))), None)
+    where |= {"triton": version_of("triton") or "not installed", "cupy": cupy or "not installed"}
+    for name, value in where.items():
+        console.print(f"{name}: {value}")
+    store = Store(folder / f"gpu-{where['spikingjelly']}.jsonl", where)
+    describe_folder(folder, "benchmark", arguments)
+    tests = Path(__file__).parents[1] / "tests" / "gpu" if options.check else None
+    command = shlex.join(["python", "recipes/benchmark.py", *arguments])
+    test_and_measure(store, PLAN, tests, options.device, options.rounds, command, console.print)
+    if options.output is not None:
+        console.print(f"{store.path.name}, and its .md and .png, are in {folder}")
 
 
 def refuse_unless_tests_pass(what: str, environ: dict[str, str]) -> None:
@@ -177,7 +211,8 @@ def draw(rows: list[Measurement], path: Path) -> None:
 
 def redraw(folder: Path) -> None:
     """Charts again, from the CSV files alone."""
-    if not (paths := sorted(folder.glob("*.csv"))):
+    of_gpus = redraw_gpus(folder, PLAN, print)
+    if not (paths := sorted(folder.glob("*.csv"))) and not of_gpus:
         raise FileNotFoundError(f"{folder} holds no *.csv; --redraw takes the folder that an earlier call wrote to")
     kinds = {field.name: field.type for field in fields(Measurement)}
     for path in paths:
@@ -194,4 +229,4 @@ def redraw(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_recipe(main, stopped="nothing is written before all is measured")
+    run_recipe(main, stopped="which on a CPU is nothing before all is measured; the same command goes on on a GPU")

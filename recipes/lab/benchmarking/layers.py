@@ -28,6 +28,8 @@ class LayerTask:
         dtype: What the currents are stored in; ``tensor_bytes`` is that of float32 in any case.
         channels_last: Whether every step is stored channels last.
         pools: Whether the layer averages over 2x2 neurons.
+        rounds: Whether the reference gets the currents as they are stored, since the layer rounds between its parts as
+            the reference does; otherwise in float32.
     """
 
     def __init__(
@@ -40,10 +42,11 @@ class LayerTask:
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
         pools: bool = False,
+        rounds: bool = False,
     ) -> None:
         """Build the layer and draw its input; see the class."""
         self._method, self._build, self._reference = method, build, reference
-        self._shape, self._pools = tuple(shape), pools
+        self._shape, self._pools, self._rounds = tuple(shape), pools, rounds
         self._dtype, self._channels_last = dtype, channels_last
         self._layer = build(shape)
         self._x_seq = self._stored(torch.randn(self._shape).mul_(0.5)).requires_grad_()
@@ -80,16 +83,16 @@ class LayerTask:
             raise ValueError(f"{self._method} gives spikes that are neither 0 nor 1: it is not timed")
         if self._reference is None:
             return
-        exact = x_seq.detach().float().requires_grad_()
+        exact = x_seq.detach().to(self._dtype if self._rounds else torch.float32).requires_grad_()
         wanted_spikes = self._reference(shape)(exact)
         weights = torch.randn_like(spikes)
         (grad,) = torch.autograd.grad(spikes, x_seq, weights)
-        (wanted,) = torch.autograd.grad(wanted_spikes, exact, weights.float())
+        (wanted,) = torch.autograd.grad(wanted_spikes, exact, weights.to(exact.dtype))
         # a neuron whose spikes differ by rounding at the threshold is left out; there may be one in a thousand
         same = (spikes == wanted_spikes).all(0)
         if self._pools:
             same = same.repeat_interleave(2, -1).repeat_interleave(2, -2)
-        error = (grad - wanted)[:, same].norm() / wanted.norm()
+        error = (grad.float() - wanted.float())[:, same].norm() / wanted.float().norm()
         if float(same.float().mean()) < 0.999 or not float(error) < 1e-2:
             raise ValueError(f"{self._method} does not equal the textbook loop: it is not timed")
 
@@ -101,7 +104,16 @@ def lif_node(T: int = 0) -> nn.Module:
     return node
 
 
-def _dlif(T: int, backend: str) -> nn.Module:
+def lif_node_for_gpu(T: int = 0) -> nn.Module:
+    """The same on SpikingJelly 0.0.0.0.14's CuPy backend; 2.x chooses by an environment variable."""
+    node: Any = lif_node()
+    if "cupy" in getattr(node, "supported_backends", ()):
+        node.backend = "cupy"
+    return node  # type: ignore[no-any-return]  # 2.x's neurons have no backend
+
+
+def dlif(T: int, backend: str) -> nn.Module:
+    """A fresh DLIFNode."""
     return DLIFNode(T, backend=backend, step_mode="m")
 
 
@@ -113,12 +125,14 @@ def _parametric_lif(T: int) -> nn.Module:
     return node
 
 
-def _alone(node: Callable[[int], nn.Module]) -> Build:
+def alone(node: Callable[[int], nn.Module]) -> Build:
     """The layer of one neuron per input."""
     return lambda shape: _from_reset(node(shape[0]))
 
 
-def _behind_batch_norm(node: Callable[[int], nn.Module], *, pools: bool = False, fused: bool = False) -> Build:
+def behind_batch_norm(node: Callable[[int], nn.Module], *, pools: bool = False, fused: bool = False) -> Build:
+    """The neuron behind a batch norm in training mode, and before a 2x2 average pooling if it ``pools``."""
+
     def build(shape: Sequence[int]) -> Layer:
         pooling = [layer.AvgPool2d(2, step_mode="m")] if pools else []
         net = nn.Sequential(layer.BatchNorm2d(shape[2], step_mode="m"), node(shape[0]), *pooling)
@@ -167,7 +181,7 @@ def _step_by_step(cell: Callable[[Tensor, Any], tuple[Tensor, Any]], first_state
 def _on_instruction_set(name: str, shape: Sequence[int]) -> LayerTask:
     if name not in cpp.instruction_sets():
         raise ImportError(f"{name} does not run here; there are {', '.join(cpp.instruction_sets())}")
-    kernel, reference = (_alone(partial(_dlif, backend=backend)) for backend in ("cpp", "reference"))
+    kernel, reference = (alone(partial(dlif, backend=backend)) for backend in ("cpp", "reference"))
     return LayerTask(name, kernel, reference, shape)
 
 
@@ -180,11 +194,11 @@ def _tasks(layers: Mapping[str, Build], reference: str, unlike: Sequence[str]) -
 
 LAYERS = _tasks(
     {
-        "DLIF cpp": _alone(partial(_dlif, backend="cpp")),
-        "DLIF eager": _alone(partial(_dlif, backend="eager")),
-        "textbook loop": _alone(partial(_dlif, backend="reference")),
-        "SpikingJelly LIFNode": _alone(lif_node),
-        "SpikingJelly ParametricLIFNode": _alone(_parametric_lif),
+        "DLIF cpp": alone(partial(dlif, backend="cpp")),
+        "DLIF eager": alone(partial(dlif, backend="eager")),
+        "textbook loop": alone(partial(dlif, backend="reference")),
+        "SpikingJelly LIFNode": alone(lif_node),
+        "SpikingJelly ParametricLIFNode": alone(_parametric_lif),
         "snnTorch Leaky": _snntorch,
         "Norse LIFBoxCell": _norse,
     },
@@ -198,11 +212,11 @@ INSTRUCTION_SETS = {name: partial(_on_instruction_set, name) for name in reverse
 
 BATCH_NORM_LAYERS = _tasks(
     {
-        "batch norm + DLIF, one pass": _behind_batch_norm(partial(_dlif, backend="cpp"), fused=True),
-        "batch norm, DLIF cpp": _behind_batch_norm(partial(_dlif, backend="cpp")),
-        "batch norm, ReLU": _behind_batch_norm(lambda T: nn.ReLU()),
-        "batch norm, LIFNode": _behind_batch_norm(lif_node),
-        "batch norm, textbook loop": _behind_batch_norm(partial(_dlif, backend="reference")),
+        "batch norm + DLIF, one pass": behind_batch_norm(partial(dlif, backend="cpp"), fused=True),
+        "batch norm, DLIF cpp": behind_batch_norm(partial(dlif, backend="cpp")),
+        "batch norm, ReLU": behind_batch_norm(lambda T: nn.ReLU()),
+        "batch norm, LIFNode": behind_batch_norm(lif_node),
+        "batch norm, textbook loop": behind_batch_norm(partial(dlif, backend="reference")),
     },
     "batch norm, textbook loop",
     unlike=("batch norm, ReLU",),
@@ -210,10 +224,10 @@ BATCH_NORM_LAYERS = _tasks(
 """Tasks by the name of the pair; the batch norm is in training mode."""
 
 _STAGES = {
-    "batch norm + DLIF + pooling, one pass": _behind_batch_norm(partial(_dlif, backend="cpp"), pools=True, fused=True),
-    "batch norm, ReLU, pooling": _behind_batch_norm(lambda T: nn.ReLU(), pools=True),
-    "batch norm, LIFNode, pooling": _behind_batch_norm(lif_node, pools=True),
-    "batch norm, textbook loop, pooling": _behind_batch_norm(partial(_dlif, backend="reference"), pools=True),
+    "batch norm + DLIF + pooling, one pass": behind_batch_norm(partial(dlif, backend="cpp"), pools=True, fused=True),
+    "batch norm, ReLU, pooling": behind_batch_norm(lambda T: nn.ReLU(), pools=True),
+    "batch norm, LIFNode, pooling": behind_batch_norm(lif_node, pools=True),
+    "batch norm, textbook loop, pooling": behind_batch_norm(partial(dlif, backend="reference"), pools=True),
 }
 _STORED: dict[str, Any] = {
     "": {},

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lab.benchmarking.layers import lif_node
+from lab.benchmarking.layers import lif_node, lif_node_for_gpu
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.models import VGG_FEATURES, ConvChain
 from sj_robust.neuron import DLIFNode, fuse
@@ -17,6 +17,7 @@ _ARCHITECTURES: dict[str, tuple[tuple[int | Literal["A"], ...], tuple[int, ...]]
     "conv4": ((32, 64, "A", 128, "A", 128, "A"), ()),
     "vgg5": (VGG_FEATURES["vgg5"], (4096, 4096)),
     "small": ((16, "A", 32, "A", 64, "A"), ()),
+    "vgg11": (VGG_FEATURES["vgg11"], (4096, 4096)),
 }
 """Convolutions and hidden linear layers."""
 
@@ -28,6 +29,13 @@ _NEURONS: dict[str, Callable[..., nn.Module]] = {
     "SpikingJelly LIFNode": lif_node,
     "textbook loop": partial(DLIFNode, backend="reference"),
     "no neuron and no batch norm": nn.Identity,
+}
+_NO_FLOAT64 = "SpikingJelly LIFNode, GPU"  # SpikingJelly's GPU kernels know none
+_ON_ANY_DEVICE: dict[str, Callable[..., nn.Module]] = {
+    "DLIF auto, fused": DLIFNode,
+    "DLIF auto": DLIFNode,
+    "SpikingJelly LIFNode, its choice": lif_node,
+    _NO_FLOAT64: lif_node_for_gpu,
 }
 FUSED = "DLIF, one pass with batch norm"
 _NOTHING = "no neuron and no batch norm"
@@ -47,9 +55,6 @@ PRECISIONS: dict[str, Precision] = {
     ", bf16, channels last": {"bf16": True, "channels_last": True},
 }
 """Options of a training step by what they add to its name."""
-
-_SMALL = (4, 2, 3, 8, 8)
-"""Shape at which steps are compared."""
 
 
 def network_tasks(architecture: str) -> dict[str, Callable[[Sequence[int]], "NetworkTask"]]:
@@ -90,7 +95,7 @@ class TrainingTask:
         self._optimizer = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, weight_decay=weight_decay, fused=fused)
         x, self._y = _made_up_images(shape, dtype)
         self._x = x.contiguous(memory_format=layout)
-        self._autocast = partial(torch.autocast, "cpu", torch.bfloat16, enabled=bf16)
+        self._autocast = partial(torch.autocast, x.device.type, torch.bfloat16, enabled=bf16)
         self.tensor_bytes = 4 * self._x.numel() * shape[0]
         self.inputs = [self._x, *parameters]
 
@@ -130,9 +135,11 @@ class NetworkTask(TrainingTask):
 
     def check(self) -> None:
         """Compare with the textbook loop in float64, where no spike hangs on rounding; raises ValueError."""
-        if self._neuron not in _WITHOUT_SPIKES:
+        if self._neuron not in (*_WITHOUT_SPIKES, _NO_FLOAT64):
             names = (self._neuron, "textbook loop")
-            mine, wanted = (NetworkTask(self._architecture, name, _SMALL, dtype=torch.float64) for name in names)
+            size = 32 if self._architecture == "vgg11" else 8  # which has five poolings
+            small = (4, 2, 3, size, size)
+            mine, wanted = (NetworkTask(self._architecture, name, small, dtype=torch.float64) for name in names)
             check_same_steps(self._neuron, mine, wanted)
 
 
@@ -157,13 +164,13 @@ def convolutional_network(architecture: str, neuron: str, shape: Sequence[int]) 
     features, hidden = _ARCHITECTURES[architecture]
     torch.manual_seed(0)
     build = partial(ConvChain, features=features, hidden=hidden, batch_norm=neuron != _NOTHING)
-    net = build(shape[2:], 10, T=shape[0], spiking_neuron=_NEURONS[neuron])
-    if neuron == FUSED:
+    net = build(shape[2:], 10, T=shape[0], spiking_neuron=(_NEURONS | _ON_ANY_DEVICE)[neuron])
+    if neuron in (FUSED, "DLIF auto, fused"):
         fuse(net)
     return net
 
 
 def _made_up_images(shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    x = torch.rand(tuple(shape[1:]), generator=generator, dtype=torch.float64).to(dtype)
-    return x, torch.arange(shape[1]) % 10
+    x = torch.rand(tuple(shape[1:]), generator=generator, dtype=torch.float64, device="cpu")
+    return x.to(torch.get_default_device(), dtype), torch.arange(shape[1]) % 10

@@ -1,0 +1,232 @@
+"""Neurons in the hands of torch: mixed precision, compiler, CUDA graphs, odd memory, huge tensors, two processes.
+
+What needs no GPU is tried on the CPU as well, so that an error of the test itself is found there.
+"""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from launch import ENVIRONMENT
+from spikingjelly.activation_based import functional, layer
+from torch import nn
+
+from sj_robust.neuron import DLIFNode, fuse
+from sj_robust.ops import dlif_multi_step
+from sj_robust.ops.dlif import backends
+
+T = 4
+CUDA = [("cuda", "cupy"), ("cuda", "triton")]
+
+
+def usable(device, backend):
+    """The pair, if it can run."""
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("torch finds no CUDA GPU")
+    reason = backends.failing_reason(backend)
+    if reason is not None:
+        pytest.skip(f"backend={backend!r}: {reason}")
+    return device, backend
+
+
+@pytest.fixture(params=[("cpu", "cpp"), *CUDA], ids="-".join)
+def place(request):
+    """Device and backend."""
+    return usable(*request.param)
+
+
+def currents(device, shape=(T, 3, 8, 6, 6), dtype=torch.float32):
+    """Currents on a grid of quarters, where sums are exact and the threshold is met."""
+    generator = torch.Generator().manual_seed(len(shape))
+    return (torch.randint(-4, 9, shape, generator=generator) / 4).to(device, dtype)
+
+
+def trained(node, x_seq, call=None):
+    """Spikes, and the gradients of the currents and the gain."""
+    functional.reset_net(node)
+    x_seq = x_seq.detach().requires_grad_()
+    spikes = (call or node)(x_seq)
+    weights = torch.linspace(-1, 1, spikes.numel(), device=spikes.device).view(spikes.shape)
+    return spikes.detach(), *torch.autograd.grad((spikes * weights).sum(), [x_seq, *node.parameters()])
+
+
+def node_on(place, backend=None, **kwargs):
+    device, own = place
+    node = DLIFNode(T, tau=2.0, backend=backend or own, **kwargs).to(device)
+    with torch.no_grad():
+        node.input_gain.copy_(torch.tensor([1.0, 0.5, 2.0, 0.75]))
+    return node
+
+
+def assert_same(given, wanted):
+    assert torch.equal(given[0], wanted[0])
+    torch.testing.assert_close(given[1:], wanted[1:], rtol=1e-5, atol=1e-5)
+
+
+def network(place, fused):
+    device, backend = place
+    torch.manual_seed(0)
+    node = DLIFNode(T, tau=2.0, backend=backend)
+    layers = [layer.Conv2d(2, 8, 3, padding=1), layer.BatchNorm2d(8), node, layer.AvgPool2d(2), layer.Flatten()]
+    net = nn.Sequential(*layers, layer.Linear(128, 5)).to(device)
+    functional.set_step_mode(net, "m")
+    if fused:
+        fuse(net)
+    return net
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_autocast_with_a_scaler_trains_as_float32_does(place, fused):
+    device, _ = place
+    half = torch.float16 if device == "cuda" else torch.bfloat16
+    x, y = currents(device, (T, 16, 2, 8, 8)), torch.arange(16, device=device) % 5
+    losses = []
+    for enabled in (False, True):
+        net = network(place, fused)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        scaler = torch.amp.GradScaler(device, init_scale=256.0, enabled=enabled)
+        of_run = []
+        for _ in range(4):
+            functional.reset_net(net)
+            with torch.autocast(device, half, enabled=enabled):
+                loss = F.cross_entropy(net(x).mean(0).float(), y)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            assert all(torch.isfinite(p.grad).all() for p in net.parameters())
+            scaler.step(optimizer)
+            scaler.update()
+            of_run.append(loss.item())
+        assert net[2].v.dtype == torch.float32
+        losses.append(of_run)
+    assert losses[0][-1] < losses[0][0]
+    assert losses[1] == pytest.approx(losses[0], rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_channels_last_and_offset_currents(place, dtype):
+    device, _ = place
+    x = currents(device, dtype=dtype)
+    wanted = trained(node_on(place), x)
+    last = x.flatten(0, 1).contiguous(memory_format=torch.channels_last).view(x.shape)
+    offset = torch.cat([x.new_zeros(3), x.flatten()])[3:].view(x.shape)  # no vector load may begin there
+    swapped = x.transpose(1, 2).contiguous().transpose(1, 2)
+    assert offset.storage_offset() == 3
+    for stored in (last, offset, swapped, torch.stack([x, x], -1)[..., 0]):
+        assert torch.equal(stored, x)
+        assert_same([a.float() for a in trained(node_on(place), stored)], [a.float() for a in wanted])
+
+
+@pytest.mark.parametrize("fullgraph", [True, False])
+def test_compiled_is_what_it_is_uncompiled(place, fullgraph):
+    device, _ = place
+    node = node_on(place)
+    backend = "inductor" if device == "cuda" else "aot_eager"  # which needs no compiler and takes a second
+    torch.compiler.reset()
+    compiled = torch.compile(lambda x_seq: node(2 * x_seq) / 2, fullgraph=fullgraph, backend=backend)
+    x = currents(device)
+    assert_same(trained(node, x, compiled), trained(node, x, lambda x_seq: node(2 * x_seq) / 2))
+
+
+@pytest.mark.parametrize(("device", "backend"), CUDA)
+def test_a_cuda_graph_replays_forward_and_backward(device, backend):
+    place = usable(device, backend)
+    node, x = node_on(place), currents(device)
+    static, weights = x.clone().requires_grad_(), torch.linspace(-1, 1, x.numel(), device=device).view(x.shape)
+
+    def step():
+        functional.reset_net(node)
+        spikes = node(static)
+        return spikes, *torch.autograd.grad(spikes, [static, node.input_gain], weights)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # compiles
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        outputs = step()
+    for scale in (1.0, 0.5, -1.0):
+        with torch.no_grad():
+            static.copy_(x * scale)
+        graph.replay()
+        assert_same([a.clone() for a in outputs], trained(node, x * scale))
+
+
+@pytest.mark.parametrize("shape", [(2, (1 << 30) + 8), (1, (1 << 31) + 8)], ids=["steps", "neurons"])
+@pytest.mark.parametrize(("device", "backend"), CUDA)
+def test_more_elements_than_an_int32_counts(device, backend, shape):
+    usable(device, backend)
+    wanted_gb = 45
+    torch.cuda.empty_cache()
+    free_gb = torch.cuda.mem_get_info()[0] / 1e9
+    if free_gb < wanted_gb:
+        pytest.skip(f"needs {wanted_gb} GB of free GPU memory, has {free_gb:.0f}")
+    check_few_spikes_among_many(device, backend, shape)
+
+
+@pytest.mark.parametrize(("device", "backend"), [("cpu", "cpp"), *CUDA])
+def test_few_elements_by_the_same_check(device, backend):
+    check_few_spikes_among_many(*usable(device, backend), (2, 1 << 10))
+
+
+def check_few_spikes_among_many(device, backend, shape):
+    """Spikes, state and gradients where the few currents are, and zero everywhere else."""
+    steps, neurons = shape
+    places = torch.tensor([0, 1, neurons // 2 - 1, neurons // 2, neurons - 8, neurons - 1], device=device)
+    few = torch.full((steps, len(places)), 1.25, dtype=torch.bfloat16, device=device).requires_grad_()
+    gain = torch.ones(steps, device=device, requires_grad=True)
+    x = torch.zeros(shape, dtype=torch.bfloat16, device=device)
+    x[:, places] = few.detach()
+    x.requires_grad_()
+    results = []
+    for currents, name in ((x, backend), (few, "reference")):
+        spikes, v, _ = dlif_multi_step(currents, gain, decay=0.5, backend=name)
+        grads = torch.autograd.grad(spikes.sum(dtype=torch.float32), [currents, gain])
+        results.append((spikes.detach(), v.detach(), *grads))
+    (spikes, v, grad_x, grad_gain), (few_spikes, few_v, few_grad, few_gain) = results
+    for whole, part in ((spikes, few_spikes), (v, few_v), (grad_x, few_grad)):
+        assert torch.equal(whole[..., places], part)
+        assert int(whole.count_nonzero()) == int(part.count_nonzero())
+    assert int(few_spikes.sum()) == few.numel()
+    torch.testing.assert_close(grad_gain, few_gain)
+
+
+PROCESS = """
+import sys, torch
+from sj_robust.ops import dlif_multi_step
+device, backend = sys.argv[1:]
+x = torch.linspace(-1, 3, 4 << 12, device=device).view(4, -1)
+print(device, flush=True)
+sys.stdin.readline()  # both are ready
+results = []
+for _ in range(50):
+    gain = torch.ones(4, device=device, requires_grad=True)
+    spikes, v, _ = dlif_multi_step(x, gain, decay=0.5, backend=backend)
+    (spikes.sum() + v.sum()).backward()
+    results.append((spikes.detach(), v.detach(), gain.grad))
+assert all(torch.equal(a, b) for result in results for a, b in zip(result, results[0], strict=True))
+print(float(results[0][0].sum()))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_on_one_device(place):
+    command, pipes = (
+        [sys.executable, "-c", PROCESS, *place],
+        dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE),
+    )
+    both = [subprocess.Popen(command, text=True, env=ENVIRONMENT, **pipes) for _ in range(2)]
+    for process in both:
+        assert process.stdout.readline().strip() == place[0], process.stderr.read()
+    for process in both:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    outputs = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outputs
+    assert outputs[0][0] == outputs[1][0]
+    assert float(outputs[0][0]) > 0
