@@ -80,10 +80,11 @@ def test_counters_give_the_figures_of_lif(fused, train):
         assert totals["FlopCounter"] > wanted["FlopCounter"]  # the gradient of the gain
 
 
-def test_the_kernel_runs_again_once_nothing_is_counted():
+@pytest.mark.parametrize("mode", ["DispatchCounterMode", "FunctionCounterMode"])
+def test_the_kernel_runs_again_once_nothing_is_counted(mode):
     counters = pytest.importorskip(f"{PACKAGE}.op_counter")
     node, x = DLIFNode(T), inputs()
-    with counters.DispatchCounterMode([counters.FlopCounter()]):
+    with getattr(counters, mode)([counters.FlopCounter()]):
         assert node.chosen_backend(x) == "spikingjelly"
         assert DLIFNode(T, backend="eager").chosen_backend(x) == "eager"
     assert node.chosen_backend(x) == ("cpp" if available_backends()["cpp"] == "available" else "eager")
@@ -171,6 +172,24 @@ class Reset(nn.Module):
     def forward(self, images):
         functional.reset_net(self.net)
         return self.net(images.expand(T, *images.shape)).mean(0)
+
+
+@pytest.mark.parametrize("exporting", [False, True])
+def test_an_onnx_model_holds_torchs_operators_alone(exporting, monkeypatch):
+    """Without the packages for ONNX: torch's older exporter begins with a trace."""
+    net, images = Reset(with_dlif(True)).eval(), inputs()[0]
+    kernel = available_backends()["cpp"] == "available"
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        wanted = net(images)
+        monkeypatch.setattr(torch.onnx, "is_in_onnx_export", lambda: exporting)
+        traced = torch.jit.trace(net, images, check_trace=False)
+        assert ("sj_robust::" in str(traced.inlined_graph)) == (kernel and not exporting)
+        torch.testing.assert_close(traced(images), wanted, rtol=1e-4, atol=1e-4)
+        net.net[2].backend = "cpp" if kernel else "eager"
+        if exporting:
+            with pytest.raises(ValueError, match="ONNX model holds torch's own operators"):
+                torch.jit.trace(net, images, check_trace=False)
 
 
 @pytest.mark.parametrize("dynamo", [False, pytest.param(True, marks=pytest.mark.slow)])

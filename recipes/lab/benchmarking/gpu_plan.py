@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lab.benchmarking.benchmarks import Task
 from lab.benchmarking.layers import Build, LayerTask, alone, behind_batch_norm, dlif, lif_node, lif_node_for_gpu
-from lab.benchmarking.networks import PRECISIONS, NetworkTask
+from lab.benchmarking.networks import FUSED_AUTO, PRECISIONS, NetworkTask
 from sj_robust.ops import Surrogate
 from sj_robust.ops.bn_dlif import BatchNorm, can_fuse
 
@@ -123,6 +123,8 @@ def _layer(layers: Mapping[str, Build], textbook: str, method: str, precision: s
 
 
 def _network(architecture: str, method: str, precision: str, shape: Sequence[int]) -> Task:
+    if method == FUSED_AUTO:
+        _check_one_pass((shape[0], 1, 64, *shape[3:]), torch.float32 if precision == "float32" else torch.bfloat16)
     added = precision.removeprefix("float32").replace("bfloat16", ", bf16")
     return NetworkTask(architecture, method, shape, **PRECISIONS[added])
 
@@ -131,7 +133,7 @@ def network_part(architecture: str, shape: tuple[int, ...]) -> Part:
     """Training steps of a network, which are bound by its convolutions: ReLU tells by how much."""
     return Part(
         partial(_network, architecture),
-        ("DLIF auto, fused", "DLIF auto", "ReLU", *_HOST, "DLIF eager", "textbook loop"),
+        (FUSED_AUTO, "DLIF auto", "ReLU", *_HOST, "DLIF eager", "textbook loop"),
         tuple((precision, shape) for precision in ("float32", "bfloat16", "bfloat16, channels last")),
         peers=("SpikingJelly LIFNode, GPU", "textbook loop", "ReLU"),
         variables={"SpikingJelly LIFNode, GPU": _SJ_TRITON},

@@ -31,8 +31,9 @@ _NEURONS: dict[str, Callable[..., nn.Module]] = {
     "no neuron and no batch norm": nn.Identity,
 }
 _NO_FLOAT64 = "SpikingJelly LIFNode, GPU"  # SpikingJelly's GPU kernels know none
+FUSED_AUTO = "DLIF auto, fused"
 _ON_ANY_DEVICE: dict[str, Callable[..., nn.Module]] = {
-    "DLIF auto, fused": DLIFNode,
+    FUSED_AUTO: DLIFNode,
     "DLIF auto": DLIFNode,
     "SpikingJelly LIFNode, its choice": lif_node,
     _NO_FLOAT64: lif_node_for_gpu,
@@ -165,7 +166,7 @@ def convolutional_network(architecture: str, neuron: str, shape: Sequence[int]) 
     torch.manual_seed(0)
     build = partial(ConvChain, features=features, hidden=hidden, batch_norm=neuron != _NOTHING)
     net = build(shape[2:], 10, T=shape[0], spiking_neuron=(_NEURONS | _ON_ANY_DEVICE)[neuron])
-    if neuron in (FUSED, "DLIF auto, fused"):
+    if neuron in (FUSED, FUSED_AUTO):
         fuse(net)
     return net
 
