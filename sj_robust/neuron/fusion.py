@@ -37,9 +37,10 @@ class FusedSequential(nn.Sequential):
     """``nn.Sequential`` that runs batch norm, DLIFNode and 2x2 average pooling behind each other in one pass if it can.
 
     Same modules, names, parameters, results and errors as ``nn.Sequential``. The three, or two of them, run in one pass
-    in step mode ``"m"`` on the CPU with the compiled kernel; otherwise, and whenever somebody looks between them, one
-    after the other. Who looks is who has a hook on one of them, unless it is a method of an object whose ``active`` is
-    False at that time; with pre-hooks on the neuron, which look at its input alone, only the batch norm runs apart.
+    in step mode ``"m"``, on the CPU with the compiled kernel and on CUDA with Triton; otherwise, and whenever somebody
+    looks between them, one after the other. Who looks is who has a hook on one of them, unless it is a method of an
+    object whose ``active`` is False at that time; with pre-hooks on the neuron, which look at its input alone, only the
+    batch norm runs apart.
     Methods of an object whose ``needs_output`` is False, forward hooks of the neuron or pre-hooks that leave its input
     as it is, are called with the input that it has had and keep nothing apart. The counters of SpikingJelly 2.x
     (``op_counter``) look, too. Hooks on every module at once
@@ -182,7 +183,6 @@ def _may_run_inside(node: DLIFNode) -> bool:
     """Whether the neuron's own operator may be replaced by one that does more."""
     return (
         node.step_mode == "m"
-        and node.backend in ("auto", "cpp")
         and type(node).multi_step_forward is DLIFNode.multi_step_forward
         and "forward" not in node.__dict__
         and not is_counted()
@@ -199,7 +199,7 @@ def _norm_in_one_pass(norm: Any, node: DLIFNode, x_seq: Tensor) -> BatchNorm | N
         return None
     values = _values(norm)
     single_value = values.use_batch_statistics and x_seq.numel() == x_seq.shape[2]  # torch refuses it in its own words
-    return None if single_value or not can_fuse(x_seq, values, node._surrogate()) else values
+    return None if single_value or not _can_fuse(x_seq, values, node) else values
 
 
 def _pool_in_one_pass(pool: Any, node: DLIFNode, x_seq: Tensor, norm: BatchNorm | None) -> bool:
@@ -207,7 +207,11 @@ def _pool_in_one_pass(pool: Any, node: DLIFNode, x_seq: Tensor, norm: BatchNorm 
     if not _pools(pool) or pool.step_mode != "m" or _is_watched(pool) or "multi_step_forward" in node.__dict__:
         return False
     others = [name for name in _HOOKS if name != "_forward_pre_hooks"]
-    return not _needs_more_than_input(node, others) and can_fuse(x_seq, norm, node._surrogate(), average_pool=True)
+    return not _needs_more_than_input(node, others) and _can_fuse(x_seq, norm, node, True)
+
+
+def _can_fuse(x_seq: Tensor, norm: BatchNorm | None, node: DLIFNode, average_pool: bool = False) -> bool:
+    return can_fuse(x_seq, norm, node._surrogate(), average_pool, node.backend)
 
 
 def _run_pooled(node: DLIFNode, x_seq: Tensor) -> Tensor:

@@ -45,7 +45,7 @@ def test_torch_finds_no_fault_in_batch_norm_and_dlif(statistics, channels_last, 
     running = (torch.zeros(2), torch.ones(2)) if statistics == "running" else (None, None)
     norm = (None, None) if statistics is None else (weight.requires_grad_(), bias.requires_grad_())
     leaves = (x.requires_grad_(), *norm, gain.requires_grad_(), v_init.requires_grad_(), *running)
-    stage = (*CONSTANTS, statistics, 1e-5, True, channels_last)
+    stage = (*CONSTANTS, statistics, 1e-5, True, channels_last, "cpp")
     torch.library.opcheck(OPS.bn_dlif, (*leaves, *stage, True, True))
     with torch.no_grad():
         spikes, v, v_seq, current, moments = OPS.bn_dlif(*leaves, *stage, True, True)

@@ -2,11 +2,12 @@
 
 from torch import Tensor
 
-from sj_robust.ops.bn_dlif import cpp, reference
+from sj_robust.ops.bn_dlif import reference, stage
 from sj_robust.ops.bn_dlif.norm import BatchNorm
 from sj_robust.ops.dlif.autograd import in_onnx_export
-from sj_robust.ops.dlif.config import DLIFConfig, Inputs, check_arguments, state_dtype
-from sj_robust.ops.dlif.dispatch import check_backend, dlif_multi_step, unavailable_reason
+from sj_robust.ops.dlif.backends import failing_reason
+from sj_robust.ops.dlif.config import DLIFConfig, Inputs, check_arguments, check_devices, state_dtype
+from sj_robust.ops.dlif.dispatch import check_backend, dlif_multi_step
 from sj_robust.ops.surrogate import Surrogate
 
 __all__ = ["batch_norm_dlif_multi_step", "can_fuse"]
@@ -46,8 +47,9 @@ def batch_norm_dlif_multi_step(
         detach_reset: Whether the reset is left out of the gradient.
         store_v_seq: Whether the potential after every reset is returned too.
         store_current: Whether the neurons' currents, which are those behind the batch norm, are returned as well.
-        backend: ``"cpp"`` is the compiled kernel; ``"auto"`` takes it where :func:`can_fuse` says so. Any other name
-            of :data:`sj_robust.ops.BACKENDS` runs torch's batch norm, DLIF with that backend and torch's pooling.
+        backend: ``"cpp"`` is the compiled kernel and ``"triton"`` the one for CUDA; ``"auto"`` takes that of the
+            device where :func:`can_fuse` says so. Any other name of :data:`sj_robust.ops.BACKENDS` runs torch's batch
+            norm, DLIF with that backend and torch's pooling.
 
     Returns:
         Spikes [T, N, C, *] or their means [T, N, C, H // 2, W // 2], last potential [N, C, *] and potentials
@@ -55,7 +57,7 @@ def batch_norm_dlif_multi_step(
         rounded to the dtype of ``x_seq``.
 
     Raises:
-        ValueError: If a shape does not fit or ``backend="cpp"`` cannot run this call.
+        ValueError: If a shape does not fit or the named kernel cannot run this call in one pass.
         RuntimeError: If the named backend is not available on this machine.
 
     Source: Ioffe & Szegedy (2015); Ding et al. (ICML 2024).
@@ -71,17 +73,23 @@ def batch_norm_dlif_multi_step(
     _check_arguments(x_seq, norm, input_gain, v_init)
     if average_pool and x_seq.ndim != 5:
         raise ValueError(f"average_pool needs x_seq [T, N, C, H, W], got shape {tuple(x_seq.shape)}")
-    if backend == "cpp":
+    one_pass = backend if backend in stage.KERNELS else None
+    if one_pass is not None:
         check_backend(backend)
-        reason = cpp.unsupported_reason(x_seq, norm, surrogate, average_pool)
+        reason = stage.unsupported_reason(one_pass, x_seq, norm, surrogate, average_pool)
         if reason is not None:
-            raise ValueError(f"backend='cpp' cannot run this call: {reason}; use backend='auto'")
-    if backend == "cpp" or (backend == "auto" and can_fuse(x_seq, norm, surrogate, average_pool)):
+            raise ValueError(f"backend={backend!r} cannot run this call: {reason}; use backend='auto'")
+    elif can_fuse(x_seq, norm, surrogate, average_pool, backend):
+        one_pass = _ON[x_seq.device.type]
+    if one_pass is not None:
         dtype = state_dtype(x_seq)
         config = DLIFConfig(decay, v_threshold, v_reset, surrogate, detach_reset)
         v_init = None if v_init is None else v_init.to(dtype)
+        check_devices(x_seq, input_gain, v_init)
         inputs = Inputs(x_seq, input_gain.to(dtype).contiguous(), v_init, config)
-        spike_seq, v, v_seq, current = cpp.multi_step(inputs, norm, average_pool, store_v_seq, store_current)
+        spike_seq, v, v_seq, current = stage.multi_step(
+            one_pass, inputs, norm, average_pool, store_v_seq, store_current
+        )
         return (spike_seq, v, v_seq) if current is None else (spike_seq, v, v_seq, current)
     currents = x_seq if norm is None else reference.normalise(x_seq, norm)
     spike_seq, v, v_seq = dlif_multi_step(
@@ -100,14 +108,20 @@ def batch_norm_dlif_multi_step(
     return (spike_seq, v, v_seq, currents) if store_current else (spike_seq, v, v_seq)
 
 
-def can_fuse(x_seq: Tensor, norm: BatchNorm | None, surrogate: Surrogate, average_pool: bool = False) -> bool:
-    """Whether ``backend="auto"`` runs this call in one pass.
+_ON = {"cpu": "cpp", "cuda": "triton"}  # what ``"auto"`` runs in one pass
+
+
+def can_fuse(
+    x_seq: Tensor, norm: BatchNorm | None, surrogate: Surrogate, average_pool: bool = False, backend: str = "auto"
+) -> bool:
+    """Whether a backend runs this call in one pass.
 
     Args:
         x_seq: Input, [T, N, C, *].
         norm: The batch norm, or None for none.
         surrogate: Surrogate of the spike.
         average_pool: Whether a pooling belongs to the call.
+        backend: A name of :data:`sj_robust.ops.BACKENDS`.
 
     Examples:
         >>> import torch
@@ -115,9 +129,10 @@ def can_fuse(x_seq: Tensor, norm: BatchNorm | None, surrogate: Surrogate, averag
         >>> can_fuse(torch.zeros(2, 3, 4), norm, Surrogate("custom", function=torch.sigmoid))
         False
     """
-    if in_onnx_export():
+    name = _ON.get(x_seq.device.type) if backend == "auto" else backend
+    if in_onnx_export() or name is None or name not in stage.KERNELS or failing_reason(name) is not None:
         return False
-    return unavailable_reason("cpp") is None and cpp.unsupported_reason(x_seq, norm, surrogate, average_pool) is None
+    return stage.unsupported_reason(name, x_seq, norm, surrogate, average_pool) is None
 
 
 def _check_arguments(x_seq: Tensor, norm: BatchNorm | None, input_gain: Tensor, v_init: Tensor | None) -> None:

@@ -9,8 +9,8 @@ from torch import Tensor
 from sj_robust.ops.surrogate import Surrogate
 
 __all__ = [
-    "UNTRACEABLE", "DLIFConfig", "Inputs", "OutputGradients", "Outputs", "check_arguments", "initial_potential",
-    "no_gpu_reason", "on_one_device", "state_dtype",
+    "UNTRACEABLE", "DLIFConfig", "Inputs", "OutputGradients", "Outputs", "Planes", "check_arguments",
+    "check_devices", "initial_potential", "is_repeated", "no_gpu_reason", "on_one_device", "state_dtype",
 ]  # fmt: skip
 
 UNTRACEABLE = "a kernel takes it in no graph of torch's tracers and under no torch.func.vmap; use backend='reference'"
@@ -71,6 +71,21 @@ Outputs = tuple[Tensor, Tensor, Tensor | None]
 """Spikes [T, *], last potential [*], potentials after every reset [T, *] if asked for."""
 
 
+class Planes(NamedTuple):
+    """How a step lies in memory where batch norm or pooling belong to the call: [N, C, H, W], or [N, H, W, C]."""
+
+    channels: int
+    height: int
+    width: int
+    channels_last: bool
+    pool: bool
+
+
+def is_repeated(x_seq: Tensor) -> bool:
+    """Whether every step is the same one in memory."""
+    return len(x_seq) > 1 and x_seq.stride(0) == 0
+
+
 def state_dtype(x_seq: Tensor) -> torch.dtype:
     """Dtype of potentials, gains and arithmetic: float64 for float64 inputs, otherwise float32."""
     return torch.float64 if x_seq.dtype == torch.float64 else torch.float32
@@ -109,10 +124,15 @@ def no_gpu_reason() -> str | None:
     return None
 
 
-def on_one_device(inputs: Inputs) -> Inputs:
-    """The same, contiguous; a pointer to another device's memory would crash the process."""
-    x_seq, input_gain, v_init, config = inputs
+def check_devices(x_seq: Tensor, input_gain: Tensor, v_init: Tensor | None) -> None:
+    """Refuse tensors apart: a pointer to another device's memory would crash the process."""
     for name, tensor in (("input_gain", input_gain), ("v_init", v_init)):
         if tensor is not None and tensor.device != x_seq.device:
             raise ValueError(f"{name} must be on the device of x_seq, {x_seq.device}, got {tensor.device}")
+
+
+def on_one_device(inputs: Inputs) -> Inputs:
+    """The same, checked to be there and contiguous."""
+    x_seq, input_gain, v_init, config = inputs
+    check_devices(x_seq, input_gain, v_init)
     return Inputs(x_seq, input_gain.contiguous(), None if v_init is None else v_init.contiguous(), config)

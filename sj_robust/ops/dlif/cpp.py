@@ -8,17 +8,16 @@ import ctypes
 import os
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients, Outputs, state_dtype
+from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients, Outputs, Planes, is_repeated, state_dtype
 from sj_robust.ops.surrogate import HOST_NAMES, Surrogate
 
 __all__ = [
-    "INSTRUCTION_SETS", "INSTRUCTION_SET_VARIABLE", "Planes", "backward", "forward", "instruction_sets", "is_repeated",
-    "run", "unavailable_reason", "unsupported_reason",
+    "INSTRUCTION_SETS", "INSTRUCTION_SET_VARIABLE", "backward", "forward", "instruction_sets", "run",
+    "unavailable_reason", "unsupported_reason",
 ]  # fmt: skip
 
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
@@ -83,21 +82,6 @@ def backward(inputs: Inputs, grads: OutputGradients, needs_v_init: bool) -> tupl
     found = {"gx": grad_x_seq, "gain_grad": grad_input_gain, "gv_init": grad_v_init}
     run("dlif_backward", x_seq, config, given | found)
     return grad_x_seq, grad_input_gain, grad_v_init
-
-
-class Planes(NamedTuple):
-    """How a step lies in memory where batch norm or pooling belong to the call: [N, C, H, W], or [N, H, W, C]."""
-
-    channels: int
-    height: int
-    width: int
-    channels_last: bool
-    pool: bool
-
-
-def is_repeated(x_seq: Tensor) -> bool:
-    """Whether every step is the same one in memory."""
-    return len(x_seq) > 1 and x_seq.stride(0) == 0
 
 
 def run(

@@ -13,11 +13,12 @@ Spikes equal those of the reference bit by bit if products and sums are rounded 
 import triton
 import triton.language as tl
 
-__all__ = ["dlif_backward", "dlif_forward"]
+__all__ = ["charge", "dlif_backward", "dlif_forward", "grad_charge", "load", "load_or", "reset", "store"]
 
 
 @triton.jit
-def _charge(v, x, gain, decay, leak_current, RESET: tl.constexpr):
+def charge(v, x, gain, decay, leak_current, RESET: tl.constexpr):
+    """Potential before the reset."""
     h = v * decay + x * gain
     if RESET == "value":
         h = h + leak_current
@@ -25,7 +26,8 @@ def _charge(v, x, gain, decay, leak_current, RESET: tl.constexpr):
 
 
 @triton.jit
-def _reset(h, v_threshold, v_reset, RESET: tl.constexpr):
+def reset(h, v_threshold, v_reset, RESET: tl.constexpr):
+    """Potential behind the reset."""
     if RESET == "subtraction":
         return tl.where(h >= v_threshold, h - v_threshold, h)
     else:
@@ -58,10 +60,11 @@ def _derivative(z, alpha, SURROGATE: tl.constexpr):
 
 
 @triton.jit
-def _grad_charge(
+def grad_charge(
     h, grad_spike, grad_v, v_threshold, v_reset, alpha,
     RESET: tl.constexpr, DETACH: tl.constexpr, SURROGATE: tl.constexpr,
 ):  # fmt: skip
+    """Gradient of the potential before the reset."""
     g = _derivative(h - v_threshold, alpha, SURROGATE)
     if RESET == "subtraction":
         if not DETACH:
@@ -74,21 +77,24 @@ def _grad_charge(
 
 
 @triton.jit
-def _load(pointer, at, i, inside):
+def load(pointer, at, i, inside):
+    """What lies ``at + i`` numbers behind a pointer; 0 outside."""
     return tl.load(pointer + at + i, mask=inside, other=0.0)  # `at` is a scalar: every thread adds it as one
 
 
 @triton.jit
-def _store(pointer, at, i, inside, value):
+def store(pointer, at, i, inside, value):
+    """Write there what is inside, in the dtype of the pointer."""
     tl.store(pointer + at + i, value.to(pointer.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _load_or(pointer, at, i, inside, otherwise):
+def load_or(pointer, at, i, inside, otherwise):
+    """As :func:`load`, or the same number everywhere where there is no pointer."""
     if pointer is None:
         return tl.zeros(i.shape, tl.float32) + otherwise
     else:
-        return _load(pointer, at, i, inside)
+        return load(pointer, at, i, inside)
 
 
 @triton.jit
@@ -98,13 +104,13 @@ def _forward_steps(
 ):  # fmt: skip
     for k in tl.static_range(STEPS):
         at = (first + k) * row + block
-        x = _load(x_seq, at, i, inside).to(tl.float32)
-        h = _charge(v, x, tl.load(input_gain + first + k), decay, leak_current, RESET)
-        v = _reset(h, v_threshold, v_reset, RESET)
+        x = load(x_seq, at, i, inside).to(tl.float32)
+        h = charge(v, x, tl.load(input_gain + first + k), decay, leak_current, RESET)
+        v = reset(h, v_threshold, v_reset, RESET)
         if spike_seq is not None:
-            _store(spike_seq, at, i, inside, tl.where(h >= v_threshold, 1.0, 0.0))
+            store(spike_seq, at, i, inside, tl.where(h >= v_threshold, 1.0, 0.0))
         if v_seq is not None:
-            _store(v_seq, at, i, inside, v)
+            store(v_seq, at, i, inside, v)
     return v
 
 
@@ -118,7 +124,7 @@ def dlif_forward(
     block = tl.program_id(0).to(tl.int64) * BLOCK
     i = tl.arange(0, BLOCK)
     inside = block + i < neurons
-    v = _load_or(v_init, block, i, inside, v_reset)
+    v = load_or(v_init, block, i, inside, v_reset)
     v = _forward_steps(
         0, v, x_seq, input_gain, spike_seq, v_seq, block, i, inside, row,
         decay, leak_current, v_threshold, v_reset, FIRST, RESET,
@@ -129,7 +135,7 @@ def dlif_forward(
                 FIRST + segment * SEGMENT, v, x_seq, input_gain, spike_seq, v_seq, block, i, inside, row,
                 decay, leak_current, v_threshold, v_reset, SEGMENT, RESET,
             )  # fmt: skip
-    _store(v_last, block, i, inside, v)
+    store(v_last, block, i, inside, v)
 
 
 @triton.jit
@@ -140,25 +146,25 @@ def _backward_steps(
 ):  # fmt: skip
     hs = ()
     for k in tl.static_range(STEPS):
-        x = _load(x_seq, (first + k) * row + block, i, inside).to(tl.float32)
-        h = _charge(v, x, tl.load(input_gain + first + k), decay, leak_current, RESET)
-        v = _reset(h, v_threshold, v_reset, RESET)
+        x = load(x_seq, (first + k) * row + block, i, inside).to(tl.float32)
+        h = charge(v, x, tl.load(input_gain + first + k), decay, leak_current, RESET)
+        v = reset(h, v_threshold, v_reset, RESET)
         hs = hs + (h,)  # noqa: RUF005  # Triton does not unpack
 
-    grad_spike = _load(grad_spike_seq, (first + STEPS - 1) * row_again + block, i, inside)
+    grad_spike = load(grad_spike_seq, (first + STEPS - 1) * row_again + block, i, inside)
     for k in tl.static_range(STEPS - 1, -1, -1):
         t = first + k
         at = t * row_again + block
         upcoming = grad_spike
         if k > 0:  # on its way while this step computes
-            upcoming = _load(grad_spike_seq, at - row_again, i, inside)
+            upcoming = load(grad_spike_seq, at - row_again, i, inside)
         if grad_v_seq is not None:
-            grad_v += _load(grad_v_seq, at, i, inside)
-        x = _load(x_seq, at, i, inside).to(tl.float32)
-        grad_h = _grad_charge(
+            grad_v += load(grad_v_seq, at, i, inside)
+        x = load(x_seq, at, i, inside).to(tl.float32)
+        grad_h = grad_charge(
             hs[k], grad_spike.to(tl.float32), grad_v, v_threshold, v_reset, alpha, RESET, DETACH, SURROGATE
         )
-        _store(grad_x_seq, at, i, inside, grad_h * tl.load(input_gain + t))
+        store(grad_x_seq, at, i, inside, grad_h * tl.load(input_gain + t))
         tl.store(partial_grad_gain + t, tl.sum(grad_h * x, 0))  # where nothing was loaded, x is 0
         grad_v = grad_h * decay
         grad_spike = upcoming
@@ -184,15 +190,15 @@ def dlif_backward(
     i = tl.arange(0, BLOCK)
     inside = block + i < neurons
     partial_grad_gain += tl.program_id(0).to(tl.int64) * (FIRST + LATER * SEGMENT)
-    start = _load_or(v_init, block, i, inside, v_reset)
-    grad_v = _load_or(grad_v_last, block, i, inside, 0.0)
+    start = load_or(v_init, block, i, inside, v_reset)
+    grad_v = load_or(grad_v_last, block, i, inside, 0.0)
     if LATER > 0:
         v = _forward_steps(
             0, start, x_seq, input_gain, None, None, block, i, inside, row,
             decay, leak_current, v_threshold, v_reset, FIRST, RESET,
         )  # fmt: skip
         for segment in range(LATER):
-            _store(checkpoints, segment * row + block, i, inside, v)
+            store(checkpoints, segment * row + block, i, inside, v)
             if segment < LATER - 1:
                 v = _forward_steps(
                     FIRST + segment * SEGMENT, v, x_seq, input_gain, None, None, block, i, inside, row,
@@ -201,7 +207,7 @@ def dlif_backward(
         tl.debug_barrier()  # another thread may own a neuron from here on, and reads what this one has noted
         for done in range(LATER):
             segment = LATER - 1 - done
-            v = _load(checkpoints, segment * row + block, i, inside)
+            v = load(checkpoints, segment * row + block, i, inside)
             grad_v = _backward_steps(
                 FIRST + segment * SEGMENT, v, grad_v, x_seq, input_gain, grad_spike_seq, grad_v_seq, grad_x_seq,
                 partial_grad_gain, block, i, inside, row, row_again, decay, leak_current, v_threshold, v_reset, alpha,
@@ -213,4 +219,4 @@ def dlif_backward(
         FIRST, RESET, DETACH, SURROGATE,
     )  # fmt: skip
     if grad_v_init is not None:
-        _store(grad_v_init, block, i, inside, grad_v)
+        store(grad_v_init, block, i, inside, grad_v)

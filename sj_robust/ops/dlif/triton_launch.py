@@ -17,7 +17,7 @@ from sj_robust.ops.surrogate import HOST_NAMES, Surrogate
 
 __all__ = [
     "BACKWARD_WARPS", "FORWARD_WARPS", "LONGEST_SEQUENCE_IN_REGISTERS", "Plan", "backward", "backward_plan", "forward",
-    "forward_plan", "unavailable_reason", "unsupported_reason",
+    "forward_plan", "launch", "scalars", "unavailable_reason", "unsupported_reason",
 ]  # fmt: skip
 
 LONGEST_SEQUENCE_IN_REGISTERS = 16
@@ -99,7 +99,7 @@ def forward(inputs: Inputs, store_v_seq: bool) -> Outputs:
     v_seq = torch.empty_like(x_seq, dtype=torch.float32) if store_v_seq else None
     plan = forward_plan(x_seq.dtype, len(x_seq), config)
     tensors = (x_seq, input_gain, v_init, spike_seq, v, v_seq)
-    _launch("dlif_forward", plan, x_seq, (*tensors, x_seq.shape[1], *_constants(config)))
+    _launch("dlif_forward", plan, x_seq, (*tensors, x_seq.shape[1], *scalars(config)))
     return spike_seq, v, v_seq
 
 
@@ -114,8 +114,38 @@ def backward(inputs: Inputs, grads: OutputGradients, needs_v_init: bool) -> tupl
     partial_grad_gain = new((plan.programs(M), T))
     checkpoints = new((plan.LATER, M)) if plan.LATER else None  # of the potential, one per segment but the first
     tensors = (x_seq, input_gain, v_init, *grads, grad_x_seq, grad_v_init, partial_grad_gain, checkpoints)
-    _launch("dlif_backward", plan, x_seq, (*tensors, M, M, *_constants(config), float(config.surrogate.alpha)))
+    _launch("dlif_backward", plan, x_seq, (*tensors, M, M, *scalars(config), float(config.surrogate.alpha)))
     return grad_x_seq, partial_grad_gain.sum(0, dtype=torch.float64).to(input_gain.dtype), grad_v_init
+
+
+def scalars(config: DLIFConfig) -> tuple[float, ...]:
+    """Those of the neurons, in the order in which kernels take them."""
+    return float(config.decay), float(config.leak_current), float(config.v_threshold), float(config.v_reset or 0.0)
+
+
+def launch(
+    kernel: Any,
+    programs: int,
+    arguments: tuple[Any, ...],
+    *,
+    warps: int,
+    device: torch.device,
+    constants: dict[str, Any],
+) -> None:
+    """Launch so many programs on torch's current stream of a device; ``constants`` are compile-time ones."""
+    on_device: AbstractContextManager[None] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with on_device:  # on which Triton launches
+        kernel[(programs,)](*arguments, **constants, num_warps=warps, enable_fp_fusion=False)
+
+
+def _launch(name: str, plan: Plan, x_seq: Tensor, arguments: tuple[Any, ...]) -> None:
+    M = x_seq.shape[1]
+    if M == 0:
+        return
+    launch(
+        getattr(_kernels(), name), plan.programs(M), arguments,
+        warps=plan.warps, device=x_seq.device, constants=asdict(plan),
+    )  # fmt: skip
 
 
 def _cut(steps: int) -> tuple[int, int, int]:
@@ -137,21 +167,6 @@ def _reset(config: DLIFConfig) -> str:
     if config.v_reset is None:
         return "subtraction"
     return "value" if config.v_reset else "zero"
-
-
-def _constants(config: DLIFConfig) -> tuple[float, ...]:
-    return float(config.decay), float(config.leak_current), float(config.v_threshold), float(config.v_reset or 0.0)
-
-
-def _launch(name: str, plan: Plan, x_seq: Tensor, arguments: tuple[Any, ...]) -> None:
-    M = x_seq.shape[1]
-    if M == 0:
-        return
-    kernel = getattr(_kernels(), name)[(plan.programs(M),)]
-    # Triton launches on the current device, and on torch's current stream there
-    on_device: AbstractContextManager[None] = torch.cuda.device(x_seq.device) if x_seq.is_cuda else nullcontext()
-    with on_device:
-        kernel(*arguments, **asdict(plan), num_warps=plan.warps, enable_fp_fusion=False)
 
 
 def _kernels() -> Any:

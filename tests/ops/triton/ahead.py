@@ -10,18 +10,26 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from ops.cuda import nvrtc
 
 from sj_robust.ops import Surrogate
+from sj_robust.ops.bn_dlif import triton_launch as stage_launch
 from sj_robust.ops.dlif import cupy_launch, triton_launch
-from sj_robust.ops.dlif.config import DLIFConfig
+from sj_robust.ops.dlif.config import DLIFConfig, Planes
 
 WIDTHS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-OF_IO = {"x_seq", "spike_seq", "grad_spike_seq", "grad_x_seq"}  # pointers to the dtype of x; all others are float32
+OF_IO = {"x_seq", "spike_seq", "grad_spike_seq", "grad_x_seq"}  # pointers to the dtype of x
+OF_CHANNELS = {"moments", "slopes", "sums", "grad_norm"}  # pointers to float64; all others are to float32
+SCALARS = {"decay", "leak_current", "v_threshold", "v_reset", "alpha"}
+SIZES = {"neurons", "neurons_again", "channels", "x_row", "x_row_again", "window_row"}  # 16 divides them, mostly
+COUNTS = {"samples", "height", "units", "count", "plane"}
+PLANES = Planes(64, 32, 32, False, False)
 CONFIG = DLIFConfig(0.9, 1.0, 0.0, Surrogate(), False)
 
 
@@ -58,22 +66,44 @@ def triton_code(
     absent: tuple[str, ...] = (), aligned: bool = True,
 ) -> Code:  # fmt: skip
     """The kernel ``dlif_forward`` or ``dlif_backward`` as the launcher has it; ``absent`` names None pointers."""
+    make = triton_launch.forward_plan if kernel == "dlif_forward" else triton_launch.backward_plan
+    plan = make(dtype, steps, config)
+    constants = {**asdict(plan), **dict.fromkeys(absent)}
+    function = getattr(triton_launch._kernels(), kernel)
+    return _compiled(function, constants, plan.warps, plan.BLOCK, dtype, architecture, aligned)
+
+
+def stage_code(
+    kernel: str, dtype: torch.dtype, steps: int, planes: Planes = PLANES, config: DLIFConfig = CONFIG, *,
+    architecture: int = 90, absent: tuple[str, ...] = (), **other_constants: Any,
+) -> Code:  # fmt: skip
+    """The same of ``bn_dlif_forward``, ``bn_dlif_backward`` and ``bn_statistics``."""
+    layout, constants = stage_launch.cut(kernel, dtype, steps, config, planes)
+    constants |= other_constants
+    warps = triton_launch.BACKWARD_WARPS if kernel == "bn_dlif_backward" else triton_launch.FORWARD_WARPS
+    members = (4 if layout.LAST else 2) if layout.POOL else 1
+    neurons = members * layout.BLOCK * layout.CHANNELS
+    if kernel == "bn_statistics":
+        constants["COUNT"] = 1
+    function = getattr(stage_launch._kernels(), kernel)
+    return _compiled(function, {**constants, **dict.fromkeys(absent)}, warps, neurons, dtype, architecture, True)
+
+
+def _compiled(
+    function: Any, constants: dict[str, Any], warps: int, neurons: int, dtype: torch.dtype, architecture: int,
+    aligned: bool,
+) -> Code:  # fmt: skip
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    function = getattr(triton_launch._kernels(), kernel)
-    make = triton_launch.forward_plan if kernel == "dlif_forward" else triton_launch.backward_plan
-    plan = make(dtype, steps, config)
-    constants = {**asdict(plan), **dict.fromkeys(absent)}
     signature = {name: _type(name, constants, dtype) for name in function.arg_names}
-    divisible = [name for name in signature if signature[name][0] == "*" or "neurons" in name] if aligned else []
+    divisible = [name for name in signature if signature[name][0] == "*" or name in SIZES] if aligned else []
     attributes = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": plan.warps, "enable_fp_fusion": False}
+    options = {"num_warps": warps, "enable_fp_fusion": False}
     compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    per_thread = plan.BLOCK // (32 * plan.warps)
-    return read(compiled.asm["cubin"], per_thread, compiled.asm["ptx"], compiled.asm["ttir"])
+    return read(compiled.asm["cubin"], neurons // (32 * warps), compiled.asm["ptx"], compiled.asm["ttir"])
 
 
 def cuda_code(
@@ -127,11 +157,11 @@ def _bits(name: str) -> int:
 def _type(name: str, constants: dict[str, object], dtype: torch.dtype) -> str:
     if name in constants:
         return "constexpr"
-    if name in ("decay", "leak_current", "v_threshold", "v_reset", "alpha"):
+    if name in SCALARS:
         return "fp32"
-    if name in ("neurons", "neurons_again"):
+    if name in SIZES | COUNTS:
         return "i32"
-    return "*" + (WIDTHS[dtype] if name in OF_IO else "fp32")
+    return "*" + (WIDTHS[dtype] if name in OF_IO else "fp64" if name in OF_CHANNELS else "fp32")
 
 
 def _tool(name: str) -> Path:
@@ -147,8 +177,19 @@ def _run(name: str, *arguments: str) -> str:
 ABSENT = {
     "dlif_forward": ("v_init", "v_seq"),
     "dlif_backward": ("v_init", "grad_v_last", "grad_v_seq", "grad_v_init", "checkpoints"),
-}
+    "bn_dlif_forward": ("v_init", "v_seq", "current_seq"),
+    "bn_dlif_backward": (
+        "v_init", "grad_v_last", "grad_v_seq", "grad_current_seq", "grad_x_total", "grad_v_init", "checkpoints",
+    ),
+    "bn_statistics": (),
+}  # fmt: skip
 """Tensors that a training step of a layer does not have."""
+BACKWARD = {
+    "sums": ("grad_x_seq", "slopes"),
+    "gradient of x": ("partial_sums", "partial_grad_gain"),
+    "evaluation": ("slopes",),
+}
+"""And what each of the two passes of ``bn_dlif_backward`` leaves out, and the one where statistics are running ones."""
 PAGE = Path(__file__).parents[3] / "docs" / "benchmarks" / "gpu_code.md"
 HEAD = """\
 | pass | tensors | T | kernel | registers | threads per SM | instructions | accesses in bits | bytes | issue / memory |
@@ -159,31 +200,55 @@ HEAD = """\
 MEMORY, ISSUE = 3.35e12, 132 * 4 * 32 * 1.98e9
 
 
-def _row(kernel: str, dtype: torch.dtype, steps: int, name: str, code: Code, threads: int) -> str:
+def _row(stage: str, dtype: torch.dtype, steps: int, name: str, code: Code, threads: int, moved: float) -> str:
     per_element = code.instructions / (steps * code.neurons_per_thread)
-    # whole tensors once: x and spikes, or x, gradient and gradient; and the last potential, one for all steps
-    moved = dtype.itemsize * (2 if kernel == "dlif_forward" else 3) + (4 / steps if kernel == "dlif_forward" else 0)
     widths = ", ".join(f"{bits}" for bits in sorted((code.loads + code.stores).keys(), reverse=True))
     cells = (
-        kernel.removeprefix("dlif_"), WIDTHS[dtype], steps, name, code.registers,
+        stage, WIDTHS[dtype], steps, name, code.registers,
         code.threads_per_processor(threads), f"{per_element:.1f}", widths, f"{moved:.1f}",
         f"{per_element / ISSUE / (moved / MEMORY):.2f}",
     )  # fmt: skip
     return f"| {' | '.join(map(str, cells))} |\n"
 
 
+def _stage_rows() -> Iterator[str]:
+    """Of batch norm, DLIF and pooling in one pass, on the planes of a training step."""
+    for dtype in (torch.float32, torch.bfloat16):
+        size = dtype.itemsize
+        code = stage_code("bn_statistics", dtype, 1)
+        yield _row("statistics", dtype, 1, "Triton, one pass", code, 32 * triton_launch.FORWARD_WARPS, size)
+        for pool in (False, True):
+            planes, last = PLANES._replace(pool=pool), " and pooling" if pool else ""
+            spikes = size / 4 if pool else size
+            for steps in (4, 8, 16):
+                kernel = "bn_dlif_forward"
+                code = stage_code(kernel, dtype, steps, planes, absent=ABSENT[kernel])
+                threads, moved = 32 * triton_launch.FORWARD_WARPS, size + spikes + 4 / steps
+                yield _row(f"forward, batch norm{last}", dtype, steps, "Triton, one pass", code, threads, moved)
+                for stage, absent in BACKWARD.items():
+                    kernel = "bn_dlif_backward"
+                    code = stage_code(kernel, dtype, steps, planes, absent=(*ABSENT[kernel], *absent))
+                    assert code.stack == 0, f"{stage}, {dtype}, {steps}: registers are spilled"
+                    threads, moved = 32 * triton_launch.BACKWARD_WARPS, spikes + size * (1 if stage == "sums" else 2)
+                    yield _row(f"backward, {stage}{last}", dtype, steps, "Triton, one pass", code, threads, moved)
+
+
 def main() -> None:
     """Write the table."""
     rows = []
-    for kernel, absent in ABSENT.items():
-        warps = triton_launch.FORWARD_WARPS if kernel == "dlif_forward" else triton_launch.BACKWARD_WARPS
+    for kernel in ("dlif_forward", "dlif_backward"):
+        forward, absent = kernel == "dlif_forward", ABSENT[kernel]
+        warps = triton_launch.FORWARD_WARPS if forward else triton_launch.BACKWARD_WARPS
         for dtype in (torch.float32, torch.bfloat16):
             for steps in (4, 8, 16):
+                # whole tensors once: x and spikes, or x, gradient and gradient; the last potential once for all steps
+                moved = dtype.itemsize * (2 if forward else 3) + (4 / steps if forward else 0)
+                of_row = kernel.removeprefix("dlif_"), dtype, steps
                 code = triton_code(kernel, dtype, steps, absent=absent)
-                rows.append(_row(kernel, dtype, steps, "Triton", code, 32 * warps))
+                rows.append(_row(*of_row, "Triton", code, 32 * warps, moved))
                 code = cuda_code(kernel, dtype, steps, absent=absent)
-                rows.append(_row(kernel, dtype, steps, "CUDA", code, cupy_launch.THREADS_PER_BLOCK))
-    PAGE.write_text(HEAD + "".join(rows), encoding="utf-8")
+                rows.append(_row(*of_row, "CUDA", code, cupy_launch.THREADS_PER_BLOCK, moved))
+    PAGE.write_text(HEAD + "".join([*rows, *_stage_rows()]), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ Triton reads ``TRITON_INTERPRET`` when it is imported, so this runs in a process
 import itertools
 import random
 import sys
+from collections.abc import Callable
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -60,22 +61,29 @@ FIRST = [  # small ones that notice most faults
 ]
 
 
-def pairs(case: Case) -> set[Any]:
+def pairs(case: Any) -> set[Any]:
     """Every pair of its choices."""
     return set(itertools.combinations(enumerate(astuple(case)), 2))
 
 
-def cases() -> list[Case]:
-    """Calls in which every pair of choices occurs, those with most new ones first; the same every time."""
+def pairwise(first: list[Any], at_random: Callable[[random.Random], Any], offers: int) -> list[Any]:
+    """Calls in which every pair of choices that is offered occurs, behind the first those with most new ones."""
     draw = random.Random(1)
-    offered = [at_random(draw) for _ in range(2000)]
-    missing = set().union(*map(pairs, offered))
-    assert len(missing) == sum(len(a) * len(b) for a, b in itertools.combinations(CHOICES.values(), 2))
-    chosen = list(FIRST)
-    missing.difference_update(*map(pairs, chosen))
+    offered = [(case, pairs(case)) for case in (at_random(draw) for _ in range(offers))]
+    missing = set().union(*(found for _, found in offered)).difference(*map(pairs, first))
+    chosen = list(first)
     while missing:
-        chosen.append(max(offered, key=lambda case: len(pairs(case) & missing)))
-        missing -= pairs(chosen[-1])
+        case, found = max(offered, key=lambda offer: len(offer[1] & missing))
+        chosen.append(case)
+        missing -= found
+    return chosen
+
+
+def cases() -> list[Case]:
+    """Calls in which every pair of choices occurs, and one of a hundred steps; the same every time."""
+    chosen = pairwise(FIRST, at_random, 2000)
+    found = set().union(*map(pairs, chosen))
+    assert len(found) >= sum(len(a) * len(b) for a, b in itertools.combinations(CHOICES.values(), 2))
     return [*chosen, Case(100, 31, torch.float32, -0.25, False, ("sigmoid", 4.0), True, True, True)]
 
 
@@ -125,10 +133,13 @@ class Fenced:
     def __getattr__(self, name: str) -> Any:
         return getattr(torch, name)
 
-    def empty(self, shape: Any, *, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        size = torch.Size([shape] if isinstance(shape, int) else shape)
+    def empty(
+        self, *shape: Any, dtype: torch.dtype, device: torch.device, memory_format: Any = torch.contiguous_format
+    ) -> torch.Tensor:
+        size = torch.Size(shape if isinstance(shape[0], int) else shape[0])
         self.buffers.append(torch.full((size.numel() + 2 * self.FENCE,), torch.nan, dtype=dtype, device=device))
-        return self.buffers[-1][self.FENCE : -self.FENCE].view(size)
+        stride = torch.empty(size, device="meta", memory_format=memory_format).stride()
+        return self.buffers[-1].as_strided(size, stride, self.FENCE)
 
     def empty_like(self, like: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
         return self.empty(like.shape, dtype=dtype or like.dtype, device=like.device)

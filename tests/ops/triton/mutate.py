@@ -1,4 +1,4 @@
-"""Plants faults in the Triton text one by one and records which check notices each; run by hand, takes minutes.
+"""Plants faults in the Triton texts one by one and records which check notices each; run by hand, takes minutes.
 
 ``TRITON_INTERPRET=1 python -m ops.triton.mutate`` in ``tests/`` rewrites ``mutation.json``. A fault goes through the
 interpreter's cases in a process forked from this one; one that survives goes through the tests of the machine code.
@@ -14,18 +14,22 @@ import tempfile
 from pathlib import Path
 
 import torch
-from ops.triton import cases
+from ops.triton import cases, stage_cases
 
+from sj_robust.ops.bn_dlif import triton_launch as stage_launch
 from sj_robust.ops.dlif import triton_launch
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
-KERNEL = ROOT / "sj_robust" / "ops" / "dlif" / "triton_kernel.py"
-CHARGE = """h = _charge(v, x, tl.load(input_gain + first + k), decay, leak_current, RESET)
-        v = _reset(h, v_threshold, v_reset, RESET)
+FILES = {  # of a text: its cases and what loads it
+    "dlif": (cases, triton_launch),
+    "bn_dlif": (stage_cases, stage_launch),
+}
+CHARGE = """h = charge(v, x, tl.load(input_gain + first + k), decay, leak_current, RESET)
+        v = reset(h, v_threshold, v_reset, RESET)
         """
 LATER = "FIRST + segment * SEGMENT, v, x_seq, input_gain, spike_seq"
-MUTANTS = {  # what is wrong: (text, faulty text); the text occurs once
+MUTANTS = {"dlif": {  # what is wrong: (text, faulty text); the text occurs once
     "decay forgotten": ("h = v * decay + x * gain", "h = v + x * gain"),
     "gain forgotten": ("h = v * decay + x * gain", "h = v * decay + x"),
     "leak current forgotten": ("        h = h + leak_current\n", "        h = h\n"),
@@ -65,13 +69,13 @@ MUTANTS = {  # what is wrong: (text, faulty text); the text occurs once
     "store outside": ("value.to(pointer.dtype.element_ty), mask=inside)", "value.to(pointer.dtype.element_ty))"),
     "what is not loaded is 1": ("mask=inside, other=0.0", "mask=inside, other=1.0"),
     "default of a missing tensor ignored": (" + otherwise", ""),
-    "first neuron of every block for all": ("return _load(pointer, at, i, inside)",
-                                            "return _load(pointer, at, i * 0, inside)"),
+    "first neuron of every block for all": ("return load(pointer, at, i, inside)",
+                                            "return load(pointer, at, i * 0, inside)"),
     "forward one step late": ("at = (first + k) * row + block\n", "at = (first + k + 1) * row + block\n"),
     "gains of the first segment, forward": (f"{CHARGE}if spike", f"{CHARGE}if spike".replace("first + k", "k")),
     "spike above the threshold only": ("tl.where(h >= v_threshold, 1.0, 0.0)", "tl.where(h > v_threshold, 1.0, 0.0)"),
-    "potentials before reset": ("_store(v_seq, at, i, inside, v)", "_store(v_seq, at, i, inside, h)"),
-    "last potential not written": ("    _store(v_last, block, i, inside, v)\n", ""),
+    "potentials before reset": ("store(v_seq, at, i, inside, v)", "store(v_seq, at, i, inside, h)"),
+    "last potential not written": ("    store(v_last, block, i, inside, v)\n", ""),
     "potential not handed on": (LATER, LATER.replace(" v,", " v * 0,")),
     "segments overlap": (LATER, LATER.removeprefix("FIRST + ")),
     "first segment left out": ("    if LATER > 0:\n        for segment in range(LATER):\n            v = _forward",
@@ -80,8 +84,8 @@ MUTANTS = {  # what is wrong: (text, faulty text); the text occurs once
     "gradient of another step first": ("(first + STEPS - 1) * row_again", "(first + STEPS - 2) * row_again"),
     "backward stops before step 0": ("tl.static_range(STEPS - 1, -1, -1)", "tl.static_range(STEPS - 1, 0, -1)"),
     "gradient of the spikes not moved on": ("        grad_spike = upcoming\n", ""),
-    "gradient of the same step again": ("_load(grad_spike_seq, at - row_again,", "_load(grad_spike_seq, at,"),
-    "gradient of potentials overwrites": ("grad_v += _load(grad_v_seq", "grad_v = _load(grad_v_seq"),
+    "gradient of the same step again": ("load(grad_spike_seq, at - row_again,", "load(grad_spike_seq, at,"),
+    "gradient of potentials overwrites": ("grad_v += load(grad_v_seq", "grad_v = load(grad_v_seq"),
     "gradient of x without gain": ("grad_h * tl.load(input_gain + t))", "grad_h)"),
     "gradient of x with the gain of the segment": ("tl.load(input_gain + t))", "tl.load(input_gain + k))"),
     "gain's gradient of the segment": ("tl.store(partial_grad_gain + t,", "tl.store(partial_grad_gain + k,"),
@@ -90,36 +94,123 @@ MUTANTS = {  # what is wrong: (text, faulty text); the text occurs once
     "gradient carried without decay": ("        grad_v = grad_h * decay\n", "        grad_v = grad_h\n"),
     "programs share a partial sum": ("tl.program_id(0).to(tl.int64) * (FIRST", "0 * (FIRST"),
     "partial sums of the first segment": ("* (FIRST + LATER * SEGMENT)\n", "* FIRST\n"),
-    "gradient of the last potential ignored": ("= _load_or(grad_v_last, block,", "= _load_or(None, block,"),
-    "initial potential ignored": ("    start = _load_or(v_init, block,", "    start = _load_or(None, block,"),
-    "one checkpoint for all segments": ("_store(checkpoints, segment * row + block", "_store(checkpoints, block"),
+    "gradient of the last potential ignored": ("= load_or(grad_v_last, block,", "= load_or(None, block,"),
+    "initial potential ignored": ("    start = load_or(v_init, block,", "    start = load_or(None, block,"),
+    "one checkpoint for all segments": ("store(checkpoints, segment * row + block", "store(checkpoints, block"),
     "first pass stops early": ("if segment < LATER - 1:", "if segment < LATER - 2:"),
-    "checkpoint not restored": ("v = _load(checkpoints, segment * row + block, i, inside)", "v = v"),
+    "checkpoint not restored": ("v = load(checkpoints, segment * row + block, i, inside)", "v = v"),
     "segments forward": ("segment = LATER - 1 - done", "segment = done"),
     "first segment from the end": ("        0, start, grad_v, x_seq", "        0, start * 0, grad_v, x_seq"),
-    "gradient of v_init not written": ("        _store(grad_v_init, block, i, inside, grad_v)\n", "        pass\n"),
+    "gradient of v_init not written": ("        store(grad_v_init, block, i, inside, grad_v)\n", "        pass\n"),
     "offsets in 32 bits": ("row = tl.cast(neurons, tl.int64)\n    row_a",
                            "row = tl.cast(neurons, tl.int32)\n    row_a"),
     "no barrier behind the checkpoints": ("        tl.debug_barrier()", "        # tl.debug_barrier()"),
     "addresses kept for the way back": ("row_again = tl.cast(neurons_again", "row_again = tl.cast(neurons"),
-}  # fmt: skip
+}, "bn_dlif": {
+    "sample of the first position for all": ("return first // rows, line // rows,",
+                                             "return first // rows, first // rows,"),
+    "lines of a plane in a row": ("line // rows, line % rows, column", "line // rows, line % 1, column"),
+    "next line not begun": ("column = at % span", "column = at"),
+    "channel of the first program": ("(program * CHANNELS + tl.arange", "(0 * CHANNELS + tl.arange"),
+    "channels last as planes": ("return (sample * plane + pixel) * channels + c",
+                                "return (sample * channels + c) * plane + pixel"),
+    "second row of a window is the first": ("row = 2 * row + tl.arange(0, 2)[:, None, None]",
+                                            "row = 2 * row + 0 * tl.arange(0, 2)[:, None, None]"),
+    "members of a window the other way round": ("row = 2 * row + member // 2", "row = 2 * row + member % 2"),
+    "third member is the first": ("column = 2 * column + member % 2", "column = 2 * column"),
+    "odd width as it is": ("span = width + width % 2", "span = width"),
+    "odd height without its last row": ("    rows = (height + 1) // 2\n    if not POOL",
+                                        "    rows = height // 2\n    if not POOL"),
+    "row outside of the plane": ("(sample < samples) & (row < height) & (column < width)",
+                                 "(sample < samples) & (column < width)"),
+    "column outside of the plane": ("(row < height) & (column < width)", "(row < height)"),
+    "sample outside of the batch": ("inside = (sample < samples) & (row < height)", "inside = (row < height)"),
+    "channel outside of the tensor": ("(column < width) & (c < channels)", "(column < width)"),
+    "odd width has a window more": ("columns = units * UNIT // 2", "columns = (units * UNIT + 1) // 2"),
+    "windows of the last row": ("        rows = height // 2\n        inside",
+                                "        rows = (height + 1) // 2\n        inside"),
+    "tile begins with the first sample": ("column\n    return first.to(tl.int64) *",
+                                          "column\n    return 0 * first.to(tl.int64) *"),
+    "sum of a window": ("0.25 * s[None, :, :]", "s[None, :, :]"),
+    "windows of one row": ("s = tl.sum(s, 0)\n", "s = tl.max(s, 0)\n"),
+    "larger of two columns": ("s = tl.sum(tl.reshape(s,", "s = tl.max(tl.reshape(s,"),
+    "gradient of a window for each neuron": ("g = 0.25 * means", "g = 1.0 * means"),
+    "gradient of the mean in the order of rows": ("tl.broadcast_to(g[:, :, None, :], [1, g.shape[1], 2, g.shape[2]])",
+                                                  "tl.broadcast_to(g[:, None, :, :], [1, 2, g.shape[1], g.shape[2]])"),
+    "scale for offset": ("_of_channels(moments, 3, c, channels)", "_of_channels(moments, 2, c, channels)"),
+    "variance for scale": ("return _of_channels(moments, 2, c,", "return _of_channels(moments, 1, c,"),
+    "current without offset": ("return x * affine[0] + affine[1]", "return x * affine[0]"),
+    "spikes above the threshold only": ("tl.where(h >= v_threshold, 1.0, 0.0)", "tl.where(h > v_threshold, 1.0, 0.0)"),
+    "means in the rows of neurons": ("_store_spikes(spike_seq, t * window_row,", "_store_spikes(spike_seq, t * row,"),
+    "x of a repeated step moves on, forward": ("y = _current(load(x_seq, t * x_row + block",
+                                               "y = _current(load(x_seq, t * row + block"),
+    "x of a repeated step moves on, backward": ("load(x_seq, (first + k) * x_row + block",
+                                                "load(x_seq, (first + k) * row + block"),
+    "x of a repeated step moves on, way back": ("x = load(x_seq, t * x_row_again", "x = load(x_seq, t * row"),
+    "currents not normalised": ("store(current_seq, t * row + block, i, inside, y)",
+                                "store(current_seq, t * row + block, i, inside, h)"),
+    "potential not handed on": ("FIRST + segment * SEGMENT, v, x_seq, affine, input_gain, spike_seq",
+                                "FIRST + segment * SEGMENT, v * 0, x_seq, affine, input_gain, spike_seq"),
+    "gradient of means in the rows of neurons": ("load(grad_spike_seq, t * window_row", "load(grad_spike_seq, t * row"),
+    "gain's gradient from x": ("tl.sum(grad_h * _current(x, affine))", "tl.sum(grad_h * x)"),
+    "gradient of the current forgotten": ("grad_x += load(grad_current_seq", "grad_x += 0 * load(grad_current_seq"),
+    "gradient of x without gain": ("grad_x = grad_h * tl.load(input_gain + t)", "grad_x = grad_h"),
+    "sum of the last step": ("grad_sum += grad_x", "grad_sum = grad_x"),
+    "product with x, not with its distance": ("product_sum += grad_x * (x - mean)", "product_sum += grad_x * x"),
+    "gradient of x without scale": ("grad_x = grad_x * affine[0]", "grad_x = grad_x"),
+    "slope of x, not of its distance": ("+ (x - mean) * slopes[0]", "+ x * slopes[0]"),
+    "constant forgotten": ("(x - mean) * slopes[0] + slopes[1]\n", "(x - mean) * slopes[0]\n"),
+    "gradient carried without decay": ("grad_v = grad_h * decay", "grad_v = grad_h"),
+    "partial sums of the first segment": ("* (FIRST + LATER * SEGMENT)\n", "* FIRST\n"),
+    "sums begin anew in every segment": ("FIRST + segment * SEGMENT, v, grad_v, grad_sum,",
+                                         "FIRST + segment * SEGMENT, v, grad_v, grad_sum * 0,"),
+    "one checkpoint for all segments": ("store(checkpoints, segment * row + block", "store(checkpoints, block"),
+    "segments forward": ("segment = LATER - 1 - done", "segment = done"),
+    "gradient of the last potential ignored": ("= load_or(grad_v_last, block,", "= load_or(None, block,"),
+    "gradient of v_init not written": ("        store(grad_v_init, block, i, inside, grad_v)\n", "        pass\n"),
+    "gradient of a repeated step without scale": ("grad_sum * affine[0])", "grad_sum)"),
+    "sums share a row": ("at = program.to(tl.int64) * (2 * channels)", "at = program.to(tl.int64) * 0"),
+    "sums of the members apart": ("tl.sum(tl.sum(other, 0), 0)", "tl.sum(tl.max(other, 0), 0)"),
+    "first x of the tensor for every channel": ("near = load(x_seq, 0, c * _to_next_channel(units",
+                                                "near = load(x_seq, 0, 0 * c * _to_next_channel(units"),
+    "statistics of the same tile again": ("program * COUNT + k, c,", "program * COUNT, c,"),
+    "what is outside counts": ("tl.where(inside, load(x_seq, block, i, inside).to(tl.float32) - near, 0.0)",
+                               "load(x_seq, block, i, inside).to(tl.float32) - near"),
+    "squares of x": ("other += d * d", "other += (d + near) * (d + near)"),
+    "mean as the distance": ("mean = near + distance", "mean = distance"),
+    "variance about another mean": ("- distance * distance", ""),
+    "eps forgotten": ("scale = 1.0 / tl.sqrt(variance + EPS)", "scale = 1.0 / tl.sqrt(variance)"),
+    "weight forgotten": ("load(weight, 0, c, inside).to(tl.float64) * scale", "1.0 * scale"),
+    "bias without the mean": ("load(bias, 0, c, inside).to(tl.float64) - mean * scale",
+                              "load(bias, 0, c, inside).to(tl.float64)"),
+    "mean without scale": ("offset = -mean * scale", "offset = -mean"),
+    "weight's gradient without deviation": ("product_sum * inverse_std)", "product_sum)"),
+    "slope of a sum": ("inverse_std * product_sum / count", "inverse_std * product_sum"),
+    "constant of a sum": ("-scale * grad_sum / count", "-scale * grad_sum"),
+    "no barrier behind the checkpoints": ("        tl.debug_barrier()", "        # tl.debug_barrier()"),
+    "addresses in 32 bits": ("tl.cast(neurons, tl.int64), tl.cast(window_row, tl.int64)\n    x_row_again",
+                             "tl.cast(neurons, tl.int32), tl.cast(window_row, tl.int64)\n    x_row_again"),
+    "addresses of an odd span": ("        if UNIT > 1:\n            columns",
+                                 "        if UNIT > 99:\n            columns"),
+}}  # fmt: skip
 
 
-def noticed_by(text: str) -> str:
+def noticed_by(file: str, text: str) -> str:
     """Name of the first check that notices, or "survived"."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "kernel.py").write_text(text)
         child = os.fork()
         if child == 0:
-            os._exit(_interpreted(folder))
+            os._exit(_interpreted(file, folder))
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if code:
             return {1: "values", 2: "error"}.get(code, "crash")
-        return "machine code" if _machine_code_tests_fail(text, folder / "tree") else "survived"
+        return "machine code" if _machine_code_tests_fail(file, text, folder / "tree") else "survived"
 
 
-def _interpreted(folder: Path) -> int:
+def _interpreted(file: str, folder: Path) -> int:
+    checks, launcher = FILES[file]
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(1, 2)
     try:
@@ -127,8 +218,8 @@ def _interpreted(folder: Path) -> int:
         module = importlib.util.module_from_spec(spec)
         sys.modules["mutated_kernel"] = module
         spec.loader.exec_module(module)
-        triton_launch._kernels = lambda: module
-        cases.main(0)
+        launcher._kernels = lambda: module
+        checks.main(0)
     except AssertionError:
         return 1
     except Exception:
@@ -136,11 +227,11 @@ def _interpreted(folder: Path) -> int:
     return 0
 
 
-def _machine_code_tests_fail(text: str, tree: Path) -> bool:
+def _machine_code_tests_fail(file: str, text: str, tree: Path) -> bool:
     for folder in ("sj_robust", "tests"):
         shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__", "trained"))
     shutil.copy(ROOT / "pyproject.toml", tree)
-    (tree / "sj_robust" / "ops" / "dlif" / "triton_kernel.py").write_text(text)
+    (tree / _path(file)).write_text(text)
     command = [
         sys.executable,
         "-m",
@@ -149,29 +240,34 @@ def _machine_code_tests_fail(text: str, tree: Path) -> bool:
         "-x",
         "tests/ops/triton/test_ahead_of_time.py",
         "-k",
-        "not in_registers",
+        "one_pass" if file == "bn_dlif" else "not in_registers and not one_pass",
     ]
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment |= {"PYTHONPATH": f"{tree}{os.pathsep}{tree / 'tests'}"}
     return subprocess.run(command, cwd=tree, env=environment, capture_output=True).returncode != 0
 
 
+def _path(file: str) -> Path:
+    return Path("sj_robust") / "ops" / file / "triton_kernel.py"
+
+
 def main() -> None:
     """Try every mutant, or those named, and write the result of all beside this file."""
     torch.set_num_threads(1)
-    kernel = KERNEL.read_text(encoding="utf-8")
-    chosen = {name: MUTANTS[name] for name in sys.argv[1:]} or MUTANTS
+    texts = {file: (ROOT / _path(file)).read_text(encoding="utf-8") for file in FILES}
+    everything = {f"{file}: {name}": (file, *pair) for file, pairs in MUTANTS.items() for name, pair in pairs.items()}
+    chosen = {name: mutant for name, mutant in everything.items() if not sys.argv[1:] or name in sys.argv[1:]}
+    for name, (file, text, _) in chosen.items():
+        assert texts[file].count(text) == 1, f"{name}: the text to change occurs {texts[file].count(text)} times"
+    for file, text in texts.items():
+        assert noticed_by(file, text) == "survived", "the kernel itself must pass first"
     results = {}
-    for name, (text, _) in chosen.items():
-        assert kernel.count(text) == 1, f"{name}: the text to change occurs {kernel.count(text)} times"
-    if chosen is MUTANTS:
-        assert noticed_by(kernel) == "survived", "the kernel itself must pass first"
-    for name, (text, faulty) in chosen.items():
-        results[name] = noticed_by(kernel.replace(text, faulty))
+    for name, (file, text, faulty) in chosen.items():
+        results[name] = noticed_by(file, texts[file].replace(text, faulty))
         print(f"{results[name]:12s} {name}", flush=True)
     survivors = sum(result == "survived" for result in results.values())
     summary = {"mutants": len(results), "noticed": len(results) - survivors, "by": results}
-    if chosen is MUTANTS:
+    if chosen == everything:
         (HERE / "mutation.json").write_text(json.dumps(summary, indent=2) + "\n")
     print(f"{len(results) - survivors} of {len(results)} noticed")
 

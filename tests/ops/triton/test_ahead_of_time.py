@@ -8,8 +8,9 @@ import torch
 from ops.triton import ahead
 
 from sj_robust.ops import Surrogate
+from sj_robust.ops.bn_dlif import triton_launch as stage_launch
 from sj_robust.ops.dlif import triton_launch
-from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients
+from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients, Planes
 
 pytestmark = [
     pytest.mark.slow,
@@ -102,6 +103,56 @@ def test_offsets_are_computed_in_64_bits(kernel):
     assert set(re.findall(r"arith\.muli .* : (\w+) ", code.ir)) == {"i64"}
 
 
+STAGES = [  # architecture, steps, dtype, width of planes, pooled, channels last, pass, constants
+    (80, 4, F16, 8, True, True, "evaluation", config(None, "atan")),
+    (100, 4, BF16, 4, True, False, "gradient of x", config(0.0)),
+]
+
+
+@pytest.mark.parametrize(("architecture", "steps", "dtype", "width", "pool", "last", "stage", "constants"), STAGES)
+def test_one_pass_with_batch_norm_and_pooling_stays_in_registers(
+    architecture, steps, dtype, width, pool, last, stage, constants
+):
+    planes = Planes(64, width, width, last, pool)
+    absent = *ahead.ABSENT["bn_dlif_backward"], *ahead.BACKWARD[stage]
+    arguments = dtype, steps, planes, constants
+    code = ahead.stage_code("bn_dlif_backward", *arguments, architecture=architecture, absent=absent)
+    assert code.stack == 0, "registers are spilled"
+    assert code.registers <= 168
+    assert (code.barriers == 0) == (not last)  # where channels are neighbours, a sum of one is over several threads
+
+
+def test_one_pass_moves_memory_in_whole_vectors():
+    """Per step one load of x in two halves of a window, or x, its gradient's store and that of the spikes."""
+    planes = ahead.PLANES._replace(pool=True)
+    forward = ahead.stage_code("bn_dlif_forward", F32, 4, planes, absent=ahead.ABSENT["bn_dlif_forward"])
+    assert forward.loads == {128: 2 * 4, 64: 2, 32: 4}, "x, scale and offset, the gain"
+    assert forward.stores == {64: 4, 128: 2}, "half as many means in a row as neurons, and the last potential"
+    assert forward.barriers == 0
+    sums, gradient = (
+        ahead.stage_code("bn_dlif_backward", F32, 4, absent=(*ahead.ABSENT["bn_dlif_backward"], *ahead.BACKWARD[stage]))
+        for stage in ("sums", "gradient of x")
+    )
+    assert (sums.loads[128], sums.stores) == (3 * 4, {32: 4 + 2}), "for the gain, and two sums of the channel"
+    assert (gradient.loads[128], gradient.stores) == (3 * 4, {128: 4})
+    for code in (forward, sums, gradient):
+        assert "fma.rn.f32" not in code.ptx
+        for size in ("x_row", "x_row_again", "neurons", "window_row"):  # times a step they may pass 2**31
+            assert all(
+                "arith.extsi" in line for line in code.ir.split("\n") if re.match(rf"\s*%\w+ = .*%{size}\b", line)
+            )
+    statistics = ahead.stage_code("bn_statistics", F16, 1, ahead.PLANES._replace(channels_last=True))
+    assert statistics.loads == {128: 2}, "the numbers to count from, and x"
+
+
+def test_one_pass_has_a_barrier_too():
+    absent = tuple({*ahead.ABSENT["bn_dlif_backward"], *ahead.BACKWARD["gradient of x"]} - {"checkpoints"})
+    ptx = ahead.stage_code("bn_dlif_backward", F32, 1, absent=absent, LATER=2, SEGMENT=1).ptx
+    before, _, after = ptx.partition("bar.sync")
+    assert "st.global" in before
+    assert after
+
+
 class Warmed:
     """A kernel that is compiled for its arguments where it would be launched."""
 
@@ -112,14 +163,12 @@ class Warmed:
         return lambda *args, **options: self.compiled.append(self.kernel.warmup(*args, grid=grid, **options))
 
 
-def test_what_the_launcher_passes_compiles_as_triton_itself_sees_it(monkeypatch):
-    """One neuron, which Triton takes for a constant; rows that are not aligned; a layer as it should be."""
+@pytest.fixture
+def h100():
+    """A GPU for which Triton compiles; none is touched."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
 
-    real = triton_launch._kernels()
-    warmed = SimpleNamespace(dlif_forward=Warmed(real.dlif_forward), dlif_backward=Warmed(real.dlif_backward))
-    monkeypatch.setattr(triton_launch, "_kernels", lambda: warmed)
     gpu = SimpleNamespace(
         get_current_device=lambda: 0,
         get_current_stream=lambda device: 0,
@@ -127,14 +176,39 @@ def test_what_the_launcher_passes_compiles_as_triton_itself_sees_it(monkeypatch)
     )
     before = dict(vars(driver))  # which has no way back where there is no GPU
     driver.set_active(gpu)
-    try:
-        for steps, neurons, v_reset in ((3, 1, 0.0), (3, 50, None), (2, 1 << 12, -0.25)):
-            x, v = torch.zeros(steps, neurons), torch.zeros(neurons) if v_reset is None else None
-            inputs = Inputs(x, torch.ones(steps), v, config(v_reset, "atan"))
-            triton_launch.forward(inputs, v_reset is None)
-            triton_launch.backward(inputs, OutputGradients(x, v), v_reset is None)
-    finally:
-        vars(driver).clear()
-        vars(driver).update(before)
+    yield
+    vars(driver).clear()
+    vars(driver).update(before)
+
+
+def test_what_the_launcher_passes_compiles_as_triton_itself_sees_it(monkeypatch, h100):
+    """One neuron, which Triton takes for a constant; rows that are not aligned; a layer as it should be."""
+    real = triton_launch._kernels()
+    warmed = SimpleNamespace(dlif_forward=Warmed(real.dlif_forward), dlif_backward=Warmed(real.dlif_backward))
+    monkeypatch.setattr(triton_launch, "_kernels", lambda: warmed)
+    for steps, neurons, v_reset in ((3, 1, 0.0), (3, 50, None), (2, 1 << 12, -0.25)):
+        x, v = torch.zeros(steps, neurons), torch.zeros(neurons) if v_reset is None else None
+        inputs = Inputs(x, torch.ones(steps), v, config(v_reset, "atan"))
+        triton_launch.forward(inputs, v_reset is None)
+        triton_launch.backward(inputs, OutputGradients(x, v), v_reset is None)
     for kernel in vars(warmed).values():
         assert ["ld.global.v4" in compiled.asm["ptx"] for compiled in kernel.compiled] == [False, False, True]
+
+
+def test_what_the_launcher_of_one_pass_passes_compiles_too(monkeypatch, h100):
+    real = stage_launch._kernels()
+    names = ("bn_statistics", "bn_moments", "bn_dlif_forward", "bn_dlif_backward", "bn_finish")
+    warmed = SimpleNamespace(**{name: Warmed(getattr(real, name)) for name in names})
+    monkeypatch.setattr(stage_launch, "_kernels", lambda: warmed)
+    x, c, gain = torch.zeros(2, 3, 16, 4, 4, dtype=BF16), torch.ones(16), torch.ones(2)
+    planes, state = Planes(16, 4, 4, False, True), torch.zeros(3, 16, 4, 4)
+    moments = stage_launch.moments(x, config(), planes, (c, c, None, None), 1e-5)
+    tensors = {"gain": gain, "s": x[..., :2, :2].contiguous(), "v": state}
+    stage_launch.forward(x, config(), planes, moments, tensors)
+    sums = moments.new_empty(2, 16)
+    found = {"gain": gain, "gs": tensors["s"], "gx": x, "channel_sums": sums, "gain_grad": gain}
+    stage_launch.backward(x, config(), planes, moments, sums, found)
+    stage_launch.finish(sums, moments, 1e-5, 96)
+    for name, kernel in vars(warmed).items():
+        (compiled,) = kernel.compiled
+        assert "ld.global.v" in compiled.asm["ptx"] or name in ("bn_moments", "bn_finish")

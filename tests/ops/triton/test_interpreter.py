@@ -11,9 +11,10 @@ import pytest
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed (pip install triton)")
-def test_equals_the_reference():
+@pytest.mark.parametrize("module", ["cases", "stage_cases"])
+def test_equals_the_reference(module):
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "ops.triton.cases"]
+    command = [sys.executable, "-m", f"ops.triton.{module}"]
     result = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-3000:]
     assert result.stdout.splitlines()[-1].startswith("checked ")

@@ -1,5 +1,6 @@
 """The launcher's Python without a GPU: what is missing is told, what works is chosen, work is cut as it should be."""
 
+import itertools
 import warnings
 from types import SimpleNamespace
 
@@ -9,10 +10,13 @@ import torch
 from sj_robust import doctor
 from sj_robust.neuron import DLIFNode
 from sj_robust.ops import Surrogate, available_backends, check_backend, choose_backend
+from sj_robust.ops.bn_dlif import BatchNorm, can_fuse, stage
+from sj_robust.ops.bn_dlif import triton_launch as stage_launch
 from sj_robust.ops.dlif import backends, cupy_launch, dispatch, triton_launch
-from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients
+from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients, Planes
 
 CONFIG = DLIFConfig(0.5, 1.0, 0.0, Surrogate(), False)
+F32, BF16 = torch.float32, torch.bfloat16
 X = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32)
 
 
@@ -140,6 +144,43 @@ def test_segments_cover_the_sequence_and_threads_move_at_most_16_bytes(steps, dt
         per_thread = plan.BLOCK // (32 * plan.warps)
         assert per_thread * dtype.itemsize in (4, 8, 16)
         assert plan.programs(3 * plan.BLOCK + 1) == 4
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 8, 8), (64, 7, 5), (33, 2, 4), (200, 32, 32)])
+@pytest.mark.parametrize(("pool", "last"), [(False, False), (True, False), (False, True), (True, True)])
+def test_tiles_of_one_pass_cover_every_window(shape, pool, last):
+    C, height, width = shape
+    planes = Planes(C, height, width, last, pool and height > 1)
+    for kernel, dtype in itertools.product(("bn_dlif_forward", "bn_dlif_backward", "bn_statistics"), (F32, BF16)):
+        layout, constants = stage_launch.cut(kernel, dtype, 16, CONFIG, planes)
+        assert constants["BLOCK"] == layout.BLOCK
+        for size in (layout.UNIT, layout.BLOCK, layout.CHANNELS):
+            assert size.bit_count() == 1, "a power of two"
+        assert layout.CHANNELS == 1 or layout.LAST
+        windows = 5 * ((height + 1) // 2) * ((width + 1) // 2) * (1 if layout.LAST else 2)
+        positions = windows if layout.POOL else 5 * height * width
+        assert 0 <= layout.blocks(5, planes) * layout.BLOCK - positions < layout.BLOCK
+        assert (width if layout.POOL else height * width) % layout.UNIT == 0
+
+
+def test_what_one_pass_does_not_take():
+    norm = BatchNorm(None, None, torch.zeros(3), torch.ones(3), False)
+    huge = torch.empty(1, 1, 3, 1 << 15, 1 << 15, dtype=torch.bfloat16, device="meta")
+    assert stage_launch.unsupported_reason(huge, Surrogate()) == "x_seq must be on a CUDA device, got meta"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_launch, "unsupported_reason", lambda x_seq, surrogate: None)
+        assert "less than 2**30 numbers" in stage_launch.unsupported_reason(huge, Surrogate())
+        assert stage_launch.unsupported_reason(huge[..., :8], Surrogate()) is None
+    assert not can_fuse(torch.zeros(2, 2, 3, 4, 4), norm, Surrogate(), backend="triton")  # on a CPU
+    assert not can_fuse(torch.zeros(2, 2, 3, 4, 4), norm, Surrogate(), backend="eager")
+
+
+def test_a_gpu_takes_one_pass_by_triton_if_it_works(kernels, monkeypatch):
+    monkeypatch.setattr(stage, "unsupported_reason", lambda *call: None)
+    for cupy, triton, wanted in ((RIGHT, RIGHT, True), ("none", RIGHT, True), (RIGHT, WRONG, False)):
+        kernels(cupy, triton)
+        assert can_fuse(X, None, Surrogate()) == can_fuse(X, None, Surrogate(), backend="triton") == wanted
+        assert not can_fuse(X, None, Surrogate(), backend="cupy")
 
 
 def test_no_neurons_no_launch():
