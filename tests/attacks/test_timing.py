@@ -7,6 +7,7 @@ import pytest
 import torch
 from attacks.moving_bars import frames
 from attacks.table import linear_model, seeded, two_classes
+from evaluation.short_suite import shortened
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -170,15 +171,11 @@ class TestThreat:
 
 
 @pytest.mark.slow
-def test_a_whole_evaluation_and_its_report(bars, monkeypatch):
-    from evaluation.test_event_suite import short_suite
-
-    monkeypatch.setattr(whole, "make_suite", short_suite)
+def test_a_whole_evaluation_and_its_report(bars):
     threat = ThreatModel("moves", 15, largest_shift=2)
-    report = whole.assess(
-        Subject("bars", bars.model, "three layers"), [(bars.x[:6], bars.y[:6])], suite="events", threat=threat,
-        dataset="bars", classes=4,
-    )  # fmt: skip
+    subject, few = Subject("bars", bars.model, "three layers"), [(bars.x[:6], bars.y[:6])]
+    with shortened():
+        report = whole.assess(subject, few, suite="events", threat=threat, dataset="bars", classes=4)
     assert report.budget == "at most 15 events moved in time, by 2 frames at most"
     assert report.worst_case.correct < report.clean.correct
     assert all(report.within(member) for member in report.members)

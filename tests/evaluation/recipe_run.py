@@ -7,6 +7,7 @@ from pathlib import Path
 
 import launch
 import pytest
+from evaluation.short_suite import shortened
 
 SMALL = ("--test-limit", "12", "--batch-size", "6")
 start = partial(launch.start, "evaluate")
@@ -64,8 +65,8 @@ class Blind(nn.Module):
 
 
 def in_process(folder, *options, draws=False):
-    """The recipe in this process, with figures if asked for."""
-    with contextlib.nullcontext() if draws else undrawn():
+    """The recipe in this process, with short attacks, and with figures if asked for."""
+    with contextlib.nullcontext() if draws else undrawn(), shortened():
         launch.in_process("evaluate", folder, *options)
 
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 from attacks.moving_bars import frames, moving_bars, trained_model
 from attacks.table import Trained
+from evaluation.short_suite import shortened
 from torch import nn
 
 from sj_robust import SpikingClassifier
 from sj_robust.attacks import SampleSeeds, count_flips, flip_events, random_flips
 from sj_robust.evaluation import (
-    EstimatorSearch,
     Member,
     RobustnessReport,
     ThreatModel,
@@ -41,8 +41,7 @@ def folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def report(bars, folder) -> RobustnessReport:
     """A whole evaluation, with few candidates and short searches."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(whole, "make_suite", short_suite)
+    with shortened():
         return evaluated(bars, folder=folder)
 
 
@@ -52,24 +51,9 @@ def evaluated(bars, **changes):
     return whole.assess(Subject("moving", bars.model, "three layers"), **arguments)
 
 
-def short_suite(*arguments, **options):
-    """The suite as it is, but for fewer candidates and random exchanges."""
-    suite = make_suite(*arguments, **options)
-    few = EstimatorSearch(candidates=("pdsg", "atan:2"), images=8, steps=5, count=2)
-    members, control = (
-        tuple(replace(member, attack=shortened(member.attack)) for member in group)
-        for group in (suite.members, suite.control)
-    )
-    return replace(suite, members=members, control=control, search=few)
-
-
 def lead(logits, y):
     """Of the strongest other class over the label."""
     return logits.scatter(1, y[:, None], -torch.inf).amax(1) - logits.gather(1, y[:, None])[:, 0]
-
-
-def shortened(attack):
-    return partial(attack, **({"tries": 20} if "tries" in attack.keywords else {"queries": 20, "probes": 4}))
 
 
 class TestBall:
@@ -209,9 +193,9 @@ class TestReport:
         further = (lead(bars.model(x_adv), y) - lead(bars.model(plain), y)).detach()
         assert float(further[fooled].min()) > 0
 
-    def test_what_is_done_is_not_done_again(self, bars, report, folder, monkeypatch):
-        monkeypatch.setattr(whole, "make_suite", short_suite)
-        again = evaluated(bars, folder=folder)
+    def test_what_is_done_is_not_done_again(self, bars, report, folder):
+        with shortened():
+            again = evaluated(bars, folder=folder)
         assert replace(again, environment=report.environment) == report  # seconds included; a commit may come between
         with pytest.raises(ValueError, match="threat"):
             evaluated(bars, folder=folder, threat=ThreatModel("L0", 11))

@@ -8,13 +8,14 @@ from functools import partial
 import pytest
 import torch
 from evaluation.reports import report
+from evaluation.short_suite import shortened
 from evaluation.suite_run import EPS, Net, batches, classifier, run
 from rich.console import Console
 
 from sj_robust import SpikingClassifier
 from sj_robust.attacks import ThreatModel, gaussian, pgd
 from sj_robust.classifier import PoissonEncoder
-from sj_robust.evaluation import Member, make_suite
+from sj_robust.evaluation import Member
 from sj_robust.evaluation import assess as assessment
 from sj_robust.evaluation.comparison import compare_reports
 from sj_robust.evaluation.drawings import plot_robustness, robustness_figures
@@ -29,15 +30,14 @@ pytestmark = pytest.mark.slow
 SMALL = 0.01
 
 
-def assess(model=None, *, norm="Linf", **options):
+def assess(model=None, *, norm="Linf", change=None, **options):
     subject = Subject("mine", (model or classifier()).eval(), "one layer")
     arguments = {"suite": "fast", "threat": ThreatModel(norm, SMALL), "dataset": "made up", "classes": 3} | options
-    return assessment.assess(subject, batches(), **arguments)
+    with shortened(change):
+        return assessment.assess(subject, batches(), **arguments)
 
 
-def short_suite(*arguments, **options):
-    """The first attack of the suite alone."""
-    suite = make_suite(*arguments, **options)
+def first_attack(suite):
     return replace(suite, members=suite.members[:1], control=())
 
 
@@ -136,18 +136,16 @@ def test_a_false_proof_is_found_by_the_attack_over_eps(monkeypatch):
         assess()
 
 
-def test_a_network_without_bounds_is_attacked_alone_and_the_report_says_why(monkeypatch):
-    monkeypatch.setattr(assessment, "make_suite", short_suite)
-    made = assess(SpikingClassifier(Net(), T=3, encoder=PoissonEncoder()), draws=2)
+def test_a_network_without_bounds_is_attacked_alone_and_the_report_says_why():
+    made = assess(SpikingClassifier(Net(), T=3, encoder=PoissonEncoder()), draws=2, change=first_attack)
     assert made.verified is None
     assert made.verified_over_eps == ()
     (text,) = [text for text in made.warnings if text.startswith("Nothing is proved: ")]
     assert "PoissonEncoder" in text
 
 
-def test_other_norms_have_no_proofs(monkeypatch):
-    monkeypatch.setattr(assessment, "make_suite", short_suite)
-    assert assess(norm="L2").verified is None
+def test_other_norms_have_no_proofs():
+    assert assess(norm="L2", change=first_attack).verified is None
 
 
 def test_a_stopped_evaluation_goes_on_with_its_proofs(tmp_path, monkeypatch):

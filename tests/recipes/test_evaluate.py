@@ -7,13 +7,11 @@ import pytest
 import torch
 from data.event_recordings import pack_n_mnist, sums
 from evaluation.recipe_run import SMALL, in_process, start, without_times
-from evaluation.test_event_suite import short_suite
 from launch import finish
 
 from sj_robust.attacks import ThreatModel
 from sj_robust.data import events
 from sj_robust.evaluation import Fault, SmoothedBracket, StressCard, stressing
-from sj_robust.evaluation import assess as whole_assessment
 from sj_robust.evaluation.robustness_report import RobustnessReport
 from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.training import save_checkpoint
@@ -172,14 +170,13 @@ def event_data(tmp_path, monkeypatch):
     return tmp_path / "data"
 
 
-def test_event_data(folder, tmp_path, monkeypatch, capsys, event_data):
+def test_event_data(folder, tmp_path, capsys, event_data):
     spec = NetworkSpec(image_shape=(2, 34, 34), T=2, channels=(3,), frames=True)
     torch.manual_seed(0)
     description = {"network": asdict(spec), "options": {"dataset": "n_mnist", "eps": 0.1}}
     path = tmp_path / "nets" / "events" / "best.pt"
     path.parent.mkdir(parents=True)
     save_checkpoint(path, {"description": description, "model": build_classifier(spec).state_dict()})
-    monkeypatch.setattr(whole_assessment, "make_suite", short_suite)
     options = (str(path), "--data-root", str(event_data), "--eps", "3", "--test-limit", "6", "--batch-size", "4")
     in_process(folder, *options)
     run = folder / "runs" / "evaluate-events-1"

@@ -10,6 +10,7 @@ from contextlib import suppress
 import launch
 import pytest
 from evaluation.recipe_run import undrawn
+from evaluation.short_suite import shortened
 from lab.sweeping.record import RECORD_FILE, RunRecord
 from launch import RECIPES, ROOT
 
@@ -140,7 +141,7 @@ def folders(tmp_path_factory, shown):
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setattr(sys, "argv", ["benchmark.py", *calls[-1][1:]])  # which is told in the table
         shown["adv_train"] = through_a_pipe(root, *calls[0])
-        with undrawn():
+        with undrawn(), shortened():
             shown["evaluate"] = on_a_terminal(root, *calls[1], NO_COLOR="1")
         for name, *arguments in calls[2:]:
             launch.in_process(name, root, *arguments)
