@@ -1,9 +1,10 @@
 import hashlib
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from sj_robust.data import Augmentation, load_images
+from sj_robust.data import Augmentation, images, load_images
 
 
 def rows(dataset):
@@ -23,6 +24,15 @@ def test_digits():
     assert load_images("digits", augment=True).augmentation == Augmentation()
     stored = splits.train.dataset.pixels  # a byte per value
     assert (stored.dtype, stored.shape) == (torch.uint8, (1437, 1, 8, 8))
+
+
+def test_the_digits_where_the_file_of_scikit_learn_is_not(tmp_path, monkeypatch):
+    read = checksum(load_images("digits").test)
+    monkeypatch.setattr(images, "find_spec", lambda _: SimpleNamespace(origin=str(tmp_path / "__init__.py")))
+    assert checksum(load_images("digits").test) == read
+    monkeypatch.setattr(images, "find_spec", lambda _: None)
+    with pytest.raises(ModuleNotFoundError, match=r"scikit-learn, which is not installed: pip install 'sj_robust"):
+        load_images("digits")
 
 
 def test_the_seed_moves_the_validation_split_and_never_the_test_images():
