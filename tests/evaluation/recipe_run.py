@@ -9,7 +9,8 @@ import launch
 import pytest
 from evaluation.short_suite import shortened
 
-SMALL = ("--test-limit", "12", "--batch-size", "6")
+SMALL = ("--test-limit", "12")
+TWO_BATCHES = (*SMALL, "--batch-size", "6")
 start = partial(launch.start, "evaluate")
 
 OWN = """

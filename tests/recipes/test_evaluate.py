@@ -6,7 +6,7 @@ import launch
 import pytest
 import torch
 from data.event_recordings import pack_n_mnist, sums
-from evaluation.recipe_run import SMALL, in_process, start, without_times
+from evaluation.recipe_run import SMALL, TWO_BATCHES, in_process, start, without_times
 from launch import finish
 
 from sj_robust.attacks import ThreatModel
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def whole(folder):
     """The paper's protocol on the small network, without an interruption."""
-    in_process(folder, "runs/one", "--suite", "paper", *SMALL, "--output", "whole")
+    in_process(folder, "runs/one", "--suite", "paper", *TWO_BATCHES, "--output", "whole")
     return RobustnessReport.load(folder / "whole" / "report.json")
 
 
@@ -72,7 +72,7 @@ def test_the_papers_protocol(whole):
 
 
 def test_killed_and_resumed(folder, tmp_path, whole):
-    options = ("runs/one", "--suite", "paper", *SMALL, "--output", str(tmp_path / "cut"))
+    options = ("runs/one", "--suite", "paper", *TWO_BATCHES, "--output", str(tmp_path / "cut"))
     process = start(folder, *options)
     records = tmp_path / "cut" / "progress" / "suite"
 
@@ -91,7 +91,7 @@ def test_killed_and_resumed(folder, tmp_path, whole):
 
 
 def test_two_processes(folder, tmp_path, whole):
-    options = ("runs/one", "--suite", "paper", *SMALL, "--output", str(tmp_path / "two"))
+    options = ("runs/one", "--suite", "paper", *TWO_BATCHES, "--output", str(tmp_path / "two"))
     out, _ = finish(start(folder, *options, launcher=launch.TWO_PROCESSES))
     assert out.count("At most ") == 1
     report = RobustnessReport.load(tmp_path / "two" / "report.json")
