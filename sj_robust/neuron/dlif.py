@@ -147,8 +147,9 @@ class DLIFNode(neuron.BaseNode):
 
     def multi_step_forward(self, x_seq: Tensor) -> Tensor:
         """Spikes [T, N, *] for input currents [T, N, *]; moves the state on."""
-        self._note_call(x_seq)
-        spike_seq, self.v, self.time_step, v_seq = self._run(x_seq, self.v, self.time_step, self.store_v_seq)
+        time_step = self.time_step
+        self._note_call(x_seq, time_step)
+        spike_seq, self.v, self.time_step, v_seq = self._run(x_seq, self.v, time_step, self.store_v_seq)
         if self.store_v_seq:
             self.v_seq = v_seq
         return spike_seq
@@ -156,8 +157,9 @@ class DLIFNode(neuron.BaseNode):
     def single_step_forward(self, x: Tensor) -> Tensor:
         """Spikes [N, *] for the input current [N, *] of the next step; moves the state on."""
         x_seq = x.unsqueeze(0)
-        self._note_call(x_seq)
-        spike_seq, v, self.time_step, _ = self._run(x_seq, self.v, self.time_step, False)
+        time_step = self.time_step
+        self._note_call(x_seq, time_step)
+        spike_seq, v, self.time_step, _ = self._run(x_seq, self.v, time_step, False)
         self.v = v
         if self.store_v_seq:
             v_step = v.unsqueeze(0)
@@ -198,7 +200,7 @@ class DLIFNode(neuron.BaseNode):
 
     _reached: int = 0  # time step after the last call outside a backward pass
 
-    def _note_call(self, x_seq: Tensor) -> None:
+    def _note_call(self, x_seq: Tensor, time_step: int) -> None:
         if isinstance(x_seq, fx.Proxy):
             raise TypeError(
                 "a DLIFNode cannot be traced by torch.fx, as SpikingJelly's export_to_nir does, since its gain depends "
@@ -207,13 +209,14 @@ class DLIFNode(neuron.BaseNode):
             )
         if torch.compiler.is_compiling():  # a graph would hold the time at which it was made
             return
-        self.last_call = time.perf_counter_ns()
+        own = self.__dict__  # past nn.Module's way of setting, which takes as long as a launch
+        own["last_call"] = time.perf_counter_ns()
         if torch._C._current_graph_task_id() == -1:  # no backward pass; torch has no public way to ask
-            self._reached = self.time_step + len(x_seq)
-        elif self.time_step >= max(self._reached, 1):
+            own["_reached"] = time_step + x_seq.shape[0]
+        elif time_step >= max(self._reached, 1):
             raise RuntimeError(
                 f"a DLIFNode runs again inside a backward pass, as activation checkpointing does, at step "
-                f"{self.time_step}, where its sequence ended: gains and potential would be those of later steps. Call "
+                f"{time_step}, where its sequence ended: gains and potential would be those of later steps. Call "
                 "functional.reset_net(net) at the beginning of the function that is checkpointed and run the whole "
                 "sequence inside, or use SpikingJelly 2.x's memopt.checkpoint_module, which brings the states back"
             )
@@ -222,10 +225,12 @@ class DLIFNode(neuron.BaseNode):
         self, x_seq: Tensor, v: Tensor | float, time_step: int, store_v_seq: bool
     ) -> tuple[Tensor, Tensor, int, Tensor | None]:
         """Advance explicit states over ``x_seq`` with the gains that belong to these steps."""
+        gain: Tensor = self.input_gain
         end = time_step + x_seq.shape[0]
-        if end > self.T:
+        if end > gain.shape[0]:
             raise RuntimeError(self._too_long(tuple(x_seq.shape), time_step))
-        gain = self.input_gain[time_step:end]
+        if x_seq.shape[0] < gain.shape[0]:  # a slice of the whole takes as long as the call of a kernel
+            gain = gain[time_step:end]
         if self._uses_host():
             spike_seq, v_end, v_seq = self._run_host(x_seq, gain, _potential(v, x_seq[0]), store_v_seq)
             return spike_seq, v_end, end, v_seq

@@ -64,7 +64,7 @@ class Surrogate:
 
     def __post_init__(self) -> None:
         """Check the description once, so that no kernel has to."""
-        if self.kind not in get_args(SurrogateKind):
+        if self.kind != "custom" and self.kind not in HOST_NAMES:
             raise ValueError(f"kind must be one of {get_args(SurrogateKind)}, got {self.kind!r}")
         if not 0 < self.alpha < math.inf:
             raise ValueError(f"alpha must be finite and > 0, got {self.alpha}")

@@ -61,6 +61,15 @@ def test_equals_bptt_by_hand(backend, v_reset, detach_reset, kind, alpha):
         np.testing.assert_allclose(grad_gain, expected.grad_gain, rtol=1e-4, atol=1e-5 * scale)
 
 
+def test_gain_may_lie_anywhere_in_memory(backend):
+    inputs, grads = random_call((4, 3, 50))
+    _, gain, _ = inputs
+    column = torch.stack((torch.zeros(4), gain, torch.ones(4)), 1)[:, 1]
+    for given in (column, gain[:1].expand(4)):
+        found, wanted = (run(backend, (inputs[0], g, None), grads, decay=0.9) for g in (given, given.contiguous()))
+        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_slopes_by_formula(backend, dtype):
     for kind, alpha in itertools.product(HOST_NAMES, slopes.ALPHAS):

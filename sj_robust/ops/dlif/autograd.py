@@ -49,7 +49,7 @@ class DLIFFunction(torch.autograd.Function):
         x_seq, input_gain, v_init = saved_tensors(ctx)
         inputs = Inputs(x_seq, input_gain, v_init, ctx.config)
         needs_v_init = ctx.needs_input_grad[2]
-        if ctx.operator is None or is_plain(x_seq, input_gain, v_init, *grads):
+        if ctx.operator is None or is_plain(*grads):
             given = output_gradients(x_seq, *grads)
             found = ctx.implementation.backward(inputs, given, needs_v_init)
         else:
@@ -120,14 +120,14 @@ def is_plain(*tensors: Tensor | None) -> bool:
         return False
     if torch._C._are_functorch_transforms_active() or torch._C._get_tracing_state() is not None:
         return False
-    return all(
-        tensor is None
-        or (
-            (type(tensor) is Tensor or type(tensor) is nn.Parameter)
-            and not (tensor._is_zerotensor() or tensor.is_neg() or torch._is_functional_tensor(tensor))
-        )
-        for tensor in tensors
-    )
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if type(tensor) is not Tensor and type(tensor) is not nn.Parameter:
+            return False
+        if tensor._is_zerotensor() or tensor.is_neg() or torch._is_functional_tensor(tensor):
+            return False
+    return True
 
 
 # The registration. Outputs that a call does not have are empty tensors.

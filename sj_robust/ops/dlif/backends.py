@@ -20,7 +20,7 @@ CUDA_KERNELS = ("cupy", "triton")
 
 
 class Implementation(Protocol):
-    """What a backend provides, for contiguous tensors [T, M] and [M]."""
+    """What a backend provides, for contiguous tensors [T, M] and [M]; a kernel takes any [T, *] and [*]."""
 
     def forward(self, inputs: Inputs, store_v_seq: bool) -> Outputs:
         """Spikes, last potential, and potentials after reset if asked for."""

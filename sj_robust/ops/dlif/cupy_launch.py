@@ -4,11 +4,10 @@ import functools
 import importlib
 import math
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import resources
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +27,7 @@ _LONG_SEGMENT = 16  # steps per segment of a longer sequence
 _VALUES_PER_THREAD = 32  # of x, and as many of h, that a thread of the backward kernel keeps in registers
 _IO_TYPES = {torch.float32: "float", torch.float16: "Half", torch.bfloat16: "BFloat16"}
 _OPTIONS = ("--std=c++17",)
+_NULL = np.int64(0)
 
 
 def unavailable_reason() -> str | None:
@@ -73,23 +73,23 @@ class Launcher:
             )
 
     def forward(self, inputs: Inputs, store_v_seq: bool) -> Outputs:
-        """Spikes [T, M], last potential [M], potentials [T, M] if asked for."""
+        """Spikes [T, *], last potential [*], potentials [T, *] if asked for."""
         x_seq, input_gain, v_init, config = on_one_device(inputs)
-        T, M = x_seq.shape
+        T, *step = x_seq.shape
         spike_seq = torch.empty_like(x_seq)
-        v = torch.empty(M, dtype=torch.float32, device=x_seq.device)
+        v = torch.empty(step, dtype=torch.float32, device=x_seq.device)
         v_seq = torch.empty_like(x_seq, dtype=torch.float32) if store_v_seq else None
+        is_long = T > LONGEST_SEQUENCE_IN_REGISTERS
         variant = Variant(
-            threads=self.threads_per_block,
-            io=_IO_TYPES[x_seq.dtype],
-            steps=T if T <= LONGEST_SEQUENCE_IN_REGISTERS else 1,
-            is_long=T > LONGEST_SEQUENCE_IN_REGISTERS,
-            vec=_vector_width(M, 4, x_seq, v_init),
-            reset=_reset(config),
-            v_seq=store_v_seq,
+            self.threads_per_block,
+            _IO_TYPES[x_seq.dtype],
+            1 if is_long else T,
+            is_long,
+            _vector_width(v.numel(), 4, x_seq, v_init),
+            _reset(config),
+            store_v_seq,
         )
-        tensors = (x_seq, input_gain, v_init, spike_seq, v, v_seq)
-        _launch(variant, x_seq, tensors, _constants(config))
+        _launch(variant, x_seq, (x_seq, input_gain, v_init, spike_seq, v, v_seq), config)
         return spike_seq, v, v_seq
 
     def backward(
@@ -97,30 +97,31 @@ class Launcher:
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Gradients of ``x_seq``, ``input_gain`` and, if needed, ``v_init``."""
         x_seq, input_gain, v_init, config = on_one_device(inputs)
-        T, M = x_seq.shape
+        T, *step = x_seq.shape
+        M = x_seq.numel() // T
         is_long = T > LONGEST_SEQUENCE_IN_REGISTERS
         steps = _LONG_SEGMENT if is_long else T
         surrogate = config.surrogate
         variant = Variant(
-            threads=self.threads_per_block,
-            io=_IO_TYPES[x_seq.dtype],
-            steps=steps,
-            is_long=is_long,
-            vec=_vector_width(M, _VALUES_PER_THREAD // steps, x_seq, v_init, *grads),
-            reset=_reset(config),
-            v_seq=grads.v_seq is not None,
-            detach=config.detach_reset,
-            surrogate=HOST_NAMES.get(surrogate.kind, "Spliced"),
-            spliced=_cuda_text(surrogate) if surrogate.kind == "custom" else None,
+            self.threads_per_block,
+            _IO_TYPES[x_seq.dtype],
+            steps,
+            is_long,
+            _vector_width(M, _VALUES_PER_THREAD // steps, x_seq, v_init, *grads),
+            _reset(config),
+            grads.v_seq is not None,
+            config.detach_reset,
+            HOST_NAMES.get(surrogate.kind, "Spliced"),
+            _cuda_text(surrogate) if surrogate.kind == "custom" else None,
         )
         new = functools.partial(torch.empty, dtype=torch.float32, device=x_seq.device)
         grad_x_seq = torch.empty_like(x_seq)
-        grad_v_init = new(M) if needs_v_init else None
+        grad_v_init = new(step) if needs_v_init else None
         partial_grad_gain = new((variant.blocks(M), T))
         checkpoints = new((math.ceil(T / steps) - 1, M)) if is_long else None  # of the potential, one per segment
         tensors = (x_seq, input_gain, v_init, *grads, grad_x_seq, grad_v_init, partial_grad_gain, checkpoints)
-        _launch(variant, x_seq, tensors, (*_constants(config), np.float32(surrogate.alpha)))
-        return grad_x_seq, partial_grad_gain.sum(0, dtype=torch.float64).to(input_gain.dtype), grad_v_init
+        _launch(variant, x_seq, tensors, config)
+        return grad_x_seq, partial_grad_gain.sum(0, dtype=torch.float64).float(), grad_v_init
 
 
 _default = Launcher()
@@ -128,8 +129,7 @@ forward = _default.forward
 backward = _default.backward
 
 
-@dataclass(frozen=True)
-class Variant:
+class Variant(NamedTuple):
     """One kernel: arguments of a macro of ``kernel.cu`` in its order, explained there; a forward kernel has seven."""
 
     threads: int
@@ -145,13 +145,12 @@ class Variant:
 
     def blocks(self, neurons: int) -> int:
         """Number of blocks that cover all neurons."""
-        return math.ceil(neurons / (self.vec * self.threads))
+        return -(-neurons // (self.vec * self.threads))
 
     def source(self, name: str) -> str:
         """The CUDA text of this kernel alone."""
         macro, used = ("DLIF_FORWARD", 7) if self.surrogate is None else ("DLIF_BACKWARD", 9)
-        values = [getattr(self, field.name) for field in fields(self)[:used]]
-        words = [str(value).lower() if isinstance(value, bool) else str(value) for value in values]
+        words = [str(value).lower() if isinstance(value, bool) else str(value) for value in self[:used]]
         line = f"{macro}({', '.join((name, *words))})"
         return "\n".join([kernel_text(), "" if self.spliced is None else spliced_struct(self.spliced), line, ""])
 
@@ -233,49 +232,45 @@ def _reset(config: DLIFConfig) -> str:
     return "RESET_TO_VALUE" if config.v_reset else "RESET_TO_ZERO"
 
 
-def _constants(config: DLIFConfig) -> tuple[np.float32, ...]:
-    values = config.decay, config.leak_current, config.v_threshold, config.v_reset or 0.0
+@functools.lru_cache
+def _floats(*values: float) -> tuple[np.float32, ...]:
     return tuple(np.float32(value) for value in values)
 
 
 def _vector_width(neurons: int, at_most: int, *tensors: Tensor | None) -> int:
     """Neighbouring neurons per thread: 4, 2 or 1, as the row length and the alignment of every tensor allow."""
-    for width in (4, 2):
-        aligned = all(t is None or t.data_ptr() % (width * t.element_size()) == 0 for t in tensors)
-        if width <= at_most and neurons % width == 0 and aligned:
-            return width
-    return 1
+    width = min(at_most, 4 if neurons % 4 == 0 else 2 if neurons % 2 == 0 else 1)
+    for tensor in tensors:
+        while width > 1 and tensor is not None and tensor.data_ptr() % (width * tensor.itemsize):
+            width //= 2
+    return width
 
 
-def _launch(
-    variant: Variant, x_seq: Tensor, tensors: tuple[Tensor | None, ...], constants: tuple[np.float32, ...]
-) -> None:
-    T, M = x_seq.shape
+def _launch(variant: Variant, x_seq: Tensor, tensors: tuple[Tensor | None, ...], config: DLIFConfig) -> None:
+    T = x_seq.shape[0]
+    M = x_seq.numel() // T
     if M == 0:
         return
-    pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-    with _torch_stream(x_seq.device):
-        kernel = _compiled(variant, x_seq.device)
-        kernel(
-            (variant.blocks(M),),
-            (variant.threads,),
-            (*(np.int64(pointer) for pointer in pointers), np.int64(M), np.int32(T), *constants),
-        )
+    alpha = () if variant.surrogate is None else (config.surrogate.alpha,)
+    constants = _floats(config.decay, config.leak_current, config.v_threshold, config.v_reset or 0.0, *alpha)
+    pointers = [_NULL if tensor is None else np.int64(tensor.data_ptr()) for tensor in tensors]
+    device, (of_device, of_stream) = x_seq.device, _contexts()
+    with of_device(device.index), of_stream(torch.cuda.current_stream(device).cuda_stream):  # CuPy restores its own
+        kernel = _compiled(variant, device)
+        kernel((variant.blocks(M),), (variant.threads,), (*pointers, np.int64(M), np.int32(T), *constants))
 
 
-@contextmanager
-def _torch_stream(device: torch.device) -> Iterator[None]:
-    """The tensor's device and torch's current stream on it, for CuPy; both are restored."""
-    cupy = importlib.import_module("cupy")
-    stream = torch.cuda.current_stream(device).cuda_stream
-    from_external = getattr(cupy.cuda.Stream, "from_external", None)  # CuPy >= 14, which deprecates ExternalStream
-    make = cupy.cuda.ExternalStream if from_external is None else from_external
-    with cupy.cuda.Device(device.index), make(stream if from_external is None else _ForeignStream(stream)):
-        yield
+@functools.cache
+def _contexts() -> tuple[Callable[[int | None], Any], Callable[[int], Any]]:
+    """What makes CuPy's context of a device, from its index, and of a stream, from its handle."""
+    cuda = importlib.import_module("cupy").cuda
+    from_external = getattr(cuda.Stream, "from_external", None)  # CuPy >= 14, which deprecates ExternalStream
+    if from_external is None:
+        return cuda.Device, cuda.ExternalStream
+    return cuda.Device, lambda stream: from_external(_ForeignStream(stream))
 
 
-@dataclass(frozen=True)
-class _ForeignStream:
+class _ForeignStream(NamedTuple):
     """A stream under the CUDA stream protocol, which torch's own class speaks only in newer releases."""
 
     handle: int

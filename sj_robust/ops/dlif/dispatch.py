@@ -26,6 +26,7 @@ __all__ = [
 BACKENDS = ("auto", "reference", "eager", "torch", "cpp", "cupy", "triton")
 """Names of backends; ``"auto"`` chooses, ``"torch"`` is another name of ``"eager"``."""
 _ALIASES = {"torch": "eager"}
+_TRIANGLE = Surrogate()
 _FASTEST_FIRST = {"cpu": ("cpp", "eager"), "cuda": (*CUDA_KERNELS, "eager")}
 
 
@@ -79,15 +80,21 @@ def dlif_multi_step(
         (tensor([0., 0., 1.]), tensor([0.]))
     """
     check_arguments(x_seq, input_gain, v_init)
-    config = DLIFConfig(decay, v_threshold, v_reset, surrogate or Surrogate(), detach_reset)
+    config = DLIFConfig(decay, v_threshold, v_reset, surrogate or _TRIANGLE, detach_reset)
     dtype = state_dtype(x_seq)
-    input_gain = input_gain.to(dtype)
+    input_gain = input_gain.to(dtype).contiguous()  # a kernel takes a pointer
     v_init = None if v_init is None else v_init.to(dtype)
     name = choose_backend(backend, x_seq, config.surrogate)
     if name == "reference":  # which needs no backward pass of its own
         spike_seq, v, potentials = reference.multi_step(Inputs(x_seq, input_gain, v_init, config))
         return spike_seq, v, potentials if store_v_seq else None
 
+    operator = (name, threads_per_block) if name in KERNELS or in_functorch() else None
+    if operator is not None and x_seq.is_contiguous() and is_plain(x_seq, input_gain, v_init):  # views take longer
+        v_init = None if v_init is None else v_init.contiguous()
+        found = backends.implementation(name, threads_per_block)
+        outputs: Outputs = DLIFFunction.apply(x_seq, input_gain, v_init, config, found, operator, store_v_seq)  # type: ignore[no-untyped-call]  # torch's
+        return outputs
     order = _memory_order(x_seq)
     inverse = [order.index(dim) for dim in range(x_seq.ndim)]
     step_order, step_inverse = [dim - 1 for dim in order[1:]], [dim - 1 for dim in inverse[1:]]
@@ -96,7 +103,6 @@ def dlif_multi_step(
     if v_init is not None:
         v_init = v_init.permute(step_order).reshape(-1)
     inputs = Inputs(x_seq.reshape(shape[0], -1).contiguous(), input_gain, v_init, config)
-    operator = (name, threads_per_block) if name in KERNELS or in_functorch() else None
     if operator is not None and not is_plain(*inputs[:3]):
         spike_seq, v, v_seq = registered(inputs, store_v_seq, operator)
     else:

@@ -33,18 +33,39 @@ __device__ __forceinline__ Half float_to_half(float value) {
     return a;
 }
 #endif
+#if !defined(DLIF_WITHOUT_PTX) && __CUDA_ARCH__ >= 800
+#define DLIF_ROUNDS_PAIRS  // by one instruction for two numbers
+#endif
 
 __device__ __forceinline__ float to_float(float a) { return a; }
 __device__ __forceinline__ float to_float(Half a) { return half_to_float(a); }
 __device__ __forceinline__ float to_float(BFloat16 a) { return __uint_as_float((unsigned)a.bits << 16); }
 
-__device__ __forceinline__ void store(float& to, float value) { to = value; }
-__device__ __forceinline__ void store(Half& to, float value) { to = float_to_half(value); }
-__device__ __forceinline__ void store(BFloat16& to, float value) {  // to nearest, ties to even
+__device__ __forceinline__ unsigned short rounded(Half, float value) { return float_to_half(value).bits; }
+__device__ __forceinline__ unsigned short rounded(BFloat16, float value) {  // to nearest, ties to even
     const unsigned bits = __float_as_uint(value);
     const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-    to.bits = is_nan ? 0x7fc0u : (unsigned short)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
+    return is_nan ? 0x7fc0u : (unsigned short)((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
+
+// Two neighbours as one word, the first in its lower half.
+#ifdef DLIF_ROUNDS_PAIRS
+__device__ __forceinline__ unsigned rounded(Half, float first, float second) {
+    unsigned pair;
+    asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+    return pair;
+}
+__device__ __forceinline__ unsigned rounded(BFloat16, float first, float second) {
+    unsigned pair;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(second), "f"(first));
+    return pair;
+}
+#else
+template <typename IO>
+__device__ __forceinline__ unsigned rounded(IO format, float first, float second) {
+    return rounded(format, first) | (unsigned)rounded(format, second) << 16;
+}
+#endif
 
 // ---- loads and stores of VEC neighbours at once; the launcher sees to the alignment ----
 
@@ -54,13 +75,38 @@ struct alignas(VEC * sizeof(IO)) Pack { IO at[VEC]; };
 template <int VEC, typename IO>
 __device__ __forceinline__ Pack<IO, VEC> load(const IO* from) { return *(const Pack<IO, VEC>*)from; }
 
-template <int VEC, typename IO>
-__device__ __forceinline__ void store_values(IO* to, const float (&values)[VEC]) {
-    Pack<IO, VEC> pack;
-#pragma unroll
-    for (int j = 0; j < VEC; ++j) store(pack.at[j], values[j]);
-    *(Pack<IO, VEC>*)to = pack;
+// Whole vectors of words, of outputs that no kernel reads: a compiler may split any store that it understands.
+__device__ __forceinline__ void put(void* to, unsigned a, unsigned b) {
+#ifdef DLIF_WITHOUT_PTX
+    ((unsigned*)to)[0] = a, ((unsigned*)to)[1] = b;
+#else
+    asm volatile("st.global.v2.b32 [%0], {%1, %2};" ::"l"(to), "r"(a), "r"(b));
+#endif
 }
+__device__ __forceinline__ void put(void* to, unsigned a, unsigned b, unsigned c, unsigned d) {
+#ifdef DLIF_WITHOUT_PTX
+    put(to, a, b), put((unsigned*)to + 2, c, d);
+#else
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(a), "r"(b), "r"(c), "r"(d));
+#endif
+}
+
+__device__ __forceinline__ void store_values(float* to, const float (&v)[4]) {
+    put(to, __float_as_uint(v[0]), __float_as_uint(v[1]), __float_as_uint(v[2]), __float_as_uint(v[3]));
+}
+__device__ __forceinline__ void store_values(float* to, const float (&v)[2]) {
+    put(to, __float_as_uint(v[0]), __float_as_uint(v[1]));
+}
+__device__ __forceinline__ void store_values(float* to, const float (&v)[1]) { *to = v[0]; }
+
+template <typename IO>
+__device__ __forceinline__ void store_values(IO* to, const float (&v)[4]) {
+    put(to, rounded(IO(), v[0], v[1]), rounded(IO(), v[2], v[3]));
+}
+template <typename IO>
+__device__ __forceinline__ void store_values(IO* to, const float (&v)[2]) { *(unsigned*)to = rounded(IO(), v[0], v[1]); }
+template <typename IO>
+__device__ __forceinline__ void store_values(IO* to, const float (&v)[1]) { to->bits = rounded(IO(), v[0]); }
 
 // `from` may be null, which stands for `otherwise` everywhere
 template <int VEC>
@@ -69,6 +115,15 @@ __device__ __forceinline__ void load_or(float (&values)[VEC], const float* from,
     if (from) pack = load<VEC>(from + i);
 #pragma unroll
     for (int j = 0; j < VEC; ++j) values[j] = from ? pack.at[j] : otherwise;
+}
+
+// What the same thread loads again.
+template <int VEC>
+__device__ __forceinline__ void note(float* to, const float (&values)[VEC]) {
+    Pack<float, VEC> pack;
+#pragma unroll
+    for (int j = 0; j < VEC; ++j) pack.at[j] = values[j];
+    *(Pack<float, VEC>*)to = pack;
 }
 
 // ---- surrogate derivatives g(z), z = h - v_threshold, by the names of SpikingJelly's classes; the launcher may add
@@ -212,7 +267,7 @@ __device__ __forceinline__ void backward(
     }
     if (LONG && active) {
         for (int t = 0; t < (segments - 1) * STEPS; ++t) {
-            if (t % STEPS == 0) store_values(checkpoints + t / STEPS * neurons + i, v);
+            if (t % STEPS == 0) note(checkpoints + t / STEPS * neurons + i, v);
             const Pack<IO, VEC> x = load<VEC>(x_seq + t * neurons + i);
             const float gain = input_gain[t];
 #pragma unroll
@@ -239,13 +294,16 @@ __device__ __forceinline__ void backward(
             }
         }
 
+        Pack<IO, VEC> upcoming = {};
+        if (active) upcoming = load<VEC>(grad_spike_seq + (first + count - 1) * neurons + i);
 #pragma unroll
         for (int k = STEPS - 1; k >= 0; --k) {
             if (LONG && k >= count) continue;  // the same for the whole block
             float grad_gain = 0.0f;
             if (active) {
                 const i64 at = (first + k) * neurons + i;
-                const Pack<IO, VEC> grad_spike = load<VEC>(grad_spike_seq + at);
+                const Pack<IO, VEC> grad_spike = upcoming;
+                if (k > 0) upcoming = load<VEC>(grad_spike_seq + at - neurons);  // on its way while this step computes
                 const float gain = input_gain[first + k];
                 Pack<float, VEC> grad_v_here = {};
                 if (V_SEQ) grad_v_here = load<VEC>(grad_v_seq + at);

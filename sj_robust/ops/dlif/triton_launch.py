@@ -99,18 +99,18 @@ def forward(inputs: Inputs, store_v_seq: bool) -> Outputs:
     v_seq = torch.empty_like(x_seq, dtype=torch.float32) if store_v_seq else None
     plan = forward_plan(x_seq.dtype, len(x_seq), config)
     tensors = (x_seq, input_gain, v_init, spike_seq, v, v_seq)
-    _launch("dlif_forward", plan, x_seq, (*tensors, x_seq.shape[1], *scalars(config)))
+    _launch("dlif_forward", plan, x_seq, (*tensors, x_seq[0].numel(), *scalars(config)))
     return spike_seq, v, v_seq
 
 
 def backward(inputs: Inputs, grads: OutputGradients, needs_v_init: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """See :class:`sj_robust.ops.dlif.backends.Implementation`."""
     x_seq, input_gain, v_init, config = on_one_device(inputs)
-    T, M = x_seq.shape
+    T, M = len(x_seq), x_seq[0].numel()
     plan = backward_plan(x_seq.dtype, T, config)
     new = functools.partial(torch.empty, dtype=torch.float32, device=x_seq.device)
     grad_x_seq = torch.empty_like(x_seq)
-    grad_v_init = new(M) if needs_v_init else None
+    grad_v_init = torch.empty_like(x_seq[0], dtype=torch.float32) if needs_v_init else None
     partial_grad_gain = new((plan.programs(M), T))
     checkpoints = new((plan.LATER, M)) if plan.LATER else None  # of the potential, one per segment but the first
     tensors = (x_seq, input_gain, v_init, *grads, grad_x_seq, grad_v_init, partial_grad_gain, checkpoints)
@@ -139,7 +139,7 @@ def launch(
 
 
 def _launch(name: str, plan: Plan, x_seq: Tensor, arguments: tuple[Any, ...]) -> None:
-    M = x_seq.shape[1]
+    M = x_seq[0].numel()
     if M == 0:
         return
     launch(

@@ -85,7 +85,7 @@ def variants(strength: int, shapes: list[tuple[int, bool, int]] = SHAPES) -> lis
 
 ROUND_TRIP = """extern "C" __global__ void round_trip(const float* from, BFloat16* bits, float* back, int n) {
     for (int i = threadIdx.x; i < n; i += blockDim.x) {
-        store(bits[i], from[i]);
+        store_values(bits + i, {from[i]});
         back[i] = to_float(bits[i]);
     }
 }

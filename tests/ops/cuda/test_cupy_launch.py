@@ -86,16 +86,19 @@ def _install(fake, monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", fake)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0x1234))
     monkeypatch.setattr(cupy_launch, "_TEXTS_TRIED", {})
-    cupy_launch._compiled.cache_clear()
-    cupy_launch._cupy_reason.cache_clear()
+    _forget()
     return fake
+
+
+def _forget():
+    for cached in (cupy_launch._compiled, cupy_launch._contexts, cupy_launch._cupy_reason):
+        cached.cache_clear()
 
 
 @pytest.fixture(autouse=True)
 def _forget_kernels():
     yield
-    cupy_launch._compiled.cache_clear()
-    cupy_launch._cupy_reason.cache_clear()
+    _forget()
 
 
 CASES = {  # T, M, dtype; whether it starts from a state and stores potentials; vector width forward and backward
@@ -169,9 +172,13 @@ def test_enters_the_device_and_stream_of_the_tensor_and_restores_them_on_errors(
     monkeypatch.setattr(
         torch.cuda, "current_stream", lambda device: asked.append(device) or SimpleNamespace(cuda_stream=7)
     )
-    with pytest.raises(KeyError), cupy_launch._torch_stream(torch.device("cuda", 1)):
-        raise KeyError
-    assert asked == [torch.device("cuda", 1)]
+    monkeypatch.setattr(cupy_launch, "_compiled", lambda *_: {}["no kernel"])
+    x, device = torch.zeros(2, 4), torch.device("cuda", 1)
+    elsewhere = SimpleNamespace(device=device, shape=x.shape, numel=x.numel)
+    variant = cupy_launch.Variant(128, "float", 2, False, 4, "RESET_TO_ZERO", False)
+    with pytest.raises(KeyError, match="no kernel"):
+        cupy_launch._launch(variant, elsewhere, (x,), CONFIG)
+    assert asked == [device]
     assert fake.log == [("enter", ("device", 1)), ("enter", stream), ("exit", stream), ("exit", ("device", 1))]
 
 

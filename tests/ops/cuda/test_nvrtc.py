@@ -6,7 +6,8 @@ independent of each other in the text, so that no combination of three could fai
 """
 
 import re
-from itertools import cycle
+from collections import Counter
+from itertools import cycle, product
 
 import pytest
 from ops.cuda import cases, nvrtc, shim
@@ -54,12 +55,47 @@ def test_charging_is_never_contracted(direction):
     assert not (direction == "forward" and any(name == "fma" for name, _ in instructions))
 
 
-@pytest.mark.parametrize(("io", "width"), [("float", 32), ("Half", 16), ("BFloat16", 16)])
-def test_memory_is_moved_four_neurons_at_a_time(io, width):
-    ptx, _ = nvrtc.compile_text(_source(io, vec=4), "compute_80", ptx=True)
-    moves = re.findall(rf"(ld|st)\.global(?:\.nc)?\.v4\.[a-z]+{width}\b", ptx.decode())
-    assert moves.count("ld") >= 4
-    assert moves.count("st") >= 4
+def test_memory_is_moved_once_and_in_whole_vectors():
+    """Per step a load of x and of the gain, on the way back of the gradient and again of the gain, and one store.
+
+    Beside these the potentials, and the sums for the gain, whose loop is unrolled to two stores.
+    """
+    sizes, widths = (1, 4, 8, 16, 32), {"float": 32, "Half": 16, "BFloat16": 16}
+    text, wanted = shim.KERNEL, {}
+    for io, steps in product(widths, sizes):
+        vec = min(4, cupy_launch._VALUES_PER_THREAD // steps)
+        common = f"{io}, {steps}, false"
+        text += f"DLIF_FORWARD(f_{io}_{steps}, 128, {common}, 4, RESET_TO_ZERO, false)\n"
+        text += f"DLIF_BACKWARD(b_{io}_{steps}, 128, {common}, {vec}, RESET_TO_ZERO, false, false, ATan)\n"
+        of_x, of_v = vec * widths[io], vec * 32
+        loads = Counter({4 * widths[io]: steps}) + Counter({128: 1}) + Counter({32: steps})
+        wanted[f"f_{io}_{steps}"] = loads, Counter({4 * widths[io]: steps}) + Counter({128: 1})
+        loads = Counter({of_x: 2 * steps}) + Counter({of_v: 2}) + Counter({32: 2 * steps})
+        wanted[f"b_{io}_{steps}"] = loads, Counter({of_x: steps}) + Counter({of_v: 1}) + Counter({32: 2})  # of sums
+    ptx = nvrtc.compile_text(text, "compute_80", ptx=True)[0].decode()
+    bits_of, found = (lambda moves, way: Counter(int(n or 1) * int(bits) for w, n, bits in moves if w == way)), {}
+    for name, body in re.findall(r"\.entry (\w+)\((.*?)\n}", ptx, re.S):
+        moves = re.findall(r"^\s*(?:@\S+ )?(ld|st)\.global(?:\.nc)?(?:\.v(\d))?\.[a-z](\d+)", body, re.M)
+        found[name] = bits_of(moves, "ld"), bits_of(moves, "st")
+    assert found == wanted
+
+
+def test_the_next_gradient_is_on_its_way_before_a_step_is_done():
+    text = _source("float", steps=8, vec=4, surrogate="PiecewiseQuadratic")
+    ptx = nvrtc.compile_text(text, "compute_80", ptx=True)[0].decode()
+    moves = re.findall(r"(ld|st)\.global\.(?:nc\.)?v4", ptx)
+    assert moves[moves.index("st") :].count("ld") == 8 - 2  # those of the last two steps were loaded before
+
+
+@pytest.mark.parametrize(("io", "instruction"), [("Half", "f16x2"), ("BFloat16", "bf16x2")])
+def test_two_neighbours_are_rounded_at_once_the_first_to_the_lower_half(io, instruction):
+    kernel = 'extern "C" __global__ void pair(const float* x, unsigned* y) { *y = rounded(%s(), x[0], x[1]); }'
+    text = f"{shim.KERNEL}\n{kernel % io}"
+    ptx = nvrtc.compile_text(text, "compute_80", ptx=True)[0].decode()
+    loaded = dict(re.findall(r"ld\.global\.(?:nc\.)?f32\s+(%f\d+), \[%rd\d+(\+4)?\]", ptx))
+    upper, lower = re.search(rf"cvt\.rn\.{instruction}\.f32 %r\d+, (%f\d+), (%f\d+)", ptx).groups()
+    assert (loaded[upper], loaded[lower]) == ("+4", "")
+    assert "x2" not in nvrtc.compile_text(text, "compute_75", ptx=True)[0].decode()  # which has no such instruction
 
 
 def test_no_double_precision_and_halves_through_cvt():
