@@ -1,5 +1,6 @@
 """The current pair of runs: which neuron was called when, and what each followed layer makes of it."""
 
+import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -38,7 +39,6 @@ class Recording:
         layers: Layers,
         kept: Kept,
     ) -> None:
-        _keep_out_of_graphs()
         self.run: RunKind | None = None
         self.order: list[str] = []
         self.pairs: dict[str, LayerPair] = {}
@@ -54,6 +54,8 @@ class Recording:
     @contextmanager
     def running(self, kind: RunKind) -> Iterator[None]:
         """Context of one run; whatever goes wrong inside, nothing of the pair stays."""
+        if "torch._dynamo" in sys.modules:  # whoever compiles has loaded it
+            _keep_out_of_graphs()
         if self.run is not None:
             raise RuntimeError(f"{kind}() was entered inside {self.run}(): a run must end before the next begins")
         if kind == "perturbed" and (not self.pairs or self.complete):
@@ -197,7 +199,7 @@ class Recording:
 
 @cache
 def _keep_out_of_graphs() -> None:
-    """Hooks beside compiled code run as they are; said here, not at import, since torch loads its compiler for it."""
+    """Hooks beside compiled code run as they are; saying so loads the compiler, which takes as long as torch itself."""
     for name in ("before_call", "after_call"):
         disabled = torch.compiler.disable(getattr(Recording, name))  # type: ignore[no-untyped-call]  # torch leaves it untyped
         setattr(Recording, name, disabled)
