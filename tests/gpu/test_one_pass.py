@@ -74,31 +74,11 @@ def test_inputs_off_their_alignment():
         torch.testing.assert_close(a, b)
 
 
-def network(fused):
-    torch.manual_seed(0)
-    layers = layer.Conv2d(3, 16, 3, padding=1, bias=False), layer.BatchNorm2d(16), DLIFNode(4), layer.AvgPool2d(2)
-    net = nn.Sequential(*layers).cuda()
+def test_a_cuda_graph_of_a_network_in_one_pass_gives_the_numbers_of_the_call():
+    layers = layer.Conv2d(3, 16, 3, padding=1), layer.BatchNorm2d(16), DLIFNode(4), layer.AvgPool2d(2)
+    net = nn.Sequential(*layers).cuda().eval()
     functional.set_step_mode(net, "m")
-    if fused:
-        fuse(net)
-    return net
-
-
-def test_a_network_under_autocast_runs_in_one_pass():
-    results = []
-    for fused in LAST:
-        net, x = network(fused), normal(4, 8, 3, 16, 16)
-        scaler = torch.amp.GradScaler("cuda")
-        with torch.autocast("cuda", torch.float16), stage_cases.launched() as names:
-            spikes = net(x)
-            scaler.scale(spikes.float().square().mean()).backward()
-        assert ("bn_dlif_forward" in names) == fused
-        results.append([spikes.float().mean(), *(p.grad.norm() for p in net.parameters())])
-    torch.testing.assert_close(*map(torch.stack, results), rtol=0.05, atol=1e-3)
-
-
-def test_a_cuda_graph_gives_the_numbers_of_the_call():
-    net = network(True).eval()
+    fuse(net)
     x = normal(4, 8, 3, 16, 16)
 
     def call():
@@ -108,8 +88,9 @@ def test_a_cuda_graph_gives_the_numbers_of_the_call():
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    with torch.cuda.stream(side), stage_cases.launched() as names:
         call()
+    assert names == ["bn_moments", "bn_dlif_forward"]
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -120,8 +101,9 @@ def test_a_cuda_graph_gives_the_numbers_of_the_call():
 
 
 def test_more_than_2_to_the_31_numbers():
-    if torch.cuda.get_device_properties(0).total_memory < 30 << 30:
-        pytest.skip("needs 30 GB")
+    free_gb = torch.cuda.mem_get_info()[0] / 1e9
+    if free_gb < 30:
+        pytest.skip(f"needs 30 GB of free GPU memory, has {free_gb:.0f}")
     x = torch.empty(33, 64, 64, 128, 128, device="cuda", dtype=torch.bfloat16).normal_()
     found = stage(x, training=False, backend="triton")
     wanted = stage(x[:, -1:].contiguous(), training=False, backend="triton")

@@ -82,8 +82,11 @@ def cut(
         return layout, {name: value for name, value in asdict(layout).items() if name != "POOL"}
     plan = (dlif.forward_plan if kernel == "bn_dlif_forward" else dlif.backward_plan)(dtype, steps, config)
     positions = plan.BLOCK
-    if planes.pool and kernel == "bn_dlif_backward":  # forward a thread has whole windows, to add them up
-        positions //= 4 if _is_last(planes) else 2
+    if kernel == "bn_dlif_backward":
+        if plan.LATER:  # then the sums over a channel are kept in registers from one segment to the next
+            positions //= 2
+        if planes.pool:  # forward a thread has whole windows, to add them up
+            positions //= 4 if _is_last(planes) else 2
     layout = Layout.of(planes, dtype, positions)
     return layout, {**asdict(plan), **asdict(layout)}
 

@@ -3,6 +3,7 @@
 ``TRITON_INTERPRET=1 python -m ops.triton.stage_cases`` in ``tests/``; a number behind it adds so many calls at random.
 """
 
+import itertools
 import random
 import sys
 from collections.abc import Iterator
@@ -148,6 +149,17 @@ def check(case: Case, device: str = "cpu") -> None:
         assert torch.equal(v_seq, exact[1]), "potentials differ"
 
 
+def at_the_threshold() -> None:
+    """Quarters are exact in binary, so that h == v_threshold really happens."""
+    x = torch.tensor(list(itertools.product([0.0, 0.25, 0.5, 1.0], repeat=3))).T.reshape(3, 1, 1, 8, 8).contiguous()
+    options = {"average_pool": True, "decay": 0.5, "v_threshold": 1.0}
+    found, wanted = (
+        batch_norm_dlif_multi_step(x, None, torch.ones(3), backend=name, **options) for name in ("triton", "reference")
+    )
+    assert torch.equal(found[0], wanted[0])
+    assert torch.equal(found[1], wanted[1])
+
+
 def a_large_mean() -> None:
     """Sums of distances to a number nearby cancel nothing."""
     x = 1000 + 0.25 * torch.randn(3, 2, 2, 6, 6, generator=torch.Generator().manual_seed(0))
@@ -244,7 +256,7 @@ def main(more: int) -> None:
     modules = stage, triton_launch
     for module in modules:
         module.torch = fenced
-    for part in (*chosen, a_large_mean):
+    for part in (at_the_threshold, *chosen, a_large_mean):
         print(part, flush=True)
         check(part) if isinstance(part, Case) else part()
         fenced.check()

@@ -152,7 +152,7 @@ def test_tiles_of_one_pass_cover_every_window(shape, pool, last):
     C, height, width = shape
     planes = Planes(C, height, width, last, pool and height > 1)
     for kernel, dtype in itertools.product(("bn_dlif_forward", "bn_dlif_backward", "bn_statistics"), (F32, BF16)):
-        layout, constants = stage_launch.cut(kernel, dtype, 16, CONFIG, planes)
+        layout, constants = stage_launch.cut(kernel, dtype, 16 if C > 3 else 40, CONFIG, planes)
         assert constants["BLOCK"] == layout.BLOCK
         for size in (layout.UNIT, layout.BLOCK, layout.CHANNELS):
             assert size.bit_count() == 1, "a power of two"
