@@ -61,6 +61,7 @@ if __name__ == "__main__":
     check_options(Options)  # --help and wrong options end here: what follows imports torch
 
 import csv
+import hashlib
 import json
 import os
 import shlex
@@ -78,6 +79,7 @@ from lab.benchmarking.tables import caption, cells, columns, markdown
 from rich.console import Console
 from rich.table import Table
 
+from sj_robust import ops
 from sj_robust._console import working
 from sj_robust._environment import processor, version_of
 from sj_robust.evaluation import environment
@@ -148,6 +150,7 @@ def first_hour(options: Options, folder: Path, arguments: list[str]) -> None:
     where = {name: value for name, value in environment(options.device).items() if name != "threads"}
     cupy = next((version for kind in ("cuda12x", "cuda13x") if (version := version_of(f"cupy-{kind}"))), None)
     where |= {"triton": version_of("triton") or "not installed", "cupy": cupy or "not installed"}
+    where |= {"kernels": digest_of_kernels()}
     for name, value in where.items():
         console.print(f"{name}: {value}")
     store = Store(folder / f"gpu-{where['spikingjelly']}.jsonl", where)
@@ -157,6 +160,13 @@ def first_hour(options: Options, folder: Path, arguments: list[str]) -> None:
     test_and_measure(store, PLAN, tests, options.device, options.rounds, command, console.print)
     if options.output is not None:
         console.print(f"{store.path.name}, and its .md and .png, are in {folder}")
+
+
+def digest_of_kernels() -> str:
+    """Changes with any text of ``sj_robust.ops``, so that no row of other kernels stays in a table."""
+    folder = Path(ops.__file__).parent
+    paths = sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".cu"))
+    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
 
 
 def refuse_unless_tests_pass(what: str, environ: dict[str, str]) -> None:

@@ -69,7 +69,8 @@ class GpuRow:
 class Store:
     """The rows of a run in a file of JSON lines, whose first line says where they were measured.
 
-    Rows of another machine or other releases are set aside in a file beside it, since one table cannot hold both.
+    Rows of another machine, other releases or other kernels are set aside in a file beside it, since one table cannot
+    hold both.
     """
 
     def __init__(self, path: Path, where: Mapping[str, str]) -> None:
@@ -81,12 +82,13 @@ class Store:
         known = {field.name for field in fields(GpuRow)}
         if lines:
             if not _is_same(json.loads(lines[0]), self.where):
-                path.replace(path.with_suffix(".earlier.jsonl"))
+                with path.with_suffix(".earlier.jsonl").open("a", encoding="utf-8") as earlier:
+                    earlier.write(f"{text.rstrip()}\n")
                 lines = []
             for line in lines[1:]:
                 try:
                     row = GpuRow(**{name: value for name, value in json.loads(line).items() if name in known})
-                except ValueError:  # the last line of a run that was killed
+                except (TypeError, ValueError):  # where rows set aside begin; the last line of a run that was killed
                     continue
                 self._rows[row.key] = row
         if lines and not text.endswith("\n"):
@@ -219,8 +221,11 @@ def _parsed(line: str) -> dict[str, Any]:
 def run_tests(
     folder: Path, store: Store, *, limit: float = 480.0, began: Callable[[str], None] = lambda name: None
 ) -> Iterator[GpuRow]:
-    """Run the tests of a folder, each function and backend in a process of its own, where a crash is its own affair."""
-    pytest = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider"]
+    """Run the tests of a folder, each function and backend in a process of its own, where a crash is its own affair.
+
+    Warnings are no errors: one of a driver or of a newer package would make a kernel seem to be missing.
+    """
+    pytest = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "-W", "default"]
     listed = _run([*pytest, "--collect-only", str(folder)], limit)
     identifiers = re.findall(r"^(\S+\.py::\w+)(\[.*\])?$", listed.stdout, flags=re.MULTILINE)
     if not identifiers:
