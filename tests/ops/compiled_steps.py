@@ -1,6 +1,8 @@
 """A training step compiled against the same step uncompiled, in turn, on the CPU.
 
-    OMP_NUM_THREADS=1 PYTHONPATH=recipes python tests/ops/compiled_steps.py small 32 11   # network, images, repetitions
+    OMP_NUM_THREADS=1 PYTHONPATH=../recipes python -m ops.compiled_steps small 32 11   # in tests/
+
+The arguments are the network, the number of images and that of repetitions.
 
 Times are those of the process, which other jobs of the machine disturb little, so one thread is meant.
 """

@@ -1,7 +1,7 @@
 """Every way in which torch traces a network, with every backend: the numbers of the plain call, or a clear refusal.
 
-python tests/ops/tracers.py                     # the table, every cell in a process of its own
-python tests/ops/tracers.py compile cpp         # one cell: what it gives, or the error in full
+python -m ops.tracers                     # in tests/: the table, every cell in a process of its own
+python -m ops.tracers torch.compile cpp   # one cell: what it gives, or the error in full
 """
 
 import os
