@@ -104,19 +104,19 @@ def dlif_to_lif(net: nn.Module) -> ReplacementReport:
         other g      as for 1, of potentials v / g: threshold and v_reset are divided by g, which ``notes`` says
 
     The spikes are the same up to rounding, and so are the gradients for the first two; for another g the surrogate sees
-    the divided potential. Hooks and settings are kept, states are those after a reset.
+    the divided potential. Hooks and settings are kept, states are those after a reset. Subclasses of DLIFNode stay.
     将增益恒定的 DLIF 神经元替换为 LIF/IF。
 
     Args:
         net: A network with DLIF neurons, changed in place.
 
     Returns:
-        What was replaced, by module name.
+        What was replaced and what not, by module name.
 
     Raises:
         TypeError: If ``net`` is no network.
-        ValueError: If ``net`` is itself a neuron, has no DLIF neuron, or one whose gain differs between steps or is not
-            positive; ``net`` is as it was then.
+        ValueError: If ``net`` is itself a neuron, has no DLIF neuron to replace, or one whose gain differs between
+            steps or is not positive; ``net`` is as it was then.
 
     Source: the charge equations of DLIF and LIF, divided by g.
 
@@ -131,7 +131,9 @@ def dlif_to_lif(net: nn.Module) -> ReplacementReport:
     report = ReplacementReport()
     successors: dict[nn.Module, Any] = {}
     for name, module in net.named_modules(remove_duplicate=False):
-        if isinstance(module, DLIFNode):
+        if type(module) is not DLIFNode and isinstance(module, DLIFNode):
+            report.skipped[name] = f"{type(module).__name__} may have dynamics of its own"
+        elif isinstance(module, DLIFNode):
             successors[module] = node = _without_gain(name, module)
             report.replaced[name] = type(module).__name__
             if node.v_threshold != module.v_threshold:

@@ -151,7 +151,19 @@ def test_gains_that_lif_cannot_have_leave_the_network_alone(gains):
     assert isinstance(net[1], DLIFNode)
 
 
-@pytest.mark.parametrize("net", [DLIFNode(T=2), nn.Linear(2, 2)])
+class Doubled(DLIFNode):
+    def multi_step_forward(self, x_seq):
+        return 2 * super().multi_step_forward(x_seq)
+
+
+def test_a_neuron_with_dynamics_of_its_own_stays_and_is_named():
+    net = nn.Sequential(DLIFNode(T=2), Doubled(T=2))
+    report = dlif_to_lif(net)
+    assert [type(node) for node in net] == [neuron.LIFNode, Doubled]
+    assert report.skipped == {"1": "Doubled may have dynamics of its own"}
+
+
+@pytest.mark.parametrize("net", [DLIFNode(T=2), nn.Linear(2, 2), nn.Sequential(Doubled(T=2))])
 def test_nothing_to_turn_back_is_refused(net):
     with pytest.raises(ValueError, match=r"itself a neuron|no DLIFNode"):
         dlif_to_lif(net)
