@@ -81,7 +81,7 @@ class Store:
         lines = text.splitlines()
         known = {field.name for field in fields(GpuRow)}
         if lines:
-            if not _is_same(json.loads(lines[0]), self.where):
+            if not _is_same(_parsed(lines[0]), self.where):
                 with path.with_suffix(".earlier.jsonl").open("a", encoding="utf-8") as earlier:
                     earlier.write(f"{text.rstrip()}\n")
                 lines = []

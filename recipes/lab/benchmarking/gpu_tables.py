@@ -32,6 +32,8 @@ def markdown(store: Store, plan: Mapping[str, Part], command: str) -> str:
     if tests:
         failed = [row.method for row in tests if row.reason]
         sentence = f"Tests that fail: {', '.join(failed)}." if failed else "No test of `tests/gpu` fails."
+        if skipped := [row.method for row in tests if not row.reason and "passed" not in row.outcome]:
+            sentence += f" Tests that did not run: {', '.join(skipped)}."
         cells = [(row.method, row.outcome or "no outcome", _cell(row.reason)) for row in tests]
         lines += [sentence, "", markdown_table(("test", "outcome", "reason"), cells), ""]
     for name, part in plan.items():

@@ -126,6 +126,8 @@ def test_what_goes_wrong_is_a_row_and_a_stopped_run_goes_on(store, tmp_path):
         kept = Store(store.path, other)
         assert kept.rows == []
         kept.add(GpuRow("layer", other["kernels"]))
+    store.path.write_text('{"device": "cu')  # killed in its first line
+    assert Store(store.path, WHERE).rows == []
     assert len(Store(tmp_path / "gpu-2.0.0.earlier.jsonl", WHERE).rows) == 10 + 1, "nothing that was set aside is lost"
 
 
@@ -169,6 +171,7 @@ def measured(method, median, *, part="layer", shape="8x16x3x4x4", wanted="8x16x3
 def test_tables_and_chart(store, tmp_path, monkeypatch, capsys):
     store.add(GpuRow(TESTS, "test_autocast [triton]", outcome="3 passed"))
     store.add(GpuRow(TESTS, "test_graphs [cupy]", outcome="1 failed", reason="spikes | differ"))
+    store.add(GpuRow(TESTS, "test_two_gpus", outcome="1 skipped (needs two GPUs)"))
     store.add(measured(COPY, 2.0))  # half of it in the forward pass
     store.add(measured("DLIF triton", 5.0))
     store.add(measured("SpikingJelly LIFNode, GPU", 25.0, shape="8x8x3x4x4"))  # half the batch: 50 for the whole
@@ -178,7 +181,7 @@ def test_tables_and_chart(store, tmp_path, monkeypatch, capsys):
     lines = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
              for line in text.splitlines() if line.startswith("| ")}  # fmt: skip
     assert "cuda (a GPU), torch 2.13, SpikingJelly 2.0.0, CuPy 14, Triton 3.9, commit 0123456789ab" in text
-    assert "Tests that fail: test_graphs [cupy]." in text
+    assert "Tests that fail: test_graphs [cupy]. Tests that did not run: test_two_gpus." in text
     assert lines["test_graphs [cupy]"] == ["1 failed", "spikes / differ"]
     assert "a copy reaches 200 GB/s, at which the 5 passes take 2.5 ms" in text
     assert lines["DLIF triton"][5:8] == ["100", "50 %", "10.00"]
