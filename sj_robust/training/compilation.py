@@ -1,10 +1,14 @@
 """A network through ``torch.compile`` for the time of a training."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
+
+from sj_robust._host import functional
+from sj_robust.classifier import step_mode_of
 
 __all__ = ["compiled"]
 
@@ -16,9 +20,9 @@ _OPTIONS = {"layout_optimization": False}  # the memory order is the run's; arou
 def compiled(net: nn.Module) -> Iterator[None]:
     """Run ``net`` through ``torch.compile`` until the context ends. 在上下文内编译网络。
 
-    It is compiled in place: modules, hooks and ``state_dict`` keys stay. The reset of the states before every pass is
-    the classifier's and stays outside. Compiling happens at the first pass of every kind (training, attack, another
-    batch size), which then takes long.
+    It is compiled in place: modules, hooks and ``state_dict`` keys stay. A network in step mode ``"m"`` also resets its
+    states after every pass, inside the graph, which then need not hand them out or wait for gradients of them.
+    Compiling happens at the first pass of every kind (training, attack, another batch size), which then takes long.
 
     Args:
         net: A network, not the classifier around it.
@@ -36,6 +40,9 @@ def compiled(net: nn.Module) -> Iterator[None]:
     """
     from torch._dynamo.exc import TorchDynamoException  # imports the compiler, which takes seconds
 
+    own_forward = net.__dict__.get("forward")
+    if step_mode_of(net) == "m":
+        net.forward = _then_reset(net, net.forward)
     net.compile(backend=_BACKEND, options=_OPTIONS if _BACKEND == "inductor" else None)
     try:
         yield
@@ -47,4 +54,16 @@ def compiled(net: nn.Module) -> Iterator[None]:
         ) from error
     finally:
         net._compiled_call_impl = None  # torch has no public way back
+        net.__dict__.pop("forward", None)
+        if own_forward is not None:
+            net.forward = own_forward
         torch.compiler.reset()
+
+
+def _then_reset(net: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+    def forward_and_reset(*args: Any, **kwargs: Any) -> Any:
+        outputs = forward(*args, **kwargs)
+        functional.reset_net(net)
+        return outputs
+
+    return forward_and_reset
