@@ -166,6 +166,11 @@ def measure_part(
                 yield row
                 finished += 1
             cases = cases[max(finished, 1) :]  # a process that died is followed by another one for the rest
+            if finished and row.reason == _too_long(limit):  # one that hung is not: an hour is soon over
+                for case in cases:
+                    store.add(row := row_of(case, {"reason": f"not tried: a row of this method {_too_long(limit)}"}))
+                    yield row
+                break
 
 
 def _answers(command: Sequence[str], variables: Mapping[str, str], limit: float) -> Iterator[dict[str, Any]]:
@@ -185,7 +190,7 @@ def _answers(command: Sequence[str], variables: Mapping[str, str], limit: float)
                 try:
                     line = lines.get(timeout=limit)
                 except queue.Empty:
-                    yield {"reason": f"took longer than {limit:g} s"}
+                    yield {"reason": _too_long(limit)}
                     return
                 if not line:
                     break
@@ -201,6 +206,10 @@ def _answers(command: Sequence[str], variables: Mapping[str, str], limit: float)
                 yield {"reason": f"the process ended with code {process.returncode}: {last[:300]}"}
         finally:
             process.kill()
+
+
+def _too_long(limit: float) -> str:
+    return f"took longer than {limit:g} s"
 
 
 def _forward(stream: Any, lines: "queue.Queue[str]") -> None:
@@ -223,6 +232,7 @@ def run_tests(
 ) -> Iterator[GpuRow]:
     """Run the tests of a folder, each function and backend in a process of its own, where a crash is its own affair.
 
+    A backend one of whose tests takes longer than ``limit`` seconds runs no more of them.
     Warnings are no errors: one of a driver or of a newer package would make a kernel seem to be missing.
     """
     pytest = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "-W", "default"]
@@ -233,6 +243,7 @@ def run_tests(
         store.add(row)
         yield row
     groups = dict.fromkeys((test, _backend(parameters)) for test, parameters in identifiers)
+    hung = set()
     for test, backend in groups:
         if backend == "cpp":  # so the tests try themselves where there is no GPU
             continue
@@ -240,8 +251,13 @@ def run_tests(
         if store.has(GpuRow(TESTS, name)):
             continue
         began(name)
-        row = _tested(name, [*pytest, str(folder / test.split("::")[0].rpartition("/")[2]) + f"::{name.split()[0]}"],
-                      backend, limit)  # fmt: skip
+        if backend in hung:
+            row = GpuRow(TESTS, name, reason=f"not run: another test of {backend} {_too_long(limit)}")
+        else:
+            file = folder / test.split("::")[0].rpartition("/")[2]
+            row = _tested(name, [*pytest, f"{file}::{name.split()[0]}"], backend, limit)
+        if backend and row.reason.endswith(_too_long(limit)):
+            hung.add(backend)
         store.add(row)
         yield row
 
@@ -280,7 +296,7 @@ def _run(command: Sequence[str], limit: float) -> "subprocess.CompletedProcess[s
     try:
         return subprocess.run(command, capture_output=True, text=True, check=False, env=environ, timeout=limit)
     except subprocess.TimeoutExpired:
-        return subprocess.CompletedProcess(command, -9, "", f"took longer than {limit:g} s")
+        return subprocess.CompletedProcess(command, -9, "", _too_long(limit))
 
 
 def _last_line(result: "subprocess.CompletedProcess[str]") -> str:

@@ -45,11 +45,11 @@ def unavailable_reason(name: str) -> str | None:
 
 
 def failing_reason(name: str) -> str | None:
-    """As :func:`unavailable_reason`, but a kernel for a GPU is tried, once in a process."""
+    """As :func:`unavailable_reason`, but a kernel for a GPU is tried, once and in no CUDA graph's capture."""
     reason = unavailable_reason(name)
-    if reason is None and name in CUDA_KERNELS and torch.cuda.is_available():
-        reason = _failure(name)
-    return reason
+    if reason is not None or name not in CUDA_KERNELS or not torch.cuda.is_available():
+        return reason
+    return None if torch.cuda.is_current_stream_capturing() else _failure(name)
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from dataclasses import replace
 import benchmark
 import pytest
 import torch
-from lab.benchmarking import gpu_hour, gpu_tables, gpu_worker
+from lab.benchmarking import gpu_hour, gpu_run, gpu_tables, gpu_worker
 from lab.benchmarking.gpu_plan import COPY, PLAN, Part, layer_parts, network_part
 from lab.benchmarking.gpu_run import TESTS, GpuRow, Store, measure_part, run_tests
 
@@ -116,7 +116,8 @@ def test_what_goes_wrong_is_a_row_and_a_stopped_run_goes_on(store, tmp_path):
         *["ImportError: no module"] * 2,
         "the process ended with code 9: illegal access",
         "",
-        *["took longer than 2 s"] * 2,
+        "took longer than 2 s",
+        "not tried: a row of this method took longer than 2 s",
         *["the process ended with code 1: no such library"] * 2,
     ]
     retried = [row.method for row in measure_part("fake", FAKE, again, **options | {"limit": 0.5})]
@@ -218,6 +219,17 @@ def test_a_test_that_takes_its_process_along_is_a_row(store, tmp_path):
     assert [row.method for row in run_tests(tmp_path / "gpu", store)] == ["test_both [cupy]", "test_crash"]
     (row,) = run_tests(tmp_path / "nowhere", store)
     assert "finds no tests" in row.reason
+
+
+def test_a_backend_that_hangs_runs_no_more_tests(store, tmp_path, monkeypatch):
+    each = "@pytest.mark.parametrize('backend', ['triton', 'cupy'])\ndef test_{}(backend):\n    pass\n"
+    (tmp_path / "test_it.py").write_text("import pytest\n" + each.format("one") + each.format("two"))
+    reasons = {"test_one [triton]": "no outcome, code -9: took longer than 480 s"}
+    monkeypatch.setattr(gpu_run, "_tested", lambda name, *_: GpuRow(TESTS, name, reason=reasons.get(name, "")))
+    left = "not run: another test of triton took longer than 480 s"
+    assert {row.method: row.reason for row in run_tests(tmp_path, store)} == reasons | {
+        "test_one [cupy]": "", "test_two [triton]": left, "test_two [cupy]": "",
+    }  # fmt: skip
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which would be measured")

@@ -27,6 +27,7 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     remembered = triton_launch._triton_reason, cupy_launch._cupy_reason, backends._failure, dispatch._warn
     for cached in remembered:
         cached.cache_clear()
@@ -132,6 +133,14 @@ def test_a_call_that_no_kernel_runs_is_not_warned_of(kernels):
 def test_memory_that_is_short_says_nothing_of_a_kernel(kernels):
     with pytest.raises(torch.OutOfMemoryError):
         kernels(torch.OutOfMemoryError("CUDA out of memory"), RIGHT)
+
+
+def test_nothing_is_tried_while_a_cuda_graph_is_captured(kernels, gpu):
+    gpu.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    broken = RuntimeError("operation not permitted when stream is capturing")
+    assert kernels(broken, RIGHT) == "cupy"
+    gpu.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    assert choose_backend("auto", X, Surrogate()) == "triton"
 
 
 @pytest.mark.parametrize("steps", [1, 5, 16, 17, 24, 100])
