@@ -85,7 +85,7 @@ def test_one_wrong_number_of_the_chosen_backend_fails(monkeypatch, capsys, funct
 
     def wrong(*args, **kwargs):
         outputs = right(*args, **kwargs)
-        value = outputs[output]
+        value = outputs[output].view(len(outputs[output]), -1)
         value[element] = 1 - value[element] if named.startswith("spikes") else value[element] + 0.1
         return outputs
 

@@ -130,6 +130,17 @@ def test_compiled_is_what_it_is_uncompiled(place, fullgraph):
     assert_same(trained(node, x, compiled), trained(node, x, lambda x_seq: node(2 * x_seq) / 2))
 
 
+def test_a_stage_that_runs_in_one_pass_is_compiled_whole(place):
+    device, _ = place
+    net = nn.Sequential(*list(network(place, fused=False))[1:4])  # batch norm, neurons, pooling
+    fuse(net)
+    torch.compiler.reset()
+    compiled = torch.compile(net, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
+    x = currents(device)
+    for given, wanted in zip(trained(net, x, compiled), trained(net, x), strict=True):
+        torch.testing.assert_close(given, wanted)
+
+
 @pytest.mark.parametrize(("device", "backend"), CUDA)
 def test_a_cuda_graph_replays_forward_and_backward(device, backend):
     place = usable(device, backend)

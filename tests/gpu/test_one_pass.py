@@ -74,30 +74,36 @@ def test_inputs_off_their_alignment():
         torch.testing.assert_close(a, b)
 
 
-def test_a_cuda_graph_of_a_network_in_one_pass_gives_the_numbers_of_the_call():
+@pytest.mark.parametrize("training", [False, True])
+def test_a_cuda_graph_of_a_network_in_one_pass_gives_the_numbers_of_the_call(training):
     layers = layer.Conv2d(3, 16, 3, padding=1), layer.BatchNorm2d(16), DLIFNode(4), layer.AvgPool2d(2)
-    net = nn.Sequential(*layers).cuda().eval()
+    net = nn.Sequential(*layers).cuda().train(training)
     functional.set_step_mode(net, "m")
     fuse(net)
     x = normal(4, 8, 3, 16, 16)
 
     def call():
         functional.reset_net(net)
-        with torch.no_grad():
-            return net(x)
+        with torch.set_grad_enabled(training):
+            spikes = net(x)
+        grads = torch.autograd.grad(spikes.sum(), list(net.parameters())) if training else ()
+        return [spikes.detach(), *grads]
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side), stage_cases.launched() as names:
-        call()
-    assert names == ["bn_moments", "bn_dlif_forward"]
+        for _ in range(1 + 2 * training):  # a backward pass needs more than one
+            call()
+    assert "bn_dlif_forward" in names
+    assert ("bn_dlif_backward" in names) == training
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        spikes = call()
+        outputs = call()
     x.neg_()
     graph.replay()
-    assert torch.equal(spikes, call())
+    replayed = [output.clone() for output in outputs]
+    torch.testing.assert_close(replayed, call())
 
 
 def test_more_than_2_to_the_31_numbers():
