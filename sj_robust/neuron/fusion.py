@@ -64,7 +64,7 @@ class FusedSequential(nn.Sequential):
         modules = list(self)
         while modules:
             input, count = _run_first(modules, input)
-            del modules[:count]
+            modules = modules[count:]
         return input
 
 
@@ -160,13 +160,13 @@ def _run_first(modules: list[nn.Module], x_seq: Any) -> tuple[Any, int]:
     """Output of the first modules, as many as run in one pass, and how many these are."""
     head: Any = modules[0]
     has_norm = type(head) in _DIMENSIONS
-    node = next(iter(modules[has_norm:]), None)
+    node = modules[has_norm] if len(modules) > has_norm else None
     if not isinstance(node, DLIFNode) or not isinstance(x_seq, Tensor) or not _may_run_inside(node):
         return head(x_seq), 1
     norm = _norm_in_one_pass(head, node, x_seq) if has_norm else None
     if has_norm and norm is None:
         return head(x_seq), 1
-    pool = next(iter(modules[has_norm + 1 :]), None)
+    pool = modules[has_norm + 1] if len(modules) > has_norm + 1 else None
     pooled = pool is not None and _pool_in_one_pass(pool, node, x_seq, norm)
     if norm is not None:
         output = _run(node, x_seq, norm, pooled)
@@ -217,7 +217,7 @@ def _can_fuse(x_seq: Tensor, norm: BatchNorm | None, node: DLIFNode, average_poo
 def _run_pooled(node: DLIFNode, x_seq: Tensor) -> Tensor:
     """The neuron called as a module, with the pooling in its operator."""
 
-    def operator(currents: Tensor, *arguments: Any, threads_per_block: int | None = None, **constants: Any) -> Any:
+    def operator(currents: Tensor, *arguments: Any, threads_per_block: Any = None, **constants: Any) -> Any:
         return batch_norm_dlif_multi_step(currents, None, *arguments, average_pool=True, **constants)
 
     node._operator = operator
@@ -237,7 +237,7 @@ def _run(node: DLIFNode, x_seq: Tensor, values: BatchNorm, pooled: bool) -> Tens
     watched = _is_watched(node)
     currents = x_seq
 
-    def operator(_: Tensor, *arguments: Any, threads_per_block: int | None = None, **constants: Any) -> Any:
+    def operator(_: Tensor, *arguments: Any, threads_per_block: Any = None, **constants: Any) -> Any:
         nonlocal done, currents  # the block size of a CUDA kernel means nothing here
         outputs: Any = batch_norm_dlif_multi_step(
             x_seq, values, *arguments, average_pool=pooled, store_current=watched, **constants

@@ -103,7 +103,7 @@ def dlif_multi_step(
     if v_init is not None:
         v_init = v_init.permute(step_order).reshape(-1)
     inputs = Inputs(x_seq.reshape(shape[0], -1).contiguous(), input_gain, v_init, config)
-    if operator is not None and not is_plain(*inputs[:3]):
+    if operator is not None and not is_plain(inputs.x_seq, input_gain, v_init):
         spike_seq, v, v_seq = registered(inputs, store_v_seq, operator)
     else:
         implementation = backends.implementation(name, threads_per_block)
