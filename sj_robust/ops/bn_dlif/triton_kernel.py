@@ -13,7 +13,7 @@ over a channel or over all neurons is written as a share of each program and add
 import triton
 import triton.language as tl
 
-from sj_robust.ops.dlif.triton_kernel import charge, grad_charge, load, load_or, reset, store
+from sj_robust.ops.dlif.triton_kernel import charge, grad_charge, hidden, load, load_or, reset, store
 
 __all__ = ["bn_dlif_backward", "bn_dlif_forward", "bn_finish", "bn_moments", "bn_statistics"]
 
@@ -190,7 +190,8 @@ def bn_dlif_forward(
         decay, leak_current, v_threshold, v_reset, FIRST, RESET, POOL, LAST,
     )  # fmt: skip
     if LATER > 0:
-        for segment in range(LATER):
+        for done in range(LATER):
+            segment = hidden(done, decay)
             v = _forward_steps(
                 FIRST + segment * SEGMENT, v, x_seq, affine, input_gain, spike_seq, v_seq, current_seq, tile, windows,
                 x_row, row, window_row, decay, leak_current, v_threshold, v_reset, SEGMENT, RESET, POOL, LAST,

@@ -80,11 +80,13 @@ def cut(
         neurons = 32 * dlif.FORWARD_WARPS * _BYTES_AT_ONCE // dtype.itemsize
         layout = Layout.of(planes._replace(pool=False), dtype, neurons)
         return layout, {name: value for name, value in asdict(layout).items() if name != "POOL"}
-    plan = (dlif.forward_plan if kernel == "bn_dlif_forward" else dlif.backward_plan)(dtype, steps, config)
+    vectors = _has_vectors(planes)  # without them half precision has no wider accesses to gain from more neurons
+    make = dlif.forward_plan if kernel == "bn_dlif_forward" else dlif.backward_plan
+    plan = make(dtype if vectors else torch.float32, steps, config)
     positions = plan.BLOCK
     if kernel == "bn_dlif_backward":
         if plan.LATER:  # then the sums over a channel are kept in registers from one segment to the next
-            positions //= 2
+            positions //= 2 if vectors else 4  # and addresses, without vectors one for every neuron
         if planes.pool:  # forward a thread has whole windows, to add them up
             positions //= 4 if _is_last(planes) else 2
     layout = Layout.of(planes, dtype, positions)
@@ -203,6 +205,13 @@ def _rows(x_seq: Tensor, planes: Planes) -> tuple[int, int, int]:
     neurons = x_seq[0].numel()
     means = x_seq.shape[1] * planes.channels * (planes.height // 2) * (planes.width // 2)
     return 0 if is_repeated(x_seq) else neurons, neurons, means if planes.pool else neurons
+
+
+def _has_vectors(planes: Planes) -> bool:
+    """Whether four neighbours in memory or more are known to be aligned; Triton knows of multiples of 16."""
+    if _is_last(planes):
+        return planes.channels % 16 == 0
+    return (planes.width if planes.pool else planes.height * planes.width) % 4 == 0
 
 
 def _is_last(planes: Planes) -> bool:

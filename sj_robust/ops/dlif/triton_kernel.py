@@ -13,7 +13,7 @@ Spikes equal those of the reference bit by bit if products and sums are rounded 
 import triton
 import triton.language as tl
 
-__all__ = ["charge", "dlif_backward", "dlif_forward", "grad_charge", "load", "load_or", "reset", "store"]
+__all__ = ["charge", "dlif_backward", "dlif_forward", "grad_charge", "hidden", "load", "load_or", "reset", "store"]
 
 
 @triton.jit
@@ -98,6 +98,12 @@ def load_or(pointer, at, i, inside, otherwise):
 
 
 @triton.jit
+def hidden(segment, decay):
+    """The same number, as the compiler does not know: else a loop over segments keeps an address for every access."""
+    return segment ^ tl.cast(decay > 1.0, tl.int32)
+
+
+@triton.jit
 def _forward_steps(
     first, v, x_seq, input_gain, spike_seq, v_seq, block, i, inside, row,
     decay, leak_current, v_threshold, v_reset, STEPS: tl.constexpr, RESET: tl.constexpr,
@@ -130,7 +136,8 @@ def dlif_forward(
         decay, leak_current, v_threshold, v_reset, FIRST, RESET,
     )  # fmt: skip
     if LATER > 0:
-        for segment in range(LATER):
+        for done in range(LATER):
+            segment = hidden(done, decay)
             v = _forward_steps(
                 FIRST + segment * SEGMENT, v, x_seq, input_gain, spike_seq, v_seq, block, i, inside, row,
                 decay, leak_current, v_threshold, v_reset, SEGMENT, RESET,

@@ -24,6 +24,7 @@ LONGEST_SEQUENCE_IN_REGISTERS = 16
 FORWARD_WARPS, BACKWARD_WARPS = 4, 1  # of a program; one warp alone sums without a barrier
 _LONG_SEGMENT = 8  # steps per segment of a longer sequence
 _BYTES_AT_ONCE = 16  # that a thread loads or stores of a tensor
+_MOST_NEURONS_OF_LONG = 4  # of a thread in a longer sequence, whose loops keep an address for every access
 _BYTES_PER_THREAD = 128  # of x that a thread of the backward kernel reads in a segment, whose potentials it keeps
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -81,13 +82,14 @@ class _BackwardPlan(Plan):
 
 def forward_plan(dtype: torch.dtype, steps: int, config: DLIFConfig) -> Plan:
     """How the forward kernel is cut for so many steps of a dtype."""
-    return Plan(*_cut(steps), _reset(config), _block(dtype, 1, FORWARD_WARPS))
+    first, later, segment = _cut(steps)
+    return Plan(first, later, segment, _reset(config), _block(dtype, 1, FORWARD_WARPS, later > 0))
 
 
 def backward_plan(dtype: torch.dtype, steps: int, config: DLIFConfig) -> Plan:
     """How the backward kernel is cut: the more steps are in registers, the fewer neurons."""
     first, later, segment = _cut(steps)
-    block = _block(dtype, max(first, segment) if later else first, BACKWARD_WARPS)
+    block = _block(dtype, max(first, segment) if later else first, BACKWARD_WARPS, later > 0)
     return _BackwardPlan(first, later, segment, _reset(config), block, config.detach_reset, config.surrogate.kind)
 
 
@@ -156,10 +158,12 @@ def _cut(steps: int) -> tuple[int, int, int]:
     return first + 1, later, _LONG_SEGMENT
 
 
-def _block(dtype: torch.dtype, steps_in_registers: int, warps: int) -> int:
+def _block(dtype: torch.dtype, steps_in_registers: int, warps: int, is_long: bool) -> int:
     """Neurons of a program, a power of two."""
     at_once = min(_BYTES_AT_ONCE, _BYTES_PER_THREAD // steps_in_registers)
     per_thread = max(1, at_once // dtype.itemsize)
+    if is_long:
+        per_thread = min(per_thread, _MOST_NEURONS_OF_LONG)
     return 32 * warps << (per_thread.bit_length() - 1)
 
 

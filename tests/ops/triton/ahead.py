@@ -75,7 +75,7 @@ def triton_code(
 
 def stage_code(
     kernel: str, dtype: torch.dtype, steps: int, planes: Planes = PLANES, config: DLIFConfig = CONFIG, *,
-    architecture: int = 90, absent: tuple[str, ...] = (), **other_constants: Any,
+    architecture: int = 90, absent: tuple[str, ...] = (), aligned: bool = True, **other_constants: Any,
 ) -> Code:  # fmt: skip
     """The same of ``bn_dlif_forward``, ``bn_dlif_backward`` and ``bn_statistics``."""
     layout, constants = stage_launch.cut(kernel, dtype, steps, config, planes)
@@ -86,7 +86,7 @@ def stage_code(
     if kernel == "bn_statistics":
         constants["COUNT"] = 1
     function = getattr(stage_launch._kernels(), kernel)
-    return _compiled(function, {**constants, **dict.fromkeys(absent)}, warps, neurons, dtype, architecture, True)
+    return _compiled(function, {**constants, **dict.fromkeys(absent)}, warps, neurons, dtype, architecture, aligned)
 
 
 def _compiled(

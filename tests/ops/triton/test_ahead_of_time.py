@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from ops.triton import ahead
+from ops.triton.spills import Variant
 
 from sj_robust.ops import Surrogate
 from sj_robust.ops.bn_dlif import triton_launch as stage_launch
@@ -32,13 +33,11 @@ VARIANTS = [  # architecture, kernel, dtype, steps, constants, whether every opt
     (90, BACKWARD, F32, 4, config(-0.25, "sigmoid", True), True),
     (90, BACKWARD, F16, 8, config(None, "triangle", True), True),
     (90, BACKWARD, F32, 16, config(0.0, "atan"), False),
-    (90, BACKWARD, BF16, 21, config(-0.25, "atan"), True),
     (100, FORWARD, BF16, 16, config(0.0), False),
-    (100, BACKWARD, F32, 21, config(None, "sigmoid"), True),
+    (100, BACKWARD, F32, 21, config(None, "erf"), True),
     (100, BACKWARD, F16, 4, config(0.0, "atan"), True),
     (100, BACKWARD, BF16, 8, config(0.0, "triangle"), False),
     (90, BACKWARD, F32, 16, config(0.0, "exponential"), False),
-    (80, BACKWARD, BF16, 21, config(None, "erf"), True),
     (100, BACKWARD, F16, 8, config(-0.25, "soft_sign"), True),
     (90, BACKWARD, BF16, 16, config(0.0, "super_spike", True), True),
 ]
@@ -50,8 +49,22 @@ def test_stays_in_registers(architecture, kernel, dtype, steps, constants, every
     if steps <= 16:
         absent = tuple({*absent, "checkpoints"} if kernel == BACKWARD else absent)
     code = ahead.triton_code(kernel, dtype, steps, constants, architecture=architecture, absent=absent)
-    assert code.stack <= 8, "registers are spilled"  # one pair, once, in 3300 instructions for sm_80
+    assert code.stack <= 8, "registers are spilled"  # ptxas gives up two, once, to hold more warps
     assert code.registers <= (64 if kernel == FORWARD else 168)  # of 65536: so that an SM holds 12 warps
+
+
+ODD = Planes(3, 7, 7, True, True)  # without vectors
+SPILLED = [  # up to 776 bytes, when a thread had more neurons of a long sequence
+    Variant("dlif_forward", 100, F16, 100, v_reset=-0.25, planes=ODD),
+    Variant("dlif_backward", 80, BF16, 100, detach_reset=True, starts="anywhere", last=True, stores=True),
+    Variant("bn_dlif_forward", 90, BF16, 24, v_reset=-0.25, stores=True, currents=True, planes=ODD),
+    Variant("bn_dlif_backward", 100, BF16, 100, v_reset=-0.25, kind="sigmoid", last=True, stores=True, planes=ODD),
+]
+
+
+@pytest.mark.parametrize("variant", SPILLED, ids=lambda variant: variant.kernel)
+def test_long_sequences_stay_in_registers(variant):
+    assert variant.code().stack == 0, "registers are spilled"
 
 
 @pytest.mark.parametrize("dtype", [F32, F16, BF16])
