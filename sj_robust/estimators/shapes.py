@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sj_robust._host import surrogate
 from sj_robust.neuron.dlif import describe_surrogate
+from sj_robust.ops.surrogate import HOST_NAMES
 
 __all__ = [
     "SHAPES", "SHARPNESS", "derivative_of", "has_compiled_kernel", "host_surrogate", "keeping_values",
@@ -87,12 +88,7 @@ def refuse_second_derivative() -> None:
         )
 
 
-_HOST_CLASSES: dict[str, Any] = {
-    "triangle": surrogate.PiecewiseQuadratic,
-    "atan": surrogate.ATan,
-    "sigmoid": surrogate.Sigmoid,
-    "exponential": surrogate.PiecewiseExp,
-}
+_HOST_CLASSES: dict[str, Any] = {kind: getattr(surrogate, name) for kind, name in HOST_NAMES.items() if kind in SHAPES}
 
 
 def has_compiled_kernel(function: Any) -> bool:

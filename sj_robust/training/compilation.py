@@ -17,15 +17,16 @@ _OPTIONS = {"layout_optimization": False}  # the memory order is the run's; arou
 
 
 @contextmanager
-def compiled(net: nn.Module) -> Iterator[None]:
+def compiled(net: nn.Module, *, step_mode: str | None = None) -> Iterator[None]:
     """Run ``net`` through ``torch.compile`` until the context ends. 在上下文内编译网络。
 
-    It is compiled in place: modules, hooks and ``state_dict`` keys stay. A network in step mode ``"m"`` also resets its
-    states after every pass, inside the graph, which then need not hand them out or wait for gradients of them.
+    It is compiled in place: modules, hooks and ``state_dict`` keys stay. A network that takes whole sequences also
+    resets its states after every pass, inside the graph, which then need not hand them out or wait for their gradients.
     Compiling happens at the first pass of every kind (training, attack, another batch size), which then takes long.
 
     Args:
         net: A network, not the classifier around it.
+        step_mode: How it is called, ``"m"`` or ``"s"``; None asks its outermost step module.
 
     Raises:
         ValueError: If torch cannot compile the network on this machine.
@@ -41,8 +42,8 @@ def compiled(net: nn.Module) -> Iterator[None]:
     from torch._dynamo.exc import TorchDynamoException  # imports the compiler, which takes seconds
 
     own_forward = net.__dict__.get("forward")
-    if step_mode_of(net) == "m":
-        net.forward = _then_reset(net, net.forward)
+    if (step_mode or step_mode_of(net)) == "m":
+        net.forward = _then_reset(net, net.forward)  # a forward hook would do it too, but more slowly
     net.compile(backend=_BACKEND, options=_OPTIONS if _BACKEND == "inductor" else None)
     try:
         yield

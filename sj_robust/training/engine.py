@@ -80,7 +80,7 @@ def train(
         if resume and (folder / "last.pt").exists():
             run.load(load_run(folder / "last.pt"))
         if plan.compile:
-            stack.enter_context(compiled(net))
+            stack.enter_context(compiled(net, step_mode=objective.classifier.step_mode))
         received = stack.enter_context(collected_signals())
         sizes = {"epochs": plan.epochs, "batches": len(run.batches), "images": plan.batch_size}
         stack.enter_context(journal.follow(folder.name, **sizes, epoch=run.epoch, batch=run.batch))

@@ -281,6 +281,18 @@ def test_a_compiled_network_trains_the_same_weights(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @tracing
+@pytest.mark.parametrize(("step_mode", "reached"), [(None, 0), ("s", 2)])
+def test_only_a_network_that_takes_whole_sequences_is_reset_in_the_graph(monkeypatch, step_mode, reached):
+    monkeypatch.setattr(compilation, "_BACKEND", "eager")
+    net = nn.Sequential(nn.Linear(3, 2), DLIFNode(T=4))
+    with compilation.compiled(net, step_mode=step_mode):
+        net(torch.rand(2, 1, 3))
+        assert net[1].time_step == reached
+    assert "forward" not in vars(net)
+
+
+@pytest.mark.slow
+@tracing
 def test_a_network_that_cannot_be_compiled(tmp_path, monkeypatch):
     def backend(graph, example_inputs):
         raise OSError("no compiler here")

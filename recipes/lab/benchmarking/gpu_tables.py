@@ -46,7 +46,7 @@ def markdown(store: Store, plan: Mapping[str, Part], command: str) -> str:
 def caption(name: str, rows: Sequence[GpuRow], part: Part) -> str:
     """What the rows of one table have in common."""
     text = f"{name}, {rows[0].precision}, [{rows[0].wanted.replace('x', ', ')}], milliseconds"
-    copy = next((row for row in rows if row.method == COPY and not row.reason), None)
+    copy = _copy_among(rows)
     if copy is None:
         return text
     speed = gigabytes_per_second(copy, part)
@@ -63,7 +63,7 @@ def table(rows: Sequence[GpuRow], part: Part) -> str:
     head = ("method", "forward", "backward", "both", "quartiles", "host", *speed,
             *(f"{peer} / this" for peer in peers), "peak, MB", "note")  # fmt: skip
     of = {row.method: row for row in rows}
-    copy = of.get(COPY)
+    copy = _copy_among(rows)
     lines = []
     for row in rows:
         note = "" if row.shape == row.wanted else f"memory was short: [{row.shape.replace('x', ', ')}]"
@@ -74,17 +74,18 @@ def table(rows: Sequence[GpuRow], part: Part) -> str:
                  f"{row.quartile1:.3g} - {row.quartile3:.3g}", f"{row.host:.3g}"]  # fmt: skip
         if is_layer:
             reached = gigabytes_per_second(row, part)
-            known = copy is not None and not copy.reason
-            cells += [
-                f"{reached:.0f}",
-                f"{100 * reached / gigabytes_per_second(copy, part):.0f} %" if known and copy else "",
-            ]
+            share = "" if copy is None else f"{100 * reached / gigabytes_per_second(copy, part):.0f} %"
+            cells += [f"{reached:.0f}", share]
         else:
             cells.append(f"{1e3 / per_image(row):.0f}")
         cells += ["" if row.method == COPY else f"{per_image(of[peer]) / per_image(row):.2f}" for peer in peers]
         cells += ["" if math.isnan(row.peak_mb) else f"{row.peak_mb:.0f}", note]
         lines.append(tuple(cells))
     return markdown_table(head, lines)
+
+
+def _copy_among(rows: Sequence[GpuRow]) -> GpuRow | None:
+    return next((row for row in rows if row.method == COPY and not row.reason), None)
 
 
 def _cell(text: str) -> str:
