@@ -24,6 +24,7 @@ class Options:
     data_root: str = often("data", "Folder of the data set, and of downloads.", metavar="FOLDER", decides="nothing")
     download: bool = often(False, "Download what is missing.", decides="nothing")
     augment: bool | None = option(None, "Crop, flip and Cutout of training images; null does so for CIFAR only.")
+    cutout: NonNegativeInt = option(16, "Side in pixels of the square that Cutout sets to zero; 0 for none.")
     on_unreadable: Literal["error", "skip"] = option("error", "Unreadable pictures: error stops, skip leaves them out.")
     train_limit: PositiveInt | None = option(None, "Training images at most, validation included; null for all.")
     test_limit: PositiveInt | None = option(None, "Test images to use at most; null for all.", decides="figures")
@@ -32,6 +33,7 @@ class Options:
         "module:function of yours.", group="network", metavar="NAME", runs_code=True)
     model_options: dict[str, Any] = option({}, "Further keyword arguments of the network.")
     neuron: Literal["dlif", "lif", "plif", "if"] = often("dlif", "Spiking neuron of the trained network.")
+    learn_gain: bool = option(True, "False leaves DLIF's gain at 1, as LIF.", idle=lambda given: given.neuron != "dlif")
     T: PositiveInt = often(4, "Time steps per image; frames per sample of event data.")
     tau: float = option(100.0, "Membrane time constant in time steps; the decay is 1 - 1 / tau.")
     channels: tuple[int, ...] = option((16, 32), "Output channels of the convolutions of small.")
@@ -54,8 +56,7 @@ class Options:
     rho: float | None = often(None, "Weight of MS-MPPD or the indicator; null means 1 for gaussian, at, rat, else 0.")
     layers: Literal["last", "all"] | list[str] = option("last", "Spiking layers of MS-MPPD, last, all, or a list of "
         "names such as [stages.1, stages.5].", idle=lambda options: options.rho == 0)
-    norm: Literal["l2", "l1"] = option("l2", "l2 for the mean square of the perturbation, l1 for its mean absolute "
-        "value.", idle=lambda options: options.rho == 0)
+    norm: Literal["l2", "l1"] = option("l2", "l2: mean square, l1: mean size.", idle=lambda options: options.rho == 0)
     indicator: Literal["mppd", "tasad", "std"] = option("mppd", "Perturbation that is kept small, mppd, or tasad or "
         "std in its place.", idle=lambda options: options.rho == 0)
     input_gain: bool = option(False, "Make DLIF's learnable gain part of the perturbation in the loss (the paper "
@@ -80,8 +81,7 @@ class Options:
     device: Literal["auto", "cpu"] = option("auto", "auto: a GPU if there is one.", group="machine", decides="nothing")
     mixed_precision: Literal["no", "fp16", "bf16"] = option("no", "Accelerate's precision; fp16 needs a GPU.")
     compile: bool = option(False, "Compile the network with torch.compile.", decides="figures")
-    channels_last: bool | None = option(None, "Channels last in memory; null: on a GPU, in bf16 if faster.",
-        decides="figures")
+    channels_last: bool | None = option(None, "Channels last; null: on a GPU, in bf16 if faster.", decides="figures")
     sync_batch_norm: bool = option(False, "Let batch norm see the images of all processes.")
     workers: NonNegativeInt = option(0, "Processes that load images in the background.", decides="nothing")
     checkpoint_steps: PositiveInt | None = option(None, "Steps between checkpoints within an epoch; null for one per "
@@ -113,9 +113,9 @@ def main(arguments: list[str]) -> None:
     accelerator = training.make_accelerator(options.device, options.mixed_precision)
     with training.first_process_first(accelerator, f"loading {options.dataset}"):  # which downloads
         splits = load_images(
-            options.dataset, root=options.data_root, validation_fraction=options.validation_fraction,
-            seed=options.seed, train_limit=options.train_limit, test_limit=options.test_limit,
-            download=options.download, T=options.T, on_unreadable=options.on_unreadable, augment=options.augment,
+            options.dataset, root=options.data_root, validation_fraction=options.validation_fraction, T=options.T,
+            seed=options.seed, train_limit=options.train_limit, test_limit=options.test_limit, cutout=options.cutout,
+            download=options.download, on_unreadable=options.on_unreadable, augment=options.augment,
         )  # fmt: skip
     networks = {f"{options.neuron} {options.mode}": options}
     if options.reference:
@@ -212,7 +212,7 @@ def network_spec(options: Options, splits: ImageSplits) -> NetworkSpec:
         options.model, options.neuron, splits.image_shape, splits.classes, T=options.T, tau=options.tau,
         channels=options.channels, hidden=options.hidden, options=options.model_options, frames=splits.frames,
         mean=splits.mean if options.mean is None else tuple(options.mean),
-        std=splits.std if options.std is None else tuple(options.std),
+        std=splits.std if options.std is None else tuple(options.std), learn_gain=options.learn_gain,
     )  # fmt: skip
 
 

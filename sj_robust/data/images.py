@@ -61,6 +61,7 @@ def load_images(
     T: int | None = None,
     on_unreadable: Literal["error", "skip"] = "error",
     augment: bool | None = None,
+    cutout: int = 16,
 ) -> ImageSplits:
     """Load a data set and hold a validation split out of its training images. 加载数据集并划分验证集。
 
@@ -78,6 +79,7 @@ def load_images(
         T: Frames per sample of event data, each 1 where there was any event; not used by images.
         on_unreadable: What a picture or recording that cannot be read is: an error, or left out with a warning.
         augment: Whether training images are augmented; None for CIFAR alone, as in the paper.
+        cutout: Side of the square that augmentation sets to zero, even; 0 for none.
 
     Raises:
         ValueError: If the name is unknown, a number is out of range, or a file is not what it should be.
@@ -109,7 +111,7 @@ def load_images(
         mean=mean,
         std=std,
         frames=source.frames,
-        augmentation=Augmentation() if augmented else None,
+        augmentation=Augmentation(cutout=cutout) if augmented else None,
     )
 
 

@@ -40,6 +40,8 @@ class NetworkSpec:
         classes: Number of classes.
         T: Number of time steps; of frames per sample.
         tau: Membrane time constant in steps (unused by ``"if"``); of ``"plif"``, the one to start with.
+        learn_gain: Whether the gains of DLIF are trained; False leaves them at one, which is LIF (the same spikes) at
+            the speed of DLIF's kernels.
         channels: Output channels of the convolutions of ``"small"``.
         hidden: Widths of the hidden linear layers of a VGG.
         fused: Whether batch norm and the DLIF neurons behind it run in one pass where they can.
@@ -59,6 +61,7 @@ class NetworkSpec:
     classes: int = 10
     T: int = 4
     tau: float = 100.0
+    learn_gain: bool = True
     channels: tuple[int, ...] = (16, 32)
     hidden: tuple[int, ...] = (4096, 4096)
     fused: bool = True
@@ -120,6 +123,9 @@ def _built(spec: NetworkSpec) -> nn.Module:
             ) from error
     if ":" in name and spec.neuron == "dlif":
         _convert(net, spec)
+    for module in net.modules():
+        if isinstance(module, DLIFNode):
+            module.input_gain.requires_grad_(spec.learn_gain)
     if spec.fused:
         fuse(net)
     return own or net

@@ -22,6 +22,7 @@ def test_digits():
     splits = load_images("digits", seed=3)
     assert (splits.image_shape, splits.classes, splits.augmentation) == ((1, 8, 8), 10, None)
     assert load_images("digits", augment=True).augmentation == Augmentation()
+    assert load_images("digits", augment=True, cutout=0).augmentation == Augmentation(cutout=0)
     stored = splits.train.dataset.pixels  # a byte per value
     assert (stored.dtype, stored.shape) == (torch.uint8, (1437, 1, 8, 8))
 

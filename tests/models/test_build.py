@@ -3,6 +3,7 @@ from dataclasses import asdict
 import pytest
 import torch
 from spikingjelly.activation_based import neuron
+from torch import nn
 
 from sj_robust import DLIFNode
 from sj_robust.classifier import SpikingEventClassifier
@@ -59,6 +60,25 @@ def test_every_name_builds(name):
         net = build_network(NetworkSpec(name, image_shape=(3, 32, 32), T=3))
     assert {node.T for node in nodes(net)} == {3}
     assert {node.tau for node in nodes(net)} == {100.0}
+
+
+def test_dlif_that_learns_no_gain_trains_as_lif():
+    fast, lif = (build_classifier(NetworkSpec(neuron=kind, learn_gain=False)) for kind in ("dlif", "lif"))
+    fast.load_state_dict(lif.state_dict(), strict=False)
+    lif.double()
+    fast.double()
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4) for net in (fast, lif)]
+    x, y = torch.rand(32, 1, 8, 8, dtype=torch.float64), torch.arange(32) % 10
+    for _ in range(3):
+        losses = [nn.functional.cross_entropy(net(x), y) for net in (fast, lif)]
+        torch.testing.assert_close(*losses, rtol=0, atol=1e-9)
+        for loss, optimizer in zip(losses, optimizers, strict=True):
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    gains = [node.input_gain for node in nodes(fast)]
+    assert len(gains) == 2
+    assert all(torch.equal(gain, torch.ones(4)) and not gain.requires_grad for gain in gains)
 
 
 def test_options_reach_the_architecture():

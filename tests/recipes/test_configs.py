@@ -131,7 +131,8 @@ def test_a_sweep_is_made_of_the_presets(recipe, path, tmp_path):
     else:
         trained = ("at",) if path.stem.startswith("cifar10") else ("gaussian", "at", "rat")
         wanted = {(mode, neuron, rho) for mode in trained for neuron in ("lif", "dlif") for rho in (0.0, 1.0)}
-        found = {(run.options["mode"], run.options["neuron"], run.options["rho"]) for run in runs}
+        neurons = ["dlif" if run.options["learn_gain"] and run.options["neuron"] == "dlif" else "lif" for run in runs]
+        found = {(run.options["mode"], neuron, run.options["rho"]) for run, neuron in zip(runs, neurons, strict=True)}
         assert wanted <= found
         assert {neuron for mode, neuron, _ in found if mode == "none"} >= {"dlif"}
 
