@@ -17,7 +17,7 @@ from sj_robust.ops.surrogate import HOST_NAMES, Surrogate
 
 __all__ = [
     "BACKWARD_WARPS", "FORWARD_WARPS", "LONGEST_SEQUENCE_IN_REGISTERS", "Plan", "backward", "backward_plan", "forward",
-    "forward_plan", "launch", "scalars", "unavailable_reason", "unsupported_reason",
+    "forward_plan", "launch", "limit_above", "scalars", "unavailable_reason", "unsupported_reason",
 ]  # fmt: skip
 
 LONGEST_SEQUENCE_IN_REGISTERS = 16
@@ -134,10 +134,27 @@ def launch(
     device: torch.device,
     constants: dict[str, Any],
 ) -> None:
-    """Launch so many programs on torch's current stream of a device; ``constants`` are compile-time ones."""
+    """Launch so many programs on torch's current stream of a device; ``constants`` are compile-time ones.
+
+    Of few variants the assembler keeps 8 bytes of a thread on its stack, where one or two registers less let a processor
+    hold more threads. From its second launch on, such a variant has more registers and nothing on the stack.
+    """
+    variant = (kernel, device, *constants.values(), *(getattr(each, "dtype", None) for each in arguments))
     on_device: AbstractContextManager[None] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with on_device:  # on which Triton launches
-        kernel[(programs,)](*arguments, **constants, num_warps=warps, enable_fp_fusion=False)
+        compiled = kernel[(programs,)](
+            *arguments, **constants, num_warps=warps, enable_fp_fusion=False, maxnreg=_register_limits.get(variant)
+        )
+    if getattr(compiled, "n_spills", 0):
+        _register_limits[variant] = limit_above(compiled.n_regs)
+
+
+_register_limits: dict[tuple[Any, ...], int] = {}  # of a thread, by what a kernel was compiled for
+
+
+def limit_above(registers: int) -> int:
+    """Limit of the registers of a thread for a variant that spills with so many."""
+    return min(registers + 16, 255)
 
 
 def _launch(name: str, plan: Plan, x_seq: Tensor, arguments: tuple[Any, ...]) -> None:

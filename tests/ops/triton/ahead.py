@@ -101,9 +101,13 @@ def _compiled(
     divisible = [name for name in signature if signature[name][0] == "*" or name in SIZES] if aligned else []
     attributes = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
-    options = {"num_warps": warps, "enable_fp_fusion": False}
-    compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-    return read(compiled.asm["cubin"], neurons // (32 * warps), compiled.asm["ptx"], compiled.asm["ttir"])
+    options = {"num_warps": warps, "enable_fp_fusion": False, "maxnreg": None}
+    while True:  # as the launcher does from one launch to the next
+        compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+        code = read(compiled.asm["cubin"], neurons // (32 * warps), compiled.asm["ptx"], compiled.asm["ttir"])
+        if not code.stack or options["maxnreg"] == 255:
+            return code
+        options["maxnreg"] = triton_launch.limit_above(code.registers)
 
 
 def cuda_code(

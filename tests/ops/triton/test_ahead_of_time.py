@@ -49,16 +49,18 @@ def test_stays_in_registers(architecture, kernel, dtype, steps, constants, every
     if steps <= 16:
         absent = tuple({*absent, "checkpoints"} if kernel == BACKWARD else absent)
     code = ahead.triton_code(kernel, dtype, steps, constants, architecture=architecture, absent=absent)
-    assert code.stack <= 8, "registers are spilled"  # ptxas gives up two, once, to hold more warps
+    assert code.stack == 0, "registers are spilled"
     assert code.registers <= (64 if kernel == FORWARD else 168)  # of 65536: so that an SM holds 12 warps
 
 
 ODD = Planes(3, 7, 7, True, True)  # without vectors
-SPILLED = [  # up to 776 bytes, when a thread had more neurons of a long sequence
+SPILLED = [  # up to 776 bytes, when a thread had more neurons of a long sequence; the last two without more registers
     Variant("dlif_forward", 100, F16, 100, v_reset=-0.25, planes=ODD),
     Variant("dlif_backward", 80, BF16, 100, detach_reset=True, starts="anywhere", last=True, stores=True),
     Variant("bn_dlif_forward", 90, BF16, 24, v_reset=-0.25, stores=True, currents=True, planes=ODD),
     Variant("bn_dlif_backward", 100, BF16, 100, v_reset=-0.25, kind="sigmoid", last=True, stores=True, planes=ODD),
+    Variant("dlif_backward", 80, BF16, 16, v_reset=-0.25, kind="sigmoid"),
+    Variant("bn_dlif_backward", 100, F32, 100, detach_reset=True, kind="atan", stores=True, stage="sums"),
 ]
 
 

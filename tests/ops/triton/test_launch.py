@@ -201,6 +201,28 @@ def test_no_neurons_no_launch():
     assert torch.equal(grads[1], torch.zeros(3))
 
 
+def test_a_variant_that_spills_gets_more_registers_from_its_next_launch_on(monkeypatch):
+    monkeypatch.setattr(triton_launch, "_register_limits", {})
+    given = []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return self.launch
+
+        def launch(self, x, *, STEPS, num_warps, enable_fp_fusion, maxnreg):
+            given.append((x.dtype, STEPS, maxnreg))
+            needed = 100 if STEPS == 8 and x.dtype == F32 else 40
+            registers = min(needed, maxnreg or 72)
+            return SimpleNamespace(n_regs=registers, n_spills=needed - registers)
+
+    kernel, options = Kernel(), {"warps": 1, "device": torch.device("cpu")}
+    for dtype, steps in [(F32, 8), (F32, 4), (BF16, 8), (F32, 8), (F32, 8), (F32, 8), (F32, 4), (BF16, 8)]:
+        triton_launch.launch(kernel, 3, (torch.zeros(2, dtype=dtype),), constants={"STEPS": steps}, **options)
+    assert [limit for dtype, steps, limit in given if (dtype, steps) == (F32, 8)] == [None, 88, 104, 104]
+    assert {limit for dtype, steps, limit in given if (dtype, steps) != (F32, 8)} == {None}
+    assert triton_launch.limit_above(250) == 255
+
+
 def test_a_neuron_of_a_named_backend_is_built_without_touching_a_gpu(gpu):
     gpu.setattr(backends, "_failure", lambda name: pytest.fail("a GPU was touched"))
     for module in (cupy_launch, triton_launch):
