@@ -85,6 +85,7 @@ class Options:
     """Options."""
 
     checkpoint: str | None = option(None, "Checkpoint.", decides="nothing")
+    name: str | None = option(None, "Name.", decides="nothing")
     suite: Literal["paper", "fast"] = "paper"
     test_limit: int | None = None
     device: str = option("auto", "Device.", decides="nothing")
@@ -109,7 +110,7 @@ def main(arguments):
                for n, name in enumerate(names)]
     control = ("control/pgd10", "training", "control", 8 / 255, range(count - 1), (0,), (), 0.03, 1.0)
     members.append(MemberOutcome(*control))
-    report = RobustnessReport("mine", "cifar10", ThreatModel("Linf", 8 / 255), options.suite, 2,
+    report = RobustnessReport(options.name or "mine", "cifar10", ThreatModel("Linf", 8 / 255), options.suite, 2,
                               [n % 2 for n in range(count)], range(count - 1), members)
     report.save(folder / "report.json")
 '''

@@ -21,7 +21,7 @@ def images():
     return next(iter(image_loader(load_images("digits").test, 360)))
 
 
-@pytest.mark.parametrize("name", CARDS)
+@pytest.mark.parametrize("name", [name for name in CARDS if name.startswith("digits/")])
 def test_a_network_gets_right_what_its_card_says(name, images):
     x, y = images
     correct = int((pretrained(name)(x).argmax(1) == y).sum())
@@ -42,8 +42,8 @@ def test_a_network_was_trained_by_the_command_of_its_card(name):
 def test_they_are_small_and_in_the_package():
     files = [pretrained_file(name) for name in CARDS]
     assert len(files) >= 4
-    assert sum(file.stat().st_size for file in files) < 300_000
-    assert {file.name for file in files} == {file.name for file in files[0].parent.iterdir()}
+    assert sum(file.stat().st_size for file in files) < 600_000
+    assert set(files) == set(files[0].parents[1].glob("*/*"))
 
 
 def test_cards_tell_a_defended_network_from_an_undefended_one():
@@ -64,10 +64,14 @@ def test_names_are_checked():
     )
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/results/pretrained.md"])
-def test_the_table_of_a_page_is_that_of_the_cards(page):
-    shown = re.findall(r"^\| (.+?) \| `(digits/.+?)` \| (.+?) \| (.+?) \| (.+?) \|$", (ROOT / page).read_text(), re.M)
+@pytest.mark.parametrize(
+    ("page", "datasets"), [("README.md", "digits"), ("docs/results/pretrained.md", "digits|cifar10")]
+)
+def test_the_table_of_a_page_is_that_of_the_cards(page, datasets):
+    row = rf"^\| (.+?) \| `((?:{datasets})/.+?)` \| (.+?) \| (.+?) \| (.+?) \|$"
+    shown = re.findall(row, (ROOT / page).read_text(), re.M)
     assert shown == [
         (card.summary, name, f"{card.clean:.1f}", f"{card.at_most:.1f}", f"{card.at_least:.1f}")
         for name, card in CARDS.items()
+        if name.split("/")[0] in datasets
     ]

@@ -88,6 +88,8 @@ def _evaluate(run: PlannedRun, record: RunRecord, suite: str) -> RunRecord:
     path = run.folder / f"{suite}.yaml"
     inherited = {name: run.options[name] for name in ("data_root", "device") if name in run.options}
     given = options | inherited | {"checkpoint": str(checkpoint), "output": None, "resume": False}
+    if "name" in given and given["name"] is None:
+        given["name"] = run.name
     write_whole(path, yaml.safe_dump(given, sort_keys=False))
     seconds = _call(run.evaluator, folder, path, "progress/*")
     report = RobustnessReport.load(folder / _REPORT)

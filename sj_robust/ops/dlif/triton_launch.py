@@ -136,8 +136,8 @@ def launch(
 ) -> None:
     """Launch so many programs on torch's current stream of a device; ``constants`` are compile-time ones.
 
-    Of few variants the assembler keeps 8 bytes of a thread on its stack, where one or two registers less let a processor
-    hold more threads. From its second launch on, such a variant has more registers and nothing on the stack.
+    Of a few variants the assembler keeps 8 bytes of a thread on its stack, where one or two registers less let a
+    processor hold more threads. From its second launch on, such a variant has more registers and an empty stack.
     """
     variant = (kernel, device, *constants.values(), *(getattr(each, "dtype", None) for each in arguments))
     on_device: AbstractContextManager[None] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
