@@ -55,7 +55,7 @@ class PretrainedCard(Shown):
 def pretrained(name: str) -> SpikingClassifier:
     """A trained network, with which every example shows something true. 加载随包发布的预训练网络。
 
-    Shapes: images in [0, 1], [N, 1, 8, 8] of the digits of scikit-learn or [N, 3, 32, 32] of CIFAR-10, to logits [N, 10].
+    Shapes: images in [0, 1] to logits [N, 10]; [N, 1, 8, 8] of the digits of scikit-learn, [N, 3, 32, 32] of CIFAR-10.
 
     Args:
         name: One of :func:`pretrained_networks`, such as ``"digits/dlif-at-mppd"``.
