@@ -24,7 +24,8 @@ class Options:
     data_root: str = often("data", "Folder of the data set, and of downloads.", metavar="FOLDER", decides="nothing")
     download: bool = often(False, "Download what is missing.", decides="nothing")
     augment: bool | None = option(None, "Crop, flip and Cutout of training images; null does so for CIFAR only.")
-    cutout: NonNegativeInt = option(16, "Side in pixels of the square that Cutout sets to zero; 0 for none.")
+    cutout: NonNegativeInt = option(16, "Side in pixels of the square that Cutout sets to zero; 0 for none.",
+        idle=lambda given: not (given.dataset in ("cifar10", "cifar100") if given.augment is None else given.augment))
     on_unreadable: Literal["error", "skip"] = option("error", "Unreadable pictures: error stops, skip leaves them out.")
     train_limit: PositiveInt | None = option(None, "Training images at most, validation included; null for all.")
     test_limit: PositiveInt | None = option(None, "Test images to use at most; null for all.", decides="figures")
@@ -57,8 +58,7 @@ class Options:
     layers: Literal["last", "all"] | list[str] = option("last", "Spiking layers of MS-MPPD, last, all, or a list of "
         "names such as [stages.1, stages.5].", idle=lambda options: options.rho == 0)
     norm: Literal["l2", "l1"] = option("l2", "l2: mean square, l1: mean size.", idle=lambda options: options.rho == 0)
-    indicator: Literal["mppd", "tasad", "std"] = option("mppd", "Perturbation that is kept small, mppd, or tasad or "
-        "std in its place.", idle=lambda options: options.rho == 0)
+    indicator: Literal["mppd", "tasad", "std"] = option("mppd", "What is kept small.", idle=lambda one: one.rho == 0)
     input_gain: bool = option(False, "Make DLIF's learnable gain part of the perturbation in the loss (the paper "
         "leaves it out).", idle=lambda options: options.rho == 0 or options.indicator != "mppd")
     beta: float | None = option(None, "Length of rat's step of retraction; null means 1e-3.")

@@ -96,6 +96,7 @@ def load_images(
             raise ValueError(f"{option} must be >= 1, or None for all images, got {limit}")
     if on_unreadable not in ("error", "skip"):
         raise ValueError(f"on_unreadable must be 'error' or 'skip', got {on_unreadable!r}")
+    augmentation = Augmentation(cutout=cutout)
     source = _source(name, Path(root), download, T, on_unreadable)
     order = torch.randperm(len(source.train), generator=torch.Generator().manual_seed(seed))[:train_limit]
     train, validation = _held_out(source, order, validation_fraction)
@@ -111,7 +112,7 @@ def load_images(
         mean=mean,
         std=std,
         frames=source.frames,
-        augmentation=Augmentation(cutout=cutout) if augmented else None,
+        augmentation=augmentation if augmented else None,
     )
 
 

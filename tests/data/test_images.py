@@ -23,6 +23,8 @@ def test_digits():
     assert (splits.image_shape, splits.classes, splits.augmentation) == ((1, 8, 8), 10, None)
     assert load_images("digits", augment=True).augmentation == Augmentation()
     assert load_images("digits", augment=True, cutout=0).augmentation == Augmentation(cutout=0)
+    with pytest.raises(ValueError, match="cutout must be an even number of pixels, 0 for none, got 3"):
+        load_images("digits", cutout=3)
     stored = splits.train.dataset.pixels  # a byte per value
     assert (stored.dtype, stored.shape) == (torch.uint8, (1437, 1, 8, 8))
 

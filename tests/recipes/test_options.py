@@ -135,9 +135,20 @@ INDICATOR = {"layers", "norm", "indicator", "input_gain"}
     ],
 )
 def test_options_without_effect(given, expected):
-    found = idle(adv_train.completed(adv_train.Options(**given)))
+    found = idle(adv_train.completed(adv_train.Options(augment=True, **given)))
     assert found == expected | {"guard_margin"} | ({"certified_eps"} if given.get("mode") != "certified" else set())
     assert "guard_margin" not in idle(adv_train.completed(adv_train.Options(threshold_guard=0.1, **given)))
+
+
+def test_cutout_has_an_effect_where_images_are_augmented():
+    for given, is_idle in (
+        ({}, True),
+        ({"dataset": "cifar10"}, False),
+        ({"dataset": "cifar10", "augment": False}, True),
+        ({"dataset": "cifar10_dvs"}, True),
+        ({"augment": True}, False),
+    ):
+        assert ("cutout" in idle(adv_train.completed(adv_train.Options(**given)))) == is_idle, given
 
 
 def test_eps_has_an_effect_without_a_defence_where_eval_eps_is_it():
