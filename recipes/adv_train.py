@@ -57,8 +57,8 @@ class Options:
     rho: float | None = often(None, "Weight of MS-MPPD or the indicator; null means 1 for gaussian, at, rat, else 0.")
     layers: Literal["last", "all"] | list[str] = option("last", "Spiking layers of MS-MPPD, last, all, or a list of "
         "names such as [stages.1, stages.5].", idle=lambda options: options.rho == 0)
-    norm: Literal["l2", "l1"] = option("l2", "l2: mean square, l1: mean size.", idle=lambda options: options.rho == 0)
-    indicator: Literal["mppd", "tasad", "std"] = option("mppd", "What is kept small.", idle=lambda one: one.rho == 0)
+    norm: Literal["l2", "l1"] = option("l2", "l2: mean square, l1: mean absolute value.", idle=lambda o: o.rho == 0)
+    indicator: Literal["mppd", "tasad", "std"] = option("mppd", "Perturbation kept small.", idle=lambda o: o.rho == 0)
     input_gain: bool = option(False, "Make DLIF's learnable gain part of the perturbation in the loss (the paper "
         "leaves it out).", idle=lambda options: options.rho == 0 or options.indicator != "mppd")
     beta: float | None = option(None, "Length of rat's step of retraction; null means 1e-3.")
