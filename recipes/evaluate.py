@@ -59,6 +59,8 @@ class Options:
         "count as broken.")
     proofs: bool = option(True, "For Linf, prove by bounds of every spike which images no attack can break, and attack "
         "the others; networks with parts that have no bounds are named in the report.")
+    control: bool = option(True, "Run every attack once more with the surrogate of the training, to see what the choice "
+        "of estimators is worth; false halves the cost.")
     smooth: Radius | None = option(None, "Evaluate a smoothed classifier instead of the network (null): the vote over "
         "Gaussian noise of this standard deviation; what it certifies up to an L2 radius of 2 SIGMA, beside what an "
         "attack on it leaves.", metavar="SIGMA", group="randomised smoothing")
@@ -73,7 +75,7 @@ class Options:
     on_unreadable: Literal["error", "skip"] = option("error", "error stops at files that cannot be read, skip leaves "
         "them out with a warning.")
     test_limit: PositiveInt | None = often(None, "Test images to use at most; null for all.")
-    batch_size: PositiveInt = option(128, "Images per batch; results do not depend on it, but for networks with "
+    batch_size: PositiveInt = option(256, "Images per batch; results do not depend on it, but for networks with "
         "randomness of their own and the estimator pdsg, which looks at a whole batch.", decides="nothing")
     T: PositiveInt | None = often(None, "Time steps of a bare network of your own; for a checkpoint, others than "
         "those it was trained with; null takes those.", group="network of your own")
@@ -163,7 +165,7 @@ def main(arguments: list[str]) -> None:
         else:
             result = assess(
                 subject, batches, suite=suite, classes=splits.classes, draws=options.draws, proofs=options.proofs,
-                source=None if source is None else source.model, **shared,
+                control=options.control, source=None if source is None else source.model, **shared,
             )  # fmt: skip
     if accelerator.is_main_process:
         if isinstance(result, RobustnessReport):

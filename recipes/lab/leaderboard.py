@@ -164,7 +164,7 @@ def _command(configuration: Mapping[str, Any], usual: Mapping[str, Any]) -> str:
     for name, value in configuration.items():
         if name == "checkpoint" and value is not None:
             words.append(str(value))
-        elif value != usual.get(name):
+        elif value != usual.get(name) and name != "batch_size":  # on which no figure depends
             words.append("--" + name.replace("_", "-"))
             words += [] if value is True and usual.get(name) is False else [json.dumps(value).strip('"')]
     return shlex.join(words)

@@ -95,9 +95,9 @@ class Sharpness:
         if mean.shape != size.shape:
             mean, spread = size, size
         fresh = mean is size
-        mean = (_MEMORY * torch.ones_like(size) if fresh else _MEMORY * mean).add_(size, alpha=1 - _MEMORY)
-        deviation = (size - mean).abs_().mul_(1 - _MEMORY)
-        spread = deviation if fresh else deviation.add_(spread, alpha=_MEMORY)
+        mean = (torch.ones_like(size) if fresh else mean).lerp(size, 1 - _MEMORY)
+        deviation = torch.sub(mean, size, out=size).abs_()
+        spread = deviation.mul_(1 - _MEMORY) if fresh else spread.lerp(deviation, 1 - _MEMORY)
         if self._images.counts:
             self._after[first] = (mean, spread)
         alpha = self._omega / torch.add(mean, spread, alpha=_SPREAD_WEIGHT).add_(_OFFSET)

@@ -68,6 +68,7 @@ def assess(
     draws: int = 1,
     source: nn.Module | None = None,
     proofs: bool = True,
+    control: bool = True,
     folder: Path | None = None,
     configuration: Mapping[str, Any] | None = None,
     say: Callable[[str], None] = lambda text: None,
@@ -94,6 +95,7 @@ def assess(
             over; 1 for a network that draws no random numbers.
         source: Another network for the same images; transfer attacks from it join the suite.
         proofs: Whether images are verified, where threat and network have bounds.
+        control: Whether the control of the suite runs too, for as much again as the suite.
         folder: Where progress is kept; None keeps none.
         configuration: Options of the run, for the report.
         say: Called with a line for each part.
@@ -138,6 +140,8 @@ def assess(
         plan = make_suite(suite, threat, chosen=chosen, **kind)
     if source is not None:
         plan = _with_transfer(plan, source, threat)
+    if not control:
+        plan = replace(plan, control=())
     say(f"suite {plan.name}: {plan.description}; {len(plan.members)} attacks, {len(plan.control)} of the control")
     outcome = parts.run("suite", batches, (*plan.members, *plan.control), threat, verified=verified or ())
     curve, levels = _curve_of(outcome, threat), outcome.members

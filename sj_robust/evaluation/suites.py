@@ -94,7 +94,7 @@ def make_suite(
     | ``fast`` | APGD-CE c1, c2 (50 x 1), APGD-DLR c1 (50 x 1), APGD-CE c1 (50 x 2), training (50 x 1) |
     | ``standard`` | APGD-CE c1, c2, c3 (100 x 1), APGD-DLR c1 (100 x 1), APGD-CE c1 (100 x 2), APGD-DLR c1 (100 x 1), |
     | | APGD-CE training, c2, c3 (100 x 1), APGD-T c1, c2, c3 (3 classes x 100), SA-PGD with ASSG (100 x 1), |
-    | | APGD-CE c1 (100 x 2), APGD-DLR c1 (100 x 1), Square (1000 queries) |
+    | | Square (1000 queries) |
     | ``autoattack`` | AutoAttack standard: APGD-CE (100), APGD-T (9 x 100), FAB-T (9 x 100), Square (5000 queries) |
     | ``events`` | flip_events c1, c2, c3 (x 1), random removals (200 tries), flip_events c1 (x 3), training, c2, c3 |
     | | (x 1), c1 towards 3 classes (x 1), random changes of both kinds (200 tries), flip_events c1 (x 3); |
@@ -221,8 +221,7 @@ def _standard(plan: _Plan, chosen: tuple[str, ...]) -> Suite:
     members += [plan.ce("training")] if "training" not in chosen else []
     members += [plan.ce(name, 1) for name in chosen[1:]]
     members += [member for name in chosen for member in plan.targeted(name)]
-    members += [*plan.sapgd(adaptive), plan.ce(best, 3), plan.ce(best, 4), *plan.dlr(best, 2)]
-    members.append(plan.square(1000))
+    members += [*plan.sapgd(adaptive), plan.square(1000)]
     description = f"worst case of APGD-CE, APGD-DLR, APGD-T, SA-PGD and Square with {_listed(*every)}"
     return Suite("standard", tuple(members), _control(members), description, EstimatorSearch())
 

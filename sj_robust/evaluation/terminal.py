@@ -54,7 +54,8 @@ def show_report(report: RobustnessReport, console: "Console", say: Callable[[str
     for one in report.accuracies:
         if one.kind in ("control", "verified"):
             table.add_section()
-        name = f"{one.name}, of suite and control" if one.kind == "everything" else one.name
+        both = one.kind == "everything" and report.control is not None
+        name = f"{one.name}, of suite and control" if both else one.name
         counts = f"{one.correct}/{one.total}", f"{one.seconds:.1f}"
         last = one.kind in ("worst case", "everything", "verified")
         style = "bold" if last else "dim" if one.name.startswith("control/") else ""

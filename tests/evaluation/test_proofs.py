@@ -54,6 +54,14 @@ def test_verified_images_are_those_of_verify_over_the_batches(proved):
     assert prove(classifier().eval(), batches(7), [SMALL]).verified == {"0.01": proved.verified}
 
 
+def test_without_control_the_worst_case_is_the_same_and_everything(proved):
+    alone = assess(control=False)
+    assert [member.group for member in alone.members] == ["suite"] * len(alone.members)
+    assert alone.control is None
+    assert alone.worst_case.correct == alone.everything.correct == proved.worst_case.correct
+    assert len(proved.members) == 2 * len(alone.members)
+
+
 def test_attacks_leave_verified_images_out_and_come_to_the_same_result(proved):
     plain = assess(proofs=False)
     assert plain.verified is plain.bracket is None
