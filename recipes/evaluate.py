@@ -59,8 +59,8 @@ class Options:
         "count as broken.")
     proofs: bool = option(True, "For Linf, prove by bounds of every spike which images no attack can break, and attack "
         "the others; networks with parts that have no bounds are named in the report.")
-    control: bool = option(True, "Run every attack once more with the surrogate of the training, to see what the choice "
-        "of estimators is worth; false halves the cost.")
+    control: bool = option(True, "Run every attack once more with the surrogate of the training, to see what the "
+        "choice of estimators is worth; false halves the cost.")
     smooth: Radius | None = option(None, "Evaluate a smoothed classifier instead of the network (null): the vote over "
         "Gaussian noise of this standard deviation; what it certifies up to an L2 radius of 2 SIGMA, beside what an "
         "attack on it leaves.", metavar="SIGMA", group="randomised smoothing")
