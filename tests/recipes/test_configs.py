@@ -125,7 +125,7 @@ def test_a_sweep_is_made_of_the_presets(recipe, path, tmp_path):
     assert f"{cells} cells, {len(names)} runs" in " ".join(path.read_text().replace("\n#", "").split())
     if path.stem.startswith("certified"):
         fixed_gain = {run.options["neuron"] == "lif" or not run.options["learn_gain"] for run in runs}
-            assert fixed_gain == ({False} if "radii" in path.stem else {False, True})
+        assert fixed_gain == ({False} if "radii" in path.stem else {False, True})
         trained = [run.options for run in runs if run.options["mode"] == "certified"]
         assert len(trained) >= len(runs) / 3
         assert all(parse_eps(options["certified_eps"]) > parse_eps(options["eps"]) for options in trained)
