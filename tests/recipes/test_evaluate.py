@@ -18,11 +18,13 @@ from sj_robust.training import save_checkpoint
 
 pytestmark = pytest.mark.slow
 
+PAPER = ("--suite", "paper", "--control", "false", *TWO_BATCHES)
+
 
 @pytest.fixture(scope="module")
 def whole(folder):
     """The paper's protocol on the small network, without an interruption."""
-    in_process(folder, "runs/one", "--suite", "paper", *TWO_BATCHES, "--output", "whole")
+    in_process(folder, "runs/one", *PAPER, "--output", "whole")
     return RobustnessReport.load(folder / "whole" / "report.json")
 
 
@@ -72,12 +74,12 @@ def test_the_papers_protocol(whole):
 
 
 def test_killed_and_resumed(folder, tmp_path, whole):
-    options = ("runs/one", "--suite", "paper", *TWO_BATCHES, "--output", str(tmp_path / "cut"))
+    options = ("runs/one", *PAPER, "--output", str(tmp_path / "cut"))
     process = start(folder, *options)
     records = tmp_path / "cut" / "progress" / "suite"
 
     def half_done():
-        return sum(path.read_bytes().count(b"\n") for path in records.glob("*.jsonl")) >= 45
+        return sum(path.read_bytes().count(b"\n") for path in records.glob("*.jsonl")) >= 25
 
     launch.wait_until(half_done, "the middle of the suite", process)
     process.kill()
@@ -91,7 +93,7 @@ def test_killed_and_resumed(folder, tmp_path, whole):
 
 
 def test_two_processes(folder, tmp_path, whole):
-    options = ("runs/one", "--suite", "paper", *TWO_BATCHES, "--output", str(tmp_path / "two"))
+    options = ("runs/one", *PAPER, "--output", str(tmp_path / "two"))
     out, _ = finish(start(folder, *options, launcher=launch.TWO_PROCESSES))
     assert out.count("At most ") == 1
     report = RobustnessReport.load(tmp_path / "two" / "report.json")
@@ -103,7 +105,7 @@ def test_two_processes(folder, tmp_path, whole):
     ("function", "extra"), [("dead", ("--T", "3", "--mean", "[0.5]", "--std", "[0.5]")), ("wrapped", ())]
 )
 def test_somebodys_own_network(folder, tmp_path, capsys, function, extra):
-    own = ("--network", f"own_net.py:{function}", "--eps", "8/255", "--suite", "paper", *SMALL)
+    own = ("--network", f"own_net.py:{function}", "--eps", "8/255", "--suite", "paper", "--control", "false", *SMALL)
     in_process(folder, *own, *extra, "--output", str(tmp_path / "own"), "--name", function)
     report = RobustnessReport.load(tmp_path / "own" / "report.json")
     assert (report.name, report.eps, report.network["T"]) == (function, "8/255", 3)
