@@ -59,8 +59,7 @@ class Options:
         "count as broken.")
     proofs: bool = option(True, "For Linf, prove by bounds of every spike which images no attack can break, and attack "
         "the others; networks with parts that have no bounds are named in the report.")
-    control: bool = option(True, "Run every attack once more with the surrogate of the training, to see what the "
-        "choice of estimators is worth; false halves the cost.")
+    control: bool = option(True, "Run the suite's control, which shows what its estimators are worth.")
     smooth: Radius | None = option(None, "Evaluate a smoothed classifier instead of the network (null): the vote over "
         "Gaussian noise of this standard deviation; what it certifies up to an L2 radius of 2 SIGMA, beside what an "
         "attack on it leaves.", metavar="SIGMA", group="randomised smoothing")
@@ -72,11 +71,10 @@ class Options:
     data_root: str | None = often(None, "Folder with the data set's files, or where they are downloaded to; null "
         "takes that of the checkpoint's run, or data.", metavar="FOLDER", decides="nothing")
     download: bool = often(False, "Download what is missing.", decides="nothing")
-    on_unreadable: Literal["error", "skip"] = option("error", "error stops at files that cannot be read, skip leaves "
-        "them out with a warning.")
+    on_unreadable: Literal["error", "skip"] = option("error", "Stop at files that cannot be read, or skip them.")
     test_limit: PositiveInt | None = often(None, "Test images to use at most; null for all.")
-    batch_size: PositiveInt = option(256, "Images per batch; results do not depend on it, but for networks with "
-        "randomness of their own and the estimator pdsg, which looks at a whole batch.", decides="nothing")
+    batch_size: PositiveInt = option(256, "Images per batch; only random networks and the estimator pdsg depend on it.",
+        decides="nothing")
     T: PositiveInt | None = often(None, "Time steps of a bare network of your own; for a checkpoint, others than "
         "those it was trained with; null takes those.", group="network of your own")
     mean: list[float] | None = often(None, "Mean per channel that a bare network expects to be subtracted; null: none.")

@@ -175,7 +175,7 @@ def test_a_whole_evaluation_and_its_report(bars):
     threat = ThreatModel("moves", 15, largest_shift=2)
     subject, few = Subject("bars", bars.model, "three layers"), [(bars.x[:6], bars.y[:6])]
     with shortened():
-        report = whole.assess(subject, few, suite="events", threat=threat, dataset="bars", classes=4)
+        report = whole.assess(subject, few, suite="events", threat=threat, dataset="bars", classes=4, control=False)
     assert report.budget == "at most 15 events moved in time, by 2 frames at most"
     assert report.worst_case.correct < report.clean.correct
     assert all(report.within(member) for member in report.members)

@@ -32,7 +32,13 @@ SMALL = 0.01
 
 def assess(model=None, *, norm="Linf", change=None, **options):
     subject = Subject("mine", (model or classifier()).eval(), "one layer")
-    arguments = {"suite": "fast", "threat": ThreatModel(norm, SMALL), "dataset": "made up", "classes": 3} | options
+    arguments = {
+        "suite": "fast",
+        "threat": ThreatModel(norm, SMALL),
+        "dataset": "made up",
+        "classes": 3,
+        "control": False,
+    } | options
     with shortened(change):
         return assessment.assess(subject, batches(), **arguments)
 
@@ -43,7 +49,7 @@ def first_attack(suite):
 
 @pytest.fixture(scope="module")
 def proved():
-    return assess()
+    return assess(control=True)
 
 
 def test_verified_images_are_those_of_verify_over_the_batches(proved):
@@ -55,7 +61,7 @@ def test_verified_images_are_those_of_verify_over_the_batches(proved):
 
 
 def test_without_control_the_worst_case_is_the_same_and_everything(proved):
-    alone = assess(control=False)
+    alone = assess()
     assert [member.group for member in alone.members] == ["suite"] * len(alone.members)
     assert alone.control is None
     assert alone.worst_case.correct == alone.everything.correct == proved.worst_case.correct
@@ -63,7 +69,7 @@ def test_without_control_the_worst_case_is_the_same_and_everything(proved):
 
 
 def test_attacks_leave_verified_images_out_and_come_to_the_same_result(proved):
-    plain = assess(proofs=False)
+    plain = assess(proofs=False, control=True)
     assert plain.verified is plain.bracket is None
     first, *others = proved.members
     assert all(set(member.attacked).isdisjoint(proved.verified) for member in others)

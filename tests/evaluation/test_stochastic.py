@@ -36,7 +36,7 @@ def test_gradient_attacks_average_and_go_on():
 @pytest.mark.slow
 def test_a_network_that_draws_needs_several_draws():
     subject = Subject("mine", SpikingClassifier(Net(), 3, PoissonEncoder()), "one layer")
-    options = {"suite": "fast", "threat": THREAT, "dataset": "noise", "classes": 3}
+    options = {"suite": "fast", "threat": THREAT, "dataset": "noise", "classes": 3, "control": False}
     with pytest.raises(ValueError, match=r"draws random numbers.*--draws 10"):
         assess(subject, batches(12, 12), **options)
     assert assess(subject, batches(12, 12), draws=3, **options).draws == 3

@@ -225,7 +225,7 @@ def test_leaderboard(folder, tmp_path, capsys, whole):
     assert "of 1 reports are in" in capsys.readouterr().out
     row = (tmp_path / "board" / "leaderboard.md").read_text().splitlines()[6]
     assert row.startswith(f"| lif_none | digits | 12 | Linf, eps 0.1 | paper | {whole.clean.percent} |")
-    assert row.endswith("python recipes/evaluate.py runs/one --suite paper --test-limit 12 --batch-size 6 |")
+    assert row.endswith("python recipes/evaluate.py runs/one --suite paper --control false --test-limit 12 |")
 
 
 def test_compare(folder, capsys, whole):

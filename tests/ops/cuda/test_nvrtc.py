@@ -21,6 +21,7 @@ EVERY_PAIR = cases.variants(2, SHAPES)
 
 
 @pytest.mark.slow
+@pytest.mark.kernels
 @pytest.mark.parametrize("architecture", ["sm_75", "sm_100"])
 def test_every_variant_compiles_and_stays_in_registers(architecture):
     text = cases.text(EVERY_PAIR, shim.KERNEL)
@@ -34,6 +35,7 @@ def test_every_variant_compiles_and_stays_in_registers(architecture):
 
 
 @pytest.mark.slow
+@pytest.mark.kernels
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_100"])
 def test_every_surrogate_stays_in_registers(architecture):
     text = shim.KERNEL

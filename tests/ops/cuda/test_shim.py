@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 from ops.cuda import cases, shim
 
-pytestmark = pytest.mark.skipif(shim.missing_tool() is not None, reason=str(shim.missing_tool()))
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.kernels,
+    pytest.mark.skipif(shim.missing_tool() is not None, reason=str(shim.missing_tool())),
+]
 EVERY_TRIPLE = cases.variants(3)  # every combination of three template arguments; pairs alone under the sanitizers
 
 
@@ -21,13 +25,11 @@ def preload():
     return shim.sanitizer_runtime() or pytest.skip("g++ has no AddressSanitizer runtime (install libasan)")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("variant", EVERY_TRIPLE, ids=lambda variant: variant.name)
 def test_equals_the_oracle(library, variant):
     cases.check(library, variant)
 
 
-@pytest.mark.slow
 def test_equals_the_oracle_under_address_and_undefined_behaviour_sanitizers(tmp_path, preload):
     chosen = cases.variants(2)
     built = shim.build(cases.text(chosen, shim.KERNEL), tmp_path, sanitize=True)
@@ -37,7 +39,6 @@ def test_equals_the_oracle_under_address_and_undefined_behaviour_sanitizers(tmp_
     assert result.stdout.endswith(f"checked {len(chosen)} variants\n")
 
 
-@pytest.mark.slow
 def test_sanitizer_sees_a_read_past_the_end(tmp_path, preload):
     text = 'extern "C" __global__ void sum(const float* x, float* y) {\n    y[threadIdx.x] = x[threadIdx.x + 1];\n}\n'
     built = shim.build(text, tmp_path, sanitize=True)
@@ -50,12 +51,10 @@ def test_sanitizer_sees_a_read_past_the_end(tmp_path, preload):
     assert "heap-buffer-overflow" in result.stderr
 
 
-@pytest.mark.slow
 def test_bfloat16_is_rounded_to_nearest_even(library):
     cases.check_bfloat16(library)
 
 
-@pytest.mark.slow
 def test_every_surrogate_has_its_slope(library):
     cases.check_slopes(library)
 
@@ -84,7 +83,6 @@ def small(tmp_path_factory):
     return shim.Library(shim.build(SMALL, tmp_path_factory.mktemp("small")))
 
 
-@pytest.mark.slow
 def test_shim_shuffles_and_separates_warps(small):
     x, y = np.arange(64, dtype=np.float32), np.zeros(64, np.float32)
     for order in range(4):
@@ -96,14 +94,12 @@ def test_shim_shuffles_and_separates_warps(small):
         small.launch("shift", 1, 48, x, y)
 
 
-@pytest.mark.slow
 def test_shim_refuses_a_divergent_barrier(small):
     small.launch("stuck", 2, 64, np.int32(64))
     with pytest.raises(RuntimeError, match="divergent barrier"):
         small.launch("stuck", 2, 64, np.int32(32))
 
 
-@pytest.mark.slow
 def test_a_missing_barrier_shows_in_one_of_the_orders(small):
     """The second warp may run ahead and overwrite what the first has not read yet, and the other way round."""
     seen = [np.zeros(2, np.float32) for _ in range(3)]
@@ -112,7 +108,6 @@ def test_a_missing_barrier_shows_in_one_of_the_orders(small):
     assert [array.tolist() for array in seen] == [[1, 2], [2, 1], [1, 1]]
 
 
-@pytest.mark.slow
 def test_shim_checks_the_width_and_kind_of_arguments(small):
     good = [None, np.int64(1), np.int32(1), np.float32(1)]
     small.launch("nothing", 1, 32, *good)

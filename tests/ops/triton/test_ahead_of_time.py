@@ -15,6 +15,7 @@ from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients, Plane
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.kernels,
     pytest.mark.skipif(ahead.missing() is not None, reason=str(ahead.missing())),
 ]
 FORWARD, BACKWARD = "dlif_forward", "dlif_backward"

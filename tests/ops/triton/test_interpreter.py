@@ -10,6 +10,7 @@ import pytest
 
 
 @pytest.mark.slow
+@pytest.mark.kernels
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed (pip install triton)")
 @pytest.mark.parametrize("module", ["cases", "stage_cases"])
 def test_equals_the_reference(module):
