@@ -45,7 +45,7 @@ def evaluate(
     std: Sequence[float] | None = None,
     draws: int = 1,
     seed: int = 0,
-    batch_size: int = 128,
+    batch_size: int = 256,
     folder: str | Path | None = None,
     name: str | None = None,
     dataset: str = "images",
