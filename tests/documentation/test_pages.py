@@ -144,6 +144,7 @@ WRONG |= {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("text", "line", "message"), WRONG.values(), ids=WRONG)
 def test_a_page_that_is_wrong(text, line, message, tmp_path):
     with pytest.raises(BaseException, match=f"(?s){message}") as error:
@@ -203,6 +204,7 @@ def test_a_fault_of_the_page_is_named_before_anything_runs(tmp_path):
         run(tmp_path, fence("python", "1 / 0") + fence("shell", "x"))
 
 
+@pytest.mark.slow
 def test_options_are_added_to_the_recipes(tmp_path):
     config = "python recipes/adv_train.py --print_config"
     lines = [

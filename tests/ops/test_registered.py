@@ -33,6 +33,7 @@ def test_torch_finds_no_fault_in_dlif(backend, store):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("statistics", "channels_last", "steps"),
     [("batch", False, 3), ("running", True, 3), (None, True, 3), ("batch", True, 1)],

@@ -181,6 +181,7 @@ def pooled(node):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step_mode", ["m", "s"])
 def test_exact_goes_through_pooling_residuals_and_single_steps(step_mode):
     broken = verified = 0
@@ -199,6 +200,7 @@ def test_exact_goes_through_pooling_residuals_and_single_steps(step_mode):
     assert verified > 0
 
 
+@pytest.mark.slow
 def test_the_limit_of_time_ends_the_search():
     model = classifier(NETWORKS[1], NEURONS["LIF"])
     x = torch.rand(2, 2, 8, 8, generator=torch.Generator().manual_seed(0))
