@@ -95,7 +95,7 @@ def assess(
             over; 1 for a network that draws no random numbers.
         source: Another network for the same images; transfer attacks from it join the suite.
         proofs: Whether images are verified, where threat and network have bounds.
-        control: Whether the control of the suite runs too, for as much again as the suite.
+        control: Whether the control of the suite runs too.
         folder: Where progress is kept; None keeps none.
         configuration: Options of the run, for the report.
         say: Called with a line for each part.

@@ -61,10 +61,10 @@ def from_checkpoint(path: Path, T: int | None = None, *, trust_code: bool = Fals
             the network is built by a function that is not trusted.
 
     Examples:
-        >>> from_checkpoint(Path("nowhere.pt"))  # doctest: +ELLIPSIS
+        >>> from_checkpoint(Path("nowhere") / "best.pt")
         Traceback (most recent call last):
         ...
-        FileNotFoundError: nowhere.pt does not exist; ...
+        FileNotFoundError: nowhere/best.pt does not exist; give a checkpoint such as runs/NAME/NETWORK/best.pt
     """
     path = _checkpoint_file(path)
     content = load_checkpoint(path)
