@@ -100,7 +100,7 @@ class Sharpness:
         spread = deviation.mul_(1 - _MEMORY) if fresh else spread.lerp(deviation, 1 - _MEMORY)
         if self._images.counts:
             self._after[first] = (mean, spread)
-        alpha = self._omega / torch.add(mean, spread, alpha=_SPREAD_WEIGHT).add_(_OFFSET)
+        alpha = torch.add(mean, spread, alpha=_SPREAD_WEIGHT).add_(_OFFSET).reciprocal_().mul_(self._omega)
         return self._shape(z_seq, alpha)
 
 

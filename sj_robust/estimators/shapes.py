@@ -25,7 +25,7 @@ def _triangle(z: Tensor, alpha: Sharpness) -> Tensor:
 
 
 def _atan(z: Tensor, alpha: Sharpness) -> Tensor:
-    return (alpha / 2) / (z * alpha).mul_(math.pi / 2).square_().add_(1)
+    return alpha / (z * alpha).square_().mul_(math.pi**2 / 2).add_(2)
 
 
 def _sigmoid(z: Tensor, alpha: Sharpness) -> Tensor:

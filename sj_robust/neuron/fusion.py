@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from sj_robust._host import is_counted, layer
 from sj_robust.neuron.dlif import DLIFNode
 from sj_robust.ops import dlif_multi_step
-from sj_robust.ops.bn_dlif import BatchNorm, batch_norm_dlif_multi_step, can_fuse
+from sj_robust.ops.bn_dlif import BatchNorm, apart, batch_norm_dlif_multi_step, can_fuse
 from sj_robust.ops.bn_dlif.reference import normalise
 
 __all__ = ["FusedSequential", "FusionReport", "fuse", "unfuse"]
@@ -167,7 +167,8 @@ def _run_first(modules: list[nn.Module], x_seq: Any) -> tuple[Any, int]:
     if has_norm and norm is None:
         return head(x_seq), 1
     pool = modules[has_norm + 1] if len(modules) > has_norm + 1 else None
-    pooled = pool is not None and _pool_in_one_pass(pool, node, x_seq, norm)
+    averages = pool is not None and _averages(pool)
+    pooled = averages and _pool_in_one_pass(node, x_seq, norm)
     if norm is not None:
         output = _run(node, x_seq, norm, pooled)
         if head.training and head.track_running_stats and head.num_batches_tracked is not None:
@@ -176,6 +177,8 @@ def _run_first(modules: list[nn.Module], x_seq: Any) -> tuple[Any, int]:
         output = _run_pooled(node, x_seq)
     else:
         output = node(x_seq)
+    if averages and "multi_step_forward" in node.__dict__ and apart.pools(output):
+        output, pooled = apart.pool(output), True
     return output, has_norm + 1 + pooled
 
 
@@ -202,9 +205,14 @@ def _norm_in_one_pass(norm: Any, node: DLIFNode, x_seq: Tensor) -> BatchNorm | N
     return None if single_value or not _can_fuse(x_seq, values, node) else values
 
 
-def _pool_in_one_pass(pool: Any, node: DLIFNode, x_seq: Tensor, norm: BatchNorm | None) -> bool:
-    """Whether the pooling can run in one pass with the neuron, whose spikes nobody else gets then."""
-    if not _pools(pool) or pool.step_mode != "m" or _is_watched(pool) or "multi_step_forward" in node.__dict__:
+def _averages(pool: Any) -> bool:
+    """Whether the pooling is nothing but an average over 2x2 neurons in this call."""
+    return _pools(pool) and pool.step_mode == "m" and not _is_watched(pool)
+
+
+def _pool_in_one_pass(node: DLIFNode, x_seq: Tensor, norm: BatchNorm | None) -> bool:
+    """Whether an average can be taken in one pass with the neuron, whose spikes nobody else gets then."""
+    if "multi_step_forward" in node.__dict__:
         return False
     others = [name for name in _HOOKS if name != "_forward_pre_hooks"]
     return not _needs_more_than_input(node, others) and _can_fuse(x_seq, norm, node, True)
@@ -248,8 +256,10 @@ def _run(node: DLIFNode, x_seq: Tensor, values: BatchNorm, pooled: bool) -> Tens
         return outputs
 
     if "multi_step_forward" in node.__dict__:
-        unchanged = replace(values, running_mean=None, running_var=None) if values.use_batch_statistics else values
-        currents = normalise(x_seq, unchanged)
+        if values.use_batch_statistics:
+            currents = normalise(x_seq, replace(values, running_mean=None, running_var=None))
+        else:
+            currents = apart.normalise_by_running(x_seq, values)
     node._operator = operator
     try:
         if watched:

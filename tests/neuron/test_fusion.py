@@ -9,6 +9,7 @@ import torch
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 
+from sj_robust.estimators import estimator
 from sj_robust.neuron import DLIFNode, FusedSequential, fuse, fusion, unfuse
 from sj_robust.ops import dlif_multi_step
 from sj_robust.ops.dlif import cpp
@@ -445,6 +446,28 @@ def test_what_stands_in_for_the_neurons_forward_gets_its_currents(passes, train,
         torch.testing.assert_close(a, b)
     assert passes.fused == 1 + keeps_its_own
     assert fused[2]._operator is dlif_multi_step
+
+
+@needs_kernel
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("name", ["assg", "rectangle:1", "bptr"])
+def test_an_estimator_has_neighbours_of_its_own(passes, monkeypatch, train, name):
+    """Batch norm and pooling around a neuron with another backward pass cost what they have to, and change nothing."""
+    plain, fused = both()
+    ran = []
+    for function in ("normalise_by_running", "pool"):
+        run = getattr(fusion.apart, function)
+        monkeypatch.setattr(fusion.apart, function, lambda *given, run=run: ran.append(run.__name__) or run(*given))
+    results = []
+    for net in (plain, fused):
+        for buffer in net.buffers():  # statistics that show whether they are used
+            if buffer.is_floating_point():
+                buffer.copy_(torch.linspace(0.2, 0.7, len(buffer)))
+        with estimator(name)(net):
+            results.append(step(net, sequence(T, 3, 2, 8, 8), train))
+    assert_same(results[1], results[0])
+    assert ran == (["pool"] if train else ["normalise_by_running", "normalise_by_running", "pool"])
+    assert (passes.fused, passes.pooled) == (2, 0)
 
 
 @needs_kernel

@@ -1,6 +1,7 @@
 """Batch norm, DLIF and pooling in one pass against all written by hand, and against torch's batch norm."""
 
 import functools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from oracle import dlif_bptt
 from torch import nn
 
 from sj_robust.ops import Surrogate
-from sj_robust.ops.bn_dlif import BatchNorm, batch_norm_dlif_multi_step, can_fuse, repeat_step
+from sj_robust.ops.bn_dlif import BatchNorm, apart, batch_norm_dlif_multi_step, can_fuse, reference, repeat_step
 from sj_robust.ops.dlif import cpp
 
 needs_kernel = pytest.mark.skipif(cpp.unavailable_reason() is not None, reason=str(cpp.unavailable_reason()))
@@ -443,6 +444,48 @@ def test_what_cannot_run_in_one_pass_runs_in_two():
         assert not can_fuse(thin, norm, Surrogate(), average_pool=True)
         with pytest.raises(RuntimeError, match="Output size is too small"):
             batch_norm_dlif_multi_step(thin, norm, torch.ones(3), decay=0.9, average_pool=True)
+
+
+@pytest.mark.parametrize("plane", [(2, 2), (8, 8), (7, 4), (4, 9), (3, 5)])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_a_pooling_apart_is_that_of_torch(plane, channels_last):
+    torch.manual_seed(0)
+    spikes = (torch.rand(3, 2, 5, *plane) > 0.5).float()
+    if channels_last:
+        spikes = spikes.flatten(0, 1).contiguous(memory_format=torch.channels_last).view(spikes.shape)
+    means, gradients, seconds = [], [], []
+    for run in (apart.pool, reference.pool):
+        leaf = spikes.clone().requires_grad_()
+        means.append(run(leaf))
+        (gradient,) = torch.autograd.grad(means[-1].square().sum(), leaf, create_graph=True)
+        gradients.append(gradient)
+        seconds.append(torch.autograd.grad(gradient.square().sum(), leaf)[0])
+    assert torch.equal(*means)
+    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(*seconds)
+    assert apart.pools(spikes)
+    assert not any(map(apart.pools, (spikes[..., :1], spikes.flatten(3), None)))
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("repeat", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_running_statistics_apart_are_those_of_torch(affine, repeat, dtype):
+    torch.manual_seed(0)
+    of_norm = torch.float64 if dtype == torch.float64 else torch.float32
+    weight, bias, mean, variance = torch.rand(4, 5, dtype=of_norm) + 0.1
+    norm = BatchNorm(weight if affine else None, bias if affine else None, mean, variance, False, eps=1e-3)
+    step, upstream = torch.randn(1 if repeat else 4, 3, 5, 4, 2).to(dtype), torch.randn(4, 3, 5, 4, 2).to(dtype)
+    found = []
+    for run in (apart.normalise_by_running, reference.normalise):
+        leaves = [step.clone().requires_grad_(), *(t.clone().requires_grad_() for t in (weight, bias))]
+        used = replace(norm, weight=leaves[1], bias=leaves[2]) if affine else norm
+        y_seq = run(repeat_step(leaves[0], 4) if repeat else leaves[0], used)
+        found.append((y_seq, *torch.autograd.grad((y_seq * upstream).sum(), leaves[: 3 if affine else 1])))
+    assert found[0][0].dtype == dtype
+    tolerance = {"rtol": 2e-2, "atol": 5e-2} if dtype == torch.bfloat16 else {}
+    for actual, wanted in zip(*found, strict=True):
+        torch.testing.assert_close(actual, wanted, **tolerance)
 
 
 def test_wrong_arguments():
