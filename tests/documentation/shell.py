@@ -4,9 +4,11 @@ import ast
 import contextlib
 import importlib
 import importlib.util
+import io
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,29 +19,30 @@ ROOT = Path(__file__).parents[2]
 LIMIT = 600
 """Seconds that a command may take."""
 STARTS = """
-import json, os, pathlib, pkgutil, re, shlex, sys
+import json, os, pathlib, re, shlex, sys
 
 state, program, *words = sys.argv[1:]
-only_options, added = json.loads(pathlib.Path(state, "wanted").read_text())
-module, parser, first = {
-    "torchrun": ("torch.distributed.run", "torch.distributed.run.get_args_parser", 0),
-    "accelerate": ("accelerate.commands.accelerate_cli", "accelerate.commands.launch.launch_command_parser", 1),
-}.get(program, (None, None, 0))
 recipe = next((word for word in words if re.fullmatch(r"(\\./)?recipes/\\w+\\.py", word)), None)
 if recipe:
     name = pathlib.Path(recipe).stem
     print(name, file=open(pathlib.Path(state, "recipes"), "a"))
+    added = json.loads(pathlib.Path(state, "added").read_text())
     words += [word for one, text in added if one in (None, name) for word in shlex.split(text)]
-if only_options:
-    if not recipe:
-        sys.exit(f"'options only' takes commands of recipes/*.py, got {program} {shlex.join(words)}")
-    if parser:
-        given = pkgutil.resolve_name(parser)().parse_args(words[first:])
-        module, words = None, [given.training_script, *given.training_script_args]
-    words.append("--print_config")
-os.execv(sys.executable, [sys.executable, *(["-m", module] if module else []), *words])
+module = {
+    "torchrun": ["-m", "torch.distributed.run"], "accelerate": ["-m", "accelerate.commands.accelerate_cli"]
+}.get(program, [])
+os.execv(sys.executable, [sys.executable, *module, *words])
 """
 """What stands for python and for what starts several of them: notes which recipe it runs, and adds options to it."""
+
+NOTES = """[ -z "$OPTIONS_ONLY" ] || { printf '%s\\0' "$#" "$PWD" "$@" >> "$OPTIONS_ONLY"; exit; }"""
+"""What it does instead where options are all that is looked at."""
+
+LAUNCHERS = {
+    "torchrun": ("torch.distributed.run", "get_args_parser", []),
+    "accelerate": ("accelerate.commands.launch", "launch_command_parser", ["launch"]),
+}
+"""Programs that start recipes, with their parsers and the words in front of what those parse."""
 
 
 class CommandError(Exception):
@@ -89,7 +92,8 @@ class Shell:
         programs.mkdir(parents=True)
         (state / "starts.py").write_text(STARTS, encoding="utf-8")
         for name in ("python", "python3", "torchrun", "accelerate"):
-            script(programs / name, f'exec "{sys.executable}" "{state}/starts.py" "{state}" {name} "$@"')
+            run = f'exec "{sys.executable}" "{state}/starts.py" "{state}" "$@"'
+            script(programs / name, f'set -- {name} "$@"\n{NOTES}\n{run}')
         refusal = "an example installs nothing; put <!-- example: not run: installs packages --> above"
         script(programs / "pip", f"echo '{refusal}' >&2; exit 1")
         path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
@@ -103,12 +107,15 @@ class Shell:
     ) -> list[str]:
         """Run a command that has to end well; returns the names of the recipes that it ran.
 
-        They get the options of ``added`` that are meant for them, None for every one, and may only check their options.
+        They get the options of ``added`` that are meant for them, None for every one. Where only options are looked at,
+        bash says what would run, and the recipes' parsers read it in this process.
         """
-        (self.state / "wanted").write_text(json.dumps([only_options, added]), encoding="utf-8")
+        (self.state / "added").write_text(json.dumps(added), encoding="utf-8")
         (self.state / "recipes").write_text("")
-        first = "set -e\n" if only_options else ""
-        left = f"env -0 > '{self.state}/environment'\npwd > '{self.state}/folder'"
+        calls = self.state / "calls"
+        calls.write_text("")
+        first = f"set -e\nexport OPTIONS_ONLY='{calls}'\n" if only_options else ""
+        left = f"unset OPTIONS_ONLY\nenv -0 > '{self.state}/environment'\npwd > '{self.state}/folder'"
         with subprocess.Popen(
             ["bash", "-o", "pipefail", "-c", f"{first}{command}\ncode=$?\n{left}\nexit $code"],
             cwd=self.where, env=self.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -127,7 +134,39 @@ class Shell:
         words = (self.state / "environment").read_bytes().decode().split("\0")
         self.environment = dict(word.split("=", 1) for word in words if "=" in word)
         self.where = Path((self.state / "folder").read_text().rstrip("\n"))
-        return (self.state / "recipes").read_text().split()
+        noted = calls.read_text().split("\0")
+        recipes = (self.state / "recipes").read_text().split()
+        while noted[0]:
+            count, where, program, *words = noted[: int(noted[0]) + 2]
+            noted = noted[len(words) + 3 :]
+            recipes.append(read_options(Path(where), program, words, added))
+        return recipes
+
+
+def read_options(where: Path, program: str, words: list[str], added: tuple[tuple[str | None, str], ...]) -> str:
+    """Let the recipe of a command read its options in this folder; returns its name."""
+    command = shlex.join([program, *words])
+    with contextlib.chdir(where), contextlib.redirect_stdout(said := io.StringIO()), contextlib.redirect_stderr(said):
+        try:
+            if program in LAUNCHERS:
+                module, parser, first = LAUNCHERS[program]
+                if words[: len(first)] != first:
+                    raise CommandError(f"'options only' takes commands of recipes/*.py, got {command}")
+                given = getattr(importlib.import_module(module), parser)().parse_args(words[len(first) :])
+                words = [given.training_script, *given.training_script_args]
+            recipe = re.fullmatch(r"(?:\./)?(recipes/(\w+)\.py)", words[0]) if words else None
+            if recipe is None:
+                raise CommandError(f"'options only' takes commands of recipes/*.py, got {command}")
+            if not Path(recipe[1]).exists():
+                raise CommandError(f"{recipe[1]} does not exist")
+            words += [word for one, text in added if one in (None, recipe[2]) for word in shlex.split(text)]
+            importlib.import_module(recipe[2]).main([*words[1:], "--print_config"])
+        except SystemExit as stop:
+            if stop.code:
+                raise CommandError(f"exit code {stop.code}\n{said.getvalue()}") from stop
+        except (ValueError, OSError) as error:
+            raise CommandError(f"{command}\n{error}") from error
+    return recipe[2]
 
 
 def script(path: Path, text: str) -> None:
