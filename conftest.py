@@ -1,5 +1,6 @@
 """README and docs are tests as well; parallel tests take one thread each, and coverage keeps its tracer."""
 
+import gc
 import importlib.util
 import os
 import sys
@@ -23,6 +24,12 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if isinstance(item, SybilItem) and is_slow(item.example.document):
             item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish(session):
+    """Garbage collection seldom goes through the million objects that are imported by now, and stay."""
+    gc.freeze()
+    gc.set_threshold(*gc.get_threshold()[:2], 200)
 
 
 @pytest.hookimpl(wrapper=True)

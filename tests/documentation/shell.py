@@ -137,8 +137,9 @@ class Shell:
         noted = calls.read_text().split("\0")
         recipes = (self.state / "recipes").read_text().split()
         while noted[0]:
-            count, where, program, *words = noted[: int(noted[0]) + 2]
-            noted = noted[len(words) + 3 :]
+            end = int(noted[0]) + 2
+            where, program, *words = noted[1:end]
+            noted = noted[end:]
             recipes.append(read_options(Path(where), program, words, added))
         return recipes
 

@@ -143,8 +143,9 @@ def folders(tmp_path_factory, shown):
         shown["adv_train"] = through_a_pipe(root, *calls[0])
         with undrawn(), shortened():
             shown["evaluate"] = on_a_terminal(root, *calls[1], NO_COLOR="1")
-        for name, *arguments in calls[2:]:
-            launch.in_process(name, root, *arguments)
+            for name, *arguments in calls[2:-1]:
+                launch.in_process(name, root, *arguments)
+        launch.in_process(calls[-1][0], root, *calls[-1][1:])
     made = ("run", "evaluated", "sweep", "run/figures", "measured")
     return {name: root / folder for name, folder in zip(RECIPES, made, strict=True)}
 

@@ -112,6 +112,7 @@ CASES = {  # T, M, dtype; whether it starts from a state and stores potentials; 
 
 
 @pytest.mark.slow
+@pytest.mark.kernels
 @needs_compiler
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_reference(cupy, monkeypatch, name):
