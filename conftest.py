@@ -26,10 +26,8 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
 
 
-def pytest_collection_finish(session):
-    """Garbage collection seldom goes through the million objects that are imported by now, and stay."""
-    gc.freeze()
-    gc.set_threshold(*gc.get_threshold()[:2], 200)
+# Garbage collection would go through a million objects, most of them imported for good, every few seconds.
+gc.set_threshold(*gc.get_threshold()[:2], 200)
 
 
 @pytest.hookimpl(wrapper=True)

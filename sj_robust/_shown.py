@@ -121,7 +121,7 @@ def write_figure(figure: "Figure", path: str | Path) -> None:
     metadata = {"CreationDate": None} if Path(path).suffix == ".pdf" else None
     with print_style():
         figure.savefig(path, dpi=200, metadata=metadata)
-    figure.set_layout_engine(None)  # placed once: the next format finds it as it is
+    figure.set_layout_engine("none")  # placed once: the next format finds it as it is
 
 
 def common_scale(values: Iterable[float]) -> "Normalize":

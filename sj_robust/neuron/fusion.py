@@ -157,7 +157,7 @@ def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 def _run_first(modules: list[nn.Module], x_seq: Any) -> tuple[Any, int]:
-    """Output of the first modules, as many as run in one pass, and how many these are."""
+    """Output of the first modules, as many as run together, and how many these are."""
     head: Any = modules[0]
     has_norm = type(head) in _DIMENSIONS
     node = modules[has_norm] if len(modules) > has_norm else None
@@ -167,7 +167,7 @@ def _run_first(modules: list[nn.Module], x_seq: Any) -> tuple[Any, int]:
     if has_norm and norm is None:
         return head(x_seq), 1
     pool = modules[has_norm + 1] if len(modules) > has_norm + 1 else None
-    averages = pool is not None and _averages(pool)
+    averages = _averages(pool)
     pooled = averages and _pool_in_one_pass(node, x_seq, norm)
     if norm is not None:
         output = _run(node, x_seq, norm, pooled)
@@ -177,8 +177,8 @@ def _run_first(modules: list[nn.Module], x_seq: Any) -> tuple[Any, int]:
         output = _run_pooled(node, x_seq)
     else:
         output = node(x_seq)
-    if averages and "multi_step_forward" in node.__dict__ and apart.pools(output):
-        output, pooled = apart.pool(output), True
+    if averages and _is_replaced(node) and apart.can_pool(output):
+        return apart.pool(output), has_norm + 2
     return output, has_norm + 1 + pooled
 
 
@@ -192,13 +192,18 @@ def _may_run_inside(node: DLIFNode) -> bool:
     )
 
 
+def _is_replaced(node: DLIFNode) -> bool:
+    """Whether something stands in for the neuron's forward over a sequence, as an estimator does."""
+    return "multi_step_forward" in node.__dict__
+
+
 def _norm_in_one_pass(norm: Any, node: DLIFNode, x_seq: Tensor) -> BatchNorm | None:
     """The batch norm of this call, if it can run in one pass with the neuron."""
     if x_seq.ndim != _DIMENSIONS[type(norm)] or x_seq.shape[2] != norm.num_features:
         return None
     if norm.step_mode != "m" or _is_watched(norm) or "forward" in node.__dict__:
         return None
-    if _needs_more_than_input(node, _HOOKS) or (_is_watched(node) and "multi_step_forward" in node.__dict__):
+    if _needs_more_than_input(node, _HOOKS) or (_is_watched(node) and _is_replaced(node)):
         return None
     values = _values(norm)
     single_value = values.use_batch_statistics and x_seq.numel() == x_seq.shape[2]  # torch refuses it in its own words
@@ -206,13 +211,13 @@ def _norm_in_one_pass(norm: Any, node: DLIFNode, x_seq: Tensor) -> BatchNorm | N
 
 
 def _averages(pool: Any) -> bool:
-    """Whether the pooling is nothing but an average over 2x2 neurons in this call."""
+    """Whether this call of the pooling is an average over 2x2 neurons that nobody looks at."""
     return _pools(pool) and pool.step_mode == "m" and not _is_watched(pool)
 
 
 def _pool_in_one_pass(node: DLIFNode, x_seq: Tensor, norm: BatchNorm | None) -> bool:
     """Whether an average can be taken in one pass with the neuron, whose spikes nobody else gets then."""
-    if "multi_step_forward" in node.__dict__:
+    if _is_replaced(node):
         return False
     others = [name for name in _HOOKS if name != "_forward_pre_hooks"]
     return not _needs_more_than_input(node, others) and _can_fuse(x_seq, norm, node, True)
@@ -255,11 +260,9 @@ def _run(node: DLIFNode, x_seq: Tensor, values: BatchNorm, pooled: bool) -> Tens
         done = True
         return outputs
 
-    if "multi_step_forward" in node.__dict__:
-        if values.use_batch_statistics:
-            currents = normalise(x_seq, replace(values, running_mean=None, running_var=None))
-        else:
-            currents = apart.normalise_by_running(x_seq, values)
+    if _is_replaced(node):
+        unchanged = replace(values, running_mean=None, running_var=None) if values.use_batch_statistics else values
+        currents = apart.normalise(x_seq, unchanged)
     node._operator = operator
     try:
         if watched:

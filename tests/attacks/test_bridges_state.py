@@ -1,5 +1,6 @@
 """What AutoAttack and Square leave as they found it, keep to, and depend on."""
 
+import logging
 import sys
 import warnings
 from functools import partial
@@ -220,12 +221,14 @@ class TestChecks:
         ],
         ids=["softmax", "random", "dynamic"],
     )
-    def test_properties_of_the_network(self, model, match, capfd):
-        y = predicted(linear_model(36), X)
+    def test_properties_of_the_network(self, model, match, capfd, monkeypatch):
+        y, logged = predicted(linear_model(36), X), []
+        monkeypatch.setattr(logging.Logger, "handle", lambda logger, record: logged.append(record))
         with pytest.warns(AutoAttackWarning, match=match) as records:
             autoattack(model, X, y, eps=0.02, attacks=["apgd-ce"], generator=seeded())
         assert [record.filename for record in records] == [__file__] * len(records)
         assert capfd.readouterr() == ("", "")
+        assert logged == []
 
     def test_a_dynamic_network_does_not_mark_the_next_one(self, monkeypatch):
         y = predicted(linear_model(36), X)

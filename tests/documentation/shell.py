@@ -7,6 +7,7 @@ import importlib.util
 import io
 import json
 import os
+import pkgutil
 import re
 import shlex
 import signal
@@ -28,21 +29,20 @@ if recipe:
     print(name, file=open(pathlib.Path(state, "recipes"), "a"))
     added = json.loads(pathlib.Path(state, "added").read_text())
     words += [word for one, text in added if one in (None, name) for word in shlex.split(text)]
-module = {
-    "torchrun": ["-m", "torch.distributed.run"], "accelerate": ["-m", "accelerate.commands.accelerate_cli"]
-}.get(program, [])
-os.execv(sys.executable, [sys.executable, *module, *words])
+os.execv(sys.executable, [sys.executable, *json.loads(pathlib.Path(state, "modules").read_text())[program], *words])
 """
 """What stands for python and for what starts several of them: notes which recipe it runs, and adds options to it."""
 
-NOTES = """[ -z "$OPTIONS_ONLY" ] || { printf '%s\\0' "$#" "$PWD" "$@" >> "$OPTIONS_ONLY"; exit; }"""
-"""What it does instead where options are all that is looked at."""
+NOTED = """[ -z "$OPTIONS_ONLY" ] || { printf '%s\\0' "$#" "$PWD" "$@" >> "$OPTIONS_ONLY"; exit; }"""
+"""With OPTIONS_ONLY set a program only writes its words and its folder down there."""
 
 LAUNCHERS = {
-    "torchrun": ("torch.distributed.run", "get_args_parser", []),
-    "accelerate": ("accelerate.commands.launch", "launch_command_parser", ["launch"]),
-}
-"""Programs that start recipes, with their parsers and the words in front of what those parse."""
+    "torchrun": ("torch.distributed.run", "torch.distributed.run.get_args_parser", []),
+    "accelerate": (
+        "accelerate.commands.accelerate_cli", "accelerate.commands.launch.launch_command_parser", ["launch"]
+    ),
+}  # fmt: skip
+"""Programs that start recipes: their modules, parsers, and the words in front of what those parse."""
 
 
 class CommandError(Exception):
@@ -91,9 +91,11 @@ class Shell:
         programs = folder / ".venv" / "bin"
         programs.mkdir(parents=True)
         (state / "starts.py").write_text(STARTS, encoding="utf-8")
-        for name in ("python", "python3", "torchrun", "accelerate"):
+        modules = {"python": [], "python3": []} | {name: ["-m", module] for name, (module, _, _) in LAUNCHERS.items()}
+        (state / "modules").write_text(json.dumps(modules), encoding="utf-8")
+        for name in modules:
             run = f'exec "{sys.executable}" "{state}/starts.py" "{state}" "$@"'
-            script(programs / name, f'set -- {name} "$@"\n{NOTES}\n{run}')
+            script(programs / name, f'set -- {name} "$@"\n{NOTED}\n{run}')
         refusal = "an example installs nothing; put <!-- example: not run: installs packages --> above"
         script(programs / "pip", f"echo '{refusal}' >&2; exit 1")
         path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
@@ -150,10 +152,10 @@ def read_options(where: Path, program: str, words: list[str], added: tuple[tuple
     with contextlib.chdir(where), contextlib.redirect_stdout(said := io.StringIO()), contextlib.redirect_stderr(said):
         try:
             if program in LAUNCHERS:
-                module, parser, first = LAUNCHERS[program]
+                _, parser, first = LAUNCHERS[program]
                 if words[: len(first)] != first:
                     raise CommandError(f"'options only' takes commands of recipes/*.py, got {command}")
-                given = getattr(importlib.import_module(module), parser)().parse_args(words[len(first) :])
+                given = pkgutil.resolve_name(parser)().parse_args(words[len(first) :])
                 words = [given.training_script, *given.training_script_args]
             recipe = re.fullmatch(r"(?:\./)?(recipes/(\w+)\.py)", words[0]) if words else None
             if recipe is None:

@@ -439,8 +439,10 @@ def test_what_stands_in_for_the_neurons_forward_gets_its_currents(passes, train,
         net[2].multi_step_forward = stand_in
     x = sequence(T, 3, 2, 8, 8)
     with torch.no_grad():
+        for net in (plain, fused):
+            fill_statistics(net)
         outputs = [net.train(train)(x) for net in (plain, fused)]
-    assert torch.equal(seen[0], seen[1])
+    torch.testing.assert_close(seen[0], seen[1])
     assert torch.equal(*outputs)
     for a, b in zip(plain.buffers(), fused.buffers(), strict=True):
         torch.testing.assert_close(a, b)
@@ -448,26 +450,50 @@ def test_what_stands_in_for_the_neurons_forward_gets_its_currents(passes, train,
     assert fused[2]._operator is dlif_multi_step
 
 
+def fill_statistics(net):
+    """Running statistics that show whether they are used."""
+    for buffer in net.buffers():
+        if buffer.is_floating_point():
+            buffer.copy_(torch.linspace(0.2, 0.7, len(buffer)))
+
+
 @needs_kernel
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("name", ["assg", "rectangle:1", "bptr"])
-def test_an_estimator_has_neighbours_of_its_own(passes, monkeypatch, train, name):
-    """Batch norm and pooling around a neuron with another backward pass cost what they have to, and change nothing."""
+def test_under_an_estimator_results_and_gradients_are_those_of_the_plain_network(passes, monkeypatch, train, name):
     plain, fused = both()
     ran = []
-    for function in ("normalise_by_running", "pool"):
+    for function in ("normalise", "pool"):
         run = getattr(fusion.apart, function)
         monkeypatch.setattr(fusion.apart, function, lambda *given, run=run: ran.append(run.__name__) or run(*given))
     results = []
     for net in (plain, fused):
-        for buffer in net.buffers():  # statistics that show whether they are used
-            if buffer.is_floating_point():
-                buffer.copy_(torch.linspace(0.2, 0.7, len(buffer)))
+        fill_statistics(net)
         with estimator(name)(net):
             results.append(step(net, sequence(T, 3, 2, 8, 8), train))
     assert_same(results[1], results[0])
-    assert ran == (["pool"] if train else ["normalise_by_running", "normalise_by_running", "pool"])
+    assert ran == ["normalise", "normalise", "pool"]
     assert (passes.fused, passes.pooled) == (2, 0)
+
+
+@needs_kernel
+def test_functorch_goes_through_what_stands_in_for_a_neuron():
+    _, net = both()
+    fill_statistics(net.eval())
+    for node in (net[2], net[3][2]):
+        node.multi_step_forward = torch.sigmoid
+    x = sequence(T, 3, 2, 8, 8)
+    wanted = net(x)
+    mapped = torch.vmap(lambda one: net(one.unsqueeze(1)).squeeze(1), in_dims=1, out_dims=1)
+    torch.testing.assert_close(reset(net, mapped, x), wanted)
+    leaf = x.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(reset(net, net, leaf).sum(), leaf)
+    torch.testing.assert_close(torch.func.grad(lambda given: reset(net, net, given).sum())(x), gradient)
+
+
+def reset(net, run, x):
+    functional.reset_net(net)
+    return run(x)
 
 
 @needs_kernel

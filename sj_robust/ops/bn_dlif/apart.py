@@ -1,7 +1,7 @@
-"""Batch norm and pooling around a neuron whose backward pass stands apart, with gradients at the price of their values.
+"""Batch norm and 2x2 average pooling around a neuron whose forward is replaced, as a gradient estimator does.
 
-On a CPU the backward passes of torch's own take longer than the layers: ten times for the average, and that of batch
-norm sums for the gradients of weight and bias, which nobody asks for.
+On a CPU torch's own take several times as long for the gradient: batch norm in evaluation mode also sums those of
+weight and bias, whether they are needed or not, and average pooling goes through memory value by value.
 """
 
 from collections.abc import Iterator
@@ -10,32 +10,34 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sj_robust.ops.bn_dlif import reference
 from sj_robust.ops.bn_dlif.norm import BatchNorm
 from sj_robust.ops.bn_dlif.repeated import repeated_step
-from sj_robust.ops.dlif.config import state_dtype
+from sj_robust.ops.dlif.autograd import is_plain
 
-__all__ = ["normalise_by_running", "pool", "pools"]
+__all__ = ["can_pool", "normalise", "pool"]
 
 
-def normalise_by_running(x_seq: Tensor, norm: BatchNorm) -> Tensor:
-    """Batch norm of [T, N, C, *] with its running statistics: one factor and one offset per channel."""
+def normalise(x_seq: Tensor, norm: BatchNorm) -> Tensor:
+    """``reference.normalise``, with running statistics as one factor and one offset per channel where that is exact."""
     mean, variance = norm.running_mean, norm.running_var
-    assert isinstance(mean, Tensor), "BatchNorm sees to it"
-    assert isinstance(variance, Tensor), "as above"
-    dtype = state_dtype(x_seq)
-    scale = (variance.to(dtype) + norm.eps).rsqrt()
+    if norm.use_batch_statistics or mean is None or variance is None or not _is_for(x_seq):
+        return reference.normalise(x_seq, norm)
+    scale = (variance + norm.eps).rsqrt()
     scale = scale if norm.weight is None else scale * norm.weight
     offset = -mean * scale if norm.bias is None else norm.bias - mean * scale
-    scale, offset = (value.to(dtype).view(-1, *[1] * (x_seq.ndim - 3)) for value in (scale, offset))
+    scale, offset = (value.view(-1, *[1] * (x_seq.ndim - 3)) for value in (scale, offset))
     step = repeated_step(x_seq)
-    y_seq = ((x_seq if step is None else step) * scale).add_(offset).to(x_seq.dtype)
-    return y_seq.expand(x_seq.shape)
+    if step is None:
+        return (x_seq * scale).add_(offset)
+    return (step * scale).add_(offset).repeat(len(x_seq), *[1] * (x_seq.ndim - 1))
 
 
-def pools(spike_seq: Any) -> bool:
+def can_pool(spike_seq: Any) -> bool:
     """Whether :func:`pool` is for this call; any other is torch's, with its messages."""
-    is_sequence = isinstance(spike_seq, Tensor) and spike_seq.ndim == 5
-    return is_sequence and spike_seq.device.type == "cpu" and min(spike_seq.shape[3:]) > 1
+    if not isinstance(spike_seq, Tensor) or spike_seq.ndim != 5 or not _is_for(spike_seq):
+        return False
+    return min(spike_seq.shape[3:]) > 1 and spike_seq.is_contiguous()
 
 
 def pool(spike_seq: Tensor) -> Tensor:
@@ -62,6 +64,10 @@ class _Pool(torch.autograd.Function):
         for quarter in _quarters(grad_spike_seq):
             quarter.copy_(share)
         return grad_spike_seq
+
+
+def _is_for(seq: Tensor) -> bool:
+    return is_plain(seq) and seq.device.type == "cpu" and seq.dtype in (torch.float32, torch.float64)
 
 
 def _quarters(seq: Tensor) -> Iterator[Tensor]:
