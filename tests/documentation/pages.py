@@ -264,7 +264,9 @@ PAGES = Sybil(
 )
 
 
-_SLOW = {"README.md", "distributed.md", "event_attacks.md", "stability.md", "verified.md"}
+_SLOW = {
+    "README.md", "distributed.md", "event_attacks.md", "faq.md", "gradient_masking.md", "stability.md", "verified.md",
+}  # fmt: skip
 
 
 @cache

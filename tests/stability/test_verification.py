@@ -100,6 +100,7 @@ def test_what_float32_rounds_is_noticed_where_bounds_leave_it_out(monkeypatch):
         list(map(fuzz.check, range(10), [64] * 10))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("build", NETWORKS)
 def test_margins_fall_with_the_radius_and_are_the_networks_own_at_zero(build):
     """What intervals verify at a radius they verify at every smaller one, since they lie within each other.

@@ -75,6 +75,7 @@ def test_the_first_step_is_sgd_with_weight_decay_on_every_parameter_also_the_gai
     assert load_checkpoint(tmp_path / "a" / "last.pt")["optimizer"]["param_groups"][0]["fused"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("checkpoint_steps", [None, 1, 3])
 @pytest.mark.parametrize("call", [2, 6, 9])
 def test_a_run_that_was_cut_off_ends_at_the_same_weights(tmp_path, whole, call, checkpoint_steps):

@@ -46,6 +46,8 @@ def test_every_surrogate_stays_in_registers(architecture):
     assert all(registers <= 128 and spilled == 0 for registers, spilled in used.values()), used
 
 
+@pytest.mark.slow
+@pytest.mark.kernels
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_charging_is_never_contracted(direction):
     """Spikes equal torch's bit by bit only if the product with the decay is rounded before it is added."""
@@ -57,6 +59,8 @@ def test_charging_is_never_contracted(direction):
     assert not (direction == "forward" and any(name == "fma" for name, _ in instructions))
 
 
+@pytest.mark.slow
+@pytest.mark.kernels
 def test_memory_is_moved_once_and_in_whole_vectors():
     """Per step a load of x and of the gain, on the way back of the gradient and again of the gain, and one store.
 
@@ -82,6 +86,8 @@ def test_memory_is_moved_once_and_in_whole_vectors():
     assert found == wanted
 
 
+@pytest.mark.slow
+@pytest.mark.kernels
 def test_the_next_gradient_is_on_its_way_before_a_step_is_done():
     text = _source("float", steps=8, vec=4, surrogate="PiecewiseQuadratic")
     ptx = nvrtc.compile_text(text, "compute_80", ptx=True)[0].decode()
@@ -89,6 +95,8 @@ def test_the_next_gradient_is_on_its_way_before_a_step_is_done():
     assert moves[moves.index("st") :].count("ld") == 8 - 2  # those of the last two steps were loaded before
 
 
+@pytest.mark.slow
+@pytest.mark.kernels
 @pytest.mark.parametrize(("io", "instruction"), [("Half", "f16x2"), ("BFloat16", "bf16x2")])
 def test_two_neighbours_are_rounded_at_once_the_first_to_the_lower_half(io, instruction):
     kernel = 'extern "C" __global__ void pair(const float* x, unsigned* y) { *y = rounded(%s(), x[0], x[1]); }'
@@ -100,6 +108,8 @@ def test_two_neighbours_are_rounded_at_once_the_first_to_the_lower_half(io, inst
     assert "x2" not in nvrtc.compile_text(text, "compute_75", ptx=True)[0].decode()  # which has no such instruction
 
 
+@pytest.mark.slow
+@pytest.mark.kernels
 def test_no_double_precision_and_halves_through_cvt():
     short = [variant for variant in EVERY_PAIR if variant.shape[0] <= 3]  # enough for every format and surrogate
     text = cases.text(short, shim.KERNEL)
@@ -109,6 +119,8 @@ def test_no_double_precision_and_halves_through_cvt():
     assert "cvt.rn.f16.f32" in ptx
 
 
+@pytest.mark.slow
+@pytest.mark.kernels
 @pytest.mark.parametrize("threads", [32, 512, 1024])
 def test_block_size_bounds_the_registers(threads):
     """1024 threads of a block share 65536 registers: more than 64 each and the launch would fail."""
