@@ -149,17 +149,18 @@ class Shell:
 def read_options(where: Path, program: str, words: list[str], added: tuple[tuple[str | None, str], ...]) -> str:
     """Let the recipe of a command read its options in this folder; returns its name."""
     command = shlex.join([program, *words])
+    unknown = CommandError(f"'options only' takes commands of recipes/*.py, got {command}")
     with contextlib.chdir(where), contextlib.redirect_stdout(said := io.StringIO()), contextlib.redirect_stderr(said):
         try:
             if program in LAUNCHERS:
                 _, parser, first = LAUNCHERS[program]
                 if words[: len(first)] != first:
-                    raise CommandError(f"'options only' takes commands of recipes/*.py, got {command}")
+                    raise unknown
                 given = pkgutil.resolve_name(parser)().parse_args(words[len(first) :])
                 words = [given.training_script, *given.training_script_args]
             recipe = re.fullmatch(r"(?:\./)?(recipes/(\w+)\.py)", words[0]) if words else None
             if recipe is None:
-                raise CommandError(f"'options only' takes commands of recipes/*.py, got {command}")
+                raise unknown
             if not Path(recipe[1]).exists():
                 raise CommandError(f"{recipe[1]} does not exist")
             words += [word for one, text in added if one in (None, recipe[2]) for word in shlex.split(text)]

@@ -19,7 +19,7 @@ __all__ = ["can_pool", "normalise", "pool"]
 
 
 def normalise(x_seq: Tensor, norm: BatchNorm) -> Tensor:
-    """``reference.normalise``, with running statistics as one factor and one offset per channel where that is exact."""
+    """``reference.normalise`` within rounding; with running statistics one factor and one offset per channel."""
     mean, variance = norm.running_mean, norm.running_var
     if norm.use_batch_statistics or mean is None or variance is None or not _is_for(x_seq):
         return reference.normalise(x_seq, norm)
