@@ -209,7 +209,8 @@ def run_commands(block: Block, shell: Shell) -> str | None:
     commands = logical_lines(block.code)
     for offset, command in commands:
         try:
-            recipes += shell.run(command, block.added, only_options=only_options)
+            here = block.printed is None  # a page that shows what is printed is followed word for word
+            recipes += shell.run(command, block.added, only_options=only_options, here=here)
             said += shell.said
         except CommandError as error:
             return f"line {block.line + 1 + offset}: {command}\n{error}"

@@ -45,6 +45,10 @@ LAUNCHERS = {
 """Programs that start recipes: their modules, parsers, and the words in front of what those parse."""
 
 
+ALONE = re.compile(r"""python3? (\./)?recipes/\w+\.py( [\w./:=,+\[\]{}"' \\\n-]*)?(#.*)?""")
+"""A recipe with its options, and no other word of bash."""
+
+
 class CommandError(Exception):
     """A command that failed; the text says how."""
 
@@ -105,13 +109,23 @@ class Shell:
         self.where, self.state, self.environment = folder, state, environment
 
     def run(
-        self, command: str, added: tuple[tuple[str | None, str], ...] = (), *, only_options: bool = False
+        self,
+        command: str,
+        added: tuple[tuple[str | None, str], ...] = (),
+        *,
+        only_options: bool = False,
+        here: bool = False,
     ) -> list[str]:
         """Run a command that has to end well; returns the names of the recipes that it ran.
 
         They get the options of ``added`` that are meant for them, None for every one. Where only options are looked at,
-        bash says what would run, and the recipes' parsers read it in this process.
+        bash says what would run, and the recipes' parsers read it in this process. With ``here`` a command that is
+        nothing but a recipe runs in this process, which has imported already what takes seconds.
         """
+        if here and not only_options and ALONE.fullmatch(command):
+            program, *words = shlex.split(command, comments=True)
+            self.said, recipe = run_here(self.where, program, words, added)
+            return [recipe]
         (self.state / "added").write_text(json.dumps(added), encoding="utf-8")
         (self.state / "recipes").write_text("")
         calls = self.state / "calls"
@@ -142,12 +156,16 @@ class Shell:
             end = int(noted[0]) + 2
             where, program, *words = noted[1:end]
             noted = noted[end:]
-            recipes.append(read_options(Path(where), program, words, added))
+            recipes.append(run_here(Path(where), program, words, added, "--print_config")[1])
         return recipes
 
 
-def read_options(where: Path, program: str, words: list[str], added: tuple[tuple[str | None, str], ...]) -> str:
-    """Let the recipe of a command read its options in this folder; returns its name."""
+def run_here(
+    where: Path, program: str, words: list[str], added: tuple[tuple[str | None, str], ...], *last: str
+) -> tuple[str, str]:
+    """Run the recipe of a command in this folder and process; returns what it said, and its name."""
+    import launch  # imports torch, which has to find OMP_NUM_THREADS as conftest.py sets it
+
     command = shlex.join([program, *words])
     unknown = CommandError(f"'options only' takes commands of recipes/*.py, got {command}")
     with contextlib.chdir(where), contextlib.redirect_stdout(said := io.StringIO()), contextlib.redirect_stderr(said):
@@ -164,13 +182,13 @@ def read_options(where: Path, program: str, words: list[str], added: tuple[tuple
             if not Path(recipe[1]).exists():
                 raise CommandError(f"{recipe[1]} does not exist")
             words += [word for one, text in added if one in (None, recipe[2]) for word in shlex.split(text)]
-            importlib.import_module(recipe[2]).main([*words[1:], "--print_config"])
+            launch.in_process(recipe[2], ".", *words[1:], *last)
         except SystemExit as stop:
             if stop.code:
                 raise CommandError(f"exit code {stop.code}\n{said.getvalue()}") from stop
         except (ValueError, OSError) as error:
             raise CommandError(f"{command}\n{error}") from error
-    return recipe[2]
+    return said.getvalue(), recipe[2]
 
 
 def script(path: Path, text: str) -> None:

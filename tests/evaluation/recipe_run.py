@@ -1,12 +1,14 @@
 """The recipe evaluate as its tests run it, on a small trained network and on networks of somebody's own."""
 
 import contextlib
+import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 
 import launch
 import pytest
+import torch
 from evaluation.short_suite import shortened
 
 SMALL = ("--test-limit", "12")
@@ -73,13 +75,15 @@ def in_process(folder, *options, draws=False):
 
 @contextlib.contextmanager
 def undrawn():
-    """Within it figures, which take as long as the attacks of a test, are empty files."""
+    """Within it figures, which take as long as the attacks of a test, are empty files, and none is for TensorBoard."""
 
     def savefig(figure, file, **settings):
         (file.write if hasattr(file, "write") else Path(file).write_text)("<svg></svg>")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("matplotlib.figure.Figure.savefig", savefig)
+        patch.setattr("matplotlib.figure.Figure.draw_without_rendering", lambda figure: None)
+        patch.setattr("torch.utils.tensorboard.SummaryWriter.add_figure", lambda *arguments: None)
         yield
 
 
@@ -87,7 +91,8 @@ def working_folder(folder):
     """A working folder with a run of two small networks in it, and a module with networks of somebody's own."""
     quick = ("--epochs", "5", "--batch-size", "32", "--test-limit", "20", "--channels", "[8,8]", "--T", "3")
     plain = ("--mode", "none", "--neuron", "lif", "--reference", "false", "--output", "runs/one")
-    launch.in_process("adv_train", folder, *quick, *plain)
+    with undrawn():
+        launch.in_process("adv_train", folder, *quick, *plain)
     two = folder / "runs" / "two"
     for name in ("a", "b"):
         (two / name).mkdir(parents=True)
@@ -104,3 +109,8 @@ def without_times(report):
         row["seconds"] = None
     del content["environment"], content["verified_seconds"]
     return content
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    print(*launch.two_processes(partial(in_process, *sys.argv[1:])))

@@ -8,6 +8,7 @@ import launch
 import pytest
 import torch
 from data.test_torchvision_sets import DEBIAN, write_mnist
+from evaluation.recipe_run import undrawn
 from launch import ROOT, finish, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -20,7 +21,8 @@ pytestmark = pytest.mark.slow
 
 
 def in_process(folder, *options):
-    launch.in_process("adv_train", folder, *options)
+    with undrawn():
+        launch.in_process("adv_train", folder, *options)
 
 
 def weights(folder):
@@ -31,7 +33,7 @@ def weights(folder):
 def whole(tmp_path_factory):
     """An unbroken quick run."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    in_process(folder.parent, *QUICK, "--output", str(folder))
+    launch.in_process("adv_train", folder.parent, *QUICK, "--output", str(folder))
     return folder
 
 

@@ -6,6 +6,7 @@ import launch
 import pytest
 import torch
 from data.event_recordings import pack_n_mnist, sums
+from evaluation import recipe_run
 from evaluation.recipe_run import SMALL, TWO_BATCHES, in_process, start, without_times
 from launch import finish
 
@@ -94,8 +95,9 @@ def test_killed_and_resumed(folder, tmp_path, whole):
 
 def test_two_processes(folder, tmp_path, whole):
     options = ("runs/one", *PAPER, "--output", str(tmp_path / "two"))
-    out, _ = finish(start(folder, *options, launcher=launch.TWO_PROCESSES))
-    assert out.count("At most ") == 1
+    result = launch.script(recipe_run.__file__, folder, *options)
+    assert result.stdout.endswith("0 0\n"), result.stderr
+    assert result.stdout.count("At most ") == 1
     report = RobustnessReport.load(tmp_path / "two" / "report.json")
     assert report.environment["processes"] == "2"
     assert without_times(report) == without_times(whole)
