@@ -123,7 +123,7 @@ class VGG(ConvChain):
         image_shape: (C, H, W) of one image.
         classes: Number of classes.
         hidden: Widths of the hidden linear layers.
-        **arguments: ``T``, ``spiking_neuron`` and whatever else :class:`ConvChain` takes.
+        **arguments: ``T``, ``spiking_neuron`` and whatever else :class:`ConvChain` takes, such as ``hidden``.
 
     Raises:
         ValueError: If the name is unknown, and as :class:`ConvChain`.
@@ -165,7 +165,7 @@ class SmallConvNet(ConvChain):
         classes: Number of classes.
         channels: Output channels of the convolutions.
         strides: Stride of each convolution, 1 or 2; None for poolings.
-        **arguments: ``T``, ``spiking_neuron`` and whatever else :class:`ConvChain` takes.
+        **arguments: ``T``, ``spiking_neuron`` and whatever else :class:`ConvChain` takes, such as ``hidden``.
 
     Raises:
         ValueError: If there is not a stride of 1 or 2 for every convolution, and as :class:`ConvChain`.
