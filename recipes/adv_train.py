@@ -38,7 +38,7 @@ class Options:
     T: PositiveInt = often(4, "Time steps per image; frames per sample of event data.")
     tau: float = option(100.0, "Membrane time constant in time steps; the decay is 1 - 1 / tau.")
     channels: tuple[int, ...] = option((16, 32), "Output channels of the convolutions of small.")
-    hidden: tuple[int, ...] = option((4096, 4096), "Widths of the hidden layers of a VGG; small: in model_options.")
+    hidden: tuple[int, ...] = option((4096, 4096), "Widths of a VGG's hidden layers; small: in model_options.")
     mean: list[float] | None = option(None, "Mean per channel that the network subtracts; null: the data set's.")
     std: list[float] | None = option(None, "Standard deviation per channel that it divides by; null likewise.")
     pretrained: str | None = often(None, "Checkpoint to start from; null for random weights.", metavar="CHECKPOINT")

@@ -43,7 +43,7 @@ class NetworkSpec:
         learn_gain: Whether the gains of DLIF are trained; False leaves them at one, which is LIF (the same spikes) at
             the speed of DLIF's kernels.
         channels: Output channels of the convolutions of ``"small"``.
-        hidden: Widths of the hidden linear layers of a VGG; ``"small"`` takes them in ``options`` and has none else.
+        hidden: Widths of the hidden linear layers of a VGG; ``"small"`` takes its own from ``options``.
         fused: Whether batch norm and the DLIF neurons behind it run in one pass where they can.
         mean: Mean per channel, subtracted from images in [0, 1] inside the classifier; None for none.
         std: Standard deviation per channel that they are divided by; None for none.

@@ -123,7 +123,7 @@ class VGG(ConvChain):
         image_shape: (C, H, W) of one image.
         classes: Number of classes.
         hidden: Widths of the hidden linear layers.
-        **arguments: ``T``, ``spiking_neuron`` and whatever else :class:`ConvChain` takes, such as ``hidden``.
+        **arguments: ``T``, ``spiking_neuron`` and whatever else :class:`ConvChain` takes.
 
     Raises:
         ValueError: If the name is unknown, and as :class:`ConvChain`.
@@ -154,7 +154,7 @@ class VGG(ConvChain):
 
 
 class SmallConvNet(ConvChain):
-    """Convolution - batch norm - neuron - average pooling, once per entry of ``channels``, then a linear layer.
+    """Convolution - batch norm - neuron - average pooling, once per entry of ``channels``, then linear layers.
 
     With ``strides`` the convolutions have these in the place of the poolings, which gives tighter bounds.
 

@@ -45,8 +45,8 @@ LAUNCHERS = {
 """Programs that start recipes: their modules, parsers, and the words in front of what those parse."""
 
 
-ALONE = re.compile(r"""python3? (\./)?recipes/\w+\.py( [\w./:=,+\[\]{}"' \\\n-]*)?(#.*)?""")
-"""A recipe with its options, and no other word of bash."""
+ALONE = re.compile(r"""python3? (\./)?recipes/\w+\.py( +([\w./:=,+-]+|'[^'#\n]*'|"[^"#$`\\\n]*"))*( +#.*)?""")
+"""A recipe with its options in one line, all of them words that bash and shlex read alike."""
 
 
 class CommandError(Exception):
@@ -107,6 +107,7 @@ class Shell:
         environment.setdefault("OMP_WAIT_POLICY", "passive")  # with several threads on a busy machine
         environment.pop("PYTEST_CURRENT_TEST", None)
         self.where, self.state, self.environment = folder, state, environment
+        self.first_environment = environment
 
     def run(
         self,
@@ -120,9 +121,12 @@ class Shell:
 
         They get the options of ``added`` that are meant for them, None for every one. Where only options are looked at,
         bash says what would run, and the recipes' parsers read it in this process. With ``here`` a command that is
-        nothing but a recipe runs in this process, which has imported already what takes seconds.
+        nothing but a recipe runs in this process, which has imported already what takes seconds, unless the commands
+        before it have exported something.
         """
-        if here and not only_options and ALONE.fullmatch(command):
+        changed = {name for name, _ in self.environment.items() - self.first_environment.items()}
+        exported = changed - {"_", "PWD", "OLDPWD", "SHLVL"}
+        if here and not (only_options or exported) and ALONE.fullmatch(command):
             program, *words = shlex.split(command, comments=True)
             self.said, recipe = run_here(self.where, program, words, added)
             return [recipe]

@@ -217,6 +217,34 @@ def test_options_are_added_to_the_recipes(tmp_path):
     run(tmp_path, fence("bash", *lines, above=above))
 
 
+@pytest.mark.parametrize(
+    ("command", "alone"),
+    [
+        ("python recipes/adv_train.py --rho 0.5 --model-options '{strides: [2, 2]}'  # why; how", True),
+        ('python3 ./recipes/evaluate.py runs/a/best.pt --eps 8/255 --name "a b"', True),
+        ("python recipes/adv_train.py --rho 0.5 | grep rho", False),
+        ("python recipes/adv_train.py --rho '#' && false", False),
+        ("python recipes/adv_train.py --name a#b", False),
+        ("python recipes/adv_train.py \\\n  --rho 0.5", False),
+        ("python recipes/adv_train.py\npwd", False),
+        ("python recipes/figures.py runs/{a,b} runs/*", False),
+        ('python recipes/adv_train.py --name "$HOME"', False),
+        ("X=1 python recipes/adv_train.py", False),
+        ("torchrun recipes/adv_train.py", False),
+    ],
+)
+def test_what_bash_would_change_is_left_to_bash(command, alone):
+    assert bool(shell.ALONE.fullmatch(command)) == alone
+
+
+@pytest.mark.slow
+def test_a_recipe_that_fails_or_stands_behind_an_export_does_so_in_either_process(tmp_path):
+    wrong = "python recipes/adv_train.py --rho much"
+    for lines in ((wrong,), ("export A=1", wrong)):
+        with pytest.raises(SybilFailure, match="--rho must be a number, got much"):
+            run(tmp_path, fence("bash", *lines))
+
+
 def test_blocks_in_lists_and_longer_fences():
     text = "## A\n- item\n\n  ```python\n  if True:\n      x = 1\n  ```\n\n"
     text += "````text\n```c\n<!-- example: x -->\n```\n````\n"

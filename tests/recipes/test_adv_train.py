@@ -1,3 +1,4 @@
+import contextlib
 import math
 import re
 import signal
@@ -20,8 +21,8 @@ QUICK = ("--epochs", "2", "--train-limit", "260", "--test-limit", "40", "--chann
 pytestmark = pytest.mark.slow
 
 
-def in_process(folder, *options):
-    with undrawn():
+def in_process(folder, *options, draws=False):
+    with contextlib.nullcontext() if draws else undrawn():
         launch.in_process("adv_train", folder, *options)
 
 
@@ -33,7 +34,7 @@ def weights(folder):
 def whole(tmp_path_factory):
     """An unbroken quick run."""
     folder = tmp_path_factory.mktemp("whole") / "run"
-    launch.in_process("adv_train", folder.parent, *QUICK, "--output", str(folder))
+    in_process(folder.parent, *QUICK, "--output", str(folder), draws=True)
     return folder
 
 
@@ -49,7 +50,7 @@ def test_a_normalisation_goes_into_the_checkpoint_and_a_start_is_told(tmp_path, 
 
 def test_certified_training_beside_ms_mppd_ends_with_what_is_verified(tmp_path, capsys):
     options = ("--mode", "certified", "--rho", "0.5", "--certified-eps", "0.02", "--eval-eps", "0.01", "--lr", "0.02")
-    in_process(tmp_path, *QUICK, *options, "--epochs", "6", "--reference", "false")
+    in_process(tmp_path, *QUICK, *options, "--epochs", "6", "--reference", "false", draws=True)
     report = Report.load(tmp_path / "runs" / "digits-dlif-certified-1" / "report.json")
     (note,) = report.notes
     found = re.fullmatch(r"dlif certified: (\d+) of 40 test images \(.*%\) verified at Linf 0.01", note)

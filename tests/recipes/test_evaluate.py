@@ -95,7 +95,7 @@ def test_killed_and_resumed(folder, tmp_path, whole):
 
 def test_two_processes(folder, tmp_path, whole):
     options = ("runs/one", *PAPER, "--output", str(tmp_path / "two"))
-    result = launch.script(recipe_run.__file__, folder, *options)
+    result = launch.script(recipe_run.__file__, folder, *options)  # torchrun itself is in the tests of adv_train
     assert result.stdout.endswith("0 0\n"), result.stderr
     assert result.stdout.count("At most ") == 1
     report = RobustnessReport.load(tmp_path / "two" / "report.json")
