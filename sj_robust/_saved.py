@@ -13,8 +13,8 @@ from typing import Any, BinaryIO, ClassVar, Self, TypeVar
 import torch
 
 __all__ = [
-    "SavedResult", "known_fields", "load_saved", "load_tensors", "markdown_table", "naming", "plain", "saved_content",
-    "saved_format", "whole_file", "write_whole",
+    "SavedResult", "load_saved", "load_tensors", "markdown_table", "naming", "plain", "saved_format", "whole_file",
+    "write_whole",
 ]  # fmt: skip
 
 SavedT = TypeVar("SavedT")
@@ -57,9 +57,21 @@ class SavedResult:
         Raises:
             ValueError: If the text is not JSON, something else or of another version, or contradicts itself.
         """
-        content = saved_content(text, what=cls._what, format=cls.saved_as, version=cls._version)
-        with known_fields(cls._what):
+        try:
+            content = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{cls._what} must be JSON ({error}); the file is damaged or something else") from error
+        if not isinstance(content, dict) or content.pop("format", None) != cls.saved_as:
+            raise ValueError(f"not {cls._what}: the text must be an object of format {cls.saved_as!r}")
+        found = content.pop("version", None)
+        if found != cls._version:
+            raise ValueError(
+                f"not {cls._what} of this release: version must be {cls._version}, got {found}; update sj_robust"
+            )
+        try:
             return cls._from_content(content)
+        except (TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"a field of {cls._what} is missing or unknown ({error}); the file is damaged") from error
 
     def save(self, path: str | Path) -> None:
         """Write the result; the file is whole or not there."""
@@ -91,30 +103,6 @@ def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, words
     return "\n".join(f"| {' | '.join(row)} |" for row in (heads, marks, *rows))
 
 
-def saved_content(text: str, *, what: str, format: str, version: int) -> dict[str, Any]:
-    """What a file holds beside its head, the fields ``format`` and ``version``. 读取结果文件的内容。
-
-    ``what`` names the result in errors, such as ``"a report"``.
-
-    Raises:
-        ValueError: If the text is no JSON, something else or of another version.
-
-    Examples:
-        >>> saved_content('{"format": "mine", "version": 1, "eps": 0.1}', what="a result", format="mine", version=1)
-        {'eps': 0.1}
-    """
-    try:
-        content = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{what} must be JSON ({error}); the file is damaged or something else") from error
-    if not isinstance(content, dict) or content.pop("format", None) != format:
-        raise ValueError(f"not {what}: the text must be an object of format {format!r}")
-    found = content.pop("version", None)
-    if found != version:
-        raise ValueError(f"not {what} of this release: version must be {version}, got {found}; update sj_robust")
-    return content
-
-
 def saved_format(text: str) -> str | None:
     """The format that a text says it is of; None if it says nothing. 读取结果文件的格式。"""
     try:
@@ -122,23 +110,6 @@ def saved_format(text: str) -> str | None:
     except json.JSONDecodeError:
         return None
     return content.get("format") if isinstance(content, dict) else None
-
-
-@contextmanager
-def known_fields(what: str) -> Iterator[None]:
-    """Context in which fields of a file become a result; one that is missing or unknown is damage. 检查字段。
-
-    Examples:
-        >>> with known_fields("the report"):
-        ...     {"eps": 0.1}["seed"]
-        Traceback (most recent call last):
-        ...
-        ValueError: a field of the report is missing or unknown ('seed'); the file is damaged
-    """
-    try:
-        yield
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"a field of {what} is missing or unknown ({error}); the file is damaged") from error
 
 
 def load_saved(path: Path, parse: Callable[[str], SavedT]) -> SavedT:

@@ -56,7 +56,7 @@ def test_merging():
         ("[1]", "not a report"),
         ('{"format": "other"}', "not a report"),
         ('{"format": "sj_robust.report", "version": 9}', "version must be 1, got 9"),
-        ('{"format": "sj_robust.report", "version": 1}', "missing or unknown .*threat"),
+        ('{"format": "sj_robust.report", "version": 1}', r"missing or unknown \('threat'\); the file is damaged"),
     ],
 )
 def test_foreign_text(text, match):
