@@ -14,9 +14,9 @@ from sj_robust.evaluation.member import Member, craft, fools
 from sj_robust.evaluation.outcome import MemberOutcome, SuiteOutcome
 from sj_robust.evaluation.own_network import evaluate, stress
 from sj_robust.evaluation.pictures import Gallery, gallery
-from sj_robust.evaluation.report import Report, Score
+from sj_robust.evaluation.report import Accuracy, Report, Score
 from sj_robust.evaluation.robustness import accuracy, evaluate_attacks
-from sj_robust.evaluation.robustness_report import Accuracy, RobustnessReport
+from sj_robust.evaluation.robustness_report import RobustnessReport
 from sj_robust.evaluation.runner import run_suite
 from sj_robust.evaluation.smoothed import SmoothedBracket, smoothed_bracket
 from sj_robust.evaluation.stress_card import StressCard, StressRow

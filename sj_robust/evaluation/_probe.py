@@ -65,11 +65,6 @@ class Probe:
         return (self.repeated.argmax(2) == self.y).all(0)
 
     @property
-    def connected(self) -> bool:
-        """Whether there is a gradient to attack with."""
-        return self.gradients.connected
-
-    @property
     def diameter(self) -> float:
         """Radius with which the ball around any image holds all of [0, 1]."""
         return 1.0 if self.threat.norm == "Linf" else self.x[0].numel() ** 0.5
@@ -162,24 +157,25 @@ class Probe:
         """Images after an attack that may go anywhere in [0, 1]."""
         return self.attack(eps=self.diameter, steps=max(2 * self.steps, 40))
 
-    def substitute(self, *, epochs: int = 100) -> nn.Module:
+    def substitute(self) -> nn.Module:
         """A small network fitted to the logits of the model on noisy copies of the images: a black box's stand-in."""
         copies = min(64, max(6, 2**26 // self.x.numel()))  # a quarter of a gigabyte at most, unless images are huge
         generator = torch.Generator().manual_seed(self._seed("copies"))
+        radius = self.threat.eps / self.diameter  # per pixel
         with torch.no_grad():
             inputs, targets = [], []
             for copy in range(copies):
-                size = (1.0, 2.0, 4.0)[copy % 3] * self._pixel_radius
+                size = (1.0, 2.0, 4.0)[copy % 3] * radius
                 noise = torch.rand(self.x.shape, generator=generator).to(self.x) * 2 - 1
                 inputs.append((self.x + size * noise).clamp(0, 1))
                 targets.append(self.logits(inputs[-1], draw=copy).float())
-        network = _fitted(torch.cat(inputs).float(), torch.cat(targets), epochs=epochs, seed=self._seed("fit"))
+        network = _fitted(torch.cat(inputs).float(), torch.cat(targets), seed=self._seed("fit"))
         return network.to(self.x.dtype)
 
     def _pgd(self, model: Model, eps: float, steps: int, *, step_size: float) -> Tensor:
         """PGD from the clean image; what is crafted elsewhere keeps its last iterate, as it fools that one too soon."""
         own = model is self.model
-        if own and not self.connected:
+        if own and not self.gradients.connected:
             return self.x.clone()
         return pgd(
             model,
@@ -195,11 +191,6 @@ class Probe:
             generator=self._generator(),
         )
 
-    @property
-    def _pixel_radius(self) -> float:
-        """The radius per pixel: of an L2 ball its share of a pixel."""
-        return self.threat.eps if self.threat.norm == "Linf" else self.threat.eps / self.diameter
-
     def _generator(self) -> torch.Generator:
         return torch.Generator().manual_seed(self._seed("attack"))
 
@@ -207,7 +198,7 @@ class Probe:
         return SampleSeeds([self.seed]).derived(*labels).single()
 
 
-def _fitted(inputs: Tensor, targets: Tensor, *, epochs: int, seed: int) -> nn.Module:
+def _fitted(inputs: Tensor, targets: Tensor, *, seed: int) -> nn.Module:
     """Two layers trained by least squares on standardised logits."""
     targets = (targets - targets.mean()) / targets.std().clamp(min=1e-6)
     with torch.enable_grad(), seeded_globals(seed, inputs.device):
@@ -215,7 +206,7 @@ def _fitted(inputs: Tensor, targets: Tensor, *, epochs: int, seed: int) -> nn.Mo
             nn.Flatten(), nn.Linear(inputs[0].numel(), 128), nn.Softplus(), nn.Linear(128, targets.shape[1])
         ).to(inputs.device)
         optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
-        for _ in range(epochs):
+        for _ in range(100):  # epochs
             for rows in torch.split(torch.randperm(len(inputs), device=inputs.device), 256):
                 optimizer.zero_grad()
                 torch.autograd.backward(nn.functional.mse_loss(network(inputs[rows]), targets[rows]))

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 import torch
@@ -95,13 +95,15 @@ def clean_errors(probe: Probe) -> Finding:
     """What the network gets wrong without any attack."""
     guessing = 1 - 1 / probe.repeated.shape[2]
     errors = 1 - float(probe.right.double().mean())
-    return _finding(
+    threshold = THRESHOLDS["clean_errors"] * guessing
+    return Finding(
         "clean_errors",
         errors,
+        threshold,
+        errors <= threshold,
         f"The network gets {errors:.0%} of the images wrong without any attack; guessing gets {guessing:.0%} wrong. A "
         "network that is wrong anyway cannot be robust.",
         "Check the weights, the normalisation and the labels before attacking.",
-        threshold=THRESHOLDS["clean_errors"] * guessing,
         count=int((~probe.right).sum()),
         total=len(probe.right),
     )
@@ -311,28 +313,17 @@ def estimators_compared(probe: Probe, names: Sequence[str]) -> Finding:
     )
 
 
-def _finding(
-    name: str,
-    value: float,
-    meaning: str,
-    remedy: str,
-    *,
-    threshold: float | None = None,
-    lowest: float | None = None,
-    count: int | None = None,
-    total: int | None = None,
-) -> Finding:
+def _finding(name: str, value: float, meaning: str, remedy: str, *, lowest: float | None = None) -> Finding:
     """A finding that fails if its value, or the lower end of its interval (``lowest``), is above the threshold."""
-    threshold = THRESHOLDS[name] if threshold is None else threshold
-    passed = bool((value if lowest is None else lowest) <= threshold)
-    return Finding(name, float(value), threshold, passed, meaning, remedy, count, total)
+    threshold = THRESHOLDS[name]
+    return Finding(name, value, threshold, (value if lowest is None else lowest) <= threshold, meaning, remedy)
 
 
 def _share(name: str, shown: Tensor, meaning: str, remedy: str) -> Finding:
     """A finding on the share of the images that show something, [N] bool."""
     count, total = int(shown.sum()), len(shown)
-    lowest = wilson_interval(count, total)[0]
-    return _finding(name, count / total, meaning, remedy, lowest=lowest, count=count, total=total)
+    found = _finding(name, count / total, meaning, remedy, lowest=wilson_interval(count, total)[0])
+    return replace(found, count=count, total=total)
 
 
 def _comparison(probe: Probe, name: str, weaker: Tensor, meaning: str, remedy: str) -> Finding:

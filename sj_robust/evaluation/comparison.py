@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 from sj_robust._saved import markdown_table
 from sj_robust.evaluation.intervals import difference_interval, paired_difference_interval
-from sj_robust.evaluation.robustness_report import Accuracy, RobustnessReport
+from sj_robust.evaluation.report import Accuracy
+from sj_robust.evaluation.robustness_report import RobustnessReport
 
 __all__ = ["Comparison", "Difference", "compare_reports"]
 

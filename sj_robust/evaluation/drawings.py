@@ -10,7 +10,7 @@ from sj_robust.attacks.threat import ThreatModel, parse_eps
 from sj_robust.evaluation.intervals import wilson_interval
 from sj_robust.evaluation.outcome import MemberOutcome
 from sj_robust.evaluation.pictures import Gallery
-from sj_robust.evaluation.report import Report
+from sj_robust.evaluation.report import Accuracy, Report
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,19 +19,6 @@ if TYPE_CHECKING:
 __all__ = ["plot_report", "plot_robustness", "robustness_figures"]
 
 _Rows = Sequence[dict[str, Any]]
-
-
-class _DrawnAccuracy(Protocol):
-    """What is drawn of an accuracy."""
-
-    @property
-    def name(self) -> str: ...
-    @property
-    def kind(self) -> str: ...
-    @property
-    def accuracy(self) -> float: ...
-    @property
-    def interval(self) -> tuple[float, float]: ...
 
 
 class _DrawnReport(Protocol):
@@ -46,11 +33,11 @@ class _DrawnReport(Protocol):
     @property
     def members(self) -> Sequence[MemberOutcome]: ...
     @property
-    def accuracies(self) -> Sequence[_DrawnAccuracy]: ...
+    def accuracies(self) -> Sequence[Accuracy]: ...
     @property
-    def control(self) -> _DrawnAccuracy | None: ...
+    def control(self) -> Accuracy | None: ...
     @property
-    def everything(self) -> _DrawnAccuracy: ...
+    def everything(self) -> Accuracy: ...
     @property
     def over_eps(self) -> _Rows: ...
     @property
@@ -248,16 +235,10 @@ def _bars(axes: "Axes", report: Report) -> None:
     width = 0.8 / len(report.networks)
     for index, network in enumerate(report.networks):
         scores = [score for score in report.scores if score.network == network]
-        places = [
-            report.attacks.index(score.attack) + (index - (len(report.networks) - 1) / 2) * width for score in scores
-        ]
-        bars = axes.bar(
-            places,
-            [100 * score.accuracy for score in scores],
-            width,
-            label=network,
-            color=COLOURS[index % len(COLOURS)],
-        )
+        shift = (index - (len(report.networks) - 1) / 2) * width
+        places = [report.attacks.index(score.attack) + shift for score in scores]
+        shares = [100 * score.accuracy for score in scores]
+        bars = axes.bar(places, shares, width, label=network, color=COLOURS[index % len(COLOURS)])
         axes.bar_label(bars, fmt="%.0f", fontsize=7)
     axes.set_xticks(range(len(report.attacks)), report.attacks)
     axes.set_ylim(0, 112)
@@ -272,16 +253,10 @@ def _curves(axes: "Axes", report: Report) -> None:
 
     styles = {"clean": "--", "fgsm": ":"}
     for index, (network, records) in enumerate(report.curves.items()):
-        epochs = [record["epoch"] for record in records]
+        epochs, color = [record["epoch"] for record in records], COLOURS[index % len(COLOURS)]
         for attack in records[0]["validation"] if records else ():
             values = [100 * record["validation"][attack] for record in records]
-            axes.plot(
-                epochs,
-                values,
-                styles.get(attack, "-"),
-                color=COLOURS[index % len(COLOURS)],
-                label=f"{network}, {attack}",
-            )
+            axes.plot(epochs, values, styles.get(attack, "-"), color=color, label=f"{network}, {attack}")
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("validation accuracy, %")

@@ -104,6 +104,6 @@ def diagnose(
         if bool(probe.right.any()):
             findings += _symptoms.attacks(probe)
             findings.append(_symptoms.transfer(probe, source))
-            if activity and names and probe.connected:
+            if activity and names and probe.gradients.connected:
                 findings.append(_symptoms.estimators_compared(probe, names))
     return tuple(findings)

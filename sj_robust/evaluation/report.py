@@ -5,8 +5,9 @@ from typing import Any, Self
 
 from sj_robust._saved import SavedResult, markdown_table, plain
 from sj_robust.attacks.threat import ThreatModel
+from sj_robust.evaluation.intervals import wilson_interval
 
-__all__ = ["Report", "Score"]
+__all__ = ["Accuracy", "Report", "Score"]
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,51 @@ class Score:
     def accuracy(self) -> float:
         """Share of the images classified right, in [0, 1]."""
         return self.correct / self.total
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """One accuracy of a report. 报告中的一项准确率。
+
+    Attributes:
+        name: What it is the accuracy under.
+        kind: ``"member"`` for one attack, else the name of a summary.
+        correct: Images still classified right.
+        total: Images.
+        seconds: Time of all that it took.
+
+    Examples:
+        >>> clean = Accuracy("clean", "clean", 9, 10, 0.1)
+        >>> clean.accuracy, clean.interval_text
+        (0.9, '59.6 to 98.2')
+    """
+
+    name: str
+    kind: str
+    correct: int
+    total: int
+    seconds: float
+
+    @property
+    def accuracy(self) -> float:
+        """Share in [0, 1]."""
+        return self.correct / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson's 95 % interval of the share."""
+        return wilson_interval(self.correct, self.total)
+
+    @property
+    def percent(self) -> str:
+        """The share in per cent, as tables show it."""
+        return f"{100 * self.accuracy:.1f}"
+
+    @property
+    def interval_text(self) -> str:
+        """The interval in per cent, as tables show it."""
+        low, high = (100 * end for end in self.interval)
+        return f"{low:.1f} to {high:.1f}"
 
 
 @dataclass(frozen=True)

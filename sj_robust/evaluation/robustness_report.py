@@ -12,15 +12,15 @@ from sj_robust._shown import Shown, shown_html, write_figure
 from sj_robust.attacks.threat import ThreatModel, eps_text, parse_eps
 from sj_robust.evaluation._symptoms import extent
 from sj_robust.evaluation.drawings import robustness_figures
-from sj_robust.evaluation.intervals import wilson_interval
 from sj_robust.evaluation.outcome import MemberOutcome
 from sj_robust.evaluation.proofs import check_proofs
+from sj_robust.evaluation.report import Accuracy
 from sj_robust.evaluation.suites import GRADES
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Accuracy", "RobustnessReport"]
+__all__ = ["RobustnessReport"]
 
 _WRONG, _STANDING = -2, -1
 _DEAD = 0.99
@@ -36,51 +36,6 @@ _SHIFTS = ("largest_shift", "total_shift")
 """What a file holds besides of a threat of moves."""
 
 _SUMMARIES = ("clean", "control", "worst case", "everything", "verified")
-
-
-@dataclass(frozen=True)
-class Accuracy:
-    """One accuracy of a report. 报告中的一项准确率。
-
-    Attributes:
-        name: What it is the accuracy under.
-        kind: ``"member"`` for one attack, else the name of a summary.
-        correct: Images still classified right.
-        total: Images.
-        seconds: Time of all that it took.
-
-    Examples:
-        >>> clean = Accuracy("clean", "clean", 9, 10, 0.1)
-        >>> clean.accuracy, clean.interval_text
-        (0.9, '59.6 to 98.2')
-    """
-
-    name: str
-    kind: str
-    correct: int
-    total: int
-    seconds: float
-
-    @property
-    def accuracy(self) -> float:
-        """Share in [0, 1]."""
-        return self.correct / self.total
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval of the share."""
-        return wilson_interval(self.correct, self.total)
-
-    @property
-    def percent(self) -> str:
-        """The share in per cent, as tables show it."""
-        return f"{100 * self.accuracy:.1f}"
-
-    @property
-    def interval_text(self) -> str:
-        """The interval in per cent, as tables show it."""
-        low, high = (100 * end for end in self.interval)
-        return f"{low:.1f} to {high:.1f}"
 
 
 @dataclass(frozen=True, repr=False)
@@ -297,17 +252,17 @@ class RobustnessReport(Shown, SavedResult, what="a robustness report", format="s
     @property
     def clean_acc(self) -> str:
         """Accuracy without an attack, in per cent."""
-        return _percent(self.clean)
+        return f"{100 * self.clean.accuracy:.2f}"
 
     @property
     def autoattack_acc(self) -> str | None:
         """Accuracy under AutoAttack, if that was the suite."""
-        return _percent(self.worst_case) if self.suite == "autoattack" else None
+        return f"{100 * self.worst_case.accuracy:.2f}" if self.suite == "autoattack" else None
 
     @property
     def external(self) -> str:
         """Lowest accuracy known, in per cent."""
-        return _percent(self.everything)
+        return f"{100 * self.everything.accuracy:.2f}"
 
     @property
     def unreliable(self) -> bool:
@@ -483,7 +438,3 @@ class RobustnessReport(Shown, SavedResult, what="a robustness report", format="s
         """What the JSON holds beside the fields."""
         figures = [{**asdict(one), "accuracy": one.accuracy, "interval": list(one.interval)} for one in self.accuracies]
         return {name: figures if name == "figures" else getattr(self, name) for name in _DERIVED}
-
-
-def _percent(accuracy: Accuracy) -> str:
-    return f"{100 * accuracy.accuracy:.2f}"
