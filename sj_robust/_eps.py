@@ -11,9 +11,6 @@ def eps_text(eps: float) -> str:
     Args:
         eps: The radius.
 
-    Returns:
-        The text.
-
     Examples:
         >>> eps_text(8 / 255), eps_text(0.1), eps_text(1 / 3), eps_text(20)
         ('8/255', '0.1', '85/255', '20')
@@ -42,9 +39,6 @@ def parse_eps(text: str | float) -> float:
 
     Args:
         text: The text.
-
-    Returns:
-        The radius, >= 0.
 
     Raises:
         ValueError: If it is no number, no fraction, negative or not finite.
