@@ -88,11 +88,8 @@ def never_in_step_mode_m():
 
 
 def closed_monitor():
-    net = network()
-    with MPPDMonitor(net):
+    with MPPDMonitor(network()) as monitor:
         pass
-    monitor = MPPDMonitor(net)
-    monitor.close()
     monitor.compare(sequence(), sequence())
 
 
@@ -107,19 +104,8 @@ def not_reset_between_runs():
 
 def copied_after_a_step():
     net = network()
-    net(sequence()).sum()
+    net(sequence())
     copy.deepcopy(net)
-
-
-def without_gradient():
-    net = network()
-
-    @torch.no_grad()
-    def model(x):
-        functional.reset_net(net)
-        return net(x.expand(T, -1, -1, -1, -1)).mean(0)
-
-    attacked(model)
 
 
 def plain_layers():
@@ -241,7 +227,7 @@ ATTACKS = {
     'The bare network in step mode "m" is attacked, whose outputs have a time dimension': lambda: attacked(
         network(lif()).train()
     ),
-    "The model's forward is in torch.no_grad": without_gradient,
+    "The model's forward is in torch.no_grad": lambda: attacked(torch.no_grad()(classifier().forward)),
     "A number is given as the generator": lambda: fgsm(classifier(), images(), labels(), eps=0.1, generator=0),
 }
 

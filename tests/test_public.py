@@ -179,19 +179,14 @@ def test_recipes_and_pages_use_public_names_only():
     public = set(PUBLIC) | {f"{module}.{name}" for module, name in NAMES}
     public |= {"sj_robust._recipes_installed", "sj_robust._console.working"}  # of the recipes in this repository alone
     public |= {"sj_robust._environment.processor", "sj_robust._environment.version_of"}
-    used = {(str(path.relative_to(ROOT)), name) for path, text in python_texts() for name in taken_from_package(text)}
+    used = {
+        (str(path.relative_to(ROOT)), name)
+        for path, text in python_texts()
+        for name in imported(ast.walk(ast.parse(text)))
+        if name.split(".")[0] == "sj_robust"
+    }
     assert not sorted((where, name) for where, name in used if name not in public)
     assert len(used) > 50, "the pages and recipes are found and read"
-
-
-def taken_from_package(text):
-    """Modules and names of this package that a script imports."""
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.ImportFrom):
-            names = [f"{node.module}.{alias.name}" for alias in node.names]
-        else:
-            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        yield from (name for name in names if name.split(".")[0] == "sj_robust")
 
 
 def test_parts_are_reached_from_the_package():
@@ -218,11 +213,11 @@ def test_every_package_that_is_imported_is_declared():
     for folder in ("sj_robust", "recipes", "docs"):
         for path in sorted((ROOT / folder).rglob("*.py")):
             tree = ast.parse(path.read_text(encoding="utf-8"))
-            for name in imported(ast.walk(tree)):
+            for name in packages(ast.walk(tree)):
                 assert name in known, f"{path.relative_to(ROOT)} imports {name}, which pyproject.toml does not name"
     for module in PUBLIC.keys() - NEEDS_RECIPES:
         tree = ast.parse(Path(importlib.import_module(module).__file__).read_text(encoding="utf-8"))
-        assert imported(tree.body) <= core, f"{module} must import with the dependencies alone"
+        assert packages(tree.body) <= core, f"{module} must import with the dependencies alone"
 
 
 def import_name(requirement):
@@ -230,15 +225,18 @@ def import_name(requirement):
     return IMPORT_NAMES.get(name, name)
 
 
-def imported(nodes):
+def packages(nodes):
     """Packages that import statements name, neither ours nor Python's."""
-    names = set()
+    return {name.split(".")[0] for name in imported(nodes)} - set(sys.stdlib_module_names) - {"sj_robust", "lab"}
+
+
+def imported(nodes):
+    """Modules and names that import statements name."""
     for node in nodes:
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            names.add(node.module.split(".")[0])
-    return names - set(sys.stdlib_module_names) - {"sj_robust", "lab"}
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
 def test_changelog_begins_with_this_version():
