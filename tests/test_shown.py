@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from evaluation.reports import finding, report
+from evaluation.reports import DEAD, finding, report
 from spikingjelly.activation_based import neuron
 from torch import nn
 
@@ -50,8 +50,7 @@ def test_the_verdict_of_a_report_has_a_bracket_what_was_tried_and_the_doubts(res
     )
     failed = report(findings=(finding("flat_loss", passed=False), finding("zero_gradients")), suite="mine")
     assert failed.verdict.endswith("suite mine, 5 attacks. Doubts: 1 of 2 signs of gradient masking, flat_loss.")
-    dead = report(firing=({"layer": "net.1", "neuron": "DLIFNode", "rate": 0.0, "silent": 1.0, "saturated": 0.0},))
-    assert "Doubts: DEAD LAYER; none of 2 signs" in dead.verdict
+    assert "Doubts: DEAD LAYER; none of 2 signs" in report(firing=(DEAD,)).verdict
     assert report(findings=()).verdict.endswith("Doubts: signs of gradient masking were not looked for.")
 
 

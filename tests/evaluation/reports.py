@@ -5,6 +5,9 @@ from sj_robust.evaluation.outcome import MemberOutcome
 from sj_robust.evaluation.robustness_report import RobustnessReport
 
 
+DEAD = {"layer": "net.5", "neuron": "LIFNode", "rate": 0.0, "silent": 1.0, "saturated": 0.0}
+
+
 def member(name, fooled=(), *, attacked=range(8), group="suite", eps=0.1, outside=(), seconds=1.0, estimator="atan:4"):
     return MemberOutcome(
         name, estimator, group, eps, tuple(attacked), tuple(fooled), tuple(outside), max(eps or 0, 0.05), seconds

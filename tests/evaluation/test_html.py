@@ -3,7 +3,7 @@ from html.parser import HTMLParser
 from itertools import pairwise
 
 import pytest
-from evaluation.reports import finding, member, report
+from evaluation.reports import DEAD, finding, member, report
 
 from sj_robust.evaluation.html import save_html, to_html
 
@@ -11,13 +11,16 @@ VOID = {"meta", "br", "hr", "img", "link", "path", "use", "input"}
 
 
 class Page(HTMLParser):
-    """Elements of a page, with a check that they are closed in order."""
+    """Elements of a page, with a check that they are closed in order and have names of their own."""
 
     def __init__(self, text):
         super().__init__()
         self.elements, self.open, self.text = [], [], []
         self.feed(text)
         assert not self.open
+        names = [attributes["id"] for _, attributes in self.elements if "id" in attributes]
+        self.names = set(names)
+        assert len(self.names) == len(names)
 
     def handle_starttag(self, tag, attributes):
         self.elements.append((tag, dict(attributes)))
@@ -53,9 +56,8 @@ def test_nothing_comes_from_elsewhere(text):
 
 def test_names_are_unique_and_references_resolve(text):
     page = Page(text)
-    names = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
-    assert len(names) == len(set(names)) > 20
-    assert set(re.findall(r'(?:href="#|url\(#)([^")]+)', text)) <= set(names)
+    assert len(page.names) > 20
+    assert set(re.findall(r'(?:href="#|url\(#)([^")]+)', text)) <= page.names
 
 
 def test_readable_on_any_screen(text):
@@ -110,10 +112,9 @@ def test_every_number_is_in_a_table(text):
 
 @pytest.mark.slow
 def test_alarms_stand_first():
-    dead = {"layer": "net.5", "neuron": "LIFNode", "rate": 0.0, "silent": 1.0, "saturated": 0.0}
     failed = (finding("zero_gradients", passed=False),)
     control = member("control/a", attacked=(0,), group="control")
-    text = to_html(report(firing=(dead,), findings=failed, correct=(0,), members=(control,)))
+    text = to_html(report(firing=(DEAD,), findings=failed, correct=(0,), members=(control,)))
     body = text.split("<body>")[1]
     assert body.index('role="alert">DEAD NETWORK') < body.index('class="cards"') < body.index("CHECK zero_gradients")
     assert body.count('class="card doubtful"') == 3

@@ -3,7 +3,7 @@ import json
 from dataclasses import fields, replace
 
 import pytest
-from evaluation.reports import finding, member, report
+from evaluation.reports import DEAD, finding, member, report
 from rich.console import Console
 
 from sj_robust.attacks import ThreatModel
@@ -103,9 +103,6 @@ def test_damaged_files(tmp_path, change, message):
     with pytest.raises(ValueError, match=message) as error:
         RobustnessReport.load(path)
     assert str(path) in str(error.value)
-
-
-DEAD = {"layer": "net.5", "neuron": "LIFNode", "rate": 0.0, "silent": 1.0, "saturated": 0.0}
 
 
 def test_a_dead_network_is_not_called_robust():

@@ -3,15 +3,13 @@
 import warnings
 
 import pytest
-from evaluation.suite_run import Net, batches, classifier, images
+from evaluation.suite_run import THREAT, Net, batches, classifier, images
 
 from sj_robust import SpikingClassifier
 from sj_robust.classifier import PoissonEncoder
 from sj_robust.evaluation import Member, ThreatModel, make_suite, run_suite
 from sj_robust.evaluation.assess import assess
 from sj_robust.evaluation.subject import Subject
-
-THREAT = ThreatModel("Linf", 0.1)
 
 
 def test_gradient_attacks_average_and_go_on():
