@@ -4,20 +4,17 @@ import json
 import math
 import os
 import zipfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, BinaryIO, ClassVar, Self, TypeVar
+from typing import Any, BinaryIO, ClassVar, Self
 
 import torch
 
 __all__ = [
-    "SavedResult", "load_saved", "load_tensors", "markdown_table", "naming", "plain", "saved_format", "whole_file",
-    "write_whole",
+    "SavedResult", "load_tensors", "markdown_table", "naming", "plain", "saved_format", "whole_file", "write_whole",
 ]  # fmt: skip
-
-SavedT = TypeVar("SavedT")
 
 
 class SavedResult:
@@ -80,7 +77,10 @@ class SavedResult:
     @classmethod
     def load(cls, path: str | Path) -> Self:
         """The result that :meth:`save` wrote; raises as :meth:`from_json`, naming the file."""
-        return load_saved(Path(path), cls.from_json)
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{Path(path)}: {error}") from error
 
     def _content(self) -> dict[str, Any]:
         return asdict(self)  # type: ignore[call-overload, no-any-return]  # every subclass is a dataclass
@@ -110,14 +110,6 @@ def saved_format(text: str) -> str | None:
     except json.JSONDecodeError:
         return None
     return content.get("format") if isinstance(content, dict) else None
-
-
-def load_saved(path: Path, parse: Callable[[str], SavedT]) -> SavedT:
-    """The result that ``parse`` makes of a text file; the ValueError that it raises names the file. 读取结果文件。"""
-    try:
-        return parse(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
 
 
 @contextmanager

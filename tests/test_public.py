@@ -21,9 +21,7 @@ PACKAGE = ROOT / "sj_robust"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 COMPATIBILITY = (ROOT / "docs" / "compatibility.md").read_text(encoding="utf-8")
 NAMES = [(module, name) for module, names in PUBLIC.items() for name in names]
-SHARED = {
-    "sj_robust.classifier": {"as_classifier", "check_classifier", "step_mode_of"},
-}
+SHARED = {"sj_robust.classifier": {"as_classifier", "check_classifier", "step_mode_of"}}
 """Names that other files of the package use and users must not, where the module is public."""
 
 WITHOUT_EXAMPLE = {

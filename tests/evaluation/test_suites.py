@@ -9,14 +9,7 @@ from evaluation.suite_run import classifier, images
 from torch import nn
 
 from sj_robust.attacks import SampleSeeds
-from sj_robust.evaluation import (
-    CANDIDATES,
-    Member,
-    Suite,
-    ThreatModel,
-    make_suite,
-    worst_case,
-)
+from sj_robust.evaluation import CANDIDATES, Member, Suite, ThreatModel, make_suite, worst_case
 
 EIGHT = ThreatModel("Linf", 8 / 255)
 CHOSEN = ("atan:4", "triangle:0.5", "assg")

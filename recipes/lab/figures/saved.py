@@ -4,7 +4,7 @@ from pathlib import Path
 
 from lab.figures.data import InputGains, OneNeuron, TrainingCurves
 from lab.figures.ground_truth import GroundTruth
-from sj_robust._saved import load_saved, saved_format
+from sj_robust._saved import saved_format
 from sj_robust.perturbation.intensity import IntensityCorrelation
 
 FigureData = OneNeuron | InputGains | TrainingCurves | IntensityCorrelation | GroundTruth
@@ -29,4 +29,5 @@ def load_figure(path: Path) -> FigureData:
         >>> load_figure(path)
         InputGains(networks={'mine': {'0': [1.0, 0.5]}})
     """
-    return load_saved(path, lambda text: _KINDS.get(saved_format(text) or "", OneNeuron).from_json(text))
+    found = saved_format(path.read_text(encoding="utf-8", errors="replace"))
+    return _KINDS.get(found or "", OneNeuron).load(path)
