@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sj_robust._shown import BLUE, COLOURS, GREY, ORANGE, common_scale, heat_map, new_figure, print_style, write_figure
-from sj_robust.attacks.threat import ThreatModel, parse_eps
+from sj_robust.attacks.threat import ThreatModel, eps_text, parse_eps
 from sj_robust.evaluation.intervals import wilson_interval
 from sj_robust.evaluation.outcome import MemberOutcome
 from sj_robust.evaluation.pictures import Gallery
@@ -27,17 +27,11 @@ class _DrawnReport(Protocol):
     @property
     def threat(self) -> ThreatModel: ...
     @property
-    def eps(self) -> str: ...
-    @property
     def budget(self) -> str: ...
     @property
     def members(self) -> Sequence[MemberOutcome]: ...
     @property
     def accuracies(self) -> Sequence[Accuracy]: ...
-    @property
-    def control(self) -> Accuracy | None: ...
-    @property
-    def everything(self) -> Accuracy: ...
     @property
     def over_eps(self) -> _Rows: ...
     @property
@@ -140,7 +134,7 @@ def _accuracy_over_eps(report: _DrawnReport) -> "Figure":
     figure = new_figure(3.8, 2.8)
     axes = figure.subplots()
     texts = [str(row["eps"]) for row in report.over_eps]
-    unit = 255 if any(text.endswith("/255") for text in [*texts, report.eps]) else 1
+    unit = 255 if any(text.endswith("/255") for text in [*texts, eps_text(report.threat.eps)]) else 1
     places = [unit * parse_eps(text) for text in texts]
     shares = [100 * row["correct"] / row["total"] for row in report.over_eps]
     ends = [wilson_interval(row["correct"], row["total"]) for row in report.over_eps]
@@ -153,14 +147,15 @@ def _accuracy_over_eps(report: _DrawnReport) -> "Figure":
         axes.plot(within, lowest, "v--", color=GREY, markersize=4, label="verified")
         if within == places:
             axes.fill_between(places, lowest, shares, facecolor="none", edgecolor=GREY, hatch="///", linewidth=0)
-    here = unit * parse_eps(report.eps)
-    for point, marker, color in ((report.control, "s", GREY), (report.everything, "D", ORANGE)):
-        if point is not None:
-            low_end, high_end = (100 * end for end in point.interval)
-            middle = 100 * point.accuracy
-            name = "worst case of everything" if point.kind == "everything" else point.name
+    summaries = {one.kind: one for one in report.accuracies}
+    for kind, marker, color in (("control", "s", GREY), ("everything", "D", ORANGE)):
+        if kind in summaries:
+            low_end, high_end = (100 * end for end in summaries[kind].interval)
+            middle = 100 * summaries[kind].accuracy
+            name = "worst case of everything" if kind == "everything" else kind
             size, filled = (9, "none") if marker == "s" else (5, color)  # the one shows around the other
             spread = [[middle - low_end], [high_end - middle]]
+            here = unit * report.threat.eps
             axes.errorbar(
                 here, middle, spread, fmt=marker, capsize=4, label=name, color=color, ms=size, markerfacecolor=filled
             )

@@ -37,7 +37,7 @@ def show_report(report: RobustnessReport, console: "Console", say: Callable[[str
         True
     """
     from rich.panel import Panel
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
     if say is None:
@@ -47,10 +47,8 @@ def show_report(report: RobustnessReport, console: "Console", say: Callable[[str
     for text in report.alarms:
         console.print(Panel(Text(text, style="bold red"), border_style="red"), soft_wrap=False)
     title = f"{report.name} on {report.dataset}: {report.budget}, suite {report.suite}"
-    table = Table(title=title)
-    table.add_column("accuracy", overflow="fold")
-    for heading in ("%", "95 % interval", "images", "seconds"):
-        table.add_column(heading, justify="right")
+    numbers = (Column(heading, justify="right") for heading in ("%", "95 % interval", "images", "seconds"))
+    table = Table(Column("accuracy", overflow="fold"), *numbers, title=title)
     for one in report.accuracies:
         if one.kind in ("control", "verified"):
             table.add_section()
@@ -85,15 +83,14 @@ def show_comparison(comparison: Comparison, console: "Console") -> None:
         >>> "mine (second) minus mine (first)" in console.file.getvalue()
         True
     """
-    from rich.table import Table
+    from rich.table import Column, Table
     from rich.text import Text
 
     for text in comparison.notes:
         console.print(Text(text, style="bold red" if text.startswith("DIFFERENT") else ""))
-    table = Table(title=f"{comparison.names[1]} minus {comparison.names[0]}")
-    table.add_column("accuracy, %", overflow="fold")
-    for heading in (*comparison.names, "difference", "95 % interval"):
-        table.add_column(heading, justify="right")
+    numbers = (Column(heading, justify="right") for heading in (*comparison.names, "difference", "95 % interval"))
+    title = f"{comparison.names[1]} minus {comparison.names[0]}"
+    table = Table(Column("accuracy, %", overflow="fold"), *numbers, title=title)
     for row in comparison.differences:
         table.add_row(*row.cells(), style="bold" if row.clear else "")
     console.print(table, soft_wrap=False)
