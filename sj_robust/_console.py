@@ -71,12 +71,10 @@ class MovingLine:
     _progress: "Progress"
 
     def __enter__(self) -> Self:
-        """Show the line."""
         self._progress.start()
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Take the line away."""
         self._progress.stop()
 
 

@@ -54,7 +54,6 @@ def version_of(package: str) -> str | None:
 
 
 def processor() -> str:
-    """Name of the processor. 处理器名称。"""
     return _cpu_information("model name") or platform.processor() or platform.machine()
 
 

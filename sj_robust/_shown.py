@@ -69,7 +69,6 @@ class Shown:
         raise NotImplementedError
 
     def __repr__(self) -> str:
-        """The verdict."""
         return f"<{type(self).__name__}: {self.verdict}>"
 
     def _repr_html_(self) -> str:

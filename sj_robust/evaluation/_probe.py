@@ -44,7 +44,6 @@ class Probe:
     def __init__(
         self, model: Model, x: Tensor, y: Tensor, *, threat: ThreatModel, seed: int, steps: int, eot_samples: int
     ) -> None:
-        """Keep what is probed."""
         self.model, self.x, self.y = model, x, y
         self.threat, self.seed, self.steps, self.eot_samples = threat, seed, steps, eot_samples
 

@@ -435,6 +435,5 @@ class RobustnessReport(Shown, SavedResult, what="a robustness report", format="s
         return found
 
     def _derived(self) -> dict[str, Any]:
-        """What the JSON holds beside the fields."""
         figures = [{**asdict(one), "accuracy": one.accuracy, "interval": list(one.interval)} for one in self.accuracies]
         return {name: figures if name == "figures" else getattr(self, name) for name in _DERIVED}
