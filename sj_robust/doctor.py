@@ -68,14 +68,15 @@ def _text(tests: dict[str, str]) -> str:
     packages, remedies = _packages()
     backends = available_backends()
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    old = "interface of 0.0.0.0.14 (IF and LIF have no gradient in evaluation mode; SpikingClassifier sees to it)"
+    gradient = "IF and LIF have no gradient in evaluation mode; SpikingClassifier sees to it"
+    release = f"interface of 0.0.0.0.14 ({gradient})" if EVAL_MODE_HAS_NO_GRADIENT else "interface of 2.x"
     rows = [
         ("sj_robust", __version__),
         ("python", f"{platform.python_version()} ({platform.python_implementation()}, {platform.machine()})"),
         *packages,
         ("CUDA of torch", torch.version.cuda or "none"),
         ("triton", version_of("triton") or version_of("pytorch-triton") or "not installed"),
-        ("SpikingJelly", old if EVAL_MODE_HAS_NO_GRADIENT else "interface of 2.x"),
+        ("SpikingJelly", release),
         ("system", platform.platform()),
         ("processor", f"{processor()}, torch uses {torch.backends.cpu.get_cpu_capability()}"),
         ("threads", f"{torch.get_num_threads()} of torch, {usable} processors usable"),

@@ -147,6 +147,7 @@ def _accuracy_over_eps(report: _DrawnReport) -> "Figure":
         axes.plot(within, lowest, "v--", color=GREY, markersize=4, label="verified")
         if within == places:
             axes.fill_between(places, lowest, shares, facecolor="none", edgecolor=GREY, hatch="///", linewidth=0)
+    here = unit * report.threat.eps
     summaries = {one.kind: one for one in report.accuracies}
     for kind, marker, color in (("control", "s", GREY), ("everything", "D", ORANGE)):
         if kind in summaries:
@@ -155,7 +156,6 @@ def _accuracy_over_eps(report: _DrawnReport) -> "Figure":
             name = "worst case of everything" if kind == "everything" else kind
             size, filled = (9, "none") if marker == "s" else (5, color)  # the one shows around the other
             spread = [[middle - low_end], [high_end - middle]]
-            here = unit * report.threat.eps
             axes.errorbar(
                 here, middle, spread, fmt=marker, capsize=4, label=name, color=color, ms=size, markerfacecolor=filled
             )
@@ -248,7 +248,8 @@ def _curves(axes: "Axes", report: Report) -> None:
 
     styles = {"clean": "--", "fgsm": ":"}
     for index, (network, records) in enumerate(report.curves.items()):
-        epochs, color = [record["epoch"] for record in records], COLOURS[index % len(COLOURS)]
+        epochs = [record["epoch"] for record in records]
+        color = COLOURS[index % len(COLOURS)]
         for attack in records[0]["validation"] if records else ():
             values = [100 * record["validation"][attack] for record in records]
             axes.plot(epochs, values, styles.get(attack, "-"), color=color, label=f"{network}, {attack}")
