@@ -36,7 +36,7 @@ def images(n=5):
 
 
 def by_hand(net, x):
-    """Name, rate, silent and saturated of the two spiking layers, from one pass layer by layer."""
+    """Rate, silent and saturated of the two spiking layers, from one pass layer by layer."""
     functional.set_step_mode(net, "m")
     functional.reset_net(net)
     net.eval()
@@ -47,9 +47,8 @@ def by_hand(net, x):
             x = module(x)
             if name in ("2", "5"):
                 spikes = x.flatten(0, 1).flatten(1)
-                counts = spikes.sum(0)
-                found.append((name, float(spikes.mean()), float((counts == 0).float().mean())))
-                found[-1] += (float((counts == len(spikes)).float().mean()),)
+                shares = [(spikes.sum(0) == count).float().mean() for count in (0, len(spikes))]
+                found.append((float(spikes.mean()), *map(float, shares)))
     functional.reset_net(net)
     return found
 
@@ -72,8 +71,8 @@ def test_equals_counts_by_hand(make, step_mode):
     expected = by_hand(net, x)
     assert [entry.layer for entry in found] == ["net.2", "net.5"]
     assert {entry.neuron for entry in found} == {type(net[2]).__name__}
-    for entry, (_, rate, silent, saturated) in zip(found, expected, strict=True):
-        assert (entry.rate, entry.silent, entry.saturated) == pytest.approx((rate, silent, saturated), abs=1e-6)
+    for entry, shares in zip(found, expected, strict=True):
+        assert (entry.rate, entry.silent, entry.saturated) == pytest.approx(shares, abs=1e-6)
     assert 0 < found[0].rate < 1
     assert 0 < found[0].silent < 1
 
