@@ -60,11 +60,7 @@ class ShuffledBatches(Sampler[list[int]]):
             yield self.indices(epoch, batch)
 
     def indices(self, epoch: int, batch: int) -> list[int]:
-        """Indices of this process's share of one batch, whatever ``epoch`` and ``first_batch`` are.
-
-        Args:
-            epoch: Number of the epoch, from 0.
-            batch: Number of the batch in it, from 0.
+        """Indices of this process's share of one batch, from 0 on, whatever ``epoch`` and ``first_batch`` are.
 
         Raises:
             IndexError: If an epoch has no such batch.
@@ -124,23 +120,16 @@ class _Loader(DataLoader[tuple[Tensor, ...]]):
     """What fails in a worker is raised in one line."""
 
     def __iter__(self) -> Iterator[tuple[Tensor, ...]]:  # type: ignore[override]  # a generator is one as well
-        iterator = super().__iter__()
-        while True:
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
-            except (UnreadableError, RuntimeError) as error:
-                failure = self._explained(error)
-                if failure is None:
-                    raise
-                error.__traceback__ = None
-            else:
-                yield batch
-                continue
-            # Raised out here and without the old traceback, it does not keep the iterator and its workers alive.
-            del iterator
-            raise failure
+        try:
+            yield from super().__iter__()
+            return
+        except (UnreadableError, RuntimeError) as error:
+            failure = self._explained(error)
+            if failure is None:
+                raise
+            error.__traceback__ = None
+        # Raised out here and without the old traceback, it does not keep the iterator and its workers alive.
+        raise failure
 
     def _explained(self, error: Exception) -> Exception | None:
         """What happened in one line, if it is known."""

@@ -31,22 +31,10 @@ def event_frames(
     SpikingJelly unpacks the archives, writes every recording's events and integrates them: frame t holds the events
     t N/T to (t+1) N/T of its N. Here every count becomes 1. All of that is done once and kept in the folder.
 
-    Args:
-        name: One of :data:`EVENT_DATASETS`.
-        root: SpikingJelly's folder of this data set (with ``download`` or ``events_np`` in it), or one that holds it
-            under the name of SpikingJelly's class, such as ``CIFAR10DVS``.
-        T: Frames per recording.
-        download: Whether SpikingJelly may fetch the archives; it can for CIFAR10-DVS alone.
-        on_unreadable: What a recording is that cannot be read: an error, or left out with a warning.
-
-    Returns:
-        Training and test recordings, the latter in a fixed shuffled order. CIFAR10-DVS has no official split: the first
-        tenth of every class, by the number in the file's name, is the test set (0 to 99 of 1000).
-
-    Raises:
-        FileNotFoundError: If the archives are missing.
-        ModuleNotFoundError: If SpikingJelly's data sets cannot be imported.
-        ValueError: If T is missing, an archive is damaged or SpikingJelly cannot prepare the data.
+    ``root`` is SpikingJelly's folder of this data set (with ``download`` or ``events_np`` in it), or one that holds it
+    under the name of SpikingJelly's class, such as ``CIFAR10DVS``. SpikingJelly can fetch CIFAR10-DVS alone, which has
+    no official split: the first tenth of every class, by the number in the file's name, is the test set (0 to 99 of
+    1000). Test recordings come in a fixed shuffled order.
     """
     if T is None or isinstance(T, bool) or T < 1:
         raise ValueError(f"T must be an integer >= 1 for event data, the number of frames per recording, got {T!r}")
@@ -65,9 +53,8 @@ def event_frames(
                 f"{_AGAIN.format(T=T)}"
             )
         check = partial(_check_frames, shape=shape)
-        kept = torch.tensor(readable(paths, check, on_unreadable=on_unreadable, folder=folder))
-        good = [path for path, keep in zip(paths, kept.tolist(), strict=True) if keep]
-        parts.append(FileImages(good, torch.tensor(labels)[kept], partial(_frames, shape=shape)))
+        kept = readable(paths, labels, check, on_unreadable=on_unreadable, folder=folder)
+        parts.append(FileImages(*kept, partial(_frames, shape=shape)))
     train, test = parts
     return Source(train, shuffled(test), (2, height, width), classes, frames=True)
 

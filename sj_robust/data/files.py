@@ -7,6 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
 
+import torch
+from torch import Tensor
+
 __all__ = ["UnreadableError", "check_sum", "one_line", "readable"]
 
 
@@ -34,15 +37,14 @@ def check_sum(path: Path, md5: str, source: str = "") -> None:
 
 
 def readable(
-    paths: Sequence[Path], read: Callable[[Path], object], *, on_unreadable: Literal["error", "skip"], folder: Path
-) -> list[bool]:
-    """Which of the files can be read. 检查哪些文件可读。
-
-    Args:
-        paths: The files.
-        read: Reads one and raises :class:`UnreadableError` where it cannot.
-        on_unreadable: Whether one that cannot be read is an error, or left out with a warning.
-        folder: Where they lie, for the message.
+    paths: Sequence[Path],
+    labels: Sequence[int],
+    read: Callable[[Path], object],
+    *,
+    on_unreadable: Literal["error", "skip"],
+    folder: Path,
+) -> tuple[list[Path], Tensor]:
+    """Those files below ``folder`` that ``read`` reads without an UnreadableError, and their labels. 检查哪些文件可读。
 
     Raises:
         UnreadableError: If some cannot be read and are not to be left out; or if none is left.
@@ -66,4 +68,5 @@ def readable(
         if len(bad) == len(paths):
             raise UnreadableError(f"{found}. None is left")
         warnings.warn(f"{found}. They are left out", stacklevel=2)
-    return [text is None for text in problems]
+    good = [number for number, text in enumerate(problems) if text is None]
+    return [paths[number] for number in good], torch.tensor([labels[number] for number in good], dtype=torch.int64)

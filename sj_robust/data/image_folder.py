@@ -1,6 +1,5 @@
 """Pictures in folders, one folder per class."""
 
-from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -27,17 +26,7 @@ def image_folder(folder: Path, *, on_unreadable: Literal["error", "skip"]) -> So
     looked up, transparency dropped. All are decoded here, which finds the bad ones. Up to half a GiB of pixels stays in
     memory; the pictures of a larger folder are decoded again when they are asked for.
 
-    Args:
-        folder: Holds ``train`` and ``test``.
-        on_unreadable: What a picture is that cannot be read: an error, or left out with a warning.
-
-    Returns:
-        The parts; test and validation pictures in a fixed shuffled order, so that the first ones are of all classes.
-
-    Raises:
-        FileNotFoundError: If a folder is missing or holds no pictures.
-        UnreadableError: If a picture cannot be read and is not to be left out.
-        ValueError: If the folders hold different classes, or pictures of different sizes.
+    Test and validation pictures come in a fixed shuffled order, so that the first ones are of all classes.
     """
     classes = _class_names(folder, folder / "train")
     sizes: dict[Path, tuple[int, int]] = {}
@@ -98,8 +87,10 @@ def _labelled(
         foreign, lacking = sorted(set(names) - set(classes)), sorted(set(classes) - set(names))
         found = [f"{part / name} is none of the classes of {folder / 'train'}" for name in foreign[:5]]
         found += [f"{part / name} is missing" for name in lacking[:5]]
-        raise ValueError(f"{'; '.join(found)}. Every part must hold the same {len(classes)} classes, {_few(classes)}")
-    paths, labels = [], []
+        named = ", ".join([*classes[:10], *(["..."] if len(classes) > 10 else [])])
+        raise ValueError(f"{'; '.join(found)}. Every part must hold the same {len(classes)} classes, {named}")
+    paths: list[Path] = []
+    labels: list[int] = []
     for label, name in enumerate(classes):
         files = sorted(path for path in (part / name).rglob("*") if _is_picture(path))
         paths += files
@@ -111,14 +102,11 @@ def _labelled(
         if (len(pixels) + 1) * picture.numel() <= _IN_MEMORY:  # all have one size, or are refused
             pixels[path] = picture
 
-    kept = readable(paths, read, on_unreadable=on_unreadable, folder=part)
-    paths = [path for path, good in zip(paths, kept, strict=True) if good]
-    numbers = torch.tensor(labels, dtype=torch.int64)[torch.tensor(kept, dtype=torch.bool)]
-    count = Counter(numbers.tolist())
-    empty = [str(part / name) for label, name in enumerate(classes) if not count[label]]
+    good, kept = readable(paths, labels, read, on_unreadable=on_unreadable, folder=part)
+    empty = [str(part / classes[label]) for label in sorted(set(range(len(classes))) - set(kept.tolist()))]
     if empty:
         raise FileNotFoundError(f"no pictures ({', '.join(sorted(_ENDINGS))}) in {', '.join(empty[:5])}")
-    return paths, numbers
+    return good, kept
 
 
 def _is_picture(path: Path) -> bool:
@@ -129,7 +117,7 @@ def _image(path: Path, size: tuple[int, int]) -> Tensor:
     """A picture as float32 in [0, 1], [3, H, W]."""
     picture = _picture(path)
     if tuple(picture.shape[1:]) != size:
-        raise UnreadableError(f"{path} is {_by(tuple(picture.shape[1:]))} pixels and was {_by(size)} at the start")
+        raise UnreadableError(f"{path} is {_by(picture.shape[1:])} pixels and was {_by(size)} at the start")
     return picture.float().div(255)
 
 
@@ -153,7 +141,3 @@ def _picture(path: Path) -> Tensor:
 def _by(size: Sequence[int]) -> str:
     """Height and width as people write them, width first."""
     return f"{size[1]}x{size[0]}"
-
-
-def _few(names: Sequence[str]) -> str:
-    return ", ".join(names[:10]) + (", ..." if len(names) > 10 else "")

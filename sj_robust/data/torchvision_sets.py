@@ -1,4 +1,8 @@
-"""Data sets that torchvision fetches and knows: MNIST, Fashion-MNIST, CIFAR-10, CIFAR-100 and SVHN."""
+"""Data sets that torchvision fetches and knows: MNIST, Fashion-MNIST, CIFAR-10, CIFAR-100 and SVHN.
+
+A missing file is a FileNotFoundError that says how to get it; a damaged or misnamed one, or one of another set, is a
+ValueError.
+"""
 
 import gzip
 import math
@@ -33,15 +37,7 @@ _FIRST_TEST_LABELS = {"mnist": [7, 2, 1, 0, 4, 1, 4, 9], "fashion_mnist": [9, 2,
 def mnist(name: str, root: Path, *, download: bool) -> Source:
     """``"mnist"`` or ``"fashion_mnist"``: 60,000 and 10,000 grey images of 28x28. 读取 MNIST 或 Fashion-MNIST。
 
-    Args:
-        name: Which of the two.
-        root: Folder with the four IDX files, gzipped or not, or torchvision's folder that holds ``MNIST/raw`` or
-            ``FashionMNIST/raw``.
-        download: Whether torchvision may fetch them.
-
-    Raises:
-        FileNotFoundError: If a file is missing.
-        ValueError: If a file is damaged, misnamed or of the other data set.
+    ``root`` holds the four IDX files, gzipped or not, or torchvision's folder ``MNIST/raw`` or ``FashionMNIST/raw``.
     """
     kind, title = _MNIST[name]
     debian = "or, on Debian and Ubuntu, apt-get install dataset-fashion-mnist and --data-root "
@@ -75,17 +71,9 @@ def mnist(name: str, root: Path, *, download: bool) -> Source:
 def cifar(name: str, root: Path, *, download: bool) -> Source:
     """``"cifar10"`` or ``"cifar100"``: 50,000 and 10,000 colour images of 32x32. 读取 CIFAR。
 
-    The files are pickles, which can run code when they are read, so they are read only if their MD5 sums are those of
-    the published ones.
-
-    Args:
-        name: Which of the two; the labels of CIFAR-100 are its 100 fine ones.
-        root: Torchvision's folder, which holds ``cifar-10-batches-py`` or ``cifar-100-python``; or that folder itself.
-        download: Whether torchvision may fetch the archive.
-
-    Raises:
-        FileNotFoundError: If a file is missing.
-        ValueError: If a file is damaged.
+    The labels of CIFAR-100 are its 100 fine ones. ``root`` is torchvision's folder, which holds ``cifar-10-batches-py``
+    or ``cifar-100-python``, or that folder itself. The files are pickles, which can run code when they are read, so
+    they are read only if their MD5 sums are those of the published ones.
     """
     from torchvision import datasets
 
@@ -110,14 +98,7 @@ def cifar(name: str, root: Path, *, download: bool) -> Source:
 def svhn(root: Path, *, download: bool) -> Source:
     """73,257 and 26,032 colour images of 32x32; the file's label 10 is the digit 0. 读取 SVHN。
 
-    Args:
-        root: Folder with ``train_32x32.mat`` and ``test_32x32.mat``, or one with a folder ``SVHN`` that holds them.
-        download: Whether torchvision may fetch them.
-
-    Raises:
-        FileNotFoundError: If a file is missing.
-        ModuleNotFoundError: If scipy is not installed.
-        ValueError: If a file is damaged.
+    ``root`` or a folder ``SVHN`` in it holds ``train_32x32.mat`` and ``test_32x32.mat``.
     """
     from torchvision import datasets
 
@@ -151,16 +132,8 @@ def _located(
 ) -> dict[str, Path]:
     """Path of every file in one of the folders, downloaded first if that is allowed and one is missing.
 
-    Args:
-        kind: Torchvision's class, which can download the files into ``root``.
-        title: Name of the data set in a message.
-        names: Names of the files.
-        root: The folder that the user named.
-        folders: Where they may lie, all in one of them.
-        download: Whether they may be fetched.
-        calls: Arguments of the class, for every download that there is.
-        endings: What may follow a name; the last one goes first.
-        hint: What else can be done, a sentence that follows the command.
+    Torchvision's class ``kind`` downloads into ``root``, with each of ``calls`` as its arguments. Of the ``endings``
+    that may follow a name the last one goes first. A message says ``title`` and ends in ``hint``.
     """
 
     def look() -> dict[str, Path]:
