@@ -73,16 +73,7 @@ Images = StoredImages | FileImages | Subset[tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Source:
-    """A data set as its files give it, before anything is held out.
-
-    Attributes:
-        train: Images of the training set.
-        test: Images of the test set.
-        image_shape: (C, H, W) of one image or frame.
-        classes: Number of classes.
-        validation: Images of a validation set of its own, if there is one.
-        frames: Whether an item is a sequence of event frames.
-    """
+    """A data set as its files give it, before anything is held out of ``train``; see ``ImageSplits`` for its fields."""
 
     train: Images
     test: Images

@@ -169,24 +169,19 @@ def _neuron(spec: NetworkSpec) -> Callable[..., nn.Module]:
     """A function that builds one neuron of the specification; what it is called with goes first."""
     if not (math.isinf(spec.tau) or spec.tau > 1):
         raise ValueError(f"tau must be > 1, got {spec.tau}; for a decay of 0.99 pass tau=100.0")
-    kind: Callable[..., nn.Module]
-    settings: dict[str, Any]
-    match spec.neuron:
-        case "dlif":
-            kind, settings = DLIFNode, {"T": spec.T, "tau": spec.tau}
-        case "lif":
-            kind, settings = neuron.LIFNode, {"tau": float(spec.tau), "decay_input": False}
-        case "plif":
-            kind, settings = neuron.ParametricLIFNode, {"init_tau": float(spec.tau), "decay_input": False}
-        case "if":
-            kind, settings = neuron.IFNode, {}
-        case _:
-            raise ValueError(f"neuron must be 'dlif', 'lif', 'plif' or 'if', got {spec.neuron!r}")
-    settings |= {"v_reset": 0.0, "step_mode": "s"}
+    kinds: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
+        "dlif": (DLIFNode, {"T": spec.T, "tau": spec.tau}),
+        "lif": (neuron.LIFNode, {"tau": float(spec.tau), "decay_input": False}),
+        "plif": (neuron.ParametricLIFNode, {"init_tau": float(spec.tau), "decay_input": False}),
+        "if": (neuron.IFNode, {}),
+    }
+    if spec.neuron not in kinds:
+        raise ValueError(f"neuron must be 'dlif', 'lif', 'plif' or 'if', got {spec.neuron!r}")
+    kind, settings = kinds[spec.neuron]
 
     def spiking_neuron(**arguments: Any) -> nn.Module:
-        triangle = surrogate.PiecewiseQuadratic(alpha=1.0)
-        return kind(**{"surrogate_function": triangle, **settings, **arguments})
+        fixed = {"surrogate_function": surrogate.PiecewiseQuadratic(alpha=1.0), "v_reset": 0.0, "step_mode": "s"}
+        return kind(**{**fixed, **settings, **arguments})
 
     return spiking_neuron
 

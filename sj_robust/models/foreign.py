@@ -15,10 +15,7 @@ __all__ = ["call_with_known", "find_function", "reason"]
 
 
 def find_function(text: str) -> Callable[..., Any]:
-    """Somebody's own function; its module is imported, and so runs. 按名称查找用户自己的函数。
-
-    Args:
-        text: ``module:function`` or ``path/to/file.py:function``. Modules are looked for in the working folder first.
+    """A function by name; its module, looked for in the working folder first, is imported, and so runs.
 
     Raises:
         ModuleNotFoundError, FileNotFoundError: If there is no such module or file.
@@ -40,27 +37,18 @@ def find_function(text: str) -> Callable[..., Any]:
 def call_with_known(
     function: Callable[..., Any], name: str, offered: Mapping[str, Any], options: Mapping[str, Any]
 ) -> Any:
-    """Call a function with those offered arguments that it takes, and with all options. 只传函数接受的参数。
+    """Call a function with those ``offered`` that its signature names (``**kwargs`` names none), and with all options.
 
-    Args:
-        function: What to call.
-        name: What messages call it.
-        offered: Keyword arguments that it gets if its signature names them (``**kwargs`` names none).
-        options: Keyword arguments that it has to take; they go before the offered ones.
-
-    Raises:
-        ValueError: If it does not take an option, or fails.
+    Options go before what is offered. A ValueError that calls the function ``name`` says what it does not take, or that
+    it fails.
 
     Examples:
         >>> call_with_known(lambda T, width=1: T * width, "area", {"T": 4, "classes": 10}, {"width": 3})
         12
     """
     parameters = signature(function).parameters
-    named = [
-        key
-        for key, value in parameters.items()
-        if value.kind in (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
-    ]
+    keyword = (Parameter.POSITIONAL_OR_KEYWORD, Parameter.KEYWORD_ONLY)
+    named = [key for key, value in parameters.items() if value.kind in keyword]
     takes_any = any(value.kind is Parameter.VAR_KEYWORD for value in parameters.values())
     unknown = [] if takes_any else [key for key in options if key not in named]
     if unknown:
@@ -74,7 +62,7 @@ def call_with_known(
 
 
 def reason(error: Exception) -> str:
-    """An error in one line, with the last line of somebody else's code that it passed. 单行错误说明。
+    """An error in one line, with the last line of somebody else's code that it passed.
 
     Examples:
         >>> reason(ValueError("too far"))

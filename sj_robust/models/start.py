@@ -61,9 +61,9 @@ def start_from(classifier: SpikingClassifier, path: Path | str, *, decay_input: 
     for name, node in nodes.items():
         key = f"{name}.input_gain"
         if key not in tensors:
-            decays = _decays_input(node) if decay_input is None else decay_input
-            gain = 1 / node.tau if decays and not math.isinf(node.tau) else 1.0
-            tensors[key] = torch.full_like(node.input_gain, gain)
+            decayed = torch.full_like(node.input_gain, 1 / node.tau)
+            decays = torch.equal(node.input_gain, decayed) if decay_input is None else decay_input
+            tensors[key] = decayed if decays and not math.isinf(node.tau) else torch.ones_like(decayed)
     check_keys(
         tensors, whole, str(path), "build the network that the file was trained as (name, sizes, T, mean and std)"
     )
@@ -75,11 +75,6 @@ def start_from(classifier: SpikingClassifier, path: Path | str, *, decay_input: 
             )
     classifier.load_state_dict(tensors)
     functional.reset_net(classifier)
-
-
-def _decays_input(node: DLIFNode) -> bool:
-    """Whether the gains are those of a LIF neuron with ``decay_input=True``."""
-    return bool((node.input_gain == torch.full_like(node.input_gain, 1 / node.tau)).all())
 
 
 def _check_neurons(weights: Weights, nodes: dict[str, DLIFNode], decay_input: bool | None, path: Path) -> None:

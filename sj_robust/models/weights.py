@@ -17,7 +17,7 @@ _WRAPPERS = ("model", "state_dict", "net", "model_state_dict")
 
 @dataclass(frozen=True)
 class Weights:
-    """A ``state_dict`` and what its file says of the network. 文件中的权重。
+    """A ``state_dict`` and what its file says of the network.
 
     Attributes:
         tensors: Parameters and buffers by name, without the ``module.`` of ``DataParallel`` and its kind.
@@ -30,11 +30,6 @@ class Weights:
 
 def read_weights(path: Path) -> Weights:
     """Weights of a file, on the CPU: a checkpoint of this package, or a ``state_dict``, plain or in a dictionary.
-
-    读取权重。
-
-    Args:
-        path: A file that ends in .pt or .pth.
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -70,11 +65,7 @@ def read_weights(path: Path) -> Weights:
 
 
 def check_keys(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], origin: str, remedy: str) -> None:
-    """What a file holds has the names and shapes that the network needs. 检查键与形状是否一致。
-
-    Raises:
-        ValueError: If they differ; the message calls the file ``origin``, lists what is missing, unexpected or of
-            another shape, and advises ``remedy``.
+    """Raise ValueError unless what a file, ``origin``, holds has the names and shapes that the network needs.
 
     Examples:
         >>> import torch
@@ -94,11 +85,9 @@ def check_keys(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], orig
         "of another shape": shapes,
     }
     if any(faults.values()):
-        listed = "; ".join(f"{fault} {_shortened(keys)}" for fault, keys in faults.items() if keys)
-        raise ValueError(f"{origin} does not fit the network: {listed}; {remedy}")
-
-
-def _shortened(keys: list[str]) -> str:
-    """The first of a list and how many more there are."""
-    more = f" and {len(keys) - 6} more" if len(keys) > 6 else ""
-    return ", ".join(keys[:6]) + more
+        listed = [
+            f"{fault} {', '.join(keys[:6])}" + (f" and {len(keys) - 6} more" if len(keys) > 6 else "")
+            for fault, keys in faults.items()
+            if keys
+        ]
+        raise ValueError(f"{origin} does not fit the network: {'; '.join(listed)}; {remedy}")
