@@ -15,29 +15,22 @@ class Result:
     grad_v_init: np.ndarray
 
 
+DERIVATIVES = {
+    "triangle": lambda alpha, z: np.maximum(0.0, alpha - alpha**2 * np.abs(z)),
+    "atan": lambda alpha, z: (alpha / 2) / (1 + (np.pi / 2 * alpha * z) ** 2),
+    "sigmoid": lambda alpha, z: alpha / (2 + 2 * np.cosh(alpha * z)),
+    "rectangle": lambda alpha, z: np.where(np.abs(z) <= 1 / alpha, alpha / 2, 0.0),
+    "exponential": lambda alpha, z: alpha / 2 * np.exp(-alpha * np.abs(z)),
+    "gaussian": lambda alpha, z: alpha * np.exp(-((alpha * z) ** 2) / 2) / np.sqrt(2 * np.pi),
+    "soft_sign": lambda alpha, z: 1 / (2 * alpha * (1 / alpha + np.abs(z)) ** 2),
+    "super_spike": lambda alpha, z: alpha / (1 + np.abs(z)) ** 2,
+    "erf": lambda alpha, z: alpha / np.sqrt(np.pi) * np.exp(-((alpha * z) ** 2)),
+    "straight_through": lambda alpha, z: np.ones_like(z),
+}
+
+
 def surrogate_derivative(kind: str, alpha: float, z: np.ndarray) -> np.ndarray:
-    if kind == "triangle":
-        return np.maximum(0.0, alpha - alpha**2 * np.abs(z))
-    if kind == "atan":
-        return (alpha / 2) / (1 + (np.pi / 2 * alpha * z) ** 2)
-    if kind == "sigmoid":
-        s = 1 / (1 + np.exp(-alpha * z))
-        return alpha * s * (1 - s)
-    if kind == "rectangle":
-        return np.where(np.abs(z) <= 1 / alpha, alpha / 2, 0.0)
-    if kind == "exponential":
-        return alpha / 2 * np.exp(-alpha * np.abs(z))
-    if kind == "gaussian":
-        return alpha * np.exp(-((alpha * z) ** 2) / 2) / np.sqrt(2 * np.pi)
-    if kind == "soft_sign":
-        return 1 / (2 * alpha * (1 / alpha + np.abs(z)) ** 2)
-    if kind == "super_spike":
-        return alpha / (1 + np.abs(z)) ** 2
-    if kind == "erf":
-        return alpha / np.sqrt(np.pi) * np.exp(-((alpha * z) ** 2))
-    if kind == "straight_through":
-        return np.ones_like(z)
-    raise ValueError(kind)
+    return DERIVATIVES[kind](alpha, z)
 
 
 def dlif_forward(

@@ -143,7 +143,7 @@ def neurons(code):
 
 
 @torch.no_grad()
-def lively(net):
+def lively(net, size=32):
     """A network of theirs with other gains, batch norms and mixing than at first, and spikes up to the last layer."""
     for name, parameter in net.named_parameters():
         if name.endswith((".p", ".comb")):
@@ -154,7 +154,7 @@ def lively(net):
             module.bias.uniform_(0, 1)
         if isinstance(module, nn.Linear):
             module.weight.mul_(3.0)
-    net.train()(torch.rand(IMAGES, 3, 32, 32))
+    net.train()(torch.rand(IMAGES, 3, size, size))
     return net.eval()
 
 

@@ -4,7 +4,9 @@ import hashlib
 import shutil
 import struct
 import tarfile
+from itertools import product
 from pathlib import Path
+from zipfile import ZipFile
 
 import numpy as np
 
@@ -30,29 +32,24 @@ def frames_by_hand(events, T, height, width):
 
 def aedat2(events):
     """CIFAR10-DVS: the camera's axes are exchanged and turned, and its polarity is reversed."""
-    content = b"#!AER-DAT2.0\r\n# Timestamps tick is 1 us\r\n"
-    for time, row, column, polarity in zip(*events, strict=True):
-        content += struct.pack(">II", (127 - column) << 8 | (127 - row) << 1 | (1 - polarity), time)
-    return content
+    times, rows, columns, polarities = events
+    words = np.stack([(127 - columns) << 8 | (127 - rows) << 1 | (1 - polarities), times], 1)
+    return b"#!AER-DAT2.0\r\n# Timestamps tick is 1 us\r\n" + words.astype(">u4").tobytes()
 
 
 def atis(events):
     """N-MNIST: five bytes per event."""
-    content = b""
-    for time, row, column, polarity in zip(*events, strict=True):
-        content += bytes([column, row, polarity << 7 | time >> 16, time >> 8 & 255, time & 255])
-    return content
+    times, rows, columns, polarities = events
+    words = [columns, rows, polarities << 7 | times >> 16, times >> 8 & 255, times & 255]
+    return np.stack(words, 1).astype(np.uint8).tobytes()
 
 
 def aedat3(events):
     """DVS128 Gesture: packets with a header of 28 bytes, here one of all events behind one of another type."""
-    body = b"".join(
-        struct.pack("<II", column << 17 | row << 2 | polarity << 1 | 1, time)
-        for time, row, column, polarity in zip(*events, strict=True)
-    )
-    count = len(events[0])
+    times, rows, columns, polarities = events
+    words, count = np.stack([columns << 17 | rows << 2 | polarities << 1 | 1, times], 1), len(times)
     special = struct.pack("<HHIIIIII", 0, 0, 8, 4, 0, 1, 1, 1) + bytes(8)
-    polarity = struct.pack("<HHIIIIII", 1, 0, 8, 4, 0, count, count, count) + body
+    polarity = struct.pack("<HHIIIIII", 1, 0, 8, 4, 0, count, count, count) + words.astype("<u4").tobytes()
     return b"#!AER-DAT3.1\r\n#Format: RAW\r\n#!END-HEADER\r\n" + special + polarity
 
 
@@ -61,13 +58,10 @@ def pack_cifar10_dvs(folder, per_class=10):
     events = {}
     (folder / "download").mkdir(parents=True)
     for label, name in enumerate(CIFAR_NAMES):
-        tree = folder / "tree" / name
-        (tree / name).mkdir(parents=True)
-        for number in range(per_class):
-            events[label, number] = random_events(100 * label + number, 40, 128, 128)
-            (tree / name / f"cifar10_{name}_{number}.aedat").write_bytes(aedat2(events[label, number]))
-        shutil.make_archive(str(folder / "download" / name), "zip", tree)
-    shutil.rmtree(folder / "tree")
+        with ZipFile(folder / "download" / f"{name}.zip", "w") as archive:
+            for number in range(per_class):
+                events[label, number] = random_events(100 * label + number, 40, 128, 128)
+                archive.writestr(f"{name}/cifar10_{name}_{number}.aedat", aedat2(events[label, number]))
     return events
 
 
@@ -76,15 +70,11 @@ def pack_n_mnist(folder, train=3, test=2):
     events = {}
     (folder / "download").mkdir(parents=True)
     for part, count in (("Train", train), ("Test", test)):
-        for label in range(10):
-            home = folder / "tree" / part / part / str(label)
-            home.mkdir(parents=True)
-            for number in range(count):
+        with ZipFile(folder / "download" / f"{part}.zip", "w") as archive:
+            for label, number in product(range(10), range(count)):
                 key = (part, label, number)
                 events[key] = random_events(1000 * (part == "Test") + 10 * label + number, 30, 34, 34)
-                (home / f"{10 * number + label:05d}.bin").write_bytes(atis(events[key]))
-        shutil.make_archive(str(folder / "download" / part), "zip", folder / "tree" / part)
-    shutil.rmtree(folder / "tree")
+                archive.writestr(f"{part}/{label}/{10 * number + label:05d}.bin", atis(events[key]))
     return events
 
 

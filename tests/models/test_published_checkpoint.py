@@ -4,6 +4,7 @@ from dataclasses import asdict
 
 import pytest
 import torch
+from compare.published import lively
 from torch import nn
 from torch.nn import functional as F
 
@@ -23,7 +24,7 @@ class Spikes(nn.Module):
         super().__init__()
         self.T = T
         if gains:
-            self.p = nn.Parameter(0.5 + torch.rand(T))
+            self.p = nn.Parameter(torch.ones(T))
 
     def forward(self, x):
         v, spikes = 0.0, []
@@ -103,19 +104,9 @@ class Wrn16(Published):
         return self.fc(F.avg_pool2d(x, x.shape[-1] if x.shape[-1] < 8 else 8).flatten(1))
 
 
-@torch.no_grad()
-def published(kind, gains, size, T=3):
-    """One of them with statistics of batch norm that are not the initial ones, and lively spikes."""
+def published(kind, gains, size):
     torch.manual_seed(0)
-    net = kind(T, gains)
-    for module in net.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.weight.fill_(2)
-            module.bias.uniform_(0, 1)
-        if isinstance(module, nn.Linear):
-            module.weight.mul_(3)
-    net(torch.rand(4, 3, size, size))
-    return net.eval()
+    return lively(kind(3, gains), size)
 
 
 CASES = [(Vgg5, "vgg5", 8), pytest.param(Wrn16, "wrn16_4", 16, marks=pytest.mark.slow)]

