@@ -1,21 +1,14 @@
-import hashlib
 from types import SimpleNamespace
 
 import pytest
 import torch
+from data.checksum import checksum
 
 from sj_robust.data import Augmentation, images, load_images
 
 
 def rows(dataset):
     return {image.numpy().tobytes() for image, _ in dataset}
-
-
-def checksum(part):
-    digest = hashlib.sha256()
-    for image, label in part:
-        digest.update(image.numpy().tobytes() + label.numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def test_digits():
