@@ -26,14 +26,7 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
-from documentation.shell import (
-    ROOT,
-    CommandError,
-    Shell,
-    check_imports,
-    check_names,
-    logical_lines,
-)
+from documentation.shell import ROOT, CommandError, Shell, check_imports, check_names, logical_lines
 from sybil import Document, Example, Lexeme, Region, Sybil
 from sybil.evaluators.doctest import DocTestEvaluator
 from sybil.evaluators.python import PythonEvaluator
@@ -66,17 +59,12 @@ class Block:
     """A fenced block, and what stands above it."""
 
     region: Region
-    line: int
-    """Of the opening fence, from 1."""
-    how: str | None
-    """How it is run: python, session, shell, or not at all."""
+    line: int  # of the opening fence, from 1
+    how: str | None  # python, session, shell, or not run at all
     code: Lexeme
-    added: tuple[tuple[str | None, str], ...]
-    """Recipe, or None for all, and the options to add to its commands."""
-    reasons: dict[str, str]
-    """Why it is ``options only`` or ``not run``."""
-    printed: str | None = None
-    """What it has to print, if that is compared."""
+    added: tuple[tuple[str | None, str], ...]  # recipe, or None for all, and the options to add to its commands
+    reasons: dict[str, str]  # why it is "options only" or "not run"
+    printed: str | None = None  # what it has to print, if that is compared
 
 
 def documentation_pages() -> list[Path]:
@@ -108,10 +96,8 @@ def blocks_of(document: Document) -> list[Block]:
         if not any(fence.start < one.start() < fence.end for fence in fences):
             known = DIRECTIVE.match(text, one.start())
             check(known, one.start(), "no such directive, in one line; see the top of tests/documentation/pages.py")
-            next_one = known.end() in {fence.start for fence in fences} | {
-                other.start() for other in directives.values()
-            }
-            check(next_one, one.start(), "no block on the line below this directive")
+            starts = {fence.start for fence in fences} | {other.start() for other in directives.values()}
+            check(known.end() in starts, one.start(), "no block on the line below this directive")
     fences.sort(key=lambda fence: fence.start)
     for fence, following in zip_longest(fences, fences[1:]):
         above, start = [], fence.start

@@ -50,6 +50,11 @@ def own(tmp_path, monkeypatch):
     return tmp_path
 
 
+def write(path, spec, classifier, *, without=()):
+    network = {key: value for key, value in asdict(spec).items() if key not in without}
+    save_checkpoint(path, {"model": classifier.state_dict(), "description": {"network": network, "options": {}}})
+
+
 def nodes(net):
     return [module for module in net.modules() if isinstance(module, neuron.BaseNode)]
 
@@ -169,7 +174,7 @@ def test_a_classifier_of_ones_own_keeps_its_normalisation_in_a_checkpoint(own):
     assert (classifier.mean.tolist(), classifier.std.tolist()) == (pytest.approx([0.3]), pytest.approx([0.2]))
     assert type(nodes(classifier)[0]) is DLIFNode
     assert type(nodes(build_network(spec))[0]) is DLIFNode
-    save_checkpoint(own / "best.pt", {"description": {"network": asdict(spec)}, "model": classifier.state_dict()})
+    write(own / "best.pt", spec, classifier)
     read = from_checkpoint(own / "best.pt", trust_code=True).model
     assert torch.equal(read(x), classifier(x))
     with pytest.raises(ValueError, match=r"returns a classifier of T=4, asked for is T=3"):
@@ -189,7 +194,7 @@ def test_wrong_names(own):
     }.items():
         with pytest.raises(ValueError, match=words):
             build_network(NetworkSpec(name))
-    with pytest.raises(FileNotFoundError, match=r"absent.py does not exist"):
+    with pytest.raises(FileNotFoundError, match="absent.py does not exist"):
         build_network(NetworkSpec("absent.py:build"))
     with pytest.raises(ModuleNotFoundError, match="no module 'absent_models'"):
         build_network(NetworkSpec("absent_models:build"))
@@ -215,11 +220,6 @@ def test_wrong_options(own):
     ):
         with pytest.raises(ValueError, match=words):
             build_classifier(spec)
-
-
-def write(path, spec, classifier, *, without=()):
-    network = {key: value for key, value in asdict(spec).items() if key not in without}
-    save_checkpoint(path, {"model": classifier.state_dict(), "description": {"network": network, "options": {}}})
 
 
 def test_checkpoints_return_the_same_network(tmp_path):

@@ -150,23 +150,14 @@ def test_a_vgg_of_snn_rat_has_neurons_without_leak(tmp_path):
 
 def test_what_does_not_fit_is_said(tmp_path):
     state = published(Vgg5, True, 8).state_dict()
-
-    def load(changed, **arguments):
+    for message, changed, arguments in (
+        (r"0.weight \(20, 512\) instead of \(20, 8192\); it was read as vgg5", state, {"image_shape": (3, 32, 32)}),
+        ("network: unexpected layer9.0.weight; it was read as vgg5", state | {"layer9.0.weight": torch.ones(1)}, {}),
+        ("missing layer1.2.p;", {key: value for key, value in state.items() if key != "layer1.2.p"}, {}),
+        ("was trained with T=3, got T=8; leave T out, and set_time_steps afterwards", state, {"T": 8}),
+        (r"none of the published networks vgg5, .* \(it begins with weight, bias\)", nn.Linear(2, 2).state_dict(), {}),
+    ):
         torch.save(changed, tmp_path / "net.pth")
-        arguments = {"mean": MEAN, "std": STD, "image_shape": (3, 8, 8), **arguments}
-        return load_published_checkpoint(tmp_path / "net.pth", **arguments)
-
-    with pytest.raises(
-        ValueError, match=r"classifier.0.weight \(20, 512\) instead of \(20, 8192\); it was read as vgg5"
-    ):
-        load(state, image_shape=(3, 32, 32))
-    with pytest.raises(ValueError, match=r"does not fit the network: unexpected layer9.0.weight; it was read as vgg5"):
-        load(state | {"layer9.0.weight": torch.ones(1)})
-    with pytest.raises(ValueError, match="missing layer1.2.p;"):
-        load({key: value for key, value in state.items() if key != "layer1.2.p"})
-    with pytest.raises(ValueError, match="was trained with T=3, got T=8; leave T out, and set_time_steps afterwards"):
-        load(state, T=8)
-    with pytest.raises(
-        ValueError, match=r"is of none of the published networks vgg5, .* \(it begins with weight, bias\)"
-    ):
-        load(nn.Linear(2, 2).state_dict())
+        options = {"mean": MEAN, "std": STD, "image_shape": (3, 8, 8)} | arguments
+        with pytest.raises(ValueError, match=message):
+            load_published_checkpoint(tmp_path / "net.pth", **options)

@@ -110,15 +110,15 @@ def test_what_does_not_fit_is_listed(tmp_path):
 
 def test_files_that_cannot_be_read(tmp_path):
     classifier = build_classifier(NetworkSpec())
-    with pytest.raises(FileNotFoundError, match="absent.pt does not exist"):
-        start_from(classifier, tmp_path / "absent.pt")
-    with pytest.raises(ValueError, match=r"must end in .pt or .pth, got .*weights.h5; save net.state_dict"):
-        start_from(classifier, tmp_path / "weights.h5")
     (tmp_path / "damaged.pt").write_bytes(b"PK\x03\x04 cut off")
     torch.save(classifier, tmp_path / "pickled.pt")
-    for name in ("damaged.pt", "pickled.pt"):
-        with pytest.raises(ValueError, match="damaged, or holds more .* a whole pickled network, which would run code"):
-            start_from(classifier, tmp_path / name)
     torch.save([torch.ones(2)], tmp_path / "list.pt")
-    with pytest.raises(ValueError, match="holds no tensors by name"):
-        start_from(classifier, tmp_path / "list.pt")
+    for name, error, message in (
+        ("absent.pt", FileNotFoundError, "absent.pt does not exist"),
+        ("weights.h5", ValueError, r"must end in .pt or .pth, got .*weights.h5; save net.state_dict"),
+        ("damaged.pt", ValueError, "damaged, or holds more .* a whole pickled network, which would run code"),
+        ("pickled.pt", ValueError, "damaged, or holds more .* a whole pickled network, which would run code"),
+        ("list.pt", ValueError, "holds no tensors by name"),
+    ):
+        with pytest.raises(error, match=message):
+            start_from(classifier, tmp_path / name)
