@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 from spikingjelly.activation_based import functional, neuron, surrogate
@@ -103,32 +104,22 @@ def _built(spec: NetworkSpec) -> nn.Module:
             f"{spec.name!r}"
         )
     node = _neuron(spec)
-    name, own = spec.name, None
-    if name.startswith("zoo:"):
-        net = build_zoo_network(
-            name[4:], spec.image_shape, spec.classes, T=spec.T, spiking_neuron=node, options=spec.options
-        )
-    elif ":" in name:
-        own = _own_network(spec, node)
-        net = own.net if isinstance(own, SpikingClassifier) else own
+    if spec.name in NETWORKS:
+        built = _packaged_network(spec, node)
+    elif spec.name.startswith("zoo:"):
+        arguments: dict[str, Any] = {"T": spec.T, "spiking_neuron": node, "options": spec.options}
+        built = build_zoo_network(spec.name[4:], spec.image_shape, spec.classes, **arguments)
     else:
-        try:
-            net = _packaged_network(spec, node)
-        except TypeError as error:
-            if not spec.options:
-                raise
-            raise ValueError(
-                f"{spec.name} cannot be built with the options {spec.options} ({error}); they are keyword arguments of "
-                f"the architecture or of its neurons ({spec.neuron})"
-            ) from error
-    if ":" in name and spec.neuron == "dlif":
+        built = _own_network(spec, node)
+    net: nn.Module = built.net if isinstance(built, SpikingClassifier) else built
+    if ":" in spec.name and spec.neuron == "dlif":
         _convert(net, spec)
     for module in net.modules():
         if isinstance(module, DLIFNode):
             module.input_gain.requires_grad_(spec.learn_gain)
     if spec.fused:
         fuse(net)
-    return own or net
+    return built
 
 
 def build_classifier(spec: NetworkSpec) -> SpikingClassifier:
@@ -188,15 +179,23 @@ def _neuron(spec: NetworkSpec) -> Callable[..., nn.Module]:
 
 def _packaged_network(spec: NetworkSpec, node: Callable[..., nn.Module]) -> nn.Module:
     """One of :data:`NETWORKS`."""
-    arguments: dict[str, Any] = {"T": spec.T, "spiking_neuron": node}
+    kind: Callable[..., nn.Module]
     if spec.name == "small":
-        return SmallConvNet(spec.image_shape, spec.classes, **{"channels": spec.channels, **arguments, **spec.options})
-    if spec.name in VGG_FEATURES:
-        arguments |= {"hidden": spec.hidden, **spec.options}
-        return VGG(spec.name, spec.image_shape, spec.classes, **arguments)
-    depth, widen_factor = WIDE_RESNETS[spec.name]
-    arguments |= {"depth": depth, "widen_factor": widen_factor, **spec.options}
-    return WideResNet(spec.image_shape, spec.classes, **arguments)
+        kind = partial(SmallConvNet, channels=spec.channels)
+    elif spec.name in VGG_FEATURES:
+        kind = partial(VGG, spec.name, hidden=spec.hidden)
+    else:
+        depth, widen_factor = WIDE_RESNETS[spec.name]
+        kind = partial(WideResNet, depth=depth, widen_factor=widen_factor)
+    try:
+        return kind(spec.image_shape, spec.classes, **{"T": spec.T, "spiking_neuron": node, **spec.options})
+    except TypeError as error:
+        if not spec.options:
+            raise
+        raise ValueError(
+            f"{spec.name} cannot be built with the options {spec.options} ({error}); they are keyword arguments of "
+            f"the architecture or of its neurons ({spec.neuron})"
+        ) from error
 
 
 def _own_network(spec: NetworkSpec, node: Callable[..., nn.Module]) -> nn.Module:

@@ -33,8 +33,8 @@ BLOCK = {
 }
 """Modules of one residual block, theirs and ours; the mixing coefficients lie in the block itself."""
 
-PARAMETERS = {"p": "input_gain", "comb": "mixing"}
-"""Parameters that have another name; weights, biases and statistics of batch norm have the same."""
+PARAMETERS = {"input_gain": "p", "mixing": "comb"}
+"""Our and their name of parameters; weights, biases and statistics of batch norm have the same."""
 
 
 def load_published_checkpoint(
@@ -124,11 +124,10 @@ def published_names(net: nn.Module, name: str) -> dict[str, str]:
         ('layer1.0.weight', 'layer1.2.p', 'classifier.0.weight')
     """
     modules = dict(_vgg_modules(net, name) if name in VGG_FEATURES else _wide_resnet_modules(cast(WideResNet, net)))
-    theirs = {ours: published for published, ours in PARAMETERS.items()}
     names = {}
     for key in net.state_dict():
         module, _, parameter = key.rpartition(".")
-        names[key] = f"{modules[module]}.{theirs.get(parameter, parameter)}"
+        names[key] = f"{modules[module]}.{PARAMETERS.get(parameter, parameter)}"
     return names
 
 

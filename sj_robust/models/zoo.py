@@ -83,16 +83,14 @@ def build_zoo_network(
         near = get_close_matches(name, builders, n=3)
         hint = f"nearest: {', '.join(near)}" if near else f"there are {', '.join(builders)}"
         raise ValueError(f"the model zoo has no {name!r}; {hint}")
-    builder, height, width = builders[name], image_shape[1], image_shape[2]
-    options = dict(options or {})
-    offered: dict[str, Any] = {"T": T, "in_channels": image_shape[0], "img_size_h": height, "img_size_w": width}
-    offered |= {"input_size": (height, width), "cnf": "ADD", "spiking_neuron": spiking_neuron}
-    if isfunction(builder):
-        options = {"num_classes": classes} | options  # taken by every builder, if only through its **kwargs
-    offered["num_classes"] = classes
-    net: nn.Module = call_with_known(builder, f"zoo:{name}", offered, options)
+    channels, height, width = image_shape
+    offered: dict[str, Any] = {"T": T, "in_channels": channels, "img_size_h": height, "img_size_w": width}
+    offered |= {"input_size": (height, width), "cnf": "ADD", "spiking_neuron": spiking_neuron, "num_classes": classes}
+    # every function takes num_classes, if only through its **kwargs
+    needed = {"num_classes": classes} if isfunction(builders[name]) else {}
+    net: nn.Module = call_with_known(builders[name], f"zoo:{name}", offered, needed | dict(options or {}))
     functional.set_step_mode(net, "m")
-    _check_fits(net, name, image_shape[0], classes)
+    _check_fits(net, name, channels, classes)
     return net
 
 
