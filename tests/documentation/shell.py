@@ -23,18 +23,16 @@ STARTS = """
 import json, os, pathlib, re, shlex, sys
 
 state, program, *words = sys.argv[1:]
+added, only_options, modules = json.loads(pathlib.Path(state, "asked").read_text())
 recipe = next((word for word in words if re.fullmatch(r"(\\./)?recipes/\\w+\\.py", word)), None)
+name = recipe and pathlib.Path(recipe).stem
+print(json.dumps([name, os.getcwd(), program, words]), file=open(pathlib.Path(state, "calls"), "a"))
 if recipe:
-    name = pathlib.Path(recipe).stem
-    print(name, file=open(pathlib.Path(state, "recipes"), "a"))
-    added = json.loads(pathlib.Path(state, "added").read_text())
     words += [word for one, text in added if one in (None, name) for word in shlex.split(text)]
-os.execv(sys.executable, [sys.executable, *json.loads(pathlib.Path(state, "modules").read_text())[program], *words])
+if not only_options:
+    os.execv(sys.executable, [sys.executable, *modules[program], *words])
 """
-"""What stands for python and for what starts several of them: notes which recipe it runs, and adds options to it."""
-
-NOTED = """[ -z "$OPTIONS_ONLY" ] || { printf '%s\\0' "$#" "$PWD" "$@" >> "$OPTIONS_ONLY"; exit; }"""
-"""With OPTIONS_ONLY set a program only writes its words and its folder down there."""
+"""What stands for python and for what starts several of them: notes the call, and adds options to a recipe's."""
 
 LAUNCHERS = {
     "torchrun": ("torch.distributed.run", "torch.distributed.run.get_args_parser", []),
@@ -43,7 +41,7 @@ LAUNCHERS = {
     ),
 }  # fmt: skip
 """Programs that start recipes: their modules, parsers, and the words in front of what those parse."""
-
+MODULES = {"python": [], "python3": []} | {name: ["-m", module] for name, (module, _, _) in LAUNCHERS.items()}
 
 ALONE = re.compile(r"""python3? (\./)?recipes/\w+\.py( +([\w./:=,+-]+|'[^'#\n]*'|"[^"#$`\\\n]*"))*( +#.*)?""")
 """A recipe with its options in one line, all of them words that bash and shlex read alike."""
@@ -95,11 +93,8 @@ class Shell:
         programs = folder / ".venv" / "bin"
         programs.mkdir(parents=True)
         (state / "starts.py").write_text(STARTS, encoding="utf-8")
-        modules = {"python": [], "python3": []} | {name: ["-m", module] for name, (module, _, _) in LAUNCHERS.items()}
-        (state / "modules").write_text(json.dumps(modules), encoding="utf-8")
-        for name in modules:
-            run = f'exec "{sys.executable}" "{state}/starts.py" "{state}" "$@"'
-            script(programs / name, f'set -- {name} "$@"\n{NOTED}\n{run}')
+        for name in MODULES:
+            script(programs / name, f'exec "{sys.executable}" -IS "{state}/starts.py" "{state}" {name} "$@"')
         refusal = "an example installs nothing; put <!-- example: not run: installs packages --> above"
         script(programs / "pip", f"echo '{refusal}' >&2; exit 1")
         path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
@@ -130,12 +125,10 @@ class Shell:
             program, *words = shlex.split(command, comments=True)
             self.said, recipe = run_here(self.where, program, words, added)
             return [recipe]
-        (self.state / "added").write_text(json.dumps(added), encoding="utf-8")
-        (self.state / "recipes").write_text("")
-        calls = self.state / "calls"
-        calls.write_text("")
-        first = f"set -e\nexport OPTIONS_ONLY='{calls}'\n" if only_options else ""
-        left = f"unset OPTIONS_ONLY\nenv -0 > '{self.state}/environment'\npwd > '{self.state}/folder'"
+        (self.state / "asked").write_text(json.dumps([added, only_options, MODULES]), encoding="utf-8")
+        (self.state / "calls").write_text("")
+        first = "set -e\n" if only_options else ""
+        left = f"env -0 > '{self.state}/environment'\npwd > '{self.state}/folder'"
         with subprocess.Popen(
             ["bash", "-o", "pipefail", "-c", f"{first}{command}\ncode=$?\n{left}\nexit $code"],
             cwd=self.where, env=self.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
@@ -154,14 +147,10 @@ class Shell:
         words = (self.state / "environment").read_bytes().decode().split("\0")
         self.environment = dict(word.split("=", 1) for word in words if "=" in word)
         self.where = Path((self.state / "folder").read_text().rstrip("\n"))
-        noted = calls.read_text().split("\0")
-        recipes = (self.state / "recipes").read_text().split()
-        while noted[0]:
-            end = int(noted[0]) + 2
-            where, program, *words = noted[1:end]
-            noted = noted[end:]
-            recipes.append(run_here(Path(where), program, words, added, "--print_config")[1])
-        return recipes
+        calls = [json.loads(line) for line in (self.state / "calls").read_text().splitlines()]
+        if only_options:
+            return [run_here(Path(where), *call, added, "--print_config")[1] for _, where, *call in calls]
+        return [name for name, *_ in calls if name]
 
 
 def run_here(
