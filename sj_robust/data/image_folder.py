@@ -28,13 +28,13 @@ def image_folder(folder: Path, *, on_unreadable: Literal["error", "skip"]) -> So
 
     Test and validation pictures come in a fixed shuffled order, so that the first ones are of all classes.
     """
-    classes = _class_names(folder, folder / "train")
+    classes = _class_names(folder / "train")
     sizes: dict[Path, tuple[int, int]] = {}
     pixels: dict[Path, Tensor] = {}
     parts = {}
     for name in ("train", "val", "test"):
         if name != "val" or (folder / name).is_dir():
-            parts[name] = _labelled(folder, folder / name, classes, on_unreadable, sizes, pixels)
+            parts[name] = _labelled(folder / name, classes, on_unreadable, sizes, pixels)
     # Threads find the sizes in any order.
     first = parts["train"][0][0]
     others = [path for paths, _ in parts.values() for path in paths if sizes[path] != sizes[first]]
@@ -45,8 +45,7 @@ def image_folder(folder: Path, *, on_unreadable: Literal["error", "skip"]) -> So
             f"{len(others)} have another: {named}{'; ...' if len(others) > 5 else ''}. Resize or crop them, or leave "
             "them out"
         )
-    height, width = sizes[first]
-    read = partial(_image, size=(height, width))
+    read = partial(_image, size=sizes[first])
     images: dict[str, Images] = {
         name: StoredImages(torch.stack([pixels.pop(path) for path in paths]), labels)
         if pixels.keys() >= set(paths)
@@ -54,11 +53,10 @@ def image_folder(folder: Path, *, on_unreadable: Literal["error", "skip"]) -> So
         for name, (paths, labels) in parts.items()
     }
     validation = shuffled(images["val"]) if "val" in images else None
-    return Source(images["train"], shuffled(images["test"]), (3, height, width), len(classes), validation)
+    return Source(images["train"], shuffled(images["test"]), (3, *sizes[first]), len(classes), validation)
 
 
-def _class_names(folder: Path, part: Path) -> list[str]:
-    """Names of the class folders in one part."""
+def _class_names(part: Path) -> list[str]:
     if not part.is_dir():
         raise FileNotFoundError(
             f"{part.resolve()} does not exist; an image folder holds train/CLASS/PICTURE and test/CLASS/PICTURE, and "
@@ -74,7 +72,6 @@ def _class_names(folder: Path, part: Path) -> list[str]:
 
 
 def _labelled(
-    folder: Path,
     part: Path,
     classes: Sequence[str],
     on_unreadable: Literal["error", "skip"],
@@ -82,12 +79,12 @@ def _labelled(
     pixels: dict[Path, Tensor],
 ) -> tuple[list[Path], Tensor]:
     """Pictures of a part that can be read, and classes; ``sizes`` and, while there is room, ``pixels`` take each."""
-    names = _class_names(folder, part)
+    names = _class_names(part)
     if names != list(classes):
         foreign, lacking = sorted(set(names) - set(classes)), sorted(set(classes) - set(names))
-        found = [f"{part / name} is none of the classes of {folder / 'train'}" for name in foreign[:5]]
+        found = [f"{part / name} is none of the classes of {part.with_name('train')}" for name in foreign[:5]]
         found += [f"{part / name} is missing" for name in lacking[:5]]
-        named = ", ".join([*classes[:10], *(["..."] if len(classes) > 10 else [])])
+        named = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
         raise ValueError(f"{'; '.join(found)}. Every part must hold the same {len(classes)} classes, {named}")
     paths: list[Path] = []
     labels: list[int] = []

@@ -23,8 +23,6 @@ VGG_FEATURES: dict[str, tuple[int | Literal["A"], ...]] = {
 class ConvChain(DirectlyEncoded):
     """Convolution - batch norm - neuron for every number in ``features``, average pooling by 2 for every ``"A"``.
 
-    After an ``"S"`` the next convolution has stride 2.
-
     After them linear - neuron for every number in ``hidden``, and a linear layer to the classes.
     逐层堆叠的卷积脉冲网络。
 
@@ -36,7 +34,7 @@ class ConvChain(DirectlyEncoded):
         T: Number of time steps an image is repeated for.
         spiking_neuron: Class or function that builds a neuron, as in SpikingJelly's model zoo.
         features: Output channels of the convolutions, the first of them first, ``"A"`` for a pooling and ``"S"`` for
-            the stride of the next convolution.
+            a stride of 2 of the next convolution.
         hidden: Widths of the hidden linear layers.
         batch_norm: Whether there is a batch norm behind every convolution; without, weights are torch's own.
         kernel_size: Height and width of every kernel; the padding is ``(kernel_size - 1) // 2``.

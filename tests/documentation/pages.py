@@ -24,7 +24,6 @@ from dataclasses import dataclass
 from functools import cache, partial
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any
 
 from documentation.shell import ROOT, CommandError, Shell, check_imports, check_names, logical_lines
 from sybil import Document, Example, Lexeme, Region, Sybil
@@ -235,18 +234,13 @@ def same(word: str, shown: str) -> bool:
         return word == shown
 
 
-def opened(namespace: dict[str, Any]) -> None:
-    """The namespace of a page that begins."""
-    namespace |= {"__name__": "example", PAGE: Page()}
-
-
 PAGE = "__page__"
 PAGES = Sybil(
     [examples_in],
     path=str(ROOT),
     patterns=["*.md"],
     exclude="quickstart_zh.md",
-    setup=opened,
+    setup=lambda namespace: namespace.update({"__name__": "example", PAGE: Page()}),
     teardown=lambda namespace: namespace[PAGE].close(),
 )
 
