@@ -44,16 +44,15 @@ def event_frames(
     _check_archives(kind, host, folder, download)
     height, width = host.get_H_W()
     shape = (T, 2, height, width)
-    recordings = _prepared(name, host, folder, T)
     parts = []
-    for paths, labels in recordings:
-        if (found := len(set(labels))) != classes:
+    for recordings in _prepared(name, host, folder, T):
+        if (found := len({label for _, label in recordings})) != classes:
             raise ValueError(
-                f"{folder} must hold recordings of {classes} classes, got {found} in {paths[0].parents[1]}; "
+                f"{folder} must hold recordings of {classes} classes, got {found} in {recordings[0][0].parents[1]}; "
                 f"{_AGAIN.format(T=T)}"
             )
         check = partial(_check_frames, shape=shape)
-        kept = readable(paths, labels, check, on_unreadable=on_unreadable, folder=folder)
+        kept = readable(recordings, check, on_unreadable=on_unreadable, folder=folder)
         parts.append(FileImages(*kept, partial(_frames, shape=shape)))
     train, test = parts
     return Source(train, shuffled(test), (2, height, width), classes, frames=True)
@@ -93,7 +92,7 @@ def _check_archives(kind: str, host: Any, folder: Path, download: bool) -> None:
         check_sum(path, md5, url)
 
 
-def _prepared(name: str, host: Any, folder: Path, T: int) -> list[tuple[list[Path], list[int]]]:
+def _prepared(name: str, host: Any, folder: Path, T: int) -> list[list[tuple[Path, int]]]:
     """Frame files and classes of training and test set, made by SpikingJelly if they are not there yet."""
     options: dict[str, Any] = {"data_type": "frame", "frames_number": T, "split_by": "number"}
     try:
@@ -109,7 +108,7 @@ def _prepared(name: str, host: Any, folder: Path, T: int) -> list[tuple[list[Pat
         ) from error
     _check_complete(folder, T)
     parts = samples if len(samples) == 2 else _ninety_ten(samples[0])
-    return [([Path(path) for path, _ in part], [label for _, label in part]) for part in parts]
+    return [[(Path(path), label) for path, label in part] for part in parts]
 
 
 def _check_complete(folder: Path, T: int) -> None:

@@ -37,36 +37,35 @@ def check_sum(path: Path, md5: str, source: str = "") -> None:
 
 
 def readable(
-    paths: Sequence[Path],
-    labels: Sequence[int],
+    samples: Sequence[tuple[Path, int]],
     read: Callable[[Path], object],
     *,
     on_unreadable: Literal["error", "skip"],
     folder: Path,
 ) -> tuple[list[Path], Tensor]:
-    """Those files below ``folder`` that ``read`` reads without an UnreadableError, and their labels. 检查哪些文件可读。
+    """Those files in ``folder`` that ``read`` reads without an UnreadableError, and their labels. 检查哪些文件可读。
 
     Raises:
         UnreadableError: If some cannot be read and are not to be left out; or if none is left.
     """
 
-    def problem(path: Path) -> str | None:
+    def problem(sample: tuple[Path, int]) -> str | None:
         try:
-            read(path)
+            read(sample[0])
         except UnreadableError as error:
             return str(error)
         return None
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        problems = list(pool.map(problem, paths))
+        problems = list(pool.map(problem, samples))
     bad = [text for text in problems if text is not None]
     if bad:
         names = "; ".join(bad[:5]) + (f"; and {len(bad) - 5} more" if len(bad) > 5 else "")
-        found = f"{len(bad)} of {len(paths)} files in {folder} cannot be used: {names}"
+        found = f"{len(bad)} of {len(samples)} files in {folder} cannot be used: {names}"
         if on_unreadable == "error":
             raise UnreadableError(f"{found}. Replace them, or leave them out with on_unreadable='skip'")
-        if len(bad) == len(paths):
+        if len(bad) == len(samples):
             raise UnreadableError(f"{found}. None is left")
         warnings.warn(f"{found}. They are left out", stacklevel=2)
-    good = [number for number, text in enumerate(problems) if text is None]
-    return [paths[number] for number in good], torch.tensor([labels[number] for number in good], dtype=torch.int64)
+    good = [sample for sample, text in zip(samples, problems, strict=True) if text is None]
+    return [path for path, _ in good], torch.tensor([label for _, label in good], dtype=torch.int64)

@@ -86,12 +86,12 @@ def _labelled(
         found += [f"{part / name} is missing" for name in lacking[:5]]
         named = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
         raise ValueError(f"{'; '.join(found)}. Every part must hold the same {len(classes)} classes, {named}")
-    paths: list[Path] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        files = sorted(path for path in (part / name).rglob("*") if _is_picture(path))
-        paths += files
-        labels += [label] * len(files)
+    pictures = [
+        (path, label)
+        for label, name in enumerate(classes)
+        for path in sorted((part / name).rglob("*"))
+        if path.suffix.lower() in _ENDINGS and not path.name.startswith(".") and path.is_file()
+    ]
 
     def read(path: Path) -> None:
         picture = _picture(path)
@@ -99,15 +99,11 @@ def _labelled(
         if (len(pixels) + 1) * picture.numel() <= _IN_MEMORY:  # all have one size, or are refused
             pixels[path] = picture
 
-    good, kept = readable(paths, labels, read, on_unreadable=on_unreadable, folder=part)
-    empty = [str(part / classes[label]) for label in sorted(set(range(len(classes))) - set(kept.tolist()))]
+    paths, labels = readable(pictures, read, on_unreadable=on_unreadable, folder=part)
+    empty = [str(part / classes[label]) for label in sorted(set(range(len(classes))) - set(labels.tolist()))]
     if empty:
         raise FileNotFoundError(f"no pictures ({', '.join(sorted(_ENDINGS))}) in {', '.join(empty[:5])}")
-    return good, kept
-
-
-def _is_picture(path: Path) -> bool:
-    return path.suffix.lower() in _ENDINGS and not path.name.startswith(".") and path.is_file()
+    return paths, labels
 
 
 def _image(path: Path, size: tuple[int, int]) -> Tensor:
