@@ -54,18 +54,14 @@ class CommandError(Exception):
 def logical_lines(code: str) -> list[tuple[int, str]]:
     """Commands with the offset of their first line: continued lines, loops and here-documents are one command."""
     commands: list[tuple[int, str]] = []
-    start, parts = 0, []
-    for offset, line in enumerate(code.splitlines()):
-        if not parts:
-            start = offset
-            if not line.strip() or line.lstrip().startswith("#"):
-                continue
+    lines, parts = code.splitlines(), []
+    for number, line in enumerate(lines, 1):
+        if not parts and (not line.strip() or line.lstrip().startswith("#")):
+            continue
         parts.append(line)
-        if complete(text := "\n".join(parts)):
-            commands.append((start, text))
+        if number == len(lines) or complete("\n".join(parts)):
+            commands.append((number - len(parts), "\n".join(parts)))
             parts = []
-    if parts:
-        commands.append((start, "\n".join(parts)))
     return commands
 
 
@@ -73,10 +69,8 @@ def complete(text: str) -> bool:
     """Whether bash would not wait for a further line."""
     if text.endswith("\\"):
         return False
-    english = os.environ | {"LC_ALL": "C"}
-    checked = subprocess.run(
-        ["bash", "-n"], input=text + "\n", capture_output=True, text=True, check=False, env=english
-    )
+    asked = {"input": text + "\n", "env": os.environ | {"LC_ALL": "C"}, "capture_output": True, "text": True}
+    checked = subprocess.run(["bash", "-n"], check=False, **asked)
     return not re.search(r"unexpected end of file|unexpected EOF|here-document", checked.stderr)
 
 
