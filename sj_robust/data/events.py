@@ -8,7 +8,7 @@ from contextlib import redirect_stdout
 from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 from zipfile import BadZipFile, ZipFile
 
 import numpy as np
@@ -17,15 +17,13 @@ import torch
 from torch import Tensor
 
 from sj_robust._datasets import EVENT_DATASETS
-from sj_robust.data.files import UnreadableError, check_sum, one_line, readable
+from sj_robust.data.files import OnUnreadable, UnreadableError, check_sum, one_line, readable
 from sj_robust.data.stored import FileImages, Source, shuffled
 
 __all__ = ["event_frames"]
 
 
-def event_frames(
-    name: str, root: Path, T: int | None, *, download: bool, on_unreadable: Literal["error", "skip"]
-) -> Source:
+def event_frames(name: str, root: Path, T: int | None, *, download: bool, on_unreadable: OnUnreadable) -> Source:
     """Recordings of an event camera as T binary frames [T, 2, H, W] each. 事件数据的二值帧。
 
     SpikingJelly unpacks the archives, writes every recording's events and integrates them: frame t holds the events

@@ -10,7 +10,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-__all__ = ["UnreadableError", "check_sum", "one_line", "readable"]
+__all__ = ["OnUnreadable", "UnreadableError", "check_sum", "one_line", "readable"]
+
+OnUnreadable = Literal["error", "skip"]
+"""What becomes of a file that cannot be read: an error, or a warning and it is left out."""
 
 
 class UnreadableError(ValueError):
@@ -37,11 +40,7 @@ def check_sum(path: Path, md5: str, source: str = "") -> None:
 
 
 def readable(
-    samples: Sequence[tuple[Path, int]],
-    read: Callable[[Path], object],
-    *,
-    on_unreadable: Literal["error", "skip"],
-    folder: Path,
+    samples: Sequence[tuple[Path, int]], read: Callable[[Path], object], *, on_unreadable: OnUnreadable, folder: Path
 ) -> tuple[list[Path], Tensor]:
     """Those files in ``folder`` that ``read`` reads without an UnreadableError, and their labels. 检查哪些文件可读。
 

@@ -3,13 +3,12 @@
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from sj_robust.data.files import UnreadableError, one_line, readable
+from sj_robust.data.files import OnUnreadable, UnreadableError, one_line, readable
 from sj_robust.data.stored import FileImages, Images, Source, StoredImages, shuffled
 
 __all__ = ["image_folder"]
@@ -19,7 +18,7 @@ _IN_MEMORY = 1 << 29  # bytes
 _EIGHT_BITS = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV", "LAB"}
 
 
-def image_folder(folder: Path, *, on_unreadable: Literal["error", "skip"]) -> Source:
+def image_folder(folder: Path, *, on_unreadable: OnUnreadable) -> Source:
     """Pictures of ``train``, ``test`` and, if it is there, ``val``, each with a folder per class. 读取图像文件夹。
 
     Classes are the names of the folders in ``train``, sorted. Every picture becomes RGB: grey is repeated, a palette
@@ -74,7 +73,7 @@ def _class_names(part: Path) -> list[str]:
 def _labelled(
     part: Path,
     classes: Sequence[str],
-    on_unreadable: Literal["error", "skip"],
+    on_unreadable: OnUnreadable,
     sizes: dict[Path, tuple[int, int]],
     pixels: dict[Path, Tensor],
 ) -> tuple[list[Path], Tensor]:

@@ -13,6 +13,7 @@ from torch.utils.data import Subset, TensorDataset
 from sj_robust._datasets import EVENT_DATASETS, IMAGE_FOLDER, check_dataset
 from sj_robust.data.augmentation import Augmentation
 from sj_robust.data.events import event_frames
+from sj_robust.data.files import OnUnreadable
 from sj_robust.data.image_folder import image_folder
 from sj_robust.data.stored import Images, Source, StoredImages
 from sj_robust.data.torchvision_sets import CIFAR_STATISTICS, cifar, mnist, svhn
@@ -116,7 +117,7 @@ def load_images(
     )
 
 
-def _source(name: str, root: Path, download: bool, T: int | None, on_unreadable: Literal["error", "skip"]) -> Source:
+def _source(name: str, root: Path, download: bool, T: int | None, on_unreadable: OnUnreadable) -> Source:
     check_dataset(name)
     if name.startswith(IMAGE_FOLDER):
         return image_folder(Path(name.removeprefix(IMAGE_FOLDER)).expanduser(), on_unreadable=on_unreadable)

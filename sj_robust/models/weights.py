@@ -50,14 +50,14 @@ def read_weights(path: Path) -> Weights:
             f"{path.absolute()} does not exist; give a best.pt, or a state_dict saved by torch.save"
         )
     content = load_tensors(path, what="weights", remedy="save net.state_dict() with torch.save")
-    network = None
-    if isinstance(content, dict) and isinstance(content.get("description"), dict):
-        network = content["description"].get("network")
+    if not isinstance(content, dict):
+        content = {}
+    description = content.get("description")
+    network = description.get("network") if isinstance(description, dict) else None
     for wrapper in _WRAPPERS:
-        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+        if isinstance(content.get(wrapper), dict):
             content = content[wrapper]
-    named = isinstance(content, dict) and all(isinstance(key, str) for key in content)
-    if not named or not content or not all(isinstance(value, Tensor) for value in content.values()):
+    if not content or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()):
         raise ValueError(f"{path} holds no tensors by name; save net.state_dict() with torch.save")
     if all(key.startswith("module.") for key in content):
         content = {key.removeprefix("module."): value for key, value in content.items()}
