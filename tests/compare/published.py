@@ -45,7 +45,6 @@ ROUNDING = 1e-9
 
 
 def main():
-    """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("checkout", type=Path, help="clone of the published code")
     parser.add_argument("--rat", type=Path, help="clone of the code of SNN-RAT, to compare its networks")
@@ -79,11 +78,10 @@ def main():
 def imported(checkout, *names):
     """Modules of a checkout by name, as long as the context lasts."""
     before = set(sys.modules)
-    unused = types.ModuleType("cv2")  # imported there for a name that nothing uses
-    unused.mean = None
+    sys.modules["cv2"] = types.SimpleNamespace(mean=None)  # imported there for a name that nothing uses
     words = ["main", "-j", "0", "-T", str(T), "-bs", str(IMAGES), "-arch", "vgg5", "--epochs", "1"]
     path = [str(checkout.resolve()), *sys.path]
-    with patch.dict(sys.modules, cv2=unused), patch.object(sys, "path", path), patch.object(sys, "argv", words):
+    with patch.object(sys, "path", path), patch.object(sys, "argv", words):
         found = {name: importlib.import_module(name) for name in names if "-" not in name}
         for name in set(names) - set(found):  # a script
             spec = importlib.util.spec_from_file_location("script", checkout / f"{name}.py")
@@ -122,24 +120,20 @@ def neurons(code):
         "LIFSpike": lambda **options: neuron.LIFNode(tau=100.0, decay_input=False, **options),
     }
     for name, build in here.items():
-        spikes, slopes = [], []
+        spikes, slopes = ([], []), ([], [])  # of ours, of theirs
         for gama in (0.5, 1.0, 2.0):
             torch.manual_seed(0)
             x, weight, gains = torch.randn(T, 1000), torch.randn(T, 1000), 0.5 + torch.rand(T)
             theirs = getattr(code["models.layers"], name)(T, tau=0.99, gama=gama)
             ours = build(step_mode="m", v_reset=0.0, surrogate_function=surrogate.PiecewiseQuadratic(1 / gama))
-            inputs = [[x.clone().requires_grad_()], [x.clone().requires_grad_()]]
-            if name == "DLIFSpike":
-                for mine, gain in zip(inputs, (ours.input_gain, theirs.p), strict=True):
-                    gain.data.copy_(gains)
-                    mine.append(gain)
-            spikes.append([ours(inputs[0][0]), theirs(inputs[1][0].flatten()).view(T, 1000)])
-            slopes += [
-                [torch.autograd.grad((out * weight).sum(), mine)] for out, mine in zip(spikes[-1], inputs, strict=True)
-            ]
-        yield f"`{name}`", "spikes, widths 0.5, 1, 2", apart(*zip(*spikes, strict=True))
-        of_both = [[one for (grads,) in slopes[side::2] for one in grads] for side in (0, 1)]
-        yield f"`{name}`", "gradients of currents and gains", apart(*of_both)
+            for side, net in enumerate((ours, theirs)):
+                for parameter in net.parameters():
+                    parameter.data.copy_(gains)
+                inputs = [x.clone().requires_grad_(), *net.parameters()]
+                spikes[side].append(net(inputs[0] if net is ours else inputs[0].flatten()).view(T, 1000))
+                slopes[side].extend(torch.autograd.grad((spikes[side][-1] * weight).sum(), inputs))
+        yield f"`{name}`", "spikes, widths 0.5, 1, 2", apart(*spikes)
+        yield f"`{name}`", "gradients of currents and gains", apart(*slopes)
 
 
 @torch.no_grad()
@@ -159,7 +153,6 @@ def lively(net, size=32):
 
 
 def theirs_of(code, name, kind="DLIFSpike"):
-    """A network of a checkout."""
     torch.manual_seed(0)
     build = code["models"].VGG if name.startswith("vgg") else code["models"].WideResNet
     if not hasattr(code["models.layers"], "build_neuron_function"):  # SNN-RAT, whose neurons are without leak
@@ -246,9 +239,7 @@ def training(code, mode):
     what = "both cross entropies and MS-MPPD" if len(theirs) > 1 else "cross entropy"
     yield mode, what, apart(ours, theirs)
     ours = {names[key.removeprefix("net.")]: value.grad for key, value in classifier.named_parameters()}
-    flat = [
-        torch.cat([grad[name].flatten() for name in grads]) for grad in (ours, grads)
-    ]  # of some, nothing but rounding
+    flat = [torch.cat([grad[name].flatten() for name in grads]) for grad in (ours, grads)]  # of some, rounding alone
     yield mode, "gradients of all parameters", apart(*flat)
     after, ours = made[0].state_dict(), classifier.net.state_dict()
     buffers = [(key, name) for key, name in names.items() if name.endswith(("running_mean", "running_var"))]

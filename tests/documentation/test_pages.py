@@ -5,6 +5,7 @@ import re
 import sys
 import time
 import tomllib
+import traceback
 from pathlib import Path
 
 import pytest
@@ -50,12 +51,8 @@ def line_of(error):
         return int(within[1]) if within else error.example.line
     if isinstance(error, SyntaxError):
         return error.lineno
-    places = []
-    trace = error.__traceback__
-    while trace:
-        places += [trace.tb_lineno] if trace.tb_frame.f_code.co_filename.endswith("page.md") else []
-        trace = trace.tb_next
-    return places[-1]
+    trace = traceback.extract_tb(error.__traceback__)
+    return [frame.lineno for frame in trace if frame.filename.endswith("page.md")][-1]
 
 
 def fence(language, *lines, above=()):
@@ -153,11 +150,8 @@ def test_a_page_that_is_wrong(text, line, message, tmp_path):
 
 
 def test_what_is_right_in_blocks_that_are_not_run(tmp_path):
-    installs = [
-        "pip install -e '.[recipes, test]' numpy[nothing]",
-        "python recipes/adv_train.py --config mine/tests/x.py",
-    ]
-    run(tmp_path, fence("bash", *installs, above=[NOT_RUN]))
+    installs = "pip install -e '.[recipes, test]' numpy[nothing]"
+    run(tmp_path, fence("bash", installs, "python recipes/adv_train.py --config mine/tests/x.py", above=[NOT_RUN]))
     run(tmp_path, fence("python", "from sj_robust import training", "import x", above=[NOT_RUN]))
     commands = [
         "for s in 0 1; do",
