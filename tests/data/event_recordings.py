@@ -5,10 +5,11 @@ import shutil
 import struct
 import tarfile
 from itertools import product
-from pathlib import Path
 from zipfile import ZipFile
 
 import numpy as np
+
+from sj_robust.data import EVENT_DATASETS, events
 
 CIFAR_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -106,9 +107,11 @@ def pack_gestures(folder):
     return events
 
 
-def sums(host, folder):
-    """SpikingJelly's list of archives, with the sums of those in the folder."""
-    return [
-        (name, url, hashlib.md5((Path(folder) / "download" / name).read_bytes(), usedforsecurity=False).hexdigest())
-        for name, url, _ in host.resource_url_md5()
+def trust(monkeypatch, name, folder):
+    """Let SpikingJelly take the archives of a folder for the published ones."""
+    host = events._host_class(name, EVENT_DATASETS[name][0])
+    listed = [
+        (file, url, hashlib.md5((folder / "download" / file).read_bytes()).hexdigest())
+        for file, url, _ in host.resource_url_md5()
     ]
+    monkeypatch.setattr(host, "resource_url_md5", staticmethod(lambda: listed))

@@ -3,7 +3,7 @@ import sys
 
 import pytest
 import torch
-from data.event_recordings import frames_by_hand, pack_cifar10_dvs, pack_gestures, pack_n_mnist, sums
+from data.event_recordings import frames_by_hand, pack_cifar10_dvs, pack_gestures, pack_n_mnist, trust
 from spikingjelly import configure
 from torchvision.datasets import utils
 
@@ -20,18 +20,6 @@ def one_thread(monkeypatch):
     monkeypatch.setattr(configure, "max_threads_number_for_datasets_preprocess", 1)
 
 
-@pytest.fixture
-def trusted(monkeypatch):
-    """Lets SpikingJelly take the archives of a folder for the published ones."""
-
-    def trust(name, folder):
-        host = module._host_class(name, module.EVENT_DATASETS[name][0])
-        listed = sums(host, folder)
-        monkeypatch.setattr(host, "resource_url_md5", staticmethod(lambda: listed))
-
-    return trust
-
-
 def as_set(part):
     return {(frames.numpy().tobytes(), int(label)) for frames, label in part}
 
@@ -40,9 +28,9 @@ def by_hand(chosen, height, width):
     return {(frames_by_hand(events, T, height, width).tobytes(), label) for label, events in chosen}
 
 
-def test_n_mnist(tmp_path, trusted):
+def test_n_mnist(tmp_path, monkeypatch):
     events = pack_n_mnist(tmp_path / "NMNIST")
-    trusted("n_mnist", tmp_path / "NMNIST")
+    trust(monkeypatch, "n_mnist", tmp_path / "NMNIST")
     splits = load_images("n_mnist", root=tmp_path, T=T, validation_fraction=0.2)
     assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [24, 6, 20]
     assert (splits.image_shape, splits.classes, splits.frames, splits.augmentation) == ((2, 34, 34), 10, True, None)
@@ -60,9 +48,9 @@ def test_n_mnist(tmp_path, trusted):
 
 
 @pytest.mark.slow
-def test_cifar10_dvs_tests_on_the_first_tenth_of_every_class(tmp_path, trusted):
+def test_cifar10_dvs_tests_on_the_first_tenth_of_every_class(tmp_path, monkeypatch):
     events = pack_cifar10_dvs(tmp_path, per_class=11)
-    trusted("cifar10_dvs", tmp_path)
+    trust(monkeypatch, "cifar10_dvs", tmp_path)
     splits = load_images("cifar10_dvs", root=tmp_path, T=T)
     assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [90, 10, 10]
     assert splits.image_shape == (2, 128, 128)
@@ -72,9 +60,9 @@ def test_cifar10_dvs_tests_on_the_first_tenth_of_every_class(tmp_path, trusted):
     assert as_set(splits.train) | as_set(splits.validation) == by_hand(train, 128, 128)
 
 
-def test_gestures(tmp_path, trusted):
+def test_gestures(tmp_path, monkeypatch):
     events = pack_gestures(tmp_path)
-    trusted("dvs128_gesture", tmp_path)
+    trust(monkeypatch, "dvs128_gesture", tmp_path)
     splits = load_images("dvs128_gesture", root=tmp_path, T=T)
     assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [20, 2, 11]
     assert splits.classes == 11
@@ -84,13 +72,13 @@ def test_gestures(tmp_path, trusted):
     assert as_set(splits.test) == by_hand(test, 128, 128)
 
 
-def test_missing_archives_and_downloads(tmp_path, trusted, monkeypatch):
+def test_missing_archives_and_downloads(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"Train.zip, Test.zip not found in .*NMNIST.download. .*by hand from"):
         load_images("n_mnist", root=tmp_path, T=T, download=True)
     with pytest.raises(FileNotFoundError, match=r"complete: airplane.zip, .* not found in .*--download.*figshare"):
         load_images("cifar10_dvs", root=tmp_path, T=T)
     pack_cifar10_dvs(tmp_path / "there", per_class=2)
-    trusted("cifar10_dvs", tmp_path / "there")
+    trust(monkeypatch, "cifar10_dvs", tmp_path / "there")
     there = tmp_path / "there" / "download"
 
     def offline(url, root, filename, md5):
@@ -107,12 +95,12 @@ def test_missing_archives_and_downloads(tmp_path, trusted, monkeypatch):
     assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [8, 2, 10]
 
 
-def test_archives_and_recordings_that_are_damaged_are_named(tmp_path, trusted):
+def test_archives_and_recordings_that_are_damaged_are_named(tmp_path, monkeypatch):
     pack_n_mnist(tmp_path, 1, 1)
     with pytest.raises(ValueError, match=r"download/Train.zip is damaged .*fetch it again from https"):
         load_images("n_mnist", root=tmp_path, T=T)
     assert (tmp_path / "download" / "Train.zip").is_file()
-    trusted("n_mnist", tmp_path)
+    trust(monkeypatch, "n_mnist", tmp_path)
     load_images("n_mnist", root=tmp_path, T=T, validation_fraction=0.5)
     (tmp_path / "events_np" / "train" / "3" / "00003.npz").write_bytes(b"not events")
     with pytest.raises(
@@ -124,9 +112,9 @@ def test_archives_and_recordings_that_are_damaged_are_named(tmp_path, trusted):
         load_images("n_mnist", root=tmp_path, T=T)
 
 
-def test_damaged_frames(tmp_path, trusted):
+def test_damaged_frames(tmp_path, monkeypatch):
     pack_n_mnist(tmp_path, 2, 1)
-    trusted("n_mnist", tmp_path)
+    trust(monkeypatch, "n_mnist", tmp_path)
     splits = load_images("n_mnist", root=tmp_path, T=T)
     folder = tmp_path / f"frames_number_{T}_split_by_number"
     train, test = folder / "train" / "3" / "00003.npz", folder / "test" / "3" / "00003.npz"

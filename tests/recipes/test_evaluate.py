@@ -5,13 +5,12 @@ import evaluate
 import launch
 import pytest
 import torch
-from data.event_recordings import pack_n_mnist, sums
+from data.event_recordings import pack_n_mnist, trust
 from evaluation import recipe_run
 from evaluation.recipe_run import SMALL, TWO_BATCHES, in_process, start, without_times
 from launch import finish
 
 from sj_robust.attacks import ThreatModel
-from sj_robust.data import events
 from sj_robust.evaluation import Fault, SmoothedBracket, StressCard, stressing
 from sj_robust.evaluation.robustness_report import RobustnessReport
 from sj_robust.models import NetworkSpec, build_classifier
@@ -168,9 +167,7 @@ def test_a_checkpoint_at_other_time_steps(folder, tmp_path):
 def event_data(tmp_path, monkeypatch):
     """Tiny recordings that are taken for N-MNIST, in a data root."""
     pack_n_mnist(tmp_path / "data" / "NMNIST", train=2, test=1)
-    host = events._host_class("n_mnist", "NMNIST")
-    listed = sums(host, tmp_path / "data" / "NMNIST")
-    monkeypatch.setattr(host, "resource_url_md5", staticmethod(lambda: listed))
+    trust(monkeypatch, "n_mnist", tmp_path / "data" / "NMNIST")
     return tmp_path / "data"
 
 
