@@ -79,7 +79,15 @@ class SpikingClassifier(nn.Module):
             raise ValueError(
                 f"T must be an integer >= 1, the number of time steps, got {T!r}; write a number such as T=4"
             )
-        _check_bare(net)
+        check_network(net)
+        if isinstance(net, SpikingClassifier):
+            got = type(net).__name__
+            raise ValueError(f"net must be a bare network, got a {got}; use that one as it is, or its .net")
+        if isinstance(net, nn.DataParallel):
+            raise ValueError(
+                "net must not be in nn.DataParallel, whose copies lose the neurons' states; give the bare network, and "
+                "use torch.nn.parallel.DistributedDataParallel (torchrun or accelerate launch) for several devices"
+            )
         if step_mode not in (None, "m", "s"):
             raise ValueError(f"step_mode must be 'm', 's' or None, got {step_mode!r}")
         self.net = net
@@ -90,7 +98,13 @@ class SpikingClassifier(nn.Module):
         self.register_buffer("std", None if std is None else torch.tensor(std, dtype=torch.float32))
         if self.std is not None and not bool((self.std > 0).all()):
             raise ValueError(f"std must be > 0 in every channel, got {std}; leave std out where nothing is divided")
-        self._warn_of_unused_steps()
+        longer = {name: m.T for name, m in net.named_modules() if isinstance(m, DLIFNode) and m.T > T}
+        for name, steps in list(longer.items())[:1]:
+            warnings.warn(
+                f"{type(self).__name__} runs T={T} of the T={steps} time steps that the DLIF neuron {name!r} has gains "
+                f"for; use T={steps}, or call sj_robust.models.set_time_steps(net, {T}) first if that is meant",
+                stacklevel=2,
+            )
 
     def forward(self, images: Tensor) -> Tensor:
         """Logits [N, classes] of images [N, C, H, W] or features [N, F]."""
@@ -122,15 +136,6 @@ class SpikingClassifier(nn.Module):
         memo[id(self)] = duplicate
         duplicate.__dict__.update(copy.deepcopy(self.__dict__, memo))
         return duplicate
-
-    def _warn_of_unused_steps(self) -> None:
-        longer = {name: m.T for name, m in self.net.named_modules() if isinstance(m, DLIFNode) and m.T > self.T}
-        for name, T in list(longer.items())[:1]:
-            warnings.warn(
-                f"{type(self).__name__} runs T={self.T} of the T={T} time steps that the DLIF neuron {name!r} has "
-                f"gains for; use T={T}, or call sj_robust.models.set_time_steps(net, {self.T}) first if that is meant",
-                stacklevel=3,
-            )
 
     def _explain(self, error: Exception, images: Tensor) -> None:
         """Raise what a failed forward comes from, if it is one of the usual mistakes."""
@@ -351,18 +356,6 @@ def check_classifier(model: object) -> SpikingClassifier:
         got = type(model).__name__
         raise TypeError(f"model must be a SpikingClassifier, got {got}; wrap the network: SpikingClassifier(net, T=4)")
     return model
-
-
-def _check_bare(net: nn.Module) -> None:
-    """A network that can be wrapped."""
-    check_network(net)
-    if isinstance(net, SpikingClassifier):
-        raise ValueError(f"net must be a bare network, got a {type(net).__name__}; use that one as it is, or its .net")
-    if isinstance(net, nn.DataParallel):
-        raise ValueError(
-            "net must not be in nn.DataParallel, whose copies lose the neurons' states; give the bare network, and use "
-            "torch.nn.parallel.DistributedDataParallel (torchrun or accelerate launch) for several devices"
-        )
 
 
 def _without_containers(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:

@@ -21,15 +21,7 @@ RunKind = Literal["clean", "perturbed", "paired"]
 
 
 class Recording:
-    """Collects one clean and one perturbed run of every followed layer.
-
-    Args:
-        neurons: Neurons that can be followed, by name.
-        unsupported: Reasons by name of those that cannot.
-        spiking: All that spike, by name.
-        layers: Layers to follow: ``"all"``, ``"last"`` or names.
-        kept: What is kept; may be changed between pairs.
-    """
+    """Collects one clean and one perturbed run of every followed layer; ``kept`` may be changed between pairs."""
 
     def __init__(
         self,
@@ -75,7 +67,6 @@ class Recording:
             self._called = {}
 
     def forget(self) -> None:
-        """Let go of the pair."""
         self.pairs = {}
         self.complete = False
 
@@ -108,12 +99,14 @@ class Recording:
         return self._last in (None, name) if self._layers == "last" else name in self._followed()
 
     def before_call(self, name: str) -> None:
-        """A neuron is about to be called."""
         perturbed = self.run == "perturbed"
         first_call = name not in self._called
         self._called[name] = time.perf_counter_ns()
         if first_call and not perturbed:
-            self._begin(name)
+            if self._layers == "last":
+                self.pairs.clear()
+            if name in self._followed():
+                self.pairs[name] = LayerPair(self._neurons[name], self.kept, paired=self.run == "paired")
         if name in self.pairs:
             self.pairs[name].before(first_call, perturbed)
         elif perturbed and self._layers != "last" and name in self._followed():
@@ -134,12 +127,6 @@ class Recording:
             pair.take_perturbed(x, output)
         else:
             pair.take_paired(x, output)
-
-    def _begin(self, name: str) -> None:
-        if self._layers == "last":
-            self.pairs.clear()
-        if name in self._followed():
-            self.pairs[name] = LayerPair(self._neurons[name], self.kept, paired=self.run == "paired")
 
     def _finish(self, kind: RunKind) -> None:
         if kind != "perturbed":
@@ -226,7 +213,6 @@ class NeuronHook:
         return self._recording is not None and (self._recording.kept.statistics or self._recording.kept.spikes)
 
     def before(self, module: nn.Module, args: Any) -> None:
-        """Forward pre-hook."""
         if self._recording is None or self._recording.run is None:
             return
         if getattr(module, "_is_replica", False):
@@ -237,6 +223,5 @@ class NeuronHook:
         self._recording.before_call(self._name)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        """Forward hook."""
         if self._recording is not None and self._recording.run is not None:
             self._recording.after_call(self._name, args[0] if args else next(iter(kwargs.values())), output)

@@ -15,7 +15,7 @@ from sj_robust.perturbation import dynamics
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Kept", "LayerStats", "LayerTotals", "LayerTrace", "MPPDStatistics", "PairStatistics"]
+__all__ = ["Kept", "LayerStats", "LayerTotals", "LayerTrace", "MPPDStatistics"]
 
 _MOST = 8
 """Rows and steps of a table; more are left out in the middle."""
@@ -221,35 +221,34 @@ class Kept(NamedTuple):
     statistics: bool
 
 
-class PairStatistics:
-    """Sums of one layer over one pair of runs, fed step by step from the state before both; nothing in it has a graph,
-    or the size of a batch once it is closed.
+class LayerTotals:
+    """Sums of one layer over pairs of runs. The first pair is fed step by step from the state before both; nothing here
+    has a graph, or the size of a batch once that pair is closed.
     """
 
     @torch.no_grad()
     def __init__(self, neuron: Neuron, v_init: float | Tensor, time_step: int, kept: Kept) -> None:
         self.neuron = neuron
-        self.samples = 0
-        self.elements = 0
-        self.sums: list[Tensor] = []
-        self.maxima: list[Tensor] = []
-        self.first_spike: tuple[Tensor, Tensor] | None = None
         self.full_valid = True
+        self._samples = 0
+        self._elements = 0
+        self._steps: list[tuple[Tensor, Tensor]] = []  # sums and maxima of every step, until the pair is closed
         self._charging = neuron.charging()
-        self.time_step = time_step
+        self._time_step = time_step
         self._input_gain = kept.input_gain
         self._v_init = v_init
         self._state: dict[str, Tensor] = {}
+        self._first_spike: tuple[Tensor, Tensor]
         self._trace: list[tuple[Tensor, ...]] | None = [] if kept.trace else None
 
     @torch.no_grad()
     def step(self, x: Tensor, spike: Tensor, x_perturbed: Tensor, spike_perturbed: Tensor) -> None:
         """Take in one step [N, *] of both runs."""
-        t = len(self.sums)
+        t = len(self._steps)
         values = (value.detach().to(state_dtype(x)) for value in (x, spike, x_perturbed, spike_perturbed))
         x, spike, x_perturbed, spike_perturbed = values
         state = self._state or self._start(x)
-        plain, gain = (self._charging.gain_at(self.time_step + t, input_gain=flag) for flag in (False, True))
+        plain, gain = (self._charging.gain_at(self._time_step + t, input_gain=flag) for flag in (False, True))
         dx = x - x_perturbed
         eps = dynamics.perturbation_step(state["eps"], dx, self._charging.decay, gain)
         eps_plain = eps
@@ -266,11 +265,10 @@ class PairStatistics:
         of_plain = of_eps if eps_plain is eps else (*_powers(eps_plain), _peak(eps_plain))
         rates = (_total(spike != 0), _total(spike_perturbed != 0))
         distances = (_total(dspike.abs()), _total(excess.abs()) / (t + 1))
-        self.sums.append(torch.stack((*rates, *of_eps[:2], *of_plain[:2], *_powers(d), *distances)))
-        self.maxima.append(torch.stack((of_eps[2], of_plain[2], _peak(d))))
-        assert self.first_spike is not None
-        first, first_perturbed = self.first_spike
-        self.first_spike = _earliest(first, spike, t), _earliest(first_perturbed, spike_perturbed, t)
+        sums = torch.stack((*rates, *of_eps[:2], *of_plain[:2], *_powers(d), *distances))
+        self._steps.append((sums, torch.stack((of_eps[2], of_plain[2], _peak(d)))))
+        first, first_perturbed = self._first_spike
+        self._first_spike = _earliest(first, spike, t), _earliest(first_perturbed, spike_perturbed, t)
         if self._trace is not None:
             shown = eps if self._input_gain else eps_plain
             self._trace.append((x, x_perturbed, spike, spike_perturbed, v, v_perturbed, shown))
@@ -284,8 +282,11 @@ class PairStatistics:
         scale = 1e-5 if mine.dtype == v_perturbed.dtype else 1e-2
         self.full_valid &= v_perturbed.shape == mine.shape and torch.allclose(mine, v_perturbed.to(mine), scale, scale)
 
+    @torch.no_grad()
     def close(self) -> LayerTrace | None:
-        """Let go of everything that has the size of a batch; the trace, if one was kept."""
+        """End the pair and let go of everything that has the size of a batch; the trace, if one was kept."""
+        self._sums, self._maxima = (torch.stack(steps) for steps in zip(*self._steps, strict=True))
+        self._steps = []
         self._state = {}
         self._v_init = 0.0
         trace, self._trace = self._trace, None
@@ -296,37 +297,7 @@ class PairStatistics:
     def mean(self, norm: str, *, input_gain: bool) -> Tensor:
         """``mean(eps^2)`` for ``"l2"`` or ``mean(|eps|)`` for ``"l1"`` over the whole pair."""
         column = (2 if input_gain else 4) + (norm == "l1")
-        return (torch.stack(self.sums)[:, column].mean() / self.elements).to(self._dtype)
-
-    def _start(self, x: Tensor) -> dict[str, Tensor]:
-        self._dtype = x.dtype
-        self.samples = x.shape[0]
-        self.elements = x.numel()
-        never = torch.full(x.shape[1:], torch.iinfo(torch.int16).max, dtype=torch.int16, device=x.device)
-        self.first_spike = never, never
-        zero = torch.zeros_like(x)
-        v = zero + self._v_init
-        return {"eps": zero, "eps_plain": zero, "v": v, "v_perturbed": v, "excess": zero}
-
-    def _potential(self, v: Tensor, x: Tensor, spike: Tensor, gain: float | Tensor) -> Tensor:
-        module = self.neuron.module
-        h = dynamics.charge(v, x, self._charging.decay, gain, module.v_reset)
-        return dynamics.reset_potential(h, spike, module.v_threshold, module.v_reset)
-
-
-class LayerTotals:
-    """Sums of one layer over all pairs of runs."""
-
-    @torch.no_grad()
-    def __init__(self, pair: PairStatistics) -> None:
-        assert pair.first_spike is not None
-        self._neuron = pair.neuron
-        self._samples = pair.samples
-        self._elements = pair.elements
-        self._sums = torch.stack(pair.sums)
-        self._maxima = torch.stack(pair.maxima)
-        self._first_spike = pair.first_spike
-        self._full_valid = pair.full_valid
+        return (self._sums[:, column].mean() / self._elements).to(self._dtype)
 
     @torch.no_grad()
     def add(self, other: "LayerTotals") -> None:
@@ -341,41 +312,56 @@ class LayerTotals:
             for mine, theirs in zip(self._first_spike, other._first_spike, strict=True)
         )
         self._first_spike = clean, perturbed
-        self._full_valid &= other._full_valid
+        self.full_valid &= other.full_valid
 
     def check_fits(self, other: "LayerTotals") -> None:
         """Raise ValueError if steps or features differ."""
         mine, theirs = ((total._sums.shape[0], tuple(total._first_spike[0].shape)) for total in (self, other))
         if mine != theirs:
             raise ValueError(
-                f"layer {self._neuron.name!r}: statistics are kept per time step and neuron, and those so far have "
+                f"layer {self.neuron.name!r}: statistics are kept per time step and neuron, and those so far have "
                 f"T={mine[0]} and features {mine[1]}, but this pair has T={theirs[0]} and features {theirs[1]}; "
                 "call clear_recorded_data() first"
             )
 
     @torch.no_grad()
-    def stats(self, *, input_gain: bool) -> LayerStats:
+    def stats(self) -> LayerStats:
         """The statistics so far."""
         means = (self._sums / self._elements).double().cpu().unbind(1)
         maxima = self._maxima.double().cpu().unbind(1)
         silent, silent_perturbed = (_silent(first, len(self._sums)) for first in self._first_spike)
         return LayerStats(
-            name=self._neuron.name,
-            neuron=self._neuron.type_name,
+            name=self.neuron.name,
+            neuron=self.neuron.type_name,
             samples=self._samples,
             firing_rate=means[0],
             firing_rate_perturbed=means[1],
             silent=silent,
             silent_perturbed=silent_perturbed,
-            ms_mppd=means[2 if input_gain else 4],
-            l1=means[3 if input_gain else 5],
-            max_abs=maxima[0 if input_gain else 1],
-            full_ms_mppd=means[6] if self._full_valid else None,
-            full_l1=means[7] if self._full_valid else None,
-            full_max_abs=maxima[2] if self._full_valid else None,
+            ms_mppd=means[2 if self._input_gain else 4],
+            l1=means[3 if self._input_gain else 5],
+            max_abs=maxima[0 if self._input_gain else 1],
+            full_ms_mppd=means[6] if self.full_valid else None,
+            full_l1=means[7] if self.full_valid else None,
+            full_max_abs=maxima[2] if self.full_valid else None,
             spike_distance=means[8],
             tasad=means[9],
         )
+
+    def _start(self, x: Tensor) -> dict[str, Tensor]:
+        self._dtype = x.dtype
+        self._samples = x.shape[0]
+        self._elements = x.numel()
+        never = torch.full(x.shape[1:], torch.iinfo(torch.int16).max, dtype=torch.int16, device=x.device)
+        self._first_spike = never, never
+        zero = torch.zeros_like(x)
+        v = zero + self._v_init
+        return {"eps": zero, "eps_plain": zero, "v": v, "v_perturbed": v, "excess": zero}
+
+    def _potential(self, v: Tensor, x: Tensor, spike: Tensor, gain: float | Tensor) -> Tensor:
+        module = self.neuron.module
+        h = dynamics.charge(v, x, self._charging.decay, gain, module.v_reset)
+        return dynamics.reset_potential(h, spike, module.v_threshold, module.v_reset)
 
 
 def _few(items: list[Any], between: Any = "...") -> list[Any]:

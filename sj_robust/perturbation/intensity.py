@@ -144,7 +144,8 @@ def intensity_correlation(
         1.0
     """
     sizes = _checked(x, y, perturb, eps, batch_size, resamples)
-    right = torch.cat([_predicted(model, part) for part in torch.split(x, batch_size)]) == y
+    with torch.no_grad():
+        right = torch.cat([model(part).argmax(1) for part in torch.split(x, batch_size)]) == y
     if not bool(right.any()):
         raise ValueError(f"the network classifies none of the {len(x)} images right: give it a trained network")
     x, y = x[right], y[right]
@@ -272,12 +273,6 @@ def _measures(values: Tensor, wrong: Tensor, sizes: Sequence[float]) -> Tensor:
         ),
         dim=1,
     )
-
-
-@torch.no_grad()
-def _predicted(model: nn.Module, x: Tensor) -> Tensor:
-    classes: Tensor = model(x).argmax(1)
-    return classes
 
 
 def _number(value: Tensor) -> float | None:

@@ -2,8 +2,7 @@
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from types import TracebackType
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, Self
 
 import torch
@@ -161,7 +160,6 @@ class MPPDMonitor(BaseMonitor):
         self.name_records_index.update({name: [] for name in neurons})
         self._net = net
         self._found = _neurons_of(net)
-        self._input_gain = input_gain
         self._keep = keep
         self._totals: dict[str, LayerTotals] = {}
         self._warned_of_potential = False
@@ -238,8 +236,7 @@ class MPPDMonitor(BaseMonitor):
                 functional.reset_net(self._net)
                 with self.perturbed():
                     run(x_perturbed)
-            totals = _totals_of(self._recording.pairs)
-            return self._stats_of(totals)
+            return _stats_of(_totals_of(self._recording.pairs))
         finally:
             self._recording.kept = kept
             self._recording.forget()
@@ -247,23 +244,17 @@ class MPPDMonitor(BaseMonitor):
             if not enabled:
                 self.disable()
 
-    @contextmanager
-    def clean(self) -> Iterator[None]:
+    def clean(self) -> AbstractContextManager[None]:
         """Context of the clean run, which a :meth:`perturbed` run has to follow."""
-        with self._running("clean"):
-            yield
+        return self._running("clean")
 
-    @contextmanager
-    def perturbed(self) -> Iterator[None]:
+    def perturbed(self) -> AbstractContextManager[None]:
         """Context of the perturbed run that completes the pair begun by :meth:`clean`."""
-        with self._running("perturbed"):
-            yield
+        return self._running("perturbed")
 
-    @contextmanager
-    def paired(self) -> Iterator[None]:
+    def paired(self) -> AbstractContextManager[None]:
         """Context of one run over a batch whose first half is clean and whose second half is perturbed."""
-        with self._running("paired"):
-            yield
+        return self._running("paired")
 
     def loss(
         self,
@@ -323,7 +314,7 @@ class MPPDMonitor(BaseMonitor):
                 "a monitor with keep='loss' measures nothing beside its loss: call compare(x, x_perturbed), or build "
                 "it with keep='statistics'"
             )
-        return self._stats_of(self._totals)
+        return _stats_of(self._totals)
 
     def __getitem__(self, i: int | str) -> Any:
         """Records of a layer by name, or one record by index, as every SpikingJelly monitor has them."""
@@ -365,9 +356,7 @@ class MPPDMonitor(BaseMonitor):
         """The monitor itself."""
         return self
 
-    def __exit__(
-        self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         """Close the monitor."""
         self.close()
 
@@ -412,6 +401,7 @@ class MPPDMonitor(BaseMonitor):
     def _take_pair(self, pairs: Mapping[str, LayerPair]) -> None:
         """Add a complete pair to the statistics: all of its layers, or none if one does not fit."""
         totals = _totals_of(pairs)
+        unlike = [name for name, pair_totals in totals.items() if not pair_totals.full_valid]
         for name in totals.keys() & self._totals.keys():
             self._totals[name].check_fits(totals[name])
         for name, pair_totals in totals.items():
@@ -423,7 +413,6 @@ class MPPDMonitor(BaseMonitor):
             if pair.trace is not None:
                 self._record_of(name, pair.trace)
                 pair.trace = None
-        unlike = [name for name, pair in pairs.items() if not pair.full_valid]
         if unlike and not self._warned_of_potential:
             self._warned_of_potential = True
             warnings.warn(
@@ -432,12 +421,13 @@ class MPPDMonitor(BaseMonitor):
                 stacklevel=4,
             )
 
-    def _stats_of(self, totals: Mapping[str, LayerTotals]) -> MPPDStatistics:
-        return MPPDStatistics({name: one.stats(input_gain=self._input_gain) for name, one in totals.items()})
-
     def _record_of(self, name: str, value: object) -> None:
         self.name_records_index[name].append(len(self.records))
         self.records.append(value)
+
+
+def _stats_of(totals: Mapping[str, LayerTotals]) -> MPPDStatistics:
+    return MPPDStatistics({name: one.stats() for name, one in totals.items()})
 
 
 def _neurons_of(net: nn.Module) -> dict[str, nn.Module]:

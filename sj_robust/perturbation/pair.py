@@ -9,7 +9,7 @@ from torch import Tensor
 from sj_robust.neuron.charging import Neuron
 from sj_robust.ops.dlif.config import state_dtype
 from sj_robust.perturbation import dynamics
-from sj_robust.perturbation._statistics import Kept, LayerTotals, LayerTrace, PairStatistics
+from sj_robust.perturbation._statistics import Kept, LayerTotals, LayerTrace
 
 __all__ = ["Indicator", "LayerPair"]
 
@@ -24,7 +24,6 @@ class LayerPair:
         self.neuron = neuron
         self.totals: LayerTotals | None = None
         self.trace: LayerTrace | None = None
-        self.full_valid = True
         self._paired = paired
         self._kept = kept
         self._start: tuple[float | Tensor, int] | None = None
@@ -33,7 +32,6 @@ class LayerPair:
         self._clean_steps = 0
         self._taken_steps = 0
         self._steps: deque[tuple[_Chunk, Tensor, Tensor]] = deque()  # current and spike, and the chunk they are from
-        self._statistics: PairStatistics | None = None
         # For the loss: input currents of both runs and, if they are kept, spikes.
         self._clean: list[_Chunk] = []
         self._perturbed: list[_Chunk] = []
@@ -93,14 +91,14 @@ class LayerPair:
                 f"layer {self.neuron.name!r} gets input of shape {tuple(x_seq.shape[1:])} per step in the perturbed run"
                 f" and {tuple(self._shape or ())} in the clean run: give both runs batches of the same shape"
             )
-        statistics = self._keep(x_seq, spike_seq)
-        if statistics is None:
+        totals = self._keep(x_seq, spike_seq)
+        if totals is None:
             return
         for x_perturbed, spike_perturbed in zip(x_seq.detach(), spike_seq.detach(), strict=True):
             chunk, x, spike = self._steps.popleft()
             chunk.check("input", self.neuron.name)
-            statistics.step(x, spike, x_perturbed, spike_perturbed)
-        statistics.check_potential(self.neuron.module.v)
+            totals.step(x, spike, x_perturbed, spike_perturbed)
+        totals.check_potential(self.neuron.module.v)
 
     def take_paired(self, x_seq: Tensor, spike_seq: Tensor) -> None:
         """Use a chunk [t, 2 N, *] whose first half of the batch is clean and whose second half is perturbed."""
@@ -112,16 +110,21 @@ class LayerPair:
                 "and then as many perturbed ones, torch.cat((x, x_perturbed))"
             )
         half = size // 2
-        if not self._taken_steps:
-            self._check_paired_start(half)
+        assert self._start is not None
+        start = self._start[0]
+        if not self._taken_steps and isinstance(start, Tensor) and not torch.equal(start[:half], start[half:]):
+            raise RuntimeError(
+                f"layer {self.neuron.name!r} starts with different states in the clean and the perturbed half of the "
+                "batch: call functional.reset_net(net) before the run"
+            )
         self._taken_steps += len(x_seq)
-        statistics = self._keep(x_seq, spike_seq)
-        if statistics is None:
+        totals = self._keep(x_seq, spike_seq)
+        if totals is None:
             return
         for x, spike in zip(x_seq.detach(), spike_seq.detach(), strict=True):
-            statistics.step(x[:half], spike[:half], x[half:], spike[half:])
+            totals.step(x[:half], spike[:half], x[half:], spike[half:])
         v = self.neuron.module.v
-        statistics.check_potential(v[half:] if isinstance(v, Tensor) else v)
+        totals.check_potential(v[half:] if isinstance(v, Tensor) else v)
 
     def finish(self) -> None:
         """End the pair; ValueError if the perturbed run had fewer steps than the clean one."""
@@ -131,10 +134,8 @@ class LayerPair:
                 f"{self._clean_steps} in the clean run: give both runs the same number of time steps"
             )
         self._start = None
-        if self._statistics is not None:
-            self.trace = self._statistics.close()
-            self.totals = LayerTotals(self._statistics)
-            self.full_valid = self._statistics.full_valid
+        if self.totals is not None:
+            self.trace = self.totals.close()
 
     def loss(self, norm: Literal["l2", "l1"], *, input_gain: bool, indicator: Indicator) -> Tensor:
         """MS-MPPD of the layer or a distance of its spikes; the gradient reaches the perturbed run only."""
@@ -143,8 +144,8 @@ class LayerPair:
         if indicator != "mppd":
             return self._spike_loss(indicator, norm)
         if not self._perturbed:
-            assert self._statistics is not None
-            return self._statistics.mean(norm, input_gain=input_gain)
+            assert self.totals is not None
+            return self.totals.mean(norm, input_gain=input_gain)
         x_seq, x_seq_perturbed = self._both(self._clean, self._perturbed, "input")
         charging = self.neuron.charging()
         gain = charging.gain
@@ -171,7 +172,7 @@ class LayerPair:
         half = whole.shape[1] // 2
         return whole[:, :half].detach(), whole[:, half:]
 
-    def _keep(self, x_seq: Tensor, spike_seq: Tensor) -> PairStatistics | None:
+    def _keep(self, x_seq: Tensor, spike_seq: Tensor) -> LayerTotals | None:
         """Keep a chunk of the perturbed run or of both for the loss; the statistics, if there are any."""
         if torch.is_grad_enabled() or not self._kept.statistics:
             self._perturbed.append(_Chunk.of(x_seq))
@@ -179,13 +180,13 @@ class LayerPair:
             self._clean.clear()  # without gradients the statistics know the loss
         if self._kept.spikes:
             self._perturbed_spikes.append(_Chunk.of(spike_seq))
-        if self._kept.statistics and self._statistics is None:
+        if self._kept.statistics and self.totals is None:
             assert self._start is not None
             v_init, time_step = self._start
             if self._paired and isinstance(v_init, Tensor):
                 v_init = v_init[: v_init.shape[0] // 2]
-            self._statistics = PairStatistics(self.neuron, v_init, time_step, self._kept)
-        return self._statistics
+            self.totals = LayerTotals(self.neuron, v_init, time_step, self._kept)
+        return self.totals
 
     def _check_batch(self, x_seq: Tensor) -> None:
         assert self._start is not None
@@ -197,15 +198,6 @@ class LayerPair:
                 f"layer {self.neuron.name!r} gets input of shape {tuple(x_seq.shape[1:])} per step where its state has "
                 f"{tuple(expected)}: call functional.reset_net(net) before a batch of another size, and do not share "
                 "one neuron between layers of different size"
-            )
-
-    def _check_paired_start(self, half: int) -> None:
-        assert self._start is not None
-        v = self._start[0]
-        if isinstance(v, Tensor) and not torch.equal(v[:half], v[half:]):
-            raise RuntimeError(
-                f"layer {self.neuron.name!r} starts with different states in the clean and the perturbed half of the "
-                "batch: call functional.reset_net(net) before the run"
             )
 
 

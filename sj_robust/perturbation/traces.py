@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from math import ceil
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
@@ -105,11 +105,7 @@ class Traces(Shown, dict[str, LayerTrace]):
             axes.set_axis_off()
         for row in panels:
             row[0].set_ylabel("neuron" if which == "spikes" else "membrane potential")
-        found: dict[str, Any] = {}
-        for axes in panels.flat:
-            for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-                found.setdefault(label, handle)
-        figure.legend(found.values(), found.keys(), loc="outside upper center", ncols=3)
+        figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
         return figure
 
 

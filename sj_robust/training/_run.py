@@ -36,8 +36,6 @@ class NonFiniteLossError(RuntimeError):
 
 
 class TrainingRun:
-    """A training run: what it is made of, and where it stands."""
-
     def __init__(
         self,
         objective: Objective,
@@ -102,11 +100,10 @@ class TrainingRun:
             self.sums += losses
             self.batch += 1
             journal.on_step(dict(zip(self.loss_names, losses.tolist(), strict=True)))
-            if signal_number is not None:
+            due = self.plan.checkpoint_steps and self.batch % self.plan.checkpoint_steps == 0
+            if due or signal_number is not None:
                 self.checkpoint("last.pt")
-                self.raise_if_interrupted(signal_number)
-            if self.plan.checkpoint_steps and self.batch % self.plan.checkpoint_steps == 0:
-                self.checkpoint("last.pt")
+            self.raise_if_interrupted(signal_number)
 
     def finish_epoch(self, validation_attacks: Mapping[str, Attack]) -> EpochRecord:
         """Validate, record and write the checkpoints of an epoch whose batches are done."""

@@ -84,7 +84,6 @@ class _Synchronised(nn.modules.batchnorm._BatchNorm):
     """Batch norm over the values of all processes in training mode."""
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise [N, C, *]."""
         if not self.training or _processes() == 1:
             return super().forward(input)
         self._check_input_dim(input)  # type: ignore[no-untyped-call]  # untyped in torch
@@ -126,17 +125,13 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
-        """Sum of ``values``."""
         total = values.clone()
         dist.all_reduce(total)
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        """Sum of the gradients."""
-        total = grads[0].clone()
-        dist.all_reduce(total)
-        return total
+        return _Sum.forward(ctx, grads[0])
 
 
 def _processes() -> int:

@@ -1,6 +1,6 @@
 """A network through ``torch.compile`` for the time of a training."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,7 +43,14 @@ def compiled(net: nn.Module, *, step_mode: str | None = None) -> Iterator[None]:
 
     own_forward = net.__dict__.get("forward")
     if (step_mode or step_mode_of(net)) == "m":
-        net.forward = _then_reset(net, net.forward)  # a forward hook would do it too, but more slowly
+        forward = net.forward
+
+        def forward_and_reset(*args: Any, **kwargs: Any) -> Any:  # a hook would do it too, but more slowly
+            outputs = forward(*args, **kwargs)
+            functional.reset_net(net)
+            return outputs
+
+        net.forward = forward_and_reset
     net.compile(backend=_BACKEND, options=_OPTIONS if _BACKEND == "inductor" else None)
     try:
         yield
@@ -59,12 +66,3 @@ def compiled(net: nn.Module, *, step_mode: str | None = None) -> Iterator[None]:
         if own_forward is not None:
             net.forward = own_forward
         torch.compiler.reset()
-
-
-def _then_reset(net: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
-    def forward_and_reset(*args: Any, **kwargs: Any) -> Any:
-        outputs = forward(*args, **kwargs)
-        functional.reset_net(net)
-        return outputs
-
-    return forward_and_reset

@@ -66,6 +66,9 @@ class Mode:
         return self.attack_steps == 1 and self.loss != "certified"
 
 
+_OF_CRAFTING = ("step_size", "attack_steps", "noise_std", "project", "beta", "trades_weight", "certified_eps")
+"""Options that have no meaning where the images to learn are not made with gradients."""
+
 MODES: Mapping[ModeName, Mode] = MappingProxyType(
     {
         mode.name: mode
@@ -73,27 +76,9 @@ MODES: Mapping[ModeName, Mode] = MappingProxyType(
             Mode(
                 "none",
                 select="clean",
-                idle=(
-                    "rho",
-                    "kappa",
-                    "layers",
-                    "norm",
-                    "indicator",
-                    "input_gain",
-                    "step_size",
-                    "attack_steps",
-                    "noise_std",
-                    "project",
-                    "beta",
-                    "trades_weight",
-                    "certified_eps",
-                ),
+                idle=("rho", "kappa", "layers", "norm", "indicator", "input_gain", *_OF_CRAFTING),
             ),
-            Mode(
-                "gaussian",
-                rho=1.0,
-                idle=("step_size", "attack_steps", "noise_std", "project", "beta", "trades_weight", "certified_eps"),
-            ),
+            Mode("gaussian", rho=1.0, idle=_OF_CRAFTING),
             Mode("at", attack_steps=1, rho=1.0, idle=("attack_steps", "beta", "trades_weight", "certified_eps")),
             Mode(
                 "rat",

@@ -1,7 +1,7 @@
 """The training objective: cross entropy of the clean and the perturbed image, and the perturbation between them."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -175,9 +175,8 @@ class Objective(nn.Module):
         """Parts of the objective for images ``x`` with labels ``y``; without perturbed images, plain cross entropy."""
         passes = self._run(x, y, x_perturbed)
         zero = torch.zeros((), dtype=passes.first[1].dtype, device=x.device)
-        clean, accuracy = zero, zero
-        perturbed, accuracy_perturbed = zero, zero
-        certified, accuracy_certified = zero, zero
+        clean = perturbed = certified = mppd = penalty = zero
+        accuracy = accuracy_perturbed = accuracy_certified = zero
         if passes.logits is not None:
             clean, accuracy = F.cross_entropy(passes.logits, y), _accuracy(passes.logits, y)
         if passes.logits_perturbed is not None:
@@ -196,7 +195,6 @@ class Objective(nn.Module):
             total = clean + self.trades_weight * _divergence(passes.logits, passes.logits_perturbed)
         else:
             total = self.kappa * clean + (1 - self.kappa) * perturbed
-        mppd = zero
         if self.monitor is not None and x_perturbed is not None:
             mppd = self.monitor.loss(
                 layers=self.layers,
@@ -206,7 +204,6 @@ class Objective(nn.Module):
                 retain=False,
             )
             total = total + self.rho * mppd
-        penalty = zero
         self.penalty_values = {}
         for term in self.penalties:
             value = term.value(passes)
@@ -239,26 +236,15 @@ class Objective(nn.Module):
         with ExitStack() as stack:
             for penalty in self.penalties:
                 stack.enter_context(penalty.observe(self.classifier))
+            monitor = self.monitor if runs_perturbed else None  # which needs both passes
             if runs_clean:
-                with self._watched("clean", watched=runs_perturbed), self._statistics():
+                watching = nullcontext() if self.certified is None else self.certified.watching()
+                with nullcontext() if monitor is None else monitor.clean(), watching:
                     logits = self.classifier(x)
             if runs_perturbed:
-                with self._watched("perturbed", watched=True):
+                with nullcontext() if monitor is None else monitor.perturbed():
                     logits_perturbed = self.classifier(x_perturbed)
         return ForwardPasses(self.classifier, y, x, x_perturbed, logits, logits_perturbed)
-
-    def _statistics(self) -> AbstractContextManager[None]:
-        """Context of the clean pass, whose batch statistics the bounds take."""
-        return nullcontext() if self.certified is None else self.certified.watching()
-
-    @contextmanager
-    def _watched(self, run: Literal["clean", "perturbed"], *, watched: bool) -> Iterator[None]:
-        """Context of one pass, recorded by the monitor if the objective has one and this pass belongs to a pair."""
-        if self.monitor is None or not watched:
-            yield
-        else:
-            with self.monitor.clean() if run == "clean" else self.monitor.perturbed():
-                yield
 
 
 def _divergence(logits: Tensor, logits_perturbed: Tensor) -> Tensor:

@@ -128,7 +128,9 @@ def check_start(classifier: SpikingClassifier, splits: ImageSplits, journal: Jou
         dims = [0, *range(2, x.ndim)]
         mean, std = ([round(value, 3) for value in part.tolist()] for part in (x.mean(dims), x.std(dims)))
         if min(std) > 0:
-            lifted = right(_normalising(classifier, mean, std).to(x.device))
+            net, mode = classifier.net, classifier.step_mode
+            normalising = SpikingClassifier(net, classifier.T, mean=mean, std=std, step_mode=mode)
+            lifted = right(normalising.to(x.device))
             if wilson_interval(lifted, len(y))[0] > high:
                 journal.say(
                     f"WARNING: with --mean '{mean}' --std '{std}', those of these images, {lifted / len(y):.1%} are: "
@@ -137,10 +139,6 @@ def check_start(classifier: SpikingClassifier, splits: ImageSplits, journal: Jou
                 return
     if low <= 1 / splits.classes:
         journal.say("WARNING: that is no better than guessing; check the weights, --mean, --std and --tau")
-
-
-def _normalising(classifier: SpikingClassifier, mean: Sequence[float], std: Sequence[float]) -> SpikingClassifier:
-    return SpikingClassifier(classifier.net, classifier.T, mean=mean, std=std, step_mode=classifier.step_mode)
 
 
 def final_report(
