@@ -72,12 +72,6 @@ def test_potential_continues_from_an_initial_value():
     assert membrane_potential(x, decay=0.5, v_init=torch.tensor([1.0])).flatten().tolist() == [0.75, 0.625]
 
 
-def test_a_single_step():
-    x = torch.tensor([[[1.5, 0.5]]])
-    assert membrane_potential(x, decay=0.5, v_reset=None).tolist() == [[[0.5, 0.5]]]
-    assert simplified_perturbation(x, torch.zeros_like(x), decay=0.5, gain=2.0).tolist() == [[[3.0, 1.0]]]
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_currents_accumulate_in_float32(dtype):
     x = torch.rand(20, 7).to(dtype)

@@ -7,7 +7,7 @@ import weakref
 import pytest
 import torch
 from perturbation.by_hand import captured, eps_by_hand
-from perturbation.networks import NEURONS, T, conv_net, images, run_pair, storage_bytes, trainable
+from perturbation.networks import NEURONS, T, images, run_pair, storage_bytes, trainable
 from spikingjelly.activation_based import functional, neuron
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -19,6 +19,11 @@ from sj_robust.perturbation import MPPDMonitor, spike_train_distance, tasad
 NAMES = ("2", "4", "8")
 INDICATORS = [("mppd", False), ("mppd", True), ("std", False), ("tasad", False)]  # with the learnable gain or without
 LAYERS = {"last": ["8"], "all": NAMES, "4": ["4"], "8 2": ["8", "2"]}
+
+
+@pytest.fixture
+def net():
+    return trainable(NEURONS["LIF"][0])
 
 
 def explicit_difference(node, clean, perturbed, indicator, input_gain):
@@ -58,14 +63,13 @@ CASES = [
 
 
 @pytest.mark.parametrize(("kind", "way", "keep"), CASES)
-def test_loss_and_gradient_are_those_of_the_explicit_sum(kind, way, keep):
+def test_loss_and_gradient_are_those_of_the_explicit_sum(kind, way, keep, pair):
     net = trainable(NEURONS[kind][0])
-    x, x_perturbed = images()
     with torch.no_grad():
-        clean = captured(net, NAMES, x)
-    perturbed = captured(net, NAMES, x_perturbed)
+        clean = captured(net, NAMES, pair[0])
+    perturbed = captured(net, NAMES, pair[1])
     monitor = MPPDMonitor(net, keep=keep, spikes=True)
-    run_pair(monitor, net, x, x_perturbed, way)
+    run_pair(monitor, net, *pair, way)
     if way == "inference" and keep == "statistics":  # the currents of both runs alone have 28 kB more
         assert sum(storage_bytes(monitor)) < 25_000
     for (indicator, flag), norm in itertools.product(INDICATORS, ("l2", "l1")):
@@ -94,16 +98,14 @@ def test_loss_and_gradient_are_those_of_the_explicit_sum(kind, way, keep):
         assert kind == "PLIF" or float(gradients(monitor.loss(), net)[-3].abs().max()) == 0
 
 
-def test_no_gradient_through_the_clean_run():
-    net = trainable(NEURONS["LIF"][0])
-    x, x_perturbed = (a.requires_grad_() for a in images())
-    monitor = MPPDMonitor(net)
-    run_pair(monitor, net, x, x_perturbed)
-    grad, grad_perturbed = torch.autograd.grad(monitor.loss("all"), (x, x_perturbed), allow_unused=True)
+def test_no_gradient_through_the_clean_run(net, pair, monitor):
+    pair = [x.requires_grad_() for x in pair]
+    run_pair(monitor, net, *pair)
+    grad, grad_perturbed = torch.autograd.grad(monitor.loss("all"), pair, allow_unused=True)
     assert grad is None
     assert float(grad_perturbed.abs().max()) > 0
     functional.reset_net(net)
-    both = torch.cat((x, x_perturbed), 1).detach().requires_grad_()
+    both = torch.cat(pair, 1).detach().requires_grad_()
     with monitor.paired():
         net(both)
     (grad,) = torch.autograd.grad(monitor.loss("all"), both)
@@ -111,21 +113,19 @@ def test_no_gradient_through_the_clean_run():
     assert float(grad[:, 3:].abs().max()) > 0
 
 
-def test_last_layer_in_single_steps():
+def test_last_layer_in_single_steps(pair):
     net = trainable(NEURONS["DLIF"][0])
-    x, x_perturbed = images()
     values = []
     for way in ("two runs", "single steps"):
         with MPPDMonitor(net, layers="last") as monitor:
-            run_pair(monitor, net, x, x_perturbed, way)
+            run_pair(monitor, net, *pair, way)
             values.append(monitor.loss())
     torch.testing.assert_close(*values)
     assert_same_gradients(*values, net)
 
 
 @pytest.mark.parametrize(("keep", "size"), [("statistics", 5), ("loss", 4)])  # the spikes in bool, or without them
-def test_last_layer_alone_holds_its_own_currents_alone(keep, size):
-    net = trainable(NEURONS["LIF"][0])
+def test_last_layer_alone_holds_its_own_currents_alone(net, keep, size):
     x, x_perturbed = images(n=8)
     monitor = MPPDMonitor(net, layers="last", keep=keep)
     held = []
@@ -148,13 +148,11 @@ def test_last_layer_alone_holds_its_own_currents_alone(keep, size):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("end", ["retain", "clear", "close", "next"])
-def test_no_graph_stays(end):
-    net = trainable(NEURONS["LIF"][0])
-    x, x_perturbed = images()
+def test_no_graph_stays(net, pair, end):
     currents = []
     handle = net[8].register_forward_pre_hook(lambda _, inputs: currents.append(weakref.ref(inputs[0])))
     monitor = MPPDMonitor(net, keep="trace")
-    run_pair(monitor, net, x, x_perturbed)
+    run_pair(monitor, net, *pair)
     handle.remove()
     functional.reset_net(net)
     assert currents[1]() is not None
@@ -166,30 +164,27 @@ def test_no_graph_stays(end):
         monitor.close()
     else:
         with monitor.clean():
-            net(x)
+            net(pair[0])
     gc.collect()
     assert [current() for current in currents] == [None, None]
 
 
-def test_an_exception_in_the_perturbed_run_drops_the_pair():
-    net = trainable(NEURONS["LIF"][0])
-    x, x_perturbed = images()
-    monitor = MPPDMonitor(net)
+def test_an_exception_in_the_perturbed_run_drops_the_pair(net, pair, monitor):
     with monitor.clean():
-        net(x)
+        net(pair[0])
     functional.reset_net(net)
     failing = net[9].register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError), monitor.perturbed():
-        net(x_perturbed)
+        net(pair[1])
     assert sum(storage_bytes(monitor)) == 0
     with pytest.raises(RuntimeError, match="two complete runs"):
         monitor.loss()
     failing.remove()
-    run_pair(monitor, net, x, x_perturbed)
+    run_pair(monitor, net, *pair)
     assert monitor.statistics()["8"].samples == 3
 
 
-def test_activation_checkpointing():
+def test_activation_checkpointing(pair):
     class Checkpointed(nn.Module):
         def __init__(self, net):
             super().__init__()
@@ -198,17 +193,16 @@ def test_activation_checkpointing():
         def forward(self, x):
             return self.tail(checkpoint(self.head, x, use_reentrant=False))
 
-    x, x_perturbed = images()
     net = trainable(NEURONS["DLIF"][0])
     plain = MPPDMonitor(net)
-    run_pair(plain, net, x, x_perturbed)
+    run_pair(plain, net, *pair)
     expected = plain.loss("all").double()
     grads = gradients(expected, net)
     functional.reset_net(net)
     # Recomputation in the backward pass must find the neurons as the forward pass did: fresh.
     wrapped = Checkpointed(net)
     monitor = MPPDMonitor(wrapped)
-    run_pair(monitor, wrapped, x, x_perturbed)
+    run_pair(monitor, wrapped, *pair)
     value = monitor.loss("all")
     functional.reset_net(net)
     torch.testing.assert_close(value.double(), expected)
@@ -216,17 +210,16 @@ def test_activation_checkpointing():
         torch.testing.assert_close(grad, grad_expected, rtol=1e-4, atol=1e-6)
 
 
-def test_attached_before_wrapping_in_ddp(tmp_path):
+def test_attached_before_wrapping_in_ddp(tmp_path, pair):
     net = trainable(NEURONS["DLIF"][0])
-    x, x_perturbed = images()
     monitor = MPPDMonitor(net)
-    run_pair(monitor, net, x, x_perturbed)
+    run_pair(monitor, net, *pair)
     grads = gradients(monitor.loss("all"), net)
     store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
     torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         wrapped = DistributedDataParallel(net, find_unused_parameters=True)
-        run_pair(monitor, net, x, x_perturbed, run=wrapped)
+        run_pair(monitor, net, *pair, run=wrapped)
         monitor.loss("all").backward()
     finally:
         torch.distributed.destroy_process_group()
@@ -260,16 +253,15 @@ def test_last_is_the_layer_executed_last_not_the_one_defined_last(layers):
 
 
 @pytest.mark.parametrize("kind", ["LIF", "DLIF"])
-def test_mixed_precision(kind):
+def test_mixed_precision(kind, pair):
     net = trainable(NEURONS[kind][0])
-    x, x_perturbed = images()
     monitor = MPPDMonitor(net)
     with torch.autocast("cpu", torch.bfloat16):
-        run_pair(monitor, net, x, x_perturbed)
+        run_pair(monitor, net, *pair)
         value = monitor.loss("all")
         with torch.no_grad():
-            clean = captured(net, NAMES, x)
-        perturbed = captured(net, NAMES, x_perturbed)
+            clean = captured(net, NAMES, pair[0])
+        perturbed = captured(net, NAMES, pair[1])
     assert clean["8"][0].dtype == torch.bfloat16
     assert value.dtype == torch.float32
     decay = NEURONS[kind][1]
@@ -278,10 +270,7 @@ def test_mixed_precision(kind):
     assert all(bool(grad.isfinite().all()) for grad in gradients(value, net))
 
 
-def test_spikes_are_kept_on_request_and_unchanged():
-    net = trainable(NEURONS["LIF"][0])
-    pair = images()
-    monitor = MPPDMonitor(net)
+def test_spikes_are_kept_on_request_and_unchanged(net, pair, monitor):
     run_pair(monitor, net, *pair)
     with pytest.raises(ValueError, match="needs the spikes: build the monitor with spikes=True"):
         monitor.loss(indicator="std")
@@ -295,29 +284,17 @@ def test_spikes_are_kept_on_request_and_unchanged():
         monitor.loss(["2"], indicator="std")
 
 
-# ---- a monitor that keeps what its loss needs and nothing else ----
-
-
-def test_it_measures_nothing_and_says_so():
-    net = conv_net(NEURONS["LIF"][0])
-    x, _ = images()
-    with MPPDMonitor(net, keep="loss") as monitor:
-        run_pair(monitor, net, x, x + 0.1)
+def test_a_monitor_that_keeps_its_loss_alone_measures_in_compare_and_nowhere_else(net, pair):
+    with MPPDMonitor(net) as usual, MPPDMonitor(net, keep="loss") as monitor:
+        run_pair(monitor, net, *pair)
         with pytest.raises(RuntimeError, match=r"call compare\(x, x_perturbed\), or build it with keep='statistics'"):
             monitor.statistics()
         with pytest.raises(RuntimeError, match="measures nothing beside its loss"):
             monitor["2"]
-
-
-def test_comparing_measures_as_ever_and_leaves_the_next_pair_alone():
-    net = conv_net(NEURONS["LIF"][0])
-    x, _ = images()
-    with MPPDMonitor(net) as usual, MPPDMonitor(net, keep="loss") as monitor:
-        expected = usual.compare(x, x + 0.1)
-        found = monitor.compare(x, x + 0.1)
-        assert {name: stats.to_dict() for name, stats in found.items()} == {
-            name: stats.to_dict() for name, stats in expected.items()
-        }
+        found, expected = (
+            {name: stats.to_dict() for name, stats in each.compare(*pair).items()} for each in (monitor, usual)
+        )
+        assert found == expected
         before = monitor.statistics()["8"].samples
-        run_pair(monitor, net, x, x + 0.1)
+        run_pair(monitor, net, *pair)
         assert monitor.statistics()["8"].samples == before

@@ -4,7 +4,6 @@ import copy
 import gc
 import io
 import json
-import re
 import weakref
 
 import numpy as np
@@ -34,11 +33,10 @@ NAMES = ("2", "4", "8")
 
 
 @pytest.mark.parametrize("kind", NEURONS)
-def test_statistics_and_traces_equal_numpy(kind):
+def test_statistics_and_traces_equal_numpy(kind, pair):
     make, decay, gain, v_reset = NEURONS[kind]
     gains = list(gain) if isinstance(gain, tuple) else [gain] * T
     net = conv_net(make)
-    pair = images()
     with MPPDMonitor(net, keep="trace") as monitor, MPPDMonitor(net, input_gain=False) as without:
         stats, stats_without = monitor.compare(*pair), without.compare(*pair)
     assert list(stats) == list(NAMES)
@@ -96,9 +94,8 @@ def values_of(stats):
 
 
 @pytest.mark.parametrize("kind", ["LIF", "LIF reset -0.2", "PLIF", "DLIF"])
-def test_every_way_of_running_gives_the_same_statistics(kind):
+def test_every_way_of_running_gives_the_same_statistics(kind, pair):
     net = conv_net(NEURONS[kind][0]).eval()
-    pair = images()
     monitor = MPPDMonitor(net)
     whole = monitor.compare(*pair)
     others = [monitor.compare(*pair, forward=in_chunks(net))]
@@ -115,10 +112,9 @@ def test_every_way_of_running_gives_the_same_statistics(kind):
 
 
 @pytest.mark.parametrize("kind", ["LIF", "DLIF"])
-def test_runs_that_go_on_from_a_state_start_at_it(kind):
+def test_runs_that_go_on_from_a_state_start_at_it(kind, pair):
     make, decay, gain, v_reset = NEURONS[kind]
     net = conv_net(make).eval()
-    x, x_perturbed = images()
     monitor = MPPDMonitor(net, keep="trace")
 
     def start(copies):
@@ -128,13 +124,13 @@ def test_runs_that_go_on_from_a_state_start_at_it(kind):
             net[int(name)].v = torch.cat([torch.rand(shape, generator=generator)] * copies)
 
     with torch.no_grad():
-        for run, images_of_run in ((monitor.clean(), x), (monitor.perturbed(), x_perturbed)):
+        for run, x in zip((monitor.clean(), monitor.perturbed()), pair, strict=True):
             start(copies=1)
             with run:
-                net(images_of_run)
+                net(x)
         start(copies=2)
         with monitor.paired():
-            net(torch.cat((x, x_perturbed), dim=1))
+            net(torch.cat(pair, dim=1))
         start(copies=1)
     for name in NAMES:
         v = net[int(name)].v.clone()
@@ -147,12 +143,10 @@ def test_runs_that_go_on_from_a_state_start_at_it(kind):
     functional.reset_net(net)
 
 
-def test_statistics_of_many_pairs_are_those_of_one_large_batch():
-    net = conv_net(NEURONS["LIF"][0])
+def test_statistics_of_many_pairs_are_those_of_one_large_batch(net, monitor):
     pairs = [images(seed, n) for seed, n in ((1, 3), (2, 1), (3, 4))]
-    monitor = MPPDMonitor(net)
-    for x, x_perturbed in pairs:
-        monitor.compare(x, x_perturbed)
+    for pair in pairs:
+        monitor.compare(*pair)
     together = MPPDMonitor(net).compare(*(torch.cat(a, dim=1) for a in zip(*pairs, strict=True)))
     for name, stats in monitor.statistics().items():
         assert stats.samples == 8
@@ -168,17 +162,14 @@ def live_tensors():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("use", ["compare", "contexts", "training"])
-def test_memory_does_not_grow_with_batches(use):
-    net = conv_net(NEURONS["LIF"][0])
-    monitor = MPPDMonitor(net)
-
+def test_memory_does_not_grow_with_batches(net, monitor, use):
     def batch(seed):
-        x, x_perturbed = images(seed, n=16)
+        pair = images(seed, n=16)
         if use == "compare":
-            monitor.compare(x, x_perturbed)
+            monitor.compare(*pair)
             return
         with torch.set_grad_enabled(use == "training"):
-            run_pair(monitor, net, x, x_perturbed)
+            run_pair(monitor, net, *pair)
         if use == "training":
             monitor.loss(layers="all", retain=False).backward()
         functional.reset_net(net)
@@ -195,10 +186,9 @@ def test_memory_does_not_grow_with_batches(use):
     assert held < T * 16 * 144 * 4 / 2
 
 
-def test_a_state_from_before_the_pair_does_not_stay():
-    net = conv_net(NEURONS["LIF"][0]).eval()
+def test_a_state_from_before_the_pair_does_not_stay(net, monitor):
+    net.eval()
     x, x_perturbed = images(n=16)
-    monitor = MPPDMonitor(net)
     with torch.no_grad():
         net(x)
         states = {name: net[int(name)].v.clone() for name in NAMES}
@@ -213,25 +203,23 @@ def test_a_state_from_before_the_pair_does_not_stay():
     assert sum(storage_bytes(monitor)) < 16 * 144 * 4
 
 
-def train_once(net, x, labels):
+def train_once(net, x):
     functional.reset_net(net)
     net.zero_grad()
     out = net(x)
-    nn.functional.cross_entropy(out.mean(0), labels).backward()
+    nn.functional.cross_entropy(out.mean(0), torch.tensor([0, 1, 2])).backward()
     return out.detach(), [p.grad.clone() for p in net.parameters() if p.grad is not None]
 
 
 @pytest.mark.parametrize("kind", ["LIF", "PLIF", "DLIF"])
-def test_outputs_and_gradients_of_the_network_are_unchanged(kind):
-    x, x_perturbed = images()
-    labels = torch.tensor([0, 1, 2])
+def test_outputs_and_gradients_of_the_network_are_unchanged(kind, pair):
     plain, watched = (conv_net(NEURONS[kind][0]) for _ in range(2))
-    runs = [train_once(plain, a, labels) for a in (x, x_perturbed)]
+    runs = [train_once(plain, x) for x in pair]
     monitor = MPPDMonitor(watched, keep="trace")
     with monitor.clean():
-        seen = [train_once(watched, x, labels)]
+        seen = [train_once(watched, pair[0])]
     with monitor.perturbed():
-        seen.append(train_once(watched, x_perturbed, labels))
+        seen.append(train_once(watched, pair[1]))
     for (out, grads), (out_seen, grads_seen) in zip(runs, seen, strict=True):
         assert torch.equal(out, out_seen)
         assert len(grads) == len(grads_seen) >= 8
@@ -244,8 +232,7 @@ def hook_count(net):
     )
 
 
-def test_hooks_go_with_close_with_exit_and_with_the_monitor():
-    net = conv_net(NEURONS["LIF"][0])
+def test_hooks_go_with_close_with_exit_and_with_the_monitor(net):
     for end in (MPPDMonitor.close, MPPDMonitor.remove_hooks, lambda monitor: monitor.__exit__(None, None, None), None):
         monitor = MPPDMonitor(net)
         assert hook_count(net) > 0
@@ -261,12 +248,9 @@ def test_hooks_go_with_close_with_exit_and_with_the_monitor():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["clean", "perturbed"])
-def test_an_exception_leaves_nothing_behind(where):
-    net = conv_net(NEURONS["LIF"][0])
+def test_an_exception_leaves_nothing_behind(net, pair, monitor, where):
     net[3].eval()
-    x, x_perturbed = images()
     modes = [m.training for m in net.modules()]
-    monitor = MPPDMonitor(net)
     monitor.disable()
     calls = []
 
@@ -278,7 +262,7 @@ def test_an_exception_leaves_nothing_behind(where):
 
     before = live_tensors()
     with pytest.raises(KeyboardInterrupt):
-        monitor.compare(x, x_perturbed, forward=forward)
+        monitor.compare(*pair, forward=forward)
     calls.clear()
     assert live_tensors() == before
     assert [m.training for m in net.modules()] == modes
@@ -288,37 +272,32 @@ def test_an_exception_leaves_nothing_behind(where):
     monitor.enable()
     with pytest.raises(RuntimeError, match="two complete runs"):
         monitor.loss()
-    seen = captured_pair(net.eval(), ("8",), x, x_perturbed)["8"]
-    assert_stats(monitor.compare(x, x_perturbed)["8"], statistics_by_hand(*seen, 0.75, [1.0] * T))
+    seen = captured_pair(net.eval(), ("8",), *pair)["8"]
+    assert_stats(monitor.compare(*pair)["8"], statistics_by_hand(*seen, 0.75, [1.0] * T))
 
 
-def test_compare_leaves_the_network_as_it_was():
-    net = conv_net(NEURONS["LIF"][0]).train()
+def test_compare_leaves_the_network_as_it_was(net, pair, monitor):
     net[6].eval()
-    monitor = MPPDMonitor(net)
     with unchanged(net, hooked=[net[int(name)] for name in NAMES]):
-        monitor.compare(*images())
+        monitor.compare(*pair)
 
 
-def test_it_is_a_spikingjelly_monitor():
-    net = conv_net(NEURONS["LIF"][0])
-    x, x_perturbed = images()
-    monitor = MPPDMonitor(net)
+def test_it_is_a_spikingjelly_monitor(net, pair, monitor):
     assert isinstance(monitor, BaseMonitor)
     assert monitor.monitored_layers == list(NAMES)
     assert monitor.is_enable()
     assert monitor["2"] == []
-    monitor.compare(x, x_perturbed)
-    monitor.compare(x, x_perturbed)
+    monitor.compare(*pair)
+    monitor.compare(*pair)
     (record,) = monitor["4"]
     assert isinstance(record, LayerStats)
     assert record.samples == 6
     assert [monitor[i].name for i in range(3)] == list(NAMES)
     monitor.disable()
-    run_pair(monitor, net, x, x_perturbed)
+    run_pair(monitor, net, *pair)
     monitor.enable()
     functional.reset_net(net)
-    net(x)  # outside the contexts nothing is recorded
+    net(pair[0])  # outside the contexts nothing is recorded
     assert monitor["4"][0].samples == 6
     monitor.clear_recorded_data()
     assert monitor["4"] == []
@@ -327,8 +306,8 @@ def test_it_is_a_spikingjelly_monitor():
         monitor["3"]
 
 
-def test_stats_can_be_read_and_saved():
-    stats = MPPDMonitor(conv_net(NEURONS["LIF"][0])).compare(*images())["8"]
+def test_stats_can_be_read_and_saved(monitor, pair):
+    stats = monitor.compare(*pair)["8"]
     assert repr(stats).startswith("LayerStats('8', LIFNode, T=4, samples=3: firing_rate 0.")
     saved = json.loads(json.dumps(stats.to_dict()))
     assert saved["per_step"]["ms_mppd"] == stats.ms_mppd.tolist()
@@ -338,9 +317,8 @@ def test_stats_can_be_read_and_saved():
     assert (saved["name"], saved["neuron"], saved["T"], saved["samples"]) == ("8", "LIFNode", 4, 3)
 
 
-def test_copies_of_a_watched_network_are_free():
-    net = conv_net(NEURONS["LIF"][0])
-    x, x_perturbed = images()
+def test_copies_of_a_watched_network_are_free(net, pair):
+    x, x_perturbed = pair
     monitor = MPPDMonitor(net)
     twin = copy.deepcopy(net)
     buffer = io.BytesIO()
@@ -382,35 +360,30 @@ def test_a_neuron_that_is_called_twice_per_step_is_followed_call_by_call():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_other_precisions(dtype):
+def test_other_precisions(dtype, pair):
     net = conv_net(lambda: DLIFNode(T=T, tau=4.0)).to(dtype)
-    x, x_perturbed = (a.to(dtype) for a in images())
-    stats = MPPDMonitor(net).compare(x, x_perturbed)["4"]
+    pair = [x.to(dtype) for x in pair]
+    stats = MPPDMonitor(net).compare(*pair)["4"]
     assert stats.ms_mppd.dtype == torch.float64
-    seen = captured_pair(net.eval(), ("4",), x, x_perturbed)["4"]
+    seen = captured_pair(net.eval(), ("4",), *pair)["4"]
     tolerances = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"atol": 1e-5}
     assert_stats(stats, statistics_by_hand(*seen, 0.75, [1.0] * T), **tolerances)
 
 
-def test_empty_batch_and_autocast():
-    net = conv_net(NEURONS["LIF"][0])
-    x, x_perturbed = images()
-    assert MPPDMonitor(net).compare(x[:, :0], x_perturbed[:, :0])["8"].samples == 0
+def test_empty_batch_and_autocast(net, pair):
+    assert MPPDMonitor(net).compare(*(x[:, :0] for x in pair))["8"].samples == 0
     with torch.autocast("cpu", torch.bfloat16):
-        stats = MPPDMonitor(net).compare(x, x_perturbed)
-    exact = MPPDMonitor(net).compare(x, x_perturbed)
+        stats = MPPDMonitor(net).compare(*pair)
+    exact = MPPDMonitor(net).compare(*pair)
     assert stats["2"].summary()["ms_mppd"] == pytest.approx(exact["2"].summary()["ms_mppd"], rel=0.05)
 
 
 @pytest.mark.slow
-def test_compiled_network():
-    net = conv_net(NEURONS["LIF"][0])
-    x, x_perturbed = images()
-    monitor = MPPDMonitor(net)
-    expected = monitor.compare(x, x_perturbed)
+def test_compiled_network(net, pair, monitor):
+    expected = monitor.compare(*pair)
     torch.compiler.reset()
     compiled = torch.compile(net, backend="eager")
-    stats = monitor.compare(x, x_perturbed, forward=compiled)
+    stats = monitor.compare(*pair, forward=compiled)
     for name in NAMES:
         assert_stats(stats[name], {"ms_mppd": expected[name].ms_mppd.numpy(), "tasad": expected[name].tasad.numpy()})
     torch.compiler.reset()
@@ -432,14 +405,10 @@ def test_neurons_called_by_keyword():
     assert stats["sn"].ms_mppd.tolist() == pytest.approx([shift, 4 * shift], rel=1e-5)
 
 
-def test_copies_and_exchanged_neurons_are_told():
-    net = conv_net(NEURONS["LIF"][0])
-    x, x_perturbed = images()
-    monitor = MPPDMonitor(net)
+def test_copies_and_exchanged_neurons_are_told(net, pair, monitor):
     with pytest.raises(RuntimeError, match=r"is a copy.*build a new one"):
-        copy.deepcopy(monitor).compare(x, x_perturbed)
-    name = NAMES[0]
-    net.set_submodule(name, neuron.IFNode(step_mode="m"))
-    with pytest.raises(RuntimeError, match=rf"exchanged, added or removed .*\({re.escape(name)}\); build a new one"):
-        monitor.compare(x, x_perturbed)
-    assert name in MPPDMonitor(net).compare(x, x_perturbed)
+        copy.deepcopy(monitor).compare(*pair)
+    net[2] = neuron.IFNode(step_mode="m")
+    with pytest.raises(RuntimeError, match=r"exchanged, added or removed .*\(2\); build a new one"):
+        monitor.compare(*pair)
+    assert "2" in MPPDMonitor(net).compare(*pair)

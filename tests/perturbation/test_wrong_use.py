@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 from perturbation.by_hand import assert_stats, captured_pair, statistics_by_hand
-from perturbation.networks import NEURONS, T, conv_net, images, in_steps, run_pair
+from perturbation.networks import T, conv_net, in_steps, run_pair
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 
@@ -120,27 +120,25 @@ def test_the_last_layer_is_not_guessed_when_it_cannot_be_followed(layers):
 @pytest.mark.parametrize("key", ["1", Leaky])
 def test_a_neuron_with_a_given_decay_and_gain(key):
     net = net_of(Leaky(), neuron.IFNode())
-    x, x_perturbed = inputs()
     monitor = MPPDMonitor(net, decay={key: 0.6}, gain={key: 0.5})
     assert monitor.unsupported == {}
-    stats = monitor.compare(x, x_perturbed)["1"]
-    seen = captured_pair(net, ("1",), x, x_perturbed)["1"]
+    stats = monitor.compare(*inputs())["1"]
+    seen = captured_pair(net, ("1",), *inputs())["1"]
     assert 0 < seen[1].mean() < 1
     assert_stats(stats, statistics_by_hand(*seen, 0.6, [0.5] * T, v_reset=None))
 
 
 def test_full_perturbation_is_left_out_where_the_potential_is_another():
     net = net_of(Halving(), neuron.IFNode())
-    x, x_perturbed = inputs()
     monitor = MPPDMonitor(net, decay={Halving: 0.6}, gain={Halving: 0.5})
     with pytest.warns(UserWarning, match="potential of 1 does not follow"):
-        stats = monitor.compare(x, x_perturbed)
+        stats = monitor.compare(*inputs())
     assert stats["1"].full_ms_mppd is None
     assert stats["1"].to_dict()["summary"]["full_l1"] is None
     assert "full" not in repr(stats["1"])
     assert stats["1"].ms_mppd.sum() > 0
     assert stats["3"].full_ms_mppd is not None
-    monitor.compare(x, x_perturbed)  # warns once
+    monitor.compare(*inputs())  # warns once
 
 
 @pytest.mark.parametrize(
@@ -181,14 +179,9 @@ def test_a_network_without_neurons():
         MPPDMonitor(nn.Linear(2, 2))
 
 
-@pytest.fixture
-def net():
-    return conv_net(NEURONS["LIF"][0]).train()
-
-
 @pytest.mark.parametrize("keep", ["statistics", "loss"])
-def test_runs_of_different_shapes_and_lengths(net, keep):
-    x, x_perturbed = images()
+def test_runs_of_different_shapes_and_lengths(net, pair, keep):
+    x, x_perturbed = pair
     monitor = MPPDMonitor(net, keep=keep)
     with pytest.raises(ValueError, match=r"same shape, got \(4, 3, 2, 6, 6\) and \(4, 2, 2, 6, 6\)"):
         monitor.compare(x, x_perturbed[:, :2])
@@ -207,20 +200,18 @@ def test_runs_of_different_shapes_and_lengths(net, keep):
         net(x)
 
 
-def test_pairs_of_different_length_need_cleared_statistics(net):
-    x, x_perturbed = images()
-    monitor = MPPDMonitor(net)
-    monitor.compare(x, x_perturbed)
+def test_pairs_of_different_length_need_cleared_statistics(pair, monitor):
+    monitor.compare(*pair)
+    shorter = [x[:2] for x in pair]
     with pytest.raises(ValueError, match=r"T=4 .* but this pair has T=2 .* clear_recorded_data\(\)"):
-        monitor.compare(x[:2], x_perturbed[:2])
+        monitor.compare(*shorter)
     assert monitor.statistics()["2"].samples == 3
     monitor.clear_recorded_data()
-    assert monitor.compare(x[:2], x_perturbed[:2])["2"].T == 2
+    assert monitor.compare(*shorter)["2"].T == 2
 
 
-def test_forgotten_reset(net):
-    x, x_perturbed = images()
-    monitor = MPPDMonitor(net)
+def test_forgotten_reset(net, pair, monitor):
+    x, x_perturbed = pair
     with monitor.clean():
         net(x)
     with (
@@ -246,9 +237,7 @@ def test_reset_inside_a_run():
         in_steps(classifier)(torch.rand(2, 2, 2, 6, 6))
 
 
-def test_contexts_in_the_wrong_order(net):
-    x, x_perturbed = images()
-    monitor = MPPDMonitor(net)
+def test_contexts_in_the_wrong_order(net, pair, monitor):
     with pytest.raises(RuntimeError, match="two complete runs"):
         monitor.loss()
     with pytest.raises(RuntimeError, match="no clean run"), monitor.perturbed():
@@ -256,24 +245,23 @@ def test_contexts_in_the_wrong_order(net):
     with pytest.raises(RuntimeError, match=r"clean\(\) was entered inside clean\(\)"), monitor.clean(), monitor.clean():
         pass
     with pytest.raises(RuntimeError, match=r"compare\(\) was called inside paired\(\)"), monitor.paired():
-        monitor.compare(x, x_perturbed)
+        monitor.compare(*pair)
     with pytest.raises(RuntimeError, match=r"no followed layer ran inside clean\(\)"), monitor.clean():
         pass
-    run_pair(monitor, net, x, x_perturbed)
+    run_pair(monitor, net, *pair)
     with pytest.raises(RuntimeError, match="no clean run"), monitor.perturbed():
         pass
-    monitor.compare(x, x_perturbed)
+    monitor.compare(*pair)
     with pytest.raises(RuntimeError, match="two complete runs"):
         monitor.loss()
     monitor.remove_hooks()
     with pytest.raises(RuntimeError, match="has no hooks"):
-        monitor.compare(x, x_perturbed)
+        monitor.compare(*pair)
 
 
-def test_wrong_loss_options(net):
-    x, x_perturbed = images()
+def test_wrong_loss_options(net, pair):
     monitor = MPPDMonitor(net, layers=["2", "4"])
-    run_pair(monitor, net, x, x_perturbed)
+    run_pair(monitor, net, *pair)
     for call, message in (
         (lambda: monitor.loss(["4"], norm="linf"), "norm must be 'l2' or 'l1', got 'linf'"),
         (lambda: monitor.loss(["nope"]), "no monitored layer 'nope'"),
@@ -334,12 +322,10 @@ def test_what_is_changed_in_place_after_the_neurons_call():
     torch.testing.assert_close(stats.firing_rate, net.sn(x).double().mean((1, 2)))
 
 
-def test_data_parallel_is_refused(net):
-    x, _ = images()
-    monitor = MPPDMonitor(net)
+def test_data_parallel_is_refused(net, pair, monitor):
     replica = net[2]._replicate_for_data_parallel()
     with pytest.raises(RuntimeError, match=r"use torch\.nn\.parallel\.DistributedDataParallel"), monitor.clean():
-        replica(x)
+        replica(pair[0])
 
 
 def test_one_neuron_for_layers_of_different_size():
