@@ -2,11 +2,12 @@
 
 import signal
 import sys
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from unittest.mock import patch
 
 import launch
+import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
@@ -132,25 +133,10 @@ class At:
         return x_perturbed if changed is None else changed
 
 
-@contextmanager
-def nothing_is_exchanged():
-    names = ("all_reduce", "all_gather", "broadcast", "all_gather_into_tensor", "reduce_scatter_tensor")
-    originals = {name: getattr(torch.distributed, name) for name in names}
-
-    def fail(*args, **kwargs):
-        raise AssertionError("processes talk to each other inside an attack")
-
-    for name in names:
-        setattr(torch.distributed, name, fail)
-    try:
-        yield
-    finally:
-        for name, original in originals.items():
-            setattr(torch.distributed, name, original)
-
-
 def quiet_attack(model, x, y, *, generator):
-    with nothing_is_exchanged():
+    """The training attack, in which the processes must not talk to each other."""
+    names = ("all_reduce", "all_gather", "broadcast", "all_gather_into_tensor", "reduce_scatter_tensor")
+    with patch.multiple(torch.distributed, **dict.fromkeys(names)):
         return ATTACK(model, x, y, generator=generator)
 
 
@@ -162,7 +148,12 @@ SCENARIOS = {
     "attack": SAME | {"perturb": quiet_attack, "retraction": 0.01},
     "parts": SAME | {"accumulate": 2, "epochs": 1},
     "synchronised": WITH_BATCH_NORM | {"sync_batch_norm": True},
-    "penalties": WITH_BATCH_NORM | {"sync_batch_norm": True, "objective": {"rho": 0.0}},
+    "penalties": WITH_BATCH_NORM
+    | {
+        "sync_batch_norm": True,
+        # Squared, since a difference of 0 where a spike only moved in time has the sign of its rounding error.
+        "objective": {"rho": 0.0, "penalties": [GradientSparsity(0.01, squared=True), ThresholdGuarding(0.1)]},
+    },
     "apart": WITH_BATCH_NORM,
     "certified": WITH_BATCH_NORM
     | {
@@ -175,21 +166,11 @@ SCENARIOS = {
 CUT = SAME | {"checkpoint_steps": 1}
 
 
-def run_scenario(folder, name):
-    options = dict(SCENARIOS[name])
-    if name == "penalties":
-        # Squared, since a difference of 0 where a spike only moved in time has the sign of its rounding error.
-        options["objective"] = options["objective"] | {
-            "penalties": [GradientSparsity(0.01, squared=True), ThresholdGuarding(0.1)]
-        }
-    return run(folder / name, **options)
-
-
 def main(folder):
     torch.set_num_threads(1)
     validation._BATCH = 5
-    for name in SCENARIOS:
-        history, classifier = run_scenario(folder, name)
+    for name, options in SCENARIOS.items():
+        history, classifier = run(folder / name, **options)
         buffers = torch.cat([torch.zeros(1).double(), *(buffer.flatten().double() for buffer in classifier.buffers())])
         both = [torch.empty_like(buffers) for _ in range(2)]
         torch.distributed.all_gather(both, buffers)
@@ -198,19 +179,13 @@ def main(folder):
         torch.distributed.all_gather_object(records, history)
         assert records[0] == records[1], f"{name}: the processes have other histories"
     run(folder / "one_to_two", **CUT, resume=True)
-    expect(PowerCutError, folder / "two_to_one", **CUT, perturb=At(7, power_cut))
+    with pytest.raises(PowerCutError):
+        run(folder / "two_to_one", **CUT, perturb=At(7, power_cut))
     first_step = 1 if torch.distributed.get_rank() == 1 else None
-    expect(NonFiniteLossError, folder / "nan", perturb=At(first_step, lambda model, x: x * float("nan")))
-    terminate = At(first_step, lambda model, x: signal.raise_signal(signal.SIGTERM))
-    expect(TrainingInterrupted, folder / "signal", perturb=terminate)
-
-
-def expect(error, folder, **options):
-    try:
-        run(folder, **options)
-    except error:
-        return
-    raise AssertionError(f"{error.__name__} was to stop it")
+    with pytest.raises(NonFiniteLossError):
+        run(folder / "nan", perturb=At(first_step, lambda model, x: x * float("nan")))
+    with pytest.raises(TrainingInterrupted):
+        run(folder / "signal", perturb=At(first_step, lambda model, x: signal.raise_signal(signal.SIGTERM)))
 
 
 if __name__ == "__main__":

@@ -179,7 +179,7 @@ def guarded(seen, margin):
 
 
 def sparsity(network, x, y, *, h, squared):
-    """Finite difference along the sign of the gradient of exp(z_y) / (exp(z_y) + exp(z_m)); runs two passes."""
+    """Finite difference along the sign of the gradient of exp(z_y) / (exp(z_y) + exp(z_m)), in a pass of its own."""
     x = x.detach().requires_grad_()
     logits, seen = network.run(x, training=True)
     rows = torch.arange(len(y))
@@ -192,12 +192,12 @@ def sparsity(network, x, y, *, h, squared):
 
     f = probability(logits)
     (grad,) = torch.autograd.grad(f.sum(), x, retain_graph=True)
-    return logits, seen, lambda: _slope(network, probability, f, x.detach() + h * grad.sign(), h, squared)
 
+    def penalty():
+        slope = (probability(network.run(x.detach() + h * grad.sign(), training=True)[0]) - f) / h
+        return (slope**2).mean() if squared else slope.abs().mean()
 
-def _slope(network, probability, f, moved, h, squared):
-    slope = (probability(network.run(moved, training=True)[0]) - f) / h
-    return (slope**2).mean() if squared else slope.abs().mean()
+    return logits, seen, penalty
 
 
 def retracted(weight, beta, rows=None):

@@ -41,32 +41,27 @@ def unbounded():
     return net
 
 
-def test_radius_and_weight_rise_and_the_epoch_is_chosen_by_what_is_verified(tmp_path):
-    ramps = []
+def test_radius_and_weight_rise_and_the_epoch_is_chosen_by_what_is_verified(tmp_path, monkeypatch):
+    made, ramps, bounded = [], [], []
 
     class Watching(Journal):
         def on_step(self, losses):
-            ramps.append(loss[0].ramp)
+            ramps.append(made[0].certified.ramp)
             bounded.append(losses["certified"])
             super().on_step(losses)
 
-    loss, bounded = [], []
-    original = CertifiedLoss.__init__
+    def noting(*args, **options):
+        made.append(Objective(*args, **options))
+        return made[0]
 
-    def noting(self, *args):
-        original(self, *args)
-        loss.append(self)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CertifiedLoss, "__init__", noting)
-        history, classifier = small_run.run(tmp_path, **CERTIFIED, epochs=12, lr=0.05, journal=Watching(tmp_path))
+    monkeypatch.setattr(small_run, "Objective", noting)
+    history, classifier = small_run.run(tmp_path, **CERTIFIED, epochs=12, lr=0.05, journal=Watching(tmp_path))
     steps = torch.arange(48) / 48
     torch.testing.assert_close(torch.tensor(ramps), ((steps - 0.05) / 0.6).clamp(0, 1), atol=1e-6, rtol=0)
     assert [value > 0 for value in bounded] == [ramp > 0 for ramp in ramps]
     verified = [record.validation["verified"] for record in history]
     assert verified[-1] > verified[0] + 0.3
-    content = load_checkpoint(tmp_path / "best.pt")
-    assert content["epoch"] == max(range(12), key=lambda epoch: verified[epoch]) + 1
+    assert load_checkpoint(tmp_path / "best.pt")["epoch"] == max(range(12), key=lambda epoch: verified[epoch]) + 1
     x, y = small_run.splits().validation.tensors
     assert verify(classifier.eval(), x, y, EPS).accuracy == pytest.approx(verified[-1])
     text = (tmp_path / "log.txt").read_text()
@@ -77,10 +72,8 @@ def test_radius_and_weight_rise_and_the_epoch_is_chosen_by_what_is_verified(tmp_
 def test_a_run_that_was_cut_off_ends_at_the_same_weights(tmp_path, call):
     options = CERTIFIED | {"objective": CERTIFIED["objective"] | {"rho": 1.0}, "epochs": 2, "checkpoint_steps": 1}
     small_run.run(tmp_path / "whole", **options | {"perturb": small_run.ATTACK})
-    AcceleratorState._reset_state(True)
     with pytest.raises(PowerCutError):
         small_run.run(tmp_path / "cut", **options | {"perturb": At(call, power_cut)})
-    AcceleratorState._reset_state(True)
     small_run.run(tmp_path / "cut", **options | {"perturb": small_run.ATTACK}, resume=True)
     one, other = (load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "cut"))
     assert one["history"] == other["history"]
@@ -88,7 +81,7 @@ def test_a_run_that_was_cut_off_ends_at_the_same_weights(tmp_path, call):
     assert all(torch.equal(value, other["model"][name]) for name, value in one["model"].items())
 
 
-def test_what_it_cannot_train_is_refused_before_it_starts(tmp_path, monkeypatch):
+def test_what_it_cannot_train_is_refused_before_it_starts():
     def certified(build=None, **options):
         classifier = SpikingClassifier(small_run.Net(0.0) if build is None else build(), T=3)
         return Objective(classifier, **CERTIFIED["objective"] | options)

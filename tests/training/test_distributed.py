@@ -38,7 +38,7 @@ def assert_close(one, two):
 
 @pytest.mark.parametrize("name", [name for name in small_run.SCENARIOS if name != "apart"])
 def test_two_processes_train_the_same_weights_as_one(two, tmp_path, name):
-    small_run.run_scenario(tmp_path, name)
+    small_run.run(tmp_path / name, **small_run.SCENARIOS[name])
     one, other = (load_checkpoint(folder / name / "last.pt") for folder in (tmp_path, two))
     assert (len(one["random"]), len(other["random"])) == (1, 2)
     assert_close(one, other)

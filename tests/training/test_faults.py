@@ -41,10 +41,10 @@ def run(folder, **options):
 
 
 def images_by(read):
-    """The splits whose training image of a number is what ``read`` gives for the number."""
+    """The splits whose training images are what ``read`` makes of them."""
     splits = small_run.splits()
-    _, y = splits.train.tensors
-    return replace(splits, train=FileImages(range(len(y)), y, lambda path: read(int(path.name))))
+    x, y = splits.train.tensors
+    return replace(splits, train=FileImages(range(len(y)), y, lambda path: read(x[int(path.name)])))
 
 
 def assert_goes_on(folder, whole, *, position=(1, 0), **options):
@@ -123,12 +123,10 @@ def test_a_learning_rate_that_is_too_high(tmp_path):
 def test_a_process_that_loads_images_dies(tmp_path, whole):
     """It is killed in the second epoch, which it recognises by the checkpoint of the first."""
 
-    x, _ = small_run.splits().train.tensors
-
-    def read(index):
+    def read(image):
         if get_worker_info() is not None and (tmp_path / "last.pt").exists():
             os.kill(os.getpid(), signal.SIGKILL)
-        return x[index]
+        return image
 
     with pytest.raises(ChildProcessError, match=r"was killed .*use fewer than 1 workers, or none"):
         run(tmp_path, data=images_by(read), workers=1)
@@ -136,13 +134,12 @@ def test_a_process_that_loads_images_dies(tmp_path, whole):
 
 
 def test_a_picture_that_cannot_be_read_any_more(tmp_path, whole):
-    x, _ = small_run.splits().train.tensors
     cut = []
 
-    def read(index):
+    def read(image):
         if cut:
-            raise UnreadableError(f"{index}.raw is cut off; replace it")
-        return x[index]
+            raise UnreadableError("7.raw is cut off; replace it")
+        return image
 
     data = images_by(read)
     with pytest.raises(UnreadableError, match=r"\.raw is cut off; replace it"):

@@ -122,9 +122,7 @@ def loss_by_hand(case, network, x, y, x_perturbed):
     kappa, rho, loss = case.weights
     runs = {}
     both = x_perturbed is not None and (rho > 0 or loss == "trades")
-    if loss == "certified":
-        runs["clean"] = x
-    if x_perturbed is None or kappa > 0 or both:
+    if loss == "certified" or x_perturbed is None or kappa > 0 or both:
         runs["clean"] = x
     if x_perturbed is not None and ((kappa < 1 and loss != "certified") or both):
         runs["perturbed"] = x_perturbed
