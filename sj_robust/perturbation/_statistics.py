@@ -238,7 +238,7 @@ class LayerTotals:
         self._input_gain = kept.input_gain
         self._v_init = v_init
         self._state: dict[str, Tensor] = {}
-        self._first_spike: tuple[Tensor, Tensor]
+        self._first_spike: list[Tensor] = []  # of both runs
         self._trace: list[tuple[Tensor, ...]] | None = [] if kept.trace else None
 
     @torch.no_grad()
@@ -267,8 +267,8 @@ class LayerTotals:
         distances = (_total(dspike.abs()), _total(excess.abs()) / (t + 1))
         sums = torch.stack((*rates, *of_eps[:2], *of_plain[:2], *_powers(d), *distances))
         self._steps.append((sums, torch.stack((of_eps[2], of_plain[2], _peak(d)))))
-        first, first_perturbed = self._first_spike
-        self._first_spike = _earliest(first, spike, t), _earliest(first_perturbed, spike_perturbed, t)
+        spikes = (spike, spike_perturbed)
+        self._first_spike = [_earliest(*both, t) for both in zip(self._first_spike, spikes, strict=True)]
         if self._trace is not None:
             shown = eps if self._input_gain else eps_plain
             self._trace.append((x, x_perturbed, spike, spike_perturbed, v, v_perturbed, shown))
@@ -307,11 +307,10 @@ class LayerTotals:
         self._elements += other._elements
         self._sums = self._sums + other._sums.to(self._sums.device)
         self._maxima = torch.maximum(self._maxima, other._maxima.to(self._maxima.device))
-        clean, perturbed = (
+        self._first_spike = [
             torch.minimum(mine, theirs.to(mine.device))
             for mine, theirs in zip(self._first_spike, other._first_spike, strict=True)
-        )
-        self._first_spike = clean, perturbed
+        ]
         self.full_valid &= other.full_valid
 
     def check_fits(self, other: "LayerTotals") -> None:
@@ -353,7 +352,7 @@ class LayerTotals:
         self._samples = x.shape[0]
         self._elements = x.numel()
         never = torch.full(x.shape[1:], torch.iinfo(torch.int16).max, dtype=torch.int16, device=x.device)
-        self._first_spike = never, never
+        self._first_spike = [never, never]
         zero = torch.zeros_like(x)
         v = zero + self._v_init
         return {"eps": zero, "eps_plain": zero, "v": v, "v_perturbed": v, "excess": zero}

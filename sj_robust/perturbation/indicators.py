@@ -20,7 +20,7 @@ def neuron_indicators(trace: LayerTrace) -> dict[str, Tensor]:
         std = mean |s - s~|     tasad = |mean s - mean s~|
 
     Args:
-        trace: One pair of runs of the layer, from ``MPPDMonitor(net, keep="trace")``.
+        trace: One pair of runs of the layer, from :func:`trace` or ``MPPDMonitor(net, keep="trace")``.
 
     Returns:
         Tensors [N, features] by the names in :data:`INDICATORS`.
@@ -30,11 +30,10 @@ def neuron_indicators(trace: LayerTrace) -> dict[str, Tensor]:
     Examples:
         >>> import torch
         >>> from spikingjelly.activation_based import neuron
-        >>> from sj_robust.perturbation import MPPDMonitor
+        >>> from sj_robust.perturbation import trace
         >>> net = torch.nn.Sequential(neuron.IFNode(step_mode="m"))
-        >>> monitor = MPPDMonitor(net, keep="trace")
-        >>> _ = monitor.compare(torch.full((2, 1, 1), 0.5), torch.full((2, 1, 1), 0.75))
-        >>> {name: value.item() for name, value in neuron_indicators(monitor["0"][0]).items()}
+        >>> layer = trace(net, torch.full((2, 1, 1), 0.5), torch.full((2, 1, 1), 0.75))["0"]
+        >>> {name: value.item() for name, value in neuron_indicators(layer).items()}
         {'mppd_l1': 0.375, 'mppd_l2': 0.15625, 'mppd_max': 0.5, 'full': 0.03125, 'std': 0.0, 'tasad': 0.0}
     """
     eps = trace.eps.flatten(2)
@@ -55,7 +54,7 @@ def sample_indicators(trace: LayerTrace) -> dict[str, Tensor]:
     Equation: the mean of :func:`neuron_indicators` over the neurons, for ``mppd_max`` the maximum.
 
     Args:
-        trace: One pair of runs of the layer, from ``MPPDMonitor(net, keep="trace")``.
+        trace: One pair of runs of the layer, from :func:`trace` or ``MPPDMonitor(net, keep="trace")``.
 
     Returns:
         Tensors [N] by the names in :data:`INDICATORS`.
@@ -63,11 +62,9 @@ def sample_indicators(trace: LayerTrace) -> dict[str, Tensor]:
     Examples:
         >>> import torch
         >>> from spikingjelly.activation_based import neuron
-        >>> from sj_robust.perturbation import MPPDMonitor
+        >>> from sj_robust.perturbation import trace
         >>> net = torch.nn.Sequential(neuron.IFNode(step_mode="m"))
-        >>> monitor = MPPDMonitor(net, keep="trace")
-        >>> _ = monitor.compare(torch.full((2, 1, 3), 0.5), torch.full((2, 1, 3), 0.75))
-        >>> sample_indicators(monitor["0"][0])["mppd_l1"]
+        >>> sample_indicators(trace(net, torch.full((2, 1, 3), 0.5), torch.full((2, 1, 3), 0.75))["0"])["mppd_l1"]
         tensor([0.3750])
     """
     return {name: over_neurons(name, value) for name, value in neuron_indicators(trace).items()}

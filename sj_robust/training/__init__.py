@@ -7,14 +7,7 @@ from sj_robust.training.engine import NonFiniteLossError, TrainingInterrupted, T
 from sj_robust.training.folder import open_run_folder, removed_if_unused, run_to_resume
 from sj_robust.training.history import EpochRecord, catastrophic_overfitting
 from sj_robust.training.journal import Journal
-from sj_robust.training.modes import (
-    MODES,
-    Mode,
-    final_attacks,
-    make_penalties,
-    training_attack,
-    validation_attacks,
-)
+from sj_robust.training.modes import MODES, Mode, final_attacks, make_penalties, training_attack, validation_attacks
 from sj_robust.training.objective import Losses, Objective
 from sj_robust.training.penalties import ForwardPasses, GradientSparsity, Penalty, StabilityGain, ThresholdGuarding
 from sj_robust.training.processes import first_process_first, make_accelerator

@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NoReturn
@@ -193,9 +193,8 @@ class TrainingRun:
         with seeded_globals(mixed(self.plan.seed, *position, self.accelerator.process_index), x.device):
             for start in range(0, len(x), size):
                 rows = slice(start, start + size)
-                with ExitStack() as stack:
-                    if rows.stop < len(x):
-                        stack.enter_context(self.accelerator.no_sync(self.step_module))
+                more_to_come = rows.stop < len(x)
+                with self.accelerator.no_sync(self.step_module) if more_to_come else nullcontext():
                     values.append(self._part(x[rows], y[rows], SampleSeeds(seeds.seeds[rows]), perturb))
         losses, signal_number = self._agreed(received, torch.stack(values).mean(0))
         self.optimizer.step()

@@ -74,10 +74,8 @@ def share_buffers(net: nn.Module) -> None:
         return
     flat = torch.cat([buffer.flatten() for buffer in buffers])
     dist.broadcast(flat, 0)
-    start = 0
-    for buffer in buffers:
-        buffer.copy_(flat[start : start + buffer.numel()].view_as(buffer))
-        start += buffer.numel()
+    for buffer, values in zip(buffers, torch.split(flat, [buffer.numel() for buffer in buffers]), strict=True):
+        buffer.copy_(values.view_as(buffer))
 
 
 class _Synchronised(nn.modules.batchnorm._BatchNorm):

@@ -183,7 +183,7 @@ class ThresholdGuarding(Penalty):
         self._sums, self._counts = {}, {}
         handles = []
         for neuron in self._chosen(classifier.net):
-            before, after = _charging_hooks(neuron, self._take)
+            before, after = self._hooks(neuron)
             handles.append(neuron.module.register_forward_pre_hook(before))
             handles.append(neuron.module.register_forward_hook(after, with_kwargs=True))
         try:
@@ -202,11 +202,32 @@ class ThresholdGuarding(Penalty):
             )
         return torch.stack([total / self._counts[name] for name, total in sums.items()]).mean()
 
-    def _take(self, name: str, h: Tensor, v_threshold: float) -> None:
-        """One step [N, *] of a layer."""
-        excess = (self.margin - (h - v_threshold).abs()).relu().sum()
-        self._sums[name] = self._sums[name] + excess if name in self._sums else excess
-        self._counts[name] = self._counts.get(name, 0) + h.numel()
+    def _hooks(self, neuron: Neuron) -> tuple[Callable[..., None], Callable[..., None]]:
+        """Hooks before and after a neuron's call, which recompute its potential before every reset."""
+        name = neuron.name
+        start: dict[str, Any] = {}
+
+        def before(module: nn.Module, args: Any) -> None:
+            start.update(v=neuron.module.v, time_step=neuron.time_step)
+
+        @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
+        def after(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+            x_seq = args[0] if args else next(iter(kwargs.values()))
+            spike_seq = output.detach() if module.detach_reset else output
+            if module.step_mode == "s":
+                x_seq, spike_seq = x_seq.unsqueeze(0), spike_seq.unsqueeze(0)
+            charging = neuron.charging()
+            v = start["v"]
+            for t, (x, spike) in enumerate(zip(x_seq, spike_seq, strict=True)):
+                wide = x if x.dtype == torch.float64 else x.float()
+                gain = charging.gain_at(start["time_step"] + t, input_gain=True)
+                h = dynamics.charge(v, wide, charging.decay, gain, module.v_reset)
+                excess = (self.margin - (h - module.v_threshold).abs()).relu().sum()
+                self._sums[name] = self._sums[name] + excess if name in self._sums else excess
+                self._counts[name] = self._counts.get(name, 0) + h.numel()
+                v = dynamics.reset_potential(h, spike.to(wide.dtype), module.v_threshold, module.v_reset)
+
+        return before, after
 
     def _chosen(self, net: nn.Module) -> list[Neuron]:
         followed, unsupported, spiking = find_neurons(net, {}, {})
@@ -254,33 +275,6 @@ def _pair_probability(logits: Tensor, y: Tensor, wrong: Tensor) -> Tensor:
     """Probability of the class y [N] against one other class per sample."""
     chosen = logits.gather(1, torch.stack((y, wrong), 1))
     return (chosen[:, 0] - chosen[:, 1]).sigmoid()
-
-
-def _charging_hooks(
-    neuron: Neuron, take: Callable[[str, Tensor, float], None]
-) -> tuple[Callable[..., None], Callable[..., None]]:
-    """Hooks before and after a neuron's call that hand over the potential before every reset."""
-    start: dict[str, Any] = {}
-
-    def before(module: nn.Module, args: Any) -> None:
-        start.update(v=neuron.module.v, time_step=neuron.time_step)
-
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
-    def after(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
-        x_seq = args[0] if args else next(iter(kwargs.values()))
-        spike_seq = output.detach() if module.detach_reset else output
-        if module.step_mode == "s":
-            x_seq, spike_seq = x_seq.unsqueeze(0), spike_seq.unsqueeze(0)
-        charging = neuron.charging()
-        v = start["v"]
-        for t, (x, spike) in enumerate(zip(x_seq, spike_seq, strict=True)):
-            wide = x if x.dtype == torch.float64 else x.float()
-            gain = charging.gain_at(start["time_step"] + t, input_gain=True)
-            h = dynamics.charge(v, wide, charging.decay, gain, module.v_reset)
-            take(neuron.name, h, module.v_threshold)
-            v = dynamics.reset_potential(h, spike.to(wide.dtype), module.v_threshold, module.v_reset)
-
-    return before, after
 
 
 def _checked(name: str, value: float, *, positive: bool = False) -> float:
