@@ -39,11 +39,16 @@ def noise(x, y, eps):
     return x + eps * torch.randn(x.shape, generator=torch.Generator().manual_seed(7), dtype=x.dtype)
 
 
+def classified(model, size):
+    """Images and what the network says that they are."""
+    x = torch.rand(size, 1, 3, 3, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return x, model(x).argmax(1)
+
+
 def study(model=None, **options):
     model = network() if model is None else model
-    x = torch.rand(20, 1, 3, 3, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        y = model(x).argmax(1)
+    x, y = classified(model, 20)
     given = {"perturb": {"noise": noise, "darker": lambda x, y, eps: x - eps}, "eps": SIZES, "resamples": 20} | options
     return intensity_correlation(model, x, y, **given), x, y
 
@@ -191,9 +196,7 @@ def test_seed_decides_the_intervals_and_nothing_else_and_it_says_what_it_does():
 
 def test_images_wrong_already_are_left_out():
     model = network()
-    x = torch.rand(10, 1, 3, 3)
-    with torch.no_grad():
-        y = model(x).argmax(1)
+    x, y = classified(model, 10)
     y[3] = (y[3] + 1) % 3
     darker = {"darker": lambda x, y, eps: x - eps}
     result = intensity_correlation(model, x, y, perturb=darker, eps=SIZES, resamples=2)
@@ -241,10 +244,9 @@ def test_wrong_use(options, reason):
 
 
 def test_untrained_and_unequal_are_refused():
-    model, x = network(), torch.rand(4, 1, 3, 3)
-    with torch.no_grad():
-        wrong = (model(x).argmax(1) + 1) % 3
+    model = network()
+    x, y = classified(model, 4)
     with pytest.raises(ValueError, match="none of the 4 images right"):
-        intensity_correlation(model, x, wrong, perturb={"noise": noise}, eps=SIZES)
+        intensity_correlation(model, x, (y + 1) % 3, perturb={"noise": noise}, eps=SIZES)
     with pytest.raises(ValueError, match="as many images as classes, at least one, got 4 and 3"):
-        intensity_correlation(model, x, wrong[:3], perturb={"noise": noise}, eps=SIZES)
+        intensity_correlation(model, x, y[:3], perturb={"noise": noise}, eps=SIZES)

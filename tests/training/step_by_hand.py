@@ -22,6 +22,17 @@ class Triangle(torch.autograd.Function):
         return grad * torch.relu(1 - z.abs())
 
 
+def potentials(x_seq, *, decay, gain, v_reset=0.0, detach=False):
+    """Potentials before the reset and spikes, [T, N, *], with the graph; ``gain`` holds one number per step."""
+    v, hs, spikes = v_reset or 0.0, [], []
+    for t in range(T):
+        hs.append(decay * v + gain[t] * x_seq[t] + (0.0 if v_reset is None else (1 - decay) * v_reset))
+        spikes.append(Triangle.apply(hs[-1] - 1))
+        reset = spikes[-1].detach() if detach else spikes[-1]
+        v = hs[-1] - reset if v_reset is None else (1 - reset) * hs[-1] + reset * v_reset
+    return torch.stack(hs), torch.stack(spikes)
+
+
 class Network:
     """Convolution - norm - neuron - pooling - convolution - norm - neuron - linear - neuron - linear from a state dict.
 
@@ -65,14 +76,10 @@ class Network:
 
     def neuron(self, name, x_seq, seen):
         gain = self.w.get(f"{name}.input_gain", torch.full((T,), 1 / TAU, dtype=torch.float64))
-        u, hs, spikes = 0.0, [], []
-        for t in range(T):
-            hs.append(DECAY * u + gain[t] * x_seq[t])
-            spikes.append(Triangle.apply(hs[-1] - 1))
-            u = (1 - spikes[-1]) * hs[-1]
-        seen[name] = {"x": x_seq, "s": torch.stack(spikes), "h": torch.stack(hs), "gain": gain}
-        self.margin = min(self.margin, float((seen[name]["h"] - 1).abs().min().detach()))
-        return seen[name]["s"]
+        h, spikes = potentials(x_seq, decay=DECAY, gain=gain)
+        seen[name] = {"x": x_seq, "s": spikes, "h": h, "gain": gain}
+        self.margin = min(self.margin, float((h - 1).abs().min().detach()))
+        return spikes
 
     def lead(self, x, y, eps):
         """Upper bounds of every class's lead over the right one, with the batch statistics of the clean images."""
