@@ -59,10 +59,8 @@ class Traces(Shown, dict[str, LayerTrace]):
             [name, *(f"{100 * share:.1f}" for share in _differing(layer).flatten(1).double().mean(1).tolist())]
             for name, layer in self.items()
         ]
-        heads = [
-            "spikes that differ, %",
-            *(f"step {step}" for step in range(max((len(row) for row in rows), default=1) - 1)),
-        ]
+        steps = max((len(layer.spike_seq) for layer in self.values()), default=0)
+        heads = ["spikes that differ, %", *(f"step {step}" for step in range(steps))]
         return f"{self.verdict}.\n\n{markdown_table(heads, rows)}"
 
     @print_style()

@@ -9,7 +9,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from sj_robust._console import moving, working
@@ -55,11 +55,6 @@ class Journal:
             disable=not moving(self.console),
             transient=True,
         )
-        self._task = TaskID(0)
-        self._name = ""
-        self._epochs = 0
-        self._images = 0
-        self._times: list[float] = []  # when the epoch began and every step of it ended
 
     def say(self, text: str) -> None:
         """Print a line and log it.
@@ -113,7 +108,7 @@ class Journal:
 
     def show_status(self, text: str) -> None:
         """Show on the bar what is done between the steps of a training."""
-        if self._folder is not None and not self._progress.disable:
+        if not self._progress.disable:
             self._progress.update(self._task, status=text)
 
     @contextmanager
@@ -127,7 +122,7 @@ class Journal:
         self._started, self._first_epoch = time.monotonic(), epoch + batch / batches
         self._task = self._progress.add_task(name, total=epochs * batches, completed=epoch * batches + batch, status="")
         self._progress.start()
-        self._times = [time.monotonic()]
+        self._times = [time.monotonic()]  # when the epoch began and every step of it ended
         try:
             yield
         finally:

@@ -70,7 +70,7 @@ class TrainingPlan:
                 raise ValueError(f"{name} must be >= 1, got {value}")
         if self.optimizer not in ("sgd", "adam"):
             raise ValueError(f"optimizer must be 'sgd' or 'adam', got {self.optimizer!r}")
-        if (self.select == "verified") and self.verified_eps is None:
+        if self.select == "verified" and self.verified_eps is None:
             raise ValueError("select 'verified' needs verified_eps, the Linf radius of the proofs, such as 8 / 255")
         if not 0.0 < self.lr < float("inf"):
             raise ValueError(f"lr must be > 0 and finite, got {self.lr}")
