@@ -26,9 +26,8 @@ class LayerPair:
         self.trace: LayerTrace | None = None
         self._paired = paired
         self._kept = kept
-        self._start: tuple[float | Tensor, int] | None = None
+        self._start: tuple[float | Tensor, int] = 0.0, 0  # potential and time step before the run
         self._shape: torch.Size | None = None
-        self._time_step = 0
         self._clean_steps = 0
         self._taken_steps = 0
         self._steps: deque[tuple[_Chunk, Tensor, Tensor]] = deque()  # current and spike, and the chunk they are from
@@ -56,8 +55,7 @@ class LayerPair:
         start = (v.detach().clone() if isinstance(v, Tensor) else float(v), self.neuron.time_step)
         if not perturbed:
             self._start = start
-            self._time_step = start[1]
-        elif self._start is None or start[1] != self._start[1] or not _same(start[0], self._start[0]):
+        elif start[1] != self._start[1] or not _same(start[0], self._start[0]):
             raise RuntimeError(
                 f"layer {self.neuron.name!r} starts the perturbed run from another state than the clean run: "
                 "call functional.reset_net(net) before each run"
@@ -110,8 +108,7 @@ class LayerPair:
                 "and then as many perturbed ones, torch.cat((x, x_perturbed))"
             )
         half = size // 2
-        assert self._start is not None
-        start = self._start[0]
+        start, _ = self._start
         if not self._taken_steps and isinstance(start, Tensor) and not torch.equal(start[:half], start[half:]):
             raise RuntimeError(
                 f"layer {self.neuron.name!r} starts with different states in the clean and the perturbed half of the "
@@ -133,7 +130,7 @@ class LayerPair:
                 f"layer {self.neuron.name!r} takes {self._taken_steps} steps in the perturbed run and "
                 f"{self._clean_steps} in the clean run: give both runs the same number of time steps"
             )
-        self._start = None
+        self._start = 0.0, self._start[1]
         if self.totals is not None:
             self.trace = self.totals.close()
 
@@ -150,7 +147,8 @@ class LayerPair:
         charging = self.neuron.charging()
         gain = charging.gain
         if input_gain and charging.input_gain is not None:
-            gain = gain * charging.input_gain[self._time_step : self._time_step + x_seq.shape[0]]
+            first = self._start[1]
+            gain = gain * charging.input_gain[first : first + x_seq.shape[0]]
         eps = dynamics.simplified_perturbation(x_seq, x_seq_perturbed, decay=charging.decay, gain=gain)
         return dynamics.ms_mppd(eps, norm)
 
@@ -181,7 +179,6 @@ class LayerPair:
         if self._kept.spikes:
             self._perturbed_spikes.append(_Chunk.of(spike_seq))
         if self._kept.statistics and self.totals is None:
-            assert self._start is not None
             v_init, time_step = self._start
             if self._paired and isinstance(v_init, Tensor):
                 v_init = v_init[: v_init.shape[0] // 2]
@@ -189,8 +186,7 @@ class LayerPair:
         return self.totals
 
     def _check_batch(self, x_seq: Tensor) -> None:
-        assert self._start is not None
-        v = self._start[0]
+        v, _ = self._start
         expected = self._shape or (v.shape if isinstance(v, Tensor) else x_seq.shape[1:])
         self._shape = x_seq.shape[1:]
         if self._shape != expected:
