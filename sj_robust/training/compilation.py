@@ -23,10 +23,7 @@ def compiled(net: nn.Module, *, step_mode: str | None = None) -> Iterator[None]:
     It is compiled in place: modules, hooks and ``state_dict`` keys stay. A network that takes whole sequences also
     resets its states after every pass, inside the graph, which then need not hand them out or wait for their gradients.
     Compiling happens at the first pass of every kind (training, attack, another batch size), which then takes long.
-
-    Args:
-        net: A network, not the classifier around it.
-        step_mode: How it is called, ``"m"`` or ``"s"``; None asks its outermost step module.
+    ``net`` is the network inside a classifier; a ``step_mode`` of None asks its outermost step module.
 
     Raises:
         ValueError: If torch cannot compile the network on this machine.

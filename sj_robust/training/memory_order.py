@@ -44,8 +44,6 @@ def _is_faster(classifier: nn.Module, images: Tensor, accelerator: Accelerator, 
     times: dict[bool, list[float]] = {False: [], True: []}
     with from_reset(classifier, seed, images.device):
         for channels_last in (False, True) * _ROUNDS:
-            for parameter, data in originals:
-                parameter.data = data
             if channels_last:
                 store_channels_last(classifier)
             x = images.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
@@ -54,6 +52,6 @@ def _is_faster(classifier: nn.Module, images: Tensor, accelerator: Accelerator, 
                 total = classifier(x).float().sum()
             torch.autograd.grad(total, weights, allow_unused=True)
             times[channels_last].append(time.perf_counter() - start)
-        for parameter, data in originals:
-            parameter.data = data
+            for parameter, data in originals:
+                parameter.data = data
     return min(times[True]) < _GAIN * min(times[False])

@@ -32,13 +32,7 @@ class Validation:
     """Accuracy on the validation images, the same figure on any number of processes. 多进程分担的验证。
 
     The images come in fixed batches, each with its own seed, of which process r of P takes r, r + P, ...; the counts
-    are summed.
-
-    Args:
-        images: The validation images.
-        accelerator: Device and processes.
-        seed: Seeds the attacks.
-        pin_memory: Whether batches are put where a GPU copies them from without waiting.
+    are summed. ``seed`` is that of the attacks; ``pin_memory`` as in :func:`image_loader`.
 
     Examples:
         >>> images = torch.utils.data.TensorDataset(torch.eye(2).view(2, 1, 1, 2), torch.tensor([0, 0]))

@@ -81,13 +81,6 @@ def test_half_precision_currents_accumulate_in_float32(dtype):
     np.testing.assert_allclose(eps, expected, rtol=1e-5)
 
 
-def test_norms():
-    eps = torch.tensor([[3.0, -4.0]])
-    assert ms_mppd(eps).item() == 12.5
-    assert ms_mppd(eps, norm="l1").item() == 3.5
-    assert full_perturbation(eps, 2 * eps).tolist() == [[-3.0, 4.0]]
-
-
 @pytest.mark.parametrize(
     ("call", "message"),
     [
