@@ -1,6 +1,6 @@
 """One whole training step of every mode against the formulas written out in step_by_hand, in float64."""
 
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,54 +20,39 @@ NOISE_STD = 0.1  # enough to flip a spike of every image, without which trades h
 SEEDS = SampleSeeds([11, 12, 13])
 
 
-@dataclass(frozen=True)
-class Case:
-    """Options of one step; None takes those of the mode."""
-
-    mode: str
-    kappa: float | None = None
-    rho: float | None = None
-    layers: str | tuple[str, ...] = "last"
-    norm: str = "l2"
-    indicator: str = "mppd"
-    input_gain: bool = False
-    sparsity: float = 0.0
-    squared: bool = False
-    guard: float = 0.0
-    guarded: str | tuple[str, ...] = "all"
-
-    @property
-    def weights(self):
-        mode = MODES[self.mode]
-        kappa = mode.kappa if self.kappa is None else self.kappa
-        return kappa, mode.rho if self.rho is None else self.rho, mode.loss
+def case_of(mode, *, sparsity=0.0, squared=False, guard=0.0, guarded="all", **options):
+    """A mode, options of the objective beside those of the mode, and penalties."""
+    of_mode = {name: getattr(MODES[mode], name) for name in ("kappa", "rho", "loss")}
+    usual = {"layers": "last", "norm": "l2", "indicator": "mppd", "input_gain": False}
+    penalties = {"sparsity": sparsity, "squared": squared, "guard": guard, "guarded": guarded}
+    return SimpleNamespace(mode=mode, options=of_mode | usual | options, **penalties)
 
 
 CASES = [
-    Case("none"),
-    Case("gaussian"),
-    Case("at"),
-    Case("rat"),
-    Case("pgd_at"),
-    Case("trades"),
-    Case("trades", rho=0.5, norm="l1"),
-    Case("gaussian", norm="l1", rho=2.5),
-    Case("at", layers="all", kappa=0.3),
-    Case("at", layers=("6", "2"), norm="l1", input_gain=True),
-    Case("at", rho=0.0),
-    Case("at", kappa=0.0, rho=1.0),
-    Case("at", kappa=1.0, rho=0.0),
-    *(Case("at", indicator=i, norm=n) for i in ("std", "tasad") for n in ("l2", "l1")),
-    *(Case("at", indicator=i, layers="all") for i in ("std", "tasad")),
-    Case("none", sparsity=0.3),
-    Case("at", sparsity=0.3, squared=True),
-    Case("pgd_at", sparsity=0.3),
-    Case("none", guard=0.5),
-    Case("rat", guard=0.5, guarded=("6",)),
-    Case("trades", sparsity=0.2, guard=0.4),
-    Case("certified"),
-    Case("certified", kappa=0.3, rho=0.5),
-    Case("certified", sparsity=0.3),
+    case_of("none"),
+    case_of("gaussian"),
+    case_of("at"),
+    case_of("rat"),
+    case_of("pgd_at"),
+    case_of("trades"),
+    case_of("trades", rho=0.5, norm="l1"),
+    case_of("gaussian", norm="l1", rho=2.5),
+    case_of("at", layers="all", kappa=0.3),
+    case_of("at", layers=("6", "2"), norm="l1", input_gain=True),
+    case_of("at", rho=0.0),
+    case_of("at", kappa=0.0, rho=1.0),
+    case_of("at", kappa=1.0, rho=0.0),
+    *(case_of("at", indicator=i, norm=n) for i in ("std", "tasad") for n in ("l2", "l1")),
+    *(case_of("at", indicator=i, layers="all") for i in ("std", "tasad")),
+    case_of("none", sparsity=0.3),
+    case_of("at", sparsity=0.3, squared=True),
+    case_of("pgd_at", sparsity=0.3),
+    case_of("none", guard=0.5),
+    case_of("rat", guard=0.5, guarded=("6",)),
+    case_of("trades", sparsity=0.2, guard=0.4),
+    case_of("certified"),
+    case_of("certified", kappa=0.3, rho=0.5),
+    case_of("certified", sparsity=0.3),
 ]
 
 
@@ -119,7 +104,8 @@ def noise_of(mode, x):
 
 def loss_by_hand(case, network, x, y, x_perturbed):
     """Total, MS-MPPD and penalty."""
-    kappa, rho, loss = case.weights
+    options = case.options
+    kappa, rho, loss = options["kappa"], options["rho"], options["loss"]
     runs = {}
     both = x_perturbed is not None and (rho > 0 or loss == "trades")
     if loss == "certified" or x_perturbed is None or kappa > 0 or both:
@@ -145,13 +131,11 @@ def loss_by_hand(case, network, x, y, x_perturbed):
         total = kappa * entropy.get("clean", 0.0) + (1 - kappa) * entropy.get("perturbed", 0.0)
     mppd = penalty = torch.zeros((), dtype=torch.float64)
     if both and rho > 0:
-        chosen = {"last": ["9"], "all": list(NEURONS)}.get(case.layers, case.layers)
-        mppd = sum(
-            step_by_hand.perturbation(
-                case.indicator, case.norm, seen["clean"][n], seen["perturbed"][n], input_gain=case.input_gain
-            )
-            for n in chosen
-        ) / len(chosen)
+        chosen = {"last": ["9"], "all": list(NEURONS)}.get(options["layers"], options["layers"])
+        pairs = [(seen["clean"][n], seen["perturbed"][n]) for n in chosen]
+        kind = options["indicator"], options["norm"]
+        terms = [step_by_hand.perturbation(*kind, *pair, input_gain=options["input_gain"]) for pair in pairs]
+        mppd = sum(terms) / len(terms)
     if case.guard:
         chosen = list(NEURONS) if case.guarded == "all" else case.guarded
         terms = [step_by_hand.guarded(run[n], 0.6) for n in chosen for run in seen.values()]
@@ -162,29 +146,18 @@ def loss_by_hand(case, network, x, y, x_perturbed):
 
 
 @pytest.mark.parametrize("kind", ["dlif", pytest.param("lif", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: repr(case)[5:-1].split(", kappa")[0] + str(CASES.index(case)))
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.mode} {CASES.index(case)}")
 def test_a_step_equals_the_formulas(case, kind):
     classifier, x, y = build(kind)
     by_hand = step_by_hand.Network(classifier.net.state_dict())
-    kappa, rho, loss = case.weights
     mode = MODES[case.mode]
     penalties = []
     if case.guard:
         penalties.append(ThresholdGuarding(case.guard, margin=0.6, layers=case.guarded))
     if case.sparsity:
         penalties.append(GradientSparsity(case.sparsity, squared=case.squared))
-    objective = Objective(
-        classifier,
-        kappa=kappa,
-        rho=rho,
-        loss=loss,
-        layers=case.layers,
-        norm=case.norm,
-        indicator=case.indicator,
-        input_gain=case.input_gain,
-        penalties=penalties,
-        certified_eps=CERTIFIED_EPS if loss == "certified" else None,
-    ).train()
+    certified_eps = CERTIFIED_EPS if mode.loss == "certified" else None
+    objective = Objective(classifier, penalties=penalties, certified_eps=certified_eps, **case.options).train()
     if objective.certified is not None:
         objective.certified.progress = 0.05 + 0.6 * RAMP
     optimizer = torch.optim.SGD(objective.parameters(), 0.1, momentum=0.9, weight_decay=mode.weight_decay)
@@ -208,7 +181,7 @@ def test_a_step_equals_the_formulas(case, kind):
     torch.testing.assert_close(losses.total, total, **close)
     torch.testing.assert_close(losses.mppd, mppd.detach(), **close)
     torch.testing.assert_close(losses.penalty, penalty.detach(), **close)
-    assert (mppd > 1e-4) == (rho > 0)
+    assert (mppd > 1e-4) == (case.options["rho"] > 0)
     assert (penalty > 1e-4) == bool(penalties)
     for name, value in classifier.net.named_parameters():
         assert name == "4.bias" or value.grad.abs().max() > 1e-6, name  # batch norm takes the bias away
