@@ -301,8 +301,7 @@ class LayerTotals:
 
     @torch.no_grad()
     def add(self, other: "LayerTotals") -> None:
-        """Take in another pair of the same number of steps and features."""
-        self.check_fits(other)
+        """Take in another pair, which :meth:`check_fits` has looked at."""
         self._samples += other._samples
         self._elements += other._elements
         self._sums = self._sums + other._sums.to(self._sums.device)
