@@ -66,8 +66,9 @@ def test_potential_is_that_of_spikingjelly(v_reset, decay_input):
         torch.testing.assert_close(v_seq, node.v_seq.detach(), atol=1e-12, rtol=0)
 
 
-def test_potential_continues_from_an_initial_value():
+def test_potential_continues_from_an_initial_value_for_one_step_or_more():
     x = torch.full((2, 1), 0.25)
+    assert membrane_potential(x[:1], decay=0.5, v_init=0.5).tolist() == [[0.5]]
     assert membrane_potential(x, decay=0.5, v_init=0.5).flatten().tolist() == [0.5, 0.5]
     assert membrane_potential(x, decay=0.5, v_init=torch.tensor([1.0])).flatten().tolist() == [0.75, 0.625]
 
