@@ -164,13 +164,8 @@ class MPPDMonitor(BaseMonitor):
         self._totals: dict[str, LayerTotals] = {}
         self._warned_of_potential = False
         watched = {name: net.get_submodule(name) for name in (*neurons, *sorted(spiking))}
-        self._recording = Recording(
-            neurons,
-            self.unsupported,
-            watched,
-            layers,
-            Kept(input_gain, trace=keep == "trace", spikes=spikes, statistics=keep != "loss"),
-        )
+        kept = Kept(input_gain, trace=keep == "trace", spikes=spikes, statistics=keep != "loss")
+        self._recording = Recording(neurons, self.unsupported, watched, layers, kept)
         for name, module in watched.items():
             hook = NeuronHook(self._recording, name)
             self.hooks.append(module.register_forward_pre_hook(hook.before))

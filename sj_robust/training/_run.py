@@ -109,12 +109,9 @@ class TrainingRun:
         """Validate, record and write the checkpoints of an epoch whose batches are done."""
         with self._explained():
             validation = self.validation.accuracy(self.classifier, validation_attacks, self.plan.verified_eps)
-        record = EpochRecord(
-            epoch=self.epoch + 1,
-            losses=dict(zip(self.loss_names, (self.sums / self.batch).tolist(), strict=True)),
-            validation=validation,
-            lr=float(self.scheduler.get_last_lr()[0]),
-        )
+        losses = dict(zip(self.loss_names, (self.sums / self.batch).tolist(), strict=True))
+        lr = float(self.scheduler.get_last_lr()[0])
+        record = EpochRecord(epoch=self.epoch + 1, losses=losses, validation=validation, lr=lr)
         best = max((earlier.validation[self.plan.select] for earlier in self.history), default=-1.0)
         self.history.append(record)
         with warnings.catch_warnings():

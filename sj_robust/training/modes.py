@@ -69,44 +69,36 @@ class Mode:
 _OF_CRAFTING = ("step_size", "attack_steps", "noise_std", "project", "beta", "trades_weight", "certified_eps")
 """Options that have no meaning where the images to learn are not made with gradients."""
 
-MODES: Mapping[ModeName, Mode] = MappingProxyType(
-    {
-        mode.name: mode
-        for mode in (
-            Mode(
-                "none",
-                select="clean",
-                idle=("rho", "kappa", "layers", "norm", "indicator", "input_gain", *_OF_CRAFTING),
-            ),
-            Mode("gaussian", rho=1.0, idle=_OF_CRAFTING),
-            Mode("at", attack_steps=1, rho=1.0, idle=("attack_steps", "beta", "trades_weight", "certified_eps")),
-            Mode(
-                "rat",
-                attack_steps=1,
-                rho=1.0,
-                weight_decay=0.0,
-                retraction=1e-3,
-                idle=("attack_steps", "trades_weight", "certified_eps"),
-            ),
-            Mode(
-                "pgd_at",
-                attack_steps=7,
-                kappa=0.0,
-                idle=("noise_std", "project", "beta", "trades_weight", "certified_eps"),
-            ),
-            Mode("trades", attack_steps=10, loss="trades", idle=("kappa", "project", "beta", "certified_eps")),
-            Mode(
-                "certified",
-                attack_steps=1,
-                loss="certified",
-                kappa=0.0,
-                weight_decay=0.0,
-                select="verified",
-                idle=("attack_steps", "beta", "trades_weight"),
-            ),
-        )
-    }
+_MODES = (
+    Mode("none", select="clean", idle=("rho", "kappa", "layers", "norm", "indicator", "input_gain", *_OF_CRAFTING)),
+    Mode("gaussian", rho=1.0, idle=_OF_CRAFTING),
+    Mode("at", attack_steps=1, rho=1.0, idle=("attack_steps", "beta", "trades_weight", "certified_eps")),
+    Mode(
+        "rat",
+        attack_steps=1,
+        rho=1.0,
+        weight_decay=0.0,
+        retraction=1e-3,
+        idle=("attack_steps", "trades_weight", "certified_eps"),
+    ),
+    Mode(
+        "pgd_at",
+        attack_steps=7,
+        kappa=0.0,
+        idle=("noise_std", "project", "beta", "trades_weight", "certified_eps"),
+    ),
+    Mode("trades", attack_steps=10, loss="trades", idle=("kappa", "project", "beta", "certified_eps")),
+    Mode(
+        "certified",
+        attack_steps=1,
+        loss="certified",
+        kappa=0.0,
+        weight_decay=0.0,
+        select="verified",
+        idle=("attack_steps", "beta", "trades_weight"),
+    ),
 )
+MODES: Mapping[ModeName, Mode] = MappingProxyType({mode.name: mode for mode in _MODES})
 """Every training mode by its name."""
 
 

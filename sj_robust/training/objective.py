@@ -196,13 +196,7 @@ class Objective(nn.Module):
         else:
             total = self.kappa * clean + (1 - self.kappa) * perturbed
         if self.monitor is not None and x_perturbed is not None:
-            mppd = self.monitor.loss(
-                layers=self.layers,
-                norm=self.norm,
-                input_gain=self.input_gain,
-                indicator=self.indicator,
-                retain=False,
-            )
+            mppd = self.monitor.loss(self.layers, self.norm, self.input_gain, indicator=self.indicator, retain=False)
             total = total + self.rho * mppd
         self.penalty_values = {}
         for term in self.penalties:
