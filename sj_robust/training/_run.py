@@ -49,13 +49,9 @@ class TrainingRun:
         self.accelerator = accelerator
         self.folder = folder
         self.description = description
-        self.batches = ShuffledBatches(
-            len(splits.train),
-            plan.batch_size,
-            seed=plan.seed,
-            rank=accelerator.process_index,
-            processes=accelerator.num_processes,
-        )
+        rank, processes = accelerator.process_index, accelerator.num_processes
+        size = len(splits.train)
+        self.batches = ShuffledBatches(size, plan.batch_size, seed=plan.seed, rank=rank, processes=processes)
         on_gpu = accelerator.device.type == "cuda"
         self.training_loader = image_loader(splits.train, self.batches, plan.workers, pin_memory=on_gpu)
         self.validation = Validation(splits.validation, accelerator, seed=plan.seed, pin_memory=on_gpu)
@@ -65,7 +61,7 @@ class TrainingRun:
         self.classifier = objective.classifier
         self.channels_last = plan.channels_last
         if self.channels_last is None:
-            rows = min(plan.batch_size // (accelerator.num_processes * plan.accumulate), len(splits.train))
+            rows = min(plan.batch_size // (processes * plan.accumulate), size)
             images = torch.stack([splits.train[i][0] for i in range(rows)]).to(accelerator.device)
             self.channels_last = choose_channels_last(self.classifier, images, accelerator, plan.seed)
         if self.channels_last:
