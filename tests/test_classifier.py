@@ -9,9 +9,8 @@ from sj_robust.classifier import PoissonEncoder, SpikingClassifier, SpikingEvent
 from sj_robust.neuron import DLIFNode
 
 
-def make_net(step_mode="m", spiking_neuron=None):
+def make_net(step_mode="m", spiking_neuron=neuron.LIFNode):
     torch.manual_seed(0)
-    spiking_neuron = spiking_neuron or neuron.LIFNode
     net = nn.Sequential(
         layer.Conv2d(1, 4, 3, padding=1),
         spiking_neuron(v_threshold=0.2, surrogate_function=surrogate.ATan()),

@@ -12,28 +12,28 @@ from sj_robust.neuron import DLIFNode
 T = 4
 
 
-# How each neuron is built, and its decay and gain written out by hand.
-NEURONS = {
-    "IF": (lambda: neuron.IFNode(), 1.0, 1.0, 0.0),
-    "IF soft": (lambda: neuron.IFNode(v_reset=None), 1.0, 1.0, None),
-    "LIF": (lambda: neuron.LIFNode(tau=4.0, decay_input=False), 0.75, 1.0, 0.0),
-    "LIF decay_input": (lambda: neuron.LIFNode(tau=4.0, decay_input=True, v_threshold=0.25), 0.75, 0.25, 0.0),
-    "LIF soft": (lambda: neuron.LIFNode(tau=4.0, decay_input=False, v_reset=None), 0.75, 1.0, None),
-    "LIF reset -0.2": (lambda: neuron.LIFNode(tau=4.0, decay_input=False, v_reset=-0.2), 0.75, 1.0, -0.2),
-    "PLIF": (lambda: neuron.ParametricLIFNode(init_tau=5.0, decay_input=True, v_threshold=0.25), 0.8, 0.2, 0.0),
-    "DLIF": (lambda: _dlif(), 0.5, (1.5, 0.5, 1.0, 2.0), 0.0),
-}
-
-
 def _dlif():
     node = DLIFNode(T=T, tau=2.0)
     node.input_gain.data = torch.tensor((1.5, 0.5, 1.0, 2.0))
     return node
 
 
-def conv_net(make, seed=0):
+# How each neuron is built, and its decay and gain written out by hand.
+NEURONS = {
+    "IF": (neuron.IFNode, 1.0, 1.0, 0.0),
+    "IF soft": (lambda: neuron.IFNode(v_reset=None), 1.0, 1.0, None),
+    "LIF": (lambda: neuron.LIFNode(tau=4.0, decay_input=False), 0.75, 1.0, 0.0),
+    "LIF decay_input": (lambda: neuron.LIFNode(tau=4.0, decay_input=True, v_threshold=0.25), 0.75, 0.25, 0.0),
+    "LIF soft": (lambda: neuron.LIFNode(tau=4.0, decay_input=False, v_reset=None), 0.75, 1.0, None),
+    "LIF reset -0.2": (lambda: neuron.LIFNode(tau=4.0, decay_input=False, v_reset=-0.2), 0.75, 1.0, -0.2),
+    "PLIF": (lambda: neuron.ParametricLIFNode(init_tau=5.0, decay_input=True, v_threshold=0.25), 0.8, 0.2, 0.0),
+    "DLIF": (_dlif, 0.5, (1.5, 0.5, 1.0, 2.0), 0.0),
+}
+
+
+def conv_net(make):
     """Two convolutions and a linear layer, each followed by a neuron, and a readout; step mode "m"."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     net = nn.Sequential(
         layer.Conv2d(2, 4, 3, padding=1),
         layer.BatchNorm2d(4),
@@ -71,9 +71,9 @@ class Recurrent(nn.Module):
         return torch.stack(outputs)
 
 
-def recurrent_net(seed=0):
+def recurrent_net():
     """Input layer, hand-made recurrent block, SpikingJelly's recurrent container, last layer."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     return nn.Sequential(
         layer.Linear(5, 6, step_mode="m"),
         neuron.LIFNode(tau=2.0, step_mode="m", v_threshold=0.5),

@@ -1,5 +1,7 @@
 """The monitor on networks of SpikingJelly's model zoo."""
 
+from functools import partial
+
 import pytest
 import torch
 from perturbation.by_hand import assert_stats, captured_pair, statistics_by_hand
@@ -16,27 +18,21 @@ pytestmark = pytest.mark.slow
 T = 2
 
 
-def build(arch, kind):
+LIF = {"spiking_neuron": neuron.LIFNode, "decay_input": False, "surrogate_function": surrogate.ATan(), "tau": 4.0}
+DLIF = {"spiking_neuron": DLIFNode, "T": T, "tau": 4.0}
+VGG = partial(spiking_vgg.spiking_vgg11_bn, init_weights=False, **LIF)
+SEW = partial(sew_resnet.sew_resnet18, cnf="ADD", **DLIF)
+
+
+@pytest.mark.parametrize(("make", "layers"), [(VGG, 10), (SEW, 20)], ids=["vgg-LIF", "sew-DLIF"])
+def test_every_neuron_is_followed(make, layers):
     torch.manual_seed(0)
-    options = {
-        "LIF": {"spiking_neuron": neuron.LIFNode, "decay_input": False, "surrogate_function": surrogate.ATan()},
-        "DLIF": {"spiking_neuron": DLIFNode, "T": T},
-    }[kind] | {"tau": 4.0}
-    if arch == "vgg":
-        net = spiking_vgg.spiking_vgg11_bn(num_classes=10, init_weights=False, **options)
-    else:
-        net = sew_resnet.sew_resnet18(num_classes=10, cnf="ADD", **options)
+    net = make(num_classes=10).eval()
     for module in net.modules():
         if isinstance(module, nn.BatchNorm2d):  # so that deep layers fire
             nn.init.constant_(module.weight, 2.0)
             nn.init.constant_(module.bias, 0.5)
     functional.set_step_mode(net, "m")
-    return net
-
-
-@pytest.mark.parametrize(("arch", "kind", "layers"), [("vgg", "LIF", 10), ("sew", "DLIF", 20)])
-def test_every_neuron_is_followed(arch, kind, layers):
-    net = build(arch, kind).eval()
     x = torch.rand(T, 2, 3, 32, 32)
     x_perturbed = x + 0.2 * torch.randn(x.shape)
     monitor = MPPDMonitor(net)
