@@ -84,6 +84,18 @@ def recurrent_net():
     )
 
 
+class Shared(nn.Module):
+    """Calls one neuron twice per step, under two names."""
+
+    def __init__(self, first, second):
+        super().__init__()
+        self.first, self.second = first, second
+        self.sn = self.same = neuron.LIFNode(tau=2.0, decay_input=False)
+
+    def forward(self, x):
+        return self.same(self.second(self.sn(self.first(x))))
+
+
 def images(seed=1, n=3):
     """Clean and perturbed input [T, N, 2, 6, 6]."""
     generator = torch.Generator().manual_seed(seed)

@@ -12,6 +12,7 @@ import torch
 from perturbation.by_hand import assert_stats, captured_pair, eps_by_hand, statistics_by_hand
 from perturbation.networks import (
     NEURONS,
+    Shared,
     T,
     conv_net,
     images,
@@ -339,17 +340,8 @@ def test_copies_of_a_watched_network_are_free(net, pair):
 
 
 def test_a_neuron_that_is_called_twice_per_step_is_followed_call_by_call():
-    class Shared(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
-            self.sn = self.same = neuron.LIFNode(tau=2.0, decay_input=False)
-
-        def forward(self, x):
-            return self.same(self.second(self.sn(self.first(x))))
-
     torch.manual_seed(0)
-    net = Shared()
+    net = Shared(nn.Linear(4, 4), nn.Linear(4, 4))
     x, x_perturbed = 3 * torch.rand(2, T, 5, 4)
     monitor = MPPDMonitor(net)
     stats = monitor.compare(x, x_perturbed, forward=in_steps(net))

@@ -5,7 +5,7 @@ import contextlib
 import pytest
 import torch
 from perturbation.by_hand import assert_stats, captured_pair, statistics_by_hand
-from perturbation.networks import T, conv_net, in_steps, run_pair
+from perturbation.networks import Shared, T, conv_net, in_steps, run_pair
 from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 
@@ -329,15 +329,6 @@ def test_data_parallel_is_refused(net, pair, monitor):
 
 
 def test_one_neuron_for_layers_of_different_size():
-    class Shared(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.sn = neuron.IFNode()
-            self.fc = nn.Linear(6, 3)
-
-        def forward(self, x):
-            return self.sn(self.fc(self.sn(x)))
-
-    net = Shared()
+    net = Shared(nn.Identity(), nn.Linear(6, 3))
     with pytest.raises((ValueError, RuntimeError)):
         MPPDMonitor(net).compare(*inputs(), forward=in_steps(net))
