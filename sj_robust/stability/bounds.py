@@ -13,7 +13,12 @@ from torch import Tensor
 from sj_robust.neuron.charging import Neuron
 from sj_robust.stability._affine import other_forward
 
-__all__ = ["BoundedRun", "Bounds", "LayerBounds", "NoBoundsError", "gamma", "reset_rounding"]
+__all__ = [
+    "BoundedRun", "Bounds", "LayerBounds", "NoBoundsError", "Pooling", "by_row", "gamma", "laid_out", "reset_rounding",
+]  # fmt: skip
+
+Pooling = Callable[[Tensor], Tensor]
+"""A max pooling."""
 
 _UNIT = 2.0**-24
 """Largest relative error of one rounding to nearest in float32."""
@@ -154,10 +159,21 @@ class _Leaf:
     """Where the samples are; -1 if dimension 0 holds the time steps of all samples, first step first."""
 
     def by_sample(self, values: Tensor, samples: int) -> Tensor:
-        """Values of the shape of the radius as rows, one per sample: [N, *]."""
-        if self.batch_dim == -1:
-            return values.view(-1, samples, values[0].numel()).transpose(0, 1).flatten(1)
-        return values.movedim(self.batch_dim, 0).flatten(1)
+        """Values of the shape of the radius as rows, one per sample: [N, values]."""
+        return by_row(values, samples, self.batch_dim).flatten(1)
+
+
+def by_row(part: Tensor, rows: int, batch_dim: int) -> Tensor:
+    """What the network lays out with its samples in ``batch_dim`` (see :class:`_Leaf`) as [N, *]."""
+    if batch_dim == -1:
+        part = part.view(-1, rows, *part.shape[1:])
+    return part.movedim(abs(batch_dim), 0)
+
+
+def laid_out(part: Tensor, batch_dim: int) -> Tensor:
+    """The inverse of :func:`by_row`."""
+    part = part.movedim(0, abs(batch_dim))
+    return part.flatten(0, 1) if batch_dim == -1 else part
 
 
 @dataclass
@@ -187,14 +203,12 @@ class LayerBounds:
     """What the bounds say of one spiking layer, summed over the samples of a run.
 
     Attributes:
-        name: Name of the layer.
         undecided: Per time step, the number of spikes that may or may not be there; not counted in training.
         width: Per time step, the squared distance between the bounds of the charged potential; likewise.
         neurons: Neurons times samples.
         steps: Time steps that have run.
     """
 
-    name: str
     undecided: list[float] = field(default_factory=list)
     width: list[float] = field(default_factory=list)
     neurons: int = 0
@@ -220,7 +234,7 @@ class BoundedRun:
         self.neurons, self.samples, self.differentiable = neurons, samples, differentiable
         self.cut = _Switch()
         self.leaves: list[_Leaf] = []
-        self.layers = {name: LayerBounds(name) for name in neurons}
+        self.layers = {name: LayerBounds() for name in neurons}
         self._potential: dict[str, tuple[Tensor, Tensor]] = {}
 
     def leaf(self, lower: Tensor, upper: Tensor, batch_dim: int) -> Bounds:
@@ -310,6 +324,7 @@ class BoundedRun:
                     f"the layer {name} in step mode {neuron.module.step_mode!r} on {tuple(x.shape)} for {self.samples} "
                     "samples, which must be [T, N, *] in mode 'm' and [N, *] in mode 's'"
                 )
+            self._reached(x, int(multi_step), neuron, None)
             lower, upper = (x.lower, x.upper) if multi_step else (x.lower.unsqueeze(0), x.upper.unsqueeze(0))
             sure, possible = self._fired(name, neuron, lower, upper)
             if not multi_step:
@@ -318,12 +333,16 @@ class BoundedRun:
 
         return forward
 
-    def pool(self, x: Bounds, pooling: Callable[[Tensor], Tensor]) -> Bounds:
+    def pool(self, x: Bounds, pooling: Pooling) -> Bounds:
         """Bounds of a max pooling, which start here."""
         if len(x) % self.samples:
             raise NoBoundsError(f"a max pooling of {tuple(x.shape)} for {self.samples} samples")
-        lower, upper = pooling(x.lower), pooling(x.upper)
-        return self.leaf(lower, upper, 0 if len(lower) == self.samples else -1)
+        batch_dim = 0 if len(x) == self.samples else -1
+        self._reached(x, batch_dim, None, pooling)
+        return self.leaf(pooling(x.lower), pooling(x.upper), batch_dim)
+
+    def _reached(self, x: Bounds, batch_dim: int, neuron: Neuron | None, pooling: Pooling | None) -> None:
+        """An affine map ends here, at a spiking layer or a max pooling, from which the next leaf comes."""
 
     def _decided(
         self, name: str, gain: float, h_lower: Tensor, h_upper: Tensor, error: Tensor, around: tuple[float, float]
@@ -485,7 +504,7 @@ def _affine(
 def _weighted(func: Any, x: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Bounds:
     """Convolution and linear."""
     weight = _constant(weight, x.run)
-    shift = _zero(x) if bias is None else _constant(bias, x.run)
+    shift = x.centre.new_zeros(()) if bias is None else _constant(bias, x.run)
     if weight.ndim > 2:
         shift = shift.view(-1, *[1] * (weight.ndim - 2))
     return _affine(
@@ -495,10 +514,6 @@ def _weighted(func: Any, x: Any, weight: Any, bias: Any = None, *args: Any, **kw
         weight[0].numel() + 2,
         shift,
     )
-
-
-def _zero(x: Bounds) -> Tensor:
-    return torch.zeros((), dtype=x.centre.dtype, device=x.centre.device)
 
 
 def _batch_norm(
@@ -530,11 +545,10 @@ def _average(func: Any, x: Any, *args: Any, **kwargs: Any) -> Bounds:
     else:
         terms = x.numel() // max(1, func(x.radius, *args, **kwargs).numel())
 
-    def apply(z: Tensor) -> Tensor:
-        result: Tensor = func(z, *args, **kwargs)
-        return result
+    def apply(z: Tensor) -> Any:
+        return func(z, *args, **kwargs)
 
-    return _affine(x, apply, apply, terms + 2, _zero(x))
+    return _affine(x, apply, apply, terms + 2, x.centre.new_zeros(()))
 
 
 def _sum(func: Any, a: Any, b: Any, **kwargs: Any) -> Bounds:
@@ -565,7 +579,7 @@ def _product(func: Any, a: Any, b: Any, **kwargs: Any) -> Bounds:
         raise NoBoundsError("a division by a value that depends on the input, or one that rounds")
     factor = _constant(other, x.run).to(x.centre.device)
     factor = 1.0 / factor if "div" in name else factor
-    return _affine(x, lambda z: z * factor, lambda z: z * factor.abs(), 4, _zero(x))
+    return _affine(x, lambda z: z * factor, lambda z: z * factor.abs(), 4, x.centre.new_zeros(()))
 
 
 def _negative(func: Any, x: Any) -> Bounds:

@@ -9,8 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sj_robust.neuron.charging import Neuron
-from sj_robust.stability.relaxation import Bounded, Decision, Lower, Maps, RelaxedRun, raised
+from sj_robust.stability.relaxation import Decision, Lower, Maps, RelaxedRun, raised
 
 __all__ = ["Prover", "leads"]
 
@@ -30,19 +29,13 @@ class Prover:
 
     Attributes:
         logits: The network that runs, images to logits.
-        bounded: Gives the bounds of the logits that a run finds.
-        neurons: Neurons of known dynamics by name.
-        maps: The affine maps between the leaves.
+        maps: The affine maps between its leaves.
         eps: Linf radius.
-        matrices: The maps as matrices, if a program was solved.
     """
 
     logits: Callable[[Tensor], Tensor]
-    bounded: Bounded
-    neurons: dict[str, Neuron]
     maps: Maps
     eps: float
-    matrices: Any = None
 
     def crown(self, images: Tensor, labels: Tensor) -> Tensor:
         """Lower bound of the right class's lead, [N]: slopes are raised for whom the first ones do not do."""
@@ -64,35 +57,36 @@ class Prover:
         """
         end = time.monotonic() + time_limit
         run = self.run(image)
-        weights = leads(label, run.error.shape[1])[0]
-        rows = torch.zeros(len(weights), dtype=torch.long, device=image.device)
-        root = self.raised(run, rows, weights)
-        if (broken := self.broken(root, image, label, descend=True)) is not None:
+        weights, root, broken = self.rivals(run, image, label)
+        if broken is not None:
             return -torch.inf, broken
-        if bool((root.value > 0).all()):
-            return float(root.value.min()), None
+        if bool((root > 0).all()):
+            return float(root.min()), None
         if time.monotonic() < end - time_limit / 2:
-            run = self.run(image, tight=True, end=end - time_limit / 2)
-        lead = float(root.value[root.value > 0].min()) if bool((root.value > 0).any()) else torch.inf
-        for k in root.value.argsort(descending=True).tolist():
-            if root.value[k] <= 0:
+            run = self.run(image, maps=self.maps, end=end - time_limit / 2)
+        lead = min((value for value in root.tolist() if value > 0), default=torch.inf)
+        for k in root.argsort(descending=True).tolist():
+            if root[k] <= 0:
                 bound, broken = self._branched(run, image, label, weights[k], end)
                 if broken is not None:
                     return -torch.inf, broken
                 lead = min(lead, bound)
                 if bound <= 0:
                     break
-        return (lead if lead > 0 else min(lead, float(root.value.min()))), None
+        return (lead if lead > 0 else min(lead, float(root.min()))), None
 
-    def run(self, images: Tensor, *, tight: bool = False, end: float | None = None) -> RelaxedRun:
-        """Bounds of every potential; ``tight`` bounds those that are undecided by back-substitution as well."""
-        run = RelaxedRun(self.neurons, len(images), maps=self.maps if tight else None, end=end)
-        run.error = self.bounded(run, images, self.eps).error
+    def run(self, images: Tensor, **known: Any) -> RelaxedRun:
+        """Bounds of every potential; ``known`` is what a :class:`RelaxedRun` may be told."""
+        run = RelaxedRun(self.maps.neurons, len(images), **known)
+        run.error = self.maps.bounded(run, images, self.eps).error
         return run
 
-    def raised(self, run: RelaxedRun, rows: Tensor, weights: Tensor) -> Lower:
-        """Bounds with chosen slopes."""
-        return raised(self.maps, run, rows, weights, rounds=_TURNS)
+    def rivals(self, run: RelaxedRun, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Weights and lower bounds of the lead over every rival, and an image that :meth:`broken` found."""
+        weights = leads(label, run.error.shape[1])[0]
+        rows = torch.zeros(len(weights), dtype=torch.long, device=image.device)
+        found = raised(self.maps, run, rows, weights, rounds=_TURNS)
+        return weights, found.value, self.broken(found, image, label, descend=True)
 
     def broken(self, found: Lower, image: Tensor, label: Tensor, *, descend: bool = False) -> Tensor | None:
         """An image [1, *] of the box that the network gets wrong, if the corners of the bounds lead to one.
@@ -133,8 +127,7 @@ class Prover:
                 return min(lowest, min(0.0, waiting[0][0])), None
             parts = [heappop(waiting)[2] for _ in range(min(_PARTS, len(waiting)))]
             rows = torch.arange(len(parts), device=image.device)
-            run = RelaxedRun(self.neurons, len(parts), known=root.stages, parents=0 * rows, decisions=parts)
-            run.error = self.bounded(run, image.expand(len(parts), *image.shape[1:]), self.eps).error
+            run = self.run(image.expand(len(parts), *image.shape[1:]), known=root.stages, decisions=parts)
             found = raised(self.maps, run, rows, weights.expand(len(parts), -1), rounds=_TURNS)
             if (broken := self.broken(found, image, label)) is not None:
                 return -torch.inf, broken
@@ -165,19 +158,17 @@ def leads(labels: Tensor, classes: int) -> Tensor:
     """Weights on the logits that give the right class's lead over every other one, [N, classes - 1, classes]."""
     every = torch.eye(classes, dtype=torch.float64, device=labels.device)
     leads = every[labels].unsqueeze(1) - every
-    others = torch.stack([torch.arange(classes - 1, device=labels.device)] * len(labels))
-    others = others + (others >= labels.unsqueeze(1)).long()
-    return leads.gather(1, others.unsqueeze(2).expand(-1, -1, classes))
+    return leads[every[labels] == 0].view(len(labels), classes - 1, classes)
 
 
 def _loosest(run: RelaxedRun, found: Lower, row: int) -> tuple[int, int, int] | None:
     """The undecided spike whose relaxation leaves the largest gap: stage, step and number."""
-    best, spike = 0.0, None
+    best, spike = -1.0, None
     for (stage, t), gaps in found.gaps.items():
         step = run.stages[stage].steps[t]
         undecided = (step.quiet & step.fires)[row].flatten()
         open_gaps = gaps[row].flatten().masked_fill(~undecided, -1.0)
         gap, neuron = open_gaps.max(0)
-        if float(gap) > best or (spike is None and float(gap) >= 0.0):
+        if float(gap) > best:
             best, spike = float(gap), (stage, t, int(neuron))
     return spike

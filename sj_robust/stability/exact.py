@@ -1,6 +1,7 @@
 """Whether an image of a small network can be fooled, by a mixed-integer program."""
 
 import time
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -8,13 +9,13 @@ import torch
 from torch import Tensor
 
 from sj_robust.stability._scipy import scipy_module
-from sj_robust.stability.bounds import reset_rounding
-from sj_robust.stability.branching import Prover, leads
+from sj_robust.stability.bounds import by_row, laid_out, reset_rounding
+from sj_robust.stability.branching import Prover
 from sj_robust.stability.relaxation import Maps, RelaxedRun, Stage
 
-__all__ = ["mip"]
+__all__ = ["Matrices", "mip"]
 
-_WANTED_BY = 'method "mip"'
+_scipy = partial(scipy_module, wanted_by='method "mip"')
 
 _TOLERANCE = 1e-6
 """Widens every equation by more than the solver's own tolerance of 1e-7."""
@@ -23,7 +24,9 @@ _CLEAR = 1e-5
 """How far a second attempt keeps potentials from the threshold and logits from a draw."""
 
 
-def mip(prover: Prover, image: Tensor, label: Tensor, time_limit: float) -> tuple[float, Tensor | None]:
+def mip(
+    prover: Prover, matrices: "Matrices", image: Tensor, label: Tensor, time_limit: float
+) -> tuple[float, Tensor | None]:
     """Lower bound of the lead of one image [1, *] (0 if unknown), or an image of its box that is classified wrong.
 
     Equation: for every rival k a program over the input in the box, a binary s per undecided spike, and h and v of
@@ -41,17 +44,13 @@ def mip(prover: Prover, image: Tensor, label: Tensor, time_limit: float) -> tupl
     Source: as Tjeng et al. (ICLR 2019) for ReLU networks; solved by HiGHS (Huangfu and Hall 2018).
     """
     end = time.monotonic() + time_limit
-    run = prover.run(image, tight=True, end=end - time_limit / 2)
-    matrices = Matrices(prover.maps) if prover.matrices is None else prover.matrices
-    prover.matrices = matrices
-    weights = leads(label, run.error.shape[1])[0]
-    rows = torch.zeros(len(weights), dtype=torch.long, device=image.device)
-    found = prover.raised(run, rows, weights)
-    if (broken := prover.broken(found, image, label, descend=True)) is not None:
+    run = prover.run(image, maps=prover.maps, end=end - time_limit / 2)
+    weights, bounds, broken = prover.rivals(run, image, label)
+    if broken is not None:
         return -torch.inf, broken
-    lead = float(found.value[found.value > 0].min()) if bool((found.value > 0).any()) else torch.inf
-    for k in found.value.argsort().tolist():
-        if found.value[k] > 0:
+    lead = min((value for value in bounds.tolist() if value > 0), default=torch.inf)
+    for k in bounds.argsort().tolist():
+        if bounds[k] > 0:
             continue
         for clear in (0.0, _CLEAR):
             program = _Program(run, matrices, clear)
@@ -76,10 +75,8 @@ class _Program:
     def __init__(self, run: RelaxedRun, matrices: "Matrices", clear: float) -> None:
         """Variables and constraints of the network; the rival is added by :meth:`solve`."""
         self.clear = clear
-        self.lower: list[Any] = []
-        self.upper: list[Any] = []
-        self.integral: list[Any] = []
         self.size = self.height = 0
+        self.columns: list[tuple[Any, Any, Any]] = []
         self.entries: list[tuple[Any, Any, Any]] = []
         self.limits: list[tuple[Any, Any]] = []
         self.leaves: dict[int, int] = {}
@@ -90,15 +87,14 @@ class _Program:
         for number, stage in enumerate(run.stages):
             affine = matrices.of(run, number)
             if stage.neuron is None:
-                self._pooling(stage, run, affine, matrices.windows(run, number))
+                self._pooling(stage, affine, matrices.windows(run, number))
             else:
                 self._neurons(stage, affine)
         self.last, self.run = matrices.of(run, -1), run
 
     def solve(self, weights: Tensor, time_limit: float) -> tuple[str, Tensor | None]:
         """Whether the lead that the weights give can be lost: possible (at this input), impossible or unknown."""
-        optimize = scipy_module("optimize", wanted_by=_WANTED_BY)
-        sparse = scipy_module("sparse", wanted_by=_WANTED_BY)
+        optimize, sparse = _scipy("optimize"), _scipy("sparse")
         w = _flat(weights)
         error = 0.0 if self.clear else float((weights.abs() * self.run.error[0]).sum())
         matrix, shift = self.last
@@ -108,13 +104,14 @@ class _Program:
         )
         columns, rows, values = (np.concatenate(parts) for parts in zip(*self.entries, strict=True))
         coefficients = sparse.csr_matrix((values, (rows, columns)), shape=(self.height, self.size))
-        low, high = (np.concatenate([limit[end] for limit in self.limits]) for end in (0, 1))
+        low, high = map(np.concatenate, zip(*self.limits, strict=True))
+        lower, upper, integral = map(np.concatenate, zip(*self.columns, strict=True))
         if time_limit <= 0:
             return "unknown", None
         result = optimize.milp(
             np.zeros(self.size),
-            integrality=np.concatenate(self.integral),
-            bounds=optimize.Bounds(np.concatenate(self.lower), np.concatenate(self.upper)),
+            integrality=integral,
+            bounds=optimize.Bounds(lower, upper),
             constraints=optimize.LinearConstraint(coefficients, low, high),
             options={"time_limit": time_limit},
         )
@@ -127,9 +124,7 @@ class _Program:
         """Columns of new variables."""
         columns = np.arange(self.size, self.size + len(lower))
         self.size += len(lower)
-        self.lower.append(lower)
-        self.upper.append(upper)
-        self.integral.append(np.broadcast_to(np.asarray(integral, dtype=float), len(lower)))
+        self.columns.append((lower, upper, np.broadcast_to(np.asarray(integral, dtype=float), len(lower))))
         return columns
 
     def rows(self, lower: Any, upper: Any, count: int, *terms: tuple[Any, Any]) -> None:
@@ -146,7 +141,7 @@ class _Program:
     def _neurons(self, stage: Stage, affine: tuple[dict[int, Any], Any]) -> None:
         matrix, shift = affine
         steps, count = len(stage.steps), stage.steps[0].lower[0].numel()
-        error = _flat(stage.rows_first(stage.current.error)).reshape(steps, count)
+        error = _flat(stage.current.error).reshape(steps, count)
         fires, quiet = (
             np.stack([_flat(getattr(step, name)) > 0 for step in stage.steps]) for name in ("fires", "quiet")
         )
@@ -180,12 +175,11 @@ class _Program:
             if stage.soft:
                 self.rows(-slack, slack, count, (after, 1.0), (charged, -1.0), (spikes[t], theta))
                 continue
-            self.rows(-np.inf, slack, count, (after, 1.0), (charged, -1.0), (spikes[t], -np.maximum(rest - low, 0.0)))
-            self.rows(-slack, np.inf, count, (after, 1.0), (charged, -1.0), (spikes[t], np.maximum(high - rest, 0.0)))
-            room = np.maximum(high - rest, 0.0)
-            self.rows(-np.inf, rest + room + slack, count, (after, 1.0), (spikes[t], room))
-            room = np.maximum(rest - low, 0.0)
-            self.rows(rest - room - slack, np.inf, count, (after, 1.0), (spikes[t], -room))
+            above, below = np.maximum(high - rest, 0.0), np.maximum(rest - low, 0.0)
+            self.rows(-np.inf, slack, count, (after, 1.0), (charged, -1.0), (spikes[t], -below))
+            self.rows(-slack, np.inf, count, (after, 1.0), (charged, -1.0), (spikes[t], above))
+            self.rows(-np.inf, rest + above + slack, count, (after, 1.0), (spikes[t], above))
+            self.rows(rest - below - slack, np.inf, count, (after, 1.0), (spikes[t], -below))
 
     def _spiking(self, charged: Any, spikes: Any, low: Any, high: Any, stage: Stage, clear: Any) -> None:
         """A spike if and only if the potential reaches the threshold, within ``around`` or clear of it."""
@@ -194,17 +188,16 @@ class _Program:
         self.rows(low, np.inf, len(low), (charged, 1.0), (spikes, -np.maximum(below - low, 0.0)))
         self.rows(-np.inf, np.maximum(above, low), len(low), (charged, 1.0), (spikes, -np.maximum(high - above, 0.0)))
 
-    def _pooling(self, stage: Stage, run: RelaxedRun, affine: tuple[dict[int, Any], Any], windows: Any) -> None:
+    def _pooling(self, stage: Stage, affine: tuple[dict[int, Any], Any], windows: Any) -> None:
         matrix, shift = affine
         assert stage.pooling is not None
-        low, high, error = (
-            _flat(by_row(part, run.samples)) for part in (stage.current.lower, stage.current.upper, stage.current.error)
-        )
+        bounds = stage.current.lower, stage.current.upper
+        low, high, error = map(_flat, (*bounds, stage.current.error))
         values = self.variables(low - _TOLERANCE, high + _TOLERANCE)
         slack = _TOLERANCE + (0.0 if self.clear else error)
         terms = [(-part, self.leaves[leaf]) for leaf, part in matrix.items()]
         self.rows(shift - slack, shift + slack, len(low), (values, 1.0), *terms)
-        ends = [_flat(by_row(stage.pooling(part), run.samples)) for part in (stage.current.lower, stage.current.upper)]
+        ends = [_flat(stage.pooling(part)) for part in bounds]
         pooled = self.variables(ends[0] - _TOLERANCE, ends[1] + _TOLERANCE)
         self.leaves[stage.leaf] = int(pooled[0])
         outputs, inputs = windows
@@ -214,8 +207,7 @@ class _Program:
         self.rows(-_TOLERANCE, np.inf, pairs, (pooled[outputs], 1.0), (values[inputs], -1.0))
         together = (pooled[outputs], 1.0), (values[inputs], -1.0), (chosen, room)
         self.rows(-np.inf, room + _TOLERANCE, pairs, *together)
-        sparse = scipy_module("sparse", wanted_by=_WANTED_BY)
-        sums = sparse.csr_matrix((np.ones(pairs), (outputs, np.arange(pairs))), shape=(len(pooled), pairs))
+        sums = _scipy("sparse").csr_matrix((np.ones(pairs), (outputs, np.arange(pairs))), shape=(len(pooled), pairs))
         self.rows(1.0, 1.0, len(pooled), (sums, int(chosen[0])))
 
 
@@ -231,8 +223,9 @@ class Matrices:
     def of(self, run: RelaxedRun, number: int) -> tuple[dict[int, Any], Any]:
         """By leaf a matrix [size of the current, size of the leaf], and the shift; -1 is the map to the logits."""
         if number not in self._affine:
-            sparse = scipy_module("sparse", wanted_by=_WANTED_BY)
-            like = by_row(self._maps.shift(number, 1), 1, self._multi_step(run, number))
+            sparse = _scipy("sparse")
+            batch_dim = 0 if number < 0 else run.stages[number].batch_dim
+            like = by_row(self._maps.shift(number, 1), 1, batch_dim)
             size = like.numel()
             fit = max(1, min(size, self._maps.rows_that_fit()))
             blocks: dict[int, list[Any]] = {}
@@ -240,10 +233,9 @@ class Matrices:
                 units = torch.zeros((fit, size), dtype=torch.float64, device=like.device)
                 wanted = torch.arange(first, min(first + fit, size), device=like.device)
                 units[wanted - first, wanted] = 1.0
-                units = units.view(fit, *like.shape[1:])
-                native = _native(units, self._maps.shift(number, fit), self._multi_step(run, number))
+                native = laid_out(units.view(fit, *like.shape[1:]), batch_dim)
                 for leaf, found in self._maps.adjoint(number, native, fit):
-                    rows = by_row(found, fit, self._multi_step_leaf(run, leaf)).flatten(1)[: len(wanted)]
+                    rows = run.leaves[leaf].by_sample(found, fit)[: len(wanted)]
                     blocks.setdefault(leaf, []).append(sparse.csr_matrix(rows.detach().cpu().numpy()))
             self._affine[number] = {leaf: sparse.vstack(b).tocsr() for leaf, b in blocks.items()}, _flat(like)
         return self._affine[number]
@@ -261,28 +253,6 @@ class Matrices:
             steps = np.arange(frames)[:, None]
             self._windows[number] = (outputs + steps * width).ravel(), (inputs + steps * size).ravel()
         return self._windows[number]
-
-    def _multi_step(self, run: RelaxedRun, number: int) -> bool:
-        return number >= 0 and run.stages[number].multi_step
-
-    def _multi_step_leaf(self, run: RelaxedRun, leaf: int) -> bool:
-        return any(stage.leaf == leaf and stage.multi_step for stage in run.stages)
-
-
-def by_row(part: Tensor, samples: int, multi_step: bool = False) -> Tensor:
-    """[N, *], whatever the layout."""
-    if multi_step:
-        return part.movedim(1, 0)
-    if len(part) != samples:  # a pooling of all time steps
-        return part.view(-1, samples, *part.shape[1:]).movedim(1, 0)
-    return part
-
-
-def _native(units: Tensor, like: Tensor, multi_step: bool) -> Tensor:
-    """[N, *] as the network lays out the current."""
-    if multi_step:
-        return units.movedim(0, 1)
-    return units if units.shape == like.shape else units.movedim(0, 1).reshape(like.shape)
 
 
 def _flat(part: Tensor) -> Any:

@@ -3,13 +3,12 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from sj_robust.neuron.charging import Neuron
-from sj_robust.stability.bounds import BoundedRun, Bounds, reset_rounding
+from sj_robust.stability.bounds import BoundedRun, Bounds, Pooling, by_row, laid_out, reset_rounding
 
 __all__ = ["Bounded", "Decision", "Lower", "Maps", "RelaxedRun", "Slopes", "Stage", "Step", "minimum", "raised"]
 
@@ -59,6 +58,7 @@ class Stage:
     Attributes:
         leaf: Number of the leaf.
         current: What reaches it.
+        batch_dim: Where the current has its samples, as a leaf.
         neuron: The spiking layer; None for a max pooling.
         pooling: The max pooling; None for a spiking layer.
         around: What h must be at least to be able to fire, and to fire for sure.
@@ -67,15 +67,11 @@ class Stage:
 
     leaf: int
     current: Bounds
+    batch_dim: int
     neuron: Neuron | None = None
-    pooling: Callable[[Tensor], Tensor] | None = None
+    pooling: Pooling | None = None
     around: tuple[float, float] = (0.0, 0.0)
     steps: list[Step] = field(default_factory=list)
-
-    @property
-    def multi_step(self) -> bool:
-        """Whether the current holds all time steps, first of all dimensions."""
-        return self.neuron is not None and self.neuron.module.step_mode == "m"
 
     @property
     def soft(self) -> bool:
@@ -99,11 +95,11 @@ class Stage:
 
     def rows_first(self, part: Tensor) -> Tensor:
         """A part of a spiking layer's current as [N, steps, *]."""
-        return part.movedim(1, 0) if self.multi_step else part.unsqueeze(1)
+        return part.movedim(1, 0) if self.batch_dim else part.unsqueeze(1)
 
     def native(self, part: Tensor) -> Tensor:
         """[N, steps, *] as the network lays it out."""
-        return part.movedim(0, 1) if self.multi_step else part.squeeze(1)
+        return part.movedim(0, 1) if self.batch_dim else part.squeeze(1)
 
 
 class _Trace(BoundedRun):
@@ -114,43 +110,34 @@ class _Trace(BoundedRun):
         self.currents: list[Tensor] = []
         self.names: list[str] = []
 
-    def _spikes_of(self, name: str, neuron: Neuron) -> Callable[..., Bounds]:
-        forward = super()._spikes_of(name, neuron)
-
-        def traced(x: Any, *args: Any, **kwargs: Any) -> Bounds:
-            if isinstance(x, Bounds):
-                self.currents.append(x.centre)
-                self.names.append(f"the layer {name}")
-            return forward(x, *args, **kwargs)
-
-        return traced
+    def _reached(self, x: Bounds, batch_dim: int, neuron: Neuron | None, pooling: Pooling | None) -> None:
+        self.currents.append(x.centre)
+        self.names.append("a max pooling" if neuron is None else f"the layer {neuron.name}")
 
     def _fired(self, name: str, neuron: Neuron, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-        return torch.zeros_like(lower), torch.zeros_like(upper)
+        return lower, upper
 
-    def pool(self, x: Bounds, pooling: Callable[[Tensor], Tensor]) -> Bounds:
-        self.currents.append(x.centre)
-        self.names.append("a max pooling")
-        zero = torch.zeros_like(x.radius)
-        return super().pool(Bounds(zero, zero, run=self), pooling)
+    def leaf(self, lower: Tensor, upper: Tensor, batch_dim: int) -> Bounds:
+        return super().leaf(torch.zeros_like(lower), torch.zeros_like(upper), batch_dim)
 
 
+@dataclass
 class Maps:
     """The affine maps between the leaves of a network, for any number of rows. 各层之间的仿射映射。
 
     A row is one bound that is asked for: of an image and a class, of a neuron, of a part of a box. The maps are the
     same for all of them.
 
-    Args:
+    Attributes:
         bounded: Gives the bounds of the logits that a run finds.
         neurons: Neurons of known dynamics by name.
         frame: One image [*].
     """
 
-    def __init__(self, bounded: Bounded, neurons: dict[str, Neuron], frame: Tensor) -> None:
-        """Nothing is traced yet."""
-        self._bounded, self._neurons, self._frame = bounded, neurons, frame
-        self._traces: dict[int, _Trace] = {}
+    bounded: Bounded
+    neurons: dict[str, Neuron]
+    frame: Tensor
+    _traces: dict[int, _Trace] = field(default_factory=dict, init=False)
 
     def check_samples(self) -> None:
         """Raise NotImplementedError unless all samples have the same map, each of its own leaves, however many."""
@@ -207,9 +194,9 @@ class Maps:
         if rows not in self._traces:
             if len(self._traces) > 3:
                 self._traces.pop(next(key for key in self._traces if key != 1))
-            trace = _Trace(self._neurons, rows)
-            zeros = torch.zeros((rows, *self._frame.shape), dtype=self._frame.dtype, device=self._frame.device)
-            trace.currents.append(self._bounded(trace, zeros, 0.0).centre)
+            trace = _Trace(self.neurons, rows)
+            zeros = self.frame.new_zeros(rows, *self.frame.shape)
+            trace.currents.append(self.bounded(trace, zeros, 0.0).centre)
             self._traces[rows] = trace
         return self._traces[rows]
 
@@ -222,8 +209,7 @@ class RelaxedRun(BoundedRun):
         samples: Number of samples.
         maps: If given, potentials that intervals leave undecided are bounded by back-substitution as well.
         end: When that stops, by ``time.monotonic``; None for never.
-        known: Stages of an earlier run whose boxes hold those of this one.
-        parents: For each sample its number in ``known``.
+        known: Stages of an earlier run of one sample, whose box holds those of this one.
         decisions: For each sample spikes that are assumed or ruled out.
     """
 
@@ -235,7 +221,6 @@ class RelaxedRun(BoundedRun):
         maps: Maps | None = None,
         end: float | None = None,
         known: list[Stage] | None = None,
-        parents: Tensor | None = None,
         decisions: list[tuple[Decision, ...]] | None = None,
     ) -> None:
         """See the class."""
@@ -245,26 +230,14 @@ class RelaxedRun(BoundedRun):
         """Whether a sample's decisions contradict its bounds: no input of its box makes them all."""
         self.error: Tensor = torch.zeros(())
         """How far float32's logits can be from the map of the leaves, [N, classes]."""
-        self._maps, self._end, self._known, self._parents = maps, end, known, parents
+        self._maps, self._end, self._known = maps, end, known
         self._decisions: dict[tuple[int, int], list[tuple[int, int, bool]]] = {}
         for sample, own in enumerate(decisions or []):
             for stage, step, neuron, fires in own:
                 self._decisions.setdefault((stage, step), []).append((sample, neuron, fires))
 
-    def pool(self, x: Bounds, pooling: Callable[[Tensor], Tensor]) -> Bounds:
-        """Bounds of a max pooling, which start here."""
-        self.stages.append(Stage(len(self.leaves), x.same(), pooling=pooling))
-        return super().pool(x, pooling)
-
-    def _spikes_of(self, name: str, neuron: Neuron) -> Callable[..., Bounds]:
-        forward = super()._spikes_of(name, neuron)
-
-        def kept(x: Any, *args: Any, **kwargs: Any) -> Bounds:
-            if isinstance(x, Bounds):
-                self.stages.append(Stage(len(self.leaves), x.same(), neuron))
-            return forward(x, *args, **kwargs)
-
-        return kept
+    def _reached(self, x: Bounds, batch_dim: int, neuron: Neuron | None, pooling: Pooling | None) -> None:
+        self.stages.append(Stage(len(self.leaves), x.same(), batch_dim, neuron, pooling))
 
     def _decided(
         self, name: str, gain: float, h_lower: Tensor, h_upper: Tensor, error: Tensor, around: tuple[float, float]
@@ -274,8 +247,7 @@ class RelaxedRun(BoundedRun):
         h_lower, h_upper = h_lower.contiguous(), h_upper.contiguous()
         if self._known is not None:
             earlier = self._known[number].steps[t]
-            h_lower = torch.maximum(h_lower, earlier.lower[self._parents])
-            h_upper = torch.minimum(h_upper, earlier.upper[self._parents])
+            h_lower, h_upper = torch.maximum(h_lower, earlier.lower), torch.minimum(h_upper, earlier.upper)
         step = Step(gain, h_lower, h_upper, error, h_lower < around[1], h_upper >= around[0], error.new_zeros(()))
         stage.steps.append(step)
         if self._maps is not None:
@@ -396,9 +368,8 @@ class _Walk:
     def through(self, number: int, weights: Tensor, error: Tensor) -> None:
         """Replace a current by the leaves that it is a map of; ``weights`` and ``error`` in native layout."""
         rows = len(self.samples)
-        self._rounded(weights, error, number)
-        shift = weights * self.maps.shift(number, rows)
-        self.add(self._by_row(shift, number))
+        self.add(self._by_row(-weights.abs() * error, number))
+        self.add(self._by_row(weights * self.maps.shift(number, rows), number))
         for leaf, weight in self.maps.adjoint(number, weights, rows):
             self.on_leaves[leaf] = self.on_leaves[leaf] + weight if leaf in self.on_leaves else weight
 
@@ -478,37 +449,33 @@ class _Walk:
     def _pooled(self, number: int, stage: Stage, weights: Tensor) -> None:
         """A maximum is at least the value whose lower bound is the largest, and at most the largest upper bound."""
         assert stage.pooling is not None
-        parts = [_rows(part, self.run.samples, self.samples) for part in (stage.current.lower, stage.current.upper)]
-        self.add(self._by_row(weights.clamp(max=0) * stage.pooling(parts[1]), number))
+        current = stage.current
+        lower, upper, error = (
+            laid_out(by_row(part, self.run.samples, stage.batch_dim)[self.samples], stage.batch_dim)
+            for part in (current.lower, current.upper, current.error)
+        )
+        self.add(self._by_row(weights.clamp(max=0) * stage.pooling(upper), number))
         with torch.enable_grad():
-            lower = parts[0].requires_grad_()
+            lower.requires_grad_()
             pooled = stage.pooling(lower)
         above = weights.clamp(min=0)
         chosen = torch.autograd.grad(pooled, lower, above, create_graph=weights.requires_grad)[0]
-        self.through(number, chosen, _rows(stage.current.error, self.run.samples, self.samples))
-
-    def _rounded(self, weights: Tensor, error: Tensor, number: int) -> None:
-        self.add(self._by_row(-weights.abs() * error, number))
+        self.through(number, chosen, error)
 
     def _by_row(self, term: Tensor, number: int) -> Tensor:
         """A term in native layout as [R, *]."""
-        stage = self.run.stages[number] if number >= 0 else None
-        if stage is not None and stage.multi_step:
-            return term.movedim(1, 0)
-        if len(term) != len(self.samples):  # a pooling of all time steps
-            return term.view(-1, len(self.samples), *term.shape[1:]).movedim(1, 0)
-        return term
+        return by_row(term, len(self.samples), self.run.stages[number].batch_dim if number >= 0 else 0)
 
 
-def raised(maps: Maps, run: RelaxedRun, samples: Tensor, weights: Tensor, *, rounds: int, enough: float = 0.0) -> Lower:
-    """:func:`minimum` with slopes that gradient ascent has chosen; it ends when all bounds are above ``enough``.
+def raised(maps: Maps, run: RelaxedRun, samples: Tensor, weights: Tensor, *, rounds: int) -> Lower:
+    """:func:`minimum` with slopes that gradient ascent has chosen; it ends when all bounds are above 0.
 
     Slopes of spikes that were assumed or ruled out are free as well, which puts a multiplier on the assumption.
 
     Source: alpha- and beta-CROWN (Xu et al., ICLR 2021; Wang et al., NeurIPS 2021).
     """
     best = minimum(maps, run, samples, weights)
-    if rounds == 0 or bool((best.value > enough).all()):
+    if rounds == 0 or bool((best.value > 0).all()):
         return best
     start, moved, scales = best.slopes, {}, {}
     for (number, t), slope in start.items():
@@ -529,7 +496,7 @@ def raised(maps: Maps, run: RelaxedRun, samples: Tensor, weights: Tensor, *, rou
         for parameter, gradient in zip(moved.values(), gradients, strict=True):
             parameter.grad = gradient
         best = _better(best, found)
-        if bool((best.value > enough).all()):
+        if bool((best.value > 0).all()):
             break
         ascent.step()
     return best
@@ -559,10 +526,3 @@ def _slope(ends: list[Tensor], values: list[Tensor], threshold: float) -> Tensor
     left = (corner - values[0]) / (jump - lower).maximum(1e-3 * width)
     right = (values[3] - corner) / (upper - jump).maximum(1e-3 * width)
     return torch.where(left < right, torch.where(lower + upper > 2 * jump, right, left), rise)
-
-
-def _rows(part: Tensor, samples: int, rows: Tensor) -> Tensor:
-    """Samples of a part of a max pooling's current, which may hold all time steps."""
-    if len(part) == samples:
-        return part[rows]
-    return part.view(-1, samples, *part.shape[1:])[:, rows].flatten(0, 1)

@@ -19,8 +19,8 @@ from sj_robust.classifier import SpikingClassifier, as_classifier, check_classif
 from sj_robust.neuron.charging import Neuron, find_neurons, is_neuron
 from sj_robust.stability.bounds import BoundedRun, Bounds, NoBoundsError
 from sj_robust.stability.branching import Prover
-from sj_robust.stability.exact import mip
-from sj_robust.stability.relaxation import Bounded, Maps
+from sj_robust.stability.exact import Matrices, mip
+from sj_robust.stability.relaxation import Maps
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -29,6 +29,7 @@ __all__ = ["BoundedLayer", "Verification", "bounded_logits", "bounded_neurons", 
 
 Method = Literal["ibp", "crown", "bab", "mip"]
 METHODS = get_args(Method)
+_Search = Callable[[Tensor, Tensor, float], tuple[float, Tensor | None]]
 
 
 @dataclass(frozen=True)
@@ -211,16 +212,17 @@ def verify(
     device = device_of(classifier)
     correct: list[bool] = []
     margins: list[float] = []
-    totals: dict[str, list[list[float]]] = {}
+    totals: dict[str, Tensor] = {}
     counts = dict.fromkeys(neurons, 0)
     broken: list[bool] = []
     x_adv = x.detach().clone()
-    bounded: Bounded = partial(bounded_logits, classifier)
-    maps = Maps(bounded, neurons, x[0].to(device))
-    prover = Prover(classifier, bounded, neurons, maps, eps)
+    maps = Maps(partial(bounded_logits, classifier), neurons, x[0].to(device))
+    prover = Prover(classifier, maps, eps)
+    searches: dict[str, _Search] = {"bab": prover.bab, "mip": partial(mip, prover, Matrices(maps))}
     for start in range(0, len(x), batch_size):
+        part = slice(start, start + batch_size)
         with full_precision(device), preserved(classifier):
-            images, labels = (values[start : start + batch_size].to(device).clone() for values in (x, y))
+            images, labels = (values[part].to(device).clone() for values in (x, y))
             logits = _logits(classifier, images, labels, runs=2 if start == 0 else 1)
             if start == 0:
                 maps.check_samples()
@@ -230,7 +232,7 @@ def verify(
             margin = -lead.scatter(1, labels.unsqueeze(1), -torch.inf).amax(1)
             wrong = logits.argmax(1) != labels
             if method != "ibp":
-                _tighten(prover, method, time_limit, images, labels, margin, wrong, x_adv[start : start + batch_size])
+                _tighten(prover, searches.get(method), time_limit, images, labels, margin, wrong, x_adv[part])
         if bool((contradicted := wrong & (margin > 0)).any()):
             raise RuntimeError(
                 f"image {start + int(contradicted.nonzero()[0])} is proved and yet classified wrong: the bounds have a "
@@ -240,14 +242,13 @@ def verify(
         broken += wrong.tolist()
         for name, layer in run.layers.items():
             counts[name] += layer.neurons
-            rows = totals.setdefault(name, [[0.0] * len(layer.width), [0.0] * len(layer.width)])
-            for row, values in zip(rows, (layer.undecided, layer.width), strict=True):
-                row[:] = [total + value for total, value in zip(row, values, strict=True)]
+            seen = torch.tensor([layer.undecided, layer.width], dtype=torch.float64)
+            totals[name] = totals.get(name, 0.0) + seen
         if on_batch is not None:
             on_batch(min(start + batch_size, len(x)))
     layers = tuple(
-        BoundedLayer(name, *(tuple(total / counts[name] for total in row) for row in rows))
-        for name, rows in totals.items()
+        BoundedLayer(name, *map(tuple, (total / counts[name]).tolist()))
+        for name, total in totals.items()
         if counts[name]
     )
     return Verification(eps, tuple(correct), tuple(margins), layers, x_adv, tuple(broken))
@@ -270,8 +271,8 @@ def _logits(model: SpikingClassifier, images: Tensor, labels: Tensor, *, runs: i
 
 
 def _tighten(
-    prover: Prover, method: Method, time_limit: float, images: Tensor, labels: Tensor, margin: Tensor, wrong: Tensor,
-    x_adv: Tensor,
+    prover: Prover, search: _Search | None, time_limit: float, images: Tensor, labels: Tensor, margin: Tensor,
+    wrong: Tensor, x_adv: Tensor,
 ) -> None:  # fmt: skip
     """Go on with the images of a batch that are neither verified nor wrong; writes into the last three."""
 
@@ -280,9 +281,8 @@ def _tighten(
 
     if rest := still_open():
         margin[rest] = torch.maximum(margin[rest], prover.crown(images[rest], labels[rest]))
-    if method == "crown":
+    if search is None:
         return
-    search = prover.bab if method == "bab" else partial(mip, prover)
     for i in still_open():
         lead, found = search(images[i : i + 1], labels[i : i + 1], time_limit)
         if found is not None:
