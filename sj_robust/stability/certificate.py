@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from sj_robust._saved import SavedResult, markdown_table
-from sj_robust._shown import Shown, new_figure, write_figure
+from sj_robust._shown import Shown, new_figure, print_style, write_figure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -184,13 +184,12 @@ class Certificate(
         Raises:
             ValueError: If no layer is covered.
         """
-        from matplotlib import rc_context
         from matplotlib.ticker import FormatStrFormatter, LogLocator, NullFormatter
 
         layers = [layer for layer in self.layers if layer.not_covered is None]
         if not layers:
             raise ValueError("no layer of the certificate is covered, so there is nothing to draw; see its table()")
-        with rc_context({"font.size": 8, "axes.spines.top": False, "axes.spines.right": False}):
+        with print_style():
             figure = new_figure(6.75, 1.35 + 0.17 * len(layers))
             axes = figure.subplots(1, 2, sharey=True)
             for axis, (title, measured, bounds) in zip(axes, _PANELS, strict=True):
@@ -207,12 +206,9 @@ class Certificate(
                 axis.xaxis.set_major_formatter(FormatStrFormatter("%g"))
                 axis.xaxis.set_minor_formatter(NullFormatter())
                 axis.set_xlabel(title)
-                axis.grid(axis="both", alpha=0.25, linewidth=0.5)
                 if axis.lines:
-                    axis.legend(
-                        fontsize=7, frameon=False, loc="lower left", bbox_to_anchor=(0.0, 1.0), borderaxespad=0.2
-                    )
-            axes[0].set_yticks(range(len(layers)), [layer.name for layer in layers], fontsize=7)
+                    axis.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), borderaxespad=0.2)
+            axes[0].set_yticks(range(len(layers)), [layer.name for layer in layers])
             axes[0].set_ylim(len(layers) - 0.5, -0.5)
         if path is not None:
             write_figure(figure, path)

@@ -71,16 +71,11 @@ class DifferentiableBounds:
     def watching(self) -> Iterator[None]:
         """Context of the clean pass; of several, the last one counts."""
         self._seen = {}
-        hooks = [
-            module.register_forward_pre_hook(self._watch(name))
-            for name, module in self.classifier.net.named_modules()
-            if isinstance(module, BatchNorm) and _uses_the_batch(module)
-        ]
-        try:
+        with ExitStack() as stack:
+            for name, module in self.classifier.net.named_modules():
+                if isinstance(module, BatchNorm) and _uses_the_batch(module):
+                    stack.callback(module.register_forward_pre_hook(self._watch(name)).remove)
             yield
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     def lead(self, x: Tensor, y: Tensor, eps: float) -> Tensor:
         """Upper bounds [N, classes] for images [N, ...] with labels [N]; those of the labels are 0."""

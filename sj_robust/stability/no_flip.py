@@ -2,17 +2,17 @@
 
 import copy
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sj_robust._checks import check_count, check_images
 from sj_robust._environment import device_of
 from sj_robust._preserved import full_precision, preserved
 from sj_robust.classifier import SpikingClassifier, SpikingEventClassifier, check_classifier
-from sj_robust.neuron.charging import Charging, Neuron, find_neurons
+from sj_robust.neuron.charging import Neuron, find_neurons
 from sj_robust.stability._affine import other_forward
 
 __all__ = ["no_flip_radius"]
@@ -116,20 +116,26 @@ def _radii(model: SpikingClassifier, images: Tensor, rows: dict[str, Tensor]) ->
     neurons = find_neurons(model.net, {}, {})[0]
     apart = isinstance(model, SpikingEventClassifier)
     radius = torch.full((len(images),), torch.inf, dtype=torch.float64, device=images.device)
-    with _recorded({name: neurons[name].module for name in rows}) as (currents, spikes):
+    calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in rows}
+    with ExitStack() as stack:
+        for name, seen in calls.items():
+            hook = neurons[name].module.register_forward_hook(
+                lambda _, args, output, seen=seen: seen.append((args[0], output))
+            )
+            stack.callback(hook.remove)
         model(images)
     for name, norms in rows.items():
-        x_seq, spike_seq = (_sequence(found[name], neurons[name]) for found in (currents, spikes))
-        for distance, reach in _steps(neurons[name], neurons[name].charging(), x_seq, spike_seq, apart):
+        joined = torch.cat if neurons[name].module.step_mode == "m" else torch.stack
+        x_seq, spike_seq = (joined(parts) for parts in zip(*calls[name], strict=True))
+        for distance, reach in _steps(neurons[name], x_seq, spike_seq, apart):
             radius = torch.minimum(radius, (distance / (reach * norms)).nan_to_num(torch.inf).flatten(1).amin(1))
     return radius
 
 
-def _steps(
-    neuron: Neuron, charging: Charging, x_seq: Tensor, spike_seq: Tensor, apart: bool
-) -> Iterator[tuple[Tensor, Tensor]]:
+def _steps(neuron: Neuron, x_seq: Tensor, spike_seq: Tensor, apart: bool) -> Iterator[tuple[Tensor, Tensor]]:
     """Per step, the distance of h from the threshold and how much of the currents' perturbation is in it, [N, *]."""
-    module, decay = neuron.module, charging.decay
+    module, charging = neuron.module, neuron.charging()
+    decay = charging.decay
     hard = module.v_reset is not None
     v = torch.full_like(x_seq[0], module.v_reset or 0.0)
     reach = torch.zeros_like(v)  # squared, where the steps are perturbed apart
@@ -172,32 +178,6 @@ def _currents(
         with suppress(_FoundError):
             logits = model(images)
     return {name: torch.stack(steps) for name, steps in currents.items() if steps}, logits
-
-
-@contextmanager
-def _recorded(modules: dict[str, nn.Module]) -> Iterator[tuple[dict[str, list[Tensor]], dict[str, list[Tensor]]]]:
-    """Currents and spikes of every call of modules."""
-    currents: dict[str, list[Tensor]] = {name: [] for name in modules}
-    spikes: dict[str, list[Tensor]] = {name: [] for name in modules}
-
-    def hook(name: str) -> Any:
-        def record(module: nn.Module, args: Any, output: Tensor) -> None:
-            currents[name].append(args[0])
-            spikes[name].append(output)
-
-        return record
-
-    handles = [module.register_forward_hook(hook(name)) for name, module in modules.items()]
-    try:
-        yield currents, spikes
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _sequence(calls: list[Tensor], neuron: Neuron) -> Tensor:
-    """Calls of a neuron as [T, N, *]."""
-    return torch.cat(calls) if neuron.module.step_mode == "m" else torch.stack(calls)
 
 
 def _close(a: Tensor, b: Tensor) -> bool:

@@ -231,22 +231,16 @@ def _reason(network: _CutNetwork, name: str, affine: AffineMap, found: Mapping[s
     if not affine.feeds:
         return "neither a spiking layer nor the input reaches it through differentiable operations"
     try:
-        fits = all(_fits(network, name, affine, i) for i in range(2))
+        linear = [affine.apply([leaves[key] for key in affine.feeds]) for leaves in network.random]
     except RuntimeError as error:
         return f"the backward pass of what is before it cannot be differentiated ({error}): {_ran(network, name)}"
-    if not fits:
+    zero, given = network.at_zero[name], [currents[name] for currents in network.at_random]
+    if not all(_close(part + zero, current, part, zero) for part, current in zip(linear, given, strict=True)):
         return f"not affine in {', '.join(affine.feeds)}: {_ran(network, name)}"
-    second, alone = network.second_step.get(name), network.at_random[1][name]
-    if second is None or not _close(second, alone, alone):
+    second = network.second_step.get(name)
+    if second is None or not _close(second, given[1], given[1]):
         return f"not the same map at every time step: {_ran(network, name)}"
     return None
-
-
-def _fits(network: _CutNetwork, name: str, affine: AffineMap, i: int) -> bool:
-    """Whether the graph's map gives the current that random leaves gave."""
-    zero = network.at_zero[name]
-    linear = affine.apply([network.random[i][key] for key in affine.feeds])
-    return _close(linear + zero, network.at_random[i][name], linear, zero)
 
 
 def _close(a: Tensor, b: Tensor, *scales: Tensor) -> bool:
