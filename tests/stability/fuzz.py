@@ -88,17 +88,8 @@ def random_network(case: random.Random, grid: bool) -> nn.Sequential:
         else:
             wide = case.choice([2, 4, 6])
             size, stride = case.choice([1, 3, 5]), case.choice([1, 2])
-            parts.append(
-                layer.Conv2d(
-                    channels,
-                    wide,
-                    size,
-                    stride,
-                    padding=size // 2,
-                    groups=case.choice([1, 2]),
-                    bias=case.random() < 0.7,
-                )
-            )
+            options = {"padding": size // 2, "groups": case.choice([1, 2]), "bias": case.random() < 0.7}
+            parts.append(layer.Conv2d(channels, wide, size, stride, **options))
             parts += [layer.BatchNorm2d(wide)] * (not grid and case.random() < 0.5)
             parts.append(random_node(case, grid))
             channels = wide

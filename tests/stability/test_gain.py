@@ -1,4 +1,4 @@
-"""Gains over time against dense linear algebra, and the table of the method."""
+"""Gains over time against dense linear algebra; their table in docs/concepts/stability.md is a test as well."""
 
 import itertools
 import math
@@ -15,38 +15,18 @@ from sj_robust.stability import l2_gain, l2_gain_limit, neuron_gains, peak_gain,
 
 F64 = torch.float64
 
-# decay: L2 gain at T = 4, 8, 16; limit; printed; L2 to peak at T = 4, 8, 16
-TABLE = {
-    0.5: ("1.593 1.826 1.942", "2.000", "1.414", "1.152 1.155 1.155"),
-    0.9: ("2.536 4.111 6.150", "10.000", "3.162", "1.731 2.071 2.254"),
-    0.99: ("2.843 5.264 9.887", "100.000", "10.000", "1.970 2.732 3.718"),
-}
-
-
-def digits(values):
-    return " ".join(f"{float(value):.3f}" for value in values)
-
 
 def dense_l2(decay, T, p=None):
     return torch.linalg.matrix_norm(time_operator(decay, T, p), 2)
 
 
-def random_problem(n, T, seed=0):
-    generator = torch.Generator().manual_seed(seed)
+def random_problem(n, T):
+    generator = torch.Generator().manual_seed(0)
     decay = torch.rand(n, dtype=F64, generator=generator) * 0.999 + 0.001
     decay[0], decay[1] = 1.0, 0.9999
     p = torch.randn(n, T, dtype=F64, generator=generator) * torch.logspace(-6, 6, n, dtype=F64)[:, None]
     p[2:4, ::2] = 0
     return decay, p
-
-
-@pytest.mark.parametrize("decay", TABLE)
-def test_table(decay):
-    l2, limit, printed, peak = TABLE[decay]
-    assert digits(l2_gain(decay, T) for T in (4, 8, 16)) == l2
-    assert digits([l2_gain_limit(decay)]) == limit
-    assert digits([printed_gain(decay)]) == printed
-    assert digits(peak_gain(decay, T) for T in (4, 8, 16)) == peak
 
 
 def test_the_operator_is_the_perturbation_without_reset():
@@ -75,9 +55,7 @@ def test_closed_forms():
     assert l2_gain_limit(1.0) == printed_gain(1.0) == math.inf
 
 
-def test_thousands_of_steps_with_a_gain():
-    decay, p = random_problem(3, 500, seed=1)
-    torch.testing.assert_close(l2_gain(decay, 500, p), dense_l2(decay, 500, p), rtol=1e-10, atol=0)
+def test_gains_of_thousands_of_steps_come_near_their_limit():
     gains = torch.stack([l2_gain(0.99, T) for T in (100, 4000)])
     assert (gains.diff() > 0).all()
     assert gains[-1] < l2_gain_limit(0.99) < gains[-1] * 1.003
@@ -97,31 +75,12 @@ def test_broadcasting():
     assert torch.equal(peak_gain(0.5, 3, [1.0, 2.0, 0.5]), peak_gain(0.5, 3, torch.tensor([1.0, 2.0, 0.5])))
 
 
-def test_no_gain_at_all():
-    p = torch.stack([torch.zeros(4), torch.tensor([0.0, 0.0, 0.0, 2.0])])
-    assert l2_gain(0.5, 4, p).tolist() == [0, pytest.approx(2.0)]
-    assert peak_gain(0.5, 4, p).tolist() == [0, 2]
-
-
 @pytest.mark.parametrize(("decay", "first"), [(0.5, 3), (0.9, 6), (0.99, 17)])
 def test_the_printed_constant_is_exceeded_as_an_l2_gain(decay, first):
     assert l2_gain(decay, first - 1) < printed_gain(decay) < l2_gain(decay, first)
     ds = torch.linalg.svd(time_operator(decay, first))[2][0]
     eps = simplified_perturbation(ds, torch.zeros_like(ds), decay=decay)
     assert eps.norm() / ds.norm() > printed_gain(decay) * 1.01
-
-
-def test_stored_counterexamples_of_spikes_and_of_a_learned_gain():
-    """decay 0.5, W = 1, three steps: one more spike in every step exceeds the printed constant."""
-    s, s_tilde = torch.ones(3, dtype=F64), torch.zeros(3, dtype=F64)
-    eps = simplified_perturbation(s, s_tilde, decay=0.5)
-    assert eps.tolist() == [1.0, 1.5, 1.75]
-    ratio = eps.norm() / (s - s_tilde).norm()
-    assert f"{ratio:.4f}" == "1.4506"
-    assert printed_gain(0.5) < ratio < l2_gain(0.5, 3)
-    # at the decay and number of steps of the paper
-    assert l2_gain(0.99, 8) < printed_gain(0.99)
-    assert digits([l2_gain(0.99, 8, 2 * torch.ones(8))]) == "10.527"
 
 
 @pytest.mark.parametrize(

@@ -5,18 +5,19 @@ from functools import partial
 
 import pytest
 import torch
-from spikingjelly.activation_based import base, functional, layer, neuron, surrogate
+from spikingjelly.activation_based import base, functional, layer, neuron
 from spikingjelly.activation_based.model import sew_resnet
 from torch import nn
 from unchanged import unchanged
 
-from sj_robust import DLIFNode
+from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.neuron import fuse
-from sj_robust.stability import INPUT, InputMap, _affine, certify, input_maps
+from sj_robust.randomness import SampleSeeds
+from sj_robust.stability import INPUT, InputMap, _affine, certify, input_maps, no_flip_radius, smooth
 from sj_robust.stability._lanczos import largest_singular_value
 
-NODE = partial(neuron.LIFNode, surrogate_function=surrogate.ATan(), step_mode="m")
+NODE = partial(neuron.LIFNode, step_mode="m")
 
 
 def dense(function, shape, dtype=torch.float64):
@@ -230,11 +231,6 @@ class Between(nn.Module):
         return self.last(self.something(self, self.first(x)))
 
 
-class AlwaysDrops(nn.Module):
-    def forward(self, x):
-        return nn.functional.dropout(x, 0.5, training=True)
-
-
 class Recurrent(base.MemoryModule):
     """Adds its last input to the present one."""
 
@@ -270,7 +266,7 @@ NOT_LINEAR = {
     ),
     "product": (Between(lambda n, s: n.linear(s) * s), "not affine.*operation mul"),
     "inverted product": (Between(lambda n, s: s * (1.0 - n.linear(s))), "not affine.*operation mul"),
-    "dropout that stays on": (Between(lambda n, s: n.drop(n.linear(s)), drop=AlwaysDrops()), "drop .AlwaysDrops"),
+    "dropout that stays on": (Between(lambda n, s: nn.functional.dropout(n.linear(s))), "not affine.*operation"),
     "hidden threshold": (Between(lambda n, s: n.linear(s) + (s > 0.3).float()), "not affine"),
     "cut off": (Between(lambda n, s: n.linear(s).detach()), "neither a spiking layer nor the input"),
     "half cut off": (Between(lambda n, s: n.linear(s) + s.detach()), "not affine"),
@@ -353,11 +349,15 @@ def test_wherever_it_is_called_the_forward_of_the_user_and_full_precision_stay()
         input_maps(net, torch.rand(0, 4))
 
 
-@pytest.mark.parametrize(
-    "run",
-    [lambda net, x: input_maps(net, x), lambda net, x: certify(net, x, 2, x_perturbed=1 - x)],
-    ids=["input_maps", "certify"],
-)
+MEASURED = {
+    "input_maps": input_maps,
+    "certify": lambda net, x: certify(net, x, 2, x_perturbed=1 - x),
+    "no_flip_radius": lambda net, x: no_flip_radius(SpikingClassifier(net, 2), x).tolist(),
+    "smooth": lambda net, x: smooth(SpikingClassifier(net, 2), x, 0.1, n0=2, n=2, generator=SampleSeeds([0, 1, 2])),
+}
+
+
+@pytest.mark.parametrize("run", MEASURED.values(), ids=MEASURED)
 def test_the_network_is_left_as_it_was(run):
     net = seeded(lambda: build_classifier(NetworkSpec(classes=3, T=2))).net.train()
     functional.reset_net(net)

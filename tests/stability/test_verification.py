@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from stability import fuzz
 from torch import nn
+from unchanged import unchanged
 
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.attacks import pgd
@@ -28,15 +29,6 @@ NEURONS = {
 }
 
 
-class Residual(nn.Module):
-    def __init__(self, node):
-        super().__init__()
-        self.conv, self.norm, self.node = layer.Conv2d(4, 4, 3, padding=1), layer.BatchNorm2d(4), node
-
-    def forward(self, x):
-        return self.node(self.norm(self.conv(x))) + x
-
-
 def with_gains(node):
     """Gains of either sign."""
     node.input_gain.data = torch.tensor([1.5, -0.7, 2.0, 0.3])
@@ -51,8 +43,11 @@ def convolutional(node):
 
 
 def residual(node):
+    def block():
+        return fuzz.Residual(layer.Conv2d(4, 4, 3, padding=1), layer.BatchNorm2d(4), node())
+
     return nn.Sequential(
-        layer.Conv2d(2, 4, 3, padding=1), node(), Residual(node()), layer.MaxPool2d(2), Residual(node()),
+        layer.Conv2d(2, 4, 3, padding=1), node(), block(), layer.MaxPool2d(2), block(),
         layer.AdaptiveAvgPool2d(2), layer.Flatten(), layer.Linear(16, 3),
     )  # fmt: skip
 
@@ -179,18 +174,16 @@ def test_parts_of_the_data_give_what_the_whole_gives_and_nothing_is_left_behind(
     model = classifier(convolutional, NEURONS["LIF"])
     x, y = torch.rand(7, 2, 8, 8), torch.randint(3, (7,))
     model(x)
-    potential = model.net[2].v.clone()
     done = []
-    whole, parts = verify(model, x, y, 0.01), verify(model, x, y, 0.01, batch_size=3, on_batch=done.append)
+    with unchanged(model):
+        whole, parts = verify(model, x, y, 0.01), verify(model, x, y, 0.01, batch_size=3, on_batch=done.append)
     assert done == [3, 6, 7]
     assert parts.correct == whole.correct
     torch.testing.assert_close(torch.tensor(parts.margin), torch.tensor(whole.margin))
     for part, all_at_once in zip(parts.layers, whole.layers, strict=True):
         torch.testing.assert_close(torch.tensor(part.undecided), torch.tensor(all_at_once.undecided))
         torch.testing.assert_close(torch.tensor(part.potential), torch.tensor(all_at_once.potential))
-    assert torch.equal(model.net[2].v, potential)
     assert "forward" not in vars(model.net[2])
-    assert all(parameter.grad is None for parameter in model.parameters())
     assert whole.table().splitlines()[0].startswith(f"Linf 0.01: {sum(whole.verified)} of 7 images verified")
 
 
@@ -204,54 +197,6 @@ def test_frames_of_events_are_bounded_step_by_step():
     verified = torch.tensor(verify(model, frames, y, 0.1).verified)
     for z in perturbed(model, frames, y, 0.1):
         assert bool((model(z).argmax(1) == y)[verified].all())
-
-
-def wrong_use():
-    model = classifier(convolutional, NEURONS["LIF"])
-    x, y = torch.rand(2, 2, 8, 8), torch.tensor([0, 1])
-
-    class Attention(nn.Module):
-        def forward(self, x):
-            return x @ x.transpose(-1, -2)
-
-    attention = SpikingClassifier(nn.Sequential(Attention(), layer.Flatten(step_mode="m"), neuron.IFNode()), T).eval()
-    poisson = SpikingClassifier(model.net, T, PoissonEncoder()).eval()
-    smooth = classifier(convolutional, lambda: neuron.IFNode(surrogate_function=surrogate.ATan(spiking=False)))
-    statistics = classifier(convolutional, NEURONS["LIF"])
-    statistics.net[1].track_running_stats, statistics.net[1].running_mean, statistics.net[1].running_var = (
-        False,
-        None,
-        None,
-    )
-    noisy = SpikingClassifier(Statement(lambda x: x + 0 * torch.rand(x.shape)), T).eval()
-    noisy.unused = torch.Generator()  # one that is not drawn from must not hide that another is
-    inside = classifier(convolutional, NEURONS["LIF"])
-    inside.net[1].train()
-    unknown = classifier(convolutional, lambda: neuron.QIFNode())
-    return {
-        "no classifier": (nn.Flatten(), x, y, 0.1, "wrap the network"),
-        "training": (classifier(convolutional, NEURONS["LIF"]).train(), x, y, 0.1, "call model.eval()"),
-        "training inside": (inside, x, y, 0.1, "got net.1 in training mode"),
-        "random": (noisy, x[:, 0, 0], y, 0.1, "draws random numbers inside"),
-        "float64": (model, x.double(), y, 0.1, "in float32.*got torch.float32, torch.float64; use"),
-        "negative": (model, x, y, -0.1, "eps must be >= 0 and finite, got -0.1"),
-        "nan": (model, x, y, float("nan"), "eps must be >= 0 and finite, got nan"),
-        "label": (model, x, torch.tensor([0, 3]), 0.1, "labels must be < 3"),
-        "labels": (model, x, y[:1], 0.1, "shape .N. = .2."),
-        "none": (model, x[:0], y[:0], 0.1, "an image or more"),
-        "range": (model, x + 1, y, 0.1, "must lie in .0, 1."),
-        "attention": (attention, x, y, 0.1, "the operation matmul in or behind 0 .Attention."),
-        "encoder": (poisson, x, y, 0.1, "the encoder PoissonEncoder"),
-        "not spiking": (smooth, x, y, 0.1, "whose surrogate does not spike"),
-        "batch statistics": (statistics, x, y, 0.1, "the statistics of the batch"),
-        "neuron": (unknown, x, y, 0.1, "the decay of QIFNode is not known"),
-    }  # fmt: skip
-
-
-def test_wrong_use_says_what_to_do():
-    for model, x, y, eps, message in wrong_use().values():
-        with pytest.raises((TypeError, ValueError, NotImplementedError), match=message):
-            verify(model, x, y, eps)
 
 
 class Statement(nn.Module):
@@ -384,7 +329,52 @@ def behind(statement):
     return SpikingClassifier(Statement(statement), T).eval()
 
 
-UNBOUNDED = {
+def draws():
+    model = behind(lambda x: x + 0 * torch.rand(x.shape))
+    model.unused = torch.Generator()  # one that is not drawn from must not hide that another is
+    return model
+
+
+def trains_inside():
+    model = changed()
+    model.net[0].train()
+    return model
+
+
+class Attention(nn.Module):
+    def forward(self, x):
+        return x @ x.transpose(-1, -2)
+
+
+WRONG = {
+    "no classifier": (nn.Flatten(), {}, "wrap the network"),
+    "training": (changed().train(), {}, "call model.eval()"),
+    "training inside": (trains_inside(), {}, "got net.0 in training mode"),
+    "random": (draws(), {}, "draws random numbers inside"),
+    "float64": (changed(), {"x": torch.rand(2, 2).double()}, "in float32.*got torch.float32, torch.float64; use"),
+    "negative": (changed(), {"eps": -0.1}, "eps must be >= 0 and finite, got -0.1"),
+    "not a number": (changed(), {"eps": float("nan")}, "eps must be >= 0 and finite, got nan"),
+    "label": (changed(), {"y": torch.tensor([0, 2])}, "labels must be < 2"),
+    "labels": (changed(), {"y": torch.tensor([0])}, "shape .N. = .2."),
+    "none": (changed(), {"x": torch.rand(0, 2), "y": torch.tensor([], dtype=torch.long)}, "an image or more"),
+    "range": (changed(), {"x": torch.rand(2, 2) + 1}, "must lie in .0, 1."),
+    "method": (changed(), {"method": "exact"}, "method must be one of ibp, crown, bab, mip, got 'exact'"),
+    "no time": (changed(), {"method": "bab", "time_limit": 0}, "time_limit must be finite and > 0, got 0"),
+    "time as text": (changed(), {"method": "bab", "time_limit": "1"}, "time_limit must be a number, got str"),
+    "attention": (
+        SpikingClassifier(nn.Sequential(Attention(), neuron.IFNode(step_mode="m")), T).eval(), {},
+        "the operation matmul in or behind 0 .Attention.",
+    ),
+    "encoder": (SpikingClassifier(changed().net, T, PoissonEncoder()).eval(), {}, "the encoder PoissonEncoder"),
+    "not spiking": (
+        changed(neuron.IFNode(surrogate_function=surrogate.ATan(spiking=False), step_mode="m")), {},
+        "whose surrogate does not spike",
+    ),
+    "batch statistics": (
+        behind(lambda x: F.batch_norm(x.flatten(0, 1), None, None, training=True).view(x.shape)), {},
+        "the statistics of the batch",
+    ),
+    "neuron": (changed(neuron.QIFNode(step_mode="m")), {}, "the decay of QIFNode is not known"),
     "reset changed": (changed(v_reset=0.8), {}, "whose v_reset was changed"),
     "tau": (changed(neuron.LIFNode(step_mode="m"), tau=0.5), {}, "whose decay is negative: give it a tau"),
     "by name": (behind(lambda x: torch.add(x, C[:2], alpha=2)), {}, "a sum with alpha"),
@@ -406,9 +396,9 @@ UNBOUNDED = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("case", UNBOUNDED)
-def test_what_has_no_bounds_is_refused(case):
-    model, given, message = UNBOUNDED[case]
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_use_and_what_has_no_bounds_are_refused(case):
+    model, given, message = WRONG[case]
     with pytest.raises((TypeError, ValueError, NotImplementedError), match=message):
         verify(model, **{"x": torch.rand(2, 2), "y": torch.zeros(2, dtype=torch.long), "eps": 0.1} | given)
 
