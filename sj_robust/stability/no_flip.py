@@ -76,14 +76,13 @@ def _row_norms(model: SpikingClassifier, image: Tensor, batch_size: int) -> dict
     """
     neurons, others, _ = find_neurons(model.net, {}, {})
     frames = isinstance(model, SpikingEventClassifier)
-    zero = torch.zeros_like(image)
-    at_zero, logits = _currents(model, zero, [*neurons, *others])
+    at_zero, logits = _currents(model, torch.zeros_like(image), [*neurons, *others])
     generator = torch.Generator().manual_seed(0)
     probes = torch.rand((2, *image.shape[1:]), generator=generator, dtype=torch.float64).to(image)
     if frames:  # the same frame in every step, so that its steps can be compared
         probes = probes[:, :1].expand_as(probes).contiguous()
     found, moved = _currents(model, torch.cat((probes, probes[:1] + 2 * probes[1:])), [*neurons, *others])
-    if not _close(moved, logits.expand_as(moved)):
+    if not _close(moved, logits):
         raise NotImplementedError("the input reaches the logits past all spiking layers, so no radius keeps them")
     reached = {}
     for name, current in found.items():
@@ -93,9 +92,7 @@ def _row_norms(model: SpikingClassifier, image: Tensor, batch_size: int) -> dict
         if name not in neurons or not neurons[name].binary:
             reason = others.get(name, "its surrogate does not spike")
             raise NotImplementedError(f"{name}, which the input drives, cannot be followed: {reason}")
-        if not _close(change[:, 2], change[:, 0] + 2 * change[:, 1]) or not _close(
-            change, change[:1].expand_as(change)
-        ):
+        if not (_close(change[:, 2], change[:, 0] + 2 * change[:, 1]) and _close(change, change[:1])):
             raise NotImplementedError(f"what leads from the input to {name} is not one affine map for every time step")
         reached[name] = torch.zeros_like(at_zero[name][0, 0])
     elements = image[0, :1].numel() if frames else image.numel()

@@ -145,21 +145,20 @@ class Maps:
         trace, other = self._trace(samples), self._trace(fewer)
         layouts = [*(leaf.batch_dim for leaf in trace.leaves[1:]), 0]
         for number, (current, dim) in enumerate(zip(trace.currents, layouts, strict=True)):
-            rows = current.detach().reshape(
-                -1 if dim else 1, samples, current[0].numel() // (samples if dim == 1 else 1)
-            )
-            own = torch.arange(1.0, samples + 1, dtype=rows.dtype, device=rows.device).view(-1, 1)
-            weights = torch.rand_like(rows[:, :1]).expand_as(rows)
-            shift = other.currents[number].detach()
-            found = [(rows, rows[:, :1]), (shift.reshape(-1, fewer, rows.shape[2]), rows[:, :1])]
+            rows = by_row(current.detach(), samples, dim)
+            own = torch.arange(1.0, samples + 1, dtype=rows.dtype, device=rows.device)
+            weights = torch.rand_like(rows[:1]).expand_as(rows)
+            scaled = own.view(-1, *[1] * (rows.ndim - 1)) * weights
+            found = [(rows, rows[:1]), (by_row(other.currents[number].detach(), fewer, dim), rows[:1])]
             for (leaf, once), (_, often), (_, alone) in zip(
-                self.adjoint(number, weights.reshape(current.shape), samples),
-                self.adjoint(number, (own * weights).reshape(current.shape), samples),
-                self.adjoint(number, weights[:, :fewer].reshape(shift.shape), fewer),
+                self.adjoint(number, laid_out(weights, dim), samples),
+                self.adjoint(number, laid_out(scaled, dim), samples),
+                self.adjoint(number, laid_out(weights[:fewer], dim), fewer),
                 strict=True,
             ):
                 a, b = (trace.leaves[leaf].by_sample(value, samples) for value in (once, often))
-                found += [(a, a[:1]), (b, own * a[:1]), (other.leaves[leaf].by_sample(alone, fewer), a[:1])]
+                c = other.leaves[leaf].by_sample(alone, fewer)
+                found += [(a, a[:1]), (b, own.unsqueeze(1) * a[:1]), (c, a[:1])]
             if not all(
                 torch.allclose(a, b.expand_as(a), rtol=1e-9, atol=1e-9 * (1 + float(b.abs().max()))) for a, b in found
             ):
