@@ -51,6 +51,7 @@ def no_flip_radius(model: SpikingClassifier, x: Tensor, *, batch_size: int = 64)
 
     Examples:
         >>> from spikingjelly.activation_based import neuron
+        >>> from torch import nn
         >>> net = nn.Sequential(nn.Linear(1, 2, bias=False), neuron.IFNode(step_mode="m"))
         >>> _ = net[0].weight.data.copy_(torch.tensor([[1.0], [2.0]]))
         >>> no_flip_radius(SpikingClassifier(net, T=1), torch.tensor([[0.4], [0.6]]))
