@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sj_robust.classifier import SpikingClassifier, step_mode_of
 from sj_robust.stability._affine import INPUT
+from sj_robust.stability.gain import NeuronGains
 
 __all__ = ["Moved", "first_frame", "measure"]
 
@@ -32,11 +33,11 @@ class Moved:
     _eps: Tensor | float = 0.0
     _step: int = 0
 
-    def charge(self, x_seq: Tensor, decay: float, input_gain: Tensor) -> None:
+    def charge(self, x_seq: Tensor, gains: NeuronGains) -> None:
         """Follow the perturbation through the next steps with input currents [T, 2 N, *]."""
         for x in x_seq:
             clean, perturbed = x.double().flatten(1).chunk(2)
-            eps = decay * self._eps + float(input_gain[self._step]) * (clean - perturbed)
+            eps = gains.decay * self._eps + float(gains.input_gain[self._step]) * (clean - perturbed)
             self._eps = eps
             self._step += 1
             squared = eps.square().sum(1)
@@ -53,14 +54,11 @@ class Moved:
 
 @torch.no_grad()
 def measure(
-    classifier: SpikingClassifier,
-    x: Tensor,
-    x_perturbed: Tensor,
-    layers: Mapping[str, tuple[float, Tensor] | None],
+    classifier: SpikingClassifier, x: Tensor, x_perturbed: Tensor, layers: Mapping[str, NeuronGains | None]
 ) -> dict[str, Moved]:
     """Run a classifier on pairs, in evaluation mode as it is, and tell what moved, by layer and for :data:`INPUT`.
 
-    ``layers`` holds decay and input gain [T] by name in ``classifier.net``; None where only the output counts.
+    ``layers`` holds gains over T steps by name in ``classifier.net``; None where only the output counts.
     """
     net = classifier.net
     net_mode = "m" if _is_multi_step(classifier) else "s"
@@ -73,20 +71,20 @@ def measure(
         once = _is_one_frame(classifier, x, args[0])
         moved[INPUT].send(steps(args[0], "s" if once else net_mode), classifier.T if once else 1)
 
-    def follow(name: str, charging: tuple[float, Tensor] | None) -> Any:
+    def follow(name: str, gains: NeuronGains | None) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             # A single-step neuron may stand in a container that hands it the steps in turn.
             mode = str(getattr(module, "step_mode", net_mode))
-            if charging is not None:
-                moved[name].charge(steps(args[0], mode), *charging)
+            if gains is not None:
+                moved[name].charge(steps(args[0], mode), gains)
             moved[name].send(steps(output, mode))
 
         return hook
 
     with ExitStack() as stack:
         stack.callback(net.register_forward_pre_hook(enter).remove)
-        for name, charging in layers.items():
-            stack.callback(net.get_submodule(name).register_forward_hook(follow(name, charging)).remove)
+        for name, gains in layers.items():
+            stack.callback(net.get_submodule(name).register_forward_hook(follow(name, gains)).remove)
         classifier(torch.cat((x, x_perturbed)))
     return moved
 

@@ -105,13 +105,8 @@ def certify(
         )
         moved: dict[str, Moved] | None = None
         if x_perturbed is not None:
-            charging = {
-                name: (gains[name].decay, gains[name].input_gain)
-                if name in gains and layer.not_covered is None
-                else None
-                for name, layer in maps.items()
-            }
-            moved = measure(classifier, x, x_perturbed, charging)
+            covered = {name: gains.get(name) if layer.not_covered is None else None for name, layer in maps.items()}
+            moved = measure(classifier, x, x_perturbed, covered)
     layers = []
     for name, layer in maps.items():
         kind = type(classifier.net.get_submodule(name)).__name__

@@ -232,10 +232,7 @@ def _checked(decay: float | Tensor, T: int, input_gain: Tensor | Sequence[float]
 
 
 def _per_sequence(
-    gain: Callable[[Array, Array], Array],
-    decay: float | Tensor,
-    T: int,
-    input_gain: Tensor | Sequence[float] | None,
+    gain: Callable[[Array, Array], Array], decay: float | Tensor, T: int, input_gain: Tensor | Sequence[float] | None
 ) -> Tensor:
     """Apply ``gain(decays [n], gains [T, n])`` to every sequence of a batch; gains are scaled to a largest of 1."""
     decays, gains = (value.detach().cpu() for value in _checked(decay, T, input_gain))
