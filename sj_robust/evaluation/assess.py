@@ -2,11 +2,11 @@
 
 import math
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,14 +32,16 @@ from sj_robust.evaluation.masking import diagnose
 from sj_robust.evaluation.member import Member, fools, scored
 from sj_robust.evaluation.outcome import MemberOutcome, SuiteOutcome
 from sj_robust.evaluation.progress import Position, computed_once
-from sj_robust.evaluation.proofs import Proofs, check_proofs, prove
+from sj_robust.evaluation.proofs import check_proofs, prove
 from sj_robust.evaluation.robustness_report import RobustnessReport
-from sj_robust.evaluation.runner import Batches, data_fingerprint, rank_and_world_size, releases, run_suite
+from sj_robust.evaluation.runner import Batches, data_fingerprint, gathered, rank_and_world_size, releases, run_suite
 from sj_robust.evaluation.subject import Subject, describe_network
 from sj_robust.evaluation.suites import Suite, SuiteName, make_suite
 from sj_robust.randomness import SampleSeeds
 
 __all__ = ["assess"]
+
+_Found = TypeVar("_Found")
 
 _FIRST = 256
 """Images that firing is counted on, estimators are chosen on and accuracy over eps is measured on, at most."""
@@ -143,7 +145,7 @@ def assess(
     if not control:
         plan = replace(plan, control=())
     say(f"suite {plan.name}: {plan.description}; {len(plan.members)} attacks, {len(plan.control)} of the control")
-    outcome = parts.run("suite", batches, (*plan.members, *plan.control), threat, verified=verified or ())
+    outcome = parts.run("suite", batches, (*plan.members, *plan.control), threat=threat, verified=verified or ())
     curve, levels = _curve_of(outcome, threat), outcome.members
     if not curve:
         curve, levels = parts.over_eps(few, chosen[0] if chosen else "training")
@@ -201,25 +203,16 @@ class _Parts:
         self.say(f"choosing among {len(settings.candidates)} gradient estimators")
 
         def compute() -> list[dict[str, Any]]:
-            seeds = SampleSeeds(range(len(self.y))).derived("sweep", self.seed)
-            if bool(fools(self.model, self.x, self.y, draws=self.draws, seeds=seeds).all()):
+            few, seeds = (self.model, self.x, self.y), SampleSeeds(range(len(self.y))).derived("sweep", self.seed)
+            if bool(fools(*few, draws=self.draws, seeds=seeds).all()):
                 return []
+            attack = short_attack(self.threat, settings.steps, draws=self.draws)
             trials = search_estimators(
-                self.model,
-                self.x,
-                self.y,
-                threat=self.threat,
-                settings=settings,
-                attack=short_attack(self.threat, settings.steps, draws=self.draws),
-                draws=self.draws,
-                seeds=seeds,
+                *few, threat=self.threat, settings=settings, attack=attack, draws=self.draws, seeds=seeds
             )
             return [asdict(trial) for trial in trials]
 
-        trials: list[dict[str, Any]] = self._computed_once(
-            "estimators.json", self.key | {"settings": repr(settings)}, compute
-        )
-        return trials
+        return self._computed_once("estimators.json", self.key | {"settings": repr(settings)}, compute)
 
     def proofs(self, batches: Batches) -> dict[str, Any]:
         """Images that are verified, how far the potential can move, seconds; or why nothing is proved."""
@@ -235,8 +228,7 @@ class _Parts:
             bound = {"member": _BOUND, "samples": found.total, "layers": found.potential}
             return {"verified": verified, "potential": [bound], "seconds": time.perf_counter() - start}
 
-        proved: dict[str, Any] = self._computed_once("proofs.json", self.key, compute)
-        return proved
+        return self._computed_once("proofs.json", self.key, compute)
 
     def proofs_over_eps(
         self, few: Batches, curve: Sequence[Mapping[str, Any]], levels: Sequence[MemberOutcome]
@@ -244,36 +236,21 @@ class _Parts:
         """Rows of what is verified at the radii of a curve; ValueError if an attack of it breaks such an image."""
         self.say("proofs over eps")
 
-        def compute() -> dict[str, Sequence[int]]:
-            radii = [parse_eps(row["eps"]) for row in curve]
-            return dict(prove(self.model, few, radii).verified)
-
-        radii = ", ".join(row["eps"] for row in curve)
-        verified = self._computed_once("proofs_over_eps.json", self.key | {"radii": radii}, compute)
+        radii = [row["eps"] for row in curve]
+        verified = self._computed_once(
+            "proofs_over_eps.json",
+            self.key | {"radii": ", ".join(radii)},
+            lambda: dict(prove(self.model, few, [parse_eps(eps) for eps in radii]).verified),
+        )
         for eps, numbers in verified.items():
             check_proofs(levels, numbers, parse_eps(eps))
-        return Proofs(verified, len(self.y)).rows()
+        return [{"eps": eps, "verified": len(numbers), "total": len(self.y)} for eps, numbers in verified.items()]
 
-    def run(
-        self,
-        name: str,
-        batches: Batches,
-        members: Sequence[Member],
-        threat: ThreatModel,
-        verified: Collection[int] = (),
-    ) -> SuiteOutcome:
+    def run(self, name: str, batches: Batches, members: Sequence[Member], **what: Any) -> SuiteOutcome:
         """Outcome of members on images."""
         folder = self.folder and self.folder / name
         return run_suite(
-            self.model,
-            batches,
-            members,
-            threat=threat,
-            seed=self.seed,
-            folder=folder,
-            draws=self.draws,
-            verified=verified,
-            on_step=self.on_step,
+            self.model, batches, members, seed=self.seed, folder=folder, draws=self.draws, on_step=self.on_step, **what
         )
 
     def over_eps(self, few: Batches, estimator: str) -> tuple[list[dict[str, Any]], tuple[MemberOutcome, ...]]:
@@ -281,7 +258,7 @@ class _Parts:
         self.say("accuracy over the number of changes" if self.threat.of_events else "accuracy over eps")
         radii = _radii(self.threat, elements=self.x[0].numel())
         levels = [_level(replace(self.threat, eps=radius), estimator, self.draws) for radius in radii]
-        outcome = self.run("over_eps", few, levels, replace(self.threat, eps=max(radii)))
+        outcome = self.run("over_eps", few, levels, threat=replace(self.threat, eps=max(radii)))
         kind = short_attack_name(self.threat) + ("" if self.threat.of_events else " 20")
         return _curve(outcome, outcome.members, [f"{kind}, {estimator}"] * len(levels)), outcome.members
 
@@ -295,16 +272,15 @@ class _Parts:
             return [asdict(finding) for finding in found]
 
         of_source = {} if source is None else {"source": fingerprint(source)}
-        found: list[dict[str, Any]] = self._computed_once("findings.json", self.key | of_source, compute)
-        return found
+        return self._computed_once("findings.json", self.key | of_source, compute)
 
-    def _computed_once(self, name: str, key: Mapping[str, str], compute: Callable[[], Any]) -> Any:
+    def _computed_once(self, name: str, key: Mapping[str, str], compute: Callable[[], _Found]) -> _Found:
         """What the first process computes or an earlier run has computed, on every process."""
-        rank, processes = rank_and_world_size()
-        result: list[Any] = [computed_once(self.folder and self.folder / name, key, compute) if rank == 0 else []]
-        if processes > 1:
-            torch.distributed.broadcast_object_list(result)
-        return result[0]
+        rank, _ = rank_and_world_size()
+        found: dict[int, _Found] = {}
+        if rank == 0:
+            found[0] = computed_once(self.folder and self.folder / name, key, compute)
+        return gathered(found)[0]
 
 
 def _check_draws(model: nn.Module, x: Tensor, y: Tensor, draws: int) -> None:

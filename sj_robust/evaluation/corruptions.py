@@ -56,10 +56,6 @@ def default_corruptions(images: Tensor) -> tuple[Corruption, ...]:
 
     Raises:
         ValueError: If these are no images of one or three channels.
-
-    Examples:
-        >>> len(default_corruptions(torch.rand(2, 3, 32, 32)))  # doctest: +SKIP
-        75
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(
@@ -74,13 +70,8 @@ def corrupted(x: Tensor, corruption: Corruption, *, seed: int, start: int = 0) -
     """Images with a corruption, each from its own seed; they pass through 8 bits. 添加常见损坏。
 
     Images below 32 pixels to a side, which the library refuses, are extended by their edge and cut again. Severities
-    are those of ImageNet-C, and harder on small images than those of CIFAR-10-C.
-
-    Args:
-        x: Images [N, C, H, W] in [0, 1] of one or three channels.
-        corruption: What is done.
-        seed: Seeds everything.
-        start: Number of the first image in the data set, part of its seed.
+    are those of ImageNet-C, and harder on small images than those of CIFAR-10-C. ``x`` is [N, C, H, W] in [0, 1] of one
+    or three channels; ``start`` is the number of its first image in the data set, part of that image's seed.
 
     Raises:
         ModuleNotFoundError: If imagecorruptions is not installed.

@@ -172,19 +172,19 @@ def short_attack_name(threat: ThreatModel) -> str:
 
 def event_attack(threat: ThreatModel) -> "partial[Tensor]":
     """The guided attack of a threat of events, its budget bound."""
-    if threat.norm == "L0":
-        return partial(flip_events, flips=int(threat.eps))
-    return partial(move_events, **_moves(threat))
+    return partial(flip_events if threat.norm == "L0" else move_events, **_budget(threat))
 
 
 def random_event_attack(threat: ThreatModel, *, allow: Allow) -> "partial[Tensor]":
     """Its random control; moves neither add nor remove events, whatever ``allow`` says."""
     if threat.norm == "L0":
-        return partial(random_flips, flips=int(threat.eps), allow=allow)
-    return partial(random_moves, **_moves(threat))
+        return partial(random_flips, **_budget(threat), allow=allow)
+    return partial(random_moves, **_budget(threat))
 
 
-def _moves(threat: ThreatModel) -> dict[str, Any]:
+def _budget(threat: ThreatModel) -> dict[str, Any]:
+    if threat.norm == "L0":
+        return {"flips": int(threat.eps)}
     return {"moves": int(threat.eps), "largest_shift": threat.largest_shift, "total_shift": threat.total_shift}
 
 

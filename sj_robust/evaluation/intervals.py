@@ -45,11 +45,6 @@ def difference_interval(count: int, total: int, other_count: int, other_total: i
     ``d + sqrt((u2 - p2)^2 + (p1 - l1)^2)`` around ``d = p2 - p1``.
 
     Source: Newcombe, "Interval estimation for the difference between independent proportions" (1998), method 10.
-
-    Examples:
-        >>> low, high = difference_interval(48, 80, 56, 70)
-        >>> round(low, 4), round(high, 4)
-        (0.0524, 0.3339)
     """
     low, high = wilson_interval(count, total)
     other_low, other_high = wilson_interval(other_count, other_total)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,9 @@ from sj_robust.evaluation.subject import Subject, check_fits
 from sj_robust.evaluation.suites import SuiteName
 
 __all__ = ["evaluate", "stress"]
+
+_Display = tuple[Callable[[str], None], Callable[[Position], None] | None]
+"""What says which part begins, and what is called after every step."""
 
 
 def evaluate(
@@ -95,7 +98,7 @@ def evaluate(
         6
     """
     with _prepared(model, x, y, T, mean, std, batch_size, name, dataset, folder, progress) as ready:
-        subject, batches, classes, say, on_step, frames = ready
+        subject, batches, classes, frames, (say, on_step) = ready
         threat = ThreatModel(norm or ("L0" if frames else "Linf"), parse_eps(eps), largest_shift, total_shift)
         return assess(
             subject, batches, suite=suite or ("events" if frames else "standard"), threat=threat, dataset=dataset,
@@ -168,24 +171,13 @@ def stress(
         (6, ('weight_bits',))
     """
     with _prepared(model, x, y, T, mean, std, batch_size, name, dataset, folder, progress) as ready:
-        subject, batches, _, say, on_step, frames = ready
+        subject, batches, _, frames, (say, on_step) = ready
         threat = ThreatModel(norm or ("L0" if frames else "Linf"), parse_eps(eps), largest_shift, total_shift)
         return stress_network(
             subject, batches, suite=suite, threat=threat, dataset=dataset, faults=faults, draws=draws, steps=steps,
             seed=seed, folder=None if folder is None else Path(folder),
             configuration={"T": T, "mean": mean, "std": std}, say=say, on_step=on_step,
         )  # fmt: skip
-
-
-class _Ready(NamedTuple):
-    """A network and its images, as an evaluation takes them."""
-
-    subject: Subject
-    batches: Batches
-    classes: int
-    say: Callable[[str], None]
-    on_step: Callable[[Position], None] | None
-    frames: bool
 
 
 @contextmanager
@@ -201,18 +193,18 @@ def _prepared(
     dataset: str,
     folder: str | Path | None,
     progress: bool,
-) -> Iterator[_Ready]:
-    """Network and images that belong together, in evaluation mode and full precision; see :func:`evaluate`."""
+) -> Iterator[tuple[Subject, Batches, int, bool, _Display]]:
+    """Network, images, number of classes, whether images are event frames, display; in evaluation mode and exact."""
     batches, first = _batches(x, y, batch_size)
     frames = first.ndim == 5
     classifier = as_classifier(model, T, mean=mean, std=std, frames=frames)
     network = classifier.net if isinstance(classifier, SpikingClassifier) else classifier
     subject = Subject(name or type(network).__name__, classifier, type(network).__name__)
     device = device_of(classifier)
-    with evaluation_mode(classifier), full_precision(device), _shown(progress) as (say, on_step):
+    with evaluation_mode(classifier), full_precision(device), _shown(progress) as display:
         classes = check_fits(subject, first[:1].to(device), None, dataset)
         try:
-            yield _Ready(subject, batches, classes, say, on_step, frames)
+            yield subject, batches, classes, frames, display
         except KeyboardInterrupt as stopped:
             stopped.add_note(
                 "the network is as it was; with folder=... the next evaluation could be continued"
@@ -250,8 +242,7 @@ def _batches(x: Tensor | Batches | Dataset[tuple[Tensor, ...]], y: Tensor | None
 
 
 @contextmanager
-def _shown(progress: bool) -> Iterator[tuple[Callable[[str], None], Callable[[Position], None] | None]]:
-    """What says which part begins, and what is called after every step."""
+def _shown(progress: bool) -> Iterator[_Display]:
     if not progress:
         yield lambda text: None, None
     elif find_spec("rich") is None:  # of the extra recipes

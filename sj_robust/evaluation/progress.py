@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import IO, Any
 
 from filelock import FileLock, Timeout
@@ -13,8 +14,6 @@ from filelock import FileLock, Timeout
 from sj_robust._saved import naming, write_whole
 
 __all__ = ["BatchLog", "Position", "Progress", "TimeLeft", "computed_once"]
-
-_KEY_FILE = "key.json"
 
 
 class Progress:
@@ -26,25 +25,18 @@ class Progress:
 
     Raises:
         ValueError: If the folder holds records of another key.
-
-    Examples:
-        >>> with Progress(None, {"seed": "0"}).batch(3) as log:
-        ...     log.append({"member": "pgd"})
-        ...     log.records
-        [{'member': 'pgd'}]
     """
 
     def __init__(self, folder: Path | None, key: Mapping[str, str]) -> None:
         """Compare the key with the one on disk; see the class."""
         self._folder = folder
-        if folder is None:
-            return
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / _KEY_FILE
-        if path.is_file():
-            _check_key(_read(path), key, folder)
-        else:
-            write_whole(path, json.dumps(dict(key), indent=2) + "\n")
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            path = folder / "key.json"
+            if path.is_file():
+                _check_key(_read(path), key, folder)
+            else:
+                write_whole(path, json.dumps(dict(key), indent=2) + "\n")
 
     @contextmanager
     def batch(self, number: int) -> Iterator["BatchLog"]:
@@ -64,10 +56,9 @@ class Progress:
                 f"{path} is being written by another process: is this evaluation running already?"
             ) from error
         with taken, naming(path), path.open("ab") as file:
-            content = path.read_bytes()
-            whole = _whole_length(content)
-            file.truncate(whole)
-            yield BatchLog([json.loads(line) for line in content[:whole].splitlines()], file)
+            records = [*_whole_records(path.read_bytes())]
+            file.truncate(sum(length for _, length in records))
+            yield BatchLog([record for record, _ in records], file)
 
 
 @dataclass(frozen=True)
@@ -108,15 +99,7 @@ class Position:
 
 
 class TimeLeft:
-    """Estimate from the mean time of each member on its batches, since members differ by orders of magnitude.
-
-    Examples:
-        >>> left = TimeLeft(["fast", "slow"], batches=3)
-        >>> left.add("fast", 1.0)
-        >>> left.add("slow", 10.0)
-        >>> left.seconds()
-        22.0
-    """
+    """Estimate from the mean time of each member on its batches, since members differ by orders of magnitude."""
 
     def __init__(self, names: Sequence[str], batches: int) -> None:
         """Nothing is done yet."""
@@ -132,11 +115,7 @@ class TimeLeft:
     def seconds(self) -> float:
         """Members that have not run yet are taken for as long as the mean of those that have."""
         usual = sum(map(sum, self._times.values())) / max(1, self.done)
-        left = 0.0
-        for times in self._times.values():
-            mean = sum(times) / len(times) if times else usual
-            left += mean * (self._batches - len(times))
-        return left
+        return sum(fmean(times or [usual]) * (self._batches - len(times)) for times in self._times.values())
 
 
 def computed_once(path: Path | None, key: Mapping[str, str], compute: Callable[[], Any]) -> Any:
@@ -178,15 +157,13 @@ def _read(path: Path) -> Any:
         raise ValueError(f"{path} is damaged ({error}); evaluate into another folder") from error
 
 
-def _whole_length(content: bytes) -> int:
-    """Length of the leading lines that are complete records."""
-    length = 0
+def _whole_records(content: bytes) -> Iterator[tuple[dict[str, Any], int]]:
+    """The complete records that a file begins with, and how long each is."""
     for line in content.splitlines(keepends=True):
         try:
             record = json.loads(line)
         except ValueError:
-            break
+            return
         if not line.endswith(b"\n") or not isinstance(record, dict):
-            break
-        length += len(line)
-    return length
+            return
+        yield record, len(line)

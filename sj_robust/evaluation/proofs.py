@@ -1,8 +1,7 @@
 """Proofs beside attacks: which images of an evaluation no perturbation in the ball can turn."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -27,11 +26,7 @@ class Proofs:
 
     verified: Mapping[str, tuple[int, ...]]
     total: int
-    potential: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-
-    def rows(self) -> list[dict[str, Any]]:
-        """Rows with ``eps``, ``verified`` and ``total``."""
-        return [{"eps": eps, "verified": len(numbers), "total": self.total} for eps, numbers in self.verified.items()]
+    potential: Mapping[str, tuple[float, ...]]
 
 
 def prove(model: nn.Module, batches: Iterable[tuple[Tensor, ...]], radii: Sequence[float]) -> Proofs:
@@ -62,15 +57,7 @@ def prove(model: nn.Module, batches: Iterable[tuple[Tensor, ...]], radii: Sequen
 
 
 def check_proofs(members: Iterable[MemberOutcome], verified: Iterable[int], eps: float) -> None:
-    """Raise ValueError if an attack of at most this radius breaks an image that is verified: one of them has a bug.
-
-    Examples:
-        >>> pgd = MemberOutcome("pgd", "training", "", 0.1, (0,), (0,), (), 0.1, 1.0)
-        >>> check_proofs([pgd], {0}, 0.1)  # doctest: +ELLIPSIS
-        Traceback (most recent call last):
-        ...
-        ValueError: image 0 is verified at eps 0.1 and broken by 'pgd': proof or attack has a bug; ...
-    """
+    """Raise ValueError if an attack of at most this radius breaks an image that is verified: one of them has a bug."""
     proved = frozenset(verified)
     for member in members:
         if member.eps is not None and member.eps <= eps and (both := proved.intersection(member.broken)):

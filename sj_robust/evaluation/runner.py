@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +22,9 @@ from sj_robust.evaluation.worst_case import MemberRun, run_members
 from sj_robust.perturbation import MPPDMonitor
 from sj_robust.randomness import SampleSeeds, seeded_globals
 
-__all__ = ["Batches", "data_fingerprint", "rank_and_world_size", "releases", "run_suite"]
+__all__ = ["Batches", "data_fingerprint", "gathered", "rank_and_world_size", "releases", "run_suite"]
+
+_Part = TypeVar("_Part")
 
 Batches = Iterable[tuple[Tensor, ...]]
 """Images and labels in a fixed order, iterable more than once."""
@@ -109,7 +111,7 @@ def run_suite(
                     run.batch(number, start, batch[0], batch[1], log)
                 records[number] = log.records
             start += len(batch[1])
-    return _outcome(labels, sizes, tuple(members), _gathered(records))
+    return _outcome(labels, sizes, members, gathered(records))
 
 
 def releases() -> str:
@@ -119,13 +121,7 @@ def releases() -> str:
 
 
 def data_fingerprint(batches: Batches) -> str:
-    """Digest of all images and labels, whatever the batch size. 数据指纹。
-
-    Examples:
-        >>> x, y = torch.rand(4, 1, 2, 2), torch.zeros(4, dtype=torch.int64)
-        >>> data_fingerprint([(x, y)]) == data_fingerprint([(x[:1], y[:1]), (x[1:], y[1:])])
-        True
-    """
+    """Digest of all images and labels, whatever the batch size. 数据指纹。"""
     return _survey(batches)[2]
 
 
@@ -135,6 +131,14 @@ def rank_and_world_size() -> tuple[int, int]:
     if not (distributed.is_available() and distributed.is_initialized()):
         return 0, 1
     return distributed.get_rank(), distributed.get_world_size()
+
+
+def gathered(records: dict[int, _Part]) -> dict[int, _Part]:
+    """The numbered records of all processes, on each of them and in their order."""
+    parts = [records] * rank_and_world_size()[1]
+    if len(parts) > 1:
+        torch.distributed.all_gather_object(parts, records)
+    return dict(sorted((number, record) for part in parts for number, record in part.items()))
 
 
 @dataclass(frozen=True)
@@ -229,7 +233,7 @@ def _survey(batches: Batches) -> tuple[tuple[int, ...], list[int], str]:
     sizes: list[int] = []
     images: list[str] = []
     for batch in batches:
-        x, y = batch[0], batch[1]
+        x, y = batch[:2]
         check_images(x)
         check_labels(y, x)
         sizes.append(len(y))
@@ -243,7 +247,7 @@ def _survey(batches: Batches) -> tuple[tuple[int, ...], list[int], str]:
 def _outcome(
     labels: tuple[int, ...],
     sizes: Sequence[int],
-    members: tuple[Member, ...],
+    members: Sequence[Member],
     records: Mapping[int, list[dict[str, Any]]],
 ) -> SuiteOutcome:
     """Put the batches together; numbers within a batch become numbers within the data set."""
@@ -273,13 +277,3 @@ def _outcome(
     )
     said = sorted({text for rows in records.values() for record in rows for text in record.get("warnings", ())})
     return SuiteOutcome(labels, numbers(0, "right"), tuple(outcomes), potential, tuple(said))
-
-
-def _gathered(records: dict[int, list[dict[str, Any]]]) -> dict[int, list[dict[str, Any]]]:
-    """The records of all processes, on each of them."""
-    processes = rank_and_world_size()[1]
-    if processes == 1:
-        return records
-    parts: list[dict[int, list[dict[str, Any]]] | None] = [None] * processes
-    torch.distributed.all_gather_object(parts, records)
-    return {number: rows for part in parts if part is not None for number, rows in part.items()}

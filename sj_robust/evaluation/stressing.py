@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from torch import nn
 
 from sj_robust._checks import check_count
@@ -19,7 +18,7 @@ from sj_robust.evaluation.faults import Fault, default_faults, faulty
 from sj_robust.evaluation.fingerprint import fingerprint
 from sj_robust.evaluation.member import Member, fools
 from sj_robust.evaluation.progress import Position, TimeLeft, computed_once
-from sj_robust.evaluation.runner import Batches, data_fingerprint, rank_and_world_size, releases
+from sj_robust.evaluation.runner import Batches, data_fingerprint, gathered, rank_and_world_size, releases
 from sj_robust.evaluation.stress_card import StressCard, StressRow
 from sj_robust.evaluation.subject import Subject, describe_network
 from sj_robust.evaluation.worst_case import run_members
@@ -74,6 +73,7 @@ def stress_network(
     Source: as of :func:`sj_robust.evaluation.stress`.
 
     Examples:
+        >>> import torch
         >>> from sj_robust.classifier import SpikingClassifier
         >>> mine = Subject("mine", SpikingClassifier(nn.Sequential(nn.Flatten(2), nn.Linear(4, 3)), T=2), "one layer")
         >>> batches = [(torch.rand(6, 1, 2, 2), torch.arange(6) % 3)]
@@ -113,7 +113,7 @@ def stress_network(
         left.add(names[number], time.perf_counter() - began)
         if on_step is not None:
             on_step(Position(number, len(names), names[number], left.done, left.total, left.seconds()))
-    rows = _gathered(rows)
+    rows = gathered(rows)
     measured = [
         StressRow(fault.kind, fault.level, **row)
         for number, fault in enumerate(faults, 1)
@@ -165,12 +165,3 @@ def _counted(
             attacked += int(right.sum() - run.fooled.sum())
             start += len(y)
         yield clean, attacked
-
-
-def _gathered(rows: dict[int, dict[str, Any]]) -> dict[int, dict[str, Any]]:
-    """The rows of all processes, on each of them, in their order."""
-    processes = rank_and_world_size()[1]
-    parts: list[Any] = [rows] * processes
-    if processes > 1:
-        torch.distributed.all_gather_object(parts, rows)
-    return dict(sorted((number, row) for part in parts for number, row in part.items()))

@@ -222,13 +222,9 @@ def _checkpoint_file(path: Path) -> Path:
         return pretrained_file(path.as_posix())
     if not path.is_dir():
         near = _listed(path.parent)
-        hint = (
-            f"; in {path.parent} there are {near}" if near else "; give a checkpoint such as runs/NAME/NETWORK/best.pt"
-        )
-        raise FileNotFoundError(f"{path} does not exist{hint}")
-    if (path / "best.pt").is_file():
-        return path / "best.pt"
-    found = sorted(path.glob("*/best.pt"))
+        hint = f"in {path.parent} there are {near}" if near else "give a checkpoint such as runs/NAME/NETWORK/best.pt"
+        raise FileNotFoundError(f"{path} does not exist; {hint}")
+    found = sorted(path.glob("best.pt")) or sorted(path.glob("*/best.pt"))
     if len(found) == 1:
         return found[0]
     if found:

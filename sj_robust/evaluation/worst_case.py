@@ -116,15 +116,7 @@ def worst_case(
 
 
 class MemberRun(NamedTuple):
-    """What one member did to a batch.
-
-    Attributes:
-        member: The member.
-        rows: Numbers of the samples that it attacked, [n] int64.
-        x_adv: Its images of these samples.
-        fooled: Whether the true network gets them wrong, [n] bool.
-        seconds: Time for crafting and scoring.
-    """
+    """What one member made of the samples ``rows`` [n] of a batch, and whether the true network gets that wrong [n]."""
 
     member: Member
     rows: Tensor
@@ -145,21 +137,10 @@ def run_members(
     known: Sequence[Sequence[int]] = (),
     spared: Mapping[str, Tensor] | None = None,
 ) -> Iterator[MemberRun]:
-    """Run members in their order, each on what is classified right and still stands in its group.
+    """Run members in their order, each on what is ``correct`` [N] and still stands in its group.
 
-    Args:
-        model: As in :func:`worst_case`, and so are the other arguments without a line here.
-        x: Images.
-        y: Labels.
-        members: What is run.
-        correct: Samples that are classified right, [N] bool.
-        seeds: One seed per sample.
-        draws: Forwards of the scoring.
-        known: Samples that the first members have fooled in an earlier run; these members are not run again.
-        spared: By name of a member, samples [N] bool that it cannot fool and does not attack.
-
-    Yields:
-        What each of the other members did.
+    The first members, whose fooled samples are ``known`` from an earlier run, are not run again. ``spared`` are, by
+    name of a member, samples [N] bool that it cannot fool and does not attack.
     """
     standing = {member.group: correct.clone() for member in members}
     for index, member in enumerate(members):
