@@ -1,12 +1,12 @@
-"""The networks of the attacks' tests as fixtures, the trained one among them, and points around a border."""
+"""The networks of the attacks' tests as fixtures, the trained ones among them, and points around a border."""
 
 import pytest
 import torch
-from attacks.conftest import batch, model, trained
+from attacks.conftest import bars, batch, model, trained
 from attacks.table import linear_model
 from torch import nn
 
-__all__ = ["batch", "digits", "model", "trained"]
+__all__ = ["bars", "batch", "digits", "model", "trained"]
 
 
 @pytest.fixture

@@ -6,20 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from attacks.moving_bars import frames, moving_bars, trained_model
-from attacks.table import Trained
+from attacks.moving_bars import frames
 from evaluation.short_suite import shortened
 from torch import nn
 
 from sj_robust import SpikingClassifier
 from sj_robust.attacks import SampleSeeds, count_flips, flip_events, random_flips
-from sj_robust.evaluation import (
-    Member,
-    RobustnessReport,
-    ThreatModel,
-    craft,
-    make_suite,
-)
+from sj_robust.evaluation import Member, RobustnessReport, ThreatModel, craft, make_suite
 from sj_robust.evaluation import assess as whole
 from sj_robust.evaluation.subject import Subject
 
@@ -28,13 +21,7 @@ CHOSEN = ("pdsg", "atan:2", "assg")
 
 
 @pytest.fixture(scope="module")
-def bars() -> Trained:
-    return Trained(trained_model(), *moving_bars(24, torch.Generator().manual_seed(1)))
-
-
-@pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Where the progress of the evaluation is kept."""
     return tmp_path_factory.mktemp("progress")
 
 
@@ -86,9 +73,8 @@ class TestSuite:
         suite = make_suite("events", TEN, chosen=CHOSEN, classes=4)
         names = [member.name for member in suite.members]
         assert names[:3] == [f"flips/{name}/r0" for name in CHOSEN]
-        assert {"random_remove/training/r0", "random_both/training/r0", "flips_t/pdsg/r0", "flips/training/r0"} <= {
-            *names
-        }
+        others = {"random_remove/training/r0", "random_both/training/r0", "flips_t/pdsg/r0", "flips/training/r0"}
+        assert others <= set(names)
         for member in (*suite.members, *suite.control):
             assert member.threat == TEN
             assert member.attack.keywords["flips"] == 10
@@ -114,9 +100,8 @@ class TestSuite:
             with pytest.raises(ValueError, match=f"suite '{name}' does not fit a threat in L0; use the suite 'events'"):
                 make_suite(name, TEN, classes=4)
         for norm in ("Linf", "L2"):
-            with pytest.raises(
-                ValueError, match=rf"'events' does not fit a threat in {norm}; .*ThreatModel\('L0', k\)"
-            ):
+            message = rf"'events' does not fit a threat in {norm}; .*ThreatModel\('L0', k\)"
+            with pytest.raises(ValueError, match=message):
                 make_suite("events", ThreatModel(norm, 0.5), classes=4)
 
 

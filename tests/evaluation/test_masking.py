@@ -140,10 +140,7 @@ MASKS = {
     ),
     "restless network": (with_threshold(-1e4), {"saturated_layers": "Raise v_threshold"}),
     "large logits": (scaled, {"saturated_loss": "APGD-DLR"}),
-    "gradient turned round": (
-        before(masked.turned_everywhere),
-        {"loss_does_not_rise": "other estimators"},
-    ),
+    "gradient turned round": (before(masked.turned_everywhere), {"loss_does_not_rise": "other estimators"}),
     "gradient turned round beside the images": (
         before(masked.turned_beside_the_levels),
         {"single_step_beats_iterative": "random starts"},

@@ -32,15 +32,11 @@ SMALL = 0.01
 
 def assess(model=None, *, norm="Linf", change=None, **options):
     subject = Subject("mine", (model or classifier()).eval(), "one layer")
-    arguments = {
-        "suite": "fast",
-        "threat": ThreatModel(norm, SMALL),
-        "dataset": "made up",
-        "classes": 3,
-        "control": False,
-    } | options
+    options = {"suite": "fast", "control": False} | options
     with shortened(change):
-        return assessment.assess(subject, batches(), **arguments)
+        return assessment.assess(
+            subject, batches(), threat=ThreatModel(norm, SMALL), dataset="made up", classes=3, **options
+        )
 
 
 def first_attack(suite):
@@ -52,12 +48,16 @@ def proved():
     return assess(control=True)
 
 
-def test_verified_images_are_those_of_verify_over_the_batches(proved):
+def test_images_and_bounds_of_the_potential_are_those_of_verify_over_the_batches(proved):
     x, y = (torch.cat(parts) for parts in zip(*batches(), strict=True))
     result = verify(classifier().eval(), x, y, SMALL)
     assert proved.verified == tuple(number for number, one in enumerate(result.verified) if one)
     assert 0 < len(proved.verified) < len(proved.labels)
     assert prove(classifier().eval(), batches(7), [SMALL]).verified == {"0.01": proved.verified}
+    *measured, bound = proved.potential
+    assert bound["layers"]["net.parts.1"] == pytest.approx(result.layers[0].potential)
+    assert (bound["member"], bound["samples"]) == ("bound of all", 20)
+    assert {tuple(row["layers"]) for row in (*measured, bound)} == {("net.parts.1",)}
 
 
 def test_without_control_the_worst_case_is_the_same_and_everything(proved):
@@ -107,15 +107,6 @@ def test_the_bracket_and_what_is_undecided(proved):
     assert list(rows.values()) == sorted(rows.values(), reverse=True)
 
 
-def test_bounds_of_the_potential_stand_among_what_attacks_moved(proved):
-    x, y = (torch.cat(parts) for parts in zip(*batches(), strict=True))
-    (layer,) = verify(classifier().eval(), x, y, SMALL).layers
-    *measured, bound = proved.potential
-    assert bound["layers"]["net.parts.1"] == pytest.approx(layer.potential)
-    assert (bound["member"], bound["samples"]) == ("bound of all", 20)
-    assert {tuple(row["layers"]) for row in measured} == {("net.parts.1",)}
-
-
 def test_it_is_saved_shown_compared_and_drawn(proved, tmp_path):
     assert RobustnessReport.from_json(proved.to_json()) == proved
     content = json.loads(proved.to_json())
@@ -151,15 +142,12 @@ def test_a_false_proof_is_found_by_the_attack_over_eps(monkeypatch):
         assess()
 
 
-def test_a_network_without_bounds_is_attacked_alone_and_the_report_says_why():
+def test_a_network_or_norm_without_bounds_is_attacked_alone_and_the_report_says_why():
     made = assess(SpikingClassifier(Net(), T=3, encoder=PoissonEncoder()), draws=2, change=first_attack)
     assert made.verified is None
     assert made.verified_over_eps == ()
     (text,) = [text for text in made.warnings if text.startswith("Nothing is proved: ")]
     assert "PoissonEncoder" in text
-
-
-def test_other_norms_have_no_proofs():
     assert assess(norm="L2", change=first_attack).verified is None
 
 

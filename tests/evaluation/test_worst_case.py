@@ -13,6 +13,7 @@ from sj_robust.evaluation import Member, craft, fools, run_suite, worst_case
 
 EPS = 0.1
 LINF = ThreatModel("Linf", EPS)
+LINEAR = linear_model(36)
 
 
 def seeds(n, start=0):
@@ -21,10 +22,6 @@ def seeds(n, start=0):
 
 def pgd_member(name="pgd", *, attack=(), **options):
     return Member(name, partial(pgd, **{"eps": EPS, "step_size": EPS / 3, "steps": 4} | dict(attack)), **options)
-
-
-def first_two(x):
-    return x[:, :2]
 
 
 class TestWorstCase:
@@ -116,18 +113,16 @@ class TestCraft:
     def test_an_attack_that_leaves_its_budget_raises(self, batch, result, threat, error, message):
         member = Member("bad", lambda model, x, y, *, generator: result(x), threat=threat)
         with pytest.raises(error, match=message):
-            craft(linear_model(36), *batch, member, seeds=seeds(7))
+            craft(LINEAR, *batch, member, seeds=seeds(7))
         if threat.norm == "L2":
-            craft(linear_model(36), *batch, replace(member, threat=ThreatModel("L2", 0.6)), seeds=seeds(7))
+            craft(LINEAR, *batch, replace(member, threat=ThreatModel("L2", 0.6)), seeds=seeds(7))
 
     def test_an_attack_in_place_does_not_reach_the_callers_images(self, batch):
         x, y = batch
         before = x.clone()
 
-        def in_place(model, x, y, *, generator):
-            return x.zero_()
-
-        assert (craft(linear_model(36), x, y, Member("zero", in_place), seeds=seeds(7)) == 0).all()
+        in_place = Member("zero", lambda model, x, y, *, generator: x.zero_())
+        assert (craft(LINEAR, x, y, in_place, seeds=seeds(7)) == 0).all()
         assert torch.equal(x, before)
 
 
@@ -185,18 +180,14 @@ class TestFools:
         (lambda x, y: craft(LINEAR, x, y, pgd_member(), seeds=seeds(6)), ValueError, "one seed per image, 7, got 6"),
         (lambda x, y: craft(LINEAR, x, y, pgd_member(), seeds=torch.Generator()), TypeError, "got Generator"),
         (
-            lambda x, y: craft(first_two, x.flatten(1), y, pgd_member(estimator="atan:4"), seeds=seeds(7)),
+            lambda x, y: craft(LINEAR.forward, x, y, pgd_member(estimator="atan:4"), seeds=seeds(7)),
             TypeError,
             "estimator 'atan:4' of 'pgd' needs the network as an nn.Module",
         ),
         (lambda x, y: fools(LINEAR, x, y, draws=0, seeds=seeds(7)), ValueError, "draws must be >= 1, got 0"),
+        (lambda x, y: fools(lambda x: LINEAR(x) / 0, x, y, seeds=seeds(7)), ValueError, "logits must be finite"),
         (
-            lambda x, y: fools(lambda x: x.flatten(1) * float("nan"), x, y, seeds=seeds(7)),
-            ValueError,
-            "logits must be finite",
-        ),
-        (
-            lambda x, y: worst_case(LINEAR, x, y, [pgd_member(), pgd_member()], seeds=seeds(7)),
+            lambda x, y: worst_case(LINEAR, x, y, [pgd_member()] * 2, seeds=seeds(7)),
             ValueError,
             r"names of members must differ, got \['pgd', 'pgd'\]",
         ),
@@ -205,6 +196,3 @@ class TestFools:
 def test_wrong_use(batch, call, error, message):
     with pytest.raises(error, match=message):
         call(*batch)
-
-
-LINEAR = linear_model(36)
