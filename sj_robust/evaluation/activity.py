@@ -1,5 +1,6 @@
 """How much every spiking layer fires, so that a dead network is not called robust."""
 
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -86,33 +87,29 @@ def firing(model: nn.Module, x: Tensor, *, seed: int = 0) -> tuple[LayerActivity
 
 
 class _Count:
-    """Running counts of one layer; neurons of calls with other shapes are other neurons."""
+    """Spikes of every neuron of one layer; neurons of calls with other shapes are other neurons."""
 
     def __init__(self, neuron: str) -> None:
         self.neuron = neuron
-        self.spikes = 0
-        self.outputs = 0
-        self.ever: dict[torch.Size, Tensor] = {}
-        self.always: dict[torch.Size, Tensor] = {}
+        self.outputs: Counter[torch.Size] = Counter()  # of one neuron, over steps and images
+        self.spikes: dict[torch.Size, Tensor] = {}
 
-    def add(self, spikes: Tensor) -> None:
+    def add(self, fired: Tensor) -> None:
         """Count outputs [steps and images, *]."""
-        shape = spikes.shape[1:]
-        ever, always = spikes.any(0), spikes.all(0)
-        self.spikes += int(spikes.sum())
-        self.outputs += spikes.numel()
-        self.ever[shape] = self.ever[shape] | ever if shape in self.ever else ever
-        self.always[shape] = self.always[shape] & always if shape in self.always else always
+        shape = fired.shape[1:]
+        self.outputs[shape] += len(fired)
+        self.spikes[shape] = self.spikes.get(shape, 0) + fired.sum(0)
 
     def activity(self, name: str) -> LayerActivity:
         """The shares so far."""
-        neurons = sum(ever.numel() for ever in self.ever.values())
+        counts = [(spikes, self.outputs[shape]) for shape, spikes in self.spikes.items()]
+        neurons = sum(spikes.numel() for spikes, _ in counts)
         return LayerActivity(
             name,
             self.neuron,
-            rate=self.spikes / self.outputs,
-            silent=1.0 - sum(int(ever.sum()) for ever in self.ever.values()) / neurons,
-            saturated=sum(int(always.sum()) for always in self.always.values()) / neurons,
+            rate=sum(int(spikes.sum()) for spikes, _ in counts) / sum(spikes.numel() * most for spikes, most in counts),
+            silent=1.0 - sum(int((spikes > 0).sum()) for spikes, _ in counts) / neurons,
+            saturated=sum(int((spikes == most).sum()) for spikes, most in counts) / neurons,
         )
 
 

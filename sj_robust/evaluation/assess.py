@@ -13,9 +13,7 @@ from torch import Tensor, nn
 
 from sj_robust._environment import device_of, environment
 from sj_robust._eps import plain_eps
-from sj_robust.attacks.apgd import apgd
 from sj_robust.attacks.bridges import transfer
-from sj_robust.attacks.call import Attack
 from sj_robust.attacks.events import check_frames
 from sj_robust.attacks.threat import ThreatModel, eps_text, parse_eps
 from sj_robust.evaluation.activity import firing
@@ -293,12 +291,9 @@ def _check_draws(model: nn.Module, x: Tensor, y: Tensor, draws: int) -> None:
 
 def _with_transfer(suite: Suite, source: nn.Module, threat: ThreatModel) -> Suite:
     """The suite with attacks crafted on another network, and with those of the same cost in its control."""
-    attack: Attack
-    if threat.of_events:
-        # Without an end at the border of the source, where nothing would transfer.
+    attack = short_attack(threat, 50)
+    if threat.of_events:  # without an end at the border of the source, where nothing would transfer
         attack = partial(event_attack(threat), confidence=_FAR, reduce=False)
-    else:
-        attack = partial(apgd, eps=threat.eps, norm=threat.ball, steps=50)
     kind = CHANGES.get(threat.norm, "apgd_ce")
     crafted = Member(f"transfer/{kind}", transfer(source, attack), group="transfer", threat=threat)
     own = Member("control/transfer", attack, group="control", threat=threat)

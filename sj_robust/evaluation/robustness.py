@@ -59,11 +59,7 @@ def evaluate_attacks(
 
 
 def accuracy(
-    model: nn.Module,
-    batches: Iterable[tuple[Tensor, ...]],
-    attacks: Mapping[str, Attack],
-    *,
-    seed: int = 0,
+    model: nn.Module, batches: Iterable[tuple[Tensor, ...]], attacks: Mapping[str, Attack], *, seed: int = 0
 ) -> dict[str, float]:
     """The figures of :func:`evaluate_attacks` alone, in [0, 1], for use during training. 仅返回准确率。
 

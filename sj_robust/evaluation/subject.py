@@ -92,11 +92,7 @@ def from_checkpoint(path: Path, T: int | None = None, *, trust_code: bool = Fals
 
 
 def from_function(
-    text: str,
-    *,
-    T: int | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    text: str, *, T: int | None = None, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
 ) -> Subject:
     """A SpikingJelly network of your own. 载入用户自己的网络。
 
