@@ -194,7 +194,5 @@ def test_wrong_use(bars):
         whole.assess(subject, images, suite="events", threat=TEN, dataset="noise", classes=4)
     with pytest.raises(ValueError, match=r"binary event frames .* got values from 0 to 3"):
         evaluated(bars, batches=[(bars.x * 3, bars.y)])  # counts per frame
-    with pytest.raises(ValueError, match="suite 'standard' does not fit a threat in L0"):
-        evaluated(bars, suite="standard")
     with pytest.raises(ValueError, match="flips must be <= 1200, the elements of a sample, got 1201"):
         evaluated(bars, threat=ThreatModel("L0", 1201))

@@ -23,6 +23,7 @@ from sj_robust.evaluation.terminal import Display
 
 T = 3
 FEW = 6
+NORMAL = {"mean": [0.3], "std": [0.5]}
 
 
 def lif(mode):
@@ -65,19 +66,18 @@ def test_every_form_of_network_becomes_the_same_function(asked):
     multi, single = lif("m"), lif("s")
     single.load_state_dict(multi.state_dict())
     plain = nn.Sequential(nn.Flatten(), nn.Linear(16, 3))
-    mean, std = [0.3], [0.5]
-    wanted = SpikingClassifier(multi, T, mean=mean, std=std).eval()(x)
-    for net, options in ((multi, {"T": T, "mean": mean, "std": std}), (single, {"T": T, "mean": mean, "std": std})):
+    wanted = SpikingClassifier(multi, T, **NORMAL).eval()(x)
+    for net, options, logits in (
+        (multi, {"T": T} | NORMAL, wanted),
+        (single, {"T": T} | NORMAL, wanted),
+        (SpikingClassifier(multi, T, **NORMAL), {}, wanted),
+        (plain, NORMAL, plain((x - 0.3) / 0.5)),
+        (plain, {}, plain(x)),
+    ):
         sj_robust.evaluate(net, x, y, eps=0.1, progress=False, **options)
-        torch.testing.assert_close(asked[-1][1], wanted)
-    sj_robust.evaluate(SpikingClassifier(multi, T, mean=mean, std=std), x, y, eps=0.1, progress=False)
-    torch.testing.assert_close(asked[-1][1], wanted)
+        torch.testing.assert_close(asked[-1][1], logits)
     assert {call[0].architecture for call in asked} == {"Sequential"}
-    sj_robust.evaluate(plain, x, y, eps=0.1, progress=False)
-    torch.testing.assert_close(asked[-1][1], plain(x))
     assert asked[-1][0].model is plain
-    sj_robust.evaluate(plain, x, y, eps=0.1, mean=mean, std=std, progress=False)
-    torch.testing.assert_close(asked[-1][1], plain((x - 0.3) / 0.5))
 
 
 def test_every_form_of_images_is_the_same_evaluation(asked):
@@ -121,10 +121,6 @@ def test_wrong_use_says_what_to_do():
             sj_robust.evaluate(*arguments, eps=0.1, progress=False, **options)
 
 
-def without_times(report):
-    return [(member.name, member.fooled) for member in report.members], report.verified, report.findings
-
-
 @pytest.mark.slow
 def test_a_stop_leaves_the_network_as_it_was_and_the_next_call_goes_on(tmp_path, monkeypatch):
     x, y = images(FEW)
@@ -150,23 +146,25 @@ def test_a_stop_leaves_the_network_as_it_was_and_the_next_call_goes_on(tmp_path,
     done = (tmp_path / "kept" / "suite" / "batch-000000.jsonl").read_bytes()
     report = sj_robust.evaluate(net, x, y, folder=tmp_path / "kept", progress=False, **arguments)
     assert (tmp_path / "kept" / "suite" / "batch-000000.jsonl").read_bytes().startswith(done)
+    assert (report.name, report.architecture) == ("mine", "Net")
     subject = Subject("mine", SpikingClassifier(net, T).eval(), "Net")
     whole = assess(subject, [(x, y)], suite="paper", threat=ThreatModel("Linf", 0.1), dataset="images", classes=3)
-    assert without_times(report) == without_times(whole)
-    assert (report.name, report.architecture) == ("mine", "Net")
+    for one, other in zip(report.members, whole.members, strict=True):
+        assert (one.name, one.fooled) == (other.name, other.fooled)
+    assert (report.verified, report.findings) == (whole.verified, whole.findings)
 
 
 def test_certify_verify_and_compare_take_the_bare_network():
     torch.manual_seed(0)
     x, y = images(FEW)
-    net, normal = lif("m").eval(), {"mean": [0.3], "std": [0.5]}
-    model = SpikingClassifier(net, T, **normal).eval()
+    net, options = lif("m").eval(), {"T": T} | NORMAL
+    model = SpikingClassifier(net, **options).eval()
     moved = (x + 0.1).clamp(0, 1)
-    assert sj_robust.certify(net, x, T=T, x_perturbed=moved, **normal) == sj_robust.certify(model, x, x_perturbed=moved)
-    found, wanted = sj_robust.verify(net, x, y, "8/255", T=T, **normal), sj_robust.verify(model, x, y, 8 / 255)
+    assert sj_robust.certify(net, x, x_perturbed=moved, **options) == sj_robust.certify(model, x, x_perturbed=moved)
+    found, wanted = sj_robust.verify(net, x, y, "8/255", **options), sj_robust.verify(model, x, y, 8 / 255)
     assert (found.margin, found.eps) == (wanted.margin, 8 / 255)
     stats = [
-        sj_robust.compare(net, x, moved, T=T, **normal),
+        sj_robust.compare(net, x, moved, **options),
         sj_robust.compare(model, x, moved),
         sj_robust.compare(net, *(model._normalise(values, 1).expand(T, -1, -1, -1, -1) for values in (x, moved))),
     ]
