@@ -10,13 +10,13 @@ from torch import Tensor, nn
 from sj_robust import DLIFNode
 
 
-def with_surrogate(model: nn.Module, function: nn.Module) -> nn.Module:
-    """A copy whose neurons have another surrogate: same answers, other gradients."""
+def with_neurons(model: nn.Module, what: str, value: float | nn.Module) -> nn.Module:
+    """A copy in whose neurons one thing differs: another surrogate means the same answers, and other gradients."""
     functional.reset_net(model)
     copied = copy.deepcopy(model)
     for module in copied.modules():
         if isinstance(module, DLIFNode):
-            module.surrogate_function = copy.deepcopy(function)
+            setattr(module, what, copy.deepcopy(value))
     return copied
 
 

@@ -44,9 +44,7 @@ class Net(nn.Module):
         super().__init__()
         generator = torch.Generator().manual_seed(1)
         self.parts = nn.Sequential(nn.Linear(16, 24), DLIFNode(T=3, tau=4.0), nn.Linear(24, 3))
-        rows = torch.zeros(3, 16)
-        for label in range(3):
-            rows[label, 4 * label : 4 * label + 4] = 1.0
+        rows = torch.eye(3, 4).repeat_interleave(4, 1)  # of each class the pixels of one row
         with torch.no_grad():
             self.parts[0].weight.copy_(rows.repeat(8, 1) + 0.2 * torch.randn(24, 16, generator=generator))
             self.parts[0].bias.fill_(-1.0)

@@ -25,7 +25,7 @@ def chosen_for(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> l
 
 def test_the_fast_suite_breaks_a_narrow_surrogate(trained):
     honest, x, y = trained.model, trained.x[:24], trained.y[:24]
-    model, threat = masked.with_surrogate(honest, masked.NARROW), ThreatModel("Linf", 0.12)
+    model, threat = masked.with_neurons(honest, "surrogate_function", masked.NARROW), ThreatModel("Linf", 0.12)
     chosen = chosen_for(model, x, y, threat)
     assert "training" not in chosen
     suite = make_suite("fast", threat, chosen=chosen, classes=10)

@@ -12,7 +12,6 @@ from evaluation import masked
 from spikingjelly.activation_based import surrogate
 from torch import nn
 
-from sj_robust import DLIFNode
 from sj_robust.evaluation import Finding, ThreatModel, diagnose
 from sj_robust.evaluation._probe import Probe
 from sj_robust.evaluation.masking import ESTIMATORS_COMPARED, THRESHOLDS
@@ -71,23 +70,12 @@ def test_an_honest_linear_network_passes_without_findings_of_spikes(linear, batc
     assert [Finding(**entry) for entry in saved] == [*found.values()]
 
 
-def with_surrogate(function):
-    return lambda model: masked.with_surrogate(model, function)
+def with_neurons(what, value):
+    return lambda model: masked.with_neurons(model, what, value)
 
 
 def before(function):
     return lambda model: masked.Before(function, model)
-
-
-def with_threshold(value):
-    def build(model):
-        copied = masked.with_surrogate(model, surrogate.PiecewiseQuadratic(alpha=1.0))
-        for module in copied.modules():
-            if isinstance(module, DLIFNode):
-                module.v_threshold = value
-        return copied
-
-    return build
 
 
 def scaled(model):
@@ -97,7 +85,7 @@ def scaled(model):
 # What masks the honest network, symptoms that must be found, and the remedy that each of the first names.
 MASKS = {
     "narrow surrogate": (
-        with_surrogate(masked.NARROW),
+        with_neurons("surrogate_function", masked.NARROW),
         {
             "tiny_gradients": "wider surrogates",
             "flat_loss": "other surrogate shapes",
@@ -105,11 +93,11 @@ MASKS = {
         },
     ),
     "rather narrow surrogate": (
-        with_surrogate(surrogate.ATan(alpha=100.0)),
+        with_neurons("surrogate_function", surrogate.ATan(alpha=100.0)),
         {"other_estimator_stronger": "suites fast and standard"},
     ),
     "narrow triangle": (
-        with_surrogate(surrogate.PiecewiseQuadratic(alpha=100.0)),
+        with_neurons("surrogate_function", surrogate.PiecewiseQuadratic(alpha=100.0)),
         {
             "zero_gradients": "wider surrogates",
             "unbounded_attack_fails": "wider surrogates",
@@ -135,10 +123,10 @@ MASKS = {
     "steep input": (before(masked.steep), {"tiny_gradients": "input layer saturated"}),
     "random input": (before(masked.shaken), {"random_outputs": "eot_samples"}),
     "dead network": (
-        with_threshold(1e4),
+        with_neurons("v_threshold", 1e4),
         {"silent_layers": "v_threshold", "clean_errors": "weights", "unbounded_attack_fails": "transfer"},
     ),
-    "restless network": (with_threshold(-1e4), {"saturated_layers": "Raise v_threshold"}),
+    "restless network": (with_neurons("v_threshold", -1e4), {"saturated_layers": "Raise v_threshold"}),
     "large logits": (scaled, {"saturated_loss": "APGD-DLR"}),
     "gradient turned round": (before(masked.turned_everywhere), {"loss_does_not_rise": "other estimators"}),
     "gradient turned round beside the images": (
