@@ -10,7 +10,6 @@ from attacks.moving_bars import frames
 from evaluation.short_suite import shortened
 from torch import nn
 
-from sj_robust import SpikingClassifier
 from sj_robust.attacks import SampleSeeds, count_flips, flip_events, random_flips
 from sj_robust.evaluation import Member, RobustnessReport, ThreatModel, craft, make_suite
 from sj_robust.evaluation import assess as whole
@@ -188,10 +187,9 @@ class TestReport:
 
 @pytest.mark.slow
 def test_wrong_use(bars):
-    subject = Subject("mine", SpikingClassifier(nn.Flatten(2), T=1), "a reshape")
     images = [(torch.rand(2, 1, 2, 2).round(), torch.tensor([0, 1]))]
     with pytest.raises(ValueError, match=r"event frames \[N, T, 2, H, W\], got shape \(2, 1, 2, 2\)"):
-        whole.assess(subject, images, suite="events", threat=TEN, dataset="noise", classes=4)
+        evaluated(bars, batches=images)
     with pytest.raises(ValueError, match=r"binary event frames .* got values from 0 to 3"):
         evaluated(bars, batches=[(bars.x * 3, bars.y)])  # counts per frame
     with pytest.raises(ValueError, match="flips must be <= 1200, the elements of a sample, got 1201"):

@@ -30,17 +30,16 @@ class Steps(nn.Module):
         return x_seq
 
 
-def chain(node=None):
+def chain():
     """A classifier that notes what each of its layers sees."""
     generator = torch.Generator().manual_seed(0)
     net = nn.Sequential(
-        nn.Flatten(2), Steps(), nn.Linear(16, 12), node or DLIFNode(T=T, tau=2.0), Steps(), nn.Linear(12, 3), Steps()
+        nn.Flatten(2), Steps(), nn.Linear(16, 12), DLIFNode(T=T, tau=2.0), Steps(), nn.Linear(12, 3), Steps()
     )
     with torch.no_grad():
         for layer in (net[2], net[5]):
             layer.weight.copy_(torch.randn(layer.weight.shape, generator=generator))
-        if hasattr(net[3], "input_gain"):
-            net[3].input_gain.copy_(1 + torch.arange(float(T)) / 4)
+        net[3].input_gain.copy_(1 + torch.arange(float(T)) / 4)
     return SpikingClassifier(net, T=T).eval()
 
 

@@ -202,15 +202,14 @@ def test_half_precision(whole, dtype):
 
 
 @pytest.mark.parametrize(
-    ("change", "error", "message"),
+    ("options", "message"),
     [
-        ({"data": iter(suite_run.batches())}, ValueError, "iterable more than once"),
-        ({"suite": suite_run.members()[:1] * 2}, ValueError, "names of their own"),
-        ({"suite": [Member("clean", partial(fgsm, eps=0.1))]}, ValueError, "none may be 'clean'"),
-        ({"suite": [Member("pgd", partial(pgd, eps=-1.0, step_size=0.1, steps=2))]}, ValueError, "eps"),
+        ({"data": iter(suite_run.batches())}, "iterable more than once"),
+        ({"suite": suite_run.members()[:1] * 2}, "names of their own"),
+        ({"suite": [Member("clean", partial(fgsm, eps=0.1))]}, "none may be 'clean'"),
+        ({"suite": [Member("pgd", partial(pgd, eps=-1.0, step_size=0.1, steps=2))]}, "eps"),
     ],
 )
-def test_wrong_use(change, error, message):
-    options = {"data": suite_run.batches(), "suite": suite_run.members()} | change
-    with pytest.raises(error, match=message):
-        run_suite(suite_run.classifier(), options["data"], options["suite"], threat=suite_run.THREAT)
+def test_wrong_use(options, message):
+    with pytest.raises(ValueError, match=message):
+        suite_run.run(**options)
