@@ -2,7 +2,7 @@
 
 import copy
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -187,34 +187,20 @@ def _with_noise(probability: float, added: bool, module: nn.Module, inputs: obje
     return torch.where(hit, torch.ones_like(spikes) if added else torch.zeros_like(spikes), spikes)
 
 
-def _lost_steps(model: nn.Module, count: float, seed: int) -> None:
-    T = _steps(model, count)
-    lost = set(torch.randperm(T, generator=_generator(seed))[: int(count)].tolist())
-    _keep_steps(model, [t for t in range(T) if t not in lost])
-
-
-def _first_steps(model: nn.Module, count: float, seed: int) -> None:
-    _steps(model, count)
-    _keep_steps(model, range(int(count)))
-
-
-def _steps(model: nn.Module, count: float) -> int:
-    """T of the network, of which so many are lost or read."""
+def _fewer_steps(model: nn.Module, count: float, seed: int, *, lost: bool) -> None:
+    """Lose so many steps, or read so many; each that is left has its own gain of a DLIF neuron."""
     if not isinstance(model, SpikingClassifier):
         raise ValueError("faults of time steps need a SpikingClassifier, which knows T; wrap the network in one")
     if count >= model.T:
         raise ValueError(f"steps must be < T = {model.T}, got {count:g}: one has to be left, and one lost")
-    return model.T
-
-
-def _keep_steps(model: nn.Module, kept: Sequence[int]) -> None:
-    """Run these steps alone, each with its own gain of a DLIF neuron."""
-    gains = {module: module.input_gain[list(kept)] for module in model.modules() if isinstance(module, DLIFNode)}
+    shuffled = torch.randperm(model.T, generator=_generator(seed)).tolist()
+    kept = sorted(shuffled[int(count) :]) if lost else list(range(int(count)))
+    gains = {module: module.input_gain[kept] for module in model.modules() if isinstance(module, DLIFNode)}
     set_time_steps(model, len(kept))
     for module, gain in gains.items():
         module.input_gain.copy_(gain)
     if isinstance(model, SpikingEventClassifier):
-        model.register_forward_pre_hook(partial(_only_frames, list(kept)))
+        model.register_forward_pre_hook(partial(_only_frames, kept))
 
 
 def _only_frames(kept: list[int], module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
@@ -260,8 +246,8 @@ _KINDS = {
     "tau_drift": _Kind(partial(_drifting, what="tau"), (0.02, 0.05, 0.1, 0.2, 0.5), most=math.inf),
     "lost_spikes": _Kind(partial(_noisy_spikes, added=False), (0.01, 0.02, 0.05, 0.1, 0.2)),
     "added_spikes": _Kind(partial(_noisy_spikes, added=True), (0.001, 0.002, 0.005, 0.01, 0.02)),
-    "lost_steps": _Kind(_lost_steps, (1, 2, 3), least=1, most=math.inf, whole=True),
-    "first_steps": _Kind(_first_steps, (7, 6, 5, 4, 3, 2, 1), least=1, most=math.inf, whole=True),
+    "lost_steps": _Kind(partial(_fewer_steps, lost=True), (1, 2, 3), least=1, most=math.inf, whole=True),
+    "first_steps": _Kind(partial(_fewer_steps, lost=False), (7, 6, 5, 4, 3, 2, 1), least=1, most=math.inf, whole=True),
     "jitter": _Kind(_jitter, (0.02, 0.05, 0.1, 0.2), most=math.inf),
 }
 
