@@ -101,7 +101,6 @@ class _Count:
         self.spikes[shape] = self.spikes.get(shape, 0) + fired.sum(0)
 
     def activity(self, name: str) -> LayerActivity:
-        """The shares so far."""
         counts = [(spikes, self.outputs[shape]) for shape, spikes in self.spikes.items()]
         neurons = sum(spikes.numel() for spikes, _ in counts)
         return LayerActivity(

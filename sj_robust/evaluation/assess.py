@@ -233,7 +233,6 @@ class _Parts:
     ) -> list[dict[str, Any]]:
         """Rows of what is verified at the radii of a curve; ValueError if an attack of it breaks such an image."""
         self.say("proofs over eps")
-
         radii = [row["eps"] for row in curve]
         verified = self._computed_once(
             "proofs_over_eps.json",
@@ -245,7 +244,6 @@ class _Parts:
         return [{"eps": eps, "verified": len(numbers), "total": len(self.y)} for eps, numbers in verified.items()]
 
     def run(self, name: str, batches: Batches, members: Sequence[Member], **what: Any) -> SuiteOutcome:
-        """Outcome of members on images."""
         folder = self.folder and self.folder / name
         return run_suite(
             self.model, batches, members, seed=self.seed, folder=folder, draws=self.draws, on_step=self.on_step, **what
@@ -261,7 +259,6 @@ class _Parts:
         return _curve(outcome, outcome.members, [f"{kind}, {estimator}"] * len(levels)), outcome.members
 
     def findings(self, source: nn.Module | None) -> list[dict[str, Any]]:
-        """Findings of the diagnosis of gradient masking."""
         self.say("signs of gradient masking")
 
         def compute() -> list[dict[str, Any]]:

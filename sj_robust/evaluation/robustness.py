@@ -53,9 +53,7 @@ def evaluate_attacks(
         >>> [score.attack for score in report.scores]
         ['clean', 'fgsm']
     """
-    correct, total = _count(model, batches, attacks, seed=seed, on_batch=on_batch)
-    scores = tuple(Score(network, name, count, total) for name, count in correct.items())
-    return Report(threat=threat, scores=scores)
+    return Report(threat, _scores(network, model, batches, attacks, seed, on_batch))
 
 
 def accuracy(
@@ -73,19 +71,18 @@ def accuracy(
         >>> accuracy(nn.Flatten(), [(torch.eye(2).view(2, 1, 1, 2), torch.tensor([0, 0]))], {})
         {'clean': 0.5}
     """
-    correct, total = _count(model, batches, attacks, seed=seed, on_batch=None)
-    return {name: count / total for name, count in correct.items()}
+    return {score.attack: score.accuracy for score in _scores("", model, batches, attacks, seed)}
 
 
-def _count(
+def _scores(
+    network: str,
     model: nn.Module,
     batches: Iterable[tuple[Tensor, ...]],
     attacks: Mapping[str, Attack],
-    *,
     seed: int,
-    on_batch: Callable[[], None] | None,
-) -> tuple[dict[str, int], int]:
-    """Number of images classified right, clean and under each attack, and number of images."""
+    on_batch: Callable[[], None] | None = None,
+) -> tuple[Score, ...]:
+    """Images classified right, clean and under each attack."""
     if "clean" in attacks:
         raise ValueError("the name 'clean' is taken by the images without an attack; call the attack otherwise")
     correct = dict.fromkeys(("clean", *attacks), 0)
@@ -108,7 +105,7 @@ def _count(
                 on_batch()
     if total == 0:
         raise ValueError("batches must hold at least one image, got none")
-    return correct, total
+    return tuple(Score(network, name, count, total) for name, count in correct.items())
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """A network under faults or corruptions, clean and attacked at every level, as a file that loads back equal."""
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from math import ceil
 from pathlib import Path
@@ -216,8 +215,8 @@ class StressCard(Shown, SavedResult, what="a stress card", format="sj_robust.str
         return [*cells, str(len(row.clean))]
 
     def _mean(self, kind: str | None) -> list[str]:
-        shares: Sequence[str] = [f"{100 * self.accuracy(what, kind):.1f}" for what in ("clean", "attacked")]
-        return [f"mean of {kind or 'all'}", "", shares[0], "", shares[1], "", ""]
+        clean, attacked = (f"{100 * self.accuracy(what, kind):.1f}" for what in ("clean", "attacked"))
+        return [f"mean of {kind or 'all'}", "", clean, "", attacked, "", ""]
 
     @classmethod
     def _from_content(cls, content: dict[str, Any]) -> Self:
