@@ -227,17 +227,16 @@ class _Trials:
 
     def choice(self, count: int) -> list[str]:
         """Names of the estimators that together leave least, chosen one by one."""
-        open_names = [name for name, trial in self.found.items() if not trial.note]
+        tried = [name for name, trial in self.found.items() if not trial.note]
         chosen: list[str] = []
         left = torch.full_like(self.left["training"], torch.inf)
-        while open_names and len(chosen) < count:
-            means = {name: float(torch.minimum(left, self.left[name]).mean()) for name in open_names}
-            best = min(open_names, key=means.__getitem__)
+        for _ in range(count):
+            means = {name: float(torch.minimum(left, self.left[name]).mean()) for name in tried}
+            best = min(tried, key=means.__getitem__)
             if chosen and means[best] >= float(left.mean()):
-                break
+                break  # as it is for those that are chosen already
             left = torch.minimum(left, self.left[best])
             chosen.append(best)
-            open_names.remove(best)
         return chosen
 
     def _craft(self, name: str, rows: slice) -> Tensor:

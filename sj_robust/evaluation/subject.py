@@ -115,7 +115,6 @@ def from_function(
         4
     """
     function = find_function(text)
-    function_name = text.rpartition(":")[2]
     try:
         network = function()
     except Exception as error:  # foreign code raises anything
@@ -126,7 +125,7 @@ def from_function(
         raise ValueError(f"{text} must return a network (nn.Module), got {type(network).__name__}; return an instance")
     model = as_classifier(network, T, mean=mean, std=std)
     bare = network.net if isinstance(network, SpikingClassifier) else network
-    return Subject(function_name, model.eval(), type(bare).__name__)
+    return Subject(text.rpartition(":")[2], model.eval(), type(bare).__name__)
 
 
 def describe_network(model: nn.Module) -> dict[str, Any]:

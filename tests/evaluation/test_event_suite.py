@@ -11,6 +11,7 @@ from evaluation.short_suite import shortened
 from torch import nn
 
 from sj_robust.attacks import SampleSeeds, count_flips, flip_events, random_flips
+from sj_robust.attacks.logits import margin
 from sj_robust.evaluation import Member, RobustnessReport, ThreatModel, craft, make_suite
 from sj_robust.evaluation import assess as whole
 from sj_robust.evaluation.subject import Subject
@@ -35,11 +36,6 @@ def evaluated(bars, **changes):
     batches = [(bars.x[:10], bars.y[:10]), (bars.x[10:16], bars.y[10:16])]
     arguments = {"batches": batches, "suite": "events", "threat": TEN, "dataset": "bars", "classes": 4} | changes
     return whole.assess(Subject("moving", bars.model, "three layers"), **arguments)
-
-
-def lead(logits, y):
-    """Of the strongest other class over the label."""
-    return logits.scatter(1, y[:, None], -torch.inf).amax(1) - logits.gather(1, y[:, None])[:, 0]
 
 
 class TestBall:
@@ -171,10 +167,10 @@ class TestReport:
         y[:4] = (y[:4] + 1) % 4  # the source is wrong already
         x_adv = craft(nn.Flatten(), x, y, few, seeds=SampleSeeds(range(8)))
         plain = flip_events(bars.model, x, y, flips=10, reduce=False, generator=SampleSeeds(range(8)))
-        assert bool((lead(bars.model(x_adv), y) > lead(bars.model(x), y)).all())
+        assert bool((margin(bars.model(x_adv), y) < margin(bars.model(x), y)).all())
         fooled = bars.model(plain).argmax(1) != y
         assert int(fooled[4:].sum()) > 0
-        further = (lead(bars.model(x_adv), y) - lead(bars.model(plain), y)).detach()
+        further = (margin(bars.model(plain), y) - margin(bars.model(x_adv), y)).detach()
         assert float(further[fooled].min()) > 0
 
     def test_what_is_done_is_not_done_again(self, bars, report, folder):
