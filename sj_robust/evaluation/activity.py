@@ -103,10 +103,11 @@ class _Count:
     def activity(self, name: str) -> LayerActivity:
         counts = [(spikes, self.outputs[shape]) for shape, spikes in self.spikes.items()]
         neurons = sum(spikes.numel() for spikes, _ in counts)
+        outputs = sum(spikes.numel() * most for spikes, most in counts)
         return LayerActivity(
             name,
             self.neuron,
-            rate=sum(int(spikes.sum()) for spikes, _ in counts) / sum(spikes.numel() * most for spikes, most in counts),
+            rate=sum(int(spikes.sum()) for spikes, _ in counts) / outputs,
             silent=1.0 - sum(int((spikes > 0).sum()) for spikes, _ in counts) / neurons,
             saturated=sum(int((spikes == most).sum()) for spikes, most in counts) / neurons,
         )

@@ -178,6 +178,7 @@ class StressCard(Shown, SavedResult, what="a stress card", format="sj_robust.str
             axes.set_title(kind, fontsize=8)
             axes.set_xticks(places, [f"{row.level:g}" for row in rows], fontsize=7)
             axes.set_ylim(-2, 102)
+            axes.tick_params(axis="y", labelsize=7)
             axes.grid(alpha=0.3)
         for axes in panels.flat[len(self.kinds) :]:
             axes.set_axis_off()
