@@ -7,10 +7,15 @@ What every one of them takes, returns and raises, and what holds for it; its own
   attacked in evaluation mode, and every submodule gets its own mode back, also after an exception; any other callable
   is called as it is.
 - ``x``: Images [N, ...] in [0, 1], floating point.
-- ``y``: Labels [N] int64; those to reach, where an attack is ``targeted``.
+- ``y``: Labels [N] int64.
 - ``eps``: Radius in units of [0, 1] images, such as ``8 / 255``, in Linf unless there is a ``norm``; never exceeded, as
   ``linf_bounds`` and ``project_l2`` say.
 - ``norm``: ``"Linf"``, or ``"L2"`` over all elements of an image.
+- ``steps``: Number of gradient steps of a run, >= 1.
+- ``restarts``: Number of runs from different random starts, >= 1.
+- ``eot_samples``: Forwards averaged at every point (expectation over transformation), for stochastic models.
+- ``targeted``: Whether to descend towards ``y``, the labels to reach, instead of climbing away from it.
+- ``loss``: Logits and labels to one value per sample, [N]; cross entropy by default.
 - ``generator``: It is asked for one number per call, which seeds all randomness of that call, the network's own use of
   torch's global generators included; it may live on another device than ``x``. ``SampleSeeds`` in its place make what
   is drawn for a sample independent of the samples beside it and of the batch size. None draws fresh numbers in every

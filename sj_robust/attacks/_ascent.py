@@ -77,17 +77,17 @@ class Ascent:
         self.project = self.ball.projection(self.x)
 
 
-def restart_points(
-    x: Tensor, best: Best, *, ball: ThreatModel, restarts: int, private: Private
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """For every restart the samples that ``best`` has left standing, as rows, and their points on the border."""
+def runs(
+    kind: type[Ascent], x: Tensor, best: Best, *, ball: ThreatModel, steps: int, restarts: int, private: Private
+) -> Iterator[Ascent]:
+    """A run for every restart, from points on the border, of the samples that ``best`` has left standing by then."""
     for _ in range(restarts):
         # Drawn for all samples, so that the start of one does not depend on how many others are left.
         start = random_point(x, ball, private, on_border=True)
         rows = best.standing()
         if len(rows) == 0:
             return
-        yield rows, start[rows]
+        yield kind(rows, x[rows], start[rows], ball=ball, steps=steps)
 
 
 def checkpoints(steps: int) -> list[int]:

@@ -145,7 +145,8 @@ def run_attacks(
         if not bool(standing.any()):
             break
         if name != "square":
-            _require_gradient(model, x[standing][:1], y[standing][:1])
+            with torch.enable_grad():  # the errors of our attacks where there is no gradient, or one that is not finite
+                Objective(model).gradient(x[standing][:1], y[standing][:1])
         with seeded_globals(seed, x.device):
             for number, run in enumerate(_runs(name, network, ball, settings, classes=classes, log=log)):
                 rows = standing.nonzero().squeeze(1)
@@ -210,12 +211,6 @@ def _check(network: _Network, x: Tensor, y: Tensor, settings: Settings, log: _Lo
     finally:
         sys.settrace(tracer)
         checks.funcs.update(counts)
-
-
-def _require_gradient(model: Model, x: Tensor, y: Tensor) -> None:
-    """The errors of the gradient attacks for a model without a gradient or with one that is not finite."""
-    with torch.enable_grad():
-        Objective(model).gradient(x, y)
 
 
 def _finite(images: Tensor, name: str) -> Tensor:

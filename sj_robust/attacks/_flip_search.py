@@ -263,6 +263,7 @@ def searched(
         return x
     objective = Objective(model, lead if loss is None else loss, eot_samples=eot_samples)
     with crafting(model, x.device, generator) as private:
+        y = y.clone()  # no tensor of the caller's inference mode, which no graph can hold
         best = _start(objective, x, y, settings)
         targets = _likeliest_others(model, x, y, target_classes)
         for run in range(len(targets) + restarts):

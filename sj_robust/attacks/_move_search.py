@@ -30,7 +30,7 @@ class MoveSearch(Search):
         gain = best - worth
         if self.limits.total_shift is not None:  # what is gained per frame of shift, since those are scarce
             source = torch.arange(gain.shape[1], device=gain.device).expand_as(target)
-            gain = gain / self._shift(source, target).clamp(min=1)
+            gain = gain / shift_of(self.x, source, target).clamp(min=1)
         ranked = self._ranked(rows, gain)
         size = (size + 1) // 2  # one move for two elements
         ranked, source = ranked.topk(min(int(size.max()) + self.settings.probes, ranked.shape[1]), dim=1)
@@ -58,9 +58,6 @@ class MoveSearch(Search):
         moved = flipped.view(len(rows), T, -1).any(1)
         rank = gain.masked_fill(~moved, torch.inf).argsort(1).argsort(1)
         return torch.where(moved, rank, -1).repeat(1, T)
-
-    def _shift(self, source: Tensor, target: Tensor) -> Tensor:
-        return shift_of(self.x, source, target)
 
 
 def best_targets(x: Tensor, flipped: Tensor, worth: Tensor, limits: Limits) -> tuple[Tensor, Tensor]:

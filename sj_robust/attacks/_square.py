@@ -21,18 +21,18 @@ _BLOCK = 256  # queries whose numbers are drawn at once
 _TILES = 5  # along the shorter side of the first L2 perturbation
 
 
-def break_ties(logits: Tensor, winner: Tensor | None = None) -> Tensor:
+def break_ties(logits: Tensor, winner: Tensor) -> Tensor:
     """Logits whose winner stands alone: raised by one unit in the last place where another one equals it.
 
     Spike counts tie exactly, and an attack that looks at margins takes a margin of 0 for success while ``argmax`` may
-    still pick the label. The winner, which is ``argmax`` of ``logits`` unless given, stays the winner; gradients and
-    all other logits stay as they are, in a tensor of its own.
+    still pick the label. The winner [N], ``argmax`` before any rounding, stays the winner; gradients and all other
+    logits stay as they are, in a tensor of its own.
     """
     first, second = logits.topk(2).values.unbind(1)
     tied = (first == second).unsqueeze(1)
     if not bool(tied.any()):
         return logits.clone()
-    winner = (logits.argmax(1) if winner is None else winner).unsqueeze(1)
+    winner = winner.unsqueeze(1)
     highest = logits.gather(1, winner)
     unit = (highest.detach().abs() * torch.finfo(logits.dtype).eps).clamp(min=2.0**-100)
     return logits.scatter(1, winner, highest + unit * tied)
@@ -68,7 +68,9 @@ def square_rows(
         if len(rows) == 0:
             return result
         if query % _BLOCK == 0:
-            numbers = _block(x, seeds.rows(rows).derived(query // _BLOCK))
+            draws = SampleDraws(seeds.rows(rows).derived(query // _BLOCK))
+            # Of each query two corners, an orientation, a sign per channel.
+            numbers = _uniform((len(rows), _BLOCK, 5 + x.shape[1]), draws, x)
         proposal = squares.propose(best, numbers[:, query % _BLOCK], _FIRST_AREA / 2 ** bisect_left(_HALVINGS, query))
         proposed = margin(network(proposal), y)
         better = proposed < left
@@ -187,11 +189,6 @@ def _window(images: Tensor, down: Tensor, right: Tensor, side: int) -> tuple[Ten
         (top[:, None] + span).view(n, 1, side, 1),
         (left[:, None] + span).view(n, 1, 1, side),
     )
-
-
-def _block(x: Tensor, seeds: SampleSeeds) -> Tensor:
-    """Numbers of the next queries, [N, queries, numbers]: two corners, an orientation, a sign per channel."""
-    return _uniform((len(seeds), _BLOCK, 5 + x.shape[1]), SampleDraws(seeds), x)
 
 
 def _uniform(shape: tuple[int, ...], draws: SampleDraws, like: Tensor) -> Tensor:

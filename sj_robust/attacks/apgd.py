@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sj_robust._checks import check_count
-from sj_robust.attacks._ascent import Ascent, restart_points
+from sj_robust.attacks._ascent import Ascent, runs
 from sj_robust.attacks.call import Best, Loss, Model, Objective, Randomness, checked_copies, crafting
 from sj_robust.attacks.logits import likeliest_wrong, of_class, without
 from sj_robust.attacks.projection import Norm, direction, per_sample
@@ -66,10 +66,7 @@ def apgd(
 
     Args:
         loss: One of the names above, or logits and labels to one value per sample, [N].
-        steps: Number of steps of a run, >= 1.
-        restarts: Number of runs from different random starts (for every target class), >= 1.
         target_classes: Number of target classes of ``"dlr_targeted"``; all wrong classes if there are fewer.
-        eot_samples: Forwards averaged per step (expectation over transformation), for stochastic models.
         keep_best: False takes all steps on all samples and returns the image of highest loss, as an attack that is
             to transfer to another network should.
 
@@ -106,8 +103,7 @@ def apgd(
                 targets = likeliest_wrong(clean.logits, y, min(target_classes, clean.logits.shape[1] - 1))
         for target in targets:
             objective = partial(_objective, model, named_loss, target, eot_samples)
-            for rows, start in restart_points(x, best, ball=ball, restarts=restarts, private=private):
-                run = _AutoAscent(rows, x[rows], start, ball=ball, steps=steps)
+            for run in runs(_AutoAscent, x, best, ball=ball, steps=steps, restarts=restarts, private=private):
                 run.climb(objective, y, best, keep_best=keep_best)
     return best.x_adv
 

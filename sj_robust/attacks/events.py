@@ -5,7 +5,7 @@ data sets stacks them; ``SpikingEventClassifier`` hands them to the network as [
 """
 
 from functools import partial
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -76,7 +76,6 @@ def flip_events(
         queries: Random exchanges for a sample that growth does not fool, one forward each.
         target_classes: Further runs, each towards one of the classes that are likeliest on ``x``.
         restarts: 1, or more to add runs whose gains are scaled by random factors.
-        eot_samples: Forwards averaged at every point (expectation over transformation), for stochastic models.
         confidence: Loss from which on a wrong sample counts as fooled; for a stochastic model more than 0, since one
             at the border is fooled in half of its draws only. In units of the logits for the default loss.
         reduce: Whether to reduce, and let further runs look for fewer changes than found so far; False stops at the
@@ -96,13 +95,8 @@ def flip_events(
         >>> flip_events(model, x, torch.tensor([1]), flips=3).flatten()
         tensor([0., 1., 0., 1.])
     """
-    check_model(model)
-    check_frames(x)
-    check_frame_labels(y, x)
-    check_seeds(generator, x)
+    x = checked_frames(model, x, y, generator)
     _check_budget(x, flips, allow)
-    with torch.inference_mode(False):
-        x, y = x.detach().clone(), y.clone()
     return searched(
         model, x, y, partial(Search, flippable=_flippable(x, allow)), budget=flips, steps=steps, probes=probes,
         queries=queries, target_classes=target_classes, restarts=restarts, eot_samples=eot_samples,
@@ -145,19 +139,12 @@ def random_flips(
         >>> count_flips(random_flips(None, x, flips=7, generator=torch.Generator().manual_seed(0)), x)
         tensor([7, 7, 7])
     """
-    if model is not None:
-        check_model(model)
-    check_frames(x)
-    if y is not None:
-        check_frame_labels(y, x)
-    check_seeds(generator, x)
+    x = checked_frames(model, x, y, generator, optional=True)
     _check_budget(x, flips, allow)
     check_tries(tries, model, y)
-    with torch.inference_mode(False):
-        x = x.detach().clone()
-        if flips == 0 or x.numel() == 0:
-            return x
-        flippable = _flippable(x, allow)
+    if flips == 0 or x.numel() == 0:
+        return x
+    flippable = _flippable(x, allow)
 
     def draw(private: Private) -> Tensor:
         return apply_flips(x, _random_mask(flippable, uniform(x, private), flips))
@@ -233,7 +220,19 @@ def check_frames(x: Tensor) -> None:
         )
 
 
-def check_frame_labels(y: Tensor, x: Tensor) -> None:
+def checked_frames(model: object, x: Tensor, y: Any, generator: Randomness, *, optional: bool = False) -> Tensor:
+    """Entry check of every attack on frames, and a copy of them; model and labels may be None where ``optional``."""
+    if not (optional and model is None):
+        check_model(model)
+    check_frames(x)
+    if not (optional and y is None):
+        _check_frame_labels(y, x)
+    check_seeds(generator, x)
+    with torch.inference_mode(False):
+        return x.detach().clone()
+
+
+def _check_frame_labels(y: Tensor, x: Tensor) -> None:
     """As for images, and the commonest mistake by its name: the layout that the network itself takes."""
     if isinstance(y, Tensor) and y.shape == (x.shape[1],) != (x.shape[0],):
         raise ValueError(

@@ -28,11 +28,7 @@ def fgsm(
 
     Equation: ``x_adv = clamp(x + eps * sign(grad_x loss(model(x), y)), 0, 1)``.
 
-    Other arguments, result and errors are those of :mod:`sj_robust.attacks`; FGSM itself draws nothing.
-
-    Args:
-        targeted: Whether to descend towards ``y`` instead of climbing away from it.
-        loss: Logits and labels to one value per sample, [N]; cross entropy by default.
+    All arguments, result and errors are those of :mod:`sj_robust.attacks`; FGSM itself draws nothing.
 
     Source: Goodfellow et al. (ICLR 2015); evaluation of Ding et al. (ICML 2024), section 5.
 
@@ -41,8 +37,7 @@ def fgsm(
         >>> fgsm(lambda x: x @ weight.T, torch.full((1, 2), 0.5), torch.tensor([1]), eps=0.25)
         tensor([[0.2500, 0.7500]])
     """
-    ball, objective = ThreatModel("Linf", eps), Objective(model, loss, targeted)
-    return _single_step(objective, x, y, ball=ball, step_size=ball.eps, noise_std=0.0, generator=generator)
+    return rfgsm(model, x, y, eps=eps, noise_std=0.0, targeted=targeted, loss=loss, generator=generator)
 
 
 def rfgsm(
@@ -73,8 +68,6 @@ def rfgsm(
         noise_std: Standard deviation of the noise at the start.
         project: Whether to project onto the ball; False as in the published code, whose result lies within
             ``step_size`` of x0 instead.
-        targeted: Whether to descend towards ``y`` instead of climbing away from it.
-        loss: Logits and labels to one value per sample, [N]; cross entropy by default.
 
     Source: Ding et al. (ICML 2024), adversarial training of the published code, eps = step = 4/255.
 
@@ -84,11 +77,19 @@ def rfgsm(
         >>> bool((x_adv - x).abs().max() <= 4 / 255)
         True
     """
-    ball, objective = ThreatModel("Linf", eps), Objective(model, loss, targeted)
+    ball = ThreatModel("Linf", eps)
     step_size = ball.eps if step_size is None else _checked_step(step_size, ball)
     noise_std = check_size("noise_std", noise_std, at_most=1.0)
     ball = ball if project else ThreatModel("Linf", 1.0)
-    return _single_step(objective, x, y, ball=ball, step_size=step_size, noise_std=noise_std, generator=generator)
+    x, y = checked_copies(model, x, y, generator)
+    if x.numel() == 0:
+        return x
+    with crafting(model, x.device, generator) as private:
+        start = x
+        if noise_std > 0:
+            start = x + noise_std * randn(x.shape, private, dtype=x.dtype, device=x.device)
+        grad, _ = Objective(model, loss, targeted).gradient(start, y)
+        return ball.project(x, start + step_size * grad.sign())
 
 
 def pgd(
@@ -124,14 +125,9 @@ def pgd(
 
     Args:
         step_size: Length of a step in the chosen norm.
-        steps: Number of gradient steps, >= 1.
         random_start: Whether to start from a random point of the ball, clamped to [0, 1].
-        restarts: Number of runs from different random starts, >= 1.
-        eot_samples: Forwards averaged per step (expectation over transformation), for stochastic models.
-        targeted: Whether to descend towards ``y`` instead of climbing away from it.
         keep_best: False takes the last iterate (of several restarts the best of their last ones), the usual
             practice of other libraries, which overstates robustness.
-        loss: Logits and labels to one value per sample, [N]; cross entropy by default.
 
     Raises:
         ValueError: Also if restarts are asked for without a random start.
@@ -179,28 +175,6 @@ def pgd(
             score = objective.score(x_adv, y[rows])
             best.offer(rows, x_adv, score.loss, score.fooled)
     return best.x_adv
-
-
-def _single_step(
-    objective: Objective,
-    x: Tensor,
-    y: Tensor,
-    *,
-    ball: ThreatModel,
-    step_size: float,
-    noise_std: float,
-    generator: Randomness,
-) -> Tensor:
-    """One signed step from a noisy start, projected."""
-    x, y = checked_copies(objective.model, x, y, generator)
-    if x.numel() == 0:
-        return x
-    with crafting(objective.model, x.device, generator) as private:
-        start = x
-        if noise_std > 0:
-            start = x + noise_std * randn(x.shape, private, dtype=x.dtype, device=x.device)
-        grad, _ = objective.gradient(start, y)
-        return ball.project(x, start + step_size * grad.sign())
 
 
 def _checked_step(step_size: float, ball: ThreatModel) -> float:

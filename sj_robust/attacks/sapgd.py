@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from sj_robust._checks import check_count
-from sj_robust.attacks._ascent import Ascent, restart_points
+from sj_robust.attacks._ascent import Ascent, runs
 from sj_robust.attacks.call import Best, Loss, Model, Objective, Randomness, checked_copies, crafting
 from sj_robust.attacks.projection import per_sample
 from sj_robust.attacks.threat import ThreatModel
@@ -46,10 +46,6 @@ def sapgd(
     Other arguments, result and errors are those of :mod:`sj_robust.attacks`.
 
     Args:
-        steps: Number of steps of a run, >= 1.
-        restarts: Number of runs from different random starts, >= 1.
-        eot_samples: Forwards averaged per step (expectation over transformation), for stochastic models.
-        loss: Logits and labels to one value per sample, [N]; cross entropy by default.
         keep_best: False takes all steps on all samples and returns the image of highest loss.
 
     Source: SA-PGD, arXiv 2512.22522; its checkpoints are those of Croce and Hein (ICML 2020).
@@ -72,8 +68,7 @@ def sapgd(
         best = Best(x)
         if keep_best:
             best.fooled = objective.score(x, y).fooled
-        for rows, start in restart_points(x, best, ball=ball, restarts=restarts, private=private):
-            run = _MomentAscent(rows, x[rows], start, ball=ball, steps=steps)
+        for run in runs(_MomentAscent, x, best, ball=ball, steps=steps, restarts=restarts, private=private):
             run.climb(lambda rows: objective, y, best, keep_best=keep_best)
     return best.x_adv
 

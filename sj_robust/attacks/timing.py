@@ -5,13 +5,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from sj_robust._checks import check_count, check_model
+from sj_robust._checks import check_count
 from sj_robust.attacks._flip_search import apply_flips, check_tries, first_that_fools, searched, uniform
 from sj_robust.attacks._move_search import Limits, MoveSearch, random_moved
 from sj_robust.attacks.call import Loss, Model, Randomness
-from sj_robust.attacks.events import check_frame_labels, check_frames
+from sj_robust.attacks.events import checked_frames
 from sj_robust.attacks.threat import Moves, moves_of
-from sj_robust.randomness import Private, check_seeds
+from sj_robust.randomness import Private
 
 __all__ = ["Moves", "count_moves", "move_events", "random_moves"]
 
@@ -62,7 +62,6 @@ def move_events(
         queries: Random exchanges for a sample that growth does not fool, one forward each.
         target_classes: Further runs, each towards one of the classes that are likeliest on ``x``.
         restarts: 1, or more to add runs whose gains are scaled by random factors.
-        eot_samples: Forwards averaged at every point (expectation over transformation), for stochastic models.
         confidence: Loss from which on a wrong sample counts as fooled, as in :func:`flip_events`.
         reduce: Whether to put needless moves back, and let further runs look for fewer moves than found so far.
         keep_best: Whether a sample that was never fooled ends at its highest loss met; False ends it at the last one.
@@ -79,13 +78,8 @@ def move_events(
         >>> move_events(model, x, torch.tensor([0]), moves=1)[0, :, 1].flatten()
         tensor([0., 0., 0., 1.])
     """
-    check_model(model)
-    check_frames(x)
-    check_frame_labels(y, x)
-    check_seeds(generator, x)
+    x = checked_frames(model, x, y, generator)
     limits = _limits(x, moves, largest_shift, total_shift)
-    with torch.inference_mode(False):
-        x, y = x.detach().clone(), y.clone()
     make = partial(MoveSearch, limits=limits, flippable=torch.ones_like(x.flatten(1), dtype=torch.bool))
     return searched(
         model, x, y, make, budget=2 * moves if limits.largest_shift else 0, steps=steps, probes=probes,
@@ -130,16 +124,9 @@ def random_moves(
         >>> bool((moved.sum(1) == x.sum(1)).all()), count_moves(moved, x).largest_shift.max() <= 1
         (True, tensor(True))
     """
-    if model is not None:
-        check_model(model)
-    check_frames(x)
-    if y is not None:
-        check_frame_labels(y, x)
-    check_seeds(generator, x)
+    x = checked_frames(model, x, y, generator, optional=True)
     limits = _limits(x, moves, largest_shift, total_shift)
     check_tries(tries, model, y)
-    with torch.inference_mode(False):
-        x = x.detach().clone()
     if moves == 0 or limits.largest_shift == 0 or x.numel() == 0:
         return x
     still, size = torch.zeros_like(x.flatten(1), dtype=torch.bool), torch.full((len(x),), moves, device=x.device)

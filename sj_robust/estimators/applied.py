@@ -14,7 +14,7 @@ from sj_robust.estimators.crafting import crafting_network
 from sj_robust.estimators.dynamics import Sequence, next_charging, spiking_neurons
 from sj_robust.estimators.memory import ImageTracker, Sharpness, Spread
 from sj_robust.estimators.naming import EstimatorName
-from sj_robust.estimators.shapes import SHAPES, derivative_of, has_compiled_kernel, host_surrogate, keeping_values
+from sj_robust.estimators.shapes import SHAPES, KeepingValues, derivative_of, has_compiled_kernel, host_surrogate
 from sj_robust.neuron import DLIFNode
 from sj_robust.neuron.charging import has_known_dynamics
 
@@ -150,7 +150,7 @@ class Applied(AbstractContextManager[Callable[[Tensor], Tensor]]):
             if estimator.family == "cba":
                 value = crafting_network(model, neurons.values())
             elif not changes_nothing:
-                self._change(neurons, stack)
+                self._change(model, neurons, stack)
             self._stack = stack.pop_all()
         return value
 
@@ -162,14 +162,13 @@ class Applied(AbstractContextManager[Callable[[Tensor], Tensor]]):
         if stack is not None:
             stack.close()
 
-    def _change(self, neurons: dict[str, Any], stack: ExitStack) -> None:
+    def _change(self, model: nn.Module, neurons: dict[str, Any], stack: ExitStack) -> None:
         images = ImageTracker()
         plans = {name: _plan(self.estimator, name, node, images) for name, node in neurons.items()}
         for name, node in neurons.items():
             stack.callback(_put(node, {_MARK: self.estimator.name, **plans[name]}))
         if self.estimator.family == "assg":
-            assert isinstance(self._model, nn.Module)  # it holds neurons
-            stack.callback(self._model.register_forward_pre_hook(images.see).remove)
+            stack.callback(model.register_forward_pre_hook(images.see).remove)
         self.moved = {name: "torch" for name, plan in plans.items() if "multi_step_forward" in plan}
 
 
@@ -231,7 +230,7 @@ def _surrogate_plan(estimator: EstimatorName, name: str, node: Any) -> dict[str,
     derivative = partial(SHAPES[shape], alpha=alpha)
     if has_known_dynamics(node):
         return _Override(node, lambda run, first: backward.through_time(run, derivative), estimator).entries()
-    return {"surrogate_function": keeping_values(own, derivative)}
+    return {"surrogate_function": KeepingValues(own, derivative)}
 
 
 def _gradient(estimator: EstimatorName, name: str, node: Any, images: ImageTracker) -> Gradient:
@@ -245,7 +244,6 @@ def _gradient(estimator: EstimatorName, name: str, node: Any, images: ImageTrack
             )
         return lambda run, first: backward.rga(run)
     if family in ("pdsg", "assg"):
-        assert family == "pdsg" or (estimator.shape is not None and estimator.number is not None)  # Estimator checks
         memory = Spread() if family == "pdsg" else Sharpness(images, str(estimator.shape), float(estimator.number or 0))
         return lambda run, first: backward.through_time(run, lambda z_seq: memory(z_seq, first))
     derivative = partial(SHAPES["triangle"], alpha=_sharpness(estimator, name, node))

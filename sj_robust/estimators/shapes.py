@@ -12,7 +12,7 @@ from sj_robust.neuron.dlif import describe_surrogate
 from sj_robust.ops.surrogate import HOST_NAMES
 
 __all__ = [
-    "SHAPES", "SHARPNESS", "derivative_of", "has_compiled_kernel", "host_surrogate", "keeping_values",
+    "SHAPES", "SHARPNESS", "KeepingValues", "derivative_of", "has_compiled_kernel", "host_surrogate",
     "refuse_second_derivative",
 ]  # fmt: skip
 
@@ -20,43 +20,19 @@ Sharpness = float | Tensor
 Derivative = Callable[[Tensor], Tensor]
 
 
-def _triangle(z: Tensor, alpha: Sharpness) -> Tensor:
-    return (1 - (z * alpha).abs_()).clamp_min_(0).mul_(alpha)
-
-
-def _atan(z: Tensor, alpha: Sharpness) -> Tensor:
-    return alpha / (z * alpha).square_().mul_(math.pi**2 / 2).add_(2)
-
-
 def _sigmoid(z: Tensor, alpha: Sharpness) -> Tensor:
     s = (z * alpha).sigmoid_()
     return (1 - s).mul_(s).mul_(alpha)
 
 
-def _rectangle(z: Tensor, alpha: Sharpness) -> Tensor:
-    return ((z * alpha).abs_() <= 1).to(z.dtype).mul_(alpha).mul_(0.5)
-
-
-def _exponential(z: Tensor, alpha: Sharpness) -> Tensor:
-    return (z * alpha).abs_().neg_().exp_().mul_(alpha).mul_(0.5)
-
-
-def _gaussian(z: Tensor, alpha: Sharpness) -> Tensor:
-    return (z * alpha).square_().mul_(-0.5).exp_().mul_(alpha).mul_(1 / math.sqrt(2 * math.pi))
-
-
-def _straight_through(z: Tensor, alpha: Sharpness) -> Tensor:
-    return torch.ones_like(z)
-
-
 SHAPES: dict[str, Callable[..., Tensor]] = {
-    "triangle": _triangle,
-    "atan": _atan,
+    "triangle": lambda z, alpha: (1 - (z * alpha).abs_()).clamp_min_(0).mul_(alpha),
+    "atan": lambda z, alpha: alpha / (z * alpha).square_().mul_(math.pi**2 / 2).add_(2),
     "sigmoid": _sigmoid,
-    "rectangle": _rectangle,
-    "exponential": _exponential,
-    "gaussian": _gaussian,
-    "straight_through": _straight_through,
+    "rectangle": lambda z, alpha: ((z * alpha).abs_() <= 1).to(z.dtype).mul_(alpha).mul_(0.5),
+    "exponential": lambda z, alpha: (z * alpha).abs_().neg_().exp_().mul_(alpha).mul_(0.5),
+    "gaussian": lambda z, alpha: (z * alpha).square_().mul_(-0.5).exp_().mul_(alpha).mul_(1 / math.sqrt(2 * math.pi)),
+    "straight_through": lambda z, alpha: torch.ones_like(z),
 }
 """Shapes by name, functions of ``z`` and ``alpha``: the area under each is 1, its height grows with alpha."""
 
@@ -102,26 +78,25 @@ def host_surrogate(shape: str, alpha: float) -> Any | None:
     return None if made is None else made(alpha=alpha)
 
 
-def keeping_values(function: Callable[[Tensor], Tensor], derivative: Derivative) -> "_Replaced":
+class KeepingValues(nn.Module):
     """A surrogate with the values of ``function`` and another derivative.
 
     Examples:
         >>> z = torch.tensor([-1.0, 0.5], requires_grad=True)
-        >>> s = keeping_values(surrogate.ATan(), lambda z: torch.full_like(z, 0.25))(z)
+        >>> s = KeepingValues(surrogate.ATan(), lambda z: torch.full_like(z, 0.25))(z)
         >>> s.detach(), torch.autograd.grad(s.sum(), z)[0]
         (tensor([0., 1.]), tensor([0.2500, 0.2500]))
     """
-    return _Replaced(function, derivative)
 
-
-class _Replaced(nn.Module):
     def __init__(self, function: Callable[[Tensor], Tensor], derivative: Derivative) -> None:
+        """Not registered, the function's parameters stay the neuron's."""
         super().__init__()
-        vars(self)["function"] = function  # not registered: its parameters stay the neuron's
+        vars(self)["function"] = function
         self.derivative = derivative
         self.spiking = getattr(function, "spiking", True)
 
     def forward(self, z: Tensor) -> Tensor:
+        """Values at ``z``, on the graph of the other derivative."""
         values: Tensor = _ReplacedFunction.apply(z, self.function, self.derivative)  # type: ignore[no-untyped-call]  # torch's apply
         return values
 

@@ -23,7 +23,7 @@ from estimators.by_hand import (
 from sj_robust import SpikingClassifier
 from sj_robust._host import functional, surrogate
 from sj_robust.estimators import estimator, memory
-from sj_robust.estimators.shapes import SHAPES, keeping_values
+from sj_robust.estimators.shapes import SHAPES, KeepingValues
 
 NAMES = (
     "training", "triangle:0.5", "triangle:2", "atan:4", "sigmoid:4", "rectangle:1", "rectangle:0.3", "exponential:2",
@@ -204,5 +204,5 @@ def test_potentials_carry_the_gradient_too():
     with estimator("rectangle:1")(net):
         ours = of_potentials()
     for node in (net[1], net[3]):
-        node.surrogate_function = keeping_values(surrogate.ATan(), lambda z: SHAPES["rectangle"](z, 1.0))
+        node.surrogate_function = KeepingValues(surrogate.ATan(), lambda z: SHAPES["rectangle"](z, 1.0))
     torch.testing.assert_close(ours, of_potentials(), rtol=1e-9, atol=1e-12)
