@@ -113,7 +113,6 @@ class _Log:
         self.messages: list[str] = []
 
     def warning(self, message: str) -> None:
-        """Keep it."""
         self.messages.append(message)
 
     def summary(self) -> list[str]:

@@ -225,7 +225,6 @@ class _Transfer:
     attack: Attack
 
     def __call__(self, model: Model, x: Tensor, y: Tensor, *, generator: Randomness = None) -> Tensor:
-        """Images crafted on the source."""
         check_model(model)
         return self.attack(self.source, x, y, generator=generator)
 
@@ -238,7 +237,6 @@ class _External:
     ball: ThreatModel
 
     def __call__(self, model: Model, x: Tensor, y: Tensor, *, generator: Randomness = None) -> Tensor:
-        """Images of the other package, checked and projected."""
         x, y = checked_copies(model, x, y, generator)
         if x.numel() == 0:
             return x

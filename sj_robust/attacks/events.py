@@ -144,10 +144,10 @@ def random_flips(
     check_tries(tries, model, y)
     if flips == 0 or x.numel() == 0:
         return x
-    flippable = _flippable(x, allow)
+    flippable, size = _flippable(x, allow), torch.full((len(x),), flips, device=x.device)
 
     def draw(private: Private) -> Tensor:
-        return apply_flips(x, _random_mask(flippable, uniform(x, private), flips))
+        return apply_flips(x, largest(uniform(x, private).masked_fill(~flippable, -torch.inf), size))
 
     return first_that_fools(model, x, y, draw, tries=tries, generator=generator)
 
@@ -255,9 +255,3 @@ def _flippable(x: Tensor, allow: Allow) -> Tensor:
     """Where a change is allowed, [N, D]."""
     flat = x.flatten(1)
     return torch.ones_like(flat, dtype=torch.bool) if allow == "both" else flat == (0 if allow == "add" else 1)
-
-
-def _random_mask(flippable: Tensor, numbers: Tensor, flips: int) -> Tensor:
-    """Mask [N, D] of ``flips`` elements per sample, uniform among those allowed."""
-    size = torch.full((len(numbers),), flips, device=numbers.device)
-    return largest(numbers.masked_fill(~flippable, -torch.inf), size)

@@ -87,9 +87,6 @@ def estimator(name: str) -> Estimator:
         name: Family, then after colons what it takes (a number, for ``assg`` a shape and a number), then ``+detach``
             or nothing. What is left out has its default.
 
-    Returns:
-        The estimator.
-
     Raises:
         TypeError: If ``name`` is not text.
         ValueError: If it is not the name of an estimator.
@@ -108,10 +105,6 @@ class Applied(AbstractContextManager[Callable[[Tensor], Tensor]]):
 
     One context per batch of images: the memory of ``assg`` begins anew with every entry. A copy of the network made
     inside is one without the estimator.
-
-    Args:
-        estimator: The estimator.
-        model: The network.
 
     Attributes:
         moved: Name of every neuron whose backward pass is not its own backend's any more, with where it runs now; its

@@ -1,7 +1,7 @@
 """The attacks and models of the table as fixtures, and a trained network."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -13,33 +13,19 @@ from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.attacks import _autoattack
 
 SEARCHES = {name: attack for name, attack in ATTACKS.items() if name not in NOISES}
-SEARCHES_AND_MODELS = [*itertools.product(SEARCHES, MODELS), *itertools.product(BRIDGES, ["linear"])]
+PAIRS = [*itertools.product(NOISES | BRIDGES, ["linear"]), *itertools.product(SEARCHES, MODELS)]
 
 
-@pytest.fixture(params=ATTACKS)
-def attack(request) -> Attack:
-    return ATTACKS[request.param]
+def _one_of(names: Iterable[str]):
+    @pytest.fixture(params=names)
+    def attack(request, monkeypatch) -> Attack:
+        return _shortened(request.param, monkeypatch)
+
+    return attack
 
 
-@pytest.fixture(params=SEARCHES)
-def gradient_attack(request) -> Attack:
-    return SEARCHES[request.param]
-
-
-@pytest.fixture(params=BRIDGES)
-def bridge(request, monkeypatch) -> Attack:
-    return _shortened(request.param, monkeypatch)
-
-
-@pytest.fixture(params=SEARCHES | BRIDGES)
-def search(request, monkeypatch) -> Attack:
-    """An attack that asks the model, those of pyautoattack included."""
-    return _shortened(request.param, monkeypatch)
-
-
-@pytest.fixture(params=ATTACKS | BRIDGES)
-def every_attack(request, monkeypatch) -> Attack:
-    return _shortened(request.param, monkeypatch)
+attack, gradient_attack, bridge = _one_of(ATTACKS), _one_of(SEARCHES), _one_of(BRIDGES)
+search, every_attack = _one_of(SEARCHES | BRIDGES), _one_of(ATTACKS | BRIDGES)  # a search asks the model
 
 
 @pytest.fixture(params=MODELS)
@@ -47,15 +33,9 @@ def model(request) -> nn.Module:
     return _untrained(request.param)
 
 
-@pytest.fixture(params=SEARCHES_AND_MODELS, ids="-".join)
-def search_and_model(request, monkeypatch) -> tuple[Attack, nn.Module]:
-    """Every attack that asks the model, on every model; those of pyautoattack on the quickest."""
-    name, model = request.param
-    return _shortened(name, monkeypatch), _untrained(model)
-
-
-@pytest.fixture(params=[*itertools.product(NOISES, ["linear"]), *SEARCHES_AND_MODELS], ids="-".join)
+@pytest.fixture(params=PAIRS, ids="-".join)
 def attack_and_model(request, monkeypatch) -> tuple[Attack, nn.Module]:
+    """Every attack on every model; noises and what is slow on the quickest."""
     name, model = request.param
     return _shortened(name, monkeypatch), _untrained(model)
 

@@ -121,18 +121,13 @@ class TestWrongUse:
             (X.flatten(3), ValueError, r"got shape \(3, 6, 2, 100\)"),
             (X.flatten(2), ValueError, r"got shape .*integrate the events"),
             (X.transpose(1, 2), ValueError, r"2 polarities \(1 if merged\), got 6 .*dimension 2"),
+            (X.transpose(0, 1), ValueError, r"samples first, .*\(6, 3, .* for 3 labels; use x.transpose\(0, 1\)"),
         ],
-        ids=["counts", "half", "nan", "bytes", "list", "no batch", "flat", "features", "polarity first"],
+        ids=["counts", "half", "nan", "bytes", "list", "no batch", "flat", "features", "polarity first", "time first"],
     )
     def test_frames(self, event_attack, x, error, match):
         with pytest.raises(error, match=match):
             event_attack(linear_model(1200), x, Y, flips=3)
-
-    def test_time_first(self, event_attack):
-        with pytest.raises(
-            ValueError, match=r"samples first, .*got shape \(6, 3, .* for 3 labels; use x.transpose\(0, 1\)"
-        ):
-            event_attack(linear_model(600), X.transpose(0, 1), Y, flips=3)
 
     def test_another_number_of_frames_than_the_network(self, event_search):
         with pytest.raises(ValueError, match=r"T = 6, got shape \(3, 5, 2, 10, 10\): 5 frames"):

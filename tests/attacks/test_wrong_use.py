@@ -20,40 +20,34 @@ def replaced(value: float) -> torch.Tensor:
     return x
 
 
-@pytest.mark.parametrize(
-    ("x", "error", "match"),
-    [
-        (replaced(torch.nan), ValueError, r"x must be finite, got 1 NaN or infinite"),
-        (replaced(torch.inf), ValueError, r"x must be finite"),
-        (replaced(-0.01), ValueError, r"x must lie in \[0, 1\], got values from -0.01 to .*normalise inside"),
-        (X * 255, ValueError, r"x must lie in \[0, 1\], got values from .* to 25"),
-        ((X * 255).byte(), TypeError, r"floating point, got torch.uint8; .*/ 255"),
-        (X.tolist(), TypeError, r"x must be a tensor of images, got list"),
-        (torch.rand(36), ValueError, r"x must be a batch of images \[N, ...\], got shape \(36,\).*unsqueeze\(0\)"),
-    ],
-    ids=["nan", "inf", "negative", "bytes as floats", "bytes", "list", "no batch"],
-)
-def test_images(every_attack, x, error, match):
-    with pytest.raises(error, match=match):
-        every_attack.run(linear_model(36), x, Y, 0.1)
+WRONG_INPUTS = {
+    "nan": (replaced(torch.nan), Y, ValueError, r"x must be finite, got 1 NaN or infinite"),
+    "inf": (replaced(torch.inf), Y, ValueError, r"x must be finite"),
+    "negative": (
+        replaced(-0.01),
+        Y,
+        ValueError,
+        r"x must lie in \[0, 1\], got values from -0.01 to .*normalise inside",
+    ),
+    "bytes as floats": (X * 255, Y, ValueError, r"x must lie in \[0, 1\], got values from .* to 25"),
+    "bytes": ((X * 255).byte(), Y, TypeError, r"floating point, got torch.uint8; .*/ 255"),
+    "list": (X.tolist(), Y, TypeError, r"x must be a tensor of images, got list"),
+    "no batch": (torch.rand(36), Y, ValueError, r"batch of images \[N, ...\], got shape \(36,\).*unsqueeze\(0\)"),
+    "int32 labels": (X, Y.int(), TypeError, r"y must be int64, got torch.int32; use y.long\(\)"),
+    "one-hot": (X, nn.functional.one_hot(Y, 5).float(), TypeError, r"y must be int64, got torch.float32.*argmax"),
+    "too few": (X, Y[:2], ValueError, r"y must have shape \[N\] = \[3\] as x has, got \[2\]"),
+    "column": (X, Y[:, None], ValueError, r"got \[3, 1\]"),
+    "list of labels": (X, Y.tolist(), TypeError, r"y must be a tensor of labels, got list"),
+    "negative label": (X, torch.tensor([0, -1, 2]), ValueError, r"labels must be >= 0, got -1"),
+    "device": (X, Y.to("meta"), ValueError, r"y must be on the device of x, cpu, got meta"),
+}
 
 
-@pytest.mark.parametrize(
-    ("y", "error", "match"),
-    [
-        (Y.int(), TypeError, r"y must be int64, got torch.int32; use y.long\(\)"),
-        (nn.functional.one_hot(Y, 5).float(), TypeError, r"y must be int64, got torch.float32.*argmax"),
-        (Y[:2], ValueError, r"y must have shape \[N\] = \[3\] as x has, got \[2\]"),
-        (Y[:, None], ValueError, r"got \[3, 1\]"),
-        (Y.tolist(), TypeError, r"y must be a tensor of labels, got list"),
-        (torch.tensor([0, -1, 2]), ValueError, r"labels must be >= 0, got -1"),
-        (Y.to("meta"), ValueError, r"y must be on the device of x, cpu, got meta"),
-    ],
-    ids=["int32", "one-hot", "too few", "column", "list", "negative", "device"],
-)
-def test_labels(every_attack, y, error, match):
+@pytest.mark.parametrize("what", WRONG_INPUTS)
+def test_images_and_labels(every_attack, what):
+    x, y, error, match = WRONG_INPUTS[what]
     with pytest.raises(error, match=match):
-        every_attack.run(linear_model(36), X, y, 0.1)
+        every_attack.run(linear_model(36), x, y, 0.1)
 
 
 def test_labels_beyond_the_classes(search):

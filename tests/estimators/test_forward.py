@@ -188,20 +188,18 @@ def assert_same_values_of_zoo(net, shape, name):
     assert_same_values(SpikingClassifier(net, T=2).eval(), torch.rand(shape), name)
 
 
+class Subclass(DLIFNode):
+    """A user's neuron, whose dynamics may be other ones."""
+
+
 UNKNOWN = {
+    "subclass": lambda: Subclass(T=T, tau=2.0),
     "EIF": lambda: neuron.EIFNode(tau=2.0, step_mode="m"),
     "QIF": lambda: neuron.QIFNode(tau=2.0, step_mode="m"),
     "Izhikevich": lambda: neuron.IzhikevichNode(
         tau=2.0, v_c=0.8, a0=1.0, v_threshold=1.0, v_rest=0.0, v_reset=-0.1, tau_w=2.0, a=0.2, b=0.1, step_mode="m"
     ),
 }
-
-
-class Subclass(DLIFNode):
-    """A user's neuron, whose dynamics may be other ones."""
-
-
-UNKNOWN["subclass"] = lambda: Subclass(T=T, tau=2.0)
 
 
 @pytest.mark.parametrize("kind", UNKNOWN)
