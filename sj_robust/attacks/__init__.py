@@ -13,7 +13,8 @@ What every one of them takes, returns and raises, and what holds for it; its own
 - ``norm``: ``"Linf"``, or ``"L2"`` over all elements of an image.
 - ``steps``: Number of gradient steps of a run, >= 1.
 - ``restarts``: Number of runs from different random starts, >= 1.
-- ``eot_samples``: Forwards averaged at every point (expectation over transformation), for stochastic models.
+- ``eot_samples``: Forwards averaged at every point (expectation over transformation), for stochastic models. What is
+  kept was judged on these forwards: score the result with several fresh ones.
 - ``targeted``: Whether to descend towards ``y``, the labels to reach, instead of climbing away from it.
 - ``loss``: Logits and labels to one value per sample, [N]; cross entropy by default.
 - ``generator``: It is asked for one number per call, which seeds all randomness of that call, the network's own use of

@@ -24,8 +24,6 @@ from sj_robust.attacks.call import Model, Objective
 from sj_robust.attacks.threat import ThreatModel
 from sj_robust.randomness import Private, SampleDraws, SampleSeeds, draw_seed, rand, randn, seeded_globals
 
-__all__ = ["ATTACKS", "VERSIONS", "AutoAttackWarning", "Settings", "library", "run_attacks", "search_squares"]
-
 ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
 _LEAST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}  # which the denominators of the DLR losses need
 _CHECKED_IMAGES = 250  # AutoAttack's own batch size

@@ -22,9 +22,13 @@ class Settings(NamedTuple):
     steps: int
     probes: int
     queries: int
+    target_classes: int
+    restarts: int
+    eot_samples: int
     confidence: float
-    keep_best: bool
     reduce: bool
+    keep_best: bool
+    loss: Loss | None
 
 
 class FewestFlips:
@@ -236,42 +240,35 @@ def searched(
     x: Tensor,
     y: Tensor,
     make: Callable[..., Search],
+    settings: Settings,
     *,
     budget: int,
-    steps: int,
-    probes: int,
-    queries: int,
-    target_classes: int,
-    restarts: int,
-    eot_samples: int,
-    confidence: float,
-    reduce: bool,
-    keep_best: bool,
-    loss: Loss | None,
     generator: Randomness,
 ) -> Tensor:
     """Frames of an attack that runs searches made by ``make``, each of at most ``budget`` changed elements.
 
-    The other arguments are those of ``flip_events``; ``make`` takes what a :class:`Search` does, ``flippable`` aside.
+    ``make`` takes what a :class:`Search` does, ``flippable`` aside.
     """
-    for name, count in (("steps", steps), ("restarts", restarts), ("eot_samples", eot_samples)):
-        check_count(name, count)
-    for name, count in (("probes", probes), ("queries", queries), ("target_classes", target_classes)):
-        check_count(name, count, least=0)
-    settings = Settings(min(steps, budget), probes, queries, check_size("confidence", confidence), keep_best, reduce)
+    for name in ("steps", "restarts", "eot_samples"):
+        check_count(name, getattr(settings, name))
+    for name in ("probes", "queries", "target_classes"):
+        check_count(name, getattr(settings, name), least=0)
+    confidence = check_size("confidence", settings.confidence)
     if budget == 0 or x.numel() == 0:
         return x
-    objective = Objective(model, lead if loss is None else loss, eot_samples=eot_samples)
+    settings = settings._replace(steps=min(settings.steps, budget), confidence=confidence)
+    loss = lead if settings.loss is None else settings.loss
+    objective = Objective(model, loss, eot_samples=settings.eot_samples)
     with crafting(model, x.device, generator) as private:
         y = y.clone()  # no tensor of the caller's inference mode, which no graph can hold
         best = _start(objective, x, y, settings)
-        targets = _likeliest_others(model, x, y, target_classes)
-        for run in range(len(targets) + restarts):
+        targets = _likeliest_others(model, x, y, settings.target_classes)
+        for run in range(len(targets) + settings.restarts):
             towards = targets[run - 1] if 1 <= run <= len(targets) else None
             own, scaled = _own(private, x.device), run > len(targets)
             search = make(objective=objective, x=x, y=y, settings=settings, private=own, scaled=scaled, target=towards)
             size = torch.full_like(y, budget)
-            size[best.fooled] = best.flipped[best.fooled].sum(1) - 1 if reduce else 0
+            size[best.fooled] = best.flipped[best.fooled].sum(1) - 1 if settings.reduce else 0
             search.run(size, best)
     return apply_flips(x, best.flipped)
 

@@ -6,8 +6,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["refuse_carried_states"]
-
 
 @contextmanager
 def refuse_carried_states(model: object) -> Iterator[None]:
@@ -17,8 +15,7 @@ def refuse_carried_states(model: object) -> Iterator[None]:
     lies in a classifier that says ``resets_itself`` is not looked at, so that nothing is paid for it; nor is what no
     hook can see: a plain function around a network, or a compiled one.
     """
-    neurons = list(_bare_neurons(model)) if isinstance(model, nn.Module) and not _is_compiled(model) else []
-    if not isinstance(model, nn.Module) or not neurons:
+    if not isinstance(model, nn.Module) or _is_compiled(model) or not (neurons := list(_bare_neurons(model))):
         yield
         return
     left: dict[nn.Module, list[Tensor]] = {}

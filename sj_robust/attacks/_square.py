@@ -13,8 +13,6 @@ from sj_robust.attacks.projection import l2_norm, linf_bounds, per_sample
 from sj_robust.attacks.threat import ThreatModel
 from sj_robust.randomness import SampleDraws, SampleSeeds, rand
 
-__all__ = ["break_ties", "square_rows"]
-
 _HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries after which the area of the square is halved
 _FIRST_AREA = 0.8  # as a share of the image
 _BLOCK = 256  # queries whose numbers are drawn at once

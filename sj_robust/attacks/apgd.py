@@ -55,8 +55,7 @@ def apgd(
 
     With ``keep_best`` a sample leaves as soon as any image fools the model, ``x`` itself included, and further
     restarts and targets attack only what still stands: misclassified images come back as they are, and a fooling
-    image is the first that was met. Where nothing fools, the result is the image of highest loss. A stochastic model
-    is judged on the ``eot_samples`` it was averaged over: score the result with several fresh draws.
+    image is the first that was met. Where nothing fools, the result is the image of highest loss.
 
     Against the authors' code: both keep any fooling iterate, so robust accuracies agree within the noise of the
     random starts; leaving early makes this one faster. The step after which progress is judged and the strict "fewer"

@@ -13,6 +13,7 @@ from torch import Tensor
 from sj_robust._checks import check_count, check_labels, check_model
 from sj_robust.attacks._flip_search import (
     Search,
+    Settings,
     apply_flips,
     check_tries,
     first_that_fools,
@@ -97,11 +98,12 @@ def flip_events(
     """
     x = checked_frames(model, x, y, generator)
     _check_budget(x, flips, allow)
-    return searched(
-        model, x, y, partial(Search, flippable=_flippable(x, allow)), budget=flips, steps=steps, probes=probes,
-        queries=queries, target_classes=target_classes, restarts=restarts, eot_samples=eot_samples,
-        confidence=confidence, reduce=reduce, keep_best=keep_best, loss=loss, generator=generator,
+    settings = Settings(
+        steps=steps, probes=probes, queries=queries, target_classes=target_classes, restarts=restarts,
+        eot_samples=eot_samples, confidence=confidence, reduce=reduce, keep_best=keep_best, loss=loss,
     )  # fmt: skip
+    make = partial(Search, flippable=_flippable(x, allow))
+    return searched(model, x, y, make, settings, budget=flips, generator=generator)
 
 
 def random_flips(

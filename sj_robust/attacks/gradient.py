@@ -118,8 +118,7 @@ def pgd(
 
     With ``keep_best`` the result is, per sample, an image that fools the model if any was met, and among equals
     the one of highest loss; ``x`` itself and all ``x[k]`` are candidates, so a wrongly classified image stays so.
-    Further restarts attack only what is not yet fooled. A stochastic model is judged on the ``eot_samples`` it was
-    averaged over, the best of many draws: score the result with several fresh ones.
+    Further restarts attack only what is not yet fooled.
 
     Other arguments, result and errors are those of :mod:`sj_robust.attacks`.
 

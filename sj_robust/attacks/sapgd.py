@@ -38,10 +38,8 @@ def sapgd(
     nothing. ``x[0] = x + eps u / max|u|`` with u uniform in [-1, 1]; ``eta = eps`` at first, halved after 22 % of
     the steps and then at intervals shorter by 3 % each, down to 6 %.
 
-    With ``keep_best`` a sample leaves as soon as any image fools the model, ``x`` itself included, and further
-    restarts attack only what still stands: misclassified images come back as they are. Where nothing fools, the
-    result is the image of highest loss. A stochastic model is judged on the ``eot_samples`` it was averaged over:
-    score the result with several fresh draws.
+    With ``keep_best`` samples leave as soon as they are fooled, as in :func:`apgd`; misclassified images come back as
+    they are.
 
     Other arguments, result and errors are those of :mod:`sj_robust.attacks`.
 

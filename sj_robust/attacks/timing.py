@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from sj_robust._checks import check_count
-from sj_robust.attacks._flip_search import apply_flips, check_tries, first_that_fools, searched, uniform
+from sj_robust.attacks._flip_search import Settings, apply_flips, check_tries, first_that_fools, searched, uniform
 from sj_robust.attacks._move_search import Limits, MoveSearch, random_moved
 from sj_robust.attacks.call import Loss, Model, Randomness
 from sj_robust.attacks.events import checked_frames
@@ -81,11 +81,12 @@ def move_events(
     x = checked_frames(model, x, y, generator)
     limits = _limits(x, moves, largest_shift, total_shift)
     make = partial(MoveSearch, limits=limits, flippable=torch.ones_like(x.flatten(1), dtype=torch.bool))
-    return searched(
-        model, x, y, make, budget=2 * moves if limits.largest_shift else 0, steps=steps, probes=probes,
-        queries=queries, target_classes=target_classes, restarts=restarts, eot_samples=eot_samples,
-        confidence=confidence, reduce=reduce, keep_best=keep_best, loss=loss, generator=generator,
+    settings = Settings(
+        steps=steps, probes=probes, queries=queries, target_classes=target_classes, restarts=restarts,
+        eot_samples=eot_samples, confidence=confidence, reduce=reduce, keep_best=keep_best, loss=loss,
     )  # fmt: skip
+    budget = 2 * moves if limits.largest_shift else 0
+    return searched(model, x, y, make, settings, budget=budget, generator=generator)
 
 
 def random_moves(

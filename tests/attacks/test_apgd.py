@@ -1,4 +1,4 @@
-"""Auto-PGD against its algorithm written out a second time, known optima, and the authors' implementation."""
+"""Auto-PGD and SA-PGD against their algorithms written out a second time, known optima, and other implementations."""
 
 import itertools
 import math
@@ -15,7 +15,7 @@ from attacks.table import Recorder, predicted, seeded
 from torch import Tensor
 
 from sj_robust._host import functional
-from sj_robust.attacks import SampleSeeds, ThreatModel, _ascent, apgd, sapgd
+from sj_robust.attacks import SampleSeeds, ThreatModel, _ascent, apgd, pgd, sapgd
 from sj_robust.attacks._ascent import checkpoints
 from sj_robust.attacks.apgd import dlr_loss, targeted_dlr_loss
 
@@ -37,6 +37,7 @@ def test_checkpoints():
         assert checkpoints(steps) == sorted(set(paper_checkpoints(steps)) - {0})
 
 
+X = np.array([[0.5, 0.5, 0.5, 0.5], [0.45, 0.02, 0.4, 0.97], [0.5, 0.6, 0.5, 0.25]])
 CURVATURE = np.array([[1.0, 30.0, 0.1, 2.0], [5.0, 5.0, 0.0, 0.01], [-1.0, 3.0, 1.0, 0.5]])
 PEAK = np.array([[0.55, 0.48, 0.9, 0.5], [0.51, 0.1, 0.3, 0.9], [0.5, 0.62, 0.58, 0.2]])
 COUPLING = 0.7
@@ -96,20 +97,40 @@ def by_hand(x: np.ndarray, start: np.ndarray, k: int, eps: float, norm: str, ste
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 @pytest.mark.parametrize("steps", [10, 37, 100])
 def test_images_and_step_sizes_follow_the_algorithm(norm, steps):
-    model = Recorder(lambda x: x)
-    x = torch.tensor([[0.5, 0.5, 0.5, 0.5], [0.45, 0.02, 0.4, 0.97], [0.5, 0.6, 0.5, 0.25]], dtype=torch.float64)
-    y = torch.arange(3)
+    model, y = Recorder(lambda x: x), torch.arange(3)
     options = {"eps": 0.1, "norm": norm, "loss": quadratic_loss, "steps": steps, "keep_best": False}
-    x_adv = apgd(model, x, y, **options, generator=seeded(1))
+    x_adv = apgd(model, torch.tensor(X), y, **options, generator=seeded(1))
     images = torch.stack(model.seen, 1).numpy()
     schedules = []
     for k in range(3):
-        expected, etas, best = by_hand(x[k].numpy(), images[k, 0], k, 0.1, norm, steps)
+        expected, etas, best = by_hand(X[k], images[k, 0], k, 0.1, norm, steps)
         np.testing.assert_allclose(images[k], expected, rtol=0, atol=1e-9)
         np.testing.assert_allclose(x_adv[k], best, rtol=0, atol=1e-9)
         schedules.append(etas)
     assert all(etas[-1] < 0.2 for etas in schedules)
     assert norm == "Linf" or len({tuple(etas) for etas in schedules}) > 1  # samples chose different step sizes
+
+
+@pytest.mark.parametrize("steps", [12, 100])
+def test_images_of_sapgd_follow_its_recursion(steps):
+    eps, model, y = 0.1, Recorder(lambda x: x), torch.arange(3)
+    x_adv = sapgd(model, torch.tensor(X), y, eps=eps, steps=steps, loss=quadratic_loss, keep_best=False)
+    seen = [images.numpy() for images in model.seen]
+    x, eta, m, v = seen[0], eps, np.zeros_like(X), np.zeros_like(X)
+    lower, upper = np.maximum(X - eps, 0), np.minimum(X + eps, 1)
+    assert len(seen) == steps + 1
+    np.testing.assert_allclose(np.abs(x - X)[0].max(), eps, rtol=0, atol=1e-12)  # a border point
+    for k in range(1, steps + 1):
+        g = np.stack([quadratic(x[n], n)[1] for n in range(3)])
+        m = 0.5 * m + g / np.abs(g).mean(1, keepdims=True)
+        v = 0.8 * v + g**2 / (g**2).mean(1, keepdims=True)
+        x = np.clip(x + np.clip(eta * m / (np.sqrt(v) + 1e-12), -eta, eta), lower, upper)
+        np.testing.assert_allclose(seen[k], x, rtol=0, atol=1e-9)
+        x = seen[k]
+        eta = eta / 2 if k in paper_checkpoints(steps) else eta
+    assert np.abs(seen[-2] - seen[-1]).max() > 0.1 * eta
+    values = [quadratic_loss(torch.tensor(images), y) for images in seen]
+    torch.testing.assert_close(quadratic_loss(x_adv, y), torch.stack(values).amax(0))
 
 
 def test_a_run_that_rises_without_passing_its_start_goes_back_and_halves_its_step():
@@ -294,3 +315,40 @@ def test_as_strong_as_the_authors_implementation(trained, norm, eps, loss, monke
         theirs.append((predicted(model, peer_adv) == y).double().mean().item())
     assert np.mean(ours) == pytest.approx(np.mean(theirs), abs=0.01), (ours, theirs)
     assert 0.2 < np.mean(ours) < 0.8
+
+
+@pytest.mark.parametrize("scale", [1e-38, 1e-30, 1.0, 1e30])
+def test_sapgd_does_not_see_the_scale_of_the_gradient(scale):
+    weight = torch.tensor([3.0, -1.0, 0.0, 0.5])
+    x, y = torch.full((2, 4), 0.5), torch.zeros(2, dtype=torch.int64)
+
+    def attacked(factor: float) -> Tensor:
+        def loss(logits: Tensor, y: Tensor) -> Tensor:
+            return (logits * weight).sum(1) * factor
+
+        generator = seeded()
+        return sapgd(lambda x: x, x, y, eps=0.1, steps=6, loss=loss, keep_best=False, generator=generator)
+
+    x_adv = attacked(scale)
+    assert bool(torch.isfinite(x_adv).all())
+    torch.testing.assert_close(x_adv, attacked(0.125), rtol=0, atol=1e-5)
+    torch.testing.assert_close(x_adv[:, 0], torch.full((2,), 0.6))
+
+
+def test_a_zero_gradient_moves_nothing_in_sapgd_and_stops_nobody_else():
+    model = Recorder(lambda x: x * torch.tensor([[0.0], [1.0]], dtype=x.dtype))
+    x, y = torch.full((2, 3), 0.5, dtype=torch.float64), torch.tensor([0, 0])
+    x_adv = sapgd(model, x, y, eps=0.1, steps=5, keep_best=False)
+    assert bool(torch.isfinite(x_adv).all())
+    assert all(torch.equal(images[0], model.seen[0][0]) for images in model.seen)
+    torch.testing.assert_close(x_adv[1], torch.tensor([0.4, 0.6, 0.6], dtype=torch.float64))
+
+
+@pytest.mark.slow
+def test_sapgd_is_not_weaker_than_pgd_on_a_spiking_network(trained):
+    model, x, y = trained.model, trained.x[:200], trained.y[:200]
+    ours = sapgd(model, x, y, eps=0.1, steps=30, generator=seeded())
+    peer = pgd(model, x, y, eps=0.1, step_size=0.025, steps=30, generator=seeded())
+    ours, peer = ((predicted(model, x_adv) == y).double().mean().item() for x_adv in (ours, peer))
+    assert ours <= peer + 0.01
+    assert ours < 0.8

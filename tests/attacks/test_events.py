@@ -84,13 +84,12 @@ class TestLinearOptimum:
         gains = [gain for gain in self.gains(row, allow) if gain > 0]
         sums = list(itertools.accumulate(gains))
         model, x, y = self.model(row), self.x[row : row + 1], self.y[row : row + 1]
+        x_adv = flip_events(model, x, y, flips=20, allow=allow, **options)
         if sums[-1] <= 4:  # no set of these changes fools
-            x_adv = flip_events(model, x, y, flips=20, allow=allow, **options)
             assert int(count_flips(x_adv, x)) == min(20, len(gains))  # but each is worth taking
             return
         least = next(count for count, total in enumerate(sums, 1) if total > 4)
         assert least > 1
-        x_adv = flip_events(model, x, y, flips=20, allow=allow, **options)
         assert model(x_adv).argmax(1) != y
         assert int(count_flips(x_adv, x)) == least
         exact = flip_events(model, x, y, flips=least, allow=allow, **options)

@@ -32,7 +32,7 @@ WRONG_INPUTS = {
     "bytes as floats": (X * 255, Y, ValueError, r"x must lie in \[0, 1\], got values from .* to 25"),
     "bytes": ((X * 255).byte(), Y, TypeError, r"floating point, got torch.uint8; .*/ 255"),
     "list": (X.tolist(), Y, TypeError, r"x must be a tensor of images, got list"),
-    "no batch": (torch.rand(36), Y, ValueError, r"batch of images \[N, ...\], got shape \(36,\).*unsqueeze\(0\)"),
+    "no N": (X[0, 0, 0], Y, ValueError, r"x must be a batch of images \[N, ...\], got shape \(6,\).*unsqueeze\(0\)"),
     "int32 labels": (X, Y.int(), TypeError, r"y must be int64, got torch.int32; use y.long\(\)"),
     "one-hot": (X, nn.functional.one_hot(Y, 5).float(), TypeError, r"y must be int64, got torch.float32.*argmax"),
     "too few": (X, Y[:2], ValueError, r"y must have shape \[N\] = \[3\] as x has, got \[2\]"),
