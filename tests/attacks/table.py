@@ -203,17 +203,6 @@ def train(model: nn.Module, x: Tensor, y: Tensor, *, epochs: int, size: int, gen
     return model.eval()
 
 
-def _conv_model() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(1, 4, 3, padding=1),
-        nn.BatchNorm2d(4),
-        nn.Tanh(),
-        nn.Dropout(0.5),
-        nn.Flatten(),
-        nn.Linear(4 * 36, 5),
-    )
-
-
 class PerStep(nn.Module):
     """A stateless network applied to [T, N, *] as to one batch, whatever the release calls its own container."""
 
@@ -225,10 +214,10 @@ class PerStep(nn.Module):
         return self.layers(x_seq.flatten(0, 1)).unflatten(0, x_seq.shape[:2])
 
 
-def _spiking_model(make_neuron: Callable[[], nn.Module]) -> nn.Module:
+def _spiking_model(node: nn.Module) -> nn.Module:
     net = nn.Sequential(
         PerStep(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4)),
-        make_neuron(),
+        node,
         PerStep(nn.Dropout(0.2), nn.Flatten(), nn.Linear(4 * 36, 5)),
     )
     functional.set_step_mode(net, "m")
@@ -237,7 +226,9 @@ def _spiking_model(make_neuron: Callable[[], nn.Module]) -> nn.Module:
 
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: linear_model(36),
-    "conv": _conv_model,
-    "dlif": lambda: _spiking_model(lambda: DLIFNode(T=3, tau=2.0)),
-    "lif": lambda: _spiking_model(lambda: neuron.LIFNode(tau=2.0, decay_input=False)),
+    "conv": lambda: nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Tanh(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(144, 5)
+    ),
+    "dlif": lambda: _spiking_model(DLIFNode(T=3, tau=2.0)),
+    "lif": lambda: _spiking_model(neuron.LIFNode(tau=2.0, decay_input=False)),
 }

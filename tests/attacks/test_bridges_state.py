@@ -7,16 +7,7 @@ from functools import partial
 
 import pytest
 import torch
-from attacks.table import (
-    MODELS,
-    Recorder,
-    all_generators,
-    assert_within,
-    left_as_it_was,
-    linear_model,
-    predicted,
-    seeded,
-)
+from attacks.table import Recorder, all_generators, assert_within, left_as_it_was, linear_model, predicted, seeded
 from torch import nn
 
 from sj_robust import SpikingClassifier
@@ -47,10 +38,9 @@ def test_inside_ball_and_box_in_every_dtype_of_network(bridge, dtype):
     assert int((predicted(model, x_adv) != y).sum()) > 0
 
 
-def test_inside_ball_and_box_on_a_spiking_network(bridge):
-    with torch.random.fork_rng():
-        torch.manual_seed(1)
-        model = MODELS["dlif"]().eval()
+@pytest.mark.parametrize("model", ["dlif"], indirect=True)
+def test_inside_ball_and_box_on_a_spiking_network(bridge, model):
+    model.eval()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", AutoAttackWarning)  # an untrained network has zero gradients
         assert_within(bridge.run(model, X, predicted(model, X), EPS[bridge.norm]), X, bridge.norm, EPS[bridge.norm])
