@@ -2,36 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
-
-from torch import Tensor
 
 from lab.benchmarking.layers import BATCH_NORM_LAYERS, INSTRUCTION_SETS, LAYERS, STAGES
 from lab.benchmarking.networks import network_tasks
 from lab.benchmarking.proving import PROVING
 from lab.benchmarking.steps import STEP_PEERS, TRAINING_STEPS, adversarial_steps
+from lab.benchmarking.task import Task
 from sj_robust.ops.dlif import cpp
-
-
-class Task(Protocol):
-    """One method at one shape, ready to run.
-
-    Attributes:
-        tensor_bytes: Size of what memory is compared with: the input currents of a layer, the frames of a network.
-        inputs: Tensors that are there before the forward pass.
-    """
-
-    tensor_bytes: int
-    inputs: list[Tensor]
-
-    def forward(self) -> Any:
-        """Forward pass; what it returns keeps the graph."""
-
-    def backward(self, result: Any) -> None:
-        """Backward pass of what :meth:`forward` returned, and the step of the optimizer if there is one."""
-
-    def check(self) -> None:
-        """Raise ValueError if the method is wrong."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +40,7 @@ class Benchmark:
 
 
 _LARGE = ((8, 64, 64, 32, 32), (8, 128, 256, 8, 8), (4, 64, 128, 8, 8))
+_IMAGES = ((8, 16, 3, 32, 32),)
 
 BENCHMARKS: dict[str, Benchmark] = {
     "neuron": Benchmark(LAYERS, "SpikingJelly LIFNode", _LARGE, is_layer=True),
@@ -81,17 +59,12 @@ BENCHMARKS: dict[str, Benchmark] = {
         (*((T, 32, 8192) for T in (1, 2, 4, 8, 16, 32, 64)), *((8, N, 8192) for N in (8, 16, 64, 128))),
         is_layer=True,
     ),
-    "conv4": Benchmark(network_tasks("conv4"), "ReLU", ((8, 16, 3, 32, 32),)),
-    "vgg5": Benchmark(network_tasks("vgg5"), "ReLU", ((8, 16, 3, 32, 32),)),
-    "conv4_adversarial": Benchmark(
-        adversarial_steps("conv4"), "published loop", ((8, 16, 3, 32, 32),), has_one_graph=False
-    ),
-    "vgg5_adversarial": Benchmark(
-        adversarial_steps("vgg5"), "published loop", ((8, 16, 3, 32, 32),), has_one_graph=False
-    ),
-    "small_adversarial": Benchmark(
-        adversarial_steps("small"), "published loop", ((4, 64, 3, 32, 32),), has_one_graph=False
-    ),
+    "conv4": Benchmark(network_tasks("conv4"), "ReLU", _IMAGES),
+    "vgg5": Benchmark(network_tasks("vgg5"), "ReLU", _IMAGES),
+    **{
+        f"{name}_adversarial": Benchmark(adversarial_steps(name), "published loop", shapes, has_one_graph=False)
+        for name, shapes in (("conv4", _IMAGES), ("vgg5", _IMAGES), ("small", ((4, 64, 3, 32, 32),)))
+    },
     "training_step": Benchmark(
         TRAINING_STEPS, "textbook loop", ((4, 64, 1, 28, 28),), has_one_graph=False, peers=STEP_PEERS
     ),

@@ -8,9 +8,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lab.benchmarking.benchmarks import Task
 from lab.benchmarking.layers import Build, LayerTask, alone, behind_batch_norm, dlif, lif_node, lif_node_for_gpu
 from lab.benchmarking.networks import FUSED_AUTO, PRECISIONS, NetworkTask
+from lab.benchmarking.task import Task
 from sj_robust.ops import Surrogate
 from sj_robust.ops.bn_dlif import BatchNorm, can_fuse
 
@@ -18,22 +18,7 @@ COPY = "copy"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _SJ_TRITON = {"SJ_LIF_CUDA_IMPLEMENTATION": "triton"}  # which SpikingJelly 2.x reads when it is imported
 
-
-@dataclass(frozen=True)
-class Case:
-    """One row of the tables.
-
-    Attributes:
-        part: Name in the plan.
-        method: Name in the part.
-        precision: Name in :data:`DTYPES`, or of a network's precision.
-        shape: Shape [T, N, C, H, W] of the currents or the images.
-    """
-
-    part: str
-    method: str
-    precision: str
-    shape: tuple[int, ...]
+Cases = tuple[tuple[str, tuple[int, ...]], ...]
 
 
 @dataclass(frozen=True)
@@ -43,7 +28,8 @@ class Part:
     Attributes:
         make: Makes the task of a method, a precision and a shape.
         methods: Names of the methods.
-        cases: Precisions and shapes, in the order in which they are measured.
+        cases: Precisions, names in :data:`DTYPES` or of a network's, and shapes [T, N, C, H, W] of currents or images,
+            in the order in which they are measured.
         peers: Methods that times are compared with.
         passes: Times that the tensor of the part has to move in a forward and a backward pass; NaN for networks.
         variables: Environment variables of a method's process.
@@ -51,17 +37,13 @@ class Part:
 
     make: Callable[[str, str, Sequence[int]], Task]
     methods: tuple[str, ...]
-    cases: tuple[tuple[str, tuple[int, ...]], ...]
+    cases: Cases
     peers: tuple[str, ...]
     passes: float = math.nan
     variables: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
-    def cases_of(self, name: str, method: str) -> list[Case]:
-        """The rows of one method; ``name`` is that of the part."""
-        return [Case(name, method, precision, shape) for precision, shape in self.cases]
 
-
-class CopyTask:
+class CopyTask(Task):
     """A copy of the tensor, which reads and writes it once: the speed of the memory."""
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype) -> None:
@@ -73,12 +55,6 @@ class CopyTask:
     def forward(self) -> Tensor:
         """The copy."""
         return self._target.copy_(self._source)
-
-    def backward(self, result: Tensor) -> None:
-        """There is none."""
-
-    def check(self) -> None:
-        """A copy is right."""
 
 
 _DLIF: dict[str, Callable[[int], nn.Module]] = {
@@ -140,7 +116,7 @@ def network_part(architecture: str, shape: tuple[int, ...]) -> Part:
     )
 
 
-def layer_parts(cases: tuple[tuple[str, tuple[int, ...]], ...]) -> dict[str, Part]:
+def layer_parts(cases: Cases) -> dict[str, Part]:
     """The neuron alone, and behind a batch norm in training mode.
 
     A layer reads the currents and writes the spikes, and back it reads both and writes a gradient: 5 passes. Batch norm

@@ -14,13 +14,14 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 from lab import paths_for_children
-from lab.benchmarking.gpu_plan import Case, Part
+from lab.benchmarking.gpu_plan import Part
 
 TESTS = "tests"
 """Part of the rows that are tests."""
@@ -35,7 +36,7 @@ class GpuRow:
     Attributes:
         part: Name in the plan, or :data:`TESTS`.
         method: Name of the method, or of the test.
-        precision: See :class:`Case`; empty for tests.
+        precision: Of :class:`Part`; empty for tests.
         wanted: Shape of the plan, as text.
         shape: Shape that was measured, with a smaller batch where memory was short.
         reason: Why there is no figure; empty if there is one, and for tests that passed.
@@ -78,31 +79,33 @@ class Store:
         self.path, self.where = path, dict(where)
         self._rows: dict[tuple[str, ...], GpuRow] = {}
         text = path.read_text(encoding="utf-8") if path.is_file() else ""
-        lines = text.splitlines()
-        known = {field.name for field in fields(GpuRow)}
-        if lines:
-            if not _is_same(_parsed(lines[0]), self.where):
-                with path.with_suffix(".earlier.jsonl").open("a", encoding="utf-8") as earlier:
-                    earlier.write(f"{text.rstrip()}\n")
-                lines = []
-            for line in lines[1:]:
-                try:
-                    row = GpuRow(**{name: value for name, value in json.loads(line).items() if name in known})
-                except (TypeError, ValueError):  # where rows set aside begin; the last line of a run that was killed
-                    continue
-                self._rows[row.key] = row
-        if lines and not text.endswith("\n"):
-            with path.open("a", encoding="utf-8") as file:
-                file.write("\n")
+        before = _parsed(text.partition("\n")[0])
+        # the commit may differ, since tables are written into the repository
+        lines = text.splitlines() if before | {"commit": ""} == self.where | {"commit": ""} else []
+        if text and not lines:
+            with path.with_suffix(".earlier.jsonl").open("a", encoding="utf-8") as earlier:
+                earlier.write(f"{text.rstrip()}\n")
+        for line in lines[1:]:
+            try:
+                row = GpuRow(**json.loads(line))
+            except (TypeError, ValueError):  # where rows set aside begin; the last line of a run that was killed
+                continue
+            self._rows[row.key] = row
         if not lines:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(self.where) + "\n", encoding="utf-8")
+        elif not text.endswith("\n"):
+            self._append("")
 
-    def add(self, row: GpuRow) -> None:
-        """Keep a row on disk."""
+    def add(self, row: GpuRow) -> GpuRow:
+        """Keep a row on disk; returns it."""
         self._rows[row.key] = row
+        self._append(json.dumps(asdict(row)))
+        return row
+
+    def _append(self, line: str) -> None:
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(row)) + "\n")
+            file.write(f"{line}\n")
 
     def has(self, row: GpuRow) -> bool:
         """Whether this is known already, and is no failure."""
@@ -121,21 +124,11 @@ def load(path: Path) -> Store:
         return Store(path, json.loads(file.readline()))
 
 
-def _is_same(before: Mapping[str, str], now: Mapping[str, str]) -> bool:
-    """Whether rows belong into one table: the commit may differ, since tables are written into the repository."""
-    return {k: v for k, v in before.items() if k != "commit"} == {k: v for k, v in now.items() if k != "commit"}
-
-
-def shape_text(shape: Sequence[int]) -> str:
-    """A shape as the tables have it."""
-    return "x".join(map(str, shape))
-
-
-def row_of(case: Case, facts: Mapping[str, Any] | None = None) -> GpuRow:
+def _row(part: str, method: str, precision: str, wanted: Sequence[int], facts: Mapping[str, Any]) -> GpuRow:
     """A row of the plan from what a worker says of it."""
-    measured = {name: value for name, value in (facts or {}).items() if name not in ("done", "shape")}
-    shape = shape_text((facts or {}).get("shape", case.shape))
-    return GpuRow(case.part, case.method, case.precision, shape_text(case.shape), shape, **measured)
+    measured = {name: value for name, value in facts.items() if name not in ("done", "shape")}
+    planned, shape = ("x".join(map(str, sizes)) for sizes in (wanted, facts.get("shape", wanted)))
+    return GpuRow(part, method, precision, planned, shape, **measured)
 
 
 def measure_part(
@@ -154,22 +147,19 @@ def measure_part(
         worker: How Python starts the process of a method.
     """
     for method in part.methods:
-        cases = [case for case in part.cases_of(name, method) if not store.has(row_of(case))]
+        row = partial(_row, name, method)
+        cases = [case for case in part.cases if not store.has(row(*case, {}))]
         while cases:
             variables = {**os.environ, **paths_for_children(), **part.variables.get(method, {})}
-            given = json.dumps([(case.precision, case.shape) for case in cases])
-            command = [sys.executable, *worker, name, method, device, str(rounds), given]
-            finished = 0
+            command = [sys.executable, *worker, name, method, device, str(rounds), json.dumps(cases)]
+            finished, reason = 0, ""
             for facts in _answers(command, variables, limit):
-                row = row_of(cases[finished], facts)
-                store.add(row)
-                yield row
-                finished += 1
+                yield store.add(row(*cases[finished], facts))
+                finished, reason = finished + 1, facts.get("reason", "")
             cases = cases[max(finished, 1) :]  # a process that died is followed by another one for the rest
-            if finished and row.reason == _too_long(limit):  # one that hung is not: an hour is soon over
+            if reason == _too_long(limit):  # one that hung is not: an hour is soon over
                 for case in cases:
-                    store.add(row := row_of(case, {"reason": f"not tried: a row of this method {_too_long(limit)}"}))
-                    yield row
+                    yield store.add(row(*case, {"reason": f"not tried: a row of this method {reason}"}))
                 break
 
 
@@ -186,14 +176,7 @@ def _answers(command: Sequence[str], variables: Mapping[str, str], limit: float)
         threading.Thread(target=_forward, args=(process.stdout, lines), daemon=True).start()
         begun, done = 0, 0
         try:
-            while True:
-                try:
-                    line = lines.get(timeout=limit)
-                except queue.Empty:
-                    yield {"reason": _too_long(limit)}
-                    return
-                if not line:
-                    break
+            for line in iter(partial(lines.get, timeout=limit), ""):
                 said = _parsed(line)
                 begun += "begun" in said
                 if "done" in said:
@@ -204,6 +187,8 @@ def _answers(command: Sequence[str], variables: Mapping[str, str], limit: float)
                 errors.seek(0)
                 last = (errors.read().strip().splitlines() or ["it said nothing"])[-1]
                 yield {"reason": f"the process ended with code {process.returncode}: {last[:300]}"}
+        except queue.Empty:
+            yield {"reason": _too_long(limit)}
         finally:
             process.kill()
 
@@ -239,9 +224,7 @@ def run_tests(
     listed = _run([*pytest, "--collect-only", str(folder)], limit)
     identifiers = re.findall(r"^(\S+\.py::\w+)(\[.*\])?$", listed.stdout, flags=re.MULTILINE)
     if not identifiers:
-        row = GpuRow(TESTS, folder.name, reason=f"pytest finds no tests: {_last_line(listed)}")
-        store.add(row)
-        yield row
+        yield store.add(GpuRow(TESTS, folder.name, reason=f"pytest finds no tests: {_last_line(listed)}"))
     groups = dict.fromkeys((test, _backend(parameters)) for test, parameters in identifiers)
     hung = set()
     for test, backend in groups:
@@ -258,8 +241,7 @@ def run_tests(
             row = _tested(name, [*pytest, f"{file}::{name.split()[0]}"], backend, limit)
         if backend and row.reason.endswith(_too_long(limit)):
             hung.add(backend)
-        store.add(row)
-        yield row
+        yield store.add(row)
 
 
 def _backend(parameters: str) -> str:

@@ -46,13 +46,11 @@ def markdown(store: Store, plan: Mapping[str, Part], command: str) -> str:
 def caption(name: str, rows: Sequence[GpuRow], part: Part) -> str:
     """What the rows of one table have in common."""
     text = f"{name}, {rows[0].precision}, [{rows[0].wanted.replace('x', ', ')}], milliseconds"
-    copy = _copy_among(rows)
-    if copy is None:
+    if (copy := _copy_among(rows)) is None:
         return text
     speed = gigabytes_per_second(copy, part)
-    return f"{text}; a copy reaches {speed:.0f} GB/s, at which the {part.passes:g} passes take " + (
-        f"{part.passes * copy.tensor_mb / speed:.3g} ms"
-    )
+    least = part.passes * copy.tensor_mb / speed
+    return f"{text}; a copy reaches {speed:.0f} GB/s, at which the {part.passes:g} passes take {least:.3g} ms"
 
 
 def table(rows: Sequence[GpuRow], part: Part) -> str:

@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from lab.benchmarking.benchmarks import Task
 from lab.benchmarking.gpu_plan import PLAN, Part
+from lab.benchmarking.task import Task, times_of
 from sj_robust._host import quiet_triton
 
 _SECONDS = 20.0
@@ -32,7 +32,7 @@ def main(part: Part, method: str, device: str, rounds: int, cases: Sequence[tupl
         try:
             facts = measure(lambda shape, of=precision: part.make(method, of, shape), device, tuple(shape), rounds)
         except Exception as error:  # whatever goes wrong with one row is that row's affair
-            facts = {"reason": _short(error)}
+            facts = {"reason": f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]}
         _say({"done": number, **facts})
         if "reason" in facts and not _is_healthy(device):
             os._exit(3)  # an illegal access leaves every later call of this process without a device
@@ -81,19 +81,7 @@ def _timed(task: Task, device: str, rounds: int) -> Mapping[str, float]:
         marks.append(clock.mark())
         host.append(1e3 * (time.perf_counter() - start))
         passes.append(clock.between(marks))
-    totals = [forward + backward for forward, backward in passes]
-    quartiles = statistics.quantiles(totals, method="inclusive")
-    forward, backward = (statistics.median(times) for times in zip(*passes, strict=True))
-    return {
-        "median": statistics.median(totals),
-        "quartile1": quartiles[0],
-        "quartile3": quartiles[2],
-        "best": min(totals),
-        "forward": forward,
-        "backward": backward,
-        "host": statistics.median(host),
-        "peak_mb": peak / 1e6,
-    }
+    return times_of(passes) | {"host": statistics.median(host), "peak_mb": peak / 1e6}
 
 
 class _HostClock:
@@ -142,14 +130,8 @@ def _is_healthy(device: str) -> bool:
         return False
 
 
-def _short(error: Exception) -> str:
-    """What went wrong, on one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]
-
-
 def _say(value: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(value) + "\n")
-    sys.stdout.flush()
+    print(json.dumps(value), flush=True)
 
 
 if __name__ == "__main__":

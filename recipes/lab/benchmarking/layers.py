@@ -1,12 +1,14 @@
 """Spiking layers by name, alone, behind a batch norm and before a pooling: DLIF and the peers it is compared with."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lab.benchmarking.task import Task
 from sj_robust._host import functional, layer, neuron, surrogate
 from sj_robust.neuron import DLIFNode, fuse
 from sj_robust.ops.dlif import cpp
@@ -17,10 +19,11 @@ Build = Callable[[Sequence[int]], Layer]
 """Makes a layer from the shape of its input."""
 
 
-class LayerTask:
+@dataclass(eq=False)
+class LayerTask(Task):
     """Forward and backward pass of one layer over random currents.
 
-    Args:
+    Attributes:
         method: Name of the layer, for messages.
         build: Makes the layer.
         reference: Makes the layer that it must equal; None where the dynamics differ, and only the range is checked.
@@ -32,33 +35,29 @@ class LayerTask:
             the reference does; otherwise in float32.
     """
 
-    def __init__(
-        self,
-        method: str,
-        build: Build,
-        reference: Build | None,
-        shape: Sequence[int],
-        *,
-        dtype: torch.dtype = torch.float32,
-        channels_last: bool = False,
-        pools: bool = False,
-        rounds: bool = False,
-    ) -> None:
-        """Build the layer and draw its input; see the class."""
-        self._method, self._build, self._reference = method, build, reference
-        self._shape, self._pools, self._rounds = tuple(shape), pools, rounds
-        self._dtype, self._channels_last = dtype, channels_last
-        self._layer = build(shape)
-        self._x_seq = self._stored(torch.randn(self._shape).mul_(0.5)).requires_grad_()
-        pooled = (*self._shape[:3], *(size // 2 for size in self._shape[3:]))
-        self._grad = self._stored(torch.randn(pooled if pools else self._shape))
+    method: str
+    build: Build
+    reference: Build | None
+    shape: Sequence[int]
+    _: KW_ONLY
+    dtype: torch.dtype = torch.float32
+    channels_last: bool = False
+    pools: bool = False
+    rounds: bool = False
+
+    def __post_init__(self) -> None:
+        """Build the layer and draw its input."""
+        self._layer = self.build(self.shape)
+        self._x_seq = self._stored(torch.randn(*self.shape).mul_(0.5)).requires_grad_()
+        side = 2 if self.pools else 1
+        self._grad = self._stored(torch.randn(*self.shape[:3], *(size // side for size in self.shape[3:])))
         self.tensor_bytes = 4 * self._x_seq.numel()
         self.inputs = [self._x_seq]
 
     def _stored(self, values: Tensor) -> Tensor:
-        if not self._channels_last:
-            return values.to(self._dtype)
-        return values.to(self._dtype).flatten(0, 1).contiguous(memory_format=torch.channels_last).view(values.shape)
+        if not self.channels_last:
+            return values.to(self.dtype)
+        return values.to(self.dtype).flatten(0, 1).contiguous(memory_format=torch.channels_last).view(values.shape)
 
     def forward(self) -> Tensor:
         """Spikes."""
@@ -75,26 +74,26 @@ class LayerTask:
         Raises:
             ValueError: If spikes or gradients are wrong.
         """
-        shape = (self._shape[0], 32, *(min(size, 16) for size in self._shape[2:]))
+        shape = (self.shape[0], 32, *(min(size, 16) for size in self.shape[2:]))
         x_seq = self._stored(torch.randn(shape).mul_(0.7)).requires_grad_()
-        spikes = self._build(shape)(x_seq)
-        whole = spikes * 4 if self._pools else spikes
-        if not bool(((whole == whole.round()) & (spikes >= 0) & (spikes <= 1)).all()) and "ReLU" not in self._method:
-            raise ValueError(f"{self._method} gives spikes that are neither 0 nor 1: it is not timed")
-        if self._reference is None:
+        spikes = self.build(shape)(x_seq)
+        whole = spikes * 4 if self.pools else spikes
+        if not bool(((whole == whole.round()) & (spikes >= 0) & (spikes <= 1)).all()) and "ReLU" not in self.method:
+            raise ValueError(f"{self.method} gives spikes that are neither 0 nor 1: it is not timed")
+        if self.reference is None:
             return
-        exact = x_seq.detach().to(self._dtype if self._rounds else torch.float32).requires_grad_()
-        wanted_spikes = self._reference(shape)(exact)
+        exact = x_seq.detach().to(self.dtype if self.rounds else torch.float32).requires_grad_()
+        wanted_spikes = self.reference(shape)(exact)
         weights = torch.randn_like(spikes)
         (grad,) = torch.autograd.grad(spikes, x_seq, weights)
         (wanted,) = torch.autograd.grad(wanted_spikes, exact, weights.to(exact.dtype))
         # a neuron whose spikes differ by rounding at the threshold is left out; there may be one in a thousand
         same = (spikes == wanted_spikes).all(0)
-        if self._pools:
+        if self.pools:
             same = same.repeat_interleave(2, -1).repeat_interleave(2, -2)
         error = (grad.float() - wanted.float())[:, same].norm() / wanted.float().norm()
         if float(same.float().mean()) < 0.999 or not float(error) < 1e-2:
-            raise ValueError(f"{self._method} does not equal the textbook loop: it is not timed")
+            raise ValueError(f"{self.method} does not equal the textbook loop: it is not timed")
 
 
 def lif_node(T: int = 0) -> nn.Module:
@@ -223,11 +222,12 @@ BATCH_NORM_LAYERS = _tasks(
 )
 """Tasks by the name of the pair; the batch norm is in training mode."""
 
+_TEXTBOOK_STAGE = behind_batch_norm(partial(dlif, backend="reference"), pools=True)
 _STAGES = {
     "batch norm + DLIF + pooling, one pass": behind_batch_norm(partial(dlif, backend="cpp"), pools=True, fused=True),
     "batch norm, ReLU, pooling": behind_batch_norm(lambda T: nn.ReLU(), pools=True),
     "batch norm, LIFNode, pooling": behind_batch_norm(lif_node, pools=True),
-    "batch norm, textbook loop, pooling": behind_batch_norm(partial(dlif, backend="reference"), pools=True),
+    "batch norm, textbook loop, pooling": _TEXTBOOK_STAGE,
 }
 _STORED: dict[str, Any] = {
     "": {},
@@ -237,17 +237,11 @@ _STORED: dict[str, Any] = {
 }
 
 
-def _stages() -> dict[str, Callable[..., LayerTask]]:
-    (*_, textbook) = _STAGES.values()
-    tasks: dict[str, Callable[..., LayerTask]] = {}
-    for name, build in _STAGES.items():
-        reference = None if "ReLU" in name else textbook
-        for how, options in _STORED.items():
-            if not how or "one pass" in name or "ReLU" in name:
-                tasks[name + how] = partial(LayerTask, name, build, reference, pools=True, **options)
-    return tasks
-
-
-STAGES = _stages()
+STAGES = {
+    name + how: partial(LayerTask, name, build, None if "ReLU" in name else _TEXTBOOK_STAGE, pools=True, **options)
+    for name, build in _STAGES.items()
+    for how, options in _STORED.items()
+    if not how or "one pass" in name or "ReLU" in name
+}
 """Tasks by the name of the stage and how its currents are stored, float32 and channels first where nothing is said; the
 batch norm is in training mode."""

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lab.benchmarking.layers import lif_node, lif_node_for_gpu
+from lab.benchmarking.task import Task
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.models import VGG_FEATURES, ConvChain
 from sj_robust.neuron import DLIFNode, fuse
@@ -58,20 +59,17 @@ PRECISIONS: dict[str, Precision] = {
 """Options of a training step by what they add to its name."""
 
 
-def network_tasks(architecture: str) -> dict[str, Callable[[Sequence[int]], "NetworkTask"]]:
+def network_tasks(architecture: str) -> "dict[str, partial[NetworkTask]]":
     """Training steps on clean images by the name of the neuron; the shape is [T, N, C, H, W] of the images."""
-    tasks: dict[str, Callable[[Sequence[int]], NetworkTask]] = {
-        neuron: partial(NetworkTask, architecture, neuron) for neuron in _NEURONS
+    plain = {neuron: partial(NetworkTask, architecture, neuron) for neuron in _NEURONS}
+    return plain | {
+        neuron + added: partial(NetworkTask, architecture, neuron, **options)
+        for neuron in (FUSED, *_WITHOUT_SPIKES)
+        for added, options in PRECISIONS.items()
     }
-    for neuron in (FUSED, *_WITHOUT_SPIKES):
-        tasks |= {
-            neuron + added: partial(NetworkTask, architecture, neuron, **options)
-            for added, options in PRECISIONS.items()
-        }
-    return tasks
 
 
-class TrainingTask:
+class TrainingTask(Task):
     """What the kinds of training step share: images, labels, precision, the step of the optimizer.
 
     ``fused`` says whether the optimizer passes over the weights once, as the training engine's does. ``bf16`` runs the
@@ -99,10 +97,6 @@ class TrainingTask:
         self._autocast = partial(torch.autocast, x.device.type, torch.bfloat16, enabled=bf16)
         self.tensor_bytes = 4 * self._x.numel() * shape[0]
         self.inputs = [self._x, *parameters]
-
-    def forward(self) -> Tensor:
-        """The loss."""
-        raise NotImplementedError
 
     def backward(self, loss: Tensor) -> None:
         """Gradients and a step of the optimizer."""

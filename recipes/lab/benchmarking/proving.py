@@ -6,12 +6,13 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from lab.benchmarking.task import Task
 from sj_robust.attacks import pgd
 from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.stability import verify
 
 
-class ProvingTask:
+class ProvingTask(Task):
     """Interval bounds, or PGD of 20 steps, on N images of shape [T, N, C, H, W]; labels are the network's own classes.
 
     Neither's time depends on its outcome.
@@ -32,9 +33,6 @@ class ProvingTask:
     def forward(self) -> Tensor:
         """Whether each image is verified, or broken."""
         return self._verified(0.1) if self._prove else self._broken(0.1)
-
-    def backward(self, result: Tensor) -> None:
-        """There is none."""
 
     def check(self) -> None:
         """No image is verified and broken; raises ValueError."""

@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import statistics
 import subprocess
 import sys
 import time
@@ -13,6 +12,7 @@ from typing import Any
 
 from lab import paths_for_children
 from lab.benchmarking.benchmarks import BENCHMARKS
+from lab.benchmarking.task import times_of
 
 ALLOCATORS: Mapping[str, Mapping[str, str]] = {
     "malloc": {},
@@ -29,13 +29,8 @@ class Measurement:
         subject: Name in :data:`BENCHMARKS`.
         allocator: Name in :data:`ALLOCATORS`.
         shape: Shape of the input, as text.
-        method: Name of the method.
-        median: Median of forward plus backward.
-        quartile1: Lower quartile of the same.
-        quartile3: Upper quartile of the same.
-        best: Fastest forward plus backward.
-        forward: Median of the forward pass alone.
-        backward: Median of the backward pass alone.
+        median: Of forward plus backward, as quartiles and best are.
+        forward: Median of the forward pass alone, as that of the backward pass.
         saved_mb: What the graph keeps beyond inputs and parameters; NaN where there are several.
         peak_mb: Growth of the resident set at its highest; NaN where the heap is reused, which hides it.
         tensor_mb: The input of a layer, the frames of a network.
@@ -108,15 +103,16 @@ def race(
             if "missing" in facts[method]:
                 missing[method] = facts[method]["missing"]
                 workers.pop(method).communicate()
-        seconds = _taken_in_turns(workers, rounds)
+        times = _taken_in_turns(workers, rounds)
     finally:
         for worker in workers.values():
             worker.communicate()
-    copy = 1e3 * min((forward for forward, _ in seconds.get("copy", ())), default=math.nan)
+    copy = min((forward for forward, _ in times.pop("copy", ())), default=math.nan)
+    text = "x".join(map(str, shape))
+    hidden = {} if allocator == "malloc" else {"peak_mb": math.nan}
     measurements = [
-        _measurement(subject, allocator, shape, method, seconds[method], facts[method], copy)
-        for method in workers
-        if method != "copy"
+        Measurement(subject, allocator, text, method, copy=copy, **times_of(passes), **facts[method] | hidden)
+        for method, passes in times.items()
     ]
     return measurements, missing
 
@@ -132,8 +128,8 @@ def _started(arguments: Sequence[str], variables: Mapping[str, str]) -> "subproc
 def _taken_in_turns(
     workers: "Mapping[str, subprocess.Popen[str]]", rounds: int
 ) -> dict[str, list[tuple[float, float]]]:
-    """Seconds of the forward and the backward pass of every round, by method; another one begins each round."""
-    seconds: dict[str, list[tuple[float, float]]] = {method: [] for method in workers}
+    """Milliseconds of the forward and the backward pass of every round, by method; another one begins each round."""
+    times: dict[str, list[tuple[float, float]]] = {method: [] for method in workers}
     turns = list(workers.items())
     for number in range(rounds if turns else 0):
         first = number % len(turns)
@@ -142,8 +138,8 @@ def _taken_in_turns(
             assert worker.stdin is not None  # a pipe
             worker.stdin.write("pass\n")
             worker.stdin.flush()
-            seconds[method].append(_answer(worker, method))
-    return seconds
+            times[method].append(_answer(worker, method))
+    return times
 
 
 def _answer(worker: "subprocess.Popen[str]", method: str) -> Any:
@@ -152,33 +148,3 @@ def _answer(worker: "subprocess.Popen[str]", method: str) -> Any:
     if not line:
         raise RuntimeError(f"the process of {method!r} ended with code {worker.wait()}; its own message stands above")
     return json.loads(line)
-
-
-def _measurement(
-    subject: str,
-    allocator: str,
-    shape: tuple[int, ...],
-    method: str,
-    seconds: list[tuple[float, float]],
-    facts: dict[str, float],
-    copy: float,
-) -> Measurement:
-    forward, backward = zip(*seconds, strict=True)
-    totals = [1e3 * (f + b) for f, b in seconds]
-    quartiles = statistics.quantiles(totals, method="inclusive")
-    return Measurement(
-        subject=subject,
-        allocator=allocator,
-        shape="x".join(map(str, shape)),
-        method=method,
-        median=statistics.median(totals),
-        quartile1=quartiles[0],
-        quartile3=quartiles[2],
-        best=min(totals),
-        forward=1e3 * statistics.median(forward),
-        backward=1e3 * statistics.median(backward),
-        saved_mb=facts["saved_mb"],
-        peak_mb=facts["peak_mb"] if allocator == "malloc" else math.nan,
-        tensor_mb=facts["tensor_mb"],
-        copy=copy,
-    )

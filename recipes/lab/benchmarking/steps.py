@@ -28,9 +28,10 @@ if TYPE_CHECKING:
 
 _TRADES_WEIGHT = 6.0
 
-
 Build = Callable[[Sequence[int]], nn.Module]
 """Makes a network for images of shape [T, N, C, H, W]."""
+Steps = dict[str, Callable[[Sequence[int]], TrainingTask]]
+"""Makes the task of a step from that shape, by its name."""
 
 
 class ModeTask(TrainingTask):
@@ -162,9 +163,6 @@ class PublishedTask(TrainingTask):
         if self._mode.retraction > 0:
             published_retraction(self._net, self._mode.retraction)
 
-    def check(self) -> None:
-        """It is what the others are compared with, so nothing is left to compare."""
-
 
 class FloorTask(TrainingTask):
     """The convolutions and linear layers of an adversarial step alone, each on the input that it has there.
@@ -204,9 +202,6 @@ class FloorTask(TrainingTask):
     def backward(self, loss: Tensor) -> None:
         """Nothing: see :meth:`forward`."""
 
-    def check(self) -> None:
-        """There is nothing to compare it with."""
-
 
 def _small(neuron: Callable[..., nn.Module], shape: Sequence[int], *, fused: bool) -> nn.Module:
     torch.manual_seed(0)
@@ -230,22 +225,20 @@ _SMALL: tuple[Build, Build] = partial(_small, DLIFNode, fused=True), partial(_sm
 STEP_PEERS: dict[str, str] = {mode: f"{mode}, textbook loop" for mode in _MODES}
 """Name of the published loop of every mode."""
 
-TRAINING_STEPS: dict[str, Callable[[Sequence[int]], ModeTask | PublishedTask]] = {}
+TRAINING_STEPS: Steps = {}
 """Tasks by the name of the mode, each followed by its published loop if it has one, on a small network and one of
 LIFNodes."""
 
 for _mode in _MODES:
-    TRAINING_STEPS |= {
-        _mode: partial(ModeTask, _mode, *_SMALL),
-        STEP_PEERS[_mode]: partial(PublishedTask, _mode, _SMALL[1]),
-    }
+    TRAINING_STEPS[_mode] = partial(ModeTask, _mode, *_SMALL)
+    TRAINING_STEPS[STEP_PEERS[_mode]] = partial(PublishedTask, _mode, _SMALL[1])
 TRAINING_STEPS["certified"] = partial(ModeTask, "certified", *_SMALL)
 
 
-def adversarial_steps(architecture: str) -> dict[str, Callable[[Sequence[int]], ModeTask | PublishedTask | FloorTask]]:
+def adversarial_steps(architecture: str) -> Steps:
     """Steps of single-step adversarial training with MS-MPPD at 4/255, by who makes them, and their floor."""
     mine, published = (partial(convolutional_network, architecture, neuron) for neuron in (FUSED, "textbook loop"))
-    steps: dict[str, Callable[[Sequence[int]], ModeTask | PublishedTask | FloorTask]] = {}
+    steps: Steps = {}
     for added, precision in PRECISIONS.items():
         steps[f"sj_robust{added}"] = partial(ModeTask, "at", mine, published, eps=4 / 255, **precision)
         steps[f"convolutions and linear layers alone{added}"] = partial(FloorTask, mine, **precision)

@@ -14,19 +14,21 @@ import time
 import warnings
 from collections.abc import Callable
 from ctypes import CDLL, c_size_t, c_void_p
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lab.benchmarking.benchmarks import BENCHMARKS, Task
+from lab.benchmarking.benchmarks import BENCHMARKS
+from lab.benchmarking.task import Task
 from sj_robust._host import quiet_triton
 from sj_robust.ops.dlif import cpp
 
 
 def main(subject: str, method: str, shape: tuple[int, ...], threads: int) -> None:
-    """Answer every line of standard input with the seconds of the second of two passes, forward and backward."""
+    """Answer every line of standard input with the milliseconds of the second of two passes, forward and backward."""
     warnings.simplefilter("ignore")  # of peers; this package is silent
     quiet_triton()
     torch.set_num_threads(threads)
@@ -51,10 +53,7 @@ def main(subject: str, method: str, shape: tuple[int, ...], threads: int) -> Non
         except ValueError as error:
             _answer({"wrong": str(error)})
             return
-
-        def once() -> tuple[float, float]:
-            return _timed_pass(task)
-
+        once = partial(_timed_pass, task)
         once()  # what a library sets up at its first call does not count
         facts = {
             "tensor_mb": task.tensor_bytes / 1e6,
@@ -68,17 +67,16 @@ def main(subject: str, method: str, shape: tuple[int, ...], threads: int) -> Non
 
 
 def _answer(value: Any) -> None:
-    sys.stdout.write(json.dumps(value) + "\n")
-    sys.stdout.flush()
+    print(json.dumps(value), flush=True)
 
 
 def _timed_pass(task: Task) -> tuple[float, float]:
-    """Seconds of the forward and of the backward pass; results are dropped, as after a training step."""
+    """Milliseconds of the forward and of the backward pass; results are dropped, as after a training step."""
     start = time.perf_counter()
     result = task.forward()
     middle = time.perf_counter()
     task.backward(result)
-    return middle - start, time.perf_counter() - middle
+    return 1e3 * (middle - start), 1e3 * (time.perf_counter() - middle)
 
 
 def _saved_bytes(task: Task) -> int:
@@ -118,7 +116,7 @@ def _peak_bytes(task: Task) -> float:
 
 
 def _copy(shape: tuple[int, ...], threads: int) -> Callable[[], tuple[float, float]]:
-    """Seconds to copy one tensor at the speed of this memory: memcpy by every thread, huge pages where there are.
+    """Milliseconds to copy one tensor at the speed of this memory: memcpy by every thread, huge pages where there are.
 
     Measured on 256 MB, whatever the shape and the allocator, so that neither caches nor page faults are part of it.
     """
@@ -138,7 +136,7 @@ def _copy(shape: tuple[int, ...], threads: int) -> Callable[[], tuple[float, flo
             part.start()
         for part in parts:
             part.join()
-        return (time.perf_counter() - start) * 4 * math.prod(shape) / size, 0.0
+        return 1e3 * (time.perf_counter() - start) * 4 * math.prod(shape) / size, 0.0
 
     return once
 
