@@ -3,8 +3,6 @@
 import os
 from pathlib import Path
 
-__all__ = ["paths_for_children"]
-
 
 def paths_for_children() -> dict[str, str]:
     """Variables with which a process of its own finds these modules, as in ``python -m lab.sweeping.perform``."""

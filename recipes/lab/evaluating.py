@@ -11,8 +11,6 @@ from sj_robust.evaluation import RobustnessReport, SmoothedBracket, smoothed_bra
 from sj_robust.evaluation.runner import Batches
 from sj_robust.stability import smooth
 
-__all__ = ["bracket_of_the_vote", "two_reports"]
-
 
 def two_reports(paths: list[str]) -> list[RobustnessReport]:
     """Two saved reports, each from its file or its folder."""

@@ -13,8 +13,6 @@ from typing import Any
 from sj_robust._saved import markdown_table, saved_format, write_whole
 from sj_robust.evaluation import Accuracy, RobustnessReport
 
-__all__ = ["Leaderboard", "make_leaderboard", "read_reports"]
-
 _HEADS = (
     "network", "data set", "images", "threat", "suite", "clean, %", "verified, %", "worst case, %", "control, %",
     "at most, %", "95 % interval", "doubts", "attack seconds", "fingerprint", "command",

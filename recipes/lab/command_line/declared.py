@@ -6,29 +6,18 @@ docs/options read the rest from :func:`option`.
 
 from collections.abc import Callable, Iterator
 from copy import copy
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
 from types import NoneType, UnionType
-from typing import (
-    TYPE_CHECKING,
-    Annotated,
-    Any,
-    Literal,
-    TypeAlias,
-    TypeVar,
-    Union,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from sj_robust._datasets import check_dataset
 from sj_robust._eps import parse_eps
 
 if TYPE_CHECKING:  # jsonargparse makes its types at run time, which type checkers do not follow
-    AtLeastTwo: TypeAlias = int
-    NonNegativeInt: TypeAlias = int
-    PositiveInt: TypeAlias = int
-    OpenUnitInterval: TypeAlias = float
+    AtLeastTwo = int
+    NonNegativeInt = int
+    PositiveInt = int
+    OpenUnitInterval = float
 else:
     from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveInt, restricted_number_type
 
@@ -39,11 +28,11 @@ __all__ = [
     "idle", "often", "option", "options_of",
 ]  # fmt: skip
 
-Radius: TypeAlias = Annotated[float | str, parse_eps]
+Radius = Annotated[float | str, parse_eps]
 """A number, or a fraction such as 8/255; the option keeps what was written."""
-DatasetName: TypeAlias = Annotated[str, check_dataset]
+DatasetName = Annotated[str, check_dataset]
 """A name that ``load_images`` takes."""
-Decides: TypeAlias = Literal["result", "figures", "nothing"]
+Decides = Literal["result", "figures", "nothing"]
 
 ValueT = TypeVar("ValueT")
 
@@ -137,16 +126,8 @@ def often(default: ValueT, words: str, **said: Any) -> ValueT:
 
 def options_of(options_type: type[Any]) -> tuple[Option, ...]:
     """The options of a dataclass, whose fields all have defaults; of a plain field nothing is said."""
-    kinds = get_type_hints(options_type, include_extras=True)
-    return tuple(
-        Option(
-            one.name,
-            kinds[one.name],
-            one.default if one.default_factory is MISSING else one.default_factory(),
-            **one.metadata,
-        )
-        for one in fields(options_type)
-    )
+    kinds, usual = get_type_hints(options_type, include_extras=True), vars(options_type())
+    return tuple(Option(one.name, kinds[one.name], usual[one.name], **one.metadata) for one in fields(options_type))
 
 
 def deciding(options: Any, *what: Decides) -> dict[str, Any]:

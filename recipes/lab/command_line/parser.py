@@ -14,18 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args
 
-from jsonargparse import (  # type: ignore[attr-defined]  # public, in a computed __all__
-    ActionConfigFile,
-    ArgumentParser,
-    DefaultHelpFormatter,
-)
+from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter  # type: ignore[attr-defined]  # public, in a computed __all__
 
 from lab.command_line.declared import Option, options_of
-
-__all__ = [
-    "RecipeParser", "WrongUse", "as_yaml", "check_code", "examples_in", "meaning", "named_arguments", "parse_options",
-    "read_options", "shown_value",
-]  # fmt: skip
 
 OptionsT = TypeVar("OptionsT")
 

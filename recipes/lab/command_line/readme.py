@@ -4,8 +4,6 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-__all__ = ["describe_folder"]
-
 _TEMPLATES = Path(__file__).with_name("readmes")
 
 

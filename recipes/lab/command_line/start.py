@@ -9,8 +9,6 @@ from typing import Any, NoReturn
 
 from lab.command_line.parser import WrongUse, read_options
 
-__all__ = ["check_options", "checked", "run_recipe"]
-
 
 @contextmanager
 def checked() -> Iterator[None]:

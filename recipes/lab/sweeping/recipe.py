@@ -15,8 +15,6 @@ from lab.command_line.declared import options_of
 from lab.command_line.parser import RecipeParser
 from sj_robust._saved import plain
 
-__all__ = ["Recipe", "load_recipe"]
-
 
 @dataclass(frozen=True)
 class Recipe:
