@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 import torch
 from lab.figures.data import InputGains, input_gains, one_neuron, training_curves
-from lab.figures.draw import draw
+from lab.figures.draw import draw, load_figure
 from lab.figures.ground_truth import AttackOnTruth, GroundTruth, Truth, beside, ground_truth
-from lab.figures.saved import load_figure
 from lab.sweeping.record import RECORD_FILE, RunRecord
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.image import imread

@@ -14,13 +14,16 @@ from sj_robust.models.checkpoint import load_checkpoint
 from sj_robust.neuron import DLIFNode
 from sj_robust.perturbation import full_perturbation, membrane_potential, simplified_perturbation
 
+_DECAY, _THRESHOLD = 0.9, 1.0
+"""Of the neuron of figure 1."""
+
 
 @dataclass(frozen=True)
 class OneNeuron(SavedResult, what="the numbers of a figure", format="sj_robust.figure.neuron", version=1):
     """One neuron under two perturbations of its input current.
 
     Attributes:
-        settings: Arguments of :func:`one_neuron`.
+        settings: Neuron, current and perturbations, steps and seed.
         cases: For ``"constant"`` and ``"gaussian"``, per step: ``v`` and ``v_perturbed`` (after the reset), ``spike``
             and ``spike_perturbed``, ``full``, ``simplified``, ``std`` and ``tasad`` (of the steps so far).
     """
@@ -43,16 +46,7 @@ class TrainingCurves(SavedResult, what="the numbers of a figure", format="sj_rob
     networks: dict[str, list[dict[str, Any]]]
 
 
-def one_neuron(
-    *,
-    decay: float = 0.9,
-    v_threshold: float = 1.0,
-    current: float = 0.3,
-    shift: float = 0.1,
-    std: float = 0.3,
-    steps: int = 30,
-    seed: int = 0,
-) -> OneNeuron:
+def one_neuron(*, steps: int = 30, seed: int = 0) -> OneNeuron:
     """Perturb the constant input current of one LIF neuron by a constant and by Gaussian noise.
 
     Equation, with ``s`` the spikes, ``u`` the potentials and ``eps`` the simplified perturbation::
@@ -60,10 +54,7 @@ def one_neuron(
         full[t] = u[t] - u~[t],    simplified[t] = eps[t] = decay * eps[t-1] + x[t] - x~[t]
         std[t] = mean_{k <= t} |s[k] - s~[k]|,    tasad[t] = |mean_{k <= t} s[k] - mean_{k <= t} s~[k]|
 
-    The clean current is ``current``; ``shift`` is added, or noise of standard deviation ``std``.
-
-    Raises:
-        ValueError: If there is no step or ``decay`` is outside (0, 1].
+    The clean current is 0.3; 0.1 is added, or noise of standard deviation 0.3. The decay is 0.9, the threshold 1.
 
     Source: Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024), figure 1.
 
@@ -72,15 +63,13 @@ def one_neuron(
         >>> [round(value, 3) for value in case["simplified"]]
         [-0.1, -0.19, -0.271]
     """
-    settings = {"decay": decay, "v_threshold": v_threshold, "current": current, "shift": shift, "std": std}
+    settings = {"decay": _DECAY, "v_threshold": _THRESHOLD, "current": 0.3, "shift": 0.1, "std": 0.3}
     generator = torch.Generator().manual_seed(seed)
-    x = torch.full((steps, 1), current, dtype=torch.float64)
-    noise = std * torch.randn(x.shape, generator=generator, dtype=x.dtype)
-    perturbed = {"constant": x + shift, "gaussian": x + noise}
-    return OneNeuron(
-        settings | {"steps": steps, "seed": seed},
-        {name: _case(x, other, decay, v_threshold) for name, other in perturbed.items()},
-    )
+    x = torch.full((steps, 1), settings["current"], dtype=torch.float64)
+    noise = settings["std"] * torch.randn(x.shape, generator=generator, dtype=x.dtype)
+    perturbed = {"constant": x + settings["shift"], "gaussian": x + noise}
+    cases = {name: _case(x, other) for name, other in perturbed.items()}
+    return OneNeuron(settings | {"steps": steps, "seed": seed}, cases)
 
 
 def input_gains(models: Mapping[str, nn.Module]) -> InputGains:
@@ -93,15 +82,8 @@ def input_gains(models: Mapping[str, nn.Module]) -> InputGains:
         >>> input_gains({"mine": nn.Sequential(DLIFNode(T=2))}).networks
         {'mine': {'0': [1.0, 1.0]}}
     """
-    found = {}
-    for name, model in models.items():
-        layers = {
-            layer: module.input_gain.detach().double().tolist()
-            for layer, module in model.named_modules()
-            if isinstance(module, DLIFNode)
-        }
-        if layers:
-            found[name] = layers
+    found = {name: _gains_of(model) for name, model in models.items()}
+    found = {name: layers for name, layers in found.items() if layers}
     if not found:
         raise ValueError(
             f"none of the networks {', '.join(models)} has a DLIF neuron, whose gain p[t] is drawn; train one with "
@@ -135,9 +117,17 @@ def training_curves(folder: Path) -> TrainingCurves:
     return TrainingCurves(networks)
 
 
-def _case(x: Tensor, x_perturbed: Tensor, decay: float, v_threshold: float) -> dict[str, list[float]]:
-    v, v_perturbed = (membrane_potential(a, decay=decay, v_threshold=v_threshold) for a in (x, x_perturbed))
-    spike, spike_perturbed = (_spikes(a, u, decay, v_threshold) for a, u in ((x, v), (x_perturbed, v_perturbed)))
+def _gains_of(model: nn.Module) -> dict[str, list[float]]:
+    return {
+        layer: module.input_gain.detach().double().tolist()
+        for layer, module in model.named_modules()
+        if isinstance(module, DLIFNode)
+    }
+
+
+def _case(x: Tensor, x_perturbed: Tensor) -> dict[str, list[float]]:
+    v, v_perturbed = (membrane_potential(a, decay=_DECAY, v_threshold=_THRESHOLD) for a in (x, x_perturbed))
+    spike, spike_perturbed = _spikes(x, v), _spikes(x_perturbed, v_perturbed)
     so_far = torch.arange(1, len(x) + 1)[:, None]
     series = {
         "v": v,
@@ -145,14 +135,14 @@ def _case(x: Tensor, x_perturbed: Tensor, decay: float, v_threshold: float) -> d
         "spike": spike,
         "spike_perturbed": spike_perturbed,
         "full": full_perturbation(v, v_perturbed),
-        "simplified": simplified_perturbation(x, x_perturbed, decay=decay),
+        "simplified": simplified_perturbation(x, x_perturbed, decay=_DECAY),
         "std": (spike - spike_perturbed).abs().cumsum(0) / so_far,
         "tasad": (spike - spike_perturbed).cumsum(0).abs() / so_far,
     }
     return {name: values.flatten().tolist() for name, values in series.items()}
 
 
-def _spikes(x: Tensor, v: Tensor, decay: float, v_threshold: float) -> Tensor:
+def _spikes(x: Tensor, v: Tensor) -> Tensor:
     """Spikes of the potentials ``v`` after the reset."""
     before = torch.cat((torch.zeros_like(v[:1]), v[:-1]))
-    return (decay * before + x >= v_threshold).to(x.dtype)
+    return (_DECAY * before + x >= _THRESHOLD).to(x.dtype)

@@ -10,7 +10,7 @@ from matplotlib.ticker import FormatStrFormatter, LogLocator, MaxNLocator, NullF
 
 from lab.figures.data import InputGains, OneNeuron, TrainingCurves
 from lab.figures.ground_truth import GroundTruth
-from lab.figures.style import COLOURS, DOUBLE, GREY, LINES, MARKERS, SINGLE, letter
+from lab.figures.style import COLOURS, DOUBLE, GREY, LINES, MARKERS, SINGLE, legend, letter
 
 _BLUE, _ORANGE, _GREEN, _PINK, _AMBER, _BLACK = COLOURS[:6]
 _MOST_LINES = len(COLOURS)
@@ -33,9 +33,7 @@ def draw_neuron(data: OneNeuron) -> Figure:
         lower.set_xlabel("time step")
     panels[0, 0].set_ylabel("membrane potential")
     panels[1, 0].set_ylabel("perturbation, distance")
-    entries = [entry for axes in panels[:, 0] for entry in zip(*axes.get_legend_handles_labels(), strict=True)]
-    handles, labels = zip(*entries, strict=True)
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), columnspacing=1.2, handlelength=2.2)
+    legend(figure, panels[:, 0], loc="outside upper center", ncols=7, columnspacing=1.2, handlelength=2.2)
     return figure
 
 
@@ -59,9 +57,14 @@ def _distances(axes: Axes, case: dict[str, list[float]]) -> None:
     )
     axes.axhline(0, color=GREY, linewidth=0.6)
     for offset, (name, label, colour, line, marker) in enumerate(series):
-        axes.plot(
-            case[name], linestyle=line, color=colour, marker=marker, markevery=(offset, 5), markersize=3, label=label
-        )
+        look: dict[str, Any] = {
+            "color": colour,
+            "linestyle": line,
+            "marker": marker,
+            "markevery": (offset, 5),
+            "markersize": 3,
+        }
+        axes.plot(case[name], label=label, **look)
 
 
 def draw_ground_truth(data: GroundTruth) -> Figure:
@@ -87,8 +90,8 @@ def draw_ground_truth(data: GroundTruth) -> Figure:
 
 def draw_gains(data: InputGains) -> Figure:
     """A panel per network: a line per layer, or a map if there are more layers than lines can be told apart."""
-    count = len(data.networks)
-    tall = max(_height_of_map(layers) for layers in data.networks.values())
+    count, most = len(data.networks), max(map(len, data.networks.values()))
+    tall = 2.3 if most <= _MOST_LINES else 0.9 + 0.16 * most  # a map needs a row per layer
     figure = Figure(figsize=(SINGLE if count == 1 else DOUBLE, tall * math.ceil(count / 2)), layout="constrained")
     panels = figure.subplots(math.ceil(count / 2), min(count, 2), squeeze=False)
     for axes, (name, layers) in zip(panels.flat, data.networks.items(), strict=False):
@@ -108,10 +111,6 @@ def draw_gains(data: InputGains) -> Figure:
     for axes in panels.flat[count:]:
         axes.set_axis_off()
     return figure
-
-
-def _height_of_map(layers: dict[str, list[float]]) -> float:
-    return 2.3 if len(layers) <= _MOST_LINES else 0.9 + 0.16 * len(layers)
 
 
 def _map_of_gains(figure: Figure, axes: Axes, layers: dict[str, list[float]], steps: int) -> None:
@@ -140,15 +139,12 @@ def draw_curves(data: TrainingCurves) -> Figure:
             line = LINES[list(attacks).index(attack) if attack in attacks else len(attacks) % len(LINES)]
             attacks[attack] = line
             values = [100 * record["validation"][attack] for record in records]
-            accuracy.plot(
-                epochs, values, color=colour, linestyle=line, marker=marker, markevery=(index, every), markersize=3
-            )
-        penalised = [(record["epoch"], record["losses"].get("mppd", 0.0)) for record in records]
-        shown = [(epoch, value) for epoch, value in penalised if value > 0]
+            marks: dict[str, Any] = {"marker": marker, "markevery": (index, every), "markersize": 3}
+            accuracy.plot(epochs, values, color=colour, linestyle=line, **marks)
+        shown = [record for record in records if record["losses"].get("mppd", 0.0) > 0]
+        penalties = [record["losses"]["mppd"] for record in shown]
         label = name if shown else f"{name} (not in its loss)"
-        perturbation.plot(
-            [epoch for epoch, _ in shown], [value for _, value in shown], color=colour, marker=marker, label=label
-        )
+        perturbation.plot([record["epoch"] for record in shown], penalties, color=colour, marker=marker, label=label)
     letter(accuracy, "(a) validation accuracy, %")
     letter(perturbation, "(b) MS-MPPD in training")
     accuracy.set_ylim(0, 102)

@@ -1,13 +1,13 @@
 """Drawings of how a perturbation's size shows in the membrane potential."""
 
 import math
+from dataclasses import astuple
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lab.figures.style import COLOURS, DOUBLE, GREY, LINES, MARKERS, letter
+from lab.figures.style import COLOURS, DOUBLE, GREY, LINES, MARKERS, legend, letter
 from sj_robust._shown import common_scale, heat_map
-from sj_robust.perturbation.association import Association
 from sj_robust.perturbation.indicators import INDICATORS
 from sj_robust.perturbation.intensity import IntensityCorrelation
 
@@ -19,10 +19,7 @@ _NAMES = {
     "std": "STD",
     "tasad": "TASAD",
 }
-_LOOKS = {
-    name: (colour, line, marker)
-    for name, colour, line, marker in zip(INDICATORS, COLOURS, LINES, MARKERS, strict=False)  # more looks than names
-}
+_LOOKS = dict(zip(INDICATORS, zip(COLOURS, LINES, MARKERS, strict=True), strict=False))  # more looks than names
 _MOST_MAPS = 5
 _FEW_LAYERS = 4
 
@@ -39,18 +36,18 @@ def draw_intensity(data: IntensityCorrelation) -> Figure:
         _by_layer(neurons, data, direction, "per_neuron")
         _by_layer(errors, data, direction, "auroc_same_size")
         errors.axhline(0.5, color=GREY, linewidth=0.8, linestyle=":")
-        letter(means, f"{direction}, last layer")
-        letter(correlations, "whole layer and eps")
-        letter(neurons, "one neuron and eps")
-        letter(errors, "fooled, at one eps")
+        titles = (f"{direction}, last layer", "whole layer and eps", "one neuron and eps", "fooled, at one eps")
+        for axes, title in zip(panels[row], titles, strict=True):
+            letter(axes, title)
         means.set_ylabel("share of the largest")
         means.set_xlabel("eps")
         correlations.set_ylabel("Spearman's correlation")
         errors.set_ylabel("AUROC")
         for axes in (correlations, neurons, errors):
             axes.set_xlabel("spiking layer")
-    handles, labels = panels[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=len(labels), columnspacing=1.2, handlelength=2.2)
+    legend(
+        figure, panels[0, :1], loc="outside upper center", ncols=len(_LOOKS) + 1, columnspacing=1.2, handlelength=2.2
+    )
     return figure
 
 
@@ -71,9 +68,9 @@ def _by_layer(axes: Axes, data: IntensityCorrelation, direction: str, measure: s
     layers = len(data.layers)
     few = layers <= _FEW_LAYERS
     for index, (name, (colour, line, marker)) in enumerate(_LOOKS.items()):
-        found = [_ends(data.associations[direction][layer][name][measure]) for layer in data.layers]
+        found = [data.associations[direction][layer][name][measure] for layer in data.layers]
         shift = 0.7 * ((index + 0.5) / len(_LOOKS) - 0.5) if few else 0.0
-        kept = [(place + shift, *ends) for place, ends in enumerate(found) if ends]
+        kept = [(place + shift, *ends) for place, ends in enumerate(map(astuple, found)) if None not in ends]
         if not kept:
             continue
         places, values, low, high = map(list, zip(*kept, strict=True))
@@ -89,31 +86,22 @@ def _by_layer(axes: Axes, data: IntensityCorrelation, direction: str, measure: s
     axes.grid(visible=False, axis="x")
 
 
-def _ends(association: Association) -> tuple[float, float, float] | None:
-    value, low, high = association.value, association.low, association.high
-    return None if value is None or low is None or high is None else (value, low, high)
-
-
 def draw_heat_maps(data: IntensityCorrelation) -> Figure:
     """MS-MPPD of every layer and step: a row per direction, a column per size, one scale for all."""
     shown = _spread_out(len(data.eps))
     rows, layers = len(data.directions), len(data.layers)
     figure = Figure(figsize=(DOUBLE, 0.6 + rows * (0.75 + max(0.13 * layers, 0.5))), layout="constrained")
     panels = figure.subplots(rows, len(shown), squeeze=False, sharex=True, sharey=True)
-    kinds = data.per_step.values()
-    scale = common_scale(
-        value for kind in kinds for sizes in kind.values() for index in shown for value in sizes[index]
-    )
+    maps = [sizes for kind in data.per_step.values() for sizes in kind.values()]
+    scale = common_scale(value for sizes in maps for index in shown for value in sizes[index])
     for row, direction in enumerate(data.directions):
         for column, index in enumerate(shown):
             axes = panels[row, column]
             mesh = heat_map(axes, {layer: data.per_step[direction][layer][index] for layer in data.layers}, scale)
             if row == 0:
                 axes.set_title(f"eps {data.eps[index]:.3g}")
-        every = math.ceil(layers / 12)
-        panels[row, 0].set_yticks(
-            [p + 0.5 for p in range(0, layers, every)], [str(p + 1) for p in range(0, layers, every)]
-        )
+        places = range(0, layers, math.ceil(layers / 12))
+        panels[row, 0].set_yticks([place + 0.5 for place in places], [str(place + 1) for place in places])
         panels[row, 0].set_ylabel(f"{direction}\nspiking layer")
     for axes in panels[-1]:
         axes.set_xlabel("time step")

@@ -1,13 +1,15 @@
 """How the figures look in print: column widths, markers and dashes; type and colours are those of the package."""
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from sj_robust._shown import COLOURS, GREY, print_style
 
-__all__ = ["COLOURS", "DOUBLE", "GREY", "LINES", "MARKERS", "SINGLE", "letter", "print_style", "save"]
+__all__ = ["COLOURS", "DOUBLE", "GREY", "LINES", "MARKERS", "SINGLE", "legend", "letter", "print_style", "save"]
 
 SINGLE, DOUBLE = 3.25, 6.75
 """Widths in inches of one column and of both."""
@@ -30,3 +32,13 @@ def save(figure: Figure, folder: Path, name: str) -> tuple[Path, Path]:
 def letter(axes: Axes, text: str) -> None:
     """Name a panel above its upper left corner."""
     axes.set_title(text, loc="left")
+
+
+def legend(figure: Figure, panels: Iterable[Axes], **look: Any) -> None:
+    """Every label once outside the panels, whichever of them has its line; nothing where there are none."""
+    found: dict[str, Any] = {}
+    for axes in panels:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    if any(found):
+        figure.legend(list(found.values()), list(found), **look)

@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lab.figures.style import COLOURS, DOUBLE, GREY, LINES, MARKERS, print_style, save
+from lab.figures.style import COLOURS, DOUBLE, GREY, LINES, MARKERS, legend, print_style, save
 from lab.sweeping.grid import value_text
 from lab.sweeping.summary import Cell, is_within
 
@@ -49,21 +49,20 @@ def plot_effect(
     places = sorted(map(float, values))
     lines = _lines(cells, option)
     facets = _facets(lines, option)
-    across = len(facets) if len(facets) > 1 else min(3, len(columns))
-    down = len(columns) if len(facets) > 1 else math.ceil(len(columns) / across)
+    by_mode = len(facets) > 1
+    across, high = (len(facets), 1.3) if by_mode else (min(3, len(columns)), 1.75)
+    down = len(columns) if by_mode else math.ceil(len(columns) / across)
     labels = {line.label for own in facets.values() for line in own}
     beside = max(1, min(len(labels), _LEGEND_WIDTH // (max(map(len, labels)) + 8)))
-    height = (
-        0.3 + (1.3 if len(facets) > 1 else 1.75) * down + (0.16 * math.ceil(len(labels) / beside) if any(labels) else 0)
-    )
+    height = 0.3 + high * down + (0.16 * math.ceil(len(labels) / beside) if any(labels) else 0)
     with print_style():
         figure = Figure(figsize=(DOUBLE, height), layout="constrained")
-        panels = figure.subplots(down, across, squeeze=False, sharey="row" if len(facets) > 1 else "none")
+        panels = figure.subplots(down, across, squeeze=False, sharey="row" if by_mode else "none")
         pairs = [(column, own) for column in columns for own in facets]
         for number, (axes_, (column, facet)) in enumerate(zip(panels.flat, pairs, strict=False)):
             _panel(axes_, facets[facet], option, column, places)
             title = _title(column, columns)
-            if len(facets) > 1:
+            if by_mode:
                 axes_.set_title(facet if number < across else "", loc="left")
                 title = re.sub(r"(,?) (?=last|\(|cross)", r"\1\n", title) + ", %"
             else:
@@ -73,9 +72,7 @@ def plot_effect(
             axes_.set_ylabel(title if number % across == 0 else "")
         for axes_ in panels.flat[len(pairs) :]:
             axes_.set_axis_off()
-        handles, labelled = _legend(list(panels.flat)[: len(pairs)])
-        if any(labelled):
-            figure.legend(handles, labelled, loc="outside lower center", ncols=beside, handlelength=3)
+        legend(figure, panels.flat[: len(pairs)], loc="outside lower center", ncols=beside, handlelength=3)
         pdf, png = save(figure, path.parent, path.name)
     return png, pdf
 
@@ -183,12 +180,3 @@ def _panel(axes: Axes, lines: Sequence[_Line], option: str, column: str, places:
     every = math.ceil(len(places) / _MOST_TICKS)
     axes.set_xticks(range(0, len(places), every), [value_text(place) for place in places[::every]])
     axes.set_xlim(-0.4, len(places) - 0.6)
-
-
-def _legend(panels: Sequence[Axes]) -> tuple[list[Any], list[str]]:
-    """Every label once, whichever panel has its line."""
-    found: dict[str, Any] = {}
-    for axes in panels:
-        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
-            found.setdefault(label, handle)
-    return list(found.values()), list(found)
