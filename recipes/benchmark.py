@@ -71,6 +71,7 @@ import tempfile
 
 import torch
 from lab.benchmarking.benchmarks import BENCHMARKS
+from lab.benchmarking.drawing import plot_benchmark
 from lab.benchmarking.gpu_hour import redraw_gpus, test_and_measure
 from lab.benchmarking.gpu_plan import PLAN
 from lab.benchmarking.gpu_run import Store
@@ -110,12 +111,10 @@ def main(arguments: list[str]) -> None:
         if len(shape) not in axes or min(shape) < 1:
             example = json.dumps([benchmark.shapes[-1]])
             raise WrongUse(f"a shape must be sizes >= 1, such as {example} for {options.what}, got {list(shape)}")
-    console = Console(width=None if sys.stdout.isatty() else 140)
     where = environment() | {"threads": str(options.threads), "processor": processor()}
     where |= {"instruction_set": options.instruction_set or "best"}
     where |= {name: version_of(name) or "not installed" for name in PEERS}
-    for name, value in where.items():
-        console.print(f"{name}: {value}", highlight=False)
+    console = said(where)
     environ = {} if options.instruction_set is None else {"SJ_ROBUST_INSTRUCTION_SET": options.instruction_set}
     if options.check:
         with working("running the tests of what is timed", console):
@@ -133,7 +132,7 @@ def main(arguments: list[str]) -> None:
             except RuntimeError as error:  # of a process of its own, or a method is wrong
                 raise SystemExit(f"error: {error}") from error
             for method, reason in missing.items():
-                console.print(f"{method} is left out: {reason}", highlight=False, markup=False)
+                console.print(f"{method} is left out: {reason}")
             if found:
                 console.print(table(found))
             rows += found
@@ -141,18 +140,16 @@ def main(arguments: list[str]) -> None:
     if options.output is not None and rows:
         name = options.what if options.instruction_set is None else f"{options.what}-{options.instruction_set}"
         save(Path(options.output), name, rows, where, arguments)
-        console.print(f"{name}.csv, {name}.md and {name}.png are in {options.output}", markup=False, highlight=False)
+        console.print(f"{name}.csv, {name}.md and {name}.png are in {options.output}")
 
 
 def first_hour(options: Options, folder: Path, arguments: list[str]) -> None:
     """All that there is for a GPU; a call that was stopped goes on."""
-    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False)
     where = {name: value for name, value in environment(options.device).items() if name != "threads"}
     cupy = next((version for kind in ("cuda12x", "cuda13x") if (version := version_of(f"cupy-{kind}"))), None)
     where |= {"triton": version_of("triton") or "not installed", "cupy": cupy or "not installed"}
     where |= {"kernels": digest_of_kernels()}
-    for name, value in where.items():
-        console.print(f"{name}: {value}")
+    console = said(where)
     store = Store(folder / f"gpu-{where['spikingjelly']}.jsonl", where)
     describe_folder(folder, "benchmark", arguments)
     tests = Path(__file__).parents[1] / "tests" / "gpu" if options.check else None
@@ -160,6 +157,14 @@ def first_hour(options: Options, folder: Path, arguments: list[str]) -> None:
     test_and_measure(store, PLAN, tests, options.device, options.rounds, command, console.print)
     if options.output is not None:
         console.print(f"{store.path.name}, and its .md and .png, are in {folder}")
+
+
+def said(where: dict[str, str]) -> Console:
+    """The console, on which it is said where everything is measured."""
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False)
+    for name, value in where.items():
+        console.print(f"{name}: {value}")
+    return console
 
 
 def digest_of_kernels() -> str:
@@ -209,14 +214,7 @@ def save(folder: Path, what: str, rows: list[Measurement], where: dict[str, str]
              f"{where['commit'][:12]}.", ""]  # fmt: skip
     lines += markdown(rows)
     (folder / f"{what}.md").write_text("\n".join(lines), encoding="utf-8")
-    draw(rows, folder / f"{what}.png")
-
-
-def draw(rows: list[Measurement], path: Path) -> None:
-    """The chart."""
-    from lab.benchmarking.drawing import plot_benchmark  # imports matplotlib
-
-    plot_benchmark(rows, path)
+    plot_benchmark(rows, folder / f"{what}.png")
 
 
 def redraw(folder: Path) -> None:
@@ -234,7 +232,7 @@ def redraw(folder: Path) -> None:
             Measurement(**{name: text[name] if kind is str else float(text[name]) for name, kind in kinds.items()})  # type: ignore[arg-type]
             for text in texts
         ]
-        draw(rows, path.with_suffix(".png"))
+        plot_benchmark(rows, path.with_suffix(".png"))
         print(f"{path} drawn as {path.stem}.png")
 
 

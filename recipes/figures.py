@@ -63,6 +63,7 @@ from lab.figures.data import input_gains, one_neuron, training_curves
 from lab.figures.draw import redraw
 from lab.figures.ground_truth import ground_truth
 from lab.sweeping.plan import load_records
+from lab.sweeping.plot import plot_effect
 from lab.sweeping.recipe import load_recipe
 from lab.sweeping.summary import axes_in, cells_of, columns_of
 from torch import Tensor
@@ -144,8 +145,6 @@ def intensity(options: Options, folder: Path) -> None:
 
 def rho(options: Options, folder: Path) -> None:
     """Figure 3: accuracy against the weight of MS-MPPD, from the records of a sweep, which are its saved numbers."""
-    from lab.sweeping.plot import plot_effect  # imports matplotlib
-
     sweep = Path(str(options.run)) / "sweep.yaml"
     recipe = yaml.safe_load(sweep.read_text(encoding="utf-8")).get("recipe") if sweep.is_file() else None
     records = load_records(sweep.parent, load_recipe(Path(recipe or Path(__file__).with_name("adv_train.py"))))

@@ -79,7 +79,6 @@ from lab.sweeping.grid import axes_of, expand, seeds_of
 from lab.sweeping.plan import PlannedRun, load_records, plan_runs
 from lab.sweeping.pool import executor_for, perform_all
 from lab.sweeping.recipe import load_recipe
-from lab.sweeping.record import RunRecord
 from lab.sweeping.report import write_report
 from rich.console import Console
 
@@ -105,21 +104,16 @@ def main(arguments: list[str]) -> None:
     records = load_records(folder, load_recipe(Path(options.recipe or RECIPES / "adv_train.py")))
     if records or not failed:
         with checked():
-            report(options, folder, records, console)
+            files = write_report(
+                folder, records, console, grid=axes_of(options.grid), columns=options.columns,
+                contrast=options.contrast, plot=options.plot,
+            )  # fmt: skip
+        console.print(f"{', '.join(file.name for file in files)} are in {folder}", markup=False)
         describe_folder(folder, "sweep", arguments)
     if failed:
         heading = f"{len(failed)} runs FAILED; the same command tries them again:"
         console.print("\n".join([heading, *failed]), markup=False)
         sys.exit(1)
-
-
-def report(options: Options, folder: Path, records: list[RunRecord], console: Console) -> None:
-    """Tables and figure."""
-    files = write_report(
-        folder, records, console, grid=axes_of(options.grid), columns=options.columns,
-        contrast=options.contrast, plot=options.plot,
-    )  # fmt: skip
-    console.print(f"{', '.join(file.name for file in files)} are in {folder}", markup=False)
 
 
 def run(options: Options, planned: list[PlannedRun], executor: Any, folder: Path, console: Console) -> list[str]:

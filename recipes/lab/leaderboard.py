@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sj_robust._saved import markdown_table, saved_format, write_whole
-from sj_robust.evaluation import Accuracy, RobustnessReport
+from sj_robust.evaluation import RobustnessReport
 
 _HEADS = (
     "network", "data set", "images", "threat", "suite", "clean, %", "verified, %", "worst case, %", "control, %",
@@ -58,15 +58,20 @@ class _Stored:
     command: str
     report: RobustnessReport
 
+    @property
+    def file(self) -> tuple[str, str]:
+        """Its row in the table of the files."""
+        return f"`{self.path}`", f"`{self.digest}`"
+
     def cells(self) -> list[str]:
         """A row of the table."""
         report = self.report
         verified = report.under("verified") if report.verified is not None else None
         shares = (report.clean, verified, report.worst_case, report.control, report.everything)
         return [
-            report.name, report.dataset, str(len(report.labels)), report.budget, report.suite, *map(_percent, shares),
-            report.everything.interval_text, report.doubts, f"{report.everything.seconds:.0f}",
-            str(report.network.get("fingerprint", "")), self.command,
+            report.name, report.dataset, str(len(report.labels)), report.budget, report.suite,
+            *("" if share is None else share.percent for share in shares), report.everything.interval_text,
+            report.doubts, f"{report.everything.seconds:.0f}", str(report.network.get("fingerprint", "")), self.command,
         ]  # fmt: skip
 
 
@@ -79,19 +84,15 @@ class Leaderboard:
     def markdown(self) -> str:
         """The table, and the files it was made of."""
         rows = [[cell.replace("|", "\\|") for cell in one.cells()] for one in self.stored]
-        reports = markdown_table(["file", "sha256, first 16 digits"], [[*self._file(one)] for one in self.stored])
+        reports = markdown_table(["file", "sha256, first 16 digits"], [one.file for one in self.stored])
         return f"# Leaderboard\n\n{_NOTE}\n\n{markdown_table(_HEADS, rows)}\n\n## Reports\n\n{reports}\n"
 
     def html(self) -> str:
         """The page, whose heads sort."""
         heads = "".join(f'<th><button type="button">{escape(head)}</button></th>' for head in _HEADS)
         rows = "\n".join(_html_row(one.cells()) for one in self.stored)
-        return _PAGE.format(
-            note=escape(_NOTE),
-            heads=heads,
-            rows=rows,
-            reports="\n".join(_html_row(self._file(one)) for one in self.stored),
-        ).replace("`", "")
+        reports = "\n".join(_html_row(one.file) for one in self.stored)
+        return _PAGE.format(note=escape(_NOTE), heads=heads, rows=rows, reports=reports).replace("`", "")
 
     def changed(self, folder: Path) -> list[str]:
         """Files that are not what they were when the table in a folder was made, or that are gone; each as a line."""
@@ -104,10 +105,6 @@ class Leaderboard:
             for path, digest in now.items()
             if before.get(path, digest) != digest
         ]
-
-    @staticmethod
-    def _file(one: _Stored) -> tuple[str, str]:
-        return f"`{one.path}`", f"`{one.digest}`"
 
 
 def make_leaderboard(folders: Sequence[str], output: Path, usual: Mapping[str, Any]) -> None:
@@ -166,10 +163,6 @@ def _command(configuration: Mapping[str, Any], usual: Mapping[str, Any]) -> str:
             words.append("--" + name.replace("_", "-"))
             words += [] if value is True and usual.get(name) is False else [json.dumps(value).strip('"')]
     return shlex.join(words)
-
-
-def _percent(accuracy: Accuracy | None) -> str:
-    return "" if accuracy is None else accuracy.percent
 
 
 def _html_row(cells: Sequence[str]) -> str:

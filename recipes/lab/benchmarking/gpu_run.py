@@ -137,14 +137,8 @@ def measure_part(
 ) -> Iterator[GpuRow]:  # fmt: skip
     """Measure what the store does not have yet; each row comes, and is kept, as soon as it is known.
 
-    Args:
-        name: Name of the part in the plan.
-        part: The part.
-        store: Where rows are kept.
-        device: ``"cuda"``, or ``"cpu"`` to try all of this without a GPU.
-        rounds: Timed passes of a row.
-        limit: Seconds that a row may take.
-        worker: How Python starts the process of a method.
+    The device is ``"cuda"``, or ``"cpu"`` to try all of this without a GPU; ``limit`` seconds a row may take, and
+    ``worker`` is how Python starts the process of a method.
     """
     for method in part.methods:
         row = partial(_row, name, method)

@@ -32,12 +32,9 @@ def axes_of(grid: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
 def expand(
     grid: Mapping[str, Sequence[Any]], *, fixed: Options | None = None, skip: Sequence[Options] = ()
 ) -> list[dict[str, Any]]:
-    """All combinations of a grid, the last option varying fastest.
+    """All combinations of a grid, the last option varying fastest, but those that have all values of an entry of skip.
 
-    Args:
-        grid: Values by option; ``"norm,rho"`` with values ``["l1", 3]`` varies two options together.
-        fixed: Options beside the grid, that ``skip`` may name too.
-        skip: Combinations to leave out: those that have all values of one entry, each a value or a list of them.
+    Each of these is a value or a list of them, and may be of an option beside the grid, one of ``fixed``.
 
     Raises:
         ValueError: As :func:`axes_of`; also if an entry of ``skip`` is empty.
@@ -108,8 +105,7 @@ def _joint(key: str, value: Any) -> Sequence[Any]:
 
 
 def _matches(options: Options, entry: Options) -> bool:
-    for name, wanted in entry.items():
-        values = wanted if isinstance(wanted, list) else [wanted]
-        if name not in options or not any(same_value(options[name], value) for value in values):
-            return False
-    return True
+    wanted = {name: value if isinstance(value, list) else [value] for name, value in entry.items()}
+    return all(
+        name in options and any(same_value(options[name], value) for value in values) for name, values in wanted.items()
+    )

@@ -75,8 +75,8 @@ def _train(run: PlannedRun) -> RunRecord:
     report = Report.load(folder / _REPORT)
     network = report.networks[0]
     figures = {s.attack: {"correct": s.correct, "total": s.total} for s in report.scores if s.network == network}
-    timed = {"training": seconds}
-    record = RunRecord(run.name, run.options, figures, {}, timed, report.environment, report.notes)
+    times = {"training": seconds}
+    record = RunRecord(run.name, run.options, figures, {}, times, report.environment, report.notes)
     record.save(run.folder / RECORD_FILE)
     return record
 
@@ -99,7 +99,8 @@ def _evaluate(run: PlannedRun, record: RunRecord, suite: str) -> RunRecord:
         "figures": {one.name: {"correct": one.correct, "total": one.total} for one in report.accuracies},
         "alarm": report.footnote,
     }
-    record = replace(record.evaluated(suite, result, seconds), environment=report.environment)
+    evaluations, times = record.evaluations | {suite: result}, record.seconds | {suite: seconds}
+    record = replace(record, evaluations=evaluations, seconds=times, environment=report.environment)
     record.save(run.folder / RECORD_FILE)
     return record
 

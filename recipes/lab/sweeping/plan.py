@@ -55,8 +55,7 @@ class PlannedRun:
 
     def name_values(self) -> None:
         """Give the record the values of options that were null when it ran and have a value, the same one, now."""
-        record = self.record
-        if record is None:
+        if (record := self.record) is None:
             return
         options = {name: self.options.get(name) if value is None else value for name, value in record.options.items()}
         if options != record.options:
@@ -106,14 +105,9 @@ def plan_runs(
     return list(planned.values())
 
 
-def load_records(folder: Path, recipe: Recipe | None = None) -> list[RunRecord]:
-    """Records of all runs in the folder of a sweep, in the order of their names.
-
-    Given the recipe that trained, the records keep the options that have an effect, and no others.
-    """
-    records = [RunRecord.load(path) for path in sorted((folder / "runs").glob(f"*/{RECORD_FILE}"))]
-    if recipe is None:
-        return records
+def load_records(folder: Path, recipe: Recipe) -> list[RunRecord]:
+    """Records of all runs in the folder of a sweep, by name, with those options that have an effect in the recipe."""
+    records = (RunRecord.load(path) for path in sorted((folder / "runs").glob(f"*/{RECORD_FILE}")))
     return [replace(record, options=_with_effect(record, recipe)) for record in records]
 
 

@@ -38,10 +38,7 @@ class EndedRun:
 def executor_for(folder: Path, cluster: Cluster = "local", options: Mapping[str, Any] | None = None) -> Any:
     """The executor of submitit for a sweep; its own files are in ``jobs/``, which a cluster has to see too.
 
-    Args:
-        folder: Folder of the sweep.
-        cluster: Where jobs run.
-        options: Parameters of submitit, such as ``{"slurm_partition": "gpu", "timeout_min": 600}``.
+    The options are parameters of submitit, such as ``{"slurm_partition": "gpu", "timeout_min": 600}``.
 
     Raises:
         ValueError: If the cluster is not there or an option is unknown.
@@ -65,12 +62,8 @@ def perform_all(
     When the iteration is left, by Ctrl-C for instance, runs are asked to stop, and what they leave can be resumed. Runs
     whose sweep is killed go on, as on a cluster; a run that is planned again meanwhile waits for them.
 
-    Args:
-        runs: The runs.
-        executor: From :func:`executor_for`.
-        jobs: Runs side by side.
-        threads: Threads of torch in each.
-        devices: GPUs of this machine that runs take turns with; below two, each sees what this process sees.
+    Each has so many ``threads`` of torch, and takes turns with the GPUs of this machine (``devices``); below two, it
+    sees what this process sees.
 
     Raises:
         ValueError: If ``jobs`` or ``threads`` is < 1.
@@ -140,10 +133,9 @@ def _attempt(run: PlannedRun, environ: Mapping[str, str | None], local: bool) ->
 def _error(job: Any) -> str | None:
     """What the attempt tells, or that it could not tell anything."""
     try:
-        error: str | None = job.result()
+        return job.result()  # type: ignore[no-any-return]  # what the attempt returned
     except RuntimeError:  # submitit's own, and they hold pages of its log
         return f"its job ended without a result (state {job.state}); see {job.paths.stdout}"
-    return error
 
 
 def _stop(jobs: Sequence[Any], local: bool) -> None:

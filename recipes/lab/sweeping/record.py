@@ -1,7 +1,6 @@
 """One run of a sweep as a file: what it was, and what came out."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from sj_robust._saved import SavedResult, plain
@@ -54,8 +53,3 @@ class RunRecord(SavedResult, what="a run of a sweep", format="sj_robust.sweep_ru
         for suite, result in self.evaluations.items():
             counts |= {f"{suite}/{name}": found for name, found in result["figures"].items()}
         return {name: found["correct"] / found["total"] for name, found in counts.items()}
-
-    def evaluated(self, suite: str, result: Mapping[str, Any], seconds: float) -> "RunRecord":
-        """The record with the counts of one more suite."""
-        evaluations = self.evaluations | {suite: dict(result)}
-        return replace(self, evaluations=evaluations, seconds=self.seconds | {suite: seconds})

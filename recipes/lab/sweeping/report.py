@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from lab.sweeping.plot import plot_effect
 from lab.sweeping.record import RunRecord
 from lab.sweeping.summary import axes_in, cells_of, columns_of, contrasts
 from lab.sweeping.tables import TextTable, contrast_csv, contrast_table, results_csv, results_tables
@@ -26,21 +27,12 @@ def write_report(
 ) -> tuple[Path, ...]:
     """Write ``results.md``, ``results.csv``, a table for every contrast and the figure, and print the tables.
 
-    Args:
-        folder: Where to write.
-        records: The runs.
-        console: Where to print.
-        grid: Values by option, which decide the order; from ``axes_of``.
-        columns: Accuracies wanted, as shell patterns; None for the usual ones.
-        contrast: Options whose effect is tabled over pairs of runs with the same seed.
-        plot: Option that the figure is drawn over.
+    The grid, from ``axes_of``, decides the order of values; the rest is as the options of ``sweep.py`` have it.
 
     Raises:
         FileNotFoundError: If there are no runs.
         ValueError: If a pattern fits nothing, or a contrast names no axis.
     """
-    from lab.sweeping.plot import plot_effect  # imports matplotlib
-
     if not records:
         raise FileNotFoundError(f"{folder} holds no finished run, so there is nothing to report; run the sweep first")
     axes = axes_in(records, grid)

@@ -14,9 +14,12 @@ from lab.sweeping.grid import same_value
 from lab.sweeping.record import RunRecord
 
 
-@dataclass(frozen=True)
+@dataclass
 class Statistic:
-    """Mean and standard deviation of a share over seeds.
+    """Mean of a share over seeds, and what needs more than one of them, otherwise None.
+
+    Those are the standard deviation of one value (``spread``, with n - 1), the standard error of the mean and its 95 %
+    interval after Student.
 
     Examples:
         >>> found = Statistic((0.5, 0.7))
@@ -26,33 +29,16 @@ class Statistic:
 
     values: tuple[float, ...]
 
-    @property
-    def count(self) -> int:
-        """Number of seeds."""
-        return len(self.values)
-
-    @property
-    def mean(self) -> float:
-        """Mean."""
-        return statistics.fmean(self.values)
-
-    @property
-    def spread(self) -> float | None:
-        """Standard deviation of one value, with n - 1; None for a single seed."""
-        return statistics.stdev(self.values) if self.count > 1 else None
-
-    @property
-    def error(self) -> float | None:
-        """Standard error of the mean; None for a single seed."""
-        return None if self.spread is None else self.spread / math.sqrt(self.count)
-
-    @property
-    def interval(self) -> tuple[float, float] | None:
-        """95 % interval of the mean after Student; None for a single seed."""
-        if self.error is None:
-            return None
-        half = float(stdtrit(self.count - 1, 0.975)) * self.error
-        return self.mean - half, self.mean + half
+    def __post_init__(self) -> None:
+        self.count, self.mean = len(self.values), statistics.fmean(self.values)
+        self.spread: float | None = None
+        self.error: float | None = None
+        self.interval: tuple[float, float] | None = None
+        if self.count > 1:
+            self.spread = statistics.stdev(self.values)
+            self.error = self.spread / math.sqrt(self.count)
+            half = float(stdtrit(self.count - 1, 0.975)) * self.error
+            self.interval = self.mean - half, self.mean + half
 
 
 @dataclass(frozen=True)

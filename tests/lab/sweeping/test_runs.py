@@ -209,7 +209,7 @@ def test_runs_survive_each_other_and_stop_when_asked(planned, tmp_path):
         "fail-seed0": "ValueError: no such thing", "exit-seed0": "exit code 2", "well-seed0": None,
         "die-seed0": "its process died (signal SIGKILL)",
     }  # fmt: skip
-    assert [record.name for record in load_records(well.folder.parents[1])] == ["well-seed0"]
+    assert [record.name for record in load_records(well.folder.parents[1], load_recipe(well.recipe))] == ["well-seed0"]
     output = (fails.folder / "output.txt").read_text()
     assert output.startswith("training dlif")
     assert "Traceback" in output
