@@ -20,8 +20,6 @@ _HATCHES = ("", "////", "....")
 @print_style()
 def plot_benchmark(measurements: Sequence[Measurement], path: Path) -> None:
     """Time of every method at every shape, a panel per allocator, beside the time that moving the tensors takes."""
-    if not measurements:
-        raise ValueError("there are no measurements to draw; run recipes/benchmark.py first")
     allocators, shapes, methods = (
         list(dict.fromkeys(getattr(m, name) for m in measurements)) for name in ("allocator", "shape", "method")
     )

@@ -96,11 +96,16 @@ class LayerTask(Task):
             raise ValueError(f"{self.method} does not equal the textbook loop: it is not timed")
 
 
-def lif_node(T: int = 0) -> nn.Module:
-    """SpikingJelly's LIFNode with the dynamics of a fresh DLIFNode, whatever the number of steps."""
+def _of_the_host(kind: Any, **tau: float) -> nn.Module:
+    """A neuron of SpikingJelly with the dynamics of a fresh DLIFNode, whatever the number of steps."""
     triangle = surrogate.PiecewiseQuadratic(alpha=1.0)
-    node: nn.Module = neuron.LIFNode(tau=100.0, decay_input=False, surrogate_function=triangle, step_mode="m")
+    node: nn.Module = kind(decay_input=False, surrogate_function=triangle, step_mode="m", **tau)
     return node
+
+
+def lif_node(T: int = 0) -> nn.Module:
+    """SpikingJelly's LIFNode."""
+    return _of_the_host(neuron.LIFNode, tau=100.0)
 
 
 def lif_node_for_gpu(T: int = 0) -> nn.Module:
@@ -114,14 +119,6 @@ def lif_node_for_gpu(T: int = 0) -> nn.Module:
 def dlif(T: int, backend: str) -> nn.Module:
     """A fresh DLIFNode."""
     return DLIFNode(T, backend=backend, step_mode="m")
-
-
-def _parametric_lif(T: int) -> nn.Module:
-    triangle = surrogate.PiecewiseQuadratic(alpha=1.0)
-    node: nn.Module = neuron.ParametricLIFNode(
-        init_tau=100.0, decay_input=False, surrogate_function=triangle, step_mode="m"
-    )
-    return node
 
 
 def alone(node: Callable[[int], nn.Module]) -> Build:
@@ -197,7 +194,7 @@ LAYERS = _tasks(
         "DLIF eager": alone(partial(dlif, backend="eager")),
         "textbook loop": alone(partial(dlif, backend="reference")),
         "SpikingJelly LIFNode": alone(lif_node),
-        "SpikingJelly ParametricLIFNode": alone(_parametric_lif),
+        "SpikingJelly ParametricLIFNode": alone(lambda T: _of_the_host(neuron.ParametricLIFNode, init_tau=100.0)),
         "snnTorch Leaky": _snntorch,
         "Norse LIFBoxCell": _norse,
     },

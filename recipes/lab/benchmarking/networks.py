@@ -92,9 +92,11 @@ class TrainingTask(Task):
         net.to(memory_format=layout)  # type: ignore[call-overload]  # torch leaves this one out
         parameters = list(net.parameters())
         self._optimizer = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, weight_decay=weight_decay, fused=fused)
-        x, self._y = _made_up_images(shape, dtype)
-        self._x = x.contiguous(memory_format=layout)
-        self._autocast = partial(torch.autocast, x.device.type, torch.bfloat16, enabled=bf16)
+        generator = torch.Generator().manual_seed(1)
+        x = torch.rand(tuple(shape[1:]), generator=generator, dtype=torch.float64, device="cpu")
+        self._x = x.to(torch.get_default_device(), dtype).contiguous(memory_format=layout)
+        self._y = torch.arange(shape[1]) % 10
+        self._autocast = partial(torch.autocast, self._x.device.type, torch.bfloat16, enabled=bf16)
         self.tensor_bytes = 4 * self._x.numel() * shape[0]
         self.inputs = [self._x, *parameters]
 
@@ -163,9 +165,3 @@ def convolutional_network(architecture: str, neuron: str, shape: Sequence[int]) 
     if neuron in (FUSED, FUSED_AUTO):
         fuse(net)
     return net
-
-
-def _made_up_images(shape: Sequence[int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    x = torch.rand(tuple(shape[1:]), generator=generator, dtype=torch.float64, device="cpu")
-    return x.to(torch.get_default_device(), dtype), torch.arange(shape[1]) % 10

@@ -134,8 +134,7 @@ class PublishedTask(TrainingTask):
         self._net = build(shape).to(dtype)
         super().__init__(self._net, shape, dtype, weight_decay=self._mode.weight_decay)
         self._loop = PaperLoop(self._net, shape[0])
-        standard: Draw = torch.rand_like if mode == "pgd_at" else torch.randn_like
-        self._draw = standard if draw is None else draw
+        self._draw: Draw = draw or (torch.rand_like if mode == "pgd_at" else torch.randn_like)
 
     def forward(self) -> Tensor:
         """Crafts the perturbed images; the loss."""

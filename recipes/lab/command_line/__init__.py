@@ -14,15 +14,6 @@ from lab.command_line.readme import describe_folder
 from lab.command_line.start import check_options, checked, run_recipe
 
 __all__ = [
-    "WrongUse",
-    "check_code",
-    "check_options",
-    "checked",
-    "deciding",
-    "describe_folder",
-    "idle",
-    "option",
-    "parse_options",
-    "read_options",
-    "run_recipe",
-]
+    "WrongUse", "check_code", "check_options", "checked", "deciding", "describe_folder", "idle", "option",
+    "parse_options", "read_options", "run_recipe",
+]  # fmt: skip

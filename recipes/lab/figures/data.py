@@ -98,11 +98,8 @@ def training_curves(folder: Path) -> TrainingCurves:
     For a run that is not finished, or a network's own folder, the histories in its ``last.pt`` are taken.
 
     Raises:
-        FileNotFoundError: If the folder does not exist.
-        ValueError: If it holds no history.
+        ValueError: If the folder holds no history.
     """
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} does not exist; give the folder of a run of recipes/adv_train.py")
     report = folder / "report.json"
     networks: dict[str, list[dict[str, Any]]] = Report.load(report).curves if report.is_file() else {}
     if not networks:

@@ -20,9 +20,7 @@ class AttackOnTruth:
     """What one attack, or a suite as a whole, leaves of a network whose exact robust accuracy is known.
 
     Attributes:
-        eps: Linf radius.
-        suite: Name of the suite.
-        attack: Name of the attack, or ``"worst case"``, ``"control"`` or ``"everything"``.
+        attack: Its name, or ``"worst case"``, ``"control"`` or ``"everything"`` of the suite.
         left: Images that it leaves classified right.
         missed: Those of them that are known to be broken.
     """
@@ -39,7 +37,6 @@ class Truth:
     """What is known of a network at one radius.
 
     Attributes:
-        eps: Linf radius.
         verified: Images that are proved to be robust.
         broken: Images that are wrong, or that the program or an attack breaks.
         by_program_alone: Those of them that no attack broke.
@@ -56,11 +53,8 @@ class GroundTruth(SavedResult, what="the numbers of a figure", format="sj_robust
     """Exact robust accuracy beside every attack, estimator and suite.
 
     Attributes:
-        network: Name of the network.
-        images: Number of images.
-        clean: Those that are classified right without a perturbation.
+        clean: Images that are classified right without a perturbation.
         truths: What is known, per radius.
-        attacks: What each attack leaves.
     """
 
     network: str
@@ -70,8 +64,8 @@ class GroundTruth(SavedResult, what="the numbers of a figure", format="sj_robust
     attacks: tuple[AttackOnTruth, ...]
 
     def __post_init__(self) -> None:
-        """Rows that come from a file are dictionaries."""
         for name, kind in (("truths", Truth), ("attacks", AttackOnTruth)):
+            # rows that come from a file are dictionaries
             rows = tuple(kind(**row) if isinstance(row, dict) else row for row in getattr(self, name))
             object.__setattr__(self, name, rows)
 
@@ -83,8 +77,7 @@ class GroundTruth(SavedResult, what="the numbers of a figure", format="sj_robust
             exact = f"{low:.1f} %" if low == high else f"{low:.1f} to {high:.1f} %"
             rows = [attack for attack in self.attacks if attack.eps == truth.eps]
             rows.sort(key=lambda attack: (attack.missed, attack.suite))
-            shares = [[f"{100 * count / self.images:.1f}" for count in (row.left, row.missed)] for row in rows]
-            cells = [[row.suite, row.attack, *share] for row, share in zip(rows, shares, strict=True)]
+            cells = [[row.suite, row.attack, self._share(row.left), self._share(row.missed)] for row in rows]
             lines += [
                 "",
                 f"Linf {truth.eps:.6g}: robust accuracy {exact}; {truth.by_program_alone} images broken by the program "
@@ -93,6 +86,9 @@ class GroundTruth(SavedResult, what="the numbers of a figure", format="sj_robust
                 markdown_table(["suite", "attack", "left, %", "broken images that it leaves, %"], cells, words=2),
             ]
         return "\n".join(lines)
+
+    def _share(self, count: int) -> str:
+        return f"{100 * count / self.images:.1f}"
 
 
 def ground_truth(

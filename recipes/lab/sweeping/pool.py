@@ -64,12 +64,7 @@ def perform_all(
 
     Each has so many ``threads`` of torch, and takes turns with the GPUs of this machine (``devices``); below two, it
     sees what this process sees.
-
-    Raises:
-        ValueError: If ``jobs`` or ``threads`` is < 1.
     """
-    if jobs < 1 or threads < 1:
-        raise ValueError(f"jobs and threads must be >= 1, got {jobs} and {threads}")
     waiting, local = deque(runs), executor.cluster == "local"
     running: dict[int, tuple[Any, PlannedRun, float]] = {}
     try:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Any
 
-from sj_robust._saved import SavedResult, plain
+from sj_robust._saved import SavedResult
 
 RECORD_FILE = "run.json"
 
@@ -38,8 +38,6 @@ class RunRecord(SavedResult, what="a run of a sweep", format="sj_robust.sweep_ru
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "notes", tuple(self.notes))
-        for name in ("options", "training", "evaluations", "seconds", "environment"):
-            object.__setattr__(self, name, plain(getattr(self, name)))
 
     @property
     def seed(self) -> int:
