@@ -39,11 +39,8 @@ def checkpoint(folder, neuron="dlif", history=()):
     net = build_network(spec)
     folder.mkdir(parents=True)
     state = {f"net.{name}": value for name, value in net.state_dict().items()}
-    content = {
-        "description": {"network": asdict(spec), "options": {"dataset": "digits"}},
-        "model": state,
-        "history": [asdict(record) for record in history],
-    }
+    description = {"network": asdict(spec), "options": {"dataset": "digits"}}
+    content = {"description": description, "model": state, "history": [asdict(record) for record in history]}
     for name in ("best.pt", "last.pt"):
         save_checkpoint(folder / name, content)
 
@@ -80,15 +77,11 @@ def test_figure_1_is_the_recursion_by_hand(name):
     (_, s, v), (_, s_perturbed, v_perturbed) = runs
     steps = np.arange(1, 31)
     expected = {
-        "v": v,
-        "v_perturbed": v_perturbed,
-        "spike": s,
-        "spike_perturbed": s_perturbed,
-        "full": v - v_perturbed,
+        "v": v, "v_perturbed": v_perturbed, "spike": s, "spike_perturbed": s_perturbed, "full": v - v_perturbed,
         "simplified": eps_by_hand(x, x_perturbed, 0.9, np.ones(30)).numpy(),
         "std": abs(s - s_perturbed).cumsum() / steps,
         "tasad": abs(s.cumsum() - s_perturbed.cumsum()) / steps,
-    }
+    }  # fmt: skip
     assert (s != s_perturbed).any()
     assert data.cases[name].keys() == expected.keys()
     for series, values in expected.items():
@@ -200,39 +193,25 @@ def test_effect_of_rho_is_drawn_from_the_records_of_a_sweep(tmp_path, capsys):
         figures.main([str(tmp_path), "--columns", "apgd"])
 
 
-def empty(folder):
-    folder.mkdir()
-    return folder
-
-
-def broken(folder):
-    (folder / "net").mkdir(parents=True)
-    (folder / "net" / "best.pt").write_bytes(b"nothing")
-    return folder
-
-
-def without_dlif(folder):
-    checkpoint(folder / "lif", neuron="lif")
-    return folder
-
-
-MISTAKES = {
-    "no checkpoint": (empty, ["--which", "gains"], FileNotFoundError, "no best.pt in"),
-    "neither run nor sweep": (empty, [], FileNotFoundError, "holds no runs/.*/run.json; make a sweep"),
-    "no history": (without_dlif, ["--which", "curves"], ValueError, "holds no training history"),
-    "wrong checkpoint": (broken, ["--which", "gains"], ValueError, "cannot be read as a checkpoint"),
-    "no DLIF": (without_dlif, ["--which", "gains"], ValueError, "networks lif has a DLIF neuron.*--neuron dlif"),
-    "sizes that shrink": (
-        without_dlif, ["--which", "intensity", "--eps", "0.2", "0.1"], ValueError, "two growing sizes > 0",
-    ),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize(("make", "options", "error", "reason"), MISTAKES.values(), ids=MISTAKES)
-def test_mistakes_are_named(tmp_path, make, options, error, reason):
-    run = make(tmp_path / "run")
+@pytest.mark.parametrize(
+    ("options", "error", "reason"),
+    [
+        ("empty --which gains", FileNotFoundError, "no best.pt in"),
+        ("empty", FileNotFoundError, "holds no runs/.*/run.json; make a sweep"),
+        ("plain --which curves", ValueError, "holds no training history"),
+        ("broken --which gains", ValueError, "cannot be read as a checkpoint"),
+        ("plain --which gains", ValueError, "networks lif has a DLIF neuron.*--neuron dlif"),
+        ("plain --which intensity --eps 0.2 0.1", ValueError, "two growing sizes > 0"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, monkeypatch, options, error, reason):
+    monkeypatch.chdir(tmp_path)
+    checkpoint(tmp_path / "plain" / "lif", neuron="lif")
+    for folder in ("empty", "broken/net"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "broken" / "net" / "best.pt").write_bytes(b"nothing")
     with pytest.raises(error, match=reason):
-        figures.main([str(run), *options])
+        figures.main(options.split())
 
 
 @pytest.mark.slow
@@ -294,10 +273,8 @@ def test_a_verified_image_that_falls_is_named():
 @pytest.mark.slow
 def test_ground_truth_of_a_small_network_is_drawn_and_loads_back_equal(tmp_path, capsys):
     checkpoint(tmp_path / "run" / "tiny")
-    figures.main([
-        str(tmp_path / "run"), "--which", "ground_truth", "--eps", "0.002", "--images", "4", "--suites", "paper",
-        "--time-limit", "5",
-    ])  # fmt: skip
+    options = "--which ground_truth --eps 0.002 --images 4 --suites paper --time-limit 5"
+    figures.main([str(tmp_path / "run"), *options.split()])
     folder = tmp_path / "run" / "figures"
     data = load_figure(folder / "ground_truth_tiny.json")
     assert data.images == 4

@@ -165,9 +165,15 @@ def test_every_published_accuracy_says_who_published_it():
     assert len(set(keys)) == len(keys)
 
 
-def test_the_figure_tells_lines_and_values_apart(records, tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(plot, "save", lambda figure, folder, name: drawn.append(figure) or (folder, folder))
+@pytest.fixture
+def drawn(monkeypatch):
+    """Figures that are drawn, which no file keeps."""
+    figures = []
+    monkeypatch.setattr(plot, "save", lambda figure, folder, name: figures.append(figure) or (folder, folder))
+    return figures
+
+
+def test_the_figure_tells_lines_and_values_apart(records, tmp_path, drawn):
     settings = [(rho, seed, norm) for rho in (0.3, 10.0) for seed in (0, 1) for norm in ("l1", "l2")]
     more = [record("at", rho, seed, 50, ["paper"], norm=norm) for rho, seed, norm in settings]
     runs = [one for one in [*records, *more] if one.options.get("rho") != 1.0]
@@ -192,9 +198,7 @@ def test_the_figure_tells_lines_and_values_apart(records, tmp_path, monkeypatch)
         assert plot_effect(cells_of(runs, axes), axes, name, ["clean"], tmp_path / "effect") == ()
 
 
-def test_more_lines_than_colours_go_into_a_column_per_mode(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(plot, "save", lambda figure, folder, name: drawn.append(figure) or (folder, folder))
+def test_more_lines_than_colours_go_into_a_column_per_mode(tmp_path, drawn):
     runs = [
         record(mode, rho, 0, 50, neuron=neuron, norm=norm)
         for neuron in ("lif", "dlif") for mode in ("gaussian", "at") for norm in ("l1", "l2") for rho in (0.3, 1.0)
