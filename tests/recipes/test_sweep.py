@@ -110,7 +110,6 @@ def test_failures_are_summed_up(run, tmp_path):
         (("--grid", "{rho: [1]}", "--evaluate", "[slow]"), ValueError, "slow"),
         (("--grid", "{rho: [1]}", "--contrast", "[roh]"), ValueError, "has no option 'roh'; did you mean rho"),
         (("--grid", "{rho: [1]}", "--contrast", "[mode]"), ValueError, "got 'mode'"),
-        (("--report", "--output", "empty"), FileNotFoundError, "empty holds no finished run"),
     ],
 )
 def test_wrong_use(run, tmp_path, arguments, error, message):

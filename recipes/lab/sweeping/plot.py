@@ -86,6 +86,13 @@ class _Line:
     cells: list[Cell]
     look: Mapping[str, Any]
 
+    @property
+    def mode(self) -> str:
+        return str(self.values.get("mode"))
+
+    def moves_with(self, option: str) -> bool:
+        return any(option in cell.values for cell in self.cells)
+
 
 def _lines(cells: Sequence[Cell], option: str) -> list[_Line]:
     """A line for every combination, each with a look of its own."""
@@ -95,10 +102,8 @@ def _lines(cells: Sequence[Cell], option: str) -> list[_Line]:
     for other, cell in zip(others, cells, strict=True):
         wider = [line for line in moving if len(line) > len(other) and is_within(other, line)]
         for values in wider if wider and option in cell.values else [other]:
-            label = ", ".join(_said(name, value) for name, value in values.items())
-            number = len(lines)
-            shape = number + number // len(COLOURS)
-            look = _look(number, shape)
+            label, number = _label(values), len(lines)
+            look = _look(number, number + number // len(COLOURS))
             members = lines.setdefault(label, _Line(values, label, [], look)).cells
             if cell not in members:
                 members.append(cell)
@@ -115,33 +120,30 @@ def _look(colour: int, shape: int) -> dict[str, Any]:
 
 def _facets(lines: Sequence[_Line], option: str) -> dict[str, list[_Line]]:
     """Lines by the title of their column: all in one, or by training mode where they are too many for one panel."""
-    modes = list(dict.fromkeys(str(line.values.get("mode")) for line in lines))
+    modes = list(dict.fromkeys(line.mode for line in lines))
     if len(lines) <= len(COLOURS) or len(modes) < 2:
         return {"": list(lines)}
-    moving = {mode for mode in modes for line in lines if line.values.get("mode") == mode
-              for cell in line.cells if option in cell.values}  # fmt: skip
+    moving = {line.mode for line in lines if line.moves_with(option)}
     neurons = list(dict.fromkeys(line.values.get("neuron") for line in lines))
-    still = [
-        replace(line, look=_look(0, number) | {"color": GREY})
-        for number, line in enumerate(line for line in lines if str(line.values.get("mode")) not in moving)
-    ]
+    still = [line for line in lines if line.mode not in moving]
+    still = [replace(line, look=_look(0, number) | {"color": GREY}) for number, line in enumerate(still)]
     facets: dict[str, list[_Line]] = {}
     shapes: dict[str, int] = {}
-    for mode in (mode for mode in modes if mode in moving):
-        own = []
-        for line in (line for line in lines if str(line.values.get("mode")) == mode):
+    for line in sorted(lines, key=lambda line: modes.index(line.mode)):
+        if line.mode in moving:
             rest = {name: value for name, value in line.values.items() if name != "mode"}
-            label = ", ".join(_said(name, value) for name, value in rest.items())
             kind = str({name: value for name, value in rest.items() if name != "neuron"})
             look = _look(neurons.index(line.values.get("neuron")), shapes.setdefault(kind, len(shapes)))
-            own.append(replace(line, label=label, look=look))
-        facets[_WORDS.get(mode, mode)] = [*own, *still]
-    return facets
+            facets.setdefault(line.mode, []).append(replace(line, label=_label(rest), look=look))
+    return {_WORDS.get(mode, mode): [*own, *still] for mode, own in facets.items()}
 
 
-def _said(name: str, value: Any) -> str:
-    """A value in the legend: a word for itself, anything else behind the name of its option."""
-    return _WORDS.get(value, value) if isinstance(value, str) and value[:1].isalpha() else f"{name} {value_text(value)}"
+def _label(values: Mapping[str, Any]) -> str:
+    """Values in the legend: a word for itself, anything else behind the name of its option."""
+    return ", ".join(
+        _WORDS.get(value, value) if isinstance(value, str) and value[:1].isalpha() else f"{name} {value_text(value)}"
+        for name, value in values.items()
+    )
 
 
 def _title(column: str, columns: Sequence[str]) -> str:
@@ -156,7 +158,7 @@ def _title(column: str, columns: Sequence[str]) -> str:
 
 
 def _panel(axes: Axes, lines: Sequence[_Line], option: str, column: str, places: Sequence[float]) -> None:
-    moving = sum(any(option in cell.values for cell in line.cells) for line in lines)
+    moving = sum(line.moves_with(option) for line in lines)
     for number, line in enumerate(lines):
         known = [(cell, figure) for cell in line.cells if (figure := cell.statistic(column)) is not None]
         points = [(places.index(float(cell.values[option])), f) for cell, f in known if option in cell.values]

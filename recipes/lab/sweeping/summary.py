@@ -170,10 +170,9 @@ def contrasts(
     for name in names:
         if name not in axes:
             raise ValueError(f"a contrast needs an option in which runs differ ({', '.join(axes)}), got {name!r}")
-    with_effect = [cell.values for cell in cells if all(name in cell.values for name in names)]
-    distinct = {json.dumps([values[name] for name in names]): values for values in with_effect}
-    levels = [{name: values[name] for name in names} for values in distinct.values()]
-    levels.sort(key=lambda level: [_index(level[name], axes[name]) for name in names])
+    with_effect = [cell.values for cell in cells if cell.values.keys() >= set(names)]
+    places = {tuple(_index(values[name], axes[name]) for name in names) for values in with_effect}
+    levels = [{name: axes[name][index] for name, index in zip(names, place, strict=True)} for place in sorted(places)]
     rows = []
     for level in levels[1:]:
         firsts = [cell for cell in cells if is_within(levels[0], cell.values)]
