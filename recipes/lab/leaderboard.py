@@ -58,11 +58,6 @@ class _Stored:
     command: str
     report: RobustnessReport
 
-    @property
-    def file(self) -> tuple[str, str]:
-        """Its row in the table of the files."""
-        return f"`{self.path}`", f"`{self.digest}`"
-
     def cells(self) -> list[str]:
         """A row of the table."""
         report = self.report
@@ -75,38 +70,6 @@ class _Stored:
         ]  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Leaderboard:
-    """The table of stored reports: by data set, threat and what all attacks leave."""
-
-    stored: tuple[_Stored, ...]
-
-    def markdown(self) -> str:
-        """The table, and the files it was made of."""
-        rows = [[cell.replace("|", "\\|") for cell in one.cells()] for one in self.stored]
-        reports = markdown_table(["file", "sha256, first 16 digits"], [one.file for one in self.stored])
-        return f"# Leaderboard\n\n{_NOTE}\n\n{markdown_table(_HEADS, rows)}\n\n## Reports\n\n{reports}\n"
-
-    def html(self) -> str:
-        """The page, whose heads sort."""
-        heads = "".join(f'<th><button type="button">{escape(head)}</button></th>' for head in _HEADS)
-        rows = "\n".join(_html_row(one.cells()) for one in self.stored)
-        reports = "\n".join(_html_row(one.file) for one in self.stored)
-        return _PAGE.format(note=escape(_NOTE), heads=heads, rows=rows, reports=reports).replace("`", "")
-
-    def changed(self, folder: Path) -> list[str]:
-        """Files that are not what they were when the table in a folder was made, or that are gone; each as a line."""
-        path = folder / "leaderboard.md"
-        before = dict(_STORED.findall(path.read_text(encoding="utf-8"))) if path.is_file() else {}
-        now = {one.path: one.digest for one in self.stored}
-        gone = [f"gone since the last leaderboard: {path}" for path in before if path not in now]
-        return gone + [
-            f"changed since the last leaderboard: {path}"
-            for path, digest in now.items()
-            if before.get(path, digest) != digest
-        ]
-
-
 def make_leaderboard(folders: Sequence[str], output: Path, usual: Mapping[str, Any]) -> None:
     """Write leaderboard.md and leaderboard.html of the reports in folders; print what changed, and where they are.
 
@@ -115,17 +78,19 @@ def make_leaderboard(folders: Sequence[str], output: Path, usual: Mapping[str, A
     Raises:
         FileNotFoundError: As :func:`read_reports`, and so is ValueError.
     """
-    board = read_reports(folders, usual)
-    for line in board.changed(output):
+    stored = read_reports(folders, usual)
+    for line in _changes({one.path: one.digest for one in stored}, output / "leaderboard.md"):
         print(line)
+    rows = [one.cells() for one in stored]
+    files = [[f"`{one.path}`", f"`{one.digest}`"] for one in stored]
     output.mkdir(parents=True, exist_ok=True)
-    write_whole(output / "leaderboard.md", board.markdown())
-    write_whole(output / "leaderboard.html", board.html())
-    print(f"leaderboard.md and leaderboard.html of {len(board.stored)} reports are in {output}")
+    write_whole(output / "leaderboard.md", _markdown(rows, files))
+    write_whole(output / "leaderboard.html", _html(rows, files))
+    print(f"leaderboard.md and leaderboard.html of {len(stored)} reports are in {output}")
 
 
-def read_reports(folders: Sequence[str], usual: Mapping[str, Any]) -> Leaderboard:
-    """Every robustness report in folders and those below, or at a path itself.
+def read_reports(folders: Sequence[str], usual: Mapping[str, Any]) -> list[_Stored]:
+    """Every robustness report in folders and those below, or at a path itself, by data set, threat and what is left.
 
     Raises:
         FileNotFoundError: If a folder is missing, or there is no report in any.
@@ -144,7 +109,7 @@ def read_reports(folders: Sequence[str], usual: Mapping[str, Any]) -> Leaderboar
                 stored.append(_Stored(path.as_posix(), digest, _command(report.configuration, usual), report))
     if not stored:
         raise FileNotFoundError(f"no robustness report in {', '.join(folders)}; evaluate a network first")
-    return Leaderboard(tuple(sorted({one.path: one for one in stored}.values(), key=_order)))
+    return sorted({one.path: one for one in stored}.values(), key=_order)
 
 
 def _order(one: _Stored) -> tuple[str, str, float, str]:
@@ -163,6 +128,27 @@ def _command(configuration: Mapping[str, Any], usual: Mapping[str, Any]) -> str:
             words.append("--" + name.replace("_", "-"))
             words += [] if value is True and usual.get(name) is False else [json.dumps(value).strip('"')]
     return shlex.join(words)
+
+
+def _changes(now: Mapping[str, str], table: Path) -> list[str]:
+    """Files that are not what they were when the table was made, or that are gone, each as a line."""
+    before = dict(_STORED.findall(table.read_text(encoding="utf-8"))) if table.is_file() else {}
+    gone = [path for path in before if path not in now]
+    changed = [path for path, digest in now.items() if before.get(path, digest) != digest]
+    said = {"gone": gone, "changed": changed}
+    return [f"{word} since the last leaderboard: {path}" for word, paths in said.items() for path in paths]
+
+
+def _markdown(rows: Sequence[Sequence[str]], files: Sequence[Sequence[str]]) -> str:
+    table = markdown_table(_HEADS, [[cell.replace("|", "\\|") for cell in row] for row in rows])
+    reports = markdown_table(["file", "sha256, first 16 digits"], files)
+    return f"# Leaderboard\n\n{_NOTE}\n\n{table}\n\n## Reports\n\n{reports}\n"
+
+
+def _html(rows: Sequence[Sequence[str]], files: Sequence[Sequence[str]]) -> str:
+    heads = "".join(f'<th><button type="button">{escape(head)}</button></th>' for head in _HEADS)
+    shown, reports = ("\n".join(map(_html_row, table)) for table in (rows, files))
+    return _PAGE.format(note=escape(_NOTE), heads=heads, rows=shown, reports=reports).replace("`", "")
 
 
 def _html_row(cells: Sequence[str]) -> str:

@@ -5,6 +5,7 @@
 
 import gc
 import json
+import math
 import os
 import statistics
 import sys
@@ -64,63 +65,53 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def _timed(task: Task, device: str, rounds: int) -> Mapping[str, float]:
     """Milliseconds of the forward and the backward pass, of the host alone, and the peak of the memory."""
-    clock = _CLOCKS[device]
     for _ in range(3):  # compiles, finds algorithms, fills the allocator
         task.backward(task.forward())
-    peak = clock.peak_bytes(task)
+    peak = _peak_bytes(task, device)
     passes: list[tuple[float, float]] = []
     host: list[float] = []
     begun = time.monotonic()
     while len(passes) < rounds and (len(passes) < 3 or time.monotonic() - begun < _SECONDS):
-        marks = [clock.mark()]
+        begin = _mark(device)
         start = time.perf_counter()
         result = task.forward()
-        marks.append(clock.mark())
+        middle = _mark(device)
         task.backward(result)
         del result  # with its graph, before the next pass makes one
-        marks.append(clock.mark())
+        end = _mark(device)
         host.append(1e3 * (time.perf_counter() - start))
-        passes.append(clock.between(marks))
+        passes.append((_between(device, begin, middle), _between(device, middle, end)))
     return times_of(passes) | {"host": statistics.median(host), "peak_mb": peak / 1e6}
 
 
-class _HostClock:
-    """Where a call returns when its work is done."""
-
-    def mark(self) -> Any:
+def _mark(device: str) -> Any:
+    """A moment: on a GPU, where calls only queue their work, an event in that queue."""
+    if device == "cpu":
         return time.perf_counter()
-
-    def between(self, marks: list[Any]) -> tuple[float, float]:
-        return 1e3 * (marks[1] - marks[0]), 1e3 * (marks[2] - marks[1])
-
-    def peak_bytes(self, task: Task) -> float:
-        return float("nan")
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # untyped in torch
+    event.record()
+    return event
 
 
-class _DeviceClock(_HostClock):
-    """Where calls only queue their work: events in that queue."""
-
-    def mark(self) -> Any:
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # untyped in torch
-        event.record()
-        return event
-
-    def between(self, marks: list[Any]) -> tuple[float, float]:
-        torch.cuda.synchronize()
-        return marks[0].elapsed_time(marks[1]), marks[1].elapsed_time(marks[2])
-
-    def peak_bytes(self, task: Task) -> float:
-        for tensor in task.inputs:
-            tensor.grad = None  # the gradients of this pass are part of its peak
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        task.backward(task.forward())
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - before
+def _between(device: str, first: Any, last: Any) -> float:
+    """Milliseconds from one mark to another."""
+    if device == "cpu":
+        return 1e3 * float(last - first)
+    torch.cuda.synchronize()
+    return float(first.elapsed_time(last))
 
 
-_CLOCKS: dict[str, _HostClock] = {"cpu": _HostClock(), "cuda": _DeviceClock()}
+def _peak_bytes(task: Task, device: str) -> float:
+    if device == "cpu":
+        return math.nan
+    for tensor in task.inputs:
+        tensor.grad = None  # the gradients of this pass are part of its peak
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    task.backward(task.forward())
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def _is_healthy(device: str) -> bool:
