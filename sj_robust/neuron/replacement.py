@@ -159,21 +159,10 @@ def _without_gain(name: str, module: DLIFNode) -> Any:
             "them to their mean, node.input_gain.data.fill_(node.input_gain.mean()), and measure the network again"
         )
     as_input_decay = math.isclose(gain * module.tau, 1.0, rel_tol=1e-6)
-    scale = 1.0 if as_input_decay else gain
-    settings: dict[str, Any] = {
-        "v_threshold": module.v_threshold / scale,
-        "v_reset": None if module.v_reset is None else module.v_reset / scale,
-        "surrogate_function": copy.deepcopy(module.surrogate_function),
-        "detach_reset": module.detach_reset,
-        "step_mode": module.step_mode,
-        "store_v_seq": module.store_v_seq,
-    }
-    node: Any
+    settings = _settings(module, scale=1.0 if as_input_decay else gain)
     if math.isinf(module.tau):
-        node = neuron.IFNode(**settings)
-    else:
-        node = neuron.LIFNode(tau=module.tau, decay_input=as_input_decay, **settings)
-    return _take_over(node.train(module.training), module)
+        return _take_over(neuron.IFNode(**settings), module)
+    return _take_over(neuron.LIFNode(tau=module.tau, decay_input=as_input_decay, **settings), module)
 
 
 def _exchange(net: nn.Module, successors: dict[nn.Module, Any]) -> None:
@@ -214,24 +203,26 @@ def _lif_dynamics(module: Any) -> tuple[float, float] | None:
 
 def _successor(module: Any, T: int, tau: float, input_gain: float, backend: str, place: Tensor) -> Any:
     """A DLIF neuron with the settings of ``module``, on the device and in the dtype of ``place``."""
-    node = DLIFNode(
-        T=T,
-        tau=tau,
-        v_threshold=module.v_threshold,
-        v_reset=module.v_reset,
-        surrogate_function=copy.deepcopy(module.surrogate_function),
-        detach_reset=module.detach_reset,
-        step_mode=module.step_mode,
-        backend=backend,
-        store_v_seq=module.store_v_seq,
-    )
-    node.to(place.device, place.dtype).train(module.training)
+    node = DLIFNode(T=T, tau=tau, backend=backend, **_settings(module)).to(place.device, place.dtype)
     nn.init.constant_(node.input_gain, input_gain)
     return _take_over(node, module)
 
 
+def _settings(module: Any, scale: float = 1.0) -> dict[str, Any]:
+    """What every neuron is built with, its potentials divided by ``scale``."""
+    return {
+        "v_threshold": module.v_threshold / scale,
+        "v_reset": None if module.v_reset is None else module.v_reset / scale,
+        "surrogate_function": copy.deepcopy(module.surrogate_function),
+        "detach_reset": module.detach_reset,
+        "step_mode": module.step_mode,
+        "store_v_seq": module.store_v_seq,
+    }
+
+
 def _take_over(node: Any, module: nn.Module) -> Any:
-    """The new neuron with the hooks of the old one."""
+    """The new neuron in the mode and with the hooks of the old one."""
+    node.train(module.training)
     for name in _HOOKS:
         setattr(node, name, getattr(module, name))  # the same dictionary, so that handles remove from it
     return node

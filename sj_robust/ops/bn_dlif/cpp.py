@@ -1,25 +1,13 @@
 """Batch norm, DLIF and 2x2 average pooling through the compiled kernels of this package; see ``stage.py``."""
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
 from sj_robust.ops.dlif import cpp
-from sj_robust.ops.dlif.config import DLIFConfig, Planes, is_repeated, state_dtype
-from sj_robust.ops.surrogate import Surrogate
+from sj_robust.ops.dlif.config import DLIFConfig, Planes, Tensors, is_repeated, state_dtype
+from sj_robust.ops.dlif.cpp import unsupported_reason
 
-__all__ = ["backward", "finish", "forward", "moments", "unavailable_reason", "unsupported_reason"]
-
-
-def unavailable_reason() -> str | None:
-    """See :class:`sj_robust.ops.bn_dlif.stage.Kernels`."""
-    return cpp.unavailable_reason()
-
-
-def unsupported_reason(x_seq: Tensor, surrogate: Surrogate) -> str | None:
-    """See :class:`sj_robust.ops.bn_dlif.stage.Kernels`."""
-    return cpp.unsupported_reason(x_seq, surrogate)
+__all__ = ["backward", "finish", "forward", "moments", "unsupported_reason"]
 
 
 def moments(x_seq: Tensor, config: DLIFConfig, planes: Planes, norm: tuple[Tensor | None, ...], eps: float) -> Tensor:
@@ -35,12 +23,10 @@ def moments(x_seq: Tensor, config: DLIFConfig, planes: Planes, norm: tuple[Tenso
     return torch.stack((mean, variance, scale, offset))
 
 
-def forward(
-    x_seq: Tensor, config: DLIFConfig, planes: Planes, moments: Tensor | None, tensors: Mapping[str, Tensor | None]
-) -> None:
+def forward(x_seq: Tensor, config: DLIFConfig, planes: Planes, moments: Tensor | None, tensors: Tensors) -> None:
     """See :class:`sj_robust.ops.bn_dlif.stage.Kernels`."""
     if moments is None:
-        cpp.run("dlif_forward", x_seq, config, {**tensors}, planes)
+        cpp.run("dlif_forward", x_seq, config, tensors, planes)
         return
     _, _, scale, offset = moments.to(state_dtype(x_seq)).unbind(0)
     cpp.run("bn_dlif_forward", x_seq, config, {**tensors, "scale": scale, "offset": offset}, planes)
@@ -52,11 +38,11 @@ def backward(
     planes: Planes,
     moments: Tensor | None,
     slopes: Tensor | None,
-    tensors: Mapping[str, Tensor | None],
+    tensors: Tensors,
 ) -> None:
     """See :class:`sj_robust.ops.bn_dlif.stage.Kernels`."""
     if moments is None:
-        cpp.run("dlif_backward", x_seq, config, {**tensors}, planes)
+        cpp.run("dlif_backward", x_seq, config, tensors, planes)
         return
     mean, _, scale, offset = moments.to(state_dtype(x_seq)).unbind(0)
     slope, constant = (moments.new_zeros(2, planes.channels) if slopes is None else slopes).to(mean.dtype).unbind(0)

@@ -5,7 +5,7 @@ tensor nor, with pooling, the spikes ever exist. Only the input and a few number
 As with DLIF alone there is a node for tensors with memory and ``torch.ops.sj_robust.bn_dlif`` for the others.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -15,17 +15,9 @@ from torch import Tensor
 from sj_robust.ops.bn_dlif import cpp, triton_launch
 from sj_robust.ops.bn_dlif.norm import BatchNorm
 from sj_robust.ops.bn_dlif.repeated import repeated_step
-from sj_robust.ops.dlif.autograd import (
-    CONSTANTS,
-    check_graph,
-    define,
-    define_gradient,
-    differentiates_by_functorch,
-    is_plain,
-    or_empty,
-    saved_tensors,
-)  # fmt: skip
-from sj_robust.ops.dlif.config import DLIFConfig, Inputs, Planes, is_repeated, state_dtype
+from sj_robust.ops.dlif import autograd
+from sj_robust.ops.dlif.autograd import is_plain, or_empty
+from sj_robust.ops.dlif.config import DLIFConfig, Inputs, Planes, Tensors, is_repeated, state_dtype
 from sj_robust.ops.surrogate import Surrogate
 
 __all__ = ["KERNELS", "Kernels", "multi_step", "unsupported_reason"]
@@ -37,9 +29,6 @@ class Kernels(Protocol):
     Moments are mean, variance, scale and offset per channel, [4, C] in float64, or None without batch norm.
     """
 
-    def unavailable_reason(self) -> str | None:
-        """What keeps the kernels from running on this machine, or None."""
-
     def unsupported_reason(self, x_seq: Tensor, surrogate: Surrogate) -> str | None:
         """Why this call cannot run here, or None."""
 
@@ -49,12 +38,7 @@ class Kernels(Protocol):
         """From weight, bias, running mean and variance, each [C] or None; without the last two from the batch."""
 
     def forward(
-        self,
-        x_seq: Tensor,
-        config: DLIFConfig,
-        planes: Planes,
-        moments: Tensor | None,
-        tensors: Mapping[str, Tensor | None],
+        self, x_seq: Tensor, config: DLIFConfig, planes: Planes, moments: Tensor | None, tensors: Tensors
     ) -> None:
         """Read ``gain`` and ``v_init``, fill ``s`` and ``v`` and, where they are there, ``v_seq`` and ``current``."""
 
@@ -65,7 +49,7 @@ class Kernels(Protocol):
         planes: Planes,
         moments: Tensor | None,
         slopes: Tensor | None,
-        tensors: Mapping[str, Tensor | None],
+        tensors: Tensors,
     ) -> None:
         """Read gradients of the outputs ``gs``, ``gv``, ``gvs``, ``g_current``, fill those of the inputs.
 
@@ -91,7 +75,7 @@ def unsupported_reason(
     reason = KERNELS[backend].unsupported_reason(x_seq, surrogate)
     if reason is not None:
         return reason
-    if differentiates_by_functorch():
+    if autograd.differentiates_by_functorch():
         return "torch.func.grad and its like differentiate plain torch alone"
     if _memory_format(x_seq) is None:
         return "one pass needs time steps that are contiguous or channels last, without gaps"
@@ -237,7 +221,7 @@ def _backward(
     if gs is None:
         gs = stage.room(step, T, step.dtype, pooled=stage.average_pool).zero_()
     grad_x, grad_gain, grad_v_init = _gradients(step, input_gain, stage, needs_x, needs_v_init)
-    tensors: dict[str, Tensor | None] = {
+    tensors: Tensors = {
         "gain": input_gain,
         "v_init": v_init,
         "gs": _dense(gs, stage.layout),
@@ -295,7 +279,7 @@ def _set_up(ctx: Any, inputs: tuple[Any, ...], moments: Tensor | None, stage: _S
 
 def _differentiate(ctx: Any, run: Callable[..., Any], grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     needs_x, *needs_norm, _, needs_v_init = ctx.needs_input_grad[:5]
-    step, input_gain, v_init, moments = saved_tensors(ctx)
+    step, input_gain, v_init, moments = autograd.saved_tensors(ctx)
     grad_x, grad_norm, grad_gain, grad_v_init = run(
         grads, step, input_gain, v_init, moments, ctx.stage, needs_x, needs_v_init
     )
@@ -332,7 +316,7 @@ def _ordered(
     step: Tensor, input_gain: Tensor, v_init: Tensor | None, stage: _Stage
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """As they must lie in memory, which a graph need not keep."""
-    check_graph(stage.backend, stage.config, step, input_gain, v_init)
+    autograd.check_graph(stage.backend, stage.config, step, input_gain, v_init)
     in_order = is_repeated(step) and step[0].is_contiguous(memory_format=stage.layout)
     step = step if in_order else _dense(step, stage.layout)
     v_init = None if v_init is None else v_init.contiguous(memory_format=stage.layout)
@@ -384,8 +368,8 @@ def _registered_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None
     return *_differentiate(ctx, _registered_backward, grads), *[None] * 15
 
 
-_CONSTANTS = f"{CONSTANTS}, str? statistics, float eps, bool average_pool, bool channels_last, str backend"
-_bn_dlif = define(
+_CONSTANTS = f"{autograd.CONSTANTS}, str? statistics, float eps, bool average_pool, bool channels_last, str backend"
+_bn_dlif = autograd.define(
     "bn_dlif",
     "(Tensor x_seq, Tensor? weight, Tensor? bias, Tensor input_gain, Tensor? v_init, Tensor? running_mean, "
     f"Tensor? running_var, {_CONSTANTS}, bool store_v_seq, bool store_current) -> "
@@ -393,7 +377,7 @@ _bn_dlif = define(
     kernel=_forward_kernel,
     fake=_forward_fake,
 )
-_bn_dlif_backward = define(
+_bn_dlif_backward = autograd.define(
     "bn_dlif_backward",
     "(Tensor? grad_spike_seq, Tensor? grad_v, Tensor? grad_v_seq, Tensor? grad_current, Tensor x_seq, "
     f"Tensor input_gain, Tensor? v_init, Tensor? moments, {_CONSTANTS}, bool needs_x, bool needs_v_init) -> "
@@ -401,7 +385,7 @@ _bn_dlif_backward = define(
     kernel=_backward_kernel,
     fake=_backward_fake,
 )
-define_gradient("bn_dlif", _registered_gradient, _setup_context)
+autograd.define_gradient("bn_dlif", _registered_gradient, _setup_context)
 
 
 def _memory_format(x_seq: Tensor) -> torch.memory_format | None:

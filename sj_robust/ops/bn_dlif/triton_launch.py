@@ -5,7 +5,6 @@ As with DLIF alone, under ``TRITON_INTERPRET=1`` the kernels run on the CPU.
 
 import functools
 import importlib
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,23 +12,16 @@ import torch
 from torch import Tensor
 
 from sj_robust.ops.dlif import triton_launch as dlif
-from sj_robust.ops.dlif.config import DLIFConfig, Planes, is_repeated
+from sj_robust.ops.dlif.config import DLIFConfig, Planes, Tensors, is_repeated
 from sj_robust.ops.surrogate import Surrogate
 
-__all__ = [
-    "Layout", "backward", "cut", "finish", "forward", "moments", "unavailable_reason", "unsupported_reason",
-]  # fmt: skip
+__all__ = ["Layout", "backward", "cut", "finish", "forward", "moments", "unsupported_reason"]
 
 _BYTES_IN_A_ROW = 128  # of neighbouring channels that a program takes
 _BYTES_AT_ONCE = 16  # that a thread loads of a tensor
 _MOST_TILES, _PROGRAMS = 32, 4096  # of a program of the statistics; and so many programs before any has a second tile
 _CHANNELS_AT_ONCE = 128
 _INT32 = 1 << 30  # with room for what lies behind the last neuron
-
-
-def unavailable_reason() -> str | None:
-    """See :class:`sj_robust.ops.bn_dlif.stage.Kernels`."""
-    return dlif.unavailable_reason()
 
 
 def unsupported_reason(x_seq: Tensor, surrogate: Surrogate) -> str | None:
@@ -101,22 +93,18 @@ def moments(x_seq: Tensor, config: DLIFConfig, planes: Planes, norm: tuple[Tenso
     sums = None if running_mean is not None else _sums(steps, config, planes)
     tensors = (steps, sums, weight, bias, running_mean, running_var, found)
     sizes = (steps.numel() // planes.channels, planes.channels, planes.height * planes.width)
-    constants = {"EPS": eps, "LAST": _is_last(planes)}
-    _for_each_channel("bn_moments", planes.channels, (*tensors, *sizes), x_seq.device, constants)
+    _for_each_channel("bn_moments", planes.channels, (*tensors, *sizes), {"EPS": eps, "LAST": _is_last(planes)})
     return found
 
 
-def forward(
-    x_seq: Tensor, config: DLIFConfig, planes: Planes, moments: Tensor | None, tensors: Mapping[str, Tensor | None]
-) -> None:
+def forward(x_seq: Tensor, config: DLIFConfig, planes: Planes, moments: Tensor | None, tensors: Tensors) -> None:
     """See :class:`sj_robust.ops.bn_dlif.stage.Kernels`."""
     layout, constants = cut("bn_dlif_forward", x_seq.dtype, len(x_seq), config, planes)
     given = (x_seq, moments, *(tensors.get(name) for name in ("gain", "v_init", "s", "v", "v_seq", "current")))
     sizes = _sizes(x_seq, planes, layout)
     dlif.launch(
         _kernels().bn_dlif_forward, _programs(x_seq.shape[1], planes, layout),
-        (*given, *sizes, *_rows(x_seq, planes), *dlif.scalars(config)),
-        warps=dlif.FORWARD_WARPS, device=x_seq.device, constants=constants,
+        (*given, *sizes, *_rows(x_seq, planes), *dlif.scalars(config)), constants, warps=dlif.FORWARD_WARPS,
     )  # fmt: skip
 
 
@@ -126,7 +114,7 @@ def backward(
     planes: Planes,
     moments: Tensor | None,
     slopes: Tensor | None,
-    tensors: Mapping[str, Tensor | None],
+    tensors: Tensors,
 ) -> None:
     """See :class:`sj_robust.ops.bn_dlif.stage.Kernels`."""
     T, N = x_seq.shape[:2]
@@ -147,10 +135,7 @@ def backward(
         x_seq, moments, slopes, *given, partial_sums, partial_grad_gain, checkpoints,
         *_sizes(x_seq, planes, layout), x_row, x_row, *rows, *dlif.scalars(config), float(config.surrogate.alpha),
     )  # fmt: skip
-    dlif.launch(
-        _kernels().bn_dlif_backward, programs, arguments,
-        warps=dlif.BACKWARD_WARPS, device=x_seq.device, constants=constants,
-    )  # fmt: skip
+    dlif.launch(_kernels().bn_dlif_backward, programs, arguments, constants, warps=dlif.BACKWARD_WARPS)
     for partial, total in ((partial_sums, sums), (partial_grad_gain, grad_gain)):
         if partial is not None and total is not None:
             total.copy_(partial.sum(0, dtype=torch.float64))
@@ -160,8 +145,8 @@ def finish(sums: Tensor, moments: Tensor, eps: float, count: int | None) -> tupl
     """See :class:`sj_robust.ops.bn_dlif.stage.Kernels`."""
     grad_norm, slopes = torch.empty_like(sums), None if count is None else torch.empty_like(sums)
     channels = sums.shape[1]
-    tensors = (sums, moments, grad_norm, slopes, count or 1, channels)
-    _for_each_channel("bn_finish", channels, tensors, sums.device, {"EPS": eps})
+    arguments = (sums, moments, grad_norm, slopes, count or 1, channels)
+    _for_each_channel("bn_finish", channels, arguments, {"EPS": eps})
     return grad_norm, slopes
 
 
@@ -175,19 +160,15 @@ def _sums(steps: Tensor, config: DLIFConfig, planes: Planes) -> Tensor:
     partial = torch.empty((programs, 2, planes.channels), dtype=torch.float32, device=steps.device)
     units = planes.height * planes.width // layout.UNIT
     arguments = (steps, partial, samples, planes.channels, units)
-    dlif.launch(
-        _kernels().bn_statistics, programs * of_channels, arguments,
-        warps=dlif.FORWARD_WARPS, device=steps.device, constants={**constants, "COUNT": count},
-    )  # fmt: skip
+    constants["COUNT"] = count
+    dlif.launch(_kernels().bn_statistics, programs * of_channels, arguments, constants, warps=dlif.FORWARD_WARPS)
     return partial.sum(0, dtype=torch.float64)
 
 
-def _for_each_channel(
-    name: str, channels: int, arguments: tuple[Any, ...], device: torch.device, constants: dict[str, Any]
-) -> None:
-    constants = {**constants, "BLOCK": _CHANNELS_AT_ONCE}
+def _for_each_channel(name: str, channels: int, arguments: tuple[Any, ...], constants: dict[str, Any]) -> None:
+    constants["BLOCK"] = _CHANNELS_AT_ONCE
     programs = -(-channels // _CHANNELS_AT_ONCE)
-    dlif.launch(getattr(_kernels(), name), programs, arguments, warps=4, device=device, constants=constants)
+    dlif.launch(getattr(_kernels(), name), programs, arguments, constants, warps=4)
 
 
 def _programs(samples: int, planes: Planes, layout: Layout) -> int:

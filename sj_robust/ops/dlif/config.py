@@ -9,8 +9,9 @@ from torch import Tensor
 from sj_robust.ops.surrogate import Surrogate
 
 __all__ = [
-    "UNTRACEABLE", "DLIFConfig", "Inputs", "OutputGradients", "Outputs", "Planes", "check_arguments",
-    "check_devices", "initial_potential", "is_repeated", "no_gpu_reason", "on_one_device", "state_dtype",
+    "UNTRACEABLE", "DLIFConfig", "Inputs", "OutputGradients", "Outputs", "Planes", "Tensors",
+    "check_arguments", "check_devices", "initial_potential", "is_repeated", "no_gpu_reason", "on_one_device",
+    "state_dtype",
 ]  # fmt: skip
 
 UNTRACEABLE = "a kernel takes it in no graph of torch's tracers and under no torch.func.vmap; use backend='reference'"
@@ -30,6 +31,13 @@ class DLIFConfig:
     def leak_current(self) -> float:
         """Constant (1 - decay) * v_reset that pulls a hard-reset neuron back to v_reset."""
         return (1 - self.decay) * self.v_reset if self.v_reset else 0.0
+
+    @property
+    def reset(self) -> str:
+        """What a spike does to the potential, in a kernel's word: ``zero``, ``value`` or ``subtraction``."""
+        if self.v_reset is None:
+            return "subtraction"
+        return "value" if self.v_reset else "zero"
 
     @property
     def arguments(self) -> tuple[float, float, float | None, str, float, bool]:
@@ -69,6 +77,10 @@ class OutputGradients(NamedTuple):
 
 Outputs = tuple[Tensor, Tensor, Tensor | None]
 """Spikes [T, *], last potential [*], potentials after every reset [T, *] if asked for."""
+
+
+Tensors = dict[str, Tensor | None]
+"""What a kernel reads and writes, by the names of its parameters; one that is None is not there."""
 
 
 class Planes(NamedTuple):

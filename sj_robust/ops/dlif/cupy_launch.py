@@ -26,6 +26,7 @@ LONGEST_SEQUENCE_IN_REGISTERS = 32
 _LONG_SEGMENT = 16  # steps per segment of a longer sequence
 _VALUES_PER_THREAD = 32  # of x, and as many of h, that a thread of the backward kernel keeps in registers
 _IO_TYPES = {torch.float32: "float", torch.float16: "Half", torch.bfloat16: "BFloat16"}
+_RESETS = {"zero": "RESET_TO_ZERO", "value": "RESET_TO_VALUE", "subtraction": "RESET_BY_SUBTRACTION"}
 _OPTIONS = ("--std=c++17",)
 _NULL = np.int64(0)
 
@@ -86,7 +87,7 @@ class Launcher:
             1 if is_long else T,
             is_long,
             _vector_width(v.numel(), 4, x_seq, v_init),
-            _reset(config),
+            _RESETS[config.reset],
             store_v_seq,
         )
         _launch(variant, x_seq, (x_seq, input_gain, v_init, spike_seq, v, v_seq), config)
@@ -108,7 +109,7 @@ class Launcher:
             steps,
             is_long,
             _vector_width(M, _VALUES_PER_THREAD // steps, x_seq, v_init, *grads),
-            _reset(config),
+            _RESETS[config.reset],
             grads.v_seq is not None,
             config.detach_reset,
             HOST_NAMES.get(surrogate.kind, "Spliced"),
@@ -224,12 +225,6 @@ def _wrong_text_reason(name: str, surrogate: Surrogate, device: torch.device) ->
         f"the CUDA code of the surrogate {name} disagrees with its gradient in torch "
         f"({derivative[0, worst]:.4g} instead of {expected[worst]:.4g} at z = {z[worst]:.4g})"
     )
-
-
-def _reset(config: DLIFConfig) -> str:
-    if config.v_reset is None:
-        return "RESET_BY_SUBTRACTION"
-    return "RESET_TO_VALUE" if config.v_reset else "RESET_TO_ZERO"
 
 
 @functools.lru_cache

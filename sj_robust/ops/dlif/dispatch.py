@@ -6,15 +6,8 @@ import warnings
 import torch
 from torch import Tensor
 
-from sj_robust.ops.dlif import backends, reference
-from sj_robust.ops.dlif.autograd import (
-    DLIFFunction,
-    differentiates_by_functorch,
-    in_functorch,
-    in_onnx_export,
-    is_plain,
-    registered,
-)
+from sj_robust.ops.dlif import autograd, backends, reference
+from sj_robust.ops.dlif.autograd import DLIFFunction, in_functorch, is_plain
 from sj_robust.ops.dlif.backends import CUDA_KERNELS, KERNELS, failing_reason, unavailable_reason
 from sj_robust.ops.dlif.config import UNTRACEABLE, DLIFConfig, Inputs, Outputs, check_arguments, state_dtype
 from sj_robust.ops.surrogate import Surrogate
@@ -104,7 +97,7 @@ def dlif_multi_step(
         v_init = v_init.permute(step_order).reshape(-1)
     inputs = Inputs(x_seq.reshape(shape[0], -1).contiguous(), input_gain, v_init, config)
     if operator is not None and not is_plain(inputs.x_seq, input_gain, v_init):
-        spike_seq, v, v_seq = registered(inputs, store_v_seq, operator)
+        spike_seq, v, v_seq = autograd.registered(inputs, store_v_seq, operator)
     else:
         implementation = backends.implementation(name, threads_per_block)
         spike_seq, v, v_seq = DLIFFunction.apply(*inputs, implementation, operator, store_v_seq)  # type: ignore[no-untyped-call]  # torch's
@@ -198,9 +191,9 @@ def _warn(reasons: str) -> None:
 def _unsupported_reason(name: str, x_seq: Tensor, surrogate: Surrogate) -> str | None:
     if name == "reference":
         return None
-    if in_onnx_export():
+    if autograd.in_onnx_export():
         return "an ONNX model holds torch's own operators alone, which is backend='reference'"
-    if differentiates_by_functorch():
+    if autograd.differentiates_by_functorch():
         return "torch.func.grad, vjp, jvp and their like differentiate plain torch alone, which is backend='reference'"
     untraceable = name in KERNELS or in_functorch() or torch.compiler.is_compiling()
     if surrogate.kind == "custom" and untraceable and not is_plain(x_seq):

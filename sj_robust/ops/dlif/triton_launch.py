@@ -83,14 +83,14 @@ class _BackwardPlan(Plan):
 def forward_plan(dtype: torch.dtype, steps: int, config: DLIFConfig) -> Plan:
     """How the forward kernel is cut for so many steps of a dtype."""
     first, later, segment = _cut(steps)
-    return Plan(first, later, segment, _reset(config), _block(dtype, 1, FORWARD_WARPS, later > 0))
+    return Plan(first, later, segment, config.reset, _block(dtype, 1, FORWARD_WARPS, later > 0))
 
 
 def backward_plan(dtype: torch.dtype, steps: int, config: DLIFConfig) -> Plan:
     """How the backward kernel is cut: the more steps are in registers, the fewer neurons."""
     first, later, segment = _cut(steps)
     block = _block(dtype, max(first, segment) if later else first, BACKWARD_WARPS, later > 0)
-    return _BackwardPlan(first, later, segment, _reset(config), block, config.detach_reset, config.surrogate.kind)
+    return _BackwardPlan(first, later, segment, config.reset, block, config.detach_reset, config.surrogate.kind)
 
 
 def forward(inputs: Inputs, store_v_seq: bool) -> Outputs:
@@ -125,20 +125,13 @@ def scalars(config: DLIFConfig) -> tuple[float, ...]:
     return float(config.decay), float(config.leak_current), float(config.v_threshold), float(config.v_reset or 0.0)
 
 
-def launch(
-    kernel: Any,
-    programs: int,
-    arguments: tuple[Any, ...],
-    *,
-    warps: int,
-    device: torch.device,
-    constants: dict[str, Any],
-) -> None:
-    """Launch so many programs on torch's current stream of a device; ``constants`` are compile-time ones.
+def launch(kernel: Any, programs: int, arguments: tuple[Any, ...], constants: dict[str, Any], *, warps: int) -> None:
+    """Launch so many programs on torch's current stream of the first tensor's device; constants are compile-time ones.
 
     Of a few variants the assembler keeps 8 bytes of a thread on its stack, where one or two registers less let a
     processor hold more threads. From its second launch on, such a variant has more registers and an empty stack.
     """
+    device = arguments[0].device
     variant = (kernel, device, *constants.values(), *(getattr(each, "dtype", None) for each in arguments))
     on_device: AbstractContextManager[None] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with on_device:  # on which Triton launches
@@ -159,12 +152,8 @@ def limit_above(registers: int) -> int:
 
 def _launch(name: str, plan: Plan, x_seq: Tensor, arguments: tuple[Any, ...]) -> None:
     M = x_seq[0].numel()
-    if M == 0:
-        return
-    launch(
-        getattr(_kernels(), name), plan.programs(M), arguments,
-        warps=plan.warps, device=x_seq.device, constants=asdict(plan),
-    )  # fmt: skip
+    if M > 0:
+        launch(getattr(_kernels(), name), plan.programs(M), arguments, asdict(plan), warps=plan.warps)
 
 
 def _cut(steps: int) -> tuple[int, int, int]:
@@ -182,12 +171,6 @@ def _block(dtype: torch.dtype, steps_in_registers: int, warps: int, is_long: boo
     if is_long:
         per_thread = min(per_thread, _MOST_NEURONS_OF_LONG)
     return 32 * warps << (per_thread.bit_length() - 1)
-
-
-def _reset(config: DLIFConfig) -> str:
-    if config.v_reset is None:
-        return "subtraction"
-    return "value" if config.v_reset else "zero"
 
 
 def _kernels() -> Any:

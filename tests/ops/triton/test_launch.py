@@ -215,9 +215,9 @@ def test_a_variant_that_spills_gets_more_registers_from_its_next_launch_on(monke
             registers = min(needed, maxnreg or 72)
             return SimpleNamespace(n_regs=registers, n_spills=needed - registers)
 
-    kernel, options = Kernel(), {"warps": 1, "device": torch.device("cpu")}
+    kernel = Kernel()
     for dtype, steps in [(F32, 8), (F32, 4), (BF16, 8), (F32, 8), (F32, 8), (F32, 8), (F32, 4), (BF16, 8)]:
-        triton_launch.launch(kernel, 3, (torch.zeros(2, dtype=dtype),), constants={"STEPS": steps}, **options)
+        triton_launch.launch(kernel, 3, (torch.zeros(2, dtype=dtype),), {"STEPS": steps}, warps=1)
     assert [limit for dtype, steps, limit in given if (dtype, steps) == (F32, 8)] == [None, 88, 104, 104]
     assert {limit for dtype, steps, limit in given if (dtype, steps) != (F32, 8)} == {None}
     assert triton_launch.limit_above(250) == 255
