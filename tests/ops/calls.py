@@ -32,6 +32,12 @@ def random_call(shape, dtype=torch.float64, seed=0):
     return (x, gain, v_init), (grad_spikes, normal(*shape[1:]), normal(*shape))
 
 
+def laid_out(x_seq, channels_last):
+    """The same numbers with every step in this order in memory."""
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    return x_seq.flatten(0, 1).contiguous(memory_format=layout).unflatten(0, x_seq.shape[:2])
+
+
 def run(backend, inputs, grads, *, kind="triangle", alpha=1.0, store_v_seq=True, **constants):
     """Outputs, and the gradients of the inputs; a gradient that is None belongs to an output that nobody uses."""
     leaves = [None if a is None else a.clone().requires_grad_() for a in inputs]

@@ -6,29 +6,24 @@ nothing. Faults go into a copy of the tree. The test that counts instructions of
 """
 
 import argparse
-import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from ops import planted
 from ops.cuda import shim
 
-ROOT = Path(__file__).parents[2]
 DLIF, NORM = ("sj_robust/ops/dlif", "sj_robust/ops/bn_dlif/normalised.h")
 BLOCKS, SIMD, WALK = f"{DLIF}/blocks.h", f"{DLIF}/simd.h", f"{DLIF}/walk.h"
 TESTS = ("tests/ops/test_dlif.py", "tests/ops/test_bn_dlif.py", "tests/ops/test_cpp.py", "tests/neuron/test_fusion.py")
 OF_OPTIMISED_CODE = "tests/ops/test_cpp.py::test_wide_code_stores_past_the_cache"
 SANITIZERS = "-fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 MUTANTS = {  # what is wrong: (file, text, faulty text); the text occurs once
-    "current without batch norm": (BLOCKS, "put<STREAM>(current + k * W, coupling.input(load(x + k * W), k * W));",
-                                   "put<STREAM>(current + k * W, load(x + k * W));"),
+    "current without batch norm": (BLOCKS, "* W, coupling.input(load(x + k * W), k * W))", "* W, load(x + k * W))"),
     "current steps as x does": (BLOCKS, "      current += b.stride;", "      current += b.x_stride;"),
-    "gradient of the current read as x": (
-        BLOCKS, "if (b.g_current) gc += load(b.g_current + t * b.stride + k * W);",
-        "if (b.g_current) gc += load(b.g_current + t * b.x_stride + k * W);"),
+    "gradient of the current read as x": (BLOCKS, "g_current + t * b.stride + k", "g_current + t * b.x_stride + k"),
     "gradient of the current ignored": (
         BLOCKS, "if (b.g_current) gc += load(b.g_current + t * b.stride + k * W);", ""),
     "unused lanes of that gradient kept": (
@@ -43,49 +38,37 @@ MUTANTS = {  # what is wrong: (file, text, faulty text); the text occurs once
     "erf scale": (BLOCKS, "job.alpha * 0.56418958354775629", "job.alpha * 0.5642"),
     "exponential one-sided": (BLOCKS, "exponential(-n.slope * magnitude<C>(z))", "exponential(-n.slope * z)"),
     "surrogate by rows at h": (BLOCKS, "(load(h + k) - n.v_threshold, n));", "(load(h + k), n));"),
-    "half a row of slopes": (BLOCKS, "for (int k = 0; k < BLOCK<C>; k += LANES<C>) store(g + k, derivative",
-                             "for (int k = 0; k < BLOCK<C> / 2; k += LANES<C>) store(g + k, derivative"),
+    "half a row of slopes": (BLOCKS, "< BLOCK<C>; k += LANES<C>) store(", "< BLOCK<C> / 2; k += LANES<C>) store("),
     "slopes of the first step": (BLOCKS, "n.slopes(h_row, n, slopes);", "n.slopes(b.h, n, slopes);"),
     "large negative exponents": (SIMD, "return x < -87.0f ? Vec<float>{} : y", "return y"),
     "float sums never flushed": (BLOCKS, "if ((summed += block.size) >= FLUSH) flush();", ""),
     "last sums not flushed": (BLOCKS, "  flush();\n}", "}"),
     "current streamed without being aligned": (BLOCKS, "&& can_stream(job, job.current, sizeof(C))", ""),
     "row pairs where there are none": (WALK, "if (height == 2 && width >= 2)\n", "if (width >= 2)\n"),
-    "pooled gradient of another cell": (
-        WALK, "if (height == 2 && length >= 2) block.add_cells(pooled + within / 2,",
-        "if (height == 2 && length >= 2) block.add_cells(pooled + within,"),
+    "pooled gradient of another cell": (WALK, ".add_cells(pooled + within / 2,", ".add_cells(pooled + within,"),
     "gradient beyond the windows kept": (
         WALK, "if (block.n_covered < B) std::memset(gs, 0, size_t(job.T * B) * sizeof(C));", ""),
     "odd planes: windows beyond the last row": (WALK, "if (right && below) {", "if (right) {"),
-    "one channel too many": (WALK, "if (++channel >= job.channels) channel = 0;",
-                             "if (++channel > job.channels) channel = 0;"),
-    "pattern of a partial block of planes": (WALK, "if (block.size == B) block.pattern = first;",
-                                             "block.pattern = first;"),
+    "one channel too many": (WALK, "channel >= job.channels) channel = 0;", "channel > job.channels) channel = 0;"),
+    "pattern of a partial block of planes": (WALK, "if (block.size == B) block.pattern =", "block.pattern ="),
     "pattern of a partial block of channels": (WALK, "if (size == B) block.pattern = c;", "block.pattern = c;"),
-    "odd planes: windows beyond the last column": (
-        WALK, "const bool right = 2 * column + 1 < job.width, below",
-        "const bool right = 2 * column < job.width, below"),
+    "odd planes: windows beyond the last column": (WALK, "2 * column + 1 < job.width,", "2 * column < job.width,"),
     "pooling stops before the last pairs": (WALK, "if (n > 0) pool_pairs<C, N / 2>(top, bottom, n, to);", ""),
     "shared gradient stops before the last pairs": (
         WALK, "if (n > 0) share_pairs<C, N / 2>(from, n, top, bottom);", ""),
-    "twice the pooled gradient": (WALK, "a[i] = b[i] = c[i] = d[i] = C(0.25) * from[i]",
-                                  "a[i] = b[i] = c[i] = d[i] = C(0.5) * from[i]"),
+    "twice the pooled gradient": (WALK, "d[i] = C(0.25) * from[i]", "d[i] = C(0.5) * from[i]"),
     "scales of a partial block kept": (NORM, "if (block.size < B) std::memset(scale, 0, 5 * B * sizeof(C));", ""),
     "total gradient without the scale": (
         NORM, "if (!job.g_total) return;\n"
         "      for (int k = 0; k < B; k += W) store(g_sum + k, load(g_sum + k) * load(scale + k));",
         "if (!job.g_total) return;"),
-    "total gradient of the first run alone": (NORM, "write_runs(block.runs, block.n_runs, g_sum, B, 1,",
-                                              "write_runs(block.runs, 1, g_sum, B, 1,"),
+    "total gradient of the first run alone": (NORM, ".runs, block.n_runs, g_sum, B, 1,", ".runs, 1, g_sum, B, 1,"),
     "sums of the block before": (NORM, "if constexpr (TOTALS) std::memset(g_sum, 0, 2 * B * sizeof(C));", ""),
     "mean's gradient left out": (NORM, "centred * load(slope + k) + load(constant + k)", "centred * load(slope + k)"),
-    "sum of the first channel": (NORM, "for (; i < span.length; ++i) sums[i] += double(from[i]);\n      return;",
-                                 "for (; i < span.length; ++i) sums[0] += double(from[i]);\n      return;"),
-    "variance without squares": (NORM, "squares += d * d;\n      }\n    }\n    sums[c]",
-                                 "squares += d;\n      }\n    }\n    sums[c]"),
+    "sum of the first channel": (NORM, "; ++i) sums[i] += double(from[i]);", "; ++i) sums[0] += double(from[i]);"),
+    "variance without squares": (NORM, "squares += d * d;", "squares += d;"),
     "uncovered lanes of a full block": (WALK, "block.n_covered < BLOCK<C> || ", ""),
-    "planes of 8 columns as if of 4": (WALK, "case 8: f(std::integral_constant<int, 4>{}); return true;",
-                                       "case 8: f(std::integral_constant<int, 2>{}); return true;"),
+    "planes of 8 columns as if of 4": (WALK, "::integral_constant<int, 4>{});", "::integral_constant<int, 2>{});"),
 }  # fmt: skip
 
 
@@ -99,13 +82,8 @@ def first_failure(tree: Path, *, flags: str = "", preload: str = "") -> str | No
     )  # fmt: skip
     if not library.exists():
         return f"compiler: {build.stderr[-400:]}"
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "--deselect", OF_OPTIMISED_CODE, *TESTS]
-    environment = {"PYTHONPATH": f"{tree}:{tree / 'recipes'}", "LD_PRELOAD": preload, "ASAN_OPTIONS": "detect_leaks=0"}
-    run = subprocess.run(command, cwd=tree, env=os.environ | environment, capture_output=True, text=True)
-    failed = [line for line in run.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
-    if run.returncode == 0:
-        return None
-    return failed[0].split(" - ")[0] if failed else "crash"
+    arguments = ["-m", "not slow", "--deselect", OF_OPTIMISED_CODE, *TESTS]
+    return planted.first_failure(tree, *arguments, LD_PRELOAD=preload, ASAN_OPTIONS="detect_leaks=0")
 
 
 def main() -> None:
@@ -113,28 +91,22 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", default="", help="sanitizers, or a part of the name of faults")
     only = parser.parse_args().only
-    results: dict[str, str | None] = {}
     with tempfile.TemporaryDirectory() as name:
-        tree = Path(name, "tree")
-        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns("__pycache__", ".git", "build", "runs", "*.so"))
+        tree = Path(name)
+        planted.copy_tree(tree)
         if only in ("", "sanitizers"):
             clean = first_failure(tree, flags=SANITIZERS, preload=shim.sanitizer_runtime() or "")
             print(f"sanitizers: {clean or 'clean'}", flush=True)
             assert clean is None, "the kernels themselves must pass first"
-        for wrong, (file, text, faulty) in MUTANTS.items():
-            if only not in wrong:
-                continue
+
+        def noticed_by(file: str, text: str) -> str | None:
             source = (tree / file).read_text()
-            assert source.count(text) == 1, f"{wrong}: the text to change occurs {source.count(text)} times"
-            (tree / file).write_text(source.replace(text, faulty))
-            results[wrong] = first_failure(tree)
+            (tree / file).write_text(text)
+            failure = first_failure(tree)
             (tree / file).write_text(source)
-            print(f"{wrong}: {results[wrong] or 'survived'}", flush=True)
-    noticed = sum(result is not None for result in results.values())
-    print(f"{noticed} of {len(results)} noticed")
-    if not only:
-        summary = {"mutants": len(results), "noticed": noticed, "by": results}
-        Path(__file__).with_name("mutation_cpp.json").write_text(json.dumps(summary, indent=2) + "\n")
+            return failure
+
+        planted.try_faults(MUTANTS, noticed_by, only, Path(__file__).with_name("mutation_cpp.json"))
 
 
 if __name__ == "__main__":

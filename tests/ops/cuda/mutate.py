@@ -1,20 +1,19 @@
 """Plants faults in the CUDA text one by one and records which check notices each; run by hand, takes minutes.
 
-``python -m ops.cuda.mutate`` in ``tests/`` rewrites ``mutation.json``. A fault goes through the CPU build of all
-pairs of template arguments, then through the same under the sanitizers, then through the NVRTC tests.
+``python -m ops.cuda.mutate`` in ``tests/`` rewrites ``mutation.json``; with a part of the names of faults it tries
+these alone. A fault goes through the CPU build of all pairs of template arguments, then through the same under the
+sanitizers, then through the NVRTC tests.
 """
 
-import json
-import os
-import shutil
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
+from ops import planted
 from ops.cuda import cases, shim
 
-ROOT = shim.HERE.parents[2]
+FILE = "sj_robust/ops/dlif/kernel.cu"
 MUTANTS = {  # what is wrong: (text, faulty text); the text occurs once
     "half rounds through bfloat16": ("return float_to_half(value).bits", "return __float_as_uint(value) >> 16"),
     "bfloat16 truncates": ("(bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16", "bits >> 16"),
@@ -58,14 +57,12 @@ MUTANTS = {  # what is wrong: (text, faulty text); the text occurs once
     "gradient gate at equality": ("(h >= c.v_threshold ? 0.0f : grad_v)", "(h > c.v_threshold ? 0.0f : grad_v)"),
     "warp sum starts too low": ("distance = WARP_SIZE / 2;", "distance = WARP_SIZE / 4;"),
     "warp sum ends too early": ("distance > 0; distance /= 2", "distance > 1; distance /= 2"),
-    "threads step over neurons": ("(i64)blockIdx.x * blockDim.x + threadIdx.x) * VEC;\n    if",
-                                  "(i64)blockIdx.x * blockDim.x + threadIdx.x + 1) * VEC;\n    if"),
+    "threads step over neurons": (".x + threadIdx.x) * VEC;\n    if", ".x + threadIdx.x + 1) * VEC;\n    if"),
     "forward writes past the end": ("if (i >= neurons) return;", "if (i > neurons) return;"),
     "backward reads past the end": ("active = i < neurons", "active = i <= neurons"),
     "backward skips the last neurons": ("active = i < neurons", "active = i < neurons - VEC"),
     "spike above the threshold only": ("spike[j] = h >= c.v_threshold", "spike[j] = h > c.v_threshold"),
-    "potentials before reset": ("if (V_SEQ) store_values(v_seq + t * neurons + i, v);",
-                                "if (V_SEQ) store_values(v_seq + t * neurons + i, spike);"),
+    "potentials before reset": ("(v_seq + t * neurons + i, v);", "(v_seq + t * neurons + i, spike);"),
     "last potential not written": ("store_values(v_last + i, v);", ""),
     "too little shared memory": ("warp_sums[STEPS][MAX_WARPS]", "warp_sums[STEPS][1]"),
     "segments rounded down": ("(steps + STEPS - 1) / STEPS", "steps / STEPS"),
@@ -75,8 +72,7 @@ MUTANTS = {  # what is wrong: (text, faulty text); the text occurs once
     "first pass stops early": ("t < (segments - 1) * STEPS", "t < (segments - 1) * STEPS - 1"),
     "checkpoint not restored": ("load_or<VEC>(v, checkpoints + segment * neurons, i, 0.0f);", "(void)segment;"),
     "last segment taken as full": ("min(STEPS, steps - first)", "STEPS"),
-    "gains of the first segment": ("gain = input_gain[first + k];\n#pragma",
-                                   "gain = input_gain[k];\n#pragma"),
+    "gains of the first segment": ("gain = input_gain[first + k];\n#pragma", "gain = input_gain[k];\n#pragma"),
     "first step left out of the sum": ("float h[STEPS][VEC];\n#pragma unroll\n        for (int k = 0;",
                                        "float h[STEPS][VEC] = {};\n#pragma unroll\n        for (int k = 1;"),
     "backward stops before step 0": ("int k = STEPS - 1; k >= 0; --k", "int k = STEPS - 1; k > 0; --k"),
@@ -95,8 +91,7 @@ MUTANTS = {  # what is wrong: (text, faulty text); the text occurs once
     "gradient carried without decay": ("grad_v[j] = grad_h * c.decay", "grad_v[j] = grad_h"),
     "every lane writes the warp's sum": ("if (lane == 0) warp_sums", "if (lane <= 1) warp_sums"),
     "no barrier before the block's sum": ("        __syncthreads();\n        for (int k", "        for (int k"),
-    "barrier in a branch": ("        __syncthreads();\n        for (int k",
-                            "        if (active) __syncthreads();\n        for (int k"),
+    "barrier in a branch": ("__syncthreads();\n        for (int", "if (active) __syncthreads();\n        for (int"),
     "no barrier between segments": ("if (LONG) __syncthreads();", ""),
     "first warp left out": ("for (int w = 0; w < warps", "for (int w = 1; w < warps"),
     "one warp too many": ("w < warps; ++w", "w <= warps; ++w"),
@@ -107,8 +102,8 @@ MUTANTS = {  # what is wrong: (text, faulty text); the text occurs once
 }  # fmt: skip
 
 
-def killer(kernel: str) -> str:
-    """Name of the first check that notices, or "survived"."""
+def noticed_by(file: str, kernel: str) -> str | None:
+    """Name of the first check that notices."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         for sanitize in (False, True):
@@ -126,31 +121,17 @@ def killer(kernel: str) -> str:
                 return "crash"
             if result.returncode:
                 return "barrier" if "divergent barrier" in result.stderr else stage
-        return "nvrtc" if _nvrtc_tests_fail(kernel, directory / "tree") else "survived"
-
-
-def _nvrtc_tests_fail(kernel: str, tree: Path) -> bool:
-    for folder in ("sj_robust", "tests"):
-        shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "pyproject.toml", tree)
-    (tree / "sj_robust" / "ops" / "dlif" / "kernel.cu").write_text(kernel)
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "tests/ops/cuda/test_nvrtc.py", "-k", "not every_variant"]
-    environment = {**os.environ, "PYTHONPATH": str(tree)}
-    return subprocess.run(command, cwd=tree, env=environment, capture_output=True).returncode != 0
+        planted.copy_tree(directory)
+        (directory / file).write_text(kernel)
+        tests = ["tests/ops/cuda/test_nvrtc.py", "-m", "", "-k", "not every_variant"]
+        return "nvrtc" if planted.first_failure(directory, *tests) else None
 
 
 def main() -> None:
-    """Try every mutant and write the result beside this file."""
-    assert killer(shim.KERNEL) == "survived", "the kernel itself must pass first"
-    results = {}
-    for name, (text, faulty) in MUTANTS.items():
-        assert shim.KERNEL.count(text) == 1, f"{name}: the text to change occurs {shim.KERNEL.count(text)} times"
-        results[name] = killer(shim.KERNEL.replace(text, faulty))
-        print(f"{results[name]:10s} {name}", flush=True)
-    survivors = sum(result == "survived" for result in results.values())
-    summary = {"mutants": len(results), "noticed": len(results) - survivors, "by": results}
-    (shim.HERE / "mutation.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print(f"{len(results) - survivors} of {len(results)} noticed")
+    """Try every mutant, or those named, and write the result of all beside this file."""
+    assert noticed_by(FILE, shim.KERNEL) is None, "the kernel itself must pass first"
+    faults = {wrong: (FILE, *pair) for wrong, pair in MUTANTS.items()}
+    planted.try_faults(faults, noticed_by, "".join(sys.argv[1:]), shim.HERE / "mutation.json")
 
 
 if __name__ == "__main__":

@@ -1,35 +1,34 @@
 """Plants faults in the Triton texts one by one and records which check notices each; run by hand, takes minutes.
 
-``TRITON_INTERPRET=1 python -m ops.triton.mutate`` in ``tests/`` rewrites ``mutation.json``. A fault goes through the
-interpreter's cases in a process forked from this one; one that survives goes through the tests of the machine code.
+``TRITON_INTERPRET=1 python -m ops.triton.mutate`` in ``tests/`` rewrites ``mutation.json``; with a part of the names of
+faults it tries these alone. A fault goes through the interpreter's cases in a process forked from this one; one that
+survives goes through the tests of the machine code.
 """
 
 import importlib.util
-import json
 import os
-import shutil
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
+from ops import planted
 from ops.triton import cases, stage_cases
 
 from sj_robust.ops.bn_dlif import triton_launch as stage_launch
 from sj_robust.ops.dlif import triton_launch
 
-HERE = Path(__file__).parent
-ROOT = HERE.parents[2]
-FILES = {  # of a text: its cases and what loads it
-    "dlif": (cases, triton_launch),
-    "bn_dlif": (stage_cases, stage_launch),
+DLIF, BN_DLIF = (f"sj_robust/ops/{folder}/triton_kernel.py" for folder in ("dlif", "bn_dlif"))
+CHECKS = {  # of a text: its cases, what loads it, and the tests of its machine code
+    DLIF: (cases, triton_launch, "not in_registers and not one_pass"),
+    BN_DLIF: (stage_cases, stage_launch, "one_pass"),
 }
 CHARGE = """h = charge(v, x, tl.load(input_gain + first + k), decay, leak_current, RESET)
         v = reset(h, v_threshold, v_reset, RESET)
         """
 LATER = "FIRST + segment * SEGMENT, v, x_seq, input_gain, spike_seq"
-MUTANTS = {"dlif": {  # what is wrong: (text, faulty text); the text occurs once
+MUTANTS = {DLIF: {  # what is wrong: (text, faulty text); the text occurs once
     "decay forgotten": ("h = v * decay + x * gain", "h = v + x * gain"),
     "gain forgotten": ("h = v * decay + x * gain", "h = v * decay + x"),
     "leak current forgotten": ("        h = h + leak_current\n", "        h = h\n"),
@@ -69,8 +68,7 @@ MUTANTS = {"dlif": {  # what is wrong: (text, faulty text); the text occurs once
     "store outside": ("value.to(pointer.dtype.element_ty), mask=inside)", "value.to(pointer.dtype.element_ty))"),
     "what is not loaded is 1": ("mask=inside, other=0.0", "mask=inside, other=1.0"),
     "default of a missing tensor ignored": (" + otherwise", ""),
-    "first neuron of every block for all": ("return load(pointer, at, i, inside)",
-                                            "return load(pointer, at, i * 0, inside)"),
+    "first neuron of every block for all": ("return load(pointer, at, i,", "return load(pointer, at, i * 0,"),
     "forward one step late": ("at = (first + k) * row + block\n", "at = (first + k + 1) * row + block\n"),
     "gains of the first segment, forward": (f"{CHARGE}if spike", f"{CHARGE}if spike".replace("first + k", "k")),
     "spike above the threshold only": ("tl.where(h >= v_threshold, 1.0, 0.0)", "tl.where(h > v_threshold, 1.0, 0.0)"),
@@ -78,8 +76,7 @@ MUTANTS = {"dlif": {  # what is wrong: (text, faulty text); the text occurs once
     "last potential not written": ("    store(v_last, block, i, inside, v)\n", ""),
     "potential not handed on": (LATER, LATER.replace(" v,", " v * 0,")),
     "segments overlap": (LATER, LATER.removeprefix("FIRST + ")),
-    "first segment left out": ("    if LATER > 0:\n        for done in range(LATER):\n            segment = h",
-                               "    if LATER > 0:\n        for done in range(1, LATER):\n            segment = h"),
+    "first segment left out": ("0:\n        for done in range(LATER):", "0:\n        for done in range(1, LATER):"),
     "gains of the first segment, backward": (f"{CHARGE}hs", f"{CHARGE}hs".replace("first + k", "k")),
     "gradient of another step first": ("(first + STEPS - 1) * row_again", "(first + STEPS - 2) * row_again"),
     "backward stops before step 0": ("tl.static_range(STEPS - 1, -1, -1)", "tl.static_range(STEPS - 1, 0, -1)"),
@@ -102,35 +99,27 @@ MUTANTS = {"dlif": {  # what is wrong: (text, faulty text); the text occurs once
     "segments forward": ("segment = LATER - 1 - done", "segment = done"),
     "first segment from the end": ("        0, start, grad_v, x_seq", "        0, start * 0, grad_v, x_seq"),
     "gradient of v_init not written": ("        store(grad_v_init, block, i, inside, grad_v)\n", "        pass\n"),
-    "offsets in 32 bits": ("row = tl.cast(neurons, tl.int64)\n    row_a",
-                           "row = tl.cast(neurons, tl.int32)\n    row_a"),
+    "offsets in 32 bits": ("= tl.cast(neurons, tl.int64)\n    row_a", "= tl.cast(neurons, tl.int32)\n    row_a"),
     "no barrier behind the checkpoints": ("        tl.debug_barrier()", "        # tl.debug_barrier()"),
     "addresses kept for the way back": ("row_again = tl.cast(neurons_again", "row_again = tl.cast(neurons"),
-}, "bn_dlif": {
-    "sample of the first position for all": ("return first // rows, line // rows,",
-                                             "return first // rows, first // rows,"),
+}, BN_DLIF: {
+    "sample of the first position for all": ("return first // rows, line //", "return first // rows, first //"),
     "lines of a plane in a row": ("line // rows, line % rows, column", "line // rows, line % 1, column"),
     "next line not begun": ("column = at % span", "column = at"),
     "channel of the first program": ("(program * CHANNELS + tl.arange", "(0 * CHANNELS + tl.arange"),
-    "channels last as planes": ("return (sample * plane + pixel) * channels + c",
-                                "return (sample * channels + c) * plane + pixel"),
-    "second row of a window is the first": ("row = 2 * row + tl.arange(0, 2)[:, None, None]",
-                                            "row = 2 * row + 0 * tl.arange(0, 2)[:, None, None]"),
+    "channels last as planes": ("sample * plane + pixel) * channels + c", "sample * channels + c) * plane + pixel"),
+    "second row of a window is the first": ("tl.arange(0, 2)[:, None, None]", "0 * tl.arange(0, 2)[:, None, None]"),
     "members of a window the other way round": ("row = 2 * row + member // 2", "row = 2 * row + member % 2"),
     "third member is the first": ("column = 2 * column + member % 2", "column = 2 * column"),
     "odd width as it is": ("span = width + width % 2", "span = width"),
-    "odd height without its last row": ("    rows = (height + 1) // 2\n    if not POOL",
-                                        "    rows = height // 2\n    if not POOL"),
-    "row outside of the plane": ("(sample < samples) & (row < height) & (column < width)",
-                                 "(sample < samples) & (column < width)"),
+    "odd height without its last row": ("rows = (height + 1) // 2", "rows = height // 2"),
+    "row outside of the plane": ("< samples) & (row < height) & (column < width", "< samples) & (column < width"),
     "column outside of the plane": ("(row < height) & (column < width)", "(row < height)"),
     "sample outside of the batch": ("inside = (sample < samples) & (row < height)", "inside = (row < height)"),
     "channel outside of the tensor": ("(column < width) & (c < channels)", "(column < width)"),
     "odd width has a window more": ("columns = units * UNIT // 2", "columns = (units * UNIT + 1) // 2"),
-    "windows of the last row": ("        rows = height // 2\n        inside",
-                                "        rows = (height + 1) // 2\n        inside"),
-    "tile begins with the first sample": ("column\n    return first.to(tl.int64) *",
-                                          "column\n    return 0 * first.to(tl.int64) *"),
+    "windows of the last row": ("rows = height // 2", "rows = (height + 1) // 2"),
+    "tile begins with the first sample": ("\n    return first.to(tl.int64)", "\n    return 0 * first.to(tl.int64)"),
     "sum of a window": ("0.25 * s[None, :, :]", "s[None, :, :]"),
     "windows of one row": ("s = tl.sum(s, 0)\n", "s = tl.max(s, 0)\n"),
     "larger of two columns": ("s = tl.sum(tl.reshape(s,", "s = tl.max(tl.reshape(s,"),
@@ -142,13 +131,10 @@ MUTANTS = {"dlif": {  # what is wrong: (text, faulty text); the text occurs once
     "current without offset": ("return x * affine[0] + affine[1]", "return x * affine[0]"),
     "spikes above the threshold only": ("tl.where(h >= v_threshold, 1.0, 0.0)", "tl.where(h > v_threshold, 1.0, 0.0)"),
     "means in the rows of neurons": ("_store_spikes(spike_seq, t * window_row,", "_store_spikes(spike_seq, t * row,"),
-    "x of a repeated step moves on, forward": ("y = _current(load(x_seq, t * x_row + block",
-                                               "y = _current(load(x_seq, t * row + block"),
-    "x of a repeated step moves on, backward": ("load(x_seq, (first + k) * x_row + block",
-                                                "load(x_seq, (first + k) * row + block"),
+    "x of a repeated step moves on, forward": ("(load(x_seq, t * x_row + block", "(load(x_seq, t * row + block"),
+    "x of a repeated step moves on, backward": ("load(x_seq, (first + k) * x_row", "load(x_seq, (first + k) * row"),
     "x of a repeated step moves on, way back": ("x = load(x_seq, t * x_row_again", "x = load(x_seq, t * row"),
-    "currents not normalised": ("store(current_seq, t * row + block, i, inside, y)",
-                                "store(current_seq, t * row + block, i, inside, h)"),
+    "currents not normalised": (", t * row + block, i, inside, y)", ", t * row + block, i, inside, h)"),
     "potential not handed on": ("FIRST + segment * SEGMENT, v, x_seq, affine, input_gain, spike_seq",
                                 "FIRST + segment * SEGMENT, v * 0, x_seq, affine, input_gain, spike_seq"),
     "gradient of means in the rows of neurons": ("load(grad_spike_seq, t * window_row", "load(grad_spike_seq, t * row"),
@@ -162,8 +148,7 @@ MUTANTS = {"dlif": {  # what is wrong: (text, faulty text); the text occurs once
     "constant forgotten": ("(x - mean) * slopes[0] + slopes[1]\n", "(x - mean) * slopes[0]\n"),
     "gradient carried without decay": ("grad_v = grad_h * decay", "grad_v = grad_h"),
     "partial sums of the first segment": ("* (FIRST + LATER * SEGMENT)\n", "* FIRST\n"),
-    "sums begin anew in every segment": ("FIRST + segment * SEGMENT, v, grad_v, grad_sum,",
-                                         "FIRST + segment * SEGMENT, v, grad_v, grad_sum * 0,"),
+    "sums begin anew in every segment": ("* SEGMENT, v, grad_v, grad_sum,", "* SEGMENT, v, grad_v, grad_sum * 0,"),
     "one checkpoint for all segments": ("store(checkpoints, segment * row + block", "store(checkpoints, block"),
     "segments forward": ("segment = LATER - 1 - done", "segment = done"),
     "gradient of the last potential ignored": ("= load_or(grad_v_last, block,", "= load_or(None, block,"),
@@ -171,8 +156,7 @@ MUTANTS = {"dlif": {  # what is wrong: (text, faulty text); the text occurs once
     "gradient of a repeated step without scale": ("grad_sum * affine[0])", "grad_sum)"),
     "sums share a row": ("at = program.to(tl.int64) * (2 * channels)", "at = program.to(tl.int64) * 0"),
     "sums of the members apart": ("tl.sum(tl.sum(other, 0), 0)", "tl.sum(tl.max(other, 0), 0)"),
-    "first x of the tensor for every channel": ("near = load(x_seq, 0, c * _to_next_channel(units",
-                                                "near = load(x_seq, 0, 0 * c * _to_next_channel(units"),
+    "first x of the tensor for every channel": (", c * _to_next_channel(units", ", 0 * c * _to_next_channel(units"),
     "statistics of the same tile again": ("program * COUNT + k, c,", "program * COUNT, c,"),
     "what is outside counts": ("tl.where(inside, load(x_seq, block, i, inside).to(tl.float32) - near, 0.0)",
                                "load(x_seq, block, i, inside).to(tl.float32) - near"),
@@ -181,8 +165,7 @@ MUTANTS = {"dlif": {  # what is wrong: (text, faulty text); the text occurs once
     "variance about another mean": ("- distance * distance", ""),
     "eps forgotten": ("scale = 1.0 / tl.sqrt(variance + EPS)", "scale = 1.0 / tl.sqrt(variance)"),
     "weight forgotten": ("load(weight, 0, c, inside).to(tl.float64) * scale", "1.0 * scale"),
-    "bias without the mean": ("load(bias, 0, c, inside).to(tl.float64) - mean * scale",
-                              "load(bias, 0, c, inside).to(tl.float64)"),
+    "bias without the mean": ("inside).to(tl.float64) - mean * scale", "inside).to(tl.float64)"),
     "mean without scale": ("offset = -mean * scale", "offset = -mean"),
     "weight's gradient without deviation": ("product_sum * inverse_std)", "product_sum)"),
     "slope of a sum": ("inverse_std * product_sum / count", "inverse_std * product_sum"),
@@ -190,31 +173,32 @@ MUTANTS = {"dlif": {  # what is wrong: (text, faulty text); the text occurs once
     "no barrier behind the checkpoints": ("        tl.debug_barrier()", "        # tl.debug_barrier()"),
     "addresses in 32 bits": ("tl.cast(neurons, tl.int64), tl.cast(window_row, tl.int64)\n    x_row_again",
                              "tl.cast(neurons, tl.int32), tl.cast(window_row, tl.int64)\n    x_row_again"),
-    "addresses of an odd span": ("        if UNIT > 1:\n            columns",
-                                 "        if UNIT > 99:\n            columns"),
+    "addresses of an odd span": ("if UNIT > 1:", "if UNIT > 99:"),
 }}  # fmt: skip
 
 
-def noticed_by(file: str, text: str) -> str:
-    """Name of the first check that notices, or "survived"."""
+def noticed_by(file: str, text: str) -> str | None:
+    """Name of the first check that notices."""
+    checks, launcher, tests = CHECKS[file]
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "kernel.py").write_text(text)
+        tree = Path(name)
+        planted.copy_tree(tree)
+        (tree / file).write_text(text)
         child = os.fork()
         if child == 0:
-            os._exit(_interpreted(file, folder))
+            os._exit(_interpreted(checks, launcher, tree / file))
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         if code:
             return {1: "values", 2: "error"}.get(code, "crash")
-        return "machine code" if _machine_code_tests_fail(file, text, folder / "tree") else "survived"
+        arguments = ["tests/ops/triton/test_ahead_of_time.py", "-m", "", "-k", tests]
+        return "machine code" if planted.first_failure(tree, *arguments, TRITON_INTERPRET="0") else None
 
 
-def _interpreted(file: str, folder: Path) -> int:
-    checks, launcher = FILES[file]
+def _interpreted(checks: Any, launcher: Any, kernel: Path) -> int:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(1, 2)
     try:
-        spec = importlib.util.spec_from_file_location("mutated_kernel", folder / "kernel.py")
+        spec = importlib.util.spec_from_file_location("mutated_kernel", kernel)
         module = importlib.util.module_from_spec(spec)
         sys.modules["mutated_kernel"] = module
         spec.loader.exec_module(module)
@@ -227,49 +211,17 @@ def _interpreted(file: str, folder: Path) -> int:
     return 0
 
 
-def _machine_code_tests_fail(file: str, text: str, tree: Path) -> bool:
-    for folder in ("sj_robust", "tests"):
-        shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("__pycache__", "trained"))
-    shutil.copy(ROOT / "pyproject.toml", tree)
-    (tree / _path(file)).write_text(text)
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "tests/ops/triton/test_ahead_of_time.py",
-        "-k",
-        "one_pass" if file == "bn_dlif" else "not in_registers and not one_pass",
-    ]
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": f"{tree}{os.pathsep}{tree / 'tests'}"}
-    return subprocess.run(command, cwd=tree, env=environment, capture_output=True).returncode != 0
-
-
-def _path(file: str) -> Path:
-    return Path("sj_robust") / "ops" / file / "triton_kernel.py"
-
-
 def main() -> None:
     """Try every mutant, or those named, and write the result of all beside this file."""
     torch.set_num_threads(1)
-    texts = {file: (ROOT / _path(file)).read_text(encoding="utf-8") for file in FILES}
-    everything = {f"{file}: {name}": (file, *pair) for file, pairs in MUTANTS.items() for name, pair in pairs.items()}
-    chosen = {name: mutant for name, mutant in everything.items() if not sys.argv[1:] or name in sys.argv[1:]}
-    for name, (file, text, _) in chosen.items():
-        assert texts[file].count(text) == 1, f"{name}: the text to change occurs {texts[file].count(text)} times"
-    for file, text in texts.items():
-        assert noticed_by(file, text) == "survived", "the kernel itself must pass first"
-    results = {}
-    for name, (file, text, faulty) in chosen.items():
-        results[name] = noticed_by(file, texts[file].replace(text, faulty))
-        print(f"{results[name]:12s} {name}", flush=True)
-    survivors = sum(result == "survived" for result in results.values())
-    summary = {"mutants": len(results), "noticed": len(results) - survivors, "by": results}
-    if chosen == everything:
-        (HERE / "mutation.json").write_text(json.dumps(summary, indent=2) + "\n")
-    print(f"{len(results) - survivors} of {len(results)} noticed")
+    for file in CHECKS:
+        assert noticed_by(file, (planted.ROOT / file).read_text()) is None, "the kernel itself must pass first"
+    faults = {
+        f"{Path(file).parent.name}: {wrong}": (file, *pair)
+        for file, pairs in MUTANTS.items()
+        for wrong, pair in pairs.items()
+    }
+    planted.try_faults(faults, noticed_by, "".join(sys.argv[1:]), Path(__file__).with_name("mutation.json"))
 
 
 if __name__ == "__main__":

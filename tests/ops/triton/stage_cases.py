@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from ops.calls import laid_out
 from ops.triton.cases import ROUNDING, Fenced, pairwise
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -80,13 +81,6 @@ def cases() -> list[Case]:
     return [*pairwise(FIRST, at_random, 300), Case(100, (3, 2), F32, "batch", False, False, False, SIGMOID)]
 
 
-def laid_out(x_seq: Tensor, channels_last: bool) -> Tensor:
-    """The same numbers with every step in this order in memory."""
-    if not channels_last:
-        return x_seq.contiguous()
-    return x_seq.flatten(0, 1).contiguous(memory_format=torch.channels_last).unflatten(0, x_seq.shape[:2])
-
-
 class Call:
     """A case run by a backend in a dtype: outputs, gradients, running statistics; the numbers are always the same."""
 
@@ -120,6 +114,8 @@ class Call:
         used = [output for output in self.outputs if output is not None and output.requires_grad]
         grads = [normal(*output.shape).to(case.dtype if i == 0 else state) for i, output in enumerate(used)]
         self.gradients = torch.autograd.grad(used, leaves, [g.to(o.dtype) for g, o in zip(grads, used, strict=True)])
+
+        self.results: list[Tensor] = [*(a for a in self.outputs if a is not None), *self.gradients, *self.running]
 
 
 def check(case: Case, device: str = "cpu") -> None:
