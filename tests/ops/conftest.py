@@ -1,9 +1,11 @@
-"""Instruction sets and threads of the compiled kernel."""
+"""Instruction sets and threads of the compiled kernel, and a GPU that is not there."""
+
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from sj_robust.ops.dlif import cpp
+from sj_robust.ops.dlif import backends, cpp, cupy_launch, dispatch, triton_launch
 
 
 @pytest.fixture(params=cpp.instruction_sets() or ("baseline",))
@@ -26,3 +28,34 @@ def threads():
     before = torch.get_num_threads()
     yield torch.set_num_threads
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """A machine with a GPU and a torch for it, as far as anybody asks."""
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    remembered = triton_launch._triton_reason, cupy_launch._cupy_reason, backends._failure, dispatch._warn
+    for cached in remembered:
+        cached.cache_clear()
+    yield monkeypatch
+    for cached in remembered:
+        cached.cache_clear()
+
+
+@pytest.fixture
+def import_that_raises(monkeypatch):
+    """Makes the import of a launcher's package fail."""
+
+    def fail(launcher, error):
+        def import_module(name):
+            raise error
+
+        monkeypatch.setattr(launcher, "importlib", SimpleNamespace(import_module=import_module))
+        for cached in (triton_launch._triton_reason, cupy_launch._cupy_reason):
+            cached.cache_clear()
+
+    return fail

@@ -12,7 +12,7 @@ from sj_robust.neuron import DLIFNode
 from sj_robust.ops import Surrogate, available_backends, check_backend, choose_backend
 from sj_robust.ops.bn_dlif import BatchNorm, can_fuse, stage
 from sj_robust.ops.bn_dlif import triton_launch as stage_launch
-from sj_robust.ops.dlif import backends, cupy_launch, dispatch, triton_launch
+from sj_robust.ops.dlif import backends, cupy_launch, triton_launch
 from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients, Planes
 
 CONFIG = DLIFConfig(0.5, 1.0, 0.0, Surrogate(), False)
@@ -20,32 +20,8 @@ F32, BF16 = torch.float32, torch.bfloat16
 X = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32)
 
 
-@pytest.fixture
-def gpu(monkeypatch):
-    """A machine with a GPU and a torch for it, as far as anybody asks."""
-    monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.version, "cuda", "12.8")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    remembered = triton_launch._triton_reason, cupy_launch._cupy_reason, backends._failure, dispatch._warn
-    for cached in remembered:
-        cached.cache_clear()
-    yield monkeypatch
-    for cached in remembered:
-        cached.cache_clear()
-
-
-def import_that_raises(monkeypatch, error):
-    def import_module(name):
-        raise error
-
-    monkeypatch.setattr(triton_launch, "importlib", SimpleNamespace(import_module=import_module))
-    triton_launch._triton_reason.cache_clear()
-
-
-def test_without_triton_the_named_backend_gives_one_error_with_its_remedy(gpu):
-    import_that_raises(gpu, ModuleNotFoundError("No module named 'triton'", name="triton"))
+def test_without_triton_the_named_backend_gives_one_error_with_its_remedy(gpu, import_that_raises):
+    import_that_raises(triton_launch, ModuleNotFoundError("No module named 'triton'", name="triton"))
     with pytest.raises(RuntimeError, match=r"backend='triton' is not available: Triton is not installed.*pip install"):
         DLIFNode(4, backend="triton")
     gpu.setattr(torch.version, "cuda", None)  # then this is what is wrong, since CUDA builds bring Triton
@@ -53,13 +29,21 @@ def test_without_triton_the_named_backend_gives_one_error_with_its_remedy(gpu):
         check_backend("triton")
 
 
+@pytest.mark.parametrize(("launcher", "package"), [(triton_launch, "Triton"), (cupy_launch, "CuPy")])
 @pytest.mark.parametrize(
-    "error", [ModuleNotFoundError("No module named 'x'", name="x"), OSError("libtriton.so: undefined symbol")]
+    "error",
+    [
+        ModuleNotFoundError("No module named 'x'", name="x"),
+        OSError("libtriton.so: undefined symbol"),
+        AttributeError("module 'numpy' has no attribute 'int'"),
+    ],
 )
-def test_import_that_fails_is_not_called_not_installed(gpu, error):
-    import_that_raises(gpu, error)
-    assert "Triton is installed, but importing it failed" in triton_launch.unavailable_reason()
-    assert str(error) in triton_launch.unavailable_reason()
+def test_import_that_fails_is_not_called_not_installed(gpu, import_that_raises, launcher, package, error):
+    import_that_raises(launcher, error)
+    reason = launcher.unavailable_reason()
+    assert f"{package} is installed, but importing it failed" in reason
+    assert str(error) in reason
+    assert ("cupy-cuda13x[ctk]" in reason) == (package == "CuPy")
 
 
 def test_a_cpu_gets_the_kernels_from_the_interpreter_alone():
@@ -192,11 +176,13 @@ def test_a_gpu_takes_one_pass_by_triton_if_it_works(kernels, monkeypatch):
         assert not can_fuse(X, None, Surrogate(), backend="cupy")
 
 
-def test_no_neurons_no_launch():
+@pytest.mark.parametrize("launcher", [triton_launch, cupy_launch])
+def test_no_neurons_no_launch(launcher, import_that_raises):
+    import_that_raises(launcher, AssertionError("a kernel is asked for"))
     inputs = Inputs(torch.zeros(3, 0), torch.ones(3), None, CONFIG)
-    spikes, v, v_seq = triton_launch.forward(inputs, True)
+    spikes, v, v_seq = launcher.forward(inputs, True)
     assert (spikes.shape, v.shape, v_seq.shape) == ((3, 0), (0,), (3, 0))
-    grads = triton_launch.backward(inputs, OutputGradients(inputs.x_seq), True)
+    grads = launcher.backward(inputs, OutputGradients(inputs.x_seq), True)
     assert [tuple(grad.shape) for grad in grads] == [(3, 0), (3,), (0,)]
     assert torch.equal(grads[1], torch.zeros(3))
 
