@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from ops.calls import needs_kernel
 from spikingjelly.activation_based import functional, layer, neuron, surrogate
 from torch import nn
 
@@ -15,7 +16,6 @@ from sj_robust.ops import dlif_multi_step
 from sj_robust.ops.dlif import cpp
 from sj_robust.perturbation import MPPDMonitor
 
-needs_kernel = pytest.mark.skipif(cpp.unavailable_reason() is not None, reason=str(cpp.unavailable_reason()))
 T = 4
 
 

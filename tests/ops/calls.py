@@ -1,11 +1,18 @@
 """Random calls of the DLIF operator, run by a backend and by hand."""
 
+import functools
 import itertools
 
+import pytest
 import torch
 from oracle import dlif_bptt
 
 from sj_robust.ops import Surrogate, dlif_multi_step
+from sj_robust.ops.dlif import cpp
+
+needs_kernel = pytest.mark.skipif(cpp.unavailable_reason() is not None, reason=str(cpp.unavailable_reason()))
+assert_equal = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
+"""That two tensors, or sequences of tensors and None, are the same numbers in the same dtype."""
 
 
 def of_neurons(surrogates):

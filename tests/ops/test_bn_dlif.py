@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from ops.calls import laid_out, of_neurons
+from ops.calls import assert_equal, laid_out, needs_kernel, of_neurons
 from ops.triton.stage_cases import TRIANGLE, Call, Case
 from oracle import dlif_bptt
 from torch import nn
@@ -15,7 +15,6 @@ from sj_robust.ops import Surrogate
 from sj_robust.ops.bn_dlif import BatchNorm, apart, batch_norm_dlif_multi_step, can_fuse, reference, repeat_step
 from sj_robust.ops.dlif import cpp
 
-needs_kernel = pytest.mark.skipif(cpp.unavailable_reason() is not None, reason=str(cpp.unavailable_reason()))
 NEURONS = of_neurons([("triangle", 1.0), ("atan", 2.0), ("sigmoid", 4.0)])
 SHAPES = {
     torch.float64: [(4, 3, 5, 8, 8), (3, 2, 4, 7, 7), (5, 6, 9), (2, 3, 70, 2), (2, 2, 3, 1, 131), (1, 40, 130)],
@@ -179,8 +178,8 @@ def test_halves_are_a_float32_run_of_the_same_numbers(
         spikes, x, grad_x = half.outputs[0], half.x, half.gradients[0]
         assert spikes.stride() == laid_out(spikes, channels_last).stride()
         assert grad_x.stride() == x.stride() == laid_out(x, channels_last).stride()
-        for actual, wanted in zip(half.results, whole.results, strict=True):
-            assert torch.equal(actual, wanted.to(actual.dtype)), case
+        rounded = [a.to(b.dtype) for a, b in zip(whole.results, half.results, strict=True)]
+        assert_equal(half.results, rounded, msg=f"{case}: {{}}".format)
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("cpp", marks=needs_kernel)])
@@ -224,7 +223,7 @@ def test_result_does_not_depend_on_the_number_of_threads(threads):
         threads(count)
         results.append(Call("cpp", case, torch.float32).results)
     for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+        assert_equal(other, results[0])
 
 
 @needs_kernel
@@ -259,8 +258,7 @@ def test_nothing_of_the_scratch_gets_into_the_result(instruction_set, monkeypatc
     case = Case(3, (2, 5, 3 if average_pool else 1, 3), torch.float32, "batch", average_pool, False, False, TRIANGLE)
     plain = Call("cpp", case, torch.float32)
     monkeypatch.setattr(torch, "empty", full_of_nan)
-    for a, b in zip(plain.results, Call("cpp", case, torch.float32).results, strict=True):
-        assert torch.equal(a, b)
+    assert_equal(Call("cpp", case, torch.float32).results, plain.results)
 
 
 @needs_kernel
@@ -284,8 +282,9 @@ def test_large_tensors(instruction_set, shape):
     same = (results[0][0] == results[1][0]).all(0)  # neurons that rounding did not flip
     assert same.float().mean() > 0.9999
     torch.testing.assert_close(results[0][1][:, same], results[1][1][:, same], rtol=1e-3, atol=1e-4)
-    for actual, wanted in zip(results[0][2:], results[1][2:], strict=True):
-        torch.testing.assert_close(actual, wanted, rtol=1e-3, atol=1.0)  # sums of a million terms of size one
+    torch.testing.assert_close(
+        results[0][2:], results[1][2:], rtol=1e-3, atol=1.0
+    )  # sums of a million terms of size one
 
 
 @needs_kernel
@@ -318,8 +317,7 @@ def test_an_image_repeated_over_time_is_not_copied(instruction_set, average_pool
             weights = laid_out(torch.randn_like(spikes), channels_last)
             results += [spikes, v, *torch.autograd.grad(spikes, (image, weight, bias, gain), weights), *running]
     half = len(results) // 2
-    for actual, wanted in zip(results[:half], results[half:], strict=True):
-        torch.testing.assert_close(actual, wanted, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(results[:half], results[half:], rtol=1e-10, atol=1e-10)
 
 
 @needs_kernel
@@ -419,8 +417,7 @@ def test_running_statistics_apart_are_those_of_torch(affine, repeat, dtype):
         y_seq = run(repeat_step(leaves[0], 4) if repeat else leaves[0], used)
         found.append((y_seq, *torch.autograd.grad((y_seq * upstream).sum(), leaves[: 3 if affine else 1])))
     assert found[0][0].dtype == dtype
-    for actual, wanted in zip(*found, strict=True):
-        torch.testing.assert_close(actual, wanted)
+    torch.testing.assert_close(*found)
 
 
 def test_wrong_arguments():

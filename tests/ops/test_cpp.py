@@ -8,13 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from ops.calls import random_call
+from ops.calls import assert_equal, needs_kernel, random_call
 
 from sj_robust.ops import Surrogate, available_backends, dlif_multi_step
 from sj_robust.ops.dlif import cpp, eager
 from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients
-
-needs_kernel = pytest.mark.skipif(cpp.unavailable_reason() is not None, reason=str(cpp.unavailable_reason()))
 
 
 @pytest.fixture
@@ -48,8 +46,7 @@ def test_large_tensors(instruction_set, threads, M):
     threads(2)
     inputs, grads = call(5, M)
     inputs = inputs._replace(v_init=None)
-    for a, b in zip(cpp.forward(inputs, True), eager.forward(inputs, True), strict=True):
-        assert torch.equal(a, b)
+    assert_equal(cpp.forward(inputs, True), eager.forward(inputs, True))
     actual, wanted = (m.backward(inputs, OutputGradients(grads.spike_seq), False) for m in (cpp, eager))
     torch.testing.assert_close(actual[0], wanted[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(actual[1], wanted[1], rtol=1e-4, atol=1.0)  # sums of a million terms of size one
@@ -95,7 +92,7 @@ def test_result_does_not_depend_on_the_number_of_threads(threads, dtype):
         threads(count)
         results.append([*cpp.forward(inputs, True), *cpp.backward(inputs, grads, True)])
     for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+        assert_equal(other, results[0])
 
 
 @needs_kernel
@@ -114,8 +111,7 @@ def test_calls_from_several_threads_at_once(threads):
         worker.start()
     for worker in workers:
         worker.join()
-    for one, other in zip(actual, expected, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+    assert_equal(actual, expected)
 
 
 FORK = """

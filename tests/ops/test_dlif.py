@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from ops import slopes
-from ops.calls import by_hand, of_neurons, random_call, run
+from ops.calls import assert_equal, by_hand, laid_out, of_neurons, random_call, run
 from oracle import away_from_threshold
 from torch import nn
 
@@ -67,7 +67,7 @@ def test_gain_may_lie_anywhere_in_memory(backend):
     column = torch.stack((torch.zeros(4), gain, torch.ones(4)), 1)[:, 1]
     for given in (column, gain[:1].expand(4)):
         found, wanted = (run(backend, (inputs[0], g, None), grads, decay=0.9) for g in (given, given.contiguous()))
-        torch.testing.assert_close(found, wanted, rtol=0, atol=0)
+        assert_equal(found, wanted)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -114,21 +114,16 @@ def test_outputs_equal_the_reference_bit_for_bit(backend, dtype, v_reset):
         outputs, gradients = run(backend, inputs, grads, decay=0.9, v_reset=v_reset)
         assert [a.dtype for a in outputs] == [dtype, state, state]
         assert outputs[0].shape == shape
-        for a, b in zip(outputs, wanted, strict=True):
-            assert torch.equal(a, b), shape
-        for a, b in zip(gradients, wanted_gradients, strict=True):
-            assert (a is None) == (b is None)
-            if a is not None:
-                assert a.dtype == b.dtype
-                torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=lambda m, s=shape: f"{s}: {m}")
+        named = f"{shape}: {{}}".format
+        assert_equal(outputs, wanted, msg=named)
+        torch.testing.assert_close(gradients, wanted_gradients, rtol=tolerance, atol=tolerance, msg=named)
 
 
 def test_half_inputs_are_widened_and_then_treated_as_float32(backend):
     for dtype in (torch.float16, torch.bfloat16):
         (x, gain, v_init), grads = random_call((6, 3, 11), dtype)
         half, whole = (run(backend, (a, gain, v_init), grads, decay=0.99) for a in (x, x.float()))
-        for a, b in zip(half[0], whole[0], strict=True):
-            assert torch.equal(a.float(), b)
+        assert_equal([a.float() for a in half[0]], whole[0])
         torch.testing.assert_close(half[1][0].float(), whole[1][0], rtol=1e-2, atol=1e-2)
         torch.testing.assert_close(half[1][1], whole[1][1], rtol=1e-4, atol=1e-4)
 
@@ -181,26 +176,24 @@ def test_not_a_number_and_infinity(backend):
         assert outputs[1][[3, 69]].isnan().all()
         if backend == "cpp":
             wanted, wanted_gradients = run("eager", (x, torch.ones(4), None), grads, **options)
-            for a, b in zip((*outputs, *gradients[:2]), (*wanted, *wanted_gradients[:2]), strict=True):
-                torch.testing.assert_close(a, b, equal_nan=True)
+            torch.testing.assert_close(outputs, wanted, equal_nan=True)
+            torch.testing.assert_close(gradients, wanted_gradients, equal_nan=True)
 
 
 def test_memory_formats_are_not_mixed_up(backend):
     torch.manual_seed(0)
     plain = torch.randn(4, 2, 3, 5, 6)
-    channels_last = plain.flatten(0, 1).contiguous(memory_format=torch.channels_last).view(4, 2, 3, 5, 6)
     repeated = plain[:1].expand(4, -1, -1, -1, -1)
     sliced = torch.randn(4, 2, 3, 5, 12)[..., ::2]
     _, grads = random_call(plain.shape, torch.float32)
     v_init = torch.randn(2, 3, 5, 6)
-    for x in (channels_last, repeated, sliced):
+    for x in (laid_out(plain, True), repeated, sliced):
         leaves = [a.requires_grad_() for a in (x.clone(memory_format=torch.preserve_format), x.contiguous().clone())]
         results = [
             dlif_multi_step(leaf, torch.ones(4), v_init, decay=0.9, store_v_seq=True, backend=name)
             for leaf, name in zip(leaves, (backend, "reference"), strict=True)
         ]
-        for a, b in zip(*results, strict=True):
-            assert torch.equal(a, b)
+        assert_equal(*results)
         for outputs in results:
             torch.autograd.backward(outputs, grads)
         torch.testing.assert_close(leaves[0].grad, leaves[1].grad)
@@ -218,8 +211,7 @@ def test_eager_in_several_blocks(monkeypatch, v_reset, detach_reset):
         given = [grad if i in kept[needs] else None for i, grad in enumerate(grads)]
         options = {"decay": 0.9, "v_reset": v_reset, "detach_reset": detach_reset}
         (outputs, gradients), wanted = (run(name, inputs, given, **options) for name in ("eager", "reference"))
-        for a, b in zip(outputs, wanted[0], strict=True):
-            assert torch.equal(a, b)
+        assert_equal(outputs, wanted[0])
         for a, b in zip(gradients, wanted[1], strict=True):
             if b is not None:
                 torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

@@ -59,13 +59,14 @@ class Variant:
         flags = f"{'vseq' * self.v_seq}{'detach' * self.detach}"
         return f"{self.io}_{steps}{'long' * is_long}_{vec}_{self.reset}_{flags}_{self.surrogate}"
 
-    def lines(self, threads: int = 256) -> str:
+    def lines(self) -> str:
         """The two lines that make the kernels ``forward_NAME`` and ``backward_NAME``."""
         steps, is_long, vec = self.shape
-        common = f"{self.io}, {steps}, {_word(is_long)}, {vec}, {self.reset}, {_word(self.v_seq)}"
+        is_long, v_seq, detach = (str(flag).lower() for flag in (is_long, self.v_seq, self.detach))
+        common = f"256, {self.io}, {steps}, {is_long}, {vec}, {self.reset}, {v_seq}"
         return (
-            f"DLIF_FORWARD(forward_{self.name}, {threads}, {common})\n"
-            f"DLIF_BACKWARD(backward_{self.name}, {threads}, {common}, {_word(self.detach)}, {self.surrogate})\n"
+            f"DLIF_FORWARD(forward_{self.name}, {common})\n"
+            f"DLIF_BACKWARD(backward_{self.name}, {common}, {detach}, {self.surrogate})\n"
         )
 
 
@@ -139,14 +140,8 @@ def check_slopes(library: Library) -> None:
         slopes.check(kind, alpha, z, found)
 
 
-@dataclass
-class _Inputs:
-    x: np.ndarray
-    gain: np.ndarray
-    v_init: np.ndarray
-    grad_spikes: np.ndarray
-    grad_v: np.ndarray
-    grad_potentials: np.ndarray
+_Inputs = dict[str, np.ndarray]
+"""Arguments of the oracle, by name."""
 
 
 def _compare(
@@ -158,28 +153,27 @@ def _compare(
     decay = (1.0 if T > 8 else 0.5) if on_grid else 0.9
     threshold = 1.0 if on_grid else V_THRESHOLD
     rng = np.random.default_rng([T, M, on_grid])
-    draw = _draw_on_grid if on_grid else _draw
-    inputs = draw(rng, variant, T, M, decay, optional)
+    inputs = (_draw_on_grid if on_grid else _draw)(rng, variant, T, M, decay, optional)
+    gain, v_init, grad_v, grad_potentials = (inputs[name] for name in ("gain", "v_init", "grad_v", "grad_potentials"))
     expected = _oracle(inputs, variant, decay, threshold)
 
     v_reset = RESETS[variant.reset]
     constants = [np.float32(c) for c in (decay, (1 - decay) * (v_reset or 0.0), threshold, v_reset or 0.0)]
     alpha = np.float32(SURROGATES[variant.surrogate][1])
     given: Callable[[np.ndarray], np.ndarray | None] = lambda array: array if optional else None  # noqa: E731
-    x, grad_spikes = _pack(inputs.x, variant.io), _pack(inputs.grad_spikes, variant.io)
+    x, grad_spikes = _pack(inputs["x"], variant.io), _pack(inputs["grad_spikes"], variant.io)
     results = []
     for order in (0, 1, 2):  # in which the threads of a block run: must not matter
-        spikes, v_last, potentials = _blank(x), _blank(inputs.v_init), _blank(inputs.x)
-        grad_x, grad_v_init, partial = _blank(x), _blank(inputs.v_init), _blank((blocks, T))
+        spikes, v_last, potentials = _blank(x), _blank(v_init), _blank(inputs["x"])
+        grad_x, grad_v_init, partial = _blank(x), _blank(v_init), _blank((blocks, T))
         library.launch(
-            f"forward_{variant.name}", blocks, threads, x, inputs.gain, given(inputs.v_init), spikes, v_last,
+            f"forward_{variant.name}", blocks, threads, x, gain, given(v_init), spikes, v_last,
             potentials if variant.v_seq else None, np.int64(M), np.int32(T), *constants, order=order,
         )  # fmt: skip
         library.launch(
-            f"backward_{variant.name}", blocks, threads, x, inputs.gain, given(inputs.v_init), grad_spikes,
-            given(inputs.grad_v), inputs.grad_potentials if variant.v_seq else None, grad_x, given(grad_v_init),
-            partial, _blank((T // steps, M)) if is_long else None, np.int64(M), np.int32(T), *constants, alpha,
-            order=order,
+            f"backward_{variant.name}", blocks, threads, x, gain, given(v_init), grad_spikes, given(grad_v),
+            grad_potentials if variant.v_seq else None, grad_x, given(grad_v_init), partial,
+            _blank((T // steps, M)) if is_long else None, np.int64(M), np.int32(T), *constants, alpha, order=order,
         )  # fmt: skip
         results.append((spikes, v_last, potentials, grad_x, grad_v_init, partial))
     for other in results[1:]:
@@ -205,28 +199,27 @@ def _compare(
 def _oracle(inputs: _Inputs, variant: Variant, decay: float, threshold: float) -> Result:
     kind, alpha = SURROGATES[variant.surrogate]
     return dlif_bptt(
-        inputs.x.astype(np.float64), inputs.gain.astype(np.float64), inputs.v_init.astype(np.float64),
+        **{name: array.astype(np.float64) for name, array in inputs.items()},
         decay=float(np.float32(decay)), v_threshold=float(np.float32(threshold)), v_reset=RESETS[variant.reset],
-        kind=kind, alpha=alpha, detach_reset=variant.detach, grad_spikes=inputs.grad_spikes.astype(np.float64),
-        grad_v=inputs.grad_v.astype(np.float64), grad_potentials=inputs.grad_potentials.astype(np.float64),
+        kind=kind, alpha=alpha, detach_reset=variant.detach,
     )  # fmt: skip
 
 
 def _draw(rng: np.random.Generator, variant: Variant, T: int, M: int, decay: float, optional: bool) -> _Inputs:
     """Random inputs; neurons that come near the threshold at any step are drawn again."""
-    inputs = _Inputs(
-        x=np.zeros((T, M), np.float32),
-        gain=rng.normal(1.0, 0.2, T).astype(np.float32),
-        v_init=np.full(M, RESETS[variant.reset] or 0.0, np.float32),
-        grad_spikes=_representable(rng.normal(size=(T, M)), variant.io),
-        grad_v=rng.normal(size=M).astype(np.float32) * optional,
-        grad_potentials=rng.normal(size=(T, M)).astype(np.float32) * variant.v_seq,
-    )
+    inputs = {
+        "x": np.zeros((T, M), np.float32),
+        "gain": rng.normal(1.0, 0.2, T).astype(np.float32),
+        "v_init": np.full(M, RESETS[variant.reset] or 0.0, np.float32),
+        "grad_spikes": _representable(rng.normal(size=(T, M)), variant.io),
+        "grad_v": rng.normal(size=M).astype(np.float32) * optional,
+        "grad_potentials": rng.normal(size=(T, M)).astype(np.float32) * variant.v_seq,
+    }
     near = np.ones(M, bool)
     while near.any():
-        inputs.x[:, near] = _representable(rng.normal(0.3, 0.8, (T, near.sum())), variant.io)
+        inputs["x"][:, near] = _representable(rng.normal(0.3, 0.8, (T, near.sum())), variant.io)
         if optional:
-            inputs.v_init[near] = rng.normal(0.2, 0.4, near.sum())
+            inputs["v_init"][near] = rng.normal(0.2, 0.4, near.sum())
         h = _oracle(inputs, variant, decay, V_THRESHOLD).h
         near = (np.abs(h - V_THRESHOLD) < MARGIN).any(0)
     return inputs
@@ -234,17 +227,17 @@ def _draw(rng: np.random.Generator, variant: Variant, T: int, M: int, decay: flo
 
 def _draw_on_grid(rng: np.random.Generator, variant: Variant, T: int, M: int, decay: float, optional: bool) -> _Inputs:
     """Multiples of 1/8, on which arithmetic is exact; many potentials equal the threshold."""
-    inputs = _Inputs(
-        x=rng.integers(-3, 5, (T, M)).astype(np.float32) / 4,
-        gain=np.ones(T, np.float32),
-        v_init=rng.integers(-8, 9, M).astype(np.float32) / 4,
-        grad_spikes=rng.integers(-4, 5, (T, M)).astype(np.float32) / 4,
-        grad_v=rng.integers(-4, 5, M).astype(np.float32) / 4,
-        grad_potentials=rng.integers(-4, 5, (T, M)).astype(np.float32) / 4 * variant.v_seq,
-    )
+    inputs = {
+        "x": rng.integers(-3, 5, (T, M)).astype(np.float32) / 4,
+        "gain": np.ones(T, np.float32),
+        "v_init": rng.integers(-8, 9, M).astype(np.float32) / 4,
+        "grad_spikes": rng.integers(-4, 5, (T, M)).astype(np.float32) / 4,
+        "grad_v": rng.integers(-4, 5, M).astype(np.float32) / 4,
+        "grad_potentials": rng.integers(-4, 5, (T, M)).astype(np.float32) / 4 * variant.v_seq,
+    }
     leak_current = (1 - decay) * (RESETS[variant.reset] or 0.0)
     meets = np.arange(M) % 4 == 0  # every fourth neuron starts exactly at the threshold of 1
-    inputs.x[0, meets] = 1.0 - decay * inputs.v_init[meets] - leak_current
+    inputs["x"][0, meets] = 1.0 - decay * inputs["v_init"][meets] - leak_current
     assert (_oracle(inputs, variant, decay, 1.0).h[0, meets] == 1.0).all()
     return inputs
 
@@ -276,10 +269,6 @@ def _blank(like: np.ndarray | tuple[int, ...]) -> np.ndarray:
     if isinstance(like, tuple):
         return np.full(like, np.nan, np.float32)
     return np.full_like(like, np.nan if like.dtype == np.float32 else 0x7FFF)
-
-
-def _word(flag: bool) -> str:
-    return "true" if flag else "false"
 
 
 if __name__ == "__main__":

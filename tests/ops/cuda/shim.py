@@ -54,15 +54,8 @@ def build(text: str, directory: Path, *, sanitize: bool = False, optimise: bool 
     if "struct Half" in text:
         parts.append(_HALVES)
     source.write_text("\n".join([*parts, *(_ENTRY.format(name) for name in names)]))
-    command = [
-        "g++",
-        *_FLAGS,
-        "-O1" if optimise else "-O0",
-        *(SANITIZERS if sanitize else ()),
-        str(source),
-        "-o",
-        str(library),
-    ]
+    options = ["-O1" if optimise else "-O0", *(SANITIZERS if sanitize else ())]
+    command = ["g++", *_FLAGS, *options, str(source), "-o", str(library)]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"g++ refuses the CUDA text:\n{result.stderr[:4000]}")

@@ -11,7 +11,7 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from ops.calls import random_call, run
+from ops.calls import assert_equal, random_call, run
 from ops.cuda import shim
 
 from sj_robust.ops import Surrogate
@@ -124,11 +124,7 @@ def test_equals_the_reference(cupy, monkeypatch, name):
     expected, expected_gradients = run("reference", inputs, grads, **options)
     monkeypatch.setattr(dispatch, "choose_backend", lambda *arguments: "cupy")
     outputs, gradients = run("cupy", inputs, grads, **options)
-    for got, wanted in zip(outputs, expected, strict=True):
-        assert (got is None) == (wanted is None)
-        if got is not None:
-            assert torch.equal(got, wanted)
-            assert got.dtype == wanted.dtype
+    assert_equal(outputs, expected)
     tolerance = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
     for i, (got, wanted) in enumerate(zip(gradients, expected_gradients, strict=True)):
         rtol = tolerance if i == 0 else 1e-5

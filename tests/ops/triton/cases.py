@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from ops import slopes
-from ops.calls import random_call, run
+from ops.calls import assert_equal, laid_out, random_call, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sj_robust.neuron import DLIFNode
@@ -108,11 +108,7 @@ def check(case: Case, inputs: Any = None, grads: Any = None, **constants: Any) -
     # the reference in float32, whose gradient is not rounded on the way
     wide = [(a if a is None else a.float()) for a in (*inputs, *grads)]
     wanted, wanted_gradients = run("reference", wide[:3], wide[3:], **options)
-    for found, expected in zip(outputs, wanted, strict=True):
-        assert (found is None) == (expected is None)
-        if found is not None:
-            assert found.shape == expected.shape
-            assert torch.equal(found.float(), expected), "outputs differ"
+    assert_equal([(a if a is None else a.float()) for a in outputs], wanted)
     assert outputs[0].dtype == gradients[0].dtype == case.dtype
     for i, (found, expected) in enumerate(zip(gradients, wanted_gradients, strict=True)):
         if expected is not None:
@@ -170,8 +166,7 @@ def not_a_number() -> None:
         options = {"decay": 0.9, "v_threshold": 0.8, "v_reset": v_reset, "kind": kind}
         with np.errstate(invalid="ignore", over="ignore"):  # the interpreter computes with numpy
             found, wanted = (run(name, (x, torch.ones(4), None), grads, **options) for name in ("triton", "eager"))
-        for a, b in zip((*found[0], *found[1][:2]), (*wanted[0], *wanted[1][:2]), strict=True):
-            torch.testing.assert_close(a, b, equal_nan=True)
+        torch.testing.assert_close(found, wanted, equal_nan=True)
 
 
 def shapes() -> None:
@@ -180,14 +175,12 @@ def shapes() -> None:
         case = Case(shape[0], 0, torch.float32, 0.0, False, ("atan", 2.0), True, True, True)
         check(case, *random_call(shape, torch.float32))
     plain = torch.randn(4, 2, 3, 5, 6, generator=torch.Generator().manual_seed(0))
-    channels_last = plain.flatten(0, 1).contiguous(memory_format=torch.channels_last).view(plain.shape)
-    for x in (channels_last, plain[:1].expand(4, -1, -1, -1, -1), plain.flatten()[1:577].view(4, 2, 3, 4, 6)):
+    for x in (laid_out(plain, True), plain[:1].expand(4, -1, -1, -1, -1), plain.flatten()[1:577].view(4, 2, 3, 4, 6)):
         found, wanted = (
             dlif_multi_step(x, torch.ones(4), decay=0.9, store_v_seq=True, backend=name)
             for name in ("triton", "reference")
         )
-        for a, b in zip(found, wanted, strict=True):
-            assert torch.equal(a, b)
+        assert_equal(found, wanted)
 
 
 def in_a_network() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from ops.calls import laid_out
+from ops.calls import assert_equal, laid_out
 from ops.triton.cases import ROUNDING, Fenced, pairwise
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -152,8 +152,7 @@ def at_the_threshold() -> None:
     found, wanted = (
         batch_norm_dlif_multi_step(x, None, torch.ones(3), backend=name, **options) for name in ("triton", "reference")
     )
-    assert torch.equal(found[0], wanted[0])
-    assert torch.equal(found[1], wanted[1])
+    assert_equal(found, wanted)
 
 
 def a_large_mean() -> None:
