@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from oracle import dlif_bptt
+from ops.calls import by_hand, random_call
 from spikingjelly.activation_based import base, functional, neuron, surrogate
 from torch import nn
 
@@ -42,24 +42,17 @@ def run(node, x_seq):
     ],
 )
 def test_equals_bptt_by_hand_in_both_step_modes(step_mode, v_reset, detach_reset, kind, alpha, surrogate_class):
-    rng = np.random.default_rng(1)
-    T, shape = 6, (6, 2, 3, 5)
-    x, gain = rng.normal(0.3, 0.9, shape), rng.normal(1.0, 0.2, T)
-    weights = rng.normal(size=shape)
-    v_init = np.full(shape[1:], v_reset or 0.0)
-    expected = dlif_bptt(
-        x, gain, v_init, decay=0.8, v_threshold=1.0, v_reset=v_reset, kind=kind, alpha=alpha,
-        detach_reset=detach_reset, grad_spikes=weights, grad_v=np.zeros(shape[1:]), grad_potentials=np.zeros(shape),
-    )  # fmt: skip
+    (x_seq, gain, v_init), (weights, grad_v, grad_v_seq) = random_call((6, 2, 3, 5))
+    inputs, grads = (x_seq, gain, v_init.fill_(v_reset or 0.0)), (weights, grad_v.zero_(), grad_v_seq.zero_())
+    constants = {"v_reset": v_reset, "detach_reset": detach_reset, "kind": kind, "alpha": alpha}
+    expected = by_hand(inputs, grads, decay=0.8, v_threshold=1.0, **constants)
     node = DLIFNode(
-        T, tau=5.0, v_reset=v_reset, surrogate_function=surrogate_class(alpha=alpha), detach_reset=detach_reset,
+        6, tau=5.0, v_reset=v_reset, surrogate_function=surrogate_class(alpha=alpha), detach_reset=detach_reset,
         step_mode=step_mode, store_v_seq=True,
     ).double()  # fmt: skip
-    with torch.no_grad():
-        node.input_gain.copy_(torch.tensor(gain))
-    x_seq = torch.tensor(x, requires_grad=True)
-    spikes = run(node, x_seq)
-    (spikes * torch.tensor(weights)).sum().backward()
+    node.input_gain.data.copy_(gain)
+    spikes = run(node, x_seq.requires_grad_())
+    spikes.backward(weights)
     np.testing.assert_array_equal(spikes.detach(), expected.spikes)
     np.testing.assert_allclose(node.v_seq.detach(), expected.potentials, atol=1e-12)
     np.testing.assert_allclose(x_seq.grad, expected.grad_x, rtol=1e-9, atol=1e-11)
@@ -94,17 +87,15 @@ class TestState:
     def test_gain_follows_the_sequence_not_the_call(self):
         torch.manual_seed(0)
         node = DLIFNode(6, tau=2.0)
-        with torch.no_grad():
-            node.input_gain.copy_(torch.tensor([0.5, 2.0, 0.1, 3.0, 1.0, 0.7]))
+        node.input_gain.data.copy_(torch.tensor([0.5, 2.0, 0.1, 3.0, 1.0, 0.7]))
         x = torch.randn(6, 4, 9)
         whole = run(node, x)
         node.reset()
         chunks = torch.cat([node(x[:1]), node(x[1:4]), node(x[4:])])
         assert torch.equal(chunks, whole)
-        node.step_mode = "s"
-        assert torch.equal(run(node, x), whole)
-        node.step_mode = "m"
-        assert torch.equal(run(node, x), whole)
+        for step_mode in ("s", "m"):
+            node.step_mode = step_mode
+            assert torch.equal(run(node, x), whole)
 
     def test_reset_net_detach_net_and_state_dict(self):
         net = nn.Sequential(nn.Linear(3, 5), DLIFNode(4))
@@ -127,14 +118,12 @@ class TestState:
         assert not node.v_seq.requires_grad
 
     def test_a_given_initial_potential_is_used(self):
-        node = DLIFNode(1, tau=2.0)
-        node.v = torch.full((1, 2), 0.8)
-        assert node(torch.full((1, 1, 2), 0.6)).sum() == 2
-        node.reset()
-        node.v = 0.8
-        assert node(torch.full((1, 1, 2), 0.6)).sum() == 2
-        node.reset()
-        assert node(torch.full((1, 1, 2), 0.6)).sum() == 0
+        node, x_seq = DLIFNode(1, tau=2.0), torch.full((1, 1, 2), 0.6)
+        for v in (torch.full((1, 2), 0.8), 0.8):
+            node.v = v
+            assert node(x_seq).sum() == 2
+            node.reset()
+        assert node(x_seq).sum() == 0
 
     def test_half_precision_keeps_a_float32_state(self):
         node = DLIFNode(3).half()
@@ -204,16 +193,14 @@ class TestBackends:
         for v_reset in (0.0, None, 0.25):
             x = torch.randn(5, 3, 30, dtype=torch.float64, requires_grad=True)
             node = DLIFNode(5, tau=3.0, v_reset=v_reset, store_v_seq=True).double()
-            with torch.no_grad():
-                node.input_gain.uniform_(0.5, 1.5)
+            nn.init.uniform_(node.input_gain, 0.5, 1.5)
             results = []
             for backend in ("reference", "spikingjelly"):
                 node.backend = backend
                 spikes = run(node, x)
                 grads = torch.autograd.grad((spikes * x.detach()).sum(), [x, node.input_gain])
                 results.append((spikes, node.v_seq, *grads))
-            for ours, theirs in zip(*results, strict=True):
-                torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-11)
+            torch.testing.assert_close(*results, rtol=1e-9, atol=1e-11)
         assert node.chosen_backend(x) == "spikingjelly"
 
 
@@ -287,9 +274,7 @@ class TestHost:
         net = nn.Sequential(nn.Linear(3, 8), DLIFNode(4, tau=2.0, surrogate_function=function()))
         x = torch.randn(4, 2, 3)
         wanted = net(x)
-        wanted.sum().backward()
-        gradients = [p.grad.clone() for p in net.parameters()]
-        net.zero_grad()
+        gradients = list(torch.autograd.grad(wanted.sum(), list(net.parameters())))
         compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
         for _ in range(2):
             functional.reset_net(net)
@@ -297,8 +282,7 @@ class TestHost:
             spikes = compiled(x)
             spikes.sum().backward()
             assert torch.equal(spikes, wanted)
-            for p, gradient in zip(net.parameters(), gradients, strict=True):
-                torch.testing.assert_close(p.grad, gradient)
+            torch.testing.assert_close([p.grad for p in net.parameters()], gradients)
 
     def test_data_parallel_is_refused(self):
         with pytest.raises(RuntimeError, match="DistributedDataParallel"):

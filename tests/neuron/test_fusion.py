@@ -85,6 +85,15 @@ def step(net, x, train=True):
     }
 
 
+def monitored(net, monitor, x, x_perturbed):
+    """Outputs of the second of two passes that a monitor compares, each from a reset."""
+    for context, images in ((monitor.clean(), x), (monitor.perturbed(), x_perturbed)):
+        functional.reset_net(net)
+        with context:
+            out = net(images)
+    return out
+
+
 def assert_same(actual, wanted):
     assert actual.keys() == wanted.keys()
     assert torch.equal(actual["out"], wanted["out"])
@@ -225,8 +234,7 @@ def test_whoever_watches_a_stage_with_pooling_sees_what_it_saw(passes, watch, fu
         watch(net[3], lambda *values: seen.append([v.detach() for group in values[1:] for v in _tensors(group)]))
         step(net, sequence(T, 3, 2, 8, 8))
     assert (passes.fused, passes.pooled) == (fused, pooled)
-    for actual, wanted in zip(*seen, strict=True):
-        torch.testing.assert_close(actual, wanted)
+    torch.testing.assert_close(*seen)
 
 
 def _tensors(group):
@@ -308,17 +316,13 @@ def test_a_monitor_that_needs_the_current_alone_leaves_the_layer_in_one_pass(pas
         with torch.no_grad():  # a sequence without a pair, as at the start of a training
             net(x)
         passes.fused = passes.pooled = 0
-        for context, images in ((monitor.clean(), x), (monitor.perturbed(), x_perturbed)):
-            functional.reset_net(net)
-            with context:
-                out = net(images)
+        out = monitored(net, monitor, x, x_perturbed)
         loss = monitor.loss(["3.2"])
         (loss + out.square().sum()).backward()
         gradients = [p.grad for p in net.parameters() if p.grad is not None]
         results.append([loss.detach(), out.detach(), *gradients, *(b.clone() for b in net.buffers())])
     assert (passes.fused, passes.pooled) == ((4, 2) if keep == "loss" else (2, 0))
-    for wanted, actual in zip(*results, strict=True):
-        torch.testing.assert_close(actual, wanted, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
 
 
 class Watcher:
@@ -444,8 +448,7 @@ def test_what_stands_in_for_the_neurons_forward_gets_its_currents(passes, train,
         outputs = [net.train(train)(x) for net in (plain, fused)]
     torch.testing.assert_close(seen[0], seen[1])
     assert torch.equal(*outputs)
-    for a, b in zip(plain.buffers(), fused.buffers(), strict=True):
-        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(list(fused.buffers()), list(plain.buffers()))
     assert passes.fused == 1 + keeps_its_own
     assert fused[2]._operator is dlif_multi_step
 
@@ -524,10 +527,7 @@ def test_a_monitor_keeps_apart_only_the_pairs_it_looks_at(passes, layers, fused_
         with MPPDMonitor(net, layers=layers) as monitor:
             for _ in range(2):  # the first run finds out which layer is the last
                 passes.fused = 0
-                for context, images in ((monitor.clean(), x), (monitor.perturbed(), x_perturbed)):
-                    functional.reset_net(net)
-                    with context:
-                        net(images)
+                monitored(net, monitor, x, x_perturbed)
                 order = monitor.execution_order
             functional.reset_net(net)
             losses.append(monitor.loss("last" if layers == "last" else [*order][-1:] if layers == "all" else layers))

@@ -24,12 +24,17 @@ def make():
     )
 
 
-def test_same_spikes_and_gradients_before_any_training():
+def make_lively():
+    """A network in which every layer spikes, and what it sees."""
     torch.manual_seed(0)
     net = make().double()
     for linear in net[::2]:
         nn.init.normal_(linear.weight, std=2.0)
-    x = torch.rand(5, 8, 4, dtype=torch.float64)
+    return net, torch.rand(5, 8, 4, dtype=torch.float64)
+
+
+def test_same_spikes_and_gradients_before_any_training():
+    net, x = make_lively()
     wanted = net(x)
     wanted.mean().backward()
     gradient = net[0].weight.grad.clone()
@@ -118,12 +123,8 @@ def test_hooks_and_plain_lists_have_the_new_neurons():
 
 
 def test_there_and_back_is_the_network_that_it_was():
-    torch.manual_seed(0)
-    net = make().double()
-    for linear in net[::2]:
-        nn.init.normal_(linear.weight, std=2.0)
+    net, x = make_lively()
     net[1].register_forward_hook(called := MagicMock(return_value=None))
-    x = torch.rand(5, 8, 4, dtype=torch.float64)
     wanted = net(x)
     replace_neurons(net, T=5)
     net[7].v_reset, net[3].input_gain.data[:] = -0.1, 0.4  # a gain that is neither 1 nor 1 / tau

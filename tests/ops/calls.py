@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 from oracle import dlif_bptt
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sj_robust.ops import Surrogate, dlif_multi_step
 from sj_robust.ops.dlif import cpp
@@ -43,6 +44,18 @@ def laid_out(x_seq, channels_last):
     """The same numbers with every step in this order in memory."""
     layout = torch.channels_last if channels_last else torch.contiguous_format
     return x_seq.flatten(0, 1).contiguous(memory_format=layout).unflatten(0, x_seq.shape[:2])
+
+
+class Seen(TorchDispatchMode):
+    """Names of the operators that run meanwhile."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.name())
+        return func(*args, **(kwargs or {}))
 
 
 def run(backend, inputs, grads, *, kind="triangle", alpha=1.0, store_v_seq=True, **constants):

@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from ops.calls import assert_equal, laid_out, needs_kernel, random_call, run
+from ops.calls import Seen, assert_equal, laid_out, needs_kernel, random_call, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sj_robust.ops import Surrogate, dlif_multi_step
 from sj_robust.ops.bn_dlif import BatchNorm, batch_norm_dlif_multi_step
@@ -96,16 +95,6 @@ def test_tensors_without_memory(backend):
         assert not torch.autograd.grad(spikes, leaf, odd)[0].any()
     torch.testing.assert_close(torch._neg_view(-x) + 0, x)
     torch.testing.assert_close(value_and_grad(function, torch._neg_view(-x)), (value, grad))
-
-
-class Seen(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.name())
-        return func(*args, **(kwargs or {}))
 
 
 def test_a_mode_sees_the_kernel_and_changes_nothing():

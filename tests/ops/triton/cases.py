@@ -4,6 +4,7 @@ Triton reads ``TRITON_INTERPRET`` when it is imported, so this runs in a process
 ``TRITON_INTERPRET=1 python -m ops.triton.cases`` in ``tests/``; ``... cases 300`` adds so many calls at random.
 """
 
+import functools
 import itertools
 import random
 import sys
@@ -219,18 +220,31 @@ def slopes_by_formula() -> None:
         slopes.check(kind, alpha, z, found[0].numpy())
 
 
+def run_all(
+    chosen: list[Any], check: Callable[[Any], None], fenced: list[Any], apart: list[Any], launchers: Any
+) -> None:
+    """Cases and whatever else runs with new tensors fenced, and then what runs without; says what is running."""
+    fence = Fenced()
+    for launcher in launchers:
+        launcher.torch = fence
+    for part in (*fenced, *(functools.partial(check, case) for case in chosen)):
+        print(part, flush=True)
+        part()
+        fence.check()
+    for launcher in launchers:
+        launcher.torch = torch
+    for part in apart:
+        print(part, flush=True)
+        part()
+    print(f"checked {len(chosen)} cases")
+
+
 def main(more: int) -> None:
     """Run them all; AssertionError with what differs."""
-    draw, fenced = random.Random(2), Fenced()
+    draw = random.Random(2)
     chosen = cases() + [at_random(draw) for _ in range(more)]
-    triton_launch.torch = fenced
-    for part in (at_the_threshold, slopes_by_formula, *chosen, not_a_number, shapes):
-        print(part, flush=True)
-        check(part) if isinstance(part, Case) else part()
-        fenced.check()
-    triton_launch.torch = torch
-    in_a_network()
-    print(f"checked {len(chosen)} cases")
+    fenced = [at_the_threshold, slopes_by_formula, not_a_number, shapes]
+    run_all(chosen, check, fenced, [in_a_network], [triton_launch])
 
 
 if __name__ == "__main__":

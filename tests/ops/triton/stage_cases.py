@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from ops.calls import assert_equal, laid_out
-from ops.triton.cases import ROUNDING, Fenced, pairwise
+from ops.triton.cases import ROUNDING, pairwise, run_all
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -245,22 +245,11 @@ def under_tracers() -> None:
 
 def main(more: int) -> None:
     """Run them all; AssertionError with what differs."""
-    draw, fenced = random.Random(2), Fenced()
+    draw = random.Random(2)
     chosen = cases() + [at_random(draw) for _ in range(more)]
     triton_launch._PROGRAMS = 4  # so that small layers have several tiles in a program of the statistics
-    modules = stage, triton_launch
-    for module in modules:
-        module.torch = fenced
-    for part in (at_the_threshold, *chosen, a_large_mean):
-        print(part, flush=True)
-        check(part) if isinstance(part, Case) else part()
-        fenced.check()
-    for module in modules:
-        module.torch = torch
-    for part in (in_a_network, what_runs_apart, under_tracers):
-        print(part, flush=True)
-        part()
-    print(f"checked {len(chosen)} cases")
+    apart = [in_a_network, what_runs_apart, under_tracers]
+    run_all(chosen, check, [at_the_threshold, a_large_mean], apart, [stage, triton_launch])
 
 
 if __name__ == "__main__":
