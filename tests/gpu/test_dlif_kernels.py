@@ -1,19 +1,15 @@
 """The kernels for CUDA on a real GPU, through the public operator; compared with the oracle of the other backends."""
 
-import itertools
-
 import numpy as np
 import pytest
 import torch
-from ops import slopes
-from ops.calls import by_hand, random_call, run
+from ops.calls import by_hand, check_slopes, random_call, run
 from ops.triton import cases
 from oracle import away_from_threshold
 
 from sj_robust.ops import Surrogate, available_backends, choose_backend, dlif_multi_step
 from sj_robust.ops.dlif import backends, cupy_launch
 from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients
-from sj_robust.ops.surrogate import HOST_NAMES
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
 SURROGATES = [("triangle", 1.0), ("atan", 2.0), ("sigmoid", 4.0)]
@@ -61,12 +57,7 @@ def test_equals_bptt_by_hand(v_reset, detach_reset, kind, alpha, shape, dtype):
 
 
 def test_slopes_by_formula(backend):
-    for kind, alpha in itertools.product(HOST_NAMES, slopes.ALPHAS):
-        z = slopes.points(alpha, np.float32)
-        x, gain = torch.from_numpy(z)[None].cuda(), torch.ones(1, device="cuda")
-        constants = {"decay": 0.5, "v_threshold": 0.0, "detach_reset": True, "kind": kind, "alpha": alpha}
-        _, (found, *_) = run(backend, (x, gain, None), (torch.ones_like(x), None, None), **constants)
-        slopes.check(kind, alpha, z, found[0].cpu().numpy())
+    check_slopes(backend, device="cuda")
 
 
 @pytest.mark.parametrize("case", cases.cases(), ids=str)

@@ -3,13 +3,16 @@
 import functools
 import itertools
 
+import numpy as np
 import pytest
 import torch
+from ops import slopes
 from oracle import dlif_bptt
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sj_robust.ops import Surrogate, dlif_multi_step
 from sj_robust.ops.dlif import cpp
+from sj_robust.ops.surrogate import HOST_NAMES
 
 needs_kernel = pytest.mark.skipif(cpp.unavailable_reason() is not None, reason=str(cpp.unavailable_reason()))
 assert_equal = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
@@ -66,6 +69,32 @@ def run(backend, inputs, grads, *, kind="triangle", alpha=1.0, store_v_seq=True,
     used = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if grad is not None]
     torch.autograd.backward(*zip(*used, strict=True))
     return [None if a is None else a.detach() for a in outputs], [None if a is None else a.grad for a in leaves]
+
+
+def check_slopes(backend, dtype=torch.float32, device="cpu"):
+    """Every surrogate, at ordinary potentials and at extreme ones."""
+    for kind, alpha in itertools.product(HOST_NAMES, slopes.ALPHAS):
+        z = slopes.points(alpha, np.float64 if dtype == torch.float64 else np.float32)
+        x = torch.from_numpy(z)[None].to(device)
+        inputs, grads = (x, torch.ones(1, dtype=dtype, device=device), None), (torch.ones_like(x), None, None)
+        constants = {"decay": 0.5, "v_threshold": 0.0, "detach_reset": True}
+        _, (found, *_) = run(backend, inputs, grads, kind=kind, alpha=alpha, **constants)
+        slopes.check(kind, alpha, z, found[0].cpu().numpy())
+
+
+def not_finite():
+    """Currents that are not all finite, and gradients said outright, since plain torch leaves out a None."""
+    x = torch.zeros(4, 70)
+    x[1, 3], x[1, 5], x[1, 7], x[1, 69] = float("nan"), float("inf"), -float("inf"), float("nan")
+    grads = torch.ones_like(x), torch.zeros(70), torch.zeros(4, 70)
+    for kind, v_reset in itertools.product(("triangle", "atan", "sigmoid"), (0.0, None)):
+        options = {"decay": 0.9, "v_threshold": 0.8, "v_reset": v_reset, "kind": kind}
+        yield (x, torch.ones(4), None), grads, options
+
+
+def quarters(dtype):
+    """Three steps of multiples of 1/4, which are exact in binary, so that h == v_threshold really happens."""
+    return torch.tensor(list(itertools.product([0.0, 0.25, 0.5, 1.0], repeat=3)), dtype=dtype).T.contiguous()
 
 
 def by_hand(inputs, grads, *, kind="triangle", alpha=1.0, **constants):

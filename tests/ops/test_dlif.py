@@ -7,7 +7,17 @@ import numpy as np
 import pytest
 import torch
 from ops import slopes
-from ops.calls import assert_equal, by_hand, laid_out, of_neurons, random_call, run
+from ops.calls import (
+    assert_equal,
+    by_hand,
+    check_slopes,
+    laid_out,
+    not_finite,
+    of_neurons,
+    quarters,
+    random_call,
+    run,
+)  # fmt: skip
 from oracle import away_from_threshold
 from torch import nn
 
@@ -72,13 +82,7 @@ def test_gain_may_lie_anywhere_in_memory(backend):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_slopes_by_formula(backend, dtype):
-    for kind, alpha in itertools.product(HOST_NAMES, slopes.ALPHAS):
-        z = slopes.points(alpha, np.float64 if dtype == torch.float64 else np.float32)
-        x = torch.from_numpy(z)[None]
-        inputs, grads = (x, torch.ones(1, dtype=dtype), None), (torch.ones_like(x), None, None)
-        constants = {"decay": 0.5, "v_threshold": 0.0, "detach_reset": True}
-        _, (found, *_) = run(backend, inputs, grads, kind=kind, alpha=alpha, **constants)
-        slopes.check(kind, alpha, z, found[0].numpy())
+    check_slopes(backend, dtype)
 
 
 def test_formulas_are_those_of_spikingjelly():
@@ -131,8 +135,7 @@ def test_half_inputs_are_widened_and_then_treated_as_float32(backend):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("v_reset", [0.0, None])
 def test_spikes_exactly_at_the_threshold(backend, dtype, v_reset):
-    # quarters are exact in binary, so that h == v_threshold really happens, which random numbers never show
-    x = torch.tensor(list(itertools.product([0.0, 0.25, 0.5, 1.0], repeat=3)), dtype=dtype).T.contiguous()
+    x = quarters(dtype)
     state = torch.float64 if dtype == torch.float64 else torch.float32
     inputs = x, torch.ones(3, dtype=state), torch.zeros(64, dtype=state)
     grads = torch.ones_like(x), torch.zeros(64, dtype=state), torch.zeros(3, 64, dtype=state)
@@ -165,17 +168,13 @@ def test_every_optional_input_and_gradient_may_be_missing(backend):
 
 def test_not_a_number_and_infinity(backend):
     """The reference multiplies an infinite potential by the 0 of a reset; the others select."""
-    x = torch.zeros(4, 70)
-    x[1, 3], x[1, 5], x[1, 7], x[1, 69] = float("nan"), float("inf"), -float("inf"), float("nan")
-    grads = torch.ones_like(x), torch.zeros(70), torch.zeros(4, 70)  # said outright: plain torch leaves out a None
-    for kind, v_reset in itertools.product(("triangle", "atan", "sigmoid"), (0.0, None)):
-        options = {"decay": 0.9, "v_threshold": 0.8, "v_reset": v_reset, "kind": kind}
-        outputs, gradients = run(backend, (x, torch.ones(4), None), grads, **options)
+    for inputs, grads, options in not_finite():
+        outputs, gradients = run(backend, inputs, grads, **options)
         assert outputs[0][1, 5] == 1
         assert outputs[0][:, 3].sum() == 0
         assert outputs[1][[3, 69]].isnan().all()
         if backend == "cpp":
-            wanted, wanted_gradients = run("eager", (x, torch.ones(4), None), grads, **options)
+            wanted, wanted_gradients = run("eager", inputs, grads, **options)
             torch.testing.assert_close(outputs, wanted, equal_nan=True)
             torch.testing.assert_close(gradients, wanted_gradients, equal_nan=True)
 

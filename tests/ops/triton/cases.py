@@ -14,14 +14,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from ops import slopes
-from ops.calls import assert_equal, laid_out, random_call, run
+from ops.calls import assert_equal, check_slopes, laid_out, not_finite, quarters, random_call, run
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sj_robust.neuron import DLIFNode
 from sj_robust.ops import choose_backend, dlif_multi_step
 from sj_robust.ops.dlif import triton_launch
-from sj_robust.ops.surrogate import HOST_NAMES
 
 CHOICES: dict[str, list[Any]] = {
     "steps": [1, 2, 3, 5, 8, 15, 16, 17, 24, 25, 33],
@@ -149,9 +147,9 @@ class Fenced:
 
 
 def at_the_threshold() -> None:
-    """Quarters are exact in binary, so that h == v_threshold really happens."""
+    """Neurons whose potential meets it exactly fire, as in the reference."""
     for v_reset, dtype in itertools.product(CHOICES["v_reset"][:2], CHOICES["dtype"]):
-        x = torch.tensor(list(itertools.product([0.0, 0.25, 0.5, 1.0], repeat=3)), dtype=dtype).T.contiguous()
+        x = quarters(dtype)
         inputs = x, torch.ones(3), torch.zeros(64)
         grads = torch.ones_like(x), torch.full((64,), 0.5), torch.full((3, 64), 0.25)
         case = Case(3, 64, dtype, v_reset, False, ("triangle", 1.0), True, True, True)
@@ -160,13 +158,9 @@ def at_the_threshold() -> None:
 
 def not_a_number() -> None:
     """As in plain torch with an analytic gradient."""
-    x = torch.zeros(4, 70)
-    x[1, 3], x[1, 5], x[1, 7], x[1, 69] = float("nan"), float("inf"), -float("inf"), float("nan")
-    grads = torch.ones_like(x), torch.zeros(70), torch.zeros(4, 70)
-    for kind, v_reset in itertools.product(("triangle", "atan", "sigmoid"), (0.0, None)):
-        options = {"decay": 0.9, "v_threshold": 0.8, "v_reset": v_reset, "kind": kind}
+    for inputs, grads, options in not_finite():
         with np.errstate(invalid="ignore", over="ignore"):  # the interpreter computes with numpy
-            found, wanted = (run(name, (x, torch.ones(4), None), grads, **options) for name in ("triton", "eager"))
+            found, wanted = (run(name, inputs, grads, **options) for name in ("triton", "eager"))
         torch.testing.assert_close(found, wanted, equal_nan=True)
 
 
@@ -210,14 +204,8 @@ def in_a_network() -> None:
 
 def slopes_by_formula() -> None:
     """Every surrogate; the cases have some of them, since a kernel is the same with each."""
-    for kind, alpha in itertools.product(HOST_NAMES, slopes.ALPHAS):
-        z = slopes.points(alpha, np.float32)
-        x = torch.from_numpy(z)[None]
-        constants = {"decay": 0.5, "v_threshold": 0.0, "detach_reset": True, "store_v_seq": False}
-        grads = torch.ones_like(x), None, None
-        with np.errstate(all="ignore"):
-            _, (found, *_) = run("triton", (x, torch.ones(1), None), grads, kind=kind, alpha=alpha, **constants)
-        slopes.check(kind, alpha, z, found[0].numpy())
+    with np.errstate(all="ignore"):
+        check_slopes("triton")
 
 
 def run_all(

@@ -3,7 +3,6 @@
 ``TRITON_INTERPRET=1 python -m ops.triton.stage_cases`` in ``tests/``; a number behind it adds so many calls at random.
 """
 
-import itertools
 import random
 import sys
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from ops.calls import assert_equal, laid_out
+from ops.calls import assert_equal, laid_out, quarters
 from ops.triton.cases import ROUNDING, pairwise, run_all
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -146,8 +145,8 @@ def check(case: Case, device: str = "cpu") -> None:
 
 
 def at_the_threshold() -> None:
-    """Quarters are exact in binary, so that h == v_threshold really happens."""
-    x = torch.tensor(list(itertools.product([0.0, 0.25, 0.5, 1.0], repeat=3))).T.reshape(3, 1, 1, 8, 8).contiguous()
+    """Neurons whose potential meets it exactly fire, as in the reference."""
+    x = quarters(torch.float32).view(3, 1, 1, 8, 8)
     options = {"average_pool": True, "decay": 0.5, "v_threshold": 1.0}
     found, wanted = (
         batch_norm_dlif_multi_step(x, None, torch.ones(3), backend=name, **options) for name in ("triton", "reference")
