@@ -61,7 +61,7 @@ def instruction_sets() -> tuple[str, ...]:
 
 
 def forward(inputs: Inputs, store_v_seq: bool) -> Outputs:
-    """See :class:`sj_robust.ops.dlif.autograd.Implementation`."""
+    """See :class:`sj_robust.ops.dlif.backends.Implementation`."""
     x_seq, input_gain, v_init, config = inputs
     dtype = state_dtype(x_seq)
     spike_seq = torch.empty_like(x_seq)
@@ -73,7 +73,7 @@ def forward(inputs: Inputs, store_v_seq: bool) -> Outputs:
 
 
 def backward(inputs: Inputs, grads: OutputGradients, needs_v_init: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """See :class:`sj_robust.ops.dlif.autograd.Implementation`."""
+    """See :class:`sj_robust.ops.dlif.backends.Implementation`."""
     x_seq, input_gain, v_init, config = inputs
     grad_x_seq = torch.empty_like(x_seq)
     grad_input_gain = torch.empty_like(input_gain)

@@ -26,7 +26,7 @@ def unsupported_reason(x_seq: Tensor, surrogate: Surrogate) -> str | None:
 
 
 def forward(inputs: Inputs, store_v_seq: bool) -> Outputs:
-    """See :class:`sj_robust.ops.dlif.autograd.Implementation`."""
+    """See :class:`sj_robust.ops.dlif.backends.Implementation`."""
     x_seq = inputs.x_seq
     spike_seq = advise_huge_pages(torch.empty_like(x_seq))
     v = advise_huge_pages(torch.empty_like(x_seq[0], dtype=state_dtype(x_seq)))
@@ -47,7 +47,7 @@ def forward(inputs: Inputs, store_v_seq: bool) -> Outputs:
 
 
 def backward(inputs: Inputs, grads: OutputGradients, needs_v_init: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """See :class:`sj_robust.ops.dlif.autograd.Implementation`."""
+    """See :class:`sj_robust.ops.dlif.backends.Implementation`."""
     x_seq, input_gain, _, config = inputs
     dtype = state_dtype(x_seq)
     grad_x_seq = advise_huge_pages(torch.empty_like(x_seq))
