@@ -54,6 +54,12 @@ def test_the_verdict_of_a_report_has_a_bracket_what_was_tried_and_the_doubts(res
     assert report(findings=()).verdict.endswith("Doubts: signs of gradient masking were not looked for.")
 
 
+def test_the_verdict_of_statistics_says_where_the_potential_moved_least_and_most():
+    x = torch.tensor([[1.25, 0.5]])  # both neurons of the second layer get the same spike in either run
+    stats = compare(deep(2), x, x + 0.25, T=1)
+    assert stats.verdict == "2 spiking layers, T = 1, 1 pair of inputs; MS-MPPD from 0 (3) to 0.0625 (1)"
+
+
 def test_a_layer_that_never_fires_is_named_and_long_tables_are_cut():
     with pytest.warns(UserWarning, match="1, 3, 5.* never fired: .* check the weights") as caught:
         stats = compare(deep(), 0 * X, 0 * X, T=12)
@@ -78,6 +84,7 @@ def test_figures(results, tmp_path):
         report(over_eps=(), potential=()).plot("potential")
     images, spikes, _ = results["verification"].plot().axes
     assert sorted(images.lines[0].get_ydata()) == sorted(results["verification"].margin)
+    assert (images.get_xlabel(), spikes.get_xlabel()) == ("images, sorted", "time step")
     stats = results["statistics"]
     for statistic in ("ms_mppd", "silent"):
         mesh = stats.plot(statistic).axes[0].collections[0].get_array()

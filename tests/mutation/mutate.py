@@ -44,7 +44,7 @@ PACKAGES: dict[str, dict[str, Any]] = {  # folder of sj_robust: tests that answe
             "tests/test_shown.py", "sj_robust/perturbation",
         ]
     },  # fmt: skip
-    "stability": {"tests": ["tests/stability", "sj_robust/stability"]},
+    "stability": {"tests": ["tests/stability", "tests/test_shown.py", "sj_robust/stability"]},
     "ops": {
         "tests": ["tests/ops", "tests/neuron/test_fusion.py", "sj_robust/ops"],
         "text": "triton_kernel.py",  # tests/ops/triton/mutate.py plants faults in it
