@@ -261,13 +261,13 @@ def _per_neuron(single: Tensor, sizes: Sequence[float], resamples: int, seed: in
 
 def _measures(values: Tensor, wrong: Tensor, sizes: Sequence[float]) -> Tensor:
     """Every measure of whole layers [rows, measures], of values [rows, sizes, N]; NaN where one is not defined."""
-    size = torch.tensor(sizes, dtype=values.dtype)[:, None].expand_as(wrong)
-    flat, flat_size = values.flatten(1), size.flatten()
+    size = torch.tensor(sizes, dtype=values.dtype)
+    flat, flat_size = values.flatten(1), size[:, None].expand_as(wrong).flatten()
     return torch.stack(
         (
             spearman(flat, flat_size),
             pearson(flat, flat_size),
-            spearman(values.transpose(1, 2), size[:, 0]).nan_to_num(0.0).mean(1),
+            spearman(values.transpose(1, 2), size).nan_to_num(0.0).mean(1),
             auroc(values.flatten(1)[:, None], wrong.flatten()[None]),
             auroc(values, wrong),
         ),

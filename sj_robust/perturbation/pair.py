@@ -26,7 +26,7 @@ class LayerPair:
         self.trace: LayerTrace | None = None
         self._paired = paired
         self._kept = kept
-        self._start: tuple[float | Tensor, int] = 0.0, 0  # potential and time step before the run
+        self._start: tuple[float | Tensor, int]  # potential and time step before the run
         self._shape: torch.Size | None = None
         self._clean_steps = 0
         self._taken_steps = 0

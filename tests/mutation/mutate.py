@@ -40,8 +40,11 @@ SCORES = Path(__file__).with_name("scores.json")
 PACKAGES: dict[str, dict[str, Any]] = {  # folder of sj_robust: tests that answer for it, and those left out
     "perturbation": {
         "tests": [
-            "tests/perturbation", "tests/neuron/test_fusion.py", "tests/evaluation/test_pictures.py",
-            "tests/test_shown.py", "sj_robust/perturbation",
+            "tests/perturbation",
+            "tests/neuron/test_fusion.py",
+            "tests/evaluation/test_pictures.py",
+            "tests/test_shown.py",
+            "sj_robust/perturbation",
         ]
     },  # fmt: skip
     "stability": {"tests": ["tests/stability", "tests/test_shown.py", "sj_robust/stability"]},
@@ -49,7 +52,9 @@ PACKAGES: dict[str, dict[str, Any]] = {  # folder of sj_robust: tests that answe
         "tests": ["tests/ops", "tests/neuron/test_fusion.py", "sj_robust/ops"],
         "text": "triton_kernel.py",  # tests/ops/triton/mutate.py plants faults in it
         "left out": [  # of the texts of kernels, not of Python
-            "tests/ops/cuda/test_shim.py", "tests/ops/cuda/test_nvrtc.py", "tests/ops/triton/test_ahead_of_time.py",
+            "tests/ops/cuda/test_shim.py",
+            "tests/ops/cuda/test_nvrtc.py",
+            "tests/ops/triton/test_ahead_of_time.py",
         ],  # fmt: skip
         "in child processes": {  # file, and who runs it out of sight
             "sj_robust/ops/heap.py": "tests/ops/test_heap.py",

@@ -49,3 +49,9 @@ def test_where_no_spike_differs_the_potential_is_that_of_the_neuron_that_moves_m
     found = trace(neuron.IFNode(v_threshold=10.0, step_mode="m"), x, x + torch.tensor([0.1, 0.9, 0.5]), T=4)
     perturbed = found.plot("potential").axes[0].lines[2]
     assert perturbed.get_ydata() == pytest.approx([0.9, 1.8, 2.7, 3.6])
+
+
+def test_of_many_layers_the_first_and_the_last_are_drawn():
+    x = torch.full((1, 2), 0.6)
+    found = trace(nn.Sequential(*(neuron.IFNode(step_mode="m") for _ in range(9))), x, x, T=2)
+    assert [axes.get_title(loc="left") for axes in found.plot().axes] == ["0", "1", "2", "3", "5", "6", "7", "8"]
