@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from sj_robust.attacks import ThreatModel, linf_bounds
-from sj_robust.attacks._square import _L2, _Linf
+from attacks.table import Recorder, two_classes
+
+from sj_robust.attacks import SampleSeeds, ThreatModel, linf_bounds
+from sj_robust.attacks._square import _L2, _Linf, square_rows
+from sj_robust.randomness import SampleDraws, rand
 
 SHAPE = (3, 2, 6, 9)  # samples, channels, height and width
 
@@ -89,3 +92,15 @@ def test_l2_moves_length_from_one_window_to_another(area, length):
     for n in range(3):
         expected = l2_by_hand(best[n].numpy(), x[n].numpy(), drawn[n].tolist(), area, eps)
         np.testing.assert_allclose(found[n].numpy(), expected, rtol=0, atol=1e-9)
+
+
+def test_numbers_are_drawn_for_256_queries_at_once():
+    """So that a seed gives the same images in the next release."""
+    x, seeds, ball = images().float(), SampleSeeds(range(3)), ThreatModel("Linf", 0.1)
+    recorder = Recorder(two_classes(lambda x: 1 + 0 * x.sum((1, 2, 3))))  # nothing is better than the first image
+    square_rows(recorder, x, torch.ones(3, dtype=torch.int64), seeds, ball=ball, queries=258)
+    first, *proposals = recorder.seen
+    for query, (block, place), area in ((255, (0, 255), 0.05), (256, (1, 0), 0.05), (257, (1, 1), 0.05)):
+        drawn = rand((3, 256, 7), SampleDraws(seeds.derived(block)), dtype=torch.float32, device=x.device)
+        proposal = _Linf(*linf_bounds(x, eps=0.1)).propose(first, drawn[:, place], area)
+        assert torch.equal(proposals[query], proposal)
