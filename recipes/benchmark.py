@@ -71,7 +71,6 @@ import tempfile
 
 import torch
 from lab.benchmarking.benchmarks import BENCHMARKS
-from lab.benchmarking.drawing import plot_benchmark
 from lab.benchmarking.gpu_hour import test_and_measure
 from lab.benchmarking.gpu_plan import PLAN
 from lab.benchmarking.gpu_run import Store, load
@@ -215,7 +214,14 @@ def save(folder: Path, what: str, rows: list[Measurement], where: dict[str, str]
              f"{where['commit'][:12]}.", ""]  # fmt: skip
     lines += markdown(rows)
     (folder / f"{what}.md").write_text("\n".join(lines), encoding="utf-8")
-    plot_benchmark(rows, folder / f"{what}.png")
+    draw(rows, folder / f"{what}.png")
+
+
+def draw(rows: list[Measurement], path: Path) -> None:
+    """The chart."""
+    from lab.benchmarking.drawing import plot_benchmark  # imports matplotlib
+
+    plot_benchmark(rows, path)
 
 
 def redraw(folder: Path) -> None:
@@ -236,7 +242,7 @@ def redraw(folder: Path) -> None:
             Measurement(**{name: text[name] if kind is str else float(text[name]) for name, kind in kinds.items()})  # type: ignore[arg-type]
             for text in texts
         ]
-        plot_benchmark(rows, path.with_suffix(".png"))
+        draw(rows, path.with_suffix(".png"))
         print(f"{path} drawn as {path.stem}.png")
 
 

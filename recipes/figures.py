@@ -60,10 +60,8 @@ if __name__ == "__main__":
 import torch
 import yaml
 from lab.figures.data import input_gains, one_neuron, training_curves
-from lab.figures.draw import redraw
 from lab.figures.ground_truth import ground_truth
 from lab.sweeping.plan import load_records
-from lab.sweeping.plot import plot_effect
 from lab.sweeping.recipe import load_recipe
 from lab.sweeping.summary import axes_in, cells_of, columns_of
 from torch import Tensor
@@ -145,6 +143,8 @@ def intensity(options: Options, folder: Path) -> None:
 
 def rho(options: Options, folder: Path) -> None:
     """Figure 3: accuracy against the weight of MS-MPPD, from the records of a sweep, which are its saved numbers."""
+    from lab.sweeping.plot import plot_effect  # imports matplotlib
+
     sweep = Path(str(options.run)) / "sweep.yaml"
     recipe = yaml.safe_load(sweep.read_text(encoding="utf-8")).get("recipe") if sweep.is_file() else None
     records = load_records(sweep.parent, load_recipe(Path(recipe or Path(__file__).with_name("adv_train.py"))))
@@ -231,6 +231,8 @@ def finish(data: Any, path: Path) -> None:
 
 def draw(path: Path) -> None:
     """Draw a file of numbers and say what came of it."""
+    from lab.figures.draw import redraw  # imports matplotlib
+
     drawn = redraw(path)
     print(f"{path} drawn as {', '.join(file.name for file in drawn)}")
 

@@ -5,7 +5,6 @@ import math
 import numpy as np
 import pytest
 import torch
-
 from attacks.table import Recorder, two_classes
 
 from sj_robust.attacks import SampleSeeds, ThreatModel, linf_bounds

@@ -29,11 +29,11 @@ def idx(array):
     return struct.pack(f">{1 + array.ndim}I", 2048 + array.ndim, *array.shape) + array.tobytes()
 
 
-def write_mnist(folder, *, gz=False):
-    """The four files of MNIST or Fashion-MNIST, 40 images to train on and 20 to test."""
+def write_mnist(folder, *, gz=False, train=40, test=20, size=8):
+    """The four files of MNIST or Fashion-MNIST."""
     folder.mkdir(parents=True, exist_ok=True)
-    pixels, labels = drawn(0, 60, 8, 8), (np.arange(60) % 10).astype(np.uint8)
-    arrays = (pixels[:40], labels[:40], pixels[40:], labels[40:])
+    pixels, labels = drawn(0, train + test, size, size), (np.arange(train + test) % 10).astype(np.uint8)
+    arrays = (pixels[:train], labels[:train], pixels[train:], labels[train:])
     for name, content in zip(IDX, map(idx, arrays), strict=True):
         (folder / (name + ".gz" * gz)).write_bytes(gzip.compress(content) if gz else content)
     return pixels[:, None], labels

@@ -4,7 +4,6 @@ from sj_robust.attacks import ThreatModel
 from sj_robust.evaluation.outcome import MemberOutcome
 from sj_robust.evaluation.robustness_report import RobustnessReport
 
-
 DEAD = {"layer": "net.5", "neuron": "LIFNode", "rate": 0.0, "silent": 1.0, "saturated": 0.0}
 
 

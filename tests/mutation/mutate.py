@@ -46,7 +46,7 @@ PACKAGES: dict[str, dict[str, Any]] = {  # folder of sj_robust: tests that answe
             "tests/test_shown.py",
             "sj_robust/perturbation",
         ]
-    },  # fmt: skip
+    },
     "stability": {"tests": ["tests/stability", "tests/test_shown.py", "sj_robust/stability"]},
     "ops": {
         "tests": ["tests/ops", "tests/neuron/test_fusion.py", "sj_robust/ops"],
@@ -55,7 +55,7 @@ PACKAGES: dict[str, dict[str, Any]] = {  # folder of sj_robust: tests that answe
             "tests/ops/cuda/test_shim.py",
             "tests/ops/cuda/test_nvrtc.py",
             "tests/ops/triton/test_ahead_of_time.py",
-        ],  # fmt: skip
+        ],
         "in child processes": {  # file, and who runs it out of sight
             "sj_robust/ops/heap.py": "tests/ops/test_heap.py",
             "sj_robust/ops/dlif/triton_launch.py": "tests/ops/triton/test_interpreter.py",

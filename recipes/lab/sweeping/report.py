@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lab.sweeping.plot import plot_effect
 from lab.sweeping.record import RunRecord
 from lab.sweeping.summary import axes_in, cells_of, columns_of, contrasts
 from lab.sweeping.tables import TextTable, contrast_csv, contrast_table, results_csv, results_tables
@@ -33,6 +32,8 @@ def write_report(
         FileNotFoundError: If there are no runs.
         ValueError: If a pattern fits nothing, or a contrast names no axis.
     """
+    from lab.sweeping.plot import plot_effect  # imports matplotlib
+
     if not records:
         raise FileNotFoundError(f"{folder} holds no finished run, so there is nothing to report; run the sweep first")
     axes = axes_in(records, grid)
