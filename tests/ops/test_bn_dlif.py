@@ -246,6 +246,19 @@ def test_gradients_that_nobody_needs_are_left_out(frozen, training):
 
 
 @needs_kernel
+def test_without_batch_norm_nobody_needs_the_gradient_of_an_input():
+    slopes = []
+    for needed in (True, False):
+        x = torch.linspace(-1, 2, 96).view(3, 1, 2, 4, 4).requires_grad_(needed)
+        gain = torch.ones(3, requires_grad=True)
+        spikes, _, _ = batch_norm_dlif_multi_step(x, None, gain, decay=0.9, average_pool=True, backend="cpp")
+        spikes.sum().backward()
+        slopes.append(gain.grad)
+    assert slopes[0].all()
+    assert torch.equal(*slopes)
+
+
+@needs_kernel
 @pytest.mark.parametrize("average_pool", [False, True])
 def test_nothing_of_the_scratch_gets_into_the_result(instruction_set, monkeypatch, average_pool):
     empty = torch.empty

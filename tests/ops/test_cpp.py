@@ -11,7 +11,7 @@ import torch
 from ops.calls import assert_equal, needs_kernel, random_call
 
 from sj_robust.ops import Surrogate, available_backends, dlif_multi_step
-from sj_robust.ops.dlif import cpp, eager
+from sj_robust.ops.dlif import backends, cpp, eager
 from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients
 
 
@@ -118,7 +118,7 @@ FORK = """
 import os, sys
 import numpy, torch
 from sj_robust.ops import Surrogate
-from sj_robust.ops.dlif import cpp
+from sj_robust.ops.dlif import backends, cpp
 from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients
 torch.set_num_threads(2)
 x = torch.randn(4, 200_000)
@@ -151,6 +151,11 @@ def test_wide_code_stores_past_the_cache():
     code = Path(cpp.__file__).with_name(cpp._LIBRARY_NAME).read_bytes()
     vmovntps_ymm = (b"\xc5\xfc\x2b", b"\xc5\x7c\x2b")
     assert sum(code.count(opcode) for opcode in vmovntps_ymm) > 50
+
+
+@needs_kernel
+def test_what_a_gpu_kernel_is_tried_with_spikes_once_in_a_right_one():
+    assert backends._spikes_of_one_neuron("cpp", torch.device("cpu")) == [0.0, 1.0]
 
 
 @needs_kernel

@@ -57,7 +57,8 @@ def _failure(name: str) -> str | None:
     """What goes wrong with one neuron on the current GPU: a compiler, header or library may be missing."""
     with ThreadPoolExecutor(1) as thread:  # where no tracer of torch is at work
         try:
-            found = thread.submit(_spikes_of_one_neuron, name, torch.cuda.current_device()).result()
+            device = torch.device("cuda", torch.cuda.current_device())
+            found = thread.submit(_spikes_of_one_neuron, name, device).result()
         except torch.OutOfMemoryError:  # which says nothing of the kernel
             raise
         except Exception as error:  # of the kernel's compiler, of the C compiler that Triton needs, of the driver
@@ -65,8 +66,8 @@ def _failure(name: str) -> str | None:
     return None if found == [0.0, 1.0] else f"a first call gave the spikes {found} instead of [0.0, 1.0]"
 
 
-def _spikes_of_one_neuron(name: str, device: int) -> list[float]:
-    x_seq, gain = torch.tensor([[0.5], [0.75]], device=f"cuda:{device}"), torch.ones(2, device=f"cuda:{device}")
+def _spikes_of_one_neuron(name: str, device: torch.device) -> list[float]:
+    x_seq, gain = torch.tensor([[0.5], [0.75]], device=device), torch.ones(2, device=device)
     config = DLIFConfig(0.5, 1.0, 0.0, Surrogate(), False)
     spikes, _, _ = KERNELS[name].forward(Inputs(x_seq, gain, None, config), False)
     return [float(spike) for spike in spikes.flatten().tolist()]
