@@ -5,13 +5,17 @@ import copy
 import pytest
 import torch
 from spikingjelly.activation_based import functional, layer, neuron
-from stability import fuzz
-from stability.test_verification import NEURONS
+from stability import fuzz, test_verification
 from torch import nn
 
 from sj_robust.classifier import PoissonEncoder, SpikingClassifier, SpikingEventClassifier
 from sj_robust.neuron.charging import read_charging
 from sj_robust.stability import no_flip_radius
+
+NEURONS = test_verification.NEURONS | {
+    "IF soft": lambda: neuron.IFNode(v_reset=None),
+    "PLIF without input decay": lambda: neuron.ParametricLIFNode(decay_input=False),
+}
 
 
 def network(node, frames=False):
