@@ -81,7 +81,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seed", type=int, default=0, help="which sample (0)")
     parser.add_argument("--budget", type=float, default=8, help="CPU seconds of tests per fault, quick ones first (8)")
     parser.add_argument("--only", metavar="TEXT", help="faults of the sample with TEXT in their name; stores nothing")
-    parser.add_argument("--label", default="after", help="name of this run in the file of scores (after)")
     options = parser.parse_args(arguments)
     package, table = f"sj_robust/{options.package}", PACKAGES[options.package]
     os.environ |= {"OMP_NUM_THREADS": "1", "MPLBACKEND": "Agg"}
@@ -105,7 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
     run |= {"mutants": len(chosen), "killed": killed, "seconds": round(time.monotonic() - began), "survived": survived}
     if not options.only:
         scores = json.loads(SCORES.read_text()) if SCORES.exists() else {}
-        scores.setdefault(options.package, {})[options.label] = run
+        scores[options.package] = run
         SCORES.write_text(json.dumps(scores, indent=2) + "\n")
     print(f"{options.package}: {killed} of {len(chosen)} noticed, {len(survived)} survived")
 

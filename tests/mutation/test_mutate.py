@@ -42,7 +42,7 @@ from pathlib import Path
 from mutation import mutate
 mutate.ROOT, mutate.SCORES, mutate.FLOOR, mutate.PRELOADED = Path.cwd(), Path("scores.json"), 2, ()
 mutate.PACKAGES["toy"] = {"tests": ["tests/toy"]}
-mutate.main(["--package", "toy", "--sample", "1000", "--label", "before"])
+mutate.main(["--package", "toy", "--sample", "1000"])
 """
 
 
@@ -83,7 +83,7 @@ def test_every_fault_of_a_tree_comes_to_what_it_must(tmp_path):
         "untested: wrong return: n + 1 -> None": "survived",
     }
     assert (tree / "sj_robust/toy/numbers.py").read_text() == CODE, "the tree itself stays as it was"
-    run = json.loads((tree / "scores.json").read_text())["toy"]["before"]
+    run = json.loads((tree / "scores.json").read_text())["toy"]
     assert (run["mutants"], run["killed"], run["possible"]) == (11, 6, 11)
     survived = {name for name, said in found.items() if said == "survived"}
     assert set(run["survived"]) == {f"sj_robust/toy/numbers.py::{name}" for name in survived}
@@ -111,14 +111,12 @@ def test_tests_named_for_a_package_exist():
 
 @pytest.mark.parametrize("package", json.loads(SCORES.read_text()))
 def test_stored_scores_add_up_and_are_those_of_the_page_and_every_survivor_is_explained(package):
-    runs = json.loads(SCORES.read_text())[package]
-    for run in runs.values():
-        assert run["killed"] + len(run["survived"]) == run["mutants"]
-    before, after = runs["before"], runs["after"]
-    noticed = [f"{run['killed']} ({100 * run['killed'] / run['mutants']:.0f} %)" for run in (before, after)]
-    row = [package, f"{before['mutants']} of {before['possible']}", *noticed, str(len(after["survived"]))]
+    run = json.loads(SCORES.read_text())[package]
+    assert run["killed"] + len(run["survived"]) == run["mutants"]
+    noticed = f"{run['killed']} ({100 * run['killed'] / run['mutants']:.0f} %)"
+    row = [package, f"{run['mutants']} of {run['possible']}", noticed, str(len(run["survived"]))]
     assert f"| {' | '.join(row)} |" in (ROOT / "docs/mutation.md").read_text(encoding="utf-8")
     reasons = json.loads(SCORES.with_name("survivors.json").read_text())[package]
-    assert reasons.keys() == set(after["survived"])
+    assert reasons.keys() == set(run["survived"])
     for reason in reasons.values():
         assert reason.split(": ")[0] in ("same result", "only speed", "only text", "only looks", "not tested"), reason

@@ -12,10 +12,7 @@ from sj_robust.classifier import PoissonEncoder, SpikingClassifier, SpikingEvent
 from sj_robust.neuron.charging import read_charging
 from sj_robust.stability import no_flip_radius
 
-NEURONS = test_verification.NEURONS | {
-    "IF soft": lambda: neuron.IFNode(v_reset=None),
-    "PLIF without input decay": lambda: neuron.ParametricLIFNode(decay_input=False),
-}
+NEURONS = test_verification.NEURONS | {"IF soft": lambda: neuron.IFNode(v_reset=None)}
 
 
 def network(node, frames=False):
