@@ -71,10 +71,9 @@ import tempfile
 
 import torch
 from lab.benchmarking.benchmarks import BENCHMARKS
-from lab.benchmarking.gpu_hour import test_and_measure
+from lab.benchmarking.gpu_hour import redraw_gpus, test_and_measure
 from lab.benchmarking.gpu_plan import PLAN
-from lab.benchmarking.gpu_run import Store, load
-from lab.benchmarking.gpu_tables import plot
+from lab.benchmarking.gpu_run import Store
 from lab.benchmarking.race import Measurement, race
 from lab.benchmarking.tables import caption, cells, columns, markdown
 from rich.console import Console
@@ -226,10 +225,7 @@ def draw(rows: list[Measurement], path: Path) -> None:
 
 def redraw(folder: Path) -> None:
     """Charts again, from the CSV files alone."""
-    of_gpus = [path for path in sorted(folder.glob("gpu-*.jsonl")) if not path.stem.endswith(".earlier")]
-    for path in of_gpus:
-        plot(load(path), PLAN, path.with_suffix(".png"))
-        print(f"{path} drawn as {path.stem}.png")
+    of_gpus = redraw_gpus(folder, PLAN, print)
     if not (paths := sorted(folder.glob("*.csv"))) and not of_gpus:
         raise FileNotFoundError(f"{folder} holds no *.csv; --redraw takes the folder that an earlier call wrote to")
     kinds = {field.name: field.type for field in fields(Measurement)}

@@ -233,8 +233,7 @@ def draw(path: Path) -> None:
     """Draw a file of numbers and say what came of it."""
     from lab.figures.draw import redraw  # imports matplotlib
 
-    drawn = redraw(path)
-    print(f"{path} drawn as {', '.join(file.name for file in drawn)}")
+    print(f"{path} drawn as {', '.join(file.name for file in redraw(path))}")
 
 
 def saved_numbers(folder: Path) -> list[Path]:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from lab.benchmarking.gpu_plan import Part
-from lab.benchmarking.gpu_run import Store, measure_part, run_tests
+from lab.benchmarking.gpu_run import Store, load, measure_part, run_tests
 from lab.benchmarking.gpu_tables import markdown, plot
 
 
@@ -39,3 +39,12 @@ def test_and_measure(
         shown("chart", lambda: plot(store, plan, store.path.with_suffix(".png")))
     shown("table", written)
     shown("table", lambda: say(page.read_text(encoding="utf-8")))
+
+
+def redraw_gpus(folder: Path, plan: Mapping[str, Part], say: Callable[[str], None]) -> list[Path]:
+    """Charts again, from what earlier calls left in a folder; the files they are of."""
+    paths = [path for path in sorted(folder.glob("gpu-*.jsonl")) if not path.stem.endswith(".earlier")]
+    for path in paths:
+        plot(load(path), plan, path.with_suffix(".png"))
+        say(f"{path} drawn as {path.stem}.png")
+    return paths
