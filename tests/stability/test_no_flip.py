@@ -12,7 +12,10 @@ from sj_robust.classifier import PoissonEncoder, SpikingClassifier, SpikingEvent
 from sj_robust.neuron.charging import read_charging
 from sj_robust.stability import no_flip_radius
 
-NEURONS = test_verification.NEURONS | {"IF soft": lambda: neuron.IFNode(v_reset=None)}
+NEURONS = test_verification.NEURONS | {
+    "IF soft": lambda: neuron.IFNode(v_reset=None),
+    "PLIF without input decay": lambda: neuron.ParametricLIFNode(decay_input=False),
+}
 
 
 def network(node, frames=False):

@@ -24,7 +24,6 @@ NEURONS = {
     "LIF reset to 0.2": lambda: neuron.LIFNode(tau=2.0, v_reset=0.2, v_threshold=0.7),
     "LIF reset to -0.5": lambda: neuron.LIFNode(tau=2.0, v_reset=-0.5, v_threshold=0.3),
     "PLIF": lambda: neuron.ParametricLIFNode(init_tau=2.0),
-    "PLIF without input decay": lambda: neuron.ParametricLIFNode(init_tau=3.0, decay_input=False),
     "DLIF": lambda: with_gains(DLIFNode(T=T, tau=4.0)),
     "DLIF soft": lambda: with_gains(DLIFNode(T=T, tau=10.0, v_reset=None, v_threshold=0.6)),
 }
