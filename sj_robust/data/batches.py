@@ -60,7 +60,7 @@ class ShuffledBatches(Sampler[list[int]]):
             yield self.indices(epoch, batch)
 
     def indices(self, epoch: int, batch: int) -> list[int]:
-        """Indices of this process's share of one batch, from 0 on, whatever ``epoch`` and ``first_batch`` are.
+        """This process's indices of one batch, whatever the sampler's own epoch and first batch; both count from 0.
 
         Raises:
             IndexError: If an epoch has no such batch.

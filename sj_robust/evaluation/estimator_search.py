@@ -230,13 +230,14 @@ class _Trials:
         tried = [name for name, trial in self.found.items() if not trial.note]
         chosen: list[str] = []
         left = torch.full_like(self.left["training"], torch.inf)
-        for _ in range(count):
+        while tried and len(chosen) < count:
             means = {name: float(torch.minimum(left, self.left[name]).mean()) for name in tried}
             best = min(tried, key=means.__getitem__)
             if chosen and means[best] >= float(left.mean()):
-                break  # as it is for those that are chosen already
+                break  # none of the others helps
             left = torch.minimum(left, self.left[best])
             chosen.append(best)
+            tried.remove(best)
         return chosen
 
     def _craft(self, name: str, rows: slice) -> Tensor:

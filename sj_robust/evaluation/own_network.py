@@ -194,7 +194,7 @@ def _prepared(
     folder: str | Path | None,
     progress: bool,
 ) -> Iterator[tuple[Subject, Batches, int, bool, _Display]]:
-    """Network, images, number of classes, whether images are event frames, display; in evaluation mode and exact."""
+    """Network, images, number of classes, whether images are event frames, display; evaluation mode, full precision."""
     batches, first = _batches(x, y, batch_size)
     frames = first.ndim == 5
     classifier = as_classifier(model, T, mean=mean, std=std, frames=frames)

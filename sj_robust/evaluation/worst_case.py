@@ -116,7 +116,7 @@ def worst_case(
 
 
 class MemberRun(NamedTuple):
-    """What one member made of the samples ``rows`` [n] of a batch, and whether the true network gets that wrong [n]."""
+    """What one member made of the samples ``rows`` [n] of a batch; ``x_adv`` [n, ...] and ``fooled`` [n] are theirs."""
 
     member: Member
     rows: Tensor
@@ -139,8 +139,8 @@ def run_members(
 ) -> Iterator[MemberRun]:
     """Run members in their order, each on what is ``correct`` [N] and still stands in its group.
 
-    The first members, whose fooled samples are ``known`` from an earlier run, are not run again. ``spared`` are, by
-    name of a member, samples [N] bool that it cannot fool and does not attack.
+    ``known[i]`` are the samples that ``members[i]`` fooled in an earlier run; only the members after these run and are
+    yielded. ``spared`` are, by name of a member, samples [N] bool that it cannot fool and does not attack.
     """
     standing = {member.group: correct.clone() for member in members}
     for index, member in enumerate(members):

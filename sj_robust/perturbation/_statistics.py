@@ -222,8 +222,9 @@ class Kept(NamedTuple):
 
 
 class LayerTotals:
-    """Sums of one layer over pairs of runs. The first pair is fed step by step from the state before both; nothing here
-    has a graph, or the size of a batch once that pair is closed.
+    """Sums of one layer over pairs of runs. The first pair is fed step by step from the state before both, until it is
+    closed; then there are means, and :meth:`add` takes in other pairs that are closed. Nothing here has a graph, or
+    the size of a batch once the pair is closed.
     """
 
     @torch.no_grad()

@@ -9,7 +9,7 @@ from typing import Any
 
 from accelerate import Accelerator
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
 from sj_robust._console import moving, working
@@ -55,6 +55,9 @@ class Journal:
             disable=not moving(self.console),
             transient=True,
         )
+        self._name, self._epochs, self._images = "", 0, 0
+        self._task = TaskID(0)
+        self._times: list[float] = []  # when the epoch began and every step of it ended
 
     def say(self, text: str) -> None:
         """Print a line and log it.
@@ -122,7 +125,7 @@ class Journal:
         self._started, self._first_epoch = time.monotonic(), epoch + batch / batches
         self._task = self._progress.add_task(name, total=epochs * batches, completed=epoch * batches + batch, status="")
         self._progress.start()
-        self._times = [time.monotonic()]  # when the epoch began and every step of it ended
+        self._times = [time.monotonic()]
         try:
             yield
         finally:

@@ -256,8 +256,18 @@ def trades(
     Where p(x[k]) = p(x) the divergence has no gradient. A spiking network answers in steps, so if the noise flips no
     spike of an image, the sign of rounding errors decides the first step there; a larger ``noise_std`` avoids it.
 
-    Arguments, result (the last iterate) and errors are those of :mod:`sj_robust.attacks`, with at least one of
-    ``steps`` of length ``step_size`` and a ``noise_std`` > 0. The model sees x[0], which may leave [0, 1] by the noise.
+    Args:
+        model: Images [N, ...] to logits [N, classes]; it sees x[0], which may leave [0, 1] by the noise.
+        x: Images in [0, 1], floating point.
+        y: Labels [N] int64, not used by the attack.
+        eps: Linf radius in units of [0, 1] images; never exceeded, see ``linf_bounds``.
+        step_size: Length of a step.
+        steps: Number of gradient steps, >= 1.
+        noise_std: Standard deviation of the noise at the start, > 0.
+        generator: Seeds the noise; None draws fresh numbers, global generators untouched.
+
+    Returns:
+        The last iterate, in shape, dtype and device of ``x``; errors are those of :mod:`sj_robust.attacks`.
 
     Source: Zhang et al., "Theoretically Principled Trade-off between Robustness and Accuracy" (ICML 2019).
 

@@ -296,9 +296,8 @@ def test_large_tensors(instruction_set, shape):
     same = (results[0][0] == results[1][0]).all(0)  # neurons that rounding did not flip
     assert same.float().mean() > 0.9999
     torch.testing.assert_close(results[0][1][:, same], results[1][1][:, same], rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(
-        results[0][2:], results[1][2:], rtol=1e-3, atol=1.0
-    )  # sums of a million terms of size one
+    # sums of a million terms of size one
+    torch.testing.assert_close(results[0][2:], results[1][2:], rtol=1e-3, atol=1.0)
 
 
 @needs_kernel

@@ -88,7 +88,7 @@ class Store:
         for line in lines[1:]:
             try:
                 row = GpuRow(**json.loads(line))
-            except (TypeError, ValueError):  # where rows set aside begin; the last line of a run that was killed
+            except (TypeError, ValueError):  # a head, a row of other fields, the last line of a run that was killed
                 continue
             self._rows[row.key] = row
         if not lines:

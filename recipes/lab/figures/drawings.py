@@ -33,7 +33,7 @@ def draw_neuron(data: OneNeuron) -> Figure:
         lower.set_xlabel("time step")
     panels[0, 0].set_ylabel("membrane potential")
     panels[1, 0].set_ylabel("perturbation, distance")
-    legend(figure, panels[:, 0], loc="outside upper center", ncols=7, columnspacing=1.2, handlelength=2.2)
+    legend(figure, panels[:, 0], loc="outside upper center", columnspacing=1.2, handlelength=2.2)
     return figure
 
 

@@ -45,9 +45,7 @@ def draw_intensity(data: IntensityCorrelation) -> Figure:
         errors.set_ylabel("AUROC")
         for axes in (correlations, neurons, errors):
             axes.set_xlabel("spiking layer")
-    legend(
-        figure, panels[0, :1], loc="outside upper center", ncols=len(_LOOKS) + 1, columnspacing=1.2, handlelength=2.2
-    )
+    legend(figure, panels[0, :1], loc="outside upper center", columnspacing=1.2, handlelength=2.2)
     return figure
 
 

@@ -41,4 +41,4 @@ def legend(figure: Figure, panels: Iterable[Axes], **look: Any) -> None:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
     if any(found):
-        figure.legend(list(found.values()), list(found), **look)
+        figure.legend(list(found.values()), list(found), **{"ncols": len(found)} | look)
