@@ -130,7 +130,7 @@ class LayerPair:
                 f"layer {self.neuron.name!r} takes {self._taken_steps} steps in the perturbed run and "
                 f"{self._clean_steps} in the clean run: give both runs the same number of time steps"
             )
-        self._start = 0.0, self._start[1]
+        self._start = 0.0, self._start[1]  # the potentials are as large as a batch
         if self.totals is not None:
             self.trace = self.totals.close()
 
