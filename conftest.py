@@ -1,4 +1,6 @@
-"""README and docs are tests as well; parallel tests take one thread each, and coverage keeps its tracer."""
+"""README and docs are tests as well; parallel tests take one thread each, and coverage keeps its
+tracer.
+"""
 
 import gc
 import importlib.util
@@ -26,13 +28,16 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.slow)
 
 
-# Garbage collection would go through a million objects, most of them imported for good, every few seconds.
+# Garbage collection would go through a million objects, most of them imported for good, every few
+# seconds.
 gc.set_threshold(*gc.get_threshold()[:2], 200)
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item, nextitem):
-    """Gives back the tracer that stood before the test: pyautoattack and torch.compile take it away."""
+    """Gives back the tracer that stood before the test: pyautoattack and torch.compile take it
+    away.
+    """
     tracer = sys.gettrace()
     try:
         return (yield)

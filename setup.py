@@ -1,7 +1,8 @@
-"""Builds the compiled CPU kernels when there is a compiler, and installs without them when there is none.
+"""Builds the compiled CPU kernels when there is a compiler, and installs without them when there is
+none.
 
-The library has a plain C interface and is loaded with ctypes: it depends on no Python and no torch version, so the
-wheel is tagged ``py3-none-PLATFORM``. All other metadata stands in pyproject.toml.
+The library has a plain C interface and is loaded with ctypes: it depends on no Python and no torch
+version, so the wheel is tagged ``py3-none-PLATFORM``. All other metadata stands in pyproject.toml.
 """
 
 import sys
@@ -16,7 +17,8 @@ _FLAGS = [
     "-std=c++17",
     "-O3",
     "-g0",
-    # Spikes must equal plain torch bit for bit: no fused multiply-add, no reordering, whatever CXXFLAGS ask for.
+    # Spikes must equal plain torch bit for bit: no fused multiply-add, no reordering, whatever
+    # CXXFLAGS ask for.
     "-ffp-contract=off",
     "-fno-fast-math",
     "-fno-exceptions",
@@ -24,7 +26,10 @@ _FLAGS = [
     "-fvisibility=hidden",
     "-pthread",
 ]
-_LINK = ["-pthread", *(["-ldl"] if sys.platform == "linux" else [])]  # before glibc 2.34 dlsym is a library of its own
+_LINK = [
+    "-pthread",
+    *(["-ldl"] if sys.platform == "linux" else []),
+]  # before glibc 2.34 dlsym is a library of its own
 
 
 class BuildKernels(build_ext):
@@ -40,7 +45,9 @@ class BuildKernels(build_ext):
 
 
 class KernelWheel(bdist_wheel):
-    """Tags the wheel for the platform, not for a Python; for any platform where the kernels were not built."""
+    """Tags the wheel for the platform, not for a Python; for any platform where the kernels were
+    not built.
+    """
 
     def get_tag(self) -> tuple[str, str, str]:
         """Python, ABI and platform tag."""

@@ -1,7 +1,8 @@
-"""MkDocs: the READMEs are pages of the site, docstrings are read as their authors write them, formulas are MathML.
+"""MkDocs: the READMEs are pages of the site, docstrings are read as their authors write them,
+formulas are MathML.
 
-Diagrams are drawn by Mermaid from the site itself where ``npm install --no-save mermaid`` has put it into
-``node_modules``, else by the copy that the theme loads from a server of others.
+Diagrams are drawn by Mermaid from the site itself where ``npm install --no-save mermaid`` has put
+it into ``node_modules``, else by the copy that the theme loads from a server of others.
 """
 
 import re
@@ -12,9 +13,18 @@ from typing import Any
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File
 
-README = {"](docs/": "](", "](recipes/README.md)": "](recipes.md)", "[CITATION.cff](CITATION.cff)": "`CITATION.cff`"}
-PAGES = {"index.md": ("README.md", README), "recipes.md": ("recipes/README.md", {"](../docs/": "]("})}
-PLACE = re.compile(r'id="(sj_robust[\w.]*)"|:(?:meth|class|func|data|mod|attr):<code>~?([\w.]+)</code>')
+README = {
+    "](docs/": "](",
+    "](recipes/README.md)": "](recipes.md)",
+    "[CITATION.cff](CITATION.cff)": "`CITATION.cff`",
+}
+PAGES = {
+    "index.md": ("README.md", README),
+    "recipes.md": ("recipes/README.md", {"](../docs/": "]("}),
+}
+PLACE = re.compile(
+    r'id="(sj_robust[\w.]*)"|:(?:meth|class|func|data|mod|attr):<code>~?([\w.]+)</code>'
+)
 OVERWRITTEN = re.compile(
     r'<div class="jp-OutputArea-child">\s*<div [^>]*></div>\s*<div [^>]*>\s*<pre>\r[^<]*\r</pre>\s*</div>\s*</div>'
 )
@@ -31,7 +41,9 @@ def on_files(files: Any, *, config: Any) -> Any:
 
 
 def on_post_page(output: str, *, page: Any, config: Any) -> str:
-    """Page with its theme around it: diagrams get Mermaid before the theme asks for it, the search dialog a name."""
+    """Page with its theme around it: diagrams get Mermaid before the theme asks for it, the search
+    dialog a name.
+    """
     if MERMAID.is_file() and 'class="mermaid"' in output:
         address = "../" * page.url.count("/") + "assets/mermaid.min.js"
         output = output.replace("</head>", f'<script src="{address}"></script></head>', 1)
@@ -50,15 +62,18 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, files: Any) -> st
 
 
 def on_page_content(html: str, *, page: Any, config: Any, files: Any) -> str:
-    """Page in HTML: formulas need no script, progress is left out, the roles of docstrings are links, and ``::`` before
-    an example is a colon.
+    """Page in HTML: formulas need no script, progress is left out, the roles of docstrings are
+    links, and ``::`` before an example is a colon.
 
     Docstrings are written as in SpikingJelly, whose documentation is made by Sphinx.
     """
     html = FORMULA.sub(
-        lambda found: convert(unescape(found[3]), display="inline" if found[2] == "(" else "block"), html
+        lambda found: convert(unescape(found[3]), display="inline" if found[2] == "(" else "block"),
+        html,
     )
-    html = OVERWRITTEN.sub("", html)  # progress of a notebook, of which a reader in front of it sees one line at a time
+    html = OVERWRITTEN.sub(
+        "", html
+    )  # progress of a notebook, of which a reader in front of it sees one line at a time
     anchors = list(dict.fromkeys(re.findall(r'id="(sj_robust[\w.]*)"', html)))
     here = ""
 
@@ -78,7 +93,9 @@ def on_page_content(html: str, *, page: Any, config: Any, files: Any) -> str:
 
 
 def _anchor_of(name: str, here: str, anchors: list[str]) -> str | None:
-    """The anchor that a name means at a place: a member of what is described there, or the only one of this name."""
+    """The anchor that a name means at a place: a member of what is described there, or the only one
+    of this name.
+    """
     parts = here.split(".")
     for length in range(len(parts), 0, -1):
         inside = ".".join([*parts[:length], name])

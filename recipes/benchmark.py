@@ -13,48 +13,86 @@
     python recipes/benchmark.py --output docs/benchmarks                  # leaves neuron.csv, neuron.md, neuron.png
     python recipes/benchmark.py --device cuda --output docs/benchmarks    # all that there is for a GPU, within an hour
 
-Every method runs in a process of its own, those of one shape take turns, and nothing is timed before the operator's
-tests and a comparison with the textbook loop have passed. Peers that are not installed are named and left out; to have
-them: pip install snntorch norse nir nirtorch. On a GPU each row and each group of tests is on its own: one that fails
-is a row with the reason, what is known is on disk, and the same command goes on where a run was stopped.
+Every method runs in a process of its own, those of one shape take turns, and nothing is timed
+before the operator's tests and a comparison with the textbook loop have passed. Peers that are not
+installed are named and left out; to have them: pip install snntorch norse nir nirtorch. On a GPU
+each row and each group of tests is on its own: one that fails is a row with the reason, what is
+known is on disk, and the same command goes on where a run was stopped.
 """
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-from lab.command_line import WrongUse, check_options, describe_folder, option, read_options, run_recipe
+from lab.command_line import (
+    WrongUse,
+    check_options,
+    describe_folder,
+    option,
+    read_options,
+    run_recipe,
+)
 from lab.command_line.declared import AtLeastTwo, PositiveInt
 
 
-# fmt: off
 @dataclass(frozen=True)
 class Options:
     """Options of benchmark."""
 
     what: Literal[
-        "neuron", "batch_norm", "stage", "instruction_sets", "scaling", "conv4", "vgg5",
-        "conv4_adversarial", "vgg5_adversarial", "small_adversarial", "training_step", "verify",
+        "neuron",
+        "batch_norm",
+        "stage",
+        "instruction_sets",
+        "scaling",
+        "conv4",
+        "vgg5",
+        "conv4_adversarial",
+        "vgg5_adversarial",
+        "small_adversarial",
+        "training_step",
+        "verify",
     ] = option("neuron", "What to measure, see the examples.", group="measurement")
-    shapes: list[tuple[int, ...]] | None = option(None, "Shapes [T, N, C, H, W] of the input, such as [[4,8,32,8,8]]; "
-        "null for those of the documentation.")
-    methods: list[str] | None = option(None, "Methods to measure, such as [DLIF cpp]; null for all. A wrong name is "
-        "answered with those there are.")
-    device: Literal["cpu", "cuda"] = option("cpu", "cuda runs tests/gpu and then measures layer, batch norm "
-        "with layer and a training step of VGG-11 on the GPU; of the other options it takes rounds, check and output.")
+    shapes: list[tuple[int, ...]] | None = option(
+        None,
+        "Shapes [T, N, C, H, W] of the input, such as [[4,8,32,8,8]]; "
+        "null for those of the documentation.",
+    )
+    methods: list[str] | None = option(
+        None,
+        "Methods to measure, such as [DLIF cpp]; null for all. A wrong name is "
+        "answered with those there are.",
+    )
+    device: Literal["cpu", "cuda"] = option(
+        "cpu",
+        "cuda runs tests/gpu and then measures layer, batch norm with layer and a training step "
+        "of VGG-11 on the GPU; of the other options it takes rounds, check and output.",
+    )
     rounds: AtLeastTwo = option(15, "Timed passes per method; the tables show milliseconds.")
-    check: bool = option(True, "Whether the tests of what is timed run first; they need a clone of the repository and "
-        "the extra test.")
+    check: bool = option(
+        True,
+        "Whether the tests of what is timed run first; they need a clone of the repository and "
+        "the extra test.",
+    )
     threads: PositiveInt = option(2, "Threads of torch.", group="machine")
-    allocators: tuple[Literal["malloc", "reuse"], ...] = option(("malloc", "reuse"), "malloc maps every large tensor "
-        "afresh, reuse keeps the heap.")
-    instruction_set: str | None = option(None, "Instruction set of the compiled kernel, baseline, avx2 or avx512; null "
-        "for the best.")
-    output: str | None = option(None, "Folder for the CSV, the table and the chart; null only prints.",
-        group="output", metavar="FOLDER")
-    redraw: str | None = option(None, "Folder of an earlier call, whose charts are drawn again, and nothing is "
-        "measured; null to measure.", metavar="FOLDER")
-# fmt: on
+    allocators: tuple[Literal["malloc", "reuse"], ...] = option(
+        ("malloc", "reuse"), "malloc maps every large tensor afresh, reuse keeps the heap."
+    )
+    instruction_set: str | None = option(
+        None, "Instruction set of the compiled kernel, baseline, avx2 or avx512; null for the best."
+    )
+    output: str | None = option(
+        None,
+        "Folder for the CSV, the table and the chart; null only prints.",
+        group="output",
+        metavar="FOLDER",
+    )
+    redraw: str | None = option(
+        None,
+        "Folder of an earlier call, whose charts are drawn again, and nothing is "
+        "measured; null to measure.",
+        metavar="FOLDER",
+    )
 
 
 if __name__ == "__main__":
@@ -96,7 +134,8 @@ def main(arguments: list[str]) -> None:
     if options.device == "cuda":
         if not torch.cuda.is_available():
             raise SystemExit(
-                "error: torch finds no CUDA GPU, so nothing is measured; python -m sj_robust.doctor says more"
+                "error: torch finds no CUDA GPU, so nothing is measured; python -m "
+                "sj_robust.doctor says more"
             )
         with tempfile.TemporaryDirectory() as folder:
             first_hour(options, Path(options.output or folder), arguments)
@@ -104,30 +143,48 @@ def main(arguments: list[str]) -> None:
     benchmark = BENCHMARKS[options.what]
     unknown = sorted(set(options.methods or []) - set(benchmark.methods))
     if unknown:
-        raise WrongUse(f"{options.what} has no method {unknown[0]}; it has {', '.join(benchmark.methods)}")
+        raise WrongUse(
+            f"{options.what} has no method {unknown[0]}; it has {', '.join(benchmark.methods)}"
+        )
     axes = {len(shape) for shape in benchmark.shapes}
     for shape in options.shapes or ():
         if len(shape) not in axes or min(shape) < 1:
             example = json.dumps([benchmark.shapes[-1]])
-            raise WrongUse(f"a shape must be sizes >= 1, such as {example} for {options.what}, got {list(shape)}")
+            raise WrongUse(
+                f"a shape must be sizes >= 1, such as {example} for {options.what}, got "
+                f"{list(shape)}"
+            )
     where = environment() | {"threads": str(options.threads), "processor": processor()}
     where |= {"instruction_set": options.instruction_set or "best"}
     where |= {name: version_of(name) or "not installed" for name in PEERS}
     console = said(where)
-    environ = {} if options.instruction_set is None else {"SJ_ROBUST_INSTRUCTION_SET": options.instruction_set}
+    environ = (
+        {}
+        if options.instruction_set is None
+        else {"SJ_ROBUST_INSTRUCTION_SET": options.instruction_set}
+    )
     if options.check:
         with working("running the tests of what is timed", console):
             refuse_unless_tests_pass(options.what, environ)
     methods = options.methods or list(benchmark.methods)
-    races = [(allocator, shape) for allocator in options.allocators for shape in options.shapes or benchmark.shapes]
+    races = [
+        (allocator, shape)
+        for allocator in options.allocators
+        for shape in options.shapes or benchmark.shapes
+    ]
     rows: list[Measurement] = []
     with working(f"measuring {options.what}", console, total=len(races)) as step:
         for allocator, shape in races:
             try:
                 found, missing = race(
-                    options.what, methods, shape, rounds=options.rounds, threads=options.threads, allocator=allocator,
+                    options.what,
+                    methods,
+                    shape,
+                    rounds=options.rounds,
+                    threads=options.threads,
+                    allocator=allocator,
                     environ=environ,
-                )  # fmt: skip
+                )
             except RuntimeError as error:  # of a process of its own, or a method is wrong
                 raise SystemExit(f"error: {error}") from error
             for method, reason in missing.items():
@@ -137,15 +194,24 @@ def main(arguments: list[str]) -> None:
             rows += found
             step()
     if options.output is not None and rows:
-        name = options.what if options.instruction_set is None else f"{options.what}-{options.instruction_set}"
+        name = (
+            options.what
+            if options.instruction_set is None
+            else f"{options.what}-{options.instruction_set}"
+        )
         save(Path(options.output), name, rows, where, arguments)
         console.print(f"{name}.csv, {name}.md and {name}.png are in {options.output}")
 
 
 def first_hour(options: Options, folder: Path, arguments: list[str]) -> None:
     """All that there is for a GPU; a call that was stopped goes on."""
-    where = {name: value for name, value in environment(options.device).items() if name != "threads"}
-    cupy = next((version for kind in ("cuda12x", "cuda13x") if (version := version_of(f"cupy-{kind}"))), None)
+    where = {
+        name: value for name, value in environment(options.device).items() if name != "threads"
+    }
+    cupy = next(
+        (version for kind in ("cuda12x", "cuda13x") if (version := version_of(f"cupy-{kind}"))),
+        None,
+    )
     where |= {"triton": version_of("triton") or "not installed", "cupy": cupy or "not installed"}
     where |= {"kernels": digest_of_kernels()}
     console = said(where)
@@ -167,7 +233,9 @@ def said(where: dict[str, str]) -> Console:
 
 
 def digest_of_kernels() -> str:
-    """Changes with any text of ``sj_robust.ops``, so that no row of other kernels stays in a table."""
+    """Changes with any text of ``sj_robust.ops``, so that no row of other kernels stays in a
+    table.
+    """
     folder = Path(ops.__file__).parent
     paths = sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".cu"))
     return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
@@ -179,12 +247,15 @@ def refuse_unless_tests_pass(what: str, environ: dict[str, str]) -> None:
     files = ["ops/test_dlif.py", "ops/test_cpp.py"]
     if what not in ("neuron", "instruction_sets", "scaling"):
         files += ["ops/test_bn_dlif.py", "neuron/test_fusion.py"]
-    files += {"training_step": ["training/test_training_step.py"], "verify": ["stability/test_verification.py"]}.get(
-        what, []
-    )
+    files += {
+        "training_step": ["training/test_training_step.py"],
+        "verify": ["stability/test_verification.py"],
+    }.get(what, [])
     options = ["-q", "--no-header", "-p", "no:cacheprovider"]
     command = [sys.executable, "-m", "pytest", *options, *(str(tests / name) for name in files)]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | environ)
+    result = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | environ
+    )
     if result.returncode != 0:
         tail = f"{result.stdout[-2000:]}{result.stderr[-500:]}"
         raise SystemExit(f"the tests of what is timed fail, so nothing is timed:\n{tail}")
@@ -200,7 +271,9 @@ def table(rows: list[Measurement]) -> Table:
     return result
 
 
-def save(folder: Path, what: str, rows: list[Measurement], where: dict[str, str], arguments: list[str]) -> None:
+def save(
+    folder: Path, what: str, rows: list[Measurement], where: dict[str, str], arguments: list[str]
+) -> None:
     """CSV with everything, a table in Markdown and a chart."""
     folder.mkdir(parents=True, exist_ok=True)
     describe_folder(folder, "benchmark", arguments)
@@ -208,9 +281,12 @@ def save(folder: Path, what: str, rows: list[Measurement], where: dict[str, str]
         writer = csv.DictWriter(file, [*(f.name for f in fields(Measurement)), *where])
         writer.writeheader()
         writer.writerows(asdict(row) | where for row in rows)
-    lines = [f"`{shlex.join(['python', 'recipes/benchmark.py', *arguments])}`: processor {where['processor']}, "
-             f"{where['threads']} threads, torch {where['torch']}, SpikingJelly {where['spikingjelly']}, commit "
-             f"{where['commit'][:12]}.", ""]  # fmt: skip
+    lines = [
+        f"`{shlex.join(['python', 'recipes/benchmark.py', *arguments])}`: processor "
+        f"{where['processor']}, {where['threads']} threads, torch {where['torch']}, SpikingJelly "
+        f"{where['spikingjelly']}, commit {where['commit'][:12]}.",
+        "",
+    ]
     lines += markdown(rows)
     (folder / f"{what}.md").write_text("\n".join(lines), encoding="utf-8")
     draw(rows, folder / f"{what}.png")
@@ -227,7 +303,9 @@ def redraw(folder: Path) -> None:
     """Charts again, from the CSV files alone."""
     of_gpus = redraw_gpus(folder, PLAN, print)
     if not (paths := sorted(folder.glob("*.csv"))) and not of_gpus:
-        raise FileNotFoundError(f"{folder} holds no *.csv; --redraw takes the folder that an earlier call wrote to")
+        raise FileNotFoundError(
+            f"{folder} holds no *.csv; --redraw takes the folder that an earlier call wrote to"
+        )
     kinds = {field.name: field.type for field in fields(Measurement)}
     for path in paths:
         with path.open(newline="", encoding="utf-8") as file:
@@ -235,7 +313,12 @@ def redraw(folder: Path) -> None:
         if not texts or not kinds.keys() <= texts[0].keys():
             raise ValueError(f"{path} holds no measurements of this recipe; move it elsewhere")
         rows = [
-            Measurement(**{name: text[name] if kind is str else float(text[name]) for name, kind in kinds.items()})  # type: ignore[arg-type]
+            Measurement(
+                **{
+                    name: text[name] if kind is str else float(text[name])
+                    for name, kind in kinds.items()
+                }
+            )  # type: ignore[arg-type]
             for text in texts
         ]
         draw(rows, path.with_suffix(".png"))
@@ -243,4 +326,7 @@ def redraw(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    run_recipe(main, stopped="which on a CPU is nothing before all is measured; the same command goes on on a GPU")
+    run_recipe(
+        main,
+        stopped="which on a CPU is nothing before all is measured; the same command goes on on a GPU",
+    )

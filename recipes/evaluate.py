@@ -17,74 +17,186 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from lab.command_line import check_options, checked, describe_folder, option, parse_options, run_recipe
-from lab.command_line.declared import DatasetName, NonNegativeInt, OpenUnitInterval, PositiveInt, Radius, often
+from lab.command_line import (
+    check_options,
+    checked,
+    describe_folder,
+    option,
+    parse_options,
+    run_recipe,
+)
+from lab.command_line.declared import (
+    DatasetName,
+    NonNegativeInt,
+    OpenUnitInterval,
+    PositiveInt,
+    Radius,
+    often,
+)
 
 
-# fmt: off
 @dataclass(frozen=True)
 class Options:
     """Options of evaluate."""
 
-    checkpoint: str | None = often(None, "A checkpoint of adv_train, a network's or a run's folder, or a network that "
-        "ships, as digits/dlif-at-mppd; the option's name may be left out; null for a network of your own.",
-        group="what is evaluated", metavar="CHECKPOINT", decides="nothing", positional=True)
-    network: str | None = often(None, "Instead of a checkpoint, module:function or file.py:function that returns a "
-        "SpikingJelly network with its weights, bare or in a SpikingClassifier; null for a checkpoint.",
-        metavar="FUNCTION", runs_code=True)
-    name: str | None = option(None, "What the report calls the network; null takes the name of checkpoint or function.",
-        decides="nothing")
-    transfer: str | None = option(None, "Checkpoint of another network for the same images; attacks crafted on it join "
-        "the suite; null: none.", metavar="CHECKPOINT")
-    trust_code: bool = option(False, "Allow a function of your own code that a checkpoint names to be run.",
-        runs_code=True)
-    compare: list[str] | None = often(None, "Two saved reports to compare, instead of an evaluation; null to "
-        "evaluate.", metavar="REPORT")
-    leaderboard: list[str] | None = option(None, "Folders with saved reports, which become one table, instead of an "
-        "evaluation; null to evaluate.", metavar="FOLDER", decides="nothing")
-    suite: Literal["paper", "fast", "standard", "autoattack", "gradients", "events", "stress", "corruptions"] | None = (
-        often(None, "paper is the protocol of Ding et al., fast a first impression, standard the figure to report, "
-        "autoattack AutoAttack standard, gradients every estimator for itself, events the one for event data; all with "
-        "their control. stress is faults of deployment, corruptions the common corruptions at five severities, both "
-        "clean and under a short attack. null means standard, and events for event data.", group="attacks"))
-    eps: Radius | None = often(None, "Radius for images in [0, 1], a number or a fraction such as 8/255; null takes "
-        "that of the checkpoint. For L0 the number of changed elements per sample, for moves that of moved events.")
-    norm: Literal["Linf", "L2", "L0", "moves"] | None = often(None, "Norm of the adversary; null means Linf, and L0 "
-        "for event data; moves is events moved in time.")
-    largest_shift: PositiveInt | None = option(None, "For moves, frames by which an event may be moved; null: any.")
-    total_shift: PositiveInt | None = option(None, "For moves, frames by which all events of a sample may be moved "
-        "together; null: any.")
+    checkpoint: str | None = often(
+        None,
+        "A checkpoint of adv_train, a network's or a run's folder, or a network that ships, as "
+        "digits/dlif-at-mppd; the option's name may be left out; null for a network of your own.",
+        group="what is evaluated",
+        metavar="CHECKPOINT",
+        decides="nothing",
+        positional=True,
+    )
+    network: str | None = often(
+        None,
+        "Instead of a checkpoint, module:function or file.py:function that returns a "
+        "SpikingJelly network with its weights, bare or in a SpikingClassifier; null for a "
+        "checkpoint.",
+        metavar="FUNCTION",
+        runs_code=True,
+    )
+    name: str | None = option(
+        None,
+        "What the report calls the network; null takes the name of checkpoint or function.",
+        decides="nothing",
+    )
+    transfer: str | None = option(
+        None,
+        "Checkpoint of another network for the same images; attacks crafted on it join "
+        "the suite; null: none.",
+        metavar="CHECKPOINT",
+    )
+    trust_code: bool = option(
+        False,
+        "Allow a function of your own code that a checkpoint names to be run.",
+        runs_code=True,
+    )
+    compare: list[str] | None = often(
+        None,
+        "Two saved reports to compare, instead of an evaluation; null to evaluate.",
+        metavar="REPORT",
+    )
+    leaderboard: list[str] | None = option(
+        None,
+        "Folders with saved reports, which become one table, instead of an "
+        "evaluation; null to evaluate.",
+        metavar="FOLDER",
+        decides="nothing",
+    )
+    suite: (
+        Literal[
+            "paper",
+            "fast",
+            "standard",
+            "autoattack",
+            "gradients",
+            "events",
+            "stress",
+            "corruptions",
+        ]
+        | None
+    ) = often(
+        None,
+        "paper is the protocol of Ding et al., fast a first impression, standard the figure to "
+        "report, autoattack AutoAttack standard, gradients every estimator for itself, events "
+        "the one for event data; all with their control. stress is faults of deployment, "
+        "corruptions the common corruptions at five severities, both clean and under a short "
+        "attack. null means standard, and events for event data.",
+        group="attacks",
+    )
+    eps: Radius | None = often(
+        None,
+        "Radius for images in [0, 1], a number or a fraction such as 8/255; null takes that of "
+        "the checkpoint. For L0 the number of changed elements per sample, for moves that of "
+        "moved events.",
+    )
+    norm: Literal["Linf", "L2", "L0", "moves"] | None = often(
+        None,
+        "Norm of the adversary; null means Linf, and L0 "
+        "for event data; moves is events moved in time.",
+    )
+    largest_shift: PositiveInt | None = option(
+        None, "For moves, frames by which an event may be moved; null: any."
+    )
+    total_shift: PositiveInt | None = option(
+        None, "For moves, frames by which all events of a sample may be moved together; null: any."
+    )
     fault_draws: PositiveInt = option(5, "For stress, draws of every fault that is random.")
-    draws: PositiveInt = option(1, "Fresh forwards in each of which a stochastic network must be wrong for an image to "
-        "count as broken.")
-    proofs: bool = option(True, "For Linf, prove by bounds of every spike which images no attack can break, and attack "
-        "the others; networks with parts that have no bounds are named in the report.")
-    control: bool = option(True, "Run the suite's control, which shows what its estimators are worth.")
-    smooth: Radius | None = option(None, "Evaluate a smoothed classifier instead of the network (null): the vote over "
-        "Gaussian noise of this standard deviation; what it certifies up to an L2 radius of 2 SIGMA, beside what an "
-        "attack on it leaves.", metavar="SIGMA", group="randomised smoothing")
+    draws: PositiveInt = option(
+        1,
+        "Fresh forwards in each of which a stochastic network must be wrong for an image to "
+        "count as broken.",
+    )
+    proofs: bool = option(
+        True,
+        "For Linf, prove by bounds of every spike which images no attack can break, and attack "
+        "the others; networks with parts that have no bounds are named in the report.",
+    )
+    control: bool = option(
+        True, "Run the suite's control, which shows what its estimators are worth."
+    )
+    smooth: Radius | None = option(
+        None,
+        "Evaluate a smoothed classifier instead of the network (null): the vote over Gaussian "
+        "noise of this standard deviation; what it certifies up to an L2 radius of 2 SIGMA, "
+        "beside what an attack on it leaves.",
+        metavar="SIGMA",
+        group="randomised smoothing",
+    )
     smooth_draws: PositiveInt = option(1000, "Noisy copies of an image in a vote.")
     smooth_alpha: OpenUnitInterval = option(0.001, "Probability of error of a vote.")
-    dataset: DatasetName | None = often(None, "What to test on, digits, fashion_mnist, mnist, cifar10, cifar100, "
-        "svhn, image_folder:PATH, cifar10_dvs, dvs128_gesture or n_mnist; null takes what the checkpoint was trained "
-        "on, or digits.", group="data", metavar="NAME")
-    data_root: str | None = often(None, "Folder with the data set's files, or where they are downloaded to; null "
-        "takes that of the checkpoint's run, or data.", metavar="FOLDER", decides="nothing")
+    dataset: DatasetName | None = often(
+        None,
+        "What to test on, digits, fashion_mnist, mnist, cifar10, cifar100, svhn, "
+        "image_folder:PATH, cifar10_dvs, dvs128_gesture or n_mnist; null takes what the "
+        "checkpoint was trained on, or digits.",
+        group="data",
+        metavar="NAME",
+    )
+    data_root: str | None = often(
+        None,
+        "Folder with the data set's files, or where they are downloaded to; null "
+        "takes that of the checkpoint's run, or data.",
+        metavar="FOLDER",
+        decides="nothing",
+    )
     download: bool = often(False, "Download what is missing.", decides="nothing")
-    on_unreadable: Literal["error", "skip"] = option("error", "Stop at files that cannot be read, or skip them.")
+    on_unreadable: Literal["error", "skip"] = option(
+        "error", "Stop at files that cannot be read, or skip them."
+    )
     test_limit: PositiveInt | None = often(None, "Test images to use at most; null for all.")
-    batch_size: PositiveInt = option(256, "Images per batch; only random networks and the estimator pdsg depend on it.",
-        decides="nothing")
-    T: PositiveInt | None = often(None, "Time steps of a bare network of your own; for a checkpoint, others than "
-        "those it was trained with; null takes those.", group="network of your own")
-    mean: list[float] | None = often(None, "Mean per channel that a bare network expects to be subtracted; null: none.")
-    std: list[float] | None = often(None, "Deviation per channel that it expects to be divided by; null: none.")
+    batch_size: PositiveInt = option(
+        256,
+        "Images per batch; only random networks and the estimator pdsg depend on it.",
+        decides="nothing",
+    )
+    T: PositiveInt | None = often(
+        None,
+        "Time steps of a bare network of your own; for a checkpoint, others than "
+        "those it was trained with; null takes those.",
+        group="network of your own",
+    )
+    mean: list[float] | None = often(
+        None, "Mean per channel that a bare network expects to be subtracted; null: none."
+    )
+    std: list[float] | None = often(
+        None, "Deviation per channel that it expects to be divided by; null: none."
+    )
     seed: NonNegativeInt = option(0, "Seed of everything.", group="machine")
-    device: Literal["auto", "cpu"] = option("auto", "auto: a GPU if there is one.", decides="nothing")
-    output: str | None = often(None, "Folder of the results; null makes runs/evaluate-NETWORK-SUITE-NUMBER.",
-        group="output", metavar="FOLDER", decides="nothing")
-    resume: bool = often(False, "Go on with the evaluation in output (null: the newest one).", decides="nothing")
-# fmt: on
+    device: Literal["auto", "cpu"] = option(
+        "auto", "auto: a GPU if there is one.", decides="nothing"
+    )
+    output: str | None = often(
+        None,
+        "Folder of the results; null makes runs/evaluate-NETWORK-SUITE-NUMBER.",
+        group="output",
+        metavar="FOLDER",
+        decides="nothing",
+    )
+    resume: bool = often(
+        False, "Go on with the evaluation in output (null: the newest one).", decides="nothing"
+    )
 
 
 if __name__ == "__main__":
@@ -99,7 +211,13 @@ from rich.console import Console
 from sj_robust import training
 from sj_robust._console import working
 from sj_robust.data import EVENT_DATASETS, image_loader, load_images
-from sj_robust.evaluation import RobustnessReport, ThreatModel, compare_reports, make_suite, parse_eps
+from sj_robust.evaluation import (
+    RobustnessReport,
+    ThreatModel,
+    compare_reports,
+    make_suite,
+    parse_eps,
+)
 from sj_robust.evaluation.assess import assess
 from sj_robust.evaluation.stressing import stress_network
 from sj_robust.evaluation.subject import Subject, check_fits, from_checkpoint, from_function
@@ -113,7 +231,9 @@ def main(arguments: list[str]) -> None:
         show_comparison(compare_reports(*two_reports(options.compare)), Console())
         return
     if options.leaderboard is not None:
-        make_leaderboard(options.leaderboard, Path(options.output or "runs/leaderboard"), asdict(Options()))
+        make_leaderboard(
+            options.leaderboard, Path(options.output or "runs/leaderboard"), asdict(Options())
+        )
         return
     accelerator = training.make_accelerator(options.device)
     if options.proofs:  # which are of float32, as the attacks then have to be
@@ -127,17 +247,25 @@ def main(arguments: list[str]) -> None:
     suite = options.suite or ("events" if events else "standard")
     norm = options.norm or ("L2" if options.smooth else "L0" if events else "Linf")
     with checked():
-        threat = ThreatModel(norm, radius(options, norm, subject), options.largest_shift, options.total_shift)
+        threat = ThreatModel(
+            norm, radius(options, norm, subject), options.largest_shift, options.total_shift
+        )
         if suite != "stress" and suite != "corruptions" and options.smooth is None:
             make_suite(suite, threat, classes=2, eot_samples=options.draws)
     T = getattr(subject.model, "T", None) if events else None
     other = options.transfer and Path(options.transfer)
     source = from_checkpoint(other, T, trust_code=options.trust_code) if other else None
-    with training.first_process_first(accelerator, f"loading {dataset}"):  # which downloads and prepares
+    with training.first_process_first(
+        accelerator, f"loading {dataset}"
+    ):  # which downloads and prepares
         splits = load_images(
-            dataset, root=data_root(options), test_limit=options.test_limit, download=options.download,
-            on_unreadable=options.on_unreadable, T=T,
-        )  # fmt: skip
+            dataset,
+            root=data_root(options),
+            test_limit=options.test_limit,
+            download=options.download,
+            on_unreadable=options.on_unreadable,
+            T=T,
+        )
     batches = image_loader(splits.test, options.batch_size)
     first = next(iter(batches))[0].to(accelerator.device)
     with checked():
@@ -145,26 +273,51 @@ def main(arguments: list[str]) -> None:
             network.model.to(accelerator.device)
             check_fits(network, first, splits.classes, dataset)
     configuration = asdict(replace(options, output=None, resume=False))
-    folder = training.open_run_folder(options.output, stem(options), configuration, accelerator, resume=options.resume)
+    folder = training.open_run_folder(
+        options.output, stem(options), configuration, accelerator, resume=options.resume
+    )
     if accelerator.is_main_process:
         describe_folder(folder, "evaluate", arguments)
     journal = training.Journal(folder if accelerator.is_main_process else None)
     journal.begin(configuration, asdict(Options()), accelerator)
-    with training.removed_if_unused(folder, resume=options.resume), Display(journal.console, journal.say) as display:
+    with (
+        training.removed_if_unused(folder, resume=options.resume),
+        Display(journal.console, journal.say) as display,
+    ):
         shared: dict[str, Any] = {
-            "threat": threat, "dataset": dataset, "seed": options.seed, "folder": folder / "progress",
-            "configuration": configuration, "say": display.say, "on_step": display.on_step,
-        }  # fmt: skip
+            "threat": threat,
+            "dataset": dataset,
+            "seed": options.seed,
+            "folder": folder / "progress",
+            "configuration": configuration,
+            "say": display.say,
+            "on_step": display.on_step,
+        }
         if options.smooth is not None:
-            votes: dict[str, Any] = {"n": options.smooth_draws, "alpha": options.smooth_alpha, "seed": options.seed}
-            result: Any = bracket_of_the_vote(subject.model, batches, threat.eps / 2, say=display.say, **votes)
+            votes: dict[str, Any] = {
+                "n": options.smooth_draws,
+                "alpha": options.smooth_alpha,
+                "seed": options.seed,
+            }
+            result: Any = bracket_of_the_vote(
+                subject.model, batches, threat.eps / 2, say=display.say, **votes
+            )
         elif suite == "stress" or suite == "corruptions":
-            result = stress_network(subject, batches, suite=suite, draws=options.fault_draws, **shared)
+            result = stress_network(
+                subject, batches, suite=suite, draws=options.fault_draws, **shared
+            )
         else:
             result = assess(
-                subject, batches, suite=suite, classes=splits.classes, draws=options.draws, proofs=options.proofs,
-                control=options.control, source=None if source is None else source.model, **shared,
-            )  # fmt: skip
+                subject,
+                batches,
+                suite=suite,
+                classes=splits.classes,
+                draws=options.draws,
+                proofs=options.proofs,
+                control=options.control,
+                source=None if source is None else source.model,
+                **shared,
+            )
     if accelerator.is_main_process:
         if isinstance(result, RobustnessReport):
             save_report(result, subject, batches, folder, journal)
@@ -173,7 +326,9 @@ def main(arguments: list[str]) -> None:
     accelerator.end_training()
 
 
-def save_report(report: RobustnessReport, subject: Subject, batches: Any, folder: Path, journal: Any) -> None:
+def save_report(
+    report: RobustnessReport, subject: Subject, batches: Any, folder: Path, journal: Any
+) -> None:
     """Write and show what a suite of attacks came to."""
     from sj_robust.evaluation.drawings import plot_robustness  # imports matplotlib
     from sj_robust.evaluation.html import report_gallery, save_html
@@ -184,7 +339,9 @@ def save_report(report: RobustnessReport, subject: Subject, batches: Any, folder
         save_html(report, folder / "report.html", shown)
         plots = plot_robustness(report, folder, shown)
     show_report(report, journal.console, journal.say)
-    journal.say(f"report.json, report.html and {', '.join(path.name for path in plots)} are in {folder}")
+    journal.say(
+        f"report.json, report.html and {', '.join(path.name for path in plots)} are in {folder}"
+    )
 
 
 def save_card(card: Any, folder: Path, journal: training.Journal) -> None:
@@ -197,7 +354,10 @@ def save_card(card: Any, folder: Path, journal: training.Journal) -> None:
 def load_subject(options: Options) -> Subject:
     """The network to evaluate."""
     if (options.checkpoint is None) == (options.network is None):
-        raise ValueError("give a checkpoint, or your own network with --network module:function, or --compare A B")
+        raise ValueError(
+            "give a checkpoint, or your own network with --network module:function, or --compare "
+            "A B"
+        )
     if options.network is not None:
         return from_function(options.network, T=options.T, mean=options.mean, std=options.std)
     if options.mean is not None or options.std is not None:
@@ -208,7 +368,11 @@ def load_subject(options: Options) -> Subject:
 def data_root(options: Options) -> str:
     """The folder asked for, or that of the run in which the checkpoint lies."""
     path = Path(options.checkpoint or "")
-    for folder in (path, *path.parents[:2]) if options.data_root is None and options.checkpoint is not None else ():
+    for folder in (
+        (path, *path.parents[:2])
+        if options.data_root is None and options.checkpoint is not None
+        else ()
+    ):
         if (file := folder / "config.yaml").is_file():
             return str(yaml.safe_load(file.read_text(encoding="utf-8")).get("data_root", "data"))
     return options.data_root or "data"
@@ -219,21 +383,30 @@ def radius(options: Options, norm: str, subject: Subject) -> float:
     if options.smooth is not None:
         beside = (options.eps, options.norm, options.suite, options.transfer, options.resume)
         if parse_eps(options.smooth) <= 0 or any(beside):
-            raise ValueError("--smooth takes SIGMA > 0 and attacks its vote on images, in L2 and in one go: leave "
-                             "--eps, --norm, --suite, --transfer and --resume out")  # fmt: skip
+            raise ValueError(
+                "--smooth takes SIGMA > 0 and attacks its vote on images, in L2 and in one go: "
+                "leave --eps, --norm, --suite, --transfer and --resume out"
+            )
         return 2 * parse_eps(options.smooth)
     trained = subject.options
     eps = options.eps if options.eps is not None else trained.get("eval_eps") or trained.get("eps")
     if options.eps is None and norm in ("L0", "moves"):
-        raise ValueError(f"eps is the number of changed or moved events per sample for {norm}: give it, as in --eps 20")
+        raise ValueError(
+            f"eps is the number of changed or moved events per sample for {norm}: give it, as in "
+            "--eps 20"
+        )
     if eps is None:
         raise ValueError("eps is not known for this network: give the radius, such as --eps 8/255")
     if options.eps is None and norm != "Linf":
-        raise ValueError(f"the checkpoint's eps is one of Linf: give that of {norm}, such as --eps 0.5")
+        raise ValueError(
+            f"the checkpoint's eps is one of Linf: give that of {norm}, such as --eps 0.5"
+        )
     if parse_eps(eps) <= 0:
         raise ValueError(f"eps must be > 0 to attack at all, got {eps}")
     if norm == "Linf" and parse_eps(eps) > 1:
-        raise ValueError(f"eps must be <= 1, since images lie in [0, 1], got {eps}; write 8/255 instead of 8")
+        raise ValueError(
+            f"eps must be <= 1, since images lie in [0, 1], got {eps}; write 8/255 instead of 8"
+        )
     return parse_eps(eps)
 
 
@@ -242,7 +415,9 @@ def stem(options: Options) -> str:
     path = Path(options.checkpoint or "")
     name = path.parent.name if path.suffix == ".pt" else path.name
     own = re.split(r"[:/]", options.network)[-1] if options.network else name
-    return "-".join(filter(None, ("evaluate", own, options.suite or ("smooth" if options.smooth else ""))))
+    return "-".join(
+        filter(None, ("evaluate", own, options.suite or ("smooth" if options.smooth else "")))
+    )
 
 
 if __name__ == "__main__":

@@ -14,44 +14,82 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from lab.command_line import WrongUse, check_options, describe_folder, option, read_options, run_recipe
+from lab.command_line import (
+    WrongUse,
+    check_options,
+    describe_folder,
+    option,
+    read_options,
+    run_recipe,
+)
 from lab.command_line.declared import DatasetName, NonNegativeInt, PositiveInt, Radius
 
 
-# fmt: off
 @dataclass(frozen=True)
 class Options:
     """Options of figures."""
 
-    run: str | None = option(None, "Folder of a run of adv_train, of one network in it, or of a sweep; also given "
-        "without the option's name; null for the figure neuron, which needs none.", group="figures", metavar="FOLDER",
-        positional=True)
-    which: list[Literal["all", "neuron", "gains", "curves", "intensity", "rho", "ground_truth"]] = option(["all"],
-        "neuron (figure 1 of the paper), rho (3, needs a sweep), gains (4), curves (5), intensity (indicators and heat "
-        "maps under growing eps), ground_truth (exact robust accuracy of a small network beside what attacks leave), "
-        "or all that the folder has numbers for, without ground_truth.")
-    columns: list[str] | None = option(None, "Figures that rho shows, as shell patterns such as pgd20 or paper/*; null "
-        "for the usual ones.")
-    eps: list[Radius] = option(["0.02", "0.05", "0.1", "0.15", "0.2", "0.3"], "Sizes of the perturbations of "
-        "intensity and ground_truth, growing, for images in [0, 1]; numbers or fractions such as 8/255.",
-        group="intensity and ground truth")
-    suites: list[Literal["paper", "fast", "standard", "autoattack", "gradients"]] = option(["gradients", "paper",
-        "fast", "standard"], "Suites of evaluate.py that ground_truth measures.")
-    time_limit: float = option(30.0, "Seconds per image that ground_truth gives to the mixed-integer program.")
+    run: str | None = option(
+        None,
+        "Folder of a run of adv_train, of one network in it, or of a sweep; also given "
+        "without the option's name; null for the figure neuron, which needs none.",
+        group="figures",
+        metavar="FOLDER",
+        positional=True,
+    )
+    which: list[Literal["all", "neuron", "gains", "curves", "intensity", "rho", "ground_truth"]] = (
+        option(
+            ["all"],
+            "neuron (figure 1 of the paper), rho (3, needs a sweep), gains (4), curves (5), "
+            "intensity (indicators and heat maps under growing eps), ground_truth (exact robust "
+            "accuracy of a small network beside what attacks leave), or all that the folder has "
+            "numbers for, without ground_truth.",
+        )
+    )
+    columns: list[str] | None = option(
+        None,
+        "Figures that rho shows, as shell patterns such as pgd20 or paper/*; null "
+        "for the usual ones.",
+    )
+    eps: list[Radius] = option(
+        ["0.02", "0.05", "0.1", "0.15", "0.2", "0.3"],
+        "Sizes of the perturbations of intensity and ground_truth, growing, for images in [0, "
+        "1]; numbers or fractions such as 8/255.",
+        group="intensity and ground truth",
+    )
+    suites: list[Literal["paper", "fast", "standard", "autoattack", "gradients"]] = option(
+        ["gradients", "paper", "fast", "standard"],
+        "Suites of evaluate.py that ground_truth measures.",
+    )
+    time_limit: float = option(
+        30.0, "Seconds per image that ground_truth gives to the mixed-integer program."
+    )
     steps: PositiveInt = option(10, "Steps of the adversarial direction of intensity.")
     images: PositiveInt = option(360, "Test images of intensity and ground_truth to use at most.")
     resamples: PositiveInt = option(200, "Bootstrap samples behind the intervals of intensity.")
-    dataset: DatasetName | None = option(None, "Images to test on, as in adv_train.py; null takes those of the "
-        "checkpoint.", metavar="NAME")
+    dataset: DatasetName | None = option(
+        None,
+        "Images to test on, as in adv_train.py; null takes those of the checkpoint.",
+        metavar="NAME",
+    )
     data_root: str = option("data", "Folder with the data set's files.", metavar="FOLDER")
     batch_size: PositiveInt = option(64, "Images at a time.", group="machine")
     seed: NonNegativeInt = option(0, "Seed of everything.")
-    device: Literal["auto", "cpu"] = option("auto", "auto takes a GPU if there is one, cpu does not.")
-    output: str | None = option(None, "Where everything is written; null means the folder figures in the run.",
-        group="output", metavar="FOLDER")
-    redraw: str | None = option(None, "Folder of an earlier call, whose saved numbers are drawn again and nothing is "
-        "computed; null to compute.", metavar="FOLDER")
-# fmt: on
+    device: Literal["auto", "cpu"] = option(
+        "auto", "auto takes a GPU if there is one, cpu does not."
+    )
+    output: str | None = option(
+        None,
+        "Where everything is written; null means the folder figures in the run.",
+        group="output",
+        metavar="FOLDER",
+    )
+    redraw: str | None = option(
+        None,
+        "Folder of an earlier call, whose saved numbers are drawn again and nothing is "
+        "computed; null to compute.",
+        metavar="FOLDER",
+    )
 
 
 if __name__ == "__main__":
@@ -89,19 +127,32 @@ def main(arguments: list[str]) -> None:
         return
     if not (options.device == "auto" and torch.cuda.is_available()):
         keep_heap()
-    makers = {"neuron": neuron, "gains": gains, "curves": curves, "intensity": intensity, "rho": rho}
+    makers = {
+        "neuron": neuron,
+        "gains": gains,
+        "curves": curves,
+        "intensity": intensity,
+        "rho": rho,
+    }
     makers["ground_truth"] = truth
     chosen: list[str] = [name for name in makers if name in options.which]
     if "all" in options.which:
         own = [name for name in makers if name not in ("rho", "ground_truth")]
         chosen = own if options.run is None or networks_in(options) else ["rho"]
     if options.run is None and chosen != ["neuron"]:
-        raise WrongUse("give the folder of a run of adv_train or of a sweep; --which neuron alone needs none")
+        raise WrongUse(
+            "give the folder of a run of adv_train or of a sweep; --which neuron alone needs none"
+        )
     if options.run is None and options.output is None:
-        raise WrongUse("give --output, the folder to write to, since there is no run whose folder could be taken")
+        raise WrongUse(
+            "give --output, the folder to write to, since there is no run whose folder could be "
+            "taken"
+        )
     folder = Path(options.output or Path(str(options.run)) / "figures")
     if options.run is not None and not Path(options.run).is_dir():
-        raise FileNotFoundError(f"{options.run} does not exist; give the folder of a run of recipes/adv_train.py")
+        raise FileNotFoundError(
+            f"{options.run} does not exist; give the folder of a run of recipes/adv_train.py"
+        )
     with removed_if_unused(folder, resume=folder.exists()):
         folder.mkdir(parents=True, exist_ok=True)
         describe_folder(folder, "figures", arguments)
@@ -132,29 +183,43 @@ def curves(options: Options, folder: Path) -> None:
 
 
 def intensity(options: Options, folder: Path) -> None:
-    """Indicators of every layer under growing noise and growing attacks, and heat maps of MS-MPPD."""
+    """Indicators of every layer under growing noise and growing attacks, and heat maps of
+    MS-MPPD.
+    """
     for subject in subjects(options):
         print(f"intensity of {subject.name}")
         result = correlate(options, subject)
         finish(result, folder / f"intensity_{subject.name}.json")
         for direction in result.directions:
-            print(f"{direction}, {result.samples} images, {result.left_out} wrong already\n{result.table(direction)}")
+            print(
+                f"{direction}, {result.samples} images, {result.left_out} wrong "
+                f"already\n{result.table(direction)}"
+            )
 
 
 def rho(options: Options, folder: Path) -> None:
-    """Figure 3: accuracy against the weight of MS-MPPD, from the records of a sweep, which are its saved numbers."""
+    """Figure 3: accuracy against the weight of MS-MPPD, from the records of a sweep, which are its
+    saved numbers.
+    """
     from lab.sweeping.plot import plot_effect  # imports matplotlib
 
     sweep = Path(str(options.run)) / "sweep.yaml"
-    recipe = yaml.safe_load(sweep.read_text(encoding="utf-8")).get("recipe") if sweep.is_file() else None
-    records = load_records(sweep.parent, load_recipe(Path(recipe or Path(__file__).with_name("adv_train.py"))))
+    recipe = (
+        yaml.safe_load(sweep.read_text(encoding="utf-8")).get("recipe") if sweep.is_file() else None
+    )
+    records = load_records(
+        sweep.parent, load_recipe(Path(recipe or Path(__file__).with_name("adv_train.py")))
+    )
     if not records:
-        raise FileNotFoundError(f"{options.run} holds no runs/*/run.json; make a sweep over rho with recipes/sweep.py")
+        raise FileNotFoundError(
+            f"{options.run} holds no runs/*/run.json; make a sweep over rho with recipes/sweep.py"
+        )
     axes, columns = axes_in(records), columns_of(records, options.columns, few=True)
     if not (drawn := plot_effect(cells_of(records, axes), axes, "rho", columns, folder / "rho")):
         known = ", ".join(columns_of(records, ["*"]))
         raise ValueError(
-            f"rho has a single value in {options.run}, or no columns fit {options.columns}; there are {known}"
+            f"rho has a single value in {options.run}, or no columns fit {options.columns}; "
+            f"there are {known}"
         )
     print(f"{len(records)} runs drawn as {', '.join(file.name for file in drawn)}")
 
@@ -165,25 +230,39 @@ def truth(options: Options, folder: Path) -> None:
         x, y, dataset, classes = images_for(options, subject)
         print(f"ground truth of {subject.name}")
         result = ground_truth(
-            subject, x, y, list(map(parse_eps, options.eps)), suites=options.suites, time_limit=options.time_limit,
-            dataset=dataset, classes=classes, seed=options.seed, say=print,
-        )  # fmt: skip
+            subject,
+            x,
+            y,
+            list(map(parse_eps, options.eps)),
+            suites=options.suites,
+            time_limit=options.time_limit,
+            dataset=dataset,
+            classes=classes,
+            seed=options.seed,
+            say=print,
+        )
         finish(result, folder / f"ground_truth_{subject.name}.json")
         print(result.table())
 
 
 def images_for(options: Options, subject: Subject) -> tuple[Tensor, Tensor, str, int]:
-    """Test images and labels on the device of a network that is moved there, name of the data set, and classes."""
+    """Test images and labels on the device of a network that is moved there, name of the data set,
+    and classes.
+    """
     if subject.spec is not None and subject.spec.frames:
         raise ValueError(
-            f"{subject.name} takes event frames, which noise and PGD do not leave binary; leave intensity and "
-            "ground_truth out"
+            f"{subject.name} takes event frames, which noise and PGD do not leave binary; leave "
+            "intensity and ground_truth out"
         )
-    device = torch.device("cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu")
+    device = torch.device(
+        "cuda" if options.device == "auto" and torch.cuda.is_available() else "cpu"
+    )
     dataset = options.dataset or str(subject.options.get("dataset", "digits"))
     splits = load_images(dataset, root=options.data_root, test_limit=options.images)
     x = torch.stack([splits.test[index][0] for index in range(len(splits.test))]).to(device)
-    y = torch.tensor([int(splits.test[index][1]) for index in range(len(splits.test))], device=device)
+    y = torch.tensor(
+        [int(splits.test[index][1]) for index in range(len(splits.test))], device=device
+    )
     subject.model.to(device)
     check_fits(subject, x, splits.classes, dataset)
     return x, y, dataset, splits.classes
@@ -200,14 +279,23 @@ def correlate(options: Options, subject: Subject) -> IntensityCorrelation:
 
     def adversarial(x: Tensor, y: Tensor, eps: float) -> Tensor:
         step_size = 2.5 * eps / options.steps
-        return pgd(model, x, y, eps=eps, step_size=step_size, steps=options.steps, generator=generator)
+        return pgd(
+            model, x, y, eps=eps, step_size=step_size, steps=options.steps, generator=generator
+        )
 
     perturb: dict[str, Perturbation] = {"gaussian": gaussian, "adversarial": adversarial}
     sizes = [parse_eps(size) for size in options.eps]
     return intensity_correlation(
-        model, x, y, perturb=perturb, eps=sizes, batch_size=options.batch_size, resamples=options.resamples,
-        seed=options.seed, say=print,
-    )  # fmt: skip
+        model,
+        x,
+        y,
+        perturb=perturb,
+        eps=sizes,
+        batch_size=options.batch_size,
+        resamples=options.resamples,
+        seed=options.seed,
+        say=print,
+    )
 
 
 def networks_in(options: Options) -> list[Path]:
@@ -219,7 +307,9 @@ def networks_in(options: Options) -> list[Path]:
 def subjects(options: Options) -> list[Subject]:
     """The networks of the run."""
     if not (paths := networks_in(options)):
-        raise FileNotFoundError(f"no best.pt in {options.run} or its folders; give a run of adv_train that is finished")
+        raise FileNotFoundError(
+            f"no best.pt in {options.run} or its folders; give a run of adv_train that is finished"
+        )
     return [from_checkpoint(path) for path in paths]
 
 
@@ -239,9 +329,13 @@ def draw(path: Path) -> None:
 def saved_numbers(folder: Path) -> list[Path]:
     """Files of numbers that an earlier call left in a folder."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} does not exist; --redraw takes the folder that an earlier call wrote to")
+        raise FileNotFoundError(
+            f"{folder} does not exist; --redraw takes the folder that an earlier call wrote to"
+        )
     if not (found := sorted(folder.glob("*.json"))):
-        raise FileNotFoundError(f"{folder} holds no numbers (*.json); compute them first, without --redraw")
+        raise FileNotFoundError(
+            f"{folder} holds no numbers (*.json); compute them first, without --redraw"
+        )
     return found
 
 

@@ -1,4 +1,5 @@
-"""A grid over any options of adv_train.py and seeds: trained, evaluated, and tabled beside the paper's figures.
+"""A grid over any options of adv_train.py and seeds: trained, evaluated, and tabled beside the
+paper's figures.
 
 python recipes/sweep.py --sweep recipes/configs/sweeps/digits_sweep.yaml --jobs 2
 python recipes/sweep.py --base recipes/configs/digits.yaml --grid '{neuron: [lif, dlif], mode: [none, at], rho: [0, 1]}'
@@ -18,49 +19,98 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from lab.command_line import check_code, check_options, checked, describe_folder, option, read_options, run_recipe
+from lab.command_line import (
+    check_code,
+    check_options,
+    checked,
+    describe_folder,
+    option,
+    read_options,
+    run_recipe,
+)
 from lab.command_line.declared import PositiveInt
 
 RECIPES = Path(__file__).parent
 SWEEP_FILE = "sweep.yaml"
 
 
-# fmt: off
 @dataclass(frozen=True)
 class Options:
     """Options of sweep."""
 
-    base: str | None = option(None, "Options of adv_train.py that all runs start from, a YAML file or the name of one "
-        "in recipes/configs; null for its defaults.", group="runs", metavar="FILE")
-    options: dict[str, Any] = option({}, "Further options of adv_train.py, the same for all runs; they override base.",
-        runs_code=True)
-    grid: dict[str, list[Any]] = option({}, "Values by option of adv_train.py; every combination is run. \"norm,rho\" "
-        "with values such as [l1, 3] varies two options together.", runs_code=True)
+    base: str | None = option(
+        None,
+        "Options of adv_train.py that all runs start from, a YAML file or the name of one "
+        "in recipes/configs; null for its defaults.",
+        group="runs",
+        metavar="FILE",
+    )
+    options: dict[str, Any] = option(
+        {},
+        "Further options of adv_train.py, the same for all runs; they override base.",
+        runs_code=True,
+    )
+    grid: dict[str, list[Any]] = option(
+        {},
+        'Values by option of adv_train.py; every combination is run. "norm,rho" '
+        "with values such as [l1, 3] varies two options together.",
+        runs_code=True,
+    )
     seeds: int | list[int] = option(1, "Number of seeds, 0, 1, ..., or a list of them.")
-    skip: list[dict[str, Any]] = option([], "Combinations to leave out, such as {neuron: lif, rho: [1, 2]}; those that "
-        "differ in an option without effect (rho with mode none) are one run anyway.")
-    evaluate: list[str] = option([], "Suites of evaluate.py that every network goes through, such as [paper, "
-        "standard].", group="evaluation")
-    evaluation_options: dict[str, Any] = option({}, "Options of evaluate.py, such as {test_limit: 256}.")
-    recipe: str | None = option(None, "The recipe that trains; null for adv_train.py beside this one.",
-        group="recipes", metavar="FILE", runs_code=True)
-    evaluator: str | None = option(None, "The recipe that evaluates; null for evaluate.py beside this one.",
-        metavar="FILE", runs_code=True)
-    jobs: PositiveInt = option(1, "Runs side by side, each in a process of its own; GPUs are shared out among them.",
-        group="machine")
+    skip: list[dict[str, Any]] = option(
+        [],
+        "Combinations to leave out, such as {neuron: lif, rho: [1, 2]}; those that "
+        "differ in an option without effect (rho with mode none) are one run anyway.",
+    )
+    evaluate: list[str] = option(
+        [],
+        "Suites of evaluate.py that every network goes through, such as [paper, standard].",
+        group="evaluation",
+    )
+    evaluation_options: dict[str, Any] = option(
+        {}, "Options of evaluate.py, such as {test_limit: 256}."
+    )
+    recipe: str | None = option(
+        None,
+        "The recipe that trains; null for adv_train.py beside this one.",
+        group="recipes",
+        metavar="FILE",
+        runs_code=True,
+    )
+    evaluator: str | None = option(
+        None,
+        "The recipe that evaluates; null for evaluate.py beside this one.",
+        metavar="FILE",
+        runs_code=True,
+    )
+    jobs: PositiveInt = option(
+        1,
+        "Runs side by side, each in a process of its own; GPUs are shared out among them.",
+        group="machine",
+    )
     threads: PositiveInt = option(1, "Threads of torch in each.")
-    cluster: Literal["local", "slurm"] = option("local", "Where runs are performed: on this machine, or as jobs of a "
-        "Slurm cluster.")
-    cluster_options: dict[str, Any] = option({}, "Options of submitit for these jobs, such as {slurm_partition: gpu, "
-        "timeout_min: 600}.")
-    output: str | None = option(None, "Folder of the sweep; null means runs/ and the name of the sweep file, or "
-        "runs/sweep.", group="output", metavar="FOLDER")
+    cluster: Literal["local", "slurm"] = option(
+        "local", "Where runs are performed: on this machine, or as jobs of a Slurm cluster."
+    )
+    cluster_options: dict[str, Any] = option(
+        {}, "Options of submitit for these jobs, such as {slurm_partition: gpu, timeout_min: 600}."
+    )
+    output: str | None = option(
+        None,
+        "Folder of the sweep; null means runs/ and the name of the sweep file, or runs/sweep.",
+        group="output",
+        metavar="FOLDER",
+    )
     report: bool = option(False, "Only make tables and figure from the runs there are.")
-    columns: list[str] | None = option(None, "Figures in the tables, as shell patterns such as paper/*; null for the "
-        "usual ones. The CSV has all.")
-    contrast: list[str] = option([], "Options whose effect is tabled over pairs of runs with the same seed.")
+    columns: list[str] | None = option(
+        None,
+        "Figures in the tables, as shell patterns such as paper/*; null for the "
+        "usual ones. The CSV has all.",
+    )
+    contrast: list[str] = option(
+        [], "Options whose effect is tabled over pairs of runs with the same seed."
+    )
     plot: str = option("rho", "Option of numbers that the figure is drawn over.", metavar="OPTION")
-# fmt: on
 
 
 def as_config(arguments: list[str]) -> list[str]:
@@ -69,7 +119,9 @@ def as_config(arguments: list[str]) -> list[str]:
 
 
 if __name__ == "__main__":
-    check_options(Options, as_config(sys.argv[1:]))  # ends here if they are wrong: what follows imports torch
+    check_options(
+        Options, as_config(sys.argv[1:])
+    )  # ends here if they are wrong: what follows imports torch
 
 import torch
 import yaml
@@ -105,9 +157,14 @@ def main(arguments: list[str]) -> None:
     if records or not failed:
         with checked():
             files = write_report(
-                folder, records, console, grid=axes_of(options.grid), columns=options.columns,
-                contrast=options.contrast, plot=options.plot,
-            )  # fmt: skip
+                folder,
+                records,
+                console,
+                grid=axes_of(options.grid),
+                columns=options.columns,
+                contrast=options.contrast,
+                plot=options.plot,
+            )
         console.print(f"{', '.join(file.name for file in files)} are in {folder}", markup=False)
         describe_folder(folder, "sweep", arguments)
     if failed:
@@ -116,7 +173,9 @@ def main(arguments: list[str]) -> None:
         sys.exit(1)
 
 
-def run(options: Options, planned: list[PlannedRun], executor: Any, folder: Path, console: Console) -> list[str]:
+def run(
+    options: Options, planned: list[PlannedRun], executor: Any, folder: Path, console: Console
+) -> list[str]:
     """Perform the runs that are missing; returns what failed."""
     for one in planned:
         one.name_values()
@@ -126,7 +185,9 @@ def run(options: Options, planned: list[PlannedRun], executor: Any, folder: Path
     done = len(planned) - len(missing)
     console.print(f"{len(planned)} runs in {folder}, {done} of them finished before", markup=False)
     devices = torch.cuda.device_count() if options.cluster == "local" else 0
-    ends = perform_all(missing, executor, jobs=options.jobs, threads=options.threads, devices=devices)
+    ends = perform_all(
+        missing, executor, jobs=options.jobs, threads=options.threads, devices=devices
+    )
     with SweepDisplay(console, total=len(planned), done=done) as display:
         for ended in ends:
             display.add(ended)
@@ -138,22 +199,34 @@ def run(options: Options, planned: list[PlannedRun], executor: Any, folder: Path
 def plan(options: Options, folder: Path) -> list[PlannedRun]:
     """All runs; every option is checked before anything starts."""
     if not options.grid and options.base is None:
-        raise ValueError(f"nothing to run: give --sweep FILE, or --base and --grid ({folder / SWEEP_FILE} is missing)")
+        raise ValueError(
+            f"nothing to run: give --sweep FILE, or --base and --grid ({folder / SWEEP_FILE} is "
+            "missing)"
+        )
     recipe = load_recipe(Path(options.recipe or RECIPES / "adv_train.py"))
-    recipe.check_names(name.strip() for option in (*options.contrast, options.plot) for name in option.split(","))
+    recipe.check_names(
+        name.strip() for option in (*options.contrast, options.plot) for name in option.split(",")
+    )
     given = base_options(options.base) | options.options
     owned = sorted({"output", "resume", "seed"} & (given.keys() | axes_of(options.grid).keys()))
     if owned:
-        raise ValueError(f"{owned[0]} is set by the sweep itself; leave it out, and give seeds with --seeds")
+        raise ValueError(
+            f"{owned[0]} is set by the sweep itself; leave it out, and give seeds with --seeds"
+        )
     fixed = ({"reference": False} if "reference" in recipe.names else {}) | given
     combinations = expand(options.grid, fixed=recipe.resolve(fixed), skip=options.skip)
     if not combinations:
         raise ValueError("skip leaves no combination of the grid; remove an entry")
     evaluator = load_recipe(Path(options.evaluator or RECIPES / "evaluate.py"))
     return plan_runs(
-        folder, combinations, seeds_of(options.seeds), recipe=recipe, evaluator=evaluator, fixed=fixed,
+        folder,
+        combinations,
+        seeds_of(options.seeds),
+        recipe=recipe,
+        evaluator=evaluator,
+        fixed=fixed,
         evaluations=dict.fromkeys(options.evaluate, options.evaluation_options),
-    )  # fmt: skip
+    )
 
 
 def base_options(base: str | None) -> dict[str, Any]:
@@ -178,15 +251,23 @@ def alone(folder: Path) -> Iterator[None]:
         with FileLock(folder / ".lock", timeout=0):
             yield
     except Timeout as error:
-        raise BlockingIOError(f"{folder} is being written by another sweep; wait for it, or change --output") from error
+        raise BlockingIOError(
+            f"{folder} is being written by another sweep; wait for it, or change --output"
+        ) from error
 
 
 def parse(arguments: list[str]) -> Options:
-    """Options from the command line; a folder's own sweep.yaml comes first where nothing else says what to run."""
+    """Options from the command line; a folder's own sweep.yaml comes first where nothing else says
+    what to run.
+    """
     words = as_config(arguments)
     options = read_options(Options, words)
     pairs = pairwise([*words, ""])
-    files = [word.partition("=")[2] or following for word, following in pairs if word.split("=")[0] == "--config"]
+    files = [
+        word.partition("=")[2] or following
+        for word, following in pairs
+        if word.split("=")[0] == "--config"
+    ]
     output = options.output or str(Path("runs") / (Path(files[-1]).stem if files else "sweep"))
     before = Path(output) / SWEEP_FILE
     if not files and not options.grid and options.base is None and before.is_file():

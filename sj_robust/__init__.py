@@ -1,7 +1,8 @@
 """sj_robust: robustness of spiking neural networks, on SpikingJelly.
 
 Names and parts of the package are reached from here, each imported when it is first asked for:
-``sj_robust.attacks.pgd`` needs no import beside ``import sj_robust``, and what needs no torch starts without it.
+``sj_robust.attacks.pgd`` needs no import beside ``import sj_robust``, and what needs no torch
+starts without it.
 """
 
 import importlib
@@ -30,9 +31,16 @@ if TYPE_CHECKING:  # for type checkers and editors, which do not run __getattr__
     from sj_robust.stability import certify, verify
 
 __all__ = [
-    "DLIFNode", "MPPDMonitor", "SpikingClassifier", "__version__", "certify", "compare", "evaluate", "replace_neurons",
+    "DLIFNode",
+    "MPPDMonitor",
+    "SpikingClassifier",
+    "__version__",
+    "certify",
+    "compare",
+    "evaluate",
+    "replace_neurons",
     "verify",
-]  # fmt: skip
+]
 
 _HOMES = {
     "DLIFNode": "neuron",
@@ -44,10 +52,23 @@ _HOMES = {
     "replace_neurons": "neuron",
     "verify": "stability",
 }
-_PARTS = frozenset({
-    "attacks", "classifier", "data", "doctor", "estimators", "evaluation", "models", "neuron", "ops", "perturbation",
-    "randomness", "stability", "training",
-})  # fmt: skip
+_PARTS = frozenset(
+    {
+        "attacks",
+        "classifier",
+        "data",
+        "doctor",
+        "estimators",
+        "evaluation",
+        "models",
+        "neuron",
+        "ops",
+        "perturbation",
+        "randomness",
+        "stability",
+        "training",
+    }
+)
 
 
 def __getattr__(name: str) -> Any:

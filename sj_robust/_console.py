@@ -16,12 +16,16 @@ PAUSE = 20.0
 
 
 @contextmanager
-def working(text: str, console: "Console | None" = None, *, total: int | None = None) -> Iterator[Callable[[], None]]:
-    r"""Show that something is being done: what, for how long, and how much of it. 显示正在进行的工作。
+def working(
+    text: str, console: "Console | None" = None, *, total: int | None = None
+) -> Iterator[Callable[[], None]]:
+    r"""Show that something is being done: what, for how long, and how much of it.
+    显示正在进行的工作。
 
-    On a terminal that can move its cursor a line with a spinner, which disappears in the end; elsewhere the text once,
-    and where the number of steps (``total``) is known, a line now and then with the time left. A quiet console shows
-    nothing. The context gives a function to call after every step.
+    On a terminal that can move its cursor a line with a spinner, which disappears in the end;
+    elsewhere the text once, and where the number of steps (``total``) is known, a line now and then
+    with the time left. A quiet console shows nothing. The context gives a function to call after
+    every step.
 
     Examples:
         >>> import io
@@ -38,7 +42,11 @@ def working(text: str, console: "Console | None" = None, *, total: int | None = 
     console = console or Console(highlight=False, soft_wrap=True)
     if not console.is_interactive:
         console.print(text, markup=False)
-    bar = () if total is None else (BarColumn(bar_width=12), TextColumn("{task.completed}/{task.total}"))
+    bar = (
+        ()
+        if total is None
+        else (BarColumn(bar_width=12), TextColumn("{task.completed}/{task.total}"))
+    )
     started = said = time.monotonic()
     done = 0
     with moving_line(console, TextColumn("{task.description}", markup=False), *bar) as progress:
@@ -58,11 +66,15 @@ def working(text: str, console: "Console | None" = None, *, total: int | None = 
 
 
 def moving_line(console: "Console", *columns: "ProgressColumn") -> "Progress":
-    """Columns of rich between a spinner and the time, on a line that disappears; nothing where it cannot move."""
+    """Columns of rich between a spinner and the time, on a line that disappears; nothing where it
+    cannot move.
+    """
     from rich.progress import Progress, SpinnerColumn, TimeElapsedColumn
 
     ends = SpinnerColumn("line"), TimeElapsedColumn()
-    return Progress(ends[0], *columns, ends[1], console=console, disable=not moving(console), transient=True)
+    return Progress(
+        ends[0], *columns, ends[1], console=console, disable=not moving(console), transient=True
+    )
 
 
 class MovingLine:
@@ -79,7 +91,9 @@ class MovingLine:
 
 
 def moving(console: "Console") -> bool:
-    """Whether a bar can be shown: on a terminal that moves its cursor, as neither a file nor ``TERM=dumb`` does."""
+    """Whether a bar can be shown: on a terminal that moves its cursor, as neither a file nor
+    ``TERM=dumb`` does.
+    """
     return console.is_interactive and not console.quiet
 
 

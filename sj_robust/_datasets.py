@@ -10,8 +10,15 @@ EVENT_DATASETS = {
 }
 """Names, each with SpikingJelly's class and the number of classes."""
 DATASETS = (
-    "digits", "fashion_mnist", "mnist", "cifar10", "cifar100", "svhn", f"{IMAGE_FOLDER}PATH", *EVENT_DATASETS,
-)  # fmt: skip
+    "digits",
+    "fashion_mnist",
+    "mnist",
+    "cifar10",
+    "cifar100",
+    "svhn",
+    f"{IMAGE_FOLDER}PATH",
+    *EVENT_DATASETS,
+)
 """Names that :func:`sj_robust.data.load_images` takes."""
 
 

@@ -26,8 +26,15 @@ def environment(device: torch.device | str = "cpu") -> dict[str, str]:
         True
     """
     device = torch.device(device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    packages = {package: version_of(package) or "unknown" for package in ("spikingjelly", "accelerate", "numpy")}
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else platform.processor() or platform.machine()
+    )
+    packages = {
+        package: version_of(package) or "unknown"
+        for package in ("spikingjelly", "accelerate", "numpy")
+    }
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -41,7 +48,9 @@ def environment(device: torch.device | str = "cpu") -> dict[str, str]:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a network is: the device of its first tensor, the CPU for one without any. 网络所在设备。"""
+    """Where a network is: the device of its first tensor, the CPU for one without any.
+    网络所在设备。
+    """
     return next((tensor.device for tensor in model.state_dict().values()), torch.device("cpu"))
 
 
@@ -58,7 +67,8 @@ def processor() -> str:
 
 
 def bfloat16_units() -> str | None:
-    """What the processor multiplies bfloat16 with, ``"amx_bf16"`` or ``"avx512_bf16"``; None without such units.
+    """What the processor multiplies bfloat16 with, ``"amx_bf16"`` or ``"avx512_bf16"``; None
+    without such units.
 
     处理器的 bfloat16 乘法单元。
     """
@@ -74,11 +84,17 @@ def _cpu_information(field: str) -> str:
 
 
 def _commit() -> str:
-    """Commit of the repository that this file lies in, with a mark if tracked files differ from it."""
+    """Commit of the repository that this file lies in, with a mark if tracked files differ from
+    it.
+    """
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         # Fails where the package is installed inside somebody else's repository.
-        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], capture_output=True, check=True)
+        subprocess.run(
+            [*git, "ls-files", "--error-unmatch", Path(__file__).name],
+            capture_output=True,
+            check=True,
+        )
         describe = [*git, "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
         return subprocess.run(describe, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -6,7 +6,8 @@ __all__ = ["eps_text", "parse_eps", "plain_eps"]
 
 
 def eps_text(eps: float) -> str:
-    """A radius as text that :func:`parse_eps` reads back equal: an integer, a short decimal or 255ths. 半径的文本形式。
+    """A radius as text that :func:`parse_eps` reads back equal: an integer, a short decimal or
+    255ths. 半径的文本形式。
 
     Args:
         eps: The radius.
@@ -24,7 +25,8 @@ def eps_text(eps: float) -> str:
 
 
 def plain_eps(eps: float) -> float:
-    """The radius with a short text that differs by rounding alone, if there is one. 舍入到简短文本的半径。
+    """The radius with a short text that differs by rounding alone, if there is one.
+    舍入到简短文本的半径。
 
     Examples:
         >>> 0.75 * 0.1, plain_eps(0.75 * 0.1), eps_text(plain_eps(2 * 8 / 255))
@@ -51,7 +53,9 @@ def parse_eps(text: str | float) -> float:
         numerator, slash, denominator = str(text).partition("/")
         eps = float(numerator) / float(denominator) if slash else float(numerator)
     except (ValueError, ZeroDivisionError) as error:
-        raise ValueError(f"eps must be a number or a fraction such as 8/255, got {text!r}") from error
+        raise ValueError(
+            f"eps must be a number or a fraction such as 8/255, got {text!r}"
+        ) from error
     if not (math.isfinite(eps) and eps >= 0):
         raise ValueError(f"eps must be >= 0 and finite, got {text!r}")
     return eps

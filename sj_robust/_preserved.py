@@ -1,4 +1,6 @@
-"""A network that is attacked or measured stays as it was: modes, states of its neurons, generators; exact sums."""
+"""A network that is attacked or measured stays as it was: modes, states of its neurons, generators;
+exact sums.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +13,8 @@ __all__ = ["evaluation_mode", "full_precision", "generators_of", "preserved"]
 
 @contextmanager
 def evaluation_mode(model: object) -> Iterator[None]:
-    """Evaluation mode, and every module's own mode afterwards; what is no ``nn.Module`` has none. 评估模式。
+    """Evaluation mode, and every module's own mode afterwards; what is no ``nn.Module`` has none.
+    评估模式。
 
     Examples:
         >>> net = nn.Sequential(nn.Dropout(), nn.Identity().eval())
@@ -21,7 +24,11 @@ def evaluation_mode(model: object) -> Iterator[None]:
         >>> [module.training for module in net]
         [True, False]
     """
-    modes = [(module, module.training) for module in model.modules()] if isinstance(model, nn.Module) else []
+    modes = (
+        [(module, module.training) for module in model.modules()]
+        if isinstance(model, nn.Module)
+        else []
+    )
     try:
         if isinstance(model, nn.Module):
             model.eval()
@@ -33,10 +40,11 @@ def evaluation_mode(model: object) -> Iterator[None]:
 
 @contextmanager
 def preserved(model: object) -> Iterator[None]:
-    """Evaluation mode; modes, states of neurons and generators of modules are as before afterwards. 保持网络原状。
+    """Evaluation mode; modes, states of neurons and generators of modules are as before afterwards.
+    保持网络原状。
 
-    Inside, states are copies without a graph, since a reset may write into their tensors. A callable that is no network
-    has nothing to be kept.
+    Inside, states are copies without a graph, since a reset may write into their tensors. A
+    callable that is no network has nothing to be kept.
 
     Examples:
         >>> from spikingjelly.activation_based import neuron
@@ -48,12 +56,16 @@ def preserved(model: object) -> Iterator[None]:
         tensor([0.5000])
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    states = [(module, vars(module)["_memories"]) for module in modules if "_memories" in vars(module)]
+    states = [
+        (module, vars(module)["_memories"]) for module in modules if "_memories" in vars(module)
+    ]
     generators = [(generator, generator.get_state()) for generator in generators_of(model)]
     with evaluation_mode(model):
         try:
             for module, memories in states:
-                vars(module)["_memories"] = {name: _copied(value) for name, value in memories.items()}
+                vars(module)["_memories"] = {
+                    name: _copied(value) for name, value in memories.items()
+                }
             yield
         finally:
             for module, memories in states:
@@ -76,9 +88,16 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 
 def generators_of(model: object) -> list[torch.Generator]:
-    """Generators that modules of a network keep as attributes, such as that of a Poisson encoder; each once."""
+    """Generators that modules of a network keep as attributes, such as that of a Poisson encoder;
+    each once.
+    """
     modules = model.modules() if isinstance(model, nn.Module) else ()
-    found = (value for module in modules for value in vars(module).values() if isinstance(value, torch.Generator))
+    found = (
+        value
+        for module in modules
+        for value in vars(module).values()
+        if isinstance(value, torch.Generator)
+    )
     return list(dict.fromkeys(found))
 
 

@@ -1,15 +1,27 @@
-"""Imported before the packages of the extra ``recipes``: what is missing is named with the command to install it."""
+"""Imported before the packages of the extra ``recipes``: what is missing is named with the command
+to install it.
+"""
 
 from importlib.util import find_spec
 
 _MODULES = (
-    "accelerate", "jsonargparse", "matplotlib", "PIL", "rich", "scipy", "sklearn", "submitit", "tensorboard", "yaml",
-)  # fmt: skip
+    "accelerate",
+    "jsonargparse",
+    "matplotlib",
+    "PIL",
+    "rich",
+    "scipy",
+    "sklearn",
+    "submitit",
+    "tensorboard",
+    "yaml",
+)
 
 _missing = [name for name in _MODULES if find_spec(name) is None]
 if _missing:
     raise ModuleNotFoundError(
-        f"recipes, training and plots need the extra 'recipes', of which {', '.join(_missing)} cannot be found: "
-        "pip install 'sj_robust[recipes]' (in a clone, pip install -e '.[recipes]')",
+        f"recipes, training and plots need the extra 'recipes', of which {', '.join(_missing)} "
+        "cannot be found: pip install 'sj_robust[recipes]' (in a clone, pip install -e "
+        "'.[recipes]')",
         name=_missing[0],
     )

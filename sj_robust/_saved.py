@@ -1,4 +1,6 @@
-"""How results and checkpoints lie on disk: JSON with a head, files whole or not there, tensors without code."""
+"""How results and checkpoints lie on disk: JSON with a head, files whole or not there, tensors
+without code.
+"""
 
 import json
 import math
@@ -13,15 +15,23 @@ from typing import Any, BinaryIO, ClassVar, Self
 import torch
 
 __all__ = [
-    "SavedResult", "load_tensors", "markdown_table", "naming", "plain", "saved_format", "whole_file", "write_whole",
-]  # fmt: skip
+    "SavedResult",
+    "load_tensors",
+    "markdown_table",
+    "naming",
+    "plain",
+    "saved_format",
+    "whole_file",
+    "write_whole",
+]
 
 
 class SavedResult:
-    """Base of a dataclass of plain data that lies on disk as JSON and loads back equal. 可保存并读回的结果。
+    """Base of a dataclass of plain data that lies on disk as JSON and loads back equal.
+    可保存并读回的结果。
 
-    A subclass gives what errors call it, its format and its version as class arguments, and has a :meth:`_content` and
-    :meth:`_from_content` of its own where fields are not plain.
+    A subclass gives what errors call it, its format and its version as class arguments, and has a
+    :meth:`_content` and :meth:`_from_content` of its own where fields are not plain.
 
     Examples:
         >>> from dataclasses import dataclass
@@ -44,7 +54,9 @@ class SavedResult:
     def to_json(self) -> str:
         """The result as JSON text, which :meth:`from_json` reads back equal."""
         return json.dumps(
-            {"format": self.saved_as, "version": self._version} | self._content(), indent=2, allow_nan=False
+            {"format": self.saved_as, "version": self._version} | self._content(),
+            indent=2,
+            allow_nan=False,
         )
 
     @classmethod
@@ -52,23 +64,31 @@ class SavedResult:
         """The result that :meth:`to_json` wrote.
 
         Raises:
-            ValueError: If the text is not JSON, something else or of another version, or contradicts itself.
+            ValueError: If the text is not JSON, something else or of another version, or
+                contradicts itself.
         """
         try:
             content = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ValueError(f"{cls._what} must be JSON ({error}); the file is damaged or something else") from error
+            raise ValueError(
+                f"{cls._what} must be JSON ({error}); the file is damaged or something else"
+            ) from error
         if not isinstance(content, dict) or content.pop("format", None) != cls.saved_as:
-            raise ValueError(f"not {cls._what}: the text must be an object of format {cls.saved_as!r}")
+            raise ValueError(
+                f"not {cls._what}: the text must be an object of format {cls.saved_as!r}"
+            )
         found = content.pop("version", None)
         if found != cls._version:
             raise ValueError(
-                f"not {cls._what} of this release: version must be {cls._version}, got {found}; update sj_robust"
+                f"not {cls._what} of this release: version must be {cls._version}, got {found}; "
+                "update sj_robust"
             )
         try:
             return cls._from_content(content)
         except (TypeError, KeyError, AttributeError) as error:
-            raise ValueError(f"a field of {cls._what} is missing or unknown ({error}); the file is damaged") from error
+            raise ValueError(
+                f"a field of {cls._what} is missing or unknown ({error}); the file is damaged"
+            ) from error
 
     def save(self, path: str | Path) -> None:
         """Write the result; the file is whole or not there."""
@@ -83,7 +103,8 @@ class SavedResult:
             raise ValueError(f"{Path(path)}: {error}") from error
 
     def _content(self) -> dict[str, Any]:
-        return asdict(self)  # type: ignore[call-overload, no-any-return]  # every subclass is a dataclass
+        # every subclass is a dataclass
+        return asdict(self)  # type: ignore[call-overload, no-any-return]
 
     @classmethod
     def _from_content(cls, content: dict[str, Any]) -> Self:
@@ -91,7 +112,8 @@ class SavedResult:
 
 
 def markdown_table(heads: Sequence[str], rows: Sequence[Sequence[str]], *, words: int = 1) -> str:
-    """Markdown of a table whose first ``words`` columns hold words, the others numbers. Markdown 表格。
+    """Markdown of a table whose first ``words`` columns hold words, the others numbers. Markdown
+    表格。
 
     Examples:
         >>> print(markdown_table(["attack", "%"], [["clean", "95.0"]]))
@@ -114,7 +136,9 @@ def saved_format(text: str) -> str | None:
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Context of writing a file, whose name a failure has that comes with none, such as that of a full disk."""
+    """Context of writing a file, whose name a failure has that comes with none, such as that of a
+    full disk.
+    """
     try:
         yield
     except OSError as error:
@@ -125,9 +149,11 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, which takes its name, in one step, when all of it is on the disk. 原子写文件。
+    """A file to write, which takes its name, in one step, when all of it is on the disk.
+    原子写文件。
 
-    It lies under a temporary name in the same folder until then, and is removed if the writing fails.
+    It lies under a temporary name in the same folder until then, and is removed if the writing
+    fails.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -148,7 +174,8 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that it is whole, in its old or its new form, whenever the process is killed. 原子写文件。
+    """Write a text file so that it is whole, in its old or its new form, whenever the process is
+    killed. 原子写文件。
 
     Args:
         path: The file; its folder exists.
@@ -166,7 +193,8 @@ def write_whole(path: Path, text: str) -> None:
 
 
 def load_tensors(path: Path, *, what: str, remedy: str) -> Any:
-    """Tensors and plain values of ``torch.save``, on the CPU; no code that the file may hold is run. 安全读取张量。
+    """Tensors and plain values of ``torch.save``, on the CPU; no code that the file may hold is
+    run. 安全读取张量。
 
     The error names what it was read as, such as ``"a checkpoint"``, and the remedy.
 
@@ -181,13 +209,16 @@ def load_tensors(path: Path, *, what: str, remedy: str) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises many types for a damaged file
         raise ValueError(
-            f"{path} cannot be read as {what} ({type(error).__name__}): it is damaged, or holds more than tensors and "
-            f"plain values, such as a whole pickled network, which would run code; {remedy}"
+            f"{path} cannot be read as {what} ({type(error).__name__}): it is damaged, or holds "
+            "more than tensors and plain values, such as a whole pickled network, which would "
+            f"run code; {remedy}"
         ) from error
 
 
 def plain(value: Any) -> Any:
-    """The value as JSON gives it back: lists for tuples, text for keys, paths and numbers that are not finite."""
+    """The value as JSON gives it back: lists for tuples, text for keys, paths and numbers that are
+    not finite.
+    """
     if isinstance(value, Mapping):
         return {str(key): plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,6 @@
-"""How results show themselves: in one line, as a table of a notebook, as a heat map of layers and time steps."""
+"""How results show themselves: in one line, as a table of a notebook, as a heat map of layers and
+time steps.
+"""
 
 import io
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -17,12 +19,23 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = [
-    "BLUE", "COLOURS", "GREY", "ORANGE", "Shown", "common_scale", "heat_map", "new_figure", "print_style", "shown_html",
+    "BLUE",
+    "COLOURS",
+    "GREY",
+    "ORANGE",
+    "Shown",
+    "common_scale",
+    "heat_map",
+    "new_figure",
+    "print_style",
+    "shown_html",
     "write_figure",
-]  # fmt: skip
+]
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#000000", "#56b4e9")
-"""Colours of Okabe and Ito (2008) that all kinds of colour vision tell apart; markers and dashes differ as well."""
+"""Colours of Okabe and Ito (2008) that all kinds of colour vision tell apart; markers and dashes
+differ as well.
+"""
 BLUE, ORANGE, GREY = (*COLOURS[:2], "#767676")
 
 _SETTINGS = {
@@ -46,11 +59,13 @@ _SETTINGS = {
 
 
 class Shown:
-    r"""Base of a result: a sentence where it is printed, a table where a notebook shows it. 可直接显示的结果。
+    r"""Base of a result: a sentence where it is printed, a table where a notebook shows it.
+    可直接显示的结果。
 
     Examples:
         >>> class Half(Shown):
         ...     verdict = "half of 2 images"
+        ...
         ...     def table(self):
         ...         return "| image | right |\n| --- | ---: |\n| 0 | yes |\n\nOne is left out."
         >>> Half()
@@ -79,7 +94,9 @@ class Shown:
 def shown_html(markdown: str) -> str:
     """Tables and lines of Markdown as HTML. Markdown 转 HTML。"""
     found = []
-    for is_table, lines in groupby(filter(None, markdown.splitlines()), key=lambda line: line.startswith("| ")):
+    for is_table, lines in groupby(
+        filter(None, markdown.splitlines()), key=lambda line: line.startswith("| ")
+    ):
         if not is_table:
             found += [f"<p>{escape(line)}</p>" for line in lines]
             continue
@@ -92,7 +109,9 @@ def shown_html(markdown: str) -> str:
 
 @contextmanager
 def print_style() -> Iterator[None]:
-    """Within it, or in a function that it decorates, figures are made, and written, for print. 印刷风格。"""
+    """Within it, or in a function that it decorates, figures are made, and written, for print.
+    印刷风格。
+    """
     from matplotlib import rc_context
 
     with rc_context(_SETTINGS):
@@ -104,7 +123,8 @@ def new_figure(width: float, height: float) -> "Figure":
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    # IPython learns how to show figures from pyplot once that has drawn one itself, which nothing here does
+    # IPython learns how to show figures from pyplot once that has drawn one itself, which nothing
+    # here does
     figure._repr_png_ = partial(_png, figure)  # type: ignore[attr-defined]
     return figure
 
@@ -116,7 +136,9 @@ def _png(figure: "Figure") -> bytes:
 
 
 def write_figure(figure: "Figure", path: str | Path) -> None:
-    """Write a figure so that the same one gives the same file; its ending decides the format. 保存图。"""
+    """Write a figure so that the same one gives the same file; its ending decides the format.
+    保存图。
+    """
     metadata = {"CreationDate": None} if Path(path).suffix == ".pdf" else None
     with print_style():
         figure.savefig(path, dpi=200, metadata=metadata)
@@ -128,7 +150,11 @@ def common_scale(values: Iterable[float]) -> "Normalize":
     from matplotlib.colors import LogNorm, Normalize
 
     positive = [value for value in values if value > 0]
-    return LogNorm(min(positive), max(positive)) if positive and min(positive) < max(positive) else Normalize(0, 1)
+    return (
+        LogNorm(min(positive), max(positive))
+        if positive and min(positive) < max(positive)
+        else Normalize(0, 1)
+    )
 
 
 def heat_map(axes: "Axes", layers: Mapping[str, Sequence[float]], scale: "Normalize") -> "QuadMesh":

@@ -17,36 +17,43 @@ from sj_robust.neuron import DLIFNode
 __all__ = ["PoissonEncoder", "SpikingClassifier", "SpikingEventClassifier"]
 
 _KINDS = ("Conv", "ConvTranspose", "BatchNorm", "MaxPool", "AvgPool")
-_OF_FIXED_RANK = (nn.SyncBatchNorm, *(getattr(nn, f"{kind}{rank}d") for kind in _KINDS for rank in (1, 2, 3)))
+_OF_FIXED_RANK = (
+    nn.SyncBatchNorm,
+    *(getattr(nn, f"{kind}{rank}d") for kind in _KINDS for rank in (1, 2, 3)),
+)
 
 
 class SpikingClassifier(nn.Module):
-    """Images in [0, 1] to logits; the same images give the same logits whatever ran before. 图像到输出的纯函数。
+    """Images in [0, 1] to logits; the same images give the same logits whatever ran before.
+    图像到输出的纯函数。
 
     Equation: ``logits = mean_t net(encode(images))[t]`` after ``functional.reset_net(net)``.
 
-    Every forward resets the network first, so any attack library, training loop or evaluation can take it for a
-    plain ``nn.Module``. On SpikingJelly 0.0.0.0.14, whose IF and LIF neurons have no gradient in evaluation mode, the
-    neurons (and nothing else) run in training mode while gradients are enabled.
+    Every forward resets the network first, so any attack library, training loop or evaluation can
+    take it for a plain ``nn.Module``. On SpikingJelly 0.0.0.0.14, whose IF and LIF neurons have no
+    gradient in evaluation mode, the neurons (and nothing else) run in training mode while gradients
+    are enabled.
 
-    Shapes: images [N, C, H, W] or features [N, F], floating point; logits [N, classes] in float32 or float64. The
-    network gets [T, N, C, H, W] in step mode ``"m"`` or T times [N, C, H, W] in step mode ``"s"``; one with a true
-    attribute ``expands_time`` gets [N, C, H, W] once and brings the T steps itself. It returns [T, N, classes]
-    (averaged here), [N, classes] per step, or [N, classes] if it averages itself.
+    Shapes: images [N, C, H, W] or features [N, F], floating point; logits [N, classes] in float32
+    or float64. The network gets [T, N, C, H, W] in step mode ``"m"`` or T times [N, C, H, W] in
+    step mode ``"s"``; one with a true attribute ``expands_time`` gets [N, C, H, W] once and brings
+    the T steps itself. It returns [T, N, classes] (averaged here), [N, classes] per step, or [N,
+    classes] if it averages itself.
 
     Args:
         net: A SpikingJelly network of any neurons.
         T: Number of time steps.
-        encoder: Turns images into the frame of one step and is called T times, such as :class:`PoissonEncoder` or an
-            encoder of SpikingJelly; None repeats the image (direct encoding).
+        encoder: Turns images into the frame of one step and is called T times, such as
+            :class:`PoissonEncoder` or an encoder of SpikingJelly; None repeats the image (direct
+            encoding).
         mean: Mean per channel subtracted from the frames.
         std: Standard deviation per channel the frames are divided by.
         step_mode: How to call ``net``; None asks its outermost step module.
 
     Raises:
         TypeError: If ``net`` is no network, or the images are not floating point.
-        ValueError: If an argument, the shape of the images or of the network's output does not fit, or images and
-            weights differ in device or dtype.
+        ValueError: If an argument, the shape of the images or of the network's output does not fit,
+            or images and weights differ in device or dtype.
 
     Source: direct encoding and rate decoding of Ding et al. (ICML 2024), section 5.
 
@@ -77,16 +84,20 @@ class SpikingClassifier(nn.Module):
         super().__init__()
         if isinstance(T, bool) or not isinstance(T, int) or T < 1:
             raise ValueError(
-                f"T must be an integer >= 1, the number of time steps, got {T!r}; write a number such as T=4"
+                f"T must be an integer >= 1, the number of time steps, got {T!r}; write a number "
+                "such as T=4"
             )
         check_network(net)
         if isinstance(net, SpikingClassifier):
             got = type(net).__name__
-            raise ValueError(f"net must be a bare network, got a {got}; use that one as it is, or its .net")
+            raise ValueError(
+                f"net must be a bare network, got a {got}; use that one as it is, or its .net"
+            )
         if isinstance(net, nn.DataParallel):
             raise ValueError(
-                "net must not be in nn.DataParallel, whose copies lose the neurons' states; give the bare network, and "
-                "use torch.nn.parallel.DistributedDataParallel (torchrun or accelerate launch) for several devices"
+                "net must not be in nn.DataParallel, whose copies lose the neurons' states; give "
+                "the bare network, and use torch.nn.parallel.DistributedDataParallel (torchrun "
+                "or accelerate launch) for several devices"
             )
         if step_mode not in (None, "m", "s"):
             raise ValueError(f"step_mode must be 'm', 's' or None, got {step_mode!r}")
@@ -94,15 +105,23 @@ class SpikingClassifier(nn.Module):
         self.T = T
         self.encoder = encoder
         self.step_mode = step_mode
-        self.register_buffer("mean", None if mean is None else torch.tensor(mean, dtype=torch.float32))
+        self.register_buffer(
+            "mean", None if mean is None else torch.tensor(mean, dtype=torch.float32)
+        )
         self.register_buffer("std", None if std is None else torch.tensor(std, dtype=torch.float32))
         if self.std is not None and not bool((self.std > 0).all()):
-            raise ValueError(f"std must be > 0 in every channel, got {std}; leave std out where nothing is divided")
-        longer = {name: m.T for name, m in net.named_modules() if isinstance(m, DLIFNode) and m.T > T}
+            raise ValueError(
+                f"std must be > 0 in every channel, got {std}; leave std out where nothing is "
+                "divided"
+            )
+        longer = {
+            name: m.T for name, m in net.named_modules() if isinstance(m, DLIFNode) and m.T > T
+        }
         for name, steps in list(longer.items())[:1]:
             warnings.warn(
-                f"{type(self).__name__} runs T={T} of the T={steps} time steps that the DLIF neuron {name!r} has gains "
-                f"for; use T={steps}, or call sj_robust.models.set_time_steps(net, {T}) first if that is meant",
+                f"{type(self).__name__} runs T={T} of the T={steps} time steps that the DLIF "
+                f"neuron {name!r} has gains for; use T={steps}, or call "
+                f"sj_robust.models.set_time_steps(net, {T}) first if that is meant",
                 stacklevel=2,
             )
 
@@ -110,7 +129,10 @@ class SpikingClassifier(nn.Module):
         """Logits [N, classes] of images [N, C, H, W] or features [N, F]."""
         self._check_shape(images)
         if not images.is_floating_point():
-            raise TypeError(f"images must be floating point, got {images.dtype}; scale bytes with images.float() / 255")
+            raise TypeError(
+                f"images must be floating point, got {images.dtype}; scale bytes with "
+                "images.float() / 255"
+            )
         functional.reset_net(self.net)
         try:
             with _differentiable(self.net):
@@ -122,15 +144,17 @@ class SpikingClassifier(nn.Module):
             outputs = outputs.mean(0)
         if outputs.ndim != 2 or outputs.shape[0] != images.shape[0]:
             raise ValueError(
-                f"the network must return [T, N, classes] or [N, classes] with N={images.shape[0]}, got a mean over "
-                f"time of shape {tuple(outputs.shape)}; let it end in a layer of spikingjelly.activation_based.layer "
-                "such as layer.Linear, after layer.Flatten, in the network's own step mode"
+                "the network must return [T, N, classes] or [N, classes] with "
+                f"N={images.shape[0]}, got a mean over time of shape {tuple(outputs.shape)}; let "
+                "it end in a layer of spikingjelly.activation_based.layer such as layer.Linear, "
+                "after layer.Flatten, in the network's own step mode"
             )
         return outputs if outputs.dtype == torch.float64 else outputs.float()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SpikingClassifier":
         """A copy; the network that is copied is left reset."""
-        # States of the last forward may belong to a graph, which cannot be copied; the next forward resets them anyway.
+        # States of the last forward may belong to a graph, which cannot be copied; the next forward
+        # resets them anyway.
         functional.reset_net(self.net)
         duplicate = type(self).__new__(type(self))
         memo[id(self)] = duplicate
@@ -142,31 +166,44 @@ class SpikingClassifier(nn.Module):
         weight = next((value for value in self.net.parameters() if value.is_floating_point()), None)
         if weight is not None and weight.device != images.device:
             raise ValueError(
-                f"images and network must be on one device, got images on {images.device} and weights on "
-                f"{weight.device}; move both with .to(device)"
+                f"images and network must be on one device, got images on {images.device} and "
+                f"weights on {weight.device}; move both with .to(device)"
             ) from error
-        if weight is not None and weight.dtype != images.dtype and not torch.is_autocast_enabled(images.device.type):
+        if (
+            weight is not None
+            and weight.dtype != images.dtype
+            and not torch.is_autocast_enabled(images.device.type)
+        ):
             raise ValueError(
-                f"images and network must have one dtype, got {images.dtype} images and {weight.dtype} weights; "
-                f"convert the images with images.to({weight.dtype})"
+                f"images and network must have one dtype, got {images.dtype} images and "
+                f"{weight.dtype} weights; convert the images with images.to({weight.dtype})"
             ) from error
-        if isinstance(self.mean, Tensor) and images.ndim == 4 and len(self.mean) not in (1, images.shape[1]):
+        if (
+            isinstance(self.mean, Tensor)
+            and images.ndim == 4
+            and len(self.mean) not in (1, images.shape[1])
+        ):
             raise ValueError(
-                f"mean and std must have one value per channel, got {len(self.mean)} for images with "
-                f"{images.shape[1]} channels of shape {tuple(images.shape)}; give as many as the images have"
+                f"mean and std must have one value per channel, got {len(self.mean)} for images "
+                f"with {images.shape[1]} channels of shape {tuple(images.shape)}; give as many "
+                "as the images have"
             ) from error
         for name, module in self.net.named_modules():
             if isinstance(module, DLIFNode) and module.T < self.T:
                 raise RuntimeError(
-                    f"SpikingClassifier runs T={self.T} time steps, but the DLIF neuron {name!r} has T={module.T}; use "
-                    f"SpikingClassifier(net, T={module.T}), or sj_robust.models.set_time_steps(classifier, {self.T})"
+                    f"SpikingClassifier runs T={self.T} time steps, but the DLIF neuron {name!r} "
+                    f"has T={module.T}; use SpikingClassifier(net, T={module.T}), or "
+                    f"sj_robust.models.set_time_steps(classifier, {self.T})"
                 ) from error
-        foreign = [name for name, module in _without_containers(self.net) if _needs_step_mode(module)]
+        foreign = [
+            name for name, module in _without_containers(self.net) if _needs_step_mode(module)
+        ]
         if self._mode() == "m" and foreign and not getattr(self.net, "expands_time", False):
             error.add_note(
-                f"The network got a sequence [T, N, ...] = {(self.T, *images.shape)}. {', '.join(foreign[:3])} come "
-                "from torch.nn and take no time dimension: use spikingjelly.activation_based.layer (layer.Conv2d, "
-                "layer.Flatten, ...) and functional.set_step_mode(net, 'm'), or step mode 's' for all of it."
+                f"The network got a sequence [T, N, ...] = {(self.T, *images.shape)}. "
+                f"{', '.join(foreign[:3])} come from torch.nn and take no time dimension: use "
+                "spikingjelly.activation_based.layer (layer.Conv2d, layer.Flatten, ...) and "
+                "functional.set_step_mode(net, 'm'), or step mode 's' for all of it."
             )
 
     def extra_repr(self) -> str:
@@ -176,8 +213,9 @@ class SpikingClassifier(nn.Module):
     def _check_shape(self, images: Tensor) -> None:
         if images.ndim not in (2, 4):
             raise ValueError(
-                f"images must be [N, C, H, W] (or [N, F] for features), got shape {tuple(images.shape)}; "
-                "add the batch dimension with images.unsqueeze(0), give event frames to SpikingEventClassifier"
+                "images must be [N, C, H, W] (or [N, F] for features), got shape "
+                f"{tuple(images.shape)}; add the batch dimension with images.unsqueeze(0), give "
+                "event frames to SpikingEventClassifier"
             )
 
     def _run(self, images: Tensor) -> Tensor:
@@ -187,7 +225,9 @@ class SpikingClassifier(nn.Module):
             if self._mode() == "s":
                 return self._over_time([frame] * self.T)
             return self._over_time(
-                frame if getattr(self.net, "expands_time", False) else frame.expand(self.T, *frame.shape)
+                frame
+                if getattr(self.net, "expands_time", False)
+                else frame.expand(self.T, *frame.shape)
             )
         if isinstance(self.encoder, nn.Module):
             functional.reset_net(self.encoder)
@@ -203,7 +243,9 @@ class SpikingClassifier(nn.Module):
         outputs = self.net(frames)
         if not isinstance(outputs, Tensor) or (outputs.ndim == 3 and outputs.shape[0] != self.T):
             got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-            raise ValueError(f"the network must return one tensor [T, N, classes] with T={self.T}, got {got}")
+            raise ValueError(
+                f"the network must return one tensor [T, N, classes] with T={self.T}, got {got}"
+            )
         return outputs
 
     def _normalise(self, frames: Tensor, channel_dim: int) -> Tensor:
@@ -216,28 +258,30 @@ class SpikingClassifier(nn.Module):
 
 
 class SpikingEventClassifier(SpikingClassifier):
-    """Event frames to logits; the same frames give the same logits whatever ran before. 事件帧到输出的纯函数。
+    """Event frames to logits; the same frames give the same logits whatever ran before.
+    事件帧到输出的纯函数。
 
     Equation: ``logits = mean_t net(frames)[t]`` after ``functional.reset_net(net)``.
 
-    Frames come samples first, [N, T, C, H, W], as a loader of SpikingJelly's event data sets stacks them and as every
-    attack and evaluation expects its samples. The network gets [T, N, C, H, W] as always on SpikingJelly: here, and
-    nowhere else, are the two dimensions exchanged. For frames held as [T, N, C, H, W] pass ``frames.transpose(0, 1)``.
+    Frames come samples first, [N, T, C, H, W], as a loader of SpikingJelly's event data sets stacks
+    them and as every attack and evaluation expects its samples. The network gets [T, N, C, H, W] as
+    always on SpikingJelly: here, and nowhere else, are the two dimensions exchanged. For frames
+    held as [T, N, C, H, W] pass ``frames.transpose(0, 1)``.
 
     All else is as in :class:`SpikingClassifier`; frames are neither encoded nor normalised.
 
     Args:
-        net: A SpikingJelly network of any neurons that takes [T, N, C, H, W] (step mode ``"m"``) or T times
-            [N, C, H, W] (step mode ``"s"``).
+        net: A SpikingJelly network of any neurons that takes [T, N, C, H, W] (step mode ``"m"``) or
+            T times [N, C, H, W] (step mode ``"s"``).
         T: Number of frames per sample.
         step_mode: How to call ``net``; None asks its outermost step module.
 
     Raises:
-        ValueError: If an argument, the shape of the frames or the network's output does not fit, or the network
-            repeats its input over time itself.
+        ValueError: If an argument, the shape of the frames or the network's output does not fit, or
+            the network repeats its input over time itself.
 
-    Source: frames of events as in ``spikingjelly.datasets`` (``data_type="frame"``); rate decoding of Ding et al.
-        (ICML 2024), section 5.
+    Source: frames of events as in ``spikingjelly.datasets`` (``data_type="frame"``); rate decoding
+        of Ding et al. (ICML 2024), section 5.
 
     Examples:
         >>> from sj_robust.neuron import DLIFNode
@@ -251,21 +295,21 @@ class SpikingEventClassifier(SpikingClassifier):
         super().__init__(net, T, step_mode=step_mode)
         if getattr(net, "expands_time", False):
             raise ValueError(
-                "net must take frames [T, N, C, H, W], got one that repeats its input over time itself (expands_time); "
-                "build it without that"
+                "net must take frames [T, N, C, H, W], got one that repeats its input over time "
+                "itself (expands_time); build it without that"
             )
 
     def _check_shape(self, images: Tensor) -> None:
         if images.ndim != 5:
             raise ValueError(
-                f"frames must be [N, T, C, H, W], got shape {tuple(images.shape)}; add the batch dimension with "
-                "frames.unsqueeze(0), give images to SpikingClassifier"
+                f"frames must be [N, T, C, H, W], got shape {tuple(images.shape)}; add the batch "
+                "dimension with frames.unsqueeze(0), give images to SpikingClassifier"
             )
         if images.shape[1] != self.T:
             hint = "; use frames.transpose(0, 1)" if images.shape[0] == self.T else ""
             raise ValueError(
-                f"frames must be [N, T, C, H, W] with T = {self.T}, got shape {tuple(images.shape)}: "
-                f"{images.shape[1]} frames per sample{hint}"
+                f"frames must be [N, T, C, H, W] with T = {self.T}, got shape "
+                f"{tuple(images.shape)}: {images.shape[1]} frames per sample{hint}"
             )
 
     def _run(self, images: Tensor) -> Tensor:
@@ -273,15 +317,17 @@ class SpikingEventClassifier(SpikingClassifier):
 
 
 class PoissonEncoder(nn.Module):
-    """Rate coding: a pixel of intensity x spikes with probability x, with a straight-through gradient.
+    """Rate coding: a pixel of intensity x spikes with probability x, with a straight-through
+    gradient.
 
-    Equation: ``s = 1 if u <= x else 0`` with u uniform in [0, 1]; the backward pass takes ds/dx = 1, so that attacks
-    see the mean of the encoding.
+    Equation: ``s = 1 if u <= x else 0`` with u uniform in [0, 1]; the backward pass takes ds/dx =
+    1, so that attacks see the mean of the encoding.
 
     Args:
         generator: Source of u; None is torch's global one.
 
-    Source: Poisson encoding as in SpikingJelly's ``encoding.PoissonEncoder``, with the gradient of its expectation.
+    Source: Poisson encoding as in SpikingJelly's ``encoding.PoissonEncoder``, with the gradient of
+        its expectation.
 
     Examples:
         >>> PoissonEncoder(torch.Generator().manual_seed(0))(torch.tensor([0.0, 0.5, 1.0]))
@@ -295,7 +341,9 @@ class PoissonEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Spikes of one time step, in the shape and dtype of ``images``."""
-        uniform = torch.rand(images.shape, generator=self.generator, dtype=images.dtype, device=images.device)
+        uniform = torch.rand(
+            images.shape, generator=self.generator, dtype=images.dtype, device=images.device
+        )
         spikes = (uniform <= images).to(images.dtype)
         return spikes + (images - images.detach()) if images.requires_grad else spikes
 
@@ -308,11 +356,13 @@ def as_classifier(
     std: Sequence[float] | None = None,
     frames: bool = False,
 ) -> nn.Module:
-    """A network as a function of images: a bare SpikingJelly network gets its classifier. 把任意网络变为图像的函数。
+    """A network as a function of images: a bare SpikingJelly network gets its classifier.
+    把任意网络变为图像的函数。
 
     Args:
-        net: A bare network of SpikingJelly neurons; or what takes images already, a :class:`SpikingClassifier` or a
-            network without spiking neurons, which is returned as it is.
+        net: A bare network of SpikingJelly neurons; or what takes images already, a
+            :class:`SpikingClassifier` or a network without spiking neurons, which is returned as it
+            is.
         T: Number of time steps, for a bare network.
         mean: Mean per channel that a bare network expects to be subtracted from images in [0, 1].
         std: Standard deviation per channel that it expects them to be divided by.
@@ -320,22 +370,31 @@ def as_classifier(
 
     Raises:
         TypeError: If ``net`` is no network, or T a tensor.
-        ValueError: If T is missing, or T, mean or std are given for a classifier, which has its own.
+        ValueError: If T is missing, or T, mean or std are given for a classifier, which has its
+            own.
     """
     check_network(net)
     if isinstance(T, Tensor):
-        raise TypeError("T must be a number of time steps, got a tensor; name the arguments behind the images")
+        raise TypeError(
+            "T must be a number of time steps, got a tensor; name the arguments behind the images"
+        )
     if isinstance(net, SpikingClassifier):
         if T is not None and T != net.T:
-            raise ValueError(f"T must be the classifier's {net.T} or None, got {T}; build a classifier for another T")
+            raise ValueError(
+                f"T must be the classifier's {net.T} or None, got {T}; build a classifier for "
+                "another T"
+            )
         if mean is not None or std is not None:
-            raise ValueError("a SpikingClassifier has its own mean and std; leave them out, or give the bare network")
+            raise ValueError(
+                "a SpikingClassifier has its own mean and std; leave them out, or give the bare "
+                "network"
+            )
         return net
     normalised = mean is not None or std is not None
     if T is None and any(map(is_neuron, net.modules())):
         raise ValueError(
-            f"T must be given for a bare network ({type(net).__name__}), got None; it is the number of time steps, "
-            "such as T=4 (--T 4)"
+            f"T must be given for a bare network ({type(net).__name__}), got None; it is the "
+            "number of time steps, such as T=4 (--T 4)"
         )
     if T is None and not normalised:
         return net
@@ -345,21 +404,30 @@ def as_classifier(
             raise ValueError("event frames are not normalised; leave mean and std out")
         made = SpikingEventClassifier(net, T or 1)
     else:  # without neurons there is one step
-        made = SpikingClassifier(net, T or 1, mean=mean, std=std, step_mode="s" if T is None else None)
+        made = SpikingClassifier(
+            net, T or 1, mean=mean, std=std, step_mode="s" if T is None else None
+        )
     made.training = net.training
     return made.to(device_of(net))
 
 
 def check_classifier(model: object) -> SpikingClassifier:
-    """The model, if it is a :class:`SpikingClassifier`; else TypeError. 检查参数是否为 SpikingClassifier。"""
+    """The model, if it is a :class:`SpikingClassifier`; else TypeError. 检查参数是否为
+    SpikingClassifier。
+    """
     if not isinstance(model, SpikingClassifier):
         got = type(model).__name__
-        raise TypeError(f"model must be a SpikingClassifier, got {got}; wrap the network: SpikingClassifier(net, T=4)")
+        raise TypeError(
+            f"model must be a SpikingClassifier, got {got}; wrap the network: "
+            "SpikingClassifier(net, T=4)"
+        )
     return model
 
 
 def _without_containers(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Modules by name, but for those in a container of SpikingJelly that takes the time dimension from them."""
+    """Modules by name, but for those in a container of SpikingJelly that takes the time dimension
+    from them.
+    """
     yield name, module
     if isinstance(module, base.MultiStepModule):
         return
@@ -368,7 +436,9 @@ def _without_containers(module: nn.Module, name: str = "") -> Iterator[tuple[str
 
 
 def _needs_step_mode(module: nn.Module) -> bool:
-    """Whether a module of plain torch takes no time dimension, where one of SpikingJelly's layers would."""
+    """Whether a module of plain torch takes no time dimension, where one of SpikingJelly's layers
+    would.
+    """
     if isinstance(module, nn.Flatten):
         return module.start_dim == 1 and not isinstance(module, base.StepModule)
     return isinstance(module, _OF_FIXED_RANK) and not isinstance(module, base.StepModule)
@@ -385,7 +455,9 @@ def step_mode_of(net: nn.Module) -> str:
 
 @contextmanager
 def _differentiable(net: nn.Module) -> Iterator[None]:
-    """Neurons in a mode that has a gradient, if one may be wanted; their modes restored afterwards."""
+    """Neurons in a mode that has a gradient, if one may be wanted; their modes restored
+    afterwards.
+    """
     neurons: list[nn.Module] = []
     if EVAL_MODE_HAS_NO_GRADIENT and torch.is_grad_enabled():
         neurons = [m for m in net.modules() if isinstance(m, neuron.BaseNode) and not m.training]

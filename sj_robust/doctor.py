@@ -1,4 +1,6 @@
-"""What is installed and what runs here: ``python -m sj_robust.doctor``, to paste into a bug report."""
+"""What is installed and what runs here: ``python -m sj_robust.doctor``, to paste into a bug
+report.
+"""
 
 import os
 import platform
@@ -39,7 +41,8 @@ _MARGIN = 1e-4  # a potential nearer to the threshold may round to either side
 
 
 def report() -> str:
-    """Versions, system, devices, backends with reasons, settings, a self test, and what to do about what is missing.
+    """Versions, system, devices, backends with reasons, settings, a self test, and what to do about
+    what is missing.
 
     诊断报告：版本、系统、设备、后端、设置与自检。
 
@@ -69,10 +72,16 @@ def _text(tests: dict[str, str]) -> str:
     backends = available_backends()
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     gradient = "IF and LIF have no gradient in evaluation mode; SpikingClassifier sees to it"
-    release = f"interface of 0.0.0.0.14 ({gradient})" if EVAL_MODE_HAS_NO_GRADIENT else "interface of 2.x"
+    release = (
+        f"interface of 0.0.0.0.14 ({gradient})" if EVAL_MODE_HAS_NO_GRADIENT else "interface of 2.x"
+    )
     rows = [
         ("sj_robust", __version__),
-        ("python", f"{platform.python_version()} ({platform.python_implementation()}, {platform.machine()})"),
+        (
+            "python",
+            f"{platform.python_version()} ({platform.python_implementation()}, "
+            f"{platform.machine()})",
+        ),
         *packages,
         ("CUDA of torch", torch.version.cuda or "none"),
         ("triton", version_of("triton") or version_of("pytorch-triton") or "not installed"),
@@ -94,7 +103,9 @@ def _text(tests: dict[str, str]) -> str:
 
 
 def _packages() -> tuple[list[tuple[str, str]], list[str]]:
-    """A row for each package that is asked for, and what to do where one is missing or outside its bounds."""
+    """A row for each package that is asked for, and what to do where one is missing or outside its
+    bounds.
+    """
     rows, remedies = [], []
     absent: dict[str, list[str]] = {}
     for needed, extra in _requirements():
@@ -106,24 +117,36 @@ def _packages() -> tuple[list[tuple[str, str]], list[str]]:
             rows.append((needed.name, version))
         else:
             rows.append((needed.name, f"{version}, MUST BE {needed.specifier}"))
-            remedies.append(f"{needed.name} must be {needed.specifier}, got {version}: pip install -U '{needed}'")
+            remedies.append(
+                f"{needed.name} must be {needed.specifier}, got {version}: pip install -U "
+                f"'{needed}'"
+            )
     for extra, names in absent.items():
         if _EXTRAS[extra] is not None:
             command = f"'sj_robust[{extra}]'" if extra else " ".join(names)
-            remedies.append(f"{', '.join(names)} not installed, {_EXTRAS[extra]}: pip install {command}")
+            remedies.append(
+                f"{', '.join(names)} not installed, {_EXTRAS[extra]}: pip install {command}"
+            )
     return rows, remedies
 
 
 def _requirements() -> list[tuple[Requirement, str]]:
-    """What the installed distribution asks for, each package once, and the extra that it comes with."""
+    """What the installed distribution asks for, each package once, and the extra that it comes
+    with.
+    """
     try:
         lines = metadata.requires("sj_robust") or []
-    except metadata.PackageNotFoundError:  # a source tree that is not installed, so nobody says which versions
+    except (
+        metadata.PackageNotFoundError
+    ):  # a source tree that is not installed, so nobody says which versions
         lines = ["torch", "torchvision", "spikingjelly", "numpy"]
     found: dict[str, tuple[Requirement, str]] = {}
     for needed in map(Requirement, lines):
         marker, needed.marker = needed.marker, None
-        extra = next((extra for extra in _EXTRAS if marker is None or marker.evaluate({"extra": extra})), None)
+        extra = next(
+            (extra for extra in _EXTRAS if marker is None or marker.evaluate({"extra": extra})),
+            None,
+        )
         if extra is not None:
             found.setdefault(needed.name, (needed, extra))[0].specifier &= needed.specifier
     return list(found.values())
@@ -142,14 +165,18 @@ def _devices() -> Iterator[tuple[str, str]]:
 def _driver() -> str:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        output = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+        output = subprocess.run(
+            command, capture_output=True, text=True, timeout=10, check=True
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return "unknown (nvidia-smi does not run)"
     return (output.splitlines() or ["unknown"])[0].strip()
 
 
 def _kernel() -> str:
-    """Whether a compiler built the CPU kernel when the package was installed, and which build of it runs."""
+    """Whether a compiler built the CPU kernel when the package was installed, and which build of it
+    runs.
+    """
     if cpp.unavailable_reason() is not None:
         return "none that can run, see backend cpp; eager runs on the CPU"
     sets = cpp.instruction_sets()
@@ -158,13 +185,20 @@ def _kernel() -> str:
 
 
 def _settings() -> list[tuple[str, str]]:
-    found = [(name, value) for name, value in sorted(os.environ.items()) if _VARIABLES.fullmatch(name)]
-    return [(name, value or "set, empty") for name, value in found] or [("variables", "none that matter are set")]
+    found = [
+        (name, value) for name, value in sorted(os.environ.items()) if _VARIABLES.fullmatch(name)
+    ]
+    return [(name, value or "set, empty") for name, value in found] or [
+        ("variables", "none that matter are set")
+    ]
 
 
 def _self_tests() -> dict[str, str]:
     """The verdict by device."""
-    return {name: _self_test(name) for name in ("cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())))}
+    return {
+        name: _self_test(name)
+        for name in ("cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())))
+    }
 
 
 def _failed(verdict: str) -> bool:
@@ -178,19 +212,26 @@ def _self_test(device: str) -> str:
         x = (0.5 + 0.6 * torch.randn(_SHAPE, generator=generator)).to(device)  # the same everywhere
         gain = 1 + 0.2 * torch.randn(_SHAPE[0], generator=generator)
         grad = torch.randn(_SHAPE, generator=generator).to(device)
-        reference, node = (DLIFNode(_SHAPE[0], tau=2.0, store_v_seq=True, backend=b) for b in ("reference", "auto"))
+        reference, node = (
+            DLIFNode(_SHAPE[0], tau=2.0, store_v_seq=True, backend=b) for b in ("reference", "auto")
+        )
         for neuron in (reference, node):
             neuron.to(device).input_gain.data.copy_(gain)
         backend = node.chosen_backend(x)
         failure = _difference(reference, node, x, grad)
     except Exception as error:  # whatever it is, a bug report wants to know it
         failure = f"{type(error).__name__}: {' '.join(str(error).split())}"
-    verdict, seconds = "passed" if failure is None else f"FAILED: {failure}", time.perf_counter() - start
+    verdict, seconds = (
+        "passed" if failure is None else f"FAILED: {failure}",
+        time.perf_counter() - start,
+    )
     return f"{verdict} (backend {backend} against reference, forward and backward, {seconds:.2f} s)"
 
 
 def _difference(reference: DLIFNode, node: DLIFNode, x: Tensor, grad: Tensor) -> str | None:
-    """What differs, forward or backward, where no potential is too near to the threshold; None if nothing does."""
+    """What differs, forward or backward, where no potential is too near to the threshold; None if
+    nothing does.
+    """
     inputs = x.clone().requires_grad_(), x.clone().requires_grad_()
     spikes = reference(inputs[0]), node(inputs[1])
     assert reference.v_seq is not None  # store_v_seq
@@ -217,18 +258,26 @@ def _difference(reference: DLIFNode, node: DLIFNode, x: Tensor, grad: Tensor) ->
 
 
 def _remedies(backends: dict[str, str], tests: dict[str, str]) -> list[str]:
-    """What to do about backends that are missing where they would run, and about a failed self test."""
+    """What to do about backends that are missing where they would run, and about a failed self
+    test.
+    """
     remedies = [f"backend cpp: {backends['cpp']}"] if backends["cpp"] != "available" else []
     kernels = [name for name in ("cupy", "triton") if backends[name] != "available"]
     if torch.cuda.device_count() and len(kernels) == 2:  # one of them is enough
         remedies += [f"backend {name}: {backends[name]}" for name in kernels]
     advice = "use DLIFNode(..., backend='reference') there, and report this text"
-    return remedies + [f"the self test failed on {device}: {advice}" for device in tests if _failed(tests[device])]
+    return remedies + [
+        f"the self test failed on {device}: {advice}" for device in tests if _failed(tests[device])
+    ]
 
 
 def _without_home(text: str) -> str:
     home = str(Path.home())
-    return text if len(home) < 2 else re.sub(rf"{re.escape(home)}(?=[/\\\s:,;)'\"]|$)", "~", text, flags=re.MULTILINE)
+    return (
+        text
+        if len(home) < 2
+        else re.sub(rf"{re.escape(home)}(?=[/\\\s:,;)'\"]|$)", "~", text, flags=re.MULTILINE)
+    )
 
 
 if __name__ == "__main__":

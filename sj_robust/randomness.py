@@ -1,4 +1,6 @@
-"""Private randomness: what an attack or an evaluation draws neither moves nor follows the caller's generators."""
+"""Private randomness: what an attack or an evaluation draws neither moves nor follows the caller's
+generators.
+"""
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
@@ -9,21 +11,32 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "Private", "SampleDraws", "SampleSeeds", "check_seeds", "draw_seed", "private_generator", "rand", "randn",
+    "Private",
+    "SampleDraws",
+    "SampleSeeds",
+    "check_seeds",
+    "draw_seed",
+    "private_generator",
+    "rand",
+    "randn",
     "seeded_globals",
-]  # fmt: skip
+]
 
-_SEEDS = 2**62  # seeds lie below it, so that every torch.Generator and every int64 tensor can hold them
+_SEEDS = (
+    2**62
+)  # seeds lie below it, so that every torch.Generator and every int64 tensor can hold them
 _WORD = 2**64 - 1
 
 
 class SampleSeeds:
-    """One seed per sample: what an attack draws for a sample depends on neither its neighbours nor the batch size.
+    """One seed per sample: what an attack draws for a sample depends on neither its neighbours nor
+    the batch size.
 
     每个样本一个种子，攻击结果与批大小无关。
 
-    Equation: sample n draws from a CPU generator seeded with ``mix(seeds[n], draw)``, where ``mix`` is splitmix64; the
-    numbers are then moved to the device of the images, so that every device sees the same ones.
+    Equation: sample n draws from a CPU generator seeded with ``mix(seeds[n], draw)``, where ``mix``
+    is splitmix64; the numbers are then moved to the device of the images, so that every device sees
+    the same ones.
 
     Args:
         seeds: N integers in [0, 2**62), as a sequence or an integer tensor [N].
@@ -51,7 +64,10 @@ class SampleSeeds:
         """Check and keep the seeds; see the class."""
         if isinstance(seeds, Tensor):
             if seeds.ndim != 1 or seeds.is_floating_point() or seeds.dtype == torch.bool:
-                raise TypeError(f"seeds must be an integer tensor [N], got {seeds.dtype} of shape {list(seeds.shape)}")
+                raise TypeError(
+                    f"seeds must be an integer tensor [N], got {seeds.dtype} of shape "
+                    f"{list(seeds.shape)}"
+                )
             seeds = seeds.tolist()
         self.seeds = tuple(_checked_seed(seed) for seed in seeds)
 
@@ -74,17 +90,23 @@ class SampleSeeds:
         return SampleSeeds(torch.tensor(self.seeds, dtype=torch.int64)[rows.cpu()])
 
     def derived(self, *labels: int | str) -> "SampleSeeds":
-        """Other seeds, a function of seed and labels alone, the same in every run and on every Python."""
+        """Other seeds, a function of seed and labels alone, the same in every run and on every
+        Python.
+        """
         words = [_word(label) for label in labels]
         return SampleSeeds([_folded(seed, words) for seed in self.seeds])
 
     def single(self) -> int:
-        """One number made of all seeds in their order, for what is not per sample (a network's own global draws)."""
+        """One number made of all seeds in their order, for what is not per sample (a network's own
+        global draws).
+        """
         return _folded(len(self), self.seeds)
 
 
 class SampleDraws:
-    """Successive draws from :class:`SampleSeeds`: the n-th draw of a sample is the same whoever is beside it."""
+    """Successive draws from :class:`SampleSeeds`: the n-th draw of a sample is the same whoever is
+    beside it.
+    """
 
     def __init__(self, seeds: SampleSeeds) -> None:
         """Start at draw 0."""
@@ -98,11 +120,17 @@ class SampleDraws:
 
 
 Private = torch.Generator | SampleDraws
-"""Source of the randomness of one call: :func:`rand`, :func:`randn` and :func:`draw_seed` draw from it."""
+"""Source of the randomness of one call: :func:`rand`, :func:`randn` and :func:`draw_seed` draw from
+it.
+"""
 
 
-def private_generator(generator: torch.Generator | SampleSeeds | None, device: torch.device) -> Private:
-    """Source seeded by one number of ``generator``, by the seeds of the samples or, without both, by fresh entropy."""
+def private_generator(
+    generator: torch.Generator | SampleSeeds | None, device: torch.device
+) -> Private:
+    """Source seeded by one number of ``generator``, by the seeds of the samples or, without both,
+    by fresh entropy.
+    """
     if isinstance(generator, SampleSeeds):
         return SampleDraws(generator)
     private = torch.Generator(device=device)
@@ -118,14 +146,18 @@ def private_generator(generator: torch.Generator | SampleSeeds | None, device: t
     return private
 
 
-def rand(shape: Sequence[int], private: Private, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+def rand(
+    shape: Sequence[int], private: Private, *, dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """Uniform numbers in [0, 1) of shape [N, ...]."""
     if isinstance(private, torch.Generator):
         return torch.rand(tuple(shape), generator=private, dtype=dtype, device=device)
     return _drawn(Tensor.uniform_, torch.empty(tuple(shape), dtype=dtype), private).to(device)
 
 
-def randn(shape: Sequence[int], private: Private, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+def randn(
+    shape: Sequence[int], private: Private, *, dtype: torch.dtype, device: torch.device
+) -> Tensor:
     """Normal numbers of shape [N, ...]."""
     if isinstance(private, torch.Generator):
         return torch.randn(tuple(shape), generator=private, dtype=dtype, device=device)
@@ -143,9 +175,11 @@ def check_seeds(generator: torch.Generator | SampleSeeds | None, x: Tensor) -> N
 
 @contextmanager
 def seeded_globals(seed: int, device: torch.device) -> Iterator[None]:
-    """Torch's global generators of CPU and ``device``, which encoders and dropout draw from, seeded and then restored.
+    """Torch's global generators of CPU and ``device``, which encoders and dropout draw from, seeded
+    and then restored.
 
-    Restored without a seed of our own, they would show an attack the very numbers of the caller's next forward.
+    Restored without a seed of our own, they would show an attack the very numbers of the caller's
+    next forward.
     """
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.default_generator.manual_seed(seed)
@@ -166,7 +200,10 @@ def _drawn(fill: Callable[..., Tensor], numbers: Tensor, draws: SampleDraws) -> 
     """``numbers`` [N, ...], the part of every sample filled by a generator of its own."""
     seeds = draws.next().seeds
     if len(seeds) != len(numbers):
-        raise ValueError(f"SampleSeeds of {len(seeds)} samples cannot draw for {len(numbers)}; use seeds.rows(rows)")
+        raise ValueError(
+            f"SampleSeeds of {len(seeds)} samples cannot draw for {len(numbers)}; use "
+            "seeds.rows(rows)"
+        )
     generator = torch.Generator()
     for seed, row in zip(seeds, numbers, strict=True):
         fill(row, generator=generator.manual_seed(seed))
@@ -179,7 +216,9 @@ def _checked_seed(seed: int) -> int:
     try:
         number = operator.index(seed)
     except TypeError:
-        raise TypeError(f"seeds must be integers, got {type(seed).__name__}; use int(seed)") from None
+        raise TypeError(
+            f"seeds must be integers, got {type(seed).__name__}; use int(seed)"
+        ) from None
     if not 0 <= number < _SEEDS:
         raise ValueError(f"seeds must lie in [0, 2**62), got {number}; use seed % 2**62")
     return number
@@ -194,7 +233,9 @@ def _folded(seed: int, words: Sequence[int]) -> int:
 
 
 def _splitmix64(number: int) -> int:
-    """Finaliser of splitmix64 after one step of its counter: a bijection of 64-bit words that mixes all bits."""
+    """Finaliser of splitmix64 after one step of its counter: a bijection of 64-bit words that mixes
+    all bits.
+    """
     word = (number + 0x9E3779B97F4A7C15) & _WORD
     word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
     word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _WORD

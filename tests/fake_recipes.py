@@ -1,4 +1,6 @@
-"""Recipes that look like the real ones from outside and take no time, for the tests of what runs them."""
+"""Recipes that look like the real ones from outside and take no time, for the tests of what runs
+them.
+"""
 
 TRAINER = '''
 import json, os, signal, time

@@ -17,7 +17,12 @@ from accelerate.state import AcceleratorState
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ("adv_train", "evaluate", "sweep", "figures", "benchmark")
-ENVIRONMENT = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "COLUMNS": "100", "PYTHONUNBUFFERED": "1"}
+ENVIRONMENT = os.environ | {
+    "PYTHONPATH": str(ROOT),
+    "OMP_NUM_THREADS": "1",
+    "COLUMNS": "100",
+    "PYTHONUNBUFFERED": "1",
+}
 TWO_PROCESSES = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 # SpikingJelly 0.0.0.0.14 uses what torch has deprecated since.
 STRICT = ("-W", "error", "-W", "ignore:`torch.jit.script` is deprecated:DeprecationWarning")
@@ -36,9 +41,12 @@ def start(name, folder, *options, launcher=STRICT):
     """A recipe as a process, the leader of its group."""
     command = [sys.executable, *launcher, str(ROOT / "recipes" / f"{name}.py"), *options]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    # A shell may have started the tests in the background, where SIGINT is ignored; a child would inherit that.
+    # A shell may have started the tests in the background, where SIGINT is ignored; a child would
+    # inherit that.
     hears = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
-    return subprocess.Popen(command, cwd=folder, env=ENVIRONMENT, start_new_session=True, preexec_fn=hears, **pipes)
+    return subprocess.Popen(
+        command, cwd=folder, env=ENVIRONMENT, start_new_session=True, preexec_fn=hears, **pipes
+    )
 
 
 def finish(process, code=0):
@@ -62,11 +70,15 @@ def script(path, *arguments):
     """A script of the tests to its end."""
     command = [sys.executable, str(path), *map(str, arguments)]
     environment = ENVIRONMENT | {"PYTHONPATH": os.pathsep.join(sys.path)}
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
 
 
 def forked(*functions):
-    """Exit codes of functions in processes of their own, which a script has forked since imports take seconds."""
+    """Exit codes of functions in processes of their own, which a script has forked since imports
+    take seconds.
+    """
     children = []
     for function in functions:
         if not (child := os.fork()):
@@ -80,8 +92,15 @@ def two_processes(function):
     """Exit codes of a function in two forked processes that form a group (gloo)."""
 
     def join(rank):
-        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
-        torch.distributed.init_process_group("gloo", f"file://{folder}/group", rank=rank, world_size=2)
+        os.environ |= {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+            "WORLD_SIZE": "2",
+            "LOCAL_WORLD_SIZE": "2",
+        }
+        torch.distributed.init_process_group(
+            "gloo", f"file://{folder}/group", rank=rank, world_size=2
+        )
         function()
         if torch.distributed.is_initialized():  # a recipe has ended it already
             torch.distributed.barrier()  # a process that leaves early aborts the others

@@ -1,4 +1,6 @@
-"""DLIF forward and back-propagation through time in float64 numpy, derived by hand and independent of the package."""
+"""DLIF forward and back-propagation through time in float64 numpy, derived by hand and independent
+of the package.
+"""
 
 from dataclasses import dataclass
 
@@ -34,7 +36,13 @@ def surrogate_derivative(kind: str, alpha: float, z: np.ndarray) -> np.ndarray:
 
 
 def dlif_forward(
-    x: np.ndarray, gain: np.ndarray, v_init: np.ndarray, *, decay: float, v_threshold: float, v_reset: float | None
+    x: np.ndarray,
+    gain: np.ndarray,
+    v_init: np.ndarray,
+    *,
+    decay: float,
+    v_threshold: float,
+    v_reset: float | None,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """h, spikes and potentials after the reset [T, ...]."""
     h, spikes, potentials = np.zeros_like(x), np.zeros_like(x), np.zeros_like(x)
@@ -79,18 +87,35 @@ def dlif_backward(
 
 
 def dlif_bptt(
-    x: np.ndarray, gain: np.ndarray, v_init: np.ndarray, *, kind: str, alpha: float, detach_reset: bool,
-    grad_spikes: np.ndarray, grad_v: np.ndarray, grad_potentials: np.ndarray, **dynamics: float | None,
-) -> Result:  # fmt: skip
-    """x [T, ...], gain [T], v_init [...]; grad_v belongs to the last potential, grad_potentials to all of them."""
+    x: np.ndarray,
+    gain: np.ndarray,
+    v_init: np.ndarray,
+    *,
+    kind: str,
+    alpha: float,
+    detach_reset: bool,
+    grad_spikes: np.ndarray,
+    grad_v: np.ndarray,
+    grad_potentials: np.ndarray,
+    **dynamics: float | None,
+) -> Result:
+    """x [T, ...], gain [T], v_init [...]; grad_v belongs to the last potential, grad_potentials to
+    all of them.
+    """
     h, spikes, potentials = dlif_forward(x, gain, v_init, **dynamics)
     slopes = surrogate_derivative(kind, alpha, h - dynamics["v_threshold"])
     grads = {"grad_spikes": grad_spikes, "grad_v": grad_v, "grad_potentials": grad_potentials}
-    grad_h, grad_v_init = dlif_backward(h, spikes, slopes, detach_reset=detach_reset, **grads, **dynamics)
+    grad_h, grad_v_init = dlif_backward(
+        h, spikes, slopes, detach_reset=detach_reset, **grads, **dynamics
+    )
     grad_x = grad_h * gain.reshape(-1, *(1 for _ in v_init.shape))
-    return Result(h, spikes, potentials, grad_x, (grad_h * x).reshape(len(x), -1).sum(1), grad_v_init)
+    return Result(
+        h, spikes, potentials, grad_x, (grad_h * x).reshape(len(x), -1).sum(1), grad_v_init
+    )
 
 
 def away_from_threshold(h: np.ndarray, v_threshold: float, margin: float) -> np.ndarray:
-    """Where |h - threshold| > margin at this step and at every earlier one, so that no rounding can flip a spike."""
+    """Where |h - threshold| > margin at this step and at every earlier one, so that no rounding can
+    flip a spike.
+    """
     return np.logical_and.accumulate(np.abs(h - v_threshold) > margin, axis=0)

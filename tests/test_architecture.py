@@ -1,6 +1,8 @@
-"""Imports point one way, `import sj_robust` stays light, and docs/concepts/architecture.md shows both.
+"""Imports point one way, `import sj_robust` stays light, and docs/concepts/architecture.md shows
+both.
 
-``python tests/test_architecture.py`` writes the tree on the page anew from what the files say of themselves.
+``python tests/test_architecture.py`` writes the tree on the page anew from what the files say of
+themselves.
 """
 
 import ast
@@ -19,8 +21,21 @@ PACKAGE = Path(sj_robust.__file__).parent
 PAGE = Path(__file__).parents[1] / "docs" / "concepts" / "architecture.md"
 TREE_BEGINS, TREE_ENDS = "<!-- tree: begin -->\n\n", "\n<!-- tree: end -->"
 LIBRARY = [
-    {"_checks", "_console", "_datasets", "_environment", "_eps", "_host", "_preserved",
-     "_recipes_installed", "_saved", "_shown", "_version", "ops", "randomness"},
+    {
+        "_checks",
+        "_console",
+        "_datasets",
+        "_environment",
+        "_eps",
+        "_host",
+        "_preserved",
+        "_recipes_installed",
+        "_saved",
+        "_shown",
+        "_version",
+        "ops",
+        "randomness",
+    },
     {"neuron"},
     {"classifier"},
     {"attacks", "estimators", "perturbation", "stability"},
@@ -28,14 +43,17 @@ LIBRARY = [
     {"evaluation"},
     {"training"},
     {"doctor"},
-]  # fmt: skip
+]
 LAYERS = [*LIBRARY, {"lab"}, {"recipes"}]
 HOST_FILES = {"_host.py", "classifier.py", "perturbation/monitor.py", "stability/operator.py"}
 HOST_FOLDERS = {"models", "data"}
 RECIPES = PACKAGE.parent / "recipes"
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
 MODULES = {".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts): path for path in FILES}
-MODULES |= {".".join(path.relative_to(RECIPES).with_suffix("").parts): path for path in sorted(RECIPES.rglob("*.py"))}
+MODULES |= {
+    ".".join(path.relative_to(RECIPES).with_suffix("").parts): path
+    for path in sorted(RECIPES.rglob("*.py"))
+}
 
 
 def imports(path):
@@ -49,10 +67,14 @@ def imports(path):
 
 
 def module_of(name):
-    """The file of this repository that an imported name lies in, as a module; None for other packages."""
+    """The file of this repository that an imported name lies in, as a module; None for other
+    packages.
+    """
     parts = name.split(".")
     stems = (".".join(parts[:length]) for length in range(len(parts), 0, -1))
-    return next((found for stem in stems for found in (stem, f"{stem}.__init__") if found in MODULES), None)
+    return next(
+        (found for stem in stems for found in (stem, f"{stem}.__init__") if found in MODULES), None
+    )
 
 
 def part_of(module):
@@ -89,13 +111,19 @@ def uphill(module, imported):
 
 
 def test_no_file_imports_what_is_private_to_another_package():
-    others = [(module, imported) for module, imported in edges() if part_of(module) != part_of(imported)]
-    assert [edge for edge in others if re.search(r"\._(?!_)", edge[1].removeprefix("sj_robust._"))] == []
+    others = [
+        (module, imported) for module, imported in edges() if part_of(module) != part_of(imported)
+    ]
+    assert [
+        edge for edge in others if re.search(r"\._(?!_)", edge[1].removeprefix("sj_robust._"))
+    ] == []
 
 
 def test_few_files_know_spikingjelly():
     knowing = {
-        path.relative_to(PACKAGE) for path in FILES if any(n.split(".")[0] == "spikingjelly" for n in imports(path))
+        path.relative_to(PACKAGE)
+        for path in FILES
+        if any(n.split(".")[0] == "spikingjelly" for n in imports(path))
     }
     assert {str(path) for path in knowing if path.parts[0] not in HOST_FOLDERS} <= HOST_FILES
 
@@ -106,7 +134,9 @@ def test_attacks_know_torch_and_a_callable():
 
 
 def test_no_circle_of_files():
-    """A package's ``__init__`` hands on what its files hold, so a file that imports its own package counts as well."""
+    """A package's ``__init__`` hands on what its files hold, so a file that imports its own package
+    counts as well.
+    """
     assert [module for module in MODULES if module in reached_from(module)] == []
 
 
@@ -129,9 +159,24 @@ def test_only_the_bridge_asks_which_release_is_installed():
 
 
 HEAVY = ["cupy", "matplotlib", "accelerate", "sklearn", "rich", "jsonargparse", "tensorboard"]
-LATE = ["torch._dynamo", "matplotlib", "torchaudio", "torchvision.datasets", "spikingjelly.datasets"]
-USERS = ["sj_robust.training", "sj_robust.data", "adv_train", "evaluate", "sweep", "figures", "benchmark"]
-# SpikingJelly itself imports matplotlib in one release and CuPy, where it is installed, in the other
+LATE = [
+    "torch._dynamo",
+    "matplotlib",
+    "torchaudio",
+    "torchvision.datasets",
+    "spikingjelly.datasets",
+]
+USERS = [
+    "sj_robust.training",
+    "sj_robust.data",
+    "adv_train",
+    "evaluate",
+    "sweep",
+    "figures",
+    "benchmark",
+]
+# SpikingJelly itself imports matplotlib in one release and CuPy, where it is installed, in the
+# other
 CODE = f"""
 import importlib, sys, spikingjelly.activation_based.neuron, spikingjelly.activation_based.monitor
 before = set(sys.modules)
@@ -142,9 +187,20 @@ for module in {["sj_robust", *USERS]}:
 """
 
 
-EXTRAS = {"accelerate", "jsonargparse", "matplotlib", "pyautoattack", "rich", "scipy", "sklearn", "tensorboard", "yaml"}
-# A module of ours that imports a package of an extra gets the error that it would get where the extra is not installed.
-# SpikingJelly brings some of these packages itself, so theirs are let through.
+EXTRAS = {
+    "accelerate",
+    "jsonargparse",
+    "matplotlib",
+    "pyautoattack",
+    "rich",
+    "scipy",
+    "sklearn",
+    "tensorboard",
+    "yaml",
+}
+# A module of ours that imports a package of an extra gets the error that it would get where the
+# extra is not installed. SpikingJelly brings some of these packages itself, so theirs are let
+# through.
 WITHOUT_EXTRAS = f"""
 import builtins, importlib, pkgutil
 
@@ -186,7 +242,9 @@ def test_what_needs_torch_alone_imports_without_the_extras_and_what_draws_import
 def test_examples_stand_under_the_title_that_the_site_knows():
     """Google style has a section ``Examples:``; a singular one is shown as a quotation."""
     texts = {module: path.read_text(encoding="utf-8") for module, path in MODULES.items()}
-    assert [module for module, text in texts.items() if re.search(r"^ *Example:$", text, re.M)] == []
+    assert [
+        module for module, text in texts.items() if re.search(r"^ *Example:$", text, re.M)
+    ] == []
 
 
 def test_every_part_has_its_layer():
@@ -210,13 +268,19 @@ def tree():
     lines = []
     for path in sorted(PACKAGE.rglob("*"), key=lambda path: path.relative_to(PACKAGE).parts):
         relative = path.relative_to(PACKAGE)
-        if path.name == "__init__.py" or {"__pycache__", "trained"} & set(relative.parts) or path.suffix == ".so":
+        if (
+            path.name == "__init__.py"
+            or {"__pycache__", "trained"} & set(relative.parts)
+            or path.suffix == ".so"
+        ):
             continue
         name = f"{path.name}/" if path.is_dir() else path.name
         indent = "    " * (len(relative.parts) - 1)
         text = f"- `{name}`: {said_of_itself(path / '__init__.py' if path.is_dir() else path)}"
         whole = {"break_long_words": False, "break_on_hyphens": False}
-        lines += textwrap.wrap(text, 119, initial_indent=indent, subsequent_indent=f"{indent}  ", **whole)
+        lines += textwrap.wrap(
+            text, 119, initial_indent=indent, subsequent_indent=f"{indent}  ", **whole
+        )
     return "\n".join(lines) + "\n"
 
 

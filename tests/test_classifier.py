@@ -45,7 +45,9 @@ def test_equals_the_definition(kind):
     classifier = cls(net, T=4)
     assert torch.equal(classifier(x), wanted)
     assert torch.equal(classifier(x), wanted)  # nothing of the first call is left
-    torch.testing.assert_close(classifier(x[1:3]), wanted[1:3])  # nor does another batch size matter
+    torch.testing.assert_close(
+        classifier(x[1:3]), wanted[1:3]
+    )  # nor does another batch size matter
     assert torch.equal(classifier(x), wanted)
 
 
@@ -77,7 +79,9 @@ def test_every_frame_counts_at_its_own_step():
 def test_normalisation_is_inside_and_moves_with_the_module():
     net, images = make_net(), make_images()
     classifier = SpikingClassifier(net, T=4, mean=[0.5], std=[0.25])
-    torch.testing.assert_close(classifier(images), SpikingClassifier(net, T=4)((images - 0.5) / 0.25))
+    torch.testing.assert_close(
+        classifier(images), SpikingClassifier(net, T=4)((images - 0.5) / 0.25)
+    )
     assert set(classifier.state_dict()) >= {"mean", "std"}
     assert classifier.double()(images.double()).dtype == torch.float64
 
@@ -110,7 +114,9 @@ def test_modes_are_restored_after_an_error():
 
 
 def test_batch_norm_and_dropout_stay_in_evaluation_mode():
-    net = nn.Sequential(layer.BatchNorm2d(1, step_mode="m"), layer.Dropout(0.5, step_mode="m"), make_net())
+    net = nn.Sequential(
+        layer.BatchNorm2d(1, step_mode="m"), layer.Dropout(0.5, step_mode="m"), make_net()
+    )
     classifier = SpikingClassifier(net, T=2).eval()
     before = net[0].running_mean.clone()
     first, second = classifier(make_images()), classifier(make_images())
@@ -173,13 +179,25 @@ def classifier_of_output(output):
 @pytest.mark.parametrize(
     ("call", "match"),
     [
-        (lambda: SpikingClassifier(make_net(), T=4)(torch.rand(6)), r"images must be \[N, C, H, W\].*unsqueeze\(0\)"),
-        (lambda: SpikingClassifier(make_net(), T=4)(make_frames()), "give event frames to SpikingEventClassifier"),
+        (
+            lambda: SpikingClassifier(make_net(), T=4)(torch.rand(6)),
+            r"images must be \[N, C, H, W\].*unsqueeze\(0\)",
+        ),
+        (
+            lambda: SpikingClassifier(make_net(), T=4)(make_frames()),
+            "give event frames to SpikingEventClassifier",
+        ),
         (lambda: SpikingClassifier(make_net(), T=0), "T must be an integer >= 1"),
         (lambda: SpikingClassifier(make_net(), T=2, std=[0.0]), "std must be > 0"),
         (lambda: SpikingClassifier(make_net(), T=2, step_mode="x"), "step_mode must be"),
-        (lambda: classifier_of_output(torch.zeros(3, 5, 2))(make_images()), r"with T=4, got \(3, 5, 2\)"),
-        (lambda: classifier_of_output(torch.zeros(4, 5, 2, 2))(make_images()), "N=5, got a mean over time of shape"),
+        (
+            lambda: classifier_of_output(torch.zeros(3, 5, 2))(make_images()),
+            r"with T=4, got \(3, 5, 2\)",
+        ),
+        (
+            lambda: classifier_of_output(torch.zeros(4, 5, 2, 2))(make_images()),
+            "N=5, got a mean over time of shape",
+        ),
         (lambda: classifier_of_output((torch.zeros(1),))(make_images()), "one tensor .* got tuple"),
         (
             lambda: SpikingEventClassifier(make_net(), T=4)(make_images()),
@@ -193,7 +211,9 @@ def classifier_of_output(output):
     ],
 )
 def test_wrong_use(call, match):
-    """More of it stands in docs/mistakes.md, whose messages are compared by test_newcomer_mistakes.py."""
+    """More of it stands in docs/mistakes.md, whose messages are compared by
+    test_newcomer_mistakes.py.
+    """
     with pytest.raises(ValueError, match=match):
         call()
 

@@ -1,4 +1,6 @@
-"""The doctor names everything a bug report needs, tests what it says, and fails where the kernel is wrong."""
+"""The doctor names everything a bug report needs, tests what it says, and fails where the kernel is
+wrong.
+"""
 
 import os
 import re
@@ -33,7 +35,12 @@ def rows(text):
 @pytest.mark.slow
 def test_report_of_the_command(tmp_path):
     command = [sys.executable, "-W", "ignore", "-m", "sj_robust.doctor"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1", "HOME": str(tmp_path), "UNRELATED": "secret"}
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "NO_COLOR": "1",
+        "HOME": str(tmp_path),
+        "UNRELATED": "secret",
+    }
     environment["CUDA_CACHE_PATH"] = str(tmp_path / "cache")
     result = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert result.returncode == 0, result.stdout + result.stderr
@@ -51,7 +58,8 @@ def test_report_of_the_command(tmp_path):
     assert found["NO_COLOR"] == "1"
     assert found["CUDA_CACHE_PATH"] == "~/cache"
     assert re.fullmatch(
-        rf"passed \(backend {CHOSEN.__name__.split('.')[-1]} against .*, \d+\.\d\d s\)", found["self test cpu"]
+        rf"passed \(backend {CHOSEN.__name__.split('.')[-1]} against .*, \d+\.\d\d s\)",
+        found["self test cpu"],
     )
     assert str(tmp_path) not in result.stdout
     assert "secret" not in result.stdout
@@ -80,7 +88,9 @@ def test_which_build_of_the_kernel_runs(monkeypatch):
         ("backward", 1, (3,), "gradient of input_gain differs"),
     ],
 )
-def test_one_wrong_number_of_the_chosen_backend_fails(monkeypatch, capsys, function, output, element, named):
+def test_one_wrong_number_of_the_chosen_backend_fails(
+    monkeypatch, capsys, function, output, element, named
+):
     right = getattr(CHOSEN, function)
 
     def wrong(*args, **kwargs):
@@ -108,14 +118,22 @@ def test_a_kernel_that_cannot_be_loaded_is_named_with_its_remedy(monkeypatch, tm
     finally:
         cpp._load.cache_clear()
     found, todo = rows(capsys.readouterr().out)
-    assert re.match(r"~/_kernel.so cannot be loaded .* install sj_robust again", found["backend cpp"])
+    assert re.match(
+        r"~/_kernel.so cannot be loaded .* install sj_robust again", found["backend cpp"]
+    )
     assert found["compiled kernel"].startswith("none that can run")
     assert found["self test cpu"].startswith("passed (backend eager")
     assert any(line.startswith("backend cpp: ~/_kernel.so cannot be loaded") for line in todo)
 
 
 def test_missing_and_unsupported_packages_get_a_command(monkeypatch):
-    versions = {"torch": "2.4.1+cpu", "torchvision": None, "accelerate": None, "rich": "12.0", "pyautoattack": None}
+    versions = {
+        "torch": "2.4.1+cpu",
+        "torchvision": None,
+        "accelerate": None,
+        "rich": "12.0",
+        "pyautoattack": None,
+    }
 
     def version(name, real=metadata.version):
         found = versions.get(name, "")
@@ -141,7 +159,16 @@ def test_missing_and_unsupported_packages_get_a_command(monkeypatch):
     text = doctor.report()
     found, todo = rows(text)
     names = [line.split()[0] for line in text.splitlines()]
-    asked = ["torch", "torchvision", "jsonargparse", "accelerate", "rich", "numpy", "pyautoattack", "cupy-x"]
+    asked = [
+        "torch",
+        "torchvision",
+        "jsonargparse",
+        "accelerate",
+        "rich",
+        "numpy",
+        "pyautoattack",
+        "cupy-x",
+    ]
     assert [name for name in names if name in asked or name in ("mypy", "spikingjelly")] == asked
     assert found["torchvision"] == "not installed"
     assert found["accelerate"] == "not installed (extra recipes)"
@@ -149,11 +176,13 @@ def test_missing_and_unsupported_packages_get_a_command(monkeypatch):
     assert found["rich"] == "12.0, MUST BE <99,>=13"
     assert todo == [
         "torch must be >=2.8, got 2.4.1+cpu: pip install -U 'torch>=2.8'",
-        f"jsonargparse must be >=99, got {version('jsonargparse')}: pip install -U 'jsonargparse[signatures]>=99'",
+        f"jsonargparse must be >=99, got {version('jsonargparse')}: pip install -U "
+        "'jsonargparse[signatures]>=99'",
         "rich must be <99,>=13, got 12.0: pip install -U 'rich<99,>=13'",
         f"numpy must be <1,>=0.9, got {version('numpy')}: pip install -U 'numpy<1,>=0.9'",
         "torchvision not installed, always needed: pip install torchvision",
-        "accelerate not installed, for recipes/, training and plots: pip install 'sj_robust[recipes]'",
+        "accelerate not installed, for recipes/, training and plots: pip install "
+        "'sj_robust[recipes]'",
         "pyautoattack not installed, for AutoAttack: pip install 'sj_robust[attacks]'",
     ]
 
@@ -174,8 +203,12 @@ def test_a_gpu_is_described(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: Properties)
-    monkeypatch.setattr(subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 0, stdout="555.42\n"))
-    assert list(doctor._devices()) == [("cuda:0", "Stand-in 9000, 80 GiB, compute capability 9.0, driver 555.42")]
+    monkeypatch.setattr(
+        subprocess, "run", lambda *a, **k: subprocess.CompletedProcess(a, 0, stdout="555.42\n")
+    )
+    assert list(doctor._devices()) == [
+        ("cuda:0", "Stand-in 9000, 80 GiB, compute capability 9.0, driver 555.42")
+    ]
 
     def missing(*args, **kwargs):
         raise FileNotFoundError("nvidia-smi")

@@ -1,4 +1,5 @@
-"""Mistakes of a newcomer, each made for real and answered with the rule, what was met and what to do.
+"""Mistakes of a newcomer, each made for real and answered with the rule, what was met and what to
+do.
 
 ``python tests/test_newcomer_mistakes.py`` writes docs/mistakes.md anew from the table.
 """
@@ -123,7 +124,9 @@ def without_cuda(backend):
 
 
 def recipe(what, before):
-    """The command that ``what`` begins with, up to a comma, started as the command line does, in an empty folder."""
+    """The command that ``what`` begins with, up to a comma, started as the command line does, in an
+    empty folder.
+    """
     name, *arguments = shlex.split(what.partition(",")[0])
 
     def do():
@@ -176,17 +179,25 @@ def checkpoint_of_another_architecture():
 
 
 STEPS = {
-    "The network is not reset between two batches": lambda: one_after_the_other(network(), sequence(), sequence()),
+    "The network is not reset between two batches": lambda: one_after_the_other(
+        network(), sequence(), sequence()
+    ),
     "The network is not reset before a batch of another size": lambda: one_after_the_other(
         network(), sequence(steps=2), sequence(n=3, steps=2)
     ),
     "A second backward pass reaches the sequence before, since the network was not reset": trained_twice,
-    'A batch of images [N, C, H, W] goes into a network in step mode "m"': lambda: network()(images()),
-    "A sequence has its samples first, [N, T, C, H, W]": lambda: network()(sequence().transpose(0, 1)),
+    'A batch of images [N, C, H, W] goes into a network in step mode "m"': lambda: network()(
+        images()
+    ),
+    "A sequence has its samples first, [N, T, C, H, W]": lambda: network()(
+        sequence().transpose(0, 1)
+    ),
     "A sequence is longer than the neurons' T": lambda: network()(sequence(steps=6)),
     'The layers were never put into step mode "m"': never_in_step_mode_m,
     "Layers of plain torch stand in a network that gets a sequence": plain_layers,
-    "SpikingClassifier gets more time steps than its DLIF neurons have": lambda: classifier(T=8)(images()),
+    "SpikingClassifier gets more time steps than its DLIF neurons have": lambda: classifier(T=8)(
+        images()
+    ),
     "SpikingClassifier gets fewer time steps than its DLIF neurons have": lambda: classifier(T=2),
     "The network averages over the samples instead of over time": lambda: SpikingClassifier(
         nn.Sequential(network(), nn.Flatten(0, 1)), T=T
@@ -195,46 +206,64 @@ STEPS = {
 
 SHAPES = {
     "One image without a batch dimension": lambda: classifier()(images()[0]),
-    "A sequence [T, N, C, H, W] goes into SpikingClassifier, which repeats images itself": lambda: classifier()(
-        sequence()
+    "A sequence [T, N, C, H, W] goes into SpikingClassifier, which repeats images itself": lambda: (
+        classifier()(sequence())
     ),
     "Event frames come with time first": lambda: SpikingEventClassifier(network(), T=T)(sequence()),
     "Images are bytes": lambda: classifier()((images() * 255).byte()),
-    "Images are float64, as numpy makes them, and the weights float32": lambda: classifier()(images().double()),
-    "Only the network was converted to float16": lambda: SpikingClassifier(network().half(), T=T)(images()),
+    "Images are float64, as numpy makes them, and the weights float32": lambda: classifier()(
+        images().double()
+    ),
+    "Only the network was converted to float16": lambda: SpikingClassifier(network().half(), T=T)(
+        images()
+    ),
     "Only the network was moved to another device": lambda: classifier().to("meta")(images()),
     "Only the images were moved to another device": lambda: classifier()(images().to("meta")),
-    "mean and std of three channels for images of one": lambda: classifier(mean=[0.5] * 3, std=[0.2] * 3)(images()),
-    "A network that is already in a SpikingClassifier is put into another one": lambda: SpikingClassifier(
-        classifier(), T=T
+    "mean and std of three channels for images of one": lambda: classifier(
+        mean=[0.5] * 3, std=[0.2] * 3
+    )(images()),
+    "A network that is already in a SpikingClassifier is put into another one": lambda: (
+        SpikingClassifier(classifier(), T=T)
     ),
-    "nn.DataParallel is put around the network": lambda: SpikingClassifier(nn.DataParallel(network()), T=T),
+    "nn.DataParallel is put around the network": lambda: SpikingClassifier(
+        nn.DataParallel(network()), T=T
+    ),
 }
 
 ATTACKS = {
     "eps in units of 0 to 255": lambda: attacked(eps=8),
     "step_size in units of 0 to 255": lambda: attacked(step_size=2),
     "Images from 0 to 255": lambda: attacked(x=torch.full((N, 1, 8, 8), 255.0)),
-    "Images are normalised before the attack": lambda: attacked(x=(torch.full((N, 1, 8, 8), 0.25) - 0.5) / 0.5),
+    "Images are normalised before the attack": lambda: attacked(
+        x=(torch.full((N, 1, 8, 8), 0.25) - 0.5) / 0.5
+    ),
     "Images are bytes in an attack": lambda: attacked(x=(images() * 255).byte()),
-    "An image has a NaN": lambda: attacked(x=images().masked_fill(images() == images().max(), torch.nan)),
+    "An image has a NaN": lambda: attacked(
+        x=images().masked_fill(images() == images().max(), torch.nan)
+    ),
     "Labels are one-hot": lambda: attacked(y=nn.functional.one_hot(labels(), 10).float()),
     "Labels count from 1": lambda: attacked(y=torch.full((N,), 10)),
     "There are fewer labels than images": lambda: attacked(y=labels(5)),
     "The bare network is attacked, which no one resets between the steps": lambda: attacked(
         network(lif(), "s").train()
     ),
-    'The bare network in step mode "m" is attacked, whose outputs have a time dimension': lambda: attacked(
-        network(lif()).train()
+    'The bare network in step mode "m" is attacked, whose outputs have a time dimension': lambda: (
+        attacked(network(lif()).train())
     ),
-    "The model's forward is in torch.no_grad": lambda: attacked(torch.no_grad()(classifier().forward)),
-    "A number is given as the generator": lambda: fgsm(classifier(), images(), labels(), eps=0.1, generator=0),
+    "The model's forward is in torch.no_grad": lambda: attacked(
+        torch.no_grad()(classifier().forward)
+    ),
+    "A number is given as the generator": lambda: fgsm(
+        classifier(), images(), labels(), eps=0.1, generator=0
+    ),
 }
 
 NEURONS = {
     "The decay is given as tau": lambda: DLIFNode(T=T, tau=0.99),
     "tau comes first, as in LIFNode": lambda: DLIFNode(2.0),
-    "The class of a surrogate instead of an instance": lambda: DLIFNode(T=T, surrogate_function=surrogate.ATan),
+    "The class of a surrogate instead of an instance": lambda: DLIFNode(
+        T=T, surrogate_function=surrogate.ATan
+    ),
     "replace_neurons on a network without spiking neurons": lambda: replace_neurons(
         nn.Sequential(nn.Linear(4, 4), nn.ReLU()), T=T
     ),
@@ -244,18 +273,26 @@ NEURONS = {
     "A backend that does not exist": lambda: DLIFNode(T=T, backend="cuda"),
     "MPPDMonitor on a network without spiking neurons": lambda: MPPDMonitor(nn.Linear(4, 4)),
     "A monitor is used after it was closed": closed_monitor,
-    "compare gets inputs of different shapes": lambda: MPPDMonitor(network()).compare(sequence(), sequence(3)),
-    'compare on a network in step mode "s", which is called once': lambda: MPPDMonitor(network(lif(), "s")).compare(
-        images(), images()
+    "compare gets inputs of different shapes": lambda: MPPDMonitor(network()).compare(
+        sequence(), sequence(3)
     ),
+    'compare on a network in step mode "s", which is called once': lambda: MPPDMonitor(
+        network(lif(), "s")
+    ).compare(images(), images()),
     "compare gets a NaN": lambda: MPPDMonitor(network()).compare(sequence(), sequence() / 0 * 0),
     "The network is not reset between the clean and the perturbed run": not_reset_between_runs,
     "A certificate of a network without spiking neurons": lambda: certify(
         nn.Sequential(nn.Flatten(2), nn.Linear(64, 10)), images(), T=T
     ),
-    "A certificate of a bare network without its number of time steps": lambda: certify(network(), images()),
-    "Weights of another number of time steps are loaded": lambda: loaded(network(), network(DLIFNode(T=8))),
-    "Weights of a LIF network are loaded into its DLIF successor": lambda: loaded(network(), network(lif())),
+    "A certificate of a bare network without its number of time steps": lambda: certify(
+        network(), images()
+    ),
+    "Weights of another number of time steps are loaded": lambda: loaded(
+        network(), network(DLIFNode(T=8))
+    ),
+    "Weights of a LIF network are loaded into its DLIF successor": lambda: loaded(
+        network(), network(lif())
+    ),
     "A network is copied in the middle of training, before a reset": copied_after_a_step,
 }
 
@@ -263,7 +300,9 @@ RECIPES = {
     "adv_train.py --learning-rate 0.1": nothing,
     "adv_train.py --epochs three": nothing,
     "adv_train.py --epochs 0": nothing,
-    "adv_train.py --config mine.yaml, with a key that does not exist": written("mine.yaml", "learning_rate: 0.1\n"),
+    "adv_train.py --config mine.yaml, with a key that does not exist": written(
+        "mine.yaml", "learning_rate: 0.1\n"
+    ),
     "adv_train.py --config mine.yaml, which does not exist": nothing,
     "adv_train.py --dataset cifar": nothing,
     "adv_train.py --dataset fashion_mnist --data-root pictures, where nothing is": nothing,
@@ -279,7 +318,8 @@ RECIPES = {
     "evaluate.py theirs.pt, a checkpoint of another program": foreign_checkpoint,
     "evaluate.py best.pt, whose weights are of another architecture": checkpoint_of_another_architecture,
     "evaluate.py --eps 8/255 --T 4 --network mynet.py:build, which does not exist": nothing,
-    "evaluate.py --eps 8/255 --network spikingjelly.activation_based.neuron:LIFNode, without its time steps": nothing,
+    "evaluate.py --eps 8/255 --network spikingjelly.activation_based.neuron:LIFNode, without its "
+    "time steps": nothing,
     "evaluate.py --network torch.nn:Flatten --T 4 --eps 8": nothing,
     "sweep.py --jobs 0": nothing,
     "sweep.py, with nothing to run": nothing,
@@ -298,7 +338,9 @@ GROUPS = {
 
 @contextlib.contextmanager
 def kept():
-    """An empty working folder; arguments, modules' paths and environment are as before afterwards."""
+    """An empty working folder; arguments, modules' paths and environment are as before
+    afterwards.
+    """
     ours = mock.patch.multiple(sys, argv=sys.argv, path=list(sys.path))
     with (
         tempfile.TemporaryDirectory() as empty,
@@ -310,7 +352,9 @@ def kept():
 
 
 def answer(mistake):
-    """What is raised or warned, or the exit code of a recipe; and the text that is shown, which may be notes."""
+    """What is raised or warned, or the exit code of a recipe; and the text that is shown, which may
+    be notes.
+    """
     out, err = io.StringIO(), io.StringIO()
     raised = None
     printed = contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
@@ -334,14 +378,16 @@ def answer(mistake):
     return code, text.strip().replace(f"{folder}/", "")
 
 
-# What no message can catch, since it may be meant: what is done, and in the second paragraph what to do instead. The
-# functions show that it is silent, and wrong.
+# What no message can catch, since it may be meant: what is done, and in the second paragraph what
+# to do instead. The functions show that it is silent, and wrong.
 
 
 def state_is_carried_over():
-    """A LIF network in a loop of your own is not reset: SpikingJelly goes on with the potentials it left.
+    """A LIF network in a loop of your own is not reset: SpikingJelly goes on with the potentials it
+    left.
 
-    Call `functional.reset_net(net)` before every batch, or put the network into a `SpikingClassifier`.
+    Call `functional.reset_net(net)` before every batch, or put the network into a
+    `SpikingClassifier`.
     """
     net, x = network(neuron.IFNode()), sequence() * 4
     first, second = (net(x) for _ in range(2))
@@ -365,7 +411,8 @@ def samples_first_go_through():
 
 
 def gains_are_not_trained():
-    """The optimizer is made before `replace_neurons` (or `set_time_steps`), and never sees the new gains.
+    """The optimizer is made before `replace_neurons` (or `set_time_steps`), and never sees the new
+    gains.
 
     Replace the neurons first, then make the optimizer.
     """
@@ -377,7 +424,8 @@ def gains_are_not_trained():
 
 
 def bytes_scaled_by_nothing():
-    """Images from 0 to 255 go into a forward pass, which does not look at values; attacks and evaluations do.
+    """Images from 0 to 255 go into a forward pass, which does not look at values; attacks and
+    evaluations do.
 
     Scale them to [0, 1], and give mean and std to the `SpikingClassifier`.
     """
@@ -385,9 +433,12 @@ def bytes_scaled_by_nothing():
 
 
 SILENT = [
-    state_is_carried_over, images_count_as_time_steps, samples_first_go_through, gains_are_not_trained,
+    state_is_carried_over,
+    images_count_as_time_steps,
+    samples_first_go_through,
+    gains_are_not_trained,
     bytes_scaled_by_nothing,
-]  # fmt: skip
+]
 
 INTRODUCTION = """\
 # Mistakes and what the messages say
@@ -421,7 +472,9 @@ def test_what_no_message_tells_is_still_silent(happens):
 
 
 def test_page_is_current():
-    assert PAGE.read_text(encoding="utf-8") == page(), "write it anew: python tests/test_newcomer_mistakes.py"
+    assert PAGE.read_text(encoding="utf-8") == page(), (
+        "write it anew: python tests/test_newcomer_mistakes.py"
+    )
 
 
 def test_right_use_of_the_same_things_has_no_answer():
@@ -431,7 +484,9 @@ def test_right_use_of_the_same_things_has_no_answer():
         attacked(classifier(lif()))
         attacked(SpikingClassifier(network(lif(), "s"), T=T))
         net = network(lif(), "s")
-        MPPDMonitor(net).compare(sequence(), sequence(), forward=lambda x: [net(step) for step in x])
+        MPPDMonitor(net).compare(
+            sequence(), sequence(), forward=lambda x: [net(step) for step in x]
+        )
         copy.deepcopy(classifier()).eval()
         model = classifier()
         model(images()).sum()

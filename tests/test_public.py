@@ -1,4 +1,6 @@
-"""The public surface is the table of public_names.py: nothing beside it, and every name of it documented."""
+"""The public surface is the table of public_names.py: nothing beside it, and every name of it
+documented.
+"""
 
 import ast
 import dataclasses
@@ -63,15 +65,23 @@ def test_every_part_is_in_the_table_or_internal():
 
 
 def test_every_module_says_what_it_offers():
-    public = [(name, path) for name, path in modules() if not is_private(name) and not name.startswith("lab")]
-    silent = [name for name, path in public if "\n__all__ = [" not in path.read_text(encoding="utf-8")]
+    public = [
+        (name, path)
+        for name, path in modules()
+        if not is_private(name) and not name.startswith("lab")
+    ]
+    silent = [
+        name for name, path in public if "\n__all__ = [" not in path.read_text(encoding="utf-8")
+    ]
     known = {"sj_robust.attacks.call", "sj_robust.ops.dlif"}
     assert set(silent) <= known, "__all__ says which of its names other files may use"
 
 
 @pytest.mark.parametrize("module", PUBLIC)
 def test_the_table_is_what_the_module_says_and_nothing_beside_it_leaks(module):
-    """A package offers its names and its modules; a module's own functions and classes are offered or private."""
+    """A package offers its names and its modules; a module's own functions and classes are offered
+    or private.
+    """
     loaded = importlib.import_module(module)
     assert sorted(loaded.__all__) == sorted(PUBLIC[module])
     hidden = {name for name in vars(loaded) if not name.startswith("_")} - set(PUBLIC[module])
@@ -79,27 +89,39 @@ def test_the_table_is_what_the_module_says_and_nothing_beside_it_leaks(module):
         hidden = {name for name in hidden if not inspect.ismodule(getattr(loaded, name))}
         hidden -= {"importlib", "TYPE_CHECKING", "Any"} if module == "sj_robust" else set()
     else:
-        hidden = {name for name in hidden if getattr(vars(loaded)[name], "__module__", None) == module}
+        hidden = {
+            name for name in hidden if getattr(vars(loaded)[name], "__module__", None) == module
+        }
         hidden -= SHARED.get(module, set())
     assert not hidden
 
 
-@pytest.mark.parametrize(("module", "name"), NAMES, ids=[f"{module}.{name}" for module, name in NAMES])
+@pytest.mark.parametrize(
+    ("module", "name"), NAMES, ids=[f"{module}.{name}" for module, name in NAMES]
+)
 def test_name_is_described(module, name):
     value = getattr(importlib.import_module(module), name)
     if inspect.isfunction(value):
         text = inspect.getdoc(value)
-        assert "Examples:" in text or f"{module}.{name}" in WITHOUT_EXAMPLE, "a function needs an example that runs"
-        assert not undescribed(inspect.signature(value).parameters, text), "Args: names every parameter"
+        assert "Examples:" in text or f"{module}.{name}" in WITHOUT_EXAMPLE, (
+            "a function needs an example that runs"
+        )
+        assert not undescribed(inspect.signature(value).parameters, text), (
+            "Args: names every parameter"
+        )
     elif inspect.isclass(value):
         text = value.__doc__
         if hasattr(value, "_fields"):
             assert not undescribed(value._fields, text), "Attributes: names every field"
         elif dataclasses.is_dataclass(value):
             described = " ".join(cls.__doc__ or "" for cls in value.__mro__)
-            keys = [field.name for field in dataclasses.fields(value) if not field.name.startswith("_")]
+            keys = [
+                field.name for field in dataclasses.fields(value) if not field.name.startswith("_")
+            ]
             assert not undescribed(keys, described), "Attributes: or Args: names every field"
-        elif not issubclass(value, Exception | Warning) and not getattr(value, "_is_protocol", False):
+        elif not issubclass(value, Exception | Warning) and not getattr(
+            value, "_is_protocol", False
+        ):
             assert "Examples:" in text, "a class that is no record needs an example that runs"
         assert text.strip()
     else:
@@ -107,13 +129,17 @@ def test_name_is_described(module, name):
 
 
 def undescribed(names, docstring):
-    """Names that have no line of their own in a docstring, nor in that of the module whose contract it takes over."""
+    """Names that have no line of their own in a docstring, nor in that of the module whose contract
+    it takes over.
+    """
     for module in re.findall(r"are those of\s+:mod:`([\w.]+)`", docstring):
         docstring += importlib.import_module(module).__doc__
     return [
         name
         for name in names
-        if not re.search(rf"^ +\*{{0,2}}{name}: \S|^- ``{name}``: \S", docstring, flags=re.MULTILINE)
+        if not re.search(
+            rf"^ +\*{{0,2}}{name}: \S|^- ``{name}``: \S", docstring, flags=re.MULTILINE
+        )
     ]
 
 
@@ -123,7 +149,9 @@ def is_constant_described(module, name):
         return True
     tree = ast.parse(Path(importlib.import_module(module).__file__).read_text(encoding="utf-8"))
     for node, following in zip(tree.body, [*tree.body[1:], None], strict=True):
-        if isinstance(node, ast.ImportFrom) and any((alias.asname or alias.name) == name for alias in node.names):
+        if isinstance(node, ast.ImportFrom) and any(
+            (alias.asname or alias.name) == name for alias in node.names
+        ):
             return is_constant_described(node.module, name)
         targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
         if any(isinstance(target, ast.Name) and target.id == name for target in targets):
@@ -149,7 +177,9 @@ def test_every_name_is_on_an_api_page():
     """By its module, or by itself; check_site.py compares what the site then really shows."""
     for module, name in NAMES:
         if module == "sj_robust":  # a name that lives elsewhere too, where it is shown
-            assert name == "__version__" or any(name in PUBLIC[other] for other in PUBLIC if other != module), name
+            assert name == "__version__" or any(
+                name in PUBLIC[other] for other in PUBLIC if other != module
+            ), name
         else:
             same_as_file = (ROOT.joinpath(*module.split(".")) / f"{name}.py").is_file()
             shown = {f"{module}.{name}.{name}"} if same_as_file else {module, f"{module}.{name}"}
@@ -167,15 +197,24 @@ def python_texts():
     """Recipes, and the Python blocks of every page."""
     for path in sorted((ROOT / "recipes").glob("*.py")):
         yield path, path.read_text(encoding="utf-8")
-    for path in [ROOT / "README.md", ROOT / "recipes" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
+    for path in [
+        ROOT / "README.md",
+        ROOT / "recipes" / "README.md",
+        *sorted((ROOT / "docs").rglob("*.md")),
+    ]:
         text = path.read_text(encoding="utf-8")
-        for kind, block in re.findall(r"^```(python|pycon)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE):
+        for kind, block in re.findall(
+            r"^```(python|pycon)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE
+        ):
             yield path, doctest.script_from_examples(block) if kind == "pycon" else block
 
 
 def test_recipes_and_pages_use_public_names_only():
     public = set(PUBLIC) | {f"{module}.{name}" for module, name in NAMES}
-    public |= {"sj_robust._recipes_installed", "sj_robust._console.working"}  # of the recipes in this repository alone
+    public |= {
+        "sj_robust._recipes_installed",
+        "sj_robust._console.working",
+    }  # of the recipes in this repository alone
     public |= {"sj_robust._environment.processor", "sj_robust._environment.version_of"}
     used = {
         (str(path.relative_to(ROOT)), name)
@@ -199,9 +238,12 @@ def test_parts_are_reached_from_the_package():
 def test_what_needs_the_extra_says_so():
     assert set(PUBLIC) >= NEEDS_RECIPES
     for module in NEEDS_RECIPES:
-        package = importlib.import_module(module.rsplit(".", 1)[0]) if module.count(".") > 1 else None
+        package = (
+            importlib.import_module(module.rsplit(".", 1)[0]) if module.count(".") > 1 else None
+        )
         texts = [importlib.import_module(module).__doc__, package.__doc__ if package else ""]
-        assert any(re.search(r"[Nn]eeds? .*(extra|rich|matplotlib)", text) for text in texts), f"{module}: {texts[0]}"
+        needs = re.compile(r"[Nn]eeds?\s.*(extra|rich|matplotlib)", flags=re.DOTALL)
+        assert any(needs.search(text) for text in texts), f"{module}: {texts[0]}"
 
 
 def test_every_package_that_is_imported_is_declared():
@@ -212,7 +254,9 @@ def test_every_package_that_is_imported_is_declared():
         for path in sorted((ROOT / folder).rglob("*.py")):
             tree = ast.parse(path.read_text(encoding="utf-8"))
             for name in packages(ast.walk(tree)):
-                assert name in known, f"{path.relative_to(ROOT)} imports {name}, which pyproject.toml does not name"
+                assert name in known, (
+                    f"{path.relative_to(ROOT)} imports {name}, which pyproject.toml does not name"
+                )
     for module in PUBLIC.keys() - NEEDS_RECIPES:
         tree = ast.parse(Path(importlib.import_module(module).__file__).read_text(encoding="utf-8"))
         assert packages(tree.body) <= core, f"{module} must import with the dependencies alone"
@@ -225,7 +269,11 @@ def import_name(requirement):
 
 def packages(nodes):
     """Packages that import statements name, neither ours nor Python's."""
-    return {name.split(".")[0] for name in imported(nodes)} - set(sys.stdlib_module_names) - {"sj_robust", "lab"}
+    return (
+        {name.split(".")[0] for name in imported(nodes)}
+        - set(sys.stdlib_module_names)
+        - {"sj_robust", "lab"}
+    )
 
 
 def imported(nodes):
@@ -239,20 +287,32 @@ def imported(nodes):
 
 def test_changelog_begins_with_this_version():
     text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
-    version, day = re.search(r"^## (\S+) \((unreleased|\d{4}-\d{2}-\d{2})\)$", text, flags=re.MULTILINE).groups()
+    version, day = re.search(
+        r"^## (\S+) \((unreleased|\d{4}-\d{2}-\d{2})\)$", text, flags=re.MULTILINE
+    ).groups()
     assert re.fullmatch(r"\d+\.\d+\.\d+", version), "semantic versioning: major.minor.patch"
     assert version == sj_robust.__version__, f"CHANGELOG.md begins with {version} ({day})"
 
 
 def test_version_has_one_place():
     states = re.compile(r"^__version__ *=", flags=re.MULTILINE)
-    assert [path.name for _, path in modules() if states.search(path.read_text(encoding="utf-8"))] == ["_version.py"]
+    assert [
+        path.name for _, path in modules() if states.search(path.read_text(encoding="utf-8"))
+    ] == ["_version.py"]
     assert PROJECT["dynamic"] == ["version"]
 
 
 def test_page_names_the_releases_that_are_supported():
-    rows = dict(re.findall(r"^\| (Python|torch|SpikingJelly) \| ([^|]+?) \|", COMPATIBILITY, flags=re.MULTILINE))
-    pythons = [line.rsplit(" ", 1)[1] for line in PROJECT["classifiers"] if re.search(r"Python :: 3\.\d+$", line)]
+    rows = dict(
+        re.findall(
+            r"^\| (Python|torch|SpikingJelly) \| ([^|]+?) \|", COMPATIBILITY, flags=re.MULTILINE
+        )
+    )
+    pythons = [
+        line.rsplit(" ", 1)[1]
+        for line in PROJECT["classifiers"]
+        if re.search(r"Python :: 3\.\d+$", line)
+    ]
     assert rows["Python"] == ", ".join(pythons)
     assert PROJECT["requires-python"] == f">={pythons[0]}"
     assert "torch" + rows["torch"].replace(" ", "") in PROJECT["dependencies"]
@@ -267,14 +327,18 @@ def test_page_names_the_version_of_every_file_format():
         text = path.read_text(encoding="utf-8")
         for name in re.findall(r'^_?FORMAT = "(sj_robust\.\w+)"$', text, flags=re.MULTILINE):
             found[name] = re.search(r"^_?VERSION = (\d+)$", text, flags=re.MULTILINE)[1]
-        found |= re.findall(r'format="(sj_robust[\w.]+)", version=(\d+)', text)
-    rows = re.findall(r"^\| `(sj_robust[\w.]+)` \|.*\| (\d+) \| [^|]+ \|$", COMPATIBILITY, flags=re.MULTILINE)
+        found |= re.findall(r'format="(sj_robust[\w.]+)",\s+version=(\d+)', text)
+    rows = re.findall(
+        r"^\| `(sj_robust[\w.]+)` \|.*\| (\d+) \| [^|]+ \|$", COMPATIBILITY, flags=re.MULTILINE
+    )
     assert dict(rows) == found
     assert len(found) >= 7
 
 
 def test_page_names_every_module_that_is_public():
-    items = re.findall(r"^- with the (.+?):(.+?)[;.]$", COMPATIBILITY, flags=re.MULTILINE | re.DOTALL)
+    items = re.findall(
+        r"^- with the (.+?):(.+?)[;.]$", COMPATIBILITY, flags=re.MULTILINE | re.DOTALL
+    )
     alone, recipes = (re.findall(r"`(sj_robust\b[\w.]*)`", modules) for _, modules in items)
     assert recipes == sorted(NEEDS_RECIPES)
     assert alone == sorted(PUBLIC.keys() - NEEDS_RECIPES)
@@ -286,7 +350,9 @@ def test_the_way_to_deprecate_a_name_works(tmp_path, monkeypatch):
     (tmp_path / "module_that_lost_a_name.py").write_text(text, encoding="utf-8")
     monkeypatch.syspath_prepend(tmp_path)
     module = importlib.import_module("module_that_lost_a_name")
-    with pytest.warns(DeprecationWarning, match="called pgd .* goes in .* import pgd from sj_robust.attacks") as caught:
+    with pytest.warns(
+        DeprecationWarning, match="called pgd .* goes in .* import pgd from sj_robust.attacks"
+    ) as caught:
         assert module.linf_pgd is sj_robust.attacks.pgd
     assert caught[0].filename == __file__, "the warning points at the line that uses the name"
     with pytest.raises(AttributeError, match="module_that_lost_a_name.* no attribute 'pgd'"):
@@ -306,5 +372,9 @@ def test_citation_is_a_citation_file():
         if "doi" in work:
             assert re.fullmatch(r"10\.\d{4,9}(\.\d+)?/[A-Za-z0-9:/_;\-\.\(\)\[\]\\]+", work["doi"])
         assert isinstance(work.get("year", 0), int)
-    assert {work["type"] for work in citation["references"]} <= {"article", "conference-paper", "software"}
+    assert {work["type"] for work in citation["references"]} <= {
+        "article",
+        "conference-paper",
+        "software",
+    }
     assert citation.get("version", sj_robust.__version__) == sj_robust.__version__

@@ -1,4 +1,6 @@
-"""Results show themselves: a sentence where they are printed, a table and a figure in a notebook."""
+"""Results show themselves: a sentence where they are printed, a table and a figure in a
+notebook.
+"""
 
 import pytest
 import torch
@@ -14,7 +16,11 @@ LAYERS = 12
 
 
 def deep(layers=LAYERS):
-    parts = [part for _ in range(layers) for part in (nn.Linear(2, 2, bias=False), neuron.IFNode(step_mode="m"))]
+    parts = [
+        part
+        for _ in range(layers)
+        for part in (nn.Linear(2, 2, bias=False), neuron.IFNode(step_mode="m"))
+    ]
     net = nn.Sequential(*parts).eval()
     for part in net[::2]:
         part.weight.data.copy_(torch.eye(2))
@@ -45,19 +51,31 @@ def test_short_where_printed_and_a_table_in_a_notebook(results, name):
 
 def test_the_verdict_of_a_report_has_a_bracket_what_was_tried_and_the_doubts(results):
     assert results["report"].verdict == (
-        "At most 30.0 % (95 % interval 10.8 to 60.3) of 10 images withstand Linf, eps 0.1; at least 10.0 % is proved. "
-        "Tried: suite fast (a first impression), 5 attacks. Doubts: none of 2 signs of gradient masking."
+        "At most 30.0 % (95 % interval 10.8 to 60.3) of 10 images withstand Linf, eps 0.1; at "
+        "least 10.0 % is proved. Tried: suite fast (a first impression), 5 attacks. Doubts: none "
+        "of 2 signs of gradient masking."
     )
-    failed = report(findings=(finding("flat_loss", passed=False), finding("zero_gradients")), suite="mine")
-    assert failed.verdict.endswith("suite mine, 5 attacks. Doubts: 1 of 2 signs of gradient masking, flat_loss.")
+    failed = report(
+        findings=(finding("flat_loss", passed=False), finding("zero_gradients")), suite="mine"
+    )
+    assert failed.verdict.endswith(
+        "suite mine, 5 attacks. Doubts: 1 of 2 signs of gradient masking, flat_loss."
+    )
     assert "Doubts: DEAD LAYER; none of 2 signs" in report(firing=(DEAD,)).verdict
-    assert report(findings=()).verdict.endswith("Doubts: signs of gradient masking were not looked for.")
+    assert report(findings=()).verdict.endswith(
+        "Doubts: signs of gradient masking were not looked for."
+    )
 
 
 def test_the_verdict_of_statistics_says_where_the_potential_moved_least_and_most():
-    x = torch.tensor([[1.25, 0.5]])  # both neurons of the second layer get the same spike in either run
+    x = torch.tensor(
+        [[1.25, 0.5]]
+    )  # both neurons of the second layer get the same spike in either run
     stats = compare(deep(2), x, x + 0.25, T=1)
-    assert stats.verdict == "2 spiking layers, T = 1, 1 pair of inputs; MS-MPPD from 0 (3) to 0.0625 (1)"
+    assert (
+        stats.verdict
+        == "2 spiking layers, T = 1, 1 pair of inputs; MS-MPPD from 0 (3) to 0.0625 (1)"
+    )
 
 
 def test_a_layer_that_never_fires_is_named_and_long_tables_are_cut():

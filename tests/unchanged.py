@@ -10,35 +10,56 @@ import torch
 
 @contextmanager
 def unchanged(model, *generators, hooked=(), states=True):
-    """Modes, weights, gradients, flags and hooks of a network, and all generators, are as before in the end.
+    """Modes, weights, gradients, flags and hooks of a network, and all generators, are as before in
+    the end.
 
-    So are the states of its neurons, unless told otherwise; modules of ``hooked`` may have hooks, those of the test.
+    So are the states of its neurons, unless told otherwise; modules of ``hooked`` may have hooks,
+    those of the test.
     """
     modules = [module for module in model.modules() if module not in hooked]
     modes = [module.training for module in model.modules()]
     weights = copy.deepcopy(model.state_dict())
     memories = [vars(module).get("_memories", {}) if states else {} for module in model.modules()]
-    kept = [(own, name, value) for own in memories for name, value in own.items() if torch.is_tensor(value)]
+    kept = [
+        (own, name, value)
+        for own in memories
+        for name, value in own.items()
+        if torch.is_tensor(value)
+    ]
     values = [value.detach().clone() for _, _, value in kept]
     surrogates = [getattr(module, "surrogate_function", None) for module in model.modules()]
     parameters = list(model.parameters())
     flags = [parameter.requires_grad for parameter in parameters]
     grads = [copy.deepcopy(parameter.grad) for parameter in parameters]
-    of_numpy = repr(np.random.get_state())  # noqa: NPY002  the global one
-    before = torch.get_rng_state(), random.getstate(), *(generator.get_state() for generator in generators)
+    of_numpy = repr(np.random.get_state())
+    before = (
+        torch.get_rng_state(),
+        random.getstate(),
+        *(generator.get_state() for generator in generators),
+    )
     try:
         yield
     finally:
         assert [module.training for module in model.modules()] == modes
         assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
-        assert not states or [vars(module).get("_memories", {}) for module in model.modules()] == memories
+        assert (
+            not states
+            or [vars(module).get("_memories", {}) for module in model.modules()] == memories
+        )
         assert all(own[name] is value for own, name, value in kept)
-        assert all(torch.equal(value, copied) for (_, _, value), copied in zip(kept, values, strict=True))
-        assert [getattr(module, "surrogate_function", None) for module in model.modules()] == surrogates
+        assert all(
+            torch.equal(value, copied) for (_, _, value), copied in zip(kept, values, strict=True)
+        )
+        assert [
+            getattr(module, "surrogate_function", None) for module in model.modules()
+        ] == surrogates
         assert torch.equal(torch.get_rng_state(), before[0])
         assert random.getstate() == before[1]
-        assert all(torch.equal(g.get_state(), state) for g, state in zip(generators, before[2:], strict=True))
-        assert repr(np.random.get_state()) == of_numpy  # noqa: NPY002  as above
+        assert all(
+            torch.equal(g.get_state(), state)
+            for g, state in zip(generators, before[2:], strict=True)
+        )
+        assert repr(np.random.get_state()) == of_numpy
         assert [parameter.requires_grad for parameter in parameters] == flags
         for parameter, grad in zip(parameters, grads, strict=True):
             assert parameter.grad is grad is None or torch.equal(parameter.grad, grad)

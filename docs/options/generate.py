@@ -42,7 +42,9 @@ def page(module, name):
     for one in options_of(module.Options):
         if title := one.group:
             lines += [""] * (lines[-1] != "") + [f"## {title[0].upper()}{title[1:]}", ""]
-        lines += wrapped(row(f"{one.flag} {shown_value(one)}".strip(), meaning(one), as_yaml(one.default)), "  ")
+        lines += wrapped(
+            row(f"{one.flag} {shown_value(one)}".strip(), meaning(one), as_yaml(one.default)), "  "
+        )
     lines += ["", "## Every recipe", ""]
     lines += [line for head, text in COMMON for line in wrapped(row(head, text), "  ")]
     return "\n".join(lines) + "\n"
@@ -56,7 +58,9 @@ def row(head, text, default=""):
 
 def wrapped(text, indent=""):
     """Lines of the page."""
-    return textwrap.wrap(text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
+    return textwrap.wrap(
+        text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
-"""Trains the networks that come with the package, evaluates them, and writes weights and cards into it.
+"""Trains the networks that come with the package, evaluates them, and writes weights and cards into
+it.
 
 python docs/results/pretrained.py                 # runs/pretrained keeps what is finished
 python docs/results/pretrained.py digits/lif      # only this one; the cards of the others stay
 
-Those for digits take minutes on one core, those for CIFAR-10 half an hour each and pictures in data/cifar10_pictures.
+Those for digits take minutes on one core, those for CIFAR-10 half an hour each and pictures in
+data/cifar10_pictures.
 """
 
 import json
@@ -23,7 +25,10 @@ NETWORKS = {
     "digits/lif-at": ("LIF, adversarial training", "--neuron lif --rho 0"),
     "digits/dlif-at": ("DLIF, adversarial training", "--rho 0"),
     "digits/dlif-at-mppd": ("DLIF, adversarial training with MS-MPPD", ""),
-    "digits/dlif-certified": ("DLIF, trained for proofs", "--config recipes/configs/certified/digits_0.1.yaml"),
+    "digits/dlif-certified": (
+        "DLIF, trained for proofs",
+        "--config recipes/configs/certified/digits_0.1.yaml",
+    ),
     "cifar10/dlif-at": ("DLIF, adversarial training", f"{CIFAR10} --rho 0"),
     "cifar10/dlif-at-mppd": ("DLIF, adversarial training with MS-MPPD", CIFAR10),
 }
@@ -44,7 +49,15 @@ def main() -> None:
         if not (run / "report.json").exists():
             recipe(*words, "--output", run)
         if not (evaluation / "report.json").exists():
-            words_of_it = ["--suite", SUITE, "--name", name, *EVALUATION[dataset].split(), "--output", evaluation]
+            words_of_it = [
+                "--suite",
+                SUITE,
+                "--name",
+                name,
+                *EVALUATION[dataset].split(),
+                "--output",
+                evaluation,
+            ]
             recipe("recipes/evaluate.py", run, *words_of_it)
         (best,) = (ROOT / run).glob("*/best.pt")
         content = load_checkpoint(best)
@@ -54,10 +67,14 @@ def main() -> None:
         report = RobustnessReport.load(ROOT / evaluation / "report.json")
         least, most = report.bracket
         cards[name] = {
-            "summary": summary, "command": " ".join(["python", *words]), "clean": float(report.clean.percent),
-            "at_most": float(most.percent), "at_least": float(least.percent), "found": report.verdict,
+            "summary": summary,
+            "command": " ".join(["python", *words]),
+            "clean": float(report.clean.percent),
+            "at_most": float(most.percent),
+            "at_least": float(least.percent),
+            "found": report.verdict,
             "made_with": {key: report.environment[key] for key in MADE_WITH},
-        }  # fmt: skip
+        }
     text = json.dumps(cards, indent=2, ensure_ascii=False)
     (ROOT / SHIPPED / "cards.json").write_text(f"{text}\n", encoding="utf-8")
 

@@ -1,4 +1,6 @@
-"""What evaluate.py does beside running suites: two reports to compare, and the vote of a smoothed classifier."""
+"""What evaluate.py does beside running suites: two reports to compare, and the vote of a smoothed
+classifier.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,10 +17,14 @@ from sj_robust.stability import smooth
 def two_reports(paths: list[str]) -> list[RobustnessReport]:
     """Two saved reports, each from its file or its folder."""
     if len(paths) != 2:
-        raise WrongUse(f"--compare takes two reports, got {len(paths)}: --compare A/report.json B/report.json")
+        raise WrongUse(
+            f"--compare takes two reports, got {len(paths)}: --compare A/report.json B/report.json"
+        )
     files = [Path(path) / "report.json" if Path(path).is_dir() else Path(path) for path in paths]
     if missing := [file for file in files if not file.is_file()]:
-        raise FileNotFoundError(f"{missing[0]} does not exist; --compare takes two report.json of this recipe")
+        raise FileNotFoundError(
+            f"{missing[0]} does not exist; --compare takes two report.json of this recipe"
+        )
     return [RobustnessReport.load(file) for file in files]
 
 
@@ -39,4 +45,6 @@ def bracket_of_the_vote(
     say(f"{len(y)} votes of {n} draws with sigma {sigma:g}")
     votes = smooth(model, x, sigma, n=n, alpha=alpha, generator=noise)
     say("PGD on the vote")
-    return smoothed_bracket(model, x, y, votes, [sigma * half / 2 for half in range(5)], generator=noise)
+    return smoothed_bracket(
+        model, x, y, votes, [sigma * half / 2 for half in range(5)], generator=noise
+    )

@@ -1,4 +1,6 @@
-"""Stored robustness reports as one table, in Markdown and as a page that sorts; rebuilt from them alone."""
+"""Stored robustness reports as one table, in Markdown and as a page that sorts; rebuilt from them
+alone.
+"""
 
 import hashlib
 import json
@@ -14,13 +16,27 @@ from sj_robust._saved import markdown_table, saved_format, write_whole
 from sj_robust.evaluation import RobustnessReport
 
 _HEADS = (
-    "network", "data set", "images", "threat", "suite", "clean, %", "verified, %", "worst case, %", "control, %",
-    "at most, %", "95 % interval", "doubts", "attack seconds", "fingerprint", "command",
-)  # fmt: skip
+    "network",
+    "data set",
+    "images",
+    "threat",
+    "suite",
+    "clean, %",
+    "verified, %",
+    "worst case, %",
+    "control, %",
+    "at most, %",
+    "95 % interval",
+    "doubts",
+    "attack seconds",
+    "fingerprint",
+    "command",
+)
 _STORED = re.compile(r"^\| `([^`]+)` \| `([0-9a-f]{16})` \|$", flags=re.MULTILINE)
 _NOTE = (
-    "At most: right after every attack of suite and control; the true robust accuracy lies between verified and this. "
-    "Figures of different data sets, threats or images cannot be compared."
+    "At most: right after every attack of suite and control; the true robust accuracy lies "
+    "between verified and this. Figures of different data sets, threats or images cannot be "
+    "compared."
 )
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>Leaderboard</title><style>
@@ -64,14 +80,23 @@ class _Stored:
         verified = report.under("verified") if report.verified is not None else None
         shares = (report.clean, verified, report.worst_case, report.control, report.everything)
         return [
-            report.name, report.dataset, str(len(report.labels)), report.budget, report.suite,
-            *("" if share is None else share.percent for share in shares), report.everything.interval_text,
-            report.doubts, f"{report.everything.seconds:.0f}", str(report.network.get("fingerprint", "")), self.command,
-        ]  # fmt: skip
+            report.name,
+            report.dataset,
+            str(len(report.labels)),
+            report.budget,
+            report.suite,
+            *("" if share is None else share.percent for share in shares),
+            report.everything.interval_text,
+            report.doubts,
+            f"{report.everything.seconds:.0f}",
+            str(report.network.get("fingerprint", "")),
+            self.command,
+        ]
 
 
 def make_leaderboard(folders: Sequence[str], output: Path, usual: Mapping[str, Any]) -> None:
-    """Write leaderboard.md and leaderboard.html of the reports in folders; print what changed, and where they are.
+    """Write leaderboard.md and leaderboard.html of the reports in folders; print what changed, and
+    where they are.
 
     ``usual`` holds the default options of ``evaluate.py``, which commands leave out.
 
@@ -90,25 +115,32 @@ def make_leaderboard(folders: Sequence[str], output: Path, usual: Mapping[str, A
 
 
 def read_reports(folders: Sequence[str], usual: Mapping[str, Any]) -> list[_Stored]:
-    """Every robustness report in folders and those below, or at a path itself, by data set, threat and what is left.
+    """Every robustness report in folders and those below, or at a path itself, by data set, threat
+    and what is left.
 
     Raises:
         FileNotFoundError: If a folder is missing, or there is no report in any.
-        ValueError: If a report is damaged or was changed so that its figures do not follow from its outcomes; the file
-            is named.
+        ValueError: If a report is damaged or was changed so that its figures do not follow from its
+            outcomes; the file is named.
     """
     stored = []
     for folder in map(Path, folders):
         if not folder.exists():
-            raise FileNotFoundError(f"{folder} does not exist; --leaderboard takes folders of this recipe's reports")
+            raise FileNotFoundError(
+                f"{folder} does not exist; --leaderboard takes folders of this recipe's reports"
+            )
         for path in [folder] if folder.is_file() else sorted(folder.rglob("*.json")):
             text = path.read_bytes()
             if saved_format(text.decode()) == RobustnessReport.saved_as:
                 digest = hashlib.sha256(text).hexdigest()[:16]
                 report = RobustnessReport.load(path)
-                stored.append(_Stored(path.as_posix(), digest, _command(report.configuration, usual), report))
+                stored.append(
+                    _Stored(path.as_posix(), digest, _command(report.configuration, usual), report)
+                )
     if not stored:
-        raise FileNotFoundError(f"no robustness report in {', '.join(folders)}; evaluate a network first")
+        raise FileNotFoundError(
+            f"no robustness report in {', '.join(folders)}; evaluate a network first"
+        )
     return sorted({one.path: one for one in stored}.values(), key=_order)
 
 
@@ -117,7 +149,9 @@ def _order(one: _Stored) -> tuple[str, str, float, str]:
 
 
 def _command(configuration: Mapping[str, Any], usual: Mapping[str, Any]) -> str:
-    """The command of an evaluation, from the options in its report that are not the usual ones; nothing for others."""
+    """The command of an evaluation, from the options in its report that are not the usual ones;
+    nothing for others.
+    """
     if not configuration.keys() & {"checkpoint", "network"}:
         return ""
     words = ["python", "recipes/evaluate.py"]
@@ -126,17 +160,25 @@ def _command(configuration: Mapping[str, Any], usual: Mapping[str, Any]) -> str:
             words.append(str(value))
         elif value != usual.get(name) and name != "batch_size":  # on which no figure depends
             words.append("--" + name.replace("_", "-"))
-            words += [] if value is True and usual.get(name) is False else [json.dumps(value).strip('"')]
+            words += (
+                [] if value is True and usual.get(name) is False else [json.dumps(value).strip('"')]
+            )
     return shlex.join(words)
 
 
 def _changes(now: Mapping[str, str], table: Path) -> list[str]:
-    """Files that are not what they were when the table was made, or that are gone, each as a line."""
+    """Files that are not what they were when the table was made, or that are gone, each as a
+    line.
+    """
     before = dict(_STORED.findall(table.read_text(encoding="utf-8"))) if table.is_file() else {}
     gone = [path for path in before if path not in now]
     changed = [path for path, digest in now.items() if before.get(path, digest) != digest]
     said = {"gone": gone, "changed": changed}
-    return [f"{word} since the last leaderboard: {path}" for word, paths in said.items() for path in paths]
+    return [
+        f"{word} since the last leaderboard: {path}"
+        for word, paths in said.items()
+        for path in paths
+    ]
 
 
 def _markdown(rows: Sequence[Sequence[str]], files: Sequence[Sequence[str]]) -> str:
@@ -148,7 +190,9 @@ def _markdown(rows: Sequence[Sequence[str]], files: Sequence[Sequence[str]]) -> 
 def _html(rows: Sequence[Sequence[str]], files: Sequence[Sequence[str]]) -> str:
     heads = "".join(f'<th><button type="button">{escape(head)}</button></th>' for head in _HEADS)
     shown, reports = ("\n".join(map(_html_row, table)) for table in (rows, files))
-    return _PAGE.format(note=escape(_NOTE), heads=heads, rows=shown, reports=reports).replace("`", "")
+    return _PAGE.format(note=escape(_NOTE), heads=heads, rows=shown, reports=reports).replace(
+        "`", ""
+    )
 
 
 def _html_row(cells: Sequence[str]) -> str:

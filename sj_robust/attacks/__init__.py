@@ -1,31 +1,36 @@
-"""Attacks as functions ``attack(model, x, y, *, eps, ...) -> x_adv``; they know torch and a callable.
+"""Attacks as functions ``attack(model, x, y, *, eps, ...) -> x_adv``; they know torch and a
+callable.
 
-What every one of them takes, returns and raises, and what holds for it; its own text says what it adds:
+What every one of them takes, returns and raises, and what holds for it; its own text says what it
+adds:
 
-- ``model``: Any callable from images [N, ...] in [0, 1] to logits [N, classes] that forgets its past between calls: a
-  spiking network belongs inside ``SpikingClassifier``, which resets it before every forward. An ``nn.Module`` is
-  attacked in evaluation mode, and every submodule gets its own mode back, also after an exception; any other callable
-  is called as it is.
+- ``model``: Any callable from images [N, ...] in [0, 1] to logits [N, classes] that forgets its
+  past between calls: a spiking network belongs inside ``SpikingClassifier``, which resets it before
+  every forward. An ``nn.Module`` is attacked in evaluation mode, and every submodule gets its own
+  mode back, also after an exception; any other callable is called as it is.
 - ``x``: Images [N, ...] in [0, 1], floating point.
 - ``y``: Labels [N] int64.
-- ``eps``: Radius in units of [0, 1] images, such as ``8 / 255``, in Linf unless there is a ``norm``; never exceeded, as
-  ``linf_bounds`` and ``project_l2`` say.
+- ``eps``: Radius in units of [0, 1] images, such as ``8 / 255``, in Linf unless there is a
+  ``norm``; never exceeded, as ``linf_bounds`` and ``project_l2`` say.
 - ``norm``: ``"Linf"``, or ``"L2"`` over all elements of an image.
 - ``steps``: Number of gradient steps of a run, >= 1.
 - ``restarts``: Number of runs from different random starts, >= 1.
-- ``eot_samples``: Forwards averaged at every point (expectation over transformation), for stochastic models. What is
-  kept was judged on these forwards: score the result with several fresh ones.
-- ``targeted``: Whether to descend towards ``y``, the labels to reach, instead of climbing away from it.
+- ``eot_samples``: Forwards averaged at every point (expectation over transformation), for
+  stochastic models. What is kept was judged on these forwards: score the result with several fresh
+  ones.
+- ``targeted``: Whether to descend towards ``y``, the labels to reach, instead of climbing away from
+  it.
 - ``loss``: Logits and labels to one value per sample, [N]; cross entropy by default.
-- ``generator``: It is asked for one number per call, which seeds all randomness of that call, the network's own use of
-  torch's global generators included; it may live on another device than ``x``. ``SampleSeeds`` in its place make what
-  is drawn for a sample independent of the samples beside it and of the batch size. None draws fresh numbers in every
-  call, which ``torch.manual_seed`` does not govern.
+- ``generator``: It is asked for one number per call, which seeds all randomness of that call, the
+  network's own use of torch's global generators included; it may live on another device than ``x``.
+  ``SampleSeeds`` in its place make what is drawn for a sample independent of the samples beside it
+  and of the batch size. None draws fresh numbers in every call, which ``torch.manual_seed`` does
+  not govern.
 - The result has shape, dtype and device of ``x``, lies in the budget, and carries no graph.
 - The caller's ``x``, parameters, ``.grad`` and global random state stay as they were.
-- ``TypeError``: an argument has the wrong type, or ``x`` is not floating point. ``ValueError``: ``x`` is not finite or
-  leaves [0, 1], labels or logits do not fit, or a number is out of range. ``RuntimeError``: no gradient reaches the
-  images of an attack that needs it.
+- ``TypeError``: an argument has the wrong type, or ``x`` is not floating point. ``ValueError``:
+  ``x`` is not finite or leaves [0, 1], labels or logits do not fit, or a number is out of range.
+  ``RuntimeError``: no gradient reaches the images of an attack that needs it.
 """
 
 from sj_robust._checks import check_images, check_labels

@@ -1,4 +1,6 @@
-"""Gradient ascent in many steps on the samples that still stand, with the state of each of them in tensors."""
+"""Gradient ascent in many steps on the samples that still stand, with the state of each of them in
+tensors.
+"""
 
 from collections.abc import Callable, Iterator
 
@@ -14,11 +16,13 @@ from sj_robust.randomness import Private
 class Ascent:
     """Where a run of ``steps`` steps is, per sample; a subclass says how it moves.
 
-    Every attribute that is a tensor has one entry per sample along its first dimension, so that a sample that has
-    been fooled can leave.
+    Every attribute that is a tensor has one entry per sample along its first dimension, so that a
+    sample that has been fooled can leave.
     """
 
-    def __init__(self, rows: Tensor, x: Tensor, start: Tensor, *, ball: ThreatModel, steps: int) -> None:
+    def __init__(
+        self, rows: Tensor, x: Tensor, start: Tensor, *, ball: ThreatModel, steps: int
+    ) -> None:
         self.ball, self.norm = ball, ball.ball
         self.steps = steps
         self.checkpoints = checkpoints(steps)
@@ -37,11 +41,14 @@ class Ascent:
     def arrive(self, step: int) -> None:
         """Take note of loss and gradient at the image of step number ``step``."""
 
-    def climb(self, objective: Callable[[Tensor], Objective], y: Tensor, best: Best, *, keep_best: bool) -> None:
+    def climb(
+        self, objective: Callable[[Tensor], Objective], y: Tensor, best: Best, *, keep_best: bool
+    ) -> None:
         """Take the steps and hand what they found to ``best``.
 
-        With ``keep_best`` a sample leaves as soon as an image fools the model; without it all samples take all steps
-        and their image of highest loss is handed over, whether or not it fools. ``objective`` gives that of some rows.
+        With ``keep_best`` a sample leaves as soon as an image fools the model; without it all
+        samples take all steps and their image of highest loss is handed over, whether or not it
+        fools. ``objective`` gives that of some rows.
         """
         for step in range(self.steps + 1):
             if step > 0:
@@ -54,11 +61,15 @@ class Ascent:
             self.see(step, score.loss, grad)
             if keep_best and bool(score.fooled.any()):
                 found = score.fooled
-                best.offer(self.rows[found], self.x_adv[found], score.loss[found], score.fooled[found])
+                best.offer(
+                    self.rows[found], self.x_adv[found], score.loss[found], score.fooled[found]
+                )
                 self._keep(~found)
                 if len(self.rows) == 0:
                     return
-        best.offer(self.rows, self.top_x, self.top_loss, torch.zeros_like(self.top_loss, dtype=torch.bool))
+        best.offer(
+            self.rows, self.top_x, self.top_loss, torch.zeros_like(self.top_loss, dtype=torch.bool)
+        )
 
     def see(self, step: int, loss: Tensor, grad: Tensor) -> None:
         """Loss and gradient at ``x_adv``, [N] and [N, ...]."""
@@ -78,11 +89,21 @@ class Ascent:
 
 
 def runs(
-    kind: type[Ascent], x: Tensor, best: Best, *, ball: ThreatModel, steps: int, restarts: int, private: Private
+    kind: type[Ascent],
+    x: Tensor,
+    best: Best,
+    *,
+    ball: ThreatModel,
+    steps: int,
+    restarts: int,
+    private: Private,
 ) -> Iterator[Ascent]:
-    """A run for every restart, from points on the border, of the samples that ``best`` has left standing by then."""
+    """A run for every restart, from points on the border, of the samples that ``best`` has left
+    standing by then.
+    """
     for _ in range(restarts):
-        # Drawn for all samples, so that the start of one does not depend on how many others are left.
+        # Drawn for all samples, so that the start of one does not depend on how many others are
+        # left.
         start = random_point(x, ball, private, on_border=True)
         rows = best.standing()
         if len(rows) == 0:
@@ -93,7 +114,8 @@ def runs(
 def checkpoints(steps: int) -> list[int]:
     """Numbers of the steps after which a run looks back and may halve its step size.
 
-    Equation: ``ceil(p_j * steps)`` with p_1 = 22 % and intervals that shrink by 3 % each, down to 6 %.
+    Equation: ``ceil(p_j * steps)`` with p_1 = 22 % and intervals that shrink by 3 % each, down to 6
+        %.
 
     Source: Croce and Hein (ICML 2020), section 3.2 and 3.4.
     """

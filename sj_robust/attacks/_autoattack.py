@@ -1,8 +1,9 @@
-"""AutoAttack of pyautoattack run by our own loop: its single runs are the library's, all around them is not.
+"""AutoAttack of pyautoattack run by our own loop: its single runs are the library's, all around
+them is not.
 
-The library's own loop seeds torch's global generators of every device, takes away the tracer of ``sys.settrace``, fails
-with fewer than ten classes, and trusts an attack's word. FAB's gradients, which the library adds to ``.grad`` of the
-parameters too, are taken for the images alone.
+The library's own loop seeds torch's global generators of every device, takes away the tracer of
+``sys.settrace``, fails with fewer than ten classes, and trusts an attack's word. FAB's gradients,
+which the library adds to ``.grad`` of the parameters too, are taken for the images alone.
 """
 
 import re
@@ -22,7 +23,15 @@ from sj_robust._checks import check_logits
 from sj_robust.attacks._square import break_ties, square_rows
 from sj_robust.attacks.call import Model, Objective
 from sj_robust.attacks.threat import ThreatModel
-from sj_robust.randomness import Private, SampleDraws, SampleSeeds, draw_seed, rand, randn, seeded_globals
+from sj_robust.randomness import (
+    Private,
+    SampleDraws,
+    SampleSeeds,
+    draw_seed,
+    rand,
+    randn,
+    seeded_globals,
+)
 
 ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
 _LEAST_CLASSES = {"apgd-dlr": 3, "apgd-t": 4}  # which the denominators of the DLR losses need
@@ -31,7 +40,9 @@ _ITERATIONS = 100
 _TARGETS = 9
 
 _Run = Callable[[Tensor, Tensor, SampleSeeds | None], Tensor]
-"""One run of an attack: images, labels and seeds of the samples to images that nobody has checked."""
+"""One run of an attack: images, labels and seeds of the samples to images that nobody has
+checked.
+"""
 
 
 @dataclass(frozen=True)
@@ -47,7 +58,9 @@ class Settings:
 
 VERSIONS = {
     "standard": Settings(("apgd-ce", "apgd-t", "fab-t", "square")),
-    "plus": Settings(("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"), apgd_restarts=5, fab_restarts=5),
+    "plus": Settings(
+        ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"), apgd_restarts=5, fab_restarts=5
+    ),
     "rand": Settings(("apgd-ce", "apgd-dlr"), eot_samples=20),
 }
 
@@ -73,7 +86,9 @@ def library() -> ModuleType:
 
 
 class _Network:
-    """The model as the library sees it: float32 images to float32 logits, checked, in whatever context it is called."""
+    """The model as the library sees it: float32 images to float32 logits, checked, in whatever
+    context it is called.
+    """
 
     def __init__(self, model: Model, dtype: torch.dtype) -> None:
         self.model = model
@@ -96,7 +111,9 @@ class _Network:
             logits = self.model(images.to(self.dtype))
         finally:
             self.running = False
-        return check_logits(logits, images.new_zeros(len(images), dtype=torch.int64) if y is None else y)
+        return check_logits(
+            logits, images.new_zeros(len(images), dtype=torch.int64) if y is None else y
+        )
 
     @torch.no_grad()
     def right(self, images: Tensor, y: Tensor) -> Tensor:
@@ -128,7 +145,9 @@ class _Log:
 def run_attacks(
     model: Model, x: Tensor, y: Tensor, *, ball: ThreatModel, settings: Settings, private: Private
 ) -> tuple[Tensor, list[str]]:
-    """Images that fool where an attack found some, ``x`` elsewhere; and what the library has to say."""
+    """Images that fool where an attack found some, ``x`` elsewhere; and what the library has to
+    say.
+    """
     network, log, x_adv = _Network(model, x.dtype), _Log(), x.clone()
     logits = _clean_logits(network, x, y)
     standing, classes = logits.argmax(1) == y, logits.shape[1]
@@ -142,10 +161,14 @@ def run_attacks(
         if not bool(standing.any()):
             break
         if name != "square":
-            with torch.enable_grad():  # the errors of our attacks where there is no gradient, or one that is not finite
+            with (
+                torch.enable_grad()
+            ):  # the errors of our attacks where there is no gradient, or one that is not finite
                 Objective(model).gradient(x[standing][:1], y[standing][:1])
         with seeded_globals(seed, x.device):
-            for number, run in enumerate(_runs(name, network, ball, settings, classes=classes, log=log)):
+            for number, run in enumerate(
+                _runs(name, network, ball, settings, classes=classes, log=log)
+            ):
                 rows = standing.nonzero().squeeze(1)
                 if len(rows) == 0:
                     break
@@ -160,7 +183,9 @@ def run_attacks(
 
 
 @torch.no_grad()
-def search_squares(model: Model, x: Tensor, y: Tensor, *, ball: ThreatModel, queries: int, private: Private) -> Tensor:
+def search_squares(
+    model: Model, x: Tensor, y: Tensor, *, ball: ThreatModel, queries: int, private: Private
+) -> Tensor:
     """Best images of the Square Attack; ``x`` where the model is wrong already."""
     network, x_adv, seeds = _Network(model, x.dtype), x.clone(), _sample_seeds(private)
     rows = (_clean_logits(network, x, y).argmax(1) == y).nonzero().squeeze(1)
@@ -175,7 +200,10 @@ def search_squares(model: Model, x: Tensor, y: Tensor, *, ball: ThreatModel, que
 def _clean_logits(network: _Network, x: Tensor, y: Tensor) -> Tensor:
     logits = network.logits(x, y)
     if logits.shape[1] < 2:
-        raise ValueError(f"the model must return at least 2 classes, got {logits.shape[1]}; return one logit per class")
+        raise ValueError(
+            f"the model must return at least 2 classes, got {logits.shape[1]}; return one logit "
+            "per class"
+        )
     return logits
 
 
@@ -187,22 +215,32 @@ def _possible(settings: Settings, classes: int, log: _Log) -> Settings:
     """Without the attacks that the number of classes does not allow, each with a warning."""
     left_out = [name for name in settings.attacks if classes < _LEAST_CLASSES.get(name, 2)]
     for name in left_out:
-        log.warning(f"{name} is left out: it needs at least {_LEAST_CLASSES[name]} classes, the model has {classes}")
+        log.warning(
+            f"{name} is left out: it needs at least {_LEAST_CLASSES[name]} classes, the model "
+            f"has {classes}"
+        )
     kept = tuple(name for name in settings.attacks if name not in left_out)
     if not kept:
-        raise ValueError(f"none of the attacks {settings.attacks} can attack {classes} classes; add 'apgd-ce' or 'fab'")
+        raise ValueError(
+            f"none of the attacks {settings.attacks} can attack {classes} classes; add 'apgd-ce' "
+            "or 'fab'"
+        )
     return replace(settings, attacks=kept)
 
 
 def _check(network: _Network, x: Tensor, y: Tensor, settings: Settings, log: _Log) -> None:
-    """The library's checks of the network, which leave its counters and the caller's tracer as they were."""
+    """The library's checks of the network, which leave its counters and the caller's tracer as they
+    were.
+    """
     checks = library().checks
     images = _as_images(x)
     if settings.eot_samples == 1:
         checks.check_randomized(network, images, y, logger=log)
     checks.check_range_output(network, images, logger=log)
     counts, tracer = dict(checks.funcs), sys.gettrace()
-    checks.funcs.update(dict.fromkeys(counts, 0))  # else a dynamic network seen before marks all later ones
+    checks.funcs.update(
+        dict.fromkeys(counts, 0)
+    )  # else a dynamic network seen before marks all later ones
     try:
         checks.check_dynamic(network, images, logger=log)
     finally:
@@ -213,7 +251,8 @@ def _check(network: _Network, x: Tensor, y: Tensor, settings: Settings, log: _Lo
 def _finite(images: Tensor, name: str) -> Tensor:
     if not bool(torch.isfinite(images).all()):
         raise ValueError(
-            f"{name} must find finite images, got NaN or infinity: the gradient was not finite; craft in float32"
+            f"{name} must find finite images, got NaN or infinity: the gradient was not finite; "
+            "craft in float32"
         )
     return images
 
@@ -236,22 +275,33 @@ def _runs(
             attack = module.APGDAttack(network, loss=name.removeprefix("apgd-"), **options)
             yield from (partial(_apgd_run, attack, None) for _ in range(settings.apgd_restarts))
     else:
-        fab = library().fab_pt.FABAttack_PT(network, norm=ball.norm, n_iter=_ITERATIONS, eps=ball.eps)
+        fab = library().fab_pt.FABAttack_PT(
+            network, norm=ball.norm, n_iter=_ITERATIONS, eps=ball.eps
+        )
         fab.get_diff_logits_grads_batch = partial(_gradients_of_differences, network)
         fab.get_diff_logits_grads_batch_targeted = partial(_gradient_of_difference, network)
         if name == "fab-t":
             yield from (partial(_fab_run, fab, target, restart=0) for target in targets)
         else:
-            yield from (partial(_fab_run, fab, None, restart=restart) for restart in range(settings.fab_restarts))
+            yield from (
+                partial(_fab_run, fab, None, restart=restart)
+                for restart in range(settings.fab_restarts)
+            )
 
 
 def _square_run(
-    network: _Network, ball: ThreatModel, queries: int, x: Tensor, y: Tensor, seeds: SampleSeeds | None
+    network: _Network,
+    ball: ThreatModel,
+    queries: int,
+    x: Tensor,
+    y: Tensor,
+    seeds: SampleSeeds | None,
 ) -> Tensor:
-    """Square Attack on images that are classified right: the library's, or ours where seeds are per sample.
+    """Square Attack on images that are classified right: the library's, or ours where seeds are per
+    sample.
 
-    Ours also takes images that are not float32, so as to search where it ends, and heights for which the library's L2
-    tiles do not fit into the image (12, 14, 18, 19, 24).
+    Ours also takes images that are not float32, so as to search where it ends, and heights for
+    which the library's L2 tiles do not fit into the image (12, 14, 18, 19, 24).
     """
     fits = ball.norm == "Linf" or _tiles_fit(*x.shape[2:])
     if seeds is None and (x.dtype != torch.float32 or not fits):
@@ -266,8 +316,12 @@ def _square_run(
     return found
 
 
-def _apgd_run(attack: Any, target: int | None, x: Tensor, y: Tensor, seeds: SampleSeeds | None) -> Tensor:
-    """One run of the library's APGD, ``target`` being the place of the target class among the sorted logits."""
+def _apgd_run(
+    attack: Any, target: int | None, x: Tensor, y: Tensor, seeds: SampleSeeds | None
+) -> Tensor:
+    """One run of the library's APGD, ``target`` being the place of the target class among the
+    sorted logits.
+    """
     images = _as_images(x)
     attack.device = x.device
     attack.init_hyperparam(images)
@@ -276,12 +330,16 @@ def _apgd_run(attack: Any, target: int | None, x: Tensor, y: Tensor, seeds: Samp
     start = None
     if seeds is not None:
         noise = _noise(attack.norm, images, seeds)
-        start = images + attack.eps * attack.normalize(2 * noise - 1 if attack.norm == "Linf" else noise)
+        start = images + attack.eps * attack.normalize(
+            2 * noise - 1 if attack.norm == "Linf" else noise
+        )
     found: Tensor = attack.attack_single_run(images, y, x_init=start)[3]
     return found
 
 
-def _fab_run(fab: Any, target: int | None, x: Tensor, y: Tensor, seeds: SampleSeeds | None, *, restart: int) -> Tensor:
+def _fab_run(
+    fab: Any, target: int | None, x: Tensor, y: Tensor, seeds: SampleSeeds | None, *, restart: int
+) -> Tensor:
     """One run of the library's FAB; all but the first start at a random point."""
     images = _as_images(x)
     fab.device, fab.target_class = x.device, target
@@ -289,12 +347,16 @@ def _fab_run(fab: Any, target: int | None, x: Tensor, y: Tensor, seeds: SampleSe
     if seeds is not None and restart > 0:
         drawn = _GivenNoise(_noise(fab.norm, images, seeds), fab.predict)
     with drawn:
-        found: Tensor = fab.attack_single_run(images, y, use_rand_start=restart > 0, is_targeted=target is not None)
+        found: Tensor = fab.attack_single_run(
+            images, y, use_rand_start=restart > 0, is_targeted=target is not None
+        )
     return found
 
 
 class _GivenNoise(TorchFunctionMode):
-    """Answers the library's next torch.rand or torch.randn, but not the network's, with numbers drawn before."""
+    """Answers the library's next torch.rand or torch.randn, but not the network's, with numbers
+    drawn before.
+    """
 
     def __init__(self, noise: Tensor, network: _Network) -> None:
         super().__init__()
@@ -302,17 +364,30 @@ class _GivenNoise(TorchFunctionMode):
         self.network = network
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         noise = self.noise
-        if noise is None or self.network.running or func not in (torch.rand, torch.randn) or args[0] != noise.shape:
+        if (
+            noise is None
+            or self.network.running
+            or func not in (torch.rand, torch.randn)
+            or args[0] != noise.shape
+        ):
             return func(*args, **(kwargs or {}))
         self.noise = None
         return noise
 
 
-def _gradients_of_differences(network: _Network, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Differences of all logits to the label's, [N, classes], and their gradients, nothing else's .grad touched."""
+def _gradients_of_differences(
+    network: _Network, images: Tensor, labels: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Differences of all logits to the label's, [N, classes], and their gradients, nothing else's
+    .grad touched.
+    """
     images = images.clone().requires_grad_()
     with torch.enable_grad():
         logits = network(images)
@@ -328,7 +403,9 @@ def _gradients_of_differences(network: _Network, images: Tensor, labels: Tensor)
 def _gradient_of_difference(
     network: _Network, images: Tensor, labels: Tensor, targets: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Difference of the target's logit to the label's, [N, 1], and its gradient, nothing else's .grad touched."""
+    """Difference of the target's logit to the label's, [N, 1], and its gradient, nothing else's
+    .grad touched.
+    """
     images = images.clone().requires_grad_()
     rows = torch.arange(len(labels), device=labels.device)
     with torch.enable_grad():
@@ -339,7 +416,9 @@ def _gradient_of_difference(
 
 
 def _noise(norm: str, images: Tensor, seeds: SampleSeeds) -> Tensor:
-    """What the library draws where a run starts, per sample: uniform in [0, 1) for Linf, normal for L2."""
+    """What the library draws where a run starts, per sample: uniform in [0, 1) for Linf, normal for
+    L2.
+    """
     draw = rand if norm == "Linf" else randn
     return draw(images.shape, SampleDraws(seeds), dtype=images.dtype, device=images.device)
 

@@ -9,13 +9,19 @@ from torch import Tensor, nn
 
 @contextmanager
 def refuse_carried_states(model: object) -> Iterator[None]:
-    """RuntimeError where a neuron begins a forward of ``model`` with the state that the one before left. 检查状态重置。
+    """RuntimeError where a neuron begins a forward of ``model`` with the state that the one before
+    left. 检查状态重置。
 
-    Every step of an attack would then see another network, and its gradient would belong to none of the images. What
-    lies in a classifier that says ``resets_itself`` is not looked at, so that nothing is paid for it; nor is what no
-    hook can see: a plain function around a network, or a compiled one.
+    Every step of an attack would then see another network, and its gradient would belong to none of
+    the images. What lies in a classifier that says ``resets_itself`` is not looked at, so that
+    nothing is paid for it; nor is what no hook can see: a plain function around a network, or a
+    compiled one.
     """
-    if not isinstance(model, nn.Module) or _is_compiled(model) or not (neurons := list(_bare_neurons(model))):
+    if (
+        not isinstance(model, nn.Module)
+        or _is_compiled(model)
+        or not (neurons := list(_bare_neurons(model)))
+    ):
         yield
         return
     left: dict[nn.Module, list[Tensor]] = {}
@@ -27,12 +33,15 @@ def refuse_carried_states(model: object) -> Iterator[None]:
         before = left.pop(neuron, [])
         if any(state is earlier for state in _states(neuron) for earlier in before):
             raise RuntimeError(
-                f"{type(neuron).__name__} still holds the state of the forward before, so every step of the attack "
-                "would see another network: attack SpikingClassifier(net, T=...), which resets the network before "
-                "every forward"
+                f"{type(neuron).__name__} still holds the state of the forward before, so every "
+                "step of the attack would see another network: attack SpikingClassifier(net, "
+                "T=...), which resets the network before every forward"
             )
 
-    hooks = [model.register_forward_pre_hook(begin), *(neuron.register_forward_pre_hook(called) for neuron in neurons)]
+    hooks = [
+        model.register_forward_pre_hook(begin),
+        *(neuron.register_forward_pre_hook(called) for neuron in neurons),
+    ]
     try:
         yield
     finally:
@@ -56,7 +65,9 @@ def _memories(module: nn.Module) -> dict[str, Any]:
 
 
 def _states(module: nn.Module) -> list[Tensor]:
-    """Tensors that a reset would put something else in the place of; one with a tensor to return to keeps its own."""
+    """Tensors that a reset would put something else in the place of; one with a tensor to return to
+    keeps its own.
+    """
     initial = vars(module).get("_memories_rv", {})
     return [
         value
@@ -66,4 +77,7 @@ def _states(module: nn.Module) -> list[Tensor]:
 
 
 def _is_compiled(model: nn.Module) -> bool:
-    return any(module._compiled_call_impl is not None or hasattr(module, "_orig_mod") for module in model.modules())
+    return any(
+        module._compiled_call_impl is not None or hasattr(module, "_orig_mod")
+        for module in model.modules()
+    )

@@ -13,18 +13,29 @@ from sj_robust.attacks.projection import l2_norm, linf_bounds, per_sample
 from sj_robust.attacks.threat import ThreatModel
 from sj_robust.randomness import SampleDraws, SampleSeeds, rand
 
-_HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)  # queries after which the area of the square is halved
+_HALVINGS = (
+    10,
+    50,
+    200,
+    500,
+    1000,
+    2000,
+    4000,
+    6000,
+    8000,
+)  # queries after which the area of the square is halved
 _FIRST_AREA = 0.8  # as a share of the image
 _BLOCK = 256  # queries whose numbers are drawn at once
 _TILES = 5  # along the shorter side of the first L2 perturbation
 
 
 def break_ties(logits: Tensor, winner: Tensor) -> Tensor:
-    """Logits whose winner stands alone: raised by one unit in the last place where another one equals it.
+    """Logits whose winner stands alone: raised by one unit in the last place where another one
+    equals it.
 
-    Spike counts tie exactly, and an attack that looks at margins takes a margin of 0 for success while ``argmax`` may
-    still pick the label. The winner [N], ``argmax`` before any rounding, stays the winner; gradients and all other
-    logits stay as they are, in a tensor of its own.
+    Spike counts tie exactly, and an attack that looks at margins takes a margin of 0 for success
+    while ``argmax`` may still pick the label. The winner [N], ``argmax`` before any rounding, stays
+    the winner; gradients and all other logits stay as they are, in a tensor of its own.
     """
     first, second = logits.topk(2).values.unbind(1)
     tied = (first == second).unsqueeze(1)
@@ -48,20 +59,27 @@ def square_rows(
 ) -> Tensor:
     """Best images [N, C, H, W] of a random search over squares, each inside ball and box.
 
-    ``network`` gives logits without ties. A sample that is fooled takes no part in the queries after that.
+    ``network`` gives logits without ties. A sample that is fooled takes no part in the queries
+    after that.
 
-    Source: Andriushchenko et al. (ECCV 2020), algorithms 1 to 3, with the schedule of AutoAttack. A square may lie
-    at the last row and column too, which the published code never reaches.
+    Source: Andriushchenko et al. (ECCV 2020), algorithms 1 to 3, with the schedule of AutoAttack. A
+    square may lie at the last row and column too, which the published code never reaches.
     """
     squares = _Linf(*linf_bounds(x, eps=ball.eps)) if ball.norm == "Linf" else _L2(x, ball)
     best = squares.first(SampleDraws(seeds.derived("first")))
-    left, rows, result = margin(network(best), y), torch.arange(len(x), device=x.device), best.clone()
+    left, rows, result = (
+        margin(network(best), y),
+        torch.arange(len(x), device=x.device),
+        best.clone(),
+    )
     numbers = x
     for query in range(queries):
         standing = left > 0
         if not bool(standing.all()):
             result[rows] = best
-            rows, best, left, y, numbers = (value[standing] for value in (rows, best, left, y, numbers))
+            rows, best, left, y, numbers = (
+                value[standing] for value in (rows, best, left, y, numbers)
+            )
             squares = squares.rows(standing)
         if len(rows) == 0:
             return result
@@ -69,7 +87,9 @@ def square_rows(
             draws = SampleDraws(seeds.rows(rows).derived(query // _BLOCK))
             # Of each query two corners, an orientation, a sign per channel.
             numbers = _uniform((len(rows), _BLOCK, 5 + x.shape[1]), draws, x)
-        proposal = squares.propose(best, numbers[:, query % _BLOCK], _FIRST_AREA / 2 ** bisect_left(_HALVINGS, query))
+        proposal = squares.propose(
+            best, numbers[:, query % _BLOCK], _FIRST_AREA / 2 ** bisect_left(_HALVINGS, query)
+        )
         proposed = margin(network(proposal), y)
         better = proposed < left
         best = torch.where(per_sample(better, best), proposal, best)
@@ -108,7 +128,9 @@ class _Linf:
 
 @dataclass(frozen=True)
 class _L2:
-    """Pyramids that take over the length of the perturbation in two windows and what is left of the radius."""
+    """Pyramids that take over the length of the perturbation in two windows and what is left of the
+    radius.
+    """
 
     x: Tensor
     ball: ThreatModel
@@ -124,12 +146,14 @@ class _L2:
         down, right = h // side, w // side
         delta = torch.zeros_like(_wide(self.x))
         pyramids = _pyramids(side, delta)[(_uniform((n, down, right), draws, delta) < 0.5).long()]
-        signs = torch.where(_uniform((n, c, down, right), draws, delta) < 0.5, 1.0, -1.0).to(delta.dtype)
+        signs = torch.where(_uniform((n, c, down, right), draws, delta) < 0.5, 1.0, -1.0).to(
+            delta.dtype
+        )
         tiles = pyramids.unsqueeze(1) * signs[..., None, None]  # [N, C, down, right, side, side]
         top, left = (h - down * side) // 2, (w - right * side) // 2
-        delta[:, :, top : top + down * side, left : left + right * side] = tiles.transpose(3, 4).reshape(
-            n, c, down * side, right * side
-        )
+        delta[:, :, top : top + down * side, left : left + right * side] = tiles.transpose(
+            3, 4
+        ).reshape(n, c, down * side, right * side)
         return self._longest(delta)
 
     def propose(self, best: Tensor, numbers: Tensor, area: float) -> Tensor:
@@ -140,7 +164,9 @@ class _L2:
         delta = _wide(best) - _wide(self.x)
         raised = _window(best, numbers[:, 0], numbers[:, 1], side)
         emptied = _window(best, numbers[:, 2], numbers[:, 3], side)
-        unused = (self.ball.eps**2 - per_sample(l2_norm(delta) ** 2, delta).to(delta.dtype)).clamp(min=0)
+        unused = (self.ball.eps**2 - per_sample(l2_norm(delta) ** 2, delta).to(delta.dtype)).clamp(
+            min=0
+        )
         held = delta[raised]
         signs = torch.where(numbers[:, -c:] < 0.5, 1.0, -1.0).to(delta.dtype).view(n, c, 1, 1)
         pyramid = _pyramids(side, delta)[(numbers[:, 4] < 0.5).long()].unsqueeze(1) * signs
@@ -160,7 +186,9 @@ class _L2:
 
 
 def _pyramids(side: int, like: Tensor) -> Tensor:
-    """Two halves of opposite sign, each falling off in nested squares, of length 1; upright and transposed."""
+    """Two halves of opposite sign, each falling off in nested squares, of length 1; upright and
+    transposed.
+    """
     upper, lower = (_pyramid(height, side, like) for height in (side // 2, side - side // 2))
     pyramid = torch.cat([upper, -lower])
     pyramid = pyramid / pyramid.square().sum().sqrt()
@@ -169,7 +197,12 @@ def _pyramids(side: int, like: Tensor) -> Tensor:
 
 def _pyramid(height: int, width: int, like: Tensor) -> Tensor:
     """Sum over k of 1/(k+1)^2 in the squares of half width k around the middle, of length 1."""
-    steps = 1 / torch.arange(1, max(height, width) // 2 + 2, dtype=like.dtype, device=like.device).square()
+    steps = (
+        1
+        / torch.arange(
+            1, max(height, width) // 2 + 2, dtype=like.dtype, device=like.device
+        ).square()
+    )
     heights = steps.flip(0).cumsum(0).flip(0)
     rows, columns = ((torch.arange(n, device=like.device) - n // 2).abs() for n in (height, width))
     pyramid = heights[torch.maximum(rows[:, None], columns)]
@@ -177,10 +210,15 @@ def _pyramid(height: int, width: int, like: Tensor) -> Tensor:
 
 
 def _window(images: Tensor, down: Tensor, right: Tensor, side: int) -> tuple[Tensor, ...]:
-    """Index of a square of every image, [N, C, side, side], from two numbers in [0, 1) per image."""
+    """Index of a square of every image, [N, C, side, side], from two numbers in [0, 1) per
+    image.
+    """
     n, c, h, w = images.shape
     span = torch.arange(side, device=images.device)
-    top, left = ((number * (size - side + 1)).long().clamp(max=size - side) for number, size in ((down, h), (right, w)))
+    top, left = (
+        (number * (size - side + 1)).long().clamp(max=size - side)
+        for number, size in ((down, h), (right, w))
+    )
     return (
         torch.arange(n, device=images.device).view(n, 1, 1, 1),
         torch.arange(c, device=images.device).view(1, c, 1, 1),

@@ -9,7 +9,15 @@ from torch import Tensor
 
 from sj_robust._checks import check_count
 from sj_robust.attacks._ascent import Ascent, runs
-from sj_robust.attacks.call import Best, Loss, Model, Objective, Randomness, checked_copies, crafting
+from sj_robust.attacks.call import (
+    Best,
+    Loss,
+    Model,
+    Objective,
+    Randomness,
+    checked_copies,
+    crafting,
+)
 from sj_robust.attacks.logits import likeliest_wrong, of_class, without
 from sj_robust.attacks.projection import Norm, direction, per_sample
 from sj_robust.attacks.threat import ThreatModel, ball_threat
@@ -42,41 +50,52 @@ def apgd(
 
     自适应步长的投影梯度攻击（APGD）。
 
-    Equation: ``z = P(x[k] + eta * d(g))`` and ``x[k+1] = P(x[k] + 0.75 * (z - x[k]) + 0.25 * (x[k] - x[k-1]))`` with
-    P and d as in ``pgd``, ``eta = 2 * eps`` at first and ``x[0]`` random on the border of the ball. At the checkpoints
-    (after 22 % of the steps, then at intervals shorter by 3 % each, down to 6 %) a sample halves its eta and goes back
-    to its image of highest loss if fewer than 75 % of the steps since the last checkpoint raised the loss, or if it
-    did not halve there and its highest loss has not grown since. Losses, z being the logits in descending order:
+    Equation: ``z = P(x[k] + eta * d(g))`` and ``x[k+1] = P(x[k] + 0.75 * (z - x[k]) + 0.25 * (x[k]
+    - x[k-1]))`` with P and d as in ``pgd``, ``eta = 2 * eps`` at first and ``x[0]`` random on the
+      border of the ball. At the checkpoints
+    (after 22 % of the steps, then at intervals shorter by 3 % each, down to 6 %) a sample halves
+    its eta and goes back to its image of highest loss if fewer than 75 % of the steps since the
+    last checkpoint raised the loss, or if it did not halve there and its highest loss has not grown
+    since. Losses, z being the logits in descending order:
 
     - ``"ce"``: cross entropy.
-    - ``"dlr"``: ``-(z_y - max_{i != y} z_i) / (z_1 - z_3)``, which no scale of the logits can flatten.
-    - ``"dlr_targeted"``: ``-(z_y - z_t) / (z_1 - (z_3 + z_4) / 2)`` for each class t of the ``target_classes`` most
-      likely wrong ones at ``x``, one after the other with all their restarts.
+    - ``"dlr"``: ``-(z_y - max_{i != y} z_i) / (z_1 - z_3)``, which no scale of the logits can
+      flatten.
+    - ``"dlr_targeted"``: ``-(z_y - z_t) / (z_1 - (z_3 + z_4) / 2)`` for each class t of the
+      ``target_classes`` most likely wrong ones at ``x``, one after the other with all their
+      restarts.
 
-    With ``keep_best`` a sample leaves as soon as any image fools the model, ``x`` itself included, and further
-    restarts and targets attack only what still stands: misclassified images come back as they are, and a fooling
-    image is the first that was met. Where nothing fools, the result is the image of highest loss.
+    With ``keep_best`` a sample leaves as soon as any image fools the model, ``x`` itself included,
+    and further restarts and targets attack only what still stands: misclassified images come back
+    as they are, and a fooling image is the first that was met. Where nothing fools, the result is
+    the image of highest loss.
 
-    Against the authors' code: both keep any fooling iterate, so robust accuracies agree within the noise of the
-    random starts; leaving early makes this one faster. The step after which progress is judged and the strict "fewer"
-    follow the paper, which matters at few steps alone.
+    Against the authors' code: both keep any fooling iterate, so robust accuracies agree within the
+    noise of the random starts; leaving early makes this one faster. The step after which progress
+    is judged and the strict "fewer" follow the paper, which matters at few steps alone.
 
     Other arguments, result and errors are those of :mod:`sj_robust.attacks`.
 
     Args:
         loss: One of the names above, or logits and labels to one value per sample, [N].
-        target_classes: Number of target classes of ``"dlr_targeted"``; all wrong classes if there are fewer.
-        keep_best: False takes all steps on all samples and returns the image of highest loss, as an attack that is
-            to transfer to another network should.
+        target_classes: Number of target classes of ``"dlr_targeted"``; all wrong classes if there
+            are fewer.
+        keep_best: False takes all steps on all samples and returns the image of highest loss, as an
+            attack that is to transfer to another network should.
 
     Raises:
-        ValueError: Also if there are fewer than 3 classes for ``"dlr"`` or 4 for ``"dlr_targeted"``.
+        ValueError: Also if there are fewer than 3 classes for ``"dlr"`` or 4 for
+            ``"dlr_targeted"``.
 
-    Source: Croce and Hein (ICML 2020), algorithm 1 and sections 3 and 4; random starts and targets of AutoAttack.
+    Source: Croce and Hein (ICML 2020), algorithm 1 and sections 3 and 4; random starts and targets
+        of AutoAttack.
 
     Examples:
         >>> weight = torch.tensor([[0.0, 0.0], [3.0, -4.0]])
-        >>> x, y = torch.tensor([[0.75, 0.5]]), torch.tensor([1])  # margin 0.25, lost at a distance of 0.25 / 7
+        >>> x, y = (
+        ...     torch.tensor([[0.75, 0.5]]),
+        ...     torch.tensor([1]),
+        ... )  # margin 0.25, lost at a distance of 0.25 / 7
         >>> x_adv = apgd(lambda x: x @ weight.T, x, y, eps=0.04, steps=10)
         >>> (x_adv @ weight.T).argmax(1)
         tensor([0])
@@ -99,18 +118,24 @@ def apgd(
             if keep_best:
                 best.fooled = clean.fooled
             if loss == "dlr_targeted":
-                targets = likeliest_wrong(clean.logits, y, min(target_classes, clean.logits.shape[1] - 1))
+                targets = likeliest_wrong(
+                    clean.logits, y, min(target_classes, clean.logits.shape[1] - 1)
+                )
         for target in targets:
             objective = partial(_objective, model, named_loss, target, eot_samples)
-            for run in runs(_AutoAscent, x, best, ball=ball, steps=steps, restarts=restarts, private=private):
+            for run in runs(
+                _AutoAscent, x, best, ball=ball, steps=steps, restarts=restarts, private=private
+            ):
                 run.climb(objective, y, best, keep_best=keep_best)
     return best.x_adv
 
 
 def dlr_loss(logits: Tensor, y: Tensor) -> Tensor:
-    """Difference of logits ratio, [N]: positive if misclassified, at least -1, the same for every scale of the logits.
+    """Difference of logits ratio, [N]: positive if misclassified, at least -1, the same for every
+    scale of the logits.
 
-    Equation: ``-(z_y - max_{i != y} z_i) / (z_1 - z_3)``; where the first three logits tie the divisor is 1.
+    Equation: ``-(z_y - max_{i != y} z_i) / (z_1 - z_3)``; where the first three logits tie the
+        divisor is 1.
 
     Source: Croce and Hein (ICML 2020), equation 6.
     """
@@ -123,7 +148,8 @@ def dlr_loss(logits: Tensor, y: Tensor) -> Tensor:
 def targeted_dlr_loss(logits: Tensor, y: Tensor, *, target: Tensor) -> Tensor:
     """Difference of logits ratio towards the classes ``target``, [N].
 
-    Equation: ``-(z_y - z_t) / (z_1 - (z_3 + z_4) / 2)``; where the first four logits tie the divisor is 1.
+    Equation: ``-(z_y - z_t) / (z_1 - (z_3 + z_4) / 2)``; where the first four logits tie the
+        divisor is 1.
 
     Source: Croce and Hein (ICML 2020), equation 7.
     """
@@ -135,7 +161,9 @@ def targeted_dlr_loss(logits: Tensor, y: Tensor, *, target: Tensor) -> Tensor:
 class _AutoAscent(Ascent):
     """A run of Auto-PGD; a sample's step size follows from its own losses."""
 
-    def __init__(self, rows: Tensor, x: Tensor, start: Tensor, *, ball: ThreatModel, steps: int) -> None:
+    def __init__(
+        self, rows: Tensor, x: Tensor, start: Tensor, *, ball: ThreatModel, steps: int
+    ) -> None:
         super().__init__(rows, x, start, ball=ball, steps=steps)
         self.last_checkpoint = 0
         self.previous = start
@@ -151,11 +179,15 @@ class _AutoAscent(Ascent):
         eta = per_sample(self.step_size, here).to(here.dtype)
         there = self.project(here + eta * direction(self.grad, self.norm))
         if step > 1:
-            there = self.project(here + _MOMENTUM * (there - here) + (1 - _MOMENTUM) * (here - self.previous))
+            there = self.project(
+                here + _MOMENTUM * (there - here) + (1 - _MOMENTUM) * (here - self.previous)
+            )
         self.previous, self.departed_from, self.x_adv = here, self.loss, there
 
     def arrive(self, step: int) -> None:
-        """Count the steps that raised the loss; at a checkpoint halve the step size where they were too few."""
+        """Count the steps that raised the loss; at a checkpoint halve the step size where they were
+        too few.
+        """
         if step == 0:
             self.checked_top = self.top_loss
             return
@@ -180,13 +212,15 @@ def _checked_loss(loss: LossName | Loss) -> Loss | None:
         return loss
     if loss not in get_args(LossName):
         raise ValueError(
-            f"loss must be one of {get_args(LossName)} or a function of logits and labels with one value per sample, "
-            f"got {loss!r}"
+            f"loss must be one of {get_args(LossName)} or a function of logits and labels with "
+            f"one value per sample, got {loss!r}"
         )
     return dlr_loss if loss == "dlr" else None
 
 
-def _objective(model: Model, loss: Loss | None, target: Tensor | None, eot_samples: int, rows: Tensor) -> Objective:
+def _objective(
+    model: Model, loss: Loss | None, target: Tensor | None, eot_samples: int, rows: Tensor
+) -> Objective:
     """Objective of the samples ``rows``; ``target`` holds the classes of all samples."""
     if target is not None:
         loss = partial(targeted_dlr_loss, target=target[rows])
@@ -197,7 +231,8 @@ def _check_classes(logits: Tensor, loss: LossName) -> None:
     least = _LEAST_CLASSES[loss]
     if logits.shape[1] < least:
         raise ValueError(
-            f"loss={loss!r} needs at least {least} classes, the model returns {logits.shape[1]}; use loss='ce'"
+            f"loss={loss!r} needs at least {least} classes, the model returns {logits.shape[1]}; "
+            "use loss='ce'"
         )
 
 

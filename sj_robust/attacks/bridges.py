@@ -1,4 +1,6 @@
-"""Attacks of other packages: AutoAttack and Square of pyautoattack, any attack object, attacks crafted elsewhere."""
+"""Attacks of other packages: AutoAttack and Square of pyautoattack, any attack object, attacks
+crafted elsewhere.
+"""
 
 import random
 import warnings
@@ -44,33 +46,37 @@ def autoattack(
 
     AutoAttack 集成攻击。
 
-    Equation: ``x_adv[n]`` is the first image found in ball and box with ``argmax model(x_adv[n]) != y[n]``, or ``x[n]``
-    where none is found.
+    Equation: ``x_adv[n]`` is the first image found in ball and box with ``argmax model(x_adv[n]) !=
+    y[n]``, or ``x[n]`` where none is found.
 
-    The single attacks are those of pyautoattack, with its settings; what they claim is judged here, on the images that
-    are returned. Square gets logits without ties. With fewer than ten classes every other class is a target once.
-    With ``SampleSeeds`` starts and squares are drawn per sample; then only a stochastic network's own draws depend on
-    the batch. With a ``torch.Generator`` the draws are the library's: starts depend on which samples are left, all
+    The single attacks are those of pyautoattack, with its settings; what they claim is judged here,
+    on the images that are returned. Square gets logits without ties. With fewer than ten classes
+    every other class is a target once. With ``SampleSeeds`` starts and squares are drawn per
+    sample; then only a stochastic network's own draws depend on the batch. With a
+    ``torch.Generator`` the draws are the library's: starts depend on which samples are left, all
     samples of a call share the position and colour of Square's squares.
 
-    Other arguments, result and errors are those of :mod:`sj_robust.attacks`; where nothing fooled the network, the
-    result is ``x``. Square needs images [N, C, H, W]. All is computed in float32 except in the network.
+    Other arguments, result and errors are those of :mod:`sj_robust.attacks`; where nothing fooled
+    the network, the result is ``x``. Square needs images [N, C, H, W]. All is computed in float32
+    except in the network.
 
     Args:
-        version: ``"standard"`` (APGD-CE, targeted APGD, targeted FAB, Square), ``"plus"`` (APGD-CE, APGD-DLR, FAB,
-            Square, both targeted ones; 5 restarts) or ``"rand"`` (APGD-CE and APGD-DLR over 20 forwards, for
-            stochastic networks).
-        attacks: Names to run in place of the version's, with the version's settings: ``"apgd-ce"``, ``"apgd-dlr"``,
-            ``"apgd-t"``, ``"fab"``, ``"fab-t"``, ``"square"``.
+        version: ``"standard"`` (APGD-CE, targeted APGD, targeted FAB, Square), ``"plus"`` (APGD-CE,
+            APGD-DLR, FAB, Square, both targeted ones; 5 restarts) or ``"rand"`` (APGD-CE and
+            APGD-DLR over 20 forwards, for stochastic networks).
+        attacks: Names to run in place of the version's, with the version's settings: ``"apgd-ce"``,
+            ``"apgd-dlr"``, ``"apgd-t"``, ``"fab"``, ``"fab-t"``, ``"square"``.
 
     Raises:
         ModuleNotFoundError: If pyautoattack is not installed.
 
     Warns:
-        AutoAttackWarning: What the library's checks find: a stochastic network, probabilities in place of logits,
-            a network that computes gradients itself, zero gradients, Square stronger than the attacks before it.
+        AutoAttackWarning: What the library's checks find: a stochastic network, probabilities in
+            place of logits, a network that computes gradients itself, zero gradients, Square
+            stronger than the attacks before it.
 
-    Source: Croce and Hein (ICML 2020); FAB: Croce and Hein (ICML 2020); Square: Andriushchenko et al. (ECCV 2020).
+    Source: Croce and Hein (ICML 2020); FAB: Croce and Hein (ICML 2020); Square: Andriushchenko et
+        al. (ECCV 2020).
 
     Examples:
         >>> from sj_robust.attacks import autoattack
@@ -108,15 +114,17 @@ def square(
 
     Square 黑盒攻击。
 
-    Equation: a square of random place and colour is kept if it lowers the margin ``z_y - max_{k != y} z_k``, until
-    ``argmax z != y``.
+    Equation: a square of random place and colour is kept if it lowers the margin ``z_y - max_{k !=
+    y} z_k``, until ``argmax z != y``.
 
-    The search is pyautoattack's with AutoAttack's settings, on logits whose ties are broken: the library takes a margin
-    of 0 for success, and spike counts tie. With ``SampleSeeds``, or images that are not float32, it is a form of the
-    same search with a square per sample, which depends on neither neighbours nor batch size.
+    The search is pyautoattack's with AutoAttack's settings, on logits whose ties are broken: the
+    library takes a margin of 0 for success, and spike counts tie. With ``SampleSeeds``, or images
+    that are not float32, it is a form of the same search with a square per sample, which depends on
+    neither neighbours nor batch size.
 
-    Other arguments, result and errors are those of :mod:`sj_robust.attacks`, with images [N, C, H, W]. Where nothing
-    fooled the network the result is the image of the smallest margin, and ``x`` where it was wrong already.
+    Other arguments, result and errors are those of :mod:`sj_robust.attacks`, with images [N, C, H,
+    W]. Where nothing fooled the network the result is the image of the smallest margin, and ``x``
+    where it was wrong already.
 
     Args:
         queries: Squares tried per image after the start, >= 1.
@@ -124,7 +132,8 @@ def square(
     Raises:
         ModuleNotFoundError: If pyautoattack is not installed.
 
-    Source: Andriushchenko et al. (ECCV 2020); its settings in AutoAttack, Croce and Hein (ICML 2020).
+    Source: Andriushchenko et al. (ECCV 2020); its settings in AutoAttack, Croce and Hein (ICML
+        2020).
 
     Examples:
         >>> from sj_robust.attacks import square
@@ -144,25 +153,31 @@ def square(
         return search_squares(model, x, y, ball=ball, queries=queries, private=private)
 
 
-def external(attack: Callable[[Tensor, Tensor], Tensor], *, eps: float, norm: Norm = "Linf") -> Attack:
-    """Attack of another package, built for the model and called as ``attack(x, y)``, as one of this package.
+def external(
+    attack: Callable[[Tensor, Tensor], Tensor], *, eps: float, norm: Norm = "Linf"
+) -> Attack:
+    """Attack of another package, built for the model and called as ``attack(x, y)``, as one of this
+    package.
 
     其他工具包的攻击。
 
-    What it returns is checked, then projected exactly. Around the call the global generators of torch, numpy and Python
-    are seeded and restored; the model is in evaluation mode and gets modes, ``.grad`` and ``requires_grad`` back.
+    What it returns is checked, then projected exactly. Around the call the global generators of
+    torch, numpy and Python are seeded and restored; the model is in evaluation mode and gets modes,
+    ``.grad`` and ``requires_grad`` back.
 
     Args:
-        attack: A torchattacks object, ``lambda x, y: foolbox_attack(foolbox_model, x, y, epsilons=eps)[1]``, or any
-            function of images and labels. It attacks the model that it was built for, whatever it is given.
+        attack: A torchattacks object, ``lambda x, y: foolbox_attack(foolbox_model, x, y,
+            epsilons=eps)[1]``, or any function of images and labels. It attacks the model that it
+            was built for, whatever it is given.
         eps: Radius it was built with, in units of [0, 1] images.
         norm: ``"Linf"`` or ``"L2"``.
 
     Returns:
-        ``attack(model, x, y, *, generator=None)``. Its randomness as a whole is seeded by ``generator``: with
-        ``SampleSeeds`` it is repeatable, but what the other package draws depends on the batch. The call raises
-        ``TypeError`` or ``ValueError`` if the result is no tensor like ``x``, is not finite, or leaves the ball or
-        [0, 1] by more than rounding.
+        ``attack(model, x, y, *, generator=None)``. Its randomness as a whole is seeded by
+        ``generator``: with ``SampleSeeds`` it is repeatable, but what the other package draws
+            depends on the batch. The call raises
+        ``TypeError`` or ``ValueError`` if the result is no tensor like ``x``, is not finite, or
+        leaves the ball or [0, 1] by more than rounding.
 
     Raises:
         TypeError: If ``attack`` cannot be called.
@@ -178,7 +193,10 @@ def external(attack: Callable[[Tensor, Tensor], Tensor], *, eps: float, norm: No
         tensor([[0.6000, 0.6000, 0.6000, 0.6000]])
     """
     if not callable(attack):
-        raise TypeError(f"attack must be called as attack(x, y), got {type(attack).__name__}; wrap it in a function")
+        raise TypeError(
+            f"attack must be called as attack(x, y), got {type(attack).__name__}; wrap it in a "
+            "function"
+        )
     return _External(attack, ball_threat(norm, eps))
 
 
@@ -191,7 +209,8 @@ def transfer(source: Model, attack: Attack) -> Attack:
 
     Args:
         source: The network to craft on, such as another checkpoint.
-        attack: Attack with its budget bound, such as ``functools.partial(pgd, eps=0.1, step_size=0.02, steps=10)``.
+        attack: Attack with its budget bound, such as ``functools.partial(pgd, eps=0.1,
+            step_size=0.02, steps=10)``.
 
     Returns:
         ``attack(model, x, y, *, generator=None)``.
@@ -211,9 +230,14 @@ def transfer(source: Model, attack: Attack) -> Attack:
         True
     """
     if not callable(source):
-        raise TypeError(f"source must be a callable from images to logits, got {type(source).__name__}")
+        raise TypeError(
+            f"source must be a callable from images to logits, got {type(source).__name__}"
+        )
     if not callable(attack):
-        raise TypeError(f"attack must be a callable, got {type(attack).__name__}; use functools.partial(pgd, eps=...)")
+        raise TypeError(
+            f"attack must be a callable, got {type(attack).__name__}; use functools.partial(pgd, "
+            "eps=...)"
+        )
     return _Transfer(source, attack)
 
 
@@ -224,7 +248,9 @@ class _Transfer:
     source: Model
     attack: Attack
 
-    def __call__(self, model: Model, x: Tensor, y: Tensor, *, generator: Randomness = None) -> Tensor:
+    def __call__(
+        self, model: Model, x: Tensor, y: Tensor, *, generator: Randomness = None
+    ) -> Tensor:
         check_model(model)
         return self.attack(self.source, x, y, generator=generator)
 
@@ -236,7 +262,9 @@ class _External:
     attack: Callable[[Tensor, Tensor], Tensor]
     ball: ThreatModel
 
-    def __call__(self, model: Model, x: Tensor, y: Tensor, *, generator: Randomness = None) -> Tensor:
+    def __call__(
+        self, model: Model, x: Tensor, y: Tensor, *, generator: Randomness = None
+    ) -> Tensor:
         x, y = checked_copies(model, x, y, generator)
         if x.numel() == 0:
             return x
@@ -257,15 +285,16 @@ def _checked(found: Any, x: Tensor, ball: ThreatModel) -> Tensor:
         expected, got = getattr(x, what), getattr(found, what)
         if expected != got:
             raise ValueError(
-                f"attack(x, y) must return images of {what} {_plain(expected)} as x has, got {_plain(got)}; "
-                "convert them in a wrapper"
+                f"attack(x, y) must return images of {what} {_plain(expected)} as x has, got "
+                f"{_plain(got)}; convert them in a wrapper"
             )
     images: Tensor = found.detach().clone()
     finite = torch.isfinite(images)
     if not bool(finite.all()):
         raise ValueError(
-            f"attack(x, y) must return finite images, got {int((~finite).sum())} NaN or infinite values in "
-            f"{int((~finite).flatten(1).any(1).sum())} of {len(x)} images; craft in float32"
+            f"attack(x, y) must return finite images, got {int((~finite).sum())} NaN or infinite "
+            f"values in {int((~finite).flatten(1).any(1).sum())} of {len(x)} images; craft in "
+            "float32"
         )
     low, high = (float(bound) for bound in torch.aminmax(images))
     if low < -rounding(x) or high > 1 + rounding(x):
@@ -277,24 +306,32 @@ def _checked(found: Any, x: Tensor, ball: ThreatModel) -> Tensor:
     if outside:
         farthest = float(ball.distance(x, images).max())
         raise ValueError(
-            f"attack(x, y) must stay within {ball.norm} distance eps={ball.eps:.6g} of x, got {farthest:.6g}, "
-            f"{farthest - ball.eps:.3g} too far ({outside} of {len(x)} images); build it with this eps and norm"
+            f"attack(x, y) must stay within {ball.norm} distance eps={ball.eps:.6g} of x, got "
+            f"{farthest:.6g}, {farthest - ball.eps:.3g} too far ({outside} of {len(x)} images); "
+            "build it with this eps and norm"
         )
     return images
 
 
 @contextmanager
 def _isolated(model: Model, x: Tensor, generator: Randomness) -> Iterator[Private]:
-    """As ``crafting``; foreign code inside also leaves all other global generators, ``.grad`` and flags alone."""
+    """As ``crafting``; foreign code inside also leaves all other global generators, ``.grad`` and
+    flags alone.
+    """
     parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
     kept = [(parameter, parameter.grad, parameter.requires_grad) for parameter in parameters]
-    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002  what other packages draw from
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]  # torch's own
+    # what other packages draw from
+    python, legacy = random.getstate(), np.random.get_state()
+    # torch's own
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     try:
-        with torch.random.fork_rng(devices=devices), crafting(model, x.device, generator) as private:
+        with (
+            torch.random.fork_rng(devices=devices),
+            crafting(model, x.device, generator) as private,
+        ):
             seed = draw_seed(private)
             random.seed(seed)
-            np.random.seed(seed % 2**32)  # noqa: NPY002  as above
+            np.random.seed(seed % 2**32)
             for parameter in parameters:
                 parameter.grad = None
             yield private
@@ -303,13 +340,16 @@ def _isolated(model: Model, x: Tensor, generator: Randomness) -> Iterator[Privat
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
         random.setstate(python)
-        np.random.set_state(legacy)  # noqa: NPY002  as above
+        np.random.set_state(legacy)
 
 
 def _settings(version: str, attacks: Sequence[str] | None) -> Settings:
     """Settings of a version, with other attacks if given."""
     if version not in VERSIONS:
-        raise ValueError(f"version must be one of {tuple(VERSIONS)}, got {version!r}; pass attacks for a list of yours")
+        raise ValueError(
+            f"version must be one of {tuple(VERSIONS)}, got {version!r}; pass attacks for a list "
+            "of yours"
+        )
     if attacks is None:
         return VERSIONS[version]
     if isinstance(attacks, str) or not attacks:
@@ -323,8 +363,8 @@ def _settings(version: str, attacks: Sequence[str] | None) -> Settings:
 def _check_square(x: Tensor) -> None:
     if x.ndim != 4:
         raise ValueError(
-            f"Square needs images [N, C, H, W], got shape {tuple(x.shape)}; reshape inside the model, or name attacks "
-            "without 'square' in `attacks`"
+            f"Square needs images [N, C, H, W], got shape {tuple(x.shape)}; reshape inside the "
+            "model, or name attacks without 'square' in `attacks`"
         )
 
 

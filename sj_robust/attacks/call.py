@@ -11,7 +11,14 @@ from torch import Tensor, nn
 from sj_robust._checks import check_images, check_labels, check_logits, check_model
 from sj_robust._preserved import evaluation_mode
 from sj_robust.attacks._resets import refuse_carried_states
-from sj_robust.randomness import Private, SampleSeeds, check_seeds, draw_seed, private_generator, seeded_globals
+from sj_robust.randomness import (
+    Private,
+    SampleSeeds,
+    check_seeds,
+    draw_seed,
+    private_generator,
+    seeded_globals,
+)
 
 Model = Callable[[Tensor], Tensor]
 Loss = Callable[[Tensor, Tensor], Tensor]
@@ -20,13 +27,17 @@ Randomness = torch.Generator | SampleSeeds | None
 
 
 class Attack(Protocol):
-    """An attack with its budget already given, such as ``functools.partial(fgsm, eps=0.1)``. 攻击的统一接口。
+    """An attack with its budget already given, such as ``functools.partial(fgsm, eps=0.1)``.
+    攻击的统一接口。
 
-    Whoever runs attacks (training, evaluation, a suite) calls this; a class or function of your own with these
-    arguments is one. With ``SampleSeeds`` what it draws for a sample should depend on neither neighbours nor batch.
+    Whoever runs attacks (training, evaluation, a suite) calls this; a class or function of your own
+    with these arguments is one. With ``SampleSeeds`` what it draws for a sample should depend on
+    neither neighbours nor batch.
     """
 
-    def __call__(self, model: Model, x: Tensor, y: Tensor, *, generator: Randomness = None) -> Tensor:
+    def __call__(
+        self, model: Model, x: Tensor, y: Tensor, *, generator: Randomness = None
+    ) -> Tensor:
         """Perturbed images in shape, dtype and device of ``x``."""
 
 
@@ -37,7 +48,8 @@ def crafting(model: Model, device: torch.device, generator: Randomness) -> Itera
     try:
         with (
             evaluation_mode(model),
-            # An inference tensor can take part in no graph, so enable_grad alone does not serve every caller.
+            # An inference tensor can take part in no graph, so enable_grad alone does not serve
+            # every caller.
             torch.inference_mode(False),
             torch.enable_grad(),
             seeded_globals(draw_seed(private), device),
@@ -45,7 +57,8 @@ def crafting(model: Model, device: torch.device, generator: Randomness) -> Itera
         ):
             yield private
     finally:
-        torch.clear_autocast_cache()  # weights cast without a graph would lose the caller's gradients
+        # weights cast without a graph would lose the caller's gradients
+        torch.clear_autocast_cache()
 
 
 class ImageScores(NamedTuple):
@@ -65,7 +78,9 @@ class _NonFiniteGradientError(FloatingPointError, ValueError):
 
 @dataclass(frozen=True)
 class Objective:
-    """What a gradient attack climbs: per-sample loss of the model, averaged over ``eot_samples`` forwards."""
+    """What a gradient attack climbs: per-sample loss of the model, averaged over ``eot_samples``
+    forwards.
+    """
 
     model: Model
     loss: Loss | None = None
@@ -73,7 +88,9 @@ class Objective:
     eot_samples: int = 1
 
     def gradient(self, x: Tensor, y: Tensor) -> tuple[Tensor, ImageScores]:
-        """Gradient of the loss of every sample with respect to its image, and the score at ``x``."""
+        """Gradient of the loss of every sample with respect to its image, and the score at
+        ``x``.
+        """
         x = x.detach().requires_grad_()
         grad = torch.zeros_like(x)
         scores = []
@@ -94,10 +111,15 @@ class Objective:
 
     def _forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         logits = check_logits(self.model(x), y)
-        losses = nn.functional.cross_entropy(logits, y, reduction="none") if self.loss is None else self.loss(logits, y)
+        losses = (
+            nn.functional.cross_entropy(logits, y, reduction="none")
+            if self.loss is None
+            else self.loss(logits, y)
+        )
         if losses.shape != y.shape:
             raise ValueError(
-                f"loss must return one value per sample, [{y.shape[0]}], got {list(losses.shape)}; use reduction='none'"
+                f"loss must return one value per sample, [{y.shape[0]}], got "
+                f"{list(losses.shape)}; use reduction='none'"
             )
         return logits, -losses if self.targeted else losses
 
@@ -107,7 +129,9 @@ class Objective:
 
 
 class Best:
-    """Best image so far per sample: one that fools before one that does not, then the higher loss."""
+    """Best image so far per sample: one that fools before one that does not, then the higher
+    loss.
+    """
 
     def __init__(self, x: Tensor) -> None:
         """Begin with the images themselves."""
@@ -129,8 +153,12 @@ class Best:
         return (~self.fooled).nonzero().squeeze(1)
 
 
-def checked_copies(model: Model, x: Tensor, y: Tensor, generator: Randomness) -> tuple[Tensor, Tensor]:
-    """Entry check of every gradient attack; copies that the model may keep and that have no graph."""
+def checked_copies(
+    model: Model, x: Tensor, y: Tensor, generator: Randomness
+) -> tuple[Tensor, Tensor]:
+    """Entry check of every gradient attack; copies that the model may keep and that have no
+    graph.
+    """
     check_model(model)
     check_images(x)
     check_labels(y, x)
@@ -141,11 +169,13 @@ def checked_copies(model: Model, x: Tensor, y: Tensor, generator: Randomness) ->
 
 def _input_gradient(losses: Tensor, x: Tensor) -> Tensor:
     """Gradient of the summed losses; the sum keeps samples apart and does not shrink with N."""
-    grad = torch.autograd.grad(losses.sum(), x, allow_unused=True)[0] if losses.requires_grad else None
+    grad = (
+        torch.autograd.grad(losses.sum(), x, allow_unused=True)[0] if losses.requires_grad else None
+    )
     if grad is None:
         raise RuntimeError(
-            "no gradient reaches the images: model and loss must be differentiable, without detach or no_grad "
-            "inside; neurons of SpikingJelly 0.0.0.0.14 have no gradient in evaluation mode, so wrap a spiking "
-            "network in SpikingClassifier(net, T=...)"
+            "no gradient reaches the images: model and loss must be differentiable, without "
+            "detach or no_grad inside; neurons of SpikingJelly 0.0.0.0.14 have no gradient in "
+            "evaluation mode, so wrap a spiking network in SpikingClassifier(net, T=...)"
         )
     return grad

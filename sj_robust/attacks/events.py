@@ -1,7 +1,9 @@
-"""Attacks on binary event frames: at most ``flips`` events added or removed per sample, frames stay binary.
+"""Attacks on binary event frames: at most ``flips`` events added or removed per sample, frames stay
+binary.
 
-Frames are [N, T, 2, H, W], samples first like the images of every other attack and as a loader of SpikingJelly's event
-data sets stacks them; ``SpikingEventClassifier`` hands them to the network as [T, N, 2, H, W].
+Frames are [N, T, 2, H, W], samples first like the images of every other attack and as a loader of
+SpikingJelly's event data sets stacks them; ``SpikingEventClassifier`` hands them to the network as
+[T, N, 2, H, W].
 """
 
 from functools import partial
@@ -48,60 +50,76 @@ def flip_events(
     loss: Loss | None = None,
     generator: Randomness = None,
 ) -> Tensor:
-    """Sparse attack on event frames: few events added or removed, chosen by gradient, then the needless ones put back.
+    """Sparse attack on event frames: few events added or removed, chosen by gradient, then the
+    needless ones put back.
 
     事件帧稀疏攻击：按梯度选择至多 flips 个事件翻转，再撤销不必要的翻转。
 
-    Equation: ``gain = grad_x loss(model(x), y) * (1 - 2 x)``, the first-order change of the loss when an event is added
-    (x = 0) or removed (x = 1). After each of ``steps`` fresh gradients the ``flips / steps`` elements of the largest
-    gain change, until the sample is fooled. Reduction then puts changes back while the sample stays fooled: the longest
-    run of the least important ones by bisection, then one by one until none is left that can go.
+    Equation: ``gain = grad_x loss(model(x), y) * (1 - 2 x)``, the first-order change of the loss
+    when an event is added (x = 0) or removed (x = 1). After each of ``steps`` fresh gradients the
+    ``flips / steps`` elements of the largest gain change, until the sample is fooled. Reduction
+    then puts changes back while the sample stays fooled: the longest run of the least important
+    ones by bisection, then one by one until none is left that can go.
 
-    The gradient of a spiking network only suggests. So ``probes`` more candidates than needed are tried one by one in
-    a forward, and those that really raise the loss most are taken; elements of equal gain, such as zero, are drawn at
-    random; and what still stands at the end of the budget sees ``queries`` random exchanges of its changes, which
-    need no gradient: 30 % of them at first, one at last, kept where the loss does not fall.
+    The gradient of a spiking network only suggests. So ``probes`` more candidates than needed are
+    tried one by one in a forward, and those that really raise the loss most are taken; elements of
+    equal gain, such as zero, are drawn at random; and what still stands at the end of the budget
+    sees ``queries`` random exchanges of its changes, which need no gradient: 30 % of them at first,
+    one at last, kept where the loss does not fall.
 
-    On a linear model of two classes the result is the smallest set of changes that fools; with ``target_classes`` of
-    all other classes it is so for any number.
+    On a linear model of two classes the result is the smallest set of changes that fools; with
+    ``target_classes`` of all other classes it is so for any number.
 
-    Other arguments, result and errors are those of :mod:`sj_robust.attacks`, for binary event frames [N, T, 2, H, W] in
-    the place of images. A sample that is wrong already, by ``confidence`` if there is one, stays as it is;
-    ``count_flips`` tells how many elements differ.
+    Other arguments, result and errors are those of :mod:`sj_robust.attacks`, for binary event
+    frames [N, T, 2, H, W] in the place of images. A sample that is wrong already, by ``confidence``
+    if there is one, stays as it is; ``count_flips`` tells how many elements differ.
 
     Args:
         flips: Largest number of elements changed per sample.
         allow: ``"add"`` events only, ``"remove"`` events only, or ``"both"``.
         steps: Gradient steps over which the budget is spent.
-        probes: Candidates beyond those needed in a step; 0 trusts the gradient and needs no forwards besides it.
+        probes: Candidates beyond those needed in a step; 0 trusts the gradient and needs no
+            forwards besides it.
         queries: Random exchanges for a sample that growth does not fool, one forward each.
         target_classes: Further runs, each towards one of the classes that are likeliest on ``x``.
         restarts: 1, or more to add runs whose gains are scaled by random factors.
-        confidence: Loss from which on a wrong sample counts as fooled; for a stochastic model more than 0, since one
-            at the border is fooled in half of its draws only. In units of the logits for the default loss.
-        reduce: Whether to reduce, and let further runs look for fewer changes than found so far; False stops at the
-            first changes that fool, which is all that accuracy asks for.
-        keep_best: Whether a sample that was never fooled ends at its highest loss met; False ends it at the last one.
-        loss: Logits and labels to one value per sample, [N]; the lead ``max_{c != y} logits[c] - logits[y]`` by
-            default, which ranks better than the saturating cross entropy.
+        confidence: Loss from which on a wrong sample counts as fooled; for a stochastic model more
+            than 0, since one at the border is fooled in half of its draws only. In units of the
+            logits for the default loss.
+        reduce: Whether to reduce, and let further runs look for fewer changes than found so far;
+            False stops at the first changes that fool, which is all that accuracy asks for.
+        keep_best: Whether a sample that was never fooled ends at its highest loss met; False ends
+            it at the last one.
+        loss: Logits and labels to one value per sample, [N]; the lead ``max_{c != y} logits[c] -
+            logits[y]`` by default, which ranks better than the saturating cross entropy.
 
-    Source: generation and reduction, with candidates judged by the change of the loss, as in the sparse dynamic attack
-        of Lun et al. (CVPR 2025), which has no budget; gradients as flips of binary frames after Liang et al. (TNNLS
-        2021) and Buechel et al. (Frontiers in Neuroscience 2022); random exchanges as in Sparse-RS (Croce et al.,
-        AAAI 2022).
+    Source: generation and reduction, with candidates judged by the change of the loss, as in the
+        sparse dynamic attack of Lun et al. (CVPR 2025), which has no budget; gradients as flips of
+        binary frames after Liang et al. (TNNLS 2021) and Buechel et al. (Frontiers in Neuroscience
+        2022); random exchanges as in Sparse-RS (Croce et al., AAAI 2022).
 
     Examples:
         >>> x, weight = torch.zeros(1, 2, 2, 1, 1), torch.tensor([0.0, 3.0, 1.0, 2.0])
-        >>> model = lambda frames: torch.stack([frames.flatten(1) @ weight, torch.full((1,), 4.5)], dim=1)
+        >>> model = lambda frames: torch.stack(
+        ...     [frames.flatten(1) @ weight, torch.full((1,), 4.5)], dim=1
+        ... )
         >>> flip_events(model, x, torch.tensor([1]), flips=3).flatten()
         tensor([0., 1., 0., 1.])
     """
     x = checked_frames(model, x, y, generator)
     _check_budget(x, flips, allow)
     settings = Settings(
-        steps=steps, probes=probes, queries=queries, target_classes=target_classes, restarts=restarts,
-        eot_samples=eot_samples, confidence=confidence, reduce=reduce, keep_best=keep_best, loss=loss,
-    )  # fmt: skip
+        steps=steps,
+        probes=probes,
+        queries=queries,
+        target_classes=target_classes,
+        restarts=restarts,
+        eot_samples=eot_samples,
+        confidence=confidence,
+        reduce=reduce,
+        keep_best=keep_best,
+        loss=loss,
+    )
     make = partial(Search, flippable=_flippable(x, allow))
     return searched(model, x, y, make, settings, budget=flips, generator=generator)
 
@@ -120,11 +138,11 @@ def random_flips(
 
     随机翻转事件，稀疏攻击的对照。
 
-    Equation: ``x_adv = |x - m|`` with m uniform among the masks of ``flips`` ones (or of all that ``allow`` leaves, if
-    fewer).
+    Equation: ``x_adv = |x - m|`` with m uniform among the masks of ``flips`` ones (or of all that
+    ``allow`` leaves, if fewer).
 
-    Other arguments, result and errors are those of :mod:`sj_robust.attacks`, for binary event frames [N, T, 2, H, W];
-    ``model`` and ``y`` may be None and are used only if ``tries`` > 1.
+    Other arguments, result and errors are those of :mod:`sj_robust.attacks`, for binary event
+    frames [N, T, 2, H, W]; ``model`` and ``y`` may be None and are used only if ``tries`` > 1.
 
     Args:
         flips: Number of elements changed per sample.
@@ -138,7 +156,9 @@ def random_flips(
 
     Examples:
         >>> x = torch.zeros(3, 4, 2, 5, 5)
-        >>> count_flips(random_flips(None, x, flips=7, generator=torch.Generator().manual_seed(0)), x)
+        >>> count_flips(
+        ...     random_flips(None, x, flips=7, generator=torch.Generator().manual_seed(0)), x
+        ... )
         tensor([7, 7, 7])
     """
     x = checked_frames(model, x, y, generator, optional=True)
@@ -149,7 +169,9 @@ def random_flips(
     flippable, size = _flippable(x, allow), torch.full((len(x),), flips, device=x.device)
 
     def draw(private: Private) -> Tensor:
-        return apply_flips(x, largest(uniform(x, private).masked_fill(~flippable, -torch.inf), size))
+        return apply_flips(
+            x, largest(uniform(x, private).masked_fill(~flippable, -torch.inf), size)
+        )
 
     return first_that_fools(model, x, y, draw, tries=tries, generator=generator)
 
@@ -177,12 +199,15 @@ def count_flips(x_adv: Tensor, x: Tensor) -> Tensor:
         tensor([8, 8])
     """
     if x_adv.shape != x.shape:
-        raise ValueError(f"x_adv must have the shape of x, {list(x.shape)}, got {list(x_adv.shape)}")
+        raise ValueError(
+            f"x_adv must have the shape of x, {list(x.shape)}, got {list(x_adv.shape)}"
+        )
     return (x_adv != x).flatten(1).sum(1)
 
 
 def check_frames(x: Tensor) -> None:
-    """Event frames are floating point, [N, T, 2, H, W] (one channel if polarities are merged), all 0 or 1.
+    """Event frames are floating point, [N, T, 2, H, W] (one channel if polarities are merged), all
+    0 or 1.
 
     Args:
         x: The frames.
@@ -201,7 +226,10 @@ def check_frames(x: Tensor) -> None:
         (x > 0).to(x.dtype), and the network must be trained on such frames
     """
     if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor of event frames, got {type(x).__name__}; use torch.from_numpy(frames)")
+        raise TypeError(
+            f"x must be a tensor of event frames, got {type(x).__name__}; use "
+            "torch.from_numpy(frames)"
+        )
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, got {x.dtype}; use (x > 0).float()")
     if x.ndim != 5:
@@ -211,19 +239,24 @@ def check_frames(x: Tensor) -> None:
         )
     if x.shape[2] not in (1, 2):
         raise ValueError(
-            f"x must be event frames [N, T, 2, H, W] of 2 polarities (1 if merged), got {x.shape[2]} in shape "
-            f"{tuple(x.shape)}; move the polarity to dimension 2"
+            "x must be event frames [N, T, 2, H, W] of 2 polarities (1 if merged), got "
+            f"{x.shape[2]} in shape {tuple(x.shape)}; move the polarity to dimension 2"
         )
     if not bool(((x == 0) | (x == 1)).all()):
         low, high = (float(bound) for bound in torch.aminmax(x.detach()))
         raise ValueError(
-            f"x must be binary event frames (0 or 1), got values from {low:.6g} to {high:.6g}; integrated counts "
-            "become binary with (x > 0).to(x.dtype), and the network must be trained on such frames"
+            f"x must be binary event frames (0 or 1), got values from {low:.6g} to {high:.6g}; "
+            "integrated counts become binary with (x > 0).to(x.dtype), and the network must be "
+            "trained on such frames"
         )
 
 
-def checked_frames(model: object, x: Tensor, y: Any, generator: Randomness, *, optional: bool = False) -> Tensor:
-    """Entry check of every attack on frames, and a copy of them; model and labels may be None where ``optional``."""
+def checked_frames(
+    model: object, x: Tensor, y: Any, generator: Randomness, *, optional: bool = False
+) -> Tensor:
+    """Entry check of every attack on frames, and a copy of them; model and labels may be None where
+    ``optional``.
+    """
     if not (optional and model is None):
         check_model(model)
     check_frames(x)
@@ -235,11 +268,13 @@ def checked_frames(model: object, x: Tensor, y: Any, generator: Randomness, *, o
 
 
 def _check_frame_labels(y: Tensor, x: Tensor) -> None:
-    """As for images, and the commonest mistake by its name: the layout that the network itself takes."""
+    """As for images, and the commonest mistake by its name: the layout that the network itself
+    takes.
+    """
     if isinstance(y, Tensor) and y.shape == (x.shape[1],) != (x.shape[0],):
         raise ValueError(
-            f"x must be event frames with samples first, [N, T, 2, H, W], got shape {tuple(x.shape)} for {len(y)} "
-            "labels; use x.transpose(0, 1)"
+            "x must be event frames with samples first, [N, T, 2, H, W], got shape "
+            f"{tuple(x.shape)} for {len(y)} labels; use x.transpose(0, 1)"
         )
     check_labels(y, x)
 
@@ -256,4 +291,8 @@ def _check_budget(x: Tensor, flips: int, allow: Allow) -> None:
 def _flippable(x: Tensor, allow: Allow) -> Tensor:
     """Where a change is allowed, [N, D]."""
     flat = x.flatten(1)
-    return torch.ones_like(flat, dtype=torch.bool) if allow == "both" else flat == (0 if allow == "add" else 1)
+    return (
+        torch.ones_like(flat, dtype=torch.bool)
+        if allow == "both"
+        else flat == (0 if allow == "add" else 1)
+    )

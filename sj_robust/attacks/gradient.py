@@ -4,7 +4,15 @@ import torch
 from torch import Tensor
 
 from sj_robust._checks import check_count, check_size
-from sj_robust.attacks.call import Best, Loss, Model, Objective, Randomness, checked_copies, crafting
+from sj_robust.attacks.call import (
+    Best,
+    Loss,
+    Model,
+    Objective,
+    Randomness,
+    checked_copies,
+    crafting,
+)
 from sj_robust.attacks.projection import Norm, direction
 from sj_robust.attacks.threat import ThreatModel, ball_threat, random_point
 from sj_robust.randomness import randn
@@ -28,7 +36,8 @@ def fgsm(
 
     Equation: ``x_adv = clamp(x + eps * sign(grad_x loss(model(x), y)), 0, 1)``.
 
-    All arguments, result and errors are those of :mod:`sj_robust.attacks`; FGSM itself draws nothing.
+    All arguments, result and errors are those of :mod:`sj_robust.attacks`; FGSM itself draws
+    nothing.
 
     Source: Goodfellow et al. (ICLR 2015); evaluation of Ding et al. (ICML 2024), section 5.
 
@@ -37,7 +46,9 @@ def fgsm(
         >>> fgsm(lambda x: x @ weight.T, torch.full((1, 2), 0.5), torch.tensor([1]), eps=0.25)
         tensor([[0.2500, 0.7500]])
     """
-    return rfgsm(model, x, y, eps=eps, noise_std=0.0, targeted=targeted, loss=loss, generator=generator)
+    return rfgsm(
+        model, x, y, eps=eps, noise_std=0.0, targeted=targeted, loss=loss, generator=generator
+    )
 
 
 def rfgsm(
@@ -58,16 +69,17 @@ def rfgsm(
     带随机起点的快速梯度符号攻击。
 
     Equation: ``x0 = x + noise_std * n`` with ``n ~ N(0, 1)``, then
-    ``x_adv = clamp(x0 + step_size * sign(grad_x0 loss(model(x0), y)), 0, 1)``, projected back onto the ball of ``eps``.
+    ``x_adv = clamp(x0 + step_size * sign(grad_x0 loss(model(x0), y)), 0, 1)``, projected back onto
+    the ball of ``eps``.
 
-    Other arguments, result and errors are those of :mod:`sj_robust.attacks`; the model sees x0, which may leave [0, 1]
-    by the noise.
+    Other arguments, result and errors are those of :mod:`sj_robust.attacks`; the model sees x0,
+    which may leave [0, 1] by the noise.
 
     Args:
         step_size: Length of the step; ``eps`` by default.
         noise_std: Standard deviation of the noise at the start.
-        project: Whether to project onto the ball; False as in the published code, whose result lies within
-            ``step_size`` of x0 instead.
+        project: Whether to project onto the ball; False as in the published code, whose result lies
+            within ``step_size`` of x0 instead.
 
     Source: Ding et al. (ICML 2024), adversarial training of the published code, eps = step = 4/255.
 
@@ -113,20 +125,21 @@ def pgd(
 
     投影梯度下降攻击。
 
-    Equation: ``x[k+1] = project(x[k] + step_size * d(grad_x loss(model(x[k]), y)))`` with ``d(g) = sign(g)`` for
-    Linf and ``d(g) = g / ||g||`` per sample for L2 (0 where g is 0); ``x[0]`` is uniform in the ball, or ``x``.
+    Equation: ``x[k+1] = project(x[k] + step_size * d(grad_x loss(model(x[k]), y)))`` with ``d(g) =
+    sign(g)`` for Linf and ``d(g) = g / ||g||`` per sample for L2 (0 where g is 0); ``x[0]`` is
+    uniform in the ball, or ``x``.
 
-    With ``keep_best`` the result is, per sample, an image that fools the model if any was met, and among equals
-    the one of highest loss; ``x`` itself and all ``x[k]`` are candidates, so a wrongly classified image stays so.
-    Further restarts attack only what is not yet fooled.
+    With ``keep_best`` the result is, per sample, an image that fools the model if any was met, and
+    among equals the one of highest loss; ``x`` itself and all ``x[k]`` are candidates, so a wrongly
+    classified image stays so. Further restarts attack only what is not yet fooled.
 
     Other arguments, result and errors are those of :mod:`sj_robust.attacks`.
 
     Args:
         step_size: Length of a step in the chosen norm.
         random_start: Whether to start from a random point of the ball, clamped to [0, 1].
-        keep_best: False takes the last iterate (of several restarts the best of their last ones), the usual
-            practice of other libraries, which overstates robustness.
+        keep_best: False takes the last iterate (of several restarts the best of their last ones),
+            the usual practice of other libraries, which overstates robustness.
 
     Raises:
         ValueError: Also if restarts are asked for without a random start.
@@ -136,7 +149,16 @@ def pgd(
     Examples:
         >>> weight = torch.tensor([[0.0, 0.0], [3.0, -4.0]])
         >>> x, y = torch.full((1, 2), 0.5), torch.tensor([1])
-        >>> pgd(lambda x: x @ weight.T, x, y, eps=0.25, step_size=0.1, steps=4, norm="L2", random_start=False)
+        >>> pgd(
+        ...     lambda x: x @ weight.T,
+        ...     x,
+        ...     y,
+        ...     eps=0.25,
+        ...     step_size=0.1,
+        ...     steps=4,
+        ...     norm="L2",
+        ...     random_start=False,
+        ... )
         tensor([[0.3500, 0.7000]])
     """
     ball = ball_threat(norm, eps)
@@ -145,7 +167,9 @@ def pgd(
     check_count("restarts", restarts)
     check_count("eot_samples", eot_samples)
     if restarts > 1 and not random_start:
-        raise ValueError(f"restarts > 1 need random_start=True to differ, got restarts={restarts} without it")
+        raise ValueError(
+            f"restarts > 1 need random_start=True to differ, got restarts={restarts} without it"
+        )
     x, y = checked_copies(model, x, y, generator)
     if x.numel() == 0:
         return x
@@ -157,7 +181,8 @@ def pgd(
             clean = objective.score(x, y)
             best.offer(everything, x, clean.loss, clean.fooled)
         for restart in range(restarts):
-            # Drawn for all samples, so that the start of one does not depend on how many others are left.
+            # Drawn for all samples, so that the start of one does not depend on how many others are
+            # left.
             start = random_point(x, ball, private) if random_start else x
             rows = everything if restart == 0 else best.standing()
             if len(rows) == 0:
@@ -177,6 +202,8 @@ def pgd(
 
 
 def _checked_step(step_size: float, ball: ThreatModel) -> float:
-    """A step of 0 is a silent non-attack, unless there is nowhere to go; one of 2 was meant as 2 / 255."""
+    """A step of 0 is a silent non-attack, unless there is nowhere to go; one of 2 was meant as 2 /
+    255.
+    """
     longest = max(1.0, 2 * ball.eps) if ball.norm == "Linf" else float("inf")
     return check_size("step_size", step_size, positive=ball.eps > 0, at_most=longest)

@@ -7,7 +7,8 @@ __all__ = ["likeliest_wrong", "margin", "of_class", "without"]
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:
-    """Logit of the label minus the largest other one, ``z_y - max_{c != y} z_c``, [N]; negative where it is wrong.
+    """Logit of the label minus the largest other one, ``z_y - max_{c != y} z_c``, [N]; negative
+    where it is wrong.
 
     Examples:
         >>> margin(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([2]))
@@ -27,7 +28,8 @@ def without(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def likeliest_wrong(logits: Tensor, y: Tensor, count: int) -> list[Tensor]:
-    """The likeliest class other than the label of every sample, the second likeliest, and so on, each [N].
+    """The likeliest class other than the label of every sample, the second likeliest, and so on,
+    each [N].
 
     Examples:
         >>> likeliest_wrong(torch.tensor([[3.0, 1.0, 2.0]]), torch.tensor([2]), 2)

@@ -1,6 +1,7 @@
 """Random noise, the weakest attacks and the yardstick of the others.
 
-``model`` and ``y`` are there so that all attacks are called alike; the noises use neither and allow None.
+``model`` and ``y`` are there so that all attacks are called alike; the noises use neither and allow
+None.
 """
 
 import torch
@@ -34,9 +35,11 @@ def gaussian(
 
     Args:
         std: Standard deviation in units of [0, 1] images, such as ``8 / 255``, in [0, 1].
-        clamp: Whether to clamp to [0, 1]; False for Gaussian training, whose inputs may leave the box.
+        clamp: Whether to clamp to [0, 1]; False for Gaussian training, whose inputs may leave the
+            box.
 
-    Source: Ding et al. (ICML 2024), section 5, sigma = 8/255; the published training code does not clamp.
+    Source: Ding et al. (ICML 2024), section 5, sigma = 8/255; the published training code does not
+        clamp.
 
     Examples:
         >>> x = torch.full((2, 1, 4, 4), 0.5)
@@ -50,7 +53,12 @@ def gaussian(
 
 @torch.no_grad()
 def uniform(
-    model: Model | None, x: Tensor, y: Tensor | None = None, *, eps: float, generator: Randomness = None
+    model: Model | None,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    eps: float,
+    generator: Randomness = None,
 ) -> Tensor:
     """Uniform noise in the Linf ball; ``model`` and ``y`` are not used.
 
@@ -73,14 +81,19 @@ def uniform(
 
 @torch.no_grad()
 def salt_and_pepper(
-    model: Model | None, x: Tensor, y: Tensor | None = None, *, amount: float, generator: Randomness = None
+    model: Model | None,
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    amount: float,
+    generator: Randomness = None,
 ) -> Tensor:
     """Salt-and-pepper noise: elements become black or white; ``model`` and ``y`` are not used.
 
     椒盐噪声。
 
-    Equation: every element is 0 with probability ``amount / 2``, 1 with probability ``amount / 2`` and as in ``x``
-    otherwise, the channels of a pixel independently.
+    Equation: every element is 0 with probability ``amount / 2``, 1 with probability ``amount / 2``
+    and as in ``x`` otherwise, the channels of a pixel independently.
 
     Other arguments, result and errors are those of :mod:`sj_robust.attacks`.
 
@@ -94,7 +107,9 @@ def salt_and_pepper(
         tensor([0., 1.])
     """
     amount, private = check_size("amount", amount, at_most=1.0), _checked(model, x, y, generator)
-    chance = rand(x.shape, private, dtype=torch.float64, device=x.device)  # half precision is too coarse for a share
+    chance = rand(
+        x.shape, private, dtype=torch.float64, device=x.device
+    )  # half precision is too coarse for a share
     x_adv = x.masked_fill(chance < amount / 2, 0.0)
     return x_adv.masked_fill(chance >= 1 - amount / 2, 1.0)
 

@@ -15,9 +15,10 @@ _SAME_SIZE_INTEGER = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 def linf_bounds(x: Tensor, *, eps: float) -> tuple[Tensor, Tensor]:
     """Smallest and largest image within ``eps`` of ``x`` and within [0, 1].
 
-    Equation: ``lower = max(x - eps, 0)``, ``upper = min(x + eps, 1)``, rounded towards ``x``: whether measured
-    in float64 or in the dtype of ``x``, no element is farther away than ``eps``, without any tolerance. (Rounding
-    to the nearest would leave the ball by half a unit in the last place.)
+    Equation: ``lower = max(x - eps, 0)``, ``upper = min(x + eps, 1)``, rounded towards ``x``:
+    whether measured in float64 or in the dtype of ``x``, no element is farther away than ``eps``,
+    without any tolerance. (Rounding to the nearest would leave the ball by half a unit in the last
+    place.)
 
     Args:
         x: Images [N, ...] in [0, 1], any floating dtype.
@@ -62,9 +63,10 @@ def project_linf(x_adv: Tensor, x: Tensor, *, eps: float) -> Tensor:
 def project_l2(x_adv: Tensor, x: Tensor, *, eps: float) -> Tensor:
     """Image within L2 distance ``eps`` of ``x`` per sample and within [0, 1].
 
-    Equation: ``clamp(x + d * min(1, eps / ||d||), 0, 1)`` with ``d = x_adv - x``. The clamp only shortens the
-    way to ``x``, so both bounds hold. The result is rounded towards ``x``: measured in float64 the distance is at
-    most ``eps * (1 + 1e-12)``.
+    Equation: ``clamp(x + d * min(1, eps / ||d||), 0, 1)`` with ``d = x_adv - x``. The clamp only
+        shortens the
+    way to ``x``, so both bounds hold. The result is rounded towards ``x``: measured in float64 the
+    distance is at most ``eps * (1 + 1e-12)``.
 
     Args:
         x_adv: Images to project, in shape and dtype of ``x``.
@@ -85,7 +87,9 @@ def project_l2(x_adv: Tensor, x: Tensor, *, eps: float) -> Tensor:
 
 
 def l2_norm(x: Tensor) -> Tensor:
-    """L2 norm of every sample, [N] in float64, where the squares of float32 neither vanish nor overflow."""
+    """L2 norm of every sample, [N] in float64, where the squares of float32 neither vanish nor
+    overflow.
+    """
     norm: Tensor = torch.linalg.vector_norm(x.double().flatten(1), dim=1)
     return norm
 
@@ -104,11 +108,15 @@ def direction(grad: Tensor, norm: Norm) -> Tensor:
 
 
 def _round_towards(x: Tensor, target: Tensor, *, limit: Tensor | float) -> Tensor:
-    """Float64 ``target`` in the dtype of ``x``, one unit in the last place closer to ``x`` where beyond ``limit``."""
+    """Float64 ``target`` in the dtype of ``x``, one unit in the last place closer to ``x`` where
+    beyond ``limit``.
+    """
     rounded = target.to(x.dtype)
     towards = torch.sign(x.double() - rounded.double())
     too_far = (rounded.double() - x.double()).abs() > limit
-    integer = _SAME_SIZE_INTEGER[x.element_size()]  # neighbours among numbers >= 0 have neighbouring bit patterns
+    integer = _SAME_SIZE_INTEGER[
+        x.element_size()
+    ]  # neighbours among numbers >= 0 have neighbouring bit patterns
     return (rounded.view(integer) + (too_far * towards).to(integer)).view(x.dtype)
 
 

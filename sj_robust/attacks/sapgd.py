@@ -5,7 +5,15 @@ from torch import Tensor
 
 from sj_robust._checks import check_count
 from sj_robust.attacks._ascent import Ascent, runs
-from sj_robust.attacks.call import Best, Loss, Model, Objective, Randomness, checked_copies, crafting
+from sj_robust.attacks.call import (
+    Best,
+    Loss,
+    Model,
+    Objective,
+    Randomness,
+    checked_copies,
+    crafting,
+)
 from sj_robust.attacks.projection import per_sample
 from sj_robust.attacks.threat import ThreatModel
 
@@ -32,14 +40,15 @@ def sapgd(
 
     为脉冲神经网络设计的自适应投影梯度攻击（SA-PGD）。
 
-    Equation: with the gradient g at ``x[k]``, means over a sample's elements and everything else per element,
-    ``m <- 0.5 m + g / mean|g|``, ``v <- 0.8 v + g^2 / mean(g^2)`` and
-    ``x[k+1] = P(x[k] + clip(eta m / (sqrt(v) + 1e-12), -eta, eta))``; m and v begin at 0, a gradient of 0 adds
-    nothing. ``x[0] = x + eps u / max|u|`` with u uniform in [-1, 1]; ``eta = eps`` at first, halved after 22 % of
-    the steps and then at intervals shorter by 3 % each, down to 6 %.
+    Equation: with the gradient g at ``x[k]``, means over a sample's elements and everything else
+    per element, ``m <- 0.5 m + g / mean|g|``, ``v <- 0.8 v + g^2 / mean(g^2)`` and
+    ``x[k+1] = P(x[k] + clip(eta m / (sqrt(v) + 1e-12), -eta, eta))``; m and v begin at 0, a
+    gradient of 0 adds nothing. ``x[0] = x + eps u / max|u|`` with u uniform in [-1, 1]; ``eta =
+    eps`` at first, halved after 22 % of the steps and then at intervals shorter by 3 % each, down
+    to 6 %.
 
-    With ``keep_best`` samples leave as soon as they are fooled, as in :func:`apgd`; misclassified images come back as
-    they are.
+    With ``keep_best`` samples leave as soon as they are fooled, as in :func:`apgd`; misclassified
+    images come back as they are.
 
     Other arguments, result and errors are those of :mod:`sj_robust.attacks`.
 
@@ -50,7 +59,10 @@ def sapgd(
 
     Examples:
         >>> weight = torch.tensor([[0.0, 0.0], [3.0, -4.0]])
-        >>> x, y = torch.tensor([[0.75, 0.5]]), torch.tensor([1])  # margin 0.25, lost at a distance of 0.25 / 7
+        >>> x, y = (
+        ...     torch.tensor([[0.75, 0.5]]),
+        ...     torch.tensor([1]),
+        ... )  # margin 0.25, lost at a distance of 0.25 / 7
         >>> x_adv = sapgd(lambda x: x @ weight.T, x, y, eps=0.04, steps=10)
         >>> (x_adv @ weight.T).argmax(1)
         tensor([0])
@@ -66,7 +78,9 @@ def sapgd(
         best = Best(x)
         if keep_best:
             best.fooled = objective.score(x, y).fooled
-        for run in runs(_MomentAscent, x, best, ball=ball, steps=steps, restarts=restarts, private=private):
+        for run in runs(
+            _MomentAscent, x, best, ball=ball, steps=steps, restarts=restarts, private=private
+        ):
             run.climb(lambda rows: objective, y, best, keep_best=keep_best)
     return best.x_adv
 
@@ -74,7 +88,9 @@ def sapgd(
 class _MomentAscent(Ascent):
     """A run of SA-PGD; one bound on the step for all samples."""
 
-    def __init__(self, rows: Tensor, x: Tensor, start: Tensor, *, ball: ThreatModel, steps: int) -> None:
+    def __init__(
+        self, rows: Tensor, x: Tensor, start: Tensor, *, ball: ThreatModel, steps: int
+    ) -> None:
         super().__init__(rows, x, start, ball=ball, steps=steps)
         self.eta = ball.eps
         self.first = torch.zeros_like(x, dtype=torch.float64)

@@ -1,4 +1,6 @@
-"""What an adversary may do: the one representation of a norm and a radius, and radii as the field writes them."""
+"""What an adversary may do: the one representation of a norm and a radius, and radii as the field
+writes them.
+"""
 
 import math
 from collections.abc import Callable
@@ -18,22 +20,28 @@ __all__ = ["ThreatModel", "eps_text", "parse_eps"]
 
 @dataclass(frozen=True)
 class ThreatModel:
-    """An adversary who may move an image within a ball, inside [0, 1], or change or move a few events. 威胁模型。
+    """An adversary who may move an image within a ball, inside [0, 1], or change or move a few
+    events. 威胁模型。
 
-    For ``"moves"`` events keep pixel and polarity and move in time: at each pixel and polarity the events that are gone
-    and those that are new, as many, belong together in their order of time, and each such pair is a move.
+    For ``"moves"`` events keep pixel and polarity and move in time: at each pixel and polarity the
+    events that are gone and those that are new, as many, belong together in their order of time,
+    and each such pair is a move.
 
     Attributes:
-        norm: ``"Linf"``, or ``"L2"`` over all elements of an image; for binary event frames ``"L0"`` or ``"moves"``.
-        eps: Radius in units of [0, 1] images, such as ``8 / 255``; for ``"L0"`` the number of elements that may be
-            changed per sample, for ``"moves"`` that of the events that may be moved, an integer >= 1.
-        largest_shift: For ``"moves"``, the frames by which an event may be moved; None for any number.
-        total_shift: For ``"moves"``, the frames by which all events of a sample may be moved together; None likewise.
+        norm: ``"Linf"``, or ``"L2"`` over all elements of an image; for binary event frames
+            ``"L0"`` or ``"moves"``.
+        eps: Radius in units of [0, 1] images, such as ``8 / 255``; for ``"L0"`` the number of
+            elements that may be changed per sample, for ``"moves"`` that of the events that may be
+            moved, an integer >= 1.
+        largest_shift: For ``"moves"``, the frames by which an event may be moved; None for any
+            number.
+        total_shift: For ``"moves"``, the frames by which all events of a sample may be moved
+            together; None likewise.
 
     Raises:
         TypeError: If the radius is no number.
-        ValueError: If the norm is unknown, the radius negative, not finite or (Linf) above 1, or a number no
-            integer >= 1.
+        ValueError: If the norm is unknown, the radius negative, not finite or (Linf) above 1, or a
+            number no integer >= 1.
 
     Examples:
         >>> ThreatModel("Linf", 8 / 255)
@@ -59,14 +67,17 @@ class ThreatModel:
         for name in ("largest_shift", "total_shift"):
             if (shift := getattr(self, name)) is not None:
                 if self.norm != "moves":
-                    raise ValueError(f"{name} limits moves of events, got {shift!r} for {self.norm}; leave it out")
+                    raise ValueError(
+                        f"{name} limits moves of events, got {shift!r} for {self.norm}; leave it "
+                        "out"
+                    )
                 check_count(name, shift)
         if self.of_events:
             if isinstance(self.eps, bool) or self.eps < 1 or self.eps % 1 != 0:
                 what = "changed elements" if self.norm == "L0" else "moved events"
                 raise ValueError(
-                    f"eps must be an integer >= 1 for {self.norm}, the number of {what}, got {self.eps!r}; for a "
-                    "distance of values use 'Linf' or 'L2'"
+                    f"eps must be an integer >= 1 for {self.norm}, the number of {what}, got "
+                    f"{self.eps!r}; for a distance of values use 'Linf' or 'L2'"
                 )
             object.__setattr__(self, "eps", int(self.eps))
         else:  # a Linf ball of radius 1 holds all of [0, 1]
@@ -75,7 +86,9 @@ class ThreatModel:
 
     @property
     def of_events(self) -> bool:
-        """Whether it changes or moves events of binary frames, which have no values between 0 and 1."""
+        """Whether it changes or moves events of binary frames, which have no values between 0 and
+        1.
+        """
         return self.norm in ("L0", "moves")
 
     @property
@@ -86,14 +99,19 @@ class ThreatModel:
             ValueError: If it is one of events, whose values cannot move.
         """
         if self.norm == "L0" or self.norm == "moves":
-            raise ValueError(f"norm must be 'Linf' or 'L2' to move values, got {self.norm!r}; use the suite 'events'")
+            raise ValueError(
+                f"norm must be 'Linf' or 'L2' to move values, got {self.norm!r}; use the suite "
+                "'events'"
+            )
         return self.norm
 
     def project(self, x: Tensor, x_adv: Tensor) -> Tensor:
-        """The image next to ``x_adv`` that the adversary of ``x`` may show, exactly and in the dtype of ``x``.
+        """The image next to ``x_adv`` that the adversary of ``x`` may show, exactly and in the
+        dtype of ``x``.
 
-        Equation: :func:`project_linf` or :func:`project_l2`; in L0 the ``eps`` elements that changed most, the first
-        among equals, stay changed; frames whose moves exceed a budget become the clean ones.
+        Equation: :func:`project_linf` or :func:`project_l2`; in L0 the ``eps`` elements that
+        changed most, the first among equals, stay changed; frames whose moves exceed a budget
+        become the clean ones.
         """
         return self.projection(x)(x_adv)
 
@@ -105,14 +123,17 @@ class ThreatModel:
         if self.norm == "L2":
             return lambda x_adv: project_l2(x_adv, x, eps=self.eps)
         if self.norm == "moves":
-            return lambda x_adv: torch.where(per_sample(self.contains(x, x_adv), x), x_adv.to(x.dtype), x)
+            return lambda x_adv: torch.where(
+                per_sample(self.contains(x, x_adv), x), x_adv.to(x.dtype), x
+            )
         return lambda x_adv: _fewest_changes(x, x_adv, int(self.eps))
 
     def distance(self, x: Tensor, x_adv: Tensor) -> Tensor:
-        """Distance of every image from its clean one, [N] float64; in L0 the number of elements that differ.
+        """Distance of every image from its clean one, [N] float64; in L0 the number of elements
+        that differ.
 
-        For moves the number of events that moved; infinity where a pixel and polarity has gained or lost an event, a
-        value is neither 0 nor 1, or a shift exceeds its limit.
+        For moves the number of events that moved; infinity where a pixel and polarity has gained or
+        lost an event, a value is neither 0 nor 1, or a shift exceeds its limit.
         """
         if self.norm == "moves":
             return self._moves(x, x_adv)
@@ -122,23 +143,29 @@ class ThreatModel:
         return delta.abs().amax(1) if self.norm == "Linf" else delta.square().sum(1).sqrt()
 
     def tolerance(self, x: Tensor) -> float:
-        """How far beyond ``eps`` an image from elsewhere may lie by rounding alone; no event is rounded.
+        """How far beyond ``eps`` an image from elsewhere may lie by rounding alone; no event is
+        rounded.
 
-        Equation: :func:`rounding`; in L2, where the elements of an image may all be rounded alike, times the root of
-        their number. What this package projects needs none.
+        Equation: :func:`rounding`; in L2, where the elements of an image may all be rounded alike,
+        times the root of their number. What this package projects needs none.
         """
         if self.of_events:
             return 0.0
         return rounding(x) if self.norm == "Linf" else rounding(x) * x.flatten(1).shape[1] ** 0.5
 
     def contains(self, x: Tensor, x_adv: Tensor) -> Tensor:
-        """Whether every image is one that the adversary may show, but for :meth:`tolerance`, [N] bool."""
+        """Whether every image is one that the adversary may show, but for :meth:`tolerance`, [N]
+        bool.
+        """
         return self.distance(x, x_adv) <= self.eps + self.tolerance(x)
 
     def _moves(self, x: Tensor, x_adv: Tensor) -> Tensor:
         found = moves_of(x, x_adv)
         allowed = found.paired & ((x_adv == 0) | (x_adv == 1)).flatten(1).all(1)
-        for limit, shift in ((self.largest_shift, found.largest_shift), (self.total_shift, found.total_shift)):
+        for limit, shift in (
+            (self.largest_shift, found.largest_shift),
+            (self.total_shift, found.total_shift),
+        ):
             allowed &= shift <= limit if limit is not None else True
         return torch.where(allowed, found.events.double(), torch.inf)
 
@@ -160,7 +187,8 @@ class Moves(NamedTuple):
 
 
 def moves_of(x: Tensor, x_adv: Tensor) -> Moves:
-    """The moves between frames [N, T, ...]: at each pixel and polarity the k-th event gone became the k-th one new.
+    """The moves between frames [N, T, ...]: at each pixel and polarity the k-th event gone became
+    the k-th one new.
 
     Of all ways to pair them this one has the smallest largest shift and the smallest total shift.
     """
@@ -177,7 +205,9 @@ def moves_of(x: Tensor, x_adv: Tensor) -> Moves:
 
 
 def rounding(x: Tensor) -> float:
-    """The one tolerance of this package, for an element of images from elsewhere: 1e-6 and two units of the dtype."""
+    """The one tolerance of this package, for an element of images from elsewhere: 1e-6 and two
+    units of the dtype.
+    """
     return 1e-6 + 2 * float(torch.finfo(x.dtype).eps)
 
 
@@ -188,13 +218,17 @@ def ball_threat(norm: Norm, eps: float) -> ThreatModel:
     return ThreatModel(norm, eps)
 
 
-def random_point(x: Tensor, threat: ThreatModel, private: Private, *, on_border: bool = False) -> Tensor:
+def random_point(
+    x: Tensor, threat: ThreatModel, private: Private, *, on_border: bool = False
+) -> Tensor:
     """Uniform in the ball around ``x``, or somewhere on its border, then projected into [0, 1]."""
     if threat.norm == "L2":
         normal = randn(x.shape, private, dtype=torch.float64, device=x.device)
         share: Tensor | float = 1.0
         if not on_border:
-            share = rand(x.shape[:1], private, dtype=torch.float64, device=x.device) ** (1 / x[0].numel())
+            share = rand(x.shape[:1], private, dtype=torch.float64, device=x.device) ** (
+                1 / x[0].numel()
+            )
         return threat.project(x, x + normal * per_sample(threat.eps * share / l2_norm(normal), x))
     uniform = 2 * rand(x.shape, private, dtype=x.dtype, device=x.device) - 1
     offset = threat.eps * uniform

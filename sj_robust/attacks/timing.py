@@ -1,4 +1,6 @@
-"""Attacks in time on binary event frames: events keep pixel and polarity and come in other frames."""
+"""Attacks in time on binary event frames: events keep pixel and polarity and come in other
+frames.
+"""
 
 from functools import partial
 
@@ -6,7 +8,14 @@ import torch
 from torch import Tensor
 
 from sj_robust._checks import check_count
-from sj_robust.attacks._flip_search import Settings, apply_flips, check_tries, first_that_fools, searched, uniform
+from sj_robust.attacks._flip_search import (
+    Settings,
+    apply_flips,
+    check_tries,
+    first_that_fools,
+    searched,
+    uniform,
+)
 from sj_robust.attacks._move_search import Limits, MoveSearch, random_moved
 from sj_robust.attacks.call import Loss, Model, Randomness
 from sj_robust.attacks.events import checked_frames
@@ -36,55 +45,74 @@ def move_events(
     loss: Loss | None = None,
     generator: Randomness = None,
 ) -> Tensor:
-    """Timing attack on event frames: few events moved to other frames, chosen by gradient, the needless ones put back.
+    """Timing attack on event frames: few events moved to other frames, chosen by gradient, the
+    needless ones put back.
 
     事件时间攻击：事件保持像素与极性，仅在时间上移动。
 
-    Equation: ``gain = g[t'] - g[t]`` with ``g = grad_x loss(model(x), y)``, the first-order change of the loss when an
-    event moves from frame t to the empty frame t' of its pixel and polarity, ``|t' - t| <= largest_shift``; per frame
-    of shift where there is a total. After each of ``steps`` fresh gradients ``moves / steps`` events of the largest
-    gain move, each to its best frame, until the sample is fooled. What follows is as in :func:`flip_events`: candidates
-    are probed by a forward, the moves of random pixels are exchanged for others, and needless ones are put back, pixel
-    by pixel.
+    Equation: ``gain = g[t'] - g[t]`` with ``g = grad_x loss(model(x), y)``, the first-order change
+    of the loss when an event moves from frame t to the empty frame t' of its pixel and polarity,
+    ``|t' - t| <= largest_shift``; per frame of shift where there is a total. After each of
+    ``steps`` fresh gradients ``moves / steps`` events of the largest gain move, each to its best
+    frame, until the sample is fooled. What follows is as in :func:`flip_events`: candidates are
+    probed by a forward, the moves of random pixels are exchanged for others, and needless ones are
+    put back, pixel by pixel.
 
-    Frames stay binary, and every pixel and polarity keeps its number of events. A frame in which there was an event of
-    the same pixel and polarity is never moved to. On a linear model, the first move is the best one.
+    Frames stay binary, and every pixel and polarity keeps its number of events. A frame in which
+    there was an event of the same pixel and polarity is never moved to. On a linear model, the
+    first move is the best one.
 
-    Other arguments, result and errors are those of :mod:`sj_robust.attacks`, for binary event frames [N, T, 2, H, W] in
-    the place of images. ``count_moves`` tells what moved.
+    Other arguments, result and errors are those of :mod:`sj_robust.attacks`, for binary event
+    frames [N, T, 2, H, W] in the place of images. ``count_moves`` tells what moved.
 
     Args:
         moves: Largest number of events moved per sample.
         largest_shift: Frames by which an event may move, >= 1; None for any number.
-        total_shift: Frames by which the events of a sample may move together, >= 1; None for any number.
+        total_shift: Frames by which the events of a sample may move together, >= 1; None for any
+            number.
         steps: Gradient steps over which the budget is spent.
-        probes: Candidates beyond those needed in a step; 0 trusts the gradient and needs no forwards besides it.
+        probes: Candidates beyond those needed in a step; 0 trusts the gradient and needs no
+            forwards besides it.
         queries: Random exchanges for a sample that growth does not fool, one forward each.
         target_classes: Further runs, each towards one of the classes that are likeliest on ``x``.
         restarts: 1, or more to add runs whose gains are scaled by random factors.
         confidence: Loss from which on a wrong sample counts as fooled, as in :func:`flip_events`.
-        reduce: Whether to put needless moves back, and let further runs look for fewer moves than found so far.
-        keep_best: Whether a sample that was never fooled ends at its highest loss met; False ends it at the last one.
+        reduce: Whether to put needless moves back, and let further runs look for fewer moves than
+            found so far.
+        keep_best: Whether a sample that was never fooled ends at its highest loss met; False ends
+            it at the last one.
         loss: Logits and labels to one value per sample, [N]; as in :func:`flip_events`.
 
-    Source: the threat and its three budgets after Spike-Retiming (ICLR 2026, arXiv 2602.03284), which optimises a
-        distribution of shifts; the search is the one of :func:`flip_events`.
+    Source: the threat and its three budgets after Spike-Retiming (ICLR 2026, arXiv 2602.03284),
+        which optimises a distribution of shifts; the search is the one of :func:`flip_events`.
 
     Examples:
         >>> x = torch.zeros(1, 4, 2, 1, 1)
         >>> x[0, 0, 1] = 1.0
-        >>> when = lambda frames: (frames.flatten(2).sum(2) * torch.arange(4.0)).sum(1)  # class 1 from frame 2 on
+        >>> when = lambda frames: (frames.flatten(2).sum(2) * torch.arange(4.0)).sum(
+        ...     1
+        ... )  # class 1 from frame 2 on
         >>> model = lambda frames: torch.stack([torch.full((1,), 1.5), when(frames)], dim=1)
         >>> move_events(model, x, torch.tensor([0]), moves=1)[0, :, 1].flatten()
         tensor([0., 0., 0., 1.])
     """
     x = checked_frames(model, x, y, generator)
     limits = _limits(x, moves, largest_shift, total_shift)
-    make = partial(MoveSearch, limits=limits, flippable=torch.ones_like(x.flatten(1), dtype=torch.bool))
+    make = partial(
+        MoveSearch, limits=limits, flippable=torch.ones_like(x.flatten(1), dtype=torch.bool)
+    )
     settings = Settings(
-        steps=steps, probes=probes, queries=queries, target_classes=target_classes, restarts=restarts,
-        eot_samples=eot_samples, confidence=confidence, reduce=reduce, keep_best=keep_best, loss=loss,
-    )  # fmt: skip
+        steps=steps,
+        probes=probes,
+        queries=queries,
+        target_classes=target_classes,
+        restarts=restarts,
+        eot_samples=eot_samples,
+        confidence=confidence,
+        reduce=reduce,
+        keep_best=keep_best,
+        loss=loss,
+    )
     budget = 2 * moves if limits.largest_shift else 0
     return searched(model, x, y, make, settings, budget=budget, generator=generator)
 
@@ -100,13 +128,14 @@ def random_moves(
     tries: int = 1,
     generator: Randomness = None,
 ) -> Tensor:
-    """Random events moved in time, the control of :func:`move_events` at equal budget. 随机移动事件的时间。
+    """Random events moved in time, the control of :func:`move_events` at equal budget.
+    随机移动事件的时间。
 
-    Equation: ``moves`` events drawn at random, each moved to a frame drawn at random among the empty ones within
-    ``largest_shift``; fewer, where the total shift or the free frames end before.
+    Equation: ``moves`` events drawn at random, each moved to a frame drawn at random among the
+    empty ones within ``largest_shift``; fewer, where the total shift or the free frames end before.
 
-    Other arguments, result and errors are those of :mod:`sj_robust.attacks`, for binary event frames [N, T, 2, H, W];
-    ``model`` and ``y`` may be None and are used only if ``tries`` > 1.
+    Other arguments, result and errors are those of :mod:`sj_robust.attacks`, for binary event
+    frames [N, T, 2, H, W]; ``model`` and ``y`` may be None and are used only if ``tries`` > 1.
 
     Args:
         moves: Number of events moved per sample.
@@ -130,7 +159,10 @@ def random_moves(
     check_tries(tries, model, y)
     if moves == 0 or limits.largest_shift == 0 or x.numel() == 0:
         return x
-    still, size = torch.zeros_like(x.flatten(1), dtype=torch.bool), torch.full((len(x),), moves, device=x.device)
+    still, size = (
+        torch.zeros_like(x.flatten(1), dtype=torch.bool),
+        torch.full((len(x),), moves, device=x.device),
+    )
 
     def draw(private: Private) -> Tensor:
         order, worth = uniform(x, private), uniform(x, private)
@@ -140,17 +172,19 @@ def random_moves(
 
 
 def count_moves(x_adv: Tensor, x: Tensor) -> Moves:
-    """How many events moved per sample, how far the farthest did and how far all of them did together.
+    """How many events moved per sample, how far the farthest did and how far all of them did
+    together.
 
-    Equation: at each pixel and polarity the k-th event gone in time becomes the k-th new one; a move is such a pair.
+    Equation: at each pixel and polarity the k-th event gone in time becomes the k-th new one; a
+        move is such a pair.
 
     Args:
         x_adv: Event frames of an attack.
         x: The frames it started from, in the same shape.
 
     Returns:
-        ``events``, ``largest_shift`` and ``total_shift``, each [N] int64, and ``paired``, whether every pixel and
-        polarity has as many events as before.
+        ``events``, ``largest_shift`` and ``total_shift``, each [N] int64, and ``paired``, whether
+        every pixel and polarity has as many events as before.
 
     Raises:
         ValueError: If the shapes differ.
@@ -163,7 +197,9 @@ def count_moves(x_adv: Tensor, x: Tensor) -> Moves:
         tensor([2])
     """
     if x_adv.shape != x.shape:
-        raise ValueError(f"x_adv must have the shape of x, {list(x.shape)}, got {list(x_adv.shape)}")
+        raise ValueError(
+            f"x_adv must have the shape of x, {list(x.shape)}, got {list(x_adv.shape)}"
+        )
     return moves_of(x, x_adv)
 
 

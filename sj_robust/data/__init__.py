@@ -7,6 +7,12 @@ from sj_robust.data.images import ImageSplits, load_images
 from sj_robust.data.torchvision_sets import CIFAR_STATISTICS
 
 __all__ = [
-    "CIFAR_STATISTICS", "DATASETS", "EVENT_DATASETS", "Augmentation", "ImageSplits", "ShuffledBatches", "image_loader",
+    "CIFAR_STATISTICS",
+    "DATASETS",
+    "EVENT_DATASETS",
+    "Augmentation",
+    "ImageSplits",
+    "ShuffledBatches",
+    "image_loader",
     "load_images",
-]  # fmt: skip
+]

@@ -14,16 +14,19 @@ __all__ = ["Augmentation"]
 
 @dataclass(frozen=True)
 class Augmentation:
-    """Shift, mirror and cover images at random, all at once; what an image gets follows from its seed alone.
+    """Shift, mirror and cover images at random, all at once; what an image gets follows from its
+    seed alone.
 
     训练图像的随机裁剪、翻转和遮挡。
 
     Equation: pad H and W by ``padding`` zeros on every side and crop [H, W] at an offset uniform on
-    {0, ..., 2 padding}^2; mirror left and right with probability 1/2; set to zero the square of ``cutout`` pixels
-    around a centre uniform on the image, rows [c - cutout/2, c + cutout/2) and columns alike, clipped at the borders.
+    {0, ..., 2 padding}^2; mirror left and right with probability 1/2; set to zero the square of
+    ``cutout`` pixels around a centre uniform on the image, rows [c - cutout/2, c + cutout/2) and
+    columns alike, clipped at the borders.
 
-    The five numbers of an image are drawn on the CPU from its own seed, so that they depend neither on the images
-    beside it nor on the process or the device. Frames of one sample are all treated alike.
+    The five numbers of an image are drawn on the CPU from its own seed, so that they depend neither
+    on the images beside it nor on the process or the device. Frames of one sample are all treated
+    alike.
 
     Attributes:
         padding: Pixels that an image may be shifted by; 0 for no crop.
@@ -33,8 +36,8 @@ class Augmentation:
     Raises:
         ValueError: If a number is out of range, or there is not one seed per image.
 
-    Source: Ding et al. (ICML 2024), section 5, who take 4, flip and 16; cutout of DeVries and Taylor (2017,
-    arXiv 1708.04552), whose square may lie partly outside of the image.
+    Source: Ding et al. (ICML 2024), section 5, who take 4, flip and 16; cutout of DeVries and
+    Taylor (2017, arXiv 1708.04552), whose square may lie partly outside of the image.
 
     Examples:
         >>> images = torch.rand(2, 3, 32, 32)
@@ -51,13 +54,18 @@ class Augmentation:
         if self.padding < 0:
             raise ValueError(f"padding must be >= 0, got {self.padding}")
         if self.cutout < 0 or self.cutout % 2:
-            raise ValueError(f"cutout must be an even number of pixels, 0 for none, got {self.cutout}")
+            raise ValueError(
+                f"cutout must be an even number of pixels, 0 for none, got {self.cutout}"
+            )
 
     def __call__(self, images: Tensor, seeds: Sequence[int]) -> Tensor:
-        """Images [N, C, H, W], or frames [N, T, C, H, W], of the same shape, dtype and device; the given ones stay."""
+        """Images [N, C, H, W], or frames [N, T, C, H, W], of the same shape, dtype and device; the
+        given ones stay.
+        """
         if images.ndim < 4 or len(seeds) != len(images):
             raise ValueError(
-                f"images must be [N, C, H, W] with one seed each, got shape {list(images.shape)} and {len(seeds)} seeds"
+                f"images must be [N, C, H, W] with one seed each, got shape {list(images.shape)} "
+                f"and {len(seeds)} seeds"
             )
         height, width = images.shape[-2:]
         drawn = rand(

@@ -13,14 +13,17 @@ __all__ = ["ShuffledBatches", "image_loader"]
 
 
 class ShuffledBatches(Sampler[list[int]]):
-    """Indices of this process's share of every global batch, in an order that seed and epoch alone decide.
+    """Indices of this process's share of every global batch, in an order that seed and epoch alone
+    decide.
 
-    Nothing is remembered between epochs, so a run continues anywhere by setting ``epoch`` and ``first_batch``, and
-    the same global batches come out whatever the number of processes. 由种子和轮次决定的可复现批次。
+    Nothing is remembered between epochs, so a run continues anywhere by setting ``epoch`` and
+    ``first_batch``, and the same global batches come out whatever the number of processes.
+    由种子和轮次决定的可复现批次。
 
     Args:
         size: Number of images.
-        batch_size: Images per global batch; the remainder of an epoch is left out (another remainder every epoch).
+        batch_size: Images per global batch; the remainder of an epoch is left out (another
+            remainder every epoch).
         seed: Decides the order, together with ``epoch``.
         rank: Number of this process.
         processes: Number of processes, each of which gets an equal share of every batch.
@@ -34,12 +37,20 @@ class ShuffledBatches(Sampler[list[int]]):
         [4, 4]
     """
 
-    def __init__(self, size: int, batch_size: int, *, seed: int, rank: int = 0, processes: int = 1) -> None:
+    def __init__(
+        self, size: int, batch_size: int, *, seed: int, rank: int = 0, processes: int = 1
+    ) -> None:
         """Check the sizes; see the class."""
         if not 1 <= batch_size <= size:
-            raise ValueError(f"batch_size must be from 1 to the number of training images, {size}; got {batch_size}")
+            raise ValueError(
+                f"batch_size must be from 1 to the number of training images, {size}; got "
+                f"{batch_size}"
+            )
         if batch_size % processes:
-            raise ValueError(f"batch_size must be a multiple of the number of processes, {processes}; got {batch_size}")
+            raise ValueError(
+                f"batch_size must be a multiple of the number of processes, {processes}; got "
+                f"{batch_size}"
+            )
         self.size = size
         self.batch_size = batch_size
         self.seed = seed
@@ -60,7 +71,8 @@ class ShuffledBatches(Sampler[list[int]]):
             yield self.indices(epoch, batch)
 
     def indices(self, epoch: int, batch: int) -> list[int]:
-        """This process's indices of one batch, whatever the sampler's own epoch and first batch; both count from 0.
+        """This process's indices of one batch, whatever the sampler's own epoch and first batch;
+        both count from 0.
 
         Raises:
             IndexError: If an epoch has no such batch.
@@ -80,20 +92,23 @@ def image_loader(
     workers: int = 0,
     pin_memory: bool = False,
 ) -> DataLoader[tuple[Tensor, ...]]:
-    """Loader of batches in training order, or in the set's own order if a batch size is given. 图像加载器。
+    """Loader of batches in training order, or in the set's own order if a batch size is given.
+    图像加载器。
 
-    It never draws from torch's global random state, so when it is created does not change a run. Workers load four
-    batches ahead each; those of a training order stay alive between epochs.
+    It never draws from torch's global random state, so when it is created does not change a run.
+    Workers load four batches ahead each; those of a training order stay alive between epochs.
 
     Args:
         dataset: The images.
         batches: The order, or the number of images per batch.
         workers: Number of processes that load in the background.
-        pin_memory: Whether batches are put where a GPU copies them from without waiting; ignored without a GPU.
+        pin_memory: Whether batches are put where a GPU copies them from without waiting; ignored
+            without a GPU.
 
     Returns:
-        A loader of (images [N, C, H, W], labels [N]). While it is iterated over, it raises :class:`UnreadableError`,
-        which names the file, if an image cannot be read any more, and ``ChildProcessError`` if a worker was killed.
+        A loader of (images [N, C, H, W], labels [N]). While it is iterated over, it raises
+        :class:`UnreadableError`, which names the file, if an image cannot be read any more, and
+        ``ChildProcessError`` if a worker was killed.
 
     Raises:
         ValueError: If the number of workers is negative.
@@ -119,7 +134,8 @@ def image_loader(
 class _Loader(DataLoader[tuple[Tensor, ...]]):
     """What fails in a worker is raised in one line."""
 
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:  # type: ignore[override]  # a generator is one as well
+    # a generator is one as well
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:  # type: ignore[override]
         try:
             yield from super().__iter__()
             return
@@ -128,19 +144,24 @@ class _Loader(DataLoader[tuple[Tensor, ...]]):
             if failure is None:
                 raise
             error.__traceback__ = None
-        # Raised out here and without the old traceback, it does not keep the iterator and its workers alive.
+        # Raised out here and without the old traceback, it does not keep the iterator and its
+        # workers alive.
         raise failure
 
     def _explained(self, error: Exception) -> Exception | None:
         """What happened in one line, if it is known."""
         if isinstance(error, UnreadableError):
-            # From a worker it comes with the worker's traceback, whose last line is "module.Class: message".
+            # From a worker it comes with the worker's traceback, whose last line is "module.Class:
+            # message".
             last = str(error).strip().splitlines()[-1]
-            return UnreadableError(last.removeprefix(f"{UnreadableError.__module__}.{UnreadableError.__qualname__}: "))
+            return UnreadableError(
+                last.removeprefix(f"{UnreadableError.__module__}.{UnreadableError.__qualname__}: ")
+            )
         reason = " ".join(str(error).split())[:200]
         if "exited unexpectedly" in reason or "killed by signal" in reason:
             return ChildProcessError(
-                f"a process that loads images was killed ({reason}), most often for want of memory or of room in "
-                f"/dev/shm; use fewer than {self.num_workers} workers, or none"
+                f"a process that loads images was killed ({reason}), most often for want of "
+                f"memory or of room in /dev/shm; use fewer than {self.num_workers} workers, or "
+                "none"
             )
         return None

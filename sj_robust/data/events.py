@@ -23,22 +23,33 @@ from sj_robust.data.stored import FileImages, Source, shuffled
 __all__ = ["event_frames"]
 
 
-def event_frames(name: str, root: Path, T: int | None, *, download: bool, on_unreadable: OnUnreadable) -> Source:
+def event_frames(
+    name: str, root: Path, T: int | None, *, download: bool, on_unreadable: OnUnreadable
+) -> Source:
     """Recordings of an event camera as T binary frames [T, 2, H, W] each. 事件数据的二值帧。
 
-    SpikingJelly unpacks the archives, writes every recording's events and integrates them: frame t holds the events
-    t N/T to (t+1) N/T of its N. Here every count becomes 1. All of that is done once and kept in the folder.
+    SpikingJelly unpacks the archives, writes every recording's events and integrates them: frame t
+    holds the events t N/T to (t+1) N/T of its N. Here every count becomes 1. All of that is done
+    once and kept in the folder.
 
-    ``root`` is SpikingJelly's folder of this data set (with ``download`` or ``events_np`` in it), or one that holds it
-    under the name of SpikingJelly's class, such as ``CIFAR10DVS``. SpikingJelly can fetch CIFAR10-DVS alone, which has
-    no official split: the first tenth of every class, by the number in the file's name, is the test set (0 to 99 of
-    1000). Test recordings come in a fixed shuffled order.
+    ``root`` is SpikingJelly's folder of this data set (with ``download`` or ``events_np`` in it),
+    or one that holds it under the name of SpikingJelly's class, such as ``CIFAR10DVS``.
+    SpikingJelly can fetch CIFAR10-DVS alone, which has no official split: the first tenth of every
+    class, by the number in the file's name, is the test set (0 to 99 of 1000). Test recordings come
+    in a fixed shuffled order.
     """
     if T is None or isinstance(T, bool) or T < 1:
-        raise ValueError(f"T must be an integer >= 1 for event data, the number of frames per recording, got {T!r}")
+        raise ValueError(
+            "T must be an integer >= 1 for event data, the number of frames per recording, got "
+            f"{T!r}"
+        )
     kind, classes = EVENT_DATASETS[name]
     host = _host_class(name, kind)
-    folder = root if any((root / part).is_dir() for part in ("download", "extract", "events_np")) else root / kind
+    folder = (
+        root
+        if any((root / part).is_dir() for part in ("download", "extract", "events_np"))
+        else root / kind
+    )
     _check_archives(kind, host, folder, download)
     height, width = host.get_H_W()
     shape = (T, 2, height, width)
@@ -46,8 +57,8 @@ def event_frames(name: str, root: Path, T: int | None, *, download: bool, on_unr
     for recordings in _prepared(name, host, folder, T):
         if (found := len({label for _, label in recordings})) != classes:
             raise ValueError(
-                f"{folder} must hold recordings of {classes} classes, got {found} in {recordings[0][0].parents[1]}; "
-                f"{_AGAIN.format(T=T)}"
+                f"{folder} must hold recordings of {classes} classes, got {found} in "
+                f"{recordings[0][0].parents[1]}; {_AGAIN.format(T=T)}"
             )
         check = partial(_check_frames, shape=shape)
         kept = readable(recordings, check, on_unreadable=on_unreadable, folder=folder)
@@ -57,18 +68,22 @@ def event_frames(name: str, root: Path, T: int | None, *, download: bool, on_unr
 
 
 _AGAIN = (
-    "remove events_np, extract, frames_number_{T}_split_by_number and what ends in .building there (keep download) and "
-    "start again"
+    "remove events_np, extract, frames_number_{T}_split_by_number and what ends in .building "
+    "there (keep download) and start again"
 )
 
 
 def _check_archives(kind: str, host: Any, folder: Path, download: bool) -> None:
-    """SpikingJelly will find what it needs: it needs all archives, and would remove one that is damaged."""
+    """SpikingJelly will find what it needs: it needs all archives, and would remove one that is
+    damaged.
+    """
     if (folder / "events_np").is_dir():
         return
     from torchvision.datasets import utils
 
-    archives = {folder / "download" / file: (url, md5) for file, url, md5 in host.resource_url_md5()}
+    archives = {
+        folder / "download" / file: (url, md5) for file, url, md5 in host.resource_url_md5()
+    }
     missing, failure = [path for path in archives if not path.is_file()], ""
     if download and host.downloadable():
         try:
@@ -91,7 +106,9 @@ def _check_archives(kind: str, host: Any, folder: Path, download: bool) -> None:
 
 
 def _prepared(name: str, host: Any, folder: Path, T: int) -> list[list[tuple[Path, int]]]:
-    """Frame files and classes of training and test set, made by SpikingJelly if they are not there yet."""
+    """Frame files and classes of training and test set, made by SpikingJelly if they are not there
+    yet.
+    """
     options: dict[str, Any] = {"data_type": "frame", "frames_number": T, "split_by": "number"}
     try:
         # One of the two releases prints two lines per recording.
@@ -99,10 +116,13 @@ def _prepared(name: str, host: Any, folder: Path, T: int) -> list[list[tuple[Pat
             if name == "cifar10_dvs":
                 samples = [host(str(folder), **options).samples]
             else:
-                samples = [host(str(folder), train=train, **options).samples for train in (True, False)]
+                samples = [
+                    host(str(folder), train=train, **options).samples for train in (True, False)
+                ]
     except Exception as error:  # SpikingJelly raises anything
         raise ValueError(
-            f"SpikingJelly could not prepare {host.__name__} in {folder} ({one_line(error, 300)}); {_AGAIN.format(T=T)}"
+            f"SpikingJelly could not prepare {host.__name__} in {folder} "
+            f"({one_line(error, 300)}); {_AGAIN.format(T=T)}"
         ) from error
     _check_complete(folder, T)
     parts = samples if len(samples) == 2 else _ninety_ten(samples[0])
@@ -110,7 +130,9 @@ def _prepared(name: str, host: Any, folder: Path, T: int) -> list[list[tuple[Pat
 
 
 def _check_complete(folder: Path, T: int) -> None:
-    """Every recording got as far as its frames; one of the two releases leaves those out that fail, without a word."""
+    """Every recording got as far as its frames; one of the two releases leaves those out that fail,
+    without a word.
+    """
     events, frames = folder / "events_np", folder / f"frames_number_{T}_split_by_number"
     lost = _without_result(events, frames)
     if not (folder / "extract" / "DvsGesture").is_dir():  # there a file holds many recordings
@@ -118,8 +140,8 @@ def _check_complete(folder: Path, T: int) -> None:
     if lost:
         named = ", ".join(map(str, lost[:5])) + (", ..." if len(lost) > 5 else "")
         raise ValueError(
-            f"SpikingJelly made no frames of {len(lost)} recordings: {named}. They are damaged or were interrupted; "
-            f"in {folder}, {_AGAIN.format(T=T)}"
+            f"SpikingJelly made no frames of {len(lost)} recordings: {named}. They are damaged "
+            f"or were interrupted; in {folder}, {_AGAIN.format(T=T)}"
         )
 
 
@@ -127,7 +149,9 @@ def _without_result(before: Path, after: Path) -> list[Path]:
     """Recordings in one folder without a file of the same class and name in the other."""
 
     def names(folder: Path) -> dict[str, Path]:
-        files = (path for path in folder.rglob("*") if path.suffix in (".aedat", ".bin", ".npy", ".npz"))
+        files = (
+            path for path in folder.rglob("*") if path.suffix in (".aedat", ".bin", ".npy", ".npz")
+        )
         return {str(path.relative_to(folder).with_suffix("")).lower(): path for path in files}
 
     made = names(after)
@@ -135,7 +159,9 @@ def _without_result(before: Path, after: Path) -> list[Path]:
 
 
 def _ninety_ten(samples: Sequence[tuple[str, int]]) -> list[list[tuple[str, int]]]:
-    """Training and test set of a data set without a split: a tenth of every class, by the number in the name."""
+    """Training and test set of a data set without a split: a tenth of every class, by the number in
+    the name.
+    """
     train, test = [], []
     for label in sorted({label for _, label in samples}):
         same = sorted((sample for sample in samples if sample[1] == label), key=_number)
@@ -185,7 +211,8 @@ def _host_class(module: str, kind: str) -> Any:
 
 
 def _alone(module: str, failure: Exception) -> ModuleType:
-    """A module of ``spikingjelly.datasets`` without its siblings, one of which needs a torchaudio that fits torch.
+    """A module of ``spikingjelly.datasets`` without its siblings, one of which needs a torchaudio
+    that fits torch.
 
     The folder gets a second name as a package, whose own ``__init__`` is not run.
     """
@@ -199,14 +226,16 @@ def _alone(module: str, failure: Exception) -> ModuleType:
         del sys.modules[name]
         lacking = getattr(failure, "name", None) or "torchaudio"
         raise ModuleNotFoundError(
-            f"SpikingJelly's event data need {lacking}, which is missing or does not fit torch {torch.__version__} "
-            f"({one_line(failure)}); install the {lacking} that belongs "
-            "to it, from the index that torch came from"
+            f"SpikingJelly's event data need {lacking}, which is missing or does not fit torch "
+            f"{torch.__version__} ({one_line(failure)}); install the {lacking} that belongs to "
+            "it, from the index that torch came from"
         ) from error
 
 
 def _with_readable_recordings(host: Any) -> Any:
-    """CIFAR10DVS of SpikingJelly 0.0.0.0.14, which reads recordings by ``np.fromstring``, gone since numpy 2.3."""
+    """CIFAR10DVS of SpikingJelly 0.0.0.0.14, which reads recordings by ``np.fromstring``, gone
+    since numpy 2.3.
+    """
 
     class CIFAR10DVS(host):
         @staticmethod
@@ -221,16 +250,20 @@ def _with_readable_recordings(host: Any) -> Any:
 
 
 def _aedat2(path: Path) -> Sequence[np.ndarray[Any, Any]]:
-    """Times, x, y and polarities of a DVS128 in an AEDAT 2.0 file, turned as SpikingJelly turns them.
+    """Times, x, y and polarities of a DVS128 in an AEDAT 2.0 file, turned as SpikingJelly turns
+    them.
 
-    Format: lines that begin with #, then address and time of every event as big-endian 32-bit words.
+    Format: lines that begin with #, then address and time of every event as big-endian 32-bit
+    words.
     """
     content = path.read_bytes()
     start = 0
     while content[start : start + 1] == b"#":
         start = content.index(b"\n", start) + 1
     if (len(content) - start) % 8:
-        raise UnreadableError(f"{path} must hold 8 bytes per event after its header, got {len(content) - start} bytes")
+        raise UnreadableError(
+            f"{path} must hold 8 bytes per event after its header, got {len(content) - start} bytes"
+        )
     words = np.frombuffer(content, dtype=">u4", offset=start).astype(np.int64)
     address, time = words[::2], words[1::2]
     return time, 127 - (address >> 8 & 0x7F), 127 - (address >> 1 & 0x7F), 1 - (address & 1)

@@ -1,4 +1,6 @@
-"""Files of a data set that cannot be read: found before a run starts, and named if one goes bad during it."""
+"""Files of a data set that cannot be read: found before a run starts, and named if one goes bad
+during it.
+"""
 
 import os
 import warnings
@@ -21,7 +23,8 @@ class UnreadableError(ValueError):
 
 
 def one_line(error: Exception, at_most: int = 200) -> str:
-    """An error of another package in one line, its text cut off where it goes on for long. 单行错误说明。
+    """An error of another package in one line, its text cut off where it goes on for long.
+    单行错误说明。
 
     Examples:
         >>> one_line(OSError("no   room"))
@@ -31,7 +34,9 @@ def one_line(error: Exception, at_most: int = 200) -> str:
 
 
 def check_sum(path: Path, md5: str, source: str = "") -> None:
-    """Raise ValueError unless a file has its MD5 sum; the message says where to fetch it from. 校验文件的 MD5。"""
+    """Raise ValueError unless a file has its MD5 sum; the message says where to fetch it from.
+    校验文件的 MD5。
+    """
     from torchvision.datasets import utils
 
     if not utils.check_integrity(path, md5):
@@ -40,9 +45,14 @@ def check_sum(path: Path, md5: str, source: str = "") -> None:
 
 
 def readable(
-    samples: Sequence[tuple[Path, int]], read: Callable[[Path], object], *, on_unreadable: OnUnreadable, folder: Path
+    samples: Sequence[tuple[Path, int]],
+    read: Callable[[Path], object],
+    *,
+    on_unreadable: OnUnreadable,
+    folder: Path,
 ) -> tuple[list[Path], Tensor]:
-    """Those files in ``folder`` that ``read`` reads without an UnreadableError, and their labels. 检查哪些文件可读。
+    """Those files in ``folder`` that ``read`` reads without an UnreadableError, and their labels.
+    检查哪些文件可读。
 
     Raises:
         UnreadableError: If some cannot be read and are not to be left out; or if none is left.
@@ -62,7 +72,9 @@ def readable(
         names = "; ".join(bad[:5]) + (f"; and {len(bad) - 5} more" if len(bad) > 5 else "")
         found = f"{len(bad)} of {len(samples)} files in {folder} cannot be used: {names}"
         if on_unreadable == "error":
-            raise UnreadableError(f"{found}. Replace them, or leave them out with on_unreadable='skip'")
+            raise UnreadableError(
+                f"{found}. Replace them, or leave them out with on_unreadable='skip'"
+            )
         if len(bad) == len(samples):
             raise UnreadableError(f"{found}. None is left")
         warnings.warn(f"{found}. They are left out", stacklevel=2)

@@ -23,7 +23,8 @@ __all__ = ["ImageSplits", "load_images"]
 
 @dataclass(frozen=True)
 class ImageSplits:
-    """One data set in three parts; every item is an image [C, H, W] in [0, 1] and its class. 划分后的图像数据集。
+    """One data set in three parts; every item is an image [C, H, W] in [0, 1] and its class.
+    划分后的图像数据集。
 
     Attributes:
         name: Name of the data set.
@@ -64,27 +65,35 @@ def load_images(
     augment: bool | None = None,
     cutout: int = 16,
 ) -> ImageSplits:
-    """Load a data set and hold a validation split out of its training images. 加载数据集并划分验证集。
+    """Load a data set and hold a validation split out of its training images.
+    加载数据集并划分验证集。
 
     Args:
-        name: ``"digits"`` (ships with scikit-learn: 1797 images of 8x8; a fixed fifth is the test set),
-            ``"fashion_mnist"``, ``"mnist"``, ``"cifar10"``, ``"cifar100"``, ``"svhn"``; ``"image_folder:PATH"`` for
-            pictures of one's own in PATH/train/CLASS, PATH/test/CLASS and, if there are any, PATH/val/CLASS;
-            ``"cifar10_dvs"``, ``"dvs128_gesture"`` or ``"n_mnist"`` for event data.
-        root: Folder with the data, as torchvision or SpikingJelly lays it out. Not used by digits and image folders.
-        validation_fraction: Share of the training images that is held out, unless there is a folder ``val``.
+        name: ``"digits"`` (ships with scikit-learn: 1797 images of 8x8; a fixed fifth is the test
+            set), ``"fashion_mnist"``, ``"mnist"``, ``"cifar10"``, ``"cifar100"``, ``"svhn"``;
+            ``"image_folder:PATH"`` for pictures of one's own in PATH/train/CLASS, PATH/test/CLASS
+            and, if there are any, PATH/val/CLASS; ``"cifar10_dvs"``, ``"dvs128_gesture"`` or
+            ``"n_mnist"`` for event data.
+        root: Folder with the data, as torchvision or SpikingJelly lays it out. Not used by digits
+            and image folders.
+        validation_fraction: Share of the training images that is held out, unless there is a folder
+            ``val``.
         seed: Decides which images are held out; the test images never depend on it.
-        train_limit: Number of training images to use at most, the validation split included if it is held out of them.
+        train_limit: Number of training images to use at most, the validation split included if it
+            is held out of them.
         test_limit: Number of test images to use at most.
         download: Whether files that are missing may be fetched.
         T: Frames per sample of event data, each 1 where there was any event; not used by images.
-        on_unreadable: What a picture or recording that cannot be read is: an error, or left out with a warning.
+        on_unreadable: What a picture or recording that cannot be read is: an error, or left out
+            with a warning.
         augment: Whether training images are augmented; None for CIFAR alone, as in the paper.
         cutout: Side of the square that augmentation sets to zero, even; 0 for none.
 
     Raises:
-        ValueError: If the name is unknown, a number is out of range, or a file is not what it should be.
-        FileNotFoundError: If the data is not there; the message says which files, where and how to get them.
+        ValueError: If the name is unknown, a number is out of range, or a file is not what it
+            should be.
+        FileNotFoundError: If the data is not there; the message says which files, where and how to
+            get them.
         ModuleNotFoundError: If a package is missing that reads the files.
 
     Examples:
@@ -99,7 +108,9 @@ def load_images(
         raise ValueError(f"on_unreadable must be 'error' or 'skip', got {on_unreadable!r}")
     augmentation = Augmentation(cutout=cutout)
     source = _source(name, Path(root), download, T, on_unreadable)
-    order = torch.randperm(len(source.train), generator=torch.Generator().manual_seed(seed))[:train_limit]
+    order = torch.randperm(len(source.train), generator=torch.Generator().manual_seed(seed))[
+        :train_limit
+    ]
     train, validation = _held_out(source, order, validation_fraction)
     mean, std = CIFAR_STATISTICS.get(name, (None, None))
     augmented = name in CIFAR_STATISTICS if augment is None else augment
@@ -117,10 +128,14 @@ def load_images(
     )
 
 
-def _source(name: str, root: Path, download: bool, T: int | None, on_unreadable: OnUnreadable) -> Source:
+def _source(
+    name: str, root: Path, download: bool, T: int | None, on_unreadable: OnUnreadable
+) -> Source:
     check_dataset(name)
     if name.startswith(IMAGE_FOLDER):
-        return image_folder(Path(name.removeprefix(IMAGE_FOLDER)).expanduser(), on_unreadable=on_unreadable)
+        return image_folder(
+            Path(name.removeprefix(IMAGE_FOLDER)).expanduser(), on_unreadable=on_unreadable
+        )
     if name in EVENT_DATASETS:
         return event_frames(name, root, T, download=download, on_unreadable=on_unreadable)
     match name:
@@ -135,21 +150,31 @@ def _source(name: str, root: Path, download: bool, T: int | None, on_unreadable:
 
 
 def _held_out(source: Source, order: Tensor, fraction: float) -> tuple[Images, Images]:
-    """Training and validation images: the first of ``order`` are held out, unless the set brings its own."""
+    """Training and validation images: the first of ``order`` are held out, unless the set brings
+    its own.
+    """
     if source.validation is not None:
         return Subset(source.train, order.tolist()), source.validation
     held_out = int(fraction * len(order))
     if not 0 < held_out < len(order):
-        raise ValueError(f"validation_fraction must leave images on both sides, got {fraction} of {len(order)} images")
-    return Subset(source.train, order[held_out:].tolist()), Subset(source.train, order[:held_out].tolist())
+        raise ValueError(
+            f"validation_fraction must leave images on both sides, got {fraction} of "
+            f"{len(order)} images"
+        )
+    return Subset(source.train, order[held_out:].tolist()), Subset(
+        source.train, order[:held_out].tolist()
+    )
 
 
 def _digits() -> Source:
-    """The 1797 grey images of 8x8 that ship with scikit-learn, a fixed fifth of which is the test set."""
+    """The 1797 grey images of 8x8 that ship with scikit-learn, a fixed fifth of which is the test
+    set.
+    """
     spec = find_spec("sklearn")
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(
-            "the digits ship with scikit-learn, which is not installed: pip install 'sj_robust[recipes]'"
+            "the digits ship with scikit-learn, which is not installed: pip install "
+            "'sj_robust[recipes]'"
         )
     file = Path(spec.origin).parent / "datasets" / "data" / "digits.csv.gz"
     if file.is_file():  # the import would take half as long as that of torch
@@ -161,7 +186,10 @@ def _digits() -> Source:
         table = np.column_stack((bunch.data, bunch.target)).astype(np.uint8)
     rows = torch.from_numpy(table)
     pixels, labels = rows[:, :64].reshape(-1, 1, 8, 8), rows[:, 64].long()
-    # The set has no official split and is sorted by writer: a fixed shuffle, whatever the seed of the run.
+    # The set has no official split and is sorted by writer: a fixed shuffle, whatever the seed of
+    # the run.
     order = torch.randperm(len(pixels), generator=torch.Generator().manual_seed(20240521))
-    train, test = (StoredImages(pixels[part], labels[part], 16.0) for part in (order[360:], order[:360]))
+    train, test = (
+        StoredImages(pixels[part], labels[part], 16.0) for part in (order[360:], order[:360])
+    )
     return Source(train, test, (1, 8, 8), 10)

@@ -12,7 +12,8 @@ __all__ = ["FileImages", "Images", "Source", "StoredImages", "shuffled"]
 
 
 class StoredImages(Dataset[tuple[Tensor, ...]]):
-    """Images as bytes, a quarter of the memory of float32; an item is converted when it is asked for. 内存中的图像。
+    """Images as bytes, a quarter of the memory of float32; an item is converted when it is asked
+    for. 内存中的图像。
 
     Args:
         pixels: uint8 [N, C, H, W], from 0 to ``white``.
@@ -20,7 +21,9 @@ class StoredImages(Dataset[tuple[Tensor, ...]]):
         white: The value that becomes 1.
 
     Examples:
-        >>> images = StoredImages(torch.tensor([[[[0, 255]]]], dtype=torch.uint8), torch.tensor([3]))
+        >>> images = StoredImages(
+        ...     torch.tensor([[[[0, 255]]]], dtype=torch.uint8), torch.tensor([3])
+        ... )
         >>> images[0]
         (tensor([[[0., 1.]]]), tensor(3))
     """
@@ -41,11 +44,14 @@ class StoredImages(Dataset[tuple[Tensor, ...]]):
 
     def __getitems__(self, indices: Sequence[int]) -> list[tuple[Tensor, ...]]:
         """The images of a batch, converted all at once; torch's loader asks for them so."""
-        return list(zip(self.pixels[indices].float().div_(self.white), self.labels[indices], strict=True))
+        return list(
+            zip(self.pixels[indices].float().div_(self.white), self.labels[indices], strict=True)
+        )
 
 
 class FileImages(Dataset[tuple[Tensor, ...]]):
-    """Images (or samples of event frames) that stay in their files until they are asked for. 按需读取的图像。
+    """Images (or samples of event frames) that stay in their files until they are asked for.
+    按需读取的图像。
 
     Args:
         paths: N files.
@@ -53,7 +59,9 @@ class FileImages(Dataset[tuple[Tensor, ...]]):
         read: The image of a file; a function that a worker process can be sent.
     """
 
-    def __init__(self, paths: Sequence[Path], labels: Tensor, read: Callable[[Path], Tensor]) -> None:
+    def __init__(
+        self, paths: Sequence[Path], labels: Tensor, read: Callable[[Path], Tensor]
+    ) -> None:
         """Keep the names; see the class."""
         self.paths = [str(path) for path in paths]
         self.labels = labels
@@ -64,7 +72,9 @@ class FileImages(Dataset[tuple[Tensor, ...]]):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, ...]:
-        """Image float32 in [0, 1], [C, H, W] or frames [T, C, H, W], and its class, an int64 scalar."""
+        """Image float32 in [0, 1], [C, H, W] or frames [T, C, H, W], and its class, an int64
+        scalar.
+        """
         return self.read(Path(self.paths[index])), self.labels[index]
 
 
@@ -73,7 +83,9 @@ Images = StoredImages | FileImages | Subset[tuple[Tensor, ...]]
 
 @dataclass(frozen=True)
 class Source:
-    """A data set as its files give it, before anything is held out of ``train``; see ``ImageSplits`` for its fields."""
+    """A data set as its files give it, before anything is held out of ``train``; see
+    ``ImageSplits`` for its fields.
+    """
 
     train: Images
     test: Images
@@ -84,6 +96,8 @@ class Source:
 
 
 def shuffled(images: Images) -> Subset[tuple[Tensor, ...]]:
-    """The same images in an order that never changes and does not follow their classes. 固定乱序。"""
+    """The same images in an order that never changes and does not follow their classes.
+    固定乱序。
+    """
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(20240521))
     return Subset(images, order.tolist())

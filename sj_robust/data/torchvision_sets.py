@@ -1,7 +1,7 @@
 """Data sets that torchvision fetches and knows: MNIST, Fashion-MNIST, CIFAR-10, CIFAR-100 and SVHN.
 
-A missing file is a FileNotFoundError that says how to get it; a damaged or misnamed one, or one of another set, is a
-ValueError.
+A missing file is a FileNotFoundError that says how to get it; a damaged or misnamed one, or one of
+another set, is a ValueError.
 """
 
 import gzip
@@ -27,36 +27,43 @@ CIFAR_STATISTICS = {
 """Mean and standard deviation per channel, as Ding et al. (ICML 2024) take them."""
 
 _MNIST_FILES = (
-    "train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte",
-)  # fmt: skip
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
 _MNIST = {"mnist": ("MNIST", "MNIST"), "fashion_mnist": ("FashionMNIST", "Fashion-MNIST")}
 # The files of both sets have the same names.
 _FIRST_TEST_LABELS = {"mnist": [7, 2, 1, 0, 4, 1, 4, 9], "fashion_mnist": [9, 2, 1, 1, 6, 1, 4, 6]}
 
 
 def mnist(name: str, root: Path, *, download: bool) -> Source:
-    """``"mnist"`` or ``"fashion_mnist"``: 60,000 and 10,000 grey images of 28x28. 读取 MNIST 或 Fashion-MNIST。
+    """``"mnist"`` or ``"fashion_mnist"``: 60,000 and 10,000 grey images of 28x28. 读取 MNIST 或
+    Fashion-MNIST。
 
-    ``root`` holds the four IDX files, gzipped or not, or torchvision's folder ``MNIST/raw`` or ``FashionMNIST/raw``.
+    ``root`` holds the four IDX files, gzipped or not, or torchvision's folder ``MNIST/raw`` or
+    ``FashionMNIST/raw``.
     """
     kind, title = _MNIST[name]
     debian = "or, on Debian and Ubuntu, apt-get install dataset-fashion-mnist and --data-root "
     hint = f"{debian}/usr/share/datasets/fashion-mnist" if name == "fashion_mnist" else ""
     folders = (root / kind / "raw", root)
-    found = _located(kind, title, _MNIST_FILES, root, folders, download=download, endings=(".gz", ""), hint=hint)
+    found = _located(
+        kind, title, _MNIST_FILES, root, folders, download=download, endings=(".gz", ""), hint=hint
+    )
     parts = []
     for images, labels in (_MNIST_FILES[:2], _MNIST_FILES[2:]):
         pixels, numbers = _read_idx(found[images], 3), _read_idx(found[labels], 1)
         if len(pixels) != len(numbers):
             raise ValueError(
-                f"{found[labels].parent} holds {len(pixels)} images but {len(numbers)} labels: the files do not belong "
-                "together"
+                f"{found[labels].parent} holds {len(pixels)} images but {len(numbers)} labels: "
+                "the files do not belong together"
             )
         outside = numbers[numbers > 9]
         if len(outside):
             raise ValueError(
-                f"{found[labels]} holds {len(outside)} labels outside the classes 0 to 9, the first is "
-                f"{int(outside[0])}; fetch the file again"
+                f"{found[labels]} holds {len(outside)} labels outside the classes 0 to 9, the "
+                f"first is {int(outside[0])}; fetch the file again"
             )
         parts.append(StoredImages(pixels.unsqueeze(1), numbers))
     train, test = parts
@@ -64,16 +71,19 @@ def mnist(name: str, root: Path, *, download: bool) -> Source:
     for other, expected in _FIRST_TEST_LABELS.items():
         if first == expected and other != name:
             folder = found[_MNIST_FILES[3]].parent
-            raise ValueError(f"{folder} holds {_MNIST[other][1]}, not {title}; use the data set {other!r}")
+            raise ValueError(
+                f"{folder} holds {_MNIST[other][1]}, not {title}; use the data set {other!r}"
+            )
     return Source(train, test, (1, *train.pixels.shape[2:]), 10)
 
 
 def cifar(name: str, root: Path, *, download: bool) -> Source:
     """``"cifar10"`` or ``"cifar100"``: 50,000 and 10,000 colour images of 32x32. 读取 CIFAR。
 
-    The labels of CIFAR-100 are its 100 fine ones. ``root`` is torchvision's folder, which holds ``cifar-10-batches-py``
-    or ``cifar-100-python``, or that folder itself. The files are pickles, which can run code when they are read, so
-    they are read only if their MD5 sums are those of the published ones.
+    The labels of CIFAR-100 are its 100 fine ones. ``root`` is torchvision's folder, which holds
+    ``cifar-10-batches-py`` or ``cifar-100-python``, or that folder itself. The files are pickles,
+    which can run code when they are read, so they are read only if their MD5 sums are those of the
+    published ones.
     """
     from torchvision import datasets
 
@@ -82,14 +92,19 @@ def cifar(name: str, root: Path, *, download: bool) -> Source:
     sums = dict([*known.train_list, *known.test_list]) | {known.meta["filename"]: known.meta["md5"]}
     hint = f"(if cifar-{classes}-python.tar.gz is there already, that unpacks it)"
     folders = (root / known.base_folder, root)
-    found = _located(name.upper(), f"CIFAR-{classes}", sums, root, folders, download=download, hint=hint)
+    found = _located(
+        name.upper(), f"CIFAR-{classes}", sums, root, folders, download=download, hint=hint
+    )
     for file, path in found.items():
         check_sum(path, sums[file])
-    # The files may lie in the root itself, where torchvision would not look: its folder is joined to the root.
+    # The files may lie in the root itself, where torchvision would not look: its folder is joined
+    # to the root.
     folder = found[known.meta["filename"]].parent.resolve()
     kind: Any = type(known.__name__, (known,), {"base_folder": str(folder)})
     train, test = (
-        StoredImages(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets))
+        StoredImages(
+            torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)
+        )
         for part in (kind(root, train=True), kind(root, train=False))
     )
     return Source(train, test, (3, 32, 32), classes)
@@ -105,7 +120,9 @@ def svhn(root: Path, *, download: bool) -> Source:
     splits = ("train", "test")
     sums = {file: md5 for _, file, md5 in map(datasets.SVHN.split_list.get, splits)}
     calls = [{"split": split} for split in splits]
-    found = _located("SVHN", "SVHN", sums, root, (root, root / "SVHN"), download=download, calls=calls)
+    found = _located(
+        "SVHN", "SVHN", sums, root, (root, root / "SVHN"), download=download, calls=calls
+    )
     for file, path in found.items():
         check_sum(path, sums[file])
     try:
@@ -114,7 +131,10 @@ def svhn(root: Path, *, download: bool) -> Source:
         raise ModuleNotFoundError(
             "SVHN comes in MATLAB files, which scipy reads; it is not installed: pip install scipy"
         ) from error
-    train, test = (StoredImages(torch.from_numpy(part.data.copy()), torch.from_numpy(part.labels)) for part in parts)
+    train, test = (
+        StoredImages(torch.from_numpy(part.data.copy()), torch.from_numpy(part.labels))
+        for part in parts
+    )
     return Source(train, test, (3, 32, 32), 10)
 
 
@@ -130,16 +150,23 @@ def _located(
     endings: Sequence[str] = ("",),
     hint: str = "",
 ) -> dict[str, Path]:
-    """Path of every file in one of the folders, downloaded first if that is allowed and one is missing.
+    """Path of every file in one of the folders, downloaded first if that is allowed and one is
+    missing.
 
-    Torchvision's class ``kind`` downloads into ``root``, with each of ``calls`` as its arguments. Of the ``endings``
-    that may follow a name the last one goes first. A message says ``title`` and ends in ``hint``.
+    Torchvision's class ``kind`` downloads into ``root``, with each of ``calls`` as its arguments.
+    Of the ``endings`` that may follow a name the last one goes first. A message says ``title`` and
+    ends in ``hint``.
     """
 
     def look() -> dict[str, Path]:
         """Those in the folder that holds most of them."""
         there = [
-            {name: path for name in names for end in endings if (path := folder / (name + end)).is_file()}
+            {
+                name: path
+                for name in names
+                for end in endings
+                if (path := folder / (name + end)).is_file()
+            }
             for folder in folders
         ]
         return max(there, key=len)
@@ -158,7 +185,10 @@ def _located(
         missing = [name for name in names if name not in found]
     if missing:
         also = f" (each may end in {' or '.join(filter(None, endings))})" if any(endings) else ""
-        given = [", ".join([f"'{root}'", *(f"{key}='{value}'" for key, value in call.items())]) for call in calls]
+        given = [
+            ", ".join([f"'{root}'", *(f"{key}='{value}'" for key, value in call.items())])
+            for call in calls
+        ]
         command = "; ".join(f"{kind}({arguments}, download=True)" for arguments in given)
         raise FileNotFoundError(
             f"{title} is not complete: {', '.join(missing)}{also} not found in "
@@ -170,24 +200,31 @@ def _located(
 
 
 def _read_idx(path: Path, dimensions: int) -> Tensor:
-    """The unsigned bytes of an IDX file, gzipped (name ends in ``.gz``) or not; torchvision reads no gzipped ones.
+    """The unsigned bytes of an IDX file, gzipped (name ends in ``.gz``) or not; torchvision reads
+    no gzipped ones.
 
-    Format: two zero bytes, the type (8: unsigned byte), the number of dimensions, every dimension as a big-endian
-    32-bit integer, then the values with the last dimension fastest.
+    Format: two zero bytes, the type (8: unsigned byte), the number of dimensions, every dimension
+    as a big-endian 32-bit integer, then the values with the last dimension fastest.
     """
     try:
         content = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} cannot be read ({error}); fetch the file again") from error
     if len(content) < 4 or content[:3] != b"\x00\x00\x08":
-        raise ValueError(f"{path} must be an IDX file of unsigned bytes (begin 00 00 08), got {content[:4].hex(' ')}")
+        raise ValueError(
+            f"{path} must be an IDX file of unsigned bytes (begin 00 00 08), got "
+            f"{content[:4].hex(' ')}"
+        )
     if content[3] != dimensions:
-        raise ValueError(f"{path} must hold an array of {dimensions} dimensions, got {content[3]}: is it misnamed?")
+        raise ValueError(
+            f"{path} must hold an array of {dimensions} dimensions, got {content[3]}: is it "
+            "misnamed?"
+        )
     header = 4 + 4 * dimensions
     shape = struct.unpack(f">{dimensions}I", content[4:header].ljust(4 * dimensions, b"\x00"))
     if len(content) != header + math.prod(shape):
         raise ValueError(
-            f"{path} states the shape {shape} and must be {header + math.prod(shape)} bytes long, got {len(content)}; "
-            "fetch the file again"
+            f"{path} states the shape {shape} and must be {header + math.prod(shape)} bytes "
+            f"long, got {len(content)}; fetch the file again"
         )
     return torch.frombuffer(bytearray(content), dtype=torch.uint8, offset=header).view(shape)

@@ -1,14 +1,18 @@
-"""Gradient estimators: other backward passes for the same spikes, as context managers over a network.
+"""Gradient estimators: other backward passes for the same spikes, as context managers over a
+network.
 
-A spike has no derivative, so the gradient of a spiking network is chosen, and an attack that follows one choice alone
-overstates robustness. ``estimator(name)(model)`` is a context manager: inside, every spiking neuron of ``model`` keeps
-its forward pass to the bit (spikes and states) and gets another backward pass; outside, everything is as before.
+A spike has no derivative, so the gradient of a spiking network is chosen, and an attack that
+follows one choice alone overstates robustness. ``estimator(name)(model)`` is a context manager:
+inside, every spiking neuron of ``model`` keeps its forward pass to the bit (spikes and states) and
+gets another backward pass; outside, everything is as before.
 
 With z = h - v_threshold, h the charged potential of a step, and W the half width in potential:
 
-==================== =========================================================================================
+====================
+=========================================================================================
 name                 what stands for the derivative ds/dz of the spike, or for the gradient of the neuron's input
-==================== =========================================================================================
+====================
+=========================================================================================
 ``training``         the network's own surrogate
 ``triangle:w``       ``max(0, 1 - |z| / W) / W``, ``W = w * v_threshold``
 ``atan:a``           ``a / 2 / (1 + (pi / 2 * a * z)**2)``
@@ -23,10 +27,12 @@ name                 what stands for the derivative ds/dz of the spike, or for t
 ``hart:w``           triangle times the gradient averaged over time, previous potential detached
 ``hart_mixed:w``     mean of ``hart:w`` and the network's own gradient, neuron by neuron
 ``cba``              a separate crafting network: ReLU in place of every neuron, same weights
-==================== =========================================================================================
+====================
+=========================================================================================
 
-The suffix ``+detach`` leaves the reset out of the gradient: ``atan:4+detach``. An estimator that needs all time steps
-at once (``bptr``, ``rga``, ``hart``, ``hart_mixed``) refuses neurons in step mode ``"s"``.
+The suffix ``+detach`` leaves the reset out of the gradient: ``atan:4+detach``. An estimator that
+needs all time steps at once (``bptr``, ``rga``, ``hart``, ``hart_mixed``) refuses neurons in step
+mode ``"s"``.
 """
 
 from sj_robust.estimators.applied import Applied, Estimator, estimator

@@ -14,7 +14,13 @@ from sj_robust.estimators.crafting import crafting_network
 from sj_robust.estimators.dynamics import Sequence, next_charging, spiking_neurons
 from sj_robust.estimators.memory import ImageTracker, Sharpness, Spread
 from sj_robust.estimators.naming import EstimatorName
-from sj_robust.estimators.shapes import SHAPES, KeepingValues, derivative_of, has_compiled_kernel, host_surrogate
+from sj_robust.estimators.shapes import (
+    SHAPES,
+    KeepingValues,
+    derivative_of,
+    has_compiled_kernel,
+    host_surrogate,
+)
 from sj_robust.neuron import DLIFNode
 from sj_robust.neuron.charging import has_known_dynamics
 
@@ -23,11 +29,17 @@ __all__ = ["Applied", "Estimator", "estimator"]
 Gradient = Callable[[Sequence, int], backward.Outputs]
 _MARK = "_gradient_estimator"
 _WHOLE_SEQUENCE = ("bptr", "rga", "hart", "hart_mixed")
-_IN_THRESHOLDS = ("triangle", "rectangle", "hart", "hart_mixed")  # their number is a width in units of the threshold
+_IN_THRESHOLDS = (
+    "triangle",
+    "rectangle",
+    "hart",
+    "hart_mixed",
+)  # their number is a width in units of the threshold
 
 
 class Estimator(EstimatorName):
-    """A gradient estimator; call it on a network for a context in which the network has this backward pass.
+    """A gradient estimator; call it on a network for a context in which the network has this
+    backward pass.
 
     梯度估计器：仅替换脉冲神经元的反向传播，前向保持逐位一致。
 
@@ -35,18 +47,20 @@ class Estimator(EstimatorName):
 
     Args:
         family: What comes first in the name, such as ``"atan"``.
-        number: Width or sharpness: half width in units of the threshold for ``triangle``, ``rectangle``, ``hart`` and
-            ``hart_mixed``; alpha for ``atan``, ``sigmoid`` and ``exponential``; for ``assg`` the share of the
-            surrogate's area kept around |z|, in (0, 1); None for the others.
+        number: Width or sharpness: half width in units of the threshold for ``triangle``,
+            ``rectangle``, ``hart`` and ``hart_mixed``; alpha for ``atan``, ``sigmoid`` and
+            ``exponential``; for ``assg`` the share of the surrogate's area kept around |z|, in (0,
+            1); None for the others.
         shape: Shape of ``assg``, None for all others.
         detach_reset: Whether the reset is left out of the gradient.
 
     Raises:
         ValueError: If the family is unknown or the rest does not go with it.
 
-    Source: straight-through: Bengio et al. (2013); BPTR: Ding et al., "SNN-RAT" (NeurIPS 2022); CBA: Sharmin et al.
-        (ECCV 2020); RGA: Bu et al., "Rate Gradient Approximation Attack" (CVPR 2023); HART: Hao et al. (ICLR 2024);
-        PDSG: Lun et al. (CVPR 2025); ASSG: Wang et al. (arXiv 2512.22522).
+    Source: straight-through: Bengio et al. (2013); BPTR: Ding et al., "SNN-RAT" (NeurIPS 2022);
+        CBA: Sharmin et al. (ECCV 2020); RGA: Bu et al., "Rate Gradient Approximation Attack" (CVPR
+        2023); HART: Hao et al. (ICLR 2024); PDSG: Lun et al. (CVPR 2025); ASSG: Wang et al. (arXiv
+        2512.22522).
 
     Examples:
         >>> from sj_robust.neuron import DLIFNode
@@ -59,17 +73,19 @@ class Estimator(EstimatorName):
     """
 
     def __call__(self, model: nn.Module | Callable[[Tensor], Tensor]) -> "Applied":
-        """Context whose value has this backward pass: ``model`` itself, for ``cba`` a crafting network.
+        """Context whose value has this backward pass: ``model`` itself, for ``cba`` a crafting
+        network.
 
         ``Applied.moved`` tells which neurons compute their backward pass elsewhere.
 
         Args:
-            model: A network with SpikingJelly neurons, bare or inside a ``SpikingClassifier``; for ``training`` any
-                callable.
+            model: A network with SpikingJelly neurons, bare or inside a ``SpikingClassifier``; for
+                ``training`` any callable.
 
         Raises:
             TypeError: On entry, if ``model`` is not a module.
-            ValueError: On entry, if there is no spiking neuron, or one that this estimator does not work for.
+            ValueError: On entry, if there is no spiking neuron, or one that this estimator does not
+                work for.
             RuntimeError: On entry, if an estimator is in force already.
         """
         return Applied(self, model)
@@ -84,8 +100,8 @@ def estimator(name: str) -> Estimator:
     Equation: see the table of :mod:`sj_robust.estimators`.
 
     Args:
-        name: Family, then after colons what it takes (a number, for ``assg`` a shape and a number), then ``+detach``
-            or nothing. What is left out has its default.
+        name: Family, then after colons what it takes (a number, for ``assg`` a shape and a number),
+            then ``+detach`` or nothing. What is left out has its default.
 
     Raises:
         TypeError: If ``name`` is not text.
@@ -101,14 +117,15 @@ def estimator(name: str) -> Estimator:
 
 
 class Applied(AbstractContextManager[Callable[[Tensor], Tensor]]):
-    """An estimator in force on a network; its value is the network, for ``cba`` the crafting network.
+    """An estimator in force on a network; its value is the network, for ``cba`` the crafting
+    network.
 
-    One context per batch of images: the memory of ``assg`` begins anew with every entry. A copy of the network made
-    inside is one without the estimator.
+    One context per batch of images: the memory of ``assg`` begins anew with every entry. A copy of
+    the network made inside is one without the estimator.
 
     Attributes:
-        moved: Name of every neuron whose backward pass is not its own backend's any more, with where it runs now; its
-            forward stays where it was.
+        moved: Name of every neuron whose backward pass is not its own backend's any more, with
+            where it runs now; its forward stays where it was.
 
     Examples:
         >>> from sj_robust.estimators import estimator
@@ -118,7 +135,9 @@ class Applied(AbstractContextManager[Callable[[Tensor], Tensor]]):
         {'1': 'torch'}
     """
 
-    def __init__(self, estimator: EstimatorName, model: nn.Module | Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, estimator: EstimatorName, model: nn.Module | Callable[[Tensor], Tensor]
+    ) -> None:
         """Nothing happens before the context is entered."""
         self.estimator = estimator
         self.moved: dict[str, str] = {}
@@ -128,14 +147,18 @@ class Applied(AbstractContextManager[Callable[[Tensor], Tensor]]):
     def __enter__(self) -> Callable[[Tensor], Tensor]:
         """Change the neurons, all or none."""
         if self._stack is not None:
-            raise RuntimeError(f"this context of {self.estimator.name} is entered already; make one of its own")
+            raise RuntimeError(
+                f"this context of {self.estimator.name} is entered already; make one of its own"
+            )
         model, estimator = self._model, self.estimator
         changes_nothing = estimator.family == "training" and not estimator.detach_reset
         if changes_nothing and not isinstance(model, nn.Module):
             self._stack = ExitStack()
             return model
         if not isinstance(model, nn.Module):
-            raise TypeError(f"{estimator.name} needs a network (nn.Module), got {type(model).__name__}")
+            raise TypeError(
+                f"{estimator.name} needs a network (nn.Module), got {type(model).__name__}"
+            )
         neurons = spiking_neurons(model)
         _check(estimator, model, neurons)
         with ExitStack() as stack:
@@ -148,7 +171,10 @@ class Applied(AbstractContextManager[Callable[[Tensor], Tensor]]):
         return value
 
     def __exit__(
-        self, exc_type: type[BaseException] | None, exc_value: BaseException | None, traceback: TracebackType | None
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
     ) -> None:
         """Put everything back."""
         stack, self._stack = self._stack, None
@@ -170,20 +196,22 @@ def _check(estimator: EstimatorName, model: nn.Module, neurons: dict[str, Any]) 
     for node in neurons.values():
         if _MARK in vars(node):
             raise RuntimeError(
-                f"{vars(node)[_MARK]} is in force on this network already; leave its context before {estimator.name}"
+                f"{vars(node)[_MARK]} is in force on this network already; leave its context "
+                f"before {estimator.name}"
             )
     if estimator.family == "training" and not estimator.detach_reset:
         return
     if not neurons:
         raise ValueError(
-            f"{type(model).__name__} holds no spiking neuron, so {estimator.name} has nothing to change; "
-            "use the estimator 'training'"
+            f"{type(model).__name__} holds no spiking neuron, so {estimator.name} has nothing to "
+            "change; use the estimator 'training'"
         )
     for name, node in neurons.items():
         if estimator.family in _WHOLE_SEQUENCE and getattr(node, "step_mode", "m") == "s":
             raise ValueError(
-                f"{estimator.name} needs all time steps at once, but neuron {name!r} ({type(node).__name__}) is in "
-                "step_mode 's'; use functional.set_step_mode(net, 'm') or an estimator without time averages"
+                f"{estimator.name} needs all time steps at once, but neuron {name!r} "
+                f"({type(node).__name__}) is in step_mode 's'; use functional.set_step_mode(net, "
+                "'m') or an estimator without time averages"
             )
 
 
@@ -192,7 +220,9 @@ def _plan(estimator: EstimatorName, name: str, node: Any, images: ImageTracker) 
     plan: dict[str, Any] = {}
     if estimator.detach_reset:
         if not isinstance(vars(node).get("detach_reset"), bool):
-            raise ValueError(f"{estimator.name}: neuron {name!r} ({type(node).__name__}) has no detach_reset")
+            raise ValueError(
+                f"{estimator.name}: neuron {name!r} ({type(node).__name__}) has no detach_reset"
+            )
         plan["detach_reset"] = True
     if estimator.family == "training":
         return plan
@@ -201,20 +231,23 @@ def _plan(estimator: EstimatorName, name: str, node: Any, images: ImageTracker) 
     else:
         if not has_known_dynamics(node):
             raise ValueError(
-                f"{estimator.name} needs the dynamics of every neuron, which are not known for {name!r} "
-                f"({type(node).__name__}); use a surrogate such as 'atan:4'"
+                f"{estimator.name} needs the dynamics of every neuron, which are not known for "
+                f"{name!r} ({type(node).__name__}); use a surrogate such as 'atan:4'"
             )
         plan.update(_Override(node, _gradient(estimator, name, node, images), estimator).entries())
     return plan
 
 
 def _surrogate_plan(estimator: EstimatorName, name: str, node: Any) -> dict[str, Any]:
-    """Swap the surrogate where the forward pass stays on the same code, else replace the backward pass alone."""
+    """Swap the surrogate where the forward pass stays on the same code, else replace the backward
+    pass alone.
+    """
     shape, alpha = estimator.family, _sharpness(estimator, name, node)
     own = getattr(node, "surrogate_function", None)
     if not callable(own):
         raise ValueError(
-            f"{estimator.name}: neuron {name!r} ({type(node).__name__}) has no surrogate_function to change"
+            f"{estimator.name}: neuron {name!r} ({type(node).__name__}) has no "
+            "surrogate_function to change"
         )
     dlif, swapped = type(node) is DLIFNode, host_surrogate(shape, alpha)
     on_fast_code = has_compiled_kernel(own) and has_compiled_kernel(swapped)
@@ -222,7 +255,9 @@ def _surrogate_plan(estimator: EstimatorName, name: str, node: Any) -> dict[str,
         return {"surrogate_function": swapped}
     derivative = partial(SHAPES[shape], alpha=alpha)
     if has_known_dynamics(node):
-        return _Override(node, lambda run, first: backward.through_time(run, derivative), estimator).entries()
+        return _Override(
+            node, lambda run, first: backward.through_time(run, derivative), estimator
+        ).entries()
     return {"surrogate_function": KeepingValues(own, derivative)}
 
 
@@ -233,11 +268,16 @@ def _gradient(estimator: EstimatorName, name: str, node: Any, images: ImageTrack
     if family == "rga":
         if not node.v_threshold > (node.v_reset or 0.0):
             raise ValueError(
-                f"rga needs thresholds above the reset potential, got {node.v_threshold} and {node.v_reset} in {name!r}"
+                f"rga needs thresholds above the reset potential, got {node.v_threshold} and "
+                f"{node.v_reset} in {name!r}"
             )
         return lambda run, first: backward.rga(run)
     if family in ("pdsg", "assg"):
-        memory = Spread() if family == "pdsg" else Sharpness(images, str(estimator.shape), float(estimator.number or 0))
+        memory = (
+            Spread()
+            if family == "pdsg"
+            else Sharpness(images, str(estimator.shape), float(estimator.number or 0))
+        )
         return lambda run, first: backward.through_time(run, lambda z_seq: memory(z_seq, first))
     derivative = partial(SHAPES["triangle"], alpha=_sharpness(estimator, name, node))
     if family == "hart":
@@ -254,14 +294,17 @@ def _sharpness(estimator: EstimatorName, name: str, node: Any) -> float:
     threshold = float(getattr(node, "v_threshold", 1.0))
     if not threshold > 0:
         raise ValueError(
-            f"{estimator.name} has a width in units of the threshold, which must be > 0, got {threshold} in neuron "
-            f"{name!r}; use a shape with a sharpness of its own, such as 'atan:4'"
+            f"{estimator.name} has a width in units of the threshold, which must be > 0, got "
+            f"{threshold} in neuron {name!r}; use a shape with a sharpness of its own, such as "
+            "'atan:4'"
         )
     return 1.0 / (number * threshold)
 
 
 class _Override:
-    """Forward passes of one neuron: its own, without a graph, and then the gradient of the estimator."""
+    """Forward passes of one neuron: its own, without a graph, and then the gradient of the
+    estimator.
+    """
 
     def __init__(self, node: Any, gradient: Gradient, estimator: EstimatorName) -> None:
         self._node, self._gradient, self._estimator = node, gradient, estimator
@@ -269,7 +312,10 @@ class _Override:
         self._step = 0  # of the sequence
 
     def entries(self) -> dict[str, Any]:
-        return {"multi_step_forward": self.multi_step_forward, "single_step_forward": self.single_step_forward}
+        return {
+            "multi_step_forward": self.multi_step_forward,
+            "single_step_forward": self.single_step_forward,
+        }
 
     def multi_step_forward(self, x_seq: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
@@ -280,7 +326,9 @@ class _Override:
         if not torch.is_grad_enabled():
             return self._single(x)  # type: ignore[no-any-return]  # as above
         if self._estimator.family in _WHOLE_SEQUENCE:
-            raise RuntimeError(f"{self._estimator.name} needs all time steps at once, got one; keep step_mode='m'")
+            raise RuntimeError(
+                f"{self._estimator.name} needs all time steps at once, got one; keep step_mode='m'"
+            )
         return self._run(x.unsqueeze(0), lambda: self._single(x).unsqueeze(0), False).squeeze(0)
 
     def _run(self, x_seq: Tensor, forward: Callable[[], Tensor], store_v_seq: bool) -> Tensor:
@@ -314,7 +362,9 @@ class _Override:
 
 
 def _put(node: Any, entries: dict[str, Any]) -> Callable[[], None]:
-    """Shadow attributes of a neuron, whose registered parts stay as they are; returns what takes them away again."""
+    """Shadow attributes of a neuron, whose registered parts stay as they are; returns what takes
+    them away again.
+    """
     attributes = vars(node)
     found: dict[str, Any] = {name: attributes[name] for name in entries if name in attributes}
 

@@ -24,7 +24,8 @@ class Outputs(NamedTuple):
 
 
 def through_time(run: Sequence, slopes: Slopes) -> Outputs:
-    """Back-propagation through time with ``slopes(z)`` for the derivative of the spike, z [T, N, *].
+    """Back-propagation through time with ``slopes(z)`` for the derivative of the spike, z [T, N,
+    *].
 
     Equation, with g = slopes(h - v_threshold) and t running back::
 
@@ -37,14 +38,20 @@ def through_time(run: Sequence, slopes: Slopes) -> Outputs:
         h_seq, before = run.charged
         slope = slopes(h_seq - run.v_threshold)
         keep = _keep(run, h_seq, slope)
-    learned = (value if isinstance(value, Tensor) else None for value in (run.charging.gain, run.charging.decay))
+    learned = (
+        value if isinstance(value, Tensor) else None
+        for value in (run.charging.gain, run.charging.decay)
+    )
     v_init = run.v_init if isinstance(run.v_init, Tensor) else None
-    outputs = _ThroughTime.apply(run.x_seq, v_init, *learned, run, slope, keep, before)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+    # torch leaves apply untyped
+    outputs = _ThroughTime.apply(run.x_seq, v_init, *learned, run, slope, keep, before)  # type: ignore[no-untyped-call]
     return Outputs(*outputs)
 
 
 def bptr(run: Sequence) -> Outputs:
-    """BPTR: ``grad_x[t] = grad_s[t]`` for neurons that spike within the sequence, 0 for all others."""
+    """BPTR: ``grad_x[t] = grad_s[t]`` for neurons that spike within the sequence, 0 for all
+    others.
+    """
     with torch.no_grad():
         gate = (run.spike_seq.mean(0, keepdim=True) > 0).to(run.dtype)
     return _gated(run, gate, average=False)
@@ -53,9 +60,9 @@ def bptr(run: Sequence) -> Outputs:
 def rga(run: Sequence) -> Outputs:
     """RGA: ``grad_x[t] = grad_s[t] * r'(u) * gain / theta`` with u the mean input over time.
 
-    Equation: ``theta = v_threshold - v_reset``, ``u = mean_t(gain[t] * x[t]) / theta`` and, with gamma = 0.2,
-    ``r'(u) = gamma`` for ``0 <= u < 1 - decay``, ``(1 - gamma + gamma * decay) / (1 + decay)`` for
-    ``1 - decay <= u <= 2``, else 0.
+    Equation: ``theta = v_threshold - v_reset``, ``u = mean_t(gain[t] * x[t]) / theta`` and, with
+    gamma = 0.2, ``r'(u) = gamma`` for ``0 <= u < 1 - decay``, ``(1 - gamma + gamma * decay) / (1 +
+    decay)`` for ``1 - decay <= u <= 2``, else 0.
     """
     theta = run.v_threshold - (run.v_reset or 0.0)
     decay, gamma = run.charging.decay_value, _RGA_SLOPE_BELOW
@@ -69,7 +76,9 @@ def rga(run: Sequence) -> Outputs:
 
 
 def hart(run: Sequence, slopes: Slopes) -> Outputs:
-    """HART: ``grad_x[t] = gain[t] * slopes(z)[t] * mean_t grad_s[t]``, the previous potential detached."""
+    """HART: ``grad_x[t] = gain[t] * slopes(z)[t] * mean_t grad_s[t]``, the previous potential
+    detached.
+    """
     with torch.no_grad():
         h_seq, _ = run.charged
         gate = slopes(h_seq - run.v_threshold) * run.per_step(run.charging.gain)
@@ -79,11 +88,15 @@ def hart(run: Sequence, slopes: Slopes) -> Outputs:
 def hart_mixed(run: Sequence, slopes: Slopes, own_slopes: Slopes) -> Outputs:
     """Mean of :func:`hart` and of back-propagation through time with the neuron's own surrogate."""
     own, spike_seq = through_time(run, own_slopes), hart(run, slopes).spike_seq
-    return own._replace(spike_seq=0.5 * own.spike_seq + 0.5 * spike_seq)  # equal values, so their mean is exact
+    return own._replace(
+        spike_seq=0.5 * own.spike_seq + 0.5 * spike_seq
+    )  # equal values, so their mean is exact
 
 
 def _keep(run: Sequence, h_seq: Tensor, slope: Tensor) -> Tensor:
-    """Derivative of the potential after the reset in the one before it, [T, N, *] or, if all are 1, [T]."""
+    """Derivative of the potential after the reset in the one before it, [T, N, *] or, if all are 1,
+    [T].
+    """
     if run.v_reset is None:
         if run.detach_reset:
             return h_seq.new_ones(len(h_seq))
@@ -110,7 +123,9 @@ class _ThroughTime(torch.autograd.Function):
         ctx.save_for_backward(x_seq, gain, slope, keep, before)
         ctx.decay, ctx.gain = run.charging.decay_value, run.charging.gain if gain is None else None
         ctx.dtype, ctx.rest = run.dtype, run.v_reset or 0.0
-        ctx.dtypes = tuple(None if value is None else value.dtype for value in (x_seq, v_init, gain, decay))
+        ctx.dtypes = tuple(
+            None if value is None else value.dtype for value in (x_seq, v_init, gain, decay)
+        )
         ctx.set_materialize_grads(False)
         return run.spike_seq, run.v, run.v_seq
 
@@ -134,9 +149,15 @@ class _ThroughTime(torch.autograd.Function):
             product = grad_h * x_seq
             grad_gain = product.flatten(1).sum(1) if gain.ndim else product.sum()
         grad_decay = ((before - ctx.rest) * grad_h).sum() if ctx.needs_input_grad[3] else None
-        grad_x_seq = _times_gain(grad_h, ctx.gain if gain is None else gain) if ctx.needs_input_grad[0] else None
+        grad_x_seq = (
+            _times_gain(grad_h, ctx.gain if gain is None else gain)
+            if ctx.needs_input_grad[0]
+            else None
+        )
         grads = (grad_x_seq, grad_v_init, grad_gain, grad_decay)
-        return *(None if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)), *[None] * 4
+        return *(
+            None if g is None else g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)
+        ), *[None] * 4
 
 
 def _times_gain(grad_h: Tensor, gain: float | Tensor) -> Tensor:
@@ -147,7 +168,8 @@ def _times_gain(grad_h: Tensor, gain: float | Tensor) -> Tensor:
 
 
 def _gated(run: Sequence, gate: Tensor, *, average: bool) -> Outputs:
-    spike_seq: Tensor = _Gated.apply(run.x_seq, run.spike_seq, gate, average)  # type: ignore[no-untyped-call]  # torch's apply
+    # torch's apply
+    spike_seq: Tensor = _Gated.apply(run.x_seq, run.spike_seq, gate, average)  # type: ignore[no-untyped-call]
     return Outputs(spike_seq, run.v, run.v_seq)
 
 

@@ -24,11 +24,13 @@ class _Rectifier(nn.Module, base.StepModule):
 
 
 def crafting_network(model: nn.Module, neurons: Iterable[Any]) -> nn.Module:
-    """A copy of a network with ReLU in place of its neurons; weights share their memory but need no gradient.
+    """A copy of a network with ReLU in place of its neurons; weights share their memory but need no
+    gradient.
 
     Equation: ``s[t] = max(0, x[t])``.
 
-    Source: conversion-based approximation, Sharmin et al. (ECCV 2020), as named by Bu et al. (CVPR 2023).
+    Source: conversion-based approximation, Sharmin et al. (ECCV 2020), as named by Bu et al. (CVPR
+        2023).
     """
     memo: dict[int, Any] = {}
     for node in neurons:
@@ -39,6 +41,8 @@ def crafting_network(model: nn.Module, neurons: Iterable[Any]) -> nn.Module:
         for value in (*vars(module).values(), *getattr(module, "_memories", {}).values()):
             if isinstance(value, torch.Generator):
                 memo[id(value)] = value
-            elif isinstance(value, Tensor) and value.grad_fn is not None:  # a state with its graph, which has no copy
+            elif (
+                isinstance(value, Tensor) and value.grad_fn is not None
+            ):  # a state with its graph, which has no copy
                 memo[id(value)] = value.detach().clone()
     return copy.deepcopy(model, memo)

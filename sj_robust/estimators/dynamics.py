@@ -1,4 +1,6 @@
-"""How a known neuron charges, and its charged potentials recovered from the spikes that it really fired."""
+"""How a known neuron charges, and its charged potentials recovered from the spikes that it really
+fired.
+"""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,7 +24,8 @@ class Sequence:
         spike_seq: Spikes as the neuron fired them, no graph.
         v: Potential after the last step, no graph.
         v_seq: Potential after every step, or None.
-        v_init: Potential before the first step with its graph, or the number that stands for it after a reset.
+        v_init: Potential before the first step with its graph, or the number that stands for it
+            after a reset.
         charging: How the neuron charged; a gain per step is that of these steps, [T].
         v_threshold: Threshold.
         v_reset: Potential after a spike; None is the soft reset.
@@ -53,7 +56,9 @@ class Sequence:
 
     @cached_property
     def charged(self) -> tuple[Tensor, Tensor | None]:
-        """Charged potentials h [T, N, *], and v[t-1] of every step if the decay needs a gradient."""
+        """Charged potentials h [T, N, *], and v[t-1] of every step if the decay needs a
+        gradient.
+        """
         decay, learned = self.charging.decay_value, _needs_gradient(self.charging.decay)
         leak = (1 - decay) * (self.v_reset or 0.0)
         h_seq = self.x_seq.detach().to(self.dtype) * self.per_step(self.charging.gain)
@@ -79,16 +84,22 @@ class Sequence:
     @property
     def differentiable(self) -> bool:
         """Whether anything that the outputs depend on needs a gradient."""
-        return any(map(_needs_gradient, (self.x_seq, self.v_init, self.charging.gain, self.charging.decay)))
+        return any(
+            map(_needs_gradient, (self.x_seq, self.v_init, self.charging.gain, self.charging.decay))
+        )
 
 
 def spiking_neurons(model: nn.Module) -> dict[str, Any]:
-    """Spiking neurons of a network by name: SpikingJelly's, what derives from them, and whatever else spikes."""
+    """Spiking neurons of a network by name: SpikingJelly's, what derives from them, and whatever
+    else spikes.
+    """
     return {name: module for name, module in model.named_modules() if _spikes(module)}
 
 
 def next_charging(node: Any, steps: int) -> Charging:
-    """How a neuron of known dynamics charges in its next ``steps`` steps; a gain per step is that of these, [T]."""
+    """How a neuron of known dynamics charges in its next ``steps`` steps; a gain per step is that
+    of these, [T].
+    """
     charging = read_charging(node)
     if charging.input_gain is None:
         return charging

@@ -1,4 +1,6 @@
-"""Slopes that depend on more than the potential of one step: PDSG's spread so far and ASSG's memory of |z|."""
+"""Slopes that depend on more than the potential of one step: PDSG's spread so far and ASSG's memory
+of |z|.
+"""
 
 import weakref
 from typing import Any
@@ -19,9 +21,9 @@ _SMALLEST_SPREAD = 1e-30  # what is less has no finite reciprocal in float32, an
 class Spread:
     """PDSG of one neuron: normal density with mean sigma / 2 and standard deviation sigma.
 
-    Equation: ``g(z[t]) = exp(-((z[t] - sigma[t] / 2) / sigma[t])**2 / 2) / (sqrt(2 pi) * sigma[t])`` with ``sigma[t]``
-    the standard deviation of ``h[0..t]`` over steps, batch and space, one per channel (1 where it is 0); a layer
-    without space, [N, F], has a single sigma.
+    Equation: ``g(z[t]) = exp(-((z[t] - sigma[t] / 2) / sigma[t])**2 / 2) / (sqrt(2 pi) *
+    sigma[t])`` with ``sigma[t]`` the standard deviation of ``h[0..t]`` over steps, batch and space,
+    one per channel (1 where it is 0); a layer without space, [N, F], has a single sigma.
     """
 
     def __init__(self) -> None:
@@ -40,7 +42,9 @@ class Spread:
                 self._mean, self._squares = step_mean, step_squares
             else:
                 distance = step_mean - self._mean
-                self._squares = self._squares + step_squares + distance.square() * (self._count * here / total)
+                self._squares = (
+                    self._squares + step_squares + distance.square() * (self._count * here / total)
+                )
                 self._mean = self._mean + distance * (here / total)
             self._count = total
             sigmas.append((self._squares / max(total - 1, 1)).sqrt())
@@ -50,9 +54,11 @@ class Spread:
 
 
 def _moments(z_seq: Tensor) -> tuple[Tensor, Tensor, int]:
-    """Mean and summed squared deviations over batch and space, [T, 1, C, 1, ..], and the number of values in each.
+    """Mean and summed squared deviations over batch and space, [T, 1, C, 1, ..], and the number of
+    values in each.
 
-    Relative to the first value of each, so that values that are all alike have a deviation of exactly 0.
+    Relative to the first value of each, so that values that are all alike have a deviation of
+    exactly 0.
     """
     has_space = z_seq.ndim > 3
     flat = z_seq.flatten(3) if has_space else z_seq.reshape(len(z_seq), 1, 1, -1)
@@ -60,14 +66,20 @@ def _moments(z_seq: Tensor) -> tuple[Tensor, Tensor, int]:
     deviation = flat - near
     mean = deviation.mean(3, keepdim=True).mean(1, keepdim=True)
     squares = (deviation - mean).square_().sum(3, keepdim=True).sum(1, keepdim=True)
-    shape = (len(z_seq), 1, z_seq.shape[2], *[1] * (z_seq.ndim - 3)) if has_space else (-1, *[1] * (z_seq.ndim - 1))
+    shape = (
+        (len(z_seq), 1, z_seq.shape[2], *[1] * (z_seq.ndim - 3))
+        if has_space
+        else (-1, *[1] * (z_seq.ndim - 1))
+    )
     return (mean + near).view(shape), squares.view(shape), flat.shape[1] * flat.shape[3]
 
 
 class Sharpness:
-    """ASSG of one neuron: a shape, ``share`` of its area kept, whose sharpness follows |z| over an attack's iterations.
+    """ASSG of one neuron: a shape, ``share`` of its area kept, whose sharpness follows |z| over an
+    attack's iterations.
 
-    Equation, per neuron, time step and sample, M = 1 and D = 0 before the first forward of a batch::
+    Equation, per neuron, time step and sample, M = 1 and D = 0 before the first forward of a
+    batch::
 
         M <- 0.9 M + 0.1 |z|
         D <- 0.9 D + 0.1 ||z| - M|          with the new M
@@ -75,14 +87,17 @@ class Sharpness:
 
     ``omega`` is the sharpness at which the share of the shape's area lies within |z| <= 1.
 
-    Forwards of the same images (of one EoT average) all start from what the images before them left.
+    Forwards of the same images (of one EoT average) all start from what the images before them
+    left.
     """
 
     def __init__(self, images: "ImageTracker", shape: str, share: float) -> None:
         """Nothing seen yet."""
         self._images, self._shape, self._omega = images, SHAPES[shape], SHARPNESS[shape](share)
         self._turn = 0
-        self._before: dict[int, tuple[Tensor, Tensor]] = {}  # by first step of a call: M and D of [T, N, *]
+        self._before: dict[
+            int, tuple[Tensor, Tensor]
+        ] = {}  # by first step of a call: M and D of [T, N, *]
         self._after: dict[int, tuple[Tensor, Tensor]] = {}
 
     def __call__(self, z_seq: Tensor, first: int) -> Tensor:
@@ -100,15 +115,22 @@ class Sharpness:
         spread = deviation.mul_(1 - _MEMORY) if fresh else spread.lerp(deviation, 1 - _MEMORY)
         if self._images.counts:
             self._after[first] = (mean, spread)
-        alpha = torch.add(mean, spread, alpha=_SPREAD_WEIGHT).add_(_OFFSET).reciprocal_().mul_(self._omega)
+        alpha = (
+            torch.add(mean, spread, alpha=_SPREAD_WEIGHT)
+            .add_(_OFFSET)
+            .reciprocal_()
+            .mul_(self._omega)
+        )
         return self._shape(z_seq, alpha)
 
 
 class ImageTracker:
-    """Sees what a network is called with, and tells a new iteration of an attack from one more forward of the same.
+    """Sees what a network is called with, and tells a new iteration of an attack from one more
+    forward of the same.
 
-    A batch that got smaller holds some of the samples of the one before: each image takes over the state of the image
-    nearest to it (an attack moves an image less than images differ). Any other change of shape starts anew.
+    A batch that got smaller holds some of the samples of the one before: each image takes over the
+    state of the image nearest to it (an attack moves an image less than images differ). Any other
+    change of shape starts anew.
 
     Attributes:
         turn: Number of different images so far.
@@ -139,7 +161,9 @@ class ImageTracker:
         self._identity = (weakref.ref(images), images._version)
 
     def follow(self, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """State [T, N, *] of the previous images for the present ones; of another shape where they have none."""
+        """State [T, N, *] of the previous images for the present ones; of another shape where they
+        have none.
+        """
         if not self._related:
             return state[0][:0], state[1][:0]
         if self._rows is None or state[0].shape[1] != self._samples:
@@ -153,7 +177,9 @@ class ImageTracker:
     def _compare(self, images: Tensor) -> None:
         last, self._last = self._last, images
         self._rows = None
-        self._related = last is not None and last.shape[1:] == images.shape[1:] and len(images) <= len(last)
+        self._related = (
+            last is not None and last.shape[1:] == images.shape[1:] and len(images) <= len(last)
+        )
         if last is not None and self._related and len(images) < len(last):
             self._samples = len(last)
             self._rows = torch.cdist(images.flatten(1), last.flatten(1), p=float("inf")).argmin(1)

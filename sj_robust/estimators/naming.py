@@ -59,34 +59,48 @@ class EstimatorName:
     def __post_init__(self) -> None:
         """Check that the parts go together."""
         if self.family not in _DEFAULT_NUMBER:
-            raise ValueError(f"an estimator must begin with one of {tuple(_DEFAULT_NUMBER)}, got {self.family!r}")
+            raise ValueError(
+                f"an estimator must begin with one of {tuple(_DEFAULT_NUMBER)}, got {self.family!r}"
+            )
         default = _DEFAULT_NUMBER[self.family]
         if default is None and self.number is not None:
-            raise ValueError(f"{self.family} takes no number, got {self.number}; write {self.family!r}")
+            raise ValueError(
+                f"{self.family} takes no number, got {self.number}; write {self.family!r}"
+            )
         if self.number is None:
             object.__setattr__(self, "number", default)
         elif not (math.isfinite(self.number) and self.number > 0):
-            raise ValueError(f"the number of {self.family} must be finite and > 0, got {self.number}")
+            raise ValueError(
+                f"the number of {self.family} must be finite and > 0, got {self.number}"
+            )
         if self.family == "assg":
             self._check_assg()
         elif self.shape is not None:
             raise ValueError(f"only assg takes a shape, got {self.family} with {self.shape!r}")
         if self.detach_reset and self.family in _WITHOUT_RESET:
-            raise ValueError(f"{self.family} has no reset in its backward pass to detach; leave {_DETACH!r} out")
+            raise ValueError(
+                f"{self.family} has no reset in its backward pass to detach; leave {_DETACH!r} out"
+            )
 
     @property
     def name(self) -> str:
         """Canonical text: ``estimator(e.name) == e``."""
         parts = [self.family]
-        if self.shape is not None and (self.shape != "atan" or self.number != _DEFAULT_NUMBER["assg"]):
+        if self.shape is not None and (
+            self.shape != "atan" or self.number != _DEFAULT_NUMBER["assg"]
+        ):
             parts.append(self.shape)
-        if self.number is not None and (self.family != "assg" or self.number != _DEFAULT_NUMBER["assg"]):
+        if self.number is not None and (
+            self.family != "assg" or self.number != _DEFAULT_NUMBER["assg"]
+        ):
             parts.append(repr(float(self.number)).removesuffix(".0"))
         return ":".join(parts) + (_DETACH if self.detach_reset else "")
 
     @property
     def per_sample(self) -> bool:
-        """Whether the gradient of an image is free of its neighbours in the batch; PDSG's is not."""
+        """Whether the gradient of an image is free of its neighbours in the batch; PDSG's is
+        not.
+        """
         return self.family != "pdsg"
 
     @classmethod
@@ -95,9 +109,13 @@ class EstimatorName:
         if not isinstance(text, str):
             raise TypeError(f"name must be text such as 'atan:4', got {type(text).__name__}")
         family, *options = text.removesuffix(_DETACH).split(":")
-        shape = options.pop(0) if family == "assg" and options and not _is_number(options[0]) else None
+        shape = (
+            options.pop(0) if family == "assg" and options and not _is_number(options[0]) else None
+        )
         if len(options) > 1 or (options and not _is_number(options[0])):
-            raise ValueError(f"{text!r} is not the name of an estimator; write it like one of {ESTIMATORS}")
+            raise ValueError(
+                f"{text!r} is not the name of an estimator; write it like one of {ESTIMATORS}"
+            )
         number = float(options[0]) if options else None
         return cls(family, number, shape, text.endswith(_DETACH))
 

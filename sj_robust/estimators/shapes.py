@@ -12,9 +12,14 @@ from sj_robust.neuron.dlif import describe_surrogate
 from sj_robust.ops.surrogate import HOST_NAMES
 
 __all__ = [
-    "SHAPES", "SHARPNESS", "KeepingValues", "derivative_of", "has_compiled_kernel", "host_surrogate",
+    "SHAPES",
+    "SHARPNESS",
+    "KeepingValues",
+    "derivative_of",
+    "has_compiled_kernel",
+    "host_surrogate",
     "refuse_second_derivative",
-]  # fmt: skip
+]
 
 Sharpness = float | Tensor
 Derivative = Callable[[Tensor], Tensor]
@@ -31,15 +36,21 @@ SHAPES: dict[str, Callable[..., Tensor]] = {
     "sigmoid": _sigmoid,
     "rectangle": lambda z, alpha: ((z * alpha).abs_() <= 1).to(z.dtype).mul_(alpha).mul_(0.5),
     "exponential": lambda z, alpha: (z * alpha).abs_().neg_().exp_().mul_(alpha).mul_(0.5),
-    "gaussian": lambda z, alpha: (z * alpha).square_().mul_(-0.5).exp_().mul_(alpha).mul_(1 / math.sqrt(2 * math.pi)),
+    "gaussian": lambda z, alpha: (
+        (z * alpha).square_().mul_(-0.5).exp_().mul_(alpha).mul_(1 / math.sqrt(2 * math.pi))
+    ),
     "straight_through": lambda z, alpha: torch.ones_like(z),
 }
-"""Shapes by name, functions of ``z`` and ``alpha``: the area under each is 1, its height grows with alpha."""
+"""Shapes by name, functions of ``z`` and ``alpha``: the area under each is 1, its height grows with
+alpha.
+"""
 
 SHARPNESS: dict[str, Callable[[float], float]] = {
     "atan": lambda share: 2 * math.tan(math.pi * share / 2) / math.pi,
     "sigmoid": lambda share: 2 * math.atanh(share),
-    "gaussian": lambda share: math.sqrt(2) * float(torch.erfinv(torch.tensor(share, dtype=torch.float64))),
+    "gaussian": lambda share: (
+        math.sqrt(2) * float(torch.erfinv(torch.tensor(share, dtype=torch.float64)))
+    ),
     "triangle": lambda share: 1 - math.sqrt(1 - share),
     "rectangle": lambda share: share,
 }
@@ -60,20 +71,27 @@ def refuse_second_derivative() -> None:
     """To be called in a backward pass that has no derivative of its own."""
     if torch.is_grad_enabled():
         raise RuntimeError(
-            "gradient estimators are differentiable once: create_graph=True would silently lose the second derivative"
+            "gradient estimators are differentiable once: create_graph=True would silently lose "
+            "the second derivative"
         )
 
 
-_HOST_CLASSES: dict[str, Any] = {kind: getattr(surrogate, name) for kind, name in HOST_NAMES.items() if kind in SHAPES}
+_HOST_CLASSES: dict[str, Any] = {
+    kind: getattr(surrogate, name) for kind, name in HOST_NAMES.items() if kind in SHAPES
+}
 
 
 def has_compiled_kernel(function: Any) -> bool:
-    """Whether it is a spiking surrogate of SpikingJelly's that fast operators, 2.x's too, know by exact class."""
+    """Whether it is a spiking surrogate of SpikingJelly's that fast operators, 2.x's too, know by
+    exact class.
+    """
     return function is not None and describe_surrogate(function).kind != "custom"
 
 
 def host_surrogate(shape: str, alpha: float) -> Any | None:
-    """SpikingJelly's own surrogate of a shape, on which neurons stay on their fast operators; None if it has none."""
+    """SpikingJelly's own surrogate of a shape, on which neurons stay on their fast operators; None
+    if it has none.
+    """
     made = _HOST_CLASSES.get(shape)
     return None if made is None else made(alpha=alpha)
 
@@ -97,13 +115,16 @@ class KeepingValues(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """Values at ``z``, on the graph of the other derivative."""
-        values: Tensor = _ReplacedFunction.apply(z, self.function, self.derivative)  # type: ignore[no-untyped-call]  # torch's apply
+        # torch's apply
+        values: Tensor = _ReplacedFunction.apply(z, self.function, self.derivative)  # type: ignore[no-untyped-call]
         return values
 
 
 class _ReplacedFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, z: Tensor, function: Callable[[Tensor], Tensor], derivative: Derivative) -> Tensor:
+    def forward(
+        ctx: Any, z: Tensor, function: Callable[[Tensor], Tensor], derivative: Derivative
+    ) -> Tensor:
         ctx.save_for_backward(z)
         ctx.derivative = derivative
         return function(z)

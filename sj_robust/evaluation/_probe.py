@@ -39,10 +39,20 @@ class Gradients:
 
 
 class Probe:
-    """A model and a few images in one threat model; every method is a function of its arguments and the seed."""
+    """A model and a few images in one threat model; every method is a function of its arguments and
+    the seed.
+    """
 
     def __init__(
-        self, model: Model, x: Tensor, y: Tensor, *, threat: ThreatModel, seed: int, steps: int, eot_samples: int
+        self,
+        model: Model,
+        x: Tensor,
+        y: Tensor,
+        *,
+        threat: ThreatModel,
+        seed: int,
+        steps: int,
+        eot_samples: int,
     ) -> None:
         self.model, self.x, self.y = model, x, y
         self.threat, self.seed, self.steps, self.eot_samples = threat, seed, steps, eot_samples
@@ -79,7 +89,9 @@ class Probe:
             return check_logits(self.model(x), self.y).double()
 
     def fooled(self, x_adv: Tensor) -> Tensor:
-        """Images classified right that ``x_adv`` turns wrong, in each of three forwards if outputs are random."""
+        """Images classified right that ``x_adv`` turns wrong, in each of three forwards if outputs
+        are random.
+        """
         draws = range(3, 6) if bool(self.random.any()) else range(1)
         wrong = [self.logits(x_adv, draw=draw).argmax(1) != self.y for draw in draws]
         return torch.stack(wrong).all(0) & self.right
@@ -90,9 +102,13 @@ class Probe:
         return self.fooled(self.attack())
 
     def losses(self, x: Tensor) -> Tensor:
-        """``max_{j != y} z_j - z_y`` of every image, a mean over several forwards if outputs are random."""
+        """``max_{j != y} z_j - z_y`` of every image, a mean over several forwards if outputs are
+        random.
+        """
         draws = max(self.eot_samples, 8) if bool(self.random.any()) else 1
-        return torch.stack([-margin(self.logits(x, draw=draw), self.y) for draw in range(draws)]).mean(0)
+        return torch.stack(
+            [-margin(self.logits(x, draw=draw), self.y) for draw in range(draws)]
+        ).mean(0)
 
     @cached_property
     def gradients(self) -> Gradients:
@@ -101,7 +117,11 @@ class Probe:
         with torch.enable_grad(), seeded_globals(self._seed("gradient"), x.device):
             logits = check_logits(self.model(x), self.y)
             own = margin(logits, self.y)
-            grad = torch.autograd.grad(-own.sum(), x, allow_unused=True)[0] if own.requires_grad else None
+            grad = (
+                torch.autograd.grad(-own.sum(), x, allow_unused=True)[0]
+                if own.requires_grad
+                else None
+            )
         elements = torch.zeros_like(x) if grad is None else grad
         room = torch.where(elements > 0, 1 - x.detach(), x.detach())
         return Gradients(
@@ -112,11 +132,17 @@ class Probe:
             grad is not None,
         )
 
-    def attack(self, *, eps: float | None = None, steps: int | None = None, source: nn.Module | None = None) -> Tensor:
-        """Images after PGD from the clean image: the best iterate on the model, the last one on another ``source``."""
+    def attack(
+        self, *, eps: float | None = None, steps: int | None = None, source: nn.Module | None = None
+    ) -> Tensor:
+        """Images after PGD from the clean image: the best iterate on the model, the last one on
+        another ``source``.
+        """
         eps = self.threat.eps if eps is None else eps
         steps = self.steps if steps is None else steps
-        return self._pgd(self.model if source is None else source, eps, steps, step_size=2.5 * eps / steps)
+        return self._pgd(
+            self.model if source is None else source, eps, steps, step_size=2.5 * eps / steps
+        )
 
     def strong_attack(self, name: str) -> Tensor:
         """Images after APGD with an estimator, for models that are modules."""
@@ -138,13 +164,19 @@ class Probe:
         return self._pgd(self.model, self.threat.eps, 1, step_size=self.threat.eps)
 
     def noise(self, draw: int) -> Tensor:
-        """Images after random noise of the full size: a corner of the Linf ball or a point of the L2 sphere."""
+        """Images after random noise of the full size: a corner of the Linf ball or a point of the
+        L2 sphere.
+        """
         generator = torch.Generator().manual_seed(self._seed("noise", draw))
-        direction = torch.randn(self.x.shape, generator=generator, dtype=torch.float64).to(self.x.device)
+        direction = torch.randn(self.x.shape, generator=generator, dtype=torch.float64).to(
+            self.x.device
+        )
         return self.moved(direction)
 
     def moved(self, direction: Tensor, share: float = 1.0) -> Tensor:
-        """Images after a step along a direction, steepest in the norm, over a share of the radius."""
+        """Images after a step along a direction, steepest in the norm, over a share of the
+        radius.
+        """
         x, eps = self.x, share * self.threat.eps
         if self.threat.norm == "Linf":
             return (x + eps * direction.sign().to(x.dtype)).clamp(*linf_bounds(x, eps=eps))
@@ -157,8 +189,12 @@ class Probe:
         return self.attack(eps=self.diameter, steps=max(2 * self.steps, 40))
 
     def substitute(self) -> nn.Module:
-        """A small network fitted to the logits of the model on noisy copies of the images: a black box's stand-in."""
-        copies = min(64, max(6, 2**26 // self.x.numel()))  # a quarter of a gigabyte at most, unless images are huge
+        """A small network fitted to the logits of the model on noisy copies of the images: a black
+        box's stand-in.
+        """
+        copies = min(
+            64, max(6, 2**26 // self.x.numel())
+        )  # a quarter of a gigabyte at most, unless images are huge
         generator = torch.Generator().manual_seed(self._seed("copies"))
         radius = self.threat.eps / self.diameter  # per pixel
         with torch.no_grad():
@@ -172,7 +208,9 @@ class Probe:
         return network.to(self.x.dtype)
 
     def _pgd(self, model: Model, eps: float, steps: int, *, step_size: float) -> Tensor:
-        """PGD from the clean image; what is crafted elsewhere keeps its last iterate, as it fools that one too soon."""
+        """PGD from the clean image; what is crafted elsewhere keeps its last iterate, as it fools
+        that one too soon.
+        """
         own = model is self.model
         if own and not self.gradients.connected:
             return self.x.clone()
@@ -202,12 +240,17 @@ def _fitted(inputs: Tensor, targets: Tensor, *, seed: int) -> nn.Module:
     targets = (targets - targets.mean()) / targets.std().clamp(min=1e-6)
     with torch.enable_grad(), seeded_globals(seed, inputs.device):
         network = nn.Sequential(
-            nn.Flatten(), nn.Linear(inputs[0].numel(), 128), nn.Softplus(), nn.Linear(128, targets.shape[1])
+            nn.Flatten(),
+            nn.Linear(inputs[0].numel(), 128),
+            nn.Softplus(),
+            nn.Linear(128, targets.shape[1]),
         ).to(inputs.device)
         optimizer = torch.optim.Adam(network.parameters(), lr=3e-3)
         for _ in range(100):  # epochs
             for rows in torch.split(torch.randperm(len(inputs), device=inputs.device), 256):
                 optimizer.zero_grad()
-                torch.autograd.backward(nn.functional.mse_loss(network(inputs[rows]), targets[rows]))
+                torch.autograd.backward(
+                    nn.functional.mse_loss(network(inputs[rows]), targets[rows])
+                )
                 optimizer.step()
     return network

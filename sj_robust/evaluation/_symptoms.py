@@ -1,4 +1,6 @@
-"""Each symptom of gradient masking, measured by a probe and told in plain words with its numbers."""
+"""Each symptom of gradient masking, measured by a probe and told in plain words with its
+numbers.
+"""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,9 +15,16 @@ from sj_robust.evaluation.activity import LayerActivity
 from sj_robust.evaluation.intervals import paired_difference_interval, wilson_interval
 
 __all__ = [
-    "THRESHOLDS", "Finding", "attacks", "clean_errors", "estimators_compared", "gradients", "layers", "randomness",
+    "THRESHOLDS",
+    "Finding",
+    "attacks",
+    "clean_errors",
+    "estimators_compared",
+    "gradients",
+    "layers",
+    "randomness",
     "transfer",
-]  # fmt: skip
+]
 
 THRESHOLDS: Mapping[str, float] = MappingProxyType(
     {
@@ -37,8 +46,8 @@ THRESHOLDS: Mapping[str, float] = MappingProxyType(
         "other_estimator_stronger": 0.05,
     }
 )
-"""Largest value with which each finding passes: shares in [0, 1]. ``clean_errors`` is relative to guessing; a share of
-images beside it fails only if its 95 % interval lies above."""
+"""Largest value with which each finding passes: shares in [0, 1]. ``clean_errors`` is relative to
+guessing; a share of images beside it fails only if its 95 % interval lies above."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +58,8 @@ class Finding:
         name: Name of the symptom, a key of ``THRESHOLDS``.
         value: Extent of the symptom in [0, 1]; the lower the better.
         threshold: Largest value that passes.
-        passed: Whether ``value <= threshold``, or for a share of images, whether its 95 % interval reaches down to it.
+        passed: Whether ``value <= threshold``, or for a share of images, whether its 95 % interval
+            reaches down to it.
         meaning: What was measured and what it says, in plain words with its numbers.
         remedy: What to do where it fails.
         count: How many images show it; None where it is no share of images.
@@ -71,7 +81,10 @@ class Finding:
 
     def __str__(self) -> str:
         state, remedy = ("passed", "") if self.passed else ("FAILED", f" {self.remedy}")
-        return f"{state} {self.name}: {self.extent} (at most {self.threshold:.3g}). {self.meaning}{remedy}"
+        return (
+            f"{state} {self.name}: {self.extent} (at most {self.threshold:.3g}). "
+            f"{self.meaning}{remedy}"
+        )
 
     @property
     def extent(self) -> str:
@@ -80,7 +93,9 @@ class Finding:
 
 
 def extent(value: float, count: int | None, total: int | None) -> str:
-    """A value as tables show it, such as ``0.125, 3 of 24 images, 95 % 0.0434 to 0.31``. 数值的文本形式。"""
+    """A value as tables show it, such as ``0.125, 3 of 24 images, 95 % 0.0434 to 0.31``.
+    数值的文本形式。
+    """
     if count is None or total is None:
         return f"{value:.3g}"
     low, high = wilson_interval(count, total)
@@ -101,8 +116,8 @@ def clean_errors(probe: Probe) -> Finding:
         errors,
         threshold,
         errors <= threshold,
-        f"The network gets {errors:.0%} of the images wrong without any attack; guessing gets {guessing:.0%} wrong. A "
-        "network that is wrong anyway cannot be robust.",
+        f"The network gets {errors:.0%} of the images wrong without any attack; guessing gets "
+        f"{guessing:.0%} wrong. A network that is wrong anyway cannot be robust.",
         "Check the weights, the normalisation and the labels before attacking.",
         count=int((~probe.right).sum()),
         total=len(probe.right),
@@ -115,10 +130,10 @@ def randomness(probe: Probe) -> Finding:
     return _share(
         "random_outputs",
         probe.random,
-        f"{value:.0%} of the images get other logits in another forward. A gradient of one draw points where another "
-        "draw does not, so a plain attack is weaker than it seems.",
-        "Attack the average: eot_samples >= 10 here and in every attack, and count an image as fooled only if several "
-        "fresh draws are wrong (draws of the suites).",
+        f"{value:.0%} of the images get other logits in another forward. A gradient of one draw "
+        "points where another draw does not, so a plain attack is weaker than it seems.",
+        "Attack the average: eot_samples >= 10 here and in every attack, and count an image as "
+        "fooled only if several fresh draws are wrong (draws of the suites).",
     )
 
 
@@ -130,18 +145,20 @@ def layers(activity: Sequence[LayerActivity]) -> list[Finding]:
         _finding(
             "silent_layers",
             quiet.silent,
-            f"In layer {quiet.layer!r} ({quiet.neuron}) {quiet.silent:.0%} of the neurons never fire on these images, "
-            "the most of all layers. What never fires passes nothing on, neither images nor attacks.",
-            "Lower v_threshold, scale the input or the weights up or put batch norm before the layer, and train again; "
-            "do not report the robustness of a network with a dead layer.",
+            f"In layer {quiet.layer!r} ({quiet.neuron}) {quiet.silent:.0%} of the neurons never "
+            "fire on these images, the most of all layers. What never fires passes nothing on, "
+            "neither images nor attacks.",
+            "Lower v_threshold, scale the input or the weights up or put batch norm before the "
+            "layer, and train again; do not report the robustness of a network with a dead layer.",
         ),
         _finding(
             "saturated_layers",
             loud.saturated,
-            f"In layer {loud.layer!r} ({loud.neuron}) {loud.saturated:.0%} of the neurons fire in every step of every "
-            "image, the most of all layers. Such a neuron tells nothing of the image.",
-            "Raise v_threshold, scale the input or the weights down or put batch norm before the layer, and train "
-            "again.",
+            f"In layer {loud.layer!r} ({loud.neuron}) {loud.saturated:.0%} of the neurons fire "
+            "in every step of every image, the most of all layers. Such a neuron tells nothing "
+            "of the image.",
+            "Raise v_threshold, scale the input or the weights down or put batch norm before the "
+            "layer, and train again.",
         ),
     ]
 
@@ -158,34 +175,37 @@ def gradients(probe: Probe) -> list[Finding]:
         _finding(
             "zero_gradients",
             zero,
-            f"{zero:.0%} of the gradient's elements are exactly zero. A gradient attack does not move these pixels, "
-            "whatever they could do.",
-            "Look for a clamp, a rounding or a saturated activation before the network, and for neurons without a "
-            "gradient (wrap the network in SpikingClassifier); attack with wider surrogates (estimators atan:4, "
-            "triangle:1), with the masking layer replaced by the identity in the backward pass, and with Square, "
-            "which needs no gradient.",
+            f"{zero:.0%} of the gradient's elements are exactly zero. A gradient attack does not "
+            "move these pixels, whatever they could do.",
+            "Look for a clamp, a rounding or a saturated activation before the network, and for "
+            "neurons without a gradient (wrap the network in SpikingClassifier); attack with "
+            "wider surrogates (estimators atan:4, triangle:1), with the masking layer replaced "
+            "by the identity in the backward pass, and with Square, which needs no gradient.",
         ),
         _finding(
             "tiny_gradients",
             tiny,
-            f"{tiny:.0%} of the gradient's elements are not zero but so small that moving the pixel over its whole "
-            "range would not change the logits by one float32 rounding. The sign of such an element is chance.",
-            "The surrogate is too narrow or an input layer saturated: attack with wider surrogates (estimators atan:4, "
-            "triangle:1), in float64, and with Square, which needs no gradient.",
+            f"{tiny:.0%} of the gradient's elements are not zero but so small that moving the "
+            "pixel over its whole range would not change the logits by one float32 rounding. The "
+            "sign of such an element is chance.",
+            "The surrogate is too narrow or an input layer saturated: attack with wider "
+            "surrogates (estimators atan:4, triangle:1), in float64, and with Square, which "
+            "needs no gradient.",
         ),
         _share(
             "flat_loss",
             flat,
-            f"For {_percent(flat)} of the images the gradient promises, all the way to black or white, less than a "
-            "tenth of the way to another class. Other classes lie within that range: the slope is not to be believed.",
-            "The surrogate is too narrow or an input layer saturated: try other surrogate shapes and widths, and "
-            "transfer attacks from an undefended network.",
+            f"For {_percent(flat)} of the images the gradient promises, all the way to black or "
+            "white, less than a tenth of the way to another class. Other classes lie within that "
+            "range: the slope is not to be believed.",
+            "The surrogate is too narrow or an input layer saturated: try other surrogate shapes "
+            "and widths, and transfer attacks from an undefended network.",
         ),
         _share(
             "saturated_loss",
             saturated,
-            f"For {_percent(saturated)} of the images the probability of the label is 1 in float32, where cross "
-            "entropy has lost its gradient although the logits have one.",
+            f"For {_percent(saturated)} of the images the probability of the label is 1 in "
+            "float32, where cross entropy has lost its gradient although the logits have one.",
             "Attack with APGD-DLR (loss='dlr'), which no scale of the logits can flatten.",
         ),
         _rise(probe),
@@ -200,10 +220,10 @@ def _rise(probe: Probe) -> Finding:
     return _share(
         "loss_does_not_rise",
         still,
-        f"For {_percent(still)} of the images the true loss rises neither half a radius, nor one, nor two along the "
-        "direction that the gradient calls the steepest.",
-        "The gradient points astray: attack with other estimators and with EoT if the outputs are random, and check "
-        "the direction by finite differences on single images.",
+        f"For {_percent(still)} of the images the true loss rises neither half a radius, nor "
+        "one, nor two along the direction that the gradient calls the steepest.",
+        "The gradient points astray: attack with other estimators and with EoT if the outputs "
+        "are random, and check the direction by finite differences on single images.",
     )
 
 
@@ -218,27 +238,28 @@ def attacks(probe: Probe) -> list[Finding]:
             probe,
             "noise_beats_attack",
             noise & ~attack,
-            f"The best of ten draws of random noise of the full radius fools {rate(noise):.0%} of the images, the "
-            f"attack {rate(attack):.0%}.",
-            "The attack searches worse than chance: attack with other estimators, with restarts from random starts, "
-            "and with Square.",
+            f"The best of ten draws of random noise of the full radius fools {rate(noise):.0%} "
+            f"of the images, the attack {rate(attack):.0%}.",
+            "The attack searches worse than chance: attack with other estimators, with restarts "
+            "from random starts, and with Square.",
         ),
         _comparison(
             probe,
             "single_step_beats_iterative",
             single & ~attack,
-            f"A single step of the full radius fools {rate(single):.0%} of the images, {probe.steps} steps "
-            f"{rate(attack):.0%}.",
-            "Gradients near the image lead iterations into a dead end: attack with random starts and restarts, larger "
-            "steps and wider surrogates.",
+            f"A single step of the full radius fools {rate(single):.0%} of the images, "
+            f"{probe.steps} steps {rate(attack):.0%}.",
+            "Gradients near the image lead iterations into a dead end: attack with random starts "
+            "and restarts, larger steps and wider surrogates.",
         ),
         _comparison(
             probe,
             "more_steps_fool_fewer",
             attack & ~long,
-            f"{probe.steps} steps fool {rate(attack):.0%} of the images, {4 * probe.steps} steps {rate(long):.0%}.",
-            "The attack does not converge: use APGD, which chooses its step size, with restarts, and keep every "
-            "iterate that fools.",
+            f"{probe.steps} steps fool {rate(attack):.0%} of the images, {4 * probe.steps} steps "
+            f"{rate(long):.0%}.",
+            "The attack does not converge: use APGD, which chooses its step size, with restarts, "
+            "and keep every iterate that fools.",
         ),
         *_budgets(probe, attack),
     ]
@@ -257,18 +278,20 @@ def _budgets(probe: Probe, attack: Tensor) -> Iterator[Finding]:
         probe,
         "larger_budget_fools_fewer",
         max(drops, key=lambda drop: int(drop.sum())),
-        f"The attack fools {', '.join([f'{probe.rate(attack):.0%} of the images at eps {eps:.3g}', *rates])}.",
-        "A larger ball holds the smaller one, so the attack is lost in it: use APGD with restarts and other "
-        "estimators.",
+        "The attack fools "
+        f"{', '.join([f'{probe.rate(attack):.0%} of the images at eps {eps:.3g}', *rates])}.",
+        "A larger ball holds the smaller one, so the attack is lost in it: use APGD with "
+        "restarts and other estimators.",
     )
     left = (~probe.fooled(probe.unbounded()))[probe.right]
     yield _share(
         "unbounded_attack_fails",
         left,
-        f"An attack that may change every pixel at will leaves {_percent(left)} of the images right, although it could "
-        "paint another class.",
-        "The gradient does not lead to what surely exists: attack with wider surrogates, with the masking layer "
-        "replaced by the identity in the backward pass, by transfer and with Square.",
+        f"An attack that may change every pixel at will leaves {_percent(left)} of the images "
+        "right, although it could paint another class.",
+        "The gradient does not lead to what surely exists: attack with wider surrogates, with "
+        "the masking layer replaced by the identity in the backward pass, by transfer and with "
+        "Square.",
     )
 
 
@@ -281,10 +304,11 @@ def transfer(probe: Probe, source: nn.Module | None) -> Finding:
         probe,
         "transfer_beats_white_box",
         transferred & ~attack,
-        f"Images crafted on {origin} fool {probe.rate(transferred):.0%}, those crafted with the model's own gradient "
-        f"{probe.rate(attack):.0%}.",
-        "The model's own gradient knows less than a stranger's: attack with other estimators, by transfer from several "
-        "undefended networks and with Square, and report the worst case per image.",
+        f"Images crafted on {origin} fool {probe.rate(transferred):.0%}, those crafted with the "
+        f"model's own gradient {probe.rate(attack):.0%}.",
+        "The model's own gradient knows less than a stranger's: attack with other estimators, by "
+        "transfer from several undefended networks and with Square, and report the worst case "
+        "per image.",
     )
 
 
@@ -305,18 +329,25 @@ def estimators_compared(probe: Probe, names: Sequence[str]) -> Finding:
     return _finding(
         "other_estimator_stronger",
         (gained - lost) / total,
-        f"Of the images classified right the same attack leaves, by gradient estimator: {listed}. The surrogate of "
-        f"the training overstates robustness by the difference to the best.{skipped}",
-        "Report the worst case over estimators (suites fast and standard), not the attack with the training surrogate "
-        f"alone; {best} is a good start.",
+        "Of the images classified right the same attack leaves, by gradient estimator: "
+        f"{listed}. The surrogate of the training overstates robustness by the difference to the "
+        f"best.{skipped}",
+        "Report the worst case over estimators (suites fast and standard), not the attack with "
+        f"the training surrogate alone; {best} is a good start.",
         lowest=paired_difference_interval(gained, lost, total)[0],
     )
 
 
-def _finding(name: str, value: float, meaning: str, remedy: str, *, lowest: float | None = None) -> Finding:
-    """A finding that fails if its value, or the lower end of its interval (``lowest``), is above the threshold."""
+def _finding(
+    name: str, value: float, meaning: str, remedy: str, *, lowest: float | None = None
+) -> Finding:
+    """A finding that fails if its value, or the lower end of its interval (``lowest``), is above
+    the threshold.
+    """
     threshold = THRESHOLDS[name]
-    return Finding(name, value, threshold, (value if lowest is None else lowest) <= threshold, meaning, remedy)
+    return Finding(
+        name, value, threshold, (value if lowest is None else lowest) <= threshold, meaning, remedy
+    )
 
 
 def _share(name: str, shown: Tensor, meaning: str, remedy: str) -> Finding:
@@ -329,7 +360,9 @@ def _share(name: str, shown: Tensor, meaning: str, remedy: str) -> Finding:
 def _comparison(probe: Probe, name: str, weaker: Tensor, meaning: str, remedy: str) -> Finding:
     """A finding on the images that fall to the weaker attack alone, of those classified right."""
     alone = weaker[probe.right]
-    return _share(name, alone, f"{meaning} {_percent(alone)} fall to the weaker attack alone.", remedy)
+    return _share(
+        name, alone, f"{meaning} {_percent(alone)} fall to the weaker attack alone.", remedy
+    )
 
 
 def _percent(shown: Tensor) -> str:

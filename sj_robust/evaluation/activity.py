@@ -39,32 +39,39 @@ class LayerActivity:
 
 
 def firing(model: nn.Module, x: Tensor, *, seed: int = 0) -> tuple[LayerActivity, ...]:
-    """Firing rate and share of silent and saturated neurons of every spiking layer, by hooks on the neurons.
+    """Firing rate and share of silent and saturated neurons of every spiking layer, by hooks on the
+    neurons.
 
     统计每个脉冲层的发放率、静默与饱和神经元比例。
 
-    Equation: with ``s[t, n, i]`` the output of neuron i of a layer for image n at step t, and a spike wherever it is
-    not zero: ``rate = mean(s != 0)``, ``silent = mean_i(all_tn(s == 0))``, ``saturated = mean_i(all_tn(s != 0))``.
+    Equation: with ``s[t, n, i]`` the output of neuron i of a layer for image n at step t, and a
+        spike wherever it is
+    not zero: ``rate = mean(s != 0)``, ``silent = mean_i(all_tn(s == 0))``, ``saturated =
+    mean_i(all_tn(s != 0))``.
 
-    The model runs once, without gradients, in evaluation mode and from a reset; its modes, neuron states, hooks and all
-    generators are as before afterwards. Every neuron of SpikingJelly that spikes is followed, in either step mode, and
-    so is a subclass of one. A fused pair of batch norm and DLIF is pulled apart while it is watched.
+    The model runs once, without gradients, in evaluation mode and from a reset; its modes, neuron
+    states, hooks and all generators are as before afterwards. Every neuron of SpikingJelly that
+    spikes is followed, in either step mode, and so is a subclass of one. A fused pair of batch norm
+    and DLIF is pulled apart while it is watched.
 
     Args:
-        model: Takes ``x``: a ``SpikingClassifier`` (or another module around a spiking network) and images [N, ...],
-            or a bare SpikingJelly network in step mode ``"m"`` and its sequence [T, N, ...].
+        model: Takes ``x``: a ``SpikingClassifier`` (or another module around a spiking network) and
+            images [N, ...], or a bare SpikingJelly network in step mode ``"m"`` and its sequence
+            [T, N, ...].
         x: The input, with at least one image.
         seed: Seeds stochastic encoders.
 
     Returns:
-        One entry per spiking layer in the order of execution. A neuron that was not called is left out, a network
-        without spiking neurons gives none, and a neuron called more than once counts with all of its calls.
+        One entry per spiking layer in the order of execution. A neuron that was not called is left
+        out, a network without spiking neurons gives none, and a neuron called more than once counts
+        with all of its calls.
 
     Raises:
         TypeError: If ``model`` is not an ``nn.Module``.
         ValueError: If ``x`` holds no image.
 
-    Source: firing rates as recorded by the monitors of SpikingJelly; the two shares are defined here.
+    Source: firing rates as recorded by the monitors of SpikingJelly; the two shares are defined
+        here.
 
     Examples:
         >>> from sj_robust.neuron import DLIFNode
@@ -73,7 +80,9 @@ def firing(model: nn.Module, x: Tensor, *, seed: int = 0) -> tuple[LayerActivity
         (LayerActivity(layer='1', neuron='DLIFNode', rate=0.375, silent=0.5, saturated=0.25),)
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be an nn.Module, whose neurons can be hooked, got {type(model).__name__}")
+        raise TypeError(
+            f"model must be an nn.Module, whose neurons can be hooked, got {type(model).__name__}"
+        )
     if x.numel() == 0:
         raise ValueError(f"x must hold at least one image, got shape {tuple(x.shape)}")
     counts: dict[str, _Count] = {}
@@ -113,7 +122,9 @@ class _Count:
         )
 
 
-def _count(counts: dict[str, _Count], name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+def _count(
+    counts: dict[str, _Count], name: str, module: nn.Module, inputs: Any, output: Any
+) -> None:
     """Count what the neuron ``name`` returns, as a hook of it."""
     output = output[0] if isinstance(output, tuple) else output
     if not isinstance(output, Tensor) or output.numel() == 0:

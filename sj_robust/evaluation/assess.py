@@ -1,4 +1,6 @@
-"""A whole evaluation: activity, choice of estimators, attacks with their control, diagnosis, report."""
+"""A whole evaluation: activity, choice of estimators, attacks with their control, diagnosis,
+report.
+"""
 
 import math
 import time
@@ -32,7 +34,14 @@ from sj_robust.evaluation.outcome import MemberOutcome, SuiteOutcome
 from sj_robust.evaluation.progress import Position, computed_once
 from sj_robust.evaluation.proofs import check_proofs, prove
 from sj_robust.evaluation.robustness_report import RobustnessReport
-from sj_robust.evaluation.runner import Batches, data_fingerprint, gathered, rank_and_world_size, releases, run_suite
+from sj_robust.evaluation.runner import (
+    Batches,
+    data_fingerprint,
+    gathered,
+    rank_and_world_size,
+    releases,
+    run_suite,
+)
 from sj_robust.evaluation.subject import Subject, describe_network
 from sj_robust.evaluation.suites import Suite, SuiteName, make_suite
 from sj_robust.randomness import SampleSeeds
@@ -42,7 +51,9 @@ __all__ = ["assess"]
 _Found = TypeVar("_Found")
 
 _FIRST = 256
-"""Images that firing is counted on, estimators are chosen on and accuracy over eps is measured on, at most."""
+"""Images that firing is counted on, estimators are chosen on and accuracy over eps is measured on,
+at most.
+"""
 _DIAGNOSED = 40
 _FAR = 1e6
 """A lead of a wrong class that no network gives."""
@@ -51,8 +62,9 @@ _FACTORS = (0.25, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 _BOUND = "bound of all"
 """What stands among the attacks that moved the potential for the bounds of every perturbation."""
 _NOT_DIAGNOSED = (
-    "Signs of gradient masking were not looked for: the diagnosis moves values a little, and events cannot. The random "
-    "changes of the suite, which need no gradient, and its choice of estimators stand in for it."
+    "Signs of gradient masking were not looked for: the diagnosis moves values a little, and "
+    "events cannot. The random changes of the suite, which need no gradient, and its choice of "
+    "estimators stand in for it."
 )
 
 
@@ -76,23 +88,25 @@ def assess(
 ) -> RobustnessReport:
     """Evaluate a network and write the report. 完整评估并生成报告。
 
-    In order: firing of every layer, proofs for Linf (images that no attack can break, and none needs to try), a search
-    over gradient estimators (if the suite chooses), the suite and its control on all images, accuracy over eps, signs
-    of gradient masking (not for event frames, as the report then says). Every part is kept in ``folder`` as it ends,
-    and a call with the same arguments goes on where a killed one stopped. Several processes share the images, see
+    In order: firing of every layer, proofs for Linf (images that no attack can break, and none
+    needs to try), a search over gradient estimators (if the suite chooses), the suite and its
+    control on all images, accuracy over eps, signs of gradient masking (not for event frames, as
+    the report then says). Every part is kept in ``folder`` as it ends, and a call with the same
+    arguments goes on where a killed one stopped. Several processes share the images, see
     ``run_suite``, and each gets the report.
 
     Args:
         subject: The network.
-        batches: Test images with labels in batches, iterable more than once; binary event frames [N, T, 2, H, W] for
-            the suite ``"events"``.
+        batches: Test images with labels in batches, iterable more than once; binary event frames
+            [N, T, 2, H, W] for the suite ``"events"``.
         suite: Name of the suite.
-        threat: Norm and radius, > 0; for the suite ``"events"`` ``ThreatModel("L0", k)`` or one of moves.
+        threat: Norm and radius, > 0; for the suite ``"events"`` ``ThreatModel("L0", k)`` or one of
+            moves.
         dataset: Name of the data set.
         classes: Number of classes.
         seed: Seeds everything.
-        draws: Fresh forwards in each of which a stochastic network must be wrong, and which its gradients are averaged
-            over; 1 for a network that draws no random numbers.
+        draws: Fresh forwards in each of which a stochastic network must be wrong, and which its
+            gradients are averaged over; 1 for a network that draws no random numbers.
         source: Another network for the same images; transfer attacks from it join the suite.
         proofs: Whether images are verified, where threat and network have bounds.
         control: Whether the control of the suite runs too.
@@ -104,14 +118,22 @@ def assess(
     Raises:
         ValueError: If an argument is wrong, or the folder holds the progress of another evaluation.
 
-    Source: evaluation as asked for by Carlini et al., "On evaluating adversarial robustness" (arXiv 1902.06705).
+    Source: evaluation as asked for by Carlini et al., "On evaluating adversarial robustness" (arXiv
+        1902.06705).
 
     Examples:
         >>> from sj_robust import DLIFNode, SpikingClassifier
         >>> net = nn.Sequential(nn.Flatten(2), nn.Linear(4, 3), DLIFNode(T=2))
         >>> mine = Subject("mine", SpikingClassifier(net, T=2), "one layer")
         >>> batches = [(torch.rand(6, 1, 2, 2), torch.arange(6) % 3)]
-        >>> report = assess(mine, batches, suite="fast", threat=ThreatModel("Linf", 0.1), dataset="noise", classes=3)
+        >>> report = assess(
+        ...     mine,
+        ...     batches,
+        ...     suite="fast",
+        ...     threat=ThreatModel("Linf", 0.1),
+        ...     dataset="noise",
+        ...     classes=3,
+        ... )
         >>> report.worst_case.total
         6
     """
@@ -128,7 +150,9 @@ def assess(
     data = data_fingerprint(batches)
     key = {"network": fingerprint(model), "data": data, "threat": repr(threat), "seed": str(seed)}
     key["releases"] = releases()
-    parts = _Parts(model, x, y, threat, seed, draws, key | {"draws": str(draws)}, folder, say, on_step)
+    parts = _Parts(
+        model, x, y, threat, seed, draws, key | {"draws": str(draws)}, folder, say, on_step
+    )
 
     say(f"firing of every layer on {len(x)} images")
     activity = [asdict(layer) for layer in firing(model, x, seed=seed)]
@@ -142,15 +166,25 @@ def assess(
         plan = _with_transfer(plan, source, threat)
     if not control:
         plan = replace(plan, control=())
-    say(f"suite {plan.name}: {plan.description}; {len(plan.members)} attacks, {len(plan.control)} of the control")
-    outcome = parts.run("suite", batches, (*plan.members, *plan.control), threat=threat, verified=verified or ())
+    say(
+        f"suite {plan.name}: {plan.description}; {len(plan.members)} attacks, "
+        f"{len(plan.control)} of the control"
+    )
+    outcome = parts.run(
+        "suite", batches, (*plan.members, *plan.control), threat=threat, verified=verified or ()
+    )
     curve, levels = _curve_of(outcome, threat), outcome.members
     if not curve:
         curve, levels = parts.over_eps(few, chosen[0] if chosen else "training")
     band = [] if verified is None else parts.proofs_over_eps(few, curve, levels)
     findings = parts.findings(source) if not threat.of_events else []
-    network = {"architecture": subject.architecture, "fingerprint": key["network"]} | describe_network(model)
-    unseen = sorted({text for row in outcome.potential for text in row["warnings"]} | set(outcome.warnings))
+    network = {
+        "architecture": subject.architecture,
+        "fingerprint": key["network"],
+    } | describe_network(model)
+    unseen = sorted(
+        {text for row in outcome.potential for text in row["warnings"]} | set(outcome.warnings)
+    )
     return RobustnessReport(
         name=subject.name,
         dataset=dataset,
@@ -177,13 +211,19 @@ def assess(
         ),
         configuration=dict(configuration or {}),
         environment=environment(x.device) | {"processes": str(rank_and_world_size()[1])},
-        warnings=(*unseen, *proved.get("reasons", ()), *([_NOT_DIAGNOSED] if threat.of_events else [])),
+        warnings=(
+            *unseen,
+            *proved.get("reasons", ()),
+            *([_NOT_DIAGNOSED] if threat.of_events else []),
+        ),
     )
 
 
 @dataclass(frozen=True)
 class _Parts:
-    """Parts of an evaluation that take long, and what each of them needs; what one has found is kept in a file."""
+    """Parts of an evaluation that take long, and what each of them needs; what one has found is
+    kept in a file.
+    """
 
     model: nn.Module
     x: Tensor
@@ -197,23 +237,37 @@ class _Parts:
     on_step: Callable[[Position], None] | None
 
     def search(self, settings: EstimatorSearch) -> list[dict[str, Any]]:
-        """Trials of the gradient estimators, strongest first; none if the network gets no image right."""
+        """Trials of the gradient estimators, strongest first; none if the network gets no image
+        right.
+        """
         self.say(f"choosing among {len(settings.candidates)} gradient estimators")
 
         def compute() -> list[dict[str, Any]]:
-            few, seeds = (self.model, self.x, self.y), SampleSeeds(range(len(self.y))).derived("sweep", self.seed)
+            few, seeds = (
+                (self.model, self.x, self.y),
+                SampleSeeds(range(len(self.y))).derived("sweep", self.seed),
+            )
             if bool(fools(*few, draws=self.draws, seeds=seeds).all()):
                 return []
             attack = short_attack(self.threat, settings.steps, draws=self.draws)
             trials = search_estimators(
-                *few, threat=self.threat, settings=settings, attack=attack, draws=self.draws, seeds=seeds
+                *few,
+                threat=self.threat,
+                settings=settings,
+                attack=attack,
+                draws=self.draws,
+                seeds=seeds,
             )
             return [asdict(trial) for trial in trials]
 
-        return self._computed_once("estimators.json", self.key | {"settings": repr(settings)}, compute)
+        return self._computed_once(
+            "estimators.json", self.key | {"settings": repr(settings)}, compute
+        )
 
     def proofs(self, batches: Batches) -> dict[str, Any]:
-        """Images that are verified, how far the potential can move, seconds; or why nothing is proved."""
+        """Images that are verified, how far the potential can move, seconds; or why nothing is
+        proved.
+        """
         self.say(f"proofs at Linf {eps_text(self.threat.eps)}")
 
         def compute() -> dict[str, Any]:
@@ -224,14 +278,20 @@ class _Parts:
                 return {"reasons": [f"Nothing is proved: {error}."]}
             (verified,) = found.verified.values()
             bound = {"member": _BOUND, "samples": found.total, "layers": found.potential}
-            return {"verified": verified, "potential": [bound], "seconds": time.perf_counter() - start}
+            return {
+                "verified": verified,
+                "potential": [bound],
+                "seconds": time.perf_counter() - start,
+            }
 
         return self._computed_once("proofs.json", self.key, compute)
 
     def proofs_over_eps(
         self, few: Batches, curve: Sequence[Mapping[str, Any]], levels: Sequence[MemberOutcome]
     ) -> list[dict[str, Any]]:
-        """Rows of what is verified at the radii of a curve; ValueError if an attack of it breaks such an image."""
+        """Rows of what is verified at the radii of a curve; ValueError if an attack of it breaks
+        such an image.
+        """
         self.say("proofs over eps")
         radii = [row["eps"] for row in curve]
         verified = self._computed_once(
@@ -241,35 +301,65 @@ class _Parts:
         )
         for eps, numbers in verified.items():
             check_proofs(levels, numbers, parse_eps(eps))
-        return [{"eps": eps, "verified": len(numbers), "total": len(self.y)} for eps, numbers in verified.items()]
+        return [
+            {"eps": eps, "verified": len(numbers), "total": len(self.y)}
+            for eps, numbers in verified.items()
+        ]
 
-    def run(self, name: str, batches: Batches, members: Sequence[Member], **what: Any) -> SuiteOutcome:
+    def run(
+        self, name: str, batches: Batches, members: Sequence[Member], **what: Any
+    ) -> SuiteOutcome:
         folder = self.folder and self.folder / name
         return run_suite(
-            self.model, batches, members, seed=self.seed, folder=folder, draws=self.draws, on_step=self.on_step, **what
+            self.model,
+            batches,
+            members,
+            seed=self.seed,
+            folder=folder,
+            draws=self.draws,
+            on_step=self.on_step,
+            **what,
         )
 
-    def over_eps(self, few: Batches, estimator: str) -> tuple[list[dict[str, Any]], tuple[MemberOutcome, ...]]:
+    def over_eps(
+        self, few: Batches, estimator: str
+    ) -> tuple[list[dict[str, Any]], tuple[MemberOutcome, ...]]:
         """Accuracy over eps, from a short attack at every radius; and what each of these did."""
-        self.say("accuracy over the number of changes" if self.threat.of_events else "accuracy over eps")
+        self.say(
+            "accuracy over the number of changes" if self.threat.of_events else "accuracy over eps"
+        )
         radii = _radii(self.threat, elements=self.x[0].numel())
-        levels = [_level(replace(self.threat, eps=radius), estimator, self.draws) for radius in radii]
+        levels = [
+            _level(replace(self.threat, eps=radius), estimator, self.draws) for radius in radii
+        ]
         outcome = self.run("over_eps", few, levels, threat=replace(self.threat, eps=max(radii)))
         kind = short_attack_name(self.threat) + ("" if self.threat.of_events else " 20")
-        return _curve(outcome, outcome.members, [f"{kind}, {estimator}"] * len(levels)), outcome.members
+        return _curve(
+            outcome, outcome.members, [f"{kind}, {estimator}"] * len(levels)
+        ), outcome.members
 
     def findings(self, source: nn.Module | None) -> list[dict[str, Any]]:
         self.say("signs of gradient masking")
 
         def compute() -> list[dict[str, Any]]:
             x, y, samples = self.x[:_DIAGNOSED], self.y[:_DIAGNOSED], 10 if self.draws > 1 else 1
-            found = diagnose(self.model, x, y, threat=self.threat, seed=self.seed, source=source, eot_samples=samples)
+            found = diagnose(
+                self.model,
+                x,
+                y,
+                threat=self.threat,
+                seed=self.seed,
+                source=source,
+                eot_samples=samples,
+            )
             return [asdict(finding) for finding in found]
 
         of_source = {} if source is None else {"source": fingerprint(source)}
         return self._computed_once("findings.json", self.key | of_source, compute)
 
-    def _computed_once(self, name: str, key: Mapping[str, str], compute: Callable[[], _Found]) -> _Found:
+    def _computed_once(
+        self, name: str, key: Mapping[str, str], compute: Callable[[], _Found]
+    ) -> _Found:
         """What the first process computes or an earlier run has computed, on every process."""
         rank, _ = rank_and_world_size()
         found: dict[int, _Found] = {}
@@ -279,15 +369,20 @@ class _Parts:
 
 
 def _check_draws(model: nn.Module, x: Tensor, y: Tensor, draws: int) -> None:
-    if draws == 1 and not torch.equal(*(scored(model, x[:8], y[:8], seed=number) for number in (0, 1))):
+    if draws == 1 and not torch.equal(
+        *(scored(model, x[:8], y[:8], seed=number) for number in (0, 1))
+    ):
         raise ValueError(
-            "the network draws random numbers: on the same images its logits differ. One lucky draw breaks nothing, so "
-            "say in how many fresh draws an image must be wrong, such as draws=10 (--draws 10)"
+            "the network draws random numbers: on the same images its logits differ. One lucky "
+            "draw breaks nothing, so say in how many fresh draws an image must be wrong, such as "
+            "draws=10 (--draws 10)"
         )
 
 
 def _with_transfer(suite: Suite, source: nn.Module, threat: ThreatModel) -> Suite:
-    """The suite with attacks crafted on another network, and with those of the same cost in its control."""
+    """The suite with attacks crafted on another network, and with those of the same cost in its
+    control.
+    """
     attack = short_attack(threat, 50)
     if threat.of_events:  # without an end at the border of the source, where nothing would transfer
         attack = partial(event_attack(threat), confidence=_FAR, reduce=False)
@@ -306,27 +401,39 @@ def _radii(threat: ThreatModel, *, elements: int) -> list[float]:
 
 
 def _level(threat: ThreatModel, estimator: str, draws: int) -> Member:
-    """A short attack at one radius; all are in one group: what has fallen at one has fallen at every larger one."""
+    """A short attack at one radius; all are in one group: what has fallen at one has fallen at
+    every larger one.
+    """
     name = f"{CHANGES.get(threat.norm, 'apgd')}20@{eps_text(threat.eps)}"
     attack = short_attack(threat, 20, draws=draws, queries=100)
     return Member(name, attack, estimator, group="over_eps", threat=threat)
 
 
 def _curve_of(outcome: SuiteOutcome, threat: ThreatModel) -> list[dict[str, Any]]:
-    """Accuracy over eps from the members of a suite that have other radii than the threat, such as the paper's."""
-    members = [member for member in outcome.members if "@" in member.name and member.eps is not None]
+    """Accuracy over eps from the members of a suite that have other radii than the threat, such as
+    the paper's.
+    """
+    members = [
+        member for member in outcome.members if "@" in member.name and member.eps is not None
+    ]
     if len({member.eps for member in members} - {threat.eps}) < 2:
         return []
     return _curve(outcome, members, [member.name.partition("@")[0] for member in members])
 
 
-def _curve(outcome: SuiteOutcome, members: Sequence[MemberOutcome], attacks: Sequence[str]) -> list[dict[str, Any]]:
+def _curve(
+    outcome: SuiteOutcome, members: Sequence[MemberOutcome], attacks: Sequence[str]
+) -> list[dict[str, Any]]:
     """Rows of accuracy over eps; in a group every member begins with what the earlier ones left."""
     correct, total = len(outcome.correct), len(outcome.labels)
-    rows: list[dict[str, Any]] = [{"eps": "0", "attack": "clean", "correct": correct, "total": total}]
+    rows: list[dict[str, Any]] = [
+        {"eps": "0", "attack": "clean", "correct": correct, "total": total}
+    ]
     for member, attack in zip(members, attacks, strict=True):
         left = (rows[-1]["correct"] if member.group else correct) - len(member.fooled)
-        rows.append({"eps": eps_text(member.eps or 0.0), "attack": attack, "correct": left, "total": total})
+        rows.append(
+            {"eps": eps_text(member.eps or 0.0), "attack": attack, "correct": left, "total": total}
+        )
     return rows
 
 

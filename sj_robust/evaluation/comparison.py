@@ -43,7 +43,13 @@ class Difference:
         """A row of a table in per cent; a star marks an interval that leaves out 0."""
         low, high = (100 * end for end in self.interval)
         value = f"{100 * self.value:+.1f}{' *' if self.clear else ''}"
-        return [self.first.name, self.first.percent, self.second.percent, value, f"{low:+.1f} to {high:+.1f}"]
+        return [
+            self.first.name,
+            self.first.percent,
+            self.second.percent,
+            value,
+            f"{low:+.1f} to {high:+.1f}",
+        ]
 
 
 @dataclass(frozen=True)
@@ -67,9 +73,11 @@ class Comparison:
 
 
 def compare_reports(first: RobustnessReport, second: RobustnessReport) -> Comparison:
-    """What differs between two reports, with intervals, and whether they can be compared at all. 比较两份报告。
+    """What differs between two reports, with intervals, and whether they can be compared at all.
+    比较两份报告。
 
-    On the same images the interval is that of paired shares, which is far narrower; otherwise that of independent ones.
+    On the same images the interval is that of paired shares, which is far narrower; otherwise that
+    of independent ones.
 
     Args:
         first: The one to start from.
@@ -94,12 +102,16 @@ def compare_reports(first: RobustnessReport, second: RobustnessReport) -> Compar
             continue
         if paired:
             before, after = first.standing(one.name), second.standing(one.name)
-            interval = paired_difference_interval(len(after - before), len(before - after), one.total)
+            interval = paired_difference_interval(
+                len(after - before), len(before - after), one.total
+            )
         else:
             interval = difference_interval(one.correct, one.total, other.correct, other.total)
         rows.append(Difference(one, other, interval))
     alike = first.name == second.name
-    names = (f"{first.name} (first)", f"{second.name} (second)") if alike else (first.name, second.name)
+    names = (
+        (f"{first.name} (first)", f"{second.name} (second)") if alike else (first.name, second.name)
+    )
     return Comparison(names, tuple(rows), _notes(first, second, paired=paired))
 
 
@@ -112,18 +124,30 @@ def _notes(first: RobustnessReport, second: RobustnessReport, *, paired: bool) -
         ("suite", first.suite, second.suite),
     ):
         if here != there:
-            harm = "other attacks were run" if what == "suite" else "robust accuracies cannot be compared"
+            harm = (
+                "other attacks were run"
+                if what == "suite"
+                else "robust accuracies cannot be compared"
+            )
             notes.append(f"DIFFERENT {what}: {here} and {there}; {harm}.")
     if not paired:
         notes.append(
-            f"The images differ ({len(first.labels)} and {len(second.labels)}): intervals are those of independent "
-            "samples."
+            f"The images differ ({len(first.labels)} and {len(second.labels)}): intervals are "
+            "those of independent samples."
         )
-    if first.network.get("fingerprint") and first.network.get("fingerprint") == second.network.get("fingerprint"):
+    if first.network.get("fingerprint") and first.network.get("fingerprint") == second.network.get(
+        "fingerprint"
+    ):
         notes.append("Both reports are about the same weights.")
     mine, theirs = ({one.name for one in report.accuracies} for report in (first, second))
     for report, missing in ((first, theirs - mine), (second, mine - theirs)):
         if missing:
-            notes.append(f"{len(missing)} attacks are not in the report of {report.name}, and left out.")
-    notes += [f"{report.name}: {text}" for report in (first, second) for text in (*report.alarms, *report.masked)]
+            notes.append(
+                f"{len(missing)} attacks are not in the report of {report.name}, and left out."
+            )
+    notes += [
+        f"{report.name}: {text}"
+        for report in (first, second)
+        for text in (*report.alarms, *report.masked)
+    ]
     return tuple(notes)

@@ -13,12 +13,28 @@ from sj_robust.randomness import SampleSeeds
 __all__ = ["CORRUPTIONS", "Corruption", "corrupted", "default_corruptions"]
 
 CORRUPTIONS = (
-    "gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur", "snow",
-    "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression",
-)  # fmt: skip
+    "gaussian_noise",
+    "shot_noise",
+    "impulse_noise",
+    "defocus_blur",
+    "glass_blur",
+    "motion_blur",
+    "zoom_blur",
+    "snow",
+    "frost",
+    "fog",
+    "brightness",
+    "contrast",
+    "elastic_transform",
+    "pixelate",
+    "jpeg_compression",
+)
 """The fifteen common corruptions, in the order of their source."""
 
-_SEEDED = ("impulse_noise", "glass_blur")  # which the library does not draw from NumPy's global generator
+_SEEDED = (
+    "impulse_noise",
+    "glass_blur",
+)  # which the library does not draw from NumPy's global generator
 _LEAST = 32  # pixels to a side that the library asks for
 
 
@@ -33,8 +49,8 @@ class Corruption:
     Raises:
         ValueError: If there is no such corruption or severity.
 
-    Source: Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions and Perturbations"
-        (ICLR 2019).
+    Source: Hendrycks and Dietterich, "Benchmarking Neural Network Robustness to Common Corruptions
+        and Perturbations" (ICLR 2019).
 
     Examples:
         >>> Corruption("fog", 3).level
@@ -46,9 +62,13 @@ class Corruption:
 
     def __post_init__(self) -> None:
         if self.kind not in CORRUPTIONS:
-            raise ValueError(f"corruption must be one of {', '.join(CORRUPTIONS)}, got {self.kind!r}")
+            raise ValueError(
+                f"corruption must be one of {', '.join(CORRUPTIONS)}, got {self.kind!r}"
+            )
         if isinstance(self.level, bool) or self.level not in (1, 2, 3, 4, 5):
-            raise ValueError(f"severity of {self.kind} must be an integer from 1 to 5, got {self.level!r}")
+            raise ValueError(
+                f"severity of {self.kind} must be an integer from 1 to 5, got {self.level!r}"
+            )
 
 
 def default_corruptions(images: Tensor) -> tuple[Corruption, ...]:
@@ -59,8 +79,8 @@ def default_corruptions(images: Tensor) -> tuple[Corruption, ...]:
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(
-            f"corruptions need images [N, C, H, W] of 1 or 3 channels, got shape {tuple(images.shape)}; event frames "
-            "have the suite stress"
+            "corruptions need images [N, C, H, W] of 1 or 3 channels, got shape "
+            f"{tuple(images.shape)}; event frames have the suite stress"
         )
     _library()
     return tuple(Corruption(kind, severity) for kind in CORRUPTIONS for severity in range(1, 6))
@@ -69,9 +89,10 @@ def default_corruptions(images: Tensor) -> tuple[Corruption, ...]:
 def corrupted(x: Tensor, corruption: Corruption, *, seed: int, start: int = 0) -> Tensor:
     """Images with a corruption, each from its own seed; they pass through 8 bits. 添加常见损坏。
 
-    Images below 32 pixels to a side, which the library refuses, are extended by their edge and cut again. Severities
-    are those of ImageNet-C, and harder on small images than those of CIFAR-10-C. ``x`` is [N, C, H, W] in [0, 1] of one
-    or three channels; ``start`` is the number of its first image in the data set, part of that image's seed.
+    Images below 32 pixels to a side, which the library refuses, are extended by their edge and cut
+    again. Severities are those of ImageNet-C, and harder on small images than those of CIFAR-10-C.
+    ``x`` is [N, C, H, W] in [0, 1] of one or three channels; ``start`` is the number of its first
+    image in the data set, part of that image's seed.
 
     Raises:
         ModuleNotFoundError: If imagecorruptions is not installed.
@@ -80,18 +101,26 @@ def corrupted(x: Tensor, corruption: Corruption, *, seed: int, start: int = 0) -
     high, wide = (max(0, _LEAST - size) for size in x.shape[2:])
     margin = ((high // 2, high - high // 2), (wide // 2, wide - wide // 2), (0, 0))
     cut = (slice(high // 2, high // 2 + x.shape[2]), slice(wide // 2, wide // 2 + x.shape[3]))
-    seeds = SampleSeeds(range(start, start + len(x))).derived(corruption.kind, corruption.level, seed).seeds
-    state = np.random.get_state()  # noqa: NPY002  # the library draws from NumPy's global generator
+    seeds = (
+        SampleSeeds(range(start, start + len(x)))
+        .derived(corruption.kind, corruption.level, seed)
+        .seeds
+    )
+    state = np.random.get_state()  # the library draws from NumPy's global generator
     found = []
     try:
-        for image, own in zip((x * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy(), seeds, strict=True):
-            np.random.seed(own % 2**32)  # noqa: NPY002
+        for image, own in zip(
+            (x * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy(), seeds, strict=True
+        ):
+            np.random.seed(own % 2**32)
             options = {"seed": own % 2**31} if corruption.kind in _SEEDED else {}
             pixels = np.pad(image, margin, mode="edge")
-            done = corrupt(pixels, severity=corruption.level, corruption_name=corruption.kind, **options)[cut]
+            done = corrupt(
+                pixels, severity=corruption.level, corruption_name=corruption.kind, **options
+            )[cut]
             found.append(done if x.shape[1] == 3 else done.mean(2, keepdims=True))
     finally:
-        np.random.set_state(state)  # noqa: NPY002
+        np.random.set_state(state)
     return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).to(x) / 255
 
 
@@ -100,7 +129,8 @@ def _library() -> Callable[..., Any]:
         from imagecorruptions import corrupt
     except ImportError as error:
         raise ModuleNotFoundError(
-            f"the suite corruptions needs imagecorruptions ({error}): pip install 'sj_robust[corruptions]'"
+            f"the suite corruptions needs imagecorruptions ({error}): pip install "
+            "'sj_robust[corruptions]'"
         ) from error
     corruption: Callable[..., Any] = corrupt
     return corruption

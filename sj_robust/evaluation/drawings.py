@@ -5,7 +5,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-from sj_robust._shown import BLUE, COLOURS, GREY, ORANGE, common_scale, heat_map, new_figure, print_style, write_figure
+from sj_robust._shown import (
+    BLUE,
+    COLOURS,
+    GREY,
+    ORANGE,
+    common_scale,
+    heat_map,
+    new_figure,
+    print_style,
+    write_figure,
+)
 from sj_robust.attacks.threat import ThreatModel, eps_text, parse_eps
 from sj_robust.evaluation.intervals import wilson_interval
 from sj_robust.evaluation.outcome import MemberOutcome
@@ -43,7 +53,8 @@ class _DrawnReport(Protocol):
 
 @print_style()
 def plot_report(report: Report, path: Path) -> None:
-    """Bars of accuracy per attack and network, and validation curves if the report has them. 绘制评估报告。
+    """Bars of accuracy per attack and network, and validation curves if the report has them.
+    绘制评估报告。
 
     Args:
         report: What to draw.
@@ -71,20 +82,24 @@ def plot_report(report: Report, path: Path) -> None:
     write_figure(figure, path)
 
 
-def plot_robustness(report: _DrawnReport, folder: Path, gallery: Gallery | None = None) -> tuple[Path, ...]:
+def plot_robustness(
+    report: _DrawnReport, folder: Path, gallery: Gallery | None = None
+) -> tuple[Path, ...]:
     """Every figure of a robustness report, each as PNG and PDF. 绘制鲁棒性报告的全部图。
 
     Args:
         report: What to draw.
-        folder: Where the figures of :func:`robustness_figures` are written; those that the report holds no numbers
-            for are left out.
+        folder: Where the figures of :func:`robustness_figures` are written; those that the report
+            holds no numbers for are left out.
         gallery: Images under attack to draw as well.
 
     Examples:
         >>> import tempfile
         >>> from sj_robust.attacks import ThreatModel
         >>> from sj_robust.evaluation import RobustnessReport
-        >>> report = RobustnessReport("mine", "digits", ThreatModel("Linf", 0.1), "fast", 2, (0, 1), (0,), ())
+        >>> report = RobustnessReport(
+        ...     "mine", "digits", ThreatModel("Linf", 0.1), "fast", 2, (0, 1), (0,), ()
+        ... )
         >>> [file.name for file in plot_robustness(report, Path(tempfile.mkdtemp()))]
         ['attacks.png', 'attacks.pdf']
     """
@@ -106,13 +121,15 @@ def robustness_figures(report: _DrawnReport, *, columns: int = 2) -> dict[str, "
         columns: Panels side by side in the figure of several panels.
 
     Returns:
-        ``accuracy_over_eps``, ``attacks``, ``potential`` (of the first attack within the threat) and
-        ``potential_more`` (of the others), as far as the report holds numbers for them.
+        ``accuracy_over_eps``, ``attacks``, ``potential`` (of the first attack within the threat)
+        and ``potential_more`` (of the others), as far as the report holds numbers for them.
 
     Examples:
         >>> from sj_robust.attacks import ThreatModel
         >>> from sj_robust.evaluation import RobustnessReport
-        >>> report = RobustnessReport("mine", "digits", ThreatModel("Linf", 0.1), "fast", 2, (0, 1), (0,), ())
+        >>> report = RobustnessReport(
+        ...     "mine", "digits", ThreatModel("Linf", 0.1), "fast", 2, (0, 1), (0,), ()
+        ... )
         >>> list(robustness_figures(report))
         ['attacks']
     """
@@ -134,7 +151,9 @@ def _accuracy_over_eps(report: _DrawnReport) -> "Figure":
     figure = new_figure(3.8, 2.8)
     axes = figure.subplots()
     texts = [str(row["eps"]) for row in report.over_eps]
-    unit = 255 if any(text.endswith("/255") for text in [*texts, eps_text(report.threat.eps)]) else 1
+    unit = (
+        255 if any(text.endswith("/255") for text in [*texts, eps_text(report.threat.eps)]) else 1
+    )
     places = [unit * parse_eps(text) for text in texts]
     shares = [100 * row["correct"] / row["total"] for row in report.over_eps]
     ends = [wilson_interval(row["correct"], row["total"]) for row in report.over_eps]
@@ -146,7 +165,9 @@ def _accuracy_over_eps(report: _DrawnReport) -> "Figure":
         within = [unit * parse_eps(row["eps"]) for row in report.verified_over_eps]
         axes.plot(within, lowest, "v--", color=GREY, markersize=4, label="verified")
         if within == places:
-            axes.fill_between(places, lowest, shares, facecolor="none", edgecolor=GREY, hatch="///", linewidth=0)
+            axes.fill_between(
+                places, lowest, shares, facecolor="none", edgecolor=GREY, hatch="///", linewidth=0
+            )
     here = unit * report.threat.eps
     summaries = {one.kind: one for one in report.accuracies}
     for kind, marker, color in (("control", "s", GREY), ("everything", "D", ORANGE)):
@@ -154,10 +175,20 @@ def _accuracy_over_eps(report: _DrawnReport) -> "Figure":
             low_end, high_end = (100 * end for end in summaries[kind].interval)
             middle = 100 * summaries[kind].accuracy
             name = "worst case of everything" if kind == "everything" else kind
-            size, filled = (9, "none") if marker == "s" else (5, color)  # the one shows around the other
+            size, filled = (
+                (9, "none") if marker == "s" else (5, color)
+            )  # the one shows around the other
             spread = [[middle - low_end], [high_end - middle]]
             axes.errorbar(
-                here, middle, spread, fmt=marker, capsize=4, label=name, color=color, ms=size, markerfacecolor=filled
+                here,
+                middle,
+                spread,
+                fmt=marker,
+                capsize=4,
+                label=name,
+                color=color,
+                ms=size,
+                markerfacecolor=filled,
             )
     in_units = ", in 1/255" if unit == 255 else ""
     what = {"L0": "events added or removed", "moves": "events moved in time"}
@@ -170,13 +201,24 @@ def _accuracy_over_eps(report: _DrawnReport) -> "Figure":
 
 
 def _attacks(report: _DrawnReport) -> "Figure":
-    """Bars from the first attack to the last, hollow beyond the threat; control and worst case below, hatched."""
+    """Bars from the first attack to the last, hollow beyond the threat; control and worst case
+    below, hatched.
+    """
     beyond = {member.name for member in report.members if not report.within(member)}
     curve = {member.name for member in report.members if "@" in member.name}
-    rows = [row for row in report.accuracies if not row.name.startswith("control/") and row.name not in curve]
+    rows = [
+        row
+        for row in report.accuracies
+        if not row.name.startswith("control/") and row.name not in curve
+    ]
     figure = new_figure(4.2, 0.6 + 0.2 * len(rows))
     axes = figure.subplots()
-    looks = {"clean": (GREY, ""), "member": (BLUE, ""), "control": (GREY, "////"), "worst case": (ORANGE, "xxxx")}
+    looks = {
+        "clean": (GREY, ""),
+        "member": (BLUE, ""),
+        "control": (GREY, "////"),
+        "worst case": (ORANGE, "xxxx"),
+    }
     looks["verified"] = (GREY, "\\\\\\\\")
     ink = axes.spines["left"].get_edgecolor()
     for place, row in enumerate(rows):
@@ -184,11 +226,25 @@ def _attacks(report: _DrawnReport) -> "Figure":
         share = 100 * row.accuracy
         low, high = (100 * end for end in row.interval)
         axes.barh(
-            place, share, 0.72, color=color, alpha=0.5 if hatch else 0.0 if row.name in beyond else 0.8, linewidth=0
+            place,
+            share,
+            0.72,
+            color=color,
+            alpha=0.5 if hatch else 0.0 if row.name in beyond else 0.8,
+            linewidth=0,
         )
         axes.barh(place, share, 0.72, facecolor="none", edgecolor=color, hatch=hatch, linewidth=1.0)
-        axes.errorbar(share, place, xerr=[[share - low], [high - share]], fmt="none", ecolor=ink, capsize=2)
-        axes.annotate(f"{share:.1f}", (high, place), (3, 0), textcoords="offset points", va="center", fontsize=7)
+        axes.errorbar(
+            share, place, xerr=[[share - low], [high - share]], fmt="none", ecolor=ink, capsize=2
+        )
+        axes.annotate(
+            f"{share:.1f}",
+            (high, place),
+            (3, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=7,
+        )
     axes.set_yticks(range(len(rows)), [row.name for row in rows], fontsize=7)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlim(0, 112)
@@ -205,7 +261,9 @@ def _potential(rows: _Rows, columns: int) -> "Figure":
     layers = max(len(row["layers"]) for row in rows)
     figure = new_figure(0.4 + 4.2 * columns, 0.8 + (0.65 + 0.24 * layers) * down)
     panels = figure.subplots(down, columns, squeeze=False)
-    scale = common_scale(value for row in rows for steps in row["layers"].values() for value in steps)
+    scale = common_scale(
+        value for row in rows for steps in row["layers"].values() for value in steps
+    )
     for axes, row in zip(panels.flat, rows, strict=False):
         mesh = heat_map(axes, row["layers"], scale)
         axes.set_title(f"{row['member']} ({row['samples']} images)")
@@ -252,7 +310,9 @@ def _curves(axes: "Axes", report: Report) -> None:
         color = COLOURS[index % len(COLOURS)]
         for attack in records[0]["validation"] if records else ():
             values = [100 * record["validation"][attack] for record in records]
-            axes.plot(epochs, values, styles.get(attack, "-"), color=color, label=f"{network}, {attack}")
+            axes.plot(
+                epochs, values, styles.get(attack, "-"), color=color, label=f"{network}, {attack}"
+            )
     axes.set_xlabel("epoch")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_ylabel("validation accuracy, %")

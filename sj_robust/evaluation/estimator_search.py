@@ -1,4 +1,6 @@
-"""Which gradient estimators fool a network most: a short attack with every one of them on a few images."""
+"""Which gradient estimators fool a network most: a short attack with every one of them on a few
+images.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -15,13 +17,30 @@ from sj_robust.attacks.events import Allow, flip_events, random_flips
 from sj_robust.attacks.logits import margin
 from sj_robust.attacks.threat import ThreatModel
 from sj_robust.attacks.timing import move_events, random_moves
-from sj_robust.evaluation.member import Member, check_estimator, clock, craft, fools, has_detached_reset, scored
+from sj_robust.evaluation.member import (
+    Member,
+    check_estimator,
+    clock,
+    craft,
+    fools,
+    has_detached_reset,
+    scored,
+)
 from sj_robust.randomness import SampleSeeds
 
 __all__ = [
-    "CANDIDATES", "CHANGES", "EstimatorSearch", "EstimatorTrial", "confident", "event_attack", "expectation",
-    "random_event_attack", "search_estimators", "short_attack", "short_attack_name",
-]  # fmt: skip
+    "CANDIDATES",
+    "CHANGES",
+    "EstimatorSearch",
+    "EstimatorTrial",
+    "confident",
+    "event_attack",
+    "expectation",
+    "random_event_attack",
+    "search_estimators",
+    "short_attack",
+    "short_attack_name",
+]
 
 CANDIDATES = (
     "training",
@@ -34,8 +53,8 @@ CANDIDATES = (
     "assg",
     "hart:1.2",
 )
-"""Estimators that a search tries by default: shapes with widths around the threshold, and the adaptive ones but PDSG,
-whose gradient of an image depends on the others in the batch."""
+"""Estimators that a search tries by default: shapes with widths around the threshold, and the
+adaptive ones but PDSG, whose gradient of an image depends on the others in the batch."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +89,8 @@ class EstimatorTrial:
     Attributes:
         estimator: Name of the estimator.
         robust_accuracy: Share of the images, all classified right before, that stand.
-        margin: Margin (logit of the label minus the largest other one, 0 where fooled) that is left, as a share of
-            the margin on the clean images.
+        margin: Margin (logit of the label minus the largest other one, 0 where fooled) that is
+            left, as a share of the margin on the clean images.
         seconds: Time of the attack.
         chosen: Whether it is one of the estimators to go on with.
         note: Why it could not be tried; its figures are then those of no attack.
@@ -96,41 +115,53 @@ def search_estimators(
     draws: int = 1,
     seeds: SampleSeeds,
 ) -> tuple[EstimatorTrial, ...]:
-    """Try a short attack with every estimator on a few images, and choose those that fool most together.
+    """Try a short attack with every estimator on a few images, and choose those that fool most
+    together.
 
     在少量图像上比较各梯度估计并选出最优组合。
 
-    Equation: with ``m_e(n) >= 0`` the margin that estimator e leaves on image n, in units of the mean clean margin, and
-    ``c_e(n) = [n stands] + m_e(n)``, estimators are chosen one by one to minimise ``mean_n min_{chosen e} c_e(n)``.
+    Equation: with ``m_e(n) >= 0`` the margin that estimator e leaves on image n, in units of the
+    mean clean margin, and ``c_e(n) = [n stands] + m_e(n)``, estimators are chosen one by one to
+    minimise ``mean_n min_{chosen e} c_e(n)``.
 
-    All candidates start from the same random points. In a second stage the two best are also tried with the gradient
-    of the reset detached. The choice follows the figures, not the clock, so that it can be repeated: all candidates
-    spend the same number of gradients, and none costs much more than another.
+    All candidates start from the same random points. In a second stage the two best are also tried
+    with the gradient of the reset detached. The choice follows the figures, not the clock, so that
+    it can be repeated: all candidates spend the same number of gradients, and none costs much more
+    than another.
 
     Args:
-        model: Images [N, ...] in [0, 1] to logits; an ``nn.Module`` unless ``"training"`` is the only candidate.
+        model: Images [N, ...] in [0, 1] to logits; an ``nn.Module`` unless ``"training"`` is the
+            only candidate.
         x: Images; the first ones that are classified right are used.
         y: Labels [N] int64.
         threat: The budget.
         settings: Candidates, length of the attack and number of images; None takes the defaults.
-        attack: Another attack than that of :func:`short_attack` of ``settings.steps`` steps, its budget bound.
+        attack: Another attack than that of :func:`short_attack` of ``settings.steps`` steps, its
+            budget bound.
         draws: Forwards in every one of which a stochastic network has to be wrong.
         seeds: One seed per sample.
 
     Returns:
-        One trial per estimator, strongest first; those that could not be tried come last, with the reason.
+        One trial per estimator, strongest first; those that could not be tried come last, with the
+        reason.
 
     Raises:
         TypeError: If an argument has the wrong type.
         ValueError: If no image is classified right or an estimator is unknown.
 
-    Source: hyperparameter search over surrogate widths as in HART (Hao et al., ICLR 2024), here over shapes as well.
+    Source: hyperparameter search over surrogate widths as in HART (Hao et al., ICLR 2024), here
+        over shapes as well.
 
     Examples:
         >>> model, x = torch.nn.Linear(4, 3), torch.rand(6, 4)
         >>> threat, settings = ThreatModel("Linf", 0.1), EstimatorSearch(candidates=["training"])
         >>> trials = search_estimators(
-        ...     model, x, model(x).argmax(1), threat=threat, settings=settings, seeds=SampleSeeds(range(6))
+        ...     model,
+        ...     x,
+        ...     model(x).argmax(1),
+        ...     threat=threat,
+        ...     settings=settings,
+        ...     seeds=SampleSeeds(range(6)),
         ... )
         >>> trials[0].estimator, trials[0].chosen
         ('training', True)
@@ -138,7 +169,9 @@ def search_estimators(
     settings = settings or EstimatorSearch()
     rows = (~fools(model, x, y, draws=draws, seeds=seeds)).nonzero().flatten()[: settings.images]
     if len(rows) == 0:
-        raise ValueError(f"a search needs images that are classified right, got none among {len(x)}; give others")
+        raise ValueError(
+            f"a search needs images that are classified right, got none among {len(x)}; give others"
+        )
     short = short_attack(threat, settings.steps) if attack is None else attack
     trials = _Trials(model, x[rows], y[rows], short, draws, seeds.rows(rows))
     names = tuple(dict.fromkeys(("training", *settings.candidates)))
@@ -150,14 +183,20 @@ def search_estimators(
         if has_detached_reset(name):
             trials.run(f"{name}+detach")
     chosen = trials.choice(settings.count)
-    by_strength = sorted(trials.found.values(), key=lambda row: (bool(row.note), row.robust_accuracy + row.margin))
+    by_strength = sorted(
+        trials.found.values(), key=lambda row: (bool(row.note), row.robust_accuracy + row.margin)
+    )
     return tuple(replace(row, chosen=row.estimator in chosen) for row in by_strength)
 
 
 def short_attack(threat: ThreatModel, steps: int, *, draws: int = 1, queries: int = 0) -> Attack:
-    """APGD-CE for a first impression; on events their own attack, with ``queries`` random exchanges."""
+    """APGD-CE for a first impression; on events their own attack, with ``queries`` random
+    exchanges.
+    """
     if threat.of_events:
-        return partial(event_attack(threat), steps=steps, queries=queries, reduce=False, **confident(draws))
+        return partial(
+            event_attack(threat), steps=steps, queries=queries, reduce=False, **confident(draws)
+        )
     return partial(apgd, eps=threat.eps, norm=threat.ball, steps=steps, **expectation(draws))
 
 
@@ -185,28 +224,47 @@ def random_event_attack(threat: ThreatModel, *, allow: Allow) -> "partial[Tensor
 def _budget(threat: ThreatModel) -> dict[str, Any]:
     if threat.norm == "L0":
         return {"flips": int(threat.eps)}
-    return {"moves": int(threat.eps), "largest_shift": threat.largest_shift, "total_shift": threat.total_shift}
+    return {
+        "moves": int(threat.eps),
+        "largest_shift": threat.largest_shift,
+        "total_shift": threat.total_shift,
+    }
 
 
 def confident(draws: int) -> dict[str, Any]:
-    """Options of an attack on events where the network draws random numbers; confidence is in units of logits."""
+    """Options of an attack on events where the network draws random numbers; confidence is in units
+    of logits.
+    """
     return {} if draws == 1 else {"eot_samples": draws, "confidence": 0.1}
 
 
 def expectation(draws: int) -> dict[str, Any]:
-    """Options of APGD and SA-PGD, so that one lucky draw of a stochastic network is not the end of the attack."""
+    """Options of APGD and SA-PGD, so that one lucky draw of a stochastic network is not the end of
+    the attack.
+    """
     return {} if draws == 1 else {"eot_samples": draws, "keep_best": False}
 
 
 class _Trials:
     """What every estimator tried so far leaves of the images."""
 
-    def __init__(self, model: Model, x: Tensor, y: Tensor, attack: Attack, draws: int, seeds: SampleSeeds) -> None:
-        self.model, self.x, self.y, self.attack, self.draws, self.seeds = model, x, y, attack, draws, seeds
+    def __init__(
+        self, model: Model, x: Tensor, y: Tensor, attack: Attack, draws: int, seeds: SampleSeeds
+    ) -> None:
+        self.model, self.x, self.y, self.attack, self.draws, self.seeds = (
+            model,
+            x,
+            y,
+            attack,
+            draws,
+            seeds,
+        )
         self.found: dict[str, EstimatorTrial] = {}
         self.left: dict[str, Tensor] = {}
         self.clean = self._scores(x)[1].mean().clamp(min=torch.finfo(torch.float64).tiny)
-        self._craft("training", slice(1))  # the first call may compile kernels, which is no estimator's fault
+        self._craft(
+            "training", slice(1)
+        )  # the first call may compile kernels, which is no estimator's fault
 
     def run(self, name: str) -> None:
         """Attack with one estimator; one that this network does not allow is noted."""
@@ -223,7 +281,9 @@ class _Trials:
         standing, margins = self._scores(x_adv)
         margins = margins / self.clean
         self.left[name] = standing + margins
-        self.found[name] = EstimatorTrial(name, float(standing.mean()), float(margins.mean()), seconds, note=note)
+        self.found[name] = EstimatorTrial(
+            name, float(standing.mean()), float(margins.mean()), seconds, note=note
+        )
 
     def choice(self, count: int) -> list[str]:
         """Names of the estimators that together leave least, chosen one by one."""
@@ -241,15 +301,21 @@ class _Trials:
         return chosen
 
     def _craft(self, name: str, rows: slice) -> Tensor:
-        member = Member("sweep", self.attack, name)  # part of the seeds: all estimators start from the same points
+        member = Member(
+            "sweep", self.attack, name
+        )  # part of the seeds: all estimators start from the same points
         seeds = SampleSeeds(self.seeds.seeds[rows])
         return craft(self.model, self.x[rows], self.y[rows], member, seeds=seeds)
 
     def _scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Whether a sample stands in any draw, and its largest margin over the draws, 0 where fooled; [N] float64."""
+        """Whether a sample stands in any draw, and its largest margin over the draws, 0 where
+        fooled; [N] float64.
+        """
         standing, margins = [], []
         for draw in range(self.draws):
-            logits = scored(self.model, x, self.y, seed=self.seeds.derived("draw", draw).single()).double()
+            logits = scored(
+                self.model, x, self.y, seed=self.seeds.derived("draw", draw).single()
+            ).double()
             standing.append(logits.argmax(1) == self.y)
             margins.append(margin(logits, self.y))
         return torch.stack(standing).any(0).double(), torch.stack(margins).amax(0).clamp(min=0)

@@ -1,4 +1,6 @@
-"""Faults of deployment: a copy of a network with coarse or stuck weights, drifting neurons, lost spikes or steps."""
+"""Faults of deployment: a copy of a network with coarse or stuck weights, drifting neurons, lost
+spikes or steps.
+"""
 
 import copy
 import math
@@ -58,10 +60,16 @@ class Fault:
             raise ValueError(f"kind must be one of {', '.join(FAULTS)}, got {self.kind!r}")
         kind = _KINDS[self.kind]
         number = isinstance(self.level, int | float) and not isinstance(self.level, bool)
-        if not number or not kind.least <= self.level <= kind.most or (kind.whole and self.level % 1 != 0):
+        if (
+            not number
+            or not kind.least <= self.level <= kind.most
+            or (kind.whole and self.level % 1 != 0)
+        ):
             what = "an integer" if kind.whole else "a number"
             end = "" if kind.most == math.inf else f" and <= {kind.most:g}"
-            raise ValueError(f"level of {self.kind} must be {what} >= {kind.least:g}{end}, got {self.level!r}")
+            raise ValueError(
+                f"level of {self.kind} must be {what} >= {kind.least:g}{end}, got {self.level!r}"
+            )
 
     @property
     def random(self) -> bool:
@@ -75,7 +83,8 @@ class Fault:
 
 
 def default_faults(model: nn.Module) -> tuple[Fault, ...]:
-    """Every kind at its levels of ``FAULTS``, as far as they exist for the T time steps of a network. 默认故障。
+    """Every kind at its levels of ``FAULTS``, as far as they exist for the T time steps of a
+    network. 默认故障。
 
     Examples:
         >>> net = SpikingClassifier(nn.Sequential(nn.Flatten(2), nn.Linear(4, 3)), T=2)
@@ -101,7 +110,8 @@ def faulty(model: nn.Module, fault: Fault, *, seed: int = 0) -> nn.Module:
         seed: Which weights, neurons or steps. Noise comes from torch's global generators.
 
     Raises:
-        ValueError: If the network has nothing that the fault concerns, or neurons whose dynamics are not known.
+        ValueError: If the network has nothing that the fault concerns, or neurons whose dynamics
+            are not known.
 
     Examples:
         >>> net = nn.Linear(64, 10)
@@ -116,19 +126,25 @@ def faulty(model: nn.Module, fault: Fault, *, seed: int = 0) -> nn.Module:
 
 
 def _quantised(model: nn.Module, bits: float, seed: int) -> None:
-    """Per output channel, by SpikingJelly's quantiser of [0, 1] on the magnitudes: the sign is one of the bits."""
+    """Per output channel, by SpikingJelly's quantiser of [0, 1] on the magnitudes: the sign is one
+    of the bits.
+    """
     for weight in _weights(model):
         rows = weight.flatten(1)
         largest = rows.abs().amax(1, keepdim=True)
         share = rows.abs() / torch.where(largest > 0, largest, 1.0)
-        weight.copy_((rows.sign() * quantize.k_bit_quantize(share, int(bits) - 1) * largest).view_as(weight))
+        weight.copy_(
+            (rows.sign() * quantize.k_bit_quantize(share, int(bits) - 1) * largest).view_as(weight)
+        )
 
 
 def _stuck(model: nn.Module, share: float, seed: int, *, at_zero: bool) -> None:
     weights = _weights(model)
     sizes = [weight.numel() for weight in weights]
     stuck = torch.zeros(sum(sizes), dtype=torch.bool)
-    stuck[torch.randperm(len(stuck), generator=_generator(seed))[: round(share * len(stuck))]] = True
+    stuck[torch.randperm(len(stuck), generator=_generator(seed))[: round(share * len(stuck))]] = (
+        True
+    )
     for weight, mask in zip(weights, torch.split(stuck, sizes), strict=True):
         weight[mask.view_as(weight).to(weight.device)] = 0.0 if at_zero else float(weight.max())
 
@@ -136,7 +152,10 @@ def _stuck(model: nn.Module, share: float, seed: int, *, at_zero: bool) -> None:
 def _drifting(model: nn.Module, spread: float, seed: int, *, what: str) -> None:
     for number, (name, module) in enumerate(_spiking(model)):
         if not has_known_dynamics(module):
-            raise ValueError(f"{what} of {name} ({type(module).__name__}) cannot drift: its dynamics are not known")
+            raise ValueError(
+                f"{what} of {name} ({type(module).__name__}) cannot drift: its dynamics are not "
+                "known"
+            )
         module.forward = _Drifting(module, what, spread, seed + 2**20 * (number + 1))
 
 
@@ -152,7 +171,9 @@ class _Drifting:
         module = self.module
         x_seq = x if module.step_mode == "m" else x.unsqueeze(0)
         if self.factor.shape != x_seq.shape[2:] or self.factor.device != x.device:
-            normal = torch.randn(x_seq.shape[2:], generator=_generator(self.seed), dtype=torch.float64)
+            normal = torch.randn(
+                x_seq.shape[2:], generator=_generator(self.seed), dtype=torch.float64
+            )
             self.factor = (self.spread * normal).exp().to(x)
         charging, rest = read_charging(module), module.v_reset or 0.0
         kept, gain, threshold = charging.decay, charging.gain, module.v_threshold - rest
@@ -182,7 +203,9 @@ def _noisy_spikes(model: nn.Module, probability: float, seed: int, *, added: boo
         module.register_forward_hook(partial(_with_noise, probability, added))
 
 
-def _with_noise(probability: float, added: bool, module: nn.Module, inputs: object, spikes: Tensor) -> Tensor:
+def _with_noise(
+    probability: float, added: bool, module: nn.Module, inputs: object, spikes: Tensor
+) -> Tensor:
     hit = torch.rand_like(spikes) < probability
     return torch.where(hit, torch.ones_like(spikes) if added else torch.zeros_like(spikes), spikes)
 
@@ -190,12 +213,20 @@ def _with_noise(probability: float, added: bool, module: nn.Module, inputs: obje
 def _fewer_steps(model: nn.Module, count: float, seed: int, *, lost: bool) -> None:
     """Lose so many steps, or read so many; each that is left has its own gain of a DLIF neuron."""
     if not isinstance(model, SpikingClassifier):
-        raise ValueError("faults of time steps need a SpikingClassifier, which knows T; wrap the network in one")
+        raise ValueError(
+            "faults of time steps need a SpikingClassifier, which knows T; wrap the network in one"
+        )
     if count >= model.T:
-        raise ValueError(f"steps must be < T = {model.T}, got {count:g}: one has to be left, and one lost")
+        raise ValueError(
+            f"steps must be < T = {model.T}, got {count:g}: one has to be left, and one lost"
+        )
     shuffled = torch.randperm(model.T, generator=_generator(seed)).tolist()
     kept = sorted(shuffled[int(count) :]) if lost else list(range(int(count)))
-    gains = {module: module.input_gain[kept] for module in model.modules() if isinstance(module, DLIFNode)}
+    gains = {
+        module: module.input_gain[kept]
+        for module in model.modules()
+        if isinstance(module, DLIFNode)
+    }
     set_time_steps(model, len(kept))
     for module, gain in gains.items():
         module.input_gain.copy_(gain)
@@ -209,7 +240,9 @@ def _only_frames(kept: list[int], module: nn.Module, inputs: tuple[Tensor]) -> T
 
 def _jitter(model: nn.Module, level: float, seed: int) -> None:
     if not isinstance(model, SpikingClassifier):
-        raise ValueError("jitter needs a SpikingClassifier, whose input it moves; wrap the network in one")
+        raise ValueError(
+            "jitter needs a SpikingClassifier, whose input it moves; wrap the network in one"
+        )
     if isinstance(model, SpikingEventClassifier) and level % 1 != 0:
         raise ValueError(f"jitter of event frames must be a number of frames, got {level!r}")
     model.register_forward_pre_hook(partial(_jittered, level))
@@ -221,7 +254,9 @@ def _jittered(level: float, module: nn.Module, inputs: tuple[Tensor]) -> Tensor:
     if isinstance(module, SpikingEventClassifier):
         generator = _generator(int(torch.randint(2**62, ())))
         events = max(1, int(x.flatten(1).sum(1).max())) if len(x) else 1
-        moved = random_moves(None, x.detach(), moves=events, largest_shift=int(level), generator=generator)
+        moved = random_moves(
+            None, x.detach(), moves=events, largest_shift=int(level), generator=generator
+        )
     else:
         moved = (x.detach() + level * torch.randn_like(x)).clamp(0, 1)
     return x + (moved - x).detach()
@@ -242,12 +277,18 @@ _KINDS = {
     "weight_bits": _Kind(_quantised, (8, 6, 4, 3, 2), least=2, most=32, whole=True),
     "stuck_at_zero": _Kind(partial(_stuck, at_zero=True), (0.01, 0.02, 0.05, 0.1, 0.2)),
     "stuck_at_largest": _Kind(partial(_stuck, at_zero=False), (0.001, 0.002, 0.005, 0.01, 0.02)),
-    "threshold_drift": _Kind(partial(_drifting, what="threshold"), (0.02, 0.05, 0.1, 0.2, 0.5), most=math.inf),
+    "threshold_drift": _Kind(
+        partial(_drifting, what="threshold"), (0.02, 0.05, 0.1, 0.2, 0.5), most=math.inf
+    ),
     "tau_drift": _Kind(partial(_drifting, what="tau"), (0.02, 0.05, 0.1, 0.2, 0.5), most=math.inf),
     "lost_spikes": _Kind(partial(_noisy_spikes, added=False), (0.01, 0.02, 0.05, 0.1, 0.2)),
     "added_spikes": _Kind(partial(_noisy_spikes, added=True), (0.001, 0.002, 0.005, 0.01, 0.02)),
-    "lost_steps": _Kind(partial(_fewer_steps, lost=True), (1, 2, 3), least=1, most=math.inf, whole=True),
-    "first_steps": _Kind(partial(_fewer_steps, lost=False), (7, 6, 5, 4, 3, 2, 1), least=1, most=math.inf, whole=True),
+    "lost_steps": _Kind(
+        partial(_fewer_steps, lost=True), (1, 2, 3), least=1, most=math.inf, whole=True
+    ),
+    "first_steps": _Kind(
+        partial(_fewer_steps, lost=False), (7, 6, 5, 4, 3, 2, 1), least=1, most=math.inf, whole=True
+    ),
     "jitter": _Kind(_jitter, (0.02, 0.05, 0.1, 0.2), most=math.inf),
 }
 
@@ -259,14 +300,23 @@ def _weights(model: nn.Module) -> list[Tensor]:
     """Weights of synapses: parameters of two dimensions or more, output channels first."""
     weights: list[Tensor] = [weight for weight in model.parameters() if weight.ndim > 1]
     if not weights:
-        raise ValueError("a fault of weights needs a network with some, got parameters of one dimension or none")
+        raise ValueError(
+            "a fault of weights needs a network with some, got parameters of one dimension or none"
+        )
     return weights
 
 
 def _spiking(model: nn.Module) -> list[tuple[str, Any]]:
-    found = [(name, module) for name, module in model.named_modules() if is_neuron(module) and emits_spikes(module)]
+    found = [
+        (name, module)
+        for name, module in model.named_modules()
+        if is_neuron(module) and emits_spikes(module)
+    ]
     if not found:
-        raise ValueError(f"a fault of spikes needs SpikingJelly neurons, got a {type(model).__name__} without any")
+        raise ValueError(
+            f"a fault of spikes needs SpikingJelly neurons, got a {type(model).__name__} without "
+            "any"
+        )
     return found
 
 

@@ -31,8 +31,9 @@ def fingerprint(value: object) -> str:
 def description(value: object) -> str:
     """What decides the behaviour of ``value``, as text without addresses. 对象的可复现描述。
 
-    Plain data, tensors, networks, functions and collections of them. A network is its architecture as printed and all
-    of its state; a function its name, bound arguments, defaults and the values it closes over.
+    Plain data, tensors, networks, functions and collections of them. A network is its architecture
+    as printed and all of its state; a function its name, bound arguments, defaults and the values
+    it closes over.
 
     Examples:
         >>> from functools import partial
@@ -43,7 +44,9 @@ def description(value: object) -> str:
 
 
 def _describe(value: object, depth: int) -> str:
-    if value is None or isinstance(value, bool | int | float | str | bytes | torch.dtype | torch.device):
+    if value is None or isinstance(
+        value, bool | int | float | str | bytes | torch.dtype | torch.device
+    ):
         return repr(value)
     if depth > _DEPTH:
         return type(value).__qualname__
@@ -51,7 +54,9 @@ def _describe(value: object, depth: int) -> str:
     if isinstance(value, Tensor):
         return f"tensor({value.dtype}, {list(value.shape)}, {_digest([value])})"
     if isinstance(value, nn.Module):
-        state = {name: item for name, item in value.state_dict().items() if isinstance(item, Tensor)}
+        state = {
+            name: item for name, item in value.state_dict().items() if isinstance(item, Tensor)
+        }
         return f"{_plain(value)} {list(state)} {_digest(state.values())}"
     if isinstance(value, functools.partial):
         return f"{inner(value.func)}({', '.join([*map(inner, value.args), *_named(value.keywords, inner)])})"
@@ -59,7 +64,11 @@ def _describe(value: object, depth: int) -> str:
         items = {field.name: getattr(value, field.name) for field in fields(value)}
         return f"{type(value).__qualname__}({', '.join(_named(items, inner))})"
     if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{inner(key)}: {inner(value[key])}" for key in sorted(value, key=repr)) + "}"
+        return (
+            "{"
+            + ", ".join(f"{inner(key)}: {inner(value[key])}" for key in sorted(value, key=repr))
+            + "}"
+        )
     if isinstance(value, list | tuple | range):
         return f"[{', '.join(map(inner, value))}]"
     if callable(value) and hasattr(value, "__qualname__"):

@@ -1,4 +1,6 @@
-"""One attack with its gradient estimator and restart: how it crafts, and whether what it made fools the network."""
+"""One attack with its gradient estimator and restart: how it crafts, and whether what it made fools
+the network.
+"""
 
 import time
 from contextlib import AbstractContextManager, nullcontext
@@ -21,14 +23,16 @@ class Member:
     """One attack of a set whose worst case counts. 最坏情况评估中的一项攻击。
 
     Attributes:
-        name: Unique within a set, such as ``"apgd_ce/atan:4/r1"``; part of the seed of its randomness.
+        name: Unique within a set, such as ``"apgd_ce/atan:4/r1"``; part of the seed of its
+            randomness.
         attack: The attack with its budget bound, such as ``functools.partial(fgsm, eps=0.1)``.
-        estimator: Gradient estimator it crafts with, a name that ``estimator`` knows; ``"training"`` changes nothing.
-        group: Members of one group attack only what the earlier ones left standing; each member of group ``""``
-            attacks every image that is classified right.
+        estimator: Gradient estimator it crafts with, a name that ``estimator`` knows;
+            ``"training"`` changes nothing.
+        group: Members of one group attack only what the earlier ones left standing; each member of
+            group ``""`` attacks every image that is classified right.
         seed: Number of the restart, part of the seed of its randomness.
-        threat: The ball that its images must keep; in L0 binary event frames must stay binary as well. None where
-            there is none, as for Gaussian noise.
+        threat: The ball that its images must keep; in L0 binary event frames must stay binary as
+            well. None where there is none, as for Gaussian noise.
 
     Raises:
         TypeError: If the attack cannot be called or the seed is not an integer.
@@ -50,15 +54,22 @@ class Member:
 
     def __post_init__(self) -> None:
         if not self.name:
-            raise ValueError("a member needs a name, got ''; name it by attack, estimator and restart")
+            raise ValueError(
+                "a member needs a name, got ''; name it by attack, estimator and restart"
+            )
         if not callable(self.attack):
-            raise TypeError(f"attack must be a callable, got {type(self.attack).__name__}; use functools.partial")
+            raise TypeError(
+                f"attack must be a callable, got {type(self.attack).__name__}; use "
+                "functools.partial"
+            )
         if isinstance(self.seed, bool) or not isinstance(self.seed, int):
             raise TypeError(f"seed must be an integer, got {type(self.seed).__name__}")
         if self.seed < 0:
             raise ValueError(f"seed must be >= 0, got {self.seed}; number restarts from 0")
         if self.threat is not None and not isinstance(self.threat, ThreatModel):
-            raise TypeError(f"threat must be a ThreatModel or None, got {type(self.threat).__name__}")
+            raise TypeError(
+                f"threat must be a ThreatModel or None, got {type(self.threat).__name__}"
+            )
 
     @property
     def eps(self) -> float | None:
@@ -67,20 +78,25 @@ class Member:
 
 
 def craft(model: Model, x: Tensor, y: Tensor, member: Member, *, seeds: SampleSeeds) -> Tensor:
-    """Adversarial images of one member, its gradient estimator applied. 用指定梯度估计生成对抗样本。
+    """Adversarial images of one member, its gradient estimator applied.
+    用指定梯度估计生成对抗样本。
 
-    The network is attacked in evaluation mode; modes, global random state and hooks are as before afterwards.
+    The network is attacked in evaluation mode; modes, global random state and hooks are as before
+    afterwards.
 
     Args:
-        model: Images [N, ...] in [0, 1] to logits; an ``nn.Module`` unless the estimator is ``"training"``.
+        model: Images [N, ...] in [0, 1] to logits; an ``nn.Module`` unless the estimator is
+            ``"training"``.
         x: Images, floating point.
         y: Labels [N] int64.
         member: Which attack, estimator and restart.
         seeds: One seed per sample, from which the member derives its own.
 
     Raises:
-        TypeError: If an argument has the wrong type, or the attack returns no images of the dtype of ``x``.
-        ValueError: If images, labels or seeds do not fit, or the attack leaves [0, 1], its ball or the shape.
+        TypeError: If an argument has the wrong type, or the attack returns no images of the dtype
+            of ``x``.
+        ValueError: If images, labels or seeds do not fit, or the attack leaves [0, 1], its ball or
+            the shape.
 
     Examples:
         >>> from functools import partial
@@ -102,14 +118,16 @@ def craft(model: Model, x: Tensor, y: Tensor, member: Member, *, seeds: SampleSe
 
 
 def fools(model: Model, x: Tensor, y: Tensor, *, draws: int = 1, seeds: SampleSeeds) -> Tensor:
-    """Whether the true network gets an image wrong in every one of several fresh forwards. 在真实网络上复核。
+    """Whether the true network gets an image wrong in every one of several fresh forwards.
+    在真实网络上复核。
 
-    Equation: ``fooled_n = all_d [argmax model(x; draw d)_n != y_n]``. Nothing of an estimator is in force here. A
-    stochastic network has other noise in every draw; one draw too lucky for the attacker does not count. Forwards
-    after the first see only what is still wrong.
+    Equation: ``fooled_n = all_d [argmax model(x; draw d)_n != y_n]``. Nothing of an estimator is in
+    force here. A stochastic network has other noise in every draw; one draw too lucky for the
+    attacker does not count. Forwards after the first see only what is still wrong.
 
     Args:
-        model: Images [N, ...] in [0, 1] to logits [N, classes]; a module is scored in evaluation mode.
+        model: Images [N, ...] in [0, 1] to logits [N, classes]; a module is scored in evaluation
+            mode.
         x: Images, clean or adversarial.
         y: Labels [N] int64.
         draws: Number of forwards, >= 1; 1 is enough for a deterministic network.
@@ -142,7 +160,9 @@ def fools(model: Model, x: Tensor, y: Tensor, *, draws: int = 1, seeds: SampleSe
 
 
 def scored(model: Model, x: Tensor, y: Tensor, *, seed: int) -> Tensor:
-    """Logits of the model as it is, in evaluation mode, without a gradient, its noise seeded by ``seed``."""
+    """Logits of the model as it is, in evaluation mode, without a gradient, its noise seeded by
+    ``seed``.
+    """
     with evaluation_mode(model), torch.no_grad(), seeded_globals(seed, x.device):
         return check_logits(model(x), y)
 
@@ -156,7 +176,9 @@ def check_estimator(name: str) -> None:
 
 
 def has_detached_reset(name: str) -> bool:
-    """Whether the estimator has a variant with the reset detached that is not the estimator itself."""
+    """Whether the estimator has a variant with the reset detached that is not the estimator
+    itself.
+    """
     try:
         check_estimator(f"{name}+detach")
     except ValueError:
@@ -172,13 +194,16 @@ def clock(device: torch.device) -> float:
 
 
 def _estimator(member: Member, model: Model) -> AbstractContextManager[Model]:
-    """Context that yields what the member crafts on; without an estimator nothing of SpikingJelly is needed."""
+    """Context that yields what the member crafts on; without an estimator nothing of SpikingJelly
+    is needed.
+    """
     if member.estimator == "training":
         return nullcontext(model)
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"estimator {member.estimator!r} of {member.name!r} needs the network as an nn.Module, got "
-            f"{type(model).__name__}; pass the network itself, or use the estimator 'training'"
+            f"estimator {member.estimator!r} of {member.name!r} needs the network as an "
+            f"nn.Module, got {type(model).__name__}; pass the network itself, or use the "
+            "estimator 'training'"
         )
     from sj_robust.estimators import estimator
 
@@ -191,19 +216,29 @@ def _check_arguments(model: Model, x: Tensor, y: Tensor, seeds: SampleSeeds) -> 
     check_images(x)
     check_labels(y, x)
     if not isinstance(seeds, SampleSeeds):
-        raise TypeError(f"seeds must be SampleSeeds, got {type(seeds).__name__}; use SampleSeeds(range(len(x)))")
+        raise TypeError(
+            f"seeds must be SampleSeeds, got {type(seeds).__name__}; use SampleSeeds(range(len(x)))"
+        )
     check_seeds(seeds, x)
 
 
 def _check_result(x_adv: Tensor, x: Tensor, member: Member) -> None:
-    """What an attack returns are images of the same kind, inside the box and inside the member's ball."""
+    """What an attack returns are images of the same kind, inside the box and inside the member's
+    ball.
+    """
     if not isinstance(x_adv, Tensor) or x_adv.dtype != x.dtype or x_adv.device != x.device:
-        got = f"{x_adv.dtype} on {x_adv.device}" if isinstance(x_adv, Tensor) else type(x_adv).__name__
-        raise TypeError(f"attack {member.name!r} must return images of {x.dtype} on {x.device}, got {got}")
+        got = (
+            f"{x_adv.dtype} on {x_adv.device}"
+            if isinstance(x_adv, Tensor)
+            else type(x_adv).__name__
+        )
+        raise TypeError(
+            f"attack {member.name!r} must return images of {x.dtype} on {x.device}, got {got}"
+        )
     if x_adv.shape != x.shape:
         raise ValueError(
-            f"attack {member.name!r} must return images of shape {list(x.shape)}, got {list(x_adv.shape)}; "
-            "it has to return one image per sample"
+            f"attack {member.name!r} must return images of shape {list(x.shape)}, got "
+            f"{list(x_adv.shape)}; it has to return one image per sample"
         )
     try:
         check_images(x_adv)
@@ -214,8 +249,8 @@ def _check_result(x_adv: Tensor, x: Tensor, member: Member) -> None:
         return
     if threat.of_events and not bool(((x_adv == 0) | (x_adv == 1)).all()):
         raise ValueError(
-            f"attack {member.name!r} must leave event frames binary (0 or 1) within an {threat.norm} ball, got other "
-            "values; an event is there or not"
+            f"attack {member.name!r} must leave event frames binary (0 or 1) within an "
+            f"{threat.norm} ball, got other values; an event is there or not"
         )
     distance = float(threat.distance(x, x_adv.detach()).max())
     if distance > threat.eps + threat.tolerance(x):
@@ -224,9 +259,13 @@ def _check_result(x_adv: Tensor, x: Tensor, member: Member) -> None:
         elif threat.norm == "moves":
             limits = f"largest shift {threat.largest_shift}, total shift {threat.total_shift}"
             rule = (
-                f"move at most {threat.eps:g} events per sample in time ({limits}; None: any), got {distance:g} (inf: "
-                "a shift is too large, or a pixel has not kept its events)"
+                f"move at most {threat.eps:g} events per sample in time ({limits}; None: any), "
+                f"got {distance:g} (inf: a shift is too large, or a pixel has not kept its "
+                "events)"
             )
         else:
-            rule = f"stay within {threat.norm} distance {threat.eps:g}, got {distance:.8g}; project its result"
+            rule = (
+                f"stay within {threat.norm} distance {threat.eps:g}, got {distance:.8g}; project "
+                "its result"
+            )
         raise ValueError(f"attack {member.name!r} must {rule}")

@@ -13,13 +13,15 @@ class MemberOutcome:
     Attributes:
         name: Name of the member.
         estimator: Gradient estimator it crafted with.
-        group: Members of one group attack what the earlier ones left standing; each of group ``""`` all images.
+        group: Members of one group attack what the earlier ones left standing; each of group ``""``
+            all images.
         eps: Radius it was allowed; None where it has no ball, as Gaussian noise.
         attacked: Numbers of the images it was run on.
         fooled: Numbers of those that the network gets wrong afterwards.
-        outside: Numbers of those of ``fooled`` whose image is further from the clean one than a suite's threat allows.
-        largest: Largest distance of an image from its clean one, in the norm of the suite's threat, else of the
-            member's own; NaN where there is neither.
+        outside: Numbers of those of ``fooled`` whose image is further from the clean one than a
+            suite's threat allows.
+        largest: Largest distance of an image from its clean one, in the norm of the suite's threat,
+            else of the member's own; NaN where there is neither.
         seconds: Time for crafting and scoring, summed over processes.
 
     Examples:
@@ -56,8 +58,8 @@ class SuiteOutcome:
         labels: Class of every image.
         correct: Numbers of the images that the network gets right without an attack.
         members: One outcome per member, in their order.
-        potential: MS-MPPD per layer and step under each member, on the first batch: rows with the keys ``member``,
-            ``samples``, and ``layers``, whose values are lists over time steps.
+        potential: MS-MPPD per layer and step under each member, on the first batch: rows with the
+            keys ``member``, ``samples``, and ``layers``, whose values are lists over time steps.
         warnings: What attacks and network warned of, each text once.
     """
 

@@ -1,4 +1,6 @@
-"""A network and its images in one call: the evaluation of a network of one's own, and its stress test."""
+"""A network and its images in one call: the evaluation of a network of one's own, and its stress
+test.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -56,25 +58,29 @@ def evaluate(
 ) -> RobustnessReport:
     """How robust a network of your own is. 一次调用评估自己的网络。
 
-    This is :func:`sj_robust.evaluation.assess.assess` on a network and images as you have them. The network stays as it
-    was, also when Ctrl-C stops the evaluation; with a ``folder`` the same call goes on from there.
+    This is :func:`sj_robust.evaluation.assess.assess` on a network and images as you have them. The
+    network stays as it was, also when Ctrl-C stops the evaluation; with a ``folder`` the same call
+    goes on from there.
 
     Args:
-        model: A classifier of images in [0, 1], spiking or not; or a bare SpikingJelly network, with ``T`` and, if it
-            expects normalised images, ``mean`` and ``std``.
-        x: Test images [N, C, H, W] in [0, 1]; or, in place of ``x`` and ``y``, a ``DataLoader`` that does not shuffle,
-            a data set, or a list of batches. Binary event frames are [N, T, 2, H, W].
+        model: A classifier of images in [0, 1], spiking or not; or a bare SpikingJelly network,
+            with ``T`` and, if it expects normalised images, ``mean`` and ``std``.
+        x: Test images [N, C, H, W] in [0, 1]; or, in place of ``x`` and ``y``, a ``DataLoader``
+            that does not shuffle, a data set, or a list of batches. Binary event frames are [N, T,
+            2, H, W].
         y: Labels [N] int64.
-        eps: Radius, a number or a text such as ``"8/255"``; for L0 the number of changed elements, for moves that of
-            moved events.
+        eps: Radius, a number or a text such as ``"8/255"``; for L0 the number of changed elements,
+            for moves that of moved events.
         norm: Norm of the adversary; None takes Linf, and L0 for event frames.
         largest_shift: For moves, the frames by which an event may be moved; None for any number.
         total_shift: For moves, the frames by which all events of a sample may be moved together.
-        suite: Name of the suite, see :func:`make_suite`; None takes ``"standard"``, and ``"events"`` for event frames.
+        suite: Name of the suite, see :func:`make_suite`; None takes ``"standard"``, and
+            ``"events"`` for event frames.
         T: Number of time steps, for a bare network.
         mean: Mean per channel that a bare network expects to be subtracted.
         std: Standard deviation per channel that it expects to be divided by.
-        draws: Fresh forwards in each of which a stochastic network must be wrong for an image to count as broken.
+        draws: Fresh forwards in each of which a stochastic network must be wrong for an image to
+            count as broken.
         seed: Seeds everything.
         batch_size: Images at a time; results do not depend on it.
         folder: Where progress is kept; None keeps none.
@@ -84,10 +90,12 @@ def evaluate(
 
     Raises:
         TypeError: If the images are no tensor of floating point, or a label is no integer.
-        ValueError: If an argument is wrong, T is missing, images lie outside [0, 1] or come in another order every
-            time, network and images do not belong together, or the folder holds another evaluation.
+        ValueError: If an argument is wrong, T is missing, images lie outside [0, 1] or come in
+            another order every time, network and images do not belong together, or the folder holds
+            another evaluation.
 
-    Source: evaluation as asked for by Carlini et al., "On evaluating adversarial robustness" (arXiv 1902.06705).
+    Source: evaluation as asked for by Carlini et al., "On evaluating adversarial robustness" (arXiv
+        1902.06705).
 
     Examples:
         >>> from spikingjelly.activation_based import neuron
@@ -99,12 +107,23 @@ def evaluate(
     """
     with _prepared(model, x, y, T, mean, std, batch_size, name, dataset, folder, progress) as ready:
         subject, batches, classes, frames, (say, on_step) = ready
-        threat = ThreatModel(norm or ("L0" if frames else "Linf"), parse_eps(eps), largest_shift, total_shift)
+        threat = ThreatModel(
+            norm or ("L0" if frames else "Linf"), parse_eps(eps), largest_shift, total_shift
+        )
         return assess(
-            subject, batches, suite=suite or ("events" if frames else "standard"), threat=threat, dataset=dataset,
-            classes=classes, seed=seed, draws=draws, folder=None if folder is None else Path(folder),
-            configuration={"T": T, "mean": mean, "std": std}, say=say, on_step=on_step,
-        )  # fmt: skip
+            subject,
+            batches,
+            suite=suite or ("events" if frames else "standard"),
+            threat=threat,
+            dataset=dataset,
+            classes=classes,
+            seed=seed,
+            draws=draws,
+            folder=None if folder is None else Path(folder),
+            configuration={"T": T, "mean": mean, "std": std},
+            say=say,
+            on_step=on_step,
+        )
 
 
 def stress(
@@ -130,10 +149,11 @@ def stress(
     dataset: str = "images",
     progress: bool = True,
 ) -> StressCard:
-    """What faults of deployment, or common corruptions, leave of a network, clean and attacked. 部署故障压力测试。
+    """What faults of deployment, or common corruptions, leave of a network, clean and attacked.
+    部署故障压力测试。
 
-    Every fault is one of a copy, so the network stays as it was, and at every level the attack is crafted on the
-    faulty copy. Random faults are drawn several times.
+    Every fault is one of a copy, so the network stays as it was, and at every level the attack is
+    crafted on the faulty copy. Random faults are drawn several times.
 
     Other arguments and errors are those of :func:`evaluate`.
 
@@ -145,7 +165,8 @@ def stress(
         norm: Norm of the attack.
         largest_shift: Budget of a threat of moves.
         total_shift: Budget of a threat of moves.
-        suite: ``"stress"`` for faults, ``"corruptions"`` for the fifteen common corruptions at five severities.
+        suite: ``"stress"`` for faults, ``"corruptions"`` for the fifteen common corruptions at five
+            severities.
         faults: What is measured, from mild to severe; None takes every kind at its usual levels.
         draws: Draws of a fault that is random.
         steps: Steps of the attack.
@@ -159,25 +180,39 @@ def stress(
         dataset: What the card calls the images.
         progress: Whether what is being done is shown.
 
-    Source: quantised and stuck weights, mismatch and lost spikes as in the literature on neuromorphic hardware;
-        corruptions of Hendrycks and Dietterich (ICLR 2019).
+    Source: quantised and stuck weights, mismatch and lost spikes as in the literature on
+        neuromorphic hardware; corruptions of Hendrycks and Dietterich (ICLR 2019).
 
     Examples:
         >>> from spikingjelly.activation_based import neuron
         >>> net = nn.Sequential(nn.Flatten(2), nn.Linear(4, 3), neuron.LIFNode(step_mode="m"))
         >>> x, y = torch.rand(6, 1, 2, 2), torch.arange(6) % 3
-        >>> card = stress(net, x, y, eps=0.1, T=4, faults=[Fault("weight_bits", 4)], steps=2, progress=False)
+        >>> card = stress(
+        ...     net, x, y, eps=0.1, T=4, faults=[Fault("weight_bits", 4)], steps=2, progress=False
+        ... )
         >>> card.images, card.kinds
         (6, ('weight_bits',))
     """
     with _prepared(model, x, y, T, mean, std, batch_size, name, dataset, folder, progress) as ready:
         subject, batches, _, frames, (say, on_step) = ready
-        threat = ThreatModel(norm or ("L0" if frames else "Linf"), parse_eps(eps), largest_shift, total_shift)
+        threat = ThreatModel(
+            norm or ("L0" if frames else "Linf"), parse_eps(eps), largest_shift, total_shift
+        )
         return stress_network(
-            subject, batches, suite=suite, threat=threat, dataset=dataset, faults=faults, draws=draws, steps=steps,
-            seed=seed, folder=None if folder is None else Path(folder),
-            configuration={"T": T, "mean": mean, "std": std}, say=say, on_step=on_step,
-        )  # fmt: skip
+            subject,
+            batches,
+            suite=suite,
+            threat=threat,
+            dataset=dataset,
+            faults=faults,
+            draws=draws,
+            steps=steps,
+            seed=seed,
+            folder=None if folder is None else Path(folder),
+            configuration={"T": T, "mean": mean, "std": std},
+            say=say,
+            on_step=on_step,
+        )
 
 
 @contextmanager
@@ -194,7 +229,9 @@ def _prepared(
     folder: str | Path | None,
     progress: bool,
 ) -> Iterator[tuple[Subject, Batches, int, bool, _Display]]:
-    """Network, images, number of classes, whether images are event frames, display; evaluation mode, full precision."""
+    """Network, images, number of classes, whether images are event frames, display; evaluation
+    mode, full precision.
+    """
     batches, first = _batches(x, y, batch_size)
     frames = first.ndim == 5
     classifier = as_classifier(model, T, mean=mean, std=std, frames=frames)
@@ -214,18 +251,24 @@ def _prepared(
             raise
 
 
-def _batches(x: Tensor | Batches | Dataset[tuple[Tensor, ...]], y: Tensor | None, size: int) -> tuple[Batches, Tensor]:
+def _batches(
+    x: Tensor | Batches | Dataset[tuple[Tensor, ...]], y: Tensor | None, size: int
+) -> tuple[Batches, Tensor]:
     """Batches in a fixed order, and the images of the first one."""
     batches: Batches
     if isinstance(x, Tensor):
         if y is None:
-            raise ValueError("y must hold the labels of x, got None; or give a DataLoader in place of x and y")
+            raise ValueError(
+                "y must hold the labels of x, got None; or give a DataLoader in place of x and y"
+            )
         check_images(x)
         check_labels(y, x)
         starts = range(0, len(x), size)
         batches = [(x[start : start + size], y[start : start + size]) for start in starts]
     elif y is not None:
-        raise ValueError(f"y must be None where x brings its own labels, got both with x a {type(x).__name__}")
+        raise ValueError(
+            f"y must be None where x brings its own labels, got both with x a {type(x).__name__}"
+        )
     elif isinstance(x, Dataset):
         batches = image_loader(x, size)
     else:
@@ -235,8 +278,9 @@ def _batches(x: Tensor | Batches | Dataset[tuple[Tensor, ...]], y: Tensor | None
         raise ValueError("x must hold an image or more, got none")
     if again is None or not torch.equal(first[0], again[0]):
         raise ValueError(
-            "x must give the same images in the same order every time, got others the second time; build its loader "
-            "with shuffle=False, without random augmentation, and give no iterator"
+            "x must give the same images in the same order every time, got others the second "
+            "time; build its loader with shuffle=False, without random augmentation, and give no "
+            "iterator"
         )
     return batches, first[0]
 

@@ -64,7 +64,9 @@ class Gallery(Shown):
         """Markdown: the verdict, then a row per image."""
         distance = self.threat.distance(self.x, self.x_adv).tolist()
         rows = []
-        for number, values in enumerate(zip(self.labels, self.predicted, self.predicted_adv, strict=True)):
+        for number, values in enumerate(
+            zip(self.labels, self.predicted, self.predicted_adv, strict=True)
+        ):
             parting = self.traces.parting(number) if self.traces else None
             where = "nowhere" if parting is None else f"{parting[0]}, step {parting[1]}"
             rows.append([where, *(str(int(value)) for value in values), f"{distance[number]:.4g}"])
@@ -73,21 +75,27 @@ class Gallery(Shown):
 
     @print_style()
     def plot(
-        self, which: Literal["images", "spikes", "potential"] = "images", path: str | Path | None = None
+        self,
+        which: Literal["images", "spikes", "potential"] = "images",
+        path: str | Path | None = None,
     ) -> "Figure":
-        """The images with their difference, or both runs of the first one layer by layer. 绘制图集。
+        """The images with their difference, or both runs of the first one layer by layer.
+        绘制图集。
 
         It needs matplotlib (extra ``recipes``).
 
         Args:
-            which: ``"images"``; or ``"spikes"``, ``"potential"``, see ``sj_robust.perturbation.Traces``.
+            which: ``"images"``; or ``"spikes"``, ``"potential"``, see
+                ``sj_robust.perturbation.Traces``.
             path: File to write as well; its ending says which format.
 
         Raises:
             ValueError: If there is no such drawing, or no neuron of the network can be followed.
         """
         if which != "images" and not self.traces:
-            raise ValueError(f"which must be 'images' for a network without neurons to follow, got {which!r}")
+            raise ValueError(
+                f"which must be 'images' for a network without neurons to follow, got {which!r}"
+            )
         figure = self._images() if which == "images" else self.traces.plot(which)
         if path is not None:
             write_figure(figure, path)
@@ -96,7 +104,11 @@ class Gallery(Shown):
     def figures(self) -> dict[str, "Figure"]:
         """All of them by the names of their files: gallery, spikes and membrane. 全部图。"""
         found = {"gallery": self.plot()}
-        return found | {"spikes": self.plot("spikes"), "membrane": self.plot("potential")} if self.traces else found
+        return (
+            found | {"spikes": self.plot("spikes"), "membrane": self.plot("potential")}
+            if self.traces
+            else found
+        )
 
     def _images(self) -> "Figure":
         """A column per image: clean, attacked, difference."""
@@ -105,11 +117,17 @@ class Gallery(Shown):
         panels = figure.subplots(3, count, squeeze=False)
         difference = self.x_adv - self.x
         factor = 0.5 / max(float(difference.abs().max()), 1e-12)
-        rows = {"clean": self.x, "attacked": self.x_adv, f"difference,\n{factor:.3g} times": 0.5 + factor * difference}
+        rows = {
+            "clean": self.x,
+            "attacked": self.x_adv,
+            f"difference,\n{factor:.3g} times": 0.5 + factor * difference,
+        }
         for (name, images), axes_row in zip(rows.items(), panels, strict=True):
             axes_row[0].set_ylabel(name)
             for axes, image in zip(axes_row, images, strict=True):
-                axes.imshow(_drawable(image).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+                axes.imshow(
+                    _drawable(image).numpy(), cmap="gray", vmin=0, vmax=1, interpolation="nearest"
+                )
                 axes.set_xticks([])
                 axes.set_yticks([])
                 axes.grid(visible=False)
@@ -138,13 +156,14 @@ def gallery(
 ) -> Gallery:
     """Attack a few images, and show them with what the network makes of them. 生成对抗样本图集。
 
-    Equation: ``x_adv = argmax CE(model(x'), y)`` over the ball around ``x`` and [0, 1], by 50 steps of APGD (for L0 of
-    ``flip_events``), as in the suites of :func:`sj_robust.evaluate`.
+    Equation: ``x_adv = argmax CE(model(x'), y)`` over the ball around ``x`` and [0, 1], by 50 steps
+    of APGD (for L0 of ``flip_events``), as in the suites of :func:`sj_robust.evaluate`.
 
     Args:
-        model: As in :func:`sj_robust.evaluate`, and so are the others that have no line of their own here.
-        x: Images [N, C, H, W] in [0, 1], or binary event frames [N, T, 2, H, W]; the first 32 that the network gets
-            right are attacked.
+        model: As in :func:`sj_robust.evaluate`, and so are the others that have no line of their
+            own here.
+        x: Images [N, C, H, W] in [0, 1], or binary event frames [N, T, 2, H, W]; the first 32 that
+            the network gets right are attacked.
         y: Labels [N] int64.
         eps: Radius.
         norm: Norm.
@@ -171,7 +190,9 @@ def gallery(
     """
     classifier = as_classifier(model, T, mean=mean, std=std, frames=x.ndim == 5)
     threat = ThreatModel(norm or ("L0" if x.ndim == 5 else "Linf"), parse_eps(eps))
-    return gallery_within(classifier, x, y, threat, estimator=estimator, count=count, draws=draws, seed=seed)
+    return gallery_within(
+        classifier, x, y, threat, estimator=estimator, count=count, draws=draws, seed=seed
+    )
 
 
 def gallery_within(
@@ -190,15 +211,21 @@ def gallery_within(
     x, y = x.to(device), y.to(device)
     right = (scored(classifier, x, y, seed=seed).argmax(1) == y).nonzero()[:_ATTACKED, 0]
     if not len(right):
-        raise ValueError(f"the network gets none of these {len(y)} images right; there is nothing to attack")
+        raise ValueError(
+            f"the network gets none of these {len(y)} images right; there is nothing to attack"
+        )
     x, y = x[right], y[right]
     member = Member("gallery", short_attack(threat, _STEPS, draws=draws), estimator, threat=threat)
-    x_adv = craft(classifier, x, y, member, seeds=SampleSeeds(range(len(y))).derived("gallery", seed))
+    x_adv = craft(
+        classifier, x, y, member, seeds=SampleSeeds(range(len(y))).derived("gallery", seed)
+    )
     seen, seen_adv = (scored(classifier, images, y, seed=seed).argmax(1) for images in (x, x_adv))
     order = (seen_adv != y).float().argsort(descending=True, stable=True)[:count]
     x, x_adv, y, seen, seen_adv = (part[order] for part in (x, x_adv, y, seen, seen_adv))
     traces = _traces(classifier, x, x_adv)
-    return Gallery(threat, estimator, x.cpu(), x_adv.cpu(), y.cpu(), seen.cpu(), seen_adv.cpu(), traces)
+    return Gallery(
+        threat, estimator, x.cpu(), x_adv.cpu(), y.cpu(), seen.cpu(), seen_adv.cpu(), traces
+    )
 
 
 def _traces(model: nn.Module, x: Tensor, x_adv: Tensor) -> Traces:
@@ -212,7 +239,9 @@ def _traces(model: nn.Module, x: Tensor, x_adv: Tensor) -> Traces:
 
 
 def _drawable(image: Tensor) -> Tensor:
-    """[H, W] or [H, W, 3] in [0, 1]: events of all steps together, more than three channels as their mean."""
+    """[H, W] or [H, W, 3] in [0, 1]: events of all steps together, more than three channels as
+    their mean.
+    """
     image = image.float().mean(0) if image.ndim == 4 else image.float()
     image = image if len(image) in (1, 3) else image.mean(0, keepdim=True)
     return image[0] if len(image) == 1 else image.permute(1, 2, 0)

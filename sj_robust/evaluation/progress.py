@@ -17,11 +17,12 @@ __all__ = ["BatchLog", "Position", "Progress", "TimeLeft", "computed_once"]
 
 
 class Progress:
-    """Records per batch, one line each, which a killed process leaves whole or not at all. 可断点续跑的进度记录。
+    """Records per batch, one line each, which a killed process leaves whole or not at all.
+    可断点续跑的进度记录。
 
-    Every record is forced to disk before the next one is computed; a torn line at the end of a file is cut off when
-    the batch is taken up again. The key, a fingerprint by name of all that decides the records, says what they belong
-    to; without a folder nothing is kept.
+    Every record is forced to disk before the next one is computed; a torn line at the end of a file
+    is cut off when the batch is taken up again. The key, a fingerprint by name of all that decides
+    the records, says what they belong to; without a folder nothing is kept.
 
     Raises:
         ValueError: If the folder holds records of another key.
@@ -85,7 +86,8 @@ class Position:
         batch: Number of the batch, from 0.
         batches: Number of batches, of all processes.
         member: Name of the member that was run last, ``"clean"`` for none.
-        done: Steps of this process that are done, each a member on a batch; steps of an earlier run included.
+        done: Steps of this process that are done, each a member on a batch; steps of an earlier run
+            included.
         total: Steps of this process.
         seconds_left: Estimate from the times of each member so far.
     """
@@ -99,7 +101,9 @@ class Position:
 
 
 class TimeLeft:
-    """Estimate from the mean time of each member on its batches, since members differ by orders of magnitude."""
+    """Estimate from the mean time of each member on its batches, since members differ by orders of
+    magnitude.
+    """
 
     def __init__(self, names: Sequence[str], batches: int) -> None:
         """Nothing is done yet."""
@@ -115,11 +119,14 @@ class TimeLeft:
     def seconds(self) -> float:
         """Members that have not run yet are taken for as long as the mean of those that have."""
         usual = sum(map(sum, self._times.values())) / max(1, self.done)
-        return sum(fmean(times or [usual]) * (self._batches - len(times)) for times in self._times.values())
+        return sum(
+            fmean(times or [usual]) * (self._batches - len(times)) for times in self._times.values()
+        )
 
 
 def computed_once(path: Path | None, key: Mapping[str, str], compute: Callable[[], Any]) -> Any:
-    """What ``compute`` returned, as JSON gives it back, from the file of an earlier run if there is one. 只计算一次。
+    """What ``compute`` returned, as JSON gives it back, from the file of an earlier run if there is
+    one. 只计算一次。
 
     Raises:
         ValueError: If the file belongs to another key.
@@ -141,12 +148,19 @@ def computed_once(path: Path | None, key: Mapping[str, str], compute: Callable[[
 
 def _check_key(found: object, wanted: Mapping[str, str], where: Path) -> None:
     if not isinstance(found, dict):
-        raise ValueError(f"{where} holds no key of an evaluation: it is damaged; evaluate into another folder")
-    changed = [name for name in (*wanted, *(found.keys() - wanted.keys())) if found.get(name) != wanted.get(name)]
+        raise ValueError(
+            f"{where} holds no key of an evaluation: it is damaged; evaluate into another folder"
+        )
+    changed = [
+        name
+        for name in (*wanted, *(found.keys() - wanted.keys()))
+        if found.get(name) != wanted.get(name)
+    ]
     if changed:
         raise ValueError(
-            f"{where} holds the progress of another evaluation ({', '.join(changed)} changed); results are never "
-            "mixed: resume with what it was begun with, or evaluate into another folder"
+            f"{where} holds the progress of another evaluation ({', '.join(changed)} changed); "
+            "results are never mixed: resume with what it was begun with, or evaluate into "
+            "another folder"
         )
 
 

@@ -20,8 +20,9 @@ class Proofs:
     Attributes:
         verified: By radius, as text, the numbers of the images that are verified.
         total: Images that were looked at, the first ones of the data set.
-        potential: At the largest radius, per layer and step, the mean square of the distance between the bounds of the
-            charged potential, resets included. MS-MPPD leaves the resets out, so it may exceed them.
+        potential: At the largest radius, per layer and step, the mean square of the distance
+            between the bounds of the charged potential, resets included. MS-MPPD leaves the resets
+            out, so it may exceed them.
     """
 
     verified: Mapping[str, tuple[int, ...]]
@@ -29,7 +30,9 @@ class Proofs:
     potential: Mapping[str, tuple[float, ...]]
 
 
-def prove(model: nn.Module, batches: Iterable[tuple[Tensor, ...]], radii: Sequence[float]) -> Proofs:
+def prove(
+    model: nn.Module, batches: Iterable[tuple[Tensor, ...]], radii: Sequence[float]
+) -> Proofs:
     """Verify images at several radii by :func:`sj_robust.stability.verify`. 在多个半径下验证图像。
 
     Raises:
@@ -57,11 +60,18 @@ def prove(model: nn.Module, batches: Iterable[tuple[Tensor, ...]], radii: Sequen
 
 
 def check_proofs(members: Iterable[MemberOutcome], verified: Iterable[int], eps: float) -> None:
-    """Raise ValueError if an attack of at most this radius breaks an image that is verified: one of them has a bug."""
+    """Raise ValueError if an attack of at most this radius breaks an image that is verified: one of
+    them has a bug.
+    """
     proved = frozenset(verified)
     for member in members:
-        if member.eps is not None and member.eps <= eps and (both := proved.intersection(member.broken)):
+        if (
+            member.eps is not None
+            and member.eps <= eps
+            and (both := proved.intersection(member.broken))
+        ):
             raise ValueError(
-                f"image {min(both)} is verified at eps {eps_text(eps)} and broken by {member.name!r}: proof or attack "
-                "has a bug; no report is made, please report it with the network"
+                f"image {min(both)} is verified at eps {eps_text(eps)} and broken by "
+                f"{member.name!r}: proof or attack has a bug; no report is made, please report "
+                "it with the network"
             )

@@ -144,7 +144,10 @@ class Report(SavedResult, what="a report of sj_robust", format="sj_robust.report
             ValueError: If the threats differ.
         """
         if self.threat != other.threat:
-            raise ValueError(f"reports must have the same threat to be merged, got {self.threat} and {other.threat}")
+            raise ValueError(
+                f"reports must have the same threat to be merged, got {self.threat} and "
+                f"{other.threat}"
+            )
         return replace(
             self,
             scores=self.scores + other.scores,
@@ -154,8 +157,13 @@ class Report(SavedResult, what="a report of sj_robust", format="sj_robust.report
 
     def table(self) -> str:
         """Markdown table: one row per attack, one column per network, accuracy in per cent."""
-        known = {(score.network, score.attack): f"{100 * score.accuracy:.1f}" for score in self.scores}
-        rows = [[attack, *(known.get((name, attack), "") for name in self.networks)] for attack in self.attacks]
+        known = {
+            (score.network, score.attack): f"{100 * score.accuracy:.1f}" for score in self.scores
+        }
+        rows = [
+            [attack, *(known.get((name, attack), "") for name in self.networks)]
+            for attack in self.attacks
+        ]
         return markdown_table(["accuracy, %", *self.networks], rows)
 
     @classmethod

@@ -27,8 +27,9 @@ def evaluate_attacks(
 ) -> Report:
     """Accuracy on clean images (``"clean"``) and under each attack. 评估干净与受攻击时的准确率。
 
-    The same seed gives the same figures whatever ran before and whichever other attacks are measured, unless the model
-    draws from a generator of its own; modes, gradients and global random state stay as they were.
+    The same seed gives the same figures whatever ran before and whichever other attacks are
+    measured, unless the model draws from a generator of its own; modes, gradients and global random
+    state stay as they were.
 
     Args:
         model: Images [N, C, H, W] in [0, 1] to logits.
@@ -40,7 +41,8 @@ def evaluate_attacks(
         on_batch: Called after every batch, to show progress.
 
     Raises:
-        ValueError: If there are no images, an image is not finite or outside [0, 1], or logits are not finite.
+        ValueError: If there are no images, an image is not finite or outside [0, 1], or logits are
+            not finite.
 
     Source: evaluation protocol of Ding et al. (ICML 2024), section 5.
 
@@ -49,7 +51,9 @@ def evaluate_attacks(
         >>> from sj_robust.attacks import fgsm
         >>> model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
         >>> batches = [(torch.rand(5, 1, 2, 2), torch.zeros(5, dtype=torch.int64))]
-        >>> report = evaluate_attacks(model, batches, {"fgsm": partial(fgsm, eps=0.1)}, threat=ThreatModel("Linf", 0.1))
+        >>> report = evaluate_attacks(
+        ...     model, batches, {"fgsm": partial(fgsm, eps=0.1)}, threat=ThreatModel("Linf", 0.1)
+        ... )
         >>> [score.attack for score in report.scores]
         ['clean', 'fgsm']
     """
@@ -57,9 +61,14 @@ def evaluate_attacks(
 
 
 def accuracy(
-    model: nn.Module, batches: Iterable[tuple[Tensor, ...]], attacks: Mapping[str, Attack], *, seed: int = 0
+    model: nn.Module,
+    batches: Iterable[tuple[Tensor, ...]],
+    attacks: Mapping[str, Attack],
+    *,
+    seed: int = 0,
 ) -> dict[str, float]:
-    """The figures of :func:`evaluate_attacks` alone, in [0, 1], for use during training. 仅返回准确率。
+    """The figures of :func:`evaluate_attacks` alone, in [0, 1], for use during training.
+    仅返回准确率。
 
     Args:
         model: As in :func:`evaluate_attacks`.
@@ -84,7 +93,9 @@ def _scores(
 ) -> tuple[Score, ...]:
     """Images classified right, clean and under each attack."""
     if "clean" in attacks:
-        raise ValueError("the name 'clean' is taken by the images without an attack; call the attack otherwise")
+        raise ValueError(
+            "the name 'clean' is taken by the images without an attack; call the attack otherwise"
+        )
     correct = dict.fromkeys(("clean", *attacks), 0)
     total = 0
     device, generator = device_of(model), torch.Generator()
@@ -112,5 +123,8 @@ def _scores(
 def _right(model: nn.Module, x: Tensor, y: Tensor) -> int:
     logits = model(x)
     if not bool(torch.isfinite(logits).all()):
-        raise ValueError("logits must be finite, got NaN or infinity: the accuracy of a broken network means nothing")
+        raise ValueError(
+            "logits must be finite, got NaN or infinity: the accuracy of a broken network means "
+            "nothing"
+        )
     return int((logits.argmax(1) == y).sum())

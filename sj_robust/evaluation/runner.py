@@ -22,7 +22,14 @@ from sj_robust.evaluation.worst_case import MemberRun, run_members
 from sj_robust.perturbation import MPPDMonitor
 from sj_robust.randomness import SampleSeeds, seeded_globals
 
-__all__ = ["Batches", "data_fingerprint", "gathered", "rank_and_world_size", "releases", "run_suite"]
+__all__ = [
+    "Batches",
+    "data_fingerprint",
+    "gathered",
+    "rank_and_world_size",
+    "releases",
+    "run_suite",
+]
 
 _Part = TypeVar("_Part")
 
@@ -42,33 +49,38 @@ def run_suite(
     verified: Collection[int] = (),
     on_step: Callable[[Position], None] | None = None,
 ) -> SuiteOutcome:
-    """Run every member of a suite on every batch and keep what happened to each image. 在数据集上运行攻击套件。
+    """Run every member of a suite on every batch and keep what happened to each image.
+    在数据集上运行攻击套件。
 
-    Every step is written down as it ends: the same call with the same folder goes on where a killed one stopped, and
-    comes to the same result (times aside). A step is one member on one batch.
+    Every step is written down as it ends: the same call with the same folder goes on where a killed
+    one stopped, and comes to the same result (times aside). A step is one member on one batch.
 
-    Where ``torch.distributed`` is initialised (``torchrun``, ``accelerate launch``), process r of W takes the batches
-    r, r + W, ...; all of them return the whole result, the same as one process. A process that is done waits for the
-    others, so give the process group a timeout as long as the evaluation.
+    Where ``torch.distributed`` is initialised (``torchrun``, ``accelerate launch``), process r of W
+    takes the batches r, r + W, ...; all of them return the whole result, the same as one process. A
+    process that is done waits for the others, so give the process group a timeout as long as the
+    evaluation.
 
-    Seeds belong to images by their number in the data set, so no result depends on the batch size, with two exceptions:
-    a network that draws random numbers itself, and the estimator ``pdsg``, whose gradient is one of a whole batch.
+    Seeds belong to images by their number in the data set, so no result depends on the batch size,
+    with two exceptions: a network that draws random numbers itself, and the estimator ``pdsg``,
+    whose gradient is one of a whole batch.
 
     Args:
-        model: Images [N, C, H, W] in [0, 1] to logits; runs in evaluation mode, and gets its modes back.
-        batches: Batches (images, labels) in a fixed order, iterable more than once (a list, a loader).
+        model: Images [N, C, H, W] in [0, 1] to logits; runs in evaluation mode, and gets its modes
+            back.
+        batches: Batches (images, labels) in a fixed order, iterable more than once (a list, a
+            loader).
         members: The attacks, budgets inside; all that belong to the group ``"control"`` included.
         threat: Norm and size of what counts as broken.
         seed: Seeds everything.
         folder: Where progress is kept; None keeps none.
         draws: Fresh forwards in each of which a stochastic network must be wrong to be broken.
-        verified: Numbers of images that are proved to withstand the threat; members that keep the threat
-            leave them out, but for the first, so that a false proof is noticed.
+        verified: Numbers of images that are proved to withstand the threat; members that keep the
+            threat leave them out, but for the first, so that a false proof is noticed.
         on_step: Called after every step.
 
     Raises:
-        ValueError: If the folder holds the progress of another network, suite, threat, seed or data set, batches are
-            not images and labels, or two members have one name.
+        ValueError: If the folder holds the progress of another network, suite, threat, seed or data
+            set, batches are not images and labels, or two members have one name.
         BlockingIOError: If another process works in the same folder.
 
     Examples:
@@ -84,7 +96,9 @@ def run_suite(
     """
     names = [member.name for member in members]
     if len(set(names)) < len(names) or "clean" in names:
-        raise ValueError(f"members must have names of their own, and none may be 'clean', got {names}")
+        raise ValueError(
+            f"members must have names of their own, and none may be 'clean', got {names}"
+        )
     labels, sizes, data = _survey(batches)
     key = {
         "network": fingerprint(model),
@@ -101,7 +115,9 @@ def run_suite(
     progress = Progress(folder, key)
     own = range(rank, len(sizes), processes)
     left = TimeLeft(("clean", *names), len(own))
-    run = _Run(model, tuple(members), threat, seed, draws, frozenset(verified), len(sizes), left, on_step)
+    run = _Run(
+        model, tuple(members), threat, seed, draws, frozenset(verified), len(sizes), left, on_step
+    )
     records: dict[int, list[dict[str, Any]]] = {}
     start = 0
     with evaluation_mode(model):
@@ -126,7 +142,9 @@ def data_fingerprint(batches: Batches) -> str:
 
 
 def rank_and_world_size() -> tuple[int, int]:
-    """Number of this process and number of processes; (0, 1) without ``torch.distributed``. 进程编号与进程数。"""
+    """Number of this process and number of processes; (0, 1) without ``torch.distributed``.
+    进程编号与进程数。
+    """
     distributed = torch.distributed
     if not (distributed.is_available() and distributed.is_initialized()):
         return 0, 1
@@ -163,16 +181,30 @@ class _Run:
             began = time.perf_counter()
             right = ~fools(self.model, x, y, seeds=seeds)
             seconds = time.perf_counter() - began
-            log.append({"member": "clean", "right": right.nonzero()[:, 0].tolist(), "seconds": seconds})
+            log.append(
+                {"member": "clean", "right": right.nonzero()[:, 0].tolist(), "seconds": seconds}
+            )
         for record in log.records:
             self._tell(number, record)
         correct = torch.zeros_like(y, dtype=torch.bool)
         correct[log.records[0]["right"]] = True
         known = [record["fooled"] for record in log.records[1:]]
-        safe = torch.tensor([start + row in self.verified for row in range(len(y))], device=y.device)
-        within = {member.name: safe for member in [*filter(self._keeps_the_threat, self.members)][1:]}
+        safe = torch.tensor(
+            [start + row in self.verified for row in range(len(y))], device=y.device
+        )
+        within = {
+            member.name: safe for member in [*filter(self._keeps_the_threat, self.members)][1:]
+        }
         runs = run_members(
-            self.model, x, y, self.members, correct, seeds=seeds, draws=self.draws, known=known, spared=within
+            self.model,
+            x,
+            y,
+            self.members,
+            correct,
+            seeds=seeds,
+            draws=self.draws,
+            known=known,
+            spared=within,
         )
         for _ in self.members[len(known) :]:
             with warnings.catch_warnings(record=True) as caught:
@@ -184,9 +216,13 @@ class _Run:
 
     def _keeps_the_threat(self, member: Member) -> bool:
         threat = member.threat
-        return threat is not None and threat.norm == self.threat.norm and threat.eps <= self.threat.eps
+        return (
+            threat is not None and threat.norm == self.threat.norm and threat.eps <= self.threat.eps
+        )
 
-    def _record(self, run: MemberRun, x: Tensor, texts: list[str], *, probe: bool) -> dict[str, Any]:
+    def _record(
+        self, run: MemberRun, x: Tensor, texts: list[str], *, probe: bool
+    ) -> dict[str, Any]:
         """What a member did to its clean images ``x``, as plain data."""
         distance = self.threat.distance(x, run.x_adv)
         outside = run.fooled & (distance > self.threat.eps + self.threat.tolerance(x))
@@ -207,12 +243,17 @@ class _Run:
         left = self.time_left
         left.add(record["member"], record["seconds"])
         if self.on_step is not None:
-            self.on_step(Position(number, self.batches, record["member"], left.done, left.total, left.seconds()))
+            self.on_step(
+                Position(
+                    number, self.batches, record["member"], left.done, left.total, left.seconds()
+                )
+            )
 
 
 def _layer_perturbation(model: nn.Module, x: Tensor, x_adv: Tensor) -> dict[str, Any]:
-    """MS-MPPD of every spiking layer per time step: number of samples, layers in order of execution, and warnings of
-    neurons that cannot be followed; empty if the network has no neuron that can.
+    """MS-MPPD of every spiking layer per time step: number of samples, layers in order of
+    execution, and warnings of neurons that cannot be followed; empty if the network has no neuron
+    that can.
     """
     with warnings.catch_warnings(record=True) as caught, seeded_globals(0, x.device):
         warnings.simplefilter("always")
@@ -222,13 +263,19 @@ def _layer_perturbation(model: nn.Module, x: Tensor, x_adv: Tensor) -> dict[str,
         except (ValueError, RuntimeError):  # there is no neuron to follow, or none that runs
             return {}
     layers = {name: layer.ms_mppd.tolist() for name, layer in stats.items()}
-    return {"samples": len(x), "layers": layers, "warnings": sorted({str(warning.message) for warning in caught})}
+    return {
+        "samples": len(x),
+        "layers": layers,
+        "warnings": sorted({str(warning.message) for warning in caught}),
+    }
 
 
 def _survey(batches: Batches) -> tuple[tuple[int, ...], list[int], str]:
     """Labels, batch sizes and a digest of all images and labels; also checks them."""
     if iter(batches) is batches:
-        raise ValueError("batches must be iterable more than once, got an iterator; pass a list or a loader")
+        raise ValueError(
+            "batches must be iterable more than once, got an iterator; pass a list or a loader"
+        )
     labels: list[int] = []
     sizes: list[int] = []
     images: list[str] = []
@@ -254,7 +301,11 @@ def _outcome(
     starts = [sum(sizes[:number]) for number in range(len(sizes))]
 
     def numbers(index: int, what: str) -> tuple[int, ...]:
-        return tuple(start + row for number, start in enumerate(starts) for row in records[number][index][what])
+        return tuple(
+            start + row
+            for number, start in enumerate(starts)
+            for row in records[number][index][what]
+        )
 
     outcomes = []
     for index, member in enumerate(members, start=1):
@@ -273,7 +324,16 @@ def _outcome(
             )
         )
     potential = tuple(
-        {"member": record["member"], **record["potential"]} for record in records[0] if record.get("potential")
+        {"member": record["member"], **record["potential"]}
+        for record in records[0]
+        if record.get("potential")
     )
-    said = sorted({text for rows in records.values() for record in rows for text in record.get("warnings", ())})
+    said = sorted(
+        {
+            text
+            for rows in records.values()
+            for record in rows
+            for text in record.get("warnings", ())
+        }
+    )
     return SuiteOutcome(labels, numbers(0, "right"), tuple(outcomes), potential, tuple(said))

@@ -1,4 +1,6 @@
-"""A network under faults or corruptions, clean and attacked at every level, as a file that loads back equal."""
+"""A network under faults or corruptions, clean and attacked at every level, as a file that loads
+back equal.
+"""
 
 from dataclasses import asdict, dataclass, field
 from math import ceil
@@ -53,8 +55,11 @@ class StressRow:
 
 
 @dataclass(frozen=True, repr=False)
-class StressCard(Shown, SavedResult, what="a stress card", format="sj_robust.stress_card", version=1):
-    """What faults of deployment, or common corruptions, leave of a network, clean and attacked. 压力测试卡。
+class StressCard(
+    Shown, SavedResult, what="a stress card", format="sj_robust.stress_card", version=1
+):
+    """What faults of deployment, or common corruptions, leave of a network, clean and attacked.
+    压力测试卡。
 
     Attributes:
         name: Name of the network.
@@ -73,7 +78,9 @@ class StressCard(Shown, SavedResult, what="a stress card", format="sj_robust.str
         warnings: What could not be measured, and why.
 
     Examples:
-        >>> rows = [StressRow("weight_bits", bits, (right,), (0,)) for bits, right in ((4, 9), (2, 3))]
+        >>> rows = [
+        ...     StressRow("weight_bits", bits, (right,), (0,)) for bits, right in ((4, 9), (2, 3))
+        ... ]
         >>> threat, intact = ThreatModel("Linf", 0.1), StressRow("none", 0, (9,), (0,))
         >>> card = StressCard("mine", "digits", "stress", threat, "APGD-CE", 10, intact, rows)
         >>> card.fall("clean"), card.fall("attacked")
@@ -108,11 +115,18 @@ class StressCard(Shown, SavedResult, what="a stress card", format="sj_robust.str
         """The kinds in their order."""
         return tuple(dict.fromkeys(row.kind for row in self.rows))
 
-    def fall(self, what: Literal["clean", "attacked"], *, points: float = 5.0) -> dict[str, float | None]:
-        """By kind, the first level at which accuracy is so many points below the intact network's; None at no level."""
+    def fall(
+        self, what: Literal["clean", "attacked"], *, points: float = 5.0
+    ) -> dict[str, float | None]:
+        """By kind, the first level at which accuracy is so many points below the intact network's;
+        None at no level.
+        """
         floor = self.intact.mean(what) - points / 100 * self.images
         fallen = [row for row in self.rows if row.mean(what) <= floor]
-        return {kind: next((row.level for row in fallen if row.kind == kind), None) for kind in self.kinds}
+        return {
+            kind: next((row.level for row in fallen if row.kind == kind), None)
+            for kind in self.kinds
+        }
 
     def accuracy(self, what: Literal["clean", "attacked"], kind: str | None = None) -> float:
         """Mean share over the levels of a kind, or of all, as corruptions are reported.
@@ -136,17 +150,23 @@ class StressCard(Shown, SavedResult, what="a stress card", format="sj_robust.str
             text = f"{what}: {self._percent(self.intact, what)} % intact"
             text += f", 5 points lower from {', '.join(levels)} on" if levels else ""
             parts.append(text + (f", nowhere so under {', '.join(never)}" if never else ""))
-        mean = ", ".join(f"{100 * self.accuracy(what):.1f} % {what}" for what in ("clean", "attacked"))
+        mean = ", ".join(
+            f"{100 * self.accuracy(what):.1f} % {what}" for what in ("clean", "attacked")
+        )
         mean = f" Mean over kinds and severities: {mean}." if self.suite == "corruptions" else ""
         return f"{self.images} images, {self.attack} at {self._budget}. {'; '.join(parts)}.{mean}"
 
     def table(self) -> str:
         """Markdown table of every level; a star marks the first level that is 5 points lower."""
         heads = ["fault" if self.suite == "stress" else "corruption", "level"]
-        heads += [head for what in ("clean", "attacked") for head in (f"{what}, %", "95 % interval")]
+        heads += [
+            head for what in ("clean", "attacked") for head in (f"{what}, %", "95 % interval")
+        ]
         rows = [self._cells(self.intact, "none", "")]
         for kind in self.kinds:
-            rows += [self._cells(row, kind, f"{row.level:g}") for row in self.rows if row.kind == kind]
+            rows += [
+                self._cells(row, kind, f"{row.level:g}") for row in self.rows if row.kind == kind
+            ]
             if self.suite == "corruptions":
                 rows.append(self._mean(kind))
         rows += [self._mean(None)] if self.suite == "corruptions" else []
@@ -171,9 +191,24 @@ class StressCard(Shown, SavedResult, what="a stress card", format="sj_robust.str
             places = range(len(rows))
             for what in ("clean", "attacked"):
                 color, look = _LOOKS[what]
-                low, high = zip(*(repeated_interval(row.counts(what), self.images) for row in rows), strict=True)
-                axes.fill_between(places, [100 * e for e in low], [100 * e for e in high], color=color, alpha=0.2, lw=0)
-                axes.plot(places, [100 * row.mean(what) / self.images for row in rows], look, color=color, ms=4)
+                low, high = zip(
+                    *(repeated_interval(row.counts(what), self.images) for row in rows), strict=True
+                )
+                axes.fill_between(
+                    places,
+                    [100 * e for e in low],
+                    [100 * e for e in high],
+                    color=color,
+                    alpha=0.2,
+                    lw=0,
+                )
+                axes.plot(
+                    places,
+                    [100 * row.mean(what) / self.images for row in rows],
+                    look,
+                    color=color,
+                    ms=4,
+                )
                 axes.axhline(100 * self.intact.mean(what) / self.images, color=GREY, lw=0.8, ls=":")
             axes.set_title(kind, fontsize=8)
             axes.set_xticks(places, [f"{row.level:g}" for row in rows], fontsize=7)
@@ -185,7 +220,9 @@ class StressCard(Shown, SavedResult, what="a stress card", format="sj_robust.str
         for axes in panels[:, 0]:
             axes.set_ylabel("accuracy, %", fontsize=8)
         figure.suptitle(
-            f"{self.name}: clean (circles), {self.attack} at {self._budget} (squares); dots: intact", size=8
+            f"{self.name}: clean (circles), {self.attack} at {self._budget} (squares); dots: "
+            "intact",
+            size=8,
         )
         if path is not None:
             write_figure(figure, path)
@@ -212,11 +249,16 @@ class StressCard(Shown, SavedResult, what="a stress card", format="sj_robust.str
         for what in ("clean", "attacked"):
             low, high = (100 * end for end in repeated_interval(row.counts(what), self.images))
             first = row is not self.intact and self.fall(what)[row.kind] == row.level
-            cells += [self._percent(row, what) + (" *" if first else ""), f"{low:.1f} to {high:.1f}"]
+            cells += [
+                self._percent(row, what) + (" *" if first else ""),
+                f"{low:.1f} to {high:.1f}",
+            ]
         return [*cells, str(len(row.clean))]
 
     def _mean(self, kind: str | None) -> list[str]:
-        clean, attacked = (f"{100 * self.accuracy(what, kind):.1f}" for what in ("clean", "attacked"))
+        clean, attacked = (
+            f"{100 * self.accuracy(what, kind):.1f}" for what in ("clean", "attacked")
+        )
         return [f"mean of {kind or 'all'}", "", clean, "", attacked, "", ""]
 
     @classmethod

@@ -1,4 +1,6 @@
-"""A network under every fault of a list, clean and attacked, into one card; resumable, shared by processes."""
+"""A network under every fault of a list, clean and attacked, into one card; resumable, shared by
+processes.
+"""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +20,13 @@ from sj_robust.evaluation.faults import Fault, default_faults, faulty
 from sj_robust.evaluation.fingerprint import fingerprint
 from sj_robust.evaluation.member import Member, fools
 from sj_robust.evaluation.progress import Position, TimeLeft, computed_once
-from sj_robust.evaluation.runner import Batches, data_fingerprint, gathered, rank_and_world_size, releases
+from sj_robust.evaluation.runner import (
+    Batches,
+    data_fingerprint,
+    gathered,
+    rank_and_world_size,
+    releases,
+)
 from sj_robust.evaluation.stress_card import StressCard, StressRow
 from sj_robust.evaluation.subject import Subject, describe_network
 from sj_robust.evaluation.worst_case import run_members
@@ -48,15 +56,16 @@ def stress_network(
 ) -> StressCard:
     """Measure a network under faults or corruptions and write the card. 压力测试并生成结果卡。
 
-    Every level of every kind is kept in ``folder`` as it ends, and a call with the same arguments goes on where a
-    killed one stopped. Several processes share the levels, and each gets the card. The network stays as it was: faults
-    are those of a copy.
+    Every level of every kind is kept in ``folder`` as it ends, and a call with the same arguments
+    goes on where a killed one stopped. Several processes share the levels, and each gets the card.
+    The network stays as it was: faults are those of a copy.
 
     Args:
         subject: The network.
         batches: Images with labels in batches, iterable more than once.
         suite: ``"stress"`` for faults of deployment, ``"corruptions"`` for common corruptions.
-        threat: Budget of the attack, which is crafted on the faulty network, or from the corrupted images.
+        threat: Budget of the attack, which is crafted on the faulty network, or from the corrupted
+            images.
         dataset: Name of the data set.
         faults: What is measured; None takes every kind at its usual levels.
         draws: Draws of a fault that is random.
@@ -75,19 +84,39 @@ def stress_network(
     Examples:
         >>> import torch
         >>> from sj_robust.classifier import SpikingClassifier
-        >>> mine = Subject("mine", SpikingClassifier(nn.Sequential(nn.Flatten(2), nn.Linear(4, 3)), T=2), "one layer")
+        >>> mine = Subject(
+        ...     "mine",
+        ...     SpikingClassifier(nn.Sequential(nn.Flatten(2), nn.Linear(4, 3)), T=2),
+        ...     "one layer",
+        ... )
         >>> batches = [(torch.rand(6, 1, 2, 2), torch.arange(6) % 3)]
-        >>> threat, few = ThreatModel("Linf", 0.1), [Fault("weight_bits", 4), Fault("first_steps", 1)]
+        >>> threat, few = (
+        ...     ThreatModel("Linf", 0.1),
+        ...     [Fault("weight_bits", 4), Fault("first_steps", 1)],
+        ... )
         >>> stress_network(mine, batches, threat=threat, dataset="noise", faults=few).kinds
         ('weight_bits', 'first_steps')
     """
     check_count("draws", draws)
     check_count("steps", steps)
     if faults is None:
-        faults = default_faults(subject.model) if suite == "stress" else default_corruptions(next(iter(batches))[0])
+        faults = (
+            default_faults(subject.model)
+            if suite == "stress"
+            else default_corruptions(next(iter(batches))[0])
+        )
     attack = short_attack(threat, steps)
-    key = {"network": fingerprint(subject.model), "data": data_fingerprint(batches), "threat": repr(threat)}
-    key |= {"seed": str(seed), "draws": str(draws), "attack": fingerprint(attack), "releases": releases()}
+    key = {
+        "network": fingerprint(subject.model),
+        "data": data_fingerprint(batches),
+        "threat": repr(threat),
+    }
+    key |= {
+        "seed": str(seed),
+        "draws": str(draws),
+        "attack": fingerprint(attack),
+        "releases": releases(),
+    }
     names = ["none", *(f"{fault.kind} {fault.level:g}" for fault in faults)]
     rank, processes = rank_and_world_size()
     left = TimeLeft(names[rank::processes], 1)
@@ -112,7 +141,9 @@ def stress_network(
         rows[number] = computed_once(path, key, compute)
         left.add(names[number], time.perf_counter() - began)
         if on_step is not None:
-            on_step(Position(number, len(names), names[number], left.done, left.total, left.seconds()))
+            on_step(
+                Position(number, len(names), names[number], left.done, left.total, left.seconds())
+            )
     rows = gathered(rows)
     measured = [
         StressRow(fault.kind, fault.level, **row)
@@ -129,7 +160,8 @@ def stress_network(
         intact=StressRow("none", 0, **rows[0]),
         rows=tuple(measured),
         seed=seed,
-        network={"architecture": subject.architecture, "fingerprint": key["network"]} | describe_network(subject.model),
+        network={"architecture": subject.architecture, "fingerprint": key["network"]}
+        | describe_network(subject.model),
         data=key["data"],
         configuration=dict(plain(configuration or {})),
         environment=environment(device_of(subject.model)) | {"processes": str(processes)},

@@ -46,19 +46,22 @@ def from_checkpoint(path: Path, T: int | None = None, *, trust_code: bool = Fals
     """The network of a checkpoint that ``recipes/adv_train.py`` wrote. 从检查点读取网络。
 
     Args:
-        path: The file; or a network's folder, whose ``best.pt`` is taken; or a run's folder with one network in it; or
-            the name of a network that comes with the package, see :func:`sj_robust.models.pretrained_networks`.
-        T: Time steps to run it for, see :func:`sj_robust.models.set_time_steps`; None for those it was trained with.
-        trust_code: Whether a function of your own code that the checkpoint names (``module:function``) may be run to
-            build the network. Whoever wrote the file chose the function and its arguments.
+        path: The file; or a network's folder, whose ``best.pt`` is taken; or a run's folder with
+            one network in it; or the name of a network that comes with the package, see
+            :func:`sj_robust.models.pretrained_networks`.
+        T: Time steps to run it for, see :func:`sj_robust.models.set_time_steps`; None for those it
+            was trained with.
+        trust_code: Whether a function of your own code that the checkpoint names
+            (``module:function``) may be run to build the network. Whoever wrote the file chose the
+            function and its arguments.
 
     Returns:
         The network, on the CPU, with its weights.
 
     Raises:
         FileNotFoundError: If there is no checkpoint; the message lists those nearby.
-        ValueError: If the file is no checkpoint of a network, the folder holds several networks, T is out of range, or
-            the network is built by a function that is not trusted.
+        ValueError: If the file is no checkpoint of a network, the folder holds several networks, T
+            is out of range, or the network is built by a function that is not trusted.
 
     Examples:
         >>> from_checkpoint(Path("nowhere") / "best.pt")
@@ -73,16 +76,18 @@ def from_checkpoint(path: Path, T: int | None = None, *, trust_code: bool = Fals
         spec = NetworkSpec(**description["network"])
         if ":" in spec.name and not spec.name.startswith("zoo:") and not trust_code:
             raise ValueError(
-                f"{path} names the function {spec.name} with options {spec.options}, which would be run to build its "
-                "network; if you trust both, pass trust_code=True (--trust-code on the command line)"
+                f"{path} names the function {spec.name} with options {spec.options}, which would "
+                "be run to build its network; if you trust both, pass trust_code=True "
+                "(--trust-code on the command line)"
             )
         model = build_classifier(spec)
         model.load_state_dict(state)
     except (KeyError, TypeError, RuntimeError) as error:
         cause = " ".join(str(error).split())[:200]
         raise ValueError(
-            f"{path} holds no network that this release can build ({type(error).__name__}: {cause}); give a "
-            "best.pt of recipes/adv_train.py, or your own network with --network module:function"
+            f"{path} holds no network that this release can build ({type(error).__name__}: "
+            f"{cause}); give a best.pt of recipes/adv_train.py, or your own network with "
+            "--network module:function"
         ) from error
     if T is not None:
         set_time_steps(model, T)
@@ -92,14 +97,18 @@ def from_checkpoint(path: Path, T: int | None = None, *, trust_code: bool = Fals
 
 
 def from_function(
-    text: str, *, T: int | None = None, mean: Sequence[float] | None = None, std: Sequence[float] | None = None
+    text: str,
+    *,
+    T: int | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
 ) -> Subject:
     """A SpikingJelly network of your own. 载入用户自己的网络。
 
     Args:
-        text: ``module:function`` or ``path/to/file.py:function``; the function takes nothing and returns the network
-            with its weights loaded, bare or inside a ``SpikingClassifier``. Modules are looked for in the working
-            folder first.
+        text: ``module:function`` or ``path/to/file.py:function``; the function takes nothing and
+            returns the network with its weights loaded, bare or inside a ``SpikingClassifier``.
+            Modules are looked for in the working folder first.
         T: Time steps, for a bare network with spiking neurons.
         mean: Mean per channel that a bare network expects to be subtracted from images in [0, 1].
         std: Standard deviation per channel that it expects them to be divided by.
@@ -107,8 +116,8 @@ def from_function(
     Raises:
         ModuleNotFoundError: If there is no such module.
         FileNotFoundError: If there is no such file.
-        ValueError: If the text has no colon, there is no such function, it or its module fails, it returns no network,
-            or ``T`` is missing.
+        ValueError: If the text has no colon, there is no such function, it or its module fails, it
+            returns no network, or ``T`` is missing.
 
     Examples:
         >>> from_function("torch.nn:Flatten", T=4).model.T
@@ -119,23 +128,29 @@ def from_function(
         network = function()
     except Exception as error:  # foreign code raises anything
         raise ValueError(
-            f"{text} failed ({reason(error)}); it must return the network, its weights loaded, without arguments"
+            f"{text} failed ({reason(error)}); it must return the network, its weights loaded, "
+            "without arguments"
         ) from error
     if not isinstance(network, nn.Module):
-        raise ValueError(f"{text} must return a network (nn.Module), got {type(network).__name__}; return an instance")
+        raise ValueError(
+            f"{text} must return a network (nn.Module), got {type(network).__name__}; return an "
+            "instance"
+        )
     model = as_classifier(network, T, mean=mean, std=std)
     bare = network.net if isinstance(network, SpikingClassifier) else network
     return Subject(text.rpartition(":")[2], model.eval(), type(bare).__name__)
 
 
 def describe_network(model: nn.Module) -> dict[str, Any]:
-    """Time steps, size, and neuron and training surrogate of every spiking layer, as plain data. 描述网络。
+    """Time steps, size, and neuron and training surrogate of every spiking layer, as plain data.
+    描述网络。
 
     Args:
         model: The network.
 
     Returns:
-        ``T``, ``parameters`` (their number) and ``layers`` (rows with ``layer``, ``neuron``, ``surrogate``).
+        ``T``, ``parameters`` (their number) and ``layers`` (rows with ``layer``, ``neuron``,
+        ``surrogate``).
 
     Examples:
         >>> from sj_robust import DLIFNode
@@ -143,7 +158,11 @@ def describe_network(model: nn.Module) -> dict[str, Any]:
         [{'layer': 'net.0', 'neuron': 'DLIFNode', 'surrogate': 'PiecewiseQuadratic(alpha=1.0, spiking=True)'}]
     """
     layers = [
-        {"layer": name, "neuron": type(module).__name__, "surrogate": " ".join(repr(module.surrogate_function).split())}
+        {
+            "layer": name,
+            "neuron": type(module).__name__,
+            "surrogate": " ".join(repr(module.surrogate_function).split()),
+        }
         for name, module in model.named_modules()
         if hasattr(module, "surrogate_function") and hasattr(module, "v_threshold")
     ]
@@ -152,12 +171,13 @@ def describe_network(model: nn.Module) -> dict[str, Any]:
 
 
 def check_fits(subject: Subject, images: Tensor, classes: int | None, dataset: str) -> int:
-    """A network takes the images of a data set, knows its classes and can be attacked. 检查网络与数据是否匹配。
+    """A network takes the images of a data set, knows its classes and can be attacked.
+    检查网络与数据是否匹配。
 
     Args:
         subject: The network.
-        images: Images [N, C, H, W] or frames [N, T, C, H, W] of the data set, on the network's device; the first one is
-            tried.
+        images: Images [N, C, H, W] or frames [N, T, C, H, W] of the data set, on the network's
+            device; the first one is tried.
         classes: Number of classes of the data set; None if it is not known.
         dataset: Name of the data set, for the message.
 
@@ -165,7 +185,8 @@ def check_fits(subject: Subject, images: Tensor, classes: int | None, dataset: s
         Number of classes that the network tells apart.
 
     Raises:
-        ValueError: If they do not belong together, logits are not finite, or no gradient reaches the images.
+        ValueError: If they do not belong together, logits are not finite, or no gradient reaches
+            the images.
 
     Examples:
         >>> own = Subject("mine", nn.Flatten(), "a reshape")
@@ -177,24 +198,40 @@ def check_fits(subject: Subject, images: Tensor, classes: int | None, dataset: s
         taken = (spec.T, *spec.image_shape) if spec.frames else tuple(spec.image_shape)
         if taken != shape:
             raise ValueError(
-                f"{subject.name} takes {'frames' if spec.frames else 'images'} {taken}, those of {dataset} are "
-                f"{shape}; leave --dataset out to take the one it was trained on"
+                f"{subject.name} takes {'frames' if spec.frames else 'images'} {taken}, those of "
+                f"{dataset} are {shape}; leave --dataset out to take the one it was trained on"
             )
     image = images[:1].clone().requires_grad_()
     try:
         logits = subject.model(image)
     except Exception as error:  # foreign code raises anything
-        low = sorted({str(weight.dtype) for weight in subject.model.parameters() if weight.dtype in _HALF})
-        hint = f"; images are {images.dtype}, weights {low[0]}: return network.float(), or cast inside" if low else ""
-        raise ValueError(f"{subject.name} does not take images {shape} of {dataset} ({reason(error)}){hint}") from error
-    if classes is not None and logits.shape[1] != classes:
-        raise ValueError(f"{subject.name} tells {logits.shape[1]} classes apart, {dataset} has {classes}; give its own")
-    if not bool(torch.isfinite(logits).all()):
-        raise ValueError(f"{subject.name} gives NaN or infinite logits: it has diverged; load other weights")
-    if not logits.requires_grad or torch.autograd.grad(logits.sum(), image, allow_unused=True)[0] is None:
+        low = sorted(
+            {str(weight.dtype) for weight in subject.model.parameters() if weight.dtype in _HALF}
+        )
+        hint = (
+            f"; images are {images.dtype}, weights {low[0]}: return network.float(), or cast inside"
+            if low
+            else ""
+        )
         raise ValueError(
-            f"no gradient reaches the images of {subject.name}, so that attacks would be blind; leave no_grad and "
-            "detach out of its forward"
+            f"{subject.name} does not take images {shape} of {dataset} ({reason(error)}){hint}"
+        ) from error
+    if classes is not None and logits.shape[1] != classes:
+        raise ValueError(
+            f"{subject.name} tells {logits.shape[1]} classes apart, {dataset} has {classes}; "
+            "give its own"
+        )
+    if not bool(torch.isfinite(logits).all()):
+        raise ValueError(
+            f"{subject.name} gives NaN or infinite logits: it has diverged; load other weights"
+        )
+    if (
+        not logits.requires_grad
+        or torch.autograd.grad(logits.sum(), image, allow_unused=True)[0] is None
+    ):
+        raise ValueError(
+            f"no gradient reaches the images of {subject.name}, so that attacks would be blind; "
+            "leave no_grad and detach out of its forward"
         )
     return int(logits.shape[1])
 
@@ -204,7 +241,9 @@ def _in_words(spec: NetworkSpec) -> str:
     sizes = {"small": f", channels {spec.channels}"}
     size = f", hidden {spec.hidden}" if spec.name.startswith("vgg") else sizes.get(spec.name, "")
     options = "".join(f", {key} {value}" for key, value in spec.options.items())
-    foreign = ":" in spec.name and not spec.name.startswith("zoo:")  # its neurons have a tau of their own
+    foreign = ":" in spec.name and not spec.name.startswith(
+        "zoo:"
+    )  # its neurons have a tau of their own
     tau = "" if foreign else f", tau {spec.tau:g}"
     return f"{spec.name}, {spec.neuron}, T {spec.T}{tau}{size}{options}"
 
@@ -217,15 +256,23 @@ def _checkpoint_file(path: Path) -> Path:
         return pretrained_file(path.as_posix())
     if not path.is_dir():
         near = _listed(path.parent)
-        hint = f"in {path.parent} there are {near}" if near else "give a checkpoint such as runs/NAME/NETWORK/best.pt"
+        hint = (
+            f"in {path.parent} there are {near}"
+            if near
+            else "give a checkpoint such as runs/NAME/NETWORK/best.pt"
+        )
         raise FileNotFoundError(f"{path} does not exist; {hint}")
     found = sorted(path.glob("best.pt")) or sorted(path.glob("*/best.pt"))
     if len(found) == 1:
         return found[0]
     if found:
-        raise ValueError(f"{path} holds {len(found)} networks, give one of them: {', '.join(map(str, found))}")
+        raise ValueError(
+            f"{path} holds {len(found)} networks, give one of them: {', '.join(map(str, found))}"
+        )
     near = _listed(path)
-    raise FileNotFoundError(f"no best.pt in {path}" + (f"; there are {near}" if near else "; is the run finished?"))
+    raise FileNotFoundError(
+        f"no best.pt in {path}" + (f"; there are {near}" if near else "; is the run finished?")
+    )
 
 
 def _listed(folder: Path) -> str:

@@ -1,4 +1,6 @@
-"""A robustness report, a comparison and the progress of work on the terminal; showing them needs rich."""
+"""A robustness report, a comparison and the progress of work on the terminal; showing them needs
+rich.
+"""
 
 import time
 from collections.abc import Callable
@@ -18,7 +20,9 @@ _NOTEBOOK = 100
 """Letters in a line of a notebook."""
 
 
-def show_report(report: RobustnessReport, console: "Console", say: Callable[[str], None] | None = None) -> None:
+def show_report(
+    report: RobustnessReport, console: "Console", say: Callable[[str], None] | None = None
+) -> None:
     """Print the verdict, all accuracies, and what else a reader should know. 在终端显示报告。
 
     Args:
@@ -31,7 +35,9 @@ def show_report(report: RobustnessReport, console: "Console", say: Callable[[str
         >>> from rich.console import Console
         >>> from sj_robust.attacks import ThreatModel
         >>> console = Console(file=io.StringIO(), width=80)
-        >>> report = RobustnessReport("mine", "digits", ThreatModel("Linf", 0.1), "fast", 2, (0, 1), (0,), ())
+        >>> report = RobustnessReport(
+        ...     "mine", "digits", ThreatModel("Linf", 0.1), "fast", 2, (0, 1), (0,), ()
+        ... )
         >>> show_report(report, console)
         >>> "NOT ROBUST" in console.file.getvalue()
         True
@@ -47,7 +53,9 @@ def show_report(report: RobustnessReport, console: "Console", say: Callable[[str
     for text in report.alarms:
         console.print(Panel(Text(text, style="bold red"), border_style="red"), soft_wrap=False)
     title = f"{report.name} on {report.dataset}: {report.budget}, suite {report.suite}"
-    numbers = (Column(heading, justify="right") for heading in ("%", "95 % interval", "images", "seconds"))
+    numbers = (
+        Column(heading, justify="right") for heading in ("%", "95 % interval", "images", "seconds")
+    )
     table = Table(Column("accuracy", overflow="fold"), *numbers, title=title)
     for one in report.accuracies:
         if one.kind in ("control", "verified"):
@@ -78,7 +86,9 @@ def show_comparison(comparison: Comparison, console: "Console") -> None:
         >>> from sj_robust.attacks import ThreatModel
         >>> from sj_robust.evaluation import compare_reports
         >>> console = Console(file=io.StringIO(), width=80)
-        >>> report = RobustnessReport("mine", "digits", ThreatModel("Linf", 0.1), "fast", 2, (0, 1), (0,), ())
+        >>> report = RobustnessReport(
+        ...     "mine", "digits", ThreatModel("Linf", 0.1), "fast", 2, (0, 1), (0,), ()
+        ... )
         >>> show_comparison(compare_reports(report, report), console)
         >>> "mine (second) minus mine (first)" in console.file.getvalue()
         True
@@ -88,7 +98,10 @@ def show_comparison(comparison: Comparison, console: "Console") -> None:
 
     for text in comparison.notes:
         console.print(Text(text, style="bold red" if text.startswith("DIFFERENT") else ""))
-    numbers = (Column(heading, justify="right") for heading in (*comparison.names, "difference", "95 % interval"))
+    numbers = (
+        Column(heading, justify="right")
+        for heading in (*comparison.names, "difference", "95 % interval")
+    )
     title = f"{comparison.names[1]} minus {comparison.names[0]}"
     table = Table(Column("accuracy, %", overflow="fold"), *numbers, title=title)
     for row in comparison.differences:
@@ -98,8 +111,8 @@ def show_comparison(comparison: Comparison, console: "Console") -> None:
 
 
 class Display(MovingLine):
-    """Progress of an evaluation with the time left: a bar on a terminal, one line that is written over in a notebook,
-    elsewhere a line now and then. 评估进度显示。
+    """Progress of an evaluation with the time left: a bar on a terminal, one line that is written
+    over in a notebook, elsewhere a line now and then. 评估进度显示。
 
     Args:
         console: Where to show it; a quiet one for all processes but the first.
@@ -155,7 +168,10 @@ class Display(MovingLine):
                 left=f"batch {batch}, {left}",
             )
             return
-        text = f"{100 * position.done / position.total:.0f} % done, {left}, batch {batch}, {position.member}"
+        text = (
+            f"{100 * position.done / position.total:.0f} % done, {left}, batch {batch}, "
+            f"{position.member}"
+        )
         if self._console.is_jupyter:
             self._write_over(text)
         elif time.monotonic() - self._last > PAUSE:
@@ -163,5 +179,7 @@ class Display(MovingLine):
             self._console.print(text, markup=False)
 
     def _write_over(self, text: str) -> None:
-        """Put text in the place of the last one; a notebook understands a carriage return, and no cursor that moves."""
+        """Put text in the place of the last one; a notebook understands a carriage return, and no
+        cursor that moves.
+        """
         print(f"\r{text[:_NOTEBOOK]:<{_NOTEBOOK}}", end="\r", file=self._console.file, flush=True)

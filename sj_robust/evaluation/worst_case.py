@@ -1,4 +1,6 @@
-"""Worst case per sample over attacks, gradient estimators and seeds, and the one loop over the members of a set."""
+"""Worst case per sample over attacks, gradient estimators and seeds, and the one loop over the
+members of a set.
+"""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +35,9 @@ class WorstCase:
 
     @property
     def robust_accuracy(self) -> float:
-        """Share of all images that are classified right and that no member fooled; NaN without images."""
+        """Share of all images that are classified right and that no member fooled; NaN without
+        images.
+        """
         return float((self.correct & (self.fooled_by < 0)).double().mean())
 
     def standing(self, group: str) -> Tensor:
@@ -53,30 +57,40 @@ class WorstCase:
 
 
 def worst_case(
-    model: Model, x: Tensor, y: Tensor, members: Sequence[Member], *, seeds: SampleSeeds, draws: int = 1
+    model: Model,
+    x: Tensor,
+    y: Tensor,
+    members: Sequence[Member],
+    *,
+    seeds: SampleSeeds,
+    draws: int = 1,
 ) -> WorstCase:
     """Run the members one after the other and keep, per sample, the first that fools the network.
 
     逐样本取多种攻击与梯度估计的最坏情况。
 
-    Equation: ``robust accuracy = mean_n [right on x_n and on a_m(x_n) for every member m]``. A member attacks what is
-    classified right and still stands in its group. Every success is scored again by :func:`fools`.
+    Equation: ``robust accuracy = mean_n [right on x_n and on a_m(x_n) for every member m]``. A
+    member attacks what is classified right and still stands in its group. Every success is scored
+    again by :func:`fools`.
 
     Args:
-        model: Images [N, ...] in [0, 1] to logits [N, classes]; an ``nn.Module`` where a member has an estimator.
+        model: Images [N, ...] in [0, 1] to logits [N, classes]; an ``nn.Module`` where a member has
+            an estimator.
         x: Images, floating point.
         y: Labels [N] int64.
         members: What is run, in this order.
-        seeds: One seed per sample; the result of a sample then depends on neither its neighbours nor the batch size
-            (unless the network itself draws random numbers, or the estimator is ``pdsg``).
+        seeds: One seed per sample; the result of a sample then depends on neither its neighbours
+            nor the batch size (unless the network itself draws random numbers, or the estimator is
+            ``pdsg``).
         draws: Forwards in every one of which a stochastic network has to be wrong.
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If images, labels or seeds do not fit, names repeat, or an attack leaves its budget.
+        ValueError: If images, labels or seeds do not fit, names repeat, or an attack leaves its
+            budget.
 
-    Source: per-sample worst case as in AutoAttack (Croce and Hein, ICML 2020), over several gradients as Bu et al.
-        (TMLR 2024) ensemble them for spiking networks.
+    Source: per-sample worst case as in AutoAttack (Croce and Hein, ICML 2020), over several
+        gradients as Bu et al. (TMLR 2024) ensemble them for spiking networks.
 
     Examples:
         >>> from functools import partial
@@ -90,11 +104,16 @@ def worst_case(
         ([0, -1], 0.5)
     """
     if len({member.name for member in members}) < len(members):
-        raise ValueError(f"names of members must differ, got {[member.name for member in members]}; add the restart")
+        raise ValueError(
+            f"names of members must differ, got {[member.name for member in members]}; add the "
+            "restart"
+        )
     correct = ~fools(model, x, y, draws=draws, seeds=seeds)
     x_adv, fooled_by = x.detach().clone(), torch.full_like(y, -1)
     outcomes = []
-    for index, run in enumerate(run_members(model, x, y, members, correct, seeds=seeds, draws=draws)):
+    for index, run in enumerate(
+        run_members(model, x, y, members, correct, seeds=seeds, draws=draws)
+    ):
         first = run.fooled & (fooled_by[run.rows] < 0)
         x_adv[run.rows[first]] = run.x_adv[first]
         fooled_by[run.rows[first]] = index
@@ -108,7 +127,9 @@ def worst_case(
                 attacked=tuple(run.rows.tolist()),
                 fooled=tuple(run.rows[run.fooled].tolist()),
                 outside=(),
-                largest=max(threat.distance(x[run.rows], run.x_adv).tolist(), default=0.0) if threat else torch.nan,
+                largest=max(threat.distance(x[run.rows], run.x_adv).tolist(), default=0.0)
+                if threat
+                else torch.nan,
                 seconds=run.seconds,
             )
         )
@@ -116,7 +137,9 @@ def worst_case(
 
 
 class MemberRun(NamedTuple):
-    """What one member made of the samples ``rows`` [n] of a batch; ``x_adv`` [n, ...] and ``fooled`` [n] are theirs."""
+    """What one member made of the samples ``rows`` [n] of a batch; ``x_adv`` [n, ...] and
+    ``fooled`` [n] are theirs.
+    """
 
     member: Member
     rows: Tensor
@@ -139,8 +162,9 @@ def run_members(
 ) -> Iterator[MemberRun]:
     """Run members in their order, each on what is ``correct`` [N] and still stands in its group.
 
-    ``known[i]`` are the samples that ``members[i]`` fooled in an earlier run; only the members after these run and are
-    yielded. ``spared`` are, by name of a member, samples [N] bool that it cannot fool and does not attack.
+    ``known[i]`` are the samples that ``members[i]`` fooled in an earlier run; only the members
+    after these run and are yielded. ``spared`` are, by name of a member, samples [N] bool that it
+    cannot fool and does not attack.
     """
     standing = {member.group: correct.clone() for member in members}
     for index, member in enumerate(members):
@@ -148,7 +172,9 @@ def run_members(
             fooled = torch.tensor(known[index], dtype=torch.int64, device=x.device)
         else:
             spares = (spared or {}).get(member.name)
-            attacked = standing[member.group] if spares is None else standing[member.group] & ~spares
+            attacked = (
+                standing[member.group] if spares is None else standing[member.group] & ~spares
+            )
             rows = attacked.nonzero()[:, 0]
             images, labels, own = x[rows], y[rows], seeds.rows(rows)
             start = clock(x.device)

@@ -11,8 +11,25 @@ from sj_robust.models.wide_resnet import WIDE_RESNETS, MixedBlock, WideResNet
 from sj_robust.models.zoo import build_zoo_network, zoo_networks
 
 __all__ = [
-    "NETWORKS", "VGG", "VGG_FEATURES", "WIDE_RESNETS", "ConvChain", "DirectlyEncoded", "MixedBlock", "NetworkSpec",
-    "PretrainedCard", "SmallConvNet", "WideResNet", "build_classifier", "build_network", "build_zoo_network",
-    "load_published_checkpoint", "pretrained", "pretrained_networks", "published_names", "set_time_steps", "start_from",
+    "NETWORKS",
+    "VGG",
+    "VGG_FEATURES",
+    "WIDE_RESNETS",
+    "ConvChain",
+    "DirectlyEncoded",
+    "MixedBlock",
+    "NetworkSpec",
+    "PretrainedCard",
+    "SmallConvNet",
+    "WideResNet",
+    "build_classifier",
+    "build_network",
+    "build_zoo_network",
+    "load_published_checkpoint",
+    "pretrained",
+    "pretrained_networks",
+    "published_names",
+    "set_time_steps",
+    "start_from",
     "zoo_networks",
-]  # fmt: skip
+]

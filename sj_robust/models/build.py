@@ -29,24 +29,28 @@ class NetworkSpec:
 
     Attributes:
         name: One of :data:`NETWORKS`; ``"zoo:NAME"`` for a network of SpikingJelly's model zoo
-            (:func:`sj_robust.models.zoo_networks`); ``"module:function"`` or ``"file.py:function"`` for a function of
-            your own that returns the network, bare or in a ``SpikingClassifier``. It is called with those of
-            ``image_shape``, ``classes``, ``T`` and ``spiking_neuron`` (builds one neuron) that its signature names, and
-            with ``options``.
-        neuron: ``"dlif"``, or one of SpikingJelly's ``"lif"`` and ``"plif"`` (``decay_input=False``, as DLIF with all
-            gains 1) and ``"if"``; all with the triangle surrogate and a hard reset to 0. With ``"dlif"`` the IF, LIF
-            and PLIF neurons that a network from elsewhere brings are converted by ``replace_neurons``, which keeps
-            their own tau.
+            (:func:`sj_robust.models.zoo_networks`); ``"module:function"`` or ``"file.py:function"``
+            for a function of your own that returns the network, bare or in a ``SpikingClassifier``.
+            It is called with those of ``image_shape``, ``classes``, ``T`` and ``spiking_neuron``
+            (builds one neuron) that its signature names, and with ``options``.
+        neuron: ``"dlif"``, or one of SpikingJelly's ``"lif"`` and ``"plif"``
+            (``decay_input=False``, as DLIF with all gains 1) and ``"if"``; all with the triangle
+            surrogate and a hard reset to 0. With ``"dlif"`` the IF, LIF and PLIF neurons that a
+            network from elsewhere brings are converted by ``replace_neurons``, which keeps their
+            own tau.
         image_shape: (C, H, W) of one image or frame.
         classes: Number of classes.
         T: Number of time steps; of frames per sample.
-        tau: Membrane time constant in steps (unused by ``"if"``); of ``"plif"``, the one to start with.
-        learn_gain: Whether the gains of DLIF are trained; False leaves them at one, which is LIF (the same spikes) at
-            the speed of DLIF's kernels.
+        tau: Membrane time constant in steps (unused by ``"if"``); of ``"plif"``, the one to start
+            with.
+        learn_gain: Whether the gains of DLIF are trained; False leaves them at one, which is LIF
+            (the same spikes) at the speed of DLIF's kernels.
         channels: Output channels of the convolutions of ``"small"``.
-        hidden: Widths of the hidden linear layers of a VGG; ``"small"`` takes its own from ``options``.
+        hidden: Widths of the hidden linear layers of a VGG; ``"small"`` takes its own from
+            ``options``.
         fused: Whether batch norm and the DLIF neurons behind it run in one pass where they can.
-        mean: Mean per channel, subtracted from images in [0, 1] inside the classifier; None for none.
+        mean: Mean per channel, subtracted from images in [0, 1] inside the classifier; None for
+            none.
         std: Standard deviation per channel that they are divided by; None for none.
         frames: Whether samples are event frames [T, C, H, W] instead of images.
         options: Further keyword arguments of the architecture, plain data.
@@ -73,7 +77,8 @@ class NetworkSpec:
 
 
 def build_network(spec: NetworkSpec) -> nn.Module:
-    """The network of a specification, with fresh weights from torch's global random state. 按规格构建网络。
+    """The network of a specification, with fresh weights from torch's global random state.
+    按规格构建网络。
 
     Args:
         spec: What to build.
@@ -83,8 +88,8 @@ def build_network(spec: NetworkSpec) -> nn.Module:
 
     Raises:
         ModuleNotFoundError, FileNotFoundError: If there is no such module or file of your own.
-        ValueError: If the architecture, the neuron or an option is unknown, an argument is out of range, or a function
-            of your own fails or returns no network.
+        ValueError: If the architecture, the neuron or an option is unknown, an argument is out of
+            range, or a function of your own fails or returns no network.
 
     Source: networks of Ding et al. (ICML 2024), section 5.
 
@@ -97,11 +102,13 @@ def build_network(spec: NetworkSpec) -> nn.Module:
 
 
 def _built(spec: NetworkSpec) -> nn.Module:
-    """The network, or the classifier that a function of the user returns, its neurons converted and fused."""
+    """The network, or the classifier that a function of the user returns, its neurons converted and
+    fused.
+    """
     if spec.name not in NETWORKS and ":" not in spec.name:
         raise ValueError(
-            f"network must be one of {', '.join(NETWORKS)}, zoo:NAME, module:function or file.py:function, got "
-            f"{spec.name!r}"
+            f"network must be one of {', '.join(NETWORKS)}, zoo:NAME, module:function or "
+            f"file.py:function, got {spec.name!r}"
         )
     node = _neuron(spec)
     if spec.name in NETWORKS:
@@ -123,17 +130,19 @@ def _built(spec: NetworkSpec) -> nn.Module:
 
 
 def build_classifier(spec: NetworkSpec) -> SpikingClassifier:
-    """The network of a specification as a pure function, from images in [0, 1] or event frames to logits. 构建分类器。
+    """The network of a specification as a pure function, from images in [0, 1] or event frames to
+    logits. 构建分类器。
 
-    It is a ``SpikingClassifier``, or a ``SpikingEventClassifier`` for frames; one that a function of your own returns
-    is taken as it is, with its encoder, mean and std.
+    It is a ``SpikingClassifier``, or a ``SpikingEventClassifier`` for frames; one that a function
+    of your own returns is taken as it is, with its encoder, mean and std.
 
     Args:
-        spec: What to build; ``mean`` and ``std`` are applied inside, so that attacks see images in [0, 1].
+        spec: What to build; ``mean`` and ``std`` are applied inside, so that attacks see images in
+            [0, 1].
 
     Raises:
-        ValueError: As :func:`build_network`; or if the number of means or deviations is not that of the channels, or
-            there are any for frames.
+        ValueError: As :func:`build_network`; or if the number of means or deviations is not that of
+            the channels, or there are any for frames.
 
     Examples:
         >>> import torch
@@ -142,9 +151,13 @@ def build_classifier(spec: NetworkSpec) -> SpikingClassifier:
     """
     for name, values in (("mean", spec.mean), ("std", spec.std)):
         if values is not None and spec.frames:
-            raise ValueError(f"{name} is for images, event frames stay as they are, got {values}; leave it out")
+            raise ValueError(
+                f"{name} is for images, event frames stay as they are, got {values}; leave it out"
+            )
         if values is not None and len(values) != spec.image_shape[0]:
-            raise ValueError(f"{name} must have one value per channel ({spec.image_shape[0]}), got {values}")
+            raise ValueError(
+                f"{name} must have one value per channel ({spec.image_shape[0]}), got {values}"
+            )
     net = _built(spec)
     if isinstance(net, SpikingClassifier):
         return net
@@ -171,7 +184,11 @@ def _neuron(spec: NetworkSpec) -> Callable[..., nn.Module]:
     kind, settings = kinds[spec.neuron]
 
     def spiking_neuron(**arguments: Any) -> nn.Module:
-        fixed = {"surrogate_function": surrogate.PiecewiseQuadratic(alpha=1.0), "v_reset": 0.0, "step_mode": "s"}
+        fixed = {
+            "surrogate_function": surrogate.PiecewiseQuadratic(alpha=1.0),
+            "v_reset": 0.0,
+            "step_mode": "s",
+        }
         return kind(**{**fixed, **settings, **arguments})
 
     return spiking_neuron
@@ -188,24 +205,37 @@ def _packaged_network(spec: NetworkSpec, node: Callable[..., nn.Module]) -> nn.M
         depth, widen_factor = WIDE_RESNETS[spec.name]
         kind = partial(WideResNet, depth=depth, widen_factor=widen_factor)
     try:
-        return kind(spec.image_shape, spec.classes, **{"T": spec.T, "spiking_neuron": node, **spec.options})
+        return kind(
+            spec.image_shape, spec.classes, **{"T": spec.T, "spiking_neuron": node, **spec.options}
+        )
     except TypeError as error:
         if not spec.options:
             raise
         raise ValueError(
-            f"{spec.name} cannot be built with the options {spec.options} ({error}); they are keyword arguments of "
-            f"the architecture or of its neurons ({spec.neuron})"
+            f"{spec.name} cannot be built with the options {spec.options} ({error}); they are "
+            f"keyword arguments of the architecture or of its neurons ({spec.neuron})"
         ) from error
 
 
 def _own_network(spec: NetworkSpec, node: Callable[..., nn.Module]) -> nn.Module:
     """What a function of the user returns."""
-    offered = {"image_shape": spec.image_shape, "classes": spec.classes, "T": spec.T, "spiking_neuron": node}
+    offered = {
+        "image_shape": spec.image_shape,
+        "classes": spec.classes,
+        "T": spec.T,
+        "spiking_neuron": node,
+    }
     net = call_with_known(find_function(spec.name), spec.name, offered, spec.options)
     if not isinstance(net, nn.Module):
-        raise ValueError(f"{spec.name} must return a network (nn.Module), got {type(net).__name__}; return an instance")
+        raise ValueError(
+            f"{spec.name} must return a network (nn.Module), got {type(net).__name__}; return an "
+            "instance"
+        )
     if isinstance(net, SpikingClassifier) and net.T != spec.T:
-        raise ValueError(f"{spec.name} returns a classifier of T={net.T}, asked for is T={spec.T} (--T); give the same")
+        raise ValueError(
+            f"{spec.name} returns a classifier of T={net.T}, asked for is T={spec.T} (--T); give "
+            "the same"
+        )
     return net
 
 
@@ -214,8 +244,12 @@ def _convert(net: nn.Module, spec: NetworkSpec) -> None:
     try:
         report = replace_neurons(net, spec.T)
     except ValueError as error:
-        raise ValueError(f"{spec.name} has no neuron that could be DLIF ({error}); or name another neuron") from error
+        raise ValueError(
+            f"{spec.name} has no neuron that could be DLIF ({error}); or name another neuron"
+        ) from error
     functional.reset_net(net)
     if not any(isinstance(module, DLIFNode) for module in net.modules()):
         stays = "; ".join(f"{name}: {reason}" for name, reason in report.skipped.items())
-        raise ValueError(f"{spec.name} has no neuron that could be DLIF ({stays}); name another neuron")
+        raise ValueError(
+            f"{spec.name} has no neuron that could be DLIF ({stays}); name another neuron"
+        )

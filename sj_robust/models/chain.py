@@ -1,4 +1,6 @@
-"""Networks of convolution - batch norm - neuron stages in a row: the paper's VGG, and a small one."""
+"""Networks of convolution - batch norm - neuron stages in a row: the paper's VGG, and a small
+one.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -17,11 +19,14 @@ VGG_FEATURES: dict[str, tuple[int | Literal["A"], ...]] = {
     "vgg16": (64, 64, "A", 128, 128, "A", *[256] * 3, "A", *[512] * 3, "A", *[512] * 3, "A"),
     "vgg19": (64, 64, "A", 128, 128, "A", *[256] * 4, "A", *[512] * 4, "A", *[512] * 4, "A"),
 }
-"""Output channels of the convolutions of each network and ``"A"`` for a pooling, under the published code's names."""
+"""Output channels of the convolutions of each network and ``"A"`` for a pooling, under the
+published code's names.
+"""
 
 
 class ConvChain(DirectlyEncoded):
-    """Convolution - batch norm - neuron for every number in ``features``, average pooling by 2 for every ``"A"``.
+    """Convolution - batch norm - neuron for every number in ``features``, average pooling by 2 for
+    every ``"A"``.
 
     After them linear - neuron for every number in ``hidden``, and a linear layer to the classes.
     逐层堆叠的卷积脉冲网络。
@@ -33,24 +38,29 @@ class ConvChain(DirectlyEncoded):
         classes: Number of classes.
         T: Number of time steps an image is repeated for.
         spiking_neuron: Class or function that builds a neuron, as in SpikingJelly's model zoo.
-        features: Output channels of the convolutions, the first of them first, ``"A"`` for a pooling and ``"S"`` for
-            a stride of 2 of the next convolution.
+        features: Output channels of the convolutions, the first of them first, ``"A"`` for a
+            pooling and ``"S"`` for a stride of 2 of the next convolution.
         hidden: Widths of the hidden linear layers.
-        batch_norm: Whether there is a batch norm behind every convolution; without, weights are torch's own.
+        batch_norm: Whether there is a batch norm behind every convolution; without, weights are
+            torch's own.
         kernel_size: Height and width of every kernel; the padding is ``(kernel_size - 1) // 2``.
         step_mode: ``"m"`` or ``"s"``.
-        **neuron_kwargs: Passed on to ``spiking_neuron``; one that takes ``T`` (``DLIFNode`` does) gets the network's.
+        **neuron_kwargs: Passed on to ``spiking_neuron``; one that takes ``T`` (``DLIFNode`` does)
+            gets the network's.
 
     Raises:
-        ValueError: If the image is too small for the stages, ``features`` does not begin with a convolution or ends in
-            ``"S"``, a width is not positive, or an input has another number of dimensions.
+        ValueError: If the image is too small for the stages, ``features`` does not begin with a
+            convolution or ends in ``"S"``, a width is not positive, or an input has another number
+            of dimensions.
 
     Source: the VGG networks of Ding et al. (ICML 2024), section 5.
 
     Examples:
         >>> import torch
         >>> from sj_robust.neuron import DLIFNode
-        >>> net = ConvChain((1, 8, 8), 10, T=4, spiking_neuron=DLIFNode, features=[4, "A"], hidden=[16])
+        >>> net = ConvChain(
+        ...     (1, 8, 8), 10, T=4, spiking_neuron=DLIFNode, features=[4, "A"], hidden=[16]
+        ... )
         >>> net(torch.rand(5, 1, 8, 8)).shape
         torch.Size([4, 5, 10])
     """
@@ -75,14 +85,19 @@ class ConvChain(DirectlyEncoded):
         halvings = features.count("A") + features.count("S")
         widths = [feature for feature in features if isinstance(feature, int)]
         if not widths or features[0] == "A" or features[-1] == "S":
-            raise ValueError(f"features must begin with a convolution and not end in a stride, got {list(features)}")
+            raise ValueError(
+                "features must begin with a convolution and not end in a stride, got "
+                f"{list(features)}"
+            )
         for name, sizes in (("convolution", widths), ("hidden layer", hidden)):
             if any(size < 1 for size in sizes):
-                raise ValueError(f"every {name} must have a width >= 1, got {list(sizes)}; leave the layer out")
+                raise ValueError(
+                    f"every {name} must have a width >= 1, got {list(sizes)}; leave the layer out"
+                )
         if min(height, columns) < 2**halvings:
             raise ValueError(
-                f"an image of {height}x{columns} pixels cannot be halved {halvings} times (>= 1 needed); "
-                "pass fewer stages, or larger images"
+                f"an image of {height}x{columns} pixels cannot be halved {halvings} times (>= 1 "
+                "needed); pass fewer stages, or larger images"
             )
         padding = (kernel_size - 1) // 2
         node = neuron_builder(spiking_neuron, T, neuron_kwargs)
@@ -99,7 +114,9 @@ class ConvChain(DirectlyEncoded):
                 continue
             stages.append(layer.Conv2d(width, feature, kernel_size, stride=stride, padding=padding))
             stages += [layer.BatchNorm2d(feature), node()] if batch_norm else [node()]
-            height, columns = ((size + 2 * padding - kernel_size) // stride + 1 for size in (height, columns))
+            height, columns = (
+                (size + 2 * padding - kernel_size) // stride + 1 for size in (height, columns)
+            )
             width, stride = feature, 1
         width *= height * columns
         stages.append(layer.Flatten())
@@ -114,7 +131,8 @@ class ConvChain(DirectlyEncoded):
 
 
 class VGG(ConvChain):
-    """VGG with batch norm: convolutions as named, then two hidden linear layers of spiking neurons. 脉冲 VGG 网络。
+    """VGG with batch norm: convolutions as named, then two hidden linear layers of spiking neurons.
+    脉冲 VGG 网络。
 
     Args:
         name: One of :data:`VGG_FEATURES`.
@@ -126,7 +144,8 @@ class VGG(ConvChain):
     Raises:
         ValueError: If the name is unknown, and as :class:`ConvChain`.
 
-    Source: Ding et al. (ICML 2024), section 5, with its published code's names; Simonyan & Zisserman (2015).
+    Source: Ding et al. (ICML 2024), section 5, with its published code's names; Simonyan &
+        Zisserman (2015).
 
     Examples:
         >>> import torch
@@ -148,13 +167,17 @@ class VGG(ConvChain):
         """Build the network; see the class."""
         if name not in VGG_FEATURES:
             raise ValueError(f"name must be one of {', '.join(VGG_FEATURES)}, got {name!r}")
-        super().__init__(image_shape, classes, features=VGG_FEATURES[name], hidden=hidden, **arguments)
+        super().__init__(
+            image_shape, classes, features=VGG_FEATURES[name], hidden=hidden, **arguments
+        )
 
 
 class SmallConvNet(ConvChain):
-    """Convolution - batch norm - neuron - average pooling, once per entry of ``channels``, then linear layers.
+    """Convolution - batch norm - neuron - average pooling, once per entry of ``channels``, then
+    linear layers.
 
-    With ``strides`` the convolutions have these in the place of the poolings, which gives tighter bounds.
+    With ``strides`` the convolutions have these in the place of the poolings, which gives tighter
+    bounds.
 
     小型卷积脉冲网络，适用于 8x8 至 32x32 的图像。
 
@@ -163,10 +186,12 @@ class SmallConvNet(ConvChain):
         classes: Number of classes.
         channels: Output channels of the convolutions.
         strides: Stride of each convolution, 1 or 2; None for poolings.
-        **arguments: ``T``, ``spiking_neuron`` and whatever else :class:`ConvChain` takes, such as ``hidden``.
+        **arguments: ``T``, ``spiking_neuron`` and whatever else :class:`ConvChain` takes, such as
+            ``hidden``.
 
     Raises:
-        ValueError: If there is not a stride of 1 or 2 for every convolution, and as :class:`ConvChain`.
+        ValueError: If there is not a stride of 1 or 2 for every convolution, and as
+            :class:`ConvChain`.
 
     Source: the stages of the VGG networks of Ding et al. (ICML 2024), made small.
 
@@ -189,7 +214,10 @@ class SmallConvNet(ConvChain):
     ) -> None:
         """Build the network; see the class."""
         if strides is not None and (len(strides) != len(channels) or not set(strides) <= {1, 2}):
-            raise ValueError(f"strides must be 1 or 2 for each of {len(channels)} convolutions, got {list(strides)}")
+            raise ValueError(
+                f"strides must be 1 or 2 for each of {len(channels)} convolutions, got "
+                f"{list(strides)}"
+            )
         features: list[int | Literal["A", "S"]] = []
         for number, width in enumerate(channels):
             if strides is None:

@@ -13,15 +13,17 @@ __all__ = ["DirectlyEncoded", "initialise", "neuron_builder"]
 
 
 class DirectlyEncoded(nn.Module):
-    """A first layer that is linear in time, run once for an image, and stages that see its result T times.
+    """A first layer that is linear in time, run once for an image, and stages that see its result T
+    times.
 
     首层对静态图像只计算一次，再沿时间维展开。
 
-    The image does not change over time under direct encoding, so the first convolution gives the same result at every
-    step: it runs once, and its result is repeated over the T steps after it; batch norm sees the T copies.
+    The image does not change over time under direct encoding, so the first convolution gives the
+    same result at every step: it runs once, and its result is repeated over the T steps after it;
+    batch norm sees the T copies.
 
-    Shapes: in step mode ``"m"`` images [N, C, H, W] or frames [T, N, C, H, W] to [T, N, classes]; in step mode ``"s"``
-    one frame [N, C, H, W] to [N, classes] per call.
+    Shapes: in step mode ``"m"`` images [N, C, H, W] or frames [T, N, C, H, W] to [T, N, classes];
+    in step mode ``"s"`` one frame [N, C, H, W] to [N, classes] per call.
 
     A subclass sets ``T``, the SpikingJelly layer ``first`` and the module ``stages``.
 
@@ -43,15 +45,23 @@ class DirectlyEncoded(nn.Module):
     stages: nn.Module
 
     def forward(self, x: Tensor) -> Tensor:
-        """Outputs of every time step ([T, N, classes]), or of one ([N, classes]) in step mode ``"s"``."""
+        """Outputs of every time step ([T, N, classes]), or of one ([N, classes]) in step mode
+        ``"s"``.
+        """
         single_step = self.first.step_mode == "s"
         if x.ndim not in ((4,) if single_step else (4, 5)):
-            wanted = "one frame [N, C, H, W]" if single_step else "images [N, C, H, W] or frames [T, N, C, H, W]"
+            wanted = (
+                "one frame [N, C, H, W]"
+                if single_step
+                else "images [N, C, H, W] or frames [T, N, C, H, W]"
+            )
             raise ValueError(
-                f"{type(self).__name__} in step mode {self.first.step_mode!r} takes {wanted}, got {tuple(x.shape)}"
+                f"{type(self).__name__} in step mode {self.first.step_mode!r} takes {wanted}, "
+                f"got {tuple(x.shape)}"
             )
         if single_step or x.ndim == 5:
-            return self.stages(self.first(x))  # type: ignore[no-any-return]  # torch types a module's call as Any
+            # torch types a module's call as Any
+            return self.stages(self.first(x))  # type: ignore[no-any-return]
         current = self.first(x.unsqueeze(0))
         return self.stages(repeat_step(current, self.T))  # type: ignore[no-any-return]  # as above
 
@@ -59,7 +69,8 @@ class DirectlyEncoded(nn.Module):
 def neuron_builder(
     spiking_neuron: Callable[..., nn.Module], T: int, arguments: dict[str, Any]
 ) -> Callable[[], nn.Module]:
-    """A function that builds one neuron after the other, which share nothing. 逐个构建互不共享的神经元。
+    """A function that builds one neuron after the other, which share nothing.
+    逐个构建互不共享的神经元。
 
     A neuron that takes ``T`` gets the network's, unless there is one among its ``arguments``.
     """
@@ -69,7 +80,9 @@ def neuron_builder(
 
 
 def initialise(net: nn.Module) -> None:
-    """Kaiming-normal (fan out) convolutions; biases of convolutions and linear layers 0. 初始化权重。"""
+    """Kaiming-normal (fan out) convolutions; biases of convolutions and linear layers 0.
+    初始化权重。
+    """
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

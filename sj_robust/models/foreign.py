@@ -15,11 +15,13 @@ __all__ = ["call_with_known", "find_function", "reason"]
 
 
 def find_function(text: str) -> Callable[..., Any]:
-    """A function by name; its module, looked for in the working folder first, is imported, and so runs.
+    """A function by name; its module, looked for in the working folder first, is imported, and so
+    runs.
 
     Raises:
         ModuleNotFoundError, FileNotFoundError: If there is no such module or file.
-        ValueError: If the text has no colon, the file is not Python's, there is no such function, or its module fails.
+        ValueError: If the text has no colon, the file is not Python's, there is no such function,
+            or its module fails.
 
     Examples:
         >>> find_function("math:sqrt")(4.0)
@@ -27,23 +29,31 @@ def find_function(text: str) -> Callable[..., Any]:
     """
     module_name, colon, function_name = text.rpartition(":")
     if not colon or not module_name or not function_name:
-        raise ValueError(f"network must be module:function, got {text!r}; such as mynet:build or mynet.py:build")
+        raise ValueError(
+            f"network must be module:function, got {text!r}; such as mynet:build or mynet.py:build"
+        )
     function = getattr(_module(module_name), function_name, None)
     if not callable(function):
-        raise ValueError(f"{module_name} has no function {function_name!r}; give module:function that builds a network")
+        raise ValueError(
+            f"{module_name} has no function {function_name!r}; give module:function that builds "
+            "a network"
+        )
     return function  # type: ignore[no-any-return]  # whatever it is, it can be called
 
 
 def call_with_known(
     function: Callable[..., Any], name: str, offered: Mapping[str, Any], options: Mapping[str, Any]
 ) -> Any:
-    """Call a function with those ``offered`` that its signature names (``**kwargs`` names none), and with all options.
+    """Call a function with those ``offered`` that its signature names (``**kwargs`` names none),
+    and with all options.
 
-    Options go before what is offered. A ValueError that calls the function ``name`` says what it does not take, or that
-    it fails.
+    Options go before what is offered. A ValueError that calls the function ``name`` says what it
+    does not take, or that it fails.
 
     Examples:
-        >>> call_with_known(lambda T, width=1: T * width, "area", {"T": 4, "classes": 10}, {"width": 3})
+        >>> call_with_known(
+        ...     lambda T, width=1: T * width, "area", {"T": 4, "classes": 10}, {"width": 3}
+        ... )
         12
     """
     parameters = signature(function).parameters
@@ -53,12 +63,17 @@ def call_with_known(
     unknown = [] if takes_any else [key for key in options if key not in named]
     if unknown:
         raise ValueError(
-            f"{name} takes no option {', '.join(map(repr, unknown))}; it takes {', '.join(named) or 'none'}"
+            f"{name} takes no option {', '.join(map(repr, unknown))}; it takes "
+            f"{', '.join(named) or 'none'}"
         )
     try:
-        return function(**{key: value for key, value in offered.items() if key in named} | dict(options))
+        return function(
+            **{key: value for key, value in offered.items() if key in named} | dict(options)
+        )
     except Exception as error:  # somebody else's code raises anything
-        raise ValueError(f"{name} failed ({reason(error)}); correct it or its options, and start again") from error
+        raise ValueError(
+            f"{name} failed ({reason(error)}); correct it or its options, and start again"
+        ) from error
 
 
 def reason(error: Exception) -> str:
@@ -68,7 +83,9 @@ def reason(error: Exception) -> str:
         >>> reason(ValueError("too far"))
         'ValueError: too far'
     """
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_theirs(frame.filename)]
+    frames = [
+        frame for frame in traceback.extract_tb(error.__traceback__) if _is_theirs(frame.filename)
+    ]
     line = f", {Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else ""
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}{line}"
 
@@ -78,7 +95,9 @@ def _module(name: str) -> ModuleType:
     if name.endswith(".py"):
         path = Path(name)
         if not path.is_file():
-            raise FileNotFoundError(f"{path.resolve()} does not exist; give module:function or file.py:function")
+            raise FileNotFoundError(
+                f"{path.resolve()} does not exist; give module:function or file.py:function"
+            )
         specification = importlib.util.spec_from_file_location(path.stem, path)
         assert specification is not None  # a file that ends in .py has a loader
         assert specification.loader is not None  # as above
@@ -90,7 +109,8 @@ def _module(name: str) -> ModuleType:
         return module
     if "/" in name or Path(name).is_file():
         raise ValueError(
-            f"a file with a network must end in .py, got {name!r}; give module:function or file.py:function"
+            f"a file with a network must end in .py, got {name!r}; give module:function or "
+            "file.py:function"
         )
     sys.path.insert(0, str(Path.cwd()))
     try:
@@ -100,22 +120,29 @@ def _module(name: str) -> ModuleType:
         if error.name is None or not name.startswith(error.name):
             raise
         raise ModuleNotFoundError(
-            f"no module {name!r} in {Path.cwd()} or among the installed ones; give module:function or file.py:function"
+            f"no module {name!r} in {Path.cwd()} or among the installed ones; give "
+            "module:function or file.py:function"
         ) from error
 
 
 @contextmanager
 def _failures_named(name: str) -> Iterator[None]:
-    """What a module of somebody else raises while it is imported, in one line; one that is missing keeps its error."""
+    """What a module of somebody else raises while it is imported, in one line; one that is missing
+    keeps its error.
+    """
     try:
         yield
     except ModuleNotFoundError:
         raise
     except Exception as error:  # it raises anything
-        raise ValueError(f"{name} cannot be imported ({reason(error)}); correct it and start again") from error
+        raise ValueError(
+            f"{name} cannot be imported ({reason(error)}); correct it and start again"
+        ) from error
 
 
 def _is_theirs(file: str) -> bool:
-    """Whether a file of a traceback belongs to neither Python nor an installed package nor this one."""
+    """Whether a file of a traceback belongs to neither Python nor an installed package nor this
+    one.
+    """
     foreign = ("<", str(Path(__file__).parents[1]), str(Path(traceback.__file__).parent))
     return not file.startswith(foreign) and "site-packages" not in file

@@ -1,4 +1,6 @@
-"""Trained networks that come with the package, each with a card that says how robust it was found to be."""
+"""Trained networks that come with the package, each with a card that says how robust it was found
+to be.
+"""
 
 import json
 from collections.abc import Mapping
@@ -26,7 +28,8 @@ class PretrainedCard(Shown):
         summary: Neuron and training in a few words.
         command: Command of this repository that trained it.
         clean: Test images that are right without an attack, in per cent.
-        at_most: Robust accuracy at most, after every attack of the suite and its control, in per cent.
+        at_most: Robust accuracy at most, after every attack of the suite and its control, in per
+            cent.
         at_least: Robust accuracy at least, the images that are proved, in per cent.
         found: Verdict of the evaluation: threat, number of images, suite, doubts.
         made_with: Versions and commit.
@@ -49,13 +52,16 @@ class PretrainedCard(Shown):
     def table(self) -> str:
         """All of it as Markdown."""
         rows = [[name, str(value)] for name, value in asdict(self).items() if name != "made_with"]
-        return markdown_table(["", "value"], [*rows, *([name, str(value)] for name, value in self.made_with.items())])
+        return markdown_table(
+            ["", "value"], [*rows, *([name, str(value)] for name, value in self.made_with.items())]
+        )
 
 
 def pretrained(name: str) -> SpikingClassifier:
     """A trained network, with which every example shows something true. 加载随包发布的预训练网络。
 
-    Shapes: images in [0, 1] to logits [N, 10]; [N, 1, 8, 8] of the digits of scikit-learn, [N, 3, 32, 32] of CIFAR-10.
+    Shapes: images in [0, 1] to logits [N, 10]; [N, 1, 8, 8] of the digits of scikit-learn, [N, 3,
+        32, 32] of CIFAR-10.
 
     Args:
         name: One of :func:`pretrained_networks`, such as ``"digits/dlif-at-mppd"``.
@@ -86,7 +92,9 @@ def pretrained_networks() -> dict[str, PretrainedCard]:
         >>> pretrained_networks()["digits/lif"].at_least
         0.0
     """
-    cards: dict[str, dict[str, Any]] = json.loads((_FOLDER / "cards.json").read_text(encoding="utf-8"))
+    cards: dict[str, dict[str, Any]] = json.loads(
+        (_FOLDER / "cards.json").read_text(encoding="utf-8")
+    )
     return {name: PretrainedCard(name, **card) for name, card in cards.items()}
 
 

@@ -15,26 +15,31 @@ __all__ = ["start_from"]
 
 
 @torch.no_grad()
-def start_from(classifier: SpikingClassifier, path: Path | str, *, decay_input: bool | None = None) -> None:
-    """Copy pretrained weights into a network; DLIF neurons begin as the LIF neurons they were trained with.
+def start_from(
+    classifier: SpikingClassifier, path: Path | str, *, decay_input: bool | None = None
+) -> None:
+    """Copy pretrained weights into a network; DLIF neurons begin as the LIF neurons they were
+    trained with.
 
     以预训练 LIF 网络的权重初始化 DLIF 网络。
 
-    Equation: ``input_gain[t] = 1``, which is LIF with ``decay_input=False`` at the same tau, or ``1 / tau`` for one
-    with ``decay_input=True``: the logits are those of the pretrained network. Gains that the file holds are copied.
+    Equation: ``input_gain[t] = 1``, which is LIF with ``decay_input=False`` at the same tau, or ``1
+    / tau`` for one with ``decay_input=True``: the logits are those of the pretrained network. Gains
+    that the file holds are copied.
 
     Args:
         classifier: The network, changed in place; its tau is the pretrained network's.
-        path: ``best.pt`` of ``recipes/adv_train.py``, or a ``state_dict`` (.pt, .pth) of the bare network or its
-            classifier, such as one of SpikingJelly's model zoo.
-        decay_input: Whether the LIF neurons had ``decay_input=True``, SpikingJelly's default; a checkpoint of this
-            package has False. None: of neurons whose gains are all ``1 / tau``, as ``replace_neurons`` leaves them when
-            it converts such a LIF, and of no other.
+        path: ``best.pt`` of ``recipes/adv_train.py``, or a ``state_dict`` (.pt, .pth) of the bare
+            network or its classifier, such as one of SpikingJelly's model zoo.
+        decay_input: Whether the LIF neurons had ``decay_input=True``, SpikingJelly's default; a
+            checkpoint of this package has False. None: of neurons whose gains are all ``1 / tau``,
+            as ``replace_neurons`` leaves them when it converts such a LIF, and of no other.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If names or shapes differ, which the message lists; if the file says that the network had another
-            tau, other channel statistics or PLIF neurons; or the file is damaged.
+        ValueError: If names or shapes differ, which the message lists; if the file says that the
+            network had another tau, other channel statistics or PLIF neurons; or the file is
+            damaged.
 
     Source: the equivalences of ``sj_robust.replace_neurons``.
 
@@ -51,7 +56,9 @@ def start_from(classifier: SpikingClassifier, path: Path | str, *, decay_input: 
     """
     path = Path(path)
     weights = read_weights(path)
-    nodes = {name: module for name, module in classifier.named_modules() if isinstance(module, DLIFNode)}
+    nodes = {
+        name: module for name, module in classifier.named_modules() if isinstance(module, DLIFNode)
+    }
     _check_neurons(weights, nodes, decay_input, path)
     whole = classifier.state_dict()
     tensors = dict(weights.tensors)
@@ -63,32 +70,44 @@ def start_from(classifier: SpikingClassifier, path: Path | str, *, decay_input: 
         if key not in tensors:
             decayed = torch.full_like(node.input_gain, 1 / node.tau)
             decays = torch.equal(node.input_gain, decayed) if decay_input is None else decay_input
-            tensors[key] = decayed if decays and not math.isinf(node.tau) else torch.ones_like(decayed)
+            tensors[key] = (
+                decayed if decays and not math.isinf(node.tau) else torch.ones_like(decayed)
+            )
     check_keys(
-        tensors, whole, str(path), "build the network that the file was trained as (name, sizes, T, mean and std)"
+        tensors,
+        whole,
+        str(path),
+        "build the network that the file was trained as (name, sizes, T, mean and std)",
     )
     for key in ("mean", "std"):
         if key in whole and not torch.allclose(whole[key], tensors[key].to(whole[key])):
             raise ValueError(
-                f"{path} was trained with {key} {tensors[key].tolist()}, the network has {whole[key].tolist()}; give "
-                "it the same"
+                f"{path} was trained with {key} {tensors[key].tolist()}, the network has "
+                f"{whole[key].tolist()}; give it the same"
             )
     classifier.load_state_dict(tensors)
     functional.reset_net(classifier)
 
 
-def _check_neurons(weights: Weights, nodes: dict[str, DLIFNode], decay_input: bool | None, path: Path) -> None:
+def _check_neurons(
+    weights: Weights, nodes: dict[str, DLIFNode], decay_input: bool | None, path: Path
+) -> None:
     """DLIF neurons can begin as the neurons of the file."""
-    learned = [key for key in weights.tensors if key.endswith(".w") and weights.tensors[key].ndim == 0]
+    learned = [
+        key for key in weights.tensors if key.endswith(".w") and weights.tensors[key].ndim == 0
+    ]
     if nodes and learned:
         raise ValueError(
-            f"{path} has PLIF neurons, each with a tau of its own ({learned[0]}), but DLIF neurons of a NetworkSpec "
-            "share one; load it in a function of your own (network module:function), whose neurons are then converted"
+            f"{path} has PLIF neurons, each with a tau of its own ({learned[0]}), but DLIF "
+            "neurons of a NetworkSpec share one; load it in a function of your own (network "
+            "module:function), whose neurons are then converted"
         )
     if weights.network is None or not nodes:
         return
     if decay_input:
-        raise ValueError(f"{path} is a checkpoint of this package, whose LIF has decay_input=False; leave it out")
+        raise ValueError(
+            f"{path} is a checkpoint of this package, whose LIF has decay_input=False; leave it out"
+        )
     spec = NetworkSpec(**weights.network)
     if ":" in spec.name:
         return
@@ -96,5 +115,6 @@ def _check_neurons(weights: Weights, nodes: dict[str, DLIFNode], decay_input: bo
     others = {node.tau for node in nodes.values()} - {tau}
     if others:
         raise ValueError(
-            f"{path} was trained with tau {tau:g}, the network has {min(others):g}; build it with tau={tau:g}"
+            f"{path} was trained with tau {tau:g}, the network has {min(others):g}; build it "
+            f"with tau={tau:g}"
         )

@@ -20,8 +20,10 @@ class Weights:
     """A ``state_dict`` and what its file says of the network.
 
     Attributes:
-        tensors: Parameters and buffers by name, without the ``module.`` of ``DataParallel`` and its kind.
-        network: The ``NetworkSpec`` of a checkpoint of this package, as plain data; None for any other file.
+        tensors: Parameters and buffers by name, without the ``module.`` of ``DataParallel`` and its
+            kind.
+        network: The ``NetworkSpec`` of a checkpoint of this package, as plain data; None for any
+            other file.
     """
 
     tensors: dict[str, Tensor]
@@ -29,11 +31,13 @@ class Weights:
 
 
 def read_weights(path: Path) -> Weights:
-    """Weights of a file, on the CPU: a checkpoint of this package, or a ``state_dict``, plain or in a dictionary.
+    """Weights of a file, on the CPU: a checkpoint of this package, or a ``state_dict``, plain or in
+    a dictionary.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the ending is another, the file is damaged, holds a pickled network, or no tensors by name.
+        ValueError: If the ending is another, the file is damaged, holds a pickled network, or no
+            tensors by name.
 
     Examples:
         >>> read_weights(Path("weights.h5"))
@@ -43,7 +47,8 @@ def read_weights(path: Path) -> Weights:
     """
     if path.suffix not in _ENDINGS:
         raise ValueError(
-            f"a file of weights must end in {' or '.join(_ENDINGS)}, got {path}; save net.state_dict() with torch.save"
+            f"a file of weights must end in {' or '.join(_ENDINGS)}, got {path}; save "
+            "net.state_dict() with torch.save"
         )
     if not path.is_file():
         raise FileNotFoundError(
@@ -57,15 +62,20 @@ def read_weights(path: Path) -> Weights:
     for wrapper in _WRAPPERS:
         if isinstance(content.get(wrapper), dict):
             content = content[wrapper]
-    if not content or not all(isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()):
+    if not content or not all(
+        isinstance(key, str) and isinstance(value, Tensor) for key, value in content.items()
+    ):
         raise ValueError(f"{path} holds no tensors by name; save net.state_dict() with torch.save")
     if all(key.startswith("module.") for key in content):
         content = {key.removeprefix("module."): value for key, value in content.items()}
     return Weights(dict(content), network)
 
 
-def check_keys(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], origin: str, remedy: str) -> None:
-    """Raise ValueError unless what a file, ``origin``, holds has the names and shapes that the network needs.
+def check_keys(
+    tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], origin: str, remedy: str
+) -> None:
+    """Raise ValueError unless what a file, ``origin``, holds has the names and shapes that the
+    network needs.
 
     Examples:
         >>> import torch
@@ -86,7 +96,8 @@ def check_keys(tensors: Mapping[str, Tensor], wanted: Mapping[str, Tensor], orig
     }
     if any(faults.values()):
         listed = [
-            f"{fault} {', '.join(keys[:6])}" + (f" and {len(keys) - 6} more" if len(keys) > 6 else "")
+            f"{fault} {', '.join(keys[:6])}"
+            + (f" and {len(keys) - 6} more" if len(keys) > 6 else "")
             for fault, keys in faults.items()
             if keys
         ]

@@ -18,11 +18,13 @@ WIDE_RESNETS = {"wrn16_4": (16, 4), "wrn28_10": (28, 10)}
 class WideResNet(DirectlyEncoded):
     """Wide residual network of spiking neurons. 脉冲宽残差网络。
 
-    A 3x3 convolution to 16 channels, three stages of ``(depth - 4) / 6`` blocks with 16, 32 and 64 times
-    ``widen_factor`` channels and stride 1, 2 and 2, then batch norm - neuron - average over all pixels that are left
-    (8x8 of a 32x32 image) - linear layer to the classes. Convolutions have no bias.
+    A 3x3 convolution to 16 channels, three stages of ``(depth - 4) / 6`` blocks with 16, 32 and 64
+    times ``widen_factor`` channels and stride 1, 2 and 2, then batch norm - neuron - average over
+    all pixels that are left (8x8 of a 32x32 image) - linear layer to the classes. Convolutions have
+    no bias.
 
-    Shapes and the time steps: see :class:`DirectlyEncoded`; the blocks: :class:`MixedBlock`; arguments that are not
+    Shapes and the time steps: see :class:`DirectlyEncoded`; the blocks: :class:`MixedBlock`;
+        arguments that are not
     listed here: :class:`ConvChain`.
 
     Args:
@@ -31,10 +33,11 @@ class WideResNet(DirectlyEncoded):
         widen_factor: Multiple of the channels of the narrowest network.
 
     Raises:
-        ValueError: If the depth or the widening factor is out of range, or an input has another number of dimensions.
+        ValueError: If the depth or the widening factor is out of range, or an input has another
+            number of dimensions.
 
-    Source: Ding et al. (ICML 2024), section 5, with its published code; Zagoruyko and Komodakis, "Wide Residual
-        Networks" (BMVC 2016); the mixed branches as in SNN-RAT (NeurIPS 2022).
+    Source: Ding et al. (ICML 2024), section 5, with its published code; Zagoruyko and Komodakis,
+        "Wide Residual Networks" (BMVC 2016); the mixed branches as in SNN-RAT (NeurIPS 2022).
 
     Examples:
         >>> from sj_robust.neuron import DLIFNode
@@ -59,9 +62,13 @@ class WideResNet(DirectlyEncoded):
         super().__init__()
         if depth < 10 or depth % 6 != 4:
             nearest = max(10, 6 * round((depth - 4) / 6) + 4)
-            raise ValueError(f"depth must be 6 n + 4 for a whole n >= 1, got {depth}; pass {nearest}")
+            raise ValueError(
+                f"depth must be 6 n + 4 for a whole n >= 1, got {depth}; pass {nearest}"
+            )
         if widen_factor < 1:
-            raise ValueError(f"widen_factor must be >= 1, got {widen_factor}; the paper has 4 and 10")
+            raise ValueError(
+                f"widen_factor must be >= 1, got {widen_factor}; the paper has 4 and 10"
+            )
         node = neuron_builder(spiking_neuron, T, neuron_kwargs)
         self.T = T
         self.first = layer.Conv2d(image_shape[0], 16, 3, padding=1, bias=False)
@@ -69,7 +76,9 @@ class WideResNet(DirectlyEncoded):
         width = 16
         for channels, stride in ((16, 1), (32, 2), (64, 2)):
             for block in range((depth - 4) // 6):
-                stages.append(MixedBlock(width, channels * widen_factor, 1 if block else stride, node))
+                stages.append(
+                    MixedBlock(width, channels * widen_factor, 1 if block else stride, node)
+                )
                 width = channels * widen_factor
         stages += [layer.BatchNorm2d(width), node(), layer.AdaptiveAvgPool2d(1), layer.Flatten()]
         self.stages = nn.Sequential(*stages, layer.Linear(width, classes))
@@ -78,7 +87,8 @@ class WideResNet(DirectlyEncoded):
 
 
 class MixedBlock(nn.Module):
-    """Pre-activation residual block whose two branches are mixed by two learnable coefficients. 可学习混合的残差块。
+    """Pre-activation residual block whose two branches are mixed by two learnable coefficients.
+    可学习混合的残差块。
 
     Equation::
 
@@ -87,7 +97,8 @@ class MixedBlock(nn.Module):
 
     The shortcut is x itself where the width stays, and a 1x1 convolution of a where it changes.
 
-    Shapes: x [T, N, in, H, W] to [T, N, out, H / stride, W / stride], or without T in step mode ``"s"``.
+    Shapes: x [T, N, in, H, W] to [T, N, out, H / stride, W / stride], or without T in step mode
+        ``"s"``.
 
     Args:
         in_channels: Channels of x.
@@ -95,15 +106,17 @@ class MixedBlock(nn.Module):
         stride: Stride of the first 3x3 and of the 1x1 convolution; 1 where the width stays.
         node: Builds one neuron.
 
-    Source: the published code of Ding et al. (ICML 2024); He et al., "Identity Mappings in Deep Residual Networks"
-        (ECCV 2016).
+    Source: the published code of Ding et al. (ICML 2024); He et al., "Identity Mappings in Deep
+        Residual Networks" (ECCV 2016).
 
     Examples:
         >>> MixedBlock(4, 4, 1, nn.ReLU).mixing.tolist()
         [0.5, 0.5]
     """
 
-    def __init__(self, in_channels: int, out_channels: int, stride: int, node: Callable[[], nn.Module]) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, stride: int, node: Callable[[], nn.Module]
+    ) -> None:
         """Build the block; see the class."""
         super().__init__()
         self.activation = nn.Sequential(layer.BatchNorm2d(in_channels), node())
@@ -114,11 +127,16 @@ class MixedBlock(nn.Module):
             layer.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
         )
         changes = in_channels != out_channels
-        self.shortcut = layer.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False) if changes else None
+        self.shortcut = (
+            layer.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
+            if changes
+            else None
+        )
         self.mixing = nn.Parameter(torch.full((2,), 0.5))
 
     def forward(self, x: Tensor) -> Tensor:
         """The block's output for x; see the class."""
         active = self.activation(x)
         through = x if self.shortcut is None else self.shortcut(active)
-        return self.mixing[0] * through + self.mixing[1] * self.residual(active)  # type: ignore[no-any-return]  # torch types a module's call as Any
+        # torch types a module's call as Any
+        return self.mixing[0] * through + self.mixing[1] * self.residual(active)  # type: ignore[no-any-return]

@@ -16,10 +16,12 @@ __all__ = ["build_zoo_network", "zoo_networks"]
 
 
 def zoo_networks() -> dict[str, Callable[..., nn.Module]]:
-    """Name and builder of every network of the zoo that takes a spiking neuron. 模型库中可用的网络。
+    """Name and builder of every network of the zoo that takes a spiking neuron.
+    模型库中可用的网络。
 
-    They are the public functions of ``spikingjelly.activation_based.model`` that have a parameter ``spiking_neuron``
-    and need no other, and such classes of a file without functions. A file that lacks a package it imports is left out.
+    They are the public functions of ``spikingjelly.activation_based.model`` that have a parameter
+    ``spiking_neuron`` and need no other, and such classes of a file without functions. A file that
+    lacks a package it imports is left out.
 
     Examples:
         >>> "spiking_vgg11_bn" in zoo_networks()
@@ -53,7 +55,8 @@ def build_zoo_network(
     spiking_neuron: Callable[..., nn.Module],
     options: Mapping[str, Any] | None = None,
 ) -> nn.Module:
-    """A network of SpikingJelly's zoo with fresh weights, in step mode ``"m"``. 构建模型库中的网络。
+    """A network of SpikingJelly's zoo with fresh weights, in step mode ``"m"``.
+    构建模型库中的网络。
 
     Shapes: frames [T, N, C, H, W] to [T, N, classes].
 
@@ -62,12 +65,14 @@ def build_zoo_network(
         image_shape: (C, H, W) of one image.
         classes: Number of classes.
         T: Number of time steps.
-        spiking_neuron: Function that builds a neuron; the zoo's own neuron arguments are passed to it.
-        options: Further keyword arguments of the builder; ``cnf`` of a SEW ResNet is ``"ADD"`` unless given.
+        spiking_neuron: Function that builds a neuron; the zoo's own neuron arguments are passed to
+            it.
+        options: Further keyword arguments of the builder; ``cnf`` of a SEW ResNet is ``"ADD"``
+            unless given.
 
     Raises:
-        ValueError: If there is no such network, it takes no such option, or it is for images of other channels or for
-            another number of classes.
+        ValueError: If there is no such network, it takes no such option, or it is for images of
+            other channels or for another number of classes.
 
     Source: the model zoo of SpikingJelly; SEW ResNet's ADD as in Fang et al. (NeurIPS 2021).
 
@@ -84,11 +89,23 @@ def build_zoo_network(
         hint = f"nearest: {', '.join(near)}" if near else f"there are {', '.join(builders)}"
         raise ValueError(f"the model zoo has no {name!r}; {hint}")
     channels, height, width = image_shape
-    offered: dict[str, Any] = {"T": T, "in_channels": channels, "img_size_h": height, "img_size_w": width}
-    offered |= {"input_size": (height, width), "cnf": "ADD", "spiking_neuron": spiking_neuron, "num_classes": classes}
+    offered: dict[str, Any] = {
+        "T": T,
+        "in_channels": channels,
+        "img_size_h": height,
+        "img_size_w": width,
+    }
+    offered |= {
+        "input_size": (height, width),
+        "cnf": "ADD",
+        "spiking_neuron": spiking_neuron,
+        "num_classes": classes,
+    }
     # every function takes num_classes, if only through its **kwargs
     needed = {"num_classes": classes} if isfunction(builders[name]) else {}
-    net: nn.Module = call_with_known(builders[name], f"zoo:{name}", offered, needed | dict(options or {}))
+    net: nn.Module = call_with_known(
+        builders[name], f"zoo:{name}", offered, needed | dict(options or {})
+    )
     functional.set_step_mode(net, "m")
     _check_fits(net, name, channels, classes)
     return net
@@ -98,19 +115,27 @@ def _takes_only_a_neuron(builder: Callable[..., Any]) -> bool:
     """Whether it has a parameter ``spiking_neuron`` and needs no other."""
     parameters = signature(builder).parameters
     variadic = (Parameter.VAR_KEYWORD, Parameter.VAR_POSITIONAL)
-    needed = [p.name for p in parameters.values() if p.default is Parameter.empty and p.kind not in variadic]
+    needed = [
+        p.name
+        for p in parameters.values()
+        if p.default is Parameter.empty and p.kind not in variadic
+    ]
     return "spiking_neuron" in parameters and set(needed) <= {"spiking_neuron"}
 
 
 def _check_fits(net: nn.Module, name: str, channels: int, classes: int) -> None:
-    """The first convolution takes the images, the last linear layer has the classes (some of the zoo fix them)."""
+    """The first convolution takes the images, the last linear layer has the classes (some of the
+    zoo fix them).
+    """
     first = next((module for module in net.modules() if isinstance(module, nn.Conv2d)), None)
     if first is not None and first.in_channels != channels:
         raise ValueError(
-            f"zoo:{name} takes images of {first.in_channels} channels, these have {channels}; take another network"
+            f"zoo:{name} takes images of {first.in_channels} channels, these have {channels}; "
+            "take another network"
         )
     last = [module for module in net.modules() if isinstance(module, nn.Linear)][-1:]
     if last and last[0].out_features % classes:
         raise ValueError(
-            f"zoo:{name} ends in {last[0].out_features} outputs, not in {classes} classes; take another network"
+            f"zoo:{name} ends in {last[0].out_features} outputs, not in {classes} classes; take "
+            "another network"
         )

@@ -5,6 +5,12 @@ from sj_robust.neuron.fusion import FusedSequential, FusionReport, fuse, unfuse
 from sj_robust.neuron.replacement import ReplacementReport, dlif_to_lif, replace_neurons
 
 __all__ = [
-    "DLIFNode", "FusedSequential", "FusionReport", "ReplacementReport", "dlif_to_lif", "fuse", "replace_neurons",
+    "DLIFNode",
+    "FusedSequential",
+    "FusionReport",
+    "ReplacementReport",
+    "dlif_to_lif",
+    "fuse",
+    "replace_neurons",
     "unfuse",
-]  # fmt: skip
+]

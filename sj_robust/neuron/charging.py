@@ -13,9 +13,15 @@ from sj_robust.neuron.dlif import DLIFNode, describe_surrogate
 from sj_robust.ops import Surrogate
 
 __all__ = [
-    "Charging", "Neuron", "NeuronKey", "emits_spikes", "find_neurons", "has_known_dynamics", "is_neuron",
+    "Charging",
+    "Neuron",
+    "NeuronKey",
+    "emits_spikes",
+    "find_neurons",
+    "has_known_dynamics",
+    "is_neuron",
     "read_charging",
-]  # fmt: skip
+]
 
 NeuronKey = str | type[nn.Module]
 
@@ -25,7 +31,8 @@ class Charging:
     """How a neuron charges at present: ``h[t] = decay * v[t-1] + gain * input_gain[t] * x[t]``.
 
     Attributes:
-        decay: Fraction of the potential kept per step; a tensor with a gradient if the neuron learns it.
+        decay: Fraction of the potential kept per step; a tensor with a gradient if the neuron
+            learns it.
         gain: Fixed input gain, 1/tau of a neuron with ``decay_input``.
         input_gain: Learnable gain per time step [T], None if the neuron has none.
     """
@@ -41,7 +48,11 @@ class Charging:
 
     def gain_at(self, t: int, *, input_gain: bool) -> float | Tensor:
         """Gain of the input of step ``t``, with or without the learnable part."""
-        return self.gain if self.input_gain is None or not input_gain else self.gain * self.input_gain[t]
+        return (
+            self.gain
+            if self.input_gain is None or not input_gain
+            else self.gain * self.input_gain[t]
+        )
 
 
 @dataclass(frozen=True)
@@ -84,17 +95,19 @@ class Neuron:
 def find_neurons(
     net: nn.Module, decay: Mapping[NeuronKey, float], gain: Mapping[NeuronKey, float]
 ) -> tuple[dict[str, Neuron], dict[str, str], set[str]]:
-    """Neurons that can be followed, by name, reasons by name of the others, and the names of those others that spike.
+    """Neurons that can be followed, by name, reasons by name of the others, and the names of those
+    others that spike.
 
-    ``decay`` and ``gain`` (a fixed input gain) are those of neurons whose dynamics are not known, by module name or
-    exact type. ValueError if there is no neuron, a key fits none or one of known dynamics, or a value is out of range.
+    ``decay`` and ``gain`` (a fixed input gain) are those of neurons whose dynamics are not known,
+    by module name or exact type. ValueError if there is no neuron, a key fits none or one of known
+    dynamics, or a value is out of range.
     """
     check_network(net)
     candidates = {name: module for name, module in net.named_modules() if is_neuron(module)}
     if not candidates:
         raise ValueError(
-            f"{type(net).__name__} holds no SpikingJelly neuron, so there is nothing to monitor or certify; give a "
-            "network with IF, LIF, PLIF or DLIF neurons"
+            f"{type(net).__name__} holds no SpikingJelly neuron, so there is nothing to monitor "
+            "or certify; give a network with IF, LIF, PLIF or DLIF neurons"
         )
     _check_given(candidates, decay, gain)
     followed: dict[str, Neuron] = {}
@@ -105,7 +118,9 @@ def find_neurons(
             followed[name] = Neuron(name, module, partial(read_charging, module), known=True)
         elif given is not None:
             fixed_gain = _lookup(gain, name, module)
-            stated = partial(Charging, float(given), 1.0 if fixed_gain is None else float(fixed_gain))
+            stated = partial(
+                Charging, float(given), 1.0 if fixed_gain is None else float(fixed_gain)
+            )
             followed[name] = Neuron(name, module, stated, known=False)
         else:
             unsupported[name] = _reason(module)
@@ -113,7 +128,9 @@ def find_neurons(
 
 
 def has_known_dynamics(module: nn.Module) -> bool:
-    """Whether it is known how a module charges; by exact type, since a subclass may change it. 动力学是否已知。"""
+    """Whether it is known how a module charges; by exact type, since a subclass may change it.
+    动力学是否已知。
+    """
     return type(module) in _KNOWN
 
 
@@ -128,7 +145,9 @@ def read_charging(module: nn.Module) -> Charging:
 
 
 def emits_spikes(module: nn.Module) -> bool:
-    """Whether a neuron emits spikes, not potentials as SpikingJelly's non-spiking ones do. 神经元是否发放脉冲。"""
+    """Whether a neuron emits spikes, not potentials as SpikingJelly's non-spiking ones do.
+    神经元是否发放脉冲。
+    """
     return not any("NonSpiking" in cls.__name__ for cls in type(module).__mro__)
 
 
@@ -140,7 +159,9 @@ def _parametric_lif(module: Any) -> Charging:
 # Exact types: a subclass may charge differently.
 _KNOWN: dict[type, Callable[[Any], Charging]] = {
     neuron.IFNode: lambda module: Charging(decay=1.0),
-    neuron.LIFNode: lambda module: Charging(1.0 - 1.0 / module.tau, 1.0 / module.tau if module.decay_input else 1.0),
+    neuron.LIFNode: lambda module: Charging(
+        1.0 - 1.0 / module.tau, 1.0 / module.tau if module.decay_input else 1.0
+    ),
     neuron.ParametricLIFNode: _parametric_lif,
     DLIFNode: lambda module: Charging(module.decay, input_gain=module.input_gain),
 }
@@ -152,8 +173,8 @@ def _reason(module: nn.Module) -> str:
         return f"{name} emits potentials, not spikes"
     if isinstance(module, neuron.BaseNode):
         return (
-            f"the decay of {name} is not known; if its potential decays by a constant factor per step, "
-            f"pass decay={{{name}: factor}}"
+            f"the decay of {name} is not known; if its potential decays by a constant factor per "
+            f"step, pass decay={{{name}: factor}}"
         )
     return f"{name} has no membrane potential that decays by a constant factor per step"
 
@@ -163,22 +184,38 @@ def _lookup(given: Mapping[NeuronKey, float], name: str, module: nn.Module) -> f
 
 
 def _check_given(
-    candidates: Mapping[str, nn.Module], decay: Mapping[NeuronKey, float], gain: Mapping[NeuronKey, float]
+    candidates: Mapping[str, nn.Module],
+    decay: Mapping[NeuronKey, float],
+    gain: Mapping[NeuronKey, float],
 ) -> None:
     for key, value in decay.items():
         fitting = [module for name, module in candidates.items() if key in (name, type(module))]
         if not fitting:
-            known = ", ".join(f"{name!r} ({type(module).__name__})" for name, module in candidates.items())
-            raise ValueError(f"decay: no neuron has the name or exact type {key!r}; the network has {known}")
+            known = ", ".join(
+                f"{name!r} ({type(module).__name__})" for name, module in candidates.items()
+            )
+            raise ValueError(
+                f"decay: no neuron has the name or exact type {key!r}; the network has {known}"
+            )
         if any(has_known_dynamics(module) for module in fitting):
             kind = type(fitting[0]).__name__
-            raise ValueError(f"decay: {key!r} names a {kind}, whose decay is read from the neuron; leave it out")
-        if any(not isinstance(module, neuron.BaseNode) or not emits_spikes(module) for module in fitting):
-            raise ValueError(f"decay: {key!r} cannot be followed by a decay alone: {_reason(fitting[0])}")
+            raise ValueError(
+                f"decay: {key!r} names a {kind}, whose decay is read from the neuron; leave it out"
+            )
+        if any(
+            not isinstance(module, neuron.BaseNode) or not emits_spikes(module)
+            for module in fitting
+        ):
+            raise ValueError(
+                f"decay: {key!r} cannot be followed by a decay alone: {_reason(fitting[0])}"
+            )
         if not 0.0 < value <= 1.0:
             raise ValueError(
-                f"decay of {key!r} must be in (0, 1], got {value}; a time constant tau means decay 1 - 1 / tau"
+                f"decay of {key!r} must be in (0, 1], got {value}; a time constant tau means "
+                "decay 1 - 1 / tau"
             )
     for key in gain:
         if key not in decay:
-            raise ValueError(f"gain: {key!r} has no decay; gain belongs to neurons given in decay={{...}}")
+            raise ValueError(
+                f"gain: {key!r} has no decay; gain belongs to neurons given in decay={{...}}"
+            )

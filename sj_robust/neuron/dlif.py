@@ -18,7 +18,8 @@ __all__ = ["DLIFNode", "describe_surrogate"]
 
 
 class DLIFNode(neuron.BaseNode):
-    """LIF neuron with a learnable input gain per time step (DLIF). 每个时间步带可学习输入增益的 LIF 神经元。
+    """LIF neuron with a learnable input gain per time step (DLIF).
+    每个时间步带可学习输入增益的 LIF 神经元。
 
     Equation, for t = 0 .. T-1, with ``decay = 1 - 1 / tau``::
 
@@ -27,32 +28,36 @@ class DLIFNode(neuron.BaseNode):
         v[t] = (1 - s[t]) * h[t] + s[t] * v_reset      (v_reset None: h[t] - s[t] * v_threshold)
 
     With all gains 1 this is ``LIFNode(tau, decay_input=False)``; with all gains 1/tau it is
-    ``decay_input=True``; ``tau=math.inf`` is IF. The gain follows the sequence, not the call: chunks and single
-    steps go on where the last call stopped, and ``functional.reset_net`` returns to ``input_gain[0]``.
+    ``decay_input=True``; ``tau=math.inf`` is IF. The gain follows the sequence, not the call:
+    chunks and single steps go on where the last call stopped, and ``functional.reset_net`` returns
+    to ``input_gain[0]``.
 
-    Shapes: ``x_seq`` [T, N, *] in step mode ``"m"``, [N, *] in ``"s"``. State: ``v`` [N, *] in float32 (float64
-    for float64 inputs), ``time_step`` the number of steps since the reset, neither in ``state_dict``. ``last_call`` is
-    when the neuron ran last (``time.perf_counter_ns``), which tells the order of several.
+    Shapes: ``x_seq`` [T, N, *] in step mode ``"m"``, [N, *] in ``"s"``. State: ``v`` [N, *] in
+    float32 (float64 for float64 inputs), ``time_step`` the number of steps since the reset, neither
+    in ``state_dict``. ``last_call`` is when the neuron ran last (``time.perf_counter_ns``), which
+    tells the order of several.
 
     Args:
         T: Number of time steps of a sequence, which is the number of gains.
         tau: Membrane time constant in steps, > 1; ``math.inf`` for no leak.
         v_threshold: Firing threshold.
         v_reset: Potential after a spike; None subtracts the threshold instead (soft reset).
-        surrogate_function: A SpikingJelly surrogate, or any differentiable function of ``h - v_threshold``;
-            None builds ``PiecewiseQuadratic(alpha=1.0)``, the triangle of the paper.
+        surrogate_function: A SpikingJelly surrogate, or any differentiable function of ``h -
+            v_threshold``; None builds ``PiecewiseQuadratic(alpha=1.0)``, the triangle of the paper.
         detach_reset: Whether the reset is left out of the gradient.
         step_mode: ``"m"`` or ``"s"``.
-        backend: A name of ``sj_robust.ops.BACKENDS``, or ``"spikingjelly"`` for SpikingJelly 2.x's own LIF operator.
-            ``"auto"`` takes the fastest that can run, and the latter where SpikingJelly's ``op_counter`` counts;
-            :meth:`chosen_backend` tells which.
+        backend: A name of ``sj_robust.ops.BACKENDS``, or ``"spikingjelly"`` for SpikingJelly 2.x's
+            own LIF operator. ``"auto"`` takes the fastest that can run, and the latter where
+            SpikingJelly's ``op_counter`` counts; :meth:`chosen_backend` tells which.
         store_v_seq: Whether the potentials after every reset are kept in ``v_seq``.
         input_gain_init: Initial value of every gain.
 
     Raises:
-        TypeError: If ``tau`` is not a number or ``surrogate_function`` is a class or cannot be called.
+        TypeError: If ``tau`` is not a number or ``surrogate_function`` is a class or cannot be
+            called.
         ValueError: If an argument is out of range or the backend is unknown.
-        RuntimeError: If a named backend is not available; at run time, if a sequence is longer than T.
+        RuntimeError: If a named backend is not available; at run time, if a sequence is longer than
+            T.
 
     Source: Ding et al., "Robust Stable Spiking Neural Networks", ICML 2024.
 
@@ -96,10 +101,12 @@ class DLIFNode(neuron.BaseNode):
         self.backend = backend
         self.input_gain = nn.Parameter(torch.full((T,), float(input_gain_init)))
         self.register_memory("time_step", 0)
-        self._operator: Callable[..., Any] = ops.dlif_multi_step  # of one sequence; another may take its place
+        self._operator: Callable[..., Any] = (
+            ops.dlif_multi_step
+        )  # of one sequence; another may take its place
 
     @property
-    def T(self) -> int:  # noqa: N802  # the field's name for the number of time steps
+    def T(self) -> int:  # the field's name for the number of time steps
         """Number of time steps of a sequence."""
         return self.input_gain.shape[0]
 
@@ -122,13 +129,15 @@ class DLIFNode(neuron.BaseNode):
     def backend(self, value: str) -> None:
         if value not in self.supported_backends:
             raise ValueError(
-                f"backend must be one of {self.supported_backends}, got {value!r}; 'auto' takes the fastest that runs"
+                f"backend must be one of {self.supported_backends}, got {value!r}; 'auto' takes "
+                "the fastest that runs"
             )
         if value != "spikingjelly":
             ops.check_backend(value)
         elif lif_multi_step is None:
             raise RuntimeError(
-                "backend='spikingjelly' needs SpikingJelly 2.x, whose LIF operator it is; use backend='auto'"
+                "backend='spikingjelly' needs SpikingJelly 2.x, whose LIF operator it is; use "
+                "backend='auto'"
             )
         self._backend = value
 
@@ -149,7 +158,9 @@ class DLIFNode(neuron.BaseNode):
         """Spikes [T, N, *] for input currents [T, N, *]; moves the state on."""
         time_step = self.time_step
         self._note_call(x_seq, time_step)
-        spike_seq, self.v, self.time_step, v_seq = self._run(x_seq, self.v, time_step, self.store_v_seq)
+        spike_seq, self.v, self.time_step, v_seq = self._run(
+            x_seq, self.v, time_step, self.store_v_seq
+        )
         if self.store_v_seq:
             self.v_seq = v_seq
         return spike_seq
@@ -203,22 +214,26 @@ class DLIFNode(neuron.BaseNode):
     def _note_call(self, x_seq: Tensor, time_step: int) -> None:
         if isinstance(x_seq, fx.Proxy):
             raise TypeError(
-                "a DLIFNode cannot be traced by torch.fx, as SpikingJelly's export_to_nir does, since its gain depends "
-                "on the time step: call sj_robust.neuron.dlif_to_lif(net) first, which takes constant gains, or "
-                "name DLIFNode as a leaf of the tracer; torch.export traces it with any gains"
+                "a DLIFNode cannot be traced by torch.fx, as SpikingJelly's export_to_nir does, "
+                "since its gain depends on the time step: call sj_robust.neuron.dlif_to_lif(net) "
+                "first, which takes constant gains, or name DLIFNode as a leaf of the tracer; "
+                "torch.export traces it with any gains"
             )
         if torch.compiler.is_compiling():  # a graph would hold the time at which it was made
             return
         own = self.__dict__  # past nn.Module's way of setting, which takes as long as a launch
         own["last_call"] = time.perf_counter_ns()
-        if torch._C._current_graph_task_id() == -1:  # no backward pass; torch has no public way to ask
+        if (
+            torch._C._current_graph_task_id() == -1
+        ):  # no backward pass; torch has no public way to ask
             own["_reached"] = time_step + x_seq.shape[0]
         elif time_step >= max(self._reached, 1):
             raise RuntimeError(
-                f"a DLIFNode runs again inside a backward pass, as activation checkpointing does, at step "
-                f"{time_step}, where its sequence ended: gains and potential would be those of later steps. Call "
-                "functional.reset_net(net) at the beginning of the function that is checkpointed and run the whole "
-                "sequence inside, or use SpikingJelly 2.x's memopt.checkpoint_module, which brings the states back"
+                "a DLIFNode runs again inside a backward pass, as activation checkpointing does, "
+                f"at step {time_step}, where its sequence ended: gains and potential would be "
+                "those of later steps. Call functional.reset_net(net) at the beginning of the "
+                "function that is checkpointed and run the whole sequence inside, or use "
+                "SpikingJelly 2.x's memopt.checkpoint_module, which brings the states back"
             )
 
     def _run(
@@ -229,10 +244,14 @@ class DLIFNode(neuron.BaseNode):
         end = time_step + x_seq.shape[0]
         if end > gain.shape[0]:
             raise RuntimeError(self._too_long(tuple(x_seq.shape), time_step))
-        if x_seq.shape[0] < gain.shape[0]:  # a slice of the whole takes as long as the call of a kernel
+        if (
+            x_seq.shape[0] < gain.shape[0]
+        ):  # a slice of the whole takes as long as the call of a kernel
             gain = gain[time_step:end]
         if self._uses_host():
-            spike_seq, v_end, v_seq = self._run_host(x_seq, gain, _potential(v, x_seq[0]), store_v_seq)
+            spike_seq, v_end, v_seq = self._run_host(
+                x_seq, gain, _potential(v, x_seq[0]), store_v_seq
+            )
             return spike_seq, v_end, end, v_seq
         from_reset = not isinstance(v, Tensor) and v == (self.v_reset or 0.0)
         spike_seq, v_end, v_seq = self._operator(
@@ -254,19 +273,22 @@ class DLIFNode(neuron.BaseNode):
         """What is wrong with a sequence that goes beyond the last gain."""
         if time_step:
             return (
-                f"DLIFNode has T={self.T} time steps, but step {time_step + shape[0]} was asked for ({time_step} taken "
-                "since the last reset): call functional.reset_net(net) before every new sequence, or build the neuron "
-                "with a larger T"
+                f"DLIFNode has T={self.T} time steps, but step {time_step + shape[0]} was asked "
+                f"for ({time_step} taken since the last reset): call functional.reset_net(net) "
+                "before every new sequence, or build the neuron with a larger T"
             )
         return (
-            f"DLIFNode has T={self.T} time steps, but its input of shape {shape} has {shape[0]}: a network in step "
-            "mode 'm' takes [T, N, *], time first. Exchange the dimensions of [N, T, *] with x.transpose(0, 1), repeat "
-            f"one image over time with x.expand({self.T}, *x.shape), call functional.set_step_mode(net, 'm') once the "
+            f"DLIFNode has T={self.T} time steps, but its input of shape {shape} has {shape[0]}: "
+            "a network in step mode 'm' takes [T, N, *], time first. Exchange the dimensions of "
+            "[N, T, *] with x.transpose(0, 1), repeat one image over time with "
+            f"x.expand({self.T}, *x.shape), call functional.set_step_mode(net, 'm') once the "
             f"network is built, or build the neuron with T={shape[0]}"
         )
 
     def _uses_host(self) -> bool:
-        """Whether SpikingJelly's own operator runs: by name, or because SpikingJelly counts operators."""
+        """Whether SpikingJelly's own operator runs: by name, or because SpikingJelly counts
+        operators.
+        """
         return self.backend == "spikingjelly" or (self.backend == "auto" and is_counted())
 
     def _run_host(
@@ -292,7 +314,13 @@ class DLIFNode(neuron.BaseNode):
         return describe_surrogate(self.surrogate_function)
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, metadata: Any, strict: bool, missing: list[str], *rest: Any
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        metadata: Any,
+        strict: bool,
+        missing: list[str],
+        *rest: Any,
     ) -> None:
         super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, *rest)
         errors: list[str] = rest[-1]
@@ -308,10 +336,13 @@ class DLIFNode(neuron.BaseNode):
             missing[missing.index(key)] = _MissingGain(key, self.T)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "DLIFNode":
-        if any(isinstance(value, Tensor) and value.grad_fn is not None for value in self._memories.values()):
+        if any(
+            isinstance(value, Tensor) and value.grad_fn is not None
+            for value in self._memories.values()
+        ):
             raise RuntimeError(
-                "a DLIFNode cannot be copied while its membrane potential belongs to the graph of a sequence: call "
-                "functional.reset_net(net) before copy.deepcopy(net)"
+                "a DLIFNode cannot be copied while its membrane potential belongs to the graph "
+                "of a sequence: call functional.reset_net(net) before copy.deepcopy(net)"
             )
         # By the usual protocol, which a gradient estimator in force shadows in the instance.
         reduced: Any = self.__reduce_ex__(4)
@@ -334,22 +365,29 @@ _COMPILED_SURROGATES = {getattr(surrogate, name, None): kind for kind, name in H
 def describe_surrogate(function: Any) -> ops.Surrogate:
     """A SpikingJelly surrogate, or any function, as the kernels know it. 描述替代函数。"""
     kind = _COMPILED_SURROGATES.get(type(function))
-    if kind is None or not function.spiking or isinstance(function.alpha, Tensor):  # which may be learned
+    if (
+        kind is None or not function.spiking or isinstance(function.alpha, Tensor)
+    ):  # which may be learned
         return ops.Surrogate("custom", function=function)
     return ops.Surrogate(kind, alpha=function.alpha)
 
 
-def _check_arguments(T: int, tau: float, v_threshold: float, v_reset: float | None, input_gain_init: float) -> None:
+def _check_arguments(
+    T: int, tau: float, v_threshold: float, v_reset: float | None, input_gain_init: float
+) -> None:
     if isinstance(T, bool) or not isinstance(T, int) or T < 1:
         raise ValueError(
-            f"T must be an integer >= 1, the number of time steps of a sequence, got {T!r}; it stands before tau, as "
-            "in DLIFNode(T=4, tau=2.0)"
+            f"T must be an integer >= 1, the number of time steps of a sequence, got {T!r}; it "
+            "stands before tau, as in DLIFNode(T=4, tau=2.0)"
         )
     if isinstance(tau, bool | str) or tau is None:
         raise TypeError(f"tau must be a number > 1, got {tau!r}; write a number such as tau=2.0")
     if math.isnan(tau) or tau <= 1.0:
         decay = f"for a decay of {tau} pass tau={1 / (1 - tau):.6g}" if 0.0 < tau < 1.0 else ""
-        raise ValueError(f"tau must be > 1, got {tau}; {decay or 'the decay is 1 - 1 / tau, math.inf means no leak'}")
+        raise ValueError(
+            f"tau must be > 1, got {tau}; "
+            f"{decay or 'the decay is 1 - 1 / tau, math.inf means no leak'}"
+        )
     if not math.isfinite(v_threshold):
         raise ValueError(f"v_threshold must be finite, got {v_threshold}")
     if v_reset is not None and not math.isfinite(v_reset):
@@ -361,7 +399,8 @@ def _check_arguments(T: int, tau: float, v_threshold: float, v_reset: float | No
 class _MissingGain(str):
     """Key of a gain that weights lack; torch's message, which formats it, has the remedy too.
 
-    It is no error by itself, since torch tells a module nothing of ``load_state_dict(..., strict=False)``.
+    It is no error by itself, since torch tells a module nothing of ``load_state_dict(...,
+    strict=False)``.
     """
 
     def __new__(cls, key: str, T: int) -> "_MissingGain":
@@ -373,30 +412,34 @@ class _MissingGain(str):
 
     def __format__(self, spec: str) -> str:
         return (
-            f"{self!s}: the weights are those of a network without DLIF neurons; load them into a network of "
-            f"their own neurons, and then call replace_neurons(net, T={self.T})"
+            f"{self!s}: the weights are those of a network without DLIF neurons; load them into "
+            f"a network of their own neurons, and then call replace_neurons(net, T={self.T})"
         )
 
 
 def _check_surrogate(function: object) -> None:
     if isinstance(function, type):
         name = function.__name__
-        raise TypeError(f"surrogate_function must be an instance, got the class {name}; write {name}()")
+        raise TypeError(
+            f"surrogate_function must be an instance, got the class {name}; write {name}()"
+        )
     if function is not None and not callable(function):
         raise TypeError(
-            f"surrogate_function must be a function of h - v_threshold, got {function!r}; pass a surrogate of "
-            "SpikingJelly such as surrogate.ATan()"
+            f"surrogate_function must be a function of h - v_threshold, got {function!r}; pass a "
+            "surrogate of SpikingJelly such as surrogate.ATan()"
         )
 
 
 def _potential(v: Tensor | float, x: Tensor) -> Tensor:
-    """The potential as a tensor in the shape of one step ``x``, in state precision and on its device."""
+    """The potential as a tensor in the shape of one step ``x``, in state precision and on its
+    device.
+    """
     dtype = state_dtype(x)
     if not isinstance(v, Tensor):
         return torch.full_like(x, v, dtype=dtype)
     if v.shape != x.shape:
         raise RuntimeError(
-            f"the neuron's state has shape {tuple(v.shape)}, but one step of the input has {tuple(x.shape)}: "
-            "call functional.reset_net(net) before a batch of another size"
+            f"the neuron's state has shape {tuple(v.shape)}, but one step of the input has "
+            f"{tuple(x.shape)}: call functional.reset_net(net) before a batch of another size"
         )
     return v.to(x.device, dtype)

@@ -1,4 +1,5 @@
-"""Layers that run in one pass: batch norm, DLIF neurons and 2x2 average pooling, in a network that exists already.
+"""Layers that run in one pass: batch norm, DLIF neurons and 2x2 average pooling, in a network that
+exists already.
 
 No other file knows of it: hooks, estimators and messages find the neuron as they find it anywhere.
 """
@@ -23,8 +24,10 @@ class FusionReport:
     """What :func:`fuse` did, by the name of the batch norm or of the neuron.
 
     Attributes:
-        fused: Batch norms that run in one pass with the neuron behind them, with that neuron's name.
-        pooled: Neurons that run in one pass with the 2x2 average pooling behind them, with that pooling's name.
+        fused: Batch norms that run in one pass with the neuron behind them, with that neuron's
+            name.
+        pooled: Neurons that run in one pass with the 2x2 average pooling behind them, with that
+            pooling's name.
         skipped: Batch norms that stay as they are, with the reason.
     """
 
@@ -34,19 +37,20 @@ class FusionReport:
 
 
 class FusedSequential(nn.Sequential):
-    """``nn.Sequential`` that runs batch norm, DLIFNode and 2x2 average pooling behind each other in one pass if it can.
+    """``nn.Sequential`` that runs batch norm, DLIFNode and 2x2 average pooling behind each other in
+    one pass if it can.
 
-    Same modules, names, parameters, results and errors as ``nn.Sequential``. The three, or two of them, run in one pass
-    in step mode ``"m"``, on the CPU with the compiled kernel and on CUDA with Triton; otherwise, and whenever somebody
-    looks between them, one after the other. Who looks is who has a hook on one of them, unless it is a method of an
-    object whose ``active`` is False at that time; with pre-hooks on the neuron, which look at its input alone, only the
-    batch norm runs apart.
-    Methods of an object whose ``needs_output`` is False, forward hooks of the neuron or pre-hooks that leave its input
-    as it is, are called with the input that it has had and keep nothing apart. The counters of SpikingJelly 2.x
-    (``op_counter``) look, too. Hooks on every module at once
-    (``torch.nn.modules.module.register_module_forward_hook``), which torch has for debugging alone, cannot be found by
-    public means and miss them: call :func:`unfuse` first. In bfloat16 and float16 one pass does not round what lies
-    between the modules.
+    Same modules, names, parameters, results and errors as ``nn.Sequential``. The three, or two of
+    them, run in one pass in step mode ``"m"``, on the CPU with the compiled kernel and on CUDA with
+    Triton; otherwise, and whenever somebody looks between them, one after the other. Who looks is
+    who has a hook on one of them, unless it is a method of an object whose ``active`` is False at
+    that time; with pre-hooks on the neuron, which look at its input alone, only the batch norm runs
+    apart. Methods of an object whose ``needs_output`` is False, forward hooks of the neuron or
+    pre-hooks that leave its input as it is, are called with the input that it has had and keep
+    nothing apart. The counters of SpikingJelly 2.x (``op_counter``) look, too. Hooks on every
+    module at once (``torch.nn.modules.module.register_module_forward_hook``), which torch has for
+    debugging alone, cannot be found by public means and miss them: call :func:`unfuse` first. In
+    bfloat16 and float16 one pass does not round what lies between the modules.
 
     Equation: see :func:`sj_robust.ops.bn_dlif.batch_norm_dlif_multi_step`.
 
@@ -69,21 +73,24 @@ class FusedSequential(nn.Sequential):
 
 
 def fuse(net: nn.Module) -> FusionReport:
-    """Let batch norm, the DLIF neurons right behind it and the 2x2 average pooling behind those run in one pass.
+    """Let batch norm, the DLIF neurons right behind it and the 2x2 average pooling behind those run
+    in one pass.
 
-    Each of the two around the neurons may be missing. Only neighbours in an ``nn.Sequential`` are taken, where nothing
-    can come between them. Parameters, buffers, ``state_dict`` keys, hooks and results stay what they were (spikes
-    within the rounding of batch norm).
+    Each of the two around the neurons may be missing. Only neighbours in an ``nn.Sequential`` are
+    taken, where nothing can come between them. Parameters, buffers, ``state_dict`` keys, hooks and
+    results stay what they were (spikes within the rounding of batch norm).
     将 BatchNorm、其后的 DLIF 神经元和 2x2 平均池化融合为一次计算，``state_dict`` 不变。
 
     Args:
         net: A network, changed in place: its ``nn.Sequential`` become :class:`FusedSequential`.
 
     Returns:
-        What was fused and what was not, by module name. Whether it then runs in one pass is decided at each call: see
+        What was fused and what was not, by module name. Whether it then runs in one pass is decided
+            at each call: see
         :class:`FusedSequential`.
 
-    Source: batch norm folded into its neighbour, as in every inference engine; here also in training.
+    Source: batch norm folded into its neighbour, as in every inference engine; here also in
+        training.
 
     Examples:
         >>> net = nn.Sequential(layer.Conv2d(1, 3, 3), layer.BatchNorm2d(3), DLIFNode(T=4))
@@ -104,7 +111,11 @@ def fuse(net: nn.Module) -> FusionReport:
             if reason is None:
                 report.fused[name] = follower_name
                 parent.__class__ = FusedSequential
-            elif isinstance(module, DLIFNode) and type(parent) in (nn.Sequential, FusedSequential) and _pools(follower):
+            elif (
+                isinstance(module, DLIFNode)
+                and type(parent) in (nn.Sequential, FusedSequential)
+                and _pools(follower)
+            ):
                 report.pooled[name] = follower_name
                 parent.__class__ = FusedSequential
             elif any("BatchNorm" in cls.__name__ for cls in type(module).__mro__):
@@ -126,19 +137,31 @@ def unfuse(net: nn.Module) -> None:
     """
     for module in net.modules():
         if type(module) is FusedSequential:
-            module.__class__ = nn.Sequential  # type: ignore[assignment]  # back to its base, same layout
+            # back to its base, same layout
+            module.__class__ = nn.Sequential  # type: ignore[assignment]
 
 
 _DIMENSIONS = {layer.BatchNorm1d: 4, layer.BatchNorm2d: 5, layer.BatchNorm3d: 6}  # of [T, N, C, *]
 
 
-def _unfusable_reason(module: nn.Module, parent: nn.Module, follower: nn.Module | None) -> str | None:
+def _unfusable_reason(
+    module: nn.Module, parent: nn.Module, follower: nn.Module | None
+) -> str | None:
     if type(module) not in _DIMENSIONS:
-        return f"{type(module).__module__}.{type(module).__name__} is not a BatchNorm of SpikingJelly's layer module"
+        return (
+            f"{type(module).__module__}.{type(module).__name__} is not a BatchNorm of "
+            "SpikingJelly's layer module"
+        )
     if type(parent) not in (nn.Sequential, FusedSequential):
-        return f"stands in a {type(parent).__name__}, whose forward may run something between it and a neuron"
+        return (
+            f"stands in a {type(parent).__name__}, whose forward may run something between it "
+            "and a neuron"
+        )
     if not isinstance(follower, DLIFNode):
-        return f"is followed by {'nothing' if follower is None else type(follower).__name__}, not by a DLIFNode"
+        return (
+            f"is followed by {'nothing' if follower is None else type(follower).__name__}, not "
+            "by a DLIFNode"
+        )
     return None
 
 
@@ -146,7 +169,8 @@ def _pools(module: nn.Module | None) -> bool:
     """Whether it is an average over 2x2 neurons side by side."""
     pool: Any = module
     return type(module) is layer.AvgPool2d and (
-        (_pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding)) == ((2, 2), (2, 2), (0, 0))
+        (_pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding))
+        == ((2, 2), (2, 2), (0, 0))
         and not pool.ceil_mode
         and pool.divisor_override is None
     )
@@ -193,7 +217,9 @@ def _may_run_inside(node: DLIFNode) -> bool:
 
 
 def _is_replaced(node: DLIFNode) -> bool:
-    """Whether something stands in for the neuron's forward over a sequence, as an estimator does."""
+    """Whether something stands in for the neuron's forward over a sequence, as an estimator
+    does.
+    """
     return "multi_step_forward" in node.__dict__
 
 
@@ -206,7 +232,9 @@ def _norm_in_one_pass(norm: Any, node: DLIFNode, x_seq: Tensor) -> BatchNorm | N
     if _needs_more_than_input(node, _HOOKS) or (_is_watched(node) and _is_replaced(node)):
         return None
     values = _values(norm)
-    single_value = values.use_batch_statistics and x_seq.numel() == x_seq.shape[2]  # torch refuses it in its own words
+    single_value = (
+        values.use_batch_statistics and x_seq.numel() == x_seq.shape[2]
+    )  # torch refuses it in its own words
     return None if single_value or not _can_fuse(x_seq, values, node) else values
 
 
@@ -216,22 +244,30 @@ def _averages(pool: Any) -> bool:
 
 
 def _pool_in_one_pass(node: DLIFNode, x_seq: Tensor, norm: BatchNorm | None) -> bool:
-    """Whether an average can be taken in one pass with the neuron, whose spikes nobody else gets then."""
+    """Whether an average can be taken in one pass with the neuron, whose spikes nobody else gets
+    then.
+    """
     if _is_replaced(node):
         return False
     others = [name for name in _HOOKS if name != "_forward_pre_hooks"]
     return not _needs_more_than_input(node, others) and _can_fuse(x_seq, norm, node, True)
 
 
-def _can_fuse(x_seq: Tensor, norm: BatchNorm | None, node: DLIFNode, average_pool: bool = False) -> bool:
+def _can_fuse(
+    x_seq: Tensor, norm: BatchNorm | None, node: DLIFNode, average_pool: bool = False
+) -> bool:
     return can_fuse(x_seq, norm, node._surrogate(), average_pool, node.backend)
 
 
 def _run_pooled(node: DLIFNode, x_seq: Tensor) -> Tensor:
     """The neuron called as a module, with the pooling in its operator."""
 
-    def operator(currents: Tensor, *arguments: Any, threads_per_block: Any = None, **constants: Any) -> Any:
-        return batch_norm_dlif_multi_step(currents, None, *arguments, average_pool=True, **constants)
+    def operator(
+        currents: Tensor, *arguments: Any, threads_per_block: Any = None, **constants: Any
+    ) -> Any:
+        return batch_norm_dlif_multi_step(
+            currents, None, *arguments, average_pool=True, **constants
+        )
 
     node._operator = operator
     try:
@@ -242,7 +278,8 @@ def _run_pooled(node: DLIFNode, x_seq: Tensor) -> Tensor:
 
 
 def _run(node: DLIFNode, x_seq: Tensor, values: BatchNorm, pooled: bool) -> Tensor:
-    """The neuron's own forward, with its neighbours in its operator; what stands in for it gets its currents.
+    """The neuron's own forward, with its neighbours in its operator; what stands in for it gets its
+    currents.
 
     So do hooks, with which the neuron is called as a module that finds its outputs made already.
     """
@@ -250,7 +287,9 @@ def _run(node: DLIFNode, x_seq: Tensor, values: BatchNorm, pooled: bool) -> Tens
     watched = _is_watched(node)
     currents = x_seq
 
-    def operator(_: Tensor, *arguments: Any, threads_per_block: Any = None, **constants: Any) -> Any:
+    def operator(
+        _: Tensor, *arguments: Any, threads_per_block: Any = None, **constants: Any
+    ) -> Any:
         nonlocal done, currents  # the block size of a CUDA kernel means nothing here
         outputs: Any = batch_norm_dlif_multi_step(
             x_seq, values, *arguments, average_pool=pooled, store_current=watched, **constants
@@ -261,7 +300,11 @@ def _run(node: DLIFNode, x_seq: Tensor, values: BatchNorm, pooled: bool) -> Tens
         return outputs
 
     if _is_replaced(node):
-        unchanged = replace(values, running_mean=None, running_var=None) if values.use_batch_statistics else values
+        unchanged = (
+            replace(values, running_mean=None, running_var=None)
+            if values.use_batch_statistics
+            else values
+        )
         currents = apart.normalise(x_seq, unchanged)
     node._operator = operator
     try:
@@ -277,7 +320,9 @@ def _run(node: DLIFNode, x_seq: Tensor, values: BatchNorm, pooled: bool) -> Tens
 
 
 def _values(norm: Any) -> BatchNorm:
-    """The batch norm of this call, by the rules of torch's own forward; momentum None is a plain average."""
+    """The batch norm of this call, by the rules of torch's own forward; momentum None is a plain
+    average.
+    """
     tracks = norm.training and norm.track_running_stats
     uses_buffers = tracks or not norm.training
     momentum = norm.momentum
@@ -295,7 +340,8 @@ def _values(norm: Any) -> BatchNorm:
     )
 
 
-# torch has no public way to ask for a module's hooks; these are the names in every release since 2.0.
+# torch has no public way to ask for a module's hooks; these are the names in every release since
+# 2.0.
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -308,7 +354,10 @@ def _is_watched(module: nn.Module) -> bool:
 def _needs_more_than_input(module: nn.Module, names: Sequence[str]) -> bool:
     """Whether a hook of these kinds is not content with the module's input once that has run."""
     hooks = (hook for name in names for hook in getattr(module, name).values())
-    return any(_is_active(hook) and getattr(getattr(hook, "__self__", None), "needs_output", True) for hook in hooks)
+    return any(
+        _is_active(hook) and getattr(getattr(hook, "__self__", None), "needs_output", True)
+        for hook in hooks
+    )
 
 
 def _is_active(hook: Any) -> bool:

@@ -16,9 +16,15 @@ __all__ = ["ReplacementReport", "dlif_to_lif", "replace_neurons"]
 
 
 _HOOKS = (
-    "_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs",
-    "_forward_hooks_always_called", "_backward_pre_hooks", "_backward_hooks", "_is_full_backward_hook",
-)  # fmt: skip
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_pre_hooks",
+    "_backward_hooks",
+    "_is_full_backward_hook",
+)
 
 
 @dataclass(frozen=True)
@@ -37,11 +43,13 @@ class ReplacementReport:
 
 
 def replace_neurons(net: nn.Module, T: int, *, backend: str = "auto") -> ReplacementReport:
-    """Swap the IF, LIF and PLIF neurons of a network for DLIF neurons that start with the same dynamics.
+    """Swap the IF, LIF and PLIF neurons of a network for DLIF neurons that start with the same
+    dynamics.
 
-    Threshold, reset, surrogate, ``detach_reset``, step mode, ``store_v_seq``, training mode, device and hooks are kept.
-    ``decay_input=True`` becomes ``input_gain_init = 1 / tau``; IF becomes ``tau = inf``; the learnable tau of PLIF is
-    frozen at its present value, which ``notes`` reports. 将网络中的 IF/LIF/PLIF 神经元替换为 DLIF。
+    Threshold, reset, surrogate, ``detach_reset``, step mode, ``store_v_seq``, training mode, device
+    and hooks are kept. ``decay_input=True`` becomes ``input_gain_init = 1 / tau``; IF becomes ``tau
+    = inf``; the learnable tau of PLIF is frozen at its present value, which ``notes`` reports.
+    将网络中的 IF/LIF/PLIF 神经元替换为 DLIF。
 
     Args:
         net: A SpikingJelly network, changed in place; its states are those after a reset.
@@ -55,7 +63,8 @@ def replace_neurons(net: nn.Module, T: int, *, backend: str = "auto") -> Replace
         TypeError: If ``net`` is no network.
         ValueError: If ``net`` itself is a neuron or has none, or an argument is out of range.
 
-    Source: equivalences of method section 1 (Ding et al., ICML 2024, and SpikingJelly's charge equations).
+    Source: equivalences of method section 1 (Ding et al., ICML 2024, and SpikingJelly's charge
+        equations).
 
     Examples:
         >>> from spikingjelly.activation_based import neuron
@@ -67,11 +76,13 @@ def replace_neurons(net: nn.Module, T: int, *, backend: str = "auto") -> Replace
     """
     check_network(net)
     if isinstance(net, base.MemoryModule) and is_neuron(net):
-        raise ValueError("net is itself a neuron, which cannot be replaced in place; wrap it in nn.Sequential")
+        raise ValueError(
+            "net is itself a neuron, which cannot be replaced in place; wrap it in nn.Sequential"
+        )
     if not any(is_neuron(module) for module in net.modules()):
         raise ValueError(
-            f"{type(net).__name__} holds no SpikingJelly neuron, so there is nothing to replace; put neurons where its "
-            "activations are, such as neuron.IFNode() in place of nn.ReLU()"
+            f"{type(net).__name__} holds no SpikingJelly neuron, so there is nothing to replace; "
+            "put neurons where its activations are, such as neuron.IFNode() in place of nn.ReLU()"
         )
     report = ReplacementReport()
     successors: dict[nn.Module, Any] = {}
@@ -82,7 +93,10 @@ def replace_neurons(net: nn.Module, T: int, *, backend: str = "auto") -> Replace
             continue
         dynamics = _lif_dynamics(module)
         if dynamics is None:
-            report.skipped[name] = f"{type(module).__name__} is not IF, LIF or PLIF, so no DLIF neuron has its dynamics"
+            report.skipped[name] = (
+                f"{type(module).__name__} is not IF, LIF or PLIF, so no DLIF neuron has its "
+                "dynamics"
+            )
             continue
         if module not in successors:
             successors[module] = _successor(module, T, *dynamics, backend, place)
@@ -96,16 +110,16 @@ def replace_neurons(net: nn.Module, T: int, *, backend: str = "auto") -> Replace
 def dlif_to_lif(net: nn.Module) -> ReplacementReport:
     """Swap DLIF neurons whose gain is the same at every step for SpikingJelly's LIF and IF neurons.
 
-    For what knows SpikingJelly's neurons alone, such as its export to NIR, its exchange with chips and some of its
-    energy models. With gain g, which must be > 0::
+    For what knows SpikingJelly's neurons alone, such as its export to NIR, its exchange with chips
+    and some of its energy models. With gain g, which must be > 0::
 
         g = 1        LIFNode(tau, decay_input=False), or IFNode() for tau = inf
         g = 1 / tau  LIFNode(tau, decay_input=True)
         other g      as for 1, of potentials v / g: threshold and v_reset are divided by g, which ``notes`` says
 
-    The spikes are the same up to rounding, and so are the gradients for the first two; for another g the surrogate sees
-    the divided potential. Hooks and settings are kept, states are those after a reset. Subclasses of DLIFNode stay.
-    将增益恒定的 DLIF 神经元替换为 LIF/IF。
+    The spikes are the same up to rounding, and so are the gradients for the first two; for another
+    g the surrogate sees the divided potential. Hooks and settings are kept, states are those after
+    a reset. Subclasses of DLIFNode stay. 将增益恒定的 DLIF 神经元替换为 LIF/IF。
 
     Args:
         net: A network with DLIF neurons, changed in place.
@@ -115,8 +129,8 @@ def dlif_to_lif(net: nn.Module) -> ReplacementReport:
 
     Raises:
         TypeError: If ``net`` is no network.
-        ValueError: If ``net`` is itself a neuron, has no DLIF neuron to replace, or one whose gain differs between
-            steps or is not positive; ``net`` is as it was then.
+        ValueError: If ``net`` is itself a neuron, has no DLIF neuron to replace, or one whose gain
+            differs between steps or is not positive; ``net`` is as it was then.
 
     Source: the charge equations of DLIF and LIF, divided by g.
 
@@ -127,7 +141,9 @@ def dlif_to_lif(net: nn.Module) -> ReplacementReport:
     """
     check_network(net)
     if isinstance(net, DLIFNode):
-        raise ValueError("net is itself a neuron, which cannot be replaced in place; wrap it in nn.Sequential")
+        raise ValueError(
+            "net is itself a neuron, which cannot be replaced in place; wrap it in nn.Sequential"
+        )
     report = ReplacementReport()
     successors: dict[nn.Module, Any] = {}
     for name, module in net.named_modules(remove_duplicate=False):
@@ -139,7 +155,8 @@ def dlif_to_lif(net: nn.Module) -> ReplacementReport:
             if node.v_threshold != module.v_threshold:
                 reset = "None" if node.v_reset is None else f"{node.v_reset:.6g}"
                 report.notes[name] = (
-                    f"potentials are divided by the gain {float(module.input_gain.detach()[0]):.6g}: "
+                    "potentials are divided by the gain "
+                    f"{float(module.input_gain.detach()[0]):.6g}: "
                     f"v_threshold={node.v_threshold:.6g}, v_reset={reset}"
                 )
     if not successors:
@@ -154,15 +171,19 @@ def _without_gain(name: str, module: DLIFNode) -> Any:
     gain = float(gains[0])
     if not bool((gains == gain).all()) or not gain > 0.0:
         raise ValueError(
-            f"the gains of {name!r} must be one number > 0 at every step, got {[round(g, 4) for g in gains.tolist()]}: "
-            "no other neuron has a gain per step. Train with constant gains (input_gain.requires_grad_(False)), or set "
-            "them to their mean, node.input_gain.data.fill_(node.input_gain.mean()), and measure the network again"
+            f"the gains of {name!r} must be one number > 0 at every step, got "
+            f"{[round(g, 4) for g in gains.tolist()]}: no other neuron has a gain per step. "
+            "Train with constant gains (input_gain.requires_grad_(False)), or set them to their "
+            "mean, node.input_gain.data.fill_(node.input_gain.mean()), and measure the network "
+            "again"
         )
     as_input_decay = math.isclose(gain * module.tau, 1.0, rel_tol=1e-6)
     settings = _settings(module, scale=1.0 if as_input_decay else gain)
     if math.isinf(module.tau):
         return _take_over(neuron.IFNode(**settings), module)
-    return _take_over(neuron.LIFNode(tau=module.tau, decay_input=as_input_decay, **settings), module)
+    return _take_over(
+        neuron.LIFNode(tau=module.tau, decay_input=as_input_decay, **settings), module
+    )
 
 
 def _exchange(net: nn.Module, successors: dict[nn.Module, Any]) -> None:
@@ -177,7 +198,9 @@ def _exchange(net: nn.Module, successors: dict[nn.Module, Any]) -> None:
 
 
 def _exchanged(value: Any, successors: dict[nn.Module, Any]) -> Any:
-    """An attribute with the new neurons in it, which forward may read from a plain list, tuple or dict."""
+    """An attribute with the new neurons in it, which forward may read from a plain list, tuple or
+    dict.
+    """
     if isinstance(value, nn.Module):
         return successors.get(value, value)
     if type(value) is tuple:
@@ -189,7 +212,9 @@ def _exchanged(value: Any, successors: dict[nn.Module, Any]) -> Any:
 
 
 def _lif_dynamics(module: Any) -> tuple[float, float] | None:
-    """Tau and input gain of an IF, LIF or PLIF neuron; None for anything else, subclasses included."""
+    """Tau and input gain of an IF, LIF or PLIF neuron; None for anything else, subclasses
+    included.
+    """
     if type(module) is neuron.IFNode:
         return math.inf, 1.0
     if type(module) is neuron.LIFNode:
@@ -201,9 +226,15 @@ def _lif_dynamics(module: Any) -> tuple[float, float] | None:
     return tau, 1.0 / tau if module.decay_input else 1.0
 
 
-def _successor(module: Any, T: int, tau: float, input_gain: float, backend: str, place: Tensor) -> Any:
-    """A DLIF neuron with the settings of ``module``, on the device and in the dtype of ``place``."""
-    node = DLIFNode(T=T, tau=tau, backend=backend, **_settings(module)).to(place.device, place.dtype)
+def _successor(
+    module: Any, T: int, tau: float, input_gain: float, backend: str, place: Tensor
+) -> Any:
+    """A DLIF neuron with the settings of ``module``, on the device and in the dtype of
+    ``place``.
+    """
+    node = DLIFNode(T=T, tau=tau, backend=backend, **_settings(module)).to(
+        place.device, place.dtype
+    )
     nn.init.constant_(node.input_gain, input_gain)
     return _take_over(node, module)
 
@@ -224,5 +255,7 @@ def _take_over(node: Any, module: nn.Module) -> Any:
     """The new neuron in the mode and with the hooks of the old one."""
     node.train(module.training)
     for name in _HOOKS:
-        setattr(node, name, getattr(module, name))  # the same dictionary, so that handles remove from it
+        setattr(
+            node, name, getattr(module, name)
+        )  # the same dictionary, so that handles remove from it
     return node

@@ -17,18 +17,22 @@ _VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "MALLOC_MMAP_MAX_")
 
 
 def keep_heap() -> bool:
-    """Let this process keep the memory of freed tensors, so that the next step need not fetch it page by page.
+    """Let this process keep the memory of freed tensors, so that the next step need not fetch it
+    page by page.
 
-    By default glibc maps every large tensor afresh and gives it back at once: the page faults then cost more than a
-    spiking layer computes. From this call on the process keeps its largest size until it ends, as CUDA's caching
-    allocator does on a GPU. Memory that other processes need is better left alone; a training run has its own machine.
+    By default glibc maps every large tensor afresh and gives it back at once: the page faults then
+    cost more than a spiking layer computes. From this call on the process keeps its largest size
+    until it ends, as CUDA's caching allocator does on a GPU. Memory that other processes need is
+    better left alone; a training run has its own machine.
     让进程保留已释放的内存，避免反复缺页（仅 Linux glibc）。
 
     Returns:
-        Whether it was done: False where the C library is not glibc, or where an environment variable such as
+        Whether it was done: False where the C library is not glibc, or where an environment
+            variable such as
         ``MALLOC_TRIM_THRESHOLD_`` shows that somebody has decided already.
 
-    Source: ``mallopt(3)`` of the GNU C library; figures under *Kernels and benchmarks* (``malloc`` and ``reuse``).
+    Source: ``mallopt(3)`` of the GNU C library; figures under *Kernels and benchmarks* (``malloc``
+        and ``reuse``).
 
     Examples:
         >>> keep_heap()  # doctest: +SKIP
@@ -44,10 +48,11 @@ def keep_heap() -> bool:
 
 
 def advise_huge_pages(fresh: Tensor) -> Tensor:
-    """Ask for pages of 2 MiB before a new tensor is first written: with 4 KiB pages faults may cost more than the rest.
+    """Ask for pages of 2 MiB before a new tensor is first written: with 4 KiB pages faults may cost
+    more than the rest.
 
-    Nothing is asked for where the tensor is too small to hold such a page, is not on a CPU or belongs to a subclass of
-    ``Tensor``, under ``torch.compile``, and where the system is not Linux.
+    Nothing is asked for where the tensor is too small to hold such a page, is not on a CPU or
+    belongs to a subclass of ``Tensor``, under ``torch.compile``, and where the system is not Linux.
 
     Args:
         fresh: A contiguous tensor that was just allocated.

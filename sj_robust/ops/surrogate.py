@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 __all__ = ["HOST_NAMES", "Surrogate", "SurrogateKind"]
 
-SurrogateKind = Literal["triangle", "atan", "sigmoid", "exponential", "soft_sign", "super_spike", "erf", "custom"]
+SurrogateKind = Literal[
+    "triangle", "atan", "sigmoid", "exponential", "soft_sign", "super_spike", "erf", "custom"
+]
 HOST_NAMES: dict[SurrogateKind, str] = {
     "triangle": "PiecewiseQuadratic",
     "atan": "ATan",
@@ -20,7 +22,8 @@ HOST_NAMES: dict[SurrogateKind, str] = {
     "super_spike": "SuperSpike",
     "erf": "Erf",
 }
-"""Kinds that every kernel computes by a formula, with the names of SpikingJelly's classes; 0.0.0.0.14 lacks one.
+"""Kinds that every kernel computes by a formula, with the names of SpikingJelly's classes;
+0.0.0.0.14 lacks one.
 
 The CUDA text has a struct of each name, and the C++ text knows a kind by its place here.
 """
@@ -30,7 +33,8 @@ The CUDA text has a struct of each name, and the C++ text knows a kind by its pl
 class Surrogate:
     """How a neuron spikes and what stands in for the derivative of the spike.
 
-    The spike is ``s = 1 if z >= 0 else 0`` with ``z = h - v_threshold``. Its derivative is replaced by g(z):
+    The spike is ``s = 1 if z >= 0 else 0`` with ``z = h - v_threshold``. Its derivative is replaced
+    by g(z):
 
     - ``triangle``: ``max(0, alpha - alpha**2 * |z|)`` (SpikingJelly's ``PiecewiseQuadratic``);
     - ``atan``: ``alpha / 2 / (1 + (pi / 2 * alpha * z)**2)``;
@@ -39,19 +43,21 @@ class Surrogate:
     - ``soft_sign``: ``alpha / 2 / (1 + alpha * |z|)**2``;
     - ``super_spike``: ``alpha / (1 + |z|)**2``;
     - ``erf``: ``alpha / sqrt(pi) * exp(-(alpha * z)**2)``;
-    - ``custom``: whatever automatic differentiation finds for ``function``, which may also be a smooth
-      stand-in for the spike.
+    - ``custom``: whatever automatic differentiation finds for ``function``, which may also be a
+      smooth stand-in for the spike.
 
     Args:
         kind: One of the names above.
         alpha: Sharpness, > 0; unused by ``custom``.
-        function: z to spike, differentiable and elementwise; required by ``custom`` and by nothing else.
+        function: z to spike, differentiable and elementwise; required by ``custom`` and by nothing
+            else.
 
     Raises:
-        ValueError: If the kind is unknown, ``alpha`` is not a positive finite number, or ``function``
-            does not go with the kind.
+        ValueError: If the kind is unknown, ``alpha`` is not a positive finite number, or
+            ``function`` does not go with the kind.
 
-    Source: method of Robust Stable SNN (Ding et al., ICML 2024), section 4; SpikingJelly's ``surrogate``.
+    Source: method of Robust Stable SNN (Ding et al., ICML 2024), section 4; SpikingJelly's
+        ``surrogate``.
 
     Examples:
         >>> Surrogate("triangle").derivative(torch.tensor([-2.0, -0.25, 0.0, 0.5]))
@@ -75,13 +81,16 @@ class Surrogate:
     def is_trainable(self) -> bool:
         """Whether ``function`` carries parameters of its own that need a gradient."""
         function = self.function
-        return isinstance(function, nn.Module) and any(p.requires_grad for p in function.parameters())
+        return isinstance(function, nn.Module) and any(
+            p.requires_grad for p in function.parameters()
+        )
 
     def spike(self, z: Tensor) -> Tensor:
         """Spike, differentiable with the surrogate derivative; same shape and dtype as ``z``."""
         if self.function is not None:
             return self.function(z)
-        spike: Tensor = _Spike.apply(z, self)  # type: ignore[no-untyped-call]  # torch leaves apply untyped
+        # torch leaves apply untyped
+        spike: Tensor = _Spike.apply(z, self)  # type: ignore[no-untyped-call]
         return spike
 
     def derivative(self, z: Tensor) -> Tensor:

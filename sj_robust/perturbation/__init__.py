@@ -10,7 +10,11 @@ from sj_robust.perturbation.dynamics import (
     tasad,
 )
 from sj_robust.perturbation.indicators import neuron_indicators, sample_indicators
-from sj_robust.perturbation.intensity import IntensityCorrelation, Perturbation, intensity_correlation
+from sj_robust.perturbation.intensity import (
+    IntensityCorrelation,
+    Perturbation,
+    intensity_correlation,
+)
 from sj_robust.perturbation.monitor import MPPDMonitor, compare
 from sj_robust.perturbation.traces import Traces, trace
 

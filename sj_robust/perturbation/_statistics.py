@@ -23,10 +23,12 @@ _MOST = 8
 
 @dataclass(frozen=True, eq=False)
 class LayerStats:
-    """Statistics of one spiking layer over pairs of a clean and a perturbed run, per time step. 单层的扰动统计量。
+    """Statistics of one spiking layer over pairs of a clean and a perturbed run, per time step.
+    单层的扰动统计量。
 
-    Every tensor is float64 on the CPU with shape [T]. Means are over batch and features of everything seen. With
-    ``eps`` the simplified perturbation (no reset) and ``d = v - v~`` the full one:
+    Every tensor is float64 on the CPU with shape [T]. Means are over batch and features of
+    everything seen. With ``eps`` the simplified perturbation (no reset) and ``d = v - v~`` the full
+    one:
 
     Attributes:
         name: Name of the neuron in the network.
@@ -34,17 +36,18 @@ class LayerStats:
         samples: Number of samples seen, each in both runs.
         firing_rate: Mean number of spikes per neuron at step t of the clean run.
         firing_rate_perturbed: The same of the perturbed run.
-        silent: Share of the neurons that fired for no sample seen in steps 0 .. t of the clean run; the last entry is
-            the share that never fired.
+        silent: Share of the neurons that fired for no sample seen in steps 0 .. t of the clean run;
+            the last entry is the share that never fired.
         silent_perturbed: The same of the perturbed run.
         ms_mppd: ``mean(eps[t]^2)``.
         l1: ``mean(|eps[t]|)``.
         max_abs: ``max |eps[t]|``.
-        full_ms_mppd: ``mean(d[t]^2)``; None, like the other two, if the potential of a neuron whose decay was given
-            could not be recomputed.
+        full_ms_mppd: ``mean(d[t]^2)``; None, like the other two, if the potential of a neuron whose
+            decay was given could not be recomputed.
         full_l1: ``mean(|d[t]|)``.
         full_max_abs: ``max |d[t]|``.
-        spike_distance: ``mean |s[t] - s~[t]|``; its mean over t is the spike-train distance divided by T.
+        spike_distance: ``mean |s[t] - s~[t]|``; its mean over t is the spike-train distance divided
+            by T.
         tasad: Mean over neurons of ``|mean(s~[:t+1]) - mean(s[:t+1])|``; the last entry is TASAD.
 
     Source: Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024).
@@ -53,7 +56,9 @@ class LayerStats:
         >>> from spikingjelly.activation_based import neuron
         >>> from sj_robust.perturbation import MPPDMonitor
         >>> net = torch.nn.Sequential(neuron.IFNode(step_mode="m"))
-        >>> stats = MPPDMonitor(net).compare(torch.full((2, 1, 1), 0.5), torch.full((2, 1, 1), 0.75))["0"]
+        >>> stats = MPPDMonitor(net).compare(
+        ...     torch.full((2, 1, 1), 0.5), torch.full((2, 1, 1), 0.75)
+        ... )["0"]
         >>> stats.ms_mppd.tolist(), stats.summary()["ms_mppd"]
         ([0.0625, 0.25], 0.15625)
     """
@@ -75,29 +80,44 @@ class LayerStats:
     tasad: Tensor
 
     @property
-    def T(self) -> int:  # noqa: N802  # the field's name for the number of time steps
+    def T(self) -> int:  # the field's name for the number of time steps
         """Number of time steps."""
         return self.ms_mppd.shape[0]
 
     def summary(self) -> dict[str, float | None]:
-        """One number per statistic: the mean over time; the maximum of maxima; the last entry of silent and tasad."""
-        return {name: None if value is None else _whole(name, value) for name, value in self._tensors().items()}
+        """One number per statistic: the mean over time; the maximum of maxima; the last entry of
+        silent and tasad.
+        """
+        return {
+            name: None if value is None else _whole(name, value)
+            for name, value in self._tensors().items()
+        }
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain numbers, lists and strings, ready for JSON: ``"per_step"`` and ``"summary"`` of every statistic."""
+        """Plain numbers, lists and strings, ready for JSON: ``"per_step"`` and ``"summary"`` of
+        every statistic.
+        """
         return {
             "name": self.name,
             "neuron": self.neuron,
             "samples": self.samples,
             "T": self.T,
             "summary": self.summary(),
-            "per_step": {name: None if value is None else value.tolist() for name, value in self._tensors().items()},
+            "per_step": {
+                name: None if value is None else value.tolist()
+                for name, value in self._tensors().items()
+            },
         }
 
     def __repr__(self) -> str:
         """One line with the numbers of :meth:`summary`."""
-        numbers = ", ".join(f"{name} {value:.4g}" for name, value in self.summary().items() if value is not None)
-        return f"LayerStats({self.name!r}, {self.neuron}, T={self.T}, samples={self.samples}: {numbers})"
+        numbers = ", ".join(
+            f"{name} {value:.4g}" for name, value in self.summary().items() if value is not None
+        )
+        return (
+            f"LayerStats({self.name!r}, {self.neuron}, T={self.T}, samples={self.samples}: "
+            f"{numbers})"
+        )
 
     def _tensors(self) -> dict[str, Tensor | None]:
         return {field.name: getattr(self, field.name) for field in fields(self)[3:]}
@@ -116,7 +136,9 @@ class MPPDStatistics(Shown, dict[str, LayerStats]):
 
     @property
     def verdict(self) -> str:
-        """How many layers and pairs, and where the potential moved least and most, in the mean over time."""
+        """How many layers and pairs, and where the potential moved least and most, in the mean over
+        time.
+        """
         if not self:
             return "no spiking layer"
         sizes = {name: float(layer.ms_mppd.mean()) for name, layer in self.items()}
@@ -129,8 +151,8 @@ class MPPDStatistics(Shown, dict[str, LayerStats]):
         dead = self.silent
         silent = f"; {', '.join(dead)} NEVER FIRED" if dead else ""
         return (
-            f"{layers}, T = {first.T}, {pairs} of inputs; MS-MPPD from {sizes[low]:.3g} ({low}) to {sizes[high]:.3g} "
-            f"({high}){silent}"
+            f"{layers}, T = {first.T}, {pairs} of inputs; MS-MPPD from {sizes[low]:.3g} ({low}) "
+            f"to {sizes[high]:.3g} ({high}){silent}"
         )
 
     @property
@@ -139,16 +161,29 @@ class MPPDStatistics(Shown, dict[str, LayerStats]):
         return tuple(name for name, layer in self.items() if float(layer.silent[-1]) == 1)
 
     def table(self) -> str:
-        """Markdown: the verdict, then a row per layer; of many layers and steps the first and last ones."""
+        """Markdown: the verdict, then a row per layer; of many layers and steps the first and last
+        ones.
+        """
         rows = [
             [
-                name, layer.neuron, " ".join(_few([f"{value:.3g}" for value in layer.ms_mppd.tolist()])),
-                f"{float(layer.firing_rate.mean()):.3g}", f"{100 * float(layer.silent[-1]):.1f}",
+                name,
+                layer.neuron,
+                " ".join(_few([f"{value:.3g}" for value in layer.ms_mppd.tolist()])),
+                f"{float(layer.firing_rate.mean()):.3g}",
+                f"{100 * float(layer.silent[-1]):.1f}",
             ]
             for name, layer in self.items()
-        ]  # fmt: skip
-        heads = ["layer", "neuron", "MS-MPPD per step", "spikes per neuron and step", "never fires, %"]
-        return f"{self.verdict}.\n\n{markdown_table(heads, _few(rows, ['...'] * len(heads)), words=3)}"
+        ]
+        heads = [
+            "layer",
+            "neuron",
+            "MS-MPPD per step",
+            "spikes per neuron and step",
+            "never fires, %",
+        ]
+        return (
+            f"{self.verdict}.\n\n{markdown_table(heads, _few(rows, ['...'] * len(heads)), words=3)}"
+        )
 
     def plot(self, statistic: str = "ms_mppd") -> "Figure":
         """A heat map of layers and time steps. 层与时间步的热图。
@@ -156,7 +191,8 @@ class MPPDStatistics(Shown, dict[str, LayerStats]):
         It needs matplotlib (extra ``recipes``).
 
         Args:
-            statistic: Name of the statistic, one of those of :class:`LayerStats` that have a value per step.
+            statistic: Name of the statistic, one of those of :class:`LayerStats` that have a value
+                per step.
 
         Raises:
             ValueError: If there is no such statistic.
@@ -164,10 +200,14 @@ class MPPDStatistics(Shown, dict[str, LayerStats]):
         layers = {name: layer.to_dict()["per_step"].get(statistic) for name, layer in self.items()}
         known = {name: values for name, values in layers.items() if values is not None}
         if not known:
-            raise ValueError(f"statistic must be one of LayerStats that was measured, got {statistic!r}")
+            raise ValueError(
+                f"statistic must be one of LayerStats that was measured, got {statistic!r}"
+            )
         figure = new_figure(5.0, 1.2 + 0.24 * len(known))
         axes = figure.subplots()
-        mesh = heat_map(axes, known, common_scale(value for values in known.values() for value in values))
+        mesh = heat_map(
+            axes, known, common_scale(value for values in known.values() for value in values)
+        )
         axes.set_xlabel("time step")
         figure.colorbar(mesh, ax=axes, label="MS-MPPD" if statistic == "ms_mppd" else statistic)
         return figure
@@ -175,7 +215,8 @@ class MPPDStatistics(Shown, dict[str, LayerStats]):
 
 @dataclass(frozen=True, eq=False)
 class LayerTrace:
-    """Everything of one spiking layer in one pair of runs, kept by ``MPPDMonitor(keep="trace")``. 单层的完整轨迹。
+    """Everything of one spiking layer in one pair of runs, kept by ``MPPDMonitor(keep="trace")``.
+    单层的完整轨迹。
 
     Every tensor is detached with shape [T, N, *].
 
@@ -222,9 +263,9 @@ class Kept(NamedTuple):
 
 
 class LayerTotals:
-    """Sums of one layer over pairs of runs. The first pair is fed step by step from the state before both, until it is
-    closed; then there are means, and :meth:`add` takes in other pairs that are closed. Nothing here has a graph, or
-    the size of a batch once the pair is closed.
+    """Sums of one layer over pairs of runs. The first pair is fed step by step from the state
+    before both, until it is closed; then there are means, and :meth:`add` takes in other pairs that
+    are closed. Nothing here has a graph, or the size of a batch once the pair is closed.
     """
 
     @torch.no_grad()
@@ -233,7 +274,9 @@ class LayerTotals:
         self.full_valid = True
         self._samples = 0
         self._elements = 0
-        self._steps: list[tuple[Tensor, Tensor]] = []  # sums and maxima of every step, until the pair is closed
+        self._steps: list[
+            tuple[Tensor, Tensor]
+        ] = []  # sums and maxima of every step, until the pair is closed
         self._charging = neuron.charging()
         self._time_step = time_step
         self._input_gain = kept.input_gain
@@ -246,21 +289,33 @@ class LayerTotals:
     def step(self, x: Tensor, spike: Tensor, x_perturbed: Tensor, spike_perturbed: Tensor) -> None:
         """Take in one step [N, *] of both runs."""
         t = len(self._steps)
-        values = (value.detach().to(state_dtype(x)) for value in (x, spike, x_perturbed, spike_perturbed))
+        values = (
+            value.detach().to(state_dtype(x)) for value in (x, spike, x_perturbed, spike_perturbed)
+        )
         x, spike, x_perturbed, spike_perturbed = values
         state = self._state or self._start(x)
-        plain, gain = (self._charging.gain_at(self._time_step + t, input_gain=flag) for flag in (False, True))
+        plain, gain = (
+            self._charging.gain_at(self._time_step + t, input_gain=flag) for flag in (False, True)
+        )
         dx = x - x_perturbed
         eps = dynamics.perturbation_step(state["eps"], dx, self._charging.decay, gain)
         eps_plain = eps
         if plain is not gain:
-            eps_plain = dynamics.perturbation_step(state["eps_plain"], dx, self._charging.decay, plain)
+            eps_plain = dynamics.perturbation_step(
+                state["eps_plain"], dx, self._charging.decay, plain
+            )
         v = self._potential(state["v"], x, spike, gain)
         v_perturbed = self._potential(state["v_perturbed"], x_perturbed, spike_perturbed, gain)
         d = v - v_perturbed
         dspike = spike_perturbed - spike
         excess = state["excess"] + dspike
-        self._state = {"eps": eps, "eps_plain": eps_plain, "v": v, "v_perturbed": v_perturbed, "excess": excess}
+        self._state = {
+            "eps": eps,
+            "eps_plain": eps_plain,
+            "v": v,
+            "v_perturbed": v_perturbed,
+            "excess": excess,
+        }
 
         of_eps = (*_powers(eps), _peak(eps))
         of_plain = of_eps if eps_plain is eps else (*_powers(eps_plain), _peak(eps_plain))
@@ -269,23 +324,31 @@ class LayerTotals:
         sums = torch.stack((*rates, *of_eps[:2], *of_plain[:2], *_powers(d), *distances))
         self._steps.append((sums, torch.stack((of_eps[2], of_plain[2], _peak(d)))))
         spikes = (spike, spike_perturbed)
-        self._first_spike = [_earliest(*both, t) for both in zip(self._first_spike, spikes, strict=True)]
+        self._first_spike = [
+            _earliest(*both, t) for both in zip(self._first_spike, spikes, strict=True)
+        ]
         if self._trace is not None:
             shown = eps if self._input_gain else eps_plain
             self._trace.append((x, x_perturbed, spike, spike_perturbed, v, v_perturbed, shown))
 
     @torch.no_grad()
     def check_potential(self, v_perturbed: Any) -> None:
-        """Compare the recomputed potential of the perturbed run with the neuron's own, where dynamics were stated."""
+        """Compare the recomputed potential of the perturbed run with the neuron's own, where
+        dynamics were stated.
+        """
         if self.neuron.known or not isinstance(v_perturbed, Tensor) or not self._state:
             return
         mine = self._state["v_perturbed"]
         scale = 1e-5 if mine.dtype == v_perturbed.dtype else 1e-2
-        self.full_valid &= v_perturbed.shape == mine.shape and torch.allclose(mine, v_perturbed.to(mine), scale, scale)
+        self.full_valid &= v_perturbed.shape == mine.shape and torch.allclose(
+            mine, v_perturbed.to(mine), scale, scale
+        )
 
     @torch.no_grad()
     def close(self) -> LayerTrace | None:
-        """End the pair and let go of everything that has the size of a batch; the trace, if one was kept."""
+        """End the pair and let go of everything that has the size of a batch; the trace, if one was
+        kept.
+        """
         self._sums, self._maxima = (torch.stack(steps) for steps in zip(*self._steps, strict=True))
         self._steps = []
         self._state = {}
@@ -293,7 +356,9 @@ class LayerTotals:
         trace, self._trace = self._trace, None
         if not trace:
             return None
-        return LayerTrace(self.neuron.name, *(torch.stack(steps) for steps in zip(*trace, strict=True)))
+        return LayerTrace(
+            self.neuron.name, *(torch.stack(steps) for steps in zip(*trace, strict=True))
+        )
 
     def mean(self, norm: str, *, input_gain: bool) -> Tensor:
         """``mean(eps^2)`` for ``"l2"`` or ``mean(|eps|)`` for ``"l1"`` over the whole pair."""
@@ -315,12 +380,14 @@ class LayerTotals:
 
     def check_fits(self, other: "LayerTotals") -> None:
         """Raise ValueError if steps or features differ."""
-        mine, theirs = ((total._sums.shape[0], tuple(total._first_spike[0].shape)) for total in (self, other))
+        mine, theirs = (
+            (total._sums.shape[0], tuple(total._first_spike[0].shape)) for total in (self, other)
+        )
         if mine != theirs:
             raise ValueError(
-                f"layer {self.neuron.name!r}: statistics are kept per time step and neuron, and those so far have "
-                f"T={mine[0]} and features {mine[1]}, but this pair has T={theirs[0]} and features {theirs[1]}; "
-                "call clear_recorded_data() first"
+                f"layer {self.neuron.name!r}: statistics are kept per time step and neuron, and "
+                f"those so far have T={mine[0]} and features {mine[1]}, but this pair has "
+                f"T={theirs[0]} and features {theirs[1]}; call clear_recorded_data() first"
             )
 
     @torch.no_grad()
@@ -351,7 +418,9 @@ class LayerTotals:
         self._dtype = x.dtype
         self._samples = x.shape[0]
         self._elements = x.numel()
-        never = torch.full(x.shape[1:], torch.iinfo(torch.int16).max, dtype=torch.int16, device=x.device)
+        never = torch.full(
+            x.shape[1:], torch.iinfo(torch.int16).max, dtype=torch.int16, device=x.device
+        )
         self._first_spike = [never, never]
         zero = torch.zeros_like(x)
         v = zero + self._v_init

@@ -10,7 +10,8 @@ __all__ = ["Association", "auroc", "pearson", "ranks", "spearman"]
 
 @dataclass(frozen=True)
 class Association:
-    """One figure with its 95 % bootstrap interval; None where it is not defined. 关联度及其置信区间。
+    """One figure with its 95 % bootstrap interval; None where it is not defined.
+    关联度及其置信区间。
 
     Attributes:
         value: On all images.
@@ -46,7 +47,8 @@ def spearman(first: Tensor, second: Tensor) -> Tensor:
 
 
 def auroc(scores: Tensor, positive: Tensor) -> Tensor:
-    """Probability that a positive scores higher than a negative of the same stratum, ties counting a half.
+    """Probability that a positive scores higher than a negative of the same stratum, ties counting
+    a half.
 
     Equation: ``sum_k U_k / sum_k P_k N_k`` with Mann and Whitney's U of each stratum.
 

@@ -11,9 +11,16 @@ from torch.nn import functional as F
 from sj_robust.ops.dlif.config import state_dtype
 
 __all__ = [
-    "charge", "full_perturbation", "membrane_potential", "ms_mppd", "perturbation_step", "reset_potential",
-    "simplified_perturbation", "spike_train_distance", "tasad",
-]  # fmt: skip
+    "charge",
+    "full_perturbation",
+    "membrane_potential",
+    "ms_mppd",
+    "perturbation_step",
+    "reset_potential",
+    "simplified_perturbation",
+    "spike_train_distance",
+    "tasad",
+]
 
 
 def simplified_perturbation(
@@ -30,16 +37,19 @@ def simplified_perturbation(
     Args:
         x_seq: Input currents [T, N, *] of the clean run.
         x_seq_perturbed: Input currents [T, N, *] of the perturbed run.
-        decay: Fraction of the potential kept per step, in (0, 1]; 1 for IF, ``1 - 1 / tau`` for LIF.
+        decay: Fraction of the potential kept per step, in (0, 1]; 1 for IF, ``1 - 1 / tau`` for
+            LIF.
         gain: Input gain, one number for all steps or a tensor [T] with one per step.
 
     Returns:
         ``eps`` [T, N, *], in float32 for half-precision currents.
 
     Raises:
-        ValueError: If the shapes differ, there is no step, ``decay`` is outside (0, 1] or ``gain`` is not [T].
+        ValueError: If the shapes differ, there is no step, ``decay`` is outside (0, 1] or ``gain``
+            is not [T].
 
-    Source: Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024), simplified perturbation dynamics.
+    Source: Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024), simplified
+        perturbation dynamics.
 
     Examples:
         >>> x = torch.full((3, 1), 0.3)
@@ -52,7 +62,8 @@ def simplified_perturbation(
     dtype = state_dtype(x_seq)
     if not isinstance(decay, Tensor) and not isinstance(gain, Tensor):
         dx = x_seq.to(dtype) - x_seq_perturbed.to(dtype)
-        eps_seq: Tensor = _Leak.apply(dx if gain == 1.0 else gain * dx, decay, False)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        # torch leaves it untyped
+        eps_seq: Tensor = _Leak.apply(dx if gain == 1.0 else gain * dx, decay, False)  # type: ignore[no-untyped-call]
         return eps_seq
     eps = torch.zeros_like(x_seq[0], dtype=dtype)
     steps = []
@@ -72,7 +83,8 @@ def membrane_potential(
     v_init: float | Tensor | None = None,
     spike_seq: Tensor | None = None,
 ) -> Tensor:
-    """Membrane potential after the reset, recomputed from the input currents. 由输入电流重新计算膜电位。
+    """Membrane potential after the reset, recomputed from the input currents.
+    由输入电流重新计算膜电位。
 
     Equation::
 
@@ -94,7 +106,8 @@ def membrane_potential(
         Potentials [T, N, *], in float32 for half-precision currents.
 
     Raises:
-        ValueError: If shapes differ, there is no step, ``decay`` is outside (0, 1] or ``gain`` is not [T].
+        ValueError: If shapes differ, there is no step, ``decay`` is outside (0, 1] or ``gain`` is
+            not [T].
 
     Source: charge, fire and reset of SpikingJelly's LIF neuron; Ding et al. (ICML 2024), section 3.
 
@@ -118,9 +131,11 @@ def membrane_potential(
 
 
 def full_perturbation(v_seq: Tensor, v_seq_perturbed: Tensor) -> Tensor:
-    """Perturbation [T, N, *] of the membrane potential with the reset, ``d[t] = v[t] - v~[t]``. 包含复位的膜电位扰动。
+    """Perturbation [T, N, *] of the membrane potential with the reset, ``d[t] = v[t] - v~[t]``.
+    包含复位的膜电位扰动。
 
-    The potentials are those after the reset: a neuron's ``v_seq``, or :func:`membrane_potential` of both runs.
+    The potentials are those after the reset: a neuron's ``v_seq``, or :func:`membrane_potential` of
+    both runs.
 
     Args:
         v_seq: Potentials [T, N, *] of the clean run.
@@ -133,7 +148,9 @@ def full_perturbation(v_seq: Tensor, v_seq_perturbed: Tensor) -> Tensor:
 
     Examples:
         >>> x = torch.full((3, 1), 0.6)
-        >>> full_perturbation(membrane_potential(x, decay=0.5), membrane_potential(x - 0.1, decay=0.5)).flatten()
+        >>> full_perturbation(
+        ...     membrane_potential(x, decay=0.5), membrane_potential(x - 0.1, decay=0.5)
+        ... ).flatten()
         tensor([ 0.1000,  0.1500, -0.8750])
     """
     _check_pair("v_seq", v_seq, v_seq_perturbed)
@@ -141,7 +158,8 @@ def full_perturbation(v_seq: Tensor, v_seq_perturbed: Tensor) -> Tensor:
 
 
 def ms_mppd(eps: Tensor, norm: Literal["l2", "l1"] = "l2") -> Tensor:
-    """Mean square of the perturbation over time, batch and features, or its mean absolute value. 扰动的均方值。
+    """Mean square of the perturbation over time, batch and features, or its mean absolute value.
+    扰动的均方值。
 
     Equation: ``mean(eps^2)`` for ``"l2"``, ``mean(|eps|)`` for ``"l1"``.
 
@@ -166,7 +184,8 @@ def ms_mppd(eps: Tensor, norm: Literal["l2", "l1"] = "l2") -> Tensor:
 
 
 def spike_train_distance(spike_seq: Tensor, spike_seq_perturbed: Tensor) -> Tensor:
-    """Share of the steps at which two spike trains differ, ``sum_t |s[t] - s~[t]| / T``, [N, *]. 脉冲序列距离。
+    """Share of the steps at which two spike trains differ, ``sum_t |s[t] - s~[t]| / T``, [N, *].
+    脉冲序列距离。
 
     Args:
         spike_seq: Spikes [T, N, *] of the clean run.
@@ -186,7 +205,8 @@ def spike_train_distance(spike_seq: Tensor, spike_seq_perturbed: Tensor) -> Tens
 
 
 def tasad(spike_seq: Tensor, spike_seq_perturbed: Tensor) -> Tensor:
-    """Time-averaged spike-activity distance, ``|mean_t s~[t] - mean_t s[t]|``, [N, *]. 时间平均脉冲活动距离。
+    """Time-averaged spike-activity distance, ``|mean_t s~[t] - mean_t s[t]|``, [N, *].
+    时间平均脉冲活动距离。
 
     Args:
         spike_seq: Spikes [T, N, *] of the clean run.
@@ -205,29 +225,38 @@ def tasad(spike_seq: Tensor, spike_seq_perturbed: Tensor) -> Tensor:
     return (_real(spike_seq_perturbed).mean(0) - _real(spike_seq).mean(0)).abs()
 
 
-def perturbation_step(eps: Tensor, dx: Tensor, decay: float | Tensor, gain: float | Tensor) -> Tensor:
+def perturbation_step(
+    eps: Tensor, dx: Tensor, decay: float | Tensor, gain: float | Tensor
+) -> Tensor:
     """One step of :func:`simplified_perturbation`: ``decay * eps + gain * dx``."""
     return decay * eps + gain * dx
 
 
-def charge(v: Tensor, x: Tensor, decay: float | Tensor, gain: float | Tensor, v_reset: float | None) -> Tensor:
-    """Potential before firing: ``decay * v + gain * x``, plus ``(1 - decay) * v_reset`` for a hard reset."""
+def charge(
+    v: Tensor, x: Tensor, decay: float | Tensor, gain: float | Tensor, v_reset: float | None
+) -> Tensor:
+    """Potential before firing: ``decay * v + gain * x``, plus ``(1 - decay) * v_reset`` for a hard
+    reset.
+    """
     h = decay * v + gain * x
     return h if not v_reset else h + (1.0 - decay) * v_reset
 
 
 def reset_potential(h: Tensor, spike: Tensor, v_threshold: float, v_reset: float | None) -> Tensor:
-    """Potential after firing: a hard reset to ``v_reset``, or minus the threshold if that is None."""
+    """Potential after firing: a hard reset to ``v_reset``, or minus the threshold if that is
+    None.
+    """
     if v_reset is None:
         return h - spike * v_threshold
     return (1.0 - spike) * h + spike * v_reset
 
 
 class _Leak(torch.autograd.Function):
-    """``eps[t] = decay * eps[t-1] + u[t]`` of a constant decay, saving nothing; with ``reverse`` it runs back in time.
+    """``eps[t] = decay * eps[t-1] + u[t]`` of a constant decay, saving nothing; with ``reverse`` it
+    runs back in time.
 
-    The map is linear and its transpose is the same recursion run the other way, so it can be differentiated any number
-    of times.
+    The map is linear and its transpose is the same recursion run the other way, so it can be
+    differentiated any number of times.
     """
 
     @staticmethod
@@ -241,7 +270,8 @@ class _Leak(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_seq: Tensor) -> tuple[Tensor, None, None]:
-        return _Leak.apply(grad_seq, ctx.decay, not ctx.reverse), None, None  # type: ignore[no-untyped-call]  # as above
+        # as above
+        return _Leak.apply(grad_seq, ctx.decay, not ctx.reverse), None, None  # type: ignore[no-untyped-call]
 
 
 def _check_pair(name: str, first: Tensor, second: Tensor) -> None:
@@ -249,20 +279,28 @@ def _check_pair(name: str, first: Tensor, second: Tensor) -> None:
         shapes = f"{tuple(first.shape)} and {tuple(second.shape)}"
         raise ValueError(f"{name}: both must have the same shape [T, N, *], got {shapes}")
     if first.ndim == 0 or first.shape[0] == 0:
-        raise ValueError(f"{name}: there must be at least one time step in dimension 0, got shape {tuple(first.shape)}")
+        raise ValueError(
+            f"{name}: there must be at least one time step in dimension 0, got shape "
+            f"{tuple(first.shape)}"
+        )
 
 
 def _check_decay(decay: float | Tensor) -> None:
     value = float(decay.detach()) if isinstance(decay, Tensor) else decay
     if not 0.0 < value <= 1.0:
-        raise ValueError(f"decay must be in (0, 1], got {value}; a neuron of time constant tau has decay 1 - 1 / tau")
+        raise ValueError(
+            f"decay must be in (0, 1], got {value}; a neuron of time constant tau has decay 1 - "
+            "1 / tau"
+        )
 
 
 def _gain_per_step(gain: float | Tensor, steps: int) -> Iterable[float | Tensor]:
     if not isinstance(gain, Tensor) or gain.ndim == 0:
         return [gain] * steps
     if gain.shape != (steps,):
-        raise ValueError(f"gain must be a number or have shape [T] = [{steps}], got {tuple(gain.shape)}")
+        raise ValueError(
+            f"gain must be a number or have shape [T] = [{steps}], got {tuple(gain.shape)}"
+        )
     return gain.unbind(0)
 
 

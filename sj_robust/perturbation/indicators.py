@@ -20,7 +20,8 @@ def neuron_indicators(trace: LayerTrace) -> dict[str, Tensor]:
         std = mean |s - s~|     tasad = |mean s - mean s~|
 
     Args:
-        trace: One pair of runs of the layer, from :func:`trace` or ``MPPDMonitor(net, keep="trace")``.
+        trace: One pair of runs of the layer, from :func:`trace` or ``MPPDMonitor(net,
+            keep="trace")``.
 
     Returns:
         Tensors [N, features] by the names in :data:`INDICATORS`.
@@ -54,7 +55,8 @@ def sample_indicators(trace: LayerTrace) -> dict[str, Tensor]:
     Equation: the mean of :func:`neuron_indicators` over the neurons, for ``mppd_max`` the maximum.
 
     Args:
-        trace: One pair of runs of the layer, from :func:`trace` or ``MPPDMonitor(net, keep="trace")``.
+        trace: One pair of runs of the layer, from :func:`trace` or ``MPPDMonitor(net,
+            keep="trace")``.
 
     Returns:
         Tensors [N] by the names in :data:`INDICATORS`.
@@ -64,12 +66,16 @@ def sample_indicators(trace: LayerTrace) -> dict[str, Tensor]:
         >>> from spikingjelly.activation_based import neuron
         >>> from sj_robust.perturbation import trace
         >>> net = torch.nn.Sequential(neuron.IFNode(step_mode="m"))
-        >>> sample_indicators(trace(net, torch.full((2, 1, 3), 0.5), torch.full((2, 1, 3), 0.75))["0"])["mppd_l1"]
+        >>> sample_indicators(
+        ...     trace(net, torch.full((2, 1, 3), 0.5), torch.full((2, 1, 3), 0.75))["0"]
+        ... )["mppd_l1"]
         tensor([0.3750])
     """
     return {name: over_neurons(name, value) for name, value in neuron_indicators(trace).items()}
 
 
 def over_neurons(name: str, value: Tensor) -> Tensor:
-    """One number per sample of an indicator [N, features]: its mean, for ``mppd_max`` the maximum."""
+    """One number per sample of an indicator [N, features]: its mean, for ``mppd_max`` the
+    maximum.
+    """
     return value.amax(1) if name == "mppd_max" else value.mean(1)

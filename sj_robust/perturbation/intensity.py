@@ -24,7 +24,9 @@ _MOST_NEURONS = 64
 
 
 @dataclass(frozen=True)
-class IntensityCorrelation(SavedResult, what="an intensity study", format="sj_robust.intensity", version=1):
+class IntensityCorrelation(
+    SavedResult, what="an intensity study", format="sj_robust.intensity", version=1
+):
     """Result of :func:`intensity_correlation`, plain data throughout. 扰动强度相关性研究的结果。
 
     Attributes:
@@ -37,7 +39,8 @@ class IntensityCorrelation(SavedResult, what="an intensity study", format="sj_ro
         per_step: Per direction and layer, MS-MPPD at each size and time step.
         associations: Per direction, layer, indicator and measure, one :class:`Association`.
 
-    Source: the indicators are those of Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024).
+    Source: the indicators are those of Ding et al., "Robust Stable Spiking Neural Networks" (ICML
+        2024).
     """
 
     eps: list[float]
@@ -91,28 +94,31 @@ def intensity_correlation(
     seed: int = 0,
     say: Callable[[str], object] = lambda text: None,
 ) -> IntensityCorrelation:
-    """Perturb images at growing sizes and ask what each indicator of each layer tells. 扰动指标与强度的相关性。
+    """Perturb images at growing sizes and ask what each indicator of each layer tells.
+    扰动指标与强度的相关性。
 
     Measures, over all pairs of an image and a size:
 
     - ``spearman`` and ``pearson``: correlation of the indicator with the size;
-    - ``per_image``: Spearman's correlation over the sizes of one image, averaged over the images; 0 for an image that
-      does not move the indicator at all;
-    - ``auroc``: probability that the indicator is larger for an image that is fooled than for one that is not;
-    - ``auroc_same_size``: the same among images perturbed by the same size, so that the size tells nothing;
-    - ``per_neuron``: as ``spearman`` for the indicator of one neuron, averaged over 64 neurons of the layer; 0 for a
-      neuron that does not move it at all.
+    - ``per_image``: Spearman's correlation over the sizes of one image, averaged over the images; 0
+      for an image that does not move the indicator at all;
+    - ``auroc``: probability that the indicator is larger for an image that is fooled than for one
+      that is not;
+    - ``auroc_same_size``: the same among images perturbed by the same size, so that the size tells
+      nothing;
+    - ``per_neuron``: as ``spearman`` for the indicator of one neuron, averaged over 64 neurons of
+      the layer; 0 for a neuron that does not move it at all.
 
-    Only images that the network classifies right unperturbed count. Intervals come from drawing whole images, with all
-    their sizes, again, or the neurons of ``per_neuron`` (percentile bootstrap). A network with randomness of its own
-    blurs every indicator.
+    Only images that the network classifies right unperturbed count. Intervals come from drawing
+    whole images, with all their sizes, again, or the neurons of ``per_neuron`` (percentile
+    bootstrap). A network with randomness of its own blurs every indicator.
 
     Args:
         model: Images to logits, such as ``SpikingClassifier``; runs in evaluation mode.
         x: Images [N, ...], in [0, 1].
         y: Classes [N].
-        perturb: By name of the direction, a callable from images, classes and size to perturbed images of one shape,
-            such as ``lambda x, y, eps: x + eps * torch.randn_like(x)``.
+        perturb: By name of the direction, a callable from images, classes and size to perturbed
+            images of one shape, such as ``lambda x, y, eps: x + eps * torch.randn_like(x)``.
         eps: Sizes > 0, at least two, growing.
         layers: Spiking layers, as in ``MPPDMonitor``.
         input_gain: Whether a DLIF neuron's learnable gain is part of the perturbation.
@@ -125,21 +131,26 @@ def intensity_correlation(
         The result.
 
     Raises:
-        ValueError: If there is no direction, sizes are not growing and positive, a count is below 1, ``x`` and ``y``
-            differ in length, the network classifies no image right, or it has no neuron to follow.
+        ValueError: If there is no direction, sizes are not growing and positive, a count is below
+            1, ``x`` and ``y`` differ in length, the network classifies no image right, or it has no
+            neuron to follow.
 
-    Source: the claim that MPPD conveys the intensity of a perturbation is of Ding et al., "Robust Stable Spiking
-        Neural Networks" (ICML 2024); bootstrap of Efron (1979), resampled by image.
+    Source: the claim that MPPD conveys the intensity of a perturbation is of Ding et al., "Robust
+        Stable Spiking Neural Networks" (ICML 2024); bootstrap of Efron (1979), resampled by image.
 
     Examples:
         >>> from spikingjelly.activation_based import neuron
         >>> from sj_robust import SpikingClassifier
         >>> _ = torch.manual_seed(0)
-        >>> net = nn.Sequential(nn.Flatten(2), nn.Linear(4, 8), neuron.IFNode(step_mode="m"), nn.Linear(8, 2))
+        >>> net = nn.Sequential(
+        ...     nn.Flatten(2), nn.Linear(4, 8), neuron.IFNode(step_mode="m"), nn.Linear(8, 2)
+        ... )
         >>> model = SpikingClassifier(net, T=4).eval()
         >>> x = torch.rand(8, 1, 2, 2)
         >>> brighter = {"brighter": lambda x, y, eps: x + eps}
-        >>> study = intensity_correlation(model, x, model(x).argmax(1), perturb=brighter, eps=[0.1, 0.2, 0.4])
+        >>> study = intensity_correlation(
+        ...     model, x, model(x).argmax(1), perturb=brighter, eps=[0.1, 0.2, 0.4]
+        ... )
         >>> round(study.associations["brighter"]["net.2"]["mppd_l1"]["per_image"].value, 6)
         1.0
     """
@@ -147,7 +158,9 @@ def intensity_correlation(
     with torch.no_grad():
         right = torch.cat([model(part).argmax(1) for part in torch.split(x, batch_size)]) == y
     if not bool(right.any()):
-        raise ValueError(f"the network classifies none of the {len(x)} images right: give it a trained network")
+        raise ValueError(
+            f"the network classifies none of the {len(x)} images right: give it a trained network"
+        )
     x, y = x[right], y[right]
     measured: dict[str, list[_Measured]] = {}
     with MPPDMonitor(model, layers=layers, input_gain=input_gain, keep="trace") as monitor:
@@ -155,9 +168,13 @@ def intensity_correlation(
             measured[direction] = []
             for size in sizes:
                 say(f"{direction} at eps {size:.4g}: {len(x)} images")
-                measured[direction].append(_measure(monitor, model, (x, y), function, size, batch_size, seed))
+                measured[direction].append(
+                    _measure(monitor, model, (x, y), function, size, batch_size, seed)
+                )
     say(f"intervals from {resamples} bootstrap samples")
-    found = {direction: _summary(parts, sizes, resamples, seed) for direction, parts in measured.items()}
+    found = {
+        direction: _summary(parts, sizes, resamples, seed) for direction, parts in measured.items()
+    }
     return IntensityCorrelation(
         eps=sizes,
         samples=len(x),
@@ -169,7 +186,9 @@ def intensity_correlation(
         },
         means={direction: means for direction, (means, _) in found.items()},
         per_step={
-            direction: {name: [part.per_step[name].tolist() for part in parts] for name in parts[0].per_step}
+            direction: {
+                name: [part.per_step[name].tolist() for part in parts] for name in parts[0].per_step
+            }
             for direction, parts in measured.items()
         },
         associations={direction: associations for direction, (_, associations) in found.items()},
@@ -178,8 +197,8 @@ def intensity_correlation(
 
 @dataclass(frozen=True, eq=False)
 class _Measured:
-    """One direction at one size: indicators [N] and of single neurons [N, K] by layer and name, who is fooled [N],
-    MS-MPPD [T] by layer.
+    """One direction at one size: indicators [N] and of single neurons [N, K] by layer and name, who
+    is fooled [N], MS-MPPD [T] by layer.
     """
 
     indicators: dict[tuple[str, str], Tensor]
@@ -211,11 +230,18 @@ def _measure(
         wrong.append((outputs[-1].argmax(1) != classes).cpu())
         outputs.clear()
         for layer, figures in stats.items():
-            per_step[layer] = per_step.get(layer, torch.zeros(figures.T)) + figures.ms_mppd * len(images) / len(data[0])
+            per_step[layer] = per_step.get(layer, torch.zeros(figures.T)) + figures.ms_mppd * len(
+                images
+            ) / len(data[0])
             for name, value in neuron_indicators(monitor[layer][0]).items():
-                drawn = torch.randperm(value.shape[1], generator=torch.Generator().manual_seed(seed))[:_MOST_NEURONS]
-                # In float64 the sum is exact enough that equal samples stay equal, which ranks depend on.
-                indicators.setdefault((layer, name), []).append(over_neurons(name, value.cpu().double()))
+                drawn = torch.randperm(
+                    value.shape[1], generator=torch.Generator().manual_seed(seed)
+                )[:_MOST_NEURONS]
+                # In float64 the sum is exact enough that equal samples stay equal, which ranks
+                # depend on.
+                indicators.setdefault((layer, name), []).append(
+                    over_neurons(name, value.cpu().double())
+                )
                 single.setdefault((layer, name), []).append(value.cpu()[:, drawn])
         monitor.clear_recorded_data()
     return _Measured(_joined(indicators), _joined(single), torch.cat(wrong), per_step)
@@ -230,7 +256,9 @@ def _summary(
 ) -> tuple[dict[str, dict[str, list[float]]], dict[str, dict[str, dict[str, Association]]]]:
     """Means and associations of one direction, by layer and indicator."""
     names = list(parts[0].indicators)
-    values = torch.stack([torch.stack([part.indicators[key] for part in parts]) for key in names])  # [names, sizes, N]
+    values = torch.stack(
+        [torch.stack([part.indicators[key] for part in parts]) for key in names]
+    )  # [names, sizes, N]
     wrong = torch.stack([part.wrong for part in parts])
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(values.shape[2], (resamples, values.shape[2]), generator=generator)
@@ -242,11 +270,15 @@ def _summary(
     for row, (layer, name) in enumerate(names):
         means.setdefault(layer, {})[name] = values[row].mean(1).tolist()
         found = {
-            measure: Association(*map(_number, (whole[row, column], ends[0, row, column], ends[1, row, column])))
+            measure: Association(
+                *map(_number, (whole[row, column], ends[0, row, column], ends[1, row, column]))
+            )
             for column, measure in enumerate(_MEASURES[:-1])
         }
         single = torch.stack([part.single[layer, name] for part in parts])
-        associations.setdefault(layer, {})[name] = found | {"per_neuron": _per_neuron(single, sizes, resamples, seed)}
+        associations.setdefault(layer, {})[name] = found | {
+            "per_neuron": _per_neuron(single, sizes, resamples, seed)
+        }
     return means, associations
 
 
@@ -254,13 +286,19 @@ def _per_neuron(single: Tensor, sizes: Sequence[float], resamples: int, seed: in
     """Mean over neurons of the correlation of their indicator [sizes, N, K] with the size."""
     size = torch.tensor(sizes).repeat_interleave(single.shape[1])
     each = spearman(single.flatten(0, 1).T, size).nan_to_num(0.0)
-    drawn = torch.randint(len(each), (resamples, len(each)), generator=torch.Generator().manual_seed(seed))
-    low, high = each[drawn].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=each.dtype)).tolist()
+    drawn = torch.randint(
+        len(each), (resamples, len(each)), generator=torch.Generator().manual_seed(seed)
+    )
+    low, high = (
+        each[drawn].mean(1).quantile(torch.tensor([0.025, 0.975], dtype=each.dtype)).tolist()
+    )
     return Association(each.mean().item(), low, high)
 
 
 def _measures(values: Tensor, wrong: Tensor, sizes: Sequence[float]) -> Tensor:
-    """Every measure of whole layers [rows, measures], of values [rows, sizes, N]; NaN where one is not defined."""
+    """Every measure of whole layers [rows, measures], of values [rows, sizes, N]; NaN where one is
+    not defined.
+    """
     size = torch.tensor(sizes, dtype=values.dtype)
     flat, flat_size = values.flatten(1), size[:, None].expand_as(wrong).flatten()
     return torch.stack(
@@ -294,16 +332,25 @@ def _associations_from(plain: dict[str, Any]) -> dict[str, Any]:
 
 
 def _checked(
-    x: Tensor, y: Tensor, perturb: Mapping[str, Perturbation], eps: Sequence[float], batch_size: int, resamples: int
+    x: Tensor,
+    y: Tensor,
+    perturb: Mapping[str, Perturbation],
+    eps: Sequence[float],
+    batch_size: int,
+    resamples: int,
 ) -> list[float]:
     """The sizes, once everything is in order."""
     if not perturb:
         raise ValueError("perturb must name at least one direction, such as {'gaussian': ...}")
     if len(x) != len(y) or len(x) == 0:
-        raise ValueError(f"x and y must hold as many images as classes, at least one, got {len(x)} and {len(y)}")
+        raise ValueError(
+            f"x and y must hold as many images as classes, at least one, got {len(x)} and {len(y)}"
+        )
     sizes = [float(size) for size in eps]
     if len(sizes) < 2 or sizes[0] <= 0 or any(a >= b for a, b in pairwise(sizes)):
-        raise ValueError(f"eps must be at least two growing sizes > 0, got {sizes}; such as [0.05, 0.1, 0.2]")
+        raise ValueError(
+            f"eps must be at least two growing sizes > 0, got {sizes}; such as [0.05, 0.1, 0.2]"
+        )
     for name, value in (("batch_size", batch_size), ("resamples", resamples)):
         if value < 1:
             raise ValueError(f"{name} must be >= 1, got {value}")

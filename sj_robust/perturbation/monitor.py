@@ -1,4 +1,6 @@
-"""MPPDMonitor: the membrane potential perturbation of every spiking layer, by hooks on a SpikingJelly network."""
+"""MPPDMonitor: the membrane potential perturbation of every spiking layer, by hooks on a
+SpikingJelly network.
+"""
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,23 +31,26 @@ def compare(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> MPPDStatistics:
-    """How a perturbation moves the membrane potential of every spiking layer, in one call. 一次调用比较膜电位扰动。
+    """How a perturbation moves the membrane potential of every spiking layer, in one call.
+    一次调用比较膜电位扰动。
 
-    Equation: as in :class:`MPPDMonitor`, which also watches a training, follows neurons of other dynamics and keeps
-    traces.
+    Equation: as in :class:`MPPDMonitor`, which also watches a training, follows neurons of other
+    dynamics and keeps traces.
 
     Args:
         net: A bare network of SpikingJelly neurons in either step mode, or a ``SpikingClassifier``.
-        x: Clean images [N, C, H, W], or features [N, F]; without ``T`` what the bare network itself takes, such as
-            [T, N, C, H, W].
+        x: Clean images [N, C, H, W], or features [N, F]; without ``T`` what the bare network itself
+            takes, such as [T, N, C, H, W].
         x_perturbed: Perturbed ones, such as those that an attack returns.
         T: Number of time steps for which a bare network gets every image.
         mean: Mean per channel that a bare network expects to be subtracted from images.
         std: Standard deviation per channel that it expects them to be divided by.
 
     Returns:
-        :class:`LayerStats` by the layer's name in ``net`` (in the network of a classifier), in order of execution. A
-        layer that never fires on the clean images is warned of: what it passes on, no perturbation moves.
+        :class:`LayerStats` by the layer's name in ``net`` (in the network of a classifier), in
+        order of execution. A
+        layer that never fires on the clean images is warned of: what it passes on, no perturbation
+            moves.
 
     Raises:
         ValueError: As :meth:`MPPDMonitor.compare`.
@@ -55,7 +60,9 @@ def compare(
     Examples:
         >>> from sj_robust.models import pretrained
         >>> x = torch.rand(5, 1, 8, 8)
-        >>> compare(pretrained("digits/dlif-at-mppd"), x, (x + 0.1).clamp(max=1))["stages.1"].ms_mppd.shape
+        >>> compare(pretrained("digits/dlif-at-mppd"), x, (x + 0.1).clamp(max=1))[
+        ...     "stages.1"
+        ... ].ms_mppd.shape
         torch.Size([4])
     """
     watched, forward = as_watched(net, T, mean, std)
@@ -63,8 +70,9 @@ def compare(
         stats = monitor.compare(x, x_perturbed, forward=forward)
     if silent := stats.silent:
         warnings.warn(
-            f"{', '.join(silent)} never fired: nothing goes through, so that the network is blind there and no "
-            "perturbation moves it; check the weights, mean and std, or train it",
+            f"{', '.join(silent)} never fired: nothing goes through, so that the network is "
+            "blind there and no perturbation moves it; check the weights, mean and std, or train "
+            "it",
             stacklevel=2,
         )
     return stats
@@ -73,7 +81,9 @@ def compare(
 def as_watched(
     net: nn.Module, T: int | None, mean: Sequence[float] | None, std: Sequence[float] | None
 ) -> tuple[nn.Module, nn.Module | None]:
-    """What a monitor hooks, and what runs it: the network itself if it gets its own inputs, else its classifier."""
+    """What a monitor hooks, and what runs it: the network itself if it gets its own inputs, else
+    its classifier.
+    """
     if T is None and mean is None and std is None and not isinstance(net, SpikingClassifier):
         return net, None
     model = as_classifier(net, T, mean=mean, std=std)
@@ -81,46 +91,52 @@ def as_watched(
 
 
 class MPPDMonitor(BaseMonitor):
-    """Watches how an input perturbation moves the membrane potential of every spiking layer. 监测各层膜电位扰动。
+    """Watches how an input perturbation moves the membrane potential of every spiking layer.
+    监测各层膜电位扰动。
 
     Equation, per layer with input currents ``x`` of the clean and ``x~`` of the perturbed run::
 
         eps[t] = decay * eps[t-1] + gain[t] * (x[t] - x~[t]),    MS-MPPD = mean(eps^2)
 
-    and beside it the full perturbation ``d[t] = v[t] - v~[t]``, which keeps the reset. The monitor hooks the neurons
-    alone, so whatever lies between them does not matter. It follows IF, LIF, PLIF and DLIF, and any other ``BaseNode``
-    whose ``decay`` is given. Other neurons stand in :attr:`unsupported` with the reason; one warning names them.
+    and beside it the full perturbation ``d[t] = v[t] - v~[t]``, which keeps the reset. The monitor
+    hooks the neurons alone, so whatever lies between them does not matter. It follows IF, LIF, PLIF
+    and DLIF, and any other ``BaseNode`` whose ``decay`` is given. Other neurons stand in
+    :attr:`unsupported` with the reason; one warning names them.
 
     Three ways of use:
 
     - ``monitor.compare(x, x_perturbed)`` runs the network twice and returns the statistics.
-    - ``with monitor.clean(): ...`` and then ``with monitor.perturbed(): ...``, each holding one run of the network
-      (one call, chunks, or T single steps), then :meth:`loss` or :meth:`statistics`.
+    - ``with monitor.clean(): ...`` and then ``with monitor.perturbed(): ...``, each holding one run
+      of the network (one call, chunks, or T single steps), then :meth:`loss` or :meth:`statistics`.
     - ``with monitor.paired(): ...`` holds one run over ``torch.cat((x, x_perturbed))``.
 
-    Statistics are sums over all pairs of runs since :meth:`clear_recorded_data`. Currents and spikes of the clean run
-    are kept until the perturbed run uses them up; where gradients are enabled the currents stay for :meth:`loss` until
-    the next pair, ``loss(retain=False)``, :meth:`clear_recorded_data` or :meth:`close`. A neuron that is called more
-    than once per time step is followed call by call, as its own state is. Calls outside the three contexts are ignored,
-    and outputs and gradients of the network are the same with and without the monitor.
+    Statistics are sums over all pairs of runs since :meth:`clear_recorded_data`. Currents and
+    spikes of the clean run are kept until the perturbed run uses them up; where gradients are
+    enabled the currents stay for :meth:`loss` until the next pair, ``loss(retain=False)``,
+    :meth:`clear_recorded_data` or :meth:`close`. A neuron that is called more than once per time
+    step is followed call by call, as its own state is. Calls outside the three contexts are
+    ignored, and outputs and gradients of the network are the same with and without the monitor.
 
-    As a SpikingJelly monitor it has ``monitored_layers``, ``monitor[name]`` (a list: the :class:`LayerStats` so far, or
-    with ``keep="trace"`` one :class:`LayerTrace` per pair), ``enable``, ``disable``, ``clear_recorded_data`` and
-    ``remove_hooks``, and is a context manager that removes its hooks. Attach it before wrapping the network in DDP.
+    As a SpikingJelly monitor it has ``monitored_layers``, ``monitor[name]`` (a list: the
+    :class:`LayerStats` so far, or with ``keep="trace"`` one :class:`LayerTrace` per pair),
+    ``enable``, ``disable``, ``clear_recorded_data`` and ``remove_hooks``, and is a context manager
+    that removes its hooks. Attach it before wrapping the network in DDP.
 
     Args:
         net: Network of SpikingJelly neurons in either step mode.
-        layers: Layers to follow: ``"all"``, ``"last"`` (the spiking layer executed last, which holds the least memory)
-            or names out of :attr:`monitored_layers`.
-        decay: Fraction of the potential kept per step for neurons whose dynamics the monitor does not know, by module
-            name or exact type. It states that the neuron charges as
+        layers: Layers to follow: ``"all"``, ``"last"`` (the spiking layer executed last, which
+            holds the least memory) or names out of :attr:`monitored_layers`.
+        decay: Fraction of the potential kept per step for neurons whose dynamics the monitor does
+            not know, by module name or exact type. It states that the neuron charges as
             ``h = decay * v + gain * x``, plus ``(1 - decay) * v_reset`` for a hard reset.
         gain: Input gain of neurons in ``decay`` (by the same keys), 1 unless given.
-        input_gain: Whether a DLIF neuron's learnable gain is part of the perturbation in statistics and traces.
-        keep: ``"statistics"`` keeps sums; ``"trace"`` keeps [T, N, *] tensors of every pair as well; ``"loss"``
-            measures nothing outside :meth:`compare`, which costs least and is all that training needs.
-        spikes: Whether the spikes of a pair stay for :meth:`loss` as its currents do, which the indicators
-            ``"tasad"`` and ``"std"`` need.
+        input_gain: Whether a DLIF neuron's learnable gain is part of the perturbation in statistics
+            and traces.
+        keep: ``"statistics"`` keeps sums; ``"trace"`` keeps [T, N, *] tensors of every pair as
+            well; ``"loss"`` measures nothing outside :meth:`compare`, which costs least and is all
+            that training needs.
+        spikes: Whether the spikes of a pair stay for :meth:`loss` as its currents do, which the
+            indicators ``"tasad"`` and ``"std"`` need.
 
     Attributes:
         unsupported: Reason by module name of the neurons that cannot be followed.
@@ -172,50 +188,62 @@ class MPPDMonitor(BaseMonitor):
             if name in neurons:
                 self.hooks.append(module.register_forward_hook(hook.after, with_kwargs=True))
         if self.unsupported:
-            reasons = "; ".join(f"{name!r}: {reason}" for name, reason in list(self.unsupported.items())[:5])
+            reasons = "; ".join(
+                f"{name!r}: {reason}" for name, reason in list(self.unsupported.items())[:5]
+            )
             more = "" if len(self.unsupported) <= 5 else "; and more in monitor.unsupported"
             count = len(self.unsupported)
-            warnings.warn(f"MPPDMonitor does not follow {count} neuron(s): {reasons}{more}", stacklevel=2)
+            warnings.warn(
+                f"MPPDMonitor does not follow {count} neuron(s): {reasons}{more}", stacklevel=2
+            )
 
     @property
     def execution_order(self) -> tuple[str, ...]:
-        """Names of the monitored layers in the order of their first call in the last run; empty before any run."""
+        """Names of the monitored layers in the order of their first call in the last run; empty
+        before any run.
+        """
         return tuple(name for name in self._recording.order if name in self.name_records_index)
 
     def compare(
         self, x: Tensor, x_perturbed: Tensor, *, forward: Callable[[Tensor], object] | None = None
     ) -> MPPDStatistics:
-        """Run the network on both inputs and return the statistics of this pair by layer, in order of execution.
+        """Run the network on both inputs and return the statistics of this pair by layer, in order
+        of execution.
 
-        Both runs start from a reset network in evaluation mode without gradients; training modes are restored and the
-        network is left reset. The pair also counts in :meth:`statistics`, even while the monitor is disabled.
+        Both runs start from a reset network in evaluation mode without gradients; training modes
+        are restored and the network is left reset. The pair also counts in :meth:`statistics`, even
+        while the monitor is disabled.
 
         Args:
             x: Clean input of the network.
             x_perturbed: Perturbed input of the same shape.
-            forward: Runs the network on one of them; None calls ``net(x)``. A network in step mode ``"s"`` needs one
-                that takes its steps, such as ``lambda x: [net(x_t) for x_t in x]``.
+            forward: Runs the network on one of them; None calls ``net(x)``. A network in step mode
+                ``"s"`` needs one that takes its steps, such as ``lambda x: [net(x_t) for x_t in
+                x]``.
 
         Returns:
             :class:`LayerStats` by name.
 
         Raises:
-            ValueError: If the inputs differ in shape or are not finite, or if a network in step mode ``"s"`` is called
-                once.
+            ValueError: If the inputs differ in shape or are not finite, or if a network in step
+                mode ``"s"`` is called once.
             RuntimeError: If the hooks were removed, a run is open, or no monitored layer ran.
         """
         if x.shape != x_perturbed.shape:
             raise ValueError(
-                f"x and x_perturbed must have the same shape, got {tuple(x.shape)} and {tuple(x_perturbed.shape)}; "
-                "perturb the batch that the clean run gets"
+                f"x and x_perturbed must have the same shape, got {tuple(x.shape)} and "
+                f"{tuple(x_perturbed.shape)}; perturb the batch that the clean run gets"
             )
         bad = sum(int((~torch.isfinite(values)).sum()) for values in (x, x_perturbed))
         if bad:
             raise ValueError(
-                f"x and x_perturbed must be finite, got {bad} NaN or infinite values; leave those samples out"
+                f"x and x_perturbed must be finite, got {bad} NaN or infinite values; leave "
+                "those samples out"
             )
         if self._recording.run is not None:
-            raise RuntimeError(f"compare() was called inside {self._recording.run}(): leave that context first")
+            raise RuntimeError(
+                f"compare() was called inside {self._recording.run}(): leave that context first"
+            )
         run = self._net if forward is None else forward
         enabled = self.is_enable()
         kept = self._recording.kept
@@ -248,7 +276,9 @@ class MPPDMonitor(BaseMonitor):
         return self._running("perturbed")
 
     def paired(self) -> AbstractContextManager[None]:
-        """Context of one run over a batch whose first half is clean and whose second half is perturbed."""
+        """Context of one run over a batch whose first half is clean and whose second half is
+        perturbed.
+        """
         return self._running("paired")
 
     def loss(
@@ -260,34 +290,39 @@ class MPPDMonitor(BaseMonitor):
         indicator: Indicator = "mppd",
         retain: bool = True,
     ) -> Tensor:
-        """MS-MPPD of the last pair of runs, or a distance of the spikes, for training. 用于训练的可微损失。
+        """MS-MPPD of the last pair of runs, or a distance of the spikes, for training.
+        用于训练的可微损失。
 
-        Equation: ``mean(d^2)`` (``"l2"``) or ``mean(|d|)`` (``"l1"``), averaged over the chosen layers so that its
-        weight means the same for one layer and for many, where ``d`` is
+        Equation: ``mean(d^2)`` (``"l2"``) or ``mean(|d|)`` (``"l1"``), averaged over the chosen
+        layers so that its weight means the same for one layer and for many, where ``d`` is
 
         - ``"mppd"``: ``eps[t]``, the mean taken over time, batch and features;
-        - ``"std"``: ``s[t] - s~[t]`` likewise, in both norms the spike-train distance divided by T in value;
-        - ``"tasad"``: ``mean_t s[t] - mean_t s~[t]``, over batch and features; with ``"l1"`` the mean of TASAD.
+        - ``"std"``: ``s[t] - s~[t]`` likewise, in both norms the spike-train distance divided by T
+          in value;
+        - ``"tasad"``: ``mean_t s[t] - mean_t s~[t]``, over batch and features; with ``"l1"`` the
+          mean of TASAD.
 
-        The clean run is a constant: the gradient reaches the network through the perturbed run (its spikes through
-        their surrogate), and the decay and gains that the neurons learn. If the perturbed run had gradients disabled
-        this is its value alone.
+        The clean run is a constant: the gradient reaches the network through the perturbed run (its
+        spikes through their surrogate), and the decay and gains that the neurons learn. If the
+        perturbed run had gradients disabled this is its value alone.
 
         Args:
             layers: ``"last"`` for the spiking layer executed last, ``"all"``, or names.
             norm: ``"l2"`` or ``"l1"``.
-            input_gain: Whether the learnable gain of DLIF neurons is part of ``eps``; the paper leaves it out. A fixed
-                gain (1/tau of ``decay_input``) always is.
-            indicator: What is measured; the distances of spikes need a monitor with ``spikes=True``.
+            input_gain: Whether the learnable gain of DLIF neurons is part of ``eps``; the paper
+                leaves it out. A fixed gain (1/tau of ``decay_input``) always is.
+            indicator: What is measured; the distances of spikes need a monitor with
+                ``spikes=True``.
             retain: Whether the pair stays for another call.
 
         Returns:
             A scalar tensor.
 
         Raises:
-            ValueError: If a layer is unknown, was not followed or did not run, ``norm`` or ``indicator`` is unknown, or
-                spikes are needed that were not kept.
-            RuntimeError: If there is no complete pair, or the last spiking layer cannot be followed.
+            ValueError: If a layer is unknown, was not followed or did not run, ``norm`` or
+                ``indicator`` is unknown, or spikes are needed that were not kept.
+            RuntimeError: If there is no complete pair, or the last spiking layer cannot be
+                followed.
         """
         if norm not in ("l2", "l1"):
             raise ValueError(f"norm must be 'l2' or 'l1', got {norm!r}")
@@ -299,22 +334,28 @@ class MPPDMonitor(BaseMonitor):
         return value
 
     def statistics(self) -> MPPDStatistics:
-        """Statistics of every layer that ran, over all pairs since :meth:`clear_recorded_data`, by name.
+        """Statistics of every layer that ran, over all pairs since :meth:`clear_recorded_data`, by
+        name.
 
         Raises:
-            RuntimeError: If the monitor has ``keep="loss"`` and :meth:`compare` has not been called.
+            RuntimeError: If the monitor has ``keep="loss"`` and :meth:`compare` has not been
+                called.
         """
         if self._keep == "loss" and not self._totals:
             raise RuntimeError(
-                "a monitor with keep='loss' measures nothing beside its loss: call compare(x, x_perturbed), or build "
-                "it with keep='statistics'"
+                "a monitor with keep='loss' measures nothing beside its loss: call compare(x, "
+                "x_perturbed), or build it with keep='statistics'"
             )
         return _stats_of(self._totals)
 
     def __getitem__(self, i: int | str) -> Any:
-        """Records of a layer by name, or one record by index, as every SpikingJelly monitor has them."""
+        """Records of a layer by name, or one record by index, as every SpikingJelly monitor has
+        them.
+        """
         if isinstance(i, str) and i not in self.name_records_index:
-            raise KeyError(f"no monitored layer {i!r}; monitored are {', '.join(self.monitored_layers)}")
+            raise KeyError(
+                f"no monitored layer {i!r}; monitored are {', '.join(self.monitored_layers)}"
+            )
         if self._keep != "trace":
             super().clear_recorded_data()
             for name, stats in self.statistics().items():
@@ -334,7 +375,9 @@ class MPPDMonitor(BaseMonitor):
         self.hooks.clear()
 
     def close(self) -> None:
-        """Disable the monitor, take its hooks off and let go of the last pair; statistics and traces stay."""
+        """Disable the monitor, take its hooks off and let go of the last pair; statistics and
+        traces stay.
+        """
         self.disable()
         self.remove_hooks()
         self._recording.forget()
@@ -356,22 +399,25 @@ class MPPDMonitor(BaseMonitor):
         self.close()
 
     def _check_steps(self, x: Tensor) -> None:
-        """A network in step mode ``"s"`` that was called once has seen one time step, not a sequence."""
+        """A network in step mode ``"s"`` that was called once has seen one time step, not a
+        sequence.
+        """
         if getattr(self._net, "resets_itself", False):
             return  # a classifier calls the network once per step by itself
         if all(pair.took_one_step for pair in self._recording.pairs.values()):
             raise ValueError(
-                f"compare() called the network once on x of shape {tuple(x.shape)}, which is one time step in step "
-                "mode 's'; pass forward=lambda x: [net(x_t) for x_t in x] with x [T, N, *], call "
-                "functional.set_step_mode(net, 'm'), or give the monitor a SpikingClassifier (forward=net for one step)"
+                f"compare() called the network once on x of shape {tuple(x.shape)}, which is one "
+                "time step in step mode 's'; pass forward=lambda x: [net(x_t) for x_t in x] with "
+                "x [T, N, *], call functional.set_step_mode(net, 'm'), or give the monitor a "
+                "SpikingClassifier (forward=net for one step)"
             )
 
     @contextmanager
     def _running(self, kind: RunKind) -> Iterator[None]:
         if not self.hooks:
             raise RuntimeError(
-                f"{kind}(): the monitor has no hooks, it was closed, is a copy or no neuron can be followed; build a "
-                "new one with MPPDMonitor(net), and see monitor.unsupported"
+                f"{kind}(): the monitor has no hooks, it was closed, is a copy or no neuron can "
+                "be followed; build a new one with MPPDMonitor(net), and see monitor.unsupported"
             )
         if not self.is_enable():
             self._recording.forget()
@@ -379,10 +425,12 @@ class MPPDMonitor(BaseMonitor):
             return
         found = _neurons_of(self._net)
         if found != self._found:
-            names = sorted(name for name in found | self._found if found.get(name) is not self._found.get(name))
+            names = sorted(
+                name for name in found | self._found if found.get(name) is not self._found.get(name)
+            )
             raise RuntimeError(
-                f"{kind}(): neurons were exchanged, added or removed since the monitor was attached "
-                f"({', '.join(names)}); build a new one with MPPDMonitor(net)"
+                f"{kind}(): neurons were exchanged, added or removed since the monitor was "
+                f"attached ({', '.join(names)}); build a new one with MPPDMonitor(net)"
             )
         with self._recording.running(kind):
             yield
@@ -411,8 +459,8 @@ class MPPDMonitor(BaseMonitor):
         if unlike and not self._warned_of_potential:
             self._warned_of_potential = True
             warnings.warn(
-                f"the potential of {', '.join(unlike)} does not follow h = decay * v + gain * x with the decay given, "
-                "so the full perturbation is left out there",
+                f"the potential of {', '.join(unlike)} does not follow h = decay * v + gain * x "
+                "with the decay given, so the full perturbation is left out there",
                 stacklevel=4,
             )
 

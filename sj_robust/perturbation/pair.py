@@ -1,4 +1,6 @@
-"""One layer in one pair of runs: what is kept of the clean run until the perturbed run uses it up."""
+"""One layer in one pair of runs: what is kept of the clean run until the perturbed run uses it
+up.
+"""
 
 from collections import deque
 from typing import Any, Literal, NamedTuple, get_args
@@ -17,7 +19,9 @@ Indicator = Literal["mppd", "tasad", "std"]
 
 
 class LayerPair:
-    """A clean and a perturbed run of one layer, one after the other or as the two halves of one batch."""
+    """A clean and a perturbed run of one layer, one after the other or as the two halves of one
+    batch.
+    """
 
     def __init__(self, neuron: Neuron, kept: Kept, *, paired: bool) -> None:
         """Nothing is kept yet; ``paired`` is whether one run holds both, clean samples first."""
@@ -30,7 +34,9 @@ class LayerPair:
         self._shape: torch.Size | None = None
         self._clean_steps = 0
         self._taken_steps = 0
-        self._steps: deque[tuple[_Chunk, Tensor, Tensor]] = deque()  # current and spike, and the chunk they are from
+        self._steps: deque[tuple[_Chunk, Tensor, Tensor]] = (
+            deque()
+        )  # current and spike, and the chunk they are from
         # For the loss: input currents of both runs and, if they are kept, spikes.
         self._clean: list[_Chunk] = []
         self._perturbed: list[_Chunk] = []
@@ -43,13 +49,16 @@ class LayerPair:
         return self._clean_steps == 1 and self.neuron.module.step_mode == "s"
 
     def before(self, first_call: bool, perturbed: bool) -> None:
-        """Take note of the state in which the neuron enters a call; ``first_call`` of the clean or perturbed run."""
+        """Take note of the state in which the neuron enters a call; ``first_call`` of the clean or
+        perturbed run.
+        """
         v = self.neuron.module.v
         if not first_call:
             if not isinstance(v, Tensor):
                 raise RuntimeError(
-                    f"layer {self.neuron.name!r} was reset inside one run: clean(), perturbed() and paired() each hold "
-                    "one run of the network; leave the context before resetting and running again"
+                    f"layer {self.neuron.name!r} was reset inside one run: clean(), perturbed() "
+                    "and paired() each hold one run of the network; leave the context before "
+                    "resetting and running again"
                 )
             return
         start = (v.detach().clone() if isinstance(v, Tensor) else float(v), self.neuron.time_step)
@@ -57,8 +66,8 @@ class LayerPair:
             self._start = start
         elif start[1] != self._start[1] or not _same(start[0], self._start[0]):
             raise RuntimeError(
-                f"layer {self.neuron.name!r} starts the perturbed run from another state than the clean run: "
-                "call functional.reset_net(net) before each run"
+                f"layer {self.neuron.name!r} starts the perturbed run from another state than "
+                "the clean run: call functional.reset_net(net) before each run"
             )
 
     def take_clean(self, x_seq: Tensor, spike_seq: Tensor) -> None:
@@ -69,25 +78,29 @@ class LayerPair:
         self._clean_steps += len(x_seq)
         if not (self._kept.statistics or self._kept.spikes):
             return
-        # A network may go on in place on its spikes, hence a copy; as bool where that loses nothing.
+        # A network may go on in place on its spikes, hence a copy; as bool where that loses
+        # nothing.
         spikes = spike_seq.detach() != 0 if self.neuron.binary else spike_seq.detach().clone()
         if self._kept.spikes:
             self._clean_spikes.append(_Chunk.of(spikes))
         if self._kept.statistics:
-            self._steps.extend((chunk, x, spike) for x, spike in zip(chunk.values, spikes, strict=True))
+            self._steps.extend(
+                (chunk, x, spike) for x, spike in zip(chunk.values, spikes, strict=True)
+            )
 
     def take_perturbed(self, x_seq: Tensor, spike_seq: Tensor) -> None:
         """Use up as many steps of the clean run as the chunk [t, N, *] of the perturbed run has."""
         self._taken_steps += len(x_seq)
         if self._taken_steps > self._clean_steps:
             raise ValueError(
-                f"layer {self.neuron.name!r} takes more steps in the perturbed run than in the clean run "
-                f"({self._clean_steps}): give both runs the same number of time steps"
+                f"layer {self.neuron.name!r} takes more steps in the perturbed run than in the "
+                f"clean run ({self._clean_steps}): give both runs the same number of time steps"
             )
         if x_seq.shape[1:] != self._shape:
             raise ValueError(
-                f"layer {self.neuron.name!r} gets input of shape {tuple(x_seq.shape[1:])} per step in the perturbed run"
-                f" and {tuple(self._shape or ())} in the clean run: give both runs batches of the same shape"
+                f"layer {self.neuron.name!r} gets input of shape {tuple(x_seq.shape[1:])} per "
+                f"step in the perturbed run and {tuple(self._shape or ())} in the clean run: "
+                "give both runs batches of the same shape"
             )
         totals = self._keep(x_seq, spike_seq)
         if totals is None:
@@ -99,20 +112,27 @@ class LayerPair:
         totals.check_potential(self.neuron.module.v)
 
     def take_paired(self, x_seq: Tensor, spike_seq: Tensor) -> None:
-        """Use a chunk [t, 2 N, *] whose first half of the batch is clean and whose second half is perturbed."""
+        """Use a chunk [t, 2 N, *] whose first half of the batch is clean and whose second half is
+        perturbed.
+        """
         self._check_batch(x_seq)
         size = x_seq.shape[1]
         if size % 2:
             raise ValueError(
-                f"layer {self.neuron.name!r} gets a batch of {size}: paired() needs an even batch, clean samples first "
-                "and then as many perturbed ones, torch.cat((x, x_perturbed))"
+                f"layer {self.neuron.name!r} gets a batch of {size}: paired() needs an even "
+                "batch, clean samples first and then as many perturbed ones, torch.cat((x, "
+                "x_perturbed))"
             )
         half = size // 2
         start, _ = self._start
-        if not self._taken_steps and isinstance(start, Tensor) and not torch.equal(start[:half], start[half:]):
+        if (
+            not self._taken_steps
+            and isinstance(start, Tensor)
+            and not torch.equal(start[:half], start[half:])
+        ):
             raise RuntimeError(
-                f"layer {self.neuron.name!r} starts with different states in the clean and the perturbed half of the "
-                "batch: call functional.reset_net(net) before the run"
+                f"layer {self.neuron.name!r} starts with different states in the clean and the "
+                "perturbed half of the batch: call functional.reset_net(net) before the run"
             )
         self._taken_steps += len(x_seq)
         totals = self._keep(x_seq, spike_seq)
@@ -127,15 +147,18 @@ class LayerPair:
         """End the pair; ValueError if the perturbed run had fewer steps than the clean one."""
         if not self._taken_steps or (not self._paired and self._taken_steps < self._clean_steps):
             raise ValueError(
-                f"layer {self.neuron.name!r} takes {self._taken_steps} steps in the perturbed run and "
-                f"{self._clean_steps} in the clean run: give both runs the same number of time steps"
+                f"layer {self.neuron.name!r} takes {self._taken_steps} steps in the perturbed "
+                f"run and {self._clean_steps} in the clean run: give both runs the same number "
+                "of time steps"
             )
         self._start = 0.0, self._start[1]  # the potentials are as large as a batch
         if self.totals is not None:
             self.trace = self.totals.close()
 
     def loss(self, norm: Literal["l2", "l1"], *, input_gain: bool, indicator: Indicator) -> Tensor:
-        """MS-MPPD of the layer or a distance of its spikes; the gradient reaches the perturbed run only."""
+        """MS-MPPD of the layer or a distance of its spikes; the gradient reaches the perturbed run
+        only.
+        """
         if indicator not in get_args(Indicator):
             raise ValueError(f"indicator must be one of {get_args(Indicator)}, got {indicator!r}")
         if indicator != "mppd":
@@ -149,18 +172,24 @@ class LayerPair:
         if input_gain and charging.input_gain is not None:
             first = self._start[1]
             gain = gain * charging.input_gain[first : first + x_seq.shape[0]]
-        eps = dynamics.simplified_perturbation(x_seq, x_seq_perturbed, decay=charging.decay, gain=gain)
+        eps = dynamics.simplified_perturbation(
+            x_seq, x_seq_perturbed, decay=charging.decay, gain=gain
+        )
         return dynamics.ms_mppd(eps, norm)
 
     def _spike_loss(self, indicator: Indicator, norm: Literal["l2", "l1"]) -> Tensor:
         if not self._kept.spikes:
-            raise ValueError(f"indicator={indicator!r} needs the spikes: build the monitor with spikes=True")
+            raise ValueError(
+                f"indicator={indicator!r} needs the spikes: build the monitor with spikes=True"
+            )
         clean, perturbed = self._both(self._clean_spikes, self._perturbed_spikes, "output")
         dtype = state_dtype(perturbed)
         difference = clean.to(dtype) - perturbed.to(dtype)
         return dynamics.ms_mppd(difference if indicator == "std" else difference.mean(0), norm)
 
-    def _both(self, clean: "list[_Chunk]", perturbed: "list[_Chunk]", what: str) -> tuple[Tensor, Tensor]:
+    def _both(
+        self, clean: "list[_Chunk]", perturbed: "list[_Chunk]", what: str
+    ) -> tuple[Tensor, Tensor]:
         """Input or output of both runs, [T, N, *]; the clean one is a constant."""
         for chunk in (*clean, *perturbed):
             chunk.check(what, self.neuron.name)
@@ -171,7 +200,9 @@ class LayerPair:
         return whole[:, :half].detach(), whole[:, half:]
 
     def _keep(self, x_seq: Tensor, spike_seq: Tensor) -> LayerTotals | None:
-        """Keep a chunk of the perturbed run or of both for the loss; the statistics, if there are any."""
+        """Keep a chunk of the perturbed run or of both for the loss; the statistics, if there are
+        any.
+        """
         if torch.is_grad_enabled() or not self._kept.statistics:
             self._perturbed.append(_Chunk.of(x_seq))
         else:
@@ -191,14 +222,17 @@ class LayerPair:
         self._shape = x_seq.shape[1:]
         if self._shape != expected:
             raise ValueError(
-                f"layer {self.neuron.name!r} gets input of shape {tuple(x_seq.shape[1:])} per step where its state has "
-                f"{tuple(expected)}: call functional.reset_net(net) before a batch of another size, and do not share "
-                "one neuron between layers of different size"
+                f"layer {self.neuron.name!r} gets input of shape {tuple(x_seq.shape[1:])} per "
+                f"step where its state has {tuple(expected)}: call functional.reset_net(net) "
+                "before a batch of another size, and do not share one neuron between layers of "
+                "different size"
             )
 
 
 class _Chunk(NamedTuple):
-    """Values [t, N, *] of one call, and the version by which torch tells whether they were changed in place."""
+    """Values [t, N, *] of one call, and the version by which torch tells whether they were changed
+    in place.
+    """
 
     values: Tensor
     version: int | None
@@ -210,8 +244,8 @@ class _Chunk(NamedTuple):
     def check(self, what: str, layer: str) -> None:
         if self.version is not None and self.values._version != self.version:
             raise RuntimeError(
-                f"the {what} of layer {layer!r} was changed in place after the neuron's call, so its perturbation is "
-                "lost: make the operation that changes it out of place"
+                f"the {what} of layer {layer!r} was changed in place after the neuron's call, so "
+                "its perturbation is lost: make the operation that changes it out of place"
             )
 
 

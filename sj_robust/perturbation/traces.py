@@ -1,4 +1,6 @@
-"""Two runs of a network side by side, spike by spike: in which layer and at which step they part."""
+"""Two runs of a network side by side, spike by spike: in which layer and at which step they
+part.
+"""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -24,7 +26,8 @@ _LAYERS, _NEURONS, _ACROSS = 8, 40, 4
 
 
 class Traces(Shown, dict[str, LayerTrace]):
-    """Currents, spikes and potentials of both runs by layer, in order of execution. 两次运行的逐层轨迹。
+    """Currents, spikes and potentials of both runs by layer, in order of execution.
+    两次运行的逐层轨迹。
 
     Examples:
         >>> from spikingjelly.activation_based import neuron
@@ -34,7 +37,8 @@ class Traces(Shown, dict[str, LayerTrace]):
     """
 
     def parting(self, sample: int = 0) -> tuple[str, int] | None:
-        """Layer and step, from 0, of the first spike that only one of the two runs of a sample has; None if they agree.
+        """Layer and step, from 0, of the first spike that only one of the two runs of a sample has;
+        None if they agree.
 
         The earliest step counts, and of the layers that part at it the one that is executed first.
         """
@@ -49,14 +53,32 @@ class Traces(Shown, dict[str, LayerTrace]):
             return "no spiking layer"
         steps, count = next(iter(self.values())).spike_seq.shape[:2]
         (place, times), *_ = Counter(map(self.parting, range(count))).most_common()
-        where = "no spike differs" if place is None else f"spikes part first in layer {place[0]} at step {place[1]}"
-        layers, pairs = f"spiking layer{'' if len(self) == 1 else 's'}", f"pair{'' if count == 1 else 's'}"
-        return f"{len(self)} {layers}, T = {steps}, {count} {pairs} of inputs; {where} ({times} of {count} {pairs})"
+        where = (
+            "no spike differs"
+            if place is None
+            else f"spikes part first in layer {place[0]} at step {place[1]}"
+        )
+        layers, pairs = (
+            f"spiking layer{'' if len(self) == 1 else 's'}",
+            f"pair{'' if count == 1 else 's'}",
+        )
+        return (
+            f"{len(self)} {layers}, T = {steps}, {count} {pairs} of inputs; {where} ({times} of "
+            f"{count} {pairs})"
+        )
 
     def table(self) -> str:
-        """Markdown: the verdict, then per layer the share of spikes that differ at every step, in per cent."""
+        """Markdown: the verdict, then per layer the share of spikes that differ at every step, in
+        per cent.
+        """
         rows = [
-            [name, *(f"{100 * share:.1f}" for share in _differing(layer).flatten(1).double().mean(1).tolist())]
+            [
+                name,
+                *(
+                    f"{100 * share:.1f}"
+                    for share in _differing(layer).flatten(1).double().mean(1).tolist()
+                ),
+            ]
             for name, layer in self.items()
         ]
         steps = max((len(layer.spike_seq) for layer in self.values()), default=0)
@@ -64,11 +86,15 @@ class Traces(Shown, dict[str, LayerTrace]):
         return f"{self.verdict}.\n\n{markdown_table(heads, rows)}"
 
     @print_style()
-    def plot(self, which: Literal["spikes", "potential"] = "spikes", *, sample: int = 0) -> "Figure":
-        """Spikes or membrane potentials of both runs, a panel per layer; a line where they part. 绘制脉冲与膜电位。
+    def plot(
+        self, which: Literal["spikes", "potential"] = "spikes", *, sample: int = 0
+    ) -> "Figure":
+        """Spikes or membrane potentials of both runs, a panel per layer; a line where they part.
+        绘制脉冲与膜电位。
 
-        It needs matplotlib (extra ``recipes``). Of more than 8 layers the first and the last are drawn, of the neurons
-        of a layer those whose spikes differ most (for ``"potential"`` one of them).
+        It needs matplotlib (extra ``recipes``). Of more than 8 layers the first and the last are
+        drawn, of the neurons of a layer those whose spikes differ most (for ``"potential"`` one of
+        them).
 
         Args:
             which: ``"spikes"``, a raster of neurons and steps, or ``"potential"``, after the reset.
@@ -103,7 +129,9 @@ class Traces(Shown, dict[str, LayerTrace]):
             axes.set_axis_off()
         for row in panels:
             row[0].set_ylabel("neuron" if which == "spikes" else "membrane potential")
-        figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+        figure.legend(
+            *panels.flat[0].get_legend_handles_labels(), loc="outside upper center", ncols=3
+        )
         return figure
 
 
@@ -131,7 +159,8 @@ def trace(
     Raises:
         ValueError: As :func:`compare`.
 
-    Source: what is drawn of two runs of one neuron in Figure 1 of Ding et al. (ICML 2024), for a whole network.
+    Source: what is drawn of two runs of one neuron in Figure 1 of Ding et al. (ICML 2024), for a
+        whole network.
 
     Examples:
         >>> from sj_robust.models import pretrained
@@ -141,7 +170,9 @@ def trace(
     """
     watched, forward = as_watched(net, T, mean, std)
     with MPPDMonitor(watched, keep="trace") as monitor:
-        return Traces({name: monitor[name][-1] for name in monitor.compare(x, x_perturbed, forward=forward)})
+        return Traces(
+            {name: monitor[name][-1] for name in monitor.compare(x, x_perturbed, forward=forward)}
+        )
 
 
 def _differing(layer: LayerTrace) -> Tensor:
@@ -157,8 +188,12 @@ def _parted(layer: LayerTrace, sample: int) -> int | None:
 
 def _raster(axes: "Axes", layer: LayerTrace, sample: int) -> None:
     """A mark per spike: of both runs, of the clean one alone, of the perturbed one alone."""
-    clean, perturbed = (spikes[:, sample].flatten(1) != 0 for spikes in (layer.spike_seq, layer.spike_seq_perturbed))
-    order = ((clean != perturbed).sum(0) * 1000 + (clean | perturbed).sum(0)).argsort(descending=True, stable=True)
+    clean, perturbed = (
+        spikes[:, sample].flatten(1) != 0 for spikes in (layer.spike_seq, layer.spike_seq_perturbed)
+    )
+    order = ((clean != perturbed).sum(0) * 1000 + (clean | perturbed).sum(0)).argsort(
+        descending=True, stable=True
+    )
     chosen = order[:_NEURONS].sort().values
     clean, perturbed = clean[:, chosen], perturbed[:, chosen]
     for spikes, label, marker, color in (
@@ -167,16 +202,27 @@ def _raster(axes: "Axes", layer: LayerTrace, sample: int) -> None:
         (perturbed & ~clean, "perturbed only", "x", ORANGE),
     ):
         steps, neurons = spikes.nonzero(as_tuple=True)
-        axes.plot(steps.tolist(), neurons.tolist(), marker, color=color, label=label, markerfacecolor="none")
+        axes.plot(
+            steps.tolist(),
+            neurons.tolist(),
+            marker,
+            color=color,
+            label=label,
+            markerfacecolor="none",
+        )
     axes.set_ylim(-1, len(chosen))
     axes.set_yticks([])
     axes.grid(visible=False)
 
 
 def _potential(axes: "Axes", layer: LayerTrace, sample: int) -> None:
-    """Potential of the neuron whose spikes differ most, and of those the one that moves most; filled where it fires."""
+    """Potential of the neuron whose spikes differ most, and of those the one that moves most;
+    filled where it fires.
+    """
     moved = layer.full[:, sample].flatten(1).abs().amax(0)
-    neuron = int((_differing(layer)[:, sample].flatten(1).sum(0) + moved / (1 + moved.max())).argmax())
+    neuron = int(
+        (_differing(layer)[:, sample].flatten(1).sum(0) + moved / (1 + moved.max())).argmax()
+    )
     for v_seq, spike_seq, label, line, color in (
         (layer.v_seq, layer.spike_seq, "clean", "o-", BLUE),
         (layer.v_seq_perturbed, layer.spike_seq_perturbed, "perturbed", "s--", ORANGE),

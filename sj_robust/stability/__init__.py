@@ -1,4 +1,6 @@
-"""Bounds on how far a perturbation of the spikes can move the membrane potential, and what they do not cover."""
+"""Bounds on how far a perturbation of the spikes can move the membrane potential, and what they do
+not cover.
+"""
 
 from sj_robust.stability.certificate import Bound, Certificate, LayerCertificate
 from sj_robust.stability.certification import certify

@@ -1,4 +1,6 @@
-"""The maps between the spiking layers of a network, taken from one run in which every spiking layer is cut."""
+"""The maps between the spiking layers of a network, taken from one run in which every spiking layer
+is cut.
+"""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,8 +12,14 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
-    "INPUT", "AffineMap", "CutRun", "call_key", "cut_run", "other_forward", "windows_per_input",
-]  # fmt: skip
+    "INPUT",
+    "AffineMap",
+    "CutRun",
+    "call_key",
+    "cut_run",
+    "other_forward",
+    "windows_per_input",
+]
 
 INPUT = "input"
 """Stands for the network's input where names of layers are listed."""
@@ -27,8 +35,10 @@ class CutRun:
     Attributes:
         currents: What reached each cut layer, in order of execution.
         leaves: What was put in the place of the input and of each cut layer's output.
-        calls: How often each cut layer was called; the second call's current and leaf are ``"NAME (call 2)"``.
-        windows: The most windows of a max pooling that one value lies in, of each one that was called.
+        calls: How often each cut layer was called; the second call's current and leaf are ``"NAME
+            (call 2)"``.
+        windows: The most windows of a max pooling that one value lies in, of each one that was
+            called.
         modules: Name of the innermost module by the graph node of its (first) output.
     """
 
@@ -39,14 +49,18 @@ class CutRun:
     modules: dict[Any, str] = field(default_factory=dict)
 
     def between(self, name: str) -> tuple[list[str], set[str]]:
-        """Modules, and names of the operations, that ran between the leaves and a layer's current."""
+        """Modules, and names of the operations, that ran between the leaves and a layer's
+        current.
+        """
         seen, waiting = set(), [self.currents[name].grad_fn]
         while waiting:
             node = waiting.pop()
             if node is not None and node not in seen:
                 seen.add(node)
                 waiting.extend(parent for parent, _ in node.next_functions)
-        return [module for node, module in self.modules.items() if node in seen], {node.name() for node in seen}
+        return [module for node, module in self.modules.items() if node in seen], {
+            node.name() for node in seen
+        }
 
 
 def call_key(name: str, call: int) -> str:
@@ -56,7 +70,9 @@ def call_key(name: str, call: int) -> str:
 
 @contextmanager
 def other_forward(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
-    """Context in which a module runs another forward; afterwards its own, or that of its class, as before."""
+    """Context in which a module runs another forward; afterwards its own, or that of its class, as
+    before.
+    """
     own = {key: value for key, value in vars(module).items() if key == "forward"}
     module.forward = forward
     try:
@@ -67,13 +83,17 @@ def other_forward(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator
 
 
 def cut_run(
-    net: nn.Module, frame: Tensor, cuts: Mapping[str, nn.Module], value: Callable[[str, Tensor], Tensor]
+    net: nn.Module,
+    frame: Tensor,
+    cuts: Mapping[str, nn.Module],
+    value: Callable[[str, Tensor], Tensor],
 ) -> CutRun:
-    """Run a network whose input and cut layers' outputs are replaced by leaves, so that nothing passes a cut.
+    """Run a network whose input and cut layers' outputs are replaced by leaves, so that nothing
+    passes a cut.
 
-    Call it inside :func:`full_precision` and :func:`sj_robust._preserved.preserved`. Of ``frame`` only shape, dtype and
-    device count. Layers in ``cuts`` are not run, but for max poolings, whose output's shape is needed; ``value`` gives
-    the leaf for a name and a tensor of its shape.
+    Call it inside :func:`full_precision` and :func:`sj_robust._preserved.preserved`. Of ``frame``
+    only shape, dtype and device count. Layers in ``cuts`` are not run, but for max poolings, whose
+    output's shape is needed; ``value`` gives the leaf for a name and a tensor of its shape.
     """
     run = CutRun()
 
@@ -101,7 +121,9 @@ def cut_run(
         def hook(module: nn.Module, args: Any, output: Any) -> None:
             output = output[0] if isinstance(output, tuple) and output else output
             if isinstance(output, Tensor) and output.grad_fn is not None:
-                run.modules.setdefault(output.grad_fn, name)  # what passes its input on is no operation
+                run.modules.setdefault(
+                    output.grad_fn, name
+                )  # what passes its input on is no operation
 
         return hook
 
@@ -120,9 +142,9 @@ def cut_run(
 class AffineMap:
     """The linear part of what leads from leaves to one current, with its adjoint.
 
-    Equation: ``apply(v) = W v`` and ``adjoint(u) = W^T u``; both from the graph of the run: the adjoint is its
-    vector-Jacobian product, and the map the vector-Jacobian product of that. Leaves that the current does not depend on
-    are left out.
+    Equation: ``apply(v) = W v`` and ``adjoint(u) = W^T u``; both from the graph of the run: the
+    adjoint is its vector-Jacobian product, and the map the vector-Jacobian product of that. Leaves
+    that the current does not depend on are left out.
     """
 
     def __init__(self, current: Tensor, leaves: Mapping[str, Tensor]) -> None:
@@ -133,8 +155,14 @@ class AffineMap:
         gradients: Sequence[Tensor | None] = [None] * len(names)
         if current.requires_grad:
             with torch.enable_grad():
-                gradients = torch.autograd.grad(current, tensors, self._cotangent, create_graph=True, allow_unused=True)
-        used = [(name, leaf, g) for name, leaf, g in zip(names, tensors, gradients, strict=True) if g is not None]
+                gradients = torch.autograd.grad(
+                    current, tensors, self._cotangent, create_graph=True, allow_unused=True
+                )
+        used = [
+            (name, leaf, g)
+            for name, leaf, g in zip(names, tensors, gradients, strict=True)
+            if g is not None
+        ]
         self.feeds = tuple(name for name, _, _ in used)
         self.leaves = [leaf for _, leaf, _ in used]
         self._gradients = [gradient for _, _, gradient in used]
@@ -151,7 +179,9 @@ class AffineMap:
 
 
 def windows_per_input(module: nn.Module, x: Tensor, y: Tensor) -> int:
-    """The most windows of a max pooling from x to y that one value lies in; its Lipschitz constant is the root."""
+    """The most windows of a max pooling from x to y that one value lies in; its Lipschitz constant
+    is the root.
+    """
     most = 1
     dimensions = next(1 + i % 3 for i, kind in enumerate(POOLINGS) if isinstance(module, kind))
     for i in range(dimensions):
@@ -161,6 +191,8 @@ def windows_per_input(module: nn.Module, x: Tensor, y: Tensor) -> int:
             most *= max(Counter(position for window in windows for position in window).values())
         else:
             given = (getattr(module, key) for key in ("kernel_size", "stride", "dilation"))
-            size, stride, dilation = (int(value[i] if isinstance(value, tuple) else value) for value in given)
+            size, stride, dilation = (
+                int(value[i] if isinstance(value, tuple) else value) for value in given
+            )
             most *= max(Counter(tap * dilation % stride for tap in range(size)).values())
     return most

@@ -14,7 +14,8 @@ class SingularValue(NamedTuple):
 
     Attributes:
         value: The estimate.
-        residual: ``||A^T u - value v||`` for the unit vectors with ``A v = value u``: some singular value is this near.
+        residual: ``||A^T u - value v||`` for the unit vectors with ``A v = value u``: some singular
+            value is this near.
         iterations: Number of products with the map, and as many with its adjoint.
     """
 
@@ -32,16 +33,19 @@ def largest_singular_value(
     max_iterations: int,
     basis: int = 48,
 ) -> SingularValue:
-    """Power iteration that keeps what it has seen: Golub-Kahan-Lanczos bidiagonalisation, restarted when it is long.
+    """Power iteration that keeps what it has seen: Golub-Kahan-Lanczos bidiagonalisation, restarted
+    when it is long.
 
-    Each step costs what a step of the power iteration costs, one product with the map and one with its adjoint, and
-    the estimate is the largest singular value of the map on the span of all steps: never below the power iteration's,
-    never above the norm.
+    Each step costs what a step of the power iteration costs, one product with the map and one with
+    its adjoint, and the estimate is the largest singular value of the map on the span of all steps:
+    never below the power iteration's, never above the norm.
 
-    ``start`` [n] must not be orthogonal to what is sought, so it is a random one. ``tolerance`` is the residual to stop
-    at, relative to the value, and ``basis`` the number of vectors kept before the iteration starts again from the best.
+    ``start`` [n] must not be orthogonal to what is sought, so it is a random one. ``tolerance`` is
+    the residual to stop at, relative to the value, and ``basis`` the number of vectors kept before
+    the iteration starts again from the best.
 
-    Source: Golub and Kahan, "Calculating the singular values and pseudo-inverse of a matrix" (1965).
+    Source: Golub and Kahan, "Calculating the singular values and pseudo-inverse of a matrix"
+        (1965).
     """
     iterations = 0
     while True:

@@ -1,4 +1,6 @@
-"""How far a perturbation of the input moved each layer, from one run over clean and perturbed inputs together."""
+"""How far a perturbation of the input moved each layer, from one run over clean and perturbed
+inputs together.
+"""
 
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -37,7 +39,9 @@ class Moved:
         """Follow the perturbation through the next steps with input currents [T, 2 N, *]."""
         for x in x_seq:
             clean, perturbed = x.double().flatten(1).chunk(2)
-            eps = gains.decay * self._eps + float(gains.input_gain[self._step]) * (clean - perturbed)
+            eps = gains.decay * self._eps + float(gains.input_gain[self._step]) * (
+                clean - perturbed
+            )
             self._eps = eps
             self._step += 1
             squared = eps.square().sum(1)
@@ -54,11 +58,16 @@ class Moved:
 
 @torch.no_grad()
 def measure(
-    classifier: SpikingClassifier, x: Tensor, x_perturbed: Tensor, layers: Mapping[str, NeuronGains | None]
+    classifier: SpikingClassifier,
+    x: Tensor,
+    x_perturbed: Tensor,
+    layers: Mapping[str, NeuronGains | None],
 ) -> dict[str, Moved]:
-    """Run a classifier on pairs, in evaluation mode as it is, and tell what moved, by layer and for :data:`INPUT`.
+    """Run a classifier on pairs, in evaluation mode as it is, and tell what moved, by layer and for
+    :data:`INPUT`.
 
-    ``layers`` holds gains over T steps by name in ``classifier.net``; None where only the output counts.
+    ``layers`` holds gains over T steps by name in ``classifier.net``; None where only the output
+    counts.
     """
     net = classifier.net
     net_mode = "m" if _is_multi_step(classifier) else "s"
@@ -84,7 +93,9 @@ def measure(
     with ExitStack() as stack:
         stack.callback(net.register_forward_pre_hook(enter).remove)
         for name, gains in layers.items():
-            stack.callback(net.get_submodule(name).register_forward_hook(follow(name, gains)).remove)
+            stack.callback(
+                net.get_submodule(name).register_forward_hook(follow(name, gains)).remove
+            )
         classifier(torch.cat((x, x_perturbed)))
     return moved
 

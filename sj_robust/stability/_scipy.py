@@ -11,4 +11,6 @@ def scipy_module(name: str, *, wanted_by: str) -> Any:
     try:
         return importlib.import_module(f"scipy.{name}")
     except ImportError as error:
-        raise ModuleNotFoundError(f"{wanted_by} needs scipy, which is not installed: pip install scipy") from error
+        raise ModuleNotFoundError(
+            f"{wanted_by} needs scipy, which is not installed: pip install scipy"
+        ) from error

@@ -1,4 +1,6 @@
-"""Bounds of everything that a spiking network computes while its input moves within a box, rounding included."""
+"""Bounds of everything that a spiking network computes while its input moves within a box, rounding
+included.
+"""
 
 import math
 import weakref
@@ -14,8 +16,16 @@ from sj_robust.neuron.charging import Neuron
 from sj_robust.stability._affine import other_forward
 
 __all__ = [
-    "BoundedRun", "Bounds", "LayerBounds", "NoBoundsError", "Pooling", "by_row", "gamma", "laid_out", "reset_rounding",
-]  # fmt: skip
+    "BoundedRun",
+    "Bounds",
+    "LayerBounds",
+    "NoBoundsError",
+    "Pooling",
+    "by_row",
+    "gamma",
+    "laid_out",
+    "reset_rounding",
+]
 
 Pooling = Callable[[Tensor], Tensor]
 """A max pooling."""
@@ -24,10 +34,14 @@ _UNIT = 2.0**-24
 """Largest relative error of one rounding to nearest in float32."""
 
 _SMALLEST = 2.0**-126
-"""Below it float32 may flush to zero: the error that one operation can add whatever its values are."""
+"""Below it float32 may flush to zero: the error that one operation can add whatever its values
+are.
+"""
 
 _LARGEST_ERROR = 2.0**76
-"""No more is rounded off a sum whose terms are below 2**100, far from float32's largest number of 2**128."""
+"""No more is rounded off a sum whose terms are below 2**100, far from float32's largest number of
+2**128.
+"""
 
 _SLACK = 1.000001
 """Covers float64's own rounding, which is smaller than float32's by 2**29."""
@@ -38,31 +52,38 @@ class NoBoundsError(NotImplementedError):
 
 
 class Bounds(Tensor):
-    """Every value that a float32 tensor of a network can have while the input moves: ``centre -+ (radius + error)``.
+    """Every value that a float32 tensor of a network can have while the input moves: ``centre -+
+    (radius + error)``.
 
-    In exact arithmetic a value is within ``centre -+ radius``; what float32 computes is at most ``error`` away from
-    that. All three are float64. ``centre`` is kept as a graph down to the leaves (the input, the outputs of spiking
-    layers and of max poolings), of which it is an affine function. 张量所有可能取值的上下界。
+    In exact arithmetic a value is within ``centre -+ radius``; what float32 computes is at most
+    ``error`` away from that. All three are float64. ``centre`` is kept as a graph down to the
+    leaves (the input, the outputs of spiking layers and of max poolings), of which it is an affine
+    function. 张量所有可能取值的上下界。
 
-    In a ``differentiable`` run, which is for training, bounds are ``unrounded``: nothing asks for ``error``, and
-    centre and radius are in the precision of the input and keep their graph to the weights.
+    In a ``differentiable`` run, which is for training, bounds are ``unrounded``: nothing asks for
+    ``error``, and centre and radius are in the precision of the input and keep their graph to the
+    weights.
 
-    Equation, for ``y = A x + b`` with n terms summed in any order, ``u = 2**-24`` and ``gamma = n u / (1 - n u)``::
+    Equation, for ``y = A x + b`` with n terms summed in any order, ``u = 2**-24`` and ``gamma = n u
+    / (1 - n u)``::
 
         centre' = A centre + b
         radius' = |A| radius
         error'  = |A| (error + gamma (|centre| + radius + error)) + gamma |b|
 
-    Convolution, linear, batch norm in evaluation mode, average pooling, sums and reshapes are such maps. Max pooling is
-    monotone: bounds of its result are those of its input, pooled. Anything else raises :class:`NoBoundsError`.
+    Convolution, linear, batch norm in evaluation mode, average pooling, sums and reshapes are such
+    maps. Max pooling is monotone: bounds of its result are those of its input, pooled. Anything
+    else raises :class:`NoBoundsError`.
 
     Args:
         centre: Middle of the values.
         radius: How far the exact value can be from it; broadcast.
-        error: How far float32 can be from the exact value; broadcast, None for values that are exact.
+        error: How far float32 can be from the exact value; broadcast, None for values that are
+            exact.
         run: The run whose leaves ``centre`` depends on.
 
-    Source: interval arithmetic; rounding as in Higham, "Accuracy and Stability of Numerical Algorithms" (2002), ch. 3.
+    Source: interval arithmetic; rounding as in Higham, "Accuracy and Stability of Numerical
+        Algorithms" (2002), ch. 3.
 
     Examples:
         >>> x = Bounds(torch.tensor([[0.5]]).double(), torch.tensor([[0.25]]).double())
@@ -77,23 +98,33 @@ class Bounds(Tensor):
     unrounded: bool
     run: "BoundedRun | None"
     family: list[weakref.ref[Tensor]]
-    """This and the views that may share its memory: what is done in place to one of them changes all."""
+    """This and the views that may share its memory: what is done in place to one of them changes
+    all.
+    """
 
     @staticmethod
     def __new__(
-        cls, centre: Tensor, radius: Tensor, error: Tensor | None = None, run: "BoundedRun | None" = None
+        cls,
+        centre: Tensor,
+        radius: Tensor,
+        error: Tensor | None = None,
+        run: "BoundedRun | None" = None,
     ) -> "Bounds":
         """Wrap the parts; see the class."""
         unrounded = run is not None and run.differentiable
         dtype = centre.dtype if unrounded else torch.float32 if run is None else run.dtype
-        self: Bounds = Tensor._make_wrapper_subclass(cls, centre.shape, dtype=dtype, device=centre.device)
+        self: Bounds = Tensor._make_wrapper_subclass(
+            cls, centre.shape, dtype=dtype, device=centre.device
+        )
         self.centre, self.run, self.unrounded = centre, run, unrounded
         self.radius = radius.expand(centre.shape)
         self.family = [weakref.ref(self)]
         if unrounded:
             self.error = radius.new_zeros(())
         else:
-            self.error = torch.zeros_like(self.radius) if error is None else error.expand(centre.shape)
+            self.error = (
+                torch.zeros_like(self.radius) if error is None else error.expand(centre.shape)
+            )
         return self
 
     @property
@@ -114,7 +145,8 @@ class Bounds(Tensor):
         """These bounds as they are now, whatever is done in place to them later."""
         return Bounds(self.centre, self.radius, self.error, self.run)
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # torch lacks the type
+    # torch lacks the type
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         """Shape alone: tensors of a network are large."""
         return f"Bounds({tuple(self.shape)})"
 
@@ -127,7 +159,9 @@ class Bounds(Tensor):
         in_place = func.__name__ == f"{name}_" or name in _IN_PLACE
         if func.__name__ == "__float__":
             raise NoBoundsError("float(x), a number that depends on the input")
-        if kwargs.get("out") is not None or (in_place and _RULES.get(name) not in (_sum, _product, _negative)):
+        if kwargs.get("out") is not None or (
+            in_place and _RULES.get(name) not in (_sum, _product, _negative)
+        ):
             raise NoBoundsError(f"{func.__name__}, which writes into a tensor: write x = f(x)")
         try:
             with torch._C.DisableTorchFunctionSubclass():
@@ -144,7 +178,8 @@ class Bounds(Tensor):
         raise NoBoundsError(f"the operation {name}")
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]  # torch declares its default, which is a function
+    # torch declares its default, which is a function
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         """What reaches torch's dispatcher came around the rules above."""
         raise NoBoundsError(f"the operation {func}")
 
@@ -156,7 +191,9 @@ class _Leaf:
     centre: Tensor
     radius: Tensor
     batch_dim: int
-    """Where the samples are; -1 if dimension 0 holds the time steps of all samples, first step first."""
+    """Where the samples are; -1 if dimension 0 holds the time steps of all samples, first step
+    first.
+    """
 
     def by_sample(self, values: Tensor, samples: int) -> Tensor:
         """Values of the shape of the radius as rows, one per sample: [N, values]."""
@@ -164,7 +201,9 @@ class _Leaf:
 
 
 def by_row(part: Tensor, rows: int, batch_dim: int) -> Tensor:
-    """What the network lays out with its samples in ``batch_dim`` (see :class:`_Leaf`) as [N, *]."""
+    """What the network lays out with its samples in ``batch_dim`` (see :class:`_Leaf`) as [N,
+    *].
+    """
     if batch_dim == -1:
         part = part.view(-1, rows, *part.shape[1:])
     return part.movedim(abs(batch_dim), 0)
@@ -178,13 +217,17 @@ def laid_out(part: Tensor, batch_dim: int) -> Tensor:
 
 @dataclass
 class _Switch:
-    """What a graph asks, which must not hold the run: the run holds the graph, and neither would ever be freed."""
+    """What a graph asks, which must not hold the run: the run holds the graph, and neither would
+    ever be freed.
+    """
 
     on: bool = False
 
 
 class _Cut(torch.autograd.Function):
-    """A leaf's centre: it passes its gradient on, unless its run asks for the map behind the leaves alone."""
+    """A leaf's centre: it passes its gradient on, unless its run asks for the map behind the leaves
+    alone.
+    """
 
     @staticmethod
     def forward(ctx: Any, centre: Tensor, cut: "_Switch") -> Tensor:
@@ -203,8 +246,10 @@ class LayerBounds:
     """What the bounds say of one spiking layer, summed over the samples of a run.
 
     Attributes:
-        undecided: Per time step, the number of spikes that may or may not be there; not counted in training.
-        width: Per time step, the squared distance between the bounds of the charged potential; likewise.
+        undecided: Per time step, the number of spikes that may or may not be there; not counted in
+            training.
+        width: Per time step, the squared distance between the bounds of the charged potential;
+            likewise.
         neurons: Neurons times samples.
         steps: Time steps that have run.
     """
@@ -221,15 +266,17 @@ class BoundedRun:
     Args:
         neurons: Neurons of known dynamics by name.
         samples: Number of samples in the run.
-        differentiable: Whether the bounds are for training: in the precision of the input, without rounding, and with
-            a graph to the weights, in which surrogates stand for the derivatives of both bounds of a spike. As with
-            ``detach_reset``, the reset passes no gradient on.
+        differentiable: Whether the bounds are for training: in the precision of the input, without
+            rounding, and with a graph to the weights, in which surrogates stand for the derivatives
+            of both bounds of a spike. As with ``detach_reset``, the reset passes no gradient on.
     """
 
     dtype = torch.float32
     """Of the network; what float32 rounds covers float64 as well."""
 
-    def __init__(self, neurons: dict[str, Neuron], samples: int, *, differentiable: bool = False) -> None:
+    def __init__(
+        self, neurons: dict[str, Neuron], samples: int, *, differentiable: bool = False
+    ) -> None:
         """Nothing has run yet."""
         self.neurons, self.samples, self.differentiable = neurons, samples, differentiable
         self.cut = _Switch()
@@ -241,7 +288,9 @@ class BoundedRun:
         """Bounds that start here, of values that are exact."""
         centre = (lower + upper) / 2
         if self.differentiable:
-            centre = _Cut.apply(centre if centre.requires_grad else centre.requires_grad_(), self.cut)  # type: ignore[no-untyped-call]  # untyped in torch
+            centre = _Cut.apply(
+                centre if centre.requires_grad else centre.requires_grad_(), self.cut
+            )  # type: ignore[no-untyped-call]  # untyped in torch
             radius = (upper - lower) / 2
         else:
             radius = _SLACK * torch.maximum(upper - centre, centre - lower)
@@ -258,11 +307,13 @@ class BoundedRun:
             yield
 
     def lead(self, logits: Bounds, y: Tensor) -> Tensor:
-        """Upper bound of what every class's logit is above the right one's, [N, classes]; the right one's own is 0.
+        """Upper bound of what every class's logit is above the right one's, [N, classes]; the right
+        one's own is 0.
 
-        Equation, with w_k the gradient of ``centre_k`` on the leaves, which is that of an affine map::
+        Equation, with w_k the gradient of ``centre_k`` on the leaves, which is that of an affine
+        map::
 
-            centre_k - centre_y + sum |w_k - w_y| radius + error_k + error_y
+            centre_k - centre_y + sum | w_k - w_y | radius + error_k + error_y
         """
         right = y.unsqueeze(1)
         gap = logits.centre - logits.centre.gather(1, right)
@@ -270,7 +321,9 @@ class BoundedRun:
         order = y.argsort()
         labels, counts = torch.unique_consecutive(y[order], return_counts=True)
         parts = zip(labels, torch.split(radius[order], counts.tolist()), strict=True)
-        spread = torch.cat([part @ (weights - weights[label]).abs().T for label, part in parts])[order.argsort()]
+        spread = torch.cat([part @ (weights - weights[label]).abs().T for label, part in parts])[
+            order.argsort()
+        ]
         if logits.unrounded:
             return (gap + spread).scatter(1, right, 0.0)
         error = logits.error + logits.error.gather(1, right)
@@ -279,7 +332,8 @@ class BoundedRun:
     def _last_map(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The map from the leaves to the logits [classes, *], and the radius of the leaves [N, *].
 
-        It is the same for every sample, so that one pass back gives it for as many classes as there are samples.
+        It is the same for every sample, so that one pass back gives it for as many classes as there
+        are samples.
         """
         leaves = self._first_leaves(logits)
         centres = [leaf.centre for leaf in leaves]
@@ -290,42 +344,59 @@ class BoundedRun:
             asked = torch.zeros_like(logits)
             asked.diagonal(start)[:number] = 1.0
             grads = torch.autograd.grad(
-                logits, centres, asked, retain_graph=True, create_graph=self.differentiable, allow_unused=True
+                logits,
+                centres,
+                asked,
+                retain_graph=True,
+                create_graph=self.differentiable,
+                allow_unused=True,
             )
             for rows, leaf, grad in zip(found, leaves, grads, strict=True):
                 if grad is not None:
                     rows.append(leaf.by_sample(grad, self.samples)[:number])
         self.cut.on = False
-        reached = [(torch.cat(rows), leaf) for rows, leaf in zip(found, leaves, strict=True) if rows]
+        reached = [
+            (torch.cat(rows), leaf) for rows, leaf in zip(found, leaves, strict=True) if rows
+        ]
         if not reached:
             return logits.new_zeros(logits.shape[1], 1), logits.new_zeros(self.samples, 1)
         radii = [leaf.by_sample(leaf.radius, self.samples) for _, leaf in reached]
         return torch.cat([rows for rows, _ in reached], 1), torch.cat(radii, 1)
 
     def _first_leaves(self, logits: Tensor) -> list[_Leaf]:
-        """The leaves that the graph of the logits meets first; in training others lie behind them."""
+        """The leaves that the graph of the logits meets first; in training others lie behind
+        them.
+        """
         ends, seen, todo = {leaf.centre.grad_fn for leaf in self.leaves}, set(), [logits.grad_fn]
         while todo:
             node = todo.pop()
             if node is not None and node not in seen:
                 seen.add(node)
                 todo += [] if node in ends else [before for before, _ in node.next_functions]
-        return [leaf for leaf in self.leaves if leaf.centre.grad_fn is None or leaf.centre.grad_fn in seen]
+        return [
+            leaf
+            for leaf in self.leaves
+            if leaf.centre.grad_fn is None or leaf.centre.grad_fn in seen
+        ]
 
     def _spikes_of(self, name: str, neuron: Neuron) -> Callable[..., Bounds]:
         def forward(x: Any, *args: Any, **kwargs: Any) -> Bounds:
             if not isinstance(x, Bounds):
                 raise NoBoundsError(
-                    f"the layer {name} got {type(x).__name__}, no bounds: something before it lost them"
+                    f"the layer {name} got {type(x).__name__}, no bounds: something before it "
+                    "lost them"
                 )
             multi_step = neuron.module.step_mode == "m"
             if x.ndim <= multi_step or x.shape[int(multi_step)] != self.samples:
                 raise NoBoundsError(
-                    f"the layer {name} in step mode {neuron.module.step_mode!r} on {tuple(x.shape)} for {self.samples} "
-                    "samples, which must be [T, N, *] in mode 'm' and [N, *] in mode 's'"
+                    f"the layer {name} in step mode {neuron.module.step_mode!r} on "
+                    f"{tuple(x.shape)} for {self.samples} samples, which must be [T, N, *] in "
+                    "mode 'm' and [N, *] in mode 's'"
                 )
             self._reached(x, int(multi_step), neuron, None)
-            lower, upper = (x.lower, x.upper) if multi_step else (x.lower.unsqueeze(0), x.upper.unsqueeze(0))
+            lower, upper = (
+                (x.lower, x.upper) if multi_step else (x.lower.unsqueeze(0), x.upper.unsqueeze(0))
+            )
             sure, possible = self._fired(name, neuron, lower, upper)
             if not multi_step:
                 sure, possible = sure[0], possible[0]
@@ -341,19 +412,32 @@ class BoundedRun:
         self._reached(x, batch_dim, None, pooling)
         return self.leaf(pooling(x.lower), pooling(x.upper), batch_dim)
 
-    def _reached(self, x: Bounds, batch_dim: int, neuron: Neuron | None, pooling: Pooling | None) -> None:
-        """An affine map ends here, at a spiking layer or a max pooling, from which the next leaf comes."""
+    def _reached(
+        self, x: Bounds, batch_dim: int, neuron: Neuron | None, pooling: Pooling | None
+    ) -> None:
+        """An affine map ends here, at a spiking layer or a max pooling, from which the next leaf
+        comes.
+        """
 
     def _decided(
-        self, name: str, gain: float, h_lower: Tensor, h_upper: Tensor, error: Tensor, around: tuple[float, float]
+        self,
+        name: str,
+        gain: float,
+        h_lower: Tensor,
+        h_upper: Tensor,
+        error: Tensor,
+        around: tuple[float, float],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Bounds of a charged potential, whether it fires for sure, and whether it can; ``error`` is within them.
+        """Bounds of a charged potential, whether it fires for sure, and whether it can; ``error``
+        is within them.
 
         A potential of at least ``around[0]`` may fire, one of at least ``around[1]`` does.
         """
         return h_lower, h_upper, h_lower >= around[1], h_upper >= around[0]
 
-    def _fired(self, name: str, neuron: Neuron, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    def _fired(
+        self, name: str, neuron: Neuron, lower: Tensor, upper: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Whether each neuron fires for sure, and whether it can, [T, N, *] as numbers."""
         charging, module, layer = neuron.charging(), neuron.module, self.layers[name]
         decay = charging.decay if self.differentiable else charging.decay_value
@@ -361,41 +445,61 @@ class BoundedRun:
         rest = 0.0 if reset is None else float(reset)
         threshold = float(module.v_threshold)
         if name not in self._potential and bool((torch.as_tensor(module.v) != rest).any()):
-            raise NoBoundsError(f"the layer {name}, whose v_reset was changed after it was built: give it v_reset then")
+            raise NoBoundsError(
+                f"the layer {name}, whose v_reset was changed after it was built: give it "
+                "v_reset then"
+            )
         unit = 0.0 if self.differentiable else _UNIT * abs(threshold)
         above, below = threshold + unit, threshold - unit
-        v_lower, v_upper = self._potential.get(name, (torch.full_like(lower[0], rest), torch.full_like(upper[0], rest)))
+        v_lower, v_upper = self._potential.get(
+            name, (torch.full_like(lower[0], rest), torch.full_like(upper[0], rest))
+        )
         layer.neurons = lower[0].numel()
         sure_seq, possible_seq = [], []
         for x_lower, x_upper in zip(lower, upper, strict=True):
             gain = charging.gain_at(layer.steps, input_gain=True)
             number = float(torch.as_tensor(gain).detach())
-            ends = (gain * x_lower, gain * x_upper) if self.differentiable else (number * x_lower, number * x_upper)
+            ends = (
+                (gain * x_lower, gain * x_upper)
+                if self.differentiable
+                else (number * x_lower, number * x_upper)
+            )
             low, high = ends if number >= 0 else ends[::-1]
             h_lower, h_upper = (decay * v + end for v, end in ((v_lower, low), (v_upper, high)))
             if rest:
                 h_lower, h_upper = h_lower + (1.0 - decay) * rest, h_upper + (1.0 - decay) * rest
             if self.differentiable:
-                flags = [torch.ge(h.detach(), threshold, out=torch.empty_like(h)) for h in (h_lower, h_upper)]
+                flags = [
+                    torch.ge(h.detach(), threshold, out=torch.empty_like(h))
+                    for h in (h_lower, h_upper)
+                ]
             else:
                 size = _larger(v_lower, v_upper) + _larger(low, high) + abs(rest)
                 error = _within_float32(gamma(16) * size + 16 * _SMALLEST)
                 h_lower, h_upper, *flags = self._decided(
                     name, number, h_lower - error, h_upper + error, error, (below, above)
                 )
-            # Numbers in place of booleans: masks and their gradients are products, which take a tenth of the time.
+            # Numbers in place of booleans: masks and their gradients are products, which take a
+            # tenth of the time.
             sure, possible = (flag.to(lower.dtype) for flag in flags)
             undecided = possible - sure
             layer.steps += 1
             if reset is None:
-                fired, silent = (h_lower - threshold, h_upper - threshold), (h_lower, h_upper.clamp(max=above))
+                fired, silent = (
+                    (h_lower - threshold, h_upper - threshold),
+                    (h_lower, h_upper.clamp(max=above)),
+                )
                 either = h_lower.clamp(max=below - threshold), torch.maximum(silent[1], fired[1])
                 v_lower, v_upper = (
-                    sure * fired[end] + undecided * either[end] + (1 - possible) * silent[end] for end in (0, 1)
+                    sure * fired[end] + undecided * either[end] + (1 - possible) * silent[end]
+                    for end in (0, 1)
                 )
             else:
                 lowered = torch.maximum(sure, possible * (h_lower.detach() > rest))
-                v_lower, v_upper = h_lower * (1 - lowered), h_upper * (1 - possible) + max(above, rest) * undecided
+                v_lower, v_upper = (
+                    h_lower * (1 - lowered),
+                    h_upper * (1 - possible) + max(above, rest) * undecided,
+                )
                 if rest:
                     v_lower, v_upper = v_lower + rest * lowered, v_upper + rest * sure
             if self.differentiable:
@@ -419,7 +523,9 @@ def gamma(terms: int) -> float:
 
 
 def reset_rounding(size: Any, rest: float, threshold: float) -> Any:
-    """How far float32's potential after the reset can be from the exact one, for potentials up to ``size``."""
+    """How far float32's potential after the reset can be from the exact one, for potentials up to
+    ``size``.
+    """
     return gamma(4) * (size + abs(rest) + abs(threshold)) + 4 * _SMALLEST
 
 
@@ -437,8 +543,15 @@ def _larger(lower: Tensor, upper: Tensor) -> Tensor:
 
 def _written(x: Any, result: Bounds, name: str) -> Bounds:
     """``x`` with the parts of a result, so that all who hold it see them."""
-    if not isinstance(x, Bounds) or x.shape != result.shape or any(r() is not None and r() is not x for r in x.family):
-        raise NoBoundsError(f"{name} on a view, on what has one, or on a constant: write x = x + y instead of x += y")
+    if (
+        not isinstance(x, Bounds)
+        or x.shape != result.shape
+        or any(r() is not None and r() is not x for r in x.family)
+    ):
+        raise NoBoundsError(
+            f"{name} on a view, on what has one, or on a constant: write x = x + y instead of x "
+            "+= y"
+        )
     x.centre, x.radius, x.error = result.centre, result.radius, result.error
     return x
 
@@ -446,12 +559,21 @@ def _written(x: Any, result: Bounds, name: str) -> Bounds:
 def _moved(func: Any, args: Any, kwargs: Any) -> Any:
     """A function that only moves elements, of all parts."""
     copies = func.__name__ in _COPIES
-    func = torch.Tensor.reshape if func.__name__ == "view" else func  # parts may be laid out otherwise
+    func = (
+        torch.Tensor.reshape if func.__name__ == "view" else func
+    )  # parts may be laid out otherwise
     run = _run_of(args)
-    names = ("centre", "radius") if run is not None and run.differentiable else ("centre", "radius", "error")
+    names = (
+        ("centre", "radius")
+        if run is not None and run.differentiable
+        else ("centre", "radius", "error")
+    )
     parts = [func(*_part(args, name, run), **kwargs) for name in names]
     one = isinstance(parts[0], Tensor)
-    found = [Bounds(c, r, e[0] if e else None, run) for c, r, *e in ([parts] if one else zip(*parts, strict=True))]
+    found = [
+        Bounds(c, r, e[0] if e else None, run)
+        for c, r, *e in ([parts] if one else zip(*parts, strict=True))
+    ]
     if not copies and isinstance(args[0], Bounds):
         args[0].family += [ref for view in found for ref in view.family]
         for view in found:
@@ -489,9 +611,15 @@ def _constant(value: Any, run: BoundedRun | None) -> Tensor:
 
 
 def _affine(
-    x: Bounds, apply: Callable[[Tensor], Tensor], absolute: Callable[[Tensor], Tensor], terms: int, shift: Tensor
+    x: Bounds,
+    apply: Callable[[Tensor], Tensor],
+    absolute: Callable[[Tensor], Tensor],
+    terms: int,
+    shift: Tensor,
 ) -> Bounds:
-    """Bounds of ``apply(x) + shift``; ``absolute`` is the map whose entries are the absolute values of apply's."""
+    """Bounds of ``apply(x) + shift``; ``absolute`` is the map whose entries are the absolute values
+    of apply's.
+    """
     centre, radius = apply(x.centre) + shift, absolute(x.radius)
     if x.unrounded:
         return Bounds(centre, radius, run=x.run)
@@ -501,7 +629,9 @@ def _affine(
     return Bounds(centre, radius, _within_float32(error), x.run)
 
 
-def _weighted(func: Any, x: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any) -> Bounds:
+def _weighted(
+    func: Any, x: Any, weight: Any, bias: Any = None, *args: Any, **kwargs: Any
+) -> Bounds:
     """Convolution and linear."""
     weight = _constant(weight, x.run)
     shift = x.centre.new_zeros(()) if bias is None else _constant(bias, x.run)
@@ -517,11 +647,20 @@ def _weighted(func: Any, x: Any, weight: Any, bias: Any = None, *args: Any, **kw
 
 
 def _batch_norm(
-    func: Any, x: Any, running_mean: Any, running_var: Any, weight: Any = None, bias: Any = None,
-    training: bool = False, momentum: float = 0.1, eps: float = 1e-5,
-) -> Bounds:  # fmt: skip
+    func: Any,
+    x: Any,
+    running_mean: Any,
+    running_var: Any,
+    weight: Any = None,
+    bias: Any = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Bounds:
     if training or running_mean is None or running_var is None:
-        raise NoBoundsError("batch norm with the statistics of the batch, which one image alone does not decide")
+        raise NoBoundsError(
+            "batch norm with the statistics of the batch, which one image alone does not decide"
+        )
     shape = (-1, *[1] * (x.ndim - 2))
     slope = (_constant(running_var, x.run) + eps).rsqrt()
     slope = (slope if weight is None else slope * _constant(weight, x.run)).view(shape)
@@ -530,8 +669,11 @@ def _batch_norm(
     found = _affine(x, lambda z: z * slope, lambda z: z * slope.abs(), 12, bias - moved)
     if found.unrounded:
         return found
-    # Computed as (x - mean) * slope + bias or as x * slope + (bias - mean * slope): either is covered.
-    return Bounds(found.centre, found.radius, found.error + gamma(12) * (moved.abs() + bias.abs()), x.run)
+    # Computed as (x - mean) * slope + bias or as x * slope + (bias - mean * slope): either is
+    # covered.
+    return Bounds(
+        found.centre, found.radius, found.error + gamma(12) * (moved.abs() + bias.abs()), x.run
+    )
 
 
 def _average(func: Any, x: Any, *args: Any, **kwargs: Any) -> Bounds:
@@ -596,14 +738,18 @@ def _largest_of(func: Any, x: Any, *args: Any, **kwargs: Any) -> Bounds:
     return run.pool(x, lambda z: func(z, *args, **kwargs))
 
 
-def _dropout(func: Any, x: Any, p: float = 0.5, training: bool = True, inplace: bool = False) -> Any:
+def _dropout(
+    func: Any, x: Any, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Any:
     if training:
         raise NoBoundsError("dropout that stays on")
     return x
 
 
 def _converted(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-    given = [getattr(value, "dtype", value) for value in (*args, *kwargs.values())]  # of tensors theirs
+    given = [
+        getattr(value, "dtype", value) for value in (*args, *kwargs.values())
+    ]  # of tensors theirs
     given += [torch.float32] if func.__name__ == "float" else []
     if wanted := [value for value in given if isinstance(value, torch.dtype) and value != x.dtype]:
         raise NoBoundsError(f"a conversion to {wanted[0]}: bounds are those of {x.dtype}")
@@ -611,26 +757,80 @@ def _converted(func: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 _QUESTIONS = {
-    "get", "dim", "size", "numel", "is_floating_point", "is_contiguous", "stride", "ndimension", "len", "is_complex",
+    "get",
+    "dim",
+    "size",
+    "numel",
+    "is_floating_point",
+    "is_contiguous",
+    "stride",
+    "ndimension",
+    "len",
+    "is_complex",
     "get_device",
-}  # fmt: skip
+}
 _SHAPES = {
-    "flatten", "view", "reshape", "expand", "permute", "transpose", "unsqueeze", "squeeze", "contiguous", "clone",
-    "repeat", "chunk", "split", "getitem", "cat", "concat", "concatenate", "stack", "unbind", "movedim", "narrow",
-    "select", "unflatten", "swapaxes", "tile", "flip",
-}  # fmt: skip
+    "flatten",
+    "view",
+    "reshape",
+    "expand",
+    "permute",
+    "transpose",
+    "unsqueeze",
+    "squeeze",
+    "contiguous",
+    "clone",
+    "repeat",
+    "chunk",
+    "split",
+    "getitem",
+    "cat",
+    "concat",
+    "concatenate",
+    "stack",
+    "unbind",
+    "movedim",
+    "narrow",
+    "select",
+    "unflatten",
+    "swapaxes",
+    "tile",
+    "flip",
+}
 _COPIES = {"clone", "repeat", "cat", "concat", "concatenate", "stack", "tile", "flip"}
 _IN_PLACE = {"iadd", "isub", "imul", "itruediv", "idiv"}
 _RULES: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("conv1d", "conv2d", "conv3d", "linear"), _weighted),
     "batch_norm": _batch_norm,
-    **dict.fromkeys(("avg_pool1d", "avg_pool2d", "avg_pool3d", "adaptive_avg_pool1d", "adaptive_avg_pool2d",
-                     "adaptive_avg_pool3d", "mean", "sum"), _average),
+    **dict.fromkeys(
+        (
+            "avg_pool1d",
+            "avg_pool2d",
+            "avg_pool3d",
+            "adaptive_avg_pool1d",
+            "adaptive_avg_pool2d",
+            "adaptive_avg_pool3d",
+            "mean",
+            "sum",
+        ),
+        _average,
+    ),
     **dict.fromkeys(("add", "radd", "iadd", "sub", "rsub", "isub"), _sum),
-    **dict.fromkeys(("mul", "rmul", "imul", "div", "truediv", "rdiv", "rtruediv", "itruediv", "idiv"), _product),
+    **dict.fromkeys(
+        ("mul", "rmul", "imul", "div", "truediv", "rdiv", "rtruediv", "itruediv", "idiv"), _product
+    ),
     "neg": _negative,
-    **dict.fromkeys(("max_pool1d", "max_pool2d", "max_pool3d", "adaptive_max_pool1d", "adaptive_max_pool2d",
-                     "adaptive_max_pool3d"), _largest_of),
+    **dict.fromkeys(
+        (
+            "max_pool1d",
+            "max_pool2d",
+            "max_pool3d",
+            "adaptive_max_pool1d",
+            "adaptive_max_pool2d",
+            "adaptive_max_pool3d",
+        ),
+        _largest_of,
+    ),
     **dict.fromkeys(("dropout", "dropout1d", "dropout2d", "dropout3d"), _dropout),
     **dict.fromkeys(("to", "float", "type_as"), _converted),
-}  # fmt: skip
+}

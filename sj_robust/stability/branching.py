@@ -25,7 +25,8 @@ _PARTS = 16
 
 @dataclass
 class Prover:
-    """Tighter bounds than intervals of the lead of the right class, and the search for images that break it.
+    """Tighter bounds than intervals of the lead of the right class, and the search for images that
+    break it.
 
     Attributes:
         logits: The network that runs, images to logits.
@@ -38,7 +39,9 @@ class Prover:
     eps: float
 
     def crown(self, images: Tensor, labels: Tensor) -> Tensor:
-        """Lower bound of the right class's lead, [N]: slopes are raised for whom the first ones do not do."""
+        """Lower bound of the right class's lead, [N]: slopes are raised for whom the first ones do
+        not do.
+        """
         run = self.run(images)
         classes = run.error.shape[1]
         rows = torch.arange(len(images), device=labels.device).repeat_interleave(classes - 1)
@@ -46,14 +49,18 @@ class Prover:
         found = self._in_parts(run, rows, weights, 0)
         weak = (found <= 0).nonzero().squeeze(1)
         if len(weak):
-            found[weak] = torch.maximum(found[weak], self._in_parts(run, rows[weak], weights[weak], _TURNS))
+            found[weak] = torch.maximum(
+                found[weak], self._in_parts(run, rows[weak], weights[weak], _TURNS)
+            )
         return found.view(len(images), -1).amin(1)
 
     def bab(self, image: Tensor, label: Tensor, time_limit: float) -> tuple[float, Tensor | None]:
-        """Lower bound of the lead of one image [1, *], or an image of its box that is classified wrong.
+        """Lower bound of the lead of one image [1, *], or an image of its box that is classified
+        wrong.
 
-        The box is cut by assuming a spike or ruling it out, the one first whose relaxation is loosest; the part with
-        the lowest bound comes next. Every bound's worst corner is tried on the network.
+        The box is cut by assuming a spike or ruling it out, the one first whose relaxation is
+        loosest; the part with the lowest bound comes next. Every bound's worst corner is tried on
+        the network.
         """
         end = time.monotonic() + time_limit
         run = self.run(image)
@@ -81,15 +88,22 @@ class Prover:
         run.error = self.maps.bounded(run, images, self.eps).error
         return run
 
-    def rivals(self, run: RelaxedRun, image: Tensor, label: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Weights and lower bounds of the lead over every rival, and an image that :meth:`broken` found."""
+    def rivals(
+        self, run: RelaxedRun, image: Tensor, label: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Weights and lower bounds of the lead over every rival, and an image that :meth:`broken`
+        found.
+        """
         weights = leads(label, run.error.shape[1])[0]
         rows = torch.zeros(len(weights), dtype=torch.long, device=image.device)
         found = raised(self.maps, run, rows, weights, rounds=_TURNS)
         return weights, found.value, self.broken(found, image, label, descend=True)
 
-    def broken(self, found: Lower, image: Tensor, label: Tensor, *, descend: bool = False) -> Tensor | None:
-        """An image [1, *] of the box that the network gets wrong, if the corners of the bounds lead to one.
+    def broken(
+        self, found: Lower, image: Tensor, label: Tensor, *, descend: bool = False
+    ) -> Tensor | None:
+        """An image [1, *] of the box that the network gets wrong, if the corners of the bounds lead
+        to one.
 
         With ``descend`` the corners go down the network's own gradient of the lead for some steps.
         """
@@ -109,7 +123,9 @@ class Prover:
         return None
 
     def inside(self, image: Tensor, points: Tensor) -> Tensor:
-        """Points in the precision of the image that are in the ball of an image [1, *] and in [0, 1]."""
+        """Points in the precision of the image that are in the ball of an image [1, *] and in [0,
+        1].
+        """
         centre = image.double()
         rounded = points.clamp(centre - self.eps, centre + self.eps).clamp(0, 1).to(image.dtype)
         outside = (rounded.double() - centre).abs() > self.eps
@@ -127,7 +143,9 @@ class Prover:
                 return min(lowest, min(0.0, waiting[0][0])), None
             parts = [heappop(waiting)[2] for _ in range(min(_PARTS, len(waiting)))]
             rows = torch.arange(len(parts), device=image.device)
-            run = self.run(image.expand(len(parts), *image.shape[1:]), known=root.stages, decisions=parts)
+            run = self.run(
+                image.expand(len(parts), *image.shape[1:]), known=root.stages, decisions=parts
+            )
             found = raised(self.maps, run, rows, weights.expand(len(parts), -1), rounds=_TURNS)
             if (broken := self.broken(found, image, label)) is not None:
                 return -torch.inf, broken
@@ -148,14 +166,18 @@ class Prover:
         size = self.maps.rows_that_fit()
         return torch.cat(
             [
-                raised(self.maps, run, rows[i : i + size], weights[i : i + size], rounds=turns).value.detach()
+                raised(
+                    self.maps, run, rows[i : i + size], weights[i : i + size], rounds=turns
+                ).value.detach()
                 for i in range(0, len(rows), size)
             ]
         )
 
 
 def leads(labels: Tensor, classes: int) -> Tensor:
-    """Weights on the logits that give the right class's lead over every other one, [N, classes - 1, classes]."""
+    """Weights on the logits that give the right class's lead over every other one, [N, classes - 1,
+    classes].
+    """
     every = torch.eye(classes, dtype=torch.float64, device=labels.device)
     leads = every[labels].unsqueeze(1) - every
     return leads[every[labels] == 0].view(len(labels), classes - 1, classes)

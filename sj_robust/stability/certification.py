@@ -34,45 +34,51 @@ def certify(
     max_iterations: int = 300,
     seed: int = 0,
 ) -> Certificate:
-    """Bound the perturbation of every spiking layer, and check the bounds on pairs of inputs. 各层扰动的上界与实测。
+    """Bound the perturbation of every spiking layer, and check the bounds on pairs of inputs.
+    各层扰动的上界与实测。
 
-    Equation, per layer with decay lambda, input gain p, stacked linear map W before it and the spike differences Ds of
-    the layers (for the first one: the difference of the normalised input) that feed it::
+    Equation, per layer with decay lambda, input gain p, stacked linear map W before it and the
+    spike differences Ds of the layers (for the first one: the difference of the normalised input)
+    that feed it::
 
         eps[t] = lambda * eps[t-1] + p[t] * W Ds[t]
         ||eps||_2 <= ||L_lambda diag(p)||_2 ||W||_2 ||Ds||_2
 
-    and likewise for any T and for the largest step; see :mod:`sj_robust.stability.gain` and :func:`input_maps`. The
-    printed constant of Theorem 3.1 stands beside them under its own name, and below them the radius in which no spike
-    flips (:func:`no_flip_radius`), where that linear regime ends. A bound counts as held if the ratio of every
-    pair is at most ``bound * (1 + margin)``, with rounding of the current, 1e-6 of its size, left aside.
+    and likewise for any T and for the largest step; see :mod:`sj_robust.stability.gain` and
+    :func:`input_maps`. The printed constant of Theorem 3.1 stands beside them under its own name,
+    and below them the radius in which no spike flips (:func:`no_flip_radius`), where that linear
+    regime ends. A bound counts as held if the ratio of every pair is at most ``bound * (1 +
+    margin)``, with rounding of the current, 1e-6 of its size, left aside.
 
-    What it does not certify: the true difference of potentials, with the reset, has no finite gain, because an
-    arbitrarily small change next to the threshold makes or removes a spike. Bounds of layers therefore do not compose,
-    and none of them is a radius within which the class stays.
+    What it does not certify: the true difference of potentials, with the reset, has no finite gain,
+    because an arbitrarily small change next to the threshold makes or removes a spike. Bounds of
+    layers therefore do not compose, and none of them is a radius within which the class stays.
 
-    The network runs in evaluation mode; modes, states, hooks, random state and gradients are left as they were.
+    The network runs in evaluation mode; modes, states, hooks, random state and gradients are left
+    as they were.
 
     Args:
-        net: A ``SpikingClassifier``, or a bare network that one can be built around, with ``T``, ``mean`` and ``std``.
-        x: Inputs as the classifier takes them, [N, C, H, W] or [N, F]; of a ``SpikingEventClassifier`` event frames
-            [N, T, C, H, W].
+        net: A ``SpikingClassifier``, or a bare network that one can be built around, with ``T``,
+            ``mean`` and ``std``.
+        x: Inputs as the classifier takes them, [N, C, H, W] or [N, F]; of a
+            ``SpikingEventClassifier`` event frames [N, T, C, H, W].
         T: Number of time steps; None takes the classifier's.
         x_perturbed: Perturbed inputs in the shape of ``x``; None gives bounds alone.
         mean: Mean per channel that a bare network expects to be subtracted.
         std: Standard deviation per channel that it expects to be divided by.
-        margin: Relative margin for norms being approached from below; where the iteration stopped at a larger residual,
-            that counts.
+        margin: Relative margin for norms being approached from below; where the iteration stopped
+            at a larger residual, that counts.
         tolerance: Residual at which the norms' iteration stops.
         max_iterations: Iterations at which it stops anyway.
         seed: Of the random values that it uses.
 
     Raises:
         TypeError: If T is a tensor.
-        ValueError: If T is missing or not the classifier's, the inputs are none, not finite or of different shapes, or
-            there is no neuron.
+        ValueError: If T is missing or not the classifier's, the inputs are none, not finite or of
+            different shapes, or there is no neuron.
 
-    Source: Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024), Theorem 3.1; gains derived here.
+    Source: Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024), Theorem 3.1; gains
+        derived here.
 
     Examples:
         >>> from spikingjelly.activation_based import neuron
@@ -86,14 +92,17 @@ def certify(
     classifier = check_classifier(as_classifier(net, T, mean=mean, std=std))
     if x_perturbed is not None and x.shape != x_perturbed.shape:
         raise ValueError(
-            f"x and x_perturbed must have the same shape, got {tuple(x.shape)} and {tuple(x_perturbed.shape)}"
+            f"x and x_perturbed must have the same shape, got {tuple(x.shape)} and "
+            f"{tuple(x_perturbed.shape)}"
         )
     if len(x) == 0:
         raise ValueError(f"x must hold a sample, got shape {tuple(x.shape)}")
     if x_perturbed is not None and not bool((x.isfinite() & x_perturbed.isfinite()).all()):
         raise ValueError("x and x_perturbed must be finite, got nan or inf; leave those pairs out")
     neurons, unknown, _ = find_neurons(classifier.net, {}, {})
-    gains = {name: neuron_gains(neuron.charging(), classifier.T) for name, neuron in neurons.items()}
+    gains = {
+        name: neuron_gains(neuron.charging(), classifier.T) for name, neuron in neurons.items()
+    }
     with full_precision(x.device), preserved(classifier):
         maps = input_maps(
             classifier.net,
@@ -105,23 +114,34 @@ def certify(
         )
         moved: dict[str, Moved] | None = None
         if x_perturbed is not None:
-            covered = {name: gains.get(name) if layer.not_covered is None else None for name, layer in maps.items()}
+            covered = {
+                name: gains.get(name) if layer.not_covered is None else None
+                for name, layer in maps.items()
+            }
             moved = measure(classifier, x, x_perturbed, covered)
     layers = []
     for name, layer in maps.items():
         kind = type(classifier.net.get_submodule(name)).__name__
         if name in unknown:
-            layers.append(LayerCertificate(name, kind, feeds=layer.feeds, not_covered=unknown[name]))
+            layers.append(
+                LayerCertificate(name, kind, feeds=layer.feeds, not_covered=unknown[name])
+            )
         else:
             layers.append(_layer(kind, layer, gains[name], moved, margin))
     no_flip: tuple[float, ...] = ()
     unknown_flips = None
     if moved is not None and x[0].numel() > _MOST_VALUES:
-        unknown_flips = f"it takes a pass per value, of which there are {x[0].numel()}; call no_flip_radius for it"
+        unknown_flips = (
+            f"it takes a pass per value, of which there are {x[0].numel()}; call no_flip_radius "
+            "for it"
+        )
     elif moved is not None:
         try:
             no_flip = tuple(no_flip_radius(classifier, x).tolist())
-        except (NotImplementedError, ValueError) as error:  # images outside [0, 1], or a network without one
+        except (
+            NotImplementedError,
+            ValueError,
+        ) as error:  # images outside [0, 1], or a network without one
             unknown_flips = str(error)
         if not all(map(math.isfinite, no_flip)):
             no_flip, unknown_flips = (), "the input drives no spike"
@@ -135,11 +155,15 @@ def _layer(
     """The certificate of a layer whose neuron is known."""
     input_gain = tuple(gains.input_gain.tolist())
     if found.norm is None:
-        return LayerCertificate(found.name, kind, gains.decay, input_gain, found.feeds, not_covered=found.not_covered)
+        return LayerCertificate(
+            found.name, kind, gains.decay, input_gain, found.feeds, not_covered=found.not_covered
+        )
     norm = found.norm
     margin = max(margin, found.residual / norm) if norm else margin
     any_time = float(l2_gain_limit(gains.decay)) * max(map(abs, input_gain))
-    spikes = l2 = peak = rounding = torch.zeros(1, dtype=torch.float64)  # nothing measured is nothing that moved
+    spikes = l2 = peak = rounding = torch.zeros(
+        1, dtype=torch.float64
+    )  # nothing measured is nothing that moved
     if moved is not None:
         own = moved[found.name]
         spikes = torch.stack([moved[feed].spikes for feed in found.feeds]).sum(0).sqrt()

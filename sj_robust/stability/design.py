@@ -1,4 +1,6 @@
-"""Input gains chosen for stability: the ones with the least gain, and the gain as a differentiable training term."""
+"""Input gains chosen for stability: the ones with the least gain, and the gain as a differentiable
+training term.
+"""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -23,9 +25,11 @@ class GainDesign:
     Attributes:
         input_gain: The gains [T], float64.
         gain: Exact L2 (or peak) gain with them.
-        lower_bound: What no gains under the same constraint can go below, by duality; ``gain`` within rounding.
+        lower_bound: What no gains under the same constraint can go below, by duality; ``gain``
+            within rounding.
         constant_gain: The same gain with every input gain equal to the mean.
-        response: Potential [T] that a constant input of 1 reaches without spikes: what the design costs.
+        response: Potential [T] that a constant input of 1 reaches without spikes: what the design
+            costs.
         constant_response: The same with constant gains.
     """
 
@@ -42,38 +46,48 @@ def optimal_input_gain(
 ) -> GainDesign:
     """Input gains of a given mean with the least gain. 在均值固定时使增益最小的输入增益。
 
-    Equation: minimise ``||L diag(p)||_2`` (``"l2"``) or the L2-to-peak constant (``"peak"``) subject to
-    ``c' p = mean * sum(c)``, with ``c = 1`` for ``held="mean"`` and ``c = L' 1`` for ``held="response"``, which holds
-    the mean potential under a constant input instead. Both objectives are convex in p.
+    Equation: minimise ``||L diag(p)||_2`` (``"l2"``) or the L2-to-peak constant (``"peak"``)
+    subject to ``c' p = mean * sum(c)``, with ``c = 1`` for ``held="mean"`` and ``c = L' 1`` for
+    ``held="response"``, which holds the mean potential under a constant input instead. Both
+    objectives are convex in p.
 
-    ``"l2"``: with ``K = L^-1 L^-T`` (tridiagonal) the optimum is ``p`` in proportion to ``c w^-2``, where w is the
-    minimum over w > 0 of the strictly convex ``w' K w + sum_t c[t]^2 w[t]^-2``, found by Newton's method. There
-    ``K w = c^2 w^-3 = p^2 w``, so the positive w is the top singular vector and ``p = c w^-2`` has gain exactly 1. The
-    dual bound ``gain(p) >= c' p / sqrt(sum_t c[t]^2 w[t]^-2)`` for every w with ``w' K w = 1`` shows that nothing is
-    lower. All gains are positive.
+    ``"l2"``: with ``K = L^-1 L^-T`` (tridiagonal) the optimum is ``p`` in proportion to ``c w^-2``,
+    where w is the minimum over w > 0 of the strictly convex ``w' K w + sum_t c[t]^2 w[t]^-2``,
+    found by Newton's method. There ``K w = c^2 w^-3 = p^2 w``, so the positive w is the top
+    singular vector and ``p = c w^-2`` has gain exactly 1. The dual bound ``gain(p) >= c' p /
+    sqrt(sum_t c[t]^2 w[t]^-2)`` for every w with ``w' K w = 1`` shows that nothing is lower. All
+    gains are positive.
 
-    ``"peak"``: in closed form, p falls by ``decay^2`` per step until the peak is reached at some step k, and stays at
-    ``sqrt(1 - decay^2)`` times the peak from there on.
+    ``"peak"``: in closed form, p falls by ``decay^2`` per step until the peak is reached at some
+    step k, and stays at ``sqrt(1 - decay^2)`` times the peak from there on.
 
     Args:
         decay: Fraction of the potential kept per step, in (0, 1].
         T: Number of time steps.
-        mean: Mean of the gains, > 0; for ``held="response"``, the constant gain whose response is matched.
+        mean: Mean of the gains, > 0; for ``held="response"``, the constant gain whose response is
+            matched.
         objective: ``"l2"`` or ``"peak"``.
         held: ``"mean"``, or ``"response"`` for the objective ``"l2"`` alone.
 
     Raises:
-        ValueError: If an argument is out of range or a name unknown, or the peak is to be minimised at given response.
+        ValueError: If an argument is out of range or a name unknown, or the peak is to be minimised
+            at given response.
 
     Source: derived here.
 
     Examples:
         >>> design = optimal_input_gain(0.99, 4)
-        >>> [round(p, 2) for p in design.input_gain.tolist()], round(design.gain, 3), round(design.constant_gain, 3)
+        >>> (
+        ...     [round(p, 2) for p in design.input_gain.tolist()],
+        ...     round(design.gain, 3),
+        ...     round(design.constant_gain, 3),
+        ... )
         ([0.6, 0.67, 0.9, 1.82], 2.41, 2.843)
     """
     if not 0.0 < mean < float("inf"):
-        raise ValueError(f"mean must be > 0 and finite, got {mean}; it is the mean of the input gains")
+        raise ValueError(
+            f"mean must be > 0 and finite, got {mean}; it is the mean of the input gains"
+        )
     if objective not in ("l2", "peak"):
         raise ValueError(f"objective must be 'l2' or 'peak', got {objective!r}")
     if held not in ("mean", "response"):
@@ -97,19 +111,23 @@ def optimal_input_gain(
 
 
 def gain_penalty(net: nn.Module, *, normalized: bool = False) -> Tensor:
-    """Sum over DLIF layers of the squared L2 gain over their T steps, differentiable in p. 可微的 L2 增益惩罚。
+    """Sum over DLIF layers of the squared L2 gain over their T steps, differentiable in p.
+    可微的 L2
+    增益惩罚。
 
-    Equation: ``sum over layers of ||L_decay diag(p)||_2^2``, with ``normalized`` over ``mean(|p|)^2``. The first form
-    is lowered by making p small, which a batch norm before the neuron can undo; the second one by shape alone, and is
-    least at :func:`optimal_input_gain`. ``2 p[t] * (L' u)[t]^2`` is the gradient of the first one for the top left
-    singular vector u, which is unique unless p is 0. Computed in float64 on the CPU: T numbers per layer.
+    Equation: ``sum over layers of ||L_decay diag(p)||_2^2``, with ``normalized`` over
+    ``mean(|p|)^2``. The first form is lowered by making p small, which a batch norm before the
+    neuron can undo; the second one by shape alone, and is least at :func:`optimal_input_gain`. ``2
+    p[t] * (L' u)[t]^2`` is the gradient of the first one for the top left singular vector u, which
+    is unique unless p is 0. Computed in float64 on the CPU: T numbers per layer.
 
     Args:
         net: Network with DLIF neurons; others have no learnable gain and do not count.
         normalized: Whether each gain is taken per mean of ``|p|``.
 
     Returns:
-        A scalar in float64 on the CPU, with a graph to every ``input_gain``; NaN if one of them is not finite.
+        A scalar in float64 on the CPU, with a graph to every ``input_gain``; NaN if one of them is
+        not finite.
 
     Raises:
         ValueError: If the network has no DLIF neuron.
@@ -134,7 +152,9 @@ def gain_penalty(net: nn.Module, *, normalized: bool = False) -> Tensor:
     gains = [gain for _, gain in layers]
     T = max(len(gain) for gain in gains)
     # Leading zeros leave the norm as it is: nothing has come in before the first step.
-    stacked = torch.stack([functional.pad(gain, (T - len(gain), 0)) for gain in gains]).cpu().double()
+    stacked = (
+        torch.stack([functional.pad(gain, (T - len(gain), 0)) for gain in gains]).cpu().double()
+    )
     if not bool(torch.isfinite(stacked).all()):
         return stacked.sum() * torch.nan  # the training loop stops on it and says at which step
     decays = torch.stack([torch.as_tensor(decay, dtype=torch.float64) for decay, _ in layers])
@@ -146,7 +166,8 @@ def gain_penalty(net: nn.Module, *, normalized: bool = False) -> Tensor:
 
 
 def gain_scalars(net: nn.Module, T: int | None = None) -> dict[str, float]:
-    """L2 and peak gain of every spiking layer, under the names of a training's log. 供日志记录的各层增益。
+    """L2 and peak gain of every spiking layer, under the names of a training's log.
+    供日志记录的各层增益。
 
     Args:
         net: A SpikingJelly network.
@@ -159,7 +180,10 @@ def gain_scalars(net: nn.Module, T: int | None = None) -> dict[str, float]:
 
     Examples:
         >>> from sj_robust import DLIFNode
-        >>> {name: round(value, 3) for name, value in gain_scalars(nn.Sequential(DLIFNode(T=8))).items()}
+        >>> {
+        ...     name: round(value, 3)
+        ...     for name, value in gain_scalars(nn.Sequential(DLIFNode(T=8))).items()
+        ... }
         {'l2_gain/0': 5.264, 'peak_gain/0': 2.732}
     """
     scalars: dict[str, float] = {}
@@ -177,7 +201,9 @@ def _chargings(net: nn.Module) -> dict[str, Charging]:
 
 
 def _least_l2(decay: float, c: Tensor) -> tuple[Tensor, float]:
-    """Optimal gains up to scale, and the dual bound on the gain per unit of ``c' p``; see the caller."""
+    """Optimal gains up to scale, and the dual bound on the gain per unit of ``c' p``; see the
+    caller.
+    """
     T = len(c)
     inverse = torch.eye(T, dtype=torch.float64)
     inverse.diagonal(-1).fill_(-decay)
@@ -203,7 +229,9 @@ def _least_l2(decay: float, c: Tensor) -> tuple[Tensor, float]:
 
 
 def _least_peak(decay: float, T: int) -> tuple[Tensor, float]:
-    """As :func:`_least_l2`, for the peak; the bound comes from weighting the constraints by their multipliers."""
+    """As :func:`_least_l2`, for the peak; the bound comes from weighting the constraints by their
+    multipliers.
+    """
     rate = decay**2
     steady = (1.0 - rate) ** 0.5
     steps = torch.arange(T, dtype=torch.float64)
@@ -213,7 +241,9 @@ def _least_peak(decay: float, T: int) -> tuple[Tensor, float]:
         p[: k + 1] = falling / (falling.square() * rate ** (k - steps[: k + 1])).sum().sqrt()
         if rate * p[k] <= steady:
             break
-    multipliers = p.reciprocal()  # of p's constraints, summed over later steps with weights rate^(t-s)
+    multipliers = (
+        p.reciprocal()
+    )  # of p's constraints, summed over later steps with weights rate^(t-s)
     weights = multipliers - rate * torch.cat((multipliers[1:], multipliers.new_zeros(1)))
     # For weights >= 0 that sum to 1, peak^2 >= sum_s m[s] p[s]^2 >= (sum p)^2 / sum_s 1 / m[s].
     return p, float((weights.clamp(min=0.0).sum() * (1.0 / multipliers).sum()).rsqrt())

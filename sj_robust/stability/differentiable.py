@@ -1,4 +1,6 @@
-"""Bounds of the logits that training can follow: with gradients, and with the batch statistics of a clean pass."""
+"""Bounds of the logits that training can follow: with gradients, and with the batch statistics of a
+clean pass.
+"""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,26 +26,32 @@ BatchStatistics = Callable[[Any, Tensor], tuple[Tensor, Tensor]]
 
 
 def batch_statistics(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance that a batch norm in training mode takes of its input [N, C, *]. 批统计量。"""
+    """Mean and variance that a batch norm in training mode takes of its input [N, C, *].
+    批统计量。
+    """
     dims = [0, *range(2, x.ndim)]
     mean = x.mean(dims, keepdim=True)
-    return mean.flatten(), (x - mean).square().mean(dims)  # torch.var_mean takes several times as long
+    return mean.flatten(), (x - mean).square().mean(
+        dims
+    )  # torch.var_mean takes several times as long
 
 
 class DifferentiableBounds:
-    """Upper bounds of what every class's logit is above the right one's, with a gradient to the weights. 可微的上界。
+    """Upper bounds of what every class's logit is above the right one's, with a gradient to the
+    weights. 可微的上界。
 
-    They are those of :func:`sj_robust.stability.verify` in real arithmetic, computed in the precision of the images.
-    The network is the one of evaluation mode, without dropout, but for a batch norm that takes the statistics of the
-    batch: it has those of the clean pass that ran last inside :meth:`watching`, as functions of the weights.
+    They are those of :func:`sj_robust.stability.verify` in real arithmetic, computed in the
+    precision of the images. The network is the one of evaluation mode, without dropout, but for a
+    batch norm that takes the statistics of the batch: it has those of the clean pass that ran last
+    inside :meth:`watching`, as functions of the weights.
 
     Args:
         classifier: The network.
         statistics: What a batch norm takes of its input.
 
     Raises:
-        NotImplementedError: If something in the network has no bounds, or, at the first images, if it mixes those of a
-            batch; it is named.
+        NotImplementedError: If something in the network has no bounds, or, at the first images, if
+            it mixes those of a batch; it is named.
 
     Source: Gowal et al., arXiv 1810.12715; batch norm as in Shi et al. (NeurIPS 2021).
 
@@ -59,7 +67,9 @@ class DifferentiableBounds:
         True
     """
 
-    def __init__(self, classifier: SpikingClassifier, statistics: BatchStatistics = batch_statistics) -> None:
+    def __init__(
+        self, classifier: SpikingClassifier, statistics: BatchStatistics = batch_statistics
+    ) -> None:
         """Find the neurons; see the class."""
         self.classifier = classifier
         self._neurons = bounded_neurons(classifier)
@@ -78,7 +88,9 @@ class DifferentiableBounds:
             yield
 
     def lead(self, x: Tensor, y: Tensor, eps: float) -> Tensor:
-        """Upper bounds [N, classes] for images [N, ...] with labels [N]; those of the labels are 0."""
+        """Upper bounds [N, classes] for images [N, ...] with labels [N]; those of the labels are
+        0.
+        """
         run = BoundedRun(self._neurons, len(x), differentiable=True)
         with ExitStack() as stack:
             for name, seen in self._seen.items():
@@ -87,7 +99,9 @@ class DifferentiableBounds:
             stack.enter_context(evaluation_mode(self.classifier))
             if not self._samples_checked:
                 with full_precision(x.device):
-                    Maps(partial(bounded_logits, self.classifier), self._neurons, x[0]).check_samples()
+                    Maps(
+                        partial(bounded_logits, self.classifier), self._neurons, x[0]
+                    ).check_samples()
                 self._samples_checked = True
             return run.lead(bounded_logits(self.classifier, run, x, eps), y)
 
@@ -104,11 +118,15 @@ def _uses_the_batch(module: Any) -> bool:
 
 
 def _takes_time(module: Any) -> bool:
-    """Whether a batch norm is one of SpikingJelly's in step mode ``"m"``, which takes [T, N, C, *]."""
+    """Whether a batch norm is one of SpikingJelly's in step mode ``"m"``, which takes [T, N, C,
+    *].
+    """
     return getattr(module, "step_mode", "s") == "m"
 
 
-def _with_statistics(module: Any, calls: Iterator[tuple[Tensor, Tensor]]) -> Callable[[Tensor], Tensor]:
+def _with_statistics(
+    module: Any, calls: Iterator[tuple[Tensor, Tensor]]
+) -> Callable[[Tensor], Tensor]:
     """The forward of a batch norm that has been given its statistics, call by call."""
 
     def forward(x: Tensor) -> Tensor:

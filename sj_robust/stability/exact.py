@@ -27,19 +27,20 @@ _CLEAR = 1e-5
 def mip(
     prover: Prover, matrices: "Matrices", image: Tensor, label: Tensor, time_limit: float
 ) -> tuple[float, Tensor | None]:
-    """Lower bound of the lead of one image [1, *] (0 if unknown), or an image of its box that is classified wrong.
+    """Lower bound of the lead of one image [1, *] (0 if unknown), or an image of its box that is
+    classified wrong.
 
-    Equation: for every rival k a program over the input in the box, a binary s per undecided spike, and h and v of
-    every neuron and step, feasible if some input lets the rival draw level::
+    Equation: for every rival k a program over the input in the box, a binary s per undecided spike,
+    and h and v of every neuron and step, feasible if some input lets the rival draw level::
 
         |h[t] - lambda v[t-1] - p[t] (A s + b) - (1 - lambda) v_reset| <= error
         h >= h_lo + (threshold - h_lo) s,    h < threshold + (h_hi - threshold) s
-        v between h (s = 0) and v_reset (s = 1), big-M from the bounds; soft: |v - h + threshold s| <= error
-        logit_y - logit_k <= error
+        v between h (s = 0) and v_reset (s = 1), big-M from the bounds; soft: |v - h + threshold s|
+        <= error logit_y - logit_k <= error
 
-    The errors are those of float32 and the solver's tolerance, so that what is infeasible is impossible for the network
-    that runs. A solution is tried on that network; if it does not fool it, a second program keeps it clear of
-    thresholds and draws.
+    The errors are those of float32 and the solver's tolerance, so that what is infeasible is
+    impossible for the network that runs. A solution is tried on that network; if it does not fool
+    it, a second program keeps it clear of thresholds and draws.
 
     Source: as Tjeng et al. (ICLR 2019) for ReLU networks; solved by HiGHS (Huangfu and Hall 2018).
     """
@@ -93,14 +94,19 @@ class _Program:
         self.last, self.run = matrices.of(run, -1), run
 
     def solve(self, weights: Tensor, time_limit: float) -> tuple[str, Tensor | None]:
-        """Whether the lead that the weights give can be lost: possible (at this input), impossible or unknown."""
+        """Whether the lead that the weights give can be lost: possible (at this input), impossible
+        or unknown.
+        """
         optimize, sparse = _scipy("optimize"), _scipy("sparse")
         w = _flat(weights)
         error = 0.0 if self.clear else float((weights.abs() * self.run.error[0]).sum())
         matrix, shift = self.last
         most = error + _TOLERANCE - 10 * self.clear - float(w @ shift)
         self.rows(
-            -np.inf, most, 1, *((sparse.csr_matrix(w @ part), self.leaves[leaf]) for leaf, part in matrix.items())
+            -np.inf,
+            most,
+            1,
+            *((sparse.csr_matrix(w @ part), self.leaves[leaf]) for leaf, part in matrix.items()),
         )
         columns, rows, values = (np.concatenate(parts) for parts in zip(*self.entries, strict=True))
         coefficients = sparse.csr_matrix((values, (rows, columns)), shape=(self.height, self.size))
@@ -124,17 +130,23 @@ class _Program:
         """Columns of new variables."""
         columns = np.arange(self.size, self.size + len(lower))
         self.size += len(lower)
-        self.columns.append((lower, upper, np.broadcast_to(np.asarray(integral, dtype=float), len(lower))))
+        self.columns.append(
+            (lower, upper, np.broadcast_to(np.asarray(integral, dtype=float), len(lower)))
+        )
         return columns
 
     def rows(self, lower: Any, upper: Any, count: int, *terms: tuple[Any, Any]) -> None:
-        """Inequalities over terms: (columns, values) one per row, or (sparse matrix, first column)."""
+        """Inequalities over terms: (columns, values) one per row, or (sparse matrix, first
+        column).
+        """
         for first, second in terms:
             if hasattr(first, "tocoo"):
                 part = first.tocoo()
                 self.entries.append((part.col + second, part.row + self.height, part.data))
             else:
-                self.entries.append((first, self.height + np.arange(count), np.broadcast_to(second, count)))
+                self.entries.append(
+                    (first, self.height + np.arange(count), np.broadcast_to(second, count))
+                )
         self.limits.append((np.broadcast_to(lower, count), np.broadcast_to(upper, count)))
         self.height += count
 
@@ -143,9 +155,12 @@ class _Program:
         steps, count = len(stage.steps), stage.steps[0].lower[0].numel()
         error = _flat(stage.current.error).reshape(steps, count)
         fires, quiet = (
-            np.stack([_flat(getattr(step, name)) > 0 for step in stage.steps]) for name in ("fires", "quiet")
+            np.stack([_flat(getattr(step, name)) > 0 for step in stage.steps])
+            for name in ("fires", "quiet")
         )
-        spikes = self.variables(1.0 - quiet.ravel(), 1.0 * fires.ravel(), integral=(fires & quiet).ravel())
+        spikes = self.variables(
+            1.0 - quiet.ravel(), 1.0 * fires.ravel(), integral=(fires & quiet).ravel()
+        )
         self.leaves[stage.leaf] = int(spikes[0])
         spikes = spikes.reshape(steps, count)
         rest, theta, decay = stage.rest, stage.threshold, stage.decay
@@ -159,7 +174,9 @@ class _Program:
             part = slice(t * count, (t + 1) * count)
             constant = step.gain * shift[part] + (1.0 - decay) * rest
             before = self.potentials.get(name)
-            terms = [(charged, 1.0)] + [(-step.gain * m[part], self.leaves[leaf]) for leaf, m in matrix.items()]
+            terms = [(charged, 1.0)] + [
+                (-step.gain * m[part], self.leaves[leaf]) for leaf, m in matrix.items()
+            ]
             if before is None:
                 constant = constant + decay * rest
             else:
@@ -181,12 +198,26 @@ class _Program:
             self.rows(-np.inf, rest + above + slack, count, (after, 1.0), (spikes[t], above))
             self.rows(rest - below - slack, np.inf, count, (after, 1.0), (spikes[t], -below))
 
-    def _spiking(self, charged: Any, spikes: Any, low: Any, high: Any, stage: Stage, clear: Any) -> None:
-        """A spike if and only if the potential reaches the threshold, within ``around`` or clear of it."""
+    def _spiking(
+        self, charged: Any, spikes: Any, low: Any, high: Any, stage: Stage, clear: Any
+    ) -> None:
+        """A spike if and only if the potential reaches the threshold, within ``around`` or clear of
+        it.
+        """
         below, above = stage.around
-        below, above = (below - _TOLERANCE, above + _TOLERANCE) if not self.clear else (below + clear, above - clear)
+        below, above = (
+            (below - _TOLERANCE, above + _TOLERANCE)
+            if not self.clear
+            else (below + clear, above - clear)
+        )
         self.rows(low, np.inf, len(low), (charged, 1.0), (spikes, -np.maximum(below - low, 0.0)))
-        self.rows(-np.inf, np.maximum(above, low), len(low), (charged, 1.0), (spikes, -np.maximum(high - above, 0.0)))
+        self.rows(
+            -np.inf,
+            np.maximum(above, low),
+            len(low),
+            (charged, 1.0),
+            (spikes, -np.maximum(high - above, 0.0)),
+        )
 
     def _pooling(self, stage: Stage, affine: tuple[dict[int, Any], Any], windows: Any) -> None:
         matrix, shift = affine
@@ -207,7 +238,9 @@ class _Program:
         self.rows(-_TOLERANCE, np.inf, pairs, (pooled[outputs], 1.0), (values[inputs], -1.0))
         together = (pooled[outputs], 1.0), (values[inputs], -1.0), (chosen, room)
         self.rows(-np.inf, room + _TOLERANCE, pairs, *together)
-        sums = _scipy("sparse").csr_matrix((np.ones(pairs), (outputs, np.arange(pairs))), shape=(len(pooled), pairs))
+        sums = _scipy("sparse").csr_matrix(
+            (np.ones(pairs), (outputs, np.arange(pairs))), shape=(len(pooled), pairs)
+        )
         self.rows(1.0, 1.0, len(pooled), (sums, int(chosen[0])))
 
 
@@ -221,7 +254,9 @@ class Matrices:
         self._windows: dict[int, Any] = {}
 
     def of(self, run: RelaxedRun, number: int) -> tuple[dict[int, Any], Any]:
-        """By leaf a matrix [size of the current, size of the leaf], and the shift; -1 is the map to the logits."""
+        """By leaf a matrix [size of the current, size of the leaf], and the shift; -1 is the map to
+        the logits.
+        """
         if number not in self._affine:
             sparse = _scipy("sparse")
             batch_dim = 0 if number < 0 else run.stages[number].batch_dim
@@ -236,22 +271,36 @@ class Matrices:
                 native = laid_out(units.view(fit, *like.shape[1:]), batch_dim)
                 for leaf, found in self._maps.adjoint(number, native, fit):
                     rows = run.leaves[leaf].by_sample(found, fit)[: len(wanted)]
-                    blocks.setdefault(leaf, []).append(sparse.csr_matrix(rows.detach().cpu().numpy()))
-            self._affine[number] = {leaf: sparse.vstack(b).tocsr() for leaf, b in blocks.items()}, _flat(like)
+                    blocks.setdefault(leaf, []).append(
+                        sparse.csr_matrix(rows.detach().cpu().numpy())
+                    )
+            self._affine[number] = (
+                {leaf: sparse.vstack(b).tocsr() for leaf, b in blocks.items()},
+                _flat(like),
+            )
         return self._affine[number]
 
     def windows(self, run: RelaxedRun, number: int) -> Any:
-        """Numbers of outputs and inputs of a max pooling that belong together, of all time steps."""
+        """Numbers of outputs and inputs of a max pooling that belong together, of all time
+        steps.
+        """
         if number not in self._windows:
             stage = run.stages[number]
             assert stage.pooling is not None
             part = stage.current.centre.detach()
             frames, size = part.shape[0] // run.samples, part[0].numel()
-            units = torch.eye(size, dtype=torch.float64, device=part.device).view(size, *part.shape[1:])
-            inputs, outputs = (a.cpu().numpy() for a in stage.pooling(units).flatten(1).nonzero(as_tuple=True))
+            units = torch.eye(size, dtype=torch.float64, device=part.device).view(
+                size, *part.shape[1:]
+            )
+            inputs, outputs = (
+                a.cpu().numpy() for a in stage.pooling(units).flatten(1).nonzero(as_tuple=True)
+            )
             width = stage.pooling(part[:1]).numel()
             steps = np.arange(frames)[:, None]
-            self._windows[number] = (outputs + steps * width).ravel(), (inputs + steps * size).ravel()
+            self._windows[number] = (
+                (outputs + steps * width).ravel(),
+                (inputs + steps * size).ravel(),
+            )
         return self._windows[number]
 
 

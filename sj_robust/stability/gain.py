@@ -1,4 +1,6 @@
-"""How much a neuron's leaky sum over time can amplify a perturbation: exact gains and the printed constant."""
+"""How much a neuron's leaky sum over time can amplify a perturbation: exact gains and the printed
+constant.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,8 +13,14 @@ from torch import Tensor
 from sj_robust.neuron.charging import Charging
 
 __all__ = [
-    "NeuronGains", "l2_gain", "l2_gain_limit", "neuron_gains", "peak_gain", "printed_gain", "time_operator",
-]  # fmt: skip
+    "NeuronGains",
+    "l2_gain",
+    "l2_gain_limit",
+    "neuron_gains",
+    "peak_gain",
+    "printed_gain",
+    "time_operator",
+]
 
 Array = NDArray[np.float64]
 
@@ -37,11 +45,14 @@ class NeuronGains(NamedTuple):
     printed: float
 
 
-def time_operator(decay: float | Tensor, T: int, input_gain: Tensor | Sequence[float] | None = None) -> Tensor:
+def time_operator(
+    decay: float | Tensor, T: int, input_gain: Tensor | Sequence[float] | None = None
+) -> Tensor:
     """Matrix that sums input currents into the simplified perturbation. 时间方向的线性算子。
 
-    Equation: ``A[t, s] = decay^(t-s) * input_gain[s]`` for s <= t, else 0, so that ``eps = A @ (W Ds)`` over time.
-    Differentiable in both arguments; :func:`l2_gain` is its spectral norm, ``torch.linalg.matrix_norm(A, 2)``.
+    Equation: ``A[t, s] = decay^(t-s) * input_gain[s]`` for s <= t, else 0, so that ``eps = A @ (W
+    Ds)`` over time. Differentiable in both arguments; :func:`l2_gain` is its spectral norm,
+    ``torch.linalg.matrix_norm(A, 2)``.
 
     Args:
         decay: Fraction of the potential kept per step, in (0, 1], a number or a tensor [...].
@@ -54,7 +65,8 @@ def time_operator(decay: float | Tensor, T: int, input_gain: Tensor | Sequence[f
     Raises:
         ValueError: If ``decay`` or ``T`` is out of range, or ``input_gain`` does not fit.
 
-    Source: Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024), simplified perturbation dynamics.
+    Source: Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024), simplified
+        perturbation dynamics.
 
     Examples:
         >>> time_operator(0.5, 3, torch.tensor([1.0, 1.0, 2.0]))
@@ -68,23 +80,29 @@ def time_operator(decay: float | Tensor, T: int, input_gain: Tensor | Sequence[f
     return (decays[..., None, None] ** lag).tril() * gains[..., None, :]
 
 
-def l2_gain(decay: float | Tensor, T: int, input_gain: Tensor | Sequence[float] | None = None) -> Tensor:
+def l2_gain(
+    decay: float | Tensor, T: int, input_gain: Tensor | Sequence[float] | None = None
+) -> Tensor:
     """Exact L2 gain over T steps, ``||L_decay diag(input_gain)||_2``. T 步内的精确 L2 增益。
 
-    Equation, for every sequence of spike differences ``Ds`` and linear map ``W`` before the neuron::
+    Equation, for every sequence of spike differences ``Ds`` and linear map ``W`` before the
+    neuron::
 
         ||eps||_2 <= l2_gain * ||W||_2 * ||Ds||_2
 
-    with equality for the worst ``Ds``. The gain is below gamma exactly while ``r[t] < 1`` for all t in ::
+    with equality for the worst ``Ds``. The gain is below gamma exactly while ``r[t] < 1`` for all t
+    in ::
 
         r[t] = (input_gain[t] / gamma)^2 + decay^2 * r[t-1] / (1 - r[t-1]),    r[-1] = 0
 
-    (the pivots ``1 - r`` of a Cholesky factorisation of the tridiagonal ``L^-1 L^-T - diag(input_gain)^2 / gamma^2``;
-    a sum of positive terms, so nothing cancels). gamma is found by section to a relative 1e-12, rounded up. O(T).
-    The result [...] is float64 on the CPU, without a graph; for one with a graph see :func:`time_operator`.
+    (the pivots ``1 - r`` of a Cholesky factorisation of the tridiagonal ``L^-1 L^-T -
+    diag(input_gain)^2 / gamma^2``; a sum of positive terms, so nothing cancels). gamma is found by
+    section to a relative 1e-12, rounded up. O(T). The result [...] is float64 on the CPU, without a
+    graph; for one with a graph see :func:`time_operator`.
 
     Args:
-        decay: Fraction of the potential kept per step, in (0, 1], a number or a tensor [...]; 1 for IF.
+        decay: Fraction of the potential kept per step, in (0, 1], a number or a tensor [...]; 1 for
+            IF.
         T: Number of time steps.
         input_gain: Gain per step [..., T], of any sign; None for ones.
 
@@ -100,16 +118,20 @@ def l2_gain(decay: float | Tensor, T: int, input_gain: Tensor | Sequence[float] 
     return _per_sequence(_largest_singular_value, decay, T, input_gain)
 
 
-def peak_gain(decay: float | Tensor, T: int, input_gain: Tensor | Sequence[float] | None = None) -> Tensor:
-    """Exact constant from the L2 norm of a spike difference to the peak of the perturbation. L2 到峰值的精确常数。
+def peak_gain(
+    decay: float | Tensor, T: int, input_gain: Tensor | Sequence[float] | None = None
+) -> Tensor:
+    """Exact constant from the L2 norm of a spike difference to the peak of the perturbation. L2
+    到峰值的精确常数。
 
     Equation::
 
         max_t ||eps[t]||_2 <= peak_gain * ||W||_2 * ||Ds||_2
         peak_gain = max_t sqrt(sum over s <= t of (decay^(t-s) * input_gain[s])^2)
 
-    by Cauchy-Schwarz over time, with equality for ``Ds[s]`` in proportion to ``decay^(t-s) * input_gain[s]``. Without
-    ``input_gain`` it is ``sqrt((1 - decay^(2T)) / (1 - decay^2))``. Shape and type are those of :func:`l2_gain`.
+    by Cauchy-Schwarz over time, with equality for ``Ds[s]`` in proportion to ``decay^(t-s) *
+    input_gain[s]``. Without ``input_gain`` it is ``sqrt((1 - decay^(2T)) / (1 - decay^2))``. Shape
+    and type are those of :func:`l2_gain`.
 
     Args:
         decay: Fraction of the potential kept per step, in (0, 1], a number or a tensor [...].
@@ -129,10 +151,12 @@ def peak_gain(decay: float | Tensor, T: int, input_gain: Tensor | Sequence[float
 
 
 def l2_gain_limit(decay: float | Tensor) -> Tensor:
-    """Limit of :func:`l2_gain` for many time steps, ``1 / (1 - decay)``. 时间步趋于无穷时的 L2 增益。
+    """Limit of :func:`l2_gain` for many time steps, ``1 / (1 - decay)``.
+    时间步趋于无穷时的 L2 增益。
 
-    It bounds the gain of every T from above, and multiplies with ``max_t |input_gain[t]|`` where there is one. At decay
-    1, a neuron without leak, it is infinite. Shape and type are those of :func:`l2_gain`.
+    It bounds the gain of every T from above, and multiplies with ``max_t |input_gain[t]|`` where
+    there is one. At decay 1, a neuron without leak, it is infinite. Shape and type are those of
+    :func:`l2_gain`.
 
     Args:
         decay: Fraction of the potential kept per step, in (0, 1], a number or a tensor [...].
@@ -152,9 +176,9 @@ def l2_gain_limit(decay: float | Tensor) -> Tensor:
 def printed_gain(decay: float | Tensor) -> Tensor:
     """Constant of Theorem 3.1 as printed, ``sqrt(1 / (1 - decay))``. 论文定理 3.1 所印的常数。
 
-    It is **not** an L2 gain: :func:`l2_gain` exceeds it at decay 0.5 from T = 3 on, 0.9 from T = 6, 0.99 from T = 17.
-    It does bound the peak, ``max_t ||eps[t]||_2 <= printed_gain * ||W||_2 * ||Ds||_2``, while ``|input_gain| <= 1``:
-    the tight constant, :func:`peak_gain`, stays below ``1 / sqrt(1 - decay^2)``. At decay 1 it is infinite.
+    It is **not** an L2 gain: :func:`l2_gain` exceeds it at decay 0.5 from T = 3 on, 0.9 from T = 6,
+    0.99 from T = 17. It does bound the peak, ``max_t ||eps[t]||_2 <= printed_gain * ||W||_2 *
+    ||Ds||_2``, while ``|input_gain| <= 1``: the tight constant, :func:`peak_gain`, stays below ``1 / sqrt(1 - decay^2)``. At decay 1 it is infinite.
 
     Args:
         decay: Fraction of the potential kept per step, in (0, 1], a number or a tensor [...].
@@ -190,10 +214,13 @@ def neuron_gains(charging: Charging, T: int) -> NeuronGains:
         (0.913, 1.0)
     """
     decay = torch.as_tensor(charging.decay, dtype=torch.float64).detach().cpu()
-    learned = torch.ones(T, dtype=torch.float64) if charging.input_gain is None else charging.input_gain
+    learned = (
+        torch.ones(T, dtype=torch.float64) if charging.input_gain is None else charging.input_gain
+    )
     if len(learned) < T:
         raise ValueError(
-            f"T must be at most the neuron's {len(learned)} input gains, got {T}; build it with a larger T"
+            f"T must be at most the neuron's {len(learned)} input gains, got {T}; build it with "
+            "a larger T"
         )
     fixed = torch.as_tensor(charging.gain, dtype=torch.float64).detach().cpu()
     gains = fixed * learned.detach().cpu().double()[:T]
@@ -202,39 +229,54 @@ def neuron_gains(charging: Charging, T: int) -> NeuronGains:
         decay=float(decay),
         input_gain=gains,
         l2=float(l2_gain(decay, T, gains)),
-        l2_limit=float(l2_gain_limit(decay) * gains[0].abs()) if constant and gains[0] != 0 else None,
+        l2_limit=float(l2_gain_limit(decay) * gains[0].abs())
+        if constant and gains[0] != 0
+        else None,
         peak=float(peak_gain(decay, T, gains)),
         printed=float(printed_gain(decay)),
     )
 
 
-def _checked(decay: float | Tensor, T: int, input_gain: Tensor | Sequence[float] | None) -> tuple[Tensor, Tensor]:
+def _checked(
+    decay: float | Tensor, T: int, input_gain: Tensor | Sequence[float] | None
+) -> tuple[Tensor, Tensor]:
     """Decays [...] and gains [..., T] in float64 on one device."""
     if T < 1:
         raise ValueError(f"T must be >= 1, got {T}; it is the number of time steps")
     decays = torch.as_tensor(decay, dtype=torch.float64)
     if not bool(((decays > 0) & (decays <= 1)).all()):
-        raise ValueError(f"decay must be in (0, 1], got {decay}; a neuron of time constant tau has decay 1 - 1 / tau")
+        raise ValueError(
+            f"decay must be in (0, 1], got {decay}; a neuron of time constant tau has decay 1 - "
+            "1 / tau"
+        )
     if input_gain is None:
         return decays, torch.ones(T, dtype=torch.float64, device=decays.device)
     gains = torch.as_tensor(input_gain, dtype=torch.float64)
     if gains.ndim == 0 or gains.shape[-1] != T:
-        raise ValueError(f"input_gain must have shape [..., T] with T = {T}, got {tuple(gains.shape)}")
+        raise ValueError(
+            f"input_gain must have shape [..., T] with T = {T}, got {tuple(gains.shape)}"
+        )
     if not bool(torch.isfinite(gains).all()):
         raise ValueError("input_gain must be finite, but holds NaN or infinity")
     try:
         np.broadcast_shapes(decays.shape, gains.shape[:-1])
     except ValueError:
         raise ValueError(
-            f"decay [...] and input_gain [..., T] must broadcast, got {tuple(decays.shape)} and {tuple(gains.shape)}"
+            f"decay [...] and input_gain [..., T] must broadcast, got {tuple(decays.shape)} and "
+            f"{tuple(gains.shape)}"
         ) from None
     return decays.to(gains.device), gains
 
 
 def _per_sequence(
-    gain: Callable[[Array, Array], Array], decay: float | Tensor, T: int, input_gain: Tensor | Sequence[float] | None
+    gain: Callable[[Array, Array], Array],
+    decay: float | Tensor,
+    T: int,
+    input_gain: Tensor | Sequence[float] | None,
 ) -> Tensor:
-    """Apply ``gain(decays [n], gains [T, n])`` to every sequence of a batch; gains are scaled to a largest of 1."""
+    """Apply ``gain(decays [n], gains [T, n])`` to every sequence of a batch; gains are scaled to a
+    largest of 1.
+    """
     decays, gains = (value.detach().cpu() for value in _checked(decay, T, input_gain))
     shape = np.broadcast_shapes(decays.shape, gains.shape[:-1])
     flat = decays.expand(shape).reshape(-1).numpy()
@@ -254,7 +296,9 @@ def _largest_row_norm(decays: Array, gains: Array) -> Array:
 
 
 def _largest_singular_value(decays: Array, gains: Array) -> Array:
-    """By section on a geometric grid between the peak gain and sqrt(T) times it, many candidates per sweep."""
+    """By section on a geometric grid between the peak gain and sqrt(T) times it, many candidates
+    per sweep.
+    """
     low = np.log(np.maximum(_largest_row_norm(decays, gains), 1.0))
     high = low + 0.5 * np.log(len(gains)) + 1e-12
     candidates = max(2, 2048 // max(len(decays), 1))

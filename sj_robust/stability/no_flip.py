@@ -1,4 +1,6 @@
-"""The L2 radius in which no spike of the first spiking layer can flip, so that the network's output stays as it is."""
+"""The L2 radius in which no spike of the first spiking layer can flip, so that the network's output
+stays as it is.
+"""
 
 import copy
 from collections.abc import Iterator
@@ -19,23 +21,26 @@ __all__ = ["no_flip_radius"]
 
 
 def no_flip_radius(model: SpikingClassifier, x: Tensor, *, batch_size: int = 64) -> Tensor:
-    """Largest L2 perturbation of each image below which no spike that the input drives can flip. 首层脉冲不翻转的半径。
+    """Largest L2 perturbation of each image below which no spike that the input drives can flip.
+    首层脉冲不翻转的半径。
 
-    Equation, for neuron i with potential h before firing, w_i the row of the linear map from the image to its current
-    and a[t, k] the part of the current of step k that is left in h[t] (decays and gains since k, 0 before a hard
-    reset)::
+    Equation, for neuron i with potential h before firing, w_i the row of the linear map from the
+    image to its current and a[t, k] the part of the current of step k that is left in h[t] (decays
+    and gains since k, 0 before a hard reset)::
 
         radius = min over i, t of |h_i[t] - v_threshold| / (|sum_k a_i[t, k]| * ||w_i||_2)
 
-    Below it all spikes, and so the logits, stay exactly as they are: this is where the linear regime of the
-    perturbation dynamics ends. At the radius there is a direction (along w_i) that brings one potential to the
-    threshold, so it is the largest of its kind, up to images leaving [0, 1]. For event frames, whose steps are
-    perturbed apart, ``sqrt(sum_k a^2)`` stands in place of the sum. Usually it is tiny. Computed in float64; in float32
-    a spike within rounding of the threshold can differ.
+    Below it all spikes, and so the logits, stay exactly as they are: this is where the linear
+    regime of the perturbation dynamics ends. At the radius there is a direction (along w_i) that
+    brings one potential to the threshold, so it is the largest of its kind, up to images leaving
+    [0, 1]. For event frames, whose steps are perturbed apart, ``sqrt(sum_k a^2)`` stands in place
+    of the sum. Usually it is tiny. Computed in float64; in float32 a spike within rounding of the
+    threshold can differ.
 
     Args:
         model: A classifier; it is copied to float64 and runs in evaluation mode.
-        x: Images [N, C, H, W] or features [N, F] in [0, 1]; of a ``SpikingEventClassifier`` frames [N, T, C, H, W].
+        x: Images [N, C, H, W] or features [N, F] in [0, 1]; of a ``SpikingEventClassifier`` frames
+            [N, T, C, H, W].
         batch_size: Images at a time.
 
     Returns:
@@ -44,10 +49,11 @@ def no_flip_radius(model: SpikingClassifier, x: Tensor, *, batch_size: int = 64)
     Raises:
         TypeError: If ``model`` is no ``SpikingClassifier``.
         ValueError: If images are not finite or outside [0, 1].
-        NotImplementedError: If a neuron that the input drives has no known dynamics, the map to it is not affine, an
-            encoder draws, or the input reaches the logits past all neurons.
+        NotImplementedError: If a neuron that the input drives has no known dynamics, the map to it
+            is not affine, an encoder draws, or the input reaches the logits past all neurons.
 
-    Source: derived here; it is the exact range of the perturbation dynamics without flips of Ding et al. (ICML 2024).
+    Source: derived here; it is the exact range of the perturbation dynamics without flips of Ding
+        et al. (ICML 2024).
 
     Examples:
         >>> from spikingjelly.activation_based import neuron
@@ -61,7 +67,9 @@ def no_flip_radius(model: SpikingClassifier, x: Tensor, *, batch_size: int = 64)
     check_images(x)
     check_count("batch_size", batch_size)
     if model.encoder is not None:
-        raise NotImplementedError(f"the encoder {type(model.encoder).__name__} draws spikes; no radius is known for it")
+        raise NotImplementedError(
+            f"the encoder {type(model.encoder).__name__} draws spikes; no radius is known for it"
+        )
     with full_precision(device_of(model)), torch.no_grad(), preserved(model):
         exact = copy.deepcopy(model).double().eval()
         images = x.detach().to(device_of(model)).double()
@@ -71,7 +79,8 @@ def no_flip_radius(model: SpikingClassifier, x: Tensor, *, batch_size: int = 64)
 
 
 def _row_norms(model: SpikingClassifier, image: Tensor, batch_size: int) -> dict[str, Tensor]:
-    """L2 norm of the map from the image to the current of one step, [neurons] by layer that the input reaches.
+    """L2 norm of the map from the image to the current of one step, [neurons] by layer that the
+    input reaches.
 
     For event frames the map is from the frame of the step.
     """
@@ -82,9 +91,13 @@ def _row_norms(model: SpikingClassifier, image: Tensor, batch_size: int) -> dict
     probes = torch.rand((2, *image.shape[1:]), generator=generator, dtype=torch.float64).to(image)
     if frames:  # the same frame in every step, so that its steps can be compared
         probes = probes[:, :1].expand_as(probes).contiguous()
-    found, moved = _currents(model, torch.cat((probes, probes[:1] + 2 * probes[1:])), [*neurons, *others])
+    found, moved = _currents(
+        model, torch.cat((probes, probes[:1] + 2 * probes[1:])), [*neurons, *others]
+    )
     if not _close(moved, logits):
-        raise NotImplementedError("the input reaches the logits past all spiking layers, so no radius keeps them")
+        raise NotImplementedError(
+            "the input reaches the logits past all spiking layers, so no radius keeps them"
+        )
     reached = {}
     for name, current in found.items():
         change = current - at_zero[name]
@@ -92,9 +105,15 @@ def _row_norms(model: SpikingClassifier, image: Tensor, batch_size: int) -> dict
             continue
         if name not in neurons or not neurons[name].binary:
             reason = others.get(name, "its surrogate does not spike")
-            raise NotImplementedError(f"{name}, which the input drives, cannot be followed: {reason}")
-        if not (_close(change[:, 2], change[:, 0] + 2 * change[:, 1]) and _close(change, change[:1])):
-            raise NotImplementedError(f"what leads from the input to {name} is not one affine map for every time step")
+            raise NotImplementedError(
+                f"{name}, which the input drives, cannot be followed: {reason}"
+            )
+        if not (
+            _close(change[:, 2], change[:, 0] + 2 * change[:, 1]) and _close(change, change[:1])
+        ):
+            raise NotImplementedError(
+                f"what leads from the input to {name} is not one affine map for every time step"
+            )
         reached[name] = torch.zeros_like(at_zero[name][0, 0])
     elements = image[0, :1].numel() if frames else image.numel()
     for start in range(0, elements, batch_size):
@@ -102,8 +121,12 @@ def _row_norms(model: SpikingClassifier, image: Tensor, batch_size: int) -> dict
         basis = torch.zeros((len(numbers), elements), dtype=image.dtype, device=image.device)
         basis[range(len(numbers)), numbers] = 1.0
         if frames:
-            basis = basis.view(len(numbers), 1, *image.shape[2:]).expand(len(numbers), *image.shape[1:])
-        currents, _ = _currents(model, basis.reshape(len(numbers), *image.shape[1:]), list(reached), whole=False)
+            basis = basis.view(len(numbers), 1, *image.shape[2:]).expand(
+                len(numbers), *image.shape[1:]
+            )
+        currents, _ = _currents(
+            model, basis.reshape(len(numbers), *image.shape[1:]), list(reached), whole=False
+        )
         for name, squares in reached.items():
             squares += (currents[name][0] - at_zero[name][0]).square().sum(0)
     return {name: squares.sqrt() for name, squares in reached.items()}
@@ -126,12 +149,18 @@ def _radii(model: SpikingClassifier, images: Tensor, rows: dict[str, Tensor]) ->
         joined = torch.cat if neurons[name].module.step_mode == "m" else torch.stack
         x_seq, spike_seq = (joined(parts) for parts in zip(*calls[name], strict=True))
         for distance, reach in _steps(neurons[name], x_seq, spike_seq, apart):
-            radius = torch.minimum(radius, (distance / (reach * norms)).nan_to_num(torch.inf).flatten(1).amin(1))
+            radius = torch.minimum(
+                radius, (distance / (reach * norms)).nan_to_num(torch.inf).flatten(1).amin(1)
+            )
     return radius
 
 
-def _steps(neuron: Neuron, x_seq: Tensor, spike_seq: Tensor, apart: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """Per step, the distance of h from the threshold and how much of the currents' perturbation is in it, [N, *]."""
+def _steps(
+    neuron: Neuron, x_seq: Tensor, spike_seq: Tensor, apart: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Per step, the distance of h from the threshold and how much of the currents' perturbation is
+    in it, [N, *].
+    """
     module, charging = neuron.module, neuron.charging()
     decay = charging.decay
     hard = module.v_reset is not None
@@ -155,7 +184,8 @@ def _currents(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Currents [T, N, *] of layers, and the logits, of a run in which these layers stay silent.
 
-    If it need not be the ``whole`` run, it ends with the last of these currents, and there are no logits.
+    If it need not be the ``whole`` run, it ends with the last of these currents, and there are no
+    logits.
     """
     currents: dict[str, list[Tensor]] = {name: [] for name in names}
 
@@ -171,7 +201,9 @@ def _currents(
     with ExitStack() as stack:
         for name in names:
             module: Any = model.net.get_submodule(name)
-            stack.enter_context(other_forward(module, silent(name, getattr(module, "step_mode", "m") == "m")))
+            stack.enter_context(
+                other_forward(module, silent(name, getattr(module, "step_mode", "m") == "m"))
+            )
         logits = torch.empty(0)
         with suppress(_FoundError):
             logits = model(images)

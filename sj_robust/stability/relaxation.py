@@ -1,4 +1,6 @@
-"""Linear relaxation of a spiking network in a box: lower bounds of logits and potentials by back-substitution."""
+"""Linear relaxation of a spiking network in a box: lower bounds of logits and potentials by
+back-substitution.
+"""
 
 import time
 from collections.abc import Callable
@@ -10,19 +12,34 @@ from torch import Tensor
 from sj_robust.neuron.charging import Neuron
 from sj_robust.stability.bounds import BoundedRun, Bounds, Pooling, by_row, laid_out, reset_rounding
 
-__all__ = ["Bounded", "Decision", "Lower", "Maps", "RelaxedRun", "Slopes", "Stage", "Step", "minimum", "raised"]
+__all__ = [
+    "Bounded",
+    "Decision",
+    "Lower",
+    "Maps",
+    "RelaxedRun",
+    "Slopes",
+    "Stage",
+    "Step",
+    "minimum",
+    "raised",
+]
 
 _ROUNDING = 1e-10
 """Covers float64's own rounding of a sum of terms, in units of the sum of their absolute values."""
 
 _ELEMENTS = 2**22
-"""Elements of all leaves that a back-substitution holds: more rows than fit go one after the other."""
+"""Elements of all leaves that a back-substitution holds: more rows than fit go one after the
+other.
+"""
 
 Bounded = Callable[[BoundedRun, Tensor, float], Bounds]
 """Bounds of the logits that a run finds, for images [N, *] and eps."""
 
 Decision = tuple[int, int, int, bool]
-"""A spike that is assumed or ruled out: stage, step, number of the neuron in the layer, whether it fires."""
+"""A spike that is assumed or ruled out: stage, step, number of the neuron in the layer, whether it
+fires.
+"""
 
 Slopes = dict[tuple[int, int], Tensor]
 """Slopes [R, *] of the linear functions below what each stage and step does."""
@@ -36,10 +53,12 @@ class Step:
         gain: Gain of the current.
         lower: Smallest charged potential h, [N, *].
         upper: Largest.
-        error: How far float32's h can be from the charge equation with the current that float32 gives.
+        error: How far float32's h can be from the charge equation with the current that float32
+            gives.
         quiet: Whether there may be no spike.
         fires: Whether there may be one.
-        free: Whether another slope than that of the only case can help: undecided, or decided by assumption.
+        free: Whether another slope than that of the only case can help: undecided, or decided by
+            assumption.
     """
 
     gain: float
@@ -53,7 +72,8 @@ class Step:
 
 @dataclass
 class Stage:
-    """A call of a spiking layer or of a max pooling: an affine map of earlier leaves ends here, and a leaf begins.
+    """A call of a spiking layer or of a max pooling: an affine map of earlier leaves ends here, and
+    a leaf begins.
 
     Attributes:
         leaf: Number of the leaf.
@@ -103,18 +123,24 @@ class Stage:
 
 
 class _Trace(BoundedRun):
-    """A run on zeros whose leaves are zero: the graphs of the affine maps, and what they shift by."""
+    """A run on zeros whose leaves are zero: the graphs of the affine maps, and what they shift
+    by.
+    """
 
     def __init__(self, neurons: dict[str, Neuron], samples: int) -> None:
         super().__init__(neurons, samples)
         self.currents: list[Tensor] = []
         self.names: list[str] = []
 
-    def _reached(self, x: Bounds, batch_dim: int, neuron: Neuron | None, pooling: Pooling | None) -> None:
+    def _reached(
+        self, x: Bounds, batch_dim: int, neuron: Neuron | None, pooling: Pooling | None
+    ) -> None:
         self.currents.append(x.centre)
         self.names.append("a max pooling" if neuron is None else f"the layer {neuron.name}")
 
-    def _fired(self, name: str, neuron: Neuron, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    def _fired(
+        self, name: str, neuron: Neuron, lower: Tensor, upper: Tensor
+    ) -> tuple[Tensor, Tensor]:
         return lower, upper
 
     def leaf(self, lower: Tensor, upper: Tensor, batch_dim: int) -> Bounds:
@@ -125,8 +151,8 @@ class _Trace(BoundedRun):
 class Maps:
     """The affine maps between the leaves of a network, for any number of rows. 各层之间的仿射映射。
 
-    A row is one bound that is asked for: of an image and a class, of a neuron, of a part of a box. The maps are the
-    same for all of them.
+    A row is one bound that is asked for: of an image and a class, of a neuron, of a part of a box.
+    The maps are the same for all of them.
 
     Attributes:
         bounded: Gives the bounds of the logits that a run finds.
@@ -140,7 +166,9 @@ class Maps:
     _traces: dict[int, _Trace] = field(default_factory=dict, init=False)
 
     def check_samples(self) -> None:
-        """Raise NotImplementedError unless all samples have the same map, each of its own leaves, however many."""
+        """Raise NotImplementedError unless all samples have the same map, each of its own leaves,
+        however many.
+        """
         samples, fewer = 3, 2
         trace, other = self._trace(samples), self._trace(fewer)
         layouts = [*(leaf.batch_dim for leaf in trace.leaves[1:]), 0]
@@ -149,7 +177,10 @@ class Maps:
             own = torch.arange(1.0, samples + 1, dtype=rows.dtype, device=rows.device)
             weights = torch.rand_like(rows[:1]).expand_as(rows)
             scaled = own.view(-1, *[1] * (rows.ndim - 1)) * weights
-            found = [(rows, rows[:1]), (by_row(other.currents[number].detach(), fewer, dim), rows[:1])]
+            found = [
+                (rows, rows[:1]),
+                (by_row(other.currents[number].detach(), fewer, dim), rows[:1]),
+            ]
             for (leaf, once), (_, often), (_, alone) in zip(
                 self.adjoint(number, laid_out(weights, dim), samples),
                 self.adjoint(number, laid_out(scaled, dim), samples),
@@ -160,23 +191,32 @@ class Maps:
                 c = other.leaves[leaf].by_sample(alone, fewer)
                 found += [(a, a[:1]), (b, own.unsqueeze(1) * a[:1]), (c, a[:1])]
             if not all(
-                torch.allclose(a, b.expand_as(a), rtol=1e-9, atol=1e-9 * (1 + float(b.abs().max()))) for a, b in found
+                torch.allclose(a, b.expand_as(a), rtol=1e-9, atol=1e-9 * (1 + float(b.abs().max())))
+                for a, b in found
             ):
                 name = [*trace.names, "the output"][number]
                 raise NotImplementedError(
-                    f"no bounds are known for a network that mixes the samples of a batch, or treats them "
-                    f"differently, as before {name}; give time steps first, [T, N, *], and use no value of other images"
+                    "no bounds are known for a network that mixes the samples of a batch, or "
+                    f"treats them differently, as before {name}; give time steps first, [T, N, "
+                    "*], and use no value of other images"
                 )
         del self._traces[samples], self._traces[fewer]
 
     def adjoint(self, stage: int, weights: Tensor, rows: int) -> list[tuple[int, Tensor]]:
-        """Weights on a stage's current (native layout, -1 for the logits) as weights on earlier leaves."""
+        """Weights on a stage's current (native layout, -1 for the logits) as weights on earlier
+        leaves.
+        """
         trace = self._trace(rows)
         current, leaves = trace.currents[stage], [leaf.centre for leaf in trace.leaves]
         if not current.requires_grad:
             return []
         found = torch.autograd.grad(
-            current, leaves, weights, retain_graph=True, create_graph=weights.requires_grad, allow_unused=True
+            current,
+            leaves,
+            weights,
+            retain_graph=True,
+            create_graph=weights.requires_grad,
+            allow_unused=True,
         )
         return [(number, weight) for number, weight in enumerate(found) if weight is not None]
 
@@ -206,7 +246,8 @@ class RelaxedRun(BoundedRun):
     Args:
         neurons: Neurons of known dynamics by name.
         samples: Number of samples.
-        maps: If given, potentials that intervals leave undecided are bounded by back-substitution as well.
+        maps: If given, potentials that intervals leave undecided are bounded by back-substitution
+            as well.
         end: When that stops, by ``time.monotonic``; None for never.
         known: Stages of an earlier run of one sample, whose box holds those of this one.
         decisions: For each sample spikes that are assumed or ruled out.
@@ -226,7 +267,9 @@ class RelaxedRun(BoundedRun):
         super().__init__(neurons, samples)
         self.stages: list[Stage] = []
         self.empty: Tensor = torch.zeros(samples, dtype=torch.bool)
-        """Whether a sample's decisions contradict its bounds: no input of its box makes them all."""
+        """Whether a sample's decisions contradict its bounds: no input of its box makes them
+        all.
+        """
         self.error: Tensor = torch.zeros(())
         """How far float32's logits can be from the map of the leaves, [N, classes]."""
         self._maps, self._end, self._known = maps, end, known
@@ -235,19 +278,38 @@ class RelaxedRun(BoundedRun):
             for stage, step, neuron, fires in own:
                 self._decisions.setdefault((stage, step), []).append((sample, neuron, fires))
 
-    def _reached(self, x: Bounds, batch_dim: int, neuron: Neuron | None, pooling: Pooling | None) -> None:
+    def _reached(
+        self, x: Bounds, batch_dim: int, neuron: Neuron | None, pooling: Pooling | None
+    ) -> None:
         self.stages.append(Stage(len(self.leaves), x.same(), batch_dim, neuron, pooling))
 
     def _decided(
-        self, name: str, gain: float, h_lower: Tensor, h_upper: Tensor, error: Tensor, around: tuple[float, float]
+        self,
+        name: str,
+        gain: float,
+        h_lower: Tensor,
+        h_upper: Tensor,
+        error: Tensor,
+        around: tuple[float, float],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         number, stage = len(self.stages) - 1, self.stages[-1]
         stage.around, t = around, len(stage.steps)
         h_lower, h_upper = h_lower.contiguous(), h_upper.contiguous()
         if self._known is not None:
             earlier = self._known[number].steps[t]
-            h_lower, h_upper = torch.maximum(h_lower, earlier.lower), torch.minimum(h_upper, earlier.upper)
-        step = Step(gain, h_lower, h_upper, error, h_lower < around[1], h_upper >= around[0], error.new_zeros(()))
+            h_lower, h_upper = (
+                torch.maximum(h_lower, earlier.lower),
+                torch.minimum(h_upper, earlier.upper),
+            )
+        step = Step(
+            gain,
+            h_lower,
+            h_upper,
+            error,
+            h_lower < around[1],
+            h_upper >= around[0],
+            error.new_zeros(()),
+        )
         stage.steps.append(step)
         if self._maps is not None:
             self._tighten(number, t)
@@ -255,11 +317,14 @@ class RelaxedRun(BoundedRun):
         step.free = step.quiet & step.fires
         for sample, neuron, fires in self._decisions.get((number, t), []):
             lower, upper, quiet, fire = (
-                part.view(self.samples, -1)[sample] for part in (step.lower, step.upper, step.quiet, step.fires)
+                part.view(self.samples, -1)[sample]
+                for part in (step.lower, step.upper, step.quiet, step.fires)
             )
             (quiet if fires else fire)[neuron] = False
             bound, limit = (lower, around[0]) if fires else (upper, around[1])
-            bound[neuron] = bound[neuron].clamp(min=limit) if fires else bound[neuron].clamp(max=limit)
+            bound[neuron] = (
+                bound[neuron].clamp(min=limit) if fires else bound[neuron].clamp(max=limit)
+            )
         impossible = (step.lower > step.upper) | ~(step.quiet | step.fires)
         self.empty = self.empty.to(impossible.device) | impossible.flatten(1).any(1)
         return step.lower, step.upper, step.fires & ~step.quiet, step.fires
@@ -275,7 +340,9 @@ class RelaxedRun(BoundedRun):
                 if self._end is not None and time.monotonic() > self._end:
                     return
                 sample, neuron = samples[part : part + rows], neurons[part : part + rows]
-                weights = torch.zeros((len(sample), *bound.shape[1:]), dtype=torch.float64, device=bound.device)
+                weights = torch.zeros(
+                    (len(sample), *bound.shape[1:]), dtype=torch.float64, device=bound.device
+                )
                 weights.view(len(sample), -1)[torch.arange(len(sample)), neuron] = sign
                 found = minimum(maps, self, sample, weights, (number, t)).value
                 values = bound.view(self.samples, -1)
@@ -290,7 +357,8 @@ class Lower:
     Attributes:
         value: Lower bound of each row, [R].
         slopes: The slopes that gave it.
-        gaps: For each stage and step how far the linear function is below what the layer does, at most, [R, *].
+        gaps: For each stage and step how far the linear function is below what the layer does, at
+            most, [R, *].
         weights: Weights on the input, [R, *], whose sign tells the corner where the bound is.
     """
 
@@ -308,19 +376,22 @@ def minimum(
     start: tuple[int, int] | None = None,
     slopes: Slopes | None = None,
 ) -> Lower:
-    """Lower bound of a weighted sum of logits, or of potentials of one step, over each sample's box. 反向代入的下界。
+    """Lower bound of a weighted sum of logits, or of potentials of one step, over each sample's
+    box. 反向代入的下界。
 
-    Equation: going back through the layers, ``w_s`` and ``w_v`` are the weights on a neuron's spike and on its
-    potential after the reset. What the neuron adds is a function of its charged potential h alone, with a jump::
+    Equation: going back through the layers, ``w_s`` and ``w_v`` are the weights on a neuron's spike
+    and on its potential after the reset. What the neuron adds is a function of its charged
+    potential h alone, with a jump::
 
         f(h) = w_v h                            for h in [lower, threshold),
         f(h) = w_s + w_v (v_reset | h - threshold)   for h in [threshold, upper]  (hard | soft reset)
         f(h) >= a h + min (f(e) - a e)          over the ends e of both pieces, for every slope a
 
-    and ``a`` is the weight on ``h[t] = lambda v[t-1] + p[t] x[t] + (1 - lambda) v_reset``, hence on the current and on
-    the earlier potential. The slope is that of the largest minorant at the middle of [lower, upper]: an edge of the
-    lower convex hull of f, which contains both lines of Liang et al. for a spike and treats the reset's product with
-    it. What float32 rounds enters as ``-|weight| error`` at each current, charge and reset.
+    and ``a`` is the weight on ``h[t] = lambda v[t-1] + p[t] x[t] + (1 - lambda) v_reset``, hence on
+    the current and on the earlier potential. The slope is that of the largest minorant at the
+    middle of [lower, upper]: an edge of the lower convex hull of f, which contains both lines of
+    Liang et al. for a spike and treats the reset's product with it. What float32 rounds enters as
+    ``-|weight| error`` at each current, charge and reset.
 
     Args:
         maps: The affine maps.
@@ -341,12 +412,18 @@ def minimum(
     if start is None:
         walk.through(-1, weights, run.error[samples])
     for number in reversed(range(len(run.stages) if start is None else start[0] + 1)):
-        walk.stage(number, weights if start is not None and number == start[0] else None, start[1] if start else 0)
+        walk.stage(
+            number,
+            weights if start is not None and number == start[0] else None,
+            start[1] if start else 0,
+        )
     return walk.finished(rows)
 
 
 class _Walk:
-    """One back-substitution: weights on leaves and potentials that are not yet replaced, and the sum so far."""
+    """One back-substitution: weights on leaves and potentials that are not yet replaced, and the
+    sum so far.
+    """
 
     def __init__(self, maps: Maps, run: RelaxedRun, samples: Tensor, slopes: Slopes | None) -> None:
         self.maps, self.run, self.samples, self.given = maps, run, samples, slopes
@@ -365,15 +442,21 @@ class _Walk:
         self.size = self.size + term.detach().abs().sum(1)
 
     def through(self, number: int, weights: Tensor, error: Tensor) -> None:
-        """Replace a current by the leaves that it is a map of; ``weights`` and ``error`` in native layout."""
+        """Replace a current by the leaves that it is a map of; ``weights`` and ``error`` in native
+        layout.
+        """
         rows = len(self.samples)
         self.add(self._by_row(-weights.abs() * error, number))
         self.add(self._by_row(weights * self.maps.shift(number, rows), number))
         for leaf, weight in self.maps.adjoint(number, weights, rows):
-            self.on_leaves[leaf] = self.on_leaves[leaf] + weight if leaf in self.on_leaves else weight
+            self.on_leaves[leaf] = (
+                self.on_leaves[leaf] + weight if leaf in self.on_leaves else weight
+            )
 
     def stage(self, number: int, start: Tensor | None, start_step: int) -> None:
-        """Replace a leaf, and the potentials of its layer, by the current; ``start`` are weights on a step's h."""
+        """Replace a leaf, and the potentials of its layer, by the current; ``start`` are weights on
+        a step's h.
+        """
         stage = self.run.stages[number]
         weights = self.on_leaves.pop(stage.leaf, None)
         if stage.neuron is None:
@@ -401,7 +484,9 @@ class _Walk:
         if potential is not None:
             self.on_potentials[name], self.rests[name] = potential, stage.rest
         if given := [weight for weight in on_currents if weight is not None]:
-            whole = torch.stack([torch.zeros_like(given[0]) if w is None else w for w in on_currents], 1)
+            whole = torch.stack(
+                [torch.zeros_like(given[0]) if w is None else w for w in on_currents], 1
+            )
             self.through(number, stage.native(whole), stage.native(error))
 
     def finished(self, rows: int) -> Lower:
@@ -414,14 +499,18 @@ class _Walk:
         self.add(weights * centre)
         self.add(-weights.abs() * radius)
         value = self.value - _ROUNDING * self.size
-        cut = [{key: part[:rows] for key, part in parts.items()} for parts in (self.slopes, self.gaps)]
+        cut = [
+            {key: part[:rows] for key, part in parts.items()} for parts in (self.slopes, self.gaps)
+        ]
         return Lower(value[:rows], cut[0], cut[1], weights.detach()[:rows])
 
     def _fired(self, number: int, t: int, on_spike: Tensor, on_potential: Tensor) -> Tensor:
         """Weights on h in the place of those on the spike and on the potential after the reset."""
         stage = self.run.stages[number]
         step, around = stage.steps[t], stage.around
-        lower, upper, quiet, fires = (part[self.samples] for part in (step.lower, step.upper, step.quiet, step.fires))
+        lower, upper, quiet, fires = (
+            part[self.samples] for part in (step.lower, step.upper, step.quiet, step.fires)
+        )
         size = torch.maximum(lower.abs(), upper.abs())
         self.add(-on_potential.abs() * reset_rounding(size, stage.rest, stage.threshold))
 
@@ -434,19 +523,27 @@ class _Walk:
             slope = self.given[number, t]
             slope = torch.cat([slope, slope[:1].expand(len(lower) - len(slope), *slope.shape[1:])])
         else:
-            alone = torch.where(fires, on_potential if stage.soft else torch.zeros_like(lower), on_potential)
+            alone = torch.where(
+                fires, on_potential if stage.soft else torch.zeros_like(lower), on_potential
+            )
             slope = torch.where(quiet & fires, _slope(ends, values, stage.threshold), alone)
-        heights = torch.stack([value - slope * end for value, end in zip(values, ends, strict=True)])
+        heights = torch.stack(
+            [value - slope * end for value, end in zip(values, ends, strict=True)]
+        )
         possible = torch.stack([quiet, quiet, fires, fires])
         offset = heights.masked_fill(~possible, torch.inf).amin(0)
         offset = torch.where(quiet | fires, offset, 0.0)  # of an empty part of a box
         self.add(offset)
         self.slopes[number, t] = slope.detach()
-        self.gaps[number, t] = (heights.masked_fill(~possible, -torch.inf).amax(0) - offset).detach()
+        self.gaps[number, t] = (
+            heights.masked_fill(~possible, -torch.inf).amax(0) - offset
+        ).detach()
         return slope
 
     def _pooled(self, number: int, stage: Stage, weights: Tensor) -> None:
-        """A maximum is at least the value whose lower bound is the largest, and at most the largest upper bound."""
+        """A maximum is at least the value whose lower bound is the largest, and at most the largest
+        upper bound.
+        """
         assert stage.pooling is not None
         current = stage.current
         lower, upper, error = (
@@ -463,13 +560,17 @@ class _Walk:
 
     def _by_row(self, term: Tensor, number: int) -> Tensor:
         """A term in native layout as [R, *]."""
-        return by_row(term, len(self.samples), self.run.stages[number].batch_dim if number >= 0 else 0)
+        return by_row(
+            term, len(self.samples), self.run.stages[number].batch_dim if number >= 0 else 0
+        )
 
 
 def raised(maps: Maps, run: RelaxedRun, samples: Tensor, weights: Tensor, *, rounds: int) -> Lower:
-    """:func:`minimum` with slopes that gradient ascent has chosen; it ends when all bounds are above 0.
+    """:func:`minimum` with slopes that gradient ascent has chosen; it ends when all bounds are
+    above 0.
 
-    Slopes of spikes that were assumed or ruled out are free as well, which puts a multiplier on the assumption.
+    Slopes of spikes that were assumed or ruled out are free as well, which puts a multiplier on the
+    assumption.
 
     Source: alpha- and beta-CROWN (Xu et al., ICLR 2021; Wang et al., NeurIPS 2021).
     """
@@ -491,7 +592,9 @@ def raised(maps: Maps, run: RelaxedRun, samples: Tensor, weights: Tensor, *, rou
             slopes = {key: start[key] + scales[key] * moved[key] for key in start}
             found = minimum(maps, run, samples, weights, slopes=slopes)
             ascent.zero_grad()
-            gradients = torch.autograd.grad(found.value.sum(), list(moved.values()), allow_unused=True)
+            gradients = torch.autograd.grad(
+                found.value.sum(), list(moved.values()), allow_unused=True
+            )
         for parameter, gradient in zip(moved.values(), gradients, strict=True):
             parameter.grad = gradient
         best = _better(best, found)
@@ -512,11 +615,15 @@ def _better(first: Lower, second: Lower) -> Lower:
         {key: chosen(a[key], b[key]) for key in a}
         for a, b in ((first.slopes, second.slopes), (first.gaps, second.gaps))
     )
-    return Lower(chosen(first.value, second.value), slopes, gaps, chosen(first.weights, second.weights))
+    return Lower(
+        chosen(first.value, second.value), slopes, gaps, chosen(first.weights, second.weights)
+    )
 
 
 def _slope(ends: list[Tensor], values: list[Tensor], threshold: float) -> Tensor:
-    """Slope of the edge of the lower convex hull that is highest in the middle; any slope is sound."""
+    """Slope of the edge of the lower convex hull that is highest in the middle; any slope is
+    sound.
+    """
     lower, upper = ends[0], ends[3]
     width = (upper - lower).clamp(min=1e-12)
     jump = torch.minimum(torch.full_like(lower, threshold), upper).maximum(lower)

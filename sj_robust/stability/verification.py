@@ -1,4 +1,6 @@
-"""Images that no perturbation in a ball can turn: proved by bounds of every spike, with float32's rounding."""
+"""Images that no perturbation in a ball can turn: proved by bounds of every spike, with float32's
+rounding.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -39,8 +41,8 @@ class BoundedLayer:
     Attributes:
         name: Name of the layer in the network.
         undecided: Share of spikes, per time step, that the bounds leave open.
-        potential: Mean square, per time step, of the distance between the bounds of the charged potential h: no
-            perturbation in the ball moves it by more, resets and rounding included.
+        potential: Mean square, per time step, of the distance between the bounds of the charged
+            potential h: no perturbation in the ball moves it by more, resets and rounding included.
     """
 
     name: str
@@ -55,10 +57,11 @@ class Verification(Shown):
     Attributes:
         eps: Linf radius.
         correct: Whether each image is classified right without a perturbation.
-        margin: Per image, what the logit of the right class is above every other one at least, whatever the
-            perturbation; > 0 is a proof.
+        margin: Per image, what the logit of the right class is above every other one at least,
+            whatever the perturbation; > 0 is a proof.
         layers: Spiking layers in order of execution, as intervals bound them.
-        x_adv: The images, but for each that is ``broken`` one of its ball that the network gets wrong.
+        x_adv: The images, but for each that is ``broken`` one of its ball that the network gets
+            wrong.
         broken: Whether such a one is known; the image itself if it is not classified right.
     """
 
@@ -76,21 +79,25 @@ class Verification(Shown):
 
     @property
     def accuracy(self) -> float:
-        """Share of images that are verified: the network's robust accuracy on them is at least that."""
+        """Share of images that are verified: the network's robust accuracy on them is at least
+        that.
+        """
         return sum(self.verified) / len(self.margin)
 
     @property
     def unknown(self) -> tuple[bool, ...]:
         """Whether each image is neither verified nor broken."""
-        return tuple(not (good or bad) for good, bad in zip(self.verified, self.broken, strict=True))
+        return tuple(
+            not (good or bad) for good, bad in zip(self.verified, self.broken, strict=True)
+        )
 
     @property
     def verdict(self) -> str:
         """How many images are verified, broken and unknown."""
         return (
-            f"Linf {eps_text(self.eps)}: {sum(self.verified)} of {len(self.margin)} images verified, "
-            f"{sum(self.broken)} broken, {sum(self.unknown)} unknown; {sum(self.correct)} classified right without a "
-            "perturbation"
+            f"Linf {eps_text(self.eps)}: {sum(self.verified)} of {len(self.margin)} images "
+            f"verified, {sum(self.broken)} broken, {sum(self.unknown)} unknown; "
+            f"{sum(self.correct)} classified right without a perturbation"
         )
 
     def table(self) -> str:
@@ -100,7 +107,11 @@ class Verification(Shown):
             undecided = " ".join(f"{100 * share:.1f}" for share in layer.undecided)
             potential = " ".join(f"{value:.3g}" for value in layer.potential)
             rows.append([layer.name, undecided, potential])
-        heads = ["layer", "undecided spikes, % per step", "bounded perturbation of h, mean square per step"]
+        heads = [
+            "layer",
+            "undecided spikes, % per step",
+            "bounded perturbation of h, mean square per step",
+        ]
         return f"{self.verdict}.\n\n{markdown_table(heads, rows, words=3)}"
 
     def plot(self) -> "Figure":
@@ -116,8 +127,13 @@ class Verification(Shown):
         images.axhline(0, color="#767676", linewidth=1)
         images.set_xlabel("images, sorted")
         images.set_ylabel("margin of the right class; > 0 is proved")
-        images.set_title(f"Linf {eps_text(self.eps)}: {sum(self.verified)} of {len(self.margin)} proved", fontsize=9)
-        mesh = heat_map(spikes, {layer.name: layer.undecided for layer in self.layers}, Normalize(0, 1))
+        images.set_title(
+            f"Linf {eps_text(self.eps)}: {sum(self.verified)} of {len(self.margin)} proved",
+            fontsize=9,
+        )
+        mesh = heat_map(
+            spikes, {layer.name: layer.undecided for layer in self.layers}, Normalize(0, 1)
+        )
         spikes.set_xlabel("time step")
         spikes.set_title("share of spikes that the bounds leave open", fontsize=9)
         figure.colorbar(mesh, ax=spikes)
@@ -138,34 +154,42 @@ def verify(
     batch_size: int = 64,
     on_batch: Callable[[int], None] | None = None,
 ) -> Verification:
-    """Prove, image by image, that no perturbation of at most ``eps`` changes the class. 证明图像在扰动球内不被误分类。
+    """Prove, image by image, that no perturbation of at most ``eps`` changes the class.
+    证明图像在扰动球内不被误分类。
 
-    Equation: the input moves in ``[max(x - eps, 0), min(x + eps, 1)]``. Bounds go through the layers one by one; with
-    l and u those of a neuron's current, p its input gain, lambda its decay and theta its threshold::
+    Equation: the input moves in ``[max(x - eps, 0), min(x + eps, 1)]``. Bounds go through the
+    layers one by one; with l and u those of a neuron's current, p its input gain, lambda its decay
+    and theta its threshold::
 
         h_lo = lambda v_lo + min(p l, p u),  h_hi = lambda v_hi + max(p l, p u)   (+ (1 - lambda) v_reset)
-        h_lo >= theta: it fires for sure;  h_hi < theta: it cannot fire;  else its spike is undecided, in [0, 1]
+        h_lo >= theta: it fires for sure;  h_hi < theta: it cannot fire;  else its spike is
+        undecided, in [0, 1]
 
-    and v after the reset takes all that either case allows. An image is verified if every other class's logit stays
-    below the right one's, bounded for their difference as a whole. What float32 rounds, in any order of summation, is
-    part of every bound (:class:`sj_robust.stability.bounds.Bounds`), so that the proof is one of the network that runs.
-    It assumes rounding to nearest and sums of products: no TF32, no bfloat16 or float16, no Winograd convolutions.
+    and v after the reset takes all that either case allows. An image is verified if every other
+    class's logit stays below the right one's, bounded for their difference as a whole. What float32
+    rounds, in any order of summation, is part of every bound
+    (:class:`sj_robust.stability.bounds.Bounds`), so that the proof is one of the network that runs.
+    It assumes rounding to nearest and sums of products: no TF32, no bfloat16 or float16, no
+    Winograd convolutions.
 
-    A verified image cannot be fooled; one that is not verified may still be robust. Tighter methods go on with the
-    images that intervals leave open, and their margins are never smaller:
+    A verified image cannot be fooled; one that is not verified may still be robust. Tighter methods
+    go on with the images that intervals leave open, and their margins are never smaller:
 
     - ``"ibp"``: the intervals above.
-    - ``"crown"``: linear relaxation of every undecided spike with its reset, bounds by back-substitution.
+    - ``"crown"``: linear relaxation of every undecided spike with its reset, bounds by
+      back-substitution.
     - ``"bab"``: branch and bound over the undecided spikes on top of it.
-    - ``"mip"``: a mixed-integer program with a binary per undecided spike, for small networks; needs scipy.
+    - ``"mip"``: a mixed-integer program with a binary per undecided spike, for small networks;
+      needs scipy.
 
-    The last two try the corners where their bounds are lowest, and mip its solution, on the network that runs; what it
-    gets wrong is ``x_adv`` of the result.
+    The last two try the corners where their bounds are lowest, and mip its solution, on the network
+    that runs; what it gets wrong is ``x_adv`` of the result.
 
     Args:
-        model: A classifier in evaluation mode, in float32, without an encoder that draws; or a bare network, with
-            ``T``, ``mean`` and ``std``.
-        x: Images [N, C, H, W] or features [N, F] in [0, 1]; of a ``SpikingEventClassifier`` frames [N, T, C, H, W].
+        model: A classifier in evaluation mode, in float32, without an encoder that draws; or a bare
+            network, with ``T``, ``mean`` and ``std``.
+        x: Images [N, C, H, W] or features [N, F] in [0, 1]; of a ``SpikingEventClassifier`` frames
+            [N, T, C, H, W].
         y: Labels [N] int64.
         eps: Linf radius, >= 0, a number or a text such as ``"8/255"``.
         T: Number of time steps, for a bare network.
@@ -181,25 +205,30 @@ def verify(
 
     Raises:
         TypeError: If ``model`` has no spiking neurons and is no ``SpikingClassifier``.
-        ValueError: If a bare network comes without T, the model is in training mode, not in float32 or draws random
-            numbers, images or labels do not fit, eps < 0, or the method is not known.
+        ValueError: If a bare network comes without T, the model is in training mode, not in float32
+            or draws random numbers, images or labels do not fit, eps < 0, or the method is not
+            known.
         RuntimeError: If an image is proved that the network gets wrong, which no bounds may do.
         ModuleNotFoundError: If mip has no scipy.
-        NotImplementedError: If something in the network has no bounds (attention, a stochastic encoder, a neuron of
-            unknown dynamics); it is named.
+        NotImplementedError: If something in the network has no bounds (attention, a stochastic
+            encoder, a neuron of unknown dynamics); it is named.
 
-    Source: interval bounds of spiking networks as in Liang et al. (NeurIPS 2022), here with input gains, resets in
-        time and rounding; Gowal et al., arXiv 1810.12715, for the last layer.
+    Source: interval bounds of spiking networks as in Liang et al. (NeurIPS 2022), here with input
+        gains, resets in time and rounding; Gowal et al., arXiv 1810.12715, for the last layer.
 
     Examples:
         >>> from spikingjelly.activation_based import neuron
         >>> net = nn.Sequential(nn.Linear(2, 2, bias=False), neuron.IFNode(step_mode="m"))
         >>> _ = net[0].weight.data.copy_(torch.eye(2))
         >>> model = SpikingClassifier(net, T=4).eval()
-        >>> result = verify(model, torch.tensor([[0.9, 0.1], [0.3, 0.2]]), torch.tensor([0, 0]), eps=0.05)
+        >>> result = verify(
+        ...     model, torch.tensor([[0.9, 0.1], [0.3, 0.2]]), torch.tensor([0, 0]), eps=0.05
+        ... )
         >>> result.verified
         (True, False)
-        >>> verify(model, torch.tensor([[0.3, 0.2]]), torch.tensor([0]), eps=0.1, method="bab").broken
+        >>> verify(
+        ...     model, torch.tensor([[0.3, 0.2]]), torch.tensor([0]), eps=0.1, method="bab"
+        ... ).broken
         (True,)
     """
     classifier = check_classifier(as_classifier(model, T, mean=mean, std=std))
@@ -232,11 +261,21 @@ def verify(
             margin = -lead.scatter(1, labels.unsqueeze(1), -torch.inf).amax(1)
             wrong = logits.argmax(1) != labels
             if method != "ibp":
-                _tighten(prover, searches.get(method), time_limit, images, labels, margin, wrong, x_adv[part])
+                _tighten(
+                    prover,
+                    searches.get(method),
+                    time_limit,
+                    images,
+                    labels,
+                    margin,
+                    wrong,
+                    x_adv[part],
+                )
         if bool((contradicted := wrong & (margin > 0)).any()):
             raise RuntimeError(
-                f"image {start + int(contradicted.nonzero()[0])} is proved and yet classified wrong: the bounds have a "
-                "bug, or the network has a state that its reset leaves; please report it with the network"
+                f"image {start + int(contradicted.nonzero()[0])} is proved and yet classified "
+                "wrong: the bounds have a bug, or the network has a state that its reset leaves; "
+                "please report it with the network"
             )
         margins += margin.tolist()
         broken += wrong.tolist()
@@ -262,19 +301,32 @@ def _logits(model: SpikingClassifier, images: Tensor, labels: Tensor, *, runs: i
     states = [generator.get_state() for generator in generators]
     with torch.no_grad():
         logits, *again = (check_logits(model(images.clone()), labels) for _ in range(runs))
-    drawn = any(not torch.equal(g.get_state(), state) for g, state in zip(generators, states, strict=True))
+    drawn = any(
+        not torch.equal(g.get_state(), state) for g, state in zip(generators, states, strict=True)
+    )
     if drawn or any(not torch.equal(logits, other) for other in again):
-        raise ValueError("model must give the same logits in every forward, got one that draws random numbers inside")
+        raise ValueError(
+            "model must give the same logits in every forward, got one that draws random numbers "
+            "inside"
+        )
     if logits.shape[1] < 2:
         raise ValueError("model must tell 2 classes or more apart, got logits of 1")
     return logits
 
 
 def _tighten(
-    prover: Prover, search: _Search | None, time_limit: float, images: Tensor, labels: Tensor, margin: Tensor,
-    wrong: Tensor, x_adv: Tensor,
-) -> None:  # fmt: skip
-    """Go on with the images of a batch that are neither verified nor wrong; writes into the last three."""
+    prover: Prover,
+    search: _Search | None,
+    time_limit: float,
+    images: Tensor,
+    labels: Tensor,
+    margin: Tensor,
+    wrong: Tensor,
+    x_adv: Tensor,
+) -> None:
+    """Go on with the images of a batch that are neither verified nor wrong; writes into the last
+    three.
+    """
 
     def still_open() -> list[int]:
         return ((margin <= 0) & ~wrong).nonzero().squeeze(1).tolist()
@@ -292,7 +344,8 @@ def _tighten(
 
 
 def bounded_logits(model: SpikingClassifier, run: BoundedRun, images: Tensor, eps: float) -> Bounds:
-    """Bounds of the logits over the ball, from one forward of the classifier on bounds of its images. 输出的上下界。
+    """Bounds of the logits over the ball, from one forward of the classifier on bounds of its
+    images. 输出的上下界。
 
     Args:
         model: A classifier in evaluation mode.
@@ -317,9 +370,13 @@ def bounded_logits(model: SpikingClassifier, run: BoundedRun, images: Tensor, ep
             logits: Bounds = model(run.leaf(lower, upper, 0))
     except NoBoundsError as error:
         where = (
-            f" in or behind {entered[-1]} ({type(model.net.get_submodule(entered[-1])).__name__})" if entered else ""
+            f" in or behind {entered[-1]} ({type(model.net.get_submodule(entered[-1])).__name__})"
+            if entered
+            else ""
         )
-        raise NotImplementedError(f"no bounds are known for {error}{where}; there are for {_COVERED}") from error
+        raise NotImplementedError(
+            f"no bounds are known for {error}{where}; there are for {_COVERED}"
+        ) from error
     finally:
         for hook in hooks:
             hook.remove()
@@ -332,20 +389,29 @@ def _checked(model: SpikingClassifier, x: Tensor, y: Tensor, eps: float) -> dict
     check_labels(y, x)
     if len(x) == 0:
         raise ValueError("x must hold an image or more, got none")
-    surrogates = {id(part) for module in model.modules() if is_neuron(module) for part in module.children()}  # shared
+    surrogates = {
+        id(part) for module in model.modules() if is_neuron(module) for part in module.children()
+    }  # shared
     for name, module in model.named_modules():
         if module.training and id(module) not in surrogates:
             raise ValueError(
-                f"model must be in evaluation mode, got {name or 'it'} in training mode; call model.eval()"
+                f"model must be in evaluation mode, got {name or 'it'} in training mode; call "
+                "model.eval()"
             )
-    dtypes = {value.dtype for value in model.state_dict().values() if value.is_floating_point()} | {x.dtype}
+    dtypes = {value.dtype for value in model.state_dict().values() if value.is_floating_point()} | {
+        x.dtype
+    }
     if len(dtypes) > 1 or not dtypes <= {torch.float32, torch.float64}:
         raise ValueError(
-            "model and images must be in float32, whose rounding is covered, or both in float64, which rounds less; "
-            f"got {', '.join(sorted(map(str, dtypes)))}; use .float()"
+            "model and images must be in float32, whose rounding is covered, or both in float64, "
+            f"which rounds less; got {', '.join(sorted(map(str, dtypes)))}; use .float()"
         )
-    if odd := [name for name, value in model.state_dict().items() if not bool(value.isfinite().all())]:
-        raise ValueError(f"weights must be finite, got NaN or infinity in {odd[0]}; load a network that is whole")
+    if odd := [
+        name for name, value in model.state_dict().items() if not bool(value.isfinite().all())
+    ]:
+        raise ValueError(
+            f"weights must be finite, got NaN or infinity in {odd[0]}; load a network that is whole"
+        )
     return bounded_neurons(model)
 
 
@@ -357,22 +423,30 @@ def bounded_neurons(model: SpikingClassifier) -> dict[str, Neuron]:
     """
     neurons, others, _ = find_neurons(model.net, {}, {})
     unbounded = {name: f"{name}: {reason}" for name, reason in others.items()}
-    unbounded |= {name: f"{name}, whose surrogate does not spike" for name, n in neurons.items() if not n.binary}
+    unbounded |= {
+        name: f"{name}, whose surrogate does not spike"
+        for name, n in neurons.items()
+        if not n.binary
+    }
     for name, n in neurons.items():
         if not n.charging().decay_value >= 0:
             unbounded[name] = f"{name}, whose decay is negative: give it a tau of 1 or more"
         for key in ("v_threshold", "v_reset"):
             value = getattr(n.module, key)
-            if value is not None and (torch.as_tensor(value).numel() != 1 or not math.isfinite(value)):
+            if value is not None and (
+                torch.as_tensor(value).numel() != 1 or not math.isfinite(value)
+            ):
                 unbounded[name] = f"{name}, whose {key} is not one finite number"
     if model.encoder is not None:
         unbounded = {"": f"the encoder {type(model.encoder).__name__}"} | unbounded
     if unbounded:
-        raise NotImplementedError(f"no bounds are known for {next(iter(unbounded.values()))}; there are for {_COVERED}")
+        raise NotImplementedError(
+            f"no bounds are known for {next(iter(unbounded.values()))}; there are for {_COVERED}"
+        )
     return neurons
 
 
 _COVERED = (
-    "direct encoding or given frames, convolution, linear, batch norm, pooling, sums, and IF, LIF, PLIF or DLIF "
-    "neurons that spike"
+    "direct encoding or given frames, convolution, linear, batch norm, pooling, sums, and IF, "
+    "LIF, PLIF or DLIF neurons that spike"
 )

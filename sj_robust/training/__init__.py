@@ -1,15 +1,35 @@
 """The objective, the epoch loop on Accelerate, and checkpoints; needs the extra ``recipes``."""
 
-import sj_robust._recipes_installed  # noqa: F401  # says what to install if one of its packages is missing
+# says what to install if one of its packages is missing
+import sj_robust._recipes_installed
 from sj_robust.models.checkpoint import load_checkpoint, save_checkpoint
 from sj_robust.training.certified import CertifiedLoss
-from sj_robust.training.engine import NonFiniteLossError, TrainingInterrupted, TrainingPlan, check_training, train
+from sj_robust.training.engine import (
+    NonFiniteLossError,
+    TrainingInterrupted,
+    TrainingPlan,
+    check_training,
+    train,
+)
 from sj_robust.training.folder import open_run_folder, removed_if_unused, run_to_resume
 from sj_robust.training.history import EpochRecord, catastrophic_overfitting
 from sj_robust.training.journal import Journal
-from sj_robust.training.modes import MODES, Mode, final_attacks, make_penalties, training_attack, validation_attacks
+from sj_robust.training.modes import (
+    MODES,
+    Mode,
+    final_attacks,
+    make_penalties,
+    training_attack,
+    validation_attacks,
+)
 from sj_robust.training.objective import Losses, Objective
-from sj_robust.training.penalties import ForwardPasses, GradientSparsity, Penalty, StabilityGain, ThresholdGuarding
+from sj_robust.training.penalties import (
+    ForwardPasses,
+    GradientSparsity,
+    Penalty,
+    StabilityGain,
+    ThresholdGuarding,
+)
 from sj_robust.training.processes import first_process_first, make_accelerator
 from sj_robust.training.regularization import project_to_simplex_, retract_
 from sj_robust.training.validation import check_start, final_report

@@ -1,4 +1,6 @@
-"""A training run: its parts, one step of it, its checkpoints; every run can be stopped and continued."""
+"""A training run: its parts, one step of it, its checkpoints; every run can be stopped and
+continued.
+"""
 
 import warnings
 from collections.abc import Iterator, Mapping
@@ -51,10 +53,16 @@ class TrainingRun:
         self.description = description
         rank, processes = accelerator.process_index, accelerator.num_processes
         size = len(splits.train)
-        self.batches = ShuffledBatches(size, plan.batch_size, seed=plan.seed, rank=rank, processes=processes)
+        self.batches = ShuffledBatches(
+            size, plan.batch_size, seed=plan.seed, rank=rank, processes=processes
+        )
         on_gpu = accelerator.device.type == "cuda"
-        self.training_loader = image_loader(splits.train, self.batches, plan.workers, pin_memory=on_gpu)
-        self.validation = Validation(splits.validation, accelerator, seed=plan.seed, pin_memory=on_gpu)
+        self.training_loader = image_loader(
+            splits.train, self.batches, plan.workers, pin_memory=on_gpu
+        )
+        self.validation = Validation(
+            splits.validation, accelerator, seed=plan.seed, pin_memory=on_gpu
+        )
         self.augmentation = splits.augmentation
         self.classes = splits.classes
         self.objective = objective
@@ -63,10 +71,15 @@ class TrainingRun:
         if self.channels_last is None:
             rows = min(plan.batch_size // (processes * plan.accumulate), size)
             images = torch.stack([splits.train[i][0] for i in range(rows)]).to(accelerator.device)
-            self.channels_last = choose_channels_last(self.classifier, images, accelerator, plan.seed)
+            self.channels_last = choose_channels_last(
+                self.classifier, images, accelerator, plan.seed
+            )
         if self.channels_last:
             store_channels_last(self.classifier)
-        fused = accelerator.device.type in ("cpu", "cuda")  # the same step in one pass over the weights
+        fused = accelerator.device.type in (
+            "cpu",
+            "cuda",
+        )  # the same step in one pass over the weights
         common: dict[str, Any] = {"lr": plan.lr, "weight_decay": plan.weight_decay, "fused": fused}
         optimizer: torch.optim.Optimizer
         if plan.optimizer == "adam":
@@ -76,13 +89,18 @@ class TrainingRun:
         self.scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, plan.epochs)
         self.step_module, self.optimizer = accelerator.prepare(objective, optimizer)
         if isinstance(self.step_module, DistributedDataParallel):
-            self.step_module.broadcast_buffers = False  # shared once per step, so that attacks see the same ones too
+            self.step_module.broadcast_buffers = (
+                False  # shared once per step, so that attacks see the same ones too
+            )
         image = splits.train[0][0].unsqueeze(0).to(accelerator.device)
         check_outputs(self.classifier, image, self.classes, plan.seed)
         objective.check_layers(image)
         self.epoch = 0
         self.batch = 0
-        self.loss_names = (*Losses._fields, *(f"penalty/{penalty.name}" for penalty in objective.penalties))
+        self.loss_names = (
+            *Losses._fields,
+            *(f"penalty/{penalty.name}" for penalty in objective.penalties),
+        )
         self.sums = torch.zeros(len(self.loss_names), dtype=torch.float64)
         self.history: list[EpochRecord] = []
 
@@ -104,14 +122,17 @@ class TrainingRun:
     def finish_epoch(self, validation_attacks: Mapping[str, Attack]) -> EpochRecord:
         """Validate, record and write the checkpoints of an epoch whose batches are done."""
         with self._explained():
-            validation = self.validation.accuracy(self.classifier, validation_attacks, self.plan.verified_eps)
+            validation = self.validation.accuracy(
+                self.classifier, validation_attacks, self.plan.verified_eps
+            )
         losses = dict(zip(self.loss_names, (self.sums / self.batch).tolist(), strict=True))
         lr = float(self.scheduler.get_last_lr()[0])
         record = EpochRecord(epoch=self.epoch + 1, losses=losses, validation=validation, lr=lr)
         best = max((earlier.validation[self.plan.select] for earlier in self.history), default=-1.0)
         self.history.append(record)
         with warnings.catch_warnings():
-            # a run resumed after the last batch of an epoch has not stepped the optimizer of this process yet
+            # a run resumed after the last batch of an epoch has not stepped the optimizer of this
+            # process yet
             warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
             self.scheduler.step()
         self.epoch, self.batch = self.epoch + 1, 0
@@ -129,7 +150,9 @@ class TrainingRun:
             raise TrainingInterrupted(signal_number, self.folder / "last.pt")
 
     def checkpoint(self, name: str) -> None:
-        """Write everything that :meth:`load` needs; on the main process, with the random states of all."""
+        """Write everything that :meth:`load` needs; on the main process, with the random states of
+        all.
+        """
         self._check_weights()
         states = gather_object([random_state()])
         if self.accelerator.is_main_process:
@@ -164,17 +187,25 @@ class TrainingRun:
 
     def agreed_signal(self, received: list[int]) -> int | None:
         """The signal that some process got."""
-        return self._agreed(received, torch.zeros(len(self.loss_names), device=self.accelerator.device))[1]
+        return self._agreed(
+            received, torch.zeros(len(self.loss_names), device=self.accelerator.device)
+        )[1]
 
-    def _step(self, x: Tensor, y: Tensor, perturb: Attack | None, received: list[int]) -> tuple[Tensor, int | None]:
-        """One step of the optimizer; the losses on the CPU, means over all processes, and the signal some process got.
+    def _step(
+        self, x: Tensor, y: Tensor, perturb: Attack | None, received: list[int]
+    ) -> tuple[Tensor, int | None]:
+        """One step of the optimizer; the losses on the CPU, means over all processes, and the
+        signal some process got.
 
-        The host waits for the device once, when it reads the losses behind the backward pass: no step of the optimizer
-        is taken with a loss that is not finite.
+        The host waits for the device once, when it reads the losses behind the backward pass: no
+        step of the optimizer is taken with a loss that is not finite.
         """
         position = self.epoch, self.batch
-        # An image has its own seed in every epoch, so that it meets the same noise on any number of processes.
-        seeds = SampleSeeds(self.batches.indices(*position)).derived("training", self.plan.seed, self.epoch)
+        # An image has its own seed in every epoch, so that it meets the same noise on any number of
+        # processes.
+        seeds = SampleSeeds(self.batches.indices(*position)).derived(
+            "training", self.plan.seed, self.epoch
+        )
         if self.augmentation is not None:
             x = self.augmentation(x, seeds.derived("augmentation").seeds)
         self.optimizer.zero_grad()
@@ -183,12 +214,16 @@ class TrainingRun:
             self.objective.certified.progress = done / self.plan.epochs
         size = len(x) // self.plan.accumulate
         values = []
-        with seeded_globals(mixed(self.plan.seed, *position, self.accelerator.process_index), x.device):
+        with seeded_globals(
+            mixed(self.plan.seed, *position, self.accelerator.process_index), x.device
+        ):
             for start in range(0, len(x), size):
                 rows = slice(start, start + size)
                 more_to_come = rows.stop < len(x)
                 with self.accelerator.no_sync(self.step_module) if more_to_come else nullcontext():
-                    values.append(self._part(x[rows], y[rows], SampleSeeds(seeds.seeds[rows]), perturb))
+                    values.append(
+                        self._part(x[rows], y[rows], SampleSeeds(seeds.seeds[rows]), perturb)
+                    )
         losses, signal_number = self._agreed(received, torch.stack(values).mean(0))
         self.optimizer.step()
         if self.plan.retraction > 0:
@@ -198,33 +233,50 @@ class TrainingRun:
         return losses, signal_number
 
     def _part(self, x: Tensor, y: Tensor, seeds: SampleSeeds, perturb: Attack | None) -> Tensor:
-        """Forward and backward pass of a part of this process's images; the losses, on their device."""
+        """Forward and backward pass of a part of this process's images; the losses, on their
+        device.
+        """
         x_perturbed = None
         if perturb is not None:
             with self._explained(), self.accelerator.autocast():
                 x_perturbed = perturb(self.classifier, x, y, generator=seeds)
         losses = self.step_module(x, y, x_perturbed)
         self.accelerator.backward(losses.total / self.plan.accumulate)
-        return torch.stack([value.detach().double() for value in (*losses, *self.objective.penalty_values.values())])
+        return torch.stack(
+            [
+                value.detach().double()
+                for value in (*losses, *self.objective.penalty_values.values())
+            ]
+        )
 
     def _agreed(self, received: list[int], values: Tensor) -> tuple[Tensor, int | None]:
-        """Means of ``values`` over the processes and a signal of one; raises on all if a value of one is not finite."""
+        """Means of ``values`` over the processes and a signal of one; raises on all if a value of
+        one is not finite.
+        """
         row = torch.cat([values, values.new_full((1,), received[0] if received else 0)])
         rows = self.accelerator.gather(row[None]).cpu()
         for losses in rows[:, :-1]:
             if not bool(torch.isfinite(losses).all()):
-                shown = ", ".join(f"{n}={v:.6g}" for n, v in zip(self.loss_names, losses.tolist(), strict=True))
+                shown = ", ".join(
+                    f"{n}={v:.6g}" for n, v in zip(self.loss_names, losses.tolist(), strict=True)
+                )
                 self._fail(f"the loss is not finite ({shown})")
         return rows[:, :-1].mean(0), int(rows[:, -1].max()) or None
 
     def _moved(self, values: Tensor) -> Tensor:
         """Images or labels on the device, images in the memory order of the run."""
-        layout = torch.channels_last if self.channels_last and values.ndim == 4 else torch.preserve_format
+        layout = (
+            torch.channels_last
+            if self.channels_last and values.ndim == 4
+            else torch.preserve_format
+        )
         return values.to(self.accelerator.device, non_blocking=True, memory_format=layout)
 
     @contextmanager
     def _explained(self) -> Iterator[None]:
-        """What an attack or evaluation refuses to work on may be the fault of the weights, which then is the error."""
+        """What an attack or evaluation refuses to work on may be the fault of the weights, which
+        then is the error.
+        """
         try:
             yield
         except ValueError as error:
@@ -234,14 +286,20 @@ class TrainingRun:
             raise
 
     def _check_labels(self, y: Tensor) -> None:
-        """Before the labels reach the device, where a wrong one ends the process, or is left out if it is -100."""
+        """Before the labels reach the device, where a wrong one ends the process, or is left out if
+        it is -100.
+        """
         if y.dtype != torch.int64 or y.ndim != 1:
-            raise ValueError(f"labels must be int64 [N], got {str(y.dtype).removeprefix('torch.')} {list(y.shape)}")
+            raise ValueError(
+                f"labels must be int64 [N], got {str(y.dtype).removeprefix('torch.')} "
+                f"{list(y.shape)}"
+            )
         outside = y[(y < 0) | (y >= self.classes)]
         if len(outside):
             raise ValueError(
-                f"labels must be classes from 0 to {self.classes - 1}, got {int(outside[0])} among the training images "
-                f"at epoch {self.epoch + 1}, step {self.batch + 1}; correct the data, or the classes of the splits"
+                f"labels must be classes from 0 to {self.classes - 1}, got {int(outside[0])} "
+                f"among the training images at epoch {self.epoch + 1}, step {self.batch + 1}; "
+                "correct the data, or the classes of the splits"
             )
 
     def _check_weights(self) -> None:
@@ -251,9 +309,14 @@ class TrainingRun:
 
     def _fail(self, what: str) -> NoReturn:
         last = self.folder / "last.pt"
-        intact = f"the last good checkpoint, {last}, is intact" if last.exists() else "no checkpoint was written yet"
+        intact = (
+            f"the last good checkpoint, {last}, is intact"
+            if last.exists()
+            else "no checkpoint was written yet"
+        )
         raise NonFiniteLossError(
-            f"{what} at epoch {self.epoch + 1}, step {self.batch + 1}; {intact}. Lower lr, or check rho and the data"
+            f"{what} at epoch {self.epoch + 1}, step {self.batch + 1}; {intact}. Lower lr, or "
+            "check rho and the data"
         )
 
 
@@ -263,6 +326,6 @@ def check_outputs(classifier: nn.Module, image: Tensor, classes: int, seed: int)
         outputs = classifier(image).shape[1]
     if outputs != classes:
         raise ValueError(
-            f"the network must give a logit for each of the {classes} classes, got {outputs}; build it for as many "
-            "classes as the data has"
+            f"the network must give a logit for each of the {classes} classes, got {outputs}; "
+            "build it for as many classes as the data has"
         )

@@ -1,4 +1,6 @@
-"""Batch norm on several processes: the same statistics everywhere, or at least the same running ones."""
+"""Batch norm on several processes: the same statistics everywhere, or at least the same running
+ones.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,24 +17,29 @@ __all__ = ["batch_statistics", "share_buffers", "synchronised_batch_norm"]
 
 @contextmanager
 def synchronised_batch_norm(net: nn.Module) -> Iterator[None]:
-    """Let batch norm in training mode take its statistics over the images of all processes. 跨进程同步的批归一化。
+    """Let batch norm in training mode take its statistics over the images of all processes.
+    跨进程同步的批归一化。
 
-    Equation, with ``n_r``, ``m_r``, ``v_r`` number, mean and variance of a channel's values on process r::
+    Equation, with ``n_r``, ``m_r``, ``v_r`` number, mean and variance of a channel's values on
+    process r::
 
         mean = sum_r n_r m_r / sum_r n_r
         var = sum_r n_r (v_r + (m_r - mean)^2) / sum_r n_r
 
-    and the gradient flows through both to every process, so one step of N processes is that of one process with all
-    images. Every batch norm whose ``forward`` ends in torch's is taken, those of SpikingJelly's ``layer`` in both step
-    modes included; one that would run fused with the neuron behind it runs by itself. Parameters, buffers, hooks and
-    ``state_dict`` keys stay. In evaluation mode, in which attacks run, nothing is exchanged.
+    and the gradient flows through both to every process, so one step of N processes is that of one
+    process with all images. Every batch norm whose ``forward`` ends in torch's is taken, those of
+    SpikingJelly's ``layer`` in both step modes included; one that would run fused with the neuron
+    behind it runs by itself. Parameters, buffers, hooks and ``state_dict`` keys stay. In evaluation
+    mode, in which attacks run, nothing is exchanged.
 
     ``torch.nn.SyncBatchNorm`` needs CUDA and knows no step modes; this runs on every device.
 
     Args:
-        net: A network that is the same on every process; its batch norms are as before when the context ends.
+        net: A network that is the same on every process; its batch norms are as before when the
+            context ends.
 
-    Source: Ioffe & Szegedy (2015); the pooling of means and variances of Chan, Golub and LeVeque (1983).
+    Source: Ioffe & Szegedy (2015); the pooling of means and variances of Chan, Golub and LeVeque
+        (1983).
 
     Examples:
         >>> net = nn.Sequential(nn.BatchNorm1d(2))
@@ -44,10 +51,13 @@ def synchronised_batch_norm(net: nn.Module) -> Iterator[None]:
     """
     changed: list[tuple[nn.Module, type[nn.Module]]] = []
     # Here and not at import, since torch loads its compiler for it.
-    uncompiled = {"forward": torch.compiler.disable(_Synchronised.forward)}  # type: ignore[no-untyped-call]  # untyped in torch
+    # untyped in torch
+    uncompiled = {"forward": torch.compiler.disable(_Synchronised.forward)}  # type: ignore[no-untyped-call]
     synchronised = type("_Synchronised", (_Synchronised,), uncompiled)
     for module in net.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(module, nn.SyncBatchNorm):
+        if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(
+            module, nn.SyncBatchNorm
+        ):
             changed.append((module, type(module)))
             # Behind the module's own class, so that its handling of step modes still comes first.
             bases = (type(module), synchronised)
@@ -60,7 +70,9 @@ def synchronised_batch_norm(net: nn.Module) -> Iterator[None]:
 
 
 def batch_statistics(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and variance that a batch norm in training mode takes of its input [N, C, *]; synchronised ones pool."""
+    """Mean and variance that a batch norm in training mode takes of its input [N, C, *];
+    synchronised ones pool.
+    """
     mean, var = differentiable.batch_statistics(module, x)
     if isinstance(module, _Synchronised) and _processes() > 1:
         mean, var, _ = module._pooled(var, mean, x.numel() // x.shape[1])
@@ -68,13 +80,17 @@ def batch_statistics(module: Any, x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def share_buffers(net: nn.Module) -> None:
-    """Give every process the floating-point buffers of the first, in one message; only where there are processes."""
+    """Give every process the floating-point buffers of the first, in one message; only where there
+    are processes.
+    """
     buffers = [buffer for buffer in net.buffers() if buffer.is_floating_point()]
     if _processes() == 1 or not buffers:
         return
     flat = torch.cat([buffer.flatten() for buffer in buffers])
     dist.broadcast(flat, 0)
-    for buffer, values in zip(buffers, torch.split(flat, [buffer.numel() for buffer in buffers]), strict=True):
+    for buffer, values in zip(
+        buffers, torch.split(flat, [buffer.numel() for buffer in buffers]), strict=True
+    ):
         buffer.copy_(values.view_as(buffer))
 
 
@@ -87,7 +103,9 @@ class _Synchronised(nn.modules.batchnorm._BatchNorm):
         self._check_input_dim(input)  # type: ignore[no-untyped-call]  # untyped in torch
         dims = [0, *range(2, input.ndim)]
         wide = input if input.dtype == torch.float64 else input.float()
-        mean, var, count = self._pooled(*torch.var_mean(wide, dims, correction=0), input.numel() // input.shape[1])
+        mean, var, count = self._pooled(
+            *torch.var_mean(wide, dims, correction=0), input.numel() // input.shape[1]
+        )
         self._track(mean.detach(), var.detach(), count.detach())
         scale = (var + self.eps).rsqrt()
         if self.affine:

@@ -15,7 +15,9 @@ from sj_robust.training.batch_norm import batch_statistics
 __all__ = ["CertifiedLoss"]
 
 _START, _RISE = 0.05, 0.6
-"""Shares of the training: how much is on clean images alone, and in how much radius and weight then rise."""
+"""Shares of the training: how much is on clean images alone, and in how much radius and weight then
+rise.
+"""
 
 
 class CertifiedLoss:
@@ -27,8 +29,9 @@ class CertifiedLoss:
         z_c = upper bound of logit_c - logit_y over the ball of radius ramp * eps, 0 for c = y
         value = CE(z, y)
 
-    Bounds are differentiable, with surrogates for the derivatives of both bounds of a spike, and those of the last
-    layer are of the difference as a whole; see :class:`sj_robust.stability.differentiable.DifferentiableBounds`.
+    Bounds are differentiable, with surrogates for the derivatives of both bounds of a spike, and
+    those of the last layer are of the difference as a whole; see
+    :class:`sj_robust.stability.differentiable.DifferentiableBounds`.
 
     Args:
         classifier: The network.
@@ -38,10 +41,11 @@ class CertifiedLoss:
         progress: Share of the training that is done, in [0, 1]; whoever trains sets it.
 
     Raises:
-        ValueError: If ``eps`` is out of range, or something in the network has no bounds; it is named.
+        ValueError: If ``eps`` is out of range, or something in the network has no bounds; it is
+            named.
 
-    Source: Gowal et al., "On the Effectiveness of Interval Bound Propagation" (arXiv 1810.12715), for the loss and its
-        schedule; for spiking networks Liang et al. (NeurIPS 2022).
+    Source: Gowal et al., "On the Effectiveness of Interval Bound Propagation" (arXiv 1810.12715),
+        for the loss and its schedule; for spiking networks Liang et al. (NeurIPS 2022).
 
     Examples:
         >>> from sj_robust.models import NetworkSpec, build_classifier
@@ -58,7 +62,8 @@ class CertifiedLoss:
         """Find the neurons; see the class."""
         if not 0.0 <= eps <= 1.0:
             raise ValueError(
-                f"certified_eps must be in [0, 1], got {eps}; it is the Linf radius for images in [0, 1], such as 8/255"
+                f"certified_eps must be in [0, 1], got {eps}; it is the Linf radius for images "
+                "in [0, 1], such as 8/255"
             )
         self.eps = float(eps)
         self.progress = 1.0
@@ -75,14 +80,18 @@ class CertifiedLoss:
         return self._bounds.watching()
 
     def check(self, image: Tensor) -> None:
-        """Refuse a network of which there are no bounds, by trying one image [1, ...]; nothing else changes."""
+        """Refuse a network of which there are no bounds, by trying one image [1, ...]; nothing else
+        changes.
+        """
         classifier = self._bounds.classifier
         with _explained(), preserved(classifier), torch.no_grad():
             label = torch.zeros(1, dtype=torch.int64, device=image.device)
             DifferentiableBounds(classifier).lead(image, label, 0.0)
 
     def value(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-        """The loss, and the share of images whose class no perturbation of the present radius changes."""
+        """The loss, and the share of images whose class no perturbation of the present radius
+        changes.
+        """
         lead = self._bounds.lead(x, y, self.ramp * self.eps)
         rivals = lead.detach().scatter(1, y.unsqueeze(1), -torch.inf)
         return F.cross_entropy(lead, y), (rivals.amax(1) < 0).to(lead.dtype).mean()

@@ -13,17 +13,20 @@ from sj_robust.classifier import step_mode_of
 __all__ = ["compiled"]
 
 _BACKEND = "inductor"
-_OPTIONS = {"layout_optimization": False}  # the memory order is the run's; around kernels another one means copies
+_OPTIONS = {
+    "layout_optimization": False
+}  # the memory order is the run's; around kernels another one means copies
 
 
 @contextmanager
 def compiled(net: nn.Module, *, step_mode: str | None = None) -> Iterator[None]:
     """Run ``net`` through ``torch.compile`` until the context ends. 在上下文内编译网络。
 
-    It is compiled in place: modules, hooks and ``state_dict`` keys stay. A network that takes whole sequences also
-    resets its states after every pass, inside the graph, which then need not hand them out or wait for their gradients.
-    Compiling happens at the first pass of every kind (training, attack, another batch size), which then takes long.
-    ``net`` is the network inside a classifier; a ``step_mode`` of None asks its outermost step module.
+    It is compiled in place: modules, hooks and ``state_dict`` keys stay. A network that takes whole
+    sequences also resets its states after every pass, inside the graph, which then need not hand
+    them out or wait for their gradients. Compiling happens at the first pass of every kind
+    (training, attack, another batch size), which then takes long. ``net`` is the network inside a
+    classifier; a ``step_mode`` of None asks its outermost step module.
 
     Raises:
         ValueError: If torch cannot compile the network on this machine.
@@ -42,7 +45,9 @@ def compiled(net: nn.Module, *, step_mode: str | None = None) -> Iterator[None]:
     if (step_mode or step_mode_of(net)) == "m":
         forward = net.forward
 
-        def forward_and_reset(*args: Any, **kwargs: Any) -> Any:  # a hook would do it too, but more slowly
+        def forward_and_reset(
+            *args: Any, **kwargs: Any
+        ) -> Any:  # a hook would do it too, but more slowly
             outputs = forward(*args, **kwargs)
             functional.reset_net(net)
             return outputs
@@ -54,8 +59,9 @@ def compiled(net: nn.Module, *, step_mode: str | None = None) -> Iterator[None]:
     except TorchDynamoException as error:
         reason = " ".join(str(error).split("\n\n")[0].split())
         raise ValueError(
-            f"compile=True, but torch.compile cannot compile this network here ({type(error).__name__}: {reason}); "
-            "train with compile=False, or see that a C++ compiler (on a GPU also Triton) is installed"
+            "compile=True, but torch.compile cannot compile this network here "
+            f"({type(error).__name__}: {reason}); train with compile=False, or see that a C++ "
+            "compiler (on a GPU also Triton) is installed"
         ) from error
     finally:
         net._compiled_call_impl = None  # torch has no public way back

@@ -40,23 +40,27 @@ def train(
     description: Mapping[str, Any],
     resume: bool = False,
 ) -> list[EpochRecord]:
-    """Train the objective's classifier and leave ``last.pt`` and ``best.pt`` in ``folder``. 训练并保存检查点。
+    """Train the objective's classifier and leave ``last.pt`` and ``best.pt`` in ``folder``.
+    训练并保存检查点。
 
-    The perturbed images are crafted on the bare network, so nothing is reduced between processes inside an attack. What
-    is drawn for an image follows from seed, epoch and the image alone, what the network draws itself (dropout) from
-    seed, epoch, batch and process. An interrupt signal (SIGINT, SIGTERM) lets the step finish and writes a checkpoint;
-    a second one stops at once. A run may be resumed on another number of processes.
+    The perturbed images are crafted on the bare network, so nothing is reduced between processes
+    inside an attack. What is drawn for an image follows from seed, epoch and the image alone, what
+    the network draws itself (dropout) from seed, epoch, batch and process. An interrupt signal
+    (SIGINT, SIGTERM) lets the step finish and writes a checkpoint; a second one stops at once. A
+    run may be resumed on another number of processes.
 
     Args:
         objective: Loss and classifier; trained in place.
         splits: Training and validation images; the test images are not touched.
         plan: Numbers of the run.
         perturb: Makes the perturbed training images; None trains on clean images alone.
-        validation_attacks: ``"fgsm"`` and ``"pgd"``, for selection and for detecting catastrophic overfitting.
+        validation_attacks: ``"fgsm"`` and ``"pgd"``, for selection and for detecting catastrophic
+            overfitting.
         accelerator: Device, processes and precision.
         folder: Where the checkpoints go; it exists.
         journal: Is told of every step and epoch.
-        description: Network and options in plain data, stored in every checkpoint; a run is resumed only with the same.
+        description: Network and options in plain data, stored in every checkpoint; a run is resumed
+            only with the same.
         resume: Whether to go on from ``last.pt`` if there is one.
 
     Returns:
@@ -66,8 +70,9 @@ def train(
         NonFiniteLossError: If the loss or a weight becomes NaN or infinite.
         TrainingInterrupted: After a signal.
         OSError: If a checkpoint cannot be written; the one before is then intact.
-        ValueError: If a checkpoint is damaged, foreign or of a run with other options, a label is none of the classes,
-            the batch cannot be shared equally, the network is wrapped in ``nn.DataParallel``, or cannot be compiled.
+        ValueError: If a checkpoint is damaged, foreign or of a run with other options, a label is
+            none of the classes, the batch cannot be shared equally, the network is wrapped in
+            ``nn.DataParallel``, or cannot be compiled.
 
     Source: training of Ding et al. (ICML 2024), section 5, with selection on validation images.
     """
@@ -90,7 +95,9 @@ def train(
             record = run.finish_epoch(validation_attacks)
             if accelerator.is_main_process:
                 journal.show_status("perturbation and gain of every layer")
-                scalars = run.validation.scalars(run.classifier, validation_attacks["fgsm"], bounds=plan.log_bounds)
+                scalars = run.validation.scalars(
+                    run.classifier, validation_attacks["fgsm"], bounds=plan.log_bounds
+                )
                 warning = catastrophic_overfitting(run.history) if plan.single_step_attack else None
                 journal.on_epoch(record, scalars, warning)
             run.raise_if_interrupted(run.agreed_signal(received))
@@ -117,7 +124,9 @@ def check_training(
         ValueError: As :func:`train`, for what can be told before the first step.
     """
     _check_use(objective, plan, accelerator)
-    ShuffledBatches(len(splits.train), plan.batch_size, seed=plan.seed, processes=accelerator.num_processes)
+    ShuffledBatches(
+        len(splits.train), plan.batch_size, seed=plan.seed, processes=accelerator.num_processes
+    )
     image = splits.train[0][0].unsqueeze(0)
     check_outputs(objective.classifier, image, splits.classes, plan.seed)
     objective.check_layers(image)
@@ -134,19 +143,25 @@ def _check_use(objective: Objective, plan: TrainingPlan, accelerator: Accelerato
     for name, module in objective.named_modules():
         if isinstance(module, nn.DataParallel | DistributedDataParallel):
             raise ValueError(
-                f"{name} is wrapped in {type(module).__name__}, which loses neuron states or is done here: give train "
-                "the bare network, and start it with torchrun or accelerate launch for several devices"
+                f"{name} is wrapped in {type(module).__name__}, which loses neuron states or is "
+                "done here: give train the bare network, and start it with torchrun or "
+                "accelerate launch for several devices"
             )
     if objective.certified is not None:
         if accelerator.mixed_precision != "no":
             raise ValueError(
-                f"mixed_precision must be no for certified training, got {accelerator.mixed_precision}: rounding to it "
-                "moves potentials by up to 1 part in 256 (bf16) or 2048 (fp16), which the bounds do not cover"
+                "mixed_precision must be no for certified training, got "
+                f"{accelerator.mixed_precision}: rounding to it moves potentials by up to 1 part "
+                "in 256 (bf16) or 2048 (fp16), which the bounds do not cover"
             )
         if plan.compile:
-            raise ValueError("compile must be False for certified training, as a compiled network takes no bounds")
+            raise ValueError(
+                "compile must be False for certified training, as a compiled network takes no "
+                "bounds"
+            )
     if accelerator.gradient_accumulation_steps != 1:
         raise ValueError(
-            f"the accelerator must have gradient_accumulation_steps 1, got {accelerator.gradient_accumulation_steps}; "
-            "set accumulate in the plan, which the loss is divided by as well"
+            "the accelerator must have gradient_accumulation_steps 1, got "
+            f"{accelerator.gradient_accumulation_steps}; set accumulate in the plan, which the "
+            "loss is divided by as well"
         )

@@ -18,8 +18,11 @@ _WRITTEN_FIRST = {CONFIGURATION_FILE, "README.md", "log.txt"}
 """Files of a run that say nothing of its work."""
 
 
-def run_to_resume(output: str | None, stem: str, root: Path = Path("runs"), mark: str = "*/last.pt") -> Path:
-    """The folder of an earlier run: ``output``, or the newest ``root/stem-NUMBER`` with a checkpoint.
+def run_to_resume(
+    output: str | None, stem: str, root: Path = Path("runs"), mark: str = "*/last.pt"
+) -> Path:
+    """The folder of an earlier run: ``output``, or the newest ``root/stem-NUMBER`` with a
+    checkpoint.
 
     查找要继续的运行。
 
@@ -27,7 +30,8 @@ def run_to_resume(output: str | None, stem: str, root: Path = Path("runs"), mark
         output: The folder, None for the newest.
         stem: Name of a folder under ``root`` up to its number.
         root: Where folders with numbers are.
-        mark: Files, as a glob pattern, that tell a run with something to go on with from one that failed at its start.
+        mark: Files, as a glob pattern, that tell a run with something to go on with from one that
+            failed at its start.
 
     Raises:
         FileNotFoundError: If there is no such run with a configuration in it.
@@ -42,13 +46,16 @@ def run_to_resume(output: str | None, stem: str, root: Path = Path("runs"), mark
         'digits-7'
     """
     if output is None:  # a run that failed at its start has nothing to go on with
-        numbers = (number for number in _numbers(stem, root) if any((root / f"{stem}-{number}").glob(mark)))
+        numbers = (
+            number for number in _numbers(stem, root) if any((root / f"{stem}-{number}").glob(mark))
+        )
         folder = root / f"{stem}-{max(numbers, default=0)}"
     else:
         folder = Path(output)
     if not (folder / CONFIGURATION_FILE).is_file():
         raise FileNotFoundError(
-            f"no run to resume: {folder / CONFIGURATION_FILE} is missing; give the run's folder with --output"
+            f"no run to resume: {folder / CONFIGURATION_FILE} is missing; give the run's folder "
+            "with --output"
         )
     return folder
 
@@ -62,7 +69,8 @@ def open_run_folder(
     resume: bool = False,
     root: Path = Path("runs"),
 ) -> Path:
-    """Make the folder of a run, with its configuration in it; the same on every process. 创建运行目录。
+    """Make the folder of a run, with its configuration in it; the same on every process.
+    创建运行目录。
 
     Args:
         output: The folder, None for the first free ``root/stem-NUMBER``.
@@ -85,16 +93,24 @@ def open_run_folder(
     """
     folders = [""]
     if accelerator.is_main_process:
-        folder = root / f"{stem}-{max(_numbers(stem, root), default=0) + 1}" if output is None else Path(output)
+        folder = (
+            root / f"{stem}-{max(_numbers(stem, root), default=0) + 1}"
+            if output is None
+            else Path(output)
+        )
         if not resume:
             if folder.is_dir() and any(folder.iterdir()):
-                raise FileExistsError(f"{folder} is not empty: continue its run with --resume, or change --output")
+                raise FileExistsError(
+                    f"{folder} is not empty: continue its run with --resume, or change --output"
+                )
             text = yaml.safe_dump(dict(configuration), sort_keys=False)
             try:
                 folder.mkdir(parents=True, exist_ok=True)
                 (folder / CONFIGURATION_FILE).write_text(text, encoding="utf-8")
             except OSError as error:
-                raise OSError(f"{folder} cannot be written ({error.strerror}); give another --output") from error
+                raise OSError(
+                    f"{folder} cannot be written ({error.strerror}); give another --output"
+                ) from error
         folders = [str(folder)]
     if accelerator.num_processes > 1:
         broadcast_object_list(folders)
@@ -103,7 +119,8 @@ def open_run_folder(
 
 @contextmanager
 def removed_if_unused(folder: Path, *, resume: bool) -> Iterator[None]:
-    """Take a new folder away if the run is refused, or misses a file, before it leaves anything. 清理未使用的运行目录。
+    """Take a new folder away if the run is refused, or misses a file, before it leaves anything.
+    清理未使用的运行目录。
 
     Args:
         folder: Folder of the run.

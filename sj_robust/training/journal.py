@@ -9,7 +9,14 @@ from typing import Any
 
 from accelerate import Accelerator
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from torch.utils.tensorboard import SummaryWriter
 
 from sj_robust._console import moving, working
@@ -21,17 +28,22 @@ __all__ = ["Journal"]
 
 _BAR = 12
 _AROUND_STATUS = _BAR + 14
-"""Columns of a line of progress that are taken by the bar, the time left and what is between them."""
+"""Columns of a line of progress that are taken by the bar, the time left and what is between
+them.
+"""
 
 
 class Journal:
-    """Writes ``log.txt`` and ``tensorboard/`` in a folder and shows progress on the console. 训练日志。
+    """Writes ``log.txt`` and ``tensorboard/`` in a folder and shows progress on the console.
+    训练日志。
 
-    On a terminal a bar shows the loss parts, accuracy, images per second and time left at every step; elsewhere a line
-    per epoch does. Images per second include the making of perturbed images, and leave validation out.
+    On a terminal a bar shows the loss parts, accuracy, images per second and time left at every
+    step; elsewhere a line per epoch does. Images per second include the making of perturbed images,
+    and leave validation out.
 
     Args:
-        folder: Where to write; None makes a journal that says nothing, for all processes but the first.
+        folder: Where to write; None makes a journal that says nothing, for all processes but the
+            first.
 
     Attributes:
         console: Where it prints; a bar shown there is not torn by what is said meanwhile.
@@ -77,28 +89,43 @@ class Journal:
                 file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
         except OSError as error:
             raise OSError(
-                f"{path} could not be written ({error.strerror}); the checkpoints are intact. Free some space "
-                " or restore the folder, then continue with --resume"
+                f"{path} could not be written ({error.strerror}); the checkpoints are intact. "
+                "Free some space  or restore the folder, then continue with --resume"
             ) from error
 
     def begin(
-        self, configuration: Mapping[str, Any], defaults: Mapping[str, Any], accelerator: Accelerator
+        self,
+        configuration: Mapping[str, Any],
+        defaults: Mapping[str, Any],
+        accelerator: Accelerator,
     ) -> dict[str, str]:
-        """Log versions, device, commit and every option; the console sees the versions and what is not a default.
+        """Log versions, device, commit and every option; the console sees the versions and what is
+        not a default.
 
         Returns the environment, for the report.
         """
         where = environment(accelerator.device) | {"processes": str(accelerator.num_processes)}
         for title, values in (("environment", where), ("configuration", configuration)):
-            self._log("\n  ".join([f"{title}:", *(f"{name}: {value}" for name, value in values.items())]))
-        units = bfloat16_units()
-        if (accelerator.device.type, accelerator.mixed_precision) == ("cpu", "no") and units is not None:
             self._log(
-                f"this processor multiplies in bfloat16 ({units}); for larger networks try --mixed-precision bf16"
+                "\n  ".join([f"{title}:", *(f"{name}: {value}" for name, value in values.items())])
             )
-        shown = ", ".join(f"{name} {where[name]}" for name in ("sj_robust", "spikingjelly", "torch", "device"))
+        units = bfloat16_units()
+        if (accelerator.device.type, accelerator.mixed_precision) == (
+            "cpu",
+            "no",
+        ) and units is not None:
+            self._log(
+                f"this processor multiplies in bfloat16 ({units}); for larger networks try "
+                "--mixed-precision bf16"
+            )
+        shown = ", ".join(
+            f"{name} {where[name]}" for name in ("sj_robust", "spikingjelly", "torch", "device")
+        )
         changed = {name: value for name, value in configuration.items() if value != defaults[name]}
-        options = ", ".join(f"{name} {_word(value)}" for name, value in changed.items()) or "none but the defaults"
+        options = (
+            ", ".join(f"{name} {_word(value)}" for name, value in changed.items())
+            or "none but the defaults"
+        )
         self.console.print(f"{shown}\noptions: {options}\nwriting to {self._folder}", markup=False)
         return where
 
@@ -115,15 +142,21 @@ class Journal:
             self._progress.update(self._task, status=text)
 
     @contextmanager
-    def follow(self, name: str, *, epochs: int, batches: int, images: int, epoch: int, batch: int) -> Iterator[None]:
-        """Follow the training of one network in steps of ``images``; it stands at ``batch`` of ``epoch``, from 0."""
+    def follow(
+        self, name: str, *, epochs: int, batches: int, images: int, epoch: int, batch: int
+    ) -> Iterator[None]:
+        """Follow the training of one network in steps of ``images``; it stands at ``batch`` of
+        ``epoch``, from 0.
+        """
         if self._folder is None:
             yield
             return
         self._name, self._epochs, self._images = name, epochs, images
         self._writer = SummaryWriter(self._folder / "tensorboard" / name, purge_step=epoch + 1)
         self._started, self._first_epoch = time.monotonic(), epoch + batch / batches
-        self._task = self._progress.add_task(name, total=epochs * batches, completed=epoch * batches + batch, status="")
+        self._task = self._progress.add_task(
+            name, total=epochs * batches, completed=epoch * batches + batch, status=""
+        )
         self._progress.start()
         self._times = [time.monotonic()]
         try:
@@ -142,7 +175,9 @@ class Journal:
             rate = f", {_per_second(self._times[-21:]) * self._images:.0f} images/s"
             self._progress.update(self._task, advance=1, status=self._fitting(losses, rate))
 
-    def on_epoch(self, record: EpochRecord, scalars: Mapping[str, float], warning: str | None) -> None:
+    def on_epoch(
+        self, record: EpochRecord, scalars: Mapping[str, float], warning: str | None
+    ) -> None:
         """Log an epoch, with further scalars for TensorBoard."""
         if self._folder is None:
             return
@@ -150,7 +185,8 @@ class Journal:
         rate = _per_second(self._times) * self._images
         self.say(
             f"{self._name} epoch {record.epoch}/{self._epochs}: {_summary(record.losses)}; "
-            f"validation {validation}{f'; {rate:.0f} images/s' if rate else ''}{self._time_left(record.epoch)}"
+            "validation "
+            f"{validation}{f'; {rate:.0f} images/s' if rate else ''}{self._time_left(record.epoch)}"
         )
         if warning is not None:
             self.say(f"WARNING: {warning}")
@@ -163,7 +199,9 @@ class Journal:
         self._times = [time.monotonic()]
 
     def show_gallery(self, name: str, gallery: Gallery, epoch: int) -> None:
-        """Images under attack, both runs, and histograms of what moves in every layer, for TensorBoard."""
+        """Images under attack, both runs, and histograms of what moves in every layer, for
+        TensorBoard.
+        """
         if self._folder is None:
             return
         with SummaryWriter(self._folder / "tensorboard" / name) as writer:
@@ -174,14 +212,18 @@ class Journal:
                 writer.add_histogram(f"mppd/{layer}", trace.eps, epoch)
 
     def _fitting(self, losses: Mapping[str, float], rate: str) -> str:
-        """The longest of the texts on a step that the line has room for beside name, bar and time."""
+        """The longest of the texts on a step that the line has room for beside name, bar and
+        time.
+        """
         room = self.console.width - len(self._name) - _AROUND_STATUS
         short = f"loss {losses['total']:.3f}, accuracy {_accuracies(losses)}"
         texts = (_summary(losses) + rate, short + rate, short)
         return next((text for text in texts if len(text) <= room), f"loss {losses['total']:.3f}")
 
     def _time_left(self, epoch: int) -> str:
-        """Estimate from the epochs of this process; there are none if it resumed after the last batch of an epoch."""
+        """Estimate from the epochs of this process; there are none if it resumed after the last
+        batch of an epoch.
+        """
         done = epoch - self._first_epoch
         passed = time.monotonic() - self._started
         return f"; {passed / done * (self._epochs - epoch):.0f} s left" if done > 0 else ""
@@ -197,7 +239,9 @@ def _summary(losses: Mapping[str, float]) -> str:
     """The losses in words, without the parts and the passes that training does not have."""
     penalties = [name for name in losses if name.startswith("penalty/")]
     shown = [
-        name for name in ("clean", "perturbed", "mppd", "certified", *(penalties or ["penalty"])) if losses.get(name)
+        name
+        for name in ("clean", "perturbed", "mppd", "certified", *(penalties or ["penalty"]))
+        if losses.get(name)
     ]
     parts = ", ".join(f"{name.removeprefix('penalty/')} {losses[name]:.3f}" for name in shown)
     return f"loss {losses['total']:.3f} ({parts}), accuracy {_accuracies(losses)}"
@@ -205,7 +249,11 @@ def _summary(losses: Mapping[str, float]) -> str:
 
 def _accuracies(losses: Mapping[str, float]) -> str:
     """Accuracy on clean and on perturbed images, and proved, as far as training looks at them."""
-    passes = (("clean", "accuracy"), ("perturbed", "accuracy_perturbed"), ("certified", "accuracy_certified"))
+    passes = (
+        ("clean", "accuracy"),
+        ("perturbed", "accuracy_perturbed"),
+        ("certified", "accuracy_certified"),
+    )
     return " / ".join(f"{losses[name]:.1%}" for loss, name in passes if losses[loss])
 
 

@@ -15,24 +15,31 @@ _ROUNDS = 3
 _GAIN = 0.95  # of the time, so that a change of order is worth its rounding
 
 
-def choose_channels_last(classifier: nn.Module, images: Tensor, accelerator: Accelerator, seed: int) -> bool:
-    """Whether the network is to be stored channels last: always on CUDA; on a CPU in half precision if it is faster.
+def choose_channels_last(
+    classifier: nn.Module, images: Tensor, accelerator: Accelerator, seed: int
+) -> bool:
+    """Whether the network is to be stored channels last: always on CUDA; on a CPU in half precision
+    if it is faster.
 
-    There it is measured, by passes forward and backward over ``images``; the main process decides for all, since their
-    gradients are summed as they lie in memory. In float32 the order on a CPU is never changed, so that a run can be
-    repeated bit by bit.
+    There it is measured, by passes forward and backward over ``images``; the main process decides
+    for all, since their gradients are summed as they lie in memory. In float32 the order on a CPU
+    is never changed, so that a run can be repeated bit by bit.
     """
     if accelerator.device.type == "cuda":
         return True
     if accelerator.mixed_precision == "no" or images.ndim != 4:
         return False
-    choice = [_is_faster(classifier, images, accelerator, seed) if accelerator.is_main_process else False]
+    choice = [
+        _is_faster(classifier, images, accelerator, seed) if accelerator.is_main_process else False
+    ]
     broadcast_object_list(choice)
     return bool(choice[0])
 
 
 def store_channels_last(module: nn.Module) -> None:
-    """Put the weights of two-dimensional convolutions into this order; the parameters stay the same objects."""
+    """Put the weights of two-dimensional convolutions into this order; the parameters stay the same
+    objects.
+    """
     for parameter in module.parameters():
         if parameter.ndim == 4:
             parameter.data = parameter.data.contiguous(memory_format=torch.channels_last)
@@ -46,7 +53,9 @@ def _is_faster(classifier: nn.Module, images: Tensor, accelerator: Accelerator, 
         for channels_last in (False, True) * _ROUNDS:
             if channels_last:
                 store_channels_last(classifier)
-            x = images.contiguous(memory_format=torch.channels_last if channels_last else torch.contiguous_format)
+            x = images.contiguous(
+                memory_format=torch.channels_last if channels_last else torch.contiguous_format
+            )
             start = time.perf_counter()
             with accelerator.autocast():
                 total = classifier(x).float().sum()

@@ -21,29 +21,39 @@ from sj_robust.training.penalties import GradientSparsity, Penalty, StabilityGai
 from sj_robust.training.plan import SelectName
 
 __all__ = [
-    "MODES", "Mode", "ModeName", "final_attacks", "make_penalties", "trades", "training_attack", "validation_attacks",
-]  # fmt: skip
+    "MODES",
+    "Mode",
+    "ModeName",
+    "final_attacks",
+    "make_penalties",
+    "trades",
+    "training_attack",
+    "validation_attacks",
+]
 
 ModeName = Literal["none", "gaussian", "at", "rat", "pgd_at", "trades", "certified"]
 
 
 @dataclass(frozen=True)
 class Mode:
-    """The options of a training mode where its source and this package agree on none other. 训练模式的默认选项。
+    """The options of a training mode where its source and this package agree on none other.
+    训练模式的默认选项。
 
     Attributes:
         name: Name of the mode.
-        attack_steps: Gradient steps that make a perturbed image; 0 where it is noise or there is none.
+        attack_steps: Gradient steps that make a perturbed image; 0 where it is noise or there is
+            none.
         loss: Loss of :class:`Objective`.
         kappa: Weight of the clean cross entropy, at the end of the training for ``certified``.
         rho: Weight of MS-MPPD.
         weight_decay: Weight decay of the optimizer.
-        retraction: Length beta of the step towards orthonormal rows after the optimizer's; 0 for none.
+        retraction: Length beta of the step towards orthonormal rows after the optimizer's; 0 for
+            none.
         select: Validation figure that the best epoch is chosen by.
         idle: Options of ``recipes/adv_train.py`` that change nothing with this mode.
 
-    Source: Ding et al. (ICML 2024; NeurIPS 2022 for ``rat``), Madry et al. (ICLR 2018), Zhang et al. (ICML 2019), Gowal
-        et al. (arXiv 1810.12715) for ``certified``.
+    Source: Ding et al. (ICML 2024; NeurIPS 2022 for ``rat``), Madry et al. (ICLR 2018), Zhang et
+        al. (ICML 2019), Gowal et al. (arXiv 1810.12715) for ``certified``.
 
     Examples:
         >>> MODES["rat"].weight_decay, MODES["pgd_at"].kappa
@@ -62,17 +72,36 @@ class Mode:
 
     @property
     def single_step(self) -> bool:
-        """Whether one gradient step makes the images to learn, after which catastrophic overfitting is looked for."""
+        """Whether one gradient step makes the images to learn, after which catastrophic overfitting
+        is looked for.
+        """
         return self.attack_steps == 1 and self.loss != "certified"
 
 
-_OF_CRAFTING = ("step_size", "attack_steps", "noise_std", "project", "beta", "trades_weight", "certified_eps")
+_OF_CRAFTING = (
+    "step_size",
+    "attack_steps",
+    "noise_std",
+    "project",
+    "beta",
+    "trades_weight",
+    "certified_eps",
+)
 """Options that have no meaning where the images to learn are not made with gradients."""
 
 _MODES = (
-    Mode("none", select="clean", idle=("rho", "kappa", "layers", "norm", "indicator", "input_gain", *_OF_CRAFTING)),
+    Mode(
+        "none",
+        select="clean",
+        idle=("rho", "kappa", "layers", "norm", "indicator", "input_gain", *_OF_CRAFTING),
+    ),
     Mode("gaussian", rho=1.0, idle=_OF_CRAFTING),
-    Mode("at", attack_steps=1, rho=1.0, idle=("attack_steps", "beta", "trades_weight", "certified_eps")),
+    Mode(
+        "at",
+        attack_steps=1,
+        rho=1.0,
+        idle=("attack_steps", "beta", "trades_weight", "certified_eps"),
+    ),
     Mode(
         "rat",
         attack_steps=1,
@@ -87,7 +116,9 @@ _MODES = (
         kappa=0.0,
         idle=("noise_std", "project", "beta", "trades_weight", "certified_eps"),
     ),
-    Mode("trades", attack_steps=10, loss="trades", idle=("kappa", "project", "beta", "certified_eps")),
+    Mode(
+        "trades", attack_steps=10, loss="trades", idle=("kappa", "project", "beta", "certified_eps")
+    ),
     Mode(
         "certified",
         attack_steps=1,
@@ -115,19 +146,22 @@ def training_attack(
 
     - ``"none"``: it makes none.
     - ``"gaussian"``: ``x + eps * n`` with ``n ~ N(0, 1)``, not clamped.
-    - ``"at"``, ``"rat"``: :func:`sj_robust.attacks.rfgsm`, one step from ``x + noise_std * n``; ``"certified"`` too,
-      for terms beside its bounds.
-    - ``"pgd_at"``: the last iterate of :func:`sj_robust.attacks.pgd` on the cross entropy, from a uniform start.
+    - ``"at"``, ``"rat"``: :func:`sj_robust.attacks.rfgsm`, one step from ``x + noise_std * n``;
+      ``"certified"`` too, for terms beside its bounds.
+    - ``"pgd_at"``: the last iterate of :func:`sj_robust.attacks.pgd` on the cross entropy, from a
+      uniform start.
     - ``"trades"``: :func:`trades`, from ``x + noise_std * n``.
 
-    Every attack runs the network in evaluation mode and takes a ``torch.Generator`` or ``SampleSeeds``.
+    Every attack runs the network in evaluation mode and takes a ``torch.Generator`` or
+    ``SampleSeeds``.
 
     Args:
         mode: A name of :data:`MODES`.
         eps: Linf radius in units of [0, 1] images; the standard deviation for ``"gaussian"``.
         step_size: Length of a step; None is ``eps`` for one step and ``eps / 4`` for several.
         noise_std: Noise at the start of ``"at"``, ``"rat"`` and ``"trades"``.
-        project: Whether the one step of ``"at"`` and ``"rat"`` is projected onto the ball; the published code does not.
+        project: Whether the one step of ``"at"`` and ``"rat"`` is projected onto the ball; the
+            published code does not.
         steps: Gradient steps of ``"pgd_at"`` and ``"trades"``; None is 7 and 10.
 
     Returns:
@@ -136,8 +170,8 @@ def training_attack(
     Raises:
         ValueError: If the mode is unknown, or an option does not belong to it.
 
-    Source: Ding et al. (ICML 2024), section 4; Madry et al. (ICLR 2018), CIFAR-10: 7 steps of eps / 4; Zhang et al.
-        (ICML 2019): 10 steps.
+    Source: Ding et al. (ICML 2024), section 4; Madry et al. (ICLR 2018), CIFAR-10: 7 steps of eps /
+        4; Zhang et al. (ICML 2019): 10 steps.
 
     Examples:
         >>> attack = training_attack("pgd_at", eps=8 / 255)
@@ -150,9 +184,13 @@ def training_attack(
         raise ValueError(f"mode must be one of {', '.join(get_args(ModeName))}, got {mode!r}")
     several = MODES[mode].attack_steps > 1
     if several and not project:
-        raise ValueError(f"project=False belongs to modes at and rat; {mode} projects every step, leave it out")
+        raise ValueError(
+            f"project=False belongs to modes at and rat; {mode} projects every step, leave it out"
+        )
     if steps is not None and not several:
-        raise ValueError(f"steps belongs to modes pgd_at and trades, got steps={steps} for {mode}; leave it out")
+        raise ValueError(
+            f"steps belongs to modes pgd_at and trades, got steps={steps} for {mode}; leave it out"
+        )
     if mode == "none":
         return None
     if mode == "gaussian":
@@ -167,7 +205,8 @@ def training_attack(
 
 
 def validation_attacks(eps: float) -> dict[str, Attack]:
-    """Attacks after every epoch: PGD of 7 steps selects, FGSM beside it shows catastrophic overfitting. 验证时的攻击。
+    """Attacks after every epoch: PGD of 7 steps selects, FGSM beside it shows catastrophic
+    overfitting. 验证时的攻击。
 
     Args:
         eps: Linf radius in units of [0, 1] images.
@@ -181,7 +220,10 @@ def validation_attacks(eps: float) -> dict[str, Attack]:
         >>> list(validation_attacks(8 / 255))
         ['fgsm', 'pgd']
     """
-    return {"fgsm": partial(fgsm, eps=eps), "pgd": partial(pgd, eps=eps, step_size=eps / 3, steps=7)}
+    return {
+        "fgsm": partial(fgsm, eps=eps),
+        "pgd": partial(pgd, eps=eps, step_size=eps / 3, steps=7),
+    }
 
 
 def final_attacks(eps: float) -> dict[str, Attack]:
@@ -210,7 +252,8 @@ def make_penalties(
     guard_margin: float = 0.5,
     gain_penalty: float = 0.0,
 ) -> list[Penalty]:
-    """Penalties of the objective by their weights; those of weight 0 are left out. 按权重构建惩罚项。
+    """Penalties of the objective by their weights; those of weight 0 are left out.
+    按权重构建惩罚项。
 
     Args:
         gradient_sparsity: Weight of :class:`GradientSparsity`.
@@ -246,18 +289,22 @@ def trades(
     noise_std: float = 0.001,
     generator: torch.Generator | SampleSeeds | None = None,
 ) -> Tensor:
-    """Inner maximisation of TRADES: away from the clean prediction, whatever the label is. TRADES 的内层最大化。
+    """Inner maximisation of TRADES: away from the clean prediction, whatever the label is. TRADES
+    的内层最大化。
 
     Equation, with p(x) the softmax of the logits and ``n ~ N(0, 1)``::
 
         x[0] = x + noise_std * n
-        x[k+1] = clamp(x[k] + step_size * sign(grad_x[k] KL(p(x) || p(x[k]))), max(x - eps, 0), min(x + eps, 1))
+        x[k+1] = clamp(x[k] + step_size * sign(grad_x[k] KL(p(x) || p(x[k]))), max(x - eps, 0),
+        min(x + eps, 1))
 
-    Where p(x[k]) = p(x) the divergence has no gradient. A spiking network answers in steps, so if the noise flips no
-    spike of an image, the sign of rounding errors decides the first step there; a larger ``noise_std`` avoids it.
+    Where p(x[k]) = p(x) the divergence has no gradient. A spiking network answers in steps, so if
+    the noise flips no spike of an image, the sign of rounding errors decides the first step there;
+    a larger ``noise_std`` avoids it.
 
     Args:
-        model: Images [N, ...] to logits [N, classes]; it sees x[0], which may leave [0, 1] by the noise.
+        model: Images [N, ...] to logits [N, classes]; it sees x[0], which may leave [0, 1] by the
+            noise.
         x: Images in [0, 1], floating point.
         y: Labels [N] int64, not used by the attack.
         eps: Linf radius in units of [0, 1] images; never exceeded, see ``linf_bounds``.
@@ -267,9 +314,11 @@ def trades(
         generator: Seeds the noise; None draws fresh numbers, global generators untouched.
 
     Returns:
-        The last iterate, in shape, dtype and device of ``x``; errors are those of :mod:`sj_robust.attacks`.
+        The last iterate, in shape, dtype and device of ``x``; errors are those of
+        :mod:`sj_robust.attacks`.
 
-    Source: Zhang et al., "Theoretically Principled Trade-off between Robustness and Accuracy" (ICML 2019).
+    Source: Zhang et al., "Theoretically Principled Trade-off between Robustness and Accuracy" (ICML
+        2019).
 
     Examples:
         >>> weight = torch.tensor([[0.0, 0.0], [1.0, -2.0]])

@@ -1,4 +1,6 @@
-"""The training objective: cross entropy of the clean and the perturbed image, and the perturbation between them."""
+"""The training objective: cross entropy of the clean and the perturbed image, and the perturbation
+between them.
+"""
 
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
@@ -26,12 +28,14 @@ class Losses(NamedTuple):
     Attributes:
         total: What is minimised.
         clean: Cross entropy of the clean images; 0 if the objective does not run them.
-        perturbed: Cross entropy of the perturbed images; 0 without any, or if the objective does not run them.
+        perturbed: Cross entropy of the perturbed images; 0 without any, or if the objective does
+            not run them.
         mppd: MS-MPPD, or the indicator in its place, before its weight; 0 if it has none.
         certified: Cross entropy of the worst logits that bounds allow; 0 without them.
         accuracy: Share of the clean images that are classified right; 0 if they do not run.
         accuracy_perturbed: The same of the perturbed images.
-        accuracy_certified: Share of the images that keep their class whatever the perturbation, by these bounds.
+        accuracy_certified: Share of the images that keep their class whatever the perturbation, by
+            these bounds.
         penalty: Sum of all penalties with their weights.
     """
 
@@ -55,19 +59,20 @@ class Objective(nn.Module):
         L = CE(f(x), y) + trades_weight * KL(f(x) || f(x~))    + rho * MS-MPPD + sum of weight * penalty
         L = k * CE(f(x), y) + (1 - k) * CE(z, y)               + rho * MS-MPPD + sum of weight * penalty
 
-    or, but for ``"certified"``, ``CE(f(x), y)`` and the penalties without perturbed images. z are the worst logits that
-    bounds over a ball allow (:class:`CertifiedLoss`), ``1 - k`` is ``1 - kappa`` times its ramp, and the clean images
-    always run. The divergence is that of the softmax distributions,
-    a mean over the batch with a gradient through both of its sides. In MS-MPPD's place can stand the mean square (or
-    absolute value, ``norm``) of a difference of spikes, see :meth:`MPPDMonitor.loss`: ``s[t] - s~[t]`` for ``"std"``,
-    ``mean_t s - mean_t s~`` for ``"tasad"``, both through the surrogate. The clean pass is a constant in all three.
+    or, but for ``"certified"``, ``CE(f(x), y)`` and the penalties without perturbed images. z are
+    the worst logits that bounds over a ball allow (:class:`CertifiedLoss`), ``1 - k`` is ``1 -
+    kappa`` times its ramp, and the clean images always run. The divergence is that of the softmax
+    distributions, a mean over the batch with a gradient through both of its sides. In MS-MPPD's
+    place can stand the mean square (or absolute value, ``norm``) of a difference of spikes, see
+    :meth:`MPPDMonitor.loss`: ``s[t] - s~[t]`` for ``"std"``, ``mean_t s - mean_t s~`` for
+    ``"tasad"``, both through the surrogate. The clean pass is a constant in all three.
 
-    Both passes run in the module's own mode, the clean one first, so in training mode batch norm sees one after the
-    other. A pass that no term needs is left out: the clean one at kappa 0 and rho 0, the perturbed one at kappa 1 and
-    rho 0.
+    Both passes run in the module's own mode, the clean one first, so in training mode batch norm
+    sees one after the other. A pass that no term needs is left out: the clean one at kappa 0 and
+    rho 0, the perturbed one at kappa 1 and rho 0.
 
-    Shapes: images [N, C, H, W] or frames [N, T, C, H, W], labels [N]; the parts are scalars. Both passes happen inside
-    one ``forward``, which is what DDP needs to reduce every gradient once.
+    Shapes: images [N, C, H, W] or frames [N, T, C, H, W], labels [N]; the parts are scalars. Both
+    passes happen inside one ``forward``, which is what DDP needs to reduce every gradient once.
 
     Args:
         classifier: The network to train.
@@ -75,23 +80,29 @@ class Objective(nn.Module):
         rho: Weight of MS-MPPD, >= 0; 0 leaves the monitor out.
         layers: ``"last"`` (the spiking layer executed last), ``"all"``, or names of spiking layers.
         norm: ``"l2"`` for the mean square, ``"l1"`` for the mean absolute value.
-        input_gain: Whether DLIF's learnable gain is part of the perturbation; the paper leaves it out.
+        input_gain: Whether DLIF's learnable gain is part of the perturbation; the paper leaves it
+            out.
         loss: ``"paper"``, ``"trades"`` or ``"certified"``.
         trades_weight: Weight of the divergence, >= 0 (the 1/lambda of TRADES).
         indicator: ``"mppd"``, ``"tasad"`` or ``"std"``.
         penalties: Further terms, each with its weight; those of weight 0 are left out.
-        certified_eps: Linf radius of the bounds at the end of the training; for ``"certified"`` alone.
+        certified_eps: Linf radius of the bounds at the end of the training; for ``"certified"``
+            alone.
 
     Attributes:
-        certified: The part with the bounds, whose ``progress`` the training sets; None for another loss.
-        penalty_values: Value before its weight of every penalty in the last forward, by name, without a graph.
+        certified: The part with the bounds, whose ``progress`` the training sets; None for another
+            loss.
+        penalty_values: Value before its weight of every penalty in the last forward, by name,
+            without a graph.
 
     Raises:
-        ValueError: If a weight is out of range, a name unknown, two penalties have the same name, or the radius is
-            missing or out of range; for ``"certified"``, if something in the network has no bounds.
+        ValueError: If a weight is out of range, a name unknown, two penalties have the same name,
+            or the radius is missing or out of range; for ``"certified"``, if something in the
+            network has no bounds.
 
-    Source: Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024), section 4; kappa 0.5 and rho 1. Zhang et
-        al., "Theoretically Principled Trade-off between Robustness and Accuracy" (ICML 2019); weight 6.
+    Source: Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024), section 4; kappa 0.5
+        and rho 1. Zhang et al., "Theoretically Principled Trade-off between Robustness and
+        Accuracy" (ICML 2019); weight 6.
 
     Examples:
         >>> import torch
@@ -120,11 +131,15 @@ class Objective(nn.Module):
         """Attach the monitor if the objective needs one; see the class."""
         super().__init__()
         if not 0.0 <= kappa <= 1.0:
-            raise ValueError(f"kappa must be in [0, 1], got {kappa}; it is the weight of the clean images")
+            raise ValueError(
+                f"kappa must be in [0, 1], got {kappa}; it is the weight of the clean images"
+            )
         if not 0.0 <= rho < float("inf"):
             raise ValueError(f"rho must be >= 0 and finite, got {rho}; 0 turns MS-MPPD off")
         if not 0.0 <= trades_weight < float("inf"):
-            raise ValueError(f"trades_weight must be >= 0 and finite, got {trades_weight}; TRADES takes 6")
+            raise ValueError(
+                f"trades_weight must be >= 0 and finite, got {trades_weight}; TRADES takes 6"
+            )
         for name, value, known in (
             ("norm", norm, ("l2", "l1")),
             ("loss", loss, get_args(LossName)),
@@ -134,11 +149,14 @@ class Objective(nn.Module):
                 raise ValueError(f"{name} must be one of {known}, got {value!r}")
         names = [penalty.name for penalty in penalties]
         if len(set(names)) < len(names):
-            raise ValueError(f"penalties must differ in name, got {', '.join(names)}; leave one of the same name out")
+            raise ValueError(
+                f"penalties must differ in name, got {', '.join(names)}; leave one of the same "
+                "name out"
+            )
         if (certified_eps is None) == (loss == "certified"):
             raise ValueError(
-                f"certified_eps belongs to loss 'certified' and to no other, got {certified_eps} for {loss!r}; give "
-                "both or neither"
+                f"certified_eps belongs to loss 'certified' and to no other, got {certified_eps} "
+                f"for {loss!r}; give both or neither"
             )
         self.classifier = classifier
         self.certified = None if certified_eps is None else CertifiedLoss(classifier, certified_eps)
@@ -154,15 +172,20 @@ class Objective(nn.Module):
         self.penalty_values: dict[str, Tensor] = {}
         self.monitor: MPPDMonitor | None = None
         if rho > 0:
-            self.monitor = MPPDMonitor(classifier.net, layers=self.layers, keep="loss", spikes=indicator != "mppd")
+            self.monitor = MPPDMonitor(
+                classifier.net, layers=self.layers, keep="loss", spikes=indicator != "mppd"
+            )
 
     def check_layers(self, x: Tensor) -> None:
-        """Refuse layers that cannot be followed, by running the network on ``x``, which changes nothing else.
+        """Refuse layers that cannot be followed, by running the network on ``x``, which changes
+        nothing else.
 
-        The monitor then knows which layer is executed last, and follows it alone from the first step on.
+        The monitor then knows which layer is executed last, and follows it alone from the first
+        step on.
 
         Raises:
-            ValueError: If a layer cannot be followed, or something has no bounds that the loss needs.
+            ValueError: If a layer cannot be followed, or something has no bounds that the loss
+                needs.
         """
         if self.certified is not None:
             self.certified.check(x)
@@ -172,7 +195,9 @@ class Objective(nn.Module):
             self.monitor.clear_recorded_data()
 
     def forward(self, x: Tensor, y: Tensor, x_perturbed: Tensor | None = None) -> Losses:
-        """Parts of the objective for images ``x`` with labels ``y``; without perturbed images, plain cross entropy."""
+        """Parts of the objective for images ``x`` with labels ``y``; without perturbed images,
+        plain cross entropy.
+        """
         passes = self._run(x, y, x_perturbed)
         zero = torch.zeros((), dtype=passes.first[1].dtype, device=x.device)
         clean = perturbed = certified = mppd = penalty = zero
@@ -196,7 +221,9 @@ class Objective(nn.Module):
         else:
             total = self.kappa * clean + (1 - self.kappa) * perturbed
         if self.monitor is not None and x_perturbed is not None:
-            mppd = self.monitor.loss(self.layers, self.norm, self.input_gain, indicator=self.indicator, retain=False)
+            mppd = self.monitor.loss(
+                self.layers, self.norm, self.input_gain, indicator=self.indicator, retain=False
+            )
             total = total + self.rho * mppd
         self.penalty_values = {}
         for term in self.penalties:
@@ -218,7 +245,9 @@ class Objective(nn.Module):
     def _run(self, x: Tensor, y: Tensor, x_perturbed: Tensor | None) -> ForwardPasses:
         """The passes that the objective needs, watched by the monitor and the penalties."""
         needs_both = self.monitor is not None or self.loss == "trades"
-        runs_clean = x_perturbed is None or self.kappa > 0 or needs_both or self.certified is not None
+        runs_clean = (
+            x_perturbed is None or self.kappa > 0 or needs_both or self.certified is not None
+        )
         weighs_perturbed = self.kappa < 1 and self.certified is None
         runs_perturbed = x_perturbed is not None and (weighs_perturbed or needs_both)
         if any(penalty.input_gradient for penalty in self.penalties):

@@ -20,14 +20,16 @@ __all__ = ["ForwardPasses", "GradientSparsity", "Penalty", "StabilityGain", "Thr
 
 @dataclass(frozen=True)
 class ForwardPasses:
-    """What one training step has run so far, for a penalty to build on. 一步训练中已完成的前向传播。
+    """What one training step has run so far, for a penalty to build on.
+    一步训练中已完成的前向传播。
 
     Attributes:
         classifier: The network in training, in the mode of the objective.
         y: Labels [N].
         x: Clean images [N, ...].
         x_perturbed: Perturbed images, None without any.
-        logits: Logits [N, classes] of the clean images with their graph, None if the objective ran no clean pass.
+        logits: Logits [N, classes] of the clean images with their graph, None if the objective ran
+            no clean pass.
         logits_perturbed: The same of the perturbed images.
     """
 
@@ -40,7 +42,9 @@ class ForwardPasses:
 
     @property
     def first(self) -> tuple[Tensor, Tensor]:
-        """Images and logits of the first pass: of the clean images, or of the perturbed ones where they run alone."""
+        """Images and logits of the first pass: of the clean images, or of the perturbed ones where
+        they run alone.
+        """
         if self.logits is not None:
             return self.x, self.logits
         assert self.x_perturbed is not None
@@ -51,8 +55,9 @@ class ForwardPasses:
 class Penalty(ABC):
     """A term of the objective beyond cross entropy and MS-MPPD. 训练目标的附加惩罚项。
 
-    Equation: ``L = ... + weight * value``. A subclass sets :attr:`name`, which the logs show, and gives :meth:`value`;
-    if it must watch the passes themselves it hooks the network in :meth:`observe`.
+    Equation: ``L = ... + weight * value``. A subclass sets :attr:`name`, which the logs show, and
+    gives :meth:`value`; if it must watch the passes themselves it hooks the network in
+    :meth:`observe`.
 
     Args:
         weight: Weight in the objective, >= 0 and finite.
@@ -72,7 +77,9 @@ class Penalty(ABC):
 
     name: str
     input_gradient: bool = False
-    """Whether the images of the first pass must require a gradient, so that its graph reaches them."""
+    """Whether the images of the first pass must require a gradient, so that its graph reaches
+    them.
+    """
 
     def __init__(self, weight: float) -> None:
         """Keep the weight; see the class."""
@@ -88,16 +95,19 @@ class Penalty(ABC):
 
 
 class GradientSparsity(Penalty):
-    """l1 norm of the input gradient of the true class's probability, by a finite difference. 输入梯度稀疏正则。
+    """l1 norm of the input gradient of the true class's probability, by a finite difference.
+    输入梯度稀疏正则。
 
-    Equation, with z the logits, m the likeliest wrong class at ``x`` and ``d = sign(grad_x f(x))`` a constant::
+    Equation, with z the logits, m the likeliest wrong class at ``x`` and ``d = sign(grad_x f(x))``
+    a constant::
 
         f(x) = exp(z_y) / (exp(z_y) + exp(z_m))
         value = mean_n |f(x + h * d) - f(x)| / h            (squared: the mean of its square)
 
-    which tends to ``||grad_x f||_1`` for small h without a second derivative. ``x`` are the images of the first pass
-    (the clean ones, or the perturbed ones if these are all that is trained on). ``f(x + h * d)`` takes one more pass
-    in the mode of the objective, so that in training batch norm sees those images too, as in the published code.
+    which tends to ``||grad_x f||_1`` for small h without a second derivative. ``x`` are the images
+    of the first pass (the clean ones, or the perturbed ones if these are all that is trained on).
+    ``f(x + h * d)`` takes one more pass in the mode of the objective, so that in training batch
+    norm sees those images too, as in the published code.
 
     Args:
         weight: Weight in the objective.
@@ -108,8 +118,8 @@ class GradientSparsity(Penalty):
         ValueError: If ``weight`` or ``h`` is out of range.
         RuntimeError: If gradients are disabled while the penalty is evaluated.
 
-    Source: Liu et al., "Enhancing Adversarial Robustness in SNNs with Sparse Gradients" (ICML 2024), and its code for
-        f and h = 0.01.
+    Source: Liu et al., "Enhancing Adversarial Robustness in SNNs with Sparse Gradients" (ICML
+        2024), and its code for f and h = 0.01.
 
     Examples:
         >>> GradientSparsity(weight=0.1).h
@@ -130,7 +140,8 @@ class GradientSparsity(Penalty):
         images, logits = passes.first
         if not logits.requires_grad or not images.requires_grad:
             raise RuntimeError(
-                "gradient_sparsity needs the gradient at the images: evaluate the objective with gradients enabled"
+                "gradient_sparsity needs the gradient at the images: evaluate the objective with "
+                "gradients enabled"
             )
         wrong = without(logits.detach(), passes.y).argmax(1)
         f = _pair_probability(logits, passes.y, wrong)
@@ -141,26 +152,31 @@ class GradientSparsity(Penalty):
 
 
 class ThresholdGuarding(Penalty):
-    """Keeps membrane potentials away from the threshold, where a small push flips a spike. 膜电位远离阈值的约束。
+    """Keeps membrane potentials away from the threshold, where a small push flips a spike.
+    膜电位远离阈值的约束。
 
     Equation, with h the potential before the reset::
 
-        value = mean over layers of mean over neurons, time and batch of max(0, margin - |h - v_threshold|)
+        value = mean over layers of mean over neurons, time and batch of max(0, margin - |h -
+        v_threshold|)
 
-    over all passes of the step, clean and perturbed. The gradient reaches the network through h, its past spikes
-    included (surrogate), unless a neuron detaches its reset.
+    over all passes of the step, clean and perturbed. The gradient reaches the network through h,
+    its past spikes included (surrogate), unless a neuron detaches its reset.
 
     Args:
         weight: Weight in the objective.
-        margin: Distance from the threshold within which a potential is penalised, in units of the potential, > 0.
+        margin: Distance from the threshold within which a potential is penalised, in units of the
+            potential, > 0.
         layers: ``"all"``, or names of spiking layers.
 
     Raises:
-        ValueError: If a number is out of range, a layer is unknown, or the dynamics of one are not known.
+        ValueError: If a number is out of range, a layer is unknown, or the dynamics of one are not
+            known.
         RuntimeError: If no chosen layer ran in a pass.
 
-    Source: threshold-guarding constraint of Wang et al., "Robust Spiking Neural Networks Against Adversarial Attacks"
-        (ICLR 2026), with a fixed weight and the mean over layers in place of their sum.
+    Source: threshold-guarding constraint of Wang et al., "Robust Spiking Neural Networks Against
+        Adversarial Attacks" (ICLR 2026), with a fixed weight and the mean over layers in place of
+        their sum.
 
     Examples:
         >>> ThresholdGuarding(weight=0.1, margin=0.5).margin
@@ -169,7 +185,9 @@ class ThresholdGuarding(Penalty):
 
     name = "threshold_guarding"
 
-    def __init__(self, weight: float, *, margin: float = 0.5, layers: Literal["all"] | Sequence[str] = "all") -> None:
+    def __init__(
+        self, weight: float, *, margin: float = 0.5, layers: Literal["all"] | Sequence[str] = "all"
+    ) -> None:
         """Keep the options; see the class."""
         super().__init__(weight)
         self.margin = _checked("margin", margin, positive=True)
@@ -197,13 +215,15 @@ class ThresholdGuarding(Penalty):
         sums, self._sums = self._sums, {}
         if not sums:
             raise RuntimeError(
-                "threshold_guarding saw no spiking layer run: the network was compiled before its hooks were attached, "
-                "or skips them; train without compilation"
+                "threshold_guarding saw no spiking layer run: the network was compiled before "
+                "its hooks were attached, or skips them; train without compilation"
             )
         return torch.stack([total / self._counts[name] for name, total in sums.items()]).mean()
 
     def _hooks(self, neuron: Neuron) -> tuple[Callable[..., None], Callable[..., None]]:
-        """Hooks before and after a neuron's call, which recompute its potential before every reset."""
+        """Hooks before and after a neuron's call, which recompute its potential before every
+        reset.
+        """
         name = neuron.name
         start: dict[str, Any] = {}
 
@@ -211,7 +231,9 @@ class ThresholdGuarding(Penalty):
             start.update(v=neuron.module.v, time_step=neuron.time_step)
 
         @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
-        def after(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> None:
+        def after(
+            module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+        ) -> None:
             x_seq = args[0] if args else next(iter(kwargs.values()))
             spike_seq = output.detach() if module.detach_reset else output
             if module.step_mode == "s":
@@ -225,7 +247,9 @@ class ThresholdGuarding(Penalty):
                 excess = (self.margin - (h - module.v_threshold).abs()).relu().sum()
                 self._sums[name] = self._sums[name] + excess if name in self._sums else excess
                 self._counts[name] = self._counts.get(name, 0) + h.numel()
-                v = dynamics.reset_potential(h, spike.to(wide.dtype), module.v_threshold, module.v_reset)
+                v = dynamics.reset_potential(
+                    h, spike.to(wide.dtype), module.v_threshold, module.v_reset
+                )
 
         return before, after
 
@@ -234,25 +258,33 @@ class ThresholdGuarding(Penalty):
         names = [*followed, *sorted(spiking)] if self.layers == "all" else self.layers
         for name in names:
             if name not in followed:
-                reason = unsupported.get(name, f"no spiking layer has that name; known are {', '.join(followed)}")
-                raise ValueError(f"layer {name!r} cannot be guarded: {reason}; name others in layers=[...]")
+                reason = unsupported.get(
+                    name, f"no spiking layer has that name; known are {', '.join(followed)}"
+                )
+                raise ValueError(
+                    f"layer {name!r} cannot be guarded: {reason}; name others in layers=[...]"
+                )
         return [followed[name] for name in names]
 
 
 class StabilityGain(Penalty):
     """Squared L2 gain of every DLIF layer over its T steps, summed. DLIF 层 L2 增益的惩罚项。
 
-    Equation: ``value = sum over layers of ||L_decay diag(p)||_2^2``; see :func:`sj_robust.stability.gain_penalty`. It
-    needs no pass of the network and moves the input gains alone.
+    Equation: ``value = sum over layers of ||L_decay diag(p)||_2^2``; see
+    :func:`sj_robust.stability.gain_penalty`. It needs no pass of the network and moves the input
+    gains alone.
 
     Args:
         weight: Weight in the objective.
-        normalized: Whether each gain is taken per mean of ``|p|``, so that only the shape of p counts.
+        normalized: Whether each gain is taken per mean of ``|p|``, so that only the shape of p
+            counts.
 
     Raises:
-        ValueError: If the weight is out of range; when evaluated, if the network has no DLIF neuron.
+        ValueError: If the weight is out of range; when evaluated, if the network has no DLIF
+            neuron.
 
-    Source: derived here, from Theorem 3.1 of Ding et al. (ICML 2024) with the exact constant in place of the printed.
+    Source: derived here, from Theorem 3.1 of Ding et al. (ICML 2024) with the exact constant in
+        place of the printed.
 
     Examples:
         >>> StabilityGain(weight=0.01).name

@@ -15,24 +15,30 @@ class TrainingPlan:
     Attributes:
         epochs: Passes over the training images; the learning rate falls to 0 over them (cosine).
         batch_size: Images per step over all processes together.
-        accumulate: Equal parts that every process takes its share of a step in, one after the other, for want of
-            memory; their gradients are averaged, and batch norm sees one part at a time.
+        accumulate: Equal parts that every process takes its share of a step in, one after the
+            other, for want of memory; their gradients are averaged, and batch norm sees one part at
+            a time.
         optimizer: ``"sgd"`` or ``"adam"``.
         lr: Learning rate at the start.
         momentum: Momentum of SGD; Adam has its own.
         weight_decay: On all parameters, DLIF's input gains included.
-        retraction: Length beta of the step of every weight towards orthonormal rows after the optimizer's; 0 for none.
+        retraction: Length beta of the step of every weight towards orthonormal rows after the
+            optimizer's; 0 for none.
         seed: Decides the order of the images and the noise of every step.
         select: Validation figure that the best epoch is chosen by.
-        verified_eps: Linf radius at which validation proves images, the figure ``"verified"``; None proves none.
+        verified_eps: Linf radius at which validation proves images, the figure ``"verified"``; None
+            proves none.
         checkpoint_steps: Steps between checkpoints within an epoch; None writes one per epoch only.
         workers: Processes that load images in the background.
-        single_step_attack: Whether training uses one, so that catastrophic overfitting is looked for.
-        compile: Whether the network runs through ``torch.compile``; the reset before every pass stays outside.
-        channels_last: Whether images and convolutions are stored channels last; None does so on CUDA, and on a CPU in
-            half precision where that is measured to be faster.
+        single_step_attack: Whether training uses one, so that catastrophic overfitting is looked
+            for.
+        compile: Whether the network runs through ``torch.compile``; the reset before every pass
+            stays outside.
+        channels_last: Whether images and convolutions are stored channels last; None does so on
+            CUDA, and on a CPU in half precision where that is measured to be faster.
         sync_batch_norm: Whether batch norm takes its statistics over the images of all processes.
-        log_bounds: Whether the log shows the exact L2 bound of every layer each epoch; see ``stability.certify``.
+        log_bounds: Whether the log shows the exact L2 bound of every layer each epoch; see
+            ``stability.certify``.
 
     Raises:
         ValueError: If a number is out of range.
@@ -65,13 +71,18 @@ class TrainingPlan:
 
     def __post_init__(self) -> None:
         at_least_one = {"epochs": self.epochs, "accumulate": self.accumulate}
-        for name, value in (at_least_one | {"checkpoint_steps": self.checkpoint_steps or 1}).items():
+        for name, value in (
+            at_least_one | {"checkpoint_steps": self.checkpoint_steps or 1}
+        ).items():
             if value < 1:
                 raise ValueError(f"{name} must be >= 1, got {value}")
         if self.optimizer not in ("sgd", "adam"):
             raise ValueError(f"optimizer must be 'sgd' or 'adam', got {self.optimizer!r}")
         if self.select == "verified" and self.verified_eps is None:
-            raise ValueError("select 'verified' needs verified_eps, the Linf radius of the proofs, such as 8 / 255")
+            raise ValueError(
+                "select 'verified' needs verified_eps, the Linf radius of the proofs, such as 8 "
+                "/ 255"
+            )
         if not 0.0 < self.lr < float("inf"):
             raise ValueError(f"lr must be > 0 and finite, got {self.lr}")
         if not 0.0 <= self.momentum < 1.0:
@@ -85,6 +96,7 @@ class TrainingPlan:
         parts = processes * self.accumulate
         if self.batch_size % parts:
             raise ValueError(
-                f"batch_size must be a multiple of processes * accumulate = {processes} * {self.accumulate}, "
-                f"got {self.batch_size}; {-(-self.batch_size // parts) * parts} is one"
+                f"batch_size must be a multiple of processes * accumulate = {processes} * "
+                f"{self.accumulate}, got {self.batch_size}; "
+                f"{-(-self.batch_size // parts) * parts} is one"
             )

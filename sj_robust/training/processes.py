@@ -19,15 +19,21 @@ from sj_robust._console import working
 from sj_robust.ops import keep_heap
 
 __all__ = [
-    "TrainingInterrupted", "collected_signals", "first_process_first", "make_accelerator", "mixed", "random_state",
+    "TrainingInterrupted",
+    "collected_signals",
+    "first_process_first",
+    "make_accelerator",
+    "mixed",
+    "random_state",
     "set_random_state",
-]  # fmt: skip
+]
 
 
 def make_accelerator(
     device: Literal["auto", "cpu"] = "auto", mixed_precision: Literal["no", "fp16", "bf16"] = "no"
 ) -> Accelerator:
-    """Accelerator of a recipe, whose processes wait for each other however long one takes. 创建 Accelerator。
+    """Accelerator of a recipe, whose processes wait for each other however long one takes. 创建
+    Accelerator。
 
     On a CPU the process keeps freed memory for the next step, see :func:`sj_robust.ops.keep_heap`.
 
@@ -52,7 +58,8 @@ def make_accelerator(
 
 @contextmanager
 def first_process_first(accelerator: Accelerator, text: str) -> Iterator[None]:
-    """What the first process does before the others do it too, with progress on its console. 主进程先执行。
+    """What the first process does before the others do it too, with progress on its console.
+    主进程先执行。
 
     Args:
         accelerator: The processes.
@@ -69,7 +76,7 @@ def first_process_first(accelerator: Accelerator, text: str) -> Iterator[None]:
         yield
 
 
-class TrainingInterrupted(Exception):  # noqa: N818  # an interruption asked for is not an error
+class TrainingInterrupted(Exception):  # an interruption asked for is not an error
     """A signal stopped the training after a whole step and a checkpoint.
 
     Attributes:
@@ -78,13 +85,17 @@ class TrainingInterrupted(Exception):  # noqa: N818  # an interruption asked for
 
     def __init__(self, signal_number: int, checkpoint: Path) -> None:
         """Keep the signal and say where the checkpoint is."""
-        super().__init__(f"stopped by {signal.Signals(signal_number).name}; {checkpoint} continues with --resume")
+        super().__init__(
+            f"stopped by {signal.Signals(signal_number).name}; {checkpoint} continues with --resume"
+        )
         self.signal_number = signal_number
 
 
 @contextmanager
 def collected_signals() -> Iterator[list[int]]:
-    """Collect the first SIGINT or SIGTERM instead of stopping; a second one acts as it did before."""
+    """Collect the first SIGINT or SIGTERM instead of stopping; a second one acts as it did
+    before.
+    """
     received: list[int] = []
     if threading.current_thread() is not threading.main_thread():
         yield received
@@ -115,7 +126,7 @@ def mixed(*numbers: int) -> int:
 def random_state() -> dict[str, Any]:
     """State of every global random generator, in types that a checkpoint may hold."""
     # The global state of numpy is what other libraries draw from.
-    numpy = np.random.get_state(legacy=False)  # noqa: NPY002  # see above
+    numpy = np.random.get_state(legacy=False)  # see above
     numpy["state"]["key"] = numpy["state"]["key"].tolist()
     return {
         "python": random.getstate(),
@@ -128,7 +139,7 @@ def random_state() -> dict[str, Any]:
 def set_random_state(state: dict[str, Any]) -> None:
     """Put every global random generator into a state of :func:`random_state`."""
     random.setstate(state["python"])
-    np.random.set_state(state["numpy"])  # noqa: NPY002  # as above
+    np.random.set_state(state["numpy"])  # as above
     torch.set_rng_state(state["torch"])
     if len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])

@@ -1,4 +1,6 @@
-"""Steps on the weights after the optimizer's: the retraction of SNN-RAT and the simplex of mixing coefficients."""
+"""Steps on the weights after the optimizer's: the retraction of SNN-RAT and the simplex of mixing
+coefficients.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -11,31 +13,35 @@ _SAMPLED_SHARE = 0.3
 
 @torch.no_grad()
 def retract_(net: nn.Module, beta: float, generator: torch.Generator | None = None) -> None:
-    """Move every convolution and linear layer towards orthonormal rows, in place. SNN-RAT 的正交回缩。
+    """Move every convolution and linear layer towards orthonormal rows, in place.
+    SNN-RAT 的正交回缩。
 
     Equation, for the weight W as a matrix [out, everything else]::
 
         W <- (1 + beta) * W - beta * W W^T W
 
-    one gradient step of length beta on ``||W W^T - I||^2 / 4``: a singular value s becomes ``s + beta * (s - s^3)``,
-    closer to 1 as long as ``0 < beta * s * (s + 1) < 2``. Of a linear layer with 200 rows or more only a random 30 % of
-    the rows (rounded down) take part, as a matrix of their own. Afterwards every parameter that a module calls
-    ``mixing`` (the coefficients of a wide ResNet's two branches) is projected by :func:`project_to_simplex_`.
+    one gradient step of length beta on ``||W W^T - I||^2 / 4``: a singular value s becomes ``s +
+    beta * (s - s^3)``, closer to 1 as long as ``0 < beta * s * (s + 1) < 2``. Of a linear layer
+    with 200 rows or more only a random 30 % of the rows (rounded down) take part, as a matrix of
+    their own. Afterwards every parameter that a module calls ``mixing`` (the coefficients of a wide
+    ResNet's two branches) is projected by :func:`project_to_simplex_`.
 
-    Call it after every step of the optimizer, with weight decay 0. Layers are taken in the order of ``net.modules()``
-    and rows are drawn on the CPU, so generators in the same state give the same rows on every process and device.
+    Call it after every step of the optimizer, with weight decay 0. Layers are taken in the order of
+    ``net.modules()`` and rows are drawn on the CPU, so generators in the same state give the same
+    rows on every process and device.
 
     Args:
         net: The network, not wrapped in DDP; convolutions of any dimension, grouped ones included.
         beta: Length of the step, >= 0; the paper takes 1e-3 for VGG-11 and 4e-3 for WRN-16.
-        generator: CPU generator that chooses the rows; None draws fresh ones, global generators untouched.
+        generator: CPU generator that chooses the rows; None draws fresh ones, global generators
+            untouched.
 
     Raises:
         ValueError: If ``beta`` is out of range.
 
-    Source: Ding et al., "SNN-RAT: Robustness-enhanced Spiking Neural Network through Regularized Adversarial Training"
-        (NeurIPS 2022) and its code (which rows, and in this order), after Cisse et al., "Parseval Networks" (ICML
-        2017).
+    Source: Ding et al., "SNN-RAT: Robustness-enhanced Spiking Neural Network through Regularized
+        Adversarial Training" (NeurIPS 2022) and its code (which rows, and in this order), after
+        Cisse et al., "Parseval Networks" (ICML 2017).
 
     Examples:
         >>> layer = nn.Linear(2, 2, bias=False)
@@ -54,12 +60,16 @@ def retract_(net: nn.Module, beta: float, generator: torch.Generator | None = No
         own = dict(module.named_parameters(recurse=False))
         if "mixing" in own:
             project_to_simplex_(own["mixing"])
-        if "weight" not in own or not isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        if "weight" not in own or not isinstance(
+            module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+        ):
             continue
         weight = own["weight"]
         matrix = weight.data.flatten(1)
         if isinstance(module, nn.Linear) and len(matrix) >= _SAMPLED_ROWS:
-            rows = torch.randperm(len(matrix), generator=generator)[: int(_SAMPLED_SHARE * len(matrix))]
+            rows = torch.randperm(len(matrix), generator=generator)[
+                : int(_SAMPLED_SHARE * len(matrix))
+            ]
             rows = rows.to(matrix.device)
             weight.data[rows] = _retracted(matrix[rows], beta)
         else:
@@ -70,8 +80,8 @@ def retract_(net: nn.Module, beta: float, generator: torch.Generator | None = No
 def project_to_simplex_(coefficients: Tensor) -> None:
     """Replace coefficients by the nearest non-negative ones that sum to 1. 投影到概率单纯形。
 
-    Equation: ``c <- max(c - tau, 0)`` with the tau for which the result sums to 1; with u = c sorted downwards,
-    ``tau = (u_1 + ... + u_k - 1) / k`` for the largest k that has ``u_k > tau``.
+    Equation: ``c <- max(c - tau, 0)`` with the tau for which the result sums to 1; with u = c
+    sorted downwards, ``tau = (u_1 + ... + u_k - 1) / k`` for the largest k that has ``u_k > tau``.
 
     Args:
         coefficients: A vector [K], K >= 1, changed in place.
@@ -79,8 +89,8 @@ def project_to_simplex_(coefficients: Tensor) -> None:
     Raises:
         ValueError: If it is not a vector of at least one element.
 
-    Source: Held, Wolfe and Crowder, "Validation of subgradient optimization" (1974); Duchi et al. (ICML 2008); the
-        convex combination of SNN-RAT's code.
+    Source: Held, Wolfe and Crowder, "Validation of subgradient optimization" (1974); Duchi et al.
+        (ICML 2008); the convex combination of SNN-RAT's code.
 
     Examples:
         >>> c = torch.tensor([0.9, 0.5])
@@ -89,7 +99,9 @@ def project_to_simplex_(coefficients: Tensor) -> None:
         tensor([0.7000, 0.3000])
     """
     if coefficients.ndim != 1 or coefficients.numel() == 0:
-        raise ValueError(f"coefficients must be a vector [K] with K >= 1, got shape {tuple(coefficients.shape)}")
+        raise ValueError(
+            f"coefficients must be a vector [K] with K >= 1, got shape {tuple(coefficients.shape)}"
+        )
     descending = coefficients.detach().sort(descending=True).values
     counts = torch.arange(1, len(descending) + 1, device=descending.device)
     shifts = (descending.cumsum(0) - 1) / counts

@@ -14,7 +14,14 @@ from sj_robust._preserved import evaluation_mode
 from sj_robust.attacks import Attack, eps_text
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.data import ImageSplits, image_loader
-from sj_robust.evaluation import Report, ThreatModel, accuracy, evaluate_attacks, gallery, wilson_interval
+from sj_robust.evaluation import (
+    Report,
+    ThreatModel,
+    accuracy,
+    evaluate_attacks,
+    gallery,
+    wilson_interval,
+)
 from sj_robust.perturbation import MPPDMonitor
 from sj_robust.stability import certify, gain_scalars, verify
 from sj_robust.training.history import EpochRecord, catastrophic_overfitting
@@ -29,32 +36,48 @@ _START = 256
 
 
 class Validation:
-    """Accuracy on the validation images, the same figure on any number of processes. 多进程分担的验证。
+    """Accuracy on the validation images, the same figure on any number of processes.
+    多进程分担的验证。
 
-    The images come in fixed batches, each with its own seed, of which process r of P takes r, r + P, ...; the counts
-    are summed. ``seed`` is that of the attacks; ``pin_memory`` as in :func:`image_loader`.
+    The images come in fixed batches, each with its own seed, of which process r of P takes r, r +
+    P, ...; the counts are summed. ``seed`` is that of the attacks; ``pin_memory`` as in
+    :func:`image_loader`.
 
     Examples:
-        >>> images = torch.utils.data.TensorDataset(torch.eye(2).view(2, 1, 1, 2), torch.tensor([0, 0]))
+        >>> images = torch.utils.data.TensorDataset(
+        ...     torch.eye(2).view(2, 1, 1, 2), torch.tensor([0, 0])
+        ... )
         >>> Validation(images, Accelerator(cpu=True), seed=0).accuracy(nn.Flatten(), {})
         {'clean': 0.5}
     """
 
     def __init__(
-        self, images: Dataset[tuple[Tensor, ...]], accelerator: Accelerator, *, seed: int, pin_memory: bool = False
+        self,
+        images: Dataset[tuple[Tensor, ...]],
+        accelerator: Accelerator,
+        *,
+        seed: int,
+        pin_memory: bool = False,
     ) -> None:
         """Choose this process's share; see the class."""
         self._accelerator = accelerator
         self._seed = seed
         self._size = len(images)  # type: ignore[arg-type]  # every set here has a length
-        self._numbers = range(accelerator.process_index, -(-self._size // _BATCH), accelerator.num_processes)
-        mine = [i for number in self._numbers for i in range(number * _BATCH, min(self._size, (number + 1) * _BATCH))]
+        self._numbers = range(
+            accelerator.process_index, -(-self._size // _BATCH), accelerator.num_processes
+        )
+        mine = [
+            i
+            for number in self._numbers
+            for i in range(number * _BATCH, min(self._size, (number + 1) * _BATCH))
+        ]
         self._loader = image_loader(Subset(images, mine), _BATCH, pin_memory=pin_memory)
 
     def accuracy(
         self, model: nn.Module, attacks: Mapping[str, Attack], verified_eps: float | None = None
     ) -> dict[str, float]:
-        """Accuracy in [0, 1] on clean images and under each attack; every process gets the same figures.
+        """Accuracy in [0, 1] on clean images and under each attack; every process gets the same
+        figures.
 
         With ``verified_eps`` also the share of images that are ``"verified"`` at that radius.
         """
@@ -71,10 +94,14 @@ class Validation:
         total = self._accelerator.reduce(correct.to(self._accelerator.device), "sum")
         return dict(zip(names, (count / self._size for count in total.tolist()), strict=True))
 
-    def scalars(self, classifier: SpikingClassifier, attack: Attack, *, bounds: bool = False) -> dict[str, float]:
-        """Scalars for the log: MS-MPPD per layer under ``attack`` on this process's first images, and every gain.
+    def scalars(
+        self, classifier: SpikingClassifier, attack: Attack, *, bounds: bool = False
+    ) -> dict[str, float]:
+        """Scalars for the log: MS-MPPD per layer under ``attack`` on this process's first images,
+        and every gain.
 
-        With ``bounds`` so is the exact L2 bound of every covered layer, its gain times the norm of the map before it.
+        With ``bounds`` so is the exact L2 bound of every covered layer, its gain times the norm of
+        the map before it.
         """
         net = classifier.net
         x, y = next(self._batches())
@@ -85,7 +112,9 @@ class Validation:
         for name, module in net.named_modules():
             gains = getattr(module, "input_gain", None)
             if isinstance(gains, nn.Parameter):
-                scalars |= {f"input_gain/{name}/t{t}": gain for t, gain in enumerate(gains.tolist())}
+                scalars |= {
+                    f"input_gain/{name}/t{t}": gain for t, gain in enumerate(gains.tolist())
+                }
         if bounds:  # a log needs no more than two digits
             for layer in certify(classifier, x[:1], tolerance=1e-2).layers:
                 if layer.l2 is not None and layer.l2.value is not None:
@@ -98,11 +127,14 @@ class Validation:
             yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
 
-def check_start(classifier: SpikingClassifier, splits: ImageSplits, journal: Journal, origin: str) -> None:
-    """Say how good a network is that does not begin at random, and warn of a lost normalisation. 训练前检查初始准确率。
+def check_start(
+    classifier: SpikingClassifier, splits: ImageSplits, journal: Journal, origin: str
+) -> None:
+    """Say how good a network is that does not begin at random, and warn of a lost normalisation.
+    训练前检查初始准确率。
 
-    It is warned of if no more than guessing is left, and if the network is better on images that are normalised with
-    their own mean and standard deviation.
+    It is warned of if no more than guessing is left, and if the network is better on images that
+    are normalised with their own mean and standard deviation.
 
     Args:
         classifier: The network.
@@ -110,7 +142,10 @@ def check_start(classifier: SpikingClassifier, splits: ImageSplits, journal: Jou
         journal: Where it is said.
         origin: Where the weights are from.
     """
-    x, y = (part.to(device_of(classifier)) for part in next(iter(image_loader(splits.validation, _START))))
+    x, y = (
+        part.to(device_of(classifier))
+        for part in next(iter(image_loader(splits.validation, _START)))
+    )
 
     def right(model: nn.Module) -> int:
         return round(accuracy(model, [(x, y)], {})["clean"] * len(y))
@@ -118,21 +153,30 @@ def check_start(classifier: SpikingClassifier, splits: ImageSplits, journal: Jou
     clean = right(classifier)
     journal.say(f"starting from {origin}: {clean / len(y):.1%} of {len(y)} validation images right")
     low, high = wilson_interval(clean, len(y))
-    if not splits.frames and classifier.encoder is None and classifier.mean is None and classifier.std is None:
+    if (
+        not splits.frames
+        and classifier.encoder is None
+        and classifier.mean is None
+        and classifier.std is None
+    ):
         dims = [0, *range(2, x.ndim)]
-        mean, std = ([round(value, 3) for value in part.tolist()] for part in (x.mean(dims), x.std(dims)))
+        mean, std = (
+            [round(value, 3) for value in part.tolist()] for part in (x.mean(dims), x.std(dims))
+        )
         if min(std) > 0:
             net, mode = classifier.net, classifier.step_mode
             normalising = SpikingClassifier(net, classifier.T, mean=mean, std=std, step_mode=mode)
             lifted = right(normalising.to(x.device))
             if wilson_interval(lifted, len(y))[0] > high:
                 journal.say(
-                    f"WARNING: with --mean '{mean}' --std '{std}', those of these images, {lifted / len(y):.1%} are: "
-                    "the network expects normalised images"
+                    f"WARNING: with --mean '{mean}' --std '{std}', those of these images, "
+                    f"{lifted / len(y):.1%} are: the network expects normalised images"
                 )
                 return
     if low <= 1 / splits.classes:
-        journal.say("WARNING: that is no better than guessing; check the weights, --mean, --std and --tau")
+        journal.say(
+            "WARNING: that is no better than guessing; check the weights, --mean, --std and --tau"
+        )
 
 
 def final_report(
@@ -148,32 +192,39 @@ def final_report(
     single_step: bool,
     verified_eps: float | None = None,
 ) -> Report:
-    """Report of a trained network on the test images, with the curves of its training. 训练结束后的评估。
+    """Report of a trained network on the test images, with the curves of its training.
+    训练结束后的评估。
 
     TensorBoard gets pictures of an attack on validation images.
 
     Args:
         name: Name of the network in the report.
         classifier: The network.
-        history: Records of its epochs; the report's notes are the warnings about them, and how many are verified.
+        history: Records of its epochs; the report's notes are the warnings about them, and how many
+            are verified.
         splits: The data set, of which the test images count.
         attacks: Attacks by name, budgets inside.
         threat: The budget, for the report.
         journal: Shows how far it is.
         seed: Seeds the attacks.
-        single_step: Whether it was trained with a single-step attack, so that catastrophic overfitting is looked for.
+        single_step: Whether it was trained with a single-step attack, so that catastrophic
+            overfitting is looked for.
         verified_eps: Linf radius at which the test images are proved as well; None proves none.
     """
     loader = image_loader(splits.test, 32 if splits.frames else 512)
     with journal.steps(f"evaluating {name} on {len(splits.test)} test images", len(loader)) as step:
-        report = evaluate_attacks(classifier, loader, attacks, threat=threat, network=name, seed=seed, on_batch=step)
+        report = evaluate_attacks(
+            classifier, loader, attacks, threat=threat, network=name, seed=seed, on_batch=step
+        )
     if threat.eps > 0 and len(splits.validation):
         x, y = next(iter(image_loader(splits.validation, _BATCH)))
         with suppress(ValueError):  # no image is right
             shown = gallery(classifier, x, y, eps=threat.eps, norm="Linf", seed=seed)
             journal.show_gallery(name.replace(" ", "_"), shown, len(history))
     heads = [history[: end + 1] for end in range(len(history))] if single_step else []
-    notes = tuple(f"{name}: {warning}" for warning in map(catastrophic_overfitting, heads) if warning)
+    notes = tuple(
+        f"{name}: {warning}" for warning in map(catastrophic_overfitting, heads) if warning
+    )
     if verified_eps is not None:
         device, proofs = device_of(classifier), 0
         text = f"verifying {name} on {len(splits.test)} test images"

@@ -6,7 +6,17 @@ from collections.abc import Callable, Iterable
 import pytest
 import torch
 from attacks.moving_bars import EVENT_ATTACKS, moving_bars, trained_model
-from attacks.table import ATTACKS, BRIDGES, MODELS, NOISES, Attack, PerStep, Trained, linear_model, train
+from attacks.table import (
+    ATTACKS,
+    BRIDGES,
+    MODELS,
+    NOISES,
+    Attack,
+    PerStep,
+    Trained,
+    linear_model,
+    train,
+)
 from torch import Tensor, nn
 
 from sj_robust import DLIFNode, SpikingClassifier
@@ -25,7 +35,10 @@ def _one_of(names: Iterable[str]):
 
 
 attack, gradient_attack, bridge = _one_of(ATTACKS), _one_of(SEARCHES), _one_of(BRIDGES)
-search, every_attack = _one_of(SEARCHES | BRIDGES), _one_of(ATTACKS | BRIDGES)  # a search asks the model
+search, every_attack = (
+    _one_of(SEARCHES | BRIDGES),
+    _one_of(ATTACKS | BRIDGES),
+)  # a search asks the model
 
 
 @pytest.fixture(params=MODELS)
@@ -43,7 +56,9 @@ def attack_and_model(request, monkeypatch) -> tuple[Attack, nn.Module]:
 def _shortened(name: str, monkeypatch) -> Attack:
     """An attack by name; those of AutoAttack run a fifth of their iterations."""
     if name in BRIDGES:
-        pytest.importorskip("pyautoattack", reason="extra `attacks` holds the library behind the bridge")
+        pytest.importorskip(
+            "pyautoattack", reason="extra `attacks` holds the library behind the bridge"
+        )
         monkeypatch.setattr(_autoattack, "_ITERATIONS", 20)
     return (ATTACKS | BRIDGES)[name]
 
@@ -57,7 +72,9 @@ def _untrained(name: str) -> nn.Module:
 
 @pytest.fixture
 def batch() -> tuple[Tensor, Tensor]:
-    """Seven images for the models, with values on the border of the box among them; the linear one is right."""
+    """Seven images for the models, with values on the border of the box among them; the linear one
+    is right.
+    """
     generator = torch.Generator().manual_seed(2)
     x = torch.rand(7, 1, 6, 6, generator=generator)
     x[0, 0, 0], x[1, 0, 1] = 0.0, 1.0
@@ -67,7 +84,9 @@ def batch() -> tuple[Tensor, Tensor]:
 @pytest.fixture(scope="session")
 def trained() -> Trained:
     """A spiking network trained on 8 x 8 digits for some seconds; evaluation mode."""
-    datasets = pytest.importorskip("sklearn.datasets", reason="scikit-learn (extra `recipes`) holds the digits")
+    datasets = pytest.importorskip(
+        "sklearn.datasets", reason="scikit-learn (extra `recipes`) holds the digits"
+    )
     digits = datasets.load_digits()
     x = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 16
     y = torch.tensor(digits.target, dtype=torch.int64)

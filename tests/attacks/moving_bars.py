@@ -1,4 +1,6 @@
-"""Synthetic event data, bars that move in four directions, a small spiking network for them, and the event attacks."""
+"""Synthetic event data, bars that move in four directions, a small spiking network for them, and
+the event attacks.
+"""
 
 from functools import partial
 
@@ -40,7 +42,9 @@ EVENT_ATTACKS = {
 
 
 def moving_bars(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Binary frames [N, T, 2, H, W]: the leading edge gives ON events, the trailing OFF; 30 % missing, 2 % noise."""
+    """Binary frames [N, T, 2, H, W]: the leading edge gives ON events, the trailing OFF; 30 %
+    missing, 2 % noise.
+    """
     y = torch.randint(4, (count,), generator=generator)
     start = torch.randint(SIZE, (count,), generator=generator)
     frames = torch.zeros(count, T, 2, SIZE, SIZE, dtype=torch.bool)
@@ -80,6 +84,8 @@ def trained_model(epochs: int = 8) -> SpikingEventClassifier:
     return train(model, x, y, epochs=epochs, size=50, generator=generator)
 
 
-def frames(*shape: int, seed: int = 0, share: float = 0.3, dtype: torch.dtype = torch.float32) -> Tensor:
+def frames(
+    *shape: int, seed: int = 0, share: float = 0.3, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """Frames of independent events."""
     return (torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < share).to(dtype)

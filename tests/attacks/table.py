@@ -1,4 +1,6 @@
-"""One table of attacks and one of models; every property is tested over their product. And what many tests share."""
+"""One table of attacks and one of models; every property is tested over their product. And what
+many tests share.
+"""
 
 import math
 import random
@@ -14,7 +16,18 @@ from unchanged import unchanged
 
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust._host import functional, neuron
-from sj_robust.attacks import apgd, autoattack, fgsm, gaussian, pgd, rfgsm, salt_and_pepper, sapgd, square, uniform
+from sj_robust.attacks import (
+    apgd,
+    autoattack,
+    fgsm,
+    gaussian,
+    pgd,
+    rfgsm,
+    salt_and_pepper,
+    sapgd,
+    square,
+    uniform,
+)
 
 torch.set_num_threads(1)
 
@@ -28,13 +41,20 @@ class Attack(NamedTuple):
     draws: bool = True  # whether the attack itself is random
 
     def run(self, model, x: Tensor, y: Tensor, eps: float, generator=None) -> Tensor:
-        options = {name: value(eps) if callable(value) else value for name, value in self.options.items()}
+        options = {
+            name: value(eps) if callable(value) else value for name, value in self.options.items()
+        }
         options = options if "std" in options or "amount" in options else {"eps": eps, **options}
         return self.function(model, x, y, **options, generator=generator)
 
 
 def _pgd(*, draws: bool = True, **options) -> Attack:
-    return Attack(pgd, {"step_size": lambda eps: eps / 2, "steps": 3, **options}, options.get("norm", "Linf"), draws)
+    return Attack(
+        pgd,
+        {"step_size": lambda eps: eps / 2, "steps": 3, **options},
+        options.get("norm", "Linf"),
+        draws,
+    )
 
 
 def _climbing(function, **options) -> Attack:
@@ -73,7 +93,9 @@ ATTACKS = {
     "apgd_targeted": _climbing(apgd, loss="dlr_targeted", target_classes=2),
     "apgd_l2": _climbing(apgd, norm="L2"),
     "apgd_l2_dlr_highest": _climbing(apgd, norm="L2", loss="dlr", keep_best=False),
-    "apgd_l2_targeted": _climbing(apgd, norm="L2", loss="dlr_targeted", target_classes=2, restarts=2),
+    "apgd_l2_targeted": _climbing(
+        apgd, norm="L2", loss="dlr_targeted", target_classes=2, restarts=2
+    ),
     "sapgd": _climbing(sapgd),
     "sapgd_highest": _climbing(sapgd, keep_best=False),
     "sapgd_restarts": _climbing(sapgd, restarts=2, eot_samples=2),
@@ -83,7 +105,10 @@ BRIDGES = {
     f"{name}{suffix}": Attack(function, options | {"norm": norm}, norm)
     for norm, suffix in (("Linf", ""), ("L2", "_l2"))
     for function, name, options in [
-        *((autoattack, name, {"attacks": [name]}) for name in ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t")),
+        *(
+            (autoattack, name, {"attacks": [name]})
+            for name in ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t")
+        ),
         (square, "square", {"queries": 60}),
     ]
 }
@@ -107,14 +132,18 @@ def assert_within(x_adv: Tensor, x: Tensor, norm: str | None, eps: float) -> Non
 
 def all_generators(shape) -> Tensor:
     """Noise from every global generator that a network may draw from."""
-    return torch.rand(shape) + random.random() + np.random.rand()  # noqa: NPY002  the global one
+    return torch.rand(shape) + random.random() + np.random.rand()
 
 
 @contextmanager
-def left_as_it_was(model: nn.Module, fail_at: int | None = None, *, draws=torch.rand, evaluates=True) -> Iterator[None]:
-    """A network of mixed modes that draws from a global generator is as before in the end, and so are all of those.
+def left_as_it_was(
+    model: nn.Module, fail_at: int | None = None, *, draws=torch.rand, evaluates=True
+) -> Iterator[None]:
+    """A network of mixed modes that draws from a global generator is as before in the end, and so
+    are all of those.
 
-    Its forward number ``fail_at`` raises an error, which has to come out; the others run in evaluation mode.
+    Its forward number ``fail_at`` raises an error, which has to come out; the others run in
+    evaluation mode.
     """
     modules, (first, *_, last), calls = list(model.modules()), model.parameters(), []
     for number, module in enumerate(modules):
@@ -192,7 +221,9 @@ class Trained(NamedTuple):
         return float((predicted(self.model, x) == self.y).float().mean())
 
 
-def train(model: nn.Module, x: Tensor, y: Tensor, *, epochs: int, size: int, generator=None) -> nn.Module:
+def train(
+    model: nn.Module, x: Tensor, y: Tensor, *, epochs: int, size: int, generator=None
+) -> nn.Module:
     """The network after some epochs in batches of a size; evaluation mode."""
     optimizer = torch.optim.Adam(model.parameters(), lr=5e-3)
     for _ in range(epochs):
@@ -204,7 +235,9 @@ def train(model: nn.Module, x: Tensor, y: Tensor, *, epochs: int, size: int, gen
 
 
 class PerStep(nn.Module):
-    """A stateless network applied to [T, N, *] as to one batch, whatever the release calls its own container."""
+    """A stateless network applied to [T, N, *] as to one batch, whatever the release calls its own
+    container.
+    """
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
@@ -227,7 +260,12 @@ def _spiking_model(node: nn.Module) -> nn.Module:
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "linear": lambda: linear_model(36),
     "conv": lambda: nn.Sequential(
-        nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Tanh(), nn.Dropout(0.5), nn.Flatten(), nn.Linear(144, 5)
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.Tanh(),
+        nn.Dropout(0.5),
+        nn.Flatten(),
+        nn.Linear(144, 5),
     ),
     "dlif": lambda: _spiking_model(DLIFNode(T=3, tau=2.0)),
     "lif": lambda: _spiking_model(neuron.LIFNode(tau=2.0, decay_input=False)),

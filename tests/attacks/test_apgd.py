@@ -1,4 +1,6 @@
-"""Auto-PGD and SA-PGD against their algorithms written out a second time, known optima, and other implementations."""
+"""Auto-PGD and SA-PGD against their algorithms written out a second time, known optima, and other
+implementations.
+"""
 
 import itertools
 import math
@@ -20,7 +22,9 @@ from sj_robust.attacks._ascent import checkpoints
 from sj_robust.attacks.apgd import dlr_loss, targeted_dlr_loss
 
 LOSSES = ["ce", "dlr", "dlr_targeted"]
-MODULE = import_module("sj_robust.attacks.apgd")  # the package's attribute of this name is the function
+MODULE = import_module(
+    "sj_robust.attacks.apgd"
+)  # the package's attribute of this name is the function
 
 
 def paper_checkpoints(steps: int) -> list[int]:
@@ -44,7 +48,9 @@ COUPLING = 0.7
 
 
 def quadratic(x: np.ndarray, k: int) -> tuple[float, np.ndarray]:
-    """A quadratic in four variables, of another shape for each of three samples, and its gradient."""
+    """A quadratic in four variables, of another shape for each of three samples, and its
+    gradient.
+    """
     d = x - PEAK[k]
     value = -(CURVATURE[k] * d**2).sum() - COUPLING * d[0] * d[1]
     return value, -2 * CURVATURE[k] * d - COUPLING * np.array([d[1], d[0], 0.0, 0.0])
@@ -56,7 +62,9 @@ def quadratic_loss(logits: Tensor, y: Tensor) -> Tensor:
 
 
 def by_hand(x: np.ndarray, start: np.ndarray, k: int, eps: float, norm: str, steps: int):
-    """Algorithm 1 of the paper for one sample, with its whole history; images, step sizes, best image."""
+    """Algorithm 1 of the paper for one sample, with its whole history; images, step sizes, best
+    image.
+    """
 
     def project(z):
         if norm == "Linf":
@@ -108,13 +116,17 @@ def test_images_and_step_sizes_follow_the_algorithm(norm, steps):
         np.testing.assert_allclose(x_adv[k], best, rtol=0, atol=1e-9)
         schedules.append(etas)
     assert all(etas[-1] < 0.2 for etas in schedules)
-    assert norm == "Linf" or len({tuple(etas) for etas in schedules}) > 1  # samples chose different step sizes
+    assert (
+        norm == "Linf" or len({tuple(etas) for etas in schedules}) > 1
+    )  # samples chose different step sizes
 
 
 @pytest.mark.parametrize("steps", [12, 100])
 def test_images_of_sapgd_follow_its_recursion(steps):
     eps, model, y = 0.1, Recorder(lambda x: x), torch.arange(3)
-    x_adv = sapgd(model, torch.tensor(X), y, eps=eps, steps=steps, loss=quadratic_loss, keep_best=False)
+    x_adv = sapgd(
+        model, torch.tensor(X), y, eps=eps, steps=steps, loss=quadratic_loss, keep_best=False
+    )
     seen = [images.numpy() for images in model.seen]
     x, eta, m, v = seen[0], eps, np.zeros_like(X), np.zeros_like(X)
     lower, upper = np.maximum(X - eps, 0), np.minimum(X + eps, 1)
@@ -137,7 +149,9 @@ def test_a_run_that_rises_without_passing_its_start_goes_back_and_halves_its_ste
     x = torch.full((1, 3), 0.5)
     run = MODULE._AutoAscent(torch.arange(1), x, x, ball=ThreatModel("Linf", 0.1), steps=20)
     assert run.checkpoints[0] == 5
-    for step, loss in enumerate([9.0, 1.0, 2.0, 3.0, 4.0, 5.0]):  # four steps of five raise it, enough by themselves
+    for step, loss in enumerate(
+        [9.0, 1.0, 2.0, 3.0, 4.0, 5.0]
+    ):  # four steps of five raise it, enough by themselves
         if step > 0:
             run.move(step)
         run.see(step, torch.tensor([loss]), torch.ones_like(x))
@@ -149,7 +163,9 @@ def test_a_run_that_rises_without_passing_its_start_goes_back_and_halves_its_ste
 def test_the_start_lies_on_the_border_of_the_ball(norm):
     model = Recorder(lambda x: x)
     x = torch.full((200, 5), 0.5, dtype=torch.float64)
-    apgd(model, x, torch.zeros(200, dtype=torch.int64), eps=0.2, norm=norm, steps=1, keep_best=False)
+    apgd(
+        model, x, torch.zeros(200, dtype=torch.int64), eps=0.2, norm=norm, steps=1, keep_best=False
+    )
     delta = model.seen[0] - x
     length = delta.abs().amax(1) if norm == "Linf" else delta.norm(dim=1)
     torch.testing.assert_close(length, torch.full_like(length, 0.2))
@@ -157,22 +173,34 @@ def test_the_start_lies_on_the_border_of_the_ball(norm):
 
 
 KNOWN = [
-    *itertools.product([apgd], ["Linf", "L2"], [("ce", 2), ("dlr", 2), ("dlr_targeted", 5), ("dlr_targeted", 8)], [0]),
+    *itertools.product(
+        [apgd],
+        ["Linf", "L2"],
+        [("ce", 2), ("dlr", 2), ("dlr_targeted", 5), ("dlr_targeted", 8)],
+        [0],
+    ),
     *itertools.product([sapgd], ["Linf"], [(None, 2)], range(3)),
 ]
 
 
 @pytest.mark.parametrize(("attack", "norm", "goal", "seed"), KNOWN)
 def test_a_linear_network_keeps_exactly_its_known_robust_accuracy(attack, norm, goal, seed):
-    # Untargeted losses get two classes: with more, a start can lead to one that is out of reach beside one that is not.
+    # Untargeted losses get two classes: with more, a start can lead to one that is out of reach
+    # beside one that is not.
     loss, classes = goal
     oracle = linear_oracle(classes, norm, seed=seed)
 
     def model(x):
         logits = oracle.model(x)
-        return torch.cat([logits, logits[:, :1] * 0 - 9], 1)  # one class more, out of reach, for the ratio
+        return torch.cat(
+            [logits, logits[:, :1] * 0 - 9], 1
+        )  # one class more, out of reach, for the ratio
 
-    options = {"norm": norm, "loss": loss, "target_classes": classes - 1, "steps": 50} if attack is apgd else {}
+    options = (
+        {"norm": norm, "loss": loss, "target_classes": classes - 1, "steps": 50}
+        if attack is apgd
+        else {}
+    )
     x_adv = attack(model, oracle.x, oracle.y, eps=oracle.eps, **options, generator=seeded())
     assert torch.equal(model(x_adv).argmax(1) == oracle.y, oracle.robust)
     assert 0.2 < oracle.robust.double().mean().item() < 0.8
@@ -181,7 +209,9 @@ def test_a_linear_network_keeps_exactly_its_known_robust_accuracy(attack, norm, 
 def test_losses_by_hand():
     logits = torch.tensor([[4.0, 1.0, 3.0, -1.0, 2.0], [4.0, 1.0, 3.0, -1.0, 2.0]])
     y = torch.tensor([0, 2])
-    torch.testing.assert_close(dlr_loss(logits, y), torch.tensor([-(4.0 - 3) / (4 - 2), -(3.0 - 4) / (4 - 2)]))
+    torch.testing.assert_close(
+        dlr_loss(logits, y), torch.tensor([-(4.0 - 3) / (4 - 2), -(3.0 - 4) / (4 - 2)])
+    )
     expected = torch.tensor([-(4.0 - -1) / (4 - 0.5 * (2 + 1)), -(3.0 - 1) / (4 - 0.5 * (2 + 1))])
     torch.testing.assert_close(targeted_dlr_loss(logits, y, target=torch.tensor([3, 1])), expected)
 
@@ -221,12 +251,16 @@ def test_any_fooling_image_is_kept_and_the_highest_loss_on_request():
         return torch.cat([x[:, :1], 0.8 - x[:, :1]], 1)
 
     def loss(logits, y):
-        return -((logits[:, 0] - 0.3) ** 2)  # highest where the label, class 1, is right; x falls to 0.3 from above
+        return -(
+            (logits[:, 0] - 0.3) ** 2
+        )  # highest where the label, class 1, is right; x falls to 0.3 from above
 
     x, y = torch.full((40, 1), 0.35), torch.ones(40, dtype=torch.int64)
     options = {"eps": 0.1, "loss": loss, "steps": 20, "generator": seeded()}
     kept, highest = apgd(model, x, y, **options), apgd(model, x, y, **options, keep_best=False)
-    assert bool((model(kept).argmax(1) == 0).all())  # above 0.4: a start at 0.45, or the first step from 0.25
+    assert bool(
+        (model(kept).argmax(1) == 0).all()
+    )  # above 0.4: a start at 0.45, or the first step from 0.25
     assert bool((model(highest).argmax(1) == 1).all())
     torch.testing.assert_close(highest, torch.full((40, 1), 0.3), rtol=0, atol=1e-3)
 
@@ -256,7 +290,9 @@ def test_without_anything_standing_nothing_is_attacked():
     assert torch.equal(x_adv, oracle.x)
 
 
-@pytest.mark.parametrize(("target_classes", "falls"), [(1, False), (2, False), (3, True), (9, True)])
+@pytest.mark.parametrize(
+    ("target_classes", "falls"), [(1, False), (2, False), (3, True), (9, True)]
+)
 def test_targets_are_the_most_likely_wrong_classes_in_turn(target_classes, falls):
     def model(x):  # class 3, the least likely, is the only one that x can raise
         rest = torch.tensor([[3.0, 2.0, 1.0]], dtype=x.dtype).expand(len(x), -1)
@@ -265,9 +301,13 @@ def test_targets_are_the_most_likely_wrong_classes_in_turn(target_classes, falls
     x, y = torch.full((3, 2), 0.4), torch.zeros(3, dtype=torch.int64)  # logit 3 is 0; 3.2 at 0.56
     options = {"loss": "dlr_targeted", "target_classes": target_classes, "steps": 10}
 
-    def blind(x):  # the gradient towards class 3 vanishes unless it is the target: without one no step is made
+    def blind(
+        x,
+    ):  # the gradient towards class 3 vanishes unless it is the target: without one no step is made
         logits = model(x)
-        return torch.cat([logits[:, :3] - 1e-3 * x[:, :1] * torch.tensor([0.0, 1.0, 1.0]), logits[:, 3:]], 1)
+        return torch.cat(
+            [logits[:, :3] - 1e-3 * x[:, :1] * torch.tensor([0.0, 1.0, 1.0]), logits[:, 3:]], 1
+        )
 
     x_adv = apgd(blind, x, y, eps=0.2, **options, generator=seeded())
     assert bool((model(x_adv).argmax(1) == 3).all()) == falls
@@ -281,7 +321,9 @@ def test_sample_seeds_on_a_spiking_network(trained):
     options = {"eps": 0.05, "steps": 8, "loss": "dlr_targeted", "target_classes": 2}
     together = apgd(model, x, y, **options, generator=seeds)
     parts = [torch.tensor(rows) for rows in (range(7), range(7, 8), range(8, 20))]
-    apart = torch.cat([apgd(model, x[rows], y[rows], **options, generator=seeds.rows(rows)) for rows in parts])
+    apart = torch.cat(
+        [apgd(model, x[rows], y[rows], **options, generator=seeds.rows(rows)) for rows in parts]
+    )
     torch.testing.assert_close(together, apart, rtol=0, atol=1e-12)
     assert not torch.equal(together, x)
 
@@ -293,20 +335,31 @@ def test_sample_seeds_on_a_spiking_network(trained):
 )
 def test_as_strong_as_the_authors_implementation(trained, norm, eps, loss, monkeypatch):
     """Over seeds, from the authors' starts: then differences are not those of luck."""
-    peers = pytest.importorskip("pyautoattack.autopgd_base", reason="extra `attacks` holds the authors' implementation")
+    peers = pytest.importorskip(
+        "pyautoattack.autopgd_base", reason="extra `attacks` holds the authors' implementation"
+    )
     model, x, y = trained.model, trained.x[:100], trained.y[:100]
     right = predicted(model, x) == y
     ours, theirs = [], []
     for seed in range(3):
-        with torch.random.fork_rng(), warnings.catch_warnings():  # it seeds the global generator and warns of zeros
+        with (
+            torch.random.fork_rng(),
+            warnings.catch_warnings(),
+        ):  # it seeds the global generator and warns of zeros
             warnings.simplefilter("ignore")
             if loss == "dlr_targeted":
-                peer = peers.APGDAttack_targeted(model, n_iter=50, norm=norm, eps=eps, seed=seed, n_target_classes=1)
+                peer = peers.APGDAttack_targeted(
+                    model, n_iter=50, norm=norm, eps=eps, seed=seed, n_target_classes=1
+                )
             else:
                 peer = peers.APGDAttack(model, n_iter=50, norm=norm, eps=eps, seed=seed, loss=loss)
             peer_adv = peer.perturb(x.clone(), y.clone())
             torch.manual_seed(seed)
-            noise = 2 * torch.rand(x[right].shape) - 1 if norm == "Linf" else torch.randn(x[right].shape)
+            noise = (
+                2 * torch.rand(x[right].shape) - 1
+                if norm == "Linf"
+                else torch.randn(x[right].shape)
+            )
         start = x.clone()
         start[right] = (x[right] + eps * peer.normalize(noise)).clamp(0, 1)
         monkeypatch.setattr(_ascent, "random_point", lambda *_, start=start, on_border: start)
@@ -327,7 +380,9 @@ def test_sapgd_does_not_see_the_scale_of_the_gradient(scale):
             return (logits * weight).sum(1) * factor
 
         generator = seeded()
-        return sapgd(lambda x: x, x, y, eps=0.1, steps=6, loss=loss, keep_best=False, generator=generator)
+        return sapgd(
+            lambda x: x, x, y, eps=0.1, steps=6, loss=loss, keep_best=False, generator=generator
+        )
 
     x_adv = attacked(scale)
     assert bool(torch.isfinite(x_adv).all())

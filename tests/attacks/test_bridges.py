@@ -1,4 +1,6 @@
-"""AutoAttack and Square through pyautoattack: ties, agreement with the library, what its checks say."""
+"""AutoAttack and Square through pyautoattack: ties, agreement with the library, what its checks
+say.
+"""
 
 import importlib
 import sys
@@ -16,7 +18,9 @@ from sj_robust.attacks import AutoAttackWarning, SampleSeeds, autoattack, square
 from sj_robust.attacks import _autoattack as driver
 from sj_robust.attacks._square import break_ties
 
-pyautoattack = pytest.importorskip("pyautoattack", reason="extra `attacks` holds the library behind the bridge")
+pyautoattack = pytest.importorskip(
+    "pyautoattack", reason="extra `attacks` holds the library behind the bridge"
+)
 
 GRADIENT_ATTACKS = ["apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t"]
 EPS = {"Linf": 0.06, "L2": 0.35}
@@ -39,7 +43,9 @@ def images(linear) -> tuple[torch.Tensor, torch.Tensor]:
 
 def library_autoattack(model, norm: str, eps: float, names: list[str], seed: int):
     """The library's own AutoAttack with the settings of its standard version, for five classes."""
-    attack = pyautoattack.AutoAttack(model, norm=norm, eps=eps, seed=seed, version="custom", attacks=names)
+    attack = pyautoattack.AutoAttack(
+        model, norm=norm, eps=eps, seed=seed, version="custom", attacks=names
+    )
     attack.apgd.n_restarts = attack.fab.n_restarts = 1
     attack.apgd_targeted.n_target_classes = attack.fab.n_target_classes = 4
     return attack
@@ -77,7 +83,9 @@ def test_square_goes_on_at_a_tie_that_the_label_wins(images, linear, norm, per_s
     counts = Recorder(lambda x: torch.floor(linear(x)))  # whole numbers, as spike counts are
     y = predicted(counts, x)
     eps = 2 * EPS[norm]
-    theirs = pyautoattack.square.SquareAttack(counts, norm=norm, eps=eps, n_queries=300, resc_schedule=False)
+    theirs = pyautoattack.square.SquareAttack(
+        counts, norm=norm, eps=eps, n_queries=300, resc_schedule=False
+    )
     theirs.init_hyperparam(x)
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -96,12 +104,16 @@ def test_square_goes_on_at_a_tie_that_the_label_wins(images, linear, norm, per_s
 @pytest.mark.slow
 @pytest.mark.parametrize("norm", ["Linf", "L2"])
 @pytest.mark.parametrize(
-    "names", [["apgd-ce"], ["apgd-dlr"], ["apgd-t"], ["square"], ["apgd-ce", "apgd-t"]], ids="+".join
+    "names",
+    [["apgd-ce"], ["apgd-dlr"], ["apgd-t"], ["square"], ["apgd-ce", "apgd-t"]],
+    ids="+".join,
 )
 def test_results_are_the_librarys_on_its_seed(images, linear, monkeypatch, norm, names):
     (x, y), eps = images, 2 * EPS[norm]
     monkeypatch.setattr(driver, "draw_seed", lambda _: 123)
-    monkeypatch.setitem(driver.VERSIONS, "standard", replace(driver.VERSIONS["standard"], queries=200))
+    monkeypatch.setitem(
+        driver.VERSIONS, "standard", replace(driver.VERSIONS["standard"], queries=200)
+    )
     reference = library_autoattack(linear, norm, eps, names, seed=123)
     reference.square.n_queries = 200
     with torch.random.fork_rng():
@@ -118,7 +130,9 @@ def test_results_are_the_librarys_on_its_seed(images, linear, monkeypatch, norm,
 def test_fab_finds_what_the_librarys_finds(images, linear, norm, names):
     x, y = images
     with torch.random.fork_rng():
-        expected, _ = library_autoattack(linear, norm, EPS[norm], names, 0).run_standard_evaluation(x, y)
+        expected, _ = library_autoattack(linear, norm, EPS[norm], names, 0).run_standard_evaluation(
+            x, y
+        )
     linear.zero_grad()
     x_adv = autoattack(linear, x, y, eps=EPS[norm], norm=norm, attacks=names)
     found = (expected != x).flatten(1).any(1)
@@ -132,10 +146,15 @@ def test_exactly_what_lies_closer_than_the_radius_to_the_plane_falls(norm):
     w = torch.linspace(-1, 1, 16).add(0.05)
     x = 0.3 + 0.4 * torch.rand(30, 1, 4, 4, generator=seeded())
     margins = x.flatten(1) @ w
-    model, y = (lambda x: torch.stack([x.flatten(1) @ w, 0 * x.flatten(1)[:, 0]], 1)), (margins < 0).long()
+    model, y = (
+        (lambda x: torch.stack([x.flatten(1) @ w, 0 * x.flatten(1)[:, 0]], 1)),
+        (margins < 0).long(),
+    )
     reach = margins.abs() / (w.abs().sum() if norm == "Linf" else w.norm())
     eps = float(reach.sort().values[14:16].mean())
-    with pytest.warns(AutoAttackWarning, match="apgd-t is left out: it needs at least 4 classes, the model has 2"):
+    with pytest.warns(
+        AutoAttackWarning, match="apgd-t is left out: it needs at least 4 classes, the model has 2"
+    ):
         x_adv = autoattack(model, x, y, eps=eps, norm=norm, attacks=["apgd-ce", "apgd-t", "fab-t"])
     assert torch.equal(predicted(model, x_adv) != y, reach < eps)
 
@@ -145,7 +164,10 @@ def test_versions_are_the_librarys(linear, version):
     settings = driver.VERSIONS[version]
     theirs = pyautoattack.AutoAttack(linear, version=version)
     assert list(settings.attacks) == theirs.attacks_to_run
-    assert (settings.apgd_restarts, settings.eot_samples) == (theirs.apgd.n_restarts, theirs.apgd.eot_iter)
+    assert (settings.apgd_restarts, settings.eot_samples) == (
+        theirs.apgd.n_restarts,
+        theirs.apgd.eot_iter,
+    )
     if "fab" in settings.attacks:
         assert settings.fab_restarts == theirs.fab.n_restarts
     assert settings.queries == theirs.square.n_queries
@@ -160,11 +182,13 @@ def test_versions_run_their_attacks_on_what_still_stands(images, linear):
         assert len(attacked) == 101 * eot + 1
 
 
-@pytest.mark.parametrize(("classes", "left_out"), [(2, {"apgd-dlr", "apgd-t"}), (3, {"apgd-t"}), (4, set())])
+@pytest.mark.parametrize(
+    ("classes", "left_out"), [(2, {"apgd-dlr", "apgd-t"}), (3, {"apgd-t"}), (4, set())]
+)
 def test_fewer_than_ten_classes(classes, left_out):
     weight = torch.randn(classes, 36, generator=seeded())
     x = torch.rand(6, 1, 6, 6, generator=seeded(1))
-    model = lambda x: x.flatten(1) @ weight.T  # noqa: E731
+    model = lambda x: x.flatten(1) @ weight.T
     y = predicted(model, x)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -174,14 +198,17 @@ def test_fewer_than_ten_classes(classes, left_out):
     assert (predicted(model, x_adv) != y).all()
     if classes == 2:
         with pytest.raises(
-            ValueError, match=r"none of the attacks \('apgd-dlr',\) can attack 2 classes; add 'apgd-ce'"
+            ValueError,
+            match=r"none of the attacks \('apgd-dlr',\) can attack 2 classes; add 'apgd-ce'",
         ):
             autoattack(model, x, y, eps=0.1, attacks=["apgd-dlr"])
 
 
 def test_it_comes_with_the_extra_and_is_imported_when_used(images, linear, monkeypatch):
     monkeypatch.setattr(sj_robust, "attacks", sj_robust.attacks)  # put back after the import below
-    for name in [name for name in sys.modules if name.startswith(("sj_robust.attacks", "pyautoattack"))]:
+    for name in [
+        name for name in sys.modules if name.startswith(("sj_robust.attacks", "pyautoattack"))
+    ]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "pyautoattack", None)
     assert importlib.import_module("sj_robust.attacks").square.__name__ == "square"

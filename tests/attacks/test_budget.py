@@ -37,7 +37,9 @@ def test_inside_ball_and_box_for_any_shape_radius_and_dtype(name, shape, eps, dt
 
 def test_inside_ball_and_box_on_every_model(attack_and_model, batch):
     (attack, model), (x, _) = attack_and_model, batch
-    y = predicted(deepcopy(model).eval(), x)  # some attacks leave alone what is misclassified already
+    y = predicted(
+        deepcopy(model).eval(), x
+    )  # some attacks leave alone what is misclassified already
     x_adv = attack.run(model, x, y, 0.2, seeded())
     assert_within(x_adv, x, attack.norm, 0.2)
     assert not torch.equal(x_adv, x)

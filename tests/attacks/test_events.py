@@ -1,4 +1,6 @@
-"""Attacks on binary event frames: budget, known optima, reduction, a trained network, the worst case."""
+"""Attacks on binary event frames: budget, known optima, reduction, a trained network, the worst
+case.
+"""
 
 import itertools
 from functools import partial
@@ -25,7 +27,9 @@ class TestBudget:
         dtype=st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]),
         seed=st.integers(0, 10**6),
     )
-    def test_binary_and_at_most_k_changes_of_the_allowed_kind(self, name, shape, share, flips, dtype, seed):
+    def test_binary_and_at_most_k_changes_of_the_allowed_kind(
+        self, name, shape, share, flips, dtype, seed
+    ):
         x = frames(*shape, seed=seed, share=share, dtype=dtype)
         flips = min(flips, x[0].numel()) if len(x) else flips
         flips -= flips % 2 if "moves" in name else 0  # two elements differ for each
@@ -77,7 +81,9 @@ class TestLinearOptimum:
             reverse=True,
         )
 
-    @pytest.mark.parametrize("options", [{}, {"probes": 0, "queries": 0}, {"steps": 1}, {"steps": 40, "probes": 3}])
+    @pytest.mark.parametrize(
+        "options", [{}, {"probes": 0, "queries": 0}, {"steps": 1}, {"steps": 40, "probes": 3}]
+    )
     @pytest.mark.parametrize("allow", ["both", "add", "remove"])
     @pytest.mark.parametrize("row", range(6))
     def test_the_smallest_set_that_fools(self, row, allow, options):
@@ -110,7 +116,9 @@ class TestLinearOptimum:
         calls = []
         for restarts in (1, 3):
             model = Recorder(self.model(0))
-            x_adv = flip_events(model, self.x[:1], self.y[:1], flips=20, restarts=restarts, reduce=False)
+            x_adv = flip_events(
+                model, self.x[:1], self.y[:1], flips=20, restarts=restarts, reduce=False
+            )
             assert model.model(x_adv).argmax(1) != self.y[0]
             calls.append(len(model.seen))
         assert calls[0] == calls[1]
@@ -132,7 +140,9 @@ class TestLinearOptimum:
     def test_the_first_step_takes_the_largest_gains_of_the_margin(self):
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            model = nn.Sequential(nn.Flatten(), nn.Linear(40, 16), nn.Tanh(), nn.Linear(16, 4)).double()
+            model = nn.Sequential(
+                nn.Flatten(), nn.Linear(40, 16), nn.Tanh(), nn.Linear(16, 4)
+            ).double()
         x = self.x.clone().requires_grad_()
         logits = model(x)
         y = logits.argmax(1)
@@ -140,7 +150,9 @@ class TestLinearOptimum:
         (grad,) = torch.autograd.grad((top[:, 1] - top[:, 0]).sum(), x)
         gain = (grad * (1 - 2 * x)).flatten(1)
         wanted = (gain >= gain.sort(dim=1, descending=True).values[:, 2:3]) & (gain > 0)
-        x_adv = flip_events(model, self.x, y, flips=3, steps=1, probes=0, queries=0, keep_best=False, reduce=False)
+        x_adv = flip_events(
+            model, self.x, y, flips=3, steps=1, probes=0, queries=0, keep_best=False, reduce=False
+        )
         assert torch.equal((x_adv != self.x).flatten(1), wanted)
 
 
@@ -160,7 +172,9 @@ class TestReduction:
 
     @pytest.mark.slow
     def test_no_single_change_of_a_spiking_network_can_be_put_back(self, bars):
-        x_adv = flip_events(bars.model, bars.x[:24], bars.y[:24], flips=30, steps=4, generator=seeded(1))
+        x_adv = flip_events(
+            bars.model, bars.x[:24], bars.y[:24], flips=30, steps=4, generator=seeded(1)
+        )
         tried = 0
         for row in range(24):
             if bars.model(x_adv[row : row + 1]).argmax(1) == bars.y[row]:
@@ -177,7 +191,9 @@ class TestReduction:
     def test_further_runs_never_need_more(self, bars):
         x, y = bars.x[:24], bars.y[:24]
         one, several = (
-            flip_events(bars.model, x, y, flips=15, queries=20, probes=5, generator=seeded(), **options)
+            flip_events(
+                bars.model, x, y, flips=15, queries=20, probes=5, generator=seeded(), **options
+            )
             for options in ({}, {"target_classes": 3, "restarts": 2})
         )
         fooled = bars.model(one).argmax(1) != y
@@ -191,7 +207,10 @@ class TestTrainedNetwork:
     def test_accuracy_falls_with_the_budget_far_below_random_changes(self, bars):
         budgets = (0, 5, 10, 20, 40)
         attacked, control = (
-            [bars.accuracy(attack(bars.model, bars.x, bars.y, flips=k, generator=seeded())) for k in budgets]
+            [
+                bars.accuracy(attack(bars.model, bars.x, bars.y, flips=k, generator=seeded()))
+                for k in budgets
+            ]
             for attack in (partial(flip_events, reduce=False), partial(random_flips, tries=10))
         )
         assert attacked[0] == control[0] == bars.accuracy(bars.x) > 0.9
@@ -205,14 +224,18 @@ class TestTrainedNetwork:
     def test_probes_and_queries_add_to_the_gradient(self, bars):
         run = partial(flip_events, bars.model, bars.x, bars.y, flips=10, reduce=False)
         settings = ({"probes": 0, "queries": 0}, {"queries": 0}, {})
-        gradient, probed, both = (bars.accuracy(run(generator=seeded(), **options)) for options in settings)
+        gradient, probed, both = (
+            bars.accuracy(run(generator=seeded(), **options)) for options in settings
+        )
         assert gradient > probed > both
 
     def test_a_network_without_a_gradient_falls_to_the_exchanges(self):
         class Dead(nn.Module):
             def forward(self, x):
                 many = x.flatten(1).sum(1)
-                return torch.stack([(many > 5.5).float() + 0 * many, torch.full_like(many, 0.5)], dim=1)
+                return torch.stack(
+                    [(many > 5.5).float() + 0 * many, torch.full_like(many, 0.5)], dim=1
+                )
 
         x = frames(6, 2, 2, 3, 3, share=0.2)
         x[:, 0, 0, 0] = 1.0
@@ -253,7 +276,9 @@ class TestRandomFlips:
     def test_uniform(self):
         x = torch.zeros(4000, 1, 2, 2, 3)
         x_adv = random_flips(None, x, flips=3, generator=seeded())
-        torch.testing.assert_close(x_adv.mean(0).flatten(), torch.full((12,), 0.25), atol=0.03, rtol=0)
+        torch.testing.assert_close(
+            x_adv.mean(0).flatten(), torch.full((12,), 0.25), atol=0.03, rtol=0
+        )
 
     def test_more_tries_fool_more(self, bars):
         run = partial(random_flips, bars.model, bars.x, bars.y, flips=40, allow="remove")

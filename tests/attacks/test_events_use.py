@@ -1,4 +1,6 @@
-"""Attacks on binary event frames: what they leave as found, what they depend on, stochastic networks, wrong use."""
+"""Attacks on binary event frames: what they leave as found, what they depend on, stochastic
+networks, wrong use.
+"""
 
 from functools import partial
 
@@ -30,12 +32,17 @@ class TestState:
     @pytest.mark.slow
     def test_same_seed_same_result_and_another_seed_another(self, event_attack, bars):
         x, y = bars.x[:5], bars.y[:5]
-        first, other = (event_attack(bars.model, x, y, flips=6, generator=seeded(seed)) for seed in (5, 6))
+        first, other = (
+            event_attack(bars.model, x, y, flips=6, generator=seeded(seed)) for seed in (5, 6)
+        )
         for context in (torch.no_grad, torch.inference_mode):  # of the caller
             with context():
                 again = event_attack(bars.model, x.clone(), y, flips=6, generator=seeded(5))
             assert torch.equal(again, first), context.__name__
-        if event_attack not in (EVENT_ATTACKS["gradient_only"], EVENT_ATTACKS["eot"]):  # which draw next to nothing
+        if event_attack not in (
+            EVENT_ATTACKS["gradient_only"],
+            EVENT_ATTACKS["eot"],
+        ):  # which draw next to nothing
             assert not torch.equal(first, other)
         assert bool(((first == 0) | (first == 1)).all())
         assert 0 < int(count_flips(first, x).max()) <= 6
@@ -76,7 +83,15 @@ class TestStochasticNetwork:
         seeds = SampleSeeds(range(20))
         x, y = bars.x[:20], bars.y[:20]
         held = [
-            int(fools(Noisy(), attack(Noisy(), x, y, flips=30, generator=seeds), y, draws=5, seeds=seeds).sum())
+            int(
+                fools(
+                    Noisy(),
+                    attack(Noisy(), x, y, flips=30, generator=seeds),
+                    y,
+                    draws=5,
+                    seeds=seeds,
+                ).sum()
+            )
             for attack in (
                 partial(flip_events, queries=0, probes=3),
                 partial(flip_events, queries=0, probes=3, confidence=2, eot_samples=4),
@@ -91,10 +106,20 @@ X, Y = frames(3, T, 2, SIZE, SIZE), torch.tensor([0, 1, 3])
 BOTH = (flip_events, random_flips)
 WRONG_OPTIONS = [
     (BOTH, {"flips": -1}, ValueError, r"flips must be >= 0, got -1"),
-    (BOTH, {"flips": 1201}, ValueError, r"flips must be <= 1200, the elements of a sample, got 1201"),
+    (
+        BOTH,
+        {"flips": 1201},
+        ValueError,
+        r"flips must be <= 1200, the elements of a sample, got 1201",
+    ),
     (BOTH, {"flips": 2.0}, TypeError, r"flips must be an integer, got float"),
     (BOTH, {"flips": True}, TypeError, r"flips must be an integer, got bool"),
-    (BOTH, {"allow": "flip"}, ValueError, r"allow must be one of \('both', 'add', 'remove'\), got 'flip'"),
+    (
+        BOTH,
+        {"allow": "flip"},
+        ValueError,
+        r"allow must be one of \('both', 'add', 'remove'\), got 'flip'",
+    ),
     (BOTH, {"generator": SampleSeeds([1])}, ValueError, r"one seed per image, 3, got 1"),
     (BOTH, {"generator": 7}, TypeError, r"generator must be a torch.Generator, got int"),
     ([flip_events], {"steps": 0}, ValueError, r"steps must be >= 1, got 0"),
@@ -102,8 +127,18 @@ WRONG_OPTIONS = [
     ([flip_events], {"eot_samples": 0}, ValueError, r"eot_samples must be >= 1"),
     ([flip_events], {"probes": -1}, ValueError, r"probes must be >= 0, got -1"),
     ([flip_events], {"queries": 1.5}, TypeError, r"queries must be an integer, got float"),
-    ([flip_events], {"target_classes": 5}, ValueError, r"target_classes must be < 5, the number of classes, got 5"),
-    ([flip_events], {"confidence": -1.0}, ValueError, r"confidence must be finite and >= 0, got -1"),
+    (
+        [flip_events],
+        {"target_classes": 5},
+        ValueError,
+        r"target_classes must be < 5, the number of classes, got 5",
+    ),
+    (
+        [flip_events],
+        {"confidence": -1.0},
+        ValueError,
+        r"confidence must be finite and >= 0, got -1",
+    ),
     ([random_flips], {"tries": 0}, ValueError, r"tries must be >= 1"),
 ]
 
@@ -112,18 +147,41 @@ class TestWrongUse:
     @pytest.mark.parametrize(
         ("x", "error", "match"),
         [
-            (X * 3, ValueError, r"binary event frames \(0 or 1\), got values from 0 to 3; integrated .*\(x > 0\)"),
+            (
+                X * 3,
+                ValueError,
+                r"binary event frames \(0 or 1\), got values from 0 to 3; integrated .*\(x > 0\)",
+            ),
             (X * 0.5, ValueError, r"binary event frames .* got values from 0 to 0.5"),
             (X * torch.nan, ValueError, r"binary event frames"),
             (X.byte(), TypeError, r"floating point, got torch.uint8; use \(x > 0\).float\(\)"),
             (X.tolist(), TypeError, r"tensor of event frames, got list"),
-            (X[0], ValueError, r"\[N, T, 2, H, W\], got shape \(6, 2, 10, 10\); add N with x.unsqueeze\(0\)"),
+            (
+                X[0],
+                ValueError,
+                r"\[N, T, 2, H, W\], got shape \(6, 2, 10, 10\); add N with x.unsqueeze\(0\)",
+            ),
             (X.flatten(3), ValueError, r"got shape \(3, 6, 2, 100\)"),
             (X.flatten(2), ValueError, r"got shape .*integrate the events"),
             (X.transpose(1, 2), ValueError, r"2 polarities \(1 if merged\), got 6 .*dimension 2"),
-            (X.transpose(0, 1), ValueError, r"samples first, .*\(6, 3, .* for 3 labels; use x.transpose\(0, 1\)"),
+            (
+                X.transpose(0, 1),
+                ValueError,
+                r"samples first, .*\(6, 3, .* for 3 labels; use x.transpose\(0, 1\)",
+            ),
         ],
-        ids=["counts", "half", "nan", "bytes", "list", "no batch", "flat", "features", "polarity first", "time first"],
+        ids=[
+            "counts",
+            "half",
+            "nan",
+            "bytes",
+            "list",
+            "no batch",
+            "flat",
+            "features",
+            "polarity first",
+            "time first",
+        ],
     )
     def test_frames(self, event_attack, x, error, match):
         with pytest.raises(error, match=match):

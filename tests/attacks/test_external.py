@@ -16,7 +16,9 @@ Y = torch.tensor([0, 1, 2, 3, 4, 0, 1])
 
 
 class Peer:
-    """Built for a model and called as ``attack(x, y)``, as the attacks of torchattacks are; careless with state."""
+    """Built for a model and called as ``attack(x, y)``, as the attacks of torchattacks are;
+    careless with state.
+    """
 
     def __init__(self, model: nn.Module, eps: float) -> None:
         self.model, self.eps = model, eps
@@ -38,7 +40,9 @@ def model() -> nn.Module:
     return linear_model(36)
 
 
-@pytest.mark.parametrize("generator", [None, seeded(), SampleSeeds(range(7))], ids=["none", "generator", "seeds"])
+@pytest.mark.parametrize(
+    "generator", [None, seeded(), SampleSeeds(range(7))], ids=["none", "generator", "seeds"]
+)
 @pytest.mark.parametrize("fail_at", [None, 1])
 def test_a_careless_attack_leaves_everything_as_it_was(model, generator, fail_at):
     x, y = X.clone(), Y.clone()
@@ -78,7 +82,8 @@ def test_all_global_generators_are_seeded_by_the_callers(model):
 def test_numpy_takes_the_low_bits_of_a_large_seed(model, monkeypatch):
     monkeypatch.setattr(bridges, "draw_seed", lambda private: 5 * 2**32 + 2**31 + 7)
     seen = []
-    external(lambda x, y: seen.append(np.random.rand()) or x, eps=0.1)(model, X, Y)  # noqa: NPY002  the global one
+    # the global one
+    external(lambda x, y: seen.append(np.random.rand()) or x, eps=0.1)(model, X, Y)
     assert seen == [np.random.RandomState(2**31 + 7).rand()]
 
 
@@ -90,13 +95,21 @@ def test_numpy_takes_the_low_bits_of_a_large_seed(model, monkeypatch):
             ValueError,
             r"Linf .* eps=0.1 of x, got 0.15, 0.05 too far \(7 of 7 images",
         ),
-        (lambda x: x + 0.1001 * (torch.arange(7) == 2).view(7, 1, 1, 1), ValueError, r"0.0001 too far \(1 of 7"),
+        (
+            lambda x: x + 0.1001 * (torch.arange(7) == 2).view(7, 1, 1, 1),
+            ValueError,
+            r"0.0001 too far \(1 of 7",
+        ),
         (
             lambda x: torch.where(x > 0.8, torch.nan, x),
             ValueError,
             r"must return finite images, got \d+ NaN or infinite",
         ),
-        (lambda x: 1.3 * x, ValueError, r"images in \[0, 1\], got values from 0.\d+ to 1.\d+; .*normalise inside"),
+        (
+            lambda x: 1.3 * x,
+            ValueError,
+            r"images in \[0, 1\], got values from 0.\d+ to 1.\d+; .*normalise inside",
+        ),
         (lambda x: x - 0.5, ValueError, r"images in \[0, 1\], got values from -0.\d+ to"),
         (lambda x: x[:3], ValueError, r"shape \(7, 1, 6, 6\) as x has, got \(3, 1, 6, 6\)"),
         (lambda x: x.double(), ValueError, r"dtype torch.float32 as x has, got torch.float64"),
@@ -113,7 +126,9 @@ def test_what_it_returns_is_checked(model, found, error, match):
 
 def test_an_l2_attack_is_measured_in_l2(model):
     attack = external(lambda x, y: x + 0.05, eps=0.29, norm="L2")
-    with pytest.raises(ValueError, match=r"within L2 distance eps=0.29 of x, got 0.3, 0.01 too far"):
+    with pytest.raises(
+        ValueError, match=r"within L2 distance eps=0.29 of x, got 0.3, 0.01 too far"
+    ):
         attack(model, X, Y)
     near = external(lambda x, y: x + 0.05, eps=0.3, norm="L2")(model, X, Y)
     distance = (near.double() - X.double()).flatten(1).norm(dim=1)
@@ -123,10 +138,14 @@ def test_an_l2_attack_is_measured_in_l2(model):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_what_rounding_adds_is_taken_off(dtype):
     x, eps = X.to(dtype), 8 / 255
-    x_adv = external(lambda x, y: (x.float() + eps).to(dtype), eps=eps)(linear_model(36, dtype), x, Y)
+    x_adv = external(lambda x, y: (x.float() + eps).to(dtype), eps=eps)(
+        linear_model(36, dtype), x, Y
+    )
     distance = (x_adv.double() - x.double()).abs()
     assert distance.max() <= eps
-    assert distance.min() > eps - 2 * max(torch.finfo(dtype).eps, 1e-7)  # the peer computes in float32
+    assert distance.min() > eps - 2 * max(
+        torch.finfo(dtype).eps, 1e-7
+    )  # the peer computes in float32
 
 
 def test_results_with_a_graph_or_of_inference_mode_come_back_plain(model):
@@ -146,14 +165,30 @@ def test_results_with_a_graph_or_of_inference_mode_come_back_plain(model):
 @pytest.mark.parametrize(
     ("call", "error", "match"),
     [
-        (lambda m: external(None, eps=0.1), TypeError, r"attack must be called as attack\(x, y\), got NoneType"),
+        (
+            lambda m: external(None, eps=0.1),
+            TypeError,
+            r"attack must be called as attack\(x, y\), got NoneType",
+        ),
         (lambda m: external(m, eps=8), ValueError, r"eps must be <= 1"),
         (lambda m: external(m, eps=0.1, norm="l2"), ValueError, r"norm must be one of"),
         (lambda m: external(m, eps=0.1)(m, X * 255, Y), ValueError, r"x must lie in \[0, 1\]"),
-        (lambda m: external(m, eps=0.1)(m, X, Y, generator=SampleSeeds([1])), ValueError, r"one seed per image, 7"),
+        (
+            lambda m: external(m, eps=0.1)(m, X, Y, generator=SampleSeeds([1])),
+            ValueError,
+            r"one seed per image, 7",
+        ),
         (lambda m: transfer(None, partial(fgsm, eps=0.1)), TypeError, r"source must be a callable"),
-        (lambda m: transfer(m, None), TypeError, r"attack must be a callable, got NoneType; use functools.partial"),
-        (lambda m: transfer(m, partial(fgsm, eps=0.1))(None, X, Y), TypeError, r"model must be a callable"),
+        (
+            lambda m: transfer(m, None),
+            TypeError,
+            r"attack must be a callable, got NoneType; use functools.partial",
+        ),
+        (
+            lambda m: transfer(m, partial(fgsm, eps=0.1))(None, X, Y),
+            TypeError,
+            r"model must be a callable",
+        ),
     ],
 )
 def test_wrong_use(model, call, error, match):
@@ -166,7 +201,10 @@ def test_transfer_crafts_on_the_source_and_never_asks_the_target(model):
         raise AssertionError("the target was asked")
 
     source = linear_model(36, seed=5).train()
-    for attack in (partial(pgd, eps=0.1, step_size=0.05, steps=3), partial(square, eps=0.1, queries=20)):
+    for attack in (
+        partial(pgd, eps=0.1, step_size=0.05, steps=3),
+        partial(square, eps=0.1, queries=20),
+    ):
         moved = transfer(source, attack)(target, X, Y, generator=seeded())
         assert torch.equal(moved, attack(source, X, Y, generator=seeded()))
         assert not torch.equal(moved, attack(model, X, Y, generator=seeded()))
@@ -182,20 +220,26 @@ def test_transfer_is_weaker_than_the_attack_on_the_target_itself(model):
 def test_bound_attacks_can_be_pickled_and_printed(model):
     attack = transfer(model, external(Peer(model, 0.1), eps=0.1))
     copy = pickle.loads(pickle.dumps(attack))
-    assert torch.equal(copy(model, X, Y, generator=seeded()), attack(model, X, Y, generator=seeded()))
+    assert torch.equal(
+        copy(model, X, Y, generator=seeded()), attack(model, X, Y, generator=seeded())
+    )
     assert "eps=0.1" in repr(attack)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["PGD", "PGDL2", "FGSM", "APGD", "Square"])
 def test_attacks_of_torchattacks(trained, name):
-    torchattacks = pytest.importorskip("torchattacks", reason="extra `compare` holds the peers of parity tests")
+    torchattacks = pytest.importorskip(
+        "torchattacks", reason="extra `compare` holds the peers of parity tests"
+    )
     model, x, y = trained[0], trained.x[:40], trained.y[:40]
     norm, eps = ("L2", 1.0) if name == "PGDL2" else ("Linf", 0.1)
     options = {"n_queries": 50} if name == "Square" else {}
     peer = getattr(torchattacks, name)(model, eps=eps, **options)
     before = torch.get_rng_state()
-    first, again = (external(peer, eps=eps, norm=norm)(model, x, y, generator=seeded(3)) for _ in range(2))
+    first, again = (
+        external(peer, eps=eps, norm=norm)(model, x, y, generator=seeded(3)) for _ in range(2)
+    )
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(first, again)
     assert int((predicted(model, first) == y).sum()) < int((predicted(model, x) == y).sum())

@@ -77,7 +77,17 @@ def test_gaussian_noise_has_the_asked_deviation_and_clamps_on_request():
 def test_pgd_iterates_follow_the_formula(norm, step_size):
     recorder = Recorder(three_classes)
     x, y = torch.tensor(X), torch.tensor(Y)
-    pgd(recorder, x, y, eps=0.12, step_size=step_size, steps=5, norm=norm, random_start=False, keep_best=False)
+    pgd(
+        recorder,
+        x,
+        y,
+        eps=0.12,
+        step_size=step_size,
+        steps=5,
+        norm=norm,
+        random_start=False,
+        keep_best=False,
+    )
     assert len(recorder.seen) == 5
     assert torch.equal(recorder.seen[0], x)
     for now, after in zip(recorder.seen, recorder.seen[1:], strict=False):
@@ -86,7 +96,9 @@ def test_pgd_iterates_follow_the_formula(norm, step_size):
             expected = np.clip(now.numpy() + step_size * np.sign(grad), X - 0.12, X + 0.12)
         else:
             delta = now.numpy() + step_size * grad / np.linalg.norm(grad, axis=1, keepdims=True) - X
-            expected = X + delta * np.minimum(1, 0.12 / np.linalg.norm(delta, axis=1, keepdims=True))
+            expected = X + delta * np.minimum(
+                1, 0.12 / np.linalg.norm(delta, axis=1, keepdims=True)
+            )
         np.testing.assert_allclose(after.numpy(), np.clip(expected, 0, 1), rtol=0, atol=1e-9)
 
 
@@ -94,12 +106,16 @@ def test_pgd_iterates_follow_the_formula(norm, step_size):
 def test_pgd_targeted_reaches_the_target(norm):
     x = torch.full((2, 4), 0.5, dtype=torch.float64)
     targets = torch.tensor([0, 1])
-    x_adv = pgd(three_classes, x, targets, eps=0.5, step_size=0.1, steps=20, norm=norm, targeted=True)
+    x_adv = pgd(
+        three_classes, x, targets, eps=0.5, step_size=0.1, steps=20, norm=norm, targeted=True
+    )
     assert three_classes(x_adv).argmax(1).tolist() == [0, 1]
 
 
 def valley(offset: float):
-    """Margin of class 1 is 10 |x - 0.5| + offset: a step of 0.11 from 0.4 crosses the floor, the next one goes back."""
+    """Margin of class 1 is 10 |x - 0.5| + offset: a step of 0.11 from 0.4 crosses the floor, the
+    next one goes back.
+    """
     return two_classes(lambda x: 10 * (x - 0.5).abs().flatten() + offset)
 
 
@@ -109,7 +125,9 @@ def test_keep_best_takes_the_best_iterate_and_not_the_last(offset):
     options = {"eps": 0.3, "step_size": 0.11, "steps": 2, "random_start": False}
     assert pgd(valley(offset), x, y, **options, keep_best=False).item() == pytest.approx(0.40)
     assert pgd(valley(offset), x, y, **options).item() == pytest.approx(0.51)
-    assert pgd(valley(offset), x, y, **options | {"steps": 1}).item() == pytest.approx(0.51)  # the last one counts too
+    assert pgd(valley(offset), x, y, **options | {"steps": 1}).item() == pytest.approx(
+        0.51
+    )  # the last one counts too
 
 
 def test_keep_best_prefers_fooling_to_a_higher_loss():
@@ -117,17 +135,24 @@ def test_keep_best_prefers_fooling_to_a_higher_loss():
         return torch.cat([x, 0.8 - x], 1)
 
     def loss(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        return logits[:, 1]  # rises as x falls, although a low x is classified as class 1, the label
+        return logits[
+            :, 1
+        ]  # rises as x falls, although a low x is classified as class 1, the label
 
     x, y = torch.tensor([[0.45]]), torch.tensor([1])  # at 0.45 class 0 wins
     x_adv = pgd(model, x, y, eps=0.3, step_size=0.1, steps=3, random_start=False, loss=loss)
     assert x_adv.item() == pytest.approx(0.45)
-    last = pgd(model, x, y, eps=0.3, step_size=0.1, steps=3, random_start=False, loss=loss, keep_best=False)
+    last = pgd(
+        model, x, y, eps=0.3, step_size=0.1, steps=3, random_start=False, loss=loss, keep_best=False
+    )
     assert last.item() == pytest.approx(0.15)
 
 
 def test_a_wrongly_classified_image_stays_so_despite_the_random_start():
-    x, y = torch.full((64, 1), 0.5), torch.ones(64, dtype=torch.int64)  # fooled only within 0.02 of 0.5
+    x, y = (
+        torch.full((64, 1), 0.5),
+        torch.ones(64, dtype=torch.int64),
+    )  # fooled only within 0.02 of 0.5
     x_adv = pgd(valley(-0.2), x, y, eps=0.3, step_size=0.25, steps=1, generator=seeded())
     assert (valley(-0.2)(x_adv).argmax(1) == 0).all()
 
@@ -148,7 +173,8 @@ one_sided = two_classes(lambda x: 0.2 - (x.flatten() - 0.5).clamp(min=0))
 def test_restarts_find_what_one_start_misses_and_lose_nothing(attack):
     x, y = torch.full((200, 1), 0.5), torch.ones(200, dtype=torch.int64)
     once, often = (
-        predicted(one_sided, attack(one_sided, x, y, restarts=restarts, generator=seeded())) == 0 for restarts in (1, 6)
+        predicted(one_sided, attack(one_sided, x, y, restarts=restarts, generator=seeded())) == 0
+        for restarts in (1, 6)
     )
     assert 70 <= int(once.sum()) <= 130  # half of the starts lie on the slope
     assert bool((often | ~once).all())
@@ -207,7 +233,17 @@ def test_vanishing_and_huge_gradients_give_no_nan(norm, scale):
     def loss(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return logits[:, 0] * scale
 
-    x_adv = pgd(lambda x: x[:, :2], x, y, eps=0.1, step_size=0.1, steps=1, norm=norm, random_start=False, loss=loss)
+    x_adv = pgd(
+        lambda x: x[:, :2],
+        x,
+        y,
+        eps=0.1,
+        step_size=0.1,
+        steps=1,
+        norm=norm,
+        random_start=False,
+        loss=loss,
+    )
     expected = x.clone()
     if scale > 0:
         expected[:, 0] = (x[:, 0] + 0.1).clamp(max=1)
@@ -220,7 +256,11 @@ def test_the_loss_can_be_chosen():
     def negative(logits: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return -nn.functional.cross_entropy(logits, y, reduction="none")
 
-    for attack, options in ((fgsm, {}), (rfgsm, {"noise_std": 0.0}), (pgd, {"step_size": 0.1, "steps": 1})):
+    for attack, options in (
+        (fgsm, {}),
+        (rfgsm, {"noise_std": 0.0}),
+        (pgd, {"step_size": 0.1, "steps": 1}),
+    ):
         if attack is pgd:
             options = {**options, "random_start": False, "keep_best": False}
         descended = attack(three_classes, x, y, eps=0.1, loss=negative, **options)
@@ -245,5 +285,13 @@ def test_half_precision_logits_enter_the_loss_as_float32(dtype):
 
 def test_numpy_numbers_are_numbers():
     x, y = torch.tensor(X), torch.tensor(Y)
-    x_adv = pgd(three_classes, x, y, eps=np.float32(0.125), step_size=np.float64(0.25), steps=1, random_start=False)
+    x_adv = pgd(
+        three_classes,
+        x,
+        y,
+        eps=np.float32(0.125),
+        step_size=np.float64(0.25),
+        steps=1,
+        random_start=False,
+    )
     torch.testing.assert_close(x_adv, fgsm(three_classes, x, y, eps=0.125))

@@ -13,13 +13,17 @@ def test_uniform_noise_fills_the_ball_evenly():
     assert noise.min().item() == pytest.approx(-0.1, abs=1e-3)
     assert noise.max().item() == pytest.approx(0.1, abs=1e-3)
     for quantile in (0.1, 0.5, 0.9):
-        assert torch.quantile(noise, quantile).item() == pytest.approx(0.1 * (2 * quantile - 1), abs=3e-3)
+        assert torch.quantile(noise, quantile).item() == pytest.approx(
+            0.1 * (2 * quantile - 1), abs=3e-3
+        )
 
 
 def test_uniform_noise_stays_in_the_box():
     x = torch.tensor([[0.0, 1.0]]).repeat(500, 1)
     noisy = uniform(None, x, eps=0.2, generator=seeded())
-    assert 200 < int((noisy == x).all(0).sum() + (noisy == x)[:, 0].sum()) < 300  # half of the moves lead outside
+    assert (
+        200 < int((noisy == x).all(0).sum() + (noisy == x)[:, 0].sum()) < 300
+    )  # half of the moves lead outside
 
 
 @pytest.mark.parametrize("amount", [0.0, 0.1, 0.5, 1.0])

@@ -26,14 +26,17 @@ def test_linf_bounds_are_the_outermost_numbers_of_the_dtype_inside_the_ball(dtyp
     x = images(seed, dtype)
     lower, upper = linf_bounds(x, eps=eps)
     assert lower.dtype == upper.dtype == dtype
-    # The ball is that of the largest radius the dtype can hold, so that a distance measured in it obeys eps as well.
+    # The ball is that of the largest radius the dtype can hold, so that a distance measured in it
+    # obeys eps as well.
     radius = torch.tensor(eps, dtype=dtype)
     if Fraction(radius.item()) > Fraction(eps):
         radius = torch.nextafter(radius, torch.zeros_like(radius))
     limit = Fraction(radius.item())
     for bound, outwards, box in ((lower, -1.0, 0.0), (upper, 2.0, 1.0)):
         beyond = torch.nextafter(bound, torch.full_like(bound, outwards))
-        for centre, value, next_value in zip(*(t.flatten().tolist() for t in (x, bound, beyond)), strict=True):
+        for centre, value, next_value in zip(
+            *(t.flatten().tolist() for t in (x, bound, beyond)), strict=True
+        ):
             slack = Fraction(2, 10**16) if dtype == torch.float64 else 0
             assert abs(Fraction(value) - Fraction(centre)) <= limit + slack
             assert 0 <= value <= 1
@@ -43,15 +46,19 @@ def test_linf_bounds_are_the_outermost_numbers_of_the_dtype_inside_the_ball(dtyp
 
 
 @settings(max_examples=50, deadline=None)
-@given(eps=st.sampled_from([0.0, 1e-9, 2 / 255, 8 / 255, 0.1, 0.3, 1.0]), seed=st.integers(0, 10**6))
+@given(
+    eps=st.sampled_from([0.0, 1e-9, 2 / 255, 8 / 255, 0.1, 0.3, 1.0]), seed=st.integers(0, 10**6)
+)
 def test_linf_distance_obeys_the_python_number_in_every_way_of_measuring(eps, seed):
     x = images(seed, torch.float32)
     wild = x + 3 * torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
     x_adv = project_linf(wild, x, eps=eps)
     assert (x_adv - x).abs().max().item() <= eps
     assert (x_adv.double() - x.double()).abs().max().item() <= eps
-    expected = [[min(max(w, c - eps, 0.0), c + eps, 1.0) for w, c in zip(*rows, strict=True)]
-                for rows in zip(wild.tolist(), x.tolist(), strict=True)]  # fmt: skip
+    expected = [
+        [min(max(w, c - eps, 0.0), c + eps, 1.0) for w, c in zip(*rows, strict=True)]
+        for rows in zip(wild.tolist(), x.tolist(), strict=True)
+    ]
     torch.testing.assert_close(x_adv, torch.tensor(expected), rtol=0, atol=2e-7)
 
 
@@ -78,12 +85,18 @@ def test_l2_projection_against_float64(dtype, eps, scale, seed):
     assert (x_adv >= 0).all()
     assert (x_adv <= 1).all()
     for row, centre, before in zip(x_adv.tolist(), x.tolist(), moved.tolist(), strict=True):
-        assert sum((r - c) ** 2 for r, c in zip(row, centre, strict=True)) ** 0.5 <= eps * (1 + 1e-12)
+        assert sum((r - c) ** 2 for r, c in zip(row, centre, strict=True)) ** 0.5 <= eps * (
+            1 + 1e-12
+        )
         delta = [b - c for b, c in zip(before, centre, strict=True)]
         length = sum(d * d for d in delta) ** 0.5
         shrink = 1.0 if length <= eps else eps / length
-        expected = torch.tensor([min(max(c + shrink * d, 0.0), 1.0) for c, d in zip(centre, delta, strict=True)])
-        torch.testing.assert_close(torch.tensor(row), expected, rtol=0, atol=2 * torch.finfo(dtype).eps + 1e-7)
+        expected = torch.tensor(
+            [min(max(c + shrink * d, 0.0), 1.0) for c, d in zip(centre, delta, strict=True)]
+        )
+        torch.testing.assert_close(
+            torch.tensor(row), expected, rtol=0, atol=2 * torch.finfo(dtype).eps + 1e-7
+        )
 
 
 def test_l2_is_per_sample_over_all_dimensions():

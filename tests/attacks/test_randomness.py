@@ -53,12 +53,16 @@ def test_rows_are_a_mask_or_indices():
 def test_draws_of_a_sample_do_not_depend_on_its_neighbours(draw):
     def drawn(seeds: SampleSeeds) -> torch.Tensor:
         private = private_generator(seeds, CPU)
-        draws = [draw((len(seeds), 2, 3), private, dtype=torch.float64, device=CPU) for _ in range(2)]
+        draws = [
+            draw((len(seeds), 2, 3), private, dtype=torch.float64, device=CPU) for _ in range(2)
+        ]
         return torch.stack(draws, 1)
 
     together = drawn(SEEDS)
     assert torch.equal(drawn(SEEDS.rows(torch.tensor([4, 1]))), together[[4, 1]])
-    assert len(together.flatten().unique()) == together.numel()  # other numbers per sample and per draw
+    assert (
+        len(together.flatten().unique()) == together.numel()
+    )  # other numbers per sample and per draw
 
 
 def test_draws_have_the_moments_they_should():
@@ -80,7 +84,9 @@ def test_an_attack_with_sample_seeds_does_not_depend_on_batch_or_neighbours(atta
         torch.testing.assert_close(some, together[rows], rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("seeds", [SampleSeeds, lambda pair: seeded(pair[1])], ids=["seeds", "generator"])
+@pytest.mark.parametrize(
+    "seeds", [SampleSeeds, lambda pair: seeded(pair[1])], ids=["seeds", "generator"]
+)
 def test_the_draws_of_the_network_follow_the_seeds(seeds):
     drawn: list[torch.Tensor] = []
 
@@ -90,7 +96,9 @@ def test_the_draws_of_the_network_follow_the_seeds(seeds):
 
     x, y = torch.rand(2, 4), torch.tensor([0, 1])
     options = {"eps": 0.1, "step_size": 0.05, "steps": 2, "eot_samples": 3, "norm": "L2"}
-    results = [pgd(noisy, x, y, **options, generator=seeds(pair)) for pair in ([1, 2], [1, 2], [1, 3])]
+    results = [
+        pgd(noisy, x, y, **options, generator=seeds(pair)) for pair in ([1, 2], [1, 2], [1, 3])
+    ]
     first, again, other = torch.stack(drawn).chunk(3)
     assert torch.equal(first, again)
     assert not torch.equal(first, other)

@@ -15,7 +15,9 @@ SHAPE = (3, 2, 6, 9)  # samples, channels, height and width
 
 
 def images(*, low=0.4, high=0.6, seed=0):
-    return low + (high - low) * torch.rand(SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    return low + (high - low) * torch.rand(
+        SHAPE, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
 
 
 def numbers(seed=1):
@@ -25,12 +27,16 @@ def numbers(seed=1):
 
 def square(pair, side):
     """Rows and columns of a square of an image, from two numbers in [0, 1)."""
-    top, left = (int(number * (size - side + 1)) for number, size in zip(pair, SHAPE[2:], strict=True))
+    top, left = (
+        int(number * (size - side + 1)) for number, size in zip(pair, SHAPE[2:], strict=True)
+    )
     return slice(top, top + side), slice(left, left + side)
 
 
 def hill(height, width):
-    """1 / k^2 for every square of half width < k around the middle that holds the pixel, of length 1."""
+    """1 / k^2 for every square of half width < k around the middle that holds the pixel, of length
+    1.
+    """
     values = np.zeros((height, width))
     for i in range(height):
         for j in range(width):
@@ -46,7 +52,9 @@ def pyramid(side, is_upright):
 
 
 def l2_by_hand(best, x, numbers, area, eps):
-    """Algorithm 3 of Andriushchenko et al. (2020) for one image [C, H, W] far from the border of [0, 1]."""
+    """Algorithm 3 of Andriushchenko et al. (2020) for one image [C, H, W] far from the border of
+    [0, 1].
+    """
     c, h, w = best.shape
     side = max(round(math.sqrt(area * h * w)), 3)
     side = min(side + (side % 2 == 0), h, w)
@@ -96,10 +104,18 @@ def test_l2_moves_length_from_one_window_to_another(area, length):
 def test_numbers_are_drawn_for_256_queries_at_once():
     """So that a seed gives the same images in the next release."""
     x, seeds, ball = images().float(), SampleSeeds(range(3)), ThreatModel("Linf", 0.1)
-    recorder = Recorder(two_classes(lambda x: 1 + 0 * x.sum((1, 2, 3))))  # nothing is better than the first image
+    recorder = Recorder(
+        two_classes(lambda x: 1 + 0 * x.sum((1, 2, 3)))
+    )  # nothing is better than the first image
     square_rows(recorder, x, torch.ones(3, dtype=torch.int64), seeds, ball=ball, queries=258)
     first, *proposals = recorder.seen
-    for query, (block, place), area in ((255, (0, 255), 0.05), (256, (1, 0), 0.05), (257, (1, 1), 0.05)):
-        drawn = rand((3, 256, 7), SampleDraws(seeds.derived(block)), dtype=torch.float32, device=x.device)
+    for query, (block, place), area in (
+        (255, (0, 255), 0.05),
+        (256, (1, 0), 0.05),
+        (257, (1, 1), 0.05),
+    ):
+        drawn = rand(
+            (3, 256, 7), SampleDraws(seeds.derived(block)), dtype=torch.float32, device=x.device
+        )
         proposal = _Linf(*linf_bounds(x, eps=0.1)).propose(first, drawn[:, place], area)
         assert torch.equal(proposals[query], proposal)

@@ -1,4 +1,6 @@
-"""What an attack leaves as it found it: images, gradients, modes, random state; and what it depends on."""
+"""What an attack leaves as it found it: images, gradients, modes, random state; and what it depends
+on.
+"""
 
 import pytest
 import torch
@@ -31,13 +33,18 @@ def test_the_attack_does_not_see_the_numbers_of_the_callers_next_forward(batch):
 def test_other_seeds_and_no_generator_give_other_numbers(attack, batch):
     def everything_seen(generator) -> list[list[float]]:
         model = Recorder(linear_model(36))
-        torch.manual_seed(0)  # does not govern the attack: without a generator the numbers are fresh each time
+        torch.manual_seed(
+            0
+        )  # does not govern the attack: without a generator the numbers are fresh each time
         result = attack.run(model, *batch, 0.1, generator)
         return [images.tolist() for images in (*model.seen, result)]
 
     seeds = SampleSeeds(range(7))
     with torch.random.fork_rng():
-        runs = [everything_seen(given) for given in (seeded(5), seeded(6), seeds, seeds.derived("other"), None, None)]
+        runs = [
+            everything_seen(given)
+            for given in (seeded(5), seeded(6), seeds, seeds.derived("other"), None, None)
+        ]
         assert everything_seen(seeds) == runs[2]
     equal = [first == second for i, first in enumerate(runs) for second in runs[:i]]
     assert not any(equal) if attack.draws else all(equal)
@@ -57,7 +64,9 @@ def test_a_call_draws_one_number_whatever_its_options(batch):
 def test_a_result_does_not_depend_on_the_other_samples(attack, batch):
     (x, y), model = batch, linear_model(36, seed=3)
     other_x, other_y = x.clone(), y.clone()
-    other_x[1:] = x[1:].flip(0) * 1e-3  # other images, other gradients, other samples left for a restart
+    other_x[1:] = (
+        x[1:].flip(0) * 1e-3
+    )  # other images, other gradients, other samples left for a restart
     other_y[1:] = (y[1:] + 1) % 5
     results = [
         attack.run(model.double(), images.double(), labels, 0.1, seeded(1))
@@ -100,7 +109,9 @@ def test_autocast_of_the_caller(search, batch):
         logits = model(batch[0])
     assert x_adv.dtype == torch.float32
     assert logits.requires_grad
-    (grad,) = torch.autograd.grad(logits.sum(), model[1].weight)  # the attack left no stale weight in autocast's cache
+    (grad,) = torch.autograd.grad(
+        logits.sum(), model[1].weight
+    )  # the attack left no stale weight in autocast's cache
     assert grad.abs().sum() > 0
 
 
@@ -109,7 +120,11 @@ class Bare(nn.Module):
 
     def __init__(self, *, resets):
         super().__init__()
-        self.linear, self.neuron, self.resets = nn.Linear(36, 5), DLIFNode(T=50, step_mode="s"), resets
+        self.linear, self.neuron, self.resets = (
+            nn.Linear(36, 5),
+            DLIFNode(T=50, step_mode="s"),
+            resets,
+        )
 
     def forward(self, x):
         if self.resets:
@@ -120,8 +135,16 @@ class Bare(nn.Module):
 @pytest.mark.parametrize("place", ["itself", "inside"])
 def test_a_state_carried_from_forward_to_forward_ends_the_attack(batch, place):
     net = Bare(resets=False).eval()
-    with pytest.raises(RuntimeError, match="DLIFNode still holds the state of the forward before, so every step"):
-        pgd(net if place == "itself" else nn.Sequential(net), *batch, eps=0.1, step_size=0.05, steps=3)
+    with pytest.raises(
+        RuntimeError, match="DLIFNode still holds the state of the forward before, so every step"
+    ):
+        pgd(
+            net if place == "itself" else nn.Sequential(net),
+            *batch,
+            eps=0.1,
+            step_size=0.05,
+            steps=3,
+        )
     assert not any(module._forward_pre_hooks for module in net.modules())
 
 

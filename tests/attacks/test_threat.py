@@ -1,9 +1,18 @@
-"""The one representation of norm and radius: what it allows, how it measures, and how it is written."""
+"""The one representation of norm and radius: what it allows, how it measures, and how it is
+written.
+"""
 
 import pytest
 import torch
 
-from sj_robust.attacks import ThreatModel, count_flips, eps_text, parse_eps, project_l2, project_linf
+from sj_robust.attacks import (
+    ThreatModel,
+    count_flips,
+    eps_text,
+    parse_eps,
+    project_l2,
+    project_linf,
+)
 
 THREATS = [ThreatModel("Linf", 0.1), ThreatModel("L2", 0.7), ThreatModel("L0", 5)]
 
@@ -16,7 +25,9 @@ def test_what_is_projected_is_within_the_radius(threat):
     projected = threat.project(x, 2 * x_adv - 0.5)
     distance = threat.distance(x, projected)
     assert bool((distance <= threat.eps * (1 + 1e-12)).all())
-    assert float(distance[1:].min()) > 0.9 * threat.eps or threat.norm == "L2"  # which the box may shorten
+    assert (
+        float(distance[1:].min()) > 0.9 * threat.eps or threat.norm == "L2"
+    )  # which the box may shorten
     assert bool(threat.contains(x, projected).all())
     assert not bool(threat.contains(x, x_adv)[1:].any())
     assert torch.equal(threat.project(x, projected), projected)
@@ -33,9 +44,9 @@ def test_few_changes_are_the_largest_and_the_first_of_equals():
 
 def test_distances_by_hand():
     x, x_adv = torch.zeros(1, 4), torch.tensor([[0.0, 0.3, 0.4, 0.0]])
-    assert [float(ThreatModel(norm, 1).distance(x, x_adv)) for norm in ("Linf", "L2", "L0")] == pytest.approx(
-        [0.4, 0.5, 2]
-    )
+    assert [
+        float(ThreatModel(norm, 1).distance(x, x_adv)) for norm in ("Linf", "L2", "L0")
+    ] == pytest.approx([0.4, 0.5, 2])
 
 
 def test_rounding_is_allowed_for_and_no_more():
@@ -55,13 +66,17 @@ def test_a_number_of_changes():
     x = (torch.rand(3, 2, 5, generator=torch.Generator().manual_seed(0)) < 0.5).float()
     assert count_flips(ThreatModel("L0", 4).project(x, 1 - x), x).tolist() == [4, 4, 4]
     assert ThreatModel("L2", 0.5).ball == "L2"
-    with pytest.raises(ValueError, match="'Linf' or 'L2' to move values, got 'L0'; use the suite 'events'"):
+    with pytest.raises(
+        ValueError, match="'Linf' or 'L2' to move values, got 'L0'; use the suite 'events'"
+    ):
         _ = ThreatModel("L0", 1).ball
 
 
 @pytest.mark.parametrize("eps", [0, -1, 0.5, 8 / 255, 2.5, True, float("inf"), float("nan")])
 def test_no_other_number_of_changes(eps):
-    with pytest.raises(ValueError, match="eps must be an integer >= 1 for L0, the number of changed elements, got"):
+    with pytest.raises(
+        ValueError, match="eps must be an integer >= 1 for L0, the number of changed elements, got"
+    ):
         ThreatModel("L0", eps)
 
 
@@ -75,7 +90,22 @@ def test_wrong_norm_or_radius():
         ThreatModel("L2", "0.1")
 
 
-RADII = [8 / 255, 1 / 255, 0.1, 0.3, 0.5, 16 / 255, 2.55 / 255, 1 / 3, 0.123456789, 0.0, 1.0, 20, 12345, 10**7]
+RADII = [
+    8 / 255,
+    1 / 255,
+    0.1,
+    0.3,
+    0.5,
+    16 / 255,
+    2.55 / 255,
+    1 / 3,
+    0.123456789,
+    0.0,
+    1.0,
+    20,
+    12345,
+    10**7,
+]
 
 
 def test_radii_survive_as_text_as_the_field_writes_them():

@@ -1,4 +1,6 @@
-"""Attacks in time on event frames: budgets, what stays, known optima, a trained network, the threat."""
+"""Attacks in time on event frames: budgets, what stays, known optima, a trained network, the
+threat.
+"""
 
 import itertools
 from functools import partial
@@ -18,7 +20,12 @@ from sj_robust.evaluation import assess as whole
 from sj_robust.evaluation.subject import Subject
 
 T = 6
-GUIDED = {"default": {}, "gradient": {"probes": 0, "queries": 0}, "random": {"tries": 20}, "last": {"keep_best": False}}
+GUIDED = {
+    "default": {},
+    "gradient": {"probes": 0, "queries": 0},
+    "random": {"tries": 20},
+    "last": {"keep_best": False},
+}
 
 
 def attack_of(name):
@@ -34,7 +41,9 @@ def attack_of(name):
     total=st.sampled_from([None, 1, 3, 8]),
     seed=st.integers(0, 10**6),
 )
-def test_binary_within_every_budget_and_each_pixel_keeps_its_events(name, share, moves, largest, total, seed):
+def test_binary_within_every_budget_and_each_pixel_keeps_its_events(
+    name, share, moves, largest, total, seed
+):
     x = frames(3, T, 2, 2, 3, seed=seed, share=share)
     model = linear_model(x[0].numel(), seed=seed)
     budget = {"moves": moves, "largest_shift": largest, "total_shift": total}
@@ -42,7 +51,9 @@ def test_binary_within_every_budget_and_each_pixel_keeps_its_events(name, share,
     assert bool(((x_adv == 0) | (x_adv == 1)).all())
     assert torch.equal(x_adv.sum(1), x.sum(1))  # per pixel and polarity
     assert int((x_adv != x).flatten(1).sum(1).max()) <= 2 * moves
-    for row, row_adv in zip(x.flatten(2), x_adv.flatten(2), strict=True):  # pairs by hand, in their order of time
+    for row, row_adv in zip(
+        x.flatten(2), x_adv.flatten(2), strict=True
+    ):  # pairs by hand, in their order of time
         gone, new = row > row_adv, row_adv > row
         pairs = [
             (a, b)
@@ -55,7 +66,9 @@ def test_binary_within_every_budget_and_each_pixel_keeps_its_events(name, share,
 
 
 class TestOneEvent:
-    """A network that decides by the time of one event: class 1 from frame 3 on; the event comes in frame 0."""
+    """A network that decides by the time of one event: class 1 from frame 3 on; the event comes in
+    frame 0.
+    """
 
     x = torch.zeros(1, T, 2, 2, 2)
     x[0, 0, 1, 0, 1] = 1.0
@@ -94,7 +107,11 @@ def test_of_single_moves_the_best_is_found_on_a_linear_model():
         for row in x.flatten(2):
             w = weight.view(T, 8)
             cells = itertools.product(range(T), range(T), range(8))
-            possible = ((a, b, i) for a, b, i in cells if row[a, i] and not row[b, i] and abs(a - b) <= largest)
+            possible = (
+                (a, b, i)
+                for a, b, i in cells
+                if row[a, i] and not row[b, i] and abs(a - b) <= largest
+            )
             best.append(max(float(w[b, i] - w[a, i]) for a, b, i in possible))
         torch.testing.assert_close(found, torch.tensor(best), atol=1e-5, rtol=0)
 
@@ -111,7 +128,10 @@ def test_a_trained_network_falls_to_few_moves_and_random_ones_never_do_better(ba
     x, y = bars.x[:24], bars.y[:24]
     for moves in (5, 15, 40):
         guided, chance = (
-            bars.model(attack(bars.model, x, y, moves=moves, largest_shift=2, generator=seeded())).argmax(1) == y
+            bars.model(
+                attack(bars.model, x, y, moves=moves, largest_shift=2, generator=seeded())
+            ).argmax(1)
+            == y
             for attack in (partial(move_events, reduce=False), partial(random_moves, tries=200))
         )
         assert int(guided.sum()) <= int(chance.sum())
@@ -123,10 +143,16 @@ class TestThreat:
     later = x.roll(2, dims=1)
 
     def test_distance(self):
-        for limits, allowed in (({}, True), ({"largest_shift": 1}, False), ({"total_shift": 2}, True)):
+        for limits, allowed in (
+            ({}, True),
+            ({"largest_shift": 1}, False),
+            ({"total_shift": 2}, True),
+        ):
             threat = ThreatModel("moves", 1, **limits)
             assert threat.distance(self.x, self.later).tolist() == [1.0 if allowed else torch.inf]
-            assert torch.equal(threat.project(self.x, self.later), self.later if allowed else self.x)
+            assert torch.equal(
+                threat.project(self.x, self.later), self.later if allowed else self.x
+            )
         added = self.x.clone()
         added[0, 3, 0, 0, 0] = 1.0
         assert ThreatModel("moves", 5).distance(self.x, added).tolist() == [torch.inf]
@@ -134,10 +160,15 @@ class TestThreat:
     def test_a_member_that_leaves_it_is_refused(self):
         def crafted(attack, **limits):
             member = Member("mine", attack, threat=ThreatModel("moves", 1, **limits))
-            return craft(nn.Flatten(), self.x, self.x[:, 0, 0, 0, 0].long(), member, seeds=SampleSeeds([0]))
+            return craft(
+                nn.Flatten(), self.x, self.x[:, 0, 0, 0, 0].long(), member, seeds=SampleSeeds([0])
+            )
 
         assert torch.equal(crafted(lambda model, x, y, *, generator: x.roll(2, dims=1)), self.later)
-        with pytest.raises(ValueError, match=r"move at most 1 events .*largest shift 1.* got inf .*shift is too large"):
+        with pytest.raises(
+            ValueError,
+            match=r"move at most 1 events .*largest shift 1.* got inf .*shift is too large",
+        ):
             crafted(lambda model, x, y, *, generator: x.roll(2, dims=1), largest_shift=1)
         with pytest.raises(ValueError, match=r"must leave event frames binary"):
             crafted(lambda model, x, y, *, generator: x / 2)
@@ -153,7 +184,9 @@ class TestThreat:
         y = TestOneEvent.y
         with pytest.raises(ValueError, match="moves must be >= 0, got -1"):
             move_events(TestOneEvent.model, self.x, y, moves=-1)
-        with pytest.raises(ValueError, match=r"binary event frames \(0 or 1\), got values from 0 to 0.5"):
+        with pytest.raises(
+            ValueError, match=r"binary event frames \(0 or 1\), got values from 0 to 0.5"
+        ):
             random_moves(None, self.x / 2, moves=1)
         with pytest.raises(ValueError, match="tries > 1 need model and y"):
             random_moves(None, self.x, moves=1, tries=2)
@@ -165,7 +198,15 @@ class TestThreat:
         for member in (*suite.members, *suite.control):
             assert budget.items() <= member.attack.keywords.items()
         kinds = [member.name.split("/")[0] for member in suite.members]
-        assert kinds == ["moves", "random_moves", "moves", "moves", "moves_t", "random_moves", "moves"]
+        assert kinds == [
+            "moves",
+            "random_moves",
+            "moves",
+            "moves",
+            "moves_t",
+            "random_moves",
+            "moves",
+        ]
         with pytest.raises(ValueError, match="'standard' does not fit a threat in moves"):
             make_suite("standard", threat, classes=4)
 
@@ -175,7 +216,9 @@ def test_a_whole_evaluation_and_its_report(bars):
     threat = ThreatModel("moves", 15, largest_shift=2)
     subject, few = Subject("bars", bars.model, "three layers"), [(bars.x[:6], bars.y[:6])]
     with shortened():
-        report = whole.assess(subject, few, suite="events", threat=threat, dataset="bars", classes=4, control=False)
+        report = whole.assess(
+            subject, few, suite="events", threat=threat, dataset="bars", classes=4, control=False
+        )
     assert report.budget == "at most 15 events moved in time, by 2 frames at most"
     assert report.worst_case.correct < report.clean.correct
     assert all(report.within(member) for member in report.members)

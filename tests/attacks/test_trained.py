@@ -1,4 +1,6 @@
-"""On a spiking network that has learned something: strength, order of strength, agreement with torchattacks."""
+"""On a spiking network that has learned something: strength, order of strength, agreement with
+torchattacks.
+"""
 
 import pytest
 from attacks.table import predicted, seeded
@@ -38,10 +40,14 @@ def test_keep_best_and_restarts_never_lose_against_the_usual_practice(trained):
 
     def left(**options) -> Tensor:
         generator = seeded()
-        return correct(trained, pgd(model, x, y, eps=EPS, step_size=EPS / 4, steps=7, generator=generator, **options))
+        return correct(
+            trained,
+            pgd(model, x, y, eps=EPS, step_size=EPS / 4, steps=7, generator=generator, **options),
+        )
 
     last, best, restarted = left(keep_best=False), left(), left(restarts=3)
-    # Predictions may differ in single images where another batch size rounds a potential to the other side.
+    # Predictions may differ in single images where another batch size rounds a potential to the
+    # other side.
     assert int((best & ~last).sum()) <= 1
     assert int((restarted & ~best).sum()) <= 1
     assert int(restarted.sum()) < int(best.sum()) < int(last.sum())
@@ -54,10 +60,16 @@ def test_every_image_falls_when_the_radius_is_one(trained):
 
 @pytest.mark.parametrize(
     ("peer", "norm", "eps", "step_size", "steps"),
-    [("PGD", "Linf", 0.1, 0.0125, 20), ("PGD", "Linf", 8 / 255, 2 / 255, 10), ("PGDL2", "L2", 1.0, 0.2, 10)],
+    [
+        ("PGD", "Linf", 0.1, 0.0125, 20),
+        ("PGD", "Linf", 8 / 255, 2 / 255, 10),
+        ("PGDL2", "L2", 1.0, 0.2, 10),
+    ],
 )
 def test_predictions_agree_with_torchattacks(trained, peer, norm, eps, step_size, steps):
-    torchattacks = pytest.importorskip("torchattacks", reason="extra `compare` holds the peers of parity tests")
+    torchattacks = pytest.importorskip(
+        "torchattacks", reason="extra `compare` holds the peers of parity tests"
+    )
     model, x, y = trained
     options = {"eps": eps, "steps": steps, "random_start": False}
     ours = pgd(model, x, y, **options, step_size=step_size, norm=norm, keep_best=False)

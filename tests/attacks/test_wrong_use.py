@@ -7,7 +7,18 @@ from torch import nn
 
 from sj_robust import SpikingClassifier, attacks
 from sj_robust._host import EVAL_MODE_HAS_NO_GRADIENT, functional, neuron
-from sj_robust.attacks import SampleSeeds, apgd, autoattack, fgsm, gaussian, pgd, rfgsm, salt_and_pepper, sapgd, square
+from sj_robust.attacks import (
+    SampleSeeds,
+    apgd,
+    autoattack,
+    fgsm,
+    gaussian,
+    pgd,
+    rfgsm,
+    salt_and_pepper,
+    sapgd,
+    square,
+)
 
 X = torch.rand(3, 1, 6, 6, generator=torch.Generator().manual_seed(0))
 Y = torch.tensor([0, 1, 4])
@@ -29,12 +40,27 @@ WRONG_INPUTS = {
         ValueError,
         r"x must lie in \[0, 1\], got values from -0.01 to .*normalise inside",
     ),
-    "bytes as floats": (X * 255, Y, ValueError, r"x must lie in \[0, 1\], got values from .* to 25"),
+    "bytes as floats": (
+        X * 255,
+        Y,
+        ValueError,
+        r"x must lie in \[0, 1\], got values from .* to 25",
+    ),
     "bytes": ((X * 255).byte(), Y, TypeError, r"floating point, got torch.uint8; .*/ 255"),
     "list": (X.tolist(), Y, TypeError, r"x must be a tensor of images, got list"),
-    "no N": (X[0, 0, 0], Y, ValueError, r"x must be a batch of images \[N, ...\], got shape \(6,\).*unsqueeze\(0\)"),
+    "no N": (
+        X[0, 0, 0],
+        Y,
+        ValueError,
+        r"x must be a batch of images \[N, ...\], got shape \(6,\).*unsqueeze\(0\)",
+    ),
     "int32 labels": (X, Y.int(), TypeError, r"y must be int64, got torch.int32; use y.long\(\)"),
-    "one-hot": (X, nn.functional.one_hot(Y, 5).float(), TypeError, r"y must be int64, got torch.float32.*argmax"),
+    "one-hot": (
+        X,
+        nn.functional.one_hot(Y, 5).float(),
+        TypeError,
+        r"y must be int64, got torch.float32.*argmax",
+    ),
     "too few": (X, Y[:2], ValueError, r"y must have shape \[N\] = \[3\] as x has, got \[2\]"),
     "column": (X, Y[:, None], ValueError, r"got \[3, 1\]"),
     "list of labels": (X, Y.tolist(), TypeError, r"y must be a tensor of labels, got list"),
@@ -60,8 +86,16 @@ def test_labels_beyond_the_classes(search):
     [
         (None, TypeError, r"model must be a callable from images to logits, got NoneType"),
         (lambda x: (x.flatten(1), None), TypeError, r"must return a tensor of logits, got tuple"),
-        (lambda x: x.flatten(1).argmax(1), TypeError, r"logits must be floating point, got torch.int64"),
-        (lambda x: x.flatten(2), ValueError, r"logits must be \[N, classes\] with N = 3, got shape \(3, 1, 36\)"),
+        (
+            lambda x: x.flatten(1).argmax(1),
+            TypeError,
+            r"logits must be floating point, got torch.int64",
+        ),
+        (
+            lambda x: x.flatten(2),
+            ValueError,
+            r"logits must be \[N, classes\] with N = 3, got shape \(3, 1, 36\)",
+        ),
         (lambda x: x.flatten(1)[:2], ValueError, r"with N = 3, got shape \(2, 36\)"),
         (lambda x: x.flatten(1) / 0.0, ValueError, r"logits must be finite"),
         (
@@ -70,9 +104,23 @@ def test_labels_beyond_the_classes(search):
             r"no gradient reaches the images.*0.0.0.0.14.*SpikingClassifier",
         ),
         (lambda x: linear_model(36)(x.detach()), RuntimeError, r"no gradient reaches the images"),
-        (lambda x: (x.flatten(1) - x.flatten(1).detach()).sqrt(), ValueError, r"gradient at the images must be finite"),
+        (
+            lambda x: (x.flatten(1) - x.flatten(1).detach()).sqrt(),
+            ValueError,
+            r"gradient at the images must be finite",
+        ),
     ],
-    ids=["none", "tuple", "prediction", "3-D", "other N", "infinite", "no graph", "cut graph", "infinite gradient"],
+    ids=[
+        "none",
+        "tuple",
+        "prediction",
+        "3-D",
+        "other N",
+        "infinite",
+        "no graph",
+        "cut graph",
+        "infinite gradient",
+    ],
 )
 def test_models(gradient_attack, model, error, match):
     with pytest.raises(error, match=match):
@@ -82,7 +130,9 @@ def test_models(gradient_attack, model, error, match):
 def test_a_bare_spiking_network_on_the_old_release_is_explained():
     net = nn.Sequential(nn.Flatten(), nn.Linear(36, 5), neuron.IFNode(), nn.Linear(5, 5))
     if EVAL_MODE_HAS_NO_GRADIENT:
-        with pytest.raises(RuntimeError, match=r"no gradient in evaluation mode, so wrap .* SpikingClassifier"):
+        with pytest.raises(
+            RuntimeError, match=r"no gradient in evaluation mode, so wrap .* SpikingClassifier"
+        ):
             fgsm(net, X, Y, eps=0.1)
     functional.reset_net(net)
     assert not torch.equal(fgsm(SpikingClassifier(net, T=2), X, Y, eps=0.1), X)
@@ -106,17 +156,37 @@ WRONG = [
     (MOVING, {"eps": 8}, ValueError, r"eps must be <= 1, .* got 8; write 8 / 255"),
     (MOVING, {"eps": -0.1}, ValueError, r"eps must be finite and >= 0, got -0.1"),
     (MOVING, {"eps": float("nan")}, ValueError, r"eps must be finite and >= 0, got nan"),
-    (MOVING, {"eps": torch.tensor(0.1)}, TypeError, r"eps must be a number, got Tensor; use float\(eps\)"),
+    (
+        MOVING,
+        {"eps": torch.tensor(0.1)},
+        TypeError,
+        r"eps must be a number, got Tensor; use float\(eps\)",
+    ),
     (MOVING, {"eps": True}, TypeError, r"eps must be a number, got bool"),
     (LEAST, {"generator": 0}, TypeError, r"generator must be a torch.Generator, got int.*seed"),
-    (LEAST, {"generator": SampleSeeds([1])}, ValueError, r"one seed per image, 3, got 1; select .* seeds.rows\(rows\)"),
-    ([pgd, apgd, square, autoattack], {"norm": "l2"}, ValueError, r"norm must be one of \('Linf', 'L2'\), got 'l2'"),
+    (
+        LEAST,
+        {"generator": SampleSeeds([1])},
+        ValueError,
+        r"one seed per image, 3, got 1; select .* seeds.rows\(rows\)",
+    ),
+    (
+        [pgd, apgd, square, autoattack],
+        {"norm": "l2"},
+        ValueError,
+        r"norm must be one of \('Linf', 'L2'\), got 'l2'",
+    ),
     (ITERATED, {"steps": 0}, ValueError, r"steps must be >= 1, got 0"),
     (ITERATED, {"steps": 2.5}, TypeError, r"steps must be an integer, got float"),
     (ITERATED, {"restarts": 0}, ValueError, r"restarts must be >= 1"),
     (ITERATED, {"eot_samples": 0}, ValueError, r"eot_samples must be >= 1"),
     (ITERATED, {"eot_samples": 1.0}, TypeError, r"eot_samples must be an integer, got float"),
-    ([fgsm, *ITERATED], {"loss": lambda z, y: z.sum()}, ValueError, r"one value per sample, \[3\], got \[\]; use red"),
+    (
+        [fgsm, *ITERATED],
+        {"loss": lambda z, y: z.sum()},
+        ValueError,
+        r"one value per sample, \[3\], got \[\]; use red",
+    ),
     ([rfgsm, pgd], {"step_size": 0.0}, ValueError, r"step_size must be finite and > 0, got 0.0"),
     ([rfgsm], {"noise_std": -1}, ValueError, r"noise_std must be finite and >= 0"),
     (
@@ -126,7 +196,12 @@ WRONG = [
         r"restarts > 1 need random_start=True .*restarts=2",
     ),
     ([apgd], {"target_classes": 0}, ValueError, r"target_classes must be >= 1"),
-    ([apgd], {"loss": "cw"}, ValueError, r"loss must be one of \('ce', 'dlr', 'dlr_targeted'\) or a func.* got 'cw'"),
+    (
+        [apgd],
+        {"loss": "cw"},
+        ValueError,
+        r"loss must be one of \('ce', 'dlr', 'dlr_targeted'\) or a func.* got 'cw'",
+    ),
     ([apgd], {"loss": None}, ValueError, r"loss must be one of .* got None"),
     ([gaussian], {"std": 8}, ValueError, r"std must be <= 1, .* got 8"),
     ([salt_and_pepper], {"amount": 1.1}, ValueError, r"amount must be <= 1"),
@@ -147,7 +222,9 @@ WRONG = [
 )
 def test_options(attack, options, error, match):
     if attack in (square, autoattack):
-        pytest.importorskip("pyautoattack", reason="extra `attacks` holds the library behind the bridge")
+        pytest.importorskip(
+            "pyautoattack", reason="extra `attacks` holds the library behind the bridge"
+        )
     with pytest.raises(error, match=match):
         attack(linear_model(36), X, Y, **LEAST[attack] | options)
 
@@ -155,7 +232,7 @@ def test_options(attack, options, error, match):
 @pytest.mark.parametrize("keep_best", [True, False])
 @pytest.mark.parametrize(("loss", "least"), [("dlr", 3), ("dlr_targeted", 4)])
 def test_losses_need_classes(loss, least, keep_best):
-    model = lambda x: x.flatten(1)[:, : least - 1]  # noqa: E731
+    model = lambda x: x.flatten(1)[:, : least - 1]
     match = rf"loss='{loss}' needs at least {least} classes, the model returns {least - 1}; use loss='ce'"
     with pytest.raises(ValueError, match=match):
         apgd(model, X, Y * 0, eps=0.1, loss=loss, keep_best=keep_best)

@@ -11,18 +11,36 @@ import numpy as np
 
 from sj_robust.data import EVENT_DATASETS, events
 
-CIFAR_NAMES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+CIFAR_NAMES = (
+    "airplane",
+    "automobile",
+    "bird",
+    "cat",
+    "deer",
+    "dog",
+    "frog",
+    "horse",
+    "ship",
+    "truck",
+)
 
 
 def random_events(seed, count, height, width, start=0):
     """Times, rows, columns and polarities, sorted by time."""
     draw = np.random.default_rng(seed)
     times = start + np.sort(draw.integers(0, 5000, count))
-    return times, draw.integers(0, height, count), draw.integers(0, width, count), draw.integers(0, 2, count)
+    return (
+        times,
+        draw.integers(0, height, count),
+        draw.integers(0, width, count),
+        draw.integers(0, 2, count),
+    )
 
 
 def frames_by_hand(events, T, height, width):
-    """Where there was any event, frame by frame, with an equal number of events per frame and the rest in the last."""
+    """Where there was any event, frame by frame, with an equal number of events per frame and the
+    rest in the last.
+    """
     times, rows, columns, polarities = events
     frames = np.zeros((T, 2, height, width), dtype=np.float32)
     each = len(times) // T
@@ -46,11 +64,15 @@ def atis(events):
 
 
 def aedat3(events):
-    """DVS128 Gesture: packets with a header of 28 bytes, here one of all events behind one of another type."""
+    """DVS128 Gesture: packets with a header of 28 bytes, here one of all events behind one of
+    another type.
+    """
     times, rows, columns, polarities = events
     words, count = np.stack([columns << 17 | rows << 2 | polarities << 1 | 1, times], 1), len(times)
     special = struct.pack("<HHIIIIII", 0, 0, 8, 4, 0, 1, 1, 1) + bytes(8)
-    polarity = struct.pack("<HHIIIIII", 1, 0, 8, 4, 0, count, count, count) + words.astype("<u4").tobytes()
+    polarity = (
+        struct.pack("<HHIIIIII", 1, 0, 8, 4, 0, count, count, count) + words.astype("<u4").tobytes()
+    )
     return b"#!AER-DAT3.1\r\n#Format: RAW\r\n#!END-HEADER\r\n" + special + polarity
 
 
@@ -62,7 +84,9 @@ def pack_cifar10_dvs(folder, per_class=10):
         with ZipFile(folder / "download" / f"{name}.zip", "w") as archive:
             for number in range(per_class):
                 events[label, number] = random_events(100 * label + number, 40, 128, 128)
-                archive.writestr(f"{name}/cifar10_{name}_{number}.aedat", aedat2(events[label, number]))
+                archive.writestr(
+                    f"{name}/cifar10_{name}_{number}.aedat", aedat2(events[label, number])
+                )
     return events
 
 
@@ -74,13 +98,17 @@ def pack_n_mnist(folder, train=3, test=2):
         with ZipFile(folder / "download" / f"{part}.zip", "w") as archive:
             for label, number in product(range(10), range(count)):
                 key = (part, label, number)
-                events[key] = random_events(1000 * (part == "Test") + 10 * label + number, 30, 34, 34)
+                events[key] = random_events(
+                    1000 * (part == "Test") + 10 * label + number, 30, 34, 34
+                )
                 archive.writestr(f"{part}/{label}/{10 * number + label:05d}.bin", atis(events[key]))
     return events
 
 
 def pack_gestures(folder):
-    """Two recordings to train on and one to test, with eleven gestures each; the events by recording and class."""
+    """Two recordings to train on and one to test, with eleven gestures each; the events by
+    recording and class.
+    """
     events = {}
     home = folder / "tree" / "DvsGesture"
     home.mkdir(parents=True)

@@ -21,7 +21,10 @@ def by_hand(image, seed, padding, flip, cutout):
     result = np.zeros((depth, height, width), dtype=np.float32)
     for i in range(height):
         for j in range(width):
-            if row - cutout // 2 <= i < row + cutout // 2 and column - cutout // 2 <= j < column + cutout // 2:
+            if (
+                row - cutout // 2 <= i < row + cutout // 2
+                and column - cutout // 2 <= j < column + cutout // 2
+            ):
                 continue
             across = width - 1 - j if flip and mirror >= 0.5 else j
             source = (i + top - padding, across + left - padding)
@@ -38,7 +41,10 @@ def test_as_by_hand(padding, flip, cutout):
     images = torch.rand(12, 3, 10, 13, generator=torch.Generator().manual_seed(0))
     seeds = list(range(100, 112))
     result = Augmentation(padding, flip, cutout)(images, seeds)
-    expected = [by_hand(image.numpy(), seed, padding, flip, cutout) for image, seed in zip(images, seeds, strict=True)]
+    expected = [
+        by_hand(image.numpy(), seed, padding, flip, cutout)
+        for image, seed in zip(images, seeds, strict=True)
+    ]
     assert torch.equal(result, torch.stack(expected))
     assert result.dtype == images.dtype
 
@@ -68,8 +74,14 @@ def test_frames_of_one_sample_are_treated_alike():
 def test_wrong_use():
     for use, message in (
         (lambda: Augmentation(padding=-1), r"padding must be >= 0, got -1"),
-        (lambda: Augmentation(cutout=15), r"cutout must be an even number of pixels, 0 for none, got 15"),
-        (lambda: Augmentation()(torch.rand(2, 1, 8, 8), [1]), r"one seed each, got shape \[2, 1, 8, 8\] and 1 seeds"),
+        (
+            lambda: Augmentation(cutout=15),
+            r"cutout must be an even number of pixels, 0 for none, got 15",
+        ),
+        (
+            lambda: Augmentation()(torch.rand(2, 1, 8, 8), [1]),
+            r"one seed each, got shape \[2, 1, 8, 8\] and 1 seeds",
+        ),
         (lambda: Augmentation()(torch.rand(1, 8, 8), [1]), r"must be \[N, C, H, W\]"),
         (lambda: Augmentation()(torch.rand(1, 1, 8, 8), [-1]), r"seeds must lie in \[0, 2\*\*62\)"),
     ):

@@ -62,7 +62,10 @@ class Wrong(Fatal):
 
 
 def test_a_killed_worker_is_an_error_that_says_so():
-    with pytest.raises(ChildProcessError, match=r"a process that loads images was killed .*use fewer than 1 workers"):
+    with pytest.raises(
+        ChildProcessError,
+        match=r"a process that loads images was killed .*use fewer than 1 workers",
+    ):
         list(image_loader(Fatal(), 2, workers=1))
     with pytest.raises(RuntimeError, match="a mistake of one's own"):
         list(image_loader(Wrong(), 2, workers=1))
@@ -77,7 +80,9 @@ def test_a_loader_follows_the_batches_and_leaves_the_global_random_state_alone(w
     for epoch, first_batch in ((0, 0), (1, 3), (2, 0)):
         batches.epoch, batches.first_batch = epoch, first_batch
         assert [x.int().tolist() for (x,) in loader] == at_epoch(epoch, first_batch)
-        assert len(next(iter(loader))[0]) == 4  # an epoch that is left early does not leak into the next
+        assert (
+            len(next(iter(loader))[0]) == 4
+        )  # an epoch that is left early does not leak into the next
     assert torch.cat([x for (x,) in image_loader(dataset, 5, workers)]).tolist() == list(range(23))
     assert torch.equal(before, torch.get_rng_state())
 
@@ -85,8 +90,14 @@ def test_a_loader_follows_the_batches_and_leaves_the_global_random_state_alone(w
 def test_wrong_use():
     for use, message in (
         (lambda: ShuffledBatches(23, 24, seed=0), "number of training images, 23; got 24"),
-        (lambda: image_loader(TensorDataset(torch.arange(3)), 1, workers=-1), "workers must be >= 0, got -1"),
-        (lambda: ShuffledBatches(23, 4, seed=0, processes=3), "multiple of the number of processes, 3"),
+        (
+            lambda: image_loader(TensorDataset(torch.arange(3)), 1, workers=-1),
+            "workers must be >= 0, got -1",
+        ),
+        (
+            lambda: ShuffledBatches(23, 4, seed=0, processes=3),
+            "multiple of the number of processes, 3",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             use()

@@ -16,7 +16,9 @@ def test_digits():
     assert (splits.image_shape, splits.classes, splits.augmentation) == ((1, 8, 8), 10, None)
     assert load_images("digits", augment=True).augmentation == Augmentation()
     assert load_images("digits", augment=True, cutout=0).augmentation == Augmentation(cutout=0)
-    with pytest.raises(ValueError, match="cutout must be an even number of pixels, 0 for none, got 3"):
+    with pytest.raises(
+        ValueError, match="cutout must be an even number of pixels, 0 for none, got 3"
+    ):
         load_images("digits", cutout=3)
     stored = splits.train.dataset.pixels  # a byte per value
     assert (stored.dtype, stored.shape) == (torch.uint8, (1437, 1, 8, 8))
@@ -24,10 +26,14 @@ def test_digits():
 
 def test_the_digits_where_the_file_of_scikit_learn_is_not(tmp_path, monkeypatch):
     read = checksum(load_images("digits").test)
-    monkeypatch.setattr(images, "find_spec", lambda _: SimpleNamespace(origin=str(tmp_path / "__init__.py")))
+    monkeypatch.setattr(
+        images, "find_spec", lambda _: SimpleNamespace(origin=str(tmp_path / "__init__.py"))
+    )
     assert checksum(load_images("digits").test) == read
     monkeypatch.setattr(images, "find_spec", lambda _: None)
-    with pytest.raises(ModuleNotFoundError, match=r"scikit-learn, which is not installed: pip install 'sj_robust"):
+    with pytest.raises(
+        ModuleNotFoundError, match=r"scikit-learn, which is not installed: pip install 'sj_robust"
+    ):
         load_images("digits")
 
 
@@ -56,7 +62,11 @@ def test_the_digits_are_those_of_the_published_figures(options, sums):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("digits", {"on_unreadable": "ignore"}, r"on_unreadable must be 'error' or 'skip', got 'ignore'"),
+        (
+            "digits",
+            {"on_unreadable": "ignore"},
+            r"on_unreadable must be 'error' or 'skip', got 'ignore'",
+        ),
         ("imagenet", {}, "digits, fashion_mnist, mnist, .*image_folder:PATH, cifar10_dvs"),
         ("digits", {"train_limit": 0}, "train_limit must be >= 1"),
         ("digits", {"validation_fraction": 0.0}, "validation_fraction"),

@@ -1,4 +1,6 @@
-"""MNIST, CIFAR and SVHN from small files in the true formats, which torchvision takes for the published ones."""
+"""MNIST, CIFAR and SVHN from small files in the true formats, which torchvision takes for the
+published ones.
+"""
 
 import gzip
 import hashlib
@@ -17,7 +19,12 @@ from torchvision import datasets
 
 from sj_robust.data import Augmentation, load_images
 
-IDX = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte", "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+IDX = (
+    "train-images-idx3-ubyte",
+    "train-labels-idx1-ubyte",
+    "t10k-images-idx3-ubyte",
+    "t10k-labels-idx1-ubyte",
+)
 DEBIAN = Path("/usr/share/datasets/fashion-mnist")
 
 
@@ -32,7 +39,10 @@ def idx(array):
 def write_mnist(folder, *, gz=False, train=40, test=20, size=8):
     """The four files of MNIST or Fashion-MNIST."""
     folder.mkdir(parents=True, exist_ok=True)
-    pixels, labels = drawn(0, train + test, size, size), (np.arange(train + test) % 10).astype(np.uint8)
+    pixels, labels = (
+        drawn(0, train + test, size, size),
+        (np.arange(train + test) % 10).astype(np.uint8),
+    )
     arrays = (pixels[:train], labels[:train], pixels[train:], labels[train:])
     for name, content in zip(IDX, map(idx, arrays), strict=True):
         (folder / (name + ".gz" * gz)).write_bytes(gzip.compress(content) if gz else content)
@@ -43,7 +53,10 @@ def write_cifar(root, name):
     """Six images a batch."""
     kind = getattr(datasets, name.upper())
     files = [file for file, _ in (*kind.train_list, *kind.test_list)]
-    pixels, labels = drawn(0, 6 * len(files), 3072), [7 * i % (100 if name == "cifar100" else 10) for i in range(36)]
+    pixels, labels = (
+        drawn(0, 6 * len(files), 3072),
+        [7 * i % (100 if name == "cifar100" else 10) for i in range(36)],
+    )
     folder = root / kind.base_folder
     folder.mkdir(parents=True)
     for at, file in enumerate(files):
@@ -61,7 +74,9 @@ def write_svhn(root):
         pixels, labels = drawn(seed, 32, 32, 3, count), np.arange(count) % 10 + 1
         savemat(root / f"{name}_32x32.mat", {"X": pixels, "y": labels.astype(np.uint8)[:, None]})
         parts.append((pixels.transpose(3, 2, 0, 1), labels % 10))
-    return np.concatenate([pixels for pixels, _ in parts]), np.concatenate([labels for _, labels in parts])
+    return np.concatenate([pixels for pixels, _ in parts]), np.concatenate(
+        [labels for _, labels in parts]
+    )
 
 
 @pytest.fixture
@@ -70,15 +85,23 @@ def trusted(monkeypatch):
 
     def trust(folder):
         def entries(listed):
-            return [[file, hashlib.md5((folder / file).read_bytes()).hexdigest()] for file in listed]
+            return [
+                [file, hashlib.md5((folder / file).read_bytes()).hexdigest()] for file in listed
+            ]
 
         for kind in (datasets.CIFAR10, datasets.CIFAR100):
             if (folder / kind.meta["filename"]).exists():
-                monkeypatch.setattr(kind, "train_list", entries(file for file, _ in kind.train_list))
+                monkeypatch.setattr(
+                    kind, "train_list", entries(file for file, _ in kind.train_list)
+                )
                 monkeypatch.setattr(kind, "test_list", entries(file for file, _ in kind.test_list))
-                monkeypatch.setattr(kind, "meta", kind.meta | {"md5": entries([kind.meta["filename"]])[0][1]})
+                monkeypatch.setattr(
+                    kind, "meta", kind.meta | {"md5": entries([kind.meta["filename"]])[0][1]}
+                )
         if (folder / "test_32x32.mat").exists():
-            listed = {part: ["url", *entries([f"{part}_32x32.mat"])[0]] for part in ("train", "test")}
+            listed = {
+                part: ["url", *entries([f"{part}_32x32.mat"])[0]] for part in ("train", "test")
+            }
             monkeypatch.setattr(datasets.SVHN, "split_list", listed)
 
     return trust
@@ -90,8 +113,12 @@ def assert_holds(splits, pixels, labels, sizes):
     assert splits.image_shape == pixels.shape[1:]
 
     def items(part):
-        assert all((image.dtype, label.dtype) == (torch.float32, torch.int64) for image, label in part)
-        return [((image * 255).round().byte().numpy().tobytes(), int(label)) for image, label in part]
+        assert all(
+            (image.dtype, label.dtype) == (torch.float32, torch.int64) for image, label in part
+        )
+        return [
+            ((image * 255).round().byte().numpy().tobytes(), int(label)) for image, label in part
+        ]
 
     expected = [(image.tobytes(), int(label)) for image, label in zip(pixels, labels, strict=True)]
     assert sorted(items(splits.train) + items(splits.validation)) == sorted(expected[: -sizes[2]])
@@ -102,7 +129,10 @@ def assert_holds(splits, pixels, labels, sizes):
 @pytest.mark.parametrize("gz", [False, True])
 @pytest.mark.parametrize(("name", "kind"), [("fashion_mnist", "FashionMNIST"), ("mnist", "MNIST")])
 def test_idx_files(tmp_path, name, kind, gz):
-    for root, folder in ((tmp_path, tmp_path), (tmp_path / "torchvision", tmp_path / "torchvision" / kind / "raw")):
+    for root, folder in (
+        (tmp_path, tmp_path),
+        (tmp_path / "torchvision", tmp_path / "torchvision" / kind / "raw"),
+    ):
         pixels, labels = write_mnist(folder, gz=gz)
         splits = load_images(name, root=root)
         assert_holds(splits, pixels, labels, (36, 4, 20))
@@ -139,7 +169,9 @@ def test_svhn(tmp_path, trusted, monkeypatch, folder):
     assert_holds(splits, pixels, labels, (20, 2, 11))
     assert (splits.classes, splits.mean, splits.augmentation) == (10, None, None)
     monkeypatch.setitem(sys.modules, "scipy.io", None)
-    with pytest.raises(ModuleNotFoundError, match=r"MATLAB files, which scipy reads; .*pip install scipy"):
+    with pytest.raises(
+        ModuleNotFoundError, match=r"MATLAB files, which scipy reads; .*pip install scipy"
+    ):
         load_images("svhn", root=tmp_path)
 
 
@@ -162,7 +194,9 @@ def test_files_that_are_not_the_published_ones(tmp_path, trusted, name, file, co
     path = tmp_path / file
     trusted(path.parent)
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=rf"{file} is damaged \(its MD5 sum is not \w+\); fetch it again"):
+    with pytest.raises(
+        ValueError, match=rf"{file} is damaged \(its MD5 sum is not \w+\); fetch it again"
+    ):
         load_images(name, root=tmp_path)
 
 
@@ -173,9 +207,17 @@ def test_files_that_are_not_the_published_ones(tmp_path, trusted, name, file, co
         (f"{IDX[0]}.gz", lambda old: old[:-9], IDX[0]),
         (IDX[0], lambda old: old[:9], IDX[0]),
         (IDX[0], lambda old: b"<html>not found</html>", IDX[0]),
-        (IDX[0], lambda old: idx(drawn(0, 40)), f"{IDX[0]} must hold an array of 3 dimensions, got 1: is it misnamed."),
+        (
+            IDX[0],
+            lambda old: idx(drawn(0, 40)),
+            f"{IDX[0]} must hold an array of 3 dimensions, got 1: is it misnamed.",
+        ),
         (IDX[1], lambda old: idx(drawn(0, 30)), "40 images but 30 labels"),
-        (IDX[1], lambda old: old[:-1] + b"\n", f"{IDX[1]} holds 1 labels outside the classes 0 to 9, the first is 10"),
+        (
+            IDX[1],
+            lambda old: old[:-1] + b"\n",
+            f"{IDX[1]} holds 1 labels outside the classes 0 to 9, the first is 10",
+        ),
     ],
 )
 def test_damaged_idx_files(tmp_path, file, change, message):
@@ -196,7 +238,9 @@ def test_damaged_idx_files(tmp_path, file, change, message):
         ("svhn", "SVHN", "train_32x32.mat"),
     ],
 )
-def test_missing_files_are_named_with_the_way_to_get_them(tmp_path, monkeypatch, name, kind, missing):
+def test_missing_files_are_named_with_the_way_to_get_them(
+    tmp_path, monkeypatch, name, kind, missing
+):
     asked = []
 
     def offline(self):
@@ -217,7 +261,10 @@ def test_missing_files_are_named_with_the_way_to_get_them(tmp_path, monkeypatch,
     assert f"from torchvision.datasets import {kind}; {kind}('{tmp_path}', " in message
     assert ("apt-get install dataset-fashion-mnist" in message) == (name == "fashion_mnist")
     assert asked == []
-    with pytest.raises(FileNotFoundError, match=r"is not complete: .*The download failed \(OSError: Name or service"):
+    with pytest.raises(
+        FileNotFoundError,
+        match=r"is not complete: .*The download failed \(OSError: Name or service",
+    ):
         load_images(name, root=tmp_path, download=True)
     assert asked == [tmp_path]
 
@@ -226,19 +273,31 @@ def test_a_download_brings_the_files(tmp_path, trusted, monkeypatch):
     write_svhn(tmp_path)
     trusted(tmp_path)
     (tmp_path / "here").mkdir()
-    monkeypatch.setattr(datasets.SVHN, "download", lambda self: shutil.copy(tmp_path / self.filename, self.root))
+    monkeypatch.setattr(
+        datasets.SVHN, "download", lambda self: shutil.copy(tmp_path / self.filename, self.root)
+    )
     splits = load_images("svhn", root=tmp_path / "here", download=True)
     assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [20, 2, 11]
 
 
-@pytest.mark.skipif(not DEBIAN.is_dir(), reason="Debian's package dataset-fashion-mnist is not installed")
+@pytest.mark.skipif(
+    not DEBIAN.is_dir(), reason="Debian's package dataset-fashion-mnist is not installed"
+)
 def test_the_real_fashion_mnist():
     few = load_images("fashion_mnist", root=DEBIAN, train_limit=300, test_limit=60)
     assert [checksum(part) for part in (few.train, few.validation, few.test)] == [
-        "dc0305748e096db2", "d08888bce3b0e227", "9cd95831aff8860d",
-    ]  # fmt: skip
+        "dc0305748e096db2",
+        "d08888bce3b0e227",
+        "9cd95831aff8860d",
+    ]
     splits = load_images("fashion_mnist", root=DEBIAN)
-    assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [54000, 6000, 10000]
+    assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [
+        54000,
+        6000,
+        10000,
+    ]
     assert splits.test.dataset.labels.bincount().tolist() == [1000] * 10
-    with pytest.raises(ValueError, match=r"holds Fashion-MNIST, not MNIST; use the data set 'fashion_mnist'"):
+    with pytest.raises(
+        ValueError, match=r"holds Fashion-MNIST, not MNIST; use the data set 'fashion_mnist'"
+    ):
         load_images("mnist", root=DEBIAN)

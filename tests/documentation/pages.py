@@ -1,16 +1,18 @@
-"""The examples of README and docs are tests: a page is a script, whose blocks run in order in one temporary folder.
+"""The examples of README and docs are tests: a page is a script, whose blocks run in order in one
+temporary folder.
 
-``python -m pytest docs/faq.md`` runs one page; the Sybil below hands every block to pytest. The folder has links to
-recipes and docs. Blocks of python and pycon share a namespace, blocks of bash and sh a terminal. A block whose first
-line is a comment with a file's name alone (# mynet.py, # mine.yaml) is saved under that name first, so that later
-commands find it. Above a fence may stand
+``python -m pytest docs/faq.md`` runs one page; the Sybil below hands every block to pytest. The
+folder has links to recipes and docs. Blocks of python and pycon share a namespace, blocks of bash
+and sh a terminal. A block whose first line is a comment with a file's name alone (# mynet.py, #
+mine.yaml) is saved under that name first, so that later commands find it. Above a fence may stand
 
     <!-- example: add --epochs 1 -->                     options behind every recipe's command: it takes seconds then
     <!-- example: add to evaluate.py: --suite fast -->   the same for one recipe; several such lines may stand together
     <!-- example: options only: needs CIFAR-10 -->       the recipes' parsers check the options, nothing is run
     <!-- example: not run: installs packages -->         only files, extras and imports that the block names are checked
     <!-- example: prints -->                             what the block prints is the block of text below it: words are
-                                                         equal, numbers within a tenth, and ... is anything
+                                                         equal, numbers within a tenth, and ... is
+                                                         anything
 """
 
 import contextlib
@@ -34,7 +36,19 @@ from sybil.parsers.markdown.lexers import RawFencedCodeBlockLexer
 
 RUN = {"python": "python", "pycon": "session", "bash": "shell", "sh": "shell"}
 """Languages that are run, and how."""
-KEPT = ("text", "yaml", "toml", "json", "csv", "bibtex", "cpp", "diff", "html", "markdown", "mermaid")
+KEPT = (
+    "text",
+    "yaml",
+    "toml",
+    "json",
+    "csv",
+    "bibtex",
+    "cpp",
+    "diff",
+    "html",
+    "markdown",
+    "mermaid",
+)
 """Languages that are not run."""
 FENCES = RawFencedCodeBlockLexer(re.compile(r"(?P<language>[\w+-]*).*\n"))
 FILE_NAME = re.compile(r"# ([\w-]+\.(?:py|ya?ml|toml|json))\n")
@@ -61,7 +75,9 @@ class Block:
     line: int  # of the opening fence, from 1
     how: str | None  # python, session, shell, or not run at all
     code: Lexeme
-    added: tuple[tuple[str | None, str], ...]  # recipe, or None for all, and the options to add to its commands
+    added: tuple[
+        tuple[str | None, str], ...
+    ]  # recipe, or None for all, and the options to add to its commands
     reasons: dict[str, str]  # why it is "options only" or "not run"
     printed: str | None = None  # what it has to print, if that is compared
 
@@ -78,7 +94,9 @@ def name_of(page: Path) -> str:
 
 
 def blocks_of(document: Document) -> list[Block]:
-    """The blocks of a page; PageError at the first one or directive with which something is wrong."""
+    """The blocks of a page; PageError at the first one or directive with which something is
+    wrong.
+    """
     text, page, blocks = document.text, name_of(Path(document.path)), []
 
     def line_of(position: int) -> int:
@@ -89,13 +107,21 @@ def blocks_of(document: Document) -> list[Block]:
             raise PageError(f"{page}:{line_of(position)}: {fault}")
 
     found = list(FENCES(document))
-    fences = [one for one in found if not any(other.start < one.start < other.end for other in found)]
+    fences = [
+        one for one in found if not any(other.start < one.start < other.end for other in found)
+    ]
     directives = {one.end(): one for one in DIRECTIVE.finditer(text)}
     for one in LOOKS_LIKE_ONE.finditer(text):
         if not any(fence.start < one.start() < fence.end for fence in fences):
             known = DIRECTIVE.match(text, one.start())
-            check(known, one.start(), "no such directive, in one line; see the top of tests/documentation/pages.py")
-            starts = {fence.start for fence in fences} | {other.start() for other in directives.values()}
+            check(
+                known,
+                one.start(),
+                "no such directive, in one line; see the top of tests/documentation/pages.py",
+            )
+            starts = {fence.start for fence in fences} | {
+                other.start() for other in directives.values()
+            }
             check(known.end() in starts, one.start(), "no block on the line below this directive")
     fences.sort(key=lambda fence: fence.start)
     for fence, following in zip_longest(fences, fences[1:]):
@@ -110,16 +136,32 @@ def blocks_of(document: Document) -> list[Block]:
         printed = None
         if any(one["prints"] for one in above):
             shown = following is not None and following.lexemes["language"] == "text"
-            check(shown and not text[fence.end : following.start].strip(), fence.start, "no block of text right below")
+            check(
+                shown and not text[fence.end : following.start].strip(),
+                fence.start,
+                "no block of text right below",
+            )
             printed = following.lexemes["source"]
         check(CLOSED.search(text, fence.start, fence.end), fence.start, "this block has no end")
-        check(how or language in KEPT, fence.start, f"language {language!r} of this block; take one of {known}")
-        check(how or not above, fence.start, f"a directive above a block of {language}, which is not run anyway")
+        check(
+            how or language in KEPT,
+            fence.start,
+            f"language {language!r} of this block; take one of {known}",
+        )
+        check(
+            how or not above,
+            fence.start,
+            f"a directive above a block of {language}, which is not run anyway",
+        )
         only_shell = (how in ("shell", "python") or printed is None) and (
             how == "shell" or not (added or "options only" in reasons)
         )
         check(only_shell, fence.start, f"only 'not run' may stand above a block of {language}")
-        check(not reasons or len(above) == 1, fence.start, "several directives that exclude each other")
+        check(
+            not reasons or len(above) == 1,
+            fence.start,
+            "several directives that exclude each other",
+        )
         check(how != "session" or ">>>" in code, fence.start, "no >>> in this block")
         blocks.append(Block(fence, line_of(fence.start), how, code, added, reasons, printed))
     return blocks
@@ -189,12 +231,16 @@ def evaluate(block: Block, example: Example) -> str | None:
 
 
 def run_commands(block: Block, shell: Shell) -> str | None:
-    """Run the commands of a block one after the other, or let the recipes check their options alone."""
+    """Run the commands of a block one after the other, or let the recipes check their options
+    alone.
+    """
     recipes, said, only_options = [], "", "options only" in block.reasons
     commands = logical_lines(block.code)
     for offset, command in commands:
         try:
-            here = block.printed is None  # a page that shows what is printed is followed word for word
+            here = (
+                block.printed is None
+            )  # a page that shows what is printed is followed word for word
             recipes += shell.run(command, block.added, only_options=only_options, here=here)
             said += shell.said
         except CommandError as error:
@@ -203,7 +249,11 @@ def run_commands(block: Block, shell: Shell) -> str | None:
         return "no command in this block"
     if only_options and not recipes:
         return "'options only' above a block without a recipe's command"
-    unused = [(one, options) for one, options in block.added if one not in recipes and (one or not recipes)]
+    unused = [
+        (one, options)
+        for one, options in block.added
+        if one not in recipes and (one or not recipes)
+    ]
     if unused:
         return f"'add' finds no command of its recipe in the block: {unused}"
     return unlike(said, block.printed)
@@ -221,7 +271,10 @@ def unlike(said: str, printed: str | None) -> str | None:
         starts = starts[:1] if number == 0 else starts[-1:] if number == len(parts) else starts
         found = next((start for start in starts if all(map(same, words[start:], part))), None)
         if found is None or (not parts and len(words) > len(part)):
-            return f"the page shows\n{printed}and the block printed\n{said}, which differs at {' '.join(part[:8])!r}"
+            return (
+                f"the page shows\n{printed}and the block printed\n{said}, which differs at "
+                f"{' '.join(part[:8])!r}"
+            )
         place = found + len(part)
     return None
 
@@ -246,8 +299,14 @@ PAGES = Sybil(
 
 
 _SLOW = {
-    "README.md", "distributed.md", "event_attacks.md", "faq.md", "gradient_masking.md", "stability.md", "verified.md",
-}  # fmt: skip
+    "README.md",
+    "distributed.md",
+    "event_attacks.md",
+    "faq.md",
+    "gradient_masking.md",
+    "stability.md",
+    "verified.md",
+}
 
 
 @cache

@@ -32,18 +32,28 @@ if recipe:
 if not only_options:
     os.execv(sys.executable, [sys.executable, *modules[program], *words])
 """
-"""What stands for python and for what starts several of them: notes the call, and adds options to a recipe's."""
+"""What stands for python and for what starts several of them: notes the call, and adds options to a
+recipe's.
+"""
 
 LAUNCHERS = {
     "torchrun": ("torch.distributed.run", "torch.distributed.run.get_args_parser", []),
     "accelerate": (
-        "accelerate.commands.accelerate_cli", "accelerate.commands.launch.launch_command_parser", ["launch"]
+        "accelerate.commands.accelerate_cli",
+        "accelerate.commands.launch.launch_command_parser",
+        ["launch"],
     ),
-}  # fmt: skip
-"""Programs that start recipes: their modules, parsers, and the words in front of what those parse."""
-MODULES = {"python": [], "python3": []} | {name: ["-m", module] for name, (module, _, _) in LAUNCHERS.items()}
+}
+"""Programs that start recipes: their modules, parsers, and the words in front of what those
+parse.
+"""
+MODULES = {"python": [], "python3": []} | {
+    name: ["-m", module] for name, (module, _, _) in LAUNCHERS.items()
+}
 
-ALONE = re.compile(r"""python3? (\./)?recipes/\w+\.py( +([\w./:=,+-]+|'[^'#\n]*'|"[^"#$`\\\n]*"))*( +#.*)?""")
+ALONE = re.compile(
+    r"""python3? (\./)?recipes/\w+\.py( +([\w./:=,+-]+|'[^'#\n]*'|"[^"#$`\\\n]*"))*( +#.*)?"""
+)
 """A recipe with its options in one line, all of them words that bash and shlex read alike."""
 
 
@@ -52,7 +62,9 @@ class CommandError(Exception):
 
 
 def logical_lines(code: str) -> list[tuple[int, str]]:
-    """Commands with the offset of their first line: continued lines, loops and here-documents are one command."""
+    """Commands with the offset of their first line: continued lines, loops and here-documents are
+    one command.
+    """
     commands: list[tuple[int, str]] = []
     lines, parts = code.splitlines(), []
     for number, line in enumerate(lines, 1):
@@ -69,13 +81,19 @@ def complete(text: str) -> bool:
     """Whether bash would not wait for a further line."""
     if text.endswith("\\"):
         return False
-    asked = {"input": text + "\n", "env": os.environ | {"LC_ALL": "C"}, "capture_output": True, "text": True}
+    asked = {
+        "input": text + "\n",
+        "env": os.environ | {"LC_ALL": "C"},
+        "capture_output": True,
+        "text": True,
+    }
     checked = subprocess.run(["bash", "-n"], check=False, **asked)
     return not re.search(r"unexpected end of file|unexpected EOF|here-document", checked.stderr)
 
 
 class Shell:
-    """The terminal of a page: in its folder are recipes and docs, and ``.venv/bin`` with the running interpreter.
+    """The terminal of a page: in its folder are recipes and docs, and ``.venv/bin`` with the
+    running interpreter.
 
     The folder that a command changes to and what it exports are kept for the next.
     """
@@ -88,12 +106,26 @@ class Shell:
         programs.mkdir(parents=True)
         (state / "starts.py").write_text(STARTS, encoding="utf-8")
         for name in MODULES:
-            script(programs / name, f'exec "{sys.executable}" -IS "{state}/starts.py" "{state}" {name} "$@"')
-        refusal = "an example installs nothing; put <!-- example: not run: installs packages --> above"
+            script(
+                programs / name,
+                f'exec "{sys.executable}" -IS "{state}/starts.py" "{state}" {name} "$@"',
+            )
+        refusal = (
+            "an example installs nothing; put <!-- example: not run: installs packages --> above"
+        )
         script(programs / "pip", f"echo '{refusal}' >&2; exit 1")
-        path = os.pathsep.join([str(programs), str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
-        environment = os.environ | {"PATH": path, "PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg", "COLUMNS": "100"}
-        environment.setdefault("OMP_WAIT_POLICY", "passive")  # with several threads on a busy machine
+        path = os.pathsep.join(
+            [str(programs), str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+        )
+        environment = os.environ | {
+            "PATH": path,
+            "PYTHONPATH": str(ROOT),
+            "MPLBACKEND": "Agg",
+            "COLUMNS": "100",
+        }
+        environment.setdefault(
+            "OMP_WAIT_POLICY", "passive"
+        )  # with several threads on a busy machine
         environment.pop("PYTEST_CURRENT_TEST", None)
         self.where, self.state, self.environment = folder, state, environment
         self.first_environment = environment
@@ -108,10 +140,11 @@ class Shell:
     ) -> list[str]:
         """Run a command that has to end well; returns the names of the recipes that it ran.
 
-        They get the options of ``added`` that are meant for them, None for every one. Where only options are looked at,
-        bash says what would run, and the recipes' parsers read it in this process. With ``here`` a command that is
-        nothing but a recipe runs in this process, which has imported already what takes seconds, unless the commands
-        before it have exported something.
+        They get the options of ``added`` that are meant for them, None for every one. Where only
+        options are looked at, bash says what would run, and the recipes' parsers read it in this
+        process. With ``here`` a command that is nothing but a recipe runs in this process, which
+        has imported already what takes seconds, unless the commands before it have exported
+        something.
         """
         changed = {name for name, _ in self.environment.items() - self.first_environment.items()}
         exported = changed - {"_", "PWD", "OLDPWD", "SHLVL"}
@@ -119,15 +152,23 @@ class Shell:
             program, *words = shlex.split(command, comments=True)
             self.said, recipe = run_here(self.where, program, words, added)
             return [recipe]
-        (self.state / "asked").write_text(json.dumps([added, only_options, MODULES]), encoding="utf-8")
+        (self.state / "asked").write_text(
+            json.dumps([added, only_options, MODULES]), encoding="utf-8"
+        )
         (self.state / "calls").write_text("")
         first = "set -e\n" if only_options else ""
         left = f"env -0 > '{self.state}/environment'\npwd > '{self.state}/folder'"
         with subprocess.Popen(
             ["bash", "-o", "pipefail", "-c", f"{first}{command}\ncode=$?\n{left}\nexit $code"],
-            cwd=self.where, env=self.environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True, errors="replace", start_new_session=True,
-        ) as process:  # fmt: skip
+            cwd=self.where,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        ) as process:
             try:
                 said = process.communicate(timeout=LIMIT)[0]
             except subprocess.TimeoutExpired as error:
@@ -143,19 +184,32 @@ class Shell:
         self.where = Path((self.state / "folder").read_text().rstrip("\n"))
         calls = [json.loads(line) for line in (self.state / "calls").read_text().splitlines()]
         if only_options:
-            return [run_here(Path(where), *call, added, "--print_config")[1] for _, where, *call in calls]
+            return [
+                run_here(Path(where), *call, added, "--print_config")[1]
+                for _, where, *call in calls
+            ]
         return [name for name, *_ in calls if name]
 
 
 def run_here(
-    where: Path, program: str, words: list[str], added: tuple[tuple[str | None, str], ...], *last: str
+    where: Path,
+    program: str,
+    words: list[str],
+    added: tuple[tuple[str | None, str], ...],
+    *last: str,
 ) -> tuple[str, str]:
-    """Run the recipe of a command in this folder and process; returns what it said, and its name."""
+    """Run the recipe of a command in this folder and process; returns what it said, and its
+    name.
+    """
     import launch  # imports torch, which has to find OMP_NUM_THREADS as conftest.py sets it
 
     command = shlex.join([program, *words])
     unknown = CommandError(f"'options only' takes commands of recipes/*.py, got {command}")
-    with contextlib.chdir(where), contextlib.redirect_stdout(said := io.StringIO()), contextlib.redirect_stderr(said):
+    with (
+        contextlib.chdir(where),
+        contextlib.redirect_stdout(said := io.StringIO()),
+        contextlib.redirect_stderr(said),
+    ):
         try:
             if program in LAUNCHERS:
                 _, parser, first = LAUNCHERS[program]
@@ -168,7 +222,12 @@ def run_here(
                 raise unknown
             if not Path(recipe[1]).exists():
                 raise CommandError(f"{recipe[1]} does not exist")
-            words += [word for one, text in added if one in (None, recipe[2]) for word in shlex.split(text)]
+            words += [
+                word
+                for one, text in added
+                if one in (None, recipe[2])
+                for word in shlex.split(text)
+            ]
             launch.in_process(recipe[2], ".", *words[1:], *last)
         except SystemExit as stop:
             if stop.code:
@@ -185,12 +244,19 @@ def script(path: Path, text: str) -> None:
 
 
 def check_names(code: str) -> None:
-    """What a block that is not run names must exist: files of the repository, and extras in brackets."""
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    """What a block that is not run names must exist: files of the repository, and extras in
+    brackets.
+    """
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"][
+        "optional-dependencies"
+    ]
     for names in re.findall(r"(?:\.|sj_robust)\[([\w, -]+)\]", code):
         for name in names.split(","):
             if name.strip() not in extras:
-                raise CommandError(f"there is no extra {name.strip()!r} in pyproject.toml, only {', '.join(extras)}")
+                raise CommandError(
+                    f"there is no extra {name.strip()!r} in pyproject.toml, only "
+                    f"{', '.join(extras)}"
+                )
     for path in re.findall(r"(?<![\w/.-])(?:recipes|tests)/[\w./-]*\w\.(?:py|ya?ml|md)\b", code):
         if not (ROOT / path).exists():
             raise CommandError(f"{path} does not exist")
@@ -199,7 +265,10 @@ def check_names(code: str) -> None:
 def check_imports(code: str) -> None:
     """What a block of Python that is not run imports from the package must exist."""
     for statement in ast.walk(ast.parse(code)):
-        if isinstance(statement, ast.ImportFrom) and str(statement.module).split(".")[0] == "sj_robust":
+        if (
+            isinstance(statement, ast.ImportFrom)
+            and str(statement.module).split(".")[0] == "sj_robust"
+        ):
             module = importlib.import_module(str(statement.module))
             for name in statement.names:
                 submodule = f"{statement.module}.{name.name}"

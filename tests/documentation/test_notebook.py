@@ -39,4 +39,6 @@ def test_every_cell_runs_and_results_show_themselves(notebook, tmp_path, monkeyp
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
 def test_it_is_kept_without_outputs(notebook):
-    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell, _ in cells_of(notebook))
+    assert all(
+        cell["outputs"] == [] and cell["execution_count"] is None for cell, _ in cells_of(notebook)
+    )

@@ -16,7 +16,9 @@ from sybil.example import SybilFailure
 
 
 def test_pytest_finds_every_page():
-    options = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["pytest"]["ini_options"]
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"][
+        "pytest"
+    ]["ini_options"]
     for page in documentation_pages():
         assert any(page.is_relative_to(ROOT / name) for name in options["testpaths"]), name_of(page)
         assert PAGES.should_parse(page) or page.name == "quickstart_zh.md"
@@ -24,7 +26,10 @@ def test_pytest_finds_every_page():
 
 def test_the_chinese_page_has_the_blocks_of_the_english_one_which_run():
     english, chinese = (
-        [re.sub(r" *#.*", "", block.code) for block in blocks_of(Document.parse(str(ROOT / "docs" / name)))]
+        [
+            re.sub(r" *#.*", "", block.code)
+            for block in blocks_of(Document.parse(str(ROOT / "docs" / name)))
+        ]
         for name in ("quickstart.md", "quickstart_zh.md")
     )
     assert chinese == english
@@ -59,13 +64,34 @@ def fence(language, *lines, above=()):
     return "\n".join(["# Page", "", *above, f"```{language}", *lines, "```", ""])
 
 
-RIGHT = fence("python", "x = 1", "from pathlib import Path", "Path('left').write_text('by python')", "print(x)")
+RIGHT = fence(
+    "python",
+    "x = 1",
+    "from pathlib import Path",
+    "Path('left').write_text('by python')",
+    "print(x)",
+)
 RIGHT += fence("pycon", ">>> x + 1", "2", ">>> print('a    b')", "a b", "")
 RIGHT += fence("python", "# mine.py", "def f():", "    return x")
-RIGHT += fence("bash", "cat left  # comment", "test -e recipes/sweep.py -a -e docs/index.md", "export A=1; mkdir sub")
-RIGHT += fence("sh", "cd sub", "", "test $A = 1 && test -e ../left \\", "  && for i in 1; do", "  test $i", "done")
+RIGHT += fence(
+    "bash",
+    "cat left  # comment",
+    "test -e recipes/sweep.py -a -e docs/index.md",
+    "export A=1; mkdir sub",
+)
+RIGHT += fence(
+    "sh",
+    "cd sub",
+    "",
+    "test $A = 1 && test -e ../left \\",
+    "  && for i in 1; do",
+    "  test $i",
+    "done",
+)
 RIGHT += fence("bash", "test -e ../left", "cd ..; python -c 'import mine'", "cat <<END", "x", "END")
-RIGHT += fence("python", "import mine", "assert mine.f.__module__ == 'mine'", "assert Path('left').exists()")
+RIGHT += fence(
+    "python", "import mine", "assert mine.f.__module__ == 'mine'", "assert Path('left').exists()"
+)
 
 
 def test_a_page_that_is_right(tmp_path):
@@ -75,7 +101,10 @@ def test_a_page_that_is_right(tmp_path):
     assert "mine" not in sys.modules
 
 
-OPTIONS_ONLY, NOT_RUN = "<!-- example: options only: needs data -->", "<!-- example: not run: slow -->"
+OPTIONS_ONLY, NOT_RUN = (
+    "<!-- example: options only: needs data -->",
+    "<!-- example: not run: slow -->",
+)
 WRONG = {
     "python": (fence("python", "x = 1", "x / 0"), 5, "division by zero"),
     "exit": (fence("python", "raise SystemExit(0)"), 4, "0"),
@@ -83,39 +112,113 @@ WRONG = {
     "syntax": (fence("python", "x = 1", "x = = 1"), 5, "invalid syntax"),
     "pycon": (fence("pycon", ">>> x = 2", ">>> x", "3"), 5, r"Expected:\n *3\nGot:\n *2"),
     "no session": (fence("pycon", "x = 2"), 3, "no >>>"),
-    "bash": (fence("bash", "true", "", "echo before; exit 3"), 6, r"echo before; exit 3\nexit code 3\nbefore"),
+    "bash": (
+        fence("bash", "true", "", "echo before; exit 3"),
+        6,
+        r"echo before; exit 3\nexit code 3\nbefore",
+    ),
     "pipe": (fence("bash", "false | cat"), 4, "exit code 1"),
     "syntax of bash": (fence("bash", "true", "done"), 5, "exit code 2"),
     "endless": (fence("bash", "true", "for i in 1; do"), 5, "exit code 2"),
     "empty": (fence("bash", "# nothing"), 3, "no command"),
     "pip": (fence("bash", ".venv/bin/pip install x"), 4, "installs nothing"),
     "file": (fence("bash", "cat nowhere"), 4, "nowhere"),
-    "language": (fence("console", "$ true"), 3, "language 'console' of this block; take one of python"),
+    "language": (
+        fence("console", "$ true"),
+        3,
+        "language 'console' of this block; take one of python",
+    ),
     "no language": (fence("", "true"), 3, "language ''"),
     "no end": ("```python\nx = 1\n", 1, "no end"),
-    "unknown directive": (fence("bash", "true", above=["<!-- example: skip: x -->"]), 3, "no such directive"),
-    "directive of lines": (fence("bash", "true", above=["<!-- example: add", "-->"]), 3, "in one line"),
-    "nothing printed": (fence("python", "x = 1", above=["<!-- example: prints -->"]), 4, "no block of text right"),
-    "no options": (fence("bash", "recipes/sweep.py", above=["<!-- example: add -->"]), 3, "no such directive"),
-    "no reason": (fence("bash", "true", above=["<!-- example: not run -->"]), 3, "no such directive"),
-    "empty reason": (fence("bash", "true", above=["<!-- example: options only: -->"]), 3, "no such directive"),
+    "unknown directive": (
+        fence("bash", "true", above=["<!-- example: skip: x -->"]),
+        3,
+        "no such directive",
+    ),
+    "directive of lines": (
+        fence("bash", "true", above=["<!-- example: add", "-->"]),
+        3,
+        "in one line",
+    ),
+    "nothing printed": (
+        fence("python", "x = 1", above=["<!-- example: prints -->"]),
+        4,
+        "no block of text right",
+    ),
+    "no options": (
+        fence("bash", "recipes/sweep.py", above=["<!-- example: add -->"]),
+        3,
+        "no such directive",
+    ),
+    "no reason": (
+        fence("bash", "true", above=["<!-- example: not run -->"]),
+        3,
+        "no such directive",
+    ),
+    "empty reason": (
+        fence("bash", "true", above=["<!-- example: options only: -->"]),
+        3,
+        "no such directive",
+    ),
     "no block": (fence("bash", "true", above=[NOT_RUN, ""]), 3, "no block"),
     "no block at the end": (f"{NOT_RUN}\n", 1, "no block"),
     "nothing to do": (fence("text", "x", above=[NOT_RUN]), 4, "not run anyway"),
-    "add to python": (fence("python", "x = 1", above=["<!-- example: add --x 1 -->"]), 4, "only 'not run'"),
-    "add to nothing": (fence("bash", "true", above=["<!-- example: add --x 1 -->"]), 4, "finds no command.*--x 1"),
+    "add to python": (
+        fence("python", "x = 1", above=["<!-- example: add --x 1 -->"]),
+        4,
+        "only 'not run'",
+    ),
+    "add to nothing": (
+        fence("bash", "true", above=["<!-- example: add --x 1 -->"]),
+        4,
+        "finds no command.*--x 1",
+    ),
     "add to another": (
-        fence("bash", "echo recipes/sweep.py", above=["<!-- example: add to figures.py: --images 1 -->"]), 4, "finds no"
+        fence(
+            "bash",
+            "echo recipes/sweep.py",
+            above=["<!-- example: add to figures.py: --images 1 -->"],
+        ),
+        4,
+        "finds no",
     ),
     "two": (fence("bash", "true", above=[NOT_RUN, OPTIONS_ONLY]), 5, "exclude each other"),
-    "python not run": (fence("python", "x = = 1", above=[NOT_RUN]), 4, "in a block that is not run: invalid syntax"),
-    "name": (fence("python", "from sj_robust.data import cats", above=[NOT_RUN]), 4, "sj_robust.data has no cats"),
-    "extra": (fence("bash", "pip install -e '.[recipes,tests]'", above=[NOT_RUN]), 4, "no extra 'tests'"),
-    "extra of the package": (fence("bash", "pip install 'sj_robust[gpu]'", above=[NOT_RUN]), 4, "no extra 'gpu'"),
-    "recipe": (fence("bash", "python recipes/train.py", above=[NOT_RUN]), 4, "recipes/train.py does not exist"),
-    "configuration": (fence("bash", "a --config recipes/configs/x.yaml", above=[NOT_RUN]), 4, "x.yaml does not exist"),
-    "test": (fence("bash", "pytest tests/nowhere.py", above=[NOT_RUN]), 4, "tests/nowhere.py does not exist"),
-}  # fmt: skip
+    "python not run": (
+        fence("python", "x = = 1", above=[NOT_RUN]),
+        4,
+        "in a block that is not run: invalid syntax",
+    ),
+    "name": (
+        fence("python", "from sj_robust.data import cats", above=[NOT_RUN]),
+        4,
+        "sj_robust.data has no cats",
+    ),
+    "extra": (
+        fence("bash", "pip install -e '.[recipes,tests]'", above=[NOT_RUN]),
+        4,
+        "no extra 'tests'",
+    ),
+    "extra of the package": (
+        fence("bash", "pip install 'sj_robust[gpu]'", above=[NOT_RUN]),
+        4,
+        "no extra 'gpu'",
+    ),
+    "recipe": (
+        fence("bash", "python recipes/train.py", above=[NOT_RUN]),
+        4,
+        "recipes/train.py does not exist",
+    ),
+    "configuration": (
+        fence("bash", "a --config recipes/configs/x.yaml", above=[NOT_RUN]),
+        4,
+        "x.yaml does not exist",
+    ),
+    "test": (
+        fence("bash", "pytest tests/nowhere.py", above=[NOT_RUN]),
+        4,
+        "tests/nowhere.py does not exist",
+    ),
+}
 REFUSED = {
     "unknown": ("python recipes/adv_train.py --epochz 1", "epochz"),
     "wrong value": ("python recipes/adv_train.py --epochs many", "many"),
@@ -151,14 +254,23 @@ def test_a_page_that_is_wrong(text, line, message, tmp_path):
 
 def test_what_is_right_in_blocks_that_are_not_run(tmp_path):
     installs = "pip install -e '.[recipes, test]' numpy[nothing]"
-    run(tmp_path, fence("bash", installs, "python recipes/adv_train.py --config mine/tests/x.py", above=[NOT_RUN]))
+    run(
+        tmp_path,
+        fence(
+            "bash",
+            installs,
+            "python recipes/adv_train.py --config mine/tests/x.py",
+            above=[NOT_RUN],
+        ),
+    )
     run(tmp_path, fence("python", "from sj_robust import training", "import x", above=[NOT_RUN]))
     commands = [
         "for s in 0 1; do",
         "  python recipes/adv_train.py --seed $s --dataset image_folder:PATH --resume",
         "done",
         ".venv/bin/python recipes/evaluate.py CHECKPOINT --eps 8/255 # of the training",
-        "python recipes/sweep.py --base digits --grid '{rho: [0, 1]}' --seeds 2 && python recipes/figures.py FOLDER",
+        "python recipes/sweep.py --base digits --grid '{rho: [0, 1]}' --seeds 2 && python "
+        "recipes/figures.py FOLDER",
         "python recipes/benchmark.py --what conv4",
     ]
     run(tmp_path, fence("bash", *commands, above=[OPTIONS_ONLY]))
@@ -178,8 +290,13 @@ def test_what_is_right_in_blocks_that_are_not_run(tmp_path):
     ],
 )
 def test_what_a_block_prints_is_compared(printed, fault, tmp_path):
-    for language, code in (("python", "print('at most 25.6 %,', 'T = 4')"), ("bash", "echo 'at most 25.6 %, T = 4'")):
-        text = fence(language, code, above=["<!-- example: prints -->"]) + f"```text\n{printed}\n```\n"
+    for language, code in (
+        ("python", "print('at most 25.6 %,', 'T = 4')"),
+        ("bash", "echo 'at most 25.6 %, T = 4'"),
+    ):
+        text = (
+            fence(language, code, above=["<!-- example: prints -->"]) + f"```text\n{printed}\n```\n"
+        )
         text = text.replace("```\n```text", "```\n\n```text")
         with pytest.raises(SybilFailure, match=fault) if fault else contextlib.nullcontext():
             run(tmp_path, text)
@@ -204,17 +321,24 @@ def test_options_are_added_to_the_recipes(tmp_path):
     lines = [
         f"{config} --seed 3 | grep 'epochs: 7'  # why; how",
         f"for i in 1; do\n  {config} | grep 'seed: 5'\ndone",
-        "torchrun --nproc-per-node 1 recipes/adv_train.py --print_config \\\n  --rho 0.5 | grep 'dataset: a b'",
+        "torchrun --nproc-per-node 1 recipes/adv_train.py --print_config \\\n  --rho 0.5 | grep "
+        "'dataset: a b'",
         "python recipes/evaluate.py x --print_config > left && ! grep epochs left",
     ]
-    above = ["<!-- example: add --seed 5 -->", "<!-- example: add to adv_train.py: --epochs 7 --dataset 'a b' -->"]
+    above = [
+        "<!-- example: add --seed 5 -->",
+        "<!-- example: add to adv_train.py: --epochs 7 --dataset 'a b' -->",
+    ]
     run(tmp_path, fence("bash", *lines, above=above))
 
 
 @pytest.mark.parametrize(
     ("command", "alone"),
     [
-        ("python recipes/adv_train.py --rho 0.5 --model-options '{strides: [2, 2]}'  # why; how", True),
+        (
+            "python recipes/adv_train.py --rho 0.5 --model-options '{strides: [2, 2]}'  # why; how",
+            True,
+        ),
         ('python3 ./recipes/evaluate.py runs/a/best.pt --eps 8/255 --name "a b"', True),
         ("python recipes/adv_train.py --rho 0.5 | grep rho", False),
         ("python recipes/adv_train.py --rho '#' && false", False),
@@ -234,8 +358,13 @@ def test_what_bash_would_change_is_left_to_bash(command, alone):
 @pytest.mark.slow
 def test_a_recipe_by_itself_fails_in_this_process_and_after_an_export_in_its_own(tmp_path):
     wrong = "python recipes/adv_train.py --rho much"
-    for line, said, before in ((4, re.escape(wrong), ()), (5, "exit code 2\nerror:", ("export A=1",))):
-        with pytest.raises(SybilFailure, match=rf"line {line}: {wrong}\n{said}\s--rho must be a number, got much"):
+    for line, said, before in (
+        (4, re.escape(wrong), ()),
+        (5, "exit code 2\nerror:", ("export A=1",)),
+    ):
+        with pytest.raises(
+            SybilFailure, match=rf"line {line}: {wrong}\n{said}\s--rho must be a number, got much"
+        ):
             run(tmp_path, fence("bash", *before, wrong))
 
 

@@ -44,7 +44,11 @@ def constants(kind):
         rate = 1.0 / (1.0 + math.exp(float(np.float32(math.log(0.7)))))
         return 1.0 - rate, [rate] * T
     decay = 1.0 - 1.0 / 2.5
-    return decay, {"LIF": [1.0] * T, "LIF_decay": [1.0 / 2.5] * T, "DLIF": list(np.float32(GAINS).astype(float))}[kind]
+    return decay, {
+        "LIF": [1.0] * T,
+        "LIF_decay": [1.0 / 2.5] * T,
+        "DLIF": list(np.float32(GAINS).astype(float)),
+    }[kind]
 
 
 def network(kind, **options):
@@ -97,7 +101,9 @@ def bptt(h, s, grad_s, slopes, kind, v_reset, theta, detach):
 
 
 def pdsg_slopes(h, theta):
-    """A Gaussian whose width is the deviation of all potentials up to a step, 1 where there is none."""
+    """A Gaussian whose width is the deviation of all potentials up to a step, 1 where there is
+    none.
+    """
     slopes = np.zeros_like(h)
     for t in range(T):
         sigma = np.std(h[: t + 1], ddof=1) if np.ptp(h[: t + 1]) else 1.0
@@ -147,7 +153,9 @@ def layer_by_hand(name, x, grad_s, kind, v_reset, theta, detach, memory):
         slopes = assg_slopes(z, number or "atan", memory)
     else:
         alpha = float(number or 1)
-        slopes = surrogate_derivative(family, 1 / (alpha * theta) if family in ("triangle", "rectangle") else alpha, z)
+        slopes = surrogate_derivative(
+            family, 1 / (alpha * theta) if family in ("triangle", "rectangle") else alpha, z
+        )
     grad = bptt(h, s, grad_s, slopes, kind, v_reset, theta, detach)
     if family in ("hart", "hart_mixed"):
         by_rate = grad_s.mean(0) * surrogate_derivative("triangle", 1 / (float(number) * theta), z)
@@ -159,7 +167,9 @@ def layer_by_hand(name, x, grad_s, kind, v_reset, theta, detach, memory):
 def gradient_by_hand(name, net, x, weights, kind, v_reset, theta, memories=None):
     name, detach = name.removesuffix("+detach"), name.endswith("+detach")
     memories = memories if memories is not None else ([], [])
-    w1, b1, w2, b2 = (p.detach().numpy() for p in (net[0].weight, net[0].bias, net[2].weight, net[2].bias))
+    w1, b1, w2, b2 = (
+        p.detach().numpy() for p in (net[0].weight, net[0].bias, net[2].weight, net[2].bias)
+    )
     x1 = x.numpy() @ w1.T + b1
     x2 = fire(x1, kind, v_reset, theta)[1] @ w2.T + b2
     grad_x2 = layer_by_hand(name, x2, weights.numpy(), kind, v_reset, theta, detach, memories[1])

@@ -26,11 +26,36 @@ from sj_robust.estimators import estimator, memory
 from sj_robust.estimators.shapes import SHAPES, KeepingValues
 
 NAMES = (
-    "training", "triangle:0.5", "triangle:2", "atan:4", "sigmoid:4", "rectangle:1", "rectangle:0.3", "exponential:2",
-    "straight_through", "bptr", "rga", "pdsg", "assg", "assg:triangle", "assg:sigmoid", "assg:gaussian",
-    "assg:rectangle", "hart:1.2", "hart_mixed:1.2",
-)  # fmt: skip
-DETACHED = ("training", "atan:4", "triangle:0.5", "rectangle:1", "straight_through", "pdsg", "assg", "hart_mixed:1.2")
+    "training",
+    "triangle:0.5",
+    "triangle:2",
+    "atan:4",
+    "sigmoid:4",
+    "rectangle:1",
+    "rectangle:0.3",
+    "exponential:2",
+    "straight_through",
+    "bptr",
+    "rga",
+    "pdsg",
+    "assg",
+    "assg:triangle",
+    "assg:sigmoid",
+    "assg:gaussian",
+    "assg:rectangle",
+    "hart:1.2",
+    "hart_mixed:1.2",
+)
+DETACHED = (
+    "training",
+    "atan:4",
+    "triangle:0.5",
+    "rectangle:1",
+    "straight_through",
+    "pdsg",
+    "assg",
+    "hart_mixed:1.2",
+)
 
 
 OTHER_NEURONS = [(None, 0.8), (-0.2, 0.9), (0.3, 1.2)]  # v_reset and v_threshold
@@ -44,7 +69,9 @@ CASES = [
 def test_gradient_equals_hand_computation(name, kind, levels):
     v_reset, v_threshold = levels
     if name == "rga" and v_reset:
-        pytest.skip("stated for a reset to 0; test_rga_counts_from_the_reset_potential has the others")
+        pytest.skip(
+            "stated for a reset to 0; test_rga_counts_from_the_reset_potential has the others"
+        )
     net, (x, weights) = network(kind, v_reset=v_reset, v_threshold=v_threshold), inputs()
     with estimator(name)(net) as crafting:
         grad = gradient(crafting, x, weights)
@@ -56,15 +83,24 @@ def test_gradient_equals_hand_computation(name, kind, levels):
 
 
 def test_rga_counts_from_the_reset_potential():
-    """Shifting potential, threshold and reset by the same amount changes no spike and no gradient."""
+    """Shifting potential, threshold and reset by the same amount changes no spike and no
+    gradient.
+    """
     x, weights = inputs()
-    net, shifted = network("LIF", v_reset=0.0, v_threshold=0.8), network("LIF", v_reset=0.25, v_threshold=1.05)
+    net, shifted = (
+        network("LIF", v_reset=0.0, v_threshold=0.8),
+        network("LIF", v_reset=0.25, v_threshold=1.05),
+    )
     with estimator("rga")(net), estimator("rga")(shifted):
-        np.testing.assert_allclose(gradient(net, x, weights), gradient(shifted, x, weights), atol=1e-12)
+        np.testing.assert_allclose(
+            gradient(net, x, weights), gradient(shifted, x, weights), atol=1e-12
+        )
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", ["triangle:0.5", "rectangle:1", "straight_through+detach", "pdsg", "assg"])
+@pytest.mark.parametrize(
+    "name", ["triangle:0.5", "rectangle:1", "straight_through+detach", "pdsg", "assg"]
+)
 def test_step_by_step_equals_the_sequence_at_once(name, kind):
     x, weights = inputs()
     net, stepped = network(kind), network(kind, step_mode="s")
@@ -101,7 +137,9 @@ def test_assg_remembers_over_the_iterations_of_an_attack():
             np.testing.assert_allclose(grad, expected, rtol=1e-6, atol=1e-9)
     with estimator("assg")(net):
         anew = gradient(net, here, weights)
-    np.testing.assert_allclose(anew, gradient_by_hand("assg", net, here, weights, "LIF", 0.0, 1.0), atol=1e-9)
+    np.testing.assert_allclose(
+        anew, gradient_by_hand("assg", net, here, weights, "LIF", 0.0, 1.0), atol=1e-9
+    )
     assert np.abs(anew - grad).max() > 1e-3
 
 
@@ -131,7 +169,9 @@ def test_forwards_of_one_eot_average_and_scoring_leave_assg_alone():
 def test_memory_of_assg_follows_the_samples_of_a_shrinking_batch():
     def run(rows_by_iteration):
         model = SpikingClassifier(network("LIF"), T=T)
-        weights = torch.randn(8, CLASSES, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        weights = torch.randn(
+            8, CLASSES, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+        )
         x = torch.rand(8, FEATURES, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         with estimator("assg")(model):
             for iteration, rows in enumerate(rows_by_iteration):
@@ -149,13 +189,17 @@ def test_memory_of_assg_follows_the_samples_of_a_shrinking_batch():
 def test_pdsg_has_one_deviation_per_channel_and_one_where_there_is_none():
     node = make_neuron("LIF")
     x = torch.randn(T, 2, 3, 4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    x[:, :, 1] = 0.4  # one channel alike everywhere until its neurons have leaked by different steps
+    x[:, :, 1] = (
+        0.4  # one channel alike everywhere until its neurons have leaked by different steps
+    )
     weights = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     with estimator("pdsg+detach")(node):
         grad = gradient(node, x, weights)
     for channel in range(3):
         h, s = fire(x[:, :, channel].numpy(), "LIF", 0.0, 1.0)
-        expected = bptt(h, s, weights[:, :, channel].numpy(), pdsg_slopes(h, 1.0), "LIF", 0.0, 1.0, True)
+        expected = bptt(
+            h, s, weights[:, :, channel].numpy(), pdsg_slopes(h, 1.0), "LIF", 0.0, 1.0, True
+        )
         np.testing.assert_allclose(grad[:, :, channel], expected, rtol=1e-7, atol=1e-10)
 
 
@@ -176,14 +220,18 @@ def test_cba_is_a_rectifier_network():
 
 @pytest.mark.parametrize("kind", ["PLIF", "DLIF"])
 def test_parameters_of_the_neuron_get_their_gradient(kind):
-    """With the shape of the training surrogate, our backward pass is the neuron's own, gain and decay included."""
+    """With the shape of the training surrogate, our backward pass is the neuron's own, gain and
+    decay included.
+    """
     x, weights = inputs()
     net = network(kind, surrogate_function=surrogate.SoftSign(alpha=2.0))
     parameters = [x.clone().requires_grad_(), *net.parameters()]
     own = torch.autograd.grad((net(parameters[0]) * weights).sum(), parameters)
     functional.reset_net(net)
     with estimator("assg")(net), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(memory.Sharpness, "__call__", lambda self, z, first: 1 / (4 * (0.5 + z.abs()) ** 2))
+        patch.setattr(
+            memory.Sharpness, "__call__", lambda self, z, first: 1 / (4 * (0.5 + z.abs()) ** 2)
+        )
         ours = torch.autograd.grad((net(parameters[0]) * weights).sum(), parameters)
     for a, b in zip(ours, own, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-9)
@@ -204,5 +252,7 @@ def test_potentials_carry_the_gradient_too():
     with estimator("rectangle:1")(net):
         ours = of_potentials()
     for node in (net[1], net[3]):
-        node.surrogate_function = KeepingValues(surrogate.ATan(), lambda z: SHAPES["rectangle"](z, 1.0))
+        node.surrogate_function = KeepingValues(
+            surrogate.ATan(), lambda z: SHAPES["rectangle"](z, 1.0)
+        )
     torch.testing.assert_close(ours, of_potentials(), rtol=1e-9, atol=1e-12)

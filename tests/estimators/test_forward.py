@@ -1,4 +1,6 @@
-"""Inside a context nothing but the gradient is different: spikes, states and everything else to the bit."""
+"""Inside a context nothing but the gradient is different: spikes, states and everything else to the
+bit.
+"""
 
 import copy
 import io
@@ -32,7 +34,14 @@ NEURONS = {
 def classifier(make, *, step_mode="m", store_v_seq=False, **options):
     torch.manual_seed(0)
     first, last = (make(store_v_seq=store_v_seq, **options) for _ in range(2))
-    net = nn.Sequential(layer.Conv2d(1, 4, 3), layer.BatchNorm2d(4), first, layer.Flatten(), layer.Linear(64, 5), last)
+    net = nn.Sequential(
+        layer.Conv2d(1, 4, 3),
+        layer.BatchNorm2d(4),
+        first,
+        layer.Flatten(),
+        layer.Linear(64, 5),
+        last,
+    )
     functional.set_step_mode(net, step_mode)
     nn.init.constant_(net[1].bias, 0.8)
     net[4].weight.data.mul_(4)
@@ -44,10 +53,15 @@ def images(n=4, dtype=torch.float32):
 
 
 def everything(model, x):
-    """Logits, what every neuron put out, its states, and the gradient of a sum of logits that tells classes apart."""
+    """Logits, what every neuron put out, its states, and the gradient of a sum of logits that tells
+    classes apart.
+    """
     found = []
     neurons = [m for m in model.modules() if isinstance(m, neuron.BaseNode)]
-    hooks = [m.register_forward_hook(lambda m, inputs, out: found.append(out.detach().clone())) for m in neurons]
+    hooks = [
+        m.register_forward_hook(lambda m, inputs, out: found.append(out.detach().clone()))
+        for m in neurons
+    ]
     x = x.clone().requires_grad_()
     logits = model(x)
     for hook in hooks:
@@ -64,7 +78,9 @@ def everything(model, x):
 
 def assert_same_values(model, x, name, *, differs=True):
     before, own = everything(model, x)
-    with torch.no_grad():  # in 0.0.0.0.14 other code of a neuron, which knows no smooth stand-in for the spike
+    with (
+        torch.no_grad()
+    ):  # in 0.0.0.0.14 other code of a neuron, which knows no smooth stand-in for the spike
         without_graph = model(x)
     assert any(0.0 < float(value.float().mean()) < 1.0 for value in before[1:]), "no spikes"
     with estimator(name)(model) as crafting:
@@ -85,7 +101,10 @@ def assert_same_values(model, x, name, *, differs=True):
 
 ATAN = {"surrogate_function": surrogate.ATan()}
 RESETS = [{"v_reset": None}, {"v_reset": -0.2}, {"v_threshold": 0.7, "detach_reset": True}]
-OWN = [surrogate.ATan(spiking=False), lambda z: (z >= 0).to(z) + 0 * z]  # surrogates of a user's own
+OWN = [
+    surrogate.ATan(spiking=False),
+    lambda z: (z >= 0).to(z) + 0 * z,
+]  # surrogates of a user's own
 SETTINGS = {  # estimators, neurons, options of the classifier
     "as it is": (SAME_VALUES, NEURONS, [ATAN]),
     "resets": (
@@ -113,14 +132,20 @@ SETTINGS = {  # estimators, neurons, options of the classifier
 
 @pytest.mark.parametrize(
     ("name", "kind", "options"),
-    [pytest.param(*case, id=f"{what}-{'-'.join(case[:2])}") for what in SETTINGS for case in product(*SETTINGS[what])],
+    [
+        pytest.param(*case, id=f"{what}-{'-'.join(case[:2])}")
+        for what in SETTINGS
+        for case in product(*SETTINGS[what])
+    ],
 )
 def test_values_are_the_same_bits(name, kind, options):
     step_mode, dtype = options.get("step_mode"), options.get("dtype", torch.float32)
     options = {"store_v_seq": step_mode == "s" and kind == "DLIF"} | options
     options.pop("dtype", None)
     differs = dtype == torch.float32 and not (options.get("detach_reset") and "+detach" in name)
-    assert_same_values(classifier(NEURONS[kind], **options).to(dtype), images(dtype=dtype), name, differs=differs)
+    assert_same_values(
+        classifier(NEURONS[kind], **options).to(dtype), images(dtype=dtype), name, differs=differs
+    )
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference", "eager", "cpp", "spikingjelly"])
@@ -153,12 +178,21 @@ def test_fused_batch_norm(name, training):
             leaf = x.clone().requires_grad_()
             out = model(leaf.expand(T, *leaf.shape))
             (grad,) = torch.autograd.grad((out * weights).sum(), leaf)
-            results.append((out.detach(), grad, model[1].running_mean.clone(), model[1].num_batches_tracked.clone()))
+            results.append(
+                (
+                    out.detach(),
+                    grad,
+                    model[1].running_mean.clone(),
+                    model[1].num_batches_tracked.clone(),
+                )
+            )
         functional.reset_net(model)
     reference = copy.deepcopy(net).train(training)
     reference[1].running_mean.zero_()
     reference[1].running_var.fill_(1)
-    assert torch.equal(results[1][0], reference(x.expand(T, *x.shape)).detach())  # to the bit with the fused pass
+    assert torch.equal(
+        results[1][0], reference(x.expand(T, *x.shape)).detach()
+    )  # to the bit with the fused pass
     torch.testing.assert_close(results[0][1], results[1][1], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(results[0][2], results[1][2])
     assert results[0][3] == results[1][3] == int(training)
@@ -168,14 +202,20 @@ def test_fused_batch_norm(name, training):
 def test_model_zoo(name):
     torch.manual_seed(0)
     options = {"spiking_neuron": neuron.LIFNode, "tau": 1.5, "surrogate_function": surrogate.ATan()}
-    assert_same_values_of_zoo(sew_resnet.sew_resnet18(num_classes=10, cnf="ADD", **options), (2, 3, 16, 16), name)
+    assert_same_values_of_zoo(
+        sew_resnet.sew_resnet18(num_classes=10, cnf="ADD", **options), (2, 3, 16, 16), name
+    )
 
 
 @pytest.mark.slow
 def test_model_zoo_vgg():
     torch.manual_seed(0)
-    net = spiking_vgg.spiking_vgg11_bn(num_classes=10, init_weights=False, spiking_neuron=DLIFNode, T=2, tau=3.0)
-    net.classifier = PerStep(nn.Flatten(), nn.Linear(512 * 49, 10))  # in place of 120 million weights
+    net = spiking_vgg.spiking_vgg11_bn(
+        num_classes=10, init_weights=False, spiking_neuron=DLIFNode, T=2, tau=3.0
+    )
+    net.classifier = PerStep(
+        nn.Flatten(), nn.Linear(512 * 49, 10)
+    )  # in place of 120 million weights
     assert_same_values_of_zoo(net, (1, 3, 32, 32), "rectangle:1")
 
 
@@ -197,18 +237,30 @@ UNKNOWN = {
     "EIF": lambda: neuron.EIFNode(tau=2.0, step_mode="m"),
     "QIF": lambda: neuron.QIFNode(tau=2.0, step_mode="m"),
     "Izhikevich": lambda: neuron.IzhikevichNode(
-        tau=2.0, v_c=0.8, a0=1.0, v_threshold=1.0, v_rest=0.0, v_reset=-0.1, tau_w=2.0, a=0.2, b=0.1, step_mode="m"
+        tau=2.0,
+        v_c=0.8,
+        a0=1.0,
+        v_threshold=1.0,
+        v_rest=0.0,
+        v_reset=-0.1,
+        tau_w=2.0,
+        a=0.2,
+        b=0.1,
+        step_mode="m",
     ),
 }
 
 
 @pytest.mark.parametrize("kind", UNKNOWN)
 @pytest.mark.parametrize(
-    "name", ["triangle:0.5", "atan:3", "rectangle:1", "exponential:2", "straight_through", "training"]
+    "name",
+    ["triangle:0.5", "atan:3", "rectangle:1", "exponential:2", "straight_through", "training"],
 )
 def test_neurons_of_unknown_dynamics_take_other_surrogates(name, kind):
     torch.manual_seed(0)
-    net = nn.Sequential(PerStep(nn.Flatten(), nn.Linear(36, 64)), UNKNOWN[kind](), PerStep(nn.Linear(64, 5)))
+    net = nn.Sequential(
+        PerStep(nn.Flatten(), nn.Linear(36, 64)), UNKNOWN[kind](), PerStep(nn.Linear(64, 5))
+    )
     net[0].layers[1].weight.data.mul_(3)
     assert_same_values(SpikingClassifier(net, T=T), images(), name)
 
@@ -217,7 +269,9 @@ def test_neurons_of_unknown_dynamics_take_other_surrogates(name, kind):
 @pytest.mark.parametrize("kind", ["EIF", "subclass"])
 def test_neurons_of_unknown_dynamics_are_named(name, kind):
     net = nn.Sequential(nn.Linear(3, 2), UNKNOWN[kind]())
-    with pytest.raises(ValueError, match=r"dynamics .* '1' \((EIFNode|Subclass)\); use a surrogate"):
+    with pytest.raises(
+        ValueError, match=r"dynamics .* '1' \((EIFNode|Subclass)\); use a surrogate"
+    ):
         estimator(name)(net).__enter__()
     assert "multi_step_forward" not in vars(net[1])
 
@@ -258,7 +312,9 @@ def _state(model):
 @pytest.mark.parametrize("name", ESTIMATORS)
 def test_everything_is_put_back(name):
     model = classifier(NEURONS["LIF"], detach_reset=False, surrogate_function=surrogate.ATan())
-    model.net[2].multi_step_forward = functional_override = partial(neuron.LIFNode.multi_step_forward, model.net[2])
+    model.net[2].multi_step_forward = functional_override = partial(
+        neuron.LIFNode.multi_step_forward, model.net[2]
+    )
     before, values = _state(model), everything(model, images())
     modules = [id(m) for m in model.modules()]
     keys = list(model.state_dict())
@@ -276,7 +332,9 @@ def test_everything_is_put_back(name):
     assert model.net[2].multi_step_forward is functional_override
     assert model.net[2].detach_reset is False
     assert not model._forward_pre_hooks
-    assert all(torch.equal(a, b) for a, b in zip(everything(model, images())[0], values[0], strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(everything(model, images())[0], values[0], strict=True)
+    )
 
 
 @pytest.mark.parametrize("name", ["atan:4+detach", "rectangle:1", "assg"])
@@ -323,7 +381,15 @@ def test_cba_of_a_network_that_goes_step_by_step():
 def test_pgd_crafts_inside(name, trained):
     model, x, y = trained.model, trained.x[:24], trained.y[:24]
     with estimator(name)(model) as crafting:
-        x_adv = pgd(crafting, x, y, eps=0.2, step_size=0.05, steps=10, generator=torch.Generator().manual_seed(0))
+        x_adv = pgd(
+            crafting,
+            x,
+            y,
+            eps=0.2,
+            step_size=0.05,
+            steps=10,
+            generator=torch.Generator().manual_seed(0),
+        )
     assert (x_adv - x).abs().max() <= 0.2
     clean, robust = (float((model(a).argmax(1) == y).float().mean()) for a in (x, x_adv))
     assert robust < clean - 0.2, f"{clean} -> {robust}"

@@ -86,7 +86,10 @@ def test_training_changes_nothing_of_anything():
 @pytest.mark.parametrize("name", [name for name in ESTIMATORS if name != "training"])
 def test_a_network_without_spikes_is_refused(name):
     for silent in (linear_model(4), nn.Sequential(nn.Linear(2, 2), NonSpikingBaseNode())):
-        with pytest.raises(ValueError, match="Sequential holds no spiking neuron, so .* use the estimator 'training'"):
+        with pytest.raises(
+            ValueError,
+            match="Sequential holds no spiking neuron, so .* use the estimator 'training'",
+        ):
             estimator(name)(silent).__enter__()
 
 
@@ -104,11 +107,16 @@ def spiking(step_mode="m", **options):
 @pytest.mark.parametrize("name", ["bptr", "rga", "hart", "hart_mixed"])
 def test_time_averages_need_the_sequence_at_once(name):
     net = spiking("s")
-    with pytest.raises(ValueError, match=r"needs all time steps at once.*'1' \(LIFNode\).*set_step_mode\(net, 'm'\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"needs all time steps at once.*'1' \(LIFNode\).*set_step_mode\(net, 'm'\)",
+    ):
         estimator(name)(net).__enter__()
     with estimator(name)(spiking()) as crafting:
         crafting[1].step_mode = "s"
-        with pytest.raises(RuntimeError, match="all time steps at once, got one; keep step_mode='m'"):
+        with pytest.raises(
+            RuntimeError, match="all time steps at once, got one; keep step_mode='m'"
+        ):
             crafting(torch.ones(1, 3))
 
 
@@ -118,7 +126,9 @@ def test_one_estimator_at_a_time(outer, inner):
     net = spiking()
     model = SpikingClassifier(net, T=2)
     with estimator(outer)(net) as crafting:
-        with pytest.raises(RuntimeError, match=f"{outer.replace('+', '.')} is in force on this network already"):
+        with pytest.raises(
+            RuntimeError, match=f"{outer.replace('+', '.')} is in force on this network already"
+        ):
             estimator(inner)(model).__enter__()
         assert crafting is net
     with estimator(inner)(model):
@@ -146,7 +156,9 @@ def test_a_failed_entry_changes_nothing():
 
     net = nn.Sequential(*spiking(), Bare())
     before = [dict(vars(module)) for module in net.modules()]
-    with pytest.raises(ValueError, match=r"atan:4\+detach: neuron '2' \(Bare\) has no detach_reset"):
+    with pytest.raises(
+        ValueError, match=r"atan:4\+detach: neuron '2' \(Bare\) has no detach_reset"
+    ):
         estimator("atan:4+detach")(net).__enter__()
     assert [dict(vars(module)) for module in net.modules()] == before
     with estimator("atan:4")(net):
@@ -159,9 +171,15 @@ def test_widths_are_in_units_of_the_threshold():
         assert [node.surrogate_function.alpha for node in net] == [4.0, 1.0]
     with estimator("atan:3")(net):
         assert [node.surrogate_function.alpha for node in net] == [3.0, 3.0]
-    with pytest.raises(ValueError, match="threshold, which must be > 0, got -1.0 in neuron '1'.*'atan:4'"):
-        estimator("triangle:1")(nn.Sequential(nn.Linear(1, 1), DLIFNode(T=2, v_threshold=-1.0))).__enter__()
-    with pytest.raises(ValueError, match=r"rga needs thresholds above the reset potential, got 1.0 and 1.5 in '0'"):
+    with pytest.raises(
+        ValueError, match="threshold, which must be > 0, got -1.0 in neuron '1'.*'atan:4'"
+    ):
+        estimator("triangle:1")(
+            nn.Sequential(nn.Linear(1, 1), DLIFNode(T=2, v_threshold=-1.0))
+        ).__enter__()
+    with pytest.raises(
+        ValueError, match=r"rga needs thresholds above the reset potential, got 1.0 and 1.5 in '0'"
+    ):
         estimator("rga")(nn.Sequential(DLIFNode(T=2, v_reset=1.5))).__enter__()
 
 
@@ -181,6 +199,8 @@ def test_differentiable_once(name):
     x = torch.rand(2, 3, 3, requires_grad=True)
     with (
         estimator(name)(spiking()) as crafting,
-        pytest.raises(RuntimeError, match="differentiable once: create_graph=True would silently lose"),
+        pytest.raises(
+            RuntimeError, match="differentiable once: create_graph=True would silently lose"
+        ),
     ):
         torch.autograd.grad(crafting(x).sum(), x, create_graph=True)

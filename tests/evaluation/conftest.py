@@ -1,4 +1,6 @@
-"""The networks of the attacks' tests as fixtures, the trained ones among them, and points around a border."""
+"""The networks of the attacks' tests as fixtures, the trained ones among them, and points around a
+border.
+"""
 
 import pytest
 import torch
@@ -22,8 +24,14 @@ def digits():
 
 @pytest.fixture
 def margins():
-    """A linear network of two pixels: an image of margin m is broken by eps > m / 2, and the last one is wrong."""
+    """A linear network of two pixels: an image of margin m is broken by eps > m / 2, and the last
+    one is wrong.
+    """
     model = nn.Sequential(nn.Flatten(), nn.Linear(2, 2, bias=False))
     model[1].weight = nn.Parameter(torch.eye(2))
     half = torch.tensor([0.1, 0.3, 0.5, 0.7, -0.1]) / 2
-    return model, torch.stack((0.5 + half, 0.5 - half), 1).view(5, 1, 1, 2), torch.zeros(5, dtype=torch.int64)
+    return (
+        model,
+        torch.stack((0.5 + half, 0.5 - half), 1).view(5, 1, 1, 2),
+        torch.zeros(5, dtype=torch.int64),
+    )

@@ -11,7 +11,9 @@ from sj_robust import DLIFNode
 
 
 def with_neurons(model: nn.Module, what: str, value: float | nn.Module) -> nn.Module:
-    """A copy in whose neurons one thing differs: another surrogate means the same answers, and other gradients."""
+    """A copy in whose neurons one thing differs: another surrogate means the same answers, and
+    other gradients.
+    """
     functional.reset_net(model)
     copied = copy.deepcopy(model)
     for module in copied.modules():

@@ -1,4 +1,6 @@
-"""The recipe evaluate as its tests run it, on a small trained network and on networks of somebody's own."""
+"""The recipe evaluate as its tests run it, on a small trained network and on networks of somebody's
+own.
+"""
 
 import contextlib
 import sys
@@ -75,7 +77,9 @@ def in_process(folder, *options, draws=False):
 
 @contextlib.contextmanager
 def undrawn():
-    """Within it figures, which take as long as the attacks of a test, are empty files, and none is for TensorBoard."""
+    """Within it figures, which take as long as the attacks of a test, are empty files, and none is
+    for TensorBoard.
+    """
 
     def savefig(figure, file, **settings):
         (file.write if hasattr(file, "write") else Path(file).write_text)("<svg></svg>")
@@ -88,15 +92,30 @@ def undrawn():
 
 
 def working_folder(folder):
-    """A working folder with a run of two small networks in it, and a module with networks of somebody's own."""
-    quick = ("--epochs", "5", "--batch-size", "32", "--test-limit", "20", "--channels", "[8,8]", "--T", "3")
+    """A working folder with a run of two small networks in it, and a module with networks of
+    somebody's own.
+    """
+    quick = (
+        "--epochs",
+        "5",
+        "--batch-size",
+        "32",
+        "--test-limit",
+        "20",
+        "--channels",
+        "[8,8]",
+        "--T",
+        "3",
+    )
     plain = ("--mode", "none", "--neuron", "lif", "--reference", "false", "--output", "runs/one")
     with undrawn():
         launch.in_process("adv_train", folder, *quick, *plain)
     two = folder / "runs" / "two"
     for name in ("a", "b"):
         (two / name).mkdir(parents=True)
-        (two / name / "best.pt").write_bytes((folder / "runs" / "one" / "lif_none" / "best.pt").read_bytes())
+        (two / name / "best.pt").write_bytes(
+            (folder / "runs" / "one" / "lif_none" / "best.pt").read_bytes()
+        )
     (folder / "own_net.py").write_text(OWN)
     (folder / "broken.py").write_text("from torch import no_such_name\n")
     (folder / "unfinished.py").write_text("def build(:\n")

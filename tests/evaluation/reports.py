@@ -7,20 +7,42 @@ from sj_robust.evaluation.robustness_report import RobustnessReport
 DEAD = {"layer": "net.5", "neuron": "LIFNode", "rate": 0.0, "silent": 1.0, "saturated": 0.0}
 
 
-def member(name, fooled=(), *, attacked=range(8), group="suite", eps=0.1, outside=(), seconds=1.0, estimator="atan:4"):
+def member(
+    name,
+    fooled=(),
+    *,
+    attacked=range(8),
+    group="suite",
+    eps=0.1,
+    outside=(),
+    seconds=1.0,
+    estimator="atan:4",
+):
     return MemberOutcome(
-        name, estimator, group, eps, tuple(attacked), tuple(fooled), tuple(outside), max(eps or 0, 0.05), seconds
+        name,
+        estimator,
+        group,
+        eps,
+        tuple(attacked),
+        tuple(fooled),
+        tuple(outside),
+        max(eps or 0, 0.05),
+        seconds,
     )
 
 
 def report(**changes):
-    """Ten images, eight right; the suite breaks 0, 1, 2, 3, the control 0, 1, 6; noise beyond the threat 7."""
+    """Ten images, eight right; the suite breaks 0, 1, 2, 3, the control 0, 1, 6; noise beyond the
+    threat 7.
+    """
     members = (
         member("gaussian", (7,), group="", eps=None, outside=(7,), estimator="training"),
         member("apgd_ce/atan:4/r0", (0, 1)),
         member("apgd_ce/atan:4/r1", (2, 3), attacked=range(2, 8), seconds=2.0),
         member("control/apgd_ce/r0", (0, 1), group="control", estimator="training"),
-        member("control/apgd_ce/r1", (6,), attacked=range(2, 8), group="control", estimator="training"),
+        member(
+            "control/apgd_ce/r1", (6,), attacked=range(2, 8), group="control", estimator="training"
+        ),
     )
     fields = {
         "name": "dlif_at",
@@ -36,18 +58,38 @@ def report(**changes):
             "architecture": "small, dlif",
             "fingerprint": "abc",
             "T": 2,
-            "layers": [{"layer": "net.1", "neuron": "DLIFNode", "surrogate": "PiecewiseQuadratic(alpha=1.0)"}],
+            "layers": [
+                {
+                    "layer": "net.1",
+                    "neuron": "DLIFNode",
+                    "surrogate": "PiecewiseQuadratic(alpha=1.0)",
+                }
+            ],
         },
         "data": "0123",
-        "estimators": ({"estimator": "atan:4", "robust_accuracy": 0.5, "margin": 0.2, "seconds": 1.0, "chosen": True},),
+        "estimators": (
+            {
+                "estimator": "atan:4",
+                "robust_accuracy": 0.5,
+                "margin": 0.2,
+                "seconds": 1.0,
+                "chosen": True,
+            },
+        ),
         "over_eps": tuple(
             {"eps": eps, "attack": "APGD-CE 20", "correct": right, "total": 10}
             for eps, right in (("0", 8), ("0.05", 6), ("0.1", 4), ("0.2", 0))
         ),
-        "firing": ({"layer": "net.1", "neuron": "DLIFNode", "rate": 0.2, "silent": 0.1, "saturated": 0.0},),
+        "firing": (
+            {"layer": "net.1", "neuron": "DLIFNode", "rate": 0.2, "silent": 0.1, "saturated": 0.0},
+        ),
         "findings": (finding("zero_gradients"), finding("flat_loss")),
         "potential": (
-            {"member": "apgd_ce/atan:4/r0", "samples": 6, "layers": {"net.1": [0.1, 0.4], "net.5": [0.0, 0.2]}},
+            {
+                "member": "apgd_ce/atan:4/r0",
+                "samples": 6,
+                "layers": {"net.1": [0.1, 0.4], "net.5": [0.0, 0.2]},
+            },
         ),
         "configuration": {"suite": "fast", "mean": None, "limits": [1, 2]},
         "environment": {"torch": "2"},

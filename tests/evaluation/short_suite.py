@@ -14,7 +14,9 @@ _LIMITS = {"steps": 10, "tries": 20, "queries": 20}
 
 @contextlib.contextmanager
 def shortened(change=None):
-    """Within it an evaluation takes what ``change`` makes of its suite, None for :func:`short_suite`."""
+    """Within it an evaluation takes what ``change`` makes of its suite, None for
+    :func:`short_suite`.
+    """
 
     def changed(*arguments, **options):
         return (change or short_suite)(make_suite(*arguments, **options))
@@ -37,5 +39,11 @@ def short_suite(suite):
 
 
 def _short(attack):
-    given = {name: min(attack.keywords[name], limit) for name, limit in _LIMITS.items() if name in attack.keywords}
-    return partial(attack, **given or {"queries": 20, "probes": 4})  # the latter for a search among events
+    given = {
+        name: min(attack.keywords[name], limit)
+        for name, limit in _LIMITS.items()
+        if name in attack.keywords
+    }
+    return partial(
+        attack, **given or {"queries": 20, "probes": 4}
+    )  # the latter for a search among events

@@ -1,6 +1,8 @@
-"""An evaluation of a second on made-up images; as a script, killed after each of some steps or run by two processes.
+"""An evaluation of a second on made-up images; as a script, killed after each of some steps or run
+by two processes.
 
-``suite_run.py FOLDER STEP ...`` runs into a folder per step, ``suite_run.py FOLDER two [STEP]`` one of two processes.
+``suite_run.py FOLDER STEP ...`` runs into a folder per step, ``suite_run.py FOLDER two [STEP]`` one
+of two processes.
 """
 
 import json
@@ -46,7 +48,9 @@ class Net(nn.Module):
         self.parts = nn.Sequential(nn.Linear(16, 24), DLIFNode(T=3, tau=4.0), nn.Linear(24, 3))
         rows = torch.eye(3, 4).repeat_interleave(4, 1)  # of each class the pixels of one row
         with torch.no_grad():
-            self.parts[0].weight.copy_(rows.repeat(8, 1) + 0.2 * torch.randn(24, 16, generator=generator))
+            self.parts[0].weight.copy_(
+                rows.repeat(8, 1) + 0.2 * torch.randn(24, 16, generator=generator)
+            )
             self.parts[0].bias.fill_(-1.0)
             self.parts[2].weight.copy_(torch.eye(3).repeat(1, 8))
             self.parts[2].bias.zero_()
@@ -73,7 +77,9 @@ def members():
 
 def run(folder=None, *, size=6, net=None, suite=None, data=None, **options):
     arguments = {"threat": THREAT, "seed": 3} | options
-    return run_suite(net or classifier(), data or batches(size), suite or members(), folder=folder, **arguments)
+    return run_suite(
+        net or classifier(), data or batches(size), suite or members(), folder=folder, **arguments
+    )
 
 
 def without_times(outcome):
@@ -105,4 +111,8 @@ if __name__ == "__main__":
         print(*launch.two_processes(work))
     else:
         steps = (first, *step)
-        print(*launch.forked(*(partial(run, folder / step, on_step=die_at(int(step))) for step in steps)))
+        print(
+            *launch.forked(
+                *(partial(run, folder / step, on_step=die_at(int(step))) for step in steps)
+            )
+        )

@@ -82,13 +82,17 @@ def test_silent_and_saturated_are_told_apart():
     current = torch.tensor([0.0, 0.6, 5.0, 5.0]).expand(T, 2, 4).clone()
     current[:, 1, 3] = 0.0  # fires always, but for one image only
     (found,) = firing(net, current)
-    assert found == LayerActivity("1", "IFNode", rate=pytest.approx((2 + 6 + 3) / 24), silent=0.25, saturated=0.25)
+    assert found == LayerActivity(
+        "1", "IFNode", rate=pytest.approx((2 + 6 + 3) / 24), silent=0.25, saturated=0.25
+    )
 
 
 def test_bare_wrapped_and_fused_networks_alike():
     net, x = network(lambda: DLIFNode(T=T, tau=2.0)), images()
     plain, bare = firing(SpikingClassifier(net, T=T), x), firing(net, x.expand(T, *x.shape))
-    assert [(entry.layer, entry.rate) for entry in plain] == [(f"net.{entry.layer}", entry.rate) for entry in bare]
+    assert [(entry.layer, entry.rate) for entry in plain] == [
+        (f"net.{entry.layer}", entry.rate) for entry in bare
+    ]
     fuse(net)
     assert type(net) is FusedSequential
     assert firing(SpikingClassifier(net, T=T), x) == plain

@@ -1,4 +1,6 @@
-"""Choice of gradient estimators: which are strong, which add something, and what cannot be tried."""
+"""Choice of gradient estimators: which are strong, which add something, and what cannot be
+tried.
+"""
 
 from dataclasses import replace
 from functools import partial
@@ -16,15 +18,21 @@ THREAT = ThreatModel("Linf", 0.03)
 
 
 def search(rows=slice(None), *, alpha=1e4, threat=THREAT, attack=None, **settings):
-    """On forty images, every eighth of them labelled wrong, and a network with an arc tangent of some width."""
+    """On forty images, every eighth of them labelled wrong, and a network with an arc tangent of
+    some width.
+    """
     function = surrogate.ATan(alpha=alpha)
-    net = network(lambda: neuron.LIFNode(tau=2.0, decay_input=False, surrogate_function=function), "s").double()
+    net = network(
+        lambda: neuron.LIFNode(tau=2.0, decay_input=False, surrogate_function=function), "s"
+    ).double()
     model, x = SpikingClassifier(net, T=T).eval(), images(40).double()
     y = model(x).argmax(1)
     y[::8] = (y[::8] + 1) % 3
     settings = EstimatorSearch(**{"candidates": [], "steps": 5} | settings)
     seeds = SampleSeeds(range(40)).rows(torch.arange(40)[rows])
-    return search_estimators(model, x[rows], y[rows], threat=threat, settings=settings, attack=attack, seeds=seeds)
+    return search_estimators(
+        model, x[rows], y[rows], threat=threat, settings=settings, attack=attack, seeds=seeds
+    )
 
 
 def test_stronger_estimators_come_first_and_are_chosen():
@@ -51,7 +59,11 @@ def test_only_the_first_correct_images_count_and_the_result_is_repeatable():
     options = {"candidates": ["atan:20", "atan:2"], "steps": 7}
     once, again, few = (
         [replace(trial, seconds=0, margin=round(trial.margin, 9)) for trial in trials]
-        for trials in (search(images=10, **options), search(images=10, **options), search(first, **options))
+        for trials in (
+            search(images=10, **options),
+            search(images=10, **options),
+            search(first, **options),
+        )
     )
     assert once == again == few
     assert 0 < once[0].margin < 1

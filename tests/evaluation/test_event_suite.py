@@ -34,7 +34,13 @@ def report(bars, folder) -> RobustnessReport:
 
 def evaluated(bars, **changes):
     batches = [(bars.x[:10], bars.y[:10]), (bars.x[10:16], bars.y[10:16])]
-    arguments = {"batches": batches, "suite": "events", "threat": TEN, "dataset": "bars", "classes": 4} | changes
+    arguments = {
+        "batches": batches,
+        "suite": "events",
+        "threat": TEN,
+        "dataset": "bars",
+        "classes": 4,
+    } | changes
     return whole.assess(Subject("moving", bars.model, "three layers"), **arguments)
 
 
@@ -54,12 +60,16 @@ class TestBall:
     def test_exactly_as_many_as_allowed(self):
         other = 1 - self.x[1].flatten()[:5]
         assert count_flips(self.craft(other, 5), self.x).tolist() == [0, 5, 0]
-        with pytest.raises(ValueError, match=r"'mine' must change at most 4 elements per sample \(L0\), got 5"):
+        with pytest.raises(
+            ValueError, match=r"'mine' must change at most 4 elements per sample \(L0\), got 5"
+        ):
             self.craft(other, 4)
 
     @pytest.mark.parametrize("value", [0.5, 1e-6, 1 - 1e-6])
     def test_frames_stay_binary(self, value):
-        with pytest.raises(ValueError, match=r"'mine' must leave event frames binary \(0 or 1\) within an L0 ball"):
+        with pytest.raises(
+            ValueError, match=r"'mine' must leave event frames binary \(0 or 1\) within an L0 ball"
+        ):
             self.craft(torch.tensor([value]), 5)
 
 
@@ -68,7 +78,12 @@ class TestSuite:
         suite = make_suite("events", TEN, chosen=CHOSEN, classes=4)
         names = [member.name for member in suite.members]
         assert names[:3] == [f"flips/{name}/r0" for name in CHOSEN]
-        others = {"random_remove/training/r0", "random_both/training/r0", "flips_t/pdsg/r0", "flips/training/r0"}
+        others = {
+            "random_remove/training/r0",
+            "random_both/training/r0",
+            "flips_t/pdsg/r0",
+            "flips/training/r0",
+        }
         assert others <= set(names)
         for member in (*suite.members, *suite.control):
             assert member.threat == TEN
@@ -76,7 +91,10 @@ class TestSuite:
             searched = member.attack.func is flip_events
             assert member.attack.keywords.get("reduce") is (False if searched else None)
         tries = [m.attack.keywords for m in suite.members if m.attack.func is random_flips]
-        assert [(options["allow"], options["tries"]) for options in tries] == [("remove", 200), ("both", 200)]
+        assert [(options["allow"], options["tries"]) for options in tries] == [
+            ("remove", 200),
+            ("both", 200),
+        ]
         assert suite.search is not None
 
     @pytest.mark.parametrize("chosen", [(), ("training",), ("pdsg", "pdsg"), CHOSEN])
@@ -92,7 +110,10 @@ class TestSuite:
 
     def test_events_are_counted_and_other_suites_move_values(self):
         for name in ("paper", "fast", "standard", "autoattack", "gradients"):
-            with pytest.raises(ValueError, match=f"suite '{name}' does not fit a threat in L0; use the suite 'events'"):
+            with pytest.raises(
+                ValueError,
+                match=f"suite '{name}' does not fit a threat in L0; use the suite 'events'",
+            ):
                 make_suite(name, TEN, classes=4)
         for norm in ("Linf", "L2"):
             message = rf"'events' does not fit a threat in {norm}; .*ThreatModel\('L0', k\)"
@@ -106,7 +127,9 @@ class TestReport:
         assert report.clean.accuracy > 0.9
         assert report.control is not None
         suite = [member for member in report.members if member.group == "suite"]
-        assert all(report.worst_case.correct <= report.under(member.name).correct for member in suite)
+        assert all(
+            report.worst_case.correct <= report.under(member.name).correct for member in suite
+        )
         assert report.everything.correct <= min(report.worst_case.correct, report.control.correct)
         assert report.worst_case.correct < report.clean.correct - 6
         assert all(report.within(member) and member.largest <= 10 for member in report.members)
@@ -121,7 +144,17 @@ class TestReport:
         assert rows[first]["margin"] <= rows["training"]["margin"]
 
     def test_accuracy_over_the_number_of_changes(self, report):
-        assert [row["eps"] for row in report.over_eps] == ["0", "3", "5", "8", "10", "15", "20", "30", "40"]
+        assert [row["eps"] for row in report.over_eps] == [
+            "0",
+            "3",
+            "5",
+            "8",
+            "10",
+            "15",
+            "20",
+            "30",
+            "40",
+        ]
         left = [row["correct"] for row in report.over_eps]
         assert left[0] == report.clean.correct
         assert left == sorted(left, reverse=True)
@@ -133,7 +166,9 @@ class TestReport:
         assert again == report
         assert (again.threat, again.eps, again.suite) == (TEN, "10", "events")
         assert report.findings == ()
-        assert any("Signs of gradient masking were not looked for" in text for text in report.warnings)
+        assert any(
+            "Signs of gradient masking were not looked for" in text for text in report.warnings
+        )
 
     def test_firing_and_potential_of_every_spiking_layer(self, report):
         assert [row["layer"] for row in report.firing] == ["net.1", "net.3", "net.5"]
@@ -162,11 +197,16 @@ class TestReport:
         crafted = next(member for member in suite.members if member.group == "transfer")
         assert crafted.name == "transfer/flips"
         assert suite.control[-1].attack == crafted.attack.attack
-        few = replace(crafted, attack=replace(crafted.attack, attack=partial(crafted.attack.attack, queries=5)))
+        few = replace(
+            crafted,
+            attack=replace(crafted.attack, attack=partial(crafted.attack.attack, queries=5)),
+        )
         x, y = bars.x[:8], bars.y[:8].clone()
         y[:4] = (y[:4] + 1) % 4  # the source is wrong already
         x_adv = craft(nn.Flatten(), x, y, few, seeds=SampleSeeds(range(8)))
-        plain = flip_events(bars.model, x, y, flips=10, reduce=False, generator=SampleSeeds(range(8)))
+        plain = flip_events(
+            bars.model, x, y, flips=10, reduce=False, generator=SampleSeeds(range(8))
+        )
         assert bool((margin(bars.model(x_adv), y) < margin(bars.model(x), y)).all())
         fooled = bars.model(plain).argmax(1) != y
         assert int(fooled[4:].sum()) > 0
@@ -176,7 +216,9 @@ class TestReport:
     def test_what_is_done_is_not_done_again(self, bars, report, folder):
         with shortened():
             again = evaluated(bars, folder=folder)
-        assert replace(again, environment=report.environment) == report  # seconds included; a commit may come between
+        assert (
+            replace(again, environment=report.environment) == report
+        )  # seconds included; a commit may come between
         with pytest.raises(ValueError, match="threat"):
             evaluated(bars, folder=folder, threat=ThreatModel("L0", 11))
 
@@ -184,9 +226,13 @@ class TestReport:
 @pytest.mark.slow
 def test_wrong_use(bars):
     images = [(torch.rand(2, 1, 2, 2).round(), torch.tensor([0, 1]))]
-    with pytest.raises(ValueError, match=r"event frames \[N, T, 2, H, W\], got shape \(2, 1, 2, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"event frames \[N, T, 2, H, W\], got shape \(2, 1, 2, 2\)"
+    ):
         evaluated(bars, batches=images)
     with pytest.raises(ValueError, match=r"binary event frames .* got values from 0 to 3"):
         evaluated(bars, batches=[(bars.x * 3, bars.y)])  # counts per frame
-    with pytest.raises(ValueError, match="flips must be <= 1200, the elements of a sample, got 1201"):
+    with pytest.raises(
+        ValueError, match="flips must be <= 1200, the elements of a sample, got 1201"
+    ):
         evaluated(bars, threat=ThreatModel("L0", 1201))

@@ -34,7 +34,13 @@ def chain():
     """A classifier that notes what each of its layers sees."""
     generator = torch.Generator().manual_seed(0)
     net = nn.Sequential(
-        nn.Flatten(2), Steps(), nn.Linear(16, 12), DLIFNode(T=T, tau=2.0), Steps(), nn.Linear(12, 3), Steps()
+        nn.Flatten(2),
+        Steps(),
+        nn.Linear(16, 12),
+        DLIFNode(T=T, tau=2.0),
+        Steps(),
+        nn.Linear(12, 3),
+        Steps(),
     )
     with torch.no_grad():
         for layer in (net[2], net[5]):
@@ -68,7 +74,9 @@ def test_the_share_of_stuck_weights_is_as_asked(share):
         largest = 0 if kind == "stuck_at_zero" else 2  # which may be stuck or not
         assert round(share * 440) <= stuck <= round(share * 440) + largest
         assert torch.equal(damaged[0].bias, net[0].bias)
-    milder, other = (faulty(net, Fault("stuck_at_zero", 0.1), seed=seed)[0].weight == 0 for seed in (3, 4))
+    milder, other = (
+        faulty(net, Fault("stuck_at_zero", 0.1), seed=seed)[0].weight == 0 for seed in (3, 4)
+    )
     severe = faulty(net, Fault("stuck_at_zero", 0.4), seed=3)[0].weight == 0
     assert bool((severe | ~milder).all())
     assert not torch.equal(milder, other)
@@ -88,17 +96,25 @@ def test_without_a_drift_a_neuron_spikes_as_before(name, reset, mode):
             spikes = one(x) if mode == "m" else torch.stack([one(step) for step in x])
             outputs.append(spikes.detach())
         assert 0.05 < float(outputs[0].mean()) < 0.95
-        assert int((outputs[0] != outputs[1]).sum()) <= 1  # a potential at the threshold may be rounded
+        assert (
+            int((outputs[0] != outputs[1]).sum()) <= 1
+        )  # a potential at the threshold may be rounded
         node.reset()
 
 
 def test_thresholds_and_time_constants_are_those_of_each_neuron():
     """The potential that a neuron needs, and what it keeps, are read off its spikes."""
-    z = torch.randn(1000, generator=torch.Generator().manual_seed(2**20), dtype=torch.float64).float()
+    z = torch.randn(
+        1000, generator=torch.Generator().manual_seed(2**20), dtype=torch.float64
+    ).float()
     node = faulty(neuron.IFNode(step_mode="m"), Fault("threshold_drift", 0.1), seed=0)
     x = torch.linspace(0.5, 1.5, 101)[None, :, None].expand(1, 101, 1000)
-    torch.testing.assert_close(0.5 + (1 - node(x)[0]).sum(0) / 100, (0.1 * z).exp(), atol=0.0101, rtol=0)
-    node = faulty(neuron.LIFNode(tau=4.0, decay_input=False, step_mode="m"), Fault("tau_drift", 0.1), seed=0)
+    torch.testing.assert_close(
+        0.5 + (1 - node(x)[0]).sum(0) / 100, (0.1 * z).exp(), atol=0.0101, rtol=0
+    )
+    node = faulty(
+        neuron.LIFNode(tau=4.0, decay_input=False, step_mode="m"), Fault("tau_drift", 0.1), seed=0
+    )
     kept = 1 - 0.25 * (-0.1 * z).exp()
     first = torch.full((101, 1000), 0.9)
     second = torch.linspace(0.1, 1.1, 101)[:, None].expand(101, 1000)
@@ -112,7 +128,9 @@ def test_a_lost_step_is_seen_by_no_layer(lost):
     model = chain()
     damaged = faulty(model, Fault("lost_steps", lost), seed=1)
     damaged(x)
-    assert [len(module.seen) for module in damaged.modules() if isinstance(module, Steps)] == [T - lost] * 3
+    assert [len(module.seen) for module in damaged.modules() if isinstance(module, Steps)] == [
+        T - lost
+    ] * 3
     gains = damaged.net[3].input_gain.tolist()
     assert gains == sorted(set(gains))
     assert set(gains) < set(model.net[3].input_gain.tolist())
@@ -130,7 +148,9 @@ def test_the_answer_after_the_first_steps(steps):
     x = torch.rand(6, 1, 4, 4, generator=torch.Generator().manual_seed(4))
     model = chain()
     model(x)
-    torch.testing.assert_close(faulty(model, Fault("first_steps", steps))(x), model.net[6].seen[:steps].mean(0))
+    torch.testing.assert_close(
+        faulty(model, Fault("first_steps", steps))(x), model.net[6].seen[:steps].mean(0)
+    )
 
 
 @pytest.mark.parametrize(("kind", "was"), [("lost_spikes", 1.0), ("added_spikes", 0.0)])
@@ -155,7 +175,9 @@ def test_jitter_of_images_and_frames():
     noisy = model.net[0].seen[0]
     assert float((noisy - 0.5).std()) == pytest.approx(0.1, abs=0.02)
     frames = (torch.rand(3, T, 2, 4, 4) < 0.2).float()
-    model = faulty(SpikingEventClassifier(nn.Sequential(seen, nn.Flatten(2)), T=T), Fault("jitter", 1))
+    model = faulty(
+        SpikingEventClassifier(nn.Sequential(seen, nn.Flatten(2)), T=T), Fault("jitter", 1)
+    )
     model(frames)
     moved = model.net[0].seen.transpose(0, 1)
     assert torch.equal(moved.sum(1), frames.sum(1))
@@ -172,7 +194,15 @@ def test_the_network_is_as_it_was_and_its_copy_can_be_attacked(kind):
     level = {"first_steps": 2, "lost_steps": 1}.get(kind, FAULTS[kind][-1])
     with unchanged(model):
         damaged = faulty(model, Fault(kind, level), seed=5)
-        x_adv = pgd(damaged, x, y, eps=0.3, step_size=0.1, steps=3, generator=torch.Generator().manual_seed(0))
+        x_adv = pgd(
+            damaged,
+            x,
+            y,
+            eps=0.3,
+            step_size=0.1,
+            steps=3,
+            generator=torch.Generator().manual_seed(0),
+        )
     assert not torch.equal(x_adv, x)
     assert torch.equal(model(x), before)
 

@@ -11,7 +11,9 @@ VOID = {"meta", "br", "hr", "img", "link", "path", "use", "input"}
 
 
 class Page(HTMLParser):
-    """Elements of a page, with a check that they are closed in order and have names of their own."""
+    """Elements of a page, with a check that they are closed in order and have names of their
+    own.
+    """
 
     def __init__(self, text):
         super().__init__()
@@ -46,7 +48,9 @@ def text():
 def test_nothing_comes_from_elsewhere(text):
     page = Page(text)
     assert not re.search(r"https?:|//\w|@import|url\((?!#)", text)
-    assert not {"script", "link", "iframe", "object", "img", "base"} & {tag for tag, _ in page.elements}
+    assert not {"script", "link", "iframe", "object", "img", "base"} & {
+        tag for tag, _ in page.elements
+    }
     for _, attributes in page.elements:
         for name, value in attributes.items():
             assert not name.startswith("on")
@@ -70,7 +74,9 @@ def test_readable_on_any_screen(text):
 
 
 def test_readable_by_everybody(text):
-    """Language, headings in order, keyboard where it scrolls, names of pictures, contrast of WCAG in both themes."""
+    """Language, headings in order, keyboard where it scrolls, names of pictures, contrast of WCAG
+    in both themes.
+    """
     page = Page(text)
     assert ("html", {"lang": "en"}) in page.elements
     headings = [int(tag[1]) for tag, _ in page.elements if re.fullmatch("h[1-6]", tag)]
@@ -80,7 +86,8 @@ def test_readable_by_everybody(text):
         assert attributes.get("class") != "wide" or attributes["tabindex"] == "0"
         assert tag != "svg" or attributes["aria-label"]
     themes = [
-        dict(re.findall(r"--([\w-]+): (#\w+)", block)) for block in re.findall(r":root \{(.*?)\}", text, re.DOTALL)
+        dict(re.findall(r"--([\w-]+): (#\w+)", block))
+        for block in re.findall(r":root \{(.*?)\}", text, re.DOTALL)
     ]
     assert len(themes) == 2
     for theme in themes:
@@ -91,12 +98,16 @@ def test_readable_by_everybody(text):
 
 
 def contrast(one, other):
-    """Of two colours, by WCAG 2: (lighter + 0.05) / (darker + 0.05) of their relative luminances."""
+    """Of two colours, by WCAG 2: (lighter + 0.05) / (darker + 0.05) of their relative
+    luminances.
+    """
     values = []
     for color in (one, other):
         digits = color[1:] if len(color) == 7 else "".join(2 * digit for digit in color[1:])
         parts = [int(digits[place : place + 2], 16) / 255 for place in (0, 2, 4)]
-        linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+        linear = [
+            part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts
+        ]
         values.append(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2] + 0.05)
     return max(values) / min(values)
 
@@ -106,7 +117,15 @@ def test_every_number_is_in_a_table(text):
     for figure in report().accuracies:
         assert figure.name in words
         assert f"{100 * figure.accuracy:.1f}" in words
-    for value in ("16.8 to 68.7", "net.5", "0.4", "abc", "PiecewiseQuadratic(alpha=1.0)", "atan:4", "0.05"):
+    for value in (
+        "16.8 to 68.7",
+        "net.5",
+        "0.4",
+        "abc",
+        "PiecewiseQuadratic(alpha=1.0)",
+        "atan:4",
+        "0.05",
+    ):
         assert value in words
 
 
@@ -116,7 +135,11 @@ def test_alarms_stand_first():
     control = member("control/a", attacked=(0,), group="control")
     text = to_html(report(firing=(DEAD,), findings=failed, correct=(0,), members=(control,)))
     body = text.split("<body>")[1]
-    assert body.index('role="alert">DEAD NETWORK') < body.index('class="cards"') < body.index("CHECK zero_gradients")
+    assert (
+        body.index('role="alert">DEAD NETWORK')
+        < body.index('class="cards"')
+        < body.index("CHECK zero_gradients")
+    )
     assert body.count('class="card doubtful"') == 3
     assert "<details open>" in body
     assert body.index('class="verdict"') < body.index('role="alert"')
@@ -126,7 +149,10 @@ def test_alarms_stand_first():
 
 @pytest.mark.slow
 def test_the_page_opens_with_the_verdict_and_one_heat_map():
-    rows = tuple({"member": f"apgd_ce/atan:4/r{i}", "samples": 6, "layers": {"net.1": [0.1, 0.4]}} for i in range(2))
+    rows = tuple(
+        {"member": f"apgd_ce/atan:4/r{i}", "samples": 6, "layers": {"net.1": [0.1, 0.4]}}
+        for i in range(2)
+    )
     text = to_html(report(potential=rows))
     assert text.count(report().verdict) == 1
     assert "Signs of gradient masking: 2 of 2 passed" in text
@@ -136,7 +162,10 @@ def test_the_page_opens_with_the_verdict_and_one_heat_map():
 
 def test_names_are_escaped(tmp_path):
     name = "<script>alert('&')</script>"
-    save_html(report(name=name, dataset=name, members=(member(f"a{name}", (1,)),)), tmp_path / "report.html")
+    save_html(
+        report(name=name, dataset=name, members=(member(f"a{name}", (1,)),)),
+        tmp_path / "report.html",
+    )
     text = (tmp_path / "report.html").read_text()
     assert "<script" not in text
     assert "&lt;script&gt;" in text
@@ -144,9 +173,18 @@ def test_names_are_escaped(tmp_path):
 
 
 def test_a_bare_report():
-    text = to_html(report(over_eps=(), potential=(), members=(), firing=(), findings=(), estimators=(), network={}))
+    text = to_html(
+        report(
+            over_eps=(), potential=(), members=(), firing=(), findings=(), estimators=(), network={}
+        )
+    )
     assert text.count("<svg") == 1
-    for absent in ("Signs of gradient masking", "Gradient estimators tried", "Firing of every layer", "MS-MPPD"):
+    for absent in (
+        "Signs of gradient masking",
+        "Gradient estimators tried",
+        "Firing of every layer",
+        "MS-MPPD",
+    ):
         assert absent not in text
     assert "80.0 %" in text
     assert "8 of 10" in text

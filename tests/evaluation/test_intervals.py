@@ -1,7 +1,11 @@
 import pytest
 import torch
 
-from sj_robust.evaluation.intervals import difference_interval, paired_difference_interval, wilson_interval
+from sj_robust.evaluation.intervals import (
+    difference_interval,
+    paired_difference_interval,
+    wilson_interval,
+)
 
 
 @pytest.mark.parametrize(
@@ -31,7 +35,11 @@ def test_paired_intervals_cover():
 @pytest.mark.parametrize(
     ("first", "second", "expected"),
     [
-        ((56, 70), (48, 80), (-0.3339, -0.0524)),  # Newcombe (1998), table II, method 10, signs turned
+        (
+            (56, 70),
+            (48, 80),
+            (-0.3339, -0.0524),
+        ),  # Newcombe (1998), table II, method 10, signs turned
         ((9, 10), (3, 10), (-0.8090, -0.1705)),
         ((10, 10), (0, 20), (-1.0000, -0.6791)),
     ],

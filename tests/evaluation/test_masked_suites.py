@@ -1,4 +1,6 @@
-"""The suites break networks whose gradients are masked, where the training surrogate reports them robust."""
+"""The suites break networks whose gradients are masked, where the training surrogate reports them
+robust.
+"""
 
 import pytest
 import torch
@@ -6,7 +8,13 @@ from evaluation import masked
 from torch import Tensor, nn
 
 from sj_robust.attacks import SampleSeeds
-from sj_robust.evaluation import EstimatorSearch, ThreatModel, make_suite, search_estimators, worst_case
+from sj_robust.evaluation import (
+    EstimatorSearch,
+    ThreatModel,
+    make_suite,
+    search_estimators,
+    worst_case,
+)
 
 pytestmark = pytest.mark.slow
 torch.set_num_threads(1)
@@ -19,13 +27,18 @@ def left(model: nn.Module, members, x: Tensor, y: Tensor) -> float:
 def chosen_for(model: nn.Module, x: Tensor, y: Tensor, threat: ThreatModel) -> list[str]:
     """Estimators that a short search picks."""
     settings = EstimatorSearch(("training", "triangle:0.5", "atan:1", "atan:4"), steps=10, count=2)
-    trials = search_estimators(model, x, y, threat=threat, settings=settings, seeds=SampleSeeds(range(len(x))))
+    trials = search_estimators(
+        model, x, y, threat=threat, settings=settings, seeds=SampleSeeds(range(len(x)))
+    )
     return [trial.estimator for trial in trials if trial.chosen]
 
 
 def test_the_fast_suite_breaks_a_narrow_surrogate(trained):
     honest, x, y = trained.model, trained.x[:24], trained.y[:24]
-    model, threat = masked.with_neurons(honest, "surrogate_function", masked.NARROW), ThreatModel("Linf", 0.12)
+    model, threat = (
+        masked.with_neurons(honest, "surrogate_function", masked.NARROW),
+        ThreatModel("Linf", 0.12),
+    )
     chosen = chosen_for(model, x, y, threat)
     assert "training" not in chosen
     suite = make_suite("fast", threat, chosen=chosen, classes=10)

@@ -56,7 +56,9 @@ def test_an_honest_spiking_network_passes_every_finding(honest, batch, threat):
     found = findings(honest, batch, threat)
     assert list(found) == list(THRESHOLDS)
     assert failed(found) == set()
-    assert all(0 <= finding.value <= 1 and finding.meaning and finding.remedy for finding in found.values())
+    assert all(
+        0 <= finding.value <= 1 and finding.meaning and finding.remedy for finding in found.values()
+    )
     assert all(name in found["other_estimator_stronger"].meaning for name in ESTIMATORS_COMPARED)
 
 
@@ -82,7 +84,8 @@ def scaled(model):
     return nn.Sequential(model, type("Scale", (nn.Module,), {"forward": lambda self, z: 100 * z})())
 
 
-# What masks the honest network, symptoms that must be found, and the remedy that each of the first names.
+# What masks the honest network, symptoms that must be found, and the remedy that each of the first
+# names.
 MASKS = {
     "narrow surrogate": (
         with_neurons("surrogate_function", masked.NARROW),
@@ -124,11 +127,21 @@ MASKS = {
     "random input": (before(masked.shaken), {"random_outputs": "eot_samples"}),
     "dead network": (
         with_neurons("v_threshold", 1e4),
-        {"silent_layers": "v_threshold", "clean_errors": "weights", "unbounded_attack_fails": "transfer"},
+        {
+            "silent_layers": "v_threshold",
+            "clean_errors": "weights",
+            "unbounded_attack_fails": "transfer",
+        },
     ),
-    "restless network": (with_neurons("v_threshold", -1e4), {"saturated_layers": "Raise v_threshold"}),
+    "restless network": (
+        with_neurons("v_threshold", -1e4),
+        {"saturated_layers": "Raise v_threshold"},
+    ),
     "large logits": (scaled, {"saturated_loss": "APGD-DLR"}),
-    "gradient turned round": (before(masked.turned_everywhere), {"loss_does_not_rise": "other estimators"}),
+    "gradient turned round": (
+        before(masked.turned_everywhere),
+        {"loss_does_not_rise": "other estimators"},
+    ),
     "gradient turned round beside the images": (
         before(masked.turned_beside_the_levels),
         {"single_step_beats_iterative": "random starts"},
@@ -140,7 +153,9 @@ MASKS = {
 @pytest.mark.parametrize("name", MASKS)
 def test_what_masks_is_found_and_the_remedy_named(honest, batch, name):
     mask, expected = MASKS[name]
-    options = {} if "other_estimator_stronger" in expected else {"estimators": None}  # which take half of the time
+    options = (
+        {} if "other_estimator_stronger" in expected else {"estimators": None}
+    )  # which take half of the time
     found = findings(mask(honest), batch, **options)
     assert set(expected) <= failed(found)
     assert ("other_estimator_stronger" in found) is not bool(options)
@@ -176,7 +191,11 @@ def test_an_attack_that_larger_budgets_or_more_steps_mislead(honest, batch, monk
 
     monkeypatch.setattr(Probe, "attack", misled)
     found = findings(honest, batch, estimators=None)
-    assert failed(found) == {"larger_budget_fools_fewer", "more_steps_fool_fewer", "unbounded_attack_fails"}
+    assert failed(found) == {
+        "larger_budget_fools_fewer",
+        "more_steps_fool_fewer",
+        "unbounded_attack_fails",
+    }
     assert "APGD" in found["larger_budget_fools_fewer"].remedy
     assert "step size" in found["more_steps_fool_fewer"].remedy
     share = found["more_steps_fool_fewer"].value
@@ -188,8 +207,12 @@ def test_an_attack_that_larger_budgets_or_more_steps_mislead(honest, batch, monk
 def test_a_source_network_is_a_better_witness_than_the_stand_in(honest, batch):
     """A clamped input in front of the very network that crafts: nothing transfers better."""
     model = masked.Before(masked.clamped, honest)
-    stand_in, source = (findings(model, batch, source=source, estimators=None) for source in (None, honest))
-    assert source["transfer_beats_white_box"].value >= stand_in["transfer_beats_white_box"].value > 0
+    stand_in, source = (
+        findings(model, batch, source=source, estimators=None) for source in (None, honest)
+    )
+    assert (
+        source["transfer_beats_white_box"].value >= stand_in["transfer_beats_white_box"].value > 0
+    )
     assert "the source network" in source["transfer_beats_white_box"].meaning
     assert "stand-in" in stand_in["transfer_beats_white_box"].meaning
 
@@ -226,7 +249,11 @@ def test_any_callable_will_do_and_so_does_inference_mode(linear, batch):
     [
         ({"threat": ThreatModel("Linf", 0.0)}, ValueError, "eps must be > 0"),
         ({"threat": 0.1}, TypeError, "must be a ThreatModel"),
-        ({"threat": ThreatModel("L0", 10)}, ValueError, "'Linf' or 'L2', whose attacks move values a little, got 'L0'"),
+        (
+            {"threat": ThreatModel("L0", 10)},
+            ValueError,
+            "'Linf' or 'L2', whose attacks move values a little, got 'L0'",
+        ),
         ({"steps": 0}, ValueError, "steps must be >= 1"),
         ({"eot_samples": 1.5}, TypeError, "eot_samples must be an integer"),
         ({"estimators": ["no such"]}, ValueError, "no such"),
@@ -234,7 +261,13 @@ def test_any_callable_will_do_and_so_does_inference_mode(linear, batch):
     ],
 )
 def test_wrong_use(linear, change, error, match):
-    arguments = {"model": linear, "x": torch.zeros(2, 1, 8, 8), "y": torch.tensor([0, 1]), "threat": THREAT, "seed": 0}
+    arguments = {
+        "model": linear,
+        "x": torch.zeros(2, 1, 8, 8),
+        "y": torch.tensor([0, 1]),
+        "threat": THREAT,
+        "seed": 0,
+    }
     arguments |= change
     with pytest.raises(error, match=match):
         diagnose(arguments.pop("model"), arguments.pop("x"), arguments.pop("y"), **arguments)
@@ -242,5 +275,7 @@ def test_wrong_use(linear, change, error, match):
 
 def test_the_documentation_has_every_finding_with_its_threshold():
     page = Path(__file__).parents[2] / "docs" / "concepts" / "gradient_masking.md"
-    rows = re.findall(r"^\| `(\w+)` \|.*?\| ([\d.]+) ?[^|]*\|$", page.read_text(encoding="utf-8"), flags=re.M)
+    rows = re.findall(
+        r"^\| `(\w+)` \|.*?\| ([\d.]+) ?[^|]*\|$", page.read_text(encoding="utf-8"), flags=re.M
+    )
     assert {name: float(threshold) for name, threshold in rows} == dict(THRESHOLDS)

@@ -1,4 +1,6 @@
-"""A network of one's own in one call: what it takes, what it leaves as it was, and what a stop leaves behind."""
+"""A network of one's own in one call: what it takes, what it leaves as it was, and what a stop
+leaves behind.
+"""
 
 import io
 from contextlib import contextmanager
@@ -28,7 +30,10 @@ NORMAL = {"mean": [0.3], "std": [0.5]}
 
 def lif(mode):
     net = nn.Sequential(
-        layer.Flatten(), layer.Linear(16, 8), neuron.LIFNode(detach_reset=True, v_threshold=0.1), layer.Linear(8, 3)
+        layer.Flatten(),
+        layer.Linear(16, 8),
+        neuron.LIFNode(detach_reset=True, v_threshold=0.1),
+        layer.Linear(8, 3),
     )
     functional.set_step_mode(net, mode)
     return net
@@ -115,7 +120,11 @@ def test_wrong_use_says_what_to_do():
         ((classifier(), DataLoader(data, 3, shuffle=True)), {}, "shuffle=False"),
         ((classifier(), iter([(x, y)])), {}, "give no iterator"),
         ((classifier(), 3 * x, y), {}, r"must lie in \[0, 1\]"),
-        ((Frames(), torch.ones(2, T, 2, 4, 4), y[:2]), {"T": T, "std": [1.0]}, "event frames are not normalised"),
+        (
+            (Frames(), torch.ones(2, T, 2, 4, 4), y[:2]),
+            {"T": T, "std": [1.0]},
+            "event frames are not normalised",
+        ),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             sj_robust.evaluate(*arguments, eps=0.1, progress=False, **options)
@@ -148,7 +157,14 @@ def test_a_stop_leaves_the_network_as_it_was_and_the_next_call_goes_on(tmp_path,
     assert (tmp_path / "kept" / "suite" / "batch-000000.jsonl").read_bytes().startswith(done)
     assert (report.name, report.architecture) == ("mine", "Net")
     subject = Subject("mine", SpikingClassifier(net, T).eval(), "Net")
-    whole = assess(subject, [(x, y)], suite="paper", threat=ThreatModel("Linf", 0.1), dataset="images", classes=3)
+    whole = assess(
+        subject,
+        [(x, y)],
+        suite="paper",
+        threat=ThreatModel("Linf", 0.1),
+        dataset="images",
+        classes=3,
+    )
     for one, other in zip(report.members, whole.members, strict=True):
         assert (one.name, one.fooled) == (other.name, other.fooled)
     assert (report.verified, report.findings) == (whole.verified, whole.findings)
@@ -160,13 +176,20 @@ def test_certify_verify_and_compare_take_the_bare_network():
     net, options = lif("m").eval(), {"T": T} | NORMAL
     model = SpikingClassifier(net, **options).eval()
     moved = (x + 0.1).clamp(0, 1)
-    assert sj_robust.certify(net, x, x_perturbed=moved, **options) == sj_robust.certify(model, x, x_perturbed=moved)
-    found, wanted = sj_robust.verify(net, x, y, "8/255", **options), sj_robust.verify(model, x, y, 8 / 255)
+    assert sj_robust.certify(net, x, x_perturbed=moved, **options) == sj_robust.certify(
+        model, x, x_perturbed=moved
+    )
+    found, wanted = (
+        sj_robust.verify(net, x, y, "8/255", **options),
+        sj_robust.verify(model, x, y, 8 / 255),
+    )
     assert (found.margin, found.eps) == (wanted.margin, 8 / 255)
     stats = [
         sj_robust.compare(net, x, moved, **options),
         sj_robust.compare(model, x, moved),
-        sj_robust.compare(net, *(model._normalise(values, 1).expand(T, -1, -1, -1, -1) for values in (x, moved))),
+        sj_robust.compare(
+            net, *(model._normalise(values, 1).expand(T, -1, -1, -1, -1) for values in (x, moved))
+        ),
     ]
     for one in stats:
         assert list(one) == ["2"]
@@ -182,6 +205,7 @@ def test_progress_in_a_notebook_is_one_line_written_over():
     lines = file.getvalue().split("\r")
     assert "\n" not in file.getvalue()
     assert [line.strip() for line in lines if line.strip()] == [
-        "signs of gradient masking", "25 % done, 1 min 23 s left, batch 1/4, apgd_ce",
-    ]  # fmt: skip
+        "signs of gradient masking",
+        "25 % done, 1 min 23 s left, batch 1/4, apgd_ce",
+    ]
     assert lines[-2].strip() == ""

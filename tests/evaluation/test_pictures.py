@@ -37,7 +37,9 @@ def shown(model, images):
 @pytest.mark.parametrize(("norm", "eps"), [("Linf", 0.1), ("L2", 0.8)])
 def test_images_lie_in_the_ball_and_are_read_as_shown(norm, eps, model, images):
     found = gallery(model, *images, eps=eps, norm=norm, estimator="atan:4", count=20)
-    assert bool((found.threat.distance(found.x, found.x_adv) <= eps + found.threat.tolerance(found.x)).all())
+    assert bool(
+        (found.threat.distance(found.x, found.x_adv) <= eps + found.threat.tolerance(found.x)).all()
+    )
     assert bool(((found.x_adv >= 0) & (found.x_adv <= 1)).all())
     with torch.no_grad():
         assert torch.equal(model(found.x).argmax(1), found.predicted)
@@ -45,7 +47,9 @@ def test_images_lie_in_the_ball_and_are_read_as_shown(norm, eps, model, images):
     assert torch.equal(found.predicted, found.labels), "only what is right is attacked"
     fooled = found.predicted_adv != found.labels
     assert fooled.any()
-    assert torch.equal(fooled, fooled.sort(descending=True, stable=True).values), "what fools comes first"
+    assert torch.equal(fooled, fooled.sort(descending=True, stable=True).values), (
+        "what fools comes first"
+    )
     assert f"{int(fooled.sum())} of these {len(fooled)} images" in repr(found)
 
 
@@ -66,7 +70,9 @@ def test_what_cannot_be_shown(model, images):
     x, _ = images
     with pytest.raises(ValueError, match="gets none of these 40 images right"):
         gallery(model, x, (model(x).argmax(1) + 1) % 10, eps=0.1)
-    plain = gallery(nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), x, torch.arange(40) % 10, eps=0.1)
+    plain = gallery(
+        nn.Sequential(nn.Flatten(), nn.Linear(64, 10)), x, torch.arange(40) % 10, eps=0.1
+    )
     assert list(plain.figures()) == ["gallery"]
     with pytest.raises(ValueError, match="which must be 'images' for a network without neurons"):
         plain.plot("spikes")
@@ -74,14 +80,18 @@ def test_what_cannot_be_shown(model, images):
 
 def two_layers():
     """Threshold 1, no leak, weights 1: a layer passes on what it sums up."""
-    net = nn.Sequential(neuron.IFNode(step_mode="m"), nn.Linear(2, 2, bias=False), neuron.IFNode(step_mode="m"))
+    net = nn.Sequential(
+        neuron.IFNode(step_mode="m"), nn.Linear(2, 2, bias=False), neuron.IFNode(step_mode="m")
+    )
     net[1].weight.data.copy_(0.5 * torch.eye(2))
     return net
 
 
 def test_runs_part_at_the_first_spike_that_differs():
     x = torch.tensor([[0.5, 0.5], [0.2, 0.2], [0.3, 0.5]])  # spikes at steps 1 and 3, never, at 3
-    x_adv = torch.tensor([[0.5, 0.3], [0.2, 0.2], [0.4, 0.5]])  # one neuron at 3 alone; as before; at 2
+    x_adv = torch.tensor(
+        [[0.5, 0.3], [0.2, 0.2], [0.4, 0.5]]
+    )  # one neuron at 3 alone; as before; at 2
     found = trace(two_layers(), x, x_adv, T=4)
     assert [found.parting(sample) for sample in range(3)] == [("0", 1), None, ("0", 2)]
     assert "part first in layer 0 at step 1 (1 of 3 pairs)" in repr(found)
@@ -89,8 +99,13 @@ def test_runs_part_at_the_first_spike_that_differs():
     for which in ("spikes", "potential"):
         titles = [axes.get_title(loc="left") for axes in found.plot(which).axes]
         assert titles == ["0: parts at step 1", "2"]
-        assert [axes.get_title(loc="left") for axes in found.plot(which, sample=1).axes] == ["0", "2"]
-    drawn = [list(zip(*line.get_data(), strict=True)) for line in found.plot(sample=2).axes[0].lines[:3]]
+        assert [axes.get_title(loc="left") for axes in found.plot(which, sample=1).axes] == [
+            "0",
+            "2",
+        ]
+    drawn = [
+        list(zip(*line.get_data(), strict=True)) for line in found.plot(sample=2).axes[0].lines[:3]
+    ]
     assert drawn == [[(1, 1), (3, 1)], [(3, 0)], [(2, 0)]], "both, clean only, perturbed only"
     for wrong in ({"which": "all"}, {"sample": 3}):
         with pytest.raises(ValueError, match="must be"):
@@ -109,10 +124,14 @@ def test_the_page_holds_the_pictures_folded(shown, tmp_path):
 @pytest.mark.slow
 def test_they_are_written_as_files_and_for_tensorboard(shown, tmp_path):
     names = [path.name for path in plot_robustness(report(), tmp_path, shown)]
-    assert names[-6:] == [f"{name}.{kind}" for name in ("gallery", "spikes", "membrane") for kind in ("png", "pdf")]
+    assert names[-6:] == [
+        f"{name}.{kind}" for name in ("gallery", "spikes", "membrane") for kind in ("png", "pdf")
+    ]
     assert matplotlib.image.imread(tmp_path / "gallery.png").std() > 0.1
     Journal(tmp_path).show_gallery("mine", shown, 3)
     events = EventAccumulator(str(tmp_path / "tensorboard" / "mine")).Reload()
     assert events.Tags()["images"] == ["attack/gallery", "attack/spikes", "attack/membrane"]
-    assert events.Tags()["histograms"] == [f"{kind}/{name}" for name in shown.traces for kind in ("potential", "mppd")]
+    assert events.Tags()["histograms"] == [
+        f"{kind}/{name}" for name in shown.traces for kind in ("potential", "mppd")
+    ]
     assert events.Histograms("mppd/stages.1")[0].step == 3

@@ -1,4 +1,6 @@
-"""Proofs in an evaluation: what they spare the attacks, the bracket, and the stop where proof and attack contradict."""
+"""Proofs in an evaluation: what they spare the attacks, the bracket, and the stop where proof and
+attack contradict.
+"""
 
 import io
 import json
@@ -35,7 +37,12 @@ def assess(model=None, *, norm="Linf", change=None, **options):
     options = {"suite": "fast", "control": False} | options
     with shortened(change):
         return assessment.assess(
-            subject, batches(), threat=ThreatModel(norm, SMALL), dataset="made up", classes=3, **options
+            subject,
+            batches(),
+            threat=ThreatModel(norm, SMALL),
+            dataset="made up",
+            classes=3,
+            **options,
         )
 
 
@@ -90,7 +97,11 @@ def test_members_beyond_the_threat_attack_verified_images_too():
         Member("far", step(2 * EPS), group="", threat=ThreatModel("Linf", 2 * EPS)),
     ]
     outcome = run(suite=suite, verified=range(20))
-    assert [member.attacked for member in outcome.members] == [*[outcome.correct] * 2, (), outcome.correct]
+    assert [member.attacked for member in outcome.members] == [
+        *[outcome.correct] * 2,
+        (),
+        outcome.correct,
+    ]
 
 
 def test_the_bracket_and_what_is_undecided(proved):
@@ -143,7 +154,9 @@ def test_a_false_proof_is_found_by_the_attack_over_eps(monkeypatch):
 
 
 def test_a_network_or_norm_without_bounds_is_attacked_alone_and_the_report_says_why():
-    made = assess(SpikingClassifier(Net(), T=3, encoder=PoissonEncoder()), draws=2, change=first_attack)
+    made = assess(
+        SpikingClassifier(Net(), T=3, encoder=PoissonEncoder()), draws=2, change=first_attack
+    )
     assert made.verified is None
     assert made.verified_over_eps == ()
     (text,) = [text for text in made.warnings if text.startswith("Nothing is proved: ")]

@@ -18,7 +18,9 @@ def batches(margins):
 def test_scores_are_counts_over_all_batches(margins, batches):
     model, seen = margins[0], []
     attacks = {"fgsm": partial(fgsm, eps=0.2)}
-    report = evaluate_attacks(model, batches, attacks, threat=THREAT, network="n", on_batch=lambda: seen.append(1))
+    report = evaluate_attacks(
+        model, batches, attacks, threat=THREAT, network="n", on_batch=lambda: seen.append(1)
+    )
     # Within 0.2 of the border are the images of margin 0.1 and 0.3.
     assert report.scores == (Score("n", "clean", 4, 5), Score("n", "fgsm", 2, 5))
     assert len(seen) == 2
@@ -50,4 +52,12 @@ def test_wrong_use(margins, batches):
 
 def test_environment_names_what_a_result_depends_on():
     found = environment()
-    assert {"python", "torch", "sj_robust", "accelerate", "device", "commit", "threads"} <= found.keys()
+    assert {
+        "python",
+        "torch",
+        "sj_robust",
+        "accelerate",
+        "device",
+        "commit",
+        "threads",
+    } <= found.keys()

@@ -74,7 +74,12 @@ def test_names_of_robustbench():
 def test_saved_and_loaded_is_equal(tmp_path):
     made = report(
         warnings=('a "quoted" [\n 1,\n 2\n] text',),
-        configuration={"tau": float("inf"), "none": None, "text": "[ 1, 2 ]", "deep": {"list": (1, [2.5, -1e-9])}},
+        configuration={
+            "tau": float("inf"),
+            "none": None,
+            "text": "[ 1, 2 ]",
+            "deep": {"list": (1, [2.5, -1e-9])},
+        },
     )
     made.save(tmp_path / "report.json")
     assert RobustnessReport.load(tmp_path / "report.json") == made
@@ -140,7 +145,9 @@ def test_masking_findings():
     assert text == "CHECK zero_gradients: 0.9; at most 0.5 passes. It was measured. Do something."
     counted = finding("flat_loss", passed=False) | {"count": 9, "total": 10}
     (text,) = report(findings=(counted,)).masked
-    assert text.startswith("CHECK flat_loss: 0.9, 9 of 10 images, 95 % 0.596 to 0.982; at most 0.5 passes.")
+    assert text.startswith(
+        "CHECK flat_loss: 0.9, 9 of 10 images, 95 % 0.596 to 0.982; at most 0.5 passes."
+    )
     assert failed.unreliable
     assert "CHECK zero_gradients" in terminal(failed)
     stronger = (finding("other_estimator_stronger", passed=False),)
@@ -163,11 +170,19 @@ def terminal(made, show=show_report):
 
 def test_terminal_and_markdown_tables():
     shown = terminal(report())
-    assert shown.startswith("At most 30.0 % (95 % interval 10.8 to 60.3) of 10 images withstand Linf, eps 0.1. Tried: ")
+    assert shown.startswith(
+        "At most 30.0 % (95 % interval 10.8 to 60.3) of 10 images withstand Linf, eps 0.1. Tried: "
+    )
     assert shown.count("30.0") == 2, "the sentence and the table"
     assert "dlif_at on digits: Linf, eps 0.1, suite fast" in shown
     row = next(line for line in shown.splitlines() if "worst case" in line)
-    assert [cell.strip() for cell in row.split("│")[1:-1]] == ["worst case", "40.0", "16.8 to 68.7", "4/10", "3.0"]
+    assert [cell.strip() for cell in row.split("│")[1:-1]] == [
+        "worst case",
+        "40.0",
+        "16.8 to 68.7",
+        "4/10",
+        "3.0",
+    ]
     lines = report().table().splitlines()
     assert "| worst case | 40.0 | 16.8 to 68.7 | 10 | 3.0 |" in lines
     assert len(lines) == 2 + 9
@@ -175,7 +190,9 @@ def test_terminal_and_markdown_tables():
 
 def test_comparison_on_the_same_images():
     first = report()
-    better = report(name="other", members=(member("apgd_ce/atan:4/r0", (0,)), member("new", (1, 5))))
+    better = report(
+        name="other", members=(member("apgd_ce/atan:4/r0", (0,)), member("new", (1, 5)))
+    )
     comparison = compare_reports(first, better)
     found = {row.first.name: row for row in comparison.differences}
     assert list(found) == ["clean", "apgd_ce/atan:4/r0", "worst case", "everything"]
@@ -190,7 +207,13 @@ def test_comparison_on_the_same_images():
 
 
 def test_comparison_of_what_cannot_be_compared():
-    other = report(threat=ThreatModel("L2", 0.5), dataset="fashion_mnist", suite="standard", data="other", network={})
+    other = report(
+        threat=ThreatModel("L2", 0.5),
+        dataset="fashion_mnist",
+        suite="standard",
+        data="other",
+        network={},
+    )
     notes = compare_reports(report(), other).notes
     assert [note.partition(":")[0] for note in notes[:4]] == [
         "DIFFERENT norm",
@@ -199,15 +222,21 @@ def test_comparison_of_what_cannot_be_compared():
         "DIFFERENT suite",
     ]
     assert "The images differ" in notes[4]
-    dead = compare_reports(report(), report(name="dead", firing=(DEAD,), correct=(0,), members=())).notes
+    dead = compare_reports(
+        report(), report(name="dead", firing=(DEAD,), correct=(0,), members=())
+    ).notes
     assert any(note.startswith("dead: DEAD NETWORK") for note in dead)
 
 
 def test_a_clear_difference_is_marked():
     many = {"labels": tuple(range(5)) * 40, "correct": tuple(range(200))}
     broken = member("apgd", range(100), attacked=range(200))
-    first, second = (report(members=members, **many) for members in ((broken,), (member("apgd", attacked=()),)))
-    row = next(row for row in compare_reports(first, second).differences if row.first.name == "worst case")
+    first, second = (
+        report(members=members, **many) for members in ((broken,), (member("apgd", attacked=()),))
+    )
+    row = next(
+        row for row in compare_reports(first, second).differences if row.first.name == "worst case"
+    )
     assert row.clear
     assert row.value == 0.5
     assert "+50.0 *" in compare_reports(first, second).table()
@@ -218,7 +247,11 @@ def test_plots_from_the_saved_report_alone(tmp_path):
     report().save(tmp_path / "report.json")
     loaded = RobustnessReport.load(tmp_path / "report.json")
     paths = plot_robustness(loaded, tmp_path)
-    names = {f"{name}.{ending}" for name in ("accuracy_over_eps", "attacks", "potential") for ending in ("png", "pdf")}
+    names = {
+        f"{name}.{ending}"
+        for name in ("accuracy_over_eps", "attacks", "potential")
+        for ending in ("png", "pdf")
+    }
     assert {path.name for path in paths} == names
     for path in paths:
         assert path.read_bytes()[:4] == (b"%PDF" if path.suffix == ".pdf" else b"\x89PNG")
@@ -231,7 +264,9 @@ def test_plots_from_the_saved_report_alone(tmp_path):
 
 @pytest.mark.slow
 def test_a_potential_that_nothing_moves_is_drawn(tmp_path):
-    still = report(potential=({"member": "a", "samples": 1, "layers": {"one": [0.0], "two": [0.0, 0.0]}},))
+    still = report(
+        potential=({"member": "a", "samples": 1, "layers": {"one": [0.0], "two": [0.0, 0.0]}},)
+    )
     assert len(plot_robustness(still, tmp_path)) == 6
 
 

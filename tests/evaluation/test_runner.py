@@ -35,10 +35,14 @@ def test_members_and_groups_by_hand(margins):
         Member("alone", partial(fgsm, eps=0.2), group=""),
         Member("control", partial(fgsm, eps=0.1), group="control"),
     ]
-    outcome = run_suite(model, [(x[:2], y[:2]), (x[2:], y[2:])], members, threat=ThreatModel("Linf", 0.2))
+    outcome = run_suite(
+        model, [(x[:2], y[:2]), (x[2:], y[2:])], members, threat=ThreatModel("Linf", 0.2)
+    )
     assert outcome.labels == (0,) * 5
     assert outcome.correct == (0, 1, 2, 3)
-    found = {member.name: (member.attacked, member.fooled, member.outside) for member in outcome.members}
+    found = {
+        member.name: (member.attacked, member.fooled, member.outside) for member in outcome.members
+    }
     assert found == {
         "small": ((0, 1, 2, 3), (0,), ()),
         "rest": ((1, 2, 3), (1,), ()),
@@ -151,12 +155,18 @@ def test_two_processes_find_what_one_finds(tmp_path, whole):
     result = script(tmp_path, "two")
     assert result.stdout.split() == ["0", "0"], result.stderr
     assert json.loads((tmp_path / "outcome.json").read_text()) == whole
-    assert suite_run.without_times(suite_run.run(tmp_path)) == whole  # one process takes up what two have done
+    assert (
+        suite_run.without_times(suite_run.run(tmp_path)) == whole
+    )  # one process takes up what two have done
 
 
 def test_a_folder_is_written_by_one_run_at_a_time(tmp_path):
     progress = Progress(tmp_path, {})
-    with progress.batch(0), pytest.raises(BlockingIOError, match="running already"), Progress(tmp_path, {}).batch(0):
+    with (
+        progress.batch(0),
+        pytest.raises(BlockingIOError, match="running already"),
+        Progress(tmp_path, {}).batch(0),
+    ):
         pass
 
 

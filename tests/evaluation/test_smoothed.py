@@ -1,4 +1,6 @@
-"""The bracket of a smoothed classifier: a linear one, whose robust accuracy is known, and votes that contradict."""
+"""The bracket of a smoothed classifier: a linear one, whose robust accuracy is known, and votes
+that contradict.
+"""
 
 from dataclasses import replace
 
@@ -38,10 +40,16 @@ def test_the_true_accuracy_of_a_half_space_lies_in_the_bracket():
     assert found.radii == (0.0, 0.15, 0.25)
     assert found.contradicted == ()
     assert found.certified == ((2, 3, 4, 5), (4, 5), (5,))
-    assert found.broken == ((0,), (0, 1, 2, 3), (0, 1, 2, 3, 4))  # the vote abstains at image 1 until it is attacked
+    assert found.broken == (
+        (0,),
+        (0, 1, 2, 3),
+        (0, 1, 2, 3, 4),
+    )  # the vote abstains at image 1 until it is attacked
     assert found.bracket(0.15) == (2 / 6, 2 / 6)
     assert found.table().splitlines()[-1] == "| 0.25 | 16.7 | 16.7 |"
-    said = "the vote of 4000 draws with sigma 0.25 withstands L2 0.15 on 33.3 % (certified) to 33.3 %"
+    said = (
+        "the vote of 4000 draws with sigma 0.25 withstands L2 0.15 on 33.3 % (certified) to 33.3 %"
+    )
     assert found.verdict == f"{said} (left by the attack) of 6 images"
     assert SmoothedBracket.from_json(found.to_json()) == found
 
@@ -60,7 +68,9 @@ def test_lower_ends_never_exceed_upper_ones_on_a_spiking_network_which_stays_as_
     x = torch.rand(6, 1, 8, 8)
     smoothing = smooth(model, x, 0.1, n0=10, n=60, generator=seeded())
     y = torch.tensor([max(label, 0) for label in smoothing.prediction])
-    found = smoothed_bracket(model, x, y, smoothing, [0.0, 0.05, 0.5], steps=3, n0=10, generator=seeded())
+    found = smoothed_bracket(
+        model, x, y, smoothing, [0.0, 0.05, 0.5], steps=3, n0=10, generator=seeded()
+    )
     ends = [found.bracket(radius) for radius in found.radii]
     assert all(low <= high for low, high in ends)
     assert ends == sorted(ends, reverse=True)

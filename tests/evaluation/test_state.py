@@ -1,4 +1,6 @@
-"""Every measurement leaves the network and the random state alone, runs in evaluation mode and follows its seed."""
+"""Every measurement leaves the network and the random state alone, runs in evaluation mode and
+follows its seed.
+"""
 
 from contextlib import nullcontext
 from dataclasses import replace
@@ -24,7 +26,10 @@ def careless(model, x, y, *, generator):
 
 
 def outcome(model, x, y, seed):
-    members = [Member("pgd", partial(pgd, eps=0.1, step_size=0.03, steps=3)), Member("careless", careless)]
+    members = [
+        Member("pgd", partial(pgd, eps=0.1, step_size=0.03, steps=3)),
+        Member("careless", careless),
+    ]
     found = run_suite(model, [(x, y)], members, threat=THREAT, seed=seed, draws=2)
     return replace(found, members=tuple(replace(member, seconds=0.0) for member in found.members))
 
@@ -84,7 +89,9 @@ def test_the_network_runs_in_evaluation_mode(measure):
 )
 def test_the_seed_decides_what_a_stochastic_encoder_draws(name, own):
     measure, (x, y) = MEASUREMENTS[name], labelled()
-    model = SpikingClassifier(network(), T=T, encoder=PoissonEncoder(torch.Generator() if own else None))
+    model = SpikingClassifier(
+        network(), T=T, encoder=PoissonEncoder(torch.Generator() if own else None)
+    )
     first = measure(model, x, y, 1)
     torch.rand(3)
     assert measure(model, x, y, 1) == first
@@ -95,7 +102,9 @@ def test_an_attack_scores_the_same_beside_others():
     x, y = labelled()
     model = SpikingClassifier(network(), T=T, encoder=PoissonEncoder())
     attacks, noise = {"fgsm": partial(fgsm, eps=0.1)}, {"noise": partial(gaussian, std=0.1)}
-    alone, beside = (evaluate_attacks(model, [(x, y)], more | attacks, threat=THREAT) for more in ({}, noise))
+    alone, beside = (
+        evaluate_attacks(model, [(x, y)], more | attacks, threat=THREAT) for more in ({}, noise)
+    )
     assert alone.scores[-1] == beside.scores[-1]
 
 

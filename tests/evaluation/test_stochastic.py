@@ -1,4 +1,6 @@
-"""Networks that draw random numbers: neither a lucky draw of the attack nor one of the network decides."""
+"""Networks that draw random numbers: neither a lucky draw of the attack nor one of the network
+decides.
+"""
 
 import warnings
 
@@ -15,14 +17,20 @@ from sj_robust.evaluation.subject import Subject
 def test_gradient_attacks_average_and_go_on():
     for name in ("fast", "standard", "gradients"):
         suite = make_suite(name, THREAT, classes=10, eot_samples=4)
-        attacks = [member.attack for member in (*suite.members, *suite.control) if "square" not in member.name]
+        attacks = [
+            member.attack
+            for member in (*suite.members, *suite.control)
+            if "square" not in member.name
+        ]
         assert attacks
         assert all(attack.keywords["eot_samples"] == 4 for attack in attacks)
         assert not any(attack.keywords["keep_best"] for attack in attacks)
         plain = make_suite(name, THREAT, classes=10)
         assert not any("eot_samples" in member.attack.keywords for member in plain.members)
     paper = make_suite("paper", THREAT, classes=10, eot_samples=4).members
-    assert {m.attack.keywords["eot_samples"] for m in paper if m.name.startswith(("pgd", "apgd"))} == {4}
+    assert {
+        m.attack.keywords["eot_samples"] for m in paper if m.name.startswith(("pgd", "apgd"))
+    } == {4}
     (whole,) = make_suite("autoattack", THREAT, classes=10, eot_samples=4).members
     assert whole.attack.keywords["version"] == "rand"
     events = make_suite("events", ThreatModel("L0", 5), classes=4, eot_samples=4).members
@@ -34,14 +42,22 @@ def test_gradient_attacks_average_and_go_on():
 @pytest.mark.slow
 def test_a_network_that_draws_needs_several_draws():
     subject = Subject("mine", SpikingClassifier(Net(), 3, PoissonEncoder()), "one layer")
-    options = {"suite": "fast", "threat": THREAT, "dataset": "noise", "classes": 3, "control": False}
+    options = {
+        "suite": "fast",
+        "threat": THREAT,
+        "dataset": "noise",
+        "classes": 3,
+        "control": False,
+    }
     with pytest.raises(ValueError, match=r"draws random numbers.*--draws 10"):
         assess(subject, batches(12, 12), **options)
     assert assess(subject, batches(12, 12), draws=3, **options).draws == 3
 
 
 def test_averaging_finds_what_lasts():
-    """An image that one lucky draw breaks is right again in the next; averaged gradients find ones that stay broken."""
+    """An image that one lucky draw breaks is right again in the next; averaged gradients find ones
+    that stay broken.
+    """
     model, (x, y) = SpikingClassifier(Net(), 3, PoissonEncoder()), images(60)
     broken, threat = [], ThreatModel("Linf", 0.2)
     for samples in (1, 5):
@@ -57,8 +73,12 @@ def test_warnings_of_an_attack_are_kept(tmp_path):
         return x
 
     for _ in range(2):  # the second time from the progress
-        outcome = run_suite(classifier(), batches(6, 8), [Member("loud", loud)], threat=THREAT, folder=tmp_path)
+        outcome = run_suite(
+            classifier(), batches(6, 8), [Member("loud", loud)], threat=THREAT, folder=tmp_path
+        )
         model = classifier()
         right = [int((model(x).argmax(1) == y).sum()) for x, y in batches(6, 8)]
-        assert outcome.warnings == tuple(sorted({f"only {count} images" for count in right if count}))
+        assert outcome.warnings == tuple(
+            sorted({f"only {count} images" for count in right if count})
+        )
         assert outcome.warnings

@@ -53,11 +53,16 @@ def test_the_attack_sees_the_faulty_network(monkeypatch):
     monkeypatch.setattr(stressing, "run_members", spied)
     model = classifier()
     with unchanged(model):
-        stress(model, *images(6), eps=0.1, faults=FEW[1:2], draws=2, steps=1, seed=4, progress=False)
+        stress(
+            model, *images(6), eps=0.1, faults=FEW[1:2], draws=2, steps=1, seed=4, progress=False
+        )
     first, *others = attacked
     assert first is model
     wanted = [faulty(model, FEW[1], seed=4 * 2**10 + draw).net.parts[0].weight for draw in (0, 1)]
-    assert all(torch.equal(one.net.parts[0].weight, weight) for one, weight in zip(others, wanted, strict=True))
+    assert all(
+        torch.equal(one.net.parts[0].weight, weight)
+        for one, weight in zip(others, wanted, strict=True)
+    )
 
 
 def test_a_stopped_run_goes_on_and_the_network_is_as_it_was(tmp_path):
@@ -83,23 +88,47 @@ def test_a_stopped_run_goes_on_and_the_network_is_as_it_was(tmp_path):
 
 def test_what_cannot_be_measured_is_named():
     net = SpikingClassifier(nn.Sequential(nn.Flatten(2), nn.Linear(16, 3)), T=2)
-    card = stress(net, *images(4), eps=0.1, faults=[Fault("lost_spikes", 0.1), Fault("first_steps", 1)], progress=False)
+    card = stress(
+        net,
+        *images(4),
+        eps=0.1,
+        faults=[Fault("lost_spikes", 0.1), Fault("first_steps", 1)],
+        progress=False,
+    )
     assert card.kinds == ("first_steps",)
-    assert "lost_spikes 0.1 was not measured: a fault of spikes needs SpikingJelly neurons" in card.warnings[0]
+    assert (
+        "lost_spikes 0.1 was not measured: a fault of spikes needs SpikingJelly neurons"
+        in card.warnings[0]
+    )
     assert card.warnings[0] in card.table()
 
 
 def made_up():
-    rows = [StressRow("lost_spikes", level, (90 - drop, 92 - drop), (50, 46)) for level, drop in ((0.1, 2), (0.2, 8))]
+    rows = [
+        StressRow("lost_spikes", level, (90 - drop, 92 - drop), (50, 46))
+        for level, drop in ((0.1, 2), (0.2, 8))
+    ]
     rows += [StressRow("weight_bits", 4, (91,), (30,))]
-    return StressCard("mine", "digits", "stress", LINF, "APGD-CE 20", 100, StressRow("none", 0, (91,), (49,)), rows)
+    return StressCard(
+        "mine",
+        "digits",
+        "stress",
+        LINF,
+        "APGD-CE 20",
+        100,
+        StressRow("none", 0, (91,), (49,)),
+        rows,
+    )
 
 
 def test_the_first_level_that_is_5_points_lower():
     card = made_up()
     assert card.fall("clean") == {"lost_spikes": 0.2, "weight_bits": None}
     assert card.fall("attacked", points=1.0) == {"lost_spikes": 0.1, "weight_bits": 4}
-    assert "clean: 91.0 % intact, 5 points lower from lost_spikes 0.2 on, nowhere so under weight_bits" in card.verdict
+    assert (
+        "clean: 91.0 % intact, 5 points lower from lost_spikes 0.2 on, nowhere so under weight_bits"
+        in card.verdict
+    )
     table = card.table().splitlines()
     assert table[2].startswith("| none |  | 91.0 |")
     assert [line for line in table if "lost_spikes | 0.2 | 83.0 * |" in line]
@@ -110,7 +139,10 @@ def test_its_file_and_figure(tmp_path):
     card = made_up()
     assert card.write(tmp_path) == ("card.json", "card.md", "card.png", "card.pdf")
     assert StressCard.load(tmp_path / "card.json") == card
-    assert json.loads((tmp_path / "card.json").read_text())["fall_clean"] == {"lost_spikes": 0.2, "weight_bits": None}
+    assert json.loads((tmp_path / "card.json").read_text())["fall_clean"] == {
+        "lost_spikes": 0.2,
+        "weight_bits": None,
+    }
     first, second = card.plot().axes[:2]
     assert [axes.get_title() for axes in (first, second)] == ["lost_spikes", "weight_bits"]
     assert first.lines[0].get_ydata() == pytest.approx([89.0, 83.0])
@@ -134,12 +166,15 @@ def test_the_interval_covers_other_images_and_other_draws():
 
 class TestCorruptions:
     def test_every_kind_severity_and_mean(self, monkeypatch):
-        """With the library's place taken by one that darkens images the more, the higher the severity."""
+        """With the library's place taken by one that darkens images the more, the higher the
+        severity.
+        """
 
         def corrupt(image, severity, corruption_name, seed=None):
             assert image.shape == (32, 32, 1)
             assert (seed is None) is (corruption_name not in ("impulse_noise", "glass_blur"))
-            return (np.repeat(image, 3, 2) // (severity + np.random.randint(1, 2))).astype(np.uint8)  # noqa: NPY002
+            drawn = np.random.randint(1, 2)  # noqa: NPY002  as the library draws
+            return (np.repeat(image, 3, 2) // (severity + drawn)).astype(np.uint8)
 
         monkeypatch.setattr(corruptions, "_library", lambda: corrupt)
         x, y = images(6)
@@ -161,19 +196,32 @@ class TestCorruptions:
         x = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
         x = nn.functional.avg_pool2d(x, 5, 1, 2)
         for kind in CORRUPTIONS:
-            state = repr(np.random.get_state())  # noqa: NPY002
-            mild, severe, again = (corruptions.corrupted(x, Corruption(kind, level), seed=1) for level in (1, 5, 5))
-            assert repr(np.random.get_state()) == state, kind  # noqa: NPY002
+            state = repr(np.random.get_state())
+            mild, severe, again = (
+                corruptions.corrupted(x, Corruption(kind, level), seed=1) for level in (1, 5, 5)
+            )
+            assert repr(np.random.get_state()) == state, kind
             assert torch.equal(severe, again), kind
-            assert torch.equal(severe[1:], corruptions.corrupted(x[1:], Corruption(kind, 5), seed=1, start=1)), kind
+            assert torch.equal(
+                severe[1:], corruptions.corrupted(x[1:], Corruption(kind, 5), seed=1, start=1)
+            ), kind
             check_images(severe)
             assert not torch.equal(mild, severe), kind
-        assert corruptions.corrupted(x[:, :1, :8, :8], Corruption("snow", 2), seed=1).shape == (3, 1, 8, 8)
+        assert corruptions.corrupted(x[:, :1, :8, :8], Corruption("snow", 2), seed=1).shape == (
+            3,
+            1,
+            8,
+            8,
+        )
 
     def test_wrong_use(self, monkeypatch):
-        with pytest.raises(ValueError, match="corruption must be one of gaussian_noise, .*, got 'rust'"):
+        with pytest.raises(
+            ValueError, match="corruption must be one of gaussian_noise, .*, got 'rust'"
+        ):
             Corruption("rust", 1)
-        with pytest.raises(ValueError, match="severity of fog must be an integer from 1 to 5, got 6"):
+        with pytest.raises(
+            ValueError, match="severity of fog must be an integer from 1 to 5, got 6"
+        ):
             Corruption("fog", 6)
         with pytest.raises(ValueError, match="of 1 or 3 channels, got shape"):
             corruptions.default_corruptions(torch.rand(2, 5, 2, 8, 8))

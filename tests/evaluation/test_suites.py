@@ -1,4 +1,6 @@
-"""Suites: what they run, what their control costs, and whether their verdict is the truth where it is known."""
+"""Suites: what they run, what their control costs, and whether their verdict is the truth where it
+is known.
+"""
 
 from dataclasses import replace
 from functools import partial
@@ -20,7 +22,9 @@ def keywords(suite):
 
 
 class Counted(nn.Module):
-    """A network that counts the images it is given, and among them those whose gradient is asked for."""
+    """A network that counts the images it is given, and among them those whose gradient is asked
+    for.
+    """
 
     def __init__(self, net):
         super().__init__()
@@ -44,7 +48,10 @@ def shortened(members, **few):
     return [
         replace(
             member,
-            attack=partial(member.attack, **{key: few[key] for key in few.keys() & member.attack.keywords.keys()}),
+            attack=partial(
+                member.attack,
+                **{key: few[key] for key in few.keys() & member.attack.keywords.keys()},
+            ),
         )
         for member in members
     ]
@@ -72,7 +79,11 @@ class TestMakeUp:
 
     def test_paper_scales_its_steps_with_the_radius(self):
         attacks = keywords(make_suite("paper", ThreatModel("Linf", 16 / 255), classes=10))
-        assert attacks["pgd7"] == {"eps": 16 / 255, "step_size": pytest.approx(5.1 / 255), "steps": 7}
+        assert attacks["pgd7"] == {
+            "eps": 16 / 255,
+            "step_size": pytest.approx(5.1 / 255),
+            "steps": 7,
+        }
         assert attacks["gaussian"]["std"] == 16 / 255
         assert attacks["pgd10@10/255"]["eps"] == pytest.approx(10 / 255)
 
@@ -88,7 +99,9 @@ class TestMakeUp:
         assert suite.search is not None
 
     @pytest.mark.parametrize("name", ["fast", "standard"])
-    @pytest.mark.parametrize("chosen", [(), ("training",), ("atan:4", "atan:4"), ("training", "assg+detach"), CHOSEN])
+    @pytest.mark.parametrize(
+        "chosen", [(), ("training",), ("atan:4", "atan:4"), ("training", "assg+detach"), CHOSEN]
+    )
     @pytest.mark.parametrize("classes", [2, 3, 10])
     @pytest.mark.parametrize("norm", ["Linf", "L2"])
     def test_any_choice_any_number_of_classes_both_norms(self, name, chosen, classes, norm):
@@ -96,7 +109,9 @@ class TestMakeUp:
         attacks = [member.attack for member in suite.members]
         assert all(attack.keywords["eps"] == 0.1 for attack in attacks)
         assert all(attack.keywords.get("norm", "Linf") == norm for attack in attacks)
-        assert {member.threat for member in (*suite.members, *suite.control)} == {ThreatModel(norm, 0.1)}
+        assert {member.threat for member in (*suite.members, *suite.control)} == {
+            ThreatModel(norm, 0.1)
+        }
         assert {member.estimator for member in suite.members} >= {"training", *chosen[:2]}
         losses = {attack.keywords.get("loss") for attack in attacks}
         assert ("dlr" in losses) == (classes > 2)
@@ -104,8 +119,12 @@ class TestMakeUp:
 
     @pytest.mark.parametrize("name", ["paper", "fast", "standard", "autoattack", "gradients"])
     def test_the_control_is_a_group_of_its_own_with_the_training_surrogate(self, name):
-        suite = make_suite(name, EIGHT, classes=10, chosen=CHOSEN if name in ("fast", "standard") else ())
-        assert {(member.estimator, member.group) for member in suite.control} == {("training", "control")}
+        suite = make_suite(
+            name, EIGHT, classes=10, chosen=CHOSEN if name in ("fast", "standard") else ()
+        )
+        assert {(member.estimator, member.group) for member in suite.control} == {
+            ("training", "control")
+        }
         starts = [(member.name, member.seed) for member in (*suite.members, *suite.control)]
         assert len(set(starts)) == len(starts)  # name and seed are what random starts follow
         if name == "fast":  # named by what it runs
@@ -120,14 +139,20 @@ class TestMakeUp:
             ({"classes": 1}, "classes must be an integer >= 2, got 1"),
             ({"name": "paper", "chosen": ["assg"]}, r"has its estimators fixed, got \['assg'\]"),
             ({"name": "gradients", "chosen": ["atan:4"]}, "has its estimators fixed"),
-            ({"name": "paper", "threat": ThreatModel("L2", 1.0)}, "suite 'paper' is defined for Linf, got 'L2'"),
+            (
+                {"name": "paper", "threat": ThreatModel("L2", 1.0)},
+                "suite 'paper' is defined for Linf, got 'L2'",
+            ),
         ],
     )
     def test_wrong_use(self, arguments, message):
         with pytest.raises(ValueError, match=message):
             make_suite(**{"name": "fast", "threat": EIGHT, "classes": 10} | arguments)
         member = Member("idle", lambda model, x, y, *, generator: x)
-        with pytest.raises(ValueError, match=r"names of a suite's attacks must differ, got \['idle'\] more than once"):
+        with pytest.raises(
+            ValueError,
+            match=r"names of a suite's attacks must differ, got \['idle'\] more than once",
+        ):
             Suite("mine", (member,), (member,), "twice the same")
 
 
@@ -137,9 +162,13 @@ class TestCost:
         model = Counted(classifier())
         x, y = images(6)
         threat = ThreatModel("Linf", 1e-6)  # nothing falls, so nothing is skipped
-        suite = make_suite(name, threat, classes=3, chosen=() if name == "paper" else ("atan:4", "hart:1.2"))
+        suite = make_suite(
+            name, threat, classes=3, chosen=() if name == "paper" else ("atan:4", "hart:1.2")
+        )
         counting = [member for member in suite.members if member.threat == threat]
-        costs = [model.cost(x, y, shortened(members, steps=8)) for members in (counting, suite.control)]
+        costs = [
+            model.cost(x, y, shortened(members, steps=8)) for members in (counting, suite.control)
+        ]
         assert costs[0] == costs[1]
         assert costs[0][1] > 30 * len(x)
 
@@ -166,17 +195,26 @@ class TestVerdict:
         robust[::9] = False
         suite = make_suite(name, ThreatModel(norm, oracle.eps), classes=classes)
         x = oracle.x.view(60, 1, 3, 4)
-        result = worst_case(oracle.model, x, y, shortened(suite.members), seeds=SampleSeeds(range(60)))
+        result = worst_case(
+            oracle.model, x, y, shortened(suite.members), seeds=SampleSeeds(range(60))
+        )
         missed = result.standing("suite").int() - robust.int()
         assert int(missed.min()) == 0
-        assert int(missed.sum()) <= (name == "fast")  # a first impression may miss one at the very border
+        assert int(missed.sum()) <= (
+            name == "fast"
+        )  # a first impression may miss one at the very border
         assert result.robust_accuracy == float(result.standing("suite").double().mean())
 
 
 def test_every_estimator_for_itself():
     suite = make_suite("gradients", ThreatModel("Linf", 0.1), classes=10)
     assert {member.group for member in suite.members} == {""}
-    apgd_estimators = [member.estimator for member in suite.members if member.name.startswith("apgd_ce/")]
+    apgd_estimators = [
+        member.estimator for member in suite.members if member.name.startswith("apgd_ce/")
+    ]
     assert apgd_estimators == [*CANDIDATES, "pdsg", "hart_mixed:1.2", "straight_through"]
-    assert {member.estimator for member in suite.members if member.name.startswith("sapgd/")} >= {"assg", "training"}
+    assert {member.estimator for member in suite.members if member.name.startswith("sapgd/")} >= {
+        "assg",
+        "training",
+    }
     assert len(suite.control) == 5

@@ -1,4 +1,6 @@
-"""Worst case over attacks and estimators: who attacks what, what counts, and what stays as it was."""
+"""Worst case over attacks and estimators: who attacks what, what counts, and what stays as it
+was.
+"""
 
 from dataclasses import replace
 from functools import partial
@@ -21,16 +23,26 @@ def seeds(n, start=0):
 
 
 def pgd_member(name="pgd", *, attack=(), **options):
-    return Member(name, partial(pgd, **{"eps": EPS, "step_size": EPS / 3, "steps": 4} | dict(attack)), **options)
+    return Member(
+        name,
+        partial(pgd, **{"eps": EPS, "step_size": EPS / 3, "steps": 4} | dict(attack)),
+        **options,
+    )
 
 
 class TestWorstCase:
     def test_a_later_member_attacks_only_what_stands_in_its_group(self, margins):
         model, x, y = margins
         groups = [("suite", 0.1), ("suite", 0.2), ("control", 0.1), ("", 0.3)]
-        members = [Member(f"{group}{eps}", partial(fgsm, eps=eps), group=group) for group, eps in groups]
+        members = [
+            Member(f"{group}{eps}", partial(fgsm, eps=eps), group=group) for group, eps in groups
+        ]
         result = worst_case(model, x, y, members, seeds=seeds(5))
-        assert [outcome.attacked for outcome in result.outcomes] == [(0, 1, 2, 3), (1, 2, 3), *[(0, 1, 2, 3)] * 2]
+        assert [outcome.attacked for outcome in result.outcomes] == [
+            (0, 1, 2, 3),
+            (1, 2, 3),
+            *[(0, 1, 2, 3)] * 2,
+        ]
         assert [outcome.fooled for outcome in result.outcomes] == [(0,), (1,), (0,), (0, 1, 2)]
         assert result.fooled_by.tolist() == [0, 1, 3, -1, -1]
         assert result.correct.tolist() == [True, True, True, True, False]
@@ -39,11 +51,16 @@ class TestWorstCase:
         assert result.standing("control").tolist() == [False, True, True, True, False]
         moved = (result.x_adv - x).abs().amax((1, 2, 3))
         assert moved.tolist() == pytest.approx([0.1, 0.2, 0.3, 0, 0])
-        with pytest.raises(ValueError, match=r"group must be one of \['', 'control', 'suite'\], got 'nobody'"):
+        with pytest.raises(
+            ValueError, match=r"group must be one of \['', 'control', 'suite'\], got 'nobody'"
+        ):
             result.standing("nobody")
 
     def test_a_member_with_nothing_left_is_not_called(self, margins):
-        members = [Member("everything", partial(fgsm, eps=0.4)), Member("not called", lambda *_, **__: 1 / 0)]
+        members = [
+            Member("everything", partial(fgsm, eps=0.4)),
+            Member("not called", lambda *_, **__: 1 / 0),
+        ]
         result = worst_case(*margins, members, seeds=seeds(5))
         assert result.outcomes[1].attacked == ()
         assert result.robust_accuracy == 0
@@ -51,11 +68,17 @@ class TestWorstCase:
     def test_never_above_the_best_single_member(self, digits):
         model, x, y = digits
         margin = {"loss": lambda z, t: -z.gather(1, t[:, None]).flatten()}
-        members = [pgd_member(threat=LINF), pgd_member("pgd/r1", seed=1), pgd_member("margin", attack=margin)]
+        members = [
+            pgd_member(threat=LINF),
+            pgd_member("pgd/r1", seed=1),
+            pgd_member("margin", attack=margin),
+        ]
         single = [worst_case(model, x, y, [m], seeds=seeds(40)) for m in members]
         together = worst_case(model, x, y, members, seeds=seeds(40))
         union = torch.stack([result.standing("suite") for result in single]).all(0)
-        assert torch.equal(together.standing("suite"), union)  # each member's images are its own, whatever ran before
+        assert torch.equal(
+            together.standing("suite"), union
+        )  # each member's images are its own, whatever ran before
         assert 0 < together.robust_accuracy < together.correct.double().mean()
         assert together.robust_accuracy <= min(result.robust_accuracy for result in single)
         assert (together.outcomes[0].eps, together.outcomes[0].largest) == (EPS, pytest.approx(EPS))
@@ -63,8 +86,13 @@ class TestWorstCase:
 
     def test_seeds_decide_it_and_neither_batch_size_nor_the_other_samples(self, digits):
         model, x, y = digits
-        members = [pgd_member("a", attack={"steps": 1}), pgd_member("b", attack={"restarts": 2}, seed=1)]
-        together, again, other = (worst_case(model, x, y, members, seeds=seeds(40, start)) for start in (0, 0, 100))
+        members = [
+            pgd_member("a", attack={"steps": 1}),
+            pgd_member("b", attack={"restarts": 2}, seed=1),
+        ]
+        together, again, other = (
+            worst_case(model, x, y, members, seeds=seeds(40, start)) for start in (0, 0, 100)
+        )
         assert torch.equal(together.x_adv, again.x_adv)
         assert torch.equal(together.fooled_by, again.fooled_by)
         assert not torch.equal(together.x_adv, other.x_adv)
@@ -96,12 +124,42 @@ class TestCraft:
     @pytest.mark.parametrize(
         ("result", "threat", "error", "message"),
         [
-            (lambda x: x + 0.5, LINF, ValueError, r"attack 'bad' left the images: x must lie in \[0, 1\]"),
-            (lambda x: x * float("nan"), LINF, ValueError, r"attack 'bad' left the images: x must be finite"),
-            (lambda x: x[:-1], LINF, ValueError, r"must return images of shape \[7, 1, 6, 6\], got \[6, 1, 6, 6\]"),
-            (lambda x: x.double(), LINF, TypeError, r"images of torch.float32 on cpu, got torch.float64 on cpu"),
-            (lambda x: (x, 0), LINF, TypeError, r"must return images of torch.float32 on cpu, got tuple"),
-            (lambda x: (x + 0.101).clamp(0, 1), LINF, ValueError, r"must stay within Linf distance 0.1, got 0.101"),
+            (
+                lambda x: x + 0.5,
+                LINF,
+                ValueError,
+                r"attack 'bad' left the images: x must lie in \[0, 1\]",
+            ),
+            (
+                lambda x: x * float("nan"),
+                LINF,
+                ValueError,
+                r"attack 'bad' left the images: x must be finite",
+            ),
+            (
+                lambda x: x[:-1],
+                LINF,
+                ValueError,
+                r"must return images of shape \[7, 1, 6, 6\], got \[6, 1, 6, 6\]",
+            ),
+            (
+                lambda x: x.double(),
+                LINF,
+                TypeError,
+                r"images of torch.float32 on cpu, got torch.float64 on cpu",
+            ),
+            (
+                lambda x: (x, 0),
+                LINF,
+                TypeError,
+                r"must return images of torch.float32 on cpu, got tuple",
+            ),
+            (
+                lambda x: (x + 0.101).clamp(0, 1),
+                LINF,
+                ValueError,
+                r"must stay within Linf distance 0.1, got 0.101",
+            ),
             (
                 lambda x: torch.where(x < 0.5, x + 0.1, x - 0.1),  # L2 distance 0.6
                 ThreatModel("L2", 0.59),
@@ -137,7 +195,9 @@ class TestFools:
     def test_a_stochastic_network_has_to_be_wrong_in_every_draw(self):
         x, y = torch.full((4000, 1), 0.5), torch.zeros(4000, dtype=torch.int64)
         for draws in (1, 3):
-            fooled, again, other = (fools(self.Coin(), x, y, draws=draws, seeds=seeds(4000, s)) for s in (0, 0, 1))
+            fooled, again, other = (
+                fools(self.Coin(), x, y, draws=draws, seeds=seeds(4000, s)) for s in (0, 0, 1)
+            )
             assert float(fooled.double().mean()) == pytest.approx(0.5**draws, abs=0.03)
             assert torch.equal(fooled, again)
             assert not torch.equal(fooled, other)
@@ -146,7 +206,12 @@ class TestFools:
         x, y = torch.full((2000, 1), 0.9), torch.zeros(2000, dtype=torch.int64)
         member = Member("idle", lambda model, x, y, *, generator: x)
         hits = [
-            len(run_suite(self.Coin(), [(x, y)], [member], threat=LINF, draws=draws).members[0].fooled) / 2000
+            len(
+                run_suite(self.Coin(), [(x, y)], [member], threat=LINF, draws=draws)
+                .members[0]
+                .fooled
+            )
+            / 2000
             for draws in (1, 4)
         ]
         assert hits[0] == pytest.approx(0.09, abs=0.03)  # right at first, wrong when scored
@@ -176,16 +241,38 @@ class TestFools:
         (lambda x, y: Member("pgd", 3), TypeError, "attack must be a callable, got int"),
         (lambda x, y: pgd_member(seed=-1), ValueError, "seed must be >= 0, got -1"),
         (lambda x, y: pgd_member(seed=True), TypeError, "seed must be an integer, got bool"),
-        (lambda x, y: pgd_member(threat=("Linf", EPS)), TypeError, "must be a ThreatModel or None, got tuple"),
-        (lambda x, y: craft(LINEAR, x, y, pgd_member(), seeds=seeds(6)), ValueError, "one seed per image, 7, got 6"),
-        (lambda x, y: craft(LINEAR, x, y, pgd_member(), seeds=torch.Generator()), TypeError, "got Generator"),
         (
-            lambda x, y: craft(LINEAR.forward, x, y, pgd_member(estimator="atan:4"), seeds=seeds(7)),
+            lambda x, y: pgd_member(threat=("Linf", EPS)),
+            TypeError,
+            "must be a ThreatModel or None, got tuple",
+        ),
+        (
+            lambda x, y: craft(LINEAR, x, y, pgd_member(), seeds=seeds(6)),
+            ValueError,
+            "one seed per image, 7, got 6",
+        ),
+        (
+            lambda x, y: craft(LINEAR, x, y, pgd_member(), seeds=torch.Generator()),
+            TypeError,
+            "got Generator",
+        ),
+        (
+            lambda x, y: craft(
+                LINEAR.forward, x, y, pgd_member(estimator="atan:4"), seeds=seeds(7)
+            ),
             TypeError,
             "estimator 'atan:4' of 'pgd' needs the network as an nn.Module",
         ),
-        (lambda x, y: fools(LINEAR, x, y, draws=0, seeds=seeds(7)), ValueError, "draws must be >= 1, got 0"),
-        (lambda x, y: fools(lambda x: LINEAR(x) / 0, x, y, seeds=seeds(7)), ValueError, "logits must be finite"),
+        (
+            lambda x, y: fools(LINEAR, x, y, draws=0, seeds=seeds(7)),
+            ValueError,
+            "draws must be >= 1, got 0",
+        ),
+        (
+            lambda x, y: fools(lambda x: LINEAR(x) / 0, x, y, seeds=seeds(7)),
+            ValueError,
+            "logits must be finite",
+        ),
         (
             lambda x, y: worst_case(LINEAR, x, y, [pgd_member()] * 2, seeds=seeds(7)),
             ValueError,

@@ -1,4 +1,6 @@
-"""The kernels for CUDA on a real GPU, through the public operator; compared with the oracle of the other backends."""
+"""The kernels for CUDA on a real GPU, through the public operator; compared with the oracle of the
+other backends.
+"""
 
 import numpy as np
 import pytest
@@ -13,7 +15,15 @@ from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA GPU")
 SURROGATES = [("triangle", 1.0), ("atan", 2.0), ("sigmoid", 4.0)]
-SHAPES = [(1, 5), (4, 1 << 16), (8, 3, 7, 5), (16, 1030), (32, 64, 3), (33, 130), (70, 17)]  # odd, long, many blocks
+SHAPES = [
+    (1, 5),
+    (4, 1 << 16),
+    (8, 3, 7, 5),
+    (16, 1030),
+    (32, 64, 3),
+    (33, 130),
+    (70, 17),
+]  # odd, long, many blocks
 
 
 def needs(name):
@@ -40,17 +50,25 @@ def test_equals_bptt_by_hand(v_reset, detach_reset, kind, alpha, shape, dtype):
     constants = {"decay": 0.9, "v_threshold": 0.8, "v_reset": v_reset, "detach_reset": detach_reset}
     constants |= {"kind": kind, "alpha": alpha}
     expected = by_hand(inputs, grads, **constants)
-    outputs, gradients = run("cupy", *([a.cuda() for a in given] for given in (inputs, grads)), **constants)
-    spikes, v, potentials, grad_x, grad_gain, grad_v_init = (a.float().cpu().numpy() for a in (*outputs, *gradients))
+    outputs, gradients = run(
+        "cupy", *([a.cuda() for a in given] for given in (inputs, grads)), **constants
+    )
+    spikes, v, potentials, grad_x, grad_gain, grad_v_init = (
+        a.float().cpu().numpy() for a in (*outputs, *gradients)
+    )
     clear = away_from_threshold(expected.h, 0.8, 1e-4)
     assert clear.mean() > 0.99
     np.testing.assert_array_equal(spikes[clear], expected.spikes[clear])
     whole = clear[-1]  # neurons that never came near the threshold
     rtol = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
     np.testing.assert_allclose(v[whole], expected.potentials[-1][whole], rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(potentials[:, whole], expected.potentials[:, whole], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        potentials[:, whole], expected.potentials[:, whole], rtol=1e-5, atol=1e-5
+    )
     np.testing.assert_allclose(grad_x[:, whole], expected.grad_x[:, whole], rtol=rtol, atol=1e-5)
-    np.testing.assert_allclose(grad_v_init[whole], expected.grad_v_init[whole], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        grad_v_init[whole], expected.grad_v_init[whole], rtol=1e-5, atol=1e-5
+    )
     if whole.all():
         scale = np.sqrt(v.size)
         np.testing.assert_allclose(grad_gain, expected.grad_gain, rtol=1e-4, atol=1e-5 * scale)
@@ -85,7 +103,9 @@ def test_spikes_equal_the_reference_bit_by_bit_and_gradients_repeat(backend):
 
 
 def test_auto_chooses_the_first_that_works():
-    working = [name for name in ("cupy", "triton", "eager") if available_backends()[name] == "available"]
+    working = [
+        name for name in ("cupy", "triton", "eager") if available_backends()[name] == "available"
+    ]
     assert choose_backend("auto", torch.zeros(2, 2, device="cuda"), Surrogate()) == working[0]
 
 
@@ -109,7 +129,9 @@ def test_block_sizes(threads):
     config = DLIFConfig(0.9, 1.0, None, Surrogate("sigmoid", 4.0), False)
     launcher = cupy_launch.Launcher(threads_per_block=threads)
     arguments = Inputs(x, gain, None, config), OutputGradients(torch.ones_like(x)), True
-    for got, expected in zip(launcher.backward(*arguments), cupy_launch.backward(*arguments), strict=True):
+    for got, expected in zip(
+        launcher.backward(*arguments), cupy_launch.backward(*arguments), strict=True
+    ):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-3)
 
 
@@ -133,6 +155,8 @@ def test_surrogates_of_spikingjelly_with_a_cuda_text():
         for name in ("cupy", "reference"):
             leaf = x.clone().requires_grad_()
             surrogate = Surrogate("custom", function=cls())
-            dlif_multi_step(leaf, gain, decay=0.9, surrogate=surrogate, backend=name)[0].sum().backward()
+            dlif_multi_step(leaf, gain, decay=0.9, surrogate=surrogate, backend=name)[
+                0
+            ].sum().backward()
             grads.append(leaf.grad)
         torch.testing.assert_close(*grads, rtol=1e-3, atol=1e-4)

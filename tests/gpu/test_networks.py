@@ -1,4 +1,5 @@
-"""Neurons in the hands of torch: mixed precision, compiler, CUDA graphs, odd memory, huge tensors, two processes.
+"""Neurons in the hands of torch: mixed precision, compiler, CUDA graphs, odd memory, huge tensors,
+two processes.
 
 What needs no GPU is tried on the CPU as well, so that an error of the test itself is found there.
 """
@@ -50,7 +51,9 @@ def trained(node, x_seq, call=None):
     x_seq = x_seq.detach().requires_grad_()
     spikes = (call or node)(x_seq)
     weights = torch.linspace(-1, 1, spikes.numel(), device=spikes.device).view(spikes.shape)
-    return spikes.detach(), *torch.autograd.grad((spikes * weights).sum(), [x_seq, *node.parameters()])
+    return spikes.detach(), *torch.autograd.grad(
+        (spikes * weights).sum(), [x_seq, *node.parameters()]
+    )
 
 
 def node_on(place, backend=None, **kwargs):
@@ -70,7 +73,13 @@ def network(place, fused):
     device, backend = place
     torch.manual_seed(0)
     node = DLIFNode(T, tau=2.0, backend=backend)
-    layers = [layer.Conv2d(2, 8, 3, padding=1), layer.BatchNorm2d(8), node, layer.AvgPool2d(2), layer.Flatten()]
+    layers = [
+        layer.Conv2d(2, 8, 3, padding=1),
+        layer.BatchNorm2d(8),
+        node,
+        layer.AvgPool2d(2),
+        layer.Flatten(),
+    ]
     net = nn.Sequential(*layers, layer.Linear(128, 5)).to(device)
     functional.set_step_mode(net, "m")
     if fused:
@@ -111,21 +120,29 @@ def test_channels_last_and_offset_currents(place, dtype):
     device, _ = place
     x = currents(device, dtype=dtype)
     wanted = trained(node_on(place), x)
-    offset = torch.cat([x.new_zeros(3), x.flatten()])[3:].view(x.shape)  # no vector load may begin there
+    offset = torch.cat([x.new_zeros(3), x.flatten()])[3:].view(
+        x.shape
+    )  # no vector load may begin there
     swapped = x.transpose(1, 2).contiguous().transpose(1, 2)
     assert offset.storage_offset() == 3
     for stored in (laid_out(x, True), offset, swapped, torch.stack([x, x], -1)[..., 0]):
         assert torch.equal(stored, x)
-        assert_same([a.float() for a in trained(node_on(place), stored)], [a.float() for a in wanted])
+        assert_same(
+            [a.float() for a in trained(node_on(place), stored)], [a.float() for a in wanted]
+        )
 
 
 @pytest.mark.parametrize("fullgraph", [True, False])
 def test_compiled_is_what_it_is_uncompiled(place, fullgraph):
     device, _ = place
     node = node_on(place)
-    backend = "inductor" if device == "cuda" else "aot_eager"  # which needs no compiler and takes a second
+    backend = (
+        "inductor" if device == "cuda" else "aot_eager"
+    )  # which needs no compiler and takes a second
     torch.compiler.reset()
-    compiled = torch.compile(lambda x_seq: node(2 * x_seq) / 2, fullgraph=fullgraph, backend=backend)
+    compiled = torch.compile(
+        lambda x_seq: node(2 * x_seq) / 2, fullgraph=fullgraph, backend=backend
+    )
     x = currents(device)
     assert_same(trained(node, x, compiled), trained(node, x, lambda x_seq: node(2 * x_seq) / 2))
 
@@ -135,7 +152,9 @@ def test_a_stage_that_runs_in_one_pass_is_compiled_whole(place):
     net = nn.Sequential(*list(network(place, fused=False))[1:4])  # batch norm, neurons, pooling
     fuse(net)
     torch.compiler.reset()
-    compiled = torch.compile(net, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager")
+    compiled = torch.compile(
+        net, fullgraph=True, backend="inductor" if device == "cuda" else "aot_eager"
+    )
     x = currents(device)
     for given, wanted in zip(trained(net, x, compiled), trained(net, x), strict=True):
         torch.testing.assert_close(given, wanted)
@@ -145,7 +164,10 @@ def test_a_stage_that_runs_in_one_pass_is_compiled_whole(place):
 def test_a_cuda_graph_replays_forward_and_backward(device, backend):
     place = usable(device, backend)
     node, x = node_on(place), currents(device)
-    static, weights = x.clone().requires_grad_(), torch.linspace(-1, 1, x.numel(), device=device).view(x.shape)
+    static, weights = (
+        x.clone().requires_grad_(),
+        torch.linspace(-1, 1, x.numel(), device=device).view(x.shape),
+    )
 
     def step():
         functional.reset_net(node)
@@ -168,7 +190,9 @@ def test_a_cuda_graph_replays_forward_and_backward(device, backend):
         assert_same([a.clone() for a in outputs], trained(node, x * scale))
 
 
-@pytest.mark.parametrize("shape", [(2, (1 << 30) + 8), (1, (1 << 31) + 8)], ids=["steps", "neurons"])
+@pytest.mark.parametrize(
+    "shape", [(2, (1 << 30) + 8), (1, (1 << 31) + 8)], ids=["steps", "neurons"]
+)
 @pytest.mark.parametrize(("device", "backend"), CUDA)
 def test_more_elements_than_an_int32_counts(device, backend, shape):
     usable(device, backend)
@@ -188,8 +212,12 @@ def test_few_elements_by_the_same_check(device, backend):
 def check_few_spikes_among_many(device, backend, shape):
     """Spikes, state and gradients where the few currents are, and zero everywhere else."""
     steps, neurons = shape
-    places = torch.tensor([0, 1, neurons // 2 - 1, neurons // 2, neurons - 8, neurons - 1], device=device)
-    few = torch.full((steps, len(places)), 1.25, dtype=torch.bfloat16, device=device).requires_grad_()
+    places = torch.tensor(
+        [0, 1, neurons // 2 - 1, neurons // 2, neurons - 8, neurons - 1], device=device
+    )
+    few = torch.full(
+        (steps, len(places)), 1.25, dtype=torch.bfloat16, device=device
+    ).requires_grad_()
     gain = torch.ones(steps, device=device, requires_grad=True)
     x = torch.zeros(shape, dtype=torch.bfloat16, device=device)
     x[:, places] = few.detach()

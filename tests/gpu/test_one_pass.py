@@ -32,18 +32,30 @@ def stage(x, training=True, **options):
     T, C = x.shape[0], x.shape[2]
     leaves = [
         x.detach().requires_grad_(),
-        *(torch.rand(size, device="cuda", generator=generator).add_(0.5).requires_grad_() for size in (T, C, C)),
+        *(
+            torch.rand(size, device="cuda", generator=generator).add_(0.5).requires_grad_()
+            for size in (T, C, C)
+        ),
     ]
     x, gain, weight, bias = leaves
     running = torch.zeros(C, device="cuda"), torch.ones(C, device="cuda")
     norm = BatchNorm(weight, bias, *running, use_batch_statistics=training)
-    spikes, v, _ = batch_norm_dlif_multi_step(x, norm, gain, decay=0.9, average_pool=True, **options)
+    spikes, v, _ = batch_norm_dlif_multi_step(
+        x, norm, gain, decay=0.9, average_pool=True, **options
+    )
     weights = torch.linspace(-1, 1, spikes.shape[-1], device="cuda", dtype=spikes.dtype)
-    return [spikes.detach(), v.detach(), *torch.autograd.grad(spikes, leaves, weights.expand_as(spikes)), *running]
+    return [
+        spikes.detach(),
+        v.detach(),
+        *torch.autograd.grad(spikes, leaves, weights.expand_as(spikes)),
+        *running,
+    ]
 
 
 def normal(*shape, channels_last=False, dtype=torch.float32):
-    x = torch.randn(shape, device="cuda", generator=torch.Generator("cuda").manual_seed(1)).to(dtype)
+    x = torch.randn(shape, device="cuda", generator=torch.Generator("cuda").manual_seed(1)).to(
+        dtype
+    )
     return stage_cases.laid_out(x, channels_last)
 
 
@@ -76,7 +88,12 @@ def test_inputs_off_their_alignment():
 
 @pytest.mark.parametrize("training", [False, True])
 def test_a_cuda_graph_of_a_network_in_one_pass_gives_the_numbers_of_the_call(training):
-    layers = layer.Conv2d(3, 16, 3, padding=1), layer.BatchNorm2d(16), DLIFNode(4), layer.AvgPool2d(2)
+    layers = (
+        layer.Conv2d(3, 16, 3, padding=1),
+        layer.BatchNorm2d(16),
+        DLIFNode(4),
+        layer.AvgPool2d(2),
+    )
     net = nn.Sequential(*layers).cuda().train(training)
     functional.set_step_mode(net, "m")
     fuse(net)

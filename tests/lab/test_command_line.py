@@ -19,7 +19,14 @@ from lab.command_line import (
     read_options,
     run_recipe,
 )
-from lab.command_line.declared import AtLeastTwo, DatasetName, OpenUnitInterval, PositiveInt, Radius, options_of
+from lab.command_line.declared import (
+    AtLeastTwo,
+    DatasetName,
+    OpenUnitInterval,
+    PositiveInt,
+    Radius,
+    options_of,
+)
 
 from sj_robust.training import NonFiniteLossError, TrainingInterrupted
 
@@ -80,7 +87,14 @@ def test_options_from_the_command_line(words, expected):
     given = list(words)
     read = read_options(Options, words)
     assert read == Options(**expected)
-    assert {type(value) for value in vars(read).values()} <= {str, int, float, bool, list, type(None)}
+    assert {type(value) for value in vars(read).values()} <= {
+        str,
+        int,
+        float,
+        bool,
+        list,
+        type(None),
+    }
     assert words == given
 
 
@@ -127,7 +141,11 @@ def test_wrong_use_is_a_value_error_that_is_told_apart():
 
 
 def test_what_an_option_decides_and_when_it_decides_nothing():
-    assert deciding(Options(), "figures", "nothing") == {"eps": None, "output": None, "resume": False}
+    assert deciding(Options(), "figures", "nothing") == {
+        "eps": None,
+        "output": None,
+        "resume": False,
+    }
     assert "rho" in deciding(Options(), "result")
     assert idle(Options()) == {"beta"}  # of mode at, by the table of modes
     assert idle(Options(mode="trades", rho=0.0)) == {"beta", "project", "norm"}
@@ -139,12 +157,16 @@ def test_a_resumed_run_keeps_its_options_but_for_those_given_again(tmp_path, mon
     for number, batch_size, mark in ((1, 5, True), (2, 6, True), (3, 7, False)):
         folder = tmp_path / "runs" / f"digits-{number}"
         (folder / "network").mkdir(parents=True)
-        (folder / "config.yaml").write_text(yaml.safe_dump({"batch_size": batch_size, "name": "kept"}))
+        (folder / "config.yaml").write_text(
+            yaml.safe_dump({"batch_size": batch_size, "name": "kept"})
+        )
         if mark:
             (folder / "network" / "last.pt").touch()
     resumed = parse_options(Options, ["--resume"], stem)
     assert resumed == Options(batch_size=6, name="kept", output="runs/digits-2", resume=True)
-    resumed = parse_options(Options, ["--resume", "--output", "runs/digits-1", "--batch-size", "9"], stem)
+    resumed = parse_options(
+        Options, ["--resume", "--output", "runs/digits-1", "--batch-size", "9"], stem
+    )
     assert resumed == Options(batch_size=9, name="kept", output="runs/digits-1", resume=True)
     with pytest.raises(FileNotFoundError, match="no run to resume"):
         parse_options(Options, ["--resume", "--name", "other"], stem)
@@ -155,8 +177,9 @@ def test_a_readme_keeps_the_commands_that_came_before(tmp_path):
         describe_folder(tmp_path, "figures", words)
     text = (tmp_path / "README.md").read_text()
     assert [line for line in text.splitlines() if line.startswith("python ")] == [
-        "python recipes/figures.py --which neuron", "python recipes/figures.py --which gains",
-    ]  # fmt: skip
+        "python recipes/figures.py --which neuron",
+        "python recipes/figures.py --which gains",
+    ]
 
 
 @pytest.fixture
@@ -196,7 +219,9 @@ def test_exit_codes(run_failing, error, code, text, capsys):
 
 
 def test_what_torch_says_of_triton_is_dropped_and_nothing_else(run_failing, monkeypatch):
-    """SpikingJelly 2.x's first LIF layer brings it about where there is no Triton; test_terminal runs one."""
+    """SpikingJelly 2.x's first LIF layer brings it about where there is no Triton; test_terminal
+    runs one.
+    """
     logger = logging.getLogger("torch._library.triton")
     heard = []
     handler = logging.Handler()

@@ -8,7 +8,15 @@ from torch import nn
 from sj_robust import DLIFNode
 from sj_robust.classifier import SpikingEventClassifier
 from sj_robust.evaluation.subject import from_checkpoint
-from sj_robust.models import NETWORKS, ConvChain, NetworkSpec, WideResNet, build_classifier, build_network, zoo_networks
+from sj_robust.models import (
+    NETWORKS,
+    ConvChain,
+    NetworkSpec,
+    WideResNet,
+    build_classifier,
+    build_network,
+    zoo_networks,
+)
 from sj_robust.models.checkpoint import save_checkpoint
 
 OWN = """
@@ -52,7 +60,9 @@ def own(tmp_path, monkeypatch):
 
 def write(path, spec, classifier, *, without=()):
     network = {key: value for key, value in asdict(spec).items() if key not in without}
-    save_checkpoint(path, {"model": classifier.state_dict(), "description": {"network": network, "options": {}}})
+    save_checkpoint(
+        path, {"model": classifier.state_dict(), "description": {"network": network, "options": {}}}
+    )
 
 
 def nodes(net):
@@ -68,11 +78,16 @@ def test_every_name_builds(name):
 
 
 def test_dlif_that_learns_no_gain_trains_as_lif():
-    fast, lif = (build_classifier(NetworkSpec(neuron=kind, learn_gain=False)) for kind in ("dlif", "lif"))
+    fast, lif = (
+        build_classifier(NetworkSpec(neuron=kind, learn_gain=False)) for kind in ("dlif", "lif")
+    )
     fast.load_state_dict(lif.state_dict(), strict=False)
     lif.double()
     fast.double()
-    optimizers = [torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4) for net in (fast, lif)]
+    optimizers = [
+        torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
+        for net in (fast, lif)
+    ]
     x, y = torch.rand(32, 1, 8, 8, dtype=torch.float64), torch.arange(32) % 10
     for _ in range(3):
         losses = [nn.functional.cross_entropy(net(x), y) for net in (fast, lif)]
@@ -90,7 +105,12 @@ def test_options_reach_the_architecture():
     spec = NetworkSpec("wrn16_4", image_shape=(3, 8, 8), options={"depth": 10, "widen_factor": 1})
     assert isinstance(net := build_network(spec), WideResNet)
     assert net.stages[-1].in_features == 64
-    assert build_network(NetworkSpec("vgg5", hidden=(8, 8), options={"hidden": (6,)})).stages[-1].in_features == 6
+    assert (
+        build_network(NetworkSpec("vgg5", hidden=(8, 8), options={"hidden": (6,)}))
+        .stages[-1]
+        .in_features
+        == 6
+    )
 
 
 @pytest.mark.parametrize("kind", ["dlif", "lif", "plif", "if"])
@@ -112,7 +132,11 @@ SPIKFORMER = pytest.mark.skipif(
 
 @pytest.mark.parametrize(
     ("name", "size"),
-    [("spiking_resnet18", 16), ("sew_resnet18", 16), pytest.param("spikformer_cifar10", 32, marks=SPIKFORMER)],
+    [
+        ("spiking_resnet18", 16),
+        ("sew_resnet18", 16),
+        pytest.param("spikformer_cifar10", 32, marks=SPIKFORMER),
+    ],
 )
 def test_zoo(name, size):
     torch.manual_seed(0)
@@ -120,7 +144,9 @@ def test_zoo(name, size):
     classifier = build_classifier(spec)
     found = nodes(classifier)
     assert len(found) > 10
-    assert {(type(node), node.T, node.tau, node.step_mode) for node in found} == {(DLIFNode, 2, 5.0, "m")}
+    assert {(type(node), node.T, node.tau, node.step_mode) for node in found} == {
+        (DLIFNode, 2, 5.0, "m")
+    }
     images = torch.rand(3, 3, size, size, requires_grad=True)
     logits = classifier(images)
     assert logits.shape == (3, 4)
@@ -129,7 +155,13 @@ def test_zoo(name, size):
 
 def test_zoo_of_this_release():
     found = zoo_networks()
-    assert {"spiking_vgg11_bn", "sew_resnet34", "spiking_resnet50", "CIFAR10Net", "DVSGestureNet"} <= set(found)
+    assert {
+        "spiking_vgg11_bn",
+        "sew_resnet34",
+        "spiking_resnet50",
+        "CIFAR10Net",
+        "DVSGestureNet",
+    } <= set(found)
     assert not {"conv3x3", "BasicBlock", "SpikingVGG", "sew_function"} & set(found)
 
 
@@ -143,7 +175,9 @@ def test_zoo_of_this_release():
     ],
 )
 def test_event_frames(name, size, options):
-    spec = NetworkSpec(name, image_shape=(2, size, size), T=3, hidden=(8, 8), frames=True, options=options)
+    spec = NetworkSpec(
+        name, image_shape=(2, size, size), T=3, hidden=(8, 8), frames=True, options=options
+    )
     classifier = build_classifier(spec).eval()
     assert isinstance(classifier, SpikingEventClassifier)
     frames = torch.randint(2, (4, 3, 2, size, size)).float() * 3
@@ -163,7 +197,9 @@ def test_a_function_of_ones_own(own, module):
 
 
 def test_lif_of_ones_own_network_becomes_dlif(own):
-    dlif, lif = (build_network(NetworkSpec("own_models:lif", neuron=kind, T=3)) for kind in ("dlif", "lif"))
+    dlif, lif = (
+        build_network(NetworkSpec("own_models:lif", neuron=kind, T=3)) for kind in ("dlif", "lif")
+    )
     assert nodes(dlif)[0].input_gain.tolist() == [0.5] * 3
     assert type(nodes(lif)[0]) is neuron.LIFNode
 
@@ -171,7 +207,10 @@ def test_lif_of_ones_own_network_becomes_dlif(own):
 def test_a_classifier_of_ones_own_keeps_its_normalisation_in_a_checkpoint(own):
     spec = NetworkSpec("own_models:wrapped", T=4)
     classifier, x = build_classifier(spec).eval(), torch.rand(3, 1, 8, 8)
-    assert (classifier.mean.tolist(), classifier.std.tolist()) == (pytest.approx([0.3]), pytest.approx([0.2]))
+    assert (classifier.mean.tolist(), classifier.std.tolist()) == (
+        pytest.approx([0.3]),
+        pytest.approx([0.2]),
+    )
     assert type(nodes(classifier)[0]) is DLIFNode
     assert type(nodes(build_network(spec))[0]) is DLIFNode
     write(own / "best.pt", spec, classifier)
@@ -207,15 +246,27 @@ def test_wrong_options(own):
             r"takes no option 'widht'; it takes image_shape, classes, T, .*width",
         ),
         *(
-            (NetworkSpec(name, options={"depht": 5}), rf"{name} cannot be built .* options .*'depht'.*neurons \(dlif\)")
+            (
+                NetworkSpec(name, options={"depht": 5}),
+                rf"{name} cannot be built .* options .*'depht'.*neurons \(dlif\)",
+            )
             for name in ("small", "vgg5", "wrn16_4")
         ),
         (NetworkSpec("zoo:spiking_resnet18"), "takes images of 3 channels, these have 1"),
         (NetworkSpec(neuron="izhikevich"), "neuron must be"),
         (NetworkSpec(tau=0.99), r"tau must be > 1, got 0.99"),
-        (NetworkSpec(channels=(4, 0)), r"every convolution must have a width >= 1, got \[4, 0\]; leave"),
-        (NetworkSpec("vgg5", hidden=(-8,)), r"every hidden layer must have a width >= 1, got \[-8\]; leave"),
-        (NetworkSpec(mean=(0.1, 0.2)), r"mean must have one value per channel \(1\), got \(0.1, 0.2\)"),
+        (
+            NetworkSpec(channels=(4, 0)),
+            r"every convolution must have a width >= 1, got \[4, 0\]; leave",
+        ),
+        (
+            NetworkSpec("vgg5", hidden=(-8,)),
+            r"every hidden layer must have a width >= 1, got \[-8\]; leave",
+        ),
+        (
+            NetworkSpec(mean=(0.1, 0.2)),
+            r"mean must have one value per channel \(1\), got \(0.1, 0.2\)",
+        ),
         (NetworkSpec(std=(0.1,), frames=True), "std is for images, event frames stay as they are"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -224,7 +275,9 @@ def test_wrong_options(own):
 
 def test_checkpoints_return_the_same_network(tmp_path):
     options = {"depth": 10, "widen_factor": 1}
-    spec = NetworkSpec("wrn16_4", image_shape=(3, 8, 8), T=3, mean=(0.4,) * 3, std=(0.2,) * 3, options=options)
+    spec = NetworkSpec(
+        "wrn16_4", image_shape=(3, 8, 8), T=3, mean=(0.4,) * 3, std=(0.2,) * 3, options=options
+    )
     classifier = build_classifier(spec).eval()
     write(tmp_path / "best.pt", spec, classifier)
     subject = from_checkpoint(tmp_path / "best.pt")
@@ -234,7 +287,9 @@ def test_checkpoints_return_the_same_network(tmp_path):
     assert torch.equal(subject.model(images), classifier(images))
 
 
-def test_checkpoints_from_before_these_fields_existed_load_and_at_another_number_of_time_steps(tmp_path):
+def test_checkpoints_from_before_these_fields_existed_load_and_at_another_number_of_time_steps(
+    tmp_path,
+):
     spec, new = NetworkSpec(T=3), ("mean", "std", "frames", "options")
     write(tmp_path / "best.pt", spec, classifier := build_classifier(spec), without=new)
     subject = from_checkpoint(tmp_path / "best.pt", T=5)
@@ -248,5 +303,7 @@ def test_checkpoints_run_functions_only_where_trusted(own):
     spec = NetworkSpec("own_models.py:build", T=3)
     write(own / "best.pt", spec, build_classifier(spec))
     assert from_checkpoint(own / "best.pt", trust_code=True).spec == spec
-    with pytest.raises(ValueError, match=r"names the function own_models.py:build .* pass trust_code=True"):
+    with pytest.raises(
+        ValueError, match=r"names the function own_models.py:build .* pass trust_code=True"
+    ):
         from_checkpoint(own / "best.pt")

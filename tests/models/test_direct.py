@@ -29,7 +29,9 @@ def build(name, spiking_neuron=DLIFNode, step_mode="m", shape=(3, 9, 12)):
 
 @pytest.mark.parametrize("spiking_neuron", NEURONS)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_an_image_and_its_copies_over_time_and_single_steps_give_the_same_outputs(name, spiking_neuron):
+def test_an_image_and_its_copies_over_time_and_single_steps_give_the_same_outputs(
+    name, spiking_neuron
+):
     net, single = (build(name, spiking_neuron, step_mode) for step_mode in "ms")
     images = torch.rand(5, 3, 9, 12) * 3
     with torch.no_grad():
@@ -44,12 +46,15 @@ def test_an_image_and_its_copies_over_time_and_single_steps_give_the_same_output
 
 
 @pytest.mark.parametrize(
-    ("name", "norm"), [("small", "stages.0"), ("vgg", "stages.0"), ("wide", "stages.0.activation.0")]
+    ("name", "norm"),
+    [("small", "stages.0"), ("vgg", "stages.0"), ("wide", "stages.0.activation.0")],
 )
 def test_the_first_convolution_runs_once_and_batch_norm_sees_every_copy(name, norm):
     net, seen = build(name).train(), {}
     for part in ("first", norm):
-        net.get_submodule(part).register_forward_hook(lambda m, x, y, part=part: seen.update({part: x[0].shape[0]}))
+        net.get_submodule(part).register_forward_hook(
+            lambda m, x, y, part=part: seen.update({part: x[0].shape[0]})
+        )
     net(torch.rand(5, 3, 9, 12))
     assert seen == {"first": 1, norm: 4}
 

@@ -1,4 +1,6 @@
-"""Files in the layout of the published code, written by networks that have its names and its arithmetic."""
+"""Files in the layout of the published code, written by networks that have its names and its
+arithmetic.
+"""
 
 from dataclasses import asdict
 
@@ -16,7 +18,9 @@ MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 
 
 class Spikes(nn.Module):
-    """[T * N, *] currents to spikes, decay 0.99, threshold 1, gain ``p`` where the neuron has it."""
+    """[T * N, *] currents to spikes, decay 0.99, threshold 1, gain ``p`` where the neuron has
+    it.
+    """
 
     decay = 0.99
 
@@ -78,11 +82,19 @@ class Vgg5(Published):
         self.layer1 = nn.Sequential(*conv(3, 64), nn.AvgPool2d(2))
         self.layer2 = nn.Sequential(*conv(64, 128), *conv(128, 128), nn.AvgPool2d(2))
         self.layer3, self.layer4, self.layer5 = nn.Sequential(), nn.Sequential(), nn.Sequential()
-        linear = [nn.Linear(512, 20), Spikes(T, gains), nn.Linear(20, 16), Spikes(T, gains), nn.Linear(16, 7)]
+        linear = [
+            nn.Linear(512, 20),
+            Spikes(T, gains),
+            nn.Linear(20, 16),
+            Spikes(T, gains),
+            nn.Linear(16, 7),
+        ]
         self.classifier = nn.Sequential(*linear)
 
     def logits(self, x):
-        return self.classifier(self.layer5(self.layer4(self.layer3(self.layer2(self.layer1(x))))).flatten(1))
+        return self.classifier(
+            self.layer5(self.layer4(self.layer3(self.layer2(self.layer1(x))))).flatten(1)
+        )
 
 
 class Wrn16(Published):
@@ -120,8 +132,15 @@ def test_the_logits_are_those_of_the_published_network(tmp_path, kind, name, siz
     torch.save(theirs.state_dict(), tmp_path / "net.pth")
     shape = (3, size, size)
     T = None if gains else 3
-    ours, spec = load_published_checkpoint(tmp_path / "net.pth", mean=MEAN, std=STD, image_shape=shape, T=T)
-    assert (spec.name, spec.classes, spec.T, spec.neuron) == (name, 7, 3, "dlif" if gains else "lif")
+    ours, spec = load_published_checkpoint(
+        tmp_path / "net.pth", mean=MEAN, std=STD, image_shape=shape, T=T
+    )
+    assert (spec.name, spec.classes, spec.T, spec.neuron) == (
+        name,
+        7,
+        3,
+        "dlif" if gains else "lif",
+    )
     description = {"network": asdict(spec), "options": {}}
     save_checkpoint(tmp_path / "best.pt", {"model": ours.state_dict(), "description": description})
     kept = from_checkpoint(tmp_path / "best.pt").model
@@ -135,10 +154,19 @@ def test_the_logits_are_those_of_the_published_network(tmp_path, kind, name, siz
 
 def test_a_vgg_of_snn_rat_has_neurons_without_leak(tmp_path):
     theirs = published(Vgg5, False, 8)
-    numbers = {"classifier.0": "classifier.1", "classifier.2": "classifier.3", "classifier.4": "classifier.5"}
-    state = {numbers.get(key[:12], key[:12]) + key[12:]: value for key, value in theirs.state_dict().items()}
+    numbers = {
+        "classifier.0": "classifier.1",
+        "classifier.2": "classifier.3",
+        "classifier.4": "classifier.5",
+    }
+    state = {
+        numbers.get(key[:12], key[:12]) + key[12:]: value
+        for key, value in theirs.state_dict().items()
+    }
     torch.save(state, tmp_path / "net.pth")  # their classifier flattens in a module of its own
-    ours, spec = load_published_checkpoint(tmp_path / "net.pth", mean=MEAN, std=STD, image_shape=(3, 8, 8), T=3)
+    ours, spec = load_published_checkpoint(
+        tmp_path / "net.pth", mean=MEAN, std=STD, image_shape=(3, 8, 8), T=3
+    )
     assert (spec.name, spec.neuron) == ("vgg5", "if")
     for module in theirs.modules():
         if isinstance(module, Spikes):
@@ -151,11 +179,31 @@ def test_a_vgg_of_snn_rat_has_neurons_without_leak(tmp_path):
 def test_what_does_not_fit_is_said(tmp_path):
     state = published(Vgg5, True, 8).state_dict()
     for message, changed, arguments in (
-        (r"0.weight \(20, 512\) instead of \(20, 8192\); it was read as vgg5", state, {"image_shape": (3, 32, 32)}),
-        ("network: unexpected layer9.0.weight; it was read as vgg5", state | {"layer9.0.weight": torch.ones(1)}, {}),
-        ("missing layer1.2.p;", {key: value for key, value in state.items() if key != "layer1.2.p"}, {}),
-        ("was trained with T=3, got T=8; leave T out, and set_time_steps afterwards", state, {"T": 8}),
-        (r"none of the published networks vgg5, .* \(it begins with weight, bias\)", nn.Linear(2, 2).state_dict(), {}),
+        (
+            r"0.weight \(20, 512\) instead of \(20, 8192\); it was read as vgg5",
+            state,
+            {"image_shape": (3, 32, 32)},
+        ),
+        (
+            "network: unexpected layer9.0.weight; it was read as vgg5",
+            state | {"layer9.0.weight": torch.ones(1)},
+            {},
+        ),
+        (
+            "missing layer1.2.p;",
+            {key: value for key, value in state.items() if key != "layer1.2.p"},
+            {},
+        ),
+        (
+            "was trained with T=3, got T=8; leave T out, and set_time_steps afterwards",
+            state,
+            {"T": 8},
+        ),
+        (
+            r"none of the published networks vgg5, .* \(it begins with weight, bias\)",
+            nn.Linear(2, 2).state_dict(),
+            {},
+        ),
     ):
         torch.save(changed, tmp_path / "net.pth")
         options = {"mean": MEAN, "std": STD, "image_shape": (3, 8, 8)} | arguments

@@ -1,4 +1,6 @@
-"""The networks that come with the package are what their cards, the README and the page of results say."""
+"""The networks that come with the package are what their cards, the README and the page of results
+say.
+"""
 
 import re
 from pathlib import Path
@@ -36,7 +38,9 @@ def test_a_network_was_trained_by_the_command_of_its_card(name):
     assert words[:2] == ["python", "recipes/adv_train.py"]
     words = [str(ROOT / word) if word.startswith("recipes/") else word for word in words[2:]]
     wanted = deciding(adv_train.completed(read_options(adv_train.Options, words)), "result")
-    older = deciding(adv_train.completed(adv_train.Options()), "result")  # options that came since have their defaults
+    older = deciding(
+        adv_train.completed(adv_train.Options()), "result"
+    )  # options that came since have their defaults
     assert older | from_checkpoint(Path(name)).options == wanted
 
 
@@ -50,14 +54,18 @@ def test_they_are_small_and_in_the_package():
 def test_cards_tell_a_defended_network_from_an_undefended_one():
     lif, defended = CARDS["digits/lif"], CARDS["digits/dlif-at-mppd"]
     certified = CARDS["digits/dlif-certified"]
-    assert lif.at_most < defended.at_most < certified.at_least <= certified.at_most <= certified.clean
+    assert (
+        lif.at_most < defended.at_most < certified.at_least <= certified.at_most <= certified.clean
+    )
     assert "suite fast (a first impression)" in lif.verdict
     assert len(repr(lif)) < 1500
     assert "| command | python recipes/adv_train.py" in lif.table()
 
 
 def test_names_are_checked():
-    with pytest.raises(ValueError, match="no pretrained network 'digits/dlif'; take one of digits/lif, "):
+    with pytest.raises(
+        ValueError, match="no pretrained network 'digits/dlif'; take one of digits/lif, "
+    ):
         pretrained("digits/dlif")
     assert torch.equal(
         from_checkpoint(Path("digits/lif")).model.state_dict()["net.first.weight"],
@@ -66,7 +74,8 @@ def test_names_are_checked():
 
 
 @pytest.mark.parametrize(
-    ("page", "datasets"), [("README.md", "digits"), ("docs/results/pretrained.md", "digits|cifar10")]
+    ("page", "datasets"),
+    [("README.md", "digits"), ("docs/results/pretrained.md", "digits|cifar10")],
 )
 def test_the_table_of_a_page_is_that_of_the_cards(page, datasets):
     row = rf"^\| (.+?) \| `((?:{datasets})/.+?)` \| (.+?) \| (.+?) \| (.+?) \|$"

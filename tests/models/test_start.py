@@ -12,12 +12,17 @@ from sj_robust.models.checkpoint import save_checkpoint
 
 
 def pretrained(path, spec):
-    """A checkpoint as recipes/adv_train.py writes it, of a network with batch norm statistics of its own."""
+    """A checkpoint as recipes/adv_train.py writes it, of a network with batch norm statistics of
+    its own.
+    """
     torch.manual_seed(0)
     classifier = build_classifier(spec)
     with torch.no_grad():
         classifier(torch.rand(20, *spec.image_shape) * 3)
-    save_checkpoint(path, {"model": classifier.state_dict(), "description": {"network": asdict(spec), "options": {}}})
+    save_checkpoint(
+        path,
+        {"model": classifier.state_dict(), "description": {"network": asdict(spec), "options": {}}},
+    )
     return classifier.eval()
 
 
@@ -32,7 +37,9 @@ def same_logits(a, b, shape=(1, 8, 8)):
 
 @pytest.mark.parametrize(("kind", "tau"), [("lif", 5.0), ("if", float("inf"))])
 def test_a_dlif_network_begins_as_the_pretrained_one(tmp_path, kind, tau):
-    lif = pretrained(tmp_path / "best.pt", NetworkSpec(neuron=kind, T=3, tau=tau, mean=(0.2,), std=(0.5,)))
+    lif = pretrained(
+        tmp_path / "best.pt", NetworkSpec(neuron=kind, T=3, tau=tau, mean=(0.2,), std=(0.5,))
+    )
     torch.manual_seed(1)
     dlif = build_classifier(NetworkSpec(T=3, tau=tau, mean=(0.2,), std=(0.5,)))
     with torch.no_grad():
@@ -43,23 +50,34 @@ def test_a_dlif_network_begins_as_the_pretrained_one(tmp_path, kind, tau):
 
 @pytest.mark.slow
 def test_a_network_of_the_zoo_with_input_decay(tmp_path):
-    """SpikingJelly's LIF as it comes (tau 2, decay_input), a plain state_dict of the bare network."""
+    """SpikingJelly's LIF as it comes (tau 2, decay_input), a plain state_dict of the bare
+    network.
+    """
     torch.manual_seed(0)
-    lif = spiking_resnet.spiking_resnet18(spiking_neuron=neuron.LIFNode, num_classes=4, v_threshold=0.2)
+    lif = spiking_resnet.spiking_resnet18(
+        spiking_neuron=neuron.LIFNode, num_classes=4, v_threshold=0.2
+    )
     functional.set_step_mode(lif, "m")
     torch.save(lif.state_dict(), tmp_path / "zoo.pth")
     spec = NetworkSpec("zoo:spiking_resnet18", image_shape=(3, 16, 16), classes=4, T=2, tau=2.0)
     dlif = build_classifier(NetworkSpec(**{**asdict(spec), "options": {"v_threshold": 0.2}}))
     start_from(dlif, tmp_path / "zoo.pth", decay_input=True)
-    assert all(m.input_gain.tolist() == [0.5, 0.5] for m in dlif.modules() if isinstance(m, DLIFNode))
+    assert all(
+        m.input_gain.tolist() == [0.5, 0.5] for m in dlif.modules() if isinstance(m, DLIFNode)
+    )
     assert same_logits(SpikingClassifier(lif, 2), dlif, (3, 16, 16))
 
 
 def test_a_converted_network_of_ones_own_keeps_the_gains_of_its_input_decay(tmp_path):
-    """Without a word about decay_input: replace_neurons has set the gains, and the file has none."""
+    """Without a word about decay_input: replace_neurons has set the gains, and the file has
+    none.
+    """
     torch.manual_seed(0)
     lif = torch.nn.Sequential(
-        torch.nn.Flatten(2), torch.nn.Linear(64, 16), neuron.LIFNode(tau=4.0), torch.nn.Linear(16, 10)
+        torch.nn.Flatten(2),
+        torch.nn.Linear(64, 16),
+        neuron.LIFNode(tau=4.0),
+        torch.nn.Linear(16, 10),
     )
     functional.set_step_mode(lif, "m")
     torch.save(lif.state_dict(), tmp_path / "own.pth")
@@ -74,15 +92,22 @@ def test_a_converted_network_of_ones_own_keeps_the_gains_of_its_input_decay(tmp_
     assert dlif[2].input_gain.tolist() == [1.0, 1.0]
 
 
-@pytest.mark.parametrize("wrap", [dict, lambda state: {"state_dict": {f"module.{k}": v for k, v in state.items()}}])
+@pytest.mark.parametrize(
+    "wrap", [dict, lambda state: {"state_dict": {f"module.{k}": v for k, v in state.items()}}]
+)
 @pytest.mark.parametrize("kind", ["lif", "dlif"])
 def test_plain_files(tmp_path, kind, wrap):
     torch.manual_seed(0)
-    source, dlif = (build_classifier(NetworkSpec(neuron=kind, mean=(0.3,))) for kind in (kind, "dlif"))
+    source, dlif = (
+        build_classifier(NetworkSpec(neuron=kind, mean=(0.3,))) for kind in (kind, "dlif")
+    )
     for name, gain in source.named_parameters():
         if name.endswith("input_gain"):  # those of the file are copied
             torch.nn.init.uniform_(gain, 0.5, 2)
-    for name, state in {"bare.pt": source.net.state_dict(), "whole.pt": source.state_dict()}.items():
+    for name, state in {
+        "bare.pt": source.net.state_dict(),
+        "whole.pt": source.state_dict(),
+    }.items():
         torch.save(wrap(state), tmp_path / name)
         start_from(dlif, str(tmp_path / name))
         assert same_logits(source, dlif)
@@ -96,16 +121,33 @@ def test_what_does_not_fit_is_listed(tmp_path):
         (r"net.stages.8.weight \(7, 128\) instead of \(10, 128\)", {"classes": 7}, {}, {}),
         ("was trained with tau 2, the network has 100; build it with tau=2", {"tau": 2.0}, {}, {}),
         ("whose LIF has decay_input=False", {"tau": 2.0}, {}, {"decay_input": True}),
-        (r"PLIF neurons, each with a tau of its own \(net.stages.1.w\)", {"neuron": "plif"}, {}, {}),
-        ("unexpected mean; build the network that the file was trained as", {"mean": (0.5,)}, {}, {}),
-        (r"was trained with mean \[0.5\], the network has \[0.25\]", {"mean": (0.5,)}, {"mean": (0.25,)}, {}),
+        (
+            r"PLIF neurons, each with a tau of its own \(net.stages.1.w\)",
+            {"neuron": "plif"},
+            {},
+            {},
+        ),
+        (
+            "unexpected mean; build the network that the file was trained as",
+            {"mean": (0.5,)},
+            {},
+            {},
+        ),
+        (
+            r"was trained with mean \[0.5\], the network has \[0.25\]",
+            {"mean": (0.5,)},
+            {"mean": (0.25,)},
+            {},
+        ),
     ):
         pretrained(tmp_path / "best.pt", NetworkSpec(**{"neuron": "lif"} | of_file))
         classifier = build_classifier(NetworkSpec(**of_network))
         before = copy.deepcopy(classifier.state_dict())
         with pytest.raises(ValueError, match=message):
             start_from(classifier, tmp_path / "best.pt", **options)
-        assert all(torch.equal(value, before[name]) for name, value in classifier.state_dict().items())
+        assert all(
+            torch.equal(value, before[name]) for name, value in classifier.state_dict().items()
+        )
 
 
 def test_files_that_cannot_be_read(tmp_path):
@@ -115,9 +157,21 @@ def test_files_that_cannot_be_read(tmp_path):
     torch.save([torch.ones(2)], tmp_path / "list.pt")
     for name, error, message in (
         ("absent.pt", FileNotFoundError, "absent.pt does not exist"),
-        ("weights.h5", ValueError, r"must end in .pt or .pth, got .*weights.h5; save net.state_dict"),
-        ("damaged.pt", ValueError, "damaged, or holds more .* a whole pickled network, which would run code"),
-        ("pickled.pt", ValueError, "damaged, or holds more .* a whole pickled network, which would run code"),
+        (
+            "weights.h5",
+            ValueError,
+            r"must end in .pt or .pth, got .*weights.h5; save net.state_dict",
+        ),
+        (
+            "damaged.pt",
+            ValueError,
+            "damaged, or holds more .* a whole pickled network, which would run code",
+        ),
+        (
+            "pickled.pt",
+            ValueError,
+            "damaged, or holds more .* a whole pickled network, which would run code",
+        ),
         ("list.pt", ValueError, "holds no tensors by name"),
     ):
         with pytest.raises(error, match=message):

@@ -18,7 +18,11 @@ def trained(**changes):
 
 
 def gains(classifier):
-    return [module.input_gain.detach() for module in classifier.modules() if isinstance(module, DLIFNode)]
+    return [
+        module.input_gain.detach()
+        for module in classifier.modules()
+        if isinstance(module, DLIFNode)
+    ]
 
 
 @pytest.mark.parametrize("T", [1, 2, 4, 7])

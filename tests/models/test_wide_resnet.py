@@ -28,17 +28,22 @@ def test_number_of_parameters(name):
     depth, k = WIDE_RESNETS[name]
     with torch.device("meta"):
         net = WideResNet((3, 32, 32), 10, T=8, spiking_neuron=DLIFNode, depth=depth, widen_factor=k)
-    # the published WRN without mixing coefficients has 2 748 890 (16-4) and 36 479 194 (28-10) parameters
+    # the published WRN without mixing coefficients has 2 748 890 (16-4) and 36 479 194 (28-10)
+    # parameters
     of_wrn = {"wrn16_4": 2_748_890, "wrn28_10": 36_479_194}[name]
     blocks = (depth - 4) // 2
     neurons = 2 * blocks + 1
     assert sum(p.numel() for p in net.parameters()) == of_wrn + 2 * blocks + 8 * neurons
     kinds = [type(module) for module in net.modules()]
     assert (kinds.count(MixedBlock), kinds.count(DLIFNode)) == (blocks, neurons)
-    shortcuts = [m.shortcut for m in net.modules() if isinstance(m, MixedBlock) and m.shortcut is not None]
+    shortcuts = [
+        m.shortcut for m in net.modules() if isinstance(m, MixedBlock) and m.shortcut is not None
+    ]
     assert [(m.in_channels, m.out_channels, m.stride) for m in shortcuts] == [
-        (16, 16 * k, (1, 1)), (16 * k, 32 * k, (2, 2)), (32 * k, 64 * k, (2, 2)),
-    ]  # fmt: skip
+        (16, 16 * k, (1, 1)),
+        (16 * k, 32 * k, (2, 2)),
+        (32 * k, 64 * k, (2, 2)),
+    ]
 
 
 def test_retraction_finds_the_mixing_coefficients():

@@ -1,8 +1,9 @@
-"""Small faults that can be planted in a Python file, found in its syntax tree and written back into its text.
+"""Small faults that can be planted in a Python file, found in its syntax tree and written back into
+its text.
 
-A fault replaces one node of the tree; everything else of the file stays as it is, line numbers before it included.
-Nothing is planted in docstrings, annotations, ``__all__``, f-strings, ``__repr__``, asserts, and the texts of errors
-and warnings.
+A fault replaces one node of the tree; everything else of the file stays as it is, line numbers
+before it included. Nothing is planted in docstrings, annotations, ``__all__``, f-strings,
+``__repr__``, asserts, and the texts of errors and warnings.
 """
 
 import ast
@@ -14,16 +15,38 @@ from dataclasses import dataclass, replace
 from itertools import accumulate
 
 COMPARISONS = {
-    ast.Lt: (ast.LtE, ast.GtE), ast.LtE: (ast.Lt, ast.Gt), ast.Gt: (ast.GtE, ast.LtE), ast.GtE: (ast.Gt, ast.Lt),
-    ast.Eq: (ast.NotEq,), ast.NotEq: (ast.Eq,), ast.Is: (ast.IsNot,), ast.IsNot: (ast.Is,),
-    ast.In: (ast.NotIn,), ast.NotIn: (ast.In,),
-}  # fmt: skip
+    ast.Lt: (ast.LtE, ast.GtE),
+    ast.LtE: (ast.Lt, ast.Gt),
+    ast.Gt: (ast.GtE, ast.LtE),
+    ast.GtE: (ast.Gt, ast.Lt),
+    ast.Eq: (ast.NotEq,),
+    ast.NotEq: (ast.Eq,),
+    ast.Is: (ast.IsNot,),
+    ast.IsNot: (ast.Is,),
+    ast.In: (ast.NotIn,),
+    ast.NotIn: (ast.In,),
+}
 OPERATORS = {
-    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult, ast.FloorDiv: ast.Mult,
-    ast.Mod: ast.FloorDiv, ast.Pow: ast.Mult, ast.BitAnd: ast.BitOr, ast.BitOr: ast.BitAnd,
-}  # fmt: skip
-PAIRS = ("min max", "amin amax", "argmin argmax", "minimum maximum", "any all", "mean sum", "zeros_like ones_like",
-         "floor ceil")  # fmt: skip
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.FloorDiv,
+    ast.Pow: ast.Mult,
+    ast.BitAnd: ast.BitOr,
+    ast.BitOr: ast.BitAnd,
+}
+PAIRS = (
+    "min max",
+    "amin amax",
+    "argmin argmax",
+    "minimum maximum",
+    "any all",
+    "mean sum",
+    "zeros_like ones_like",
+    "floor ceil",
+)
 OPPOSITES = {one: other for pair in PAIRS for one, other in (pair.split(), reversed(pair.split()))}
 DROPPED = ("detach", "clone", "abs", "sign", "square", "sqrt", "exp", "log", "lower", "strip")
 GRAD_MODES = ("torch.no_grad()", "torch.enable_grad()", "torch.inference_mode()")
@@ -65,7 +88,9 @@ def mutants_of(file: str, source: bytes) -> list[Mutant]:
     finder = _Finder(file, source)
     finder.visit(ast.parse(source))
     found, seen = [], {}
-    for mutant in sorted(finder.found, key=lambda mutant: (mutant.start, mutant.kind, mutant.after)):
+    for mutant in sorted(
+        finder.found, key=lambda mutant: (mutant.start, mutant.kind, mutant.after)
+    ):
         number = seen[mutant.key] = seen.get(mutant.key, -1) + 1
         with contextlib.suppress(SyntaxError):
             compile(mutant.applied(source), file, "exec")
@@ -79,7 +104,9 @@ def sample(mutants: list[Mutant], size: int, seed: int) -> list[Mutant]:
     ``seed`` stands for a random order in which other faults of the tree change nothing.
     """
     by_file: dict[str, list[Mutant]] = {}
-    for mutant in sorted(mutants, key=lambda mutant: hashlib.sha256(f"{seed}|{mutant.key}".encode()).hexdigest()):
+    for mutant in sorted(
+        mutants, key=lambda mutant: hashlib.sha256(f"{seed}|{mutant.key}".encode()).hexdigest()
+    ):
         by_file.setdefault(mutant.file, []).append(mutant)
     if size >= len(mutants):
         return [mutant for file in sorted(by_file) for mutant in by_file[file]]
@@ -100,13 +127,19 @@ class _Finder(ast.NodeVisitor):
         self._in_function = 0
 
     def visit(self, node: ast.AST) -> None:
-        for test in (node.test,) if isinstance(node, ast.If | ast.While | ast.IfExp) else getattr(node, "ifs", ()):
+        for test in (
+            (node.test,)
+            if isinstance(node, ast.If | ast.While | ast.IfExp)
+            else getattr(node, "ifs", ())
+        ):
             self._negate(test)
         if isinstance(node, ast.expr):
             self._expression(node)
         elif isinstance(node, ast.stmt):
             self._statement(node)
-        if not isinstance(node, ast.JoinedStr | ast.Assert | ast.Raise):  # texts, and what is for the type checker
+        if not isinstance(
+            node, ast.JoinedStr | ast.Assert | ast.Raise
+        ):  # texts, and what is for the type checker
             super().visit(node)
 
     # What is left out
@@ -116,7 +149,9 @@ class _Finder(ast.NodeVisitor):
             self.visit(node.value)
 
     def visit_Assign(self, node: ast.Assign) -> None:
-        if not any(isinstance(target, ast.Name) and target.id == "__all__" for target in node.targets):
+        if not any(
+            isinstance(target, ast.Name) and target.id == "__all__" for target in node.targets
+        ):
             self.generic_visit(node)
 
     def visit_Call(self, node: ast.Call) -> None:
@@ -160,13 +195,17 @@ class _Finder(ast.NodeVisitor):
             self._plant("raise removed", node, "pass")
         elif isinstance(node, ast.Return) and node.value is not None:
             self._returned(node.value)
-        elif _changes_state(node) and not (isinstance(node, ast.Assign) and self._names[-1:] == ["__init__"]):
+        elif _changes_state(node) and not (
+            isinstance(node, ast.Assign) and self._names[-1:] == ["__init__"]
+        ):
             self._plant("statement removed", node, "pass")
         if isinstance(node, ast.AugAssign):
             self._operator(node)
 
     def _returned(self, value: ast.expr) -> None:
-        if isinstance(value, ast.Constant) and (value.value is None or isinstance(value.value, bool)):
+        if isinstance(value, ast.Constant) and (
+            value.value is None or isinstance(value.value, bool)
+        ):
             return  # the opposite of a truth value is planted as a constant
         if isinstance(value, ast.Tuple) and len(value.elts) > 1:
             self._changed("wrong return", value, lambda new: new.elts.reverse())
@@ -181,7 +220,11 @@ class _Finder(ast.NodeVisitor):
         elif isinstance(node, ast.Compare):
             for i, operator in enumerate(node.ops):
                 for other in COMPARISONS[type(operator)]:
-                    self._changed("comparison", node, lambda new, i=i, other=other: new.ops.__setitem__(i, other()))
+                    self._changed(
+                        "comparison",
+                        node,
+                        lambda new, i=i, other=other: new.ops.__setitem__(i, other()),
+                    )
         elif isinstance(node, ast.BinOp):
             self._operator(node)
         elif isinstance(node, ast.BoolOp):
@@ -197,7 +240,9 @@ class _Finder(ast.NodeVisitor):
             self._call(node)
 
     def _negate(self, test: ast.expr) -> None:
-        """A condition; of a lone comparison and of a lone ``not`` the opposite is planted there already."""
+        """A condition; of a lone comparison and of a lone ``not`` the opposite is planted there
+        already.
+        """
         lone = (isinstance(test, ast.UnaryOp) and isinstance(test.op, ast.Not)) or (
             isinstance(test, ast.Compare) and len(test.ops) == 1
         )
@@ -235,18 +280,30 @@ class _Finder(ast.NodeVisitor):
             self._plant("slice", node.upper, f"({ast.unparse(node.upper)} - 1)")
 
     def _call(self, node: ast.Call) -> None:
-        if isinstance(node.func, ast.Name) and node.func.id in ("isinstance", "issubclass", "cast", "getattr"):
+        if isinstance(node.func, ast.Name) and node.func.id in (
+            "isinstance",
+            "issubclass",
+            "cast",
+            "getattr",
+        ):
             return
         first_two = node.args[:2]
         differ = len({ast.unparse(argument) for argument in first_two}) == 2
-        if differ and not any(isinstance(argument, ast.Starred) or _is_text(argument) for argument in first_two):
+        if differ and not any(
+            isinstance(argument, ast.Starred) or _is_text(argument) for argument in first_two
+        ):
             self._changed("arguments swapped", node, _swap_arguments)
         name = getattr(node.func, "attr", getattr(node.func, "id", ""))
         if name in OPPOSITES:
             attribute = "attr" if isinstance(node.func, ast.Attribute) else "id"
-            self._changed("opposite function", node, lambda new: setattr(new.func, attribute, OPPOSITES[name]))
+            self._changed(
+                "opposite function", node, lambda new: setattr(new.func, attribute, OPPOSITES[name])
+            )
         if name in DROPPED and isinstance(node.func, ast.Attribute):
-            of_torch = isinstance(node.func.value, ast.Name) and node.func.value.id in ("torch", "math")
+            of_torch = isinstance(node.func.value, ast.Name) and node.func.value.id in (
+                "torch",
+                "math",
+            )
             operands = node.args if of_torch else [node.func.value, *node.args]
             if len(operands) == 1:
                 self._plant("call dropped", node, f"({ast.unparse(operands[0])})")
@@ -269,7 +326,9 @@ class _Finder(ast.NodeVisitor):
 def _changes_state(node: ast.stmt) -> bool:
     """A call by itself, an end of a loop's round, or an assignment to what others see."""
     called = isinstance(node, ast.Expr) and isinstance(node.value, ast.Call)
-    assigned = isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute | ast.Subscript)
+    assigned = isinstance(node, ast.Assign) and isinstance(
+        node.targets[0], ast.Attribute | ast.Subscript
+    )
     return called or assigned or isinstance(node, ast.AugAssign | ast.Continue | ast.Break)
 
 
@@ -278,4 +337,6 @@ def _swap_arguments(call: ast.Call) -> None:
 
 
 def _is_text(node: ast.expr) -> bool:
-    return isinstance(node, ast.JoinedStr) or (isinstance(node, ast.Constant) and isinstance(node.value, str))
+    return isinstance(node, ast.JoinedStr) or (
+        isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )

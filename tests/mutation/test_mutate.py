@@ -67,10 +67,16 @@ def test_every_fault_of_a_tree_comes_to_what_it_must(tmp_path):
         text=True,
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    lines = [line.split("numbers.py::", 1)[1] for line in result.stdout.splitlines() if " => " in line]
-    found, by = dict(line.split(" => ") for line in lines), "killed by tests/toy/test_numbers.py::test_"
+    lines = [
+        line.split("numbers.py::", 1)[1] for line in result.stdout.splitlines() if " => " in line
+    ]
+    found, by = (
+        dict(line.split(" => ") for line in lines),
+        "killed by tests/toy/test_numbers.py::test_",
+    )
     assert found == {
-        "at_least: comparison: x < low -> (x <= low)": "survived",  # where both are equal it does not matter
+        # where both are equal it does not matter
+        "at_least: comparison: x < low -> (x <= low)": "survived",
         "at_least: comparison: x < low -> (x >= low)": f"{by}at_least",
         "at_least: wrong return: low -> None": f"{by}at_least",
         "at_least: wrong return: x -> None": f"{by}at_least",
@@ -82,7 +88,9 @@ def test_every_fault_of_a_tree_comes_to_what_it_must(tmp_path):
         "untested: operator: n + 1 -> (n - 1)": "survived",
         "untested: wrong return: n + 1 -> None": "survived",
     }
-    assert (tree / "sj_robust/toy/numbers.py").read_text() == CODE, "the tree itself stays as it was"
+    assert (tree / "sj_robust/toy/numbers.py").read_text() == CODE, (
+        "the tree itself stays as it was"
+    )
     run = json.loads((tree / "scores.json").read_text())["toy"]
     assert (run["mutants"], run["killed"], run["possible"]) == (11, 6, 11)
     survived = {name for name, said in found.items() if said == "survived"}
@@ -119,4 +127,10 @@ def test_stored_scores_add_up_and_are_those_of_the_page_and_every_survivor_is_ex
     reasons = json.loads(SCORES.with_name("survivors.json").read_text())[package]
     assert reasons.keys() == set(run["survived"])
     for reason in reasons.values():
-        assert reason.split(": ")[0] in ("same result", "only speed", "only text", "only looks", "not tested"), reason
+        assert reason.split(": ")[0] in (
+            "same result",
+            "only speed",
+            "only text",
+            "only looks",
+            "not tested",
+        ), reason

@@ -17,7 +17,8 @@ from sj_robust.ops.surrogate import HOST_NAMES
 
 HOST_HAS_EXPLICIT_STATES = hasattr(base.MemoryModule, "functional_forward")
 needs_explicit_states = pytest.mark.skipif(
-    not HOST_HAS_EXPLICIT_STATES, reason="SpikingJelly 0.0.0.0.14 has no explicit states and no memory optimisation"
+    not HOST_HAS_EXPLICIT_STATES,
+    reason="SpikingJelly 0.0.0.0.14 has no explicit states and no memory optimisation",
 )
 needs_set_backend = pytest.mark.skipif(
     not hasattr(functional, "set_backend"), reason="SpikingJelly 2.x removed functional.set_backend"
@@ -41,15 +42,25 @@ def run(node, x_seq):
         ("sigmoid", 4.0, surrogate.Sigmoid),
     ],
 )
-def test_equals_bptt_by_hand_in_both_step_modes(step_mode, v_reset, detach_reset, kind, alpha, surrogate_class):
+def test_equals_bptt_by_hand_in_both_step_modes(
+    step_mode, v_reset, detach_reset, kind, alpha, surrogate_class
+):
     (x_seq, gain, v_init), (weights, grad_v, grad_v_seq) = random_call((6, 2, 3, 5))
-    inputs, grads = (x_seq, gain, v_init.fill_(v_reset or 0.0)), (weights, grad_v.zero_(), grad_v_seq.zero_())
+    inputs, grads = (
+        (x_seq, gain, v_init.fill_(v_reset or 0.0)),
+        (weights, grad_v.zero_(), grad_v_seq.zero_()),
+    )
     constants = {"v_reset": v_reset, "detach_reset": detach_reset, "kind": kind, "alpha": alpha}
     expected = by_hand(inputs, grads, decay=0.8, v_threshold=1.0, **constants)
     node = DLIFNode(
-        6, tau=5.0, v_reset=v_reset, surrogate_function=surrogate_class(alpha=alpha), detach_reset=detach_reset,
-        step_mode=step_mode, store_v_seq=True,
-    ).double()  # fmt: skip
+        6,
+        tau=5.0,
+        v_reset=v_reset,
+        surrogate_function=surrogate_class(alpha=alpha),
+        detach_reset=detach_reset,
+        step_mode=step_mode,
+        store_v_seq=True,
+    ).double()
     node.input_gain.data.copy_(gain)
     spikes = run(node, x_seq.requires_grad_())
     spikes.backward(weights)
@@ -128,7 +139,11 @@ class TestState:
     def test_half_precision_keeps_a_float32_state(self):
         node = DLIFNode(3).half()
         spikes = node(torch.rand(3, 2, 4, dtype=torch.float16))
-        assert (spikes.dtype, node.v.dtype, node.input_gain.dtype) == (torch.float16, torch.float32, torch.float16)
+        assert (spikes.dtype, node.v.dtype, node.input_gain.dtype) == (
+            torch.float16,
+            torch.float32,
+            torch.float16,
+        )
         with torch.autocast("cpu", torch.bfloat16):
             net = nn.Sequential(nn.Linear(4, 4), DLIFNode(3))
             assert net(torch.rand(3, 2, 4)).dtype == torch.bfloat16
@@ -163,7 +178,15 @@ class TestBackends:
         net = nn.Sequential(nn.Linear(3, 3), DLIFNode(2))
         functional.set_backend(net, "reference", instance=DLIFNode)
         assert net[1].backend == "reference"
-        assert set(net[1].supported_backends) >= {"auto", "reference", "eager", "torch", "cpp", "cupy", "triton"}
+        assert set(net[1].supported_backends) >= {
+            "auto",
+            "reference",
+            "eager",
+            "torch",
+            "cpp",
+            "cupy",
+            "triton",
+        }
 
     @needs_set_backend
     def test_block_size_of_the_host_reaches_the_cuda_kernel(self, monkeypatch):
@@ -179,7 +202,10 @@ class TestBackends:
 
         monkeypatch.setattr(dispatch, "choose_backend", lambda *arguments: "cupy")
         monkeypatch.setattr(dispatch.DLIFFunction, "apply", note)
-        for threads in (512, 64):  # SpikingJelly's own, which nobody chose for this kernel, and one of the user's
+        for threads in (
+            512,
+            64,
+        ):  # SpikingJelly's own, which nobody chose for this kernel, and one of the user's
             monkeypatch.setattr(configure, "cuda_threads", threads)
             DLIFNode(2)(torch.zeros(2, 1, 3))
         assert seen == [cupy_launch, cupy_launch.Launcher(threads_per_block=64)]

@@ -98,13 +98,21 @@ def assert_same(actual, wanted):
     assert actual.keys() == wanted.keys()
     assert torch.equal(actual["out"], wanted["out"])
     for name, tensor in wanted.items():
-        torch.testing.assert_close(actual[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+        torch.testing.assert_close(
+            actual[name], tensor, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}"
+        )
 
 
 @needs_kernel
 @pytest.mark.parametrize(
     "norm",
-    [{}, {"momentum": None}, {"affine": False}, {"track_running_stats": False}, {"momentum": 0.5, "eps": 0.1}],
+    [
+        {},
+        {"momentum": None},
+        {"affine": False},
+        {"track_running_stats": False},
+        {"momentum": 0.5, "eps": 0.1},
+    ],
     ids=str,
 )
 def test_results_and_state_are_unchanged(passes, norm):
@@ -205,7 +213,14 @@ def test_says_what_it_leaves_alone():
         lambda net: setattr(net[2], "surrogate_function", surrogate.LeakyKReLU()),
         lambda net: setattr(net[2], "surrogate_function", surrogate.ATan(spiking=False)),
     ],
-    ids=["hook on batch norm", "hook on neuron", "backward hook", "backend", "surrogate", "smooth surrogate"],
+    ids=[
+        "hook on batch norm",
+        "hook on neuron",
+        "backward hook",
+        "backend",
+        "surrogate",
+        "smooth surrogate",
+    ],
 )
 def test_runs_one_after_the_other_where_it_has_to(passes, prevent):
     plain, fused = both()
@@ -222,8 +237,18 @@ def test_runs_one_after_the_other_where_it_has_to(passes, prevent):
     [
         (lambda stage, look: stage[3].register_forward_hook(look), 2, 0),
         (lambda stage, look: stage[2].register_forward_hook(look), 1, 0),
-        (lambda stage, look: stage[2].register_full_backward_hook(lambda *gradients: look(*gradients)), 1, 0),
-        (lambda stage, look: stage[2].register_forward_pre_hook(lambda *inputs: look(*inputs)), 1, 1),
+        (
+            lambda stage, look: stage[2].register_full_backward_hook(
+                lambda *gradients: look(*gradients)
+            ),
+            1,
+            0,
+        ),
+        (
+            lambda stage, look: stage[2].register_forward_pre_hook(lambda *inputs: look(*inputs)),
+            1,
+            1,
+        ),
         (lambda stage, look: stage[1].register_forward_hook(look), 1, 1),
     ],
     ids=["pooling", "neuron", "neuron, backward", "neuron, input alone", "batch norm"],
@@ -231,7 +256,12 @@ def test_runs_one_after_the_other_where_it_has_to(passes, prevent):
 def test_whoever_watches_a_stage_with_pooling_sees_what_it_saw(passes, watch, fused, pooled):
     seen = []
     for net in both():
-        watch(net[3], lambda *values: seen.append([v.detach() for group in values[1:] for v in _tensors(group)]))
+        watch(
+            net[3],
+            lambda *values: seen.append(
+                [v.detach() for group in values[1:] for v in _tensors(group)]
+            ),
+        )
         step(net, sequence(T, 3, 2, 8, 8))
     assert (passes.fused, passes.pooled) == (fused, pooled)
     torch.testing.assert_close(*seen)
@@ -245,7 +275,11 @@ def _tensors(group):
 def test_pooling_without_a_batch_norm(passes):
     torch.manual_seed(0)
     plain = nn.Sequential(
-        layer.Conv2d(2, 6, 3), DLIFNode(T=T), layer.AvgPool2d(2), layer.Flatten(), layer.Linear(54, 8)
+        layer.Conv2d(2, 6, 3),
+        DLIFNode(T=T),
+        layer.AvgPool2d(2),
+        layer.Flatten(),
+        layer.Linear(54, 8),
     )
     functional.set_step_mode(plain, "m")
     fused = copy.deepcopy(plain)
@@ -258,11 +292,17 @@ def test_pooling_without_a_batch_norm(passes):
 @pytest.mark.parametrize(
     "pool",
     [
-        layer.AvgPool2d(3), layer.AvgPool2d((2, 1)), layer.AvgPool2d(2, stride=1), layer.AvgPool2d(2, padding=1),
-        layer.AvgPool2d(2, ceil_mode=True), layer.AvgPool2d(2, divisor_override=3), layer.MaxPool2d(2), nn.AvgPool2d(2),
+        layer.AvgPool2d(3),
+        layer.AvgPool2d((2, 1)),
+        layer.AvgPool2d(2, stride=1),
+        layer.AvgPool2d(2, padding=1),
+        layer.AvgPool2d(2, ceil_mode=True),
+        layer.AvgPool2d(2, divisor_override=3),
+        layer.MaxPool2d(2),
+        nn.AvgPool2d(2),
     ],
     ids=str,
-)  # fmt: skip
+)
 def test_other_windows_run_apart(pool):
     net = nn.Sequential(DLIFNode(T=T), pool)
     assert fuse(net).pooled == {}
@@ -280,13 +320,20 @@ def test_a_plane_that_is_too_small_to_pool_gets_the_answer_of_torch():
 @needs_kernel
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_autocast_runs_in_one_pass_with_halves_in_and_out(passes, channels_last):
-    """The convolution's bfloat16 goes in as it is; the rest is the float32 network on those numbers."""
+    """The convolution's bfloat16 goes in as it is; the rest is the float32 network on those
+    numbers.
+    """
     torch.manual_seed(0)
-    net = nn.Sequential(layer.Conv2d(2, 6, 3), layer.BatchNorm2d(6), DLIFNode(T=T), layer.AvgPool2d(2))
+    net = nn.Sequential(
+        layer.Conv2d(2, 6, 3), layer.BatchNorm2d(6), DLIFNode(T=T), layer.AvgPool2d(2)
+    )
     functional.set_step_mode(net, "m")
     x = sequence(T * 3, 2, 8, 8)
     if channels_last:
-        x, net = x.contiguous(memory_format=torch.channels_last), net.to(memory_format=torch.channels_last)
+        x, net = (
+            x.contiguous(memory_format=torch.channels_last),
+            net.to(memory_format=torch.channels_last),
+        )
     plain = copy.deepcopy(net)
     fuse(net)
     with torch.autocast("cpu", torch.bfloat16):
@@ -301,7 +348,9 @@ def test_autocast_runs_in_one_pass_with_halves_in_and_out(passes, channels_last)
     torch.testing.assert_close(net[1].running_mean, plain[1].running_mean)
     torch.testing.assert_close(net[1].running_var, plain[1].running_var)
     pooled.float().square().sum().backward()
-    assert all(p.grad.dtype == torch.float32 and bool(p.grad.isfinite().all()) for p in net.parameters())
+    assert all(
+        p.grad.dtype == torch.float32 and bool(p.grad.isfinite().all()) for p in net.parameters()
+    )
 
 
 @needs_kernel
@@ -320,7 +369,9 @@ def test_a_monitor_that_needs_the_current_alone_leaves_the_layer_in_one_pass(pas
         loss = monitor.loss(["3.2"])
         (loss + out.square().sum()).backward()
         gradients = [p.grad for p in net.parameters() if p.grad is not None]
-        results.append([loss.detach(), out.detach(), *gradients, *(b.clone() for b in net.buffers())])
+        results.append(
+            [loss.detach(), out.detach(), *gradients, *(b.clone() for b in net.buffers())]
+        )
     assert (passes.fused, passes.pooled) == ((4, 2) if keep == "loss" else (2, 0))
     torch.testing.assert_close(*results, rtol=1e-9, atol=1e-12)
 
@@ -363,7 +414,9 @@ def test_survives_saving_copying_and_slicing(passes):
     for other in (torch.load(file, weights_only=False), copied):
         assert torch.equal(other(x), expected)
     head = net[:2]
-    assert torch.equal(head(x), network().eval()[:2](x))  # without the neuron, batch norm is just batch norm
+    assert torch.equal(
+        head(x), network().eval()[:2](x)
+    )  # without the neuron, batch norm is just batch norm
     assert passes.fused == 6
 
 
@@ -385,15 +438,39 @@ MISTAKES = {
         lambda net: net(sequence(T + 1, 3, 2, 8, 8)),
         f"T={T} time steps, but its input .* has 5",
     ),
-    "goes on beyond T": (lambda net: [net(sequence(3, 3, 2, 8, 8)) for _ in range(2)], r"step 6 .*3 taken .*reset_net"),
-    "another batch size": (lambda net: [net(sequence(1, n, 2, 8, 8)) for n in (3, 5)], r"state has shape .*reset_net"),
-    "no reset": (lambda net: twice(net, reset=False), r"reset_net\(net\) before every new sequence"),
+    "goes on beyond T": (
+        lambda net: [net(sequence(3, 3, 2, 8, 8)) for _ in range(2)],
+        r"step 6 .*3 taken .*reset_net",
+    ),
+    "another batch size": (
+        lambda net: [net(sequence(1, n, 2, 8, 8)) for n in (3, 5)],
+        r"state has shape .*reset_net",
+    ),
+    "no reset": (
+        lambda net: twice(net, reset=False),
+        r"reset_net\(net\) before every new sequence",
+    ),
     "second derivative": (second_derivative, "differentiable once.*backend='reference'"),
-    "channels": (lambda net: net[1:](sequence(T, 3, 5, 8, 8)), "running_mean should contain 5 elements"),
-    "no time": (lambda net: net[1:](sequence(3, 6, 8, 8)), r"expected x with shape \[T, N, C, H, W\]"),
-    "one value": (lambda net: net[1:3](sequence(1, 1, 6, 1, 1)), "Expected more than 1 value per channel"),
-    "integers": (lambda net: net[1:3](torch.ones(T, 3, 6, 8, 8, dtype=torch.int64)), "not implemented for 'Long'"),
-    "step mode": (lambda net: [setattr(net[2], "step_mode", "x"), net(sequence(T, 3, 2, 8, 8))], "x"),
+    "channels": (
+        lambda net: net[1:](sequence(T, 3, 5, 8, 8)),
+        "running_mean should contain 5 elements",
+    ),
+    "no time": (
+        lambda net: net[1:](sequence(3, 6, 8, 8)),
+        r"expected x with shape \[T, N, C, H, W\]",
+    ),
+    "one value": (
+        lambda net: net[1:3](sequence(1, 1, 6, 1, 1)),
+        "Expected more than 1 value per channel",
+    ),
+    "integers": (
+        lambda net: net[1:3](torch.ones(T, 3, 6, 8, 8, dtype=torch.int64)),
+        "not implemented for 'Long'",
+    ),
+    "step mode": (
+        lambda net: [setattr(net[2], "step_mode", "x"), net(sequence(T, 3, 2, 8, 8))],
+        "x",
+    ),
 }
 
 
@@ -405,7 +482,9 @@ def test_a_mistake_gets_the_answer_of_the_plain_network(mistake):
         net = network()
         apply(net)
         before = {name: buffer.clone() for name, buffer in net.named_buffers()}
-        with pytest.raises((RuntimeError, ValueError, NotImplementedError), match=message) as caught:
+        with pytest.raises(
+            (RuntimeError, ValueError, NotImplementedError), match=message
+        ) as caught:
             make(net)
         answers.append((caught.type, str(caught.value)))
         if mistake == "longer than T" and apply is fuse and cpp.unavailable_reason() is None:
@@ -431,7 +510,9 @@ def test_not_a_number_goes_where_it_goes_in_the_plain_network(passes, train):
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("keeps_its_own", [True, False])
 def test_what_stands_in_for_the_neurons_forward_gets_its_currents(passes, train, keeps_its_own):
-    """As a gradient estimator does, which calls the forward that it stands in for; another function may not."""
+    """As a gradient estimator does, which calls the forward that it stands in for; another function
+    may not.
+    """
     plain, fused = both()
     seen = []
     for net in (plain, fused):
@@ -463,12 +544,16 @@ def fill_statistics(net):
 @needs_kernel
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("name", ["assg", "rectangle:1", "bptr"])
-def test_under_an_estimator_results_and_gradients_are_those_of_the_plain_network(passes, monkeypatch, train, name):
+def test_under_an_estimator_results_and_gradients_are_those_of_the_plain_network(
+    passes, monkeypatch, train, name
+):
     plain, fused = both()
     ran = []
     for function in ("normalise", "pool"):
         run = getattr(fusion.apart, function)
-        monkeypatch.setattr(fusion.apart, function, lambda *given, run=run: ran.append(run.__name__) or run(*given))
+        monkeypatch.setattr(
+            fusion.apart, function, lambda *given, run=run: ran.append(run.__name__) or run(*given)
+        )
     results = []
     for net in (plain, fused):
         fill_statistics(net)
@@ -491,7 +576,9 @@ def test_functorch_goes_through_what_stands_in_for_a_neuron():
     torch.testing.assert_close(reset(net, mapped, x), wanted)
     leaf = x.clone().requires_grad_()
     (gradient,) = torch.autograd.grad(reset(net, net, leaf).sum(), leaf)
-    torch.testing.assert_close(torch.func.grad(lambda given: reset(net, net, given).sum())(x), gradient)
+    torch.testing.assert_close(
+        torch.func.grad(lambda given: reset(net, net, given).sum())(x), gradient
+    )
 
 
 def reset(net, run, x):
@@ -530,7 +617,11 @@ def test_a_monitor_keeps_apart_only_the_pairs_it_looks_at(passes, layers, fused_
                 monitored(net, monitor, x, x_perturbed)
                 order = monitor.execution_order
             functional.reset_net(net)
-            losses.append(monitor.loss("last" if layers == "last" else [*order][-1:] if layers == "all" else layers))
+            losses.append(
+                monitor.loss(
+                    "last" if layers == "last" else [*order][-1:] if layers == "all" else layers
+                )
+            )
             assert order == ("2", "3.2", "6")
             assert passes.fused == (fused_passes if net is fused else 0)
             net(x)  # outside its contexts the monitor looks at nothing
@@ -560,7 +651,10 @@ def test_a_monitor_of_the_last_layer_says_when_another_one_became_the_last():
     assert monitor.execution_order == ("a.1", "b.1")
     net.swapped = True
     functional.reset_net(net)
-    with pytest.raises(RuntimeError, match=r"last was 'b\.1' and is 'a\.1' now: name the layers"), monitor.clean():
+    with (
+        pytest.raises(RuntimeError, match=r"last was 'b\.1' and is 'a\.1' now: name the layers"),
+        monitor.clean(),
+    ):
         net(x)
     functional.reset_net(net)
     with monitor.clean():  # found out anew

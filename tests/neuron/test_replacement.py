@@ -1,4 +1,6 @@
-"""An existing network with DLIF neurons in place of its own: the same spikes before any training."""
+"""An existing network with DLIF neurons in place of its own: the same spikes before any
+training.
+"""
 
 import math
 from unittest.mock import MagicMock
@@ -40,7 +42,12 @@ def test_same_spikes_and_gradients_before_any_training():
     gradient = net[0].weight.grad.clone()
     net.zero_grad()
     report = replace_neurons(net, T=5)
-    assert report.replaced == {"1": "LIFNode", "3": "IFNode", "5": "ParametricLIFNode", "7": "LIFNode"}
+    assert report.replaced == {
+        "1": "LIFNode",
+        "3": "IFNode",
+        "5": "ParametricLIFNode",
+        "7": "LIFNode",
+    }
     assert report.notes == {"5": "learnable tau frozen at 2"}
     assert wanted.sum() > 0
     functional.reset_net(net)
@@ -64,7 +71,9 @@ def test_mode_weights_and_surrogate_are_kept():
     net = make().eval()
     net[1].surrogate_function.alpha = 7.0
     weights = {
-        name: p.clone() for name, p in net.named_parameters() if "w" not in name.split(".")[-1] or "weight" in name
+        name: p.clone()
+        for name, p in net.named_parameters()
+        if "w" not in name.split(".")[-1] or "weight" in name
     }
     surrogate_function = net[1].surrogate_function
     replace_neurons(net, T=3)
@@ -133,8 +142,15 @@ def test_there_and_back_is_the_network_that_it_was():
     assert not torch.equal(scaled, wanted)
     report = dlif_to_lif(net)
     assert report.replaced == dict.fromkeys("1357", "DLIFNode")
-    assert report.notes == {"3": "potentials are divided by the gain 0.4: v_threshold=1.75, v_reset=0"}
-    assert [type(node).__name__ for node in net[1::2]] == ["LIFNode", "IFNode", "LIFNode", "LIFNode"]
+    assert report.notes == {
+        "3": "potentials are divided by the gain 0.4: v_threshold=1.75, v_reset=0"
+    }
+    assert [type(node).__name__ for node in net[1::2]] == [
+        "LIFNode",
+        "IFNode",
+        "LIFNode",
+        "LIFNode",
+    ]
     assert [net[1].v_reset, net[7].v_reset, net[3].detach_reset] == [None, -0.1, True]
     assert [net[1].decay_input, net[5].decay_input, net[7].decay_input] == [True, True, True]
     called.reset_mock()

@@ -1,4 +1,6 @@
-"""SpikingJelly 2.x's counters, memory and precision tools with DLIF, and exports to ONNX and NIR."""
+"""SpikingJelly 2.x's counters, memory and precision tools with DLIF, and exports to ONNX and
+NIR.
+"""
 
 import warnings
 
@@ -15,7 +17,9 @@ PACKAGE = "spikingjelly.activation_based"
 
 
 def plain(pool=True):
-    """Two spiking layers; random running statistics, so that folding batch norm into a convolution is seen."""
+    """Two spiking layers; random running statistics, so that folding batch norm into a convolution
+    is seen.
+    """
     torch.manual_seed(0)
     layers = []
     for channels in (2, 6):
@@ -46,7 +50,8 @@ def counted(net, x, backward):
     """Totals of every counter, the states in detail, and what each module was counted for."""
     counters = pytest.importorskip(f"{PACKAGE}.op_counter")
     kinds = [
-        getattr(counters, f"{kind}Counter") for kind in ("Flop", "MemoryAccess", "AC", "MAC", "SynOp", "NeuronState")
+        getattr(counters, f"{kind}Counter")
+        for kind in ("Flop", "MemoryAccess", "AC", "MAC", "SynOp", "NeuronState")
     ]
     found = [kind() for kind in kinds]
     with counters.DispatchCounterMode(found):
@@ -63,10 +68,15 @@ def counted(net, x, backward):
 def test_counters_give_the_figures_of_lif(fused, train):
     x = inputs()
     net, lif = with_dlif(fused).train(train), plain().train(train)
-    (totals, states, scopes), (wanted, wanted_states, wanted_scopes) = counted(net, x, False), counted(lif, x, False)
+    (totals, states, scopes), (wanted, wanted_states, wanted_scopes) = (
+        counted(net, x, False),
+        counted(lif, x, False),
+    )
     assert states == wanted_states
     assert states["state_reads"] > 0
-    currents = T * 3 * 6 * (64 + 16)  # of both layers: each is multiplied by its gain, which LIF has not
+    currents = (
+        T * 3 * 6 * (64 + 16)
+    )  # of both layers: each is multiplied by its gain, which LIF has not
     wanted["FlopCounter"] += currents
     wanted["MemoryAccessCounter"] += 4 * (2 * currents + 2 * T)
     assert totals == wanted
@@ -87,7 +97,9 @@ def test_the_kernel_runs_again_once_nothing_is_counted(mode):
     with getattr(counters, mode)([counters.FlopCounter()]):
         assert node.chosen_backend(x) == "spikingjelly"
         assert DLIFNode(T, backend="eager").chosen_backend(x) == "eager"
-    assert node.chosen_backend(x) == ("cpp" if available_backends()["cpp"] == "available" else "eager")
+    assert node.chosen_backend(x) == (
+        "cpp" if available_backends()["cpp"] == "available" else "eager"
+    )
 
 
 @pytest.mark.parametrize("fused", [False, True])
@@ -202,7 +214,9 @@ def test_onnx_gives_the_logits_of_the_network(dynamo, tmp_path):
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # both exporters, of how they are made
         options = {"dynamic_shapes": ({0: torch.export.Dim("N")},)} if dynamo else {}
-        torch.onnx.export(net, (images,), tmp_path / "net.onnx", dynamo=dynamo, verbose=False, **options)
+        torch.onnx.export(
+            net, (images,), tmp_path / "net.onnx", dynamo=dynamo, verbose=False, **options
+        )
         session = runtime.InferenceSession(tmp_path / "net.onnx")
         for count in (3, 2) if dynamo else (3,):
             wanted = net(images[:count])

@@ -14,20 +14,26 @@ from sj_robust.ops import Surrogate, dlif_multi_step
 from sj_robust.ops.dlif import cpp
 from sj_robust.ops.surrogate import HOST_NAMES
 
-needs_kernel = pytest.mark.skipif(cpp.unavailable_reason() is not None, reason=str(cpp.unavailable_reason()))
+needs_kernel = pytest.mark.skipif(
+    cpp.unavailable_reason() is not None, reason=str(cpp.unavailable_reason())
+)
 assert_equal = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
 """That two tensors, or sequences of tensors and None, are the same numbers in the same dtype."""
 
 
 def of_neurons(surrogates):
-    """Reset, detached or not, and surrogate: every combination of these, and each once with one of the others.
+    """Reset, detached or not, and surrogate: every combination of these, and each once with one of
+    the others.
 
     The others, of which the compiled kernel computes a row at a time, share the rest of its code.
     """
     resets = list(itertools.product([0.0, None, -0.25], [False, True]))
     others = [("exponential", 2.0), ("soft_sign", 2.0), ("super_spike", 1.5), ("erf", 1.5)]
     every = [(*reset, *surrogate) for reset, surrogate in itertools.product(resets, surrogates)]
-    return every + [(*reset, *surrogate) for reset, surrogate in zip(resets, itertools.cycle(others), strict=False)]
+    return every + [
+        (*reset, *surrogate)
+        for reset, surrogate in zip(resets, itertools.cycle(others), strict=False)
+    ]
 
 
 def random_call(shape, dtype=torch.float64, seed=0):
@@ -62,13 +68,19 @@ class Seen(TorchDispatchMode):
 
 
 def run(backend, inputs, grads, *, kind="triangle", alpha=1.0, store_v_seq=True, **constants):
-    """Outputs, and the gradients of the inputs; a gradient that is None belongs to an output that nobody uses."""
+    """Outputs, and the gradients of the inputs; a gradient that is None belongs to an output that
+    nobody uses.
+    """
     leaves = [None if a is None else a.clone().requires_grad_() for a in inputs]
     surrogate = Surrogate(kind, alpha)
-    outputs = dlif_multi_step(*leaves, surrogate=surrogate, store_v_seq=store_v_seq, backend=backend, **constants)
+    outputs = dlif_multi_step(
+        *leaves, surrogate=surrogate, store_v_seq=store_v_seq, backend=backend, **constants
+    )
     used = [(output, grad) for output, grad in zip(outputs, grads, strict=True) if grad is not None]
     torch.autograd.backward(*zip(*used, strict=True))
-    return [None if a is None else a.detach() for a in outputs], [None if a is None else a.grad for a in leaves]
+    return [None if a is None else a.detach() for a in outputs], [
+        None if a is None else a.grad for a in leaves
+    ]
 
 
 def check_slopes(backend, dtype=torch.float32, device="cpu"):
@@ -76,14 +88,19 @@ def check_slopes(backend, dtype=torch.float32, device="cpu"):
     for kind, alpha in itertools.product(HOST_NAMES, slopes.ALPHAS):
         z = slopes.points(alpha, np.float64 if dtype == torch.float64 else np.float32)
         x = torch.from_numpy(z)[None].to(device)
-        inputs, grads = (x, torch.ones(1, dtype=dtype, device=device), None), (torch.ones_like(x), None, None)
+        inputs, grads = (
+            (x, torch.ones(1, dtype=dtype, device=device), None),
+            (torch.ones_like(x), None, None),
+        )
         constants = {"decay": 0.5, "v_threshold": 0.0, "detach_reset": True}
         _, (found, *_) = run(backend, inputs, grads, kind=kind, alpha=alpha, **constants)
         slopes.check(kind, alpha, z, found[0].cpu().numpy())
 
 
 def not_finite():
-    """Currents that are not all finite, and gradients said outright, since plain torch leaves out a None."""
+    """Currents that are not all finite, and gradients said outright, since plain torch leaves out a
+    None.
+    """
     x = torch.zeros(4, 70)
     x[1, 3], x[1, 5], x[1, 7], x[1, 69] = float("nan"), float("inf"), -float("inf"), float("nan")
     grads = torch.ones_like(x), torch.zeros(70), torch.zeros(4, 70)
@@ -93,13 +110,26 @@ def not_finite():
 
 
 def quarters(dtype):
-    """Three steps of multiples of 1/4, which are exact in binary, so that h == v_threshold really happens."""
-    return torch.tensor(list(itertools.product([0.0, 0.25, 0.5, 1.0], repeat=3)), dtype=dtype).T.contiguous()
+    """Three steps of multiples of 1/4, which are exact in binary, so that h == v_threshold really
+    happens.
+    """
+    return torch.tensor(
+        list(itertools.product([0.0, 0.25, 0.5, 1.0], repeat=3)), dtype=dtype
+    ).T.contiguous()
 
 
 def by_hand(inputs, grads, *, kind="triangle", alpha=1.0, **constants):
-    x, gain, v_init, grad_spikes, grad_v, grad_v_seq = (a.double().numpy() for a in (*inputs, *grads))
+    x, gain, v_init, grad_spikes, grad_v, grad_v_seq = (
+        a.double().numpy() for a in (*inputs, *grads)
+    )
     return dlif_bptt(
-        x, gain, v_init, kind=kind, alpha=alpha, grad_spikes=grad_spikes, grad_v=grad_v, grad_potentials=grad_v_seq,
+        x,
+        gain,
+        v_init,
+        kind=kind,
+        alpha=alpha,
+        grad_spikes=grad_spikes,
+        grad_v=grad_v,
+        grad_potentials=grad_v_seq,
         **constants,
-    )  # fmt: skip
+    )

@@ -4,7 +4,8 @@
 
 The arguments are the network, the number of images and that of repetitions.
 
-Times are those of the process, which other jobs of the machine disturb little, so one thread is meant.
+Times are those of the process, which other jobs of the machine disturb little, so one thread is
+meant.
 """
 
 import statistics
@@ -49,7 +50,10 @@ def main(name: str, count: int, repetitions: int) -> None:
                 step(model, x, y)
                 times.append(1e3 * (time.process_time() - start))
     plain, other = (statistics.median(times) for times in spent)
-    print(f"{name}, {count} images: {plain:.1f} ms, compiled {other:.1f} ms, ratio {other / plain:.3f}")
+    print(
+        f"{name}, {count} images: {plain:.1f} ms, compiled {other:.1f} ms, ratio "
+        f"{other / plain:.3f}"
+    )
 
 
 if __name__ == "__main__":

@@ -16,7 +16,9 @@ def instruction_set(request, monkeypatch):
 
 @pytest.fixture(params=["reference", "eager", *(f"cpp {name}" for name in cpp.instruction_sets())])
 def backend(request, monkeypatch):
-    """Name of a backend; the compiled one counts once for every instruction set of this processor."""
+    """Name of a backend; the compiled one counts once for every instruction set of this
+    processor.
+    """
     name, _, instruction_set = request.param.partition(" ")
     if instruction_set:
         monkeypatch.setenv(cpp.INSTRUCTION_SET_VARIABLE, instruction_set)
@@ -38,7 +40,12 @@ def gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    remembered = triton_launch._triton_reason, cupy_launch._cupy_reason, backends._failure, dispatch._warn
+    remembered = (
+        triton_launch._triton_reason,
+        cupy_launch._cupy_reason,
+        backends._failure,
+        dispatch._warn,
+    )
     for cached in remembered:
         cached.cache_clear()
     yield monkeypatch

@@ -1,4 +1,6 @@
-"""Slopes of surrogates at ordinary potentials and at extreme ones; needs numpy alone, as ops.cuda.cases does."""
+"""Slopes of surrogates at ordinary potentials and at extreme ones; needs numpy alone, as
+ops.cuda.cases does.
+"""
 
 import numpy as np
 from oracle import surrogate_derivative
@@ -7,16 +9,24 @@ ALPHAS = (2.0, 0.75)
 
 
 def points(alpha, dtype):
-    """Distances from the threshold: a range, kinks and beside them, tiny, large and infinite ones, not a number."""
-    edges = np.array([0.0, 1e-30, 1 / alpha, 1 / alpha + 1e-3, 1 / alpha - 1e-3, 20, 43, 1e3, 1e15, 1e30, np.inf])
+    """Distances from the threshold: a range, kinks and beside them, tiny, large and infinite ones,
+    not a number.
+    """
+    edges = np.array(
+        [0.0, 1e-30, 1 / alpha, 1 / alpha + 1e-3, 1 / alpha - 1e-3, 20, 43, 1e3, 1e15, 1e30, np.inf]
+    )
     return np.concatenate((edges, -edges, [np.nan], np.linspace(-3, 3, 131))).astype(dtype)
 
 
 def check(kind, alpha, z, slopes):
-    """Relative error at most 1e-12, in float32 1e-5; where the formula is a difference, of the height."""
+    """Relative error at most 1e-12, in float32 1e-5; where the formula is a difference, of the
+    height.
+    """
     exact = z.dtype == np.float64
     relative, of_height = (1e-12, 1e-15) if exact else (1e-5, 1e-7)
     absolute = of_height * alpha if kind in ("triangle", "sigmoid") else 0.0 if exact else 1e-37
     with np.errstate(over="ignore"):
         wanted = surrogate_derivative(kind, alpha, z.astype(np.float64))
-    np.testing.assert_allclose(slopes, wanted, rtol=relative, atol=absolute, err_msg=f"{kind} of {alpha}")
+    np.testing.assert_allclose(
+        slopes, wanted, rtol=relative, atol=absolute, err_msg=f"{kind} of {alpha}"
+    )

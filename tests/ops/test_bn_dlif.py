@@ -1,4 +1,6 @@
-"""Batch norm, DLIF and pooling in one pass against all written by hand, and against torch's batch norm."""
+"""Batch norm, DLIF and pooling in one pass against all written by hand, and against torch's batch
+norm.
+"""
 
 import functools
 from dataclasses import replace
@@ -12,12 +14,26 @@ from oracle import dlif_bptt
 from torch import nn
 
 from sj_robust.ops import Surrogate
-from sj_robust.ops.bn_dlif import BatchNorm, apart, batch_norm_dlif_multi_step, can_fuse, reference, repeat_step
+from sj_robust.ops.bn_dlif import (
+    BatchNorm,
+    apart,
+    batch_norm_dlif_multi_step,
+    can_fuse,
+    reference,
+    repeat_step,
+)
 from sj_robust.ops.dlif import cpp
 
 NEURONS = of_neurons([("triangle", 1.0), ("atan", 2.0), ("sigmoid", 4.0)])
 SHAPES = {
-    torch.float64: [(4, 3, 5, 8, 8), (3, 2, 4, 7, 7), (5, 6, 9), (2, 3, 70, 2), (2, 2, 3, 1, 131), (1, 40, 130)],
+    torch.float64: [
+        (4, 3, 5, 8, 8),
+        (3, 2, 4, 7, 7),
+        (5, 6, 9),
+        (2, 3, 70, 2),
+        (2, 2, 3, 1, 131),
+        (1, 40, 130),
+    ],
     torch.float32: [(4, 8, 16, 8, 8), (4, 3, 5, 9, 11), (2, 4, 3, 16, 17), (3, 5, 41, 1, 3)],
 }
 
@@ -33,11 +49,21 @@ def by_hand(x, weight, bias, gain, v_init, statistics, grads, constants, eps):
     inverse_std = 1 / np.sqrt(variance + eps)
     x_hat = (x - mean.reshape(shape)) * inverse_std.reshape(shape)
     y = x_hat * weight.reshape(shape) + bias.reshape(shape)
-    neuron = dlif_bptt(y, gain, v_init, grad_spikes=grads[0], grad_v=grads[1], grad_potentials=grads[2], **constants)
+    neuron = dlif_bptt(
+        y,
+        gain,
+        v_init,
+        grad_spikes=grads[0],
+        grad_v=grads[1],
+        grad_potentials=grads[2],
+        **constants,
+    )
     grad_x_hat = neuron.grad_x * weight.reshape(shape)
     if statistics is None:
         grad_x_hat = (
-            grad_x_hat - grad_x_hat.mean(axes, keepdims=True) - x_hat * (grad_x_hat * x_hat).mean(axes, keepdims=True)
+            grad_x_hat
+            - grad_x_hat.mean(axes, keepdims=True)
+            - x_hat * (grad_x_hat * x_hat).mean(axes, keepdims=True)
         )
     return {
         "spikes": neuron.spikes,
@@ -63,48 +89,79 @@ def random_call(shape, seed=0):
 
 @functools.cache
 def expected_call(shape, dtype, statistics, average_pool, **constants):
-    """A call rounded to its dtype, and what comes out of it by hand; every instruction set gets the same."""
+    """A call rounded to its dtype, and what comes out of it by hand; every instruction set gets the
+    same.
+    """
     *values, (grad_spikes, *grads), running = random_call(shape, seed=int(average_pool))
     grads = [means(grad_spikes) if average_pool else grad_spikes, *grads]
-    values, grads, running = ([torch.tensor(a, dtype=dtype) for a in arrays] for arrays in (values, grads, running))
-    wide, wide_grads, fixed = ([a.double().numpy() for a in tensors] for tensors in (values, grads, running))
+    values, grads, running = (
+        [torch.tensor(a, dtype=dtype) for a in arrays] for arrays in (values, grads, running)
+    )
+    wide, wide_grads, fixed = (
+        [a.double().numpy() for a in tensors] for tensors in (values, grads, running)
+    )
     if average_pool:
         wide_grads[0] = shares(wide_grads[0], shape)
     if statistics is None:  # a batch norm that changes nothing
-        wide[1:3], fixed = (np.ones(shape[2]), np.zeros(shape[2])), (np.zeros(shape[2]), np.ones(shape[2]))
+        wide[1:3], fixed = (
+            (np.ones(shape[2]), np.zeros(shape[2])),
+            (np.zeros(shape[2]), np.ones(shape[2])),
+        )
     expected = by_hand(
-        *wide, None if statistics == "batch" else fixed, wide_grads, constants, eps=1e-5 if statistics else 0.0
+        *wide,
+        None if statistics == "batch" else fixed,
+        wide_grads,
+        constants,
+        eps=1e-5 if statistics else 0.0,
     )
     assert 0.05 < expected["spikes"].mean() < 0.95
     return values, grads, running, expected
 
 
-def compare(backend, shape, dtype, statistics, *, average_pool=False, channels_last=False, **constants):
+def compare(
+    backend, shape, dtype, statistics, *, average_pool=False, channels_last=False, **constants
+):
     """One call against all written by hand."""
     exact = dtype == torch.float64
-    values, grads, running, expected = expected_call(shape, dtype, statistics, average_pool, **constants)
+    values, grads, running, expected = expected_call(
+        shape, dtype, statistics, average_pool, **constants
+    )
     x, weight, bias, gain, v_init = (a.clone().requires_grad_() for a in values)
     found = {"x": x, "gain": gain, "v_init": v_init}
     norm = None
     if statistics is not None:
-        norm = BatchNorm(weight, bias, *(a.clone() for a in running), use_batch_statistics=statistics == "batch")
+        norm = BatchNorm(
+            weight, bias, *(a.clone() for a in running), use_batch_statistics=statistics == "batch"
+        )
         found |= {"weight": weight, "bias": bias}
     surrogate = Surrogate(constants.pop("kind"), constants.pop("alpha"))
     outputs = batch_norm_dlif_multi_step(
-        laid_out(x, channels_last), norm, gain, laid_out(v_init[None], channels_last)[0], average_pool=average_pool,
-        surrogate=surrogate, store_v_seq=True, backend=backend, **constants,
-    )  # fmt: skip
+        laid_out(x, channels_last),
+        norm,
+        gain,
+        laid_out(v_init[None], channels_last)[0],
+        average_pool=average_pool,
+        surrogate=surrogate,
+        store_v_seq=True,
+        backend=backend,
+        **constants,
+    )
     torch.autograd.backward(outputs, grads)
     spikes, v, potentials = (a.detach() for a in outputs)
-    # these seeds come nowhere so near the threshold that float32 flips a spike, which is asserted, not assumed
+    # these seeds come nowhere so near the threshold that float32 flips a spike, which is asserted,
+    # not assumed
     wanted = means(expected["spikes"]) if average_pool else expected["spikes"]
     np.testing.assert_array_equal(spikes, wanted, err_msg=f"{shape}")
     np.testing.assert_array_equal(v, potentials[-1])
-    np.testing.assert_allclose(potentials, expected["potentials"], rtol=0, atol=1e-11 if exact else 1e-4)
+    np.testing.assert_allclose(
+        potentials, expected["potentials"], rtol=0, atol=1e-11 if exact else 1e-4
+    )
     for name, tensor in found.items():
         scale = np.abs(expected[name]).max()
         tolerance = {"rtol": 1e-9, "atol": 1e-10} if exact else {"rtol": 1e-4, "atol": 5e-6 * scale}
-        np.testing.assert_allclose(tensor.grad, expected[name], err_msg=f"{shape}: {name}", **tolerance)
+        np.testing.assert_allclose(
+            tensor.grad, expected[name], err_msg=f"{shape}: {name}", **tolerance
+        )
 
 
 by_hand_or_compiled = pytest.mark.parametrize(
@@ -116,17 +173,37 @@ by_hand_or_compiled = pytest.mark.parametrize(
 @pytest.mark.parametrize("statistics", ["batch", "running"])
 @pytest.mark.parametrize(("v_reset", "detach_reset", "kind", "alpha"), NEURONS)
 @pytest.mark.parametrize("dtype", SHAPES)
-def test_equals_both_written_by_hand(backend, dtype, statistics, v_reset, detach_reset, kind, alpha):
+def test_equals_both_written_by_hand(
+    backend, dtype, statistics, v_reset, detach_reset, kind, alpha
+):
     decay, v_threshold = (0.9, 0.8) if dtype == torch.float64 else (0.99, 1.0)
-    constants = {"decay": decay, "v_threshold": v_threshold, "v_reset": v_reset, "detach_reset": detach_reset}
+    constants = {
+        "decay": decay,
+        "v_threshold": v_threshold,
+        "v_reset": v_reset,
+        "detach_reset": detach_reset,
+    }
     for shape in SHAPES[dtype]:
         compare(backend, shape, dtype, statistics, kind=kind, alpha=alpha, **constants)
 
 
-# planes of odd sizes, rows longer than a block of neurons, more channels than a block has, fewer than two
+# planes of odd sizes, rows longer than a block of neurons, more channels than a block has, fewer
+# than two
 POOLED_SHAPES = {
-    torch.float64: [(4, 3, 5, 8, 8), (3, 2, 3, 7, 9), (2, 1, 2, 3, 150), (2, 2, 70, 4, 2), (3, 2, 1, 2, 33)],
-    torch.float32: [(3, 2, 5, 12, 12), (2, 3, 33, 5, 4), (2, 1, 3, 4, 321), (3, 2, 200, 3, 6), (2, 2, 64, 8, 8)],
+    torch.float64: [
+        (4, 3, 5, 8, 8),
+        (3, 2, 3, 7, 9),
+        (2, 1, 2, 3, 150),
+        (2, 2, 70, 4, 2),
+        (3, 2, 1, 2, 33),
+    ],
+    torch.float32: [
+        (3, 2, 5, 12, 12),
+        (2, 3, 33, 5, 4),
+        (2, 1, 3, 4, 321),
+        (3, 2, 200, 3, 6),
+        (2, 2, 64, 8, 8),
+    ],
 }
 
 
@@ -140,17 +217,22 @@ def means(spikes):
 def shares(grad_means, shape):
     """What the gradient of the means gives to every neuron."""
     spread = np.repeat(np.repeat(grad_means, 2, -1), 2, -2) / 4
-    return np.pad(spread, [(0, whole - given) for whole, given in zip(shape, spread.shape, strict=True)])
+    return np.pad(
+        spread, [(0, whole - given) for whole, given in zip(shape, spread.shape, strict=True)]
+    )
 
 
 @by_hand_or_compiled
 @pytest.mark.parametrize("statistics", ["batch", "running", None])
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(
-    ("v_reset", "detach_reset", "kind"), [(0.0, False, "triangle"), (None, True, "atan"), (-0.25, False, "sigmoid")]
+    ("v_reset", "detach_reset", "kind"),
+    [(0.0, False, "triangle"), (None, True, "atan"), (-0.25, False, "sigmoid")],
 )
 @pytest.mark.parametrize("dtype", POOLED_SHAPES)
-def test_pooled_equals_all_written_by_hand(backend, dtype, statistics, channels_last, v_reset, detach_reset, kind):
+def test_pooled_equals_all_written_by_hand(
+    backend, dtype, statistics, channels_last, v_reset, detach_reset, kind
+):
     constants = {"decay": 0.9, "v_threshold": 0.8, "v_reset": v_reset, "detach_reset": detach_reset}
     constants |= {"kind": kind, "alpha": 2.0, "average_pool": True, "channels_last": channels_last}
     for shape in POOLED_SHAPES[dtype]:
@@ -163,17 +245,26 @@ def test_pooled_equals_all_written_by_hand(backend, dtype, statistics, channels_
 @pytest.mark.parametrize(
     ("statistics", "average_pool", "repeated"),
     [
-        ("batch", False, False), (None, True, False), ("batch", True, False), ("batch", False, True),
+        ("batch", False, False),
+        (None, True, False),
+        ("batch", True, False),
+        ("batch", False, True),
         ("running", False, True),
     ],
-)  # fmt: skip
+)
 def test_halves_are_a_float32_run_of_the_same_numbers(
     instruction_set, dtype, channels_last, statistics, average_pool, repeated
 ):
-    """Arithmetic and state are float32's: only what is stored is rounded, once, and a repeated image's gradient too."""
+    """Arithmetic and state are float32's: only what is stored is rounded, once, and a repeated
+    image's gradient too.
+    """
     shapes = [(4, 3, 33, 8, 8), (3, 2, 5, 7, 9)]
-    for T, *step in shapes if repeated else [*shapes, (2, 16, 64, 32, 32)]:  # the last is written past the cache
-        case = Case(T, tuple(step), dtype, statistics, average_pool, channels_last, repeated, TRIANGLE)
+    for T, *step in (
+        shapes if repeated else [*shapes, (2, 16, 64, 32, 32)]
+    ):  # the last is written past the cache
+        case = Case(
+            T, tuple(step), dtype, statistics, average_pool, channels_last, repeated, TRIANGLE
+        )
         half, whole = (Call("cpp", case, storage) for storage in (dtype, torch.float32))
         assert [a.dtype for a in half.outputs] == [dtype, *[torch.float32] * 3]
         spikes, x, grad_x = half.outputs[0], half.x, half.gradients[0]
@@ -252,7 +343,9 @@ def test_without_batch_norm_nobody_needs_the_gradient_of_an_input():
     for needed in (True, False):
         x = torch.linspace(-1, 2, 96).view(3, 1, 2, 4, 4).requires_grad_(needed)
         gain = torch.ones(3, requires_grad=True)
-        spikes, _, _ = batch_norm_dlif_multi_step(x, None, gain, decay=0.9, average_pool=True, backend="cpp")
+        spikes, _, _ = batch_norm_dlif_multi_step(
+            x, None, gain, decay=0.9, average_pool=True, backend="cpp"
+        )
         spikes.sum().backward()
         slopes.append(gain.grad)
     assert slopes[0].all()
@@ -269,7 +362,16 @@ def test_nothing_of_the_scratch_gets_into_the_result(instruction_set, monkeypatc
         return tensor.fill_(255) if tensor.dtype == torch.uint8 else tensor
 
     # less than one block
-    case = Case(3, (2, 5, 3 if average_pool else 1, 3), torch.float32, "batch", average_pool, False, False, TRIANGLE)
+    case = Case(
+        3,
+        (2, 5, 3 if average_pool else 1, 3),
+        torch.float32,
+        "batch",
+        average_pool,
+        False,
+        False,
+        TRIANGLE,
+    )
     plain = Call("cpp", case, torch.float32)
     monkeypatch.setattr(torch, "empty", full_of_nan)
     assert_equal(Call("cpp", case, torch.float32).results, plain.results)
@@ -288,7 +390,9 @@ def test_large_tensors(instruction_set, shape):
     x, results = torch.randn(shape), []
     weights = torch.randn_like(x)
     for backend in ("cpp", "reference"):
-        leaves = [a.requires_grad_() for a in (x.clone(), torch.ones(shape[2]), torch.zeros(shape[2]))]
+        leaves = [
+            a.requires_grad_() for a in (x.clone(), torch.ones(shape[2]), torch.zeros(shape[2]))
+        ]
         gain = torch.ones(shape[0], requires_grad=True)
         norm = BatchNorm(leaves[1], leaves[2], None, None, use_batch_statistics=True)
         spikes, _, _ = batch_norm_dlif_multi_step(leaves[0], norm, gain, decay=0.9, backend=backend)
@@ -305,17 +409,25 @@ def test_large_tensors(instruction_set, shape):
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("repeat", [torch.Tensor.expand, repeat_step])
-def test_an_image_repeated_over_time_is_not_copied(instruction_set, average_pool, channels_last, training, repeat):
+def test_an_image_repeated_over_time_is_not_copied(
+    instruction_set, average_pool, channels_last, training, repeat
+):
     saved, results = [], []
     for repeated in (True, False):
         torch.manual_seed(0)
         for shape in ((1, 3, 4, 6, 6), (1, 2, 3, 7, 70)):
-            image = laid_out(torch.randn(shape, dtype=torch.float64), channels_last).requires_grad_()
+            image = laid_out(
+                torch.randn(shape, dtype=torch.float64), channels_last
+            ).requires_grad_()
             x = repeat(image, 5, *shape[1:]) if repeat is torch.Tensor.expand else repeat(image, 5)
-            weight, bias = (torch.linspace(a, 1.5, shape[2]).double().requires_grad_() for a in (0.5, -0.5))
+            weight, bias = (
+                torch.linspace(a, 1.5, shape[2]).double().requires_grad_() for a in (0.5, -0.5)
+            )
             gain = torch.linspace(0.8, 1.2, 5).double().requires_grad_()
             running = [torch.zeros(shape[2]).double(), torch.ones(shape[2]).double()]
-            with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.data_ptr()) or t, lambda t: t):
+            with torch.autograd.graph.saved_tensors_hooks(
+                lambda t: saved.append(t.data_ptr()) or t, lambda t: t
+            ):
                 spikes, v, _ = batch_norm_dlif_multi_step(
                     x if repeated else laid_out(x.clone(), channels_last),
                     BatchNorm(weight, bias, *running, use_batch_statistics=training),
@@ -328,7 +440,12 @@ def test_an_image_repeated_over_time_is_not_copied(instruction_set, average_pool
             assert (image.data_ptr() in saved) == repeated
             saved.clear()
             weights = laid_out(torch.randn_like(spikes), channels_last)
-            results += [spikes, v, *torch.autograd.grad(spikes, (image, weight, bias, gain), weights), *running]
+            results += [
+                spikes,
+                v,
+                *torch.autograd.grad(spikes, (image, weight, bias, gain), weights),
+                *running,
+            ]
     half = len(results) // 2
     torch.testing.assert_close(results[:half], results[half:], rtol=1e-10, atol=1e-10)
 
@@ -343,8 +460,19 @@ def test_currents_and_their_gradient_are_those_of_the_reference(
 ):
     statistics = "batch" if training else "running"
     for T, *step in ((4, 3, 5, 8, 8), (3, 2, 3, 7, 9), (2, 1, 2, 3, 150)):
-        case = Case(T, tuple(step), torch.float64, statistics, average_pool, channels_last, repeated, TRIANGLE)
-        found, wanted = (Call(backend, case, torch.float64).results for backend in ("cpp", "reference"))
+        case = Case(
+            T,
+            tuple(step),
+            torch.float64,
+            statistics,
+            average_pool,
+            channels_last,
+            repeated,
+            TRIANGLE,
+        )
+        found, wanted = (
+            Call(backend, case, torch.float64).results for backend in ("cpp", "reference")
+        )
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
 
 
@@ -357,7 +485,9 @@ def test_other_memory_formats_run_apart():
     gradients = []
     for values in (x, turned):
         leaf = values.clone().requires_grad_()
-        spikes, _, _ = batch_norm_dlif_multi_step(leaf, norm, torch.ones(3), decay=0.9, average_pool=True)
+        spikes, _, _ = batch_norm_dlif_multi_step(
+            leaf, norm, torch.ones(3), decay=0.9, average_pool=True
+        )
         spikes.square().sum().backward()
         gradients.append(leaf.grad)
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
@@ -381,7 +511,9 @@ def test_what_cannot_run_in_one_pass_runs_in_two():
     assert not can_fuse(x, norm, custom)
     spikes, _, _ = batch_norm_dlif_multi_step(x, norm, torch.ones(3), decay=0.9, surrogate=custom)
     assert ((spikes > 0) & (spikes < 1)).all()
-    assert not can_fuse(x.half(), BatchNorm(torch.ones(5).double(), None, None, None, True), Surrogate())
+    assert not can_fuse(
+        x.half(), BatchNorm(torch.ones(5).double(), None, None, None, True), Surrogate()
+    )
     for thin in (torch.randn(3, 4, 5, 6, 1), torch.randn(3, 4, 5, 1, 6)):
         assert can_fuse(thin, norm, Surrogate())
         assert not can_fuse(thin, norm, Surrogate(), average_pool=True)
@@ -410,7 +542,15 @@ def test_pooling_of_spikes_apart_equals_torchs(plane, dtype):
 def test_what_is_not_pooled_apart():
     spikes = torch.ones(3, 2, 5, 8, 8)
     channels_last = laid_out(spikes, True)
-    others = (spikes[..., :1], spikes.flatten(3), spikes.bfloat16(), spikes.long(), spikes.bool(), channels_last, None)
+    others = (
+        spikes[..., :1],
+        spikes.flatten(3),
+        spikes.bfloat16(),
+        spikes.long(),
+        spikes.bool(),
+        channels_last,
+        None,
+    )
     assert not any(map(apart.can_pool, (*others, spikes.to("meta"))))
 
 
@@ -421,14 +561,24 @@ def test_running_statistics_apart_are_those_of_torch(affine, repeat, dtype):
     torch.manual_seed(0)
     of_norm = torch.float64 if dtype == torch.float64 else torch.float32
     weight, bias, mean, variance = torch.rand(4, 5, dtype=of_norm) + 0.1
-    norm = BatchNorm(weight if affine else None, bias if affine else None, mean, variance, False, eps=1e-3)
-    step, upstream = torch.randn(1 if repeat else 4, 3, 5, 4, 2).to(dtype), torch.randn(4, 3, 5, 4, 2).to(dtype)
+    norm = BatchNorm(
+        weight if affine else None, bias if affine else None, mean, variance, False, eps=1e-3
+    )
+    step, upstream = (
+        torch.randn(1 if repeat else 4, 3, 5, 4, 2).to(dtype),
+        torch.randn(4, 3, 5, 4, 2).to(dtype),
+    )
     found = []
     for run in (apart.normalise, reference.normalise):
-        leaves = [step.clone().requires_grad_(), *(t.clone().requires_grad_() for t in (weight, bias))]
+        leaves = [
+            step.clone().requires_grad_(),
+            *(t.clone().requires_grad_() for t in (weight, bias)),
+        ]
         used = replace(norm, weight=leaves[1], bias=leaves[2]) if affine else norm
         y_seq = run(repeat_step(leaves[0], 4) if repeat else leaves[0], used)
-        found.append((y_seq, *torch.autograd.grad((y_seq * upstream).sum(), leaves[: 3 if affine else 1])))
+        found.append(
+            (y_seq, *torch.autograd.grad((y_seq * upstream).sum(), leaves[: 3 if affine else 1]))
+        )
     assert found[0][0].dtype == dtype
     torch.testing.assert_close(*found)
 
@@ -448,7 +598,9 @@ def test_wrong_arguments():
             batch_norm_dlif_multi_step(*arguments, decay=0.9)
     with pytest.raises(ValueError, match="must be given when use_batch_statistics is False"):
         BatchNorm(None, None, None, None, use_batch_statistics=False)
-    with pytest.raises(ValueError, match=r"average_pool needs x_seq \[T, N, C, H, W\], got shape \(3, 4, 5\)"):
+    with pytest.raises(
+        ValueError, match=r"average_pool needs x_seq \[T, N, C, H, W\], got shape \(3, 4, 5\)"
+    ):
         batch_norm_dlif_multi_step(x, norm, gain, decay=0.9, average_pool=True)
     if cpp.unavailable_reason() is None:
         strided = torch.zeros(3, 4, 6, 5).transpose(2, 3)

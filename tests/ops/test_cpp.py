@@ -1,4 +1,6 @@
-"""The compiled CPU kernel and its surroundings: library, processor, threads, halves. Its results: test_dlif.py."""
+"""The compiled CPU kernel and its surroundings: library, processor, threads, halves. Its results:
+test_dlif.py.
+"""
 
 import shutil
 import subprocess
@@ -41,24 +43,34 @@ def test_kernel_is_there_where_it_can_be_built():
 
 @pytest.mark.slow
 @needs_kernel
-@pytest.mark.parametrize("M", [(1 << 20) + 64, (1 << 20) + 3])  # rows aligned, so written past the cache, and not
+@pytest.mark.parametrize(
+    "M", [(1 << 20) + 64, (1 << 20) + 3]
+)  # rows aligned, so written past the cache, and not
 def test_large_tensors(instruction_set, threads, M):
     threads(2)
     inputs, grads = call(5, M)
     inputs = inputs._replace(v_init=None)
     assert_equal(cpp.forward(inputs, True), eager.forward(inputs, True))
-    actual, wanted = (m.backward(inputs, OutputGradients(grads.spike_seq), False) for m in (cpp, eager))
+    actual, wanted = (
+        m.backward(inputs, OutputGradients(grads.spike_seq), False) for m in (cpp, eager)
+    )
     torch.testing.assert_close(actual[0], wanted[0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(actual[1], wanted[1], rtol=1e-4, atol=1.0)  # sums of a million terms of size one
+    torch.testing.assert_close(
+        actual[1], wanted[1], rtol=1e-4, atol=1.0
+    )  # sums of a million terms of size one
 
 
 @needs_kernel
 def test_a_sum_of_a_million_terms_keeps_its_digits(instruction_set):
-    """Each rounding goes the same way, so a sum in float32 alone is off by more the longer it is."""
+    """Each rounding goes the same way, so a sum in float32 alone is off by more the longer it
+    is.
+    """
     M, gain = 1 << 20, torch.ones(1)
     one, many = (
         cpp.backward(
-            Inputs(torch.full((1, n), 0.1), gain, None, config()), OutputGradients(torch.full((1, n), 0.3)), False
+            Inputs(torch.full((1, n), 0.1), gain, None, config()),
+            OutputGradients(torch.full((1, n), 0.3)),
+            False,
         )
         for n in (1, M)
     )
@@ -70,16 +82,29 @@ def test_a_sum_of_a_million_terms_keeps_its_digits(instruction_set):
 def test_every_half_number_is_converted_as_torch_does(instruction_set, dtype):
     patterns = torch.arange(-(1 << 15), 1 << 15).to(torch.int16).view(dtype)
     x = patterns[None]
-    c = config(None, v_threshold=float("nan"), decay=1.0)  # nobody fires, so the potential is the input itself
+    c = config(
+        None, v_threshold=float("nan"), decay=1.0
+    )  # nobody fires, so the potential is the input itself
     _, v, _ = cpp.forward(Inputs(x, torch.ones(1), torch.zeros(x.shape[1]), c), False)
     torch.testing.assert_close(v, patterns.float(), rtol=0, atol=0, equal_nan=True)
     # and back: with no spike and no spike gradient grad_x is grad_v
     exact = patterns.float()
     between = (exact + exact.roll(-1)) / 2  # ties of the rounding
     tiny_steps = exact * (1 + torch.tensor([2.0**-20]))
-    for grad_v in (exact, between, tiny_steps, exact * 1e-3, torch.full_like(exact, 65519.996), exact * 1e30):
-        inputs = Inputs(torch.zeros_like(x), torch.ones(1), None, config(None, 1.0, 10.0, detach_reset=True))
-        grad_x, _, _ = cpp.backward(inputs, OutputGradients(torch.zeros_like(x), grad_v.contiguous()), False)
+    for grad_v in (
+        exact,
+        between,
+        tiny_steps,
+        exact * 1e-3,
+        torch.full_like(exact, 65519.996),
+        exact * 1e30,
+    ):
+        inputs = Inputs(
+            torch.zeros_like(x), torch.ones(1), None, config(None, 1.0, 10.0, detach_reset=True)
+        )
+        grad_x, _, _ = cpp.backward(
+            inputs, OutputGradients(torch.zeros_like(x), grad_v.contiguous()), False
+        )
         torch.testing.assert_close(grad_x[0], grad_v.to(dtype), rtol=0, atol=0, equal_nan=True)
 
 
@@ -147,7 +172,9 @@ def test_works_in_children_forked_before_and_after_the_first_use():
 @needs_kernel
 @pytest.mark.skipif("avx2" not in cpp.instruction_sets(), reason="this processor has no AVX2")
 def test_wide_code_stores_past_the_cache():
-    """A compiler that takes another branch of the preprocessor gives the same results, a third slower."""
+    """A compiler that takes another branch of the preprocessor gives the same results, a third
+    slower.
+    """
     code = Path(cpp.__file__).with_name(cpp._LIBRARY_NAME).read_bytes()
     vmovntps_ymm = (b"\xc5\xfc\x2b", b"\xc5\x7c\x2b")
     assert sum(code.count(opcode) for opcode in vmovntps_ymm) > 50
@@ -185,9 +212,15 @@ def pretend_library(tmp_path, monkeypatch, content):
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(None, "was not built"), (b"built for another system", "cannot be loaded"), (b"", "cannot be")],
+    [
+        (None, "was not built"),
+        (b"built for another system", "cannot be loaded"),
+        (b"", "cannot be"),
+    ],
 )
-def test_missing_or_foreign_library_falls_back(tmp_path, monkeypatch, fresh_library, content, reason):
+def test_missing_or_foreign_library_falls_back(
+    tmp_path, monkeypatch, fresh_library, content, reason
+):
     pretend_library(tmp_path, monkeypatch, content)
     assert reason in cpp.unavailable_reason()
     assert "install" in cpp.unavailable_reason()

@@ -1,4 +1,6 @@
-"""Every backend of the DLIF operator against back-propagation through time by hand, and against the reference."""
+"""Every backend of the DLIF operator against back-propagation through time by hand, and against the
+reference.
+"""
 
 import functools
 import itertools
@@ -17,12 +19,18 @@ from ops.calls import (
     quarters,
     random_call,
     run,
-)  # fmt: skip
+)
 from oracle import away_from_threshold
 from torch import nn
 
 from sj_robust._host import surrogate as host
-from sj_robust.ops import Surrogate, available_backends, check_backend, choose_backend, dlif_multi_step
+from sj_robust.ops import (
+    Surrogate,
+    available_backends,
+    check_backend,
+    choose_backend,
+    dlif_multi_step,
+)
 from sj_robust.ops.dlif import cpp, eager
 from sj_robust.ops.surrogate import HOST_NAMES
 
@@ -45,28 +53,57 @@ def expected_call(shape, dtype, **constants):
 
 @pytest.mark.parametrize(("v_reset", "detach_reset", "kind", "alpha"), NEURONS)
 def test_equals_bptt_by_hand(backend, v_reset, detach_reset, kind, alpha):
-    constants = {"v_threshold": 0.8, "v_reset": v_reset, "detach_reset": detach_reset, "kind": kind, "alpha": alpha}
-    for shape in ((1, 1), (2, 31), (3, 4099), (4, 3, 7, 5), (5, 64), (7, 33), (8, 3, 7, 5), (13, 105), (16, 65)):
+    constants = {
+        "v_threshold": 0.8,
+        "v_reset": v_reset,
+        "detach_reset": detach_reset,
+        "kind": kind,
+        "alpha": alpha,
+    }
+    for shape in (
+        (1, 1),
+        (2, 31),
+        (3, 4099),
+        (4, 3, 7, 5),
+        (5, 64),
+        (7, 33),
+        (8, 3, 7, 5),
+        (13, 105),
+        (16, 65),
+    ):
         call, expected = expected_call(shape, torch.float64, decay=0.9, **constants)
         assert expected.h.size < 100 or 0.05 < expected.spikes.mean() < 0.95
         (spikes, v, potentials), gradients = run(backend, *call, decay=0.9, **constants)
         np.testing.assert_array_equal(spikes, expected.spikes, err_msg=f"{shape}")
-        np.testing.assert_allclose(potentials, expected.potentials, rtol=0, atol=1e-12, err_msg=f"{shape}")
+        np.testing.assert_allclose(
+            potentials, expected.potentials, rtol=0, atol=1e-12, err_msg=f"{shape}"
+        )
         np.testing.assert_array_equal(v, potentials[-1])
         for name, gradient in zip(("grad_x", "grad_gain", "grad_v_init"), gradients, strict=True):
             wanted = getattr(expected, name)
-            np.testing.assert_allclose(gradient, wanted, rtol=1e-9, atol=1e-11, err_msg=f"{shape}: {name}")
+            np.testing.assert_allclose(
+                gradient, wanted, rtol=1e-9, atol=1e-11, err_msg=f"{shape}: {name}"
+            )
 
-    # float32: a gradient looks at the whole sequence of its neuron, so only neurons certain to the last step count
+    # float32: a gradient looks at the whole sequence of its neuron, so only neurons certain to the
+    # last step count
     for decay in (0.9, 0.99):
         call, expected = expected_call((8, 4099), torch.float32, decay=decay, **constants)
         certain = away_from_threshold(expected.h, 0.8, 1e-6)[-1]
         assert certain.mean() > 0.999
-        (spikes, _, potentials), (grad_x, grad_gain, grad_v_init) = run(backend, *call, decay=decay, **constants)
+        (spikes, _, potentials), (grad_x, grad_gain, grad_v_init) = run(
+            backend, *call, decay=decay, **constants
+        )
         np.testing.assert_array_equal(spikes[:, certain], expected.spikes[:, certain])
-        np.testing.assert_allclose(potentials[:, certain], expected.potentials[:, certain], atol=1e-5)
-        np.testing.assert_allclose(grad_x[:, certain], expected.grad_x[:, certain], rtol=1e-4, atol=2e-5)
-        np.testing.assert_allclose(grad_v_init[certain], expected.grad_v_init[certain], rtol=1e-4, atol=2e-5)
+        np.testing.assert_allclose(
+            potentials[:, certain], expected.potentials[:, certain], atol=1e-5
+        )
+        np.testing.assert_allclose(
+            grad_x[:, certain], expected.grad_x[:, certain], rtol=1e-4, atol=2e-5
+        )
+        np.testing.assert_allclose(
+            grad_v_init[certain], expected.grad_v_init[certain], rtol=1e-4, atol=2e-5
+        )
         scale = np.abs(expected.grad_x).sum(1).max()
         np.testing.assert_allclose(grad_gain, expected.grad_gain, rtol=1e-4, atol=1e-5 * scale)
 
@@ -76,7 +113,10 @@ def test_gain_may_lie_anywhere_in_memory(backend):
     _, gain, _ = inputs
     column = torch.stack((torch.zeros(4), gain, torch.ones(4)), 1)[:, 1]
     for given in (column, gain[:1].expand(4)):
-        found, wanted = (run(backend, (inputs[0], g, None), grads, decay=0.9) for g in (given, given.contiguous()))
+        found, wanted = (
+            run(backend, (inputs[0], g, None), grads, decay=0.9)
+            for g in (given, given.contiguous())
+        )
         assert_equal(found, wanted)
 
 
@@ -94,9 +134,20 @@ def test_formulas_are_those_of_spikingjelly():
 
 
 SHAPES = [
-    (1, 1), (7, 33), (4, 63), (4, 127), (4, 257), (2, 20000), (3, 70001), (1500, 70), (40, 2, 3), (2, 1, 1),
-    (4, 2, 3, 5, 7), (3, 0), (5, 0, 4),
-]  # fmt: skip
+    (1, 1),
+    (7, 33),
+    (4, 63),
+    (4, 127),
+    (4, 257),
+    (2, 20000),
+    (3, 70001),
+    (1500, 70),
+    (40, 2, 3),
+    (2, 1, 1),
+    (4, 2, 3, 5, 7),
+    (3, 0),
+    (5, 0, 4),
+]
 
 
 @functools.cache
@@ -120,7 +171,9 @@ def test_outputs_equal_the_reference_bit_for_bit(backend, dtype, v_reset):
         assert outputs[0].shape == shape
         named = f"{shape}: {{}}".format
         assert_equal(outputs, wanted, msg=named)
-        torch.testing.assert_close(gradients, wanted_gradients, rtol=tolerance, atol=tolerance, msg=named)
+        torch.testing.assert_close(
+            gradients, wanted_gradients, rtol=tolerance, atol=tolerance, msg=named
+        )
 
 
 def test_half_inputs_are_widened_and_then_treated_as_float32(backend):
@@ -156,10 +209,15 @@ def test_every_optional_input_and_gradient_may_be_missing(backend):
     for starts, *used in itertools.product([False, True], repeat=4):
         if not any(used):
             continue
-        grads = [a if there else zeros(a) for a, there in zip((grad_spikes, grad_v, grad_v_seq), used, strict=True)]
+        grads = [
+            a if there else zeros(a)
+            for a, there in zip((grad_spikes, grad_v, grad_v_seq), used, strict=True)
+        ]
         expected = by_hand((x, gain, v_init if starts else at_reset), grads, **constants)
         given = [a if there else None for a, there in zip(grads, used, strict=True)]
-        _, (grad_x, grad_gain, grad_v_init) = run(backend, (x, gain, v_init if starts else None), given, **constants)
+        _, (grad_x, grad_gain, grad_v_init) = run(
+            backend, (x, gain, v_init if starts else None), given, **constants
+        )
         np.testing.assert_allclose(grad_x, expected.grad_x, atol=1e-11)
         np.testing.assert_allclose(grad_gain, expected.grad_gain, atol=1e-10)
         if starts:
@@ -187,7 +245,10 @@ def test_memory_formats_are_not_mixed_up(backend):
     _, grads = random_call(plain.shape, torch.float32)
     v_init = torch.randn(2, 3, 5, 6)
     for x in (laid_out(plain, True), repeated, sliced):
-        leaves = [a.requires_grad_() for a in (x.clone(memory_format=torch.preserve_format), x.contiguous().clone())]
+        leaves = [
+            a.requires_grad_()
+            for a in (x.clone(memory_format=torch.preserve_format), x.contiguous().clone())
+        ]
         results = [
             dlif_multi_step(leaf, torch.ones(4), v_init, decay=0.9, store_v_seq=True, backend=name)
             for leaf, name in zip(leaves, (backend, "reference"), strict=True)
@@ -209,7 +270,9 @@ def test_eager_in_several_blocks(monkeypatch, v_reset, detach_reset):
         assert len(eager._blocks(inputs[0])) == 3
         given = [grad if i in kept[needs] else None for i, grad in enumerate(grads)]
         options = {"decay": 0.9, "v_reset": v_reset, "detach_reset": detach_reset}
-        (outputs, gradients), wanted = (run(name, inputs, given, **options) for name in ("eager", "reference"))
+        (outputs, gradients), wanted = (
+            run(name, inputs, given, **options) for name in ("eager", "reference")
+        )
         assert_equal(outputs, wanted[0])
         for a, b in zip(gradients, wanted[1], strict=True):
             if b is not None:
@@ -246,7 +309,12 @@ def test_gradcheck_with_a_smooth_spike(v_reset):
 
         def function(*inputs, backend=backend):
             return dlif_multi_step(
-                *inputs, decay=0.8, v_reset=v_reset, surrogate=smooth, store_v_seq=True, backend=backend
+                *inputs,
+                decay=0.8,
+                v_reset=v_reset,
+                surrogate=smooth,
+                store_v_seq=True,
+                backend=backend,
             )
 
         assert torch.autograd.gradcheck(function, (x, gain, v_init))
@@ -298,7 +366,9 @@ class TestContract:
     def test_named_backend_that_cannot_run_says_what_to_do(self):
         trainable = Surrogate("custom", function=nn.PReLU())
         x = torch.zeros(2, 3)
-        with pytest.raises(ValueError, match="backend='eager' cannot run this call.*backend='auto'"):
+        with pytest.raises(
+            ValueError, match="backend='eager' cannot run this call.*backend='auto'"
+        ):
             choose_backend("eager", x, trainable)
         assert choose_backend("auto", x, trainable) == "reference"
 
@@ -312,7 +382,9 @@ class TestContract:
     def test_missing_backend_says_what_is_missing(self):
         missing = [name for name, state in available_backends().items() if state != "available"]
         for name in missing:
-            with pytest.raises(RuntimeError, match=f"backend='{name}' is not available: .*take backend='auto'"):
+            with pytest.raises(
+                RuntimeError, match=f"backend='{name}' is not available: .*take backend='auto'"
+            ):
                 check_backend(name)
 
     def test_trainable_surrogate_gets_its_gradient(self):
@@ -326,7 +398,10 @@ class TestContract:
 
         surrogate = Scaled()
         spikes, _, _ = dlif_multi_step(
-            torch.randn(3, 4), torch.ones(3), decay=0.9, surrogate=Surrogate("custom", function=surrogate)
+            torch.randn(3, 4),
+            torch.ones(3),
+            decay=0.9,
+            surrogate=Surrogate("custom", function=surrogate),
         )
         spikes.sum().backward()
         assert surrogate.scale.grad.abs() > 0
@@ -334,7 +409,13 @@ class TestContract:
     @pytest.mark.parametrize(
         ("x", "gain", "v_init", "error", "match"),
         [
-            (torch.zeros(3, 2, dtype=torch.int64), torch.ones(3), None, TypeError, "floating point, got torch.int64"),
+            (
+                torch.zeros(3, 2, dtype=torch.int64),
+                torch.ones(3),
+                None,
+                TypeError,
+                "floating point, got torch.int64",
+            ),
             (torch.zeros(0, 2), torch.ones(0), None, ValueError, "T >= 1"),
             (torch.tensor(1.0), torch.ones(1), None, ValueError, "T >= 1"),
             (torch.zeros(3, 2), torch.ones(2), None, ValueError, "one value per step"),

@@ -1,4 +1,6 @@
-"""keep_heap keeps what is freed, and leaves alone what somebody has decided; huge pages are had where there are any."""
+"""keep_heap keeps what is freed, and leaves alone what somebody has decided; huge pages are had
+where there are any.
+"""
 
 import subprocess
 import sys
@@ -37,12 +39,16 @@ print(plain, advised, mapped, done, faults(zeros, 8))  # one block more may be f
 
 def run(**variables: str) -> list[str]:
     command = [sys.executable, "-W", "ignore", "-c", CODE]
-    return subprocess.run(command, capture_output=True, text=True, check=True, env=variables).stdout.split()
+    return subprocess.run(
+        command, capture_output=True, text=True, check=True, env=variables
+    ).stdout.split()
 
 
 @pytest.fixture(scope="module")
 def found() -> list[str]:
-    """Page faults of large blocks: plain, with huge pages, eight before keep_heap; what it says; eight after it."""
+    """Page faults of large blocks: plain, with huge pages, eight before keep_heap; what it says;
+    eight after it.
+    """
     return run()
 
 

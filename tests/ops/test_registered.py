@@ -1,4 +1,6 @@
-"""The operators in torch's registry: what they are to tracers. Whole networks under every tracer: tracers.py."""
+"""The operators in torch's registry: what they are to tracers. Whole networks under every tracer:
+tracers.py.
+"""
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ from sj_robust.ops.bn_dlif import BatchNorm, batch_norm_dlif_multi_step
 pytestmark = [
     needs_kernel,
     # opcheck of torch 2.15 looks at the gradients of copies
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
+    pytest.mark.filterwarnings(
+        "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+    ),
 ]
 BACKENDS = ["cpp", "eager", "reference"]
 CONSTANTS = (0.5, 1.0, None, "atan", 2.0, False)
@@ -27,7 +31,8 @@ def test_torch_finds_no_fault_in_dlif(backend, store):
     torch.library.opcheck(OPS.dlif, (*leaves, *CONSTANTS, store, backend, None))
     v_init = v_init.detach() if store else None
     torch.library.opcheck(
-        OPS.dlif_backward, (grad, grad_v, None, x.detach(), gain.detach(), v_init, *CONSTANTS, store, backend, None)
+        OPS.dlif_backward,
+        (grad, grad_v, None, x.detach(), gain.detach(), v_init, *CONSTANTS, store, backend, None),
     )
 
 
@@ -39,7 +44,11 @@ def test_torch_finds_no_fault_in_dlif(backend, store):
 def test_torch_finds_no_fault_in_batch_norm_and_dlif(statistics, channels_last, steps):
     (x, _, v_init), _ = random_call((steps, 2, 2, 4, 4), torch.float32)
     x = laid_out(x, channels_last)
-    gain, weight, bias = torch.tensor([1.0, 0.5, 2.0]), torch.tensor([1.0, 2.0]), torch.tensor([0.1, 0.2])
+    gain, weight, bias = (
+        torch.tensor([1.0, 0.5, 2.0]),
+        torch.tensor([1.0, 2.0]),
+        torch.tensor([0.1, 0.2]),
+    )
     running = (torch.zeros(2), torch.ones(2)) if statistics == "running" else (None, None)
     norm = (None, None) if statistics is None else (weight.requires_grad_(), bias.requires_grad_())
     leaves = (x.requires_grad_(), *norm, gain.requires_grad_(), v_init.requires_grad_(), *running)
@@ -47,18 +56,34 @@ def test_torch_finds_no_fault_in_batch_norm_and_dlif(statistics, channels_last, 
     torch.library.opcheck(OPS.bn_dlif, (*leaves, *stage, True, True))
     with torch.no_grad():
         spikes, v, v_seq, current, moments = OPS.bn_dlif(*leaves, *stage, True, True)
-        saved = (x.detach(), gain.detach(), v_init.detach(), None if statistics is None else moments)
-        torch.library.opcheck(OPS.bn_dlif_backward, (spikes, v, v_seq, current, *saved, *stage, True, True))
+        saved = (
+            x.detach(),
+            gain.detach(),
+            v_init.detach(),
+            None if statistics is None else moments,
+        )
+        torch.library.opcheck(
+            OPS.bn_dlif_backward, (spikes, v, v_seq, current, *saved, *stage, True, True)
+        )
 
 
 def layer(backend):
     """A function of images with every kind of output, and what belongs to its gradient."""
     (x, gain, v_init), _ = random_call((3, 2, 2, 4, 4), torch.float32)
-    norm = BatchNorm(torch.tensor([1.0, 2.0]), torch.tensor([0.1, 0.2]), None, None, use_batch_statistics=True)
-    fused = {"surrogate": Surrogate("sigmoid", 3.0), "decay": 0.5, "store_v_seq": True, "backend": backend}
+    norm = BatchNorm(
+        torch.tensor([1.0, 2.0]), torch.tensor([0.1, 0.2]), None, None, use_batch_statistics=True
+    )
+    fused = {
+        "surrogate": Surrogate("sigmoid", 3.0),
+        "decay": 0.5,
+        "store_v_seq": True,
+        "backend": backend,
+    }
 
     def function(x):
-        one = batch_norm_dlif_multi_step(x, norm, gain, v_init, average_pool=True, store_current=True, **fused)
+        one = batch_norm_dlif_multi_step(
+            x, norm, gain, v_init, average_pool=True, store_current=True, **fused
+        )
         other = dlif_multi_step(x, gain, v_init, **fused)
         return sum(part.square().sum() for part in (*one, *other))
 
@@ -75,9 +100,14 @@ def value_and_grad(function, x):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_graph_gives_the_numbers_of_other_inputs(backend, mode):
     function, x = layer(backend)
-    graph = make_fx(lambda x: value_and_grad(function, x), tracing_mode=mode, _allow_non_fake_inputs=True)(x)
+    graph = make_fx(
+        lambda x: value_and_grad(function, x), tracing_mode=mode, _allow_non_fake_inputs=True
+    )(x)
     names = {str(node.target) for node in graph.graph.nodes}
-    wanted = {f"sj_robust.{name}.default" for name in ("dlif", "dlif_backward", "bn_dlif", "bn_dlif_backward")}
+    wanted = {
+        f"sj_robust.{name}.default"
+        for name in ("dlif", "dlif_backward", "bn_dlif", "bn_dlif_backward")
+    }
     assert (wanted & names) == (wanted if backend == "cpp" else set())
     torch.testing.assert_close(graph(0.5 * x), value_and_grad(function, 0.5 * x))
 
@@ -104,8 +134,11 @@ def test_a_mode_sees_the_kernel_and_changes_nothing():
         found = value_and_grad(function, x)
     assert_equal(found, wanted)
     assert [name for name in seen.names if name.startswith("sj_robust")] == [
-        "sj_robust::bn_dlif", "sj_robust::dlif", "sj_robust::dlif_backward", "sj_robust::bn_dlif_backward"
-    ]  # fmt: skip
+        "sj_robust::bn_dlif",
+        "sj_robust::dlif",
+        "sj_robust::dlif_backward",
+        "sj_robust::bn_dlif_backward",
+    ]
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
@@ -117,10 +150,15 @@ def test_vmap_over_inputs_and_gains(backend):
         return spikes, v
 
     xs, gains = torch.stack([x, -x, 2 * x], 1), torch.stack([gain, 2 * gain, 0.5 * gain])
-    for dims, arguments in (((1, None, None), (xs, gain, v_init)), ((1, 0, None), (xs, gains, v_init))):
+    for dims, arguments in (
+        ((1, None, None), (xs, gain, v_init)),
+        ((1, 0, None), (xs, gains, v_init)),
+    ):
         found = torch.func.vmap(function, dims)(*arguments)
         each = [function(xs[:, i], gains[i] if dims[1] == 0 else gain, v_init) for i in range(3)]
-        torch.testing.assert_close(found, tuple(torch.stack(parts) for parts in zip(*each, strict=True)))
+        torch.testing.assert_close(
+            found, tuple(torch.stack(parts) for parts in zip(*each, strict=True))
+        )
 
 
 def test_functional_gradient_runs_in_plain_torch_or_says_that_it_has_to():
@@ -146,11 +184,14 @@ def test_a_surrogate_of_ones_own_is_traced_in_plain_torch():
         return dlif_multi_step(x, torch.ones(3), decay=0.5, surrogate=surrogate)[0]
 
     torch.testing.assert_close(
-        torch.func.vmap(function)(torch.stack([x, 2 * x])), torch.stack([function(x), function(2 * x)])
+        torch.func.vmap(function)(torch.stack([x, 2 * x])),
+        torch.stack([function(x), function(2 * x)]),
     )
     with pytest.raises(ValueError, match="a Python function.*backend='reference'"):
         torch.func.vmap(
-            lambda x: dlif_multi_step(x, torch.ones(3), decay=0.5, surrogate=surrogate, backend="eager")[0]
+            lambda x: dlif_multi_step(
+                x, torch.ones(3), decay=0.5, surrogate=surrogate, backend="eager"
+            )[0]
         )(x[None])
 
 

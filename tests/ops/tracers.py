@@ -1,4 +1,5 @@
-"""Every way in which torch traces a network, with every backend: the numbers of the plain call, or a clear refusal.
+"""Every way in which torch traces a network, with every backend: the numbers of the plain call, or
+a clear refusal.
 
 python -m ops.tracers                     # in tests/: the table, every cell in a process of its own
 python -m ops.tracers torch.compile cpp   # one cell: what it gives, or the error in full
@@ -23,12 +24,16 @@ T, WANTED = 3, "equal"
 
 
 class Network(nn.Module):
-    """Convolution, batch norm, DLIF, pooling, of a batch of images; no state before or after a call."""
+    """Convolution, batch norm, DLIF, pooling, of a batch of images; no state before or after a
+    call.
+    """
 
     def __init__(self, backend: str) -> None:
         super().__init__()
         neuron = DLIFNode(T, tau=2.0, backend="auto" if backend == "fused" else backend)
-        self.layers = nn.Sequential(layer.Conv2d(2, 4, 3), layer.BatchNorm2d(4), neuron, layer.AvgPool2d(2))
+        self.layers = nn.Sequential(
+            layer.Conv2d(2, 4, 3), layer.BatchNorm2d(4), neuron, layer.AvgPool2d(2)
+        )
         functional.set_step_mode(self, "m")
         nn.init.uniform_(neuron.input_gain, 0.5, 1.5)
         if backend == "fused":
@@ -55,7 +60,9 @@ def trained(net: nn.Module, call, x: Tensor) -> list[Tensor]:
 
 def compare(net: nn.Module, call, count: int = 4) -> None:
     for _ in range(2):
-        torch.testing.assert_close(trained(net, call, images(count)), trained(net, net, images(count)))
+        torch.testing.assert_close(
+            trained(net, call, images(count)), trained(net, net, images(count))
+        )
 
 
 def evaluated(net: nn.Module, call) -> None:
@@ -97,11 +104,15 @@ def aot_inductor(net):
             "import torch, sj_robust.ops; x, wanted = torch.load(f'{f}/wanted.pt')\n"
             "torch.testing.assert_close(torch._inductor.aoti_load_package(p)(x), wanted)"
         )
-        subprocess.run([sys.executable, "-c", f"f, p = {folder!r}, {str(path)!r}\n{code}"], check=True)
+        subprocess.run(
+            [sys.executable, "-c", f"f, p = {folder!r}, {str(path)!r}\n{code}"], check=True
+        )
 
 
 def fx(net, mode):
-    graph = make_fx(lambda x: trained(net, net, x), tracing_mode=mode, _allow_non_fake_inputs=True)(images())
+    graph = make_fx(lambda x: trained(net, net, x), tracing_mode=mode, _allow_non_fake_inputs=True)(
+        images()
+    )
     other = images() * 0.7
     with torch.no_grad():  # the graph has its backward pass inside
         found = graph(other)
@@ -132,7 +143,9 @@ def func_grad(net):
 def jacobian(net):
     net.eval()
     found = torch.func.jacrev(lambda x: net(x)[0, 0])(images(1))
-    torch.testing.assert_close(found, torch.autograd.functional.jacobian(lambda x: net(x)[0, 0], images(1)))
+    torch.testing.assert_close(
+        found, torch.autograd.functional.jacobian(lambda x: net(x)[0, 0], images(1))
+    )
 
 
 def twice(net):
@@ -188,7 +201,9 @@ TRACERS = {
 
 
 def cell(tracer: str, backend: str) -> str:
-    """What one process says of one cell; forked, since most of its time would be that of importing torch."""
+    """What one process says of one cell; forked, since most of its time would be that of importing
+    torch.
+    """
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -219,7 +234,12 @@ def main() -> None:
         return
     print("| tracer |", " | ".join(BACKENDS), "|\n|---|" + "---|" * len(BACKENDS))
     for tracer in TRACERS:
-        print(f"| `{tracer}` |", " | ".join(cell(tracer, backend) for backend in BACKENDS), "|", flush=True)
+        print(
+            f"| `{tracer}` |",
+            " | ".join(cell(tracer, backend) for backend in BACKENDS),
+            "|",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

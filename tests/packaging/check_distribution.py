@@ -1,8 +1,9 @@
-"""Builds the distributions, compares what is in them with the repository, installs them alone and uses them.
+"""Builds the distributions, compares what is in them with the repository, installs them alone and
+uses them.
 
 Needs git, the extra ``release`` and a package registry. Two wheels are built from the source
-distribution, with and without a C++ compiler; both pass ``smoke.py`` in an environment that holds nothing else, the
-compiled one on both SpikingJelly releases.
+distribution, with and without a C++ compiler; both pass ``smoke.py`` in an environment that holds
+nothing else, the compiled one on both SpikingJelly releases.
 """
 
 import json
@@ -20,7 +21,8 @@ from pathlib import Path, PurePosixPath
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests"))
-from public_names import NEEDS_RECIPES, PUBLIC  # noqa: E402 - the table lies beside the tests, which are no package
+
+from public_names import NEEDS_RECIPES, PUBLIC  # noqa: E402  found only now
 
 NOT_IN_SDIST = {".gitignore"}
 GENERATED = {"PKG-INFO", "setup.cfg"}
@@ -31,7 +33,9 @@ SPIKINGJELLY = ("2.0.0", "0.0.0.0.14")
 
 
 def check_all(work):
-    """Build below ``work``, then compare, install and use, in order, up to the first check that fails."""
+    """Build below ``work``, then compare, install and use, in order, up to the first check that
+    fails.
+    """
     files = tracked_files()
     source = work / "source"
     for name in files:
@@ -84,7 +88,9 @@ def tracked_files():
 
 def check_sdist(sdist, files):
     with tarfile.open(sdist) as archive:
-        names = [member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()]
+        names = [
+            member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()
+        ]
     found = {name for name in names if name not in GENERATED and ".egg-info/" not in name}
     compare("sdist", found, set(files) - NOT_IN_SDIST)
 
@@ -94,18 +100,31 @@ def check_wheel(wheel, files, *, kernel):
     installed = {name for name in names if ".dist-info/" not in name}
     package = {name for name in files if PurePosixPath(name).parts[0] == "sj_robust"}
     compare(wheel.name, installed, package | ({KERNEL} if kernel else set()))
-    check(any(name.endswith("dist-info/licenses/LICENSE") for name in names), f"{wheel.name} holds no licence")
-    check(wheel.stat().st_size < LARGEST, f"{wheel.name} has {wheel.stat().st_size} bytes, {LARGEST} at most")
+    check(
+        any(name.endswith("dist-info/licenses/LICENSE") for name in names),
+        f"{wheel.name} holds no licence",
+    )
+    check(
+        wheel.stat().st_size < LARGEST,
+        f"{wheel.name} has {wheel.stat().st_size} bytes, {LARGEST} at most",
+    )
     tag = wheel.stem.split("-", 2)[2]
-    check(tag.startswith("py3-none-manylinux" if kernel else "py3-none-any"), f"{wheel.name} is tagged {tag}")
+    check(
+        tag.startswith("py3-none-manylinux" if kernel else "py3-none-any"),
+        f"{wheel.name} is tagged {tag}",
+    )
 
 
 def smoke(python, work, *, kernel):
-    """Run ``smoke.py`` of this folder with the environment's Python, in a folder that holds nothing."""
+    """Run ``smoke.py`` of this folder with the environment's Python, in a folder that holds
+    nothing.
+    """
     names = {module: names for module, names in PUBLIC.items() if module not in NEEDS_RECIPES}
     expected = work / "expected.json"
     version = runpy.run_path(str(ROOT / "sj_robust" / "_version.py"))["__version__"]
-    expected.write_text(json.dumps({"version": version, "kernel": kernel, "names": names}), encoding="utf-8")
+    expected.write_text(
+        json.dumps({"version": version, "kernel": kernel, "names": names}), encoding="utf-8"
+    )
     with tempfile.TemporaryDirectory() as elsewhere:
         script = shutil.copy2(Path(__file__).with_name("smoke.py"), elsewhere)
         no_compiler = {"PATH": str(Path(python).parent)}
@@ -113,7 +132,10 @@ def smoke(python, work, *, kernel):
 
 
 def compare(what, found, wanted):
-    check(found == wanted, f"{what}: missing {sorted(wanted - found)}, too much {sorted(found - wanted)}")
+    check(
+        found == wanted,
+        f"{what}: missing {sorted(wanted - found)}, too much {sorted(found - wanted)}",
+    )
 
 
 def check(condition, message):
@@ -124,10 +146,15 @@ def check(condition, message):
 def run(*command, cwd=None, **environment):
     """Run a command; its output is shown if it fails, and that of the smoke test always."""
     words = list(map(str, command))
-    env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")} | environment
+    env = {
+        key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")
+    } | environment
     together = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     done = subprocess.run(words, cwd=cwd, env=env, check=False, **together)
-    check(done.returncode == 0, f"{' '.join(words)} failed with exit code {done.returncode}:\n{done.stdout}")
+    check(
+        done.returncode == 0,
+        f"{' '.join(words)} failed with exit code {done.returncode}:\n{done.stdout}",
+    )
     if any(word.endswith("smoke.py") for word in words):
         sys.stdout.write(done.stdout)
 

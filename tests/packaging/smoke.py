@@ -1,7 +1,8 @@
-"""What an installation without extras must be able to do: ``python -I smoke.py EXPECTATION``, far from any source tree.
+"""What an installation without extras must be able to do: ``python -I smoke.py EXPECTATION``, far
+from any source tree.
 
-The expectation is JSON, written by ``check_distribution.py``: the version, whether the compiled kernel came along, and
-the public names by module, with those modules that need no extra.
+The expectation is JSON, written by ``check_distribution.py``: the version, whether the compiled
+kernel came along, and the public names by module, with those modules that need no extra.
 """
 
 import importlib
@@ -15,7 +16,9 @@ def check_names(expected):
     """Every public module that needs no extra imports alone, with all of its names."""
     import sj_robust
 
-    assert Path(sj_robust.__file__).is_relative_to(sys.prefix), f"{sj_robust.__file__} is not the installed package"
+    assert Path(sj_robust.__file__).is_relative_to(sys.prefix), (
+        f"{sj_robust.__file__} is not the installed package"
+    )
     assert sj_robust.__version__ == metadata.version("sj_robust") == expected["version"]
     assert resources.files("sj_robust").joinpath("py.typed").is_file()
     assert sj_robust.attacks.pgd, "a public module is reached from the package"
@@ -35,7 +38,9 @@ def check_extra():
 
 
 def check_doctor(kernel):
-    """The doctor finds the chosen backend equal to the reference: the compiled kernel when it came along."""
+    """The doctor finds the chosen backend equal to the reference: the compiled kernel when it came
+    along.
+    """
     import torch
 
     from sj_robust import DLIFNode, doctor
@@ -46,7 +51,9 @@ def check_doctor(kernel):
     assert state in doctor.report()
     assert (state == "available") == kernel, f"backend cpp: {state}"
     chosen = DLIFNode(T=4, step_mode="m").chosen_backend(torch.zeros(4, 2, 8))
-    assert chosen == ("cpp" if kernel else "eager"), f"auto chose {chosen} of {available_backends()}"
+    assert chosen == ("cpp" if kernel else "eager"), (
+        f"auto chose {chosen} of {available_backends()}"
+    )
 
 
 def check_robustness():
@@ -76,7 +83,9 @@ def check_robustness():
     assert [float(layer.ms_mppd.sum()) > 0 for layer in stats.values()] == [True]
     certificate = certify(model, x, x_perturbed=x_adv)
     assert certificate.holds, certificate
-    assert replace_neurons(nn.Sequential(nn.Linear(2, 2), neuron.IFNode()), T=4).replaced == {"1": "IFNode"}
+    assert replace_neurons(nn.Sequential(nn.Linear(2, 2), neuron.IFNode()), T=4).replaced == {
+        "1": "IFNode"
+    }
 
 
 if __name__ == "__main__":
@@ -85,4 +94,7 @@ if __name__ == "__main__":
     check_extra()
     check_doctor(expected["kernel"])
     check_robustness()
-    print(f"smoke test passed: sj_robust {expected['version']} on SpikingJelly {metadata.version('spikingjelly')}")
+    print(
+        f"smoke test passed: sj_robust {expected['version']} on SpikingJelly "
+        f"{metadata.version('spikingjelly')}"
+    )

@@ -1,4 +1,6 @@
-"""Perturbation dynamics in plain numpy and an independent capture of currents and spikes, for the monitor's tests."""
+"""Perturbation dynamics in plain numpy and an independent capture of currents and spikes, for the
+monitor's tests.
+"""
 
 import numpy as np
 import torch
@@ -6,7 +8,9 @@ from spikingjelly.activation_based import functional
 
 
 def captured(net, names, x, run=None):
-    """Input currents and spikes [T, N, *] with their graph of the named neurons in one run of a reset network."""
+    """Input currents and spikes [T, N, *] with their graph of the named neurons in one run of a
+    reset network.
+    """
     seen = {name: ([], []) for name in names}
 
     def hook(name):
@@ -33,12 +37,15 @@ def captured_pair(net, names, x, x_perturbed, run=None):
 
 
 def eps_by_hand(x, x_perturbed, decay, gain):
-    """Simplified perturbation in float64 as an explicit weighted sum over earlier steps, with the perturbed graph.
+    """Simplified perturbation in float64 as an explicit weighted sum over earlier steps, with the
+    perturbed graph.
 
     ``gain`` holds one number per step.
     """
     dx = torch.as_tensor(x).detach().double() - torch.as_tensor(x_perturbed).double()
-    return torch.stack([sum(decay ** (t - k) * gain[k] * dx[k] for k in range(t + 1)) for t in range(len(dx))])
+    return torch.stack(
+        [sum(decay ** (t - k) * gain[k] * dx[k] for k in range(t + 1)) for t in range(len(dx))]
+    )
 
 
 def potentials_by_hand(x, spikes, decay, gain, v_threshold, v_reset):
@@ -76,12 +83,18 @@ def statistics_by_hand(x, s, xp, sp, decay, gain, v_threshold=1.0, v_reset=0.0):
         "full_l1": np.abs(d).mean(axes),
         "full_max_abs": np.abs(d).max(axes),
         "spike_distance": np.abs(s - sp).mean(axes),
-        "tasad": np.array([np.abs(sp[: t + 1].mean(0) - s[: t + 1].mean(0)).mean() for t in range(T)]),
+        "tasad": np.array(
+            [np.abs(sp[: t + 1].mean(0) - s[: t + 1].mean(0)).mean() for t in range(T)]
+        ),
     }
 
 
 def assert_stats(stats, expected, rtol=1e-4, atol=1e-6):
     for name, value in expected.items():
         np.testing.assert_allclose(
-            getattr(stats, name).numpy(), value, rtol=rtol, atol=atol, err_msg=f"{stats.name}: {name}"
+            getattr(stats, name).numpy(),
+            value,
+            rtol=rtol,
+            atol=atol,
+            err_msg=f"{stats.name}: {name}",
         )

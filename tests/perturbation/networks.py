@@ -23,16 +23,33 @@ NEURONS = {
     "IF": (neuron.IFNode, 1.0, 1.0, 0.0),
     "IF soft": (lambda: neuron.IFNode(v_reset=None), 1.0, 1.0, None),
     "LIF": (lambda: neuron.LIFNode(tau=4.0, decay_input=False), 0.75, 1.0, 0.0),
-    "LIF decay_input": (lambda: neuron.LIFNode(tau=4.0, decay_input=True, v_threshold=0.25), 0.75, 0.25, 0.0),
+    "LIF decay_input": (
+        lambda: neuron.LIFNode(tau=4.0, decay_input=True, v_threshold=0.25),
+        0.75,
+        0.25,
+        0.0,
+    ),
     "LIF soft": (lambda: neuron.LIFNode(tau=4.0, decay_input=False, v_reset=None), 0.75, 1.0, None),
-    "LIF reset -0.2": (lambda: neuron.LIFNode(tau=4.0, decay_input=False, v_reset=-0.2), 0.75, 1.0, -0.2),
-    "PLIF": (lambda: neuron.ParametricLIFNode(init_tau=5.0, decay_input=True, v_threshold=0.25), 0.8, 0.2, 0.0),
+    "LIF reset -0.2": (
+        lambda: neuron.LIFNode(tau=4.0, decay_input=False, v_reset=-0.2),
+        0.75,
+        1.0,
+        -0.2,
+    ),
+    "PLIF": (
+        lambda: neuron.ParametricLIFNode(init_tau=5.0, decay_input=True, v_threshold=0.25),
+        0.8,
+        0.2,
+        0.0,
+    ),
     "DLIF": (_dlif, 0.5, (1.5, 0.5, 1.0, 2.0), 0.0),
 }
 
 
 def conv_net(make):
-    """Two convolutions and a linear layer, each followed by a neuron, and a readout; step mode "m"."""
+    """Two convolutions and a linear layer, each followed by a neuron, and a readout; step mode
+    "m".
+    """
     torch.manual_seed(0)
     net = nn.Sequential(
         layer.Conv2d(2, 4, 3, padding=1),
@@ -60,7 +77,9 @@ class Recurrent(nn.Module):
         super().__init__()
         self.inner = nn.Linear(6, 6)
         self.feedback = nn.Linear(6, 6)
-        self.sn = neuron.LIFNode(tau=2.0, decay_input=False, surrogate_function=surrogate.ATan(), step_mode="s")
+        self.sn = neuron.LIFNode(
+            tau=2.0, decay_input=False, surrogate_function=surrogate.ATan(), step_mode="s"
+        )
 
     def forward(self, x_seq):
         y = torch.zeros_like(x_seq[0])
@@ -104,7 +123,9 @@ def images(seed=1, n=3):
 
 
 def trainable(make):
-    """In training mode, where neurons of both releases have a gradient, but with fixed batch norm."""
+    """In training mode, where neurons of both releases have a gradient, but with fixed batch
+    norm.
+    """
     net = conv_net(make).train()
     net[1].eval()
     return net

@@ -19,8 +19,12 @@ from sj_robust.perturbation import (
 def test_distances_are_per_neuron_and_sample():
     spikes, other = torch.randint(0, 2, (2, 6, 3, 4)).unbind(0)
     assert spike_train_distance(spikes, other).shape == (3, 4)
-    np.testing.assert_allclose(spike_train_distance(spikes, other), (spikes != other).double().mean(0), atol=1e-6)
-    np.testing.assert_allclose(tasad(spikes, other), (spikes.sum(0) - other.sum(0)).abs() / 6, atol=1e-6)
+    np.testing.assert_allclose(
+        spike_train_distance(spikes, other), (spikes != other).double().mean(0), atol=1e-6
+    )
+    np.testing.assert_allclose(
+        tasad(spikes, other), (spikes.sum(0) - other.sum(0)).abs() / 6, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("gain", [1.0, 0.25, "per step"])
@@ -30,12 +34,21 @@ def test_recursion_is_the_weighted_sum_and_so_is_every_derivative(steps, gain):
     x, x_perturbed = torch.randn(2, steps, 2, 3, dtype=torch.float64, generator=generator)
     x, x_perturbed = x.requires_grad_(), x_perturbed.requires_grad_()
     decay = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
-    rates = torch.rand(steps, dtype=torch.float64) if gain == "per step" else torch.full((steps,), gain).double()
+    rates = (
+        torch.rand(steps, dtype=torch.float64)
+        if gain == "per step"
+        else torch.full((steps,), gain).double()
+    )
     rates.requires_grad_()
     expected = eps_by_hand(x, x_perturbed.detach(), 0.7, rates.tolist())
-    weights = torch.tensor([0.7 ** (steps - 1 - k) for k in range(steps)], dtype=torch.float64) * rates.detach()
+    weights = (
+        torch.tensor([0.7 ** (steps - 1 - k) for k in range(steps)], dtype=torch.float64)
+        * rates.detach()
+    )
     learned = simplified_perturbation(x, x_perturbed, decay=decay, gain=rates)
-    constant = simplified_perturbation(x, x_perturbed, decay=0.7, gain=rates.detach() if gain == "per step" else gain)
+    constant = simplified_perturbation(
+        x, x_perturbed, decay=0.7, gain=rates.detach() if gain == "per step" else gain
+    )
     for eps in (learned, constant):
         np.testing.assert_allclose(eps.detach(), expected, atol=1e-12)
         grad, grad_perturbed = torch.autograd.grad(eps[-1].sum(), (x, x_perturbed))
@@ -57,7 +70,9 @@ def test_recursion_is_the_weighted_sum_and_so_is_every_derivative(steps, gain):
 @pytest.mark.parametrize("decay_input", [False, True])
 def test_potential_is_that_of_spikingjelly(v_reset, decay_input):
     x = 3 * torch.rand(12, 2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    node = neuron.LIFNode(tau=4.0, decay_input=decay_input, v_reset=v_reset, step_mode="m", store_v_seq=True)
+    node = neuron.LIFNode(
+        tau=4.0, decay_input=decay_input, v_reset=v_reset, step_mode="m", store_v_seq=True
+    )
     spikes = node(x)
     assert 0 < spikes.mean() < 1
     gain = 0.25 if decay_input else 1.0
@@ -70,7 +85,10 @@ def test_potential_continues_from_an_initial_value_for_one_step_or_more():
     x = torch.full((2, 1), 0.25)
     assert membrane_potential(x[:1], decay=0.5, v_init=0.5).tolist() == [[0.5]]
     assert membrane_potential(x, decay=0.5, v_init=0.5).flatten().tolist() == [0.5, 0.5]
-    assert membrane_potential(x, decay=0.5, v_init=torch.tensor([1.0])).flatten().tolist() == [0.75, 0.625]
+    assert membrane_potential(x, decay=0.5, v_init=torch.tensor([1.0])).flatten().tolist() == [
+        0.75,
+        0.625,
+    ]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -85,11 +103,20 @@ def test_half_precision_currents_accumulate_in_float32(dtype):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda x: simplified_perturbation(x, x[:2], decay=0.5), r"same shape .* got \(3, 2\) and \(2, 2\)"),
+        (
+            lambda x: simplified_perturbation(x, x[:2], decay=0.5),
+            r"same shape .* got \(3, 2\) and \(2, 2\)",
+        ),
         (lambda x: simplified_perturbation(x[:0], x[:0], decay=0.5), "at least one time step"),
         (lambda x: simplified_perturbation(x, x, decay=1.5), r"decay must be in \(0, 1\], got 1.5"),
-        (lambda x: simplified_perturbation(x, x, decay=torch.tensor(0.0)), r"decay must be in \(0, 1\], got 0.0"),
-        (lambda x: simplified_perturbation(x, x, decay=0.5, gain=torch.ones(2)), r"\[T\] = \[3\], got \(2,\)"),
+        (
+            lambda x: simplified_perturbation(x, x, decay=torch.tensor(0.0)),
+            r"decay must be in \(0, 1\], got 0.0",
+        ),
+        (
+            lambda x: simplified_perturbation(x, x, decay=0.5, gain=torch.ones(2)),
+            r"\[T\] = \[3\], got \(2,\)",
+        ),
         (lambda x: membrane_potential(x, decay=0.5, spike_seq=x[:, :1]), "same shape"),
         (lambda x: membrane_potential(x, decay=-0.1), "decay must be in"),
         (lambda x: full_perturbation(x, x[:1]), "same shape"),

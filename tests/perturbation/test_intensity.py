@@ -1,4 +1,6 @@
-"""The correlation of indicators with size and error, against sums, pairs and loops written out here."""
+"""The correlation of indicators with size and error, against sums, pairs and loops written out
+here.
+"""
 
 import functools
 import math
@@ -24,7 +26,12 @@ SIZES = [0.05, 0.2, 0.6]
 def network(seed=0):
     torch.manual_seed(seed)
     net = nn.Sequential(
-        nn.Flatten(2), nn.Linear(9, 12), DLIFNode(T=5), nn.Linear(12, 6), DLIFNode(T=5), nn.Linear(6, 3)
+        nn.Flatten(2),
+        nn.Linear(9, 12),
+        DLIFNode(T=5),
+        nn.Linear(12, 6),
+        DLIFNode(T=5),
+        nn.Linear(6, 3),
     )
     with torch.no_grad():
         for module in net.modules():
@@ -49,7 +56,11 @@ def classified(model, size):
 def study(model=None, **options):
     model = network() if model is None else model
     x, y = classified(model, 20)
-    given = {"perturb": {"noise": noise, "darker": lambda x, y, eps: x - eps}, "eps": SIZES, "resamples": 20} | options
+    given = {
+        "perturb": {"noise": noise, "darker": lambda x, y, eps: x - eps},
+        "eps": SIZES,
+        "resamples": 20,
+    } | options
     return intensity_correlation(model, x, y, **given), x, y
 
 
@@ -67,8 +78,12 @@ def test_correlations_are_those_of_scipy(tied):
         first, second = (4 * first).round(), (3 * second).round()
     for row in range(4):
         a, b = first[row].numpy(), second[row].numpy()
-        assert spearman(first, second)[row].item() == pytest.approx(spearmanr(a, b).statistic, abs=1e-12)
-        assert pearson(first, second)[row].item() == pytest.approx(pearsonr(a, b).statistic, abs=1e-12)
+        assert spearman(first, second)[row].item() == pytest.approx(
+            spearmanr(a, b).statistic, abs=1e-12
+        )
+        assert pearson(first, second)[row].item() == pytest.approx(
+            pearsonr(a, b).statistic, abs=1e-12
+        )
 
 
 def test_ties_and_what_does_not_vary():
@@ -123,7 +138,9 @@ def test_indicators_are_the_sums_over_time_and_features():
             for indicator, value in expected.items():
                 np.testing.assert_allclose(found[indicator].numpy(), value, rtol=1e-4, atol=1e-6)
             one = neuron_indicators(trace)
-            np.testing.assert_allclose(one["mppd_max"].numpy(), abs(eps).max(0), rtol=1e-4, atol=1e-6)
+            np.testing.assert_allclose(
+                one["mppd_max"].numpy(), abs(eps).max(0), rtol=1e-4, atol=1e-6
+            )
             np.testing.assert_allclose(one["std"].numpy(), (s != s_perturbed).mean(0), rtol=1e-5)
 
 
@@ -142,10 +159,16 @@ def test_study_is_the_loop_over_images_and_sizes():
             with torch.no_grad():
                 wrong.append((torch.cat([model(part).argmax(1) for _, part in parts]) != y).numpy())
             for name in result.layers:
-                weighted = [len(part) / 20 * s[name].ms_mppd for s, (part, _) in zip(stats, parts, strict=True)]
+                weighted = [
+                    len(part) / 20 * s[name].ms_mppd
+                    for s, (part, _) in zip(stats, parts, strict=True)
+                ]
                 per_step.setdefault(name, []).append(sum(weighted).tolist())
                 for indicator in INDICATORS:
-                    traces = [neuron_indicators(trace)[indicator].double().numpy() for trace in monitor[name]]
+                    traces = [
+                        neuron_indicators(trace)[indicator].double().numpy()
+                        for trace in monitor[name]
+                    ]
                     single.setdefault((name, indicator), []).append(np.concatenate(traces))
             monitor.clear_recorded_data()
     for name in result.layers:
@@ -158,14 +181,30 @@ def test_study_is_the_loop_over_images_and_sizes():
         rows = np.stack(neurons).max(2) if indicator == "mppd_max" else np.stack(neurons).mean(2)
         np.testing.assert_allclose(result.means["noise"][name][indicator], rows.mean(1), rtol=1e-5)
         found = result.associations["noise"][name][indicator]
-        assert found["spearman"].value == pytest.approx(spearmanr(rows.ravel(), sizes).statistic, abs=1e-9)
-        assert found["pearson"].value == pytest.approx(pearsonr(rows.ravel(), sizes).statistic, abs=1e-6)
-        each = [spearmanr(rows[:, i], SIZES).statistic if np.ptp(rows[:, i]) else 0.0 for i in range(20)]
+        assert found["spearman"].value == pytest.approx(
+            spearmanr(rows.ravel(), sizes).statistic, abs=1e-9
+        )
+        assert found["pearson"].value == pytest.approx(
+            pearsonr(rows.ravel(), sizes).statistic, abs=1e-6
+        )
+        each = [
+            spearmanr(rows[:, i], SIZES).statistic if np.ptp(rows[:, i]) else 0.0 for i in range(20)
+        ]
         assert found["per_image"].value == pytest.approx(np.mean(each), abs=1e-9)
-        assert found["auroc"].value == pytest.approx(roc_auc_score(np.ravel(wrong), rows.ravel()), abs=1e-9)
-        each = [spearmanr(one, sizes).statistic if np.ptp(one) else 0.0 for one in np.concatenate(neurons).T]
+        assert found["auroc"].value == pytest.approx(
+            roc_auc_score(np.ravel(wrong), rows.ravel()), abs=1e-9
+        )
+        each = [
+            spearmanr(one, sizes).statistic if np.ptp(one) else 0.0
+            for one in np.concatenate(neurons).T
+        ]
         assert found["per_neuron"].value == pytest.approx(np.mean(each), abs=1e-6)
-        pairs = [(a > b) + 0.5 * (a == b) for w, r in zip(wrong, rows, strict=True) for a in r[w] for b in r[~w]]
+        pairs = [
+            (a > b) + 0.5 * (a == b)
+            for w, r in zip(wrong, rows, strict=True)
+            for a in r[w]
+            for b in r[~w]
+        ]
         assert found["auroc_same_size"].value == pytest.approx(np.mean(pairs), abs=1e-9)
 
 
@@ -176,9 +215,13 @@ def test_intervals_are_those_of_images_drawn_again():
         for size in SIZES:
             monitor.compare(x, noise(x, None, size))
         traces = monitor["net.4"]
-        tasad = np.stack([neuron_indicators(trace)["tasad"].double().numpy().mean(1) for trace in traces])
+        tasad = np.stack(
+            [neuron_indicators(trace)["tasad"].double().numpy().mean(1) for trace in traces]
+        )
     drawn = torch.randint(20, (20, 20), generator=torch.Generator().manual_seed(0)).numpy()
-    again = [spearmanr(tasad[:, images].ravel(), np.repeat(SIZES, 20)).statistic for images in drawn]
+    again = [
+        spearmanr(tasad[:, images].ravel(), np.repeat(SIZES, 20)).statistic for images in drawn
+    ]
     found = result.associations["noise"]["net.4"]["tasad"]["spearman"]
     assert (found.low, found.high) == pytest.approx(np.quantile(again, [0.025, 0.975]), abs=1e-9)
     assert 0 < found.high - found.low < 1
@@ -187,7 +230,11 @@ def test_intervals_are_those_of_images_drawn_again():
 def test_seed_decides_the_intervals_and_nothing_else_and_it_says_what_it_does():
     said = []
     assert study(say=said.append)[0] == usual()
-    runs = [f"{direction} at eps {size}: 20 images" for direction in usual().directions for size in SIZES]
+    runs = [
+        f"{direction} at eps {size}: 20 images"
+        for direction in usual().directions
+        for size in SIZES
+    ]
     assert said == [*runs, "intervals from 20 bootstrap samples"]
     other = study(seed=1)[0]
     assert usual().associations != other.associations
@@ -202,7 +249,9 @@ def test_images_wrong_already_are_left_out():
     result = intensity_correlation(model, x, y, perturb=darker, eps=SIZES, resamples=2)
     others = torch.arange(10) != 3
     assert (result.samples, result.left_out) == (9, 1)
-    without = intensity_correlation(model, x[others], y[others], perturb=darker, eps=SIZES, resamples=2)
+    without = intensity_correlation(
+        model, x[others], y[others], perturb=darker, eps=SIZES, resamples=2
+    )
     assert result == replace(without, left_out=1)
 
 

@@ -1,4 +1,6 @@
-"""The differentiable loss against gradients of explicit sums over what the test's own hooks have captured."""
+"""The differentiable loss against gradients of explicit sums over what the test's own hooks have
+captured.
+"""
 
 import gc
 import itertools
@@ -17,7 +19,12 @@ from sj_robust.neuron import DLIFNode
 from sj_robust.perturbation import MPPDMonitor, spike_train_distance, tasad
 
 NAMES = ("2", "4", "8")
-INDICATORS = [("mppd", False), ("mppd", True), ("std", False), ("tasad", False)]  # with the learnable gain or without
+INDICATORS = [
+    ("mppd", False),
+    ("mppd", True),
+    ("std", False),
+    ("tasad", False),
+]  # with the learnable gain or without
 LAYERS = {"last": ["8"], "all": NAMES, "4": ["4"], "8 2": ["8", "2"]}
 
 
@@ -27,11 +34,15 @@ def net():
 
 
 def explicit_difference(node, clean, perturbed, indicator, input_gain):
-    """What the indicator takes the mean square or absolute value of; decay and gain as the neuron learns them."""
+    """What the indicator takes the mean square or absolute value of; decay and gain as the neuron
+    learns them.
+    """
     if indicator != "mppd":
         difference = perturbed[1].double() - clean[1].detach().double()
         return difference if indicator == "std" else difference.sum(0) / T
-    decay, gain = {neuron.IFNode: (1.0, 1.0), neuron.LIFNode: (0.75, 0.25)}.get(type(node), (None, None))
+    decay, gain = {neuron.IFNode: (1.0, 1.0), neuron.LIFNode: (0.75, 0.25)}.get(
+        type(node), (None, None)
+    )
     if isinstance(node, neuron.ParametricLIFNode):
         gain = torch.sigmoid(node.w.double())
         decay = 1 - gain
@@ -42,7 +53,9 @@ def explicit_difference(node, clean, perturbed, indicator, input_gain):
 
 def gradients(value, net):
     params = list(net.parameters())
-    grads = torch.autograd.grad(value, params, retain_graph=True, allow_unused=True, materialize_grads=True)
+    grads = torch.autograd.grad(
+        value, params, retain_graph=True, allow_unused=True, materialize_grads=True
+    )
     return [grad.detach() for grad in grads]
 
 
@@ -70,14 +83,19 @@ def test_loss_and_gradient_are_those_of_the_explicit_sum(kind, way, keep, pair):
     perturbed = captured(net, NAMES, pair[1])
     monitor = MPPDMonitor(net, keep=keep, spikes=True)
     run_pair(monitor, net, *pair, way)
-    if way == "inference" and keep == "statistics":  # the currents of both runs alone have 28 kB more
+    if (
+        way == "inference" and keep == "statistics"
+    ):  # the currents of both runs alone have 28 kB more
         assert sum(storage_bytes(monitor)) < 25_000
     for (indicator, flag), norm in itertools.product(INDICATORS, ("l2", "l1")):
         differences = {
-            name: explicit_difference(net[int(name)], clean[name], perturbed[name], indicator, flag) for name in NAMES
+            name: explicit_difference(net[int(name)], clean[name], perturbed[name], indicator, flag)
+            for name in NAMES
         }
         for layers, names in LAYERS.items():
-            expected = torch.stack([(d**2 if norm == "l2" else d.abs()).mean() for d in map(differences.get, names)])
+            expected = torch.stack(
+                [(d**2 if norm == "l2" else d.abs()).mean() for d in map(differences.get, names)]
+            )
             with torch.set_grad_enabled(way != "inference"):
                 chosen = layers if layers in ("last", "all") else names
                 value = monitor.loss(chosen, norm, flag, indicator=indicator)
@@ -89,8 +107,12 @@ def test_loss_and_gradient_are_those_of_the_explicit_sum(kind, way, keep, pair):
                 assert_same_gradients(value, expected.mean(), net)
             if norm == "l1" and indicator != "mppd":
                 distance = {"std": spike_train_distance, "tasad": tasad}[indicator]
-                mean = torch.stack([distance(clean[name][1], perturbed[name][1]).mean() for name in names]).mean()
-                torch.testing.assert_close(value, mean.detach(), check_dtype=False, rtol=1e-5, atol=0)
+                mean = torch.stack(
+                    [distance(clean[name][1], perturbed[name][1]).mean() for name in names]
+                ).mean()
+                torch.testing.assert_close(
+                    value, mean.detach(), check_dtype=False, rtol=1e-5, atol=0
+                )
     if way == "two runs" and kind in ("PLIF", "DLIF"):
         learned = net[8].w if kind == "PLIF" else net[8].input_gain
         (grad,) = torch.autograd.grad(monitor.loss(input_gain=True), learned, retain_graph=True)
@@ -124,13 +146,17 @@ def test_last_layer_in_single_steps(pair):
     assert_same_gradients(*values, net)
 
 
-@pytest.mark.parametrize(("keep", "size"), [("statistics", 5), ("loss", 4)])  # the spikes in bool, or without them
+@pytest.mark.parametrize(
+    ("keep", "size"), [("statistics", 5), ("loss", 4)]
+)  # the spikes in bool, or without them
 def test_last_layer_alone_holds_its_own_currents_alone(net, keep, size):
     x, x_perturbed = images(n=8)
     monitor = MPPDMonitor(net, layers="last", keep=keep)
     held = []
     for name in ("3", "7", "9"):
-        net[int(name)].register_forward_pre_hook(lambda *_: held.append(sum(storage_bytes(monitor))))
+        net[int(name)].register_forward_pre_hook(
+            lambda *_: held.append(sum(storage_bytes(monitor)))
+        )
     functional.reset_net(net)
     with monitor.clean():
         net(x)
@@ -150,7 +176,9 @@ def test_last_layer_alone_holds_its_own_currents_alone(net, keep, size):
 @pytest.mark.parametrize("end", ["retain", "clear", "close", "next"])
 def test_no_graph_stays(net, pair, end):
     currents = []
-    handle = net[8].register_forward_pre_hook(lambda _, inputs: currents.append(weakref.ref(inputs[0])))
+    handle = net[8].register_forward_pre_hook(
+        lambda _, inputs: currents.append(weakref.ref(inputs[0]))
+    )
     monitor = MPPDMonitor(net, keep="trace")
     run_pair(monitor, net, *pair)
     handle.remove()
@@ -265,7 +293,10 @@ def test_mixed_precision(kind, pair):
     assert clean["8"][0].dtype == torch.bfloat16
     assert value.dtype == torch.float32
     decay = NEURONS[kind][1]
-    terms = [eps_by_hand(clean[name][0], perturbed[name][0], decay, [1.0] * T).square().mean() for name in NAMES]
+    terms = [
+        eps_by_hand(clean[name][0], perturbed[name][0], decay, [1.0] * T).square().mean()
+        for name in NAMES
+    ]
     torch.testing.assert_close(value.double(), torch.stack(terms).mean(), rtol=1e-5, atol=1e-7)
     assert all(bool(grad.isfinite().all()) for grad in gradients(value, net))
 
@@ -287,12 +318,16 @@ def test_spikes_are_kept_on_request_and_unchanged(net, pair, monitor):
 def test_a_monitor_that_keeps_its_loss_alone_measures_in_compare_and_nowhere_else(net, pair):
     with MPPDMonitor(net) as usual, MPPDMonitor(net, keep="loss") as monitor:
         run_pair(monitor, net, *pair)
-        with pytest.raises(RuntimeError, match=r"call compare\(x, x_perturbed\), or build it with keep='statistics'"):
+        with pytest.raises(
+            RuntimeError,
+            match=r"call compare\(x, x_perturbed\), or build it with keep='statistics'",
+        ):
             monitor.statistics()
         with pytest.raises(RuntimeError, match="measures nothing beside its loss"):
             monitor["2"]
         found, expected = (
-            {name: stats.to_dict() for name, stats in each.compare(*pair).items()} for each in (monitor, usual)
+            {name: stats.to_dict() for name, stats in each.compare(*pair).items()}
+            for each in (monitor, usual)
         )
         assert found == expected
         before = monitor.statistics()["8"].samples

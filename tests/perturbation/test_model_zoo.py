@@ -18,7 +18,12 @@ pytestmark = pytest.mark.slow
 T = 2
 
 
-LIF = {"spiking_neuron": neuron.LIFNode, "decay_input": False, "surrogate_function": surrogate.ATan(), "tau": 4.0}
+LIF = {
+    "spiking_neuron": neuron.LIFNode,
+    "decay_input": False,
+    "surrogate_function": surrogate.ATan(),
+    "tau": 4.0,
+}
 DLIF = {"spiking_neuron": DLIFNode, "T": T, "tau": 4.0}
 VGG = partial(spiking_vgg.spiking_vgg11_bn, init_weights=False, **LIF)
 SEW = partial(sew_resnet.sew_resnet18, cnf="ADD", **DLIF)

@@ -21,7 +21,7 @@ from perturbation.networks import (
     recurrent_net,
     run_pair,
     storage_bytes,
-)  # fmt: skip
+)
 from spikingjelly.activation_based import functional, neuron
 from spikingjelly.activation_based.monitor import BaseMonitor
 from torch import nn
@@ -56,17 +56,23 @@ def test_statistics_and_traces_equal_numpy(kind, pair):
         assert_stats(stats[name], statistics_by_hand(*both, decay, gains, **options))
         fixed = [1.0] * T if kind == "DLIF" else gains  # the learnable gain can be left out
         of_eps = statistics_by_hand(*both, decay, fixed, **options)
-        assert_stats(stats_without[name], {key: of_eps[key] for key in ("ms_mppd", "l1", "max_abs")})
+        assert_stats(
+            stats_without[name], {key: of_eps[key] for key in ("ms_mppd", "l1", "max_abs")}
+        )
         (trace,) = monitor[name]
         assert isinstance(trace, LayerTrace)
         kept = trace.x_seq, trace.spike_seq, trace.x_seq_perturbed, trace.spike_seq_perturbed
         for value, expected in zip(kept, both, strict=True):
             np.testing.assert_array_equal(value, expected)
-        np.testing.assert_allclose(trace.eps, eps_by_hand(both[0], both[2], decay, gains), atol=1e-5)
+        np.testing.assert_allclose(
+            trace.eps, eps_by_hand(both[0], both[2], decay, gains), atol=1e-5
+        )
         assert not trace.eps.requires_grad
         torch.testing.assert_close(trace.v_seq, potentials[0][name], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(trace.v_seq_perturbed, potentials[1][name], atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(trace.full, potentials[0][name] - potentials[1][name], atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            trace.full, potentials[0][name] - potentials[1][name], atol=2e-5, rtol=1e-5
+        )
     assert 0 < stats["8"].summary()["spike_distance"] < 1
     if kind == "DLIF":
         assert not torch.allclose(stats["8"].max_abs, stats_without["8"].max_abs)
@@ -86,7 +92,9 @@ def test_hand_made_recurrent_container():
     of_if = (1.0, 1.0, 0.5)
     dynamics = {"1": (0.5, 0.5, 0.5), "2.sn": (0.5, 1.0, 1.0), "3.sub_module": of_if, "5": of_if}
     for name, (decay, gain, threshold) in dynamics.items():
-        assert_stats(stats[name], statistics_by_hand(*seen[name], decay, [gain] * T, v_threshold=threshold))
+        assert_stats(
+            stats[name], statistics_by_hand(*seen[name], decay, [gain] * T, v_threshold=threshold)
+        )
         assert stats[name].summary()["spike_distance"] > 0
 
 
@@ -138,9 +146,13 @@ def test_runs_that_go_on_from_a_state_start_at_it(kind, pair):
         apart, together = monitor[name]
         for trace in (apart, together):
             h = decay * v + (gain[0] if kind == "DLIF" else gain) * trace.x_seq[0]
-            torch.testing.assert_close(trace.v_seq[0], torch.where(trace.spike_seq[0] == 1, v_reset or 0.0, h))
+            torch.testing.assert_close(
+                trace.v_seq[0], torch.where(trace.spike_seq[0] == 1, v_reset or 0.0, h)
+            )
         torch.testing.assert_close(together.v_seq, apart.v_seq, atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(together.v_seq_perturbed, apart.v_seq_perturbed, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            together.v_seq_perturbed, apart.v_seq_perturbed, atol=1e-5, rtol=1e-5
+        )
     functional.reset_net(net)
 
 
@@ -229,12 +241,18 @@ def test_outputs_and_gradients_of_the_network_are_unchanged(kind, pair):
 
 def hook_count(net):
     return sum(
-        len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._forward_hooks_with_kwargs) for m in net.modules()
+        len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._forward_hooks_with_kwargs)
+        for m in net.modules()
     )
 
 
 def test_hooks_go_with_close_with_exit_and_with_the_monitor(net):
-    for end in (MPPDMonitor.close, MPPDMonitor.remove_hooks, lambda monitor: monitor.__exit__(None, None, None), None):
+    for end in (
+        MPPDMonitor.close,
+        MPPDMonitor.remove_hooks,
+        lambda monitor: monitor.__exit__(None, None, None),
+        None,
+    ):
         monitor = MPPDMonitor(net)
         assert hook_count(net) > 0
         if end is None:
@@ -243,7 +261,7 @@ def test_hooks_go_with_close_with_exit_and_with_the_monitor(net):
             end(monitor)
         assert hook_count(net) == 0
     with pytest.raises(ZeroDivisionError), MPPDMonitor(net):
-        1 / 0  # noqa: B018  # any exception
+        1 / 0  # any exception
     assert hook_count(net) == 0
 
 
@@ -367,7 +385,9 @@ def test_empty_batch_and_autocast(net, pair):
     with torch.autocast("cpu", torch.bfloat16):
         stats = MPPDMonitor(net).compare(*pair)
     exact = MPPDMonitor(net).compare(*pair)
-    assert stats["2"].summary()["ms_mppd"] == pytest.approx(exact["2"].summary()["ms_mppd"], rel=0.05)
+    assert stats["2"].summary()["ms_mppd"] == pytest.approx(
+        exact["2"].summary()["ms_mppd"], rel=0.05
+    )
 
 
 @pytest.mark.slow
@@ -377,7 +397,10 @@ def test_compiled_network(net, pair, monitor):
     compiled = torch.compile(net, backend="eager")
     stats = monitor.compare(*pair, forward=compiled)
     for name in NAMES:
-        assert_stats(stats[name], {"ms_mppd": expected[name].ms_mppd.numpy(), "tasad": expected[name].tasad.numpy()})
+        assert_stats(
+            stats[name],
+            {"ms_mppd": expected[name].ms_mppd.numpy(), "tasad": expected[name].tasad.numpy()},
+        )
     torch.compiler.reset()
 
 

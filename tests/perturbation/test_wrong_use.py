@@ -108,11 +108,15 @@ def test_the_last_layer_is_not_guessed_when_it_cannot_be_followed(layers):
     with pytest.warns(UserWarning, match="KLIFNode"):
         monitor = MPPDMonitor(net, layers=layers)
     if layers == "last":
-        with pytest.raises(RuntimeError, match=r"last spiking layer '3' cannot be followed .* name the layers"):
+        with pytest.raises(
+            RuntimeError, match=r"last spiking layer '3' cannot be followed .* name the layers"
+        ):
             run_pair(monitor, net, *inputs())
     else:
         run_pair(monitor, net, *inputs())
-        with pytest.raises(RuntimeError, match=r"last spiking layer '3' cannot be followed .* name the layers"):
+        with pytest.raises(
+            RuntimeError, match=r"last spiking layer '3' cannot be followed .* name the layers"
+        ):
             monitor.loss()
         assert monitor.loss(["1"]).requires_grad
 
@@ -151,13 +155,19 @@ def test_full_perturbation_is_left_out_where_the_potential_is_another():
             r"no neuron has the name or exact type '7'; the network has '1' \(Leaky\), '3' \(IFNode\)",
         ),
         ({"decay": {neuron.LIFNode: 0.5}}, "no neuron has the name or exact type"),
-        ({"decay": {"3": 0.5, "1": 0.5}}, "'3' names a IFNode, whose decay is read from the neuron"),
+        (
+            {"decay": {"3": 0.5, "1": 0.5}},
+            "'3' names a IFNode, whose decay is read from the neuron",
+        ),
         ({"decay": {"1": 0.5}, "gain": {Leaky: 1.0}}, "gain: .* has no decay"),
         ({"decay": {"1": 0.5}, "layers": "first"}, r"got 'first'; for one layer pass \['first'\]"),
         ({"decay": {"1": 0.5}, "layers": ["1", "x"]}, "no monitored layer 'x'; monitored are 1, 3"),
         ({"decay": {"1": 0.5}, "layers": []}, "at least one layer"),
         ({"layers": ["1"]}, "layer '1' cannot be followed: the decay of Leaky is not known"),
-        ({"decay": {"1": 0.5}, "keep": "all"}, "keep must be 'statistics', 'trace' or 'loss', got 'all'"),
+        (
+            {"decay": {"1": 0.5}, "keep": "all"},
+            "keep must be 'statistics', 'trace' or 'loss', got 'all'",
+        ),
     ],
 )
 def test_wrong_options(options, message):
@@ -183,10 +193,15 @@ def test_a_network_without_neurons():
 def test_runs_of_different_shapes_and_lengths(net, pair, keep):
     x, x_perturbed = pair
     monitor = MPPDMonitor(net, keep=keep)
-    with pytest.raises(ValueError, match=r"same shape, got \(4, 3, 2, 6, 6\) and \(4, 2, 2, 6, 6\)"):
+    with pytest.raises(
+        ValueError, match=r"same shape, got \(4, 3, 2, 6, 6\) and \(4, 2, 2, 6, 6\)"
+    ):
         monitor.compare(x, x_perturbed[:, :2])
     cases = (
-        (x_perturbed[:, :2], r"'2' gets input of shape \(2, 4, 6, 6\) .* and \(3, 4, 6, 6\) in the clean run"),
+        (
+            x_perturbed[:, :2],
+            r"'2' gets input of shape \(2, 4, 6, 6\) .* and \(3, 4, 6, 6\) in the clean run",
+        ),
         (torch.cat((x, x)), r"more steps in the perturbed run than in the clean run \(4\)"),
         (x_perturbed[:3], "takes 3 steps in the perturbed run and 4 in the clean run"),
     )
@@ -196,14 +211,19 @@ def test_runs_of_different_shapes_and_lengths(net, pair, keep):
         with pytest.raises(RuntimeError, match="two complete runs"):
             monitor.loss()
     functional.reset_net(net)
-    with pytest.raises(ValueError, match=r"batch of 3: paired\(\) needs an even batch"), monitor.paired():
+    with (
+        pytest.raises(ValueError, match=r"batch of 3: paired\(\) needs an even batch"),
+        monitor.paired(),
+    ):
         net(x)
 
 
 def test_pairs_of_different_length_need_cleared_statistics(pair, monitor):
     monitor.compare(*pair)
     shorter = [x[:2] for x in pair]
-    with pytest.raises(ValueError, match=r"T=4 .* but this pair has T=2 .* clear_recorded_data\(\)"):
+    with pytest.raises(
+        ValueError, match=r"T=4 .* but this pair has T=2 .* clear_recorded_data\(\)"
+    ):
         monitor.compare(*shorter)
     assert monitor.statistics()["2"].samples == 3
     monitor.clear_recorded_data()
@@ -215,14 +235,19 @@ def test_forgotten_reset(net, pair, monitor):
     with monitor.clean():
         net(x)
     with (
-        pytest.raises(RuntimeError, match=r"another state than the clean run: call functional.reset_net"),
+        pytest.raises(
+            RuntimeError, match=r"another state than the clean run: call functional.reset_net"
+        ),
         monitor.perturbed(),
     ):
         net(x_perturbed)
     both = torch.cat((x, x_perturbed), 1)
     functional.reset_net(net)
     net(both)
-    with pytest.raises(RuntimeError, match="different states in the clean and the perturbed half"), monitor.paired():
+    with (
+        pytest.raises(RuntimeError, match="different states in the clean and the perturbed half"),
+        monitor.paired(),
+    ):
         net(both)
     functional.reset_net(net)
     net(x)
@@ -242,11 +267,21 @@ def test_contexts_in_the_wrong_order(net, pair, monitor):
         monitor.loss()
     with pytest.raises(RuntimeError, match="no clean run"), monitor.perturbed():
         pass
-    with pytest.raises(RuntimeError, match=r"clean\(\) was entered inside clean\(\)"), monitor.clean(), monitor.clean():
+    with (
+        pytest.raises(RuntimeError, match=r"clean\(\) was entered inside clean\(\)"),
+        monitor.clean(),
+        monitor.clean(),
+    ):
         pass
-    with pytest.raises(RuntimeError, match=r"compare\(\) was called inside paired\(\)"), monitor.paired():
+    with (
+        pytest.raises(RuntimeError, match=r"compare\(\) was called inside paired\(\)"),
+        monitor.paired(),
+    ):
         monitor.compare(*pair)
-    with pytest.raises(RuntimeError, match=r"no followed layer ran inside clean\(\)"), monitor.clean():
+    with (
+        pytest.raises(RuntimeError, match=r"no followed layer ran inside clean\(\)"),
+        monitor.clean(),
+    ):
         pass
     run_pair(monitor, net, *pair)
     with pytest.raises(RuntimeError, match="no clean run"), monitor.perturbed():
@@ -290,10 +325,16 @@ def test_a_layer_in_one_run_only():
         ((True, False), "'second' ran in the perturbed run but not in the clean run"),
         ((False, True), "'second' takes 0 steps in the perturbed run and 4"),
     ):
-        for skip, x, context in zip(skips, inputs(), (monitor.clean, monitor.perturbed), strict=True):
+        for skip, x, context in zip(
+            skips, inputs(), (monitor.clean, monitor.perturbed), strict=True
+        ):
             functional.reset_net(net)
             net.skip = skip
-            expected = pytest.raises(ValueError, match=message) if skip != skips[0] else contextlib.nullcontext()
+            expected = (
+                pytest.raises(ValueError, match=message)
+                if skip != skips[0]
+                else contextlib.nullcontext()
+            )
             with expected, context():
                 net(x)
             if context == monitor.clean:
@@ -324,7 +365,10 @@ def test_what_is_changed_in_place_after_the_neurons_call():
 
 def test_data_parallel_is_refused(net, pair, monitor):
     replica = net[2]._replicate_for_data_parallel()
-    with pytest.raises(RuntimeError, match=r"use torch\.nn\.parallel\.DistributedDataParallel"), monitor.clean():
+    with (
+        pytest.raises(RuntimeError, match=r"use torch\.nn\.parallel\.DistributedDataParallel"),
+        monitor.clean(),
+    ):
         replica(pair[0])
 
 

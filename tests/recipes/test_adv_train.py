@@ -27,7 +27,10 @@ def in_process(folder, *options, draws=False):
 
 
 def weights(folder):
-    return {str(path.relative_to(folder)): load_checkpoint(path)["model"] for path in sorted(folder.glob("*/*.pt"))}
+    return {
+        str(path.relative_to(folder)): load_checkpoint(path)["model"]
+        for path in sorted(folder.glob("*/*.pt"))
+    }
 
 
 @pytest.fixture(scope="module")
@@ -39,21 +42,52 @@ def whole(tmp_path_factory):
 
 
 def test_a_normalisation_goes_into_the_checkpoint_and_a_start_is_told(tmp_path, whole):
-    state = {name: value for name, value in weights(whole)["dlif_at/best.pt"].items() if name not in ("mean", "std")}
-    torch.save({name.removeprefix("net."): value for name, value in state.items()}, tmp_path / "bare.pt")
-    options = ("--pretrained", "bare.pt", "--mean", "[0.3]", "--std", "[0.5]", "--reference", "false")
+    state = {
+        name: value
+        for name, value in weights(whole)["dlif_at/best.pt"].items()
+        if name not in ("mean", "std")
+    }
+    torch.save(
+        {name.removeprefix("net."): value for name, value in state.items()}, tmp_path / "bare.pt"
+    )
+    options = (
+        "--pretrained",
+        "bare.pt",
+        "--mean",
+        "[0.3]",
+        "--std",
+        "[0.5]",
+        "--reference",
+        "false",
+    )
     in_process(tmp_path, *QUICK, *options, "--output", "run")
     assert "starting from " in (tmp_path / "run" / "log.txt").read_text()
     saved = weights(tmp_path / "run")["dlif_at/best.pt"]
-    assert (saved["mean"].tolist(), saved["std"].tolist()) == (pytest.approx([0.3]), pytest.approx([0.5]))
+    assert (saved["mean"].tolist(), saved["std"].tolist()) == (
+        pytest.approx([0.3]),
+        pytest.approx([0.5]),
+    )
 
 
 def test_certified_training_beside_ms_mppd_ends_with_what_is_verified(tmp_path, capsys):
-    options = ("--mode", "certified", "--rho", "0.5", "--certified-eps", "0.02", "--eval-eps", "0.01", "--lr", "0.02")
+    options = (
+        "--mode",
+        "certified",
+        "--rho",
+        "0.5",
+        "--certified-eps",
+        "0.02",
+        "--eval-eps",
+        "0.01",
+        "--lr",
+        "0.02",
+    )
     in_process(tmp_path, *QUICK, *options, "--epochs", "6", "--reference", "false", draws=True)
     report = Report.load(tmp_path / "runs" / "digits-dlif-certified-1" / "report.json")
     (note,) = report.notes
-    found = re.fullmatch(r"dlif certified: (\d+) of 40 test images \(.*%\) verified at Linf 0.01", note)
+    found = re.fullmatch(
+        r"dlif certified: (\d+) of 40 test images \(.*%\) verified at Linf 0.01", note
+    )
     assert int(found[1]) <= round(40 * report.accuracy("dlif certified", "pgd20"))
     assert note in capsys.readouterr().out
     losses = report.curves["dlif certified"][-1]["losses"]
@@ -62,14 +96,28 @@ def test_certified_training_beside_ms_mppd_ends_with_what_is_verified(tmp_path, 
 
 
 def test_what_a_run_leaves(whole):
-    files = {str(path.relative_to(whole)) for path in whole.rglob("*") if "tfevents" not in path.name}
+    files = {
+        str(path.relative_to(whole)) for path in whole.rglob("*") if "tfevents" not in path.name
+    }
     networks = ("dlif_at", "lif_undefended")
     checkpoints = {f"{network}/{name}.pt" for network in networks for name in ("last", "best")}
     folders = {*networks, "tensorboard", *(f"tensorboard/{network}" for network in networks)}
-    assert files == {"README.md", "config.yaml", "log.txt", "report.json", "report.png"} | checkpoints | folders
+    assert (
+        files
+        == {"README.md", "config.yaml", "log.txt", "report.json", "report.png"}
+        | checkpoints
+        | folders
+    )
     assert (whole / "report.png").read_bytes().startswith(b"\x89PNG")
     log = (whole / "log.txt").read_text()
-    for text in (f"torch: {torch.__version__}", "spikingjelly:", "commit:", "device: cpu", "eps: 0.1", "epoch 2/2"):
+    for text in (
+        f"torch: {torch.__version__}",
+        "spikingjelly:",
+        "commit:",
+        "device: cpu",
+        "eps: 0.1",
+        "epoch 2/2",
+    ):
         assert text in log
     assert log.index("environment:") < log.index("configuration:") < log.index("epoch 1/2")
 
@@ -78,15 +126,22 @@ def test_a_run_that_was_killed_and_resumed_ends_at_the_same_weights(tmp_path, wh
     options = (*QUICK, "--output", "cut", "--checkpoint-steps", "1")
     process = start("adv_train", tmp_path, *options)
     last = tmp_path / "cut" / "dlif_at" / "last.pt"
-    launch.wait_until(lambda: last.exists() and load_checkpoint(last)["batch"] > 0, "a checkpoint", process)
+    launch.wait_until(
+        lambda: last.exists() and load_checkpoint(last)["batch"] > 0, "a checkpoint", process
+    )
     process.kill()
     finish(process, code=-signal.SIGKILL)
     assert load_checkpoint(last)["epoch"] < 2
-    with pytest.raises(FileExistsError, match="cut is not empty: .* --resume"):  # not overwritten by accident
+    with pytest.raises(
+        FileExistsError, match="cut is not empty: .* --resume"
+    ):  # not overwritten by accident
         in_process(tmp_path, *options)
     in_process(tmp_path, "--output", "cut", "--resume")  # with the options of the run
     torch.testing.assert_close(weights(whole), weights(tmp_path / "cut"), rtol=0, atol=0)
-    assert Report.load(tmp_path / "cut" / "report.json").scores == Report.load(whole / "report.json").scores
+    assert (
+        Report.load(tmp_path / "cut" / "report.json").scores
+        == Report.load(whole / "report.json").scores
+    )
 
 
 def test_resuming_a_finished_run_gives_the_same_report_and_other_options_are_refused(tmp_path):
@@ -95,25 +150,45 @@ def test_resuming_a_finished_run_gives_the_same_report_and_other_options_are_ref
     folder = tmp_path / "runs" / "digits-dlif-gaussian-1"
     scores = Report.load(folder / "report.json").scores
     in_process(tmp_path, *quick)
-    started = tmp_path / "runs" / "digits-dlif-gaussian-3"  # one that was killed before its first checkpoint
+    started = (
+        tmp_path / "runs" / "digits-dlif-gaussian-3"
+    )  # one that was killed before its first checkpoint
     started.mkdir()
     (started / "config.yaml").write_text("{}")
     in_process(tmp_path, "--mode", "gaussian", "--resume")
     names = sorted(path.name for path in (tmp_path / "runs").iterdir())
     assert names == [f"digits-dlif-gaussian-{number}" for number in (1, 2, 3)]
     for number in (1, 2):
-        assert Report.load(tmp_path / "runs" / f"digits-dlif-gaussian-{number}" / "report.json").scores == scores
+        assert (
+            Report.load(tmp_path / "runs" / f"digits-dlif-gaussian-{number}" / "report.json").scores
+            == scores
+        )
     with pytest.raises(ValueError, match=r"options\.rho: 1\.0 there, 2\.0 now"):
         in_process(tmp_path, "--output", str(folder), "--resume", "--rho", "2")
 
 
 def test_bounds_and_options_without_effect_are_in_the_log(tmp_path, capsys):
-    options = (*QUICK, "--epochs", "1", "--reference", "false", "--log-bounds", "--mode", "none", "--rho", "1")
+    options = (
+        *QUICK,
+        "--epochs",
+        "1",
+        "--reference",
+        "false",
+        "--log-bounds",
+        "--mode",
+        "none",
+        "--rho",
+        "1",
+    )
     in_process(tmp_path, *options, "--norm", "l1")
     assert "without effect beside the other options: norm, rho\n" in capsys.readouterr().out
-    events = EventAccumulator(str(tmp_path / "runs" / "digits-dlif-none-1" / "tensorboard" / "dlif_none")).Reload()
+    events = EventAccumulator(
+        str(tmp_path / "runs" / "digits-dlif-none-1" / "tensorboard" / "dlif_none")
+    ).Reload()
     for layer in ("stages.1", "stages.5"):
-        bound, gain = (events.Scalars(f"{name}/{layer}")[0].value for name in ("l2_bound", "l2_gain"))
+        bound, gain = (
+            events.Scalars(f"{name}/{layer}")[0].value for name in ("l2_bound", "l2_gain")
+        )
         assert bound > 0
         assert bound != gain
 
@@ -131,7 +206,9 @@ def test_print_config_and_config(tmp_path, monkeypatch, capsys):
     Path("mine.yaml").write_text(text)
     assert "data_root: x" in text
     assert "mode: at" in text
-    assert printed("--config", "mine.yaml", "--eps", "0.25") == text.replace("eps: 0.1\n", "eps: 0.25\n", 1)
+    assert printed("--config", "mine.yaml", "--eps", "0.25") == text.replace(
+        "eps: 0.1\n", "eps: 0.25\n", 1
+    )
 
 
 CONFIGS = ROOT / "recipes" / "configs"

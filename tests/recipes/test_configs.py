@@ -41,7 +41,9 @@ def test_every_cell_of_the_tables_is_there():
             for neuron in ("lif", "dlif"):
                 assert f"{dataset}_{model}_none_{neuron}" in names
                 for mode in ("gaussian", "at", "rat"):
-                    assert {f"{dataset}_{model}_{mode}_{neuron}_rho{rho}" for rho in (0, 1)} <= names
+                    assert {
+                        f"{dataset}_{model}_{mode}_{neuron}_rho{rho}" for rho in (0, 1)
+                    } <= names
     assert {f"cifar10_vgg5_at_dlif_{name}" for name in ("rho0", "mppd", "tasad", "std")} <= names
     assert len(names) == 48 + 8 + 4
 
@@ -56,7 +58,12 @@ def test_a_preset_builds(recipe, path):
         objective, plan, attack = adv_train.prepared(options, splits)
     assert sum(parameter.numel() for parameter in objective.classifier.parameters()) > 1000
     certified = path.parent.name == "certified"
-    assert certified == (options.mode == "certified") == (plan.select == "verified") == (plan.optimizer == "adam")
+    assert (
+        certified
+        == (options.mode == "certified")
+        == (plan.select == "verified")
+        == (plan.optimizer == "adam")
+    )
     assert (attack is None) == (certified or options.mode == "none")
     assert plan.weight_decay == (0.0 if certified or options.mode == "rat" else 5e-4)
     assert (plan.retraction > 0) == (options.mode == "rat")
@@ -78,9 +85,27 @@ def test_a_cell_has_the_papers_hyperparameters(recipe, path):
     assert options["model"] == ("wrn16_4" if "wrn16" in name else name[1])
     assert options["mode"] in name
     assert options["neuron"] in name
-    wanted = {"T": 8, "tau": 100.0, "lr": 0.1, "momentum": 0.9, "epochs": 100, "batch_size": 64, "kappa": 0.5}
-    wanted |= {"eval_eps": "8/255", "mixed_precision": "fp16", "augment": True, "layers": "last", "norm": "l2"}
-    wanted |= {"weight_decay": 0.0 if options["mode"] == "rat" else 5e-4, "input_gain": False, "select": None}
+    wanted = {
+        "T": 8,
+        "tau": 100.0,
+        "lr": 0.1,
+        "momentum": 0.9,
+        "epochs": 100,
+        "batch_size": 64,
+        "kappa": 0.5,
+    }
+    wanted |= {
+        "eval_eps": "8/255",
+        "mixed_precision": "fp16",
+        "augment": True,
+        "layers": "last",
+        "norm": "l2",
+    }
+    wanted |= {
+        "weight_decay": 0.0 if options["mode"] == "rat" else 5e-4,
+        "input_gain": False,
+        "select": None,
+    }
     wanted |= {"rho": 0.0 if name[-1] == "rho0" else 1.0, "indicator": "mppd", "reference": False}
     wanted |= {"indicator": name[-1]} if name[-1] in ("tasad", "std") else {}
     if options["mode"] == "none":
@@ -101,7 +126,11 @@ def test_a_cell_has_the_papers_hyperparameters(recipe, path):
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_a_sweep_is_made_of_the_presets(recipe, path, tmp_path):
     sweep = options_in(path)
-    fixed = options_in(CONFIGS / f"{sweep['base']}.yaml") | sweep.get("options", {}) | {"reference": False}
+    fixed = (
+        options_in(CONFIGS / f"{sweep['base']}.yaml")
+        | sweep.get("options", {})
+        | {"reference": False}
+    )
     runs = plan_runs(
         tmp_path,
         expand(sweep["grid"], fixed=recipe.resolve(fixed), skip=sweep.get("skip", ())),
@@ -122,20 +151,37 @@ def test_a_sweep_is_made_of_the_presets(recipe, path, tmp_path):
     names = [run.name for run in runs]
     cells = sum(name.endswith("-seed0") for name in names)
     assert len(names) == len(set(names))
-    assert f"{cells} cells, {len(names)} runs" in " ".join(path.read_text().replace("\n#", "").split())
+    assert f"{cells} cells, {len(names)} runs" in " ".join(
+        path.read_text().replace("\n#", "").split()
+    )
     if path.stem.startswith("certified"):
-        fixed_gain = {run.options["neuron"] == "lif" or not run.options["learn_gain"] for run in runs}
+        fixed_gain = {
+            run.options["neuron"] == "lif" or not run.options["learn_gain"] for run in runs
+        }
         assert fixed_gain == ({False} if "radii" in path.stem else {False, True})
         trained = [run.options for run in runs if run.options["mode"] == "certified"]
         assert len(trained) >= len(runs) / 3
-        assert all(parse_eps(options["certified_eps"]) > parse_eps(options["eps"]) for options in trained)
+        assert all(
+            parse_eps(options["certified_eps"]) > parse_eps(options["eps"]) for options in trained
+        )
     elif path.stem.startswith("bfloat16"):
         assert [run.options["mixed_precision"] for run in runs[:2]] == ["no", "bf16"]
     else:
         trained = ("at",) if path.stem.startswith("cifar10") else ("gaussian", "at", "rat")
-        wanted = {(mode, neuron, rho) for mode in trained for neuron in ("lif", "dlif") for rho in (0.0, 1.0)}
-        neurons = ["dlif" if run.options["learn_gain"] and run.options["neuron"] == "dlif" else "lif" for run in runs]
-        found = {(run.options["mode"], neuron, run.options["rho"]) for run, neuron in zip(runs, neurons, strict=True)}
+        wanted = {
+            (mode, neuron, rho)
+            for mode in trained
+            for neuron in ("lif", "dlif")
+            for rho in (0.0, 1.0)
+        }
+        neurons = [
+            "dlif" if run.options["learn_gain"] and run.options["neuron"] == "dlif" else "lif"
+            for run in runs
+        ]
+        found = {
+            (run.options["mode"], neuron, run.options["rho"])
+            for run, neuron in zip(runs, neurons, strict=True)
+        }
         assert wanted <= found
         assert {neuron for mode, neuron, _ in found if mode == "none"} >= {"dlif"}
 

@@ -34,12 +34,27 @@ def test_from_checkpoint_to_report(folder, capsys):
     report = RobustnessReport.load(run / "report.json")
     plots = {
         f"{name}.{end}"
-        for name in ("accuracy_over_eps", "attacks", "potential", "potential_more", "gallery", "spikes", "membrane")
+        for name in (
+            "accuracy_over_eps",
+            "attacks",
+            "potential",
+            "potential_more",
+            "gallery",
+            "spikes",
+            "membrane",
+        )
         for end in ("png", "pdf")
     }
     files = {path.name for path in run.iterdir()}
-    assert files == {"README.md", "config.yaml", "log.txt", "progress", "report.html", "report.json"} | plots
-    assert (report.name, report.dataset, report.threat) == ("lif_none", "digits", ThreatModel("Linf", 0.1))
+    assert (
+        files
+        == {"README.md", "config.yaml", "log.txt", "progress", "report.html", "report.json"} | plots
+    )
+    assert (report.name, report.dataset, report.threat) == (
+        "lif_none",
+        "digits",
+        ThreatModel("Linf", 0.1),
+    )
     assert len(report.labels) == 12
     assert {row["neuron"] for row in report.network["layers"]} == {"LIFNode"}
     assert "PiecewiseQuadratic(alpha=1.0" in report.network["layers"][0]["surrogate"]
@@ -65,7 +80,10 @@ def test_from_checkpoint_to_report(folder, capsys):
 def test_the_papers_protocol(whole):
     names = [member.name for member in whole.members]
     assert names[:4] == ["gaussian", "fgsm", "pgd7", "pgd7/last"]
-    assert [row["eps"] for row in whole.over_eps] == ["0", *(f"{level}/255" for level in range(10, 101, 10))]
+    assert [row["eps"] for row in whole.over_eps] == [
+        "0",
+        *(f"{level}/255" for level in range(10, 101, 10)),
+    ]
     assert whole.estimators == ()
     assert {member.estimator for member in whole.members} == {"training"}
     strong, weak = whole.under("pgd40"), whole.under("gaussian")
@@ -85,16 +103,22 @@ def test_killed_and_resumed(folder, tmp_path, whole):
     process.kill()
     finish(process, code=-signal.SIGKILL)
     assert not (tmp_path / "cut" / "report.json").exists()
-    with pytest.raises(FileExistsError, match="cut is not empty: .* --resume"):  # not overwritten by accident
+    with pytest.raises(
+        FileExistsError, match="cut is not empty: .* --resume"
+    ):  # not overwritten by accident
         in_process(folder, *options)
     in_process(folder, "--output", str(tmp_path / "cut"), "--resume")  # with the options of the run
     resumed = RobustnessReport.load(tmp_path / "cut" / "report.json")
-    assert without_times(resumed) == without_times(replace(whole, configuration=resumed.configuration))
+    assert without_times(resumed) == without_times(
+        replace(whole, configuration=resumed.configuration)
+    )
 
 
 def test_two_processes(folder, tmp_path, whole):
     options = ("runs/one", *PAPER, "--output", str(tmp_path / "two"))
-    result = launch.script(recipe_run.__file__, folder, *options)  # torchrun itself is in the tests of adv_train
+    result = launch.script(
+        recipe_run.__file__, folder, *options
+    )  # torchrun itself is in the tests of adv_train
     assert result.stdout.endswith("0 0\n"), result.stderr
     assert result.stdout.count("At most ") == 1
     report = RobustnessReport.load(tmp_path / "two" / "report.json")
@@ -103,10 +127,21 @@ def test_two_processes(folder, tmp_path, whole):
 
 
 @pytest.mark.parametrize(
-    ("function", "extra"), [("dead", ("--T", "3", "--mean", "[0.5]", "--std", "[0.5]")), ("wrapped", ())]
+    ("function", "extra"),
+    [("dead", ("--T", "3", "--mean", "[0.5]", "--std", "[0.5]")), ("wrapped", ())],
 )
 def test_somebodys_own_network(folder, tmp_path, capsys, function, extra):
-    own = ("--network", f"own_net.py:{function}", "--eps", "8/255", "--suite", "paper", "--control", "false", *SMALL)
+    own = (
+        "--network",
+        f"own_net.py:{function}",
+        "--eps",
+        "8/255",
+        "--suite",
+        "paper",
+        "--control",
+        "false",
+        *SMALL,
+    )
     in_process(folder, *own, *extra, "--output", str(tmp_path / "own"), "--name", function)
     report = RobustnessReport.load(tmp_path / "own" / "report.json")
     assert (report.name, report.eps, report.network["T"]) == (function, "8/255", 3)
@@ -114,7 +149,9 @@ def test_somebodys_own_network(folder, tmp_path, capsys, function, extra):
     assert report.footnote.startswith("DEAD NETWORK: 100.0% of layer")  # neither was ever trained
     out, html = capsys.readouterr().out, (tmp_path / "own" / "report.html").read_text()
     assert "Doubts: DEAD NETWORK" in out
-    assert all("NOT ROBUST: clean accuracy" in text and "DEAD NETWORK" in text for text in (out, html))
+    assert all(
+        "NOT ROBUST: clean accuracy" in text and "DEAD NETWORK" in text for text in (out, html)
+    )
 
 
 def test_the_data_root_is_that_of_the_run(tmp_path):
@@ -129,7 +166,17 @@ def test_the_data_root_is_that_of_the_run(tmp_path):
 
 
 def test_l2_and_transfer(folder, tmp_path):
-    options = ("--norm", "L2", "--eps", "0.5", "--transfer", "runs/two/a", "--suite", "fast", *SMALL)
+    options = (
+        "--norm",
+        "L2",
+        "--eps",
+        "0.5",
+        "--transfer",
+        "runs/two/a",
+        "--suite",
+        "fast",
+        *SMALL,
+    )
     in_process(folder, "runs/one", *options, "--output", str(tmp_path / "l2"))
     report = RobustnessReport.load(tmp_path / "l2" / "report.json")
     assert report.threat == ThreatModel("L2", 0.5)
@@ -148,7 +195,11 @@ def test_a_smoothed_classifier_has_a_bracket_of_its_own(folder, tmp_path, capsys
     assert (found.total, found.sigma, found.n, found.alpha) == (12, 0.1, 100, 0.01)
     assert found.bracket(0.0)[0] > 0.5
     drawn = {"smoothed.json", "smoothed.png", "smoothed.pdf"}
-    assert {path.name for path in (tmp_path / "vote").iterdir()} == {"README.md", "config.yaml", "log.txt"} | drawn
+    assert {path.name for path in (tmp_path / "vote").iterdir()} == {
+        "README.md",
+        "config.yaml",
+        "log.txt",
+    } | drawn
     out = capsys.readouterr().out
     assert found.table() in out
     assert found.verdict in out
@@ -156,7 +207,16 @@ def test_a_smoothed_classifier_has_a_bracket_of_its_own(folder, tmp_path, capsys
 
 
 def test_a_checkpoint_at_other_time_steps(folder, tmp_path):
-    options = ("--T", "5", "--suite", "paper", "--test-limit", "1", "--output", str(tmp_path / "longer"))
+    options = (
+        "--T",
+        "5",
+        "--suite",
+        "paper",
+        "--test-limit",
+        "1",
+        "--output",
+        str(tmp_path / "longer"),
+    )
     in_process(folder, "runs/one", *options)
     report = RobustnessReport.load(tmp_path / "longer" / "report.json")
     assert report.network["T"] == 5
@@ -177,12 +237,28 @@ def test_event_data(folder, tmp_path, capsys, event_data):
     description = {"network": asdict(spec), "options": {"dataset": "n_mnist", "eps": 0.1}}
     path = tmp_path / "nets" / "events" / "best.pt"
     path.parent.mkdir(parents=True)
-    save_checkpoint(path, {"description": description, "model": build_classifier(spec).state_dict()})
-    options = (str(path), "--data-root", str(event_data), "--eps", "3", "--test-limit", "6", "--batch-size", "4")
+    save_checkpoint(
+        path, {"description": description, "model": build_classifier(spec).state_dict()}
+    )
+    options = (
+        str(path),
+        "--data-root",
+        str(event_data),
+        "--eps",
+        "3",
+        "--test-limit",
+        "6",
+        "--batch-size",
+        "4",
+    )
     in_process(folder, *options)
     run = folder / "runs" / "evaluate-events-1"
     report = RobustnessReport.load(run / "report.json")
-    assert (report.suite, report.threat, report.dataset) == ("events", ThreatModel("L0", 3), "n_mnist")
+    assert (report.suite, report.threat, report.dataset) == (
+        "events",
+        ThreatModel("L0", 3),
+        "n_mnist",
+    )
     assert len(report.labels) == 6
     assert report.budget == "L0, at most 3 events added or removed"
     assert "At most " in capsys.readouterr().out
@@ -190,23 +266,50 @@ def test_event_data(folder, tmp_path, capsys, event_data):
     in_process(folder, *options, "--T", "3", "--output", str(tmp_path / "three"))
     assert RobustnessReport.load(tmp_path / "three" / "report.json").network["T"] == 3
     assert (event_data / "NMNIST" / "frames_number_3_split_by_number").is_dir()
-    moves = ("--norm", "moves", "--eps", "3", "--largest-shift", "1", "--output", str(tmp_path / "moves"))
+    moves = (
+        "--norm",
+        "moves",
+        "--eps",
+        "3",
+        "--largest-shift",
+        "1",
+        "--output",
+        str(tmp_path / "moves"),
+    )
     in_process(folder, *options[:3], *options[5:], *moves)
     report = RobustnessReport.load(tmp_path / "moves" / "report.json")
     assert report.threat == ThreatModel("moves", 3, largest_shift=1)
-    assert "3 events moved in time, by 1 frames at most" in (tmp_path / "moves" / "report.html").read_text()
-    with pytest.raises(ValueError, match=r"events takes frames \(2, 2, 34, 34\), those of digits are \(1, 8, 8\)"):
+    assert (
+        "3 events moved in time, by 1 frames at most"
+        in (tmp_path / "moves" / "report.html").read_text()
+    )
+    with pytest.raises(
+        ValueError, match=r"events takes frames \(2, 2, 34, 34\), those of digits are \(1, 8, 8\)"
+    ):
         in_process(folder, *options, "--dataset", "digits", "--eps", "0.1", "--output", "none")
 
 
 def test_stress(folder, tmp_path, capsys, monkeypatch):
     few = (Fault("weight_bits", 2), Fault("stuck_at_zero", 0.5), Fault("first_steps", 1))
     monkeypatch.setattr(stressing, "default_faults", lambda model: few)
-    options = ("runs/one", "--suite", "stress", "--fault-draws", "2", *SMALL, "--output", str(tmp_path / "card"))
+    options = (
+        "runs/one",
+        "--suite",
+        "stress",
+        "--fault-draws",
+        "2",
+        *SMALL,
+        "--output",
+        str(tmp_path / "card"),
+    )
     in_process(folder, *options)
     card = StressCard.load(tmp_path / "card" / "card.json")
     assert [len(row.clean) for row in card.rows] == [1, 2, 1]
-    assert (card.images, card.threat, card.configuration["fault_draws"]) == (12, ThreatModel("Linf", 0.1), 2)
+    assert (card.images, card.threat, card.configuration["fault_draws"]) == (
+        12,
+        ThreatModel("Linf", 0.1),
+        2,
+    )
     assert card.intact.clean[0] > card.intact.attacked[0]
     assert card.table() in capsys.readouterr().out
     drawn = {f"card.{end}" for end in ("json", "md", "png", "pdf")}
@@ -218,8 +321,12 @@ def test_leaderboard(folder, tmp_path, capsys, whole):
     in_process(folder, "--leaderboard", "whole", "--output", str(tmp_path / "board"))
     assert "of 1 reports are in" in capsys.readouterr().out
     row = (tmp_path / "board" / "leaderboard.md").read_text().splitlines()[6]
-    assert row.startswith(f"| lif_none | digits | 12 | Linf, eps 0.1 | paper | {whole.clean.percent} |")
-    assert row.endswith("python recipes/evaluate.py runs/one --suite paper --control false --test-limit 12 |")
+    assert row.startswith(
+        f"| lif_none | digits | 12 | Linf, eps 0.1 | paper | {whole.clean.percent} |"
+    )
+    assert row.endswith(
+        "python recipes/evaluate.py runs/one --suite paper --control false --test-limit 12 |"
+    )
 
 
 def test_compare(folder, capsys, whole):

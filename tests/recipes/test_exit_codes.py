@@ -1,6 +1,8 @@
-"""What each recipe ends with: 0 after success, 1 if its work failed, 2 after wrong use, 130 after Ctrl-C.
+"""What each recipe ends with: 0 after success, 1 if its work failed, 2 after wrong use, 130 after
+Ctrl-C.
 
-What newcomers get wrong is in test_newcomer_mistakes, wrong inputs of evaluate in test_evaluate_wrong_use.
+What newcomers get wrong is in test_newcomer_mistakes, wrong inputs of evaluate in
+test_evaluate_wrong_use.
 """
 
 import errno
@@ -26,7 +28,9 @@ from sj_robust.evaluation.progress import Progress
 
 @pytest.fixture
 def ended(tmp_path, monkeypatch, capsys):
-    """A function that runs a recipe as its script does, and returns exit code, stdout and stderr."""
+    """A function that runs a recipe as its script does, and returns exit code, stdout and
+    stderr.
+    """
     monkeypatch.chdir(tmp_path)
 
     def call(name, *arguments):
@@ -50,15 +54,30 @@ def ended(tmp_path, monkeypatch, capsys):
     ("name", "arguments", "expected", "reason"),
     [
         *(
-            (name, "--output=a --bach-size 4", 2, f"no option --bach-size.* option: python recipes/{name}.py --help")
+            (
+                name,
+                "--output=a --bach-size 4",
+                2,
+                f"no option --bach-size.* option: python recipes/{name}.py --help",
+            )
             for name in RECIPES
         ),
-        ("adv_train", "--batch-size 5000", 2, "batch_size must be from 1 to the number of training images"),
+        (
+            "adv_train",
+            "--batch-size 5000",
+            2,
+            "batch_size must be from 1 to the number of training images",
+        ),
         ("adv_train", "--accumulate 3", 2, "batch_size must be a multiple of"),
         ("adv_train", "--layers [nowhere]", 2, "nowhere"),
         ("adv_train", "--channels []", 2, "must begin with a convolution"),
         ("adv_train", "--mode certified --certified-eps -1", 2, "certified_eps must be"),
-        ("adv_train", "--mode certified --mixed-precision bf16", 2, "mixed_precision must be no for certified"),
+        (
+            "adv_train",
+            "--mode certified --mixed-precision bf16",
+            2,
+            "mixed_precision must be no for certified",
+        ),
         ("adv_train", "--mode trades --noise-std 0", 2, "noise_std must be finite and > 0"),
         ("adv_train", "--neuron lif --mode at --gain-penalty=-1", 2, "must be >= 0"),
         ("adv_train", "--pretrained nowhere.pt", 1, "nowhere.pt"),
@@ -82,7 +101,9 @@ def ended(tmp_path, monkeypatch, capsys):
         ("benchmark", "--redraw nowhere", 1, r"nowhere holds no \*.csv"),
     ],
 )
-def test_what_is_wrong_is_said_in_a_line_and_leaves_no_folder(ended, tmp_path, name, arguments, expected, reason):
+def test_what_is_wrong_is_said_in_a_line_and_leaves_no_folder(
+    ended, tmp_path, name, arguments, expected, reason
+):
     code, _, err = ended(name, *shlex.split(arguments))
     assert code == expected, err
     assert re.fullmatch(f"error: .*{reason}.*\n", err), err
@@ -93,13 +114,30 @@ def test_what_is_wrong_is_said_in_a_line_and_leaves_no_folder(ended, tmp_path, n
     ("name", "file", "content", "named"),
     [
         ("adv_train", "config.yaml", "model: own.py:build", "--resume --model own.py:build"),
-        ("evaluate", "config.yaml", "{network: 'own.py:build', T: 2, eps: 0.1}", "--resume --network own.py:build"),
-        ("evaluate", "config.yaml", "{checkpoint: x.pt, trust_code: true}", "--resume --trust-code"),
+        (
+            "evaluate",
+            "config.yaml",
+            "{network: 'own.py:build', T: 2, eps: 0.1}",
+            "--resume --network own.py:build",
+        ),
+        (
+            "evaluate",
+            "config.yaml",
+            "{checkpoint: x.pt, trust_code: true}",
+            "--resume --trust-code",
+        ),
         ("sweep", "sweep.yaml", "{base: digits, recipe: own.py}", "--report --recipe own.py"),
-        ("sweep", "sweep.yaml", "{base: f/base.yaml}", "--report --options '{model: own.py:build}'"),
+        (
+            "sweep",
+            "sweep.yaml",
+            "{base: f/base.yaml}",
+            "--report --options '{model: own.py:build}'",
+        ),
     ],
 )
-def test_code_that_a_folder_names_is_run_if_the_command_names_it_too(ended, tmp_path, name, file, content, named):
+def test_code_that_a_folder_names_is_run_if_the_command_names_it_too(
+    ended, tmp_path, name, file, content, named
+):
     (tmp_path / "own.py").write_text("from pathlib import Path\nPath('ran').touch()\n")
     (tmp_path / "f").mkdir()
     (tmp_path / "f" / file).write_text(content)
@@ -132,7 +170,9 @@ def test_a_full_disk_is_told_with_file_and_remedy(monkeypatch, tmp_path):
     progress = Progress(tmp_path, {})
     monkeypatch.setattr(os, "fsync", full)
     monkeypatch.setattr(sys, "argv", ["mine.py"])
-    with pytest.raises(SystemExit, match=r"'.*batch-000000\.jsonl'; free some space there: continue with --resume"):
+    with pytest.raises(
+        SystemExit, match=r"'.*batch-000000\.jsonl'; free some space there: continue with --resume"
+    ):
         run_recipe(main)
     with pytest.raises(SystemExit, match=r"'.*report\.json'; free some space"):
         run_recipe(lambda arguments: write_whole(tmp_path / "report.json", "{}"))
@@ -140,9 +180,13 @@ def test_a_full_disk_is_told_with_file_and_remedy(monkeypatch, tmp_path):
 
 def test_a_missing_extra_is_told_in_a_line(monkeypatch):
     found = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "scipy" else found(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "scipy" else found(name)
+    )
     monkeypatch.delitem(sys.modules, "sj_robust._recipes_installed")
-    with pytest.raises(SystemExit, match=r"error: .* extra 'recipes', of which scipy .*: pip install"):
+    with pytest.raises(
+        SystemExit, match=r"error: .* extra 'recipes', of which scipy .*: pip install"
+    ):
         importlib.reload(sys.modules["lab.command_line"])
 
 
@@ -172,7 +216,9 @@ def test_ctrl_c_is_130_without_a_traceback(folder, tmp_path, name):
     limit.start()
     for line in process.stdout:
         if begun in line:
-            os.killpg(process.pid, signal.SIGINT)  # as a terminal does: all processes in the foreground get it
+            os.killpg(
+                process.pid, signal.SIGINT
+            )  # as a terminal does: all processes in the foreground get it
             break
     _, err = launch.finish(process, code=130)
     limit.cancel()

@@ -1,4 +1,6 @@
-"""Figures: their numbers by hand, the same picture from the file again, and what the command says of mistakes."""
+"""Figures: their numbers by hand, the same picture from the file again, and what the command says
+of mistakes.
+"""
 
 import json
 from dataclasses import asdict
@@ -25,7 +27,12 @@ from sj_robust.stability import Verification
 from sj_robust.training import EpochRecord, save_checkpoint
 
 HISTORY = [
-    EpochRecord(epoch, {"total": 2.0, "mppd": 0.3 / epoch}, {"clean": 0.5, "fgsm": 0.2, "pgd": 0.1 * epoch}, 0.1)
+    EpochRecord(
+        epoch,
+        {"total": 2.0, "mppd": 0.3 / epoch},
+        {"clean": 0.5, "fgsm": 0.2, "pgd": 0.1 * epoch},
+        0.1,
+    )
     for epoch in (1, 2, 3)
 ]
 LIF = {"decay": 0.9, "v_threshold": 1.0, "v_reset": 0.0}
@@ -40,7 +47,11 @@ def checkpoint(folder, neuron="dlif", history=()):
     folder.mkdir(parents=True)
     state = {f"net.{name}": value for name, value in net.state_dict().items()}
     description = {"network": asdict(spec), "options": {"dataset": "digits"}}
-    content = {"description": description, "model": state, "history": [asdict(record) for record in history]}
+    content = {
+        "description": description,
+        "model": state,
+        "history": [asdict(record) for record in history],
+    }
     for name in ("best.pt", "last.pt"):
         save_checkpoint(folder / name, content)
 
@@ -67,8 +78,14 @@ def drawn(run, tmp_path_factory):
 def test_figure_1_is_the_recursion_by_hand(name):
     data = one_neuron(seed=5)
     assert data.settings == {
-        "decay": 0.9, "v_threshold": 1.0, "current": 0.3, "shift": 0.1, "std": 0.3, "steps": 30, "seed": 5,
-    }  # fmt: skip
+        "decay": 0.9,
+        "v_threshold": 1.0,
+        "current": 0.3,
+        "shift": 0.1,
+        "std": 0.3,
+        "steps": 30,
+        "seed": 5,
+    }
     generator = torch.Generator().manual_seed(5)
     noise = (0.3 * torch.randn(30, 1, generator=generator, dtype=torch.float64)).flatten().tolist()
     x = np.full(30, 0.3)
@@ -77,11 +94,15 @@ def test_figure_1_is_the_recursion_by_hand(name):
     (_, s, v), (_, s_perturbed, v_perturbed) = runs
     steps = np.arange(1, 31)
     expected = {
-        "v": v, "v_perturbed": v_perturbed, "spike": s, "spike_perturbed": s_perturbed, "full": v - v_perturbed,
+        "v": v,
+        "v_perturbed": v_perturbed,
+        "spike": s,
+        "spike_perturbed": s_perturbed,
+        "full": v - v_perturbed,
         "simplified": eps_by_hand(x, x_perturbed, 0.9, np.ones(30)).numpy(),
         "std": abs(s - s_perturbed).cumsum() / steps,
         "tasad": abs(s.cumsum() - s_perturbed.cumsum()) / steps,
-    }  # fmt: skip
+    }
     assert (s != s_perturbed).any()
     assert data.cases[name].keys() == expected.keys()
     for series, values in expected.items():
@@ -120,7 +141,9 @@ def test_numbers_are_those_of_the_run(run, drawn):
     gains = load_figure(drawn / "gains.json")
     assert list(gains.networks) == ["dlif_at"]
     assert all(values == [1.0] * 3 for values in gains.networks["dlif_at"].values())
-    assert load_figure(drawn / "curves.json").networks == {"dlif at": [asdict(record) for record in HISTORY]}
+    assert load_figure(drawn / "curves.json").networks == {
+        "dlif at": [asdict(record) for record in HISTORY]
+    }
     result = load_figure(drawn / "intensity_dlif_at.json")
     assert isinstance(result, IntensityCorrelation)
     assert result.directions == ("gaussian", "adversarial")
@@ -144,19 +167,28 @@ def study(layers, steps):
     names = [f"net.{index}" for index in range(layers)]
     measures = ("spearman", "pearson", "per_image", "auroc", "auroc_same_size", "per_neuron")
     text = {
-        "format": "sj_robust.intensity", "version": 1, "eps": growing, "samples": 9, "left_out": 0, "resamples": 2,
+        "format": "sj_robust.intensity",
+        "version": 1,
+        "eps": growing,
+        "samples": 9,
+        "left_out": 0,
+        "resamples": 2,
         "accuracy": {"pgd": growing[::-1]},
         "means": {"pgd": {layer: dict.fromkeys(INDICATORS, growing) for layer in names}},
         "per_step": {"pgd": {layer: [[eps] * steps for eps in growing] for layer in names}},
-        "associations": {"pgd": {n: {i: dict.fromkeys(measures, found) for i in INDICATORS} for n in names}},
-    }  # fmt: skip
+        "associations": {
+            "pgd": {n: {i: dict.fromkeys(measures, found) for i in INDICATORS} for n in names}
+        },
+    }
     return IntensityCorrelation.from_json(json.dumps(text))
 
 
 LOOKS = {
     "one neuron": one_neuron(),
     "few layers": InputGains({"mine": {"net.0": [1.0, 1.2], "net.1": [0.4, 2.0]}}),
-    "many layers": InputGains({name: {f"net.{i}": [1.0 + i / 9] * 8 for i in range(13)} for name in ("a", "b")}),
+    "many layers": InputGains(
+        {name: {f"net.{i}": [1.0 + i / 9] * 8 for i in range(13)} for name in ("a", "b")}
+    ),
     "deep": study(13, 8),
 }
 
@@ -170,13 +202,22 @@ def test_figures_fit_print(data):
         canvas.draw()
         renderer = canvas.get_renderer()
         width, height = canvas.get_width_height()
-        for text in figure.findobj(lambda artist: hasattr(artist, "get_fontsize") and artist.get_visible()):
+        for text in figure.findobj(
+            lambda artist: hasattr(artist, "get_fontsize") and artist.get_visible()
+        ):
             if text.get_text() and text.get_window_extent(renderer).width:
                 assert text.get_fontsize() >= 7, text
         for axes in figure.axes:
             labels = [axes.title, axes._left_title, axes.xaxis.label, axes.yaxis.label]
-            boxes = [text.get_window_extent(renderer) for text in labels if text.get_text() and axes.axison]
-            assert all(box.x0 >= 0 and box.x1 <= width and box.y0 >= 0 and box.y1 <= height for box in boxes)
+            boxes = [
+                text.get_window_extent(renderer)
+                for text in labels
+                if text.get_text() and axes.axison
+            ]
+            assert all(
+                box.x0 >= 0 and box.x1 <= width and box.y0 >= 0 and box.y1 <= height
+                for box in boxes
+            )
 
 
 def test_effect_of_rho_is_drawn_from_the_records_of_a_sweep(tmp_path, capsys):
@@ -184,10 +225,19 @@ def test_effect_of_rho_is_drawn_from_the_records_of_a_sweep(tmp_path, capsys):
         for seed in (0, 1):
             folder = tmp_path / "runs" / f"{rho:g}-{seed}"
             folder.mkdir(parents=True)
-            counts = {"clean": {"correct": 90 + seed, "total": 100}, "pgd20": {"correct": 50 + int(rho), "total": 100}}
-            RunRecord(folder.name, {"mode": "at", "rho": rho, "seed": seed}, counts).save(folder / RECORD_FILE)
+            counts = {
+                "clean": {"correct": 90 + seed, "total": 100},
+                "pgd20": {"correct": 50 + int(rho), "total": 100},
+            }
+            RunRecord(folder.name, {"mode": "at", "rho": rho, "seed": seed}, counts).save(
+                folder / RECORD_FILE
+            )
     figures.main([str(tmp_path)])
-    assert {path.name for path in (tmp_path / "figures").iterdir()} == {"README.md", "rho.pdf", "rho.png"}
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {
+        "README.md",
+        "rho.pdf",
+        "rho.png",
+    }
     assert "6 runs drawn as rho.png, rho.pdf" in capsys.readouterr().out
     with pytest.raises(ValueError, match="no columns fit .*'apgd'.*; there are clean, pgd20"):
         figures.main([str(tmp_path), "--columns", "apgd"])
@@ -219,7 +269,11 @@ def test_all_leaves_out_what_a_network_does_not_have(tmp_path, monkeypatch, caps
     monkeypatch.setattr(figures, "intensity", lambda options, folder: None)  # tried above
     checkpoint(tmp_path / "lif", neuron="lif", history=HISTORY)
     figures.main([str(tmp_path)])
-    assert {path.stem for path in (tmp_path / "figures").iterdir()} == {"README", "neuron", "curves"}
+    assert {path.stem for path in (tmp_path / "figures").iterdir()} == {
+        "README",
+        "neuron",
+        "curves",
+    }
     assert "gains left out: no network has a DLIF neuron" in capsys.readouterr().out
 
 
@@ -240,17 +294,23 @@ def test_what_cannot_be_redrawn(tmp_path):
 
 
 def test_gains_of_networks_without_dlif_are_left_out():
-    nets = {name: build_network(NetworkSpec(neuron=name, channels=(2, 2))) for name in ("dlif", "lif")}
+    nets = {
+        name: build_network(NetworkSpec(neuron=name, channels=(2, 2))) for name in ("dlif", "lif")
+    }
     assert list(input_gains(nets).networks) == ["dlif"]
 
 
 def proofs_and_report(verified):
-    """Four images: one is wrong, APGD breaks image 1 and the program image 2; the image given last is verified."""
+    """Four images: one is wrong, APGD breaks image 1 and the program image 2; the image given last
+    is verified.
+    """
     broken = tuple(i in (0, 2) for i in range(4))
     margin = tuple(0.1 if i == verified else -0.1 for i in range(4))
     proofs = Verification(0.1, (False, True, True, True), margin, (), torch.zeros(4, 1), broken)
     apgd = MemberOutcome("apgd", "training", "", 0.1, (1, 2, 3), (1,), (), 0.1, 1.0)
-    report = RobustnessReport("mine", "digits", ThreatModel("Linf", 0.1), "fast", 10, (0,) * 4, (1, 2, 3), (apgd,))
+    report = RobustnessReport(
+        "mine", "digits", ThreatModel("Linf", 0.1), "fast", 10, (0,) * 4, (1, 2, 3), (apgd,)
+    )
     return proofs, report
 
 
@@ -258,7 +318,9 @@ def test_truth_is_what_program_and_attacks_know_together():
     proofs, report = proofs_and_report(verified=3)
     truth, rows = beside(proofs, [report])
     assert truth == Truth(0.1, verified=1, broken=3, by_program_alone=1)
-    assert rows == [AttackOnTruth(0.1, "fast", name, 2, 1) for name in ("apgd", "worst case", "everything")]
+    assert rows == [
+        AttackOnTruth(0.1, "fast", name, 2, 1) for name in ("apgd", "worst case", "everything")
+    ]
     table = GroundTruth("mine", 4, 3, (truth,), tuple(rows)).table()
     assert "robust accuracy 25.0 %; 1 images broken by the program alone" in table
     assert "| fast | apgd | 50.0 | 25.0 |" in table
@@ -266,7 +328,9 @@ def test_truth_is_what_program_and_attacks_know_together():
 
 def test_a_verified_image_that_falls_is_named():
     proofs, report = proofs_and_report(verified=1)
-    with pytest.raises(RuntimeError, match=r"image 1 is verified at Linf 0\.1, and an attack breaks it"):
+    with pytest.raises(
+        RuntimeError, match=r"image 1 is verified at Linf 0\.1, and an attack breaks it"
+    ):
         beside(proofs, [report])
 
 
@@ -287,5 +351,12 @@ def test_ground_truth_needs_a_spiking_network():
     subject = Subject("mine", torch.nn.Flatten(), "nothing that spikes")
     with pytest.raises(TypeError, match="must be a SpikingClassifier for proofs, got Flatten"):
         ground_truth(
-            subject, torch.rand(1, 3), torch.zeros(1), [0.1], suites=[], time_limit=1.0, dataset="none", classes=3
+            subject,
+            torch.rand(1, 3),
+            torch.zeros(1),
+            [0.1],
+            suites=[],
+            time_limit=1.0,
+            dataset="none",
+            classes=3,
         )

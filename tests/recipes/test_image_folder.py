@@ -1,4 +1,6 @@
-"""A folder of colour pictures, as the page on data sets makes one, goes through VGG-5 without a change of code."""
+"""A folder of colour pictures, as the page on data sets makes one, goes through VGG-5 without a
+change of code.
+"""
 
 import re
 from contextlib import chdir
@@ -14,19 +16,44 @@ PAGE = launch.ROOT / "docs" / "concepts" / "data.md"
 
 @pytest.mark.slow
 def test_the_folder_is_what_the_page_says_and_goes_through_vgg5(tmp_path):
-    (code,) = re.findall(r"```python\n(from importlib.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    (code,) = re.findall(
+        r"```python\n(from importlib.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL
+    )
     with chdir(tmp_path):
         exec(compile(code, str(PAGE), "exec"), {})
     pictures = tmp_path / "pictures"
     splits = load_images(f"image_folder:{pictures}")
     assert (splits.image_shape, splits.classes) == ((3, 32, 32), 3)
     assert (len(splits.train) + len(splits.validation), len(splits.test)) == (606, 202)
-    columns = {part: {path.parts[-2:] for path in pictures.glob(f"{part}/*/*.png")} for part in ("train", "test")}
+    columns = {
+        part: {path.parts[-2:] for path in pictures.glob(f"{part}/*/*.png")}
+        for part in ("train", "test")
+    }
     assert not columns["train"] & columns["test"]
     x, _ = splits.test[0]
     assert not (x[0] == x[1]).all()  # coloured
-    small = ["--train-limit", "12", "--test-limit", "3", "--batch-size", "5", "--epochs", "1", "--hidden", "[16, 16]"]
-    network = ["--dataset", f"image_folder:{pictures}", "--model", "vgg5", "--T", "8", "--reference", "false"]
+    small = [
+        "--train-limit",
+        "12",
+        "--test-limit",
+        "3",
+        "--batch-size",
+        "5",
+        "--epochs",
+        "1",
+        "--hidden",
+        "[16, 16]",
+    ]
+    network = [
+        "--dataset",
+        f"image_folder:{pictures}",
+        "--model",
+        "vgg5",
+        "--T",
+        "8",
+        "--reference",
+        "false",
+    ]
     launch.in_process("adv_train", tmp_path, *network, *small, "--device", "cpu", "--output", "run")
     report = Report.load(tmp_path / "run" / "report.json")
     assert report.accuracy("dlif at", "pgd20") <= report.accuracy("dlif at", "clean")

@@ -47,11 +47,25 @@ def run(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_a_grid_from_end_to_end(run, tmp_path):
-    output = run(*GRID, "--evaluate", "[paper]", "--evaluation_options", "{test_limit: 20}", "--contrast", "[rho]")
+    output = run(
+        *GRID,
+        "--evaluate",
+        "[paper]",
+        "--evaluation_options",
+        "{test_limit: 20}",
+        "--contrast",
+        "[rho]",
+    )
     folder = tmp_path / "runs" / "sweep"
     assert "12 runs in runs/sweep, 0 of them finished before" in output
     assert "12/12 dlif-at-rho1-seed1: clean 90.0%, pgd20 53.0%, paper worst" in output
-    for name in ("results.md", "results.csv", "contrast-rho.csv", "effect-rho.png", "effect-rho.pdf"):
+    for name in (
+        "results.md",
+        "results.csv",
+        "contrast-rho.csv",
+        "effect-rho.png",
+        "effect-rho.pdf",
+    ):
         assert (folder / name).stat().st_size > 0
         assert name in output
     assert len(list(folder.glob("runs/*/run.json"))) == 12
@@ -61,7 +75,9 @@ def test_a_grid_from_end_to_end(run, tmp_path):
     assert "| dlif | at | 0 → 1 | paper/clean | +0.00 | 0.00 | +0.00 to +0.00 | 2 |" in text
     rows = list(csv.DictReader((folder / "results.csv").read_text().splitlines()))
     pgd = next(
-        row for row in rows if row["figure"] == "paper/pgd10/last" and (row["neuron"], row["rho"]) == ("dlif", "1.0")
+        row
+        for row in rows
+        if row["figure"] == "paper/pgd10/last" and (row["neuron"], row["rho"]) == ("dlif", "1.0")
     )
     assert float(pgd["published"]) == 0.3755
     record = RunRecord.load(folder / "runs" / "dlif-at-rho1-seed1" / RECORD_FILE)
@@ -76,10 +92,18 @@ def test_a_sweep_goes_on_and_grows_and_is_reported_again(run, tmp_path):
     assert "2 runs in runs/mine, 0 of them" in run("--sweep", "mine.yaml")
     folder = tmp_path / "runs" / "mine"
     assert "2 runs in runs/mine, 2 of them finished before" in run("--output", "runs/mine")
-    assert "4 runs in runs/mine, 2 of them" in run("--output", "runs/mine", "--grid", "{mode: [at, rat], rho: [0, 1]}")
-    assert "4 runs in runs/mine, 0 of them" in run("--output", "runs/mine", "--evaluate", "[paper, fast]")
+    assert "4 runs in runs/mine, 2 of them" in run(
+        "--output", "runs/mine", "--grid", "{mode: [at, rat], rho: [0, 1]}"
+    )
+    assert "4 runs in runs/mine, 0 of them" in run(
+        "--output", "runs/mine", "--evaluate", "[paper, fast]"
+    )
     for calls in folder.glob("runs/*/calls"):
-        assert [line.split()[0] for line in calls.read_text().splitlines()] == ["train", "paper", "fast"]
+        assert [line.split()[0] for line in calls.read_text().splitlines()] == [
+            "train",
+            "paper",
+            "fast",
+        ]
     before = {path.name: path.read_bytes() for path in folder.glob("[!R]*.*")}
     for name in ("results.md", "results.csv", "effect-rho.png", "effect-rho.pdf"):
         (folder / name).unlink()
@@ -87,14 +111,18 @@ def test_a_sweep_goes_on_and_grows_and_is_reported_again(run, tmp_path):
     assert "runs in" not in output
     assert {path.name: path.read_bytes() for path in folder.glob("[!R]*.*")} == before
     assert "pgd20" not in run("--output", "runs/mine", "--report", "--columns", "[clean]")
-    with pytest.raises(ValueError, match=r"columns \['x/\*'\] fit none of the figures there are: clean, pgd20"):
+    with pytest.raises(
+        ValueError, match=r"columns \['x/\*'\] fit none of the figures there are: clean, pgd20"
+    ):
         run("--output", "runs/mine", "--report", "--columns", "[x/*]")
 
 
 def test_failures_are_summed_up(run, tmp_path):
     output = run("--grid", "{behave: [fail, well]}", "--output", "out", code=1)
     assert "FAILED" in output
-    assert output.endswith("1 runs FAILED; the same command tries them again:\nfail-seed0: no such\nthing\n")
+    assert output.endswith(
+        "1 runs FAILED; the same command tries them again:\nfail-seed0: no such\nthing\n"
+    )
     assert "| well | 1 | 90.0" in (tmp_path / "out" / "results.md").read_text()
     assert "1 runs FAILED" in run("--grid", "{behave: [fail]}", "--output", "none", code=1)
     assert not (tmp_path / "none" / "results.md").exists()
@@ -105,10 +133,22 @@ def test_failures_are_summed_up(run, tmp_path):
     [
         (("--base", "list.yaml"), ValueError, "must hold options of adv_train.py"),
         (("--grid", "{seed: [1]}"), ValueError, "seed is set by the sweep itself"),
-        (("--grid", "{rho: [1]}", "--options", "{output: x}"), ValueError, "output is set by the sweep itself"),
-        (("--grid", "{rho: [1]}", "--skip", "[{rho: 1}]"), ValueError, "skip leaves no combination"),
+        (
+            ("--grid", "{rho: [1]}", "--options", "{output: x}"),
+            ValueError,
+            "output is set by the sweep itself",
+        ),
+        (
+            ("--grid", "{rho: [1]}", "--skip", "[{rho: 1}]"),
+            ValueError,
+            "skip leaves no combination",
+        ),
         (("--grid", "{rho: [1]}", "--evaluate", "[slow]"), ValueError, "slow"),
-        (("--grid", "{rho: [1]}", "--contrast", "[roh]"), ValueError, "has no option 'roh'; did you mean rho"),
+        (
+            ("--grid", "{rho: [1]}", "--contrast", "[roh]"),
+            ValueError,
+            "has no option 'roh'; did you mean rho",
+        ),
         (("--grid", "{rho: [1]}", "--contrast", "[mode]"), ValueError, "got 'mode'"),
     ],
 )
@@ -120,14 +160,22 @@ def test_wrong_use(run, tmp_path, arguments, error, message):
 
 def test_two_sweeps_do_not_share_a_folder(run, tmp_path):
     (tmp_path / "out").mkdir()
-    with FileLock(tmp_path / "out" / ".lock"), pytest.raises(BlockingIOError, match="out is being written by another"):
+    with (
+        FileLock(tmp_path / "out" / ".lock"),
+        pytest.raises(BlockingIOError, match="out is being written by another"),
+    ):
         run("--grid", "{rho: [1]}", "--output", "out")
     run("--grid", "{rho: [1]}", "--output", "out")
 
 
 def test_null_and_its_value_are_one_run_of_the_real_recipe(tmp_path):
     def names(grid):
-        planned = sweep.main.__globals__["plan"](sweep.options_type(base="digits", grid=grid), tmp_path)
+        planned = sweep.main.__globals__["plan"](
+            sweep.options_type(base="digits", grid=grid), tmp_path
+        )
         return [run.name for run in planned]
 
-    assert names({"rho": [None, 1, 0], "eps": ["0.1", 0.1]}) == ["rho1-eps0.1-seed0", "rho0-eps0.1-seed0"]
+    assert names({"rho": [None, 1, 0], "eps": ["0.1", 0.1]}) == [
+        "rho1-eps0.1-seed0",
+        "rho0-eps0.1-seed0",
+    ]

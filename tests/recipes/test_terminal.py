@@ -15,13 +15,24 @@ from lab.sweeping.record import RECORD_FILE, RunRecord
 from launch import RECIPES, ROOT
 
 pty = pytest.importorskip("pty", reason="Windows has no pseudo-terminals")
-import fcntl  # noqa: E402  # only where there are pseudo-terminals
-import struct  # noqa: E402  # as above
-import termios  # noqa: E402  # as above
+import fcntl  # only where there are pseudo-terminals
+import struct  # as above
+import termios  # as above
 
 pytestmark = pytest.mark.slow
 
-TINY = ("--epochs", "2", "--train-limit", "200", "--test-limit", "12", "--channels", "[2,2]", "--T", "2")
+TINY = (
+    "--epochs",
+    "2",
+    "--train-limit",
+    "200",
+    "--test-limit",
+    "12",
+    "--channels",
+    "[2,2]",
+    "--T",
+    "2",
+)
 TRAIN = ("adv_train", *TINY, "--output", "f")
 CONTROL = re.compile(r"\x1b\[[0-?]*[@-~]")
 
@@ -31,7 +42,9 @@ def through_a_pipe(folder, name, *options):
 
 
 def on_a_terminal(folder, name, *options, columns=80, **variables):
-    """Everything that a terminal gets of a recipe in this process, whose standard streams it is meanwhile."""
+    """Everything that a terminal gets of a recipe in this process, whose standard streams it is
+    meanwhile.
+    """
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
     saved, parts = [os.dup(number) for number in range(3)], []
@@ -83,18 +96,40 @@ def test_through_a_pipe_it_is_plain_with_a_line_per_epoch(folders, shown):
     assert "options: train_limit 200, test_limit 12, T 2, channels [2, 2], epochs 2" in lines
     assert lines[-1] == "report.json and report.png are in run"
     assert len(lines) < 25
-    assert "momentum: 0.9" in (folders["adv_train"] / "log.txt").read_text()  # all options are there
+    assert (
+        "momentum: 0.9" in (folders["adv_train"] / "log.txt").read_text()
+    )  # all options are there
 
 
 @pytest.mark.parametrize(("columns", "variables"), [(50, {"NO_COLOR": "1"}), (80, {})])
 def test_on_a_terminal_bars_move_and_fit_in_its_colours(tmp_path, columns, variables):
-    # every part of the training takes longer than a bar is left as it is, which is a tenth of a second
-    longer = ("--train-limit", "1400", "--validation-fraction", "0.5", "--channels", "[32, 64]", "--T", "8")
+    # every part of the training takes longer than a bar is left as it is, which is a tenth of a
+    # second
+    longer = (
+        "--train-limit",
+        "1400",
+        "--validation-fraction",
+        "0.5",
+        "--channels",
+        "[32, 64]",
+        "--T",
+        "8",
+    )
     text = on_a_terminal(
-        tmp_path, *TRAIN, *longer, "--reference", "false", "--epochs", "1", columns=columns, **variables
+        tmp_path,
+        *TRAIN,
+        *longer,
+        "--reference",
+        "false",
+        "--epochs",
+        "1",
+        columns=columns,
+        **variables,
     )
     assert bool(re.search(r"\x1b\[[0-9;]*3[0-9]", text)) == (not variables)
-    assert not variables or not re.search(r"\x1b\[[0-9;]*m", text)  # neither colours nor other marks of text
+    assert not variables or not re.search(
+        r"\x1b\[[0-9;]*m", text
+    )  # neither colours nor other marks of text
     lines = drawn(text)
     bars = [line for line in lines if "━" in line or "loading digits" in line]
     assert any("loading digits" in line for line in bars)
@@ -130,13 +165,60 @@ def folders(tmp_path_factory, shown):
     options = "{epochs: 1, train_limit: 130, test_limit: 8, channels: [2, 2], T: 2, device: cpu}"
     calls = [
         ("adv_train", *TINY, "--output", "run"),
-        ("evaluate", "run/dlif_at", "--suite", "fast", "--test-limit", "6", "--output", "evaluated"),
-        ("figures", "run", "--eps", "0.1", "0.2", "--steps", "1", "--images", "40", "--resamples", "2"),
-        ("sweep", "--base", "digits", "--options", options, "--grid", "{rho: [1]}", "--evaluate", "[paper]",
-         "--evaluation-options", "{test_limit: 4}", "--output", "sweep"),
-        ("benchmark", "--shapes", "[[2,4,3,8,8]]", "--methods", "[DLIF eager, textbook loop]", "--rounds", "2",
-         "--allocators", "[malloc]", "--check", "false", "--output", "measured"),
-    ]  # fmt: skip
+        (
+            "evaluate",
+            "run/dlif_at",
+            "--suite",
+            "fast",
+            "--test-limit",
+            "6",
+            "--output",
+            "evaluated",
+        ),
+        (
+            "figures",
+            "run",
+            "--eps",
+            "0.1",
+            "0.2",
+            "--steps",
+            "1",
+            "--images",
+            "40",
+            "--resamples",
+            "2",
+        ),
+        (
+            "sweep",
+            "--base",
+            "digits",
+            "--options",
+            options,
+            "--grid",
+            "{rho: [1]}",
+            "--evaluate",
+            "[paper]",
+            "--evaluation-options",
+            "{test_limit: 4}",
+            "--output",
+            "sweep",
+        ),
+        (
+            "benchmark",
+            "--shapes",
+            "[[2,4,3,8,8]]",
+            "--methods",
+            "[DLIF eager, textbook loop]",
+            "--rounds",
+            "2",
+            "--allocators",
+            "[malloc]",
+            "--check",
+            "false",
+            "--output",
+            "measured",
+        ),
+    ]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(ROOT))
         patch.setattr(sys, "argv", ["benchmark.py", *calls[-1][1:]])  # which is told in the table
@@ -159,8 +241,13 @@ def rows(template):
 
 
 def described(file, names):
-    """Whether a name or pattern fits a file; an asterisk does not reach into a folder, a slash at the end does."""
-    patterns = (re.escape(name).replace(r"\*", "[^/]*") + (".+" if name.endswith("/") else "") for name in names)
+    """Whether a name or pattern fits a file; an asterisk does not reach into a folder, a slash at
+    the end does.
+    """
+    patterns = (
+        re.escape(name).replace(r"\*", "[^/]*") + (".+" if name.endswith("/") else "")
+        for name in names
+    )
     return any(re.fullmatch(pattern, file) for pattern in patterns)
 
 
@@ -192,7 +279,13 @@ def test_a_benchmark_leaves_numbers_table_and_chart_and_draws_it_again(folders, 
     rows = list(csv.DictReader((folder / "neuron.csv").read_text().splitlines()))
     assert [row["method"] for row in rows] == ["DLIF eager", "textbook loop"]
     for row in rows:
-        assert 0 < float(row["best"]) <= float(row["quartile1"]) <= float(row["median"]) <= float(row["quartile3"])
+        assert (
+            0
+            < float(row["best"])
+            <= float(row["quartile1"])
+            <= float(row["median"])
+            <= float(row["quartile3"])
+        )
         assert float(row["copy"]) > 0
         assert row["commit"]
     assert float(rows[0]["saved_mb"]) == 0.0

@@ -1,4 +1,6 @@
-"""Certificates hold on random networks and pairs, are checked by hand, and say what they do not cover."""
+"""Certificates hold on random networks and pairs, are checked by hand, and say what they do not
+cover.
+"""
 
 import json
 from dataclasses import replace
@@ -30,11 +32,19 @@ def small(T, step_mode="m", seed=0):
     """DLIF with random gains, LIF with decay_input, IF and PLIF, one after the other."""
     torch.manual_seed(seed)
     net = nn.Sequential(
-        layer.Conv2d(2, 4, 3, padding=1), layer.BatchNorm2d(4), DLIFNode(T, tau=5.0),
-        layer.AvgPool2d(2), layer.Conv2d(4, 4, 3, padding=1), neuron.LIFNode(tau=2.0),
-        layer.Flatten(), layer.Linear(4 * 3 * 3, 12), neuron.IFNode(),
-        layer.Linear(12, 12), neuron.ParametricLIFNode(), layer.Linear(12, 3),
-    )  # fmt: skip
+        layer.Conv2d(2, 4, 3, padding=1),
+        layer.BatchNorm2d(4),
+        DLIFNode(T, tau=5.0),
+        layer.AvgPool2d(2),
+        layer.Conv2d(4, 4, 3, padding=1),
+        neuron.LIFNode(tau=2.0),
+        layer.Flatten(),
+        layer.Linear(4 * 3 * 3, 12),
+        neuron.IFNode(),
+        layer.Linear(12, 12),
+        neuron.ParametricLIFNode(),
+        layer.Linear(12, 3),
+    )
     net[1].running_var.uniform_(0.01, 0.2)
     with torch.no_grad():
         net[2].input_gain.normal_(1.0, 1.0)
@@ -81,7 +91,9 @@ def test_values_of_a_layer_by_hand():
     for name, feed in (("2", INPUT), ("5", "2")):
         eps = trace[name].eps.double().flatten(2).norm(dim=2)
         entry = found[name]
-        assert entry.measured_l2 == pytest.approx(float((eps.norm(dim=0) / ds[feed]).max()), rel=1e-4)
+        assert entry.measured_l2 == pytest.approx(
+            float((eps.norm(dim=0) / ds[feed]).max()), rel=1e-4
+        )
         assert entry.measured_peak == pytest.approx(float((eps.amax(0) / ds[feed]).max()), rel=1e-4)
     first, second = found["2"], found["5"]
     p = net[2].input_gain.detach()
@@ -96,11 +108,15 @@ def test_values_of_a_layer_by_hand():
 
 
 def one_synapse():
-    """A spike per step of one run and none of the other reach a neuron of decay 0.5 through a weight of 1."""
+    """A spike per step of one run and none of the other reach a neuron of decay 0.5 through a
+    weight of 1.
+    """
     net = nn.Sequential(
-        layer.Linear(1, 1, bias=False), neuron.IFNode(),
-        layer.Linear(1, 1, bias=False), neuron.LIFNode(tau=2.0, decay_input=False),
-    )  # fmt: skip
+        layer.Linear(1, 1, bias=False),
+        neuron.IFNode(),
+        layer.Linear(1, 1, bias=False),
+        neuron.LIFNode(tau=2.0, decay_input=False),
+    )
     for module in net[::2]:
         nn.init.ones_(module.weight)
     functional.set_step_mode(net, "m")
@@ -137,15 +153,21 @@ def test_the_spikes_of_all_feeding_layers_count():
     found = certify(Sum(), torch.ones(1, 1), 1, x_perturbed=torch.zeros(1, 1))["third"]
     assert found.feeds == ("first", "second")
     assert found.norm == pytest.approx(2**0.5)
-    assert found.measured_l2 == pytest.approx(2**0.5), "a current of 2 from two spikes, the worst case"
+    assert found.measured_l2 == pytest.approx(2**0.5), (
+        "a current of 2 from two spikes, the worst case"
+    )
     assert found.holds
 
 
 def test_an_exceeded_bound_is_seen():
-    """A neuron whose current is not what the map of one step says: the certificate must not hold by construction."""
+    """A neuron whose current is not what the map of one step says: the certificate must not hold by
+    construction.
+    """
 
     class Doubles(nn.Module):
-        """Twice the map when there is more than one sample, which the search for the norm never sees."""
+        """Twice the map when there is more than one sample, which the search for the norm never
+        sees.
+        """
 
         def forward(self, x_seq):
             return x_seq * (20.0 if x_seq.shape[1] > 1 else 1.0)
@@ -164,7 +186,9 @@ def test_classifiers_of_every_kind():
     torch.manual_seed(0)
     x = torch.rand(4, 3, 8, 8)
     y = (x + 0.2 * torch.randn_like(x)).clamp(0, 1)
-    spec = NetworkSpec(image_shape=(3, 8, 8), classes=3, T=3, channels=(4, 4), mean=(0.5,) * 3, std=(0.25,) * 3)
+    spec = NetworkSpec(
+        image_shape=(3, 8, 8), classes=3, T=3, channels=(4, 4), mean=(0.5,) * 3, std=(0.25,) * 3
+    )
     direct = build_classifier(spec)
     found = certify(direct, x, x_perturbed=y)
     assert found.T == 3
@@ -175,10 +199,14 @@ def test_classifiers_of_every_kind():
         eps = monitor["net.stages.1"][0].eps.double().square().sum((0, 2, 3, 4)).sqrt()
     ratio = eps / (3**0.5 * ((x - y) / 0.25).double().flatten(1).norm(dim=1))
     first = found.layers[0]
-    assert first.measured_l2 == pytest.approx(float(ratio.max()), rel=1e-4), "of the normalised input, repeated T times"
+    assert first.measured_l2 == pytest.approx(float(ratio.max()), rel=1e-4), (
+        "of the normalised input, repeated T times"
+    )
 
     functional.set_step_mode(direct, "s")
-    single = certify(SpikingClassifier(direct.net, 3, mean=(0.5,) * 3, std=(0.25,) * 3), x, x_perturbed=y)
+    single = certify(
+        SpikingClassifier(direct.net, 3, mean=(0.5,) * 3, std=(0.25,) * 3), x, x_perturbed=y
+    )
     for a, b in zip(single.layers, found.layers, strict=True):
         assert a.measured_l2 == pytest.approx(b.measured_l2, rel=1e-4)
     functional.set_step_mode(direct, "m")
@@ -199,7 +227,12 @@ class Partly(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.first, self.second, self.silent, self.third = neuron.IFNode(), neuron.IFNode(), neuron.IFNode(), None
+        self.first, self.second, self.silent, self.third = (
+            neuron.IFNode(),
+            neuron.IFNode(),
+            neuron.IFNode(),
+            None,
+        )
         self.qif = neuron.QIFNode()
         self.linear = layer.Linear(4, 4)
         functional.set_step_mode(self, "m")
@@ -220,13 +253,17 @@ def test_what_is_not_covered_is_said():
     assert (found["silent"].norm, found["silent"].measured_l2) == (0.0, 0.0)
     text = found.table()
     table = [line for line in text.splitlines() if line.startswith("| ")]
-    assert [line.count(" | ") for line in table] == [10] * (2 + 4)  # a head, a rule and a row per layer
+    assert [line.count(" | ") for line in table] == [10] * (
+        2 + 4
+    )  # a head, a rule and a row per layer
     assert "second is not covered: not affine in first" in text
     assert "2 of 4 layers covered, 2 measured on 2 pairs: every exact bound held" in text
     assert certificate.SCOPE in text
     assert "no finite gain" in text
     assert "do not compose" in text
-    with pytest.raises(KeyError, match="no layer 'nothing'; the certificate has first, second, qif, silent"):
+    with pytest.raises(
+        KeyError, match="no layer 'nothing'; the certificate has first, second, qif, silent"
+    ):
         found["nothing"]
 
 
@@ -239,12 +276,18 @@ def test_equal_pairs_measure_nothing_but_the_radius_in_which_no_spike_flips():
     assert certify(small(2), x, 2) == replace(found, samples=0, no_flip=())
     radii = no_flip_radius(SpikingClassifier(small(2), 2), x)
     assert found.no_flip == tuple(radii.tolist())
-    assert f"flips within an L2 distance of {radii.median():.1e} (median), {radii.min():.1e} (least)." in found.table()
+    assert (
+        f"flips within an L2 distance of {radii.median():.1e} (median), {radii.min():.1e} (least)."
+        in found.table()
+    )
     beyond = certify(small(2), 2 + x, 2, x_perturbed=x)
     assert beyond.no_flip == ()
     assert "no spike flips is not known: x must lie in [0, 1]" in beyond.table()
     content = json.loads(found.to_json())
-    del content["no_flip"], content["no_flip_unknown"]  # as files were before there was such a radius
+    del (
+        content["no_flip"],
+        content["no_flip_unknown"],
+    )  # as files were before there was such a radius
     assert Certificate.from_json(json.dumps(content)) == replace(found, no_flip=())
 
 
@@ -264,14 +307,22 @@ def test_layers_used_twice_or_step_by_step():
     torch.manual_seed(0)
     x = torch.rand(4, 5)
     shared = neuron.IFNode(step_mode="m")
-    found = certify(nn.Sequential(nn.Linear(5, 5), shared, nn.Linear(5, 5), shared), x, 4, x_perturbed=1 - x)
+    found = certify(
+        nn.Sequential(nn.Linear(5, 5), shared, nn.Linear(5, 5), shared), x, 4, x_perturbed=1 - x
+    )
     assert [entry.name for entry in found.layers] == ["1"]
     assert "called 2 times" in found["1"].not_covered
-    net = nn.Sequential(nn.Linear(5, 6), neuron.IFNode(step_mode="m"), nn.Linear(6, 3), neuron.IFNode(step_mode="m"))
+    net = nn.Sequential(
+        nn.Linear(5, 6), neuron.IFNode(step_mode="m"), nn.Linear(6, 3), neuron.IFNode(step_mode="m")
+    )
     wanted = certify(net, x, 4, x_perturbed=1 - x)
     functional.set_step_mode(net, "s")
-    contained = SpikingClassifier(nn.Sequential(nn.Sequential(), layer.MultiStepContainer(net)), 4, step_mode="m")
-    for entry, other in zip(certify(contained, x, x_perturbed=1 - x).layers, wanted.layers, strict=True):
+    contained = SpikingClassifier(
+        nn.Sequential(nn.Sequential(), layer.MultiStepContainer(net)), 4, step_mode="m"
+    )
+    for entry, other in zip(
+        certify(contained, x, x_perturbed=1 - x).layers, wanted.layers, strict=True
+    ):
         assert entry.name == f"1.0.{other.name}"
         assert entry.l2.value == pytest.approx(other.l2.value, rel=1e-4)
         assert entry.measured_l2 == pytest.approx(other.measured_l2, rel=1e-4)
@@ -283,7 +334,11 @@ def test_wrong_use():
         ((small(2), x[:0], 2), None, "must hold a sample"),
         ((small(2), x, 2), x / 0.0, "must be finite"),
         ((small(2), x), None, "T must be given for a bare network"),
-        ((SpikingClassifier(small(2), 2), x, 3), None, "T must be the classifier's 2 or None, got 3"),
+        (
+            (SpikingClassifier(small(2), 2), x, 3),
+            None,
+            "T must be the classifier's 2 or None, got 3",
+        ),
         ((small(2), x, 2), x[:1], "must have the same shape"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -322,7 +377,10 @@ def test_plot(tmp_path):
 
 def test_plot_shows_every_value_of_every_layer():
     found = certify(small(2), torch.rand(3, 2, 6, 6), 2, x_perturbed=torch.rand(3, 2, 6, 6))
-    names = [["measured_l2", "l2", "any_time", "printed"], ["measured_peak", "peak", "printed_peak"]]
+    names = [
+        ["measured_l2", "l2", "any_time", "printed"],
+        ["measured_peak", "peak", "printed_peak"],
+    ]
     for axis, of_panel in zip(found.plot().axes, names, strict=True):
         (left, right), (bottom, top) = axis.get_xlim(), axis.get_ylim()
         for line, name in zip(axis.lines, of_panel, strict=True):
@@ -333,4 +391,6 @@ def test_plot_shows_every_value_of_every_layer():
             assert dict(zip(line.get_ydata(), line.get_xdata(), strict=True)) == shown
             assert all(left < value < right and top < row < bottom for row, value in shown.items())
     first = found.plot().axes[0]
-    assert [label.get_text() for label in first.get_yticklabels()] == [layer.name for layer in found.layers]
+    assert [label.get_text() for label in first.get_yticklabels()] == [
+        layer.name for layer in found.layers
+    ]

@@ -1,4 +1,6 @@
-"""Input gains of least gain, proven by duality and by search, and the gain as a term of the training objective."""
+"""Input gains of least gain, proven by duality and by search, and the gain as a term of the
+training objective.
+"""
 
 import pytest
 import torch
@@ -6,7 +8,14 @@ from spikingjelly.activation_based import neuron
 from torch import nn
 
 from sj_robust import DLIFNode, SpikingClassifier
-from sj_robust.stability import gain_penalty, gain_scalars, l2_gain, optimal_input_gain, peak_gain, time_operator
+from sj_robust.stability import (
+    gain_penalty,
+    gain_scalars,
+    l2_gain,
+    optimal_input_gain,
+    peak_gain,
+    time_operator,
+)
 from sj_robust.training import Objective, StabilityGain
 
 CASES = [("l2", "mean"), ("l2", "response"), ("peak", "mean")]
@@ -22,7 +31,9 @@ def test_optimal_gains_meet_their_dual_bound(objective, held, decay, T):
     if held == "mean":
         assert float(design.input_gain.mean()) == pytest.approx(0.7)
     else:
-        assert float(design.response.mean()) == pytest.approx(float(design.constant_response.mean()))
+        assert float(design.response.mean()) == pytest.approx(
+            float(design.constant_response.mean())
+        )
     assert design.gain <= design.constant_gain * (1 + 1e-12)
     torch.testing.assert_close(design.response, time_operator(decay, T) @ design.input_gain)
 
@@ -68,9 +79,13 @@ def test_wrong_use_of_the_design():
 def net():
     torch.manual_seed(0)
     net = nn.Sequential(
-        nn.Linear(4, 6), DLIFNode(T=5, tau=4.0), nn.Linear(6, 5), DLIFNode(T=3, tau=50.0), nn.Linear(5, 3),
+        nn.Linear(4, 6),
+        DLIFNode(T=5, tau=4.0),
+        nn.Linear(6, 5),
+        DLIFNode(T=3, tau=50.0),
+        nn.Linear(5, 3),
         neuron.LIFNode(tau=2.0, step_mode="m"),
-    )  # fmt: skip
+    )
     with torch.no_grad():
         for node in (net[1], net[3]):
             node.input_gain.copy_(torch.randn(node.T))
@@ -96,7 +111,9 @@ def test_gradient_of_the_penalty(net, normalized):
 
 
 @pytest.mark.parametrize("normalized", [False, True])
-def test_gains_of_zero_have_a_gradient_of_zero_and_those_that_are_not_finite_make_the_loss_nan(net, normalized):
+def test_gains_of_zero_have_a_gradient_of_zero_and_those_that_are_not_finite_make_the_loss_nan(
+    net, normalized
+):
     gains = net[1].input_gain
     gains.data.zero_()
     gain_penalty(net, normalized=normalized).backward()
@@ -113,11 +130,16 @@ def test_scalars_for_the_log(net):
     p = net[3].input_gain
     assert scalars["l2_gain/3"] == pytest.approx(float(l2_gain(0.98, 3, p)), rel=1e-9)
     assert scalars["peak_gain/3"] == pytest.approx(float(peak_gain(0.98, 3, p)), rel=1e-9)
-    assert gain_scalars(net, T=6)["l2_gain/5"] == pytest.approx(float(l2_gain(0.5, 6)) / 2, rel=1e-9)
+    assert gain_scalars(net, T=6)["l2_gain/5"] == pytest.approx(
+        float(l2_gain(0.5, 6)) / 2, rel=1e-9
+    )
 
 
 def test_a_network_without_learnable_gains():
-    with pytest.raises(ValueError, match="needs a network with DLIF neurons, Sequential has none; .* replace_neurons"):
+    with pytest.raises(
+        ValueError,
+        match="needs a network with DLIF neurons, Sequential has none; .* replace_neurons",
+    ):
         gain_penalty(nn.Sequential(neuron.IFNode()))
 
 

@@ -1,4 +1,6 @@
-"""Bounds for training are those of ``verify``; their gradients are checked in training/test_training_step."""
+"""Bounds for training are those of ``verify``; their gradients are checked in
+training/test_training_step.
+"""
 
 import pytest
 import torch
@@ -30,7 +32,11 @@ def test_they_are_those_of_verify_without_rounding(build, node, monkeypatch):
         expected = torch.tensor(verify(model.eval(), x, y, eps).margin, dtype=torch.float64)
         torch.testing.assert_close(margin, expected, atol=1e-9, rtol=1e-9)
     lead.sum().backward()
-    unused = {name for name, value in model.named_parameters() if value.grad is None or not value.grad.isfinite().all()}
+    unused = {
+        name
+        for name, value in model.named_parameters()
+        if value.grad is None or not value.grad.isfinite().all()
+    }
     assert unused == set()
 
 
@@ -50,7 +56,9 @@ def test_batch_norm_has_the_statistics_of_the_clean_batch(step_mode):
 
 
 def test_dropout_is_left_out_and_what_feeds_a_neuron_twice_is_bounded_once():
-    """The gradient of the last map stops at the spikes: it does not go on through the neuron's surrogate."""
+    """The gradient of the last map stops at the spikes: it does not go on through the neuron's
+    surrogate.
+    """
 
     class Twice(nn.Module):
         def __init__(self):

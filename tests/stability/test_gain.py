@@ -1,4 +1,6 @@
-"""Gains over time against dense linear algebra; their table in docs/concepts/stability.md is a test as well."""
+"""Gains over time against dense linear algebra; their table in docs/concepts/stability.md is a test
+as well.
+"""
 
 import itertools
 import math
@@ -11,7 +13,14 @@ from torch import nn
 from sj_robust import DLIFNode
 from sj_robust.neuron.charging import Charging, find_neurons
 from sj_robust.perturbation import simplified_perturbation
-from sj_robust.stability import l2_gain, l2_gain_limit, neuron_gains, peak_gain, printed_gain, time_operator
+from sj_robust.stability import (
+    l2_gain,
+    l2_gain_limit,
+    neuron_gains,
+    peak_gain,
+    printed_gain,
+    time_operator,
+)
 
 F64 = torch.float64
 
@@ -24,7 +33,10 @@ def random_problem(n, T):
     generator = torch.Generator().manual_seed(0)
     decay = torch.rand(n, dtype=F64, generator=generator) * 0.999 + 0.001
     decay[0], decay[1] = 1.0, 0.9999
-    p = torch.randn(n, T, dtype=F64, generator=generator) * torch.logspace(-6, 6, n, dtype=F64)[:, None]
+    p = (
+        torch.randn(n, T, dtype=F64, generator=generator)
+        * torch.logspace(-6, 6, n, dtype=F64)[:, None]
+    )
     p[2:4, ::2] = 0
     return decay, p
 
@@ -50,7 +62,9 @@ def test_closed_forms():
         expected = math.sqrt(math.expm1(2 * T * math.log(decay)) / math.expm1(2 * math.log(decay)))
         assert float(peak_gain(decay, T)) == pytest.approx(expected, rel=1e-9)
     for T in (1, 2, 9, 4000):  # without leak, the norm of a cumulative sum
-        assert float(l2_gain(1.0, T)) == pytest.approx(0.5 / math.sin(math.pi / (4 * T + 2)), rel=1e-10)
+        assert float(l2_gain(1.0, T)) == pytest.approx(
+            0.5 / math.sin(math.pi / (4 * T + 2)), rel=1e-10
+        )
         assert float(peak_gain(1.0, T)) == pytest.approx(math.sqrt(T), rel=1e-12)
     assert l2_gain_limit(1.0) == printed_gain(1.0) == math.inf
 
@@ -72,7 +86,9 @@ def test_broadcasting():
             one = l2_gain(float(decay[i, 0]), 5, p[i, j])
             torch.testing.assert_close(l2_gain(decay, 5, p)[i, j], one, rtol=1e-11, atol=0)
     assert l2_gain(torch.zeros(0), 5).shape == (0,)
-    assert torch.equal(peak_gain(0.5, 3, [1.0, 2.0, 0.5]), peak_gain(0.5, 3, torch.tensor([1.0, 2.0, 0.5])))
+    assert torch.equal(
+        peak_gain(0.5, 3, [1.0, 2.0, 0.5]), peak_gain(0.5, 3, torch.tensor([1.0, 2.0, 0.5]))
+    )
 
 
 @pytest.mark.parametrize(("decay", "first"), [(0.5, 3), (0.9, 6), (0.99, 17)])
@@ -111,7 +127,9 @@ def test_gains_of_a_dlif_neuron_follow_what_it_learned():
     for T in (5, 3):
         gains = neuron_gains(followed["0"].charging(), T)
         torch.testing.assert_close(gains.input_gain, node.input_gain.detach().double()[:T])
-        assert gains.l2 == pytest.approx(float(dense_l2(0.9, T, node.input_gain.detach()[:T])), rel=1e-10)
+        assert gains.l2 == pytest.approx(
+            float(dense_l2(0.9, T, node.input_gain.detach()[:T])), rel=1e-10
+        )
         assert gains.l2_limit is None
     with pytest.raises(ValueError, match="at most the neuron's 5 input gains, got 6"):
         neuron_gains(followed["0"].charging(), 6)
@@ -120,7 +138,12 @@ def test_gains_of_a_dlif_neuron_follow_what_it_learned():
 
 def test_wrong_use():
     for decay in (0.0, -0.5, 1.1, math.nan, torch.tensor([0.5, 2.0])):
-        for gain in (lambda d: l2_gain(d, 3), lambda d: peak_gain(d, 3), l2_gain_limit, printed_gain):
+        for gain in (
+            lambda d: l2_gain(d, 3),
+            lambda d: peak_gain(d, 3),
+            l2_gain_limit,
+            printed_gain,
+        ):
             with pytest.raises(ValueError, match=r"decay must be in \(0, 1\]"):
                 gain(decay)
     for gain, arguments, message in (

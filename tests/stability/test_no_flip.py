@@ -1,4 +1,6 @@
-"""The radius without flips: no spike moves below it, one moves just above it, on every kind of neuron and reset."""
+"""The radius without flips: no spike moves below it, one moves just above it, on every kind of
+neuron and reset.
+"""
 
 import copy
 
@@ -21,9 +23,13 @@ NEURONS = test_verification.NEURONS | {
 def network(node, frames=False):
     torch.manual_seed(3)
     net = nn.Sequential(
-        layer.Conv2d(2, 3, 3, padding=1), layer.BatchNorm2d(3), layer.AvgPool2d(2), node, layer.Flatten(),
+        layer.Conv2d(2, 3, 3, padding=1),
+        layer.BatchNorm2d(3),
+        layer.AvgPool2d(2),
+        node,
+        layer.Flatten(),
         layer.Linear(27, 3),
-    )  # fmt: skip
+    )
     functional.set_step_mode(net, "m")
     net[0].weight.data *= 3
     if frames:
@@ -54,7 +60,9 @@ def test_no_spike_flips_below_the_radius_and_one_flips_just_above_it(name, frame
         worst = torch.cat(worst_direction(exact, image))
         steps = torch.cat([at_random, worst, -worst])
         assert (spikes(exact, image + 0.999 * radius[number] * steps) == usual).all()
-        assert (spikes(exact, image + 1.001 * radius[number] * torch.cat([worst, -worst])) != usual).any()
+        assert (
+            spikes(exact, image + 1.001 * radius[number] * torch.cat([worst, -worst])) != usual
+        ).any()
 
 
 def worst_direction(model, x):
@@ -95,7 +103,10 @@ class Past(nn.Module):
     [
         (Past(), "past all spiking layers"),
         (nn.Sequential(nn.Softplus(), neuron.IFNode(step_mode="m")), "is not one affine map"),
-        (nn.Sequential(nn.Linear(4, 4), neuron.QIFNode(step_mode="m")), "1, which the input drives"),
+        (
+            nn.Sequential(nn.Linear(4, 4), neuron.QIFNode(step_mode="m")),
+            "1, which the input drives",
+        ),
     ],
 )
 def test_what_cannot_be_followed_is_named(net, message):

@@ -14,7 +14,15 @@ from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.neuron import fuse
 from sj_robust.randomness import SampleSeeds
-from sj_robust.stability import INPUT, InputMap, _affine, certify, input_maps, no_flip_radius, smooth
+from sj_robust.stability import (
+    INPUT,
+    InputMap,
+    _affine,
+    certify,
+    input_maps,
+    no_flip_radius,
+    smooth,
+)
 from sj_robust.stability._lanczos import largest_singular_value
 
 NODE = partial(neuron.LIFNode, step_mode="m")
@@ -24,7 +32,10 @@ def dense(function, shape, dtype=torch.float64):
     """Largest singular value of an affine function of a tensor, from its matrix."""
     zero = torch.zeros(shape, dtype=dtype)
     with torch.no_grad():
-        columns = [(function(e.view(shape)) - function(zero)).flatten() for e in torch.eye(zero.numel(), dtype=dtype)]
+        columns = [
+            (function(e.view(shape)) - function(zero)).flatten()
+            for e in torch.eye(zero.numel(), dtype=dtype)
+        ]
     return float(torch.linalg.matrix_norm(torch.stack(columns), 2))
 
 
@@ -42,8 +53,14 @@ def seeded(build):
 
 KINDS = {
     "stride and padding": (lambda: layer.Conv2d(2, 3, 3, stride=2, padding=1), (2, 7, 6)),
-    "circular padding": (lambda: layer.Conv2d(2, 3, 3, padding=1, padding_mode="circular"), (2, 5, 5)),
-    "groups and dilation": (lambda: layer.Conv2d(4, 4, 3, groups=2, dilation=2, padding=2), (4, 6, 6)),
+    "circular padding": (
+        lambda: layer.Conv2d(2, 3, 3, padding=1, padding_mode="circular"),
+        (2, 5, 5),
+    ),
+    "groups and dilation": (
+        lambda: layer.Conv2d(4, 4, 3, groups=2, dilation=2, padding=2),
+        (4, 6, 6),
+    ),
     "transposed": (lambda: layer.ConvTranspose2d(2, 3, 2, stride=2), (2, 3, 3)),
     "one dimension": (lambda: layer.Conv1d(2, 3, 3, padding=1), (2, 9)),
     "linear": (lambda: layer.Linear(7, 9), (7,)),
@@ -72,7 +89,9 @@ def test_every_kind_of_layer_against_dense_singular_values(kind):
     functional.set_step_mode(net, "m")
     found = input_maps(net, torch.rand(1, *shape, dtype=torch.float64))
     wanted = dense(between.eval(), (1, 1, *shape))
-    assert found["0"] == InputMap("0", (INPUT,), pytest.approx(1.0), residual=pytest.approx(0), iterations=1)
+    assert found["0"] == InputMap(
+        "0", (INPUT,), pytest.approx(1.0), residual=pytest.approx(0), iterations=1
+    )
     assert found["2"].feeds == ("0",)
     assert not found["2"].upper_bound
     assert found["2"].norm == pytest.approx(wanted, rel=1e-4)
@@ -86,7 +105,10 @@ class Residual(nn.Module):
     def __init__(self):
         super().__init__()
         self.first, self.second, self.third = NODE(), NODE(), NODE()
-        self.a, self.b = layer.Conv2d(2, 2, 3, padding=1, step_mode="m"), layer.Conv2d(2, 2, 1, step_mode="m")
+        self.a, self.b = (
+            layer.Conv2d(2, 2, 3, padding=1, step_mode="m"),
+            layer.Conv2d(2, 2, 1, step_mode="m"),
+        )
         self.weights = nn.Parameter(torch.tensor([0.5, 3.0]))
 
     def join(self, first, second):
@@ -103,8 +125,10 @@ def test_residual_sum_is_the_stacked_map():
     net = seeded(Residual).double()
     found = input_maps(net, torch.rand(1, 2, 4, 4, dtype=torch.float64))
     assert {name: layer.feeds for name, layer in found.items()} == {
-        "first": (INPUT,), "second": ("first",), "third": ("first", "second")
-    }  # fmt: skip
+        "first": (INPUT,),
+        "second": ("first",),
+        "third": ("first", "second"),
+    }
     wanted = dense(lambda pair: net.join(pair[:1], pair[1:]), (2, 1, 2, 4, 4))
     assert found["third"].norm == pytest.approx(wanted, rel=1e-4)
 
@@ -148,7 +172,11 @@ def test_single_step_mode_and_fused_batch_norm_give_the_same_norms():
 )
 def test_max_pooling_is_lipschitz_by_its_windows(build, windows):
     pooling = build()
-    x, y = torch.rand(2, 2, 7, 7).double() if not isinstance(pooling, nn.MaxPool1d) else torch.rand(2, 2, 7).double()
+    x, y = (
+        torch.rand(2, 2, 7, 7).double()
+        if not isinstance(pooling, nn.MaxPool1d)
+        else torch.rand(2, 2, 7).double()
+    )
     output = pooling(x)
     assert _affine.windows_per_input(pooling, x, output) == windows
     assert (output - pooling(y)).norm() <= windows**0.5 * (x - y).norm()
@@ -191,7 +219,9 @@ def test_max_pooling_gives_a_labelled_upper_bound():
 
 @pytest.mark.slow
 def test_zoo_resnet_joins_the_blocks_before():
-    net = seeded(lambda: sew_resnet.sew_resnet18(spiking_neuron=NODE, cnf="ADD", num_classes=3)).eval()
+    net = seeded(
+        lambda: sew_resnet.sew_resnet18(spiking_neuron=NODE, cnf="ADD", num_classes=3)
+    ).eval()
     functional.set_step_mode(net, "m")
     found = input_maps(net, torch.rand(1, 3, 32, 32), tolerance=1e-2)
     assert len(found) == 20
@@ -200,7 +230,9 @@ def test_zoo_resnet_joins_the_blocks_before():
     assert found["layer3.0.sn1"].feeds == ("layer2.0.sn2", "layer2.0.downsample_sn", "layer2.1.sn2")
     block = net.layer3[0]
     one = dense(lambda x: block.bn1(block.conv1(x)), (1, 1, 128, 4, 4), torch.float32)
-    assert found["layer3.0.sn1"].norm == pytest.approx(3**0.5 * one, rel=1e-2), "of three inputs that are added"
+    assert found["layer3.0.sn1"].norm == pytest.approx(3**0.5 * one, rel=1e-2), (
+        "of three inputs that are added"
+    )
     assert not found["layer3.0.sn1"].upper_bound
 
 
@@ -213,7 +245,10 @@ def test_our_models_are_covered(name):
     assert len(found) == {"vgg5": 4, "wrn16_4": 13}[name]
     assert all(layer.norm is not None and layer.norm > 0 for layer in found.values())
     if name == "wrn16_4":
-        assert found["stages.1.activation.1"].feeds == ("stages.0.activation.1", "stages.0.residual.2")
+        assert found["stages.1.activation.1"].feeds == (
+            "stages.0.activation.1",
+            "stages.0.residual.2",
+        )
 
 
 class Between(nn.Module):
@@ -257,18 +292,31 @@ class Once(torch.autograd.Function):
 
 
 NOT_LINEAR = {
-    "relu": (Between(lambda n, s: n.relu(n.linear(s)), relu=nn.ReLU()), "not affine in first.*relu .ReLU"),
+    "relu": (
+        Between(lambda n, s: n.relu(n.linear(s)), relu=nn.ReLU()),
+        "not affine in first.*relu .ReLU",
+    ),
     "attention": (
         Between(
-            lambda n, s: torch.stack([n.mix(x, x, x)[0] for x in s]), mix=nn.MultiheadAttention(4, 2, batch_first=True)
+            lambda n, s: torch.stack([n.mix(x, x, x)[0] for x in s]),
+            mix=nn.MultiheadAttention(4, 2, batch_first=True),
         ),
         "not affine in first.*mix .MultiheadAttention.*operation softmax",
     ),
     "product": (Between(lambda n, s: n.linear(s) * s), "not affine.*operation mul"),
-    "inverted product": (Between(lambda n, s: s * (1.0 - n.linear(s))), "not affine.*operation mul"),
-    "dropout that stays on": (Between(lambda n, s: nn.functional.dropout(n.linear(s))), "not affine.*operation"),
+    "inverted product": (
+        Between(lambda n, s: s * (1.0 - n.linear(s))),
+        "not affine.*operation mul",
+    ),
+    "dropout that stays on": (
+        Between(lambda n, s: nn.functional.dropout(n.linear(s))),
+        "not affine.*operation",
+    ),
     "hidden threshold": (Between(lambda n, s: n.linear(s) + (s > 0.3).float()), "not affine"),
-    "cut off": (Between(lambda n, s: n.linear(s).detach()), "neither a spiking layer nor the input"),
+    "cut off": (
+        Between(lambda n, s: n.linear(s).detach()),
+        "neither a spiking layer nor the input",
+    ),
     "half cut off": (Between(lambda n, s: n.linear(s) + s.detach()), "not affine"),
     "flat beyond a range": (Between(lambda n, s: s.clamp(-20, 20)), "not affine.*clamp"),
     "functional max pooling": (Between(lambda n, s: nn.functional.max_pool1d(s, 2)), "maxpool"),
@@ -278,19 +326,28 @@ NOT_LINEAR = {
         Between(lambda n, s: torch.stack([n.memory(x) for x in s]), memory=Recurrent()),
         "not the same map at every time step",
     ),
-    "once differentiable": (Between(lambda n, s: n.linear(Once.apply(s))), "cannot be differentiated"),
+    "once differentiable": (
+        Between(lambda n, s: n.linear(Once.apply(s))),
+        "cannot be differentiated",
+    ),
     "before a pooling": (
         Between(lambda n, s: n.pool(s.relu()), pool=layer.MaxPool2d(2, step_mode="m")),
         "the max pooling pool before it: not affine",
     ),
-    "mixes time steps": (Between(lambda n, s: s + s.flip(0)), "not the same map at every time step"),
+    "mixes time steps": (
+        Between(lambda n, s: s + s.flip(0)),
+        "not the same map at every time step",
+    ),
 }
 
 
 @pytest.mark.parametrize("kind", NOT_LINEAR)
 def test_what_is_not_linear_is_named_and_not_covered(kind):
     net, reason = NOT_LINEAR[kind]
-    found = input_maps(net, torch.rand({"attention": (1, 5, 4), "before a pooling": (1, 1, 4, 4)}.get(kind, (1, 4))))
+    found = input_maps(
+        net,
+        torch.rand({"attention": (1, 5, 4), "before a pooling": (1, 1, 4, 4)}.get(kind, (1, 4))),
+    )
     assert found["last"].norm is None
     assert re.search(reason, found["last"].not_covered), found["last"]
     if kind != "called twice":
@@ -300,14 +357,18 @@ def test_what_is_not_linear_is_named_and_not_covered(kind):
 def test_single_step_neurons_in_containers_are_handed_the_steps_in_turn():
     net = seeded(
         lambda: nn.Sequential(
-            nn.Linear(4, 5), layer.MultiStepContainer(nn.Sequential(neuron.IFNode(), nn.Linear(5, 3))), neuron.IFNode()
+            nn.Linear(4, 5),
+            layer.MultiStepContainer(nn.Sequential(neuron.IFNode(), nn.Linear(5, 3))),
+            neuron.IFNode(),
         )
     )
     net[2].step_mode = "m"
     found = input_maps(net, torch.rand(1, 4), step_mode="m")
     inner = "1.0.0"
     assert {name: layer.feeds for name, layer in found.items()} == {inner: (INPUT,), "2": (inner,)}
-    assert found[inner].norm == pytest.approx(float(torch.linalg.matrix_norm(net[0].weight.detach(), 2)), rel=1e-4)
+    assert found[inner].norm == pytest.approx(
+        float(torch.linalg.matrix_norm(net[0].weight.detach(), 2)), rel=1e-4
+    )
     recurrent = layer.LinearRecurrentContainer(neuron.IFNode(), 4, 4, step_mode="m")
     found = input_maps(recurrent, torch.rand(1, 4), step_mode="m")
     assert "not the same map at every time step" in found["sub_module"].not_covered
@@ -353,7 +414,9 @@ MEASURED = {
     "input_maps": input_maps,
     "certify": lambda net, x: certify(net, x, 2, x_perturbed=1 - x),
     "no_flip_radius": lambda net, x: no_flip_radius(SpikingClassifier(net, 2), x).tolist(),
-    "smooth": lambda net, x: smooth(SpikingClassifier(net, 2), x, 0.1, n0=2, n=2, generator=SampleSeeds([0, 1, 2])),
+    "smooth": lambda net, x: smooth(
+        SpikingClassifier(net, 2), x, 0.1, n0=2, n=2, generator=SampleSeeds([0, 1, 2])
+    ),
 }
 
 
@@ -387,7 +450,9 @@ def test_lanczos_with_and_without_restarts(basis):
     matrix = torch.randn(30, 20, dtype=torch.float64)
     products = (lambda v: matrix @ v, lambda u: matrix.T @ u)
     found, stopped = (
-        largest_singular_value(*products, torch.randn(20).double(), tolerance=1e-6, max_iterations=steps, basis=basis)
+        largest_singular_value(
+            *products, torch.randn(20).double(), tolerance=1e-6, max_iterations=steps, basis=basis
+        )
         for steps in (500, 3)
     )
     assert found.value == pytest.approx(float(torch.linalg.matrix_norm(matrix, 2)), rel=1e-9)

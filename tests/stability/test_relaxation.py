@@ -36,7 +36,14 @@ def relaxed(model, x, eps, *, tight=False):
 def bounds_of(maps, run, model, weights, *given, samples=None, **slopes):
     """Of one weighted sum for each sample, unless its sample is given for each sum."""
     with full_precision(weights.device), preserved(model):
-        return minimum(maps, run, torch.arange(len(weights)) if samples is None else samples, weights, *given, **slopes)
+        return minimum(
+            maps,
+            run,
+            torch.arange(len(weights)) if samples is None else samples,
+            weights,
+            *given,
+            **slopes,
+        )
 
 
 @pytest.mark.slow
@@ -44,7 +51,9 @@ def bounds_of(maps, run, model, weights, *given, samples=None, **slopes):
 @pytest.mark.parametrize("build", NETWORKS)
 def test_no_weighted_sum_of_logits_and_no_spike_leaves_its_bounds(build, node):
     for step_mode in ("m", "s"):
-        model = classifier(build, NEURONS[node], step_mode=step_mode, mean=[0.5, 0.4], std=[0.3, 0.2])
+        model = classifier(
+            build, NEURONS[node], step_mode=step_mode, mean=[0.5, 0.4], std=[0.3, 0.2]
+        )
         x = torch.rand(3, 2, 8, 8)
         y = model(x).argmax(1)
         for eps in (0.003, 0.03):
@@ -61,7 +70,9 @@ def test_no_weighted_sum_of_logits_and_no_spike_leaves_its_bounds(build, node):
                     for step in stage.steps:
                         spikes = seen[stage.neuron.name][0][counts[stage.neuron.name]].bool()
                         counts[stage.neuron.name] += 1
-                        assert bool((spikes <= step.fires).all() and (~spikes <= step.quiet).all()), eps
+                        assert bool(
+                            (spikes <= step.fires).all() and (~spikes <= step.quiet).all()
+                        ), eps
 
 
 @pytest.mark.parametrize("slopes", [-3.0, 0.0, 2.0])
@@ -103,7 +114,12 @@ def test_without_open_spikes_the_bound_is_that_of_the_affine_map():
 def test_a_jump_is_bounded_by_an_edge_of_its_hull(on_spike, on_potential, upper, middle):
     """h in [0, upper], threshold 1, hard reset to 0: the edge's height at the middle."""
     ends = [torch.tensor([value], dtype=torch.float64) for value in (0.0, 1.0, 1.0, upper)]
-    points = [on_potential * ends[0], on_potential * ends[1], on_spike + 0 * ends[2], on_spike + 0 * ends[3]]
+    points = [
+        on_potential * ends[0],
+        on_potential * ends[1],
+        on_spike + 0 * ends[2],
+        on_spike + 0 * ends[3],
+    ]
     slope = float(relaxation._slope(ends, points, 1.0))
     offset = min(float(v - slope * e) for v, e in zip(points, ends, strict=True))
     assert slope * upper / 2 + offset == pytest.approx(middle)
@@ -130,7 +146,9 @@ def grid(x, eps, points):
 @pytest.mark.slow
 @settings(max_examples=4, deadline=None)
 @given(
-    seed=st.integers(0, 10**6), eps=st.sampled_from([0.02, 0.1, 0.3]), node=st.sampled_from(["LIF", "LIF soft", "DLIF"])
+    seed=st.integers(0, 10**6),
+    eps=st.sampled_from([0.02, 0.1, 0.3]),
+    node=st.sampled_from(["LIF", "LIF soft", "DLIF"]),
 )
 def test_exact_agrees_with_a_lattice_and_stands_between_the_bounds_and_attacks(seed, eps, node):
     model = small(NEURONS[node], seed=seed)
@@ -156,8 +174,12 @@ def test_exact_agrees_with_a_lattice_and_stands_between_the_bounds_and_attacks(s
         verified = zip(results[looser].verified, results[tighter].verified, strict=True)
         assert all(after or not before for before, after in verified)
     assert sum(results["mip"].unknown) <= 1, results["mip"].table()
-    assert not any(a and b for a, b in zip(results["bab"].broken, results["mip"].verified, strict=True))
-    assert not any(a and b for a, b in zip(results["bab"].verified, results["mip"].broken, strict=True))
+    assert not any(
+        a and b for a, b in zip(results["bab"].broken, results["mip"].verified, strict=True)
+    )
+    assert not any(
+        a and b for a, b in zip(results["bab"].verified, results["mip"].broken, strict=True)
+    )
 
 
 def test_margins_are_never_below_those_of_intervals_and_the_networks_own_at_zero():
@@ -166,10 +188,14 @@ def test_margins_are_never_below_those_of_intervals_and_the_networks_own_at_zero
     y = torch.tensor([0, 1, 2, 0, 1, 2])
     correct = model(x).argmax(1) == y
     for eps in (0.0, 0.002, 0.02):
-        plain, crown, bab = (verify(model, x, y, eps, method=m, time_limit=2.0) for m in METHODS[:3])
+        plain, crown, bab = (
+            verify(model, x, y, eps, method=m, time_limit=2.0) for m in METHODS[:3]
+        )
         assert plain.layers == crown.layers == bab.layers
         for before, after in ((plain, crown), (crown, bab)):
-            assert all(a >= b for a, b in zip(after.margin, before.margin, strict=True) if a > -torch.inf)
+            assert all(
+                a >= b for a, b in zip(after.margin, before.margin, strict=True) if a > -torch.inf
+            )
         if eps == 0.0:
             assert bab.verified == tuple(correct.tolist()) == crown.verified
             assert bab.broken == tuple((~correct).tolist())
@@ -177,9 +203,13 @@ def test_margins_are_never_below_those_of_intervals_and_the_networks_own_at_zero
 
 def pooled(node):
     return nn.Sequential(
-        layer.Conv2d(1, 2, 3, padding=1), layer.MaxPool2d(2), node(), layer.MaxPool2d(2, stride=1), layer.Flatten(),
+        layer.Conv2d(1, 2, 3, padding=1),
+        layer.MaxPool2d(2),
+        node(),
+        layer.MaxPool2d(2, stride=1),
+        layer.Flatten(),
         layer.Linear(2, 2),
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.slow
@@ -208,7 +238,10 @@ def test_the_limit_of_time_ends_the_search():
     y = model(x).argmax(1)
     for method in ("bab", "mip"):
         result = verify(model, x, y, 0.05, method=method, time_limit=1e-3)
-        assert all(a + b + c == 1 for a, b, c in zip(result.verified, result.broken, result.unknown, strict=True))
+        assert all(
+            a + b + c == 1
+            for a, b, c in zip(result.verified, result.broken, result.unknown, strict=True)
+        )
         assert any(result.unknown)
 
 
@@ -223,8 +256,12 @@ def test_a_network_in_float64_is_broken_by_images_in_float64():
 
 
 def one_neuron(v_reset):
-    """Two neurons on one input in [0, 1], at threshold 0.5 and, in the second step, after the reset."""
-    net = nn.Sequential(nn.Linear(1, 2), neuron.IFNode(v_threshold=0.5, v_reset=v_reset, step_mode="m"))
+    """Two neurons on one input in [0, 1], at threshold 0.5 and, in the second step, after the
+    reset.
+    """
+    net = nn.Sequential(
+        nn.Linear(1, 2), neuron.IFNode(v_threshold=0.5, v_reset=v_reset, step_mode="m")
+    )
     net[0].weight.data, net[0].bias.data = torch.tensor([[0.5], [-0.5]]), torch.tensor([0.2, 0.7])
     return SpikingClassifier(net, 2).eval()
 
@@ -245,29 +282,41 @@ def test_every_end_of_both_pieces_holds_the_line_down(v_reset):
     x = torch.linspace(0, 1, 4001).unsqueeze(1)
     seen = (model(x).detach().double() @ weights.T).amin(0)
     for scale in (0.2, 1.0, 4.0):
-        slopes = {(0, t): scale * torch.randn(512, 2, generator=generator, dtype=torch.float64) for t in (0, 1)}
+        slopes = {
+            (0, t): scale * torch.randn(512, 2, generator=generator, dtype=torch.float64)
+            for t in (0, 1)
+        }
         assert bool((lowest_with(model, slopes, weights) <= seen).all())
 
 
 def test_errors_of_charge_and_reset_widen_the_bound_by_the_weight_on_them(monkeypatch):
     model = one_neuron(0.0)
     weights = torch.tensor([[1.0, 0.0]], dtype=torch.float64)
-    slopes = {(0, 1): torch.tensor([[2.0, 0.0]]).double(), (0, 0): torch.tensor([[3.0, 0.0]]).double()}
+    slopes = {
+        (0, 1): torch.tensor([[2.0, 0.0]]).double(),
+        (0, 0): torch.tensor([[3.0, 0.0]]).double(),
+    }
 
     def wrong_charge(run):
         run.stages[0].steps[0].error = run.stages[0].steps[0].error + 0.5
 
     before = lowest_with(model, slopes, weights)
-    assert float(before - lowest_with(model, slopes, weights, wrong_charge)) == pytest.approx(3.0 * 0.5)
+    assert float(before - lowest_with(model, slopes, weights, wrong_charge)) == pytest.approx(
+        3.0 * 0.5
+    )
     falling = slopes | {(0, 0): -slopes[0, 0]}
     before = lowest_with(model, falling, weights)
-    assert float(before - lowest_with(model, falling, weights, wrong_charge)) == pytest.approx(3.0 * 0.5)
+    assert float(before - lowest_with(model, falling, weights, wrong_charge)) == pytest.approx(
+        3.0 * 0.5
+    )
     monkeypatch.setattr(relaxation, "reset_rounding", lambda size, rest, threshold: 0.25 * size)
     assert float(before - lowest_with(model, slopes, weights)) > 2.0 * 0.25 * 0.5
 
 
 def test_the_largest_potential_is_that_of_the_input_just_below_the_threshold():
-    """h[1] = v[0] + x with x in [0.2, 0.7]: 0.5 + 0.5 where there is nearly a spike; slope 1 finds just that."""
+    """h[1] = v[0] + x with x in [0.2, 0.7]: 0.5 + 0.5 where there is nearly a spike; slope 1 finds
+    just that.
+    """
     model = one_neuron(0.0)
     maps, run = relaxed(model, torch.full((1, 1), 0.5), 0.5)
     weights = torch.tensor([[-1.0, 0.0]], dtype=torch.float64)
@@ -291,7 +340,9 @@ def test_without_scipy_mip_says_what_to_install(monkeypatch):
 def without_shortcuts(monkeypatch):
     """Neither a first bound proves an image nor the corner of one breaks it."""
     monkeypatch.setattr(Prover, "broken", lambda *args, **kwargs: None)
-    monkeypatch.setattr(Prover, "crown", lambda self, images, labels: torch.full((len(images),), -1.0).double())
+    monkeypatch.setattr(
+        Prover, "crown", lambda self, images, labels: torch.full((len(images),), -1.0).double()
+    )
 
 
 @pytest.mark.parametrize(("answers", "verified"), [("2", True), ("1", False), ("x2", False)])
@@ -301,7 +352,9 @@ def test_only_an_impossible_program_is_a_proof(monkeypatch, answers, verified):
 
     def milp(costs, **arguments):
         answer = next(said)
-        return SimpleNamespace(x=costs + 0.5 if answer == "x" else None, status=0 if answer == "x" else int(answer))
+        return SimpleNamespace(
+            x=costs + 0.5 if answer == "x" else None, status=0 if answer == "x" else int(answer)
+        )
 
     monkeypatch.setattr("scipy.optimize.milp", milp)
     model, x = one_neuron(0.0), torch.full((1, 1), 0.5)
@@ -317,14 +370,20 @@ def test_a_program_finds_the_spike_that_loses_the_lead(monkeypatch):
 def test_branch_and_bound_proves_every_rival(monkeypatch):
     without_shortcuts(monkeypatch)
     bounds = iter((1.0, -1.0))
-    monkeypatch.setattr(branching, "raised", lambda *args, **rounds: SimpleNamespace(value=torch.tensor([-1.0, -1.0])))
+    monkeypatch.setattr(
+        branching,
+        "raised",
+        lambda *args, **rounds: SimpleNamespace(value=torch.tensor([-1.0, -1.0])),
+    )
     monkeypatch.setattr(Prover, "_branched", lambda *args: (next(bounds), None))
     model, x = small(neuron.IFNode), torch.full((1, 3), 0.5)
     assert verify(model, x, model(x).argmax(1), 0.5, method="bab").verified == (False,)
 
 
 class BesideItsMaximum(nn.Module):
-    """Two logits: the larger of twice a pixel and the next, and the next less 0.1. The neuron is silent."""
+    """Two logits: the larger of twice a pixel and the next, and the next less 0.1. The neuron is
+    silent.
+    """
 
     def __init__(self):
         super().__init__()
@@ -342,7 +401,9 @@ def test_the_rounding_of_every_term_lowers_the_bound(monkeypatch):
     for rounding in (0.0, 1.0):  # in place of 1e-10, which would be lost in the sum
         monkeypatch.setattr(relaxation, "_ROUNDING", rounding)
         bounds.append(lowest_with(one_neuron(0.0), None, weights))
-    assert bool((bounds[0] - bounds[1] > bounds[0].abs()).all())  # the terms' sizes are more than their sum's
+    assert bool(
+        (bounds[0] - bounds[1] > bounds[0].abs()).all()
+    )  # the terms' sizes are more than their sum's
 
 
 def test_back_substitution_moves_both_ends_of_potentials_inwards():
@@ -351,7 +412,10 @@ def test_back_substitution_moves_both_ends_of_potentials_inwards():
     for tight in (False, True):
         _, run = relaxed(model, x, 0.15, tight=tight)
         steps = [step for stage in run.stages for step in stage.steps]
-        ends[tight] = [torch.cat([getattr(step, end).flatten() for step in steps]) for end in ("lower", "upper")]
+        ends[tight] = [
+            torch.cat([getattr(step, end).flatten() for step in steps])
+            for end in ("lower", "upper")
+        ]
     for inwards in (ends[True][0] - ends[False][0], ends[False][1] - ends[True][1]):
         assert inwards.min() >= 0
         assert inwards.max() > 0.5
@@ -360,4 +424,7 @@ def test_back_substitution_moves_both_ends_of_potentials_inwards():
 def test_a_maximum_hangs_on_the_value_whose_lower_bound_is_the_largest():
     model = SpikingClassifier(BesideItsMaximum(), T=1).eval()
     x, y = torch.tensor([[[[0.3, 0.5]]]]), torch.zeros(1, dtype=torch.long)
-    assert [verify(model, x, y, 0.2, method=method).verified for method in ("ibp", "crown")] == [(False,), (True,)]
+    assert [verify(model, x, y, 0.2, method=method).verified for method in ("ibp", "crown")] == [
+        (False,),
+        (True,),
+    ]

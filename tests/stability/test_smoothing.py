@@ -1,4 +1,6 @@
-"""Randomised smoothing against a classifier whose probabilities are known, and its parts against their definitions."""
+"""Randomised smoothing against a classifier whose probabilities are known, and its parts against
+their definitions.
+"""
 
 import math
 import sys
@@ -23,7 +25,8 @@ def seeded(seed=0):
 
 
 def test_radius_of_a_half_space_stays_below_the_true_distance_and_comes_near_it():
-    # For a linear classifier the smoothed one is the same, and its true radius the distance to the boundary.
+    # For a linear classifier the smoothed one is the same, and its true radius the distance to the
+    # boundary.
     x = torch.tensor([[0.5 + d / 2, 0.5 - d / 2] for d in (0.05, 0.1, 0.2, 0.3)])
     truth = (x[:, 0] - x[:, 1]) / math.sqrt(2)
     result = smooth(HALF_SPACE, x, 0.25, n=20_000, batch_size=10_000, generator=seeded())
@@ -34,14 +37,17 @@ def test_radius_of_a_half_space_stays_below_the_true_distance_and_comes_near_it(
 
 
 def test_count_gives_the_exact_binomial_bound():
-    result = smooth(HALF_SPACE, torch.tensor([[0.6, 0.4]]), 0.25, n=500, alpha=0.01, generator=seeded())
+    result = smooth(
+        HALF_SPACE, torch.tensor([[0.6, 0.4]]), 0.25, n=500, alpha=0.01, generator=seeded()
+    )
     (p,) = norm.cdf(torch.tensor(result.radius) / 0.25)
     # Clopper and Pearson: at p, as many successes as were counted or more have probability alpha.
     assert binom.sf(result.count[0] - 1, 500, p) == pytest.approx(0.01, rel=1e-4)
 
 
 def test_error_happens_no_more_often_than_alpha():
-    # 400 votes of one image at a level of 0.2: the radius exceeds the truth in at most about a fifth of them.
+    # 400 votes of one image at a level of 0.2: the radius exceeds the truth in at most about a
+    # fifth of them.
     x = torch.tensor([[0.56, 0.44]]).expand(400, 2)
     result = smooth(HALF_SPACE, x, 0.25, n0=20, n=50, alpha=0.2, generator=seeded())
     truth = 0.12 / math.sqrt(2)
@@ -62,13 +68,17 @@ def test_seeds_of_samples_make_results_independent_of_neighbours_and_of_the_batc
     together = smooth(HALF_SPACE, x, 0.25, n=300, generator=SampleSeeds([5, 6, 7, 8]))
     alone = smooth(HALF_SPACE, x[2:3], 0.25, n=300, batch_size=128, generator=SampleSeeds([7]))
     assert together.count[2:3] == alone.count
-    assert len(set(smooth(HALF_SPACE, x[:1].expand(8, 2), 0.25, n=300, generator=seeded()).count)) > 1
+    assert (
+        len(set(smooth(HALF_SPACE, x[:1].expand(8, 2), 0.25, n=300, generator=seeded()).count)) > 1
+    )
 
 
 def test_the_certified_share_of_a_spiking_network_falls_with_the_radius():
     torch.manual_seed(0)
     model, done = SpikingClassifier(build_network(NetworkSpec(channels=(4, 4))), T=4), []
-    result = smooth(model, torch.rand(3, 1, 8, 8), 0.1, n0=10, n=100, generator=seeded(), on_image=done.append)
+    result = smooth(
+        model, torch.rand(3, 1, 8, 8), 0.1, n0=10, n=100, generator=seeded(), on_image=done.append
+    )
     assert done == [1, 2, 3]
     y = torch.tensor(result.prediction)
     shares = [sum(result.certified(y, radius)) for radius in (0.0, 0.05, 0.1, 1.0)]
@@ -78,7 +88,9 @@ def test_the_certified_share_of_a_spiking_network_falls_with_the_radius():
 
 def test_draws_of_an_encoder_are_part_of_the_probability_and_can_be_repeated():
     torch.manual_seed(0)
-    model = SpikingClassifier(build_network(NetworkSpec(channels=(4, 4))), T=4, encoder=PoissonEncoder()).eval()
+    model = SpikingClassifier(
+        build_network(NetworkSpec(channels=(4, 4))), T=4, encoder=PoissonEncoder()
+    ).eval()
     x = torch.rand(2, 1, 8, 8)
     one, other = (smooth(model, x, 0.25, n0=10, n=100, generator=seeded(3)) for _ in range(2))
     assert one == other
@@ -104,7 +116,10 @@ def test_draws_of_the_network_have_nothing_to_do_with_the_noise():
 
     x = torch.full((4, 2), 0.5)
     assert smooth(Doubtful(), x, 0.25, n=2000, generator=seeded()).prediction == (0, 0, 0, 0)
-    assert all(850 < count < 1150 for count in smooth(Matching(), x, 0.25, n=2000, generator=seeded()).count)
+    assert all(
+        850 < count < 1150
+        for count in smooth(Matching(), x, 0.25, n=2000, generator=seeded()).count
+    )
 
 
 def test_attacks_go_through_the_noise_of_one_draw():

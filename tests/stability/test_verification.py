@@ -1,4 +1,6 @@
-"""Bounds are true of the float32 network that runs: no spike outside them, no verified image fooled."""
+"""Bounds are true of the float32 network that runs: no spike outside them, no verified image
+fooled.
+"""
 
 import pytest
 import torch
@@ -37,9 +39,15 @@ def with_gains(node):
 
 def convolutional(node):
     return nn.Sequential(
-        layer.Conv2d(2, 4, 3, stride=2, padding=1, groups=2), layer.BatchNorm2d(4), node(), layer.AvgPool2d(2),
-        layer.Flatten(), layer.Linear(16, 6, bias=False), node(), layer.Linear(6, 3),
-    )  # fmt: skip
+        layer.Conv2d(2, 4, 3, stride=2, padding=1, groups=2),
+        layer.BatchNorm2d(4),
+        node(),
+        layer.AvgPool2d(2),
+        layer.Flatten(),
+        layer.Linear(16, 6, bias=False),
+        node(),
+        layer.Linear(6, 3),
+    )
 
 
 def residual(node):
@@ -47,9 +55,15 @@ def residual(node):
         return fuzz.Residual(layer.Conv2d(4, 4, 3, padding=1), layer.BatchNorm2d(4), node())
 
     return nn.Sequential(
-        layer.Conv2d(2, 4, 3, padding=1), node(), block(), layer.MaxPool2d(2), block(),
-        layer.AdaptiveAvgPool2d(2), layer.Flatten(), layer.Linear(16, 3),
-    )  # fmt: skip
+        layer.Conv2d(2, 4, 3, padding=1),
+        node(),
+        block(),
+        layer.MaxPool2d(2),
+        block(),
+        layer.AdaptiveAvgPool2d(2),
+        layer.Flatten(),
+        layer.Linear(16, 3),
+    )
 
 
 def spikes_at_the_end(node):
@@ -76,7 +90,10 @@ def perturbed(model, x, y, eps):
     """Points of the ball: its corners, random ones, and adversarial ones."""
     random = [x + eps * (2 * torch.rand(x.shape) - 1) for _ in range(4)]
     corners = [x + eps * (2.0 * torch.randint(2, x.shape) - 1) for _ in range(4)]
-    yield from (torch.maximum(torch.minimum(z, x + eps), x - eps).clamp(0, 1) for z in (x, *random, *corners))
+    yield from (
+        torch.maximum(torch.minimum(z, x + eps), x - eps).clamp(0, 1)
+        for z in (x, *random, *corners)
+    )
     if eps > 0:
         yield pgd(model, x, y, eps=eps, step_size=eps / 3, steps=5)
 
@@ -98,10 +115,11 @@ def test_what_float32_rounds_is_noticed_where_bounds_leave_it_out(monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("build", NETWORKS)
 def test_margins_fall_with_the_radius_and_are_the_networks_own_at_zero(build):
-    """What intervals verify at a radius they verify at every smaller one, since they lie within each other.
+    """What intervals verify at a radius they verify at every smaller one, since they lie within
+    each other.
 
-    The relaxation takes its lines anew for every radius, which promises no such order: here it holds for what is
-    verified, not for every margin. No margin of it is below that of intervals.
+    The relaxation takes its lines anew for every radius, which promises no such order: here it
+    holds for what is verified, not for every margin. No margin of it is below that of intervals.
     """
     model = classifier(build, NEURONS["DLIF"])
     x = torch.rand(6, 2, 8, 8)
@@ -110,11 +128,14 @@ def test_margins_fall_with_the_radius_and_are_the_networks_own_at_zero(build):
     at_zero = verify(model, x, y, 0.0)
     rivals = logits.scatter(1, y.unsqueeze(1), -torch.inf).amax(1)
     expected = logits.gather(1, y.unsqueeze(1)).squeeze(1) - rivals
-    torch.testing.assert_close(torch.tensor(at_zero.margin), expected.double(), atol=1e-4, rtol=0, check_dtype=False)
+    torch.testing.assert_close(
+        torch.tensor(at_zero.margin), expected.double(), atol=1e-4, rtol=0, check_dtype=False
+    )
     assert sum(map(sum, (layer.undecided for layer in at_zero.layers))) == 0
     radii = (0.0, 1e-4, 0.001, 0.003, 0.01, 0.03, 0.1)
     margins, crown = (
-        torch.tensor([verify(model, x, y, eps, method=method).margin for eps in radii]) for method in ("ibp", "crown")
+        torch.tensor([verify(model, x, y, eps, method=method).margin for eps in radii])
+        for method in ("ibp", "crown")
     )
     assert bool((margins.diff(dim=0) <= 1e-9).all())
     assert bool((crown >= margins).all())
@@ -144,7 +165,9 @@ def test_an_affine_map_spreads_a_box_by_its_absolute_values(name):
 
 
 def test_a_potential_on_the_threshold_needs_the_margin_for_rounding(monkeypatch):
-    """The exact sum is below the threshold; float32 rounds it up to the threshold, and there is a spike."""
+    """The exact sum is below the threshold; float32 rounds it up to the threshold, and there is a
+    spike.
+    """
     x = torch.rand(1, 300, generator=torch.Generator().manual_seed(1))
     net = nn.Sequential(layer.Linear(300, 2, step_mode="m"), neuron.IFNode(step_mode="m"))
     torch.manual_seed(0)
@@ -176,15 +199,26 @@ def test_parts_of_the_data_give_what_the_whole_gives_and_nothing_is_left_behind(
     model(x)
     done = []
     with unchanged(model):
-        whole, parts = verify(model, x, y, 0.01), verify(model, x, y, 0.01, batch_size=3, on_batch=done.append)
+        whole, parts = (
+            verify(model, x, y, 0.01),
+            verify(model, x, y, 0.01, batch_size=3, on_batch=done.append),
+        )
     assert done == [3, 6, 7]
     assert parts.correct == whole.correct
     torch.testing.assert_close(torch.tensor(parts.margin), torch.tensor(whole.margin))
     for part, all_at_once in zip(parts.layers, whole.layers, strict=True):
-        torch.testing.assert_close(torch.tensor(part.undecided), torch.tensor(all_at_once.undecided))
-        torch.testing.assert_close(torch.tensor(part.potential), torch.tensor(all_at_once.potential))
+        torch.testing.assert_close(
+            torch.tensor(part.undecided), torch.tensor(all_at_once.undecided)
+        )
+        torch.testing.assert_close(
+            torch.tensor(part.potential), torch.tensor(all_at_once.potential)
+        )
     assert "forward" not in vars(model.net[2])
-    assert whole.table().splitlines()[0].startswith(f"Linf 0.01: {sum(whole.verified)} of 7 images verified")
+    assert (
+        whole.table()
+        .splitlines()[0]
+        .startswith(f"Linf 0.01: {sum(whole.verified)} of 7 images verified")
+    )
 
 
 def test_frames_of_events_are_bounded_step_by_step():
@@ -253,12 +287,16 @@ def no_difference(x):
 def test_what_is_written_in_place_is_seen_by_all_who_hold_it(statement):
     model = SpikingClassifier(Statement(statement), T).eval()
     x, y = torch.tensor([[0.9, 0.0]]), torch.tensor([1])
-    torch.testing.assert_close(verify(model, x, y, 0.0).margin, (float(model(x).diff()),), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        verify(model, x, y, 0.0).margin, (float(model(x).diff()),), atol=1e-5, rtol=0
+    )
     assert not verify(model, x, 1 - y, 0.05, method="crown").verified[0]
 
 
 def test_arguments_by_name_are_known():
-    model = behind(lambda x: torch.cat(tensors=[torch.add(input=x, other=C), torch.sub(C, other=x)], dim=-1))
+    model = behind(
+        lambda x: torch.cat(tensors=[torch.add(input=x, other=C), torch.sub(C, other=x)], dim=-1)
+    )
     x, y = torch.rand(2, 2), torch.tensor([1, 1])
     torch.testing.assert_close(
         verify(model, x, y, 0.0).margin,
@@ -266,10 +304,17 @@ def test_arguments_by_name_are_known():
     )
 
 
-@pytest.mark.parametrize("statement", [a_view_sees_it, a_base_sees_it, a_constant_sees_it, no_difference])
+@pytest.mark.parametrize(
+    "statement", [a_view_sees_it, a_base_sees_it, a_constant_sees_it, no_difference]
+)
 def test_what_is_written_into_shared_memory_is_refused(statement):
     with pytest.raises(NotImplementedError, match="write x = "):
-        verify(SpikingClassifier(Statement(statement), T).eval(), torch.rand(1, 2), torch.tensor([0]), 0.1)
+        verify(
+            SpikingClassifier(Statement(statement), T).eval(),
+            torch.rand(1, 2),
+            torch.tensor([0]),
+            0.1,
+        )
 
 
 class BatchFirst(nn.Module):
@@ -303,7 +348,9 @@ def test_a_network_that_mixes_samples_is_refused(net, count):
 
 
 def test_a_proof_of_what_the_network_gets_wrong_is_an_error(monkeypatch):
-    monkeypatch.setattr(bounds.BoundedRun, "lead", lambda self, logits, y: -torch.ones(logits.shape).double())
+    monkeypatch.setattr(
+        bounds.BoundedRun, "lead", lambda self, logits, y: -torch.ones(logits.shape).double()
+    )
     model = classifier(convolutional, NEURONS["LIF"])
     x = torch.rand(3, 2, 8, 8)
     y = model(x).argmax(1)
@@ -314,7 +361,9 @@ def test_a_proof_of_what_the_network_gets_wrong_is_an_error(monkeypatch):
 
 def changed(node=None, **attributes):
     """A network whose neuron has other attributes than it was built with."""
-    model = SpikingClassifier(nn.Sequential(nn.Linear(2, 2), node or neuron.IFNode(step_mode="m")), T).eval()
+    model = SpikingClassifier(
+        nn.Sequential(nn.Linear(2, 2), node or neuron.IFNode(step_mode="m")), T
+    ).eval()
     vars(model.net[1]).update(attributes)
     return model
 
@@ -351,40 +400,91 @@ WRONG = {
     "training": (changed().train(), {}, "call model.eval()"),
     "training inside": (trains_inside(), {}, "got net.0 in training mode"),
     "random": (draws(), {}, "draws random numbers inside"),
-    "float64": (changed(), {"x": torch.rand(2, 2).double()}, "in float32.*got torch.float32, torch.float64; use"),
+    "float64": (
+        changed(),
+        {"x": torch.rand(2, 2).double()},
+        "in float32.*got torch.float32, torch.float64; use",
+    ),
     "negative": (changed(), {"eps": -0.1}, "eps must be >= 0 and finite, got -0.1"),
     "not a number": (changed(), {"eps": float("nan")}, "eps must be >= 0 and finite, got nan"),
     "label": (changed(), {"y": torch.tensor([0, 2])}, "labels must be < 2"),
     "labels": (changed(), {"y": torch.tensor([0])}, "shape .N. = .2."),
-    "none": (changed(), {"x": torch.rand(0, 2), "y": torch.tensor([], dtype=torch.long)}, "an image or more"),
+    "none": (
+        changed(),
+        {"x": torch.rand(0, 2), "y": torch.tensor([], dtype=torch.long)},
+        "an image or more",
+    ),
     "range": (changed(), {"x": torch.rand(2, 2) + 1}, "must lie in .0, 1."),
-    "method": (changed(), {"method": "exact"}, "method must be one of ibp, crown, bab, mip, got 'exact'"),
-    "no time": (changed(), {"method": "bab", "time_limit": 0}, "time_limit must be finite and > 0, got 0"),
-    "time as text": (changed(), {"method": "bab", "time_limit": "1"}, "time_limit must be a number, got str"),
+    "method": (
+        changed(),
+        {"method": "exact"},
+        "method must be one of ibp, crown, bab, mip, got 'exact'",
+    ),
+    "no time": (
+        changed(),
+        {"method": "bab", "time_limit": 0},
+        "time_limit must be finite and > 0, got 0",
+    ),
+    "time as text": (
+        changed(),
+        {"method": "bab", "time_limit": "1"},
+        "time_limit must be a number, got str",
+    ),
     "attention": (
-        SpikingClassifier(nn.Sequential(Attention(), neuron.IFNode(step_mode="m")), T).eval(), {},
+        SpikingClassifier(nn.Sequential(Attention(), neuron.IFNode(step_mode="m")), T).eval(),
+        {},
         "the operation matmul in or behind 0 .Attention.",
     ),
-    "encoder": (SpikingClassifier(changed().net, T, PoissonEncoder()).eval(), {}, "the encoder PoissonEncoder"),
+    "encoder": (
+        SpikingClassifier(changed().net, T, PoissonEncoder()).eval(),
+        {},
+        "the encoder PoissonEncoder",
+    ),
     "not spiking": (
-        changed(neuron.IFNode(surrogate_function=surrogate.ATan(spiking=False), step_mode="m")), {},
+        changed(neuron.IFNode(surrogate_function=surrogate.ATan(spiking=False), step_mode="m")),
+        {},
         "whose surrogate does not spike",
     ),
     "batch statistics": (
-        behind(lambda x: F.batch_norm(x.flatten(0, 1), None, None, training=True).view(x.shape)), {},
+        behind(lambda x: F.batch_norm(x.flatten(0, 1), None, None, training=True).view(x.shape)),
+        {},
         "the statistics of the batch",
     ),
     "neuron": (changed(neuron.QIFNode(step_mode="m")), {}, "the decay of QIFNode is not known"),
     "reset changed": (changed(v_reset=0.8), {}, "whose v_reset was changed"),
-    "tau": (changed(neuron.LIFNode(step_mode="m"), tau=0.5), {}, "whose decay is negative: give it a tau"),
+    "tau": (
+        changed(neuron.LIFNode(step_mode="m"), tau=0.5),
+        {},
+        "whose decay is negative: give it a tau",
+    ),
     "by name": (behind(lambda x: torch.add(x, C[:2], alpha=2)), {}, "a sum with alpha"),
-    "unknown name": (behind(lambda x: torch.neg(x, out=None)), {}, "the operation neg as it is called here"),
-    "sum in half": (behind(lambda x: x.unsqueeze(-1).sum(-1, dtype=torch.half)), {}, "a conversion to torch.float16"),
+    "unknown name": (
+        behind(lambda x: torch.neg(x, out=None)),
+        {},
+        "the operation neg as it is called here",
+    ),
+    "sum in half": (
+        behind(lambda x: x.unsqueeze(-1).sum(-1, dtype=torch.half)),
+        {},
+        "a conversion to torch.float16",
+    ),
     "thresholds": (changed(v_threshold=torch.ones(2)), {}, "v_threshold is not one finite number"),
-    "nan": (weights_of(torch.nan), {}, "weights must be finite, got NaN or infinity in net.0.weight"),
+    "nan": (
+        weights_of(torch.nan),
+        {},
+        "weights must be finite, got NaN or infinity in net.0.weight",
+    ),
     "overflow": (weights_of(3e38), {}, "may be beyond 1e30"),
-    "half": (behind(lambda x: x.to(torch.zeros(1).bfloat16()).float()), {}, "a conversion to torch.bfloat16"),
-    "type_as": (behind(lambda x: x.type_as(torch.zeros(1).half()).float()), {}, "a conversion to torch.float16"),
+    "half": (
+        behind(lambda x: x.to(torch.zeros(1).bfloat16()).float()),
+        {},
+        "a conversion to torch.bfloat16",
+    ),
+    "type_as": (
+        behind(lambda x: x.type_as(torch.zeros(1).half()).float()),
+        {},
+        "a conversion to torch.float16",
+    ),
     "number": (behind(lambda x: x * float(x.sum())), {}, "a number that depends on the input"),
     "one class": (behind(lambda x: x[..., :1]), {}, "2 classes or more"),
     "no batch": (changed(), {"batch_size": 0}, "batch_size must be >= 1, got 0"),
@@ -393,22 +493,29 @@ WRONG = {
     "list": (changed(), {"y": [0, 1]}, "y must be a tensor of labels, got list"),
     "float labels": (changed(), {"y": torch.zeros(2)}, "y must be int64"),
     "no tensor": (changed(), {"x": [[0.1, 0.2]]}, "x must be a tensor of images, got list"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", WRONG)
 def test_wrong_use_and_what_has_no_bounds_are_refused(case):
     model, given, message = WRONG[case]
     with pytest.raises((TypeError, ValueError, NotImplementedError), match=message):
-        verify(model, **{"x": torch.rand(2, 2), "y": torch.zeros(2, dtype=torch.long), "eps": 0.1} | given)
+        verify(
+            model,
+            **{"x": torch.rand(2, 2), "y": torch.zeros(2, dtype=torch.long), "eps": 0.1} | given,
+        )
 
 
 def test_numbers_are_those_of_a_float64_network():
     model = behind(lambda x: (x - 0.1).to(torch.zeros(1).double()) * 1e9).double()
     x = torch.tensor([[0.1 + 1.3e-9, 0.1 - 1.3e-9]], dtype=torch.float64)
-    assert verify(model, x, torch.tensor([0]), 0.0).margin[0] == pytest.approx(float(-model(x).diff()), abs=1e-5)
+    assert verify(model, x, torch.tensor([0]), 0.0).margin[0] == pytest.approx(
+        float(-model(x).diff()), abs=1e-5
+    )
 
 
 @pytest.mark.parametrize("size", [torch.tensor([2.0]), torch.tensor([0.0])])
 def test_a_negative_threshold_does_not_lessen_rounding(size):
-    assert float(bounds.reset_rounding(size, 0.0, -5.0)) == float(bounds.reset_rounding(size, 0.0, 5.0))
+    assert float(bounds.reset_rounding(size, 0.0, -5.0)) == float(
+        bounds.reset_rounding(size, 0.0, 5.0)
+    )

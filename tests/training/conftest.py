@@ -1,4 +1,6 @@
-"""A fresh Accelerate for every test, and the run that nothing disturbs, which stopped and broken ones must repeat."""
+"""A fresh Accelerate for every test, and the run that nothing disturbs, which stopped and broken
+ones must repeat.
+"""
 
 from types import SimpleNamespace
 
@@ -17,7 +19,9 @@ def fresh_accelerate_state():
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory):
-    """Its folder, history, and weights by the name of their checkpoint; with dropout, which draws globally."""
+    """Its folder, history, and weights by the name of their checkpoint; with dropout, which draws
+    globally.
+    """
     folder = tmp_path_factory.mktemp("whole")
     history, _ = small_run.run(folder, dropout=0.3)
     weights = {name: load_checkpoint(folder / name)["model"] for name in ("last.pt", "best.pt")}

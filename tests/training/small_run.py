@@ -1,4 +1,6 @@
-"""A training run of a second on made-up images; as a script, small_run.py FOLDER, all SCENARIOS on two processes."""
+"""A training run of a second on made-up images; as a script, small_run.py FOLDER, all SCENARIOS on
+two processes.
+"""
 
 import signal
 import sys
@@ -49,18 +51,24 @@ def splits(size=64, dtype=torch.float32):
 
 
 class Net(nn.Module):
-    """No batch norm, whose statistics would differ between processes; dropout on request, which draws globally."""
+    """No batch norm, whose statistics would differ between processes; dropout on request, which
+    draws globally.
+    """
 
     def __init__(self, dropout):
         super().__init__()
-        self.parts = nn.Sequential(nn.Linear(16, 24), DLIFNode(T=3, tau=4.0), nn.Dropout(dropout), nn.Linear(24, 3))
+        self.parts = nn.Sequential(
+            nn.Linear(16, 24), DLIFNode(T=3, tau=4.0), nn.Dropout(dropout), nn.Linear(24, 3)
+        )
 
     def forward(self, x_seq):
         return self.parts(3 * x_seq.flatten(2))
 
 
 def batch_norm_net(channels=1):
-    """Batch norm that runs fused with its neuron where it may, and one in front of it that never does."""
+    """Batch norm that runs fused with its neuron where it may, and one in front of it that never
+    does.
+    """
     net = nn.Sequential(
         layer.Conv2d(channels, 6, 3, padding=1),
         layer.BatchNorm2d(6),
@@ -121,7 +129,9 @@ def power_cut(*_):
 
 
 class At:
-    """The training attack; at one of its calls ``action(model, x_perturbed)`` happens, and may give other images."""
+    """The training attack; at one of its calls ``action(model, x_perturbed)`` happens, and may give
+    other images.
+    """
 
     def __init__(self, call, action):
         self.call, self.action, self.calls = call, action, 0
@@ -135,7 +145,13 @@ class At:
 
 def quiet_attack(model, x, y, *, generator):
     """The training attack, in which the processes must not talk to each other."""
-    names = ("all_reduce", "all_gather", "broadcast", "all_gather_into_tensor", "reduce_scatter_tensor")
+    names = (
+        "all_reduce",
+        "all_gather",
+        "broadcast",
+        "all_gather_into_tensor",
+        "reduce_scatter_tensor",
+    )
     with patch.multiple(torch.distributed, **dict.fromkeys(names)):
         return ATTACK(model, x, y, generator=generator)
 
@@ -151,8 +167,12 @@ SCENARIOS = {
     "penalties": WITH_BATCH_NORM
     | {
         "sync_batch_norm": True,
-        # Squared, since a difference of 0 where a spike only moved in time has the sign of its rounding error.
-        "objective": {"rho": 0.0, "penalties": [GradientSparsity(0.01, squared=True), ThresholdGuarding(0.1)]},
+        # Squared, since a difference of 0 where a spike only moved in time has the sign of its
+        # rounding error.
+        "objective": {
+            "rho": 0.0,
+            "penalties": [GradientSparsity(0.01, squared=True), ThresholdGuarding(0.1)],
+        },
     },
     "apart": WITH_BATCH_NORM,
     "certified": WITH_BATCH_NORM
@@ -171,7 +191,12 @@ def main(folder):
     validation._BATCH = 5
     for name, options in SCENARIOS.items():
         history, classifier = run(folder / name, **options)
-        buffers = torch.cat([torch.zeros(1).double(), *(buffer.flatten().double() for buffer in classifier.buffers())])
+        buffers = torch.cat(
+            [
+                torch.zeros(1).double(),
+                *(buffer.flatten().double() for buffer in classifier.buffers()),
+            ]
+        )
         both = [torch.empty_like(buffers) for _ in range(2)]
         torch.distributed.all_gather(both, buffers)
         assert torch.equal(*both), f"{name}: the processes have other running statistics"
@@ -185,7 +210,10 @@ def main(folder):
     with pytest.raises(NonFiniteLossError):
         run(folder / "nan", perturb=At(first_step, lambda model, x: x * float("nan")))
     with pytest.raises(TrainingInterrupted):
-        run(folder / "signal", perturb=At(first_step, lambda model, x: signal.raise_signal(signal.SIGTERM)))
+        run(
+            folder / "signal",
+            perturb=At(first_step, lambda model, x: signal.raise_signal(signal.SIGTERM)),
+        )
 
 
 if __name__ == "__main__":

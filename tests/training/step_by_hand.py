@@ -1,11 +1,17 @@
-"""One training step from the formulas alone, in float64: torch's autograd, nothing of the package."""
+"""One training step from the formulas alone, in float64: torch's autograd, nothing of the
+package.
+"""
 
 import torch
 import torch.nn.functional as F
 
 T, TAU = 3, 4.0
 DECAY = 1 - 1 / TAU
-NEURONS = {"2": (4, 6, 6), "6": (5, 3, 3), "9": (210,)}  # spiking layers of the network below with their shapes
+NEURONS = {
+    "2": (4, 6, 6),
+    "6": (5, 3, 3),
+    "9": (210,),
+}  # spiking layers of the network below with their shapes
 
 
 class Triangle(torch.autograd.Function):
@@ -23,10 +29,14 @@ class Triangle(torch.autograd.Function):
 
 
 def potentials(x_seq, *, decay, gain, v_reset=0.0, detach=False):
-    """Potentials before the reset and spikes, [T, N, *], with the graph; ``gain`` holds one number per step."""
+    """Potentials before the reset and spikes, [T, N, *], with the graph; ``gain`` holds one number
+    per step.
+    """
     v, hs, spikes = v_reset or 0.0, [], []
     for t in range(T):
-        hs.append(decay * v + gain[t] * x_seq[t] + (0.0 if v_reset is None else (1 - decay) * v_reset))
+        hs.append(
+            decay * v + gain[t] * x_seq[t] + (0.0 if v_reset is None else (1 - decay) * v_reset)
+        )
         spikes.append(Triangle.apply(hs[-1] - 1))
         reset = spikes[-1].detach() if detach else spikes[-1]
         v = hs[-1] - reset if v_reset is None else (1 - reset) * hs[-1] + reset * v_reset
@@ -34,9 +44,11 @@ def potentials(x_seq, *, decay, gain, v_reset=0.0, detach=False):
 
 
 class Network:
-    """Convolution - norm - neuron - pooling - convolution - norm - neuron - linear - neuron - linear from a state dict.
+    """Convolution - norm - neuron - pooling - convolution - norm - neuron - linear - neuron -
+    linear from a state dict.
 
-    ``w`` holds a tensor per name; neurons are DLIF where ``w`` has their gains, else LIF with input gain 1/tau.
+    ``w`` holds a tensor per name; neurons are DLIF where ``w`` has their gains, else LIF with input
+    gain 1/tau.
     """
 
     def __init__(self, state):
@@ -48,19 +60,26 @@ class Network:
         return {n: v for n, v in self.w.items() if "running" not in n and "tracked" not in n}
 
     def run(self, x, *, training):
-        """Logits [N, classes], and per spiking layer currents, spikes and potentials before the reset, [T, N, *]."""
+        """Logits [N, classes], and per spiking layer currents, spikes and potentials before the
+        reset, [T, N, *].
+        """
         seen = {}
         frames = torch.stack([F.conv2d(x, self.w["0.weight"], padding=1)] * T)
         out = self.neuron("2", self.norm("1", frames, training), seen)
         out = torch.stack([F.avg_pool2d(frame, 2) for frame in out])
-        out = torch.stack([F.conv2d(frame, self.w["4.weight"], self.w["4.bias"], padding=1) for frame in out])
+        out = torch.stack(
+            [F.conv2d(frame, self.w["4.weight"], self.w["4.bias"], padding=1) for frame in out]
+        )
         out = self.neuron("6", self.norm("5", out, training), seen)
         out = out.flatten(2) @ self.w["8.weight"].T + self.w["8.bias"]
         out = self.neuron("9", out, seen)
         return (out @ self.w["10.weight"].T + self.w["10.bias"]).mean(0), seen
 
     def norm(self, name, x_seq, training):
-        w = {part: self.w[f"{name}.{part}"] for part in ("weight", "bias", "running_mean", "running_var")}
+        w = {
+            part: self.w[f"{name}.{part}"]
+            for part in ("weight", "bias", "running_mean", "running_var")
+        }
         mean, var = w["running_mean"], w["running_var"]
         if training:
             dims, count = (0, 1, 3, 4), x_seq[:, :, 0].numel()
@@ -69,7 +88,9 @@ class Network:
             self.statistics.setdefault(name, (mean, var))  # of the clean images, which come first
             with torch.no_grad():
                 self.w[f"{name}.running_mean"] = 0.9 * w["running_mean"] + 0.1 * mean
-                self.w[f"{name}.running_var"] = 0.9 * w["running_var"] + 0.1 * var * count / (count - 1)
+                self.w[f"{name}.running_var"] = 0.9 * w["running_var"] + 0.1 * var * count / (
+                    count - 1
+                )
                 self.w[f"{name}.num_batches_tracked"] = self.w[f"{name}.num_batches_tracked"] + 1
         scale = w["weight"] / (var + 1e-5).sqrt()
         return (x_seq - mean[:, None, None]) * scale[:, None, None] + w["bias"][:, None, None]
@@ -82,7 +103,9 @@ class Network:
         return spikes
 
     def lead(self, x, y, eps):
-        """Upper bounds of every class's lead over the right one, with the batch statistics of the clean images."""
+        """Upper bounds of every class's lead over the right one, with the batch statistics of the
+        clean images.
+        """
         ends = [torch.stack([end] * T) for end in ((x - eps).clamp(0, 1), (x + eps).clamp(0, 1))]
         ends = self.affine(ends, lambda z, w: F.conv2d(z, w, padding=1), "0")
         ends = self.neuron_bounds("2", self.norm_bounds("1", ends))
@@ -94,7 +117,11 @@ class Network:
         weight, bias = self.w["10.weight"], self.w["10.bias"]
         over = weight[None] - weight[y][:, None]  # [N, classes, features]
         middle, radius = ((upper + lower) / 2).mean(0), ((upper - lower) / 2).mean(0)
-        return (over @ middle[..., None] + over.abs() @ radius[..., None])[..., 0] + bias - bias[y][:, None]
+        return (
+            (over @ middle[..., None] + over.abs() @ radius[..., None])[..., 0]
+            + bias
+            - bias[y][:, None]
+        )
 
     def affine(self, ends, function, name):
         """Through a convolution or linear layer, frame by frame."""
@@ -120,10 +147,15 @@ class Network:
         sure_seq, possible_seq = [], []
         for t in range(T):
             currents = gain[t] * ends[0][t], gain[t] * ends[1][t]
-            h_low, h_high = DECAY * low + torch.minimum(*currents), DECAY * high + torch.maximum(*currents)
+            h_low, h_high = (
+                DECAY * low + torch.minimum(*currents),
+                DECAY * high + torch.maximum(*currents),
+            )
             sure_seq.append(Triangle.apply(h_low - 1))
             possible_seq.append(Triangle.apply(h_high - 1))
-            self.margin = min(self.margin, *(float((h - 1).abs().min().detach()) for h in (h_low, h_high)))
+            self.margin = min(
+                self.margin, *(float((h - 1).abs().min().detach()) for h in (h_low, h_high))
+            )
             sure, undecided = h_low >= 1, (h_low < 1) & (h_high >= 1)
             zero = torch.zeros_like(h_low)
             low = torch.where(sure, zero, torch.where(undecided, h_low.clamp(max=0), h_low))
@@ -159,7 +191,9 @@ def perturbed_images(mode, network, x, y, noise, *, eps, noise_std):
         logits, _ = network.run(at, training=False)
         goal = divergence(clean, logits) if mode == "trades" else cross_entropy(logits, y)
         (grad,) = torch.autograd.grad(goal, at)
-        assert grad.abs()[grad != 0].min() > 1e-12  # a sign that rounding could turn would compare nothing
+        assert (
+            grad.abs()[grad != 0].min() > 1e-12
+        )  # a sign that rounding could turn would compare nothing
         at = (at + step * grad.sign()).detach()
         at = torch.minimum(torch.maximum(at, x - eps), x + eps).clamp(0, 1)
     return at
@@ -186,7 +220,9 @@ def guarded(seen, margin):
 
 
 def sparsity(network, x, y, *, h, squared):
-    """Finite difference along the sign of the gradient of exp(z_y) / (exp(z_y) + exp(z_m)), in a pass of its own."""
+    """Finite difference along the sign of the gradient of exp(z_y) / (exp(z_y) + exp(z_m)), in a
+    pass of its own.
+    """
     x = x.detach().requires_grad_()
     logits, seen = network.run(x, training=True)
     rows = torch.arange(len(y))

@@ -1,5 +1,5 @@
-"""Certified training as a run: its schedule, what it refuses, stopped and continued; its formulas are in
-test_training_step, two processes in test_distributed."""
+"""Certified training as a run: its schedule, what it refuses, stopped and continued; its formulas
+are in test_training_step, two processes in test_distributed."""
 
 import gc
 import re
@@ -18,7 +18,14 @@ from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.models import NetworkSpec, build_classifier
 from sj_robust.stability import differentiable, verify
 from sj_robust.stability.bounds import BoundedRun
-from sj_robust.training import CertifiedLoss, Journal, Objective, TrainingPlan, check_training, load_checkpoint
+from sj_robust.training import (
+    CertifiedLoss,
+    Journal,
+    Objective,
+    TrainingPlan,
+    check_training,
+    load_checkpoint,
+)
 
 EPS = 0.05
 CERTIFIED = {
@@ -35,7 +42,9 @@ class Attention(nn.Module):
 
 
 def unbounded():
-    net = nn.Sequential(layer.Flatten(), layer.Linear(16, 9), layer.Linear(9, 9), DLIFNode(T=3), layer.Linear(9, 3))
+    net = nn.Sequential(
+        layer.Flatten(), layer.Linear(16, 9), layer.Linear(9, 9), DLIFNode(T=3), layer.Linear(9, 3)
+    )
     net[2] = nn.Sequential(nn.Unflatten(2, (3, 3)), Attention(), nn.Flatten(2))
     functional.set_step_mode(net, "m")
     return net
@@ -55,13 +64,20 @@ def test_radius_and_weight_rise_and_the_epoch_is_chosen_by_what_is_verified(tmp_
         return made[0]
 
     monkeypatch.setattr(small_run, "Objective", noting)
-    history, classifier = small_run.run(tmp_path, **CERTIFIED, epochs=12, lr=0.05, journal=Watching(tmp_path))
+    history, classifier = small_run.run(
+        tmp_path, **CERTIFIED, epochs=12, lr=0.05, journal=Watching(tmp_path)
+    )
     steps = torch.arange(48) / 48
-    torch.testing.assert_close(torch.tensor(ramps), ((steps - 0.05) / 0.6).clamp(0, 1), atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        torch.tensor(ramps), ((steps - 0.05) / 0.6).clamp(0, 1), atol=1e-6, rtol=0
+    )
     assert [value > 0 for value in bounded] == [ramp > 0 for ramp in ramps]
     verified = [record.validation["verified"] for record in history]
     assert verified[-1] > verified[0] + 0.3
-    assert load_checkpoint(tmp_path / "best.pt")["epoch"] == max(range(12), key=lambda epoch: verified[epoch]) + 1
+    assert (
+        load_checkpoint(tmp_path / "best.pt")["epoch"]
+        == max(range(12), key=lambda epoch: verified[epoch]) + 1
+    )
     x, y = small_run.splits().validation.tensors
     assert verify(classifier.eval(), x, y, EPS).accuracy == pytest.approx(verified[-1])
     text = (tmp_path / "log.txt").read_text()
@@ -70,7 +86,11 @@ def test_radius_and_weight_rise_and_the_epoch_is_chosen_by_what_is_verified(tmp_
 
 @pytest.mark.parametrize("call", [3, 6])
 def test_a_run_that_was_cut_off_ends_at_the_same_weights(tmp_path, call):
-    options = CERTIFIED | {"objective": CERTIFIED["objective"] | {"rho": 1.0}, "epochs": 2, "checkpoint_steps": 1}
+    options = CERTIFIED | {
+        "objective": CERTIFIED["objective"] | {"rho": 1.0},
+        "epochs": 2,
+        "checkpoint_steps": 1,
+    }
     small_run.run(tmp_path / "whole", **options | {"perturb": small_run.ATTACK})
     with pytest.raises(PowerCutError):
         small_run.run(tmp_path / "cut", **options | {"perturb": At(call, power_cut)})
@@ -89,7 +109,10 @@ def test_what_it_cannot_train_is_refused_before_it_starts():
     for options, message in (
         ({"certified_eps": -0.1}, r"certified_eps must be in \[0, 1\], got -0.1; .* such as 8/255"),
         ({"certified_eps": float("nan")}, r"certified_eps must be in \[0, 1\], got nan"),
-        ({"certified_eps": None}, "certified_eps belongs to loss 'certified'.*give both or neither"),
+        (
+            {"certified_eps": None},
+            "certified_eps belongs to loss 'certified'.*give both or neither",
+        ),
         ({"loss": "paper"}, "certified_eps belongs to loss 'certified'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -97,19 +120,29 @@ def test_what_it_cannot_train_is_refused_before_it_starts():
     with pytest.raises(ValueError, match="select 'verified' needs verified_eps"):
         TrainingPlan(epochs=1, select="verified")
     plan = TrainingPlan(epochs=1, select="verified", verified_eps=EPS, batch_size=16)
-    with pytest.raises(ValueError, match=r"no bounds are known for the operation matmul in or behind 2.1 .Attention."):
+    with pytest.raises(
+        ValueError,
+        match=r"no bounds are known for the operation matmul in or behind 2.1 .Attention.",
+    ):
         check_training(certified(unbounded), small_run.splits(), plan, Accelerator(cpu=True))
     compiled = TrainingPlan(epochs=1, compile=True, batch_size=16)
     with pytest.raises(ValueError, match="compile must be False for certified training"):
         check_training(certified(), small_run.splits(), compiled, Accelerator(cpu=True))
     AcceleratorState._reset_state(True)
-    with pytest.raises(ValueError, match=r"mixed_precision must be no for certified training, got bf16: rounding"):
-        check_training(certified(), small_run.splits(), plan, Accelerator(cpu=True, mixed_precision="bf16"))
+    with pytest.raises(
+        ValueError, match=r"mixed_precision must be no for certified training, got bf16: rounding"
+    ):
+        check_training(
+            certified(), small_run.splits(), plan, Accelerator(cpu=True, mixed_precision="bf16")
+        )
 
 
 def test_adam_takes_its_own_step(tmp_path):
     small_run.run(tmp_path, perturb=None, epochs=1, optimizer="adam", lr=1e-3)
-    assert load_checkpoint(tmp_path / "last.pt")["optimizer"]["param_groups"][0]["betas"] == (0.9, 0.999)
+    assert load_checkpoint(tmp_path / "last.pt")["optimizer"]["param_groups"][0]["betas"] == (
+        0.9,
+        0.999,
+    )
     with pytest.raises(ValueError, match="optimizer must be 'sgd' or 'adam', got 'lion'"):
         TrainingPlan(epochs=1, optimizer="lion")
 

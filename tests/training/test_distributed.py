@@ -1,4 +1,6 @@
-"""Two processes (gloo) train what one does; all their runs are of one launch, see small_run.SCENARIOS."""
+"""Two processes (gloo) train what one does; all their runs are of one launch, see
+small_run.SCENARIOS.
+"""
 
 import launch
 import pytest
@@ -23,7 +25,9 @@ def two(tmp_path_factory):
     """Folder that two processes have worked in."""
     folder = tmp_path_factory.mktemp("two")
     with pytest.raises(small_run.PowerCutError):
-        small_run.run(folder / "one_to_two", **small_run.CUT, perturb=small_run.At(7, small_run.power_cut))
+        small_run.run(
+            folder / "one_to_two", **small_run.CUT, perturb=small_run.At(7, small_run.power_cut)
+        )
     result = launch.script(small_run.__file__, folder)
     assert result.stdout.split() == ["0", "0"], result.stderr
     return folder
@@ -46,7 +50,9 @@ def test_two_processes_train_the_same_weights_as_one(two, tmp_path, name):
 
 def test_statistics_of_each_process_alone_train_other_weights(two):
     """So the comparison above would see it if batch norm were not synchronised."""
-    apart, together = (load_checkpoint(two / name / "last.pt")["model"] for name in ("apart", "synchronised"))
+    apart, together = (
+        load_checkpoint(two / name / "last.pt")["model"] for name in ("apart", "synchronised")
+    )
     assert (apart["net.1.running_var"] - together["net.1.running_var"]).abs().max() > 1e-4
     assert apart.keys() == together.keys()
 
@@ -54,7 +60,9 @@ def test_statistics_of_each_process_alone_train_other_weights(two):
 def test_a_run_continues_on_another_number_of_processes(two, tmp_path):
     small_run.run(tmp_path / "whole", **small_run.CUT)
     whole = load_checkpoint(tmp_path / "whole" / "last.pt")
-    assert load_checkpoint(two / "two_to_one" / "last.pt")["batch"] == 2  # in the middle of an epoch
+    assert (
+        load_checkpoint(two / "two_to_one" / "last.pt")["batch"] == 2
+    )  # in the middle of an epoch
     small_run.run(two / "two_to_one", **small_run.CUT, resume=True)
     for name in ("one_to_two", "two_to_one"):
         assert_close(whole, load_checkpoint(two / name / "last.pt"))
@@ -92,10 +100,13 @@ def test_what_cannot_be_trained_on_several_devices(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(small_run, "SpikingClassifier", wrapped_later)
         with pytest.raises(
-            ValueError, match=r"classifier.net is wrapped in DataParallel.*torchrun or accelerate launch"
+            ValueError,
+            match=r"classifier.net is wrapped in DataParallel.*torchrun or accelerate launch",
         ):
             small_run.run(tmp_path)
-    with pytest.raises(ValueError, match=r"multiple of processes \* accumulate = 1 \* 3, got 16; 18 is one"):
+    with pytest.raises(
+        ValueError, match=r"multiple of processes \* accumulate = 1 \* 3, got 16; 18 is one"
+    ):
         small_run.run(tmp_path, accumulate=3)
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "2")
     with pytest.raises(ValueError, match="gradient_accumulation_steps 1, got 2; set accumulate"):
@@ -106,13 +117,19 @@ def test_gradients_of_parts_are_averaged(tmp_path):
     """Without batch norm, parts are the whole, in whatever number."""
     whole, _ = small_run.run(tmp_path / "whole", dtype=torch.float64, epochs=1)
     for parts in (2, 4):
-        history, _ = small_run.run(tmp_path / str(parts), dtype=torch.float64, epochs=1, accumulate=parts)
+        history, _ = small_run.run(
+            tmp_path / str(parts), dtype=torch.float64, epochs=1, accumulate=parts
+        )
         assert history[-1].losses == pytest.approx(whole[-1].losses, rel=1e-9)
-        assert_close(*(load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", str(parts))))
+        assert_close(
+            *(load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", str(parts)))
+        )
 
 
 def test_what_stops_one_process_stops_both_at_the_same_step_and_only_the_first_one_writes(two):
-    """Or the launch had failed; the second process met a loss that is not finite, or a signal, at its first step."""
+    """Or the launch had failed; the second process met a loss that is not finite, or a signal, at
+    its first step.
+    """
     assert not list((two / "nan").iterdir())
     assert load_checkpoint(two / "signal" / "last.pt")["batch"] == 1
     assert not list(two.rglob("*.tmp"))

@@ -44,7 +44,9 @@ def test_it_learns_and_leaves_what_it_promises(tmp_path):
     assert [record.epoch for record in history] == [1, 2, 3, 4, 5, 6]
     assert history[-1].losses["clean"] < history[0].losses["clean"] / 5
     assert history[-1].validation["pgd"] > 0.9
-    assert [record.lr for record in history] == sorted((record.lr for record in history), reverse=True)
+    assert [record.lr for record in history] == sorted(
+        (record.lr for record in history), reverse=True
+    )
     assert_same(weights(tmp_path), dict(classifier.state_dict()))
     best = max(range(6), key=lambda epoch: history[epoch].validation["pgd"])
     assert load_checkpoint(tmp_path / "best.pt")["epoch"] == best + 1
@@ -52,18 +54,26 @@ def test_it_learns_and_leaves_what_it_promises(tmp_path):
         small_run.run(tmp_path, epochs=6, lr=0.3, resume=True)
 
 
-@pytest.mark.parametrize(("units", "precision", "named"), [("amx_bf16", "no", True), ("amx_bf16", "bf16", False),
-                                                           (None, "no", False)])  # fmt: skip
-def test_the_log_recommends_bfloat16_where_the_processor_multiplies_it(tmp_path, monkeypatch, units, precision, named):
+@pytest.mark.parametrize(
+    ("units", "precision", "named"),
+    [("amx_bf16", "no", True), ("amx_bf16", "bf16", False), (None, "no", False)],
+)
+def test_the_log_recommends_bfloat16_where_the_processor_multiplies_it(
+    tmp_path, monkeypatch, units, precision, named
+):
     monkeypatch.setattr(journal, "bfloat16_units", lambda: units)
-    accelerator = SimpleNamespace(device=torch.device("cpu"), mixed_precision=precision, num_processes=1)
+    accelerator = SimpleNamespace(
+        device=torch.device("cpu"), mixed_precision=precision, num_processes=1
+    )
     Journal(tmp_path).begin({}, {}, accelerator)
     assert ("--mixed-precision bf16" in (tmp_path / "log.txt").read_text()) == named
 
 
 def test_the_first_step_is_sgd_with_weight_decay_on_every_parameter_also_the_gain(tmp_path):
     data = small_run.splits(16)
-    _, classifier = small_run.run(tmp_path / "a", data=data, epochs=1, perturb=None, weight_decay=0.3)
+    _, classifier = small_run.run(
+        tmp_path / "a", data=data, epochs=1, perturb=None, weight_decay=0.3
+    )
     _, start = small_run.run(tmp_path / "b", data=data, epochs=1, perturb=None, lr=1e-30)
     x, y = data.train.tensors
     start.zero_grad()
@@ -71,7 +81,9 @@ def test_the_first_step_is_sgd_with_weight_decay_on_every_parameter_also_the_gai
     after = dict(classifier.named_parameters())
     assert any(isinstance(module, DLIFNode) for module in start.modules())
     for name, value in start.named_parameters():
-        torch.testing.assert_close(after[name], value - 0.1 * (value.grad + 0.3 * value), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(
+            after[name], value - 0.1 * (value.grad + 0.3 * value), rtol=1e-5, atol=1e-6
+        )
     assert load_checkpoint(tmp_path / "a" / "last.pt")["optimizer"]["param_groups"][0]["fused"]
 
 
@@ -147,7 +159,11 @@ def test_a_run_stopped_in_validation_resumes_with_that_validation(tmp_path, monk
     """The process that resumes has trained no batch when its first epoch ends."""
     options = {"epochs": 3, "checkpoint_steps": 4}
     with pytest.raises(PowerCutError):
-        small_run.run(tmp_path, **options, attacks=small_run.VALIDATION | {"pgd": lambda *_, **__: power_cut()})
+        small_run.run(
+            tmp_path,
+            **options,
+            attacks=small_run.VALIDATION | {"pgd": lambda *_, **__: power_cut()},
+        )
     assert load_checkpoint(tmp_path / "last.pt")["batch"] == 4
     clock = SimpleNamespace(now=0.0, strftime=time.strftime)
     clock.monotonic = lambda: clock.now
@@ -163,18 +179,23 @@ def test_a_run_stopped_in_validation_resumes_with_that_validation(tmp_path, monk
 
     monkeypatch.setattr(journal, "time", clock)
     attacks = small_run.VALIDATION | {"pgd": timed}
-    history, _ = small_run.run(tmp_path, **options, resume=True, attacks=attacks, journal=Timed(tmp_path))
+    history, _ = small_run.run(
+        tmp_path, **options, resume=True, attacks=attacks, journal=Timed(tmp_path)
+    )
     lines = [line for line in (tmp_path / "log.txt").read_text().splitlines() if "epoch" in line]
     assert "left" not in lines[0]
     assert "images/s" not in lines[0]
-    # 2 s of validation, then an epoch of 4 steps of 16 images and another validation, with one more to go
+    # 2 s of validation, then an epoch of 4 steps of 16 images and another validation, with one more
+    # to go
     assert lines[1].endswith("; 4 images/s; 20 s left")
     assert lines[2].endswith("; 4 images/s; 0 s left")
     assert len(history) == 3
 
 
 @pytest.mark.parametrize("single_step_attack", [True, False])
-def test_overfitting_is_looked_for_only_where_a_single_step_attack_trains(tmp_path, single_step_attack):
+def test_overfitting_is_looked_for_only_where_a_single_step_attack_trains(
+    tmp_path, single_step_attack
+):
     calls = []
 
     def pgd(model, x, y, *, generator):
@@ -200,7 +221,9 @@ def test_broken_weights_never_reach_a_checkpoint(tmp_path, step):
             if len(models) == step:
                 next(models[0].parameters()).data[0] = float("nan")
 
-    with pytest.raises(NonFiniteLossError, match=r"net.parts.0.weight holds NaN .* epoch 2.* is intact"):
+    with pytest.raises(
+        NonFiniteLossError, match=r"net.parts.0.weight holds NaN .* epoch 2.* is intact"
+    ):
         small_run.run(tmp_path, perturb=attack, journal=Breaking(None), checkpoint_steps=2)
     content = load_checkpoint(tmp_path / "last.pt")
     assert (content["epoch"], content["batch"]) == (1, 0 if step == 6 else 2)
@@ -217,7 +240,11 @@ def test_broken_weights_never_reach_a_checkpoint(tmp_path, step):
         ({"weight_decay": -1e-3}, "weight_decay must be >= 0"),
         ({"momentum": 1.0}, "momentum must be in"),
         (
-            {"build": lambda: nn.Sequential(nn.Flatten(2), nn.Linear(16, 2), DLIFNode(T=3, tau=4.0))},
+            {
+                "build": lambda: nn.Sequential(
+                    nn.Flatten(2), nn.Linear(16, 2), DLIFNode(T=3, tau=4.0)
+                )
+            },
             "logit for each of the 3 classes, got 2",
         ),
     ],
@@ -229,7 +256,14 @@ def test_wrong_use(tmp_path, options, message):
 
 @pytest.mark.parametrize(
     ("mode", "training", "crafting"),
-    [("none", 1, 0), ("gaussian", 2, 0), ("at", 2, 1), ("rat", 2, 1), ("pgd_at", 1, 7), ("trades", 2, 11)],
+    [
+        ("none", 1, 0),
+        ("gaussian", 2, 0),
+        ("at", 2, 1),
+        ("rat", 2, 1),
+        ("pgd_at", 1, 7),
+        ("trades", 2, 11),
+    ],
 )
 def test_a_step_of_a_mode_makes_no_needless_pass(tmp_path, mode, training, crafting):
     """The one pass of trades beyond its steps is the clean prediction."""
@@ -246,15 +280,31 @@ def test_a_step_of_a_mode_makes_no_needless_pass(tmp_path, mode, training, craft
         return net
 
     chosen = MODES[mode]
-    objective = {"loss": chosen.loss, "kappa": chosen.kappa, "rho": 0.0 if mode == "none" else chosen.rho}
+    objective = {
+        "loss": chosen.loss,
+        "kappa": chosen.kappa,
+        "rho": 0.0 if mode == "none" else chosen.rho,
+    }
     perturb = training_attack(mode, eps=0.1)
-    small_run.run(tmp_path, epochs=1, build=build, objective=objective, perturb=perturb, journal=Watching(None))
+    small_run.run(
+        tmp_path,
+        epochs=1,
+        build=build,
+        objective=objective,
+        perturb=perturb,
+        journal=Watching(None),
+    )
     assert steps[1:] == [(training, crafting)] * 3
 
 
 def tracing(test):
-    """While torch traces, it looks at gradients of tensors that have none, and makes objects of its own functions."""
-    for warning in ("The .grad attribute:UserWarning", ".*should not be instantiated:DeprecationWarning"):
+    """While torch traces, it looks at gradients of tensors that have none, and makes objects of its
+    own functions.
+    """
+    for warning in (
+        "The .grad attribute:UserWarning",
+        ".*should not be instantiated:DeprecationWarning",
+    ):
         test = pytest.mark.filterwarnings(f"ignore:{warning}")(test)
     return test
 
@@ -283,7 +333,9 @@ def test_a_compiled_network_trains_the_same_weights(tmp_path, monkeypatch):
 @pytest.mark.slow
 @tracing
 @pytest.mark.parametrize(("step_mode", "reached"), [(None, 0), ("s", 2)])
-def test_only_a_network_that_takes_whole_sequences_is_reset_in_the_graph(monkeypatch, step_mode, reached):
+def test_only_a_network_that_takes_whole_sequences_is_reset_in_the_graph(
+    monkeypatch, step_mode, reached
+):
     monkeypatch.setattr(compilation, "_BACKEND", "eager")
     net = nn.Sequential(nn.Linear(3, 2), DLIFNode(T=4))
     with compilation.compiled(net, step_mode=step_mode):
@@ -312,19 +364,35 @@ def test_channels_last_changes_the_memory_order_alone(tmp_path):
 
     images = small_run.splits()
     coloured = [
-        TensorDataset(part.tensors[0].repeat(1, 2, 1, 1), part.tensors[1]) for part in (images.train, images.test)
+        TensorDataset(part.tensors[0].repeat(1, 2, 1, 1), part.tensors[1])
+        for part in (images.train, images.test)
     ]
     data = replace(images, train=coloured[0], validation=coloured[1])
-    options = {"build": lambda: small_run.batch_norm_net(2), "data": data, "epochs": 1, "perturb": attack}
-    models = [small_run.run(tmp_path / str(one), **options, channels_last=one)[1] for one in (None, True)]
+    options = {
+        "build": lambda: small_run.batch_norm_net(2),
+        "data": data,
+        "epochs": 1,
+        "perturb": attack,
+    }
+    models = [
+        small_run.run(tmp_path / str(one), **options, channels_last=one)[1] for one in (None, True)
+    ]
     assert seen == [(False, True)] * 4 + [(True, False)] * 4
     assert models[1].net[0].weight.is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(*(list(model.parameters()) for model in models), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        *(list(model.parameters()) for model in models), rtol=1e-4, atol=1e-5
+    )
 
 
-@pytest.mark.parametrize(("slow", "chosen"), [(False, True), (True, False)], ids=["channels first", "channels last"])
+@pytest.mark.parametrize(
+    ("slow", "chosen"), [(False, True), (True, False)], ids=["channels first", "channels last"]
+)
 def test_memory_order_is_measured_in_half_precision(monkeypatch, slow, chosen):
-    classifier, images, now = SpikingClassifier(small_run.batch_norm_net(2), 3), torch.rand(4, 2, 4, 4), [0.0]
+    classifier, images, now = (
+        SpikingClassifier(small_run.batch_norm_net(2), 3),
+        torch.rand(4, 2, 4, 4),
+        [0.0],
+    )
     accelerator = SimpleNamespace(
         device=torch.device("cpu"),
         mixed_precision="bf16",
@@ -359,17 +427,28 @@ def test_penalties_gains_and_speed_are_in_the_log(tmp_path):
     assert 0.1 * parts[0] + 0.2 * parts[1] == pytest.approx(losses["penalty"], rel=1e-5)
     text = (tmp_path / "log.txt").read_text()
     expected = (
-        f"perturbed {losses['perturbed']:.3f}, gradient_sparsity {parts[0]:.3f}, threshold_guarding {parts[1]:.3f})"
+        f"perturbed {losses['perturbed']:.3f}, gradient_sparsity {parts[0]:.3f}, "
+        f"threshold_guarding {parts[1]:.3f})"
     )
-    assert f"({expected}, accuracy {losses['accuracy_perturbed']:.1%}; validation" in text  # no clean pass, none shown
+    assert (
+        f"({expected}, accuracy {losses['accuracy_perturbed']:.1%}; validation" in text
+    )  # no clean pass, none shown
     assert re.search(r"; \d+ images/s; ", text)
     (folder,) = (tmp_path / "tensorboard").iterdir()
     events = EventAccumulator(str(folder)).Reload()
     shown = set(events.Tags()["scalars"])
-    assert {"train/images_per_second", "train/penalty/gradient_sparsity", "train/total", "train/lr"} <= shown
+    assert {
+        "train/images_per_second",
+        "train/penalty/gradient_sparsity",
+        "train/total",
+        "train/lr",
+    } <= shown
     assert {f"validation/{name}" for name in ("clean", "fgsm", "pgd")} <= shown
     assert {"train/mppd", *(f"input_gain/parts.1/t{t}" for t in range(3))} <= shown
-    assert [(event.step, event.value > 0) for event in events.Scalars("ms_mppd/parts.1")] == [(1, True), (2, True)]
+    assert [(event.step, event.value > 0) for event in events.Scalars("ms_mppd/parts.1")] == [
+        (1, True),
+        (2, True),
+    ]
     node = classifier.net.parts[1]
     for name, gain in (("l2_gain/parts.1", l2_gain), ("peak_gain/parts.1", peak_gain)):
         first, last = (event.value for event in events.Scalars(name))

@@ -1,4 +1,6 @@
-"""Whatever breaks a run says what it was, leaves the last good checkpoint, and the run goes on from there."""
+"""Whatever breaks a run says what it was, leaves the last good checkpoint, and the run goes on from
+there.
+"""
 
 import errno
 import os
@@ -48,13 +50,17 @@ def images_by(read):
 
 
 def assert_goes_on(folder, whole, *, position=(1, 0), **options):
-    """The checkpoints that the fault left are whole, and a resumed run ends as one unbroken and leaves nothing else."""
+    """The checkpoints that the fault left are whole, and a resumed run ends as one unbroken and
+    leaves nothing else.
+    """
     content = load_checkpoint(folder / "last.pt")
     assert (content["epoch"], content["batch"]) == position
     assert load_checkpoint(folder / "best.pt")["epoch"] <= position[0]
     history, classifier = run(folder, resume=True, **options)
     assert history == whole.history
-    torch.testing.assert_close(dict(classifier.state_dict()), whole.weights["last.pt"], rtol=0, atol=0)
+    torch.testing.assert_close(
+        dict(classifier.state_dict()), whole.weights["last.pt"], rtol=0, atol=0
+    )
     assert sorted(path.name for path in folder.iterdir()) == ["best.pt", "last.pt"]
 
 
@@ -70,7 +76,9 @@ def test_killed_in_a_step_and_while_a_checkpoint_is_written(tmp_path, whole):
 
 def full_disk_in_write(monkeypatch):
     opened = Path.open
-    monkeypatch.setattr(Path, "open", lambda path, *args, **kwargs: opened(Path("/dev/full"), *args, **kwargs))
+    monkeypatch.setattr(
+        Path, "open", lambda path, *args, **kwargs: opened(Path("/dev/full"), *args, **kwargs)
+    )
 
 
 def full_disk_at_sync(monkeypatch):
@@ -84,7 +92,9 @@ def full_disk_at_sync(monkeypatch):
 def test_a_full_disk(tmp_path, whole, fill):
     with pytest.MonkeyPatch.context() as patch:
         attack = At(STEP, lambda *_: fill(patch))
-        with pytest.raises(OSError, match=r"(best|last)\.pt could not be written \(.*intact.*[Ff]ree.*--resume"):
+        with pytest.raises(
+            OSError, match=r"(best|last)\.pt could not be written \(.*intact.*[Ff]ree.*--resume"
+        ):
             run(tmp_path, perturb=attack)
     assert_goes_on(tmp_path, whole)
 
@@ -116,7 +126,9 @@ def test_nan_in_the_loss_and_in_the_weights(tmp_path, whole, action, found):
 
 def test_a_learning_rate_that_is_too_high(tmp_path):
     attack = partial(pgd, eps=0.1, step_size=0.1, steps=1)
-    with pytest.raises(NonFiniteLossError, match=r"at epoch 1, step \d; no checkpoint was written yet\. Lower lr"):
+    with pytest.raises(
+        NonFiniteLossError, match=r"at epoch 1, step \d; no checkpoint was written yet\. Lower lr"
+    ):
         run(tmp_path, perturb=attack, lr=1e30)
 
 
@@ -152,17 +164,27 @@ def test_a_picture_that_cannot_be_read_any_more(tmp_path, whole):
 @pytest.mark.parametrize(
     ("spoil", "found"),
     [
-        # On a GPU a label outside the classes would end the process in cross entropy, and -100 would be left out.
-        *((partial(torch.Tensor.index_fill, dim=0, index=torch.tensor([9]), value=label),
-           rf"classes from 0 to 2, got {label} .*epoch 1, step \d; correct") for label in (3, -1, -100)),
+        # On a GPU a label outside the classes would end the process in cross entropy, and -100
+        # would be left out.
+        *(
+            (
+                partial(torch.Tensor.index_fill, dim=0, index=torch.tensor([9]), value=label),
+                rf"classes from 0 to 2, got {label} .*epoch 1, step \d; correct",
+            )
+            for label in (3, -1, -100)
+        ),
         (torch.Tensor.float, r"int64 \[N\], got float32 \[16\]"),
         (torch.nn.functional.one_hot, r"int64 \[N\], got int64 \[16, 3\]"),
     ],
-)  # fmt: skip
+)
 def test_labels_that_are_no_classes(tmp_path, spoil, found, perturb):
     x, y = small_run.splits().train.tensors
     with pytest.raises(ValueError, match=f"labels must be {found}"):
-        run(tmp_path, data=replace(small_run.splits(), train=TensorDataset(x, spoil(y))), perturb=perturb)
+        run(
+            tmp_path,
+            data=replace(small_run.splits(), train=TensorDataset(x, spoil(y))),
+            perturb=perturb,
+        )
 
 
 def damaged(path):
@@ -183,7 +205,10 @@ def weights_alone(path):
     [
         (damaged, r"cannot be read as a checkpoint .*best\.pt, .*, can take its name"),
         (of_something_else, "is not a checkpoint of sj_robust .*check the path"),
-        (weights_alone, r"last\.pt holds no optimizer, scheduler, .*: .*start one with another --output"),
+        (
+            weights_alone,
+            r"last\.pt holds no optimizer, scheduler, .*: .*start one with another --output",
+        ),
     ],
 )
 def test_a_run_is_resumed_from_a_file_that_is_none_of_its(tmp_path, whole, spoil, found):
@@ -206,16 +231,23 @@ def test_the_log_cannot_be_written_any_more(tmp_path, whole):
     logs = tmp_path / "logs"
     logs.mkdir()
     attack = At(STEP, lambda *_: shutil.rmtree(logs))
-    with pytest.raises(OSError, match=r"log\.txt could not be written \(No such file .*restore the folder.*--resume"):
+    with pytest.raises(
+        OSError,
+        match=r"log\.txt could not be written \(No such file .*restore the folder.*--resume",
+    ):
         run(tmp_path / "run", journal=Journal(logs), perturb=attack)
     assert_goes_on(tmp_path / "run", whole, position=(2, 0))
 
 
 def test_no_configuration_and_no_room_for_a_folder(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"config\.yaml is missing; give the run's folder with --output"):
+    with pytest.raises(
+        FileNotFoundError, match=r"config\.yaml is missing; give the run's folder with --output"
+    ):
         run_to_resume(str(tmp_path), "digits")
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match=r"file/run cannot be written \(Not a directory\); give another --output"):
+    with pytest.raises(
+        OSError, match=r"file/run cannot be written \(Not a directory\); give another --output"
+    ):
         open_run_folder(str(tmp_path / "file" / "run"), "digits", {}, Accelerator(cpu=True))
 
 
@@ -235,4 +267,8 @@ if __name__ == "__main__":
         checkpoint.torch.save = die_writing
 
     moments = {"step": die, "write": write_no_more}
-    print(*launch.forked(*(partial(run, folder / name, perturb=At(STEP, what)) for name, what in moments.items())))
+    print(
+        *launch.forked(
+            *(partial(run, folder / name, perturb=At(STEP, what)) for name, what in moments.items())
+        )
+    )

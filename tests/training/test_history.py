@@ -19,7 +19,10 @@ from sj_robust.training import EpochRecord, catastrophic_overfitting
 )
 def test_catastrophic_overfitting(epochs, seen):
     names = ("clean", "fgsm", "pgd")
-    history = [EpochRecord(i, {}, dict(zip(names, row, strict=True)), 0.1) for i, row in enumerate(epochs, 1)]
+    history = [
+        EpochRecord(i, {}, dict(zip(names, row, strict=True)), 0.1)
+        for i, row in enumerate(epochs, 1)
+    ]
     warning = catastrophic_overfitting(history)
     assert (warning is not None) == seen
     if seen:

@@ -16,7 +16,14 @@ WITH_IMAGES = [name for name in MODES if name != "none"]
 @pytest.fixture
 def problem():
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.BatchNorm1d(8), nn.Tanh(), nn.Dropout(0.5), nn.Linear(8, 3))
+    net = nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(12, 8),
+        nn.BatchNorm1d(8),
+        nn.Tanh(),
+        nn.Dropout(0.5),
+        nn.Linear(8, 3),
+    )
     return net.train(), torch.rand(5, 3, 2, 2), torch.tensor([0, 1, 2, 0, 1])
 
 
@@ -26,9 +33,15 @@ def test_the_network_and_the_caller_are_left_as_they_were(problem, name):
     net[2].eval()
     images = x.clone()
     with unchanged(net):
-        x_perturbed = training_attack(name, eps=EPS)(net, x, y, generator=torch.Generator().manual_seed(1))
+        x_perturbed = training_attack(name, eps=EPS)(
+            net, x, y, generator=torch.Generator().manual_seed(1)
+        )
     assert torch.equal(x, images)
-    assert (x_perturbed.shape, x_perturbed.dtype, x_perturbed.requires_grad) == (x.shape, x.dtype, False)
+    assert (x_perturbed.shape, x_perturbed.dtype, x_perturbed.requires_grad) == (
+        x.shape,
+        x.dtype,
+        False,
+    )
     if name != "gaussian":
         assert x_perturbed.min() >= 0
         assert x_perturbed.max() <= 1
@@ -64,14 +77,18 @@ def test_steps_and_their_size(problem, name, start):
 
 
 def test_radii(problem):
-    """Gaussian noise leaves the box, the projection can be left out, and validation keeps to the ball."""
+    """Gaussian noise leaves the box, the projection can be left out, and validation keeps to the
+    ball.
+    """
     net, x, y = problem
     assert training_attack("gaussian", eps=0.5)(net, x, y, generator=None).max() > 1
     assert training_attack("none", eps=0.1) is None
     free = training_attack("at", eps=0.01, step_size=0.03, project=False)(net, x, y, generator=None)
     assert (free - x).abs().max() > 0.025
     for attack in validation_attacks(EPS).values():
-        assert (attack(net, x, y, generator=torch.Generator().manual_seed(0)) - x).abs().max() <= EPS
+        assert (
+            attack(net, x, y, generator=torch.Generator().manual_seed(0)) - x
+        ).abs().max() <= EPS
     assert trades(net, x[:0], y[:0], eps=0.1, step_size=0.1).shape == (0, 3, 2, 2)
 
 

@@ -63,7 +63,9 @@ def test_only_the_passes_that_a_term_needs_are_run(problem, options, clean, pert
     assert all(torch.equal(a, b) for a, b in zip(seen, expected, strict=True))
     assert (losses.clean > 0, losses.perturbed > 0) == (clean, perturbed)
     losses.total.backward()
-    assert all(p.grad is not None for p in classifier.parameters())  # DDP waits for every one of them
+    assert all(
+        p.grad is not None for p in classifier.parameters()
+    )  # DDP waits for every one of them
     seen.clear()
     losses = objective(x, y)
     assert len(seen) == 1
@@ -77,7 +79,11 @@ def test_parts_and_accuracy(problem):
     assert losses.mppd == losses.penalty == 0
     assert losses.clean == losses.perturbed == losses.total
     with torch.no_grad():
-        assert losses.accuracy == losses.accuracy_perturbed == (classifier(x).argmax(1) == y).double().mean()
+        assert (
+            losses.accuracy
+            == losses.accuracy_perturbed
+            == (classifier(x).argmax(1) == y).double().mean()
+        )
     assert not any(part.requires_grad for part in losses[1:])
     losses = Objective(classifier, loss="trades", rho=0.0).eval()(x, y, x)
     assert losses.total == losses.clean
@@ -90,7 +96,9 @@ def test_penalties_are_weighted_summed_and_told_by_name(problem):
     losses = objective(x, y, x * 0.9)
     assert list(objective.penalty_values) == ["count", "threshold_guarding"]
     values = objective.penalty_values
-    torch.testing.assert_close(losses.penalty, 0.5 * values["count"] + 2 * values["threshold_guarding"])
+    torch.testing.assert_close(
+        losses.penalty, 0.5 * values["count"] + 2 * values["threshold_guarding"]
+    )
     plain = Objective(classifier).eval()(x, y, x * 0.9)
     torch.testing.assert_close(losses.total, plain.total + losses.penalty)
     assert count.passes.logits is not None

@@ -8,7 +8,13 @@ from training.step_by_hand import T, potentials
 
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.neuron import FusedSequential
-from sj_robust.training import ForwardPasses, GradientSparsity, Objective, Penalty, ThresholdGuarding
+from sj_robust.training import (
+    ForwardPasses,
+    GradientSparsity,
+    Objective,
+    Penalty,
+    ThresholdGuarding,
+)
 
 TRIANGLE = surrogate.PiecewiseQuadratic(alpha=1.0)
 
@@ -45,14 +51,22 @@ def problem():
 @pytest.mark.parametrize(
     ("node", "dynamics"),
     [
-        (lif(tau=4.0, decay_input=False, v_reset=None), {"decay": 0.75, "gain": [1.0] * T, "v_reset": None}),
+        (
+            lif(tau=4.0, decay_input=False, v_reset=None),
+            {"decay": 0.75, "gain": [1.0] * T, "v_reset": None},
+        ),
         (lif(tau=4.0, v_reset=0.4), {"decay": 0.75, "gain": [0.25] * T, "v_reset": 0.4}),
         (lif(tau=2.0, detach_reset=True), {"decay": 0.5, "gain": [0.5] * T, "detach": True}),
         (neuron.IFNode(surrogate_function=TRIANGLE), {"decay": 1.0, "gain": [1.0] * T}),
-        (dlif([0.5, 1.5, 1.0], tau=4.0, v_reset=None), {"decay": 0.75, "gain": [0.5, 1.5, 1.0], "v_reset": None}),
+        (
+            dlif([0.5, 1.5, 1.0], tau=4.0, v_reset=None),
+            {"decay": 0.75, "gain": [0.5, 1.5, 1.0], "v_reset": None},
+        ),
     ],
 )
-def test_guarding_equals_the_potentials_by_hand_in_both_step_modes(problem, node, dynamics, step_mode):
+def test_guarding_equals_the_potentials_by_hand_in_both_step_modes(
+    problem, node, dynamics, step_mode
+):
     x, y = problem
     classifier = classifier_of(node, step_mode=step_mode)
     penalty = ThresholdGuarding(1.0, margin=0.7)
@@ -65,7 +79,9 @@ def test_guarding_equals_the_potentials_by_hand_in_both_step_modes(problem, node
     expected = (0.7 - (h - 1).abs()).clamp(min=0).mean()
     assert expected > 0.01
     torch.testing.assert_close(value, expected)
-    for got, wanted in zip(*(torch.autograd.grad(v, weight) for v in (value, expected)), strict=True):
+    for got, wanted in zip(
+        *(torch.autograd.grad(v, weight) for v in (value, expected)), strict=True
+    ):
         assert wanted.abs().max() > 1e-3
         torch.testing.assert_close(got, wanted)
 
@@ -85,10 +101,18 @@ def test_guarding_does_not_change_the_network_and_leaves_no_hook(problem):
 def test_guarding_sees_neurons_that_run_fused_with_batch_norm_otherwise(problem):
     def penalty_and_gradient(fused):
         torch.manual_seed(0)
-        parts = [layer.Conv2d(1, 3, 3), layer.BatchNorm2d(3), DLIFNode(T=T), layer.Flatten(), layer.Linear(12, 4)]
+        parts = [
+            layer.Conv2d(1, 3, 3),
+            layer.BatchNorm2d(3),
+            DLIFNode(T=T),
+            layer.Flatten(),
+            layer.Linear(12, 4),
+        ]
         net = (FusedSequential if fused else nn.Sequential)(*parts)
         functional.set_step_mode(net, "m")
-        objective = Objective(SpikingClassifier(net, T), penalties=[ThresholdGuarding(1.0)], rho=0.0)
+        objective = Objective(
+            SpikingClassifier(net, T), penalties=[ThresholdGuarding(1.0)], rho=0.0
+        )
         x = torch.rand(4, 1, 4, 4, generator=torch.Generator().manual_seed(1))
         losses = objective(x, torch.tensor([0, 1, 2, 3]))
         losses.total.backward()
@@ -107,7 +131,9 @@ def test_guarding_refuses_what_it_cannot_see(problem):
         ThresholdGuarding(1.0).observe(classifier),
     ):
         pass
-    with pytest.raises(ValueError, match="'9' cannot be guarded: no spiking layer has that name; known are 1"):
+    with pytest.raises(
+        ValueError, match="'9' cannot be guarded: no spiking layer has that name; known are 1"
+    ):
         ThresholdGuarding(1.0, layers=["9"]).observe(classifier).__enter__()
     penalty = ThresholdGuarding(1.0, layers=["1"])
     with penalty.observe(classifier):
@@ -128,9 +154,13 @@ def test_sparsity_tends_to_the_l1_norm_of_the_gradient():
     passes = ForwardPasses(net, y, x, None, logits, None)
     for h, close in ((1e-2, 1e-2), (1e-5, 1e-4)):
         value = GradientSparsity(1.0, h=h).value(passes)
-        torch.testing.assert_close(value.detach(), grad.abs().flatten(1).sum(1).mean(), rtol=close, atol=0)
+        torch.testing.assert_close(
+            value.detach(), grad.abs().flatten(1).sum(1).mean(), rtol=close, atol=0
+        )
     squared = GradientSparsity(1.0, h=1e-5, squared=True).value(passes)
-    torch.testing.assert_close(squared.detach(), grad.abs().flatten(1).sum(1).square().mean(), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        squared.detach(), grad.abs().flatten(1).sum(1).square().mean(), rtol=1e-4, atol=0
+    )
 
 
 class Empty(Penalty):

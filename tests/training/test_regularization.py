@@ -12,7 +12,14 @@ def generator(seed=0):
 
 
 @pytest.mark.parametrize(
-    "layer", [nn.Conv2d(3, 6, 2), nn.Conv1d(4, 5, 3), nn.Conv3d(1, 4, 2), nn.Conv2d(4, 4, 3, groups=4), nn.Linear(9, 6)]
+    "layer",
+    [
+        nn.Conv2d(3, 6, 2),
+        nn.Conv1d(4, 5, 3),
+        nn.Conv3d(1, 4, 2),
+        nn.Conv2d(4, 4, 3, groups=4),
+        nn.Linear(9, 6),
+    ],
 )
 def test_singular_values_move_towards_1_and_vectors_stay(layer):
     torch.manual_seed(0)
@@ -27,7 +34,9 @@ def test_singular_values_move_towards_1_and_vectors_stay(layer):
     assert ((after - 1).abs() < (before - 1).abs()).all()
     for _ in range(2000):
         retract_(layer, 0.01)
-    torch.testing.assert_close(torch.linalg.svdvals(layer.weight.data.flatten(1)), torch.ones_like(before))
+    torch.testing.assert_close(
+        torch.linalg.svdvals(layer.weight.data.flatten(1)), torch.ones_like(before)
+    )
     assert torch.equal(layer.bias, bias)
 
 
@@ -40,7 +49,9 @@ def test_a_random_share_of_the_rows_of_wide_linear_layers(rows, moved):
     changed = (linear.weight != before).any(1)
     assert changed.sum() == moved
     part = before[changed]
-    torch.testing.assert_close(linear.weight.detach()[changed], 1.1 * part - 0.1 * part @ part.T @ part)
+    torch.testing.assert_close(
+        linear.weight.detach()[changed], 1.1 * part - 0.1 * part @ part.T @ part
+    )
 
 
 def test_generators_in_one_state_choose_the_same_rows_and_others_do_not():
@@ -57,17 +68,26 @@ def test_generators_in_one_state_choose_the_same_rows_and_others_do_not():
     assert all(torch.equal(a, b) for a, b in zip(first, rows(3), strict=True))
     assert not torch.equal(first[0], rows(4)[0])
     assert not torch.equal(rows(None)[0], rows(None)[0])
-    assert not torch.equal(first[0].nonzero()[:60], first[1].nonzero()[:60])  # every layer draws its own
+    assert not torch.equal(
+        first[0].nonzero()[:60], first[1].nonzero()[:60]
+    )  # every layer draws its own
 
 
 def test_convolutions_are_never_sampled_and_everything_else_is_left_alone():
     torch.manual_seed(0)
     net = nn.ModuleDict(
-        {"conv": nn.Conv2d(1, 256, 2), "norm": nn.BatchNorm2d(3), "embedding": nn.Embedding(4, 4), "flat": nn.Flatten()}
+        {
+            "conv": nn.Conv2d(1, 256, 2),
+            "norm": nn.BatchNorm2d(3),
+            "embedding": nn.Embedding(4, 4),
+            "flat": nn.Flatten(),
+        }
     )
     before = {name: value.clone() for name, value in net.state_dict().items()}
     retract_(net, 0.1, generator())
-    changed = {name for name, value in net.state_dict().items() if not torch.equal(value, before[name])}
+    changed = {
+        name for name, value in net.state_dict().items() if not torch.equal(value, before[name])
+    }
     assert changed == {"conv.weight"}
     assert (net["conv"].weight != before["conv.weight"]).flatten(1).any(1).all()
 
@@ -108,7 +128,8 @@ def test_projection_is_the_nearest_point_of_the_simplex(size):
         project_to_simplex_(projected)
         assert projected.min() >= 0
         assert abs(projected.sum() - 1) < 1e-12
-        # a nearer grid point would make an angle of more than 90 degrees with the way to the projection
+        # a nearer grid point would make an angle of more than 90 degrees with the way to the
+        # projection
         assert ((points - projected) @ (c - projected)).max() <= 1e-12
     for point in points[::50]:
         again = point.clone()

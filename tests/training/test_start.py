@@ -1,4 +1,6 @@
-"""How good a network is before its training: a lost normalisation is told, with the options that bring it back."""
+"""How good a network is before its training: a lost normalisation is told, with the options that
+bring it back.
+"""
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ from sj_robust.training import check_start
 
 
 class Brightest(nn.Module):
-    """Names the brightest of three rows if it is above 0.99, as it is in normalised images alone, else class 3."""
+    """Names the brightest of three rows if it is above 0.99, as it is in normalised images alone,
+    else class 3.
+    """
 
     def forward(self, x_seq):
         three = x_seq[:, :, 0, :3].mean(-1)
@@ -25,7 +29,9 @@ class Said(list):
 def test_a_lost_normalisation_is_told_with_the_options_that_bring_it_back(given):
     options = {"mean": [0.2], "std": [0.25]} if given else {}
     check_start(SpikingClassifier(Brightest(), 2, **options), splits(), said := Said(), "mine.pt")
-    assert said[0] == f"starting from mine.pt: {100 if given else 0}.0% of 12 validation images right"
+    assert (
+        said[0] == f"starting from mine.pt: {100 if given else 0}.0% of 12 validation images right"
+    )
     if given:
         assert len(said) == 1
     else:
@@ -40,4 +46,7 @@ def test_guessing_is_warned_of():
             return super().forward(0 * x_seq)
 
     check_start(SpikingClassifier(Constant(), 2), splits(), said := Said(), "mine.pt")
-    assert said[1] == "WARNING: that is no better than guessing; check the weights, --mean, --std and --tau"
+    assert (
+        said[1]
+        == "WARNING: that is no better than guessing; check the weights, --mean, --std and --tau"
+    )

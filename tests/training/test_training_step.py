@@ -1,4 +1,6 @@
-"""One whole training step of every mode against the formulas written out in step_by_hand, in float64."""
+"""One whole training step of every mode against the formulas written out in step_by_hand, in
+float64.
+"""
 
 from types import SimpleNamespace
 
@@ -12,11 +14,19 @@ from training.step_by_hand import NEURONS, TAU, T
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.attacks import SampleSeeds
 from sj_robust.randomness import draw_seed, private_generator, rand, randn
-from sj_robust.training import MODES, GradientSparsity, Objective, ThresholdGuarding, retract_, training_attack
+from sj_robust.training import (
+    MODES,
+    GradientSparsity,
+    Objective,
+    ThresholdGuarding,
+    retract_,
+    training_attack,
+)
 
 EPS = 0.1
 CERTIFIED_EPS, RAMP = 0.02, 0.75
-NOISE_STD = 0.1  # enough to flip a spike of every image, without which trades has a zero gradient at its start
+# enough to flip a spike of every image, without which trades has a zero gradient at its start
+NOISE_STD = 0.1
 SEEDS = SampleSeeds([11, 12, 13])
 
 
@@ -62,7 +72,11 @@ def build(kind):
     triangle = surrogate.PiecewiseQuadratic(alpha=1.0)
 
     def node():
-        return DLIFNode(T=T, tau=TAU) if kind == "dlif" else neuron.LIFNode(tau=TAU, surrogate_function=triangle)
+        return (
+            DLIFNode(T=T, tau=TAU)
+            if kind == "dlif"
+            else neuron.LIFNode(tau=TAU, surrogate_function=triangle)
+        )
 
     net = nn.Sequential(
         layer.Conv2d(2, 4, 3, padding=1, bias=False),
@@ -87,15 +101,21 @@ def build(kind):
             if "input_gain" in name or "running_var" in name:
                 value.copy_(0.7 + 0.6 * drawn.abs())
             elif value.ndim > 1:
-                value.copy_(drawn * (2.0 / value[0].numel()) ** 0.5 * (scale if name == "8.weight" else 1.0))
+                value.copy_(
+                    drawn * (2.0 / value[0].numel()) ** 0.5 * (scale if name == "8.weight" else 1.0)
+                )
             else:
-                value.copy_((1.2 * scale if name in ("1.weight", "5.weight") else 0.0) + 0.3 * drawn)
+                value.copy_(
+                    (1.2 * scale if name in ("1.weight", "5.weight") else 0.0) + 0.3 * drawn
+                )
     x = torch.rand(3, 2, 6, 6, generator=generator, dtype=torch.float64)
     return SpikingClassifier(net, T), x, torch.tensor([0, 3, 1])
 
 
 def noise_of(mode, x):
-    """What the attack of a mode draws: a seed for the network's own randomness first, unless it runs none."""
+    """What the attack of a mode draws: a seed for the network's own randomness first, unless it
+    runs none.
+    """
     private = private_generator(SEEDS, x.device)
     if mode != "gaussian":
         draw_seed(private)
@@ -115,7 +135,9 @@ def loss_by_hand(case, network, x, y, x_perturbed):
     logits, seen, slope = {}, {}, None
     for number, (name, images) in enumerate(runs.items()):
         if case.sparsity and number == 0:
-            logits[name], seen[name], slope = step_by_hand.sparsity(network, images, y, h=0.01, squared=case.squared)
+            logits[name], seen[name], slope = step_by_hand.sparsity(
+                network, images, y, h=0.01, squared=case.squared
+            )
         else:
             logits[name], seen[name] = network.run(images, training=True)
     entropy = {name: step_by_hand.cross_entropy(z, y) for name, z in logits.items()}
@@ -134,7 +156,10 @@ def loss_by_hand(case, network, x, y, x_perturbed):
         chosen = {"last": ["9"], "all": list(NEURONS)}.get(options["layers"], options["layers"])
         pairs = [(seen["clean"][n], seen["perturbed"][n]) for n in chosen]
         kind = options["indicator"], options["norm"]
-        terms = [step_by_hand.perturbation(*kind, *pair, input_gain=options["input_gain"]) for pair in pairs]
+        terms = [
+            step_by_hand.perturbation(*kind, *pair, input_gain=options["input_gain"])
+            for pair in pairs
+        ]
         mppd = sum(terms) / len(terms)
     if case.guard:
         chosen = list(NEURONS) if case.guarded == "all" else case.guarded
@@ -157,10 +182,14 @@ def test_a_step_equals_the_formulas(case, kind):
     if case.sparsity:
         penalties.append(GradientSparsity(case.sparsity, squared=case.squared))
     certified_eps = CERTIFIED_EPS if mode.loss == "certified" else None
-    objective = Objective(classifier, penalties=penalties, certified_eps=certified_eps, **case.options).train()
+    objective = Objective(
+        classifier, penalties=penalties, certified_eps=certified_eps, **case.options
+    ).train()
     if objective.certified is not None:
         objective.certified.progress = 0.05 + 0.6 * RAMP
-    optimizer = torch.optim.SGD(objective.parameters(), 0.1, momentum=0.9, weight_decay=mode.weight_decay)
+    optimizer = torch.optim.SGD(
+        objective.parameters(), 0.1, momentum=0.9, weight_decay=mode.weight_decay
+    )
 
     attack = training_attack(case.mode, eps=EPS, noise_std=NOISE_STD)
     x_perturbed = None if attack is None else attack(classifier, x, y, generator=SEEDS)
@@ -168,7 +197,9 @@ def test_a_step_equals_the_formulas(case, kind):
     losses.total.backward()
 
     noise = noise_of(case.mode, x)
-    expected_images = step_by_hand.perturbed_images(case.mode, by_hand, x, y, noise, eps=EPS, noise_std=NOISE_STD)
+    expected_images = step_by_hand.perturbed_images(
+        case.mode, by_hand, x, y, noise, eps=EPS, noise_std=NOISE_STD
+    )
     if attack is not None:
         torch.testing.assert_close(x_perturbed, expected_images, rtol=0, atol=1e-12)
     for value in by_hand.parameters().values():
@@ -184,8 +215,12 @@ def test_a_step_equals_the_formulas(case, kind):
     assert (mppd > 1e-4) == (case.options["rho"] > 0)
     assert (penalty > 1e-4) == bool(penalties)
     for name, value in classifier.net.named_parameters():
-        assert name == "4.bias" or value.grad.abs().max() > 1e-6, name  # batch norm takes the bias away
-        torch.testing.assert_close(value.grad, by_hand.w[name].grad, rtol=1e-8, atol=1e-11, msg=lambda m, n=name: n + m)
+        assert name == "4.bias" or value.grad.abs().max() > 1e-6, (
+            name
+        )  # batch norm takes the bias away
+        torch.testing.assert_close(
+            value.grad, by_hand.w[name].grad, rtol=1e-8, atol=1e-11, msg=lambda m, n=name: n + m
+        )
     for name, value in classifier.net.state_dict().items():
         if "running" in name or "tracked" in name:
             torch.testing.assert_close(value, by_hand.w[name], **close)
@@ -194,10 +229,14 @@ def test_a_step_equals_the_formulas(case, kind):
     if mode.retraction:
         retract_(classifier.net, mode.retraction, torch.Generator().manual_seed(3))
     with torch.no_grad():
-        after = {n: v - 0.1 * (v.grad + mode.weight_decay * v) for n, v in by_hand.parameters().items()}
+        after = {
+            n: v - 0.1 * (v.grad + mode.weight_decay * v) for n, v in by_hand.parameters().items()
+        }
     if mode.retraction:
         rows = torch.randperm(210, generator=torch.Generator().manual_seed(3))[:63]
         for name in ("0.weight", "4.weight", "8.weight", "10.weight"):
-            after[name] = step_by_hand.retracted(after[name], mode.retraction, rows if name == "8.weight" else None)
+            after[name] = step_by_hand.retracted(
+                after[name], mode.retraction, rows if name == "8.weight" else None
+            )
     for name, value in classifier.net.named_parameters():
         torch.testing.assert_close(value.detach(), after[name], rtol=1e-8, atol=1e-12)

@@ -1,4 +1,6 @@
-"""What can be measured: groups of methods that do the same work, and the peer their ratios refer to."""
+"""What can be measured: groups of methods that do the same work, and the peer their ratios refer
+to.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,12 +18,14 @@ class Benchmark:
     """Methods that do the same work.
 
     Attributes:
-        methods: Makes the task of a method from the shape; raises ImportError or RuntimeError where it cannot run.
-        peer: Method that ratios refer to; where each method has one of its own, what those are called together.
+        methods: Makes the task of a method from the shape; raises ImportError or RuntimeError where
+            it cannot run.
+        peer: Method that ratios refer to; where each method has one of its own, what those are
+            called together.
         shapes: Shapes of the documentation, [T, N, C, H, W].
         is_layer: Whether the bandwidth of the memory bounds it.
-        has_one_graph: Whether the forward pass builds one graph, so that what it saves can be weighed; an attack
-            builds others.
+        has_one_graph: Whether the forward pass builds one graph, so that what it saves can be
+            weighed; an attack builds others.
         peers: Methods that ratios refer to, by method, where they differ.
         variables: Environment variables of a method's process.
     """
@@ -56,22 +60,37 @@ BENCHMARKS: dict[str, Benchmark] = {
     "scaling": Benchmark(
         {name: LAYERS[name] for name in ("DLIF cpp", "DLIF eager")},
         "DLIF eager",
-        (*((T, 32, 8192) for T in (1, 2, 4, 8, 16, 32, 64)), *((8, N, 8192) for N in (8, 16, 64, 128))),
+        (
+            *((T, 32, 8192) for T in (1, 2, 4, 8, 16, 32, 64)),
+            *((8, N, 8192) for N in (8, 16, 64, 128)),
+        ),
         is_layer=True,
     ),
     "conv4": Benchmark(network_tasks("conv4"), "ReLU", _IMAGES),
     "vgg5": Benchmark(network_tasks("vgg5"), "ReLU", _IMAGES),
     **{
-        f"{name}_adversarial": Benchmark(adversarial_steps(name), "published loop", shapes, has_one_graph=False)
-        for name, shapes in (("conv4", _IMAGES), ("vgg5", _IMAGES), ("small", ((4, 64, 3, 32, 32),)))
+        f"{name}_adversarial": Benchmark(
+            adversarial_steps(name), "published loop", shapes, has_one_graph=False
+        )
+        for name, shapes in (
+            ("conv4", _IMAGES),
+            ("vgg5", _IMAGES),
+            ("small", ((4, 64, 3, 32, 32),)),
+        )
     },
     "training_step": Benchmark(
-        TRAINING_STEPS, "textbook loop", ((4, 64, 1, 28, 28),), has_one_graph=False, peers=STEP_PEERS
+        TRAINING_STEPS,
+        "textbook loop",
+        ((4, 64, 1, 28, 28),),
+        has_one_graph=False,
+        peers=STEP_PEERS,
     ),
     "verify": Benchmark(PROVING, "PGD-20", ((4, 1000, 1, 8, 8),), has_one_graph=False),
 }
-"""``neuron``, ``batch_norm`` and ``stage`` are single layers, ``instruction_sets`` and ``scaling`` are the neuron on
-each of them and over T and N; ``conv4`` (four stages) and ``vgg5`` are training steps of networks on clean images,
-``..._adversarial`` steps of adversarial training; ``training_step`` is the step of every training mode on a small
-network, each beside a textbook loop with SpikingJelly's LIFNode, but for ``certified``, which has none; ``verify`` is a
-proof of every image beside PGD on them."""
+"""``neuron``, ``batch_norm`` and ``stage`` are single layers, ``instruction_sets`` and ``scaling``
+are the neuron on each of them and over T and N; ``conv4`` (four stages) and ``vgg5`` are training
+steps of networks on clean images, ``..._adversarial`` steps of adversarial training;
+``training_step`` is the step of every training mode on a small network, each beside a textbook loop
+with SpikingJelly's LIFNode, but for ``certified``, which has none; ``verify`` is a proof of every
+image beside PGD on them.
+"""

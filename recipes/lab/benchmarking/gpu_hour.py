@@ -9,13 +9,19 @@ from lab.benchmarking.gpu_tables import markdown, plot
 
 
 def test_and_measure(
-    store: Store, plan: Mapping[str, Part], tests: Path | None, device: str, rounds: int, command: str,
+    store: Store,
+    plan: Mapping[str, Part],
+    tests: Path | None,
+    device: str,
+    rounds: int,
+    command: str,
     say: Callable[[str], None],
-) -> None:  # fmt: skip
+) -> None:
     """Run the tests of a folder, if any, then every part of the plan.
 
-    Tables are written after each row and charts after each part, beside the file of the store; what is measured is
-    worth more than they are, so that nothing which goes wrong with them stops the run.
+    Tables are written after each row and charts after each part, beside the file of the store; what
+    is measured is worth more than they are, so that nothing which goes wrong with them stops the
+    run.
     """
     page = store.path.with_suffix(".md")
 
@@ -34,7 +40,10 @@ def test_and_measure(
             shown("table", written)
     for name, part in plan.items():
         for row in measure_part(name, part, store, device=device, rounds=rounds):
-            say(f"{name}, {row.method}, {row.precision} {row.shape}: {row.reason or f'{row.median:.3g} ms'}")
+            say(
+                f"{name}, {row.method}, {row.precision} {row.shape}: "
+                f"{row.reason or f'{row.median:.3g} ms'}"
+            )
             shown("table", written)
         shown("chart", lambda: plot(store, plan, store.path.with_suffix(".png")))
     shown("table", written)
@@ -43,7 +52,9 @@ def test_and_measure(
 
 def redraw_gpus(folder: Path, plan: Mapping[str, Part], say: Callable[[str], None]) -> list[Path]:
     """Charts again, from what earlier calls left in a folder; the files they are of."""
-    paths = [path for path in sorted(folder.glob("gpu-*.jsonl")) if not path.stem.endswith(".earlier")]
+    paths = [
+        path for path in sorted(folder.glob("gpu-*.jsonl")) if not path.stem.endswith(".earlier")
+    ]
     for path in paths:
         plot(load(path), plan, path.with_suffix(".png"))
         say(f"{path} drawn as {path.stem}.png")

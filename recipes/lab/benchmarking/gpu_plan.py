@@ -8,7 +8,15 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from lab.benchmarking.layers import Build, LayerTask, alone, behind_batch_norm, dlif, lif_node, lif_node_for_gpu
+from lab.benchmarking.layers import (
+    Build,
+    LayerTask,
+    alone,
+    behind_batch_norm,
+    dlif,
+    lif_node,
+    lif_node_for_gpu,
+)
 from lab.benchmarking.networks import FUSED_AUTO, PRECISIONS, NetworkTask
 from lab.benchmarking.task import Task
 from sj_robust.ops import Surrogate
@@ -16,7 +24,9 @@ from sj_robust.ops.bn_dlif import BatchNorm, can_fuse
 
 COPY = "copy"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_SJ_TRITON = {"SJ_LIF_CUDA_IMPLEMENTATION": "triton"}  # which SpikingJelly 2.x reads when it is imported
+_SJ_TRITON = {
+    "SJ_LIF_CUDA_IMPLEMENTATION": "triton"
+}  # which SpikingJelly 2.x reads when it is imported
 
 Cases = tuple[tuple[str, tuple[int, ...]], ...]
 
@@ -28,10 +38,11 @@ class Part:
     Attributes:
         make: Makes the task of a method, a precision and a shape.
         methods: Names of the methods.
-        cases: Precisions, names in :data:`DTYPES` or of a network's, and shapes [T, N, C, H, W] of currents or images,
-            in the order in which they are measured.
+        cases: Precisions, names in :data:`DTYPES` or of a network's, and shapes [T, N, C, H, W] of
+            currents or images, in the order in which they are measured.
         peers: Methods that times are compared with.
-        passes: Times that the tensor of the part has to move in a forward and a backward pass; NaN for networks.
+        passes: Times that the tensor of the part has to move in a forward and a backward pass; NaN
+            for networks.
         variables: Environment variables of a method's process.
     """
 
@@ -48,7 +59,10 @@ class CopyTask(Task):
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype) -> None:
         """Make both tensors on torch's default device."""
-        self._source, self._target = torch.ones(tuple(shape), dtype=dtype), torch.zeros(tuple(shape), dtype=dtype)
+        self._source, self._target = (
+            torch.ones(tuple(shape), dtype=dtype),
+            torch.zeros(tuple(shape), dtype=dtype),
+        )
         self.tensor_bytes = self._source.nbytes
         self.inputs = [self._source]
 
@@ -63,7 +77,10 @@ _DLIF: dict[str, Callable[[int], nn.Module]] = {
     "DLIF eager": partial(dlif, backend="eager"),
     "textbook loop": partial(dlif, backend="reference"),
 }
-_HOST = {"SpikingJelly LIFNode, GPU": lif_node_for_gpu, "SpikingJelly LIFNode, its choice": lif_node}
+_HOST = {
+    "SpikingJelly LIFNode, GPU": lif_node_for_gpu,
+    "SpikingJelly LIFNode, its choice": lif_node,
+}
 _LAYERS: dict[str, Build] = {name: alone(node) for name, node in (_DLIF | _HOST).items()}
 _BEHIND = "batch norm, "
 _ONE_PASS = "batch norm + DLIF, one pass"
@@ -78,13 +95,19 @@ _BEHIND_BATCH_NORM: dict[str, Build] = {
 
 def _check_one_pass(shape: Sequence[int], dtype: torch.dtype) -> None:
     """Refuse what would run apart without a word."""
-    norm = BatchNorm(torch.ones(shape[2]), torch.zeros(shape[2]), None, None, use_batch_statistics=True)
+    norm = BatchNorm(
+        torch.ones(shape[2]), torch.zeros(shape[2]), None, None, use_batch_statistics=True
+    )
     if not can_fuse(torch.empty(shape[0], 2, *shape[2:], dtype=dtype), norm, Surrogate()):
         device = torch.get_default_device()
-        raise NotImplementedError(f"batch norm and DLIF do not run in one pass on {device} in {dtype} here")
+        raise NotImplementedError(
+            f"batch norm and DLIF do not run in one pass on {device} in {dtype} here"
+        )
 
 
-def _layer(layers: Mapping[str, Build], textbook: str, method: str, precision: str, shape: Sequence[int]) -> Task:
+def _layer(
+    layers: Mapping[str, Build], textbook: str, method: str, precision: str, shape: Sequence[int]
+) -> Task:
     dtype = DTYPES[precision]
     if method == COPY:
         return CopyTask(shape, dtype)
@@ -100,7 +123,10 @@ def _layer(layers: Mapping[str, Build], textbook: str, method: str, precision: s
 
 def _network(architecture: str, method: str, precision: str, shape: Sequence[int]) -> Task:
     if method == FUSED_AUTO:
-        _check_one_pass((shape[0], 1, 64, *shape[3:]), torch.float32 if precision == "float32" else torch.bfloat16)
+        _check_one_pass(
+            (shape[0], 1, 64, *shape[3:]),
+            torch.float32 if precision == "float32" else torch.bfloat16,
+        )
     added = precision.removeprefix("float32").replace("bfloat16", ", bf16")
     return NetworkTask(architecture, method, shape, **PRECISIONS[added])
 
@@ -110,7 +136,9 @@ def network_part(architecture: str, shape: tuple[int, ...]) -> Part:
     return Part(
         partial(_network, architecture),
         (FUSED_AUTO, "DLIF auto", "ReLU", *_HOST, "DLIF eager", "textbook loop"),
-        tuple((precision, shape) for precision in ("float32", "bfloat16", "bfloat16, channels last")),
+        tuple(
+            (precision, shape) for precision in ("float32", "bfloat16", "bfloat16, channels last")
+        ),
         peers=("SpikingJelly LIFNode, GPU", "textbook loop", "ReLU"),
         variables={"SpikingJelly LIFNode, GPU": _SJ_TRITON},
     )
@@ -119,8 +147,9 @@ def network_part(architecture: str, shape: tuple[int, ...]) -> Part:
 def layer_parts(cases: Cases) -> dict[str, Part]:
     """The neuron alone, and behind a batch norm in training mode.
 
-    A layer reads the currents and writes the spikes, and back it reads both and writes a gradient: 5 passes. Batch norm
-    reads its input once more for the statistics, and input and gradient once more on the way back: 8.
+    A layer reads the currents and writes the spikes, and back it reads both and writes a gradient:
+    5 passes. Batch norm reads its input once more for the statistics, and input and gradient once
+    more on the way back: 8.
     """
     return {
         "layer": Part(

@@ -1,7 +1,9 @@
-"""The first hour on a GPU: its tests, then the rows of the plan, each kept on disk as soon as it is known.
+"""The first hour on a GPU: its tests, then the rows of the plan, each kept on disk as soon as it is
+known.
 
-A test or a row that fails, hangs or takes its process along leaves a row with the reason. A run that was stopped goes
-on where it was: what is measured is not measured again, what failed is tried again.
+A test or a row that fails, hangs or takes its process along leaves a row with the reason. A run
+that was stopped goes on where it was: what is measured is not measured again, what failed is tried
+again.
 """
 
 import json
@@ -70,8 +72,8 @@ class GpuRow:
 class Store:
     """The rows of a run in a file of JSON lines, whose first line says where they were measured.
 
-    Rows of another machine, other releases or other kernels are set aside in a file beside it, since one table cannot
-    hold both.
+    Rows of another machine, other releases or other kernels are set aside in a file beside it,
+    since one table cannot hold both.
     """
 
     def __init__(self, path: Path, where: Mapping[str, str]) -> None:
@@ -88,7 +90,10 @@ class Store:
         for line in lines[1:]:
             try:
                 row = GpuRow(**json.loads(line))
-            except (TypeError, ValueError):  # a head, a row of other fields, the last line of a run that was killed
+            except (
+                TypeError,
+                ValueError,
+            ):  # a head, a row of other fields, the last line of a run that was killed
                 continue
             self._rows[row.key] = row
         if not lines:
@@ -124,7 +129,9 @@ def load(path: Path) -> Store:
         return Store(path, json.loads(file.readline()))
 
 
-def _row(part: str, method: str, precision: str, wanted: Sequence[int], facts: Mapping[str, Any]) -> GpuRow:
+def _row(
+    part: str, method: str, precision: str, wanted: Sequence[int], facts: Mapping[str, Any]
+) -> GpuRow:
     """A row of the plan from what a worker says of it."""
     measured = {name: value for name, value in facts.items() if name not in ("done", "shape")}
     planned, shape = ("x".join(map(str, sizes)) for sizes in (wanted, facts.get("shape", wanted)))
@@ -132,37 +139,63 @@ def _row(part: str, method: str, precision: str, wanted: Sequence[int], facts: M
 
 
 def measure_part(
-    name: str, part: Part, store: Store, *, device: str, rounds: int, limit: float = 300.0,
+    name: str,
+    part: Part,
+    store: Store,
+    *,
+    device: str,
+    rounds: int,
+    limit: float = 300.0,
     worker: Sequence[str] = _WORKER,
-) -> Iterator[GpuRow]:  # fmt: skip
-    """Measure what the store does not have yet; each row comes, and is kept, as soon as it is known.
+) -> Iterator[GpuRow]:
+    """Measure what the store does not have yet; each row comes, and is kept, as soon as it is
+    known.
 
-    The device is ``"cuda"``, or ``"cpu"`` to try all of this without a GPU; ``limit`` seconds a row may take, and
-    ``worker`` is how Python starts the process of a method.
+    The device is ``"cuda"``, or ``"cpu"`` to try all of this without a GPU; ``limit`` seconds a row
+    may take, and ``worker`` is how Python starts the process of a method.
     """
     for method in part.methods:
         row = partial(_row, name, method)
         cases = [case for case in part.cases if not store.has(row(*case, {}))]
         while cases:
             variables = {**os.environ, **paths_for_children(), **part.variables.get(method, {})}
-            command = [sys.executable, *worker, name, method, device, str(rounds), json.dumps(cases)]
+            command = [
+                sys.executable,
+                *worker,
+                name,
+                method,
+                device,
+                str(rounds),
+                json.dumps(cases),
+            ]
             finished, reason = 0, ""
             for facts in _answers(command, variables, limit):
                 yield store.add(row(*cases[finished], facts))
                 finished, reason = finished + 1, facts.get("reason", "")
-            cases = cases[max(finished, 1) :]  # a process that died is followed by another one for the rest
+            cases = cases[
+                max(finished, 1) :
+            ]  # a process that died is followed by another one for the rest
             if reason == _too_long(limit):  # one that hung is not: an hour is soon over
                 for case in cases:
-                    yield store.add(row(*case, {"reason": f"not tried: a row of this method {reason}"}))
+                    yield store.add(
+                        row(*case, {"reason": f"not tried: a row of this method {reason}"})
+                    )
                 break
 
 
-def _answers(command: Sequence[str], variables: Mapping[str, str], limit: float) -> Iterator[dict[str, Any]]:
+def _answers(
+    command: Sequence[str], variables: Mapping[str, str], limit: float
+) -> Iterator[dict[str, Any]]:
     """What a worker says of its cases; if it dies or hangs, the last is why."""
     with (
         tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as errors,
         subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=dict(variables), process_group=0
+            command,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env=dict(variables),
+            process_group=0,
         ) as process,
     ):
         assert process.stdout is not None  # a pipe
@@ -207,18 +240,36 @@ def _parsed(line: str) -> dict[str, Any]:
 
 
 def run_tests(
-    folder: Path, store: Store, *, limit: float = 480.0, began: Callable[[str], None] = lambda name: None
+    folder: Path,
+    store: Store,
+    *,
+    limit: float = 480.0,
+    began: Callable[[str], None] = lambda name: None,
 ) -> Iterator[GpuRow]:
-    """Run the tests of a folder, each function and backend in a process of its own, where a crash is its own affair.
+    """Run the tests of a folder, each function and backend in a process of its own, where a crash
+    is its own affair.
 
     A backend one of whose tests takes longer than ``limit`` seconds runs no more of them.
-    Warnings are no errors: one of a driver or of a newer package would make a kernel seem to be missing.
+    Warnings are no errors: one of a driver or of a newer package would make a kernel seem to be
+    missing.
     """
-    pytest = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "-W", "default"]
+    pytest = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "--no-header",
+        "-p",
+        "no:cacheprovider",
+        "-W",
+        "default",
+    ]
     listed = _run([*pytest, "--collect-only", str(folder)], limit)
     identifiers = re.findall(r"^(\S+\.py::\w+)(\[.*\])?$", listed.stdout, flags=re.MULTILINE)
     if not identifiers:
-        yield store.add(GpuRow(TESTS, folder.name, reason=f"pytest finds no tests: {_last_line(listed)}"))
+        yield store.add(
+            GpuRow(TESTS, folder.name, reason=f"pytest finds no tests: {_last_line(listed)}")
+        )
     groups = dict.fromkeys((test, _backend(parameters)) for test, parameters in identifiers)
     hung = set()
     for test, backend in groups:
@@ -229,7 +280,9 @@ def run_tests(
             continue
         began(name)
         if backend in hung:
-            row = GpuRow(TESTS, name, reason=f"not run: another test of {backend} {_too_long(limit)}")
+            row = GpuRow(
+                TESTS, name, reason=f"not run: another test of {backend} {_too_long(limit)}"
+            )
         else:
             file = folder / test.split("::")[0].rpartition("/")[2]
             row = _tested(name, [*pytest, f"{file}::{name.split()[0]}"], backend, limit)
@@ -246,17 +299,24 @@ def _tested(name: str, command: Sequence[str], backend: str, limit: float) -> Gp
     """The outcome of one process of tests, as pytest writes it into a file."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "outcome.xml"
-        result = _run([*command, *(["-k", backend] if backend else []), f"--junitxml={path}"], limit)
+        result = _run(
+            [*command, *(["-k", backend] if backend else []), f"--junitxml={path}"], limit
+        )
         if not path.is_file():
-            return GpuRow(TESTS, name, reason=f"no outcome, code {result.returncode}: {_last_line(result)}")
+            return GpuRow(
+                TESTS, name, reason=f"no outcome, code {result.returncode}: {_last_line(result)}"
+            )
         suite = next(ElementTree.parse(path).iter("testsuite"))
-    count = {kind: int(suite.attrib.get(kind, 0)) for kind in ("tests", "failures", "errors", "skipped")}
+    count = {
+        kind: int(suite.attrib.get(kind, 0)) for kind in ("tests", "failures", "errors", "skipped")
+    }
     failed = count["failures"] + count["errors"]
     passed = count["tests"] - failed - count["skipped"]
     outcome = ", ".join(
-        f"{number} {word}" for number, word in ((passed, "passed"), (failed, "failed"), (count["skipped"], "skipped"))
+        f"{number} {word}"
+        for number, word in ((passed, "passed"), (failed, "failed"), (count["skipped"], "skipped"))
         if number
-    )  # fmt: skip
+    )
     said = [
         " ".join(found.attrib.get("message", "").split())
         for kind in ("failure", "error", "skipped")
@@ -270,7 +330,9 @@ def _tested(name: str, command: Sequence[str], backend: str, limit: float) -> Gp
 def _run(command: Sequence[str], limit: float) -> "subprocess.CompletedProcess[str]":
     environ = {**os.environ, **paths_for_children()}
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=False, env=environ, timeout=limit)
+        return subprocess.run(
+            command, capture_output=True, text=True, check=False, env=environ, timeout=limit
+        )
     except subprocess.TimeoutExpired:
         return subprocess.CompletedProcess(command, -9, "", _too_long(limit))
 

@@ -1,6 +1,7 @@
 """Body of one process of ``gpu_run``: the rows of one method, one JSON object a line as they come.
 
-``{"begun": i}`` comes before case i and ``{"done": i, ...}`` after it, which tells the reader where a process died.
+``{"begun": i}`` comes before case i and ``{"done": i, ...}`` after it, which tells the reader where
+a process died.
 """
 
 import gc
@@ -24,29 +25,44 @@ _SECONDS = 20.0
 """A case that has taken so long is content with the passes it has, if there are three."""
 
 
-def main(part: Part, method: str, device: str, rounds: int, cases: Sequence[tuple[str, tuple[int, ...]]]) -> None:
+def main(
+    part: Part, method: str, device: str, rounds: int, cases: Sequence[tuple[str, tuple[int, ...]]]
+) -> None:
     """Measure each case, and say why where that fails; end where the device is of no more use."""
     warnings.simplefilter("ignore")  # of peers
     quiet_triton()
     for number, (precision, shape) in enumerate(cases):
         _say({"begun": number})
         try:
-            facts = measure(lambda shape, of=precision: part.make(method, of, shape), device, tuple(shape), rounds)
+            facts = measure(
+                lambda shape, of=precision: part.make(method, of, shape),
+                device,
+                tuple(shape),
+                rounds,
+            )
         except Exception as error:  # whatever goes wrong with one row is that row's affair
             facts = {"reason": f"{type(error).__name__}: {' '.join(str(error).split())}"[:400]}
         _say({"done": number, **facts})
         if "reason" in facts and not _is_healthy(device):
-            os._exit(3)  # an illegal access leaves every later call of this process without a device
+            os._exit(
+                3
+            )  # an illegal access leaves every later call of this process without a device
 
 
-def measure(make: Callable[..., Task], device: str, shape: tuple[int, ...], rounds: int) -> dict[str, Any]:
+def measure(
+    make: Callable[..., Task], device: str, shape: tuple[int, ...], rounds: int
+) -> dict[str, Any]:
     """Check and time one case; where memory is short with half the batch, and half of that."""
     while True:
         try:
             with torch.device(device):
                 task = make(shape)
                 task.check()
-            return {"shape": list(shape), "tensor_mb": task.tensor_bytes / 1e6, **_timed(task, device, rounds)}
+            return {
+                "shape": list(shape),
+                "tensor_mb": task.tensor_bytes / 1e6,
+                **_timed(task, device, rounds),
+            }
         except Exception as error:
             if not is_out_of_memory(error) or shape[1] == 1:
                 raise
@@ -60,11 +76,17 @@ def measure(make: Callable[..., Task], device: str, shape: tuple[int, ...], roun
 def is_out_of_memory(error: Exception) -> bool:
     """Torch's error on either device, and that of CuPy."""
     said = str(error).lower()
-    return "OutOfMemory" in type(error).__name__ or "out of memory" in said or "can't allocate memory" in said
+    return (
+        "OutOfMemory" in type(error).__name__
+        or "out of memory" in said
+        or "can't allocate memory" in said
+    )
 
 
 def _timed(task: Task, device: str, rounds: int) -> Mapping[str, float]:
-    """Milliseconds of the forward and the backward pass, of the host alone, and the peak of the memory."""
+    """Milliseconds of the forward and the backward pass, of the host alone, and the peak of the
+    memory.
+    """
     for _ in range(3):  # compiles, finds algorithms, fills the allocator
         task.backward(task.forward())
     peak = _peak_bytes(task, device)
@@ -88,7 +110,8 @@ def _mark(device: str) -> Any:
     """A moment: on a GPU, where calls only queue their work, an event in that queue."""
     if device == "cpu":
         return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]  # untyped in torch
+    # untyped in torch
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
     event.record()
     return event
 

@@ -1,4 +1,6 @@
-"""Spiking layers by name, alone, behind a batch norm and before a pooling: DLIF and the peers it is compared with."""
+"""Spiking layers by name, alone, behind a batch norm and before a pooling: DLIF and the peers it is
+compared with.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
@@ -14,7 +16,9 @@ from sj_robust.neuron import DLIFNode, fuse
 from sj_robust.ops.dlif import cpp
 
 Layer = Callable[[Tensor], Tensor]
-"""Input currents [T, N, *] to spikes [T, N, *], from a fresh state; decay 0.99, threshold 1, hard reset, triangle."""
+"""Input currents [T, N, *] to spikes [T, N, *], from a fresh state; decay 0.99, threshold 1, hard
+reset, triangle.
+"""
 Build = Callable[[Sequence[int]], Layer]
 """Makes a layer from the shape of its input."""
 
@@ -26,13 +30,14 @@ class LayerTask(Task):
     Attributes:
         method: Name of the layer, for messages.
         build: Makes the layer.
-        reference: Makes the layer that it must equal; None where the dynamics differ, and only the range is checked.
+        reference: Makes the layer that it must equal; None where the dynamics differ, and only the
+            range is checked.
         shape: Shape [T, N, *] of the input currents.
         dtype: What the currents are stored in; ``tensor_bytes`` is that of float32 in any case.
         channels_last: Whether every step is stored channels last.
         pools: Whether the layer averages over 2x2 neurons.
-        rounds: Whether the reference gets the currents as they are stored, since the layer rounds between its parts as
-            the reference does; otherwise in float32.
+        rounds: Whether the reference gets the currents as they are stored, since the layer rounds
+            between its parts as the reference does; otherwise in float32.
     """
 
     method: str
@@ -50,14 +55,21 @@ class LayerTask(Task):
         self._layer = self.build(self.shape)
         self._x_seq = self._stored(torch.randn(*self.shape).mul_(0.5)).requires_grad_()
         side = 2 if self.pools else 1
-        self._grad = self._stored(torch.randn(*self.shape[:3], *(size // side for size in self.shape[3:])))
+        self._grad = self._stored(
+            torch.randn(*self.shape[:3], *(size // side for size in self.shape[3:]))
+        )
         self.tensor_bytes = 4 * self._x_seq.numel()
         self.inputs = [self._x_seq]
 
     def _stored(self, values: Tensor) -> Tensor:
         if not self.channels_last:
             return values.to(self.dtype)
-        return values.to(self.dtype).flatten(0, 1).contiguous(memory_format=torch.channels_last).view(values.shape)
+        return (
+            values.to(self.dtype)
+            .flatten(0, 1)
+            .contiguous(memory_format=torch.channels_last)
+            .view(values.shape)
+        )
 
     def forward(self) -> Tensor:
         """Spikes."""
@@ -78,8 +90,13 @@ class LayerTask(Task):
         x_seq = self._stored(torch.randn(shape).mul_(0.7)).requires_grad_()
         spikes = self.build(shape)(x_seq)
         whole = spikes * 4 if self.pools else spikes
-        if not bool(((whole == whole.round()) & (spikes >= 0) & (spikes <= 1)).all()) and "ReLU" not in self.method:
-            raise ValueError(f"{self.method} gives spikes that are neither 0 nor 1: it is not timed")
+        if (
+            not bool(((whole == whole.round()) & (spikes >= 0) & (spikes <= 1)).all())
+            and "ReLU" not in self.method
+        ):
+            raise ValueError(
+                f"{self.method} gives spikes that are neither 0 nor 1: it is not timed"
+            )
         if self.reference is None:
             return
         exact = x_seq.detach().to(self.dtype if self.rounds else torch.float32).requires_grad_()
@@ -87,7 +104,8 @@ class LayerTask(Task):
         weights = torch.randn_like(spikes)
         (grad,) = torch.autograd.grad(spikes, x_seq, weights)
         (wanted,) = torch.autograd.grad(wanted_spikes, exact, weights.to(exact.dtype))
-        # a neuron whose spikes differ by rounding at the threshold is left out; there may be one in a thousand
+        # a neuron whose spikes differ by rounding at the threshold is left out; there may be one in
+        # a thousand
         same = (spikes == wanted_spikes).all(0)
         if self.pools:
             same = same.repeat_interleave(2, -1).repeat_interleave(2, -2)
@@ -97,7 +115,9 @@ class LayerTask(Task):
 
 
 def _of_the_host(kind: Any, **tau: float) -> nn.Module:
-    """A neuron of SpikingJelly with the dynamics of a fresh DLIFNode, whatever the number of steps."""
+    """A neuron of SpikingJelly with the dynamics of a fresh DLIFNode, whatever the number of
+    steps.
+    """
     triangle = surrogate.PiecewiseQuadratic(alpha=1.0)
     node: nn.Module = kind(decay_input=False, surrogate_function=triangle, step_mode="m", **tau)
     return node
@@ -109,7 +129,9 @@ def lif_node(T: int = 0) -> nn.Module:
 
 
 def lif_node_for_gpu(T: int = 0) -> nn.Module:
-    """The same on SpikingJelly 0.0.0.0.14's CuPy backend; 2.x chooses by an environment variable."""
+    """The same on SpikingJelly 0.0.0.0.14's CuPy backend; 2.x chooses by an environment
+    variable.
+    """
     node: Any = lif_node()
     if "cupy" in getattr(node, "supported_backends", ()):
         node.backend = "cupy"
@@ -126,8 +148,12 @@ def alone(node: Callable[[int], nn.Module]) -> Build:
     return lambda shape: _from_reset(node(shape[0]))
 
 
-def behind_batch_norm(node: Callable[[int], nn.Module], *, pools: bool = False, fused: bool = False) -> Build:
-    """The neuron behind a batch norm in training mode, and before a 2x2 average pooling if it ``pools``."""
+def behind_batch_norm(
+    node: Callable[[int], nn.Module], *, pools: bool = False, fused: bool = False
+) -> Build:
+    """The neuron behind a batch norm in training mode, and before a 2x2 average pooling if it
+    ``pools``.
+    """
 
     def build(shape: Sequence[int]) -> Layer:
         pooling = [layer.AvgPool2d(2, step_mode="m")] if pools else []
@@ -151,7 +177,9 @@ def _from_reset(net: nn.Module) -> Layer:
 def _snntorch(shape: Sequence[int]) -> Layer:
     import snntorch
 
-    leaky = snntorch.Leaky(beta=0.99, spike_grad=snntorch.surrogate.triangular(), reset_mechanism="zero")
+    leaky = snntorch.Leaky(
+        beta=0.99, spike_grad=snntorch.surrogate.triangular(), reset_mechanism="zero"
+    )
     return _step_by_step(leaky, leaky.init_leaky)
 
 
@@ -159,11 +187,15 @@ def _norse(shape: Sequence[int]) -> Layer:
     from norse.torch import LIFBoxCell, LIFBoxParameters
 
     decay_per_step = torch.tensor(10.0)  # (1 / s): with a step of 1 ms the potential keeps 0.99
-    cell = LIFBoxCell(p=LIFBoxParameters(tau_mem_inv=decay_per_step, method="triangle", alpha=torch.tensor(1.0)))
+    cell = LIFBoxCell(
+        p=LIFBoxParameters(tau_mem_inv=decay_per_step, method="triangle", alpha=torch.tensor(1.0))
+    )
     return _step_by_step(cell, lambda: None)
 
 
-def _step_by_step(cell: Callable[[Tensor, Any], tuple[Tensor, Any]], first_state: Callable[[], Any]) -> Layer:
+def _step_by_step(
+    cell: Callable[[Tensor, Any], tuple[Tensor, Any]], first_state: Callable[[], Any]
+) -> Layer:
     def run(x_seq: Tensor) -> Tensor:
         spikes, state = [], first_state()
         for x in x_seq:
@@ -176,12 +208,16 @@ def _step_by_step(cell: Callable[[Tensor, Any], tuple[Tensor, Any]], first_state
 
 def _on_instruction_set(name: str, shape: Sequence[int]) -> LayerTask:
     if name not in cpp.instruction_sets():
-        raise ImportError(f"{name} does not run here; there are {', '.join(cpp.instruction_sets())}")
+        raise ImportError(
+            f"{name} does not run here; there are {', '.join(cpp.instruction_sets())}"
+        )
     kernel, reference = (alone(partial(dlif, backend=backend)) for backend in ("cpp", "reference"))
     return LayerTask(name, kernel, reference, shape)
 
 
-def _tasks(layers: Mapping[str, Build], reference: str, unlike: Sequence[str]) -> dict[str, Callable[..., LayerTask]]:
+def _tasks(
+    layers: Mapping[str, Build], reference: str, unlike: Sequence[str]
+) -> dict[str, Callable[..., LayerTask]]:
     return {
         method: partial(LayerTask, method, build, None if method in unlike else layers[reference])
         for method, build in layers.items()
@@ -194,16 +230,22 @@ LAYERS = _tasks(
         "DLIF eager": alone(partial(dlif, backend="eager")),
         "textbook loop": alone(partial(dlif, backend="reference")),
         "SpikingJelly LIFNode": alone(lif_node),
-        "SpikingJelly ParametricLIFNode": alone(lambda T: _of_the_host(neuron.ParametricLIFNode, init_tau=100.0)),
+        "SpikingJelly ParametricLIFNode": alone(
+            lambda T: _of_the_host(neuron.ParametricLIFNode, init_tau=100.0)
+        ),
         "snnTorch Leaky": _snntorch,
         "Norse LIFBoxCell": _norse,
     },
     "textbook loop",
     unlike=("snnTorch Leaky", "Norse LIFBoxCell"),  # they reset a step later
 )
-"""Tasks by the name of the layer; the textbook loop is the reference, one torch call after the other."""
+"""Tasks by the name of the layer; the textbook loop is the reference, one torch call after the
+other.
+"""
 
-INSTRUCTION_SETS = {name: partial(_on_instruction_set, name) for name in reversed(cpp.INSTRUCTION_SETS)}
+INSTRUCTION_SETS = {
+    name: partial(_on_instruction_set, name) for name in reversed(cpp.INSTRUCTION_SETS)
+}
 """The compiled kernel by the instruction set that the environment has to name."""
 
 BATCH_NORM_LAYERS = _tasks(
@@ -221,7 +263,9 @@ BATCH_NORM_LAYERS = _tasks(
 
 _TEXTBOOK_STAGE = behind_batch_norm(partial(dlif, backend="reference"), pools=True)
 _STAGES = {
-    "batch norm + DLIF + pooling, one pass": behind_batch_norm(partial(dlif, backend="cpp"), pools=True, fused=True),
+    "batch norm + DLIF + pooling, one pass": behind_batch_norm(
+        partial(dlif, backend="cpp"), pools=True, fused=True
+    ),
     "batch norm, ReLU, pooling": behind_batch_norm(lambda T: nn.ReLU(), pools=True),
     "batch norm, LIFNode, pooling": behind_batch_norm(lif_node, pools=True),
     "batch norm, textbook loop, pooling": _TEXTBOOK_STAGE,
@@ -235,10 +279,12 @@ _STORED: dict[str, Any] = {
 
 
 STAGES = {
-    name + how: partial(LayerTask, name, build, None if "ReLU" in name else _TEXTBOOK_STAGE, pools=True, **options)
+    name + how: partial(
+        LayerTask, name, build, None if "ReLU" in name else _TEXTBOOK_STAGE, pools=True, **options
+    )
     for name, build in _STAGES.items()
     for how, options in _STORED.items()
     if not how or "one pass" in name or "ReLU" in name
 }
-"""Tasks by the name of the stage and how its currents are stored, float32 and channels first where nothing is said; the
-batch norm is in training mode."""
+"""Tasks by the name of the stage and how its currents are stored, float32 and channels first where
+nothing is said; the batch norm is in training mode."""

@@ -1,4 +1,6 @@
-"""Training steps of whole networks, by the name of what stands in the neuron's place (ReLU and nothing included)."""
+"""Training steps of whole networks, by the name of what stands in the neuron's place (ReLU and
+nothing included).
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -60,7 +62,9 @@ PRECISIONS: dict[str, Precision] = {
 
 
 def network_tasks(architecture: str) -> "dict[str, partial[NetworkTask]]":
-    """Training steps on clean images by the name of the neuron; the shape is [T, N, C, H, W] of the images."""
+    """Training steps on clean images by the name of the neuron; the shape is [T, N, C, H, W] of the
+    images.
+    """
     plain = {neuron: partial(NetworkTask, architecture, neuron) for neuron in _NEURONS}
     return plain | {
         neuron + added: partial(NetworkTask, architecture, neuron, **options)
@@ -72,8 +76,9 @@ def network_tasks(architecture: str) -> "dict[str, partial[NetworkTask]]":
 class TrainingTask(Task):
     """What the kinds of training step share: images, labels, precision, the step of the optimizer.
 
-    ``fused`` says whether the optimizer passes over the weights once, as the training engine's does. ``bf16`` runs the
-    network under autocast in bfloat16, ``channels_last`` stores images and convolutions in that order.
+    ``fused`` says whether the optimizer passes over the weights once, as the training engine's
+    does. ``bf16`` runs the network under autocast in bfloat16, ``channels_last`` stores images and
+    convolutions in that order.
     """
 
     def __init__(
@@ -91,7 +96,9 @@ class TrainingTask(Task):
         layout = torch.channels_last if channels_last else torch.contiguous_format
         net.to(memory_format=layout)  # type: ignore[call-overload]  # torch leaves this one out
         parameters = list(net.parameters())
-        self._optimizer = torch.optim.SGD(parameters, lr=1e-3, momentum=0.9, weight_decay=weight_decay, fused=fused)
+        self._optimizer = torch.optim.SGD(
+            parameters, lr=1e-3, momentum=0.9, weight_decay=weight_decay, fused=fused
+        )
         generator = torch.Generator().manual_seed(1)
         x = torch.rand(tuple(shape[1:]), generator=generator, dtype=torch.float64, device="cpu")
         self._x = x.to(torch.get_default_device(), dtype).contiguous(memory_format=layout)
@@ -108,7 +115,9 @@ class TrainingTask(Task):
 
 
 class NetworkTask(TrainingTask):
-    """One training step (cross entropy, SGD) of a network of convolution - batch norm - neuron stages."""
+    """One training step (cross entropy, SGD) of a network of convolution - batch norm - neuron
+    stages.
+    """
 
     def __init__(
         self,
@@ -131,12 +140,16 @@ class NetworkTask(TrainingTask):
             return F.cross_entropy(self._classifier(self._x), self._y)
 
     def check(self) -> None:
-        """Compare with the textbook loop in float64, where no spike hangs on rounding; raises ValueError."""
+        """Compare with the textbook loop in float64, where no spike hangs on rounding; raises
+        ValueError.
+        """
         if self._neuron not in (*_WITHOUT_SPIKES, _NO_FLOAT64):
             names = (self._neuron, "textbook loop")
             size = 32 if self._architecture == "vgg11" else 8  # which has five poolings
             small = (4, 2, 3, size, size)
-            mine, wanted = (NetworkTask(self._architecture, name, small, dtype=torch.float64) for name in names)
+            mine, wanted = (
+                NetworkTask(self._architecture, name, small, dtype=torch.float64) for name in names
+            )
             check_same_steps(self._neuron, mine, wanted)
 
 
@@ -152,12 +165,19 @@ def check_same_steps(name: str, mine: TrainingTask, wanted: TrainingTask) -> Non
         task.backward(loss)
         losses.append([float(loss.detach()), float(task.forward().detach())])
     found, right = losses
-    if not all(abs(a - b) < 1e-6 * abs(b) for a, b in zip(found, right, strict=True)) or right[0] == right[1]:
-        raise ValueError(f"{name} does not equal the textbook loop ({found} against {right}): it is not timed")
+    if (
+        not all(abs(a - b) < 1e-6 * abs(b) for a, b in zip(found, right, strict=True))
+        or right[0] == right[1]
+    ):
+        raise ValueError(
+            f"{name} does not equal the textbook loop ({found} against {right}): it is not timed"
+        )
 
 
 def convolutional_network(architecture: str, neuron: str, shape: Sequence[int]) -> ConvChain:
-    """A network by the name of its architecture and of its neuron, with the same weights for every neuron."""
+    """A network by the name of its architecture and of its neuron, with the same weights for every
+    neuron.
+    """
     features, hidden = _ARCHITECTURES[architecture]
     torch.manual_seed(0)
     build = partial(ConvChain, features=features, hidden=hidden, batch_norm=neuron != _NOTHING)

@@ -1,4 +1,6 @@
-"""The loops that the papers' code runs for a batch, written down plainly, as peers to measure against."""
+"""The loops that the papers' code runs for a batch, written down plainly, as peers to measure
+against.
+"""
 
 from collections.abc import Callable
 
@@ -16,10 +18,11 @@ Draw = Callable[[Tensor], Tensor]
 class PaperLoop:
     """Perturbed images and losses of one batch, each as the code of its paper makes it.
 
-    Attacks run the network in evaluation mode, its neurons excepted, which have a gradient in training mode only on
-    SpikingJelly 0.0.0.0.14; the losses run all of it in training mode.
+    Attacks run the network in evaluation mode, its neurons excepted, which have a gradient in
+    training mode only on SpikingJelly 0.0.0.0.14; the losses run all of it in training mode.
 
-    The network is one of LIF or DLIF neurons in step mode ``"m"`` that takes frames [T, N, C, H, W].
+    The network is one of LIF or DLIF neurons in step mode ``"m"`` that takes frames [T, N, C, H,
+    W].
 
     Source: Ding et al. (ICML 2024), Madry et al. (ICLR 2018), Zhang et al. (ICML 2019).
     """
@@ -27,16 +30,22 @@ class PaperLoop:
     def __init__(self, net: nn.Module, T: int) -> None:
         """Find the neurons; see the class."""
         self._net, self._T = net, T
-        self._nodes = [module for module in net.modules() if isinstance(module, neuron.LIFNode | DLIFNode)]
+        self._nodes = [
+            module for module in net.modules() if isinstance(module, neuron.LIFNode | DLIFNode)
+        ]
 
     def logits(self, images: Tensor) -> Tensor:
-        """Mean over time of the outputs for images that are repeated before the first convolution."""
+        """Mean over time of the outputs for images that are repeated before the first
+        convolution.
+        """
         functional.reset_net(self._net)
         outputs: Tensor = self._net(images.unsqueeze(0).repeat(self._T, 1, 1, 1, 1))
         return outputs.mean(0)
 
     def single_step(self, x: Tensor, y: Tensor, eps: float, noise: float, draw: Draw) -> Tensor:
-        """A clean pass that nothing uses, then one step from ``x + noise * draw(x)``, not projected onto the ball."""
+        """A clean pass that nothing uses, then one step from ``x + noise * draw(x)``, not projected
+        onto the ball.
+        """
         self._evaluating()
         with torch.no_grad():
             self.logits(x)
@@ -59,11 +68,15 @@ class PaperLoop:
 
         return self._ascended(x + noise * draw(x), x, eps, steps, goal)
 
-    def paper_loss(self, x: Tensor, y: Tensor, x_perturbed: Tensor, *, kappa: float, rho: float) -> Tensor:
+    def paper_loss(
+        self, x: Tensor, y: Tensor, x_perturbed: Tensor, *, kappa: float, rho: float
+    ) -> Tensor:
         """Both cross entropies, and MS-MPPD of the last spiking layer."""
         self._net.train()
         currents: list[Tensor] = []
-        hook = self._nodes[-1].register_forward_pre_hook(lambda _, inputs: currents.append(inputs[0]))
+        hook = self._nodes[-1].register_forward_pre_hook(
+            lambda _, inputs: currents.append(inputs[0])
+        )
         loss = kappa * F.cross_entropy(self.logits(x), y)
         loss = loss + (1 - kappa) * F.cross_entropy(self.logits(x_perturbed), y)
         hook.remove()
@@ -87,14 +100,18 @@ class PaperLoop:
         self._net.train()
         clean = self.logits(x)
         log_perturbed = self.logits(x_perturbed).log_softmax(1)
-        return F.cross_entropy(clean, y) + weight * F.kl_div(log_perturbed, clean.softmax(1), reduction="batchmean")
+        return F.cross_entropy(clean, y) + weight * F.kl_div(
+            log_perturbed, clean.softmax(1), reduction="batchmean"
+        )
 
     def _evaluating(self) -> None:
         self._net.eval()
         for node in self._nodes:
             node.train()
 
-    def _ascended(self, start: Tensor, x: Tensor, eps: float, steps: int, goal: Callable[[Tensor], Tensor]) -> Tensor:
+    def _ascended(
+        self, start: Tensor, x: Tensor, eps: float, steps: int, goal: Callable[[Tensor], Tensor]
+    ) -> Tensor:
         self._evaluating()
         at = start
         for _ in range(steps):
@@ -110,7 +127,8 @@ class PaperLoop:
 
 @torch.no_grad()
 def published_retraction(net: nn.Module, beta: float) -> None:
-    """Step of every weight matrix W towards orthonormal rows: ``W + beta * (W - W W^T W)``, all rows at once.
+    """Step of every weight matrix W towards orthonormal rows: ``W + beta * (W - W W^T W)``, all
+    rows at once.
 
     The linear layers have fewer than 200 rows, of which SNN-RAT's code takes all.
 

@@ -13,7 +13,8 @@ from sj_robust.stability import verify
 
 
 class ProvingTask(Task):
-    """Interval bounds, or PGD of 20 steps, on N images of shape [T, N, C, H, W]; labels are the network's own classes.
+    """Interval bounds, or PGD of 20 steps, on N images of shape [T, N, C, H, W]; labels are the
+    network's own classes.
 
     Neither's time depends on its outcome.
     """

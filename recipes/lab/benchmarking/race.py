@@ -1,4 +1,6 @@
-"""Methods take turns, each in its own process, so that neither the allocator nor a noisy minute favours one."""
+"""Methods take turns, each in its own process, so that neither the allocator nor a noisy minute
+favours one.
+"""
 
 import json
 import math
@@ -16,9 +18,15 @@ from lab.benchmarking.task import times_of
 
 ALLOCATORS: Mapping[str, Mapping[str, str]] = {
     "malloc": {},
-    "reuse": {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(1 << 40), "MALLOC_TOP_PAD_": str(1 << 28)},
+    "reuse": {
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
+        "MALLOC_TOP_PAD_": str(1 << 28),
+    },
 }
-"""Environment of glibc's allocator: ``malloc`` maps every large tensor afresh, ``reuse`` keeps the heap."""
+"""Environment of glibc's allocator: ``malloc`` maps every large tensor afresh, ``reuse`` keeps the
+heap.
+"""
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,8 @@ class Measurement:
         median: Of forward plus backward, as quartiles and best are.
         forward: Median of the forward pass alone, as that of the backward pass.
         saved_mb: What the graph keeps beyond inputs and parameters; NaN where there are several.
-        peak_mb: Growth of the resident set at its highest; NaN where the heap is reused, which hides it.
+        peak_mb: Growth of the resident set at its highest; NaN where the heap is reused, which
+            hides it.
         tensor_mb: The input of a layer, the frames of a network.
         copy: Milliseconds of the fastest copy of that tensor in the same race; NaN for networks.
     """
@@ -54,7 +63,9 @@ class Measurement:
 
     @property
     def floor(self) -> float:
-        """Milliseconds that moving a layer's tensors takes: 2 passes forward and 3 backward, a copy being 2."""
+        """Milliseconds that moving a layer's tensors takes: 2 passes forward and 3 backward, a copy
+        being 2.
+        """
         return 2.5 * self.copy
 
     @property
@@ -76,13 +87,16 @@ def race(
     """Time every method at one shape [T, N, *] in ``rounds`` turns, of which a spread needs two.
 
     Returns:
-        Measurements in the order of ``methods``, and the methods that are not installed with the reason.
+        Measurements in the order of ``methods``, and the methods that are not installed with the
+        reason.
 
     Raises:
         RuntimeError: If a process dies, or a method is wrong: it is never timed.
     """
     benchmark = BENCHMARKS[subject]
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    inherited = {
+        name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")
+    }
     variables = {**inherited, **paths_for_children(), **ALLOCATORS[allocator], **(environ or {})}
     workers: dict[str, subprocess.Popen[str]] = {}
     facts: dict[str, Any] = {}
@@ -90,7 +104,9 @@ def race(
     try:
         for method in (*methods, *(["copy"] if benchmark.is_layer else [])):
             arguments = [subject, method, json.dumps(shape), str(threads)]
-            workers[method] = _started(arguments, {**variables, **benchmark.variables.get(method, {})})
+            workers[method] = _started(
+                arguments, {**variables, **benchmark.variables.get(method, {})}
+            )
             facts[method] = _answer(workers[method], method)
             if "wrong" in facts[method]:
                 raise RuntimeError(facts[method]["wrong"])
@@ -105,24 +121,41 @@ def race(
     text = "x".join(map(str, shape))
     hidden = {} if allocator == "malloc" else {"peak_mb": math.nan}
     measurements = [
-        Measurement(subject, allocator, text, method, copy=copy, **times_of(passes), **facts[method] | hidden)
+        Measurement(
+            subject,
+            allocator,
+            text,
+            method,
+            copy=copy,
+            **times_of(passes),
+            **facts[method] | hidden,
+        )
         for method, passes in times.items()
     ]
     return measurements, missing
 
 
 def _started(arguments: Sequence[str], variables: Mapping[str, str]) -> "subprocess.Popen[str]":
-    """A process that weighs one method and then waits for its turns; Ctrl-C reaches this one alone, which ends it."""
+    """A process that weighs one method and then waits for its turns; Ctrl-C reaches this one alone,
+    which ends it.
+    """
     command = [sys.executable, "-P", "-m", "lab.benchmarking.worker", *arguments]
     return subprocess.Popen(
-        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=dict(variables), process_group=0
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=dict(variables),
+        process_group=0,
     )
 
 
 def _taken_in_turns(
     workers: "Mapping[str, subprocess.Popen[str]]", rounds: int
 ) -> dict[str, list[tuple[float, float]]]:
-    """Milliseconds of the forward and the backward pass of every round, by method; another one begins each round."""
+    """Milliseconds of the forward and the backward pass of every round, by method; another one
+    begins each round.
+    """
     times: dict[str, list[tuple[float, float]]] = {method: [] for method in workers}
     turns = list(workers.items())
     for number in range(rounds if turns else 0):
@@ -140,5 +173,8 @@ def _answer(worker: "subprocess.Popen[str]", method: str) -> Any:
     assert worker.stdout is not None  # a pipe
     line = worker.stdout.readline()
     if not line:
-        raise RuntimeError(f"the process of {method!r} ended with code {worker.wait()}; its own message stands above")
+        raise RuntimeError(
+            f"the process of {method!r} ended with code {worker.wait()}; its own message stands "
+            "above"
+        )
     return json.loads(line)

@@ -1,4 +1,6 @@
-"""The training step of every mode, and the published loop on SpikingJelly's own neuron where there is one."""
+"""The training step of every mode, and the published loop on SpikingJelly's own neuron where there
+is one.
+"""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -37,10 +39,10 @@ Steps = dict[str, Callable[[Sequence[int]], TrainingTask]]
 class ModeTask(TrainingTask):
     """One step of this package: perturbed images, both passes, loss, optimizer, retraction.
 
-    It is made of the parts that the training engine calls, on a network of DLIF neurons behind batch norm. ``peer``
-    makes the network of the published loop that it must equal. ``eps`` is the radius of the attack, and the standard
-    deviation of the noise of ``"gaussian"``; ``noise`` is that of the noise where ``"at"``, ``"rat"`` and ``"trades"``
-    start.
+    It is made of the parts that the training engine calls, on a network of DLIF neurons behind
+    batch norm. ``peer`` makes the network of the published loop that it must equal. ``eps`` is the
+    radius of the attack, and the standard deviation of the noise of ``"gaussian"``; ``noise`` is
+    that of the noise where ``"at"``, ``"rat"`` and ``"trades"`` start.
     """
 
     def __init__(
@@ -60,10 +62,18 @@ class ModeTask(TrainingTask):
 
         self._mode, self._build, self._peer = training.MODES[mode], build, peer
         self._net = build(shape).to(dtype)
-        super().__init__(self._net, shape, dtype, weight_decay=self._mode.weight_decay, fused=True, **precision)
+        super().__init__(
+            self._net, shape, dtype, weight_decay=self._mode.weight_decay, fused=True, **precision
+        )
         project = mode not in ("at", "rat")  # as published
-        certified = self._mode.loss == "certified"  # with bounds, and without MS-MPPD nothing to attack for
-        self._attack = None if certified else training.training_attack(mode, eps=eps, noise_std=noise, project=project)
+        certified = (
+            self._mode.loss == "certified"
+        )  # with bounds, and without MS-MPPD nothing to attack for
+        self._attack = (
+            None
+            if certified
+            else training.training_attack(mode, eps=eps, noise_std=noise, project=project)
+        )
         self._objective = training.Objective(
             SpikingClassifier(self._net, shape[0]),
             kappa=self._mode.kappa,
@@ -80,7 +90,9 @@ class ModeTask(TrainingTask):
         x_perturbed = None
         with self._autocast():
             if self._attack is not None:
-                x_perturbed = self._attack(self._objective.classifier, self._x, self._y, generator=self._seeds)
+                x_perturbed = self._attack(
+                    self._objective.classifier, self._x, self._y, generator=self._seeds
+                )
             total: Tensor = self._objective(self._x, self._y, x_perturbed).total
         return total
 
@@ -93,17 +105,21 @@ class ModeTask(TrainingTask):
     def check(self) -> None:
         """Compare with the published loop in float64, from the same noise; raises ValueError.
 
-        DLIF's gains do not learn there: LIFNode has none. That of ``certified`` is on no spiking network; its loss is
-        checked by the tests alone.
+        DLIF's gains do not learn there: LIFNode has none. That of ``certified`` is on no spiking
+        network; its loss is checked by the tests alone.
         """
         if self._mode.loss == "certified":
             return
         shape, name = (4, 4, 3, 8, 8), self._mode.name
         # so large that spikes flip, without which a step would show little
         eps, noise = 0.3, 0.1
-        mine = ModeTask(name, self._build, self._peer, shape, dtype=torch.float64, eps=eps, noise=noise)
+        mine = ModeTask(
+            name, self._build, self._peer, shape, dtype=torch.float64, eps=eps, noise=noise
+        )
         draw = partial(_drawn, name, mine._seeds)
-        wanted = PublishedTask(name, self._peer, shape, dtype=torch.float64, draw=draw, eps=eps, noise=noise)
+        wanted = PublishedTask(
+            name, self._peer, shape, dtype=torch.float64, draw=draw, eps=eps, noise=noise
+        )
         for module in (*mine._net.modules(), *wanted._net.modules()):
             if isinstance(module, DLIFNode):
                 module.input_gain.requires_grad_(False)
@@ -111,7 +127,8 @@ class ModeTask(TrainingTask):
 
 
 class PublishedTask(TrainingTask):
-    """The same step as the code of its paper makes it, with a neuron and a batch norm that run one after the other.
+    """The same step as the code of its paper makes it, with a neuron and a batch norm that run one
+    after the other.
 
     ``draw`` makes the noise; None takes torch's global generator.
     """
@@ -147,14 +164,18 @@ class PublishedTask(TrainingTask):
             case "gaussian":
                 return loop.paper_loss(x, y, x + eps * self._draw(x), **weights)
             case "at" | "rat":
-                return loop.paper_loss(x, y, loop.single_step(x, y, eps, self._noise, self._draw), **weights)
+                return loop.paper_loss(
+                    x, y, loop.single_step(x, y, eps, self._noise, self._draw), **weights
+                )
             case "pgd_at":
                 return loop.entropy_loss(loop.pgd(x, y, eps, steps, self._draw), y)
             case "trades":
                 x_perturbed = loop.trades(x, eps, steps, self._noise, self._draw)
                 return loop.trades_loss(x, y, x_perturbed, weight=_TRADES_WEIGHT)
             case name:
-                raise ValueError(f"there is no published loop of mode {name} on SpikingJelly's neuron")
+                raise ValueError(
+                    f"there is no published loop of mode {name} on SpikingJelly's neuron"
+                )
 
     def backward(self, loss: Tensor) -> None:
         """Gradients, a step of the optimizer, the retraction."""
@@ -164,10 +185,12 @@ class PublishedTask(TrainingTask):
 
 
 class FloorTask(TrainingTask):
-    """The convolutions and linear layers of an adversarial step alone, each on the input that it has there.
+    """The convolutions and linear layers of an adversarial step alone, each on the input that it
+    has there.
 
-    Crafting takes their gradient to the input, the clean and the perturbed pass that and those of the weights, without
-    the first layer's to the images: what no neuron, loss or attack can go below in the same precision.
+    Crafting takes their gradient to the input, the clean and the perturbed pass that and those of
+    the weights, without the first layer's to the images: what no neuron, loss or attack can go
+    below in the same precision.
     """
 
     def __init__(self, build: Build, shape: Sequence[int], **precision: Unpack[Precision]) -> None:
@@ -179,7 +202,11 @@ class FloorTask(TrainingTask):
         def note(module: nn.Module, arguments: tuple[Tensor], output: Tensor) -> None:
             self._calls.append((module, arguments[0].detach(), torch.randn_like(output)))
 
-        hooks = [m.register_forward_hook(note) for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+        hooks = [
+            m.register_forward_hook(note)
+            for m in net.modules()
+            if isinstance(m, nn.Conv2d | nn.Linear)
+        ]
         with torch.no_grad(), self._autocast():
             SpikingClassifier(net, shape[0])(self._x)
         for hook in hooks:
@@ -193,7 +220,9 @@ class FloorTask(TrainingTask):
                 for number, (module, x, grad) in enumerate(self._calls):
                     x = x.detach().requires_grad_(crafts or number > 0)
                     wanted = [x, *(() if crafts else module.parameters())]
-                    outputs.append((module(x), [tensor for tensor in wanted if tensor.requires_grad], grad))
+                    outputs.append(
+                        (module(x), [tensor for tensor in wanted if tensor.requires_grad], grad)
+                    )
             for output, wanted, grad in reversed(outputs):
                 torch.autograd.grad(output, wanted, grad)
         return self._x
@@ -211,7 +240,9 @@ def _small(neuron: Callable[..., nn.Module], shape: Sequence[int], *, fused: boo
 
 
 def _drawn(mode: str, seeds: SampleSeeds, x: Tensor) -> Tensor:
-    """The noise that the attack of a mode draws: after a seed for the network's own randomness, if it runs one."""
+    """The noise that the attack of a mode draws: after a seed for the network's own randomness, if
+    it runs one.
+    """
     private = private_generator(seeds, x.device)
     if mode != "gaussian":
         draw_seed(private)
@@ -219,14 +250,17 @@ def _drawn(mode: str, seeds: SampleSeeds, x: Tensor) -> Tensor:
 
 
 _MODES: "tuple[ModeName, ...]" = ("none", "gaussian", "at", "rat", "pgd_at", "trades")
-_SMALL: tuple[Build, Build] = partial(_small, DLIFNode, fused=True), partial(_small, lif_node, fused=False)
+_SMALL: tuple[Build, Build] = (
+    partial(_small, DLIFNode, fused=True),
+    partial(_small, lif_node, fused=False),
+)
 
 STEP_PEERS: dict[str, str] = {mode: f"{mode}, textbook loop" for mode in _MODES}
 """Name of the published loop of every mode."""
 
 TRAINING_STEPS: Steps = {}
-"""Tasks by the name of the mode, each followed by its published loop if it has one, on a small network and one of
-LIFNodes."""
+"""Tasks by the name of the mode, each followed by its published loop if it has one, on a small
+network and one of LIFNodes."""
 
 for _mode in _MODES:
     TRAINING_STEPS[_mode] = partial(ModeTask, _mode, *_SMALL)
@@ -235,10 +269,18 @@ TRAINING_STEPS["certified"] = partial(ModeTask, "certified", *_SMALL)
 
 
 def adversarial_steps(architecture: str) -> Steps:
-    """Steps of single-step adversarial training with MS-MPPD at 4/255, by who makes them, and their floor."""
-    mine, published = (partial(convolutional_network, architecture, neuron) for neuron in (FUSED, "textbook loop"))
+    """Steps of single-step adversarial training with MS-MPPD at 4/255, by who makes them, and their
+    floor.
+    """
+    mine, published = (
+        partial(convolutional_network, architecture, neuron) for neuron in (FUSED, "textbook loop")
+    )
     steps: Steps = {}
     for added, precision in PRECISIONS.items():
-        steps[f"sj_robust{added}"] = partial(ModeTask, "at", mine, published, eps=4 / 255, **precision)
-        steps[f"convolutions and linear layers alone{added}"] = partial(FloorTask, mine, **precision)
+        steps[f"sj_robust{added}"] = partial(
+            ModeTask, "at", mine, published, eps=4 / 255, **precision
+        )
+        steps[f"convolutions and linear layers alone{added}"] = partial(
+            FloorTask, mine, **precision
+        )
     return steps | {"published loop": partial(PublishedTask, "at", published, eps=4 / 255)}

@@ -10,8 +10,15 @@ from sj_robust._saved import markdown_table
 def caption(rows: list[Measurement]) -> str:
     """What the rows of one race have in common."""
     first = rows[0]
-    floor = f"; moving the tensors takes {first.floor:.1f} ms" if BENCHMARKS[first.subject].is_layer else ""
-    return f"{first.subject} [{first.shape.replace('x', ', ')}], {first.allocator}, milliseconds{floor}"
+    floor = (
+        f"; moving the tensors takes {first.floor:.1f} ms"
+        if BENCHMARKS[first.subject].is_layer
+        else ""
+    )
+    return (
+        f"{first.subject} [{first.shape.replace('x', ', ')}], {first.allocator}, "
+        f"milliseconds{floor}"
+    )
 
 
 def columns(rows: list[Measurement]) -> tuple[str, ...]:
@@ -19,7 +26,11 @@ def columns(rows: list[Measurement]) -> tuple[str, ...]:
     benchmark = BENCHMARKS[rows[0].subject]
     peer = benchmark.peer
     head = ("method", "median", "quartiles", "best", f"{peer} / this, median", "best")
-    speed, unit = ("speed of memory, median / best", "tensors") if benchmark.is_layer else ("images / s", "MB")
+    speed, unit = (
+        ("speed of memory, median / best", "tensors")
+        if benchmark.is_layer
+        else ("images / s", "MB")
+    )
     saved = (f"saved, {unit}",) if benchmark.has_one_graph else ()
     return (*head, speed, *saved, f"peak, {unit}", f"peak / {peer}")
 
@@ -28,8 +39,17 @@ def cells(row: Measurement, rows: list[Measurement]) -> tuple[str, ...]:
     """Text of one line of the table."""
     benchmark = BENCHMARKS[row.subject]
     peer = next((other for other in rows if other.method == benchmark.peer_of(row.method)), None)
-    texts = [row.method, f"{row.median:.1f}", f"{row.quartile1:.1f} - {row.quartile3:.1f}", f"{row.best:.1f}"]
-    texts += ["", ""] if peer is None else [f"{peer.median / row.median:.2f}", f"{peer.best / row.best:.2f}"]
+    texts = [
+        row.method,
+        f"{row.median:.1f}",
+        f"{row.quartile1:.1f} - {row.quartile3:.1f}",
+        f"{row.best:.1f}",
+    ]
+    texts += (
+        ["", ""]
+        if peer is None
+        else [f"{peer.median / row.median:.2f}", f"{peer.best / row.best:.2f}"]
+    )
     if benchmark.is_layer:
         texts += [f"{100 * row.floor / row.median:.0f} % / {100 * row.floor / row.best:.0f} %"]
     else:

@@ -28,7 +28,9 @@ from sj_robust.ops.dlif import cpp
 
 
 def main(subject: str, method: str, shape: tuple[int, ...], threads: int) -> None:
-    """Answer every line of standard input with the milliseconds of the second of two passes, forward and backward."""
+    """Answer every line of standard input with the milliseconds of the second of two passes,
+    forward and backward.
+    """
     warnings.simplefilter("ignore")  # of peers; this package is silent
     quiet_triton()
     torch.set_num_threads(threads)
@@ -71,7 +73,9 @@ def _answer(value: Any) -> None:
 
 
 def _timed_pass(task: Task) -> tuple[float, float]:
-    """Milliseconds of the forward and of the backward pass; results are dropped, as after a training step."""
+    """Milliseconds of the forward and of the backward pass; results are dropped, as after a
+    training step.
+    """
     start = time.perf_counter()
     result = task.forward()
     middle = time.perf_counter()
@@ -80,7 +84,9 @@ def _timed_pass(task: Task) -> tuple[float, float]:
 
 
 def _saved_bytes(task: Task) -> int:
-    """Bytes that the graph keeps alive beyond the inputs; the last potential, a state, belongs to it."""
+    """Bytes that the graph keeps alive beyond the inputs; the last potential, a state, belongs to
+    it.
+    """
     storages: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -92,7 +98,9 @@ def _saved_bytes(task: Task) -> int:
     for tensor in task.inputs:
         storages.pop(tensor.untyped_storage().data_ptr(), None)
     del result
-    return sum(size for size in storages.values() if size > 4096)  # gains and thresholds do not count
+    return sum(
+        size for size in storages.values() if size > 4096
+    )  # gains and thresholds do not count
 
 
 def _peak_bytes(task: Task) -> float:
@@ -102,7 +110,11 @@ def _peak_bytes(task: Task) -> float:
         return float("nan")
 
     def kilobytes(name: str) -> int:
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name))
+        return next(
+            int(line.split()[1])
+            for line in status.read_text().splitlines()
+            if line.startswith(name)
+        )
 
     for tensor in task.inputs:
         tensor.grad = None  # the gradients of this pass are part of its peak
@@ -116,9 +128,11 @@ def _peak_bytes(task: Task) -> float:
 
 
 def _copy(shape: tuple[int, ...], threads: int) -> Callable[[], tuple[float, float]]:
-    """Milliseconds to copy one tensor at the speed of this memory: memcpy by every thread, huge pages where there are.
+    """Milliseconds to copy one tensor at the speed of this memory: memcpy by every thread, huge
+    pages where there are.
 
-    Measured on 256 MB, whatever the shape and the allocator, so that neither caches nor page faults are part of it.
+    Measured on 256 MB, whatever the shape and the allocator, so that neither caches nor page faults
+    are part of it.
     """
     memcpy = CDLL(None).memcpy
     memcpy.argtypes = (c_void_p, c_void_p, c_size_t)
@@ -128,7 +142,10 @@ def _copy(shape: tuple[int, ...], threads: int) -> Callable[[], tuple[float, flo
 
     def once() -> tuple[float, float]:
         parts = [
-            threading.Thread(target=memcpy, args=(target.data_ptr() + i * share, source.data_ptr() + i * share, share))
+            threading.Thread(
+                target=memcpy,
+                args=(target.data_ptr() + i * share, source.data_ptr() + i * share, share),
+            )
             for i in range(threads)
         ]
         start = time.perf_counter()
@@ -153,4 +170,6 @@ if __name__ == "__main__":
     try:
         main(sys.argv[1], sys.argv[2], tuple(json.loads(sys.argv[3])), int(sys.argv[4]))
     except BrokenPipeError:
-        os._exit(1)  # who asked was stopped and reads no more; an ordinary exit would complain of that again
+        os._exit(
+            1
+        )  # who asked was stopped and reads no more; an ordinary exit would complain of that again

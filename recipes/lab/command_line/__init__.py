@@ -1,9 +1,12 @@
-"""What the recipes share: options, help, exit codes, the README of an output folder; needs the extra ``recipes``."""
+"""What the recipes share: options, help, exit codes, the README of an output folder; needs the
+extra ``recipes``.
+"""
 
 import sys
 
 try:
-    import sj_robust._recipes_installed  # noqa: F401  # says what to install if one of its packages is missing
+    # says what to install if one of its packages is missing
+    import sj_robust._recipes_installed
 except ModuleNotFoundError as error:
     own = "; in the clone: pip install -e '.[recipes]'"
     sys.exit(f"error: {error}{own if error.name == 'sj_robust' else ''}")
@@ -14,6 +17,15 @@ from lab.command_line.readme import describe_folder
 from lab.command_line.start import check_options, checked, run_recipe
 
 __all__ = [
-    "WrongUse", "check_code", "check_options", "checked", "deciding", "describe_folder", "idle", "option",
-    "parse_options", "read_options", "run_recipe",
-]  # fmt: skip
+    "WrongUse",
+    "check_code",
+    "check_options",
+    "checked",
+    "deciding",
+    "describe_folder",
+    "idle",
+    "option",
+    "parse_options",
+    "read_options",
+    "run_recipe",
+]

@@ -1,14 +1,24 @@
 """What an option is, said once: where it stands in the frozen dataclass ``Options`` of a recipe.
 
-The type of the field is the type and the range of the option. Parser, help, messages, resumed runs, sweeps and
-docs/options read the rest from :func:`option`.
+The type of the field is the type and the range of the option. Parser, help, messages, resumed runs,
+sweeps and docs/options read the rest from :func:`option`.
 """
 
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import asdict, dataclass, field, fields
 from types import NoneType, UnionType
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Literal,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from sj_robust._datasets import check_dataset
 from sj_robust._eps import parse_eps
@@ -19,14 +29,31 @@ if TYPE_CHECKING:  # jsonargparse makes its types at run time, which type checke
     PositiveInt = int
     OpenUnitInterval = float
 else:
-    from jsonargparse.typing import NonNegativeInt, OpenUnitInterval, PositiveInt, restricted_number_type
+    from jsonargparse.typing import (
+        NonNegativeInt,
+        OpenUnitInterval,
+        PositiveInt,
+        restricted_number_type,
+    )
 
-    AtLeastTwo = restricted_number_type("AtLeastTwo", int, (">=", 2), docstring="int restricted to be ≥2")
+    AtLeastTwo = restricted_number_type(
+        "AtLeastTwo", int, (">=", 2), docstring="int restricted to be ≥2"
+    )
 
 __all__ = [
-    "AtLeastTwo", "DatasetName", "NonNegativeInt", "OpenUnitInterval", "Option", "PositiveInt", "Radius", "deciding",
-    "idle", "often", "option", "options_of",
-]  # fmt: skip
+    "AtLeastTwo",
+    "DatasetName",
+    "NonNegativeInt",
+    "OpenUnitInterval",
+    "Option",
+    "PositiveInt",
+    "Radius",
+    "deciding",
+    "idle",
+    "often",
+    "option",
+    "options_of",
+]
 
 Radius = Annotated[float | str, parse_eps]
 """A number, or a fraction such as 8/255; the option keeps what was written."""
@@ -44,13 +71,15 @@ class Option:
     Attributes:
         group: Title of the group of options that begins here; empty in the middle of one.
         metavar: What stands for its value in the help, where its type does not say it.
-        decides: What changes with it. ``"result"``: a resumed run must keep it, and another value is another run of a
-            sweep; ``"figures"``: another run, but weights do not depend on it, so a resumed run may change it;
-            ``"nothing"``: neither.
+        decides: What changes with it. ``"result"``: a resumed run must keep it, and another value
+            is another run of a sweep; ``"figures"``: another run, but weights do not depend on it,
+            so a resumed run may change it; ``"nothing"``: neither.
         idle: Whether it changes nothing, given all options; None if it always changes something.
         positional: Whether a bare word of the command line is its value.
-        runs_code: Whether it can name code to run, which is taken from the command line alone, not from a folder.
-        in_short_help: Whether it is one of those that people change; where some are, ``--help`` shows these alone.
+        runs_code: Whether it can name code to run, which is taken from the command line alone, not
+            from a folder.
+        in_short_help: Whether it is one of those that people change; where some are, ``--help``
+            shows these alone.
     """
 
     name: str
@@ -73,17 +102,24 @@ class Option:
     @property
     def takes_a_list(self) -> bool:
         """Whether several words may follow it."""
-        return any(get_origin(part) in (list, tuple) for part in _parts(self.kind)) and len(_parts(self.kind)) == 1
+        return (
+            any(get_origin(part) in (list, tuple) for part in _parts(self.kind))
+            and len(_parts(self.kind)) == 1
+        )
 
     @property
     def value(self) -> tuple[str, tuple[str, ...]]:
-        """What stands for its value in the help, empty for a switch; and the words to choose from, if it is those."""
+        """What stands for its value in the help, empty for a switch; and the words to choose from,
+        if it is those.
+        """
         if self.kind is bool and self.default is False:
             return "", ()
         return _value(self.kind, self.metavar or self.name.rpartition("_")[2].upper(), self.metavar)
 
     def check(self, value: object) -> None:
-        """Raise ValueError, with the option's name, for a value that its type refuses; null is not looked at."""
+        """Raise ValueError, with the option's name, for a value that its type refuses; null is not
+        looked at.
+        """
         for part in value if isinstance(value, list) else [value]:
             for refuse in _checks(self.kind) if part is not None else ():
                 try:
@@ -104,7 +140,8 @@ def option(
     runs_code: bool = False,
     in_short_help: bool = False,
 ) -> ValueT:
-    """A field of a recipe's ``Options``, which type checkers see as its default value; see :class:`Option`.
+    """A field of a recipe's ``Options``, which type checkers see as its default value; see
+    :class:`Option`.
 
     >>> @dataclass(frozen=True)
     ... class Options:
@@ -113,7 +150,12 @@ def option(
     (15, 'Passes over the training images.')
     """
     said = {"words": words, "group": group, "metavar": metavar, "decides": decides}
-    metadata = said | {"idle": idle, "positional": positional, "runs_code": runs_code, "in_short_help": in_short_help}
+    metadata = said | {
+        "idle": idle,
+        "positional": positional,
+        "runs_code": runs_code,
+        "in_short_help": in_short_help,
+    }
     if isinstance(default, list | dict):
         return field(default_factory=lambda: copy(default), metadata=metadata)
     return field(default=default, metadata=metadata)
@@ -125,9 +167,14 @@ def often(default: ValueT, words: str, **said: Any) -> ValueT:
 
 
 def options_of(options_type: type[Any]) -> tuple[Option, ...]:
-    """The options of a dataclass, whose fields all have defaults; of a plain field nothing is said."""
+    """The options of a dataclass, whose fields all have defaults; of a plain field nothing is
+    said.
+    """
     kinds, usual = get_type_hints(options_type, include_extras=True), vars(options_type())
-    return tuple(Option(one.name, kinds[one.name], usual[one.name], **one.metadata) for one in fields(options_type))
+    return tuple(
+        Option(one.name, kinds[one.name], usual[one.name], **one.metadata)
+        for one in fields(options_type)
+    )
 
 
 def deciding(options: Any, *what: Decides) -> dict[str, Any]:
@@ -137,9 +184,11 @@ def deciding(options: Any, *what: Decides) -> dict[str, Any]:
 
 
 def idle(options: Any) -> frozenset[str]:
-    """Names of the options that change nothing, given the others, which have values where null stands for one.
+    """Names of the options that change nothing, given the others, which have values where null
+    stands for one.
 
-    An option ``mode`` is a training mode: :data:`sj_robust.training.MODES` says what it leaves idle.
+    An option ``mode`` is a training mode: :data:`sj_robust.training.MODES` says what it leaves
+    idle.
     """
     known = options_of(type(options))
     found = {one.name for one in known if one.idle is not None and one.idle(options)}

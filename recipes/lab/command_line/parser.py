@@ -1,4 +1,6 @@
-"""Options of a recipe from the words of its command line: jsonargparse, with short help and errors in a line."""
+"""Options of a recipe from the words of its command line: jsonargparse, with short help and errors
+in a line.
+"""
 
 import argparse
 import difflib
@@ -14,14 +16,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args
 
-from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter  # type: ignore[attr-defined]  # public, in a computed __all__
+# public, in a computed __all__
+from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter  # type: ignore[attr-defined]
 
 from lab.command_line.declared import Option, options_of
 
 OptionsT = TypeVar("OptionsT")
 
 
-class WrongUse(ValueError):  # noqa: N818  # the name of what was done, as SystemExit's
+class WrongUse(ValueError):  # the name of what was done, as SystemExit's
     """A recipe was asked for what cannot be: nothing was done, and the exit code is 2."""
 
 
@@ -38,7 +41,9 @@ class RecipeParser(ArgumentParser):
         super().__init__(usage=usage, description=description, formatter_class=_Help)
         text = "Options from a YAML file; those on the command line after it win."
         self.add_argument("--config", action=ActionConfigFile, metavar="FILE", help=text)
-        self.all_flag = "--help-all" if any(one.in_short_help for one in self.options.values()) else "--help"
+        self.all_flag = (
+            "--help-all" if any(one.in_short_help for one in self.options.values()) else "--help"
+        )
         if self.all_flag == "--help-all":
             text = "Print every option and stop; --help has those that are changed most."
             self.add_argument("--help_all", action="help", help=text)
@@ -49,7 +54,9 @@ class RecipeParser(ArgumentParser):
             text = meaning(one) + (f" [default: {as_yaml(one.default)}]" if metavar else "")
             if not (all_in_help or one.in_short_help or self.all_flag == "--help"):
                 text = argparse.SUPPRESS
-            group.add_argument(f"--{one.name}", type=one.kind, default=one.default, help=text, metavar=metavar)
+            group.add_argument(
+                f"--{one.name}", type=one.kind, default=one.default, help=text, metavar=metavar
+            )
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Raise WrongUse, in a line."""
@@ -57,7 +64,9 @@ class RecipeParser(ArgumentParser):
         raise WrongUse(f"{text}; every option: python {self.script} {self.all_flag}")
 
     def values(self, given: Sequence[str] | Mapping[str, Any]) -> dict[str, Any]:
-        """All options by name, checked: from words of a command line, or from some of them as plain data."""
+        """All options by name, checked: from words of a command line, or from some of them as plain
+        data.
+        """
         if isinstance(given, Mapping):
             words = {name: self._word(name, value) for name, value in given.items()}
             found = self.parse_object(words)
@@ -72,7 +81,9 @@ class RecipeParser(ArgumentParser):
         return values
 
     def _word(self, name: str, value: Any) -> Any:
-        """The value, or the word ``no``, which YAML reads as false, where an option has that to choose."""
+        """The value, or the word ``no``, which YAML reads as false, where an option has that to
+        choose.
+        """
         one = self.options.get(name)
         return "no" if value is False and one is not None and "no" in one.value[1] else value
 
@@ -80,26 +91,40 @@ class RecipeParser(ArgumentParser):
         """What jsonargparse found, in this project's words."""
         if found := re.match(r"(?:unrecognized arguments: |Option ')(?:--)?([\w.-]+)", message):
             word = found[1].replace("-", "_")
-            near = difflib.get_close_matches(word, [*self.options, "config", "help"], n=3, cutoff=0.6)
+            near = difflib.get_close_matches(
+                word, [*self.options, "config", "help"], n=3, cutoff=0.6
+            )
             flags = " or ".join("--" + name.replace("_", "-") for name in near)
             remedy = f"; did you mean {flags}?" if near else ""
             return f"there is no option --{word.replace('_', '-')}{remedy}"
-        if found := re.match(r"argument --([\w.-]+): expected (?:one|at least one) argument", message):
+        if found := re.match(
+            r"argument --([\w.-]+): expected (?:one|at least one) argument", message
+        ):
             return f"--{found[1].replace('_', '-')} needs a value"
         found = re.match(r'Parser key "(\w+)"[^:]*:\s*(.*)', message, re.DOTALL)
         if found is None or found[1] not in self.options:
             return message
         one = self.options[found[1]]
-        got = re.findall(r"(?:Got value|Given value): (.*)|: (\S+) does not conform|with base 10: '(.*)'", found[2])
-        return f"{one.flag} must be {_wanted(one)}, got {''.join(got[-1])}" if got else f"{one.flag}: {found[2]}"
+        got = re.findall(
+            r"(?:Got value|Given value): (.*)|: (\S+) does not conform|with base 10: '(.*)'",
+            found[2],
+        )
+        return (
+            f"{one.flag} must be {_wanted(one)}, got {''.join(got[-1])}"
+            if got
+            else f"{one.flag}: {found[2]}"
+        )
 
 
 class _Help(DefaultHelpFormatter):
-    """Flags with dashes, texts from one column on, examples as commands with what they are for above them."""
+    """Flags with dashes, texts from one column on, examples as commands with what they are for
+    above them.
+    """
 
     def __init__(self, prog: str, **options: Any) -> None:
         width = max(40, min(120, shutil.get_terminal_size().columns))
-        super().__init__(prog, max_help_position=28 if width >= 70 else 6, width=width, **options)  # type: ignore[no-untyped-call]  # untyped in jsonargparse
+        # untyped in jsonargparse
+        super().__init__(prog, max_help_position=28 if width >= 70 else 6, width=width, **options)  # type: ignore[no-untyped-call]
 
     def _format_action_invocation(self, action: Any) -> str:
         flag = next(word for word in action.option_strings if word.startswith("--"))
@@ -118,12 +143,19 @@ class _Help(DefaultHelpFormatter):
         lines = []
         for command, comment in examples:
             lines += [*([f"  # {comment}"] if comment else []), *_broken(command, width)]
-        paragraphs = [textwrap.fill(summary, width), "\n".join(["examples:", *lines]) if lines else ""]
-        return "\n\n".join([*filter(None, paragraphs), *(textwrap.fill(note, width) for note in notes)])
+        paragraphs = [
+            textwrap.fill(summary, width),
+            "\n".join(["examples:", *lines]) if lines else "",
+        ]
+        return "\n\n".join(
+            [*filter(None, paragraphs), *(textwrap.fill(note, width) for note in notes)]
+        )
 
 
 def read_options(options_type: type[OptionsT], arguments: Sequence[str]) -> OptionsT:
-    """Options from the words of a command line; WrongUse for a wrong one, SystemExit after ``--help``."""
+    """Options from the words of a command line; WrongUse for a wrong one, SystemExit after
+    ``--help``.
+    """
     few = not {"--help-all", "--help_all"} & set(arguments)
     return options_type(**RecipeParser(options_type, all_in_help=not few).values(arguments))
 
@@ -135,10 +167,11 @@ def parse_options(
     *,
     mark: str = "*/last.pt",
 ) -> OptionsT:
-    """Options of a recipe with ``output`` and ``resume``; those of a run that is resumed come from its folder first.
+    """Options of a recipe with ``output`` and ``resume``; those of a run that is resumed come from
+    its folder first.
 
-    ``stem`` names a run's folder up to its number, ``mark`` the files that tell a run with something to go on with, as
-    :func:`sj_robust.training.run_to_resume` takes them.
+    ``stem`` names a run's folder up to its number, ``mark`` the files that tell a run with
+    something to go on with, as :func:`sj_robust.training.run_to_resume` takes them.
     """
     options: Any = read_options(options_type, arguments)
     if not options.resume:
@@ -146,18 +179,29 @@ def parse_options(
     from sj_robust.training.folder import CONFIGURATION_FILE, run_to_resume  # imports torch
 
     folder = run_to_resume(options.output, stem(options), mark=mark)
-    resumed: Any = read_options(options_type, ["--config", str(folder / CONFIGURATION_FILE), *arguments])
+    resumed: Any = read_options(
+        options_type, ["--config", str(folder / CONFIGURATION_FILE), *arguments]
+    )
     check_code(resumed, options, folder / CONFIGURATION_FILE)
     return replace(resumed, output=str(folder))  # type: ignore[no-any-return]  # as above
 
 
 def check_code(options: Any, given: Any, path: Path) -> None:
-    """Raise WrongUse for code that the options of a folder's file name and those of the command line do not."""
+    """Raise WrongUse for code that the options of a folder's file name and those of the command
+    line do not.
+    """
     for one in options_of(type(options)):
         value = getattr(options, one.name)
-        if one.runs_code and value != getattr(given, one.name) and (value is True or _names_code(value)):
+        if (
+            one.runs_code
+            and value != getattr(given, one.name)
+            and (value is True or _names_code(value))
+        ):
             said = one.flag if value is True else f"{one.flag} {shlex.quote(as_yaml(value))}"
-            raise WrongUse(f"{path} names code that would be run; if you trust it, name it here as well: {said}")
+            raise WrongUse(
+                f"{path} names code that would be run; if you trust it, name it here as well: "
+                f"{said}"
+            )
 
 
 def _names_code(value: object) -> bool:
@@ -171,8 +215,9 @@ def _names_code(value: object) -> bool:
 def named_arguments(options: Mapping[str, Option], arguments: Sequence[str]) -> list[str]:
     """Each option with its value in one word, as jsonargparse takes it.
 
-    ``--data-root x`` is ``--data_root=x``; a switch alone is true, and false as ``--no-download``; several words after
-    an option of a list are its list; a bare word is the value of the option that is positional.
+    ``--data-root x`` is ``--data_root=x``; a switch alone is true, and false as ``--no-download``;
+    several words after an option of a list are its list; a bare word is the value of the option
+    that is positional.
     """
     positional = next((one.name for one in options.values() if one.positional), "")
     words, found = list(arguments), list[str]()
@@ -187,7 +232,9 @@ def named_arguments(options: Mapping[str, Option], arguments: Sequence[str]) -> 
         name = word[2:].replace("-", "_")
         one, opposite = options.get(name), options.get(name.removeprefix("no_"))
         takes_words = one is not None and one.takes_a_list
-        count = next((index for index, other in enumerate(words) if other.startswith("--")), len(words))
+        count = next(
+            (index for index, other in enumerate(words) if other.startswith("--")), len(words)
+        )
         if one is None and opposite is not None and opposite.kind is bool and not equals:
             name, equals, value = opposite.name, "=", "false"
         elif one is not None and one.kind is bool and not equals:
@@ -224,7 +271,9 @@ def as_yaml(value: object) -> str:
 
 
 def examples_in(docstring: str) -> tuple[str, list[tuple[str, str]], list[str]]:
-    """First paragraph, commands with their comments, and other paragraphs of a recipe's docstring."""
+    """First paragraph, commands with their comments, and other paragraphs of a recipe's
+    docstring.
+    """
     summary, examples, notes = "", [], []
     for paragraph in docstring.split("\n\n"):
         lines = [line.strip() for line in paragraph.splitlines()]
@@ -265,16 +314,31 @@ def _wanted(one: Option) -> str:
     """What an option takes, in words."""
     takes, choices = one.value
     if choices:
-        return f"a list of {', '.join(choices)}" if takes.startswith("[") else f"one of {', '.join(choices)}"
+        return (
+            f"a list of {', '.join(choices)}"
+            if takes.startswith("[")
+            else f"one of {', '.join(choices)}"
+        )
     if takes.startswith("["):
         return f"a list such as {as_yaml(one.default)}" if one.default else f"a list {takes}"
-    kinds = {"": "true or false", "N": "an integer", "X": "a number", "VALUE": "another kind of value"}
+    kinds = {
+        "": "true or false",
+        "N": "an integer",
+        "X": "a number",
+        "VALUE": "another kind of value",
+    }
     kinds["{NAME: VALUE,...}"] = "names with values, such as '{name: value}'"
     return kinds.get(takes, "text") + _range(one.kind)
 
 
 def _range(kind: Any) -> str:
-    """`` > 0`` of a restricted type of jsonargparse, which says it in its docstring; empty for others."""
+    """`` > 0`` of a restricted type of jsonargparse, which says it in its docstring; empty for
+    others.
+    """
     said = "\n".join(getattr(part, "__doc__", None) or "" for part in (kind, *get_args(kind)))
     found = re.search(r"restricted to be (.*)", said)
-    return re.sub(r"([<>]=?) ?", r" \1 ", found[1].replace("≥", ">=")).rstrip().replace("  ", " ") if found else ""
+    return (
+        re.sub(r"([<>]=?) ?", r" \1 ", found[1].replace("≥", ">=")).rstrip().replace("  ", " ")
+        if found
+        else ""
+    )

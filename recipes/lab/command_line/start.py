@@ -1,4 +1,6 @@
-"""A recipe run as a script: wrong use told from failed work, the exit codes, and what the console is spared."""
+"""A recipe run as a script: wrong use told from failed work, the exit codes, and what the console
+is spared.
+"""
 
 import errno
 import io
@@ -12,7 +14,9 @@ from lab.command_line.parser import WrongUse, read_options
 
 @contextmanager
 def checked() -> Iterator[None]:
-    """What a ValueError refuses inside is wrong use, since nothing but options is looked at there."""
+    """What a ValueError refuses inside is wrong use, since nothing but options is looked at
+    there.
+    """
     try:
         yield
     except WrongUse:
@@ -32,12 +36,14 @@ def check_options(options_type: type[Any], arguments: Sequence[str] | None = Non
         _refuse(error)
 
 
-def run_recipe(main: Callable[[list[str]], None], *, stopped: str = "continue with --resume") -> None:
+def run_recipe(
+    main: Callable[[list[str]], None], *, stopped: str = "continue with --resume"
+) -> None:
     """Run a recipe as a script: errors in a line on stderr, the conventional exit codes.
 
-    0 after success, 1 if the work failed, 2 after wrong use, 130 after Ctrl-C (``stopped`` says what to do then), and
-    128 plus its number after another signal that left a checkpoint. What the terminal has no character for is shown as
-    a question mark.
+    0 after success, 1 if the work failed, 2 after wrong use, 130 after Ctrl-C (``stopped`` says
+    what to do then), and 128 plus its number after another signal that left a checkpoint. What the
+    terminal has no character for is shown as a question mark.
     """
     from sj_robust._host import quiet_triton  # these import torch, which --help does not wait for
     from sj_robust.training import NonFiniteLossError, TrainingInterrupted
@@ -56,7 +62,11 @@ def run_recipe(main: Callable[[list[str]], None], *, stopped: str = "continue wi
     except WrongUse as error:
         _refuse(error)
     except (OSError, ValueError, ModuleNotFoundError, NonFiniteLossError) as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        full = isinstance(error, OSError) and error.errno in (
+            errno.ENOSPC,
+            errno.EDQUOT,
+            errno.EFBIG,
+        )
         sys.exit(f"error: {error}{f'; free some space there: {stopped}' if full else ''}")
 
 

@@ -19,13 +19,16 @@ _DECAY, _THRESHOLD = 0.9, 1.0
 
 
 @dataclass(frozen=True)
-class OneNeuron(SavedResult, what="the numbers of a figure", format="sj_robust.figure.neuron", version=1):
+class OneNeuron(
+    SavedResult, what="the numbers of a figure", format="sj_robust.figure.neuron", version=1
+):
     """One neuron under two perturbations of its input current.
 
     Attributes:
         settings: Neuron, current and perturbations, steps and seed.
-        cases: For ``"constant"`` and ``"gaussian"``, per step: ``v`` and ``v_perturbed`` (after the reset), ``spike``
-            and ``spike_perturbed``, ``full``, ``simplified``, ``std`` and ``tasad`` (of the steps so far).
+        cases: For ``"constant"`` and ``"gaussian"``, per step: ``v`` and ``v_perturbed`` (after the
+            reset), ``spike`` and ``spike_perturbed``, ``full``, ``simplified``, ``std`` and
+            ``tasad`` (of the steps so far).
     """
 
     settings: dict[str, float]
@@ -33,15 +36,23 @@ class OneNeuron(SavedResult, what="the numbers of a figure", format="sj_robust.f
 
 
 @dataclass(frozen=True)
-class InputGains(SavedResult, what="the numbers of a figure", format="sj_robust.figure.gains", version=1):
-    """The learnable input gain p[t] of every DLIF layer: by network and layer, a number per step."""
+class InputGains(
+    SavedResult, what="the numbers of a figure", format="sj_robust.figure.gains", version=1
+):
+    """The learnable input gain p[t] of every DLIF layer: by network and layer, a number per
+    step.
+    """
 
     networks: dict[str, dict[str, list[float]]]
 
 
 @dataclass(frozen=True)
-class TrainingCurves(SavedResult, what="the numbers of a figure", format="sj_robust.figure.curves", version=1):
-    """Losses and validation accuracy: by network, a record per epoch with the fields of ``EpochRecord``."""
+class TrainingCurves(
+    SavedResult, what="the numbers of a figure", format="sj_robust.figure.curves", version=1
+):
+    """Losses and validation accuracy: by network, a record per epoch with the fields of
+    ``EpochRecord``.
+    """
 
     networks: dict[str, list[dict[str, Any]]]
 
@@ -54,7 +65,8 @@ def one_neuron(*, steps: int = 30, seed: int = 0) -> OneNeuron:
         full[t] = u[t] - u~[t],    simplified[t] = eps[t] = decay * eps[t-1] + x[t] - x~[t]
         std[t] = mean_{k <= t} |s[k] - s~[k]|,    tasad[t] = |mean_{k <= t} s[k] - mean_{k <= t} s~[k]|
 
-    The clean current is 0.3; 0.1 is added, or noise of standard deviation 0.3. The decay is 0.9, the threshold 1.
+    The clean current is 0.3; 0.1 is added, or noise of standard deviation 0.3. The decay is 0.9,
+    the threshold 1.
 
     Source: Ding et al., "Robust Stable Spiking Neural Networks" (ICML 2024), figure 1.
 
@@ -63,7 +75,13 @@ def one_neuron(*, steps: int = 30, seed: int = 0) -> OneNeuron:
         >>> [round(value, 3) for value in case["simplified"]]
         [-0.1, -0.19, -0.271]
     """
-    settings = {"decay": _DECAY, "v_threshold": _THRESHOLD, "current": 0.3, "shift": 0.1, "std": 0.3}
+    settings = {
+        "decay": _DECAY,
+        "v_threshold": _THRESHOLD,
+        "current": 0.3,
+        "shift": 0.1,
+        "std": 0.3,
+    }
     generator = torch.Generator().manual_seed(seed)
     x = torch.full((steps, 1), settings["current"], dtype=torch.float64)
     noise = settings["std"] * torch.randn(x.shape, generator=generator, dtype=x.dtype)
@@ -73,7 +91,8 @@ def one_neuron(*, steps: int = 30, seed: int = 0) -> OneNeuron:
 
 
 def input_gains(models: Mapping[str, nn.Module]) -> InputGains:
-    """The gain p[t] of every DLIF layer of networks, as in figure 4 of the paper; those without one are left out.
+    """The gain p[t] of every DLIF layer of networks, as in figure 4 of the paper; those without one
+    are left out.
 
     Raises:
         ValueError: If no network has a DLIF neuron.
@@ -86,30 +105,35 @@ def input_gains(models: Mapping[str, nn.Module]) -> InputGains:
     found = {name: layers for name, layers in found.items() if layers}
     if not found:
         raise ValueError(
-            f"none of the networks {', '.join(models)} has a DLIF neuron, whose gain p[t] is drawn; train one with "
-            "--neuron dlif"
+            f"none of the networks {', '.join(models)} has a DLIF neuron, whose gain p[t] is "
+            "drawn; train one with --neuron dlif"
         )
     return InputGains(found)
 
 
 def training_curves(folder: Path) -> TrainingCurves:
-    """What a run of ``recipes/adv_train.py`` kept of every epoch: the curves in its ``report.json``.
+    """What a run of ``recipes/adv_train.py`` kept of every epoch: the curves in its
+    ``report.json``.
 
-    For a run that is not finished, or a network's own folder, the histories in its ``last.pt`` are taken.
+    For a run that is not finished, or a network's own folder, the histories in its ``last.pt`` are
+    taken.
 
     Raises:
         ValueError: If the folder holds no history.
     """
     report = folder / "report.json"
-    networks: dict[str, list[dict[str, Any]]] = Report.load(report).curves if report.is_file() else {}
+    networks: dict[str, list[dict[str, Any]]] = (
+        Report.load(report).curves if report.is_file() else {}
+    )
     if not networks:
         for path in (*folder.glob("last.pt"), *sorted(folder.glob("*/last.pt"))):
             networks[path.parent.name] = plain(load_checkpoint(path).get("history", []))
     networks = {name: records for name, records in networks.items() if records}
     if not networks:
         raise ValueError(
-            f"{folder} holds no training history, neither curves in report.json nor a last.pt with epochs; give the "
-            "folder of a run of recipes/adv_train.py that finished at least one epoch"
+            f"{folder} holds no training history, neither curves in report.json nor a last.pt "
+            "with epochs; give the folder of a run of recipes/adv_train.py that finished at "
+            "least one epoch"
         )
     return TrainingCurves(networks)
 
@@ -123,7 +147,9 @@ def _gains_of(model: nn.Module) -> dict[str, list[float]]:
 
 
 def _case(x: Tensor, x_perturbed: Tensor) -> dict[str, list[float]]:
-    v, v_perturbed = (membrane_potential(a, decay=_DECAY, v_threshold=_THRESHOLD) for a in (x, x_perturbed))
+    v, v_perturbed = (
+        membrane_potential(a, decay=_DECAY, v_threshold=_THRESHOLD) for a in (x, x_perturbed)
+    )
     spike, spike_perturbed = _spikes(x, v), _spikes(x_perturbed, v_perturbed)
     so_far = torch.arange(1, len(x) + 1)[:, None]
     series = {

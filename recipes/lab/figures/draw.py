@@ -21,7 +21,9 @@ _DRAWINGS: Mapping[type[SavedResult], Mapping[str, Callable[[Any], Figure]]] = {
     GroundTruth: {"": draw_ground_truth},
     IntensityCorrelation: {"": draw_intensity, "_heat_maps": draw_heat_maps},
 }
-"""What draws the figures of each kind of numbers, by what they add to the name of the file with the numbers."""
+"""What draws the figures of each kind of numbers, by what they add to the name of the file with the
+numbers.
+"""
 
 
 def load_figure(path: Path) -> SavedResult:
@@ -57,4 +59,8 @@ def draw(data: SavedResult) -> dict[str, Figure]:
 def redraw(path: Path) -> tuple[Path, ...]:
     """Draw a file of numbers beside it, as PDF and PNG; raises as :func:`load_figure`."""
     figures = draw(load_figure(path))
-    return tuple(file for end, figure in figures.items() for file in save(figure, path.parent, path.stem + end))
+    return tuple(
+        file
+        for end, figure in figures.items()
+        for file in save(figure, path.parent, path.stem + end)
+    )

@@ -17,12 +17,20 @@ _MOST_LINES = len(COLOURS)
 
 
 def draw_neuron(data: OneNeuron) -> Figure:
-    """Potentials above, what tells them apart below; constant perturbation on the left, Gaussian on the right."""
+    """Potentials above, what tells them apart below; constant perturbation on the left, Gaussian on
+    the right.
+    """
     figure = Figure(figsize=(DOUBLE, 4.2), layout="constrained")
     panels = figure.subplots(2, 2, sharex=True, sharey="row")
     titles = {
-        "constant": ("(a) current {current:g}, perturbed by {shift:+g}", "(b) the two runs of (a) compared"),
-        "gaussian": ("(c) current {current:g}, perturbed by noise of std {std:g}", "(d) the two runs of (c) compared"),
+        "constant": (
+            "(a) current {current:g}, perturbed by {shift:+g}",
+            "(b) the two runs of (a) compared",
+        ),
+        "gaussian": (
+            "(c) current {current:g}, perturbed by noise of std {std:g}",
+            "(d) the two runs of (c) compared",
+        ),
     }
     for column, (name, case) in enumerate(data.cases.items()):
         upper, lower = panels[:, column]
@@ -45,7 +53,9 @@ def _potentials(axes: Axes, case: dict[str, list[float]], v_threshold: float) ->
         axes.plot(case[f"v{end}"], line, color=colour, label=label)
         fired = [step for step, spike in enumerate(case[f"spike{end}"]) if spike]
         height = v_threshold * (1.1 + 0.13 * place)
-        axes.plot(fired, [height] * len(fired), "|", color=colour, markersize=6, markeredgewidth=1.4)
+        axes.plot(
+            fired, [height] * len(fired), "|", color=colour, markersize=6, markeredgewidth=1.4
+        )
 
 
 def _distances(axes: Axes, case: dict[str, list[float]]) -> None:
@@ -68,19 +78,35 @@ def _distances(axes: Axes, case: dict[str, list[float]]) -> None:
 
 
 def draw_ground_truth(data: GroundTruth) -> Figure:
-    """A panel per radius: what each attack leaves, from the strongest down, and the exact robust accuracy as a line."""
+    """A panel per radius: what each attack leaves, from the strongest down, and the exact robust
+    accuracy as a line.
+    """
     count = len(data.truths)
     rows = max(sum(attack.eps == truth.eps for attack in data.attacks) for truth in data.truths)
     figure = Figure(figsize=(DOUBLE, 0.8 + 0.11 * rows), layout="constrained")
     for axes, truth in zip(figure.subplots(1, count, squeeze=False).flat, data.truths, strict=True):
-        attacks = sorted((a for a in data.attacks if a.eps == truth.eps), key=lambda a: (a.left, a.suite, a.attack))
+        attacks = sorted(
+            (a for a in data.attacks if a.eps == truth.eps),
+            key=lambda a: (a.left, a.suite, a.attack),
+        )
         share = [100 * attack.left / data.images for attack in attacks]
         sums = [attack.attack in ("worst case", "control", "everything") for attack in attacks]
-        axes.barh(range(len(share)), share, color=[_ORANGE if whole else _BLUE for whole in sums], height=0.7)
-        low, high = (100 * images / data.images for images in (truth.verified, data.images - truth.broken))
+        axes.barh(
+            range(len(share)),
+            share,
+            color=[_ORANGE if whole else _BLUE for whole in sums],
+            height=0.7,
+        )
+        low, high = (
+            100 * images / data.images for images in (truth.verified, data.images - truth.broken)
+        )
         axes.axvspan(low, high, color=_BLACK, alpha=0.15, linewidth=0)
         axes.axvline(high, color=_BLACK, linewidth=1.0)
-        axes.set_yticks(range(len(share)), [f"{attack.suite}: {attack.attack}" for attack in attacks], fontsize=5)
+        axes.set_yticks(
+            range(len(share)),
+            [f"{attack.suite}: {attack.attack}" for attack in attacks],
+            fontsize=5,
+        )
         axes.invert_yaxis()
         axes.grid(visible=False, axis="y")
         axes.set_xlim(max(0.0, low - 10), min(100.0, max(share) + 3))
@@ -89,19 +115,39 @@ def draw_ground_truth(data: GroundTruth) -> Figure:
 
 
 def draw_gains(data: InputGains) -> Figure:
-    """A panel per network: a line per layer, or a map if there are more layers than lines can be told apart."""
+    """A panel per network: a line per layer, or a map if there are more layers than lines can be
+    told apart.
+    """
     count, most = len(data.networks), max(map(len, data.networks.values()))
     tall = 2.3 if most <= _MOST_LINES else 0.9 + 0.16 * most  # a map needs a row per layer
-    figure = Figure(figsize=(SINGLE if count == 1 else DOUBLE, tall * math.ceil(count / 2)), layout="constrained")
+    figure = Figure(
+        figsize=(SINGLE if count == 1 else DOUBLE, tall * math.ceil(count / 2)),
+        layout="constrained",
+    )
     panels = figure.subplots(math.ceil(count / 2), min(count, 2), squeeze=False)
     for axes, (name, layers) in zip(panels.flat, data.networks.items(), strict=False):
         steps = max(map(len, layers.values()))
         if len(layers) <= _MOST_LINES:
             axes.axhline(1, color=GREY, linewidth=0.8, linestyle=":")
-            for (layer, gains), colour, line, marker in zip(layers.items(), COLOURS, LINES, MARKERS, strict=False):
-                axes.plot(range(len(gains)), gains, color=colour, linestyle=line, marker=marker, label=_short(layer))
+            for (layer, gains), colour, line, marker in zip(
+                layers.items(), COLOURS, LINES, MARKERS, strict=False
+            ):
+                axes.plot(
+                    range(len(gains)),
+                    gains,
+                    color=colour,
+                    linestyle=line,
+                    marker=marker,
+                    label=_short(layer),
+                )
             axes.set_ylabel("input gain p[t]")
-            axes.legend(title="layer", title_fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5), borderpad=0)
+            axes.legend(
+                title="layer",
+                title_fontsize=7,
+                loc="center left",
+                bbox_to_anchor=(1, 0.5),
+                borderpad=0,
+            )
             axes.margins(y=0.15)
         else:
             _map_of_gains(figure, axes, layers, steps)
@@ -136,7 +182,9 @@ def draw_curves(data: TrainingCurves) -> Figure:
         epochs = [record["epoch"] for record in records]
         every = max(1, len(epochs) // 6)
         for attack in records[0]["validation"]:
-            line = LINES[list(attacks).index(attack) if attack in attacks else len(attacks) % len(LINES)]
+            line = LINES[
+                list(attacks).index(attack) if attack in attacks else len(attacks) % len(LINES)
+            ]
             attacks[attack] = line
             values = [100 * record["validation"][attack] for record in records]
             marks: dict[str, Any] = {"marker": marker, "markevery": (index, every), "markersize": 3}
@@ -144,7 +192,13 @@ def draw_curves(data: TrainingCurves) -> Figure:
         shown = [record for record in records if record["losses"].get("mppd", 0.0) > 0]
         penalties = [record["losses"]["mppd"] for record in shown]
         label = name if shown else f"{name} (not in its loss)"
-        perturbation.plot([record["epoch"] for record in shown], penalties, color=colour, marker=marker, label=label)
+        perturbation.plot(
+            [record["epoch"] for record in shown],
+            penalties,
+            color=colour,
+            marker=marker,
+            label=label,
+        )
     letter(accuracy, "(a) validation accuracy, %")
     letter(perturbation, "(b) MS-MPPD in training")
     accuracy.set_ylim(0, 102)
@@ -158,7 +212,9 @@ def draw_curves(data: TrainingCurves) -> Figure:
     for attack, line in attacks.items():
         accuracy.plot([], [], color=GREY, linestyle=line, label=attack)
     accuracy.legend(loc="lower right", ncols=len(attacks))
-    if not any(record["losses"].get("mppd") for records in data.networks.values() for record in records):
+    if not any(
+        record["losses"].get("mppd") for records in data.networks.values() for record in records
+    ):
         perturbation.set_yticks([])
     perturbation.legend(loc="upper right")
     return figure

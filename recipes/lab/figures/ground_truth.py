@@ -1,4 +1,6 @@
-"""Exact robust accuracy of a small network beside what attacks leave: how far does each overstate?"""
+"""Exact robust accuracy of a small network beside what attacks leave: how far does each
+overstate?
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +19,8 @@ from sj_robust.stability import Verification, verify
 
 @dataclass(frozen=True)
 class AttackOnTruth:
-    """What one attack, or a suite as a whole, leaves of a network whose exact robust accuracy is known.
+    """What one attack, or a suite as a whole, leaves of a network whose exact robust accuracy is
+    known.
 
     Attributes:
         attack: Its name, or ``"worst case"``, ``"control"`` or ``"everything"`` of the suite.
@@ -49,7 +52,9 @@ class Truth:
 
 
 @dataclass(frozen=True)
-class GroundTruth(SavedResult, what="the numbers of a figure", format="sj_robust.figure.ground_truth", version=1):
+class GroundTruth(
+    SavedResult, what="the numbers of a figure", format="sj_robust.figure.ground_truth", version=1
+):
     """Exact robust accuracy beside every attack, estimator and suite.
 
     Attributes:
@@ -66,24 +71,37 @@ class GroundTruth(SavedResult, what="the numbers of a figure", format="sj_robust
     def __post_init__(self) -> None:
         for name, kind in (("truths", Truth), ("attacks", AttackOnTruth)):
             # rows that come from a file are dictionaries
-            rows = tuple(kind(**row) if isinstance(row, dict) else row for row in getattr(self, name))
+            rows = tuple(
+                kind(**row) if isinstance(row, dict) else row for row in getattr(self, name)
+            )
             object.__setattr__(self, name, rows)
 
     def table(self) -> str:
-        """Markdown: what is known per radius, then a row per attack in the order of what it misses."""
+        """Markdown: what is known per radius, then a row per attack in the order of what it
+        misses.
+        """
         lines = [f"{self.network}: {self.images} images, {self.clean} classified right."]
         for truth in self.truths:
-            low, high = (100 * count / self.images for count in (truth.verified, self.images - truth.broken))
+            low, high = (
+                100 * count / self.images for count in (truth.verified, self.images - truth.broken)
+            )
             exact = f"{low:.1f} %" if low == high else f"{low:.1f} to {high:.1f} %"
             rows = [attack for attack in self.attacks if attack.eps == truth.eps]
             rows.sort(key=lambda attack: (attack.missed, attack.suite))
-            cells = [[row.suite, row.attack, self._share(row.left), self._share(row.missed)] for row in rows]
+            cells = [
+                [row.suite, row.attack, self._share(row.left), self._share(row.missed)]
+                for row in rows
+            ]
             lines += [
                 "",
-                f"Linf {truth.eps:.6g}: robust accuracy {exact}; {truth.by_program_alone} images broken by the program "
-                "alone.",
+                f"Linf {truth.eps:.6g}: robust accuracy {exact}; {truth.by_program_alone} images "
+                "broken by the program alone.",
                 "",
-                markdown_table(["suite", "attack", "left, %", "broken images that it leaves, %"], cells, words=2),
+                markdown_table(
+                    ["suite", "attack", "left, %", "broken images that it leaves, %"],
+                    cells,
+                    words=2,
+                ),
             ]
         return "\n".join(lines)
 
@@ -107,20 +125,30 @@ def ground_truth(
     """Solve the program of every image, run the suites, and set one beside the other.
 
     Raises:
-        RuntimeError: If an attack breaks an image that is verified, which is a fault of one of the two.
+        RuntimeError: If an attack breaks an image that is verified, which is a fault of one of the
+            two.
     """
     truths, attacks, clean = [], [], 0
     model = subject.model
     if not isinstance(model, SpikingClassifier):
-        raise TypeError(f"the network must be a SpikingClassifier for proofs, got {type(model).__name__}")
+        raise TypeError(
+            f"the network must be a SpikingClassifier for proofs, got {type(model).__name__}"
+        )
     for size in eps:
         proofs = verify(model, x, y, size, method="mip", time_limit=time_limit)
         clean = sum(proofs.correct)
         say(proofs.table().splitlines()[0])
         batches = DataLoader(TensorDataset(x, y), batch_size=128)
         threat = ThreatModel("Linf", size)
-        kind: dict[str, Any] = {"threat": threat, "dataset": dataset, "classes": classes, "seed": seed, "say": say}
-        # Without proofs of its own, so that every attack tries the images that the program calls verified.
+        kind: dict[str, Any] = {
+            "threat": threat,
+            "dataset": dataset,
+            "classes": classes,
+            "seed": seed,
+            "say": say,
+        }
+        # Without proofs of its own, so that every attack tries the images that the program calls
+        # verified.
         reports = [assess(subject, batches, suite=suite, proofs=False, **kind) for suite in suites]
         truth, rows = beside(proofs, reports)
         truths.append(truth)
@@ -128,16 +156,20 @@ def ground_truth(
     return GroundTruth(subject.name, len(x), clean, tuple(truths), tuple(attacks))
 
 
-def beside(proofs: Verification, reports: Sequence[RobustnessReport]) -> tuple[Truth, list[AttackOnTruth]]:
+def beside(
+    proofs: Verification, reports: Sequence[RobustnessReport]
+) -> tuple[Truth, list[AttackOnTruth]]:
     """What is known together, and what each attack leaves of it."""
     images = range(len(proofs.margin))
     verified = {i for i in images if proofs.verified[i]}
     solved = {i for i in images if proofs.broken[i]}
-    fallen = {i for i in images if any(i not in report.standing("everything") for report in reports)}
+    fallen = {
+        i for i in images if any(i not in report.standing("everything") for report in reports)
+    }
     if fooled := sorted(verified & fallen):
         raise RuntimeError(
-            f"image {fooled[0]} is verified at Linf {proofs.eps:.6g}, and an attack breaks it: one of both is at "
-            "fault; please report it with the network"
+            f"image {fooled[0]} is verified at Linf {proofs.eps:.6g}, and an attack breaks it: "
+            "one of both is at fault; please report it with the network"
         )
     broken = solved | fallen
     rows = []
@@ -147,5 +179,9 @@ def beside(proofs: Verification, reports: Sequence[RobustnessReport]) -> tuple[T
         for accuracy in report.accuracies:
             if accuracy.name != "clean" and (accuracy.name in inside or accuracy.name in whole):
                 left = report.standing(accuracy.name)
-                rows.append(AttackOnTruth(proofs.eps, report.suite, accuracy.name, len(left), len(left & broken)))
+                rows.append(
+                    AttackOnTruth(
+                        proofs.eps, report.suite, accuracy.name, len(left), len(left & broken)
+                    )
+                )
     return Truth(proofs.eps, len(verified), len(broken), len(solved - fallen)), rows

@@ -19,13 +19,17 @@ _NAMES = {
     "std": "STD",
     "tasad": "TASAD",
 }
-_LOOKS = dict(zip(INDICATORS, zip(COLOURS, LINES, MARKERS, strict=True), strict=False))  # more looks than names
+_LOOKS = dict(
+    zip(INDICATORS, zip(COLOURS, LINES, MARKERS, strict=True), strict=False)
+)  # more looks than names
 _MOST_MAPS = 5
 _FEW_LAYERS = 4
 
 
 def draw_intensity(data: IntensityCorrelation) -> Figure:
-    """A row per direction: indicators over eps, their correlation with it, and whether they tell who is fooled."""
+    """A row per direction: indicators over eps, their correlation with it, and whether they tell
+    who is fooled.
+    """
     rows = len(data.directions)
     figure = Figure(figsize=(DOUBLE, 0.4 + 2.0 * rows), layout="constrained")
     panels = figure.subplots(rows, 4, squeeze=False)
@@ -36,7 +40,12 @@ def draw_intensity(data: IntensityCorrelation) -> Figure:
         _by_layer(neurons, data, direction, "per_neuron")
         _by_layer(errors, data, direction, "auroc_same_size")
         errors.axhline(0.5, color=GREY, linewidth=0.8, linestyle=":")
-        titles = (f"{direction}, last layer", "whole layer and eps", "one neuron and eps", "fooled, at one eps")
+        titles = (
+            f"{direction}, last layer",
+            "whole layer and eps",
+            "one neuron and eps",
+            "fooled, at one eps",
+        )
         for axes, title in zip(panels[row], titles, strict=True):
             letter(axes, title)
         means.set_ylabel("share of the largest")
@@ -56,19 +65,27 @@ def _means(axes: Axes, data: IntensityCorrelation, direction: str) -> None:
         top = max(last[name])
         shares = [value / top if top else 0.0 for value in last[name]]
         axes.plot(data.eps, shares, color=colour, linestyle=line, marker=marker, label=_NAMES[name])
-    axes.plot(data.eps, data.accuracy[direction], color=GREY, linewidth=2.2, alpha=0.5, label="accuracy")
+    axes.plot(
+        data.eps, data.accuracy[direction], color=GREY, linewidth=2.2, alpha=0.5, label="accuracy"
+    )
     axes.set_xlim(left=0)
     axes.set_ylim(0, 1.05)
 
 
 def _by_layer(axes: Axes, data: IntensityCorrelation, direction: str, measure: str) -> None:
-    """Value and interval of a measure: side by side at each of a few layers, as lines with bands over many."""
+    """Value and interval of a measure: side by side at each of a few layers, as lines with bands
+    over many.
+    """
     layers = len(data.layers)
     few = layers <= _FEW_LAYERS
     for index, (name, (colour, line, marker)) in enumerate(_LOOKS.items()):
         found = [data.associations[direction][layer][name][measure] for layer in data.layers]
         shift = 0.7 * ((index + 0.5) / len(_LOOKS) - 0.5) if few else 0.0
-        kept = [(place + shift, *ends) for place, ends in enumerate(map(astuple, found)) if None not in ends]
+        kept = [
+            (place + shift, *ends)
+            for place, ends in enumerate(map(astuple, found))
+            if None not in ends
+        ]
         if not kept:
             continue
         places, values, low, high = map(list, zip(*kept, strict=True))
@@ -76,7 +93,14 @@ def _by_layer(axes: Axes, data: IntensityCorrelation, direction: str, measure: s
             axes.vlines(places, low, high, color=colour, linewidth=0.9)
             axes.plot(places, values, linestyle="", marker=marker, color=colour)
         else:
-            axes.plot(places, values, linestyle=line, marker=marker, markevery=(index % 3, 3), color=colour)
+            axes.plot(
+                places,
+                values,
+                linestyle=line,
+                marker=marker,
+                markevery=(index % 3, 3),
+                color=colour,
+            )
             axes.fill_between(places, low, high, color=colour, alpha=0.12, linewidth=0)
     ticks = range(0, layers, math.ceil(layers / 6))
     axes.set_xticks(ticks, [str(place + 1) for place in ticks])
@@ -85,21 +109,31 @@ def _by_layer(axes: Axes, data: IntensityCorrelation, direction: str, measure: s
 
 
 def draw_heat_maps(data: IntensityCorrelation) -> Figure:
-    """MS-MPPD of every layer and step: a row per direction, a column per size, one scale for all."""
+    """MS-MPPD of every layer and step: a row per direction, a column per size, one scale for
+    all.
+    """
     shown = _spread_out(len(data.eps))
     rows, layers = len(data.directions), len(data.layers)
-    figure = Figure(figsize=(DOUBLE, 0.6 + rows * (0.75 + max(0.13 * layers, 0.5))), layout="constrained")
+    figure = Figure(
+        figsize=(DOUBLE, 0.6 + rows * (0.75 + max(0.13 * layers, 0.5))), layout="constrained"
+    )
     panels = figure.subplots(rows, len(shown), squeeze=False, sharex=True, sharey=True)
     maps = [sizes for kind in data.per_step.values() for sizes in kind.values()]
     scale = common_scale(value for sizes in maps for index in shown for value in sizes[index])
     for row, direction in enumerate(data.directions):
         for column, index in enumerate(shown):
             axes = panels[row, column]
-            mesh = heat_map(axes, {layer: data.per_step[direction][layer][index] for layer in data.layers}, scale)
+            mesh = heat_map(
+                axes,
+                {layer: data.per_step[direction][layer][index] for layer in data.layers},
+                scale,
+            )
             if row == 0:
                 axes.set_title(f"eps {data.eps[index]:.3g}")
         places = range(0, layers, math.ceil(layers / 12))
-        panels[row, 0].set_yticks([place + 0.5 for place in places], [str(place + 1) for place in places])
+        panels[row, 0].set_yticks(
+            [place + 0.5 for place in places], [str(place + 1) for place in places]
+        )
         panels[row, 0].set_ylabel(f"{direction}\nspiking layer")
     for axes in panels[-1]:
         axes.set_xlabel("time step")

@@ -1,4 +1,6 @@
-"""How the figures look in print: column widths, markers and dashes; type and colours are those of the package."""
+"""How the figures look in print: column widths, markers and dashes; type and colours are those of
+the package.
+"""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,7 +11,18 @@ from matplotlib.figure import Figure
 
 from sj_robust._shown import COLOURS, GREY, print_style
 
-__all__ = ["COLOURS", "DOUBLE", "GREY", "LINES", "MARKERS", "SINGLE", "legend", "letter", "print_style", "save"]
+__all__ = [
+    "COLOURS",
+    "DOUBLE",
+    "GREY",
+    "LINES",
+    "MARKERS",
+    "SINGLE",
+    "legend",
+    "letter",
+    "print_style",
+    "save",
+]
 
 SINGLE, DOUBLE = 3.25, 6.75
 """Widths in inches of one column and of both."""
@@ -35,7 +48,9 @@ def letter(axes: Axes, text: str) -> None:
 
 
 def legend(figure: Figure, panels: Iterable[Axes], **look: Any) -> None:
-    """Every label once outside the panels, whichever of them has its line; nothing where there are none."""
+    """Every label once outside the panels, whichever of them has its line; nothing where there are
+    none.
+    """
     found: dict[str, Any] = {}
     for axes in panels:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):

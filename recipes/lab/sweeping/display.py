@@ -24,7 +24,9 @@ class SweepDisplay(MovingLine):
         self._console, self._total, self._done = console, total, done
         self._first, self._started = done, time.monotonic()
         left = TextColumn("{task.fields[left]}")
-        self._progress = moving_line(console, TextColumn("runs"), BarColumn(bar_width=12), MofNCompleteColumn(), left)
+        self._progress = moving_line(
+            console, TextColumn("runs"), BarColumn(bar_width=12), MofNCompleteColumn(), left
+        )
         self._task = self._progress.add_task("", total=total, completed=done, left=self.left)
 
     @property
@@ -55,5 +57,7 @@ def _accuracies(run: PlannedRun) -> str:
     report = {name: share for name, share in record.accuracies.items() if "/" not in name}
     lowest = min(report, key=lambda name: report[name])
     shown = {name: report[name] for name in dict.fromkeys(("clean", lowest)) if name in report}
-    shown |= {f"{suite} worst": record.accuracies[f"{suite}/everything"] for suite in record.evaluations}
+    shown |= {
+        f"{suite} worst": record.accuracies[f"{suite}/everything"] for suite in record.evaluations
+    }
     return ", ".join(f"{name} {share:.1%}" for name, share in shown.items())

@@ -9,10 +9,12 @@ Options = Mapping[str, Any]
 
 
 def axes_of(grid: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-    """The single options that a grid varies, with their values in order; ``"norm,rho"`` varies two together.
+    """The single options that a grid varies, with their values in order; ``"norm,rho"`` varies two
+    together.
 
     Raises:
-        ValueError: If an option has no list of values, occurs twice, or a joint value has another length.
+        ValueError: If an option has no list of values, occurs twice, or a joint value has another
+            length.
 
     Examples:
         >>> axes_of({"mode": ["at"], "norm,rho": [["l2", 1], ["l1", 3]]})
@@ -21,20 +23,32 @@ def axes_of(grid: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
     axes: dict[str, list[Any]] = {}
     for key, values in grid.items():
         if not isinstance(values, list | tuple) or not values:
-            raise ValueError(f"a grid needs a list of values for every option, got {key}: {values!r}; write [{values}]")
-        for name, column in zip(_names(key), zip(*(_joint(key, value) for value in values), strict=True), strict=True):
+            raise ValueError(
+                f"a grid needs a list of values for every option, got {key}: {values!r}; write "
+                f"[{values}]"
+            )
+        for name, column in zip(
+            _names(key), zip(*(_joint(key, value) for value in values), strict=True), strict=True
+        ):
             if name in axes:
-                raise ValueError(f"an option may occur once in a grid, {name} occurs twice; join its values in one")
-            axes[name] = [value for number, value in enumerate(column) if value not in column[:number]]
+                raise ValueError(
+                    f"an option may occur once in a grid, {name} occurs twice; join its values "
+                    "in one"
+                )
+            axes[name] = [
+                value for number, value in enumerate(column) if value not in column[:number]
+            ]
     return axes
 
 
 def expand(
     grid: Mapping[str, Sequence[Any]], *, fixed: Options | None = None, skip: Sequence[Options] = ()
 ) -> list[dict[str, Any]]:
-    """All combinations of a grid, the last option varying fastest, but those that have all values of an entry of skip.
+    """All combinations of a grid, the last option varying fastest, but those that have all values
+    of an entry of skip.
 
-    Each of these is a value or a list of them, and may be of an option beside the grid, one of ``fixed``.
+    Each of these is a value or a list of them, and may be of an option beside the grid, one of
+    ``fixed``.
 
     Raises:
         ValueError: As :func:`axes_of`; also if an entry of ``skip`` is empty.
@@ -45,11 +59,18 @@ def expand(
     """
     axes_of(grid)
     if not all(skip):
-        raise ValueError("an entry of skip needs at least one option, got an empty one, which would skip everything")
+        raise ValueError(
+            "an entry of skip needs at least one option, got an empty one, which would skip "
+            "everything"
+        )
     combinations = []
     for values in itertools.product(*grid.values()):
         pairs = zip(grid, values, strict=True)
-        found = {name: part for key, value in pairs for name, part in zip(_names(key), _joint(key, value), strict=True)}
+        found = {
+            name: part
+            for key, value in pairs
+            for name, part in zip(_names(key), _joint(key, value), strict=True)
+        }
         if not any(_matches({**(fixed or {}), **found}, entry) for entry in skip):
             combinations.append(found)
     return combinations
@@ -88,7 +109,9 @@ def value_text(value: Any) -> str:
 
 
 def _comparable(value: Any) -> str:
-    return json.dumps(float(value) if isinstance(value, int) and not isinstance(value, bool) else value)
+    return json.dumps(
+        float(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    )
 
 
 def _names(key: str) -> list[str]:
@@ -107,5 +130,6 @@ def _joint(key: str, value: Any) -> Sequence[Any]:
 def _matches(options: Options, entry: Options) -> bool:
     wanted = {name: value if isinstance(value, list) else [value] for name, value in entry.items()}
     return all(
-        name in options and any(same_value(options[name], value) for value in values) for name, values in wanted.items()
+        name in options and any(same_value(options[name], value) for value in values)
+        for name, values in wanted.items()
     )

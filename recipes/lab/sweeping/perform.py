@@ -27,15 +27,23 @@ _REPORT = "report.json"
 
 
 def main(plan: str) -> None:
-    """Perform a run that nobody else performs; any error ends as the last line of what is printed."""
+    """Perform a run that nobody else performs; any error ends as the last line of what is
+    printed.
+    """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    signal.signal(signal.SIGUSR2, lambda *_: signal.raise_signal(signal.SIGTERM))  # of Slurm, before the time is up
+    signal.signal(
+        signal.SIGUSR2, lambda *_: signal.raise_signal(signal.SIGTERM)
+    )  # of Slurm, before the time is up
     run = PlannedRun.from_json(plan)
     try:
         with _alone(run.folder):
             perform(run)
     except SystemExit as stop:
-        sys.exit(f"the recipe gave up: {stop.code}" if isinstance(stop.code, str) else f"exit code {stop.code}")
+        sys.exit(
+            f"the recipe gave up: {stop.code}"
+            if isinstance(stop.code, str)
+            else f"exit code {stop.code}"
+        )
     except KeyboardInterrupt:
         sys.exit("stopped")
     except Exception as error:
@@ -44,7 +52,9 @@ def main(plan: str) -> None:
 
 
 def _alone(folder: Path) -> AbstractContextManager[Any]:
-    """The run's lock, which a kill lets go of; waits for a process that an earlier sweep left when it was killed."""
+    """The run's lock, which a kill lets go of; waits for a process that an earlier sweep left when
+    it was killed.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
@@ -74,7 +84,11 @@ def _train(run: PlannedRun) -> RunRecord:
     seconds = _call(run.recipe, folder, run.folder / OPTIONS_FILE, "*/last.pt")
     report = Report.load(folder / _REPORT)
     network = report.networks[0]
-    figures = {s.attack: {"correct": s.correct, "total": s.total} for s in report.scores if s.network == network}
+    figures = {
+        s.attack: {"correct": s.correct, "total": s.total}
+        for s in report.scores
+        if s.network == network
+    }
     times = {"training": seconds}
     record = RunRecord(run.name, run.options, figures, {}, times, report.environment, report.notes)
     record.save(run.folder / RECORD_FILE)
@@ -96,7 +110,9 @@ def _evaluate(run: PlannedRun, record: RunRecord, suite: str) -> RunRecord:
     result = {
         "options": options,
         "eps": report.eps,
-        "figures": {one.name: {"correct": one.correct, "total": one.total} for one in report.accuracies},
+        "figures": {
+            one.name: {"correct": one.correct, "total": one.total} for one in report.accuracies
+        },
         "alarm": report.footnote,
     }
     evaluations, times = record.evaluations | {suite: result}, record.seconds | {suite: seconds}
@@ -118,7 +134,9 @@ def _call(recipe: Path, folder: Path, options: Path, mark: str) -> float:
     try:
         load_recipe(recipe).main(arguments)
     finally:
-        if "accelerate.state" in sys.modules:  # its state would outlive the run, precision and device with it
+        if (
+            "accelerate.state" in sys.modules
+        ):  # its state would outlive the run, precision and device with it
             sys.modules["accelerate.state"].AcceleratorState._reset_state(True)
     return time.monotonic() - start
 

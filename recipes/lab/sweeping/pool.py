@@ -1,4 +1,6 @@
-"""Runs of a sweep as jobs of submitit, on this machine or on a Slurm cluster; one that dies takes only itself along."""
+"""Runs of a sweep as jobs of submitit, on this machine or on a Slurm cluster; one that dies takes
+only itself along.
+"""
 
 import os
 import signal
@@ -35,21 +37,31 @@ class EndedRun:
     error: str | None = None
 
 
-def executor_for(folder: Path, cluster: Cluster = "local", options: Mapping[str, Any] | None = None) -> Any:
-    """The executor of submitit for a sweep; its own files are in ``jobs/``, which a cluster has to see too.
+def executor_for(
+    folder: Path, cluster: Cluster = "local", options: Mapping[str, Any] | None = None
+) -> Any:
+    """The executor of submitit for a sweep; its own files are in ``jobs/``, which a cluster has to
+    see too.
 
-    The options are parameters of submitit, such as ``{"slurm_partition": "gpu", "timeout_min": 600}``.
+    The options are parameters of submitit, such as ``{"slurm_partition": "gpu", "timeout_min":
+    600}``.
 
     Raises:
         ValueError: If the cluster is not there or an option is unknown.
     """
-    parameters = {"name": "sweep", "timeout_min": _LONG[cluster], "stderr_to_stdout": True, **(options or {})}
+    parameters = {
+        "name": "sweep",
+        "timeout_min": _LONG[cluster],
+        "stderr_to_stdout": True,
+        **(options or {}),
+    }
     try:
         executor = submitit.AutoExecutor(folder / "jobs", cluster=cluster)
         executor.update_parameters(**parameters)
     except (AssertionError, NameError, RuntimeError, ValueError) as error:
         raise ValueError(
-            f"submitit cannot use cluster {cluster} with options {dict(options or {})}: {' '.join(str(error).split())}"
+            f"submitit cannot use cluster {cluster} with options {dict(options or {})}: "
+            f"{' '.join(str(error).split())}"
         ) from error
     return executor
 
@@ -57,13 +69,15 @@ def executor_for(folder: Path, cluster: Cluster = "local", options: Mapping[str,
 def perform_all(
     runs: Sequence[PlannedRun], executor: Any, *, jobs: int = 1, threads: int = 1, devices: int = 0
 ) -> Iterator[EndedRun]:
-    """Perform runs, each in a process of its own, at most ``jobs`` at a time, and yield each as it ends.
+    """Perform runs, each in a process of its own, at most ``jobs`` at a time, and yield each as it
+    ends.
 
-    When the iteration is left, by Ctrl-C for instance, runs are asked to stop, and what they leave can be resumed. Runs
-    whose sweep is killed go on, as on a cluster; a run that is planned again meanwhile waits for them.
+    When the iteration is left, by Ctrl-C for instance, runs are asked to stop, and what they leave
+    can be resumed. Runs whose sweep is killed go on, as on a cluster; a run that is planned again
+    meanwhile waits for them.
 
-    Each has so many ``threads`` of torch, and takes turns with the GPUs of this machine (``devices``); below two, it
-    sees what this process sees.
+    Each has so many ``threads`` of torch, and takes turns with the GPUs of this machine
+    (``devices``); below two, it sees what this process sees.
     """
     waiting, local = deque(runs), executor.cluster == "local"
     running: dict[int, tuple[Any, PlannedRun, float]] = {}
@@ -72,11 +86,18 @@ def perform_all(
             for slot in range(jobs):
                 if waiting and slot not in running:
                     run = waiting.popleft()
-                    environ: dict[str, str | None] = {"OMP_NUM_THREADS": str(threads), **paths_for_children()}
+                    environ: dict[str, str | None] = {
+                        "OMP_NUM_THREADS": str(threads),
+                        **paths_for_children(),
+                    }
                     if local:
                         environ["CUDA_VISIBLE_DEVICES"] = _visible(slot, devices)
                     with _interrupts_held():
-                        running[slot] = executor.submit(_attempt(run, environ, local)), run, time.monotonic()
+                        running[slot] = (
+                            executor.submit(_attempt(run, environ, local)),
+                            run,
+                            time.monotonic(),
+                        )
             for slot, (job, run, started) in list(running.items()):
                 if job.done():
                     del running[slot]
@@ -86,8 +107,11 @@ def perform_all(
         _stop([job for job, _, _ in running.values()], local)
 
 
-def _attempt(run: PlannedRun, environ: Mapping[str, str | None], local: bool) -> Callable[[], str | None]:
-    """What a job does: the run in a process of its own, whose end it tells. Pickled whole, so that no path matters.
+def _attempt(
+    run: PlannedRun, environ: Mapping[str, str | None], local: bool
+) -> Callable[[], str | None]:
+    """What a job does: the run in a process of its own, whose end it tells. Pickled whole, so that
+    no path matters.
 
     Signals of a cluster reach the run itself; on this machine they are passed on.
     """
@@ -95,12 +119,19 @@ def _attempt(run: PlannedRun, environ: Mapping[str, str | None], local: bool) ->
     log, patience = run.folder.absolute() / LOG_FILE, _PATIENCE
 
     def attempt() -> str | None:
-        variables = {name: value for name, value in {**os.environ, **environ}.items() if value is not None}
+        variables = {
+            name: value for name, value in {**os.environ, **environ}.items() if value is not None
+        }
         try:
             log.parent.mkdir(parents=True, exist_ok=True)
             with log.open("ab") as file:
                 process = subprocess.Popen(
-                    command, env=variables, stdin=subprocess.DEVNULL, stdout=file, stderr=file, process_group=0
+                    command,
+                    env=variables,
+                    stdin=subprocess.DEVNULL,
+                    stdout=file,
+                    stderr=file,
+                    process_group=0,
                 )
         except OSError as problem:
             return f"{log.parent} cannot be written ({problem})"
@@ -117,10 +148,15 @@ def _attempt(run: PlannedRun, environ: Mapping[str, str | None], local: bool) ->
             code = process.wait()
         finally:
             if local:
-                process.terminate()  # nothing is left to end, unless submitit's time limit ended the wait
+                # nothing is left to end, unless submitit's time limit ended the wait
+                process.terminate()
         if code < 0:
             return f"its process died (signal {signal.Signals(-code).name})"
-        return log.read_text(encoding="utf-8", errors="replace").rstrip().rpartition("\n")[2] if code else None
+        return (
+            log.read_text(encoding="utf-8", errors="replace").rstrip().rpartition("\n")[2]
+            if code
+            else None
+        )
 
     return attempt
 
@@ -154,7 +190,9 @@ def _visible(slot: int, devices: int) -> str | None:
 
 @contextmanager
 def _interrupts_held() -> Iterator[None]:
-    """Ctrl-C waits, in processes started meanwhile for ever: it reaches this one alone, which passes it on once."""
+    """Ctrl-C waits, in processes started meanwhile for ever: it reaches this one alone, which
+    passes it on once.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield

@@ -1,4 +1,6 @@
-"""Accuracies of the paper and of a rerun of it, shown beside what a sweep finds; nothing is computed from them."""
+"""Accuracies of the paper and of a rerun of it, shown beside what a sweep finds; nothing is
+computed from them.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +15,9 @@ _RERUN = "rerun in an ICLR 2026 submission"
 
 @dataclass(frozen=True)
 class PublishedAccuracy:
-    """One published accuracy in per cent, the options that tell its setting, and the column that it belongs beside."""
+    """One published accuracy in per cent, the options that tell its setting, and the column that it
+    belongs beside.
+    """
 
     options: dict[str, Any]
     column: str
@@ -43,7 +47,15 @@ PUBLISHED = (
     _of("paper/pgd7/last", 49.02, model="vgg11", neuron="dlif", mode="rat", **_MPPD),
     _of("paper/pgd7/last", 56.71, model="wrn16_4", neuron="dlif", mode="rat", **_MPPD),
     *(
-        _of("paper/pgd7/last", percent, model="vgg5", neuron="dlif", mode="at", rho=1.0, indicator=indicator)
+        _of(
+            "paper/pgd7/last",
+            percent,
+            model="vgg5",
+            neuron="dlif",
+            mode="at",
+            rho=1.0,
+            indicator=indicator,
+        )
         for indicator, percent in (("mppd", 28.33), ("tasad", 27.80), ("std", 26.82))
     ),
     *(
@@ -62,22 +74,40 @@ PUBLISHED = (
         )
     ),
 )
-"""Accuracies on CIFAR-10 at 8/255 that could be read; PGD's are of the last iterate, as the paper's code has it.
+"""Accuracies on CIFAR-10 at 8/255 that could be read; PGD's are of the last iterate, as the paper's
+code has it.
 
 The rerun does not say which neuron it trained, so its accuracies stand beside each.
 """
 
 
 def published_accuracy(options: Mapping[str, Any], column: str) -> PublishedAccuracy | None:
-    """The published accuracy for a run's setting, whatever its length of training; None if none is known.
+    """The published accuracy for a run's setting, whatever its length of training; None if none is
+    known.
 
     The options are those of the run that have an effect.
 
     Examples:
-        >>> setting = {"dataset": "cifar10", "model": "vgg11", "neuron": "dlif", "mode": "at", "rho": 0.0}
+        >>> setting = {
+        ...     "dataset": "cifar10",
+        ...     "model": "vgg11",
+        ...     "neuron": "dlif",
+        ...     "mode": "at",
+        ...     "rho": 0.0,
+        ... }
         >>> published_accuracy(setting, "paper/apgd_ce").percent
         23.05
     """
     mode = MODES.get(options.get("mode", ""))
-    options = {name: getattr(mode, name, None) if value is None else value for name, value in options.items()}
-    return next((known for known in PUBLISHED if known.column == column and is_within(known.options, options)), None)
+    options = {
+        name: getattr(mode, name, None) if value is None else value
+        for name, value in options.items()
+    }
+    return next(
+        (
+            known
+            for known in PUBLISHED
+            if known.column == column and is_within(known.options, options)
+        ),
+        None,
+    )

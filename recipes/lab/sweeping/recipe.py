@@ -1,4 +1,6 @@
-"""A recipe, which is a script and no module of the package, as something to check options against and to run."""
+"""A recipe, which is a script and no module of the package, as something to check options against
+and to run.
+"""
 
 import difflib
 import importlib.util
@@ -20,8 +22,8 @@ from sj_robust._saved import plain
 class Recipe:
     """What a sweep knows of a recipe.
 
-    ``completed`` is its function of that name, if it has one: options with values where they were null because others
-    decide them.
+    ``completed`` is its function of that name, if it has one: options with values where they were
+    null because others decide them.
     """
 
     path: Path
@@ -39,7 +41,11 @@ class Recipe:
         for name in names:
             if name not in self.names:
                 near = difflib.get_close_matches(name, self.names, n=3, cutoff=0.5)
-                remedy = f"did you mean {' or '.join(near)}?" if near else f"it has {', '.join(self.names)}"
+                remedy = (
+                    f"did you mean {' or '.join(near)}?"
+                    if near
+                    else f"it has {', '.join(self.names)}"
+                )
                 raise ValueError(f"{self.path.name} has no option {name!r}; {remedy}")
 
     def resolve(self, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -52,19 +58,26 @@ class Recipe:
         return {name: plain(value) for name, value in found.items()}
 
     def complete(self, options: Mapping[str, Any]) -> dict[str, Any]:
-        """All options as the recipe understands them: null is the value that others decide, 8/255 a number."""
+        """All options as the recipe understands them: null is the value that others decide, 8/255 a
+        number.
+        """
         understood = self._understood(options)
         return {name: plain(getattr(understood, name)) for name in self.names}
 
     def idle(self, options: Mapping[str, Any]) -> frozenset[str]:
-        """Names of the options that change nothing, given all options; see :func:`lab.command_line.idle`."""
+        """Names of the options that change nothing, given all options; see
+        :func:`lab.command_line.idle`.
+        """
         return idle(self._understood(options))
 
     def identity(self, options: Mapping[str, Any]) -> str:
-        """Text that is equal for two runs that are one: their options, idle ones at their defaults, as JSON."""
+        """Text that is equal for two runs that are one: their options, idle ones at their defaults,
+        as JSON.
+        """
         without = self.idle(options)
         found = {
-            name: self.defaults[name] if name in without else value for name, value in self.complete(options).items()
+            name: self.defaults[name] if name in without else value
+            for name, value in self.complete(options).items()
         }
         return json.dumps(self.decisive(found), sort_keys=True)
 

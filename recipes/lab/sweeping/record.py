@@ -16,14 +16,17 @@ class RunRecord(SavedResult, what="a run of a sweep", format="sj_robust.sweep_ru
         name: Name of the run's folder.
         options: All options of the training.
         training: Counts of the recipe's own report by attack: ``{"correct": ..., "total": ...}``.
-        evaluations: Per suite its ``options``, ``eps`` and ``figures``, counts like those of ``training``; ``alarm`` is
-            the reason for which they mean nothing, empty if there is none.
+        evaluations: Per suite its ``options``, ``eps`` and ``figures``, counts like those of
+            ``training``; ``alarm`` is the reason for which they mean nothing, empty if there is
+            none.
         seconds: Time of the training and of each suite, of the last attempt where one was killed.
         environment: Versions, device, commit.
         notes: Warnings of the training.
 
     Examples:
-        >>> record = RunRecord("at-seed0", {"mode": "at", "seed": 0}, {"clean": {"correct": 9, "total": 10}})
+        >>> record = RunRecord(
+        ...     "at-seed0", {"mode": "at", "seed": 0}, {"clean": {"correct": 9, "total": 10}}
+        ... )
         >>> record.accuracies, record.seed
         ({'clean': 0.9}, 0)
     """
@@ -46,7 +49,9 @@ class RunRecord(SavedResult, what="a run of a sweep", format="sj_robust.sweep_ru
 
     @property
     def accuracies(self) -> dict[str, float]:
-        """Shares in [0, 1] by column: ``pgd20`` of the recipe's own report, ``paper/pgd20`` of the suite paper."""
+        """Shares in [0, 1] by column: ``pgd20`` of the recipe's own report, ``paper/pgd20`` of the
+        suite paper.
+        """
         counts = dict(self.training)
         for suite, result in self.evaluations.items():
             counts |= {f"{suite}/{name}": found for name, found in result["figures"].items()}

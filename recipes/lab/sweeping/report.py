@@ -24,9 +24,11 @@ def write_report(
     contrast: Sequence[str] = (),
     plot: str = "rho",
 ) -> tuple[Path, ...]:
-    """Write ``results.md``, ``results.csv``, a table for every contrast and the figure, and print the tables.
+    """Write ``results.md``, ``results.csv``, a table for every contrast and the figure, and print
+    the tables.
 
-    The grid, from ``axes_of``, decides the order of values; the rest is as the options of ``sweep.py`` have it.
+    The grid, from ``axes_of``, decides the order of values; the rest is as the options of
+    ``sweep.py`` have it.
 
     Raises:
         FileNotFoundError: If there are no runs.
@@ -35,14 +37,18 @@ def write_report(
     from lab.sweeping.plot import plot_effect  # imports matplotlib
 
     if not records:
-        raise FileNotFoundError(f"{folder} holds no finished run, so there is nothing to report; run the sweep first")
+        raise FileNotFoundError(
+            f"{folder} holds no finished run, so there is nothing to report; run the sweep first"
+        )
     axes = axes_in(records, grid)
     cells = cells_of(records, axes)
     chosen, everything = columns_of(records, columns), columns_of(records, ["*"])
     few = columns_of(records, columns, few=True)
     if not chosen:
         known = ", ".join(everything)
-        raise ValueError(f"columns {list(columns or ())} fit none of the figures there are: {known}")
+        raise ValueError(
+            f"columns {list(columns or ())} fit none of the figures there are: {known}"
+        )
     tables = results_tables(cells, axes, chosen)
     csvs = {"results.csv": results_csv(cells, axes, everything)}
     for option in contrast:
@@ -51,7 +57,11 @@ def write_report(
         csvs[f"contrast-{option.replace(',', '-')}.csv"] = contrast_csv(rows, axes, option)
     alarms = _alarms(records)
     parts = [table.markdown() for table in tables]
-    parts += ["**Not to be relied on**\n\n" + "\n".join(f"- {text}" for text in alarms)] if alarms else []
+    parts += (
+        ["**Not to be relied on**\n\n" + "\n".join(f"- {text}" for text in alarms)]
+        if alarms
+        else []
+    )
     texts = {"results.md": "\n\n".join(parts) + "\n", **csvs}
     for name, text in texts.items():
         write_whole(folder / name, text)
@@ -59,7 +69,10 @@ def write_report(
         console.print(_shown(table), soft_wrap=False)
     for text in alarms:
         console.print(Text(text, style="bold red"))
-    return (*(folder / name for name in texts), *plot_effect(cells, axes, plot, few, folder / f"effect-{plot}"))
+    return (
+        *(folder / name for name in texts),
+        *plot_effect(cells, axes, plot, few, folder / f"effect-{plot}"),
+    )
 
 
 def _alarms(records: Sequence[RunRecord]) -> list[str]:
@@ -75,7 +88,9 @@ def _alarms(records: Sequence[RunRecord]) -> list[str]:
 def _shown(table: TextTable) -> Table:
     result = Table(title=table.title, caption=table.note, caption_justify="left")
     for number, head in enumerate(table.heads):
-        result.add_column(head, justify="left" if number < table.words else "right", overflow="fold")
+        result.add_column(
+            head, justify="left" if number < table.words else "right", overflow="fold"
+        )
     for row in table.rows:
         result.add_row(*map(Text, row))
     return result

@@ -1,4 +1,6 @@
-"""Tables of a sweep, all from the same cells: words for Markdown and the terminal, shares for other programs as CSV."""
+"""Tables of a sweep, all from the same cells: words for Markdown and the terminal, shares for other
+programs as CSV.
+"""
 
 import csv
 import io
@@ -44,13 +46,20 @@ class TextTable:
 
 
 def results_tables(cells: Sequence[Cell], axes: Axes, columns: Sequence[str]) -> list[TextTable]:
-    """``mean ± standard deviation`` in per cent over the grid: a table for the recipe's own report, one per suite.
+    """``mean ± standard deviation`` in per cent over the grid: a table for the recipe's own report,
+    one per suite.
 
     A published accuracy stands behind it where there is one.
     """
     tables = []
-    for suite in dict.fromkeys(column.partition("/")[0] if "/" in column else "" for column in columns):
-        here = [column for column in columns if (column.startswith(f"{suite}/") if suite else "/" not in column)]
+    for suite in dict.fromkeys(
+        column.partition("/")[0] if "/" in column else "" for column in columns
+    ):
+        here = [
+            column
+            for column in columns
+            if (column.startswith(f"{suite}/") if suite else "/" not in column)
+        ]
         rows, sources = [], set()
         for cell in cells:
             texts = []
@@ -62,7 +71,9 @@ def results_tables(cells: Sequence[Cell], axes: Axes, columns: Sequence[str]) ->
             if any(cell.statistic(column) for column in here):
                 rows.append((*_texts(cell.values, axes), str(len(cell.records)), *texts))
         note = "mean ± standard deviation over the seeds, accuracy left in per cent"
-        note += f"; in brackets the published figure ({', '.join(sorted(sources))})" if sources else ""
+        note += (
+            f"; in brackets the published figure ({', '.join(sorted(sources))})" if sources else ""
+        )
         title = f"suite {suite}" if suite else "report of the training recipe"
         heads = (*axes, "seeds", *(column.removeprefix(f"{suite}/") for column in here))
         tables.append(TextTable(title, heads, tuple(rows), len(axes), note))
@@ -71,7 +82,9 @@ def results_tables(cells: Sequence[Cell], axes: Axes, columns: Sequence[str]) ->
 
 def results_csv(cells: Sequence[Cell], axes: Axes, columns: Sequence[str]) -> str:
     """A line per cell and column."""
-    lines: list[list[Any]] = [[*axes, "figure", "mean", "standard_deviation", "seeds", "published", "source"]]
+    lines: list[list[Any]] = [
+        [*axes, "figure", "mean", "standard_deviation", "seeds", "published", "source"]
+    ]
     for cell in cells:
         for column in columns:
             if found := cell.statistic(column):
@@ -83,25 +96,30 @@ def results_csv(cells: Sequence[Cell], axes: Axes, columns: Sequence[str]) -> st
 
 
 def contrast_table(rows: Sequence[Contrast], axes: Axes, option: str) -> TextTable:
-    """What one option changes in percentage points, a row per contrast; a star marks an interval that leaves out 0."""
+    """What one option changes in percentage points, a row per contrast; a star marks an interval
+    that leaves out 0.
+    """
     others = _others(axes, option)
     texts = []
     for row in rows:
         found = row.difference
         low_high = found.interval and " to ".join(f"{100 * end:+.2f}" for end in found.interval)
-        texts.append((
-            *_texts(row.values, others),
-            f"{_level(row.first)} → {_level(row.second)}",
-            row.column,
-            f"{100 * found.mean:+.2f}{' *' if row.clear else ''}",
-            _NOTHING if found.error is None else f"{100 * found.error:.2f}",
-            low_high or _NOTHING,
-            str(found.count),
-        ))  # fmt: skip
+        texts.append(
+            (
+                *_texts(row.values, others),
+                f"{_level(row.first)} → {_level(row.second)}",
+                row.column,
+                f"{100 * found.mean:+.2f}{' *' if row.clear else ''}",
+                _NOTHING if found.error is None else f"{100 * found.error:.2f}",
+                low_high or _NOTHING,
+                str(found.count),
+            )
+        )
     heads = (*others, option, "figure", "difference", "standard error", "95 % interval", "pairs")
     note = (
-        "difference of the accuracy left in percentage points between runs of the same seed; * the interval (Student's "
-        "t) leaves out 0. Many rows are compared: one in twenty does so by chance"
+        "difference of the accuracy left in percentage points between runs of the same seed; * "
+        "the interval (Student's t) leaves out 0. Many rows are compared: one in twenty does so "
+        "by chance"
     )
     return TextTable(f"what {option} changes", heads, tuple(texts), len(others) + 2, note)
 
@@ -132,7 +150,9 @@ def _others(axes: Axes, option: str) -> list[str]:
 def _with_spread(found: Statistic | None) -> str:
     if found is None:
         return _NOTHING
-    return f"{100 * found.mean:.1f}" + ("" if found.spread is None else f" ± {100 * found.spread:.1f}")
+    return f"{100 * found.mean:.1f}" + (
+        "" if found.spread is None else f" ± {100 * found.spread:.1f}"
+    )
 
 
 def _texts(values: Mapping[str, Any], names: Sequence[str] | Axes) -> list[str]:

@@ -1,7 +1,9 @@
-"""Batch norm and 2x2 average pooling around a neuron whose forward is replaced, as a gradient estimator does.
+"""Batch norm and 2x2 average pooling around a neuron whose forward is replaced, as a gradient
+estimator does.
 
-On a CPU torch's own take several times as long for the gradient: batch norm in evaluation mode also sums those of
-weight and bias, whether they are needed or not, and average pooling goes through memory value by value.
+On a CPU torch's own take several times as long for the gradient: batch norm in evaluation mode also
+sums those of weight and bias, whether they are needed or not, and average pooling goes through
+memory value by value.
 """
 
 from collections.abc import Iterator
@@ -19,7 +21,9 @@ __all__ = ["can_pool", "normalise", "pool"]
 
 
 def normalise(x_seq: Tensor, norm: BatchNorm) -> Tensor:
-    """``reference.normalise`` within rounding; with running statistics one factor and one offset per channel."""
+    """``reference.normalise`` within rounding; with running statistics one factor and one offset
+    per channel.
+    """
     mean, variance = norm.running_mean, norm.running_var
     if norm.use_batch_statistics or mean is None or variance is None or not _is_for(x_seq):
         return reference.normalise(x_seq, norm)
@@ -67,10 +71,14 @@ class _Pool(torch.autograd.Function):
 
 
 def _is_for(seq: Tensor) -> bool:
-    return is_plain(seq) and seq.device.type == "cpu" and seq.dtype in (torch.float32, torch.float64)
+    return (
+        is_plain(seq) and seq.device.type == "cpu" and seq.dtype in (torch.float32, torch.float64)
+    )
 
 
 def _quarters(seq: Tensor) -> Iterator[Tensor]:
-    """Upper left, upper right, lower left and lower right of every 2x2; a last odd row or column is left out."""
+    """Upper left, upper right, lower left and lower right of every 2x2; a last odd row or column is
+    left out.
+    """
     height, width = (size - size % 2 for size in seq.shape[-2:])
     return (seq[..., row:height:2, column:width:2] for row in (0, 1) for column in (0, 1))

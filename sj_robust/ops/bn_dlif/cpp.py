@@ -1,4 +1,6 @@
-"""Batch norm, DLIF and 2x2 average pooling through the compiled kernels of this package; see ``stage.py``."""
+"""Batch norm, DLIF and 2x2 average pooling through the compiled kernels of this package; see
+``stage.py``.
+"""
 
 import torch
 from torch import Tensor
@@ -10,7 +12,9 @@ from sj_robust.ops.dlif.cpp import unsupported_reason
 __all__ = ["backward", "finish", "forward", "moments", "unsupported_reason"]
 
 
-def moments(x_seq: Tensor, config: DLIFConfig, planes: Planes, norm: tuple[Tensor | None, ...], eps: float) -> Tensor:
+def moments(
+    x_seq: Tensor, config: DLIFConfig, planes: Planes, norm: tuple[Tensor | None, ...], eps: float
+) -> Tensor:
     """See :class:`sj_robust.ops.bn_dlif.stage.Kernels`."""
     weight, bias, running_mean, running_var = norm
     if running_mean is None or running_var is None:
@@ -23,7 +27,9 @@ def moments(x_seq: Tensor, config: DLIFConfig, planes: Planes, norm: tuple[Tenso
     return torch.stack((mean, variance, scale, offset))
 
 
-def forward(x_seq: Tensor, config: DLIFConfig, planes: Planes, moments: Tensor | None, tensors: Tensors) -> None:
+def forward(
+    x_seq: Tensor, config: DLIFConfig, planes: Planes, moments: Tensor | None, tensors: Tensors
+) -> None:
     """See :class:`sj_robust.ops.bn_dlif.stage.Kernels`."""
     if moments is None:
         cpp.run("dlif_forward", x_seq, config, tensors, planes)
@@ -45,12 +51,24 @@ def backward(
         cpp.run("dlif_backward", x_seq, config, tensors, planes)
         return
     mean, _, scale, offset = moments.to(state_dtype(x_seq)).unbind(0)
-    slope, constant = (moments.new_zeros(2, planes.channels) if slopes is None else slopes).to(mean.dtype).unbind(0)
-    per_channel = {"scale": scale, "offset": offset, "mean": mean, "slope": slope, "constant": constant}
+    slope, constant = (
+        (moments.new_zeros(2, planes.channels) if slopes is None else slopes)
+        .to(mean.dtype)
+        .unbind(0)
+    )
+    per_channel = {
+        "scale": scale,
+        "offset": offset,
+        "mean": mean,
+        "slope": slope,
+        "constant": constant,
+    }
     cpp.run("bn_dlif_backward", x_seq, config, {**tensors, **per_channel}, planes)
 
 
-def finish(sums: Tensor, moments: Tensor, eps: float, count: int | None) -> tuple[Tensor, Tensor | None]:
+def finish(
+    sums: Tensor, moments: Tensor, eps: float, count: int | None
+) -> tuple[Tensor, Tensor | None]:
     """See :class:`sj_robust.ops.bn_dlif.stage.Kernels`."""
     inverse_std = (moments[1] + eps).rsqrt()
     grad_norm = torch.stack((sums[1] * inverse_std, sums[0]))

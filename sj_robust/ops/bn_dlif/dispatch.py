@@ -1,4 +1,6 @@
-"""Entry point of batch norm, DLIF and pooling: checks the arguments and chooses between one pass and several."""
+"""Entry point of batch norm, DLIF and pooling: checks the arguments and chooses between one pass
+and several.
+"""
 
 from torch import Tensor
 
@@ -6,7 +8,13 @@ from sj_robust.ops.bn_dlif import reference, stage
 from sj_robust.ops.bn_dlif.norm import BatchNorm
 from sj_robust.ops.dlif.autograd import in_onnx_export
 from sj_robust.ops.dlif.backends import failing_reason
-from sj_robust.ops.dlif.config import DLIFConfig, Inputs, check_arguments, check_devices, state_dtype
+from sj_robust.ops.dlif.config import (
+    DLIFConfig,
+    Inputs,
+    check_arguments,
+    check_devices,
+    state_dtype,
+)
 from sj_robust.ops.dlif.dispatch import check_backend, dlif_multi_step
 from sj_robust.ops.surrogate import Surrogate
 
@@ -31,30 +39,36 @@ def batch_norm_dlif_multi_step(
 ) -> tuple[Tensor, Tensor, Tensor | None, *tuple[Tensor, ...]]:
     """Run batch norm, one layer of DLIF neurons and 2x2 average pooling over a sequence.
 
-    Equation: ``y = weight * (x - mean) / sqrt(var + eps) + bias`` per channel, mean and variance over time, batch and
-    space; then DLIF on y, see :func:`sj_robust.ops.dlif_multi_step`; then ``torch.nn.functional.avg_pool2d(s, 2)``.
+    Equation: ``y = weight * (x - mean) / sqrt(var + eps) + bias`` per channel, mean and variance
+    over time, batch and space; then DLIF on y, see :func:`sj_robust.ops.dlif_multi_step`; then
+    ``torch.nn.functional.avg_pool2d(s, 2)``.
 
     Args:
         x_seq: Input, [T, N, C, *], floating point.
-        norm: The batch norm, or None for none; its running statistics are updated when it uses those of the batch.
+        norm: The batch norm, or None for none; its running statistics are updated when it uses
+            those of the batch.
         input_gain: Learnable gain per step, [T].
-        v_init: Potential before the first step, [N, C, *]; None is ``v_reset``, or 0 for soft reset.
-        average_pool: Whether the spikes [T, N, C, H, W] are averaged over 2x2 neurons, stride 2, without padding.
+        v_init: Potential before the first step, [N, C, *]; None is ``v_reset``, or 0 for soft
+            reset.
+        average_pool: Whether the spikes [T, N, C, H, W] are averaged over 2x2 neurons, stride 2,
+            without padding.
         decay: Fraction of the potential kept per step, in (0, 1].
         v_threshold: Firing threshold.
         v_reset: Potential after a spike; None subtracts the threshold instead.
         surrogate: Surrogate of the spike; None is the triangle of width 1.
         detach_reset: Whether the reset is left out of the gradient.
         store_v_seq: Whether the potential after every reset is returned too.
-        store_current: Whether the neurons' currents, which are those behind the batch norm, are returned as well.
-        backend: ``"cpp"`` is the compiled kernel and ``"triton"`` the one for CUDA; ``"auto"`` takes that of the
-            device where :func:`can_fuse` says so. Any other name of :data:`sj_robust.ops.BACKENDS` runs torch's batch
-            norm, DLIF with that backend and torch's pooling.
+        store_current: Whether the neurons' currents, which are those behind the batch norm, are
+            returned as well.
+        backend: ``"cpp"`` is the compiled kernel and ``"triton"`` the one for CUDA; ``"auto"``
+            takes that of the device where :func:`can_fuse` says so. Any other name of
+            :data:`sj_robust.ops.BACKENDS` runs torch's batch norm, DLIF with that backend and
+            torch's pooling.
 
     Returns:
-        Spikes [T, N, C, *] or their means [T, N, C, H // 2, W // 2], last potential [N, C, *] and potentials
-        [T, N, C, *] or None; and the currents [T, N, C, *] if they are asked for. In one pass what lies between is not
-        rounded to the dtype of ``x_seq``.
+        Spikes [T, N, C, *] or their means [T, N, C, H // 2, W // 2], last potential [N, C, *] and
+        potentials [T, N, C, *] or None; and the currents [T, N, C, *] if they are asked for. In one
+        pass what lies between is not rounded to the dtype of ``x_seq``.
 
     Raises:
         ValueError: If a shape does not fit or the named kernel cannot run this call in one pass.
@@ -66,19 +80,25 @@ def batch_norm_dlif_multi_step(
         >>> import torch
         >>> norm = BatchNorm(None, None, None, None, use_batch_statistics=True)
         >>> x = torch.tensor([-1.0, 3.0]).view(1, 2, 1)
-        >>> batch_norm_dlif_multi_step(x, norm, torch.ones(1), decay=0.5, v_threshold=0.5)[0].flatten()
+        >>> batch_norm_dlif_multi_step(x, norm, torch.ones(1), decay=0.5, v_threshold=0.5)[
+        ...     0
+        ... ].flatten()
         tensor([0., 1.])
     """
     surrogate = surrogate or Surrogate()
     _check_arguments(x_seq, norm, input_gain, v_init)
     if average_pool and x_seq.ndim != 5:
-        raise ValueError(f"average_pool needs x_seq [T, N, C, H, W], got shape {tuple(x_seq.shape)}")
+        raise ValueError(
+            f"average_pool needs x_seq [T, N, C, H, W], got shape {tuple(x_seq.shape)}"
+        )
     one_pass = backend if backend in stage.KERNELS else None
     if one_pass is not None:
         check_backend(backend)
         reason = stage.unsupported_reason(one_pass, x_seq, norm, surrogate, average_pool)
         if reason is not None:
-            raise ValueError(f"backend={backend!r} cannot run this call: {reason}; use backend='auto'")
+            raise ValueError(
+                f"backend={backend!r} cannot run this call: {reason}; use backend='auto'"
+            )
     elif can_fuse(x_seq, norm, surrogate, average_pool, backend):
         one_pass = _ON[x_seq.device.type]
     if one_pass is not None:
@@ -112,7 +132,11 @@ _ON = {"cpu": "cpp", "cuda": "triton"}  # what ``"auto"`` runs in one pass
 
 
 def can_fuse(
-    x_seq: Tensor, norm: BatchNorm | None, surrogate: Surrogate, average_pool: bool = False, backend: str = "auto"
+    x_seq: Tensor,
+    norm: BatchNorm | None,
+    surrogate: Surrogate,
+    average_pool: bool = False,
+    backend: str = "auto",
 ) -> bool:
     """Whether a backend runs this call in one pass.
 
@@ -130,12 +154,19 @@ def can_fuse(
         False
     """
     name = _ON.get(x_seq.device.type) if backend == "auto" else backend
-    if in_onnx_export() or name is None or name not in stage.KERNELS or failing_reason(name) is not None:
+    if (
+        in_onnx_export()
+        or name is None
+        or name not in stage.KERNELS
+        or failing_reason(name) is not None
+    ):
         return False
     return stage.unsupported_reason(name, x_seq, norm, surrogate, average_pool) is None
 
 
-def _check_arguments(x_seq: Tensor, norm: BatchNorm | None, input_gain: Tensor, v_init: Tensor | None) -> None:
+def _check_arguments(
+    x_seq: Tensor, norm: BatchNorm | None, input_gain: Tensor, v_init: Tensor | None
+) -> None:
     if x_seq.ndim < 3 or x_seq.shape[0] == 0:
         raise ValueError(f"x_seq must be [T, N, C, *] with T >= 1, got shape {tuple(x_seq.shape)}")
     check_arguments(x_seq, input_gain, v_init)
@@ -148,6 +179,6 @@ def _check_arguments(x_seq: Tensor, norm: BatchNorm | None, input_gain: Tensor, 
     per_channel = x_seq.shape[0] * x_seq.shape[1] * x_seq.shape[3:].numel()
     if norm.use_batch_statistics and per_channel == 1:
         raise ValueError(
-            f"batch statistics need more than one value per channel, got shape {tuple(x_seq.shape)}; "
-            "use running statistics (eval mode) or a larger batch"
+            "batch statistics need more than one value per channel, got shape "
+            f"{tuple(x_seq.shape)}; use running statistics (eval mode) or a larger batch"
         )

@@ -38,8 +38,10 @@ class BatchNorm:
 
     def __post_init__(self) -> None:
         """Check that there are statistics to use."""
-        if not self.use_batch_statistics and (self.running_mean is None or self.running_var is None):
+        if not self.use_batch_statistics and (
+            self.running_mean is None or self.running_var is None
+        ):
             raise ValueError(
-                "running_mean and running_var must be given when use_batch_statistics is False, got None; "
-                "pass them, or use_batch_statistics=True"
+                "running_mean and running_var must be given when use_batch_statistics is False, "
+                "got None; pass them, or use_batch_statistics=True"
             )

@@ -1,4 +1,6 @@
-"""Batch norm and pooling as torch has them, DLIF between them as written in the paper: the definition of correct."""
+"""Batch norm and pooling as torch has them, DLIF between them as written in the paper: the
+definition of correct.
+"""
 
 from torch import Tensor
 from torch.nn import functional as F
@@ -10,19 +12,22 @@ from sj_robust.ops.dlif.config import Inputs
 __all__ = ["multi_step", "normalise", "pool"]
 
 
-def multi_step(inputs: Inputs, norm: BatchNorm | None, average_pool: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-    """Normalise over all time steps and samples, run the neurons, pool; differentiable by autograd alone.
+def multi_step(
+    inputs: Inputs, norm: BatchNorm | None, average_pool: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Normalise over all time steps and samples, run the neurons, pool; differentiable by autograd
+    alone.
 
     Args:
         inputs: What the neurons take, their currents being the input of batch norm, [T, N, C, *].
-        norm: The batch norm, or None for none; running statistics are updated as ``torch.nn.functional.batch_norm``
-            does.
-        average_pool: Whether the spikes [T, N, C, H, W] are averaged over 2x2 neurons; a last odd row or column is left
-            out.
+        norm: The batch norm, or None for none; running statistics are updated as
+            ``torch.nn.functional.batch_norm`` does.
+        average_pool: Whether the spikes [T, N, C, H, W] are averaged over 2x2 neurons; a last odd
+            row or column is left out.
 
     Returns:
-        Spikes [T, N, C, *] or their means [T, N, C, H // 2, W // 2], last potential [N, C, *], potential after every
-        reset [T, N, C, *].
+        Spikes [T, N, C, *] or their means [T, N, C, H // 2, W // 2], last potential [N, C, *],
+        potential after every reset [T, N, C, *].
 
     Source: Ioffe & Szegedy (2015) for batch norm; Ding et al. (ICML 2024) for DLIF.
     """

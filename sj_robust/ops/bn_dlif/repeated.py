@@ -1,4 +1,6 @@
-"""One step of currents that stands for all of them, as behind the first layer of an image that does not change."""
+"""One step of currents that stands for all of them, as behind the first layer of an image that does
+not change.
+"""
 
 from torch import Tensor
 
@@ -6,10 +8,12 @@ __all__ = ["repeat_step", "repeated_step"]
 
 
 def repeat_step(x: Tensor, T: int) -> Tensor:
-    """Repeat one step over time without a copy; batch norm and DLIF in one pass return its gradient alone.
+    """Repeat one step over time without a copy; batch norm and DLIF in one pass return its gradient
+    alone.
 
-    Equation: ``x_seq[t] = x`` and ``grad x = sum_t grad x_seq[t]``, which otherwise would be written out T times and
-    read again. The gradient of the sequence itself is then never computed, so a hook on that tensor is not called.
+    Equation: ``x_seq[t] = x`` and ``grad x = sum_t grad x_seq[t]``, which otherwise would be
+    written out T times and read again. The gradient of the sequence itself is then never computed,
+    so a hook on that tensor is not called.
 
     Args:
         x: Currents of one step, [1, N, *].
@@ -18,7 +22,8 @@ def repeat_step(x: Tensor, T: int) -> Tensor:
     Returns:
         The sequence, [T, N, *].
 
-    Source: direct encoding of Ding et al. (ICML 2024), section 5, whose first current is the same at every step.
+    Source: direct encoding of Ding et al. (ICML 2024), section 5, whose first current is the same
+        at every step.
 
     Examples:
         >>> import torch
@@ -26,7 +31,8 @@ def repeat_step(x: Tensor, T: int) -> Tensor:
         torch.Size([4, 2, 3])
     """
     x_seq = x.expand(T, *x.shape[1:])
-    x_seq.single_step = x  # type: ignore[attr-defined]  # a note that any operation on the tensor loses
+    # a note that any operation on the tensor loses
+    x_seq.single_step = x  # type: ignore[attr-defined]
     return x_seq
 
 

@@ -1,8 +1,9 @@
 """Batch norm, DLIF and 2x2 average pooling in one pass: what calls the kernels, whichever they are.
 
-Forward reads the input twice in training (statistics, then the pass itself) and once otherwise; neither the normalised
-tensor nor, with pooling, the spikes ever exist. Only the input and a few numbers per channel are saved for backward.
-As with DLIF alone there is a node for tensors with memory and ``torch.ops.sj_robust.bn_dlif`` for the others.
+Forward reads the input twice in training (statistics, then the pass itself) and once otherwise;
+neither the normalised tensor nor, with pooling, the spikes ever exist. Only the input and a few
+numbers per channel are saved for backward. As with DLIF alone there is a node for tensors with
+memory and ``torch.ops.sj_robust.bn_dlif`` for the others.
 """
 
 from collections.abc import Callable
@@ -24,23 +25,39 @@ __all__ = ["KERNELS", "Kernels", "multi_step", "unsupported_reason"]
 
 
 class Kernels(Protocol):
-    """What a backend provides, for sequences that lie as :class:`Planes` says; steps may all be the same one.
+    """What a backend provides, for sequences that lie as :class:`Planes` says; steps may all be the
+    same one.
 
-    Moments are mean, variance, scale and offset per channel, [4, C] in float64, or None without batch norm.
+    Moments are mean, variance, scale and offset per channel, [4, C] in float64, or None without
+    batch norm.
     """
 
     def unsupported_reason(self, x_seq: Tensor, surrogate: Surrogate) -> str | None:
         """Why this call cannot run here, or None."""
 
     def moments(
-        self, x_seq: Tensor, config: DLIFConfig, planes: Planes, norm: tuple[Tensor | None, ...], eps: float
+        self,
+        x_seq: Tensor,
+        config: DLIFConfig,
+        planes: Planes,
+        norm: tuple[Tensor | None, ...],
+        eps: float,
     ) -> Tensor:
-        """From weight, bias, running mean and variance, each [C] or None; without the last two from the batch."""
+        """From weight, bias, running mean and variance, each [C] or None; without the last two from
+        the batch.
+        """
 
     def forward(
-        self, x_seq: Tensor, config: DLIFConfig, planes: Planes, moments: Tensor | None, tensors: Tensors
+        self,
+        x_seq: Tensor,
+        config: DLIFConfig,
+        planes: Planes,
+        moments: Tensor | None,
+        tensors: Tensors,
     ) -> None:
-        """Read ``gain`` and ``v_init``, fill ``s`` and ``v`` and, where they are there, ``v_seq`` and ``current``."""
+        """Read ``gain`` and ``v_init``, fill ``s`` and ``v`` and, where they are there, ``v_seq``
+        and ``current``.
+        """
 
     def backward(
         self,
@@ -51,15 +68,20 @@ class Kernels(Protocol):
         slopes: Tensor | None,
         tensors: Tensors,
     ) -> None:
-        """Read gradients of the outputs ``gs``, ``gv``, ``gvs``, ``g_current``, fill those of the inputs.
+        """Read gradients of the outputs ``gs``, ``gv``, ``gvs``, ``g_current``, fill those of the
+        inputs.
 
-        With g the gradient of a current: ``gx``, ``g * scale`` plus, where slopes [2, C] are given, ``(x - mean) *
-        slopes[0] + slopes[1]``; ``g_total``, the sum of ``g * scale`` over time; ``channel_sums`` [2, C], those of g
-        and g (x - mean); ``gain_grad`` and ``gv_init``.
+        With g the gradient of a current: ``gx``, ``g * scale`` plus, where slopes [2, C] are given,
+        ``(x - mean) * slopes[0] + slopes[1]``; ``g_total``, the sum of ``g * scale`` over time;
+        ``channel_sums`` [2, C], those of g and g (x - mean); ``gain_grad`` and ``gv_init``.
         """
 
-    def finish(self, sums: Tensor, moments: Tensor, eps: float, count: int | None) -> tuple[Tensor, Tensor | None]:
-        """Gradients of weight and bias [2, C], and for statistics of a batch of ``count`` values the slopes [2, C]."""
+    def finish(
+        self, sums: Tensor, moments: Tensor, eps: float, count: int | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Gradients of weight and bias [2, C], and for statistics of a batch of ``count`` values
+        the slopes [2, C].
+        """
 
 
 KERNELS: dict[str, Kernels] = {"cpp": cpp, "triton": triton_launch}
@@ -67,7 +89,11 @@ KERNELS: dict[str, Kernels] = {"cpp": cpp, "triton": triton_launch}
 
 
 def unsupported_reason(
-    backend: str, x_seq: Tensor, norm: BatchNorm | None, surrogate: Surrogate, average_pool: bool = False
+    backend: str,
+    x_seq: Tensor,
+    norm: BatchNorm | None,
+    surrogate: Surrogate,
+    average_pool: bool = False,
 ) -> str | None:
     """Why this call cannot run in one pass of a backend, or None."""
     if x_seq.numel() == 0:
@@ -80,11 +106,19 @@ def unsupported_reason(
     if _memory_format(x_seq) is None:
         return "one pass needs time steps that are contiguous or channels last, without gaps"
     if average_pool and (x_seq.ndim != 5 or min(x_seq.shape[3:]) < 2):
-        return f"pooling needs x_seq [T, N, C, H, W] with planes of 2x2 or more, got {tuple(x_seq.shape)}"
-    for tensor in () if norm is None else (norm.weight, norm.bias, norm.running_mean, norm.running_var):
+        return (
+            "pooling needs x_seq [T, N, C, H, W] with planes of 2x2 or more, got "
+            f"{tuple(x_seq.shape)}"
+        )
+    for tensor in (
+        () if norm is None else (norm.weight, norm.bias, norm.running_mean, norm.running_var)
+    ):
         dtypes = (x_seq.dtype, state_dtype(x_seq))
         if tensor is not None and (tensor.dtype not in dtypes or tensor.device != x_seq.device):
-            return f"the batch norm is {tensor.dtype} on {tensor.device}, x_seq {x_seq.dtype} on {x_seq.device}"
+            return (
+                f"the batch norm is {tensor.dtype} on {tensor.device}, x_seq {x_seq.dtype} on "
+                f"{x_seq.device}"
+            )
     return None
 
 
@@ -96,7 +130,8 @@ def multi_step(
     store_v_seq: bool,
     store_current: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Spikes or their means, last potential and, if asked for, all potentials and the neurons' currents.
+    """Spikes or their means, last potential and, if asked for, all potentials and the neurons'
+    currents.
 
     The currents [T, N, C, *], those behind the batch norm, are in the dtype of the potentials.
     """
@@ -119,7 +154,8 @@ def multi_step(
     stage = _Stage(config, statistics, eps, average_pool, layout == torch.channels_last, backend)
     tensors = (x_seq, weight, bias, input_gain, v_init, running_mean, running_var)
     if is_plain(*tensors):
-        outputs = _StageFunction.apply(*tensors, stage, store_v_seq, store_current)  # type: ignore[no-untyped-call]  # torch's apply
+        # torch's apply
+        outputs = _StageFunction.apply(*tensors, stage, store_v_seq, store_current)  # type: ignore[no-untyped-call]
     else:
         outputs = _bn_dlif(*tensors, *stage.arguments, store_v_seq, store_current)
     spike_seq, v, v_seq, current, moments = outputs
@@ -130,7 +166,9 @@ def multi_step(
 
 @dataclass(frozen=True)
 class _Stage:
-    """Constants of a call: ``statistics`` are those of the ``batch``, ``running`` ones, or None without batch norm."""
+    """Constants of a call: ``statistics`` are those of the ``batch``, ``running`` ones, or None
+    without batch norm.
+    """
 
     config: DLIFConfig
     statistics: str | None
@@ -143,7 +181,14 @@ class _Stage:
     def arguments(self) -> tuple[Any, ...]:
         """As a registered operator takes them."""
         constants = self.config.arguments
-        return *constants, self.statistics, self.eps, self.average_pool, self.channels_last, self.backend
+        return (
+            *constants,
+            self.statistics,
+            self.eps,
+            self.average_pool,
+            self.channels_last,
+            self.backend,
+        )
 
     @classmethod
     def of(cls, *arguments: Any) -> "_Stage":
@@ -158,12 +203,18 @@ class _Stage:
     def layout(self) -> torch.memory_format:
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
-    def room(self, x_seq: Tensor, T: int | None, dtype: torch.dtype, *, pooled: bool = False) -> Tensor:
-        """T steps of the shape of those of ``x_seq``, or of the means of their 2x2 neurons; for None one without T."""
+    def room(
+        self, x_seq: Tensor, T: int | None, dtype: torch.dtype, *, pooled: bool = False
+    ) -> Tensor:
+        """T steps of the shape of those of ``x_seq``, or of the means of their 2x2 neurons; for
+        None one without T.
+        """
         N, C, *plane = x_seq.shape[1:]
         plane = [size // 2 for size in plane] if pooled else plane
         count = N if T is None else T * N
-        room = torch.empty(count, C, *plane, dtype=dtype, device=x_seq.device, memory_format=self.layout)
+        room = torch.empty(
+            count, C, *plane, dtype=dtype, device=x_seq.device, memory_format=self.layout
+        )
         return room if T is None else room.view(T, N, C, *plane)
 
 
@@ -196,10 +247,19 @@ def _forward(
     T = len(input_gain)
     x_seq, planes = _over_time(step, T), stage.planes(step)
     spike_seq, v, v_seq, current = _outputs(step, T, stage, store_v_seq, store_current)
-    tensors = {"gain": input_gain, "v_init": v_init, "s": spike_seq, "v": v, "v_seq": v_seq, "current": current}
+    tensors = {
+        "gain": input_gain,
+        "v_init": v_init,
+        "s": spike_seq,
+        "v": v,
+        "v_seq": v_seq,
+        "current": current,
+    }
     kernels, config, moments = KERNELS[stage.backend], stage.config, None
     if stage.statistics is not None:
-        moments = kernels.moments(x_seq, config, planes, (weight, bias, running_mean, running_var), stage.eps)
+        moments = kernels.moments(
+            x_seq, config, planes, (weight, bias, running_mean, running_var), stage.eps
+        )
     kernels.forward(x_seq, config, planes, moments, tensors)
     return spike_seq, v, v_seq, current, moments
 
@@ -214,7 +274,9 @@ def _backward(
     needs_x: bool,
     needs_v_init: bool,
 ) -> tuple[Tensor | None, Tensor | None, Tensor, Tensor | None]:
-    """Gradients of x, of weight and bias together [2, C] in float64, of the gain and of the first potential."""
+    """Gradients of x, of weight and bias together [2, C] in float64, of the gain and of the first
+    potential.
+    """
     T, config, planes = len(input_gain), stage.config, stage.planes(step)
     x_seq = _over_time(step, T)
     gs, gv, gvs, g_current = grads
@@ -232,7 +294,9 @@ def _backward(
         "gv_init": grad_v_init,
     }
     kernels, batch = KERNELS[stage.backend], stage.statistics == "batch"
-    once = moments is not None and len(step) < T  # then the gradient is the sum over time, in the dtype of potentials
+    once = (
+        moments is not None and len(step) < T
+    )  # then the gradient is the sum over time, in the dtype of potentials
     if moments is None:
         kernels.backward(x_seq, config, planes, None, None, {**tensors, "gx": grad_x})
         return grad_x, None, grad_gain, grad_v_init
@@ -251,7 +315,9 @@ def _backward(
         kernels.backward(x_seq, config, planes, moments, slopes, {**tensors, "gx": grad_x, **done})
     if slopes is not None and total is not None:  # their share is the same at every step
         mean, (slope, constant) = moments[0].to(total.dtype), slopes.to(total.dtype)
-        slope, constant = (T * a.view(-1, *[1] * (step.ndim - 3)) for a in (slope, constant - slope * mean))
+        slope, constant = (
+            T * a.view(-1, *[1] * (step.ndim - 3)) for a in (slope, constant - slope * mean)
+        )
         total.addcmul_(step, slope).add_(constant)
     grad_x = grad_x if total is None else total.to(step.dtype)
     return grad_x, grad_norm, grad_gain, grad_v_init
@@ -277,19 +343,25 @@ def _set_up(ctx: Any, inputs: tuple[Any, ...], moments: Tensor | None, stage: _S
         ctx.mark_non_differentiable(moments)
 
 
-def _differentiate(ctx: Any, run: Callable[..., Any], grads: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+def _differentiate(
+    ctx: Any, run: Callable[..., Any], grads: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
     needs_x, *needs_norm, _, needs_v_init = ctx.needs_input_grad[:5]
     step, input_gain, v_init, moments = autograd.saved_tensors(ctx)
     grad_x, grad_norm, grad_gain, grad_v_init = run(
         grads, step, input_gain, v_init, moments, ctx.stage, needs_x, needs_v_init
     )
-    of_norm = (grad_norm[i].to(ctx.dtypes[i]) if needed else None for i, needed in enumerate(needs_norm))
+    of_norm = (
+        grad_norm[i].to(ctx.dtypes[i]) if needed else None for i, needed in enumerate(needs_norm)
+    )
     return grad_x, *of_norm, grad_gain, grad_v_init
 
 
 class _StageFunction(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    def forward(
+        ctx: Any, *arguments: Any
+    ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
         outputs = _forward(*arguments)
         _set_up(ctx, arguments, outputs[-1], arguments[7])
         return outputs
@@ -304,11 +376,23 @@ class _StageFunction(torch.autograd.Function):
 
 
 def _forward_kernel(step: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    weight, bias, gain, v_init, running_mean, running_var, *constants, store_v_seq, store_current = arguments
+    (
+        weight,
+        bias,
+        gain,
+        v_init,
+        running_mean,
+        running_var,
+        *constants,
+        store_v_seq,
+        store_current,
+    ) = arguments
     stage = _Stage.of(*constants)
     step, gain, v_init = _ordered(step, gain, v_init, stage)
     running = (running_mean, running_var)
-    outputs = _forward(step, weight, bias, gain, v_init, *running, stage, store_v_seq, store_current)
+    outputs = _forward(
+        step, weight, bias, gain, v_init, *running, stage, store_v_seq, store_current
+    )
     return tuple(or_empty(output, step) for output in outputs)
 
 
@@ -327,7 +411,9 @@ def _forward_fake(step: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     _, _, input_gain, _, _, _, *constants, store_v_seq, store_current = arguments
     stage = _Stage.of(*constants)
     outputs = _outputs(step, input_gain.shape[0], stage, store_v_seq, store_current)
-    moments = None if stage.statistics is None else step.new_empty(4, step.shape[2], dtype=torch.float64)
+    moments = (
+        None if stage.statistics is None else step.new_empty(4, step.shape[2], dtype=torch.float64)
+    )
     return tuple(or_empty(output, step) for output in (*outputs, moments))
 
 
@@ -348,7 +434,9 @@ def _backward_fake(*arguments: Any) -> tuple[Tensor, ...]:
     return tuple(or_empty(gradient, step) for gradient in (grad_x, grad_norm, *rest))
 
 
-def _registered_backward(grads: tuple[Tensor | None, ...], *arguments: Any) -> tuple[Tensor | None, ...]:
+def _registered_backward(
+    grads: tuple[Tensor | None, ...], *arguments: Any
+) -> tuple[Tensor | None, ...]:
     *tensors, stage, needs_x, needs_v_init = arguments
     grad_x, grad_norm, grad_gain, grad_v_init = _bn_dlif_backward(
         *grads, *tensors, *stage.arguments, needs_x, needs_v_init
@@ -368,20 +456,24 @@ def _registered_gradient(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None
     return *_differentiate(ctx, _registered_backward, grads), *[None] * 15
 
 
-_CONSTANTS = f"{autograd.CONSTANTS}, str? statistics, float eps, bool average_pool, bool channels_last, str backend"
+_CONSTANTS = (
+    f"{autograd.CONSTANTS}, str? statistics, float eps, bool average_pool, bool channels_last, "
+    "str backend"
+)
 _bn_dlif = autograd.define(
     "bn_dlif",
-    "(Tensor x_seq, Tensor? weight, Tensor? bias, Tensor input_gain, Tensor? v_init, Tensor? running_mean, "
-    f"Tensor? running_var, {_CONSTANTS}, bool store_v_seq, bool store_current) -> "
+    "(Tensor x_seq, Tensor? weight, Tensor? bias, Tensor input_gain, Tensor? v_init, Tensor? "
+    f"running_mean, Tensor? running_var, {_CONSTANTS}, bool store_v_seq, bool store_current) -> "
     "(Tensor spike_seq, Tensor v, Tensor v_seq, Tensor current, Tensor moments)",
     kernel=_forward_kernel,
     fake=_forward_fake,
 )
 _bn_dlif_backward = autograd.define(
     "bn_dlif_backward",
-    "(Tensor? grad_spike_seq, Tensor? grad_v, Tensor? grad_v_seq, Tensor? grad_current, Tensor x_seq, "
-    f"Tensor input_gain, Tensor? v_init, Tensor? moments, {_CONSTANTS}, bool needs_x, bool needs_v_init) -> "
-    "(Tensor grad_x, Tensor grad_norm, Tensor grad_input_gain, Tensor grad_v_init)",
+    "(Tensor? grad_spike_seq, Tensor? grad_v, Tensor? grad_v_seq, Tensor? grad_current, Tensor "
+    f"x_seq, Tensor input_gain, Tensor? v_init, Tensor? moments, {_CONSTANTS}, bool needs_x, "
+    "bool needs_v_init) -> (Tensor grad_x, Tensor grad_norm, Tensor grad_input_gain, Tensor "
+    "grad_v_init)",
     kernel=_backward_kernel,
     fake=_backward_fake,
 )
@@ -389,15 +481,23 @@ autograd.define_gradient("bn_dlif", _registered_gradient, _setup_context)
 
 
 def _memory_format(x_seq: Tensor) -> torch.memory_format | None:
-    """The order in which every step lies in memory without gaps, if it is one that the kernel knows."""
-    for layout in (torch.contiguous_format, torch.channels_last) if x_seq.ndim == 5 else (torch.contiguous_format,):
+    """The order in which every step lies in memory without gaps, if it is one that the kernel
+    knows.
+    """
+    for layout in (
+        (torch.contiguous_format, torch.channels_last)
+        if x_seq.ndim == 5
+        else (torch.contiguous_format,)
+    ):
         if x_seq[0].is_contiguous(memory_format=layout):
             return layout
     return None
 
 
 def _dense(x_seq: Tensor, layout: torch.memory_format) -> Tensor:
-    """The sequence without gaps, every step in this order; the same tensor where it is that already."""
+    """The sequence without gaps, every step in this order; the same tensor where it is that
+    already.
+    """
     if layout == torch.contiguous_format:
         return x_seq.contiguous()
     return x_seq.flatten(0, 1).contiguous(memory_format=layout).view(x_seq.shape)
@@ -410,8 +510,11 @@ def _over_time(x_seq: Tensor, T: int) -> Tensor:
 
 def _update(norm: BatchNorm, moments: Tensor, values: int) -> None:
     """Running statistics, from those of a batch with so many values per channel."""
-    # Through .data, since torch's own batch norm leaves their version alone too: the graph of an earlier pass, which
-    # names them without using them, stays good.
-    for running, value in ((norm.running_mean, moments[0]), (norm.running_var, moments[1] * (values / (values - 1)))):
+    # Through .data, since torch's own batch norm leaves their version alone too: the graph of an
+    # earlier pass, which names them without using them, stays good.
+    for running, value in (
+        (norm.running_mean, moments[0]),
+        (norm.running_var, moments[1] * (values / (values - 1))),
+    ):
         if running is not None:
             running.data.copy_((1 - norm.momentum) * running.double() + norm.momentum * value)

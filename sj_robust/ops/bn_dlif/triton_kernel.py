@@ -1,19 +1,30 @@
-"""Batch norm, DLIF and 2x2 average pooling over all time steps in Triton. Importing it imports Triton.
+"""Batch norm, DLIF and 2x2 average pooling over all time steps in Triton. Importing it imports
+Triton.
 
-What ``normalised.h`` does on the CPU, with the neurons of ``dlif/triton_kernel.py`` and like them: segments, potentials
-computed again, arithmetic in float32. Numbers per channel are float64 in memory.
+What ``normalised.h`` does on the CPU, with the neurons of ``dlif/triton_kernel.py`` and like them:
+segments, potentials computed again, arithmetic in float32. Numbers per channel are float64 in
+memory.
 
-A program owns a tile of neurons [members, BLOCK, CHANNELS] for the whole sequence. In planes it is BLOCK neighbours of
-one channel, the samples one behind the other; with channels last (LAST) it has CHANNELS neighbours at every position.
-With POOL a line of positions is a line of 2x2 windows, whose members are its two rows in planes, and the four neurons
-of a window with channels last. So every access is to neighbours in memory, and one thread has a whole window. A sum
-over a channel or over all neurons is written as a share of each program and added up in a fixed order.
+A program owns a tile of neurons [members, BLOCK, CHANNELS] for the whole sequence. In planes it is
+BLOCK neighbours of one channel, the samples one behind the other; with channels last (LAST) it has
+CHANNELS neighbours at every position. With POOL a line of positions is a line of 2x2 windows, whose
+members are its two rows in planes, and the four neurons of a window with channels last. So every
+access is to neighbours in memory, and one thread has a whole window. A sum over a channel or over
+all neurons is written as a share of each program and added up in a fixed order.
 """
 
 import triton
 import triton.language as tl
 
-from sj_robust.ops.dlif.triton_kernel import charge, grad_charge, hidden, load, load_or, reset, store
+from sj_robust.ops.dlif.triton_kernel import (
+    charge,
+    grad_charge,
+    hidden,
+    load,
+    load_or,
+    reset,
+    store,
+)
 
 __all__ = ["bn_dlif_backward", "bn_dlif_forward", "bn_finish", "bn_moments", "bn_statistics"]
 
@@ -22,7 +33,9 @@ _COUNTS = ["samples", "height", "units"]  # which say nothing of how tensors are
 
 @triton.jit
 def _positions(program, span, rows, BLOCK: tl.constexpr, POOL: tl.constexpr):
-    """Of BLOCK positions, lines of ``span``: the first one's sample, and each one's sample, line of it and column."""
+    """Of BLOCK positions, lines of ``span``: the first one's sample, and each one's sample, line of
+    it and column.
+    """
     start = program * BLOCK
     first = start // span
     at = start % span + tl.arange(0, BLOCK)[None, :, None]
@@ -49,10 +62,20 @@ def _place(sample, pixel, c, channels, plane, LAST: tl.constexpr):
 
 @triton.jit
 def _neurons(
-    program, c, samples, channels, height, units,
-    UNIT: tl.constexpr, BLOCK: tl.constexpr, POOL: tl.constexpr, LAST: tl.constexpr,
-):  # fmt: skip
-    """Where the first sample of a tile begins in a step, how far from there its neurons lie, and which there are."""
+    program,
+    c,
+    samples,
+    channels,
+    height,
+    units,
+    UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    POOL: tl.constexpr,
+    LAST: tl.constexpr,
+):
+    """Where the first sample of a tile begins in a step, how far from there its neurons lie, and
+    which there are.
+    """
     width = units * UNIT
     rows = (height + 1) // 2
     if not POOL:
@@ -71,14 +94,26 @@ def _neurons(
     inside = (sample < samples) & (row < height) & (column < width) & (c < channels)
     plane = height * width
     pixel = row * width + column
-    return first.to(tl.int64) * (channels * plane), _place(sample - first, pixel, c, channels, plane, LAST), inside
+    return (
+        first.to(tl.int64) * (channels * plane),
+        _place(sample - first, pixel, c, channels, plane, LAST),
+        inside,
+    )
 
 
 @triton.jit
 def _windows(
-    program, c, samples, channels, height, units,
-    UNIT: tl.constexpr, BLOCK: tl.constexpr, POOL: tl.constexpr, LAST: tl.constexpr,
-):  # fmt: skip
+    program,
+    c,
+    samples,
+    channels,
+    height,
+    units,
+    UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    POOL: tl.constexpr,
+    LAST: tl.constexpr,
+):
     """The same of the windows of a tile in a step of means; None without pooling."""
     if POOL:
         columns = units * UNIT // 2
@@ -92,7 +127,11 @@ def _windows(
         inside = (sample < samples) & (row < rows) & (column < columns) & (c < channels)
         plane = rows * columns
         pixel = row * columns + column
-        return first.to(tl.int64) * (channels * plane), _place(sample - first, pixel, c, channels, plane, LAST), inside
+        return (
+            first.to(tl.int64) * (channels * plane),
+            _place(sample - first, pixel, c, channels, plane, LAST),
+            inside,
+        )
     else:
         return None
 
@@ -140,10 +179,28 @@ def _current(x, affine):
 
 @triton.jit
 def _forward_steps(
-    first, v, x_seq, affine, input_gain, spike_seq, v_seq, current_seq, tile, windows, x_row, row, window_row,
-    decay, leak_current, v_threshold, v_reset,
-    STEPS: tl.constexpr, RESET: tl.constexpr, POOL: tl.constexpr, LAST: tl.constexpr,
-):  # fmt: skip
+    first,
+    v,
+    x_seq,
+    affine,
+    input_gain,
+    spike_seq,
+    v_seq,
+    current_seq,
+    tile,
+    windows,
+    x_row,
+    row,
+    window_row,
+    decay,
+    leak_current,
+    v_threshold,
+    v_reset,
+    STEPS: tl.constexpr,
+    RESET: tl.constexpr,
+    POOL: tl.constexpr,
+    LAST: tl.constexpr,
+):
     block, i, inside = tile
     for k in tl.static_range(STEPS):
         t = first + k
@@ -165,18 +222,47 @@ def _forward_steps(
 
 @triton.jit(do_not_specialize=_COUNTS)
 def bn_dlif_forward(
-    x_seq, moments, input_gain, v_init, spike_seq, v_last, v_seq, current_seq,
-    samples, channels, height, units, x_row, neurons, window_row, decay, leak_current, v_threshold, v_reset,
-    FIRST: tl.constexpr, LATER: tl.constexpr, SEGMENT: tl.constexpr, RESET: tl.constexpr,
-    UNIT: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr, POOL: tl.constexpr, LAST: tl.constexpr,
-):  # fmt: skip
+    x_seq,
+    moments,
+    input_gain,
+    v_init,
+    spike_seq,
+    v_last,
+    v_seq,
+    current_seq,
+    samples,
+    channels,
+    height,
+    units,
+    x_row,
+    neurons,
+    window_row,
+    decay,
+    leak_current,
+    v_threshold,
+    v_reset,
+    FIRST: tl.constexpr,
+    LATER: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    RESET: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    POOL: tl.constexpr,
+    LAST: tl.constexpr,
+):
     """Spikes, or their means over 2x2 neurons, and potentials.
 
-    A step of ``x_seq`` is ``samples`` x ``channels`` x ``height`` x ``units * UNIT`` numbers in the order of memory, or
-    with the channels last; ``x_row``, ``neurons`` and ``window_row`` are the strides of time of x, of everything with
-    its shape and of the means. ``moments`` are mean, variance, scale and offset per channel, None without batch norm.
+    A step of ``x_seq`` is ``samples`` x ``channels`` x ``height`` x ``units * UNIT`` numbers in the
+    order of memory, or with the channels last; ``x_row``, ``neurons`` and ``window_row`` are the
+    strides of time of x, of everything with its shape and of the means. ``moments`` are mean,
+    variance, scale and offset per channel, None without batch norm.
     """
-    x_row, row, window_row = tl.cast(x_row, tl.int64), tl.cast(neurons, tl.int64), tl.cast(window_row, tl.int64)
+    x_row, row, window_row = (
+        tl.cast(x_row, tl.int64),
+        tl.cast(neurons, tl.int64),
+        tl.cast(window_row, tl.int64),
+    )
     blocks = tl.cdiv(channels, CHANNELS)
     program = tl.program_id(0) // blocks
     c = _channels(tl.program_id(0) % blocks, CHANNELS)
@@ -186,21 +272,61 @@ def bn_dlif_forward(
     block, i, inside = tile
     v = load_or(v_init, block, i, inside, v_reset)
     v = _forward_steps(
-        0, v, x_seq, affine, input_gain, spike_seq, v_seq, current_seq, tile, windows, x_row, row, window_row,
-        decay, leak_current, v_threshold, v_reset, FIRST, RESET, POOL, LAST,
-    )  # fmt: skip
+        0,
+        v,
+        x_seq,
+        affine,
+        input_gain,
+        spike_seq,
+        v_seq,
+        current_seq,
+        tile,
+        windows,
+        x_row,
+        row,
+        window_row,
+        decay,
+        leak_current,
+        v_threshold,
+        v_reset,
+        FIRST,
+        RESET,
+        POOL,
+        LAST,
+    )
     if LATER > 0:
         for done in range(LATER):
             segment = hidden(done, decay)
             v = _forward_steps(
-                FIRST + segment * SEGMENT, v, x_seq, affine, input_gain, spike_seq, v_seq, current_seq, tile, windows,
-                x_row, row, window_row, decay, leak_current, v_threshold, v_reset, SEGMENT, RESET, POOL, LAST,
-            )  # fmt: skip
+                FIRST + segment * SEGMENT,
+                v,
+                x_seq,
+                affine,
+                input_gain,
+                spike_seq,
+                v_seq,
+                current_seq,
+                tile,
+                windows,
+                x_row,
+                row,
+                window_row,
+                decay,
+                leak_current,
+                v_threshold,
+                v_reset,
+                SEGMENT,
+                RESET,
+                POOL,
+                LAST,
+            )
     store(v_last, block, i, inside, v)
 
 
 @triton.jit
-def _load_grad_spikes(grad_spike_seq, t, tile, windows, row, window_row, POOL: tl.constexpr, LAST: tl.constexpr):
+def _load_grad_spikes(
+    grad_spike_seq, t, tile, windows, row, window_row, POOL: tl.constexpr, LAST: tl.constexpr
+):
     if POOL:
         block, i, inside = windows
         if LAST:  # once for every member, whichever thread has it
@@ -213,31 +339,66 @@ def _load_grad_spikes(grad_spike_seq, t, tile, windows, row, window_row, POOL: t
 
 @triton.jit
 def _backward_steps(
-    first, v, grad_v, grad_sum, product_sum, x_seq, affine, mean, slopes, input_gain, grad_spike_seq, grad_v_seq,
-    grad_current_seq, grad_x_seq, partial_grad_gain, tile, windows, x_row, x_row_again, row, window_row,
-    decay, leak_current, v_threshold, v_reset, alpha, STEPS: tl.constexpr, RESET: tl.constexpr, POOL: tl.constexpr,
-    LAST: tl.constexpr, DETACH: tl.constexpr, SURROGATE: tl.constexpr, SUMS: tl.constexpr,
-):  # fmt: skip
+    first,
+    v,
+    grad_v,
+    grad_sum,
+    product_sum,
+    x_seq,
+    affine,
+    mean,
+    slopes,
+    input_gain,
+    grad_spike_seq,
+    grad_v_seq,
+    grad_current_seq,
+    grad_x_seq,
+    partial_grad_gain,
+    tile,
+    windows,
+    x_row,
+    x_row_again,
+    row,
+    window_row,
+    decay,
+    leak_current,
+    v_threshold,
+    v_reset,
+    alpha,
+    STEPS: tl.constexpr,
+    RESET: tl.constexpr,
+    POOL: tl.constexpr,
+    LAST: tl.constexpr,
+    DETACH: tl.constexpr,
+    SURROGATE: tl.constexpr,
+    SUMS: tl.constexpr,
+):
     block, i, inside = tile
     hs = ()
     for k in tl.static_range(STEPS):
         y = _current(load(x_seq, (first + k) * x_row + block, i, inside).to(tl.float32), affine)
         h = charge(v, y, tl.load(input_gain + first + k), decay, leak_current, RESET)
         v = reset(h, v_threshold, v_reset, RESET)
-        hs = hs + (h,)  # noqa: RUF005  # Triton does not unpack
+        hs = hs + (h,)  # Triton does not unpack
 
-    grad_spike = _load_grad_spikes(grad_spike_seq, first + STEPS - 1, tile, windows, row, window_row, POOL, LAST)
+    grad_spike = _load_grad_spikes(
+        grad_spike_seq, first + STEPS - 1, tile, windows, row, window_row, POOL, LAST
+    )
     for k in tl.static_range(STEPS - 1, -1, -1):
         t = first + k
         upcoming = grad_spike
         if k > 0:  # on its way while this step computes
-            upcoming = _load_grad_spikes(grad_spike_seq, t - 1, tile, windows, row, window_row, POOL, LAST)
+            upcoming = _load_grad_spikes(
+                grad_spike_seq, t - 1, tile, windows, row, window_row, POOL, LAST
+            )
         if grad_v_seq is not None:
             grad_v += load(grad_v_seq, t * row + block, i, inside)
         grad_spike = grad_spike.to(tl.float32)
         if POOL:
             grad_spike = _spread(grad_spike, LAST)
-        grad_h = grad_charge(hs[k], grad_spike, grad_v, v_threshold, v_reset, alpha, RESET, DETACH, SURROGATE)
+        grad_h = grad_charge(
+            hs[k], grad_spike, grad_v, v_threshold, v_reset, alpha, RESET, DETACH, SURROGATE
+        )
         x = load(x_seq, t * x_row_again + block, i, inside).to(tl.float32)
         if partial_grad_gain is not None:  # where nothing was loaded, the gradient is 0
             tl.store(partial_grad_gain + t, tl.sum(grad_h * _current(x, affine)))
@@ -260,22 +421,59 @@ def _backward_steps(
 
 @triton.jit(do_not_specialize=_COUNTS)
 def bn_dlif_backward(
-    x_seq, moments, slopes, input_gain, v_init, grad_spike_seq, grad_v_last, grad_v_seq, grad_current_seq,
-    grad_x_seq, grad_x_total, grad_v_init, partial_sums, partial_grad_gain, checkpoints,
-    samples, channels, height, units, x_row, x_row_again, neurons, window_row,
-    decay, leak_current, v_threshold, v_reset, alpha,
-    FIRST: tl.constexpr, LATER: tl.constexpr, SEGMENT: tl.constexpr, RESET: tl.constexpr,
-    UNIT: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr, POOL: tl.constexpr, LAST: tl.constexpr,
-    DETACH: tl.constexpr, SURROGATE: tl.constexpr,
-):  # fmt: skip
+    x_seq,
+    moments,
+    slopes,
+    input_gain,
+    v_init,
+    grad_spike_seq,
+    grad_v_last,
+    grad_v_seq,
+    grad_current_seq,
+    grad_x_seq,
+    grad_x_total,
+    grad_v_init,
+    partial_sums,
+    partial_grad_gain,
+    checkpoints,
+    samples,
+    channels,
+    height,
+    units,
+    x_row,
+    x_row_again,
+    neurons,
+    window_row,
+    decay,
+    leak_current,
+    v_threshold,
+    v_reset,
+    alpha,
+    FIRST: tl.constexpr,
+    LATER: tl.constexpr,
+    SEGMENT: tl.constexpr,
+    RESET: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    POOL: tl.constexpr,
+    LAST: tl.constexpr,
+    DETACH: tl.constexpr,
+    SURROGATE: tl.constexpr,
+):
     """Gradients, those that there is room for.
 
-    With g the gradient of the currents, ``partial_sums`` are the shares of sum g and sum g (x - mean), [blocks, 2,
-    channels], ``grad_x_total`` is the gradient of a step that is repeated, without the share of batch statistics, and
-    the gradient of x is ``g * scale``; where ``slopes`` are given, plus ``(x - mean) * slopes[0] + slopes[1]``.
-    ``x_row_again`` is ``x_row``, which saves registers as in ``dlif_backward``.
+    With g the gradient of the currents, ``partial_sums`` are the shares of sum g and sum g (x -
+    mean), [blocks, 2, channels], ``grad_x_total`` is the gradient of a step that is repeated,
+    without the share of batch statistics, and the gradient of x is ``g * scale``; where ``slopes``
+    are given, plus ``(x - mean) * slopes[0] + slopes[1]``. ``x_row_again`` is ``x_row``, which
+    saves registers as in ``dlif_backward``.
     """
-    x_row, row, window_row = tl.cast(x_row, tl.int64), tl.cast(neurons, tl.int64), tl.cast(window_row, tl.int64)
+    x_row, row, window_row = (
+        tl.cast(x_row, tl.int64),
+        tl.cast(neurons, tl.int64),
+        tl.cast(window_row, tl.int64),
+    )
     x_row_again = tl.cast(x_row_again, tl.int64)
     blocks = tl.cdiv(channels, CHANNELS)
     program = tl.program_id(0) // blocks
@@ -298,36 +496,141 @@ def bn_dlif_backward(
     product_sum = tl.zeros(i.shape, tl.float32)
     if LATER > 0:
         v = _forward_steps(
-            0, start, x_seq, affine, input_gain, None, None, None, tile, windows, x_row, row, window_row,
-            decay, leak_current, v_threshold, v_reset, FIRST, RESET, POOL, LAST,
-        )  # fmt: skip
+            0,
+            start,
+            x_seq,
+            affine,
+            input_gain,
+            None,
+            None,
+            None,
+            tile,
+            windows,
+            x_row,
+            row,
+            window_row,
+            decay,
+            leak_current,
+            v_threshold,
+            v_reset,
+            FIRST,
+            RESET,
+            POOL,
+            LAST,
+        )
         for segment in range(LATER):
             store(checkpoints, segment * row + block, i, inside, v)
             if segment < LATER - 1:
                 v = _forward_steps(
-                    FIRST + segment * SEGMENT, v, x_seq, affine, input_gain, None, None, None, tile, windows,
-                    x_row, row, window_row, decay, leak_current, v_threshold, v_reset, SEGMENT, RESET, POOL, LAST,
-                )  # fmt: skip
-        tl.debug_barrier()  # another thread may own a neuron from here on, and reads what this one has noted
+                    FIRST + segment * SEGMENT,
+                    v,
+                    x_seq,
+                    affine,
+                    input_gain,
+                    None,
+                    None,
+                    None,
+                    tile,
+                    windows,
+                    x_row,
+                    row,
+                    window_row,
+                    decay,
+                    leak_current,
+                    v_threshold,
+                    v_reset,
+                    SEGMENT,
+                    RESET,
+                    POOL,
+                    LAST,
+                )
+        # another thread may own a neuron from here on, and reads what this one has noted
+        tl.debug_barrier()
         for done in range(LATER):
             segment = LATER - 1 - done
             v = load(checkpoints, segment * row + block, i, inside)
             grad_v, grad_sum, product_sum = _backward_steps(
-                FIRST + segment * SEGMENT, v, grad_v, grad_sum, product_sum, x_seq, affine, mean, lines, input_gain,
-                grad_spike_seq, grad_v_seq, grad_current_seq, grad_x_seq, partial_grad_gain, tile, windows,
-                x_row, x_row_again, row, window_row, decay, leak_current, v_threshold, v_reset, alpha,
-                SEGMENT, RESET, POOL, LAST, DETACH, SURROGATE, SUMS,
-            )  # fmt: skip
+                FIRST + segment * SEGMENT,
+                v,
+                grad_v,
+                grad_sum,
+                product_sum,
+                x_seq,
+                affine,
+                mean,
+                lines,
+                input_gain,
+                grad_spike_seq,
+                grad_v_seq,
+                grad_current_seq,
+                grad_x_seq,
+                partial_grad_gain,
+                tile,
+                windows,
+                x_row,
+                x_row_again,
+                row,
+                window_row,
+                decay,
+                leak_current,
+                v_threshold,
+                v_reset,
+                alpha,
+                SEGMENT,
+                RESET,
+                POOL,
+                LAST,
+                DETACH,
+                SURROGATE,
+                SUMS,
+            )
     grad_v, grad_sum, product_sum = _backward_steps(
-        0, start, grad_v, grad_sum, product_sum, x_seq, affine, mean, lines, input_gain,
-        grad_spike_seq, grad_v_seq, grad_current_seq, grad_x_seq, partial_grad_gain, tile, windows,
-        x_row, x_row_again, row, window_row, decay, leak_current, v_threshold, v_reset, alpha,
-        FIRST, RESET, POOL, LAST, DETACH, SURROGATE, SUMS,
-    )  # fmt: skip
+        0,
+        start,
+        grad_v,
+        grad_sum,
+        product_sum,
+        x_seq,
+        affine,
+        mean,
+        lines,
+        input_gain,
+        grad_spike_seq,
+        grad_v_seq,
+        grad_current_seq,
+        grad_x_seq,
+        partial_grad_gain,
+        tile,
+        windows,
+        x_row,
+        x_row_again,
+        row,
+        window_row,
+        decay,
+        leak_current,
+        v_threshold,
+        v_reset,
+        alpha,
+        FIRST,
+        RESET,
+        POOL,
+        LAST,
+        DETACH,
+        SURROGATE,
+        SUMS,
+    )
     if grad_v_init is not None:
         store(grad_v_init, block, i, inside, grad_v)
     if SUMS:
-        _store_sums(partial_sums, program, tl.program_id(0) % blocks, channels, grad_sum, product_sum, CHANNELS)
+        _store_sums(
+            partial_sums,
+            program,
+            tl.program_id(0) % blocks,
+            channels,
+            grad_sum,
+            product_sum,
+            CHANNELS,
+        )
     if grad_x_total is not None:
         store(grad_x_total, block, i, inside, grad_sum * affine[0])
 
@@ -342,10 +645,19 @@ def _store_sums(partial_sums, program, block, channels, one, other, CHANNELS: tl
 
 @triton.jit(do_not_specialize=_COUNTS)
 def bn_statistics(
-    x_seq, partial_sums, samples, channels, units,
-    UNIT: tl.constexpr, BLOCK: tl.constexpr, CHANNELS: tl.constexpr, LAST: tl.constexpr, COUNT: tl.constexpr,
-):  # fmt: skip
-    """Shares [programs, 2, channels] of sum d and sum d^2, d = x - the first x of the channel, of COUNT tiles each.
+    x_seq,
+    partial_sums,
+    samples,
+    channels,
+    units,
+    UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    LAST: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    """Shares [programs, 2, channels] of sum d and sum d^2, d = x - the first x of the channel, of
+    COUNT tiles each.
 
     That one is near enough to the mean that nothing cancels.
     """
@@ -356,7 +668,9 @@ def bn_statistics(
     one = tl.zeros([1, BLOCK, CHANNELS], tl.float32)
     other = tl.zeros([1, BLOCK, CHANNELS], tl.float32)
     for k in range(COUNT):
-        block, i, inside = _neurons(program * COUNT + k, c, samples, channels, 1, units, UNIT, BLOCK, False, LAST)
+        block, i, inside = _neurons(
+            program * COUNT + k, c, samples, channels, 1, units, UNIT, BLOCK, False, LAST
+        )
         d = tl.where(inside, load(x_seq, block, i, inside).to(tl.float32) - near, 0.0)
         one += d
         other += d * d
@@ -373,10 +687,23 @@ def _to_next_channel(plane, LAST: tl.constexpr):
 
 @triton.jit(do_not_specialize=["count", "plane"])
 def bn_moments(
-    x_seq, sums, weight, bias, running_mean, running_var, moments, count, channels, plane,
-    EPS: tl.constexpr, BLOCK: tl.constexpr, LAST: tl.constexpr,
-):  # fmt: skip
-    """Mean, variance, scale and offset [4, channels], from ``sums`` of :func:`bn_statistics` or what is running."""
+    x_seq,
+    sums,
+    weight,
+    bias,
+    running_mean,
+    running_var,
+    moments,
+    count,
+    channels,
+    plane,
+    EPS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LAST: tl.constexpr,
+):
+    """Mean, variance, scale and offset [4, channels], from ``sums`` of :func:`bn_statistics` or
+    what is running.
+    """
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = c < channels
     if sums is None:
@@ -401,8 +728,12 @@ def bn_moments(
 
 
 @triton.jit(do_not_specialize=["count"])
-def bn_finish(sums, moments, grad_norm, slopes, count, channels, EPS: tl.constexpr, BLOCK: tl.constexpr):
-    """Gradients of weight and bias, and for :func:`bn_dlif_backward` what batch statistics do to that of x."""
+def bn_finish(
+    sums, moments, grad_norm, slopes, count, channels, EPS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Gradients of weight and bias, and for :func:`bn_dlif_backward` what batch statistics do to
+    that of x.
+    """
     c = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = c < channels
     inverse_std = 1.0 / tl.sqrt(load(moments, channels, c, inside) + EPS)

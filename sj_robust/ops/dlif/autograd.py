@@ -1,8 +1,10 @@
-"""DLIF for autograd: one node for tensors with memory, and operators of torch's registry for all that torch traces.
+"""DLIF for autograd: one node for tensors with memory, and operators of torch's registry for all
+that torch traces.
 
-A kernel reads memory, which a tracer's tensors do not have. ``torch.ops.sj_robust.dlif`` and its backward pass stand
-for the kernels in a graph: torch knows the shapes of their outputs, their gradient and how to run them over a batch of
-calls (vmap). Under autocast they take every tensor as it is: the currents in any dtype, potentials in float32.
+A kernel reads memory, which a tracer's tensors do not have. ``torch.ops.sj_robust.dlif`` and its
+backward pass stand for the kernels in a graph: torch knows the shapes of their outputs, their
+gradient and how to run them over a batch of calls (vmap). Under autocast they take every tensor as
+it is: the currents in any dtype, potentials in float32.
 """
 
 from collections.abc import Callable
@@ -12,18 +14,34 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust.ops.dlif.backends import Implementation, implementation, unavailable_reason
-from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients, Outputs, check_arguments, state_dtype
+from sj_robust.ops.dlif.config import (
+    DLIFConfig,
+    Inputs,
+    OutputGradients,
+    Outputs,
+    check_arguments,
+    state_dtype,
+)
 
 __all__ = [
-    "CONSTANTS", "DLIFFunction", "define", "differentiates_by_functorch", "in_functorch", "in_onnx_export", "is_plain",
-    "output_gradients", "registered", "saved_tensors",
-]  # fmt: skip
+    "CONSTANTS",
+    "DLIFFunction",
+    "define",
+    "differentiates_by_functorch",
+    "in_functorch",
+    "in_onnx_export",
+    "is_plain",
+    "output_gradients",
+    "registered",
+    "saved_tensors",
+]
 
 
 class DLIFFunction(torch.autograd.Function):
     """Runs an implementation; saves its inputs and nothing else, differentiable once.
 
-    ``operator`` is the name of a backend that is a kernel, and its block size: its gradients may have no memory.
+    ``operator`` is the name of a backend that is a kernel, and its block size: its gradients may
+    have no memory.
     """
 
     @staticmethod
@@ -61,12 +79,13 @@ def saved_tensors(ctx: Any) -> tuple[Any, ...]:
     """Tensors that a forward pass saved for its backward pass, which is differentiable once.
 
     Raises:
-        RuntimeError: If a graph of the backward pass is wanted, or the saved tensors were freed by an earlier one.
+        RuntimeError: If a graph of the backward pass is wanted, or the saved tensors were freed by
+            an earlier one.
     """
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise RuntimeError(
-            "DLIF is differentiable once: create_graph=True would silently lose the second derivative; "
-            "set backend='reference' on the neurons to differentiate twice"
+            "DLIF is differentiable once: create_graph=True would silently lose the second "
+            "derivative; set backend='reference' on the neurons to differentiate twice"
         )
     try:
         return ctx.saved_tensors  # type: ignore[no-any-return]  # ctx has no public type
@@ -74,9 +93,9 @@ def saved_tensors(ctx: Any) -> tuple[Any, ...]:
         if "freed" not in str(error):  # such as a tensor that was changed in place
             raise
         raise RuntimeError(
-            "backward reached a DLIF step whose graph was already freed: the membrane potential still "
-            "belongs to an earlier sequence. Call functional.reset_net(net) before every new sequence, or "
-            "functional.detach_net(net) between the chunks of one sequence"
+            "backward reached a DLIF step whose graph was already freed: the membrane potential "
+            "still belongs to an earlier sequence. Call functional.reset_net(net) before every "
+            "new sequence, or functional.detach_net(net) between the chunks of one sequence"
         ) from error
 
 
@@ -105,7 +124,9 @@ def differentiates_by_functorch() -> bool:
         return False
     from torch._functorch.pyfunctorch import retrieve_all_functorch_interpreters
 
-    return any(level.key().name in ("Grad", "Jvp") for level in retrieve_all_functorch_interpreters())
+    return any(
+        level.key().name in ("Grad", "Jvp") for level in retrieve_all_functorch_interpreters()
+    )
 
 
 def in_onnx_export() -> bool:
@@ -132,14 +153,19 @@ def is_plain(*tensors: Tensor | None) -> bool:
 
 # The registration. Outputs that a call does not have are empty tensors.
 
-CONSTANTS = "float decay, float v_threshold, float? v_reset, str surrogate, float alpha, bool detach_reset"
+CONSTANTS = (
+    "float decay, float v_threshold, float? v_reset, str surrogate, float alpha, bool detach_reset"
+)
 """Schema of :attr:`DLIFConfig.arguments`."""
 _BACKEND = "str backend, int? threads_per_block"
-_library: Any = torch.library.Library("sj_robust", "FRAGMENT")  # type: ignore[no-untyped-call]  # untyped in torch
+# untyped in torch
+_library: Any = torch.library.Library("sj_robust", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 
 def define(name: str, schema: str, *, kernel: Callable[..., Any], fake: Callable[..., Any]) -> Any:
-    """An operator ``sj_robust::name`` for every device; vmap runs it once for every sample of the batch."""
+    """An operator ``sj_robust::name`` for every device; vmap runs it once for every sample of the
+    batch.
+    """
     _library.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, kernel, "CompositeExplicitAutograd")
     qualified = f"sj_robust::{name}"
@@ -148,7 +174,12 @@ def define(name: str, schema: str, *, kernel: Callable[..., Any], fake: Callable
 
     def over_batch(info: Any, in_dims: tuple[int | None, ...], *arguments: Any) -> tuple[Any, ...]:
         samples = [
-            operator(*(a if dim is None else a.select(dim, i) for a, dim in zip(arguments, in_dims, strict=True)))
+            operator(
+                *(
+                    a if dim is None else a.select(dim, i)
+                    for a, dim in zip(arguments, in_dims, strict=True)
+                )
+            )
             for i in range(info.batch_size)
         ]
         outputs = tuple(torch.stack(parts) for parts in zip(*samples, strict=True))
@@ -158,9 +189,13 @@ def define(name: str, schema: str, *, kernel: Callable[..., Any], fake: Callable
     return operator
 
 
-def define_gradient(name: str, backward: Callable[..., Any], setup_context: Callable[..., None]) -> None:
+def define_gradient(
+    name: str, backward: Callable[..., Any], setup_context: Callable[..., None]
+) -> None:
     """How autograd goes through an operator of :func:`define`."""
-    torch.library.register_autograd(f"sj_robust::{name}", backward, setup_context=setup_context, lib=_library)
+    torch.library.register_autograd(
+        f"sj_robust::{name}", backward, setup_context=setup_context, lib=_library
+    )
 
 
 def or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
@@ -169,16 +204,24 @@ def or_empty(tensor: Tensor | None, like: Tensor) -> Tensor:
 
 
 def check_graph(backend: str, config: DLIFConfig, x_seq: Tensor, *states: Tensor | None) -> None:
-    """Refuse what a kernel would misread: a graph may have been made elsewhere, and get any tensors."""
+    """Refuse what a kernel would misread: a graph may have been made elsewhere, and get any
+    tensors.
+    """
     for tensor in states:
-        if tensor is not None and (tensor.dtype != state_dtype(x_seq) or tensor.device != x_seq.device):
+        if tensor is not None and (
+            tensor.dtype != state_dtype(x_seq) or tensor.device != x_seq.device
+        ):
             raise ValueError(
-                f"gains and potentials of {x_seq.dtype} currents on {x_seq.device} must be {state_dtype(x_seq)} there, "
-                f"got {tensor.dtype} on {tensor.device}"
+                f"gains and potentials of {x_seq.dtype} currents on {x_seq.device} must be "
+                f"{state_dtype(x_seq)} there, got {tensor.dtype} on {tensor.device}"
             )
-    reason = unavailable_reason(backend) or implementation(backend).unsupported_reason(x_seq, config.surrogate)
+    reason = unavailable_reason(backend) or implementation(backend).unsupported_reason(
+        x_seq, config.surrogate
+    )
     if reason is not None:
-        raise ValueError(f"the graph was made for backend={backend!r}, which cannot run this call: {reason}")
+        raise ValueError(
+            f"the graph was made for backend={backend!r}, which cannot run this call: {reason}"
+        )
 
 
 def _call(backend: str, threads: int | None, *arguments: Any) -> tuple[Any, Inputs]:
@@ -188,7 +231,9 @@ def _call(backend: str, threads: int | None, *arguments: Any) -> tuple[Any, Inpu
     check_arguments(x_seq, input_gain, v_init)
     check_graph(backend, config, x_seq, input_gain, v_init)
     v_init = None if v_init is None else v_init.contiguous()
-    return implementation(backend, threads), Inputs(x_seq.contiguous(), input_gain.contiguous(), v_init, config)
+    return implementation(backend, threads), Inputs(
+        x_seq.contiguous(), input_gain.contiguous(), v_init, config
+    )
 
 
 def _forward_kernel(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -218,17 +263,29 @@ def _backward_kernel(
 
 
 def _backward_fake(
-    _gs: Any, _gv: Any, _gvs: Any, x_seq: Tensor, input_gain: Tensor, v_init: Tensor | None, *rest: Any
+    _gs: Any,
+    _gv: Any,
+    _gvs: Any,
+    x_seq: Tensor,
+    input_gain: Tensor,
+    v_init: Tensor | None,
+    *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     *_, needs_v_init, _, _ = rest
-    grad_v_init = x_seq.new_empty(x_seq.shape[1:] if needs_v_init else (0,), dtype=state_dtype(x_seq))
+    grad_v_init = x_seq.new_empty(
+        x_seq.shape[1:] if needs_v_init else (0,), dtype=state_dtype(x_seq)
+    )
     return x_seq.new_empty(x_seq.shape), input_gain.new_empty(input_gain.shape), grad_v_init
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x_seq, input_gain, v_init, *constants, store_v_seq, backend, threads = inputs
     ctx.save_for_backward(x_seq, input_gain, v_init)
-    ctx.config, ctx.operator, ctx.store_v_seq = DLIFConfig.of(*constants), (backend, threads), store_v_seq
+    ctx.config, ctx.operator, ctx.store_v_seq = (
+        DLIFConfig.of(*constants),
+        (backend, threads),
+        store_v_seq,
+    )
     ctx.set_materialize_grads(False)
 
 
@@ -243,14 +300,16 @@ def _backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
 _TENSORS = "Tensor x_seq, Tensor input_gain, Tensor? v_init"
 _dlif = define(
     "dlif",
-    f"({_TENSORS}, {CONSTANTS}, bool store_v_seq, {_BACKEND}) -> (Tensor spike_seq, Tensor v, Tensor v_seq)",
+    f"({_TENSORS}, {CONSTANTS}, bool store_v_seq, {_BACKEND}) -> (Tensor spike_seq, Tensor v, "
+    "Tensor v_seq)",
     kernel=_forward_kernel,
     fake=_forward_fake,
 )
 _dlif_backward = define(
     "dlif_backward",
-    f"(Tensor? grad_spike_seq, Tensor? grad_v, Tensor? grad_v_seq, {_TENSORS}, {CONSTANTS}, bool needs_v_init, "
-    f"{_BACKEND}) -> (Tensor grad_x_seq, Tensor grad_input_gain, Tensor grad_v_init)",
+    f"(Tensor? grad_spike_seq, Tensor? grad_v, Tensor? grad_v_seq, {_TENSORS}, {CONSTANTS}, bool "
+    f"needs_v_init, {_BACKEND}) -> (Tensor grad_x_seq, Tensor grad_input_gain, Tensor "
+    "grad_v_init)",
     kernel=_backward_kernel,
     fake=_backward_fake,
 )
@@ -265,8 +324,13 @@ def registered(inputs: Inputs, store_v_seq: bool, operator: tuple[str, int | Non
 
 
 def _registered_backward(
-    grads: tuple[Tensor | None, ...], inputs: Inputs, needs_v_init: bool, operator: tuple[str, int | None]
+    grads: tuple[Tensor | None, ...],
+    inputs: Inputs,
+    needs_v_init: bool,
+    operator: tuple[str, int | None],
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     *tensors, config = inputs
-    grad_x, grad_gain, grad_v_init = _dlif_backward(*grads, *tensors, *config.arguments, needs_v_init, *operator)
+    grad_x, grad_gain, grad_v_init = _dlif_backward(
+        *grads, *tensors, *config.arguments, needs_v_init, *operator
+    )
     return grad_x, grad_gain, grad_v_init if needs_v_init else None

@@ -11,7 +11,14 @@ from sj_robust.ops.dlif import cpp, cupy_launch, eager, triton_launch
 from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients, Outputs
 from sj_robust.ops.surrogate import Surrogate
 
-__all__ = ["CUDA_KERNELS", "KERNELS", "Implementation", "failing_reason", "implementation", "unavailable_reason"]
+__all__ = [
+    "CUDA_KERNELS",
+    "KERNELS",
+    "Implementation",
+    "failing_reason",
+    "implementation",
+    "unavailable_reason",
+]
 
 KERNELS: dict[str, Any] = {"cpp": cpp, "cupy": cupy_launch, "triton": triton_launch}
 """Backends that read memory themselves, so that no tracer of torch can see into them."""
@@ -20,7 +27,9 @@ CUDA_KERNELS = ("cupy", "triton")
 
 
 class Implementation(Protocol):
-    """What a backend provides, for contiguous tensors [T, M] and [M]; a kernel takes any [T, *] and [*]."""
+    """What a backend provides, for contiguous tensors [T, M] and [M]; a kernel takes any [T, *] and
+    [*].
+    """
 
     def forward(self, inputs: Inputs, store_v_seq: bool) -> Outputs:
         """Spikes, last potential, and potentials after reset if asked for."""
@@ -45,7 +54,9 @@ def unavailable_reason(name: str) -> str | None:
 
 
 def failing_reason(name: str) -> str | None:
-    """As :func:`unavailable_reason`, but a kernel for a GPU is tried, once and in no CUDA graph's capture."""
+    """As :func:`unavailable_reason`, but a kernel for a GPU is tried, once and in no CUDA graph's
+    capture.
+    """
     reason = unavailable_reason(name)
     if reason is not None or name not in CUDA_KERNELS or not torch.cuda.is_available():
         return reason
@@ -54,16 +65,26 @@ def failing_reason(name: str) -> str | None:
 
 @functools.cache
 def _failure(name: str) -> str | None:
-    """What goes wrong with one neuron on the current GPU: a compiler, header or library may be missing."""
+    """What goes wrong with one neuron on the current GPU: a compiler, header or library may be
+    missing.
+    """
     with ThreadPoolExecutor(1) as thread:  # where no tracer of torch is at work
         try:
             device = torch.device("cuda", torch.cuda.current_device())
             found = thread.submit(_spikes_of_one_neuron, name, device).result()
         except torch.OutOfMemoryError:  # which says nothing of the kernel
             raise
-        except Exception as error:  # of the kernel's compiler, of the C compiler that Triton needs, of the driver
-            return f"a first call failed with {type(error).__name__}: {' '.join(str(error).split())}"
-    return None if found == [0.0, 1.0] else f"a first call gave the spikes {found} instead of [0.0, 1.0]"
+        except (
+            Exception
+        ) as error:  # of the kernel's compiler, of the C compiler that Triton needs, of the driver
+            return (
+                f"a first call failed with {type(error).__name__}: {' '.join(str(error).split())}"
+            )
+    return (
+        None
+        if found == [0.0, 1.0]
+        else f"a first call gave the spikes {found} instead of [0.0, 1.0]"
+    )
 
 
 def _spikes_of_one_neuron(name: str, device: torch.device) -> list[float]:
@@ -73,6 +94,7 @@ def _spikes_of_one_neuron(name: str, device: torch.device) -> list[float]:
     return [float(spike) for spike in spikes.flatten().tolist()]
 
 
-# As torch.compiler.assume_constant_result does, which loads the compiler: it need not look into these functions.
+# As torch.compiler.assume_constant_result does, which loads the compiler: it need not look into
+# these functions.
 unavailable_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]
 failing_reason._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -1,4 +1,6 @@
-"""Constants of a DLIF layer, what a call of it takes and gives, and the few facts every implementation derives."""
+"""Constants of a DLIF layer, what a call of it takes and gives, and the few facts every
+implementation derives.
+"""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -9,17 +11,33 @@ from torch import Tensor
 from sj_robust.ops.surrogate import Surrogate
 
 __all__ = [
-    "UNTRACEABLE", "DLIFConfig", "Inputs", "OutputGradients", "Outputs", "Planes", "Tensors",
-    "check_arguments", "check_devices", "initial_potential", "is_repeated", "no_gpu_reason", "on_one_device",
+    "UNTRACEABLE",
+    "DLIFConfig",
+    "Inputs",
+    "OutputGradients",
+    "Outputs",
+    "Planes",
+    "Tensors",
+    "check_arguments",
+    "check_devices",
+    "initial_potential",
+    "is_repeated",
+    "no_gpu_reason",
+    "on_one_device",
     "state_dtype",
-]  # fmt: skip
+]
 
-UNTRACEABLE = "a kernel takes it in no graph of torch's tracers and under no torch.func.vmap; use backend='reference'"
+UNTRACEABLE = (
+    "a kernel takes it in no graph of torch's tracers and under no torch.func.vmap; use "
+    "backend='reference'"
+)
 
 
 @dataclass(frozen=True)
 class DLIFConfig:
-    """Constants of a DLIF layer: decay in (0, 1], threshold, reset (None is soft), surrogate, detach."""
+    """Constants of a DLIF layer: decay in (0, 1], threshold, reset (None is soft), surrogate,
+    detach.
+    """
 
     decay: float
     v_threshold: float
@@ -34,29 +52,50 @@ class DLIFConfig:
 
     @property
     def reset(self) -> str:
-        """What a spike does to the potential, in a kernel's word: ``zero``, ``value`` or ``subtraction``."""
+        """What a spike does to the potential, in a kernel's word: ``zero``, ``value`` or
+        ``subtraction``.
+        """
         if self.v_reset is None:
             return "subtraction"
         return "value" if self.v_reset else "zero"
 
     @property
     def arguments(self) -> tuple[float, float, float | None, str, float, bool]:
-        """The constants as a registered operator takes them; ValueError for a surrogate of the user's own."""
+        """The constants as a registered operator takes them; ValueError for a surrogate of the
+        user's own.
+        """
         surrogate = self.surrogate
         if surrogate.kind == "custom":
-            raise ValueError(f"the surrogate {surrogate.function!r} is a Python function: {UNTRACEABLE}")
-        return self.decay, self.v_threshold, self.v_reset, surrogate.kind, surrogate.alpha, self.detach_reset
+            raise ValueError(
+                f"the surrogate {surrogate.function!r} is a Python function: {UNTRACEABLE}"
+            )
+        return (
+            self.decay,
+            self.v_threshold,
+            self.v_reset,
+            surrogate.kind,
+            surrogate.alpha,
+            self.detach_reset,
+        )
 
     @classmethod
     def of(
-        cls, decay: float, v_threshold: float, v_reset: float | None, kind: Any, alpha: float, detach_reset: bool
+        cls,
+        decay: float,
+        v_threshold: float,
+        v_reset: float | None,
+        kind: Any,
+        alpha: float,
+        detach_reset: bool,
     ) -> "DLIFConfig":
         """The inverse of :attr:`arguments`."""
         return cls(decay, v_threshold, v_reset, Surrogate(kind, alpha), detach_reset)
 
 
 class Inputs(NamedTuple):
-    """What a call takes: currents [T, *], gain [T], potential before the first step [*] (None: reset), constants."""
+    """What a call takes: currents [T, *], gain [T], potential before the first step [*] (None:
+    reset), constants.
+    """
 
     x_seq: Tensor
     input_gain: Tensor
@@ -67,7 +106,8 @@ class Inputs(NamedTuple):
 class OutputGradients(NamedTuple):
     """Gradients of spikes [T, *], last potential [*] and potentials [T, *].
 
-    One that is None is zero; whether its product with an infinite potential is NaN or zero is left open.
+    One that is None is zero; whether its product with an infinite potential is NaN or zero is left
+    open.
     """
 
     spike_seq: Tensor
@@ -84,7 +124,9 @@ Tensors = dict[str, Tensor | None]
 
 
 class Planes(NamedTuple):
-    """How a step lies in memory where batch norm or pooling belong to the call: [N, C, H, W], or [N, H, W, C]."""
+    """How a step lies in memory where batch norm or pooling belong to the call: [N, C, H, W], or
+    [N, H, W, C].
+    """
 
     channels: int
     height: int
@@ -111,15 +153,21 @@ def initial_potential(x_seq: Tensor, config: DLIFConfig) -> Tensor:
 def check_arguments(x_seq: Tensor, input_gain: Tensor, v_init: Tensor | None) -> None:
     """Refuse tensors that do not belong together."""
     if not x_seq.is_floating_point():
-        raise TypeError(f"x_seq must be floating point, got {x_seq.dtype}; convert it with .float()")
+        raise TypeError(
+            f"x_seq must be floating point, got {x_seq.dtype}; convert it with .float()"
+        )
     if x_seq.ndim == 0 or x_seq.shape[0] == 0:
         raise ValueError(f"x_seq must be [T, N, *] with T >= 1, got shape {tuple(x_seq.shape)}")
     if input_gain.shape != x_seq.shape[:1]:
         raise ValueError(
-            f"input_gain must hold one value per step, [T] = [{x_seq.shape[0]}], got {tuple(input_gain.shape)}"
+            f"input_gain must hold one value per step, [T] = [{x_seq.shape[0]}], got "
+            f"{tuple(input_gain.shape)}"
         )
     if v_init is not None and v_init.shape != x_seq.shape[1:]:
-        raise ValueError(f"v_init must have the shape of one step, {tuple(x_seq.shape[1:])}, got {tuple(v_init.shape)}")
+        raise ValueError(
+            f"v_init must have the shape of one step, {tuple(x_seq.shape[1:])}, got "
+            f"{tuple(v_init.shape)}"
+        )
 
 
 # What the kernels for CUDA share.
@@ -132,7 +180,10 @@ def no_gpu_reason() -> str | None:
     if torch.version.cuda is None:
         return "this torch is built without CUDA; install a CUDA build of torch"
     if not torch.cuda.is_available():
-        return "torch finds no CUDA GPU (torch.cuda.is_available() is False); check the driver with nvidia-smi"
+        return (
+            "torch finds no CUDA GPU (torch.cuda.is_available() is False); check the driver with "
+            "nvidia-smi"
+        )
     return None
 
 
@@ -140,11 +191,15 @@ def check_devices(x_seq: Tensor, input_gain: Tensor, v_init: Tensor | None) -> N
     """Refuse tensors apart: a pointer to another device's memory would crash the process."""
     for name, tensor in (("input_gain", input_gain), ("v_init", v_init)):
         if tensor is not None and tensor.device != x_seq.device:
-            raise ValueError(f"{name} must be on the device of x_seq, {x_seq.device}, got {tensor.device}")
+            raise ValueError(
+                f"{name} must be on the device of x_seq, {x_seq.device}, got {tensor.device}"
+            )
 
 
 def on_one_device(inputs: Inputs) -> Inputs:
     """The same, checked to be there and contiguous."""
     x_seq, input_gain, v_init, config = inputs
     check_devices(x_seq, input_gain, v_init)
-    return Inputs(x_seq, input_gain.contiguous(), None if v_init is None else v_init.contiguous(), config)
+    return Inputs(
+        x_seq, input_gain.contiguous(), None if v_init is None else v_init.contiguous(), config
+    )

@@ -1,7 +1,9 @@
-"""DLIF on the CPU through the compiled kernels of this package (kernel.cpp), called with data pointers.
+"""DLIF on the CPU through the compiled kernels of this package (kernel.cpp), called with data
+pointers.
 
-The kernel is built when the package is installed and is part of it; nothing is compiled or written at run time.
-Without a C++ compiler the installation goes through without it and ``backend="auto"`` uses ``eager``.
+The kernel is built when the package is installed and is part of it; nothing is compiled or written
+at run time. Without a C++ compiler the installation goes through without it and ``backend="auto"``
+uses ``eager``.
 """
 
 import ctypes
@@ -12,20 +14,36 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients, Outputs, Planes, is_repeated, state_dtype
+from sj_robust.ops.dlif.config import (
+    DLIFConfig,
+    Inputs,
+    OutputGradients,
+    Outputs,
+    Planes,
+    is_repeated,
+    state_dtype,
+)
 from sj_robust.ops.surrogate import HOST_NAMES, Surrogate
 
 __all__ = [
-    "INSTRUCTION_SETS", "INSTRUCTION_SET_VARIABLE", "backward", "forward", "instruction_sets", "run",
-    "unavailable_reason", "unsupported_reason",
-]  # fmt: skip
+    "INSTRUCTION_SETS",
+    "INSTRUCTION_SET_VARIABLE",
+    "backward",
+    "forward",
+    "instruction_sets",
+    "run",
+    "unavailable_reason",
+    "unsupported_reason",
+]
 
 INSTRUCTION_SETS = ("baseline", "avx2", "avx512")
 INSTRUCTION_SET_VARIABLE = "SJ_ROBUST_INSTRUCTION_SET"
 
 _LIBRARY_NAME = "_kernel.so"  # setup.py gives it this name on every system
 _INTERFACE = 8  # sjr_interface() of kernel.cpp
-_PROCESS = os.getpid()  # a forked child has another, and none of the threads of torch's OpenMP library
+_PROCESS = (
+    os.getpid()
+)  # a forked child has another, and none of the threads of torch's OpenMP library
 _STORAGE = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}
 _SURROGATES = {kind: number for number, kind in enumerate(HOST_NAMES)}
 
@@ -41,23 +59,32 @@ def unsupported_reason(x_seq: Tensor, surrogate: Surrogate) -> str | None:
     if x_seq.device.type != "cpu":
         return f"the compiled kernel runs on the CPU, x_seq is on {x_seq.device}"
     if x_seq.dtype not in _STORAGE:
-        return f"the compiled kernel knows float32, float64, float16 and bfloat16, got {x_seq.dtype}"
+        return (
+            f"the compiled kernel knows float32, float64, float16 and bfloat16, got {x_seq.dtype}"
+        )
     if surrogate.kind not in _SURROGATES:
-        return f"the compiled kernel knows the surrogates {tuple(_SURROGATES)}, got {surrogate.kind!r}"
+        return (
+            f"the compiled kernel knows the surrogates {tuple(_SURROGATES)}, got {surrogate.kind!r}"
+        )
     return None
 
 
 def instruction_sets() -> tuple[str, ...]:
     """Instruction sets that this processor runs, best last; the best is used.
 
-    The environment variable ``SJ_ROBUST_INSTRUCTION_SET`` names another one, to measure or to search a fault.
+    The environment variable ``SJ_ROBUST_INSTRUCTION_SET`` names another one, to measure or to
+    search a fault.
 
     Examples:
         >>> "baseline" in instruction_sets() or unavailable_reason() is not None
         True
     """
     library = _load()
-    return () if isinstance(library, str) else INSTRUCTION_SETS[: library.sjr_best_instruction_set() + 1]
+    return (
+        ()
+        if isinstance(library, str)
+        else INSTRUCTION_SETS[: library.sjr_best_instruction_set() + 1]
+    )
 
 
 def forward(inputs: Inputs, store_v_seq: bool) -> Outputs:
@@ -72,25 +99,38 @@ def forward(inputs: Inputs, store_v_seq: bool) -> Outputs:
     return spike_seq, v, v_seq
 
 
-def backward(inputs: Inputs, grads: OutputGradients, needs_v_init: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def backward(
+    inputs: Inputs, grads: OutputGradients, needs_v_init: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """See :class:`sj_robust.ops.dlif.backends.Implementation`."""
     x_seq, input_gain, v_init, config = inputs
     grad_x_seq = torch.empty_like(x_seq)
     grad_input_gain = torch.empty_like(input_gain)
     grad_v_init = torch.empty_like(x_seq[0], dtype=state_dtype(x_seq)) if needs_v_init else None
-    given = {"gain": input_gain, "v_init": v_init, "gs": grads.spike_seq, "gv": grads.v, "gvs": grads.v_seq}
+    given = {
+        "gain": input_gain,
+        "v_init": v_init,
+        "gs": grads.spike_seq,
+        "gv": grads.v,
+        "gvs": grads.v_seq,
+    }
     found = {"gx": grad_x_seq, "gain_grad": grad_input_gain, "gv_init": grad_v_init}
     run("dlif_backward", x_seq, config, given | found)
     return grad_x_seq, grad_input_gain, grad_v_init
 
 
 def run(
-    function: str, x: Tensor, config: DLIFConfig, tensors: dict[str, Tensor | None], planes: Planes | None = None
+    function: str,
+    x: Tensor,
+    config: DLIFConfig,
+    tensors: dict[str, Tensor | None],
+    planes: Planes | None = None,
 ) -> None:
-    """Call ``sjr_`` + ``function`` of the library on x [T, *]; raises RuntimeError if there is no library.
+    """Call ``sjr_`` + ``function`` of the library on x [T, *]; raises RuntimeError if there is no
+    library.
 
-    Steps of x that are all the same may be expanded from one. ``tensors``, without gaps and in the order of x, go to
-    the fields of ``sjr::Job`` that bear their names.
+    Steps of x that are all the same may be expanded from one. ``tensors``, without gaps and in the
+    order of x, go to the fields of ``sjr::Job`` that bear their names.
     """
     library = _load()
     if isinstance(library, str):
@@ -116,7 +156,11 @@ def run(
         **shape,
         **{name: None if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()},
     )
-    scratch_bytes = library.sjr_dlif_scratch_bytes if function.startswith("dlif") else library.sjr_bn_dlif_scratch_bytes
+    scratch_bytes = (
+        library.sjr_dlif_scratch_bytes
+        if function.startswith("dlif")
+        else library.sjr_bn_dlif_scratch_bytes
+    )
     scratch = torch.empty(scratch_bytes(ctypes.byref(job)), dtype=torch.uint8)
     job.scratch = scratch.data_ptr()
     getattr(library, f"sjr_{function}")(ctypes.byref(job))
@@ -130,11 +174,17 @@ class _Job(ctypes.Structure):
         for kind, names in (
             (ctypes.c_int64, "T M x_stride"),
             (ctypes.c_double, "decay leak_current v_threshold v_reset alpha"),
-            (ctypes.c_int32, "soft_reset detach_reset surrogate storage instruction_set threads own_threads"),
+            (
+                ctypes.c_int32,
+                "soft_reset detach_reset surrogate storage instruction_set threads own_threads",
+            ),
             (ctypes.c_void_p, "x gain v_init s v v_seq gs gv gvs gx gain_grad gv_init scratch"),
             (ctypes.c_int64, "stream channels plane height width"),
             (ctypes.c_int32, "channels_last pool"),
-            (ctypes.c_void_p, "scale offset mean slope constant channel_sums current g_current g_total"),
+            (
+                ctypes.c_void_p,
+                "scale offset mean slope constant channel_sums current g_current g_total",
+            ),
         )
         for name in names.split()
     )
@@ -144,7 +194,9 @@ def _instruction_set() -> int:
     available = instruction_sets()
     name = os.environ.get(INSTRUCTION_SET_VARIABLE, available[-1])
     if name not in available:
-        raise ValueError(f"{INSTRUCTION_SET_VARIABLE} must be one of {available} on this processor, got {name!r}")
+        raise ValueError(
+            f"{INSTRUCTION_SET_VARIABLE} must be one of {available} on this processor, got {name!r}"
+        )
     return INSTRUCTION_SETS.index(name)
 
 
@@ -154,14 +206,17 @@ def _load() -> ctypes.CDLL | str:
     path = Path(__file__).with_name(_LIBRARY_NAME)
     if not path.exists():
         return (
-            "it was not built when sj_robust was installed, or this is a source tree that is not installed; "
-            "install a C++ compiler (GCC or clang) and then sj_robust again"
+            "it was not built when sj_robust was installed, or this is a source tree that is not "
+            "installed; install a C++ compiler (GCC or clang) and then sj_robust again"
         )
     try:
         library = ctypes.CDLL(str(path))
         interface = library.sjr_interface()
     except (OSError, AttributeError) as error:
-        return f"{path} cannot be loaded on this system ({error}); install sj_robust again on this machine"
+        return (
+            f"{path} cannot be loaded on this system ({error}); install sj_robust again on this "
+            "machine"
+        )
     if interface != _INTERFACE:
         return f"{path} belongs to another version of sj_robust; install sj_robust again"
     for operator in ("dlif", "bn_dlif"):

@@ -1,4 +1,6 @@
-"""Launches ``kernel.cu`` through CuPy. CuPy itself is imported when a kernel is wanted, not before."""
+"""Launches ``kernel.cu`` through CuPy. CuPy itself is imported when a kernel is wanted, not
+before.
+"""
 
 import functools
 import importlib
@@ -13,20 +15,41 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients, Outputs, no_gpu_reason, on_one_device
+from sj_robust.ops.dlif.config import (
+    DLIFConfig,
+    Inputs,
+    OutputGradients,
+    Outputs,
+    no_gpu_reason,
+    on_one_device,
+)
 from sj_robust.ops.surrogate import HOST_NAMES, Surrogate
 
 __all__ = [
-    "LONGEST_SEQUENCE_IN_REGISTERS", "THREADS_PER_BLOCK", "Launcher", "Variant", "backward", "forward", "kernel_text",
-    "spliced_struct", "unavailable_reason", "unsupported_reason",
-]  # fmt: skip
+    "LONGEST_SEQUENCE_IN_REGISTERS",
+    "THREADS_PER_BLOCK",
+    "Launcher",
+    "Variant",
+    "backward",
+    "forward",
+    "kernel_text",
+    "spliced_struct",
+    "unavailable_reason",
+    "unsupported_reason",
+]
 
 THREADS_PER_BLOCK = 128
 LONGEST_SEQUENCE_IN_REGISTERS = 32
 _LONG_SEGMENT = 16  # steps per segment of a longer sequence
-_VALUES_PER_THREAD = 32  # of x, and as many of h, that a thread of the backward kernel keeps in registers
+_VALUES_PER_THREAD = (
+    32  # of x, and as many of h, that a thread of the backward kernel keeps in registers
+)
 _IO_TYPES = {torch.float32: "float", torch.float16: "Half", torch.bfloat16: "BFloat16"}
-_RESETS = {"zero": "RESET_TO_ZERO", "value": "RESET_TO_VALUE", "subtraction": "RESET_BY_SUBTRACTION"}
+_RESETS = {
+    "zero": "RESET_TO_ZERO",
+    "value": "RESET_TO_VALUE",
+    "subtraction": "RESET_BY_SUBTRACTION",
+}
 _OPTIONS = ("--std=c++17",)
 _NULL = np.int64(0)
 
@@ -52,8 +75,8 @@ class Launcher:
     """An implementation of DLIF (see ``backends.Implementation``) with a chosen block size.
 
     Args:
-        threads_per_block: A multiple of 32 from 32 to 1024. It decides how the gradient of ``input_gain`` is
-            grouped before it is summed, and nothing else of the result.
+        threads_per_block: A multiple of 32 from 32 to 1024. It decides how the gradient of
+            ``input_gain`` is grouped before it is summed, and nothing else of the result.
 
     Raises:
         ValueError: If ``threads_per_block`` is not such a number.
@@ -69,8 +92,9 @@ class Launcher:
         """Check the block size."""
         if self.threads_per_block % 32 or not 32 <= self.threads_per_block <= 1024:
             raise ValueError(
-                f"threads_per_block must be a multiple of 32 from 32 to 1024, got {self.threads_per_block}; "
-                "on SpikingJelly 0.0.0.0.14 it is spikingjelly.configure.cuda_threads"
+                "threads_per_block must be a multiple of 32 from 32 to 1024, got "
+                f"{self.threads_per_block}; on SpikingJelly 0.0.0.0.14 it is "
+                "spikingjelly.configure.cuda_threads"
             )
 
     def forward(self, inputs: Inputs, store_v_seq: bool) -> Outputs:
@@ -119,8 +143,19 @@ class Launcher:
         grad_x_seq = torch.empty_like(x_seq)
         grad_v_init = new(step) if needs_v_init else None
         partial_grad_gain = new((variant.blocks(M), T))
-        checkpoints = new((math.ceil(T / steps) - 1, M)) if is_long else None  # of the potential, one per segment
-        tensors = (x_seq, input_gain, v_init, *grads, grad_x_seq, grad_v_init, partial_grad_gain, checkpoints)
+        checkpoints = (
+            new((math.ceil(T / steps) - 1, M)) if is_long else None
+        )  # of the potential, one per segment
+        tensors = (
+            x_seq,
+            input_gain,
+            v_init,
+            *grads,
+            grad_x_seq,
+            grad_v_init,
+            partial_grad_gain,
+            checkpoints,
+        )
         _launch(variant, x_seq, tensors, config)
         return grad_x_seq, partial_grad_gain.sum(0, dtype=torch.float64).float(), grad_v_init
 
@@ -131,7 +166,9 @@ backward = _default.backward
 
 
 class Variant(NamedTuple):
-    """One kernel: arguments of a macro of ``kernel.cu`` in its order, explained there; a forward kernel has seven."""
+    """One kernel: arguments of a macro of ``kernel.cu`` in its order, explained there; a forward
+    kernel has seven.
+    """
 
     threads: int
     io: str
@@ -151,9 +188,13 @@ class Variant(NamedTuple):
     def source(self, name: str) -> str:
         """The CUDA text of this kernel alone."""
         macro, used = ("DLIF_FORWARD", 7) if self.surrogate is None else ("DLIF_BACKWARD", 9)
-        words = [str(value).lower() if isinstance(value, bool) else str(value) for value in self[:used]]
+        words = [
+            str(value).lower() if isinstance(value, bool) else str(value) for value in self[:used]
+        ]
         line = f"{macro}({', '.join((name, *words))})"
-        return "\n".join([kernel_text(), "" if self.spliced is None else spliced_struct(self.spliced), line, ""])
+        return "\n".join(
+            [kernel_text(), "" if self.spliced is None else spliced_struct(self.spliced), line, ""]
+        )
 
 
 @functools.cache
@@ -163,7 +204,8 @@ def kernel_text() -> str:
 
 
 def spliced_struct(text: str) -> str:
-    """CUDA struct around the text that a SpikingJelly 0.0.0.0.14 surrogate writes for ``y="derivative", x="z"``.
+    """CUDA struct around the text that a SpikingJelly 0.0.0.0.14 surrogate writes for
+    ``y="derivative", x="z"``.
 
     Examples:
         >>> "derivative = 1.0f - z;" in spliced_struct("derivative = 1f - z;")
@@ -180,7 +222,9 @@ def spliced_struct(text: str) -> str:
 
 
 def _cuda_text(surrogate: Surrogate) -> str | None:
-    """CUDA text of the derivative that the surrogate's function offers itself, as SpikingJelly 0.0.0.0.14's do."""
+    """CUDA text of the derivative that the surrogate's function offers itself, as SpikingJelly
+    0.0.0.0.14's do.
+    """
     write: Callable[..., str] | None = getattr(surrogate.function, "cuda_codes", None)
     if write is None:
         return None
@@ -196,9 +240,14 @@ def _unusable_surrogate_reason(surrogate: Surrogate, device: torch.device) -> st
     if text is None:
         return f"the surrogate {name} has no CUDA code (cuda_codes)"
     if surrogate.is_trainable:
-        return f"the surrogate {name} has trainable parameters, whose gradient only backend='reference' computes"
+        return (
+            f"the surrogate {name} has trainable parameters, whose gradient only "
+            "backend='reference' computes"
+        )
     if not getattr(surrogate.function, "spiking", True):
-        return f"the surrogate {name} does not spike (spiking=False), and the kernel fires real spikes"
+        return (
+            f"the surrogate {name} does not spike (spiking=False), and the kernel fires real spikes"
+        )
     key = (text, type(surrogate.function), device)
     if key not in _TEXTS_TRIED:
         _TEXTS_TRIED[key] = _wrong_text_reason(name, surrogate, device)
@@ -210,7 +259,9 @@ _TEXTS_TRIED: dict[tuple[str, type, torch.device], str | None] = {}
 
 def _wrong_text_reason(name: str, surrogate: Surrogate, device: torch.device) -> str | None:
     """Run the text on a range of z: what another package writes is not believed unseen."""
-    z = torch.linspace(-3.0, 3.0, 1200, device=device)  # an even number: neither 0 nor the round values where g jumps
+    z = torch.linspace(
+        -3.0, 3.0, 1200, device=device
+    )  # an even number: neither 0 nor the round values where g jumps
     config = DLIFConfig(0.0, 0.0, 0.0, surrogate, detach_reset=True)
     inputs = Inputs(z[None], torch.ones(1, device=device), None, config)
     try:
@@ -233,7 +284,9 @@ def _floats(*values: float) -> tuple[np.float32, ...]:
 
 
 def _vector_width(neurons: int, at_most: int, *tensors: Tensor | None) -> int:
-    """Neighbouring neurons per thread: 4, 2 or 1, as the row length and the alignment of every tensor allow."""
+    """Neighbouring neurons per thread: 4, 2 or 1, as the row length and the alignment of every
+    tensor allow.
+    """
     width = min(at_most, 4 if neurons % 4 == 0 else 2 if neurons % 2 == 0 else 1)
     for tensor in tensors:
         while width > 1 and tensor is not None and tensor.data_ptr() % (width * tensor.itemsize):
@@ -241,32 +294,47 @@ def _vector_width(neurons: int, at_most: int, *tensors: Tensor | None) -> int:
     return width
 
 
-def _launch(variant: Variant, x_seq: Tensor, tensors: tuple[Tensor | None, ...], config: DLIFConfig) -> None:
+def _launch(
+    variant: Variant, x_seq: Tensor, tensors: tuple[Tensor | None, ...], config: DLIFConfig
+) -> None:
     T = x_seq.shape[0]
     M = x_seq.numel() // T
     if M == 0:
         return
     alpha = () if variant.surrogate is None else (config.surrogate.alpha,)
-    constants = _floats(config.decay, config.leak_current, config.v_threshold, config.v_reset or 0.0, *alpha)
+    constants = _floats(
+        config.decay, config.leak_current, config.v_threshold, config.v_reset or 0.0, *alpha
+    )
     pointers = [_NULL if tensor is None else np.int64(tensor.data_ptr()) for tensor in tensors]
     device, (of_device, of_stream) = x_seq.device, _contexts()
-    with of_device(device.index), of_stream(torch.cuda.current_stream(device).cuda_stream):  # CuPy restores its own
+    with (
+        of_device(device.index),
+        of_stream(torch.cuda.current_stream(device).cuda_stream),
+    ):  # CuPy restores its own
         kernel = _compiled(variant, device)
-        kernel((variant.blocks(M),), (variant.threads,), (*pointers, np.int64(M), np.int32(T), *constants))
+        kernel(
+            (variant.blocks(M),),
+            (variant.threads,),
+            (*pointers, np.int64(M), np.int32(T), *constants),
+        )
 
 
 @functools.cache
 def _contexts() -> tuple[Callable[[int | None], Any], Callable[[int], Any]]:
     """What makes CuPy's context of a device, from its index, and of a stream, from its handle."""
     cuda = importlib.import_module("cupy").cuda
-    from_external = getattr(cuda.Stream, "from_external", None)  # CuPy >= 14, which deprecates ExternalStream
+    from_external = getattr(
+        cuda.Stream, "from_external", None
+    )  # CuPy >= 14, which deprecates ExternalStream
     if from_external is None:
         return cuda.Device, cuda.ExternalStream
     return cuda.Device, lambda stream: from_external(_ForeignStream(stream))
 
 
 class _ForeignStream(NamedTuple):
-    """A stream under the CUDA stream protocol, which torch's own class speaks only in newer releases."""
+    """A stream under the CUDA stream protocol, which torch's own class speaks only in newer
+    releases.
+    """
 
     handle: int
 
@@ -280,13 +348,17 @@ class _CompilationError(RuntimeError):
 
 @functools.cache
 def _compiled(variant: Variant, device: torch.device) -> Any:
-    """The kernel, compiled for the current device, which is ``device``; CuPy keeps the binary on disk as well."""
+    """The kernel, compiled for the current device, which is ``device``; CuPy keeps the binary on
+    disk as well.
+    """
     cupy = importlib.import_module("cupy")
     name = "dlif_forward" if variant.surrogate is None else "dlif_backward"
     kernel = cupy.RawKernel(variant.source(name), name, options=_OPTIONS)
     try:
         kernel.compile()
-    except Exception as error:  # CuPy raises many types: of its own, of the driver, OSError for a missing library
+    except (
+        Exception
+    ) as error:  # CuPy raises many types: of its own, of the driver, OSError for a missing library
         raise _CompilationError(
             f"CuPy could not compile the DLIF kernel on {device}: {type(error).__name__}: {error}. "
             f"If a CUDA library or header is missing, {_install_command()} brings them"
@@ -304,15 +376,23 @@ def _cupy_reason() -> str | None:
             return f"CuPy is not installed; {_install_command()}"
         return f"CuPy is installed, but importing it failed: {error}; {_install_command()}"
     except Exception as error:  # a broken installation can raise anything
-        return f"CuPy is installed, but importing it failed with {type(error).__name__}: {error}; {_install_command()}"
+        return (
+            f"CuPy is installed, but importing it failed with {type(error).__name__}: {error}; "
+            f"{_install_command()}"
+        )
     try:
         count = cupy.cuda.runtime.getDeviceCount()
     except Exception as error:  # of the CUDA runtime
         return (
-            f"CuPy {cupy.__version__} cannot reach the GPU that torch sees: {type(error).__name__}: {error}; "
-            f"CuPy must fit the driver and CUDA {torch.version.cuda} of torch: {_install_command()}"
+            f"CuPy {cupy.__version__} cannot reach the GPU that torch sees: "
+            f"{type(error).__name__}: {error}; CuPy must fit the driver and CUDA "
+            f"{torch.version.cuda} of torch: {_install_command()}"
         )
-    return None if count else f"CuPy {cupy.__version__} sees no GPU, although torch does; {_install_command()}"
+    return (
+        None
+        if count
+        else f"CuPy {cupy.__version__} sees no GPU, although torch does; {_install_command()}"
+    )
 
 
 def _install_command() -> str:

@@ -1,4 +1,6 @@
-"""Backend name to implementation: the only place that chooses, and the only one that can be asked why."""
+"""Backend name to implementation: the only place that chooses, and the only one that can be asked
+why.
+"""
 
 import functools
 import warnings
@@ -9,12 +11,24 @@ from torch import Tensor
 from sj_robust.ops.dlif import autograd, backends, reference
 from sj_robust.ops.dlif.autograd import DLIFFunction, in_functorch, is_plain
 from sj_robust.ops.dlif.backends import CUDA_KERNELS, KERNELS, failing_reason, unavailable_reason
-from sj_robust.ops.dlif.config import UNTRACEABLE, DLIFConfig, Inputs, Outputs, check_arguments, state_dtype
+from sj_robust.ops.dlif.config import (
+    UNTRACEABLE,
+    DLIFConfig,
+    Inputs,
+    Outputs,
+    check_arguments,
+    state_dtype,
+)
 from sj_robust.ops.surrogate import Surrogate
 
 __all__ = [
-    "BACKENDS", "available_backends", "check_backend", "choose_backend", "dlif_multi_step", "unavailable_reason",
-]  # fmt: skip
+    "BACKENDS",
+    "available_backends",
+    "check_backend",
+    "choose_backend",
+    "dlif_multi_step",
+    "unavailable_reason",
+]
 
 BACKENDS = ("auto", "reference", "eager", "torch", "cpp", "cupy", "triton")
 """Names of backends; ``"auto"`` chooses, ``"torch"`` is another name of ``"eager"``."""
@@ -39,9 +53,9 @@ def dlif_multi_step(
 ) -> Outputs:
     """Run one layer of DLIF neurons over a sequence.
 
-    Equation: ``h[t] = decay * v[t-1] + input_gain[t] * x[t]`` (plus ``(1 - decay) * v_reset`` for a hard reset),
-    ``s[t] = h[t] >= v_threshold``, then ``v[t] = (1 - s[t]) * h[t] + s[t] * v_reset`` or, for
-    ``v_reset=None``, ``v[t] = h[t] - s[t] * v_threshold``.
+    Equation: ``h[t] = decay * v[t-1] + input_gain[t] * x[t]`` (plus ``(1 - decay) * v_reset`` for a
+    hard reset), ``s[t] = h[t] >= v_threshold``, then ``v[t] = (1 - s[t]) * h[t] + s[t] * v_reset``
+    or, for ``v_reset=None``, ``v[t] = h[t] - s[t] * v_threshold``.
 
     Args:
         x_seq: Input currents, [T, N, *], floating point.
@@ -54,11 +68,12 @@ def dlif_multi_step(
         detach_reset: Whether the reset is left out of the gradient.
         store_v_seq: Whether the potential after every reset is returned too.
         backend: A name of :data:`BACKENDS`; ``"auto"`` takes the fastest that can run the call.
-        threads_per_block: Block size of the CUDA kernel; None leaves it to the kernel. Only ``"cupy"`` reads it.
+        threads_per_block: Block size of the CUDA kernel; None leaves it to the kernel. Only
+            ``"cupy"`` reads it.
 
     Returns:
-        Spikes [T, N, *] in the dtype of ``x_seq``, last potential [N, *] and potentials [T, N, *] or None;
-        potentials are float64 for float64 inputs and float32 otherwise.
+        Spikes [T, N, *] in the dtype of ``x_seq``, last potential [N, *] and potentials [T, N, *]
+        or None; potentials are float64 for float64 inputs and float32 otherwise.
 
     Raises:
         TypeError: If ``x_seq`` is not floating point.
@@ -68,7 +83,9 @@ def dlif_multi_step(
     Source: Ding et al. (ICML 2024), the DLIF neuron.
 
     Examples:
-        >>> spikes, v, _ = dlif_multi_step(torch.full((3, 1), 0.6), torch.tensor([1.0, 1.0, 2.0]), decay=0.5)
+        >>> spikes, v, _ = dlif_multi_step(
+        ...     torch.full((3, 1), 0.6), torch.tensor([1.0, 1.0, 2.0]), decay=0.5
+        ... )
         >>> spikes.flatten(), v
         (tensor([0., 0., 1.]), tensor([0.]))
     """
@@ -83,10 +100,14 @@ def dlif_multi_step(
         return spike_seq, v, potentials if store_v_seq else None
 
     operator = (name, threads_per_block) if name in KERNELS or in_functorch() else None
-    if operator is not None and x_seq.is_contiguous() and is_plain(x_seq, input_gain, v_init):  # views take longer
+    if (
+        operator is not None and x_seq.is_contiguous() and is_plain(x_seq, input_gain, v_init)
+    ):  # views take longer
         v_init = None if v_init is None else v_init.contiguous()
         found = backends.implementation(name, threads_per_block)
-        outputs: Outputs = DLIFFunction.apply(x_seq, input_gain, v_init, config, found, operator, store_v_seq)  # type: ignore[no-untyped-call]  # torch's
+        outputs: Outputs = DLIFFunction.apply(
+            x_seq, input_gain, v_init, config, found, operator, store_v_seq
+        )  # type: ignore[no-untyped-call]  # torch's
         return outputs
     order = _memory_order(x_seq)
     inverse = [order.index(dim) for dim in range(x_seq.ndim)]
@@ -100,7 +121,8 @@ def dlif_multi_step(
         spike_seq, v, v_seq = autograd.registered(inputs, store_v_seq, operator)
     else:
         implementation = backends.implementation(name, threads_per_block)
-        spike_seq, v, v_seq = DLIFFunction.apply(*inputs, implementation, operator, store_v_seq)  # type: ignore[no-untyped-call]  # torch's
+        # torch's
+        spike_seq, v, v_seq = DLIFFunction.apply(*inputs, implementation, operator, store_v_seq)  # type: ignore[no-untyped-call]
     return (
         spike_seq.view(shape).permute(inverse),
         v.view(shape[1:]).permute(step_inverse),
@@ -127,7 +149,10 @@ def choose_backend(backend: str, x_seq: Tensor, surrogate: Surrogate) -> str:
     name = check_backend(backend)
     if name == "auto":
         for candidate in _FASTEST_FIRST.get(x_seq.device.type, ("eager",)):
-            if failing_reason(candidate) is None and _unsupported_reason(candidate, x_seq, surrogate) is None:
+            if (
+                failing_reason(candidate) is None
+                and _unsupported_reason(candidate, x_seq, surrogate) is None
+            ):
                 if (x_seq.device.type, candidate) == ("cuda", "eager"):
                     _warn_of_missing_kernels()
                 return candidate
@@ -157,7 +182,9 @@ def check_backend(backend: str) -> str:
     name = _ALIASES.get(backend, backend)
     reason = unavailable_reason(name)
     if reason is not None:
-        raise RuntimeError(f"backend={backend!r} is not available: {reason}; or take backend='auto'")
+        raise RuntimeError(
+            f"backend={backend!r} is not available: {reason}; or take backend='auto'"
+        )
     return name
 
 
@@ -173,18 +200,26 @@ def available_backends() -> dict[str, str]:
 
 
 def _warn_of_missing_kernels() -> None:
-    """Say once that a GPU gets plain torch, with more than a hundred launches a layer, because no kernel is there."""
+    """Say once that a GPU gets plain torch, with more than a hundred launches a layer, because no
+    kernel is there.
+    """
     reasons = {name: failing_reason(name) for name in CUDA_KERNELS}
-    if None not in reasons.values() and torch.cuda.is_available():  # else no kernel runs this call, or no GPU does
+    if (
+        None not in reasons.values() and torch.cuda.is_available()
+    ):  # else no kernel runs this call, or no GPU does
         _warn("; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
 
 
-_warn_of_missing_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see backends.py
+# see backends.py
+_warn_of_missing_kernels._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache
 def _warn(reasons: str) -> None:
-    text = f"DLIF runs on the GPU by backend='eager', which is slow, since no kernel is available there: {reasons}"
+    text = (
+        "DLIF runs on the GPU by backend='eager', which is slow, since no kernel is available "
+        f"there: {reasons}"
+    )
     warnings.warn(text, RuntimeWarning, stacklevel=2)
 
 
@@ -194,7 +229,10 @@ def _unsupported_reason(name: str, x_seq: Tensor, surrogate: Surrogate) -> str |
     if autograd.in_onnx_export():
         return "an ONNX model holds torch's own operators alone, which is backend='reference'"
     if autograd.differentiates_by_functorch():
-        return "torch.func.grad, vjp, jvp and their like differentiate plain torch alone, which is backend='reference'"
+        return (
+            "torch.func.grad, vjp, jvp and their like differentiate plain torch alone, which is "
+            "backend='reference'"
+        )
     untraceable = name in KERNELS or in_functorch() or torch.compiler.is_compiling()
     if surrogate.kind == "custom" and untraceable and not is_plain(x_seq):
         return f"the surrogate is a Python function: {UNTRACEABLE}"

@@ -1,6 +1,7 @@
 """Launches ``triton_kernel.py``. Triton itself is imported when a kernel is wanted, not before.
 
-Under ``TRITON_INTERPRET=1``, which Triton reads when it is imported, the kernels run on the CPU, slowly: for tests.
+Under ``TRITON_INTERPRET=1``, which Triton reads when it is imported, the kernels run on the CPU,
+slowly: for tests.
 """
 
 import functools
@@ -12,27 +13,51 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients, Outputs, no_gpu_reason, on_one_device
+from sj_robust.ops.dlif.config import (
+    DLIFConfig,
+    Inputs,
+    OutputGradients,
+    Outputs,
+    no_gpu_reason,
+    on_one_device,
+)
 from sj_robust.ops.surrogate import HOST_NAMES, Surrogate
 
 __all__ = [
-    "BACKWARD_WARPS", "FORWARD_WARPS", "LONGEST_SEQUENCE_IN_REGISTERS", "Plan", "backward", "backward_plan", "forward",
-    "forward_plan", "launch", "limit_above", "scalars", "unavailable_reason", "unsupported_reason",
-]  # fmt: skip
+    "BACKWARD_WARPS",
+    "FORWARD_WARPS",
+    "LONGEST_SEQUENCE_IN_REGISTERS",
+    "Plan",
+    "backward",
+    "backward_plan",
+    "forward",
+    "forward_plan",
+    "launch",
+    "limit_above",
+    "scalars",
+    "unavailable_reason",
+    "unsupported_reason",
+]
 
 LONGEST_SEQUENCE_IN_REGISTERS = 16
 FORWARD_WARPS, BACKWARD_WARPS = 4, 1  # of a program; one warp alone sums without a barrier
 _LONG_SEGMENT = 8  # steps per segment of a longer sequence
 _BYTES_AT_ONCE = 16  # that a thread loads or stores of a tensor
-_MOST_NEURONS_OF_LONG = 4  # of a thread in a longer sequence, whose loops keep an address for every access
-_BYTES_PER_THREAD = 128  # of x that a thread of the backward kernel reads in a segment, whose potentials it keeps
+_MOST_NEURONS_OF_LONG = (
+    4  # of a thread in a longer sequence, whose loops keep an address for every access
+)
+_BYTES_PER_THREAD = (
+    128  # of x that a thread of the backward kernel reads in a segment, whose potentials it keeps
+)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def unavailable_reason() -> str | None:
     """What keeps Triton kernels from running on this machine, with the remedy, or None."""
     reason = _triton_reason()
-    if reason is not None:  # a CPU build of torch comes without it, and then the build is what is wrong
+    if (
+        reason is not None
+    ):  # a CPU build of torch comes without it, and then the build is what is wrong
         return no_gpu_reason() or reason
     return None if _is_interpreted() else no_gpu_reason()
 
@@ -52,7 +77,9 @@ def unsupported_reason(x_seq: Tensor, surrogate: Surrogate) -> str | None:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a kernel is compiled for besides its tensors: the compile-time arguments of ``triton_kernel.py``."""
+    """What a kernel is compiled for besides its tensors: the compile-time arguments of
+    ``triton_kernel.py``.
+    """
 
     FIRST: int
     LATER: int
@@ -90,7 +117,9 @@ def backward_plan(dtype: torch.dtype, steps: int, config: DLIFConfig) -> Plan:
     """How the backward kernel is cut: the more steps are in registers, the fewer neurons."""
     first, later, segment = _cut(steps)
     block = _block(dtype, max(first, segment) if later else first, BACKWARD_WARPS, later > 0)
-    return _BackwardPlan(first, later, segment, config.reset, block, config.detach_reset, config.surrogate.kind)
+    return _BackwardPlan(
+        first, later, segment, config.reset, block, config.detach_reset, config.surrogate.kind
+    )
 
 
 def forward(inputs: Inputs, store_v_seq: bool) -> Outputs:
@@ -105,7 +134,9 @@ def forward(inputs: Inputs, store_v_seq: bool) -> Outputs:
     return spike_seq, v, v_seq
 
 
-def backward(inputs: Inputs, grads: OutputGradients, needs_v_init: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+def backward(
+    inputs: Inputs, grads: OutputGradients, needs_v_init: bool
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """See :class:`sj_robust.ops.dlif.backends.Implementation`."""
     x_seq, input_gain, v_init, config = on_one_device(inputs)
     T, M = len(x_seq), x_seq[0].numel()
@@ -114,29 +145,69 @@ def backward(inputs: Inputs, grads: OutputGradients, needs_v_init: bool) -> tupl
     grad_x_seq = torch.empty_like(x_seq)
     grad_v_init = torch.empty_like(x_seq[0], dtype=torch.float32) if needs_v_init else None
     partial_grad_gain = new((plan.programs(M), T))
-    checkpoints = new((plan.LATER, M)) if plan.LATER else None  # of the potential, one per segment but the first
-    tensors = (x_seq, input_gain, v_init, *grads, grad_x_seq, grad_v_init, partial_grad_gain, checkpoints)
-    _launch("dlif_backward", plan, x_seq, (*tensors, M, M, *scalars(config), float(config.surrogate.alpha)))
-    return grad_x_seq, partial_grad_gain.sum(0, dtype=torch.float64).to(input_gain.dtype), grad_v_init
+    checkpoints = (
+        new((plan.LATER, M)) if plan.LATER else None
+    )  # of the potential, one per segment but the first
+    tensors = (
+        x_seq,
+        input_gain,
+        v_init,
+        *grads,
+        grad_x_seq,
+        grad_v_init,
+        partial_grad_gain,
+        checkpoints,
+    )
+    _launch(
+        "dlif_backward",
+        plan,
+        x_seq,
+        (*tensors, M, M, *scalars(config), float(config.surrogate.alpha)),
+    )
+    return (
+        grad_x_seq,
+        partial_grad_gain.sum(0, dtype=torch.float64).to(input_gain.dtype),
+        grad_v_init,
+    )
 
 
 def scalars(config: DLIFConfig) -> tuple[float, ...]:
     """Those of the neurons, in the order in which kernels take them."""
-    return float(config.decay), float(config.leak_current), float(config.v_threshold), float(config.v_reset or 0.0)
+    return (
+        float(config.decay),
+        float(config.leak_current),
+        float(config.v_threshold),
+        float(config.v_reset or 0.0),
+    )
 
 
-def launch(kernel: Any, programs: int, arguments: tuple[Any, ...], constants: dict[str, Any], *, warps: int) -> None:
-    """Launch so many programs on torch's current stream of the first tensor's device; constants are compile-time ones.
+def launch(
+    kernel: Any, programs: int, arguments: tuple[Any, ...], constants: dict[str, Any], *, warps: int
+) -> None:
+    """Launch so many programs on torch's current stream of the first tensor's device; constants are
+    compile-time ones.
 
-    Of a few variants the assembler keeps 8 bytes of a thread on its stack, where one or two registers less let a
-    processor hold more threads. From its second launch on, such a variant has more registers and an empty stack.
+    Of a few variants the assembler keeps 8 bytes of a thread on its stack, where one or two
+    registers less let a processor hold more threads. From its second launch on, such a variant has
+    more registers and an empty stack.
     """
     device = arguments[0].device
-    variant = (kernel, device, *constants.values(), *(getattr(each, "dtype", None) for each in arguments))
-    on_device: AbstractContextManager[None] = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    variant = (
+        kernel,
+        device,
+        *constants.values(),
+        *(getattr(each, "dtype", None) for each in arguments),
+    )
+    on_device: AbstractContextManager[None] = (
+        torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    )
     with on_device:  # on which Triton launches
         compiled = kernel[(programs,)](
-            *arguments, **constants, num_warps=warps, enable_fp_fusion=False, maxnreg=_register_limits.get(variant)
+            *arguments,
+            **constants,
+            num_warps=warps,
+            enable_fp_fusion=False,
+            maxnreg=_register_limits.get(variant),
         )
     if getattr(compiled, "n_spills", 0):
         _register_limits[variant] = limit_above(compiled.n_regs)
@@ -153,7 +224,9 @@ def limit_above(registers: int) -> int:
 def _launch(name: str, plan: Plan, x_seq: Tensor, arguments: tuple[Any, ...]) -> None:
     M = x_seq[0].numel()
     if M > 0:
-        launch(getattr(_kernels(), name), plan.programs(M), arguments, asdict(plan), warps=plan.warps)
+        launch(
+            getattr(_kernels(), name), plan.programs(M), arguments, asdict(plan), warps=plan.warps
+        )
 
 
 def _cut(steps: int) -> tuple[int, int, int]:
@@ -184,10 +257,16 @@ def _triton_reason() -> str | None:
         _kernels()
     except ModuleNotFoundError as error:
         if error.name == "triton":
-            return "Triton is not installed, although CUDA builds of torch bring it; pip install triton"
+            return (
+                "Triton is not installed, although CUDA builds of torch bring it; pip install "
+                "triton"
+            )
         return f"Triton is installed, but importing it failed: {error}; {_INSTALL_AGAIN}"
     except Exception as error:  # a broken installation can raise anything
-        return f"Triton is installed, but importing it failed with {type(error).__name__}: {error}; {_INSTALL_AGAIN}"
+        return (
+            f"Triton is installed, but importing it failed with {type(error).__name__}: {error}; "
+            f"{_INSTALL_AGAIN}"
+        )
     return None
 
 

@@ -26,13 +26,20 @@ CURRENTS = (2, 2, 4, 4, 4)
 
 @pytest.mark.parametrize(
     ("subject", "method"),
-    [(subject, method) for subject in BENCHMARKS for method in BENCHMARKS[subject].methods if "vgg5" not in subject],
+    [
+        (subject, method)
+        for subject in BENCHMARKS
+        for method in BENCHMARKS[subject].methods
+        if "vgg5" not in subject
+    ],
 )
 def test_every_method_is_right_and_runs(subject, method, monkeypatch):
     for name, value in BENCHMARKS[subject].variables.get(method, {}).items():
         monkeypatch.setenv(name, value)
     try:
-        task = BENCHMARKS[subject].methods[method](CURRENTS if BENCHMARKS[subject].is_layer else IMAGES)
+        task = BENCHMARKS[subject].methods[method](
+            CURRENTS if BENCHMARKS[subject].is_layer else IMAGES
+        )
     except ImportError as error:
         pytest.skip(f"{method}: {error}")
     except RuntimeError:
@@ -83,7 +90,9 @@ def test_a_wrong_network_is_found_out(monkeypatch):
 )
 def test_a_wrong_step_of_a_mode_is_found_out(monkeypatch, mode, owner, method, wrong):
     right = getattr(owner, method)
-    monkeypatch.setattr(owner, method, lambda *args, **kwargs: wrong and wrong(right(*args, **kwargs)))
+    monkeypatch.setattr(
+        owner, method, lambda *args, **kwargs: wrong and wrong(right(*args, **kwargs))
+    )
     with pytest.raises(ValueError, match=f"mode {mode} does not equal"):
         BENCHMARKS["training_step"].methods[mode](IMAGES).check()
 
@@ -92,15 +101,43 @@ def test_every_mode_is_compared_with_its_own_peer():
     steps_of_modes = BENCHMARKS["training_step"]
     modes = set(MODES) - {"certified"}  # which no published loop on SpikingJelly's neuron trains
     assert set(steps_of_modes.peers) == modes
-    assert {steps_of_modes.peer_of(mode) for mode in modes} == set(steps_of_modes.methods) - set(MODES)
+    assert {steps_of_modes.peer_of(mode) for mode in modes} == set(steps_of_modes.methods) - set(
+        MODES
+    )
     rows = [
-        Measurement("training_step", "malloc", "4x64x1x28x28", method, median, median, median, median, 1.0, 1.0,
-                    math.nan, peak, 1.0, math.nan)
-        for method, median, peak in [("none", 10.0, 6.0), ("none, textbook loop", 20.0, 12.0),
-                                     ("at", 50.0, 5.0), ("at, textbook loop", 200.0, 20.0)]
-    ]  # fmt: skip
-    table = {row.method: dict(zip(benchmark.columns(rows), benchmark.cells(row, rows), strict=True)) for row in rows}
-    assert [cells["textbook loop / this, median"] for cells in table.values()] == ["2.00", "1.00", "4.00", "1.00"]
+        Measurement(
+            "training_step",
+            "malloc",
+            "4x64x1x28x28",
+            method,
+            median,
+            median,
+            median,
+            median,
+            1.0,
+            1.0,
+            math.nan,
+            peak,
+            1.0,
+            math.nan,
+        )
+        for method, median, peak in [
+            ("none", 10.0, 6.0),
+            ("none, textbook loop", 20.0, 12.0),
+            ("at", 50.0, 5.0),
+            ("at, textbook loop", 200.0, 20.0),
+        ]
+    ]
+    table = {
+        row.method: dict(zip(benchmark.columns(rows), benchmark.cells(row, rows), strict=True))
+        for row in rows
+    }
+    assert [cells["textbook loop / this, median"] for cells in table.values()] == [
+        "2.00",
+        "1.00",
+        "4.00",
+        "1.00",
+    ]
     assert table["none"]["images / s"] == "6400"
     assert table["at"]["peak / textbook loop"] == "0.25"
     assert benchmark.cells(rows[0], rows[:1])[4:6] == ("", "")  # its peer was not measured
@@ -108,11 +145,18 @@ def test_every_mode_is_compared_with_its_own_peer():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("what", "broken"), [("neuron", "ops/test_dlif.py"), ("training_step", "training/test_training_step.py")]
+    ("what", "broken"),
+    [("neuron", "ops/test_dlif.py"), ("training_step", "training/test_training_step.py")],
 )
 def test_nothing_is_timed_while_its_tests_fail(monkeypatch, tmp_path, what, broken):
     tests = tmp_path / "tests"
-    for name in ("ops/test_dlif.py", "ops/test_cpp.py", "ops/test_bn_dlif.py", "neuron/test_fusion.py", broken):
+    for name in (
+        "ops/test_dlif.py",
+        "ops/test_cpp.py",
+        "ops/test_bn_dlif.py",
+        "neuron/test_fusion.py",
+        broken,
+    ):
         (tests / name).parent.mkdir(parents=True, exist_ok=True)
         (tests / name).write_text("def test_it():\n    pass\n")
     (tests / broken).write_text("def test_it():\n    assert 'spike' == 'no spike'\n")
@@ -122,15 +166,40 @@ def test_nothing_is_timed_while_its_tests_fail(monkeypatch, tmp_path, what, brok
 
 
 def test_the_chart_of_networks_has_no_line_for_the_memory(tmp_path):
-    row = Measurement("conv4", "malloc", "2x2x3x8x8", "ReLU", 2.0, 1.9, 2.1, 1.8, 1.0, 1.0, 1.0, 1.0, 1.0, math.nan)
+    row = Measurement(
+        "conv4",
+        "malloc",
+        "2x2x3x8x8",
+        "ReLU",
+        2.0,
+        1.9,
+        2.1,
+        1.8,
+        1.0,
+        1.0,
+        1.0,
+        1.0,
+        1.0,
+        math.nan,
+    )
     plot_benchmark([row], tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
 def test_a_worker_that_nobody_reads_any_more_ends_without_a_word():
-    """As after Ctrl-C at the moment when it was started; with LIFNode torch would speak of Triton."""
-    call = [sys.executable, "-m", "lab.benchmarking.worker", "neuron", "SpikingJelly LIFNode", str(list(CURRENTS)), "1"]
+    """As after Ctrl-C at the moment when it was started; with LIFNode torch would speak of
+    Triton.
+    """
+    call = [
+        sys.executable,
+        "-m",
+        "lab.benchmarking.worker",
+        "neuron",
+        "SpikingJelly LIFNode",
+        str(list(CURRENTS)),
+        "1",
+    ]
     pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
     with subprocess.Popen(call, env=os.environ | paths_for_children(), **pipes) as worker:
         worker.stdout.close()

@@ -1,4 +1,6 @@
-"""The hour on a GPU, rehearsed on the CPU: rows, failures, short memory, killed runs, tables and charts."""
+"""The hour on a GPU, rehearsed on the CPU: rows, failures, short memory, killed runs, tables and
+charts.
+"""
 
 import json
 import math
@@ -15,11 +17,24 @@ from lab.benchmarking.gpu_run import TESTS, GpuRow, Store, measure_part, run_tes
 
 from sj_robust.ops import available_backends
 
-WHERE = {"device": "cuda (a GPU)", "torch": "2.13", "spikingjelly": "2.0.0", "cupy": "14", "triton": "3.9",
-         "commit": "0123456789abcdef", "kernels": "fedcba"}  # fmt: skip
+WHERE = {
+    "device": "cuda (a GPU)",
+    "torch": "2.13",
+    "spikingjelly": "2.0.0",
+    "cupy": "14",
+    "triton": "3.9",
+    "commit": "0123456789abcdef",
+    "kernels": "fedcba",
+}
 SMALL = (2, 4, 4, 8, 8)
-PARTS = layer_parts((("float32", SMALL), ("bfloat16", SMALL))) | {"step": network_part("small", (2, 4, 3, 8, 8))}
-UNABLE = ("is not available", "CuPy is not installed", "must be on a CUDA device")  # what needs a GPU
+PARTS = layer_parts((("float32", SMALL), ("bfloat16", SMALL))) | {
+    "step": network_part("small", (2, 4, 3, 8, 8))
+}
+UNABLE = (
+    "is not available",
+    "CuPy is not installed",
+    "must be on a CUDA device",
+)  # what needs a GPU
 if available_backends()["cpp"] != "available":
     UNABLE += ("do not run in one pass",)
 
@@ -121,7 +136,15 @@ def test_what_goes_wrong_is_a_row_and_a_stopped_run_goes_on(store, tmp_path):
         *["the process ended with code 1: no such library"] * 2,
     ]
     retried = [row.method for row in measure_part("fake", FAKE, again, **options | {"limit": 0.5})]
-    assert retried == ["absent", "absent", "crashing", "hanging", "hanging", "unable to start", "unable to start"]
+    assert retried == [
+        "absent",
+        "absent",
+        "crashing",
+        "hanging",
+        "hanging",
+        "unable to start",
+        "unable to start",
+    ]
     assert len(again.rows) == 10
     for other in (WHERE | {"torch": "2.14"}, WHERE | {"kernels": "0"}):
         kept = Store(store.path, other)
@@ -129,7 +152,9 @@ def test_what_goes_wrong_is_a_row_and_a_stopped_run_goes_on(store, tmp_path):
         kept.add(GpuRow("layer", other["kernels"]))
     store.path.write_text('{"device": "cu')  # killed in its first line
     assert Store(store.path, WHERE).rows == []
-    assert len(Store(tmp_path / "gpu-2.0.0.earlier.jsonl", WHERE).rows) == 10 + 1, "nothing that was set aside is lost"
+    assert len(Store(tmp_path / "gpu-2.0.0.earlier.jsonl", WHERE).rows) == 10 + 1, (
+        "nothing that was set aside is lost"
+    )
 
 
 @pytest.mark.slow
@@ -151,7 +176,9 @@ def test_a_worker_says_what_is_wrong_and_halves_the_batch_where_memory_is_short(
     facts = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert facts["shape"] == [2, 4, 3, 4, 4]
     assert facts["tensor_mb"] == 4 * 384 / 1e6
-    assert gpu_worker.is_out_of_memory(RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"))
+    assert gpu_worker.is_out_of_memory(
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried")
+    )
 
 
 def test_an_error_that_takes_the_device_along_ends_the_process(monkeypatch, capsys):
@@ -160,13 +187,33 @@ def test_an_error_that_takes_the_device_along_ends_the_process(monkeypatch, caps
     with pytest.raises(SystemExit) as ended:
         gpu_worker.main(FAKE, "wrong", "cpu", 2, FAKE.cases)
     assert ended.value.code == 3
-    assert [list(json.loads(line)) for line in capsys.readouterr().out.splitlines()] == [["begun"], ["done", "reason"]]
+    assert [list(json.loads(line)) for line in capsys.readouterr().out.splitlines()] == [
+        ["begun"],
+        ["done", "reason"],
+    ]
 
 
 def measured(method, median, *, part="layer", shape="8x16x3x4x4", wanted="8x16x3x4x4", **changes):
-    times = {"quartile1": median, "quartile3": median, "best": median, "forward": median / 2, "backward": median / 2}
-    return GpuRow(part, method, "float32", wanted, shape, median=median, host=0.1, peak_mb=10.0, tensor_mb=100.0,
-                  **times, **changes)  # fmt: skip
+    times = {
+        "quartile1": median,
+        "quartile3": median,
+        "best": median,
+        "forward": median / 2,
+        "backward": median / 2,
+    }
+    return GpuRow(
+        part,
+        method,
+        "float32",
+        wanted,
+        shape,
+        median=median,
+        host=0.1,
+        peak_mb=10.0,
+        tensor_mb=100.0,
+        **times,
+        **changes,
+    )
 
 
 def test_tables_and_chart(store, tmp_path, monkeypatch, capsys):
@@ -175,13 +222,30 @@ def test_tables_and_chart(store, tmp_path, monkeypatch, capsys):
     store.add(GpuRow(TESTS, "test_two_gpus", outcome="1 skipped (needs two GPUs)"))
     store.add(measured(COPY, 2.0))  # half of it in the forward pass
     store.add(measured("DLIF triton", 5.0))
-    store.add(measured("SpikingJelly LIFNode, GPU", 25.0, shape="8x8x3x4x4"))  # half the batch: 50 for the whole
-    store.add(GpuRow("layer", "DLIF cupy", "float32", "8x16x3x4x4", "8x16x3x4x4", reason="ImportError: no cupy"))
+    store.add(
+        measured("SpikingJelly LIFNode, GPU", 25.0, shape="8x8x3x4x4")
+    )  # half the batch: 50 for the whole
+    store.add(
+        GpuRow(
+            "layer",
+            "DLIF cupy",
+            "float32",
+            "8x16x3x4x4",
+            "8x16x3x4x4",
+            reason="ImportError: no cupy",
+        )
+    )
     store.add(measured("DLIF auto", 4.0, part="VGG-11 training step"))
     text = gpu_tables.markdown(store, PLAN, "python recipes/benchmark.py --device cuda")
-    lines = {line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
-             for line in text.splitlines() if line.startswith("| ")}  # fmt: skip
-    assert "cuda (a GPU), torch 2.13, SpikingJelly 2.0.0, CuPy 14, Triton 3.9, commit 0123456789ab" in text
+    lines = {
+        line.split("|")[1].strip(): [cell.strip() for cell in line.split("|")[2:-1]]
+        for line in text.splitlines()
+        if line.startswith("| ")
+    }
+    assert (
+        "cuda (a GPU), torch 2.13, SpikingJelly 2.0.0, CuPy 14, Triton 3.9, commit 0123456789ab"
+        in text
+    )
     assert "Tests that fail: test_graphs [cupy]. Tests that did not run: test_two_gpus." in text
     assert lines["test_graphs [cupy]"] == ["1 failed", "spikes / differ"]
     assert "a copy reaches 200 GB/s, at which the 5 passes take 2.5 ms" in text
@@ -216,20 +280,31 @@ def test_a_test_that_takes_its_process_along_is_a_row(store, tmp_path):
     assert "spikes differ" in rows["test_both [cupy]"].reason
     assert "code 7" in rows["test_crash"].reason
     assert rows["test_skipped"].outcome == "1 skipped (needs two GPUs)"
-    assert [row.method for row in run_tests(tmp_path / "gpu", store)] == ["test_both [cupy]", "test_crash"]
+    assert [row.method for row in run_tests(tmp_path / "gpu", store)] == [
+        "test_both [cupy]",
+        "test_crash",
+    ]
     (row,) = run_tests(tmp_path / "nowhere", store)
     assert "finds no tests" in row.reason
 
 
 def test_a_backend_that_hangs_runs_no_more_tests(store, tmp_path, monkeypatch):
-    each = "@pytest.mark.parametrize('backend', ['triton', 'cupy'])\ndef test_{}(backend):\n    pass\n"
-    (tmp_path / "test_it.py").write_text("import pytest\n" + each.format("one") + each.format("two"))
+    each = (
+        "@pytest.mark.parametrize('backend', ['triton', 'cupy'])\ndef test_{}(backend):\n    pass\n"
+    )
+    (tmp_path / "test_it.py").write_text(
+        "import pytest\n" + each.format("one") + each.format("two")
+    )
     reasons = {"test_one [triton]": "no outcome, code -9: took longer than 480 s"}
-    monkeypatch.setattr(gpu_run, "_tested", lambda name, *_: GpuRow(TESTS, name, reason=reasons.get(name, "")))
+    monkeypatch.setattr(
+        gpu_run, "_tested", lambda name, *_: GpuRow(TESTS, name, reason=reasons.get(name, ""))
+    )
     left = "not run: another test of triton took longer than 480 s"
     assert {row.method: row.reason for row in run_tests(tmp_path, store)} == reasons | {
-        "test_one [cupy]": "", "test_two [triton]": left, "test_two [cupy]": "",
-    }  # fmt: skip
+        "test_one [cupy]": "",
+        "test_two [triton]": left,
+        "test_two [cupy]": "",
+    }
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, which would be measured")
@@ -254,10 +329,14 @@ def test_the_whole_command_in_small(monkeypatch, tmp_path, capsys):
 
     monkeypatch.setattr(gpu_hour, "measure_part", known)
     monkeypatch.setattr(gpu_hour, "plot", lambda *arguments: 1 / 0)
-    benchmark.main(["--device", "cuda", "--rounds", "3", "--check", "false", "--output", str(tmp_path / "out")])
+    benchmark.main(
+        ["--device", "cuda", "--rounds", "3", "--check", "false", "--output", str(tmp_path / "out")]
+    )
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "README.md", "gpu-2.0.0.jsonl", "gpu-2.0.0.md",
-    ]  # fmt: skip
+        "README.md",
+        "gpu-2.0.0.jsonl",
+        "gpu-2.0.0.md",
+    ]
     told = capsys.readouterr().out
     assert "layer, DLIF triton, float32 8x16x3x4x4: 5 ms" in told
     assert "no chart: division by zero" in told

@@ -3,10 +3,15 @@ from lab.sweeping.grid import axes_of, expand, seeds_of
 
 
 def test_all_combinations_in_order():
-    found = expand({"neuron": ["lif", "dlif"], "norm,rho": [["l2", 1.0], ["l1", 3.0]], "seedless": [None]})
+    found = expand(
+        {"neuron": ["lif", "dlif"], "norm,rho": [["l2", 1.0], ["l1", 3.0]], "seedless": [None]}
+    )
     assert [(one["neuron"], one["norm"], one["rho"]) for one in found] == [
-        ("lif", "l2", 1.0), ("lif", "l1", 3.0), ("dlif", "l2", 1.0), ("dlif", "l1", 3.0),
-    ]  # fmt: skip
+        ("lif", "l2", 1.0),
+        ("lif", "l1", 3.0),
+        ("dlif", "l2", 1.0),
+        ("dlif", "l1", 3.0),
+    ]
     assert all(one["seedless"] is None for one in found)
     assert expand({}) == [{}]
     each_once = {"mode": ["none", "at"], "eps": [1, 2]}
@@ -15,10 +20,18 @@ def test_all_combinations_in_order():
 
 def test_skip_names_options_beside_the_grid_and_lists_of_values():
     grid = {"mode": ["none", "at", "rat"], "rho": [0, 1, 2]}
-    left = expand(grid, fixed={"neuron": "lif"}, skip=[{"neuron": "lif", "mode": ["at", "rat"], "rho": [1.0, 2]}])
+    left = expand(
+        grid,
+        fixed={"neuron": "lif"},
+        skip=[{"neuron": "lif", "mode": ["at", "rat"], "rho": [1.0, 2]}],
+    )
     assert [(one["mode"], one["rho"]) for one in left] == [
-        ("none", 0), ("none", 1), ("none", 2), ("at", 0), ("rat", 0),
-    ]  # fmt: skip
+        ("none", 0),
+        ("none", 1),
+        ("none", 2),
+        ("at", 0),
+        ("rat", 0),
+    ]
     assert len(expand(grid, fixed={"neuron": "dlif"}, skip=[{"neuron": "lif"}])) == 9
     with pytest.raises(ValueError, match="would skip everything"):
         expand({"rho": [1]}, skip=[{}])
@@ -30,7 +43,10 @@ def test_skip_names_options_beside_the_grid_and_lists_of_values():
         ({"rho": 1}, r"needs a list of values for every option, got rho: 1; write \[1\]"),
         ({"rho": []}, "needs a list"),
         ({"rho": "at"}, "needs a list"),
-        ({"norm,rho": [["l1", 3], ["l2"]]}, r"norm,rho needs 2 values in each of its entries, got \['l2'\]"),
+        (
+            {"norm,rho": [["l1", 3], ["l2"]]},
+            r"norm,rho needs 2 values in each of its entries, got \['l2'\]",
+        ),
         ({"norm,rho": [["l1", 3]], "rho": [1]}, "rho occurs twice"),
     ],
 )

@@ -30,7 +30,9 @@ def planned(tmp_path):
 
     def plan(grid=GRID, seeds=(0,), fixed=None, evaluations=None):
         suites = evaluations or {"paper": {}}
-        return plan_runs(tmp_path / "sweep", expand(grid), seeds, fixed=fixed or {}, evaluations=suites, **paths)
+        return plan_runs(
+            tmp_path / "sweep", expand(grid), seeds, fixed=fixed or {}, evaluations=suites, **paths
+        )
 
     return plan
 
@@ -40,7 +42,11 @@ def names(runs):
 
 
 def calls(run):
-    return (run.folder / "calls").read_text().split("\n")[:-1] if (run.folder / "calls").exists() else []
+    return (
+        (run.folder / "calls").read_text().split("\n")[:-1]
+        if (run.folder / "calls").exists()
+        else []
+    )
 
 
 def stages(run):
@@ -60,16 +66,28 @@ def has_ended(run):
 def test_the_same_run_is_planned_once(planned):
     runs = planned(seeds=(0, 1))
     assert names(runs) == [
-        "none-seed0", "at-rho0-seed0", "at-rho1-seed0", "none-seed1", "at-rho0-seed1", "at-rho1-seed1",
-    ]  # fmt: skip
-    assert [run.options["rho"] for run in runs[:2]] == [1.0, 0.0]  # the default with none, whatever the grid says
+        "none-seed0",
+        "at-rho0-seed0",
+        "at-rho1-seed0",
+        "none-seed1",
+        "at-rho0-seed1",
+        "at-rho1-seed1",
+    ]
+    assert [run.options["rho"] for run in runs[:2]] == [
+        1.0,
+        0.0,
+    ]  # the default with none, whatever the grid says
     assert not (runs[0].folder).exists()
     assert PlannedRun.from_json(runs[0].to_json()) == runs[0]
     # null is the value that it stands for
     assert names(planned({"rho": [None, 1, 0]})) == ["rho1-seed0", "rho0-seed0"]
-    assert [run.options["rho"] for run in planned({"mode": ["at", "pgd_at"], "rho": [0, None, 1]})] == [0, 1, 0, 1]
+    assert [
+        run.options["rho"] for run in planned({"mode": ["at", "pgd_at"], "rho": [0, None, 1]})
+    ] == [0, 1, 0, 1]
     # where no other value is asked for, modes still differ in nothing but the mode
-    assert [run.options["rho"] for run in planned({"mode": ["at", "pgd_at"]}, fixed={"rho": None})] == [None, None]
+    assert [
+        run.options["rho"] for run in planned({"mode": ["at", "pgd_at"]}, fixed={"rho": None})
+    ] == [None, None]
     # two folders of images are the same run: the option is no part of what decides the accuracies
     assert len(planned({"data_root": ["a", "b"]})) == 1
     grid = {"eps": ["8/255", 0.1], "data_root": ["a/b"], "norm": ["l1"]}
@@ -97,7 +115,10 @@ def test_a_run_that_had_null_is_found_by_its_value(planned):
         ({"grid": {"rho": ["much"]}}, "recipe.py does not take these options: .*rho"),
         ({"fixed": {"epochs": 1.5}}, "does not take these options: .*epochs"),
         ({"evaluations": {"slow": {}}}, "evaluator.py does not take these options: .*slow"),
-        ({"evaluations": {"paper": {"limit": 3}}}, "evaluator.py has no option 'limit'; did you mean test_limit"),
+        (
+            {"evaluations": {"paper": {"limit": 3}}},
+            "evaluator.py has no option 'limit'; did you mean test_limit",
+        ),
     ],
 )
 def test_wrong_options_stop_before_anything_starts(planned, tmp_path, arguments, message):
@@ -111,21 +132,37 @@ def test_a_run_leaves_one_record(planned):
     record = perform(run)
     assert RunRecord.load(run.folder / RECORD_FILE) == record
     assert record.options == run.options
-    assert record.training == {"clean": {"correct": 90, "total": 100}, "pgd20": {"correct": 41, "total": 100}}
-    shares = {"paper/clean": 29 / 30, "fast/clean": 39 / 40, "paper/everything": 25 / 30, "paper/control": 28 / 30}
+    assert record.training == {
+        "clean": {"correct": 90, "total": 100},
+        "pgd20": {"correct": 41, "total": 100},
+    }
+    shares = {
+        "paper/clean": 29 / 30,
+        "fast/clean": 39 / 40,
+        "paper/everything": 25 / 30,
+        "paper/control": 28 / 30,
+    }
     assert {name: record.accuracies[name] for name in shares} == pytest.approx(shares)
     assert record.evaluations["paper"]["options"]["test_limit"] == 30
     assert record.evaluations["paper"]["eps"] == "8/255"
     assert set(record.seconds) == {"training", "paper", "fast"}
     assert stages(run) == ["train resume=False", "paper resume=False", "fast resume=False"]
-    assert RobustnessReport.load(run.folder / "fast" / "report.json").name == run.name == "at-rho0-seed0"
+    assert (
+        RobustnessReport.load(run.folder / "fast" / "report.json").name
+        == run.name
+        == "at-rho0-seed0"
+    )
 
 
 def test_what_is_finished_is_not_repeated_and_a_wider_grid_or_a_suite_adds(planned):
     for run in planned():
         perform(run)
     runs = planned({"mode": ["none", "at"], "rho": [0, 1, 2], "norm": ["l2", "l1"]}, seeds=(0, 1))
-    assert names(run for run in runs if run.finished) == ["none-seed0", "at-rho0-seed0", "at-rho1-seed0"]
+    assert names(run for run in runs if run.finished) == [
+        "none-seed0",
+        "at-rho0-seed0",
+        "at-rho1-seed0",
+    ]
     assert len(runs) == 2 * 6
     assert "at-rho1-l1-seed0" in names(runs)
     perform(runs[0])
@@ -138,18 +175,29 @@ def test_what_is_finished_is_not_repeated_and_a_wider_grid_or_a_suite_adds(plann
 
 def test_changed_options_under_the_same_name_are_found(planned, tmp_path):
     perform(planned()[0])
-    with pytest.raises(ValueError, match=r"none-seed0 was run with other options \(epochs was 1 and is 2 now\)"):
+    with pytest.raises(
+        ValueError, match=r"none-seed0 was run with other options \(epochs was 1 and is 2 now\)"
+    ):
         planned(fixed={"epochs": 2})
-    with pytest.raises(ValueError, match=r"paper was run with other options \(test_limit was None and is 5 now\)"):
+    with pytest.raises(
+        ValueError, match=r"paper was run with other options \(test_limit was None and is 5 now\)"
+    ):
         planned(evaluations={"paper": {"test_limit": 5}})
     assert names(planned({**GRID, "epochs": [1, 2]})) == [
-        "none-seed0", "none-epochs2-seed0", "at-rho0-epochs1-seed0", "at-rho0-epochs2-seed0", "at-rho1-epochs1-seed0",
+        "none-seed0",
+        "none-epochs2-seed0",
+        "at-rho0-epochs1-seed0",
+        "at-rho0-epochs2-seed0",
+        "at-rho1-epochs1-seed0",
         "at-rho1-epochs2-seed0",
-    ]  # fmt: skip
-    # elsewhere and on another device it is the same run; an option that a newer recipe has is at its default
+    ]
+    # elsewhere and on another device it is the same run; an option that a newer recipe has is at
+    # its default
     assert planned(fixed={"data_root": "elsewhere", "device": "cpu", "workers": 2})[0].finished
     path = tmp_path / "sweep" / "runs" / "none-seed0" / "options.yaml"
-    path.write_text("\n".join(line for line in path.read_text().splitlines() if not line.startswith("norm:")))
+    path.write_text(
+        "\n".join(line for line in path.read_text().splitlines() if not line.startswith("norm:"))
+    )
     assert planned()[0].finished
     path.write_text(path.read_text() + "\ngone: 1\n")
     with pytest.raises(ValueError, match=r"options\.yaml: .*no option 'gone'.*another --output"):
@@ -159,7 +207,9 @@ def test_changed_options_under_the_same_name_are_found(planned, tmp_path):
 def test_stages_that_were_cut_short_go_on(planned):
     run = planned()[1]
     (run.folder / "training").mkdir(parents=True)
-    (run.folder / "training" / "config.yaml").write_text("torn: [")  # killed before the first checkpoint
+    (run.folder / "training" / "config.yaml").write_text(
+        "torn: ["
+    )  # killed before the first checkpoint
     (run.folder / "refuse").touch()
     with pytest.raises(OSError, match="disk full"):
         perform(run)
@@ -202,14 +252,20 @@ def ends_until_interrupted(runs, executor, *, last, jobs=1):
 
 @pytest.mark.slow
 def test_runs_survive_each_other_and_stop_when_asked(planned, tmp_path):
-    """A run that fails, one that exits, one that kills its process, one that is well, and one that Ctrl-C stops."""
+    """A run that fails, one that exits, one that kills its process, one that is well, and one that
+    Ctrl-C stops.
+    """
     runs = planned({"behave": ["fail", "exit", "die", "well", "wait"]})
     fails, _, dies, well, waits = runs
     assert ends_until_interrupted(runs, executor_for(tmp_path), last=waits, jobs=2) == {
-        "fail-seed0": "ValueError: no such thing", "exit-seed0": "exit code 2", "well-seed0": None,
+        "fail-seed0": "ValueError: no such thing",
+        "exit-seed0": "exit code 2",
+        "well-seed0": None,
         "die-seed0": "its process died (signal SIGKILL)",
-    }  # fmt: skip
-    assert [record.name for record in load_records(well.folder.parents[1], load_recipe(well.recipe))] == ["well-seed0"]
+    }
+    assert [
+        record.name for record in load_records(well.folder.parents[1], load_recipe(well.recipe))
+    ] == ["well-seed0"]
     output = (fails.folder / "output.txt").read_text()
     assert output.startswith("training dlif")
     assert "Traceback" in output
@@ -240,14 +296,18 @@ def test_a_run_whose_sweep_is_killed_goes_on_and_the_next_sweep_waits_for_it(pla
         sweep.kill()
     (end,) = perform_all([run], executor_for(tmp_path / "sweep"))
     assert end.error is None
-    assert "waiting: another process still performs linger-seed0" in (run.folder / "output.txt").read_text()
+    assert (
+        "waiting: another process still performs linger-seed0"
+        in (run.folder / "output.txt").read_text()
+    )
     assert stages(run) == ["train resume=False", "paper resume=False"]
     wait_until(lambda: has_ended(run), "the end of the process that had gone on")
 
 
 SLURM = {
-    "sbatch": 'cp "$1" script; SLURM_JOB_ID=$$ SLURM_NTASKS=1 SLURM_JOB_NUM_NODES=1 SLURM_NODEID=0 SLURM_PROCID=0 '
-    'SLURM_LOCALID=0 setsid sh script > /dev/null 2>&1 & echo "Submitted batch job $$"; echo $! > pid$$',
+    "sbatch": 'cp "$1" script; SLURM_JOB_ID=$$ SLURM_NTASKS=1 SLURM_JOB_NUM_NODES=1 '
+    "SLURM_NODEID=0 SLURM_PROCID=0 SLURM_LOCALID=0 setsid sh script > /dev/null 2>&1 & echo "
+    '"Submitted batch job $$"; echo $! > pid$$',
     "srun": 'shift 3; exec "$@"  # --unbuffered --output FILE COMMAND',
     "sacct": "echo 'JobID|State'",
     "scancel": "kill $(ps -o pid= -s $(cat pid$1))",
@@ -273,7 +333,9 @@ def test_jobs_of_a_cluster(planned, tmp_path, monkeypatch):
 
 
 def test_wrong_clusters_and_options(tmp_path):
-    with pytest.raises(ValueError, match="cannot use cluster slurm with options {}: Could not detect"):
+    with pytest.raises(
+        ValueError, match="cannot use cluster slurm with options {}: Could not detect"
+    ):
         executor_for(tmp_path, "slurm")
     with pytest.raises(ValueError, match="Unknown argument 'qeue' for executor 'slurm'"):
         executor_for(tmp_path, "local", {"slurm_qeue": "gpu"})

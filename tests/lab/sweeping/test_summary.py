@@ -11,10 +11,25 @@ from lab.sweeping.tables import contrast_csv, contrast_table, results_csv, resul
 
 GRID = {"mode": ["none", "at"], "rho": [0, 1]}
 PAPER = [
-    "clean", "gaussian", "pgd10", "pgd10/last", "apgd_ce", "pgd10@10/255", "control/pgd10", "control", "everything",
+    "clean",
+    "gaussian",
+    "pgd10",
+    "pgd10/last",
+    "apgd_ce",
+    "pgd10@10/255",
+    "control/pgd10",
+    "control",
+    "everything",
     "verified",
-]  # fmt: skip
-KNOWN = {"dataset": "cifar10", "model": "vgg11", "neuron": "dlif", "mode": "at", "rho": 1.0, "norm": "l2"}
+]
+KNOWN = {
+    "dataset": "cifar10",
+    "model": "vgg11",
+    "neuron": "dlif",
+    "mode": "at",
+    "rho": 1.0,
+    "norm": "l2",
+}
 KNOWN |= {"indicator": "mppd"}
 
 
@@ -25,7 +40,11 @@ def record(mode, rho, seed, pgd, suites=(), **options):
             del everything[name]
     figures = {"clean": {"correct": 9, "total": 10}, "pgd20": {"correct": pgd, "total": 100}}
     evaluations = {
-        suite: {"figures": {name: {"correct": pgd, "total": 200} for name in PAPER}, "alarm": "", "options": {}}
+        suite: {
+            "figures": {name: {"correct": pgd, "total": 200} for name in PAPER},
+            "alarm": "",
+            "options": {},
+        }
         for suite in suites
     }
     return RunRecord(f"{mode}-{rho}-{seed}", everything, figures, evaluations)
@@ -34,10 +53,15 @@ def record(mode, rho, seed, pgd, suites=(), **options):
 @pytest.fixture
 def records():
     return [
-        record("at", 1.0, 0, 50), record("at", 1.0, 1, 60), record("at", 1.0, 2, 70),
-        record("at", 0.0, 2, 61), record("at", 0.0, 0, 44), record("at", 0.0, 1, 48),
-        record("none", 0.0, 0, 5), record("none", 0.0, 1, 7),
-    ]  # fmt: skip
+        record("at", 1.0, 0, 50),
+        record("at", 1.0, 1, 60),
+        record("at", 1.0, 2, 70),
+        record("at", 0.0, 2, 61),
+        record("at", 0.0, 0, 44),
+        record("at", 0.0, 1, 48),
+        record("none", 0.0, 0, 5),
+        record("none", 0.0, 1, 7),
+    ]
 
 
 @pytest.fixture
@@ -52,12 +76,20 @@ def cells(records, axes):
 
 def test_mean_and_spread_by_hand(axes, cells):
     assert axes == {"mode": ["none", "at"], "rho": [0.0, 1.0]}
-    assert [cell.values for cell in cells] == [{"mode": "none"}, {"mode": "at", "rho": 0.0}, {"mode": "at", "rho": 1.0}]
+    assert [cell.values for cell in cells] == [
+        {"mode": "none"},
+        {"mode": "at", "rho": 0.0},
+        {"mode": "at", "rho": 1.0},
+    ]
     assert [record.seed for record in cells[1].records] == [0, 1, 2]
     found = cells[2].statistic("pgd20")
     error = 0.1 / math.sqrt(3)
-    assert (found.count, found.mean, found.spread, found.error) == pytest.approx((3, 0.6, 0.1, error))
-    assert found.interval == pytest.approx((0.6 - 4.302653 * error, 0.6 + 4.302653 * error))  # Student's t
+    assert (found.count, found.mean, found.spread, found.error) == pytest.approx(
+        (3, 0.6, 0.1, error)
+    )
+    assert found.interval == pytest.approx(
+        (0.6 - 4.302653 * error, 0.6 + 4.302653 * error)
+    )  # Student's t
     assert cells[0].statistic("paper/pgd10") is None
     single = Statistic((0.5,))
     assert (single.spread, single.error, single.interval) == (None, None, None)
@@ -68,7 +100,9 @@ def test_differences_are_of_the_same_seed(records, axes, cells):
     assert (row.first, row.second, row.values) == ({"rho": 0.0}, {"rho": 1.0}, {"mode": "at"})
     assert row.difference.values == pytest.approx((0.06, 0.12, 0.09))
     assert row.clear
-    assert not contrasts(cells_of(records[:3], axes), axes, "rho", ["pgd20"])  # nothing to compare with
+    assert not contrasts(
+        cells_of(records[:3], axes), axes, "rho", ["pgd20"]
+    )  # nothing to compare with
     table = contrast_table(rows, axes, "rho")
     assert table.rows == (("at", "0 → 1", "pgd20", "+9.00 *", "1.73", "+1.55 to +16.45", "3"),)
     (line,) = csv.DictReader(contrast_csv(rows, axes, "rho").splitlines())
@@ -79,13 +113,18 @@ def test_differences_are_of_the_same_seed(records, axes, cells):
 
 def test_an_option_without_effect_need_not_be_the_same(axes, cells):
     rows = contrasts(cells, axes, "mode", ["pgd20"])
-    assert [(row.values, row.difference.count) for row in rows] == [({"rho": 0.0}, 2), ({"rho": 1.0}, 2)]
+    assert [(row.values, row.difference.count) for row in rows] == [
+        ({"rho": 0.0}, 2),
+        ({"rho": 1.0}, 2),
+    ]
     assert rows[0].difference.values == pytest.approx((0.39, 0.41))
 
 
 def test_two_options_together():
     settings = [(seed, norm, rho) for seed in (0, 1) for norm, rho in (("l2", 1.0), ("l1", 3.0))]
-    runs = [record("at", rho, seed, 40 + 5 * seed + int(rho), norm=norm) for seed, norm, rho in settings]
+    runs = [
+        record("at", rho, seed, 40 + 5 * seed + int(rho), norm=norm) for seed, norm, rho in settings
+    ]
     axes = axes_in(runs, {"norm": ["l2", "l1"], "rho": [1, 3]})
     (row,) = contrasts(cells_of(runs, axes), axes, "norm, rho", ["pgd20"])
     assert row.second == {"norm": "l1", "rho": 3.0}
@@ -104,11 +143,20 @@ def test_axes_without_a_grid_hold_what_differs_and_matters(records):
 def test_columns(records):
     runs = [*records, record("at", 1.0, 3, 50, ["paper", "standard"])]
     assert columns_of(records) == ["clean", "pgd20"]
-    paper = ["paper/clean", "paper/gaussian", "paper/pgd10/last", "paper/apgd_ce", "paper/control", "paper/everything"]
+    paper = [
+        "paper/clean",
+        "paper/gaussian",
+        "paper/pgd10/last",
+        "paper/apgd_ce",
+        "paper/control",
+        "paper/everything",
+    ]
     paper.append("paper/verified")
     standard = ["standard/clean", "standard/control", "standard/everything", "standard/verified"]
     assert columns_of(runs) == ["clean", "pgd20", *paper, *standard]
-    assert columns_of(runs, few=True) == [name for name in (*paper, *standard) if "control" not in name]
+    assert columns_of(runs, few=True) == [
+        name for name in (*paper, *standard) if "control" not in name
+    ]
     assert columns_of(runs, ["standard/ev*", "pgd*"]) == ["standard/everything", "pgd20"]
 
 
@@ -169,12 +217,16 @@ def test_every_published_accuracy_says_who_published_it():
 def drawn(monkeypatch):
     """Figures that are drawn, which no file keeps."""
     figures = []
-    monkeypatch.setattr(plot, "save", lambda figure, folder, name: figures.append(figure) or (folder, folder))
+    monkeypatch.setattr(
+        plot, "save", lambda figure, folder, name: figures.append(figure) or (folder, folder)
+    )
     return figures
 
 
 def test_the_figure_tells_lines_and_values_apart(records, tmp_path, drawn):
-    settings = [(rho, seed, norm) for rho in (0.3, 10.0) for seed in (0, 1) for norm in ("l1", "l2")]
+    settings = [
+        (rho, seed, norm) for rho in (0.3, 10.0) for seed in (0, 1) for norm in ("l1", "l2")
+    ]
     more = [record("at", rho, seed, 50, ["paper"], norm=norm) for rho, seed, norm in settings]
     runs = [one for one in [*records, *more] if one.options.get("rho") != 1.0]
     axes = axes_in(runs)
@@ -184,15 +236,24 @@ def test_the_figure_tells_lines_and_values_apart(records, tmp_path, drawn):
     assert figure.get_figwidth() == 6.75
     panel = figure.axes[0]
     assert [axis.get_title(loc="left") for axis in figure.axes[:4]] == [
-        "clean (training)", "PGD-10, last iterate (paper)", "PGD-10, eps 10/255 (paper)", "worst of all (paper)",
-    ]  # fmt: skip
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["undefended", "AT, l1", "AT, l2"]
+        "clean (training)",
+        "PGD-10, last iterate (paper)",
+        "PGD-10, eps 10/255 (paper)",
+        "worst of all (paper)",
+    ]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "undefended",
+        "AT, l1",
+        "AT, l2",
+    ]
     # equal steps, and rho 0, where the norm changes nothing, at the start of both lines
     assert [label.get_text() for label in panel.get_xticklabels()] == ["0", "0.3", "10"]
     assert [len(container.lines[0].get_xdata()) for container in panel.containers] == [3, 3]
     assert panel.containers[0].lines[0].get_xdata() == pytest.approx([0, 1, 2], abs=0.2)
     one = [record("at", rho, 0, 50) for rho in (0.0, 1.0)]
-    plot_effect(cells_of(one, axes_in(one)), axes_in(one), "rho", ["pgd20"], tmp_path / "effect-rho")
+    plot_effect(
+        cells_of(one, axes_in(one)), axes_in(one), "rho", ["pgd20"], tmp_path / "effect-rho"
+    )
     assert drawn[1].legends == []
     for name in ("mode", "tau"):  # of words, and of nothing that differs
         assert plot_effect(cells_of(runs, axes), axes, name, ["clean"], tmp_path / "effect") == ()
@@ -201,15 +262,34 @@ def test_the_figure_tells_lines_and_values_apart(records, tmp_path, drawn):
 def test_more_lines_than_colours_go_into_a_column_per_mode(tmp_path, drawn):
     runs = [
         record(mode, rho, 0, 50, neuron=neuron, norm=norm)
-        for neuron in ("lif", "dlif") for mode in ("gaussian", "at") for norm in ("l1", "l2") for rho in (0.3, 1.0)
-    ]  # fmt: skip
+        for neuron in ("lif", "dlif")
+        for mode in ("gaussian", "at")
+        for norm in ("l1", "l2")
+        for rho in (0.3, 1.0)
+    ]
     runs += [record("none", 0.0, 0, 5, neuron=neuron) for neuron in ("lif", "dlif")]
-    plot_effect(cells_of(runs, axes_in(runs)), axes_in(runs), "rho", ["clean", "pgd20"], tmp_path / "effect-rho")
+    plot_effect(
+        cells_of(runs, axes_in(runs)),
+        axes_in(runs),
+        "rho",
+        ["clean", "pgd20"],
+        tmp_path / "effect-rho",
+    )
     (figure,) = drawn
     assert [axes.get_title(loc="left") for axes in figure.axes] == ["AT", "Gaussian", "", ""]
     assert [axes.get_ylabel() for axes in figure.axes] == ["clean, %", "", "PGD-20, %", ""]
     labels = [text.get_text() for text in figure.legends[0].get_texts()]
-    assert set(labels) == {"LIF, undefended", "DLIF, undefended", "LIF, l1", "LIF, l2", "DLIF, l1", "DLIF, l2"}
-    looks = {one.get_label().partition(",")[0]: one.lines[0].get_color() for one in figure.axes[1].containers}
+    assert set(labels) == {
+        "LIF, undefended",
+        "DLIF, undefended",
+        "LIF, l1",
+        "LIF, l2",
+        "DLIF, l1",
+        "DLIF, l2",
+    }
+    looks = {
+        one.get_label().partition(",")[0]: one.lines[0].get_color()
+        for one in figure.axes[1].containers
+    }
     assert len(figure.axes[1].containers) == 4
     assert len(set(looks.values())) == 2, "a colour per neuron"

@@ -1,6 +1,8 @@
-"""What the CUDA text is put through on the CPU: variants, inputs, and the comparison with the float64 oracle.
+"""What the CUDA text is put through on the CPU: variants, inputs, and the comparison with the
+float64 oracle.
 
-Needs numpy alone, so that it also runs in a process under AddressSanitizer: ``python -m ops.cuda.cases LIBRARY``.
+Needs numpy alone, so that it also runs in a process under AddressSanitizer: ``python -m
+ops.cuda.cases LIBRARY``.
 """
 
 import itertools
@@ -16,7 +18,8 @@ from ops import slopes
 from ops.cuda.shim import Library
 from oracle import Result, dlif_bptt
 
-MARGIN = 1e-3  # distance every potential keeps from the threshold, so that spikes can be compared exactly
+# distance every potential keeps from the threshold, so that spikes can be compared exactly
+MARGIN = 1e-3
 V_THRESHOLD = 0.8
 RESETS = {"RESET_TO_ZERO": 0.0, "RESET_TO_VALUE": -0.25, "RESET_BY_SUBTRACTION": None}
 SURROGATES = {
@@ -25,11 +28,25 @@ SURROGATES = {
     "Sigmoid": ("sigmoid", 4.0),
     "Spliced": ("atan", 2.0),
 }
-OTHERS = {"PiecewiseExp": "exponential", "SoftSign": "soft_sign", "SuperSpike": "super_spike", "Erf": "erf"}
+OTHERS = {
+    "PiecewiseExp": "exponential",
+    "SoftSign": "soft_sign",
+    "SuperSpike": "super_spike",
+    "Erf": "erf",
+}
 SHAPES = [  # steps per segment, whether longer than one segment, neurons per thread
-    (1, False, 1), (1, False, 4), (2, False, 2), (3, False, 1), (5, False, 4), (8, False, 2), (8, False, 4),
-    (16, False, 2), (32, False, 1), (16, True, 1), (16, True, 2),
-]  # fmt: skip
+    (1, False, 1),
+    (1, False, 4),
+    (2, False, 2),
+    (3, False, 1),
+    (5, False, 4),
+    (8, False, 2),
+    (8, False, 4),
+    (16, False, 2),
+    (32, False, 1),
+    (16, True, 1),
+    (16, True, 2),
+]
 
 
 SPLICED = """struct Spliced {
@@ -71,7 +88,9 @@ class Variant:
 
 
 def variants(strength: int, shapes: list[tuple[int, bool, int]] = SHAPES) -> list[Variant]:
-    """A small set in which every combination of ``strength`` template arguments occurs: most new ones first."""
+    """A small set in which every combination of ``strength`` template arguments occurs: most new
+    ones first.
+    """
     rows = list(itertools.product(shapes, IO, RESETS, [False, True], [False, True], SURROGATES))
     random.Random(0).shuffle(rows)
     of_row = {row: set(itertools.combinations(enumerate(row), strength)) for row in rows}
@@ -99,9 +118,13 @@ SLOPES = """extern "C" __global__ void slopes_{0}(const float* z, float* g, int 
 
 
 def text(chosen: list[Variant], kernel: str) -> str:
-    """The CUDA text with the kernels of the chosen variants, rounding to bfloat16, and every surrogate by itself."""
+    """The CUDA text with the kernels of the chosen variants, rounding to bfloat16, and every
+    surrogate by itself.
+    """
     slopes_of = "".join(SLOPES.format(name) for name in [*SURROGATES, *OTHERS])
-    return kernel + SPLICED + ROUND_TRIP + slopes_of + "".join(variant.lines() for variant in chosen)
+    return (
+        kernel + SPLICED + ROUND_TRIP + slopes_of + "".join(variant.lines() for variant in chosen)
+    )
 
 
 def check(library: Library, variant: Variant) -> None:
@@ -113,13 +136,19 @@ def check(library: Library, variant: Variant) -> None:
     vec = variant.shape[2]
     many, few = {"blocks": 3, "threads": 64}, {"blocks": 1, "threads": 32}
     _compare(library, variant, M=(2 * 64 + 37) * vec, optional=True, on_grid=False, **many)
-    _compare(library, variant, M=3 * vec, optional=False, on_grid=False, **few)  # fewer neurons than a block has
+    _compare(
+        library, variant, M=3 * vec, optional=False, on_grid=False, **few
+    )  # fewer neurons than a block has
     _compare(library, variant, M=64 * vec, optional=True, on_grid=True, blocks=1, threads=64)
 
 
 def check_bfloat16(library: Library) -> None:
-    """Every bfloat16, the values half-way to the next, and their neighbours: to nearest, ties to even."""
-    low, high = np.meshgrid(np.array([0, 0x7FFF, 0x8000, 0x8001], np.uint32), np.arange(0x10000, dtype=np.uint32))
+    """Every bfloat16, the values half-way to the next, and their neighbours: to nearest, ties to
+    even.
+    """
+    low, high = np.meshgrid(
+        np.array([0, 0x7FFF, 0x8000, 0x8001], np.uint32), np.arange(0x10000, dtype=np.uint32)
+    )
     values = ((high << 16) | low).ravel().view(np.float32)
     bits, back = np.zeros(values.size, np.uint16), np.zeros(values.size, np.float32)
     library.launch("round_trip", 1, 32, values, bits, back, np.int32(values.size))
@@ -131,7 +160,9 @@ def check_bfloat16(library: Library) -> None:
 
 
 def check_slopes(library: Library) -> None:
-    """Every surrogate by itself; the variants have some of them, since a kernel is the same with each."""
+    """Every surrogate by itself; the variants have some of them, since a kernel is the same with
+    each.
+    """
     kinds = {name: kind for name, (kind, _) in SURROGATES.items() if name != "Spliced"} | OTHERS
     for (name, kind), alpha in itertools.product(kinds.items(), slopes.ALPHAS):
         z = slopes.points(alpha, np.float32)
@@ -145,40 +176,84 @@ _Inputs = dict[str, np.ndarray]
 
 
 def _compare(
-    library: Library, variant: Variant, *, blocks: int, threads: int, M: int, optional: bool, on_grid: bool
+    library: Library,
+    variant: Variant,
+    *,
+    blocks: int,
+    threads: int,
+    M: int,
+    optional: bool,
+    on_grid: bool,
 ) -> None:
-    """One launch forward and one backward; ``optional``: with initial potential and gradients of potentials."""
+    """One launch forward and one backward; ``optional``: with initial potential and gradients of
+    potentials.
+    """
     steps, is_long, _ = variant.shape
     T = 2 * steps + 5 if is_long else steps
     decay = (1.0 if T > 8 else 0.5) if on_grid else 0.9
     threshold = 1.0 if on_grid else V_THRESHOLD
     rng = np.random.default_rng([T, M, on_grid])
     inputs = (_draw_on_grid if on_grid else _draw)(rng, variant, T, M, decay, optional)
-    gain, v_init, grad_v, grad_potentials = (inputs[name] for name in ("gain", "v_init", "grad_v", "grad_potentials"))
+    gain, v_init, grad_v, grad_potentials = (
+        inputs[name] for name in ("gain", "v_init", "grad_v", "grad_potentials")
+    )
     expected = _oracle(inputs, variant, decay, threshold)
 
     v_reset = RESETS[variant.reset]
-    constants = [np.float32(c) for c in (decay, (1 - decay) * (v_reset or 0.0), threshold, v_reset or 0.0)]
+    constants = [
+        np.float32(c) for c in (decay, (1 - decay) * (v_reset or 0.0), threshold, v_reset or 0.0)
+    ]
     alpha = np.float32(SURROGATES[variant.surrogate][1])
-    given: Callable[[np.ndarray], np.ndarray | None] = lambda array: array if optional else None  # noqa: E731
+
+    def given(array: np.ndarray) -> np.ndarray | None:
+        return array if optional else None
+
     x, grad_spikes = _pack(inputs["x"], variant.io), _pack(inputs["grad_spikes"], variant.io)
     results = []
     for order in (0, 1, 2):  # in which the threads of a block run: must not matter
         spikes, v_last, potentials = _blank(x), _blank(v_init), _blank(inputs["x"])
         grad_x, grad_v_init, partial = _blank(x), _blank(v_init), _blank((blocks, T))
         library.launch(
-            f"forward_{variant.name}", blocks, threads, x, gain, given(v_init), spikes, v_last,
-            potentials if variant.v_seq else None, np.int64(M), np.int32(T), *constants, order=order,
-        )  # fmt: skip
+            f"forward_{variant.name}",
+            blocks,
+            threads,
+            x,
+            gain,
+            given(v_init),
+            spikes,
+            v_last,
+            potentials if variant.v_seq else None,
+            np.int64(M),
+            np.int32(T),
+            *constants,
+            order=order,
+        )
         library.launch(
-            f"backward_{variant.name}", blocks, threads, x, gain, given(v_init), grad_spikes, given(grad_v),
-            grad_potentials if variant.v_seq else None, grad_x, given(grad_v_init), partial,
-            _blank((T // steps, M)) if is_long else None, np.int64(M), np.int32(T), *constants, alpha, order=order,
-        )  # fmt: skip
+            f"backward_{variant.name}",
+            blocks,
+            threads,
+            x,
+            gain,
+            given(v_init),
+            grad_spikes,
+            given(grad_v),
+            grad_potentials if variant.v_seq else None,
+            grad_x,
+            given(grad_v_init),
+            partial,
+            _blank((T // steps, M)) if is_long else None,
+            np.int64(M),
+            np.int32(T),
+            *constants,
+            alpha,
+            order=order,
+        )
         results.append((spikes, v_last, potentials, grad_x, grad_v_init, partial))
     for other in results[1:]:
         for first, second in zip(results[0], other, strict=True):
-            np.testing.assert_array_equal(first, second, err_msg="result depends on the order of the threads")
+            np.testing.assert_array_equal(
+                first, second, err_msg="result depends on the order of the threads"
+            )
 
     exact = {"rtol": 0.0, "atol": 0.0} if on_grid else {"rtol": 1e-5, "atol": 1e-6}
     half_ulp = {"float": 0.0, "Half": 2.0**-11, "BFloat16": 2.0**-8}[variant.io]
@@ -187,25 +262,41 @@ def _compare(
     if variant.v_seq:
         np.testing.assert_allclose(potentials, expected.potentials, **exact, err_msg="potentials")
     np.testing.assert_allclose(
-        _unpack(grad_x, variant.io), expected.grad_x, rtol=1e-5 + half_ulp, atol=1e-5, err_msg="grad x"
+        _unpack(grad_x, variant.io),
+        expected.grad_x,
+        rtol=1e-5 + half_ulp,
+        atol=1e-5,
+        err_msg="grad x",
     )
     np.testing.assert_allclose(
-        partial.sum(0, dtype=np.float64), expected.grad_gain, rtol=1e-5, atol=1e-5 * M**0.5, err_msg="grad gain"
+        partial.sum(0, dtype=np.float64),
+        expected.grad_gain,
+        rtol=1e-5,
+        atol=1e-5 * M**0.5,
+        err_msg="grad gain",
     )
     if optional:
-        np.testing.assert_allclose(grad_v_init, expected.grad_v_init, rtol=1e-5, atol=1e-5, err_msg="grad v_init")
+        np.testing.assert_allclose(
+            grad_v_init, expected.grad_v_init, rtol=1e-5, atol=1e-5, err_msg="grad v_init"
+        )
 
 
 def _oracle(inputs: _Inputs, variant: Variant, decay: float, threshold: float) -> Result:
     kind, alpha = SURROGATES[variant.surrogate]
     return dlif_bptt(
         **{name: array.astype(np.float64) for name, array in inputs.items()},
-        decay=float(np.float32(decay)), v_threshold=float(np.float32(threshold)), v_reset=RESETS[variant.reset],
-        kind=kind, alpha=alpha, detach_reset=variant.detach,
-    )  # fmt: skip
+        decay=float(np.float32(decay)),
+        v_threshold=float(np.float32(threshold)),
+        v_reset=RESETS[variant.reset],
+        kind=kind,
+        alpha=alpha,
+        detach_reset=variant.detach,
+    )
 
 
-def _draw(rng: np.random.Generator, variant: Variant, T: int, M: int, decay: float, optional: bool) -> _Inputs:
+def _draw(
+    rng: np.random.Generator, variant: Variant, T: int, M: int, decay: float, optional: bool
+) -> _Inputs:
     """Random inputs; neurons that come near the threshold at any step are drawn again."""
     inputs = {
         "x": np.zeros((T, M), np.float32),
@@ -225,7 +316,9 @@ def _draw(rng: np.random.Generator, variant: Variant, T: int, M: int, decay: flo
     return inputs
 
 
-def _draw_on_grid(rng: np.random.Generator, variant: Variant, T: int, M: int, decay: float, optional: bool) -> _Inputs:
+def _draw_on_grid(
+    rng: np.random.Generator, variant: Variant, T: int, M: int, decay: float, optional: bool
+) -> _Inputs:
     """Multiples of 1/8, on which arithmetic is exact; many potentials equal the threshold."""
     inputs = {
         "x": rng.integers(-3, 5, (T, M)).astype(np.float32) / 4,

@@ -1,8 +1,9 @@
-"""Host time of a call of the CUDA kernels: everything around a launch, with a CuPy that launches nothing.
+"""Host time of a call of the CUDA kernels: everything around a launch, with a CuPy that launches
+nothing.
 
-``python -m ops.cuda.host_time`` in ``tests/`` prints CPU microseconds of the launchers alone, of a forward and a
-backward pass of a ``DLIFNode``, autograd included, and what torch itself takes for a function of as many arguments. The
-tensors are small and on the CPU.
+``python -m ops.cuda.host_time`` in ``tests/`` prints CPU microseconds of the launchers alone, of a
+forward and a backward pass of a ``DLIFNode``, autograd included, and what torch itself takes for a
+function of as many arguments. The tensors are small and on the CPU.
 """
 
 import sys
@@ -30,7 +31,9 @@ class NoKernel:
     def compile(self) -> None:
         """Nothing to do."""
 
-    def __call__(self, grid: tuple[int, ...], block: tuple[int, ...], arguments: tuple[Any, ...]) -> None:
+    def __call__(
+        self, grid: tuple[int, ...], block: tuple[int, ...], arguments: tuple[Any, ...]
+    ) -> None:
         """Nothing runs."""
 
 
@@ -61,7 +64,8 @@ def install() -> None:
         runtime=SimpleNamespace(getDeviceCount=lambda: 1),
     )
     sys.modules["cupy"] = cupy
-    torch.cuda.current_stream = lambda device: SimpleNamespace(cuda_stream=0)  # type: ignore[assignment]  # no GPU here
+    # no GPU here
+    torch.cuda.current_stream = lambda device: SimpleNamespace(cuda_stream=0)  # type: ignore[assignment]
     cupy_launch.no_gpu_reason = lambda: None
     cupy_launch.unsupported_reason = lambda *arguments: None  # tensors of the CPU
 
@@ -86,14 +90,19 @@ def main() -> None:
     inputs, grads = Inputs(x, gain, None, config), OutputGradients(torch.ones_like(x))
     print(f"forward   {microseconds(lambda: cupy_launch.forward(inputs, False)):6.1f} us")
     print(f"backward  {microseconds(lambda: cupy_launch.backward(inputs, grads, False)):6.1f} us")
-    node, leaf, ones = DLIFNode(T, backend="cupy", step_mode="m"), x.clone().requires_grad_(), torch.ones_like(x)
+    node, leaf, ones = (
+        DLIFNode(T, backend="cupy", step_mode="m"),
+        x.clone().requires_grad_(),
+        torch.ones_like(x),
+    )
 
     def step() -> None:
         node.time_step, node.v = 0, 0.0  # a reset
         torch.autograd.grad(node.multi_step_forward(leaf), (leaf, node.input_gain), ones)
 
     def floor() -> None:
-        spikes, _, _ = Nothing.apply(leaf, node.input_gain, None, *range(4))  # type: ignore[no-untyped-call]  # torch's
+        # torch's
+        spikes, _, _ = Nothing.apply(leaf, node.input_gain, None, *range(4))  # type: ignore[no-untyped-call]
         torch.autograd.grad(spikes, (leaf, node.input_gain), ones)
 
     print(f"neuron    {microseconds(step):6.1f} us")

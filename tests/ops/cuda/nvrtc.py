@@ -1,4 +1,6 @@
-"""NVRTC of the PyPI package, which compiles CUDA for any architecture on a machine without a GPU or driver."""
+"""NVRTC of the PyPI package, which compiles CUDA for any architecture on a machine without a GPU or
+driver.
+"""
 
 import ctypes
 import functools
@@ -12,10 +14,14 @@ def missing() -> str | None:
     """Why NVRTC cannot be used here, or None."""
     if sys.platform != "linux":
         return "NVRTC's package is only for Linux here"
-    return None if _library_path() else "NVRTC is not installed (pip install nvidia-cuda-nvrtc-cu12)"
+    return (
+        None if _library_path() else "NVRTC is not installed (pip install nvidia-cuda-nvrtc-cu12)"
+    )
 
 
-def compile_text(text: str, architecture: str, *options: str, ptx: bool = False) -> tuple[bytes, str]:
+def compile_text(
+    text: str, architecture: str, *options: str, ptx: bool = False
+) -> tuple[bytes, str]:
     """Binary (or PTX) and log.
 
     Raises:
@@ -38,9 +44,13 @@ def compile_text(text: str, architecture: str, *options: str, ptx: bool = False)
 
 
 def resources(log: str) -> dict[str, tuple[int, int]]:
-    """Registers and bytes of spilled registers of every kernel, from the log of ``--ptxas-options=-v``."""
+    """Registers and bytes of spilled registers of every kernel, from the log of
+    ``--ptxas-options=-v``.
+    """
     pattern = r"entry function '(\w+)'.*?(\d+) bytes spill stores.*?Used (\d+) registers"
-    return {name: (int(used), int(spilled)) for name, spilled, used in re.findall(pattern, log, re.S)}
+    return {
+        name: (int(used), int(spilled)) for name, spilled, used in re.findall(pattern, log, re.S)
+    }
 
 
 def _read(program: ctypes.c_void_p, what: str) -> bytes:
@@ -65,4 +75,6 @@ def _library_path() -> Path | None:
         return None
     locations = [] if package is None else list(package.submodule_search_locations or ())
     found = [path for location in locations for path in Path(location).glob("lib/libnvrtc.so.*")]
-    return next((path for path in found if "builtins" not in path.name and "alt" not in path.name), None)
+    return next(
+        (path for path in found if "builtins" not in path.name and "alt" not in path.name), None
+    )

@@ -1,4 +1,6 @@
-"""Builds a CUDA text for the CPU through ``cuda_shim.h`` and launches its kernels on numpy arrays."""
+"""Builds a CUDA text for the CPU through ``cuda_shim.h`` and launches its kernels on numpy
+arrays.
+"""
 
 import ctypes
 import functools
@@ -12,13 +14,28 @@ import numpy as np
 
 HERE = Path(__file__).parent
 KERNEL = (HERE.parents[2] / "sj_robust" / "ops" / "dlif" / "kernel.cu").read_text()
-SANITIZERS = ("-O0", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer")
+SANITIZERS = (
+    "-O0",
+    "-fsanitize=address,undefined",
+    "-fno-sanitize-recover=undefined",
+    "-fno-omit-frame-pointer",
+)
 _FLAGS = (
-    "-std=c++17", "-fPIC", "-shared", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Wextra",
-    "-Werror", "-Wno-unknown-pragmas", "-Wno-maybe-uninitialized", "-Wno-unused-variable", "-Wno-unused-parameter",
+    "-std=c++17",
+    "-fPIC",
+    "-shared",
+    "-ffp-contract=off",
+    "-fno-strict-aliasing",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+    "-Wno-maybe-uninitialized",
+    "-Wno-unused-variable",
+    "-Wno-unused-parameter",
     "-Wno-clobbered",
     "-fno-gnu-unique",  # else all libraries of a process share the static variables of the first
-)  # fmt: skip
+)
 _HALVES = """
 inline float half_to_float(Half a) { return (float)shim::as_bits<_Float16>(a.bits); }
 inline Half float_to_half(float value) { return {shim::as_bits<unsigned short>((_Float16)value)}; }
@@ -45,7 +62,9 @@ def missing_tool() -> str | None:
 
 
 def build(text: str, directory: Path, *, sanitize: bool = False, optimise: bool = True) -> Path:
-    """Shared library with an entry for every ``extern "C"`` kernel and DLIF_... line of the text."""
+    """Shared library with an entry for every ``extern "C"`` kernel and DLIF_... line of the
+    text.
+    """
     names = re.findall(r"^\s*DLIF_(?:FORWARD|BACKWARD)\((\w+)", text, re.M)
     names += re.findall(r'^extern "C" __global__ void (\w+)', text, re.M)
     source = directory / "kernels.cpp"
@@ -69,7 +88,7 @@ class Library:
         self._library = ctypes.CDLL(str(path))
         self._shared = _shared_variables(path)
 
-    @functools.cache  # noqa: B019  # a library lives as long as the tests
+    @functools.cache  # a library lives as long as the tests
     def signature(self, name: str) -> str:
         """One letter per parameter: p pointer, q 64-bit, i 32-bit integer, f float."""
         function = self._library[f"signature_{name}"]
@@ -77,12 +96,17 @@ class Library:
         return function().decode()
 
     def launch(self, name: str, grid: int, threads: int, *arguments, order: int = 0) -> None:
-        """Run a kernel; arguments are arrays, None (null), addresses, or numpy scalars of the exact size."""
+        """Run a kernel; arguments are arrays, None (null), addresses, or numpy scalars of the exact
+        size.
+        """
         signature = self.signature(name)
         if len(arguments) != len(signature):
             raise TypeError(f"{name} takes {len(signature)} arguments, got {len(arguments)}")
         pairs = zip(arguments, signature, strict=True)
-        values = [_scalar(argument, letter, f"argument {i} of {name}") for i, (argument, letter) in enumerate(pairs)]
+        values = [
+            _scalar(argument, letter, f"argument {i} of {name}")
+            for i, (argument, letter) in enumerate(pairs)
+        ]
         addresses = (ctypes.c_void_p * len(values))(*(value.ctypes.data for value in values))
         for variable, size in self._shared:
             address = ctypes.addressof((ctypes.c_char * size).in_dll(self._library, variable))
@@ -93,9 +117,13 @@ class Library:
 
 
 def sanitizer_runtime() -> str | None:
-    """What has to be loaded before Python for a library with AddressSanitizer, or None if g++ lacks it."""
+    """What has to be loaded before Python for a library with AddressSanitizer, or None if g++ lacks
+    it.
+    """
     paths = [
-        subprocess.run(["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run(
+            ["g++", f"-print-file-name={name}"], capture_output=True, text=True, check=True
+        ).stdout.strip()
         for name in ("libasan.so", "libstdc++.so")
     ]
     return " ".join(paths) if all(Path(path).is_absolute() for path in paths) else None
@@ -124,6 +152,12 @@ def _scalar(argument, letter: str, what: str) -> np.ndarray:
 
 def _shared_variables(path: Path) -> list[tuple[str, int]]:
     """Names and sizes of the static variables that stand for shared memory."""
-    listing = subprocess.run(["nm", "-D", "-S", str(path)], capture_output=True, text=True, check=True).stdout
+    listing = subprocess.run(
+        ["nm", "-D", "-S", str(path)], capture_output=True, text=True, check=True
+    ).stdout
     fields = [line.split() for line in listing.splitlines()]
-    return [(f[3], int(f[1], 16)) for f in fields if len(f) == 4 and f[3].startswith("_ZZ") and "backward" in f[3]]
+    return [
+        (f[3], int(f[1], 16))
+        for f in fields
+        if len(f) == 4 and f[3].startswith("_ZZ") and "backward" in f[3]
+    ]

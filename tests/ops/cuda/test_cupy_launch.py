@@ -18,14 +18,18 @@ from sj_robust.ops import Surrogate
 from sj_robust.ops.dlif import cupy_launch, dispatch
 from sj_robust.ops.dlif.config import DLIFConfig, Inputs, OutputGradients
 
-needs_compiler = pytest.mark.skipif(shim.missing_tool() is not None, reason=str(shim.missing_tool()))
+needs_compiler = pytest.mark.skipif(
+    shim.missing_tool() is not None, reason=str(shim.missing_tool())
+)
 
 
 CONFIG = DLIFConfig(0.5, 1.0, 0.0, Surrogate(), False)
 
 
 class FakeCuPy(ModuleType):
-    """``cupy`` as far as the launcher uses it; keeps a log of devices, streams, compilations and launches."""
+    """``cupy`` as far as the launcher uses it; keeps a log of devices, streams, compilations and
+    launches.
+    """
 
     def __init__(self, directory, *, has_from_external=True):
         super().__init__("cupy")
@@ -47,7 +51,9 @@ class FakeCuPy(ModuleType):
             pass
 
         if has_from_external:
-            Stream.from_external = staticmethod(lambda obj: Entered(("stream", obj.__cuda_stream__())))
+            Stream.from_external = staticmethod(
+                lambda obj: Entered(("stream", obj.__cuda_stream__()))
+            )
 
         class RawKernel:
             def __init__(self, code, name, options=()):
@@ -84,7 +90,9 @@ def cupy(tmp_path, monkeypatch):
 
 def _install(fake, monkeypatch):
     monkeypatch.setitem(sys.modules, "cupy", fake)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0x1234))
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0x1234)
+    )
     monkeypatch.setattr(cupy_launch, "_TEXTS_TRIED", {})
     _forget()
     return fake
@@ -101,13 +109,38 @@ def _forget_kernels():
     _forget()
 
 
-CASES = {  # T, M, dtype; whether it starts from a state and stores potentials; vector width forward and backward
+# T, M, dtype; whether it starts from a state and stores potentials; vector width forward and backward
+CASES = {
     "vector": (4, 520, torch.float32, True, True, (4, 4), {}),
-    "odd": (3, 133, torch.float32, False, False, (1, 1), {"v_reset": None, "kind": "atan", "alpha": 2.0}),
-    "half": (16, 70, torch.float16, True, False, (2, 2), {"v_reset": -0.25, "kind": "sigmoid", "alpha": 4.0}),
+    "odd": (
+        3,
+        133,
+        torch.float32,
+        False,
+        False,
+        (1, 1),
+        {"v_reset": None, "kind": "atan", "alpha": 2.0},
+    ),
+    "half": (
+        16,
+        70,
+        torch.float16,
+        True,
+        False,
+        (2, 2),
+        {"v_reset": -0.25, "kind": "sigmoid", "alpha": 4.0},
+    ),
     "bfloat16": (5, 12, torch.bfloat16, False, True, (4, 4), {"detach_reset": True}),
     "long": (37, 68, torch.float32, True, True, (4, 2), {"v_reset": -0.25, "alpha": 0.8}),
-    "longest in registers": (32, 36, torch.float32, True, False, (4, 1), {"v_reset": None, "detach_reset": True}),
+    "longest in registers": (
+        32,
+        36,
+        torch.float32,
+        True,
+        False,
+        (4, 1),
+        {"v_reset": None, "detach_reset": True},
+    ),
 }
 
 
@@ -160,14 +193,28 @@ def test_kernel_is_compiled_once_and_runs_on_torchs_stream(cupy):
     launch = ("launch", "dlif_forward", (1,), (128,))
     around = [("enter", ("device", None)), ("enter", ("stream", (0, 0x1234)))]
     after = [("exit", ("stream", (0, 0x1234))), ("exit", ("device", None))]
-    assert cupy.log == [*around, ("compile", "dlif_forward"), launch, *after, *around, launch, *after]
+    assert cupy.log == [
+        *around,
+        ("compile", "dlif_forward"),
+        launch,
+        *after,
+        *around,
+        launch,
+        *after,
+    ]
 
 
-@pytest.mark.parametrize(("of_cupy", "stream"), [("new", ("stream", (0, 7))), ("old", ("external", 7))])
-def test_enters_the_device_and_stream_of_the_tensor_and_restores_them_on_errors(tmp_path, monkeypatch, of_cupy, stream):
+@pytest.mark.parametrize(
+    ("of_cupy", "stream"), [("new", ("stream", (0, 7))), ("old", ("external", 7))]
+)
+def test_enters_the_device_and_stream_of_the_tensor_and_restores_them_on_errors(
+    tmp_path, monkeypatch, of_cupy, stream
+):
     fake, asked = _install(FakeCuPy(tmp_path, has_from_external=of_cupy == "new"), monkeypatch), []
     monkeypatch.setattr(
-        torch.cuda, "current_stream", lambda device: asked.append(device) or SimpleNamespace(cuda_stream=7)
+        torch.cuda,
+        "current_stream",
+        lambda device: asked.append(device) or SimpleNamespace(cuda_stream=7),
     )
     monkeypatch.setattr(cupy_launch, "_compiled", lambda *_: {}["no kernel"])
     x, device = torch.zeros(2, 4), torch.device("cuda", 1)
@@ -176,7 +223,12 @@ def test_enters_the_device_and_stream_of_the_tensor_and_restores_them_on_errors(
     with pytest.raises(KeyError, match="no kernel"):
         cupy_launch._launch(variant, elsewhere, (x,), CONFIG)
     assert asked == [device]
-    assert fake.log == [("enter", ("device", 1)), ("enter", stream), ("exit", stream), ("exit", ("device", 1))]
+    assert fake.log == [
+        ("enter", ("device", 1)),
+        ("enter", stream),
+        ("exit", stream),
+        ("exit", ("device", 1)),
+    ]
 
 
 def test_vector_width_follows_the_row_length_and_the_alignment():
@@ -185,12 +237,19 @@ def test_vector_width_follows_the_row_length_and_the_alignment():
     base = torch.zeros(64)
     assert base.data_ptr() % 16 == 0
     for offset, width in ((0, 4), (2, 2), (1, 1)):
-        assert cupy_launch._vector_width(8, 4, torch.zeros(8), None, base[offset : offset + 8]) == width
+        assert (
+            cupy_launch._vector_width(8, 4, torch.zeros(8), None, base[offset : offset + 8])
+            == width
+        )
 
 
 def test_32_steps_stay_in_registers(monkeypatch):
     launched = []
-    monkeypatch.setattr(cupy_launch, "_launch", lambda variant, *_: launched.append((variant.steps, variant.is_long)))
+    monkeypatch.setattr(
+        cupy_launch,
+        "_launch",
+        lambda variant, *_: launched.append((variant.steps, variant.is_long)),
+    )
     for T in (32, 33):
         inputs = Inputs(torch.zeros(T, 4), torch.ones(T), None, CONFIG)
         cupy_launch.forward(inputs, store_v_seq=False)
@@ -216,7 +275,9 @@ def test_tensor_of_another_device_is_refused(name):
 
 
 class Ramp(torch.nn.Module):
-    """Surrogate with ``cuda_codes`` in the manner of SpikingJelly 0.0.0.0.14, text given by the test."""
+    """Surrogate with ``cuda_codes`` in the manner of SpikingJelly 0.0.0.0.14, text given by the
+    test.
+    """
 
     spiking = True
 
@@ -232,7 +293,9 @@ class Ramp(torch.nn.Module):
         return self.text.format(y=y, x=x)
 
 
-RIGHT = "const float ramp__height = (2f) - (2f) * (2.0f) * fabsf({x});{y} = max(ramp__height, 0.0f);"
+RIGHT = (
+    "const float ramp__height = (2f) - (2f) * (2.0f) * fabsf({x});{y} = max(ramp__height, 0.0f);"
+)
 
 
 def reason(surrogate):
@@ -247,8 +310,13 @@ def test_own_text_of_a_surrogate_is_spliced_in(cupy):
     assert reason(surrogate) is None
     assert cupy.log.count(("compile", "dlif_backward")) == 1  # tried once, then remembered
     x, gain = torch.randn(4, 8), torch.ones(4)
-    configs = [DLIFConfig(0.9, 1.0, 0.0, kind, False) for kind in (surrogate, Surrogate("triangle", 2.0))]
-    calls = [(Inputs(x, gain, None, config), OutputGradients(torch.ones_like(x)), False) for config in configs]
+    configs = [
+        DLIFConfig(0.9, 1.0, 0.0, kind, False) for kind in (surrogate, Surrogate("triangle", 2.0))
+    ]
+    calls = [
+        (Inputs(x, gain, None, config), OutputGradients(torch.ones_like(x)), False)
+        for config in configs
+    ]
     results = [cupy_launch.backward(*call)[0] for call in calls]
     torch.testing.assert_close(*results)
 
@@ -288,7 +356,10 @@ def test_every_cuda_text_of_spikingjelly_equals_its_gradient(cupy):
     host = pytest.importorskip("spikingjelly.activation_based.surrogate")
     if not hasattr(host, "_has_cuda_"):
         pytest.skip("this SpikingJelly release has no cuda_codes")
-    functions = [cls() for cls in host._has_cuda_] + [host.ATan(alpha=2), host.PiecewiseLeakyReLU(w=2, c=0.1)]
+    functions = [cls() for cls in host._has_cuda_] + [
+        host.ATan(alpha=2),
+        host.PiecewiseLeakyReLU(w=2, c=0.1),
+    ]
     for function in functions:
         assert reason(Surrogate("custom", function=function)) is None, type(function).__name__
     assert "does not compile" in reason(Surrogate("custom", function=host.LogTailedReLU()))
@@ -336,6 +407,10 @@ def test_missing_compiler_library_says_what_to_install(cupy, monkeypatch):
 
 def test_unsupported_tensors():
     on_gpu = partial(SimpleNamespace, device=torch.device("cuda", 0))
-    assert "must be on a CUDA device, got cpu" in cupy_launch.unsupported_reason(torch.zeros(2, 2), Surrogate())
-    assert "got torch.float64" in cupy_launch.unsupported_reason(on_gpu(dtype=torch.float64), Surrogate())
+    assert "must be on a CUDA device, got cpu" in cupy_launch.unsupported_reason(
+        torch.zeros(2, 2), Surrogate()
+    )
+    assert "got torch.float64" in cupy_launch.unsupported_reason(
+        on_gpu(dtype=torch.float64), Surrogate()
+    )
     assert cupy_launch.unsupported_reason(on_gpu(dtype=torch.bfloat16), Surrogate()) is None

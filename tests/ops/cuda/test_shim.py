@@ -1,4 +1,6 @@
-"""The CUDA text, run on the CPU through ``cuda_shim.h``, equals the float64 oracle in every variant."""
+"""The CUDA text, run on the CPU through ``cuda_shim.h``, equals the float64 oracle in every
+variant.
+"""
 
 import sys
 
@@ -11,18 +13,24 @@ pytestmark = [
     pytest.mark.kernels,
     pytest.mark.skipif(shim.missing_tool() is not None, reason=str(shim.missing_tool())),
 ]
-EVERY_TRIPLE = cases.variants(3)  # every combination of three template arguments; pairs alone under the sanitizers
+EVERY_TRIPLE = cases.variants(
+    3
+)  # every combination of three template arguments; pairs alone under the sanitizers
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
-    return shim.Library(shim.build(cases.text(EVERY_TRIPLE, shim.KERNEL), tmp_path_factory.mktemp("kernels")))
+    return shim.Library(
+        shim.build(cases.text(EVERY_TRIPLE, shim.KERNEL), tmp_path_factory.mktemp("kernels"))
+    )
 
 
 @pytest.fixture
 def preload():
     """What a process needs in which a sanitized library is loaded."""
-    return shim.sanitizer_runtime() or pytest.skip("g++ has no AddressSanitizer runtime (install libasan)")
+    return shim.sanitizer_runtime() or pytest.skip(
+        "g++ has no AddressSanitizer runtime (install libasan)"
+    )
 
 
 @pytest.mark.parametrize("variant", EVERY_TRIPLE, ids=lambda variant: variant.name)
@@ -40,11 +48,15 @@ def test_equals_the_oracle_under_address_and_undefined_behaviour_sanitizers(tmp_
 
 
 def test_sanitizer_sees_a_read_past_the_end(tmp_path, preload):
-    text = 'extern "C" __global__ void sum(const float* x, float* y) {\n    y[threadIdx.x] = x[threadIdx.x + 1];\n}\n'
+    text = (
+        'extern "C" __global__ void sum(const float* x, float* y) {\n    y[threadIdx.x] = '
+        "x[threadIdx.x + 1];\n}\n"
+    )
     built = shim.build(text, tmp_path, sanitize=True)
     script = (
         "import numpy as np\nfrom pathlib import Path\nfrom ops.cuda.shim import Library\n"
-        f"Library(Path({str(built)!r})).launch('sum', 1, 512, np.zeros(512, 'f4'), np.zeros(512, 'f4'))\n"
+        f"Library(Path({str(built)!r})).launch('sum', 1, 512, np.zeros(512, 'f4'), np.zeros(512, "
+        "'f4'))\n"
     )
     result = shim.run_sanitized([sys.executable, "-c", script], preload)
     assert result.returncode != 0
@@ -101,7 +113,9 @@ def test_shim_refuses_a_divergent_barrier(small):
 
 
 def test_a_missing_barrier_shows_in_one_of_the_orders(small):
-    """The second warp may run ahead and overwrite what the first has not read yet, and the other way round."""
+    """The second warp may run ahead and overwrite what the first has not read yet, and the other
+    way round.
+    """
     seen = [np.zeros(2, np.float32) for _ in range(3)]
     for order in range(3):
         small.launch("race", 1, 64, seen[order], order=order)

@@ -1,7 +1,8 @@
 """Compiles the Triton kernels for GPUs that are not there, and reads their machine code.
 
-``python -m ops.triton.ahead`` in ``tests/`` writes ``docs/benchmarks/gpu_code.md``: what a thread costs, of the Triton
-kernels and of the CUDA text side by side. It is counted and modelled: nothing of it was measured on a GPU.
+``python -m ops.triton.ahead`` in ``tests/`` writes ``docs/benchmarks/gpu_code.md``: what a thread
+costs, of the Triton kernels and of the CUDA text side by side. It is counted and modelled: nothing
+of it was measured on a GPU.
 """
 
 import importlib.util
@@ -25,9 +26,21 @@ from sj_robust.ops.dlif.config import DLIFConfig, Planes
 
 WIDTHS = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 OF_IO = {"x_seq", "spike_seq", "grad_spike_seq", "grad_x_seq"}  # pointers to the dtype of x
-OF_CHANNELS = {"moments", "slopes", "sums", "grad_norm"}  # pointers to float64; all others are to float32
+OF_CHANNELS = {
+    "moments",
+    "slopes",
+    "sums",
+    "grad_norm",
+}  # pointers to float64; all others are to float32
 SCALARS = {"decay", "leak_current", "v_threshold", "v_reset", "alpha"}
-SIZES = {"neurons", "neurons_again", "channels", "x_row", "x_row_again", "window_row"}  # 16 divides them, mostly
+SIZES = {
+    "neurons",
+    "neurons_again",
+    "channels",
+    "x_row",
+    "x_row_again",
+    "window_row",
+}  # 16 divides them, mostly
 COUNTS = {"samples", "height", "units", "count", "plane"}
 PLANES = Planes(64, 32, 32, False, False)
 CONFIG = DLIFConfig(0.9, 1.0, 0.0, Surrogate(), False)
@@ -42,7 +55,9 @@ def missing() -> str | None:
 
 @dataclass(frozen=True)
 class Code:
-    """One kernel as machine code: per thread its registers and stack, how much of what it executes, and its PTX."""
+    """One kernel as machine code: per thread its registers and stack, how much of what it executes,
+    and its PTX.
+    """
 
     registers: int
     stack: int
@@ -55,17 +70,27 @@ class Code:
     ir: str  # Triton's, where there is one
 
     def threads_per_processor(self, threads_per_block: int) -> int:
-        """Resident threads that registers allow, of 2048: 65536 registers, given out 256 at a time to a warp."""
+        """Resident threads that registers allow, of 2048: 65536 registers, given out 256 at a time
+        to a warp.
+        """
         warps = threads_per_block // 32
         of_block = -(-self.registers * 32 // 256) * 256 * warps
         return min(65536 // of_block, 64 // warps, 32) * threads_per_block
 
 
 def triton_code(
-    kernel: str, dtype: torch.dtype, steps: int, config: DLIFConfig = CONFIG, *, architecture: int = 90,
-    absent: tuple[str, ...] = (), aligned: bool = True,
-) -> Code:  # fmt: skip
-    """The kernel ``dlif_forward`` or ``dlif_backward`` as the launcher has it; ``absent`` names None pointers."""
+    kernel: str,
+    dtype: torch.dtype,
+    steps: int,
+    config: DLIFConfig = CONFIG,
+    *,
+    architecture: int = 90,
+    absent: tuple[str, ...] = (),
+    aligned: bool = True,
+) -> Code:
+    """The kernel ``dlif_forward`` or ``dlif_backward`` as the launcher has it; ``absent`` names
+    None pointers.
+    """
     make = triton_launch.forward_plan if kernel == "dlif_forward" else triton_launch.backward_plan
     plan = make(dtype, steps, config)
     constants = {**asdict(plan), **dict.fromkeys(absent)}
@@ -74,53 +99,102 @@ def triton_code(
 
 
 def stage_code(
-    kernel: str, dtype: torch.dtype, steps: int, planes: Planes = PLANES, config: DLIFConfig = CONFIG, *,
-    architecture: int = 90, absent: tuple[str, ...] = (), aligned: bool = True, **other_constants: Any,
-) -> Code:  # fmt: skip
+    kernel: str,
+    dtype: torch.dtype,
+    steps: int,
+    planes: Planes = PLANES,
+    config: DLIFConfig = CONFIG,
+    *,
+    architecture: int = 90,
+    absent: tuple[str, ...] = (),
+    aligned: bool = True,
+    **other_constants: Any,
+) -> Code:
     """The same of ``bn_dlif_forward``, ``bn_dlif_backward`` and ``bn_statistics``."""
     layout, constants = stage_launch.cut(kernel, dtype, steps, config, planes)
     constants |= other_constants
-    warps = triton_launch.BACKWARD_WARPS if kernel == "bn_dlif_backward" else triton_launch.FORWARD_WARPS
+    warps = (
+        triton_launch.BACKWARD_WARPS
+        if kernel == "bn_dlif_backward"
+        else triton_launch.FORWARD_WARPS
+    )
     members = (4 if layout.LAST else 2) if layout.POOL else 1
     neurons = members * layout.BLOCK * layout.CHANNELS
     if kernel == "bn_statistics":
         constants["COUNT"] = 1
     function = getattr(stage_launch._kernels(), kernel)
-    return _compiled(function, {**constants, **dict.fromkeys(absent)}, warps, neurons, dtype, architecture, aligned)
+    return _compiled(
+        function,
+        {**constants, **dict.fromkeys(absent)},
+        warps,
+        neurons,
+        dtype,
+        architecture,
+        aligned,
+    )
 
 
 def _compiled(
-    function: Any, constants: dict[str, Any], warps: int, neurons: int, dtype: torch.dtype, architecture: int,
+    function: Any,
+    constants: dict[str, Any],
+    warps: int,
+    neurons: int,
+    dtype: torch.dtype,
+    architecture: int,
     aligned: bool,
-) -> Code:  # fmt: skip
+) -> Code:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
     signature = {name: _type(name, constants, dtype) for name in function.arg_names}
-    divisible = [name for name in signature if signature[name][0] == "*" or name in SIZES] if aligned else []
-    attributes = {(function.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible}
+    divisible = (
+        [name for name in signature if signature[name][0] == "*" or name in SIZES]
+        if aligned
+        else []
+    )
+    attributes = {
+        (function.arg_names.index(name),): [["tt.divisibility", 16]] for name in divisible
+    }
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": warps, "enable_fp_fusion": False, "maxnreg": None}
     while True:  # as the launcher does from one launch to the next
-        compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-        code = read(compiled.asm["cubin"], neurons // (32 * warps), compiled.asm["ptx"], compiled.asm["ttir"])
+        compiled = triton.compile(
+            source, target=GPUTarget("cuda", architecture, 32), options=options
+        )
+        code = read(
+            compiled.asm["cubin"],
+            neurons // (32 * warps),
+            compiled.asm["ptx"],
+            compiled.asm["ttir"],
+        )
         if not code.stack or options["maxnreg"] == 255:
             return code
         options["maxnreg"] = triton_launch.limit_above(code.registers)
 
 
 def cuda_code(
-    kernel: str, dtype: torch.dtype, steps: int, *, architecture: int = 90, absent: tuple[str, ...] = ()
+    kernel: str,
+    dtype: torch.dtype,
+    steps: int,
+    *,
+    architecture: int = 90,
+    absent: tuple[str, ...] = (),
 ) -> Code:
     """The same of ``kernel.cu``, by NVRTC."""
     longest = cupy_launch.LONGEST_SEQUENCE_IN_REGISTERS
     backward = kernel == "dlif_backward"
     most = cupy_launch._VALUES_PER_THREAD // steps if backward else 4
     variant = cupy_launch.Variant(
-        cupy_launch.THREADS_PER_BLOCK, cupy_launch._IO_TYPES[dtype], steps, False, min(4, most), "RESET_TO_ZERO",
-        not {"v_seq", "grad_v_seq"} & set(absent), surrogate="PiecewiseQuadratic" if backward else None,
-    )  # fmt: skip
+        cupy_launch.THREADS_PER_BLOCK,
+        cupy_launch._IO_TYPES[dtype],
+        steps,
+        False,
+        min(4, most),
+        "RESET_TO_ZERO",
+        not {"v_seq", "grad_v_seq"} & set(absent),
+        surrogate="PiecewiseQuadratic" if backward else None,
+    )
     assert steps <= longest
     text = variant.source(kernel)
     binary, _ = nvrtc.compile_text(text, f"sm_{architecture}")
@@ -183,35 +257,54 @@ ABSENT = {
     "dlif_backward": ("v_init", "grad_v_last", "grad_v_seq", "grad_v_init", "checkpoints"),
     "bn_dlif_forward": ("v_init", "v_seq", "current_seq"),
     "bn_dlif_backward": (
-        "v_init", "grad_v_last", "grad_v_seq", "grad_current_seq", "grad_x_total", "grad_v_init", "checkpoints",
+        "v_init",
+        "grad_v_last",
+        "grad_v_seq",
+        "grad_current_seq",
+        "grad_x_total",
+        "grad_v_init",
+        "checkpoints",
     ),
     "bn_statistics": (),
-}  # fmt: skip
+}
 """Tensors that a training step of a layer does not have."""
 BACKWARD = {
     "sums": ("grad_x_seq", "slopes"),
     "gradient of x": ("partial_sums", "partial_grad_gain"),
     "evaluation": ("slopes",),
 }
-"""And what each of the two passes of ``bn_dlif_backward`` leaves out, and the one where statistics are running ones."""
+"""And what each of the two passes of ``bn_dlif_backward`` leaves out, and the one where statistics
+are running ones.
+"""
 PAGE = Path(__file__).parents[3] / "docs" / "benchmarks" / "gpu_code.md"
 HEAD = """\
 | pass | tensors | T | kernel | registers | threads per SM | instructions | accesses in bits | bytes | issue / memory |
 |---|---|---:|---|---:|---:|---:|---|---:|---:|
 """
-# One H100 (SXM), from its data sheet: bytes of memory in a second, and instructions of threads that 132 processors
-# issue at 1.98 GHz, four warps of 32 at a time.
+# One H100 (SXM), from its data sheet: bytes of memory in a second, and instructions of threads that
+# 132 processors issue at 1.98 GHz, four warps of 32 at a time.
 MEMORY, ISSUE = 3.35e12, 132 * 4 * 32 * 1.98e9
 
 
-def _row(stage: str, dtype: torch.dtype, steps: int, name: str, code: Code, threads: int, moved: float) -> str:
+def _row(
+    stage: str, dtype: torch.dtype, steps: int, name: str, code: Code, threads: int, moved: float
+) -> str:
     per_element = code.instructions / (steps * code.neurons_per_thread)
-    widths = ", ".join(f"{bits}" for bits in sorted((code.loads + code.stores).keys(), reverse=True))
+    widths = ", ".join(
+        f"{bits}" for bits in sorted((code.loads + code.stores).keys(), reverse=True)
+    )
     cells = (
-        stage, WIDTHS[dtype], steps, name, code.registers,
-        code.threads_per_processor(threads), f"{per_element:.1f}", widths, f"{moved:.1f}",
+        stage,
+        WIDTHS[dtype],
+        steps,
+        name,
+        code.registers,
+        code.threads_per_processor(threads),
+        f"{per_element:.1f}",
+        widths,
+        f"{moved:.1f}",
         f"{per_element / ISSUE / (moved / MEMORY):.2f}",
-    )  # fmt: skip
+    )
     return f"| {' | '.join(map(str, cells))} |\n"
 
 
@@ -220,7 +313,9 @@ def _stage_rows() -> Iterator[str]:
     for dtype in (torch.float32, torch.bfloat16):
         size = dtype.itemsize
         code = stage_code("bn_statistics", dtype, 1)
-        yield _row("statistics", dtype, 1, "Triton, one pass", code, 32 * triton_launch.FORWARD_WARPS, size)
+        yield _row(
+            "statistics", dtype, 1, "Triton, one pass", code, 32 * triton_launch.FORWARD_WARPS, size
+        )
         for pool in (False, True):
             planes, last = PLANES._replace(pool=pool), " and pooling" if pool else ""
             spikes = size / 4 if pool else size
@@ -228,13 +323,34 @@ def _stage_rows() -> Iterator[str]:
                 kernel = "bn_dlif_forward"
                 code = stage_code(kernel, dtype, steps, planes, absent=ABSENT[kernel])
                 threads, moved = 32 * triton_launch.FORWARD_WARPS, size + spikes + 4 / steps
-                yield _row(f"forward, batch norm{last}", dtype, steps, "Triton, one pass", code, threads, moved)
+                yield _row(
+                    f"forward, batch norm{last}",
+                    dtype,
+                    steps,
+                    "Triton, one pass",
+                    code,
+                    threads,
+                    moved,
+                )
                 for stage, absent in BACKWARD.items():
                     kernel = "bn_dlif_backward"
-                    code = stage_code(kernel, dtype, steps, planes, absent=(*ABSENT[kernel], *absent))
+                    code = stage_code(
+                        kernel, dtype, steps, planes, absent=(*ABSENT[kernel], *absent)
+                    )
                     assert code.stack == 0, f"{stage}, {dtype}, {steps}: registers are spilled"
-                    threads, moved = 32 * triton_launch.BACKWARD_WARPS, spikes + size * (1 if stage == "sums" else 2)
-                    yield _row(f"backward, {stage}{last}", dtype, steps, "Triton, one pass", code, threads, moved)
+                    threads, moved = (
+                        32 * triton_launch.BACKWARD_WARPS,
+                        spikes + size * (1 if stage == "sums" else 2),
+                    )
+                    yield _row(
+                        f"backward, {stage}{last}",
+                        dtype,
+                        steps,
+                        "Triton, one pass",
+                        code,
+                        threads,
+                        moved,
+                    )
 
 
 def main() -> None:
@@ -245,7 +361,8 @@ def main() -> None:
         warps = triton_launch.FORWARD_WARPS if forward else triton_launch.BACKWARD_WARPS
         for dtype in (torch.float32, torch.bfloat16):
             for steps in (4, 8, 16):
-                # whole tensors once: x and spikes, or x, gradient and gradient; the last potential once for all steps
+                # whole tensors once: x and spikes, or x, gradient and gradient; the last potential
+                # once for all steps
                 moved = dtype.itemsize * (2 if forward else 3) + (4 / steps if forward else 0)
                 of_row = kernel.removeprefix("dlif_"), dtype, steps
                 code = triton_code(kernel, dtype, steps, absent=absent)

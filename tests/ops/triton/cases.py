@@ -1,7 +1,9 @@
-"""The Triton kernels in Triton's interpreter, on the CPU, against the reference: variants, and what else may come.
+"""The Triton kernels in Triton's interpreter, on the CPU, against the reference: variants, and what
+else may come.
 
 Triton reads ``TRITON_INTERPRET`` when it is imported, so this runs in a process of its own:
-``TRITON_INTERPRET=1 python -m ops.triton.cases`` in ``tests/``; ``... cases 300`` adds so many calls at random.
+``TRITON_INTERPRET=1 python -m ops.triton.cases`` in ``tests/``; ``... cases 300`` adds so many
+calls at random.
 """
 
 import functools
@@ -66,7 +68,9 @@ def pairs(case: Any) -> set[Any]:
 
 
 def pairwise(first: list[Any], at_random: Callable[[random.Random], Any], offers: int) -> list[Any]:
-    """Calls in which every pair of choices that is offered occurs, behind the first those with most new ones."""
+    """Calls in which every pair of choices that is offered occurs, behind the first those with most
+    new ones.
+    """
     draw = random.Random(1)
     offered = [(case, pairs(case)) for case in (at_random(draw) for _ in range(offers))]
     missing = set().union(*(found for _, found in offered)).difference(*map(pairs, first))
@@ -79,10 +83,14 @@ def pairwise(first: list[Any], at_random: Callable[[random.Random], Any], offers
 
 
 def cases() -> list[Case]:
-    """Calls in which every pair of choices occurs, and one of a hundred steps; the same every time."""
+    """Calls in which every pair of choices occurs, and one of a hundred steps; the same every
+    time.
+    """
     chosen = pairwise(FIRST, at_random, 2000)
     found = set().union(*map(pairs, chosen))
-    assert len(found) >= sum(len(a) * len(b) for a, b in itertools.combinations(CHOICES.values(), 2))
+    assert len(found) >= sum(
+        len(a) * len(b) for a, b in itertools.combinations(CHOICES.values(), 2)
+    )
     return [*chosen, Case(100, 31, torch.float32, -0.25, False, ("sigmoid", 4.0), True, True, True)]
 
 
@@ -92,17 +100,27 @@ def at_random(draw: random.Random) -> Case:
 
 
 def check(case: Case, inputs: Any = None, grads: Any = None, **constants: Any) -> None:
-    """Spikes and potentials bit by bit, gradients to 1e-5 of the largest and one rounding of their format."""
+    """Spikes and potentials bit by bit, gradients to 1e-5 of the largest and one rounding of their
+    format.
+    """
     if inputs is None:
-        inputs, grads = random_call((case.steps, case.neurons), case.dtype, seed=case.steps + case.neurons)
+        inputs, grads = random_call(
+            (case.steps, case.neurons), case.dtype, seed=case.steps + case.neurons
+        )
     x, gain, v_init = inputs
     inputs = x, gain, v_init if case.starts else None
     grads = grads[0], grads[1] if case.last else None, grads[2] if case.stores else None
     kind, alpha = case.surrogate
     options = {
-        "decay": 0.9, "v_threshold": 0.8, "v_reset": case.v_reset, "detach_reset": case.detach_reset, "kind": kind,
-        "alpha": alpha, "store_v_seq": case.stores, **constants,
-    }  # fmt: skip
+        "decay": 0.9,
+        "v_threshold": 0.8,
+        "v_reset": case.v_reset,
+        "detach_reset": case.detach_reset,
+        "kind": kind,
+        "alpha": alpha,
+        "store_v_seq": case.stores,
+        **constants,
+    }
     outputs, gradients = run("triton", inputs, grads, **options)
     # the reference in float32, whose gradient is not rounded on the way
     wide = [(a if a is None else a.float()) for a in (*inputs, *grads)]
@@ -118,7 +136,9 @@ def check(case: Case, inputs: Any = None, grads: Any = None, **constants: Any) -
 
 
 class Fenced:
-    """torch as the launcher sees it: new tensors are not a number until a kernel writes them, nor is what is beside."""
+    """torch as the launcher sees it: new tensors are not a number until a kernel writes them, nor
+    is what is beside.
+    """
 
     FENCE = 64
 
@@ -129,10 +149,16 @@ class Fenced:
         return getattr(torch, name)
 
     def empty(
-        self, *shape: Any, dtype: torch.dtype, device: torch.device, memory_format: Any = torch.contiguous_format
+        self,
+        *shape: Any,
+        dtype: torch.dtype,
+        device: torch.device,
+        memory_format: Any = torch.contiguous_format,
     ) -> torch.Tensor:
         size = torch.Size(shape if isinstance(shape[0], int) else shape[0])
-        self.buffers.append(torch.full((size.numel() + 2 * self.FENCE,), torch.nan, dtype=dtype, device=device))
+        self.buffers.append(
+            torch.full((size.numel() + 2 * self.FENCE,), torch.nan, dtype=dtype, device=device)
+        )
         stride = torch.empty(size, device="meta", memory_format=memory_format).stride()
         return self.buffers[-1].as_strided(size, stride, self.FENCE)
 
@@ -170,7 +196,11 @@ def shapes() -> None:
         case = Case(shape[0], 0, torch.float32, 0.0, False, ("atan", 2.0), True, True, True)
         check(case, *random_call(shape, torch.float32))
     plain = torch.randn(4, 2, 3, 5, 6, generator=torch.Generator().manual_seed(0))
-    for x in (laid_out(plain, True), plain[:1].expand(4, -1, -1, -1, -1), plain.flatten()[1:577].view(4, 2, 3, 4, 6)):
+    for x in (
+        laid_out(plain, True),
+        plain[:1].expand(4, -1, -1, -1, -1),
+        plain.flatten()[1:577].view(4, 2, 3, 4, 6),
+    ):
         found, wanted = (
             dlif_multi_step(x, torch.ones(4), decay=0.9, store_v_seq=True, backend=name)
             for name in ("triton", "reference")
@@ -179,8 +209,12 @@ def shapes() -> None:
 
 
 def in_a_network() -> None:
-    """A neuron, step by step and in one go; its operator under torch's own checks and in fake mode."""
-    neurons = [DLIFNode(3, tau=2.0, backend=name, store_v_seq=True) for name in ("triton", "reference")]
+    """A neuron, step by step and in one go; its operator under torch's own checks and in fake
+    mode.
+    """
+    neurons = [
+        DLIFNode(3, tau=2.0, backend=name, store_v_seq=True) for name in ("triton", "reference")
+    ]
     x = torch.rand(3, 2, 5, generator=torch.Generator().manual_seed(0)) * 2
     gradients = []
     for neuron in neurons:
@@ -195,11 +229,18 @@ def in_a_network() -> None:
     torch.testing.assert_close(*gradients)
     (x, gain, v_init), _ = random_call((3, 5), torch.float32)
     leaves = [t.requires_grad_() for t in (x, gain, v_init)]
-    torch.library.opcheck(torch.ops.sj_robust.dlif, (*leaves, 0.5, 1.0, None, "atan", 2.0, False, True, "triton", None))
+    torch.library.opcheck(
+        torch.ops.sj_robust.dlif,
+        (*leaves, 0.5, 1.0, None, "atan", 2.0, False, True, "triton", None),
+    )
     with FakeTensorMode() as mode:
-        spikes, _, _ = dlif_multi_step(mode.from_tensor(x), mode.from_tensor(gain), decay=0.5, backend="triton")
+        spikes, _, _ = dlif_multi_step(
+            mode.from_tensor(x), mode.from_tensor(gain), decay=0.5, backend="triton"
+        )
     assert spikes.shape == x.shape
-    assert choose_backend("auto", x, neurons[0]._surrogate()) != "triton"  # which the CPU has for tests alone
+    assert (
+        choose_backend("auto", x, neurons[0]._surrogate()) != "triton"
+    )  # which the CPU has for tests alone
 
 
 def slopes_by_formula() -> None:
@@ -209,9 +250,15 @@ def slopes_by_formula() -> None:
 
 
 def run_all(
-    chosen: list[Any], check: Callable[[Any], None], fenced: list[Any], apart: list[Any], launchers: Any
+    chosen: list[Any],
+    check: Callable[[Any], None],
+    fenced: list[Any],
+    apart: list[Any],
+    launchers: Any,
 ) -> None:
-    """Cases and whatever else runs with new tensors fenced, and then what runs without; says what is running."""
+    """Cases and whatever else runs with new tensors fenced, and then what runs without; says what
+    is running.
+    """
     fence = Fenced()
     for launcher in launchers:
         launcher.torch = fence

@@ -1,8 +1,9 @@
-"""Compiles the Triton kernels in variants that can be launched, and prints those that spill registers.
+"""Compiles the Triton kernels in variants that can be launched, and prints those that spill
+registers.
 
-``python -m ops.triton.spills`` in ``tests/``: of every kernel the variants in which any two choices meet. A number
-behind it adds so many of each at random; all of them are hundreds of thousands. It takes ten minutes, and less a second
-time, since Triton keeps what it has compiled.
+``python -m ops.triton.spills`` in ``tests/``: of every kernel the variants in which any two choices
+meet. A number behind it adds so many of each at random; all of them are hundreds of thousands. It
+takes ten minutes, and less a second time, since Triton keeps what it has compiled.
 """
 
 import functools
@@ -41,9 +42,13 @@ CHOICES: dict[str, list[Any]] = {
     "currents": [False, True],  # the same of those behind the batch norm
     "stage": list(STAGES),
     # channels; height and width; channels last, pooled
-    "planes": [Planes(*size, last, pool) for size in ((64, 32, 32), (64, 4, 4), (3, 7, 7)) for last in (False, True)
-               for pool in (False, True)],
-}  # fmt: skip
+    "planes": [
+        Planes(*size, last, pool)
+        for size in ((64, 32, 32), (64, 4, 4), (3, 7, 7))
+        for last in (False, True)
+        for pool in (False, True)
+    ],
+}
 
 
 @dataclass(frozen=True)
@@ -88,22 +93,34 @@ class Variant:
     def absent(self) -> tuple[str, ...]:
         """Tensors that it does not get."""
         missing = {
-            "v_init": self.starts == "at rest", "grad_v_init": self.starts != "learned", "grad_v_last": not self.last,
-            "v_seq": not self.stores, "grad_v_seq": not self.stores, "current_seq": not self.currents,
+            "v_init": self.starts == "at rest",
+            "grad_v_init": self.starts != "learned",
+            "grad_v_last": not self.last,
+            "v_seq": not self.stores,
+            "grad_v_seq": not self.stores,
+            "current_seq": not self.currents,
             "grad_current_seq": not self.currents,
             "checkpoints": self.steps <= triton_launch.LONGEST_SEQUENCE_IN_REGISTERS,
-        }  # fmt: skip
+        }
         of_stage = STAGES[self.stage] if self.kernel.startswith("bn") else ()
         module = stage_launch if self.kernel.startswith("bn") else triton_launch
         names = {name for name, is_missing in missing.items() if is_missing}.union(of_stage)
-        return tuple(name for name in getattr(module._kernels(), self.kernel).arg_names if name in names)
+        return tuple(
+            name for name in getattr(module._kernels(), self.kernel).arg_names if name in names
+        )
 
     def code(self) -> ahead.Code:
         """Compiled."""
         config = DLIFConfig(0.9, 1.0, self.v_reset, Surrogate(self.kind), self.detach_reset)
-        options = {"architecture": self.architecture, "absent": self.absent, "aligned": self.is_aligned}
+        options = {
+            "architecture": self.architecture,
+            "absent": self.absent,
+            "aligned": self.is_aligned,
+        }
         if self.kernel.startswith("bn"):
-            return ahead.stage_code(self.kernel, self.dtype, self.steps, self.planes, config, **options)
+            return ahead.stage_code(
+                self.kernel, self.dtype, self.steps, self.planes, config, **options
+            )
         return ahead.triton_code(self.kernel, self.dtype, self.steps, config, **options)
 
 
@@ -112,13 +129,18 @@ def main(more: int) -> None:
     draw = random.Random(2)
     for kernel in ("dlif_forward", "dlif_backward", "bn_dlif_forward", "bn_dlif_backward"):
         at_random = functools.partial(Variant.at_random, kernel)
-        variants = dict.fromkeys([*pairwise([], at_random, 2000), *(at_random(draw) for _ in range(more))])
+        variants = dict.fromkeys(
+            [*pairwise([], at_random, 2000), *(at_random(draw) for _ in range(more))]
+        )
         spilling = 0
         for variant in variants:
             code = variant.code()
             if code.stack:
                 spilling += 1
-                print(f"{variant}: {code.registers} registers, {code.stack} bytes on the stack", flush=True)
+                print(
+                    f"{variant}: {code.registers} registers, {code.stack} bytes on the stack",
+                    flush=True,
+                )
         print(f"{kernel}: {spilling} of {len(variants)} variants spill", flush=True)
 
 

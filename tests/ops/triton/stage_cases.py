@@ -1,6 +1,8 @@
-"""Batch norm, DLIF and pooling in Triton's interpreter, on the CPU, against the reference; see ``cases.py``.
+"""Batch norm, DLIF and pooling in Triton's interpreter, on the CPU, against the reference; see
+``cases.py``.
 
-``TRITON_INTERPRET=1 python -m ops.triton.stage_cases`` in ``tests/``; a number behind it adds so many calls at random.
+``TRITON_INTERPRET=1 python -m ops.triton.stage_cases`` in ``tests/``; a number behind it adds so
+many calls at random.
 """
 
 import random
@@ -20,7 +22,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sj_robust._host import functional, layer
 from sj_robust.neuron import DLIFNode, fuse
 from sj_robust.ops import Surrogate, dlif_multi_step
-from sj_robust.ops.bn_dlif import BatchNorm, batch_norm_dlif_multi_step, can_fuse, repeat_step, stage, triton_launch
+from sj_robust.ops.bn_dlif import (
+    BatchNorm,
+    batch_norm_dlif_multi_step,
+    can_fuse,
+    repeat_step,
+    stage,
+    triton_launch,
+)
 from sj_robust.ops.dlif import triton_launch as dlif
 
 CHOICES: dict[str, list[Any]] = {
@@ -33,13 +42,16 @@ CHOICES: dict[str, list[Any]] = {
     "channels_last": [False, True],
     "repeated": [False, True],
     "neuron": [
-        (0.0, False, "triangle", 1.0), (-0.25, False, "sigmoid", 4.0), (None, False, "atan", 2.0),
-        (None, True, "triangle", 0.6), (0.0, True, "atan", 2.0),
+        (0.0, False, "triangle", 1.0),
+        (-0.25, False, "sigmoid", 4.0),
+        (None, False, "atan", 2.0),
+        (None, True, "triangle", 0.6),
+        (0.0, True, "atan", 2.0),
     ],  # reset, detached, surrogate
     "affine": [False, True],
     "starts": [False, True],  # from a potential of its own, whose gradient is wanted
     "stores": [False, True],  # potentials and currents, whose gradients are given
-}  # fmt: skip
+}
 F32, F16, BF16 = CHOICES["dtype"]
 TRIANGLE, SIGMOID, *_ = CHOICES["neuron"]
 
@@ -76,12 +88,19 @@ def at_random(draw: random.Random) -> Case:
 
 
 def cases() -> list[Case]:
-    """Calls in which every pair of choices occurs, and one of a hundred steps; the same every time."""
-    return [*pairwise(FIRST, at_random, 300), Case(100, (3, 2), F32, "batch", False, False, False, SIGMOID)]
+    """Calls in which every pair of choices occurs, and one of a hundred steps; the same every
+    time.
+    """
+    return [
+        *pairwise(FIRST, at_random, 300),
+        Case(100, (3, 2), F32, "batch", False, False, False, SIGMOID),
+    ]
 
 
 class Call:
-    """A case run by a backend in a dtype: outputs, gradients, running statistics; the numbers are always the same."""
+    """A case run by a backend in a dtype: outputs, gradients, running statistics; the numbers are
+    always the same.
+    """
 
     def __init__(self, backend: str, case: Case, dtype: torch.dtype, device: str = "cpu") -> None:
         generator = torch.Generator().manual_seed(case.steps + len(case.shape))
@@ -104,26 +123,56 @@ class Call:
             norm = BatchNorm(*(affine or (None, None)), *self.running, use_batch_statistics=batch)
             x_seq = repeat_step(x, T) if case.repeated else x
         v_reset, detach_reset, kind, alpha = case.neuron
-        self.neuron = {"decay": 0.9, "v_threshold": 0.8, "v_reset": v_reset, "surrogate": Surrogate(kind, alpha)}
+        self.neuron = {
+            "decay": 0.9,
+            "v_threshold": 0.8,
+            "v_reset": v_reset,
+            "surrogate": Surrogate(kind, alpha),
+        }
         self.x, self.inputs = x, (gain, v_init)
-        self.outputs: list[Any] = list(batch_norm_dlif_multi_step(
-            x_seq, norm, *self.inputs, average_pool=case.average_pool, detach_reset=detach_reset,
-            store_v_seq=case.stores, store_current=case.stores, backend=backend, **self.neuron,
-        ))  # fmt: skip
+        self.outputs: list[Any] = list(
+            batch_norm_dlif_multi_step(
+                x_seq,
+                norm,
+                *self.inputs,
+                average_pool=case.average_pool,
+                detach_reset=detach_reset,
+                store_v_seq=case.stores,
+                store_current=case.stores,
+                backend=backend,
+                **self.neuron,
+            )
+        )
         used = [output for output in self.outputs if output is not None and output.requires_grad]
-        grads = [normal(*output.shape).to(case.dtype if i == 0 else state) for i, output in enumerate(used)]
-        self.gradients = torch.autograd.grad(used, leaves, [g.to(o.dtype) for g, o in zip(grads, used, strict=True)])
+        grads = [
+            normal(*output.shape).to(case.dtype if i == 0 else state)
+            for i, output in enumerate(used)
+        ]
+        self.gradients = torch.autograd.grad(
+            used, leaves, [g.to(o.dtype) for g, o in zip(grads, used, strict=True)]
+        )
 
-        self.results: list[Tensor] = [*(a for a in self.outputs if a is not None), *self.gradients, *self.running]
+        self.results: list[Tensor] = [
+            *(a for a in self.outputs if a is not None),
+            *self.gradients,
+            *self.running,
+        ]
 
 
 def check(case: Case, device: str = "cpu") -> None:
-    """Against the reference in double precision; neurons bit by bit, given the currents that the kernel has found."""
-    found, wanted = Call("triton", case, case.dtype, device), Call("reference", case, torch.float64, device)
+    """Against the reference in double precision; neurons bit by bit, given the currents that the
+    kernel has found.
+    """
+    found, wanted = (
+        Call("triton", case, case.dtype, device),
+        Call("reference", case, torch.float64, device),
+    )
     assert found.outputs[0].dtype == found.gradients[0].dtype == case.dtype
     assert found.gradients[0].stride()[1:] == found.x.stride()[1:], "as x lies in memory"
     assert torch.equal(found.outputs[0].double(), wanted.outputs[0]), "spikes differ"
-    pairs = zip((*found.outputs[1:], *found.running), (*wanted.outputs[1:], *wanted.running), strict=True)
+    pairs = zip(
+        (*found.outputs[1:], *found.running), (*wanted.outputs[1:], *wanted.running), strict=True
+    )
     for actual, expected in pairs:
         if expected is None:
             assert actual is None
@@ -131,15 +180,21 @@ def check(case: Case, device: str = "cpu") -> None:
             assert actual.dtype == torch.float32
             torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=1e-5)
     # where there is no batch norm, torch adds up what has been rounded at every step
-    rounding = ROUNDING[case.dtype] * (case.steps if case.repeated and case.statistics is None else 1)
+    rounding = ROUNDING[case.dtype] * (
+        case.steps if case.repeated and case.statistics is None else 1
+    )
     for i, (actual, expected) in enumerate(zip(found.gradients, wanted.gradients, strict=True)):
         scale = float(expected.abs().max())
         assert actual.isfinite().all()
         atol = 1e-5 * scale if rounding == ROUNDING[case.dtype] else rounding * scale
-        torch.testing.assert_close(actual.double(), expected, rtol=0.0 if i else rounding, atol=atol)
+        torch.testing.assert_close(
+            actual.double(), expected, rtol=0.0 if i else rounding, atol=atol
+        )
     if case.stores:
         _, v, v_seq, currents = (output.detach() for output in found.outputs)
-        _, *exact = dlif_multi_step(currents, *found.inputs, store_v_seq=True, backend="reference", **found.neuron)
+        _, *exact = dlif_multi_step(
+            currents, *found.inputs, store_v_seq=True, backend="reference", **found.neuron
+        )
         assert torch.equal(v, exact[0]), "last potentials differ"
         assert torch.equal(v_seq, exact[1]), "potentials differ"
 
@@ -149,7 +204,8 @@ def at_the_threshold() -> None:
     x = quarters(torch.float32).view(3, 1, 1, 8, 8)
     options = {"average_pool": True, "decay": 0.5, "v_threshold": 1.0}
     found, wanted = (
-        batch_norm_dlif_multi_step(x, None, torch.ones(3), backend=name, **options) for name in ("triton", "reference")
+        batch_norm_dlif_multi_step(x, None, torch.ones(3), backend=name, **options)
+        for name in ("triton", "reference")
     )
     assert_equal(found, wanted)
 
@@ -157,7 +213,9 @@ def at_the_threshold() -> None:
 def a_large_mean() -> None:
     """Sums of distances to a number nearby cancel nothing."""
     x = 1000 + 0.25 * torch.randn(3, 2, 2, 6, 6, generator=torch.Generator().manual_seed(0))
-    norm = BatchNorm(None, None, mean := torch.zeros(2), variance := torch.ones(2), True, momentum=1.0)
+    norm = BatchNorm(
+        None, None, mean := torch.zeros(2), variance := torch.ones(2), True, momentum=1.0
+    )
     batch_norm_dlif_multi_step(x, norm, torch.ones(3), decay=0.9, backend="triton")
     wanted = x.double().transpose(0, 2).flatten(1)
     torch.testing.assert_close(mean.double(), wanted.mean(1), rtol=1e-7, atol=0)
@@ -181,11 +239,15 @@ def launched() -> Iterator[list[str]]:
 
 
 def in_a_network() -> None:
-    """A network that :func:`fuse` has changed runs in one pass and gives the numbers of the one that it was."""
+    """A network that :func:`fuse` has changed runs in one pass and gives the numbers of the one
+    that it was.
+    """
     results = []
     for fused in (True, False):
         torch.manual_seed(0)
-        net = nn.Sequential(layer.BatchNorm2d(2), DLIFNode(2, tau=2.0, backend="triton"), layer.AvgPool2d(2))
+        net = nn.Sequential(
+            layer.BatchNorm2d(2), DLIFNode(2, tau=2.0, backend="triton"), layer.AvgPool2d(2)
+        )
         functional.set_step_mode(net, "m")
         if fused:
             fuse(net)
@@ -197,14 +259,26 @@ def in_a_network() -> None:
             with torch.no_grad():
                 evaluated = net.eval()(x)
         evaluation = ["bn_moments", "bn_dlif_forward"]
-        training = ["bn_statistics", *evaluation, "bn_dlif_backward", "bn_finish", "bn_dlif_backward"]
-        assert names == ([*training, *evaluation] if fused else ["dlif_forward", "dlif_backward", "dlif_forward"])
-        results.append([spikes, evaluated, x.grad, *(p.grad for p in net.parameters()), *net.buffers()])
+        training = [
+            "bn_statistics",
+            *evaluation,
+            "bn_dlif_backward",
+            "bn_finish",
+            "bn_dlif_backward",
+        ]
+        assert names == (
+            [*training, *evaluation] if fused else ["dlif_forward", "dlif_backward", "dlif_forward"]
+        )
+        results.append(
+            [spikes, evaluated, x.grad, *(p.grad for p in net.parameters()), *net.buffers()]
+        )
     torch.testing.assert_close(*results)
 
 
 def what_runs_apart() -> None:
-    """Nothing, and layouts with gaps: auto and a network take several passes, the backend by name says why."""
+    """Nothing, and layouts with gaps: auto and a network take several passes, the backend by name
+    says why.
+    """
     norm = BatchNorm(None, None, torch.zeros(3), torch.ones(3), False)
     for x, reason in (
         (torch.zeros(2, 0, 3, 4, 4), "x_seq is empty"),
@@ -231,13 +305,17 @@ def under_tracers() -> None:
     norm = BatchNorm(None, None, torch.zeros(2), torch.ones(2), False)
 
     def run(x: Tensor) -> Tensor:
-        return batch_norm_dlif_multi_step(x, norm, torch.ones(2), decay=0.5, average_pool=True, backend="triton")[0]
+        return batch_norm_dlif_multi_step(
+            x, norm, torch.ones(2), decay=0.5, average_pool=True, backend="triton"
+        )[0]
 
     x = x.detach()
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = run(mode.from_tensor(x))
     assert (fake.shape, fake.stride()) == (run(x).shape, run(x).stride())
-    assert torch.equal(torch.func.vmap(run)(torch.stack((x, 2 * x))), torch.stack((run(x), run(2 * x))))
+    assert torch.equal(
+        torch.func.vmap(run)(torch.stack((x, 2 * x))), torch.stack((run(x), run(2 * x)))
+    )
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(run(x), run(x).float())
 
@@ -246,7 +324,9 @@ def main(more: int) -> None:
     """Run them all; AssertionError with what differs."""
     draw = random.Random(2)
     chosen = cases() + [at_random(draw) for _ in range(more)]
-    triton_launch._PROGRAMS = 4  # so that small layers have several tiles in a program of the statistics
+    triton_launch._PROGRAMS = (
+        4  # so that small layers have several tiles in a program of the statistics
+    )
     apart = [in_a_network, what_runs_apart, under_tracers]
     run_all(chosen, check, [at_the_threshold, a_large_mean], apart, [stage, triton_launch])
 

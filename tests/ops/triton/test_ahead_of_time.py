@@ -1,4 +1,6 @@
-"""The Triton kernels compile for real GPUs: into registers, with whole vectors, rounded after every operation."""
+"""The Triton kernels compile for real GPUs: into registers, with whole vectors, rounded after every
+operation.
+"""
 
 import re
 from types import SimpleNamespace
@@ -26,7 +28,8 @@ def config(v_reset=0.0, kind="triangle", detach=False):
     return DLIFConfig(0.9, 1.0, v_reset, Surrogate(kind), detach)
 
 
-VARIANTS = [  # architecture, kernel, dtype, steps, constants, whether every optional tensor is there
+# architecture, kernel, dtype, steps, constants, whether every optional tensor is there
+VARIANTS = [
     (80, FORWARD, F16, 8, config(None), True),
     (80, BACKWARD, F32, 8, config(None, "atan"), True),
     (80, BACKWARD, BF16, 16, config(-0.25, "sigmoid"), False),
@@ -44,24 +47,45 @@ VARIANTS = [  # architecture, kernel, dtype, steps, constants, whether every opt
 ]
 
 
-@pytest.mark.parametrize(("architecture", "kernel", "dtype", "steps", "constants", "everything"), VARIANTS)
+@pytest.mark.parametrize(
+    ("architecture", "kernel", "dtype", "steps", "constants", "everything"), VARIANTS
+)
 def test_stays_in_registers(architecture, kernel, dtype, steps, constants, everything):
     absent = () if everything else ahead.ABSENT[kernel]
     if steps <= 16:
         absent = tuple({*absent, "checkpoints"} if kernel == BACKWARD else absent)
-    code = ahead.triton_code(kernel, dtype, steps, constants, architecture=architecture, absent=absent)
+    code = ahead.triton_code(
+        kernel, dtype, steps, constants, architecture=architecture, absent=absent
+    )
     assert code.stack == 0, "registers are spilled"
-    assert code.registers <= (64 if kernel == FORWARD else 168)  # of 65536: so that an SM holds 12 warps
+    assert code.registers <= (
+        64 if kernel == FORWARD else 168
+    )  # of 65536: so that an SM holds 12 warps
 
 
 ODD = Planes(3, 7, 7, True, True)  # without vectors
-SPILLED = [  # up to 776 bytes, when a thread had more neurons of a long sequence; the last two without more registers
+# up to 776 bytes, when a thread had more neurons of a long sequence; the last two without more registers
+SPILLED = [
     Variant("dlif_forward", 100, F16, 100, v_reset=-0.25, planes=ODD),
-    Variant("dlif_backward", 80, BF16, 100, detach_reset=True, starts="anywhere", last=True, stores=True),
+    Variant(
+        "dlif_backward", 80, BF16, 100, detach_reset=True, starts="anywhere", last=True, stores=True
+    ),
     Variant("bn_dlif_forward", 90, BF16, 24, v_reset=-0.25, stores=True, currents=True, planes=ODD),
-    Variant("bn_dlif_backward", 100, BF16, 100, v_reset=-0.25, kind="sigmoid", last=True, stores=True, planes=ODD),
+    Variant(
+        "bn_dlif_backward",
+        100,
+        BF16,
+        100,
+        v_reset=-0.25,
+        kind="sigmoid",
+        last=True,
+        stores=True,
+        planes=ODD,
+    ),
     Variant("dlif_backward", 80, BF16, 16, v_reset=-0.25, kind="sigmoid"),
-    Variant("bn_dlif_backward", 100, F32, 100, detach_reset=True, kind="atan", stores=True, stage="sums"),
+    Variant(
+        "bn_dlif_backward", 100, F32, 100, detach_reset=True, kind="atan", stores=True, stage="sums"
+    ),
 ]
 
 
@@ -72,10 +96,14 @@ def test_long_sequences_stay_in_registers(variant):
 
 @pytest.mark.parametrize("dtype", [F32, F16, BF16])
 def test_memory_is_moved_in_whole_vectors(dtype):
-    """Per step of x one load on the way forward and one on the way back, of the gradients one load and one store."""
+    """Per step of x one load on the way forward and one on the way back, of the gradients one load
+    and one store.
+    """
     for steps in (1, 4, 8):
         forward = ahead.triton_code(FORWARD, dtype, steps, absent=ahead.ABSENT[FORWARD])
-        potentials = 1 if dtype == F32 else 2  # stores of the last potential: twice as wide as 16-bit spikes
+        potentials = (
+            1 if dtype == F32 else 2
+        )  # stores of the last potential: twice as wide as 16-bit spikes
         assert forward.loads == {128: steps, 32: steps}, "x, and the gain"
         assert forward.stores == {128: steps + potentials}
         backward = ahead.triton_code(BACKWARD, dtype, steps, absent=ahead.ABSENT[BACKWARD])
@@ -90,7 +118,11 @@ def test_rows_that_are_not_aligned_fall_back_to_one_neuron_at_a_time():
 
 
 def test_nothing_is_contracted_and_halves_are_rounded_to_nearest():
-    for dtype, rounding in ((F32, None), (F16, r"cvt\.rn\.f16x?2?\.f32"), (BF16, r"cvt\.rn\.bf16x?2?\.f32")):
+    for dtype, rounding in (
+        (F32, None),
+        (F16, r"cvt\.rn\.f16x?2?\.f32"),
+        (BF16, r"cvt\.rn\.bf16x?2?\.f32"),
+    ):
         for kernel in (FORWARD, BACKWARD):
             ptx = ahead.triton_code(kernel, dtype, 4, absent=ahead.ABSENT[kernel]).ptx
             assert "fma.rn.f32" not in ptx
@@ -114,7 +146,9 @@ def test_addresses_of_the_way_forward_are_not_kept_for_the_way_back():
 
 @pytest.mark.parametrize("kernel", [FORWARD, BACKWARD])
 def test_offsets_are_computed_in_64_bits(kernel):
-    """All steps of a layer may hold more than 2**31 elements, which no test here has the memory for."""
+    """All steps of a layer may hold more than 2**31 elements, which no test here has the memory
+    for.
+    """
     code = ahead.triton_code(kernel, F32, 8, absent=ahead.ABSENT[kernel])
     assert set(re.findall(r"arith\.muli .* : (\w+) ", code.ir)) == {"i64"}
 
@@ -125,44 +159,74 @@ STAGES = [  # architecture, steps, dtype, width of planes, pooled, channels last
 ]
 
 
-@pytest.mark.parametrize(("architecture", "steps", "dtype", "width", "pool", "last", "stage", "constants"), STAGES)
+@pytest.mark.parametrize(
+    ("architecture", "steps", "dtype", "width", "pool", "last", "stage", "constants"), STAGES
+)
 def test_one_pass_with_batch_norm_and_pooling_stays_in_registers(
     architecture, steps, dtype, width, pool, last, stage, constants
 ):
     planes = Planes(64, width, width, last, pool)
     absent = *ahead.ABSENT["bn_dlif_backward"], *ahead.BACKWARD[stage]
     arguments = dtype, steps, planes, constants
-    code = ahead.stage_code("bn_dlif_backward", *arguments, architecture=architecture, absent=absent)
+    code = ahead.stage_code(
+        "bn_dlif_backward", *arguments, architecture=architecture, absent=absent
+    )
     assert code.stack == 0, "registers are spilled"
     assert code.registers <= 168
-    assert (code.barriers == 0) == (not last)  # where channels are neighbours, a sum of one is over several threads
+    assert (code.barriers == 0) == (
+        not last
+    )  # where channels are neighbours, a sum of one is over several threads
 
 
 def test_one_pass_moves_memory_in_whole_vectors():
-    """Per step one load of x in two halves of a window, or x, its gradient's store and that of the spikes."""
+    """Per step one load of x in two halves of a window, or x, its gradient's store and that of the
+    spikes.
+    """
     planes = ahead.PLANES._replace(pool=True)
-    forward = ahead.stage_code("bn_dlif_forward", F32, 4, planes, absent=ahead.ABSENT["bn_dlif_forward"])
+    forward = ahead.stage_code(
+        "bn_dlif_forward", F32, 4, planes, absent=ahead.ABSENT["bn_dlif_forward"]
+    )
     assert forward.loads == {128: 2 * 4, 64: 2, 32: 4}, "x, scale and offset, the gain"
-    assert forward.stores == {64: 4, 128: 2}, "half as many means in a row as neurons, and the last potential"
+    assert forward.stores == {64: 4, 128: 2}, (
+        "half as many means in a row as neurons, and the last potential"
+    )
     assert forward.barriers == 0
     sums, gradient = (
-        ahead.stage_code("bn_dlif_backward", F32, 4, absent=(*ahead.ABSENT["bn_dlif_backward"], *ahead.BACKWARD[stage]))
+        ahead.stage_code(
+            "bn_dlif_backward",
+            F32,
+            4,
+            absent=(*ahead.ABSENT["bn_dlif_backward"], *ahead.BACKWARD[stage]),
+        )
         for stage in ("sums", "gradient of x")
     )
-    assert (sums.loads[128], sums.stores) == (3 * 4, {32: 4 + 2}), "for the gain, and two sums of the channel"
+    assert (sums.loads[128], sums.stores) == (3 * 4, {32: 4 + 2}), (
+        "for the gain, and two sums of the channel"
+    )
     assert (gradient.loads[128], gradient.stores) == (3 * 4, {128: 4})
     for code in (forward, sums, gradient):
         assert "fma.rn.f32" not in code.ptx
-        for size in ("x_row", "x_row_again", "neurons", "window_row"):  # times a step they may pass 2**31
+        for size in (
+            "x_row",
+            "x_row_again",
+            "neurons",
+            "window_row",
+        ):  # times a step they may pass 2**31
             assert all(
-                "arith.extsi" in line for line in code.ir.split("\n") if re.match(rf"\s*%\w+ = .*%{size}\b", line)
+                "arith.extsi" in line
+                for line in code.ir.split("\n")
+                if re.match(rf"\s*%\w+ = .*%{size}\b", line)
             )
-    statistics = ahead.stage_code("bn_statistics", F16, 1, ahead.PLANES._replace(channels_last=True))
+    statistics = ahead.stage_code(
+        "bn_statistics", F16, 1, ahead.PLANES._replace(channels_last=True)
+    )
     assert statistics.loads == {128: 2}, "the numbers to count from, and x"
 
 
 def test_one_pass_has_a_barrier_too():
-    absent = tuple({*ahead.ABSENT["bn_dlif_backward"], *ahead.BACKWARD["gradient of x"]} - {"checkpoints"})
+    absent = tuple(
+        {*ahead.ABSENT["bn_dlif_backward"], *ahead.BACKWARD["gradient of x"]} - {"checkpoints"}
+    )
     ptx = ahead.stage_code("bn_dlif_backward", F32, 1, absent=absent, LATER=2, SEGMENT=1).ptx
     before, _, after = ptx.partition("bar.sync")
     assert "st.global" in before
@@ -176,7 +240,9 @@ class Warmed:
         self.kernel, self.compiled = kernel, []
 
     def __getitem__(self, grid):
-        return lambda *args, **options: self.compiled.append(self.kernel.warmup(*args, grid=grid, **options))
+        return lambda *args, **options: self.compiled.append(
+            self.kernel.warmup(*args, grid=grid, **options)
+        )
 
 
 @pytest.fixture
@@ -198,9 +264,13 @@ def h100():
 
 
 def test_what_the_launcher_passes_compiles_as_triton_itself_sees_it(monkeypatch, h100):
-    """One neuron, which Triton takes for a constant; rows that are not aligned; a layer as it should be."""
+    """One neuron, which Triton takes for a constant; rows that are not aligned; a layer as it
+    should be.
+    """
     real = triton_launch._kernels()
-    warmed = SimpleNamespace(dlif_forward=Warmed(real.dlif_forward), dlif_backward=Warmed(real.dlif_backward))
+    warmed = SimpleNamespace(
+        dlif_forward=Warmed(real.dlif_forward), dlif_backward=Warmed(real.dlif_backward)
+    )
     monkeypatch.setattr(triton_launch, "_kernels", lambda: warmed)
     for steps, neurons, v_reset in ((3, 1, 0.0), (3, 50, None), (2, 1 << 12, -0.25)):
         x, v = torch.zeros(steps, neurons), torch.zeros(neurons) if v_reset is None else None
@@ -208,7 +278,11 @@ def test_what_the_launcher_passes_compiles_as_triton_itself_sees_it(monkeypatch,
         triton_launch.forward(inputs, v_reset is None)
         triton_launch.backward(inputs, OutputGradients(x, v), v_reset is None)
     for kernel in vars(warmed).values():
-        assert ["ld.global.v4" in compiled.asm["ptx"] for compiled in kernel.compiled] == [False, False, True]
+        assert ["ld.global.v4" in compiled.asm["ptx"] for compiled in kernel.compiled] == [
+            False,
+            False,
+            True,
+        ]
 
 
 def test_what_the_launcher_of_one_pass_passes_compiles_too(monkeypatch, h100):

@@ -1,4 +1,6 @@
-"""The Triton kernels, run on the CPU by Triton's interpreter, equal the reference in every variant."""
+"""The Triton kernels, run on the CPU by Triton's interpreter, equal the reference in every
+variant.
+"""
 
 import importlib.util
 import os
@@ -11,11 +13,16 @@ import pytest
 
 @pytest.mark.slow
 @pytest.mark.kernels
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed (pip install triton)")
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None,
+    reason="Triton is not installed (pip install triton)",
+)
 @pytest.mark.parametrize("module", ["cases", "stage_cases"])
 def test_equals_the_reference(module):
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", f"ops.triton.{module}"]
-    result = subprocess.run(command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True)
+    result = subprocess.run(
+        command, cwd=Path(__file__).parents[2], env=environment, capture_output=True, text=True
+    )
     assert result.returncode == 0, result.stdout[-1000:] + result.stderr[-3000:]
     assert result.stdout.splitlines()[-1].startswith("checked ")

@@ -1,4 +1,6 @@
-"""The launcher's Python without a GPU: what is missing is told, what works is chosen, work is cut as it should be."""
+"""The launcher's Python without a GPU: what is missing is told, what works is chosen, work is cut
+as it should be.
+"""
 
 import itertools
 import warnings
@@ -21,15 +23,27 @@ X = SimpleNamespace(device=torch.device("cuda", 0), dtype=torch.float32)
 
 
 def test_without_triton_the_named_backend_gives_one_error_with_its_remedy(gpu, import_that_raises):
-    import_that_raises(triton_launch, ModuleNotFoundError("No module named 'triton'", name="triton"))
-    with pytest.raises(RuntimeError, match=r"backend='triton' is not available: Triton is not installed.*pip install"):
+    import_that_raises(
+        triton_launch, ModuleNotFoundError("No module named 'triton'", name="triton")
+    )
+    with pytest.raises(
+        RuntimeError,
+        match=r"backend='triton' is not available: Triton is not installed.*pip install",
+    ):
         DLIFNode(4, backend="triton")
-    gpu.setattr(torch.version, "cuda", None)  # then this is what is wrong, since CUDA builds bring Triton
-    with pytest.raises(RuntimeError, match="built without CUDA; install a CUDA build of torch; or take backend='auto'"):
+    gpu.setattr(
+        torch.version, "cuda", None
+    )  # then this is what is wrong, since CUDA builds bring Triton
+    with pytest.raises(
+        RuntimeError,
+        match="built without CUDA; install a CUDA build of torch; or take backend='auto'",
+    ):
         check_backend("triton")
 
 
-@pytest.mark.parametrize(("launcher", "package"), [(triton_launch, "Triton"), (cupy_launch, "CuPy")])
+@pytest.mark.parametrize(
+    ("launcher", "package"), [(triton_launch, "Triton"), (cupy_launch, "CuPy")]
+)
 @pytest.mark.parametrize(
     "error",
     [
@@ -38,7 +52,9 @@ def test_without_triton_the_named_backend_gives_one_error_with_its_remedy(gpu, i
         AttributeError("module 'numpy' has no attribute 'int'"),
     ],
 )
-def test_import_that_fails_is_not_called_not_installed(gpu, import_that_raises, launcher, package, error):
+def test_import_that_fails_is_not_called_not_installed(
+    gpu, import_that_raises, launcher, package, error
+):
     import_that_raises(launcher, error)
     reason = launcher.unavailable_reason()
     assert f"{package} is installed, but importing it failed" in reason
@@ -54,7 +70,9 @@ def test_a_cpu_gets_the_kernels_from_the_interpreter_alone():
 def test_what_the_kernel_does_not_know_is_refused():
     assert triton_launch.unsupported_reason(X, Surrogate()) is None
     wide = SimpleNamespace(device=X.device, dtype=torch.float64)
-    assert "must be float32, float16 or bfloat16" in triton_launch.unsupported_reason(wide, Surrogate())
+    assert "must be float32, float16 or bfloat16" in triton_launch.unsupported_reason(
+        wide, Surrogate()
+    )
     own = Surrogate("custom", function=torch.sigmoid)
     assert "got 'custom'" in triton_launch.unsupported_reason(X, own)
     inputs = Inputs(torch.zeros(2, 3), torch.ones(2), torch.zeros(3, device="meta"), CONFIG)
@@ -77,9 +95,13 @@ def kernels(gpu):
     gpu.setattr(torch, "tensor", lambda *args, make=torch.tensor, **kwargs: make(*args))
     gpu.setattr(torch, "ones", lambda *args, make=torch.ones, **kwargs: make(*args))
 
-    def chosen(cupy, triton, surrogate=Surrogate()):  # noqa: B008  # it cannot be changed
+    def chosen(cupy, triton, surrogate=Surrogate()):  # it cannot be changed
         for module, found in ((cupy_launch, cupy), (triton_launch, triton)):
-            gpu.setattr(module, "unavailable_reason", lambda found=found: found if isinstance(found, str) else None)
+            gpu.setattr(
+                module,
+                "unavailable_reason",
+                lambda found=found: found if isinstance(found, str) else None,
+            )
             gpu.setattr(module, "forward", spikes_as(found))
         backends._failure.cache_clear()
         return choose_backend("auto", X, surrogate)
@@ -100,12 +122,17 @@ def test_auto_takes_cupy_and_then_triton_where_they_work(kernels):
 
 
 def test_auto_warns_once_where_no_kernel_works(kernels):
-    with pytest.warns(RuntimeWarning, match=r"backend='eager', which is slow.*pip install \"cupy.*C compiler"):
-        assert kernels('CuPy is not installed; pip install "cupy-x"', RuntimeError("no C compiler")) == "eager"
+    with pytest.warns(
+        RuntimeWarning, match=r"backend='eager', which is slow.*pip install \"cupy.*C compiler"
+    ):
+        assert (
+            kernels('CuPy is not installed; pip install "cupy-x"', RuntimeError("no C compiler"))
+            == "eager"
+        )
     assert choose_backend("auto", X, Surrogate()) == "eager"  # a warning would be an error here
-    assert "backend triton: a first call failed" in "\n".join(doctor._remedies(available_backends(), {})) or (
-        torch.cuda.device_count() == 0
-    )
+    assert "backend triton: a first call failed" in "\n".join(
+        doctor._remedies(available_backends(), {})
+    ) or (torch.cuda.device_count() == 0)
 
 
 def test_a_call_that_no_kernel_runs_is_not_warned_of(kernels):
@@ -130,7 +157,10 @@ def test_nothing_is_tried_while_a_cuda_graph_is_captured(kernels, gpu):
 @pytest.mark.parametrize("steps", [1, 5, 16, 17, 24, 100])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_segments_cover_the_sequence_and_threads_move_at_most_16_bytes(steps, dtype):
-    for plan in (triton_launch.forward_plan(dtype, steps, CONFIG), triton_launch.backward_plan(dtype, steps, CONFIG)):
+    for plan in (
+        triton_launch.forward_plan(dtype, steps, CONFIG),
+        triton_launch.backward_plan(dtype, steps, CONFIG),
+    ):
         assert plan.FIRST >= 1
         assert steps == plan.FIRST + plan.LATER * plan.SEGMENT
         assert (plan.LATER == 0) == (steps <= triton_launch.LONGEST_SEQUENCE_IN_REGISTERS)
@@ -140,11 +170,15 @@ def test_segments_cover_the_sequence_and_threads_move_at_most_16_bytes(steps, dt
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 8, 8), (64, 7, 5), (33, 2, 4), (200, 32, 32)])
-@pytest.mark.parametrize(("pool", "last"), [(False, False), (True, False), (False, True), (True, True)])
+@pytest.mark.parametrize(
+    ("pool", "last"), [(False, False), (True, False), (False, True), (True, True)]
+)
 def test_tiles_of_one_pass_cover_every_window(shape, pool, last):
     C, height, width = shape
     planes = Planes(C, height, width, last, pool and height > 1)
-    for kernel, dtype in itertools.product(("bn_dlif_forward", "bn_dlif_backward", "bn_statistics"), (F32, BF16)):
+    for kernel, dtype in itertools.product(
+        ("bn_dlif_forward", "bn_dlif_backward", "bn_statistics"), (F32, BF16)
+    ):
         layout, constants = stage_launch.cut(kernel, dtype, 16 if C > 3 else 40, CONFIG, planes)
         assert constants["BLOCK"] == layout.BLOCK
         for size in (layout.UNIT, layout.BLOCK, layout.CHANNELS):
@@ -159,7 +193,10 @@ def test_tiles_of_one_pass_cover_every_window(shape, pool, last):
 def test_what_one_pass_does_not_take():
     norm = BatchNorm(None, None, torch.zeros(3), torch.ones(3), False)
     huge = torch.empty(1, 1, 3, 1 << 15, 1 << 15, dtype=torch.bfloat16, device="meta")
-    assert stage_launch.unsupported_reason(huge, Surrogate()) == "x_seq must be on a CUDA device, got meta"
+    assert (
+        stage_launch.unsupported_reason(huge, Surrogate())
+        == "x_seq must be on a CUDA device, got meta"
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(triton_launch, "unsupported_reason", lambda x_seq, surrogate: None)
         assert "less than 2**30 numbers" in stage_launch.unsupported_reason(huge, Surrogate())
@@ -170,9 +207,17 @@ def test_what_one_pass_does_not_take():
 
 def test_a_gpu_takes_one_pass_by_triton_if_it_works(kernels, monkeypatch):
     monkeypatch.setattr(stage, "unsupported_reason", lambda *call: None)
-    for cupy, triton, wanted in ((RIGHT, RIGHT, True), ("none", RIGHT, True), (RIGHT, WRONG, False)):
+    for cupy, triton, wanted in (
+        (RIGHT, RIGHT, True),
+        ("none", RIGHT, True),
+        (RIGHT, WRONG, False),
+    ):
         kernels(cupy, triton)
-        assert can_fuse(X, None, Surrogate()) == can_fuse(X, None, Surrogate(), backend="triton") == wanted
+        assert (
+            can_fuse(X, None, Surrogate())
+            == can_fuse(X, None, Surrogate(), backend="triton")
+            == wanted
+        )
         assert not can_fuse(X, None, Surrogate(), backend="cupy")
 
 
@@ -202,9 +247,23 @@ def test_a_variant_that_spills_gets_more_registers_from_its_next_launch_on(monke
             return SimpleNamespace(n_regs=registers, n_spills=needed - registers)
 
     kernel = Kernel()
-    for dtype, steps in [(F32, 8), (F32, 4), (BF16, 8), (F32, 8), (F32, 8), (F32, 8), (F32, 4), (BF16, 8)]:
+    for dtype, steps in [
+        (F32, 8),
+        (F32, 4),
+        (BF16, 8),
+        (F32, 8),
+        (F32, 8),
+        (F32, 8),
+        (F32, 4),
+        (BF16, 8),
+    ]:
         triton_launch.launch(kernel, 3, (torch.zeros(2, dtype=dtype),), {"STEPS": steps}, warps=1)
-    assert [limit for dtype, steps, limit in given if (dtype, steps) == (F32, 8)] == [None, 88, 104, 104]
+    assert [limit for dtype, steps, limit in given if (dtype, steps) == (F32, 8)] == [
+        None,
+        88,
+        104,
+        104,
+    ]
     assert {limit for dtype, steps, limit in given if (dtype, steps) != (F32, 8)} == {None}
     assert triton_launch.limit_above(250) == 255
 
