@@ -31,7 +31,7 @@ def unchanged(model, *generators, hooked=(), states=True):
     parameters = list(model.parameters())
     flags = [parameter.requires_grad for parameter in parameters]
     grads = [copy.deepcopy(parameter.grad) for parameter in parameters]
-    of_numpy = repr(np.random.get_state())
+    of_numpy = repr(np.random.get_state())  # noqa: NPY002  the global one
     before = (
         torch.get_rng_state(),
         random.getstate(),
@@ -59,7 +59,7 @@ def unchanged(model, *generators, hooked=(), states=True):
             torch.equal(g.get_state(), state)
             for g, state in zip(generators, before[2:], strict=True)
         )
-        assert repr(np.random.get_state()) == of_numpy
+        assert repr(np.random.get_state()) == of_numpy  # noqa: NPY002  as above
         assert [parameter.requires_grad for parameter in parameters] == flags
         for parameter, grad in zip(parameters, grads, strict=True):
             assert parameter.grad is grad is None or torch.equal(parameter.grad, grad)

@@ -321,7 +321,7 @@ def _isolated(model: Model, x: Tensor, generator: Randomness) -> Iterator[Privat
     parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
     kept = [(parameter, parameter.grad, parameter.requires_grad) for parameter in parameters]
     # what other packages draw from
-    python, legacy = random.getstate(), np.random.get_state()
+    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002  what other packages draw from
     # torch's own
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     try:
@@ -331,7 +331,7 @@ def _isolated(model: Model, x: Tensor, generator: Randomness) -> Iterator[Privat
         ):
             seed = draw_seed(private)
             random.seed(seed)
-            np.random.seed(seed % 2**32)
+            np.random.seed(seed % 2**32)  # noqa: NPY002  as above
             for parameter in parameters:
                 parameter.grad = None
             yield private
@@ -340,7 +340,7 @@ def _isolated(model: Model, x: Tensor, generator: Randomness) -> Iterator[Privat
             parameter.requires_grad_(requires_grad)
             parameter.grad = grad
         random.setstate(python)
-        np.random.set_state(legacy)
+        np.random.set_state(legacy)  # noqa: NPY002  as above
 
 
 def _settings(version: str, attacks: Sequence[str] | None) -> Settings:

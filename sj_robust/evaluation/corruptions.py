@@ -106,13 +106,13 @@ def corrupted(x: Tensor, corruption: Corruption, *, seed: int, start: int = 0) -
         .derived(corruption.kind, corruption.level, seed)
         .seeds
     )
-    state = np.random.get_state()  # the library draws from NumPy's global generator
+    state = np.random.get_state()  # noqa: NPY002  # the library draws from NumPy's global generator
     found = []
     try:
         for image, own in zip(
             (x * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy(), seeds, strict=True
         ):
-            np.random.seed(own % 2**32)
+            np.random.seed(own % 2**32)  # noqa: NPY002
             options = {"seed": own % 2**31} if corruption.kind in _SEEDED else {}
             pixels = np.pad(image, margin, mode="edge")
             done = corrupt(
@@ -120,7 +120,7 @@ def corrupted(x: Tensor, corruption: Corruption, *, seed: int, start: int = 0) -
             )[cut]
             found.append(done if x.shape[1] == 3 else done.mean(2, keepdims=True))
     finally:
-        np.random.set_state(state)
+        np.random.set_state(state)  # noqa: NPY002
     return torch.from_numpy(np.stack(found)).permute(0, 3, 1, 2).to(x) / 255
 
 

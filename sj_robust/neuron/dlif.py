@@ -106,7 +106,7 @@ class DLIFNode(neuron.BaseNode):
         )  # of one sequence; another may take its place
 
     @property
-    def T(self) -> int:  # the field's name for the number of time steps
+    def T(self) -> int:  # noqa: N802  # the field's name for the number of time steps
         """Number of time steps of a sequence."""
         return self.input_gain.shape[0]
 

@@ -80,7 +80,7 @@ class LayerStats:
     tasad: Tensor
 
     @property
-    def T(self) -> int:  # the field's name for the number of time steps
+    def T(self) -> int:  # noqa: N802  # the field's name for the number of time steps
         """Number of time steps."""
         return self.ms_mppd.shape[0]
 

@@ -76,7 +76,7 @@ def first_process_first(accelerator: Accelerator, text: str) -> Iterator[None]:
         yield
 
 
-class TrainingInterrupted(Exception):  # an interruption asked for is not an error
+class TrainingInterrupted(Exception):  # noqa: N818  # an interruption asked for is not an error
     """A signal stopped the training after a whole step and a checkpoint.
 
     Attributes:
@@ -126,7 +126,7 @@ def mixed(*numbers: int) -> int:
 def random_state() -> dict[str, Any]:
     """State of every global random generator, in types that a checkpoint may hold."""
     # The global state of numpy is what other libraries draw from.
-    numpy = np.random.get_state(legacy=False)  # see above
+    numpy = np.random.get_state(legacy=False)  # noqa: NPY002  # see above
     numpy["state"]["key"] = numpy["state"]["key"].tolist()
     return {
         "python": random.getstate(),
@@ -139,7 +139,7 @@ def random_state() -> dict[str, Any]:
 def set_random_state(state: dict[str, Any]) -> None:
     """Put every global random generator into a state of :func:`random_state`."""
     random.setstate(state["python"])
-    np.random.set_state(state["numpy"])  # as above
+    np.random.set_state(state["numpy"])  # noqa: NPY002  # as above
     torch.set_rng_state(state["torch"])
     if len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["cuda"])

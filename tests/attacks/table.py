@@ -132,7 +132,7 @@ def assert_within(x_adv: Tensor, x: Tensor, norm: str | None, eps: float) -> Non
 
 def all_generators(shape) -> Tensor:
     """Noise from every global generator that a network may draw from."""
-    return torch.rand(shape) + random.random() + np.random.rand()
+    return torch.rand(shape) + random.random() + np.random.rand()  # noqa: NPY002  the global one
 
 
 @contextmanager

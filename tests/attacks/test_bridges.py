@@ -188,7 +188,7 @@ def test_versions_run_their_attacks_on_what_still_stands(images, linear):
 def test_fewer_than_ten_classes(classes, left_out):
     weight = torch.randn(classes, 36, generator=seeded())
     x = torch.rand(6, 1, 6, 6, generator=seeded(1))
-    model = lambda x: x.flatten(1) @ weight.T
+    model = lambda x: x.flatten(1) @ weight.T  # noqa: E731
     y = predicted(model, x)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -83,7 +83,7 @@ def test_numpy_takes_the_low_bits_of_a_large_seed(model, monkeypatch):
     monkeypatch.setattr(bridges, "draw_seed", lambda private: 5 * 2**32 + 2**31 + 7)
     seen = []
     # the global one
-    external(lambda x, y: seen.append(np.random.rand()) or x, eps=0.1)(model, X, Y)
+    external(lambda x, y: seen.append(np.random.rand()) or x, eps=0.1)(model, X, Y)  # noqa: NPY002  the global one
     assert seen == [np.random.RandomState(2**31 + 7).rand()]
 
 

@@ -196,11 +196,11 @@ class TestCorruptions:
         x = torch.rand(3, 3, 32, 32, generator=torch.Generator().manual_seed(0))
         x = nn.functional.avg_pool2d(x, 5, 1, 2)
         for kind in CORRUPTIONS:
-            state = repr(np.random.get_state())
+            state = repr(np.random.get_state())  # noqa: NPY002
             mild, severe, again = (
                 corruptions.corrupted(x, Corruption(kind, level), seed=1) for level in (1, 5, 5)
             )
-            assert repr(np.random.get_state()) == state, kind
+            assert repr(np.random.get_state()) == state, kind  # noqa: NPY002
             assert torch.equal(severe, again), kind
             assert torch.equal(
                 severe[1:], corruptions.corrupted(x[1:], Corruption(kind, 5), seed=1, start=1)

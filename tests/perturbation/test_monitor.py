@@ -261,7 +261,7 @@ def test_hooks_go_with_close_with_exit_and_with_the_monitor(net):
             end(monitor)
         assert hook_count(net) == 0
     with pytest.raises(ZeroDivisionError), MPPDMonitor(net):
-        1 / 0  # any exception
+        1 / 0  # noqa: B018  # any exception
     assert hook_count(net) == 0
 
 

@@ -15,9 +15,9 @@ from lab.sweeping.record import RECORD_FILE, RunRecord
 from launch import RECIPES, ROOT
 
 pty = pytest.importorskip("pty", reason="Windows has no pseudo-terminals")
-import fcntl  # only where there are pseudo-terminals
-import struct  # as above
-import termios  # as above
+import fcntl  # noqa: E402  # only where there are pseudo-terminals
+import struct  # noqa: E402  # as above
+import termios  # noqa: E402  # as above
 
 pytestmark = pytest.mark.slow
 

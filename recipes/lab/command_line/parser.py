@@ -24,7 +24,7 @@ from lab.command_line.declared import Option, options_of
 OptionsT = TypeVar("OptionsT")
 
 
-class WrongUse(ValueError):  # the name of what was done, as SystemExit's
+class WrongUse(ValueError):  # noqa: N818  # the name of what was done, as SystemExit's
     """A recipe was asked for what cannot be: nothing was done, and the exit code is 2."""
 
 

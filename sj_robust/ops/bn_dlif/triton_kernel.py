@@ -379,7 +379,7 @@ def _backward_steps(
         y = _current(load(x_seq, (first + k) * x_row + block, i, inside).to(tl.float32), affine)
         h = charge(v, y, tl.load(input_gain + first + k), decay, leak_current, RESET)
         v = reset(h, v_threshold, v_reset, RESET)
-        hs = hs + (h,)  # Triton does not unpack
+        hs = hs + (h,)  # noqa: RUF005  # Triton does not unpack
 
     grad_spike = _load_grad_spikes(
         grad_spike_seq, first + STEPS - 1, tile, windows, row, window_row, POOL, LAST

@@ -258,7 +258,7 @@ def _backward_steps(
         x = load(x_seq, (first + k) * row + block, i, inside).to(tl.float32)
         h = charge(v, x, tl.load(input_gain + first + k), decay, leak_current, RESET)
         v = reset(h, v_threshold, v_reset, RESET)
-        hs = hs + (h,)  # Triton does not unpack
+        hs = hs + (h,)  # noqa: RUF005  # Triton does not unpack
 
     grad_spike = load(grad_spike_seq, (first + STEPS - 1) * row_again + block, i, inside)
     for k in tl.static_range(STEPS - 1, -1, -1):

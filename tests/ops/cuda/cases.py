@@ -9,7 +9,6 @@ import itertools
 import math
 import random
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 

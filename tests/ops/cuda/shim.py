@@ -88,7 +88,7 @@ class Library:
         self._library = ctypes.CDLL(str(path))
         self._shared = _shared_variables(path)
 
-    @functools.cache  # a library lives as long as the tests
+    @functools.cache  # noqa: B019  # a library lives as long as the tests
     def signature(self, name: str) -> str:
         """One letter per parameter: p pointer, q 64-bit, i 32-bit integer, f float."""
         function = self._library[f"signature_{name}"]

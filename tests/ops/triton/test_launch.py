@@ -95,7 +95,7 @@ def kernels(gpu):
     gpu.setattr(torch, "tensor", lambda *args, make=torch.tensor, **kwargs: make(*args))
     gpu.setattr(torch, "ones", lambda *args, make=torch.ones, **kwargs: make(*args))
 
-    def chosen(cupy, triton, surrogate=Surrogate()):  # it cannot be changed
+    def chosen(cupy, triton, surrogate=Surrogate()):  # noqa: B008  # it cannot be changed
         for module, found in ((cupy_launch, cupy), (triton_launch, triton)):
             gpu.setattr(
                 module,
