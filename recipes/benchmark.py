@@ -22,7 +22,7 @@ known is on disk, and the same command goes on where a run was stopped.
 
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from lab.command_line import (
     WrongUse,
@@ -312,15 +312,13 @@ def redraw(folder: Path) -> None:
             texts = list(csv.DictReader(file))
         if not texts or not kinds.keys() <= texts[0].keys():
             raise ValueError(f"{path} holds no measurements of this recipe; move it elsewhere")
-        rows = [
-            Measurement(
-                **{
-                    name: text[name] if kind is str else float(text[name])
-                    for name, kind in kinds.items()
-                }
-            )  # type: ignore[arg-type]
-            for text in texts
-        ]
+        rows = []
+        for text in texts:
+            values: dict[str, Any] = {
+                name: text[name] if kind is str else float(text[name])
+                for name, kind in kinds.items()
+            }
+            rows.append(Measurement(**values))
         draw(rows, path.with_suffix(".png"))
         print(f"{path} drawn as {path.stem}.png")
 
