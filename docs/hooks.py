@@ -26,7 +26,8 @@ PLACE = re.compile(
     r'id="(sj_robust[\w.]*)"|:(?:meth|class|func|data|mod|attr):<code>~?([\w.]+)</code>'
 )
 OVERWRITTEN = re.compile(
-    r'<div class="jp-OutputArea-child">\s*<div [^>]*></div>\s*<div [^>]*>\s*<pre>\r[^<]*\r</pre>\s*</div>\s*</div>'
+    r'<div class="jp-OutputArea-child">\s*<div [^>]*></div>\s*'
+    r"<div [^>]*>\s*<pre>\r[^<]*\r</pre>\s*</div>\s*</div>"
 )
 MERMAID = Path(__file__).parents[1] / "node_modules/mermaid/dist/mermaid.min.js"
 SEARCH = 'data-md-component="search" role="dialog"'

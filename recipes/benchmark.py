@@ -1,17 +1,17 @@
 """Measure what DLIF costs beside its peers: layers beside the memory's speed, networks beside ReLU.
 
-    python recipes/benchmark.py                                           # the neuron: three shapes, both allocators
-    python recipes/benchmark.py --shapes '[[4,8,32,8,8]]' --rounds 3       # a quick look
-    python recipes/benchmark.py --what batch_norm                         # behind a batch norm
-    python recipes/benchmark.py --what stage                              # and before a pooling; bf16, channels last
-    python recipes/benchmark.py --what conv4                              # a training step; vgg5 likewise
-    python recipes/benchmark.py --what conv4_adversarial                  # adversarial step; vgg5_, small_adversarial
-    python recipes/benchmark.py --what training_step                      # the step of every training mode
-    python recipes/benchmark.py --what verify                             # proofs of images beside PGD on them
-    python recipes/benchmark.py --what instruction_sets                   # the compiled kernel on each of them
-    python recipes/benchmark.py --what scaling                            # time over T and over N
-    python recipes/benchmark.py --output docs/benchmarks                  # leaves neuron.csv, neuron.md, neuron.png
-    python recipes/benchmark.py --device cuda --output docs/benchmarks    # all that there is for a GPU, within an hour
+    python recipes/benchmark.py                         # the neuron: three shapes, both allocators
+    python recipes/benchmark.py --shapes '[[4,8,32,8,8]]' --rounds 3  # a quick look
+    python recipes/benchmark.py --what batch_norm       # behind a batch norm
+    python recipes/benchmark.py --what stage            # and before a pooling; bf16, channels last
+    python recipes/benchmark.py --what conv4            # a training step; vgg5 likewise
+    python recipes/benchmark.py --what conv4_adversarial  # also vgg5_, small_adversarial
+    python recipes/benchmark.py --what training_step    # the step of every training mode
+    python recipes/benchmark.py --what verify           # proofs of images beside PGD on them
+    python recipes/benchmark.py --what instruction_sets  # the compiled kernel on each of them
+    python recipes/benchmark.py --what scaling          # time over T and over N
+    python recipes/benchmark.py --output docs/benchmarks  # leaves neuron.csv, neuron.md, neuron.png
+    python recipes/benchmark.py --device cuda --output docs/benchmarks  # all for a GPU, in an hour
 
 Every method runs in a process of its own, those of one shape take turns, and nothing is timed
 before the operator's tests and a comparison with the textbook loop have passed. Peers that are not
@@ -326,5 +326,6 @@ def redraw(folder: Path) -> None:
 if __name__ == "__main__":
     run_recipe(
         main,
-        stopped="which on a CPU is nothing before all is measured; the same command goes on on a GPU",
+        stopped="which on a CPU is nothing before all is measured; the same command goes on on a "
+        "GPU",
     )

@@ -1,15 +1,15 @@
 """Measure how robust a spiking network is, with everything a sceptical reader asks for.
 
-python recipes/evaluate.py runs/digits-dlif-at-1/dlif_at                   # suite standard, eps of its training
+python recipes/evaluate.py runs/digits-dlif-at-1/dlif_at  # suite standard, eps of its training
 python recipes/evaluate.py CHECKPOINT --suite fast --test-limit 200 --eps 8/255
-python recipes/evaluate.py --network mynet.py:build --T 8 --eps 8/255      # a SpikingJelly network of your own
-python recipes/evaluate.py CHECKPOINT --output runs/mine --resume          # continue after a stop
+python recipes/evaluate.py --network mynet.py:build --T 8 --eps 8/255  # a network of your own
+python recipes/evaluate.py CHECKPOINT --output runs/mine --resume  # continue after a stop
 python recipes/evaluate.py --compare A/report.json B/report.json
-python recipes/evaluate.py CHECKPOINT --smooth 0.25                        # a vote over Gaussian noise instead, in L2
-python recipes/evaluate.py CHECKPOINT_OF_EVENT_NETWORK --eps 20           # adds or removes at most 20 events
-python recipes/evaluate.py CHECKPOINT --suite stress                      # faults of deployment, clean and attacked
-python recipes/evaluate.py --leaderboard runs --output runs/leaderboard   # all reports in one table
-torchrun --nproc-per-node 2 recipes/evaluate.py CHECKPOINT                 # or accelerate launch
+python recipes/evaluate.py CHECKPOINT --smooth 0.25       # a vote over Gaussian noise, in L2
+python recipes/evaluate.py CHECKPOINT_OF_EVENT_NETWORK --eps 20  # adds or removes at most 20 events
+python recipes/evaluate.py CHECKPOINT --suite stress      # faults of deployment, clean and attacked
+python recipes/evaluate.py --leaderboard runs --output runs/leaderboard  # all reports in one table
+torchrun --nproc-per-node 2 recipes/evaluate.py CHECKPOINT  # or accelerate launch
 """
 
 import re

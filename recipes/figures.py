@@ -1,11 +1,11 @@
 """The figures of the paper from one's own networks, as vector PDF and PNG for print.
 
-python recipes/figures.py runs/digits-dlif-at-1                            # every figure of a run of adv_train
-python recipes/figures.py runs/digits-dlif-at-1 --which gains curves       # some of them
-python recipes/figures.py --which neuron --output figures                  # one neuron; needs no run
-python recipes/figures.py RUN --which ground_truth --eps 0.1               # small networks: exact, beside attacks
-python recipes/figures.py runs/sweep-1 --which rho                         # effect of rho, from a sweep over it
-python recipes/figures.py --redraw runs/digits-dlif-at-1/figures           # from the saved numbers alone
+python recipes/figures.py runs/digits-dlif-at-1           # every figure of a run of adv_train
+python recipes/figures.py runs/digits-dlif-at-1 --which gains curves  # some of them
+python recipes/figures.py --which neuron --output figures  # one neuron; needs no run
+python recipes/figures.py RUN --which ground_truth --eps 0.1  # small networks: exact, with attacks
+python recipes/figures.py runs/sweep-1 --which rho        # effect of rho, from a sweep over it
+python recipes/figures.py --redraw runs/digits-dlif-at-1/figures  # from the saved numbers alone
 
 Every figure's numbers are saved as NAME.json, and it is drawn from that file.
 """

@@ -2,10 +2,11 @@
 paper's figures.
 
 python recipes/sweep.py --sweep recipes/configs/sweeps/digits_sweep.yaml --jobs 2
-python recipes/sweep.py --base recipes/configs/digits.yaml --grid '{neuron: [lif, dlif], mode: [none, at], rho: [0, 1]}'
-python recipes/sweep.py --base digits --grid '{"norm,rho": [[l2, 1], [l1, 3]]}' --seeds 5 --evaluate '[paper, standard]'
-python recipes/sweep.py --output runs/digits_sweep                              # go on with a stopped one
-python recipes/sweep.py --output runs/digits_sweep --report --contrast '[rho]'  # tables and figure again
+python recipes/sweep.py --base recipes/configs/digits.yaml --grid '{neuron: [lif, dlif]}'
+python recipes/sweep.py --base digits --grid '{"norm,rho": [[l2, 1], [l1, 3]]}' --seeds 5
+python recipes/sweep.py --base digits --grid '{mode: [none, at]}' --evaluate '[paper, standard]'
+python recipes/sweep.py --output runs/digits_sweep      # go on with a stopped one
+python recipes/sweep.py --output runs/digits_sweep --report --contrast '[rho]'  # tables, figure
 
 --sweep FILE reads these options from a YAML file, as --config does.
 """

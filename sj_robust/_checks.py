@@ -36,7 +36,8 @@ def check_images(x: Tensor) -> None:
         >>> check_images(torch.tensor([[0.0, 2.0]]))
         Traceback (most recent call last):
         ...
-        ValueError: x must lie in [0, 1], got values from 0 to 2; scale it and normalise inside the model
+        ValueError: x must lie in [0, 1], got values from 0 to 2; scale it and normalise inside
+        the model
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a tensor of images, got {type(x).__name__}")
@@ -174,7 +175,8 @@ def check_network(net: object) -> None:
         >>> check_network(nn.ReLU)
         Traceback (most recent call last):
             ...
-        TypeError: net must be a network (nn.Module), got the class ReLU; build it first, as in MyNet()
+        TypeError: net must be a network (nn.Module), got the class ReLU; build it first,
+        as in MyNet()
     """
     if not isinstance(net, nn.Module):
         kind = f"the class {net.__name__}" if isinstance(net, type) else type(net).__name__

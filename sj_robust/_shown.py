@@ -71,7 +71,8 @@ class Shown:
         >>> Half()
         <Half: half of 2 images>
         >>> Half()._repr_html_()
-        '<table><tr><th>image</th><th>right</th></tr><tr><td>0</td><td>yes</td></tr></table><p>One is left out.</p>'
+        '<table><tr><th>image</th><th>right</th></tr><tr><td>0</td><td>yes</td></tr></table><p>One
+        is left out.</p>'
     """
 
     @property

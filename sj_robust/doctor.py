@@ -33,8 +33,8 @@ _EXTRAS = {
     "cuda13": None,
 }
 _VARIABLES = re.compile(
-    r"(OMP|MKL|OPENBLAS|KMP|GOMP|PYTORCH|TORCH|CUDA|NVIDIA|CUPY|TRITON|NCCL|SJ_ROBUST)_.*|NO_COLOR|FORCE_COLOR|CUDA_HOME|"
-    r"COLUMNS|TERM|PYTHONPATH|MPLBACKEND"
+    r"(OMP|MKL|OPENBLAS|KMP|GOMP|PYTORCH|TORCH|CUDA|NVIDIA|CUPY|TRITON|NCCL|SJ_ROBUST)_.*|"
+    r"NO_COLOR|FORCE_COLOR|CUDA_HOME|COLUMNS|TERM|PYTHONPATH|MPLBACKEND"
 )
 _SHAPE = (8, 32, 512)  # time steps, samples, features of the self test
 _MARGIN = 1e-4  # a potential nearer to the threshold may round to either side

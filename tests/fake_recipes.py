@@ -24,7 +24,8 @@ class Options:
     eval_eps: float | str | None = None
     rho: float | None = 1.0
     norm: Literal["l2", "l1"] = option("l2", "Norm.", idle=lambda options: options.rho == 0)
-    indicator: Literal["mppd", "tasad", "std"] = option("mppd", "Indicator.", idle=lambda options: options.rho == 0)
+    indicator: Literal["mppd", "tasad", "std"] = option(
+        "mppd", "Indicator.", idle=lambda options: options.rho == 0)
     epochs: int = 1
     seed: int = 0
     behave: str = option("well", "What to do.")
@@ -65,9 +66,11 @@ def main(arguments):
     (network / "best.pt").write_text("whole")
     robust = 40 + 2 * options.seed + (10 if options.rho else 0) + (options.neuron == "dlif")
     scores = [Score(f"{options.neuron} {options.mode}", "clean", 90, 100),
-              Score(f"{options.neuron} {options.mode}", "pgd20", robust, 100), Score("lif undefended", "clean", 1, 100)]
-    Report(ThreatModel("Linf", 0.1), scores, configuration=asdict(options), environment={"torch": "x"}).save(
-        folder / "report.json")
+              Score(f"{options.neuron} {options.mode}", "pgd20", robust, 100),
+              Score("lif undefended", "clean", 1, 100)]
+    report = Report(ThreatModel("Linf", 0.1), scores, configuration=asdict(options),
+                    environment={"torch": "x"})
+    report.save(folder / "report.json")
 '''
 
 EVALUATOR = '''
@@ -108,12 +111,14 @@ def main(arguments):
         raise OSError("disk full")
     count = options.test_limit or 40
     names = ["gaussian", "pgd10", "pgd10/last", "apgd_ce", "pgd10@10/255"]
-    members = [MemberOutcome(name, "training", "", 8 / 255, range(count - 1), range(n), (), 0.03, 1.0)
+    whole = range(count - 1)
+    members = [MemberOutcome(name, "training", "", 8 / 255, whole, range(n), (), 0.03, 1.0)
                for n, name in enumerate(names)]
-    control = ("control/pgd10", "training", "control", 8 / 255, range(count - 1), (0,), (), 0.03, 1.0)
+    control = ("control/pgd10", "training", "control", 8 / 255, whole, (0,), (), 0.03, 1.0)
     members.append(MemberOutcome(*control))
-    report = RobustnessReport(options.name or "mine", "cifar10", ThreatModel("Linf", 8 / 255), options.suite, 2,
-                              [n % 2 for n in range(count)], range(count - 1), members)
+    report = RobustnessReport(
+        options.name or "mine", "cifar10", ThreatModel("Linf", 8 / 255), options.suite, 2,
+        [n % 2 for n in range(count)], whole, members)
     report.save(folder / "report.json")
 '''
 

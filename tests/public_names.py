@@ -6,8 +6,10 @@ the distributions compare this table with the package.
 """
 
 PUBLIC = {
-    "sj_robust": "DLIFNode MPPDMonitor SpikingClassifier __version__ certify compare evaluate replace_neurons "
-    "verify",
+    "sj_robust": (
+        "DLIFNode MPPDMonitor SpikingClassifier __version__ certify compare evaluate "
+        "replace_neurons verify"
+    ),
     "sj_robust.attacks": (
         "Attack AutoAttackWarning Moves SampleSeeds ThreatModel apgd autoattack check_frames "
         "check_images check_labels count_flips count_moves eps_text external fgsm flip_events "
@@ -33,7 +35,9 @@ PUBLIC = {
     "sj_robust.evaluation.assess": "assess",
     "sj_robust.evaluation.html": "report_gallery save_html to_html",
     "sj_robust.evaluation.stressing": "stress_network",
-    "sj_robust.evaluation.subject": "Subject check_fits describe_network from_checkpoint from_function",
+    "sj_robust.evaluation.subject": (
+        "Subject check_fits describe_network from_checkpoint from_function"
+    ),
     "sj_robust.evaluation.terminal": "Display show_comparison show_report",
     "sj_robust.models": (
         "ConvChain DirectlyEncoded MixedBlock NETWORKS NetworkSpec PretrainedCard SmallConvNet "

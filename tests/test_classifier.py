@@ -201,7 +201,8 @@ def classifier_of_output(output):
         (lambda: classifier_of_output((torch.zeros(1),))(make_images()), "one tensor .* got tuple"),
         (
             lambda: SpikingEventClassifier(make_net(), T=4)(make_images()),
-            r"frames must be \[N, T, C, H, W\], got .*unsqueeze\(0\), give images to SpikingClassifier",
+            r"frames must be \[N, T, C, H, W\], got .*unsqueeze\(0\), "
+            "give images to SpikingClassifier",
         ),
         (
             lambda: SpikingEventClassifier(make_net(), T=4)(make_frames()[:, :3]),

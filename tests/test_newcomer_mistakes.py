@@ -185,7 +185,8 @@ STEPS = {
     "The network is not reset before a batch of another size": lambda: one_after_the_other(
         network(), sequence(steps=2), sequence(n=3, steps=2)
     ),
-    "A second backward pass reaches the sequence before, since the network was not reset": trained_twice,
+    "A second backward pass reaches the sequence before, since the network was not "
+    "reset": trained_twice,
     'A batch of images [N, C, H, W] goes into a network in step mode "m"': lambda: network()(
         images()
     ),
@@ -316,7 +317,8 @@ RECIPES = {
     "evaluate.py best.pt, which does not exist": nothing,
     "evaluate.py best.pt, which is damaged": written("best.pt", "damaged"),
     "evaluate.py theirs.pt, a checkpoint of another program": foreign_checkpoint,
-    "evaluate.py best.pt, whose weights are of another architecture": checkpoint_of_another_architecture,
+    "evaluate.py best.pt, whose weights are of another "
+    "architecture": checkpoint_of_another_architecture,
     "evaluate.py --eps 8/255 --T 4 --network mynet.py:build, which does not exist": nothing,
     "evaluate.py --eps 8/255 --network spikingjelly.activation_based.neuron:LIFNode, without its "
     "time steps": nothing,
@@ -443,9 +445,10 @@ SILENT = [
 INTRODUCTION = """\
 # Mistakes and what the messages say
 
-What a newcomer gets wrong, and the answer. Every one of them is made in `tests/test_newcomer_mistakes.py`, which also
-writes this page (`python tests/test_newcomer_mistakes.py`) and fails where it is not current. A recipe ends with exit
-code 2 after wrong use, when nothing was done, and with 1 after work that failed.
+What a newcomer gets wrong, and the answer. Every one of them is made in
+`tests/test_newcomer_mistakes.py`, which also writes this page
+(`python tests/test_newcomer_mistakes.py`) and fails where it is not current. A recipe ends with
+exit code 2 after wrong use, when nothing was done, and with 1 after work that failed.
 """
 
 

@@ -41,8 +41,10 @@ _NOTE = (
 _PAGE = """<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>Leaderboard</title><style>
 body {{ font: 15px/1.4 system-ui, sans-serif; margin: 1.5rem; color-scheme: light dark; }}
-table {{ border-collapse: collapse; }} th, td {{ border: 1px solid #8888; padding: .2rem .5rem; text-align: left; }}
-th button {{ all: unset; cursor: pointer; font-weight: 600; }} td:last-child {{ font-family: monospace; }}
+table {{ border-collapse: collapse; }}
+th, td {{ border: 1px solid #8888; padding: .2rem .5rem; text-align: left; }}
+th button {{ all: unset; cursor: pointer; font-weight: 600; }}
+td:last-child {{ font-family: monospace; }}
 th button:focus-visible {{ outline: 2px solid; }}
 </style></head><body><h1>Leaderboard</h1><p>{note} A click on a head sorts by it.</p>
 <table><thead><tr>{heads}</tr></thead><tbody>
@@ -53,12 +55,14 @@ th button:focus-visible {{ outline: 2px solid; }}
 </tbody></table>
 <script>
 document.querySelectorAll("th button").forEach((button) => button.addEventListener("click", () => {{
-  const head = button.parentElement, column = head.cellIndex, body = head.closest("table").tBodies[0];
+  const head = button.parentElement, column = head.cellIndex;
+  const body = head.closest("table").tBodies[0];
   const down = head.getAttribute("aria-sort") !== "descending";
   for (const other of head.parentElement.cells) other.removeAttribute("aria-sort");
   head.setAttribute("aria-sort", down ? "descending" : "ascending");
   const value = (row) => row.cells[column].textContent;
-  const order = (a, b) => value(a).localeCompare(value(b), "en", {{ numeric: true }}) * (down ? -1 : 1);
+  const sign = down ? -1 : 1;
+  const order = (a, b) => sign * value(a).localeCompare(value(b), "en", {{ numeric: true }});
   [...body.rows].sort(order).forEach((row) => body.append(row));
 }}));
 </script></body></html>

@@ -321,9 +321,10 @@ def _isolated(model: Model, x: Tensor, generator: Randomness) -> Iterator[Privat
     parameters = list(model.parameters()) if isinstance(model, nn.Module) else []
     kept = [(parameter, parameter.grad, parameter.requires_grad) for parameter in parameters]
     # what other packages draw from
-    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002  what other packages draw from
+    python, legacy = random.getstate(), np.random.get_state()  # noqa: NPY002
     # torch's own
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    initialized = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = list(range(torch.cuda.device_count())) if initialized else []
     try:
         with (
             torch.random.fork_rng(devices=devices),

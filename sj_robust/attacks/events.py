@@ -222,8 +222,9 @@ def check_frames(x: Tensor) -> None:
         >>> check_frames(torch.full((1, 4, 2, 5, 5), 3.0))
         Traceback (most recent call last):
         ...
-        ValueError: x must be binary event frames (0 or 1), got values from 3 to 3; integrated counts become binary with
-        (x > 0).to(x.dtype), and the network must be trained on such frames
+        ValueError: x must be binary event frames (0 or 1), got values from 3 to 3; integrated
+        counts become binary with (x > 0).to(x.dtype), and the network must be trained on such
+        frames
     """
     if not isinstance(x, Tensor):
         raise TypeError(
@@ -233,9 +234,12 @@ def check_frames(x: Tensor) -> None:
     if not x.is_floating_point():
         raise TypeError(f"x must be floating point, got {x.dtype}; use (x > 0).float()")
     if x.ndim != 5:
+        one_sample = x.ndim == 4
+        remedy = (
+            "add N with x.unsqueeze(0)" if one_sample else "integrate the events into frames first"
+        )
         raise ValueError(
-            f"x must be event frames [N, T, 2, H, W], got shape {tuple(x.shape)}; "
-            f"{'add N with x.unsqueeze(0)' if x.ndim == 4 else 'integrate the events into frames first'}"
+            f"x must be event frames [N, T, 2, H, W], got shape {tuple(x.shape)}; {remedy}"
         )
     if x.shape[2] not in (1, 2):
         raise ValueError(

@@ -8,11 +8,9 @@ gets another backward pass; outside, everything is as before.
 
 With z = h - v_threshold, h the charged potential of a step, and W the half width in potential:
 
-====================
-=========================================================================================
-name                 what stands for the derivative ds/dz of the spike, or for the gradient of the neuron's input
-====================
-=========================================================================================
+==================== ===========================================================================
+name                 what stands for ds/dz of the spike, or for the gradient of the neuron's input
+==================== ===========================================================================
 ``training``         the network's own surrogate
 ``triangle:w``       ``max(0, 1 - |z| / W) / W``, ``W = w * v_threshold``
 ``atan:a``           ``a / 2 / (1 + (pi / 2 * a * z)**2)``
@@ -20,15 +18,14 @@ name                 what stands for the derivative ds/dz of the spike, or for t
 ``rectangle:w``      ``1 / (2 W)`` where ``|z| <= W``, else 0
 ``exponential:a``    ``a / 2 * exp(-a |z|)``
 ``straight_through`` 1
-``pdsg``             normal density at z of mean sigma / 2 and standard deviation sigma, that of h so far
-``assg``             ``atan`` (or ``assg:SHAPE``) whose sharpness follows |z| per neuron, step and sample
+``pdsg``             normal density at z, mean sigma / 2, standard deviation sigma: that of h so far
+``assg``             ``atan`` (or ``assg:SHAPE``) sharpened by |z| per neuron, step and sample
 ``bptr``             ``grad_x[t] = grad_s[t]`` where the neuron spikes at all, else 0
-``rga``              ``grad_x[t] = grad_s[t]`` times the slope of the firing rate over the mean input
+``rga``              ``grad_x[t] = grad_s[t]`` times the slope of firing rate over mean input
 ``hart:w``           triangle times the gradient averaged over time, previous potential detached
 ``hart_mixed:w``     mean of ``hart:w`` and the network's own gradient, neuron by neuron
 ``cba``              a separate crafting network: ReLU in place of every neuron, same weights
-====================
-=========================================================================================
+==================== ===========================================================================
 
 The suffix ``+detach`` leaves the reset out of the gradient: ``atan:4+detach``. An estimator that
 needs all time steps at once (``bptr``, ``rga``, ``hart``, ``hart_mixed``) refuses neurons in step

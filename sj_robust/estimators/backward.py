@@ -30,9 +30,11 @@ def through_time(run: Sequence, slopes: Slopes) -> Outputs:
     Equation, with g = slopes(h - v_threshold) and t running back::
 
         keep[t]   = (1 - s[t]) + g[t] * (v_reset - h[t])       hard reset
-        keep[t]   = 1 - g[t] * v_threshold                     soft reset; without the terms in g if detached
+        keep[t]   = 1 - g[t] * v_threshold                     soft reset
         grad_h[t] = grad_s[t] * g[t] + keep[t] * (decay * grad_h[t+1] + grad_v[t])
         grad_x[t] = gain[t] * grad_h[t]
+
+    A detached reset leaves out the terms of keep in g.
     """
     with torch.no_grad():
         h_seq, before = run.charged
@@ -44,7 +46,9 @@ def through_time(run: Sequence, slopes: Slopes) -> Outputs:
     )
     v_init = run.v_init if isinstance(run.v_init, Tensor) else None
     # torch leaves apply untyped
-    outputs = _ThroughTime.apply(run.x_seq, v_init, *learned, run, slope, keep, before)  # type: ignore[no-untyped-call]
+    outputs = _ThroughTime.apply(  # type: ignore[no-untyped-call]
+        run.x_seq, v_init, *learned, run, slope, keep, before
+    )
     return Outputs(*outputs)
 
 
@@ -169,7 +173,9 @@ def _times_gain(grad_h: Tensor, gain: float | Tensor) -> Tensor:
 
 def _gated(run: Sequence, gate: Tensor, *, average: bool) -> Outputs:
     # torch's apply
-    spike_seq: Tensor = _Gated.apply(run.x_seq, run.spike_seq, gate, average)  # type: ignore[no-untyped-call]
+    spike_seq: Tensor = _Gated.apply(  # type: ignore[no-untyped-call]
+        run.x_seq, run.spike_seq, gate, average
+    )
     return Outputs(spike_seq, run.v, run.v_seq)
 
 

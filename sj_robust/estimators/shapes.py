@@ -116,7 +116,9 @@ class KeepingValues(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """Values at ``z``, on the graph of the other derivative."""
         # torch's apply
-        values: Tensor = _ReplacedFunction.apply(z, self.function, self.derivative)  # type: ignore[no-untyped-call]
+        values: Tensor = _ReplacedFunction.apply(  # type: ignore[no-untyped-call]
+            z, self.function, self.derivative
+        )
         return values
 
 

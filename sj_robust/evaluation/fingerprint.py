@@ -59,7 +59,8 @@ def _describe(value: object, depth: int) -> str:
         }
         return f"{_plain(value)} {list(state)} {_digest(state.values())}"
     if isinstance(value, functools.partial):
-        return f"{inner(value.func)}({', '.join([*map(inner, value.args), *_named(value.keywords, inner)])})"
+        arguments = [*map(inner, value.args), *_named(value.keywords, inner)]
+        return f"{inner(value.func)}({', '.join(arguments)})"
     if is_dataclass(value) and not isinstance(value, type):
         items = {field.name: getattr(value, field.name) for field in fields(value)}
         return f"{type(value).__qualname__}({', '.join(_named(items, inner))})"
@@ -75,7 +76,8 @@ def _describe(value: object, depth: int) -> str:
         return _describe_function(value, inner)
     attributes = getattr(value, "__dict__", None)
     if attributes:
-        return f"{type(value).__module__}.{type(value).__qualname__}({', '.join(_named(attributes, inner))})"
+        name = f"{type(value).__module__}.{type(value).__qualname__}"
+        return f"{name}({', '.join(_named(attributes, inner))})"
     return _plain(value)
 
 

@@ -67,7 +67,8 @@ def from_checkpoint(path: Path, T: int | None = None, *, trust_code: bool = Fals
         >>> from_checkpoint(Path("nowhere") / "best.pt")
         Traceback (most recent call last):
         ...
-        FileNotFoundError: nowhere/best.pt does not exist; give a checkpoint such as runs/NAME/NETWORK/best.pt
+        FileNotFoundError: nowhere/best.pt does not exist; give a checkpoint such as
+        runs/NAME/NETWORK/best.pt
     """
     path = _checkpoint_file(path)
     content = load_checkpoint(path)
@@ -155,7 +156,8 @@ def describe_network(model: nn.Module) -> dict[str, Any]:
     Examples:
         >>> from sj_robust import DLIFNode
         >>> describe_network(SpikingClassifier(nn.Sequential(DLIFNode(T=2)), T=2))["layers"]
-        [{'layer': 'net.0', 'neuron': 'DLIFNode', 'surrogate': 'PiecewiseQuadratic(alpha=1.0, spiking=True)'}]
+        [{'layer': 'net.0', 'neuron': 'DLIFNode',
+        'surrogate': 'PiecewiseQuadratic(alpha=1.0, spiking=True)'}]
     """
     layers = [
         {

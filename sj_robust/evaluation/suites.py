@@ -103,16 +103,19 @@ def make_suite(
 
     | suite | members in their order (steps x restarts) |
     | --- | --- |
-    | ``paper`` | Gaussian (sigma = eps), FGSM, PGD-7, 10, 20, 40 (best and last iterate), APGD-CE 10, APGD-DLR 10; |
-    | | PGD-10 with step eps/4 at 10, 20 ... 100/255 |
-    | ``fast`` | APGD-CE c1, c2 (50 x 1), APGD-DLR c1 (50 x 1), APGD-CE c1 (50 x 2), training (50 x 1) |
-    | ``standard`` | APGD-CE c1, c2, c3 (100 x 1), APGD-DLR c1 (100 x 1), APGD-CE c1 (100 x 2), APGD-DLR c1 (100 x 1), |
-    | | APGD-CE training, c2, c3 (100 x 1), APGD-T c1, c2, c3 (3 classes x 100), SA-PGD with ASSG (100 x 1), |
-    | | Square (1000 queries) |
-    | ``autoattack`` | AutoAttack standard: APGD-CE (100), APGD-T (9 x 100), FAB-T (9 x 100), Square (5000 queries) |
-    | ``events`` | flip_events c1, c2, c3 (x 1), random removals (200 tries), flip_events c1 (x 3), training, c2, c3 |
-    | | (x 1), c1 towards 3 classes (x 1), random changes of both kinds (200 tries), flip_events c1 (x 3); |
-    | | for a threat of moves ``move_events`` and ``random_moves`` in their places |
+    | ``paper`` | Gaussian (sigma = eps), FGSM, PGD-7, 10, 20, 40 (best and last iterate), |
+    | | APGD-CE 10, APGD-DLR 10; PGD-10 with step eps/4 at 10, 20 ... 100/255 |
+    | ``fast`` | APGD-CE c1, c2 (50 x 1), APGD-DLR c1 (50 x 1), APGD-CE c1 (50 x 2), |
+    | | training (50 x 1) |
+    | ``standard`` | APGD-CE c1, c2, c3 (100 x 1), APGD-DLR c1 (100 x 1), APGD-CE c1 (100 x 2), |
+    | | APGD-DLR c1 (100 x 1), APGD-CE training, c2, c3 (100 x 1), |
+    | | APGD-T c1, c2, c3 (3 classes x 100), SA-PGD with ASSG (100 x 1), Square (1000 queries) |
+    | ``autoattack`` | AutoAttack standard: APGD-CE (100), APGD-T (9 x 100), FAB-T (9 x 100), |
+    | | Square (5000 queries) |
+    | ``events`` | flip_events c1, c2, c3 (x 1), random removals (200 tries), |
+    | | flip_events c1 (x 3), training, c2, c3 (x 1), c1 towards 3 classes (x 1), |
+    | | random changes of both kinds (200 tries), flip_events c1 (x 3); for a threat of moves |
+    | | ``move_events`` and ``random_moves`` in their places |
 
     The control is every attack in the ball of the threat once more, with the training surrogate and
     another seed. Only that of ``autoattack`` spends the forwards and gradients of FAB-T (a forward

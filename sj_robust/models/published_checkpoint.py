@@ -89,7 +89,8 @@ def load_published_checkpoint(
         ... )  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ...
-        FileNotFoundError: ...vgg11DLI_ATFGSMv2.pth does not exist; give a best.pt, or a state_dict saved by torch.save
+        FileNotFoundError: ...vgg11DLI_ATFGSMv2.pth does not exist; give a best.pt, or a
+        state_dict saved by torch.save
     """
     path = Path(path)
     tensors = read_weights(path).tensors

@@ -43,7 +43,8 @@ def read_weights(path: Path) -> Weights:
         >>> read_weights(Path("weights.h5"))
         Traceback (most recent call last):
         ...
-        ValueError: a file of weights must end in .pt or .pth, got weights.h5; save net.state_dict() with torch.save
+        ValueError: a file of weights must end in .pt or .pth, got weights.h5; save
+        net.state_dict() with torch.save
     """
     if path.suffix not in _ENDINGS:
         raise ValueError(

@@ -138,5 +138,5 @@ class MixedBlock(nn.Module):
         """The block's output for x; see the class."""
         active = self.activation(x)
         through = x if self.shortcut is None else self.shortcut(active)
-        # torch types a module's call as Any
-        return self.mixing[0] * through + self.mixing[1] * self.residual(active)  # type: ignore[no-any-return]
+        residual: Tensor = self.residual(active)
+        return self.mixing[0] * through + self.mixing[1] * residual

@@ -81,7 +81,8 @@ def build_zoo_network(
         >>> build_zoo_network("spiking_vg11", (3, 32, 32), 10, T=4, spiking_neuron=DLIFNode)
         Traceback (most recent call last):
         ...
-        ValueError: the model zoo has no 'spiking_vg11'; nearest: spiking_vgg11, spiking_vgg19, spiking_vgg16
+        ValueError: the model zoo has no 'spiking_vg11'; nearest: spiking_vgg11,
+        spiking_vgg19, spiking_vgg16
     """
     builders = zoo_networks()
     if name not in builders:

@@ -115,11 +115,12 @@ def dlif_to_lif(net: nn.Module) -> ReplacementReport:
 
         g = 1        LIFNode(tau, decay_input=False), or IFNode() for tau = inf
         g = 1 / tau  LIFNode(tau, decay_input=True)
-        other g      as for 1, of potentials v / g: threshold and v_reset are divided by g, which ``notes`` says
+        other g      as for 1, of potentials v / g: threshold and v_reset are divided by g
 
     The spikes are the same up to rounding, and so are the gradients for the first two; for another
-    g the surrogate sees the divided potential. Hooks and settings are kept, states are those after
-    a reset. Subclasses of DLIFNode stay. 将增益恒定的 DLIF 神经元替换为 LIF/IF。
+    g, which ``notes`` names, the surrogate sees the divided potential. Hooks and settings are kept,
+    states are those after a reset. Subclasses of DLIFNode stay. 将增益恒定的 DLIF 神经元替换为
+    LIF/IF。
 
     Args:
         net: A network with DLIF neurons, changed in place.

@@ -131,7 +131,8 @@ class MPPDStatistics(Shown, dict[str, LayerStats]):
         >>> from sj_robust.perturbation import compare
         >>> net = torch.nn.Sequential(neuron.IFNode(step_mode="m"))
         >>> compare(net, torch.full((2, 1, 1), 0.5), torch.full((2, 1, 1), 0.75))
-        <MPPDStatistics: 1 spiking layer, T = 2, 1 pair of inputs; MS-MPPD from 0.156 (0) to 0.156 (0)>
+        <MPPDStatistics: 1 spiking layer, T = 2, 1 pair of inputs; MS-MPPD from 0.156 (0)
+        to 0.156 (0)>
     """
 
     @property

@@ -63,7 +63,9 @@ def simplified_perturbation(
     if not isinstance(decay, Tensor) and not isinstance(gain, Tensor):
         dx = x_seq.to(dtype) - x_seq_perturbed.to(dtype)
         # torch leaves it untyped
-        eps_seq: Tensor = _Leak.apply(dx if gain == 1.0 else gain * dx, decay, False)  # type: ignore[no-untyped-call]
+        eps_seq: Tensor = _Leak.apply(  # type: ignore[no-untyped-call]
+            dx if gain == 1.0 else gain * dx, decay, False
+        )
         return eps_seq
     eps = torch.zeros_like(x_seq[0], dtype=dtype)
     steps = []
@@ -271,7 +273,8 @@ class _Leak(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_seq: Tensor) -> tuple[Tensor, None, None]:
         # as above
-        return _Leak.apply(grad_seq, ctx.decay, not ctx.reverse), None, None  # type: ignore[no-untyped-call]
+        grad = _Leak.apply(grad_seq, ctx.decay, not ctx.reverse)  # type: ignore[no-untyped-call]
+        return grad, None, None
 
 
 def _check_pair(name: str, first: Tensor, second: Tensor) -> None:

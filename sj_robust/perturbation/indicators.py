@@ -35,7 +35,8 @@ def neuron_indicators(trace: LayerTrace) -> dict[str, Tensor]:
         >>> net = torch.nn.Sequential(neuron.IFNode(step_mode="m"))
         >>> layer = trace(net, torch.full((2, 1, 1), 0.5), torch.full((2, 1, 1), 0.75))["0"]
         >>> {name: value.item() for name, value in neuron_indicators(layer).items()}
-        {'mppd_l1': 0.375, 'mppd_l2': 0.15625, 'mppd_max': 0.5, 'full': 0.03125, 'std': 0.0, 'tasad': 0.0}
+        {'mppd_l1': 0.375, 'mppd_l2': 0.15625, 'mppd_max': 0.5, 'full': 0.03125,
+        'std': 0.0, 'tasad': 0.0}
     """
     eps = trace.eps.flatten(2)
     spikes = trace.spike_seq.float().flatten(2), trace.spike_seq_perturbed.float().flatten(2)

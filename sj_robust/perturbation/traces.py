@@ -33,7 +33,8 @@ class Traces(Shown, dict[str, LayerTrace]):
         >>> from spikingjelly.activation_based import neuron
         >>> x = torch.full((2, 1, 1), 0.9)
         >>> trace(nn.Sequential(neuron.IFNode(step_mode="m")), x, x + 0.2)
-        <Traces: 1 spiking layer, T = 2, 1 pair of inputs; spikes part first in layer 0 at step 0 (1 of 1 pair)>
+        <Traces: 1 spiking layer, T = 2, 1 pair of inputs; spikes part first in layer 0
+        at step 0 (1 of 1 pair)>
     """
 
     def parting(self, sample: int = 0) -> tuple[str, int] | None:

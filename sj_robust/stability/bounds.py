@@ -179,7 +179,9 @@ class Bounds(Tensor):
 
     @classmethod
     # torch declares its default, which is a function
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         """What reaches torch's dispatcher came around the rules above."""
         raise NoBoundsError(f"the operation {func}")
 

@@ -178,7 +178,8 @@ def printed_gain(decay: float | Tensor) -> Tensor:
 
     It is **not** an L2 gain: :func:`l2_gain` exceeds it at decay 0.5 from T = 3 on, 0.9 from T = 6,
     0.99 from T = 17. It does bound the peak, ``max_t ||eps[t]||_2 <= printed_gain * ||W||_2 *
-    ||Ds||_2``, while ``|input_gain| <= 1``: the tight constant, :func:`peak_gain`, stays below ``1 / sqrt(1 - decay^2)``. At decay 1 it is infinite.
+    ||Ds||_2``, while ``|input_gain| <= 1``: the tight constant, :func:`peak_gain`, stays below
+    ``1 / sqrt(1 - decay^2)``. At decay 1 it is infinite.
 
     Args:
         decay: Fraction of the potential kept per step, in (0, 1], a number or a tensor [...].

@@ -383,9 +383,9 @@ def minimum(
     and on its potential after the reset. What the neuron adds is a function of its charged
     potential h alone, with a jump::
 
-        f(h) = w_v h                            for h in [lower, threshold),
-        f(h) = w_s + w_v (v_reset | h - threshold)   for h in [threshold, upper]  (hard | soft reset)
-        f(h) >= a h + min (f(e) - a e)          over the ends e of both pieces, for every slope a
+        f(h) = w_v h                                for h in [lower, threshold),
+        f(h) = w_s + w_v (v_reset | h - threshold)  for h in [threshold, upper] (hard | soft reset)
+        f(h) >= a h + min (f(e) - a e)              over the ends e of both pieces, every slope a
 
     and ``a`` is the weight on ``h[t] = lambda v[t-1] + p[t] x[t] + (1 - lambda) v_reset``, hence on
     the current and on the earlier potential. The slope is that of the largest minorant at the

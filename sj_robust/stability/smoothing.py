@@ -124,7 +124,8 @@ def smooth(
 
     Equation, with f the network and n ~ N(0, 1) in every element::
 
-        g(x) = argmax_c P(f(x + sigma n) = c),    radius = sigma * Phi^-1(p),    p <= P(f(x + sigma n) = g(x))
+        g(x) = argmax_c P(f(x + sigma n) = c)
+        radius = sigma * Phi^-1(p),    p <= P(f(x + sigma n) = g(x))
 
     ``n0`` draws guess the class, ``n`` others give p, the lower Clopper-Pearson bound at level
     ``alpha``; if p <= 1/2 the classifier abstains. The proof is one of g, never of the network f

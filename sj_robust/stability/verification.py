@@ -161,7 +161,8 @@ def verify(
     layers one by one; with l and u those of a neuron's current, p its input gain, lambda its decay
     and theta its threshold::
 
-        h_lo = lambda v_lo + min(p l, p u),  h_hi = lambda v_hi + max(p l, p u)   (+ (1 - lambda) v_reset)
+        h_lo = lambda v_lo + min(p l, p u)   (+ (1 - lambda) v_reset)
+        h_hi = lambda v_hi + max(p l, p u)   (+ (1 - lambda) v_reset)
         h_lo >= theta: it fires for sure;  h_hi < theta: it cannot fire;  else its spike is
         undecided, in [0, 1]
 

@@ -52,8 +52,8 @@ def synchronised_batch_norm(net: nn.Module) -> Iterator[None]:
     changed: list[tuple[nn.Module, type[nn.Module]]] = []
     # Here and not at import, since torch loads its compiler for it.
     # untyped in torch
-    uncompiled = {"forward": torch.compiler.disable(_Synchronised.forward)}  # type: ignore[no-untyped-call]
-    synchronised = type("_Synchronised", (_Synchronised,), uncompiled)
+    forward = torch.compiler.disable(_Synchronised.forward)  # type: ignore[no-untyped-call]
+    synchronised = type("_Synchronised", (_Synchronised,), {"forward": forward})
     for module in net.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm) and not isinstance(
             module, nn.SyncBatchNorm

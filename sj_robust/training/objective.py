@@ -55,9 +55,10 @@ class Objective(nn.Module):
 
     Equation, with loss ``"paper"``, ``"trades"`` and ``"certified"``::
 
-        L = kappa * CE(f(x), y) + (1 - kappa) * CE(f(x~), y)   + rho * MS-MPPD + sum of weight * penalty
-        L = CE(f(x), y) + trades_weight * KL(f(x) || f(x~))    + rho * MS-MPPD + sum of weight * penalty
-        L = k * CE(f(x), y) + (1 - k) * CE(z, y)               + rho * MS-MPPD + sum of weight * penalty
+        L = kappa * CE(f(x), y) + (1 - kappa) * CE(f(x~), y)   + R
+        L = CE(f(x), y) + trades_weight * KL(f(x) || f(x~))    + R
+        L = k * CE(f(x), y) + (1 - k) * CE(z, y)               + R
+        R = rho * MS-MPPD + sum of weight * penalty
 
     or, but for ``"certified"``, ``CE(f(x), y)`` and the penalties without perturbed images. z are
     the worst logits that bounds over a ball allow (:class:`CertifiedLoss`), ``1 - k`` is ``1 -

@@ -233,7 +233,10 @@ def test_options(attack, options, error, match):
 @pytest.mark.parametrize(("loss", "least"), [("dlr", 3), ("dlr_targeted", 4)])
 def test_losses_need_classes(loss, least, keep_best):
     model = lambda x: x.flatten(1)[:, : least - 1]  # noqa: E731
-    match = rf"loss='{loss}' needs at least {least} classes, the model returns {least - 1}; use loss='ce'"
+    match = (
+        rf"loss='{loss}' needs at least {least} classes, the model returns {least - 1}; "
+        "use loss='ce'"
+    )
     with pytest.raises(ValueError, match=match):
         apgd(model, X, Y * 0, eps=0.1, loss=loss, keep_best=keep_best)
 

@@ -6,13 +6,17 @@ folder has links to recipes and docs. Blocks of python and pycon share a namespa
 and sh a terminal. A block whose first line is a comment with a file's name alone (# mynet.py, #
 mine.yaml) is saved under that name first, so that later commands find it. Above a fence may stand
 
-    <!-- example: add --epochs 1 -->                     options behind every recipe's command: it takes seconds then
-    <!-- example: add to evaluate.py: --suite fast -->   the same for one recipe; several such lines may stand together
-    <!-- example: options only: needs CIFAR-10 -->       the recipes' parsers check the options, nothing is run
-    <!-- example: not run: installs packages -->         only files, extras and imports that the block names are checked
-    <!-- example: prints -->                             what the block prints is the block of text below it: words are
-                                                         equal, numbers within a tenth, and ... is
-                                                         anything
+    <!-- example: add --epochs 1 -->
+        options behind every recipe's command: it takes seconds then
+    <!-- example: add to evaluate.py: --suite fast -->
+        the same for one recipe; several such lines may stand together
+    <!-- example: options only: needs CIFAR-10 -->
+        the recipes' parsers check the options, nothing is run
+    <!-- example: not run: installs packages -->
+        only files, extras and imports that the block names are checked
+    <!-- example: prints -->
+        what the block prints is the block of text below it: words are equal, numbers within a
+        tenth, and ... is anything
 """
 
 import contextlib

@@ -135,7 +135,10 @@ def test_it_is_saved_shown_compared_and_drawn(proved, tmp_path):
 
 
 def test_a_verified_image_that_an_attack_breaks_stops_the_report():
-    message = r"image 2 is verified at eps 0\.1 and broken by 'apgd_ce/atan:4/r1': proof or attack has a bug"
+    message = (
+        r"image 2 is verified at eps 0\.1 and broken by 'apgd_ce/atan:4/r1': "
+        "proof or attack has a bug"
+    )
     with pytest.raises(ValueError, match=message):
         report(verified=(2, 5))
     assert report(verified=(7,)).verified == (7,)  # only noise beyond the threat turns it

@@ -26,8 +26,8 @@ from torch import nn
 from sj_robust import SpikingClassifier
 
 def build(image_shape, classes, T, spiking_neuron, width=3):
-    net = nn.Sequential(layer.Flatten(), layer.Linear(image_shape[1] * image_shape[2], width), spiking_neuron(),
-                        layer.Linear(width, classes))
+    first = layer.Linear(image_shape[1] * image_shape[2], width)
+    net = nn.Sequential(layer.Flatten(), first, spiking_neuron(), layer.Linear(width, classes))
     functional.set_step_mode(net, "m")
     return net
 
@@ -222,7 +222,8 @@ def test_a_classifier_of_ones_own_keeps_its_normalisation_in_a_checkpoint(own):
 
 def test_wrong_names(own):
     for name, words in {
-        "wrn40_4": r"network must be one of small, .*, wrn28_10, zoo:NAME, module:function or file.py:function, got",
+        "wrn40_4": r"network must be one of small, .*, wrn28_10, zoo:NAME, module:function or "
+        "file.py:function, got",
         "zoo:spiking_vgg12": "the model zoo has no 'spiking_vgg12'; nearest: spiking_vgg1",
         "zoo:xyz": "there are .*spiking_vgg11",
         "own_models.txt:build": r"a file with a network must end in .py, got 'own_models.txt'",

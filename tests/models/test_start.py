@@ -115,7 +115,10 @@ def test_plain_files(tmp_path, kind, wrap):
 
 
 def test_what_does_not_fit_is_listed(tmp_path):
-    missing = r"missing net.stages.3.weight, .* and 1 more; of another shape net.stages.4.weight .*; build"
+    missing = (
+        r"missing net.stages.3.weight, .* and 1 more; "
+        r"of another shape net.stages.4.weight .*; build"
+    )
     for message, of_file, of_network, options in (
         (missing, {"channels": (16,)}, {}, {}),
         (r"net.stages.8.weight \(7, 128\) instead of \(10, 128\)", {"classes": 7}, {}, {}),

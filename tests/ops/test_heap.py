@@ -33,7 +33,8 @@ advised = faults(lambda: advise_huge_pages(torch.empty(1 << 24)).zero_())
 mapped = faults(zeros, 8)
 done = keep_heap()
 zeros()
-print(plain, advised, mapped, done, faults(zeros, 8))  # one block more may be fetched until the heap has settled
+# one block more may be fetched until the heap has settled
+print(plain, advised, mapped, done, faults(zeros, 8))
 """
 
 

@@ -152,7 +152,8 @@ def test_full_perturbation_is_left_out_where_the_potential_is_another():
         ({"decay": {Leaky: 1.5}}, r"must be in \(0, 1\], got 1.5"),
         (
             {"decay": {"7": 0.5}},
-            r"no neuron has the name or exact type '7'; the network has '1' \(Leaky\), '3' \(IFNode\)",
+            r"no neuron has the name or exact type '7'; "
+            r"the network has '1' \(Leaky\), '3' \(IFNode\)",
         ),
         ({"decay": {neuron.LIFNode: 0.5}}, "no neuron has the name or exact type"),
         (

@@ -17,7 +17,11 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar, get_args
 
 # public, in a computed __all__
-from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter  # type: ignore[attr-defined]
+from jsonargparse import (  # type: ignore[attr-defined]
+    ActionConfigFile,
+    ArgumentParser,
+    DefaultHelpFormatter,
+)
 
 from lab.command_line.declared import Option, options_of
 
@@ -124,7 +128,9 @@ class _Help(DefaultHelpFormatter):
     def __init__(self, prog: str, **options: Any) -> None:
         width = max(40, min(120, shutil.get_terminal_size().columns))
         # untyped in jsonargparse
-        super().__init__(prog, max_help_position=28 if width >= 70 else 6, width=width, **options)  # type: ignore[no-untyped-call]
+        super().__init__(  # type: ignore[no-untyped-call]
+            prog, max_help_position=28 if width >= 70 else 6, width=width, **options
+        )
 
     def _format_action_invocation(self, action: Any) -> str:
         flag = next(word for word in action.option_strings if word.startswith("--"))

@@ -63,7 +63,8 @@ def one_neuron(*, steps: int = 30, seed: int = 0) -> OneNeuron:
     Equation, with ``s`` the spikes, ``u`` the potentials and ``eps`` the simplified perturbation::
 
         full[t] = u[t] - u~[t],    simplified[t] = eps[t] = decay * eps[t-1] + x[t] - x~[t]
-        std[t] = mean_{k <= t} |s[k] - s~[k]|,    tasad[t] = |mean_{k <= t} s[k] - mean_{k <= t} s~[k]|
+        std[t] = mean_{k <= t} |s[k] - s~[k]|
+        tasad[t] = |mean_{k <= t} s[k] - mean_{k <= t} s~[k]|
 
     The clean current is 0.3; 0.1 is added, or noise of standard deviation 0.3. The decay is 0.9,
     the threshold 1.

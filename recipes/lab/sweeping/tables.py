@@ -42,7 +42,8 @@ class TextTable:
 
     def markdown(self) -> str:
         """The table as Markdown, title and note included."""
-        return f"**{self.title}**\n\n{markdown_table(self.heads, self.rows, words=self.words)}\n\n{self.note}"
+        table = markdown_table(self.heads, self.rows, words=self.words)
+        return f"**{self.title}**\n\n{table}\n\n{self.note}"
 
 
 def results_tables(cells: Sequence[Cell], axes: Axes, columns: Sequence[str]) -> list[TextTable]:

@@ -155,7 +155,9 @@ def multi_step(
     tensors = (x_seq, weight, bias, input_gain, v_init, running_mean, running_var)
     if is_plain(*tensors):
         # torch's apply
-        outputs = _StageFunction.apply(*tensors, stage, store_v_seq, store_current)  # type: ignore[no-untyped-call]
+        outputs = _StageFunction.apply(  # type: ignore[no-untyped-call]
+            *tensors, stage, store_v_seq, store_current
+        )
     else:
         outputs = _bn_dlif(*tensors, *stage.arguments, store_v_seq, store_current)
     spike_seq, v, v_seq, current, moments = outputs

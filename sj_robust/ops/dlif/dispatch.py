@@ -122,7 +122,9 @@ def dlif_multi_step(
     else:
         implementation = backends.implementation(name, threads_per_block)
         # torch's
-        spike_seq, v, v_seq = DLIFFunction.apply(*inputs, implementation, operator, store_v_seq)  # type: ignore[no-untyped-call]
+        spike_seq, v, v_seq = DLIFFunction.apply(  # type: ignore[no-untyped-call]
+            *inputs, implementation, operator, store_v_seq
+        )
     return (
         spike_seq.view(shape).permute(inverse),
         v.view(shape[1:]).permute(step_inverse),

@@ -102,7 +102,8 @@ def variants(strength: int, shapes: list[tuple[int, bool, int]] = SHAPES) -> lis
     return chosen
 
 
-ROUND_TRIP = """extern "C" __global__ void round_trip(const float* from, BFloat16* bits, float* back, int n) {
+ROUND_TRIP = """extern "C" __global__
+void round_trip(const float* from, BFloat16* bits, float* back, int n) {
     for (int i = threadIdx.x; i < n; i += blockDim.x) {
         store_values(bits + i, {from[i]});
         back[i] = to_float(bits[i]);

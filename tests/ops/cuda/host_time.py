@@ -64,8 +64,8 @@ def install() -> None:
         runtime=SimpleNamespace(getDeviceCount=lambda: 1),
     )
     sys.modules["cupy"] = cupy
-    # no GPU here
-    torch.cuda.current_stream = lambda device: SimpleNamespace(cuda_stream=0)  # type: ignore[assignment]
+    no_stream = SimpleNamespace(cuda_stream=0)  # no GPU here
+    torch.cuda.current_stream = lambda device: no_stream  # type: ignore[assignment]
     cupy_launch.no_gpu_reason = lambda: None
     cupy_launch.unsupported_reason = lambda *arguments: None  # tensors of the CPU
 
@@ -102,7 +102,9 @@ def main() -> None:
 
     def floor() -> None:
         # torch's
-        spikes, _, _ = Nothing.apply(leaf, node.input_gain, None, *range(4))  # type: ignore[no-untyped-call]
+        spikes, _, _ = Nothing.apply(  # type: ignore[no-untyped-call]
+            leaf, node.input_gain, None, *range(4)
+        )
         torch.autograd.grad(spikes, (leaf, node.input_gain), ones)
 
     print(f"neuron    {microseconds(step):6.1f} us")

@@ -109,7 +109,8 @@ def _forget_kernels():
     _forget()
 
 
-# T, M, dtype; whether it starts from a state and stores potentials; vector width forward and backward
+# T, M, dtype; whether it starts from a state and stores potentials; vector width forward and
+# backward
 CASES = {
     "vector": (4, 520, torch.float32, True, True, (4, 4), {}),
     "odd": (

@@ -278,7 +278,8 @@ are running ones.
 """
 PAGE = Path(__file__).parents[3] / "docs" / "benchmarks" / "gpu_code.md"
 HEAD = """\
-| pass | tensors | T | kernel | registers | threads per SM | instructions | accesses in bits | bytes | issue / memory |
+| pass | tensors | T | kernel | registers | threads per SM | instructions | accesses in bits \
+| bytes | issue / memory |
 |---|---|---:|---|---:|---:|---:|---|---:|---:|
 """
 # One H100 (SXM), from its data sheet: bytes of memory in a second, and instructions of threads that

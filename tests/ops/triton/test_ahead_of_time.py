@@ -64,7 +64,8 @@ def test_stays_in_registers(architecture, kernel, dtype, steps, constants, every
 
 
 ODD = Planes(3, 7, 7, True, True)  # without vectors
-# up to 776 bytes, when a thread had more neurons of a long sequence; the last two without more registers
+# up to 776 bytes, when a thread had more neurons of a long sequence; the last two without more
+# registers
 SPILLED = [
     Variant("dlif_forward", 100, F16, 100, v_reset=-0.25, planes=ODD),
     Variant(
