@@ -149,12 +149,12 @@ def test_single_step_mode_and_fused_batch_norm_give_the_same_norms():
     single = input_maps(net, frame)
     functional.set_step_mode(net, "m")
     multi = input_maps(net, frame)
-    assert fuse(net).fused == {"1": "2", "4": "5"}
+    assert fuse(net).stages == {"1": ("1", "2"), "4": ("4", "5")}
     fused = input_maps(net, frame)
     assert list(single) == ["2", "5"]
     for name in single:
         assert single[name].norm == pytest.approx(multi[name].norm, rel=1e-5)
-        assert fused[name] == multi[name]
+        assert fused[f"{int(name) - 1}.node"].norm == multi[name].norm
 
 
 @pytest.mark.parametrize(
