@@ -100,7 +100,7 @@ class Stage(nn.Module):
         """The one rule: nothing but the children's own code would have to run."""
         if not self.one_pass or _has_global_hooks() or is_counted():
             return False
-        return all([is_original(child) for _, child in self.parts()])
+        return all(map(is_original, self.children()))
 
     def _takes(self, x_seq: Any) -> bool:
         """Whether the children and their input are what one pass is for."""

@@ -114,6 +114,7 @@ class Watched:
     """One neuron and its watcher; in a copy of the network there is none."""
 
     def __init__(self, name: str, watcher: Watcher | None) -> None:
+        """Nothing is noted yet."""
         self.name = name
         self.watcher = watcher
         self.v_before: Any = None
@@ -150,6 +151,7 @@ class NeuronHook:
     """A hook of this package on a neuron, which a stage knows by this type."""
 
     def __init__(self, watched: Watched) -> None:
+        """Keep whom to tell."""
         self.watched = watched
 
 

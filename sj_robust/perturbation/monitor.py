@@ -62,7 +62,7 @@ def compare(
         >>> from sj_robust.models import pretrained
         >>> x = torch.rand(5, 1, 8, 8)
         >>> compare(pretrained("digits/dlif-at-mppd"), x, (x + 0.1).clamp(max=1))[
-        ...     "stages.1"
+        ...     "stages.0.node"
         ... ].ms_mppd.shape
         torch.Size([4])
     """

@@ -301,7 +301,7 @@ def test_runs_one_after_the_other_where_there_is_no_kernel(passes, prevent):
 
 
 def three(build):
-    """Batch norm, neuron and pooling of the same weights, in :class:`Stage` or ``nn.Sequential``."""
+    """Batch norm, neuron and pooling of the same weights, in a stage or in ``nn.Sequential``."""
     torch.manual_seed(0)
     norm, node, pool = layer.BatchNorm2d(3), DLIFNode(T=2), layer.AvgPool2d(2)
     nn.init.uniform_(node.input_gain, 0.5, 1.5)
@@ -311,7 +311,7 @@ def three(build):
 def finished(build, norm, node, pool):
     net = Stage(node, norm=norm, pool=pool) if build is Stage else nn.Sequential(norm, node, pool)
     functional.set_step_mode(net, "m")
-    return net, dict(norm=norm, node=node, pool=pool)
+    return net, {"norm": norm, "node": node, "pool": pool}
 
 
 def forward_and_backward(net):
@@ -486,7 +486,7 @@ def test_a_subclass_runs_its_own_forward(passes, child):
     results = []
     for build in (Stage, nn.Sequential):
         torch.manual_seed(0)
-        kinds = dict(norm=layer.BatchNorm2d, node=DLIFNode, pool=layer.AvgPool2d)
+        kinds = {"norm": layer.BatchNorm2d, "node": DLIFNode, "pool": layer.AvgPool2d}
         kinds[child] = subclass(kinds[child])
         net, _ = finished(build, kinds["norm"](3), kinds["node"](T=2), kinds["pool"](2))
         results.append(forward_and_backward(net))

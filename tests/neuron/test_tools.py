@@ -158,7 +158,9 @@ def test_precision_is_torchs_autocast():
         assert torch.equal(given, net(x))
     assert given.dtype == torch.bfloat16
     assert net[1].node.v.dtype == torch.float32
-    assert {"1.node", "5.node"} <= set(prepared.describe()["conversion_report"]["high_precision_modules"])
+    assert {"1.node", "5.node"} <= set(
+        prepared.describe()["conversion_report"]["high_precision_modules"]
+    )
     storage = precision.PrecisionConfig(mode="bf16", neuron_storage="bf16")
     with pytest.raises(RuntimeError, match="IF/LIF/PLIF"):
         precision.prepare_model_for_precision(with_dlif(False), "cpu", storage)

@@ -245,9 +245,9 @@ def test_our_models_are_covered(name):
     assert len(found) == {"vgg5": 4, "wrn16_4": 13}[name]
     assert all(layer.norm is not None and layer.norm > 0 for layer in found.values())
     if name == "wrn16_4":
-        assert found["stages.1.activation.1"].feeds == (
-            "stages.0.activation.1",
-            "stages.0.residual.2",
+        assert found["stages.1.activation.node"].feeds == (
+            "stages.0.activation.node",
+            "stages.0.residual.1.node",
         )
 
 
