@@ -141,7 +141,8 @@ class Options:
     )
     layers: Literal["last", "all"] | list[str] = option(
         "last",
-        "Spiking layers of MS-MPPD, last, all, or a list of names such as [stages.1, stages.5].",
+        "Spiking layers of MS-MPPD, last, all, or a list of names such as "
+        "[stages.0.node, stages.2.node].",
         idle=lambda options: options.rho == 0,
     )
     norm: Literal["l2", "l1"] = option(

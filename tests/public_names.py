@@ -46,8 +46,7 @@ PUBLIC = {
         "published_names set_time_steps start_from zoo_networks"
     ),
     "sj_robust.neuron": (
-        "DLIFNode FusedSequential FusionReport ReplacementReport dlif_to_lif fuse "
-        "replace_neurons unfuse"
+        "DLIFNode FusionReport ReplacementReport Stage dlif_to_lif fuse replace_neurons unfuse"
     ),
     "sj_robust.ops": (
         "BACKENDS Surrogate available_backends check_backend choose_backend dlif_multi_step "

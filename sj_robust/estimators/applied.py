@@ -26,7 +26,7 @@ from sj_robust.neuron.charging import has_known_dynamics
 
 __all__ = ["Applied", "Estimator", "estimator"]
 
-Gradient = Callable[[Sequence, int], backward.Outputs]
+Backward = Callable[[Sequence, int], backward.Outputs]
 _MARK = "_gradient_estimator"
 _WHOLE_SEQUENCE = ("bptr", "rga", "hart", "hart_mixed")
 _IN_THRESHOLDS = (
@@ -188,7 +188,12 @@ class Applied(AbstractContextManager[Callable[[Tensor], Tensor]]):
             stack.callback(_put(node, {_MARK: self.estimator.name, **plans[name]}))
         if self.estimator.family == "assg":
             stack.callback(model.register_forward_pre_hook(images.see).remove)
-        self.moved = {name: "torch" for name, plan in plans.items() if "multi_step_forward" in plan}
+        self.moved = {name: "torch" for name, plan in plans.items() if _moves(plan)}
+
+
+def _moves(plan: dict[str, Any]) -> bool:
+    """Whether a neuron's backward pass runs elsewhere."""
+    return "gradient" in plan or "multi_step_forward" in plan
 
 
 def _check(estimator: EstimatorName, model: nn.Module, neurons: dict[str, Any]) -> None:
@@ -261,7 +266,7 @@ def _surrogate_plan(estimator: EstimatorName, name: str, node: Any) -> dict[str,
     return {"surrogate_function": KeepingValues(own, derivative)}
 
 
-def _gradient(estimator: EstimatorName, name: str, node: Any, images: ImageTracker) -> Gradient:
+def _gradient(estimator: EstimatorName, name: str, node: Any, images: ImageTracker) -> Backward:
     family = estimator.family
     if family == "bptr":
         return lambda run, first: backward.bptr(run)
@@ -306,30 +311,34 @@ class _Override:
     estimator.
     """
 
-    def __init__(self, node: Any, gradient: Gradient, estimator: EstimatorName) -> None:
+    def __init__(self, node: Any, gradient: Backward, estimator: EstimatorName) -> None:
         self._node, self._gradient, self._estimator = node, gradient, estimator
-        self._multi, self._single = node.multi_step_forward, node.single_step_forward
         self._step = 0  # of the sequence
 
     def entries(self) -> dict[str, Any]:
+        """What puts it in force: SpikingJelly's neurons have no field for it, but methods."""
+        node = self._node
+        if type(node) is DLIFNode:
+            return {"gradient": self}
+        multi, single = node.multi_step_forward, node.single_step_forward
         return {
-            "multi_step_forward": self.multi_step_forward,
-            "single_step_forward": self.single_step_forward,
+            "multi_step_forward": lambda x_seq: self.multi_step(x_seq, partial(multi, x_seq)),
+            "single_step_forward": lambda x: self.single_step(x, partial(single, x)),
         }
 
-    def multi_step_forward(self, x_seq: Tensor) -> Tensor:
+    def multi_step(self, x_seq: Tensor, forward: Callable[[], Tensor]) -> Tensor:
         if not torch.is_grad_enabled():
-            return self._multi(x_seq)  # type: ignore[no-any-return]  # the host has no types
-        return self._run(x_seq, lambda: self._multi(x_seq), self._node.store_v_seq)
+            return forward()
+        return self._run(x_seq, forward, self._node.store_v_seq)
 
-    def single_step_forward(self, x: Tensor) -> Tensor:
+    def single_step(self, x: Tensor, forward: Callable[[], Tensor]) -> Tensor:
         if not torch.is_grad_enabled():
-            return self._single(x)  # type: ignore[no-any-return]  # as above
+            return forward()
         if self._estimator.family in _WHOLE_SEQUENCE:
             raise RuntimeError(
                 f"{self._estimator.name} needs all time steps at once, got one; keep step_mode='m'"
             )
-        return self._run(x.unsqueeze(0), lambda: self._single(x).unsqueeze(0), False).squeeze(0)
+        return self._run(x.unsqueeze(0), lambda: forward().unsqueeze(0), False).squeeze(0)
 
     def _run(self, x_seq: Tensor, forward: Callable[[], Tensor], store_v_seq: bool) -> Tensor:
         node, v_init = self._node, self._node.v

@@ -13,6 +13,7 @@ from sj_robust.models import NetworkSpec, build_classifier, set_time_steps
 from sj_robust.models.checkpoint import load_checkpoint
 from sj_robust.models.foreign import find_function, reason
 from sj_robust.models.shipped import pretrained_file, pretrained_networks
+from sj_robust.models.weights import as_named_in
 
 __all__ = ["Subject", "check_fits", "describe_network", "from_checkpoint", "from_function"]
 
@@ -82,7 +83,7 @@ def from_checkpoint(path: Path, T: int | None = None, *, trust_code: bool = Fals
                 "(--trust-code on the command line)"
             )
         model = build_classifier(spec)
-        model.load_state_dict(state)
+        model.load_state_dict(as_named_in(model, state))
     except (KeyError, TypeError, RuntimeError) as error:
         cause = " ".join(str(error).split())[:200]
         raise ValueError(

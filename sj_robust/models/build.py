@@ -15,7 +15,7 @@ from sj_robust.models.direct import DirectlyEncoded
 from sj_robust.models.foreign import call_with_known, find_function
 from sj_robust.models.wide_resnet import WIDE_RESNETS, WideResNet
 from sj_robust.models.zoo import build_zoo_network
-from sj_robust.neuron import DLIFNode, fuse, replace_neurons
+from sj_robust.neuron import DLIFNode, Stage, fuse, replace_neurons
 
 __all__ = ["NETWORKS", "NetworkSpec", "build_classifier", "build_network"]
 
@@ -124,8 +124,11 @@ def _built(spec: NetworkSpec) -> nn.Module:
     for module in net.modules():
         if isinstance(module, DLIFNode):
             module.input_gain.requires_grad_(spec.learn_gain)
-    if spec.fused:
+    if ":" in spec.name:
         fuse(net)
+    for module in net.modules():
+        if isinstance(module, Stage) and not spec.fused:
+            module.one_pass = False
     return built
 
 

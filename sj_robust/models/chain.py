@@ -9,6 +9,7 @@ from spikingjelly.activation_based import functional, layer
 from torch import nn
 
 from sj_robust.models.direct import DirectlyEncoded, initialise, neuron_builder
+from sj_robust.neuron import Stage
 
 __all__ = ["VGG", "VGG_FEATURES", "ConvChain", "SmallConvNet"]
 
@@ -109,11 +110,11 @@ class ConvChain(DirectlyEncoded):
                 stride = 2
                 continue
             if feature == "A":
-                stages.append(layer.AvgPool2d(2))
+                _pool(stages)
                 height, columns = height // 2, columns // 2
                 continue
             stages.append(layer.Conv2d(width, feature, kernel_size, stride=stride, padding=padding))
-            stages += [layer.BatchNorm2d(feature), node()] if batch_norm else [node()]
+            stages.append(Stage(node(), norm=layer.BatchNorm2d(feature) if batch_norm else None))
             height, columns = (
                 (size + 2 * padding - kernel_size) // stride + 1 for size in (height, columns)
             )
@@ -128,6 +129,15 @@ class ConvChain(DirectlyEncoded):
         if batch_norm:
             initialise(self)
         functional.set_step_mode(self, step_mode)
+
+
+def _pool(stages: list[nn.Module]) -> None:
+    """Halve height and width behind what is there."""
+    last = stages[-1]
+    if isinstance(last, Stage) and last.pool is None:
+        last.pool = layer.AvgPool2d(2)
+    else:
+        stages.append(layer.AvgPool2d(2))
 
 
 class VGG(ConvChain):

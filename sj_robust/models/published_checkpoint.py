@@ -18,6 +18,7 @@ from sj_robust.models.build import NetworkSpec, build_classifier
 from sj_robust.models.chain import VGG_FEATURES
 from sj_robust.models.weights import check_keys, read_weights
 from sj_robust.models.wide_resnet import WIDE_RESNETS, MixedBlock, WideResNet
+from sj_robust.neuron.fusion import plain_names
 
 __all__ = ["load_published_checkpoint", "published_names"]
 
@@ -139,7 +140,7 @@ def published_names(net: nn.Module, name: str) -> dict[str, str]:
         >>> from sj_robust.models import build_network
         >>> net = build_network(NetworkSpec("vgg5", image_shape=(3, 8, 8), hidden=(8, 8)))
         >>> names = published_names(net, "vgg5")
-        >>> names["first.weight"], names["stages.1.input_gain"], names["stages.11.weight"]
+        >>> names["first.weight"], names["stages.0.node.input_gain"], names["stages.6.weight"]
         ('layer1.0.weight', 'layer1.2.p', 'classifier.0.weight')
     """
     modules = dict(
@@ -148,20 +149,20 @@ def published_names(net: nn.Module, name: str) -> dict[str, str]:
         else _wide_resnet_modules(cast(WideResNet, net))
     )
     names = {}
-    for key in net.state_dict():
-        module, _, parameter = key.rpartition(".")
+    for key, plain in plain_names(net).items():
+        module, _, parameter = plain.rpartition(".")
         names[key] = f"{modules[module]}.{PARAMETERS.get(parameter, parameter)}"
     return names
 
 
 def _vgg_modules(net: nn.Module, name: str) -> Iterator[tuple[str, str]]:
-    """Our and their name of every module: stages end behind a pooling there, and the linear layers
-    are apart.
+    """Our name without stages and their name of every module: stages end behind a pooling there,
+    and the linear layers are apart.
     """
-    layers = [
-        "first",
-        *(f"stages.{index}" for index in range(len(cast(nn.Sequential, net.stages)))),
-    ]
+    last = max(
+        int(plain.split(".")[0]) for plain in plain_names(cast(nn.Module, net.stages)).values()
+    )
+    layers = ["first", *(f"stages.{index}" for index in range(last + 1))]
     stage, index, position = 1, 0, 0
     for feature in VGG_FEATURES[name]:
         for _ in range(1 if feature == "A" else 3):
@@ -176,7 +177,9 @@ def _vgg_modules(net: nn.Module, name: str) -> Iterator[tuple[str, str]]:
 
 
 def _wide_resnet_modules(net: WideResNet) -> Iterator[tuple[str, str]]:
-    """Our and their name of every module: three stages of blocks there, one list here."""
+    """Our name without stages and their name of every module: three stages of blocks there, one
+    list here.
+    """
     yield "first", "conv1"
     stages = cast(nn.Sequential, net.stages)
     blocks = [index for index, module in enumerate(stages) if isinstance(module, MixedBlock)]
@@ -187,10 +190,10 @@ def _wide_resnet_modules(net: WideResNet) -> Iterator[tuple[str, str]]:
                 f"stages.{index}.{ours}".rstrip("."),
                 f"block{index // each + 1}.{index % each}.{published}",
             )
-    after = len(blocks)
+    after = len(blocks)  # batch norm, neurons, average, flattening, linear layer
     yield f"stages.{after}", "bn1"
     yield f"stages.{after + 1}", "act"
-    yield f"stages.{len(stages) - 1}", "fc"
+    yield f"stages.{after + 4}", "fc"
 
 
 def _sizes(tensors: Mapping[str, Tensor], path: Path) -> dict[str, Any]:

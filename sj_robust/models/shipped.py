@@ -13,6 +13,7 @@ from sj_robust._shown import Shown
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.models.build import NetworkSpec, build_classifier
 from sj_robust.models.checkpoint import load_checkpoint
+from sj_robust.models.weights import as_named_in
 
 __all__ = ["PretrainedCard", "pretrained", "pretrained_file", "pretrained_networks"]
 
@@ -81,7 +82,7 @@ def pretrained(name: str) -> SpikingClassifier:
     """
     content = load_checkpoint(pretrained_file(name))
     classifier = build_classifier(NetworkSpec(**content["description"]["network"]))
-    classifier.load_state_dict(content["model"])
+    classifier.load_state_dict(as_named_in(classifier, content["model"]))
     return classifier.eval()
 
 

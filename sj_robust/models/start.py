@@ -8,7 +8,7 @@ import torch
 from sj_robust._host import functional
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.models.build import NetworkSpec
-from sj_robust.models.weights import Weights, check_keys, read_weights
+from sj_robust.models.weights import Weights, as_named_in, check_keys, read_weights
 from sj_robust.neuron import DLIFNode
 
 __all__ = ["start_from"]
@@ -61,10 +61,11 @@ def start_from(
     }
     _check_neurons(weights, nodes, decay_input, path)
     whole = classifier.state_dict()
-    tensors = dict(weights.tensors)
-    if len(whole.keys() & {f"net.{key}" for key in tensors}) > len(whole.keys() & tensors.keys()):
-        tensors = {f"net.{key}": value for key, value in tensors.items()}
-        tensors |= {key: whole[key] for key in ("mean", "std") if key in whole}
+    tensors = as_named_in(classifier, weights.tensors)
+    of_net = as_named_in(classifier.net, weights.tensors)
+    bare = {f"net.{key}": value for key, value in of_net.items()}
+    if len(whole.keys() & bare.keys()) > len(whole.keys() & tensors.keys()):
+        tensors = bare | {key: whole[key] for key in ("mean", "std") if key in whole}
     for name, node in nodes.items():
         key = f"{name}.input_gain"
         if key not in tensors:

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from sj_robust._saved import load_tensors
+from sj_robust.neuron.fusion import plain_names
 
-__all__ = ["Weights", "check_keys", "read_weights"]
+__all__ = ["Weights", "as_named_in", "check_keys", "read_weights"]
 
 _ENDINGS = (".pt", ".pth")
 _WRAPPERS = ("model", "state_dict", "net", "model_state_dict")
@@ -70,6 +71,30 @@ def read_weights(path: Path) -> Weights:
     if all(key.startswith("module.") for key in content):
         content = {key.removeprefix("module."): value for key, value in content.items()}
     return Weights(dict(content), network)
+
+
+def as_named_in(net: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights under the names that a network has for them.
+    按网络当前的名称返回权重。
+
+    Files of a network without stages, such as those of before :class:`sj_robust.neuron.Stage`, have
+    other names.
+
+    Args:
+        net: The network that the weights are for.
+        tensors: Its ``state_dict``, or what it was without stages.
+
+    Examples:
+        >>> import torch
+        >>> from sj_robust.neuron import DLIFNode, Stage
+        >>> list(as_named_in(nn.Sequential(Stage(DLIFNode(T=2))), {"0.input_gain": torch.ones(2)}))
+        ['0.node.input_gain']
+    """
+    plain = plain_names(net)
+    if len(tensors.keys() & plain.keys()) >= len(tensors.keys() & set(plain.values())):
+        return dict(tensors)
+    now = {old: new for new, old in plain.items()}
+    return {now.get(key, key): value for key, value in tensors.items()}
 
 
 def check_keys(

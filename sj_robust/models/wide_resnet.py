@@ -8,6 +8,7 @@ from spikingjelly.activation_based import functional, layer
 from torch import Tensor, nn
 
 from sj_robust.models.direct import DirectlyEncoded, initialise, neuron_builder
+from sj_robust.neuron import Stage
 
 __all__ = ["WIDE_RESNETS", "MixedBlock", "WideResNet"]
 
@@ -80,8 +81,9 @@ class WideResNet(DirectlyEncoded):
                     MixedBlock(width, channels * widen_factor, 1 if block else stride, node)
                 )
                 width = channels * widen_factor
-        stages += [layer.BatchNorm2d(width), node(), layer.AdaptiveAvgPool2d(1), layer.Flatten()]
-        self.stages = nn.Sequential(*stages, layer.Linear(width, classes))
+        stages.append(Stage(node(), norm=layer.BatchNorm2d(width)))
+        stages += [layer.AdaptiveAvgPool2d(1), layer.Flatten(), layer.Linear(width, classes)]
+        self.stages = nn.Sequential(*stages)
         initialise(self)
         functional.set_step_mode(self, step_mode)
 
@@ -119,11 +121,10 @@ class MixedBlock(nn.Module):
     ) -> None:
         """Build the block; see the class."""
         super().__init__()
-        self.activation = nn.Sequential(layer.BatchNorm2d(in_channels), node())
+        self.activation = Stage(node(), norm=layer.BatchNorm2d(in_channels))
         self.residual = nn.Sequential(
             layer.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1, bias=False),
-            layer.BatchNorm2d(out_channels),
-            node(),
+            Stage(node(), norm=layer.BatchNorm2d(out_channels)),
             layer.Conv2d(out_channels, out_channels, 3, padding=1, bias=False),
         )
         changes = in_channels != out_channels

@@ -2,19 +2,32 @@
 
 import copy
 import math
-import time
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx, nn
 
 from sj_robust import ops
 from sj_robust._host import cuda_threads, is_counted, lif_multi_step, neuron, surrogate
-from sj_robust.ops.dlif.config import state_dtype
+from sj_robust.ops.dlif.config import Outputs, state_dtype
 from sj_robust.ops.surrogate import HOST_NAMES
 
-__all__ = ["DLIFNode", "describe_surrogate"]
+__all__ = ["DLIFNode", "Gradient", "describe_surrogate"]
+
+
+class Gradient(Protocol):
+    """Another backward pass of a neuron for the same spikes, as a gradient estimator has it.
+
+    ``forward`` runs the neuron's own forward pass, which moves its state on; it is called once.
+    """
+
+    def multi_step(self, x_seq: Tensor, forward: Callable[[], Tensor]) -> Tensor:
+        """Spikes [T, N, *] of ``forward`` with a gradient to the currents ``x_seq`` [T, N, *]."""
+
+    def single_step(self, x: Tensor, forward: Callable[[], Tensor]) -> Tensor:
+        """Spikes [N, *] of ``forward`` with a gradient to the current ``x`` [N, *]."""
 
 
 class DLIFNode(neuron.BaseNode):
@@ -34,8 +47,7 @@ class DLIFNode(neuron.BaseNode):
 
     Shapes: ``x_seq`` [T, N, *] in step mode ``"m"``, [N, *] in ``"s"``. State: ``v`` [N, *] in
     float32 (float64 for float64 inputs), ``time_step`` the number of steps since the reset, neither
-    in ``state_dict``. ``last_call`` is when the neuron ran last (``time.perf_counter_ns``), which
-    tells the order of several.
+    in ``state_dict``.
 
     Args:
         T: Number of time steps of a sequence, which is the number of gains.
@@ -71,7 +83,7 @@ class DLIFNode(neuron.BaseNode):
     v: Tensor | float
     v_seq: Tensor | None
     time_step: int
-    last_call: int = 0
+    gradient: Gradient | None = None
 
     def __init__(
         self,
@@ -101,9 +113,6 @@ class DLIFNode(neuron.BaseNode):
         self.backend = backend
         self.input_gain = nn.Parameter(torch.full((T,), float(input_gain_init)))
         self.register_memory("time_step", 0)
-        self._operator: Callable[..., Any] = (
-            ops.dlif_multi_step
-        )  # of one sequence; another may take its place
 
     @property
     def T(self) -> int:  # noqa: N802  # the field's name for the number of time steps
@@ -156,17 +165,28 @@ class DLIFNode(neuron.BaseNode):
 
     def multi_step_forward(self, x_seq: Tensor) -> Tensor:
         """Spikes [T, N, *] for input currents [T, N, *]; moves the state on."""
+        if self.gradient is None:
+            return self._advance(x_seq)
+        return self.gradient.multi_step(x_seq, partial(self._advance, x_seq))
+
+    def single_step_forward(self, x: Tensor) -> Tensor:
+        """Spikes [N, *] for the input current [N, *] of the next step; moves the state on."""
+        if self.gradient is None:
+            return self._advance_one(x)
+        return self.gradient.single_step(x, partial(self._advance_one, x))
+
+    def _advance(self, x_seq: Tensor, operator: Callable[..., Outputs] | None = None) -> Tensor:
+        """Spikes of a sequence, or what another operator makes of it; moves the state on."""
         time_step = self.time_step
         self._note_call(x_seq, time_step)
         spike_seq, self.v, self.time_step, v_seq = self._run(
-            x_seq, self.v, time_step, self.store_v_seq
+            x_seq, self.v, time_step, self.store_v_seq, operator
         )
         if self.store_v_seq:
             self.v_seq = v_seq
         return spike_seq
 
-    def single_step_forward(self, x: Tensor) -> Tensor:
-        """Spikes [N, *] for the input current [N, *] of the next step; moves the state on."""
+    def _advance_one(self, x: Tensor) -> Tensor:
         x_seq = x.unsqueeze(0)
         time_step = self.time_step
         self._note_call(x_seq, time_step)
@@ -221,12 +241,11 @@ class DLIFNode(neuron.BaseNode):
             )
         if torch.compiler.is_compiling():  # a graph would hold the time at which it was made
             return
-        own = self.__dict__  # past nn.Module's way of setting, which takes as long as a launch
-        own["last_call"] = time.perf_counter_ns()
         if (
             torch._C._current_graph_task_id() == -1
         ):  # no backward pass; torch has no public way to ask
-            own["_reached"] = time_step + x_seq.shape[0]
+            # past nn.Module's way of setting, which takes as long as a launch
+            self.__dict__["_reached"] = time_step + x_seq.shape[0]
         elif time_step >= max(self._reached, 1):
             raise RuntimeError(
                 "a DLIFNode runs again inside a backward pass, as activation checkpointing does, "
@@ -237,9 +256,17 @@ class DLIFNode(neuron.BaseNode):
             )
 
     def _run(
-        self, x_seq: Tensor, v: Tensor | float, time_step: int, store_v_seq: bool
+        self,
+        x_seq: Tensor,
+        v: Tensor | float,
+        time_step: int,
+        store_v_seq: bool,
+        operator: Callable[..., Outputs] | None = None,
     ) -> tuple[Tensor, Tensor, int, Tensor | None]:
-        """Advance explicit states over ``x_seq`` with the gains that belong to these steps."""
+        """Advance explicit states over ``x_seq`` with the gains that belong to these steps.
+
+        None runs the neuron alone; another operator takes what :func:`_alone` takes.
+        """
         gain: Tensor = self.input_gain
         end = time_step + x_seq.shape[0]
         if end > gain.shape[0]:
@@ -254,7 +281,8 @@ class DLIFNode(neuron.BaseNode):
             )
             return spike_seq, v_end, end, v_seq
         from_reset = not isinstance(v, Tensor) and v == (self.v_reset or 0.0)
-        spike_seq, v_end, v_seq = self._operator(
+        operator = _alone if operator is None else operator
+        spike_seq, v_end, v_seq = operator(
             x_seq,
             gain,
             None if from_reset else _potential(v, x_seq[0]),
@@ -265,7 +293,6 @@ class DLIFNode(neuron.BaseNode):
             detach_reset=self.detach_reset,
             store_v_seq=store_v_seq,
             backend=self.backend,
-            threads_per_block=cuda_threads(),
         )
         return spike_seq, v_end, end, v_seq
 
@@ -357,6 +384,11 @@ class DLIFNode(neuron.BaseNode):
             "nn.DataParallel copies a network in every forward and loses the neurons' states: "
             "use torch.nn.parallel.DistributedDataParallel (torchrun or accelerate launch)"
         )
+
+
+def _alone(x_seq: Tensor, gain: Tensor, v_init: Tensor | None, **constants: Any) -> Outputs:
+    """The operator of a neuron that nothing runs together with."""
+    return ops.dlif_multi_step(x_seq, gain, v_init, threads_per_block=cuda_threads(), **constants)
 
 
 _COMPILED_SURROGATES = {getattr(surrogate, name, None): kind for kind, name in HOST_NAMES.items()}

@@ -1,364 +1,239 @@
-"""Layers that run in one pass: batch norm, DLIF neurons and 2x2 average pooling, in a network that
-exists already.
-
-No other file knows of it: hooks, estimators and messages find the neuron as they find it anywhere.
+"""Stages in a network that exists already, how it gets rid of them, and the names that its weights
+have without them.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 
-from torch import Tensor, nn
+from torch import nn
 
-from sj_robust._host import is_counted, layer
 from sj_robust.neuron.dlif import DLIFNode
-from sj_robust.ops import dlif_multi_step
-from sj_robust.ops.bn_dlif import BatchNorm, apart, batch_norm_dlif_multi_step, can_fuse
-from sj_robust.ops.bn_dlif.reference import normalise
+from sj_robust.neuron.stage import NORM_DIMENSIONS, Stage, pools_2x2
 
-__all__ = ["FusedSequential", "FusionReport", "fuse", "unfuse"]
+__all__ = ["FusionReport", "InStage", "fuse", "plain_names", "unfuse"]
 
 
 @dataclass(frozen=True)
 class FusionReport:
-    """What :func:`fuse` did, by the name of the batch norm or of the neuron.
+    """What :func:`fuse` did.
 
     Attributes:
-        fused: Batch norms that run in one pass with the neuron behind them, with that neuron's
-            name.
-        pooled: Neurons that run in one pass with the 2x2 average pooling behind them, with that
-            pooling's name.
-        skipped: Batch norms that stay as they are, with the reason.
+        stages: Names that the modules of every new stage had, by the stage's name.
+        skipped: Batch norms that stay as they are, with the reason, by their names.
+        renamed: New key in ``state_dict`` of every parameter and buffer that has one, by the old
+            key.
     """
 
-    fused: dict[str, str] = field(default_factory=dict)
-    pooled: dict[str, str] = field(default_factory=dict)
+    stages: dict[str, tuple[str, ...]] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    renamed: dict[str, str] = field(default_factory=dict)
 
 
-class FusedSequential(nn.Sequential):
-    """``nn.Sequential`` that runs batch norm, DLIFNode and 2x2 average pooling behind each other in
-    one pass if it can.
-
-    Same modules, names, parameters, results and errors as ``nn.Sequential``. The three, or two of
-    them, run in one pass in step mode ``"m"``, on the CPU with the compiled kernel and on CUDA with
-    Triton; otherwise, and whenever somebody looks between them, one after the other. Who looks is
-    who has a hook on one of them, unless it is a method of an object whose ``active`` is False at
-    that time; with pre-hooks on the neuron, which look at its input alone, only the batch norm runs
-    apart. Methods of an object whose ``needs_output`` is False, forward hooks of the neuron or
-    pre-hooks that leave its input as it is, are called with the input that it has had and keep
-    nothing apart. The counters of SpikingJelly 2.x (``op_counter``) look, too. Hooks on every
-    module at once (``torch.nn.modules.module.register_module_forward_hook``), which torch has for
-    debugging alone, cannot be found by public means and miss them: call :func:`unfuse` first. In
-    bfloat16 and float16 one pass does not round what lies between the modules.
-
-    Equation: see :func:`sj_robust.ops.bn_dlif.batch_norm_dlif_multi_step`.
-
-    Shapes: those of the modules inside.
+class InStage(nn.Identity):
+    """Where a module stood that is part of the stage before it; keeps the names of those behind.
 
     Examples:
-        >>> import torch
-        >>> net = FusedSequential(layer.BatchNorm2d(3, step_mode="m"), DLIFNode(T=4))
-        >>> net(torch.randn(4, 2, 3, 5, 5)).shape
-        torch.Size([4, 2, 3, 5, 5])
+        >>> InStage()
+        InStage()
     """
-
-    def forward(self, input: Any) -> Any:
-        """Run the modules one after the other, those of a stage in one pass."""
-        modules = list(self)
-        while modules:
-            input, count = _run_first(modules, input)
-            modules = modules[count:]
-        return input
 
 
 def fuse(net: nn.Module) -> FusionReport:
-    """Let batch norm, the DLIF neurons right behind it and the 2x2 average pooling behind those run
-    in one pass.
+    """Join batch norm, the DLIF neurons right behind it and the 2x2 average pooling behind those in
+    a :class:`Stage`.
 
-    Each of the two around the neurons may be missing. Only neighbours in an ``nn.Sequential`` are
-    taken, where nothing can come between them. Parameters, buffers, ``state_dict`` keys, hooks and
-    results stay what they were (spikes within the rounding of batch norm).
-    将 BatchNorm、其后的 DLIF 神经元和 2x2 平均池化融合为一次计算，``state_dict`` 不变。
-
-    Args:
-        net: A network, changed in place: its ``nn.Sequential`` become :class:`FusedSequential`.
-
-    Returns:
-        What was fused and what was not, by module name. Whether it then runs in one pass is decided
-            at each call: see
-        :class:`FusedSequential`.
-
-    Source: batch norm folded into its neighbour, as in every inference engine; here also in
-        training.
-
-    Examples:
-        >>> net = nn.Sequential(layer.Conv2d(1, 3, 3), layer.BatchNorm2d(3), DLIFNode(T=4))
-        >>> fuse(net).fused
-        {'1': '2'}
-        >>> unfuse(net)
-        >>> type(net).__name__
-        'Sequential'
-    """
-    report = FusionReport()
-    for parent_name, parent in list(net.named_modules()):
-        prefix = f"{parent_name}." if parent_name else ""
-        members = parent.named_modules(remove_duplicate=False)
-        children = [(prefix + name, child) for name, child in members if name and "." not in name]
-        followers: list[tuple[str, nn.Module | None]] = [*children[1:], ("", None)]
-        for (name, module), (follower_name, follower) in zip(children, followers, strict=False):
-            reason = _unfusable_reason(module, parent, follower)
-            if reason is None:
-                report.fused[name] = follower_name
-                parent.__class__ = FusedSequential
-            elif (
-                isinstance(module, DLIFNode)
-                and type(parent) in (nn.Sequential, FusedSequential)
-                and _pools(follower)
-            ):
-                report.pooled[name] = follower_name
-                parent.__class__ = FusedSequential
-            elif any("BatchNorm" in cls.__name__ for cls in type(module).__mro__):
-                report.skipped[name] = reason
-    return report
-
-
-def unfuse(net: nn.Module) -> None:
-    """Undo :func:`fuse`: every :class:`FusedSequential` becomes an ``nn.Sequential`` again.
+    Either of the two around the neurons may be missing. Only neighbours in an ``nn.Sequential`` are
+    taken, where nothing can come between them. The stage stands where its first module stood, and
+    modules that do nothing in the places of the others, so that whatever picks a module by its
+    number finds it. Parameters, buffers, hooks and results stay what they were (spikes within the
+    rounding of batch norm).
+    将相邻的 BatchNorm、DLIF 神经元和 2x2 平均池化合并为一个 ``Stage``，一次计算完成。
 
     Args:
         net: A network, changed in place.
 
+    Returns:
+        What was joined and what was not, and the keys in ``state_dict`` that have changed. Weights
+            saved before are loaded with ``net.load_state_dict({report.renamed.get(key, key): value
+            for key, value in weights.items()})``.
+
+    Source: fused modules of ``torch.ao.quantization``; here also in training.
+
     Examples:
-        >>> net = FusedSequential()
+        >>> from sj_robust._host import layer
+        >>> net = nn.Sequential(layer.Conv2d(1, 3, 3), layer.BatchNorm2d(3), DLIFNode(T=4))
+        >>> report = fuse(net)
+        >>> report.stages, report.renamed["2.input_gain"]
+        ({'1': ('1', '2')}, '1.node.input_gain')
         >>> unfuse(net)
-        >>> type(net).__name__
-        'Sequential'
+        >>> type(net[1]).__name__
+        'BatchNorm2d'
     """
-    for module in net.modules():
-        if type(module) is FusedSequential:
-            # back to its base, same layout
-            module.__class__ = nn.Sequential  # type: ignore[assignment]
+    report = FusionReport()
+    for parent_name, parent in list(net.named_modules()):
+        if isinstance(parent, Stage):
+            continue
+        children = _children(parent)
+        counts = _counts(list(children.values())) if type(parent) is nn.Sequential else []
+        for name, module in children.items():
+            if any("BatchNorm" in cls.__name__ for cls in type(module).__mro__):
+                report.skipped[_joined(parent_name, name)] = _reason(name, children, parent)
+        names = list(children)
+        position = 0
+        for count in counts:
+            members = names[position : position + count]
+            position += count
+            if count == 1:
+                continue
+            setattr(parent, members[0], _stage([children[name] for name in members]))
+            for name in members[1:]:
+                setattr(parent, name, InStage())
+            old_names = [_joined(parent_name, name) for name in members]
+            report.stages[old_names[0]] = tuple(old_names)
+            report.skipped.pop(old_names[0], None)
+    report.renamed.update({old: new for new, old in plain_names(net).items() if old != new})
+    return report
 
 
-_DIMENSIONS = {layer.BatchNorm1d: 4, layer.BatchNorm2d: 5, layer.BatchNorm3d: 6}  # of [T, N, C, *]
+def unfuse(net: nn.Module) -> None:
+    """Put the modules of every :class:`Stage` in its place, as they were before :func:`fuse`.
+
+    Args:
+        net: A network, changed in place. A stage that does not stand in an ``nn.Sequential``
+            becomes one.
+
+    Examples:
+        >>> from sj_robust._host import layer
+        >>> net = nn.Sequential(Stage(DLIFNode(T=4), norm=layer.BatchNorm2d(3)))
+        >>> unfuse(net)
+        >>> [type(module).__name__ for module in net]
+        ['BatchNorm2d', 'DLIFNode']
+    """
+    for parent in list(net.modules()):
+        children = _children(parent)
+        if not any(isinstance(child, Stage) for child in children.values()):
+            continue
+        if type(parent) is nn.Sequential:
+            for name in children:
+                delattr(parent, name)
+            for name, _, module in _without_stages(parent, children):
+                parent.add_module(name, module)
+            continue
+        for name, child in children.items():
+            if isinstance(child, Stage):
+                setattr(parent, name, nn.Sequential(*[part for _, part in child.parts()]))
 
 
-def _unfusable_reason(
-    module: nn.Module, parent: nn.Module, follower: nn.Module | None
-) -> str | None:
-    if type(module) not in _DIMENSIONS:
+def plain_names(net: nn.Module) -> dict[str, str]:
+    """The key in ``state_dict`` that every parameter and buffer has in the network without stages.
+    去掉 ``Stage`` 后各参数的名称。
+
+    Args:
+        net: A network, with or without stages.
+
+    Returns:
+        Those keys by the keys of ``net.state_dict()``, in its order.
+
+    Examples:
+        >>> plain_names(nn.Sequential(Stage(DLIFNode(T=4)), nn.Linear(1, 1, bias=False)))
+        {'0.node.input_gain': '0.input_gain', '1.weight': '1.weight'}
+    """
+    modules = dict(_plain_paths(net, "", ""))
+    names = {}
+    for key in net.state_dict():
+        module, _, parameter = key.rpartition(".")
+        names[key] = _joined(modules[module], parameter)
+    return names
+
+
+def _plain_paths(module: nn.Module, path: str, plain: str) -> Iterator[tuple[str, str]]:
+    """Path and plain path of a module and of everything in it."""
+    yield path, plain
+    for plain_name, name, child in _without_stages(module, _children(module)):
+        yield from _plain_paths(child, _joined(path, name), _joined(plain, plain_name))
+
+
+def _without_stages(
+    parent: nn.Module, children: dict[str, nn.Module]
+) -> Iterator[tuple[str, str, nn.Module]]:
+    """Children with the parts of stages in the places of these: name without stages, name now."""
+    numbered = type(parent) is nn.Sequential and list(children) == _numbers(len(children))
+    left: list[str] = []  # names that wait for parts of the stage before
+    position = 0
+    names = list(children)
+    for index, (name, child) in enumerate(children.items()):
+        if isinstance(child, InStage):
+            continue
+        if not isinstance(child, Stage):
+            yield str(position) if numbered else name, name, child
+            position += 1
+            continue
+        parts = list(child.parts())
+        left = names[index : index + len(parts)]
+        keeps_names = all(isinstance(children[one], InStage) for one in left[1:])
+        for part_index, (part_name, part) in enumerate(parts):
+            if numbered:
+                plain = str(position)
+            elif len(left) == len(parts) and keeps_names and type(parent) is nn.Sequential:
+                plain = left[part_index]
+            else:
+                plain = f"{name}.{part_index}"
+            yield plain, f"{name}.{part_name}", part
+            position += 1
+
+
+def _numbers(count: int) -> list[str]:
+    return [str(index) for index in range(count)]
+
+
+def _children(module: nn.Module) -> dict[str, nn.Module]:
+    """Children by name, one that stands in two places at both."""
+    members = module.named_modules(remove_duplicate=False)
+    return {name: child for name, child in members if name and "." not in name}
+
+
+def _joined(path: str, name: str) -> str:
+    return f"{path}.{name}" if path and name else path or name
+
+
+def _counts(modules: Sequence[nn.Module]) -> list[int]:
+    """How many modules behind each other make a stage; 1 for one that stays as it is."""
+    counts = []
+    position = 0
+    while position < len(modules):
+        has_norm = type(modules[position]) in NORM_DIMENSIONS
+        rest = modules[position + has_norm : position + has_norm + 2]
+        count = 1
+        if rest and type(rest[0]) is DLIFNode:
+            pools = len(rest) > 1 and pools_2x2(rest[1])
+            count = has_norm + 1 + pools
+        counts.append(count)
+        position += count
+    return counts
+
+
+def _stage(modules: list[nn.Module]) -> Stage:
+    norm = modules.pop(0) if type(modules[0]) in NORM_DIMENSIONS else None
+    node, *pool = modules
+    stage = Stage(node, norm=norm, pool=pool[0] if pool else None)
+    stage.training = node.training
+    return stage
+
+
+def _reason(name: str, children: dict[str, nn.Module], parent: nn.Module) -> str:
+    """Why a batch norm stays as it is, if it is not joined."""
+    module = children[name]
+    if type(module) not in NORM_DIMENSIONS:
         return (
             f"{type(module).__module__}.{type(module).__name__} is not a BatchNorm of "
             "SpikingJelly's layer module"
         )
-    if type(parent) not in (nn.Sequential, FusedSequential):
+    if type(parent) is not nn.Sequential:
         return (
             f"stands in a {type(parent).__name__}, whose forward may run something between it "
             "and a neuron"
         )
-    if not isinstance(follower, DLIFNode):
-        return (
-            f"is followed by {'nothing' if follower is None else type(follower).__name__}, not "
-            "by a DLIFNode"
-        )
-    return None
-
-
-def _pools(module: nn.Module | None) -> bool:
-    """Whether it is an average over 2x2 neurons side by side."""
-    pool: Any = module
-    return type(module) is layer.AvgPool2d and (
-        (_pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding))
-        == ((2, 2), (2, 2), (0, 0))
-        and not pool.ceil_mode
-        and pool.divisor_override is None
-    )
-
-
-def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
-    return (size, size) if isinstance(size, int) else size
-
-
-def _run_first(modules: list[nn.Module], x_seq: Any) -> tuple[Any, int]:
-    """Output of the first modules, as many as run together, and how many these are."""
-    head: Any = modules[0]
-    has_norm = type(head) in _DIMENSIONS
-    node = modules[has_norm] if len(modules) > has_norm else None
-    if not isinstance(node, DLIFNode) or not isinstance(x_seq, Tensor) or not _may_run_inside(node):
-        return head(x_seq), 1
-    norm = _norm_in_one_pass(head, node, x_seq) if has_norm else None
-    if has_norm and norm is None:
-        return head(x_seq), 1
-    pool = modules[has_norm + 1] if len(modules) > has_norm + 1 else None
-    averages = _averages(pool)
-    pooled = averages and _pool_in_one_pass(node, x_seq, norm)
-    if norm is not None:
-        output = _run(node, x_seq, norm, pooled)
-        if head.training and head.track_running_stats and head.num_batches_tracked is not None:
-            head.num_batches_tracked.add_(1)
-    elif pooled:
-        output = _run_pooled(node, x_seq)
-    else:
-        output = node(x_seq)
-    if averages and _is_replaced(node) and apart.can_pool(output):
-        return apart.pool(output), has_norm + 2
-    return output, has_norm + 1 + pooled
-
-
-def _may_run_inside(node: DLIFNode) -> bool:
-    """Whether the neuron's own operator may be replaced by one that does more."""
-    return (
-        node.step_mode == "m"
-        and type(node).multi_step_forward is DLIFNode.multi_step_forward
-        and "forward" not in node.__dict__
-        and not is_counted()
-    )
-
-
-def _is_replaced(node: DLIFNode) -> bool:
-    """Whether something stands in for the neuron's forward over a sequence, as an estimator
-    does.
-    """
-    return "multi_step_forward" in node.__dict__
-
-
-def _norm_in_one_pass(norm: Any, node: DLIFNode, x_seq: Tensor) -> BatchNorm | None:
-    """The batch norm of this call, if it can run in one pass with the neuron."""
-    if x_seq.ndim != _DIMENSIONS[type(norm)] or x_seq.shape[2] != norm.num_features:
-        return None
-    if norm.step_mode != "m" or _is_watched(norm) or "forward" in node.__dict__:
-        return None
-    if _needs_more_than_input(node, _HOOKS) or (_is_watched(node) and _is_replaced(node)):
-        return None
-    values = _values(norm)
-    single_value = (
-        values.use_batch_statistics and x_seq.numel() == x_seq.shape[2]
-    )  # torch refuses it in its own words
-    return None if single_value or not _can_fuse(x_seq, values, node) else values
-
-
-def _averages(pool: Any) -> bool:
-    """Whether this call of the pooling is an average over 2x2 neurons that nobody looks at."""
-    return _pools(pool) and pool.step_mode == "m" and not _is_watched(pool)
-
-
-def _pool_in_one_pass(node: DLIFNode, x_seq: Tensor, norm: BatchNorm | None) -> bool:
-    """Whether an average can be taken in one pass with the neuron, whose spikes nobody else gets
-    then.
-    """
-    if _is_replaced(node):
-        return False
-    others = [name for name in _HOOKS if name != "_forward_pre_hooks"]
-    return not _needs_more_than_input(node, others) and _can_fuse(x_seq, norm, node, True)
-
-
-def _can_fuse(
-    x_seq: Tensor, norm: BatchNorm | None, node: DLIFNode, average_pool: bool = False
-) -> bool:
-    return can_fuse(x_seq, norm, node._surrogate(), average_pool, node.backend)
-
-
-def _run_pooled(node: DLIFNode, x_seq: Tensor) -> Tensor:
-    """The neuron called as a module, with the pooling in its operator."""
-
-    def operator(
-        currents: Tensor, *arguments: Any, threads_per_block: Any = None, **constants: Any
-    ) -> Any:
-        return batch_norm_dlif_multi_step(
-            currents, None, *arguments, average_pool=True, **constants
-        )
-
-    node._operator = operator
-    try:
-        output: Tensor = node(x_seq)
-    finally:
-        node._operator = dlif_multi_step  # set, not deleted, which torch.compile cannot do
-    return output
-
-
-def _run(node: DLIFNode, x_seq: Tensor, values: BatchNorm, pooled: bool) -> Tensor:
-    """The neuron's own forward, with its neighbours in its operator; what stands in for it gets its
-    currents.
-
-    So do hooks, with which the neuron is called as a module that finds its outputs made already.
-    """
-    done = False
-    watched = _is_watched(node)
-    currents = x_seq
-
-    def operator(
-        _: Tensor, *arguments: Any, threads_per_block: Any = None, **constants: Any
-    ) -> Any:
-        nonlocal done, currents  # the block size of a CUDA kernel means nothing here
-        outputs: Any = batch_norm_dlif_multi_step(
-            x_seq, values, *arguments, average_pool=pooled, store_current=watched, **constants
-        )
-        if watched:
-            *outputs, currents = outputs
-        done = True
-        return outputs
-
-    if _is_replaced(node):
-        unchanged = (
-            replace(values, running_mean=None, running_var=None)
-            if values.use_batch_statistics
-            else values
-        )
-        currents = apart.normalise(x_seq, unchanged)
-    node._operator = operator
-    try:
-        if watched:
-            spikes, v, _, v_seq = node._run(x_seq, node.v, node.time_step, node.store_v_seq)
-            node._operator = lambda *_, **constants: (spikes, v, v_seq)
-        spike_seq: Tensor = node(currents) if watched else node.multi_step_forward(currents)
-    finally:
-        node._operator = dlif_multi_step
-    if not done:
-        normalise(x_seq.detach(), values)  # the running statistics move all the same
-    return spike_seq
-
-
-def _values(norm: Any) -> BatchNorm:
-    """The batch norm of this call, by the rules of torch's own forward; momentum None is a plain
-    average.
-    """
-    tracks = norm.training and norm.track_running_stats
-    uses_buffers = tracks or not norm.training
-    momentum = norm.momentum
-    if momentum is None:
-        batches = norm.num_batches_tracked if tracks else None
-        momentum = 0.0 if batches is None else 1.0 / (float(batches) + 1.0)
-    return BatchNorm(
-        norm.weight,
-        norm.bias,
-        norm.running_mean if uses_buffers else None,
-        norm.running_var if uses_buffers else None,
-        norm.training or (norm.running_mean is None and norm.running_var is None),
-        momentum,
-        norm.eps,
-    )
-
-
-# torch has no public way to ask for a module's hooks; these are the names in every release since
-# 2.0.
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def _is_watched(module: nn.Module) -> bool:
-    """Whether anything but the module itself would have to run when it is called."""
-    hooks = (hook for name in _HOOKS for hook in getattr(module, name).values())
-    return "forward" in module.__dict__ or any(map(_is_active, hooks))
-
-
-def _needs_more_than_input(module: nn.Module, names: Sequence[str]) -> bool:
-    """Whether a hook of these kinds is not content with the module's input once that has run."""
-    hooks = (hook for name in names for hook in getattr(module, name).values())
-    return any(
-        _is_active(hook) and getattr(getattr(hook, "__self__", None), "needs_output", True)
-        for hook in hooks
-    )
-
-
-def _is_active(hook: Any) -> bool:
-    return bool(getattr(getattr(hook, "__self__", None), "active", True))
+    names = list(children)
+    behind = names[names.index(name) + 1 :]
+    follower = type(children[behind[0]]).__name__ if behind else "nothing"
+    return f"is followed by {follower}, not by a DLIFNode"

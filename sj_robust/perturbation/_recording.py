@@ -2,21 +2,16 @@
 it.
 """
 
-import sys
-import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import cache
-from typing import Any, Literal
-
-import torch
-from torch import Tensor, nn
+from typing import Literal
 
 from sj_robust.neuron.charging import Neuron
+from sj_robust.neuron.watching import SpikingCall, Wants, keep_out_of_graphs
 from sj_robust.perturbation._statistics import Kept
 from sj_robust.perturbation.pair import LayerPair
 
-__all__ = ["Layers", "NeuronHook", "Recording", "RunKind"]
+__all__ = ["Layers", "Recording", "RunKind"]
 
 Layers = Literal["last", "all"] | Sequence[str]
 RunKind = Literal["clean", "perturbed", "paired"]
@@ -31,7 +26,6 @@ class Recording:
         self,
         neurons: Mapping[str, Neuron],
         unsupported: Mapping[str, str],
-        spiking: Mapping[str, nn.Module],
         layers: Layers,
         kept: Kept,
     ) -> None:
@@ -42,10 +36,7 @@ class Recording:
         self.kept = kept
         self._neurons = neurons
         self._unsupported = unsupported
-        self._spiking = spiking
-        self._called: dict[
-            str, int
-        ] = {}  # by name in the order of their first call: when they were called last
+        self._called: dict[str, None] = {}  # names in the order of their first call
         self._last: str | None = (
             None  # of the spiking layers, the one executed last, once a run has shown it
         )
@@ -54,8 +45,7 @@ class Recording:
     @contextmanager
     def running(self, kind: RunKind) -> Iterator[None]:
         """Context of one run; whatever goes wrong inside, nothing of the pair stays."""
-        if "torch._dynamo" in sys.modules:  # whoever compiles has loaded it
-            _keep_out_of_graphs()
+        keep_out_of_graphs()
         if self.run is not None:
             raise RuntimeError(
                 f"{kind}() was entered inside {self.run}(): a run must end before the next begins"
@@ -67,7 +57,7 @@ class Recording:
         if kind != "perturbed":
             self.forget()
         self.run = kind
-        self._called, self._began = {}, time.perf_counter_ns()
+        self._called = {}
         try:
             yield
             self._finish(kind)
@@ -106,18 +96,26 @@ class Recording:
                 )
         return [self.pairs[name] for name in layers]
 
-    def follows(self, name: str) -> bool:
-        """Whether the present run looks at a neuron; at all of them until one has shown which
-        ``"last"`` is.
-        """
-        if self.run is None:
-            return False
-        return self._last in (None, name) if self._layers == "last" else name in self._followed()
+    def wants(self, name: str) -> Wants:
+        """What the present run looks at; at all neurons until one has shown which ``"last"`` is."""
+        if self.run is None or not self._follows(name):
+            return Wants.NOTHING
+        return Wants.SPIKES if self.kept.statistics or self.kept.spikes else Wants.INPUT
 
-    def before_call(self, name: str) -> None:
-        perturbed = self.run == "perturbed"
+    def called(self, call: SpikingCall) -> None:
+        """A neuron was called in a run."""
+        if self.run is None:
+            return
+        if getattr(call.node, "_is_replica", False):
+            raise RuntimeError(
+                "MPPDMonitor cannot follow the replicas of nn.DataParallel: "
+                "use torch.nn.parallel.DistributedDataParallel"
+            )
+        name, perturbed = call.name, self.run == "perturbed"
         first_call = name not in self._called
-        self._called[name] = time.perf_counter_ns()
+        self._called[name] = None
+        if call.input is None:
+            return
         if first_call and not perturbed:
             if self._layers == "last":
                 self.pairs.clear()
@@ -126,26 +124,27 @@ class Recording:
                     self._neurons[name], self.kept, paired=self.run == "paired"
                 )
         if name in self.pairs:
-            self.pairs[name].before(first_call, perturbed)
+            self._take(call, first_call)
         elif perturbed and self._layers != "last" and name in self._followed():
             raise ValueError(
                 f"layer {name!r} ran in the perturbed run but not in the clean run: run the same "
                 "network twice"
             )
 
-    def after_call(self, name: str, x: Tensor, output: Tensor) -> None:
-        """A neuron was called on the current ``x`` and returned ``output``."""
-        if name not in self.pairs:
-            return
-        if self._neurons[name].module.step_mode == "s":
-            x, output = x.unsqueeze(0), output.unsqueeze(0)
-        pair = self.pairs[name]
+    def _take(self, call: SpikingCall, first_call: bool) -> None:
+        """Hand a call over to the pair of its layer."""
+        pair, x, spikes = self.pairs[call.name], call.input, call.spikes
+        assert x is not None  # see called
+        pair.before(call, first_call=first_call, perturbed=self.run == "perturbed")
+        if call.node.step_mode == "s":
+            x = x.unsqueeze(0)
+            spikes = None if spikes is None else spikes.unsqueeze(0)
         if self.run == "clean":
-            pair.take_clean(x, output)
+            pair.take_clean(x, spikes)
         elif self.run == "perturbed":
-            pair.take_perturbed(x, output)
+            pair.take_perturbed(x, spikes)
         else:
-            pair.take_paired(x, output)
+            pair.take_paired(x, spikes)
 
     def _finish(self, kind: RunKind) -> None:
         if kind != "perturbed":
@@ -164,26 +163,16 @@ class Recording:
             self.complete = True
 
     def _find_order(self) -> None:
-        """Order in which the neurons ran; those that the hooks did not see may tell themselves when
-        that was.
-        """
-        unseen = {name: getattr(module, "last_call", 0) for name, module in self._spiking.items()}
-        unseen = {
-            name: at for name, at in unseen.items() if at > self._began and name not in self._called
-        }
+        """Order in which the neurons ran, and which of them was the last."""
         self.order = list(self._called)
-        if unseen:
-            called = self._called | unseen
-            self.order = sorted(called, key=called.__getitem__)
-        expected, self._last = (
-            self._last,
-            next(reversed(self._called if self._layers == "last" else self.order), None),
-        )
-        if self._layers == "last" and expected is not None and self.order[-1] in unseen:
-            self._last = None
+        expected, self._last = self._last, next(reversed(self.order), None)
+        if self._layers != "last" or expected is None or self._last not in self._neurons:
+            return
+        if self._last not in self.pairs:  # nothing but its call is known
+            now, self._last = self._last, None
             raise RuntimeError(
-                f"the spiking layer executed last was {expected!r} and is {self.order[-1]!r} "
-                "now: name the layers"
+                f"the spiking layer executed last was {expected!r} and is {now!r} now: name the "
+                "layers"
             )
 
     def _checked(self, layers: Layers) -> Layers:
@@ -206,6 +195,9 @@ class Recording:
                 )
         return names
 
+    def _follows(self, name: str) -> bool:
+        return self._last in (None, name) if self._layers == "last" else name in self._followed()
+
     def _followed(self) -> Collection[str]:
         return self._neurons if isinstance(self._layers, str) else self._layers
 
@@ -215,58 +207,4 @@ class Recording:
             raise RuntimeError(
                 f"the last spiking layer {self._last!r} cannot be followed ({reason}): name the "
                 "layers"
-            )
-
-
-@cache
-def _keep_out_of_graphs() -> None:
-    """Hooks beside compiled code run as they are; saying so loads the compiler, which takes as long
-    as torch itself.
-    """
-    for name in ("before_call", "after_call"):
-        # torch leaves it untyped
-        disabled = torch.compiler.disable(getattr(Recording, name))  # type: ignore[no-untyped-call]
-        setattr(Recording, name, disabled)
-
-
-class NeuronHook:
-    """Hooks of one neuron; in a copy of the network they do nothing."""
-
-    def __init__(self, recording: Recording | None, name: str) -> None:
-        self._recording = recording
-        self._name = name
-
-    def __reduce__(self) -> tuple[type["NeuronHook"], tuple[None, str]]:
-        return NeuronHook, (None, self._name)
-
-    @property
-    def active(self) -> bool:
-        """Whether the hooks look at the neuron at present; if not, it may run as if it had none."""
-        return self._recording is not None and self._recording.follows(self._name)
-
-    @property
-    def needs_output(self) -> bool:
-        """Whether they look at the neuron's spikes; if not, those may be pooled before any hook
-        sees them.
-        """
-        return self._recording is not None and (
-            self._recording.kept.statistics or self._recording.kept.spikes
-        )
-
-    def before(self, module: nn.Module, args: Any) -> None:
-        if self._recording is None or self._recording.run is None:
-            return
-        if getattr(module, "_is_replica", False):
-            raise RuntimeError(
-                "MPPDMonitor cannot follow the replicas of nn.DataParallel: "
-                "use torch.nn.parallel.DistributedDataParallel"
-            )
-        self._recording.before_call(self._name)
-
-    def after(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-    ) -> None:
-        if self._recording is not None and self._recording.run is not None:
-            self._recording.after_call(
-                self._name, args[0] if args else next(iter(kwargs.values())), output
             )

@@ -15,7 +15,8 @@ from sj_robust._host import functional
 from sj_robust._preserved import evaluation_mode
 from sj_robust.classifier import SpikingClassifier, as_classifier
 from sj_robust.neuron.charging import NeuronKey, find_neurons, is_neuron
-from sj_robust.perturbation._recording import Layers, NeuronHook, Recording, RunKind
+from sj_robust.neuron.watching import attached
+from sj_robust.perturbation._recording import Layers, Recording, RunKind
 from sj_robust.perturbation._statistics import Kept, LayerTotals, MPPDStatistics
 from sj_robust.perturbation.pair import Indicator, LayerPair
 
@@ -61,7 +62,7 @@ def compare(
         >>> from sj_robust.models import pretrained
         >>> x = torch.rand(5, 1, 8, 8)
         >>> compare(pretrained("digits/dlif-at-mppd"), x, (x + 0.1).clamp(max=1))[
-        ...     "stages.1"
+        ...     "stages.0.node"
         ... ].ms_mppd.shape
         torch.Size([4])
     """
@@ -179,14 +180,9 @@ class MPPDMonitor(BaseMonitor):
         self._keep = keep
         self._totals: dict[str, LayerTotals] = {}
         self._warned_of_potential = False
-        watched = {name: net.get_submodule(name) for name in (*neurons, *sorted(spiking))}
         kept = Kept(input_gain, trace=keep == "trace", spikes=spikes, statistics=keep != "loss")
-        self._recording = Recording(neurons, self.unsupported, watched, layers, kept)
-        for name, module in watched.items():
-            hook = NeuronHook(self._recording, name)
-            self.hooks.append(module.register_forward_pre_hook(hook.before))
-            if name in neurons:
-                self.hooks.append(module.register_forward_hook(hook.after, with_kwargs=True))
+        self._recording = Recording(neurons, self.unsupported, layers, kept)
+        self.hooks.extend(attached(net, self._recording, (*neurons, *sorted(spiking))))
         if self.unsupported:
             reasons = "; ".join(
                 f"{name!r}: {reason}" for name, reason in list(self.unsupported.items())[:5]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sj_robust.neuron.charging import Neuron
+from sj_robust.neuron.watching import SpikingCall
 from sj_robust.ops.dlif.config import state_dtype
 from sj_robust.perturbation import dynamics
 from sj_robust.perturbation._statistics import Kept, LayerTotals, LayerTrace
@@ -48,11 +49,11 @@ class LayerPair:
         """Whether the clean run was a single call in step mode ``"s"``."""
         return self._clean_steps == 1 and self.neuron.module.step_mode == "s"
 
-    def before(self, first_call: bool, perturbed: bool) -> None:
-        """Take note of the state in which the neuron enters a call; ``first_call`` of the clean or
+    def before(self, call: SpikingCall, *, first_call: bool, perturbed: bool) -> None:
+        """Take note of the state in which the neuron entered a call; ``first_call`` of the clean or
         perturbed run.
         """
-        v = self.neuron.module.v
+        v = call.v_before
         if not first_call:
             if not isinstance(v, Tensor):
                 raise RuntimeError(
@@ -61,7 +62,7 @@ class LayerPair:
                     "resetting and running again"
                 )
             return
-        start = (v.detach().clone() if isinstance(v, Tensor) else float(v), self.neuron.time_step)
+        start = (v.detach().clone() if isinstance(v, Tensor) else float(v), call.time_step)
         if not perturbed:
             self._start = start
         elif start[1] != self._start[1] or not _same(start[0], self._start[0]):
@@ -70,7 +71,7 @@ class LayerPair:
                 "the clean run: call functional.reset_net(net) before each run"
             )
 
-    def take_clean(self, x_seq: Tensor, spike_seq: Tensor) -> None:
+    def take_clean(self, x_seq: Tensor, spike_seq: Tensor | None) -> None:
         """Keep a chunk [t, N, *] of the clean run."""
         self._check_batch(x_seq)
         chunk = _Chunk.of(x_seq.detach())
@@ -78,6 +79,7 @@ class LayerPair:
         self._clean_steps += len(x_seq)
         if not (self._kept.statistics or self._kept.spikes):
             return
+        assert spike_seq is not None  # they were asked for
         # A network may go on in place on its spikes, hence a copy; as bool where that loses
         # nothing.
         spikes = spike_seq.detach() != 0 if self.neuron.binary else spike_seq.detach().clone()
@@ -88,7 +90,7 @@ class LayerPair:
                 (chunk, x, spike) for x, spike in zip(chunk.values, spikes, strict=True)
             )
 
-    def take_perturbed(self, x_seq: Tensor, spike_seq: Tensor) -> None:
+    def take_perturbed(self, x_seq: Tensor, spike_seq: Tensor | None) -> None:
         """Use up as many steps of the clean run as the chunk [t, N, *] of the perturbed run has."""
         self._taken_steps += len(x_seq)
         if self._taken_steps > self._clean_steps:
@@ -105,13 +107,14 @@ class LayerPair:
         totals = self._keep(x_seq, spike_seq)
         if totals is None:
             return
+        assert spike_seq is not None  # they were asked for
         for x_perturbed, spike_perturbed in zip(x_seq.detach(), spike_seq.detach(), strict=True):
             chunk, x, spike = self._steps.popleft()
             chunk.check("input", self.neuron.name)
             totals.step(x, spike, x_perturbed, spike_perturbed)
         totals.check_potential(self.neuron.module.v)
 
-    def take_paired(self, x_seq: Tensor, spike_seq: Tensor) -> None:
+    def take_paired(self, x_seq: Tensor, spike_seq: Tensor | None) -> None:
         """Use a chunk [t, 2 N, *] whose first half of the batch is clean and whose second half is
         perturbed.
         """
@@ -138,6 +141,7 @@ class LayerPair:
         totals = self._keep(x_seq, spike_seq)
         if totals is None:
             return
+        assert spike_seq is not None  # they were asked for
         for x, spike in zip(x_seq.detach(), spike_seq.detach(), strict=True):
             totals.step(x[:half], spike[:half], x[half:], spike[half:])
         v = self.neuron.module.v
@@ -199,7 +203,7 @@ class LayerPair:
         half = whole.shape[1] // 2
         return whole[:, :half].detach(), whole[:, half:]
 
-    def _keep(self, x_seq: Tensor, spike_seq: Tensor) -> LayerTotals | None:
+    def _keep(self, x_seq: Tensor, spike_seq: Tensor | None) -> LayerTotals | None:
         """Keep a chunk of the perturbed run or of both for the loss; the statistics, if there are
         any.
         """
@@ -208,6 +212,7 @@ class LayerPair:
         else:
             self._clean.clear()  # without gradients the statistics know the loss
         if self._kept.spikes:
+            assert spike_seq is not None  # they were asked for
             self._perturbed_spikes.append(_Chunk.of(spike_seq))
         if self._kept.statistics and self.totals is None:
             v_init, time_step = self._start

@@ -19,6 +19,7 @@ from sj_robust._host import from_reset
 from sj_robust.attacks import Attack
 from sj_robust.data import ImageSplits, ShuffledBatches, image_loader
 from sj_robust.models.checkpoint import check_same_run, save_checkpoint
+from sj_robust.models.weights import as_named_in
 from sj_robust.randomness import SampleSeeds, seeded_globals
 from sj_robust.training.batch_norm import share_buffers
 from sj_robust.training.history import EpochRecord
@@ -175,7 +176,7 @@ class TrainingRun:
     def load(self, content: dict[str, Any]) -> None:
         """Stand where a checkpoint was written."""
         check_same_run(content["description"], self.description)
-        self.classifier.load_state_dict(content["model"])
+        self.classifier.load_state_dict(as_named_in(self.classifier, content["model"]))
         self.optimizer.load_state_dict(content["optimizer"])
         self.scheduler.load_state_dict(content["scheduler"])
         if self.accelerator.scaler is not None and content["scaler"] is not None:

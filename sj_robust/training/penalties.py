@@ -1,10 +1,10 @@
 """Penalties on top of the training objective: one interface, and defences that fit on it."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sj_robust.attacks.logits import without
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.neuron.charging import Neuron, find_neurons
+from sj_robust.neuron.watching import SpikingCall, Wants, watch
 from sj_robust.perturbation import dynamics
 from sj_robust.stability import gain_penalty
 
@@ -192,23 +193,44 @@ class ThresholdGuarding(Penalty):
         super().__init__(weight)
         self.margin = _checked("margin", margin, positive=True)
         self.layers = layers if isinstance(layers, str) else list(layers)
+        self._chosen: dict[str, Neuron] = {}
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int] = {}
 
     @contextmanager
     def observe(self, classifier: SpikingClassifier) -> Iterator[None]:
-        """Hook the neurons while the objective runs its passes."""
+        """Watch the neurons while the objective runs its passes."""
         self._sums, self._counts = {}, {}
-        handles = []
-        for neuron in self._chosen(classifier.net):
-            before, after = self._hooks(neuron)
-            handles.append(neuron.module.register_forward_pre_hook(before))
-            handles.append(neuron.module.register_forward_hook(after, with_kwargs=True))
-        try:
+        self._chosen = self._find(classifier.net)
+        with watch(classifier.net, self, self._chosen):
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
+
+    def wants(self, name: str) -> Wants:
+        """Currents and spikes, see :class:`sj_robust.neuron.watching.Watcher`."""
+        return Wants.SPIKES
+
+    def called(self, call: SpikingCall) -> None:
+        """Recompute the potential before every reset of a call."""
+        node, x_seq, spike_seq = call.node, call.input, call.spikes
+        assert x_seq is not None  # they were asked for
+        assert spike_seq is not None
+        if node.detach_reset:
+            spike_seq = spike_seq.detach()
+        if node.step_mode == "s":
+            x_seq, spike_seq = x_seq.unsqueeze(0), spike_seq.unsqueeze(0)
+        charging = self._chosen[call.name].charging()
+        v = call.v_before
+        for t, (x, spike) in enumerate(zip(x_seq, spike_seq, strict=True)):
+            wide = x if x.dtype == torch.float64 else x.float()
+            gain = charging.gain_at(call.time_step + t, input_gain=True)
+            h = dynamics.charge(v, wide, charging.decay, gain, node.v_reset)
+            self._add(call.name, (self.margin - (h - node.v_threshold).abs()).relu())
+            v = dynamics.reset_potential(h, spike.to(wide.dtype), node.v_threshold, node.v_reset)
+
+    def _add(self, name: str, excess: Tensor) -> None:
+        total = excess.sum()
+        self._sums[name] = self._sums[name] + total if name in self._sums else total
+        self._counts[name] = self._counts.get(name, 0) + excess.numel()
 
     def value(self, passes: ForwardPasses) -> Tensor:
         """Mean over layers; see the class."""
@@ -220,40 +242,7 @@ class ThresholdGuarding(Penalty):
             )
         return torch.stack([total / self._counts[name] for name, total in sums.items()]).mean()
 
-    def _hooks(self, neuron: Neuron) -> tuple[Callable[..., None], Callable[..., None]]:
-        """Hooks before and after a neuron's call, which recompute its potential before every
-        reset.
-        """
-        name = neuron.name
-        start: dict[str, Any] = {}
-
-        def before(module: nn.Module, args: Any) -> None:
-            start.update(v=neuron.module.v, time_step=neuron.time_step)
-
-        @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
-        def after(
-            module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
-        ) -> None:
-            x_seq = args[0] if args else next(iter(kwargs.values()))
-            spike_seq = output.detach() if module.detach_reset else output
-            if module.step_mode == "s":
-                x_seq, spike_seq = x_seq.unsqueeze(0), spike_seq.unsqueeze(0)
-            charging = neuron.charging()
-            v = start["v"]
-            for t, (x, spike) in enumerate(zip(x_seq, spike_seq, strict=True)):
-                wide = x if x.dtype == torch.float64 else x.float()
-                gain = charging.gain_at(start["time_step"] + t, input_gain=True)
-                h = dynamics.charge(v, wide, charging.decay, gain, module.v_reset)
-                excess = (self.margin - (h - module.v_threshold).abs()).relu().sum()
-                self._sums[name] = self._sums[name] + excess if name in self._sums else excess
-                self._counts[name] = self._counts.get(name, 0) + h.numel()
-                v = dynamics.reset_potential(
-                    h, spike.to(wide.dtype), module.v_threshold, module.v_reset
-                )
-
-        return before, after
-
-    def _chosen(self, net: nn.Module) -> list[Neuron]:
+    def _find(self, net: nn.Module) -> dict[str, Neuron]:
         followed, unsupported, spiking = find_neurons(net, {}, {})
         names = [*followed, *sorted(spiking)] if self.layers == "all" else self.layers
         for name in names:
@@ -264,7 +253,7 @@ class ThresholdGuarding(Penalty):
                 raise ValueError(
                     f"layer {name!r} cannot be guarded: {reason}; name others in layers=[...]"
                 )
-        return [followed[name] for name in names]
+        return {name: followed[name] for name in names}
 
 
 class StabilityGain(Penalty):

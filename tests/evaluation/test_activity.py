@@ -1,5 +1,7 @@
 """Firing rates, silent and saturated neurons, against counts by hand on networks of every kind."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from spikingjelly.activation_based import functional, layer, neuron
@@ -7,7 +9,7 @@ from torch import nn
 
 from sj_robust import DLIFNode, SpikingClassifier
 from sj_robust.evaluation import LayerActivity, firing
-from sj_robust.neuron import FusedSequential, fuse
+from sj_robust.neuron import Stage, fuse
 
 torch.set_num_threads(1)
 T = 3
@@ -93,10 +95,14 @@ def test_bare_wrapped_and_fused_networks_alike():
     assert [(entry.layer, entry.rate) for entry in plain] == [
         (f"net.{entry.layer}", entry.rate) for entry in bare
     ]
-    fuse(net)
-    assert type(net) is FusedSequential
-    assert firing(SpikingClassifier(net, T=T), x) == plain
-    assert not net[2]._forward_hooks  # so the next forward runs in one pass again
+    names = fuse(net).stages
+    assert type(net[1]) is Stage
+    joined = firing(SpikingClassifier(net, T=T), x)
+    nodes = {f"net.{old[1]}": f"net.{new}.node" for new, old in names.items()}
+    assert joined == tuple(
+        replace(entry, layer=nodes.get(entry.layer, entry.layer)) for entry in plain
+    )
+    assert not net[1].node._forward_hooks  # so the next forward runs in one pass again
 
 
 def test_a_neuron_called_more_than_once_counts_with_all_calls():

@@ -134,4 +134,4 @@ def test_they_are_written_as_files_and_for_tensorboard(shown, tmp_path):
     assert events.Tags()["histograms"] == [
         f"{kind}/{name}" for name in shown.traces for kind in ("potential", "mppd")
     ]
-    assert events.Histograms("mppd/stages.1")[0].step == 3
+    assert events.Histograms("mppd/stages.0.node")[0].step == 3

@@ -47,7 +47,7 @@ def test_an_image_and_its_copies_over_time_and_single_steps_give_the_same_output
 
 @pytest.mark.parametrize(
     ("name", "norm"),
-    [("small", "stages.0"), ("vgg", "stages.0"), ("wide", "stages.0.activation.0")],
+    [("small", "stages.0.norm"), ("vgg", "stages.0.norm"), ("wide", "stages.0.activation.norm")],
 )
 def test_the_first_convolution_runs_once_and_batch_norm_sees_every_copy(name, norm):
     net, seen = build(name).train(), {}

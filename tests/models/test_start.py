@@ -43,7 +43,7 @@ def test_a_dlif_network_begins_as_the_pretrained_one(tmp_path, kind, tau):
     torch.manual_seed(1)
     dlif = build_classifier(NetworkSpec(T=3, tau=tau, mean=(0.2,), std=(0.5,)))
     with torch.no_grad():
-        dlif.net.stages[1].input_gain.fill_(3)
+        dlif.net.stages[0].node.input_gain.fill_(3)
     start_from(dlif, tmp_path / "best.pt")
     assert same_logits(lif, dlif)
 
@@ -115,17 +115,14 @@ def test_plain_files(tmp_path, kind, wrap):
 
 
 def test_what_does_not_fit_is_listed(tmp_path):
-    missing = (
-        r"missing net.stages.3.weight, .* and 1 more; "
-        r"of another shape net.stages.4.weight .*; build"
-    )
+    missing = r"missing net.stages.1.weight, .* and 3 more; unexpected .*; build"
     for message, of_file, of_network, options in (
         (missing, {"channels": (16,)}, {}, {}),
-        (r"net.stages.8.weight \(7, 128\) instead of \(10, 128\)", {"classes": 7}, {}, {}),
+        (r"net.stages.4.weight \(7, 128\) instead of \(10, 128\)", {"classes": 7}, {}, {}),
         ("was trained with tau 2, the network has 100; build it with tau=2", {"tau": 2.0}, {}, {}),
         ("whose LIF has decay_input=False", {"tau": 2.0}, {}, {"decay_input": True}),
         (
-            r"PLIF neurons, each with a tau of its own \(net.stages.1.w\)",
+            r"PLIF neurons, each with a tau of its own \(net.stages.0.node.w\)",
             {"neuron": "plif"},
             {},
             {},

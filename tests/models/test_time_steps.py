@@ -39,24 +39,24 @@ def test_gains_and_outputs_of_the_common_steps_stay_and_the_last_gain_is_repeate
     assert after.shape[0] == T
     assert before.std() > 0
     torch.testing.assert_close(after[:4], before[:T])
-    names = ("", "net", "net.stages.1", "net.stages.5")
+    names = ("", "net", "net.stages.0.node", "net.stages.2.node")
     assert changed == ({} if T == 4 else dict.fromkeys(names, (4, T)))
 
 
 def test_dtype_and_training_of_the_gains_stay():
     classifier = trained().double()
-    classifier.net.stages[1].input_gain.requires_grad_(False)
+    classifier.net.stages[0].node.input_gain.requires_grad_(False)
     set_time_steps(classifier, 6)
     assert [gain.dtype for gain in gains(classifier)] == [torch.float64] * 2
-    assert not classifier.net.stages[1].input_gain.requires_grad
-    assert classifier.net.stages[5].input_gain.requires_grad
+    assert not classifier.net.stages[0].node.input_gain.requires_grad
+    assert classifier.net.stages[2].node.input_gain.requires_grad
 
 
 def test_states_are_reset_and_event_classifiers_take_the_new_number_of_frames():
     classifier = trained(frames=True, image_shape=(2, 8, 8))
     classifier.net(torch.rand(4, 1, 2, 8, 8))
     set_time_steps(classifier, 2)
-    assert classifier.net.stages[1].time_step == 0
+    assert classifier.net.stages[0].node.time_step == 0
     assert classifier(torch.rand(3, 2, 2, 8, 8)).shape == (3, 10)
     with pytest.raises(ValueError, match="with T = 2"):
         classifier(torch.rand(3, 4, 2, 8, 8))

@@ -5,9 +5,11 @@ tracers.py.
 import pytest
 import torch
 from ops.calls import Seen, assert_equal, laid_out, needs_kernel, random_call, run
+from spikingjelly.activation_based import surrogate
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from sj_robust.neuron import DLIFNode
 from sj_robust.ops import Surrogate, dlif_multi_step
 from sj_robust.ops.bn_dlif import BatchNorm, batch_norm_dlif_multi_step
 
@@ -104,12 +106,58 @@ def test_a_graph_gives_the_numbers_of_other_inputs(backend, mode):
         lambda x: value_and_grad(function, x), tracing_mode=mode, _allow_non_fake_inputs=True
     )(x)
     names = {str(node.target) for node in graph.graph.nodes}
-    wanted = {
-        f"sj_robust.{name}.default"
-        for name in ("dlif", "dlif_backward", "bn_dlif", "bn_dlif_backward")
-    }
-    assert (wanted & names) == (wanted if backend == "cpp" else set())
+    alone = {f"sj_robust.{name}.default" for name in ("dlif", "dlif_backward")}
+    joined = {f"sj_robust.{name}.default" for name in ("bn_dlif", "bn_dlif_backward")}
+    wanted = {"cpp": alone | joined, "eager": alone}.get(backend, set())
+    assert ((alone | joined) & names) == wanted
     torch.testing.assert_close(graph(0.5 * x), value_and_grad(function, 0.5 * x))
+
+
+RECORDED = {
+    "make_fx, real": lambda net, x: make_fx(net)(x),
+    "make_fx, symbolic": lambda net, x: make_fx(
+        net, tracing_mode="symbolic", _allow_non_fake_inputs=True
+    )(x),
+    "torch.export": lambda net, x: torch.export.export(net, (x,), strict=False).module(),
+}
+
+
+class FromReset(torch.nn.Module):
+    """A neuron that begins every call anew."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.node = DLIFNode(3, tau=2.0, backend="eager", **options)
+        torch.nn.init.uniform_(self.node.input_gain, 0.5, 1.5)
+
+    def forward(self, x):
+        self.node.reset()
+        spikes = self.node(x)
+        self.node.reset()
+        return spikes
+
+
+@pytest.mark.parametrize("v_reset", [0.0, 0.3, None])
+@pytest.mark.parametrize("how", RECORDED)
+def test_a_recorded_neuron_runs_with_gradients_and_without(how, v_reset):
+    torch.manual_seed(0)
+    net, x, other = FromReset(v_reset=v_reset), torch.randn(3, 2, 4), torch.randn(3, 2, 4)
+    with torch.set_grad_enabled(how != "torch.export"):
+        graph = RECORDED[how](net, x)
+    gain = next(graph.parameters(), net.node.input_gain)
+    found, wanted = graph(other), net(other)
+    assert torch.equal(found, wanted)
+    (grad,) = torch.autograd.grad(found.sum(), gain)
+    torch.testing.assert_close(grad, torch.autograd.grad(wanted.sum(), net.node.input_gain)[0])
+    with torch.no_grad():
+        assert torch.equal(graph(other), wanted)
+
+
+@pytest.mark.parametrize("how", RECORDED)
+def test_a_surrogate_of_ones_own_is_refused_before_a_graph_is_made(how):
+    net = FromReset(surrogate_function=surrogate.LeakyKReLU())
+    with pytest.raises(ValueError, match="backend='eager' .* surrogate is a Python function"):
+        RECORDED[how](net, torch.randn(3, 2, 4))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

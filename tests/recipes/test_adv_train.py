@@ -185,7 +185,7 @@ def test_bounds_and_options_without_effect_are_in_the_log(tmp_path, capsys):
     events = EventAccumulator(
         str(tmp_path / "runs" / "digits-dlif-none-1" / "tensorboard" / "dlif_none")
     ).Reload()
-    for layer in ("stages.1", "stages.5"):
+    for layer in ("stages.0.node", "stages.2.node"):
         bound, gain = (
             events.Scalars(f"{name}/{layer}")[0].value for name in ("l2_bound", "l2_gain")
         )

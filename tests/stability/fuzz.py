@@ -139,7 +139,7 @@ def random_classifier(case: random.Random, grid: bool) -> SpikingClassifier:
                 value.data = value.data.mul(10).round() / 10 if grid else value.data
     functional.set_step_mode(net, case.choice("ms"))
     if case.random() < 0.3:
-        net.fused = fuse(net).fused
+        net.fused = fuse(net).stages
     if case.random() < 0.3:
         return SpikingEventClassifier(net, T).eval()
     statistics = {} if grid else {"mean": [0.5, 0.4], "std": [0.3, 0.2]}

@@ -196,7 +196,7 @@ def test_classifiers_of_every_kind():
     eps = 0.0
     with MPPDMonitor(direct, keep="trace") as monitor:
         monitor.compare(x, y)
-        eps = monitor["net.stages.1"][0].eps.double().square().sum((0, 2, 3, 4)).sqrt()
+        eps = monitor["net.stages.0.node"][0].eps.double().square().sum((0, 2, 3, 4)).sqrt()
     ratio = eps / (3**0.5 * ((x - y) / 0.25).double().flatten(1).norm(dim=1))
     first = found.layers[0]
     assert first.measured_l2 == pytest.approx(float(ratio.max()), rel=1e-4), (

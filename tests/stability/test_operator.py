@@ -149,12 +149,12 @@ def test_single_step_mode_and_fused_batch_norm_give_the_same_norms():
     single = input_maps(net, frame)
     functional.set_step_mode(net, "m")
     multi = input_maps(net, frame)
-    assert fuse(net).fused == {"1": "2", "4": "5"}
+    assert fuse(net).stages == {"1": ("1", "2"), "4": ("4", "5")}
     fused = input_maps(net, frame)
     assert list(single) == ["2", "5"]
     for name in single:
         assert single[name].norm == pytest.approx(multi[name].norm, rel=1e-5)
-        assert fused[name] == multi[name]
+        assert fused[f"{int(name) - 1}.node"].norm == multi[name].norm
 
 
 @pytest.mark.parametrize(
@@ -245,9 +245,9 @@ def test_our_models_are_covered(name):
     assert len(found) == {"vgg5": 4, "wrn16_4": 13}[name]
     assert all(layer.norm is not None and layer.norm > 0 for layer in found.values())
     if name == "wrn16_4":
-        assert found["stages.1.activation.1"].feeds == (
-            "stages.0.activation.1",
-            "stages.0.residual.2",
+        assert found["stages.1.activation.node"].feeds == (
+            "stages.0.activation.node",
+            "stages.0.residual.1.node",
         )
 
 

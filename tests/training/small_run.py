@@ -79,7 +79,7 @@ def batch_norm_net(channels=1):
         layer.Linear(96, 3),
     )
     functional.set_step_mode(net, "m")
-    assert fuse(net).fused == {"3": "4"}
+    assert fuse(net).stages == {"3": ("3", "4")}
     return net
 
 

@@ -7,7 +7,7 @@ from torch import nn
 from training.step_by_hand import T, potentials
 
 from sj_robust import DLIFNode, SpikingClassifier
-from sj_robust.neuron import FusedSequential
+from sj_robust.neuron import fuse
 from sj_robust.training import (
     ForwardPasses,
     GradientSparsity,
@@ -108,7 +108,9 @@ def test_guarding_sees_neurons_that_run_fused_with_batch_norm_otherwise(problem)
             layer.Flatten(),
             layer.Linear(12, 4),
         ]
-        net = (FusedSequential if fused else nn.Sequential)(*parts)
+        net = nn.Sequential(*parts)
+        if fused:
+            fuse(net)
         functional.set_step_mode(net, "m")
         objective = Objective(
             SpikingClassifier(net, T), penalties=[ThresholdGuarding(1.0)], rho=0.0

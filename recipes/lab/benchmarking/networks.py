@@ -14,7 +14,7 @@ from lab.benchmarking.layers import lif_node, lif_node_for_gpu
 from lab.benchmarking.task import Task
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.models import VGG_FEATURES, ConvChain
-from sj_robust.neuron import DLIFNode, fuse
+from sj_robust.neuron import DLIFNode, unfuse
 
 _ARCHITECTURES: dict[str, tuple[tuple[int | Literal["A"], ...], tuple[int, ...]]] = {
     "conv4": ((32, 64, "A", 128, "A", 128, "A"), ()),
@@ -182,6 +182,6 @@ def convolutional_network(architecture: str, neuron: str, shape: Sequence[int]) 
     torch.manual_seed(0)
     build = partial(ConvChain, features=features, hidden=hidden, batch_norm=neuron != _NOTHING)
     net = build(shape[2:], 10, T=shape[0], spiking_neuron=(_NEURONS | _ON_ANY_DEVICE)[neuron])
-    if neuron in (FUSED, FUSED_AUTO):
-        fuse(net)
+    if neuron not in (FUSED, FUSED_AUTO):
+        unfuse(net)
     return net

@@ -22,7 +22,7 @@ from lab.benchmarking.paper_loops import Draw, PaperLoop, published_retraction
 from sj_robust.attacks import SampleSeeds
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.models import SmallConvNet
-from sj_robust.neuron import DLIFNode, fuse
+from sj_robust.neuron import DLIFNode
 from sj_robust.randomness import draw_seed, private_generator, rand, randn
 
 if TYPE_CHECKING:
@@ -231,12 +231,9 @@ class FloorTask(TrainingTask):
         """Nothing: see :meth:`forward`."""
 
 
-def _small(neuron: Callable[..., nn.Module], shape: Sequence[int], *, fused: bool) -> nn.Module:
+def _small(neuron: Callable[..., nn.Module], shape: Sequence[int]) -> nn.Module:
     torch.manual_seed(0)
-    net = SmallConvNet(shape[2:], 10, T=shape[0], spiking_neuron=neuron)
-    if fused:
-        fuse(net)
-    return net
+    return SmallConvNet(shape[2:], 10, T=shape[0], spiking_neuron=neuron)
 
 
 def _drawn(mode: str, seeds: SampleSeeds, x: Tensor) -> Tensor:
@@ -251,8 +248,8 @@ def _drawn(mode: str, seeds: SampleSeeds, x: Tensor) -> Tensor:
 
 _MODES: "tuple[ModeName, ...]" = ("none", "gaussian", "at", "rat", "pgd_at", "trades")
 _SMALL: tuple[Build, Build] = (
-    partial(_small, DLIFNode, fused=True),
-    partial(_small, lif_node, fused=False),
+    partial(_small, DLIFNode),
+    partial(_small, lif_node),
 )
 
 STEP_PEERS: dict[str, str] = {mode: f"{mode}, textbook loop" for mode in _MODES}

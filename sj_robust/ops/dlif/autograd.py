@@ -31,6 +31,7 @@ __all__ = [
     "in_functorch",
     "in_onnx_export",
     "is_plain",
+    "is_recorded",
     "output_gradients",
     "registered",
     "saved_tensors",
@@ -133,6 +134,19 @@ def in_onnx_export() -> bool:
     """Whether torch writes an ONNX model, which can hold torch's own operators alone."""
     traced = torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None
     return traced and torch.onnx.is_in_onnx_export()
+
+
+def is_recorded() -> bool:
+    """Whether ``make_fx`` or ``torch.export`` makes a graph that runs later, with gradients or
+    without; plain torch that writes with ``out=`` has none.
+    """
+    if torch.compiler.is_exporting():
+        return True
+    if torch.compiler.is_dynamo_compiling():
+        return False
+    from torch.fx.experimental.proxy_tensor import get_proxy_mode  # whoever records has loaded it
+
+    return get_proxy_mode() is not None
 
 
 def is_plain(*tensors: Tensor | None) -> bool:

@@ -99,7 +99,7 @@ def dlif_multi_step(
         spike_seq, v, potentials = reference.multi_step(Inputs(x_seq, input_gain, v_init, config))
         return spike_seq, v, potentials if store_v_seq else None
 
-    operator = (name, threads_per_block) if name in KERNELS or in_functorch() else None
+    operator = (name, threads_per_block) if _in_registry(name, x_seq) else None
     if (
         operator is not None and x_seq.is_contiguous() and is_plain(x_seq, input_gain, v_init)
     ):  # views take longer
@@ -235,11 +235,20 @@ def _unsupported_reason(name: str, x_seq: Tensor, surrogate: Surrogate) -> str |
             "torch.func.grad, vjp, jvp and their like differentiate plain torch alone, which is "
             "backend='reference'"
         )
-    untraceable = name in KERNELS or in_functorch() or torch.compiler.is_compiling()
+    untraceable = torch.compiler.is_compiling() or _in_registry(name, x_seq)
     if surrogate.kind == "custom" and untraceable and not is_plain(x_seq):
         return f"the surrogate is a Python function: {UNTRACEABLE}"
     reason: str | None = backends.implementation(name).unsupported_reason(x_seq, surrogate)
     return reason
+
+
+def _in_registry(name: str, x_seq: Tensor) -> bool:
+    """Whether a tracer gets a call of torch's registry: of a kernel always, of plain torch where it
+    would lose its gradient.
+    """
+    if name in KERNELS or in_functorch():
+        return True
+    return not is_plain(x_seq) and autograd.is_recorded()
 
 
 def _memory_order(x_seq: Tensor) -> list[int]:

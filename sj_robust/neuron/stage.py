@@ -1,0 +1,301 @@
+"""Batch norm, a spiking neuron and average pooling as one module, which runs them in one pass where
+nobody would notice.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sj_robust._host import is_counted, layer
+from sj_robust.neuron.dlif import DLIFNode
+from sj_robust.neuron.watching import NeuronHook, Wants, Watched, watched_of
+from sj_robust.ops.bn_dlif import BatchNorm, apart, batch_norm_dlif_multi_step, can_fuse
+from sj_robust.ops.dlif.config import Outputs
+
+__all__ = ["NORM_DIMENSIONS", "Stage", "is_original", "pools_2x2"]
+
+
+class Stage(nn.Module):
+    """Batch norm, a spiking neuron and average pooling behind each other.
+    批归一化、脉冲神经元与平均池化组成的一级。
+
+    Same parameters, results and errors as the ``nn.Sequential`` of the three. They run in one pass
+    if they can: a DLIFNode, SpikingJelly's batch norm or an average over 2x2 neurons, in step mode
+    ``"m"``, on the CPU with the compiled kernel and on CUDA with Triton. One rule decides when they
+    run one after the other, exactly as in ``nn.Sequential``: if a child is hooked, replaced,
+    patched or of a subclass, or if torch has hooks on all modules
+    (``torch.nn.modules.module.register_module_forward_hook``). Monitors and gradient estimators of
+    this package look inside without losing the pass where they need the neuron's input alone.
+    SpikingJelly 2.x's counters (``op_counter``) see every child. In bfloat16 and float16 one pass
+    does not round what lies between the children.
+
+    Equation: see :func:`sj_robust.ops.bn_dlif.batch_norm_dlif_multi_step`.
+
+    Shapes: ``x_seq`` [T, N, C, *] in step mode ``"m"``, [N, C, *] in ``"s"``.
+
+    Args:
+        node: The spiking neuron, of any kind.
+        norm: The batch norm in front of it.
+        pool: The pooling behind it.
+        one_pass: Whether the children may run in one pass.
+
+    Source: batch norm folded into its neighbour, as in every inference engine; here also in
+        training.
+
+    Examples:
+        >>> stage = Stage(DLIFNode(T=4), norm=layer.BatchNorm2d(3, step_mode="m"))
+        >>> stage(torch.randn(4, 2, 3, 5, 5)).shape
+        torch.Size([4, 2, 3, 5, 5])
+        >>> list(stage.state_dict())[:2], list(stage.state_dict())[-1]
+        (['norm.weight', 'norm.bias'], 'node.input_gain')
+    """
+
+    norm: Any
+    node: Any
+    pool: Any
+
+    def __init__(
+        self,
+        node: nn.Module,
+        *,
+        norm: nn.Module | None = None,
+        pool: nn.Module | None = None,
+        one_pass: bool = True,
+    ) -> None:
+        """Keep the children; see the class."""
+        super().__init__()
+        self.register_module("norm", norm)
+        self.register_module("node", node)
+        self.register_module("pool", pool)
+        self.one_pass = one_pass
+
+    def extra_repr(self) -> str:
+        """What ``print`` shows beside the children."""
+        return "" if self.one_pass else "one_pass=False"
+
+    def parts(self) -> Iterator[tuple[str, nn.Module]]:
+        """The children that there are, by name, in the order in which they run."""
+        for name in ("norm", "node", "pool"):
+            child = getattr(self, name)
+            if child is not None:
+                yield name, child
+
+    def forward(self, x_seq: Tensor) -> Tensor:
+        """Run the children, in one pass if they can."""
+        if self._is_as_made() and self._takes(x_seq):
+            norm = None if self.norm is None else _values(self.norm)
+            watched = watched_of(self.node)
+            wants = max([one.wants() for one in watched], default=Wants.NOTHING)
+            if self._runs_as_one(x_seq, norm, wants):
+                return self._run_as_one(x_seq, norm, watched, wants)
+        for _, child in self.parts():
+            x_seq = child(x_seq)
+        return x_seq
+
+    def _is_as_made(self) -> bool:
+        """The one rule: nothing but the children's own code would have to run."""
+        if not self.one_pass or _has_global_hooks() or is_counted():
+            return False
+        return all(map(is_original, self.children()))
+
+    def _takes(self, x_seq: Any) -> bool:
+        """Whether the children and their input are what one pass is for."""
+        node, norm, pool = self.node, self.norm, self.pool
+        if type(node) is not DLIFNode or node.step_mode != "m" or not isinstance(x_seq, Tensor):
+            return False
+        if norm is None and pool is None:
+            return False
+        if pool is not None and not (pools_2x2(pool) and pool.step_mode == "m"):
+            return False
+        if norm is None:
+            return True
+        if norm.step_mode != "m" or x_seq.ndim != NORM_DIMENSIONS.get(type(norm)):
+            return False
+        return bool(x_seq.shape[2] == norm.num_features)
+
+    def _runs_as_one(self, x_seq: Tensor, norm: BatchNorm | None, wants: Wants) -> bool:
+        """Whether one pass gives what is wanted, and the operator has a kernel for it."""
+        if wants is Wants.SPIKES or (wants is Wants.INPUT and self.node.gradient is not None):
+            return False
+        if norm is not None and norm.use_batch_statistics and x_seq.numel() == x_seq.shape[2]:
+            return False  # a single value per channel, which torch refuses in its own words
+        surrogate = self.node._surrogate()
+        return can_fuse(x_seq, norm, surrogate, self.pool is not None, self.node.backend)
+
+    def _run_as_one(
+        self, x_seq: Tensor, norm: BatchNorm | None, watched: list[Watched], wants: Wants
+    ) -> Tensor:
+        node = self.node
+        told = [one for one in watched if not one.is_idle()]
+        for one in told:
+            one.enter(node, copies=False)
+        operator = _OnePass(norm, self.pool is not None, wants is Wants.INPUT)
+        if node.gradient is None or not torch.is_grad_enabled():
+            output: Tensor = node._advance(x_seq, operator)
+        else:
+            output = self._run_with_gradient(x_seq, norm)
+        if norm is not None:
+            _count_batch(self.norm)
+        for one in told:
+            one.leave(node, x_seq if norm is None else operator.current, None)
+        return output
+
+    def _run_with_gradient(self, x_seq: Tensor, norm: BatchNorm | None) -> Tensor:
+        """Forward in one pass but for the pooling, backward by the neuron's ``gradient`` from its
+        currents.
+        """
+        currents = x_seq
+        if norm is not None:
+            unmoved = norm
+            if norm.use_batch_statistics:
+                unmoved = replace(norm, running_mean=None, running_var=None)
+            currents = apart.normalise(x_seq, unmoved)
+        forward = partial(self.node._advance, x_seq, _OnePass(norm, False, False))
+        spike_seq: Tensor = self.node.gradient.multi_step(currents, forward)
+        if self.pool is None:
+            return spike_seq
+        if apart.can_pool(spike_seq):
+            return apart.pool(spike_seq)
+        return self.pool(spike_seq)  # type: ignore[no-any-return]  # torch types a call as Any
+
+
+@dataclass
+class _OnePass:
+    """Batch norm and pooling of one call around the operator of the neuron; keeps its currents if
+    told to.
+    """
+
+    norm: BatchNorm | None
+    average_pool: bool
+    store_current: bool
+    current: Tensor | None = None
+
+    def __call__(
+        self, x_seq: Tensor, gain: Tensor, v_init: Tensor | None, **constants: Any
+    ) -> Outputs:
+        outputs: Any = batch_norm_dlif_multi_step(
+            x_seq,
+            self.norm,
+            gain,
+            v_init,
+            average_pool=self.average_pool,
+            store_current=self.store_current,
+            **constants,
+        )
+        if self.store_current:
+            *outputs, self.current = outputs
+        spike_seq, v, v_seq = outputs
+        return spike_seq, v, v_seq
+
+
+NORM_DIMENSIONS: dict[type, int] = {
+    layer.BatchNorm1d: 4,
+    layer.BatchNorm2d: 5,
+    layer.BatchNorm3d: 6,
+}
+"""Batch norms that run in one pass, with the number of dimensions of [T, N, C, *]."""
+
+
+def pools_2x2(module: nn.Module | None) -> bool:
+    """Whether it is an average over 2x2 neurons side by side."""
+    pool: Any = module
+    return type(module) is layer.AvgPool2d and (
+        (_pair(pool.kernel_size), _pair(pool.stride), _pair(pool.padding))
+        == ((2, 2), (2, 2), (0, 0))
+        and not pool.ceil_mode
+        and pool.divisor_override is None
+    )
+
+
+def _pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
+
+
+def _values(norm: Any) -> BatchNorm:
+    """The batch norm of this call, by the rules of torch's own forward; momentum None is a plain
+    average.
+    """
+    tracks = norm.training and norm.track_running_stats
+    uses_buffers = tracks or not norm.training
+    momentum = norm.momentum
+    if momentum is None:
+        batches = norm.num_batches_tracked if tracks else None
+        momentum = 0.0 if batches is None else 1.0 / (float(batches) + 1.0)
+    return BatchNorm(
+        norm.weight,
+        norm.bias,
+        norm.running_mean if uses_buffers else None,
+        norm.running_var if uses_buffers else None,
+        norm.training or (norm.running_mean is None and norm.running_var is None),
+        momentum,
+        norm.eps,
+    )
+
+
+def _count_batch(norm: Any) -> None:
+    """As torch's own forward counts, which also tracks without a counter."""
+    tracks = norm.training and norm.track_running_stats
+    if tracks and norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+
+
+# What a module runs when it is called. torch has no public way to ask for hooks; these are the
+# names in every release since 2.0.
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_METHODS = ("forward", "__call__", "multi_step_forward")
+_OWN = (*_METHODS, "_compiled_call_impl")
+
+
+def _methods_of(kind: type, base: type) -> list[tuple[type, str, Any]]:
+    """Class, name and function of what a call runs; ``base`` is the class that a forward asks."""
+    asked = [*[(kind, name) for name in _METHODS], (base, "forward")]
+    return [(owner, name, getattr(owner, name, None)) for owner, name in asked]
+
+
+_ORIGINAL = {
+    kind: _methods_of(kind, base)
+    for kind, base in (
+        (DLIFNode, DLIFNode),
+        (layer.BatchNorm1d, nn.BatchNorm1d),
+        (layer.BatchNorm2d, nn.BatchNorm2d),
+        (layer.BatchNorm3d, nn.BatchNorm3d),
+        (layer.AvgPool2d, nn.AvgPool2d),
+    )
+}
+
+
+def is_original(module: nn.Module) -> bool:
+    """Whether a call of a module runs what its class ran when this package was imported, and
+    nothing else.
+
+    Hooks by which this package itself watches a neuron do not count: a stage tells them.
+    """
+    methods = _ORIGINAL.get(type(module))
+    if methods is None:
+        return False
+    for owner, name, function in methods:
+        if getattr(owner, name, None) is not function:
+            return False
+    for name in _OWN:
+        if name in module.__dict__:
+            return False
+    for name in _HOOKS:
+        for hook in getattr(module, name).values():
+            if not isinstance(hook, NeuronHook):
+                return False
+    return True
+
+
+def _has_global_hooks() -> bool:
+    """Whether torch has hooks on every module."""
+    every = nn.modules.module
+    return bool(
+        every._global_forward_hooks
+        or every._global_forward_pre_hooks
+        or every._global_backward_hooks
+        or every._global_backward_pre_hooks
+    )
