@@ -2,7 +2,7 @@
 to.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -30,7 +30,7 @@ from lab.benchmarking.networks import (
     Precision,
 )
 from lab.benchmarking.steps import ProvingTask, adversarial_steps, mode_steps
-from lab.benchmarking.task import Task
+from lab.benchmarking.task import Shape, Task
 from sj_robust.ops.dlif import cpp
 
 
@@ -50,7 +50,7 @@ class Benchmark:
         variables: Environment variables of a method's process.
     """
 
-    methods: Mapping[str, Callable[[Sequence[int]], Task]]
+    methods: Mapping[str, Callable[[Shape], Task]]
     peer: str
     shapes: tuple[tuple[int, ...], ...]
     passes: int = 0
@@ -65,7 +65,8 @@ class Benchmark:
         return self.peer if self.peer in self.methods else method
 
 
-_CPP, _EAGER, _AUTO = (partial(dlif, backend=name) for name in ("cpp", "eager", "auto"))
+_CPP = partial(dlif, backend="cpp")
+_EAGER = partial(dlif, backend="eager")
 _LIF = "SpikingJelly LIFNode"
 
 _NEURON = {
@@ -86,73 +87,87 @@ _BATCH_NORM = {
 }
 
 
-def _stages() -> dict[str, Layer]:
-    """Stages by how their currents are stored, float32 and channels first if nothing is said."""
-    stages: dict[str, Layer] = {}
-    for name, layer in {
-        "batch norm + DLIF + pooling, one pass": Layer(_CPP, norm=True, pools=True, one_pass=True),
-        "batch norm, ReLU, pooling": Layer(relu, norm=True, pools=True, check="nothing"),
-    }.items():
-        stages[name] = layer
-        stages[f"{name}, channels last"] = replace(layer, channels_last=True)
-        half = replace(layer, dtype=torch.bfloat16)
-        stages[f"{name}, bf16"] = half
-        stages[f"{name}, bf16, channels last"] = replace(half, channels_last=True)
-    stages["batch norm, LIFNode, pooling"] = Layer(lif_node, norm=True, pools=True)
-    stages["batch norm, textbook loop, pooling"] = Layer(textbook_loop, norm=True, pools=True)
-    return stages
+_FUSED_STAGE = Layer(_CPP, norm=True, pools=True, one_pass=True)
+_RELU_STAGE = Layer(relu, norm=True, pools=True, check="nothing")
+
+
+def _ways_to_store(name: str, layer: Layer) -> dict[str, Layer]:
+    """A stage by how its currents are stored, float32 and channels first if nothing is said."""
+    half = replace(layer, dtype=torch.bfloat16)
+    return {
+        name: layer,
+        f"{name}, channels last": replace(layer, channels_last=True),
+        f"{name}, bf16": half,
+        f"{name}, bf16, channels last": replace(half, channels_last=True),
+    }
+
+
+_STAGE = {
+    **_ways_to_store("batch norm + DLIF + pooling, one pass", _FUSED_STAGE),
+    **_ways_to_store("batch norm, ReLU, pooling", _RELU_STAGE),
+    "batch norm, LIFNode, pooling": Layer(lif_node, norm=True, pools=True),
+    "batch norm, textbook loop, pooling": Layer(textbook_loop, norm=True, pools=True),
+}
+_SETS = {
+    name: Layer(partial(dlif_on, instruction_set=name)) for name in reversed(cpp.INSTRUCTION_SETS)
+}
+_PROVING = {
+    "verify": partial(ProvingTask, True),
+    "PGD-20": partial(ProvingTask, False),
+}
 
 
 def _network(architecture: str) -> Benchmark:
-    """Training steps on clean images; those that need no compiler also in bfloat16."""
-    plain = ("ReLU", FUSED, "DLIF cpp", "DLIF eager", _LIF, "textbook loop", NOTHING)
-    methods = {name: partial(NetworkTask, architecture, name, Precision()) for name in plain}
+    """Training steps on clean images, some of them also in bfloat16."""
+    make = partial(NetworkTask, architecture)
+    methods = {}
+    for name in ("ReLU", FUSED, "DLIF cpp", "DLIF eager", _LIF, "textbook loop", NOTHING):
+        methods[name] = partial(make, name, Precision())
     for name in (FUSED, "ReLU", NOTHING):
         for added, precision in PRECISIONS.items():
-            methods[name + added] = partial(NetworkTask, architecture, name, precision)
-    return Benchmark(methods, "ReLU", _IMAGES)
+            methods[name + added] = partial(make, name, precision)
+    return Benchmark(methods, peer="ReLU", shapes=(_IMAGES,))
 
 
-def _adversarial(architecture: str, shapes: tuple[tuple[int, ...], ...]) -> Benchmark:
-    return Benchmark(adversarial_steps(architecture), "published loop", shapes)
+def _adversarial(architecture: str, shape: tuple[int, ...]) -> Benchmark:
+    return Benchmark(adversarial_steps(architecture), peer="published loop", shapes=(shape,))
 
 
-_LARGE = ((8, 64, 64, 32, 32), (8, 128, 256, 8, 8), (4, 64, 128, 8, 8))
-_IMAGES = ((8, 16, 3, 32, 32),)
+_LARGE = (
+    (8, 64, 64, 32, 32),
+    (8, 128, 256, 8, 8),
+    (4, 64, 128, 8, 8),
+)
+_IMAGES = (8, 16, 3, 32, 32)
 _SCALES = (
     *((T, 32, 8192) for T in (1, 2, 4, 8, 16, 32, 64)),
     *((8, N, 8192) for N in (8, 16, 64, 128)),
 )
-_SETS = tuple(reversed(cpp.INSTRUCTION_SETS))
 
 BENCHMARKS: dict[str, Benchmark] = {
-    "neuron": Benchmark(_NEURON, _LIF, _LARGE, passes=5),
-    "batch_norm": Benchmark(_BATCH_NORM, "batch norm, LIFNode", _LARGE, passes=5),
-    "stage": Benchmark(_stages(), "batch norm, LIFNode, pooling", _LARGE, passes=5),
+    "neuron": Benchmark(_NEURON, peer=_LIF, shapes=_LARGE, passes=5),
+    "batch_norm": Benchmark(_BATCH_NORM, peer="batch norm, LIFNode", shapes=_LARGE, passes=5),
+    "stage": Benchmark(_STAGE, peer="batch norm, LIFNode, pooling", shapes=_LARGE, passes=5),
     "instruction_sets": Benchmark(
-        {name: Layer(partial(dlif_on, instruction_set=name)) for name in _SETS},
-        "avx512",
-        _LARGE,
+        _SETS,
+        peer="avx512",
+        shapes=_LARGE,
         passes=5,
         variables={name: {cpp.INSTRUCTION_SET_VARIABLE: name} for name in _SETS},
     ),
     "scaling": Benchmark(
         {name: _NEURON[name] for name in ("DLIF cpp", "DLIF eager")},
-        "DLIF eager",
-        _SCALES,
+        peer="DLIF eager",
+        shapes=_SCALES,
         passes=5,
     ),
     "conv4": _network("conv4"),
     "vgg5": _network("vgg5"),
     "conv4_adversarial": _adversarial("conv4", _IMAGES),
     "vgg5_adversarial": _adversarial("vgg5", _IMAGES),
-    "small_adversarial": _adversarial("small", ((4, 64, 3, 32, 32),)),
-    "training_step": Benchmark(mode_steps(), "textbook loop", ((4, 64, 1, 28, 28),)),
-    "verify": Benchmark(
-        {"verify": partial(ProvingTask, True), "PGD-20": partial(ProvingTask, False)},
-        "PGD-20",
-        ((4, 1000, 1, 8, 8),),
-    ),
+    "small_adversarial": _adversarial("small", (4, 64, 3, 32, 32)),
+    "training_step": Benchmark(mode_steps(), peer="textbook loop", shapes=((4, 64, 1, 28, 28),)),
+    "verify": Benchmark(_PROVING, peer="PGD-20", shapes=((4, 1000, 1, 8, 8),)),
 }
 """``neuron``, ``batch_norm`` and ``stage`` are single layers, ``instruction_sets`` and ``scaling``
 are the neuron on each of them and over T and N; ``conv4`` (four stages) and ``vgg5`` are training
@@ -162,70 +177,89 @@ with SpikingJelly's LIFNode, but for ``certified``, which has none; ``verify`` i
 image beside PGD on them.
 """
 
+_TRITON = partial(dlif, backend="triton")
 _GPU_LAYERS = {
     "DLIF cupy": Layer(partial(dlif, backend="cupy")),
-    "DLIF triton": Layer(partial(dlif, backend="triton")),
+    "DLIF triton": Layer(_TRITON),
     "DLIF eager": Layer(_EAGER),
     "textbook loop": Layer(textbook_loop),
     LIF_ON_GPU: Layer(lif_node_for_gpu),
     _LIF: Layer(lif_node),
 }
 _GPU_BATCH_NORM = {
-    "batch norm + DLIF, one pass": Layer(partial(dlif, backend="triton"), norm=True, one_pass=True),
-    "batch norm, DLIF auto": Layer(_AUTO, norm=True),
+    "batch norm + DLIF, one pass": Layer(_TRITON, norm=True, one_pass=True),
+    "batch norm, DLIF auto": Layer(partial(dlif, backend="auto"), norm=True),
     "batch norm, ReLU": Layer(relu, norm=True, check="nothing"),
     f"batch norm, {LIF_ON_GPU}": Layer(lif_node_for_gpu, norm=True),
     f"batch norm, {_LIF}": Layer(lif_node, norm=True),
     "batch norm, textbook loop": Layer(textbook_loop, norm=True),
 }
 _GPU_NEURONS = (FUSED_ON_GPU, "DLIF auto", "ReLU", LIF_ON_GPU, _LIF, "DLIF eager", "textbook loop")
-_LARGE_ON_GPU = (8, 64, 128, 32, 32)  # 67 M currents, 0.27 GB in float32
-_TRITON = {"SJ_LIF_CUDA_IMPLEMENTATION": "triton"}  # which SpikingJelly 2.x reads when imported
+_GPU_SHAPES = (
+    (8, 64, 128, 32, 32),  # 67 M currents, 0.27 GB in float32
+    (4, 64, 128, 8, 8),  # 2 M: the time to launch shows
+    (32, 32, 64, 32, 32),
+)
+_IN_TRITON = {"SJ_LIF_CUDA_IMPLEMENTATION": "triton"}  # which SpikingJelly 2.x reads
 
 
-def gpu_benchmarks() -> dict[str, Benchmark]:
-    """What is measured on a GPU, by name: a layer, a batch norm with a layer, a training step of
-    VGG-11.
-
-    A layer reads the currents and writes the spikes, and back it reads both and writes a gradient:
-    5 passes. Batch norm reads its input once more for the statistics, and input and gradient once
-    more on the way back: 8.
+def _gpu_layer(dtype: torch.dtype) -> Benchmark:
+    """A layer reads the currents and writes the spikes, and back it reads both and writes a
+    gradient: 5 passes.
     """
-    found: dict[str, Benchmark] = {}
-    for dtype in (torch.float32, torch.float16, torch.bfloat16):
-        added = "" if dtype == torch.float32 else f"_{dtype}".replace("torch.", "")
-        small = () if added else ((4, 64, 128, 8, 8), (32, 32, 64, 32, 32))
-        for name, layers, peer, passes in (
-            ("gpu_layer", _GPU_LAYERS, LIF_ON_GPU, 5),
-            ("gpu_batch_norm", _GPU_BATCH_NORM, f"batch norm, {LIF_ON_GPU}", 8),
-        ):
-            found[name + added] = Benchmark(
-                {method: _stored(layer, dtype) for method, layer in layers.items()},
-                peer,
-                (_LARGE_ON_GPU, *small),
-                passes=passes,
-                element_bytes=dtype.itemsize,
-                variables={peer: _TRITON},
-            )
-    for added, precision in PRECISIONS.items():
-        name = "gpu_vgg11" + added.replace(", ", "_").replace(" ", "_")
-        found[name] = Benchmark(
-            {neuron: partial(NetworkTask, "vgg11", neuron, precision) for neuron in _GPU_NEURONS},
-            LIF_ON_GPU,
-            ((4, 64, 3, 32, 32),),
-            variables={LIF_ON_GPU: _TRITON},
-        )
-    return found
+    return Benchmark(
+        methods={name: _stored(layer, dtype) for name, layer in _GPU_LAYERS.items()},
+        peer=LIF_ON_GPU,
+        shapes=_GPU_SHAPES,
+        passes=5,
+        element_bytes=dtype.itemsize,
+        variables={LIF_ON_GPU: _IN_TRITON},
+    )
+
+
+def _gpu_batch_norm(dtype: torch.dtype) -> Benchmark:
+    """Batch norm reads its input once more for the statistics, and input and gradient once more on
+    the way back: 8 passes.
+    """
+    peer = f"batch norm, {LIF_ON_GPU}"
+    return Benchmark(
+        methods={name: _stored(layer, dtype) for name, layer in _GPU_BATCH_NORM.items()},
+        peer=peer,
+        shapes=_GPU_SHAPES,
+        passes=8,
+        element_bytes=dtype.itemsize,
+        variables={peer: _IN_TRITON},
+    )
 
 
 def _stored(layer: Layer, dtype: torch.dtype) -> Layer:
     """SpikingJelly's neurons round their potential to half precision, so their spikes are others
     there.
     """
-    from_host = layer.node in (lif_node, lif_node_for_gpu)
-    if from_host and dtype != torch.float32:
+    if dtype != torch.float32 and layer.node in (lif_node, lif_node_for_gpu):
         return replace(layer, dtype=dtype, check="spikes")
     return replace(layer, dtype=dtype)
 
 
-GPU_BENCHMARKS = gpu_benchmarks()
+def _gpu_network(added: str) -> Benchmark:
+    make = partial(NetworkTask, "vgg11", precision=PRECISIONS[added])
+    return Benchmark(
+        methods={neuron: partial(make, neuron) for neuron in _GPU_NEURONS},
+        peer=LIF_ON_GPU,
+        shapes=((4, 64, 3, 32, 32),),
+        variables={LIF_ON_GPU: _IN_TRITON},
+    )
+
+
+GPU_BENCHMARKS: dict[str, Benchmark] = {
+    "gpu_layer": _gpu_layer(torch.float32),
+    "gpu_layer_fp16": _gpu_layer(torch.float16),
+    "gpu_layer_bf16": _gpu_layer(torch.bfloat16),
+    "gpu_batch_norm": _gpu_batch_norm(torch.float32),
+    "gpu_batch_norm_fp16": _gpu_batch_norm(torch.float16),
+    "gpu_batch_norm_bf16": _gpu_batch_norm(torch.bfloat16),
+    "gpu_vgg11": _gpu_network(""),
+    "gpu_vgg11_bf16": _gpu_network(", bf16"),
+    "gpu_vgg11_bf16_channels_last": _gpu_network(", bf16, channels last"),
+}
+"""What is measured on a GPU, in this order: a layer, a batch norm with a layer, a training step."""

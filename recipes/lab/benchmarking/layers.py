@@ -1,6 +1,6 @@
 """Spiking layers, alone, behind a batch norm and before a pooling: DLIF and its peers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal
@@ -8,7 +8,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lab.benchmarking.task import Task
+from lab.benchmarking.task import Shape, Task
 from sj_robust._host import functional, layer, neuron, surrogate
 from sj_robust.neuron import DLIFNode, fuse
 from sj_robust.ops.dlif import backends, cpp
@@ -63,8 +63,12 @@ def parametric_lif_node(T: int) -> nn.Module:
 
 
 def _of_the_host(kind: Any, **tau: float) -> nn.Module:
-    triangle = surrogate.PiecewiseQuadratic(alpha=1.0)
-    node: nn.Module = kind(decay_input=False, surrogate_function=triangle, step_mode="m", **tau)
+    node: nn.Module = kind(
+        decay_input=False,
+        surrogate_function=surrogate.PiecewiseQuadratic(alpha=1.0),
+        step_mode="m",
+        **tau,
+    )
     return node
 
 
@@ -78,7 +82,9 @@ def snntorch_leaky(T: int) -> Run:
     import snntorch
 
     leaky = snntorch.Leaky(
-        beta=0.99, spike_grad=snntorch.surrogate.triangular(), reset_mechanism="zero"
+        beta=0.99,
+        spike_grad=snntorch.surrogate.triangular(),
+        reset_mechanism="zero",
     )
     return partial(_step_by_step, leaky, leaky.init_leaky)
 
@@ -88,7 +94,9 @@ def norse_cell(T: int) -> Run:
     from norse.torch import LIFBoxCell, LIFBoxParameters
 
     parameters = LIFBoxParameters(
-        tau_mem_inv=torch.tensor(10.0), method="triangle", alpha=torch.tensor(1.0)
+        tau_mem_inv=torch.tensor(10.0),
+        method="triangle",
+        alpha=torch.tensor(1.0),
     )
     return partial(_step_by_step, LIFBoxCell(p=parameters), lambda: None)
 
@@ -134,7 +142,7 @@ class Layer:
     channels_last: bool = False
     check: Literal["equal", "spikes", "nothing"] = "equal"
 
-    def __call__(self, shape: Sequence[int]) -> "LayerTask":
+    def __call__(self, shape: Shape) -> "LayerTask":
         """The task at a shape."""
         return LayerTask(self, shape)
 
@@ -143,16 +151,17 @@ class Layer:
         dtype = torch.float32 if self.one_pass else self.dtype
         return replace(self, node=textbook_loop, one_pass=False, dtype=dtype)
 
-    def built(self, shape: Sequence[int]) -> Run:
+    def built(self, shape: Shape) -> Run:
         """Runs the layer from a fresh state."""
         node = self.node(shape[0])
         if not isinstance(node, nn.Module):
             return node
-        parts = [layer.BatchNorm2d(shape[2], step_mode="m")] if self.norm else []
-        parts.append(node)
+        net = nn.Sequential()
+        if self.norm:
+            net.append(layer.BatchNorm2d(shape[2], step_mode="m"))
+        net.append(node)
         if self.pools:
-            parts.append(layer.AvgPool2d(2, step_mode="m"))
-        net = nn.Sequential(*parts)
+            net.append(layer.AvgPool2d(2, step_mode="m"))
         return partial(_from_reset, in_one_pass(net) if self.one_pass else net)
 
     def stored(self, currents: Tensor) -> Tensor:
@@ -175,9 +184,10 @@ class LayerTask(Task):
 
     has_one_graph = True
 
-    def __init__(self, layer: Layer, shape: Sequence[int]) -> None:
+    def __init__(self, layer: Layer, shape: Shape) -> None:
         """Build the layer and draw its input."""
-        self._layer, self._shape = layer, shape
+        self._layer = layer
+        self._shape = shape
         self._run = layer.built(shape)
         self._x_seq = layer.stored(torch.randn(*shape).mul_(0.5))
         with torch.no_grad():
@@ -198,11 +208,12 @@ class LayerTask(Task):
         layer = self._layer
         if layer.check == "nothing":
             return
-        shape = (self._shape[0], 32, *(min(size, 16) for size in self._shape[2:]))
+        T, _, *sizes = self._shape
+        shape = (T, 32, *(min(size, 16) for size in sizes))
         x_seq = layer.stored(torch.randn(shape).mul_(0.7))
         spikes = layer.built(shape)(x_seq)
         whole = spikes * 4 if layer.pools else spikes
-        if not bool(((whole == whole.round()) & (spikes >= 0) & (spikes <= 1)).all()):
+        if not torch.equal(whole, whole.round()) or spikes.min() < 0 or spikes.max() > 1:
             raise ValueError("spikes are neither 0 nor 1: it is not timed")
         if layer.check == "spikes":
             return
@@ -216,6 +227,7 @@ class LayerTask(Task):
         same = (spikes == wanted_spikes).all(0)
         if layer.pools:
             same = same.repeat_interleave(2, -1).repeat_interleave(2, -2)
-        error = (grad.float() - wanted.float())[:, same].norm() / wanted.float().norm()
-        if float(same.float().mean()) < 0.999 or not float(error) < 1e-2:
+        wanted = wanted.float()
+        error = (grad.float() - wanted)[:, same].norm() / wanted.norm()
+        if same.float().mean() < 0.999 or not error < 1e-2:
             raise ValueError("it does not equal the textbook loop: it is not timed")

@@ -2,10 +2,9 @@
 nothing included).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,18 +19,16 @@ from lab.benchmarking.layers import (
     require,
     textbook_loop,
 )
-from lab.benchmarking.task import Task
+from lab.benchmarking.task import Shape, Task
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.models import VGG_FEATURES, ConvChain
 from sj_robust.neuron import DLIFNode
 
-_ARCHITECTURES: dict[str, tuple[tuple[int | Literal["A"], ...], tuple[int, ...]]] = {
-    "conv4": ((32, 64, "A", 128, "A", 128, "A"), ()),
-    "vgg5": (VGG_FEATURES["vgg5"], (4096, 4096)),
-    "small": ((16, "A", 32, "A", 64, "A"), ()),
-    "vgg11": (VGG_FEATURES["vgg11"], (4096, 4096)),
+FEATURES = VGG_FEATURES | {
+    "conv4": (32, 64, "A", 128, "A", 128, "A"),
+    "small": (16, "A", 32, "A", 64, "A"),
 }
-"""Convolutions and hidden linear layers."""
+"""Channels of the convolutions, and poolings, by the name of a network."""
 
 FUSED = "DLIF, one pass with batch norm"
 FUSED_ON_GPU = "DLIF auto, one pass with batch norm"
@@ -79,7 +76,7 @@ class TrainingTask(Task):
     def __init__(
         self,
         net: nn.Module,
-        shape: Sequence[int],
+        shape: Shape,
         precision: Precision,
         *,
         weight_decay: float = 0.0,
@@ -96,11 +93,21 @@ class TrainingTask(Task):
             parameters, lr=1e-3, momentum=0.9, weight_decay=weight_decay, fused=one_pass
         )
         generator = torch.Generator().manual_seed(1)
-        x = torch.rand(tuple(shape[1:]), generator=generator, dtype=torch.float64, device="cpu")
+        x = torch.rand(
+            tuple(shape[1:]),
+            generator=generator,
+            dtype=torch.float64,
+            device="cpu",
+        )
         device = torch.get_default_device()
         self.x = x.to(device, precision.dtype).contiguous(memory_format=layout)
         self.y = torch.arange(shape[1]) % 10
-        self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=precision.bf16)
+        self.autocast = partial(
+            torch.autocast,
+            device.type,
+            torch.bfloat16,
+            enabled=precision.bf16,
+        )
         self.inputs = [self.x, *parameters]
 
     def backward(self, loss: Tensor) -> None:
@@ -117,12 +124,12 @@ class NetworkTask(TrainingTask):
 
     has_one_graph = True
 
-    def __init__(
-        self, architecture: str, neuron: str, precision: Precision, shape: Sequence[int]
-    ) -> None:
+    def __init__(self, architecture: str, neuron: str, precision: Precision, shape: Shape) -> None:
         """Build the network, the same for every neuron, and draw the images."""
-        self._architecture, self._neuron = architecture, neuron
-        super().__init__(convolutional_network(architecture, neuron, shape), shape, precision)
+        self._architecture = architecture
+        self._neuron = neuron
+        net = convolutional_network(architecture, neuron, shape)
+        super().__init__(net, shape, precision)
         self._classifier = SpikingClassifier(self.net, shape[0])
 
     def forward(self) -> Tensor:
@@ -139,7 +146,10 @@ class NetworkTask(TrainingTask):
             return
         side = 32 if self._architecture == "vgg11" else 8  # which has five poolings
         make = partial(
-            NetworkTask, self._architecture, precision=EXACT, shape=(4, 2, 3, side, side)
+            NetworkTask,
+            self._architecture,
+            precision=EXACT,
+            shape=(4, 2, 3, side, side),
         )
         check_same_steps(make(self._neuron), make("textbook loop"))
 
@@ -150,33 +160,33 @@ def check_same_steps(mine: TrainingTask, wanted: TrainingTask) -> None:
     Raises:
         ValueError: If they differ, or the step changed nothing.
     """
-    before, after = _losses(mine), _losses(wanted)
-    found, right = torch.tensor(before), torch.tensor(after)
-    if not torch.allclose(found, right, rtol=1e-6, atol=0.0) or after[0] == after[1]:
+    found, right = _losses(mine), _losses(wanted)
+    changed = right[0] != right[1]
+    if not changed or not torch.allclose(found, right, rtol=1e-6, atol=0.0):
         raise ValueError(
-            f"it does not equal the textbook loop ({before} against {after}): it is not timed"
+            "it does not equal the textbook loop, losses before and after a step are "
+            f"{found.tolist()} against {right.tolist()}: it is not timed"
         )
 
 
-def _losses(task: TrainingTask) -> tuple[float, float]:
+def _losses(task: TrainingTask) -> Tensor:
     loss = task.forward()
     task.backward(loss)
-    return float(loss.detach()), float(task.forward().detach())
+    return torch.stack([loss, task.forward()]).detach()
 
 
-def convolutional_network(architecture: str, neuron: str, shape: Sequence[int]) -> nn.Module:
+def convolutional_network(architecture: str, neuron: str, shape: Shape) -> nn.Module:
     """A network for images of shape [T, N, C, H, W], with the same weights for every neuron."""
     if neuron == FUSED_ON_GPU:
         require("triton")  # without it DLIF would run apart, without a word
-    features, hidden = _ARCHITECTURES[architecture]
     torch.manual_seed(0)
     net = ConvChain(
         shape[2:],
         10,
         T=shape[0],
         spiking_neuron=NEURONS[neuron],
-        features=features,
-        hidden=hidden,
+        features=FEATURES[architecture],
+        hidden=(4096, 4096) if architecture in VGG_FEATURES else (),
         batch_norm=neuron != NOTHING,
     )
     return in_one_pass(net) if neuron in (FUSED, FUSED_ON_GPU) else net

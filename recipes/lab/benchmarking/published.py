@@ -2,7 +2,7 @@
 against.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lab.benchmarking.networks import Precision, TrainingTask
+from lab.benchmarking.task import Shape
 from sj_robust._host import functional, neuron
 from sj_robust.neuron import DLIFNode
 
@@ -19,20 +20,24 @@ if TYPE_CHECKING:
     from sj_robust.training.modes import ModeName
 
 TRADES_WEIGHT = 6.0
+Build = Callable[[Shape], nn.Module]
+"""Makes a network for images."""
 Draw = Callable[[Tensor], Tensor]
 """Noise in the shape of the images."""
+Goal = Callable[[Tensor], Tensor]
+"""What an attack raises, of logits."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """A training step of a mode on a network for images of shape [T, N, C, H, W].
+    """A training step of a mode on a network.
 
     ``eps`` is the radius of the attack, and the standard deviation of the noise of ``"gaussian"``;
     ``noise`` is that of the noise where ``"at"``, ``"rat"`` and ``"trades"`` start.
     """
 
     mode: "ModeName"
-    build: Callable[[Sequence[int]], nn.Module]
+    build: Build
     eps: float = 8 / 255
     noise: float = 0.001
 
@@ -51,7 +56,7 @@ class PublishedTask(TrainingTask):
     def __init__(
         self,
         step: Step,
-        shape: Sequence[int],
+        shape: Shape,
         *,
         precision: Precision = Precision(),  # noqa: B008  # it is frozen
         draw: Draw | None = None,
@@ -59,9 +64,18 @@ class PublishedTask(TrainingTask):
         """Build the network and draw the images; ``draw`` None takes torch's generator."""
         from sj_robust.training import MODES  # brings Accelerate and more
 
-        self._step, self._mode, self._T = step, MODES[step.mode], shape[0]
-        super().__init__(step.build(shape), shape, precision, weight_decay=self._mode.weight_decay)
-        self._draw: Draw = draw or (torch.rand_like if step.mode == "pgd_at" else torch.randn_like)
+        mode = MODES[step.mode]
+        super().__init__(
+            step.build(shape),
+            shape,
+            precision,
+            weight_decay=mode.weight_decay,
+        )
+        self._step = step
+        self._mode = mode
+        self._T = shape[0]
+        usual = torch.rand_like if step.mode == "pgd_at" else torch.randn_like
+        self._draw: Draw = draw or usual
         self._nodes = [
             module for module in self.net.modules() if isinstance(module, neuron.LIFNode | DLIFNode)
         ]
@@ -86,12 +100,15 @@ class PublishedTask(TrainingTask):
         convolution.
         """
         functional.reset_net(self.net)
-        outputs: Tensor = self.net(images.unsqueeze(0).repeat(self._T, 1, 1, 1, 1))
+        frames = images.unsqueeze(0).repeat(self._T, 1, 1, 1, 1)
+        outputs: Tensor = self.net(frames)
         return outputs.mean(0)
 
     def crafted(self) -> Tensor:
         """The images that the loss compares with the clean ones, or takes in their place."""
-        x, eps, noise = self.x, self._step.eps, self._step.noise
+        x = self.x
+        eps = self._step.eps
+        noise = self._step.noise
         match self._step.mode:
             case "none":
                 return x
@@ -101,9 +118,11 @@ class PublishedTask(TrainingTask):
                 with torch.no_grad():
                     self.logits(x)
                 start = x + noise * self._draw(x)
-                return (start + eps * self._sign(start, self._entropy)).clamp(0, 1)
+                step = eps * self._sign(start, self._entropy)
+                return (start + step).clamp(0, 1)
             case "pgd_at":
-                start = (x + eps * (2 * self._draw(x) - 1)).clamp(0, 1)
+                uniform = 2 * self._draw(x) - 1
+                start = (x + eps * uniform).clamp(0, 1)
                 return self._ascended(start, self._entropy)
             case "trades":
                 with torch.no_grad():
@@ -117,24 +136,27 @@ class PublishedTask(TrainingTask):
         last spiking layer.
         """
         if self._mode.loss == "trades":
-            clean, perturbed = self.logits(self.x), self.logits(x_perturbed).log_softmax(1)
-            divergence = _divergence(clean.log_softmax(1), perturbed, reduction="batchmean")
-            return self._entropy(clean) + TRADES_WEIGHT * divergence
+            logits = self.logits(self.x)
+            log_clean = logits.log_softmax(1)
+            divergence = _divergence(log_clean, self.logits(x_perturbed), reduction="batchmean")
+            return self._entropy(logits) + TRADES_WEIGHT * divergence
         if self._mode.rho == 0:
             return self._entropy(self.logits(x_perturbed))
-        last, currents = self._nodes[-1], []
+        last = self._nodes[-1]
+        currents: list[Tensor] = []
         hook = last.register_forward_pre_hook(lambda _, inputs: currents.append(inputs[0]))
-        kappa = self._mode.kappa
-        loss = kappa * self._entropy(self.logits(self.x))
-        loss = loss + (1 - kappa) * self._entropy(self.logits(x_perturbed))
+        clean = self._entropy(self.logits(self.x))
+        perturbed = self._entropy(self.logits(x_perturbed))
         hook.remove()
+        difference = currents[0].detach() - currents[1]
         decay = last.decay if isinstance(last, DLIFNode) else 1 - 1 / last.tau
-        potential = torch.zeros_like(currents[0][0])
-        square = torch.zeros_like(loss)
-        for clean_current, current in zip(currents[0].detach(), currents[1], strict=True):
-            potential = decay * potential + clean_current - current
+        potential = torch.zeros_like(difference[0])
+        square = torch.zeros_like(clean)
+        for current in difference:
+            potential = decay * potential + current
             square = square + potential.square().mean() / self._T
-        return loss + self._mode.rho * square
+        kappa = self._mode.kappa
+        return kappa * clean + (1 - kappa) * perturbed + self._mode.rho * square
 
     @torch.no_grad()
     def retract(self, beta: float) -> None:
@@ -147,17 +169,18 @@ class PublishedTask(TrainingTask):
                 matrix = module.weight.view(len(module.weight), -1)
                 matrix.add_(matrix - matrix @ matrix.t() @ matrix, alpha=beta)
 
-    def _ascended(self, at: Tensor, goal: Callable[[Tensor], Tensor]) -> Tensor:
+    def _ascended(self, at: Tensor, goal: Goal) -> Tensor:
         """Steps of eps / 4, each projected onto the ball and the box."""
         eps = self._step.eps
         for _ in range(self._mode.attack_steps):
             at = at + eps / 4 * self._sign(at, goal)
-            at = torch.minimum(torch.maximum(at, self.x - eps), self.x + eps).clamp(0, 1)
+            at = at.clamp(self.x - eps, self.x + eps).clamp(0, 1)
         return at
 
-    def _sign(self, images: Tensor, goal: Callable[[Tensor], Tensor]) -> Tensor:
+    def _sign(self, images: Tensor, goal: Goal) -> Tensor:
         images = images.detach().requires_grad_()
-        (grad,) = torch.autograd.grad(goal(self.logits(images)), images)
+        value = goal(self.logits(images))
+        (grad,) = torch.autograd.grad(value, images)
         return grad.sign()
 
     def _entropy(self, logits: Tensor) -> Tensor:

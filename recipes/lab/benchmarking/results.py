@@ -52,10 +52,10 @@ class Row:
     reason: str = ""
     outcome: str = ""
 
-    def same_as(self, other: "Row") -> bool:
-        """Whether both are of one method at one shape."""
-        mine = (self.subject, self.allocator, self.shape, self.method)
-        return mine == (other.subject, other.allocator, other.shape, other.method)
+    @property
+    def key(self) -> tuple[str, ...]:
+        """What the row is of."""
+        return self.subject, self.allocator, self.shape, self.method
 
 
 _KINDS = {field.name: field.type for field in fields(Row)}
@@ -71,30 +71,39 @@ class Results:
     def __init__(self, path: Path | None, where: Mapping[str, str]) -> None:
         """Read what is there."""
         self.path, self.where = path, dict(where)
-        self.rows: list[Row] = []
+        self._known: dict[tuple[str, ...], Row] = {}
         if path is None or not path.is_file():
             return
         before, rows = load(path)
-        if _without_commit(before) == _without_commit(self.where):
-            self.rows = rows
+        # tables are written into the repository, which changes its commit; the code has a digest
+        if before | {"commit": ""} == self.where | {"commit": ""}:
+            self._known = {row.key: row for row in rows}
             return
         with path.with_suffix(".earlier.csv").open("a", encoding="utf-8") as earlier:
             earlier.write(path.read_text(encoding="utf-8"))
 
     def has(self, row: Row) -> bool:
         """Whether this is known already, and is no failure."""
-        return any(row.same_as(kept) and not kept.reason for kept in self.rows)
+        known = self._known.get(row.key)
+        return known is not None and not known.reason
+
+    @property
+    def rows(self) -> list[Row]:
+        """All rows, the first known first."""
+        return list(self._known.values())
 
     def add(self, rows: Sequence[Row]) -> None:
         """Keep rows, on disk as well; what failed before is replaced."""
         for row in rows:
-            self.rows = [kept for kept in self.rows if not row.same_as(kept)] + [row]
+            self._known[row.key] = row
         if self.path is None:
             return
         text = io.StringIO()
-        writer = csv.DictWriter(text, [*_KINDS, *self.where], lineterminator="\n")
+        columns = [*_KINDS, *self.where]
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(asdict(row) | self.where for row in self.rows)
+        for row in self.rows:
+            writer.writerow(asdict(row) | self.where)
         write_whole(self.path, text.getvalue())
 
 
@@ -106,24 +115,17 @@ def load(path: Path) -> tuple[dict[str, str], list[Row]]:
     """
     with path.open(newline="", encoding="utf-8") as file:
         lines = list(csv.DictReader(file))
-    try:
-        rows = [_row(line) for line in lines]
-        where = {name: text for name, text in lines[0].items() if name not in _KINDS}
-    except (IndexError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{path} holds no measurements of this recipe; move it elsewhere"
-        ) from error
-    return where, rows
+    head = lines[0] if lines else {}
+    if not {"subject", "method", "median"} <= head.keys():
+        raise ValueError(f"{path} holds no measurements of this recipe; move it elsewhere")
+    where = {name: head[name] for name in head if name not in _KINDS}
+    return where, [_row(line) for line in lines]
 
 
 def _row(line: Mapping[str, str]) -> Row:
     """A row, also of an earlier release, which had no reasons."""
     values: dict[str, Any] = {}
-    for name in line.keys() & _KINDS.keys():
-        values[name] = line[name] if _KINDS[name] is str else float(line[name])
+    for name, text in line.items():
+        if name in _KINDS:
+            values[name] = text if _KINDS[name] is str else float(text)
     return Row(**values)
-
-
-def _without_commit(where: Mapping[str, str]) -> dict[str, str]:
-    """Tables are written into the repository, which changes its commit; the code has a digest."""
-    return {name: value for name, value in where.items() if name != "commit"}

@@ -2,7 +2,7 @@
 attack.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -20,8 +20,8 @@ from lab.benchmarking.networks import (
     check_same_steps,
     convolutional_network,
 )
-from lab.benchmarking.published import TRADES_WEIGHT, PublishedTask, Step
-from lab.benchmarking.task import Task
+from lab.benchmarking.published import TRADES_WEIGHT, Build, PublishedTask, Step
+from lab.benchmarking.task import Shape, Task
 from sj_robust.attacks import SampleSeeds, pgd
 from sj_robust.classifier import SpikingClassifier
 from sj_robust.models import NetworkSpec, SmallConvNet, build_classifier
@@ -32,7 +32,7 @@ from sj_robust.stability import verify
 if TYPE_CHECKING:
     from sj_robust.training.modes import ModeName
 
-Methods = dict[str, Callable[[Sequence[int]], Task]]
+Methods = dict[str, Callable[[Shape], Task]]
 
 
 class ModeTask(TrainingTask):
@@ -45,22 +45,25 @@ class ModeTask(TrainingTask):
     def __init__(
         self,
         step: Step,
-        peer: Callable[[Sequence[int]], nn.Module],
+        peer: Build,
         precision: Precision,
-        shape: Sequence[int],
+        shape: Shape,
     ) -> None:
         """Build the network and draw the images."""
         from sj_robust import training  # brings Accelerate and more, which layers do not need
 
-        self._step, self._peer, self._mode = step, peer, training.MODES[step.mode]
+        mode = training.MODES[step.mode]
         super().__init__(
             step.build(shape),
             shape,
             precision,
-            weight_decay=self._mode.weight_decay,
+            weight_decay=mode.weight_decay,
             one_pass=True,
         )
-        self._certifies = self._mode.loss == "certified"
+        self._step = step
+        self._peer = peer
+        self._mode = mode
+        self._certifies = mode.loss == "certified"
         self._attack: Any = None
         if not self._certifies:  # bounds, and without MS-MPPD nothing to attack for
             self._attack = training.training_attack(
@@ -71,9 +74,9 @@ class ModeTask(TrainingTask):
             )
         self._objective = training.Objective(
             SpikingClassifier(self.net, shape[0]),
-            kappa=self._mode.kappa,
-            rho=self._mode.rho,
-            loss=self._mode.loss,
+            kappa=mode.kappa,
+            rho=mode.rho,
+            loss=mode.loss,
             trades_weight=TRADES_WEIGHT,
             certified_eps=step.eps if self._certifies else None,
         )
@@ -86,7 +89,10 @@ class ModeTask(TrainingTask):
         with self.autocast():
             if self._attack is not None:
                 x_perturbed = self._attack(
-                    self._objective.classifier, self.x, self.y, generator=self.seeds
+                    self._objective.classifier,
+                    self.x,
+                    self.y,
+                    generator=self.seeds,
                 )
             total: Tensor = self._objective(self.x, self.y, x_perturbed).total
         return total
@@ -95,7 +101,8 @@ class ModeTask(TrainingTask):
         """Gradients, a step of the optimizer, the retraction."""
         super().backward(loss)
         if self._mode.retraction > 0:
-            self._retract(self.net, self._mode.retraction, torch.Generator().manual_seed(0))
+            generator = torch.Generator().manual_seed(0)
+            self._retract(self.net, self._mode.retraction, generator)
 
     def check(self) -> None:
         """Compare with the published loop in float64, from the same noise; raises ValueError.
@@ -106,7 +113,8 @@ class ModeTask(TrainingTask):
         if self._certifies:
             return
         # so large that spikes flip, without which a step would show little
-        step, shape = replace(self._step, eps=0.3, noise=0.1), (4, 4, 3, 8, 8)
+        step = replace(self._step, eps=0.3, noise=0.1)
+        shape = (4, 4, 3, 8, 8)
         mine = ModeTask(step, self._peer, EXACT, shape)
         draw = partial(_drawn, step.mode, mine.seeds)
         peer = replace(step, build=self._peer)
@@ -139,9 +147,9 @@ class FloorTask(TrainingTask):
 
     def __init__(
         self,
-        build: Callable[[Sequence[int]], nn.Module],
+        build: Build,
         precision: Precision,
-        shape: Sequence[int],
+        shape: Shape,
     ) -> None:
         """Run the network once to have the inputs."""
         super().__init__(build(shape), shape, precision)
@@ -157,7 +165,9 @@ class FloorTask(TrainingTask):
             hook.remove()
 
     def _note(self, module: nn.Module, arguments: tuple[Tensor], output: Tensor) -> None:
-        self._calls.append((module, arguments[0].detach(), torch.randn_like(output)))
+        x = arguments[0].detach()
+        grad = torch.randn_like(output)
+        self._calls.append((module, x, grad))
 
     def forward(self) -> Tensor:
         """All of it, both directions; a step has them one after the other as well."""
@@ -173,7 +183,9 @@ class FloorTask(TrainingTask):
         graphs = []
         with self.autocast():
             for number, (module, x, grad) in enumerate(self._calls):
-                wanted: list[Tensor] = list(module.parameters()) if wants_weights else []
+                wanted: list[Tensor] = []
+                if wants_weights:
+                    wanted += module.parameters()
                 x = x.detach()
                 if number > 0 or wants_images:
                     wanted.append(x.requires_grad_())
@@ -189,11 +201,12 @@ class ProvingTask(Task):
     Neither's time depends on its outcome.
     """
 
-    def __init__(self, proves: bool, shape: Sequence[int]) -> None:
+    def __init__(self, proves: bool, shape: Shape) -> None:
         """Build the network and draw the images."""
         T, N, C, H, W = shape
         torch.manual_seed(0)
-        self._model = build_classifier(NetworkSpec(T=T, image_shape=(C, H, W))).eval()
+        spec = NetworkSpec(T=T, image_shape=(C, H, W))
+        self._model = build_classifier(spec).eval()
         self._proves = proves
         self._x = torch.rand(N, C, H, W)
         with torch.no_grad():
@@ -206,27 +219,37 @@ class ProvingTask(Task):
 
     def check(self) -> None:
         """No image is verified and broken; raises ValueError."""
-        if bool((self._verified(1e-4) & self._broken(1e-4)).any()):
+        both = self._verified(1e-4) & self._broken(1e-4)
+        if both.any():
             raise ValueError("an image is verified and broken: neither way is timed")
 
     def _verified(self, eps: float) -> Tensor:
-        return torch.tensor(verify(self._model, self._x, self._y, eps).verified)
+        result = verify(self._model, self._x, self._y, eps)
+        return torch.tensor(result.verified)
 
     def _broken(self, eps: float) -> Tensor:
         found = []
-        for x, y in zip(torch.split(self._x, 128), torch.split(self._y, 128), strict=True):
-            x_adv = pgd(self._model, x, y, eps=eps, step_size=eps / 8, steps=20)
+        batches = zip(torch.split(self._x, 128), torch.split(self._y, 128), strict=True)
+        for x, y in batches:
+            x_adv = pgd(
+                self._model,
+                x,
+                y,
+                eps=eps,
+                step_size=eps / 8,
+                steps=20,
+            )
             with torch.no_grad():
                 found.append(self._model(x_adv).argmax(1) != y)
         return torch.cat(found)
 
 
-def _small(neuron: Callable[[int], nn.Module], shape: Sequence[int]) -> nn.Module:
+def _small(neuron: Callable[[int], nn.Module], shape: Shape) -> nn.Module:
     torch.manual_seed(0)
     return SmallConvNet(shape[2:], 10, T=shape[0], spiking_neuron=neuron)
 
 
-def _small_in_one_pass(shape: Sequence[int]) -> nn.Module:
+def _small_in_one_pass(shape: Shape) -> nn.Module:
     return in_one_pass(_small(DLIFNode, shape))
 
 

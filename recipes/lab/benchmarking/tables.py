@@ -8,6 +8,7 @@ from lab.benchmarking.results import TESTS, Row
 from sj_robust._saved import markdown_table
 
 _ALL = BENCHMARKS | GPU_BENCHMARKS
+_UNKNOWN = Row(subject="", allocator="", shape="", method="")  # of a peer that was not measured
 
 
 def floor(row: Row) -> float:
@@ -37,8 +38,7 @@ def table(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
 
 def _cells(row: Row, rows: Sequence[Row]) -> dict[str, str]:
     benchmark = _ALL[row.subject]
-    name = benchmark.peer_of(row.method)
-    peer = next((other for other in rows if other.method == name), Row("", "", "", ""))
+    peer = _by_name(rows).get(benchmark.peer_of(row.method), _UNKNOWN)
     cells = {
         "method": row.method,
         "median": _number(row.median, 1),
@@ -48,7 +48,8 @@ def _cells(row: Row, rows: Sequence[Row]) -> dict[str, str]:
         f"{benchmark.peer} / this, best": _number(peer.best / row.best, 2),
     }
     if benchmark.passes > 0:
-        median, best = 100 * floor(row) / row.median, 100 * floor(row) / row.best
+        median = 100 * floor(row) / row.median
+        best = 100 * floor(row) / row.best
         cells["speed of memory, median / best"] = f"{median:.0f} % / {best:.0f} %"
         cells["saved, tensors"] = _number(row.saved_mb / row.tensor_mb, 2)
         cells["peak, tensors"] = _number(row.peak_mb / row.tensor_mb, 2)
@@ -63,8 +64,12 @@ def _cells(row: Row, rows: Sequence[Row]) -> dict[str, str]:
     if row.reason:
         cells = dict.fromkeys(cells, "") | {"method": row.method}
     if any(other.reason for other in rows):
-        cells["note"] = row.reason.replace("|", "/")
+        cells["note"] = _in_a_cell(row.reason)
     return cells
+
+
+def _by_name(rows: Sequence[Row]) -> dict[str, Row]:
+    return {row.method: row for row in rows}
 
 
 def _number(value: float, digits: int) -> str:
@@ -74,12 +79,19 @@ def _number(value: float, digits: int) -> str:
 def markdown(rows: Sequence[Row]) -> list[str]:
     """Lines of a table for each race, and of one for the tests."""
     lines: list[str] = []
-    for allocator, shape in dict.fromkeys((row.allocator, row.shape) for row in rows):
-        race = [row for row in rows if (row.allocator, row.shape) == (allocator, shape)]
+    races: dict[tuple[str, str], list[Row]] = {}
+    for row in rows:
+        races.setdefault((row.allocator, row.shape), []).append(row)
+    for race in races.values():
         if race[0].subject == TESTS:
-            cells = [(row.method, row.outcome, row.reason.replace("|", "/")) for row in race]
-            lines += [markdown_table(("tests", "outcome", "reason"), cells, words=3), ""]
-            continue
-        heads, texts = table(race)
-        lines += [caption(race), "", markdown_table(heads, texts), ""]
+            texts = [[row.method, row.outcome, _in_a_cell(row.reason)] for row in race]
+            lines.append(markdown_table(["tests", "outcome", "reason"], texts, words=3))
+        else:
+            heads, texts = table(race)
+            lines += [caption(race), "", markdown_table(heads, texts)]
+        lines.append("")
     return lines
+
+
+def _in_a_cell(text: str) -> str:
+    return text.replace("|", "/")

@@ -1,8 +1,12 @@
 """What is timed."""
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
+
+Shape = Sequence[int]
+"""[T, N, *] of a layer's input currents, [T, N, C, H, W] of images that are shown for T steps."""
 
 
 class Task:
