@@ -42,11 +42,11 @@ def answers(
         meter.times()  # what a library sets up at its first call does not count
         facts = {"peak_mb": meter.peak_bytes() / 1e6, "saved_mb": meter.saved_bytes() / 1e6}
         while True:
+            if device == "cuda":
+                torch.cuda.empty_cache()  # the memory belongs to whose turn it is
             yield facts
             meter.times()  # wakes threads and fills caches, as in a training step the layer before
             facts = meter.times()
-            if device == "cuda":
-                torch.cuda.empty_cache()  # the memory belongs to whose turn it is
     except ImportError as error:
         yield {"reason": f"{NOT_HERE}{error}"}
     except Exception as error:  # whatever goes wrong with one method is that method's affair
