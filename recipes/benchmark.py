@@ -15,14 +15,14 @@
 
 Every method runs in a process of its own, those of one shape take turns, and nothing is timed
 before the operator's tests and a comparison with the textbook loop have passed. Peers that are not
-installed are named and left out; to have them: pip install snntorch norse nir nirtorch. On a GPU
-each row and each group of tests is on its own: one that fails is a row with the reason, what is
-known is on disk, and the same command goes on where a run was stopped.
+installed are named and left out; to have them: pip install snntorch norse nir nirtorch. A method
+that fails is a row with the reason, what is known is on disk, and the same command goes on where a
+run was stopped. On a GPU the tests are rows likewise.
 """
 
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from lab.command_line import (
     WrongUse,
@@ -98,31 +98,29 @@ class Options:
 if __name__ == "__main__":
     check_options(Options)  # --help and wrong options end here: what follows imports torch
 
-import csv
 import hashlib
 import json
-import os
+import math
 import shlex
-import subprocess
 import sys
-import tempfile
 
 import torch
-from lab.benchmarking.benchmarks import BENCHMARKS
-from lab.benchmarking.gpu_hour import redraw_gpus, test_and_measure
-from lab.benchmarking.gpu_plan import PLAN
-from lab.benchmarking.gpu_run import Store
-from lab.benchmarking.race import Measurement, race
-from lab.benchmarking.tables import caption, cells, columns, markdown
+from lab.benchmarking.benchmarks import BENCHMARKS, GPU_BENCHMARKS
+from lab.benchmarking.gate import refuse_unless_tests_pass, run_gpu_tests
+from lab.benchmarking.race import TOO_LONG, Race
+from lab.benchmarking.results import TESTS, Results, Row, load
+from lab.benchmarking.tables import caption, markdown, table
+from lab.benchmarking.worker import NOT_HERE
 from rich.console import Console
 from rich.table import Table
 
-from sj_robust import ops
+import sj_robust
 from sj_robust._console import working
-from sj_robust._environment import processor, version_of
-from sj_robust.evaluation import environment
+from sj_robust._environment import environment, processor, version_of
+from sj_robust.ops.dlif import cpp
 
 PEERS = ("snntorch", "norse")
+GPU_PACKAGES = ("triton", "cupy-cuda12x", "cupy-cuda13x")
 
 
 def main(arguments: list[str]) -> None:
@@ -131,201 +129,179 @@ def main(arguments: list[str]) -> None:
     if options.redraw is not None:
         redraw(Path(options.redraw))
         return
-    if options.device == "cuda":
-        if not torch.cuda.is_available():
-            raise SystemExit(
-                "error: torch finds no CUDA GPU, so nothing is measured; python -m "
-                "sj_robust.doctor says more"
-            )
-        with tempfile.TemporaryDirectory() as folder:
-            first_hour(options, Path(options.output or folder), arguments)
-        return
-    benchmark = BENCHMARKS[options.what]
-    unknown = sorted(set(options.methods or []) - set(benchmark.methods))
-    if unknown:
-        raise WrongUse(
-            f"{options.what} has no method {unknown[0]}; it has {', '.join(benchmark.methods)}"
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(
+            "error: torch finds no CUDA GPU, so nothing is measured; python -m "
+            "sj_robust.doctor says more"
         )
+    races = races_on_gpu() if options.device == "cuda" else races_on_cpu(options)
+    where = measured_with(options)
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False)
+    for name, value in where.items():
+        console.print(f"{name}: {value}")
+    if options.output is not None:
+        Path(options.output).mkdir(parents=True, exist_ok=True)
+        describe_folder(Path(options.output), "benchmark", arguments)
+    if options.check:
+        check(options, where, arguments, console)
+    subject = "a GPU" if options.device == "cuda" else options.what
+    rows: list[Row] = []
+    with working(f"measuring {subject}", console, total=len(races)) as step:
+        for race in races:
+            results = Results(csv_file(options, where, race.subject), where)
+            hung = [row.method for row in rows if row.reason.startswith(TOO_LONG)]
+            left = [method for method in race.left(results) if method not in hung]
+            found = race.run(
+                left,
+                rounds=options.rounds,
+                threads=options.threads,
+                environ=instruction_set(options),
+            )
+            rows += found
+            results.add(found)
+            show(found, console)
+            save(results, arguments)
+            step()
+    for path in dict.fromkeys(csv_file(options, where, race.subject) for race in races):
+        if path is not None:
+            names = f"{path.name}, {path.stem}.md and {path.stem}.png"
+            console.print(f"{names} are in {options.output}")
+    failed = [row for row in rows if row.reason and not row.reason.startswith(NOT_HERE)]
+    if failed:
+        raise SystemExit(f"error: {len(failed)} rows have no figure, the reasons stand above")
+
+
+def races_on_gpu() -> list[Race]:
+    """All that there is for a GPU."""
+    races = []
+    for name, benchmark in GPU_BENCHMARKS.items():
+        methods = tuple(benchmark.methods)
+        races += [Race(name, benchmark, methods, shape, "cuda") for shape in benchmark.shapes]
+    return races
+
+
+def races_on_cpu(options: Options) -> list[Race]:
+    """One benchmark; methods and shapes that it does not have are refused."""
+    benchmark = BENCHMARKS[options.what]
+    methods = tuple(options.methods or benchmark.methods)
+    for method in methods:
+        if method not in benchmark.methods:
+            there = ", ".join(benchmark.methods)
+            raise WrongUse(f"{options.what} has no method {method}; it has {there}")
+    shapes = options.shapes or benchmark.shapes
     axes = {len(shape) for shape in benchmark.shapes}
-    for shape in options.shapes or ():
+    for shape in shapes:
         if len(shape) not in axes or min(shape) < 1:
             example = json.dumps([benchmark.shapes[-1]])
             raise WrongUse(
                 f"a shape must be sizes >= 1, such as {example} for {options.what}, got "
                 f"{list(shape)}"
             )
-    where = environment() | {"threads": str(options.threads), "processor": processor()}
-    where |= {"instruction_set": options.instruction_set or "best"}
-    where |= {name: version_of(name) or "not installed" for name in PEERS}
-    console = said(where)
-    environ = (
-        {}
-        if options.instruction_set is None
-        else {"SJ_ROBUST_INSTRUCTION_SET": options.instruction_set}
-    )
-    if options.check:
-        with working("running the tests of what is timed", console):
-            refuse_unless_tests_pass(options.what, environ)
-    methods = options.methods or list(benchmark.methods)
-    races = [
-        (allocator, shape)
-        for allocator in options.allocators
-        for shape in options.shapes or benchmark.shapes
-    ]
-    rows: list[Measurement] = []
-    with working(f"measuring {options.what}", console, total=len(races)) as step:
-        for allocator, shape in races:
-            try:
-                found, missing = race(
-                    options.what,
-                    methods,
-                    shape,
-                    rounds=options.rounds,
-                    threads=options.threads,
-                    allocator=allocator,
-                    environ=environ,
-                )
-            except RuntimeError as error:  # of a process of its own, or a method is wrong
-                raise SystemExit(f"error: {error}") from error
-            for method, reason in missing.items():
-                console.print(f"{method} is left out: {reason}")
-            if found:
-                console.print(table(found))
-            rows += found
-            step()
-    if options.output is not None and rows:
-        name = (
-            options.what
-            if options.instruction_set is None
-            else f"{options.what}-{options.instruction_set}"
-        )
-        save(Path(options.output), name, rows, where, arguments)
-        console.print(f"{name}.csv, {name}.md and {name}.png are in {options.output}")
+    races = []
+    for allocator in options.allocators:
+        races += [Race(options.what, benchmark, methods, shape, allocator) for shape in shapes]
+    return races
 
 
-def first_hour(options: Options, folder: Path, arguments: list[str]) -> None:
-    """All that there is for a GPU; a call that was stopped goes on."""
-    where = {
-        name: value for name, value in environment(options.device).items() if name != "threads"
-    }
-    cupy = next(
-        (version for kind in ("cuda12x", "cuda13x") if (version := version_of(f"cupy-{kind}"))),
-        None,
-    )
-    where |= {"triton": version_of("triton") or "not installed", "cupy": cupy or "not installed"}
-    where |= {"kernels": digest_of_kernels()}
-    console = said(where)
-    store = Store(folder / f"gpu-{where['spikingjelly']}.jsonl", where)
-    describe_folder(folder, "benchmark", arguments)
-    tests = Path(__file__).parents[1] / "tests" / "gpu" if options.check else None
-    command = shlex.join(["python", "recipes/benchmark.py", *arguments])
-    test_and_measure(store, PLAN, tests, options.device, options.rounds, command, console.print)
-    if options.output is not None:
-        console.print(f"{store.path.name}, and its .md and .png, are in {folder}")
+def measured_with(options: Options) -> dict[str, str]:
+    """Machine, versions and code, which stand beside every row."""
+    where = environment(options.device) | {"threads": str(options.threads)}
+    where |= {"rounds": str(options.rounds)}
+    where |= {"processor": processor(), "instruction_set": options.instruction_set or "best"}
+    for package in GPU_PACKAGES if options.device == "cuda" else PEERS:
+        where[package] = version_of(package) or "not installed"
+    digest = hashlib.sha256()
+    folder = Path(sj_robust.__file__).parent
+    for path in sorted(folder.rglob("*")):
+        if path.suffix in (".py", ".cpp", ".h", ".cu"):
+            digest.update(path.read_bytes())
+    return where | {"code": digest.hexdigest()[:12]}
 
 
-def said(where: dict[str, str]) -> Console:
-    """The console, on which it is said where everything is measured."""
-    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False, markup=False)
-    for name, value in where.items():
-        console.print(f"{name}: {value}")
-    return console
+def instruction_set(options: Options) -> dict[str, str]:
+    """The environment variable that names it."""
+    chosen = options.instruction_set
+    return {} if chosen is None else {cpp.INSTRUCTION_SET_VARIABLE: chosen}
 
 
-def digest_of_kernels() -> str:
-    """Changes with any text of ``sj_robust.ops``, so that no row of other kernels stays in a
-    table.
-    """
-    folder = Path(ops.__file__).parent
-    paths = sorted(path for path in folder.rglob("*") if path.suffix in (".py", ".cu"))
-    return hashlib.sha256(b"".join(path.read_bytes() for path in paths)).hexdigest()[:12]
+def csv_file(options: Options, where: dict[str, str], subject: str) -> Path | None:
+    """Where the rows of a benchmark are kept, if anywhere."""
+    if options.output is None:
+        return None
+    added = where["spikingjelly"] if options.device == "cuda" else options.instruction_set
+    name = subject if added is None else f"{subject}-{added}"
+    return Path(options.output) / f"{name}.csv"
 
 
-def refuse_unless_tests_pass(what: str, environ: dict[str, str]) -> None:
-    """A wrong kernel has no speed: run its tests, with the instruction set that will be timed."""
+def check(options: Options, where: dict[str, str], arguments: list[str], console: Console) -> None:
+    """Run the tests of what is timed; on a GPU they are rows, and what fails stops nothing else."""
     tests = Path(__file__).parents[1] / "tests"
-    files = ["ops/test_dlif.py", "ops/test_cpp.py"]
-    if what not in ("neuron", "instruction_sets", "scaling"):
-        files += ["ops/test_bn_dlif.py", "neuron/test_fusion.py"]
-    files += {
-        "training_step": ["training/test_training_step.py"],
-        "verify": ["stability/test_verification.py"],
-    }.get(what, [])
-    options = ["-q", "--no-header", "-p", "no:cacheprovider"]
-    command = [sys.executable, "-m", "pytest", *options, *(str(tests / name) for name in files)]
-    result = subprocess.run(
-        command, capture_output=True, text=True, check=False, env=os.environ | environ
-    )
-    if result.returncode != 0:
-        tail = f"{result.stdout[-2000:]}{result.stderr[-500:]}"
-        raise SystemExit(f"the tests of what is timed fail, so nothing is timed:\n{tail}")
+    if options.device == "cuda":
+        results = Results(csv_file(options, where, TESTS), where)
+        run_gpu_tests(tests / "gpu", results, console.print)
+        save(results, arguments)
+        return
+    with working("running the tests of what is timed", console):
+        refuse_unless_tests_pass(tests, options.what, instruction_set(options))
 
 
-def table(rows: list[Measurement]) -> Table:
+def show(rows: list[Row], console: Console) -> None:
     """One race on the terminal."""
-    result = Table(title=caption(rows))
-    for name in columns(rows):
-        result.add_column(name, justify="left" if name == "method" else "right")
     for row in rows:
-        result.add_row(*cells(row, rows))
-    return result
+        if row.reason:
+            console.print(f"{row.method} is left out: {row.reason}")
+    timed = [row for row in rows if not row.reason]
+    if not timed:
+        return
+    heads, lines = table(timed)
+    result = Table(title=caption(timed))
+    for name in heads:
+        result.add_column(name, justify="left" if name == "method" else "right")
+    for line in lines:
+        result.add_row(*line)
+    console.print(result)
 
 
-def save(
-    folder: Path, what: str, rows: list[Measurement], where: dict[str, str], arguments: list[str]
-) -> None:
-    """CSV with everything, a table in Markdown and a chart."""
-    folder.mkdir(parents=True, exist_ok=True)
-    describe_folder(folder, "benchmark", arguments)
-    with (folder / f"{what}.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, [*(f.name for f in fields(Measurement)), *where])
-        writer.writeheader()
-        writer.writerows(asdict(row) | where for row in rows)
-    lines = [
-        f"`{shlex.join(['python', 'recipes/benchmark.py', *arguments])}`: processor "
-        f"{where['processor']}, {where['threads']} threads, torch {where['torch']}, SpikingJelly "
-        f"{where['spikingjelly']}, commit {where['commit'][:12]}.",
-        "",
-    ]
-    lines += markdown(rows)
-    (folder / f"{what}.md").write_text("\n".join(lines), encoding="utf-8")
-    draw(rows, folder / f"{what}.png")
+def save(results: Results, arguments: list[str]) -> None:
+    """A table in Markdown and a chart beside the rows."""
+    if results.path is None:
+        return
+    where = results.where
+    machine = f"processor {where['processor']}, {where['threads']} threads"
+    if where["device"].startswith("cuda"):
+        packages = ", ".join(f"{name} {where[name]}" for name in GPU_PACKAGES)
+        machine = f"{where['device']}, {packages}"
+    command = shlex.join(["python", "recipes/benchmark.py", *arguments])
+    head = (
+        f"`{command}`: {machine}, torch {where['torch']}, SpikingJelly {where['spikingjelly']}, "
+        f"commit {where['commit'][:12]}."
+    )
+    lines = [head, "", *markdown(results.rows)]
+    results.path.with_suffix(".md").write_text("\n".join(lines), encoding="utf-8")
+    draw(results.rows, results.path.with_suffix(".png"))
 
 
-def draw(rows: list[Measurement], path: Path) -> None:
-    """The chart."""
-    from lab.benchmarking.drawing import plot_benchmark  # imports matplotlib
+def draw(rows: list[Row], path: Path) -> None:
+    """The chart of what has a figure."""
+    from lab.benchmarking.chart import plot_benchmark  # imports matplotlib
 
-    plot_benchmark(rows, path)
+    timed = [row for row in rows if not math.isnan(row.median)]
+    if timed:
+        plot_benchmark(timed, path)
 
 
 def redraw(folder: Path) -> None:
     """Charts again, from the CSV files alone."""
-    of_gpus = redraw_gpus(folder, PLAN, print)
-    if not (paths := sorted(folder.glob("*.csv"))) and not of_gpus:
+    paths = [path for path in sorted(folder.glob("*.csv")) if not path.match("*.earlier.csv")]
+    if not paths:
         raise FileNotFoundError(
             f"{folder} holds no *.csv; --redraw takes the folder that an earlier call wrote to"
         )
-    kinds = {field.name: field.type for field in fields(Measurement)}
     for path in paths:
-        with path.open(newline="", encoding="utf-8") as file:
-            texts = list(csv.DictReader(file))
-        if not texts or not kinds.keys() <= texts[0].keys():
-            raise ValueError(f"{path} holds no measurements of this recipe; move it elsewhere")
-        rows = []
-        for text in texts:
-            values: dict[str, Any] = {
-                name: text[name] if kind is str else float(text[name])
-                for name, kind in kinds.items()
-            }
-            rows.append(Measurement(**values))
+        _, rows = load(path)
         draw(rows, path.with_suffix(".png"))
         print(f"{path} drawn as {path.stem}.png")
 
 
 if __name__ == "__main__":
-    run_recipe(
-        main,
-        stopped="which on a CPU is nothing before all is measured; the same command goes on on a "
-        "GPU",
-    )
+    run_recipe(main, stopped="and the same command goes on")

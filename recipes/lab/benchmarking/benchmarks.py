@@ -2,14 +2,35 @@
 to.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 
-from lab.benchmarking.layers import BATCH_NORM_LAYERS, INSTRUCTION_SETS, LAYERS, STAGES
-from lab.benchmarking.networks import network_tasks
-from lab.benchmarking.proving import PROVING
-from lab.benchmarking.steps import STEP_PEERS, TRAINING_STEPS, adversarial_steps
-from lab.benchmarking.task import Task
+import torch
+
+from lab.benchmarking.layers import (
+    Layer,
+    dlif,
+    dlif_on,
+    lif_node,
+    lif_node_for_gpu,
+    norse_cell,
+    parametric_lif_node,
+    relu,
+    snntorch_leaky,
+    textbook_loop,
+)
+from lab.benchmarking.networks import (
+    FUSED,
+    FUSED_ON_GPU,
+    LIF_ON_GPU,
+    NOTHING,
+    PRECISIONS,
+    NetworkTask,
+    Precision,
+)
+from lab.benchmarking.steps import ProvingTask, adversarial_steps, mode_steps
+from lab.benchmarking.task import Shape, Task
 from sj_robust.ops.dlif import cpp
 
 
@@ -18,74 +39,135 @@ class Benchmark:
     """Methods that do the same work.
 
     Attributes:
-        methods: Makes the task of a method from the shape; raises ImportError or RuntimeError where
-            it cannot run.
+        methods: Makes the task of a method from the shape; raises ImportError where something is
+            not installed.
         peer: Method that ratios refer to; where each method has one of its own, what those are
-            called together.
-        shapes: Shapes of the documentation, [T, N, C, H, W].
-        is_layer: Whether the bandwidth of the memory bounds it.
-        has_one_graph: Whether the forward pass builds one graph, so that what it saves can be
-            weighed; an attack builds others.
-        peers: Methods that ratios refer to, by method, where they differ.
+            called behind its name.
+        shapes: Shapes of the documentation, [T, N, C, H, W] of currents or images.
+        passes: Times that the tensor of that shape moves in a forward and a backward pass, if the
+            memory bounds it; otherwise 0.
+        element_bytes: Size of an element of that tensor.
         variables: Environment variables of a method's process.
     """
 
-    methods: Mapping[str, Callable[[Sequence[int]], Task]]
+    methods: Mapping[str, Callable[[Shape], Task]]
     peer: str
     shapes: tuple[tuple[int, ...], ...]
-    is_layer: bool = False
-    has_one_graph: bool = True
-    peers: Mapping[str, str] = field(default_factory=dict)
+    passes: int = 0
+    element_bytes: int = 4
     variables: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def peer_of(self, method: str) -> str:
-        """Method that the ratios of ``method`` refer to; a peer of several is its own."""
-        return self.peers.get(method, method if self.peers else self.peer)
+        """Method that the ratios of ``method`` refer to; one without a peer is its own."""
+        own = f"{method}, {self.peer}"
+        if own in self.methods:
+            return own
+        return self.peer if self.peer in self.methods else method
 
 
-_LARGE = ((8, 64, 64, 32, 32), (8, 128, 256, 8, 8), (4, 64, 128, 8, 8))
-_IMAGES = ((8, 16, 3, 32, 32),)
+_CPP = partial(dlif, backend="cpp")
+_EAGER = partial(dlif, backend="eager")
+_LIF = "SpikingJelly LIFNode"
+
+_NEURON = {
+    "DLIF cpp": Layer(_CPP),
+    "DLIF eager": Layer(_EAGER),
+    "textbook loop": Layer(textbook_loop),
+    _LIF: Layer(lif_node),
+    "SpikingJelly ParametricLIFNode": Layer(parametric_lif_node),
+    "snnTorch Leaky": Layer(snntorch_leaky, check="spikes"),  # these reset a step later
+    "Norse LIFBoxCell": Layer(norse_cell, check="spikes"),
+}
+_BATCH_NORM = {
+    "batch norm + DLIF, one pass": Layer(_CPP, norm=True, one_pass=True),
+    "batch norm, DLIF cpp": Layer(_CPP, norm=True),
+    "batch norm, ReLU": Layer(relu, norm=True, check="nothing"),
+    "batch norm, LIFNode": Layer(lif_node, norm=True),
+    "batch norm, textbook loop": Layer(textbook_loop, norm=True),
+}
+
+
+_FUSED_STAGE = Layer(_CPP, norm=True, pools=True, one_pass=True)
+_RELU_STAGE = Layer(relu, norm=True, pools=True, check="nothing")
+
+
+def _ways_to_store(name: str, layer: Layer) -> dict[str, Layer]:
+    """A stage by how its currents are stored, float32 and channels first if nothing is said."""
+    half = replace(layer, dtype=torch.bfloat16)
+    return {
+        name: layer,
+        f"{name}, channels last": replace(layer, channels_last=True),
+        f"{name}, bf16": half,
+        f"{name}, bf16, channels last": replace(half, channels_last=True),
+    }
+
+
+_STAGE = {
+    **_ways_to_store("batch norm + DLIF + pooling, one pass", _FUSED_STAGE),
+    **_ways_to_store("batch norm, ReLU, pooling", _RELU_STAGE),
+    "batch norm, LIFNode, pooling": Layer(lif_node, norm=True, pools=True),
+    "batch norm, textbook loop, pooling": Layer(textbook_loop, norm=True, pools=True),
+}
+_SETS = {
+    name: Layer(partial(dlif_on, instruction_set=name)) for name in reversed(cpp.INSTRUCTION_SETS)
+}
+_PROVING = {
+    "verify": partial(ProvingTask, True),
+    "PGD-20": partial(ProvingTask, False),
+}
+
+
+def _network(architecture: str) -> Benchmark:
+    """Training steps on clean images, some of them also in bfloat16."""
+    make = partial(NetworkTask, architecture)
+    methods = {}
+    for name in ("ReLU", FUSED, "DLIF cpp", "DLIF eager", _LIF, "textbook loop", NOTHING):
+        methods[name] = partial(make, name, Precision())
+    for name in (FUSED, "ReLU", NOTHING):
+        for added, precision in PRECISIONS.items():
+            methods[name + added] = partial(make, name, precision)
+    return Benchmark(methods, peer="ReLU", shapes=(_IMAGES,))
+
+
+def _adversarial(architecture: str, shape: tuple[int, ...]) -> Benchmark:
+    return Benchmark(adversarial_steps(architecture), peer="published loop", shapes=(shape,))
+
+
+_LARGE = (
+    (8, 64, 64, 32, 32),
+    (8, 128, 256, 8, 8),
+    (4, 64, 128, 8, 8),
+)
+_IMAGES = (8, 16, 3, 32, 32)
+_SCALES = (
+    *((T, 32, 8192) for T in (1, 2, 4, 8, 16, 32, 64)),
+    *((8, N, 8192) for N in (8, 16, 64, 128)),
+)
 
 BENCHMARKS: dict[str, Benchmark] = {
-    "neuron": Benchmark(LAYERS, "SpikingJelly LIFNode", _LARGE, is_layer=True),
-    "batch_norm": Benchmark(BATCH_NORM_LAYERS, "batch norm, LIFNode", _LARGE, is_layer=True),
-    "stage": Benchmark(STAGES, "batch norm, LIFNode, pooling", _LARGE, is_layer=True),
+    "neuron": Benchmark(_NEURON, peer=_LIF, shapes=_LARGE, passes=5),
+    "batch_norm": Benchmark(_BATCH_NORM, peer="batch norm, LIFNode", shapes=_LARGE, passes=5),
+    "stage": Benchmark(_STAGE, peer="batch norm, LIFNode, pooling", shapes=_LARGE, passes=5),
     "instruction_sets": Benchmark(
-        INSTRUCTION_SETS,
-        "avx512",
-        _LARGE,
-        is_layer=True,
-        variables={name: {cpp.INSTRUCTION_SET_VARIABLE: name} for name in INSTRUCTION_SETS},
+        _SETS,
+        peer="avx512",
+        shapes=_LARGE,
+        passes=5,
+        variables={name: {cpp.INSTRUCTION_SET_VARIABLE: name} for name in _SETS},
     ),
     "scaling": Benchmark(
-        {name: LAYERS[name] for name in ("DLIF cpp", "DLIF eager")},
-        "DLIF eager",
-        (
-            *((T, 32, 8192) for T in (1, 2, 4, 8, 16, 32, 64)),
-            *((8, N, 8192) for N in (8, 16, 64, 128)),
-        ),
-        is_layer=True,
+        {name: _NEURON[name] for name in ("DLIF cpp", "DLIF eager")},
+        peer="DLIF eager",
+        shapes=_SCALES,
+        passes=5,
     ),
-    "conv4": Benchmark(network_tasks("conv4"), "ReLU", _IMAGES),
-    "vgg5": Benchmark(network_tasks("vgg5"), "ReLU", _IMAGES),
-    **{
-        f"{name}_adversarial": Benchmark(
-            adversarial_steps(name), "published loop", shapes, has_one_graph=False
-        )
-        for name, shapes in (
-            ("conv4", _IMAGES),
-            ("vgg5", _IMAGES),
-            ("small", ((4, 64, 3, 32, 32),)),
-        )
-    },
-    "training_step": Benchmark(
-        TRAINING_STEPS,
-        "textbook loop",
-        ((4, 64, 1, 28, 28),),
-        has_one_graph=False,
-        peers=STEP_PEERS,
-    ),
-    "verify": Benchmark(PROVING, "PGD-20", ((4, 1000, 1, 8, 8),), has_one_graph=False),
+    "conv4": _network("conv4"),
+    "vgg5": _network("vgg5"),
+    "conv4_adversarial": _adversarial("conv4", _IMAGES),
+    "vgg5_adversarial": _adversarial("vgg5", _IMAGES),
+    "small_adversarial": _adversarial("small", (4, 64, 3, 32, 32)),
+    "training_step": Benchmark(mode_steps(), peer="textbook loop", shapes=((4, 64, 1, 28, 28),)),
+    "verify": Benchmark(_PROVING, peer="PGD-20", shapes=((4, 1000, 1, 8, 8),)),
 }
 """``neuron``, ``batch_norm`` and ``stage`` are single layers, ``instruction_sets`` and ``scaling``
 are the neuron on each of them and over T and N; ``conv4`` (four stages) and ``vgg5`` are training
@@ -94,3 +176,90 @@ steps of networks on clean images, ``..._adversarial`` steps of adversarial trai
 with SpikingJelly's LIFNode, but for ``certified``, which has none; ``verify`` is a proof of every
 image beside PGD on them.
 """
+
+_TRITON = partial(dlif, backend="triton")
+_GPU_LAYERS = {
+    "DLIF cupy": Layer(partial(dlif, backend="cupy")),
+    "DLIF triton": Layer(_TRITON),
+    "DLIF eager": Layer(_EAGER),
+    "textbook loop": Layer(textbook_loop),
+    LIF_ON_GPU: Layer(lif_node_for_gpu),
+    _LIF: Layer(lif_node),
+}
+_GPU_BATCH_NORM = {
+    "batch norm + DLIF, one pass": Layer(_TRITON, norm=True, one_pass=True),
+    "batch norm, DLIF auto": Layer(partial(dlif, backend="auto"), norm=True),
+    "batch norm, ReLU": Layer(relu, norm=True, check="nothing"),
+    f"batch norm, {LIF_ON_GPU}": Layer(lif_node_for_gpu, norm=True),
+    f"batch norm, {_LIF}": Layer(lif_node, norm=True),
+    "batch norm, textbook loop": Layer(textbook_loop, norm=True),
+}
+_GPU_NEURONS = (FUSED_ON_GPU, "DLIF auto", "ReLU", LIF_ON_GPU, _LIF, "DLIF eager", "textbook loop")
+_GPU_SHAPES = (
+    (8, 64, 128, 32, 32),  # 67 M currents, 0.27 GB in float32
+    (4, 64, 128, 8, 8),  # 2 M: the time to launch shows
+    (32, 32, 64, 32, 32),
+)
+_IN_TRITON = {"SJ_LIF_CUDA_IMPLEMENTATION": "triton"}  # which SpikingJelly 2.x reads
+
+
+def _gpu_layer(dtype: torch.dtype) -> Benchmark:
+    """A layer reads the currents and writes the spikes, and back it reads both and writes a
+    gradient: 5 passes.
+    """
+    return Benchmark(
+        methods={name: _stored(layer, dtype) for name, layer in _GPU_LAYERS.items()},
+        peer=LIF_ON_GPU,
+        shapes=_GPU_SHAPES,
+        passes=5,
+        element_bytes=dtype.itemsize,
+        variables={LIF_ON_GPU: _IN_TRITON},
+    )
+
+
+def _gpu_batch_norm(dtype: torch.dtype) -> Benchmark:
+    """Batch norm reads its input once more for the statistics, and input and gradient once more on
+    the way back: 8 passes.
+    """
+    peer = f"batch norm, {LIF_ON_GPU}"
+    return Benchmark(
+        methods={name: _stored(layer, dtype) for name, layer in _GPU_BATCH_NORM.items()},
+        peer=peer,
+        shapes=_GPU_SHAPES,
+        passes=8,
+        element_bytes=dtype.itemsize,
+        variables={peer: _IN_TRITON},
+    )
+
+
+def _stored(layer: Layer, dtype: torch.dtype) -> Layer:
+    """SpikingJelly's neurons round their potential to half precision, so their spikes are others
+    there.
+    """
+    if dtype != torch.float32 and layer.node in (lif_node, lif_node_for_gpu):
+        return replace(layer, dtype=dtype, check="spikes")
+    return replace(layer, dtype=dtype)
+
+
+def _gpu_network(added: str) -> Benchmark:
+    make = partial(NetworkTask, "vgg11", precision=PRECISIONS[added])
+    return Benchmark(
+        methods={neuron: partial(make, neuron) for neuron in _GPU_NEURONS},
+        peer=LIF_ON_GPU,
+        shapes=((4, 64, 3, 32, 32),),
+        variables={LIF_ON_GPU: _IN_TRITON},
+    )
+
+
+GPU_BENCHMARKS: dict[str, Benchmark] = {
+    "gpu_layer": _gpu_layer(torch.float32),
+    "gpu_layer_fp16": _gpu_layer(torch.float16),
+    "gpu_layer_bf16": _gpu_layer(torch.bfloat16),
+    "gpu_batch_norm": _gpu_batch_norm(torch.float32),
+    "gpu_batch_norm_fp16": _gpu_batch_norm(torch.float16),
+    "gpu_batch_norm_bf16": _gpu_batch_norm(torch.bfloat16),
+    "gpu_vgg11": _gpu_network(""),
+    "gpu_vgg11_bf16": _gpu_network(", bf16"),
+    "gpu_vgg11_bf16_channels_last": _gpu_network(", bf16, channels last"),
+}
+"""What is measured on a GPU, in this order: a layer, a batch norm with a layer, a training step."""

@@ -5,16 +5,21 @@ favours one.
 import json
 import math
 import os
+import select
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lab import paths_for_children
-from lab.benchmarking.benchmarks import BENCHMARKS
-from lab.benchmarking.task import times_of
+from lab.benchmarking.benchmarks import Benchmark
+from lab.benchmarking.results import Results, Row
+from lab.benchmarking.worker import COPIED_BYTES, COPY
 
 ALLOCATORS: Mapping[str, Mapping[str, str]] = {
     "malloc": {},
@@ -23,158 +28,173 @@ ALLOCATORS: Mapping[str, Mapping[str, str]] = {
         "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
         "MALLOC_TOP_PAD_": str(1 << 28),
     },
+    "cuda": {},
 }
 """Environment of glibc's allocator: ``malloc`` maps every large tensor afresh, ``reuse`` keeps the
-heap.
+heap; ``cuda`` is torch's on a GPU.
 """
+LIMIT = 600.0
+"""Seconds that a method may take to be checked and weighed, or for its turn."""
+TOO_LONG = "took longer than "
+WORKER = (sys.executable, "-P", "-m", "lab.benchmarking.worker")
+"""Starts the process of a method."""
 
 
 @dataclass(frozen=True)
-class Measurement:
-    """One method at one shape. Times in milliseconds, memory in megabytes.
-
-    Attributes:
-        subject: Name in :data:`BENCHMARKS`.
-        allocator: Name in :data:`ALLOCATORS`.
-        shape: Shape of the input, as text.
-        median: Of forward plus backward, as quartiles and best are.
-        forward: Median of the forward pass alone, as that of the backward pass.
-        saved_mb: What the graph keeps beyond inputs and parameters; NaN where there are several.
-        peak_mb: Growth of the resident set at its highest; NaN where the heap is reused, which
-            hides it.
-        tensor_mb: The input of a layer, the frames of a network.
-        copy: Milliseconds of the fastest copy of that tensor in the same race; NaN for networks.
+class Race:
+    """Methods of a benchmark, by the names of both, at one shape [T, N, *] and with one
+    allocator.
     """
 
     subject: str
+    benchmark: Benchmark
+    methods: tuple[str, ...]
+    shape: tuple[int, ...]
     allocator: str
-    shape: str
-    method: str
-    median: float
-    quartile1: float
-    quartile3: float
-    best: float
-    forward: float
-    backward: float
-    saved_mb: float
-    peak_mb: float
-    tensor_mb: float
-    copy: float
 
-    @property
-    def floor(self) -> float:
-        """Milliseconds that moving a layer's tensors takes: 2 passes forward and 3 backward, a copy
-        being 2.
+    def row(self, method: str) -> Row:
+        """The row of a method, without figures."""
+        return Row(self.subject, self.allocator, "x".join(map(str, self.shape)), method)
+
+    def left(self, results: Results) -> list[str]:
+        """Methods that are not measured yet."""
+        return [method for method in self.methods if not results.has(self.row(method))]
+
+    def run(
+        self,
+        methods: Sequence[str],
+        *,
+        rounds: int,
+        threads: int,
+        environ: Mapping[str, str],
+    ) -> list[Row]:
+        """Time these methods in ``rounds`` turns, of which a spread needs two.
+
+        One that is missing, wrong, out of memory, dead or silent for too long is a row with the
+        reason, and the others go on.
         """
-        return 2.5 * self.copy
+        device = "cuda" if self.allocator == "cuda" else "cpu"
+        shape = json.dumps(self.shape)
+        is_layer = self.benchmark.passes > 0
+        racers: list[Racer] = []
+        try:
+            for method in [*methods, COPY] if is_layer else methods:
+                command = [*WORKER, self.subject, method, shape, str(threads), device]
+                racer = Racer(method, command, self._variables(method, environ))
+                racers.append(racer)
+                racer.weigh()
+            for number in range(rounds):
+                first = number % len(racers)  # another one begins each round
+                for racer in racers[first:] + racers[:first]:
+                    racer.take_turn()
+        finally:
+            for racer in racers:
+                racer.end()
+        copies = [racer.best for racer in racers if racer.method == COPY]
+        tensor_bytes = self.benchmark.element_bytes * math.prod(self.shape)
+        figures = {
+            "tensor_mb": tensor_bytes / 1e6,
+            "copy": min(copies, default=math.nan) * tensor_bytes / COPIED_BYTES,
+        }
+        if self.allocator == "reuse":
+            figures["peak_mb"] = math.nan  # a heap that is kept hides its growth
+        return [
+            replace(self.row(racer.method), **racer.figures() | figures)
+            for racer in racers
+            if racer.method != COPY
+        ]
+
+    def _variables(self, method: str, environ: Mapping[str, str]) -> dict[str, str]:
+        """The environment of a method's process."""
+        variables = {**os.environ, **paths_for_children(), **environ}
+        for name in ALLOCATORS["reuse"]:
+            variables.pop(name, None)
+        variables.update(ALLOCATORS[self.allocator])
+        variables.update(self.benchmark.variables.get(method, {}))
+        return variables
+
+
+class Racer:
+    """A method and its process, which ends with the first thing that goes wrong."""
+
+    def __init__(self, method: str, command: Sequence[str], variables: Mapping[str, str]) -> None:
+        """Start the process."""
+        self.method, self.reason = method, ""
+        self._weight: dict[str, float] = {}
+        self._passes: list[dict[str, float]] = []
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # :meth:`end` closes it
+        self._process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env=dict(variables),
+            process_group=0,  # Ctrl-C reaches this process alone, which ends the others
+        )
+
+    def weigh(self) -> None:
+        """Wait until the method is checked and weighed."""
+        self._weight = self._answer()
+
+    def take_turn(self) -> None:
+        """Time one pass."""
+        if self.reason:
+            return
+        time.sleep(0.05)  # threads of the pass before wait by spinning, for milliseconds
+        with suppress(BrokenPipeError):  # it died, which the answer tells
+            print(file=self._process.stdin, flush=True)
+        found = self._answer()
+        if not self.reason:
+            self._passes.append(found)
+
+    def end(self) -> None:
+        """Stop the process."""
+        self._process.kill()
+        self._process.communicate()
+        self._errors.close()
 
     @property
-    def images_per_second(self) -> float:
-        """Images, or rows of a layer's input, in a second of median passes."""
-        return 1e3 * int(self.shape.split("x")[1]) / self.median
+    def best(self) -> float:
+        """Milliseconds of the fastest pass."""
+        return min(map(_total, self._passes), default=math.nan)
+
+    def figures(self) -> dict[str, Any]:
+        """Fields of the row: the reason, or times and memory."""
+        if self.reason:
+            return {"reason": self.reason}
+        quartiles = statistics.quantiles(map(_total, self._passes), method="inclusive")
+        return self._weight | {
+            "median": quartiles[1],
+            "quartile1": quartiles[0],
+            "quartile3": quartiles[2],
+            "best": self.best,
+            "forward": statistics.median(each["forward"] for each in self._passes),
+            "backward": statistics.median(each["backward"] for each in self._passes),
+        }
+
+    def _answer(self) -> dict[str, float]:
+        assert self._process.stdout is not None  # a pipe
+        ready, _, _ = select.select([self._process.stdout], [], [], LIMIT)
+        if not ready:
+            self.reason = f"{TOO_LONG}{LIMIT:g} s"
+            return {}
+        line = self._process.stdout.readline()
+        if not line:
+            self._errors.seek(0)
+            last = last_line(self._errors.read())
+            self.reason = f"the process ended with code {self._process.wait()}: {last}"
+            return {}
+        found: dict[str, Any] = json.loads(line)
+        self.reason = found.pop("reason", "")
+        return found
 
 
-def race(
-    subject: str,
-    methods: Sequence[str],
-    shape: tuple[int, ...],
-    *,
-    rounds: int,
-    threads: int,
-    allocator: str = "malloc",
-    environ: Mapping[str, str] | None = None,
-) -> tuple[list[Measurement], dict[str, str]]:
-    """Time every method at one shape [T, N, *] in ``rounds`` turns, of which a spread needs two.
-
-    Returns:
-        Measurements in the order of ``methods``, and the methods that are not installed with the
-        reason.
-
-    Raises:
-        RuntimeError: If a process dies, or a method is wrong: it is never timed.
-    """
-    benchmark = BENCHMARKS[subject]
-    inherited = {
-        name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")
-    }
-    variables = {**inherited, **paths_for_children(), **ALLOCATORS[allocator], **(environ or {})}
-    workers: dict[str, subprocess.Popen[str]] = {}
-    facts: dict[str, Any] = {}
-    missing: dict[str, str] = {}
-    try:
-        for method in (*methods, *(["copy"] if benchmark.is_layer else [])):
-            arguments = [subject, method, json.dumps(shape), str(threads)]
-            workers[method] = _started(
-                arguments, {**variables, **benchmark.variables.get(method, {})}
-            )
-            facts[method] = _answer(workers[method], method)
-            if "wrong" in facts[method]:
-                raise RuntimeError(facts[method]["wrong"])
-            if "missing" in facts[method]:
-                missing[method] = facts[method]["missing"]
-                workers.pop(method).communicate()
-        times = _taken_in_turns(workers, rounds)
-    finally:
-        for worker in workers.values():
-            worker.communicate()
-    copy = min((forward for forward, _ in times.pop("copy", ())), default=math.nan)
-    text = "x".join(map(str, shape))
-    hidden = {} if allocator == "malloc" else {"peak_mb": math.nan}
-    measurements = [
-        Measurement(
-            subject,
-            allocator,
-            text,
-            method,
-            copy=copy,
-            **times_of(passes),
-            **facts[method] | hidden,
-        )
-        for method, passes in times.items()
-    ]
-    return measurements, missing
+def _total(found: Mapping[str, float]) -> float:
+    return found["forward"] + found["backward"]
 
 
-def _started(arguments: Sequence[str], variables: Mapping[str, str]) -> "subprocess.Popen[str]":
-    """A process that weighs one method and then waits for its turns; Ctrl-C reaches this one alone,
-    which ends it.
-    """
-    command = [sys.executable, "-P", "-m", "lab.benchmarking.worker", *arguments]
-    return subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-        env=dict(variables),
-        process_group=0,
-    )
-
-
-def _taken_in_turns(
-    workers: "Mapping[str, subprocess.Popen[str]]", rounds: int
-) -> dict[str, list[tuple[float, float]]]:
-    """Milliseconds of the forward and the backward pass of every round, by method; another one
-    begins each round.
-    """
-    times: dict[str, list[tuple[float, float]]] = {method: [] for method in workers}
-    turns = list(workers.items())
-    for number in range(rounds if turns else 0):
-        first = number % len(turns)
-        for method, worker in turns[first:] + turns[:first]:
-            time.sleep(0.05)  # threads of the pass before wait by spinning, for milliseconds
-            assert worker.stdin is not None  # a pipe
-            worker.stdin.write("pass\n")
-            worker.stdin.flush()
-            times[method].append(_answer(worker, method))
-    return times
-
-
-def _answer(worker: "subprocess.Popen[str]", method: str) -> Any:
-    assert worker.stdout is not None  # a pipe
-    line = worker.stdout.readline()
-    if not line:
-        raise RuntimeError(
-            f"the process of {method!r} ended with code {worker.wait()}; its own message stands "
-            "above"
-        )
-    return json.loads(line)
+def last_line(text: str) -> str:
+    """The last thing that a process said."""
+    lines = text.strip().splitlines() or ["it said nothing"]
+    return lines[-1][:300]

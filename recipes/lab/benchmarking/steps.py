@@ -1,16 +1,18 @@
-"""The training step of every mode, and the published loop on SpikingJelly's own neuron where there
-is one.
+"""The training step of every mode, the floor of an adversarial step, and proofs of images beside an
+attack.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Unpack
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from lab.benchmarking.layers import lif_node
 from lab.benchmarking.networks import (
+    EXACT,
     FUSED,
     PRECISIONS,
     Precision,
@@ -18,170 +20,120 @@ from lab.benchmarking.networks import (
     check_same_steps,
     convolutional_network,
 )
-from lab.benchmarking.paper_loops import Draw, PaperLoop, published_retraction
-from sj_robust.attacks import SampleSeeds
+from lab.benchmarking.published import TRADES_WEIGHT, Build, PublishedTask, Step
+from lab.benchmarking.task import Shape, Task
+from sj_robust.attacks import SampleSeeds, pgd
 from sj_robust.classifier import SpikingClassifier
-from sj_robust.models import SmallConvNet
+from sj_robust.models import NetworkSpec, SmallConvNet, build_classifier
 from sj_robust.neuron import DLIFNode
 from sj_robust.randomness import draw_seed, private_generator, rand, randn
+from sj_robust.stability import verify
 
 if TYPE_CHECKING:
     from sj_robust.training.modes import ModeName
 
-_TRADES_WEIGHT = 6.0
-
-Build = Callable[[Sequence[int]], nn.Module]
-"""Makes a network for images of shape [T, N, C, H, W]."""
-Steps = dict[str, Callable[[Sequence[int]], TrainingTask]]
-"""Makes the task of a step from that shape, by its name."""
+Methods = dict[str, Callable[[Shape], Task]]
 
 
 class ModeTask(TrainingTask):
     """One step of this package: perturbed images, both passes, loss, optimizer, retraction.
 
     It is made of the parts that the training engine calls, on a network of DLIF neurons behind
-    batch norm. ``peer`` makes the network of the published loop that it must equal. ``eps`` is the
-    radius of the attack, and the standard deviation of the noise of ``"gaussian"``; ``noise`` is
-    that of the noise where ``"at"``, ``"rat"`` and ``"trades"`` start.
+    batch norm, and must equal the published loop on the network of ``peer``.
     """
 
     def __init__(
         self,
-        mode: "ModeName",
-        build: Build,
+        step: Step,
         peer: Build,
-        shape: Sequence[int],
-        *,
-        dtype: torch.dtype = torch.float32,
-        eps: float = 8 / 255,
-        noise: float = 0.001,
-        **precision: Unpack[Precision],
+        precision: Precision,
+        shape: Shape,
     ) -> None:
         """Build the network and draw the images."""
         from sj_robust import training  # brings Accelerate and more, which layers do not need
 
-        self._mode, self._build, self._peer = training.MODES[mode], build, peer
-        self._net = build(shape).to(dtype)
+        mode = training.MODES[step.mode]
         super().__init__(
-            self._net, shape, dtype, weight_decay=self._mode.weight_decay, fused=True, **precision
+            step.build(shape),
+            shape,
+            precision,
+            weight_decay=mode.weight_decay,
+            one_pass=True,
         )
-        project = mode not in ("at", "rat")  # as published
-        certified = (
-            self._mode.loss == "certified"
-        )  # with bounds, and without MS-MPPD nothing to attack for
-        self._attack = (
-            None
-            if certified
-            else training.training_attack(mode, eps=eps, noise_std=noise, project=project)
-        )
+        self._step = step
+        self._peer = peer
+        self._mode = mode
+        self._certifies = mode.loss == "certified"
+        self._attack: Any = None
+        if not self._certifies:  # bounds, and without MS-MPPD nothing to attack for
+            self._attack = training.training_attack(
+                step.mode,
+                eps=step.eps,
+                noise_std=step.noise,
+                project=step.mode not in ("at", "rat"),  # as published
+            )
         self._objective = training.Objective(
-            SpikingClassifier(self._net, shape[0]),
-            kappa=self._mode.kappa,
-            rho=self._mode.rho,
-            loss=self._mode.loss,
-            trades_weight=_TRADES_WEIGHT,
-            certified_eps=eps if certified else None,
+            SpikingClassifier(self.net, shape[0]),
+            kappa=mode.kappa,
+            rho=mode.rho,
+            loss=mode.loss,
+            trades_weight=TRADES_WEIGHT,
+            certified_eps=step.eps if self._certifies else None,
         )
         self._retract = training.retract_
-        self._seeds = SampleSeeds(range(shape[1]))
+        self.seeds = SampleSeeds(range(shape[1]))
 
     def forward(self) -> Tensor:
         """Crafts the perturbed images; the loss."""
         x_perturbed = None
-        with self._autocast():
+        with self.autocast():
             if self._attack is not None:
                 x_perturbed = self._attack(
-                    self._objective.classifier, self._x, self._y, generator=self._seeds
+                    self._objective.classifier,
+                    self.x,
+                    self.y,
+                    generator=self.seeds,
                 )
-            total: Tensor = self._objective(self._x, self._y, x_perturbed).total
+            total: Tensor = self._objective(self.x, self.y, x_perturbed).total
         return total
 
     def backward(self, loss: Tensor) -> None:
         """Gradients, a step of the optimizer, the retraction."""
         super().backward(loss)
         if self._mode.retraction > 0:
-            self._retract(self._net, self._mode.retraction, torch.Generator().manual_seed(0))
+            generator = torch.Generator().manual_seed(0)
+            self._retract(self.net, self._mode.retraction, generator)
 
     def check(self) -> None:
         """Compare with the published loop in float64, from the same noise; raises ValueError.
 
-        DLIF's gains do not learn there: LIFNode has none. That of ``certified`` is on no spiking
-        network; its loss is checked by the tests alone.
+        DLIF's gains do not learn there: LIFNode has none. ``certified`` has no published loop on
+        a spiking network; its loss is checked by the tests alone.
         """
-        if self._mode.loss == "certified":
+        if self._certifies:
             return
-        shape, name = (4, 4, 3, 8, 8), self._mode.name
         # so large that spikes flip, without which a step would show little
-        eps, noise = 0.3, 0.1
-        mine = ModeTask(
-            name, self._build, self._peer, shape, dtype=torch.float64, eps=eps, noise=noise
-        )
-        draw = partial(_drawn, name, mine._seeds)
-        wanted = PublishedTask(
-            name, self._peer, shape, dtype=torch.float64, draw=draw, eps=eps, noise=noise
-        )
-        for module in (*mine._net.modules(), *wanted._net.modules()):
+        step = replace(self._step, eps=0.3, noise=0.1)
+        shape = (4, 4, 3, 8, 8)
+        mine = ModeTask(step, self._peer, EXACT, shape)
+        draw = partial(_drawn, step.mode, mine.seeds)
+        peer = replace(step, build=self._peer)
+        wanted = PublishedTask(peer, shape, precision=EXACT, draw=draw)
+        for module in (*mine.net.modules(), *wanted.net.modules()):
             if isinstance(module, DLIFNode):
                 module.input_gain.requires_grad_(False)
-        check_same_steps(f"the step of mode {name}", mine, wanted)
+        check_same_steps(mine, wanted)
 
 
-class PublishedTask(TrainingTask):
-    """The same step as the code of its paper makes it, with a neuron and a batch norm that run one
-    after the other.
-
-    ``draw`` makes the noise; None takes torch's global generator.
+def _drawn(mode: str, seeds: SampleSeeds, x: Tensor) -> Tensor:
+    """The noise that the attack of a mode draws: after a seed for the network's own randomness, if
+    it runs one.
     """
-
-    def __init__(
-        self,
-        mode: "ModeName",
-        build: Build,
-        shape: Sequence[int],
-        *,
-        dtype: torch.dtype = torch.float32,
-        eps: float = 8 / 255,
-        noise: float = 0.001,
-        draw: Draw | None = None,
-    ) -> None:
-        """Build the network and draw the images."""
-        from sj_robust.training import MODES  # as above
-
-        self._mode, self._eps, self._noise = MODES[mode], eps, noise
-        self._net = build(shape).to(dtype)
-        super().__init__(self._net, shape, dtype, weight_decay=self._mode.weight_decay)
-        self._loop = PaperLoop(self._net, shape[0])
-        self._draw: Draw = draw or (torch.rand_like if mode == "pgd_at" else torch.randn_like)
-
-    def forward(self) -> Tensor:
-        """Crafts the perturbed images; the loss."""
-        x, y, loop = self._x, self._y, self._loop
-        eps, steps = self._eps, self._mode.attack_steps
-        weights = {"kappa": self._mode.kappa, "rho": self._mode.rho}
-        match self._mode.name:
-            case "none":
-                return loop.entropy_loss(x, y)
-            case "gaussian":
-                return loop.paper_loss(x, y, x + eps * self._draw(x), **weights)
-            case "at" | "rat":
-                return loop.paper_loss(
-                    x, y, loop.single_step(x, y, eps, self._noise, self._draw), **weights
-                )
-            case "pgd_at":
-                return loop.entropy_loss(loop.pgd(x, y, eps, steps, self._draw), y)
-            case "trades":
-                x_perturbed = loop.trades(x, eps, steps, self._noise, self._draw)
-                return loop.trades_loss(x, y, x_perturbed, weight=_TRADES_WEIGHT)
-            case name:
-                raise ValueError(
-                    f"there is no published loop of mode {name} on SpikingJelly's neuron"
-                )
-
-    def backward(self, loss: Tensor) -> None:
-        """Gradients, a step of the optimizer, the retraction."""
-        super().backward(loss)
-        if self._mode.retraction > 0:
-            published_retraction(self._net, self._mode.retraction)
+    private = private_generator(seeds, x.device)
+    if mode != "gaussian":
+        draw_seed(private)
+    draw = rand if mode == "pgd_at" else randn
+    return draw(x.shape, private, dtype=x.dtype, device=x.device)
 
 
 class FloorTask(TrainingTask):
@@ -193,91 +145,135 @@ class FloorTask(TrainingTask):
     below in the same precision.
     """
 
-    def __init__(self, build: Build, shape: Sequence[int], **precision: Unpack[Precision]) -> None:
+    def __init__(
+        self,
+        build: Build,
+        precision: Precision,
+        shape: Shape,
+    ) -> None:
         """Run the network once to have the inputs."""
-        net = build(shape)
-        super().__init__(net, shape, torch.float32, **precision)
+        super().__init__(build(shape), shape, precision)
         self._calls: list[tuple[nn.Module, Tensor, Tensor]] = []
-
-        def note(module: nn.Module, arguments: tuple[Tensor], output: Tensor) -> None:
-            self._calls.append((module, arguments[0].detach(), torch.randn_like(output)))
-
         hooks = [
-            m.register_forward_hook(note)
-            for m in net.modules()
-            if isinstance(m, nn.Conv2d | nn.Linear)
+            module.register_forward_hook(self._note)
+            for module in self.net.modules()
+            if isinstance(module, nn.Conv2d | nn.Linear)
         ]
-        with torch.no_grad(), self._autocast():
-            SpikingClassifier(net, shape[0])(self._x)
+        with torch.no_grad(), self.autocast():
+            SpikingClassifier(self.net, shape[0])(self.x)
         for hook in hooks:
             hook.remove()
 
+    def _note(self, module: nn.Module, arguments: tuple[Tensor], output: Tensor) -> None:
+        x = arguments[0].detach()
+        grad = torch.randn_like(output)
+        self._calls.append((module, x, grad))
+
     def forward(self) -> Tensor:
         """All of it, both directions; a step has them one after the other as well."""
-        for crafts in (True, False, False):
-            outputs = []
-            with self._autocast():
-                for number, (module, x, grad) in enumerate(self._calls):
-                    x = x.detach().requires_grad_(crafts or number > 0)
-                    wanted = [x, *(() if crafts else module.parameters())]
-                    outputs.append(
-                        (module(x), [tensor for tensor in wanted if tensor.requires_grad], grad)
-                    )
-            for output, wanted, grad in reversed(outputs):
-                torch.autograd.grad(output, wanted, grad)
-        return self._x
+        self._pass(wants_images=True, wants_weights=False)
+        self._pass(wants_images=False, wants_weights=True)
+        self._pass(wants_images=False, wants_weights=True)
+        return self.x
 
     def backward(self, loss: Tensor) -> None:
         """Nothing: see :meth:`forward`."""
 
+    def _pass(self, *, wants_images: bool, wants_weights: bool) -> None:
+        graphs = []
+        with self.autocast():
+            for number, (module, x, grad) in enumerate(self._calls):
+                wanted: list[Tensor] = []
+                if wants_weights:
+                    wanted += module.parameters()
+                x = x.detach()
+                if number > 0 or wants_images:
+                    wanted.append(x.requires_grad_())
+                graphs.append((module(x), wanted, grad))
+        for output, wanted, grad in reversed(graphs):
+            torch.autograd.grad(output, wanted, grad)
 
-def _small(neuron: Callable[..., nn.Module], shape: Sequence[int]) -> nn.Module:
+
+class ProvingTask(Task):
+    """Interval bounds, or PGD of 20 steps, on N images of shape [T, N, C, H, W]; labels are the
+    network's own classes.
+
+    Neither's time depends on its outcome.
+    """
+
+    def __init__(self, proves: bool, shape: Shape) -> None:
+        """Build the network and draw the images."""
+        T, N, C, H, W = shape
+        torch.manual_seed(0)
+        spec = NetworkSpec(T=T, image_shape=(C, H, W))
+        self._model = build_classifier(spec).eval()
+        self._proves = proves
+        self._x = torch.rand(N, C, H, W)
+        with torch.no_grad():
+            self._y = self._model(self._x).argmax(1)
+        self.inputs = [self._x]
+
+    def forward(self) -> Tensor:
+        """Whether each image is verified, or broken."""
+        return self._verified(0.1) if self._proves else self._broken(0.1)
+
+    def check(self) -> None:
+        """No image is verified and broken; raises ValueError."""
+        both = self._verified(1e-4) & self._broken(1e-4)
+        if both.any():
+            raise ValueError("an image is verified and broken: neither way is timed")
+
+    def _verified(self, eps: float) -> Tensor:
+        result = verify(self._model, self._x, self._y, eps)
+        return torch.tensor(result.verified)
+
+    def _broken(self, eps: float) -> Tensor:
+        found = []
+        batches = zip(torch.split(self._x, 128), torch.split(self._y, 128), strict=True)
+        for x, y in batches:
+            x_adv = pgd(
+                self._model,
+                x,
+                y,
+                eps=eps,
+                step_size=eps / 8,
+                steps=20,
+            )
+            with torch.no_grad():
+                found.append(self._model(x_adv).argmax(1) != y)
+        return torch.cat(found)
+
+
+def _small(neuron: Callable[[int], nn.Module], shape: Shape) -> nn.Module:
     torch.manual_seed(0)
     return SmallConvNet(shape[2:], 10, T=shape[0], spiking_neuron=neuron)
 
 
-def _drawn(mode: str, seeds: SampleSeeds, x: Tensor) -> Tensor:
-    """The noise that the attack of a mode draws: after a seed for the network's own randomness, if
-    it runs one.
+def mode_steps() -> Methods:
+    """The step of every mode on a small network, each followed by the published loop on LIFNodes if
+    there is one.
     """
-    private = private_generator(seeds, x.device)
-    if mode != "gaussian":
-        draw_seed(private)
-    return (rand if mode == "pgd_at" else randn)(x.shape, private, dtype=x.dtype, device=x.device)
+    modes: tuple[ModeName, ...] = ("none", "gaussian", "at", "rat", "pgd_at", "trades", "certified")
+    peer = partial(_small, lif_node)
+    steps: Methods = {}
+    for mode in modes:
+        steps[mode] = partial(ModeTask, Step(mode, partial(_small, DLIFNode)), peer, Precision())
+        if mode != "certified":
+            steps[f"{mode}, textbook loop"] = partial(PublishedTask, Step(mode, peer))
+    return steps
 
 
-_MODES: "tuple[ModeName, ...]" = ("none", "gaussian", "at", "rat", "pgd_at", "trades")
-_SMALL: tuple[Build, Build] = (
-    partial(_small, DLIFNode),
-    partial(_small, lif_node),
-)
-
-STEP_PEERS: dict[str, str] = {mode: f"{mode}, textbook loop" for mode in _MODES}
-"""Name of the published loop of every mode."""
-
-TRAINING_STEPS: Steps = {}
-"""Tasks by the name of the mode, each followed by its published loop if it has one, on a small
-network and one of LIFNodes."""
-
-for _mode in _MODES:
-    TRAINING_STEPS[_mode] = partial(ModeTask, _mode, *_SMALL)
-    TRAINING_STEPS[STEP_PEERS[_mode]] = partial(PublishedTask, _mode, _SMALL[1])
-TRAINING_STEPS["certified"] = partial(ModeTask, "certified", *_SMALL)
-
-
-def adversarial_steps(architecture: str) -> Steps:
+def adversarial_steps(architecture: str) -> Methods:
     """Steps of single-step adversarial training with MS-MPPD at 4/255, by who makes them, and their
     floor.
     """
-    mine, published = (
-        partial(convolutional_network, architecture, neuron) for neuron in (FUSED, "textbook loop")
-    )
-    steps: Steps = {}
+    mine = partial(convolutional_network, architecture, FUSED)
+    published = partial(convolutional_network, architecture, "textbook loop")
+    step = Step("at", mine, eps=4 / 255)
+    steps: Methods = {}
     for added, precision in PRECISIONS.items():
-        steps[f"sj_robust{added}"] = partial(
-            ModeTask, "at", mine, published, eps=4 / 255, **precision
-        )
-        steps[f"convolutions and linear layers alone{added}"] = partial(
-            FloorTask, mine, **precision
-        )
-    return steps | {"published loop": partial(PublishedTask, "at", published, eps=4 / 255)}
+        steps[f"sj_robust{added}"] = partial(ModeTask, step, published, precision)
+        floor = f"convolutions and linear layers alone{added}"
+        steps[floor] = partial(FloorTask, mine, precision)
+    steps["published loop"] = partial(PublishedTask, replace(step, build=published))
+    return steps

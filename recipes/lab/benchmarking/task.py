@@ -1,22 +1,24 @@
-"""What is timed, and what its passes come to."""
+"""What is timed."""
 
-import statistics
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
+
+Shape = Sequence[int]
+"""[T, N, *] of a layer's input currents, [T, N, C, H, W] of images that are shown for T steps."""
 
 
 class Task:
     """One method at one shape, ready to run.
 
     Attributes:
-        tensor_bytes: Size of what memory is compared with: the input currents of a layer, the
-            frames of a network.
+        has_one_graph: Whether the forward pass builds one graph, so that what it saves can be
+            weighed; an attack builds others.
         inputs: Tensors that are there before the forward pass.
     """
 
-    tensor_bytes: int
+    has_one_graph: ClassVar[bool] = False
     inputs: list[Tensor]
 
     def forward(self) -> Any:
@@ -32,20 +34,3 @@ class Task:
         """Raise ValueError if the method is wrong; one that there is nothing to compare with is
         right.
         """
-
-
-def times_of(passes: Sequence[tuple[float, float]]) -> dict[str, float]:
-    """Median, quartiles and best of forward plus backward, and the medians of both, from pairs of
-    them.
-    """
-    totals = [forward + backward for forward, backward in passes]
-    quartile1, median, quartile3 = statistics.quantiles(totals, method="inclusive")
-    forward, backward = (statistics.median(times) for times in zip(*passes, strict=True))
-    return {
-        "median": median,
-        "quartile1": quartile1,
-        "quartile3": quartile3,
-        "best": min(totals),
-        "forward": forward,
-        "backward": backward,
-    }

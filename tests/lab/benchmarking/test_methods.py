@@ -1,0 +1,130 @@
+"""What is timed must be right, and what is wrong is refused."""
+
+import pytest
+import torch
+from lab.benchmarking import networks, worker
+from lab.benchmarking.benchmarks import BENCHMARKS, GPU_BENCHMARKS
+from lab.benchmarking.layers import Layer
+from lab.benchmarking.networks import FUSED, NetworkTask, Precision
+from lab.benchmarking.published import PublishedTask
+from lab.benchmarking.worker import NOT_HERE
+
+from sj_robust.ops.dlif import cpp
+from sj_robust.training import MODES
+
+IMAGES = (2, 2, 3, 8, 8)
+CURRENTS = (2, 2, 4, 4, 4)
+ALL = BENCHMARKS | GPU_BENCHMARKS
+METHODS = [
+    (subject, method)
+    for subject, benchmark in ALL.items()
+    for method in benchmark.methods
+    if "vgg" not in subject and subject != "conv4_adversarial"  # others are of the same parts
+]
+NEED_MORE = {"cpp", "one pass", "avx", "baseline", "sj_robust", "alone"}  # a compiler
+NEED_MORE |= {"cupy", "triton", "GPU", "snnTorch", "Norse"}
+
+
+def ran(subject, method, shape):
+    """The first answers of a worker."""
+    answers = worker.answers(subject, method, shape, device="cpu")
+    return next(answers), next(answers, None)
+
+
+@pytest.mark.parametrize(("subject", "method"), METHODS)
+def test_every_method_is_right_and_runs_or_says_what_is_missing(subject, method, monkeypatch):
+    benchmark = ALL[subject]
+    for name, value in benchmark.variables.get(method, {}).items():
+        monkeypatch.setenv(name, value)
+    try:
+        task = worker.made(subject, method, CURRENTS if benchmark.passes else IMAGES)
+    except ImportError:
+        assert any(word in method for word in NEED_MORE)
+        return
+    task.check()
+    task.backward(task.forward())
+    assert benchmark.peer_of(method) in benchmark.methods
+
+
+def test_every_mode_is_compared_with_a_published_loop_of_its_own():
+    benchmark = BENCHMARKS["training_step"]
+    peers = {mode: benchmark.peer_of(mode) for mode in MODES}
+    assert peers.pop("certified") == "certified"  # no published loop trains a spiking network so
+    assert peers == {mode: f"{mode}, textbook loop" for mode in peers}
+    assert set(benchmark.methods) == {*MODES, *peers.values()}
+
+
+class Late(torch.nn.Module):
+    """Stands for a neuron whose gradient is wrong."""
+
+    def forward(self, x_seq):
+        return (x_seq.cumsum(0) >= 1).to(x_seq) + 0 * x_seq
+
+
+WRONG_LAYERS = {
+    "does not equal the textbook loop": Layer(lambda T: Late()),
+    "neither 0 nor 1": Layer(lambda T: torch.sigmoid, check="spikes"),
+}
+
+
+@pytest.mark.parametrize("words", WRONG_LAYERS)
+def test_a_wrong_layer_is_refused(words):
+    with pytest.raises(ValueError, match=words):
+        WRONG_LAYERS[words](CURRENTS).check()
+
+
+def test_a_wrong_network_is_refused(monkeypatch):
+    method = FUSED if cpp.unavailable_reason() is None else "DLIF eager"
+    right = networks.NEURONS[method]
+
+    def other(T):
+        node = right(T)
+        node.tau = 3.0
+        return node
+
+    monkeypatch.setitem(networks.NEURONS, method, other)
+    with pytest.raises(ValueError, match="does not equal the textbook loop"):
+        NetworkTask("conv4", method, Precision(), IMAGES).check()
+
+
+@pytest.mark.parametrize(
+    ("mode", "part", "wrong"),
+    [
+        ("none", "loss", lambda loss: 1.01 * loss),
+        ("gaussian", "loss", lambda loss: 1.01 * loss),
+        ("at", "crafted", lambda images: images.flip(3)),
+        ("rat", "crafted", lambda images: images.flip(3)),
+        ("rat", "retract", lambda nothing: nothing),
+        ("pgd_at", "crafted", lambda images: images.flip(3)),
+        ("trades", "crafted", lambda images: images.flip(3)),
+        ("trades", "loss", lambda loss: 1.01 * loss),
+    ],
+)
+def test_a_wrong_step_of_a_mode_is_refused(monkeypatch, mode, part, wrong):
+    right = getattr(PublishedTask, part)
+    if part == "retract":
+        right = lambda *_: None  # noqa: E731  # left out
+
+    def replaced(self, *arguments):
+        return wrong(right(self, *arguments))
+
+    monkeypatch.setattr(PublishedTask, part, replaced)
+    with pytest.raises(ValueError, match="does not equal the textbook loop"):
+        BENCHMARKS["training_step"].methods[mode](IMAGES).check()
+
+
+def test_a_worker_weighs_and_times_a_method_until_there_is_a_reason(monkeypatch):
+    facts, times = ran("neuron", "textbook loop", CURRENTS)
+    assert set(facts) == {"peak_mb", "saved_mb"}
+    assert min(times["forward"], times["backward"]) > 0
+
+    def absent(shape):
+        raise ImportError("no package of that name")
+
+    cases = {
+        f"{NOT_HERE}no package of that name": absent,
+        "ValueError: spikes are neither 0 nor 1: it is not timed": WRONG_LAYERS["neither 0 nor 1"],
+    }
+    for reason, method in cases.items():
+        monkeypatch.setitem(BENCHMARKS["neuron"].methods, "mine", method)
+        assert ran("neuron", "mine", CURRENTS) == ({"reason": reason}, None)
