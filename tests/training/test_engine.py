@@ -28,6 +28,7 @@ from sj_robust.training import (
     journal,
     load_checkpoint,
     memory_order,
+    retract_,
     training_attack,
 )
 
@@ -85,6 +86,15 @@ def test_the_first_step_is_sgd_with_weight_decay_on_every_parameter_also_the_gai
             after[name], value - 0.1 * (value.grad + 0.3 * value), rtol=1e-5, atol=1e-6
         )
     assert load_checkpoint(tmp_path / "a" / "last.pt")["optimizer"]["param_groups"][0]["fused"]
+
+
+def test_a_step_ends_with_the_retraction_of_the_plan(tmp_path):
+    one_step = {"data": small_run.splits(16), "epochs": 1, "perturb": None}
+    _, retracted = small_run.run(tmp_path / "a", **one_step, retraction=0.05)
+    _, plain = small_run.run(tmp_path / "b", **one_step)
+    assert not torch.equal(retracted.net.parts[0].weight, plain.net.parts[0].weight)
+    retract_(plain, 0.05)  # all rows, since no layer has 200 of them
+    assert_same(dict(retracted.state_dict()), dict(plain.state_dict()))
 
 
 @pytest.mark.slow
