@@ -9,7 +9,7 @@ import benchmark
 import pytest
 import torch
 from lab import paths_for_children
-from lab.benchmarking import steps
+from lab.benchmarking import race, steps, worker
 from lab.benchmarking.benchmarks import BENCHMARKS
 from lab.benchmarking.drawing import plot_benchmark
 from lab.benchmarking.layers import LayerTask
@@ -141,6 +141,57 @@ def test_every_mode_is_compared_with_its_own_peer():
     assert table["none"]["images / s"] == "6400"
     assert table["at"]["peak / textbook loop"] == "0.25"
     assert benchmark.cells(rows[0], rows[:1])[4:6] == ("", "")  # its peer was not measured
+
+
+@pytest.mark.parametrize("mode", sorted(set(MODES) - {"certified"}))
+def test_the_published_step_draws_the_noise_of_its_paper(mode, monkeypatch):
+    drawn = set()
+    for kind in ("rand_like", "randn_like"):
+        draw = getattr(torch, kind)
+        noted = lambda x, kind=kind, draw=draw: drawn.add(kind) or draw(x)  # noqa: E731
+        monkeypatch.setattr(torch, kind, noted)
+    BENCHMARKS["training_step"].methods[f"{mode}, textbook loop"](IMAGES).forward()
+    assert drawn == {"none": set(), "pgd_at": {"rand_like"}}.get(mode, {"randn_like"})
+
+
+WORKER = """
+import json, sys
+
+facts = {
+    "absent": {"missing": "no such library"},
+    "late": {"wrong": "late does not equal the textbook loop"},
+    "copy": {},
+}
+print(json.dumps(facts.get(sys.argv[2], {"tensor_mb": 1, "peak_mb": 2, "saved_mb": 3})), flush=True)
+for turn, _ in enumerate(sys.stdin):
+    print(json.dumps([4 - turn, 10]), flush=True)
+"""
+
+
+def started(arguments, variables):
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    return subprocess.Popen([sys.executable, "-c", WORKER, *arguments], **pipes)
+
+
+def test_a_race_has_a_row_for_each_method_that_is_there_and_right(monkeypatch):
+    monkeypatch.setattr(race, "_started", started)
+    options = {"rounds": 3, "threads": 1}
+    rows, missing = race.race("neuron", ["one", "absent", "two"], CURRENTS, **options)
+    assert [row.method for row in rows] == ["one", "two"]
+    assert missing == {"absent": "no such library"}
+    for row in rows:
+        assert (row.forward, row.backward, row.median, row.best) == (3, 10, 13, 12)
+        assert (row.tensor_mb, row.peak_mb, row.saved_mb) == (1, 2, 3)
+        assert row.copy == 2  # the fastest
+    with pytest.raises(RuntimeError, match="late does not equal the textbook loop"):
+        race.race("neuron", ["one", "late"], CURRENTS, **options)
+
+
+def test_a_copy_is_as_fast_as_memory_may_be():
+    shape = (1 << 10, 1 << 10)
+    milliseconds, backward = worker._copy(shape, 1)()
+    assert backward == 0
+    assert 0.1 < 4 * (1 << 20) / milliseconds / 1e6 < 1e3  # gigabytes in a second
 
 
 @pytest.mark.slow
