@@ -5,7 +5,7 @@
     python recipes/benchmark.py --what batch_norm       # behind a batch norm
     python recipes/benchmark.py --what stage            # and before a pooling; bf16, channels last
     python recipes/benchmark.py --what conv4            # a training step; vgg5 likewise
-    python recipes/benchmark.py --what conv4_adversarial  # also vgg5_, small_adversarial
+    python recipes/benchmark.py --what conv4_adversarial  # adversarial step; also vgg5_, small_
     python recipes/benchmark.py --what training_step    # the step of every training mode
     python recipes/benchmark.py --what verify           # proofs of images beside PGD on them
     python recipes/benchmark.py --what instruction_sets  # the compiled kernel on each of them

@@ -29,7 +29,7 @@ class Fault:
 
     | kind | level | what it does |
     | --- | --- | --- |
-    | ``weight_bits`` | bits >= 2 | at most 2^bits - 1 values per channel, symmetric around 0 |
+    | ``weight_bits`` | bits >= 2 | <= 2^bits - 1 values per output channel, symmetric around 0 |
     | ``stuck_at_zero`` | share | exactly this share of all weights, at random, is 0 |
     | ``stuck_at_largest`` | share | exactly this share of all weights is its layer's largest one |
     | ``threshold_drift`` | spread | every neuron has the threshold times exp(level z), z normal |
@@ -38,7 +38,7 @@ class Fault:
     | ``added_spikes`` | probability | a neuron silent in a step spikes, anew in every forward |
     | ``lost_steps`` | steps | so many of the T time steps, at random, reach no layer |
     | ``first_steps`` | steps | the answer is read after so many of the T steps |
-    | ``jitter`` | sigma, or frames | normal noise on images, in [0, 1]; events move by so many |
+    | ``jitter`` | sigma, or frames | normal noise, still in [0, 1]; events move by up to so many |
 
     Attributes:
         kind: Name of the fault.

@@ -4,16 +4,21 @@ written.
 
 import pytest
 import torch
+from torch import nn
 
 from sj_robust.attacks import (
+    SampleSeeds,
     ThreatModel,
     count_flips,
     eps_text,
+    external,
     parse_eps,
     project_l2,
     project_linf,
 )
+from sj_robust.evaluation import Member, craft
 
+GREY, LABEL = torch.full((1, 1, 3, 3), 0.5, dtype=torch.float64), torch.tensor([0])
 THREATS = [ThreatModel("Linf", 0.1), ThreatModel("L2", 0.7), ThreatModel("L0", 5)]
 
 
@@ -57,6 +62,43 @@ def test_rounding_is_allowed_for_and_no_more():
         assert not threat.contains(x, x + 0.1 + 3e-6).item()
     assert ThreatModel("L0", 9).contains(x, x + 0.1).item()
     assert not ThreatModel("L0", 8).contains(x, x + 0.1).item()
+
+
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+@pytest.mark.parametrize(
+    ("dtype", "allowed"),
+    [
+        (torch.float64, 1e-6),
+        (torch.float32, 1e-6 + 2**-22),
+        (torch.bfloat16, 1e-6 + 2**-6),
+    ],
+)
+def test_an_element_may_be_off_by_a_millionth_and_two_units_of_its_type(norm, dtype, allowed):
+    """Distances are measured in float64, so that those of a wider type can be tested, too."""
+    x = torch.full((1, 9), 0.5, dtype=dtype)
+    eps = 0.125 if norm == "Linf" else 3 * 0.125
+    for far, within in ((0.9, True), (1.1, False), (1.5, False)):
+        moved = x.double() + 0.125 + far * allowed
+        assert ThreatModel(norm, eps).contains(x, moved).item() is within
+
+
+def crafted_elsewhere(threat, move):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(9, 2).double())
+    external(lambda x, y: move(x), eps=threat.eps, norm=threat.norm)(model, GREY, LABEL)
+
+
+def crafted_in_a_suite(threat, move):
+    member = Member("theirs", lambda model, x, y, generator: move(x), threat=threat)
+    craft(nn.Flatten(), GREY, LABEL, member, seeds=SampleSeeds(range(1)))
+
+
+@pytest.mark.parametrize("crafted", [crafted_elsewhere, crafted_in_a_suite])
+@pytest.mark.parametrize("norm", ["Linf", "L2"])
+def test_images_that_are_one_and_a_half_tolerances_too_far_are_refused(crafted, norm):
+    threat = ThreatModel(norm, 0.125 if norm == "Linf" else 3 * 0.125)
+    crafted(threat, lambda x: x + 0.125 + 0.9e-6)
+    with pytest.raises(ValueError, match=f"stay within {norm} distance"):
+        crafted(threat, lambda x: x + 0.125 + 1.5e-6)
 
 
 def test_a_number_of_changes():

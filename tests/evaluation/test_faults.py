@@ -174,6 +174,10 @@ def test_jitter_of_images_and_frames():
     assert torch.equal(grad, torch.ones_like(x))
     noisy = model.net[0].seen[0]
     assert float((noisy - 0.5).std()) == pytest.approx(0.1, abs=0.02)
+    strong = Fault("jitter", 0.5)
+    model = faulty(SpikingClassifier(nn.Sequential(seen, nn.Flatten(2)), T=1), strong)
+    model(x)
+    assert model.net[0].seen.aminmax() == (0.0, 1.0)  # still images
     frames = (torch.rand(3, T, 2, 4, 4) < 0.2).float()
     model = faulty(
         SpikingEventClassifier(nn.Sequential(seen, nn.Flatten(2)), T=T), Fault("jitter", 1)

@@ -195,6 +195,11 @@ def test_what_does_not_fit_is_said(tmp_path):
             {},
         ),
         (
+            r"of another shape layer1.2.p \(4,\) instead of \(3,\); it was read",
+            state | {"layer1.2.p": torch.ones(4)},
+            {},
+        ),
+        (
             "was trained with T=3, got T=8; leave T out, and set_time_steps afterwards",
             state,
             {"T": 8},

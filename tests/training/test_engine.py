@@ -28,6 +28,7 @@ from sj_robust.training import (
     journal,
     load_checkpoint,
     memory_order,
+    retract_,
     training_attack,
 )
 
@@ -85,6 +86,33 @@ def test_the_first_step_is_sgd_with_weight_decay_on_every_parameter_also_the_gai
             after[name], value - 0.1 * (value.grad + 0.3 * value), rtol=1e-5, atol=1e-6
         )
     assert load_checkpoint(tmp_path / "a" / "last.pt")["optimizer"]["param_groups"][0]["fused"]
+
+
+@pytest.mark.parametrize("momentum", [0.9, 0.5])
+def test_a_second_step_has_momentum_and_the_cosine_learning_rate(tmp_path, momentum):
+    data = small_run.splits(16, torch.float64)
+    options = {"data": data, "dtype": torch.float64, "perturb": None, "momentum": momentum}
+    _, trained = small_run.run(tmp_path / "a", epochs=2, weight_decay=0.3, **options)
+    _, by_hand = small_run.run(tmp_path / "b", epochs=1, lr=1e-30, **options)
+    x, y = data.train.tensors
+    velocity = {name: torch.zeros_like(value) for name, value in by_hand.named_parameters()}
+    for lr in (0.1, 0.05):
+        by_hand.zero_grad()
+        torch.nn.functional.cross_entropy(by_hand.train()(x), y).backward()
+        for name, value in by_hand.named_parameters():
+            velocity[name] = momentum * velocity[name] + value.grad + 0.3 * value.detach()
+            value.data -= lr * velocity[name]
+    for name, value in by_hand.named_parameters():
+        torch.testing.assert_close(trained.get_parameter(name), value, rtol=1e-9, atol=1e-12)
+
+
+def test_a_step_ends_with_the_retraction_of_the_plan(tmp_path):
+    one_step = {"data": small_run.splits(16), "epochs": 1, "perturb": None}
+    _, retracted = small_run.run(tmp_path / "a", **one_step, retraction=0.05)
+    _, plain = small_run.run(tmp_path / "b", **one_step)
+    assert not torch.equal(retracted.net.parts[0].weight, plain.net.parts[0].weight)
+    retract_(plain, 0.05)  # all rows, since no layer has 200 of them
+    assert_same(dict(retracted.state_dict()), dict(plain.state_dict()))
 
 
 @pytest.mark.slow

@@ -54,6 +54,17 @@ def test_every_mode_is_compared_with_a_published_loop_of_its_own():
     assert set(benchmark.methods) == {*MODES, *peers.values()}
 
 
+@pytest.mark.parametrize("mode", sorted(set(MODES) - {"certified"}))
+def test_the_published_step_draws_the_noise_of_its_paper(mode, monkeypatch):
+    drawn = set()
+    for kind in ("rand_like", "randn_like"):
+        draw = getattr(torch, kind)
+        noted = lambda x, kind=kind, draw=draw: drawn.add(kind) or draw(x)  # noqa: E731
+        monkeypatch.setattr(torch, kind, noted)
+    worker.made("training_step", f"{mode}, textbook loop", IMAGES).forward()
+    assert drawn == {"none": set(), "pgd_at": {"rand_like"}}.get(mode, {"randn_like"})
+
+
 class Late(torch.nn.Module):
     """Stands for a neuron whose gradient is wrong."""
 

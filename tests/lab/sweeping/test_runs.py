@@ -6,10 +6,12 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from fake_recipes import write_fakes
 from lab import paths_for_children
+from lab.sweeping import pool
 from lab.sweeping.grid import expand
 from lab.sweeping.perform import perform
 from lab.sweeping.plan import PlannedRun, load_records, plan_runs
@@ -330,6 +332,37 @@ def test_jobs_of_a_cluster(planned, tmp_path, monkeypatch):
     assert "#SBATCH --time=600" in script
     wait_until(lambda: has_ended(runs[1]), "the end of the job that was cancelled")
     assert stages(runs[1]) == ["train resume=False"]
+
+
+@pytest.mark.parametrize(
+    ("visible", "devices", "seen"),
+    [
+        (None, 0, [None] * 4),
+        (None, 1, [None] * 4),
+        ("3", 1, ["3"] * 4),
+        ("GPU-5a", 1, ["GPU-5a"] * 4),
+        (None, 2, ["0", "1", "0", "1"]),
+        ("5,7", 2, ["5", "7", "5", "7"]),
+    ],
+)
+def test_jobs_take_turns_with_the_gpus_that_this_process_sees(
+    planned, monkeypatch, visible, devices, seen
+):
+    monkeypatch.setattr(pool, "_attempt", lambda run, environ, local: environ)
+    if visible is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    given = []
+
+    def submit(environ):
+        given.append(environ["CUDA_VISIBLE_DEVICES"])
+        return SimpleNamespace(done=lambda: True, result=lambda: None)
+
+    executor = SimpleNamespace(cluster="local", submit=submit)
+    runs = planned({"rho": [0, 1]}, seeds=(0, 1))
+    assert len(list(perform_all(runs, executor, jobs=4, devices=devices))) == 4
+    assert given == seen
 
 
 def test_wrong_clusters_and_options(tmp_path):

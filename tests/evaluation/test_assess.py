@@ -1,0 +1,56 @@
+"""What a whole evaluation looks at: at which radii, and on how many images."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from evaluation.short_suite import shortened
+from torch import nn
+
+from sj_robust.attacks import ThreatModel
+from sj_robust.evaluation import assess as assessment
+from sj_robust.evaluation.subject import Subject
+
+
+def without_attacks(suite):
+    return replace(suite, search=None, members=suite.members[:1], control=())
+
+
+def assessed(threat, sizes=(6,)):
+    """A report on batches of so many images for a linear network, and what was said meanwhile."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
+    batches = [(torch.rand(size, 1, 2, 2), torch.arange(size) % 3) for size in sizes]
+    said: list[str] = []
+    with shortened(without_attacks):
+        report = assessment.assess(
+            Subject("mine", net, "one layer"),
+            batches,
+            suite="fast",
+            threat=threat,
+            dataset="made up",
+            classes=3,
+            proofs=False,
+            say=said.append,
+        )
+    return report, said
+
+
+@pytest.mark.parametrize(
+    ("norm", "eps", "radii"),
+    [
+        ("Linf", 0.01, [0, 0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04]),
+        ("Linf", 0.4, [0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1]),  # all of [0, 1] is within reach
+        ("L2", 0.4, [0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.2, 1.6]),
+    ],
+)
+def test_accuracy_over_eps_goes_from_a_quarter_of_the_radius_to_four_times_it(norm, eps, radii):
+    report, _ = assessed(ThreatModel(norm, eps))
+    assert [float(row["eps"]) for row in report.over_eps] == radii
+
+
+def test_firing_and_accuracy_over_eps_are_of_the_first_256_images_and_attacks_of_all():
+    report, said = assessed(ThreatModel("L2", 0.1), sizes=(200, 100))
+    assert said[0] == "firing of every layer on 256 images"
+    assert {row["total"] for row in report.over_eps} == {256}
+    assert len(report.labels) == 300
