@@ -219,6 +219,7 @@ from sj_robust.evaluation import (
     parse_eps,
 )
 from sj_robust.evaluation.assess import assess
+from sj_robust.evaluation.data import Data
 from sj_robust.evaluation.stressing import stress_network
 from sj_robust.evaluation.subject import Subject, check_fits, from_checkpoint, from_function
 from sj_robust.evaluation.terminal import Display, show_comparison, show_report
@@ -266,8 +267,8 @@ def main(arguments: list[str]) -> None:
             on_unreadable=options.on_unreadable,
             T=T,
         )
-    batches = image_loader(splits.test, options.batch_size)
-    first = next(iter(batches))[0].to(accelerator.device)
+    batches = Data.of(image_loader(splits.test, options.batch_size))
+    first = batches[0][0].to(accelerator.device)
     with checked():
         for network in (subject, *([source] if source else [])):
             network.model.to(accelerator.device)

@@ -50,7 +50,7 @@ def one_thread_at_a_time(
     """A forward that has the module's children for itself, see :func:`alone`. 前向过程加锁。"""
 
     @wraps(forward)
-    def run(self: _Module, *args: _Rest.args, **kwargs: _Rest.kwargs) -> _Result:
+    def run(self: _Module, /, *args: _Rest.args, **kwargs: _Rest.kwargs) -> _Result:
         with alone(tuple(self.children())):
             return forward(self, *args, **kwargs)
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from lab.command_line.parser import WrongUse
 from sj_robust.evaluation import RobustnessReport, SmoothedBracket, smoothed_bracket
-from sj_robust.evaluation.runner import Batches
+from sj_robust.evaluation.data import Batches
 from sj_robust.stability import smooth
 
 

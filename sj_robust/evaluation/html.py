@@ -18,7 +18,7 @@ from sj_robust.evaluation._symptoms import extent
 from sj_robust.evaluation.drawings import robustness_figures
 from sj_robust.evaluation.pictures import Gallery, gallery_within
 from sj_robust.evaluation.robustness_report import RobustnessReport
-from sj_robust.evaluation.runner import Batches
+from sj_robust.evaluation.data import Batches
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
