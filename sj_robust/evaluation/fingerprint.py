@@ -10,7 +10,14 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
+from types import (
+    BuiltinFunctionType,
+    CodeType,
+    FunctionType,
+    MethodType,
+    ModuleType,
+    SimpleNamespace,
+)
 from typing import Any
 
 import numpy as np
@@ -218,7 +225,8 @@ class _Walk:
         top = kind.__module__.partition(".")[0]
         if top in _WITH_PLAIN_REPR:
             return repr(value)
-        if top in sys.stdlib_module_names or kind.__module__.startswith("torch._"):
+        inside = top in sys.stdlib_module_names or kind.__module__.startswith("torch._")
+        if inside and kind is not SimpleNamespace:
             return name if top != "re" else f"{name}({getattr(value, 'pattern', '')!r})"
         return f"{name}({', '.join(self._named(dict(_attributes(value))))})"
 
