@@ -2,6 +2,7 @@
 
 import tempfile
 from collections.abc import Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import cached_property
 from typing import IO
@@ -66,13 +67,13 @@ class Data:
         """
         if isinstance(batches, Data):
             return batches
-        store = _Store()
         kept = []
-        for batch in batches:
-            x, y = batch[:2]
-            check_images(x)
-            check_labels(y, x)
-            kept.append((store.keep(x), y.detach().clone()))
+        with closing(_Store()) as store:
+            for batch in batches:
+                x, y = batch[:2]
+                check_images(x)
+                check_labels(y, x)
+                kept.append((store.keep(x), y.detach().clone()))
         return cls(tuple(kept), tuple(fingerprint(image) for x, _ in kept for image in x))
 
     @classmethod
@@ -170,9 +171,14 @@ class _Store:
                 return x.detach().clone()
             return self._mapped(x.detach().cpu().contiguous(), size)
 
+    def close(self) -> None:
+        """Close the file, which lives on as long as it is mapped."""
+        if self._file is not None:
+            self._file.close()
+
     def _mapped(self, x: Tensor, size: int) -> Tensor:
         if self._file is None:
-            self._file = tempfile.TemporaryFile()  # it lives as long as it is mapped
+            self._file = tempfile.TemporaryFile()
         start = self._file.seek(0, 2)
         start += -start % _ALIGNMENT
         self._file.seek(start)
