@@ -204,13 +204,13 @@ if __name__ == "__main__":
 
 import torch
 import yaml
-from lab.evaluating import bracket_of_the_vote, two_reports
+from lab.evaluating import bracket_of_the_vote, read_once, two_reports
 from lab.leaderboard import make_leaderboard
 from rich.console import Console
 
 from sj_robust import training
 from sj_robust._console import working
-from sj_robust.data import EVENT_DATASETS, image_loader, load_images
+from sj_robust.data import EVENT_DATASETS, load_images
 from sj_robust.evaluation import (
     RobustnessReport,
     ThreatModel,
@@ -219,7 +219,6 @@ from sj_robust.evaluation import (
     parse_eps,
 )
 from sj_robust.evaluation.assess import assess
-from sj_robust.evaluation.data import Data
 from sj_robust.evaluation.stressing import stress_network
 from sj_robust.evaluation.subject import Subject, check_fits, from_checkpoint, from_function
 from sj_robust.evaluation.terminal import Display, show_comparison, show_report
@@ -267,7 +266,7 @@ def main(arguments: list[str]) -> None:
             on_unreadable=options.on_unreadable,
             T=T,
         )
-    batches = Data.of(image_loader(splits.test, options.batch_size))
+    batches = read_once(splits.test, options.batch_size)
     first = batches[0][0].to(accelerator.device)
     with checked():
         for network in (subject, *([source] if source else [])):

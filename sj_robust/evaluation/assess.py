@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from sj_robust._environment import device_of, environment
@@ -19,6 +18,8 @@ from sj_robust.attacks.bridges import transfer
 from sj_robust.attacks.events import check_frames
 from sj_robust.attacks.threat import ThreatModel, eps_text, parse_eps
 from sj_robust.evaluation.activity import firing
+from sj_robust.evaluation.data import Batches, Data
+from sj_robust.evaluation.draws import check_draws
 from sj_robust.evaluation.estimator_search import (
     CHANGES,
     EstimatorSearch,
@@ -27,8 +28,6 @@ from sj_robust.evaluation.estimator_search import (
     short_attack,
     short_attack_name,
 )
-from sj_robust.evaluation.data import Batches, Data
-from sj_robust.evaluation.draws import check_draws
 from sj_robust.evaluation.identity import identify, network_key
 from sj_robust.evaluation.masking import diagnose
 from sj_robust.evaluation.member import Member, fooled

@@ -178,7 +178,7 @@ class _Store:
 
     def _mapped(self, x: Tensor, size: int) -> Tensor:
         if self._file is None:
-            self._file = tempfile.TemporaryFile()
+            self._file = tempfile.TemporaryFile()  # noqa: SIM115  close() closes it
         start = self._file.seek(0, 2)
         start += -start % _ALIGNMENT
         self._file.seek(start)

@@ -1,4 +1,4 @@
-"""Whether a network gives the same logits again: it draws no random numbers, and carries no state."""
+"""Whether a network gives the same logits again: it draws no numbers, and carries no state."""
 
 import torch
 from torch import Tensor, nn

@@ -123,7 +123,8 @@ def identify(model: nn.Module, data: Data) -> Identity:
 
 
 def network_key(model: nn.Module, data: Data, folder: Path | None) -> str:
-    """The fingerprint of a network, after a check that the folder belongs to it. 校验并返回网络指纹。
+    """The fingerprint of a network, after a check that the folder belongs to it.
+    校验并返回网络指纹。
 
     Its identity is written to ``folder/network.json`` when an evaluation begins. Where several
     processes share the evaluation, all of them have to have the same network.

@@ -15,9 +15,9 @@ from sj_robust._preserved import preserved
 from sj_robust._saved import plain
 from sj_robust.attacks.threat import ThreatModel, eps_text
 from sj_robust.evaluation.corruptions import Corruption, corrupted, default_corruptions
+from sj_robust.evaluation.data import Batches, Data
 from sj_robust.evaluation.estimator_search import short_attack, short_attack_name
 from sj_robust.evaluation.faults import Fault, default_faults, faulty
-from sj_robust.evaluation.data import Batches, Data
 from sj_robust.evaluation.fingerprint import fingerprint
 from sj_robust.evaluation.identity import network_key
 from sj_robust.evaluation.member import Member, fooled
