@@ -204,13 +204,13 @@ if __name__ == "__main__":
 
 import torch
 import yaml
-from lab.evaluating import bracket_of_the_vote, two_reports
+from lab.evaluating import bracket_of_the_vote, read_once, two_reports
 from lab.leaderboard import make_leaderboard
 from rich.console import Console
 
 from sj_robust import training
 from sj_robust._console import working
-from sj_robust.data import EVENT_DATASETS, image_loader, load_images
+from sj_robust.data import EVENT_DATASETS, load_images
 from sj_robust.evaluation import (
     RobustnessReport,
     ThreatModel,
@@ -266,8 +266,8 @@ def main(arguments: list[str]) -> None:
             on_unreadable=options.on_unreadable,
             T=T,
         )
-    batches = image_loader(splits.test, options.batch_size)
-    first = next(iter(batches))[0].to(accelerator.device)
+    batches = read_once(splits.test, options.batch_size)
+    first = batches[0][0].to(accelerator.device)
     with checked():
         for network in (subject, *([source] if source else [])):
             network.model.to(accelerator.device)

@@ -1,20 +1,127 @@
 """A network that is attacked or measured stays as it was: modes, states of its neurons, generators;
-exact sums.
+exact sums; one thread at a time.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["evaluation_mode", "full_precision", "generators_of", "preserved"]
+__all__ = [
+    "alone",
+    "evaluation_mode",
+    "full_precision",
+    "generators_of",
+    "one_thread_at_a_time",
+    "preserved",
+]
+
+_Module = TypeVar("_Module", bound=nn.Module)
+_Rest = ParamSpec("_Rest")
+_Result = TypeVar("_Result")
+
+
+def alone(modules: Sequence[nn.Module]) -> AbstractContextManager[None]:
+    """Other threads that ask for one of these modules wait until this thread is done with them.
+    同一网络同一时刻只由一个线程使用。
+
+    A thread that holds a module may ask for it again. Threads that work on different networks do
+    not wait for each other; torch's global generators belong to all of them, so a network that
+    draws random numbers is repeatable in one thread at a time only. Nothing is kept on the modules.
+    A compiler that follows the code, and the recomputation of a checkpoint within a backward pass,
+    do not wait.
+
+    Raises:
+        RuntimeError: If two threads would wait for each other forever.
+    """
+    # The thread of a backward pass recomputes on behalf of a thread that waits for it.
+    if torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
+        return nullcontext()
+    return _HELD.by_this_thread(modules)
+
+
+def one_thread_at_a_time(
+    forward: Callable[Concatenate[_Module, _Rest], _Result],
+) -> Callable[Concatenate[_Module, _Rest], _Result]:
+    """A forward that has the module's children for itself, see :func:`alone`. 前向过程加锁。"""
+
+    @wraps(forward)
+    def run(self: _Module, /, *args: _Rest.args, **kwargs: _Rest.kwargs) -> _Result:
+        with alone(tuple(self.children())):
+            return forward(self, *args, **kwargs)
+
+    return run
+
+
+class _Held:
+    """Which thread holds which modules, and for whom a waiting thread waits."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._owners: dict[int, int] = {}
+        self._depths: dict[int, int] = {}
+        self._waiting: dict[int, set[int]] = {}
+
+    @contextmanager
+    def by_this_thread(self, modules: Sequence[nn.Module]) -> Iterator[None]:
+        """All of the modules at once; nothing of them is taken while one belongs to another."""
+        keys = [id(module) for module in modules]  # which live as long as this context
+        thread = threading.get_ident()
+        with self._changed:
+            while others := self._others(keys, thread):
+                self._wait(thread, others)
+            for key in keys:
+                self._owners[key] = thread
+                self._depths[key] = self._depths.get(key, 0) + 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                for key in keys:
+                    self._depths[key] -= 1
+                    if self._depths[key] == 0:
+                        del self._depths[key], self._owners[key]
+                self._changed.notify_all()
+
+    def _others(self, keys: Sequence[int], thread: int) -> set[int]:
+        """Threads that hold one of the modules, without this one."""
+        return {self._owners[key] for key in keys if key in self._owners} - {thread}
+
+    def _wait(self, thread: int, others: set[int]) -> None:
+        self._waiting[thread] = others
+        try:
+            if self._waits_for(others, thread):
+                raise RuntimeError(
+                    "two threads would wait for each other forever: each holds a network that the "
+                    "other one asks for; attack from one network to the other in one thread"
+                )
+            self._changed.wait()
+        finally:
+            del self._waiting[thread]
+
+    def _waits_for(self, threads: set[int], thread: int) -> bool:
+        """Whether one of the threads waits, over others or not, for ``thread``."""
+        seen: set[int] = set()
+        while threads:
+            seen |= threads
+            further = [self._waiting.get(one, set()) for one in threads]
+            threads = set().union(*further) - seen
+        return thread in seen
+
+
+_HELD = _Held()
 
 
 @contextmanager
 def evaluation_mode(model: object) -> Iterator[None]:
     """Evaluation mode, and every module's own mode afterwards; what is no ``nn.Module`` has none.
     评估模式。
+
+    Other threads wait for the network until then, see :func:`alone`.
 
     Examples:
         >>> net = nn.Sequential(nn.Dropout(), nn.Identity().eval())
@@ -24,18 +131,18 @@ def evaluation_mode(model: object) -> Iterator[None]:
         >>> [module.training for module in net]
         [True, False]
     """
-    modes = (
-        [(module, module.training) for module in model.modules()]
-        if isinstance(model, nn.Module)
-        else []
-    )
-    try:
-        if isinstance(model, nn.Module):
-            model.eval()
+    if not isinstance(model, nn.Module):
         yield
-    finally:
-        for module, training in modes:
-            module.training = training
+        return
+    modules = list(model.modules())
+    with alone(modules):
+        modes = [module.training for module in modules]
+        try:
+            model.eval()
+            yield
+        finally:
+            for module, training in zip(modules, modes, strict=True):
+                module.training = training
 
 
 @contextmanager
@@ -56,11 +163,11 @@ def preserved(model: object) -> Iterator[None]:
         tensor([0.5000])
     """
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    states = [
-        (module, vars(module)["_memories"]) for module in modules if "_memories" in vars(module)
-    ]
-    generators = [(generator, generator.get_state()) for generator in generators_of(model)]
     with evaluation_mode(model):
+        states = [
+            (module, vars(module)["_memories"]) for module in modules if "_memories" in vars(module)
+        ]
+        generators = [(generator, generator.get_state()) for generator in generators_of(model)]
         try:
             for module, memories in states:
                 vars(module)["_memories"] = {

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from sj_robust._checks import check_network
 from sj_robust._environment import device_of
 from sj_robust._host import EVAL_MODE_HAS_NO_GRADIENT, base, functional, is_neuron, neuron
+from sj_robust._preserved import one_thread_at_a_time
 from sj_robust.neuron import DLIFNode
 
 __all__ = ["PoissonEncoder", "SpikingClassifier", "SpikingEventClassifier"]
@@ -125,6 +126,7 @@ class SpikingClassifier(nn.Module):
                 stacklevel=2,
             )
 
+    @one_thread_at_a_time
     def forward(self, images: Tensor) -> Tensor:
         """Logits [N, classes] of images [N, C, H, W] or features [N, F]."""
         self._check_shape(images)

@@ -1,17 +1,24 @@
-"""What evaluate.py does beside running suites: two reports to compare, and the vote of a smoothed
-classifier.
+"""What evaluate.py does beside running suites: images read once, two reports to compare, and the
+vote of a smoothed classifier.
 """
 
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from lab.command_line.parser import WrongUse
+from sj_robust.data import image_loader
 from sj_robust.evaluation import RobustnessReport, SmoothedBracket, smoothed_bracket
-from sj_robust.evaluation.runner import Batches
+from sj_robust.evaluation.data import Batches, Data
 from sj_robust.stability import smooth
+
+
+def read_once(images: Dataset[tuple[Tensor, ...]], batch_size: int) -> Data:
+    """The images of a data set as all parts of an evaluation share them."""
+    return Data.of(image_loader(images, batch_size))
 
 
 def two_reports(paths: list[str]) -> list[RobustnessReport]:

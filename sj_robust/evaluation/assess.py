@@ -10,7 +10,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from sj_robust._environment import device_of, environment
@@ -19,6 +18,8 @@ from sj_robust.attacks.bridges import transfer
 from sj_robust.attacks.events import check_frames
 from sj_robust.attacks.threat import ThreatModel, eps_text, parse_eps
 from sj_robust.evaluation.activity import firing
+from sj_robust.evaluation.data import Batches, Data
+from sj_robust.evaluation.draws import check_draws
 from sj_robust.evaluation.estimator_search import (
     CHANGES,
     EstimatorSearch,
@@ -27,21 +28,14 @@ from sj_robust.evaluation.estimator_search import (
     short_attack,
     short_attack_name,
 )
-from sj_robust.evaluation.fingerprint import fingerprint
+from sj_robust.evaluation.identity import identify, network_key
 from sj_robust.evaluation.masking import diagnose
-from sj_robust.evaluation.member import Member, fools, scored
+from sj_robust.evaluation.member import Member, fooled
 from sj_robust.evaluation.outcome import MemberOutcome, SuiteOutcome
-from sj_robust.evaluation.progress import Position, computed_once
+from sj_robust.evaluation.progress import Position, computed_once, gathered, rank_and_world_size
 from sj_robust.evaluation.proofs import check_proofs, prove
 from sj_robust.evaluation.robustness_report import RobustnessReport
-from sj_robust.evaluation.runner import (
-    Batches,
-    data_fingerprint,
-    gathered,
-    rank_and_world_size,
-    releases,
-    run_suite,
-)
+from sj_robust.evaluation.runner import releases, run_on_data
 from sj_robust.evaluation.subject import Subject, describe_network
 from sj_robust.evaluation.suites import Suite, SuiteName, make_suite
 from sj_robust.randomness import SampleSeeds
@@ -70,7 +64,7 @@ _NOT_DIAGNOSED = (
 
 def assess(
     subject: Subject,
-    batches: Batches,
+    batches: Batches | Data,
     *,
     suite: SuiteName,
     threat: ThreatModel,
@@ -97,8 +91,8 @@ def assess(
 
     Args:
         subject: The network.
-        batches: Test images with labels in batches, iterable more than once; binary event frames
-            [N, T, 2, H, W] for the suite ``"events"``.
+        batches: Test images with labels in batches, read once; binary event frames [N, T, 2, H, W]
+            for the suite ``"events"``.
         suite: Name of the suite.
         threat: Norm and radius, > 0; for the suite ``"events"`` ``ThreatModel("L0", k)`` or one of
             moves.
@@ -106,7 +100,8 @@ def assess(
         classes: Number of classes.
         seed: Seeds everything.
         draws: Fresh forwards in each of which a stochastic network must be wrong, and which its
-            gradients are averaged over; 1 for a network that draws no random numbers.
+            gradients are averaged over; 1 for a network that draws no random numbers, as every
+            image is asked twice to check.
         source: Another network for the same images; transfer attacks from it join the suite.
         proofs: Whether images are verified, where threat and network have bounds.
         control: Whether the control of the suite runs too.
@@ -116,7 +111,9 @@ def assess(
         on_step: Called after every step of the suite.
 
     Raises:
-        ValueError: If an argument is wrong, or the folder holds the progress of another evaluation.
+        ValueError: If an argument is wrong, the network draws random numbers without ``draws`` or
+            carries state from one forward into the next, or the folder holds the progress of
+            another evaluation.
 
     Source: evaluation as asked for by Carlini et al., "On evaluating adversarial robustness" (arXiv
         1902.06705).
@@ -142,21 +139,26 @@ def assess(
     kind: dict[str, Any] = {"classes": classes, "eot_samples": draws}
     plan = make_suite(suite, threat, **kind)
     model = subject.model
-    few = _first(batches)
-    x, y = (torch.cat(parts).to(device_of(model)) for parts in zip(*few, strict=True))
+    data = Data.of(batches)
+    few = data.first(_FIRST)
+    x, y = few.tensors(device_of(model))
     if threat.of_events:
         check_frames(x)
-    _check_draws(model, x, y, draws)
-    data = data_fingerprint(batches)
-    key = {"network": fingerprint(model), "data": data, "threat": repr(threat), "seed": str(seed)}
-    key["releases"] = releases()
-    parts = _Parts(
-        model, x, y, threat, seed, draws, key | {"draws": str(draws)}, folder, say, on_step
-    )
+    if draws == 1:
+        check_draws(model, data)
+    key = {
+        "network": network_key(model, data, folder),
+        "data": data.fingerprint,
+        "threat": repr(threat),
+        "seed": str(seed),
+        "releases": releases(),
+        "draws": str(draws),
+    }
+    parts = _Parts(model, data, few, x, y, threat, seed, draws, key, folder, say, on_step)
 
     say(f"firing of every layer on {len(x)} images")
     activity = [asdict(layer) for layer in firing(model, x, seed=seed)]
-    proved = parts.proofs(batches) if proofs and threat.norm == "Linf" else {}
+    proved = parts.proofs() if proofs and threat.norm == "Linf" else {}
     verified = proved.get("verified")
     rows = [] if plan.search is None else parts.search(plan.search)
     chosen = [row["estimator"] for row in rows if row["chosen"]]
@@ -171,12 +173,12 @@ def assess(
         f"{len(plan.control)} of the control"
     )
     outcome = parts.run(
-        "suite", batches, (*plan.members, *plan.control), threat=threat, verified=verified or ()
+        "suite", data, (*plan.members, *plan.control), threat=threat, verified=verified or ()
     )
     curve, levels = _curve_of(outcome, threat), outcome.members
     if not curve:
-        curve, levels = parts.over_eps(few, chosen[0] if chosen else "training")
-    band = [] if verified is None else parts.proofs_over_eps(few, curve, levels)
+        curve, levels = parts.over_eps(chosen[0] if chosen else "training")
+    band = [] if verified is None else parts.proofs_over_eps(curve, levels)
     findings = parts.findings(source) if not threat.of_events else []
     network = {
         "architecture": subject.architecture,
@@ -197,7 +199,7 @@ def assess(
         seed=seed,
         draws=draws,
         network=network,
-        data=data,
+        data=data.fingerprint,
         estimators=tuple(rows),
         verified=verified,
         verified_seconds=proved.get("seconds", 0.0),
@@ -226,6 +228,8 @@ class _Parts:
     """
 
     model: nn.Module
+    data: Data
+    few: Data
     x: Tensor
     y: Tensor
     threat: ThreatModel
@@ -247,7 +251,7 @@ class _Parts:
                 (self.model, self.x, self.y),
                 SampleSeeds(range(len(self.y))).derived("sweep", self.seed),
             )
-            if bool(fools(*few, draws=self.draws, seeds=seeds).all()):
+            if bool(fooled(*few, draws=self.draws, seeds=seeds).all()):
                 return []
             attack = short_attack(self.threat, settings.steps, draws=self.draws)
             trials = search_estimators(
@@ -264,7 +268,7 @@ class _Parts:
             "estimators.json", self.key | {"settings": repr(settings)}, compute
         )
 
-    def proofs(self, batches: Batches) -> dict[str, Any]:
+    def proofs(self) -> dict[str, Any]:
         """Images that are verified, how far the potential can move, seconds; or why nothing is
         proved.
         """
@@ -273,7 +277,7 @@ class _Parts:
         def compute() -> dict[str, Any]:
             start = time.perf_counter()
             try:
-                found = prove(self.model, batches, [self.threat.eps])
+                found = prove(self.model, self.data, [self.threat.eps])
             except (NotImplementedError, TypeError, ValueError) as error:
                 return {"reasons": [f"Nothing is proved: {error}."]}
             (verified,) = found.verified.values()
@@ -287,7 +291,7 @@ class _Parts:
         return self._computed_once("proofs.json", self.key, compute)
 
     def proofs_over_eps(
-        self, few: Batches, curve: Sequence[Mapping[str, Any]], levels: Sequence[MemberOutcome]
+        self, curve: Sequence[Mapping[str, Any]], levels: Sequence[MemberOutcome]
     ) -> list[dict[str, Any]]:
         """Rows of what is verified at the radii of a curve; ValueError if an attack of it breaks
         such an image.
@@ -297,7 +301,7 @@ class _Parts:
         verified = self._computed_once(
             "proofs_over_eps.json",
             self.key | {"radii": ", ".join(radii)},
-            lambda: dict(prove(self.model, few, [parse_eps(eps) for eps in radii]).verified),
+            lambda: dict(prove(self.model, self.few, [parse_eps(eps) for eps in radii]).verified),
         )
         for eps, numbers in verified.items():
             check_proofs(levels, numbers, parse_eps(eps))
@@ -306,14 +310,13 @@ class _Parts:
             for eps, numbers in verified.items()
         ]
 
-    def run(
-        self, name: str, batches: Batches, members: Sequence[Member], **what: Any
-    ) -> SuiteOutcome:
+    def run(self, name: str, data: Data, members: Sequence[Member], **what: Any) -> SuiteOutcome:
         folder = self.folder and self.folder / name
-        return run_suite(
+        return run_on_data(
             self.model,
-            batches,
+            data,
             members,
+            network=self.key["network"],
             seed=self.seed,
             folder=folder,
             draws=self.draws,
@@ -321,9 +324,7 @@ class _Parts:
             **what,
         )
 
-    def over_eps(
-        self, few: Batches, estimator: str
-    ) -> tuple[list[dict[str, Any]], tuple[MemberOutcome, ...]]:
+    def over_eps(self, estimator: str) -> tuple[list[dict[str, Any]], tuple[MemberOutcome, ...]]:
         """Accuracy over eps, from a short attack at every radius; and what each of these did."""
         self.say(
             "accuracy over the number of changes" if self.threat.of_events else "accuracy over eps"
@@ -332,7 +333,8 @@ class _Parts:
         levels = [
             _level(replace(self.threat, eps=radius), estimator, self.draws) for radius in radii
         ]
-        outcome = self.run("over_eps", few, levels, threat=replace(self.threat, eps=max(radii)))
+        widest = replace(self.threat, eps=max(radii))
+        outcome = self.run("over_eps", self.few, levels, threat=widest)
         kind = short_attack_name(self.threat) + ("" if self.threat.of_events else " 20")
         return _curve(
             outcome, outcome.members, [f"{kind}, {estimator}"] * len(levels)
@@ -354,7 +356,9 @@ class _Parts:
             )
             return [asdict(finding) for finding in found]
 
-        of_source = {} if source is None else {"source": fingerprint(source)}
+        of_source = {}
+        if source is not None:
+            of_source["source"] = identify(source, self.data).fingerprint
         return self._computed_once("findings.json", self.key | of_source, compute)
 
     def _computed_once(
@@ -366,17 +370,6 @@ class _Parts:
         if rank == 0:
             found[0] = computed_once(self.folder and self.folder / name, key, compute)
         return gathered(found)[0]
-
-
-def _check_draws(model: nn.Module, x: Tensor, y: Tensor, draws: int) -> None:
-    if draws == 1 and not torch.equal(
-        *(scored(model, x[:8], y[:8], seed=number) for number in (0, 1))
-    ):
-        raise ValueError(
-            "the network draws random numbers: on the same images its logits differ. One lucky "
-            "draw breaks nothing, so say in how many fresh draws an image must be wrong, such as "
-            "draws=10 (--draws 10)"
-        )
 
 
 def _with_transfer(suite: Suite, source: nn.Module, threat: ThreatModel) -> Suite:
@@ -435,14 +428,3 @@ def _curve(
             {"eps": eps_text(member.eps or 0.0), "attack": attack, "correct": left, "total": total}
         )
     return rows
-
-
-def _first(batches: Batches) -> list[tuple[Tensor, ...]]:
-    """The first images in their batches."""
-    few: list[tuple[Tensor, ...]] = []
-    for batch in batches:
-        left = _FIRST - sum(len(labels) for _, labels in few)
-        if left <= 0:
-            break
-        few.append((batch[0][:left], batch[1][:left]))
-    return few

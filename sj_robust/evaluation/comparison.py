@@ -1,9 +1,11 @@
 """Two robustness reports side by side."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sj_robust._saved import markdown_table
 from sj_robust.evaluation.intervals import difference_interval, paired_difference_interval
+from sj_robust.evaluation.outcome import MemberOutcome
 from sj_robust.evaluation.report import Accuracy
 from sj_robust.evaluation.robustness_report import RobustnessReport
 
@@ -18,6 +20,7 @@ class Difference:
         first: The accuracy in the first report.
         second: The same in the second.
         interval: 95 % interval of second minus first.
+        partial: Whether it is of some of the images only, those that an attack met in both.
 
     Examples:
         >>> clean = Accuracy("clean", "clean", 8, 10, 0.0), Accuracy("clean", "clean", 9, 10, 0.0)
@@ -28,6 +31,7 @@ class Difference:
     first: Accuracy
     second: Accuracy
     interval: tuple[float, float]
+    partial: bool = False
 
     @property
     def value(self) -> float:
@@ -42,9 +46,10 @@ class Difference:
     def cells(self) -> list[str]:
         """A row of a table in per cent; a star marks an interval that leaves out 0."""
         low, high = (100 * end for end in self.interval)
+        images = f" ({self.first.total} images)" if self.partial else ""
         value = f"{100 * self.value:+.1f}{' *' if self.clear else ''}"
         return [
-            self.first.name,
+            f"{self.first.name}{images}",
             self.first.percent,
             self.second.percent,
             value,
@@ -58,7 +63,7 @@ class Comparison:
 
     Attributes:
         names: Names of the two networks.
-        differences: One per accuracy that both reports have.
+        differences: One per accuracy that both reports have and that can be compared.
         notes: What makes the reports incomparable, and what else to know.
     """
 
@@ -77,7 +82,9 @@ def compare_reports(first: RobustnessReport, second: RobustnessReport) -> Compar
     比较两份报告。
 
     On the same images the interval is that of paired shares, which is far narrower; otherwise that
-    of independent ones.
+    of independent ones. An attack of a suite meets what those before it left, so a single attack is
+    compared by what it does alone: on all images where it met all of them in both reports, else on
+    those that it met in both. Where there are none, or the images differ, its row is left out.
 
     Args:
         first: The one to start from.
@@ -97,22 +104,100 @@ def compare_reports(first: RobustnessReport, second: RobustnessReport) -> Compar
     paired = first.labels == second.labels and first.data == second.data
     others = {other.name: other for other in second.accuracies}
     rows = []
+    left_out = []
     for one in first.accuracies:
         if (other := others.get(one.name)) is None:
             continue
-        if paired:
-            before, after = first.standing(one.name), second.standing(one.name)
-            interval = paired_difference_interval(
-                len(after - before), len(before - after), one.total
-            )
+        if one.kind == "member":
+            row = _attack_alone(first, second, one.name, paired=paired)
         else:
-            interval = difference_interval(one.correct, one.total, other.correct, other.total)
-        rows.append(Difference(one, other, interval))
+            standing = first.standing(one.name), second.standing(one.name)
+            row = _difference(one, other, *standing, paired=paired)
+        if row is None:
+            left_out.append(one.name)
+        else:
+            rows.append(row)
     alike = first.name == second.name
     names = (
         (f"{first.name} (first)", f"{second.name} (second)") if alike else (first.name, second.name)
     )
-    return Comparison(names, tuple(rows), _notes(first, second, paired=paired))
+    notes = [*_notes(first, second, paired=paired), *_notes_on_attacks(rows, left_out)]
+    return Comparison(names, tuple(rows), tuple(notes))
+
+
+def _difference(
+    one: Accuracy,
+    other: Accuracy,
+    before: frozenset[int],
+    after: frozenset[int],
+    *,
+    paired: bool,
+    partial: bool = False,
+) -> Difference:
+    """Two accuracies, of the images that are ``before`` and ``after`` standing."""
+    if paired:
+        gained, lost = len(after - before), len(before - after)
+        interval = paired_difference_interval(gained, lost, one.total)
+    else:
+        interval = difference_interval(one.correct, one.total, other.correct, other.total)
+    return Difference(one, other, interval, partial)
+
+
+def _attack_alone(
+    first: RobustnessReport, second: RobustnessReport, name: str, *, paired: bool
+) -> Difference | None:
+    """What one attack does in both reports, whatever was run before it; None if nobody can say."""
+    reports = (first, second)
+    members = [_member(report, name) for report in reports]
+    if all(map(_met_all, reports, members)):
+        standing = [
+            frozenset(report.correct).difference(member.fooled)
+            for report, member in zip(reports, members, strict=True)
+        ]
+        totals = [len(report.labels) for report in reports]
+        partial = False
+    else:
+        met = frozenset.intersection(*map(_met, reports, members))
+        if not paired or not met:
+            return None
+        standing = [met.difference(member.fooled) for member in members]
+        totals = [len(met)] * 2
+        partial = True
+    one, other = (
+        Accuracy(name, "member", len(left), total, member.seconds)
+        for left, total, member in zip(standing, totals, members, strict=True)
+    )
+    return _difference(one, other, *standing, paired=paired, partial=partial)
+
+
+def _member(report: RobustnessReport, name: str) -> MemberOutcome:
+    return next(member for member in report.members if member.name == name)
+
+
+def _met(report: RobustnessReport, member: MemberOutcome) -> frozenset[int]:
+    """Images of which is known what the attack does: those it was run on, and those that are
+    proved.
+    """
+    proved = report.verified or () if report.within(member) else ()
+    return frozenset(member.attacked).union(proved)
+
+
+def _met_all(report: RobustnessReport, member: MemberOutcome) -> bool:
+    return _met(report, member).issuperset(report.correct)
+
+
+def _notes_on_attacks(rows: Sequence[Difference], left_out: Sequence[str]) -> list[str]:
+    notes = []
+    if any(row.partial for row in rows):
+        notes.append(
+            "An attack meets what those before it left: rows with a number of images compare it "
+            "on those that it met in both reports."
+        )
+    if left_out:
+        notes.append(
+            f"{', '.join(left_out)}: no images that the attack met in both reports, and left out."
+        )
+    return notes
 
 
 def _notes(first: RobustnessReport, second: RobustnessReport, *, paired: bool) -> tuple[str, ...]:

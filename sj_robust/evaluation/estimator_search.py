@@ -21,7 +21,7 @@ from sj_robust.evaluation.member import (
     Member,
     check_estimator,
     clock,
-    craft,
+    crafted,
     fools,
     has_detached_reset,
     scored,
@@ -305,7 +305,7 @@ class _Trials:
             "sweep", self.attack, name
         )  # part of the seeds: all estimators start from the same points
         seeds = SampleSeeds(self.seeds.seeds[rows])
-        return craft(self.model, self.x[rows], self.y[rows], member, seeds=seeds)
+        return crafted(self.model, self.x[rows], self.y[rows], member, seeds=seeds)
 
     def _scores(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Whether a sample stands in any draw, and its largest margin over the draws, 0 where

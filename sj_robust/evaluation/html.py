@@ -15,10 +15,10 @@ from torch import nn
 from sj_robust._saved import write_whole
 from sj_robust._shown import BLUE, GREY, ORANGE
 from sj_robust.evaluation._symptoms import extent
+from sj_robust.evaluation.data import Batches
 from sj_robust.evaluation.drawings import robustness_figures
 from sj_robust.evaluation.pictures import Gallery, gallery_within
 from sj_robust.evaluation.robustness_report import RobustnessReport
-from sj_robust.evaluation.runner import Batches
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -15,7 +15,17 @@ from sj_robust.attacks.call import Attack, Model, crafting
 from sj_robust.attacks.threat import ThreatModel
 from sj_robust.randomness import SampleSeeds, check_seeds, seeded_globals
 
-__all__ = ["Member", "check_estimator", "clock", "craft", "fools", "has_detached_reset", "scored"]
+__all__ = [
+    "Member",
+    "check_estimator",
+    "clock",
+    "craft",
+    "crafted",
+    "fooled",
+    "fools",
+    "has_detached_reset",
+    "scored",
+]
 
 
 @dataclass(frozen=True)
@@ -107,6 +117,11 @@ def craft(model: Model, x: Tensor, y: Tensor, member: Member, *, seeds: SampleSe
         torch.Size([2, 5])
     """
     _check_arguments(model, x, y, seeds)
+    return crafted(model, x, y, member, seeds=seeds)
+
+
+def crafted(model: Model, x: Tensor, y: Tensor, member: Member, *, seeds: SampleSeeds) -> Tensor:
+    """:func:`craft` for whoever has checked images, labels and seeds already."""
     if x.numel() == 0:
         return x.detach().clone()
     own = seeds.derived(member.name, member.seed)
@@ -147,6 +162,11 @@ def fools(model: Model, x: Tensor, y: Tensor, *, draws: int = 1, seeds: SampleSe
     """
     check_count("draws", draws)
     _check_arguments(model, x, y, seeds)
+    return fooled(model, x, y, draws=draws, seeds=seeds)
+
+
+def fooled(model: Model, x: Tensor, y: Tensor, *, draws: int, seeds: SampleSeeds) -> Tensor:
+    """:func:`fools` for whoever has checked images, labels and seeds already."""
     wrong = torch.arange(len(x), device=x.device)
     for draw in range(draws):
         if len(wrong) == 0:
@@ -154,9 +174,9 @@ def fools(model: Model, x: Tensor, y: Tensor, *, draws: int = 1, seeds: SampleSe
         seed = seeds.derived("draw", draw).single()
         logits = scored(model, x[wrong], y[wrong], seed=seed)
         wrong = wrong[logits.argmax(1) != y[wrong]]
-    fooled = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-    fooled[wrong] = True
-    return fooled
+    found = torch.zeros(len(x), dtype=torch.bool, device=x.device)
+    found[wrong] = True
+    return found
 
 
 def scored(model: Model, x: Tensor, y: Tensor, *, seed: int) -> Tensor:

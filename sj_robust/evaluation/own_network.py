@@ -8,22 +8,19 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from sj_robust._environment import device_of
 from sj_robust._preserved import evaluation_mode, full_precision
-from sj_robust.attacks import check_images, check_labels
 from sj_robust.attacks.threat import ThreatModel, parse_eps
 from sj_robust.classifier import SpikingClassifier, as_classifier
-from sj_robust.data import image_loader
 from sj_robust.evaluation.assess import assess
 from sj_robust.evaluation.corruptions import Corruption
+from sj_robust.evaluation.data import Batches, Data, given_data
 from sj_robust.evaluation.faults import Fault
 from sj_robust.evaluation.progress import Position
 from sj_robust.evaluation.robustness_report import RobustnessReport
-from sj_robust.evaluation.runner import Batches
 from sj_robust.evaluation.stress_card import StressCard
 from sj_robust.evaluation.stressing import stress_network
 from sj_robust.evaluation.subject import Subject, check_fits
@@ -65,9 +62,9 @@ def evaluate(
     Args:
         model: A classifier of images in [0, 1], spiking or not; or a bare SpikingJelly network,
             with ``T`` and, if it expects normalised images, ``mean`` and ``std``.
-        x: Test images [N, C, H, W] in [0, 1]; or, in place of ``x`` and ``y``, a ``DataLoader``
-            that does not shuffle, a data set, or a list of batches. Binary event frames are [N, T,
-            2, H, W].
+        x: Test images [N, C, H, W] in [0, 1]; or, in place of ``x`` and ``y``, a ``DataLoader``, a
+            data set, or a list of batches, which is read once. Binary event frames are [N, T, 2,
+            H, W].
         y: Labels [N] int64.
         eps: Radius, a number or a text such as ``"8/255"``; for L0 the number of changed elements,
             for moves that of moved events.
@@ -90,9 +87,8 @@ def evaluate(
 
     Raises:
         TypeError: If the images are no tensor of floating point, or a label is no integer.
-        ValueError: If an argument is wrong, T is missing, images lie outside [0, 1] or come in
-            another order every time, network and images do not belong together, or the folder holds
-            another evaluation.
+        ValueError: If an argument is wrong, T is missing, images lie outside [0, 1], network and
+            images do not belong together, or the folder holds another evaluation.
 
     Source: evaluation as asked for by Carlini et al., "On evaluating adversarial robustness" (arXiv
         1902.06705).
@@ -228,11 +224,12 @@ def _prepared(
     dataset: str,
     folder: str | Path | None,
     progress: bool,
-) -> Iterator[tuple[Subject, Batches, int, bool, _Display]]:
+) -> Iterator[tuple[Subject, Data, int, bool, _Display]]:
     """Network, images, number of classes, whether images are event frames, display; evaluation
     mode, full precision.
     """
-    batches, first = _batches(x, y, batch_size)
+    data = given_data(x, y, batch_size)
+    first = data[0][0]
     frames = first.ndim == 5
     classifier = as_classifier(model, T, mean=mean, std=std, frames=frames)
     network = classifier.net if isinstance(classifier, SpikingClassifier) else classifier
@@ -241,7 +238,7 @@ def _prepared(
     with evaluation_mode(classifier), full_precision(device), _shown(progress) as display:
         classes = check_fits(subject, first[:1].to(device), None, dataset)
         try:
-            yield subject, batches, classes, frames, display
+            yield subject, data, classes, frames, display
         except KeyboardInterrupt as stopped:
             stopped.add_note(
                 "the network is as it was; with folder=... the next evaluation could be continued"
@@ -249,40 +246,6 @@ def _prepared(
                 else f"the network is as it was; the same call goes on with what is in {folder}"
             )
             raise
-
-
-def _batches(
-    x: Tensor | Batches | Dataset[tuple[Tensor, ...]], y: Tensor | None, size: int
-) -> tuple[Batches, Tensor]:
-    """Batches in a fixed order, and the images of the first one."""
-    batches: Batches
-    if isinstance(x, Tensor):
-        if y is None:
-            raise ValueError(
-                "y must hold the labels of x, got None; or give a DataLoader in place of x and y"
-            )
-        check_images(x)
-        check_labels(y, x)
-        starts = range(0, len(x), size)
-        batches = [(x[start : start + size], y[start : start + size]) for start in starts]
-    elif y is not None:
-        raise ValueError(
-            f"y must be None where x brings its own labels, got both with x a {type(x).__name__}"
-        )
-    elif isinstance(x, Dataset):
-        batches = image_loader(x, size)
-    else:
-        batches = x
-    first, again = (next(iter(batches), None) for _ in range(2))
-    if first is None:
-        raise ValueError("x must hold an image or more, got none")
-    if again is None or not torch.equal(first[0], again[0]):
-        raise ValueError(
-            "x must give the same images in the same order every time, got others the second "
-            "time; build its loader with shuffle=False, without random augmentation, and give no "
-            "iterator"
-        )
-    return batches, first[0]
 
 
 @contextmanager

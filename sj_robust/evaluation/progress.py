@@ -7,13 +7,30 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
+import torch
 from filelock import FileLock, Timeout
 
 from sj_robust._saved import naming, write_whole
 
-__all__ = ["BatchLog", "Position", "Progress", "TimeLeft", "computed_once"]
+__all__ = [
+    "BatchLog",
+    "Position",
+    "Progress",
+    "TimeLeft",
+    "another_evaluation",
+    "computed_once",
+    "gathered",
+    "rank_and_world_size",
+    "read",
+]
+
+_Part = TypeVar("_Part")
+_HINTS = {
+    "data": " (a loader that shuffles or augments gives other images in every pass: build it with "
+    "shuffle=False, without random augmentation)"
+}
 
 
 class Progress:
@@ -35,7 +52,7 @@ class Progress:
             folder.mkdir(parents=True, exist_ok=True)
             path = folder / "key.json"
             if path.is_file():
-                _check_key(_read(path), key, folder)
+                _check_key(read(path), key, folder)
             else:
                 write_whole(path, json.dumps(dict(key), indent=2) + "\n")
 
@@ -136,7 +153,7 @@ def computed_once(path: Path | None, key: Mapping[str, str], compute: Callable[[
         [1, 2]
     """
     if path is not None and path.is_file():
-        content = _read(path)
+        content = read(path)
         _check_key(content["key"], key, path)
         return content["result"]
     text = json.dumps({"key": dict(key), "result": compute()})
@@ -157,14 +174,40 @@ def _check_key(found: object, wanted: Mapping[str, str], where: Path) -> None:
         if found.get(name) != wanted.get(name)
     ]
     if changed:
+        hints = [_HINTS[name] for name in changed if name in _HINTS]
         raise ValueError(
-            f"{where} holds the progress of another evaluation ({', '.join(changed)} changed); "
-            "results are never mixed: resume with what it was begun with, or evaluate into "
-            "another folder"
+            another_evaluation(where, f"{', '.join(changed)} changed") + "".join(hints)
         )
 
 
-def _read(path: Path) -> Any:
+def another_evaluation(where: Path, what: str) -> str:
+    """What is said of a folder that belongs to something else."""
+    return (
+        f"{where} holds the progress of another evaluation ({what}); results are never mixed: "
+        "resume with what it was begun with, or evaluate into another folder"
+    )
+
+
+def rank_and_world_size() -> tuple[int, int]:
+    """Number of this process and number of processes; (0, 1) without ``torch.distributed``.
+    进程编号与进程数。
+    """
+    distributed = torch.distributed
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 0, 1
+    return distributed.get_rank(), distributed.get_world_size()
+
+
+def gathered(records: dict[int, _Part]) -> dict[int, _Part]:
+    """The numbered records of all processes, on each of them and in their order."""
+    parts = [records] * rank_and_world_size()[1]
+    if len(parts) > 1:
+        torch.distributed.all_gather_object(parts, records)
+    return dict(sorted((number, record) for part in parts for number, record in part.items()))
+
+
+def read(path: Path) -> Any:
+    """What a file of an evaluation holds; ValueError if it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

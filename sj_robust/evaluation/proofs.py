@@ -4,9 +4,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from sj_robust.attacks.threat import eps_text
+from sj_robust.evaluation.data import Batches, Data
 from sj_robust.evaluation.outcome import MemberOutcome
 from sj_robust.stability import verify
 
@@ -30,9 +31,7 @@ class Proofs:
     potential: Mapping[str, tuple[float, ...]]
 
 
-def prove(
-    model: nn.Module, batches: Iterable[tuple[Tensor, ...]], radii: Sequence[float]
-) -> Proofs:
+def prove(model: nn.Module, batches: Batches | Data, radii: Sequence[float]) -> Proofs:
     """Verify images at several radii by :func:`sj_robust.stability.verify`. 在多个半径下验证图像。
 
     Raises:
@@ -49,7 +48,7 @@ def prove(
         >>> prove(SpikingClassifier(net, T=4).eval(), batches, [0.01, 0.05]).verified
         {'0.01': (0, 1), '0.05': (0,)}
     """
-    x, y = (torch.cat(parts) for parts in zip(*(batch[:2] for batch in batches), strict=True))
+    x, y = Data.of(batches).tensors(torch.device("cpu"))
     found = {eps: verify(model, x, y, eps) for eps in radii}
     verified = {
         eps_text(eps): tuple(number for number, proved in enumerate(result.verified) if proved)

@@ -2,44 +2,40 @@
 
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from sj_robust._environment import device_of, environment
 from sj_robust._preserved import evaluation_mode
-from sj_robust.attacks import check_images, check_labels
 from sj_robust.attacks.threat import ThreatModel
+from sj_robust.evaluation.data import Batches, Data
 from sj_robust.evaluation.fingerprint import description, fingerprint
-from sj_robust.evaluation.member import Member, fools
+from sj_robust.evaluation.identity import network_key
+from sj_robust.evaluation.member import Member, fooled
 from sj_robust.evaluation.outcome import MemberOutcome, SuiteOutcome
-from sj_robust.evaluation.progress import BatchLog, Position, Progress, TimeLeft
+from sj_robust.evaluation.progress import (
+    BatchLog,
+    Position,
+    Progress,
+    TimeLeft,
+    gathered,
+    rank_and_world_size,
+)
 from sj_robust.evaluation.worst_case import MemberRun, run_members
 from sj_robust.perturbation import MPPDMonitor
 from sj_robust.randomness import SampleSeeds, seeded_globals
 
-__all__ = [
-    "Batches",
-    "data_fingerprint",
-    "gathered",
-    "rank_and_world_size",
-    "releases",
-    "run_suite",
-]
-
-_Part = TypeVar("_Part")
-
-Batches = Iterable[tuple[Tensor, ...]]
-"""Images and labels in a fixed order, iterable more than once."""
+__all__ = ["releases", "run_on_data", "run_suite"]
 
 
 def run_suite(
     model: nn.Module,
-    batches: Batches,
+    batches: Batches | Data,
     members: Sequence[Member],
     *,
     threat: ThreatModel,
@@ -67,8 +63,8 @@ def run_suite(
     Args:
         model: Images [N, C, H, W] in [0, 1] to logits; runs in evaluation mode, and gets its modes
             back.
-        batches: Batches (images, labels) in a fixed order, iterable more than once (a list, a
-            loader).
+        batches: Batches (images, labels), a list or a loader; they are read once, see
+            :class:`sj_robust.evaluation.data.Data`.
         members: The attacks, budgets inside; all that belong to the group ``"control"`` included.
         threat: Norm and size of what counts as broken.
         seed: Seeds everything.
@@ -94,69 +90,73 @@ def run_suite(
         >>> outcome.correct, outcome.members[0].fooled
         ((0, 1), (0,))
     """
+    data = Data.of(batches)
+    return run_on_data(
+        model,
+        data,
+        members,
+        network=network_key(model, data, folder),
+        threat=threat,
+        seed=seed,
+        folder=folder,
+        draws=draws,
+        verified=verified,
+        on_step=on_step,
+    )
+
+
+def run_on_data(
+    model: nn.Module,
+    data: Data,
+    members: Sequence[Member],
+    *,
+    network: str,
+    threat: ThreatModel,
+    seed: int,
+    folder: Path | None,
+    draws: int,
+    verified: Collection[int] = (),
+    on_step: Callable[[Position], None] | None = None,
+) -> SuiteOutcome:
+    """:func:`run_suite` for whoever knows the ``network`` by its key already."""
     names = [member.name for member in members]
     if len(set(names)) < len(names) or "clean" in names:
         raise ValueError(
             f"members must have names of their own, and none may be 'clean', got {names}"
         )
-    labels, sizes, data = _survey(batches)
     key = {
-        "network": fingerprint(model),
+        "network": network,
         "suite": fingerprint([description(member) for member in members]),
         "threat": description(threat),
         "seed": str(seed),
         "draws": str(draws),
-        "data": data,
-        "batch sizes": fingerprint(sizes),
+        "data": data.fingerprint,
+        "batch sizes": fingerprint(list(data.sizes)),
         "verified": fingerprint(sorted(verified)),
         "releases": releases(),
     }
     rank, processes = rank_and_world_size()
     progress = Progress(folder, key)
-    own = range(rank, len(sizes), processes)
+    own = range(rank, len(data), processes)
     left = TimeLeft(("clean", *names), len(own))
     run = _Run(
-        model, tuple(members), threat, seed, draws, frozenset(verified), len(sizes), left, on_step
+        model, tuple(members), threat, seed, draws, frozenset(verified), len(data), left, on_step
     )
     records: dict[int, list[dict[str, Any]]] = {}
-    start = 0
     with evaluation_mode(model):
-        for number, batch in enumerate(batches):
-            if number in own:
-                with progress.batch(number) as log:
-                    run.batch(number, start, batch[0], batch[1], log)
-                records[number] = log.records
-            start += len(batch[1])
-    return _outcome(labels, sizes, members, gathered(records))
+        for number in own:
+            with progress.batch(number) as log:
+                run.batch(number, sum(data.sizes[:number]), *data[number], log)
+            records[number] = log.records
+    return _outcome(data.labels, data.sizes, members, gathered(records))
 
 
 def releases() -> str:
     """Releases that a result depends on, as part of a key. 结果所依赖的版本。"""
     found = environment()
-    return ", ".join(f"{name} {found[name]}" for name in ("sj_robust", "spikingjelly", "torch"))
-
-
-def data_fingerprint(batches: Batches) -> str:
-    """Digest of all images and labels, whatever the batch size. 数据指纹。"""
-    return _survey(batches)[2]
-
-
-def rank_and_world_size() -> tuple[int, int]:
-    """Number of this process and number of processes; (0, 1) without ``torch.distributed``.
-    进程编号与进程数。
-    """
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return 0, 1
-    return distributed.get_rank(), distributed.get_world_size()
-
-
-def gathered(records: dict[int, _Part]) -> dict[int, _Part]:
-    """The numbered records of all processes, on each of them and in their order."""
-    parts = [records] * rank_and_world_size()[1]
-    if len(parts) > 1:
-        torch.distributed.all_gather_object(parts, records)
-    return dict(sorted((number, record) for part in parts for number, record in part.items()))
+    names = ("sj_robust", "spikingjelly", "torch")
+    python = found["python"].rpartition(".")[0]
+    return ", ".join([*(f"{name} {found[name]}" for name in names), f"python {python}"])
 
 
 @dataclass(frozen=True)
@@ -179,7 +179,7 @@ class _Run:
         seeds = SampleSeeds(range(start, start + len(y))).derived("image", self.seed)
         if not log.records:
             began = time.perf_counter()
-            right = ~fools(self.model, x, y, seeds=seeds)
+            right = ~fooled(self.model, x, y, draws=1, seeds=seeds)
             seconds = time.perf_counter() - began
             log.append(
                 {"member": "clean", "right": right.nonzero()[:, 0].tolist(), "seconds": seconds}
@@ -268,27 +268,6 @@ def _layer_perturbation(model: nn.Module, x: Tensor, x_adv: Tensor) -> dict[str,
         "layers": layers,
         "warnings": sorted({str(warning.message) for warning in caught}),
     }
-
-
-def _survey(batches: Batches) -> tuple[tuple[int, ...], list[int], str]:
-    """Labels, batch sizes and a digest of all images and labels; also checks them."""
-    if iter(batches) is batches:
-        raise ValueError(
-            "batches must be iterable more than once, got an iterator; pass a list or a loader"
-        )
-    labels: list[int] = []
-    sizes: list[int] = []
-    images: list[str] = []
-    for batch in batches:
-        x, y = batch[:2]
-        check_images(x)
-        check_labels(y, x)
-        sizes.append(len(y))
-        labels += y.tolist()
-        images += [fingerprint(image) for image in x]
-    if not labels:
-        raise ValueError("batches must hold at least one image, got none")
-    return tuple(labels), sizes, fingerprint([images, labels])
 
 
 def _outcome(

@@ -15,18 +15,20 @@ from sj_robust._preserved import preserved
 from sj_robust._saved import plain
 from sj_robust.attacks.threat import ThreatModel, eps_text
 from sj_robust.evaluation.corruptions import Corruption, corrupted, default_corruptions
+from sj_robust.evaluation.data import Batches, Data
 from sj_robust.evaluation.estimator_search import short_attack, short_attack_name
 from sj_robust.evaluation.faults import Fault, default_faults, faulty
 from sj_robust.evaluation.fingerprint import fingerprint
-from sj_robust.evaluation.member import Member, fools
-from sj_robust.evaluation.progress import Position, TimeLeft, computed_once
-from sj_robust.evaluation.runner import (
-    Batches,
-    data_fingerprint,
+from sj_robust.evaluation.identity import network_key
+from sj_robust.evaluation.member import Member, fooled
+from sj_robust.evaluation.progress import (
+    Position,
+    TimeLeft,
+    computed_once,
     gathered,
     rank_and_world_size,
-    releases,
 )
+from sj_robust.evaluation.runner import releases
 from sj_robust.evaluation.stress_card import StressCard, StressRow
 from sj_robust.evaluation.subject import Subject, describe_network
 from sj_robust.evaluation.worst_case import run_members
@@ -40,7 +42,7 @@ _EOT = 3
 
 def stress_network(
     subject: Subject,
-    batches: Batches,
+    batches: Batches | Data,
     *,
     suite: Literal["stress", "corruptions"] = "stress",
     threat: ThreatModel,
@@ -62,7 +64,7 @@ def stress_network(
 
     Args:
         subject: The network.
-        batches: Images with labels in batches, iterable more than once.
+        batches: Images with labels in batches, read once.
         suite: ``"stress"`` for faults of deployment, ``"corruptions"`` for common corruptions.
         threat: Budget of the attack, which is crafted on the faulty network, or from the corrupted
             images.
@@ -99,16 +101,15 @@ def stress_network(
     """
     check_count("draws", draws)
     check_count("steps", steps)
+    data = Data.of(batches)
     if faults is None:
         faults = (
-            default_faults(subject.model)
-            if suite == "stress"
-            else default_corruptions(next(iter(batches))[0])
+            default_faults(subject.model) if suite == "stress" else default_corruptions(data[0][0])
         )
     attack = short_attack(threat, steps)
     key = {
-        "network": fingerprint(subject.model),
-        "data": data_fingerprint(batches),
+        "network": network_key(subject.model, data, folder),
+        "data": data.fingerprint,
         "threat": repr(threat),
     }
     key |= {
@@ -130,7 +131,7 @@ def stress_network(
         def compute(fault: Fault | Corruption | None = fault) -> dict[str, Any]:
             try:
                 with preserved(subject.model):
-                    counts = [*_counted(subject.model, batches, fault, threat, draws, steps, seed)]
+                    counts = [*_counted(subject.model, data, fault, threat, draws, steps, seed)]
             except (ValueError, NotImplementedError) as error:
                 if fault is None:
                     raise
@@ -156,7 +157,7 @@ def stress_network(
         suite=suite,
         threat=threat,
         attack=f"{short_attack_name(threat)} {steps}",
-        images=sum(len(batch[1]) for batch in batches),
+        images=len(data.labels),
         intact=StressRow("none", 0, **rows[0]),
         rows=tuple(measured),
         seed=seed,
@@ -171,7 +172,7 @@ def stress_network(
 
 def _counted(
     model: nn.Module,
-    batches: Batches,
+    data: Data,
     fault: Fault | Corruption | None,
     threat: ThreatModel,
     draws: int,
@@ -186,12 +187,12 @@ def _counted(
         own = seed * 2**10 + draw
         network = faulty(model, fault, seed=own) if isinstance(fault, Fault) else model
         clean = attacked = start = 0
-        for batch in batches:
-            x, y = (part.to(device_of(model)) for part in batch[:2])
+        for batch in data:
+            x, y = (part.to(device_of(model)) for part in batch)
             if isinstance(fault, Corruption):
                 x = corrupted(x, fault, seed=seed, start=start)
             seeds = SampleSeeds(range(start, start + len(y))).derived("image", own)
-            right = ~fools(network, x, y, seeds=seeds)
+            right = ~fooled(network, x, y, draws=1, seeds=seeds)
             (run,) = run_members(network, x, y, [member], right, seeds=seeds, draws=1)
             clean += int(right.sum())
             attacked += int(right.sum() - run.fooled.sum())

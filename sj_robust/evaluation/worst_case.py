@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sj_robust.attacks.call import Model
-from sj_robust.evaluation.member import Member, clock, craft, fools
+from sj_robust.evaluation.member import Member, clock, crafted, fooled, fools
 from sj_robust.evaluation.outcome import MemberOutcome
 from sj_robust.randomness import SampleSeeds
 
@@ -160,7 +160,8 @@ def run_members(
     known: Sequence[Sequence[int]] = (),
     spared: Mapping[str, Tensor] | None = None,
 ) -> Iterator[MemberRun]:
-    """Run members in their order, each on what is ``correct`` [N] and still stands in its group.
+    """Run members in their order, each on what is ``correct`` [N] and still stands in its group;
+    images, labels and seeds are checked already.
 
     ``known[i]`` are the samples that ``members[i]`` fooled in an earlier run; only the members
     after these run and are yielded. ``spared`` are, by name of a member, samples [N] bool that it
@@ -169,7 +170,7 @@ def run_members(
     standing = {member.group: correct.clone() for member in members}
     for index, member in enumerate(members):
         if index < len(known):
-            fooled = torch.tensor(known[index], dtype=torch.int64, device=x.device)
+            fallen = torch.tensor(known[index], dtype=torch.int64, device=x.device)
         else:
             spares = (spared or {}).get(member.name)
             attacked = (
@@ -178,9 +179,10 @@ def run_members(
             rows = attacked.nonzero()[:, 0]
             images, labels, own = x[rows], y[rows], seeds.rows(rows)
             start = clock(x.device)
-            x_adv = craft(model, images, labels, member, seeds=own)
-            hit = fools(model, x_adv, labels, draws=draws, seeds=own.derived("score", member.name))
+            x_adv = crafted(model, images, labels, member, seeds=own)
+            score = own.derived("score", member.name)
+            hit = fooled(model, x_adv, labels, draws=draws, seeds=score)
             yield MemberRun(member, rows, x_adv, hit, clock(x.device) - start)
-            fooled = rows[hit]
+            fallen = rows[hit]
         if member.group:
-            standing[member.group][fooled] = False
+            standing[member.group][fallen] = False

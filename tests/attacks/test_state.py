@@ -2,12 +2,19 @@
 on.
 """
 
+import pickle
+from concurrent.futures import ThreadPoolExecutor
+from copy import deepcopy
+from threading import Barrier
+
 import pytest
 import torch
 from attacks.table import ATTACKS, Recorder, left_as_it_was, linear_model, seeded
-from spikingjelly.activation_based import functional
+from spikingjelly.activation_based import functional, layer, neuron
 from torch import nn
 
+from sj_robust import SpikingClassifier
+from sj_robust._preserved import alone
 from sj_robust.attacks import SampleSeeds, fgsm, pgd
 from sj_robust.attacks._resets import refuse_carried_states
 from sj_robust.neuron import DLIFNode
@@ -17,6 +24,90 @@ from sj_robust.neuron import DLIFNode
 def test_network_and_generators_are_left_as_they_were(gradient_attack, model, batch, fail_at):
     with left_as_it_was(model, fail_at):
         gradient_attack.run(model, *batch, 0.1, seeded() if fail_at else None)
+
+
+def in_threads(count, work):
+    """What so many calls give, each in a thread of its own; errors are results."""
+
+    def call(number):
+        try:
+            return work(number)
+        except Exception as error:
+            return error
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(call, range(count)))
+
+
+@pytest.mark.parametrize("form", ["classifier", "wrapped", "bare", "a function"])
+def test_twenty_threads_attack_one_network_as_one_thread_does(form):
+    torch.manual_seed(0)
+    parts = (layer.Linear(16, 24), neuron.LIFNode(v_threshold=0.2), DLIFNode(T=3))
+    net = nn.Sequential(*parts, layer.Linear(24, 3))
+    functional.set_step_mode(net, "m")
+    classifier = SpikingClassifier(net, T=3).train()
+    forms = {
+        "classifier": classifier,
+        "wrapped": nn.Sequential(nn.Identity(), nn.Dropout(), classifier),
+        "bare": ResetsItself(net),
+        "a function": lambda x: classifier(x),
+    }
+    x, y = torch.rand(16, 16), torch.arange(16) % 3
+
+    def work(number):
+        generator = torch.Generator().manual_seed(number)
+        return pgd(forms[form], x, y, eps=0.1, step_size=0.03, steps=8, generator=generator)
+
+    wanted = [work(number) for number in range(20)]
+    for one, other in zip(wanted, in_threads(20, work), strict=True):
+        assert torch.equal(one, other)
+    assert not torch.equal(wanted[0], wanted[1])
+    assert all(module.training for module in classifier.modules())
+
+
+class ResetsItself(nn.Module):
+    """A network that needs no classifier, attacked as it is."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+        self.resets_itself = True
+
+    def forward(self, x):
+        functional.reset_net(self.net)
+        for node in self.net[1:3]:
+            node.training = True  # on SpikingJelly 0.0.0.0.14 there is no gradient without
+        return self.net(x.expand(3, *x.shape)).mean(0)
+
+
+def test_threads_on_two_networks_of_each_other_end_with_an_error_instead_of_waiting():
+    nets = [nn.Linear(2, 2), nn.Linear(2, 2)]
+    ready = Barrier(2)
+
+    def work(number):
+        with alone([nets[number]]):
+            ready.wait(20)
+            with alone([nets[1 - number]]), alone([nets[number]]):
+                return "done"
+
+    found = in_threads(2, work)
+    assert found.count("done") == 1
+    assert [str(one)[:11] for one in found if one != "done"] == ["two threads"]
+    with alone(nets), alone(nets):
+        assert in_threads(1, lambda _: len(nets)) == [2]
+
+
+def test_a_network_that_may_wait_is_copied_saved_compiled_and_exported_as_before():
+    model = SpikingClassifier(nn.Sequential(nn.Linear(4, 3), DLIFNode(T=2)), T=2).eval()
+    x = torch.rand(2, 4)
+    wanted = model(x)
+    copies = [deepcopy(model), pickle.loads(pickle.dumps(model))]
+    copies.append(torch.compile(model, fullgraph=True, backend="eager"))
+    for copied in copies:
+        assert torch.equal(copied(x), wanted)
+    plain = SpikingClassifier(nn.Sequential(nn.Linear(4, 3)), T=2, step_mode="m").eval()
+    exported = torch.export.export(plain, (x,)).module()
+    assert torch.equal(exported(x), plain(x))
 
 
 def test_the_attack_does_not_see_the_numbers_of_the_callers_next_forward(batch):

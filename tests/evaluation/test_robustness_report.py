@@ -1,6 +1,7 @@
 import io
 import json
 from dataclasses import fields, replace
+from itertools import permutations, product
 
 import pytest
 from evaluation.reports import DEAD, finding, member, report
@@ -204,6 +205,46 @@ def test_comparison_on_the_same_images():
     assert any("same weights" in note for note in comparison.notes)
     assert "+10.0" in terminal(comparison, show_comparison)
     assert "| worst case | 40.0 | 50.0 | +10.0 |" in comparison.table()
+
+
+def in_order(names, **changes):
+    """A report of a suite in some order; alone, its attacks fool 0, 1 and 1, 2 and none."""
+    fools = {"a": {0, 1}, "b": {1, 2}, "c": set()}
+    left, members = set(range(8)), []
+    for name in names:
+        fallen = sorted(left & fools[name])
+        members.append(member(name, fallen, attacked=sorted(left)))
+        left -= fools[name]
+    return report(members=tuple(members), **changes)
+
+
+def test_a_report_differs_nowhere_from_itself_in_another_order():
+    orders = [in_order(names) for names in permutations("abc")]
+    for first, second in product(orders, orders):
+        comparison = compare_reports(first, second)
+        assert [row.value for row in comparison.differences] == [0.0] * 6
+        assert {row.first.name for row in comparison.differences} > {"a", "b", "c"}
+    found = {row.first.name: row for row in compare_reports(orders[0], in_order("ba")).differences}
+    assert (found["a"].first.correct, found["a"].first.total) == (5, 6)  # without 1 and 2
+    assert found["a"].cells()[0] == "a (6 images)"
+
+
+def test_attacks_that_met_no_image_in_both_reports_are_left_out_and_named():
+    first, second = in_order("ab"), in_order("ba")
+    met_none = report(members=(member("a", attacked=()),))
+    for one, other in (
+        (first, met_none),
+        (first, replace(second, data="other")),  # b met other images after a
+    ):
+        comparison = compare_reports(one, other)
+        names = [row.first.name for row in comparison.differences]
+        assert not {"a", "b"}.intersection(names)
+        assert any("met in both reports, and left out" in note for note in comparison.notes)
+    proved = in_order("ab", verified=(5, 6, 7))
+    alone = report(members=(member("b", (1, 2), attacked=range(5)),), verified=(5, 6, 7))
+    found = {row.first.name: row for row in compare_reports(alone, alone).differences}
+    assert (found["b"].first.correct, found["b"].first.total) == (6, 10)  # proved images stand
+    assert compare_reports(proved, proved).differences[1].value == 0.0
 
 
 def test_comparison_of_what_cannot_be_compared():

@@ -10,10 +10,12 @@ from evaluation import masked, suite_run
 
 from sj_robust.attacks import fgsm, pgd
 from sj_robust.attacks.threat import ThreatModel
-from sj_robust.evaluation import Member, craft, worst_case
+from sj_robust.evaluation import Member, worst_case
+from sj_robust.evaluation.data import Data
 from sj_robust.evaluation.fingerprint import fingerprint
+from sj_robust.evaluation.member import crafted
 from sj_robust.evaluation.progress import Progress, TimeLeft, computed_once
-from sj_robust.evaluation.runner import data_fingerprint, run_suite
+from sj_robust.evaluation.runner import run_suite
 from sj_robust.randomness import SampleSeeds
 
 script = partial(launch.script, suite_run.__file__)
@@ -98,18 +100,18 @@ def test_a_torn_end_is_cut_off_and_only_what_is_missing_is_computed(tmp_path, mo
     suite_run.run(tmp_path)
     path = tmp_path / "batch-000001.jsonl"
     lines = path.read_bytes().splitlines(keepends=True)
-    crafted = []
+    ran = []
 
     def counting(model, x, y, member, *, seeds):
-        crafted.append(member.name)
-        return craft(model, x, y, member, seeds=seeds)
+        ran.append(member.name)
+        return crafted(model, x, y, member, seeds=seeds)
 
-    monkeypatch.setattr(sys.modules["sj_robust.evaluation.worst_case"], "craft", counting)
+    monkeypatch.setattr(sys.modules["sj_robust.evaluation.worst_case"], "crafted", counting)
     for torn in (lines[3][:-9], b'{"member":"pg', b"\n", b"\x00\x00\x00", b"[1]\n"):
         path.write_bytes(b"".join(lines[:3]) + torn)
-        crafted.clear()
+        ran.clear()
         assert suite_run.without_times(suite_run.run(tmp_path)) == whole
-        assert crafted == [member.name for member in suite_run.members()[2:]]
+        assert ran == [member.name for member in suite_run.members()[2:]]
         left = path.read_bytes().splitlines(keepends=True)
         assert (left[:3], len(left)) == (lines[:3], len(lines))
 
@@ -142,7 +144,7 @@ def changed_data():
 def test_other_runs_are_never_mixed(tmp_path, options, what):
     suite_run.run(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(ValueError, match=rf"another evaluation \({what} changed\).*another folder"):
+    with pytest.raises(ValueError, match=rf"another evaluation \({what} changed.*another folder"):
         suite_run.run(tmp_path, **options)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
@@ -191,8 +193,9 @@ def test_time_left_weighs_members():
 
 def test_fingerprints():
     batches = suite_run.batches()
-    assert data_fingerprint(batches) == data_fingerprint(suite_run.batches(20))
-    assert data_fingerprint(batches) != data_fingerprint([(x, (y + 1) % 3) for x, y in batches])
+    data = Data.of(batches).fingerprint
+    assert data == Data.of(suite_run.batches(20)).fingerprint
+    assert data != Data.of([(x, (y + 1) % 3) for x, y in batches]).fingerprint
     net, other = suite_run.classifier(), suite_run.classifier()
     assert fingerprint(net) == fingerprint(suite_run.classifier().train())
     other.net.parts[1].tau = 4.5
@@ -214,7 +217,6 @@ def test_half_precision(whole, dtype):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"data": iter(suite_run.batches())}, "iterable more than once"),
         ({"suite": suite_run.members()[:1] * 2}, "names of their own"),
         ({"suite": [Member("clean", partial(fgsm, eps=0.1))]}, "none may be 'clean'"),
         ({"suite": [Member("pgd", partial(pgd, eps=-1.0, step_size=0.1, steps=2))]}, "eps"),

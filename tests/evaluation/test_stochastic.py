@@ -2,15 +2,22 @@
 decides.
 """
 
+import random
 import warnings
 
+import numpy as np
 import pytest
+import torch
 from evaluation.suite_run import THREAT, Net, batches, classifier, images
+from spikingjelly.activation_based import neuron
+from torch import nn
 
-from sj_robust import SpikingClassifier
+from sj_robust import SpikingClassifier, evaluate
 from sj_robust.classifier import PoissonEncoder
 from sj_robust.evaluation import Member, ThreatModel, make_suite, run_suite
 from sj_robust.evaluation.assess import assess
+from sj_robust.evaluation.data import Data
+from sj_robust.evaluation.draws import check_draws
 from sj_robust.evaluation.subject import Subject
 
 
@@ -52,6 +59,56 @@ def test_a_network_that_draws_needs_several_draws():
     with pytest.raises(ValueError, match=r"draws random numbers.*--draws 10"):
         assess(subject, batches(12, 12), **options)
     assert assess(subject, batches(12, 12), draws=3, **options).draws == 3
+
+
+class OnSome(nn.Module):
+    """A network with something of its own on the images of one batch, those of label 2."""
+
+    def __init__(self, what):
+        super().__init__()
+        self.what = what
+        self.last = nn.Linear(16, 3)
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        sources = {
+            "noise": lambda: torch.rand(()),
+            "noise of numpy": lambda: float(np.random.rand()),  # noqa: NPY002  as users draw
+            "noise of python": random.random,
+            "state": lambda: self.calls,
+            "nothing": lambda: 0,
+        }
+        drawn = sources[self.what]()
+        marked = (x[:, 0, 3, 3] == 1).float().unsqueeze(1)
+        return self.last(x.flatten(1)) + marked * drawn * torch.tensor([1.0, 0.0, 0.0])
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("noise", "draws random numbers: on images 24 to 29 .*draws=10"),
+        ("noise of numpy", "draws random numbers: on images 24 to 29 .*draws=10"),
+        ("noise of python", "draws random numbers: on images 24 to 29 .*draws=10"),
+        ("state", r"carries state .* on images 24 to 29 .*SpikingClassifier\(net, T=...\)"),
+    ],
+)
+def test_noise_and_state_on_later_images_are_found_and_told_apart(what, message):
+    marked = batches(6, 36)
+    marked[4][0][:, 0, 3, 3] = 1
+    with pytest.raises(ValueError, match=message):
+        evaluate(OnSome(what), marked, eps=0.1, suite="fast", progress=False)
+    check_draws(OnSome("nothing"), Data.of(marked))
+    check_draws(OnSome(what), Data.of(marked[:4]))
+
+
+def test_neurons_that_are_never_reset_are_told_to_carry_state():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(16, 3), neuron.LIFNode(v_threshold=5.0))
+    net.append(nn.Linear(3, 3))
+    net[1].weight.data.fill_(1.0)
+    with pytest.raises(ValueError, match="carries state from one forward into the next"):
+        check_draws(net, Data.of(batches(6, 12)))
+    assert net[2].v == 0.0
 
 
 def test_averaging_finds_what_lasts():

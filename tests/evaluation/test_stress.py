@@ -79,7 +79,12 @@ def test_a_stopped_run_goes_on_and_the_network_is_as_it_was(tmp_path):
     with unchanged(model), pytest.raises(KeyboardInterrupt):
         run(folder=tmp_path, on_step=stops)
     done = {path.name: path.read_text() for path in tmp_path.iterdir()}
-    assert sorted(done) == ["none.json", "stuck_at_zero-0.3.json", "weight_bits-3.json"]
+    assert sorted(done) == [
+        "network.json",
+        "none.json",
+        "stuck_at_zero-0.3.json",
+        "weight_bits-3.json",
+    ]
     assert replace(run(folder=tmp_path), environment=whole.environment) == whole
     assert all((tmp_path / name).read_text() == text for name, text in done.items())
     with pytest.raises(ValueError, match="seed changed"):

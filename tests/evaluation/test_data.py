@@ -1,0 +1,114 @@
+"""Images of an evaluation: read once, checked and hashed once, whatever a loader does later."""
+
+from collections import Counter
+
+import pytest
+import torch
+from evaluation import suite_run
+from evaluation.suite_run import classifier, images
+from torch.utils.data import DataLoader, TensorDataset
+
+import sj_robust
+from sj_robust.evaluation import data as data_file
+from sj_robust.evaluation import run_suite
+from sj_robust.evaluation.data import Data, given_data
+
+
+class Changing:
+    """A loader whose second batch is another one in every pass."""
+
+    def __init__(self):
+        self.passes = 0
+
+    def __iter__(self):
+        self.passes += 1
+        x, y = images(12)
+        yield x[:6], y[:6]
+        yield x[6:] / self.passes, y[6:]
+
+
+def reused():
+    """Batches that all lie in one tensor, as some loaders make them."""
+    x, y = images(12)
+    buffer = torch.empty(4, *x.shape[1:])
+    for start in range(0, 12, 4):
+        yield buffer.copy_(x[start : start + 4]), y[start : start + 4]
+
+
+def same_images(data, x, y):
+    found = data.tensors(torch.device("cpu"))
+    return torch.equal(found[0], x) and torch.equal(found[1], y)
+
+
+def test_a_loader_that_changes_is_read_once_and_counts_as_it_was():
+    x, y = images(12)
+    loader = Changing()
+    suite, options = suite_run.members()[:4], {"threat": suite_run.THREAT}
+    changing = run_suite(classifier(), loader, suite, **options)
+    assert loader.passes == 1
+    steady = run_suite(classifier(), [(x[:6], y[:6]), (x[6:], y[6:])], suite, **options)
+    assert suite_run.without_times(changing) == suite_run.without_times(steady)
+
+
+@pytest.mark.parametrize("limit", [2**40, 3000, 0])
+def test_images_are_copied_into_memory_or_a_file(monkeypatch, limit):
+    monkeypatch.setattr(data_file, "_IN_MEMORY", limit)
+    x, y = images(12)
+    assert same_images(Data.of(reused()), x, y)
+    for dtype in (torch.float64, torch.bfloat16):
+        given = x.to(dtype)
+        data = Data.of([(given[:5], y[:5]), (given[5:], y[5:])])
+        assert data.sizes == (5, 7)
+        assert data.labels == tuple(y.tolist())
+        assert same_images(data, x.to(dtype), y)
+        given.zero_()
+        assert same_images(data, x.to(dtype), y)
+        few = data.first(7)
+        assert few.sizes == (5, 2)
+        assert same_images(few, x[:7].to(dtype), y[:7])
+        assert few.fingerprint == Data.of([(x[:7].to(dtype), y[:7])]).fingerprint
+
+
+def test_whatever_holds_the_images_gives_the_same_data():
+    x, y = images(12)
+    forms = (
+        (x, y),
+        (TensorDataset(x, y), None),
+        (DataLoader(TensorDataset(x, y), 5), None),
+        ([(x[:3], y[:3]), (x[3:], y[3:])], None),
+        (iter([(x, y, "more")]), None),
+    )
+    assert len({given_data(*form, 5).fingerprint for form in forms}) == 1
+    assert given_data(x, y, 5).sizes == given_data(TensorDataset(x, y), None, 5).sizes == (5, 5, 2)
+
+
+@pytest.mark.slow
+def test_an_evaluation_reads_checks_and_hashes_every_image_once(monkeypatch):
+    loader, counts = Changing(), Counter()
+
+    def counting(name, function):
+        def counted(*args):
+            counts[name] += 1
+            return function(*args)
+
+        return counted
+
+    for name in ("fingerprint", "check_images"):
+        monkeypatch.setattr(data_file, name, counting(name, getattr(data_file, name)))
+    sj_robust.evaluate(classifier(), loader, eps=0.1, suite="paper", progress=False)
+    assert loader.passes == 1
+    assert counts["check_images"] == 2  # batches
+    assert counts["fingerprint"] == 12 + 1  # every image, and all of them together
+
+
+def test_a_resumed_run_of_other_images_is_told_about_loaders(tmp_path):
+    def batches(seed):
+        x, y = images(12)
+        order = torch.randperm(12, generator=torch.Generator().manual_seed(seed))
+        return [(x[order], y[order])]
+
+    suite, options = suite_run.members()[:1], {"threat": suite_run.THREAT, "folder": tmp_path}
+    net = classifier()
+    run_suite(net, batches(0), suite, **options)
+    with pytest.raises(ValueError, match=r"data changed.*shuffle=False"):
+        run_suite(net, batches(1), suite, **options)

@@ -1,0 +1,442 @@
+"""No figure of another network: what a folder is refused for, and what it is not."""
+
+import functools
+import itertools
+import logging
+import pickle
+import random
+import subprocess
+import sys
+from copy import deepcopy
+from dataclasses import replace
+from functools import partial
+from types import SimpleNamespace
+
+import launch
+import pytest
+import torch
+from evaluation import suite_run
+from spikingjelly.activation_based import functional, layer, neuron
+from torch import nn
+
+import sj_robust
+from sj_robust import DLIFNode, SpikingClassifier
+from sj_robust.attacks import fgsm
+from sj_robust.classifier import PoissonEncoder
+from sj_robust.evaluation import Fault, Member, run_suite, stress
+from sj_robust.evaluation.data import Data
+from sj_robust.evaluation.identity import identify, network_key
+from sj_robust.neuron import fuse, unfuse
+
+T = 3
+SHIFT = 0
+LOG = logging.getLogger(__name__)
+
+
+class Net(nn.Module):
+    """A spiking network with all that a network may keep beside its weights."""
+
+    def __init__(self, **attributes):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(16, 6)
+        self.node = neuron.IFNode(step_mode="m", v_threshold=0.2)
+        self.second = nn.Linear(6, 6)
+        self.last = nn.Linear(6, 3)
+        self.register_buffer("scale", torch.ones(3), persistent=False)
+        self.turns = False
+        self.change = nn.functional.relu
+        self.order = ("first", "second")
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+    def forward(self, x_seq):
+        first, second = (getattr(self, name) for name in self.order)
+        if first is self.first:
+            x_seq = second(self.change(self.node(first(x_seq.flatten(2)))))
+        else:
+            x_seq = self.change(self.node(self.first(x_seq.flatten(2)))) + second.bias
+        logits = self.last(x_seq) * self.scale
+        return logits.roll(1 if self.turns else SHIFT, -1)
+
+
+class Double(Net):
+    def _get_name(self):
+        return "Net"
+
+    def forward(self, x_seq):
+        return -super().forward(x_seq)
+
+
+class Loud(neuron.IFNode):
+    """A neuron with a parameter that it does not print."""
+
+    def __init__(self, gain):
+        super().__init__(step_mode="m", v_threshold=0.2)
+        self.gain = gain
+
+    def multi_step_forward(self, x_seq):
+        return self.gain * super().multi_step_forward(x_seq)
+
+
+class Hidden(nn.Module):
+    """Layers in a list of Python's, which torch does not know."""
+
+    def __init__(self, seed):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.layers = [nn.Linear(16, 3)]
+
+    def forward(self, x_seq):
+        return self.layers[0](x_seq.flatten(2))
+
+
+class Rare(nn.Module):
+    """Networks that differ on images that nobody has tried."""
+
+    def __init__(self, shift):
+        super().__init__()
+        self.last = nn.Linear(16, 3)
+        nn.init.constant_(self.last.weight, 0.1)
+        self.shift = shift
+
+    def forward(self, x_seq):
+        x = x_seq.flatten(2)
+        return self.last(x) + (x.sum() == 1.25) * self.shift
+
+
+def classifier(net=None, **options):
+    return SpikingClassifier(Net() if net is None else net, **{"T": T} | options)
+
+
+def with_attributes(**attributes):
+    return lambda monkeypatch: classifier(Net(**attributes))
+
+
+def scaled(factor):
+    return lambda x: factor * x
+
+
+def doubled(module, inputs, output=None):
+    return 2 * (inputs[0] if output is None else output)
+
+
+def with_hook(kind):
+    def build(monkeypatch):
+        model = classifier()
+        getattr(model.net.last, f"register_{kind}")(doubled)
+        return model
+
+    return build
+
+
+def with_backward_hook(monkeypatch):
+    model = classifier()
+    model.net.last.register_full_backward_hook(lambda module, into, out: (-into[0],))
+    return model
+
+
+def with_forward_of_the_instance(monkeypatch):
+    model = classifier()
+    forward = model.net.forward
+    model.net.forward = lambda x_seq: -forward(x_seq)
+    return model
+
+
+def with_method_of_the_class(owner, name):
+    def build(monkeypatch):
+        method = getattr(owner, name)
+        monkeypatch.setattr(owner, name, lambda *args: 0.5 * method(*args))
+        return classifier()
+
+    return build
+
+
+def with_global(monkeypatch):
+    monkeypatch.setitem(globals(), "SHIFT", 1)
+    return classifier()
+
+
+def in_single_steps(monkeypatch):
+    net = nn.Sequential(nn.Flatten(-3), nn.Linear(16, 3))
+    net[1].weight.data.fill_(0.1)
+    return SpikingClassifier(net, T, step_mode="s")
+
+
+def in_multi_steps(monkeypatch):
+    model = in_single_steps(monkeypatch)
+    return SpikingClassifier(model.net, T, step_mode="m")
+
+
+def with_a_smaller_default(monkeypatch):
+    def change(x, factor=0.5):
+        return factor * x
+
+    return classifier(Net(change=change))
+
+
+def with_a_larger_default(monkeypatch):
+    def change(x, factor=0.75):
+        return factor * x
+
+    return classifier(Net(change=change))
+
+
+plain = with_attributes()
+UNLIKE = {
+    "a flag that turns the logits": (plain, with_attributes(turns=True)),
+    "a buffer that is not saved": (plain, with_attributes(scale=torch.tensor([1.0, 2.0, 1.0]))),
+    "a function on the module": (plain, with_attributes(change=torch.sigmoid)),
+    "code of a function": (
+        with_attributes(change=lambda x: x + 1),
+        with_attributes(change=lambda x: x + 2),
+    ),
+    "a value that is closed over": (
+        with_attributes(change=scaled(1.0)),
+        with_attributes(change=scaled(2.0)),
+    ),
+    "an argument that is bound": (
+        with_attributes(change=partial(torch.clamp, max=1.0)),
+        with_attributes(change=partial(torch.clamp, max=0.5)),
+    ),
+    "a default value": (with_a_smaller_default, with_a_larger_default),
+    "a forward hook": (plain, with_hook("forward_hook")),
+    "a forward pre-hook": (plain, with_hook("forward_pre_hook")),
+    "a backward hook": (plain, with_backward_hook),
+    "forward of the instance": (plain, with_forward_of_the_instance),
+    "a method of the class": (plain, with_method_of_the_class(Net, "forward")),
+    "a method of a package's class": (plain, with_method_of_the_class(nn.Linear, "forward")),
+    "a global that forward reads": (plain, with_global),
+    "the encoder": (
+        lambda _: classifier(encoder=scaled(1.0)),
+        lambda _: classifier(encoder=scaled(0.5)),
+    ),
+    "a subclass of the same name": (plain, lambda _: classifier(Double())),
+    "T": (plain, lambda _: classifier(T=T + 1)),
+    "the mean": (lambda _: classifier(mean=[0.1]), lambda _: classifier(mean=[0.2])),
+    "the deviation": (lambda _: classifier(std=[0.5]), lambda _: classifier(std=[0.6])),
+    "the step mode": (in_single_steps, in_multi_steps),
+    "a parameter of the neuron": (
+        with_attributes(node=Loud(1.0)),
+        with_attributes(node=Loud(0.5)),
+    ),
+    "the wiring": (plain, with_attributes(order=("second", "first"))),
+    "weights in a list": (lambda _: classifier(Hidden(0)), lambda _: classifier(Hidden(1))),
+    "what no probe shows": (lambda _: classifier(Rare(0)), lambda _: classifier(Rare(1))),
+    "an object": (
+        with_attributes(options=SimpleNamespace(depth=[1, {"a": 2}])),
+        with_attributes(options=SimpleNamespace(depth=[1, {"a": 3}])),
+    ),
+}
+
+
+def run(model, folder, **options):
+    """An evaluation of a moment, as plain data without times."""
+    members = [Member("fgsm", partial(fgsm, eps=0.2))]
+    outcome = run_suite(
+        model, suite_run.batches(6, 12), members, threat=suite_run.THREAT, folder=folder, **options
+    )
+    return suite_run.without_times(outcome)
+
+
+@pytest.mark.parametrize("what", UNLIKE)
+def test_another_network_is_refused_by_the_folder(tmp_path, monkeypatch, what):
+    first, second = UNLIKE[what]
+    run(first(monkeypatch), tmp_path)
+    other = second(monkeypatch)
+    with pytest.raises(ValueError, match=r"network changed: .*evaluate into another folder"):
+        run(other, tmp_path)
+
+
+def test_evaluate_and_stress_refuse_it_and_name_what_differs(tmp_path):
+    x, y = suite_run.images(6)
+    options = {"eps": 0.1, "progress": False}
+    few = {"faults": [Fault("weight_bits", 4)], "steps": 1}
+    evaluate = partial(sj_robust.evaluate, suite="fast", **options)
+    for name, call in (("evaluate", evaluate), ("stress", partial(stress, **few, **options))):
+        call(classifier(), x, y, folder=tmp_path / name)
+        with pytest.raises(ValueError, match=r"network changed: network\.net\.turns.*folder"):
+            call(classifier(Net(turns=True)), x, y, folder=tmp_path / name)
+
+
+class Remembers(nn.Module):
+    """Counts, keeps what it saw last, and remembers by shape."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.last = nn.Linear(16, 3)
+        self.calls = 0
+        self.by_shape = {}
+        self.owner = SimpleNamespace(net=[self], log=LOG)
+        self.generator = torch.Generator()
+        self.cached = functools.lru_cache(scaled(2.0))
+
+    def forward(self, x_seq):
+        x = x_seq.flatten(2)
+        self.calls += 1
+        self.seen = x.detach()
+        ones = self.by_shape.setdefault(tuple(x.shape), torch.ones_like(x))
+        LOG.debug("called")
+        return self.last(x * ones)
+
+
+def stages():
+    torch.manual_seed(0)
+    parts = (
+        layer.Conv2d(1, 4, 3, padding=1),
+        layer.BatchNorm2d(4),
+        DLIFNode(T=T),
+        layer.AvgPool2d(2, 2),
+        layer.Flatten(),
+        layer.Linear(16, 3),
+    )
+    net = nn.Sequential(*parts)
+    functional.set_step_mode(net, "m")
+    return net
+
+
+def used(model):
+    """After an evaluation, and a forward whose states and gradients are left."""
+    x, y = suite_run.images(5)
+    sj_robust.evaluate(model, x, y, eps=0.1, suite="paper", progress=False)
+    model.eval()(x).sum().backward()
+    return model
+
+
+def fused(model):
+    fuse(model.net)
+    return model
+
+
+def unfused(model):
+    unfuse(model.net)
+    return model
+
+
+def loaded(model):
+    fresh = classifier(type(model.net)())
+    fresh.load_state_dict(model.state_dict())
+    return fresh
+
+
+ALIKE = {
+    "built again": lambda model: model,
+    "used": used,
+    "copied": deepcopy,
+    "loaded": loaded,
+    "in training mode": lambda model: model.train(),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", ALIKE)
+@pytest.mark.parametrize("kind", [Net, Remembers])
+def test_the_same_network_goes_on(tmp_path, kind, change):
+    wanted = run(classifier(kind()), tmp_path / "forth")
+    assert run(ALIKE[change](classifier(kind())), tmp_path / "forth") == wanted
+    assert run(ALIKE[change](classifier(kind())), tmp_path / "back") == wanted
+    assert run(classifier(kind()), tmp_path / "back") == wanted
+
+
+@pytest.mark.slow
+def test_a_fused_network_is_the_same_one(tmp_path):
+    forms = [
+        classifier(stages()),
+        fused(classifier(stages())),
+        used(fused(classifier(stages()))),
+        unfused(used(fused(classifier(stages())))),
+        used(classifier(stages())),
+    ]
+    for number, (one, other) in enumerate(itertools.product(forms, repeat=2)):
+        assert run(one, tmp_path / str(number)) == run(other, tmp_path / str(number))
+
+
+def test_a_network_that_draws_is_known_again(tmp_path):
+    for encoder in (PoissonEncoder(), PoissonEncoder(torch.Generator())):
+        folder = tmp_path / str(encoder.generator is None)
+        run(classifier(encoder=encoder), folder, draws=2)
+        torch.rand(3, generator=encoder.generator)
+        run(classifier(encoder=encoder), folder, draws=2)
+
+
+def test_a_folder_without_progress_belongs_to_nobody(tmp_path):
+    data = Data.of(suite_run.batches(6, 12))
+    network_key(classifier(), data, tmp_path)
+    key = network_key(classifier(Net(turns=True)), data, tmp_path)
+    assert key == network_key(classifier(Net(turns=True)), data, None)
+    assert key != network_key(classifier(), data, None)
+
+
+def test_logits_of_another_machine_may_differ_by_rounding():
+    data = Data.of(suite_run.batches(6, 12))
+    here = identify(classifier(), data)
+    for factor, machine, same in (
+        (1.0, here.machine, True),
+        (1 + 1e-6, here.machine, False),
+        (1 + 1e-6, "another", True),
+        (1.01, "another", False),
+    ):
+        rows = [[factor * logit for logit in row] for row in here.noise]
+        there = replace(here, noise=rows, machine=machine)
+        assert (here.differences(there) == []) is same
+        if not same and machine == "another":
+            assert "and now of another" in here.differences(there)[0]
+
+
+@pytest.mark.slow
+def test_another_process_knows_it_again(tmp_path):
+    code = (
+        "from pathlib import Path; from evaluation.test_identity import *; import torch; "
+        "torch.set_num_threads(1); net = {net}; print(run(net, Path({folder!r})))"
+    )
+    where = {"cwd": launch.ROOT / "tests", "env": launch.ENVIRONMENT}
+    nets = {
+        "plain": "classifier()",
+        "remembers": "used(classifier(Remembers()))",
+        "stages": "fused(classifier(stages()))",
+    }
+    for name, net in nets.items():
+        command = [sys.executable, "-c", code.format(net=net, folder=str(tmp_path / name))]
+        texts = [
+            subprocess.run(command, capture_output=True, text=True, check=True, **where).stdout
+            for _ in range(2)
+        ]
+        assert texts[0] == texts[1]
+
+
+class StopError(Exception):
+    pass
+
+
+def stopping(step):
+    """A watcher that ends a run after so many steps."""
+
+    def watch(position):
+        if position.done == step:
+            raise StopError
+
+    return watch
+
+
+@pytest.mark.slow
+def test_fifty_kills_and_resumes_without_a_refusal(tmp_path):
+    draw = random.Random(0)
+    worn = used(suite_run.classifier())
+    forms = [
+        suite_run.classifier,
+        lambda: worn,
+        lambda: deepcopy(worn).train(),
+        lambda: pickle.loads(pickle.dumps(suite_run.classifier())),
+    ]
+    suite = suite_run.members()[1:4]
+    steps = 4 * (len(suite) + 1)
+    wanted = suite_run.without_times(suite_run.run(suite=suite))
+    for number in range(25):
+        folder = tmp_path / str(number)
+        first, second = sorted(draw.sample(range(1, steps), 2))
+        for stop in (first, second):
+            with pytest.raises(StopError):
+                suite_run.run(folder, net=draw.choice(forms)(), suite=suite, on_step=stopping(stop))
+        outcome = suite_run.run(folder, net=draw.choice(forms)(), suite=suite)
+        assert suite_run.without_times(outcome) == wanted
