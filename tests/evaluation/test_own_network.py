@@ -127,7 +127,7 @@ def test_wrong_use_says_what_to_do():
         ),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
-            sj_robust.evaluate(*arguments, eps=0.1, progress=False, **options)
+            sj_robust.evaluate(*arguments, **{"eps": 0.1, "progress": False} | options)
 
 
 @pytest.mark.slow
