@@ -122,7 +122,7 @@ def test_wrong_use_says_what_to_do():
         ((classifier(), 3 * x, y), {}, r"must lie in \[0, 1\]"),
         (
             (Frames(), torch.ones(2, T, 2, 4, 4), y[:2]),
-            {"T": T, "std": [1.0]},
+            {"T": T, "std": [1.0], "eps": 5},
             "event frames are not normalised",
         ),
     ):
