@@ -27,12 +27,13 @@ from typing import Any, Literal
 from lab.command_line import (
     WrongUse,
     check_options,
+    checked,
     describe_folder,
     option,
     read_options,
     run_recipe,
 )
-from lab.command_line.declared import AtLeastTwo, PositiveInt
+from lab.command_line.declared import AtLeastTwo, OutputFolder, PositiveInt
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Options:
     instruction_set: str | None = option(
         None, "Instruction set of the compiled kernel, baseline, avx2 or avx512; null for the best."
     )
-    output: str | None = option(
+    output: OutputFolder | None = option(
         None,
         "Folder for the CSV, the table and the chart; null only prints.",
         group="output",
@@ -108,7 +109,7 @@ import sys
 import tempfile
 
 import torch
-from lab.benchmarking.benchmarks import BENCHMARKS
+from lab.benchmarking.benchmarks import BENCHMARKS, check_instruction_set
 from lab.benchmarking.gpu_hour import redraw_gpus, test_and_measure
 from lab.benchmarking.gpu_plan import PLAN
 from lab.benchmarking.gpu_run import Store
@@ -154,6 +155,8 @@ def main(arguments: list[str]) -> None:
                 f"a shape must be sizes >= 1, such as {example} for {options.what}, got "
                 f"{list(shape)}"
             )
+    with checked():
+        check_instruction_set(options.instruction_set)
     where = environment() | {"threads": str(options.threads), "processor": processor()}
     where |= {"instruction_set": options.instruction_set or "best"}
     where |= {name: version_of(name) or "not installed" for name in PEERS}

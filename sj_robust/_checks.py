@@ -3,11 +3,9 @@ remedy.
 """
 
 import math
-import tempfile
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from numbers import Integral, Real
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -19,7 +17,6 @@ __all__ = [
     "check_choice",
     "check_classes",
     "check_count",
-    "check_folder",
     "check_function",
     "check_images",
     "check_inputs",
@@ -302,35 +299,6 @@ def check_number_of_channels(images: Tensor, **numbers: tuple[float, ...] | None
                 f"{name} must hold one number per channel, got {len(values)} for images of shape "
                 f"{tuple(images.shape)}; give {images.shape[1]}"
             )
-
-
-def check_folder(name: str, folder: str | Path | None) -> Path | None:
-    """A folder that is there or can be made, and that takes files; nothing is left in it.
-
-    Raises:
-        TypeError: If it is neither a path nor None.
-        ValueError: If it is a file, lies in one, or takes no files.
-    """
-    if folder is None:
-        return None
-    if not isinstance(folder, str | Path) or not str(folder):
-        raise TypeError(
-            f"{name} must be the path of a folder, got {folder!r}; use a str, a Path or None"
-        )
-    path = Path(folder)
-    there = next(place for place in (path, *path.parents) if place.exists())
-    if not there.is_dir():
-        raise ValueError(
-            f"{name} must be a folder, got {path}, where {there} is a file; give another path"
-        )
-    try:
-        with tempfile.TemporaryFile(dir=there):
-            return path
-    except OSError as error:
-        raise ValueError(
-            f"{name} must be a folder that can be written, got {path} ({error.strerror}); give "
-            "another path"
-        ) from error
 
 
 def check_tensor(name: str, values: Tensor) -> None:

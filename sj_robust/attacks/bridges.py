@@ -100,11 +100,6 @@ def autoattack(
     return x_adv
 
 
-def check_pyautoattack() -> None:
-    """Raise ModuleNotFoundError, with the command to install it, where pyautoattack is missing."""
-    library()
-
-
 def square(
     model: Model,
     x: Tensor,

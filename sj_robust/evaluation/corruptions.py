@@ -89,13 +89,6 @@ def check_images_to_corrupt(images: Tensor) -> None:
             "corruptions need images [N, C, H, W] of 1 or 3 channels, got shape "
             f"{tuple(images.shape)}; event frames have the suite stress"
         )
-    check_imagecorruptions()
-
-
-def check_imagecorruptions() -> None:
-    """Raise ModuleNotFoundError, with the command to install it, where imagecorruptions is
-    missing.
-    """
     _library()
 
 

@@ -19,7 +19,6 @@ from sj_robust._checks import (
     check_choice,
     check_classes,
     check_count,
-    check_folder,
     check_network,
     check_number_of_channels,
     check_seed,
@@ -28,6 +27,7 @@ from sj_robust._checks import (
     check_text,
 )
 from sj_robust._environment import device_of
+from sj_robust._folders import check_folder
 from sj_robust._preserved import evaluation_mode, full_precision
 from sj_robust.attacks import check_frames, check_images, check_labels
 from sj_robust.attacks.threat import ThreatModel, parse_eps

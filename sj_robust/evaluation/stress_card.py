@@ -156,7 +156,8 @@ class StressCard(
         if self.suite == "stress":
             return said
         clean, attacked = (100 * self.accuracy(what) for what in ("clean", "attacked"))
-        return f"{said} Mean over kinds and severities: {clean:.1f} % clean, {attacked:.1f} % attacked."
+        mean = f"{clean:.1f} % clean, {attacked:.1f} % attacked"
+        return f"{said} Mean over kinds and severities: {mean}."
 
     def table(self) -> str:
         """Markdown table of every level; a star marks the first level that is 5 points lower."""

@@ -9,8 +9,9 @@ from typing import Any, Literal, get_args
 from torch import Tensor
 
 from sj_robust._checks import check_choice, check_count
+from sj_robust._extras import check_extra
 from sj_robust.attacks.apgd import apgd
-from sj_robust.attacks.bridges import autoattack, check_pyautoattack, square
+from sj_robust.attacks.bridges import autoattack, square
 from sj_robust.attacks.call import Attack
 from sj_robust.attacks.gradient import fgsm, pgd
 from sj_robust.attacks.noise import gaussian
@@ -149,6 +150,7 @@ def make_suite(
         ('control/apgd_ce/training/r0', 'training')
     """
     check_choice("suite", name, get_args(SuiteName))
+    check_extra(name)
     if isinstance(classes, bool) or not isinstance(classes, int) or classes < 2:
         raise ValueError(
             f"classes must be an integer >= 2, got {classes!r}; pass the number of logits"
@@ -349,7 +351,6 @@ def _paper(plan: _Plan) -> Suite:
 
 
 def _autoattack(plan: _Plan) -> Suite:
-    check_pyautoattack()
     threat = plan.threat
     version = "standard" if plan.eot_samples == 1 else "rand"
     member = plan.member(

@@ -10,7 +10,7 @@ mine.yaml) is saved under that name first, so that later commands find it. Above
     <!-- example: add to evaluate.py: --suite fast -->   the same for one recipe; several such lines may stand together
     <!-- example: options only: needs CIFAR-10 -->       the recipes' parsers check the options, nothing is run
     <!-- example: not run: installs packages -->         only files, extras and imports that the block names are checked
-    <!-- example: needs pyautoattack -->                 skipped where this package cannot be imported
+    <!-- example: needs pyautoattack -->                 skipped where this package is missing
     <!-- example: prints -->                             what the block prints is the block of text below it: words are
                                                          equal, numbers within a tenth, and ... is
                                                          anything
@@ -57,7 +57,8 @@ FENCES = RawFencedCodeBlockLexer(re.compile(r"(?P<language>[\w+-]*).*\n"))
 FILE_NAME = re.compile(r"# ([\w-]+\.(?:py|ya?ml|toml|json))\n")
 DIRECTIVE = re.compile(
     r"^ *<!-- example: (?:add(?: to (?P<recipe>\w+)\.py:)? (?P<options>-.+)"
-    r"|(?P<kind>options only|not run): (?P<reason>.+)|needs (?P<package>\w+)|(?P<prints>prints)) -->\n",
+    r"|(?P<kind>options only|not run): (?P<reason>.+)|needs (?P<package>\w+)"
+    r"|(?P<prints>prints)) -->\n",
     re.MULTILINE,
 )
 LOOKS_LIKE_ONE = re.compile(r"^ *<!--\s*example\b", re.MULTILINE)

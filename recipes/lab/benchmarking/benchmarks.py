@@ -94,3 +94,14 @@ steps of networks on clean images, ``..._adversarial`` steps of adversarial trai
 with SpikingJelly's LIFNode, but for ``certified``, which has none; ``verify`` is a proof of every
 image beside PGD on them.
 """
+
+
+def check_instruction_set(name: str | None) -> None:
+    """Raise ValueError for an instruction set that this processor does not run; None is the best
+    one.
+    """
+    known = cpp.instruction_sets()
+    if name is not None and name not in known:
+        raise ValueError(
+            f"--instruction-set must be one of {', '.join(known)} on this processor, got {name}"
+        )
