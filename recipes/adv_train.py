@@ -24,6 +24,7 @@ from lab.command_line.declared import (
     DatasetName,
     NonNegativeInt,
     OpenUnitInterval,
+    OutputFolder,
     PositiveInt,
     Radius,
     often,
@@ -216,7 +217,7 @@ class Options:
     log_bounds: bool = option(
         False, "L2 bound of all layers in TensorBoard (VGG-11: 9 s an epoch).", decides="nothing"
     )
-    output: str | None = often(
+    output: OutputFolder | None = often(
         None,
         "Folder of the run; null makes runs/DATASET-NEURON-MODE-NUMBER.",
         metavar="FOLDER",

@@ -27,12 +27,13 @@ from typing import Literal
 from lab.command_line import (
     WrongUse,
     check_options,
+    checked,
     describe_folder,
     option,
     read_options,
     run_recipe,
 )
-from lab.command_line.declared import AtLeastTwo, PositiveInt
+from lab.command_line.declared import AtLeastTwo, OutputFolder, PositiveInt
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Options:
     instruction_set: str | None = option(
         None, "Instruction set of the compiled kernel, baseline, avx2 or avx512; null for the best."
     )
-    output: str | None = option(
+    output: OutputFolder | None = option(
         None,
         "Folder for the CSV, the table and the chart; null only prints.",
         group="output",
@@ -105,7 +106,7 @@ import shlex
 import sys
 
 import torch
-from lab.benchmarking.benchmarks import BENCHMARKS, GPU_BENCHMARKS
+from lab.benchmarking.benchmarks import BENCHMARKS, GPU_BENCHMARKS, check_instruction_set
 from lab.benchmarking.gate import refuse_unless_tests_pass, run_gpu_tests
 from lab.benchmarking.race import TOO_LONG, Race
 from lab.benchmarking.results import TESTS, Results, Row, load
@@ -182,6 +183,8 @@ def races_on_gpu() -> list[Race]:
 
 def races_on_cpu(options: Options) -> list[Race]:
     """One benchmark; methods and shapes that it does not have are refused."""
+    with checked():
+        check_instruction_set(options.instruction_set)
     benchmark = BENCHMARKS[options.what]
     methods = tuple(options.methods or benchmark.methods)
     for method in methods:

@@ -29,10 +29,13 @@ from lab.command_line.declared import (
     DatasetName,
     NonNegativeInt,
     OpenUnitInterval,
+    OutputFolder,
     PositiveInt,
     Radius,
     often,
 )
+
+from sj_robust._extras import check_extra
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,7 @@ class Options:
         "corruptions the common corruptions at five severities, both clean and under a short "
         "attack. null means standard, and events for event data.",
         group="attacks",
+        needs=check_extra,
     )
     eps: Radius | None = often(
         None,
@@ -187,7 +191,7 @@ class Options:
     device: Literal["auto", "cpu"] = option(
         "auto", "auto: a GPU if there is one.", decides="nothing"
     )
-    output: str | None = often(
+    output: OutputFolder | None = often(
         None,
         "Folder of the results; null makes runs/evaluate-NETWORK-SUITE-NUMBER.",
         group="output",
@@ -210,6 +214,7 @@ from rich.console import Console
 
 from sj_robust import training
 from sj_robust._console import working
+from sj_robust._folders import read_text
 from sj_robust.data import EVENT_DATASETS, load_images
 from sj_robust.evaluation import (
     RobustnessReport,
@@ -252,9 +257,9 @@ def main(arguments: list[str]) -> None:
         )
         if suite != "stress" and suite != "corruptions" and options.smooth is None:
             make_suite(suite, threat, classes=2, eot_samples=options.draws)
-    T = getattr(subject.model, "T", None) if events else None
-    other = options.transfer and Path(options.transfer)
-    source = from_checkpoint(other, T, trust_code=options.trust_code) if other else None
+        T = getattr(subject.model, "T", None) if events else None
+        other = options.transfer and Path(options.transfer)
+        source = from_checkpoint(other, T, trust_code=options.trust_code) if other else None
     with training.first_process_first(
         accelerator, f"loading {dataset}"
     ):  # which downloads and prepares
@@ -374,7 +379,7 @@ def data_root(options: Options) -> str:
         else ()
     ):
         if (file := folder / "config.yaml").is_file():
-            return str(yaml.safe_load(file.read_text(encoding="utf-8")).get("data_root", "data"))
+            return str(yaml.safe_load(read_text(file)).get("data_root", "data"))
     return options.data_root or "data"
 
 

@@ -10,6 +10,7 @@ python recipes/figures.py --redraw runs/digits-dlif-at-1/figures  # from the sav
 Every figure's numbers are saved as NAME.json, and it is drawn from that file.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,12 +18,15 @@ from typing import Any, Literal
 from lab.command_line import (
     WrongUse,
     check_options,
+    checked,
     describe_folder,
     option,
     read_options,
     run_recipe,
 )
-from lab.command_line.declared import DatasetName, NonNegativeInt, PositiveInt, Radius
+from lab.command_line.declared import DatasetName, NonNegativeInt, OutputFolder, PositiveInt, Radius
+
+from sj_robust._extras import check_extra
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ class Options:
     suites: list[Literal["paper", "fast", "standard", "autoattack", "gradients"]] = option(
         ["gradients", "paper", "fast", "standard"],
         "Suites of evaluate.py that ground_truth measures.",
+        needs=check_extra,
     )
     time_limit: float = option(
         30.0, "Seconds per image that ground_truth gives to the mixed-integer program."
@@ -78,7 +83,7 @@ class Options:
     device: Literal["auto", "cpu"] = option(
         "auto", "auto takes a GPU if there is one, cpu does not."
     )
-    output: str | None = option(
+    output: OutputFolder | None = option(
         None,
         "Where everything is written; null means the folder figures in the run.",
         group="output",
@@ -108,7 +113,7 @@ from sj_robust import DLIFNode
 from sj_robust._console import working
 from sj_robust.attacks import pgd
 from sj_robust.data import load_images
-from sj_robust.evaluation import parse_eps
+from sj_robust.evaluation import ThreatModel, make_suite, parse_eps
 from sj_robust.evaluation.subject import Subject, check_fits, from_checkpoint
 from sj_robust.ops import keep_heap
 from sj_robust.perturbation import IntensityCorrelation, Perturbation, intensity_correlation
@@ -148,6 +153,8 @@ def main(arguments: list[str]) -> None:
             "give --output, the folder to write to, since there is no run whose folder could be "
             "taken"
         )
+    with checked():
+        check_budgets(options, chosen)
     folder = Path(options.output or Path(str(options.run)) / "figures")
     if options.run is not None and not Path(options.run).is_dir():
         raise FileNotFoundError(
@@ -159,6 +166,17 @@ def main(arguments: list[str]) -> None:
         for name in chosen:
             with working(name):
                 makers[name](options, folder)
+
+
+def check_budgets(options: Options, chosen: Sequence[str]) -> None:
+    """Refuse radii and suites that an attack would refuse after what comes before it was drawn."""
+    suites = options.suites if "ground_truth" in chosen else []
+    for size in options.eps if {"intensity", "ground_truth"} & {*chosen} else []:
+        threat = ThreatModel("Linf", parse_eps(size))
+        if threat.eps <= 0:
+            raise ValueError(f"--eps must be > 0 to attack at all, got {size}")
+        for suite in suites:
+            make_suite(suite, threat, classes=2)
 
 
 def neuron(options: Options, folder: Path) -> None:

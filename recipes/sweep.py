@@ -29,7 +29,7 @@ from lab.command_line import (
     read_options,
     run_recipe,
 )
-from lab.command_line.declared import PositiveInt
+from lab.command_line.declared import OutputFolder, PositiveInt
 
 RECIPES = Path(__file__).parent
 SWEEP_FILE = "sweep.yaml"
@@ -96,7 +96,7 @@ class Options:
     cluster_options: dict[str, Any] = option(
         {}, "Options of submitit for these jobs, such as {slurm_partition: gpu, timeout_min: 600}."
     )
-    output: str | None = option(
+    output: OutputFolder | None = option(
         None,
         "Folder of the sweep; null means runs/ and the name of the sweep file, or runs/sweep.",
         group="output",
@@ -136,6 +136,8 @@ from lab.sweeping.report import write_report
 from rich.console import Console
 
 from sj_robust._console import working
+from sj_robust._extras import check_extra
+from sj_robust._folders import read_text
 from sj_robust.evaluation import write_whole
 
 
@@ -219,6 +221,8 @@ def plan(options: Options, folder: Path) -> list[PlannedRun]:
     if not combinations:
         raise ValueError("skip leaves no combination of the grid; remove an entry")
     evaluator = load_recipe(Path(options.evaluator or RECIPES / "evaluate.py"))
+    for suite in options.evaluate if options.evaluator is None else []:
+        check_extra(suite)
     return plan_runs(
         folder,
         combinations,
@@ -239,7 +243,10 @@ def base_options(base: str | None) -> dict[str, Any]:
     if path is None:
         known = f"it is a YAML file, or the name of one in {places[1].parent}"
         raise FileNotFoundError(f"base {base} does not exist; {known}")
-    content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    try:
+        content = yaml.safe_load(read_text(path))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} must be YAML, got {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} must hold options of adv_train.py, such as epochs: 15")
     return content

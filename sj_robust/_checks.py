@@ -3,20 +3,46 @@ remedy.
 """
 
 import math
-from numbers import Real
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+from numbers import Integral, Real
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "Channels",
+    "check_channels",
+    "check_choice",
+    "check_classes",
     "check_count",
+    "check_function",
     "check_images",
+    "check_inputs",
     "check_labels",
     "check_logits",
     "check_model",
     "check_network",
+    "check_number_of_channels",
+    "check_seed",
     "check_size",
+    "check_steps",
+    "check_switch",
+    "check_tensor",
+    "check_text",
+    "did_you_mean",
 ]
+
+Channels = float | Sequence[float] | Tensor | None
+"""Numbers per channel of images; one for all of them; None where nothing is done."""
+
+_Choice = TypeVar("_Choice", bound=str)
+_LARGEST_SEED = 2**53 - 1
+"""Numbers that are derived from it fit into the seed of a ``torch.Generator``."""
+
+
+_BINARY = "event frames of counts become binary with (frames > 0).float()"
 
 
 def check_images(x: Tensor) -> None:
@@ -40,11 +66,12 @@ def check_images(x: Tensor) -> None:
         the model
     """
     if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor of images, got {type(x).__name__}")
-    if not x.is_floating_point():
         raise TypeError(
-            f"x must be floating point, got {x.dtype}; scale byte images with x.float() / 255"
+            f"x must be a tensor of images, got {type(x).__name__}; use torch.as_tensor(x)"
         )
+    if not x.is_floating_point():
+        remedy = _BINARY if x.ndim == 5 else "scale byte images with x.float() / 255"
+        raise TypeError(f"x must be floating point, got {x.dtype}; {remedy}")
     if x.ndim < 2:
         raise ValueError(
             f"x must be a batch of images [N, ...], got shape {tuple(x.shape)}; add N with "
@@ -59,10 +86,8 @@ def check_images(x: Tensor) -> None:
         )
     low, high = (float(bound) for bound in torch.aminmax(x.detach()))
     if low < 0 or high > 1:
-        raise ValueError(
-            f"x must lie in [0, 1], got values from {low:.6g} to {high:.6g}; scale it and "
-            "normalise inside the model"
-        )
+        remedy = _BINARY if x.ndim == 5 else "scale it and normalise inside the model"
+        raise ValueError(f"x must lie in [0, 1], got values from {low:.6g} to {high:.6g}; {remedy}")
 
 
 def check_labels(y: Tensor, x: Tensor) -> None:
@@ -125,12 +150,7 @@ def check_logits(logits: Tensor, y: Tensor) -> Tensor:
         raise ValueError(
             "logits must be finite, got NaN or infinity; the network has diverged or overflows"
         )
-    if y.numel() and int(y.max()) >= logits.shape[1]:
-        raise ValueError(
-            f"labels must be < {logits.shape[1]}, the number of classes the model returns, got "
-            f"{int(y.max())}; number the classes from 0, or build the network for as many as the "
-            "data has"
-        )
+    check_classes(y, logits.shape[1])
     return logits if logits.dtype == torch.float64 else logits.float()
 
 
@@ -159,12 +179,168 @@ def check_size(
     return size
 
 
-def check_count(name: str, value: int, *, least: int = 1) -> None:
-    """An integer of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+def check_count(name: str, value: int, *, least: int = 1) -> int:
+    """An integer of at least ``least``, of Python or numpy, as one of Python."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(
+            f"{name} must be an integer, got {type(value).__name__}; give one >= {least}"
+        )
     if value < least:
         raise ValueError(f"{name} must be >= {least}, got {value}")
+    return int(value)
+
+
+def check_seed(name: str, value: int) -> int:
+    """An integer that seeds a generator, as one of Python."""
+    seed = check_count(name, value, least=0)
+    if seed > _LARGEST_SEED:
+        raise ValueError(f"{name} must be < 2**53, got {seed}; give a smaller one")
+    return seed
+
+
+def check_choice(name: str, value: _Choice, choices: Iterable[_Choice]) -> _Choice:
+    """One word of several; the message names those that are nearest to a wrong one.
+
+    Examples:
+        >>> check_choice("suite", "standrad", ["fast", "standard"])
+        Traceback (most recent call last):
+            ...
+        ValueError: suite must be one of fast, standard, got 'standrad'; did you mean 'standard'?
+    """
+    known = list(choices)
+    if not isinstance(value, str) or value not in known:
+        raise ValueError(
+            f"{name} must be one of {', '.join(known)}, got {value!r}{did_you_mean(value, known)}"
+        )
+    return value
+
+
+def did_you_mean(value: object, choices: Iterable[str]) -> str:
+    """End of a message with the words nearest to a wrong one; empty where none is near.
+
+    Examples:
+        >>> did_you_mean("standrad", ["paper", "standard"]), did_you_mean("x", ["paper"])
+        ("; did you mean 'standard'?", '')
+    """
+    near = get_close_matches(str(value), list(choices), n=3, cutoff=0.6)
+    return f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+
+
+def check_text(name: str, value: str | None) -> None:
+    """A text that is not empty, or None."""
+    if value is not None and (not isinstance(value, str) or not value):
+        raise TypeError(f"{name} must be a text that is not empty, got {value!r}; use a str")
+
+
+def check_switch(name: str, value: bool) -> None:
+    """True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+
+
+def check_function(name: str, value: object) -> None:
+    """A function, or None."""
+    if value is not None and not callable(value):
+        raise TypeError(
+            f"{name} must be a function or None, got {type(value).__name__}; give print, say"
+        )
+
+
+def check_steps(T: int | None) -> int | None:
+    """A number of time steps, or None."""
+    if isinstance(T, Tensor):
+        raise TypeError(
+            "T must be a number of time steps, got a tensor; name the arguments behind the images"
+        )
+    return None if T is None else check_count("T", T)
+
+
+def check_channels(
+    name: str, value: Channels, *, positive: bool = False
+) -> tuple[float, ...] | None:
+    """One finite number per channel, as plain numbers: from a number, a sequence, a tensor or an
+    array.
+
+    Examples:
+        >>> check_channels("mean", torch.tensor([0.5, 0.25])), check_channels("std", 1)
+        ((0.5, 0.25), (1.0,))
+    """
+    if value is None:
+        return None
+    try:
+        if isinstance(value, bool | str | bytes):
+            raise TypeError("a text or a truth value")
+        numbers = torch.as_tensor(value, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(
+            f"{name} must hold one number per channel, got {value!r}; write a list such as "
+            f"{name}=[0.5, 0.5, 0.5]"
+        ) from error
+    if numbers.numel() == 0 or numbers.numel() != max(numbers.shape, default=1):
+        raise ValueError(
+            f"{name} must hold one number per channel, got shape {list(numbers.shape)}; give one "
+            "dimension of numbers"
+        )
+    plain = tuple(numbers.flatten().tolist())
+    wrong = [one for one in plain if not math.isfinite(one) or (positive and one <= 0)]
+    if wrong:
+        kind = "finite and > 0" if positive else "finite"
+        raise ValueError(
+            f"{name} must be {kind} in every channel, got {wrong[0]}; leave {name} out where "
+            "images are not normalised"
+        )
+    return plain
+
+
+def check_number_of_channels(images: Tensor, **numbers: tuple[float, ...] | None) -> None:
+    """Numbers per channel are as many as the images [N, C, ...] have, or one for all of them."""
+    for name, values in numbers.items():
+        if values is not None and len(values) not in (1, images.shape[1]):
+            raise ValueError(
+                f"{name} must hold one number per channel, got {len(values)} for images of shape "
+                f"{tuple(images.shape)}; give {images.shape[1]}"
+            )
+
+
+def check_tensor(name: str, values: Tensor) -> None:
+    """A tensor."""
+    if not isinstance(values, Tensor):
+        raise TypeError(
+            f"{name} must be a tensor, got {type(values).__name__}; use torch.as_tensor({name})"
+        )
+
+
+def check_inputs(x: Tensor, x_perturbed: Tensor | None = None) -> None:
+    """Inputs of a classifier, [N, ...] and finite; perturbed ones of the same shape, if given."""
+    for name, values in {"x": x, "x_perturbed": x if x_perturbed is None else x_perturbed}.items():
+        check_tensor(name, values)
+        if not values.is_floating_point():
+            raise TypeError(
+                f"{name} must be floating point, got {values.dtype}; scale bytes with "
+                f"{name}.float() / 255"
+            )
+        if values.ndim < 2 or values.numel() == 0:
+            raise ValueError(
+                f"{name} must hold a sample, [N, ...], got shape {tuple(values.shape)}; add N "
+                f"with {name}.unsqueeze(0)"
+            )
+        if values.shape != x.shape:
+            raise ValueError(
+                f"x and x_perturbed must have the same shape, got {tuple(x.shape)} and "
+                f"{tuple(values.shape)}; perturb every sample"
+            )
+        if not bool(values.isfinite().all()):
+            raise ValueError(f"{name} must be finite, got nan or inf; leave those samples out")
+
+
+def check_classes(y: Tensor, classes: int) -> None:
+    """Labels are below the number of classes that a network tells apart."""
+    if y.numel() and int(y.max()) >= classes:
+        raise ValueError(
+            f"labels must be < {classes}, the number of classes the model returns, got "
+            f"{int(y.max())}; number the classes from 0, or build the network for as many as the "
+            "data has"
+        )
 
 
 def check_network(net: object) -> None:

@@ -1,6 +1,7 @@
 """Radii as the field writes them: 8/255."""
 
 import math
+from typing import SupportsFloat
 
 __all__ = ["eps_text", "parse_eps", "plain_eps"]
 
@@ -36,11 +37,11 @@ def plain_eps(eps: float) -> float:
     return next((value for value in near if math.isclose(value, eps, rel_tol=1e-12)), eps)
 
 
-def parse_eps(text: str | float) -> float:
+def parse_eps(text: str | SupportsFloat) -> float:
     """A radius from text such as ``"8/255"`` or ``"0.1"``, or from a number. 解析半径。
 
     Args:
-        text: The text.
+        text: The text, or a number of Python, numpy or torch.
 
     Raises:
         ValueError: If it is no number, no fraction, negative or not finite.
@@ -50,12 +51,18 @@ def parse_eps(text: str | float) -> float:
         True
     """
     try:
-        numerator, slash, denominator = str(text).partition("/")
-        eps = float(numerator) / float(denominator) if slash else float(numerator)
-    except (ValueError, ZeroDivisionError) as error:
+        eps = _fraction(text) if isinstance(text, str) else float(text)
+    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
         raise ValueError(
             f"eps must be a number or a fraction such as 8/255, got {text!r}"
         ) from error
+    if isinstance(text, bool):
+        raise ValueError(f"eps must be a number or a fraction such as 8/255, got {text!r}")
     if not (math.isfinite(eps) and eps >= 0):
         raise ValueError(f"eps must be >= 0 and finite, got {text!r}")
     return eps
+
+
+def _fraction(text: str) -> float:
+    numerator, slash, denominator = text.partition("/")
+    return float(numerator) / float(denominator) if slash else float(numerator)

@@ -27,6 +27,8 @@ LIBRARY = [
         "_datasets",
         "_environment",
         "_eps",
+        "_extras",
+        "_folders",
         "_host",
         "_preserved",
         "_recipes_installed",

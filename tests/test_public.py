@@ -214,6 +214,8 @@ def test_recipes_and_pages_use_public_names_only():
     public |= {
         "sj_robust._recipes_installed",
         "sj_robust._console.working",
+        "sj_robust._extras.check_extra",
+        "sj_robust._folders.read_text",
     }  # of the recipes in this repository alone
     public |= {"sj_robust._environment.processor", "sj_robust._environment.version_of"}
     used = {

@@ -78,7 +78,7 @@ def library() -> ModuleType:
         import pyautoattack.square
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"autoattack and square run on pyautoattack, which is not installed ({error}); "
+            f"autoattack runs on pyautoattack, which is not installed ({error}); "
             "use pip install 'sj_robust[attacks]'"
         ) from error
     module: ModuleType = pyautoattack
@@ -190,9 +190,13 @@ def search_squares(
     network, x_adv, seeds = _Network(model, x.dtype), x.clone(), _sample_seeds(private)
     rows = (_clean_logits(network, x, y).argmax(1) == y).nonzero().squeeze(1)
     if len(rows):
-        picked = None if seeds is None else seeds.rows(rows).derived("square", 0)
-        with seeded_globals(draw_seed(private), x.device):
-            found = _square_run(network, ball, queries, x[rows], y[rows], picked)
+        seed = draw_seed(private)
+        numbered = SampleSeeds(range(len(x))).derived(seed) if seeds is None else seeds
+        picked = numbered.rows(rows).derived("square", 0)
+        with seeded_globals(seed, x.device):
+            found = square_rows(
+                network.without_ties, x[rows], y[rows], picked, ball=ball, queries=queries
+            )
         x_adv[rows] = ball.project(x[rows], found)
     return x_adv
 

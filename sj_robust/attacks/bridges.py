@@ -1,5 +1,5 @@
-"""Attacks of other packages: AutoAttack and Square of pyautoattack, any attack object, attacks
-crafted elsewhere.
+"""AutoAttack of pyautoattack, Square, any attack object of another package, attacks crafted
+elsewhere.
 """
 
 import random
@@ -117,10 +117,9 @@ def square(
     Equation: a square of random place and colour is kept if it lowers the margin ``z_y - max_{k !=
     y} z_k``, until ``argmax z != y``.
 
-    The search is pyautoattack's with AutoAttack's settings, on logits whose ties are broken: the
-    library takes a margin of 0 for success, and spike counts tie. With ``SampleSeeds``, or images
-    that are not float32, it is a form of the same search with a square per sample, which depends on
-    neither neighbours nor batch size.
+    The search has AutoAttack's settings and a square per sample, so that neighbours and batch size
+    do not matter. It needs no other package. It judges logits whose ties are broken: a margin of 0
+    is no success, and spike counts tie.
 
     Other arguments, result and errors are those of :mod:`sj_robust.attacks`, with images [N, C, H,
     W]. Where nothing fooled the network the result is the image of the smallest margin, and ``x``
@@ -128,9 +127,6 @@ def square(
 
     Args:
         queries: Squares tried per image after the start, >= 1.
-
-    Raises:
-        ModuleNotFoundError: If pyautoattack is not installed.
 
     Source: Andriushchenko et al. (ECCV 2020); its settings in AutoAttack, Croce and Hein (ICML
         2020).
@@ -144,7 +140,6 @@ def square(
     """
     ball = ball_threat(norm, eps)
     check_count("queries", queries)
-    library()
     x, y = checked_copies(model, x, y, generator)
     _check_square(x)
     if x.numel() == 0 or ball.eps == 0:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from sj_robust._checks import check_choice
 from sj_robust.randomness import SampleSeeds
 
 __all__ = ["CORRUPTIONS", "Corruption", "corrupted", "default_corruptions"]
@@ -61,10 +62,7 @@ class Corruption:
     level: int
 
     def __post_init__(self) -> None:
-        if self.kind not in CORRUPTIONS:
-            raise ValueError(
-                f"corruption must be one of {', '.join(CORRUPTIONS)}, got {self.kind!r}"
-            )
+        check_choice("corruption", self.kind, CORRUPTIONS)
         if isinstance(self.level, bool) or self.level not in (1, 2, 3, 4, 5):
             raise ValueError(
                 f"severity of {self.kind} must be an integer from 1 to 5, got {self.level!r}"
@@ -76,6 +74,15 @@ def default_corruptions(images: Tensor) -> tuple[Corruption, ...]:
 
     Raises:
         ValueError: If these are no images of one or three channels.
+        ModuleNotFoundError: If imagecorruptions is not installed.
+    """
+    check_images_to_corrupt(images)
+    return tuple(Corruption(kind, severity) for kind in CORRUPTIONS for severity in range(1, 6))
+
+
+def check_images_to_corrupt(images: Tensor) -> None:
+    """Images have one or three channels, and what corrupts them is installed; raises as
+    :func:`default_corruptions`.
     """
     if images.ndim != 4 or images.shape[1] not in (1, 3):
         raise ValueError(
@@ -83,7 +90,6 @@ def default_corruptions(images: Tensor) -> tuple[Corruption, ...]:
             f"{tuple(images.shape)}; event frames have the suite stress"
         )
     _library()
-    return tuple(Corruption(kind, severity) for kind in CORRUPTIONS for severity in range(1, 6))
 
 
 def corrupted(x: Tensor, corruption: Corruption, *, seed: int, start: int = 0) -> Tensor:

@@ -55,7 +55,7 @@ class Data:
 
     def __post_init__(self) -> None:
         if not self.digests:
-            raise ValueError("batches must hold at least one image, got none; give test images")
+            raise ValueError("x must hold an image or more, got none; give test images")
 
     @classmethod
     def of(cls, batches: "Batches | Data") -> "Data":
@@ -70,7 +70,7 @@ class Data:
         kept = []
         with closing(_Store()) as store:
             for batch in batches:
-                x, y = batch[:2]
+                x, y = _images_and_labels(batch)
                 check_images(x)
                 check_labels(y, x)
                 kept.append((store.keep(x), y.detach().clone()))
@@ -148,11 +148,29 @@ def given_data(
                 "y must hold the labels of x, got None; or give a DataLoader in place of x and y"
             )
         return Data.of_tensors(x, y, batch_size)
+    if not isinstance(x, Iterable | Dataset) or isinstance(x, str | bytes | dict | np.ndarray):
+        raise TypeError(
+            "x must be a tensor of images, a data set or batches (images, labels), got "
+            f"{type(x).__name__}; give torch.as_tensor(x) and labels y, or a DataLoader"
+        )
     if y is not None:
         raise ValueError(
             f"y must be None where x brings its own labels, got both with x a {type(x).__name__}"
         )
-    return Data.of(image_loader(x, batch_size) if isinstance(x, Dataset) else x)
+    if isinstance(x, Dataset):
+        return Data.of(image_loader(x, batch_size))
+    return Data.of(x)
+
+
+def _images_and_labels(batch: object) -> tuple[Tensor, Tensor]:
+    """The two tensors that a batch begins with."""
+    parts = batch[:2] if isinstance(batch, list | tuple) else ()
+    if len(parts) < 2 or not all(isinstance(part, Tensor) for part in parts):
+        raise TypeError(
+            "every batch of x must be a pair of tensors (images, labels), got "
+            f"{type(batch).__name__}; give a tensor of images and labels y, or a DataLoader"
+        )
+    return parts[0], parts[1]
 
 
 class _Store:

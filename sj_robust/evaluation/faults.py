@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sj_robust._checks import check_choice
 from sj_robust._host import is_neuron, quantize
 from sj_robust._preserved import preserved
 from sj_robust.attacks.timing import random_moves
@@ -56,8 +57,7 @@ class Fault:
     level: float
 
     def __post_init__(self) -> None:
-        if self.kind not in FAULTS:
-            raise ValueError(f"kind must be one of {', '.join(FAULTS)}, got {self.kind!r}")
+        check_choice("kind", self.kind, FAULTS)
         kind = _KINDS[self.kind]
         number = isinstance(self.level, int | float) and not isinstance(self.level, bool)
         if (

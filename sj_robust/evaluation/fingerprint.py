@@ -24,8 +24,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from sj_robust.neuron import FusedSequential
-
 __all__ = ["description", "fingerprint", "parts_of"]
 
 _DEPTH = 12
@@ -44,8 +42,6 @@ _STATE = {
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 _NO_BEHAVIOUR = {"__init__", "__repr__", "extra_repr"}
 """Methods whose effects are seen in what they leave."""
-_SAME: dict[type, type] = {FusedSequential: nn.Sequential}
-"""Classes that do what other ones do."""
 _WITH_PLAIN_REPR = {"datetime", "decimal", "fractions", "pathlib", "uuid"}
 _FOLDERS = [sysconfig.get_paths()[name] for name in ("stdlib", "purelib", "platlib")]
 _LIBRARIES = (
@@ -232,7 +228,6 @@ class _Walk:
 
     def _class(self, kind: type) -> str:
         """Name of a class; its code, and what was put in the place of a package's, are parts."""
-        kind = _SAME.get(kind, kind)
         if id(kind) not in self._names:
             name = _name_of(kind)
             self._classes[name] += 1

@@ -150,11 +150,14 @@ class StressCard(
             text = f"{what}: {self._percent(self.intact, what)} % intact"
             text += f", 5 points lower from {', '.join(levels)} on" if levels else ""
             parts.append(text + (f", nowhere so under {', '.join(never)}" if never else ""))
-        mean = ", ".join(
-            f"{100 * self.accuracy(what):.1f} % {what}" for what in ("clean", "attacked")
-        )
-        mean = f" Mean over kinds and severities: {mean}." if self.suite == "corruptions" else ""
-        return f"{self.images} images, {self.attack} at {self._budget}. {'; '.join(parts)}.{mean}"
+        said = f"{self.images} images, {self.attack} at {self._budget}. {'; '.join(parts)}."
+        if not self.rows:
+            return f"{said} No fault was measured."
+        if self.suite == "stress":
+            return said
+        clean, attacked = (100 * self.accuracy(what) for what in ("clean", "attacked"))
+        mean = f"{clean:.1f} % clean, {attacked:.1f} % attacked"
+        return f"{said} Mean over kinds and severities: {mean}."
 
     def table(self) -> str:
         """Markdown table of every level; a star marks the first level that is 5 points lower."""
@@ -169,7 +172,7 @@ class StressCard(
             ]
             if self.suite == "corruptions":
                 rows.append(self._mean(kind))
-        rows += [self._mean(None)] if self.suite == "corruptions" else []
+        rows += [self._mean(None)] if self.suite == "corruptions" and self.rows else []
         notes = "".join(f"\n\n{text}" for text in self.warnings)
         return markdown_table([*heads, "draws"], rows) + notes
 
@@ -182,8 +185,8 @@ class StressCard(
         Args:
             path: File to write as well; its ending says which format.
         """
-        columns = min(4, len(self.kinds))
-        down = ceil(len(self.kinds) / columns)
+        columns = min(4, max(1, len(self.kinds)))
+        down = max(1, ceil(len(self.kinds) / columns))
         figure = new_figure(0.6 + 2.4 * columns, 0.5 + 2.1 * down)
         panels = figure.subplots(down, columns, squeeze=False, sharey=True)
         for axes, kind in zip(panels.flat, self.kinds, strict=False):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sj_robust._checks import did_you_mean
 from sj_robust.classifier import SpikingClassifier, as_classifier
 from sj_robust.models import NetworkSpec, build_classifier, set_time_steps
 from sj_robust.models.checkpoint import load_checkpoint
@@ -264,6 +265,7 @@ def _checkpoint_file(path: Path) -> Path:
             if near
             else "give a checkpoint such as runs/NAME/NETWORK/best.pt"
         )
+        hint += did_you_mean(path.as_posix(), pretrained_networks())
         raise FileNotFoundError(f"{path} does not exist; {hint}")
     found = sorted(path.glob("best.pt")) or sorted(path.glob("*/best.pt"))
     if len(found) == 1:

@@ -8,7 +8,8 @@ from typing import Any, Literal, get_args
 
 from torch import Tensor
 
-from sj_robust._checks import check_count
+from sj_robust._checks import check_choice, check_count
+from sj_robust._extras import check_extra
 from sj_robust.attacks.apgd import apgd
 from sj_robust.attacks.bridges import autoattack, square
 from sj_robust.attacks.call import Attack
@@ -27,7 +28,7 @@ from sj_robust.evaluation.estimator_search import (
 )
 from sj_robust.evaluation.member import Member
 
-__all__ = ["GRADES", "Suite", "SuiteName", "make_suite"]
+__all__ = ["GRADES", "Suite", "SuiteName", "check_shape", "make_suite"]
 
 SuiteName = Literal["paper", "fast", "standard", "autoattack", "gradients", "events"]
 """Names of the suites."""
@@ -138,6 +139,7 @@ def make_suite(
     Raises:
         ValueError: If the suite is unknown or does not fit the threat, estimators are given to a
             suite without a choice, or there are fewer than two classes.
+        ModuleNotFoundError: If ``"autoattack"`` has no pyautoattack.
 
     Source: Ding et al. (ICML 2024), section 5; AutoAttack of Croce and Hein (ICML 2020).
 
@@ -150,8 +152,8 @@ def make_suite(
         >>> suite.control[0].name, suite.control[0].estimator
         ('control/apgd_ce/training/r0', 'training')
     """
-    if name not in get_args(SuiteName):
-        raise ValueError(f"suite must be one of {', '.join(get_args(SuiteName))}, got {name!r}")
+    check_choice("suite", name, get_args(SuiteName))
+    check_extra(name)
     if isinstance(classes, bool) or not isinstance(classes, int) or classes < 2:
         raise ValueError(
             f"classes must be an integer >= 2, got {classes!r}; pass the number of logits"
@@ -172,6 +174,24 @@ def make_suite(
         return fixed[name](plan)
     choosing = {"fast": _fast, "standard": _standard, "events": _events}
     return choosing[name](plan, tuple(dict.fromkeys(chosen)) or ("training",))
+
+
+def check_shape(name: SuiteName, images: Tensor) -> None:
+    """Raise ValueError for images that Square, which comes last in a suite, would not take.
+
+    Examples:
+        >>> import torch
+        >>> check_shape("standard", torch.rand(2, 36))
+        Traceback (most recent call last):
+            ...
+        ValueError: suite 'standard' needs images [N, C, H, W] for Square, got shape (2, 36); take
+        'fast', or reshape inside the model
+    """
+    if name in ("standard", "autoattack") and images.ndim != 4:
+        raise ValueError(
+            f"suite {name!r} needs images [N, C, H, W] for Square, got shape "
+            f"{tuple(images.shape)}; take 'fast', or reshape inside the model"
+        )
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from sj_robust._checks import did_you_mean
 from sj_robust._saved import markdown_table
 from sj_robust._shown import Shown
 from sj_robust.classifier import SpikingClassifier
@@ -103,5 +104,8 @@ def pretrained_file(name: str) -> Path:
     """Checkpoint of a network that comes with the package; raises as :func:`pretrained`."""
     known = pretrained_networks()
     if name not in known:
-        raise ValueError(f"there is no pretrained network {name!r}; take one of {', '.join(known)}")
+        raise ValueError(
+            f"there is no pretrained network {name!r}; take one of {', '.join(known)}"
+            f"{did_you_mean(name, known)}"
+        )
     return _FOLDER / f"{name}.pt"

@@ -11,6 +11,14 @@ import torch
 from spikingjelly.activation_based.monitor import BaseMonitor
 from torch import Tensor, nn
 
+from sj_robust._checks import (
+    Channels,
+    check_channels,
+    check_network,
+    check_number_of_channels,
+    check_steps,
+    check_tensor,
+)
 from sj_robust._host import functional
 from sj_robust._preserved import evaluation_mode
 from sj_robust.classifier import SpikingClassifier, as_classifier
@@ -29,8 +37,8 @@ def compare(
     x_perturbed: Tensor,
     *,
     T: int | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: Channels = None,
+    std: Channels = None,
 ) -> MPPDStatistics:
     """How a perturbation moves the membrane potential of every spiking layer, in one call.
     一次调用比较膜电位扰动。
@@ -66,6 +74,13 @@ def compare(
         ... ].ms_mppd.shape
         torch.Size([4])
     """
+    check_network(net)
+    check_tensor("x", x)
+    check_tensor("x_perturbed", x_perturbed)
+    T = check_steps(T)
+    mean, std = check_channels("mean", mean), check_channels("std", std, positive=True)
+    if T is not None:
+        check_number_of_channels(x, mean=mean, std=std)
     watched, forward = as_watched(net, T, mean, std)
     with MPPDMonitor(watched) as monitor:
         stats = monitor.compare(x, x_perturbed, forward=forward)

@@ -1,11 +1,22 @@
 """Bounds of every spiking layer of a network, checked on pairs of inputs."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
+from sj_robust._checks import (
+    Channels,
+    check_channels,
+    check_count,
+    check_inputs,
+    check_network,
+    check_number_of_channels,
+    check_seed,
+    check_size,
+    check_steps,
+)
 from sj_robust._preserved import full_precision, preserved
 from sj_robust.classifier import as_classifier, check_classifier
 from sj_robust.neuron.charging import find_neurons
@@ -27,8 +38,8 @@ def certify(
     T: int | None = None,
     *,
     x_perturbed: Tensor | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: Channels = None,
+    std: Channels = None,
     margin: float = 1e-3,
     tolerance: float = 1e-4,
     max_iterations: int = 300,
@@ -89,16 +100,14 @@ def certify(
         >>> certificate.holds, certificate["2"].feeds
         (True, ('input',))
     """
+    check_network(net)
+    check_inputs(x, x_perturbed)
+    T = check_steps(T)
+    mean, std = check_channels("mean", mean), check_channels("std", std, positive=True)
+    check_number_of_channels(x, mean=mean, std=std)
+    margin, tolerance = check_size("margin", margin), check_size("tolerance", tolerance)
+    max_iterations, seed = check_count("max_iterations", max_iterations), check_seed("seed", seed)
     classifier = check_classifier(as_classifier(net, T, mean=mean, std=std))
-    if x_perturbed is not None and x.shape != x_perturbed.shape:
-        raise ValueError(
-            f"x and x_perturbed must have the same shape, got {tuple(x.shape)} and "
-            f"{tuple(x_perturbed.shape)}"
-        )
-    if len(x) == 0:
-        raise ValueError(f"x must hold a sample, got shape {tuple(x.shape)}")
-    if x_perturbed is not None and not bool((x.isfinite() & x_perturbed.isfinite()).all()):
-        raise ValueError("x and x_perturbed must be finite, got nan or inf; leave those pairs out")
     neurons, unknown, _ = find_neurons(classifier.net, {}, {})
     gains = {
         name: neuron_gains(neuron.charging(), classifier.T) for name, neuron in neurons.items()

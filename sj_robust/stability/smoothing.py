@@ -8,7 +8,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from sj_robust._checks import check_count, check_images, check_logits, check_model, check_size
+from sj_robust._checks import (
+    check_count,
+    check_function,
+    check_images,
+    check_logits,
+    check_model,
+    check_size,
+)
 from sj_robust._preserved import preserved
 from sj_robust.randomness import (
     SampleSeeds,
@@ -167,30 +174,28 @@ def smooth(
         >>> result.prediction, [round(radius, 2) for radius in result.radius]
         ((0, -1), [0.51, 0.0])
     """
-    beta = scipy_module("stats", wanted_by="smooth").beta  # slow to import
     check_model(model)
     check_images(x)
     check_seeds(generator, x)
     sigma = check_size("sigma", sigma, positive=True)
     for name, value in (("n0", n0), ("n", n), ("batch_size", batch_size)):
         check_count(name, value)
-    if not 0 < alpha < 1:
+    if not 0 < check_size("alpha", alpha) < 1:
         raise ValueError(
             f"alpha must be in (0, 1), got {alpha}; it is the probability of error, such as 0.001"
         )
+    check_function("on_image", on_image)
     if isinstance(generator, SampleSeeds):
         seeds = generator
     else:
-        seed = draw_seed(
-            private_generator(
-                generator, torch.device("cpu") if generator is None else generator.device
-            )
-        )
+        device = generator.device if isinstance(generator, torch.Generator) else "cpu"
+        seed = draw_seed(private_generator(generator, torch.device(device)))
         seeds = SampleSeeds([SampleSeeds([seed]).derived(row).single() for row in range(len(x))])
     noise, own = (
         seeds.derived("noise").seeds,
         seeds.derived("network").seeds,
     )  # streams that must not be related
+    beta = scipy_module("stats", wanted_by="smooth").beta  # slow to import
     predictions, radii, counts = [], [], []
     with torch.no_grad(), preserved(model):
         for row in range(len(x)):

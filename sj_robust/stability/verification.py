@@ -3,7 +3,7 @@ rounding.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Literal, get_args
@@ -11,7 +11,21 @@ from typing import TYPE_CHECKING, Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from sj_robust._checks import check_count, check_images, check_labels, check_logits, check_size
+from sj_robust._checks import (
+    Channels,
+    check_channels,
+    check_choice,
+    check_classes,
+    check_count,
+    check_function,
+    check_images,
+    check_labels,
+    check_logits,
+    check_network,
+    check_number_of_channels,
+    check_size,
+    check_steps,
+)
 from sj_robust._environment import device_of
 from sj_robust._eps import eps_text, parse_eps
 from sj_robust._preserved import full_precision, generators_of, preserved
@@ -19,6 +33,7 @@ from sj_robust._saved import markdown_table
 from sj_robust._shown import Shown, heat_map, new_figure
 from sj_robust.classifier import SpikingClassifier, as_classifier, check_classifier
 from sj_robust.neuron.charging import Neuron, find_neurons, is_neuron
+from sj_robust.stability._scipy import scipy_module
 from sj_robust.stability.bounds import BoundedRun, Bounds, NoBoundsError
 from sj_robust.stability.branching import Prover
 from sj_robust.stability.exact import Matrices, mip
@@ -147,8 +162,8 @@ def verify(
     eps: float | str,
     *,
     T: int | None = None,
-    mean: Sequence[float] | None = None,
-    std: Sequence[float] | None = None,
+    mean: Channels = None,
+    std: Channels = None,
     method: Method = "ibp",
     time_limit: float = 10.0,
     batch_size: int = 64,
@@ -232,13 +247,19 @@ def verify(
         ... ).broken
         (True,)
     """
-    classifier = check_classifier(as_classifier(model, T, mean=mean, std=std))
-    eps = parse_eps(eps)
-    neurons = _checked(classifier, x, y, eps)
-    check_count("batch_size", batch_size)
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    check_network(model)
+    eps = check_size("eps", parse_eps(eps), at_most=1.0)
+    T = check_steps(T)
+    mean, std = check_channels("mean", mean), check_channels("std", std, positive=True)
+    batch_size = check_count("batch_size", batch_size)
+    check_choice("method", method, METHODS)
+    if method == "mip":
+        scipy_module("optimize", wanted_by='method "mip"')
     time_limit = check_size("time_limit", time_limit, positive=True)
+    check_function("on_batch", on_batch)
+    classifier = check_classifier(as_classifier(model, T, mean=mean, std=std))
+    neurons = _checked(classifier, x, y, eps)
+    check_number_of_channels(x, mean=mean, std=std)
     device = device_of(classifier)
     correct: list[bool] = []
     margins: list[float] = []
@@ -255,6 +276,7 @@ def verify(
             images, labels = (values[part].to(device).clone() for values in (x, y))
             logits = _logits(classifier, images, labels, runs=2 if start == 0 else 1)
             if start == 0:
+                check_classes(y, logits.shape[1])
                 maps.check_samples()
             correct += (logits.argmax(1) == labels).tolist()
             run = BoundedRun(neurons, len(images))

@@ -1,6 +1,7 @@
 """One proposal of Square Attack, against the same written out in loops."""
 
 import math
+import sys
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from attacks.table import Recorder, two_classes
 
 from sj_robust.attacks import SampleSeeds, ThreatModel, linf_bounds
+from sj_robust.attacks import square as square_attack
 from sj_robust.attacks._square import _L2, _Linf, square_rows
 from sj_robust.randomness import SampleDraws, rand
 
@@ -119,3 +121,14 @@ def test_numbers_are_drawn_for_256_queries_at_once():
         )
         proposal = _Linf(*linf_bounds(x, eps=0.1)).propose(first, drawn[:, place], area)
         assert torch.equal(proposals[query], proposal)
+
+
+def test_it_needs_no_other_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    x = torch.rand(5, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    model = lambda x: torch.stack([x.mean((1, 2, 3)), 1 - x.mean((1, 2, 3))], 1)  # noqa: E731
+    y = model(x).argmax(1)
+    budget = {"eps": 0.3, "queries": 50}
+    for generator in (None, torch.Generator().manual_seed(0), SampleSeeds(range(5))):
+        x_adv = square_attack(model, x, y, **budget, generator=generator)
+        assert bool((model(x_adv).argmax(1) != y).any())

@@ -221,7 +221,7 @@ WRONG = [
     ids=lambda value: getattr(value, "__name__", None),
 )
 def test_options(attack, options, error, match):
-    if attack in (square, autoattack):
+    if attack is autoattack:
         pytest.importorskip(
             "pyautoattack", reason="extra `attacks` holds the library behind the bridge"
         )

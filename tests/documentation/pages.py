@@ -14,6 +14,8 @@ mine.yaml) is saved under that name first, so that later commands find it. Above
         the recipes' parsers check the options, nothing is run
     <!-- example: not run: installs packages -->
         only files, extras and imports that the block names are checked
+    <!-- example: needs pyautoattack -->
+        skipped where this package is missing
     <!-- example: prints -->
         what the block prints is the block of text below it: words are equal, numbers within a
         tenth, and ... is anything
@@ -28,9 +30,11 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache, partial
+from importlib.util import find_spec
 from itertools import zip_longest
 from pathlib import Path
 
+import pytest
 from documentation.shell import ROOT, CommandError, Shell, check_imports, check_names, logical_lines
 from sybil import Document, Example, Lexeme, Region, Sybil
 from sybil.evaluators.doctest import DocTestEvaluator
@@ -58,7 +62,8 @@ FENCES = RawFencedCodeBlockLexer(re.compile(r"(?P<language>[\w+-]*).*\n"))
 FILE_NAME = re.compile(r"# ([\w-]+\.(?:py|ya?ml|toml|json))\n")
 DIRECTIVE = re.compile(
     r"^ *<!-- example: (?:add(?: to (?P<recipe>\w+)\.py:)? (?P<options>-.+)"
-    r"|(?P<kind>options only|not run): (?P<reason>.+)|(?P<prints>prints)) -->\n",
+    r"|(?P<kind>options only|not run): (?P<reason>.+)|needs (?P<package>\w+)"
+    r"|(?P<prints>prints)) -->\n",
     re.MULTILINE,
 )
 LOOKS_LIKE_ONE = re.compile(r"^ *<!--\s*example\b", re.MULTILINE)
@@ -84,6 +89,7 @@ class Block:
     ]  # recipe, or None for all, and the options to add to its commands
     reasons: dict[str, str]  # why it is "options only" or "not run"
     printed: str | None = None  # what it has to print, if that is compared
+    packages: tuple[str, ...] = ()  # what it is skipped without
 
 
 def documentation_pages() -> list[Path]:
@@ -136,6 +142,7 @@ def blocks_of(document: Document) -> list[Block]:
         language, code = fence.lexemes["language"], fence.lexemes["source"]
         added = tuple((one["recipe"], one["options"]) for one in reversed(above) if one["options"])
         reasons = {one["kind"]: one["reason"] for one in above if one["kind"]}
+        packages = tuple(one["package"] for one in above if one["package"])
         how, known = RUN.get(language), ", ".join([*RUN, *KEPT])
         printed = None
         if any(one["prints"] for one in above):
@@ -167,7 +174,8 @@ def blocks_of(document: Document) -> list[Block]:
             "several directives that exclude each other",
         )
         check(how != "session" or ">>>" in code, fence.start, "no >>> in this block")
-        blocks.append(Block(fence, line_of(fence.start), how, code, added, reasons, printed))
+        line = line_of(fence.start)
+        blocks.append(Block(fence, line, how, code, added, reasons, printed, packages))
     return blocks
 
 
@@ -214,6 +222,9 @@ class Page:
 
 def evaluate(block: Block, example: Example) -> str | None:
     """Run a block in the folder of its page, or do what its directive says instead."""
+    for package in block.packages:
+        if find_spec(package) is None:
+            pytest.skip(f"{package}, which this block of the page needs, is not installed")
     page: Page = example.namespace[PAGE]
     with page.inside():
         if name := FILE_NAME.match(block.code):
@@ -226,12 +237,27 @@ def evaluate(block: Block, example: Example) -> str | None:
         elif block.how == "shell":
             return run_commands(block, page.shell)
         elif block.how == "python":
-            with contextlib.redirect_stdout(io.StringIO()) as said:
+            with contextlib.redirect_stdout(io.StringIO()) as said, without_cause():
                 PythonEvaluator()(example)
             return unlike(said.getvalue(), block.printed)
         elif block.how == "session":
             return SESSION.evaluator(example)
     return None
+
+
+@contextlib.contextmanager
+def without_cause() -> Iterator[None]:
+    """What is raised inside loses its cause, which it names in a note.
+
+    Sybil looks for its own frame in every error of a chain; in a cause there is none, and instead
+    of the error pytest would report one of its own, and end.
+    """
+    try:
+        yield
+    except Exception as error:
+        if (cause := error.__cause__ or error.__context__) is not None:
+            error.add_note(f"while handling {type(cause).__name__}: {cause}")
+        raise error from None
 
 
 def run_commands(block: Block, shell: Shell) -> str | None:

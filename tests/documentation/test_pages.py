@@ -101,6 +101,28 @@ def test_a_page_that_is_right(tmp_path):
     assert "mine" not in sys.modules
 
 
+def test_a_block_that_needs_a_package_is_skipped_with_the_reason_where_it_is_missing(tmp_path):
+    needs = "<!-- example: needs {} -->".format
+    run(tmp_path, fence("python", "x = 1", above=[needs("math")]))
+    with pytest.raises(pytest.skip.Exception, match="nowhere, which this block of the page needs"):
+        run(tmp_path, fence("python", "x / 0", above=[needs("nowhere")]))
+
+
+def test_an_error_keeps_the_words_of_its_cause_alone(tmp_path):
+    """Sybil looks for its own frame in every error of a chain, and in a cause there is none."""
+    lines = (
+        "try:",
+        "    int('many')",
+        "except ValueError as error:",
+        "    raise KeyError from error",
+    )
+    with pytest.raises(KeyError) as raised:
+        run(tmp_path, fence("python", *lines))
+    assert raised.value.__cause__ is None
+    assert raised.value.__suppress_context__
+    assert "ValueError: invalid literal" in raised.value.__notes__[0]
+
+
 OPTIONS_ONLY, NOT_RUN = (
     "<!-- example: options only: needs data -->",
     "<!-- example: not run: slow -->",

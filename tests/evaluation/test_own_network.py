@@ -116,16 +116,16 @@ def test_wrong_use_says_what_to_do():
         ((classifier(), x, y), {"mean": [0.5]}, "has its own mean and std"),
         ((classifier(), x), {}, "y must hold the labels of x"),
         ((classifier(), data, y), {}, "y must be None where x brings its own labels"),
-        ((classifier(), [(x[:0], y[:0])][:0]), {}, "at least one image"),
+        ((classifier(), [(x[:0], y[:0])][:0]), {}, "an image or more"),
         ((classifier(), 3 * x, y), {}, r"must lie in \[0, 1\]"),
         (
             (Frames(), torch.ones(2, T, 2, 4, 4), y[:2]),
-            {"T": T, "std": [1.0]},
+            {"T": T, "std": [1.0], "eps": 5},
             "event frames are not normalised",
         ),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
-            sj_robust.evaluate(*arguments, eps=0.1, progress=False, **options)
+            sj_robust.evaluate(*arguments, **{"eps": 0.1, "progress": False} | options)
 
 
 @pytest.mark.slow

@@ -108,6 +108,16 @@ def test_what_cannot_be_measured_is_named():
     assert card.warnings[0] in card.table()
 
 
+@pytest.mark.parametrize("suite", ["stress", "corruptions"])
+def test_a_card_on_which_nothing_was_measured_can_be_shown(suite, tmp_path):
+    pytest.importorskip("matplotlib", reason="figures need the extra `recipes`")
+    card = replace(made_up(), rows=(), suite=suite)
+    assert "No fault was measured." in repr(card)
+    assert card.table().count("\n") == 2
+    card.write(tmp_path)
+    assert StressCard.load(tmp_path / "card.json") == card
+
+
 def made_up():
     rows = [
         StressRow("lost_spikes", level, (90 - drop, 92 - drop), (50, 46))

@@ -64,9 +64,11 @@ def test_cards_tell_a_defended_network_from_an_undefended_one():
 
 def test_names_are_checked():
     with pytest.raises(
-        ValueError, match="no pretrained network 'digits/dlif'; take one of digits/lif, "
+        ValueError,
+        match="no pretrained network 'digits/dlif-certifed'; take one of digits/lif, .*; did you "
+        "mean 'digits/dlif-certified'",
     ):
-        pretrained("digits/dlif")
+        pretrained("digits/dlif-certifed")
     assert torch.equal(
         from_checkpoint(Path("digits/lif")).model.state_dict()["net.first.weight"],
         pretrained("digits/lif").state_dict()["net.first.weight"],

@@ -118,13 +118,13 @@ NETWORKS = {
         ),
         (
             ("runs/one", "--output", "own_net.py"),
-            OSError,
-            r"own_net.py cannot be written \(File exists\); give",
+            ValueError,
+            r"output must be a folder, got own_net.py, where own_net.py is a file; give another",
         ),
         (
             ("runs/one", "--output", "own_net.py/x"),
-            OSError,
-            r"cannot be written \(Not a directory\); give",
+            ValueError,
+            r"output must be a folder, got own_net.py/x, where own_net.py is a file; give another",
         ),
     ],
 )

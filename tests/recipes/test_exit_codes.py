@@ -19,7 +19,7 @@ import threading
 import launch
 import pytest
 from accelerate.state import AcceleratorState
-from lab.command_line import run_recipe
+from lab.command_line import check_options, run_recipe
 from launch import RECIPES
 
 from sj_robust._saved import write_whole
@@ -99,6 +99,14 @@ def ended(tmp_path, monkeypatch, capsys):
             r"sizes >= 1, such as \[\[4, 64, 128, 8, 8\]\] for neuron, got \[0, 0, 0\]",
         ),
         ("benchmark", "--redraw nowhere", 1, r"nowhere holds no \*.csv"),
+        ("benchmark", "--instruction-set avx1024", 2, "must be one of .* on this processor"),
+        *(
+            (name, "--output /proc/eps", 2, "output must be a folder that can be written, got /pr")
+            for name in RECIPES
+        ),
+        ("evaluate", "digits/dlif-certifed", 1, "did you mean 'digits/dlif-certified'"),
+        ("evaluate", "digits/lif --transfer nowhere.pt", 1, "nowhere.pt does not exist"),
+        ("evaluate", "digits/lif --T 0", 2, "--T must be an integer > 0, got 0"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line_and_leaves_no_folder(
@@ -176,6 +184,54 @@ def test_a_full_disk_is_told_with_file_and_remedy(monkeypatch, tmp_path):
         run_recipe(main)
     with pytest.raises(SystemExit, match=r"'.*report\.json'; free some space"):
         run_recipe(lambda arguments: write_whole(tmp_path / "report.json", "{}"))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "package"),
+    [
+        ("evaluate", "digits/lif --suite autoattack", "pyautoattack"),
+        ("evaluate", "digits/lif --suite corruptions", "imagecorruptions"),
+        (
+            "sweep",
+            "--base digits --grid '{rho: [0]}' --evaluate [paper,autoattack]",
+            "pyautoattack",
+        ),
+        ("figures", "runs --which ground_truth --suites [autoattack]", "pyautoattack"),
+    ],
+)
+def test_the_package_of_a_suite_is_asked_for_before_anything_is_done(
+    ended, tmp_path, monkeypatch, name, arguments, package
+):
+    monkeypatch.setitem(sys.modules, package, None)
+    code, _, err = ended(name, *shlex.split(arguments))
+    assert code == 1
+    assert re.fullmatch(rf"error: .* needs {package}, .*: pip install 'sj_robust\[\w+\]'\n", err)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_it_is_asked_for_where_options_are_read_before_torch_is_imported(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyautoattack", None)
+    options = importlib.import_module("evaluate").Options
+    with pytest.raises(SystemExit, match="error: the suite autoattack needs pyautoattack"):
+        check_options(options, ["digits/lif", "--suite", "autoattack"])
+
+
+@pytest.mark.parametrize("words", ["adv_train --config", "sweep --grid '{rho: [0]}' --base"])
+def test_a_file_of_options_in_another_encoding_is_named(ended, tmp_path, words):
+    (tmp_path / "mine.yaml").write_bytes("epochs: 1 # \xe9\n".encode("latin-1"))
+    name, *arguments = shlex.split(words)
+    code, _, err = ended(name, *arguments, "mine.yaml")
+    assert code == 2
+    assert re.search("error: mine.yaml must be a text in UTF-8, got byte 0xe9 at place 12; ", err)
+
+
+@pytest.mark.parametrize("eps", ["8", "0"])
+def test_figures_refuses_radii_before_it_draws(ended, tmp_path, eps):
+    (tmp_path / "run" / "net").mkdir(parents=True)
+    (tmp_path / "run" / "net" / "best.pt").touch()
+    code, _, err = ended("figures", "run", "--eps", "0.1", eps)
+    assert (code, (tmp_path / "run" / "figures").exists()) == (2, False)
+    assert re.match(rf"error: (--)?eps must be (<= 1|> 0).* got {eps}", err)
 
 
 def test_a_missing_extra_is_told_in_a_line(monkeypatch):

@@ -4,9 +4,11 @@ The type of the field is the type and the range of the option. Parser, help, mes
 sweeps and docs/options read the rest from :func:`option`.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import asdict, dataclass, field, fields
+from functools import partial
 from types import NoneType, UnionType
 from typing import (
     TYPE_CHECKING,
@@ -22,6 +24,7 @@ from typing import (
 
 from sj_robust._datasets import check_dataset
 from sj_robust._eps import parse_eps
+from sj_robust._folders import check_folder
 
 if TYPE_CHECKING:  # jsonargparse makes its types at run time, which type checkers do not follow
     AtLeastTwo = int
@@ -46,6 +49,7 @@ __all__ = [
     "NonNegativeInt",
     "OpenUnitInterval",
     "Option",
+    "OutputFolder",
     "PositiveInt",
     "Radius",
     "deciding",
@@ -59,6 +63,8 @@ Radius = Annotated[float | str, parse_eps]
 """A number, or a fraction such as 8/255; the option keeps what was written."""
 DatasetName = Annotated[str, check_dataset]
 """A name that ``load_images`` takes."""
+OutputFolder = Annotated[str, partial(check_folder, "output")]
+"""A folder that is there or can be made, and takes files."""
 Decides = Literal["result", "figures", "nothing"]
 
 ValueT = TypeVar("ValueT")
@@ -78,6 +84,8 @@ class Option:
         positional: Whether a bare word of the command line is its value.
         runs_code: Whether it can name code to run, which is taken from the command line alone, not
             from a folder.
+        needs: Asked with the value, or each one of a list, for what has to be installed; raises
+            ModuleNotFoundError. None asks for nothing.
         in_short_help: Whether it is one of those that people change; where some are, ``--help``
             shows these alone.
     """
@@ -92,6 +100,7 @@ class Option:
     idle: Callable[[Any], bool] | None = None
     positional: bool = False
     runs_code: bool = False
+    needs: Callable[[Any], object] | None = None
     in_short_help: bool = False
 
     @property
@@ -125,7 +134,13 @@ class Option:
                 try:
                     refuse(part)
                 except ValueError as error:
-                    raise ValueError(str(error).replace("eps", self.name, 1)) from error
+                    raise ValueError(re.sub(r"^eps\b", self.name, str(error))) from error
+
+    def check_installed(self, value: object) -> None:
+        """Raise ModuleNotFoundError if something that a value needs is missing."""
+        if self.needs is not None:
+            for part in value if isinstance(value, list) else [value]:
+                self.needs(part)
 
 
 def option(
@@ -138,6 +153,7 @@ def option(
     idle: Callable[[Any], bool] | None = None,
     positional: bool = False,
     runs_code: bool = False,
+    needs: Callable[[Any], object] | None = None,
     in_short_help: bool = False,
 ) -> ValueT:
     """A field of a recipe's ``Options``, which type checkers see as its default value; see
@@ -154,6 +170,7 @@ def option(
         "idle": idle,
         "positional": positional,
         "runs_code": runs_code,
+        "needs": needs,
         "in_short_help": in_short_help,
     }
     if isinstance(default, list | dict):

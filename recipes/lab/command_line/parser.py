@@ -24,6 +24,7 @@ from jsonargparse import (  # type: ignore[attr-defined]
 )
 
 from lab.command_line.declared import Option, options_of
+from sj_robust._folders import read_text
 
 OptionsT = TypeVar("OptionsT")
 
@@ -75,7 +76,7 @@ class RecipeParser(ArgumentParser):
             words = {name: self._word(name, value) for name, value in given.items()}
             found = self.parse_object(words)
         else:
-            found = self.parse_args(named_arguments(self.options, given))
+            found = self._parsed(named_arguments(self.options, given))
         values = {name: _builtin(found[name]) for name in self.options}
         for name, value in values.items():
             try:
@@ -83,6 +84,19 @@ class RecipeParser(ArgumentParser):
             except ValueError as error:
                 self.error(str(error))
         return values
+
+    def _parsed(self, words: list[str]) -> Any:
+        """What jsonargparse makes of the words; a file of options in another encoding is named."""
+        try:
+            return self.parse_args(words)
+        except UnicodeDecodeError:
+            for word in words:
+                if word.startswith("--config="):
+                    try:
+                        read_text(Path(word.removeprefix("--config=")))
+                    except ValueError as error:
+                        self.error(str(error))
+            raise
 
     def _word(self, name: str, value: Any) -> Any:
         """The value, or the word ``no``, which YAML reads as false, where an option has that to
@@ -159,11 +173,15 @@ class _Help(DefaultHelpFormatter):
 
 
 def read_options(options_type: type[OptionsT], arguments: Sequence[str]) -> OptionsT:
-    """Options from the words of a command line; WrongUse for a wrong one, SystemExit after
-    ``--help``.
+    """Options from the words of a command line; WrongUse for a wrong one, ModuleNotFoundError for
+    one that needs what is not installed, SystemExit after ``--help``.
     """
     few = not {"--help-all", "--help_all"} & set(arguments)
-    return options_type(**RecipeParser(options_type, all_in_help=not few).values(arguments))
+    parser = RecipeParser(options_type, all_in_help=not few)
+    values = parser.values(arguments)
+    for name, one in parser.options.items():
+        one.check_installed(values[name])
+    return options_type(**values)
 
 
 def parse_options(

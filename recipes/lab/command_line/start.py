@@ -34,6 +34,8 @@ def check_options(options_type: type[Any], arguments: Sequence[str] | None = Non
         read_options(options_type, sys.argv[1:] if arguments is None else arguments)
     except WrongUse as error:
         _refuse(error)
+    except ModuleNotFoundError as error:
+        sys.exit(f"error: {error}")
 
 
 def run_recipe(

@@ -1,0 +1,63 @@
+"""Folders and files that a user names, looked at before any work and before torch is imported."""
+
+import tempfile
+from pathlib import Path
+
+__all__ = ["check_folder", "read_text"]
+
+
+def check_folder(name: str, folder: str | Path | None) -> Path | None:
+    """A folder that is there or can be made, and that takes files; nothing is left in it.
+    检查输出目录是否可写。
+
+    Args:
+        name: Name of the argument, for the message.
+        folder: The folder; None for none.
+
+    Raises:
+        TypeError: If it is neither a path nor None.
+        ValueError: If it is a file, lies in one, or takes no files.
+
+    Examples:
+        >>> check_folder("folder", "runs/mine").name
+        'mine'
+        >>> check_folder("folder", "")
+        Traceback (most recent call last):
+            ...
+        TypeError: folder must be the path of a folder, got ''; use a str, a Path or None
+    """
+    if folder is None:
+        return None
+    if not isinstance(folder, str | Path) or not str(folder):
+        raise TypeError(
+            f"{name} must be the path of a folder, got {folder!r}; use a str, a Path or None"
+        )
+    path = Path(folder)
+    there = next(place for place in (path, *path.absolute().parents) if place.exists())
+    if not there.is_dir():
+        raise ValueError(
+            f"{name} must be a folder, got {path}, where {there.name} is a file; give another path"
+        )
+    try:
+        with tempfile.TemporaryFile(dir=there):
+            return path
+    except OSError as error:
+        raise ValueError(
+            f"{name} must be a folder that can be written, got {path} ({error.strerror}); give "
+            "another path"
+        ) from error
+
+
+def read_text(path: Path) -> str:
+    """Text of a file in UTF-8.
+
+    Raises:
+        ValueError: If it is in another encoding.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} must be a text in UTF-8, got byte {error.object[error.start]:#x} at place "
+            f"{error.start}; save it as UTF-8"
+        ) from error
