@@ -39,14 +39,13 @@ class Recipe:
     def check_names(self, names: Iterable[str]) -> None:
         """Raise ValueError, with the nearest names there are, unless all are names of options."""
         for name in names:
-            if name not in self.names:
-                near = difflib.get_close_matches(name, self.names, n=3, cutoff=0.5)
-                remedy = (
-                    f"did you mean {' or '.join(near)}?"
-                    if near
-                    else f"it has {', '.join(self.names)}"
-                )
-                raise ValueError(f"{self.path.name} has no option {name!r}; {remedy}")
+            if name in self.names:
+                continue
+            near = difflib.get_close_matches(name, self.names, n=3, cutoff=0.5)
+            remedy = f"it has {', '.join(self.names)}"
+            if near:
+                remedy = f"did you mean {' or '.join(near)}?"
+            raise ValueError(f"{self.path.name} has no option {name!r}; {remedy}")
 
     def resolve(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """All options of a run as plain data: those given, checked, and the recipe's defaults."""
@@ -74,16 +73,14 @@ class Recipe:
         """Text that is equal for two runs that are one: their options, idle ones at their defaults,
         as JSON.
         """
-        without = self.idle(options)
-        found = {
-            name: self.defaults[name] if name in without else value
-            for name, value in self.complete(options).items()
-        }
+        found = self.complete(options)
+        found |= {name: self.defaults[name] for name in self.idle(options)}
         return json.dumps(self.decisive(found), sort_keys=True)
 
     def decisive(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The options of which another value is another run."""
-        without = {one.name for one in options_of(self.options_type) if one.decides == "nothing"}
+        known = options_of(self.options_type)
+        without = {one.name for one in known if one.decides == "nothing"}
         return {name: value for name, value in options.items() if name not in without}
 
     @cached_property

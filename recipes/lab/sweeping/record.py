@@ -56,3 +56,14 @@ class RunRecord(SavedResult, what="a run of a sweep", format="sj_robust.sweep_ru
         for suite, result in self.evaluations.items():
             counts |= {f"{suite}/{name}": found for name, found in result["figures"].items()}
         return {name: found["correct"] / found["total"] for name, found in counts.items()}
+
+    @property
+    def headline(self) -> str:
+        """Clean accuracy and the lowest of the training's report, and the worst case of every
+        suite.
+        """
+        found = self.accuracies
+        names = {"clean", min(self.training, key=lambda name: found[name])}
+        texts = [f"{name} {found[name]:.1%}" for name in self.training if name in names]
+        texts += [f"{suite} worst {found[f'{suite}/everything']:.1%}" for suite in self.evaluations]
+        return ", ".join(texts)
