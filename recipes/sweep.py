@@ -124,7 +124,6 @@ if __name__ == "__main__":
         Options, as_config(sys.argv[1:])
     )  # ends here if they are wrong: what follows imports torch
 
-import torch
 import yaml
 from filelock import FileLock, Timeout
 from lab.sweeping.grid import expand, seeds_of, values_in
@@ -196,7 +195,9 @@ def run(
             said = f"FAILED, {error}; see {one.folder / LOG_FILE}"
             failed.append(f"{one.name}: {error}")
         left = duration((time.monotonic() - start) / number * (len(missing) - number))
-        console.print(f"{done + number}/{len(planned)} {one.name}: {said}; {left} left", markup=False)
+        console.print(
+            f"{done + number}/{len(planned)} {one.name}: {said}; {left} left", markup=False
+        )
     return failed
 
 

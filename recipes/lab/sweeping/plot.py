@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib.axes import Axes as Panel
 from matplotlib.figure import Figure
 
 from lab.figures.style import COLOURS, DOUBLE, LINES, MARKERS, legend, print_style, save
@@ -16,15 +17,19 @@ _LABELS_IN_A_LINE = 3
 
 @dataclass(frozen=True)
 class _Line:
-    """The cells of one combination of the other options; ``modes`` are the panels it is drawn in."""
+    """The cells of one combination of the other options; without a mode it is in every panel."""
 
     label: str
-    modes: list[str]
+    mode: str | None
     cells: list[Cell]
 
 
 def plot_effect(
-    cells: Sequence[Cell], axes: Axes, option: str, columns: Sequence[str], path: Path
+    cells: Sequence[Cell],
+    axes: Axes,
+    option: str,
+    columns: Sequence[str],
+    path: Path,
 ) -> tuple[Path, ...]:
     """Accuracy over an option of numbers, a line for every combination of the others, with a row of
     panels for every column of the tables and a panel in it for every training mode.
@@ -37,38 +42,27 @@ def plot_effect(
     (ICML 2024). Returns PNG and PDF; nothing is drawn if the option is no axis or has not two
     numbers as values.
     """
-    values = axes.get(option, ())
-    if len(values) < 2 or {type(value) for value in values} - {int, float} or not columns:
+    kinds = {type(value) for value in axes.get(option, ())}
+    if not columns or len(axes.get(option, ())) < 2 or not kinds <= {int, float}:
         return ()
-    moving = [cell for cell in cells if option in cell.values]
-    modes = list(dict.fromkeys(str(cell.values.get("mode", "")) for cell in moving))
-    lines = _lines(moving, option)
-    for cell in cells:
-        if cell not in moving:
-            lines.append(_Line(_label(cell.values), modes, [cell]))
+    values = sorted(axes[option])
+    lines = _lines(cells, option)
+    modes = list(dict.fromkeys(line.mode for line in lines if line.mode is not None))
     labels = list(dict.fromkeys(line.label for line in lines))
-    height = 1.4 * len(columns) + 0.16 * len(labels) / _LABELS_IN_A_LINE + 0.6
+    height = 0.6 + 1.4 * len(columns) + 0.16 * len(labels) / _LABELS_IN_A_LINE
     with print_style():
         figure = Figure(figsize=(DOUBLE, height), layout="constrained")
         panels = figure.subplots(len(columns), len(modes), squeeze=False, sharey="row")
-        for row, column in zip(panels, columns, strict=True):
-            row[0].set_ylabel(column.replace("/", "/\n") + ", %")
-            for panel, mode in zip(row, modes, strict=True):
-                own = [line for line in lines if mode in line.modes]
+        for column, row in zip(columns, panels, strict=True):
+            row[0].set_ylabel(column.replace("/", "\n") + ", %")
+            for mode, panel in zip(modes, row, strict=True):
+                own = [line for line in lines if line.mode in (mode, None)]
                 for number, line in enumerate(own):
-                    points = _points(line, column, option, sorted(values))
                     shift = (number / len(own) - 0.5) / 4  # keeps bars apart
-                    panel.errorbar(
-                        [place + shift for place in points],
-                        [100 * found.mean for found in points.values()],
-                        yerr=[100 * (found.spread or 0.0) for found in points.values()],
-                        elinewidth=0.7,
-                        capsize=1.5,
-                        label=line.label,
-                        **_look(labels.index(line.label)),
-                    )
-                panel.set_xticks(range(len(values)), map(value_text, sorted(values)))
-        for panel, mode in zip(panels[0], modes, strict=True):
+                    points = _points(line, column, option, values)
+                    _draw(panel, points, shift, _look(labels.index(line.label)), line.label)
+                panel.set_xticks(range(len(values)), map(value_text, values))
+        for mode, panel in zip(modes, panels[0], strict=True):
             panel.set_title(mode, loc="left")
         figure.supxlabel(option)
         legend(figure, panels.flat, loc="outside lower center", ncols=_LABELS_IN_A_LINE)
@@ -78,18 +72,21 @@ def plot_effect(
 
 def _lines(cells: Sequence[Cell], option: str) -> list[_Line]:
     """A line for every combination of the other options that no other one contains, with the cells
-    that fit it.
+    that fit it; and one for every cell in which the option changes nothing.
     """
-    others = [_without(option, cell.values) for cell in cells]
+    moving = [cell for cell in cells if option in cell.values]
+    others = [_without(option, cell.values) for cell in moving]
     lines: dict[str, _Line] = {}
     for setting in others:
         if any(setting.items() < other.items() for other in others):
             continue
-        fits = zip(cells, others, strict=True)
-        own = [cell for cell, other in fits if other.items() <= setting.items()]
-        mode = str(setting.get("mode", ""))
-        lines.setdefault(str(setting), _Line(_label(_without("mode", setting)), [mode], own))
-    return list(lines.values())
+        line = _Line(_label(_without("mode", setting)), str(setting.get("mode", "")), [])
+        for cell, other in zip(moving, others, strict=True):
+            if other.items() <= setting.items():
+                line.cells.append(cell)
+        lines[str(setting)] = line
+    level = [cell for cell in cells if option not in cell.values]
+    return [*lines.values(), *(_Line(_label(cell.values), None, [cell]) for cell in level)]
 
 
 def _points(line: _Line, column: str, option: str, values: Sequence[float]) -> dict[int, Statistic]:
@@ -101,6 +98,24 @@ def _points(line: _Line, column: str, option: str, values: Sequence[float]) -> d
             own = [cell.values[option]] if option in cell.values else values
             points |= {values.index(value): found for value in own}
     return dict(sorted(points.items()))
+
+
+def _draw(
+    panel: Panel,
+    points: Mapping[int, Statistic],
+    shift: float,
+    look: Mapping[str, Any],
+    label: str,
+) -> None:
+    panel.errorbar(
+        [place + shift for place in points],
+        [100 * found.mean for found in points.values()],
+        yerr=[100 * (found.spread or 0.0) for found in points.values()],
+        elinewidth=0.7,
+        capsize=1.5,
+        label=label,
+        **look,
+    )
 
 
 def _look(number: int) -> dict[str, Any]:

@@ -7,13 +7,12 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lab.command_line import idle
-from lab.command_line.declared import options_of
 from lab.command_line.parser import RecipeParser
 from sj_robust._saved import plain
 
@@ -31,10 +30,10 @@ class Recipe:
     main: Callable[[list[str]], None]
     completed: Callable[[Any], Any] | None = None
 
-    @property
-    def names(self) -> tuple[str, ...]:
+    @cached_property
+    def names(self) -> list[str]:
         """Names of its options."""
-        return tuple(field.name for field in fields(self.options_type))
+        return list(self._parser.options)
 
     def check_names(self, names: Iterable[str]) -> None:
         """Raise ValueError, with the nearest names there are, unless all are names of options."""
@@ -79,7 +78,7 @@ class Recipe:
 
     def decisive(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The options of which another value is another run."""
-        known = options_of(self.options_type)
+        known = self._parser.options.values()
         without = {one.name for one in known if one.decides == "nothing"}
         return {name: value for name, value in options.items() if name not in without}
 

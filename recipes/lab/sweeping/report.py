@@ -12,10 +12,12 @@ from rich.markdown import Markdown
 from lab.sweeping.grid import names_in, value_text
 from lab.sweeping.published_accuracies import published_accuracy
 from lab.sweeping.record import RunRecord
-from lab.sweeping.summary import Axes, Cell, Contrast, axes_in, cells_of, columns_of, contrasts
+from lab.sweeping.summary import Axes, Cell, axes_in, cells_of, columns_of, contrasts
 from sj_robust._saved import markdown_table, write_whole
 
 _NOTHING = "–"
+_RESULTS = ("figure", "mean", "standard_deviation", "seeds", "published", "source")
+_CONTRAST = ("first", "second", "figure", "difference", "standard_error", "low", "high", "pairs")
 
 
 def write_report(
@@ -47,18 +49,22 @@ def write_report(
     axes = axes_in(records, grid)
     cells = cells_of(records, axes)
     everything = columns_of(records, ["*"])
-    few = columns_of(records, columns, few=True)
-    if not few:
+    chosen = columns_of(records, columns)
+    if not chosen:
         known = ", ".join(everything)
-        raise ValueError(
-            f"columns {list(columns or ())} fit none of the figures there are: {known}"
-        )
-    parts = results_tables(cells, axes, columns_of(records, columns))
+        raise ValueError(f"columns {columns} fit none of the figures there are: {known}")
+    tabled = chosen
+    if columns is None:
+        own = [name for name in everything if "/" not in name]
+        tabled = list(dict.fromkeys([*own, *chosen]))
+    parts = results_tables(cells, axes, tabled)
     files = {"results.csv": results_csv(cells, axes, everything)}
     for option in contrast:
+        others = [name for name in axes if name not in names_in(option)]
         rows = contrasts(cells, axes, option, everything)
-        parts.append(contrast_table([row for row in rows if row.column in few], axes, option))
-        files[f"contrast-{option.replace(',', '-')}.csv"] = contrast_csv(rows, axes, option)
+        shown = [row for row in rows if row["figure"] in chosen]
+        parts.append(contrast_table(shown, option, others))
+        files[f"contrast-{option.replace(',', '-')}.csv"] = _csv([*others, *_CONTRAST], rows)
     alarms = _alarms(records)
     if alarms:
         parts.append("\n".join(["**Not to be relied on**\n", *alarms]))
@@ -67,7 +73,7 @@ def write_report(
     files = {"results.md": text} | files
     for name, content in files.items():
         write_whole(folder / name, content)
-    drawn = plot_effect(cells, axes, plot, few, folder / f"effect-{plot}")
+    drawn = plot_effect(cells, axes, plot, chosen, folder / f"effect-{plot}")
     return (*(folder / name for name in files), *drawn)
 
 
@@ -110,7 +116,6 @@ def _results_table(cells: Sequence[Cell], axes: Axes, suite: str, columns: Seque
 
 def results_csv(cells: Sequence[Cell], axes: Axes, columns: Sequence[str]) -> str:
     """A line per cell and column."""
-    heads = ["figure", "mean", "standard_deviation", "seeds", "published", "source"]
     lines = []
     for cell in cells:
         for column in columns:
@@ -122,26 +127,25 @@ def results_csv(cells: Sequence[Cell], axes: Axes, columns: Sequence[str]) -> st
             if known:
                 line |= {"published": round(known.percent / 100, 6), "source": known.source}
             lines.append(cell.values | {"figure": column} | line)
-    return _csv([*axes, *heads], lines)
+    return _csv([*axes, *_RESULTS], lines)
 
 
-def contrast_table(rows: Sequence[Contrast], axes: Axes, option: str) -> str:
-    """What one option changes in percentage points, as Markdown, a row per contrast; a star marks
-    an interval that leaves out 0.
+def contrast_table(rows: Sequence[Mapping[str, Any]], option: str, others: Sequence[str]) -> str:
+    """What one option changes in percentage points, as Markdown; a star marks an interval that
+    leaves out 0.
     """
-    others = [name for name in axes if name not in names_in(option)]
     texts = []
     for row in rows:
-        found = row.difference
-        difference, error, interval = f"{100 * found.mean:+.2f}", _NOTHING, _NOTHING
-        if found.error is not None:
-            error = f"{100 * found.error:.2f}"
-            interval = f"{100 * found.low:+.2f} to {100 * found.high:+.2f}"
-            if found.low > 0 or found.high < 0:
+        difference = f"{100 * row['difference']:+.2f}"
+        error = interval = _NOTHING
+        if row["pairs"] > 1:
+            error = f"{100 * row['standard_error']:.2f}"
+            interval = f"{100 * row['low']:+.2f} to {100 * row['high']:+.2f}"
+            if row["low"] > 0 or row["high"] < 0:
                 difference += " *"
-        level = f"{_level(row.first)} → {_level(row.second)}"
-        numbers = [difference, error, interval, str(found.count)]
-        texts.append([*_texts(row.values, others), level, row.column, *numbers])
+        level = f"{row['first']} → {row['second']}"
+        numbers = [difference, error, interval, str(row["pairs"])]
+        texts.append([*_texts(row, others), level, row["figure"], *numbers])
     heads = [*others, option, "figure", "difference", "standard error", "95 % interval", "pairs"]
     table = markdown_table(heads, texts, words=len(others) + 2)
     note = (
@@ -150,27 +154,6 @@ def contrast_table(rows: Sequence[Contrast], axes: Axes, option: str) -> str:
         "by chance"
     )
     return f"**what {option} changes**\n\n{table}\n\n{note}"
-
-
-def contrast_csv(rows: Sequence[Contrast], axes: Axes, option: str) -> str:
-    """A line per contrast."""
-    heads = ["first", "second", "figure", "difference", "standard_error", "low", "high", "pairs"]
-    lines = []
-    for row in rows:
-        found = row.difference
-        line = {
-            "first": _level(row.first),
-            "second": _level(row.second),
-            "figure": row.column,
-            "difference": found.mean,
-            "standard_error": found.error,
-            "low": found.low,
-            "high": found.high,
-            "pairs": found.count,
-        }
-        lines.append(row.values | line)
-    others = [name for name in axes if name not in names_in(option)]
-    return _csv([*others, *heads], lines)
 
 
 def _csv(heads: Sequence[str], lines: Iterable[Mapping[str, Any]]) -> str:
@@ -201,7 +184,3 @@ def _with_spread(cell: Cell, column: str) -> str:
 
 def _texts(values: Mapping[str, Any], names: Iterable[str]) -> list[str]:
     return [value_text(values[name]) if name in values else _NOTHING for name in names]
-
-
-def _level(values: Mapping[str, Any]) -> str:
-    return " ".join(map(value_text, values.values()))

@@ -11,11 +11,21 @@ from typing import Any
 
 from scipy.special import stdtrit
 
-from lab.sweeping.grid import names_in, values_in
+from lab.sweeping.grid import names_in, value_text, values_in
 from lab.sweeping.record import RunRecord
 
 Axes = Mapping[str, Sequence[Any]]
 """Values by option, from ``axes_in``."""
+USUAL_COLUMNS = (
+    "*/clean",
+    "paper/gaussian",
+    "paper/fgsm",
+    "paper/pgd*/last",
+    "paper/apgd*",
+    "*/everything",
+    "*/verified",
+)
+"""Of suites: the paper's attacks as the paper takes them, and what to trust."""
 
 
 class Statistic:
@@ -70,25 +80,6 @@ class Cell:
         return Statistic(list(values)) if values else None
 
 
-@dataclass(frozen=True)
-class Contrast:
-    """Difference between two values of an option, over pairs of runs with the same seed.
-
-    Attributes:
-        values: Values of the other axes, without those that change nothing in both cells.
-        first: Values that are subtracted.
-        second: Values that they are subtracted from.
-        column: Name of the accuracy.
-        difference: Second minus first, over the pairs.
-    """
-
-    values: dict[str, Any]
-    first: dict[str, Any]
-    second: dict[str, Any]
-    column: str
-    difference: Statistic
-
-
 def axes_in(records: Iterable[RunRecord], grid: Axes | None = None) -> dict[str, list[Any]]:
     """Options of the grid, and others in which runs differ, with their values: those of the grid
     first, in its order.
@@ -136,18 +127,15 @@ def cells_of(records: Iterable[RunRecord], axes: Axes) -> list[Cell]:
 
 
 def columns_of(
-    records: Iterable[RunRecord], patterns: Sequence[str] | None = None, *, few: bool = False
+    records: Sequence[RunRecord],
+    patterns: Sequence[str] | None = None,
 ) -> list[str]:
     """Columns that runs have accuracies in.
 
     Args:
         records: The runs.
         patterns: Those wanted, as shell patterns such as ``paper/*``, in this order; None for the
-            recipe's own report, the paper's accuracies as the paper takes them (last iterate), and
-            of every suite clean, control, worst case and verified.
-        few: Without patterns, leave out what says little beside the others: with suites the
-            recipe's own report, and their control and worst case beside ``everything``, the worst
-            of both.
+            usual ones of suites, or for all of the recipe's own report if there are no suites.
 
     Examples:
         >>> counts = {"correct": 9, "total": 10}
@@ -155,31 +143,19 @@ def columns_of(
         ['pgd20']
     """
     names = list(values_in(record.accuracies for record in records))
-    if patterns is not None:
-        chosen: list[str] = []
-        for pattern in patterns:
-            chosen += fnmatch.filter(names, pattern)
-        return list(dict.fromkeys(chosen))
-    usual = [name for name in names if _is_usual(name, names)]
-    beside = ("/control", "/worst case")
-    main = [name for name in usual if "/" in name and not name.endswith(beside)]
-    return main if few and main else usual
-
-
-def _is_usual(name: str, names: Sequence[str]) -> bool:
-    suite, slash, accuracy = name.partition("/")
-    if not slash or accuracy in ("clean", "control", "worst case", "everything", "verified"):
-        return True
-    has_last = f"{name}/last" in names
-    is_special = "@" in accuracy or accuracy.startswith("control/")
-    return suite == "paper" and not has_last and not is_special
+    if patterns is None:
+        return columns_of(records, USUAL_COLUMNS) or names
+    chosen: list[str] = []
+    for pattern in patterns:
+        chosen += fnmatch.filter(names, pattern)
+    return list(dict.fromkeys(chosen))
 
 
 def contrasts(
     cells: Sequence[Cell], axes: Axes, option: str, columns: Sequence[str]
-) -> list[Contrast]:
+) -> list[dict[str, Any]]:
     """What one option changes, the others and the seed being the same: each value minus the first
-    one.
+    one, a row of ``contrast-*.csv`` for every column.
 
     The option is an axis, or several with commas between, such as ``"norm,rho"``. An option without
     effect in one of the two cells, such as rho with mode none, need not be the same.
@@ -209,9 +185,9 @@ def contrasts(
 
 def _differences(
     first: Cell, second: Cell, names: Sequence[str], columns: Sequence[str]
-) -> list[Contrast]:
-    """What the second cell has more than the first, a row for every column with pairs; none if they
-    differ in other options.
+) -> list[dict[str, Any]]:
+    """What the second cell has more than the first, over pairs of runs with the same seed; nothing
+    if other options differ too.
     """
     before = {name: first.values[name] for name in names}
     after = {name: second.values[name] for name in names}
@@ -224,9 +200,19 @@ def _differences(
         minuends = second.by_seed(column)
         seeds = [seed for seed in subtrahends if seed in minuends]
         if seeds:
-            difference = Statistic([minuends[seed] - subtrahends[seed] for seed in seeds])
-            others = {name: value for name, value in both.items() if name not in names}
-            rows.append(Contrast(others, before, after, column, difference))
+            found = Statistic([minuends[seed] - subtrahends[seed] for seed in seeds])
+            row = {name: value for name, value in both.items() if name not in names}
+            row |= {
+                "first": " ".join(map(value_text, before.values())),
+                "second": " ".join(map(value_text, after.values())),
+                "figure": column,
+                "difference": found.mean,
+                "standard_error": found.error,
+                "low": found.low,
+                "high": found.high,
+                "pairs": found.count,
+            }
+            rows.append(row)
     return rows
 
 
