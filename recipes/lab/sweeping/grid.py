@@ -8,7 +8,10 @@ Options = Mapping[str, Any]
 
 
 def expand(
-    grid: Mapping[str, Sequence[Any]], *, fixed: Options | None = None, skip: Sequence[Options] = ()
+    grid: Mapping[str, Sequence[Any]],
+    *,
+    fixed: Options | None = None,
+    skip: Sequence[Options] = (),
 ) -> list[dict[str, Any]]:
     """All combinations of a grid, the last option varying fastest, but those that have all values
     of an entry of skip.

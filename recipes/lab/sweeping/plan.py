@@ -65,13 +65,12 @@ def plan_runs(
     Raises:
         ValueError: If an option is unknown or wrong, or a run of the same name had other options.
     """
-    suites = {
-        suite: evaluator.resolve({**options, "suite": suite})
-        for suite, options in evaluations.items()
-    }
+    suites = {}
+    for suite, given in evaluations.items():
+        suites[suite] = evaluator.resolve({**given, "suite": suite})
     known = _known(folder, recipe)
     identities = {path.name: identity for identity, path in known.items()}
-    given = values_in(combinations)
+    varied = values_in(combinations)
     resolved = [recipe.resolve({**fixed, **combination}) for combination in combinations]
     planned: dict[str, PlannedRun] = {}
     for seed, number in itertools.product(seeds, range(len(combinations))):
@@ -80,15 +79,16 @@ def plan_runs(
         if identity in planned:
             continue
         idle = recipe.idle(options)
-        options = _written_out(options, given, recipe)
-        options |= {name: recipe.defaults[name] for name in idle}
-        varied = {name: options[name] for name in given if name not in idle}
-        name = _name(varied, seed)
+        options = _written_out(options, varied, recipe)
+        for name in idle:
+            options[name] = recipe.defaults[name]
+        name = _name({name: options[name] for name in varied if name not in idle}, seed)
         before = identities.get(name, identity)
         if before != identity and identity not in known:
             if before not in planned:  # of an earlier sweep
-                path = folder / "runs" / name
-                raise ValueError(_changed(path, json.loads(before), json.loads(identity)))
+                old = json.loads(before)
+                new = json.loads(identity)
+                raise ValueError(_changed(folder / "runs" / name, old, new))
             name += f"-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
         path = known.get(identity, folder / "runs" / name)
         identities[path.name] = identity
@@ -118,7 +118,9 @@ def load_records(folder: Path, recipe: Recipe) -> list[RunRecord]:
 
 
 def _written_out(
-    options: Mapping[str, Any], values: Mapping[str, list[Any]], recipe: Recipe
+    options: Mapping[str, Any],
+    values: Mapping[str, list[Any]],
+    recipe: Recipe,
 ) -> dict[str, Any]:
     """Options with the value that null stands for, where one is among those values."""
     complete = recipe.complete(options)
@@ -167,9 +169,13 @@ def _check_evaluations(run: PlannedRun, evaluator: Recipe) -> None:
 
 
 def _changed(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    names = [name for name in new if name in old and old[name] != new[name]]
-    differences = ", ".join(f"{name} was {old[name]!r} and is {new[name]!r} now" for name in names)
+    names = []
+    differences = []
+    for name, value in new.items():
+        if old.get(name, value) != value:
+            names.append(name)
+            differences.append(f"{name} was {old[name]!r} and is {value!r} now")
     return (
-        f"{path} was run with other options ({differences}); results are never mixed: use "
-        f"another --output, or make {' and '.join(names)} part of the grid"
+        f"{path} was run with other options ({', '.join(differences)}); results are never mixed: "
+        f"use another --output, or make {' and '.join(names)} part of the grid"
     )

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib.axes import Axes as Panel
 from matplotlib.figure import Figure
 
 from lab.figures.style import COLOURS, DOUBLE, LINES, MARKERS, legend, print_style, save
@@ -42,10 +41,11 @@ def plot_effect(
     (ICML 2024). Returns PNG and PDF; nothing is drawn if the option is no axis or has not two
     numbers as values.
     """
-    kinds = {type(value) for value in axes.get(option, ())}
-    if not columns or len(axes.get(option, ())) < 2 or not kinds <= {int, float}:
+    values = axes.get(option, ())
+    kinds = set(map(type, values))
+    if len(values) < 2 or not kinds <= {int, float}:
         return ()
-    values = sorted(axes[option])
+    values = sorted(values)
     lines = _lines(cells, option)
     modes = list(dict.fromkeys(line.mode for line in lines if line.mode is not None))
     labels = list(dict.fromkeys(line.label for line in lines))
@@ -58,9 +58,14 @@ def plot_effect(
             for mode, panel in zip(modes, row, strict=True):
                 own = [line for line in lines if line.mode in (mode, None)]
                 for number, line in enumerate(own):
-                    shift = (number / len(own) - 0.5) / 4  # keeps bars apart
                     points = _points(line, column, option, values)
-                    _draw(panel, points, shift, _look(labels.index(line.label)), line.label)
+                    panel.errorbar(
+                        [place + 0.04 * number for place in points],  # bars apart
+                        [100 * found.mean for found in points.values()],
+                        yerr=[100 * (found.spread or 0.0) for found in points.values()],
+                        label=line.label,
+                        **_look(labels.index(line.label)),
+                    )
                 panel.set_xticks(range(len(values)), map(value_text, values))
         for mode, panel in zip(modes, panels[0], strict=True):
             panel.set_title(mode, loc="left")
@@ -80,47 +85,41 @@ def _lines(cells: Sequence[Cell], option: str) -> list[_Line]:
     for setting in others:
         if any(setting.items() < other.items() for other in others):
             continue
-        line = _Line(_label(_without("mode", setting)), str(setting.get("mode", "")), [])
+        label = _label(_without("mode", setting))
+        line = _Line(label, str(setting.get("mode", "")), [])
         for cell, other in zip(moving, others, strict=True):
             if other.items() <= setting.items():
                 line.cells.append(cell)
         lines[str(setting)] = line
-    level = [cell for cell in cells if option not in cell.values]
-    return [*lines.values(), *(_Line(_label(cell.values), None, [cell]) for cell in level)]
+    for cell in cells:
+        if option not in cell.values:
+            label = _label(cell.values)
+            lines[label] = _Line(label, None, [cell])
+    return list(lines.values())
 
 
-def _points(line: _Line, column: str, option: str, values: Sequence[float]) -> dict[int, Statistic]:
+def _points(
+    line: _Line,
+    column: str,
+    option: str,
+    values: Sequence[float],
+) -> dict[int, Statistic]:
     """What is known at every value, by its position from left to right."""
-    points = {}
+    points: dict[int, Statistic] = {}
     for cell in line.cells:
         found = cell.statistic(column)
         if found is not None:
             own = [cell.values[option]] if option in cell.values else values
-            points |= {values.index(value): found for value in own}
+            for value in own:
+                points[values.index(value)] = found
     return dict(sorted(points.items()))
-
-
-def _draw(
-    panel: Panel,
-    points: Mapping[int, Statistic],
-    shift: float,
-    look: Mapping[str, Any],
-    label: str,
-) -> None:
-    panel.errorbar(
-        [place + shift for place in points],
-        [100 * found.mean for found in points.values()],
-        yerr=[100 * (found.spread or 0.0) for found in points.values()],
-        elinewidth=0.7,
-        capsize=1.5,
-        label=label,
-        **look,
-    )
 
 
 def _look(number: int) -> dict[str, Any]:
     shape = number + number // len(COLOURS)
     return {
+        "elinewidth": 0.7,
+        "capsize": 1.5,
         "color": COLOURS[number % len(COLOURS)],
         "linestyle": LINES[shape % len(LINES)],
         "marker": MARKERS[shape % len(MARKERS)],

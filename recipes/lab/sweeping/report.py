@@ -77,7 +77,11 @@ def write_report(
     return (*(folder / name for name in files), *drawn)
 
 
-def results_tables(cells: Sequence[Cell], axes: Axes, columns: Sequence[str]) -> list[str]:
+def results_tables(
+    cells: Sequence[Cell],
+    axes: Axes,
+    columns: Sequence[str],
+) -> list[str]:
     """``mean ± standard deviation`` in per cent over the grid, as Markdown: a table for the
     recipe's own report, one per suite.
 
@@ -87,10 +91,18 @@ def results_tables(cells: Sequence[Cell], axes: Axes, columns: Sequence[str]) ->
     for column in columns:
         suite = column.partition("/")[0] if "/" in column else ""
         suites.setdefault(suite, []).append(column)
-    return [_results_table(cells, axes, suite, own) for suite, own in suites.items()]
+    tables = []
+    for suite, own in suites.items():
+        tables.append(_results_table(cells, axes, suite, own))
+    return tables
 
 
-def _results_table(cells: Sequence[Cell], axes: Axes, suite: str, columns: Sequence[str]) -> str:
+def _results_table(
+    cells: Sequence[Cell],
+    axes: Axes,
+    suite: str,
+    columns: Sequence[str],
+) -> str:
     rows = []
     sources = set()
     for cell in cells:
@@ -114,7 +126,11 @@ def _results_table(cells: Sequence[Cell], axes: Axes, suite: str, columns: Seque
     return f"**{title}**\n\n{table}\n\n{note}"
 
 
-def results_csv(cells: Sequence[Cell], axes: Axes, columns: Sequence[str]) -> str:
+def results_csv(
+    cells: Sequence[Cell],
+    axes: Axes,
+    columns: Sequence[str],
+) -> str:
     """A line per cell and column."""
     lines = []
     for cell in cells:
@@ -122,15 +138,25 @@ def results_csv(cells: Sequence[Cell], axes: Axes, columns: Sequence[str]) -> st
             found = cell.statistic(column)
             if found is None:
                 continue
-            line = {"mean": found.mean, "standard_deviation": found.spread, "seeds": found.count}
+            line = cell.values | {
+                "figure": column,
+                "mean": found.mean,
+                "standard_deviation": found.spread,
+                "seeds": found.count,
+            }
             known = published_accuracy(cell.records[0].options, column)
             if known:
-                line |= {"published": round(known.percent / 100, 6), "source": known.source}
-            lines.append(cell.values | {"figure": column} | line)
+                line["published"] = round(known.percent / 100, 6)
+                line["source"] = known.source
+            lines.append(line)
     return _csv([*axes, *_RESULTS], lines)
 
 
-def contrast_table(rows: Sequence[Mapping[str, Any]], option: str, others: Sequence[str]) -> str:
+def contrast_table(
+    rows: Sequence[Mapping[str, Any]],
+    option: str,
+    others: Sequence[str],
+) -> str:
     """What one option changes in percentage points, as Markdown; a star marks an interval that
     leaves out 0.
     """
@@ -144,9 +170,25 @@ def contrast_table(rows: Sequence[Mapping[str, Any]], option: str, others: Seque
             if row["low"] > 0 or row["high"] < 0:
                 difference += " *"
         level = f"{row['first']} → {row['second']}"
-        numbers = [difference, error, interval, str(row["pairs"])]
-        texts.append([*_texts(row, others), level, row["figure"], *numbers])
-    heads = [*others, option, "figure", "difference", "standard error", "95 % interval", "pairs"]
+        line = [
+            *_texts(row, others),
+            level,
+            row["figure"],
+            difference,
+            error,
+            interval,
+            str(row["pairs"]),
+        ]
+        texts.append(line)
+    heads = [
+        *others,
+        option,
+        "figure",
+        "difference",
+        "standard error",
+        "95 % interval",
+        "pairs",
+    ]
     table = markdown_table(heads, texts, words=len(others) + 2)
     note = (
         "difference of the accuracy left in percentage points between runs of the same seed; * "
@@ -169,8 +211,9 @@ def _alarms(records: Sequence[RunRecord]) -> list[str]:
     runs: dict[str, list[str]] = {}
     for record in records:
         for suite, result in record.evaluations.items():
-            if result["alarm"]:
-                runs.setdefault(f"suite {suite}: {result['alarm']}", []).append(record.name)
+            alarm = result["alarm"]
+            if alarm:
+                runs.setdefault(f"suite {suite}: {alarm}", []).append(record.name)
     return [f"- {', '.join(names)}, {alarm}" for alarm, names in runs.items()]
 
 

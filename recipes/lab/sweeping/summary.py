@@ -99,8 +99,9 @@ def axes_in(records: Iterable[RunRecord], grid: Axes | None = None) -> dict[str,
         order = grid.get(name, [])
         fewest = 1 if name in grid else 2
         if name != "seed" and len(values) >= fewest:
-            known = sorted([value for value in values if value in order], key=order.index)
-            axes[name] = known + [value for value in values if value not in order]
+            known = [value for value in values if value in order]
+            others = [value for value in values if value not in order]
+            axes[name] = sorted(known, key=order.index) + others
     return axes
 
 
@@ -121,7 +122,8 @@ def cells_of(records: Iterable[RunRecord], axes: Axes) -> list[Cell]:
     cells: dict[tuple[int, ...], Cell] = {}
     for record in sorted(records, key=lambda record: record.seed):
         values = {name: record.options[name] for name in axes if name in record.options}
-        cell = cells.setdefault(_place(values, axes), Cell(values, []))
+        place = _place(values, axes)
+        cell = cells.setdefault(place, Cell(values, []))
         cell.records.append(record)
     return [cells[place] for place in sorted(cells)]
 
@@ -152,7 +154,10 @@ def columns_of(
 
 
 def contrasts(
-    cells: Sequence[Cell], axes: Axes, option: str, columns: Sequence[str]
+    cells: Sequence[Cell],
+    axes: Axes,
+    option: str,
+    columns: Sequence[str],
 ) -> list[dict[str, Any]]:
     """What one option changes, the others and the seed being the same: each value minus the first
     one, a row of ``contrast-*.csv`` for every column.
@@ -173,7 +178,8 @@ def contrasts(
     levels: dict[tuple[int, ...], list[Cell]] = {}
     for cell in cells:
         if cell.values.keys() >= own.keys():
-            levels.setdefault(_place(cell.values, own), []).append(cell)
+            place = _place(cell.values, own)
+            levels.setdefault(place, []).append(cell)
     order = sorted(levels)
     rows = []
     for level in order[1:]:
@@ -184,7 +190,10 @@ def contrasts(
 
 
 def _differences(
-    first: Cell, second: Cell, names: Sequence[str], columns: Sequence[str]
+    first: Cell,
+    second: Cell,
+    names: Sequence[str],
+    columns: Sequence[str],
 ) -> list[dict[str, Any]]:
     """What the second cell has more than the first, over pairs of runs with the same seed; nothing
     if other options differ too.
