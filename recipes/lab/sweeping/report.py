@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.markdown import Markdown
 
 from lab.sweeping.grid import names_in, value_text
 from lab.sweeping.published_accuracies import published_accuracy
@@ -69,7 +68,7 @@ def write_report(
     if alarms:
         parts.append("\n".join(["**Not to be relied on**\n", *alarms]))
     text = "\n\n".join(parts) + "\n"
-    console.print(Markdown(text), soft_wrap=False)
+    console.print(text, markup=False)
     files = {"results.md": text} | files
     for name, content in files.items():
         write_whole(folder / name, content)
