@@ -214,7 +214,7 @@ def rho(options: Options, folder: Path) -> None:
         raise FileNotFoundError(
             f"{options.run} holds no runs/*/run.json; make a sweep over rho with recipes/sweep.py"
         )
-    axes, columns = axes_in(records), columns_of(records, options.columns)
+    axes, columns = axes_in(records), columns_of(records, options.columns, few=True)
     if not (drawn := plot_effect(cells_of(records, axes), axes, "rho", columns, folder / "rho")):
         known = ", ".join(columns_of(records, ["*"]))
         raise ValueError(

@@ -48,20 +48,16 @@ def write_report(
     axes = axes_in(records, grid)
     cells = cells_of(records, axes)
     everything = columns_of(records, ["*"])
-    chosen = columns_of(records, columns)
-    if not chosen:
+    few = columns_of(records, columns, few=True)
+    if not few:
         known = ", ".join(everything)
         raise ValueError(f"columns {columns} fit none of the figures there are: {known}")
-    tabled = chosen
-    if columns is None:
-        own = [name for name in everything if "/" not in name]
-        tabled = list(dict.fromkeys([*own, *chosen]))
-    parts = results_tables(cells, axes, tabled)
+    parts = results_tables(cells, axes, columns_of(records, columns))
     files = {"results.csv": results_csv(cells, axes, everything)}
     for option in contrast:
         others = [name for name in axes if name not in names_in(option)]
         rows = contrasts(cells, axes, option, everything)
-        shown = [row for row in rows if row["figure"] in chosen]
+        shown = [row for row in rows if row["figure"] in few]
         parts.append(contrast_table(shown, option, others))
         files[f"contrast-{option.replace(',', '-')}.csv"] = _csv([*others, *_CONTRAST], rows)
     alarms = _alarms(records)
@@ -72,7 +68,7 @@ def write_report(
     files = {"results.md": text} | files
     for name, content in files.items():
         write_whole(folder / name, content)
-    drawn = plot_effect(cells, axes, plot, chosen, folder / f"effect-{plot}")
+    drawn = plot_effect(cells, axes, plot, few, folder / f"effect-{plot}")
     return (*(folder / name for name in files), *drawn)
 
 

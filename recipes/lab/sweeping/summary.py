@@ -3,6 +3,7 @@ of one seed.
 """
 
 import fnmatch
+import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,16 +17,6 @@ from lab.sweeping.record import RunRecord
 
 Axes = Mapping[str, Sequence[Any]]
 """Values by option, from ``axes_in``."""
-USUAL_COLUMNS = (
-    "*/clean",
-    "paper/gaussian",
-    "paper/fgsm",
-    "paper/pgd*/last",
-    "paper/apgd*",
-    "*/everything",
-    "*/verified",
-)
-"""Of suites: the paper's attacks as the paper takes them, and what to trust."""
 
 
 class Statistic:
@@ -99,10 +90,16 @@ def axes_in(records: Iterable[RunRecord], grid: Axes | None = None) -> dict[str,
         order = grid.get(name, [])
         fewest = 1 if name in grid else 2
         if name != "seed" and len(values) >= fewest:
-            known = [value for value in values if value in order]
-            others = [value for value in values if value not in order]
-            axes[name] = sorted(known, key=order.index) + others
+            axes[name] = sorted(values, key=lambda value: _rank(value, order))
     return axes
+
+
+def _rank(value: Any, order: Sequence[Any]) -> tuple[int, float, str]:
+    """Values of the grid in its order, then numbers by size, then words."""
+    if value in order:
+        return order.index(value), 0.0, ""
+    is_number = type(value) in (int, float)
+    return len(order), value if is_number else math.inf, json.dumps(value)
 
 
 def cells_of(records: Iterable[RunRecord], axes: Axes) -> list[Cell]:
@@ -129,15 +126,21 @@ def cells_of(records: Iterable[RunRecord], axes: Axes) -> list[Cell]:
 
 
 def columns_of(
-    records: Sequence[RunRecord],
+    records: Iterable[RunRecord],
     patterns: Sequence[str] | None = None,
+    *,
+    few: bool = False,
 ) -> list[str]:
     """Columns that runs have accuracies in.
 
     Args:
         records: The runs.
         patterns: Those wanted, as shell patterns such as ``paper/*``, in this order; None for the
-            usual ones of suites, or for all of the recipe's own report if there are no suites.
+            recipe's own report, the paper's accuracies as the paper takes them (last iterate), and
+            of every suite clean, control, worst case and verified.
+        few: Without patterns, leave out what says little beside the others: with suites the
+            recipe's own report, and their control and worst case beside ``everything``, the worst
+            of both.
 
     Examples:
         >>> counts = {"correct": 9, "total": 10}
@@ -146,11 +149,23 @@ def columns_of(
     """
     names = list(values_in(record.accuracies for record in records))
     if patterns is None:
-        return columns_of(records, USUAL_COLUMNS) or names
+        usual = [name for name in names if _is_usual(name, names)]
+        beside = ("/control", "/worst case")
+        main = [name for name in usual if "/" in name and not name.endswith(beside)]
+        return main if few and main else usual
     chosen: list[str] = []
     for pattern in patterns:
         chosen += fnmatch.filter(names, pattern)
     return list(dict.fromkeys(chosen))
+
+
+def _is_usual(name: str, names: Sequence[str]) -> bool:
+    suite, slash, accuracy = name.partition("/")
+    if not slash or accuracy in ("clean", "control", "worst case", "everything", "verified"):
+        return True
+    has_last = f"{name}/last" in names
+    is_special = "@" in accuracy or accuracy.startswith("control/")
+    return suite == "paper" and not has_last and not is_special
 
 
 def contrasts(

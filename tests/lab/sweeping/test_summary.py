@@ -131,10 +131,10 @@ def test_tables():
     assert "| at | 0 → 1 | pgd20 | +9.00 * | 1.73 | +1.55 to +16.45 | 3 |" in text
     runs.append(record("at", 1.0, 3, 80, ["paper"]))
     cells = cells_of(runs, axes)
-    report, paper = results_tables(cells, axes, ["clean", "pgd20", *columns_of(runs)])
+    report, paper = results_tables(cells, axes, columns_of(runs))
     assert "| mode | rho | seeds | clean | pgd20 |\n| --- | --- | ---: | ---: | ---: |" in report
     assert "| none | – | 2 | 90.0 ± 0.0 | 6.0 ± 1.4 |\n| at | 0 | 3 | " in report
-    assert "| mode | rho | seeds | clean | pgd10/last | everything |" in paper
+    assert "| mode | rho | seeds | clean | pgd10/last | control | everything |" in paper
     assert paper.count("\n| at |") == 1
     assert "| 40.0 [37.55] |" in paper
     assert "Ding et al. (ICML 2024)" in paper
@@ -147,8 +147,10 @@ def test_axes_and_columns():
     assert axes_in(runs) == {"T": [8, 16]}
     assert axes_in(runs, {"T": [16, 8], "mode": ["at"]}) == {"T": [16, 8], "mode": ["at"]}
     assert columns_of(runs[:1]) == ["clean", "pgd20"]
-    wanted = ["paper/clean", "fast/clean", "paper/pgd10/last", "paper/everything"]
-    assert columns_of(runs) == [*wanted, "fast/everything"]
+    paper = ["paper/clean", "paper/pgd10/last", "paper/control", "paper/everything"]
+    fast = ["fast/clean", "fast/control", "fast/everything"]
+    assert columns_of(runs) == ["clean", "pgd20", *paper, *fast]
+    assert columns_of(runs, few=True) == [n for n in (*paper, *fast) if "control" not in n]
     assert columns_of(runs, ["fast/ev*", "pgd*"]) == ["fast/everything", "pgd20"]
 
 
