@@ -13,6 +13,7 @@ python recipes/sweep.py --output runs/digits_sweep --report --contrast '[rho]'  
 
 import re
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -124,18 +125,17 @@ if __name__ == "__main__":
         Options, as_config(sys.argv[1:])
     )  # ends here if they are wrong: what follows imports torch
 
-import torch
 import yaml
 from filelock import FileLock, Timeout
-from lab.sweeping.display import SweepDisplay
-from lab.sweeping.grid import axes_of, expand, seeds_of
+from lab.sweeping.grid import expand, seeds_of, values_in
+from lab.sweeping.perform import LOG_FILE
 from lab.sweeping.plan import PlannedRun, load_records, plan_runs
 from lab.sweeping.pool import executor_for, perform_all
 from lab.sweeping.recipe import load_recipe
 from lab.sweeping.report import write_report
 from rich.console import Console
 
-from sj_robust._console import working
+from sj_robust._console import duration, working
 from sj_robust._extras import check_extra
 from sj_robust._folders import read_text
 from sj_robust.evaluation import write_whole
@@ -153,7 +153,9 @@ def main(arguments: list[str]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with alone(folder):
             with checked():
-                executor = executor_for(folder, options.cluster, options.cluster_options)
+                executor = executor_for(
+                    folder, options.cluster, options.cluster_options, jobs=options.jobs
+                )
             describe_folder(folder, "sweep", arguments)  # a sweep that is stopped has it too
             failed = run(options, planned, executor, folder, console)
     records = load_records(folder, load_recipe(Path(options.recipe or RECIPES / "adv_train.py")))
@@ -163,7 +165,7 @@ def main(arguments: list[str]) -> None:
                 folder,
                 records,
                 console,
-                grid=axes_of(options.grid),
+                grid=values_in(expand(options.grid)),
                 columns=options.columns,
                 contrast=options.contrast,
                 plot=options.plot,
@@ -179,23 +181,26 @@ def main(arguments: list[str]) -> None:
 def run(
     options: Options, planned: list[PlannedRun], executor: Any, folder: Path, console: Console
 ) -> list[str]:
-    """Perform the runs that are missing; returns what failed."""
-    for one in planned:
-        one.name_values()
+    """Perform the runs that are missing, and say how each ended; returns what failed."""
     kept = asdict(options) | {"output": None, "report": False}
     write_whole(folder / SWEEP_FILE, yaml.safe_dump(kept, sort_keys=False))
-    missing, failed = [one for one in planned if not one.finished], []
+    missing = [one for one in planned if not one.finished]
     done = len(planned) - len(missing)
     console.print(f"{len(planned)} runs in {folder}, {done} of them finished before", markup=False)
-    devices = torch.cuda.device_count() if options.cluster == "local" else 0
-    ends = perform_all(
-        missing, executor, jobs=options.jobs, threads=options.threads, devices=devices
-    )
-    with SweepDisplay(console, total=len(planned), done=done) as display:
-        for ended in ends:
-            display.add(ended)
-            if ended.error is not None:
-                failed.append(f"{ended.run.name}: {ended.error}")
+    failed = []
+    start = time.monotonic()
+    ends = perform_all(missing, executor, jobs=options.jobs, threads=options.threads)
+    for number, (one, error) in enumerate(ends, 1):
+        record = one.record
+        if error is None and record is not None:
+            said = record.headline
+        else:
+            said = f"FAILED, {error}; see {one.folder / LOG_FILE}"
+            failed.append(f"{one.name}: {error}")
+        left = duration((time.monotonic() - start) / number * (len(missing) - number))
+        console.print(
+            f"{done + number}/{len(planned)} {one.name}: {said}; {left} left", markup=False
+        )
     return failed
 
 
@@ -211,7 +216,7 @@ def plan(options: Options, folder: Path) -> list[PlannedRun]:
         name.strip() for option in (*options.contrast, options.plot) for name in option.split(",")
     )
     given = base_options(options.base) | options.options
-    owned = sorted({"output", "resume", "seed"} & (given.keys() | axes_of(options.grid).keys()))
+    owned = sorted({"output", "resume", "seed"} & {*given, *values_in(expand(options.grid))})
     if owned:
         raise ValueError(
             f"{owned[0]} is set by the sweep itself; leave it out, and give seeds with --seeds"

@@ -56,7 +56,7 @@ def main(arguments):
     if options.behave == "die" and not (folder / "survived").exists():
         (folder / "survived").touch()
         os.kill(os.getpid(), signal.SIGKILL)
-    if options.behave == "wait" and not options.resume:
+    if options.behave in ("wait", "long") and not options.resume:
         (folder / "waiting").touch()
         time.sleep(600)
     if options.behave == "linger":

@@ -5,7 +5,6 @@ import yaml
 from fake_recipes import write_fakes
 from filelock import FileLock
 from lab.sweeping.perform import perform
-from lab.sweeping.pool import EndedRun
 from lab.sweeping.recipe import load_recipe
 from lab.sweeping.record import RECORD_FILE, RunRecord
 from launch import ROOT
@@ -14,15 +13,15 @@ sweep = load_recipe(ROOT / "recipes" / "sweep.py")
 GRID = ("--grid", "{neuron: [lif, dlif], mode: [none, at], rho: [0, 1]}", "--seeds", "2")
 
 
-def one_after_the_other(runs, executor, *, jobs, threads, devices):
+def one_after_the_other(runs, executor, *, jobs, threads):
     """In place of processes, which take seconds to start and have tests of their own."""
     for run in runs:
         try:
             perform(run)
         except ValueError as error:
-            yield EndedRun(run, 1.0, str(error))
+            yield run, str(error)
         else:
-            yield EndedRun(run, 1.0)
+            yield run, None
 
 
 @pytest.fixture
@@ -31,7 +30,7 @@ def run(tmp_path, monkeypatch, capsys):
     fakes = [f"--{name}={path}" for name, path in write_fakes(tmp_path).items()]
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sweep.main.__globals__, "perform_all", one_after_the_other)
-    monkeypatch.setitem(sweep.main.__globals__, "executor_for", lambda *given: given)
+    monkeypatch.setitem(sweep.main.__globals__, "executor_for", lambda *given, jobs: given)
 
     def call(*arguments, code=None):
         if code is None:
@@ -59,6 +58,7 @@ def test_a_grid_from_end_to_end(run, tmp_path):
     folder = tmp_path / "runs" / "sweep"
     assert "12 runs in runs/sweep, 0 of them finished before" in output
     assert "12/12 dlif-at-rho1-seed1: clean 90.0%, pgd20 53.0%, paper worst" in output
+    assert "report of the training recipe" in output
     for name in (
         "results.md",
         "results.csv",

@@ -1,78 +1,52 @@
-"""A grid over options: its axes, combinations and seeds."""
+"""A grid over options: its combinations, seeds and values."""
 
 import itertools
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Options = Mapping[str, Any]
 
 
-def axes_of(grid: Mapping[str, Sequence[Any]]) -> dict[str, list[Any]]:
-    """The single options that a grid varies, with their values in order; ``"norm,rho"`` varies two
-    together.
-
-    Raises:
-        ValueError: If an option has no list of values, occurs twice, or a joint value has another
-            length.
-
-    Examples:
-        >>> axes_of({"mode": ["at"], "norm,rho": [["l2", 1], ["l1", 3]]})
-        {'mode': ['at'], 'norm': ['l2', 'l1'], 'rho': [1, 3]}
-    """
-    axes: dict[str, list[Any]] = {}
-    for key, values in grid.items():
-        if not isinstance(values, list | tuple) or not values:
-            raise ValueError(
-                f"a grid needs a list of values for every option, got {key}: {values!r}; write "
-                f"[{values}]"
-            )
-        for name, column in zip(
-            _names(key), zip(*(_joint(key, value) for value in values), strict=True), strict=True
-        ):
-            if name in axes:
-                raise ValueError(
-                    f"an option may occur once in a grid, {name} occurs twice; join its values "
-                    "in one"
-                )
-            axes[name] = [
-                value for number, value in enumerate(column) if value not in column[:number]
-            ]
-    return axes
-
-
 def expand(
-    grid: Mapping[str, Sequence[Any]], *, fixed: Options | None = None, skip: Sequence[Options] = ()
+    grid: Mapping[str, Sequence[Any]],
+    *,
+    fixed: Options | None = None,
+    skip: Sequence[Options] = (),
 ) -> list[dict[str, Any]]:
     """All combinations of a grid, the last option varying fastest, but those that have all values
     of an entry of skip.
 
-    Each of these is a value or a list of them, and may be of an option beside the grid, one of
-    ``fixed``.
+    ``"norm,rho"`` in a grid varies two options together. A value in ``skip`` may be a list of them,
+    and of an option beside the grid, one of ``fixed``.
 
     Raises:
-        ValueError: As :func:`axes_of`; also if an entry of ``skip`` is empty.
+        ValueError: If an option has no list of values or occurs twice, a joint value has another
+            length, or an entry of ``skip`` is empty.
 
     Examples:
         >>> expand({"mode": ["at", "rat"], "rho": [0, 1]}, skip=[{"mode": "rat", "rho": [0]}])
         [{'mode': 'at', 'rho': 0}, {'mode': 'at', 'rho': 1}, {'mode': 'rat', 'rho': 1}]
+        >>> expand({"norm,rho": [["l2", 1], ["l1", 3]]})
+        [{'norm': 'l2', 'rho': 1}, {'norm': 'l1', 'rho': 3}]
     """
-    axes_of(grid)
     if not all(skip):
         raise ValueError(
             "an entry of skip needs at least one option, got an empty one, which would skip "
             "everything"
         )
     combinations = []
-    for values in itertools.product(*grid.values()):
-        pairs = zip(grid, values, strict=True)
-        found = {
-            name: part
-            for key, value in pairs
-            for name, part in zip(_names(key), _joint(key, value), strict=True)
-        }
-        if not any(_matches({**(fixed or {}), **found}, entry) for entry in skip):
-            combinations.append(found)
+    for settings in itertools.product(*map(_settings, grid.items())):
+        combination: dict[str, Any] = {}
+        for setting in settings:
+            for name in combination.keys() & setting.keys():
+                raise ValueError(
+                    f"an option may occur once in a grid, {name} occurs twice; join its values "
+                    "in one"
+                )
+            combination |= setting
+        options = {**(fixed or {}), **combination}
+        if not any(_matches(options, entry) for entry in skip):
+            combinations.append(combination)
     return combinations
 
 
@@ -88,14 +62,25 @@ def seeds_of(seeds: int | Sequence[int]) -> list[int]:
     return found
 
 
-def same_value(one: Any, other: Any) -> bool:
-    """Whether two values of an option are the same: 1 and 1.0 are, 1 and True are not.
+def values_in(many: Iterable[Options]) -> dict[str, list[Any]]:
+    """Every option with its different values, in the order in which they appear.
 
     Examples:
-        >>> same_value(1, 1.0), same_value(1, True), same_value((8, 8), [8, 8])
-        (True, False, True)
+        >>> values_in([{"mode": "at", "rho": 0}, {"mode": "at", "rho": 1}])
+        {'mode': ['at'], 'rho': [0, 1]}
     """
-    return _comparable(one) == _comparable(other)
+    found: dict[str, list[Any]] = {}
+    for options in many:
+        for name, value in options.items():
+            values = found.setdefault(name, [])
+            if value not in values:
+                values.append(value)
+    return found
+
+
+def names_in(key: str) -> list[str]:
+    """Names of the options in a key such as ``"norm,rho"``."""
+    return [name.strip() for name in key.split(",")]
 
 
 def value_text(value: Any) -> str:
@@ -108,28 +93,28 @@ def value_text(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _comparable(value: Any) -> str:
-    return json.dumps(
-        float(value) if isinstance(value, int) and not isinstance(value, bool) else value
-    )
-
-
-def _names(key: str) -> list[str]:
-    return [name.strip() for name in key.split(",")]
-
-
-def _joint(key: str, value: Any) -> Sequence[Any]:
-    count = len(_names(key))
-    if count == 1:
-        return (value,)
-    if not isinstance(value, list | tuple) or len(value) != count:
-        raise ValueError(f"{key} needs {count} values in each of its entries, got {value!r}")
-    return value
+def _settings(entry: tuple[str, Any]) -> list[dict[str, Any]]:
+    """What an entry of a grid offers: values of its one option, or of several together."""
+    key, values = entry
+    if not isinstance(values, list) or not values:
+        raise ValueError(
+            f"a grid needs a list of values for every option, got {key}: {values!r}; write "
+            f"[{values}]"
+        )
+    names = names_in(key)
+    if len(names) == 1:
+        return [{key: value} for value in values]
+    for value in values:
+        if not isinstance(value, list) or len(value) != len(names):
+            raise ValueError(
+                f"{key} needs {len(names)} values in each of its entries, got {value!r}"
+            )
+    return [dict(zip(names, value, strict=True)) for value in values]
 
 
 def _matches(options: Options, entry: Options) -> bool:
-    wanted = {name: value if isinstance(value, list) else [value] for name, value in entry.items()}
-    return all(
-        name in options and any(same_value(options[name], value) for value in values)
-        for name, values in wanted.items()
-    )
+    for name, wanted in entry.items():
+        values = wanted if isinstance(wanted, list) else [wanted]
+        if name not in options or options[name] not in values:
+            return False
+    return True

@@ -1,20 +1,20 @@
-"""One run of a sweep: train, evaluate, write down; whatever an earlier attempt finished is kept.
+"""One run of a sweep: train, evaluate, write down; whatever an earlier attempt finished is kept."""
 
-``python -m lab.sweeping.perform RUN`` is the process of a run, with its plan as JSON.
-"""
-
+import os
 import shutil
 import signal
 import sys
 import time
 import traceback
-from contextlib import AbstractContextManager
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
+from accelerate.state import AcceleratorState
 from filelock import FileLock, Timeout
+from submitit.helpers import DelayedSubmission
 
 from lab.sweeping.plan import OPTIONS_FILE, PlannedRun
 from lab.sweeping.recipe import load_recipe
@@ -22,46 +22,60 @@ from lab.sweeping.record import RECORD_FILE, RunRecord
 from sj_robust._saved import write_whole
 from sj_robust.evaluation.report import Report
 from sj_robust.evaluation.robustness_report import RobustnessReport
+from sj_robust.training import TrainingInterrupted
 
+LOG_FILE = "output.txt"
 _REPORT = "report.json"
 
 
-def main(plan: str) -> None:
-    """Perform a run that nobody else performs; any error ends as the last line of what is
-    printed.
-    """
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    signal.signal(
-        signal.SIGUSR2, lambda *_: signal.raise_signal(signal.SIGTERM)
-    )  # of Slurm, before the time is up
-    run = PlannedRun.from_json(plan)
-    try:
-        with _alone(run.folder):
-            perform(run)
-    except SystemExit as stop:
-        sys.exit(
-            f"the recipe gave up: {stop.code}"
-            if isinstance(stop.code, str)
-            else f"exit code {stop.code}"
-        )
-    except KeyboardInterrupt:
-        sys.exit("stopped")
-    except Exception as error:
-        traceback.print_exc()
-        sys.exit(f"{type(error).__name__}: {' '.join(str(error).split())}")
+@dataclass(frozen=True)
+class Attempt:
+    """What a job of submitit does: a run, in a process of its own.
 
+    SIGTERM lets a training write a checkpoint and ends the job. So does SIGUSR2, with which
+    submitit and Slurm announce that its time is up, and the job is queued again.
 
-def _alone(folder: Path) -> AbstractContextManager[Any]:
-    """The run's lock, which a kill lets go of; waits for a process that an earlier sweep left when
-    it was killed.
+    Attributes:
+        run: The run.
+        gpus: What it sees of this machine's GPUs, as in ``CUDA_VISIBLE_DEVICES``; None leaves that
+            to the cluster.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        return lock.acquire(timeout=0)
-    except Timeout:
-        print(f"waiting: another process still performs {folder.name}")
-        return lock.acquire()
+
+    run: PlannedRun
+    gpus: str | None = None
+
+    def __call__(self) -> str | None:
+        """Perform the run; returns the error in a line, or None after success."""
+        queue_again: Any = signal.getsignal(signal.SIGUSR2)  # submitit's
+        out_of_time: list[int] = []
+
+        def announce(number: int, frame: object) -> None:
+            out_of_time.append(number)
+            signal.raise_signal(signal.SIGTERM)
+
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
+        signal.signal(signal.SIGUSR2, announce)
+        if self.gpus is not None:
+            os.environ["CUDA_VISIBLE_DEVICES"] = self.gpus  # submitit hides them all
+        try:
+            self.run.folder.mkdir(parents=True, exist_ok=True)
+            with (self.run.folder / LOG_FILE).open("ab") as log:
+                os.dup2(log.fileno(), sys.stdout.fileno())
+                os.dup2(log.fileno(), sys.stderr.fileno())
+            with _alone(self.run.folder):
+                perform(self.run)
+        except (KeyboardInterrupt, TrainingInterrupted):
+            if out_of_time:
+                queue_again(signal.SIGUSR2, None)
+            sys.exit("stopped")
+        except (Exception, SystemExit) as error:
+            traceback.print_exc()
+            return f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return None
+
+    def checkpoint(self) -> DelayedSubmission:
+        """What submitit queues again when the time of the job is up: the same, which goes on."""
+        return DelayedSubmission(self)
 
 
 def perform(run: PlannedRun) -> RunRecord:
@@ -83,42 +97,52 @@ def _train(run: PlannedRun) -> RunRecord:
     folder = run.folder / "training"
     seconds = _call(run.recipe, folder, run.folder / OPTIONS_FILE, "*/last.pt")
     report = Report.load(folder / _REPORT)
-    network = report.networks[0]
-    figures = {
-        s.attack: {"correct": s.correct, "total": s.total}
-        for s in report.scores
-        if s.network == network
-    }
-    times = {"training": seconds}
-    record = RunRecord(run.name, run.options, figures, {}, times, report.environment, report.notes)
+    network = report.networks[0]  # others are references
+    own = {score.attack: score for score in report.scores if score.network == network}
+    record = RunRecord(
+        name=run.name,
+        options=run.options,
+        training=_counts(own),
+        seconds={"training": seconds},
+        environment=report.environment,
+        notes=report.notes,
+    )
     record.save(run.folder / RECORD_FILE)
     return record
 
 
 def _evaluate(run: PlannedRun, record: RunRecord, suite: str) -> RunRecord:
     folder = run.folder / suite
-    options = run.evaluations[suite]
-    checkpoint = run.folder / "training" / f"{run.options['neuron']}_{run.options['mode']}"
     path = run.folder / f"{suite}.yaml"
-    inherited = {name: run.options[name] for name in ("data_root", "device") if name in run.options}
-    given = options | inherited | {"checkpoint": str(checkpoint), "output": None, "resume": False}
-    if "name" in given and given["name"] is None:
-        given["name"] = run.name
+    options = run.evaluations[suite]
+    network = f"{run.options['neuron']}_{run.options['mode']}"
+    given = options | {
+        "data_root": run.options["data_root"],
+        "device": run.options["device"],
+        "checkpoint": str(run.folder / "training" / network),
+        "name": run.name,
+    }
     write_whole(path, yaml.safe_dump(given, sort_keys=False))
     seconds = _call(run.evaluator, folder, path, "progress/*")
     report = RobustnessReport.load(folder / _REPORT)
     result = {
         "options": options,
         "eps": report.eps,
-        "figures": {
-            one.name: {"correct": one.correct, "total": one.total} for one in report.accuracies
-        },
+        "figures": _counts({one.name: one for one in report.accuracies}),
         "alarm": report.footnote,
     }
-    evaluations, times = record.evaluations | {suite: result}, record.seconds | {suite: seconds}
-    record = replace(record, evaluations=evaluations, seconds=times, environment=report.environment)
+    record = replace(
+        record,
+        evaluations=record.evaluations | {suite: result},
+        seconds=record.seconds | {suite: seconds},
+        environment=report.environment,
+    )
     record.save(run.folder / RECORD_FILE)
     return record
+
+
+def _counts(found: Mapping[str, Any]) -> dict[str, dict[str, int]]:
+    return {name: {"correct": one.correct, "total": one.total} for name, one in found.items()}
 
 
 def _call(recipe: Path, folder: Path, options: Path, mark: str) -> float:
@@ -134,12 +158,17 @@ def _call(recipe: Path, folder: Path, options: Path, mark: str) -> float:
     try:
         load_recipe(recipe).main(arguments)
     finally:
-        if (
-            "accelerate.state" in sys.modules
-        ):  # its state would outlive the run, precision and device with it
-            sys.modules["accelerate.state"].AcceleratorState._reset_state(True)
+        AcceleratorState._reset_state(True)  # precision and device would outlive the run
     return time.monotonic() - start
 
 
-if __name__ == "__main__":
-    main(sys.argv[1])
+def _alone(folder: Path) -> Any:
+    """The run's lock, which a kill lets go of; waits for a process that an earlier sweep left when
+    it was killed.
+    """
+    lock = FileLock(folder / ".lock")
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout:
+        print(f"waiting: another process still performs {folder.name}")
+        return lock.acquire()

@@ -1,16 +1,17 @@
 """Which runs a sweep consists of, and which of them its folder holds already."""
 
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from lab.sweeping.grid import value_text
+from lab.sweeping.grid import value_text, values_in
 from lab.sweeping.recipe import Recipe
 from lab.sweeping.record import RECORD_FILE, RunRecord
 
@@ -35,42 +36,14 @@ class PlannedRun:
     @property
     def record(self) -> RunRecord | None:
         """What is known of it already."""
-        return (
-            RunRecord.load(self.folder / RECORD_FILE)
-            if (self.folder / RECORD_FILE).is_file()
-            else None
-        )
+        path = self.folder / RECORD_FILE
+        return RunRecord.load(path) if path.is_file() else None
 
     @property
     def finished(self) -> bool:
         """Whether training and every suite are done."""
         record = self.record
         return record is not None and record.evaluations.keys() >= self.evaluations.keys()
-
-    def to_json(self) -> str:
-        """The plan as text for a process of its own."""
-        return json.dumps(asdict(self), default=str)
-
-    @classmethod
-    def from_json(cls, text: str) -> "PlannedRun":
-        """The plan that :meth:`to_json` wrote."""
-        content = json.loads(text)
-        return cls(
-            **content | {name: Path(content[name]) for name in ("folder", "recipe", "evaluator")}
-        )
-
-    def name_values(self) -> None:
-        """Give the record the values of options that were null when it ran and have a value, the
-        same one, now.
-        """
-        if (record := self.record) is None:
-            return
-        options = {
-            name: self.options.get(name) if value is None else value
-            for name, value in record.options.items()
-        }
-        if options != record.options:
-            replace(record, options=options).save(self.folder / RECORD_FILE)
 
 
 def plan_runs(
@@ -92,55 +65,70 @@ def plan_runs(
     Raises:
         ValueError: If an option is unknown or wrong, or a run of the same name had other options.
     """
-    suites = {
-        suite: evaluator.resolve({**options, "suite": suite})
-        for suite, options in evaluations.items()
-    }
+    suites = {}
+    for suite, given in evaluations.items():
+        suites[suite] = evaluator.resolve({**given, "suite": suite})
     known = _known(folder, recipe)
-    taken = {path.name: key for key, path in known.items()}
-    valued = {name for one in combinations for name, value in one.items() if value is not None}
+    identities = {path.name: identity for identity, path in known.items()}
+    varied = values_in(combinations)
+    resolved = [recipe.resolve({**fixed, **combination}) for combination in combinations]
     planned: dict[str, PlannedRun] = {}
-    for seed in seeds:
-        for combination in combinations:
-            options = recipe.resolve({**fixed, **combination, "seed": seed})
-            complete, without, key = (
-                recipe.complete(options),
-                recipe.idle(options),
-                recipe.identity(options),
-            )
-            options |= {name: complete[name] for name in valued if options[name] is None}
-            options |= {name: recipe.defaults[name] for name in without}
-            if key in planned:
-                continue
-            name = _name({name: options[name] for name in combination if name not in without}, seed)
-            if name in taken and key not in known:
-                if taken[name] not in planned:  # of an earlier sweep
-                    raise ValueError(
-                        _changed(folder / "runs" / name, json.loads(taken[name]), json.loads(key))
-                    )
-                name += f"-{hashlib.sha256(key.encode()).hexdigest()[:8]}"
-            path = known.get(key, folder / "runs" / name)
-            taken[path.name] = key
-            planned[key] = PlannedRun(path, options, suites, recipe.path, evaluator.path)
-            _check_evaluations(planned[key], evaluator)
+    for seed, number in itertools.product(seeds, range(len(combinations))):
+        options = resolved[number] | {"seed": seed}
+        identity = recipe.identity(options)
+        if identity in planned:
+            continue
+        idle = recipe.idle(options)
+        options = _written_out(options, varied, recipe)
+        for name in idle:
+            options[name] = recipe.defaults[name]
+        name = _name({name: options[name] for name in varied if name not in idle}, seed)
+        before = identities.get(name, identity)
+        if before != identity and identity not in known:
+            if before not in planned:  # of an earlier sweep
+                old = json.loads(before)
+                new = json.loads(identity)
+                raise ValueError(_changed(folder / "runs" / name, old, new))
+            name += f"-{hashlib.sha256(identity.encode()).hexdigest()[:8]}"
+        path = known.get(identity, folder / "runs" / name)
+        identities[path.name] = identity
+        planned[identity] = PlannedRun(path, options, suites, recipe.path, evaluator.path)
+        _check_evaluations(planned[identity], evaluator)
     return list(planned.values())
 
 
 def load_records(folder: Path, recipe: Recipe) -> list[RunRecord]:
     """Records of all runs in the folder of a sweep, by name, with those options that have an effect
     in the recipe.
+
+    Where an option is null in one run and has a value in another, null is the value that it stands
+    for.
     """
-    records = (RunRecord.load(path) for path in sorted((folder / "runs").glob(f"*/{RECORD_FILE}")))
-    return [replace(record, options=_with_effect(record, recipe)) for record in records]
+    paths = sorted((folder / "runs").glob(f"*/{RECORD_FILE}"))
+    records = [RunRecord.load(path) for path in paths]
+    resolved = [recipe.resolve(record.options) for record in records]
+    everything = values_in(resolved)
+    found = []
+    for record, options in zip(records, resolved, strict=True):
+        shown = recipe.decisive(_written_out(options, everything, recipe))
+        for name in recipe.idle(options):
+            shown.pop(name, None)
+        found.append(replace(record, options=shown))
+    return found
 
 
-def _with_effect(record: RunRecord, recipe: Recipe) -> dict[str, Any]:
-    without = recipe.idle(recipe.resolve(record.options))
-    return {
-        name: value
-        for name, value in recipe.decisive(record.options).items()
-        if name not in without
-    }
+def _written_out(
+    options: Mapping[str, Any],
+    values: Mapping[str, list[Any]],
+    recipe: Recipe,
+) -> dict[str, Any]:
+    """Options with the value that null stands for, where one is among those values."""
+    complete = recipe.complete(options)
+    found = dict(options)
+    for name, others in values.items():
+        if options[name] is None and others != [None]:
+            found[name] = complete[name]
+    return found
 
 
 def _known(folder: Path, recipe: Recipe) -> dict[str, Path]:
@@ -161,30 +149,33 @@ def _known(folder: Path, recipe: Recipe) -> dict[str, Path]:
 
 def _name(values: Mapping[str, Any], seed: int) -> str:
     """Words for themselves, numbers behind the name of their option."""
-    words = {name: isinstance(value, str) and value[:1].isalpha() for name, value in values.items()}
-    parts = [
-        value if words[name] else f"{name}{value_text(value)}" for name, value in values.items()
-    ]
+    parts = []
+    for name, value in values.items():
+        is_word = isinstance(value, str) and value[:1].isalpha()
+        parts.append(value if is_word else f"{name}{value_text(value)}")
     return re.sub(r"[^\w.+-]+", "_", "-".join([*parts, f"seed{seed}"]))
 
 
 def _check_evaluations(run: PlannedRun, evaluator: Recipe) -> None:
+    """Raise ValueError if a suite was run with other options."""
     record = run.record
-    for suite, options in run.evaluations.items():
-        if record is None or suite not in record.evaluations:
-            continue
-        old, new = (
-            evaluator.decisive(record.evaluations[suite]["options"]),
-            evaluator.decisive(options),
-        )
+    if record is None:
+        return
+    for suite in run.evaluations.keys() & record.evaluations.keys():
+        old = evaluator.decisive(record.evaluations[suite]["options"])
+        new = evaluator.decisive(run.evaluations[suite])
         if any(old.get(name, value) != value for name, value in new.items()):
             raise ValueError(_changed(run.folder / suite, old, new))
 
 
 def _changed(path: Path, old: Mapping[str, Any], new: Mapping[str, Any]) -> str:
-    names = [name for name in new if name in old and old[name] != new[name]]
-    differences = ", ".join(f"{name} was {old[name]!r} and is {new[name]!r} now" for name in names)
+    names = []
+    differences = []
+    for name, value in new.items():
+        if old.get(name, value) != value:
+            names.append(name)
+            differences.append(f"{name} was {old[name]!r} and is {value!r} now")
     return (
-        f"{path} was run with other options ({differences}); results are never mixed: use "
-        f"another --output, or make {' and '.join(names)} part of the grid"
+        f"{path} was run with other options ({', '.join(differences)}); results are never mixed: "
+        f"use another --output, or make {' and '.join(names)} part of the grid"
     )

@@ -7,13 +7,12 @@ import importlib.util
 import json
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from lab.command_line import idle
-from lab.command_line.declared import options_of
 from lab.command_line.parser import RecipeParser
 from sj_robust._saved import plain
 
@@ -31,22 +30,21 @@ class Recipe:
     main: Callable[[list[str]], None]
     completed: Callable[[Any], Any] | None = None
 
-    @property
-    def names(self) -> tuple[str, ...]:
+    @cached_property
+    def names(self) -> list[str]:
         """Names of its options."""
-        return tuple(field.name for field in fields(self.options_type))
+        return list(self._parser.options)
 
     def check_names(self, names: Iterable[str]) -> None:
         """Raise ValueError, with the nearest names there are, unless all are names of options."""
         for name in names:
-            if name not in self.names:
-                near = difflib.get_close_matches(name, self.names, n=3, cutoff=0.5)
-                remedy = (
-                    f"did you mean {' or '.join(near)}?"
-                    if near
-                    else f"it has {', '.join(self.names)}"
-                )
-                raise ValueError(f"{self.path.name} has no option {name!r}; {remedy}")
+            if name in self.names:
+                continue
+            near = difflib.get_close_matches(name, self.names, n=3, cutoff=0.5)
+            remedy = f"it has {', '.join(self.names)}"
+            if near:
+                remedy = f"did you mean {' or '.join(near)}?"
+            raise ValueError(f"{self.path.name} has no option {name!r}; {remedy}")
 
     def resolve(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """All options of a run as plain data: those given, checked, and the recipe's defaults."""
@@ -74,16 +72,14 @@ class Recipe:
         """Text that is equal for two runs that are one: their options, idle ones at their defaults,
         as JSON.
         """
-        without = self.idle(options)
-        found = {
-            name: self.defaults[name] if name in without else value
-            for name, value in self.complete(options).items()
-        }
+        found = self.complete(options)
+        found |= {name: self.defaults[name] for name in self.idle(options)}
         return json.dumps(self.decisive(found), sort_keys=True)
 
     def decisive(self, options: Mapping[str, Any]) -> dict[str, Any]:
         """The options of which another value is another run."""
-        without = {one.name for one in options_of(self.options_type) if one.decides == "nothing"}
+        known = self._parser.options.values()
+        without = {one.name for one in known if one.decides == "nothing"}
         return {name: value for name, value in options.items() if name not in without}
 
     @cached_property

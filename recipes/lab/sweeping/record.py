@@ -54,5 +54,23 @@ class RunRecord(SavedResult, what="a run of a sweep", format="sj_robust.sweep_ru
         """
         counts = dict(self.training)
         for suite, result in self.evaluations.items():
-            counts |= {f"{suite}/{name}": found for name, found in result["figures"].items()}
-        return {name: found["correct"] / found["total"] for name, found in counts.items()}
+            for name, found in result["figures"].items():
+                counts[f"{suite}/{name}"] = found
+        shares = {}
+        for name, found in counts.items():
+            shares[name] = found["correct"] / found["total"]
+        return shares
+
+    @property
+    def headline(self) -> str:
+        """Clean accuracy and the lowest of the training's report, and the worst case of every
+        suite.
+        """
+        found = self.accuracies
+        lowest = min(self.training, key=lambda name: found[name])
+        shown = dict.fromkeys(["clean", lowest])
+        texts = [f"{name} {found[name]:.1%}" for name in shown if name in found]
+        for suite in self.evaluations:
+            worst = found[f"{suite}/everything"]
+            texts.append(f"{suite} worst {worst:.1%}")
+        return ", ".join(texts)

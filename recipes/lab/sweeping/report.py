@@ -1,17 +1,22 @@
 """What a sweep leaves besides its runs, and shows on the terminal; all from the records alone."""
 
-from collections.abc import Mapping, Sequence
+import csv
+import io
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
-from rich.text import Text
 
+from lab.sweeping.grid import names_in, value_text
+from lab.sweeping.published_accuracies import published_accuracy
 from lab.sweeping.record import RunRecord
-from lab.sweeping.summary import axes_in, cells_of, columns_of, contrasts
-from lab.sweeping.tables import TextTable, contrast_csv, contrast_table, results_csv, results_tables
-from sj_robust._saved import write_whole
+from lab.sweeping.summary import Axes, Cell, axes_in, cells_of, columns_of, contrasts
+from sj_robust._saved import markdown_table, write_whole
+
+_NOTHING = "–"
+_RESULTS = ("figure", "mean", "standard_deviation", "seeds", "published", "source")
+_CONTRAST = ("first", "second", "figure", "difference", "standard_error", "low", "high", "pairs")
 
 
 def write_report(
@@ -19,7 +24,7 @@ def write_report(
     records: Sequence[RunRecord],
     console: Console,
     *,
-    grid: Mapping[str, Sequence[Any]] | None = None,
+    grid: Axes | None = None,
     columns: Sequence[str] | None = None,
     contrast: Sequence[str] = (),
     plot: str = "rho",
@@ -27,8 +32,8 @@ def write_report(
     """Write ``results.md``, ``results.csv``, a table for every contrast and the figure, and print
     the tables.
 
-    The grid, from ``axes_of``, decides the order of values; the rest is as the options of
-    ``sweep.py`` have it.
+    The grid, as options with their values, decides the order of values; the rest is as the options
+    of ``sweep.py`` have it.
 
     Raises:
         FileNotFoundError: If there are no runs.
@@ -42,55 +47,178 @@ def write_report(
         )
     axes = axes_in(records, grid)
     cells = cells_of(records, axes)
-    chosen, everything = columns_of(records, columns), columns_of(records, ["*"])
+    everything = columns_of(records, ["*"])
     few = columns_of(records, columns, few=True)
-    if not chosen:
+    if not few:
         known = ", ".join(everything)
-        raise ValueError(
-            f"columns {list(columns or ())} fit none of the figures there are: {known}"
-        )
-    tables = results_tables(cells, axes, chosen)
-    csvs = {"results.csv": results_csv(cells, axes, everything)}
+        raise ValueError(f"columns {columns} fit none of the figures there are: {known}")
+    parts = results_tables(cells, axes, columns_of(records, columns))
+    files = {"results.csv": results_csv(cells, axes, everything)}
     for option in contrast:
+        others = [name for name in axes if name not in names_in(option)]
         rows = contrasts(cells, axes, option, everything)
-        tables.append(contrast_table([row for row in rows if row.column in few], axes, option))
-        csvs[f"contrast-{option.replace(',', '-')}.csv"] = contrast_csv(rows, axes, option)
+        shown = [row for row in rows if row["figure"] in few]
+        parts.append(contrast_table(shown, option, others))
+        files[f"contrast-{option.replace(',', '-')}.csv"] = _csv([*others, *_CONTRAST], rows)
     alarms = _alarms(records)
-    parts = [table.markdown() for table in tables]
-    parts += (
-        ["**Not to be relied on**\n\n" + "\n".join(f"- {text}" for text in alarms)]
-        if alarms
-        else []
+    if alarms:
+        parts.append("\n".join(["**Not to be relied on**\n", *alarms]))
+    text = "\n\n".join(parts) + "\n"
+    console.print(text, markup=False)
+    files = {"results.md": text} | files
+    for name, content in files.items():
+        write_whole(folder / name, content)
+    drawn = plot_effect(cells, axes, plot, few, folder / f"effect-{plot}")
+    return (*(folder / name for name in files), *drawn)
+
+
+def results_tables(
+    cells: Sequence[Cell],
+    axes: Axes,
+    columns: Sequence[str],
+) -> list[str]:
+    """``mean ± standard deviation`` in per cent over the grid, as Markdown: a table for the
+    recipe's own report, one per suite.
+
+    A published accuracy stands behind it where there is one.
+    """
+    suites: dict[str, list[str]] = {}
+    for column in columns:
+        suite = column.partition("/")[0] if "/" in column else ""
+        suites.setdefault(suite, []).append(column)
+    tables = []
+    for suite, own in suites.items():
+        tables.append(_results_table(cells, axes, suite, own))
+    return tables
+
+
+def _results_table(
+    cells: Sequence[Cell],
+    axes: Axes,
+    suite: str,
+    columns: Sequence[str],
+) -> str:
+    rows = []
+    sources = set()
+    for cell in cells:
+        if not any(cell.by_seed(column) for column in columns):
+            continue
+        texts = [*_texts(cell.values, axes), str(len(cell.records))]
+        for column in columns:
+            text = _with_spread(cell, column)
+            known = published_accuracy(cell.records[0].options, column)
+            if known:
+                text += f" [{known.percent:.2f}]"
+                sources.add(known.source)
+            texts.append(text)
+        rows.append(texts)
+    heads = [*axes, "seeds", *(column.removeprefix(f"{suite}/") for column in columns)]
+    table = markdown_table(heads, rows, words=len(axes))
+    note = "mean ± standard deviation over the seeds, accuracy left in per cent"
+    if sources:
+        note += f"; in brackets the published figure ({', '.join(sorted(sources))})"
+    title = f"suite {suite}" if suite else "report of the training recipe"
+    return f"**{title}**\n\n{table}\n\n{note}"
+
+
+def results_csv(
+    cells: Sequence[Cell],
+    axes: Axes,
+    columns: Sequence[str],
+) -> str:
+    """A line per cell and column."""
+    lines = []
+    for cell in cells:
+        for column in columns:
+            found = cell.statistic(column)
+            if found is None:
+                continue
+            line = cell.values | {
+                "figure": column,
+                "mean": found.mean,
+                "standard_deviation": found.spread,
+                "seeds": found.count,
+            }
+            known = published_accuracy(cell.records[0].options, column)
+            if known:
+                line["published"] = round(known.percent / 100, 6)
+                line["source"] = known.source
+            lines.append(line)
+    return _csv([*axes, *_RESULTS], lines)
+
+
+def contrast_table(
+    rows: Sequence[Mapping[str, Any]],
+    option: str,
+    others: Sequence[str],
+) -> str:
+    """What one option changes in percentage points, as Markdown; a star marks an interval that
+    leaves out 0.
+    """
+    texts = []
+    for row in rows:
+        difference = f"{100 * row['difference']:+.2f}"
+        error = interval = _NOTHING
+        if row["pairs"] > 1:
+            error = f"{100 * row['standard_error']:.2f}"
+            interval = f"{100 * row['low']:+.2f} to {100 * row['high']:+.2f}"
+            if row["low"] > 0 or row["high"] < 0:
+                difference += " *"
+        level = f"{row['first']} → {row['second']}"
+        line = [
+            *_texts(row, others),
+            level,
+            row["figure"],
+            difference,
+            error,
+            interval,
+            str(row["pairs"]),
+        ]
+        texts.append(line)
+    heads = [
+        *others,
+        option,
+        "figure",
+        "difference",
+        "standard error",
+        "95 % interval",
+        "pairs",
+    ]
+    table = markdown_table(heads, texts, words=len(others) + 2)
+    note = (
+        "difference of the accuracy left in percentage points between runs of the same seed; * "
+        "the interval (Student's t) leaves out 0. Many rows are compared: one in twenty does so "
+        "by chance"
     )
-    texts = {"results.md": "\n\n".join(parts) + "\n", **csvs}
-    for name, text in texts.items():
-        write_whole(folder / name, text)
-    for table in tables:
-        console.print(_shown(table), soft_wrap=False)
-    for text in alarms:
-        console.print(Text(text, style="bold red"))
-    return (
-        *(folder / name for name in texts),
-        *plot_effect(cells, axes, plot, few, folder / f"effect-{plot}"),
-    )
+    return f"**what {option} changes**\n\n{table}\n\n{note}"
+
+
+def _csv(heads: Sequence[str], lines: Iterable[Mapping[str, Any]]) -> str:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, heads, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue()
 
 
 def _alarms(records: Sequence[RunRecord]) -> list[str]:
     """Every alarm once, with the runs that it is about."""
-    runs: dict[tuple[str, str], list[str]] = {}
+    runs: dict[str, list[str]] = {}
     for record in records:
         for suite, result in record.evaluations.items():
-            if result["alarm"]:
-                runs.setdefault((suite, result["alarm"]), []).append(record.name)
-    return [f"{', '.join(names)}, suite {suite}: {alarm}" for (suite, alarm), names in runs.items()]
+            alarm = result["alarm"]
+            if alarm:
+                runs.setdefault(f"suite {suite}: {alarm}", []).append(record.name)
+    return [f"- {', '.join(names)}, {alarm}" for alarm, names in runs.items()]
 
 
-def _shown(table: TextTable) -> Table:
-    result = Table(title=table.title, caption=table.note, caption_justify="left")
-    for number, head in enumerate(table.heads):
-        result.add_column(
-            head, justify="left" if number < table.words else "right", overflow="fold"
-        )
-    for row in table.rows:
-        result.add_row(*map(Text, row))
-    return result
+def _with_spread(cell: Cell, column: str) -> str:
+    found = cell.statistic(column)
+    if found is None:
+        return _NOTHING
+    spread = "" if found.spread is None else f" ± {100 * found.spread:.1f}"
+    return f"{100 * found.mean:.1f}{spread}"
+
+
+def _texts(values: Mapping[str, Any], names: Iterable[str]) -> list[str]:
+    return [value_text(values[name]) if name in values else _NOTHING for name in names]

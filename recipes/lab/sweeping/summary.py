@@ -2,45 +2,50 @@
 of one seed.
 """
 
+import fnmatch
 import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 from scipy.special import stdtrit
 
-from lab.sweeping.grid import same_value
+from lab.sweeping.grid import names_in, value_text, values_in
 from lab.sweeping.record import RunRecord
 
+Axes = Mapping[str, Sequence[Any]]
+"""Values by option, from ``axes_in``."""
 
-@dataclass
+
 class Statistic:
     """Mean of a share over seeds, and what needs more than one of them, otherwise None.
 
     Those are the standard deviation of one value (``spread``, with n - 1), the standard error of
-    the mean and its 95 % interval after Student.
+    the mean and its 95 % interval after Student, from ``low`` to ``high``.
 
     Examples:
-        >>> found = Statistic((0.5, 0.7))
+        >>> found = Statistic([0.5, 0.7])
         >>> round(found.mean, 3), round(found.spread, 3), round(found.error, 3)
         (0.6, 0.141, 0.1)
     """
 
-    values: tuple[float, ...]
+    spread: float | None = None
+    error: float | None = None
+    low: float | None = None
+    high: float | None = None
 
-    def __post_init__(self) -> None:
-        self.count, self.mean = len(self.values), statistics.fmean(self.values)
-        self.spread: float | None = None
-        self.error: float | None = None
-        self.interval: tuple[float, float] | None = None
+    def __init__(self, values: Sequence[float]) -> None:
+        """Summarise at least one value."""
+        self.count = len(values)
+        self.mean = statistics.fmean(values)
         if self.count > 1:
-            self.spread = statistics.stdev(self.values)
+            self.spread = statistics.stdev(values)
             self.error = self.spread / math.sqrt(self.count)
             half = float(stdtrit(self.count - 1, 0.975)) * self.error
-            self.interval = self.mean - half, self.mean + half
+            self.low = self.mean - half
+            self.high = self.mean + half
 
 
 @dataclass(frozen=True)
@@ -50,85 +55,54 @@ class Cell:
     """
 
     values: dict[str, Any]
-    records: tuple[RunRecord, ...]
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Options that all runs share, and the seed of the first."""
-        return self.records[0].options
+    records: list[RunRecord]
 
     def by_seed(self, column: str) -> dict[int, float]:
         """Accuracy of each run that has one in a column."""
-        return {
-            record.seed: record.accuracies[column]
-            for record in self.records
-            if column in record.accuracies
-        }
+        found = {}
+        for record in self.records:
+            if column in record.accuracies:
+                found[record.seed] = record.accuracies[column]
+        return found
 
     def statistic(self, column: str) -> Statistic | None:
         """Mean and spread in a column; None if no run has an accuracy there."""
-        values = tuple(self.by_seed(column).values())
-        return Statistic(values) if values else None
+        values = self.by_seed(column).values()
+        return Statistic(list(values)) if values else None
 
 
-@dataclass(frozen=True)
-class Contrast:
-    """Difference between two values of an option, over pairs of runs with the same seed.
+def axes_in(records: Iterable[RunRecord], grid: Axes | None = None) -> dict[str, list[Any]]:
+    """Options of the grid, and others in which runs differ, with their values: those of the grid
+    first, in its order.
 
-    Attributes:
-        values: Values of the other axes, without those that change nothing in both cells.
-        first: Values that are subtracted.
-        second: Values that they are subtracted from.
-        column: Name of the accuracy.
-        difference: Second minus first, by pair.
-    """
-
-    values: dict[str, Any]
-    first: dict[str, Any]
-    second: dict[str, Any]
-    column: str
-    difference: Statistic
-
-    @property
-    def clear(self) -> bool:
-        """Whether the 95 % interval leaves out 0."""
-        interval = self.difference.interval
-        return interval is not None and (interval[0] > 0 or interval[1] < 0)
-
-
-def axes_in(
-    records: Sequence[RunRecord], grid: Mapping[str, Sequence[Any]] | None = None
-) -> dict[str, list[Any]]:
-    """Options in which runs differ, with their values: those of the grid first, in its order.
-
-    The records hold the options that have an effect, as ``load_records`` gives them. Options of the
-    grid with a single value are left out where there are others.
+    The records hold the options that have an effect, as ``load_records`` gives them.
 
     Examples:
-        >>> runs = [RunRecord("a", {"mode": "at", "rho": rho, "seed": 0}) for rho in (1.0, 0.0)]
+        >>> runs = [RunRecord("a", {"mode": "at", "rho": rho, "seed": 0}) for rho in (0.0, 1.0)]
         >>> axes_in(runs), axes_in(runs, {"rho": [1, 0]})
         ({'rho': [0.0, 1.0]}, {'rho': [1.0, 0.0]})
     """
-    found: dict[str, list[Any]] = {}
-    for record in records:
-        for name, value in record.options.items():
-            values = found.setdefault(name, []) if name != "seed" else []
-            if not any(same_value(value, other) for other in values):
-                values.append(value)
-    order = dict(grid or {})
-    names = [
-        name
-        for name in (*order, *(name for name in found if name not in order))
-        if len(found.get(name, ())) > 1
-    ]
-    names = names or [name for name in order if name in found][:1]
-    return {
-        name: sorted(found[name], key=lambda value: _sort_key(value, order.get(name, ())))
-        for name in names
-    }
+    grid = grid or {}
+    found = values_in(record.options for record in records)
+    axes = {}
+    for name in dict.fromkeys([*grid, *found]):
+        values = found.get(name, [])
+        order = grid.get(name, [])
+        fewest = 1 if name in grid else 2
+        if name != "seed" and len(values) >= fewest:
+            axes[name] = sorted(values, key=lambda value: _rank(value, order))
+    return axes
 
 
-def cells_of(records: Sequence[RunRecord], axes: Mapping[str, Sequence[Any]]) -> list[Cell]:
+def _rank(value: Any, order: Sequence[Any]) -> tuple[int, float, str]:
+    """Values of the grid in its order, then numbers by size, then words."""
+    if value in order:
+        return order.index(value), 0.0, ""
+    is_number = type(value) in (int, float)
+    return len(order), value if is_number else math.inf, json.dumps(value)
+
+
+def cells_of(records: Iterable[RunRecord], axes: Axes) -> list[Cell]:
     """Runs gathered over their seeds, in the order of the axes.
 
     Examples:
@@ -142,24 +116,20 @@ def cells_of(records: Sequence[RunRecord], axes: Mapping[str, Sequence[Any]]) ->
         ... ]
         [({'rho': 1.0}, ['seed0', 'seed1'])]
     """
-    gathered: dict[tuple[int, ...], list[RunRecord]] = {}
-    for record in records:
-        options = record.options
-        indices = tuple(
-            _index(options[name], axes[name]) if name in options else -1 for name in axes
-        )
-        gathered.setdefault(indices, []).append(record)
-    cells = []
-    for indices, members in sorted(gathered.items()):
-        values = {
-            name: axes[name][index] for name, index in zip(axes, indices, strict=True) if index >= 0
-        }
-        cells.append(Cell(values, tuple(sorted(members, key=lambda record: record.seed))))
-    return cells
+    cells: dict[tuple[int, ...], Cell] = {}
+    for record in sorted(records, key=lambda record: record.seed):
+        values = {name: record.options[name] for name in axes if name in record.options}
+        place = _place(values, axes)
+        cell = cells.setdefault(place, Cell(values, []))
+        cell.records.append(record)
+    return [cells[place] for place in sorted(cells)]
 
 
 def columns_of(
-    records: Iterable[RunRecord], patterns: Sequence[str] | None = None, *, few: bool = False
+    records: Iterable[RunRecord],
+    patterns: Sequence[str] | None = None,
+    *,
+    few: bool = False,
 ) -> list[str]:
     """Columns that runs have accuracies in.
 
@@ -177,23 +147,35 @@ def columns_of(
         >>> columns_of([RunRecord("a", {"seed": 0}, {"clean": counts, "pgd20": counts})], ["pgd*"])
         ['pgd20']
     """
-    names = list(dict.fromkeys(name for record in records for name in record.accuracies))
+    names = list(values_in(record.accuracies for record in records))
     if patterns is None:
         usual = [name for name in names if _is_usual(name, names)]
-        main = [
-            name for name in usual if "/" in name and not name.endswith(("/control", "/worst case"))
-        ]
+        beside = ("/control", "/worst case")
+        main = [name for name in usual if "/" in name and not name.endswith(beside)]
         return main if few and main else usual
-    return list(
-        dict.fromkeys(name for pattern in patterns for name in names if fnmatchcase(name, pattern))
-    )
+    chosen: list[str] = []
+    for pattern in patterns:
+        chosen += fnmatch.filter(names, pattern)
+    return list(dict.fromkeys(chosen))
+
+
+def _is_usual(name: str, names: Sequence[str]) -> bool:
+    suite, slash, accuracy = name.partition("/")
+    if not slash or accuracy in ("clean", "control", "worst case", "everything", "verified"):
+        return True
+    has_last = f"{name}/last" in names
+    is_special = "@" in accuracy or accuracy.startswith("control/")
+    return suite == "paper" and not has_last and not is_special
 
 
 def contrasts(
-    cells: Sequence[Cell], axes: Mapping[str, Sequence[Any]], option: str, columns: Sequence[str]
-) -> list[Contrast]:
+    cells: Sequence[Cell],
+    axes: Axes,
+    option: str,
+    columns: Sequence[str],
+) -> list[dict[str, Any]]:
     """What one option changes, the others and the seed being the same: each value minus the first
-    one.
+    one, a row of ``contrast-*.csv`` for every column.
 
     The option is an axis, or several with commas between, such as ``"norm,rho"``. An option without
     effect in one of the two cells, such as rho with mode none, need not be the same.
@@ -201,71 +183,66 @@ def contrasts(
     Raises:
         ValueError: If the option is no axis.
     """
-    names = [name.strip() for name in option.split(",")]
+    names = names_in(option)
     for name in names:
         if name not in axes:
             raise ValueError(
                 f"a contrast needs an option in which runs differ ({', '.join(axes)}), got {name!r}"
             )
-    with_effect = [cell.values for cell in cells if cell.values.keys() >= set(names)]
-    places = {tuple(_index(values[name], axes[name]) for name in names) for values in with_effect}
-    levels = [
-        {name: axes[name][index] for name, index in zip(names, place, strict=True)}
-        for place in sorted(places)
-    ]
+    own = {name: axes[name] for name in names}
+    levels: dict[tuple[int, ...], list[Cell]] = {}
+    for cell in cells:
+        if cell.values.keys() >= own.keys():
+            place = _place(cell.values, own)
+            levels.setdefault(place, []).append(cell)
+    order = sorted(levels)
     rows = []
-    for level in levels[1:]:
-        firsts = [cell for cell in cells if is_within(levels[0], cell.values)]
-        seconds = [cell for cell in cells if is_within(level, cell.values)]
-        for first, second in (
-            (one, other) for one in firsts for other in seconds if _alike(one, other, names)
-        ):
-            shared = {
-                name: value
-                for name, value in (first.values | second.values).items()
-                if name not in names
-            }
-            for column in columns:
-                minuends, subtrahends = second.by_seed(column), first.by_seed(column)
-                found = tuple(
-                    minuends[seed] - subtrahends[seed] for seed in subtrahends if seed in minuends
-                )
-                if found:
-                    rows.append(Contrast(shared, levels[0], level, column, Statistic(found)))
+    for level in order[1:]:
+        for first in levels[order[0]]:
+            for second in levels[level]:
+                rows += _differences(first, second, names, columns)
     return rows
 
 
-def is_within(part: Mapping[str, Any], whole: Mapping[str, Any]) -> bool:
-    """Whether all values of the one are values of the other."""
-    return all(name in whole and same_value(value, whole[name]) for name, value in part.items())
+def _differences(
+    first: Cell,
+    second: Cell,
+    names: Sequence[str],
+    columns: Sequence[str],
+) -> list[dict[str, Any]]:
+    """What the second cell has more than the first, over pairs of runs with the same seed; nothing
+    if other options differ too.
+    """
+    before = {name: first.values[name] for name in names}
+    after = {name: second.values[name] for name in names}
+    both = first.values | second.values
+    if both | before != second.values | first.values:
+        return []
+    rows = []
+    for column in columns:
+        subtrahends = first.by_seed(column)
+        minuends = second.by_seed(column)
+        seeds = [seed for seed in subtrahends if seed in minuends]
+        if seeds:
+            found = Statistic([minuends[seed] - subtrahends[seed] for seed in seeds])
+            row = {name: value for name, value in both.items() if name not in names}
+            row |= {
+                "first": " ".join(map(value_text, before.values())),
+                "second": " ".join(map(value_text, after.values())),
+                "figure": column,
+                "difference": found.mean,
+                "standard_error": found.error,
+                "low": found.low,
+                "high": found.high,
+                "pairs": found.count,
+            }
+            rows.append(row)
+    return rows
 
 
-def _alike(one: Cell, other: Cell, apart: Sequence[str]) -> bool:
-    shared = (one.values.keys() & other.values.keys()) - set(apart)
-    return all(same_value(one.values[name], other.values[name]) for name in shared)
-
-
-def _index(value: Any, values: Sequence[Any]) -> int:
-    return next(index for index, other in enumerate(values) if same_value(value, other))
-
-
-def _sort_key(value: Any, order: Sequence[Any]) -> tuple[int, int, float, str]:
-    """Values of the grid in its order, then numbers by size, then words."""
-    for index, other in enumerate(order):
-        if same_value(value, other):
-            return index, 0, 0.0, ""
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return len(order), 0 if is_number else 1, float(value) if is_number else 0.0, json.dumps(value)
-
-
-def _is_usual(name: str, names: Sequence[str]) -> bool:
-    suite, slash, accuracy = name.partition("/")
-    if not slash or accuracy in ("clean", "control", "worst case", "everything", "verified"):
-        return True
-    taken_last = f"{name}/last" not in names
-    return (
-        suite == "paper"
-        and taken_last
-        and "@" not in accuracy
-        and not accuracy.startswith("control/")
-    )
+def _place(values: Mapping[str, Any], axes: Axes) -> tuple[int, ...]:
+    """Position on every axis, -1 where the option changes nothing."""
+    place = []
+    for name, known in axes.items():
+        place.append(known.index(values[name]) if name in values else -1)
+    return tuple(place)

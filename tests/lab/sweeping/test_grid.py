@@ -1,5 +1,5 @@
 import pytest
-from lab.sweeping.grid import axes_of, expand, seeds_of
+from lab.sweeping.grid import expand, seeds_of, values_in
 
 
 def test_all_combinations_in_order():
@@ -15,7 +15,7 @@ def test_all_combinations_in_order():
     assert all(one["seedless"] is None for one in found)
     assert expand({}) == [{}]
     each_once = {"mode": ["none", "at"], "eps": [1, 2]}
-    assert axes_of({"mode,eps": [["none", 1], ["at", 1], ["at", 2]]}) == each_once
+    assert values_in(expand({"mode,eps": [["none", 1], ["at", 1], ["at", 2]]})) == each_once
 
 
 def test_skip_names_options_beside_the_grid_and_lists_of_values():

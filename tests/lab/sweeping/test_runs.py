@@ -1,21 +1,25 @@
 """Planning and performing, with recipes that take no time."""
 
 import os
+import pickle
+import random
+import shutil
 import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+import submitit
+import torch
 from fake_recipes import write_fakes
 from lab import paths_for_children
-from lab.sweeping import pool
 from lab.sweeping.grid import expand
-from lab.sweeping.perform import perform
-from lab.sweeping.plan import PlannedRun, load_records, plan_runs
-from lab.sweeping.pool import executor_for, perform_all
+from lab.sweeping.perform import LOG_FILE, perform
+from lab.sweeping.plan import load_records, plan_runs
+from lab.sweeping.pool import executor_for, gpus_of, perform_all
 from lab.sweeping.recipe import load_recipe
 from lab.sweeping.record import RECORD_FILE, RunRecord
 from launch import wait_until
@@ -80,7 +84,6 @@ def test_the_same_run_is_planned_once(planned):
         0.0,
     ]  # the default with none, whatever the grid says
     assert not (runs[0].folder).exists()
-    assert PlannedRun.from_json(runs[0].to_json()) == runs[0]
     # null is the value that it stands for
     assert names(planned({"rho": [None, 1, 0]})) == ["rho1-seed0", "rho0-seed0"]
     assert [
@@ -96,16 +99,16 @@ def test_the_same_run_is_planned_once(planned):
     assert names(planned(grid)) == ["eps8_255-a_b-l1-seed0", "eps0.1-a_b-l1-seed0"]
 
 
-def test_a_run_that_had_null_is_found_by_its_value(planned):
+def test_a_run_that_had_null_is_found_by_its_value_and_tabled_with_it(planned):
     (run,) = planned({"mode": ["at"]}, fixed={"rho": None})
     perform(run)
     assert run.record.options["rho"] is None
     known, other = planned({"rho": [1, 0]})
     assert (known.name, known.finished, other.finished) == ("at-seed0", True, False)
-    for one in (known, other):
-        one.name_values()
-    assert run.record.options == known.options
-    assert run.record.options["rho"] == 1.0
+    folder, recipe = run.folder.parents[1], load_recipe(run.recipe)
+    assert [record.options["rho"] for record in load_records(folder, recipe)] == [None]
+    perform(other)
+    assert [record.options["rho"] for record in load_records(folder, recipe)] == [1.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -231,13 +234,46 @@ def test_stages_that_were_cut_short_go_on(planned):
     assert stages(failing) == ["train resume=False", "train resume=True"]
 
 
-def ends_until_interrupted(runs, executor, *, last, jobs=1):
+def comes_to_its_end(runs, seconds):
+    """Whether runs are performed in a process that is killed after so much time of the CPU."""
+    child = os.fork()
+    if not child:
+        signal.signal(signal.SIGPROF, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_PROF, seconds)
+        for run in runs:
+            perform(run)
+        os._exit(0)
+    return os.waitpid(child, 0)[1] == 0
+
+
+def test_kills_at_any_moment_lose_and_repeat_nothing(planned):
+    runs, rng = planned(seeds=(0, 1)), random.Random(0)
+    start = time.process_time()
+    undisturbed = [perform(run) for run in runs]
+    seconds = (time.process_time() - start) / len(runs)
+    for run in runs:
+        shutil.rmtree(run.folder)
+    kills = 0
+    while not comes_to_its_end(runs, rng.uniform(0.1, 2) * seconds):
+        kills += 1
+        assert kills < 100
+    assert kills > 2
+    for run, known in zip(runs, undisturbed, strict=True):
+        assert (run.record.options, run.record.accuracies) == (known.options, known.accuracies)
+
+
+def ends_until_interrupted(runs, executor, *, last, jobs=1, meanwhile=lambda: None):
     """Errors by name, until a run waits, at which Ctrl-C is pressed."""
     ends = {}
 
     def interrupt():
+        meanwhile()
         wait_until((last.folder / "training" / "waiting").exists, "the run's start")
         signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    def perform_them():
+        for run, error in perform_all(runs, executor, jobs=jobs):
+            ends[run.name] = error
 
     # a shell may have started the tests in the background, where SIGINT is ignored
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -245,7 +281,7 @@ def ends_until_interrupted(runs, executor, *, last, jobs=1):
     thread.start()
     try:
         with pytest.raises(KeyboardInterrupt):
-            ends.update((end.run.name, end.error) for end in perform_all(runs, executor, jobs=jobs))
+            perform_them()
     finally:
         signal.signal(signal.SIGINT, before)
         thread.join()
@@ -253,23 +289,34 @@ def ends_until_interrupted(runs, executor, *, last, jobs=1):
 
 
 @pytest.mark.slow
-def test_runs_survive_each_other_and_stop_when_asked(planned, tmp_path):
-    """A run that fails, one that exits, one that kills its process, one that is well, and one that
-    Ctrl-C stops.
+def test_runs_survive_each_other_and_stop_when_asked(planned, tmp_path, monkeypatch):
+    """A run that fails, one that exits, one that kills its process, one that is well, one whose
+    time is up and that is queued again, and one that Ctrl-C stops.
     """
-    runs = planned({"behave": ["fail", "exit", "die", "well", "wait"]})
-    fails, _, dies, well, waits = runs
-    assert ends_until_interrupted(runs, executor_for(tmp_path), last=waits, jobs=2) == {
+    monkeypatch.setattr(submitit.LocalJob, "_results_timeout_s", 1)
+    runs = planned({"behave": ["fail", "exit", "die", "well", "long", "wait"]})
+    fails, _, dies, well, long, waits = runs
+
+    def end_of_time():
+        wait_until((long.folder / "training" / "waiting").exists, "the long run's start")
+        os.kill(int(calls(long)[0].split("pid=")[1]), signal.SIGUSR2)
+        wait_until(lambda: long.finished, "the long run's end")
+
+    found = ends_until_interrupted(
+        runs, executor_for(tmp_path), last=waits, jobs=2, meanwhile=end_of_time
+    )
+    assert found.pop("long-seed0", None) is None  # its end may come with Ctrl-C
+    assert found == {
         "fail-seed0": "ValueError: no such thing",
-        "exit-seed0": "exit code 2",
+        "exit-seed0": "SystemExit: 2",
+        "die-seed0": "its process died (state FINISHED)",
         "well-seed0": None,
-        "die-seed0": "its process died (signal SIGKILL)",
     }
-    assert [
-        record.name for record in load_records(well.folder.parents[1], load_recipe(well.recipe))
-    ] == ["well-seed0"]
-    output = (fails.folder / "output.txt").read_text()
-    assert output.startswith("training dlif")
+    records = load_records(well.folder.parents[1], load_recipe(well.recipe))
+    assert [record.name for record in records] == ["long-seed0", "well-seed0"]
+    assert stages(long) == ["train resume=False", "train resume=True", "paper resume=False"]
+    output = (fails.folder / LOG_FILE).read_text()
+    assert "training dlif" in output
     assert "Traceback" in output
     assert all(map(has_ended, runs))
     for run in (dies, waits):
@@ -278,13 +325,11 @@ def test_runs_survive_each_other_and_stop_when_asked(planned, tmp_path):
 
 
 SCRIPT = """
-import sys
+import pickle, sys
 from pathlib import Path
-from lab.sweeping.plan import PlannedRun
-from lab.sweeping.pool import executor_for, perform_all
+from lab.sweeping.pool import executor_for, gpus_of, perform_all
 
-for end in perform_all([PlannedRun.from_json(sys.argv[1])], executor_for(Path("sweep"))):
-    print(end.run.name, end.error)
+list(perform_all(pickle.loads(Path("runs.pkl").read_bytes()), executor_for(Path("sweep"))))
 """
 
 
@@ -292,24 +337,30 @@ for end in perform_all([PlannedRun.from_json(sys.argv[1])], executor_for(Path("s
 def test_a_run_whose_sweep_is_killed_goes_on_and_the_next_sweep_waits_for_it(planned, tmp_path):
     (run,) = planned({"behave": ["linger"]})
     (tmp_path / "sweep.py").write_text(SCRIPT)
-    command = [sys.executable, "-W", "ignore", "sweep.py", run.to_json()]
+    (tmp_path / "runs.pkl").write_bytes(pickle.dumps([run]))
+    command = [sys.executable, "-W", "ignore", "sweep.py"]
     with subprocess.Popen(command, cwd=tmp_path, env=os.environ | paths_for_children()) as sweep:
         wait_until((run.folder / "training" / "waiting").exists, "the run's start")
         sweep.kill()
-    (end,) = perform_all([run], executor_for(tmp_path / "sweep"))
-    assert end.error is None
-    assert (
-        "waiting: another process still performs linger-seed0"
-        in (run.folder / "output.txt").read_text()
-    )
+    assert list(perform_all([run], executor_for(tmp_path / "sweep"))) == [(run, None)]
+    output = (run.folder / LOG_FILE).read_text()
+    assert "waiting: another process still performs linger-seed0" in output
     assert stages(run) == ["train resume=False", "paper resume=False"]
     wait_until(lambda: has_ended(run), "the end of the process that had gone on")
 
 
+SBATCH = """
+cp "$1" script
+last=$(sed -n 's/^#SBATCH --array=0-\\([0-9]*\\)%.*/\\1/p' script)
+export SLURM_JOB_ID=$$ SLURM_ARRAY_JOB_ID=$$ SLURM_NTASKS=1 SLURM_JOB_NUM_NODES=1
+export SLURM_NODEID=0 SLURM_PROCID=0 SLURM_LOCALID=0
+(for i in $(seq 0 $last); do
+  SLURM_ARRAY_TASK_ID=$i setsid -w sh -c "echo \\$\\$ > pid$$_$i; exec sh script"
+done) > /dev/null 2>&1 &
+echo "Submitted batch job $$"
+"""
 SLURM = {
-    "sbatch": 'cp "$1" script; SLURM_JOB_ID=$$ SLURM_NTASKS=1 SLURM_JOB_NUM_NODES=1 '
-    "SLURM_NODEID=0 SLURM_PROCID=0 SLURM_LOCALID=0 setsid sh script > /dev/null 2>&1 & echo "
-    '"Submitted batch job $$"; echo $! > pid$$',
+    "sbatch": SBATCH,
     "srun": 'shift 3; exec "$@"  # --unbuffered --output FILE COMMAND',
     "sacct": "echo 'JobID|State'",
     "scancel": "kill $(ps -o pid= -s $(cat pid$1))",
@@ -317,52 +368,32 @@ SLURM = {
 
 
 @pytest.mark.slow
-def test_jobs_of_a_cluster(planned, tmp_path, monkeypatch):
-    """With stand-ins for Slurm's commands that run a batch script at once."""
+def test_an_array_of_a_cluster(planned, tmp_path, monkeypatch):
+    """With stand-ins for Slurm's commands that run the tasks of an array in turn."""
     for name, text in SLURM.items():
         (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.chdir(tmp_path)
     runs = planned({"behave": ["well", "wait"]})
-    executor = executor_for(tmp_path, "slurm", {"slurm_partition": "gpu", "timeout_min": 600})
+    options = {"slurm_partition": "gpu", "timeout_min": 600}
+    executor = executor_for(tmp_path, "slurm", options, jobs=1)
     assert ends_until_interrupted(runs, executor, last=runs[1]) == {"well-seed0": None}
     script = (tmp_path / "script").read_text()
-    assert "#SBATCH --partition=gpu" in script
-    assert "#SBATCH --time=600" in script
+    for line in ("--partition=gpu", "--time=600", "--array=0-1%1"):
+        assert f"#SBATCH {line}\n" in script
     wait_until(lambda: has_ended(runs[1]), "the end of the job that was cancelled")
     assert stages(runs[1]) == ["train resume=False"]
 
 
-@pytest.mark.parametrize(
-    ("visible", "devices", "seen"),
-    [
-        (None, 0, [None] * 4),
-        (None, 1, [None] * 4),
-        ("3", 1, ["3"] * 4),
-        ("GPU-5a", 1, ["GPU-5a"] * 4),
-        (None, 2, ["0", "1", "0", "1"]),
-        ("5,7", 2, ["5", "7", "5", "7"]),
-    ],
-)
-def test_jobs_take_turns_with_the_gpus_that_this_process_sees(
-    planned, monkeypatch, visible, devices, seen
-):
-    monkeypatch.setattr(pool, "_attempt", lambda run, environ, local: environ)
-    if visible is None:
-        monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    else:
+def test_gpus_are_shared_out(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for visible, expected in (("", ["0", "1", "0"]), ("3,GPU-a", ["3", "GPU-a", "3"])):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    given = []
-
-    def submit(environ):
-        given.append(environ["CUDA_VISIBLE_DEVICES"])
-        return SimpleNamespace(done=lambda: True, result=lambda: None)
-
-    executor = SimpleNamespace(cluster="local", submit=submit)
-    runs = planned({"rho": [0, 1]}, seeds=(0, 1))
-    assert len(list(perform_all(runs, executor, jobs=4, devices=devices))) == 4
-    assert given == seen
+        assert list(map(gpus_of, range(3))) == expected
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert gpus_of(1) == ""
 
 
 def test_wrong_clusters_and_options(tmp_path):
