@@ -43,7 +43,7 @@ def plot_effect(
     """
     values = axes.get(option, ())
     kinds = set(map(type, values))
-    if len(values) < 2 or not kinds <= {int, float}:
+    if not columns or len(values) < 2 or not kinds <= {int, float}:
         return ()
     values = sorted(values)
     lines = _lines(cells, option)
