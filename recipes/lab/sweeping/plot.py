@@ -43,7 +43,7 @@ def plot_effect(
     """
     values = axes.get(option, ())
     kinds = set(map(type, values))
-    if len(values) < 2 or not kinds <= {int, float}:
+    if not columns or len(values) < 2 or not kinds <= {int, float}:
         return ()
     values = sorted(values)
     lines = _lines(cells, option)
@@ -69,7 +69,8 @@ def plot_effect(
                 panel.set_xticks(range(len(values)), map(value_text, values))
         for mode, panel in zip(modes, panels[0], strict=True):
             panel.set_title(mode, loc="left")
-        figure.supxlabel(option)
+        for panel in panels[-1]:
+            panel.set_xlabel(option)
         legend(figure, panels.flat, loc="outside lower center", ncols=_LABELS_IN_A_LINE)
         pdf, png = save(figure, path.parent, path.name)
     return png, pdf

@@ -60,7 +60,11 @@ def executor_for(
 
 
 def perform_all(
-    runs: Sequence[PlannedRun], executor: Any, *, jobs: int = 1, threads: int = 1
+    runs: Sequence[PlannedRun],
+    executor: Any,
+    *,
+    jobs: int = 1,
+    threads: int = 1,
 ) -> Iterator[tuple[PlannedRun, str | None]]:
     """Perform runs, each in a process of its own, and yield each as it ends, with its error in a
     line or None.

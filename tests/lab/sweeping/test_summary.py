@@ -227,6 +227,9 @@ def test_the_figure_tells_lines_and_values_apart(tmp_path, monkeypatch):
     assert [panel.get_ylabel() for panel in figure.axes] == ["clean, %", "", "pgd20, %", ""]
     labels = {text.get_text() for text in figure.legends[0].get_texts()}
     assert labels == {"l1", "l2", "none"}
+    figure.draw_without_rendering()
+    box = figure.legends[0].get_window_extent()
+    assert not box.overlaps(figure.axes[2].xaxis.label.get_window_extent())
     # equal steps, and rho 0, where the norm changes nothing, at the start of both lines
     for panel in figure.axes:
         assert [label.get_text() for label in panel.get_xticklabels()] == ["0", "0.3", "10"]
