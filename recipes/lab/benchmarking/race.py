@@ -73,6 +73,8 @@ class Race:
         One that is missing, wrong, out of memory, dead or silent for too long is a row with the
         reason, and the others go on.
         """
+        if not methods:
+            return []
         device = "cuda" if self.allocator == "cuda" else "cpu"
         shape = json.dumps(self.shape)
         is_layer = self.benchmark.passes > 0
@@ -119,7 +121,8 @@ class Racer:
 
     def __init__(self, method: str, command: Sequence[str], variables: Mapping[str, str]) -> None:
         """Start the process."""
-        self.method, self.reason = method, ""
+        self.method = method
+        self.reason = ""
         self._weight: dict[str, float] = {}
         self._passes: list[dict[str, float]] = []
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # :meth:`end` closes it
@@ -177,17 +180,20 @@ class Racer:
         assert self._process.stdout is not None  # a pipe
         ready, _, _ = select.select([self._process.stdout], [], [], LIMIT)
         if not ready:
-            self.reason = f"{TOO_LONG}{LIMIT:g} s"
-            return {}
+            return self._failed(f"{TOO_LONG}{LIMIT:g} s")
         line = self._process.stdout.readline()
         if not line:
             self._errors.seek(0)
             last = last_line(self._errors.read())
-            self.reason = f"the process ended with code {self._process.wait()}: {last}"
-            return {}
+            return self._failed(f"the process ended with code {self._process.wait()}: {last}")
         found: dict[str, Any] = json.loads(line)
-        self.reason = found.pop("reason", "")
-        return found
+        return self._failed(found["reason"]) if "reason" in found else found
+
+    def _failed(self, reason: str) -> dict[str, float]:
+        """Keep the reason, and give back processor and memory at once."""
+        self.reason = reason
+        self._process.kill()
+        return {}
 
 
 def _total(found: Mapping[str, float]) -> float:

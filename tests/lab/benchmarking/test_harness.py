@@ -92,6 +92,8 @@ def test_a_stopped_run_goes_on_and_rows_of_other_code_are_set_aside(tmp_path):
     again = Results(path, WHERE | {"commit": "another"})
     assert FAKE.left(again) == list(METHODS[1:])
     again.add([replace(FAKE.row("a"), median=2.0)])
+    network = replace(FAKE, benchmark=Benchmark({}, "", (SHAPE,)), methods=("textbook loop",))
+    assert network.run(network.left(again), **OPTIONS) == []  # nothing is left
     assert [row.method for row in load(path)[1]] == ["textbook loop", "a"]
     for other in (WHERE | {"torch": "2.14"}, WHERE | {"code": "0"}):
         results = Results(path, other)
