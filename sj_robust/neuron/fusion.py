@@ -157,33 +157,33 @@ def _without_stages(
     parent: nn.Module, children: dict[str, nn.Module]
 ) -> Iterator[tuple[str, str, nn.Module]]:
     """Children with the parts of stages in the places of these: name without stages, name now."""
-    numbered = type(parent) is nn.Sequential and list(children) == _numbers(len(children))
-    left: list[str] = []  # names that wait for parts of the stage before
-    position = 0
+    is_sequential = type(parent) is nn.Sequential
+    is_numbered = is_sequential and list(children) == _numbers(0, len(children))
     names = list(children)
+    position = 0
     for index, (name, child) in enumerate(children.items()):
         if isinstance(child, InStage):
             continue
         if not isinstance(child, Stage):
-            yield str(position) if numbered else name, name, child
+            yield str(position) if is_numbered else name, name, child
             position += 1
             continue
         parts = list(child.parts())
-        left = names[index : index + len(parts)]
-        keeps_names = all(isinstance(children[one], InStage) for one in left[1:])
-        for part_index, (part_name, part) in enumerate(parts):
-            if numbered:
-                plain = str(position)
-            elif len(left) == len(parts) and keeps_names and type(parent) is nn.Sequential:
-                plain = left[part_index]
-            else:
-                plain = f"{name}.{part_index}"
+        places = names[index : index + len(parts)]
+        kept = [one for one in places[1:] if isinstance(children[one], InStage)]
+        if is_numbered:
+            plain_names_of_parts = _numbers(position, len(parts))
+        elif is_sequential and len(kept) == len(parts) - 1:
+            plain_names_of_parts = places
+        else:
+            plain_names_of_parts = [f"{name}.{number}" for number in range(len(parts))]
+        for plain, (part_name, part) in zip(plain_names_of_parts, parts, strict=True):
             yield plain, f"{name}.{part_name}", part
-            position += 1
+        position += len(parts)
 
 
-def _numbers(count: int) -> list[str]:
-    return [str(index) for index in range(count)]
+def _numbers(first: int, count: int) -> list[str]:
+    return [str(first + index) for index in range(count)]
 
 
 def _children(module: nn.Module) -> dict[str, nn.Module]:

@@ -7,8 +7,11 @@ from spikingjelly.activation_based import functional, neuron
 from spikingjelly.activation_based.model import spiking_resnet
 
 from sj_robust import DLIFNode, SpikingClassifier, replace_neurons
+from sj_robust.evaluation.subject import from_checkpoint
 from sj_robust.models import NetworkSpec, build_classifier, start_from
 from sj_robust.models.checkpoint import save_checkpoint
+from sj_robust.neuron import unfuse
+from sj_robust.neuron.fusion import plain_names
 
 
 def pretrained(path, spec):
@@ -112,6 +115,55 @@ def test_plain_files(tmp_path, kind, wrap):
         start_from(dlif, str(tmp_path / name))
         assert same_logits(source, dlif)
         torch.nn.init.zeros_(dlif.net.first.weight)
+
+
+BEFORE_STAGES = {
+    "small": NetworkSpec("small", T=3),
+    "small, neurons apart": NetworkSpec("small", T=3, fused=False),
+    "small of LIF": NetworkSpec("small", T=3, neuron="lif"),
+    "small without batch norm": NetworkSpec("small", T=3, options={"batch_norm": False}),
+    "vgg5": NetworkSpec("vgg5", image_shape=(1, 8, 8), T=3, hidden=(8, 8)),
+    "wide": NetworkSpec("wrn16_4", image_shape=(1, 8, 8), T=3, options={"widen_factor": 1}),
+    "of a function": NetworkSpec("own_stages.py:build", T=3),
+}
+OWN = """
+from torch import nn
+from spikingjelly.activation_based import functional, layer, neuron
+def build():
+    parts = [layer.Conv2d(1, 4, 3), layer.BatchNorm2d(4), neuron.LIFNode(tau=2.0)]
+    net = nn.Sequential(*parts, layer.AvgPool2d(2), layer.Flatten(), layer.Linear(36, 10))
+    functional.set_step_mode(net, "m")
+    return net
+"""
+
+
+@pytest.mark.parametrize("name", BEFORE_STAGES)
+def test_weights_saved_before_there_were_stages_are_loaded(tmp_path, monkeypatch, name):
+    (tmp_path / "own_stages.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    spec = BEFORE_STAGES[name]
+    source = pretrained(tmp_path / "now.pt", spec)
+    plain = plain_names(source)
+    state = {plain[key]: value for key, value in source.state_dict().items()}
+    assert state.keys() != source.state_dict().keys()
+    if "function" not in name:
+        assert {key: tuple(value.shape) for key, value in state.items()} == shapes_before(source)
+    description = {"network": asdict(spec), "options": {}}
+    save_checkpoint(tmp_path / "before.pt", {"model": state, "description": description})
+    evaluated = from_checkpoint(tmp_path / "before.pt", trust_code=True).model
+    started = build_classifier(spec)
+    start_from(started, tmp_path / "before.pt")
+    for loaded in (evaluated, started):
+        same_logits(source, loaded)
+        for key, value in source.state_dict().items():
+            assert torch.equal(loaded.state_dict()[key], value), key
+
+
+def shapes_before(classifier):
+    """Names and shapes of the network once its stages are taken out."""
+    twin = copy.deepcopy(classifier)
+    unfuse(twin)
+    return {key: tuple(value.shape) for key, value in twin.state_dict().items()}
 
 
 def test_what_does_not_fit_is_listed(tmp_path):

@@ -16,6 +16,8 @@ from training import small_run
 from training.small_run import At, PowerCutError, power_cut
 
 from sj_robust import DLIFNode, SpikingClassifier
+from sj_robust.models.checkpoint import save_checkpoint
+from sj_robust.neuron.fusion import plain_names
 from sj_robust.stability import l2_gain, peak_gain
 from sj_robust.training import (
     MODES,
@@ -127,6 +129,21 @@ def test_a_run_that_was_cut_off_ends_at_the_same_weights(tmp_path, whole, call, 
     assert history == whole.history
     for name, expected in whole.weights.items():
         assert_same(expected, weights(tmp_path, name))
+
+
+def test_a_run_that_began_before_there_were_stages_goes_on(tmp_path):
+    build = small_run.batch_norm_net
+    small_run.run(tmp_path, epochs=1, build=build)
+    path = tmp_path / "last.pt"
+    content = load_checkpoint(path)
+    plain = plain_names(SpikingClassifier(build(), T=3))
+    before = {plain[key]: value for key, value in content["model"].items()}
+    of_the_file = {"format", "version"}
+    kept = {name: value for name, value in content.items() if name not in of_the_file}
+    save_checkpoint(path, kept | {"model": before})
+    assert before.keys() != content["model"].keys()
+    _, classifier = small_run.run(tmp_path, epochs=1, build=build, resume=True)
+    assert_same(dict(classifier.state_dict()), content["model"])
 
 
 def test_the_noise_of_a_step_does_not_depend_on_what_ran_before(tmp_path):
