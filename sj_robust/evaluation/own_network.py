@@ -234,12 +234,14 @@ def _prepared(
     """
     batches, first = _batches(x, y, batch_size)
     frames = first.ndim == 5
-    classifier = as_classifier(model, T, mean=mean, std=std, frames=frames)
+    classifier = as_classifier(model, T, mean=mean, std=std, images=first)
     network = classifier.net if isinstance(classifier, SpikingClassifier) else classifier
     subject = Subject(name or type(network).__name__, classifier, type(network).__name__)
     device = device_of(classifier)
     with evaluation_mode(classifier), full_precision(device), _shown(progress) as display:
         classes = check_fits(subject, first[:1].to(device), None, dataset)
+        if isinstance(classifier, SpikingClassifier):
+            display[0](f"{subject.name} {classifier.convention}")
         try:
             yield subject, batches, classes, frames, display
         except KeyboardInterrupt as stopped:

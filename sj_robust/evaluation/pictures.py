@@ -188,7 +188,7 @@ def gallery(
         >>> len(shown.x_adv), bool((shown.x_adv - shown.x).abs().max() <= 0.1 + 1e-6)
         (6, True)
     """
-    classifier = as_classifier(model, T, mean=mean, std=std, frames=x.ndim == 5)
+    classifier = as_classifier(model, T, mean=mean, std=std, images=x)
     threat = ThreatModel(norm or ("L0" if x.ndim == 5 else "Linf"), parse_eps(eps))
     return gallery_within(
         classifier, x, y, threat, estimator=estimator, count=count, draws=draws, seed=seed

@@ -39,7 +39,6 @@ class DirectlyEncoded(nn.Module):
         torch.Size([2, 5, 3])
     """
 
-    expands_time = True
     T: int
     first: nn.Module
     stages: nn.Module

@@ -168,7 +168,7 @@ def trace(
         >>> trace(pretrained("digits/lif"), x, x).parting() is None
         True
     """
-    watched, forward = as_watched(net, T, mean, std)
+    watched, forward = as_watched(net, x, T, mean, std)
     with MPPDMonitor(watched, keep="trace") as monitor:
         return Traces(
             {name: monitor[name][-1] for name in monitor.compare(x, x_perturbed, forward=forward)}

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from sj_robust._preserved import full_precision, preserved
 from sj_robust.classifier import as_classifier, check_classifier
 from sj_robust.neuron.charging import find_neurons
-from sj_robust.stability._measure import Moved, first_frame, measure
+from sj_robust.stability._measure import Moved, first_frame, measure, per_step
 from sj_robust.stability.certificate import Bound, Certificate, LayerCertificate
 from sj_robust.stability.gain import NeuronGains, l2_gain_limit, neuron_gains
 from sj_robust.stability.no_flip import no_flip_radius
@@ -89,7 +89,7 @@ def certify(
         >>> certificate.holds, certificate["2"].feeds
         (True, ('input',))
     """
-    classifier = check_classifier(as_classifier(net, T, mean=mean, std=std))
+    classifier = check_classifier(as_classifier(net, T, mean=mean, std=std, images=x))
     if x_perturbed is not None and x.shape != x_perturbed.shape:
         raise ValueError(
             f"x and x_perturbed must have the same shape, got {tuple(x.shape)} and "
@@ -107,7 +107,7 @@ def certify(
         maps = input_maps(
             classifier.net,
             first_frame(classifier, x),
-            step_mode=classifier.step_mode,
+            takes=per_step(classifier.find_convention(x)),
             tolerance=tolerance,
             max_iterations=max_iterations,
             seed=seed,

@@ -231,7 +231,7 @@ def verify(
         ... ).broken
         (True,)
     """
-    classifier = check_classifier(as_classifier(model, T, mean=mean, std=std))
+    classifier = check_classifier(as_classifier(model, T, mean=mean, std=std, images=x))
     eps = parse_eps(eps)
     neurons = _checked(classifier, x, y, eps)
     check_count("batch_size", batch_size)
