@@ -11,16 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust._checks import check_network
-from sj_robust._environment import device_of
-from sj_robust._host import (
-    EVAL_MODE_HAS_NO_GRADIENT,
-    base,
-    from_reset,
-    functional,
-    is_neuron,
-    neuron,
-)
-from sj_robust.convention import (
+from sj_robust._convention import (
     TAKES,
     Convention,
     Takes,
@@ -30,9 +21,18 @@ from sj_robust.convention import (
     untouched,
     wrong_outputs,
 )
+from sj_robust._environment import device_of
+from sj_robust._host import (
+    EVAL_MODE_HAS_NO_GRADIENT,
+    base,
+    from_reset,
+    functional,
+    is_neuron,
+    neuron,
+)
 from sj_robust.neuron import DLIFNode
 
-__all__ = ["PoissonEncoder", "SpikingClassifier", "SpikingEventClassifier"]
+__all__ = ["Convention", "PoissonEncoder", "SpikingClassifier", "SpikingEventClassifier"]
 
 _KINDS = ("Conv", "ConvTranspose", "BatchNorm", "MaxPool", "AvgPool")
 _WITH_TIME: tuple[Takes, ...] = ("sequence", "steps")

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sj_robust._convention import Convention, Takes
 from sj_robust.classifier import SpikingClassifier
-from sj_robust.convention import Convention, Takes
 from sj_robust.stability._affine import INPUT
 from sj_robust.stability.gain import NeuronGains
 

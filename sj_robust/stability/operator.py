@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sj_robust._convention import Takes, step_mode_of
 from sj_robust._host import functional
 from sj_robust._preserved import full_precision, preserved
-from sj_robust.convention import Takes, step_mode_of
 from sj_robust.neuron.charging import find_neurons
 from sj_robust.stability._affine import INPUT, POOLINGS, AffineMap, CutRun, call_key, cut_run
 from sj_robust.stability._lanczos import SingularValue, largest_singular_value
@@ -82,7 +82,7 @@ def input_maps(
         net: A SpikingJelly network, not the classifier around it.
         frame: Input of one time step, normalised as the network gets it: [N, C, H, W] or [N, F];
             its first sample counts, and only by its shape.
-        takes: What ``net`` is called with, see :class:`sj_robust.convention.Convention`; None asks
+        takes: What ``net`` is called with, see :class:`sj_robust.classifier.Convention`; None asks
             its outermost step module. Where it takes images, the map from the input goes to the
             currents of all time steps.
         tolerance: Residual to stop at, relative to the norm.

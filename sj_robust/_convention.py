@@ -5,6 +5,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, TypeGuard
 
 import torch
@@ -46,7 +47,7 @@ class Convention:
         returns: ``"logits"`` [N, classes], per call if it takes steps; or ``"sequence"`` [T, N,
             classes].
         T: Number of time steps of a run.
-        resets_itself: Whether its neurons are without a state after a run.
+        resets_itself: Whether it resets its neurons in a run.
         takes_sequences: Whether it takes a sequence [T, N, C, H, W] as well.
 
     Examples:
@@ -180,7 +181,7 @@ class _Run:
         steps: Time steps of the neuron that ran fewest; None if none was seen to run.
         lengths: Numbers of steps that single calls of multi-step neurons had, and numbers of calls
             of layers with weights: what T may be where a neuron stands in several places.
-        was_reset: Whether no neuron was left with a state.
+        resets_itself: Whether a neuron was reset meanwhile.
     """
 
     outputs: object = None
@@ -188,7 +189,7 @@ class _Run:
     calls: int = 0
     steps: int | None = None
     lengths: frozenset[int] = frozenset()
-    was_reset: bool = False
+    resets_itself: bool = False
 
 
 @dataclass(frozen=True)
@@ -219,6 +220,7 @@ class _Trial:
 
     def _start(self) -> None:
         self.T = own_steps(self.net) if self.given is None else self.given
+        self._runs: dict[tuple[Takes, int, int | None], _Run] = {}
         self.returned: dict[Takes, str] = {}  # wrong outputs
         self.ran: dict[Takes, str] = {}  # wrong numbers of steps
         self.failed: dict[Takes, _Run] = {}
@@ -245,17 +247,23 @@ class _Trial:
                     f"SpikingClassifier(net, T={self.T}, takes={chosen.takes!r}) or "
                     f"takes={other.convention.takes!r}"
                 )
-        with untouched(self.net, hooks=self.hooks) as kept:
-            names = _state_in(kept, self.net, lambda: self._call(chosen.takes, 2), self.device)
-        if names:
-            return ValueError(
-                f"the network ({self._name}) keeps a state that functional.reset_net does not "
-                f"reset ({', '.join(names)}), so that its logits depend on what ran before; give "
-                "the module that holds it a method reset(), or derive it from SpikingJelly's "
-                "base.MemoryModule and register the state with register_memory"
-            )
+        if kept := self._kept_in(chosen.takes):
+            return kept
         sequences = any(fit.convention.takes == "sequence" for fit in fits)
         return replace(chosen, takes_sequences=sequences)
+
+    def _kept_in(self, takes: Takes) -> ValueError | None:
+        """The error that names a state which is not reset, if there is one."""
+        with untouched(self.net, hooks=self.hooks) as kept:
+            names = _state_in(kept, self.net, lambda: self._call(takes, 2), self.device)
+        if not names:
+            return None
+        return ValueError(
+            f"the network ({self._name}) keeps a state that functional.reset_net does not reset "
+            f"({', '.join(names)}), so that its logits depend on what ran before; give the module "
+            "that holds it a method reset(), or derive it from SpikingJelly's base.MemoryModule "
+            "and register the state with register_memory"
+        )
 
     @property
     def _name(self) -> str:
@@ -275,7 +283,10 @@ class _Trial:
         return self.net(sequence) if takes == "sequence" else [self.net(x) for x in sequence]
 
     def _run(self, takes: Takes, images: int) -> _Run:
-        return self._watched(lambda: self._call(takes, images))
+        key = takes, images, None if takes == "images" else self.T
+        if key not in self._runs:
+            self._runs[key] = self._watched(lambda: self._call(takes, images))
+        return self._runs[key]
 
     def _watched(self, call: Callable[[], object]) -> _Run:
         with (
@@ -294,8 +305,7 @@ class _Trial:
                 calls=watch.calls,
                 steps=watch.steps(),
                 lengths=watch.lengths(),
-                was_reset=watch.steps() is not None
-                and not any(map(_has_state, self.net.modules())),
+                resets_itself=watch.resets > 0,
             )
 
     def _images(self) -> _Fit | None:
@@ -322,7 +332,7 @@ class _Trial:
         if self.given not in (None, steps):
             self.ran["images"] = f"it runs {steps} steps itself, asked for is T={self.given}"
             return None
-        convention = Convention("images", forms[0], steps, resets_itself=one.was_reset)
+        convention = Convention("images", forms[0], steps, one.resets_itself)
         return _Fit(convention, _mean(one.outputs))
 
     def _steps_of_a_call(self, run: _Run) -> int | None:
@@ -330,11 +340,11 @@ class _Trial:
         if run.steps is None:
             if isinstance(run.outputs, Tensor) and run.outputs.ndim == 3:
                 return len(run.outputs)
-            if self._is_stateless():
-                return self.T or 1
+            if self._is_stateless() or self.takes == ("images",):
+                return self.T or max(run.lengths, default=1)
             if self.T in run.lengths and self.T != 1:
                 return self.T
-            self.ran["images"] = "it has a state of its own, and its steps cannot be counted"
+            self.ran["images"] = "its steps cannot be counted, since its neurons are unknown"
             return None
         if run.steps == self.T or run.steps == 1:
             return run.steps
@@ -361,25 +371,25 @@ class _Trial:
         if form is None:
             self.returned["sequence"] = wrong_outputs(run.outputs, images, T)
             return None
-        convention = Convention("sequence", form, T, resets_itself=run.was_reset)
+        convention = Convention("sequence", form, T, run.resets_itself)
         return _Fit(convention, _mean(run.outputs))
 
     def _steps(self, T: int) -> _Fit | None:
         """The network takes one step at a time."""
         images = self._sizes()[0]
-        once, run = self._run("images", images), self._run("steps", images)
+        once = self._run("images", images)
+        if once.steps not in (None, 1) and max(once.lengths, default=1) > 1:
+            self.ran["steps"] = f"its neurons run {once.steps} steps in one call"
+            return None
+        run = self._run("steps", images)
         if run.error is not None:
             self.failed["steps"] = run
-            return None
-        several = once.steps not in (None, 1) and max(once.lengths, default=1) > 1
-        if several or (run.steps is not None and run.steps % T):
-            self.ran["steps"] = f"its neurons run {once.steps} steps in one call"
             return None
         assert isinstance(run.outputs, list)  # of one call each
         if wrong := [x for x in run.outputs if _form(x, images, None) != "logits"]:
             self.returned["steps"] = wrong_outputs(wrong[0], images, None)
             return None
-        convention = Convention("steps", "logits", T, resets_itself=run.was_reset)
+        convention = Convention("steps", "logits", T, run.resets_itself)
         return _Fit(convention, _mean(torch.stack(run.outputs)))
 
     def _is_stateless(self) -> bool:
@@ -413,6 +423,8 @@ class _Trial:
             )
         if raised and raised[0].error is not None:
             return raised[0].error
+        if "images" in self.ran and (kept := self._kept_in("images")):
+            return kept
         ran = "; ".join(f"as {takes}, {problem}" for takes, problem in self.ran.items())
         return ValueError(
             f"it is not clear how the network ({self._name}) is called: {ran}; say it with "
@@ -429,11 +441,13 @@ class _Watch:
         self._of_neurons: dict[nn.Module, list[int]] = {}
         self._of_layers: dict[nn.Module, int] = {}
         self._multi_step: set[int] = set()
+        self.resets = 0
         self._handles: list[Any] = []
 
     def __enter__(self) -> "_Watch":
         for module in self.net.modules():
             if is_neuron(module):
+                vars(module)["reset"] = partial(self._reset, module.reset)
                 self._handles.append(module.register_forward_pre_hook(self._neuron))
             elif any(True for _ in module.parameters(recurse=False)):
                 self._handles.append(module.register_forward_pre_hook(self._layer))
@@ -450,6 +464,10 @@ class _Watch:
         if multi_step:
             self._multi_step.add(length)
         self._of_neurons.setdefault(module, []).append(length)
+
+    def _reset(self, reset: Callable[[], object]) -> None:
+        self.resets += 1
+        reset()
 
     def _layer(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         self.calls += 1
@@ -491,9 +509,9 @@ class _Kept:
             if before is not None and value is before[0]:
                 if value._version != before[1]:
                     yield name
-            elif _is_plain_tensor(value):
-                yield name
-            elif isinstance(value, float | int) and value != self.attributes.get(name, value):
+            elif _is_plain_tensor(value) or (
+                isinstance(value, float | int) and value != self.attributes.get(name, value)
+            ):
                 yield name
 
     def restore(self) -> None:
@@ -570,11 +588,6 @@ def _is_of_torch(hook: object) -> bool:
 
 def _has_hooks(module: nn.Module) -> bool:
     return any(not _is_of_torch(hook) for name in _HOOKS for hook in vars(module)[name].values())
-
-
-def _has_state(module: nn.Module) -> bool:
-    memories = vars(module).get("_memories", {})
-    return any(isinstance(value, Tensor) for value in memories.values())
 
 
 def _values(attributes: Mapping[str, object]) -> Iterator[tuple[str, object]]:
