@@ -266,6 +266,11 @@ class _Trial:
         )
 
     @property
+    def _may_differ(self) -> bool:
+        """Whether there are several readings to be told apart."""
+        return len(self.takes) > 1
+
+    @property
     def _name(self) -> str:
         return type(self.net).__name__
 
@@ -340,7 +345,7 @@ class _Trial:
         if run.steps is None:
             if isinstance(run.outputs, Tensor) and run.outputs.ndim == 3:
                 return len(run.outputs)
-            if self._is_stateless() or self.takes == ("images",):
+            if self._is_stateless() or not self._may_differ:
                 return self.T or max(run.lengths, default=1)
             if self.T in run.lengths and self.T != 1:
                 return self.T
@@ -364,7 +369,7 @@ class _Trial:
         if run.error is not None:
             self.failed["sequence"] = run
             return None
-        if run.steps is not None and run.steps % T:
+        if self._may_differ and run.steps is not None and run.steps % T:
             self.ran["sequence"] = f"its neurons run {run.steps} of {T} steps"
             return None
         form = _form(run.outputs, images, T)
@@ -378,7 +383,7 @@ class _Trial:
         """The network takes one step at a time."""
         images = self._sizes()[0]
         once = self._run("images", images)
-        if once.steps not in (None, 1) and max(once.lengths, default=1) > 1:
+        if self._may_differ and once.steps not in (None, 1) and max(once.lengths, default=1) > 1:
             self.ran["steps"] = f"its neurons run {once.steps} steps in one call"
             return None
         run = self._run("steps", images)
@@ -405,10 +410,9 @@ class _Trial:
         for takes in order:
             if takes in self.returned:
                 return ValueError(self.returned[takes])
-        raised = sorted(
-            (self.failed[takes] for takes in order if takes in self.failed),
-            key=lambda run: -run.calls,
-        )
+        raised = [self.failed[takes] for takes in order if takes in self.failed]
+        if own_steps(self.net) is not None:  # it may bring its time: what got furthest tells
+            raised.sort(key=lambda run: -run.calls)
         if self.T is None:
             error = raised[0].error if raised else None
             told = f" (given images it raises {type(error).__name__}: {error})" if error else ""

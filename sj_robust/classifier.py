@@ -514,8 +514,11 @@ def as_classifier(
 
 
 def _found_out(classifier: SpikingClassifier, images: Tensor | None) -> None:
-    """It is known how the network is called, if there are images that say so."""
-    if images is not None and images.is_floating_point() and len(images):
+    """It is known how the network is called, if there are images that it can take."""
+    weight = next(classifier.net.parameters(), None)
+    if not isinstance(images, Tensor) or not images.is_floating_point() or not len(images):
+        return  # which the call itself is about to refuse
+    if weight is None or weight.dtype == images.dtype:
         classifier.find_convention(images[:1].to(device_of(classifier)))
 
 

@@ -28,6 +28,7 @@ class Row:
         T: Number of time steps that it is built for.
         given: Whether T has to be said; else the network brings it.
         frames: Whether it takes event frames.
+        classes: Number of classes.
         module: Module of SpikingJelly's zoo that it is from; "" for a pattern.
     """
 
@@ -36,6 +37,7 @@ class Row:
     T: int = 4
     given: bool = True
     frames: bool = False
+    classes: int = CLASSES
     module: str = ""
 
     def network(self):
@@ -144,7 +146,7 @@ def snas_net_backward(T):
 
 
 def _snas_net(T, celltype):
-    arguments = {"timestep": T, "second_avgpooling": 2, "dataset": "cifar10", "threshold": 1.0}
+    arguments = {"timestep": T, "second_avgpooling": 4, "dataset": "cifar100", "threshold": 1.0}
     operations = torch.tensor([[0, 1, 4, 1], [1, 0, 1, 2], [1, 4, 0, 1], [1, 1, 1, 0]])
     settings = SimpleNamespace(tau=4 / 3, celltype=celltype, **arguments)
     return zoo("snas_net").SNASNet(settings, operations)
@@ -222,19 +224,21 @@ ZOO = {
         "cifar10_dvs_net", (2, 128, 128), T=2, frames=True, module="parametric_lif_net"
     ),
     "DVSGestureNet": Row(
-        "dvs_gesture_net", (2, 128, 128), T=2, frames=True, module="parametric_lif_net"
+        "dvs_gesture_net", (2, 128, 128), T=2, frames=True, classes=11, module="parametric_lif_net"
     ),
     "SpikingResNet": Row("spiking_resnet", (3, 32, 32), T=2, module="spiking_resnet"),
     "SEWResNet": Row("sew_resnet", (3, 32, 32), T=2, module="sew_resnet"),
     "SpikingVGG": Row("spiking_vgg", (3, 8, 8), T=2, module="spiking_vgg"),
     "OTTTSpikingVGG": Row("ottt_vgg", (3, 8, 8), module="spiking_vggws_ottt"),
-    "SNASNet, forward cells": Row("snas_net", (3, 32, 32), T=2, given=False, module="snas_net"),
-    "SNASNet, backward cells": Row(
-        "snas_net_backward", (3, 32, 32), T=2, given=False, module="snas_net"
+    "SNASNet, forward cells": Row(
+        "snas_net", (3, 32, 32), T=2, given=False, classes=100, module="snas_net"
     ),
-    "SpikeDHS": Row("spike_dhs", (3, 32, 32), T=6, given=False, module="spike_dhs"),
+    "SNASNet, backward cells": Row(
+        "snas_net_backward", (3, 32, 32), T=2, given=False, classes=100, module="snas_net"
+    ),
+    "SpikeDHS": Row("spike_dhs", (3, 32, 32), T=6, given=False, classes=100, module="spike_dhs"),
     "SpikeDHS, net(x)[0]": Row(
-        "spike_dhs_first_output", (3, 32, 32), T=6, given=False, module="spike_dhs"
+        "spike_dhs_first_output", (3, 32, 32), T=6, given=False, classes=100, module="spike_dhs"
     ),
     "Spikformer": Row("spikformer", RGB, given=False, module="spikformer"),
     "QKFormer": Row("qkformer", RGB, given=False, module="qkformer"),

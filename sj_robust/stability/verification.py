@@ -231,9 +231,10 @@ def verify(
         ... ).broken
         (True,)
     """
-    classifier = check_classifier(as_classifier(model, T, mean=mean, std=std, images=x))
+    classifier = check_classifier(as_classifier(model, T, mean=mean, std=std))
     eps = parse_eps(eps)
     neurons = _checked(classifier, x, y, eps)
+    classifier.find_convention(x.to(device_of(classifier)))
     check_count("batch_size", batch_size)
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
@@ -356,6 +357,7 @@ def bounded_logits(model: SpikingClassifier, run: BoundedRun, images: Tensor, ep
     Raises:
         NotImplementedError: If something in the network has no bounds; it is named.
     """
+    model.find_convention(images)  # before anything is replaced
     run.dtype = images.dtype
     exact = images.detach() if run.differentiable else images.detach().double()
     lower, upper = (exact - eps).clamp(min=0), (exact + eps).clamp(max=1)
