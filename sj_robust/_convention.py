@@ -18,7 +18,7 @@ __all__ = [
     "TAKES",
     "Convention",
     "Takes",
-    "check_logits",
+    "check_outputs",
     "find_convention",
     "kept_state",
     "own_steps",
@@ -117,12 +117,12 @@ def find_convention(
     raise found
 
 
-def check_logits(outputs: object, images: int) -> Tensor:
+def check_outputs(outputs: object, images: int) -> Tensor:
     """The outputs of a function of images, if they are logits [N, classes]; else ValueError.
     检查输出的形状与类型。
 
     Examples:
-        >>> check_logits(torch.zeros(2, 3), 2).shape
+        >>> check_outputs(torch.zeros(2, 3), 2).shape
         torch.Size([2, 3])
     """
     if _form(outputs, images, None) == "logits":
@@ -451,7 +451,8 @@ class _Watch:
     def __enter__(self) -> "_Watch":
         for module in self.net.modules():
             if is_neuron(module):
-                vars(module)["reset"] = partial(self._reset, module.reset)
+                reset: Any = module.reset
+                vars(module)["reset"] = partial(self._reset, reset)
                 self._handles.append(module.register_forward_pre_hook(self._neuron))
             elif any(True for _ in module.parameters(recurse=False)):
                 self._handles.append(module.register_forward_pre_hook(self._layer))

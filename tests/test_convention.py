@@ -16,6 +16,8 @@ from sj_robust._convention import kept_state
 from sj_robust.classifier import SpikingEventClassifier
 from sj_robust.evaluation.subject import Subject, check_fits
 from sj_robust.models import DirectlyEncoded, NetworkSpec, build_network, set_time_steps
+from sj_robust.stability import smooth
+from sj_robust.training import Objective
 
 EVERY_ROW = [
     pytest.param(name, marks=pytest.mark.slow if name.startswith(SLOW) or ROWS[name].frames else ())
@@ -304,6 +306,8 @@ PER_CALL = {
     "compare": lambda model, x, y: compare(model, x, (x + 0.05).clamp(max=1)),
     "certify": lambda model, x, y: certify(model, x, x_perturbed=(x + 0.05).clamp(max=1)),
     "verify": lambda model, x, y: verify(model, x, y, 0.001),
+    "smooth": lambda model, x, y: smooth(model, x, 0.1, n0=4, n=8),
+    "objective": lambda model, x, y: Objective(model.train())(x, y, x).total.backward(),
 }
 
 

@@ -76,7 +76,7 @@ def evaluate(
         total_shift: For moves, the frames by which all events of a sample may be moved together.
         suite: Name of the suite, see :func:`make_suite`; None takes ``"standard"``, and
             ``"events"`` for event frames.
-        T: Number of time steps, for a bare network.
+        T: Number of time steps, for a bare network; None if it brings its own.
         mean: Mean per channel that a bare network expects to be subtracted.
         std: Standard deviation per channel that it expects to be divided by.
         draws: Fresh forwards in each of which a stochastic network must be wrong for an image to
@@ -170,7 +170,7 @@ def stress(
         faults: What is measured, from mild to severe; None takes every kind at its usual levels.
         draws: Draws of a fault that is random.
         steps: Steps of the attack.
-        T: Number of time steps, for a bare network.
+        T: Number of time steps, for a bare network; None if it brings its own.
         mean: Mean per channel that a bare network expects to be subtracted.
         std: Standard deviation per channel that it expects to be divided by.
         seed: Seeds everything.

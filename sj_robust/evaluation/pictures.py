@@ -169,7 +169,7 @@ def gallery(
         norm: Norm.
         estimator: Gradient estimator to attack with, such as the first of ``report.estimators``.
         count: Images to show, those that fool the network first.
-        T: Number of time steps, for a bare network.
+        T: Number of time steps, for a bare network; None if it brings its own.
         mean: Mean per channel that a bare network expects to be subtracted.
         std: Standard deviation per channel that it expects to be divided by.
         draws: Forwards that a gradient of a stochastic network is averaged over.

@@ -152,7 +152,7 @@ def trace(
         net: As in :func:`compare`, and so are the others.
         x: Clean images.
         x_perturbed: Perturbed ones.
-        T: Number of time steps, for a bare network.
+        T: Number of time steps, for a bare network; None if it brings its own.
         mean: Mean per channel that a bare network expects to be subtracted.
         std: Standard deviation per channel that it expects to be divided by.
 

@@ -62,7 +62,7 @@ def certify(
             ``mean`` and ``std``.
         x: Inputs as the classifier takes them, [N, C, H, W] or [N, F]; of a
             ``SpikingEventClassifier`` event frames [N, T, C, H, W].
-        T: Number of time steps; None takes the classifier's.
+        T: Number of time steps; None takes the classifier's, or the network's own.
         x_perturbed: Perturbed inputs in the shape of ``x``; None gives bounds alone.
         mean: Mean per channel that a bare network expects to be subtracted.
         std: Standard deviation per channel that it expects to be divided by.

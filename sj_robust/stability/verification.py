@@ -192,7 +192,7 @@ def verify(
             [N, T, C, H, W].
         y: Labels [N] int64.
         eps: Linf radius, >= 0, a number or a text such as ``"8/255"``.
-        T: Number of time steps, for a bare network.
+        T: Number of time steps, for a bare network; None if it brings its own.
         mean: Mean per channel that a bare network expects to be subtracted.
         std: Standard deviation per channel that it expects to be divided by.
         method: "ibp", "crown", "bab" or "mip".
