@@ -18,7 +18,7 @@ __all__ = [
     "TAKES",
     "Convention",
     "Takes",
-    "check_outputs",
+    "checked_logits",
     "find_convention",
     "kept_state",
     "own_steps",
@@ -117,12 +117,12 @@ def find_convention(
     raise found
 
 
-def check_outputs(outputs: object, images: int) -> Tensor:
+def checked_logits(outputs: object, images: int) -> Tensor:
     """The outputs of a function of images, if they are logits [N, classes]; else ValueError.
     检查输出的形状与类型。
 
     Examples:
-        >>> check_outputs(torch.zeros(2, 3), 2).shape
+        >>> checked_logits(torch.zeros(2, 3), 2).shape
         torch.Size([2, 3])
     """
     if _form(outputs, images, None) == "logits":

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sj_robust._convention import check_outputs
+from sj_robust._convention import checked_logits
 from sj_robust.classifier import SpikingClassifier, as_classifier
 from sj_robust.models import NetworkSpec, build_classifier, set_time_steps
 from sj_robust.models.checkpoint import load_checkpoint
@@ -219,7 +219,7 @@ def check_fits(subject: Subject, images: Tensor, classes: int | None, dataset: s
         raise ValueError(
             f"{subject.name} does not take images {shape} of {dataset} ({reason(error)}){hint}"
         ) from error
-    logits = check_outputs(outputs, _COPIES)
+    logits = checked_logits(outputs, _COPIES)
     if classes is not None and logits.shape[1] != classes:
         raise ValueError(
             f"{subject.name} tells {logits.shape[1]} classes apart, {dataset} has {classes}; "
