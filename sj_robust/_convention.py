@@ -425,13 +425,14 @@ class _Trial:
                 f"T must be the network's own or None: {self.ran['images']}; leave T out, or "
                 f"build the network for T={self.given}"
             )
-        if raised and raised[0].error is not None:
+        if native not in self.ran and raised and raised[0].error is not None:
             return raised[0].error
         if "images" in self.ran and (kept := self._kept_in("images")):
             return kept
         ran = "; ".join(f"as {takes}, {problem}" for takes, problem in self.ran.items())
         return ValueError(
-            f"it is not clear how the network ({self._name}) is called: {ran}; say it with "
+            f"it is not clear how the network ({self._name}) is called: {ran}; put all layers "
+            "into one step mode with functional.set_step_mode(net, 'm'), or say it with "
             f"SpikingClassifier(net, T, takes=...), which is one of {', '.join(TAKES)}"
         )
 

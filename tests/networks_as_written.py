@@ -600,4 +600,3 @@ PATTERNS = {
 }
 
 ROWS = {name: row for name, row in {**PATTERNS, **ZOO}.items() if row.is_there}
-SLOW = ("SNASNet", "SpikeDHS")
