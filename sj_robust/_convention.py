@@ -48,7 +48,7 @@ class Convention:
             classes].
         T: Number of time steps of a run.
         resets_itself: Whether it resets its neurons in a run.
-        takes_sequences: Whether it takes a sequence [T, N, C, H, W] as well.
+        takes_sequences: Whether it takes sequences [T, N, C, H, W] of any length (as well).
 
     Examples:
         >>> print(Convention("images", "logits", T=4))
@@ -250,6 +250,9 @@ class _Trial:
         if kept := self._kept_in(chosen.takes):
             return kept
         sequences = any(fit.convention.takes == "sequence" for fit in fits)
+        if sequences and chosen.takes == "images":
+            one_step = self._watched(lambda: self.net(self.frames(2, 1)))
+            sequences = one_step.error is None
         return replace(chosen, takes_sequences=sequences)
 
     def _kept_in(self, takes: Takes) -> ValueError | None:
