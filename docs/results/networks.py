@@ -46,18 +46,19 @@ TITLES = {
 HEAD = """# Which networks work
 
 The networks of `spikingjelly.activation_based.model` and of SpikingJelly's tutorials, as people
-write them, built small (few channels, blocks and classes, small images) with fresh weights. Nothing
-is said about any of them but the number of steps, and that only where the network does not bring
-it: the first forward finds out how it is called ([Your
+write them, built small (few channels, blocks and classes, small images) with fresh weights.
+Nothing is said about any of them but the number of steps, and that only where the network does not
+bring it: the first forward finds out how it is called ([Your
 network](../your_network.md#make-it-a-function-of-images)), and its logits are those of the plain
 call, bit for bit (`tests/test_convention.py`). Functions such as `spiking_vgg16_bn` or
 `sew_resnet50` build these classes in other sizes.
 
 `python docs/results/networks.py` tries each of them and writes this page; run it once for every
-release. `evaluate` stands for the checks that it begins with and a suite of one short attack, gains
-for `certify` on perturbed images, `verify` for its intervals, fine-tuning for a step of
-`adv_train.py`: neurons made DLIF, FGSM, the loss with MS-MPPD, backward, SGD. Where the releases differ, both are told.
-SNASNet and SpikeDHS, whose width is fixed, take minutes each and are tried only if they are named. The reasons stand below.
+release. `evaluate` stands for the checks that it begins with and a suite of one short attack,
+gains for `certify` on perturbed images, `verify` for its intervals, fine-tuning for a step of
+`adv_train.py`: neurons made DLIF, FGSM, the loss with MS-MPPD, backward, SGD. Where the releases
+differ, both are told. SNASNet and SpikeDHS, whose width is fixed, take minutes each and are tried
+only if they are named. The reasons stand below.
 """
 
 
