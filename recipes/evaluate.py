@@ -215,6 +215,7 @@ from rich.console import Console
 from sj_robust import training
 from sj_robust._console import working
 from sj_robust._folders import read_text
+from sj_robust.classifier import SpikingClassifier
 from sj_robust.data import EVENT_DATASETS, load_images
 from sj_robust.evaluation import (
     RobustnessReport,
@@ -289,6 +290,8 @@ def main(arguments: list[str]) -> None:
         training.removed_if_unused(folder, resume=options.resume),
         Display(journal.console, journal.say) as display,
     ):
+        if isinstance(subject.model, SpikingClassifier):
+            display.say(f"{subject.name} {subject.model.convention}")
         shared: dict[str, Any] = {
             "threat": threat,
             "dataset": dataset,

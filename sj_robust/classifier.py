@@ -4,20 +4,39 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from sj_robust._checks import check_network
+from sj_robust._convention import (
+    TAKES,
+    Convention,
+    Takes,
+    find_convention,
+    own_steps,
+    step_mode_of,
+    untouched,
+    wrong_outputs,
+)
 from sj_robust._environment import device_of
-from sj_robust._host import EVAL_MODE_HAS_NO_GRADIENT, base, functional, is_neuron, neuron
+from sj_robust._host import (
+    EVAL_MODE_HAS_NO_GRADIENT,
+    base,
+    from_reset,
+    functional,
+    is_neuron,
+    neuron,
+)
 from sj_robust._preserved import one_thread_at_a_time
 from sj_robust.neuron import DLIFNode
 
-__all__ = ["PoissonEncoder", "SpikingClassifier", "SpikingEventClassifier"]
+__all__ = ["Convention", "PoissonEncoder", "SpikingClassifier", "SpikingEventClassifier"]
 
 _KINDS = ("Conv", "ConvTranspose", "BatchNorm", "MaxPool", "AvgPool")
+_WITH_TIME: tuple[Takes, ...] = ("sequence", "steps")
 _OF_FIXED_RANK = (
     nn.SyncBatchNorm,
     *(getattr(nn, f"{kind}{rank}d") for kind in _KINDS for rank in (1, 2, 3)),
@@ -36,25 +55,28 @@ class SpikingClassifier(nn.Module):
     are enabled.
 
     Shapes: images [N, C, H, W] or features [N, F], floating point; logits [N, classes] in float32
-    or float64. The network gets [T, N, C, H, W] in step mode ``"m"`` or T times [N, C, H, W] in
-    step mode ``"s"``; one with a true attribute ``expands_time`` gets [N, C, H, W] once and brings
-    the T steps itself. It returns [T, N, classes] (averaged here), [N, classes] per step, or [N,
-    classes] if it averages itself.
+    or float64. The network takes a sequence [T, N, C, H, W], one step [N, C, H, W] at a time, or
+    images [N, C, H, W] that it repeats over time itself. It returns [T, N, classes] (averaged
+    here), [N, classes] per step, or [N, classes] if it averages itself. Which of them it is, the
+    first forward finds out by trying, as does :meth:`find_convention`; :attr:`convention` tells.
 
     Args:
         net: A SpikingJelly network of any neurons.
-        T: Number of time steps.
+        T: Number of time steps; None for a network that repeats its images itself, which has its
+            own.
         encoder: Turns images into the frame of one step and is called T times, such as
             :class:`PoissonEncoder` or an encoder of SpikingJelly; None repeats the image (direct
             encoding).
         mean: Mean per channel subtracted from the frames.
         std: Standard deviation per channel the frames are divided by.
-        step_mode: How to call ``net``; None asks its outermost step module.
+        takes: What the network is called with: ``"sequence"``, ``"steps"`` or ``"images"``; None
+            finds out.
 
     Raises:
         TypeError: If ``net`` is no network, or the images are not floating point.
         ValueError: If an argument, the shape of the images or of the network's output does not fit,
-            or images and weights differ in device or dtype.
+            images and weights differ in device or dtype, the network can be called in several ways
+            that give different logits, or it keeps a state that is not reset.
 
     Source: direct encoding and rate decoding of Ding et al. (ICML 2024), section 5.
 
@@ -65,8 +87,16 @@ class SpikingClassifier(nn.Module):
         torch.Size([5, 2])
     """
 
+    T: int
+    """Number of time steps; not there before the first forward where only the network knows it."""
+
     mean: Tensor | None
     std: Tensor | None
+
+    takes: Takes | None = None
+    _T_is_its_own = False
+    _found: tuple[object, Convention] | None = None
+    _possible: ClassVar[tuple[Takes, ...]] = TAKES
 
     resets_itself: ClassVar[bool] = True
     """Tells attacks that no state is carried from one forward into the next."""
@@ -74,16 +104,16 @@ class SpikingClassifier(nn.Module):
     def __init__(
         self,
         net: nn.Module,
-        T: int,
+        T: int | None = None,
         encoder: Callable[[Tensor], Tensor] | None = None,
         *,
         mean: Sequence[float] | None = None,
         std: Sequence[float] | None = None,
-        step_mode: str | None = None,
+        takes: Takes | None = None,
     ) -> None:
         """Wrap a network; see the class."""
         super().__init__()
-        if isinstance(T, bool) or not isinstance(T, int) or T < 1:
+        if T is not None and (isinstance(T, bool) or not isinstance(T, int) or T < 1):
             raise ValueError(
                 f"T must be an integer >= 1, the number of time steps, got {T!r}; write a number "
                 "such as T=4"
@@ -100,12 +130,19 @@ class SpikingClassifier(nn.Module):
                 "the bare network, and use torch.nn.parallel.DistributedDataParallel (torchrun "
                 "or accelerate launch) for several devices"
             )
-        if step_mode not in (None, "m", "s"):
-            raise ValueError(f"step_mode must be 'm', 's' or None, got {step_mode!r}")
+        possible = TAKES if encoder is None else _WITH_TIME
+        possible = tuple(kind for kind in possible if kind in self._possible)
+        if takes is not None and takes not in possible:
+            raise ValueError(
+                f"takes must be one of {', '.join(map(repr, possible))} here or None, got "
+                f"{takes!r}; None finds it out"
+            )
         self.net = net
-        self.T = T
+        self._T_is_its_own = T is None
+        if (steps := own_steps(net) if T is None else T) is not None:
+            self.T = steps
         self.encoder = encoder
-        self.step_mode = step_mode
+        self.takes = takes
         self.register_buffer(
             "mean", None if mean is None else torch.tensor(mean, dtype=torch.float32)
         )
@@ -116,7 +153,9 @@ class SpikingClassifier(nn.Module):
                 "divided"
             )
         longer = {
-            name: m.T for name, m in net.named_modules() if isinstance(m, DLIFNode) and m.T > T
+            name: m.T
+            for name, m in net.named_modules()
+            if T is not None and isinstance(m, DLIFNode) and m.T > T
         }
         for name, steps in list(longer.items())[:1]:
             warnings.warn(
@@ -129,29 +168,33 @@ class SpikingClassifier(nn.Module):
     @one_thread_at_a_time
     def forward(self, images: Tensor) -> Tensor:
         """Logits [N, classes] of images [N, C, H, W] or features [N, F]."""
-        self._check_shape(images)
-        if not images.is_floating_point():
-            raise TypeError(
-                f"images must be floating point, got {images.dtype}; scale bytes with "
-                "images.float() / 255"
-            )
+        self._check(images)
         functional.reset_net(self.net)
         try:
+            convention = self._convention_for(images)
             with _differentiable(self.net):
-                outputs = self._run(images)
+                outputs = self._run(images, convention)
         except (RuntimeError, ValueError, NotImplementedError) as error:
             self._explain(error, images)
             raise
-        if outputs.ndim == 3:
-            outputs = outputs.mean(0)
-        if outputs.ndim != 2 or outputs.shape[0] != images.shape[0]:
-            raise ValueError(
-                "the network must return [T, N, classes] or [N, classes] with "
-                f"N={images.shape[0]}, got a mean over time of shape {tuple(outputs.shape)}; let "
-                "it end in a layer of spikingjelly.activation_based.layer such as layer.Linear, "
-                "after layer.Flatten, in the network's own step mode"
-            )
-        return outputs if outputs.dtype == torch.float64 else outputs.float()
+        return self._logits(outputs, len(images), convention)
+
+    @property
+    def convention(self) -> Convention | None:
+        """What the network was found to take and to return; None before the first forward."""
+        return None if self._found is None else self._found[1]
+
+    def find_convention(self, images: Tensor) -> Convention:
+        """Find out by a few small forwards how the network is called, as the first forward does.
+
+        The network is left as it was. Of the images only shape, dtype and device count.
+        """
+        self._check(images)
+        try:
+            return self._convention_for(images)
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            self._explain(error, images)
+            raise
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "SpikingClassifier":
         """A copy; the network that is copied is left reset."""
@@ -190,19 +233,21 @@ class SpikingClassifier(nn.Module):
                 f"with {images.shape[1]} channels of shape {tuple(images.shape)}; give as many "
                 "as the images have"
             ) from error
+        T = vars(self).get("T", 0)
         for name, module in self.net.named_modules():
-            if isinstance(module, DLIFNode) and module.T < self.T:
+            if isinstance(module, DLIFNode) and module.T < T:
                 raise RuntimeError(
-                    f"SpikingClassifier runs T={self.T} time steps, but the DLIF neuron {name!r} "
+                    f"SpikingClassifier runs T={T} time steps, but the DLIF neuron {name!r} "
                     f"has T={module.T}; use SpikingClassifier(net, T={module.T}), or "
-                    f"sj_robust.models.set_time_steps(classifier, {self.T})"
+                    f"sj_robust.models.set_time_steps(classifier, {T})"
                 ) from error
         foreign = [
             name for name, module in _without_containers(self.net) if _needs_step_mode(module)
         ]
-        if self._mode() == "m" and foreign and not getattr(self.net, "expands_time", False):
+        multi_step = self.takes in (None, "sequence") and step_mode_of(self.net) == "m"
+        if T and multi_step and foreign and not isinstance(error, ValueError):
             error.add_note(
-                f"The network got a sequence [T, N, ...] = {(self.T, *images.shape)}. "
+                f"The network got a sequence [T, N, ...] = {(T, *images.shape)}. "
                 f"{', '.join(foreign[:3])} come from torch.nn and take no time dimension: use "
                 "spikingjelly.activation_based.layer (layer.Conv2d, layer.Flatten, ...) and "
                 "functional.set_step_mode(net, 'm'), or step mode 's' for all of it."
@@ -210,7 +255,17 @@ class SpikingClassifier(nn.Module):
 
     def extra_repr(self) -> str:
         """Parameters shown by ``print``."""
-        return f"T={self.T}, step_mode={self._mode()}"
+        if self.convention is not None:
+            return str(self.convention)
+        return f"T={vars(self).get('T')}, takes={self.takes or 'what the first forward finds out'}"
+
+    def _check(self, images: Tensor) -> None:
+        self._check_shape(images)
+        if not images.is_floating_point():
+            raise TypeError(
+                f"images must be floating point, got {images.dtype}; scale bytes with "
+                "images.float() / 255"
+            )
 
     def _check_shape(self, images: Tensor) -> None:
         if images.ndim not in (2, 4):
@@ -220,35 +275,86 @@ class SpikingClassifier(nn.Module):
                 "event frames to SpikingEventClassifier"
             )
 
-    def _run(self, images: Tensor) -> Tensor:
-        """Outputs of the network, [T, N, classes] or [N, classes]."""
+    def _convention_for(self, images: Tensor) -> Convention:
+        """How the network is called; tried once per step mode, number of steps and kind of
+        images.
+        """
+        T = own_steps(self.net) if self._T_is_its_own else self.T
+        key = (step_mode_of(self.net), T, images.ndim)
+        if self._found is not None and self._found[0] == key:
+            return self._found[1]
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "how the network is called must be known before torch.compile; call "
+                "classifier.find_convention(images) once"
+            )
+        possible = TAKES if self.encoder is None else _WITH_TIME
+        possible = tuple(kind for kind in possible if kind in self._possible)
+        given = None if self._T_is_its_own else self.T
+        find = partial(find_convention, self.net, self._tried(images), given)
+        try:
+            convention = find(takes=possible if self.takes is None else (self.takes,))
+        except Exception as error:
+            if "images" not in possible:
+                self._refuse_images(find, error)
+            raise
+        self._found = key, convention
+        self.T = convention.T
+        return convention
+
+    def _refuse_images(self, find: Callable[..., Convention], error: Exception) -> None:
+        """Say so, if a network that gets frames repeats images itself."""
+        try:
+            found = find(takes=("images",))
+        except Exception:  # it is something else
+            return
+        raise ValueError(
+            f"net must take frames [T, N, C, H, W], got one that {found}; build it without "
+            "repeating its input over time itself"
+        ) from error
+
+    def _tried(self, images: Tensor) -> Callable[[int, int], Tensor]:
+        """Gives frames [T, N, *] for a number of random images N and of steps T."""
+
+        def frames(n: int, steps: int) -> Tensor:
+            generator = torch.Generator().manual_seed(n)
+            x = torch.rand(n, *images.shape[1:], generator=generator).to(images)
+            with untouched(self.encoder), from_reset(self.encoder, 0, images.device):
+                return self._frames(x, steps)
+
+        return frames
+
+    def _frames(self, images: Tensor, steps: int) -> Tensor:
+        """What the network gets in every step, [T, N, *]."""
         if self.encoder is None:
             frame = self._normalise(images, channel_dim=1)
-            if self._mode() == "s":
-                return self._over_time([frame] * self.T)
-            return self._over_time(
-                frame
-                if getattr(self.net, "expands_time", False)
-                else frame.expand(self.T, *frame.shape)
-            )
+            return frame.expand(steps, *frame.shape)
         if isinstance(self.encoder, nn.Module):
             functional.reset_net(self.encoder)
-        frames = torch.stack([self.encoder(images) for _ in range(self.T)])
-        return self._over_time(self._normalise(frames, channel_dim=2))
+        frames = torch.stack([self.encoder(images) for _ in range(steps)])
+        return self._normalise(frames, channel_dim=2)
 
-    def _mode(self) -> str:
-        return self.step_mode or step_mode_of(self.net)
+    def _run(self, images: Tensor, convention: Convention) -> object:
+        """Outputs of the network, those of single steps stacked."""
+        if convention.takes == "images":
+            return self.net(self._normalise(images, channel_dim=1))
+        frames = self._frames(images, convention.T)
+        if convention.takes == "sequence":
+            return self.net(frames)
+        return torch.stack([self.net(frame) for frame in frames])
 
-    def _over_time(self, frames: Tensor | list[Tensor]) -> Tensor:
-        if self._mode() == "s":
-            return torch.stack([self.net(frame) for frame in frames])
-        outputs = self.net(frames)
-        if not isinstance(outputs, Tensor) or (outputs.ndim == 3 and outputs.shape[0] != self.T):
-            got = tuple(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
-            raise ValueError(
-                f"the network must return one tensor [T, N, classes] with T={self.T}, got {got}"
-            )
-        return outputs
+    def _logits(self, outputs: object, images: int, convention: Convention) -> Tensor:
+        """Outputs averaged over time, if they are what the network was found to return."""
+        timed = convention.takes == "steps" or convention.returns == "sequence"
+        if (
+            not isinstance(outputs, Tensor)
+            or not outputs.is_floating_point()
+            or outputs.ndim != 2 + timed
+            or outputs.shape[:-1] != ((convention.T, images) if timed else (images,))
+        ):
+            raise ValueError(wrong_outputs(outputs, images, convention.T))
+        logits = outputs.mean(0) if timed else outputs
+        return logits if logits.dtype == torch.float64 else logits.float()
 
     def _normalise(self, frames: Tensor, channel_dim: int) -> Tensor:
         shape = (-1, *[1] * (frames.ndim - channel_dim - 1))
@@ -276,7 +382,7 @@ class SpikingEventClassifier(SpikingClassifier):
         net: A SpikingJelly network of any neurons that takes [T, N, C, H, W] (step mode ``"m"``) or
             T times [N, C, H, W] (step mode ``"s"``).
         T: Number of frames per sample.
-        step_mode: How to call ``net``; None asks its outermost step module.
+        takes: What the network is called with: ``"sequence"`` or ``"steps"``; None finds out.
 
     Raises:
         ValueError: If an argument, the shape of the frames or the network's output does not fit, or
@@ -292,14 +398,11 @@ class SpikingEventClassifier(SpikingClassifier):
         torch.Size([5, 3])
     """
 
-    def __init__(self, net: nn.Module, T: int, *, step_mode: str | None = None) -> None:
+    _possible = ("sequence", "steps")
+
+    def __init__(self, net: nn.Module, T: int, *, takes: Takes | None = None) -> None:
         """Wrap a network; see the class."""
-        super().__init__(net, T, step_mode=step_mode)
-        if getattr(net, "expands_time", False):
-            raise ValueError(
-                "net must take frames [T, N, C, H, W], got one that repeats its input over time "
-                "itself (expands_time); build it without that"
-            )
+        super().__init__(net, T, takes=takes)
 
     def _check_shape(self, images: Tensor) -> None:
         if images.ndim != 5:
@@ -314,8 +417,8 @@ class SpikingEventClassifier(SpikingClassifier):
                 f"{tuple(images.shape)}: {images.shape[1]} frames per sample{hint}"
             )
 
-    def _run(self, images: Tensor) -> Tensor:
-        return self._over_time(images.transpose(0, 1).contiguous())
+    def _frames(self, images: Tensor, steps: int) -> Tensor:
+        return images.transpose(0, 1).contiguous()
 
 
 class PoissonEncoder(nn.Module):
@@ -356,7 +459,7 @@ def as_classifier(
     *,
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
-    frames: bool = False,
+    images: Tensor | None = None,
 ) -> nn.Module:
     """A network as a function of images: a bare SpikingJelly network gets its classifier.
     把任意网络变为图像的函数。
@@ -365,15 +468,16 @@ def as_classifier(
         net: A bare network of SpikingJelly neurons; or what takes images already, a
             :class:`SpikingClassifier` or a network without spiking neurons, which is returned as it
             is.
-        T: Number of time steps, for a bare network.
+        T: Number of time steps, for a bare network; None if it repeats its images itself.
         mean: Mean per channel that a bare network expects to be subtracted from images in [0, 1].
         std: Standard deviation per channel that it expects them to be divided by.
-        frames: Whether it takes event frames.
+        images: What it will get, images or event frames [N, T, C, H, W], by which it is found out
+            at once how it is called; None leaves that to the first forward.
 
     Raises:
         TypeError: If ``net`` is no network, or T a tensor.
-        ValueError: If T is missing, or T, mean or std are given for a classifier, which has its
-            own.
+        ValueError: If T is missing, T, mean or std are given for a classifier, which has its own,
+            or it cannot be found out how the network is called.
     """
     check_network(net)
     if isinstance(T, Tensor):
@@ -381,7 +485,7 @@ def as_classifier(
             "T must be a number of time steps, got a tensor; name the arguments behind the images"
         )
     if isinstance(net, SpikingClassifier):
-        if T is not None and T != net.T:
+        if T is not None and vars(net).get("T", T) != T:
             raise ValueError(
                 f"T must be the classifier's {net.T} or None, got {T}; build a classifier for "
                 "another T"
@@ -391,26 +495,33 @@ def as_classifier(
                 "a SpikingClassifier has its own mean and std; leave them out, or give the bare "
                 "network"
             )
+        _found_out(net, images)
         return net
+    frames = images is not None and images.ndim == 5
     normalised = mean is not None or std is not None
-    if T is None and any(map(is_neuron, net.modules())):
-        raise ValueError(
-            f"T must be given for a bare network ({type(net).__name__}), got None; it is the "
-            "number of time steps, such as T=4 (--T 4)"
-        )
-    if T is None and not normalised:
+    spiking = any(map(is_neuron, net.modules()))
+    if T is None and not normalised and not spiking:
         return net
     made: SpikingClassifier
-    if frames:
-        if normalised:
-            raise ValueError("event frames are not normalised; leave mean and std out")
-        made = SpikingEventClassifier(net, T or 1)
-    else:  # without neurons there is one step
-        made = SpikingClassifier(
-            net, T or 1, mean=mean, std=std, step_mode="s" if T is None else None
-        )
+    if frames and normalised:
+        raise ValueError("event frames are not normalised; leave mean and std out")
+    if images is not None and frames:
+        made = SpikingEventClassifier(net, images.shape[1] if T is None else T)
+    else:
+        made = SpikingClassifier(net, 1 if T is None and not spiking else T, mean=mean, std=std)
     made.training = net.training
-    return made.to(device_of(net))
+    made = made.to(device_of(net))
+    _found_out(made, images)
+    return made
+
+
+def _found_out(classifier: SpikingClassifier, images: Tensor | None) -> None:
+    """It is known how the network is called, if there are images that it can take."""
+    weight = next(classifier.net.parameters(), None)
+    if not isinstance(images, Tensor) or not images.is_floating_point() or not len(images):
+        return  # which the call itself is about to refuse
+    if weight is None or weight.dtype == images.dtype:
+        classifier.find_convention(images[:1].to(device_of(classifier)))
 
 
 def check_classifier(model: object) -> SpikingClassifier:
@@ -444,15 +555,6 @@ def _needs_step_mode(module: nn.Module) -> bool:
     if isinstance(module, nn.Flatten):
         return module.start_dim == 1 and not isinstance(module, base.StepModule)
     return isinstance(module, _OF_FIXED_RANK) and not isinstance(module, base.StepModule)
-
-
-def step_mode_of(net: nn.Module) -> str:
-    """Step mode of the outermost step module; inner ones may differ (recurrent containers)."""
-    for module in net.modules():
-        # A container of SpikingJelly 2.x may be a step module without a mode of its own.
-        if isinstance(module, base.StepModule) and hasattr(module, "step_mode"):
-            return str(module.step_mode)
-    return "m"
 
 
 @contextmanager

@@ -17,7 +17,7 @@ PUBLIC = {
         "random_moves rfgsm salt_and_pepper sapgd square transfer uniform"
     ),
     "sj_robust.estimators": "Applied ESTIMATORS Estimator estimator",
-    "sj_robust.classifier": "PoissonEncoder SpikingClassifier SpikingEventClassifier",
+    "sj_robust.classifier": "Convention PoissonEncoder SpikingClassifier SpikingEventClassifier",
     "sj_robust.data": (
         "Augmentation CIFAR_STATISTICS DATASETS EVENT_DATASETS ImageSplits ShuffledBatches "
         "image_loader load_images"

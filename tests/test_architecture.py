@@ -24,6 +24,7 @@ LIBRARY = [
     {
         "_checks",
         "_console",
+        "_convention",
         "_datasets",
         "_environment",
         "_eps",

@@ -55,7 +55,7 @@ def test_single_step_networks_run_step_by_step(kind):
     cls, x, _ = kind
     wanted = cls(make_net("m"), T=4)(x)
     torch.testing.assert_close(cls(make_net("s"), T=4)(x), wanted)
-    torch.testing.assert_close(cls(make_net("s"), T=4, step_mode="s")(x), wanted)
+    torch.testing.assert_close(cls(make_net("s"), T=4, takes="steps")(x), wanted)
 
 
 @pytest.mark.parametrize("spiking_neuron", [neuron.LIFNode, neuron.IFNode])
@@ -87,11 +87,9 @@ def test_normalisation_is_inside_and_moves_with_the_module():
 
 
 class Expanding(nn.Module):
-    expands_time = True
-
     def forward(self, images):
-        assert images.shape == (5, 1, 6, 6)
-        return images.flatten(1)[:, :3].expand(4, 5, 3)
+        assert images.shape[1:] == (1, 6, 6)
+        return images.flatten(1)[:, :3].expand(4, len(images), 3)
 
 
 class Averaging(nn.Module):
@@ -189,16 +187,23 @@ def classifier_of_output(output):
         ),
         (lambda: SpikingClassifier(make_net(), T=0), "T must be an integer >= 1"),
         (lambda: SpikingClassifier(make_net(), T=2, std=[0.0]), "std must be > 0"),
-        (lambda: SpikingClassifier(make_net(), T=2, step_mode="x"), "step_mode must be"),
+        (lambda: SpikingClassifier(make_net(), T=2, takes="x"), "takes must be one of 'images', "),
+        (
+            lambda: SpikingEventClassifier(make_net(), T=2, takes="images"),
+            "takes must be one of 'sequence', 'steps' here",
+        ),
         (
             lambda: classifier_of_output(torch.zeros(3, 5, 2))(make_images()),
-            r"with T=4, got \(3, 5, 2\)",
+            r"with N = 2 and T = 4, got a tensor \[3, 5, 2\]; let it end in a layer",
         ),
         (
             lambda: classifier_of_output(torch.zeros(4, 5, 2, 2))(make_images()),
-            "N=5, got a mean over time of shape",
+            r"with N = 2 and T = 4, got a tensor \[4, 5, 2, 2\]",
         ),
-        (lambda: classifier_of_output((torch.zeros(1),))(make_images()), "one tensor .* got tuple"),
+        (
+            lambda: classifier_of_output((torch.zeros(2, 3),))(make_images()),
+            r"got a tuple \(tensor \[2, 3\]\); return the logits alone, .* net\(x\)\[0\]",
+        ),
         (
             lambda: SpikingEventClassifier(make_net(), T=4)(make_images()),
             r"frames must be \[N, T, C, H, W\], got .*unsqueeze\(0\), "
@@ -208,7 +213,10 @@ def classifier_of_output(output):
             lambda: SpikingEventClassifier(make_net(), T=4)(make_frames()[:, :3]),
             r"with T = 4, got shape \(5, 3, 1, 6, 6\): 3 frames per sample$",
         ),
-        (lambda: SpikingEventClassifier(Expanding(), T=4), "repeats its input over time itself"),
+        (
+            lambda: SpikingEventClassifier(Expanding(), T=4)(make_frames()),
+            "takes images .* without repeating its input over time itself",
+        ),
     ],
 )
 def test_wrong_use(call, match):

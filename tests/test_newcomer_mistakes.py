@@ -508,14 +508,14 @@ def test_weights_without_gains_go_into_a_dlif_network_if_that_is_asked_for():
     assert torch.equal(net[2].input_gain, torch.ones(T))
 
 
-@pytest.mark.parametrize("expands", [False, True])
-def test_layers_that_never_meet_the_time_dimension_are_not_blamed(expands):
-    wrapped = nn.Conv2d(1, 2, 3) if expands else layer.SeqToANNContainer(nn.Conv2d(1, 2, 3))
+@pytest.mark.parametrize("takes", ["images", "sequence"])
+def test_layers_that_never_meet_the_time_dimension_are_not_blamed(takes):
+    own = takes == "images"
+    wrapped = nn.Conv2d(1, 2, 3) if own else layer.SeqToANNContainer(nn.Conv2d(1, 2, 3))
     net = nn.Sequential(wrapped, layer.Flatten(), layer.Linear(5, 10), DLIFNode(T=T))
-    net.expands_time = expands
-    functional.set_step_mode(net, "s" if expands else "m")
+    functional.set_step_mode(net, "s" if own else "m")
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught:
-        SpikingClassifier(net, T=T, step_mode="m")(images())
+        SpikingClassifier(net, T=T, takes=takes)(images())
     assert not getattr(caught.value, "__notes__", [])
 
 

@@ -94,7 +94,7 @@ def evaluate(
         total_shift: For moves, the frames by which all events of a sample may be moved together.
         suite: Name of the suite, see :func:`make_suite`; None takes ``"standard"``, and
             ``"events"`` for event frames.
-        T: Number of time steps, for a bare network.
+        T: Number of time steps, for a bare network; None if it brings its own.
         mean: Mean per channel that a bare network expects to be subtracted, as numbers, a tensor or
             an array.
         std: Standard deviation per channel that it expects to be divided by, likewise.
@@ -207,7 +207,7 @@ def stress(
         faults: What is measured, from mild to severe; None takes every kind at its usual levels.
         draws: Draws of a fault that is random.
         steps: Steps of the attack.
-        T: Number of time steps, for a bare network.
+        T: Number of time steps, for a bare network; None if it brings its own.
         mean: Mean per channel that a bare network expects to be subtracted.
         std: Standard deviation per channel that it expects to be divided by.
         seed: Seeds everything.
@@ -411,13 +411,16 @@ def _checked_faults(
 @contextmanager
 def _prepared(model: nn.Module, given: _Given, asked: _Asked) -> Iterator[_Ready]:
     """The network as a classifier that has taken an image; evaluation mode, full precision."""
-    classifier = as_classifier(model, asked.T, mean=asked.mean, std=asked.std, frames=given.frames)
+    classifier = as_classifier(model, asked.T, mean=asked.mean, std=asked.std, images=given.first)
     network = classifier.net if isinstance(classifier, SpikingClassifier) else classifier
     subject = Subject(asked.name or type(network).__name__, classifier, type(network).__name__)
     device = device_of(classifier)
     with evaluation_mode(classifier), full_precision(device), _shown(asked.progress) as display:
         classes = check_fits(subject, given.first[:1].to(device), None, asked.dataset)
         check_classes(torch.tensor(given.data.labels), classes)
+        if isinstance(classifier, SpikingClassifier):
+            say, _ = display
+            say(f"{subject.name} {classifier.convention}")
         try:
             yield _Ready(subject, classes, *display)
         except KeyboardInterrupt as stopped:

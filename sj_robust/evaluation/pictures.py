@@ -169,7 +169,7 @@ def gallery(
         norm: Norm.
         estimator: Gradient estimator to attack with, such as the first of ``report.estimators``.
         count: Images to show, those that fool the network first.
-        T: Number of time steps, for a bare network.
+        T: Number of time steps, for a bare network; None if it brings its own.
         mean: Mean per channel that a bare network expects to be subtracted.
         std: Standard deviation per channel that it expects to be divided by.
         draws: Forwards that a gradient of a stochastic network is averaged over.
@@ -188,7 +188,7 @@ def gallery(
         >>> len(shown.x_adv), bool((shown.x_adv - shown.x).abs().max() <= 0.1 + 1e-6)
         (6, True)
     """
-    classifier = as_classifier(model, T, mean=mean, std=std, frames=x.ndim == 5)
+    classifier = as_classifier(model, T, mean=mean, std=std, images=x)
     threat = ThreatModel(norm or ("L0" if x.ndim == 5 else "Linf"), parse_eps(eps))
     return gallery_within(
         classifier, x, y, threat, estimator=estimator, count=count, draws=draws, seed=seed

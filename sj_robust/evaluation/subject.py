@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sj_robust._checks import did_you_mean
+from sj_robust._convention import checked_logits
 from sj_robust.classifier import SpikingClassifier, as_classifier
 from sj_robust.models import NetworkSpec, build_classifier, set_time_steps
 from sj_robust.models.checkpoint import load_checkpoint
@@ -18,6 +19,7 @@ from sj_robust.models.weights import as_named_in
 
 __all__ = ["Subject", "check_fits", "describe_network", "from_checkpoint", "from_function"]
 
+_COPIES = 3  # of one image: a batch that no other dimension is taken for
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -112,15 +114,16 @@ def from_function(
         text: ``module:function`` or ``path/to/file.py:function``; the function takes nothing and
             returns the network with its weights loaded, bare or inside a ``SpikingClassifier``.
             Modules are looked for in the working folder first.
-        T: Time steps, for a bare network with spiking neurons.
+        T: Time steps, for a bare network with spiking neurons; None if it repeats its images
+            itself.
         mean: Mean per channel that a bare network expects to be subtracted from images in [0, 1].
         std: Standard deviation per channel that it expects them to be divided by.
 
     Raises:
         ModuleNotFoundError: If there is no such module.
         FileNotFoundError: If there is no such file.
-        ValueError: If the text has no colon, there is no such function, it or its module fails, it
-            returns no network, or ``T`` is missing.
+        ValueError: If the text has no colon, there is no such function, it or its module fails, or
+            it returns no network.
 
     Examples:
         >>> from_function("torch.nn:Flatten", T=4).model.T
@@ -189,8 +192,8 @@ def check_fits(subject: Subject, images: Tensor, classes: int | None, dataset: s
         Number of classes that the network tells apart.
 
     Raises:
-        ValueError: If they do not belong together, logits are not finite, or no gradient reaches
-            the images.
+        ValueError: If they do not belong together, the network does not return logits [N, classes],
+            they are not finite, or no gradient reaches the images.
 
     Examples:
         >>> own = Subject("mine", nn.Flatten(), "a reshape")
@@ -205,9 +208,9 @@ def check_fits(subject: Subject, images: Tensor, classes: int | None, dataset: s
                 f"{subject.name} takes {'frames' if spec.frames else 'images'} {taken}, those of "
                 f"{dataset} are {shape}; leave --dataset out to take the one it was trained on"
             )
-    image = images[:1].clone().requires_grad_()
+    image = images[:1].repeat(_COPIES, *[1] * (images.ndim - 1)).requires_grad_()
     try:
-        logits = subject.model(image)
+        outputs = subject.model(image)
     except Exception as error:  # foreign code raises anything
         low = sorted(
             {str(weight.dtype) for weight in subject.model.parameters() if weight.dtype in _HALF}
@@ -220,6 +223,7 @@ def check_fits(subject: Subject, images: Tensor, classes: int | None, dataset: s
         raise ValueError(
             f"{subject.name} does not take images {shape} of {dataset} ({reason(error)}){hint}"
         ) from error
+    logits = checked_logits(outputs, _COPIES)
     if classes is not None and logits.shape[1] != classes:
         raise ValueError(
             f"{subject.name} tells {logits.shape[1]} classes apart, {dataset} has {classes}; "

@@ -11,7 +11,6 @@ from torch import nn
 
 from sj_robust.classifier import SpikingClassifier, SpikingEventClassifier
 from sj_robust.models.chain import VGG, VGG_FEATURES, SmallConvNet
-from sj_robust.models.direct import DirectlyEncoded
 from sj_robust.models.foreign import call_with_known, find_function
 from sj_robust.models.wide_resnet import WIDE_RESNETS, WideResNet
 from sj_robust.models.zoo import build_zoo_network
@@ -164,12 +163,9 @@ def build_classifier(spec: NetworkSpec) -> SpikingClassifier:
     net = _built(spec)
     if isinstance(net, SpikingClassifier):
         return net
-    step_mode = "m" if spec.name.startswith("zoo:") else None  # some of the zoo cannot be asked
-    if not spec.frames:
-        return SpikingClassifier(net, spec.T, mean=spec.mean, std=spec.std, step_mode=step_mode)
-    if isinstance(net, DirectlyEncoded):
-        net.expands_time = False  # takes frames as well, and here gets nothing else
-    return SpikingEventClassifier(net, spec.T, step_mode=step_mode)
+    if spec.frames:
+        return SpikingEventClassifier(net, spec.T)
+    return SpikingClassifier(net, spec.T, mean=spec.mean, std=spec.std)
 
 
 def _neuron(spec: NetworkSpec) -> Callable[..., nn.Module]:

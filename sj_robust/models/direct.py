@@ -25,6 +25,8 @@ class DirectlyEncoded(nn.Module):
     Shapes: in step mode ``"m"`` images [N, C, H, W] or frames [T, N, C, H, W] to [T, N, classes];
     in step mode ``"s"`` one frame [N, C, H, W] to [N, classes] per call.
 
+    ``SpikingClassifier`` gives it images.
+
     A subclass sets ``T``, the SpikingJelly layer ``first`` and the module ``stages``.
 
     Raises:
@@ -39,7 +41,6 @@ class DirectlyEncoded(nn.Module):
         torch.Size([2, 5, 3])
     """
 
-    expands_time = True
     T: int
     first: nn.Module
     stages: nn.Module

@@ -58,7 +58,8 @@ def build_zoo_network(
     """A network of SpikingJelly's zoo with fresh weights, in step mode ``"m"``.
     构建模型库中的网络。
 
-    Shapes: frames [T, N, C, H, W] to [T, N, classes].
+    Shapes: frames [T, N, C, H, W] to [T, N, classes] or [N, classes]; some take images [N, C, H, W]
+    as well and repeat them, which ``SpikingClassifier`` finds out.
 
     Args:
         name: One of :func:`zoo_networks`.

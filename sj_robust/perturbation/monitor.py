@@ -81,7 +81,7 @@ def compare(
     mean, std = check_channels("mean", mean), check_channels("std", std, positive=True)
     if T is not None:
         check_number_of_channels(x, mean=mean, std=std)
-    watched, forward = as_watched(net, T, mean, std)
+    watched, forward = as_watched(net, x, T, mean, std)
     with MPPDMonitor(watched) as monitor:
         stats = monitor.compare(x, x_perturbed, forward=forward)
     if silent := stats.silent:
@@ -95,14 +95,18 @@ def compare(
 
 
 def as_watched(
-    net: nn.Module, T: int | None, mean: Sequence[float] | None, std: Sequence[float] | None
+    net: nn.Module,
+    x: Tensor,
+    T: int | None,
+    mean: Sequence[float] | None,
+    std: Sequence[float] | None,
 ) -> tuple[nn.Module, nn.Module | None]:
     """What a monitor hooks, and what runs it: the network itself if it gets its own inputs, else
     its classifier.
     """
     if T is None and mean is None and std is None and not isinstance(net, SpikingClassifier):
         return net, None
-    model = as_classifier(net, T, mean=mean, std=std)
+    model = as_classifier(net, T, mean=mean, std=std, images=x)
     return model.net if isinstance(model, SpikingClassifier) else net, model
 
 

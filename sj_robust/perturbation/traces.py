@@ -153,7 +153,7 @@ def trace(
         net: As in :func:`compare`, and so are the others.
         x: Clean images.
         x_perturbed: Perturbed ones.
-        T: Number of time steps, for a bare network.
+        T: Number of time steps, for a bare network; None if it brings its own.
         mean: Mean per channel that a bare network expects to be subtracted.
         std: Standard deviation per channel that it expects to be divided by.
 
@@ -169,7 +169,7 @@ def trace(
         >>> trace(pretrained("digits/lif"), x, x).parting() is None
         True
     """
-    watched, forward = as_watched(net, T, mean, std)
+    watched, forward = as_watched(net, x, T, mean, std)
     with MPPDMonitor(watched, keep="trace") as monitor:
         return Traces(
             {name: monitor[name][-1] for name in monitor.compare(x, x_perturbed, forward=forward)}

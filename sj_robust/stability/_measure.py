@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sj_robust.classifier import SpikingClassifier, step_mode_of
+from sj_robust._convention import Convention, Takes
+from sj_robust.classifier import SpikingClassifier
 from sj_robust.stability._affine import INPUT
 from sj_robust.stability.gain import NeuronGains
 
-__all__ = ["Moved", "first_frame", "measure"]
+__all__ = ["Moved", "first_frame", "measure", "per_step"]
 
 
 @dataclass
@@ -70,15 +71,19 @@ def measure(
     counts.
     """
     net = classifier.net
-    net_mode = "m" if _is_multi_step(classifier) else "s"
+    convention = classifier.find_convention(x)
+    net_mode = "s" if convention.takes == "steps" else "m"
+    repeats = classifier.T if per_step(convention) == "sequence" else 1
     moved = {name: Moved(*x.new_zeros(4, len(x), dtype=torch.float64)) for name in (INPUT, *layers)}
 
     def steps(values: Tensor, step_mode: str) -> Tensor:
         return values if step_mode == "m" else values.unsqueeze(0)
 
     def enter(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        once = _is_one_frame(classifier, x, args[0])
-        moved[INPUT].send(steps(args[0], "s" if once else net_mode), classifier.T if once else 1)
+        if convention.takes == "images":
+            moved[INPUT].send(args[0].unsqueeze(0), repeats)
+        else:
+            moved[INPUT].send(steps(args[0], net_mode))
 
     def follow(name: str, gains: NeuronGains | None) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
@@ -100,6 +105,11 @@ def measure(
     return moved
 
 
+def per_step(convention: Convention) -> Takes:
+    """What a network is to be called with for the maps of a single time step, where it can be."""
+    return "sequence" if convention.takes_sequences else convention.takes
+
+
 @torch.no_grad()
 def first_frame(classifier: SpikingClassifier, x: Tensor) -> Tensor:
     """What the network inside a classifier gets in its first time step for one sample, [1, *]."""
@@ -111,15 +121,4 @@ def first_frame(classifier: SpikingClassifier, x: Tensor) -> Tensor:
     with ExitStack() as stack:
         stack.callback(classifier.net.register_forward_pre_hook(enter).remove)
         classifier(x[:1])
-    has_time = _is_multi_step(classifier) and not _is_one_frame(classifier, x, given[0])
-    return given[0][0] if has_time else given[0]
-
-
-def _is_multi_step(classifier: SpikingClassifier) -> bool:
-    return (classifier.step_mode or step_mode_of(classifier.net)) == "m"
-
-
-def _is_one_frame(classifier: SpikingClassifier, x: Tensor, given: Tensor) -> bool:
-    """Whether the network got one frame, which it repeats over time itself."""
-    expands_time = bool(getattr(classifier.net, "expands_time", False))
-    return expands_time and _is_multi_step(classifier) and given.ndim == x.ndim
+    return given[0][0] if classifier.find_convention(x).takes == "sequence" else given[0]

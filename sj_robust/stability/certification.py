@@ -20,7 +20,7 @@ from sj_robust._checks import (
 from sj_robust._preserved import full_precision, preserved
 from sj_robust.classifier import as_classifier, check_classifier
 from sj_robust.neuron.charging import find_neurons
-from sj_robust.stability._measure import Moved, first_frame, measure
+from sj_robust.stability._measure import Moved, first_frame, measure, per_step
 from sj_robust.stability.certificate import Bound, Certificate, LayerCertificate
 from sj_robust.stability.gain import NeuronGains, l2_gain_limit, neuron_gains
 from sj_robust.stability.no_flip import no_flip_radius
@@ -73,7 +73,7 @@ def certify(
             ``mean`` and ``std``.
         x: Inputs as the classifier takes them, [N, C, H, W] or [N, F]; of a
             ``SpikingEventClassifier`` event frames [N, T, C, H, W].
-        T: Number of time steps; None takes the classifier's.
+        T: Number of time steps; None takes the classifier's, or the network's own.
         x_perturbed: Perturbed inputs in the shape of ``x``; None gives bounds alone.
         mean: Mean per channel that a bare network expects to be subtracted.
         std: Standard deviation per channel that it expects to be divided by.
@@ -107,7 +107,7 @@ def certify(
     check_number_of_channels(x, mean=mean, std=std)
     margin, tolerance = check_size("margin", margin), check_size("tolerance", tolerance)
     max_iterations, seed = check_count("max_iterations", max_iterations), check_seed("seed", seed)
-    classifier = check_classifier(as_classifier(net, T, mean=mean, std=std))
+    classifier = check_classifier(as_classifier(net, T, mean=mean, std=std, images=x))
     neurons, unknown, _ = find_neurons(classifier.net, {}, {})
     gains = {
         name: neuron_gains(neuron.charging(), classifier.T) for name, neuron in neurons.items()
@@ -116,7 +116,7 @@ def certify(
         maps = input_maps(
             classifier.net,
             first_frame(classifier, x),
-            step_mode=classifier.step_mode,
+            takes=per_step(classifier.find_convention(x)),
             tolerance=tolerance,
             max_iterations=max_iterations,
             seed=seed,

@@ -91,6 +91,7 @@ class DifferentiableBounds:
         """Upper bounds [N, classes] for images [N, ...] with labels [N]; those of the labels are
         0.
         """
+        self.classifier.find_convention(x)  # before anything is replaced
         run = BoundedRun(self._neurons, len(x), differentiable=True)
         with ExitStack() as stack:
             for name, seen in self._seen.items():

@@ -73,6 +73,7 @@ def no_flip_radius(model: SpikingClassifier, x: Tensor, *, batch_size: int = 64)
     with full_precision(device_of(model)), torch.no_grad(), preserved(model):
         exact = copy.deepcopy(model).double().eval()
         images = x.detach().to(device_of(model)).double()
+        exact.find_convention(images)  # before anything is replaced
         rows = _row_norms(exact, images[:1], batch_size)
         parts = [_radii(exact, part, rows) for part in torch.split(images, batch_size)]
     return torch.cat(parts) if parts else x.new_zeros(0, dtype=torch.float64)

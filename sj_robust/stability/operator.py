@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from sj_robust._convention import Takes, step_mode_of
 from sj_robust._host import functional
 from sj_robust._preserved import full_precision, preserved
-from sj_robust.classifier import step_mode_of
 from sj_robust.neuron.charging import find_neurons
 from sj_robust.stability._affine import INPUT, POOLINGS, AffineMap, CutRun, call_key, cut_run
 from sj_robust.stability._lanczos import SingularValue, largest_singular_value
@@ -46,7 +46,7 @@ def input_maps(
     net: nn.Module,
     frame: Tensor,
     *,
-    step_mode: str | None = None,
+    takes: Takes | None = None,
     tolerance: float = 1e-4,
     max_iterations: int = 300,
     seed: int = 0,
@@ -82,7 +82,9 @@ def input_maps(
         net: A SpikingJelly network, not the classifier around it.
         frame: Input of one time step, normalised as the network gets it: [N, C, H, W] or [N, F];
             its first sample counts, and only by its shape.
-        step_mode: How to call ``net``; None asks its outermost step module.
+        takes: What ``net`` is called with, see :class:`sj_robust.classifier.Convention`; None asks
+            its outermost step module. Where it takes images, the map from the input goes to the
+            currents of all time steps.
         tolerance: Residual to stop at, relative to the norm.
         max_iterations: Iterations to stop at; the residual then tells what was reached.
         seed: Of the random values and start vectors.
@@ -105,9 +107,9 @@ def input_maps(
         raise ValueError(f"frame must hold a sample, got shape {tuple(frame.shape)}")
     neurons, others, _ = find_neurons(net, {}, {})
     with full_precision(frame.device), preserved(net):
-        network = _CutNetwork(
-            net, frame[:1].detach(), [*neurons, *others], step_mode or step_mode_of(net), seed
-        )
+        if takes is None:
+            takes = "steps" if step_mode_of(net) == "s" else "sequence"
+        network = _CutNetwork(net, frame[:1].detach(), [*neurons, *others], takes, seed)
         found: dict[str, InputMap] = {}
         for name in network.run.currents:
             found[name] = _measured(network, name, found, tolerance, max_iterations)
@@ -129,10 +131,11 @@ class _CutNetwork:
     """
 
     def __init__(
-        self, net: nn.Module, frame: Tensor, neurons: list[str], step_mode: str, seed: int
+        self, net: nn.Module, frame: Tensor, neurons: list[str], takes: Takes, seed: int
     ) -> None:
         self.net = net
-        self.multi_step = step_mode == "m"
+        self.takes = takes
+        self.multi_step = takes == "sequence"
         self.frame = frame.unsqueeze(0) if self.multi_step else frame
         self.generator = torch.Generator().manual_seed(seed)
         poolings = [name for name, module in net.named_modules() if isinstance(module, POOLINGS)]
@@ -145,7 +148,8 @@ class _CutNetwork:
             self._run(self._random_leaves(i, scale)).currents
             for i, scale in enumerate((1.0, -1000.0))
         ]
-        self.second_step = self._second_step()
+        # A run on images holds all steps, each with leaves of its own.
+        self.second_step = self.at_random[1] if takes == "images" else self._second_step()
 
     def _run(self, value: _Value, frame: Tensor | None = None, *, reset: bool = True) -> CutRun:
         if reset:
@@ -264,9 +268,10 @@ def _reason(
     for key in (name, *affine.feeds):
         layer = _layer_name(key)
         if network.run.calls[layer] > 1 and key not in network.run.windows:
+            per = "forward, step by step" if network.takes == "images" else "time step"
             return (
                 f"{'it' if layer == name else layer} is called {network.run.calls[layer]} times "
-                "per time step"
+                f"per {per}"
             )
         if key in found and key in network.run.windows and found[key].not_covered is not None:
             return f"the max pooling {key} before it: {found[key].not_covered}"

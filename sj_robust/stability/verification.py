@@ -208,7 +208,7 @@ def verify(
             [N, T, C, H, W].
         y: Labels [N] int64.
         eps: Linf radius, >= 0, a number or a text such as ``"8/255"``.
-        T: Number of time steps, for a bare network.
+        T: Number of time steps, for a bare network; None if it brings its own.
         mean: Mean per channel that a bare network expects to be subtracted.
         std: Standard deviation per channel that it expects to be divided by.
         method: "ibp", "crown", "bab" or "mip".
@@ -261,6 +261,7 @@ def verify(
     neurons = _checked(classifier, x, y, eps)
     check_number_of_channels(x, mean=mean, std=std)
     device = device_of(classifier)
+    classifier.find_convention(x.to(device))
     correct: list[bool] = []
     margins: list[float] = []
     totals: dict[str, Tensor] = {}
@@ -379,6 +380,7 @@ def bounded_logits(model: SpikingClassifier, run: BoundedRun, images: Tensor, ep
     Raises:
         NotImplementedError: If something in the network has no bounds; it is named.
     """
+    model.find_convention(images)  # before anything is replaced
     run.dtype = images.dtype
     exact = images.detach() if run.differentiable else images.detach().double()
     lower, upper = (exact - eps).clamp(min=0), (exact + eps).clamp(max=1)

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from sj_robust._convention import Takes
 from sj_robust._host import functional
-from sj_robust.classifier import step_mode_of
 
 __all__ = ["compiled"]
 
@@ -19,14 +19,14 @@ _OPTIONS = {
 
 
 @contextmanager
-def compiled(net: nn.Module, *, step_mode: str | None = None) -> Iterator[None]:
+def compiled(net: nn.Module, *, takes: Takes = "sequence") -> Iterator[None]:
     """Run ``net`` through ``torch.compile`` until the context ends. 在上下文内编译网络。
 
-    It is compiled in place: modules, hooks and ``state_dict`` keys stay. A network that takes whole
-    sequences also resets its states after every pass, inside the graph, which then need not hand
-    them out or wait for their gradients. Compiling happens at the first pass of every kind
+    It is compiled in place: modules, hooks and ``state_dict`` keys stay. A network that runs all
+    steps in one call also resets its states after every pass, inside the graph, which then need not
+    hand them out or wait for their gradients. Compiling happens at the first pass of every kind
     (training, attack, another batch size), which then takes long. ``net`` is the network inside a
-    classifier; a ``step_mode`` of None asks its outermost step module.
+    classifier, and ``takes`` what its convention says.
 
     Raises:
         ValueError: If torch cannot compile the network on this machine.
@@ -42,7 +42,7 @@ def compiled(net: nn.Module, *, step_mode: str | None = None) -> Iterator[None]:
     from torch._dynamo.exc import TorchDynamoException  # imports the compiler, which takes seconds
 
     own_forward = net.__dict__.get("forward")
-    if (step_mode or step_mode_of(net)) == "m":
+    if takes != "steps":
         forward = net.forward
 
         def forward_and_reset(

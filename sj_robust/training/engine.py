@@ -85,7 +85,9 @@ def train(
         if resume and (folder / "last.pt").exists():
             run.load(load_run(folder / "last.pt"))
         if plan.compile:
-            stack.enter_context(compiled(net, step_mode=objective.classifier.step_mode))
+            first = splits.train[0][0].unsqueeze(0).to(accelerator.device)
+            found = objective.classifier.find_convention(first)
+            stack.enter_context(compiled(net, takes=found.takes))
         received = stack.enter_context(collected_signals())
         sizes = {"epochs": plan.epochs, "batches": len(run.batches), "images": plan.batch_size}
         stack.enter_context(journal.follow(folder.name, **sizes, epoch=run.epoch, batch=run.batch))

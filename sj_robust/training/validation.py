@@ -164,8 +164,8 @@ def check_start(
             [round(value, 3) for value in part.tolist()] for part in (x.mean(dims), x.std(dims))
         )
         if min(std) > 0:
-            net, mode = classifier.net, classifier.step_mode
-            normalising = SpikingClassifier(net, classifier.T, mean=mean, std=std, step_mode=mode)
+            net, takes = classifier.net, classifier.takes
+            normalising = SpikingClassifier(net, classifier.T, mean=mean, std=std, takes=takes)
             lifted = right(normalising.to(x.device))
             if wilson_interval(lifted, len(y))[0] > high:
                 journal.say(

@@ -317,9 +317,7 @@ def test_layers_used_twice_or_step_by_step():
     )
     wanted = certify(net, x, 4, x_perturbed=1 - x)
     functional.set_step_mode(net, "s")
-    contained = SpikingClassifier(
-        nn.Sequential(nn.Sequential(), layer.MultiStepContainer(net)), 4, step_mode="m"
-    )
+    contained = SpikingClassifier(nn.Sequential(nn.Sequential(), layer.MultiStepContainer(net)), 4)
     for entry, other in zip(
         certify(contained, x, x_perturbed=1 - x).layers, wanted.layers, strict=True
     ):

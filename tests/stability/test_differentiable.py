@@ -83,7 +83,7 @@ def test_dropout_is_left_out_and_what_feeds_a_neuron_twice_is_bounded_once():
 
 def test_a_network_that_mixes_samples_is_refused_at_the_first_batch_and_looked_at_once(monkeypatch):
     x, y = torch.rand(3, 2, 1, 1), torch.tensor([0, 1, 0])
-    mixed = SpikingClassifier(MIXED["mean"], T, step_mode="m")
+    mixed = SpikingClassifier(MIXED["mean"], T)
     with pytest.raises(NotImplementedError, match="mixes the samples of a batch"):
         DifferentiableBounds(mixed).lead(x, y, 0.1)
     net = nn.Sequential(nn.Flatten(2), nn.Linear(2, 2), NEURONS["LIF"]())

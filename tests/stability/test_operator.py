@@ -363,14 +363,14 @@ def test_single_step_neurons_in_containers_are_handed_the_steps_in_turn():
         )
     )
     net[2].step_mode = "m"
-    found = input_maps(net, torch.rand(1, 4), step_mode="m")
+    found = input_maps(net, torch.rand(1, 4), takes="sequence")
     inner = "1.0.0"
     assert {name: layer.feeds for name, layer in found.items()} == {inner: (INPUT,), "2": (inner,)}
     assert found[inner].norm == pytest.approx(
         float(torch.linalg.matrix_norm(net[0].weight.detach(), 2)), rel=1e-4
     )
     recurrent = layer.LinearRecurrentContainer(neuron.IFNode(), 4, 4, step_mode="m")
-    found = input_maps(recurrent, torch.rand(1, 4), step_mode="m")
+    found = input_maps(recurrent, torch.rand(1, 4), takes="sequence")
     assert "not the same map at every time step" in found["sub_module"].not_covered
 
 

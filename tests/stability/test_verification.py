@@ -274,7 +274,7 @@ def a_base_sees_it(x):
 
 
 def a_constant_sees_it(x):
-    found = torch.zeros(4, 1, 2)
+    found = torch.zeros(4, x.shape[1], 2)
     found += x
     return found
 
@@ -342,7 +342,7 @@ MIXED = {
 @pytest.mark.parametrize("net", MIXED)
 @pytest.mark.parametrize("count", [1, T])
 def test_a_network_that_mixes_samples_is_refused(net, count):
-    model = SpikingClassifier(MIXED[net], T, step_mode="m").eval()
+    model = SpikingClassifier(MIXED[net], T, takes="sequence").eval()
     with pytest.raises(NotImplementedError, match="samples"):
         verify(model, torch.rand(count, 2, 1, 1), torch.zeros(count, dtype=torch.long), 0.1)
 

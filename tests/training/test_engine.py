@@ -377,13 +377,13 @@ def test_a_compiled_network_trains_the_same_weights(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 @tracing
-@pytest.mark.parametrize(("step_mode", "reached"), [(None, 0), ("s", 2)])
-def test_only_a_network_that_takes_whole_sequences_is_reset_in_the_graph(
-    monkeypatch, step_mode, reached
+@pytest.mark.parametrize(("takes", "reached"), [("sequence", 0), ("images", 0), ("steps", 2)])
+def test_only_a_network_that_runs_all_steps_at_once_is_reset_in_the_graph(
+    monkeypatch, takes, reached
 ):
     monkeypatch.setattr(compilation, "_BACKEND", "eager")
     net = nn.Sequential(nn.Linear(3, 2), DLIFNode(T=4))
-    with compilation.compiled(net, step_mode=step_mode):
+    with compilation.compiled(net, takes=takes):
         net(torch.rand(2, 1, 3))
         assert net[1].time_step == reached
     assert "forward" not in vars(net)

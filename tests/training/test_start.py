@@ -28,7 +28,12 @@ class Said(list):
 @pytest.mark.parametrize("given", [False, True])
 def test_a_lost_normalisation_is_told_with_the_options_that_bring_it_back(given):
     options = {"mean": [0.2], "std": [0.25]} if given else {}
-    check_start(SpikingClassifier(Brightest(), 2, **options), splits(), said := Said(), "mine.pt")
+    check_start(
+        SpikingClassifier(Brightest(), 2, takes="sequence", **options),
+        splits(),
+        said := Said(),
+        "mine.pt",
+    )
     assert (
         said[0] == f"starting from mine.pt: {100 if given else 0}.0% of 12 validation images right"
     )
@@ -45,7 +50,9 @@ def test_guessing_is_warned_of():
         def forward(self, x_seq):
             return super().forward(0 * x_seq)
 
-    check_start(SpikingClassifier(Constant(), 2), splits(), said := Said(), "mine.pt")
+    check_start(
+        SpikingClassifier(Constant(), 2, takes="sequence"), splits(), said := Said(), "mine.pt"
+    )
     assert (
         said[1]
         == "WARNING: that is no better than guessing; check the weights, --mean, --std and --tau"

@@ -1,0 +1,262 @@
+"""What works with which network: SpikingJelly's model zoo and the patterns of its tutorials, built
+small.
+
+python docs/results/networks.py                 # every network of the installed release
+python docs/results/networks.py MSResNet loop   # those whose names contain one of these words
+
+It writes networks_RELEASE.json for the installed release of SpikingJelly and, from those of all
+releases, networks.md. A few minutes on one core.
+"""
+
+import importlib
+import json
+import sys
+import warnings
+from collections.abc import Callable
+from copy import deepcopy
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+import sj_robust
+from sj_robust.attacks import fgsm, flip_events, pgd, random_flips
+from sj_robust.attacks.threat import ThreatModel
+from sj_robust.classifier import SpikingClassifier, SpikingEventClassifier
+from sj_robust.evaluation import Member, run_suite
+from sj_robust.evaluation.subject import Subject, check_fits
+from sj_robust.models import NetworkSpec, build_classifier
+from sj_robust.neuron import replace_neurons
+
+HERE = Path(__file__).parent
+NETWORKS = HERE.parents[1] / "tests" / "networks_as_written.py"
+YES = "yes"
+LARGE = ("SNASNet", "SpikeDHS")
+TITLES = {
+    "evaluate": "`evaluate`",
+    "compare": "`compare`",
+    "gains": "gains",
+    "verify": "`verify`",
+    "replace": "`replace_neurons`",
+    "tune": "fine-tuning",
+}
+HEAD = """# Which networks work
+
+The networks of `spikingjelly.activation_based.model` and of SpikingJelly's tutorials, as people
+write them, built small (few channels, blocks and classes, small images) with fresh weights.
+Nothing is said about any of them but the number of steps, and that only where the network does not
+bring it: the first forward finds out how it is called ([Your
+network](../your_network.md#make-it-a-function-of-images)), and its logits are those of the plain
+call, bit for bit (`tests/test_convention.py`). Functions such as `spiking_vgg16_bn` or
+`sew_resnet50` build these classes in other sizes.
+
+`python docs/results/networks.py` tries each of them and writes this page; run it once for every
+release. `evaluate` stands for the checks that it begins with and a suite of one short attack,
+gains for `certify` on perturbed images, `verify` for its intervals, fine-tuning for a step of
+`adv_train.py`: neurons made DLIF, FGSM, the loss with MS-MPPD, backward, SGD. Where the releases
+differ, both are told. SNASNet and SpikeDHS, whose width is fixed, take minutes each and are tried
+only if they are named. The reasons stand below.
+"""
+
+
+def main() -> None:
+    """Try the networks of the installed release, and write its results and the page."""
+    release = version("spikingjelly")
+    path = HERE / f"networks_{release}.json"
+    found = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    rows = rows_of_the_tests()
+    for name, row in rows.items():
+        words = sys.argv[1:]
+        if any(word in name for word in words) or not (words or name.startswith(LARGE)):
+            found[name] = tried(row)
+            kept = {name: found[name] for name in rows if name in found}
+            path.write_text(f"{json.dumps(kept, indent=1)}\n", encoding="utf-8")
+    (HERE / "networks.md").write_text(page(), encoding="utf-8")
+
+
+def rows_of_the_tests() -> dict[str, Any]:
+    """The networks that the installed release has, by name."""
+    sys.path.insert(0, str(NETWORKS.parent))
+    rows: dict[str, Any] = importlib.import_module(NETWORKS.stem).ROWS
+    sys.path.remove(str(NETWORKS.parent))
+    return rows
+
+
+def tried(row: Any) -> dict[str, str]:
+    """What happens in every column: "yes", in how far, or why not."""
+    threads = torch.get_num_threads()
+    columns = {
+        "takes": takes,
+        "evaluate": evaluated,
+        "compare": compared,
+        "gains": gains,
+        "verify": verified,
+        "replace": replaced,
+        "tune": tuned,
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        cells = {name: outcome(column, row) for name, column in columns.items()}
+    torch.set_num_threads(threads)
+    return cells
+
+
+def outcome(column: Callable[[Any], str], row: Any) -> str:
+    """What a column says, or the error in a line."""
+    try:
+        return column(row)
+    except Exception as error:  # the page tells every one of them
+        return f"no: {' '.join(str(error).split())}".replace(f"{NETWORKS}:", "")
+
+
+def classifier_of(row: Any, net: nn.Module | None = None) -> SpikingClassifier:
+    """The network as a user wraps it."""
+    net = row.network() if net is None else net
+    if row.frames:
+        return SpikingEventClassifier(net, row.T).eval()
+    return SpikingClassifier(net, row.T if row.given else None).eval()
+
+
+def labelled(model: nn.Module, row: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two images, and the classes that the network sees in them."""
+    x = row.images()
+    with torch.no_grad():
+        return x, model(x).argmax(1)
+
+
+def perturbed(x: torch.Tensor, row: Any) -> torch.Tensor:
+    """Images next to x."""
+    generator = torch.Generator().manual_seed(2)
+    if row.frames:
+        return random_flips(nn.Flatten(), x, torch.zeros(len(x)).long(), flips=20)
+    return (x + 0.1 * torch.randn(x.shape, generator=generator)).clamp(0, 1)
+
+
+def takes(row: Any) -> str:
+    """How it is called, in a line."""
+    return str(classifier_of(row).find_convention(row.images()))
+
+
+def evaluated(row: Any) -> str:
+    """The checks of an evaluation, and a short attack."""
+    model = classifier_of(row)
+    x, y = labelled(model, row)
+    check_fits(Subject("network", model, ""), x, None, "images")
+    threat = ThreatModel("L0", 2) if row.frames else ThreatModel("Linf", 0.03)
+    attack = partial(pgd, eps=0.03, step_size=0.01, steps=2)
+    if row.frames:
+        attack = partial(flip_events, flips=2)
+    run_suite(model, [(x, y)], [Member("short", attack, threat=threat)], threat=threat)
+    return YES
+
+
+def compared(row: Any) -> str:
+    """Statistics of every layer."""
+    model = classifier_of(row)
+    x = row.images()
+    stats = sj_robust.compare(model, x, perturbed(x, row))
+    return part(len(stats), neurons_of(model), "of its neurons is followed")
+
+
+def gains(row: Any) -> str:
+    """Layers that the certificate covers."""
+    x = row.images()
+    model = classifier_of(row)
+    found = sj_robust.certify(model, x, x_perturbed=perturbed(x, row), max_iterations=10)
+    layers = found.layers
+    left = [layer for layer in layers if layer.not_covered is not None]
+    why = f"{left[0].name}: {left[0].not_covered}" if left else ""
+    return part(len(layers) - len(left), len(layers), why)
+
+
+def verified(row: Any) -> str:
+    """Bounds by intervals."""
+    model = classifier_of(row)
+    sj_robust.verify(model, *labelled(model, row), eps=0.001)
+    return YES
+
+
+def replaced(row: Any) -> str:
+    """DLIF in place of its neurons, with the same logits."""
+    net = row.network()
+    model = classifier_of(row, deepcopy(net))
+    report = replace_neurons(net, row.T)
+    why = next(iter(report.skipped.values()), "")
+    x = row.images()
+    with torch.no_grad():
+        if not torch.allclose(classifier_of(row, net)(x), model(x), atol=1e-4):
+            return "no: other logits"
+    return part(len(report.replaced), len(report.replaced) + len(report.skipped), why)
+
+
+def tuned(row: Any) -> str:
+    """One step of adversarial training, as the recipe does it."""
+    from sj_robust.training import Objective  # needs the extra recipes
+
+    torch.manual_seed(0)
+    spec = {"image_shape": row.shape, "T": row.T, "frames": row.frames, "classes": row.classes}
+    model = build_classifier(NetworkSpec(name=f"{NETWORKS}:{row.build}", **spec))
+    x, y = labelled(model.eval(), row)
+    x_perturbed = perturbed(x, row) if row.frames else fgsm(model, x, y, eps=0.03)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    Objective(model.train())(x, y, x_perturbed).total.backward()
+    optimizer.step()
+    reached = any(value.grad is not None for value in model.parameters())
+    return YES if reached else "no: no gradient reaches its weights"
+
+
+def neurons_of(model: nn.Module) -> int:
+    """Number of spiking layers."""
+    return sum(hasattr(module, "surrogate_function") for module in model.modules())
+
+
+def part(done: int, of: int, why: str) -> str:
+    """All of them, some or none."""
+    if done == of > 0:
+        return YES
+    return f"{done} of {of}: {why}" if done else f"no: {why}"
+
+
+def page() -> str:
+    """The page, from the results of all releases."""
+    releases = sorted(path.stem.removeprefix("networks_") for path in HERE.glob("networks_*.json"))
+    found = {
+        release: json.loads((HERE / f"networks_{release}.json").read_text(encoding="utf-8"))
+        for release in releases
+    }
+    names = list(dict.fromkeys(name for rows in reversed(found.values()) for name in rows))
+    heads = ["network", "SpikingJelly", "what it was found to do", *TITLES.values()]
+    lines = [HEAD, f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+    reasons = []
+    for name in names:
+        cells = [{release: rows[name] for release, rows in found.items() if name in rows}]
+        of_releases = cells[0]
+        told = [each(of_releases, column) for column in ("takes", *TITLES)]
+        lines.append(f"| {name} | {', '.join(of_releases)} | {' | '.join(told)} |")
+        for column, title in TITLES.items():
+            why = {cell[column].partition(": ")[2] for cell in of_releases.values()} - {""}
+            reasons += [f"- {name}, {title}: {escaped(reason)}" for reason in sorted(why)]
+    return "\n".join([*lines, "", "## Where something does not", "", *reasons]) + "\n"
+
+
+def each(of_releases: dict[str, dict[str, str]], column: str) -> str:
+    """One cell: what the releases say, once if it is the same."""
+    said = {release: cells[column] for release, cells in of_releases.items()}
+    if column == "takes":
+        said = {release: text.split(":")[0] for release, text in said.items()}
+    short = {release: text.partition(": ")[0] for release, text in said.items()}
+    if len(set(short.values())) == 1:
+        return next(iter(short.values()))
+    return ", ".join(f"{text} ({release})" for release, text in short.items())
+
+
+def escaped(text: str) -> str:
+    """A reason that holds no marks of Markdown."""
+    return text.replace("|", "\\|").replace("*", "\\*").replace("<", "\\<")[:300]
+
+
+if __name__ == "__main__":
+    main()
