@@ -119,6 +119,7 @@ def assess(
         1902.06705).
 
     Examples:
+        >>> import torch
         >>> from sj_robust import DLIFNode, SpikingClassifier
         >>> net = nn.Sequential(nn.Flatten(2), nn.Linear(4, 3), DLIFNode(T=2))
         >>> mine = Subject("mine", SpikingClassifier(net, T=2), "one layer")

@@ -88,8 +88,8 @@ def parts_of(model: object, *, parameters: bool = True) -> dict[str, str]:
     """A network in parts by name, each with the digest of what it is. 网络的组成部分及其摘要。
 
     Its modules with their wiring, parameters, all buffers, attributes and hooks, as
-    ``net.0.weight``; the code of their classes, as ``class mine.Net.forward``; and what this code
-    reads from its module, as ``global mine.SCALE``. States of neurons and modes are left out. Of
+    ``net.0.weight``; the code of their classes, as ``class Net.forward``; and what this code reads
+    from its module, as ``global SCALE``. States of neurons and modes are left out. Of
     anything else than an ``nn.Module`` the description is one part.
 
     Args:
@@ -119,7 +119,8 @@ class _Walk:
         self._names: dict[int, str] = {}
         self._open: set[int] = set()
         self._networks = 0
-        self._classes: Counter[str] = Counter()
+        self._given: Counter[str] = Counter()
+        self._globals: dict[tuple[int, str], str] = {}
         self._left: deque[tuple[str, object]] = deque()
 
     def text(self, value: object) -> str:
@@ -229,13 +230,15 @@ class _Walk:
     def _class(self, kind: type) -> str:
         """Name of a class; its code, and what was put in the place of a package's, are parts."""
         if id(kind) not in self._names:
-            name = _name_of(kind)
-            self._classes[name] += 1
-            if self._classes[name] > 1:
-                name = f"{name} #{self._classes[name]}"
-            self._names[id(kind)] = name
-            self._left.append((f"class {name}", kind))
+            place = self._new_place(f"class {_name_of(kind)}")
+            self._names[id(kind)] = place.removeprefix("class ")
+            self._left.append((place, kind))
         return self._names[id(kind)]
+
+    def _new_place(self, name: str) -> str:
+        """The name of a part; two of one name, from different modules, are numbered."""
+        self._given[name] += 1
+        return name if self._given[name] == 1 else f"{name} #{self._given[name]}"
 
     def _add_class(self, place: str, kind: type) -> None:
         self._kept.append(kind)
@@ -270,21 +273,25 @@ class _Walk:
         if not _is_packaged(function):
             own = {name: item for name, item in vars(function).items() if name != "__wrapped__"}
             bound += [_digest(_code_text(function.__code__)), *self._named(own)]
-            for name, value in _read_globals(function):
-                self._global(name, value)
-        name = f"{function.__module__}.{function.__qualname__}"
+            for namespace, name in _read_globals(function):
+                self._global(namespace, name)
+        name = function.__qualname__
+        if _is_packaged(function):
+            name = f"{function.__module__}.{name}"
         return f"{name}[{', '.join(bound)}]" if bound else name
 
-    def _global(self, name: str, value: object) -> None:
+    def _global(self, namespace: dict[str, Any], name: str) -> None:
         """Make what code reads a part, but for what the version of a package says."""
+        value = namespace[name]
         packaged = isinstance(value, BuiltinFunctionType | ModuleType)
         if isinstance(value, FunctionType):
             packaged = _is_packaged(value)
         elif isinstance(value, type):
             packaged = _is_of_a_package(value.__module__)
-        if not packaged and f"global {name}" not in self.parts:
-            self.parts[f"global {name}"] = ""
-            self._left.append((f"global {name}", value))
+        if not packaged and (id(namespace), name) not in self._globals:
+            place = self._new_place(f"global {name}")
+            self._globals[id(namespace), name] = place
+            self._left.append((place, value))
 
     def _named(self, items: Mapping[str, object]) -> list[str]:
         return [f"{name}={self.text(items[name])}" for name in sorted(items)]
@@ -315,28 +322,30 @@ def _constant_text(constant: object) -> str:
     return repr(constant)
 
 
-def _read_globals(function: FunctionType) -> Iterator[tuple[str, object]]:
+def _read_globals(function: FunctionType) -> Iterator[tuple[dict[str, Any], str]]:
     """What the code of a function reads from its module, and from modules that it names there."""
     for code in _codes(function.__code__):
         instructions = list(dis.get_instructions(code))
         for number, instruction in enumerate(instructions):
-            name = instruction.argval
-            if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME") and name in function.__globals__:
-                place = f"{function.__module__}.{name}"
-                yield _followed(place, function.__globals__[name], instructions[number + 1 :])
+            read = instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME")
+            if read and instruction.argval in function.__globals__:
+                namespace, name = function.__globals__, instruction.argval
+                yield _followed(namespace, name, instructions[number + 1 :])
 
 
 def _followed(
-    place: str, value: object, instructions: Sequence[dis.Instruction]
-) -> tuple[str, object]:
+    namespace: dict[str, Any], name: str, instructions: Sequence[dis.Instruction]
+) -> tuple[dict[str, Any], str]:
     """What is read from a module by the attributes that follow."""
     for instruction in instructions:
+        module = namespace[name]
         attribute = instruction.opname in ("LOAD_ATTR", "LOAD_METHOD")
-        if not (attribute and isinstance(value, ModuleType) and hasattr(value, instruction.argval)):
+        if not (attribute and isinstance(module, ModuleType)):
             break
-        place = f"{value.__name__}.{instruction.argval}"
-        value = getattr(value, instruction.argval)
-    return place, value
+        if instruction.argval not in vars(module):
+            break
+        namespace, name = vars(module), instruction.argval
+    return namespace, name
 
 
 def _codes(code: CodeType) -> Iterator[CodeType]:
@@ -362,7 +371,9 @@ def _is_of_a_package(module: str) -> bool:
 
 
 def _name_of(kind: type) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"
+    """Name of a class; that of one's own is the same in a script and in a module."""
+    packaged = _is_of_a_package(kind.__module__)
+    return f"{kind.__module__}.{kind.__qualname__}" if packaged else kind.__qualname__
 
 
 def _digest(text: str) -> str:

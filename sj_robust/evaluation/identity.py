@@ -93,10 +93,10 @@ def identify(model: nn.Module, data: Data) -> Identity:
         data: Images that it takes.
 
     Examples:
-        >>> data, net = Data([(torch.rand(2, 4), torch.tensor([0, 1]))]), nn.Linear(4, 2)
-        >>> first = identify(net, data)
-        >>> net.bias.data += 1e-6
-        >>> first.differences(identify(net, data))
+        >>> data, net = Data.of([(torch.rand(2, 4), torch.tensor([0, 1]))]), nn.Linear(4, 2)
+        >>> begun = identify(net, data)
+        >>> _ = net.bias.data.add_(1e-3)
+        >>> begun.differences(identify(net, data))
         ['network.bias', 'its logits on probe images']
     """
     device = device_of(model)

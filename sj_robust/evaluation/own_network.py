@@ -117,6 +117,7 @@ def evaluate(
         1902.06705).
 
     Examples:
+        >>> import torch
         >>> from spikingjelly.activation_based import neuron
         >>> net = nn.Sequential(nn.Flatten(2), nn.Linear(4, 3), neuron.LIFNode(step_mode="m"))
         >>> x, y = torch.rand(6, 1, 2, 2), torch.arange(6) % 3
@@ -221,6 +222,7 @@ def stress(
         neuromorphic hardware; corruptions of Hendrycks and Dietterich (ICLR 2019).
 
     Examples:
+        >>> import torch
         >>> from spikingjelly.activation_based import neuron
         >>> net = nn.Sequential(nn.Flatten(2), nn.Linear(4, 3), neuron.LIFNode(step_mode="m"))
         >>> x, y = torch.rand(6, 1, 2, 2), torch.arange(6) % 3
