@@ -335,6 +335,9 @@ class BoundedRun:
         It is the same for every sample, so that one pass back gives it for as many classes as there
         are samples.
         """
+        nothing = logits.new_zeros(logits.shape[1], 1), logits.new_zeros(self.samples, 1)
+        if not logits.requires_grad:
+            return nothing
         leaves = self._first_leaves(logits)
         centres = [leaf.centre for leaf in leaves]
         found: list[list[Tensor]] = [[] for _ in centres]
@@ -359,7 +362,7 @@ class BoundedRun:
             (torch.cat(rows), leaf) for rows, leaf in zip(found, leaves, strict=True) if rows
         ]
         if not reached:
-            return logits.new_zeros(logits.shape[1], 1), logits.new_zeros(self.samples, 1)
+            return nothing
         radii = [leaf.by_sample(leaf.radius, self.samples) for _, leaf in reached]
         return torch.cat([rows for rows, _ in reached], 1), torch.cat(radii, 1)
 
@@ -397,9 +400,10 @@ class BoundedRun:
             lower, upper = (
                 (x.lower, x.upper) if multi_step else (x.lower.unsqueeze(0), x.upper.unsqueeze(0))
             )
-            sure, possible = self._fired(name, neuron, lower, upper)
+            sure, possible = self.spikes(name, neuron, lower, upper)
             if not multi_step:
                 sure, possible = sure[0], possible[0]
+            self._passed(name, x, sure, possible)
             return self.leaf(sure, possible, int(multi_step))
 
         return forward
@@ -419,6 +423,13 @@ class BoundedRun:
         comes.
         """
 
+    def _passed(self, name: str, current: Bounds, sure: Tensor, possible: Tensor) -> None:
+        """A spiking layer has been called: bounds of what came in and of what goes out."""
+
+    def potential(self, name: str) -> tuple[Tensor, Tensor]:
+        """Bounds of a layer's potential after its last step so far."""
+        return self._potential[name]
+
     def _decided(
         self,
         name: str,
@@ -435,10 +446,12 @@ class BoundedRun:
         """
         return h_lower, h_upper, h_lower >= around[1], h_upper >= around[0]
 
-    def _fired(
+    def spikes(
         self, name: str, neuron: Neuron, lower: Tensor, upper: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Whether each neuron fires for sure, and whether it can, [T, N, *] as numbers."""
+        """Whether each neuron fires for sure, and whether it can, [T, N, *] as numbers, for bounds
+        of its current in the next T steps.
+        """
         charging, module, layer = neuron.charging(), neuron.module, self.layers[name]
         decay = charging.decay if self.differentiable else charging.decay_value
         reset = module.v_reset

@@ -14,6 +14,7 @@ from sj_robust.stability.certificate import Bound, Certificate, LayerCertificate
 from sj_robust.stability.gain import NeuronGains, l2_gain_limit, neuron_gains
 from sj_robust.stability.no_flip import no_flip_radius
 from sj_robust.stability.operator import InputMap, input_maps
+from sj_robust.stability.soundness import overridden
 
 __all__ = ["certify"]
 
@@ -100,6 +101,9 @@ def certify(
     if x_perturbed is not None and not bool((x.isfinite() & x_perturbed.isfinite()).all()):
         raise ValueError("x and x_perturbed must be finite, got nan or inf; leave those pairs out")
     neurons, unknown, _ = find_neurons(classifier.net, {}, {})
+    for name, neuron in neurons.items():
+        if method := overridden(neuron):
+            unknown[name] = f"{method} of this {neuron.type_name} was replaced"
     gains = {
         name: neuron_gains(neuron.charging(), classifier.T) for name, neuron in neurons.items()
     }

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sj_robust.stability._scipy import scipy_module
 from sj_robust.stability.bounds import by_row, laid_out, reset_rounding
-from sj_robust.stability.branching import Prover
+from sj_robust.stability.branching import Prover, inside_ball
 from sj_robust.stability.relaxation import Maps, RelaxedRun, Stage
 
 __all__ = ["Matrices", "mip"]
@@ -60,7 +60,7 @@ def mip(
                 break
             if status != "possible" or point is None:
                 return 0.0, None
-            candidate = prover.inside(image, point.to(image.device).view(image.shape))
+            candidate = inside_ball(image, point.to(image.device).view(image.shape), prover.eps)
             with torch.no_grad():
                 if bool(prover.logits(candidate).argmax(1) != label):
                     return -torch.inf, candidate

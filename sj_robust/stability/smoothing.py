@@ -186,17 +186,12 @@ def smooth(
             )
         )
         seeds = SampleSeeds([SampleSeeds([seed]).derived(row).single() for row in range(len(x))])
-    noise, own = (
-        seeds.derived("noise").seeds,
-        seeds.derived("network").seeds,
-    )  # streams that must not be related
     predictions, radii, counts = [], [], []
     with torch.no_grad(), preserved(model):
         for row in range(len(x)):
-            draws = torch.Generator(device=x.device).manual_seed(noise[row])
-            with seeded_globals(own[row], x.device):  # what the network draws itself
-                guess = int(_votes(model, x[row], sigma, n0, batch_size, draws).argmax())
-                count = int(_votes(model, x[row], sigma, n, batch_size, draws)[guess])
+            one = _Draws(model, x[row], sigma, batch_size, seeds.seeds[row])
+            guess = int(one.votes("guess", n0).argmax())
+            count = int(one.votes("count", n)[guess])
             p = float(beta.ppf(alpha, count, n - count + 1)) if count else 0.0
             proved = p > 0.5
             predictions.append(guess if proved else ABSTAINED)
@@ -211,22 +206,87 @@ def smooth(
     return Smoothing(sigma, float(alpha), n, tuple(predictions), tuple(radii), tuple(counts))
 
 
-def _votes(
-    model: Callable[[Tensor], Tensor],
-    image: Tensor,
-    sigma: float,
-    draws: int,
-    batch_size: int,
-    noise: torch.Generator,
-) -> Tensor:
-    """How often each class wins among so many noisy copies of an image, [classes]."""
-    votes = torch.zeros(0)
-    for start in range(0, draws, batch_size):
-        shape = (min(batch_size, draws - start), *image.shape)
-        noisy = image + sigma * torch.randn(
-            shape, generator=noise, dtype=image.dtype, device=image.device
-        )
-        logits = check_logits(model(noisy), torch.zeros(len(noisy), dtype=torch.int64))
-        won = torch.bincount(logits.argmax(1), minlength=logits.shape[1])
-        votes = won if start == 0 else votes + won
-    return votes
+@dataclass
+class _Draws:
+    """Noisy copies of one image, and what a network makes of them.
+
+    Each draw has its noise, and what the network draws itself, from a seed of its own, so that
+    nothing hangs on how many draws run together. A network may run on many of them at once only if
+    it draws nothing and treats the rows of a batch apart; else it runs on one after the other.
+
+    Attributes:
+        model: Images to logits.
+        image: The image [*].
+        sigma: Standard deviation of the noise.
+        batch_size: Draws at a time.
+        seed: Of the image.
+        apart: Whether the network runs on one draw after the other.
+    """
+
+    model: Callable[[Tensor], Tensor]
+    image: Tensor
+    sigma: float
+    batch_size: int
+    seed: int
+    apart: bool = False
+
+    def votes(self, use: str, draws: int) -> Tensor:
+        """How often each class wins among so many noisy copies, [classes]."""
+        seeds = SampleSeeds([self.seed]).derived(use)
+        noise = torch.Generator(device=self.image.device)
+        noise.manual_seed(seeds.derived("noise").single())
+        own = seeds.derived("network")
+        votes = torch.zeros(1, dtype=torch.int64, device=self.image.device)
+        for start in range(0, draws, self.batch_size):
+            count = min(self.batch_size, draws - start)
+            noisy = torch.stack([self._noisy(noise) for _ in range(count)])
+            won = self._classes(noisy, [own.derived(start + i).single() for i in range(count)])
+            found = torch.bincount(won)
+            size = max(len(votes), len(found))
+            votes = _padded(votes, size) + _padded(found, size)
+        return votes
+
+    def _noisy(self, noise: torch.Generator) -> Tensor:
+        image = self.image
+        drawn = torch.randn(
+            image.shape, generator=noise, dtype=image.dtype, device=image.device
+        )  # one by one: a larger draw takes the generator's numbers in another order
+        return image + self.sigma * drawn
+
+    def _classes(self, noisy: Tensor, seeds: list[int]) -> Tensor:
+        """Classes [draws] of noisy images."""
+        if not self.apart:
+            logits, drew = self._run(noisy, seeds[0])
+            self.apart = drew or not self._rows_are_apart(noisy, seeds[0], logits)
+        if not self.apart:
+            return logits.argmax(1)
+        alone = [self._run(noisy[i : i + 1], seed)[0] for i, seed in enumerate(seeds)]
+        return torch.cat(alone).argmax(1)
+
+    def _run(self, noisy: Tensor, seed: int) -> tuple[Tensor, bool]:
+        """Logits, and whether the network moved a generator."""
+        own = generators_of(self.model)
+        with seeded_globals(seed, noisy.device):
+            for generator in own:
+                generator.manual_seed(seed)
+            watched = [*own, *global_generators(noisy.device)]
+            states = [generator.get_state() for generator in watched]
+            labels = torch.zeros(len(noisy), dtype=torch.int64)
+            logits = check_logits(self.model(noisy), labels)
+            moved = [
+                not torch.equal(generator.get_state(), state)
+                for generator, state in zip(watched, states, strict=True)
+            ]
+        return logits, any(moved)
+
+    def _rows_are_apart(self, noisy: Tensor, seed: int, logits: Tensor) -> bool:
+        """Whether the first half of a batch stays as it is when the other half is another one."""
+        half = len(noisy) // 2
+        if half == 0:
+            return True
+        other = torch.cat((noisy[:half], 1.0 - noisy[half:]))
+        return torch.equal(self._run(other, seed)[0][:half], logits[:half])
+
+
+def _padded(votes: Tensor, size: int) -> Tensor:
+    return torch.nn.functional.pad(votes, (0, size - len(votes)))

@@ -3,7 +3,7 @@ rounding.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Literal, get_args
@@ -20,9 +20,17 @@ from sj_robust._shown import Shown, heat_map, new_figure
 from sj_robust.classifier import SpikingClassifier, as_classifier, check_classifier
 from sj_robust.neuron.charging import Neuron, find_neurons, is_neuron
 from sj_robust.stability.bounds import BoundedRun, Bounds, NoBoundsError
-from sj_robust.stability.branching import Prover
+from sj_robust.stability.branching import Prover, inside_ball
 from sj_robust.stability.exact import Matrices, mip
 from sj_robust.stability.relaxation import Maps
+from sj_robust.stability.soundness import (
+    UnsoundBoundsError,
+    WatchedRun,
+    check_maps,
+    check_neurons,
+    check_point,
+    overridden,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -208,7 +216,9 @@ def verify(
         ValueError: If a bare network comes without T, the model is in training mode, not in float32
             or draws random numbers, images or labels do not fit, eps < 0, or the method is not
             known.
-        RuntimeError: If an image is proved that the network gets wrong, which no bounds may do.
+        UnsoundBoundsError: If the network does not do what the bounds say: what it computes is not
+            in the graph, a neuron does not follow its charge equation, or a point of the ball lies
+            outside the bounds.
         ModuleNotFoundError: If mip has no scipy.
         NotImplementedError: If something in the network has no bounds (attention, a stochastic
             encoder, a neuron of unknown dynamics); it is named.
@@ -255,9 +265,12 @@ def verify(
             logits = _logits(classifier, images, labels, runs=2 if start == 0 else 1)
             if start == 0:
                 maps.check_samples()
+                check_maps(maps)
+                check_neurons(neurons, classifier.T, images)
             correct += (logits.argmax(1) == labels).tolist()
-            run = BoundedRun(neurons, len(images))
-            lead = run.lead(bounded_logits(classifier, run, images, eps), labels)
+            run = WatchedRun(neurons, len(images))
+            bounds = bounded_logits(classifier, run, images, eps)
+            lead = run.lead(bounds, labels)
             margin = -lead.scatter(1, labels.unsqueeze(1), -torch.inf).amax(1)
             wrong = logits.argmax(1) != labels
             if method != "ibp":
@@ -271,12 +284,9 @@ def verify(
                     wrong,
                     x_adv[part],
                 )
-        if bool((contradicted := wrong & (margin > 0)).any()):
-            raise RuntimeError(
-                f"image {start + int(contradicted.nonzero()[0])} is proved and yet classified "
-                "wrong: the bounds have a bug, or the network has a state that its reset leaves; "
-                "please report it with the network"
-            )
+            for point in _points(images, eps):
+                found = check_point(classifier, run, bounds, point)
+                _check_margins(found, labels, margin, first=start)
         margins += margin.tolist()
         broken += wrong.tolist()
         for name, layer in run.layers.items():
@@ -312,6 +322,31 @@ def _logits(model: SpikingClassifier, images: Tensor, labels: Tensor, *, runs: i
     if logits.shape[1] < 2:
         raise ValueError("model must tell 2 classes or more apart, got logits of 1")
     return logits
+
+
+def _points(images: Tensor, eps: float) -> Iterator[Tensor]:
+    """The images themselves, a corner and a random point of the ball of each."""
+    generator = torch.Generator().manual_seed(0)
+    share = torch.rand(images.shape, generator=generator, dtype=torch.float64).to(images.device)
+    yield images
+    for direction in (2.0 * share.round() - 1.0, 2.0 * share - 1.0):
+        yield inside_ball(images, images.double() + eps * direction, eps)
+
+
+def _check_margins(logits: Tensor, labels: Tensor, margin: Tensor, *, first: int) -> None:
+    """Raise UnsoundBoundsError if the right class of an image leads by less than was proved."""
+    right = labels.unsqueeze(1)
+    rival = logits.double().scatter(1, right, -torch.inf).amax(1)
+    lead = logits.double().gather(1, right).squeeze(1) - rival
+    below = ~(lead >= margin)
+    if bool(below.any()):
+        number = int(below.nonzero()[0])
+        raise UnsoundBoundsError(
+            f"image {first + number} is proved to keep its class by {float(margin[number]):.3g}, "
+            f"and yet the network's lead at a point of its ball is {float(lead[number]):.3g}: the "
+            "bounds have a bug, or the network has a state that its reset leaves; please report "
+            "it with the network"
+        )
 
 
 def _tighten(
@@ -367,7 +402,11 @@ def bounded_logits(model: SpikingClassifier, run: BoundedRun, images: Tensor, ep
     ]
     try:
         with torch.enable_grad(), run.replacing_neurons():
-            logits: Bounds = model(run.leaf(lower, upper, 0))
+            logits = model(run.leaf(lower, upper, 0))
+            if not isinstance(logits, Bounds):
+                raise NoBoundsError(
+                    "an output that does not depend on the input, or lost its bounds"
+                )
     except NoBoundsError as error:
         where = (
             f" in or behind {entered[-1]} ({type(model.net.get_submodule(entered[-1])).__name__})"
@@ -429,6 +468,8 @@ def bounded_neurons(model: SpikingClassifier) -> dict[str, Neuron]:
         if not n.binary
     }
     for name, n in neurons.items():
+        if method := overridden(n):
+            unbounded[name] = f"{name}, whose {method} was replaced: take it away"
         if not n.charging().decay_value >= 0:
             unbounded[name] = f"{name}, whose decay is negative: give it a tau of 1 or more"
         for key in ("v_threshold", "v_reset"):

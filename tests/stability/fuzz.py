@@ -160,11 +160,11 @@ class Recorded(BoundedRun):
         self.steps[name].append(list(found))
         return found
 
-    def _fired(self, name, neuron, lower, upper):
+    def spikes(self, name, neuron, lower, upper):
         found = []
         for step in range(len(lower)):
             found.append(
-                super()._fired(name, neuron, lower[step : step + 1], upper[step : step + 1])
+                super().spikes(name, neuron, lower[step : step + 1], upper[step : step + 1])
             )
             self.steps[name][-1] += self._potential[name]
         return tuple(map(torch.cat, zip(*found, strict=True)))
