@@ -2,14 +2,18 @@
 vote is proved.
 """
 
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from sj_robust._checks import check_count, check_images, check_logits, check_model, check_size
-from sj_robust._preserved import preserved
+from sj_robust._preserved import all_generators, generators_of, preserved
 from sj_robust.randomness import (
     SampleSeeds,
     check_seeds,
@@ -130,7 +134,9 @@ def smooth(
     ``alpha``; if p <= 1/2 the classifier abstains. The proof is one of g, never of the network f
     alone, and holds with probability 1 - alpha per image. Noisy images are not clamped to [0, 1];
     train with the same noise (``--mode gaussian --eps SIGMA``). What the network draws itself (a
-    stochastic encoder) is part of the probability.
+    stochastic encoder) is part of the probability; the bound needs draws that are independent, so
+    that such a network, and one that mixes the images of a batch, runs on one draw after the other.
+    What is drawn does not depend on ``batch_size``.
 
     The largest radius that n draws can prove is ``sigma * Phi^-1(alpha^(1/n))``: 2.46 sigma for n =
     1000.
@@ -152,7 +158,8 @@ def smooth(
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If images, a number or the logits are out of range, or seeds do not fit.
+        ValueError: If images, a number or the logits are out of range, seeds do not fit, or the
+            network keeps a state from forward to forward or draws from another source than torch.
         ModuleNotFoundError: If scipy is not installed.
 
     Source: Cohen, Rosenfeld and Kolter, "Certified Adversarial Robustness via Randomized Smoothing"
@@ -186,12 +193,13 @@ def smooth(
             )
         )
         seeds = SampleSeeds([SampleSeeds([seed]).derived(row).single() for row in range(len(x))])
+    guesses, counted = seeds.derived("guess").seeds, seeds.derived("count").seeds
     predictions, radii, counts = [], [], []
-    with torch.no_grad(), preserved(model):
+    with torch.no_grad(), preserved(model), _kept_globals():
+        draws = _Draws(model, sigma, batch_size)
         for row in range(len(x)):
-            one = _Draws(model, x[row], sigma, batch_size, seeds.seeds[row])
-            guess = int(one.votes("guess", n0).argmax())
-            count = int(one.votes("count", n)[guess])
+            guess = int(draws.votes(x[row], n0, guesses[row]).argmax())
+            count = int(draws.votes(x[row], n, counted[row])[guess])
             p = float(beta.ppf(alpha, count, n - count + 1)) if count else 0.0
             proved = p > 0.5
             predictions.append(guess if proved else ABSTAINED)
@@ -208,85 +216,109 @@ def smooth(
 
 @dataclass
 class _Draws:
-    """Noisy copies of one image, and what a network makes of them.
+    """Noisy copies of an image, and the classes that a network gives them.
 
-    Each draw has its noise, and what the network draws itself, from a seed of its own, so that
-    nothing hangs on how many draws run together. A network may run on many of them at once only if
-    it draws nothing and treats the rows of a batch apart; else it runs on one after the other.
+    A draw's noise, and what the network draws itself, do not depend on how many run together. A
+    network may run on many at once only if it draws nothing and treats the rows of a batch apart;
+    else it runs on one after the other, since draws that share a coin are not independent.
 
     Attributes:
         model: Images to logits.
-        image: The image [*].
         sigma: Standard deviation of the noise.
         batch_size: Draws at a time.
-        seed: Of the image.
-        apart: Whether the network runs on one draw after the other.
+        one_by_one: Whether the network runs on one draw after the other.
+        checked: Whether a batch of two or more has shown that rows are treated apart.
     """
 
     model: Callable[[Tensor], Tensor]
-    image: Tensor
     sigma: float
     batch_size: int
-    seed: int
-    apart: bool = False
+    one_by_one: bool = False
+    checked: bool = False
 
-    def votes(self, use: str, draws: int) -> Tensor:
-        """How often each class wins among so many noisy copies, [classes]."""
-        seeds = SampleSeeds([self.seed]).derived(use)
-        noise = torch.Generator(device=self.image.device)
+    def votes(self, image: Tensor, draws: int, seed: int) -> Tensor:
+        """How often each class wins among so many noisy copies of an image [*], [classes]."""
+        seeds = SampleSeeds([seed])
+        noise = torch.Generator(device=image.device)
         noise.manual_seed(seeds.derived("noise").single())
-        own = seeds.derived("network")
-        votes = torch.zeros(1, dtype=torch.int64, device=self.image.device)
+        own = seeds.derived("network")  # streams that must not be related
+        votes = []
         for start in range(0, draws, self.batch_size):
             count = min(self.batch_size, draws - start)
-            noisy = torch.stack([self._noisy(noise) for _ in range(count)])
-            won = self._classes(noisy, [own.derived(start + i).single() for i in range(count)])
-            found = torch.bincount(won)
-            size = max(len(votes), len(found))
-            votes = _padded(votes, size) + _padded(found, size)
-        return votes
+            # One by one: a larger draw takes the generator's numbers in another order.
+            drawn = [_noise(image, noise) for _ in range(count)]
+            logits = self._logits(image + self.sigma * torch.stack(drawn), own, start)
+            votes.append(torch.bincount(logits.argmax(1), minlength=logits.shape[1]))
+        return torch.stack(votes).sum(0)
 
-    def _noisy(self, noise: torch.Generator) -> Tensor:
-        image = self.image
-        drawn = torch.randn(
-            image.shape, generator=noise, dtype=image.dtype, device=image.device
-        )  # one by one: a larger draw takes the generator's numbers in another order
-        return image + self.sigma * drawn
+    def _logits(self, noisy: Tensor, own: SampleSeeds, start: int) -> Tensor:
+        """Logits [draws, classes] of noisy images, the first of which is draw ``start``."""
+        if not self.one_by_one:
+            with _from_seed(self.model, own.single(), noisy.device):
+                before = _states(self.model, noisy.device)
+                logits = self._run(noisy)
+                drew = _states(self.model, noisy.device) != before
+            self.one_by_one = drew or not self._rows_are_apart(noisy, own.single(), logits)
+            if not self.one_by_one:
+                return logits
+        alone = []
+        for row in range(len(noisy)):
+            seed = own.derived(start + row).single()
+            with _from_seed(self.model, seed, noisy.device):
+                alone.append(self._run(noisy[row : row + 1]))
+        return torch.cat(alone)
 
-    def _classes(self, noisy: Tensor, seeds: list[int]) -> Tensor:
-        """Classes [draws] of noisy images."""
-        if not self.apart:
-            logits, drew = self._run(noisy, seeds[0])
-            self.apart = drew or not self._rows_are_apart(noisy, seeds[0], logits)
-        if not self.apart:
-            return logits.argmax(1)
-        alone = [self._run(noisy[i : i + 1], seed)[0] for i, seed in enumerate(seeds)]
-        return torch.cat(alone).argmax(1)
-
-    def _run(self, noisy: Tensor, seed: int) -> tuple[Tensor, bool]:
-        """Logits, and whether the network moved a generator."""
-        own = generators_of(self.model)
-        with seeded_globals(seed, noisy.device):
-            for generator in own:
-                generator.manual_seed(seed)
-            watched = [*own, *global_generators(noisy.device)]
-            states = [generator.get_state() for generator in watched]
-            labels = torch.zeros(len(noisy), dtype=torch.int64)
-            logits = check_logits(self.model(noisy), labels)
-            moved = [
-                not torch.equal(generator.get_state(), state)
-                for generator, state in zip(watched, states, strict=True)
-            ]
-        return logits, any(moved)
+    def _run(self, noisy: Tensor) -> Tensor:
+        return check_logits(self.model(noisy), torch.zeros(len(noisy), dtype=torch.int64))
 
     def _rows_are_apart(self, noisy: Tensor, seed: int, logits: Tensor) -> bool:
-        """Whether the first half of a batch stays as it is when the other half is another one."""
+        """Whether the first half of a batch stays as it is while the other half is another one."""
         half = len(noisy) // 2
-        if half == 0:
+        if self.checked or half == 0:
             return True
+        self.checked = True
+        with _from_seed(self.model, seed, noisy.device):
+            again = self._run(noisy)
+        if not torch.equal(again, logits):
+            raise ValueError(
+                "model must give the same logits for the same images and seed, got one that keeps "
+                "a state or draws from another source than torch; wrap a spiking network in "
+                "SpikingClassifier, which resets it, and draw with torch.rand"
+            )
         other = torch.cat((noisy[:half], 1.0 - noisy[half:]))
-        return torch.equal(self._run(other, seed)[0][:half], logits[:half])
+        with _from_seed(self.model, seed, noisy.device):
+            found = self._run(other)
+        return torch.equal(found[:half], logits[:half])
 
 
-def _padded(votes: Tensor, size: int) -> Tensor:
-    return torch.nn.functional.pad(votes, (0, size - len(votes)))
+@contextmanager
+def _from_seed(model: object, seed: int, device: torch.device) -> Iterator[None]:
+    """All generators that a network may draw from, seeded; torch's global ones are restored."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    with seeded_globals(seed, device):
+        for generator in generators_of(model):
+            generator.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def _kept_globals() -> Iterator[None]:
+    """Python's and numpy's global generators go on as if nothing had been drawn."""
+    python, numbers = random.getstate(), np.random.get_state()
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numbers)
+
+
+def _states(model: object, device: torch.device) -> list[object]:
+    """What the generators that a network may draw from give next, as values to be compared."""
+    found = [generator.get_state() for generator in all_generators(model, device)]
+    numbers: Any = np.random.get_state()
+    return [random.getstate(), numbers[1].tobytes(), numbers[2], *(s.numpy().tobytes() for s in found)]
+
+
+def _noise(image: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(image.shape, generator=generator, dtype=image.dtype, device=image.device)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from sj_robust._checks import check_count, check_images, check_labels, check_logits, check_size
 from sj_robust._environment import device_of
 from sj_robust._eps import eps_text, parse_eps
-from sj_robust._preserved import full_precision, generators_of, preserved
+from sj_robust._preserved import all_generators, preserved, sums_of_products
 from sj_robust._saved import markdown_table
 from sj_robust._shown import Shown, heat_map, new_figure
 from sj_robust.classifier import SpikingClassifier, as_classifier, check_classifier
@@ -260,7 +260,7 @@ def verify(
     searches: dict[str, _Search] = {"bab": prover.bab, "mip": partial(mip, prover, Matrices(maps))}
     for start in range(0, len(x), batch_size):
         part = slice(start, start + batch_size)
-        with full_precision(device), preserved(classifier):
+        with sums_of_products(device), preserved(classifier):
             images, labels = (values[part].to(device).clone() for values in (x, y))
             logits = _logits(classifier, images, labels, runs=2 if start == 0 else 1)
             if start == 0:
@@ -305,9 +305,7 @@ def verify(
 
 def _logits(model: SpikingClassifier, images: Tensor, labels: Tensor, *, runs: int) -> Tensor:
     """Logits of the network, if they are the same in so many runs and nothing is drawn."""
-    generators = [torch.default_generator, *generators_of(model)]
-    if images.is_cuda:
-        generators.append(torch.cuda.default_generators[images.device.index or 0])
+    generators = all_generators(model, images.device)
     states = [generator.get_state() for generator in generators]
     with torch.no_grad():
         logits, *again = (check_logits(model(images.clone()), labels) for _ in range(runs))
