@@ -22,9 +22,11 @@ __all__ = [
     "NoBoundsError",
     "Pooling",
     "by_row",
+    "charge_rounding",
     "gamma",
     "laid_out",
     "reset_rounding",
+    "threshold_rounding",
 ]
 
 Pooling = Callable[[Tensor], Tensor]
@@ -462,7 +464,7 @@ class BoundedRun:
                 f"the layer {name}, whose v_reset was changed after it was built: give it "
                 "v_reset then"
             )
-        unit = 0.0 if self.differentiable else _UNIT * abs(threshold)
+        unit = 0.0 if self.differentiable else threshold_rounding(threshold)
         above, below = threshold + unit, threshold - unit
         v_lower, v_upper = self._potential.get(
             name, (torch.full_like(lower[0], rest), torch.full_like(upper[0], rest))
@@ -488,7 +490,7 @@ class BoundedRun:
                 ]
             else:
                 size = _larger(v_lower, v_upper) + _larger(low, high) + abs(rest)
-                error = _within_float32(gamma(16) * size + 16 * _SMALLEST)
+                error = _within_float32(charge_rounding(size))
                 h_lower, h_upper, *flags = self._decided(
                     name, number, h_lower - error, h_upper + error, error, (below, above)
                 )
@@ -533,6 +535,18 @@ class BoundedRun:
 def gamma(terms: int) -> float:
     """Relative error of a float32 sum of so many products, in any order."""
     return _SLACK * terms * _UNIT / (1.0 - terms * _UNIT)
+
+
+def charge_rounding(size: Any) -> Any:
+    """How far float32's charged potential can be from the exact one, for terms that sum up to
+    ``size`` in absolute value.
+    """
+    return gamma(16) * size + 16 * _SMALLEST
+
+
+def threshold_rounding(threshold: float) -> float:
+    """How far float32's threshold can be from the exact one."""
+    return _UNIT * abs(threshold)
 
 
 def reset_rounding(size: Any, rest: float, threshold: float) -> Any:

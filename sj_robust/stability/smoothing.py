@@ -317,7 +317,12 @@ def _states(model: object, device: torch.device) -> list[object]:
     """What the generators that a network may draw from give next, as values to be compared."""
     found = [generator.get_state() for generator in all_generators(model, device)]
     numbers: Any = np.random.get_state()
-    return [random.getstate(), numbers[1].tobytes(), numbers[2], *(s.numpy().tobytes() for s in found)]
+    return [
+        random.getstate(),
+        numbers[1].tobytes(),
+        numbers[2],
+        *(s.numpy().tobytes() for s in found),
+    ]
 
 
 def _noise(image: Tensor, generator: torch.Generator) -> Tensor:

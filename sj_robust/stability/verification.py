@@ -376,7 +376,9 @@ def _tighten(
             margin[i] = max(float(margin[i]), lead)
 
 
-def bounded_logits(model: SpikingClassifier, run: BoundedRun, images: Tensor, eps: float) -> Bounds:
+def bounded_logits(
+    model: SpikingClassifier, run: BoundedRun, images: Tensor, eps: float | Tensor
+) -> Bounds:
     """Bounds of the logits over the ball, from one forward of the classifier on bounds of its
     images. 输出的上下界。
 
@@ -384,7 +386,7 @@ def bounded_logits(model: SpikingClassifier, run: BoundedRun, images: Tensor, ep
         model: A classifier in evaluation mode.
         run: Where what is found is kept; made from :func:`bounded_neurons`.
         images: Images in [0, 1].
-        eps: Linf radius.
+        eps: Linf radius, or one of each image, broadcast.
 
     Raises:
         NotImplementedError: If something in the network has no bounds; it is named.
