@@ -77,10 +77,10 @@ class Prover:
                 bound, broken = self._branched(run, image, label, weights[k], end)
                 if broken is not None:
                     return -torch.inf, broken
-                lead = min(lead, bound)
                 if not bound > 0:
-                    break
-        return (lead if lead > 0 else min(lead, float(root.min()))), None
+                    return float(root.min()), None
+                lead = min(lead, bound)
+        return lead, None
 
     def run(self, images: Tensor, **known: Any) -> RelaxedRun:
         """Bounds of every potential; ``known`` is what a :class:`RelaxedRun` may be told."""

@@ -34,7 +34,7 @@ _CLEAR = 1e-5
 def mip(
     prover: Prover, matrices: "Matrices", image: Tensor, label: Tensor, time_limit: float
 ) -> tuple[float, Tensor | None]:
-    """Lower bound of the lead of one image [1, *] (0 if unknown), or an image of its box that is
+    """Lower bound of the lead of one image [1, *] (-inf if unknown), or an image of its box that is
     classified wrong.
 
     Equation: for every rival k a program over the input in the box, a binary s per undecided spike,
@@ -71,14 +71,14 @@ def mip(
             if status == "impossible" and not clear and _Tree(program).is_closed(end):
                 break
             if status != "possible" or point is None:
-                return 0.0, None
+                return -torch.inf, None
             pixels = torch.as_tensor(point[: image.numel()], device=image.device)
             candidate = inside_ball(image, pixels.view(image.shape), prover.eps)
             with torch.no_grad():
                 if bool(prover.logits(candidate).argmax(1) != label):
                     return -torch.inf, candidate
         else:
-            return 0.0, None
+            return -torch.inf, None
         lead = min(lead, _TOLERANCE)
     return lead, None
 

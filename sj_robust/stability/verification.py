@@ -360,20 +360,20 @@ def _tighten(
     """Go on with the images of a batch that are neither verified nor wrong; writes into the last
     three.
     """
-
-    def still_open() -> list[int]:
-        return ((margin <= 0) & ~wrong).nonzero().squeeze(1).tolist()
-
-    if rest := still_open():
+    if rest := _still_open(margin, wrong):
         margin[rest] = torch.maximum(margin[rest], prover.crown(images[rest], labels[rest]))
     if search is None:
         return
-    for i in still_open():
+    for i in _still_open(margin, wrong):
         lead, found = search(images[i : i + 1], labels[i : i + 1], time_limit)
         if found is not None:
             wrong[i], x_adv[i] = True, found[0].to(x_adv)
         else:
             margin[i] = max(float(margin[i]), lead)
+
+
+def _still_open(margin: Tensor, wrong: Tensor) -> list[int]:
+    return (~(margin > 0) & ~wrong).nonzero().squeeze(1).tolist()
 
 
 def bounded_logits(
