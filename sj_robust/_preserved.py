@@ -4,6 +4,7 @@ exact sums.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -106,12 +107,25 @@ def sums_of_products(device: torch.device) -> Iterator[None]:
 @contextmanager
 def _highest_matmul_precision() -> Iterator[None]:
     """Matrix products in float32: no TF32 on a GPU, no bfloat16 on a CPU."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
+    cuda: Any = torch.backends.cuda.matmul
+    if not hasattr(cuda, "fp32_precision"):  # before torch 2.9
+        precision = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)
+        return
+    mkldnn: Any = torch.backends.mkldnn
+    owners = [cuda, mkldnn.matmul]
+    before = [owner.fp32_precision for owner in owners]
+    for owner in owners:
+        owner.fp32_precision = "ieee"
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for owner, precision in zip(owners, before, strict=True):
+            owner.fp32_precision = precision
 
 
 def all_generators(model: object, device: torch.device) -> list[torch.Generator]:

@@ -264,7 +264,8 @@ def precision():
     return {
         "cudnn": torch.backends.cudnn.enabled,
         "cudnn TF32": torch.backends.cudnn.allow_tf32,
-        "matrix products": torch.get_float32_matmul_precision(),
+        "matrix products": torch.backends.mkldnn.matmul.fp32_precision,
+        "matrix products on CUDA": torch.backends.cuda.matmul.fp32_precision,
         "NNPACK": torch._C._get_nnpack_enabled(),
         "autocast": torch.is_autocast_enabled("cpu"),
     }
@@ -284,8 +285,9 @@ def test_the_network_runs_on_sums_of_products_in_float32():
         assert precision() == before
     finally:
         torch.set_float32_matmul_precision("highest")
-    wanted = {"cudnn": False, "cudnn TF32": False, "matrix products": "highest"}
-    assert all(seen == wanted | {"NNPACK": False, "autocast": False} for seen in flags.seen)
+    wanted = {"cudnn": False, "cudnn TF32": False, "NNPACK": False, "autocast": False}
+    wanted |= {"matrix products": "ieee", "matrix products on CUDA": "ieee"}
+    assert all(seen == wanted for seen in flags.seen)
     with full_precision(torch.device("cpu")):
         assert not precision()["cudnn TF32"]
 
