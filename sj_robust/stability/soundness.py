@@ -156,12 +156,12 @@ def check_neurons(neurons: dict[str, Neuron], T: int, like: Tensor) -> None:
                     raise _other_dynamics(name, neuron)
 
 
-def check_point(model: nn.Module, run: WatchedRun, logits: Bounds, point: Tensor) -> Tensor:
+def check_point(model: nn.Module, run: BoundedRun, logits: Bounds, point: Tensor) -> Tensor:
     """Logits [N, classes] of a network at a point of the ball, if all that runs is within bounds.
 
     Args:
         model: The classifier.
-        run: The run of the bounds.
+        run: The run of the bounds; of a :class:`WatchedRun` the layers are looked at as well.
         logits: Bounds of the logits.
         point: Images [N, *], each of the ball of the image in its place.
 
@@ -191,12 +191,13 @@ def overridden(neuron: Neuron) -> str | None:
 
 
 @contextmanager
-def _watching(run: WatchedRun) -> Iterator[None]:
-    """Context in which every call of a spiking layer is compared with its bounds."""
+def _watching(run: BoundedRun) -> Iterator[None]:
+    """Context in which every call of a spiking layer is compared with the bounds that are kept."""
     with ExitStack() as stack:
-        for name, neuron in run.neurons.items():
-            compared = _compared(name, neuron.module, iter(run.calls[name]))
-            stack.enter_context(other_forward(neuron.module, compared))
+        if isinstance(run, WatchedRun):
+            for name, neuron in run.neurons.items():
+                compared = _compared(name, neuron.module, iter(run.calls[name]))
+                stack.enter_context(other_forward(neuron.module, compared))
         yield
 
 

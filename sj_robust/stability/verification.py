@@ -268,7 +268,7 @@ def verify(
                 check_maps(maps)
                 check_neurons(neurons, classifier.T, images)
             correct += (logits.argmax(1) == labels).tolist()
-            run = WatchedRun(neurons, len(images))
+            run = (WatchedRun if start == 0 else BoundedRun)(neurons, len(images))
             bounds = bounded_logits(classifier, run, images, eps)
             lead = run.lead(bounds, labels)
             margin = -lead.scatter(1, labels.unsqueeze(1), -torch.inf).amax(1)
@@ -284,9 +284,12 @@ def verify(
                     wrong,
                     x_adv[part],
                 )
+            _check_margins(logits, labels, margin, first=start)
             for point in _points(images, eps):
                 found = check_point(classifier, run, bounds, point)
                 _check_margins(found, labels, margin, first=start)
+                if start:  # layers are looked at in the first batch
+                    break
         margins += margin.tolist()
         broken += wrong.tolist()
         for name, layer in run.layers.items():
@@ -323,12 +326,12 @@ def _logits(model: SpikingClassifier, images: Tensor, labels: Tensor, *, runs: i
 
 
 def _points(images: Tensor, eps: float) -> Iterator[Tensor]:
-    """The images themselves, a corner and a random point of the ball of each."""
+    """A corner and a random point of the ball of each image, and the images themselves."""
     generator = torch.Generator().manual_seed(0)
     share = torch.rand(images.shape, generator=generator, dtype=torch.float64).to(images.device)
-    yield images
     for direction in (2.0 * share.round() - 1.0, 2.0 * share - 1.0):
         yield inside_ball(images, images.double() + eps * direction, eps)
+    yield images
 
 
 def _check_margins(logits: Tensor, labels: Tensor, margin: Tensor, *, first: int) -> None:
