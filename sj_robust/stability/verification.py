@@ -284,12 +284,12 @@ def verify(
                     wrong,
                     x_adv[part],
                 )
-            _check_margins(logits, labels, margin, first=start)
             for point in _points(images, eps):
                 found = check_point(classifier, run, bounds, point)
                 _check_margins(found, labels, margin, first=start)
                 if start:  # layers are looked at in the first batch
                     break
+            _check_margins(logits, labels, margin, first=start)
         margins += margin.tolist()
         broken += wrong.tolist()
         for name, layer in run.layers.items():
