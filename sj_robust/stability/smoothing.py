@@ -171,7 +171,7 @@ def smooth(
         ...     lambda x: x, x, 0.25, n=1000, generator=torch.Generator().manual_seed(0)
         ... )
         >>> result.prediction, [round(radius, 2) for radius in result.radius]
-        ((0, -1), [0.51, 0.0])
+        ((0, -1), [0.5, 0.0])
     """
     beta = scipy_module("stats", wanted_by="smooth").beta  # slow to import
     check_model(model)
