@@ -295,7 +295,7 @@ class _Draws:
 def _from_seed(model: object, seed: int, device: torch.device) -> Iterator[None]:
     """All generators that a network may draw from, seeded; torch's global ones are restored."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  # a network may draw from the global one
     with seeded_globals(seed, device):
         for generator in generators_of(model):
             generator.manual_seed(seed)
@@ -305,18 +305,18 @@ def _from_seed(model: object, seed: int, device: torch.device) -> Iterator[None]
 @contextmanager
 def _kept_globals() -> Iterator[None]:
     """Python's and numpy's global generators go on as if nothing had been drawn."""
-    python, numbers = random.getstate(), np.random.get_state()
+    python, numbers = random.getstate(), np.random.get_state()  # noqa: NPY002  # as above
     try:
         yield
     finally:
         random.setstate(python)
-        np.random.set_state(numbers)
+        np.random.set_state(numbers)  # noqa: NPY002  # as above
 
 
 def _states(model: object, device: torch.device) -> list[object]:
     """What the generators that a network may draw from give next, as values to be compared."""
     found = [generator.get_state() for generator in all_generators(model, device)]
-    numbers: Any = np.random.get_state()
+    numbers: Any = np.random.get_state()  # noqa: NPY002  # as above
     return [
         random.getstate(),
         numbers[1].tobytes(),

@@ -135,7 +135,7 @@ def coin(draw):
 
 COINS = {
     "torch": lambda: float(torch.rand(())),
-    "numpy": lambda: float(np.random.rand()),
+    "numpy": lambda: float(np.random.rand()),  # noqa: NPY002  # a network that does so
     "python": random.random,
 }
 
@@ -147,14 +147,16 @@ def test_draws_do_not_share_a_coin_of_the_network(draw):
     With one coin per forward a batch would vote as one, and p be 1 in seven of ten images.
     """
     x = torch.full((20, 2), 0.5)
-    state, own = random.getstate(), np.random.get_state()[1].tolist()
+    state, own = random.getstate(), np.random.get_state()[1].tolist()  # noqa: NPY002  # as above
     result = smooth(coin(COINS[draw]), x, 0.25, n0=20, n=100, alpha=0.05, generator=seeded())
     assert random.getstate() == state
-    assert np.random.get_state()[1].tolist() == own
+    assert np.random.get_state()[1].tolist() == own  # noqa: NPY002  # as above
     truth = 0.25 * norm.ppf(0.7)
     assert sum(radius > truth for radius in result.radius) <= binom.ppf(0.999, 20, 0.05)
     assert all(
-        50 <= count <= 88 for count, kind in zip(result.count, result.prediction) if kind == 0
+        50 <= count <= 88
+        for count, kind in zip(result.count, result.prediction, strict=True)
+        if kind == 0
     )
     assert result == smooth(
         coin(COINS[draw]), x, 0.25, n0=20, n=100, alpha=0.05, generator=seeded()
